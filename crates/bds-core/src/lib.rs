@@ -1,0 +1,2 @@
+//! Block graph, driver contract and request path.
+#![forbid(unsafe_code)]

@@ -1,0 +1,1 @@
+//! Buffers, executor and engines: all syscalls, all chance, all time.

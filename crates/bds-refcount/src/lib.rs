@@ -1,0 +1,1 @@
+//! Slab arena, generational handles and counted references.

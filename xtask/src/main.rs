@@ -1,0 +1,3 @@
+//! What is done to the house: demo, test, matrix, tidy, bench, doctor, ci.
+
+fn main() {}
