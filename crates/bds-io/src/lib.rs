@@ -1,1 +1,15 @@
-//! Buffers, executor and engines: all syscalls, all chance, all time.
+//! The cellar: buffers, executor and engines. All syscalls, all chance and all time come from here.
+//!
+//! Reading order: [`buf`] (what an operation points at), [`file`] (what it is done to), [`context`] (who
+//! drives it), [`sim`] (the same world on a seed).
+
+pub mod buf;
+pub mod context;
+pub mod file;
+pub mod sim;
+pub mod sync;
+
+pub use buf::{Buf, BufPool, IoVec};
+pub use context::{Context, ContextOptions, EngineKind, Task, block_on, now, offload, sleep, spawn, yield_now};
+pub use file::{ByteLock, File, FileKind, Fs, OpenOptions, ZeroMode};
+pub use sim::{Sim, SimConfig};

@@ -1,0 +1,189 @@
+//! Files of the host or of the simulated disk, behind one type.
+
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use crate::IoVec;
+use crate::sim::Sim;
+
+/// Where names are looked up: the host, or a simulated disk.
+#[derive(Clone, Debug, Default)]
+pub enum Fs {
+    /// The host's file system.
+    #[default]
+    Host,
+    /// A simulated disk.
+    Sim(Sim),
+}
+
+/// How a file is opened. Never truncates.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// Open for writing too.
+    pub write: bool,
+    /// Create if missing (needs `write`).
+    pub create: bool,
+    /// Fail if it exists (with `create`).
+    pub exclusive: bool,
+    /// Bypass the page cache (O_DIRECT).
+    pub direct: bool,
+}
+
+/// What an opened name turned out to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileKind {
+    /// A regular file.
+    Regular,
+    /// A block device.
+    Block,
+    /// A character device.
+    Char,
+    /// Something else (directory, fifo, socket).
+    Other,
+}
+
+/// How `File::zero_range` may do it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ZeroMode {
+    /// FALLOC_FL_ZERO_RANGE (keeps or allocates blocks); extends the file if past its end.
+    Allocate,
+    /// FALLOC_FL_PUNCH_HOLE | KEEP_SIZE.
+    PunchHole,
+    /// Plain fallocate(mode 0): allocate, extend.
+    Extend,
+}
+
+/// One OFD byte lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ByteLock {
+    /// Byte offset in the file.
+    pub offset: u64,
+    /// Number of bytes.
+    pub len: u64,
+}
+
+/// Bytes of data or hole from a status question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// True for data, false for a hole.
+    pub is_data: bool,
+    /// Length in bytes from the asked offset.
+    pub len: u64,
+}
+
+impl Fs {
+    /// Opens `path`. Blocks this thread for the open itself.
+    pub fn open(&self, path: &Path, options: &OpenOptions) -> io::Result<File> {
+        let _ = (path, options);
+        todo!()
+    }
+    /// Removes a file.
+    pub fn remove(&self, path: &Path) -> io::Result<()> {
+        let _ = path;
+        todo!()
+    }
+    /// The path with links resolved; two names of one file agree.
+    pub fn canonicalize(&self, path: &Path) -> io::Result<PathBuf> {
+        let _ = path;
+        todo!()
+    }
+}
+
+/// An open file. Clones share the description (and its locks). Every future may be dropped or forgotten at any await.
+#[derive(Clone, Debug)]
+pub struct File {
+    _p: (),
+}
+
+impl File {
+    /// What it is.
+    pub fn kind(&self) -> FileKind {
+        todo!()
+    }
+    /// (device, inode): equal for two names of one file.
+    pub fn identity(&self) -> io::Result<(u64, u64)> {
+        todo!()
+    }
+    /// Current length in bytes (regular: fstat; block device: BLKGETSIZE64).
+    pub fn len(&self) -> io::Result<u64> {
+        todo!()
+    }
+    /// Bytes on disk (st_blocks * 512).
+    pub fn allocated_len(&self) -> io::Result<u64> {
+        todo!()
+    }
+    /// (memory alignment, offset alignment) that reads and writes need; (1, 1) unless direct or a device demands more.
+    pub fn alignment(&self) -> io::Result<(usize, u32)> {
+        todo!()
+    }
+    /// Reads what the page cache can answer without blocking. None: would block or not possible; ask `read`.
+    pub fn try_read(&self, offset: u64, iov: &IoVec) -> Option<io::Result<usize>> {
+        let _ = (offset, iov);
+        todo!()
+    }
+    /// Writes to the page cache if that needs no waiting. None: ask `write`.
+    pub fn try_write(&self, offset: u64, iov: &IoVec) -> Option<io::Result<usize>> {
+        let _ = (offset, iov);
+        todo!()
+    }
+    /// Reads into `iov`; may be short (0 at end of file).
+    pub async fn read(&self, offset: u64, iov: IoVec) -> io::Result<usize> {
+        let _ = (offset, iov);
+        todo!()
+    }
+    /// Writes from `iov`; may be short. `dsync`: durable when it returns (RWF_DSYNC).
+    pub async fn write(&self, offset: u64, iov: IoVec, dsync: bool) -> io::Result<usize> {
+        let _ = (offset, iov, dsync);
+        todo!()
+    }
+    /// fdatasync.
+    pub async fn sync_data(&self) -> io::Result<()> {
+        todo!()
+    }
+    /// fallocate family.
+    pub async fn zero_range(&self, range: Range<u64>, mode: ZeroMode) -> io::Result<()> {
+        let _ = (range, mode);
+        todo!()
+    }
+    /// Block device: BLKDISCARD. Regular files: use `zero_range(PunchHole)`.
+    pub async fn discard_device(&self, range: Range<u64>) -> io::Result<()> {
+        let _ = range;
+        todo!()
+    }
+    /// Block device: BLKZEROOUT.
+    pub async fn zero_device(&self, range: Range<u64>) -> io::Result<()> {
+        let _ = range;
+        todo!()
+    }
+    /// ftruncate.
+    pub async fn set_len(&self, len: u64) -> io::Result<()> {
+        let _ = len;
+        todo!()
+    }
+    /// copy_file_range; 0 = give up.
+    pub async fn copy_range_to(&self, offset: u64, target: &File, target_offset: u64, len: u64) -> io::Result<u64> {
+        let _ = (offset, target, target_offset, len);
+        todo!()
+    }
+    /// SEEK_DATA / SEEK_HOLE: what begins at `offset` and how long it is. None: at or past the end.
+    pub fn extent(&self, offset: u64) -> io::Result<Option<Extent>> {
+        let _ = offset;
+        todo!()
+    }
+    /// Takes a shared OFD lock on a byte range; never blocks (EAGAIN).
+    pub fn lock_shared(&self, lock: ByteLock) -> io::Result<()> {
+        let _ = lock;
+        todo!()
+    }
+    /// Drops OFD locks on a byte range.
+    pub fn unlock(&self, lock: ByteLock) -> io::Result<()> {
+        let _ = lock;
+        todo!()
+    }
+    /// True if another description holds a lock that an exclusive lock on the range would conflict with (F_OFD_GETLK).
+    pub fn is_locked_by_others(&self, lock: ByteLock) -> io::Result<bool> {
+        let _ = lock;
+        todo!()
+    }
+}
