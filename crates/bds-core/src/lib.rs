@@ -1,2 +1,13 @@
-//! Block graph, driver contract and request path.
+//! The block layer's core: a graph of counted nodes, the contract drivers keep, and the path a request takes.
+//!
+//! Reading order: [`error`], [`options`], [`driver`] (the contract), [`graph`] (the plan of the rooms), [`request`]
+//! (the corridor and the hall).
 #![forbid(unsafe_code)]
+
+pub mod driver;
+pub mod error;
+pub mod options;
+
+pub use driver::{Driver, DriverType};
+pub use error::{Error, ErrorKind, Result};
+pub use options::Options;

@@ -44,7 +44,10 @@ impl Context {
         todo!()
     }
     /// Spawns onto this Context.
-    pub fn spawn<T: Send + 'static>(&self, future: impl Future<Output = T> + Send + 'static) -> Task<T> {
+    pub fn spawn<T: Send + 'static>(
+        &self,
+        future: impl Future<Output = T> + Send + 'static,
+    ) -> Task<T> {
         let _ = future;
         todo!()
     }

@@ -162,7 +162,13 @@ impl File {
         todo!()
     }
     /// copy_file_range; 0 = give up.
-    pub async fn copy_range_to(&self, offset: u64, target: &File, target_offset: u64, len: u64) -> io::Result<u64> {
+    pub async fn copy_range_to(
+        &self,
+        offset: u64,
+        target: &File,
+        target_offset: u64,
+        len: u64,
+    ) -> io::Result<u64> {
         let _ = (offset, target, target_offset, len);
         todo!()
     }

@@ -10,6 +10,8 @@ pub mod sim;
 pub mod sync;
 
 pub use buf::{Buf, BufPool, IoVec};
-pub use context::{Context, ContextOptions, EngineKind, Task, block_on, now, offload, sleep, spawn, yield_now};
+pub use context::{
+    Context, ContextOptions, EngineKind, Task, block_on, now, offload, sleep, spawn, yield_now,
+};
 pub use file::{ByteLock, File, FileKind, Fs, OpenOptions, ZeroMode};
 pub use sim::{Sim, SimConfig};

@@ -1,0 +1,93 @@
+//! The door a driver was handed at open.
+
+use std::path::PathBuf;
+
+use bds_io::IoVec;
+
+use super::{Attempt, BoxFuture, Limits, ReadFlags, StatusRun, Truncate, WriteFlags, ZeroFlags};
+use crate::error::Result;
+
+/// What stands behind a [`Child`]: the corridor to the node below. Implemented in `request/`.
+pub trait ChildPort: Send + Sync + 'static {
+    /// Length in bytes of the node below now.
+    fn len(&self) -> u64;
+    /// Its limits.
+    fn limits(&self) -> Limits;
+    /// Its name.
+    fn node_name(&self) -> String;
+    /// The file name of the protocol node at the end of the way through filters, if there is one.
+    fn filename(&self) -> Option<PathBuf>;
+    /// Its driver's name.
+    fn driver_name(&self) -> &'static str;
+    /// May it be written?
+    fn is_writable(&self) -> bool;
+    /// Does it do zero writes without writing zeros?
+    fn can_zero(&self) -> bool;
+    /// See [`super::Driver::try_read`].
+    fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>>;
+    /// See [`super::Driver::try_write`].
+    fn try_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>>;
+    /// Reads; past the end: zeros.
+    fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>>;
+    /// Writes.
+    fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>>;
+    /// Writes a compressed cluster.
+    fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>>;
+    /// Writes zeros; falls back to a buffer of zeros unless `NO_FALLBACK`.
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> BoxFuture<'_, Result<Attempt>>;
+    /// Discards; advisory.
+    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<()>>;
+    /// Makes all completed writes durable.
+    fn flush(&self) -> BoxFuture<'_, Result<()>>;
+    /// Status of this one layer.
+    fn block_status(
+        &self,
+        offset: u64,
+        len: u64,
+        precise: bool,
+    ) -> BoxFuture<'_, Result<StatusRun>>;
+    /// Does `offset..` read as zeros for `len` bytes through the whole chain below (cheap answer; false if unknown)?
+    fn is_zero(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<bool>>;
+    /// Changes the length.
+    fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>>;
+    /// Bytes occupied on the host.
+    fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>>;
+    /// Identity of the file below for loop and same-file checks: (device, inode).
+    fn identity(&self) -> Option<(u64, u64)>;
+}
+
+/// A driver's use of the node below. Not `Clone`: a second user needs a second edge.
+pub struct Child {
+    name: &'static str,
+    port: Box<dyn ChildPort>,
+}
+
+impl std::fmt::Debug for Child {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Child({} -> {})", self.name, self.port.node_name())
+    }
+}
+
+impl Child {
+    /// Made by the graph (or by tests) around the corridor to a node.
+    pub fn new(name: &'static str, port: Box<dyn ChildPort>) -> Self {
+        Self { name, port }
+    }
+
+    /// The child's name in its parent ("file", "backing").
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+}
+
+impl std::ops::Deref for Child {
+    type Target = dyn ChildPort;
+    fn deref(&self) -> &Self::Target {
+        &*self.port
+    }
+}

@@ -1,0 +1,4 @@
+//! Formats give bytes a shape.
+
+#[cfg(feature = "qcow2")]
+pub mod qcow2;

@@ -1,0 +1,1 @@
+//! Protocols hold the bytes; only they see a descriptor or socket.
