@@ -1,0 +1,90 @@
+//! QEMU's tools as an oracle: found on PATH or the test is skipped with its reason.
+//!
+//! Every call runs under a time limit (`timeout(1)`), because a hang of the oracle must not hang the tests.
+
+use std::ffi::OsStr;
+use std::path::PathBuf;
+use std::process::Command;
+
+use crate::skip;
+
+/// A tool that exists here.
+#[derive(Clone, Debug)]
+pub struct Tool {
+    path: PathBuf,
+}
+
+/// What a call printed and how it ended.
+#[derive(Clone, Debug)]
+pub struct Output {
+    /// Exit code; 124 if it was stopped for taking too long, -1 if a signal ended it.
+    pub code: i32,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl Output {
+    /// Ended with 0?
+    pub fn ok(&self) -> bool {
+        self.code == 0
+    }
+
+    /// Standard output as JSON; fails the test if it is not.
+    #[track_caller]
+    pub fn json(&self) -> serde_json::Value {
+        match serde_json::from_str(&self.stdout) {
+            Ok(value) => value,
+            Err(e) => panic!("not JSON ({e}): {self:?}"),
+        }
+    }
+}
+
+/// Finds `name` on PATH; where it is missing says so as a skip and returns `None`.
+pub fn tool(name: &str) -> Option<Tool> {
+    let found = std::env::var_os("PATH")
+        .and_then(|path| std::env::split_paths(&path).map(|d| d.join(name)).find(|p| p.is_file()));
+    if found.is_none() {
+        skip(&format!("{name} is not installed"));
+    }
+    found.map(|path| Tool { path })
+}
+
+/// `qemu-img`, or a skip.
+pub fn qemu_img() -> Option<Tool> {
+    tool("qemu-img")
+}
+
+/// `qemu-io`, or a skip.
+pub fn qemu_io() -> Option<Tool> {
+    tool("qemu-io")
+}
+
+impl Tool {
+    /// Runs it with these arguments for at most 60 seconds.
+    #[track_caller]
+    pub fn run<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Output {
+        let output = Command::new("timeout").arg("60").arg(&self.path).args(args).output();
+        let output = match output {
+            Ok(output) => output,
+            Err(e) => panic!("cannot run {}: {e}", self.path.display()),
+        };
+        Output {
+            code: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
+    /// Runs it and fails the test unless it ends with 0.
+    #[track_caller]
+    pub fn must<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Output {
+        let args: Vec<S> = args.into_iter().collect();
+        let shown: Vec<String> =
+            args.iter().map(|a| a.as_ref().to_string_lossy().into_owned()).collect();
+        let output = self.run(args);
+        assert!(output.ok(), "{} {}: {output:?}", self.path.display(), shown.join(" "));
+        output
+    }
+}
