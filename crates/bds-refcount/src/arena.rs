@@ -1,0 +1,423 @@
+//! `Arena<T>`: insert, look up, count. The state that all handles, references and slots of one arena share.
+//!
+//! Looking up takes no lock. Inserting, reaping and the diagnostics take the books' lock for a few instructions, never
+//! while foreign code runs. Lock order: books, then a slot's side.
+//!
+//! Who keeps the memory: every `Arena` clone, every watch, and every occupied slot through its occupant. So a `Strong`
+//! is a bare pointer, and cloning it is one atomic operation.
+
+use std::{fmt, panic::Location};
+
+use slab::Slab;
+
+use crate::{
+    dead::Dead,
+    graveyard::{Graveyard, Reap},
+    handle::{GENERATION_BITS, Handle, INDEX_BITS, Kind, PREFIX_SHIFT, prefix},
+    holder::{Held, Holder, HolderInfo},
+    lifecycle::State,
+    pages::Pages,
+    slot::{Occupant, Slot},
+    stale::{Full, Stale},
+    strong::Strong,
+    sync::{Arc, Mutex},
+    tag::Tag,
+    watch::Watch,
+};
+
+/// How an arena is made. Start from [`ArenaConfig::new`] and narrow what must be narrow.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ArenaConfig {
+    /// What the arena holds; part of every handle.
+    pub kind: Kind,
+    /// Width of the generation, 1 to 24: a slot serves 2ⁿ − 1 objects and is then retired.
+    pub generation_bits: u32,
+    /// Width of the index, 0 to 24: the arena has at most 2ⁿ slots.
+    pub index_bits: u32,
+}
+
+impl ArenaConfig {
+    /// The full widths.
+    pub const fn new(kind: Kind) -> Self {
+        Self { kind, generation_bits: GENERATION_BITS, index_bits: INDEX_BITS }
+    }
+}
+
+/// Counts of slots at one moment: `live + dead + free + retired == capacity`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ArenaStats {
+    /// Slots that the arena can have.
+    pub capacity: usize,
+    /// Slots whose object can be acquired, and those being filled by an insert.
+    pub live: usize,
+    /// Slots whose object has lost its last reference and has not been finished by a reaper.
+    pub dead: usize,
+    /// Slots that an insert can use.
+    pub free: usize,
+    /// Slots that are never used again because their generations are exhausted.
+    pub retired: usize,
+}
+
+/// What the free list keeps about a slot that is not free.
+enum Entry {
+    InUse,
+    Retired,
+}
+
+/// The books: which slots are free, and which dead ones are out of the graveyard.
+pub(crate) struct Books {
+    slots: Slab<Entry>,
+    retired: usize,
+    /// Dead objects in the hands of a reaper.
+    pub(crate) closing: usize,
+}
+
+pub(crate) struct Shared<T> {
+    /// Kind and tag, as in [`Handle::prefix`].
+    prefix: u64,
+    pages: Pages<T>,
+    pub(crate) graveyard: Graveyard,
+    last_generation: u32,
+    capacity: u32,
+    books: Mutex<Books>,
+    _tag: Tag,
+}
+
+impl<T> Shared<T> {
+    /// The slot that a handle points to, or why there is none. Says nothing about the generation.
+    #[inline]
+    pub(crate) fn slot(&self, handle: Handle<T>) -> Result<&Slot<T>, Stale> {
+        if handle.prefix() != self.prefix {
+            return Err(self.explain_prefix(handle));
+        }
+        self.pages.slot(handle.index()).ok_or(Stale::NeverIssued)
+    }
+
+    /// The slot with this index, which exists.
+    pub(crate) fn slot_at(&self, index: u32) -> &Slot<T> {
+        self.pages.slot(index).expect("indices inside the arena come from existing slots")
+    }
+
+    #[cold]
+    fn explain_prefix(&self, handle: Handle<T>) -> Stale {
+        let own = Handle::<T>::from_u64(self.prefix << PREFIX_SHIFT);
+        if handle.is_null() {
+            Stale::Null
+        } else if handle.kind() != own.kind() {
+            Stale::WrongKind
+        } else {
+            Stale::WrongArena
+        }
+    }
+
+    pub(crate) fn check(&self, handle: Handle<T>) -> Result<(), Stale> {
+        let word = self.slot(handle)?.word();
+        match Slot::<T>::explain(word, handle.generation()) {
+            Stale::TooManyReferences => Ok(()), // what `explain` says of a live object
+            stale => Err(stale),
+        }
+    }
+
+    pub(crate) fn books(&self) -> impl std::ops::DerefMut<Target = Books> + '_ {
+        self.books.lock()
+    }
+
+    /// A slot for one insert.
+    fn reserve(self: &Arc<Self>) -> Result<Reservation<'_, T>, Full> {
+        let mut books = self.books.lock();
+        let key = books.slots.vacant_key();
+        let index = u32::try_from(key).unwrap_or(u32::MAX);
+        if index >= self.capacity {
+            return Err(Full { capacity: self.capacity as usize, retired: books.retired });
+        }
+        let slot = self.pages.slot_or_grow(index, self.capacity, self.prefix << PREFIX_SHIFT);
+        slot.reserve();
+        books.slots.insert(Entry::InUse);
+        Ok(Reservation { shared: self, slot })
+    }
+
+    /// Books a slot's end: free again, or retired.
+    ///
+    /// # Safety
+    /// As for [`Slot::end`].
+    pub(crate) unsafe fn end(&self, slot: &Slot<T>, was_dead: bool) {
+        let key = slot.index() as usize;
+        let roll = std::mem::take(&mut slot.side.lock().holders);
+        let mut books = self.books.lock();
+        if was_dead {
+            books.closing -= 1;
+        }
+        // SAFETY: the caller's duty is the same.
+        if unsafe { slot.end(self.last_generation) } {
+            books.retired += 1;
+            books.slots[key] = Entry::Retired;
+        } else {
+            books.slots.remove(key);
+        }
+        drop(books);
+        drop(roll); // records freed outside the locks
+    }
+
+    fn stats(&self) -> ArenaStats {
+        let books = self.books.lock();
+        let capacity = self.capacity as usize;
+        let taken = books.slots.len();
+        let retired = books.retired;
+        let in_use = taken - retired;
+        let dead = (self.graveyard.len() + books.closing).min(in_use);
+        ArenaStats { capacity, live: in_use - dead, dead, free: capacity - taken, retired }
+    }
+}
+
+/// A reserved slot. Given back when the maker of the value panics, with a new generation: the maker may have let its
+/// handle out.
+struct Reservation<'a, T> {
+    shared: &'a Arc<Shared<T>>,
+    slot: &'a Slot<T>,
+}
+
+impl<T> Reservation<'_, T> {
+    fn publish(self, value: T) -> Strong<T> {
+        let Self { shared, slot } = self;
+        std::mem::forget(self);
+        // SAFETY: a Reservation exists only after `reserve`, and this consumes it without running its drop.
+        unsafe { slot.publish(Occupant { value, owner: Arc::clone(shared) }) };
+        // SAFETY: `publish` made the one reference that this takes over.
+        unsafe { Strong::from_owned(slot) }
+    }
+}
+
+impl<T> Drop for Reservation<'_, T> {
+    fn drop(&mut self) {
+        // SAFETY: a Reservation that is dropped was not published, so the slot is still reserved by us.
+        unsafe { self.shared.end(self.slot, false) };
+    }
+}
+
+/// The last arena handle's end: from then on nobody can reap, so releasers do.
+struct Owner<T>(Arc<Shared<T>>);
+
+impl<T> Drop for Owner<T> {
+    fn drop(&mut self) {
+        self.0.orphan();
+    }
+}
+
+/// A place for objects of type `T` that are counted and reached through [`Handle`]s.
+///
+/// Cloning gives another handle to the same place, from any thread. When the last clone goes, objects that are still
+/// referenced live on; see [`Strong`] for who then drops them. A value should not own a clone of the arena that it lives
+/// in: that would keep the arena waiting for a reaper that cannot come.
+pub struct Arena<T> {
+    shared: Arc<Shared<T>>,
+    _owner: Arc<Owner<T>>,
+}
+
+impl<T> Arena<T> {
+    /// An empty arena of full width.
+    pub fn new(kind: Kind) -> Self {
+        Self::with_config(ArenaConfig::new(kind))
+    }
+
+    /// An empty arena. Narrow widths make exhaustion testable.
+    ///
+    /// # Panics
+    /// If a width is outside the range that [`ArenaConfig`] states.
+    pub fn with_config(config: ArenaConfig) -> Self {
+        let ArenaConfig { kind, generation_bits, index_bits } = config;
+        assert!(
+            (1..=GENERATION_BITS).contains(&generation_bits),
+            "generation_bits must be 1 to 24"
+        );
+        assert!(index_bits <= INDEX_BITS, "index_bits must be 0 to 24");
+        let tag = Tag::take(kind);
+        let shared = Arc::new(Shared {
+            prefix: prefix(kind, tag.number()),
+            pages: Pages::new(),
+            graveyard: Graveyard::new(),
+            last_generation: (1 << generation_bits) - 1,
+            capacity: 1 << index_bits,
+            books: Mutex::new(Books { slots: Slab::new(), retired: 0, closing: 0 }),
+            _tag: tag,
+        });
+        Self { _owner: Arc::new(Owner(Arc::clone(&shared))), shared }
+    }
+
+    /// Stores a value and returns the one reference to it.
+    ///
+    /// # Errors
+    /// [`Full`] when no slot is free; the value is dropped.
+    pub fn insert(&self, value: T) -> Result<Strong<T>, Full> {
+        self.shared.reserve().map(|slot| slot.publish(value))
+    }
+
+    /// Like [`insert`](Self::insert), for a value that wants to know its own handle. The handle resolves only after
+    /// `make` has returned; if `make` panics it never will. No lock is held while `make` runs.
+    ///
+    /// # Errors
+    /// [`Full`] when no slot is free; `make` is not called.
+    pub fn insert_with(&self, make: impl FnOnce(Handle<T>) -> T) -> Result<Strong<T>, Full> {
+        let slot = self.shared.reserve()?;
+        let value = make(slot.slot.handle());
+        Ok(slot.publish(value))
+    }
+
+    /// A reference to the object that the handle names: the only way from a name to an object.
+    ///
+    /// Lock-free, from any thread. An object whose last reference is gone is refused, always: nothing brings it back.
+    ///
+    /// # Errors
+    /// [`Stale`] says why the handle leads nowhere.
+    #[inline]
+    pub fn acquire(&self, handle: Handle<T>) -> Result<Strong<T>, Stale> {
+        let slot = self.shared.slot(handle)?;
+        match slot.acquire(handle.generation()) {
+            // SAFETY: `acquire` made the one reference that this takes over.
+            Ok(()) => Ok(unsafe { Strong::from_owned(slot) }),
+            Err(word) => Err(Slot::<T>::explain(word, handle.generation())),
+        }
+    }
+
+    /// Like [`acquire`](Self::acquire), with the holder's name put down.
+    ///
+    /// # Errors
+    /// [`Stale`] says why the handle leads nowhere.
+    #[track_caller]
+    pub fn acquire_held(&self, handle: Handle<T>, holder: Holder) -> Result<Held<T>, Stale> {
+        let since = Location::caller();
+        self.acquire(handle).map(|strong| Held::register(strong, holder, since))
+    }
+
+    /// Whether the handle can be acquired. Advisory: a refusal is final, a success may be outdated on return.
+    /// Reads one word and writes nothing, so checking never slows others down.
+    ///
+    /// # Errors
+    /// [`Stale`] says why the handle leads nowhere.
+    #[inline]
+    pub fn check(&self, handle: Handle<T>) -> Result<(), Stale> {
+        let slot = self.shared.slot(handle)?;
+        if slot.word().admits(handle.generation()) { Ok(()) } else { self.shared.check(handle) }
+    }
+
+    /// How many references an object has, 0 for a stale handle. For diagnostics: outdated on return.
+    pub fn count(&self, handle: Handle<T>) -> usize {
+        match self.shared.slot(handle).map(Slot::word) {
+            Ok(word) if word.admits(handle.generation()) => word.count() as usize,
+            _ => 0,
+        }
+    }
+
+    /// Who holds the object by name, in order of registration; empty for a stale handle. Takes no reference, so asking
+    /// never becomes the last holder.
+    pub fn holders(&self, handle: Handle<T>) -> Vec<HolderInfo> {
+        let Ok(slot) = self.shared.slot(handle) else { return Vec::new() };
+        let mut side = slot.side.lock();
+        // The roll is emptied before the generation moves on, so under the lock an equal generation means its own roll.
+        if slot.word().generation() != handle.generation() {
+            return Vec::new();
+        }
+        side.holders.list()
+    }
+
+    /// A watch on the object's end. A handle that names nothing alive gives a watch that has fired.
+    pub fn watch(&self, handle: Handle<T>) -> Watch<T> {
+        Watch::new(Arc::clone(&self.shared), handle)
+    }
+
+    /// The handles of all objects that live now. Objects that come or go meanwhile may or may not be among them.
+    pub fn snapshot(&self) -> Vec<Handle<T>> {
+        let live = |slot: &&Slot<T>| {
+            let word = slot.word();
+            word.state() == State::Occupied && word.count() > 0
+        };
+        self.shared.pages.iter().filter(live).map(Slot::handle).collect()
+    }
+
+    /// Whether dead objects wait to be reaped: one relaxed load. May be early by the moment that a releaser needs to
+    /// bury; never misses an object whose release has returned.
+    #[inline]
+    pub fn has_dead(&self) -> bool {
+        self.shared.graveyard.len() > 0
+    }
+
+    /// How many dead objects wait to be reaped.
+    pub fn graveyard_len(&self) -> usize {
+        self.shared.graveyard.len()
+    }
+
+    /// Takes the dead object that has waited longest. Nobody else can reach it any more; close it, then drop the
+    /// [`Dead`] or take the value out, which frees the slot. Wakes the watchers of that object.
+    pub fn reap_one(&self) -> Option<(Handle<T>, Dead<T>)> {
+        self.shared.reap_one()
+    }
+
+    /// Takes dead objects until there are none, those included that die because of earlier ones. A chain of any length
+    /// needs no recursion.
+    pub fn reap(&self) -> Reap<'_, T> {
+        Reap::new(self)
+    }
+
+    /// Drops all dead objects and returns how many there were. For objects that need no closing.
+    pub fn reap_all(&self) -> usize {
+        self.reap().map(drop).count()
+    }
+
+    /// Wakes the watchers of all dead objects without reaping these. Returns how many were woken.
+    pub fn deliver_watches(&self) -> usize {
+        self.shared.deliver_watches()
+    }
+
+    /// All counts at one moment.
+    pub fn stats(&self) -> ArenaStats {
+        self.shared.stats()
+    }
+
+    /// Objects that can be acquired.
+    pub fn live(&self) -> usize {
+        self.stats().live
+    }
+
+    /// Objects without a reference that no reaper has finished yet.
+    pub fn dead(&self) -> usize {
+        self.stats().dead
+    }
+
+    /// Slots that are never used again.
+    pub fn retired(&self) -> usize {
+        self.stats().retired
+    }
+
+    /// Slots that the arena can have in all.
+    pub fn capacity(&self) -> usize {
+        self.shared.capacity as usize
+    }
+
+    /// What the arena holds.
+    pub fn kind(&self) -> Kind {
+        Handle::<T>::from_u64(self.shared.prefix << PREFIX_SHIFT)
+            .kind()
+            .expect("an arena is made with a kind")
+    }
+
+    /// The tag in the handles of this arena.
+    pub fn tag(&self) -> u16 {
+        Handle::<T>::from_u64(self.shared.prefix << PREFIX_SHIFT).tag()
+    }
+}
+
+impl<T> Clone for Arena<T> {
+    fn clone(&self) -> Self {
+        Self { shared: Arc::clone(&self.shared), _owner: Arc::clone(&self._owner) }
+    }
+}
+
+impl<T> fmt::Debug for Arena<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let stats = self.stats();
+        f.debug_struct("Arena")
+            .field("kind", &self.kind().to_u8())
+            .field("tag", &self.tag())
+            .field("stats", &stats)
+            .finish()
+    }
+}

@@ -1,0 +1,214 @@
+//! Where the dead wait: a lock-free stack that releasers push on, and a queue that reapers take from.
+//!
+//! A release at zero does three things here: one increment, one store, one compare-exchange. It drops nothing, calls
+//! nothing and waits for nobody. Reapers empty the stack in one swap and append it, oldest first, to the queue, so
+//! objects are reaped in the order of their deaths: a parent before the children that only it held.
+//!
+//! **After the last `Arena` handle.** Nobody can reap then, and values must neither leak nor be dropped recursively.
+//! The head carries two flags: ORPHAN, set by the last handle, and DRAINING. A releaser that pushes on an orphaned
+//! graveyard which nobody drains sets DRAINING with the same compare-exchange and becomes the drainer: it drops dead
+//! values one after another until the stack is empty and DRAINING is cleared by an exchange that proves it. Releases
+//! that happen inside those drops, or on other threads, see DRAINING and only push. So even then the stack depth is
+//! constant, and every value is dropped exactly once.
+
+use crate::{
+    arena::{Arena, Shared},
+    dead::Dead,
+    handle::{Handle, INDEX_BITS},
+    slot::Slot,
+    sync::{Arc, AtomicU32, AtomicUsize, Mutex, Ordering},
+};
+
+/// A link is an index plus one; 0 ends a chain.
+const LINK: u32 = (1 << (INDEX_BITS + 1)) - 1;
+const ORPHAN: u32 = 1 << 30;
+const DRAINING: u32 = 1 << 31;
+
+/// The queue's ends, as links. Chained through the slots' `next`.
+struct Queue {
+    front: u32,
+    back: u32,
+}
+
+pub(crate) struct Graveyard {
+    /// Top of the stack, and the flags. Pushed by compare-exchange, emptied as a whole: so no ABA.
+    head: AtomicU32,
+    /// Objects on the stack and in the queue. Raised before the push, so that it never falls short.
+    waiting: AtomicUsize,
+    /// Lock order: queue, then books, then a slot's side.
+    queue: Mutex<Queue>,
+}
+
+impl Graveyard {
+    pub(crate) fn new() -> Self {
+        Self {
+            head: AtomicU32::new(0),
+            waiting: AtomicUsize::new(0),
+            queue: Mutex::new(Queue { front: 0, back: 0 }),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn len(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
+    }
+}
+
+/// Hands a dead object over to the reapers: the rest of a release that was the last.
+///
+/// # Safety
+/// The caller made the decrement to 0 on this slot, and does this once.
+#[cold]
+pub(crate) unsafe fn bury<T>(slot: &Slot<T>) {
+    // As soon as the slot is on the stack a reaper may free it, and with it the arena; our own Arc keeps the memory
+    // (not the occupant) until we are done.
+    // SAFETY: until the push below, the dead object is ours alone, so lending it shared is ours to do.
+    let shared = Arc::clone(unsafe { &slot.occupant().owner });
+    let graveyard = &shared.graveyard;
+    graveyard.waiting.fetch_add(1, Ordering::Relaxed);
+    let mut head = graveyard.head.load(Ordering::Relaxed);
+    let drains = loop {
+        slot.next.store(head & LINK, Ordering::Relaxed);
+        let flags = if head & ORPHAN != 0 { ORPHAN | DRAINING } else { 0 };
+        // Release: the reaper sees the link and everything that any holder did to the object. The holders' release
+        // decrements reached us through the load in `strong::release`.
+        match graveyard.head.compare_exchange_weak(
+            head,
+            (slot.index() + 1) | flags,
+            Ordering::AcqRel,
+            Ordering::Relaxed,
+        ) {
+            Ok(_) => break head & (ORPHAN | DRAINING) == ORPHAN,
+            Err(now) => head = now,
+        }
+    };
+    if drains {
+        Drain { shared: &shared, done: false }.run();
+    }
+}
+
+impl<T> Shared<T> {
+    /// Moves the stack to the queue, oldest first.
+    fn collect(&self, queue: &mut Queue) {
+        // Acquire: pairs with the pushes. The flags stay.
+        let mut link = self.graveyard.head.fetch_and(!LINK, Ordering::AcqRel) & LINK;
+        let back = link;
+        let mut front = 0;
+        while link != 0 {
+            let slot = self.slot_at(link - 1);
+            let older = slot.next.load(Ordering::Relaxed);
+            slot.next.store(front, Ordering::Relaxed);
+            front = link;
+            link = older;
+        }
+        if front == 0 {
+            return;
+        }
+        if queue.back == 0 {
+            queue.front = front;
+        } else {
+            self.slot_at(queue.back - 1).next.store(front, Ordering::Relaxed);
+        }
+        queue.back = back;
+    }
+
+    pub(crate) fn reap_one(&self) -> Option<(Handle<T>, Dead<T>)> {
+        let mut queue = self.graveyard.queue.lock();
+        if queue.front == 0 {
+            self.collect(&mut queue);
+        }
+        let link = queue.front;
+        if link == 0 {
+            return None;
+        }
+        let slot = self.slot_at(link - 1);
+        queue.front = slot.next.load(Ordering::Relaxed);
+        if queue.front == 0 {
+            queue.back = 0;
+        }
+        // From waiting to closing in one step for whoever counts under the books' lock.
+        let mut books = self.books();
+        self.graveyard.waiting.fetch_sub(1, Ordering::Relaxed);
+        books.closing += 1;
+        drop(books);
+        drop(queue);
+        // SAFETY: the slot was buried once by the one who made it dead, and we alone took it out.
+        Some((slot.handle(), unsafe { Dead::new(slot) }))
+    }
+
+    pub(crate) fn deliver_watches(&self) -> usize {
+        let mut queue = self.graveyard.queue.lock();
+        self.collect(&mut queue);
+        let mut wakers = Vec::new();
+        let mut link = queue.front;
+        while link != 0 {
+            let slot = self.slot_at(link - 1);
+            wakers.append(&mut slot.side.lock().watchers);
+            link = slot.next.load(Ordering::Relaxed);
+        }
+        drop(queue);
+        let woken = wakers.len();
+        wakers.into_iter().for_each(|(_, waker)| waker.wake());
+        woken
+    }
+
+    /// The last arena handle is gone. Drops what is dead, and leaves the rest to the releasers.
+    pub(crate) fn orphan(&self) {
+        // DRAINING is not set yet: only orphaned graveyards are drained.
+        self.graveyard.head.fetch_or(ORPHAN | DRAINING, Ordering::AcqRel);
+        Drain { shared: self, done: false }.run();
+    }
+}
+
+/// The right and duty to drop the dead of an orphaned arena. If a value's drop panics, the drop of this guard goes on
+/// with the rest, as `Vec`'s does.
+struct Drain<'a, T> {
+    shared: &'a Shared<T>,
+    done: bool,
+}
+
+impl<T> Drain<'_, T> {
+    fn run(mut self) {
+        self.drain();
+    }
+
+    fn drain(&mut self) {
+        while !self.done {
+            while let Some(dead) = self.shared.reap_one() {
+                drop(dead);
+            }
+            // Succeeds only on an empty stack, so nobody who saw DRAINING is left behind.
+            let head = &self.shared.graveyard.head;
+            self.done = head
+                .compare_exchange(ORPHAN | DRAINING, ORPHAN, Ordering::AcqRel, Ordering::Relaxed)
+                .is_ok();
+        }
+    }
+}
+
+impl<T> Drop for Drain<'_, T> {
+    fn drop(&mut self) {
+        self.drain();
+    }
+}
+
+/// Dead objects, one after another, until there are none. See [`Arena::reap`].
+#[must_use = "nothing is reaped until the iterator is driven"]
+#[derive(Debug)]
+pub struct Reap<'a, T> {
+    arena: &'a Arena<T>,
+}
+
+impl<'a, T> Reap<'a, T> {
+    pub(crate) fn new(arena: &'a Arena<T>) -> Self {
+        Self { arena }
+    }
+}
+
+impl<T> Iterator for Reap<'_, T> {
+    type Item = (Handle<T>, Dead<T>);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.arena.reap_one()
+    }
+}

@@ -1,0 +1,246 @@
+//! One slot: the lifecycle word, the cell with the occupant, and what is known beside them. The unsafe cell lives here.
+//!
+//! Who may touch the cell follows from the word alone, never from the free list or a lock:
+//! * `Reserved`: only the one who made it so (a compare-exchange from `Vacant`).
+//! * `Occupied`, count ≥ 1: everyone who is counted may read.
+//! * `Occupied`, count 0: only the one who was given the dead object: whoever took it out of the graveyard, or did the
+//!   decrement and kept it. Nothing raises a count from 0.
+//! * `Vacant`, `Retired`: nobody; the cell is uninitialised.
+
+use std::{mem::MaybeUninit, task::Waker};
+
+use crate::{
+    arena::Shared,
+    handle::Handle,
+    holder::Roll,
+    lifecycle::{State, Word},
+    stale::{Stale, TooManyReferences},
+    sync::{Arc, AtomicU32, AtomicU64, Mutex, Ordering, UnsafeCell},
+};
+
+/// What an occupied slot holds.
+pub(crate) struct Occupant<T> {
+    pub(crate) value: T,
+    /// Keeps the arena's memory, and so this slot, while the slot is occupied. This is why a `Strong` need not.
+    pub(crate) owner: Arc<Shared<T>>,
+}
+
+/// What belongs to an object's identity but not to any fast path. The lock is held for a few
+/// instructions and never while foreign code runs; no other lock is taken under it.
+#[derive(Default)]
+pub(crate) struct Side {
+    pub(crate) holders: Roll,
+    pub(crate) watchers: Vec<(u64, Waker)>,
+    pub(crate) next_watcher: u64,
+}
+
+// Two slots never share a cache line, nor a pair of lines that is fetched together: counting one object must not slow
+// down another.
+#[repr(align(128))]
+pub(crate) struct Slot<T> {
+    word: AtomicU64,
+    /// Kind, tag and index in their places in a handle.
+    base: u64,
+    /// The graveyard's link, meaningful only between burial and reaping. Ordered by the graveyard's head.
+    pub(crate) next: AtomicU32,
+    pub(crate) side: Mutex<Side>,
+    occupant: UnsafeCell<MaybeUninit<Occupant<T>>>,
+}
+
+// SAFETY: the only field that is not Sync by itself is `occupant`. Shared access to it hands out `&T` on several
+// threads (needs T: Sync) and the taking of a dead value moves T between threads (needs T: Send); that those two
+// never overlap is the word's protocol, see the top of this file. `Arc<Shared<T>>` is Send and Sync under the same
+// bounds.
+unsafe impl<T: Send + Sync> Sync for Slot<T> {}
+// SAFETY: as above; an owned slot owns at most a T and an Arc of the arena.
+unsafe impl<T: Send + Sync> Send for Slot<T> {}
+
+impl<T> Slot<T> {
+    pub(crate) fn new(base: u64) -> Self {
+        Self {
+            word: AtomicU64::new(Word::new(State::Vacant, 1, 0).0),
+            base,
+            next: AtomicU32::new(0),
+            side: Mutex::new(Side::default()),
+            occupant: UnsafeCell::new(MaybeUninit::uninit()),
+        }
+    }
+
+    /// The word as of now. Who does not hold a reference knows afterwards only what is final.
+    #[inline]
+    pub(crate) fn word(&self) -> Word {
+        Word(self.word.load(Ordering::Acquire))
+    }
+
+    /// The handle of the present generation.
+    pub(crate) fn handle(&self) -> Handle<T> {
+        Handle::with_generation(self.base, Word(self.word.load(Ordering::Relaxed)).generation())
+    }
+
+    pub(crate) fn index(&self) -> u32 {
+        Handle::<T>::from_u64(self.base).index()
+    }
+
+    // ---- birth
+
+    /// Takes a vacant slot for one insert. The cell belongs to the caller until `publish` or `end`.
+    ///
+    /// # Panics
+    /// If the slot is not vacant, that is, if the free list is wrong. Checked, because the cell's safety must not
+    /// hang on another crate's free list.
+    pub(crate) fn reserve(&self) {
+        let vacant = self.word();
+        let reserved = Word::new(State::Reserved, vacant.generation(), 0);
+        // Acquire: what the previous occupant's reaper did to the cell is over.
+        let taken = vacant.state() == State::Vacant
+            && self
+                .word
+                .compare_exchange(vacant.0, reserved.0, Ordering::Acquire, Ordering::Relaxed)
+                .is_ok();
+        assert!(taken, "the free list offered a slot that is in use");
+    }
+
+    /// Fills a reserved slot and makes it acquirable with count 1. The caller owns that reference.
+    ///
+    /// # Safety
+    /// The caller did `reserve` on this slot, and neither `publish` nor `end` since.
+    pub(crate) unsafe fn publish(&self, occupant: Occupant<T>) {
+        // SAFETY: the state is Reserved by the caller's duty, so nobody else reads or writes the cell; it is
+        // uninitialised, so nothing is overwritten undropped.
+        self.occupant.with_mut(|cell| unsafe { (*cell).write(occupant) });
+        let generation = Word(self.word.load(Ordering::Relaxed)).generation();
+        // Release: whoever acquires sees the occupant.
+        self.word.store(Word::new(State::Occupied, generation, 1).0, Ordering::Release);
+    }
+
+    // ---- life
+
+    /// One more reference if an object of this generation lives here; otherwise the word that refused.
+    #[inline]
+    pub(crate) fn acquire(&self, generation: u32) -> Result<(), Word> {
+        let mut word = self.word.load(Ordering::Relaxed);
+        loop {
+            if !Word(word).admits(generation) {
+                return Err(Word(word));
+            }
+            // Acquire: pairs with `publish`. Compare-exchange and not a bold increment: a count that was ever 0 must
+            // never be seen above it, not even for a moment, or a releaser could miss being the last.
+            match self.word.compare_exchange_weak(
+                word,
+                word + 1,
+                Ordering::Acquire,
+                Ordering::Relaxed,
+            ) {
+                Ok(_) => return Ok(()),
+                Err(now) => word = now,
+            }
+        }
+    }
+
+    /// One more reference for someone who has one.
+    #[inline]
+    pub(crate) fn retain(&self) -> Result<(), TooManyReferences> {
+        // Relaxed as in Arc: the caller's own reference keeps everything in place.
+        let before = Word(self.word.fetch_add(1, Ordering::Relaxed));
+        if before.is_saturated() {
+            self.take_back();
+            return Err(TooManyReferences);
+        }
+        Ok(())
+    }
+
+    #[cold]
+    fn take_back(&self) {
+        // Cannot reach 0: the caller of `retain` has a reference of its own.
+        self.word.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Gives up one reference. True if it was the last: then the object is dead and this caller must bury it.
+    /// After `false` the slot may be gone at once.
+    ///
+    /// # Safety
+    /// `slot` points to a slot on which the caller owns a reference, and the caller does not use that reference again.
+    #[inline]
+    pub(crate) unsafe fn release(slot: *const Self) -> bool {
+        // SAFETY: until the decrement the caller's reference keeps the slot occupied and so allocated. The borrow is
+        // of the atomic alone and not of the slot, because the slot may be freed by another thread once the decrement
+        // has happened, while a `&Slot` argument would still claim it.
+        let word = unsafe { &(*slot).word };
+        // Release: what this holder did with the object happens before its end.
+        let before = Word(word.fetch_sub(1, Ordering::Release));
+        before.count() == 1
+    }
+
+    /// The whole step from live to dead for a caller that wants the object only if nobody else holds it.
+    /// False, with the reference still the caller's, if others do.
+    pub(crate) fn release_if_last(&self) -> bool {
+        let word = Word(self.word.load(Ordering::Relaxed));
+        let one = Word::new(State::Occupied, word.generation(), 1);
+        let zero = Word::new(State::Occupied, word.generation(), 0);
+        // Acquire: what earlier holders did is over; Release as in `release`.
+        self.word.compare_exchange(one.0, zero.0, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+
+    /// The occupant.
+    ///
+    /// # Safety
+    /// For as long as the borrow is used, the caller owns a reference, or owns the dead object and lends it shared.
+    #[inline]
+    pub(crate) unsafe fn occupant<'a>(&self) -> &'a Occupant<T> {
+        // SAFETY: the cell was filled by `publish` before the caller's reference could exist (acquire pairs with
+        // publish, or the caller got the reference from one who had it) and is emptied only by `take`, which needs
+        // the dead object, which exists only once no reference does.
+        self.occupant.with(|cell| unsafe { (*cell).assume_init_ref() })
+    }
+
+    // ---- end
+
+    /// The value of a dead object, exclusively.
+    ///
+    /// # Safety
+    /// For as long as the borrow is used, the caller owns the dead object and lends it to nobody else.
+    pub(crate) unsafe fn value_mut<'a>(&self) -> &'a mut T {
+        // SAFETY: initialised as in `occupant`; exclusive by the caller's duty.
+        self.occupant.with_mut(|cell| unsafe { &mut (*cell).assume_init_mut().value })
+    }
+
+    /// Moves the occupant of a dead object out.
+    ///
+    /// # Safety
+    /// The caller owns the dead object, does this once, and next does nothing to the cell but `end`.
+    pub(crate) unsafe fn take(&self) -> Occupant<T> {
+        // SAFETY: initialised as in `occupant`; exclusive, and read out only once, by the caller's duty.
+        self.occupant.with_mut(|cell| unsafe { (*cell).assume_init_read() })
+    }
+
+    /// Ends the present generation: the slot becomes vacant for the next one, or retired. True if retired.
+    ///
+    /// # Safety
+    /// The caller owns the dead object and has taken its occupant out, or has reserved the slot.
+    pub(crate) unsafe fn end(&self, last_generation: u32) -> bool {
+        let next = Word(self.word.load(Ordering::Relaxed)).after_end(last_generation);
+        // Release: pairs with `reserve`.
+        self.word.store(next.0, Ordering::Release);
+        next.state() == State::Retired
+    }
+
+    /// Why a word refuses a handle of this generation.
+    #[cold]
+    pub(crate) fn explain(word: Word, generation: u32) -> Stale {
+        let now = word.generation();
+        match word.state() {
+            _ if generation == 0 || generation > now => Stale::NeverIssued,
+            State::Retired => Stale::Retired,
+            _ if generation < now => Stale::Released,
+            State::Vacant | State::Reserved => Stale::NeverIssued,
+            State::Occupied if word.count() == 0 => Stale::Dying,
+            State::Occupied => Stale::TooManyReferences,
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn force_count(&self, count: u32) {
+        let word = self.word();
+        self.word.store(Word::new(State::Occupied, word.generation(), count).0, Ordering::Relaxed);
+    }
+}
