@@ -214,6 +214,11 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
+    /// True if it can only be read although writing was asked for (`auto_read_only`, or a medium that is write-protected).
+    fn is_read_only(&self) -> bool {
+        false
+    }
+
     /// The name of the file that holds the bytes, for protocols that have one.
     fn filename(&self) -> Option<PathBuf> {
         None

@@ -88,6 +88,9 @@ pub struct OpenFlags {
     pub discard: bool,
     /// Zero detection.
     pub detect_zeroes: DetectZeroes,
+    /// What the node is to the parent it is opened for; empty when it is opened on its own. A protocol
+    /// derives its image locks from it: whoever keeps metadata in a file tolerates no other writer.
+    pub role: Role,
 }
 
 /// What kind of thing an image names.
