@@ -1,3 +1,45 @@
-//! What is done to the house: demo, test, matrix, tidy, bench, doctor, ci.
+//! What is done to the house: demo, test, matrix, tidy, bench, doctor, ci. Dispatch only.
+#![forbid(unsafe_code)]
 
-fn main() {}
+mod ci;
+mod demo;
+mod doctor;
+mod flags;
+mod matrix;
+mod outcome;
+mod run;
+mod test;
+mod tidy;
+
+use std::process::ExitCode;
+
+use flags::{Command, HELP};
+
+fn main() -> ExitCode {
+    let command = match flags::parse(std::env::args().skip(1)) {
+        Ok(command) => command,
+        Err(why) => {
+            run::complain(&format!("{why}\n\n{HELP}"));
+            return ExitCode::from(2);
+        }
+    };
+    let result = match command {
+        Command::Help => {
+            run::say(HELP);
+            Ok(())
+        }
+        Command::Demo => demo::demo(),
+        Command::Test { tier, rest } => test::test(tier, &rest),
+        Command::Matrix { only, list } => matrix::matrix(&only, list),
+        Command::Tidy => tidy::tidy(),
+        Command::Doctor => doctor::doctor(),
+        Command::Ci => ci::ci(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            run::complain(&format!("xtask: {why}"));
+            ExitCode::FAILURE
+        }
+    }
+}

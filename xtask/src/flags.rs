@@ -1,0 +1,137 @@
+//! The commands and their options, parsed by hand: six commands need no parser library.
+
+/// What `cargo xtask` without a command prints.
+pub(crate) const HELP: &str = "\
+cargo xtask COMMAND
+
+  demo                   the main job, end to end, with no input needed
+  test [--tier quick|default|full] [-- TEST-ARGS]
+                         all tests; quick leaves out the matrix, full adds long budgets, loom and sanitizers
+  matrix [--list] [--only axis=value]...
+                         crate x engine x format x cache mode; axes: crate, engine, format, cache
+  tidy                   the house rules that no compiler checks
+  bench [--quick] [--only NAME]
+                         side by side with qemu-img: ratios, medians of interleaved runs
+  doctor                 what is on this machine, what is missing, how to get it
+  ci                     what the server runs: fmt, clippy, tidy, test";
+
+/// How much is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Tier {
+    /// Unit and integration tests.
+    Quick,
+    /// And the matrix.
+    Default,
+    /// And long budgets, loom, sanitizers.
+    Full,
+}
+
+/// A parsed command line.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Command {
+    Help,
+    Demo,
+    Test { tier: Tier, rest: Vec<String> },
+    Matrix { only: Vec<(String, String)>, list: bool },
+    Tidy,
+    Doctor,
+    Ci,
+}
+
+/// Parses what follows `cargo xtask`.
+pub(crate) fn parse(args: impl Iterator<Item = String>) -> Result<Command, String> {
+    let args: Vec<String> = args.collect();
+    let Some((name, rest)) = args.split_first() else { return Ok(Command::Help) };
+    match name.as_str() {
+        "help" | "-h" | "--help" => Ok(Command::Help),
+        "test" => parse_test(rest),
+        "matrix" => parse_matrix(rest),
+        "demo" => bare(name, rest, Command::Demo),
+        "tidy" => bare(name, rest, Command::Tidy),
+        "doctor" => bare(name, rest, Command::Doctor),
+        "ci" => bare(name, rest, Command::Ci),
+        other => Err(format!("there is no command '{other}'")),
+    }
+}
+
+fn bare(name: &str, rest: &[String], command: Command) -> Result<Command, String> {
+    match rest.first() {
+        None => Ok(command),
+        Some(extra) => Err(format!("'{name}' takes no '{extra}'")),
+    }
+}
+
+fn parse_test(args: &[String]) -> Result<Command, String> {
+    let mut tier = Tier::Default;
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        match arg.as_str() {
+            "--" => return Ok(Command::Test { tier, rest: args.cloned().collect() }),
+            "--tier" => {
+                tier = match args.next().map(String::as_str) {
+                    Some("quick") => Tier::Quick,
+                    Some("default") => Tier::Default,
+                    Some("full") => Tier::Full,
+                    other => return Err(format!("--tier {other:?}: use quick, default or full")),
+                }
+            }
+            other => return Err(format!("'test' does not know '{other}'")),
+        }
+    }
+    Ok(Command::Test { tier, rest: Vec::new() })
+}
+
+fn parse_matrix(args: &[String]) -> Result<Command, String> {
+    let (mut only, mut list) = (Vec::new(), false);
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        match arg.as_str() {
+            "--list" => list = true,
+            "--only" => {
+                let pair = args.next().and_then(|p| p.split_once('='));
+                let Some((axis, value)) = pair else {
+                    return Err("--only wants axis=value".into());
+                };
+                if !["crate", "engine", "format", "cache"].contains(&axis) {
+                    return Err(format!(
+                        "there is no axis '{axis}': use crate, engine, format or cache"
+                    ));
+                }
+                only.push((axis.to_owned(), value.to_owned()));
+            }
+            other => return Err(format!("'matrix' does not know '{other}'")),
+        }
+    }
+    Ok(Command::Matrix { only, list })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(line: &str) -> Result<Command, String> {
+        parse(line.split_whitespace().map(str::to_owned))
+    }
+
+    #[test]
+    fn commands_and_their_options() {
+        assert_eq!(of(""), Ok(Command::Help));
+        assert_eq!(
+            of("test --tier full -- a b"),
+            Ok(Command::Test { tier: Tier::Full, rest: vec!["a".into(), "b".into()] })
+        );
+        assert_eq!(
+            of("matrix --only engine=sim"),
+            Ok(Command::Matrix { only: vec![("engine".into(), "sim".into())], list: false })
+        );
+        for wrong in [
+            "nonsense",
+            "ci x",
+            "test --tier huge",
+            "matrix --only colour=red",
+            "matrix --only engine",
+        ] {
+            assert!(of(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! `cargo xtask test`: every test of the workspace, then the matrix; with `--tier full` also loom and sanitizers.
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::process::Command;
+
+use crate::flags::Tier;
+use crate::matrix;
+use crate::outcome::{Counter, Outcome};
+use crate::run::{cargo, complain, root, say, stream, target_dir, which};
+
+/// Runs the tests and prints the closing line.
+pub(crate) fn test(tier: Tier, rest: &[String]) -> Result<(), String> {
+    let outcome = all(tier, rest)?;
+    close(&outcome)
+}
+
+/// Runs the tests and returns the sum.
+pub(crate) fn all(tier: Tier, rest: &[String]) -> Result<Outcome, String> {
+    let mut sum =
+        cargo_test("workspace", cargo().args(["test", "--workspace", "--no-fail-fast"]), rest)?;
+    if tier != Tier::Quick && rest.is_empty() {
+        sum.add(&matrix::cells(&[])?);
+    }
+    if tier == Tier::Full {
+        sum.add(&loom()?);
+        sum.add(&address_sanitizer()?);
+    }
+    Ok(sum)
+}
+
+/// Says why tests were skipped, what failed, and the line that counts.
+pub(crate) fn close(outcome: &Outcome) -> Result<(), String> {
+    for (why, count) in &outcome.reasons {
+        say(&format!("skipped {count}: {why}"));
+    }
+    for name in &outcome.failures {
+        say(&format!("FAILED  {name}"));
+    }
+    say(&outcome.line());
+    if outcome.failed > 0 {
+        return Err(format!("{} failed; full output under {}", outcome.failed, logs().display()));
+    }
+    if outcome.passed == 0 {
+        return Err("no test ran".into());
+    }
+    Ok(())
+}
+
+/// Runs one `cargo test` command, counting and showing how it goes; its full output goes to a log.
+pub(crate) fn cargo_test(
+    name: &str,
+    command: &mut Command,
+    rest: &[String],
+) -> Result<Outcome, String> {
+    counted(name, command, rest, |line| {
+        if shown(line) {
+            say(line.trim_end());
+        }
+    })
+}
+
+/// The same without a word; the full output goes to a log.
+pub(crate) fn quiet_cargo_test(
+    name: &str,
+    command: &mut Command,
+    rest: &[String],
+) -> Result<Outcome, String> {
+    counted(name, command, rest, |_| {})
+}
+
+fn counted(
+    name: &str,
+    command: &mut Command,
+    rest: &[String],
+    each: impl Fn(&str),
+) -> Result<Outcome, String> {
+    let path = logs().join(format!("{name}.log"));
+    fs::create_dir_all(logs()).map_err(|e| format!("cannot make {}: {e}", logs().display()))?;
+    let mut log =
+        File::create(&path).map_err(|e| format!("cannot write {}: {e}", path.display()))?;
+    command.args(["--", "--show-output"]).args(rest);
+    let mut counter = Counter::default();
+    let ended_well = stream(command, &mut log, |line| {
+        counter.line(line);
+        each(line);
+    });
+    let mut outcome = counter.finish();
+    let ended_well = ended_well.map_err(|e| format!("cannot run cargo: {e}"))?;
+    if !ended_well && outcome.failed == 0 {
+        complain(&format!(
+            "{name}: did not build or was ended by a signal; see {}",
+            path.display()
+        ));
+        outcome.fail(&format!("{name} (see {})", path.display()));
+    }
+    Ok(outcome)
+}
+
+/// Lines worth a person's eye while the run goes on.
+fn shown(line: &str) -> bool {
+    let trimmed = line.trim_start();
+    trimmed.starts_with("Running ")
+        || trimmed.starts_with("Doc-tests ")
+        || trimmed.starts_with("test result: ")
+        || trimmed.starts_with("error")
+        || trimmed.starts_with("panicked at")
+        || trimmed.starts_with("thread '")
+        || line.ends_with(" ... FAILED")
+}
+
+/// The arena's models of its races.
+fn loom() -> Result<Outcome, String> {
+    let mut command = cargo();
+    command
+        .args(["test", "--release", "--package", "bds-refcount", "--test", "loom_arena"])
+        .env("RUSTFLAGS", "--cfg loom")
+        .env("CARGO_TARGET_DIR", target_dir().join("loom"));
+    cargo_test("loom", &mut command, &[])
+}
+
+/// The cellar's buffers under AddressSanitizer, where a nightly toolchain is installed.
+fn address_sanitizer() -> Result<Outcome, String> {
+    let mut outcome = Outcome::default();
+    let nightly = which("rustup").is_some()
+        && Command::new("rustup")
+            .args(["run", "nightly", "rustc", "--version"])
+            .output()
+            .is_ok_and(|o| o.status.success());
+    if !nightly {
+        outcome.skip("AddressSanitizer needs the nightly toolchain");
+        return Ok(outcome);
+    }
+    let mut command = Command::new("rustup");
+    command
+        .current_dir(root())
+        .args([
+            "run",
+            "nightly",
+            "cargo",
+            "test",
+            "--package",
+            "bds-io",
+            "--tests",
+            "--target",
+            "x86_64-unknown-linux-gnu",
+        ])
+        .env_remove("CARGO")
+        .env_remove("RUSTUP_TOOLCHAIN")
+        .env("RUSTFLAGS", "-Zsanitizer=address")
+        .env("CARGO_TARGET_DIR", target_dir().join("asan"));
+    cargo_test("asan", &mut command, &[])
+}
+
+fn logs() -> PathBuf {
+    target_dir().join("xtask")
+}
