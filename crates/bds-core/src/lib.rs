@@ -7,6 +7,7 @@
 pub mod driver;
 pub mod error;
 pub mod options;
+mod traffic;
 
 pub use driver::{Driver, DriverType};
 pub use error::{Error, ErrorKind, Result};

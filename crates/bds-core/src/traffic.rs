@@ -1,0 +1,446 @@
+//! Who is inside one node now: in-flight counts, overlapping requests, and what has been flushed.
+//!
+//! Pure bookkeeping: no I/O, no graph, no policy. The corridor (`request/`) enters requests here; a drain
+//! (`graph/`) waits here until nobody is inside.
+//!
+//! Three ways to be inside, from cheap to dear:
+//!
+//! ```text
+//! Inline   one counter of this thread's shard; never waits; refused while a serialising request exists
+//! InFlight one counter of this thread's shard; may wait
+//! Tracked  an entry with its byte range: plain ones in this thread's shard, serialising ones in `central`
+//! ```
+//!
+//! Only pairs with a serialising side conflict. Order is by ticket, and the later one waits for the earlier one:
+//! a serialising request draws its ticket when it registers, in one critical section of `central` in which it
+//! also visits all shards and gives the plain requests it overlaps an earlier ticket. A plain request without a
+//! ticket either was never met, or draws its own (later) one when it sees the flag. Tickets are a total
+//! order, so nobody waits in a circle, and a stream of newcomers cannot starve one that waits.
+//!
+//! Why nobody is overlooked:
+//! * plain against serialising: the plain one enters its shard under the shard's lock and *then* looks at
+//!   `serialising`; the serialising one raises `serialising` and *then* locks the shard. Whichever held the
+//!   shard's lock second sees the other.
+//! * inline against serialising: the inline one increments `inline` and then loads `serialising`; the
+//!   serialising one increments `serialising` and then loads `inline`, all `SeqCst`. In the total order of
+//!   `SeqCst` operations one of the two loads comes last and sees the other's increment (Dekker).
+//! * wake-ups: a watcher increments `watchers`, arms its listener and then looks; a leaver leaves and then
+//!   loads `watchers`. By the same two arguments either the watcher sees it gone or the leaver sees the watcher.
+//!
+//! Lock order: `central` before a shard's `plain`. Neither is held across an await. `flush` (waiting without
+//! blocking a thread) is taken before both and held while a flush runs.
+
+use std::cell::Cell;
+use std::fmt;
+use std::ops::Range;
+use std::pin::pin;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use crossbeam::utils::CachePadded;
+use slab::Slab;
+
+use bds_io::sync::{Mutex as AsyncMutex, MutexGuard as AsyncMutexGuard, Notify};
+
+use crate::error::Error;
+
+/// More shards than this cost memory for nothing.
+const MAX_SHARDS: usize = 16;
+
+/// Bookkeeping of one node.
+pub(crate) struct Traffic {
+    shards: Box<[CachePadded<Shard>]>,
+    /// Serialising requests registered; non-zero closes the inline way.
+    serialising: AtomicUsize,
+    /// Tasks that wait for somebody to leave.
+    watchers: AtomicUsize,
+    gone: Notify,
+    central: Mutex<Central>,
+    flush: AsyncMutex<FlushState>,
+    flush_failure: Mutex<Option<Error>>,
+}
+
+#[derive(Default)]
+struct Shard {
+    /// Inline requests inside.
+    inline: AtomicUsize,
+    /// Requests inside that may wait.
+    waiting_kind: AtomicUsize,
+    /// Writes ended, whether well or not.
+    writes: AtomicU64,
+    plain: Mutex<Slab<Entry>>,
+}
+
+#[derive(Default)]
+struct Central {
+    last_ticket: u64,
+    serialising: Slab<Entry>,
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    range: Range<u64>,
+    /// Zero: never met a serialising request.
+    ticket: u64,
+}
+
+impl Entry {
+    fn overlaps(&self, range: &Range<u64>) -> bool {
+        self.range.start < range.end && range.start < self.range.end
+    }
+}
+
+/// What the last successful flush covered.
+#[derive(Debug, Default)]
+pub(crate) struct FlushState {
+    flushed: u64,
+}
+
+impl fmt::Debug for Traffic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Traffic")
+            .field("in_flight", &self.in_flight())
+            .field("serialising", &self.serialising.load(Ordering::Relaxed))
+            .finish_non_exhaustive()
+    }
+}
+
+impl Default for Traffic {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Traffic {
+    /// Nobody inside, nothing written.
+    pub(crate) fn new() -> Self {
+        Self {
+            shards: (0..shard_count()).map(|_| CachePadded::default()).collect(),
+            serialising: AtomicUsize::new(0),
+            watchers: AtomicUsize::new(0),
+            gone: Notify::new(),
+            central: Mutex::default(),
+            flush: AsyncMutex::default(),
+            flush_failure: Mutex::default(),
+        }
+    }
+
+    /// Requests inside now, of all kinds. Exact only while nobody can enter.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.shards
+            .iter()
+            .map(|s| s.inline.load(Ordering::SeqCst) + s.waiting_kind.load(Ordering::SeqCst))
+            .sum()
+    }
+
+    /// Waits until nobody is inside. The caller has closed the gates before; otherwise the answer is
+    /// outdated when it arrives.
+    pub(crate) async fn wait_idle(&self) {
+        let _watching = self.watch();
+        loop {
+            let mut gone = pin!(self.gone.notified());
+            gone.as_mut().enable();
+            if self.in_flight() == 0 {
+                return;
+            }
+            gone.await;
+        }
+    }
+
+    /// Enters a request that ends before this thread does anything else. `None` while a serialising request
+    /// exists. The caller must look at the edge's gate *after* this (see `request::port`).
+    #[inline]
+    pub(crate) fn try_inline(&self) -> Option<Inline<'_>> {
+        let shard = self.own_shard();
+        shard.inline.fetch_add(1, Ordering::SeqCst);
+        let guard = Inline { traffic: self, shard };
+        // SeqCst pairs with `track`; see the module's argument.
+        (self.serialising.load(Ordering::SeqCst) == 0).then_some(guard)
+    }
+
+    /// Enters a request that may wait. The caller must look at the edge's gate *after* this.
+    #[inline]
+    pub(crate) fn enter(&self) -> InFlight<'_> {
+        let shard = self.own_shard();
+        shard.waiting_kind.fetch_add(1, Ordering::SeqCst);
+        InFlight { traffic: self, shard }
+    }
+
+    fn own_shard(&self) -> &Shard {
+        &self.shards[thread_number() & (self.shards.len() - 1)]
+    }
+
+    fn watch(&self) -> Watching<'_> {
+        self.watchers.fetch_add(1, Ordering::SeqCst);
+        Watching(self)
+    }
+
+    #[inline]
+    fn notify_watchers(&self) {
+        if self.watchers.load(Ordering::SeqCst) != 0 {
+            self.gone.notify_waiters();
+        }
+    }
+
+    fn lock_central(&self) -> MutexGuard<'_, Central> {
+        self.central.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes that ended so far, over all shards. Shards only grow, so two equal sums mean the same writes.
+    fn writes(&self) -> u64 {
+        self.shards
+            .iter()
+            .fold(0, |sum, s| u64::wrapping_add(sum, s.writes.load(Ordering::Acquire)))
+    }
+
+    /// Lets one flush at a time in, in order of arrival.
+    pub(crate) async fn begin_flush(&self) -> Flushing<'_> {
+        let state = self.flush.lock().await;
+        let covers = self.writes();
+        Flushing { traffic: self, state, covers }
+    }
+
+    /// The failure that every later flush of this node must report, if there was one.
+    pub(crate) fn flush_failure(&self) -> Option<Error> {
+        let failure = self.flush_failure.lock().unwrap_or_else(PoisonError::into_inner);
+        failure.as_ref().map(Error::duplicate)
+    }
+
+    /// Forgets a failed flush: the node was reopened, so its cache is a new one.
+    pub(crate) fn clear_flush_failure(&self) {
+        *self.flush_failure.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+struct Watching<'a>(&'a Traffic);
+
+impl Drop for Watching<'_> {
+    fn drop(&mut self) {
+        self.0.watchers.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// One flush, alone.
+pub(crate) struct Flushing<'a> {
+    traffic: &'a Traffic,
+    state: AsyncMutexGuard<'a, FlushState>,
+    covers: u64,
+}
+
+impl Flushing<'_> {
+    /// True if nothing was written since the last successful flush began.
+    pub(crate) fn is_clean(&self) -> bool {
+        self.state.flushed == self.covers
+    }
+
+    /// The medium holds every write that ended before this flush began.
+    pub(crate) fn succeeded(&mut self) {
+        self.state.flushed = self.covers;
+    }
+
+    /// The medium may have lost writes: every later flush reports it.
+    pub(crate) fn failed(&self, error: &Error) {
+        let failure = &self.traffic.flush_failure;
+        let mut failure = failure.lock().unwrap_or_else(PoisonError::into_inner);
+        failure.get_or_insert_with(|| error.duplicate());
+    }
+}
+
+/// A request that runs to its end on this thread without waiting.
+pub(crate) struct Inline<'a> {
+    traffic: &'a Traffic,
+    shard: &'a Shard,
+}
+
+impl Inline<'_> {
+    /// A write ended, well or not: the next flush has work. Call after the driver returned, never before.
+    #[inline]
+    pub(crate) fn wrote(&self) {
+        self.shard.writes.fetch_add(1, Ordering::Release);
+    }
+}
+
+impl Drop for Inline<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        self.shard.inline.fetch_sub(1, Ordering::SeqCst);
+        self.traffic.notify_watchers();
+    }
+}
+
+/// A request that may wait. A drain waits for it.
+pub(crate) struct InFlight<'a> {
+    traffic: &'a Traffic,
+    shard: &'a Shard,
+}
+
+impl<'a> InFlight<'a> {
+    /// Marks that this request may change bytes: when the mark goes, however it goes, the next flush has work.
+    pub(crate) fn writing(&self) -> Writing<'a> {
+        Writing(self.shard)
+    }
+
+    /// Registers the bytes this request touches. A serialising one excludes all that overlap it.
+    /// Call [`Tracked::wait_turn`] next.
+    pub(crate) fn track(&self, range: Range<u64>, serialising: bool) -> Tracked<'a> {
+        if serialising { self.track_serialising(range) } else { self.track_plain(range) }
+    }
+
+    fn track_plain(&self, range: Range<u64>) -> Tracked<'a> {
+        let (traffic, shard) = (self.traffic, self.shard);
+        let entry = Entry { range: range.clone(), ticket: 0 };
+        let slot = lock_plain(shard).insert(entry);
+        let place = Place::Plain { shard, slot };
+        let mut tracked = Tracked { traffic, place, range, ticket: 0, inline_pending: 0 };
+        if traffic.serialising.load(Ordering::SeqCst) != 0 {
+            let mut central = traffic.lock_central();
+            let mut plain = lock_plain(shard);
+            let entry = &mut plain[slot];
+            if entry.ticket == 0 {
+                central.last_ticket += 1;
+                entry.ticket = central.last_ticket;
+            }
+            tracked.ticket = entry.ticket;
+        }
+        tracked
+    }
+
+    fn track_serialising(&self, range: Range<u64>) -> Tracked<'a> {
+        let traffic = self.traffic;
+        traffic.serialising.fetch_add(1, Ordering::SeqCst);
+        let mut central = traffic.lock_central();
+        for shard in &traffic.shards {
+            for (_, entry) in lock_plain(shard).iter_mut() {
+                if entry.ticket == 0 && entry.overlaps(&range) {
+                    central.last_ticket += 1;
+                    entry.ticket = central.last_ticket;
+                }
+            }
+        }
+        central.last_ticket += 1;
+        let ticket = central.last_ticket;
+        let slot = central.serialising.insert(Entry { range: range.clone(), ticket });
+        let inline_pending = (1 << traffic.shards.len()) - 1;
+        Tracked { traffic, place: Place::Serialising { slot }, range, ticket, inline_pending }
+    }
+}
+
+impl Drop for InFlight<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        self.shard.waiting_kind.fetch_sub(1, Ordering::SeqCst);
+        self.traffic.notify_watchers();
+    }
+}
+
+/// See [`InFlight::writing`].
+pub(crate) struct Writing<'a>(&'a Shard);
+
+impl Drop for Writing<'_> {
+    fn drop(&mut self) {
+        self.0.writes.fetch_add(1, Ordering::Release);
+    }
+}
+
+enum Place<'a> {
+    Plain { shard: &'a Shard, slot: usize },
+    Serialising { slot: usize },
+}
+
+/// A registered byte range. Dropping it, also while it waits, lets the next ones in.
+pub(crate) struct Tracked<'a> {
+    traffic: &'a Traffic,
+    place: Place<'a>,
+    range: Range<u64>,
+    ticket: u64,
+    /// Serialising: shards not yet seen without inline requests, one bit each.
+    inline_pending: u32,
+}
+
+impl Tracked<'_> {
+    /// Waits until no earlier conflicting request is inside.
+    #[inline]
+    pub(crate) async fn wait_turn(&mut self) {
+        if self.ticket == 0 || !self.is_blocked() {
+            return;
+        }
+        let _watching = self.traffic.watch();
+        loop {
+            let mut gone = pin!(self.traffic.gone.notified());
+            gone.as_mut().enable();
+            if !self.is_blocked() {
+                return;
+            }
+            gone.await;
+        }
+    }
+
+    /// True if an earlier request overlaps and conflicts. (Inline requests end by themselves and do not count.)
+    pub(crate) fn has_conflict(&self) -> bool {
+        if self.ticket == 0 {
+            return false;
+        }
+        let blocks = |e: &Entry| e.ticket != 0 && e.ticket < self.ticket && e.overlaps(&self.range);
+        let central = self.traffic.lock_central();
+        if central.serialising.iter().any(|(_, e)| blocks(e)) {
+            return true;
+        }
+        // Plain requests conflict with a serialising one only. Those without a ticket came later.
+        matches!(self.place, Place::Serialising { .. })
+            && self.traffic.shards.iter().any(|s| lock_plain(s).iter().any(|(_, e)| blocks(e)))
+    }
+
+    fn is_blocked(&mut self) -> bool {
+        for (bit, shard) in self.traffic.shards.iter().enumerate() {
+            if self.inline_pending & (1 << bit) != 0 && shard.inline.load(Ordering::SeqCst) == 0 {
+                self.inline_pending &= !(1 << bit);
+            }
+        }
+        self.inline_pending != 0 || self.has_conflict()
+    }
+}
+
+impl Drop for Tracked<'_> {
+    fn drop(&mut self) {
+        match self.place {
+            Place::Plain { shard, slot } => {
+                lock_plain(shard).remove(slot);
+            }
+            Place::Serialising { slot } => {
+                self.traffic.lock_central().serialising.remove(slot);
+                self.traffic.serialising.fetch_sub(1, Ordering::SeqCst);
+            }
+        }
+        self.traffic.notify_watchers();
+    }
+}
+
+fn lock_plain(shard: &Shard) -> MutexGuard<'_, Slab<Entry>> {
+    shard.plain.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn shard_count() -> usize {
+    static COUNT: OnceLock<usize> = OnceLock::new();
+    *COUNT.get_or_init(|| {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        threads.next_power_of_two().min(MAX_SHARDS)
+    })
+}
+
+/// A small number of this thread, dense over the process, so that threads spread over shards.
+#[inline]
+fn thread_number() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    thread_local! {
+        static NUMBER: Cell<usize> = const { Cell::new(usize::MAX) };
+    }
+    NUMBER.with(|n| {
+        if n.get() == usize::MAX {
+            n.set(NEXT.fetch_add(1, Ordering::Relaxed) & (usize::MAX >> 1));
+        }
+        n.get()
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,165 @@
+//! Order, exclusion and wake-ups, on futures polled by hand.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
+
+use super::{InFlight, Tracked, Traffic};
+use crate::error::{Error, ErrorKind};
+
+#[derive(Default)]
+struct CountWakes(AtomicUsize);
+
+impl Wake for CountWakes {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+fn poll<F: Future>(future: Pin<&mut F>, wakes: &Arc<CountWakes>) -> Poll<F::Output> {
+    future.poll(&mut Context::from_waker(&Waker::from(wakes.clone())))
+}
+
+/// Tracks a range and says whether it may go at once.
+fn goes<'a>(
+    inside: &InFlight<'a>,
+    range: std::ops::Range<u64>,
+    serialising: bool,
+) -> (Tracked<'a>, bool) {
+    let mut tracked = inside.track(range, serialising);
+    let wakes = Arc::default();
+    let ready = poll(std::pin::pin!(tracked.wait_turn()), &wakes).is_ready();
+    (tracked, ready)
+}
+
+#[test]
+fn conflicts_need_an_overlap_and_a_serialising_side() {
+    // (first range, serialising), (second range, serialising), may the second go?
+    let table = [
+        ((0..10, false), (5..15, false), true),
+        ((0..10, true), (5..15, false), false),
+        ((0..10, false), (5..15, true), false),
+        ((0..10, true), (5..15, true), false),
+        ((0..10, true), (10..15, true), true),
+        ((0..10, true), (10..15, false), true),
+        ((10..15, false), (0..10, true), true),
+    ];
+    for ((a, a_serialising), (b, b_serialising), expected) in table {
+        let traffic = Traffic::new();
+        let inside = traffic.enter();
+        let (_first, ready) = goes(&inside, a.clone(), a_serialising);
+        assert!(ready);
+        let (_second, ready) = goes(&inside, b.clone(), b_serialising);
+        assert_eq!(ready, expected, "{a:?} {a_serialising} then {b:?} {b_serialising}");
+    }
+}
+
+#[test]
+fn a_waiting_request_is_not_overtaken_and_its_cancelling_lets_others_in() {
+    let traffic = Traffic::new();
+    let inside = traffic.enter();
+    let (_plain, ready) = goes(&inside, 0..10, false);
+    assert!(ready);
+    let mut serialising = inside.track(5..20, true);
+    let (mut later, ready) = goes(&inside, 15..25, false);
+    assert!(!ready, "the newcomer overlaps one that waits already");
+
+    let wakes = Arc::<CountWakes>::default();
+    let mut later = Box::pin(later.wait_turn());
+    {
+        let mut waiting = Box::pin(serialising.wait_turn());
+        assert!(poll(waiting.as_mut(), &wakes).is_pending());
+        assert!(poll(later.as_mut(), &wakes).is_pending());
+    }
+    drop(serialising);
+    assert!(wakes.0.load(Ordering::SeqCst) > 0);
+    assert!(poll(later.as_mut(), &wakes).is_ready());
+}
+
+#[test]
+fn a_plain_request_met_by_a_serialising_one_goes_first() {
+    let traffic = Traffic::new();
+    let inside = traffic.enter();
+    let mut plain = inside.track(0..10, false);
+    let mut serialising = inside.track(0..10, true);
+    let wakes = Arc::<CountWakes>::default();
+    assert!(poll(std::pin::pin!(plain.wait_turn()), &wakes).is_ready());
+    assert!(serialising.has_conflict());
+    let mut waiting = Box::pin(serialising.wait_turn());
+    assert!(poll(waiting.as_mut(), &wakes).is_pending());
+    drop(plain);
+    assert!(wakes.0.load(Ordering::SeqCst) > 0);
+    assert!(poll(waiting.as_mut(), &wakes).is_ready());
+}
+
+#[test]
+fn a_serialising_request_closes_the_inline_way_and_waits_for_those_on_it() {
+    let traffic = Traffic::new();
+    let inline = traffic.try_inline().expect("nobody serialises");
+    let inside = traffic.enter();
+    let mut serialising = inside.track(0..1, true);
+    assert!(traffic.try_inline().is_none());
+    let wakes = Arc::<CountWakes>::default();
+    let mut waiting = Box::pin(serialising.wait_turn());
+    assert!(poll(waiting.as_mut(), &wakes).is_pending());
+    drop(inline);
+    assert!(wakes.0.load(Ordering::SeqCst) > 0);
+    assert!(poll(waiting.as_mut(), &wakes).is_ready());
+    drop(waiting);
+    drop(serialising);
+    assert!(traffic.try_inline().is_some());
+}
+
+#[test]
+fn idle_means_nobody_of_any_kind() {
+    let traffic = Traffic::new();
+    let wakes = Arc::<CountWakes>::default();
+    let inside = traffic.enter();
+    let inline = traffic.try_inline();
+    assert_eq!(traffic.in_flight(), 2);
+    let mut idle = Box::pin(traffic.wait_idle());
+    assert!(poll(idle.as_mut(), &wakes).is_pending());
+    drop(inline);
+    assert!(poll(idle.as_mut(), &wakes).is_pending());
+    drop(inside);
+    assert!(wakes.0.load(Ordering::SeqCst) >= 2);
+    assert!(poll(idle.as_mut(), &wakes).is_ready());
+}
+
+#[test]
+fn a_flush_covers_writes_that_ended_before_it_began() {
+    let traffic = Traffic::new();
+    let wakes = Arc::<CountWakes>::default();
+    let begin = || match poll(Box::pin(traffic.begin_flush()).as_mut(), &wakes) {
+        Poll::Ready(flushing) => flushing,
+        Poll::Pending => panic!("nobody flushes"),
+    };
+    assert!(begin().is_clean());
+    let inside = traffic.enter();
+    let during = inside.writing();
+    drop(inside.writing());
+    let mut flushing = begin();
+    assert!(!flushing.is_clean());
+    drop(during);
+    flushing.succeeded();
+    drop(flushing);
+    assert!(!begin().is_clean(), "the write that ended during the flush is not covered");
+    begin().succeeded();
+    assert!(begin().is_clean());
+}
+
+#[test]
+fn a_failed_flush_sticks_until_reopened() {
+    let traffic = Traffic::new();
+    let wakes = Arc::<CountWakes>::default();
+    let Poll::Ready(flushing) = poll(Box::pin(traffic.begin_flush()).as_mut(), &wakes) else {
+        panic!("nobody flushes")
+    };
+    flushing.failed(&Error::new(ErrorKind::Io, "first"));
+    flushing.failed(&Error::new(ErrorKind::NoSpace, "second"));
+    assert_eq!(traffic.flush_failure().expect("it failed").message(), "first");
+    traffic.clear_flush_failure();
+    assert!(traffic.flush_failure().is_none());
+}
