@@ -31,9 +31,24 @@ pub(crate) enum Tier {
 pub(crate) enum Command {
     Help,
     Demo,
-    Test { tier: Tier, rest: Vec<String> },
-    Matrix { only: Vec<(String, String)>, list: bool },
+    Test {
+        tier: Tier,
+        rest: Vec<String>,
+    },
+    Matrix {
+        only: Vec<(String, String)>,
+        list: bool,
+    },
     Tidy,
+    Bench {
+        quick: bool,
+        only: Option<String>,
+    },
+    /// Not for people: runs one command and writes what it cost.
+    Measure {
+        report: String,
+        command: Vec<String>,
+    },
     Doctor,
     Ci,
 }
@@ -46,6 +61,8 @@ pub(crate) fn parse(args: impl Iterator<Item = String>) -> Result<Command, Strin
         "help" | "-h" | "--help" => Ok(Command::Help),
         "test" => parse_test(rest),
         "matrix" => parse_matrix(rest),
+        "bench" => parse_bench(rest),
+        "measure" => parse_measure(rest),
         "demo" => bare(name, rest, Command::Demo),
         "tidy" => bare(name, rest, Command::Tidy),
         "doctor" => bare(name, rest, Command::Doctor),
@@ -79,6 +96,28 @@ fn parse_test(args: &[String]) -> Result<Command, String> {
         }
     }
     Ok(Command::Test { tier, rest: Vec::new() })
+}
+
+fn parse_bench(args: &[String]) -> Result<Command, String> {
+    let (mut quick, mut only) = (false, None);
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        match arg.as_str() {
+            "--quick" => quick = true,
+            "--only" => only = Some(args.next().ok_or("--only wants a part of a name")?.clone()),
+            other => return Err(format!("'bench' does not know '{other}'")),
+        }
+    }
+    Ok(Command::Bench { quick, only })
+}
+
+fn parse_measure(args: &[String]) -> Result<Command, String> {
+    match args {
+        [report, dashes, command @ ..] if dashes == "--" && !command.is_empty() => {
+            Ok(Command::Measure { report: report.clone(), command: command.to_vec() })
+        }
+        _ => Err("measure REPORT -- COMMAND [ARG]...".into()),
+    }
 }
 
 fn parse_matrix(args: &[String]) -> Result<Command, String> {

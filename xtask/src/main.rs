@@ -1,6 +1,7 @@
 //! What is done to the house: demo, test, matrix, tidy, bench, doctor, ci. Dispatch only.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod ci;
 mod demo;
 mod doctor;
@@ -32,6 +33,8 @@ fn main() -> ExitCode {
         Command::Test { tier, rest } => test::test(tier, &rest),
         Command::Matrix { only, list } => matrix::matrix(&only, list),
         Command::Tidy => tidy::tidy(),
+        Command::Bench { quick, only } => bench::bench(quick, only.as_deref()),
+        Command::Measure { report, command } => bench::measure::run_child(&report, &command),
         Command::Doctor => doctor::doctor(),
         Command::Ci => ci::ci(),
     };

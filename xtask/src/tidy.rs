@@ -170,6 +170,9 @@ fn function_name(line: &str) -> Option<&str> {
         "pub(crate) async fn ",
         "const fn ",
         "pub const fn ",
+        "unsafe fn ",
+        "pub unsafe fn ",
+        "pub(crate) unsafe fn ",
         "pub(super) fn ",
         "pub(super) async fn ",
     ];

@@ -1,0 +1,90 @@
+//! One row a case: medians, spread, ratios.
+
+use super::Runs;
+use super::cases::{Case, Measured};
+
+/// The table's head.
+pub(crate) const HEAD: &str = "\
+| case | bds | qemu-img (best) | speed ratio | CPU bds | CPU qemu | CPU ratio | peak MiB bds / qemu | target |
+|---|---|---|---|---|---|---|---|---|
+";
+
+/// The row of one case. The first contestant is ours; extra ones whose name starts with "bds" follow in the first column.
+pub(crate) fn row(case: &Case, runs: &[Runs]) -> String {
+    let Some((ours, others)) = runs.split_first() else { return String::new() };
+    let own: Vec<&Runs> = others.iter().filter(|r| r.who.starts_with("bds")).collect();
+    let theirs = others
+        .iter()
+        .filter(|r| !r.who.starts_with("bds"))
+        .min_by(|a, b| seconds(a).total_cmp(&seconds(b)));
+    let mut first = speed(case, ours);
+    for extra in own {
+        let ratio = seconds(extra) / seconds(ours);
+        first = format!("{first}; {}: {} (ratio {ratio:.2})", extra.who, speed(case, extra));
+    }
+    let Some(theirs) = theirs else {
+        return format!(
+            "| {} | {first} | - | - | {} | - | - | {} | {} |",
+            case.name,
+            cpu(case, ours),
+            peak(ours),
+            case.target
+        );
+    };
+    format!(
+        "| {} | {first} | {} {} | {:.2} | {} | {} | {:.2} | {} / {} | {} |",
+        case.name,
+        speed(case, theirs),
+        theirs.who,
+        seconds(theirs) / seconds(ours),
+        cpu(case, ours),
+        cpu(case, theirs),
+        cpu_seconds(ours) / cpu_seconds(theirs),
+        peak(ours),
+        peak(theirs),
+        case.target,
+    )
+}
+
+fn speed(case: &Case, runs: &Runs) -> String {
+    let of =
+        |f: fn(&mut Vec<f64>) -> f64| f(&mut runs.costs.iter().map(|c| c.reported_s).collect());
+    let (median, min, max) = (of(median), of(smallest), of(largest));
+    match case.measured {
+        Measured::Requests(count) => {
+            let kilo = |s: f64| f64::from(count) / s / 1000.0;
+            format!("{:.0}k/s ({:.0}..{:.0})", kilo(median), kilo(max), kilo(min))
+        }
+        Measured::Seconds => format!("{median:.3}s ({min:.3}..{max:.3})"),
+    }
+}
+
+fn cpu(case: &Case, runs: &Runs) -> String {
+    match case.measured {
+        Measured::Requests(count) => format!("{:.2}us", cpu_seconds(runs) / f64::from(count) * 1e6),
+        Measured::Seconds => format!("{:.3}s", cpu_seconds(runs)),
+    }
+}
+
+fn seconds(runs: &Runs) -> f64 {
+    middle(&sorted(runs.costs.iter().map(|c| c.reported_s)))
+}
+
+fn cpu_seconds(runs: &Runs) -> f64 {
+    middle(&sorted(runs.costs.iter().map(|c| c.cpu_s)))
+}
+
+fn peak(runs: &Runs) -> String {
+    let kib = runs.costs.iter().map(|c| c.peak_kib).max().unwrap_or(0);
+    format!("{}", kib / 1024)
+}
+
+fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values
+}
+
+fn middle(sorted: &[f64]) -> f64 {
+    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+}
