@@ -47,9 +47,10 @@ pub(crate) fn row(case: &Case, runs: &[Runs]) -> String {
 }
 
 fn speed(case: &Case, runs: &Runs) -> String {
-    let of =
-        |f: fn(&mut Vec<f64>) -> f64| f(&mut runs.costs.iter().map(|c| c.reported_s).collect());
-    let (median, min, max) = (of(median), of(smallest), of(largest));
+    let all = sorted(runs.costs.iter().map(|c| c.reported_s));
+    let (min, max) =
+        (all.first().copied().unwrap_or(f64::NAN), all.last().copied().unwrap_or(f64::NAN));
+    let median = middle(&all);
     match case.measured {
         Measured::Requests(count) => {
             let kilo = |s: f64| f64::from(count) / s / 1000.0;
