@@ -7,10 +7,12 @@ use std::pin::Pin;
 use std::task::{self, Poll};
 use std::time::Duration;
 
+use crate::current::{self, Current};
+
 /// Which engine moves bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum EngineKind {
-    /// io_uring where the kernel has it, else the pool.
+    /// io_uring where the kernel has it, else the pool. `BDS_ENGINE=uring|pool` decides instead if set.
     #[default]
     Auto,
     /// io_uring only.
@@ -25,6 +27,10 @@ pub struct ContextOptions {
     /// Which engine.
     pub engine: EngineKind,
 }
+
+/// What the owning thread alone touches.
+#[derive(Debug)]
+pub(crate) struct Local {}
 
 /// One thread's executor, engine and clock. Not `Send`: make it where it runs.
 #[derive(Debug)]
@@ -64,19 +70,20 @@ impl Context {
 
 /// A spawned future. Dropping it cancels; `detach` lets it run on.
 #[derive(Debug)]
-pub struct Task<T>(std::marker::PhantomData<T>);
+#[must_use = "dropping a Task cancels it; await or detach it"]
+pub struct Task<T>(pub(crate) async_task::Task<T>);
 
 impl<T> Task<T> {
     /// Lets the task run to its end without anyone waiting.
     pub fn detach(self) {
-        todo!()
+        self.0.detach();
     }
 }
 
 impl<T> Future for Task<T> {
     type Output = T;
-    fn poll(self: Pin<&mut Self>, _cx: &mut task::Context<'_>) -> Poll<T> {
-        todo!()
+    fn poll(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<T> {
+        Pin::new(&mut self.0).poll(cx)
     }
 }
 
@@ -88,28 +95,52 @@ pub fn block_on<F: Future>(future: F) -> F::Output {
 
 /// Spawns onto the current Context, or the shared background one. In a simulated Context: onto that.
 pub fn spawn<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static) -> Task<T> {
-    let _ = future;
-    todo!()
+    match current::get() {
+        Current::Sim(sim) => sim.spawn(future),
+        _ => todo!(),
+    }
 }
 
 /// Runs CPU-heavy `work` on the worker pool (simulated: inline, finishing at a seeded moment).
 pub async fn offload<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    let _ = work;
-    todo!()
+    let sim = match current::get() {
+        Current::Sim(sim) => Some(sim),
+        _ => None,
+    };
+    match sim {
+        Some(sim) => sim.offload(work).await,
+        None => todo!(),
+    }
 }
 
 /// Time since an arbitrary start; virtual in a simulated Context.
 pub fn now() -> Duration {
-    todo!()
+    match current::get() {
+        Current::Sim(sim) => sim.now(),
+        _ => todo!(),
+    }
 }
 
 /// Waits; virtual in a simulated Context.
 pub async fn sleep(how_long: Duration) {
-    let _ = how_long;
-    todo!()
+    let sim = match current::get() {
+        Current::Sim(sim) => Some(sim),
+        _ => None,
+    };
+    match sim {
+        Some(sim) => sim.sleep(how_long).await,
+        None => todo!(),
+    }
 }
 
 /// Lets others run.
 pub async fn yield_now() {
-    todo!()
+    let sim = match current::get() {
+        Current::Sim(sim) => Some(sim),
+        _ => None,
+    };
+    match sim {
+        Some(sim) => sim.yield_now().await,
+        None => todo!(),
+    }
 }

@@ -5,7 +5,8 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crate::IoVec;
-use crate::sim::Sim;
+use crate::host::HostFile;
+use crate::sim::{Sim, SimFile};
 
 /// Where names are looked up: the host, or a simulated disk.
 #[derive(Clone, Debug, Default)]
@@ -28,6 +29,9 @@ pub struct OpenOptions {
     pub exclusive: bool,
     /// Bypass the page cache (O_DIRECT).
     pub direct: bool,
+    /// Longest buffered write, in bytes, that is done at once on the calling thread (into the page
+    /// cache) where the file system cannot say whether it would wait. None: the measured default.
+    pub inline_write_max_bytes: Option<u32>,
 }
 
 /// What an opened name turned out to be.
@@ -75,91 +79,135 @@ pub struct Extent {
 impl Fs {
     /// Opens `path`. Blocks this thread for the open itself.
     pub fn open(&self, path: &Path, options: &OpenOptions) -> io::Result<File> {
-        let _ = (path, options);
-        todo!()
+        Ok(File(match self {
+            Fs::Host => Inner::Host(HostFile::open(path, options)?),
+            Fs::Sim(sim) => Inner::Sim(sim.open(path, options)?),
+        }))
     }
     /// Removes a file.
     pub fn remove(&self, path: &Path) -> io::Result<()> {
-        let _ = path;
-        todo!()
+        match self {
+            Fs::Host => std::fs::remove_file(path),
+            Fs::Sim(sim) => sim.remove(path),
+        }
     }
     /// The path with links resolved; two names of one file agree.
     pub fn canonicalize(&self, path: &Path) -> io::Result<PathBuf> {
-        let _ = path;
-        todo!()
+        match self {
+            Fs::Host => std::fs::canonicalize(path),
+            Fs::Sim(sim) => sim.canonicalize(path),
+        }
     }
 }
 
 /// An open file. Clones share the description (and its locks). Every future may be dropped or forgotten at any await.
 #[derive(Clone, Debug)]
-pub struct File {
-    _p: (),
+pub struct File(Inner);
+
+#[derive(Clone, Debug)]
+enum Inner {
+    Host(HostFile),
+    Sim(SimFile),
 }
 
 impl File {
     /// What it is.
     pub fn kind(&self) -> FileKind {
-        todo!()
+        match &self.0 {
+            Inner::Host(file) => file.kind(),
+            Inner::Sim(file) => file.kind(),
+        }
     }
     /// (device, inode): equal for two names of one file.
     pub fn identity(&self) -> io::Result<(u64, u64)> {
-        todo!()
+        match &self.0 {
+            Inner::Host(file) => file.identity(),
+            Inner::Sim(file) => file.identity(),
+        }
     }
     /// Current length in bytes (regular: fstat; block device: BLKGETSIZE64).
     pub fn len(&self) -> io::Result<u64> {
-        todo!()
+        match &self.0 {
+            Inner::Host(file) => file.len(),
+            Inner::Sim(file) => file.len(),
+        }
     }
     /// Bytes on disk (st_blocks * 512).
     pub fn allocated_len(&self) -> io::Result<u64> {
-        todo!()
+        match &self.0 {
+            Inner::Host(file) => file.allocated_len(),
+            Inner::Sim(file) => file.allocated_len(),
+        }
     }
     /// (memory alignment, offset alignment) that reads and writes need; (1, 1) unless direct or a device demands more.
     pub fn alignment(&self) -> io::Result<(usize, u32)> {
-        todo!()
+        match &self.0 {
+            Inner::Host(file) => file.alignment(),
+            Inner::Sim(file) => file.alignment(),
+        }
     }
     /// Reads what the page cache can answer without blocking. None: would block or not possible; ask `read`.
     pub fn try_read(&self, offset: u64, iov: &IoVec) -> Option<io::Result<usize>> {
-        let _ = (offset, iov);
-        todo!()
+        match &self.0 {
+            Inner::Host(file) => file.try_read(offset, iov),
+            Inner::Sim(file) => file.try_read(offset, iov),
+        }
     }
     /// Writes to the page cache if that needs no waiting. None: ask `write`.
     pub fn try_write(&self, offset: u64, iov: &IoVec) -> Option<io::Result<usize>> {
-        let _ = (offset, iov);
-        todo!()
+        match &self.0 {
+            Inner::Host(file) => file.try_write(offset, iov),
+            Inner::Sim(file) => file.try_write(offset, iov),
+        }
     }
     /// Reads into `iov`; may be short (0 at end of file).
     pub async fn read(&self, offset: u64, iov: IoVec) -> io::Result<usize> {
-        let _ = (offset, iov);
-        todo!()
+        match &self.0 {
+            Inner::Host(file) => file.read(offset, iov).await,
+            Inner::Sim(file) => file.read(offset, iov).await,
+        }
     }
     /// Writes from `iov`; may be short. `dsync`: durable when it returns (RWF_DSYNC).
     pub async fn write(&self, offset: u64, iov: IoVec, dsync: bool) -> io::Result<usize> {
-        let _ = (offset, iov, dsync);
-        todo!()
+        match &self.0 {
+            Inner::Host(file) => file.write(offset, iov, dsync).await,
+            Inner::Sim(file) => file.write(offset, iov, dsync).await,
+        }
     }
     /// fdatasync.
     pub async fn sync_data(&self) -> io::Result<()> {
-        todo!()
+        match &self.0 {
+            Inner::Host(file) => file.sync_data().await,
+            Inner::Sim(file) => file.sync_data().await,
+        }
     }
     /// fallocate family.
     pub async fn zero_range(&self, range: Range<u64>, mode: ZeroMode) -> io::Result<()> {
-        let _ = (range, mode);
-        todo!()
+        match &self.0 {
+            Inner::Host(file) => file.zero_range(range, mode).await,
+            Inner::Sim(file) => file.zero_range(range, mode).await,
+        }
     }
     /// Block device: BLKDISCARD. Regular files: use `zero_range(PunchHole)`.
     pub async fn discard_device(&self, range: Range<u64>) -> io::Result<()> {
-        let _ = range;
-        todo!()
+        match &self.0 {
+            Inner::Host(file) => file.discard_device(range).await,
+            Inner::Sim(file) => file.discard_device(range).await,
+        }
     }
     /// Block device: BLKZEROOUT.
     pub async fn zero_device(&self, range: Range<u64>) -> io::Result<()> {
-        let _ = range;
-        todo!()
+        match &self.0 {
+            Inner::Host(file) => file.zero_device(range).await,
+            Inner::Sim(file) => file.zero_device(range).await,
+        }
     }
     /// ftruncate.
     pub async fn set_len(&self, len: u64) -> io::Result<()> {
-        let _ = len;
-        todo!()
+        match &self.0 {
+            Inner::Host(file) => file.set_len(len).await,
+            Inner::Sim(file) => file.set_len(len).await,
+        }
     }
     /// copy_file_range; 0 = give up.
     pub async fn copy_range_to(
@@ -169,27 +217,42 @@ impl File {
         target_offset: u64,
         len: u64,
     ) -> io::Result<u64> {
-        let _ = (offset, target, target_offset, len);
-        todo!()
+        match (&self.0, &target.0) {
+            (Inner::Host(file), Inner::Host(target)) => {
+                file.copy_range_to(offset, target, target_offset, len).await
+            }
+            (Inner::Sim(file), Inner::Sim(target)) => {
+                file.copy_range_to(offset, target, target_offset, len).await
+            }
+            _ => Ok(0),
+        }
     }
     /// SEEK_DATA / SEEK_HOLE: what begins at `offset` and how long it is. None: at or past the end.
     pub fn extent(&self, offset: u64) -> io::Result<Option<Extent>> {
-        let _ = offset;
-        todo!()
+        match &self.0 {
+            Inner::Host(file) => file.extent(offset),
+            Inner::Sim(file) => file.extent(offset),
+        }
     }
     /// Takes a shared OFD lock on a byte range; never blocks (EAGAIN).
     pub fn lock_shared(&self, lock: ByteLock) -> io::Result<()> {
-        let _ = lock;
-        todo!()
+        match &self.0 {
+            Inner::Host(file) => file.lock_shared(lock),
+            Inner::Sim(file) => file.lock_shared(lock),
+        }
     }
     /// Drops OFD locks on a byte range.
     pub fn unlock(&self, lock: ByteLock) -> io::Result<()> {
-        let _ = lock;
-        todo!()
+        match &self.0 {
+            Inner::Host(file) => file.unlock(lock),
+            Inner::Sim(file) => file.unlock(lock),
+        }
     }
     /// True if another description holds a lock that an exclusive lock on the range would conflict with (F_OFD_GETLK).
     pub fn is_locked_by_others(&self, lock: ByteLock) -> io::Result<bool> {
-        let _ = lock;
-        todo!()
+        match &self.0 {
+            Inner::Host(file) => file.is_locked_by_others(lock),
+            Inner::Sim(file) => file.is_locked_by_others(lock),
+        }
     }
 }

@@ -5,7 +5,9 @@
 
 pub mod buf;
 pub mod context;
+mod current;
 pub mod file;
+mod host;
 pub mod sim;
 pub mod sync;
 
