@@ -1,0 +1,129 @@
+//! Virtual time: what is due when.
+//!
+//! Time only moves when an event is taken, so waiting costs nothing. Events of the same moment come
+//! in seeded order.
+
+use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use super::Sim;
+
+/// Names a pending event: moment, seeded tie-break, number.
+pub(super) type EventKey = (u64, u64, u64);
+
+/// Something that will happen.
+pub(super) enum Event {
+    /// A sleeper wakes.
+    Wake(Waker),
+    /// The operation in this slot takes effect up to this many bytes.
+    Effect { slot: usize, upto: u64 },
+    /// The operation in this slot completes.
+    Complete { slot: usize },
+    /// The power goes.
+    Cut,
+}
+
+/// The moment and what is still to come.
+#[derive(Default)]
+pub(super) struct Clock {
+    now_ns: u64,
+    next: u64,
+    events: BTreeMap<EventKey, Event>,
+}
+
+impl Clock {
+    /// Nanoseconds since the world began.
+    pub(super) fn now_ns(&self) -> u64 {
+        self.now_ns
+    }
+
+    /// True if nothing is to come.
+    pub(super) fn is_empty(&self) -> bool {
+        self.events.is_empty()
+    }
+
+    /// Plans an event.
+    pub(super) fn push(&mut self, at_ns: u64, tie: u64, event: Event) -> EventKey {
+        let key = (at_ns.max(self.now_ns), tie, self.next);
+        self.next += 1;
+        self.events.insert(key, event);
+        key
+    }
+
+    /// Takes the next event and moves time to it.
+    pub(super) fn pop(&mut self) -> Option<Event> {
+        let ((at_ns, _, _), event) = self.events.pop_first()?;
+        self.now_ns = at_ns;
+        Some(event)
+    }
+
+    /// Moment of the next event.
+    pub(super) fn next_ns(&self) -> Option<u64> {
+        self.events.first_key_value().map(|((at_ns, _, _), _)| *at_ns)
+    }
+
+    /// Forgets an event; `None` if it came already.
+    pub(super) fn cancel(&mut self, key: EventKey) -> Option<Event> {
+        self.events.remove(&key)
+    }
+
+    /// Replaces a sleeper's waker; false if it was woken already.
+    pub(super) fn set_waker(&mut self, key: EventKey, waker: &Waker) -> (bool, Option<Waker>) {
+        match self.events.get_mut(&key) {
+            Some(Event::Wake(old)) if old.will_wake(waker) => (true, None),
+            Some(Event::Wake(old)) => (true, Some(std::mem::replace(old, waker.clone()))),
+            _ => (false, None),
+        }
+    }
+
+    /// Takes everything that is to come.
+    pub(super) fn drain(&mut self) -> BTreeMap<EventKey, Event> {
+        std::mem::take(&mut self.events)
+    }
+}
+
+/// Waits until a virtual moment.
+pub(super) struct Sleep {
+    sim: Sim,
+    how_long: Duration,
+    key: Option<EventKey>,
+}
+
+impl Sleep {
+    /// A sleep that begins when it is first polled.
+    pub(super) fn new(sim: Sim, how_long: Duration) -> Sleep {
+        Sleep { sim, how_long, key: None }
+    }
+}
+
+impl Future for Sleep {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let sim = self.sim.clone();
+        let mut world = sim.world();
+        if let Some(key) = self.key {
+            let (is_pending, _old) = world.clock.set_waker(key, cx.waker());
+            // Wakers may run code of ours when dropped: never under the world's lock.
+            drop(world);
+            return if is_pending { Poll::Pending } else { Poll::Ready(()) };
+        }
+        let how_long_ns = u64::try_from(self.how_long.as_nanos()).unwrap_or(u64::MAX);
+        let at_ns = world.clock.now_ns().saturating_add(how_long_ns);
+        if !world.is_cut {
+            let tie = world.chance.any();
+            self.key = Some(world.clock.push(at_ns, tie, Event::Wake(cx.waker().clone())));
+        }
+        Poll::Pending
+    }
+}
+
+impl Drop for Sleep {
+    fn drop(&mut self) {
+        if let Some(key) = self.key {
+            let _waker = self.sim.world().clock.cancel(key);
+        }
+    }
+}

@@ -1,0 +1,348 @@
+//! Who runs next: tasks, the future a caller waits for, and the next event, chosen by seed.
+//!
+//! A world comes to rest when no task is ready and nothing is to come. If the caller's future is not
+//! done then, it never will be: a deadlock, which panics with the seed, the unfinished tasks and the
+//! last operations.
+
+use std::future::poll_fn;
+use std::panic::Location;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::Duration;
+
+use async_task::Runnable;
+use slab::Slab;
+use tokio::sync::oneshot;
+
+use super::clock::Sleep;
+use super::engine::Aftermath;
+use super::{Shared, Sim};
+use crate::Task;
+use crate::current::{self, Current};
+
+/// Virtual time that [`Sim::run_until_idle`] gives periodic tasks, which never come to rest.
+const IDLE_PATIENCE: Duration = Duration::from_secs(3600);
+
+/// The spawned tasks of a world.
+#[derive(Default)]
+pub(super) struct Tasks {
+    ready: Vec<Runnable>,
+    active: Slab<Active>,
+    is_dead: bool,
+}
+
+/// A task that has not finished.
+struct Active {
+    waker: Waker,
+    spawned_at: &'static Location<'static>,
+}
+
+/// Takes a task off the list when its future is dropped, finished or not.
+struct Leave {
+    shared: std::sync::Weak<Shared>,
+    key: usize,
+}
+
+impl Drop for Leave {
+    fn drop(&mut self) {
+        if let Some(shared) = self.shared.upgrade() {
+            let gone = Sim(shared).tasks().active.try_remove(self.key);
+            drop(gone);
+        }
+    }
+}
+
+/// Wakes the future a caller waits for.
+struct Main(AtomicBool);
+
+impl Wake for Main {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// What a turn of the loop did.
+enum Turn {
+    /// It is the caller's future's turn.
+    Main,
+    /// A task ran or an event came.
+    Ran,
+    /// Nothing is left to do.
+    Idle,
+    /// The power is gone.
+    Cut,
+}
+
+/// How a run ended.
+enum End<T> {
+    Done(T),
+    /// It returned `Pending` as often as it was allowed to.
+    Stopped,
+    Cut,
+}
+
+/// Names the seed when a test fails inside the world.
+struct Blame<'a>(&'a Sim);
+
+impl Drop for Blame<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            #[expect(clippy::print_stderr, reason = "a failing test must name its seed")]
+            {
+                eprintln!("in the simulated world of seed {}; last operations:", self.0.seed());
+                let lines = self.0.trace();
+                for line in lines.iter().skip(lines.len().saturating_sub(24)) {
+                    eprintln!("  {line}");
+                }
+            }
+        }
+    }
+}
+
+impl Sim {
+    /// Runs a future to its end under the virtual clock and seeded scheduler, and the spawned tasks
+    /// with it; what is unfinished then goes on in the next call. May be called from inside itself.
+    ///
+    /// # Panics
+    /// If nothing can ever run again (deadlock, naming the seed), or if the power is cut: a future
+    /// that may be cut is for [`Sim::run_until_cut`].
+    pub fn block_on<F: Future>(&self, future: F) -> F::Output {
+        match self.run_until_cut(future) {
+            Some(output) => output,
+            None => panic!("seed {}: the power was cut inside block_on", self.seed()),
+        }
+    }
+
+    /// As [`Sim::block_on`], but `None` when the power is cut: the future and all tasks are dropped
+    /// where they stood, unfinished.
+    pub fn run_until_cut<F: Future>(&self, future: F) -> Option<F::Output> {
+        let _entered = current::enter(Current::Sim(self.clone()));
+        let _blame = Blame(self);
+        match self.run(pin!(future), usize::MAX) {
+            End::Done(output) => Some(output),
+            End::Stopped | End::Cut => None,
+        }
+    }
+
+    /// Runs `future` until it has returned `Pending` `n` times (0: it is never polled), drops it, and
+    /// runs the world until idle. False if it finished before: the end of a cancel sweep.
+    pub fn drop_at<F: Future>(&self, future: F, n: usize) -> bool {
+        self.abandon_at(future, n, drop)
+    }
+
+    /// As [`Sim::drop_at`], but the future is forgotten: its memory leaks and no destructor runs.
+    pub fn forget_at<F: Future>(&self, future: F, n: usize) -> bool {
+        self.abandon_at(future, n, std::mem::forget)
+    }
+
+    fn abandon_at<F: Future>(&self, future: F, n: usize, abandon: fn(Pin<Box<F>>)) -> bool {
+        let _entered = current::enter(Current::Sim(self.clone()));
+        let _blame = Blame(self);
+        let mut future = Box::pin(future);
+        let end = if n == 0 { End::Stopped } else { self.run(future.as_mut(), n) };
+        if let End::Done(_) = end {
+            return false;
+        }
+        abandon(future);
+        self.run_until_idle();
+        true
+    }
+
+    /// Runs tasks and events until nothing is left to do, the power is cut, or an hour of virtual
+    /// time has passed with no task ready.
+    pub fn run_until_idle(&self) {
+        let _entered = current::enter(Current::Sim(self.clone()));
+        let _blame = Blame(self);
+        let patience = self.now() + IDLE_PATIENCE;
+        for _ in 0..self.max_turns() {
+            match self.turn(false, Some(patience)) {
+                Turn::Main | Turn::Ran => {}
+                Turn::Idle => return,
+                Turn::Cut => return self.drop_tasks(),
+            }
+        }
+        self.give_up("livelock");
+    }
+
+    fn run<F: Future>(&self, mut future: Pin<&mut F>, polls: usize) -> End<F::Output> {
+        let main = Arc::new(Main(AtomicBool::new(true)));
+        let waker = Waker::from(main.clone());
+        let mut pending = 0;
+        for _ in 0..self.max_turns() {
+            match self.turn(main.0.load(Ordering::Relaxed), None) {
+                Turn::Main => {
+                    main.0.store(false, Ordering::Relaxed);
+                    if let Poll::Ready(output) =
+                        future.as_mut().poll(&mut Context::from_waker(&waker))
+                    {
+                        return End::Done(output);
+                    }
+                    pending += 1;
+                    if pending == polls {
+                        return End::Stopped;
+                    }
+                }
+                Turn::Ran => {}
+                Turn::Idle => self.give_up("deadlock: nothing can ever run again"),
+                Turn::Cut => {
+                    self.drop_tasks();
+                    return End::Cut;
+                }
+            }
+        }
+        self.give_up("livelock")
+    }
+
+    fn max_turns(&self) -> u64 {
+        self.world().config.max_turns
+    }
+
+    /// Runs one task or takes one event, or says that it is the main future's turn.
+    fn turn(&self, is_main_ready: bool, until: Option<Duration>) -> Turn {
+        let ready = self.tasks().ready.len();
+        let choices = ready + usize::from(is_main_ready);
+        let mut aftermath = Aftermath::default();
+        let pick = {
+            let mut world = self.world();
+            if world.is_cut {
+                return Turn::Cut;
+            }
+            let rate = world.config.overtake_rate;
+            let is_event = choices == 0 || (!world.clock.is_empty() && world.chance.hit(rate));
+            if is_event {
+                let until_ns = until.map_or(u128::MAX, |until| until.as_nanos());
+                let is_due =
+                    world.clock.next_ns().is_some_and(|at_ns| u128::from(at_ns) <= until_ns);
+                if choices == 0 && !is_due {
+                    return Turn::Idle;
+                }
+                world.fire(&mut aftermath);
+                None
+            } else {
+                Some(world.chance.index(choices))
+            }
+        };
+        match pick {
+            None => aftermath.finish(),
+            Some(task) if task < ready => {
+                let runnable = self.tasks().ready.swap_remove(task);
+                runnable.run();
+            }
+            Some(_) => return Turn::Main,
+        }
+        Turn::Ran
+    }
+
+    fn give_up(&self, why: &str) -> ! {
+        let tasks: Vec<String> =
+            self.tasks().active.iter().map(|(_, task)| task.spawned_at.to_string()).collect();
+        panic!(
+            "seed {}: {why}; unfinished tasks, by where they were spawned: [{}]; last operations:\n{}",
+            self.seed(),
+            tasks.join(", "),
+            self.trace().join("\n")
+        );
+    }
+
+    /// Drops all tasks where they stand.
+    pub(super) fn drop_tasks(&self) {
+        let (ready, wakers) = {
+            let mut tasks = self.tasks();
+            tasks.is_dead = true;
+            let wakers: Vec<Waker> =
+                tasks.active.iter().map(|(_, task)| task.waker.clone()).collect();
+            (std::mem::take(&mut tasks.ready), wakers)
+        };
+        drop(ready);
+        // A woken task is scheduled, and a dead world drops what is scheduled.
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
+    /// Spawns onto this world's seeded scheduler.
+    #[track_caller]
+    pub fn spawn<T: Send + 'static>(
+        &self,
+        future: impl Future<Output = T> + Send + 'static,
+    ) -> Task<T> {
+        let spawned_at = Location::caller();
+        let shared = Arc::downgrade(&self.0);
+        let mut tasks = self.tasks();
+        let entry = tasks.active.vacant_entry();
+        let leave = Leave { shared: shared.clone(), key: entry.key() };
+        let future = async move {
+            let _leave = leave;
+            future.await
+        };
+        let schedule = move |runnable| {
+            if let Some(shared) = shared.upgrade() {
+                Sim(shared).schedule(runnable);
+            }
+        };
+        let (runnable, task) = async_task::spawn(future, schedule);
+        entry.insert(Active { waker: runnable.waker(), spawned_at });
+        drop(tasks);
+        runnable.schedule();
+        Task(task)
+    }
+
+    fn schedule(&self, runnable: Runnable) {
+        let mut tasks = self.tasks();
+        if !tasks.is_dead {
+            tasks.ready.push(runnable);
+            return;
+        }
+        // Dropped only after the lock: the task's destructors may schedule others.
+        drop(tasks);
+        drop(runnable);
+    }
+
+    /// Virtual time since the world began.
+    pub fn now(&self) -> Duration {
+        Duration::from_nanos(self.world().clock.now_ns())
+    }
+
+    /// Waits in virtual time.
+    pub async fn sleep(&self, how_long: Duration) {
+        Sleep::new(self.clone(), how_long).await;
+    }
+
+    /// Runs `work` at a seeded moment and answers at a later one. Once begun it goes on even if
+    /// nobody waits any more, as work on a thread does.
+    pub async fn offload<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        let (before, after) = {
+            let mut world = self.world();
+            let longest = u64::try_from(world.config.latency_max.as_nanos()).unwrap_or(u64::MAX);
+            (world.chance.between(0, longest), world.chance.between(0, longest))
+        };
+        let (sender, receiver) = oneshot::channel();
+        let sim = self.clone();
+        let work = async move {
+            sim.sleep(Duration::from_nanos(before)).await;
+            let answer = work();
+            sim.sleep(Duration::from_nanos(after)).await;
+            // Nobody waits any more: the work was done all the same.
+            let _ = sender.send(answer);
+        };
+        self.spawn(work).detach();
+        match receiver.await {
+            Ok(answer) => answer,
+            // Only a power cut drops the task: nothing goes on after it.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// Lets others run.
+    pub async fn yield_now(&self) {
+        let mut is_yielded = false;
+        poll_fn(|cx| {
+            if std::mem::replace(&mut is_yielded, true) {
+                return Poll::Ready(());
+            }
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        })
+        .await;
+    }
+}
