@@ -17,7 +17,7 @@ use crate::slot::Slot;
 
 const OFFSET_BITS: u32 = 18;
 const OFFSET_MASK: u32 = (1 << OFFSET_BITS) - 1;
-const PAGES: usize = 64;
+const PAGES: u32 = 64;
 /// Slots of the first page, as a power of two.
 const FIRST_BITS: u32 = 5;
 /// The first page that is not twice as large as the one before.
@@ -26,11 +26,11 @@ const FIRST_EVEN: u32 = OFFSET_BITS - FIRST_BITS + 1;
 const BEFORE_EVEN: u32 = (1 << (OFFSET_BITS + 1)) - (1 << FIRST_BITS);
 
 /// Slots in all pages together: 13.6 million.
-pub(crate) const MAX_SLOTS: u32 = BEFORE_EVEN + ((PAGES as u32 - FIRST_EVEN) << OFFSET_BITS);
+pub(crate) const MAX_SLOTS: u32 = BEFORE_EVEN + ((PAGES - FIRST_EVEN) << OFFSET_BITS);
 
 pub(crate) struct Pages<T> {
     // Filled from the front, each once.
-    pages: [OnceLock<Box<[Slot<T>]>>; PAGES],
+    pages: [OnceLock<Box<[Slot<T>]>>; PAGES as usize],
 }
 
 /// The place of a key below [`MAX_SLOTS`].
@@ -56,13 +56,13 @@ pub(crate) const fn key(place: u32) -> u32 {
 
 impl<T> Pages<T> {
     pub(crate) fn new() -> Self {
-        Self { pages: [const { OnceLock::new() }; PAGES] }
+        Self { pages: [const { OnceLock::new() }; PAGES as usize] }
     }
 
     /// The slot at this place, if its page exists.
     #[inline]
     pub(crate) fn slot(&self, place: u32) -> Option<&Slot<T>> {
-        self.pages[(place >> OFFSET_BITS) as usize % PAGES]
+        self.pages[(place >> OFFSET_BITS & (PAGES - 1)) as usize]
             .get()?
             .get((place & OFFSET_MASK) as usize)
     }
@@ -100,6 +100,6 @@ mod tests {
             let last = offset + 1 == 1 << (page + FIRST_BITS).min(OFFSET_BITS);
             expected = if last { (page + 1) << OFFSET_BITS } else { expected + 1 };
         }
-        assert_eq!(expected, (PAGES as u32) << OFFSET_BITS, "no page is left over");
+        assert_eq!(expected, PAGES << OFFSET_BITS, "no page is left over");
     }
 }
