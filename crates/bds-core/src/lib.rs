@@ -6,7 +6,6 @@
 
 pub mod driver;
 pub mod error;
-pub mod graph;
 pub mod options;
 mod traffic;
 

@@ -224,6 +224,11 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
+    /// Which file it is, as (device, inode), for protocols that have one: two names of one file agree.
+    fn identity(&self) -> Option<(u64, u64)> {
+        None
+    }
+
     /// Answers a read at once if that needs no waiting (caches hold all of it). `None`: ask [`Driver::read`].
     /// Must not block, and leaves nothing behind when it declines (the buffer may be partly filled).
     fn try_read(&self, _offset: u64, _iov: &IoVec) -> Option<Result<()>> {

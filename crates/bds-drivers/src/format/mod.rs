@@ -2,3 +2,5 @@
 
 #[cfg(feature = "qcow2")]
 pub mod qcow2;
+#[cfg(feature = "raw")]
+pub mod raw;

@@ -1,0 +1,297 @@
+//! raw: the bytes as they are, or a window of them.
+//!
+//! Without options raw is a filter: length, limits, status and every flag pass through. With `offset` or `size` it is a
+//! format that shows a part of its file. A fixed `size` cannot be resized.
+//!
+//! Invariant: no request leaves the window. Odd lengths stay odd; nothing is rounded up to a sector.
+
+use std::any::Any;
+
+use bds_core::driver::{
+    Attempt, BoxFuture, Category, Child, CreateContext, Driver, DriverType, HostMap, Limits,
+    MeasureReport, MeasureSource, OpenContext, Prealloc, ReadFlags, Role, StatusFlags, StatusRun,
+    Truncate, WriteFlags, ZeroFlags,
+};
+use bds_core::options::{OptionKind, OptionSpec, Options};
+use bds_core::{Error, ErrorKind, Result};
+use bds_io::IoVec;
+
+/// The `raw` format.
+#[derive(Clone, Copy, Debug)]
+pub struct Raw;
+
+const OPEN_OPTIONS: &[OptionSpec] = &[
+    OptionSpec {
+        name: "file",
+        kind: OptionKind::Child,
+        help: "the node that holds the bytes",
+        default: None,
+    },
+    OptionSpec {
+        name: "offset",
+        kind: OptionKind::Size,
+        help: "offset in the disk where the image starts",
+        default: Some("0"),
+    },
+    OptionSpec { name: "size", kind: OptionKind::Size, help: "virtual disk size", default: None },
+];
+
+const CREATE_OPTIONS: &[OptionSpec] = &[
+    OptionSpec { name: "size", kind: OptionKind::Size, help: "Virtual disk size", default: None },
+    OptionSpec {
+        name: "preallocation",
+        kind: OptionKind::Choice(&["off", "falloc", "full"]),
+        help: "Preallocation mode (allowed values: off, falloc, full)",
+        default: Some("off"),
+    },
+];
+
+struct RawNode {
+    file: Child,
+    offset: u64,
+    /// Fixed length, if the user gave one.
+    size: Option<u64>,
+}
+
+impl RawNode {
+    fn is_window(&self) -> bool {
+        self.offset != 0 || self.size.is_some()
+    }
+
+    /// Where `offset..offset + len` lies in the file. Past a fixed size: `beyond`.
+    fn place(&self, offset: u64, len: u64, beyond: ErrorKind) -> Result<u64> {
+        let end = offset.checked_add(len);
+        if let Some(size) = self.size
+            && end.is_none_or(|end| end > size)
+        {
+            return Err(Error::new(beyond, "the request reaches past the option 'size'")
+                .field("size", size)
+                .at(offset));
+        }
+        end.and_then(|end| end.checked_add(self.offset)).map(|_| offset + self.offset).ok_or_else(
+            || Error::new(ErrorKind::InvalidInput, "the request is out of reach").at(offset),
+        )
+    }
+}
+
+/// An error as a ready future.
+fn refuse<'a, T: Send + 'a>(error: Error) -> BoxFuture<'a, Result<T>> {
+    Box::pin(async move { Err(error) })
+}
+
+impl Driver for RawNode {
+    fn name(&self) -> &'static str {
+        "raw"
+    }
+
+    fn len(&self) -> u64 {
+        self.size.unwrap_or_else(|| self.file.len().saturating_sub(self.offset))
+    }
+
+    fn limits(&self) -> Limits {
+        let below = self.file.limits();
+        if self.offset == 0 {
+            return Limits { request_alignment: 1, ..below };
+        }
+        // A shifted window does not keep the file's units; the file's own corridor widens what needs it.
+        Limits {
+            request_alignment: 1,
+            zero_alignment: 1,
+            discard_alignment: 1,
+            opt_transfer: 0,
+            ..below
+        }
+    }
+
+    fn is_filter(&self) -> bool {
+        !self.is_window()
+    }
+
+    fn write_flags(&self) -> WriteFlags {
+        WriteFlags::all()
+    }
+
+    fn zero_flags(&self) -> Option<ZeroFlags> {
+        Some(ZeroFlags::all())
+    }
+
+    fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+        let at = self.place(offset, iov.len() as u64, ErrorKind::InvalidInput).ok()?;
+        self.file.try_read(at, iov)
+    }
+
+    fn try_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+        let at = self.place(offset, iov.len() as u64, ErrorKind::NoSpace).ok()?;
+        self.file.try_write(at, iov)
+    }
+
+    fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
+        match self.place(offset, iov.len() as u64, ErrorKind::InvalidInput) {
+            Ok(at) => self.file.read(at, iov, flags),
+            Err(e) => refuse(e),
+        }
+    }
+
+    fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
+        match self.place(offset, iov.len() as u64, ErrorKind::NoSpace) {
+            Ok(at) => self.file.write(at, iov, flags),
+            Err(e) => refuse(e),
+        }
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> BoxFuture<'_, Result<Attempt>> {
+        match self.place(offset, len, ErrorKind::NoSpace) {
+            Ok(at) => self.file.write_zeroes(at, len, flags),
+            Err(e) => refuse(e),
+        }
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Attempt>> {
+        match self.place(offset, len, ErrorKind::InvalidInput) {
+            Ok(at) => Box::pin(async move {
+                self.file.discard(at, len).await?;
+                Ok(Attempt::Done)
+            }),
+            Err(e) => refuse(e),
+        }
+    }
+
+    fn block_status(
+        &self,
+        offset: u64,
+        len: u64,
+        _precise: bool,
+    ) -> BoxFuture<'_, Result<StatusRun>> {
+        let end = self.len();
+        let run = if offset >= end {
+            StatusRun { len: 0, flags: StatusFlags::EOF, map: None }
+        } else {
+            let len = len.min(end - offset);
+            let at_end = if offset + len == end { StatusFlags::EOF } else { StatusFlags::empty() };
+            // The window was checked at open, so the sum cannot overflow.
+            let map = HostMap { child: "file", offset: offset + self.offset };
+            StatusRun { len, flags: StatusFlags::RAW | at_end, map: Some(map) }
+        };
+        Box::pin(async move { Ok(run) })
+    }
+
+    fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
+        if self.size.is_some() {
+            return refuse(Error::new(
+                ErrorKind::NotSupported,
+                "cannot resize a raw image that has a fixed size; remove the option 'size'",
+            ));
+        }
+        match change.len.checked_add(self.offset) {
+            Some(len) => self.file.truncate(Truncate { len, ..change }),
+            None => refuse(
+                Error::new(ErrorKind::InvalidInput, "disk size too large for the given offset")
+                    .field("size", change.len),
+            ),
+        }
+    }
+
+    fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
+        self.file.allocated_len()
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+impl DriverType for Raw {
+    fn name(&self) -> &'static str {
+        "raw"
+    }
+
+    fn category(&self) -> Category {
+        Category::Format
+    }
+
+    fn open_options(&self) -> &'static [OptionSpec] {
+        OPEN_OPTIONS
+    }
+
+    fn open<'a>(
+        &'a self,
+        context: &'a mut OpenContext<'_>,
+    ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
+        Box::pin(async move {
+            let offset = context.options.take_size("offset")?.unwrap_or(0);
+            let size = context.options.take_size("size")?;
+            let content = if offset != 0 || size.is_some() { Role::DATA } else { Role::FILTERED };
+            let file = context.child("file", content | Role::PRIMARY).await?;
+            check_window(offset, size, file.len()).map_err(|e| e.node(context.node_name))?;
+            Ok(Box::new(RawNode { file, offset, size }) as Box<dyn Driver>)
+        })
+    }
+
+    /// Anything may be raw, so it is the answer only if nobody else knows better.
+    fn probe(&self, _head: &[u8], _file_len: u64) -> u8 {
+        1
+    }
+
+    fn create_options(&self) -> &'static [OptionSpec] {
+        CREATE_OPTIONS
+    }
+
+    fn create<'a>(&'a self, context: CreateContext<'a>) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async move {
+            let size = context.options.take_size("size")?.ok_or_else(|| {
+                Error::new(ErrorKind::InvalidInput, "option 'size' is missing: say how large")
+            })?;
+            let prealloc = parse_prealloc(context.options)?;
+            context
+                .file
+                .truncate(Truncate { len: size, exact: false, prealloc, zero_new: false })
+                .await
+        })
+    }
+
+    fn measure(&self, options: &mut Options, source: &MeasureSource) -> Result<MeasureReport> {
+        parse_prealloc(options)?;
+        let size = options.take_size("size")?.unwrap_or(source.virtual_len);
+        let size = size.checked_next_multiple_of(512).ok_or_else(|| {
+            Error::new(ErrorKind::LimitExceeded, "the image is too large").field("size", size)
+        })?;
+        Ok(MeasureReport { required: size, fully_allocated: size, bitmaps: None })
+    }
+}
+
+fn check_window(offset: u64, size: Option<u64>, file_len: u64) -> Result<()> {
+    if offset > file_len {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("option 'offset' lies past the end of the file, which has {file_len} bytes"),
+        )
+        .field("offset", offset));
+    }
+    match size {
+        Some(size) if size > file_len - offset => Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("options 'offset' and 'size' reach past the end of the file, which has {file_len} bytes"),
+        )
+        .field("size", size)),
+        _ => Ok(()),
+    }
+}
+
+fn parse_prealloc(options: &mut Options) -> Result<Prealloc> {
+    match options.take_str("preallocation")? {
+        None => Ok(Prealloc::Off),
+        Some(word) => match Prealloc::parse(&word) {
+            Some(mode) if mode != Prealloc::Metadata => Ok(mode),
+            _ => Err(Error::new(
+                ErrorKind::InvalidInput,
+                "option 'preallocation' must be off, falloc or full for raw images",
+            )
+            .field("preallocation", word)),
+        },
+    }
+}

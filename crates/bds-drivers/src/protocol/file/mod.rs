@@ -1,0 +1,328 @@
+//! `file` and `host_device`: bytes of the host (or of the simulated disk), through one `bds_io::File`.
+//!
+//! Both drivers are the same code; they differ in what kind of file they accept and in which calls give
+//! space back. What lies where:
+//!
+//! ```text
+//! open    options, kinds, read-only, limits       zero    zero writes, discard, their fallback ladders
+//! create  making and preallocating a file         status  holes and data, truncate
+//! lock    QEMU's image locks                      io      reads, writes, flush, copy offload
+//! ```
+//!
+//! Invariants:
+//! - Nothing is written through a node opened read-only; the descriptor itself is read-only then.
+//! - After `fdatasync` failed on a buffered file, every later flush fails too: the kernel has dropped the dirty
+//!   pages or marked them clean, so a later success would prove nothing.
+//! - The known length is a hint about a file that others may change: it decides whether the quick path is tried, never
+//!   which bytes a read returns.
+
+mod create;
+mod io;
+mod lock;
+mod open;
+mod status;
+mod zero;
+
+use std::any::Any;
+use std::io as sysio;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+
+use bds_core::driver::{
+    Attempt, BoxFuture, Category, Driver, DriverType, Limits, OpenContext, ReadFlags, StatusRun,
+    Truncate, WriteFlags, ZeroFlags,
+};
+use bds_core::options::{OptionKind, OptionSpec, Options};
+use bds_core::{Error, Result};
+use bds_io::{File, Fs, IoVec};
+
+use lock::Locks;
+use status::DataRun;
+
+/// The `file` protocol: regular files.
+#[derive(Clone, Copy, Debug)]
+pub struct FileProtocol;
+
+/// The `host_device` protocol: block and character devices of the host.
+#[derive(Clone, Copy, Debug)]
+pub struct HostDevice;
+
+/// Which of the two drivers a node is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Flavour {
+    File,
+    Device,
+}
+
+impl Flavour {
+    fn name(self) -> &'static str {
+        match self {
+            Self::File => "file",
+            Self::Device => "host_device",
+        }
+    }
+}
+
+const OPEN_OPTIONS: &[OptionSpec] = &[
+    OptionSpec {
+        name: "filename",
+        kind: OptionKind::String,
+        help: "file name of the image",
+        default: None,
+    },
+    OptionSpec {
+        name: "locking",
+        kind: OptionKind::Choice(&["on", "off", "auto"]),
+        help: "lock the file against other users (on: refuse where locks do not work)",
+        default: Some("auto"),
+    },
+    OptionSpec {
+        name: "aio",
+        kind: OptionKind::Choice(&["threads", "native", "io_uring"]),
+        help: "accepted for compatibility; the engine belongs to the context",
+        default: Some("threads"),
+    },
+    OptionSpec {
+        name: "drop-cache",
+        kind: OptionKind::Bool,
+        help: "accepted for compatibility",
+        default: Some("on"),
+    },
+    OptionSpec {
+        name: "x-share-rw",
+        kind: OptionKind::Bool,
+        help: "let another writer in where no metadata is kept in the file",
+        default: Some("off"),
+    },
+];
+
+/// An open file or device.
+struct FileNode {
+    flavour: Flavour,
+    node_name: String,
+    path: PathBuf,
+    file: File,
+    locks: Locks,
+    is_read_only: bool,
+    is_direct: bool,
+    limits: Limits,
+    /// Length when last asked, or as far as we wrote since. Asked again when a read comes short.
+    known_len: AtomicU64,
+    /// errno of the flush that failed; 0 if none did.
+    broken_flush: AtomicI32,
+    features: Features,
+    data_run: Mutex<DataRun>,
+}
+
+/// What the file system turned out not to do. Set once, per node; asking again would only cost time.
+#[derive(Debug, Default)]
+struct Features {
+    no_zero_range: AtomicBool,
+    no_punch_hole: AtomicBool,
+    no_allocate: AtomicBool,
+    no_zero_device: AtomicBool,
+    no_discard_device: AtomicBool,
+    no_dsync: AtomicBool,
+    no_copy_range: AtomicBool,
+}
+
+impl FileNode {
+    /// An error of the system, with the file, node and byte it happened at.
+    fn failed(&self, what: &str, offset: u64, error: sysio::Error) -> Error {
+        Error::io(error, what).node(&self.node_name).file(&self.path).at(offset)
+    }
+
+    /// The length now. Also refreshes what `len` answers.
+    fn current_len(&self) -> Result<u64> {
+        let len = self
+            .file
+            .len()
+            .map_err(|e| Error::io(e, "cannot ask for the length").file(&self.path))?;
+        self.known_len.store(len, Ordering::Relaxed);
+        Ok(len)
+    }
+}
+
+impl Driver for FileNode {
+    fn name(&self) -> &'static str {
+        self.flavour.name()
+    }
+
+    fn len(&self) -> u64 {
+        self.known_len.load(Ordering::Relaxed)
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.is_read_only
+    }
+
+    fn write_flags(&self) -> WriteFlags {
+        WriteFlags::FUA
+    }
+
+    fn zero_flags(&self) -> Option<ZeroFlags> {
+        Some(ZeroFlags::MAY_UNMAP | ZeroFlags::NO_FALLBACK)
+    }
+
+    fn filename(&self) -> Option<PathBuf> {
+        Some(self.path.clone())
+    }
+
+    fn identity(&self) -> Option<(u64, u64)> {
+        self.file.identity().ok()
+    }
+
+    fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+        self.quick_read(offset, iov)
+    }
+
+    fn try_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+        self.quick_write(offset, iov)
+    }
+
+    fn read(&self, offset: u64, iov: IoVec, _flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.read_all(offset, iov))
+    }
+
+    fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.write_all(offset, iov, flags.contains(WriteFlags::FUA)))
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> BoxFuture<'_, Result<Attempt>> {
+        Box::pin(self.zero(offset, len, flags))
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Attempt>> {
+        Box::pin(self.give_back(offset, len))
+    }
+
+    fn flush_to_disk(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.flush())
+    }
+
+    fn block_status(
+        &self,
+        offset: u64,
+        len: u64,
+        precise: bool,
+    ) -> BoxFuture<'_, Result<StatusRun>> {
+        let run = self.status(offset, len, precise);
+        Box::pin(async move { run })
+    }
+
+    fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.resize(change))
+    }
+
+    fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
+        let answer = self
+            .file
+            .allocated_len()
+            .map(Some)
+            .map_err(|e| Error::io(e, "cannot ask for the space used").file(&self.path));
+        Box::pin(async move { answer })
+    }
+
+    fn copy_range_from<'a>(
+        &'a self,
+        source: &'a dyn Driver,
+        source_offset: u64,
+        offset: u64,
+        len: u64,
+    ) -> BoxFuture<'a, Result<Attempt>> {
+        Box::pin(async move {
+            match source.as_any().downcast_ref::<FileNode>() {
+                Some(source) => self.copy_from(source, source_offset, offset, len).await,
+                None => Ok(Attempt::Unsupported),
+            }
+        })
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn close(&self) -> BoxFuture<'_, Result<()>> {
+        // The locks belong to the open file description, and an operation in flight may keep that alive.
+        self.locks.release(&self.file);
+        Box::pin(async { Ok(()) })
+    }
+}
+
+impl DriverType for FileProtocol {
+    fn name(&self) -> &'static str {
+        Flavour::File.name()
+    }
+
+    fn category(&self) -> Category {
+        Category::Protocol
+    }
+
+    fn open_options(&self) -> &'static [OptionSpec] {
+        OPEN_OPTIONS
+    }
+
+    fn open<'a>(
+        &'a self,
+        context: &'a mut OpenContext<'_>,
+    ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
+        Box::pin(async move { open::open(Flavour::File, context) })
+    }
+
+    fn create_options(&self) -> &'static [OptionSpec] {
+        create::CREATE_OPTIONS
+    }
+
+    fn create_file<'a>(
+        &'a self,
+        fs: &'a Fs,
+        path: &'a Path,
+        options: &'a mut Options,
+    ) -> BoxFuture<'a, Result<()>> {
+        Box::pin(create::create(fs, path, options))
+    }
+}
+
+impl DriverType for HostDevice {
+    fn name(&self) -> &'static str {
+        Flavour::Device.name()
+    }
+
+    fn category(&self) -> Category {
+        Category::Protocol
+    }
+
+    fn open_options(&self) -> &'static [OptionSpec] {
+        OPEN_OPTIONS
+    }
+
+    fn open<'a>(
+        &'a self,
+        context: &'a mut OpenContext<'_>,
+    ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
+        Box::pin(async move { open::open(Flavour::Device, context) })
+    }
+
+    fn create_options(&self) -> &'static [OptionSpec] {
+        create::DEVICE_OPTIONS
+    }
+
+    fn create_file<'a>(
+        &'a self,
+        fs: &'a Fs,
+        path: &'a Path,
+        options: &'a mut Options,
+    ) -> BoxFuture<'a, Result<()>> {
+        Box::pin(create::use_device(fs, path, options))
+    }
+}

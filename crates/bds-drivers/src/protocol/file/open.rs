@@ -1,0 +1,203 @@
+//! Opening a file or device: options, kinds, read-only rules, limits and locks.
+//!
+//! Nothing here truncates or writes. Whatever fails, the descriptor is closed again and its locks go with it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicI32, AtomicU64};
+
+use bds_core::driver::{Driver, Limits, OpenContext, OpenFlags, Role};
+use bds_core::{Error, ErrorKind, Result};
+use bds_io::{File, FileKind, Fs, OpenOptions};
+
+use super::lock::{LockMode, Locks, Permissions};
+use super::status::DataRun;
+use super::{Features, FileNode, Flavour};
+
+/// Longest single data request, as everywhere in the block layer: a 31-bit length rounded down to a sector.
+const MAX_TRANSFER_BYTES: u64 = 0x7fff_fe00;
+
+/// Devices take discards and zero writes in units of their logical block, which is never larger.
+const DEVICE_UNIT_BYTES: u32 = 4096;
+
+struct Wanted {
+    path: PathBuf,
+    locking: LockMode,
+    share_writers: bool,
+}
+
+pub(super) fn open(flavour: Flavour, context: &mut OpenContext<'_>) -> Result<Box<dyn Driver>> {
+    let wanted = parse(context)?;
+    let node_name = context.node_name.to_owned();
+    let flags = context.flags;
+    open_node(flavour, context.fs, wanted, node_name.clone(), flags)
+        .map(|node| Box::new(node) as Box<dyn Driver>)
+        .map_err(|e| e.node(node_name))
+}
+
+fn parse(context: &mut OpenContext<'_>) -> Result<Wanted> {
+    let options = &mut context.options;
+    let path = options.take_str("filename")?.ok_or_else(|| {
+        Error::new(ErrorKind::InvalidInput, "option 'filename' is missing: name the file")
+    })?;
+    let locking = match options.take_str("locking")?.as_deref() {
+        None | Some("auto") => LockMode::Auto,
+        Some("on") => LockMode::On,
+        Some("off") => LockMode::Off,
+        Some(other) => return Err(bad_choice("locking", other, "on, off or auto")),
+    };
+    match options.take_str("aio")?.as_deref() {
+        None | Some("threads" | "native" | "io_uring") => {}
+        Some(other) => return Err(bad_choice("aio", other, "threads, native or io_uring")),
+    }
+    options.take_bool("drop-cache")?;
+    let share_writers = options.take_bool("x-share-rw")?.unwrap_or(false);
+    if context.flags.force_share && !context.flags.read_only {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            "force-share=on can only be used with read-only images",
+        ));
+    }
+    Ok(Wanted { path: strip_scheme(&path).into(), locking, share_writers })
+}
+
+/// `file:name` is how QEMU's users spell a name that contains a colon.
+fn strip_scheme(name: &str) -> &str {
+    name.strip_prefix("file:").unwrap_or(name)
+}
+
+fn bad_choice(name: &'static str, found: &str, allowed: &str) -> Error {
+    Error::new(ErrorKind::InvalidInput, format!("option '{name}' must be {allowed}"))
+        .field(name, found)
+}
+
+fn open_node(
+    flavour: Flavour,
+    fs: &Fs,
+    wanted: Wanted,
+    node_name: String,
+    flags: OpenFlags,
+) -> Result<FileNode> {
+    let Wanted { path, locking, share_writers } = wanted;
+    let direct = flags.cache.direct;
+    let want_write = !(flags.read_only || flags.info_only);
+    let (file, is_read_only) = open_file(fs, &path, want_write, direct, flags.auto_read_only)
+        .map_err(|e| open_failed(e, &path, direct))?;
+    check_kind(flavour, &file, &path)?;
+    let locks = if flags.info_only {
+        Locks::none()
+    } else {
+        let permissions = permissions(&flags, is_read_only, share_writers);
+        Locks::take(&file, permissions, locking).map_err(|e| e.file(&path))?
+    };
+    let len = file.len().map_err(|e| Error::io(e, "cannot ask for the length").file(&path))?;
+    let limits = limits(flavour, &file, direct).map_err(|e| e.file(&path))?;
+    Ok(FileNode {
+        flavour,
+        node_name,
+        path,
+        file,
+        locks,
+        is_read_only,
+        is_direct: direct,
+        limits,
+        known_len: AtomicU64::new(len),
+        broken_flush: AtomicI32::new(0),
+        features: Features::default(),
+        data_run: Mutex::new(DataRun::default()),
+    })
+}
+
+/// Opens for writing, or for reading if that is all there is and the caller can live with it.
+fn open_file(
+    fs: &Fs,
+    path: &Path,
+    want_write: bool,
+    direct: bool,
+    auto_read_only: bool,
+) -> io::Result<(File, bool)> {
+    let options = OpenOptions { write: want_write, direct, ..OpenOptions::default() };
+    match fs.open(path, &options) {
+        Ok(file) => Ok((file, !want_write)),
+        Err(e) if want_write && auto_read_only && is_refusal(&e) => {
+            let file = fs.open(path, &OpenOptions { write: false, ..options })?;
+            Ok((file, true))
+        }
+        Err(e) => Err(e),
+    }
+}
+
+fn is_refusal(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::EROFS))
+}
+
+fn open_failed(error: io::Error, path: &Path, direct: bool) -> Error {
+    let is_read_only_fs = error.raw_os_error() == Some(libc::EROFS);
+    let is_bad_direct = direct && error.raw_os_error() == Some(libc::EINVAL);
+    let words = if is_bad_direct {
+        "cannot open: the file system does not support O_DIRECT, use another cache mode"
+    } else {
+        "cannot open"
+    };
+    let error = Error::io(error, words).file(path);
+    // Callers test for "not allowed"; that the whole file system is read-only is only its reason.
+    if is_read_only_fs { error.with_kind(ErrorKind::PermissionDenied) } else { error }
+}
+
+fn check_kind(flavour: Flavour, file: &File, path: &Path) -> Result<()> {
+    let words = match (flavour, file.kind()) {
+        (Flavour::File, FileKind::Regular) => return Ok(()),
+        (Flavour::Device, FileKind::Block | FileKind::Char) => return Ok(()),
+        (Flavour::File, FileKind::Block) => "is a block device: use the driver 'host_device'",
+        (Flavour::File, FileKind::Char) => "is a character device: use the driver 'host_device'",
+        (Flavour::Device, FileKind::Regular) => "is a regular file: use the driver 'file'",
+        (_, FileKind::Other) => "is neither a regular file nor a device",
+    };
+    Err(Error::new(ErrorKind::InvalidInput, words).file(path))
+}
+
+/// What this user does to the file, and what it lets others do meanwhile.
+fn permissions(flags: &OpenFlags, is_read_only: bool, share_writers: bool) -> Permissions {
+    let keeps_metadata = flags.role.contains(Role::METADATA);
+    let mut used = Permissions::READ;
+    if !is_read_only {
+        used |= Permissions::WRITE;
+        if keeps_metadata {
+            used |= Permissions::RESIZE;
+        }
+    }
+    let unshared = if flags.force_share {
+        Permissions::NONE
+    } else if keeps_metadata {
+        Permissions::WRITE | Permissions::RESIZE
+    } else if is_read_only || share_writers {
+        // A raw reader sees what a writer writes, as with any file.
+        Permissions::NONE
+    } else {
+        Permissions::WRITE | Permissions::RESIZE
+    };
+    Permissions { used, unshared, force_share: flags.force_share }
+}
+
+fn limits(flavour: Flavour, file: &File, direct: bool) -> Result<Limits> {
+    let (memory, offset) = file.alignment().map_err(|e| {
+        Error::io(e, "cannot find out the alignment for direct access; use another cache mode")
+    })?;
+    let memory = u32::try_from(memory).map_err(|_| {
+        Error::new(ErrorKind::NotSupported, "the memory alignment is too large")
+            .field("memory_alignment", memory)
+    })?;
+    let unit = match flavour {
+        Flavour::File => 1,
+        Flavour::Device => DEVICE_UNIT_BYTES.max(offset),
+    };
+    Ok(Limits {
+        request_alignment: if direct { offset.max(1) } else { 1 },
+        memory_alignment: memory.max(1),
+        max_transfer: MAX_TRANSFER_BYTES,
+        zero_alignment: unit,
+        discard_alignment: unit,
+        ..Limits::default()
+    })
+}

@@ -1,0 +1,169 @@
+//! Making ranges read as zeros and giving space back, by the first way the file system offers.
+//!
+//! ```text
+//!                 regular file                                   block device
+//! zero            zero range, else punch + allocate, else        BLKZEROOUT (direct, and only if writing
+//!                 allocate (past the end)                        zeros would do as well)
+//! zero + unmap    punch hole, then as above                      punch hole, then as above
+//! discard         punch hole                                     BLKDISCARD
+//! ```
+//!
+//! A way that turned out not to be supported is not tried again on this node. "Unsupported" means: write zeros
+//! yourself; an error means that the device failed.
+//!
+//! Growing by zeros never uses ftruncate: between asking for the length and setting it, another request may have
+//! grown the file further, and its bytes would be cut off.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bds_core::Result;
+use bds_core::driver::{Attempt, ZeroFlags};
+use bds_io::{Buf, ZeroMode};
+
+use super::{FileNode, Flavour};
+
+/// What came of one way.
+enum Tried {
+    Done,
+    /// Not supported, or not for this range.
+    Next,
+}
+
+impl FileNode {
+    pub(super) async fn zero(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<Attempt> {
+        if len == 0 {
+            return Ok(Attempt::Done);
+        }
+        self.forget_data_run();
+        let outcome = match self.flavour {
+            Flavour::File => self.zero_file(offset, len, flags).await,
+            Flavour::Device => self.zero_device(offset, len, flags).await,
+        };
+        self.forget_data_run();
+        match outcome {
+            Ok(Tried::Done) => {
+                self.grown_to(offset + len);
+                Ok(Attempt::Done)
+            }
+            Ok(Tried::Next) => Ok(Attempt::Unsupported),
+            Err(e) => Err(self.failed("cannot write zeros", offset, e)),
+        }
+    }
+
+    async fn zero_file(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<Tried> {
+        let features = &self.features;
+        let end = offset + len;
+        if flags.contains(ZeroFlags::MAY_UNMAP)
+            && matches!(self.punch(offset, len).await?, Tried::Done)
+        {
+            return self.reach(offset, end).await;
+        }
+        if matches!(
+            self.attempt(&features.no_zero_range, offset, len, ZeroMode::Allocate).await?,
+            Tried::Done
+        ) {
+            return Ok(Tried::Done);
+        }
+        let can_allocate = !features.no_allocate.load(Ordering::Relaxed);
+        if can_allocate && matches!(self.punch(offset, len).await?, Tried::Done) {
+            // The bytes are zeros now; allocating keeps later writes from running out of space.
+            if matches!(self.allocate(offset, len).await?, Tried::Done) {
+                return Ok(Tried::Done);
+            }
+        }
+        if offset >= self.file.len()? {
+            return self.allocate(offset, len).await;
+        }
+        Ok(Tried::Next)
+    }
+
+    /// After a hole was punched: the file must still reach to `end`, for its length is part of what is read.
+    async fn reach(&self, offset: u64, end: u64) -> io::Result<Tried> {
+        let len = self.file.len()?;
+        if end <= len {
+            return Ok(Tried::Done);
+        }
+        // One block of zeros at the very end of our own range: it cannot cut or overwrite anybody else's bytes.
+        let block_len = u64::from(self.limits.request_alignment).min(end - offset);
+        let buf_len = usize::try_from(block_len).expect("an alignment fits into memory");
+        let zeros = Buf::zeroed(buf_len, self.limits.memory_alignment as usize);
+        match self.file.write(end - block_len, zeros.iov(), false).await? {
+            0 => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+            n if n == buf_len => Ok(Tried::Done),
+            _ => Ok(Tried::Next),
+        }
+    }
+
+    async fn zero_device(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<Tried> {
+        if flags.contains(ZeroFlags::MAY_UNMAP)
+            && matches!(self.punch(offset, len).await?, Tried::Done)
+        {
+            return Ok(Tried::Done);
+        }
+        // BLKZEROOUT may write the zeros one by one, and does not tell the page cache.
+        let may_be_slow = !flags.contains(ZeroFlags::NO_FALLBACK);
+        let known_bad = self.features.no_zero_device.load(Ordering::Relaxed);
+        if !may_be_slow || !self.is_direct || known_bad {
+            return Ok(Tried::Next);
+        }
+        self.judge(self.file.zero_device(offset..offset + len).await, &self.features.no_zero_device)
+    }
+
+    async fn punch(&self, offset: u64, len: u64) -> io::Result<Tried> {
+        self.attempt(&self.features.no_punch_hole, offset, len, ZeroMode::PunchHole).await
+    }
+
+    async fn allocate(&self, offset: u64, len: u64) -> io::Result<Tried> {
+        self.attempt(&self.features.no_allocate, offset, len, ZeroMode::Extend).await
+    }
+
+    async fn attempt(
+        &self,
+        known_bad: &AtomicBool,
+        offset: u64,
+        len: u64,
+        mode: ZeroMode,
+    ) -> io::Result<Tried> {
+        if known_bad.load(Ordering::Relaxed) {
+            return Ok(Tried::Next);
+        }
+        self.judge(self.file.zero_range(offset..offset + len, mode).await, known_bad)
+    }
+
+    /// Sorts an answer: done, this way never works here, this way does not work for this range, or failed.
+    fn judge(&self, answer: io::Result<()>, known_bad: &AtomicBool) -> io::Result<Tried> {
+        let Err(error) = answer else { return Ok(Tried::Done) };
+        match error.raw_os_error() {
+            Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY | libc::ENODEV) => {
+                known_bad.store(true, Ordering::Relaxed);
+                Ok(Tried::Next)
+            }
+            Some(libc::EINVAL | libc::EBUSY | libc::EPERM | libc::EINTR) => Ok(Tried::Next),
+            _ => Err(error),
+        }
+    }
+
+    pub(super) async fn give_back(&self, offset: u64, len: u64) -> Result<Attempt> {
+        if len == 0 {
+            return Ok(Attempt::Done);
+        }
+        self.forget_data_run();
+        let outcome = match self.flavour {
+            Flavour::File => self.punch(offset, len).await,
+            Flavour::Device => {
+                let known_bad = &self.features.no_discard_device;
+                if known_bad.load(Ordering::Relaxed) {
+                    return Ok(Attempt::Unsupported);
+                }
+                self.judge(self.file.discard_device(offset..offset + len).await, known_bad)
+            }
+        };
+        self.forget_data_run();
+        match outcome {
+            Ok(Tried::Done) => Ok(Attempt::Done),
+            Ok(Tried::Next) => Ok(Attempt::Unsupported),
+            Err(e) => Err(self.failed("cannot discard", offset, e)),
+        }
+    }
+}
