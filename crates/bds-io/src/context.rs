@@ -94,6 +94,7 @@ pub fn block_on<F: Future>(future: F) -> F::Output {
 }
 
 /// Spawns onto the current Context, or the shared background one. In a simulated Context: onto that.
+#[track_caller]
 pub fn spawn<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static) -> Task<T> {
     match current::get() {
         Current::Sim(sim) => sim.spawn(future),

@@ -11,7 +11,13 @@ pub(super) struct Chance(Rand64);
 impl Chance {
     /// The sequence of `seed`. Equal seeds give equal sequences on every machine.
     pub(super) fn new(seed: u64) -> Chance {
-        Chance(Rand64::new(u128::from(seed)))
+        // Neighbouring seeds begin alike: spread them over the state and pass the first draws.
+        let spread = u128::from(seed).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835);
+        let mut sequence = Rand64::new(spread);
+        for _ in 0..4 {
+            sequence.rand_u64();
+        }
+        Chance(sequence)
     }
 
     /// A number below `bound`, which must not be 0.

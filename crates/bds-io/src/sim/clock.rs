@@ -39,11 +39,6 @@ impl Clock {
         self.now_ns
     }
 
-    /// True if nothing is to come.
-    pub(super) fn is_empty(&self) -> bool {
-        self.events.is_empty()
-    }
-
     /// Plans an event.
     pub(super) fn push(&mut self, at_ns: u64, tie: u64, event: Event) -> EventKey {
         let key = (at_ns.max(self.now_ns), tie, self.next);

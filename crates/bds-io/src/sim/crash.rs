@@ -62,6 +62,17 @@ impl Cut<'_> {
             CutMode::Tear => self.chance.index(changes.len() + 1),
         }
     }
+
+    /// The length that a surviving change of it left: a torn append may have grown the file by a part.
+    fn grown_len(&mut self, change: &Change, sector_len: u64) -> u64 {
+        let (before, after) = (change.len_before, change.len_after);
+        let is_append = matches!(change.effect, Effect::Write { .. }) && before < after;
+        if self.mode == CutMode::Tear && is_append && self.chance.coin() {
+            let sectors = self.chance.between(before / sector_len, after / sector_len);
+            return (sectors * sector_len).clamp(before, after);
+        }
+        after
+    }
 }
 
 /// A sector's versions: what it has for sure, and what may be on top.
@@ -110,7 +121,7 @@ pub(super) fn survivors(
         _ => BTreeSet::new(),
     };
     let mut cut = Cut { mode, chance, until, kept };
-    let (len_until, len) = surviving_len(journal, &mut cut);
+    let (len_until, len) = surviving_len(journal, &mut cut, sector_len);
     let plan = Plan::new(journal, &mut cut, sector_len, len_until);
     for change in &journal.changes {
         plan.apply(change, &mut image);
@@ -122,7 +133,7 @@ pub(super) fn survivors(
 /// Up to which change the length follows, and the length that is left.
 ///
 /// A sync writes the inode as it stands, so the length up to the last durable change is durable.
-fn surviving_len(journal: &Journal, cut: &mut Cut<'_>) -> (u64, u64) {
+fn surviving_len(journal: &Journal, cut: &mut Cut<'_>, sector_len: u64) -> (u64, u64) {
     let changes = &journal.changes;
     let durable = changes.iter().rposition(|change| change.fate == Fate::Durable);
     let floor = durable.map_or(0, |at| changes[at].seq);
@@ -132,7 +143,7 @@ fn surviving_len(journal: &Journal, cut: &mut Cut<'_>) -> (u64, u64) {
         .collect();
     let seqs: Vec<u64> = open.iter().map(|change| change.seq).collect();
     match cut.versions_kept(&seqs).checked_sub(1) {
-        Some(at) => (open[at].seq, open[at].len_after),
+        Some(at) => (open[at].seq, cut.grown_len(open[at], sector_len)),
         None => (floor, durable.map_or(journal.base.len(), |at| changes[at].len_after)),
     }
 }

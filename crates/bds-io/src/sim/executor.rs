@@ -18,6 +18,7 @@ use tokio::sync::oneshot;
 
 use super::clock::Sleep;
 use super::engine::Aftermath;
+use super::world::World;
 use super::{Shared, Sim};
 use crate::Task;
 use crate::current::{self, Current};
@@ -98,6 +99,16 @@ impl Drop for Blame<'_> {
                 }
             }
         }
+    }
+}
+
+impl World {
+    /// True if the next event is to come although tasks are ready: they are slow, but not by more
+    /// than a latency, or else every timeout would strike.
+    fn overtakes(&mut self) -> bool {
+        let Some(at_ns) = self.clock.next_ns() else { return false };
+        let wait_ns = u128::from(at_ns - self.clock.now_ns());
+        wait_ns <= self.config.latency_max.as_nanos() && self.chance.hit(self.config.overtake_rate)
     }
 }
 
@@ -209,8 +220,7 @@ impl Sim {
             if world.is_cut {
                 return Turn::Cut;
             }
-            let rate = world.config.overtake_rate;
-            let is_event = choices == 0 || (!world.clock.is_empty() && world.chance.hit(rate));
+            let is_event = choices == 0 || world.overtakes();
             if is_event {
                 let until_ns = until.map_or(u128::MAX, |until| until.as_nanos());
                 let is_due =

@@ -70,7 +70,8 @@ pub struct SimConfig {
     pub split_rate: f64,
     /// Chance that `try_read` and `try_write` answer at once.
     pub inline_rate: f64,
-    /// Chance that the next event overtakes tasks that are ready to run: slow processors.
+    /// Chance that an event less than `latency_max` away overtakes tasks that are ready to run: slow
+    /// processors.
     pub overtake_rate: f64,
     /// What the medium writes as a whole, in bytes: 512 or 4096.
     pub sector_len: u32,
