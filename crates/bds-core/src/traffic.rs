@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! Inline   one counter of this thread's shard; never waits; refused while a serialising request exists
-//! InFlight one counter of this thread's shard; may wait
+//! entered  one counter of this thread's shard; may wait
 //! Tracked  an entry with its byte range: plain ones in this thread's shard, serialising ones in `central`
 //! ```
 //!
@@ -65,7 +65,7 @@ struct Shard {
     /// Inline requests inside.
     inline: AtomicUsize,
     /// Requests inside that may wait.
-    waiting_kind: AtomicUsize,
+    may_wait: AtomicUsize,
     /// Writes ended, whether well or not.
     writes: AtomicU64,
     plain: Mutex<Slab<Entry>>,
@@ -89,6 +89,10 @@ impl Entry {
         self.range.start < range.end && range.start < self.range.end
     }
 }
+
+/// Where a request was counted in: it is counted out there, on whatever thread that happens.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ShardNumber(usize);
 
 /// What the last successful flush covered.
 #[derive(Debug, Default)]
@@ -129,7 +133,7 @@ impl Traffic {
     pub(crate) fn in_flight(&self) -> usize {
         self.shards
             .iter()
-            .map(|s| s.inline.load(Ordering::SeqCst) + s.waiting_kind.load(Ordering::SeqCst))
+            .map(|s| s.inline.load(Ordering::SeqCst) + s.may_wait.load(Ordering::SeqCst))
             .sum()
     }
 
@@ -151,23 +155,88 @@ impl Traffic {
     /// exists. The caller must look at the edge's gate *after* this (see `request::port`).
     #[inline]
     pub(crate) fn try_inline(&self) -> Option<Inline<'_>> {
-        let shard = self.own_shard();
+        let shard = &*self.shards[self.own_number()];
         shard.inline.fetch_add(1, Ordering::SeqCst);
         let guard = Inline { traffic: self, shard };
         // SeqCst pairs with `track`; see the module's argument.
         (self.serialising.load(Ordering::SeqCst) == 0).then_some(guard)
     }
 
-    /// Enters a request that may wait. The caller must look at the edge's gate *after* this.
+    /// Counts in a request that may wait; each call is paired with one [`Traffic::leave`] of its answer. The caller
+    /// must look at the edge's gate *after* this.
     #[inline]
-    pub(crate) fn enter(&self) -> InFlight<'_> {
-        let shard = self.own_shard();
-        shard.waiting_kind.fetch_add(1, Ordering::SeqCst);
-        InFlight { traffic: self, shard }
+    pub(crate) fn enter(&self) -> ShardNumber {
+        let number = self.own_number();
+        self.shards[number].may_wait.fetch_add(1, Ordering::SeqCst);
+        ShardNumber(number)
     }
 
-    fn own_shard(&self) -> &Shard {
-        &self.shards[thread_number() & (self.shards.len() - 1)]
+    /// Counts the same request out.
+    #[inline]
+    pub(crate) fn leave(&self, number: ShardNumber) {
+        self.shards[number.0].may_wait.fetch_sub(1, Ordering::SeqCst);
+        self.notify_watchers();
+    }
+
+    /// Marks that a request may change bytes: when the mark goes, however it goes, the next flush has work.
+    pub(crate) fn writing(&self, number: ShardNumber) -> Writing<'_> {
+        Writing(&self.shards[number.0])
+    }
+
+    /// Registers the bytes a request touches. A serialising one excludes all that overlap it.
+    /// Call [`Tracked::wait_turn`] next.
+    pub(crate) fn track(
+        &self,
+        number: ShardNumber,
+        range: Range<u64>,
+        is_serialising: bool,
+    ) -> Tracked<'_> {
+        if is_serialising {
+            self.track_serialising(range)
+        } else {
+            self.track_plain(&self.shards[number.0], range)
+        }
+    }
+
+    fn track_plain<'a>(&'a self, shard: &'a Shard, range: Range<u64>) -> Tracked<'a> {
+        let entry = Entry { range: range.clone(), ticket: 0 };
+        let slot = lock_plain(shard).insert(entry);
+        let place = Place::Plain { shard, slot };
+        let mut tracked = Tracked { traffic: self, place, range, ticket: 0, inline_pending: 0 };
+        if self.serialising.load(Ordering::SeqCst) != 0 {
+            let mut central = self.lock_central();
+            let mut plain = lock_plain(shard);
+            let entry = &mut plain[slot];
+            if entry.ticket == 0 {
+                central.last_ticket += 1;
+                entry.ticket = central.last_ticket;
+            }
+            tracked.ticket = entry.ticket;
+        }
+        tracked
+    }
+
+    fn track_serialising(&self, range: Range<u64>) -> Tracked<'_> {
+        self.serialising.fetch_add(1, Ordering::SeqCst);
+        let mut central = self.lock_central();
+        for shard in &self.shards {
+            for (_, entry) in lock_plain(shard).iter_mut() {
+                if entry.ticket == 0 && entry.overlaps(&range) {
+                    central.last_ticket += 1;
+                    entry.ticket = central.last_ticket;
+                }
+            }
+        }
+        central.last_ticket += 1;
+        let ticket = central.last_ticket;
+        let slot = central.serialising.insert(Entry { range: range.clone(), ticket });
+        let inline_pending = (1 << self.shards.len()) - 1;
+        Tracked { traffic: self, place: Place::Serialising { slot }, range, ticket, inline_pending }
+    }
+
+    #[inline]
+    fn own_number(&self) -> usize {
+        thread_number() & (self.shards.len() - 1)
     }
 
     fn watch(&self) -> Watching<'_> {
@@ -268,72 +337,7 @@ impl Drop for Inline<'_> {
     }
 }
 
-/// A request that may wait. A drain waits for it.
-pub(crate) struct InFlight<'a> {
-    traffic: &'a Traffic,
-    shard: &'a Shard,
-}
-
-impl<'a> InFlight<'a> {
-    /// Marks that this request may change bytes: when the mark goes, however it goes, the next flush has work.
-    pub(crate) fn writing(&self) -> Writing<'a> {
-        Writing(self.shard)
-    }
-
-    /// Registers the bytes this request touches. A serialising one excludes all that overlap it.
-    /// Call [`Tracked::wait_turn`] next.
-    pub(crate) fn track(&self, range: Range<u64>, serialising: bool) -> Tracked<'a> {
-        if serialising { self.track_serialising(range) } else { self.track_plain(range) }
-    }
-
-    fn track_plain(&self, range: Range<u64>) -> Tracked<'a> {
-        let (traffic, shard) = (self.traffic, self.shard);
-        let entry = Entry { range: range.clone(), ticket: 0 };
-        let slot = lock_plain(shard).insert(entry);
-        let place = Place::Plain { shard, slot };
-        let mut tracked = Tracked { traffic, place, range, ticket: 0, inline_pending: 0 };
-        if traffic.serialising.load(Ordering::SeqCst) != 0 {
-            let mut central = traffic.lock_central();
-            let mut plain = lock_plain(shard);
-            let entry = &mut plain[slot];
-            if entry.ticket == 0 {
-                central.last_ticket += 1;
-                entry.ticket = central.last_ticket;
-            }
-            tracked.ticket = entry.ticket;
-        }
-        tracked
-    }
-
-    fn track_serialising(&self, range: Range<u64>) -> Tracked<'a> {
-        let traffic = self.traffic;
-        traffic.serialising.fetch_add(1, Ordering::SeqCst);
-        let mut central = traffic.lock_central();
-        for shard in &traffic.shards {
-            for (_, entry) in lock_plain(shard).iter_mut() {
-                if entry.ticket == 0 && entry.overlaps(&range) {
-                    central.last_ticket += 1;
-                    entry.ticket = central.last_ticket;
-                }
-            }
-        }
-        central.last_ticket += 1;
-        let ticket = central.last_ticket;
-        let slot = central.serialising.insert(Entry { range: range.clone(), ticket });
-        let inline_pending = (1 << traffic.shards.len()) - 1;
-        Tracked { traffic, place: Place::Serialising { slot }, range, ticket, inline_pending }
-    }
-}
-
-impl Drop for InFlight<'_> {
-    #[inline]
-    fn drop(&mut self) {
-        self.shard.waiting_kind.fetch_sub(1, Ordering::SeqCst);
-        self.traffic.notify_watchers();
-    }
-}
-
-/// See [`InFlight::writing`].
+/// See [`Traffic::writing`].
 pub(crate) struct Writing<'a>(&'a Shard);
 
 impl Drop for Writing<'_> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 
-use super::{InFlight, Tracked, Traffic};
+use super::{Tracked, Traffic};
 use crate::error::{Error, ErrorKind};
 
 #[derive(Default)]
@@ -23,12 +23,8 @@ fn poll<F: Future>(future: Pin<&mut F>, wakes: &Arc<CountWakes>) -> Poll<F::Outp
 }
 
 /// Tracks a range and says whether it may go at once.
-fn goes<'a>(
-    inside: &InFlight<'a>,
-    range: std::ops::Range<u64>,
-    serialising: bool,
-) -> (Tracked<'a>, bool) {
-    let mut tracked = inside.track(range, serialising);
+fn goes(traffic: &Traffic, range: std::ops::Range<u64>, serialising: bool) -> (Tracked<'_>, bool) {
+    let mut tracked = traffic.track(traffic.enter(), range, serialising);
     let wakes = Arc::default();
     let ready = poll(std::pin::pin!(tracked.wait_turn()), &wakes).is_ready();
     (tracked, ready)
@@ -48,10 +44,9 @@ fn conflicts_need_an_overlap_and_a_serialising_side() {
     ];
     for ((a, a_serialising), (b, b_serialising), expected) in table {
         let traffic = Traffic::new();
-        let inside = traffic.enter();
-        let (_first, ready) = goes(&inside, a.clone(), a_serialising);
+        let (_first, ready) = goes(&traffic, a.clone(), a_serialising);
         assert!(ready);
-        let (_second, ready) = goes(&inside, b.clone(), b_serialising);
+        let (_second, ready) = goes(&traffic, b.clone(), b_serialising);
         assert_eq!(ready, expected, "{a:?} {a_serialising} then {b:?} {b_serialising}");
     }
 }
@@ -60,10 +55,10 @@ fn conflicts_need_an_overlap_and_a_serialising_side() {
 fn a_waiting_request_is_not_overtaken_and_its_cancelling_lets_others_in() {
     let traffic = Traffic::new();
     let inside = traffic.enter();
-    let (_plain, ready) = goes(&inside, 0..10, false);
+    let (_plain, ready) = goes(&traffic, 0..10, false);
     assert!(ready);
-    let mut serialising = inside.track(5..20, true);
-    let (mut later, ready) = goes(&inside, 15..25, false);
+    let mut serialising = traffic.track(inside, 5..20, true);
+    let (mut later, ready) = goes(&traffic, 15..25, false);
     assert!(!ready, "the newcomer overlaps one that waits already");
 
     let wakes = Arc::<CountWakes>::default();
@@ -82,8 +77,8 @@ fn a_waiting_request_is_not_overtaken_and_its_cancelling_lets_others_in() {
 fn a_plain_request_met_by_a_serialising_one_goes_first() {
     let traffic = Traffic::new();
     let inside = traffic.enter();
-    let mut plain = inside.track(0..10, false);
-    let mut serialising = inside.track(0..10, true);
+    let mut plain = traffic.track(inside, 0..10, false);
+    let mut serialising = traffic.track(inside, 0..10, true);
     let wakes = Arc::<CountWakes>::default();
     assert!(poll(std::pin::pin!(plain.wait_turn()), &wakes).is_ready());
     assert!(serialising.has_conflict());
@@ -99,7 +94,7 @@ fn a_serialising_request_closes_the_inline_way_and_waits_for_those_on_it() {
     let traffic = Traffic::new();
     let inline = traffic.try_inline().expect("nobody serialises");
     let inside = traffic.enter();
-    let mut serialising = inside.track(0..1, true);
+    let mut serialising = traffic.track(inside, 0..1, true);
     assert!(traffic.try_inline().is_none());
     let wakes = Arc::<CountWakes>::default();
     let mut waiting = Box::pin(serialising.wait_turn());
@@ -123,7 +118,7 @@ fn idle_means_nobody_of_any_kind() {
     assert!(poll(idle.as_mut(), &wakes).is_pending());
     drop(inline);
     assert!(poll(idle.as_mut(), &wakes).is_pending());
-    drop(inside);
+    traffic.leave(inside);
     assert!(wakes.0.load(Ordering::SeqCst) >= 2);
     assert!(poll(idle.as_mut(), &wakes).is_ready());
 }
@@ -138,8 +133,8 @@ fn a_flush_covers_writes_that_ended_before_it_began() {
     };
     assert!(begin().is_clean());
     let inside = traffic.enter();
-    let during = inside.writing();
-    drop(inside.writing());
+    let during = traffic.writing(inside);
+    drop(traffic.writing(inside));
     let mut flushing = begin();
     assert!(!flushing.is_clean());
     drop(during);
