@@ -6,6 +6,7 @@
 
 pub mod driver;
 pub mod error;
+pub mod graph;
 pub mod options;
 mod traffic;
 

@@ -16,7 +16,7 @@ use crate::{
     handle::{GENERATION_BITS, Handle, INDEX_BITS, Kind, PREFIX_SHIFT, prefix},
     holder::{Held, Holder, HolderInfo},
     lifecycle::State,
-    pages::Pages,
+    pages::{self, MAX_SLOTS, Pages},
     slot::{Occupant, Slot},
     stale::{Full, Stale},
     strong::Strong,
@@ -32,7 +32,7 @@ pub struct ArenaConfig {
     pub kind: Kind,
     /// Width of the generation, 1 to 24: a slot serves 2ⁿ − 1 objects and is then retired.
     pub generation_bits: u32,
-    /// Width of the index, 0 to 24: the arena has at most 2ⁿ slots.
+    /// Width of the index, 0 to 24: the arena has at most 2ⁿ slots, and never more than 13.6 million.
     pub index_bits: u32,
 }
 
@@ -90,12 +90,12 @@ impl<T> Shared<T> {
         if handle.prefix() != self.prefix {
             return Err(self.explain_prefix(handle));
         }
-        self.pages.slot(handle.index()).ok_or(Stale::NeverIssued)
+        self.pages.slot(handle.place()).ok_or(Stale::NeverIssued)
     }
 
-    /// The slot with this index, which exists.
-    pub(crate) fn slot_at(&self, index: u32) -> &Slot<T> {
-        self.pages.slot(index).expect("indices inside the arena come from existing slots")
+    /// The slot at this place, which exists.
+    pub(crate) fn slot_at(&self, place: u32) -> &Slot<T> {
+        self.pages.slot(place).expect("places inside the arena come from existing slots")
     }
 
     #[cold]
@@ -125,12 +125,11 @@ impl<T> Shared<T> {
     /// A slot for one insert.
     fn reserve(self: &Arc<Self>) -> Result<Reservation<'_, T>, Full> {
         let mut books = self.books.lock();
-        let key = books.slots.vacant_key();
-        let index = u32::try_from(key).unwrap_or(u32::MAX);
-        if index >= self.capacity {
+        let key = u32::try_from(books.slots.vacant_key()).unwrap_or(u32::MAX);
+        if key >= self.capacity {
             return Err(Full { capacity: self.capacity as usize, retired: books.retired });
         }
-        let slot = self.pages.slot_or_grow(index, self.capacity, self.prefix << PREFIX_SHIFT);
+        let slot = self.pages.slot_or_grow(key, self.capacity, self.prefix << PREFIX_SHIFT);
         slot.reserve();
         books.slots.insert(Entry::InUse);
         Ok(Reservation { shared: self, slot })
@@ -141,7 +140,7 @@ impl<T> Shared<T> {
     /// # Safety
     /// As for [`Slot::end`].
     pub(crate) unsafe fn end(&self, slot: &Slot<T>, was_dead: bool) {
-        let key = slot.index() as usize;
+        let key = pages::key(slot.place()) as usize;
         let roll = std::mem::take(&mut slot.side.lock().holders);
         let mut books = self.books.lock();
         if was_dead {
@@ -236,7 +235,7 @@ impl<T> Arena<T> {
             pages: Pages::new(),
             graveyard: Graveyard::new(),
             last_generation: (1 << generation_bits) - 1,
-            capacity: 1 << index_bits,
+            capacity: MAX_SLOTS.min(1 << index_bits),
             books: Mutex::new(Books { slots: Slab::new(), retired: 0, closing: 0 }),
             _tag: tag,
         });
@@ -302,7 +301,9 @@ impl<T> Arena<T> {
     /// How many references an object has, 0 for a stale handle. For diagnostics: outdated on return.
     pub fn count(&self, handle: Handle<T>) -> usize {
         match self.shared.slot(handle).map(Slot::word) {
-            Ok(word) if word.admits(handle.generation()) => word.count() as usize,
+            Ok(word) if word.admits(handle.generation()) => {
+                usize::try_from(word.count()).unwrap_or(usize::MAX)
+            }
             _ => 0,
         }
     }

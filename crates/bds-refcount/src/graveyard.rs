@@ -19,7 +19,7 @@ use crate::{
     sync::{Arc, AtomicU32, AtomicUsize, Mutex, Ordering},
 };
 
-/// A link is an index plus one; 0 ends a chain.
+/// A link is a slot's place plus one; 0 ends a chain.
 const LINK: u32 = (1 << (INDEX_BITS + 1)) - 1;
 const ORPHAN: u32 = 1 << 30;
 const DRAINING: u32 = 1 << 31;
@@ -74,7 +74,7 @@ pub(crate) unsafe fn bury<T>(slot: &Slot<T>) {
         // decrements reached us through the load in `strong::release`.
         match graveyard.head.compare_exchange_weak(
             head,
-            (slot.index() + 1) | flags,
+            (slot.place() + 1) | flags,
             Ordering::AcqRel,
             Ordering::Relaxed,
         ) {

@@ -16,6 +16,8 @@ use std::{
     marker::PhantomData,
 };
 
+use crate::pages;
+
 /// Bits of the index field.
 pub(crate) const INDEX_BITS: u32 = 24;
 /// Bits of the generation field.
@@ -113,12 +115,13 @@ impl<T> Handle<T> {
         ((self.bits >> INDEX_BITS) & GENERATION_MASK) as u32
     }
 
+    /// Where the slot lies; see `pages.rs`.
     #[inline]
-    pub(crate) const fn index(self) -> u32 {
+    pub(crate) const fn place(self) -> u32 {
         (self.bits & INDEX_MASK) as u32
     }
 
-    /// A handle put together; `base` has kind, tag and index in their places and generation 0.
+    /// A handle put together; `base` has everything in its place but the generation, which is 0.
     #[inline]
     pub(crate) const fn with_generation(base: u64, generation: u32) -> Self {
         Self::from_u64(base | (generation as u64) << INDEX_BITS)
@@ -172,14 +175,14 @@ impl<T> fmt::Debug for Handle<T> {
     }
 }
 
-/// `kind.tag.index@generation`, for messages; the form carries no promise.
+/// `kind.tag.number-of-slot@generation`, for messages; the form carries no promise.
 impl<T> fmt::Display for Handle<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.is_null() {
             return f.write_str("null");
         }
         let kind = self.bits >> (PREFIX_SHIFT + TAG_BITS);
-        write!(f, "{kind}.{}.{}@{}", self.tag(), self.index(), self.generation())
+        write!(f, "{kind}.{}.{}@{}", self.tag(), pages::key(self.place()), self.generation())
     }
 }
 
@@ -195,9 +198,9 @@ mod tests {
         assert_eq!(again, handle);
         assert_eq!(again.kind(), Some(Kind::new(15)));
         assert_eq!(again.tag(), 0xABC);
-        assert_eq!(again.index(), 0x00FE_DCBA);
+        assert_eq!(again.place(), 0x00FE_DCBA);
         assert_eq!(again.generation(), 0x0012_3456);
-        assert_eq!(again.to_string(), "15.2748.16702650@1193046");
+        assert_eq!(again.to_string(), "15.2748.13556890@1193046");
     }
 
     #[test]

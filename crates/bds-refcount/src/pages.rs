@@ -1,54 +1,86 @@
-//! The slots' memory: pages that double in size, never move and are never given back before the arena's end.
+//! The slots' memory: pages that never move and are never given back before the arena's end.
 //!
-//! A look-up takes one load and no lock; pages are added under the arena's lock. This file knows no lifecycles.
+//! A look-up takes no lock; pages are added under the arena's books' lock. This file knows no lifecycles.
+//!
+//! A slot has two numbers. Its *key* counts 0, 1, 2, … and is the free list's. Its *place* is the index field of handles:
+//! ```text
+//!  23       18 17                 0
+//! ┌───────────┬────────────────────┐
+//! │ page      │ slot in the page   │      pages 0 to 13 hold 32, 64, … 2¹⁸ slots, pages 14 to 63 hold 2¹⁸ each
+//! └───────────┴────────────────────┘
+//! ```
+//! so that a look-up, which starts from a handle, finds page and slot by shifting; only inserting computes a logarithm.
 
 use std::sync::OnceLock;
 
-use crate::{handle::INDEX_BITS, slot::Slot};
+use crate::slot::Slot;
 
-/// Slots of the first page, as a power of two; every further page has twice as many as the one before.
+const OFFSET_BITS: u32 = 18;
+const OFFSET_MASK: u32 = (1 << OFFSET_BITS) - 1;
+const PAGES: u32 = 64;
+/// Slots of the first page, as a power of two.
 const FIRST_BITS: u32 = 5;
-const PAGES: usize = (INDEX_BITS - FIRST_BITS + 1) as usize;
+/// The first page that is not twice as large as the one before.
+const FIRST_EVEN: u32 = OFFSET_BITS - FIRST_BITS + 1;
+/// Slots in the pages before that one.
+const BEFORE_EVEN: u32 = (1 << (OFFSET_BITS + 1)) - (1 << FIRST_BITS);
+
+/// Slots in all pages together: 13.6 million.
+pub(crate) const MAX_SLOTS: u32 = BEFORE_EVEN + ((PAGES - FIRST_EVEN) << OFFSET_BITS);
 
 pub(crate) struct Pages<T> {
     // Filled from the front, each once.
-    pages: [OnceLock<Box<[Slot<T>]>>; PAGES],
+    pages: [OnceLock<Box<[Slot<T>]>>; PAGES as usize],
 }
 
-/// Page and place in it of an index.
-#[inline]
-fn place(index: u32) -> (usize, usize) {
-    let shifted = index + (1 << FIRST_BITS);
-    let page = shifted.ilog2() - FIRST_BITS;
-    (page as usize, (shifted - (1 << (page + FIRST_BITS))) as usize)
+/// The place of a key below [`MAX_SLOTS`].
+pub(crate) fn place(key: u32) -> u32 {
+    if key < BEFORE_EVEN {
+        let shifted = key + (1 << FIRST_BITS);
+        let page = shifted.ilog2() - FIRST_BITS;
+        page << OFFSET_BITS | (shifted - (1 << (page + FIRST_BITS)))
+    } else {
+        key - BEFORE_EVEN + (FIRST_EVEN << OFFSET_BITS)
+    }
+}
+
+/// The key of a place. Some number also for a place where no slot can be.
+pub(crate) const fn key(place: u32) -> u32 {
+    let (page, offset) = (place >> OFFSET_BITS, place & OFFSET_MASK);
+    if page < FIRST_EVEN {
+        (1 << (page + FIRST_BITS)) - (1 << FIRST_BITS) + offset
+    } else {
+        place - (FIRST_EVEN << OFFSET_BITS) + BEFORE_EVEN
+    }
 }
 
 impl<T> Pages<T> {
     pub(crate) fn new() -> Self {
-        Self { pages: [const { OnceLock::new() }; PAGES] }
+        Self { pages: [const { OnceLock::new() }; PAGES as usize] }
     }
 
-    /// The slot of this index, if its page exists.
+    /// The slot at this place, if its page exists.
     #[inline]
-    pub(crate) fn slot(&self, index: u32) -> Option<&Slot<T>> {
-        let (page, offset) = place(index);
-        self.pages.get(page)?.get()?.get(offset)
+    pub(crate) fn slot(&self, place: u32) -> Option<&Slot<T>> {
+        self.pages[(place >> OFFSET_BITS & (PAGES - 1)) as usize]
+            .get()?
+            .get((place & OFFSET_MASK) as usize)
     }
 
-    /// The slot of this index, whose page is made if need be, with no more than `capacity` slots in all pages.
-    /// `base` is kind and tag in their places.
-    pub(crate) fn slot_or_grow(&self, index: u32, capacity: u32, base: u64) -> &Slot<T> {
-        let (page, offset) = place(index);
-        let slots = self.pages[page].get_or_init(|| {
-            let first = index - u32::try_from(offset).expect("an offset is below 2^24");
-            let len = (1 << (FIRST_BITS + u32::try_from(page).expect("a page number is below 20")))
-                .min(capacity - first);
-            (first..first + len).map(|index| Slot::new(base | u64::from(index))).collect()
+    /// The slot with this key, whose page is made if need be, with no more than `capacity` slots in all pages.
+    /// `base` is kind and tag in their places in a handle.
+    pub(crate) fn slot_or_grow(&self, key: u32, capacity: u32, base: u64) -> &Slot<T> {
+        let place = place(key);
+        let (page, offset) = (place >> OFFSET_BITS, place & OFFSET_MASK);
+        let slots = self.pages[page as usize].get_or_init(|| {
+            let len = (1 << (page + FIRST_BITS).min(OFFSET_BITS)).min(capacity - (key - offset));
+            let first = page << OFFSET_BITS;
+            (first..first + len).map(|place| Slot::new(base | u64::from(place))).collect()
         });
-        &slots[offset]
+        &slots[offset as usize]
     }
 
-    /// All slots that exist, in order of index.
+    /// All slots that exist, in order of key.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Slot<T>> {
         self.pages.iter().map_while(OnceLock::get).flat_map(|page| page.iter())
     }
@@ -59,15 +91,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_index_has_its_place() {
-        let mut expected = (0, 0);
-        for index in 0..5_000 {
-            assert_eq!(place(index), expected, "{index}");
-            expected.1 += 1;
-            if expected.1 == 1 << (expected.0 + FIRST_BITS as usize) {
-                expected = (expected.0 + 1, 0);
-            }
+    fn every_key_has_a_place_of_its_own() {
+        let mut expected = 0;
+        for key in 0..MAX_SLOTS {
+            assert_eq!(place(key), expected, "{key}");
+            assert_eq!(super::key(expected), key);
+            let (page, offset) = (expected >> OFFSET_BITS, expected & OFFSET_MASK);
+            let last = offset + 1 == 1 << (page + FIRST_BITS).min(OFFSET_BITS);
+            expected = if last { (page + 1) << OFFSET_BITS } else { expected + 1 };
         }
-        assert_eq!(place((1 << INDEX_BITS) - 1).0, PAGES - 1);
+        assert_eq!(expected, PAGES << OFFSET_BITS, "no page is left over");
     }
 }

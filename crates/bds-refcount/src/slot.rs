@@ -13,7 +13,7 @@ use crate::{
     arena::Shared,
     handle::Handle,
     holder::Roll,
-    lifecycle::{State, Word},
+    lifecycle::{ONE, State, Word},
     stale::{Stale, TooManyReferences},
     sync::{Arc, AtomicU32, AtomicU64, Mutex, Ordering, UnsafeCell},
 };
@@ -39,7 +39,7 @@ pub(crate) struct Side {
 #[repr(align(128))]
 pub(crate) struct Slot<T> {
     word: AtomicU64,
-    /// Kind, tag and index in their places in a handle.
+    /// Kind, tag and place as they stand in a handle.
     base: u64,
     /// The graveyard's link, meaningful only between burial and reaping. Ordered by the graveyard's head.
     pub(crate) next: AtomicU32,
@@ -77,8 +77,8 @@ impl<T> Slot<T> {
         Handle::with_generation(self.base, Word(self.word.load(Ordering::Relaxed)).generation())
     }
 
-    pub(crate) fn index(&self) -> u32 {
-        Handle::<T>::from_u64(self.base).index()
+    pub(crate) fn place(&self) -> u32 {
+        Handle::<T>::from_u64(self.base).place()
     }
 
     // ---- birth
@@ -127,7 +127,7 @@ impl<T> Slot<T> {
             // never be seen above it, not even for a moment, or a releaser could miss being the last.
             match self.word.compare_exchange_weak(
                 word,
-                word + 1,
+                word + ONE,
                 Ordering::Acquire,
                 Ordering::Relaxed,
             ) {
@@ -141,8 +141,8 @@ impl<T> Slot<T> {
     #[inline]
     pub(crate) fn retain(&self) -> Result<(), TooManyReferences> {
         // Relaxed as in Arc: the caller's own reference keeps everything in place.
-        let before = Word(self.word.fetch_add(1, Ordering::Relaxed));
-        if before.is_saturated() {
+        let before = Word(self.word.fetch_add(ONE, Ordering::Relaxed));
+        if before.was_saturated() {
             self.take_back();
             return Err(TooManyReferences);
         }
@@ -152,7 +152,7 @@ impl<T> Slot<T> {
     #[cold]
     fn take_back(&self) {
         // Cannot reach 0: the caller of `retain` has a reference of its own.
-        self.word.fetch_sub(1, Ordering::Relaxed);
+        self.word.fetch_sub(ONE, Ordering::Relaxed);
     }
 
     /// Gives up one reference. True if it was the last: then the object is dead and this caller must bury it.
@@ -167,8 +167,8 @@ impl<T> Slot<T> {
         // has happened, while a `&Slot` argument would still claim it.
         let word = unsafe { &(*slot).word };
         // Release: what this holder did with the object happens before its end.
-        let before = Word(word.fetch_sub(1, Ordering::Release));
-        before.count() == 1
+        let before = Word(word.fetch_sub(ONE, Ordering::Release));
+        before.was_last()
     }
 
     /// The whole step from live to dead for a caller that wants the object only if nobody else holds it.
@@ -239,7 +239,7 @@ impl<T> Slot<T> {
     }
 
     #[cfg(test)]
-    pub(crate) fn force_count(&self, count: u32) {
+    pub(crate) fn force_count(&self, count: u64) {
         let word = self.word();
         self.word.store(Word::new(State::Occupied, word.generation(), count).0, Ordering::Relaxed);
     }

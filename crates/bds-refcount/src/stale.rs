@@ -23,7 +23,7 @@ pub enum Stale {
     WrongKind,
     /// This arena has not given out such a handle, or the object is still being made.
     NeverIssued,
-    /// The object lives but has as many references as can be counted (2³¹).
+    /// The object lives but has as many references as can be counted (2³⁷).
     TooManyReferences,
 }
 
@@ -63,7 +63,7 @@ impl fmt::Display for Full {
 
 impl error::Error for Full {}
 
-/// A reference was not cloned because the object has as many as can be counted (2³¹).
+/// A reference was not cloned because the object has as many as can be counted (2³⁷).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TooManyReferences;
 

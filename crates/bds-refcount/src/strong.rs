@@ -95,10 +95,10 @@ impl<T> Strong<T> {
 
     /// How many references there are. For diagnostics: outdated on return.
     pub fn count(&self) -> usize {
-        self.slot().word().count() as usize
+        usize::try_from(self.slot().word().count()).unwrap_or(usize::MAX)
     }
 
-    /// Another reference, unless there are 2³¹ already.
+    /// Another reference, unless there are 2³⁷ already.
     ///
     /// # Errors
     /// [`TooManyReferences`]; nothing has changed.
@@ -154,7 +154,7 @@ unsafe fn release<T>(slot: NonNull<Slot<T>>) -> Release {
 /// One reference more: one atomic operation.
 ///
 /// # Panics
-/// If there are 2³¹ references already, which takes leaking them or 16 GiB of them. The count is put right before
+/// If there are 2³⁷ references already, which takes leaking them or a tebibyte of them. The count is put right before
 /// the panic and the object is unharmed. Unwinding was chosen over aborting, which would take a whole VMM down, and over
 /// a saturated count, which would never close the object and so lose its last flush in silence.
 /// [`try_clone`](Strong::try_clone) does not panic.
@@ -209,19 +209,20 @@ mod tests {
     fn too_many_references_are_refused_and_change_nothing() {
         let arena = Arena::new(Kind::new(1));
         let strong = arena.insert(7).unwrap();
-        let limit = u32::try_from(COUNT_LIMIT).unwrap();
+        let limit = COUNT_LIMIT;
         strong.slot().force_count(limit);
 
         assert_eq!(strong.try_clone().err(), Some(TooManyReferences));
         assert!(catch_unwind(AssertUnwindSafe(|| strong.clone())).is_err());
         assert_eq!(arena.acquire(strong.handle()).err(), Some(Stale::TooManyReferences));
         assert_eq!(arena.check(strong.handle()), Ok(()), "it lives, all the same");
-        assert_eq!(strong.count(), limit as usize);
+        assert_eq!(strong.count(), usize::try_from(limit).unwrap());
 
         strong.slot().force_count(limit - 1);
         let one_more = strong.clone();
-        assert_eq!(strong.count(), limit as usize);
+        assert_eq!(strong.count(), usize::try_from(limit).unwrap());
         drop(one_more);
+        drop(arena.acquire(strong.handle()).unwrap());
         strong.slot().force_count(1);
         assert_eq!(strong.release(), Release::Last);
         assert_eq!(arena.reap_all(), 1);

@@ -1,0 +1,273 @@
+//! An edge: one parent's use of one node, with a gate in front.
+//!
+//! The edge owns its target (a counted reference, held by name), the parent owns the edge. The I/O path reads
+//! the target without a lock; re-pointing is the graph's business and happens only while the gate is closed and
+//! nobody is inside the target.
+//!
+//! ```text
+//! request:  read gate word ── load target ── count in at the target ── read gate word again: changed? out, wait
+//! change:   close gate ── wait until nobody is inside the target ── swap target ── open gate
+//! ```
+//!
+//! Both sides write first and read then, all `SeqCst`, so at least one of them sees the other: either the request sees
+//! the closed gate, or the change sees the request inside. The word also counts closings, so a request that
+//! slept through a whole close, swap and open sees that too and does not stay with the old target.
+
+use std::fmt;
+use std::ops::Deref;
+use std::pin::pin;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use arc_swap::{ArcSwap, Guard};
+use bds_io::sync::Notify;
+use bds_refcount::{Held, Holder, HolderKind, Strong};
+
+use super::node::{Node, NodeId};
+use super::perm::{Access, Perm};
+use crate::driver::Role;
+
+/// Who uses a node through an edge.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Parent {
+    /// A node's driver.
+    Node(NodeId),
+    /// Someone who is not a node: a backend, a job, an export, by its name.
+    Root(Arc<str>),
+}
+
+/// One parent's use of one node.
+pub struct Edge {
+    name: &'static str,
+    role: Role,
+    /// Set once the parent exists: a node's children are opened before the node.
+    parent: OnceLock<Parent>,
+    target: ArcSwap<Held<Node>>,
+    gate: Gate,
+    perm: AtomicU32,
+    shared: AtomicU32,
+}
+
+impl fmt::Debug for Edge {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Edge({} {:?} -> {})", self.name, self.role, self.target().name())
+    }
+}
+
+impl Edge {
+    /// An edge to `target`, whose reference is held as `holder` (the parent's and the child's name).
+    #[track_caller]
+    pub(crate) fn new(
+        name: &'static str,
+        role: Role,
+        access: Access,
+        holder: &str,
+        target: Strong<Node>,
+    ) -> Arc<Self> {
+        let kind = if role.is_empty() { HolderKind::Backend } else { HolderKind::Edge };
+        let held = target.held_by(Holder::new(kind, holder));
+        Arc::new(Self {
+            name,
+            role,
+            parent: OnceLock::new(),
+            target: ArcSwap::from_pointee(held),
+            gate: Gate::default(),
+            perm: AtomicU32::new(access.perm.bits()),
+            shared: AtomicU32::new(access.shared.bits()),
+        })
+    }
+
+    /// The child's name in its parent ("file", "backing"); "root" for a backend's.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// What the child is to its parent; empty for a backend's.
+    pub fn role(&self) -> Role {
+        self.role
+    }
+
+    /// Who uses the node; `None` while the parent is still being opened.
+    pub fn parent(&self) -> Option<&Parent> {
+        self.parent.get()
+    }
+
+    /// What the parent does with the node, and what it lets others do.
+    pub fn access(&self) -> Access {
+        Access {
+            perm: Perm::from_bits_truncate(self.perm.load(Ordering::Acquire)),
+            shared: Perm::from_bits_truncate(self.shared.load(Ordering::Acquire)),
+        }
+    }
+
+    /// Records new permissions. Checking them is the graph's business, before this.
+    pub(crate) fn set_access(&self, access: Access) {
+        self.perm.store(access.perm.bits(), Ordering::Release);
+        self.shared.store(access.shared.bits(), Ordering::Release);
+    }
+
+    pub(crate) fn set_parent(&self, parent: Parent) {
+        // A second call would be a bug of ours; the first parent stays.
+        let first = self.parent.set(parent).is_ok();
+        debug_assert!(first, "an edge gets its parent once");
+    }
+
+    /// The node at the other end now. Lock-free, a few nanoseconds. For facts (length, name); a request uses
+    /// [`Edge::admit`].
+    #[inline]
+    pub(crate) fn target(&self) -> Target {
+        Target(self.target.load())
+    }
+
+    /// The first half of passing the gate; `None` if it is closed. A request enters like this:
+    ///
+    /// ```text
+    /// let ticket = edge.ticket()?;                 // closed: wait_open(), again
+    /// let target = edge.target();
+    /// let inside = target.traffic().enter();       // counts in, SeqCst
+    /// if !edge.admits(ticket) { drop(inside); … }  // closed meanwhile: wait_open(), again
+    /// ```
+    #[inline]
+    pub(crate) fn ticket(&self) -> Option<Ticket> {
+        self.gate.ticket()
+    }
+
+    /// The second half: true if the gate was never closed since the ticket was drawn.
+    #[inline]
+    pub(crate) fn admits(&self, ticket: Ticket) -> bool {
+        self.gate.ticket() == Some(ticket)
+    }
+
+    /// Is the gate closed now? One load.
+    #[inline]
+    pub(crate) fn is_closed(&self) -> bool {
+        self.gate.ticket().is_none()
+    }
+
+    /// Waits until the gate is open. It may have closed again on return.
+    pub(crate) async fn wait_open(&self) {
+        self.gate.wait_open().await;
+    }
+
+    /// Closes the gate until the guard is dropped. Closings nest.
+    pub(crate) fn close(self: &Arc<Self>) -> ClosedGate {
+        self.gate.close();
+        ClosedGate(Arc::clone(self))
+    }
+
+    /// Re-points the edge. The old reference is returned, not released, so that a change can be undone.
+    #[track_caller]
+    pub(crate) fn swap(&self, target: Strong<Node>) -> Arc<Held<Node>> {
+        debug_assert!(self.is_closed(), "an edge is re-pointed behind its closed gate");
+        let holder = self.target.load().holder().clone();
+        self.target.swap(Arc::new(target.held_by(holder)))
+    }
+}
+
+/// The node an edge points to; keeps it alive. Holding many of them costs a little more than holding few.
+pub(crate) struct Target(Guard<Arc<Held<Node>>>);
+
+impl Target {
+    /// The counted reference behind the edge.
+    pub(crate) fn strong(&self) -> &Strong<Node> {
+        &self.0
+    }
+}
+
+impl Deref for Target {
+    type Target = Node;
+
+    #[inline]
+    fn deref(&self) -> &Node {
+        &self.0
+    }
+}
+
+/// Keeps an edge's gate closed; opens it when dropped.
+#[must_use = "the gate opens when this is dropped"]
+#[derive(Debug)]
+pub(crate) struct ClosedGate(Arc<Edge>);
+
+impl ClosedGate {
+    /// The edge.
+    pub(crate) fn edge(&self) -> &Arc<Edge> {
+        &self.0
+    }
+}
+
+impl Drop for ClosedGate {
+    fn drop(&mut self) {
+        self.0.gate.open();
+    }
+}
+
+/// What the gate showed to a request that found it open. See [`Edge::ticket`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ticket(u64);
+
+/// How many keep it closed (low half) and how often it was closed (high half), in one word.
+#[derive(Default)]
+struct Gate {
+    word: AtomicU64,
+    opened: Notify,
+}
+
+const CLOSED: u64 = 0xFFFF_FFFF;
+const CLOSING: u64 = (1 << 32) + 1;
+
+impl Gate {
+    /// The word, if the gate is open: it is the same later only if nobody closed the gate in between.
+    #[inline]
+    fn ticket(&self) -> Option<Ticket> {
+        let word = self.word.load(Ordering::SeqCst);
+        (word & CLOSED == 0).then_some(Ticket(word))
+    }
+
+    fn close(&self) {
+        self.word.fetch_add(CLOSING, Ordering::SeqCst);
+    }
+
+    fn open(&self) {
+        let before = self.word.fetch_sub(1, Ordering::SeqCst);
+        if before & CLOSED == 1 {
+            self.opened.notify_waiters();
+        }
+    }
+
+    async fn wait_open(&self) {
+        loop {
+            let mut opened = pin!(self.opened.notified());
+            opened.as_mut().enable();
+            if self.ticket().is_some() {
+                return;
+            }
+            opened.await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ticket_does_not_survive_a_closing_it_slept_through() {
+        let gate = Gate::default();
+        let ticket = gate.ticket().unwrap();
+        gate.close();
+        assert_eq!(gate.ticket(), None);
+        gate.open();
+        assert_ne!(gate.ticket(), Some(ticket));
+    }
+
+    #[test]
+    fn closings_nest() {
+        let gate = Gate::default();
+        gate.close();
+        gate.close();
+        gate.open();
+        assert_eq!(gate.ticket(), None);
+        gate.open();
+        assert!(gate.ticket().is_some());
+    }
+}

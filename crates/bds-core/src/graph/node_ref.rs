@@ -1,0 +1,92 @@
+//! `NodeRef`: a counted reference to a node, held by name.
+
+use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
+
+use bds_refcount::{Held, Holder, HolderKind, Release, Strong};
+
+use super::Graph;
+use super::edge::{Edge, Parent};
+use super::node::{Node, NodeId};
+use super::perm::Access;
+use crate::driver::Role;
+
+/// Keeps a node open. Clone takes another reference, drop gives it up; neither does I/O nor blocks.
+pub struct NodeRef {
+    held: Held<Node>,
+    graph: Graph,
+}
+
+impl fmt::Debug for NodeRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "NodeRef({} {})", self.name(), self.id())
+    }
+}
+
+impl NodeRef {
+    #[track_caller]
+    pub(crate) fn new(graph: &Graph, strong: Strong<Node>, holder: Holder) -> Self {
+        Self { held: strong.held_by(holder), graph: graph.clone() }
+    }
+
+    #[track_caller]
+    pub(crate) fn user(graph: &Graph, strong: Strong<Node>) -> Self {
+        Self::new(graph, strong, Holder::new(HolderKind::User, "reference"))
+    }
+
+    /// The same reference under another holder's name, for "in use" messages and leak reports.
+    #[must_use]
+    #[track_caller]
+    pub fn held_as(self, holder: Holder) -> Self {
+        Self { held: self.held.pass_to(holder), graph: self.graph }
+    }
+
+    /// The node's id.
+    pub fn id(&self) -> NodeId {
+        self.node().id()
+    }
+
+    /// The graph it belongs to.
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    /// Gives the reference up. [`Release::Last`]: this call gave up the last one, the node is unpublished and waits to be reaped.
+    pub fn release(self) -> Release {
+        self.held.release()
+    }
+
+    /// A root edge: the way in for a backend, job or export of this name. Graph changes move it along with the edges of
+    /// node parents; it ends when its last owner drops it.
+    #[track_caller]
+    pub(crate) fn attach_root(&self, name: &str, access: Access) -> Arc<Edge> {
+        let edge = Edge::new("root", Role::empty(), access, name, Strong::clone(&self.held));
+        edge.set_parent(Parent::Root(name.into()));
+        self.add_parent(&edge);
+        edge
+    }
+
+    pub(crate) fn node(&self) -> &Node {
+        &self.held
+    }
+
+    pub(crate) fn strong(&self) -> &Strong<Node> {
+        &self.held
+    }
+}
+
+impl Deref for NodeRef {
+    type Target = Node;
+
+    fn deref(&self) -> &Node {
+        &self.held
+    }
+}
+
+impl Clone for NodeRef {
+    #[track_caller]
+    fn clone(&self) -> Self {
+        Self { held: self.held.clone(), graph: self.graph.clone() }
+    }
+}
