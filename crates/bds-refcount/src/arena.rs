@@ -122,19 +122,6 @@ impl<T> Shared<T> {
         self.books.lock()
     }
 
-    /// A slot for one insert.
-    fn reserve(self: &Arc<Self>) -> Result<Reservation<'_, T>, Full> {
-        let mut books = self.books.lock();
-        let key = u32::try_from(books.slots.vacant_key()).unwrap_or(u32::MAX);
-        if key >= self.capacity {
-            return Err(Full { capacity: self.capacity as usize, retired: books.retired });
-        }
-        let slot = self.pages.slot_or_grow(key, self.capacity, self.prefix << PREFIX_SHIFT);
-        slot.reserve();
-        books.slots.insert(Entry::InUse);
-        Ok(Reservation { shared: self, slot })
-    }
-
     /// Books a slot's end: free again, or retired.
     ///
     /// # Safety
@@ -175,7 +162,20 @@ struct Reservation<'a, T> {
     slot: &'a Slot<T>,
 }
 
-impl<T> Reservation<'_, T> {
+impl<'a, T> Reservation<'a, T> {
+    /// A slot for one insert.
+    fn take(shared: &'a Arc<Shared<T>>) -> Result<Self, Full> {
+        let mut books = shared.books.lock();
+        let key = u32::try_from(books.slots.vacant_key()).unwrap_or(u32::MAX);
+        if key >= shared.capacity {
+            return Err(Full { capacity: shared.capacity as usize, retired: books.retired });
+        }
+        let slot = shared.pages.slot_or_grow(key, shared.capacity, shared.prefix << PREFIX_SHIFT);
+        slot.reserve();
+        books.slots.insert(Entry::InUse);
+        Ok(Self { shared, slot })
+    }
+
     fn publish(self, value: T) -> Strong<T> {
         let Self { shared, slot } = self;
         std::mem::forget(self);
@@ -247,7 +247,7 @@ impl<T> Arena<T> {
     /// # Errors
     /// [`Full`] when no slot is free; the value is dropped.
     pub fn insert(&self, value: T) -> Result<Strong<T>, Full> {
-        self.shared.reserve().map(|slot| slot.publish(value))
+        Reservation::take(&self.shared).map(|slot| slot.publish(value))
     }
 
     /// Like [`insert`](Self::insert), for a value that wants to know its own handle. The handle resolves only after
@@ -256,7 +256,7 @@ impl<T> Arena<T> {
     /// # Errors
     /// [`Full`] when no slot is free; `make` is not called.
     pub fn insert_with(&self, make: impl FnOnce(Handle<T>) -> T) -> Result<Strong<T>, Full> {
-        let slot = self.shared.reserve()?;
+        let slot = Reservation::take(&self.shared)?;
         let value = make(slot.slot.handle());
         Ok(slot.publish(value))
     }
