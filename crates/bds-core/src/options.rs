@@ -1,11 +1,20 @@
 //! QAPI-style options: a tree of names and values, from JSON or from `key=value,…`.
 //!
 //! Whoever understands a key takes it out; what is left at the end is refused by name, so that no option is
-//! ever ignored in silence.
+//! ever ignored in silence. A key may be asked for by path (`cache.direct`) whether it was given flat or nested.
+//!
+//! Invariant: a tree is at most [`MAX_DEPTH`] levels deep, whatever it was made from.
+
+mod text;
 
 use serde_json::{Map, Value};
 
 use crate::error::{Error, ErrorKind, Result};
+
+/// Deepest nesting of option trees.
+pub const MAX_DEPTH: usize = 64;
+/// Longest text that is parsed, in bytes.
+pub const MAX_TEXT_LEN: usize = 1 << 20;
 
 /// A tree of options, consumed as it is understood.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -49,13 +58,25 @@ impl Options {
         Self::default()
     }
 
-    /// From a JSON object.
+    /// From a JSON object. Keys with dots are nested (`{"file.driver": …}` is `{"file": {"driver": …}}`).
     pub fn from_json(value: Value) -> Result<Self> {
         match value {
-            Value::Object(map) => Ok(Self { map }),
+            Value::Object(map) => Ok(Self { map: text::nest(map)? }),
             other => Err(Error::new(ErrorKind::InvalidInput, "options must be a JSON object")
                 .field("options", other)),
         }
+    }
+
+    /// From `key=value,key.sub=value,…` (a comma in a value is written twice, `list.0=…` makes a list, a key
+    /// without a value is `on`) or from `json:{…}`. Values from the first form are text; takers convert.
+    pub fn parse(text: &str) -> Result<Self> {
+        text::parse(text)
+    }
+
+    /// As `key=value,…`, which [`Options::parse`] reads back, except that every value becomes text there and that empty
+    /// groups, empty lists and nulls, which the form cannot say, are left out.
+    pub fn to_text(&self) -> String {
+        text::print(&self.map)
     }
 
     /// Sets a value (builder style).
@@ -70,24 +91,50 @@ impl Options {
         self.map.insert(key.to_owned(), value.into());
     }
 
-    /// Is the key there?
+    /// Is the key there? `a.b` looks into the group `a`.
     pub fn contains(&self, key: &str) -> bool {
-        self.map.contains_key(key)
+        self.peek(key).is_some()
     }
 
-    /// Looks without taking.
+    /// Looks without taking. `a.b` looks into the group `a`.
     pub fn peek(&self, key: &str) -> Option<&Value> {
-        self.map.get(key)
+        if let Some(value) = self.map.get(key) {
+            return Some(value);
+        }
+        let mut parts = key.split('.');
+        let first = self.map.get(parts.next()?)?;
+        parts.try_fold(first, |value, part| value.as_object()?.get(part))
     }
 
-    /// Takes any value.
+    /// Takes any value. `a.b` takes `b` out of the group `a`, and the group too once it is empty.
     pub fn take(&mut self, key: &str) -> Option<Value> {
-        self.map.remove(key)
+        take_path(&mut self.map, key)
+    }
+
+    /// Takes a child: the name of a node, a tree that describes one, or an explicit null.
+    pub fn take_child(&mut self, key: &'static str) -> Result<Option<ChildOption>> {
+        self.take(key).map(|value| ChildOption::from_json(key, value)).transpose()
+    }
+
+    /// Takes one of a few words; the error lists them.
+    pub fn take_choice<T: Copy>(
+        &mut self,
+        key: &'static str,
+        words: &[(&str, T)],
+    ) -> Result<Option<T>> {
+        let Some(word) = self.take_str(key)? else { return Ok(None) };
+        match words.iter().find(|(known, _)| *known == word) {
+            Some((_, meaning)) => Ok(Some(*meaning)),
+            None => {
+                let known: Vec<&str> = words.iter().map(|(known, _)| *known).collect();
+                Err(wrong(key, &format!("one of {}", known.join(", ")), &Value::String(word)))
+            }
+        }
     }
 
     /// Takes text (numbers and booleans are refused by name).
     pub fn take_str(&mut self, key: &'static str) -> Result<Option<String>> {
-        match self.map.remove(key) {
+        match self.take(key) {
             None => Ok(None),
             Some(Value::String(s)) => Ok(Some(s)),
             Some(other) => Err(wrong(key, "text", &other)),
@@ -96,7 +143,7 @@ impl Options {
 
     /// Takes a boolean: true/false, or the words on/off/yes/no/true/false.
     pub fn take_bool(&mut self, key: &'static str) -> Result<Option<bool>> {
-        match self.map.remove(key) {
+        match self.take(key) {
             None => Ok(None),
             Some(Value::Bool(b)) => Ok(Some(b)),
             Some(Value::String(s)) => match s.as_str() {
@@ -110,7 +157,7 @@ impl Options {
 
     /// Takes an unsigned number; text of digits is accepted.
     pub fn take_u64(&mut self, key: &'static str) -> Result<Option<u64>> {
-        match self.map.remove(key) {
+        match self.take(key) {
             None => Ok(None),
             Some(Value::Number(n)) if n.is_u64() => Ok(n.as_u64()),
             Some(Value::String(s)) => match s.parse() {
@@ -123,7 +170,7 @@ impl Options {
 
     /// Takes a size in bytes: a number, or text with an optional suffix b, k, M, G, T, P, E (powers of 1024).
     pub fn take_size(&mut self, key: &'static str) -> Result<Option<u64>> {
-        match self.map.remove(key) {
+        match self.take(key) {
             None => Ok(None),
             Some(Value::Number(n)) if n.is_u64() => Ok(n.as_u64()),
             Some(Value::String(s)) => match parse_size(&s) {
@@ -156,6 +203,43 @@ impl Options {
     }
 }
 
+/// What describes a child.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ChildOption {
+    /// The name of a node that is open already.
+    Node(String),
+    /// A node to be opened.
+    Tree(Options),
+    /// Explicitly none.
+    None,
+}
+
+impl ChildOption {
+    /// From an option's value; `key` names it in the error.
+    pub fn from_json(key: &'static str, value: Value) -> Result<Self> {
+        match value {
+            Value::String(name) => Ok(Self::Node(name)),
+            Value::Object(_) => Ok(Self::Tree(Options::from_json(value)?)),
+            Value::Null => Ok(Self::None),
+            other => Err(wrong(key, "a node name or a description of a node", &other)),
+        }
+    }
+}
+
+fn take_path(map: &mut Map<String, Value>, key: &str) -> Option<Value> {
+    // `shift_remove` keeps the order of the rest, so that errors name the first key a person wrote.
+    if let Some(value) = map.shift_remove(key) {
+        return Some(value);
+    }
+    let (group, rest) = key.split_once('.')?;
+    let inner = map.get_mut(group)?.as_object_mut()?;
+    let value = take_path(inner, rest)?;
+    if inner.is_empty() {
+        map.shift_remove(group);
+    }
+    Some(value)
+}
+
 /// Bytes from text: digits, an optional fraction, an optional suffix b, k, M, G, T, P, E (either case; powers of 1024).
 pub fn parse_size(text: &str) -> Option<u64> {
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
@@ -183,6 +267,9 @@ pub fn parse_size(text: &str) -> Option<u64> {
     u64::try_from(whole.checked_mul(unit)?.checked_add(fraction)?).ok()
 }
 
-fn wrong(key: &'static str, wanted: &str, found: &Value) -> Error {
+pub(crate) fn wrong(key: &'static str, wanted: &str, found: &Value) -> Error {
     Error::new(ErrorKind::InvalidInput, format!("option '{key}' wants {wanted}")).field(key, found)
 }
+
+#[cfg(test)]
+mod tests;
