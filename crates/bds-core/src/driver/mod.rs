@@ -10,6 +10,8 @@
 mod child;
 mod limits;
 mod open;
+mod probe;
+mod registry;
 mod status;
 mod types;
 
@@ -25,6 +27,8 @@ pub use open::{
     CacheMode, ChildOpener, ChildRequest, CreateContext, DetectZeroes, OpenContext, OpenFlags,
     Reference, ReferenceKind, Role,
 };
+pub use probe::{Candidate, PROBE_LEN, probe};
+pub use registry::Registry;
 pub use status::{HostMap, StatusFlags, StatusRun};
 pub use types::{Category, DriverType, MeasureReport, MeasureSource};
 

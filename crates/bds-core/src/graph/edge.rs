@@ -21,8 +21,9 @@ use std::sync::{Arc, OnceLock};
 
 use arc_swap::{ArcSwap, Guard};
 use bds_io::sync::Notify;
-use bds_refcount::{Held, Holder, HolderKind, Strong};
+use bds_refcount::{Held, Holder, HolderKind, Release, Strong};
 
+use super::Graph;
 use super::node::{Node, NodeId};
 use super::perm::{Access, Perm};
 use crate::driver::Role;
@@ -43,6 +44,8 @@ pub struct Edge {
     /// Set once the parent exists: a node's children are opened before the node.
     parent: OnceLock<Parent>,
     target: ArcSwap<Held<Node>>,
+    /// Of a root edge: its node must not outlive the graph, which closes it. After `target`: dropped in this order.
+    keeper: Option<Graph>,
     gate: Gate,
     perm: AtomicU32,
     shared: AtomicU32,
@@ -63,6 +66,7 @@ impl Edge {
         access: Access,
         holder: &str,
         target: Strong<Node>,
+        keeper: Option<Graph>,
     ) -> Arc<Self> {
         let kind = if role.is_empty() { HolderKind::Backend } else { HolderKind::Edge };
         let held = target.held_by(Holder::new(kind, holder));
@@ -71,6 +75,7 @@ impl Edge {
             role,
             parent: OnceLock::new(),
             target: ArcSwap::from_pointee(held),
+            keeper,
             gate: Gate::default(),
             perm: AtomicU32::new(access.perm.bits()),
             shared: AtomicU32::new(access.shared.bits()),
@@ -147,6 +152,13 @@ impl Edge {
     /// Waits until the gate is open. It may have closed again on return.
     pub(crate) async fn wait_open(&self) {
         self.gate.wait_open().await;
+    }
+
+    /// Ends the edge and says whether its reference was the target's last. `None` if somebody else has the edge in hand and
+    /// will release it.
+    pub(crate) fn release(self: Arc<Self>) -> Option<Release> {
+        let edge = Arc::into_inner(self)?;
+        Arc::into_inner(edge.target.into_inner()).map(Held::release)
     }
 
     /// Closes the gate until the guard is dropped. Closings nest.

@@ -9,39 +9,71 @@
 //! Who closes dead nodes: a node whose last reference went away waits, unpublished, until somebody reaps.
 //! [`Graph::open`], [`NodeRef::close`], [`Graph::reap`] and [`Graph::shutdown`] do; the graph's own end does what is left.
 
+mod child;
+mod detached;
+mod dump;
 mod edge;
+mod flags;
+pub mod gate;
 mod limits;
+mod names;
 mod node;
 mod node_ref;
+mod open;
 mod perm;
+mod reap;
+pub mod walk;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 
 use bds_io::Fs;
 use bds_refcount::{Arena, HolderInfo, Kind, Stale, Watch};
 
 pub use edge::{Edge, Parent};
+pub use flags::COMMON_OPTIONS;
+pub use gate::ReferenceGate;
+pub use names::MAX_NAME_LEN;
 pub use node::{Node, NodeId};
 pub use node_ref::NodeRef;
 pub use perm::{Access, Perm};
+pub use reap::{CloseError, CloseReport, Leak, ShutdownReport};
 
-use crate::driver::ChildPort;
+use crate::driver::{ChildPort, Registry};
+use crate::error::{Error, ErrorKind};
+use names::Claim;
+use reap::Reaper;
 
 /// What stands in a handle as "node".
 const NODE: Kind = Kind::new(1);
 
 /// What a graph is made with.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct GraphConfig {
     /// Where file names are looked up.
     pub fs: Fs,
+    /// The drivers there are.
+    pub registry: Arc<Registry>,
+    /// Decides about files named inside images.
+    pub gate: Arc<dyn ReferenceGate>,
+    /// How many images deep one call may open: the length of a backing chain.
+    pub max_depth: usize,
+    /// How many nodes one call may open.
+    pub max_nodes_per_image: usize,
 }
 
-impl fmt::Debug for GraphConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("GraphConfig").finish_non_exhaustive()
+impl GraphConfig {
+    /// These drivers on the host's files; no file named inside an image is opened; chains of at most 64 images, 128 nodes in
+    /// one call.
+    pub fn new(registry: Arc<Registry>) -> Self {
+        Self {
+            fs: Fs::Host,
+            registry,
+            gate: Arc::new(gate::DenyAll),
+            max_depth: 64,
+            max_nodes_per_image: 128,
+        }
     }
 }
 
@@ -52,34 +84,36 @@ pub(crate) type MakePort = fn(Arc<Edge>) -> Box<dyn ChildPort>;
 #[derive(Clone)]
 pub struct Graph(Arc<Shared>);
 
-pub(crate) struct Shared {
-    arena: Arena<Node>,
+struct Shared {
+    reaper: Reaper,
     config: GraphConfig,
-    make_port: MakePort,
-    plan: Mutex<Plan>,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // Nobody can hold a node any more; what is dead and not yet closed must still be flushed.
+        self.reaper.sweep_in_background();
+    }
 }
 
 /// What graph changes agree on under one lock.
 #[derive(Default)]
-struct Plan {
-    names: HashMap<Arc<str>, NodeId>,
+pub(crate) struct Plan {
+    names: HashMap<Arc<str>, Claim>,
+    auto_names: u64,
+    is_shut: bool,
 }
 
 impl fmt::Debug for Graph {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Graph").field("arena", &self.0.arena).finish_non_exhaustive()
+        f.debug_struct("Graph").field("arena", &self.0.reaper.arena).finish_non_exhaustive()
     }
 }
 
 impl Graph {
     /// A graph whose edges are entered through `make_port`.
     pub(crate) fn with_corridor(config: GraphConfig, make_port: MakePort) -> Self {
-        Self(Arc::new(Shared {
-            arena: Arena::new(NODE),
-            config,
-            make_port,
-            plan: Mutex::default(),
-        }))
+        Self(Arc::new(Shared { reaper: Reaper::new(Arena::new(NODE), make_port), config }))
     }
 
     /// What it was made with.
@@ -93,25 +127,31 @@ impl Graph {
     /// [`Stale`] says why the id leads nowhere.
     #[track_caller]
     pub fn acquire(&self, id: NodeId) -> Result<NodeRef, Stale> {
-        self.0.arena.acquire(id.0).map(|strong| NodeRef::user(self, strong))
+        self.0.reaper.arena.acquire(id.0).map(|strong| NodeRef::user(self, strong))
     }
 
     /// Who holds the node, by name; empty for a stale id. References without a name are not listed.
     pub fn holders(&self, id: NodeId) -> Vec<HolderInfo> {
-        self.0.arena.holders(id.0)
+        self.0.reaper.arena.holders(id.0)
     }
 
     /// How many references the node has; 0 for a stale id. For diagnostics: outdated on return.
     pub fn count(&self, id: NodeId) -> usize {
-        self.0.arena.count(id.0)
+        self.0.reaper.arena.count(id.0)
     }
 
     /// Fires once the node cannot be acquired any more; at once for a stale id.
     pub fn watch(&self, id: NodeId) -> Watch<Node> {
-        self.0.arena.watch(id.0)
+        self.0.reaper.arena.watch(id.0)
     }
 
     fn plan(&self) -> MutexGuard<'_, Plan> {
-        self.0.plan.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.reaper.lock_plan()
+    }
+}
+
+impl From<Stale> for Error {
+    fn from(stale: Stale) -> Self {
+        Error::new(ErrorKind::Stale, stale.to_string())
     }
 }

@@ -35,6 +35,11 @@ impl NodeRef {
         Self::new(graph, strong, Holder::new(HolderKind::User, "reference"))
     }
 
+    #[track_caller]
+    pub(crate) fn iterator(graph: &Graph, strong: Strong<Node>) -> Self {
+        Self::new(graph, strong, Holder::new(HolderKind::Iterator, "walk"))
+    }
+
     /// The same reference under another holder's name, for "in use" messages and leak reports.
     #[must_use]
     #[track_caller]
@@ -45,6 +50,11 @@ impl NodeRef {
     /// The node's id.
     pub fn id(&self) -> NodeId {
         self.node().id()
+    }
+
+    /// How many references the node has, this one included. For diagnostics: outdated on return.
+    pub fn count(&self) -> usize {
+        self.held.count()
     }
 
     /// The graph it belongs to.
@@ -61,10 +71,21 @@ impl NodeRef {
     /// node parents; it ends when its last owner drops it.
     #[track_caller]
     pub(crate) fn attach_root(&self, name: &str, access: Access) -> Arc<Edge> {
-        let edge = Edge::new("root", Role::empty(), access, name, Strong::clone(&self.held));
+        let edge = Edge::new(
+            "root",
+            Role::empty(),
+            access,
+            name,
+            Strong::clone(&self.held),
+            Some(self.graph.clone()),
+        );
         edge.set_parent(Parent::Root(name.into()));
         self.add_parent(&edge);
         edge
+    }
+
+    pub(super) fn into_parts(self) -> (Graph, Held<Node>) {
+        (self.graph, self.held)
     }
 
     pub(crate) fn node(&self) -> &Node {

@@ -17,7 +17,10 @@ fn text_becomes_a_tree() {
     for (text, tree) in [
         ("", "{}"),
         ("a=1", r#"{"a":"1"}"#),
-        ("driver=qcow2,file.filename=x,,y,cache.direct=on", r#"{"driver":"qcow2","file":{"filename":"x,y"},"cache":{"direct":"on"}}"#),
+        (
+            "driver=qcow2,file.filename=x,,y,cache.direct=on",
+            r#"{"driver":"qcow2","file":{"filename":"x,y"},"cache":{"direct":"on"}}"#,
+        ),
         ("a=,b=,,,c=d", r#"{"a":"","b":",","c":"d"}"#),
         ("a=x,,,,y", r#"{"a":"x,,y"}"#),
         ("lazy,b=2", r#"{"lazy":"on","b":"2"}"#),

@@ -121,11 +121,7 @@ fn insert(
     Ok(())
 }
 
-fn nest_group(
-    group: Map<String, Value>,
-    whole: &str,
-    depth: usize,
-) -> Result<Map<String, Value>> {
+fn nest_group(group: Map<String, Value>, whole: &str, depth: usize) -> Result<Map<String, Value>> {
     let mut tree = Map::new();
     for (key, value) in group {
         insert(&mut tree, whole, &key, value, depth + 1)?;

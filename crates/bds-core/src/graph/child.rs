@@ -1,0 +1,327 @@
+//! Opening a node's children on behalf of its driver.
+//!
+//! A child comes from an option (a node's name, or a tree that describes one) or, if there is none, from a name stored in
+//! the image, and then only through the gate. What the driver gets is the corridor to it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bds_io::{IoVec, OpenOptions};
+use bds_refcount::Strong;
+
+use super::edge::Edge;
+use super::flags::inherited;
+use super::gate::{self, GateDecision, GateQuestion, ReferenceFormat};
+use super::node::{Children, Node};
+use super::open::{Call, open_node};
+use super::perm::Access;
+use super::walk;
+use crate::driver::{
+    BoxFuture, Child, ChildOpener, ChildRequest, OpenFlags, PROBE_LEN, Reference, ReferenceKind,
+    Role, probe,
+};
+use crate::error::{Error, ErrorKind, Result};
+use crate::options::{ChildOption, Options};
+
+pub(super) struct Opener {
+    call: Call,
+    node_name: Arc<str>,
+    flags: OpenFlags,
+    edges: Children,
+}
+
+impl Opener {
+    pub(super) fn new(call: Call, node_name: Arc<str>, flags: OpenFlags) -> Self {
+        Self { call, node_name, flags, edges: Vec::new() }
+    }
+
+    /// The edges whose child the driver kept. The others end here.
+    pub(super) fn into_children(self) -> Children {
+        self.edges.into_iter().filter(|edge| Arc::strong_count(edge) > 1).collect()
+    }
+
+    async fn open(&mut self, request: ChildRequest) -> Result<Option<Child>> {
+        let ChildRequest { name, role, option, reference } = request;
+        self.check_role(name, role)?;
+        let option = option.map(|value| ChildOption::from_json(name, value)).transpose()?;
+        let target = match (option, reference) {
+            (Some(ChildOption::None), _) | (None, None) => return Ok(None),
+            (Some(ChildOption::Node(node)), _) => {
+                Strong::clone(self.call.graph.find(&node)?.strong())
+            }
+            (Some(ChildOption::Tree(tree)), _) => self
+                .open_tree(tree, role)
+                .await
+                .map_err(|error| error.context(format_args!("cannot open '{name}'")))?,
+            (None, Some(_)) if self.flags.info_only => return Ok(None),
+            (None, Some(reference)) => self.open_reference(&reference, role).await?,
+        };
+        self.check_file(name, role, &target)?;
+        self.attach(name, role, target).map(Some)
+    }
+
+    fn check_role(&self, name: &str, role: Role) -> Result<()> {
+        check_role(self.edges.iter().map(|edge| edge.role()), name, role)
+    }
+
+    async fn open_tree(&self, tree: Options, role: Role) -> Result<Strong<Node>> {
+        let mut call = self.call.clone();
+        if role.contains(Role::COW) {
+            call.depth += 1;
+            let limit = call.graph.config().max_depth;
+            if call.depth >= limit {
+                return Err(Error::new(
+                    ErrorKind::LimitExceeded,
+                    format!("the backing chain is longer than {limit} images (max_depth)"),
+                ));
+            }
+        }
+        call.files_above = self.files();
+        open_node(call, tree, inherited(self.flags, role)).await
+    }
+
+    /// Files that this image and those above lie in.
+    fn files(&self) -> Vec<(u64, u64)> {
+        let mut files = self.call.files_above.clone();
+        for edge in self.edges.iter().filter(|edge| !edge.role().contains(Role::COW)) {
+            files.extend(walk::files_of_image(&edge.target()));
+        }
+        files
+    }
+
+    /// Where names stored in this image are looked up from.
+    fn own_file(&self) -> Option<PathBuf> {
+        let primary = self.edges.iter().find(|edge| edge.role().contains(Role::PRIMARY))?;
+        walk::filename(&primary.target())
+    }
+
+    async fn open_reference(&self, reference: &Reference, role: Role) -> Result<Strong<Node>> {
+        let file = self.own_file();
+        let words = match reference.kind {
+            ReferenceKind::Backing => "backing file",
+            ReferenceKind::DataFile => "data file",
+        };
+        let named = |error: Error| {
+            let error =
+                error.context(format_args!("cannot open {words} '{}'", reference.stored_name));
+            match &file {
+                Some(file) => error.file(file),
+                None => error,
+            }
+        };
+        self.open_reference_at(reference, role, file.clone()).await.map_err(named)
+    }
+
+    async fn open_reference_at(
+        &self,
+        reference: &Reference,
+        role: Role,
+        file: Option<PathBuf>,
+    ) -> Result<Strong<Node>> {
+        let Reference { kind, stored_name, stored_format } = reference;
+        if stored_name.is_empty() || stored_name.contains('\0') {
+            return Err(Error::new(ErrorKind::InvalidImage, "the stored name is not a file name"));
+        }
+        let config = self.call.graph.config();
+        let resolved = gate::resolve(stored_name, file.as_deref());
+        let question = GateQuestion {
+            kind: *kind,
+            stored_name,
+            stored_format: stored_format.as_deref(),
+            depth: self.call.depth,
+            parent_node: &self.node_name,
+            parent_file: file.as_deref(),
+            resolved: &resolved,
+            fs: &config.fs,
+        };
+        let (path, format) = match config.gate.decide(&question) {
+            GateDecision::Open { path, format } => (path, format),
+            GateDecision::Node(name) => {
+                return Ok(Strong::clone(self.call.graph.find(&name)?.strong()));
+            }
+            GateDecision::Refuse(why) => return Err(refused(*kind, &why)),
+        };
+        let file = Inspected::new(self, path)?;
+        let tree = match kind {
+            ReferenceKind::DataFile => file.options(),
+            ReferenceKind::Backing => {
+                let format = self.format(reference, &format, &file).await?;
+                Options::new().with("driver", format).with("file", file.options().into_json())
+            }
+        };
+        self.open_tree(tree, role).await
+    }
+
+    /// The format of a backing file: from the gate, the image, or, where the gate wants it, the bytes.
+    async fn format(
+        &self,
+        reference: &Reference,
+        wanted: &ReferenceFormat,
+        file: &Inspected,
+    ) -> Result<String> {
+        let registry = &self.call.graph.config().registry;
+        let name = match (wanted, &reference.stored_format) {
+            (ReferenceFormat::Named(name), _) => name.clone(),
+            (_, Some(stored)) => stored.clone(),
+            (ReferenceFormat::StoredOrProbed, None) => {
+                let head = file.head().await?;
+                let guess = probe(registry, &head, file.len()?);
+                guess.first().map_or("raw", |best| best.driver).to_owned()
+            }
+            (ReferenceFormat::Stored, None) => {
+                return Err(Error::new(
+                    ErrorKind::ReferenceRefused,
+                    "the image does not say its format, and it is not guessed; give it with the \
+                     'backing' option, or store it in the image",
+                ));
+            }
+        };
+        registry.format(&name)?;
+        Ok(name)
+    }
+
+    /// Two parts of one image must not be the same file, nor may an image be below itself.
+    fn check_file(&self, name: &str, role: Role, target: &Node) -> Result<()> {
+        if role.contains(Role::PRIMARY) {
+            return Ok(());
+        }
+        let own = self.files();
+        let mut below = Vec::new();
+        for edge in self.edges.iter().filter(|edge| edge.role().contains(Role::COW)) {
+            walk::each_below(edge.target().strong(), &mut |node| below.extend(node.own_identity()));
+        }
+        let clash = walk::files_of_image(target)
+            .into_iter()
+            .any(|file| own.contains(&file) || below.contains(&file));
+        if !clash {
+            return Ok(());
+        }
+        let file = walk::filename(target);
+        let error = Error::new(
+            ErrorKind::InvalidImage,
+            format!("'{name}' is a file that the same chain of images already uses"),
+        );
+        Err(match file {
+            Some(file) => error.file(file),
+            None => error,
+        })
+    }
+
+    fn attach(&mut self, name: &'static str, role: Role, target: Strong<Node>) -> Result<Child> {
+        let access = Access::of_child(role, !self.flags.read_only, self.flags.force_share);
+        if access.writes() && !self.flags.auto_read_only && !target.is_writable() {
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!(
+                    "'{name}' is node '{}', which is read-only; open this node read-only too",
+                    target.name()
+                ),
+            ));
+        }
+        let holder = format!("{}.{name}", self.node_name);
+        let edge = Edge::new(name, role, access, &holder, target, None);
+        edge.target().add_parent(&edge);
+        let port = (self.call.graph.0.reaper.make_port)(Arc::clone(&edge));
+        self.edges.push(edge);
+        Ok(Child::new(name, port))
+    }
+}
+
+impl ChildOpener for Opener {
+    fn open_child<'a>(&'a mut self, request: ChildRequest) -> BoxFuture<'a, Result<Option<Child>>> {
+        Box::pin(self.open(request))
+    }
+}
+
+/// At most one child each is the file, the backing or the filtered one, and a filtered one is nothing else.
+pub(super) fn check_role(
+    mut others: impl Iterator<Item = Role>,
+    name: &str,
+    role: Role,
+) -> Result<()> {
+    let unique = role & (Role::PRIMARY | Role::COW | Role::FILTERED);
+    let mixed =
+        role.contains(Role::FILTERED) && role.intersects(Role::DATA | Role::METADATA | Role::COW);
+    if mixed || others.any(|other| other.intersects(unique)) {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("child '{name}' cannot have the role {role:?} beside the others"),
+        ));
+    }
+    Ok(())
+}
+
+fn refused(kind: ReferenceKind, why: &str) -> Error {
+    let option = match kind {
+        ReferenceKind::Backing => "backing",
+        ReferenceKind::DataFile => "data-file",
+    };
+    Error::new(
+        ErrorKind::ReferenceRefused,
+        format!("{why}; name it with the '{option}' option, or open with a gate that allows it"),
+    )
+}
+
+/// A referenced file, looked at before a driver opens it.
+struct Inspected {
+    path: PathBuf,
+    file: bds_io::File,
+}
+
+impl Inspected {
+    /// Refuses a file that the chain above already consists of.
+    fn new(opener: &Opener, path: PathBuf) -> Result<Self> {
+        let fs = &opener.call.graph.config().fs;
+        let file = fs
+            .open(&path, &OpenOptions::default())
+            .map_err(|error| Error::io(error, "cannot open").file(&path))?;
+        let identity = file
+            .identity()
+            .map_err(|error| Error::io(error, "cannot identify the file").file(&path))?;
+        if opener.files().contains(&identity) {
+            return Err(Error::new(
+                ErrorKind::InvalidImage,
+                "the chain of images loops: this file is already part of it",
+            )
+            .file(&path));
+        }
+        Ok(Self { path, file })
+    }
+
+    /// What opens it as a protocol node.
+    fn options(&self) -> Options {
+        let driver = match self.file.kind() {
+            bds_io::FileKind::Block | bds_io::FileKind::Char => "host_device",
+            bds_io::FileKind::Regular | bds_io::FileKind::Other => "file",
+        };
+        Options::new()
+            .with("driver", driver)
+            .with("filename", self.path.to_string_lossy().into_owned())
+    }
+
+    fn len(&self) -> Result<u64> {
+        self.file.len().map_err(|error| Error::io(error, "cannot tell the length").file(&self.path))
+    }
+
+    async fn head(&self) -> Result<Vec<u8>> {
+        let mut head = vec![0; PROBE_LEN];
+        let iov = IoVec::from(head.clone());
+        let mut filled = 0;
+        while filled < PROBE_LEN {
+            let rest = iov.slice(filled..PROBE_LEN);
+            let offset = filled as u64;
+            let count = self
+                .file
+                .read(offset, rest)
+                .await
+                .map_err(|error| Error::io(error, "cannot read").file(&self.path).at(offset))?;
+            if count == 0 {
+                break;
+            }
+            filled += count;
+        }
+        iov.copy_to(0, &mut head);
+        head.truncate(filled);
+        Ok(head)
+    }
+}

@@ -1,0 +1,220 @@
+//! May this file, named inside an image, be opened?
+//!
+//! An image can be made by anyone, so a name in it is a wish, not an order. Every such name goes through the one gate of the
+//! graph, and stays a file name there: it is never read as a URL, as `json:` or as options, and a colon in it is just
+//! a byte. The format comes from the image or from the gate; guessing it is something a gate must say it wants.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::path::{Component, Path, PathBuf};
+
+use bds_io::Fs;
+
+use crate::driver::ReferenceKind;
+
+/// What the gate is asked.
+#[derive(Clone, Copy, Debug)]
+pub struct GateQuestion<'a> {
+    /// What the file is named for.
+    pub kind: ReferenceKind,
+    /// The name as stored.
+    pub stored_name: &'a str,
+    /// The format as stored, if any.
+    pub stored_format: Option<&'a str>,
+    /// How many such steps lead from the node the user opened to the image that holds the name; 0: that node itself.
+    pub depth: usize,
+    /// The node whose image holds the name.
+    pub parent_node: &'a str,
+    /// The file that holds the image, if it lies in one.
+    pub parent_file: Option<&'a Path>,
+    /// The stored name, taken from the parent file's directory if it is relative.
+    pub resolved: &'a Path,
+    /// Where names are looked up.
+    pub fs: &'a Fs,
+}
+
+/// How the format of a referenced image is found. A data file has none and ignores this.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReferenceFormat {
+    /// As the image says; refused if it does not say.
+    Stored,
+    /// This one, whatever the image says.
+    Named(String),
+    /// As the image says, else guessed from the bytes. Whoever can write the referenced file can then choose how it is read.
+    StoredOrProbed,
+}
+
+/// The gate's answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GateDecision {
+    /// Open this file.
+    Open {
+        /// Its path.
+        path: PathBuf,
+        /// Its format.
+        format: ReferenceFormat,
+    },
+    /// Use this node, which is open already.
+    Node(String),
+    /// Do not open it, and fail; the words say why and what to do.
+    Refuse(String),
+}
+
+/// Decides about files named inside images.
+pub trait ReferenceGate: Send + Sync + 'static {
+    /// May it be opened, and how? Must not block for long.
+    fn decide(&self, question: &GateQuestion<'_>) -> GateDecision;
+}
+
+impl fmt::Debug for dyn ReferenceGate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ReferenceGate")
+    }
+}
+
+/// Refuses everything. The default.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DenyAll;
+
+impl ReferenceGate for DenyAll {
+    fn decide(&self, _question: &GateQuestion<'_>) -> GateDecision {
+        GateDecision::Refuse("files named inside images are not opened here".to_owned())
+    }
+}
+
+/// Allows exactly the stored names it was given, each as given.
+#[derive(Clone, Debug, Default)]
+pub struct Explicit {
+    map: HashMap<String, GateDecision>,
+}
+
+impl Explicit {
+    /// An empty list.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A stored name stands for this file, in this format (for a data file the format does not matter).
+    #[must_use]
+    pub fn file(mut self, stored_name: &str, path: impl Into<PathBuf>, format: &str) -> Self {
+        let format = ReferenceFormat::Named(format.to_owned());
+        self.map.insert(stored_name.to_owned(), GateDecision::Open { path: path.into(), format });
+        self
+    }
+
+    /// A stored name stands for this node.
+    #[must_use]
+    pub fn node(mut self, stored_name: &str, node_name: &str) -> Self {
+        self.map.insert(stored_name.to_owned(), GateDecision::Node(node_name.to_owned()));
+        self
+    }
+}
+
+impl ReferenceGate for Explicit {
+    fn decide(&self, question: &GateQuestion<'_>) -> GateDecision {
+        self.map.get(question.stored_name).cloned().unwrap_or_else(|| {
+            GateDecision::Refuse("the name is not on the caller's list".to_owned())
+        })
+    }
+}
+
+/// Allows files that lie beside the image: a plain name without directories, and no symbolic link.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SameDirectory;
+
+impl ReferenceGate for SameDirectory {
+    fn decide(&self, question: &GateQuestion<'_>) -> GateDecision {
+        let stored = Path::new(question.stored_name);
+        let mut parts = stored.components();
+        let is_plain = matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None))
+            && !question.stored_name.contains('/');
+        if !is_plain {
+            return GateDecision::Refuse(
+                "only a plain file name beside the image is allowed".into(),
+            );
+        }
+        let Some(directory) = question.parent_file.map(directory_of) else {
+            return GateDecision::Refuse("the image lies in no directory".into());
+        };
+        let (real, directory) = match (
+            question.fs.canonicalize(question.resolved),
+            question.fs.canonicalize(&directory),
+        ) {
+            (Ok(real), Ok(directory)) => (real, directory),
+            (Err(error), _) | (_, Err(error)) => {
+                return GateDecision::Refuse(format!("it cannot be looked up: {error}"));
+            }
+        };
+        if real != directory.join(stored) {
+            return GateDecision::Refuse(
+                "it is a symbolic link; only a file beside the image is allowed".into(),
+            );
+        }
+        GateDecision::Open { path: real, format: ReferenceFormat::Stored }
+    }
+}
+
+/// Allows files below given directories, after links are resolved. Whoever can change those directories while an image
+/// is opened can still lead astray: the roots must belong to the caller.
+#[derive(Clone, Debug, Default)]
+pub struct UnderRoots {
+    roots: Vec<PathBuf>,
+}
+
+impl UnderRoots {
+    /// Files below any of these directories.
+    pub fn new(roots: impl IntoIterator<Item = impl Into<PathBuf>>) -> Self {
+        Self { roots: roots.into_iter().map(Into::into).collect() }
+    }
+}
+
+impl ReferenceGate for UnderRoots {
+    fn decide(&self, question: &GateQuestion<'_>) -> GateDecision {
+        let real = match question.fs.canonicalize(question.resolved) {
+            Ok(real) => real,
+            Err(error) => return GateDecision::Refuse(format!("it cannot be looked up: {error}")),
+        };
+        let is_inside = self
+            .roots
+            .iter()
+            .filter_map(|root| question.fs.canonicalize(root).ok())
+            .any(|root| real.starts_with(root));
+        if is_inside {
+            GateDecision::Open { path: real, format: ReferenceFormat::Stored }
+        } else {
+            GateDecision::Refuse("it lies outside the directories that are allowed".into())
+        }
+    }
+}
+
+/// Opens whatever an image names. For images that come from oneself, and for tools that stand in for qemu-img.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TrustAll {
+    /// Guess the format of a backing file whose image does not say it.
+    pub may_probe: bool,
+}
+
+impl ReferenceGate for TrustAll {
+    fn decide(&self, question: &GateQuestion<'_>) -> GateDecision {
+        let format =
+            if self.may_probe { ReferenceFormat::StoredOrProbed } else { ReferenceFormat::Stored };
+        GateDecision::Open { path: question.resolved.to_owned(), format }
+    }
+}
+
+/// The directory in which names stored in `file` are looked up.
+fn directory_of(file: &Path) -> PathBuf {
+    match file.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+        _ => PathBuf::from("."),
+    }
+}
+
+/// The path a stored name means: relative ones start at the directory of the file that holds them.
+pub fn resolve(stored_name: &str, parent_file: Option<&Path>) -> PathBuf {
+    let stored = Path::new(stored_name);
+    match parent_file.and_then(Path::parent) {
+        Some(directory) if stored.is_relative() => directory.join(stored),
+        _ => stored.to_owned(),
+    }
+}

@@ -1,0 +1,189 @@
+//! Options → driver → children → node.
+//!
+//! ```text
+//! options ─► driver's type, common flags, unknown keys refused ─► name claimed
+//!         ─► driver opens; it asks for its children (child.rs), each of which goes the same way
+//!         ─► node into the arena, edges learn their parent ─► name published
+//! ```
+//!
+//! A failed open leaves nothing: the name's claim, the driver and the children end with the values that hold them, and
+//! what that leaves dead is closed before the error is returned. A dropped open does the same in the background.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use bds_refcount::{Holder, HolderKind, Strong};
+
+use super::child::Opener;
+use super::edge::Parent;
+use super::flags;
+use super::names::Reservation;
+use super::node::{Node, NodeId, NodeParts};
+use super::{Graph, NodeRef};
+use crate::driver::{BoxFuture, Driver, DriverType, OpenContext, OpenFlags};
+use crate::error::{Error, ErrorKind, Result};
+use crate::options::Options;
+
+/// Levels of images that are opened on one stack; then a task of its own goes on.
+const LEVELS_PER_STACK: usize = 8;
+
+/// What is known of one call of [`Graph::open`], at every level of it.
+#[derive(Clone)]
+pub(super) struct Call {
+    pub(super) graph: Graph,
+    opened: Arc<AtomicUsize>,
+    /// Images above this one.
+    pub(super) depth: usize,
+    /// Files that the images above lie in: opening one of them again would be a loop.
+    pub(super) files_above: Vec<(u64, u64)>,
+}
+
+impl Call {
+    /// Counts a node against the budget of the call.
+    fn count_node(&self) -> Result<()> {
+        let limit = self.graph.config().max_nodes_per_image;
+        if self.opened.fetch_add(1, Ordering::Relaxed) < limit {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::LimitExceeded,
+            format!("more than {limit} nodes would be opened at once (max_nodes_per_image)"),
+        ))
+    }
+}
+
+impl Graph {
+    /// Opens a node as `blockdev-add` describes it: `driver`, `node-name`, the common options, the driver's own, and children
+    /// inline or by node name. Without `node-name` it gets a generated one. The reference returned is the only one.
+    ///
+    /// # Errors
+    /// Whatever fails: no node, no name, no lock remains and nothing was written.
+    pub async fn open(&self, options: Options) -> Result<NodeRef> {
+        self.open_with(options, OpenFlags::default()).await
+    }
+
+    /// As [`Graph::open`], with other defaults than the common options have, and what only a program can ask for
+    /// (`info_only`, `for_check`). `flags.role` is ignored.
+    pub async fn open_with(&self, options: Options, flags: OpenFlags) -> Result<NodeRef> {
+        let mut guard = SweepIfDropped { graph: self, is_over: false };
+        self.0.reaper.sweep_unasked().await;
+        let call =
+            Call { graph: self.clone(), opened: Arc::default(), depth: 0, files_above: Vec::new() };
+        let flags = OpenFlags { role: crate::driver::Role::empty(), ..flags };
+        let opened = open_node(call, options, flags).await;
+        if opened.is_err() {
+            self.0.reaper.sweep_unasked().await;
+        }
+        guard.is_over = true;
+        opened.map(|strong| NodeRef::new(self, strong, Holder::new(HolderKind::Owner, "open")))
+    }
+}
+
+/// An open that is given up half-way leaves nodes to close.
+struct SweepIfDropped<'a> {
+    graph: &'a Graph,
+    is_over: bool,
+}
+
+impl Drop for SweepIfDropped<'_> {
+    fn drop(&mut self) {
+        if !self.is_over {
+            self.graph.0.reaper.sweep_in_background();
+        }
+    }
+}
+
+/// Opens one node and, through its driver, what lies below.
+pub(super) fn open_node(
+    call: Call,
+    options: Options,
+    base: OpenFlags,
+) -> BoxFuture<'static, Result<Strong<Node>>> {
+    if call.depth % LEVELS_PER_STACK == LEVELS_PER_STACK - 1 {
+        // A long chain must not exhaust the stack. Dropping the task cancels it.
+        return Box::pin(bds_io::spawn(open_here(call, options, base)));
+    }
+    Box::pin(open_here(call, options, base))
+}
+
+async fn open_here(call: Call, options: Options, base: OpenFlags) -> Result<Strong<Node>> {
+    // Again, because options may have been put together by hand with flat keys.
+    let mut options = Options::from_json(options.into_json())?;
+    call.count_node()?;
+    let Some(driver_name) = options.take_str("driver")? else {
+        return Err(Error::new(ErrorKind::InvalidInput, "option 'driver' is missing"));
+    };
+    let graph = call.graph.clone();
+    let driver_type = Arc::clone(graph.config().registry.driver(&driver_name)?);
+    let node_name = options.take_str("node-name")?;
+    let flags = flags::take_flags(&mut options, base)?;
+    flags::check_known(&*driver_type, &options)?;
+    let name = graph.reserve_name(node_name.as_deref())?;
+    let opened = open_driver(call, &*driver_type, options, flags, &name).await;
+    let (driver, opener) = opened.map_err(|error| error.node(&**name.name()))?;
+    publish(&graph, driver, opener, flags, name).await
+}
+
+/// Lets the driver open. What it leaves of its options is refused.
+async fn open_driver(
+    call: Call,
+    driver_type: &dyn DriverType,
+    options: Options,
+    flags: OpenFlags,
+    name: &Reservation,
+) -> Result<(Box<dyn Driver>, Opener)> {
+    let fs = call.graph.config().fs.clone();
+    let mut opener = Opener::new(call, Arc::clone(name.name()), flags);
+    let mut context = OpenContext::new(name.name(), options, flags, &fs, &mut opener);
+    let driver = driver_type.open(&mut context).await?;
+    let rest = context.options;
+    if let Err(error) = flags::check_taken(driver_type, &rest) {
+        return Err(undo(driver, error).await);
+    }
+    Ok((driver, opener))
+}
+
+/// Makes the node and lets its name be found.
+async fn publish(
+    graph: &Graph,
+    driver: Box<dyn Driver>,
+    opener: Opener,
+    flags: OpenFlags,
+    name: Reservation,
+) -> Result<Strong<Node>> {
+    let children = opener.into_children();
+    let mut waiting = Some((driver, children));
+    let inserted = graph.0.reaper.arena.insert_with(|handle| {
+        let (driver, children) = waiting.take().expect("insert_with calls its closure once");
+        Node::new(NodeParts {
+            id: NodeId(handle),
+            name: Arc::clone(name.name()),
+            identity: driver.identity(),
+            driver,
+            flags,
+            children,
+        })
+    });
+    match (inserted, waiting) {
+        (Ok(node), _) => {
+            node.children().iter().for_each(|edge| edge.set_parent(Parent::Node(node.id())));
+            name.publish(node.id());
+            Ok(node)
+        }
+        (Err(full), waiting) => {
+            let error = Error::new(ErrorKind::LimitExceeded, full.to_string()).node(&**name.name());
+            match waiting {
+                Some((driver, _children)) => Err(undo(driver, error).await),
+                None => Err(error),
+            }
+        }
+    }
+}
+
+/// Closes a driver that opened well but is not wanted after all.
+async fn undo(driver: Box<dyn Driver>, error: Error) -> Error {
+    match driver.close().await {
+        Ok(()) => error,
+        Err(closing) => error.caused_by(closing.context("closing it again failed too")),
+    }
+}

@@ -1,0 +1,373 @@
+//! What happens to a node after its last reference: flushed, closed, its children released, and reported, once.
+//!
+//! ```text
+//! flush to the driver, to its medium, to children that others keep open ── driver.close ── drop driver ── release children
+//!                                                                                             └─► die and are reaped in their turn
+//! ```
+//!
+//! A node is closed before the children only it held, and never inside the closing of another: a chain of any length is a loop.
+//! A child that dies too is flushed by its own closing, so a failed flush is in exactly one report. Once begun, closing runs to its end
+//! whether or not anybody waits (see `detached`); a report that nobody waits for is kept for [`Graph::reports`] if something
+//! failed, and is traced.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bds_io::sync::Mutex as AsyncMutex;
+use bds_refcount::{Arena, Dead, Handle, HolderInfo, Release};
+
+use super::detached::to_the_end;
+use super::edge::Edge;
+use super::names::Claim;
+use super::node::{Node, NodeId};
+use super::node_ref::NodeRef;
+use super::perm::Access;
+use super::{Graph, MakePort, Plan};
+use crate::driver::Role;
+use crate::error::{Error, ErrorKind, Result};
+
+/// How a node ended.
+#[derive(Debug)]
+pub struct CloseReport {
+    /// Its id, stale by now.
+    pub node: NodeId,
+    /// Its name, free by now.
+    pub name: String,
+    /// Its driver's name.
+    pub driver: &'static str,
+    /// Why data written earlier may not be durable.
+    pub flush_error: Option<Error>,
+    /// What its driver could not finish.
+    pub close_error: Option<Error>,
+    /// From [`NodeRef::close`]: nodes that ended because only this one held them, in the order of their closing.
+    pub below: Vec<CloseReport>,
+}
+
+impl CloseReport {
+    /// Nothing failed, here or below.
+    pub fn is_clean(&self) -> bool {
+        self.errors().next().is_none()
+    }
+
+    /// All that failed, here first, then below.
+    pub fn errors(&self) -> Box<dyn Iterator<Item = &Error> + '_> {
+        let own = self.flush_error.iter().chain(&self.close_error);
+        Box::new(own.chain(self.below.iter().flat_map(Self::errors)))
+    }
+
+    /// The first failure, if there is one, as a result.
+    pub fn into_result(self) -> Result<()> {
+        let below = self.below.into_iter().map(Self::into_result);
+        let own = [self.flush_error, self.close_error].into_iter().flatten().map(Err);
+        own.chain(below).collect()
+    }
+}
+
+/// Why a node was not closed.
+#[derive(Debug)]
+pub enum CloseError {
+    /// Others refer to it. Nothing has changed.
+    InUse {
+        /// The reference that was to be closed.
+        node: NodeRef,
+        /// Who else holds it by name.
+        holders: Vec<HolderInfo>,
+    },
+}
+
+impl fmt::Display for CloseError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self::InUse { node, holders } = self;
+        write!(f, "node '{}' is in use", node.name())?;
+        for (index, holder) in holders.iter().enumerate() {
+            write!(f, "{}{holder}", if index == 0 { " by " } else { ", " })?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for CloseError {}
+
+impl From<CloseError> for Error {
+    fn from(error: CloseError) -> Self {
+        Error::new(ErrorKind::InUse, error.to_string())
+    }
+}
+
+/// A node that outlived its graph's shutdown.
+#[derive(Debug)]
+pub struct Leak {
+    /// The node's id.
+    pub node: NodeId,
+    /// Its name.
+    pub name: String,
+    /// How many references it has.
+    pub count: usize,
+    /// Those held by name.
+    pub holders: Vec<HolderInfo>,
+}
+
+/// What a shutdown did.
+#[derive(Debug)]
+pub struct ShutdownReport {
+    /// Nodes closed by it, and earlier closings that failed and that nobody asked about.
+    pub closed: Vec<CloseReport>,
+    /// Nodes still referred to. They stay usable until their holders let go.
+    pub leaked: Vec<Leak>,
+}
+
+/// All it takes to close dead nodes, without the graph itself: the graph's own end reaps too.
+#[derive(Clone)]
+pub(crate) struct Reaper {
+    pub(super) arena: Arena<Node>,
+    pub(super) plan: Arc<Mutex<Plan>>,
+    pub(super) make_port: MakePort,
+    /// One sweep at a time, so that a close keeps its own dead together.
+    sweeping: Arc<AsyncMutex<()>>,
+    unasked: Arc<Mutex<Vec<CloseReport>>>,
+}
+
+impl Reaper {
+    pub(super) fn new(arena: Arena<Node>, make_port: MakePort) -> Self {
+        Self {
+            arena,
+            plan: Arc::default(),
+            make_port,
+            sweeping: Arc::default(),
+            unasked: Arc::default(),
+        }
+    }
+
+    pub(super) fn lock_plan(&self) -> MutexGuard<'_, Plan> {
+        self.plan.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Closes everything dead, including what dies of that.
+    async fn sweep(self) -> Vec<CloseReport> {
+        let _one_at_a_time = self.sweeping.lock().await;
+        let mut reports = Vec::new();
+        while let Some((_, dead)) = self.arena.reap_one() {
+            reports.push(self.close_dead(dead).await.0);
+        }
+        reports
+    }
+
+    /// Closes one dead node and what dies of it. Others that lie dead meanwhile are closed too, but reported apart.
+    async fn close_with_dependents(self, dead: Dead<Node>) -> CloseReport {
+        let _one_at_a_time = self.sweeping.lock().await;
+        let (mut report, died) = self.close_dead(dead).await;
+        let mut ours: HashSet<Handle<Node>> = died.into_iter().collect();
+        while let Some((handle, dead)) = self.arena.reap_one() {
+            let is_ours = ours.remove(&handle);
+            let (other, died) = self.close_dead(dead).await;
+            if is_ours {
+                ours.extend(died);
+                report.below.push(other);
+            } else {
+                self.keep(vec![other]);
+            }
+        }
+        report
+    }
+
+    /// Closes one node. Returns the children that it was the last to hold, too.
+    async fn close_dead(&self, dead: Dead<Node>) -> (CloseReport, Vec<Handle<Node>>) {
+        let name = dead.name().to_owned();
+        let named = |error: Error| error.node(&*name);
+        let (flushed, unflushed) = self.flush_dead(&dead).await;
+        let flush_error = flushed.err().map(named);
+        let close_error = dead.driver().close().await.err().map(named);
+        let driver = dead.driver_name();
+        let node = dead.id();
+        let children = dead.children().to_vec();
+        drop(dead);
+        self.forget_name(&name, node);
+        let mut died = Vec::new();
+        let mut flush_error = flush_error;
+        for edge in children {
+            let handle = edge.target().strong().handle();
+            let was_skipped = unflushed.contains(&handle);
+            // None: somebody else looks at the edge just now, and lets the child go when done.
+            match Edge::release(edge) {
+                Some(Release::Last) => died.push(handle),
+                Some(Release::NotLast) if was_skipped => {
+                    let late = self.flush_survivor(handle).await;
+                    flush_error = flush_error.or(late.err().map(|error| error.node(&*name)));
+                }
+                Some(Release::NotLast) | None => {}
+            }
+        }
+        let below = Vec::new();
+        (CloseReport { node, name, driver, flush_error, close_error, below }, died)
+    }
+
+    /// Makes what was written through this node durable, as far as it does not lie with children that die next. These are
+    /// returned.
+    async fn flush_dead(&self, node: &Node) -> (Result<()>, Vec<Handle<Node>>) {
+        if !node.is_writable() {
+            return (Ok(()), Vec::new());
+        }
+        if let Some(error) = node.traffic().flush_failure() {
+            return (Err(error.context("an earlier flush failed")), Vec::new());
+        }
+        let mut dying = Vec::new();
+        let result = self.flush_layers(node, &mut dying).await;
+        (result, dying)
+    }
+
+    async fn flush_layers(&self, node: &Node, dying: &mut Vec<Handle<Node>>) -> Result<()> {
+        node.driver().flush_to_os().await?;
+        if node.flags().cache.no_flush {
+            return Ok(());
+        }
+        let mut flush = node.traffic().begin_flush().await;
+        if !flush.is_clean() {
+            node.driver().flush_to_disk().await?;
+            flush.succeeded();
+        }
+        for edge in node.children().iter().filter(|edge| edge.access().writes()) {
+            let target = edge.target();
+            if target.strong().count() > 1 {
+                (self.make_port)(Arc::clone(edge)).flush().await?;
+            } else {
+                dying.push(target.strong().handle());
+            }
+        }
+        Ok(())
+    }
+
+    /// A child that looked as if it would die with us but found another holder.
+    async fn flush_survivor(&self, handle: Handle<Node>) -> Result<()> {
+        let Ok(strong) = self.arena.acquire(handle) else { return Ok(()) };
+        let access = Access::of_child(Role::DATA, true, true);
+        let edge = Edge::new("flush", Role::empty(), access, "close", strong, None);
+        (self.make_port)(edge).flush().await
+    }
+
+    fn forget_name(&self, name: &str, id: NodeId) {
+        let mut plan = self.lock_plan();
+        if matches!(plan.names.get(name), Some(Claim::Node(known)) if *known == id) {
+            plan.names.remove(name);
+        }
+    }
+
+    /// Keeps what nobody waits for, if it tells of a failure.
+    fn keep(&self, reports: Vec<CloseReport>) {
+        for report in reports {
+            let name = &report.name;
+            if report.is_clean() {
+                tracing::debug!(node = %name, "node closed");
+                continue;
+            }
+            for error in report.errors() {
+                tracing::error!(node = %name, %error, "closing a node failed");
+            }
+            self.unasked.lock().unwrap_or_else(PoisonError::into_inner).push(report);
+        }
+    }
+
+    fn take_kept(&self) -> Vec<CloseReport> {
+        std::mem::take(&mut self.unasked.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Closes what is dead on nobody's behalf.
+    pub(super) async fn sweep_unasked(&self) {
+        if self.arena.has_dead() {
+            let reaper = self.clone();
+            let reports = self.to_the_end(async move { reaper.sweep().await }).await;
+            self.keep(reports.unwrap_or_default());
+        }
+    }
+
+    /// As [`Reaper::sweep_unasked`], from where nobody can wait.
+    pub(super) fn sweep_in_background(&self) {
+        if self.arena.has_dead() {
+            let reaper = self.clone();
+            bds_io::spawn(async move {
+                let reports = reaper.clone().sweep().await;
+                reaper.keep(reports);
+            })
+            .detach();
+        }
+    }
+
+    async fn to_the_end(
+        &self,
+        work: impl Future<Output = Vec<CloseReport>> + Send + 'static,
+    ) -> Option<Vec<CloseReport>> {
+        let reaper = self.clone();
+        to_the_end(work, move |reports| reaper.keep(reports)).await
+    }
+}
+
+impl Graph {
+    /// Closes all nodes whose last reference is gone, and reports them, a node before the children that only it held. Also
+    /// returns reports of earlier failures that nobody has seen.
+    pub async fn reap(&self) -> Vec<CloseReport> {
+        let reaper = self.0.reaper.clone();
+        let swept = self.0.reaper.to_the_end(async move { reaper.sweep().await }).await;
+        let mut reports = self.reports();
+        reports.extend(swept.unwrap_or_default());
+        reports
+    }
+
+    /// Reports of closings that failed while nobody waited for them: in passing, or by a caller that went away. Each is
+    /// returned once.
+    pub fn reports(&self) -> Vec<CloseReport> {
+        self.0.reaper.take_kept()
+    }
+
+    /// Closes everything that can be closed, and tells who keeps the rest open. No node can be opened afterwards; a second
+    /// call reports what has become of the rest.
+    pub async fn shutdown(&self) -> ShutdownReport {
+        self.0.reaper.lock_plan().is_shut = true;
+        let closed = self.reap().await;
+        let arena = &self.0.reaper.arena;
+        let leak = |handle| {
+            let node = arena.acquire(handle).ok()?;
+            let name = node.name().to_owned();
+            // Not counting the reference that asks.
+            let count = node.count().saturating_sub(1);
+            (count > 0).then(|| Leak { node: node.id(), name, count, holders: node.holders() })
+        };
+        let mut leaked: Vec<Leak> = arena.snapshot().into_iter().filter_map(leak).collect();
+        leaked.sort_by(|a, b| a.name.cmp(&b.name));
+        ShutdownReport { closed, leaked }
+    }
+}
+
+impl NodeRef {
+    /// Closes the node, if this is the only reference to it: flushes, closes, and closes what only it held. Says how that
+    /// went; a failed flush is in the report. Runs to its end even if the future is dropped.
+    ///
+    /// # Errors
+    /// [`CloseError::InUse`] gives the reference back and names the others.
+    pub async fn close(self) -> Result<CloseReport, CloseError> {
+        let (graph, held) = self.into_parts();
+        let holder = held.holder().clone();
+        let dead = match held.into_strong().into_dead() {
+            Ok(dead) => dead,
+            Err(strong) => {
+                let holders = strong.holders();
+                let node = NodeRef::new(&graph, strong, holder);
+                return Err(CloseError::InUse { node, holders });
+            }
+        };
+        let lost = CloseReport {
+            node: dead.id(),
+            name: dead.name().to_owned(),
+            driver: dead.driver_name(),
+            flush_error: Some(Error::new(
+                ErrorKind::Cancelled,
+                "closing did not end: its executor is gone",
+            )),
+            close_error: None,
+            below: Vec::new(),
+        };
+        let reaper = graph.0.reaper.clone();
+        let work = async move { vec![reaper.close_with_dependents(dead).await] };
+        let reports = graph.0.reaper.to_the_end(work).await;
+        Ok(reports.into_iter().flatten().next().unwrap_or(lost))
+    }
+}

@@ -1,0 +1,139 @@
+//! Ways through the graph: down a chain, past filters, to the file.
+//!
+//! Every way is a loop, never a recursion, and takes what it finds as counted references. The graph may change while
+//! a way is walked; each node on it was on it at some moment.
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+
+use bds_refcount::Strong;
+
+use super::node::{Node, NodeId};
+use super::node_ref::NodeRef;
+use crate::driver::Role;
+
+/// Longest way to a file that is followed: filters and formats on top of each other.
+const MAX_STEPS: usize = 1 << 20;
+
+fn child_in(node: &Node, role: Role) -> Option<Strong<Node>> {
+    node.child_in_role(role).map(|edge| Strong::clone(edge.target().strong()))
+}
+
+fn as_ref(beside: &NodeRef, strong: Strong<Node>) -> NodeRef {
+    NodeRef::iterator(beside.graph(), strong)
+}
+
+/// The first node from here down that is not a filter.
+pub fn skip_filters(node: &NodeRef) -> NodeRef {
+    let mut at = Strong::clone(node.strong());
+    while let Some(below) = at.driver().is_filter().then(|| filtered(&at)).flatten() {
+        at = below;
+    }
+    as_ref(node, at)
+}
+
+fn filtered(node: &Node) -> Option<Strong<Node>> {
+    child_in(node, Role::FILTERED).or_else(|| child_in(node, Role::PRIMARY))
+}
+
+/// The next image below: the backing child, or what a filter shows.
+fn below(node: &Node) -> Option<Strong<Node>> {
+    if node.driver().is_filter() { filtered(node) } else { child_in(node, Role::COW) }
+}
+
+/// The node directly below in the chain: the backing node, or what a filter shows.
+pub fn next_below(node: &NodeRef) -> Option<NodeRef> {
+    below(node).map(|strong| as_ref(node, strong))
+}
+
+/// The images of a chain from here down, filters left out.
+pub fn backing_chain(node: &NodeRef) -> Vec<NodeRef> {
+    let mut chain = Vec::new();
+    let mut at = Some(Strong::clone(node.strong()));
+    while let Some(strong) = at {
+        at = below(&strong);
+        if !strong.driver().is_filter() {
+            chain.push(as_ref(node, strong));
+        }
+    }
+    chain
+}
+
+/// The first image that lies in both chains.
+pub fn common_backing(a: &NodeRef, b: &NodeRef) -> Option<NodeRef> {
+    let in_b: HashSet<NodeId> = backing_chain(b).iter().map(|node| node.id()).collect();
+    backing_chain(a).into_iter().find(|node| in_b.contains(&node.id()))
+}
+
+/// The node's child of this name ("file", "backing"), and what it is to the node.
+pub fn child(node: &NodeRef, name: &str) -> Option<(NodeRef, Role)> {
+    let edge = node.node().child(name)?;
+    Some((as_ref(node, Strong::clone(edge.target().strong())), edge.role()))
+}
+
+/// All children with their names and roles, in the order in which the driver opened them.
+pub fn children(node: &NodeRef) -> Vec<(&'static str, Role, NodeRef)> {
+    let edges = node.node().children();
+    let child = |edge: &std::sync::Arc<super::Edge>| {
+        (edge.name(), edge.role(), as_ref(node, Strong::clone(edge.target().strong())))
+    };
+    edges.iter().map(child).collect()
+}
+
+/// The name of the file at the end of the way through file and filtered children, if there is one.
+pub fn filename(node: &Node) -> Option<PathBuf> {
+    if let Some(name) = node.own_filename() {
+        return Some(name);
+    }
+    file_node(node)?.own_filename()
+}
+
+/// (device, inode) of that file.
+pub fn identity(node: &Node) -> Option<(u64, u64)> {
+    if let Some(identity) = node.own_identity() {
+        return Some(identity);
+    }
+    file_node(node)?.own_identity()
+}
+
+/// The node at the end of the way through file and filtered children; `None` if that is the node itself.
+fn file_node(node: &Node) -> Option<Strong<Node>> {
+    let mut at = child_in(node, Role::PRIMARY | Role::FILTERED)?;
+    for _ in 0..MAX_STEPS {
+        match child_in(&at, Role::PRIMARY | Role::FILTERED) {
+            Some(next) => at = next,
+            None => break,
+        }
+    }
+    Some(at)
+}
+
+/// (device, inode) of all files that make up this one image: its own and its data file's, not its backing's.
+pub(crate) fn files_of_image(node: &Node) -> Vec<(u64, u64)> {
+    let mut files: Vec<(u64, u64)> = node.own_identity().into_iter().collect();
+    let mut todo: Vec<Strong<Node>> = parts(node);
+    while let Some(part) = todo.pop() {
+        files.extend(part.own_identity());
+        todo.extend(parts(&part));
+    }
+    files
+}
+
+fn parts(node: &Node) -> Vec<Strong<Node>> {
+    let children = node.children();
+    let edges = children.iter().filter(|edge| !edge.role().contains(Role::COW));
+    edges.map(|edge| Strong::clone(edge.target().strong())).collect()
+}
+
+/// Visits `start` and every node below it once.
+pub(crate) fn each_below(start: &Strong<Node>, visit: &mut dyn FnMut(&Node)) {
+    let mut seen = HashSet::new();
+    let mut todo = vec![Strong::clone(start)];
+    while let Some(node) = todo.pop() {
+        if !seen.insert(node.id()) {
+            continue;
+        }
+        visit(&node);
+        todo.extend(node.children().iter().map(|edge| Strong::clone(edge.target().strong())));
+    }
+}
