@@ -8,6 +8,8 @@ pub mod driver;
 pub mod error;
 pub mod graph;
 pub mod options;
+pub mod request;
+pub mod stats;
 mod traffic;
 
 pub use driver::{Driver, DriverType};

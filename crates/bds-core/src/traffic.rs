@@ -266,13 +266,19 @@ impl Traffic {
     pub(crate) async fn begin_flush(&self) -> Flushing<'_> {
         let state = self.flush.lock().await;
         let covers = self.writes();
-        Flushing { traffic: self, state, covers }
+        Flushing { state, covers }
     }
 
     /// The failure that every later flush of this node must report, if there was one.
     pub(crate) fn flush_failure(&self) -> Option<Error> {
         let failure = self.flush_failure.lock().unwrap_or_else(PoisonError::into_inner);
         failure.as_ref().map(Error::duplicate)
+    }
+
+    /// The medium may have lost writes: every later flush reports it.
+    pub(crate) fn flush_failed(&self, error: &Error) {
+        let mut failure = self.flush_failure.lock().unwrap_or_else(PoisonError::into_inner);
+        failure.get_or_insert_with(|| error.duplicate());
     }
 
     /// Forgets a failed flush: the node was reopened, so its cache is a new one.
@@ -291,7 +297,6 @@ impl Drop for Watching<'_> {
 
 /// One flush, alone.
 pub(crate) struct Flushing<'a> {
-    traffic: &'a Traffic,
     state: AsyncMutexGuard<'a, FlushState>,
     covers: u64,
 }
@@ -305,13 +310,6 @@ impl Flushing<'_> {
     /// The medium holds every write that ended before this flush began.
     pub(crate) fn succeeded(&mut self) {
         self.state.flushed = self.covers;
-    }
-
-    /// The medium may have lost writes: every later flush reports it.
-    pub(crate) fn failed(&self, error: &Error) {
-        let failure = &self.traffic.flush_failure;
-        let mut failure = failure.lock().unwrap_or_else(PoisonError::into_inner);
-        failure.get_or_insert_with(|| error.duplicate());
     }
 }
 
@@ -423,7 +421,7 @@ fn lock_plain(shard: &Shard) -> MutexGuard<'_, Slab<Entry>> {
     shard.plain.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn shard_count() -> usize {
+pub(crate) fn shard_count() -> usize {
     static COUNT: OnceLock<usize> = OnceLock::new();
     *COUNT.get_or_init(|| {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -433,7 +431,7 @@ fn shard_count() -> usize {
 
 /// A small number of this thread, dense over the process, so that threads spread over shards.
 #[inline]
-fn thread_number() -> usize {
+pub(crate) fn thread_number() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     thread_local! {
         static NUMBER: Cell<usize> = const { Cell::new(usize::MAX) };

@@ -31,6 +31,7 @@ use std::sync::{Arc, MutexGuard};
 use bds_io::Fs;
 use bds_refcount::{Arena, HolderInfo, Kind, Stale, Watch};
 
+pub(crate) use edge::Target;
 pub use edge::{Edge, Parent};
 pub use flags::COMMON_OPTIONS;
 pub use gate::ReferenceGate;

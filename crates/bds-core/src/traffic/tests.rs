@@ -148,12 +148,8 @@ fn a_flush_covers_writes_that_ended_before_it_began() {
 #[test]
 fn a_failed_flush_sticks_until_reopened() {
     let traffic = Traffic::new();
-    let wakes = Arc::<CountWakes>::default();
-    let Poll::Ready(flushing) = poll(Box::pin(traffic.begin_flush()).as_mut(), &wakes) else {
-        panic!("nobody flushes")
-    };
-    flushing.failed(&Error::new(ErrorKind::Io, "first"));
-    flushing.failed(&Error::new(ErrorKind::NoSpace, "second"));
+    traffic.flush_failed(&Error::new(ErrorKind::Io, "first"));
+    traffic.flush_failed(&Error::new(ErrorKind::NoSpace, "second"));
     assert_eq!(traffic.flush_failure().expect("it failed").message(), "first");
     traffic.clear_flush_failure();
     assert!(traffic.flush_failure().is_none());

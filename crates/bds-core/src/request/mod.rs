@@ -1,0 +1,41 @@
+//! The corridor: the one way from a user or a driver to the driver of the node below, each step once.
+//!
+//! ```text
+//! Backend (the hall)        Port (a driver's child)
+//!       └──────────┬──────────────┘
+//!   enter     gate of the edge, counted in            queued is not in flight
+//!   range     sane offset, permission, read-only
+//!   align     widen to whole blocks, read what a write must keep
+//!   traffic   register; wait for overlapping earlier serialising requests (and the other way round)
+//!   split     by the node's limits
+//!   driver
+//!   flush     once, after the last fragment, if durability was asked and the driver cannot
+//! ```
+//!
+//! The inline way (`dispatch::try_read`, `try_write`) takes the same steps without waiting, allocating or locking, and
+//! declines whatever does not fit.
+//!
+//! It never changes the graph. Dropping a future at any await counts out, deregisters and wakes who waited.
+
+mod align;
+mod backend;
+mod dispatch;
+mod enter;
+mod flush;
+mod port;
+mod range;
+mod status;
+mod truncate;
+mod zero;
+
+use crate::graph::{Graph, GraphConfig};
+
+pub use backend::{Backend, BackendOptions};
+pub use status::{ChainRun, HostBytes};
+
+impl Graph {
+    /// An empty graph.
+    pub fn new(config: GraphConfig) -> Graph {
+        Graph::with_corridor(config, port::make)
+    }
+}

@@ -1,0 +1,130 @@
+//! A driver's door to the node below: the corridor behind [`ChildPort`].
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bds_io::IoVec;
+
+use super::enter::{enter, named};
+use super::{dispatch, flush, status, truncate, zero};
+use crate::driver::{
+    Attempt, BoxFuture, ChildPort, Limits, ReadFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
+};
+use crate::error::Result;
+use crate::graph::Edge;
+
+/// The port of an edge.
+pub(super) fn make(edge: Arc<Edge>) -> Box<dyn ChildPort> {
+    Box::new(Port(edge))
+}
+
+struct Port(Arc<Edge>);
+
+impl ChildPort for Port {
+    fn len(&self) -> u64 {
+        self.0.target().len()
+    }
+
+    fn limits(&self) -> Limits {
+        self.0.target().limits()
+    }
+
+    fn node_name(&self) -> String {
+        self.0.target().name().to_owned()
+    }
+
+    fn filename(&self) -> Option<PathBuf> {
+        status::filename(&self.0.target())
+    }
+
+    fn driver_name(&self) -> &'static str {
+        self.0.target().driver_name()
+    }
+
+    fn is_writable(&self) -> bool {
+        self.0.access().writes() && self.0.target().is_writable()
+    }
+
+    fn can_zero(&self) -> bool {
+        self.0.target().driver().zero_flags().is_some()
+    }
+
+    #[inline]
+    fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+        dispatch::try_read(&self.0, offset, iov)
+    }
+
+    #[inline]
+    fn try_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+        dispatch::try_write(&self.0, offset, iov)
+    }
+
+    fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(dispatch::read(&self.0, offset, iov, flags))
+    }
+
+    fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(dispatch::write(&self.0, offset, iov, flags))
+    }
+
+    fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
+        Box::pin(dispatch::write_compressed(&self.0, offset, iov))
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> BoxFuture<'_, Result<Attempt>> {
+        Box::pin(zero::write_zeroes(&self.0, offset, len, flags))
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<()>> {
+        Box::pin(zero::discard(&self.0, offset, len))
+    }
+
+    fn flush(&self) -> BoxFuture<'_, Result<()>> {
+        flush::flush(&self.0)
+    }
+
+    fn block_status(
+        &self,
+        offset: u64,
+        len: u64,
+        precise: bool,
+    ) -> BoxFuture<'_, Result<StatusRun>> {
+        Box::pin(status::of_layer(&self.0, offset, len, precise))
+    }
+
+    fn is_zero(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<bool>> {
+        Box::pin(status::is_zero(&self.0, offset, len))
+    }
+
+    fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
+        truncate::truncate(&self.0, change)
+    }
+
+    fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
+        Box::pin(async {
+            let node = enter(&self.0).await;
+            named(&node, node.driver().allocated_len().await)
+        })
+    }
+
+    fn identity(&self) -> Option<(u64, u64)> {
+        let target = self.0.target();
+        if let Some(own) = target.own_identity() {
+            return Some(own);
+        }
+        let mut next = target.filtered_child();
+        while let Some(edge) = next {
+            let target = edge.target();
+            if let Some(own) = target.own_identity() {
+                return Some(own);
+            }
+            next = target.filtered_child();
+        }
+        None
+    }
+}

@@ -1,0 +1,290 @@
+//! What a range holds: one layer, and through a chain.
+//!
+//! A driver answers for its own layer, roughly or precisely, and may point on ("ask my file there"). Here its answer is cut
+//! to the question, pointers are followed, and facts that follow from the graph are added. A wrong "zero" or "not
+//! allocated" loses data, so anything unclear counts as data; an error is an error.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::enter::{Entered, enter, named};
+use super::range::{self, round_down, round_up};
+use crate::driver::{BoxFuture, HostMap, StatusFlags, StatusRun};
+use crate::error::{Error, ErrorKind, Result};
+use crate::graph::{Edge, Node, NodeId};
+
+/// Where the bytes of a run lie one to one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostBytes {
+    /// The node that holds them.
+    pub node: NodeId,
+    /// Its file, if it has one.
+    pub file: Option<PathBuf>,
+    /// Byte offset there.
+    pub offset: u64,
+}
+
+/// A run of bytes of one kind, seen through a chain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChainRun {
+    /// Length in bytes; zero only at or past the end.
+    pub len: u64,
+    /// What holds. Without `ALLOCATED`: no layer that was asked decides it.
+    pub flags: StatusFlags,
+    /// Backing steps below the top of the layer that decides it (or of the last one asked).
+    pub depth: usize,
+    /// The layer that decides it (or the last one asked).
+    pub node: NodeId,
+    /// Where, if known.
+    pub host: Option<HostBytes>,
+}
+
+/// How far down a question goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Depth {
+    /// To the end of the chain.
+    All,
+    /// Only the layers above this one.
+    Above(NodeId),
+}
+
+/// An answer of one layer, pointers followed.
+struct Layer {
+    len: u64,
+    flags: StatusFlags,
+    host: Option<HostBytes>,
+    /// As the driver gave it, for drivers that ask about a child.
+    map: Option<HostMap>,
+}
+
+impl Layer {
+    fn end() -> Self {
+        Self { len: 0, flags: StatusFlags::EOF, host: None, map: None }
+    }
+}
+
+/// Status of one layer, for drivers.
+pub(super) async fn of_layer(
+    edge: &Edge,
+    offset: u64,
+    len: u64,
+    precise: bool,
+) -> Result<StatusRun> {
+    let layer = layer(edge, offset, len, precise).await?;
+    Ok(StatusRun { len: layer.len, flags: layer.flags, map: layer.map })
+}
+
+fn layer(edge: &Edge, offset: u64, len: u64, precise: bool) -> BoxFuture<'_, Result<Layer>> {
+    Box::pin(async move {
+        let node = enter(edge).await;
+        named(&node, layer_inside(&node, offset, len, precise).await)
+    })
+}
+
+async fn layer_inside(node: &Entered, offset: u64, len: u64, precise: bool) -> Result<Layer> {
+    let total = node.len();
+    let end = range::check(offset, len)?.min(total);
+    if offset >= total {
+        return Ok(Layer::end());
+    }
+    if end <= offset {
+        return Ok(Layer { len: 0, flags: StatusFlags::empty(), host: None, map: None });
+    }
+    let align = u64::from(node.limits().request_alignment);
+    let first = round_down(offset, align);
+    let run = node.driver().block_status(first, round_up(end, align) - first, precise).await?;
+    let head = offset - first;
+    if run.len <= head {
+        return Err(Error::new(ErrorKind::Corrupt, "the driver's status answer makes no progress")
+            .at(offset)
+            .field("length", run.len));
+    }
+    let len = (run.len - head).min(end - offset);
+    let map = match run.map {
+        None => None,
+        Some(map) => Some(HostMap { offset: range::check(map.offset, head)?, ..map }),
+    };
+    let mut layer = if run.flags.contains(StatusFlags::RAW) {
+        pass_on(node, map, len, precise).await?
+    } else {
+        own_answer(node, StatusRun { len, flags: run.flags, map }, offset, precise).await?
+    };
+    if offset + layer.len == total {
+        layer.flags |= StatusFlags::EOF;
+    }
+    Ok(layer)
+}
+
+/// "Only passing through": the child's answer is ours.
+async fn pass_on(node: &Node, map: Option<HostMap>, len: u64, precise: bool) -> Result<Layer> {
+    let below = map.and_then(|map| Some((node.child(map.child)?, map.offset)));
+    let Some((child, at)) = below else {
+        return Err(Error::new(
+            ErrorKind::Corrupt,
+            "the driver points to a child it does not have",
+        ));
+    };
+    let mut layer = layer(&child, at, len, precise).await?;
+    if layer.len == 0 {
+        // The child is shorter than what is shown of it; what is not there reads as zeros.
+        layer = Layer { len, flags: StatusFlags::ZERO | StatusFlags::ALLOCATED, ..Layer::end() };
+    }
+    layer.flags.remove(StatusFlags::EOF);
+    layer.map = None;
+    Ok(layer)
+}
+
+async fn own_answer(node: &Node, run: StatusRun, offset: u64, precise: bool) -> Result<Layer> {
+    let StatusRun { mut len, mut flags, map } = run;
+    let recurses =
+        flags.contains(StatusFlags::RECURSE | StatusFlags::DATA | StatusFlags::OFFSET_VALID);
+    flags.remove(StatusFlags::RECURSE | StatusFlags::EOF);
+    if flags.intersects(StatusFlags::DATA | StatusFlags::ZERO) {
+        flags |= StatusFlags::ALLOCATED;
+    } else if node.driver().supports_backing() && !flags.contains(StatusFlags::ALLOCATED) {
+        match node.cow_child() {
+            None => flags |= StatusFlags::ZERO,
+            Some(backing) if precise && backing.target().len() <= offset => {
+                flags |= StatusFlags::ZERO;
+            }
+            Some(_) => {}
+        }
+    }
+    let child = map.and_then(|map| Some((node.child(map.child)?, map.offset)));
+    if let (true, true, Some((child, at))) = (recurses, precise, &child) {
+        // Only adds a fact; where the file cannot tell, the answer stands as it is.
+        if let Ok(below) = layer(child, *at, len, precise).await {
+            let zero_below = below.flags & StatusFlags::ZERO;
+            if below.flags.contains(StatusFlags::EOF) && (below.len == 0 || !zero_below.is_empty())
+            {
+                flags |= StatusFlags::ZERO;
+            } else if below.len > 0 {
+                len = below.len;
+                flags |= zero_below;
+            }
+        }
+    }
+    let host = host_bytes(node, flags, map, child);
+    Ok(Layer { len, flags, host, map })
+}
+
+fn host_bytes(
+    node: &Node,
+    flags: StatusFlags,
+    map: Option<HostMap>,
+    child: Option<(Arc<Edge>, u64)>,
+) -> Option<HostBytes> {
+    if !flags.contains(StatusFlags::OFFSET_VALID) {
+        return None;
+    }
+    match child {
+        Some((edge, offset)) => {
+            let target = edge.target();
+            Some(HostBytes { node: target.id(), file: filename(&target), offset })
+        }
+        // A protocol node points at itself.
+        None => {
+            map.map(|map| HostBytes { node: node.id(), file: filename(node), offset: map.offset })
+        }
+    }
+}
+
+/// The file at the end of the way through filters.
+pub(super) fn filename(node: &Node) -> Option<PathBuf> {
+    if let Some(own) = node.own_filename() {
+        return Some(own);
+    }
+    let mut next = node.filtered_child();
+    while let Some(edge) = next {
+        let target = edge.target();
+        if let Some(own) = target.own_filename() {
+            return Some(own);
+        }
+        next = target.filtered_child();
+    }
+    None
+}
+
+/// What `offset..` holds, seen through the layers down to `depth`.
+pub(super) async fn of_chain(
+    edge: &Arc<Edge>,
+    depth: Depth,
+    offset: u64,
+    len: u64,
+    precise: bool,
+) -> Result<ChainRun> {
+    let mut edge = Arc::clone(edge);
+    let mut steps = 0;
+    let mut len = len;
+    let mut top: Option<ChainRun> = None;
+    let mut end = None;
+    loop {
+        let node = edge.target().id();
+        if depth == Depth::Above(node) {
+            // Nothing above decides it.
+            let flags = StatusFlags::empty();
+            return Ok(finish(
+                top.unwrap_or(ChainRun { len, flags, depth: steps, node, host: None }),
+                offset,
+                end,
+            ));
+        }
+        let layer = layer(&edge, offset, len, precise).await?;
+        let mut run =
+            ChainRun { len: layer.len, flags: layer.flags, depth: steps, node, host: layer.host };
+        let is_top = top.is_none();
+        if is_top {
+            end = layer.flags.contains(StatusFlags::EOF).then_some(offset + layer.len);
+            if run.len == 0 {
+                return Ok(run);
+            }
+        } else if run.len == 0 {
+            // This layer is shorter than those above: what is behind its end is zeros that it decides.
+            run.len = len;
+            run.flags = StatusFlags::ZERO | StatusFlags::ALLOCATED;
+            return Ok(finish(run, offset, end));
+        }
+        run.flags.remove(StatusFlags::EOF);
+        if run.flags.contains(StatusFlags::ALLOCATED) {
+            return Ok(finish(run, offset, end));
+        }
+        let next = {
+            let target = edge.target();
+            let filtered = target.filtered_child();
+            steps += usize::from(filtered.is_none());
+            filtered.or_else(|| target.cow_child())
+        };
+        len = run.len;
+        // What an upper layer knows (zeros behind a short backing node) stays true further down.
+        if let Some(above) = &top {
+            run.flags |= above.flags & StatusFlags::ZERO;
+        }
+        match next {
+            None => return Ok(finish(run, offset, end)),
+            Some(next) => edge = next,
+        }
+        top = Some(run);
+    }
+}
+
+fn finish(mut run: ChainRun, offset: u64, end: Option<u64>) -> ChainRun {
+    run.flags.set(StatusFlags::EOF, end == Some(offset + run.len));
+    run
+}
+
+/// Does the range read as zeros through the whole chain? A cheap answer: false if unknown. Past the end is zeros.
+pub(super) async fn is_zero(edge: &Arc<Edge>, offset: u64, len: u64) -> Result<bool> {
+    let end = range::check(offset, len)?;
+    let mut at = offset;
+    while at < end {
+        let run = of_chain(edge, Depth::All, at, end - at, false).await?;
+        if run.len == 0 {
+            return Ok(true);
+        }
+        if !run.flags.contains(StatusFlags::ZERO) {
+            return Ok(false);
+        }
+        at += run.len;
+    }
+    Ok(true)
+}

@@ -1,0 +1,46 @@
+//! Changing a node's length.
+
+use super::enter::{Entered, enter, named};
+use super::range::{self, MAX_LEN};
+use crate::driver::{BoxFuture, Truncate};
+use crate::error::{Error, ErrorKind, Result};
+use crate::graph::{Edge, Perm};
+
+/// Changes the length. Nothing else touches bytes behind the shorter of both lengths meanwhile.
+pub(super) fn truncate(edge: &Edge, change: Truncate) -> BoxFuture<'_, Result<()>> {
+    Box::pin(async move {
+        let node = enter(edge).await;
+        named(&node, truncate_inside(edge, &node, change).await)
+    })
+}
+
+async fn truncate_inside(edge: &Edge, node: &Entered, mut change: Truncate) -> Result<()> {
+    range::check(0, change.len)?;
+    if !node.is_writable() {
+        return Err(Error::new(ErrorKind::PermissionDenied, "a read-only node cannot be resized"));
+    }
+    if !edge.access().perm.contains(Perm::RESIZE) {
+        return Err(Error::new(
+            ErrorKind::ReadOnly,
+            format!("'{}' did not ask to resize this node", edge.name()),
+        ));
+    }
+    let stable = node.len().min(change.len);
+    let _tracked = node.track(stable..MAX_LEN, true).await;
+    let old_len = node.len();
+    if change.len > old_len {
+        // Bytes of a longer backing node must not shine through where nobody ever wrote.
+        let backing = node.cow_child().map_or(0, |child| child.target().len());
+        change.zero_new |= backing > old_len;
+    }
+    let _writing = node.writing();
+    match node.driver().truncate(change).await {
+        Err(error) if error.kind() == ErrorKind::NotSupported && node.driver().is_filter() => {
+            match node.filtered_child() {
+                Some(child) => truncate(&child, change).await,
+                None => Err(error),
+            }
+        }
+        result => result,
+    }
+}

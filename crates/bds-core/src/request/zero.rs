@@ -1,0 +1,260 @@
+//! Zero writes and discards: cut at the driver's units, with a buffer of zeros where the driver has no better way.
+
+use std::sync::OnceLock;
+
+use bds_io::{Buf, IoVec};
+
+use super::align::Padded;
+use super::dispatch::{read_around, write_aligned};
+use super::enter::{Entered, enter, named};
+use super::flush;
+use super::range::{self, round_down, round_up};
+use crate::driver::{Attempt, Limits, WriteFlags, ZeroFlags};
+use crate::error::Result;
+use crate::graph::{Edge, Node};
+
+/// The one buffer of zeros everybody writes from; nobody can reach it to write to it.
+const ZERO_LEN: usize = 1 << 20;
+/// Longest data write of the fallback.
+const FALLBACK_LEN: u64 = 16 << 20;
+
+/// Makes the range read as zeros. `Unsupported` only with `NO_FALLBACK`.
+pub(super) async fn write_zeroes(
+    edge: &Edge,
+    offset: u64,
+    len: u64,
+    flags: ZeroFlags,
+) -> Result<Attempt> {
+    let node = enter(edge).await;
+    named(&node, write_zeroes_inside(edge, &node, offset, len, flags).await)
+}
+
+/// As [`write_zeroes`], for a request that is inside already.
+pub(super) async fn write_zeroes_inside(
+    edge: &Edge,
+    node: &Entered,
+    offset: u64,
+    len: u64,
+    mut flags: ZeroFlags,
+) -> Result<Attempt> {
+    let end = range::check(offset, len)?;
+    range::check_write(edge, node, end, flags.contains(ZeroFlags::UNCHANGED))?;
+    if len == 0 {
+        return Ok(Attempt::Done);
+    }
+    let limits = node.limits();
+    let padded = Padded::new(&(offset..end), limits.request_alignment);
+    let supported = node.driver().zero_flags();
+    let has_fast = supported.is_some_and(|s| s.contains(ZeroFlags::NO_FALLBACK));
+    if flags.contains(ZeroFlags::NO_FALLBACK) && (padded.is_some() || !has_fast) {
+        return Ok(Attempt::Unsupported);
+    }
+    if !node.flags().discard {
+        flags.remove(ZeroFlags::MAY_UNMAP);
+    }
+    let wants_flush = flags.contains(ZeroFlags::FUA) && !node.flags().cache.no_flush;
+    let native_fua = supported.is_some_and(|s| s.contains(ZeroFlags::FUA)) && padded.is_none();
+    let piece = Pieces {
+        node,
+        limits: &limits,
+        flags: flags & supported.unwrap_or_default(),
+        may_fall_back: !flags.contains(ZeroFlags::NO_FALLBACK),
+        has_driver_way: supported.is_some(),
+    };
+    let outer = padded.as_ref().map_or(offset..end, |p| p.outer.clone());
+    let fell_back = {
+        let no_wait = flags.contains(ZeroFlags::NO_WAIT);
+        let _tracked = node.track_unless(outer, padded.is_some(), no_wait).await?;
+        let _writing = node.writing();
+        match padded {
+            None => piece.zero(offset, end).await?,
+            Some(padded) => zero_padded(&piece, &padded, offset, end).await?,
+        }
+    };
+    match fell_back {
+        Zeroed::Unsupported => return Ok(Attempt::Unsupported),
+        Zeroed::ByDriver if native_fua => {}
+        _ if wants_flush => flush::flush_inside(edge, node).await?,
+        _ => {}
+    }
+    Ok(Attempt::Done)
+}
+
+/// Head and tail blocks are read, zeroed in part and written; whole blocks between them are zeroed as such.
+async fn zero_padded(piece: &Pieces<'_>, padded: &Padded, offset: u64, end: u64) -> Result<Zeroed> {
+    let (node, limits) = (piece.node, piece.limits);
+    let align = u64::from(limits.request_alignment);
+    let pad = read_around(node, limits, padded).await?;
+    let middle = round_up(offset, align)..round_down(end, align);
+    if middle.start >= middle.end && padded.reads().count() == 1 {
+        // One or two touching blocks: one write of head, zeros, tail.
+        let len = usize::try_from(end - offset).unwrap_or(usize::MAX);
+        let joined = padded.join(&pad, Buf::zeroed(len, 1).iov());
+        write_aligned(node, limits, padded.outer.start, joined, WriteFlags::empty()).await?;
+        return Ok(Zeroed::ByBuffer);
+    }
+    if padded.head_len > 0 {
+        let mut block = pad.front(0..padded.head_len);
+        block.push(zeros(align - padded.head_len as u64));
+        write_aligned(node, limits, padded.outer.start, block, WriteFlags::empty()).await?;
+    }
+    let mut zeroed = Zeroed::ByBuffer;
+    if middle.start < middle.end {
+        zeroed = piece.zero(middle.start, middle.end).await?;
+    }
+    if padded.tail_len > 0 {
+        let mut block = zeros(align - padded.tail_len as u64);
+        block.push(pad.back(padded.tail_len));
+        write_aligned(node, limits, padded.outer.end - align, block, WriteFlags::empty()).await?;
+    }
+    Ok(zeroed)
+}
+
+/// How a range was zeroed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Zeroed {
+    /// The driver did all of it.
+    ByDriver,
+    /// Some of it was written from a buffer.
+    ByBuffer,
+    /// The driver declined and the caller wanted no fallback.
+    Unsupported,
+}
+
+/// Zeroing aligned ranges of one node.
+struct Pieces<'a> {
+    node: &'a Entered,
+    limits: &'a Limits,
+    /// What is passed to the driver.
+    flags: ZeroFlags,
+    has_driver_way: bool,
+    may_fall_back: bool,
+}
+
+impl Pieces<'_> {
+    async fn zero(&self, mut offset: u64, end: u64) -> Result<Zeroed> {
+        let unit = u64::from(self.limits.zero_alignment.max(self.limits.request_alignment)).max(1);
+        let mut zeroed = Zeroed::ByDriver;
+        while offset < end {
+            let mut len = piece_len(offset, end, unit, self.limits.max_zero);
+            if offset % unit != 0 && self.limits.max_transfer != 0 {
+                let align = u64::from(self.limits.request_alignment);
+                len = len.min(round_down(self.limits.max_transfer, align).max(align));
+            }
+            let done = self.has_driver_way
+                && self.node.driver().write_zeroes(offset, len, self.flags).await? == Attempt::Done;
+            if !done {
+                if !self.may_fall_back {
+                    return Ok(Zeroed::Unsupported);
+                }
+                self.write_buffer(offset, offset + len).await?;
+                zeroed = Zeroed::ByBuffer;
+            }
+            offset += len;
+        }
+        Ok(zeroed)
+    }
+
+    async fn write_buffer(&self, mut offset: u64, end: u64) -> Result<()> {
+        while offset < end {
+            let len = (end - offset).min(FALLBACK_LEN);
+            // The caller flushes once at the end, if asked to.
+            write_aligned(self.node, self.limits, offset, zeros(len), WriteFlags::empty()).await?;
+            offset += len;
+        }
+        Ok(())
+    }
+}
+
+/// The next piece: up to a unit's boundary, whole units, or what is left behind the last unit.
+fn piece_len(offset: u64, end: u64, unit: u64, max: u64) -> u64 {
+    let into = offset % unit;
+    let mut len = end - offset;
+    if into != 0 {
+        len = len.min(unit - into);
+    } else if len > unit {
+        len -= len % unit;
+        if max != 0 {
+            len = len.min((max - max % unit).max(unit));
+        }
+    }
+    len
+}
+
+/// `len` bytes of zeros out of the shared buffer.
+fn zeros(len: u64) -> IoVec {
+    static ZEROS: OnceLock<Buf> = OnceLock::new();
+    let buf = ZEROS.get_or_init(|| Buf::zeroed(ZERO_LEN, 4096));
+    let mut left = usize::try_from(len).unwrap_or(usize::MAX);
+    let mut list = IoVec::default();
+    while left > 0 {
+        let take = left.min(ZERO_LEN);
+        list.push(buf.slice(0..take));
+        left -= take;
+    }
+    list
+}
+
+/// Tells that the range is no longer needed; advisory. Only whole blocks inside the range are told.
+pub(super) async fn discard(edge: &Edge, offset: u64, len: u64) -> Result<()> {
+    let node = enter(edge).await;
+    named(&node, discard_inside(edge, &node, offset, len).await)
+}
+
+async fn discard_inside(edge: &Edge, node: &Entered, offset: u64, len: u64) -> Result<()> {
+    let end = range::check(offset, len)?;
+    range::check_write(edge, node, offset, false)?;
+    if !node.flags().discard {
+        return Ok(());
+    }
+    let limits = node.limits();
+    let align = u64::from(limits.request_alignment);
+    let reach = node.len();
+    // The last block may be a short one; it counts as whole if the request reaches the end.
+    let end = if end >= reach { round_up(reach, align) } else { round_down(end, align) };
+    let start = round_up(offset, align);
+    if start >= end {
+        return Ok(());
+    }
+    let _tracked = node.track(start..end, false).await;
+    let _writing = node.writing();
+    discard_aligned(node, &limits, start, end.min(reach)).await
+}
+
+async fn discard_aligned(node: &Node, limits: &Limits, mut offset: u64, end: u64) -> Result<()> {
+    let unit = u64::from(limits.discard_alignment.max(limits.request_alignment)).max(1);
+    while offset < end {
+        let len = piece_len(offset, end, unit, limits.max_discard);
+        // A piece the driver cannot discard stays as it is.
+        let _advisory = node.driver().discard(offset, len).await?;
+        offset += len;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_never_cross_a_unit_unless_they_are_whole_units() {
+        // offset, end, unit, max: pieces
+        let table: [(u64, u64, u64, u64, &[u64]); 6] = [
+            (0, 100, 64, 0, &[64, 36]),
+            (10, 300, 64, 0, &[54, 192, 44]),
+            (10, 20, 64, 0, &[10]),
+            (64, 128, 64, 0, &[64]),
+            (0, 320, 64, 130, &[128, 128, 64]),
+            (0, 256, 64, 10, &[64, 64, 64, 64]),
+        ];
+        for (mut offset, end, unit, max, expected) in table {
+            let mut found = vec![];
+            while offset < end {
+                let len = piece_len(offset, end, unit, max);
+                found.push(len);
+                offset += len;
+            }
+            assert_eq!(found, expected, "..{end} unit {unit} max {max}");
+        }
+    }
+}
