@@ -24,7 +24,7 @@ pub enum CutMode {
     Random,
     /// Nothing survives.
     LoseAll,
-    /// Everything submitted survives.
+    /// Everything submitted survives, as when only the process is killed.
     KeepAll,
     /// Each change survives whole or not at all: writes are reordered, not torn.
     Reorder,

@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::Sim;
-use super::engine::{NewLen, Request};
 use super::fault::OpMask;
 use super::image::Image;
 use super::journal::Effect;
 use super::lock::LockKind;
-use super::world::{Inode, World, normal};
+use super::op::{NewLen, Request};
+use super::world::{Inode, normal};
 use crate::IoVec;
 use crate::file::{ByteLock, Extent, FileKind, OpenOptions, ZeroMode};
 
@@ -54,28 +54,6 @@ impl std::fmt::Debug for SimFile {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let path = self.0.sim.world().files[self.0.file].path.clone();
         f.debug_struct("SimFile").field("path", &path).field("owner", &self.0.owner).finish()
-    }
-}
-
-impl World {
-    /// Another name for a file.
-    pub(super) fn link(&mut self, path: &Path, file: usize) {
-        self.files[file].links += 1;
-        if let Some(old) = self.names.insert(normal(path), file) {
-            self.unlink(old);
-        }
-    }
-
-    /// Counts a call by name or of a lock, and lets it fail where a fault says so.
-    fn admit(&mut self, kind: OpMask, path: &Path) -> io::Result<()> {
-        if self.is_cut {
-            return errno(libc::EIO);
-        }
-        self.count(kind);
-        match self.faults.decide(kind, path, &mut self.chance) {
-            Some(failure) => errno(failure.errno),
-            None => Ok(()),
-        }
     }
 }
 
@@ -227,8 +205,8 @@ impl SimFile {
         let is_device = self.kind() == FileKind::Block;
         let refused = self.unwritable().or((!is_device).then_some(libc::ENOTTY)).or_else(|| {
             let is_bad = range.end > self.len().unwrap_or(0)
-                || range.start % 512 != 0
-                || range.end % 512 != 0
+                || !range.start.is_multiple_of(512)
+                || !range.end.is_multiple_of(512)
                 || range.is_empty();
             is_bad.then_some(libc::EINVAL)
         });
@@ -327,10 +305,12 @@ impl SimFile {
         let len = iov.len() as u64;
         if self.0.is_direct {
             let (memory, unit) = self.sim().world().config.direct_align;
+            let unit = u64::from(unit);
             let is_skew = |segment: &crate::buf::Segment| {
-                segment.as_ptr().addr() % memory != 0 || segment.len() as u64 % u64::from(unit) != 0
+                !segment.as_ptr().addr().is_multiple_of(memory)
+                    || !(segment.len() as u64).is_multiple_of(unit)
             };
-            if offset % u64::from(unit) != 0 || iov.segments().iter().any(is_skew) {
+            if !offset.is_multiple_of(unit) || iov.segments().iter().any(is_skew) {
                 return Some(libc::EINVAL);
             }
         }

@@ -254,3 +254,95 @@ impl Image {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::{Strategy, any, prop_assert_eq, prop_oneof, proptest};
+
+    use super::super::world::to_index;
+    use super::{Image, PAGE_LEN};
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Write(u64, Vec<u8>),
+        Zero(u64, u64),
+        Punch(u64, u64),
+        Allocate(u64, u64),
+        SetLen(u64),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let at = || 0..20_000u64;
+        prop_oneof![
+            (at(), vec(any::<u8>(), 1..6000)).prop_map(|(at, data)| Step::Write(at, data)),
+            (at(), at()).prop_map(|(at, len)| Step::Zero(at, len)),
+            (at(), at()).prop_map(|(at, len)| Step::Punch(at, len)),
+            (at(), at()).prop_map(|(at, len)| Step::Allocate(at, len)),
+            at().prop_map(Step::SetLen),
+        ]
+    }
+
+    fn fill(model: &mut [u8], at: u64, len: u64) {
+        let end = (at + len).min(model.len() as u64);
+        if at < end {
+            model[to_index(at)..to_index(end)].fill(0);
+        }
+    }
+
+    proptest! {
+        /// Content as in a vector, extents that cover the file, data only where pages are.
+        #[test]
+        fn an_image_is_a_vector_with_holes(steps in vec(step(), 1..24)) {
+            let mut image = Image::default();
+            let mut model: Vec<u8> = Vec::new();
+            let grow = |model: &mut Vec<u8>, end: u64| {
+                let end = to_index(end);
+                if model.len() < end {
+                    model.resize(end, 0);
+                }
+            };
+            for step in steps {
+                match step {
+                    Step::Write(at, data) => {
+                        image.write(at, &data);
+                        grow(&mut model, at + data.len() as u64);
+                        let start = to_index(at);
+                        model[start..start + data.len()].copy_from_slice(&data);
+                    }
+                    Step::Zero(at, len) => {
+                        image.zero_allocate(at..at + len);
+                        grow(&mut model, at + len);
+                        fill(&mut model, at, len);
+                    }
+                    Step::Punch(at, len) => {
+                        image.punch(at..at + len);
+                        fill(&mut model, at, len);
+                    }
+                    Step::Allocate(at, len) => {
+                        image.allocate(at..at + len);
+                        grow(&mut model, at + len);
+                    }
+                    Step::SetLen(len) => {
+                        image.set_len(len);
+                        model.resize(to_index(len), 0);
+                    }
+                }
+                prop_assert_eq!(image.len(), model.len() as u64);
+                prop_assert_eq!(&image.to_vec(), &model);
+                let mut at = 0;
+                while let Some(extent) = image.extent(at) {
+                    let range = to_index(at)
+                        ..to_index(at + extent.len);
+                    if !extent.is_data {
+                        prop_assert_eq!(model[range].iter().find(|byte| **byte != 0), None);
+                    }
+                    at += extent.len;
+                }
+                prop_assert_eq!(at, image.len());
+                prop_assert_eq!(image.fits(0..1 << 20, 0) % PAGE_LEN, 0);
+            }
+            prop_assert_eq!(&Image::from_bytes(&model).to_vec(), &model);
+        }
+    }
+}

@@ -4,12 +4,13 @@
 //! completes, which of two racing writes wins, what is short, what fails, what a power cut leaves.
 //!
 //! ```text
-//!   executor   who runs next           fault   what fails
-//!   clock      what is due when        lock    byte locks
-//!   engine     operations in flight    crash   what survives a cut
-//!   world      files and names         power   cutting, and the worlds after
-//!   image, journal   bytes: visible; durable and not yet
-//!   file       files as `crate::File` sees them        disk   files as a test sees them
+//!   executor, tasks   who runs next                    fault   what fails
+//!   clock             what is due when                 lock    byte locks
+//!   op, engine        operations in flight             crash   what survives a cut
+//!   world             files and names                  power   cutting, and the worlds after
+//!   image, journal    bytes: visible; durable or not   trace   what happened lately
+//!   file              files as `crate::File` sees them
+//!   disk              files as a test sees them
 //! ```
 //!
 //! What it deliberately does not do: real threads (everything runs on the thread in
@@ -33,7 +34,9 @@ mod file;
 mod image;
 mod journal;
 mod lock;
+mod op;
 mod power;
+mod tasks;
 mod trace;
 mod world;
 
@@ -43,7 +46,7 @@ pub use fault::{Fault, OpMask};
 pub(crate) use file::SimFile;
 pub use lock::LockKind;
 
-use executor::Tasks;
+use tasks::Tasks;
 use world::World;
 
 /// What becomes of dirty data when a sync fails.

@@ -5,8 +5,8 @@
 
 use super::chance::Chance;
 use super::crash::{CutMode, survivors};
-use super::engine::{Aftermath, NewLen, Request};
 use super::journal::Effect;
+use super::op::{Aftermath, NewLen, Request};
 use super::world::{Inode, World, to_index};
 use super::{Sim, SimConfig};
 

@@ -1,9 +1,10 @@
 //! The state of a simulated world: files, names, operations in flight, time and chance.
 //!
 //! One lock around all of it; nothing here calls out (wakers and buffers leave in an
-//! [`super::engine::Aftermath`]).
+//! [`super::op::Aftermath`]).
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use slab::Slab;
@@ -11,11 +12,11 @@ use slab::Slab;
 use super::SimConfig;
 use super::chance::Chance;
 use super::clock::Clock;
-use super::engine::{Flight, NewLen};
 use super::fault::{FaultPlan, OpMask};
 use super::image::Image;
 use super::journal::{Effect, Journal};
 use super::lock::LockTable;
+use super::op::{Flight, NewLen};
 use super::trace::Trace;
 use crate::IoVec;
 use crate::file::FileKind;
@@ -149,6 +150,26 @@ impl World {
             self.unlink(old);
         }
         file
+    }
+
+    /// Another name for a file.
+    pub(super) fn link(&mut self, path: &Path, file: usize) {
+        self.files[file].links += 1;
+        if let Some(old) = self.names.insert(normal(path), file) {
+            self.unlink(old);
+        }
+    }
+
+    /// Counts a call by name or of a lock, and lets it fail where a fault says so.
+    pub(super) fn admit(&mut self, kind: OpMask, path: &Path) -> io::Result<()> {
+        if self.is_cut {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        self.count(kind);
+        match self.faults.decide(kind, path, &mut self.chance) {
+            Some(failure) => Err(io::Error::from_raw_os_error(failure.errno)),
+            None => Ok(()),
+        }
     }
 
     /// A name of this file is gone.

@@ -1,0 +1,149 @@
+//! Spawned tasks of a world: the queue of those that are ready, and the list of the unfinished.
+//!
+//! The list lets a world name who waits in a deadlock, and drop its tasks at a power cut, which would
+//! otherwise keep each other alive. Choosing who runs is [`super::executor`]'s.
+
+use std::future::poll_fn;
+use std::panic::Location;
+use std::sync::{Arc, Weak};
+use std::task::{Poll, Waker};
+use std::time::Duration;
+
+use async_task::Runnable;
+use slab::Slab;
+use tokio::sync::oneshot;
+
+use super::clock::Sleep;
+use super::{Shared, Sim};
+use crate::Task;
+
+/// The spawned tasks of a world.
+#[derive(Default)]
+pub(super) struct Tasks {
+    pub ready: Vec<Runnable>,
+    pub active: Slab<Active>,
+    is_dead: bool,
+}
+
+/// A task that has not finished.
+pub(super) struct Active {
+    waker: Waker,
+    pub spawned_at: &'static Location<'static>,
+}
+
+/// Takes a task off the list when its future is dropped, finished or not.
+struct Leave {
+    shared: Weak<Shared>,
+    key: usize,
+}
+
+impl Drop for Leave {
+    fn drop(&mut self) {
+        if let Some(shared) = self.shared.upgrade() {
+            let gone = Sim(shared).tasks().active.try_remove(self.key);
+            drop(gone);
+        }
+    }
+}
+
+impl Sim {
+    /// Drops all tasks where they stand.
+    pub(super) fn drop_tasks(&self) {
+        let (ready, wakers) = {
+            let mut tasks = self.tasks();
+            tasks.is_dead = true;
+            let wakers: Vec<Waker> =
+                tasks.active.iter().map(|(_, task)| task.waker.clone()).collect();
+            (std::mem::take(&mut tasks.ready), wakers)
+        };
+        drop(ready);
+        // A woken task is scheduled, and a dead world drops what is scheduled.
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
+    /// Spawns onto this world's seeded scheduler.
+    #[track_caller]
+    pub fn spawn<T: Send + 'static>(
+        &self,
+        future: impl Future<Output = T> + Send + 'static,
+    ) -> Task<T> {
+        let spawned_at = Location::caller();
+        let shared = Arc::downgrade(&self.0);
+        let mut tasks = self.tasks();
+        let entry = tasks.active.vacant_entry();
+        let leave = Leave { shared: shared.clone(), key: entry.key() };
+        let future = async move {
+            let _leave = leave;
+            future.await
+        };
+        let schedule = move |runnable| {
+            if let Some(shared) = shared.upgrade() {
+                Sim(shared).schedule(runnable);
+            }
+        };
+        let (runnable, task) = async_task::spawn(future, schedule);
+        entry.insert(Active { waker: runnable.waker(), spawned_at });
+        drop(tasks);
+        runnable.schedule();
+        Task(task)
+    }
+
+    fn schedule(&self, runnable: Runnable) {
+        let mut tasks = self.tasks();
+        if !tasks.is_dead {
+            tasks.ready.push(runnable);
+            return;
+        }
+        // Dropped only after the lock: the task's destructors may schedule others.
+        drop(tasks);
+        drop(runnable);
+    }
+
+    /// Virtual time since the world began.
+    pub fn now(&self) -> Duration {
+        Duration::from_nanos(self.world().clock.now_ns())
+    }
+
+    /// Waits in virtual time.
+    pub async fn sleep(&self, how_long: Duration) {
+        Sleep::new(self.clone(), how_long).await;
+    }
+
+    /// Runs `work` at a seeded moment and answers at a later one. Once begun it goes on even if
+    /// nobody waits any more, as work on a thread does.
+    pub async fn offload<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        let (before, after) = {
+            let mut world = self.world();
+            let longest = u64::try_from(world.config.latency_max.as_nanos()).unwrap_or(u64::MAX);
+            (world.chance.between(0, longest), world.chance.between(0, longest))
+        };
+        let (sender, receiver) = oneshot::channel();
+        let sim = self.clone();
+        let work = async move {
+            sim.sleep(Duration::from_nanos(before)).await;
+            let answer = work();
+            sim.sleep(Duration::from_nanos(after)).await;
+            // Nobody waits any more: the work was done all the same.
+            let _ = sender.send(answer);
+        };
+        self.spawn(work).detach();
+        match receiver.await {
+            Ok(answer) => answer,
+            // Only a power cut drops the task: nothing goes on after it.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// Lets others run.
+    pub async fn yield_now(&self) {
+        let mut is_yielded = false;
+        poll_fn(|cx| {
+            if std::mem::replace(&mut is_yielded, true) {
+                return Poll::Ready(());
+            }
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        })
+        .await;
+    }
+}
