@@ -13,3 +13,45 @@
 pub mod filter;
 pub mod format;
 pub mod protocol;
+
+use std::sync::Arc;
+
+use bds_core::Result;
+use bds_core::driver::{DriverType, Registry};
+
+/// All drivers this build has.
+pub fn registry() -> Registry {
+    let mut registry = Registry::new();
+    register_all(&mut registry).expect("every driver here has a name of its own");
+    registry
+}
+
+/// Adds all drivers this build has to `registry`.
+///
+/// # Errors
+/// `AlreadyExists` if a driver of one of their names is there; those added before it stay.
+pub fn register_all(registry: &mut Registry) -> Result<()> {
+    for driver in drivers() {
+        registry.register(driver)?;
+    }
+    Ok(())
+}
+
+fn drivers() -> Vec<Arc<dyn DriverType>> {
+    vec![
+        #[cfg(feature = "file")]
+        Arc::new(protocol::file::FileProtocol),
+        #[cfg(feature = "file")]
+        Arc::new(protocol::file::HostDevice),
+        #[cfg(feature = "null")]
+        Arc::new(protocol::null::Null::CO),
+        #[cfg(feature = "null")]
+        Arc::new(protocol::null::Null::AIO),
+        #[cfg(feature = "mem")]
+        Arc::new(protocol::mem::Mem),
+        #[cfg(feature = "raw")]
+        Arc::new(format::raw::Raw),
+        #[cfg(feature = "blkdebug")]
+        Arc::new(filter::blkdebug::Blkdebug),
+    ]
+}
