@@ -1,0 +1,179 @@
+//! Entry points for fuzzers, seeds and hostile-image tests. Not part of the library's promise.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bds_core::driver::{
+    Attempt, BoxFuture, Child, ChildPort, HostMap, Limits, ReadFlags, StatusFlags, StatusRun,
+    Truncate, WriteFlags, ZeroFlags,
+};
+use bds_core::error::{Error, ErrorKind, Result};
+use bds_io::IoVec;
+
+/// A file in memory that stands below a driver: every request is done at once. Clones share the bytes.
+#[derive(Clone, Debug, Default)]
+pub struct MemPort {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    writes: Arc<Mutex<u64>>,
+}
+
+/// No test needs a longer file; a request past it is an error, not an allocation.
+const MAX_LEN: u64 = 1 << 30;
+
+impl MemPort {
+    /// A file that holds `bytes`.
+    pub fn new(bytes: Vec<u8>) -> Self {
+        Self { bytes: Arc::new(Mutex::new(bytes)), writes: Arc::default() }
+    }
+
+    /// A copy of what it holds now.
+    pub fn bytes(&self) -> Vec<u8> {
+        self.lock().clone()
+    }
+
+    /// How many requests changed it.
+    pub fn writes(&self) -> u64 {
+        *self.writes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The edge a driver would be given.
+    pub fn child(&self, name: &'static str) -> Child {
+        Child::new(name, Box::new(self.clone()))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn load(&self, offset: u64, iov: &IoVec) {
+        let bytes = self.lock();
+        let start = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+        let end = start.saturating_add(iov.len()).min(bytes.len());
+        iov.copy_from(0, &bytes[start..end]);
+        iov.fill(end - start..iov.len(), 0);
+    }
+
+    fn change(&self, offset: u64, len: u64, with: impl FnOnce(&mut [u8])) -> Result<()> {
+        *self.writes.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        let end = offset.checked_add(len).filter(|e| *e <= MAX_LEN).ok_or_else(too_long)?;
+        let mut bytes = self.lock();
+        let (start, end) = (index(offset), index(end));
+        if bytes.len() < end {
+            bytes.resize(end, 0);
+        }
+        with(&mut bytes[start..end]);
+        Ok(())
+    }
+}
+
+fn too_long() -> Error {
+    Error::new(ErrorKind::NoSpace, "a test's file may not be longer than 1 GiB")
+}
+
+fn index(offset: u64) -> usize {
+    usize::try_from(offset).expect("at most MAX_LEN")
+}
+
+fn ready<'a, T: Send + 'a>(value: T) -> BoxFuture<'a, T> {
+    Box::pin(std::future::ready(value))
+}
+
+impl ChildPort for MemPort {
+    fn len(&self) -> u64 {
+        self.lock().len() as u64
+    }
+
+    fn limits(&self) -> Limits {
+        Limits::default()
+    }
+
+    fn node_name(&self) -> String {
+        "memory".to_owned()
+    }
+
+    fn filename(&self) -> Option<PathBuf> {
+        None
+    }
+
+    fn driver_name(&self) -> &'static str {
+        "mem"
+    }
+
+    fn is_writable(&self) -> bool {
+        true
+    }
+
+    fn can_zero(&self) -> bool {
+        true
+    }
+
+    fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+        self.load(offset, iov);
+        Some(Ok(()))
+    }
+
+    fn try_write(&self, _offset: u64, _iov: &IoVec) -> Option<Result<()>> {
+        None
+    }
+
+    fn read(&self, offset: u64, iov: IoVec, _flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
+        self.load(offset, &iov);
+        ready(Ok(()))
+    }
+
+    fn write(&self, offset: u64, iov: IoVec, _flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
+        ready(self.change(offset, iov.len() as u64, |to| iov.copy_to(0, to)))
+    }
+
+    fn write_compressed(&self, _offset: u64, _iov: IoVec) -> BoxFuture<'_, Result<()>> {
+        ready(Err(Error::new(ErrorKind::NotSupported, "a file has no compressed clusters")))
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        _flags: ZeroFlags,
+    ) -> BoxFuture<'_, Result<Attempt>> {
+        ready(self.change(offset, len, |to| to.fill(0)).map(|()| Attempt::Done))
+    }
+
+    fn discard(&self, _offset: u64, _len: u64) -> BoxFuture<'_, Result<()>> {
+        ready(Ok(()))
+    }
+
+    fn flush(&self) -> BoxFuture<'_, Result<()>> {
+        ready(Ok(()))
+    }
+
+    fn block_status(&self, offset: u64, len: u64, _: bool) -> BoxFuture<'_, Result<StatusRun>> {
+        let end = self.lock().len() as u64;
+        let flags = StatusFlags::DATA | StatusFlags::ALLOCATED | StatusFlags::OFFSET_VALID;
+        let map = Some(HostMap { child: "file", offset });
+        ready(Ok(StatusRun { len: len.min(end.saturating_sub(offset)), flags, map }))
+    }
+
+    fn is_zero(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<bool>> {
+        let bytes = self.lock();
+        let start = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+        let end = start.saturating_add(usize::try_from(len).unwrap_or(usize::MAX)).min(bytes.len());
+        ready(Ok(bytes[start..end].iter().all(|b| *b == 0)))
+    }
+
+    fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
+        *self.writes.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        if change.len > MAX_LEN {
+            return ready(Err(too_long()));
+        }
+        self.lock().resize(index(change.len), 0);
+        ready(Ok(()))
+    }
+
+    fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
+        ready(Ok(None))
+    }
+
+    fn identity(&self) -> Option<(u64, u64)> {
+        None
+    }
+}
