@@ -21,6 +21,8 @@ mod io;
 mod lock;
 mod open;
 mod status;
+#[cfg(test)]
+mod tests;
 mod zero;
 
 use std::any::Any;

@@ -18,6 +18,10 @@ use super::{FileNode, Flavour};
 /// Step in which space is written with zeros.
 const FILL_STEP_BYTES: u64 = 1 << 20;
 
+/// A new file gets its first block at once: whoever finds out a file's alignment by trial reads needs bytes there,
+/// for a hole accepts any.
+const FIRST_BLOCK_BYTES: u64 = 4096;
+
 /// The last run of data the file system told us of.
 #[derive(Debug, Default)]
 pub(super) struct DataRun {
@@ -166,9 +170,16 @@ pub(super) async fn set_len(
         Prealloc::Full if new_len > old_len => fill(file, old_len, new_len)
             .await
             .map_err(|e| Error::io(e, "could not write zeros for preallocation")),
-        _ => {
-            return file.set_len(new_len).await.map_err(|e| Error::io(e, "failed to resize file"));
-        }
+        _ => match file.set_len(new_len).await {
+            Ok(()) if old_len == 0 && new_len >= FIRST_BLOCK_BYTES => {
+                let zeros = Buf::zeroed(4096, 4096);
+                let outcome = file.write(0, zeros.iov(), false).await;
+                outcome.map(drop).map_err(|e| Error::io(e, "could not write the first block"))
+            }
+            outcome => {
+                return outcome.map_err(|e| Error::io(e, "failed to resize file"));
+            }
+        },
     };
     let Err(error) = outcome else { return Ok(()) };
     match file.set_len(old_len).await {
