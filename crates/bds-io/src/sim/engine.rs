@@ -144,6 +144,16 @@ impl World {
         self.trace.push(Note { at_ns, op, kind, stage, file, offset, len });
     }
 
+    /// Nobody waits for this operation any more: an engine may then keep it from beginning.
+    pub(super) fn maybe_cancel(&mut self, slot: usize) {
+        let flight = &mut self.flights[slot];
+        let can = flight.is_untouched() && flight.kind != OpMask::SYNC;
+        if can && self.chance.hit(self.config.cancel_rate) {
+            flight.errno = Some(libc::ECANCELED);
+            flight.limit = 0;
+        }
+    }
+
     /// Takes the next event. False if there is none.
     pub(super) fn fire(&mut self, aftermath: &mut Aftermath) -> bool {
         match self.clock.pop() {

@@ -16,6 +16,8 @@
 //! What it deliberately does not do: real threads (everything runs on the thread in
 //! [`Sim::block_on`]; waking its tasks from other threads ends the replay), directories, links by
 //! path, time of day. Nothing outside the world may be waited for inside it: that is a deadlock here.
+//! The world replays what it decides; a map with random hashing iterated by the code under test, or
+//! the host's clock read by it, is chance from elsewhere.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -71,6 +73,9 @@ pub struct SimConfig {
     pub short_io_rate: f64,
     /// Chance that a transfer takes effect in two pieces at two moments.
     pub split_rate: f64,
+    /// Chance that an operation whose future is dropped before it took effect never does, as when
+    /// an engine cancels what it can. Syncs are always carried out.
+    pub cancel_rate: f64,
     /// Chance that `try_read` and `try_write` answer at once.
     pub inline_rate: f64,
     /// Chance that an event less than `latency_max` away overtakes tasks that are ready to run: slow
@@ -111,6 +116,7 @@ impl Default for SimConfig {
             latency_max: Duration::from_micros(200),
             short_io_rate: 0.02,
             split_rate: 0.25,
+            cancel_rate: 0.25,
             inline_rate: 0.5,
             overtake_rate: 0.125,
             sector_len: 512,
@@ -131,10 +137,16 @@ impl Default for SimConfig {
 }
 
 impl SimConfig {
-    /// A disk without whims: nothing is short, split or inline, so that operations can be counted.
-    /// Order and latency still vary with the seed.
+    /// A disk without whims: nothing is short, split, cancelled or inline, so that operations can be
+    /// counted. Order and latency still vary with the seed.
     pub fn calm() -> SimConfig {
-        SimConfig { short_io_rate: 0.0, split_rate: 0.0, inline_rate: 0.0, ..SimConfig::default() }
+        SimConfig {
+            short_io_rate: 0.0,
+            split_rate: 0.0,
+            cancel_rate: 0.0,
+            inline_rate: 0.0,
+            ..SimConfig::default()
+        }
     }
 }
 
@@ -207,7 +219,8 @@ impl Sim {
 
     /// The last operations, oldest first, for a failure message.
     pub fn trace(&self) -> Vec<String> {
-        self.world().trace.lines()
+        let world = self.world();
+        world.trace.lines(|file| world.files[file].path.display().to_string())
     }
 
     /// A hash over all operations and their times so far: equal for equal runs.

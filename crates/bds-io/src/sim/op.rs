@@ -1,7 +1,8 @@
 //! An operation as a value, and the future that waits for it.
 //!
 //! An operation owns its memory from submission to completion, whatever becomes of the future that
-//! waits for it: dropped futures leave the operation running, forgotten ones leave an empty slot.
+//! waits for it: dropped futures leave the operation running (or have it cancelled, by seed, if it
+//! took no effect yet), forgotten ones leave an empty slot.
 //!
 //! Lock rule: wakers and buffers may run foreign code when woken or dropped, so both leave the world
 //! in an [`Aftermath`], which is used after the lock is released.
@@ -189,6 +190,7 @@ impl Drop for InFlight {
             let _ = world.flights.remove(slot);
         } else {
             flight.is_abandoned = true;
+            world.maybe_cancel(slot);
         }
         drop(world);
         drop(waker);

@@ -32,9 +32,9 @@ pub(super) enum Stage {
 
 impl fmt::Display for Note {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Note { at_ns, op, kind, stage, file, offset, len } = self;
+        let Note { at_ns, op, kind, stage, offset, len, .. } = self;
         let at = Duration::from_nanos(*at_ns);
-        write!(f, "{at:>12?} op {op:>5} {:<7} file {file} at {offset}+{len} ", name(*kind))?;
+        write!(f, "{at:>12?} op {op:>5} {:<7} {offset}+{len} ", name(*kind))?;
         match stage {
             Stage::Submitted => write!(f, "submitted"),
             Stage::Done(bytes) => write!(f, "done: {bytes}"),
@@ -81,9 +81,9 @@ impl Trace {
         }
     }
 
-    /// The last notes, oldest first.
-    pub(super) fn lines(&self) -> Vec<String> {
-        self.ring.iter().map(Note::to_string).collect()
+    /// The last notes, oldest first; `path` names a file.
+    pub(super) fn lines(&self, path: impl Fn(usize) -> String) -> Vec<String> {
+        self.ring.iter().map(|note| format!("{note} ({})", path(note.file))).collect()
     }
 
     /// Equal for equal histories, also where the ring has forgotten them.

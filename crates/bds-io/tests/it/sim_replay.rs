@@ -256,6 +256,19 @@ fn a_dropped_or_forgotten_future_leaves_its_operation_running() {
 }
 
 #[test]
+fn a_dropped_write_may_be_cancelled_but_never_in_part() {
+    let mut lens = BTreeSet::new();
+    for seed in 0..100 {
+        let config = SimConfig { cancel_rate: 0.5, ..SimConfig::calm() };
+        let sim = Sim::new(seed, config);
+        let file = open(&sim, "a");
+        assert!(sim.drop_at(file.write(0, bytes(1, 4096), false), 1));
+        lens.insert(file.len().expect("regular file"));
+    }
+    assert_eq!(lens, BTreeSet::from([0, 4096]));
+}
+
+#[test]
 fn an_operation_in_flight_keeps_its_buffer() {
     let sim = Sim::new(10, SimConfig::calm());
     sim.put_file("a", &[7; 8192]);

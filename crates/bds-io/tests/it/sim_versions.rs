@@ -1,6 +1,8 @@
-//! The rule behind every cut, on random workloads: a sector is as it was at one moment.
+//! The rule behind every cut, on random workloads: a sector is as it was at one moment, and not
+//! older than what a finished sync answered for.
 
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 use bds_io::sim::CutMode;
 use bds_io::{File, IoVec, OpenOptions, Sim, SimConfig, ZeroMode};
@@ -126,5 +128,67 @@ fn check_versions(content: &[u8], versions: &[Vec<u8>], seed: u64) {
             versions.iter().any(is_version),
             "seed {seed}: sector {number} was never like this"
         );
+    }
+}
+
+/// What four writers, each in a region of its own, know of their versions.
+#[derive(Default)]
+struct Known {
+    submitted: [u8; 4],
+    acked: [u8; 4],
+    flushed: [u8; 4],
+}
+
+const REGION_LEN: usize = 4096;
+
+async fn writer(file: File, region: usize, known: Arc<Mutex<Known>>) {
+    let with = |look: &mut dyn FnMut(&mut Known)| look(&mut known.lock().expect("nobody panicked"));
+    for version in 1..=12 {
+        with(&mut |known| known.submitted[region] = version);
+        let mut done = 0;
+        while done < REGION_LEN {
+            let iov = IoVec::from(vec![version; REGION_LEN - done]);
+            let at = (region * REGION_LEN + done) as u64;
+            done += file.write(at, iov, false).await.expect("no fault is armed");
+        }
+        with(&mut |known| known.acked[region] = version);
+        if usize::from(version) % 4 == region {
+            // A sync answers for everybody's finished writes, not only for those of its caller.
+            let mut acked = [0; 4];
+            with(&mut |known| acked = known.acked);
+            file.sync_data().await.expect("no fault is armed");
+            with(&mut |known| {
+                for (flushed, acked) in known.flushed.iter_mut().zip(acked) {
+                    *flushed = acked.max(*flushed);
+                }
+            });
+        }
+    }
+}
+
+#[test]
+fn a_sync_answers_for_all_writes_finished_before_it() {
+    for seed in 0..400 {
+        let sim = Sim::new(seed, SimConfig::default());
+        sim.put_file("a", &[0; 4 * REGION_LEN]);
+        let options = OpenOptions { write: true, ..OpenOptions::default() };
+        let file = sim.fs().open(Path::new("a"), &options).expect("no fault is armed");
+        sim.cut_after_writes(Some(seed % 60));
+        let known = Arc::new(Mutex::new(Known::default()));
+        let _ = sim.run_until_cut(async {
+            let start = |region| bds_io::spawn(writer(file.clone(), region, known.clone()));
+            for task in (0..4).map(start).collect::<Vec<_>>() {
+                task.await;
+            }
+        });
+        let known = known.lock().expect("nobody panicked");
+        for again in 0..4 {
+            let content = sim.after_cut(again).snapshot_file("a");
+            for (region, bytes) in content.chunks(REGION_LEN).enumerate() {
+                let legal = known.flushed[region]..=known.submitted[region];
+                let stray = bytes.iter().find(|version| !legal.contains(version));
+                assert_eq!(stray, None, "seed {seed}, region {region}: {legal:?}");
+            }
+        }
     }
 }
