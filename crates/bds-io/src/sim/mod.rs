@@ -151,6 +151,10 @@ impl SimConfig {
 }
 
 /// A simulated disk, its clock and its tasks. Cheap to clone: clones are the same world.
+///
+/// A world lives as long as somebody holds it or one of its files. Detached tasks that never end and
+/// hold such a file keep it alive for ever; a power cut followed by [`Sim::run_until_idle`] or
+/// [`Sim::after_cut`] drops them.
 #[derive(Clone)]
 pub struct Sim(Arc<Shared>);
 

@@ -143,6 +143,26 @@ fn sleepers_wake_in_the_order_of_their_moments() {
 }
 
 #[test]
+fn sleepers_of_one_moment_wake_in_an_order_of_the_seed() {
+    let first = |seed| {
+        // Nothing is chosen among ready tasks: each is run before the next event comes.
+        let sim = Sim::new(seed, SimConfig { overtake_rate: 0.0, ..SimConfig::default() });
+        sim.block_on(async {
+            let sleep = async |number: u8| {
+                bds_io::sleep(Duration::from_secs(1)).await;
+                number
+            };
+            futures_util::select_biased! {
+                number = std::pin::pin!(futures_util::FutureExt::fuse(sleep(1))) => number,
+                number = std::pin::pin!(futures_util::FutureExt::fuse(sleep(2))) => number,
+            }
+        })
+    };
+    let firsts: BTreeSet<u8> = (0..50).map(first).collect();
+    assert_eq!(firsts, BTreeSet::from([1, 2]));
+}
+
+#[test]
 fn ready_tasks_run_in_an_order_of_the_seed() {
     let order = |seed| {
         let sim = Sim::new(seed, SimConfig::default());
