@@ -102,12 +102,11 @@ impl Opener {
             ReferenceKind::DataFile => "data file",
         };
         let named = |error: Error| {
-            let error =
-                error.context(format_args!("cannot open {words} '{}'", reference.stored_name));
-            match &file {
-                Some(file) => error.file(file),
-                None => error,
-            }
+            let stored = &reference.stored_name;
+            error.context(match &file {
+                Some(file) => format!("cannot open {words} '{stored}' of '{}'", file.display()),
+                None => format!("cannot open {words} '{stored}'"),
+            })
         };
         self.open_reference_at(reference, role, file.clone()).await.map_err(named)
     }

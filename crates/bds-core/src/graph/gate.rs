@@ -136,15 +136,11 @@ impl ReferenceGate for SameDirectory {
         let Some(directory) = question.parent_file.map(directory_of) else {
             return GateDecision::Refuse("the image lies in no directory".into());
         };
-        let (real, directory) = match (
-            question.fs.canonicalize(question.resolved),
-            question.fs.canonicalize(&directory),
-        ) {
-            (Ok(real), Ok(directory)) => (real, directory),
-            (Err(error), _) | (_, Err(error)) => {
-                return GateDecision::Refuse(format!("it cannot be looked up: {error}"));
-            }
+        let real = match question.fs.canonicalize(question.resolved) {
+            Ok(real) => real,
+            Err(error) => return GateDecision::Refuse(format!("it cannot be looked up: {error}")),
         };
+        let directory = real_directory(question.fs, &directory);
         if real != directory.join(stored) {
             return GateDecision::Refuse(
                 "it is a symbolic link; only a file beside the image is allowed".into(),
@@ -174,11 +170,8 @@ impl ReferenceGate for UnderRoots {
             Ok(real) => real,
             Err(error) => return GateDecision::Refuse(format!("it cannot be looked up: {error}")),
         };
-        let is_inside = self
-            .roots
-            .iter()
-            .filter_map(|root| question.fs.canonicalize(root).ok())
-            .any(|root| real.starts_with(root));
+        let is_inside =
+            self.roots.iter().any(|root| real.starts_with(real_directory(question.fs, root)));
         if is_inside {
             GateDecision::Open { path: real, format: ReferenceFormat::Stored }
         } else {
@@ -200,6 +193,12 @@ impl ReferenceGate for TrustAll {
             if self.may_probe { ReferenceFormat::StoredOrProbed } else { ReferenceFormat::Stored };
         GateDecision::Open { path: question.resolved.to_owned(), format }
     }
+}
+
+/// A directory with its links resolved; one that does not exist as itself, which no real file is below (a simulated disk
+/// has no directories, only names).
+fn real_directory(fs: &Fs, directory: &Path) -> PathBuf {
+    fs.canonicalize(directory).unwrap_or_else(|_| directory.to_owned())
 }
 
 /// The directory in which names stored in `file` are looked up.

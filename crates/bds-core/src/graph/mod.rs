@@ -156,3 +156,6 @@ impl From<Stale> for Error {
         Error::new(ErrorKind::Stale, stale.to_string())
     }
 }
+
+#[cfg(test)]
+mod tests;

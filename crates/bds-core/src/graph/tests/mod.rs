@@ -1,0 +1,6 @@
+//! The graph with small fake drivers.
+
+mod close;
+mod fakes;
+mod gates;
+mod open;

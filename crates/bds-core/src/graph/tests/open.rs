@@ -1,0 +1,306 @@
+//! Opening trees: what a success makes, and that a failure leaves nothing.
+
+use super::fakes::{Fixture, run, run_with};
+use crate::driver::OpenFlags;
+use crate::graph::NodeId;
+use crate::{ErrorKind, Options};
+
+const TREE: &str = "driver=cow,node-name=top,file.driver=file,file.node-name=f,file.filename=a,\
+                    backing.driver=pass,backing.node-name=p,backing.file.driver=cow,\
+                    backing.file.node-name=base,backing.file.file.driver=file,\
+                    backing.file.file.filename=b,backing.file.file.node-name=g";
+
+fn with_files(world: &Fixture) {
+    world.plain("a");
+    world.plain("b");
+}
+
+#[test]
+fn a_tree_of_options_becomes_a_tree_of_nodes() {
+    run(|world| async move {
+        with_files(&world);
+        let top = world.open(TREE).await;
+        insta::assert_snapshot!(world.graph.dump(), @r"
+        base cow len=512 ro,discard refs=1
+          held by edge 'p.file'
+          file -> g (data|metadata|primary)
+        f file len=512 rw,discard refs=1
+          held by edge 'top.file'
+        g file len=512 ro,discard refs=1
+          held by edge 'base.file'
+        p pass len=512 ro,discard refs=1
+          held by edge 'top.backing'
+          file -> base (filtered|primary)
+        top cow len=512 rw refs=1
+          held by owner 'open'
+          file -> f (data|metadata|primary)
+          backing -> p (cow)
+        ");
+        assert_eq!(top.count(), 1, "the creator holds the only reference");
+        assert_eq!(world.graph.find("base").unwrap().limits().max_transfer, 4096, "from its file");
+    });
+}
+
+#[test]
+fn the_same_tree_as_json_draws_the_same_graph() {
+    run(|world| async move {
+        with_files(&world);
+        let json = serde_json::json!({
+            "driver": "cow", "node-name": "top", "cache": {"direct": true}, "read-only": true,
+            "file": {"driver": "file", "node-name": "f", "filename": "a"},
+            "backing": null,
+        });
+        let _top = world.graph.open(Options::from_json(json).unwrap()).await.unwrap();
+        insta::assert_snapshot!(world.graph.dump(), @r"
+        f file len=512 ro,direct,discard refs=1
+          held by edge 'top.file'
+        top cow len=512 ro,direct refs=1
+          held by owner 'open'
+          file -> f (data|metadata|primary)
+        ");
+        insta::assert_snapshot!(world.graph.dot(), @r#"
+        digraph bds {
+          node [shape=box, fontname=monospace];
+          "f" [label="f\nfile ro\n512 bytes, 1 refs"];
+          "top" [label="top\ncow ro\n512 bytes, 1 refs"];
+          "top" -> "f" [label="file"];
+          "owner 'open' of top" [shape=ellipse, label="owner 'open'"];
+          "owner 'open' of top" -> "top" [style=dotted];
+        }
+        "#);
+        insta::assert_snapshot!(format!("{:#}", world.graph.query()), @r#"
+        [
+          {
+            "node-name": "f",
+            "drv": "file",
+            "ro": true,
+            "file": "a",
+            "cache": {
+              "direct": true,
+              "no-flush": false,
+              "writeback": true
+            },
+            "detect_zeroes": "off",
+            "virtual-size": 512,
+            "children": []
+          },
+          {
+            "node-name": "top",
+            "drv": "cow",
+            "ro": true,
+            "file": "a",
+            "cache": {
+              "direct": true,
+              "no-flush": false,
+              "writeback": true
+            },
+            "detect_zeroes": "off",
+            "virtual-size": 512,
+            "children": [
+              {
+                "child": "file",
+                "node-name": "f"
+              }
+            ]
+          }
+        ]
+        "#);
+    });
+}
+
+#[test]
+fn a_failure_at_any_child_leaves_nothing() {
+    run(|world| async move {
+        with_files(&world);
+        for place in ["", "file.", "backing.", "backing.file.", "backing.file.file."] {
+            let error = world.refusal(&format!("{TREE},{place}fail-open=on")).await;
+            assert!(error.to_string().contains("told to fail"), "{place}: {error}");
+            assert_eq!(world.graph.dump(), "", "{place}");
+            let log = world.shared.log();
+            let count = |what: &str| log.iter().filter(|line| line.starts_with(what)).count();
+            assert_eq!(count("close"), count("open"), "{place}: closed once each: {log:?}");
+            let opened = |name: &str| log.contains(&format!("open {name}"));
+            let abandoned = |line: &String| line.strip_prefix("abandon ").is_some_and(opened);
+            assert!(!log.iter().any(abandoned), "{place}: what opened well is closed: {log:?}");
+            assert!(world.graph.reports().is_empty());
+        }
+        let _top = world.open(TREE).await; // all names are free again
+    });
+}
+
+#[test]
+fn options_that_nobody_knows_are_refused_by_name_before_anything_is_opened() {
+    run(|world| async move {
+        with_files(&world);
+        let error = world.refusal(&format!("{TREE},frob=1")).await;
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        let text = error.to_string();
+        assert!(text.contains("'cow' does not know the option 'frob'"), "{text}");
+        assert!(text.contains("file, backing, data-file"), "{text}");
+        let error = world.refusal(&format!("{TREE},backing.file.file.frob.x=1")).await;
+        assert!(error.to_string().contains("'file' does not know the option 'frob'"), "{error}");
+        assert!(world.shared.log().iter().all(|line| !line.starts_with("open top")));
+        // Known, but left behind by the driver: the driver had opened well and is closed.
+        let error = world.refusal(&format!("{TREE},ignored=on")).await;
+        assert!(error.to_string().contains("'ignored'"), "{error}");
+        assert_eq!(world.graph.dump(), "");
+    });
+}
+
+#[test]
+fn wrong_common_options_are_refused() {
+    run(|world| async move {
+        with_files(&world);
+        for (text, wanted) in [
+            ("node-name=x", "option 'driver' is missing"),
+            ("driver=nope", "unknown driver 'nope' (there are: cow, file, pass)"),
+            ("driver=file,filename=a,node-name=1x", "a node name is a letter"),
+            ("driver=file,filename=a,read-only=2", "'read-only' wants on or off"),
+            ("driver=file,filename=a,discard=maybe", "one of unmap, on, ignore, off"),
+            ("driver=file,filename=a,detect-zeroes=unmap", "needs discard=unmap"),
+            ("driver=file,filename=a,force-share=on", "needs read-only=on"),
+            ("driver=cow", "option 'file' is missing"),
+            ("driver=cow,file=nobody", "there is no node 'nobody'"),
+            ("driver=cow,file.filename=a", "cannot open 'file': option 'driver' is missing"),
+            ("driver=file,filename=missing", "missing: "),
+        ] {
+            let error = world.refusal(text).await.to_string();
+            assert!(error.contains(wanted), "{text}: {error}");
+        }
+        assert_eq!(world.graph.dump(), "");
+    });
+}
+
+#[test]
+fn names_are_unique_and_free_when_the_last_reference_goes() {
+    run(|world| async move {
+        with_files(&world);
+        let first = world.open("driver=file,filename=a,node-name=x").await;
+        let error = world.refusal("driver=file,filename=b,node-name=x").await;
+        assert_eq!(error.kind(), ErrorKind::AlreadyExists);
+        let auto = world.open("driver=file,filename=b").await;
+        assert_eq!(auto.name(), "#block000");
+        drop(first);
+        // Not reaped yet, all the same the name is nobody's.
+        assert_eq!(world.graph.find("x").unwrap_err().kind(), ErrorKind::NotFound);
+        let second = world.open("driver=file,filename=b,node-name=x").await;
+        world.graph.reap().await;
+        assert_eq!(world.graph.find("x").unwrap().id(), second.id());
+    });
+}
+
+#[test]
+fn a_name_is_not_found_while_its_node_is_being_opened_and_is_taken_all_the_same() {
+    run(|world| async move {
+        with_files(&world);
+        let error = world
+            .refusal(
+                "driver=cow,node-name=x,file.driver=file,file.filename=a,\
+                 backing.driver=cow,backing.node-name=x,backing.file.driver=file,\
+                 backing.file.filename=b",
+            )
+            .await;
+        assert!(error.to_string().contains("'x' is taken"), "{error}");
+        let error = world
+            .refusal("driver=cow,node-name=x,file.driver=file,file.filename=a,backing=x")
+            .await;
+        assert!(error.to_string().contains("there is no node 'x'"), "{error}");
+    });
+}
+
+#[test]
+fn a_child_by_name_is_shared_and_counted() {
+    run(|world| async move {
+        with_files(&world);
+        let base = world.open("driver=file,filename=b,node-name=base,read-only=on").await;
+        let _one = world.open("driver=pass,node-name=one,file=base,read-only=on").await;
+        let _two = world.open("driver=pass,node-name=two,file=base,read-only=on").await;
+        assert_eq!(base.count(), 3);
+        let error = world.refusal("driver=pass,file=base").await;
+        assert_eq!(error.kind(), ErrorKind::ReadOnly);
+        assert!(error.to_string().contains("'base', which is read-only"), "{error}");
+        let holders: Vec<String> =
+            world.graph.holders(base.id()).iter().map(|holder| holder.name.to_string()).collect();
+        assert_eq!(holders, ["open", "one.file", "two.file"]);
+    });
+}
+
+#[test]
+fn one_call_opens_a_bounded_number_of_nodes() {
+    run_with(
+        |config| config.max_nodes_per_image = 4,
+        |world| async move {
+            with_files(&world);
+            let error = world.refusal(TREE).await;
+            assert_eq!(error.kind(), ErrorKind::LimitExceeded);
+            assert_eq!(world.graph.dump(), "");
+            let _four = world.open("driver=pass,file.driver=pass,file.file.driver=pass,file.file.file.driver=file,file.file.file.filename=a").await;
+        },
+    );
+}
+
+#[test]
+fn an_open_that_is_dropped_leaves_nothing() {
+    run(|world| async move {
+        with_files(&world);
+        // Dropped after every number of polls until it ends.
+        for polls in 0.. {
+            let graph = world.graph.clone();
+            let text = format!("{TREE},fail-close=off");
+            let future = graph.open(Options::parse(&text).unwrap());
+            let ended = poll_some(future, polls).await;
+            if ended {
+                world.graph.reap().await;
+            }
+            while world.graph.0.reaper.arena.stats().dead > 0 {
+                bds_io::yield_now().await;
+            }
+            assert_eq!(world.graph.dump(), "", "after {polls} polls");
+            if ended {
+                break;
+            }
+        }
+        let log = world.shared.log();
+        let count = |what: &str| log.iter().filter(|line| line.starts_with(what)).count();
+        assert_eq!(count("open"), count("close"));
+    });
+}
+
+/// Polls so many times, then drops. True if it ended before.
+async fn poll_some<T>(future: impl Future<Output = T>, polls: usize) -> bool {
+    let mut future = Box::pin(future);
+    for _ in 0..polls {
+        if futures_util::poll!(&mut future).is_ready() {
+            return true;
+        }
+        bds_io::yield_now().await;
+    }
+    false
+}
+
+#[test]
+fn ids_of_nowhere_resolve_nowhere() {
+    run(|world| async move {
+        with_files(&world);
+        let node = world.open("driver=file,filename=a").await;
+        let id = node.id();
+        assert_eq!(NodeId::from_u64(id.to_u64()), id);
+        assert!(world.graph.acquire(id).is_ok());
+        for bits in [0, 1, u64::MAX, id.to_u64() ^ (1 << 63), id.to_u64() + 1] {
+            assert!(world.graph.acquire(NodeId::from_u64(bits)).is_err(), "{bits:#x}");
+        }
+        drop(node);
+        assert!(world.graph.acquire(id).is_err());
+    });
+}
+
+#[test]
+fn info_only_opens_no_reference() {
+    run(|world| async move {
+        world.image("a", super::fakes::Header { backing: Some("gone"), ..Default::default() });
+        let options = Options::parse("driver=cow,file.driver=file,file.filename=a").unwrap();
+        let flags = OpenFlags { info_only: true, read_only: true, ..OpenFlags::default() };
+        let node = world.graph.open_with(options, flags).await.unwrap();
+        assert_eq!(crate::graph::walk::children(&node).len(), 1);
+    });
+}
