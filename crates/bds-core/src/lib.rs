@@ -4,6 +4,7 @@
 //! (the corridor and the hall).
 #![forbid(unsafe_code)]
 
+pub mod copy;
 pub mod driver;
 pub mod error;
 pub mod graph;

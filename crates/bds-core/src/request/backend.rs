@@ -10,7 +10,7 @@ use bds_io::{Buf, IoVec};
 
 use super::enter::{enter, named};
 use super::status::{self, ChainRun, Depth};
-use super::{dispatch, flush, range, truncate, zero};
+use super::{dispatch, flush, offload, range, truncate, zero};
 use crate::driver::{
     Attempt, CheckReport, ImageInfo, ReadFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
@@ -163,6 +163,26 @@ impl Backend {
         pending.end(zero::discard(&self.edge, offset, len).await)
     }
 
+    /// Lets the host copy `len` bytes from `source` at `source_offset` to `offset` here. `Unsupported`: use buffers; part of the
+    /// bytes may have been copied.
+    pub async fn copy_range_from(
+        &self,
+        source: &Backend,
+        source_offset: u64,
+        offset: u64,
+        len: u64,
+    ) -> Result<Attempt> {
+        let pending = self.stats.begin(Operation::Write, len);
+        source.check_end(source_offset, len)?;
+        self.check_end(offset, len)?;
+        let copied = offload::copy(&source.edge, source_offset, &self.edge, offset, len).await;
+        let copied = pending.end(copied)?;
+        if copied == Attempt::Done && self.is_writethrough() {
+            self.flush().await?;
+        }
+        Ok(copied)
+    }
+
     /// Makes every write durable that ended before.
     pub async fn flush(&self) -> Result<()> {
         let pending = self.stats.begin(Operation::Flush, 0);
@@ -234,10 +254,6 @@ impl Backend {
     /// Makes every write durable that ended before. Blocks this thread.
     pub fn flush_blocking(&self) -> Result<()> {
         bds_io::block_on(self.flush())
-    }
-
-    pub(crate) fn edge(&self) -> &Arc<Edge> {
-        &self.edge
     }
 
     /// Users of a node stay inside it: only parents inside the graph may read or write past the end.

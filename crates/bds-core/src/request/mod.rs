@@ -22,6 +22,7 @@ mod backend;
 mod dispatch;
 mod enter;
 mod flush;
+mod offload;
 mod port;
 mod range;
 mod status;

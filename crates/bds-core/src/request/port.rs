@@ -11,7 +11,7 @@ use crate::driver::{
     Attempt, BoxFuture, ChildPort, Limits, ReadFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use crate::error::Result;
-use crate::graph::Edge;
+use crate::graph::{Edge, walk};
 
 /// The port of an edge.
 pub(super) fn make(edge: Arc<Edge>) -> Box<dyn ChildPort> {
@@ -34,7 +34,7 @@ impl ChildPort for Port {
     }
 
     fn filename(&self) -> Option<PathBuf> {
-        status::filename(&self.0.target())
+        walk::filename(&self.0.target())
     }
 
     fn driver_name(&self) -> &'static str {
@@ -113,18 +113,6 @@ impl ChildPort for Port {
     }
 
     fn identity(&self) -> Option<(u64, u64)> {
-        let target = self.0.target();
-        if let Some(own) = target.own_identity() {
-            return Some(own);
-        }
-        let mut next = target.filtered_child();
-        while let Some(edge) = next {
-            let target = edge.target();
-            if let Some(own) = target.own_identity() {
-                return Some(own);
-            }
-            next = target.filtered_child();
-        }
-        None
+        walk::identity(&self.0.target())
     }
 }

@@ -9,9 +9,9 @@ use std::sync::Arc;
 
 use super::enter::{Entered, enter, named};
 use super::range::{self, round_down, round_up};
-use crate::driver::{BoxFuture, HostMap, StatusFlags, StatusRun};
+use crate::driver::{BoxFuture, HostMap, Role, StatusFlags, StatusRun};
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::{Edge, Node, NodeId};
+use crate::graph::{Edge, Node, NodeId, walk};
 
 /// Where the bytes of a run lie one to one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -115,7 +115,8 @@ async fn layer_inside(node: &Entered, offset: u64, len: u64, precise: bool) -> R
     Ok(layer)
 }
 
-/// "Only passing through": the child's answer is ours.
+/// "Only passing through": the child's answer is ours. What a filter shows may lie further down the chain, which the walk
+/// goes on to; for anyone else the child with all that is below it is his content.
 async fn pass_on(node: &Node, map: Option<HostMap>, len: u64, precise: bool) -> Result<Layer> {
     let below = map.and_then(|map| Some((node.child(map.child)?, map.offset)));
     let Some((child, at)) = below else {
@@ -124,14 +125,22 @@ async fn pass_on(node: &Node, map: Option<HostMap>, len: u64, precise: bool) -> 
             "the driver points to a child it does not have",
         ));
     };
-    let mut layer = layer(&child, at, len, precise).await?;
-    if layer.len == 0 {
+    let mut passed = if node.driver().is_filter() {
+        layer(&child, at, len, precise).await?
+    } else {
+        let run = of_chain(&child, Depth::All, at, len, precise).await?;
+        let unclear = !run.flags.intersects(StatusFlags::DATA | StatusFlags::ZERO);
+        let data = if unclear { StatusFlags::DATA } else { StatusFlags::empty() };
+        let flags = run.flags | data | StatusFlags::ALLOCATED;
+        Layer { len: run.len, flags, host: run.host, map: None }
+    };
+    if passed.len == 0 {
         // The child is shorter than what is shown of it; what is not there reads as zeros.
-        layer = Layer { len, flags: StatusFlags::ZERO | StatusFlags::ALLOCATED, ..Layer::end() };
+        passed = Layer { len, flags: StatusFlags::ZERO | StatusFlags::ALLOCATED, ..Layer::end() };
     }
-    layer.flags.remove(StatusFlags::EOF);
-    layer.map = None;
-    Ok(layer)
+    passed.flags.remove(StatusFlags::EOF);
+    passed.map = None;
+    Ok(passed)
 }
 
 async fn own_answer(node: &Node, run: StatusRun, offset: u64, precise: bool) -> Result<Layer> {
@@ -180,33 +189,29 @@ fn host_bytes(
     match child {
         Some((edge, offset)) => {
             let target = edge.target();
-            Some(HostBytes { node: target.id(), file: filename(&target), offset })
+            Some(HostBytes { node: target.id(), file: walk::filename(&target), offset })
         }
         // A protocol node points at itself.
-        None => {
-            map.map(|map| HostBytes { node: node.id(), file: filename(node), offset: map.offset })
-        }
+        None => map.map(|map| HostBytes {
+            node: node.id(),
+            file: walk::filename(node),
+            offset: map.offset,
+        }),
     }
-}
-
-/// The file at the end of the way through filters.
-pub(super) fn filename(node: &Node) -> Option<PathBuf> {
-    if let Some(own) = node.own_filename() {
-        return Some(own);
-    }
-    let mut next = node.filtered_child();
-    while let Some(edge) = next {
-        let target = edge.target();
-        if let Some(own) = target.own_filename() {
-            return Some(own);
-        }
-        next = target.filtered_child();
-    }
-    None
 }
 
 /// What `offset..` holds, seen through the layers down to `depth`.
-pub(super) async fn of_chain(
+pub(super) fn of_chain(
+    edge: &Arc<Edge>,
+    depth: Depth,
+    offset: u64,
+    len: u64,
+    precise: bool,
+) -> BoxFuture<'_, Result<ChainRun>> {
+    Box::pin(walk_chain(edge, depth, offset, len, precise))
+}
+
+async fn walk_chain(
     edge: &Arc<Edge>,
     depth: Depth,
     offset: u64,
@@ -250,9 +255,12 @@ pub(super) async fn of_chain(
         }
         let next = {
             let target = edge.target();
-            let filtered = target.filtered_child();
-            steps += usize::from(filtered.is_none());
-            filtered.or_else(|| target.cow_child())
+            if target.driver().is_filter() {
+                target.filtered_child().or_else(|| target.child_in_role(Role::PRIMARY))
+            } else {
+                steps += 1;
+                target.cow_child()
+            }
         };
         len = run.len;
         // What an upper layer knows (zeros behind a short backing node) stays true further down.

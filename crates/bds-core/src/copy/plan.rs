@@ -1,0 +1,203 @@
+//! What to copy next: status questions asked once per run, answers cut into pieces of a buffer's length.
+//!
+//! Adjacent runs of one kind are joined, so a source of many small clusters is still read in long pieces; a long
+//! run is asked for once and cut. A failed question is an error, unless salvaging: then it is data, and reading will tell.
+
+use super::{CopyOptions, CopySource};
+use crate::driver::StatusFlags;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Joining stops after so many questions for one piece: a turn at the planner stays short.
+const MAX_JOINED: usize = 64;
+
+/// What a piece needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Left alone.
+    Skip,
+    /// Reads as zeros.
+    Zero,
+    /// To be read.
+    Data,
+}
+
+/// A piece of one source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Piece {
+    pub(super) kind: Kind,
+    /// Which source.
+    pub(super) source: usize,
+    /// Byte offset in that source.
+    pub(super) offset: u64,
+    /// Byte offset in the target.
+    pub(super) target_offset: u64,
+    /// Length in bytes.
+    pub(super) len: u64,
+    /// Position among the pieces that are handed out.
+    pub(super) number: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Run {
+    kind: Kind,
+    len: u64,
+}
+
+/// Hands out pieces in order.
+pub(super) struct Planner<'a> {
+    sources: &'a [CopySource],
+    lens: Vec<u64>,
+    options: &'a CopyOptions,
+    source: usize,
+    offset: u64,
+    target_offset: u64,
+    number: u64,
+    /// What is known about the bytes from `offset` on, in this source.
+    known: Option<Run>,
+    /// A run that was asked for while joining and did not fit.
+    next: Option<Run>,
+}
+
+impl<'a> Planner<'a> {
+    pub(super) fn new(sources: &'a [CopySource], options: &'a CopyOptions) -> Self {
+        Self {
+            lens: sources.iter().map(|source| source.backend.len()).collect(),
+            sources,
+            options,
+            source: 0,
+            offset: 0,
+            target_offset: 0,
+            number: 0,
+            known: None,
+            next: None,
+        }
+    }
+
+    /// Length of all sources.
+    pub(super) fn total(&self) -> u64 {
+        self.lens.iter().fold(0, |sum, len| sum.saturating_add(*len))
+    }
+
+    /// The next piece; `None` when all were handed out.
+    pub(super) async fn next(&mut self) -> Result<Option<Piece>> {
+        while self.lens.get(self.source).is_some_and(|len| self.offset >= *len) {
+            self.source += 1;
+            self.offset = 0;
+            (self.known, self.next) = (None, None);
+        }
+        if self.source >= self.sources.len() {
+            return Ok(None);
+        }
+        let run = self.joined().await?;
+        let piece_len = self.cut(run);
+        let piece = Piece {
+            kind: run.kind,
+            source: self.source,
+            offset: self.offset,
+            target_offset: self.target_offset,
+            len: piece_len,
+            number: self.number,
+        };
+        self.offset += piece_len;
+        self.target_offset += piece_len;
+        self.number += 1;
+        self.known = match run.len - piece_len {
+            0 => self.next.take(),
+            len => Some(Run { len, ..run }),
+        };
+        Ok(Some(piece))
+    }
+
+    /// How much of the run one piece takes.
+    fn cut(&self, run: Run) -> u64 {
+        let buffer_len = match self.options.compress {
+            Some(cluster_len) => cluster_len,
+            None => self.options.buffer_len as u64,
+        };
+        match run.kind {
+            Kind::Data => {
+                // Later pieces then begin at multiples of the buffer.
+                let to_boundary = buffer_len - self.target_offset % buffer_len;
+                run.len.min(to_boundary)
+            }
+            // No buffer is needed; one long zero write beats many.
+            Kind::Zero | Kind::Skip => run.len,
+        }
+    }
+
+    /// What is known from `offset` on, at least up to the end of a buffer if adjacent runs are alike.
+    async fn joined(&mut self) -> Result<Run> {
+        let mut run = match self.known.take() {
+            Some(run) => run,
+            None => self.ask(self.offset).await?,
+        };
+        let wanted = self.options.buffer_len as u64;
+        for _ in 0..MAX_JOINED {
+            let end = self.offset + run.len;
+            if run.len >= wanted || end >= self.lens[self.source] || self.next.is_some() {
+                break;
+            }
+            let after = self.ask(end).await?;
+            if after.kind != run.kind {
+                self.next = Some(after);
+                break;
+            }
+            run.len += after.len;
+        }
+        Ok(run)
+    }
+
+    async fn ask(&self, offset: u64) -> Result<Run> {
+        let run = self.ask_source(offset).await?;
+        match self.options.compress {
+            Some(cluster_len) => Ok(self.whole_clusters(run, offset, cluster_len)),
+            None => Ok(run),
+        }
+    }
+
+    /// A cluster that is not all of one kind is data.
+    fn whole_clusters(&self, run: Run, offset: u64, cluster_len: u64) -> Run {
+        let target_offset = self.target_offset + (offset - self.offset);
+        let into = target_offset % cluster_len;
+        let to_end = self.lens[self.source] - offset;
+        if into == 0 && (run.len >= to_end || run.len >= cluster_len) {
+            let len = if run.len >= to_end { run.len } else { run.len - run.len % cluster_len };
+            return Run { len, ..run };
+        }
+        Run { kind: Kind::Data, len: (cluster_len - into).min(to_end) }
+    }
+
+    async fn ask_source(&self, offset: u64) -> Result<Run> {
+        let source = &self.sources[self.source];
+        let len = self.lens[self.source] - offset;
+        let answer = match source.above {
+            Some(base) => source.backend.status_above(base, offset, len, true).await,
+            None => source.backend.block_status(offset, len, true).await,
+        };
+        let run = match answer {
+            Ok(run) if run.len > 0 => run,
+            Ok(_) => {
+                return Err(Error::new(
+                    ErrorKind::Io,
+                    "the source became shorter while it was copied",
+                )
+                .at(offset));
+            }
+            Err(_) if self.options.salvage.is_some() => {
+                return Ok(Run { kind: Kind::Data, len: len.min(self.options.buffer_len as u64) });
+            }
+            Err(error) => {
+                return Err(error.context("cannot tell what the source holds").at(offset));
+            }
+        };
+        let is_decided = run.flags.contains(StatusFlags::ALLOCATED);
+        let kind = if source.above.is_some() && !is_decided {
+            Kind::Skip
+        } else if run.flags.contains(StatusFlags::ZERO) && self.options.sparse_len != 0 {
+            Kind::Zero
+        } else {
+            Kind::Data
+        };
+        Ok(Run { kind, len: run.len.min(len) })
+    }
+}
