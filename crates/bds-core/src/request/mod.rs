@@ -40,3 +40,6 @@ impl Graph {
         Graph::with_corridor(config, port::make)
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

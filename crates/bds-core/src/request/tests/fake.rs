@@ -1,0 +1,478 @@
+//! A driver over a vector of bytes that checks what the corridor promises to drivers, remembers what it was asked,
+//! dawdles by the seeded scheduler, fails and answers as told.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bds_io::IoVec;
+
+use crate::driver::{
+    Attempt, BoxFuture, Category, Child, Driver, DriverType, HostMap, Limits, OpenContext,
+    ReadFlags, Registry, Role, StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
+};
+use crate::error::{Error, ErrorKind, Result};
+use crate::graph::{Graph, GraphConfig, NodeRef};
+use crate::options::{OptionKind, OptionSpec, Options};
+use crate::request::{Backend, BackendOptions};
+
+/// What a fake was asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Op {
+    Read(Range<u64>),
+    Write(Range<u64>, WriteFlags),
+    Compressed(Range<u64>),
+    Zero(Range<u64>, ZeroFlags),
+    Discard(Range<u64>),
+    FlushToOs,
+    FlushToDisk,
+    Truncate(u64, bool),
+    CopyRange(Range<u64>),
+}
+
+/// Which operation a fault hits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum On {
+    Read,
+    Write,
+    Zero,
+    FlushToDisk,
+    Status,
+}
+
+/// How a fake behaves.
+#[derive(Clone)]
+pub(crate) struct Config {
+    pub(crate) limits: Limits,
+    pub(crate) write_flags: WriteFlags,
+    pub(crate) zero_flags: Option<ZeroFlags>,
+    pub(crate) backs: bool,
+    pub(crate) is_filter: bool,
+    /// Everything goes to the child "file".
+    pub(crate) passes: bool,
+    /// Answers the inline way.
+    pub(crate) inline: bool,
+    /// Scheduler turns before and after an effect.
+    pub(crate) turns: usize,
+    /// Status answers by range; what is not covered is data.
+    pub(crate) statuses: Vec<(Range<u64>, StatusFlags, Option<HostMap>)>,
+    pub(crate) options: Options,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            limits: Limits::default(),
+            write_flags: WriteFlags::empty(),
+            zero_flags: None,
+            backs: false,
+            is_filter: false,
+            passes: false,
+            inline: false,
+            turns: 0,
+            statuses: Vec::new(),
+            options: Options::new(),
+        }
+    }
+}
+
+/// What tests see of a fake.
+pub(crate) struct State {
+    pub(crate) bytes: Mutex<Vec<u8>>,
+    log: Mutex<Vec<Op>>,
+    faults: Mutex<Vec<(On, Option<Range<u64>>, bool)>>,
+    config: Config,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl State {
+    pub(crate) fn new(bytes: Vec<u8>, config: Config) -> Arc<Self> {
+        Arc::new(Self {
+            bytes: Mutex::new(bytes),
+            log: Mutex::default(),
+            faults: Mutex::default(),
+            config,
+        })
+    }
+
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        lock(&self.bytes).clone()
+    }
+
+    /// What it was asked since the last call.
+    pub(crate) fn take_log(&self) -> Vec<Op> {
+        std::mem::take(&mut *lock(&self.log))
+    }
+
+    /// What it was asked so far.
+    pub(crate) fn peek_log(&self) -> Vec<Op> {
+        lock(&self.log).clone()
+    }
+
+    /// The next such operation (touching the range, if one is given) fails with EIO.
+    pub(crate) fn fail_once(&self, on: On, range: Option<Range<u64>>) {
+        lock(&self.faults).push((on, range, true));
+    }
+
+    /// All such operations fail from now on.
+    pub(crate) fn fail_always(&self, on: On, range: Option<Range<u64>>) {
+        lock(&self.faults).push((on, range, false));
+    }
+
+    fn note(&self, op: Op) {
+        lock(&self.log).push(op);
+    }
+
+    fn check_fault(&self, on: On, range: &Range<u64>) -> Result<()> {
+        let mut faults = lock(&self.faults);
+        let hit = faults.iter().position(|(what, place, _)| {
+            let overlaps = |p: &Range<u64>| p.start < range.end && range.start < p.end;
+            *what == on && place.as_ref().is_none_or(overlaps)
+        });
+        let Some(hit) = hit else { return Ok(()) };
+        if faults[hit].2 {
+            faults.remove(hit);
+        }
+        Err(Error::new(ErrorKind::Io, "injected").at(range.start))
+    }
+
+    fn check_contract(&self, offset: u64, iov: &IoVec) {
+        let limits = &self.config.limits;
+        let align = u64::from(limits.request_alignment);
+        let len = iov.len() as u64;
+        assert_eq!((offset % align, len % align), (0, 0), "{offset}+{len} is not aligned");
+        assert!(len > 0 && (limits.max_transfer == 0 || len <= limits.max_transfer.max(align)));
+        assert!(limits.max_iov == 0 || iov.segments().len() <= limits.max_iov as usize);
+    }
+
+    fn load(&self, offset: u64, iov: &IoVec) {
+        let bytes = lock(&self.bytes);
+        let start = usize::try_from(offset).unwrap().min(bytes.len());
+        let end = (start + iov.len()).min(bytes.len());
+        iov.copy_from(0, &bytes[start..end]);
+        iov.fill(end - start..iov.len(), 0);
+    }
+
+    fn store(&self, offset: u64, data: &[u8]) {
+        let mut bytes = lock(&self.bytes);
+        let start = usize::try_from(offset).unwrap();
+        if bytes.len() < start + data.len() {
+            bytes.resize(start + data.len(), 0);
+        }
+        bytes[start..start + data.len()].copy_from_slice(data);
+    }
+}
+
+fn range(offset: u64, iov: &IoVec) -> Range<u64> {
+    offset..offset + iov.len() as u64
+}
+
+pub(crate) struct Fake {
+    state: Arc<State>,
+    file: Option<Child>,
+    _backing: Option<Child>,
+}
+
+impl Fake {
+    async fn dawdle(&self) {
+        for _ in 0..self.state.config.turns {
+            bds_io::yield_now().await;
+        }
+    }
+
+    fn passing(&self) -> Option<&Child> {
+        self.file.as_ref().filter(|_| self.state.config.passes)
+    }
+}
+
+impl Driver for Fake {
+    fn name(&self) -> &'static str {
+        "fake"
+    }
+
+    fn len(&self) -> u64 {
+        match self.passing() {
+            Some(file) => file.len(),
+            None => lock(&self.state.bytes).len() as u64,
+        }
+    }
+
+    fn limits(&self) -> Limits {
+        self.state.config.limits
+    }
+
+    fn is_filter(&self) -> bool {
+        self.state.config.is_filter
+    }
+
+    fn supports_backing(&self) -> bool {
+        self.state.config.backs
+    }
+
+    fn write_flags(&self) -> WriteFlags {
+        self.state.config.write_flags
+    }
+
+    fn zero_flags(&self) -> Option<ZeroFlags> {
+        self.state.config.zero_flags
+    }
+
+    fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+        if let Some(file) = self.passing() {
+            return file.try_read(offset, iov);
+        }
+        if !self.state.config.inline {
+            return None;
+        }
+        self.state.check_contract(offset, iov);
+        self.state.load(offset, iov);
+        Some(Ok(()))
+    }
+
+    fn try_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+        if let Some(file) = self.passing() {
+            return file.try_write(offset, iov);
+        }
+        if !self.state.config.inline {
+            return None;
+        }
+        self.state.check_contract(offset, iov);
+        self.state.store(offset, &iov.to_vec(0..iov.len()));
+        Some(Ok(()))
+    }
+
+    fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
+        if let Some(file) = self.passing() {
+            return file.read(offset, iov, flags);
+        }
+        Box::pin(async move {
+            self.state.check_contract(offset, &iov);
+            self.state.note(Op::Read(range(offset, &iov)));
+            self.dawdle().await;
+            self.state.check_fault(On::Read, &range(offset, &iov))?;
+            self.state.load(offset, &iov);
+            self.dawdle().await;
+            Ok(())
+        })
+    }
+
+    fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
+        if let Some(file) = self.passing() {
+            return file.write(offset, iov, flags);
+        }
+        Box::pin(async move {
+            self.state.check_contract(offset, &iov);
+            self.state.note(Op::Write(range(offset, &iov), flags));
+            assert!(self.state.config.write_flags.contains(flags), "undeclared flags {flags:?}");
+            let data = iov.to_vec(0..iov.len());
+            self.dawdle().await;
+            self.state.check_fault(On::Write, &range(offset, &iov))?;
+            self.state.store(offset, &data);
+            self.dawdle().await;
+            Ok(())
+        })
+    }
+
+    fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            self.state.note(Op::Compressed(range(offset, &iov)));
+            self.dawdle().await;
+            if !iov.is_empty() {
+                self.state.store(offset, &iov.to_vec(0..iov.len()));
+            }
+            Ok(())
+        })
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> BoxFuture<'_, Result<Attempt>> {
+        Box::pin(async move {
+            let limits = &self.state.config.limits;
+            let align = u64::from(limits.request_alignment);
+            let unit = u64::from(limits.zero_alignment).max(align);
+            assert_eq!((offset % align, len % align), (0, 0));
+            let crosses = offset / unit != (offset + len - 1) / unit;
+            let whole = offset % unit == 0 && len % unit == 0;
+            assert!(whole || !crosses, "{offset}+{len} crosses a unit of {unit}");
+            assert!(limits.max_zero == 0 || len <= limits.max_zero.max(unit));
+            assert!(self.state.config.zero_flags.is_some_and(|known| known.contains(flags)));
+            self.state.note(Op::Zero(offset..offset + len, flags));
+            self.dawdle().await;
+            if self.state.check_fault(On::Zero, &(offset..offset + len)).is_err() {
+                return Ok(Attempt::Unsupported);
+            }
+            self.state.store(offset, &vec![0; usize::try_from(len).unwrap()]);
+            self.dawdle().await;
+            Ok(Attempt::Done)
+        })
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Attempt>> {
+        self.state.note(Op::Discard(offset..offset + len));
+        Box::pin(async { Ok(Attempt::Done) })
+    }
+
+    fn flush_to_os(&self) -> BoxFuture<'_, Result<()>> {
+        self.state.note(Op::FlushToOs);
+        Box::pin(async { Ok(()) })
+    }
+
+    fn flush_to_disk(&self) -> BoxFuture<'_, Result<()>> {
+        self.state.note(Op::FlushToDisk);
+        Box::pin(async {
+            self.dawdle().await;
+            self.state.check_fault(On::FlushToDisk, &(0..u64::MAX))
+        })
+    }
+
+    fn block_status(
+        &self,
+        offset: u64,
+        len: u64,
+        _precise: bool,
+    ) -> BoxFuture<'_, Result<StatusRun>> {
+        let statuses = &self.state.config.statuses;
+        let found = statuses.iter().find(|(range, ..)| range.contains(&offset));
+        let run = match found {
+            Some((range, flags, map)) => {
+                let map = map.map(|m| HostMap { offset: m.offset + offset - range.start, ..m });
+                StatusRun { len: len.min(range.end - offset), flags: *flags, map }
+            }
+            None => {
+                let next = statuses.iter().map(|(r, ..)| r.start).filter(|s| *s > offset).min();
+                let len = next.map_or(len, |next| len.min(next - offset));
+                StatusRun { len, flags: StatusFlags::DATA, map: None }
+            }
+        };
+        let fault = self.state.check_fault(On::Status, &(offset..offset + 1));
+        Box::pin(async move { fault.map(|()| run) })
+    }
+
+    fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            self.dawdle().await;
+            self.state.note(Op::Truncate(change.len, change.zero_new));
+            lock(&self.state.bytes).resize(usize::try_from(change.len).unwrap(), 0);
+            Ok(())
+        })
+    }
+
+    fn copy_range_from<'a>(
+        &'a self,
+        source: &'a dyn Driver,
+        source_offset: u64,
+        offset: u64,
+        len: u64,
+    ) -> BoxFuture<'a, Result<Attempt>> {
+        Box::pin(async move {
+            let Some(source) = source.as_any().downcast_ref::<Fake>() else {
+                return Ok(Attempt::Unsupported);
+            };
+            self.state.note(Op::CopyRange(offset..offset + len));
+            let from = usize::try_from(source_offset).unwrap();
+            let data = source.state.bytes()[from..from + usize::try_from(len).unwrap()].to_vec();
+            self.state.store(offset, &data);
+            Ok(Attempt::Done)
+        })
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+/// Opens fakes by their node's name.
+struct FakeType(Mutex<HashMap<String, Arc<State>>>);
+
+impl DriverType for FakeType {
+    fn name(&self) -> &'static str {
+        "fake"
+    }
+
+    fn category(&self) -> Category {
+        Category::Protocol
+    }
+
+    fn open_options(&self) -> &'static [OptionSpec] {
+        const fn child(name: &'static str) -> OptionSpec {
+            OptionSpec { name, kind: OptionKind::Child, help: "a child", default: None }
+        }
+        &[const { child("file") }, const { child("backing") }]
+    }
+
+    fn open<'a>(
+        &'a self,
+        context: &'a mut OpenContext<'_>,
+    ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
+        Box::pin(async move {
+            let state = lock(&self.0).get(context.node_name).cloned();
+            let state = state.expect("the test described this node");
+            let role = if state.config.is_filter {
+                Role::FILTERED | Role::PRIMARY
+            } else {
+                Role::DATA | Role::PRIMARY
+            };
+            let file = match context.options.contains("file") {
+                true => Some(context.child("file", role).await?),
+                false => None,
+            };
+            let backing = match context.options.contains("backing") {
+                true => Some(context.child("backing", Role::COW).await?),
+                false => None,
+            };
+            let fake: Box<dyn Driver> = Box::new(Fake { state, file, _backing: backing });
+            Ok(fake)
+        })
+    }
+}
+
+/// A graph of fakes.
+pub(crate) struct House {
+    graph: Graph,
+    kind: Arc<FakeType>,
+}
+
+impl House {
+    pub(crate) fn new() -> Self {
+        let kind = Arc::new(FakeType(Mutex::default()));
+        let mut registry = Registry::new();
+        registry.register(kind.clone()).unwrap();
+        Self { graph: Graph::new(GraphConfig::new(Arc::new(registry))), kind }
+    }
+
+    /// Opens a node; `config.options` may name children that are open already.
+    pub(crate) async fn node(
+        &self,
+        name: &str,
+        bytes: Vec<u8>,
+        config: Config,
+    ) -> (NodeRef, Arc<State>) {
+        let options = config.options.clone().with("driver", "fake").with("node-name", name);
+        let state = State::new(bytes, config);
+        lock(&self.kind.0).insert(name.to_owned(), state.clone());
+        (self.graph.open(options).await.unwrap(), state)
+    }
+
+    pub(crate) fn find(&self, name: &str) -> NodeRef {
+        self.graph.find(name).unwrap()
+    }
+
+    /// Opens a node and a writable backend on it.
+    pub(crate) async fn disk(&self, bytes: Vec<u8>, config: Config) -> (Backend, Arc<State>) {
+        let (node, state) = self.node("disk", bytes, config).await;
+        (backend(&node), state)
+    }
+}
+
+pub(crate) fn backend(node: &NodeRef) -> Backend {
+    let writable = node.is_writable();
+    Backend::new(node, BackendOptions { name: "test".into(), writable }).unwrap()
+}

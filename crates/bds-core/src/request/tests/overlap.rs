@@ -1,0 +1,212 @@
+//! Requests that overlap, over thousands of schedules: no byte is lost, nobody waits for ever, nobody is left behind.
+
+use std::sync::Arc;
+
+use bds_io::{Sim, SimConfig};
+use futures_util::future::join_all;
+
+use super::fake::{Config, House, On, Op, State};
+use super::{iov, run};
+use crate::driver::{Limits, Prealloc, Truncate, WriteFlags, ZeroFlags};
+use crate::error::ErrorKind;
+use crate::request::Backend;
+
+fn slow(align: u32) -> Config {
+    Config {
+        limits: Limits { request_alignment: align, ..Limits::default() },
+        turns: 2,
+        ..Config::default()
+    }
+}
+
+/// Each of 16 tasks writes its own byte of one or two blocks, which all must be read and written back.
+#[test]
+fn overlapping_widened_writes_never_lose_bytes() {
+    for seed in 0..2000 {
+        run(seed, async {
+            let (disk, state) = House::new().disk(vec![0; 1024], slow(512)).await;
+            let disk = Arc::new(disk);
+            let writes = (0..16u8).map(|i| {
+                let disk = Arc::clone(&disk);
+                bds_io::spawn(async move {
+                    let at = u64::from(i) * 60 + 8;
+                    match i % 4 {
+                        0 => {
+                            let zeroed = disk.write_zeroes(at, 3, ZeroFlags::empty()).await;
+                            let _done = zeroed.unwrap();
+                            disk.write(at, iov(&[i + 1], 1), WriteFlags::empty()).await.unwrap();
+                        }
+                        1 => {
+                            disk.read(at, iov(&[0; 100], 1)).await.unwrap();
+                            disk.write(at, iov(&[i + 1], 1), WriteFlags::empty()).await.unwrap();
+                        }
+                        _ => disk.write(at, iov(&[i + 1], 1), WriteFlags::empty()).await.unwrap(),
+                    }
+                })
+            });
+            join_all(writes).await;
+            let bytes = state.bytes();
+            for i in 0..16u8 {
+                assert_eq!(bytes[usize::from(i) * 60 + 8], i + 1, "seed {seed}, writer {i}");
+            }
+        });
+    }
+}
+
+/// Some of the requests are dropped half-way; the others must not notice.
+#[test]
+fn cancelled_requests_let_the_others_in() {
+    for seed in 0..500 {
+        run(seed, async {
+            let (disk, state) = House::new().disk(vec![0; 512], slow(512)).await;
+            let disk = Arc::new(disk);
+            let mut kept = Vec::new();
+            for i in 0..12u8 {
+                let writer = Arc::clone(&disk);
+                let task = bds_io::spawn(async move {
+                    writer
+                        .write(u64::from(i), iov(&[i + 1], 1), WriteFlags::empty())
+                        .await
+                        .unwrap();
+                });
+                if (u64::from(i) + seed) % 3 == 0 {
+                    for _ in 0..seed % 7 {
+                        bds_io::yield_now().await;
+                    }
+                    drop(task);
+                } else {
+                    kept.push((i, task));
+                }
+            }
+            for (i, task) in kept {
+                task.await;
+                assert_eq!(state.bytes()[usize::from(i)], i + 1);
+            }
+            disk.flush().await.unwrap();
+        });
+    }
+}
+
+/// Dropped at the n-th poll, for all n: nothing stays registered.
+#[test]
+fn a_request_dropped_at_any_await_leaves_nothing_behind() {
+    type Request = fn(Arc<Backend>) -> crate::driver::BoxFuture<'static, ()>;
+    let requests: [Request; 5] = [
+        |disk| Box::pin(async move { drop(disk.read(3, iov(&[0; 600], 1)).await) }),
+        |disk| {
+            Box::pin(async move { drop(disk.write(3, iov(&[1; 600], 1), WriteFlags::FUA).await) })
+        },
+        |disk| Box::pin(async move { drop(disk.write_zeroes(3, 600, ZeroFlags::FUA).await) }),
+        |disk| Box::pin(async move { drop(disk.flush().await) }),
+        |disk| {
+            let len = 1536;
+            let grow = Truncate { len, exact: true, prealloc: Prealloc::Off, zero_new: false };
+            Box::pin(async move { drop(disk.truncate(grow).await) })
+        },
+    ];
+    for (which, request) in requests.iter().enumerate() {
+        for n in 0..40 {
+            let sim = Sim::new(7, SimConfig::calm());
+            let (disk, _state) = sim.block_on(House::new().disk(vec![0; 1024], slow(512)));
+            let disk = Arc::new(disk);
+            let dropped = sim.drop_at(request(Arc::clone(&disk)), n);
+            sim.run_until_idle();
+            assert_eq!(disk.node().traffic().in_flight(), 0, "request {which} dropped at {n}");
+            assert_eq!(disk.stats().in_flight(), 0);
+            sim.block_on(async {
+                disk.write(5, iov(&[9], 1), WriteFlags::empty()).await.unwrap();
+                disk.flush().await.unwrap();
+            });
+            sim.block_on(async { drop(disk) });
+            if !dropped {
+                break;
+            }
+            assert!(n < 39, "request {which} never ends");
+        }
+    }
+}
+
+#[test]
+fn no_wait_fails_rather_than_wait() {
+    run(3, async {
+        let (disk, state) = House::new().disk(vec![0; 1024], slow(512)).await;
+        let mut widened = Box::pin(disk.write(1, iov(&[1], 1), WriteFlags::empty()));
+        futures_util::future::select(&mut widened, Box::pin(bds_io::yield_now())).await;
+        let error = disk.write(0, iov(&[2; 512], 1), WriteFlags::NO_WAIT).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::WouldWait);
+        disk.write(512, iov(&[2; 512], 1), WriteFlags::NO_WAIT).await.unwrap();
+        widened.await.unwrap();
+        assert_eq!(state.bytes()[..2], [0, 1]);
+    });
+}
+
+/// While a widened write is under way, the inline way is closed for its node.
+#[test]
+fn inline_requests_do_not_slip_past_a_widened_write() {
+    for seed in 0..300 {
+        run(seed, async {
+            let config = Config { inline: true, ..slow(512) };
+            let (disk, state) = House::new().disk(vec![0; 1024], config).await;
+            let disk = Arc::new(disk);
+            let widened = bds_io::spawn({
+                let disk = Arc::clone(&disk);
+                async move { disk.write(1, iov(&[1], 1), WriteFlags::empty()).await.unwrap() }
+            });
+            let aligned = bds_io::spawn({
+                let disk = Arc::clone(&disk);
+                async move {
+                    for _ in 0..seed % 9 {
+                        bds_io::yield_now().await;
+                    }
+                    disk.write(0, iov(&[2; 512], 1), WriteFlags::empty()).await.unwrap();
+                }
+            });
+            widened.await;
+            aligned.await;
+            let bytes = state.bytes();
+            // One after the other, in either order; never the old bytes around the widened one.
+            assert_eq!(bytes[0], 2, "seed {seed}");
+            assert!(bytes[1] == 1 || bytes[1] == 2);
+            assert_eq!(bytes[2..512], [2; 510]);
+        });
+    }
+}
+
+#[test]
+fn a_write_that_ends_during_a_flush_is_not_covered() {
+    run(5, async {
+        let (disk, state) = House::new().disk(vec![0; 1024], slow(1)).await;
+        disk.write(0, iov(&[1], 1), WriteFlags::empty()).await.unwrap();
+        let mut flush = Box::pin(disk.flush());
+        // The medium is being flushed…
+        while !state_has(&state, &Op::FlushToDisk) {
+            futures_util::future::select(&mut flush, Box::pin(bds_io::yield_now())).await;
+        }
+        // … when another write ends.
+        let config_write = disk.write(1, iov(&[2], 1), WriteFlags::empty());
+        config_write.await.unwrap();
+        flush.await.unwrap();
+        state.take_log();
+        disk.flush().await.unwrap();
+        assert!(state.take_log().contains(&Op::FlushToDisk));
+    });
+}
+
+fn state_has(state: &Arc<State>, wanted: &Op) -> bool {
+    let log = state.peek_log();
+    log.contains(wanted)
+}
+
+#[test]
+fn a_failed_write_leaves_the_node_usable_and_dirty() {
+    run(6, async {
+        let (disk, state) = House::new().disk(vec![0; 1024], slow(512)).await;
+        state.fail_once(On::Write, None);
+        let error = disk.write(1, iov(&[1], 1), WriteFlags::empty()).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Io);
+        state.take_log();
+        disk.flush().await.unwrap();
+        assert!(state.take_log().contains(&Op::FlushToDisk), "nobody knows what it wrote");
+        disk.write(1, iov(&[1], 1), WriteFlags::empty()).await.unwrap();
+    });
+}
