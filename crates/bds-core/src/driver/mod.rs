@@ -332,6 +332,17 @@ pub trait Driver: Send + Sync + 'static {
         Box::pin(async { Ok(Attempt::Unsupported) })
     }
 
+    /// Takes the first backing child, or gives the only one back (`None`). Nobody is inside the node meanwhile. Exchanging
+    /// one backing node for another needs no driver: the child then leads elsewhere.
+    ///
+    /// # Errors
+    /// Nothing has changed.
+    fn set_backing(&self, _backing: Option<Child>) -> Result<Option<Child>> {
+        let name = self.name();
+        let words = format!("{name} cannot get or lose its backing node while it is open");
+        Err(Error::new(ErrorKind::NotSupported, words))
+    }
+
     /// For offload between two drivers of one kind.
     fn as_any(&self) -> &dyn std::any::Any;
 

@@ -161,15 +161,19 @@ impl Edge {
         Arc::into_inner(edge.target.into_inner()).map(Held::release)
     }
 
-    /// Closes the gate until the guard is dropped. Closings nest.
-    pub(crate) fn close(self: &Arc<Self>) -> ClosedGate {
+    /// Closes the gate. Closings nest; each is undone by one [`Edge::open`].
+    pub(super) fn close(&self) {
         self.gate.close();
-        ClosedGate(Arc::clone(self))
+    }
+
+    /// Undoes one [`Edge::close`].
+    pub(super) fn open(&self) {
+        self.gate.open();
     }
 
     /// Re-points the edge. The old reference is returned, not released, so that a change can be undone.
     #[track_caller]
-    pub(crate) fn swap(&self, target: Strong<Node>) -> Arc<Held<Node>> {
+    pub(super) fn swap(&self, target: Strong<Node>) -> Arc<Held<Node>> {
         debug_assert!(self.is_closed(), "an edge is re-pointed behind its closed gate");
         let holder = self.target.load().holder().clone();
         self.target.swap(Arc::new(target.held_by(holder)))
@@ -192,24 +196,6 @@ impl Deref for Target {
     #[inline]
     fn deref(&self) -> &Node {
         &self.0
-    }
-}
-
-/// Keeps an edge's gate closed; opens it when dropped.
-#[must_use = "the gate opens when this is dropped"]
-#[derive(Debug)]
-pub(crate) struct ClosedGate(Arc<Edge>);
-
-impl ClosedGate {
-    /// The edge.
-    pub(crate) fn edge(&self) -> &Arc<Edge> {
-        &self.0
-    }
-}
-
-impl Drop for ClosedGate {
-    fn drop(&mut self) {
-        self.0.gate.open();
     }
 }
 

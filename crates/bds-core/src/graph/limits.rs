@@ -1,7 +1,8 @@
 //! A node's limits, cached where every request reads them.
 //!
-//! They change only while the gates in front of the node are closed, so a request never sees half of a change; readers
-//! outside a request (a tool that asks) may, and only ever miss a moment's coherence.
+//! They change only with the graph below, which is rare. Each field is whole by itself and none has a meaning only together with
+//! another, so a reader that sees an old field beside a new one is as right as one that came a moment earlier. A request reads
+//! them once.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 

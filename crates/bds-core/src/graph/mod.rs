@@ -9,8 +9,10 @@
 //! Who closes dead nodes: a node whose last reference went away waits, unpublished, until somebody reaps.
 //! [`Graph::open`], [`NodeRef::close`], [`Graph::reap`] and [`Graph::shutdown`] do; the graph's own end does what is left.
 
+mod change;
 mod child;
 mod detached;
+mod drain;
 mod dump;
 mod edge;
 mod flags;
@@ -88,6 +90,8 @@ pub struct Graph(Arc<Shared>);
 struct Shared {
     reaper: Reaper,
     config: GraphConfig,
+    /// Held by a graph change from its first drain to its end. Taken before everything else.
+    changes: bds_io::sync::Mutex<()>,
 }
 
 impl Drop for Shared {
@@ -114,7 +118,8 @@ impl fmt::Debug for Graph {
 impl Graph {
     /// A graph whose edges are entered through `make_port`.
     pub(crate) fn with_corridor(config: GraphConfig, make_port: MakePort) -> Self {
-        Self(Arc::new(Shared { reaper: Reaper::new(Arena::new(NODE), make_port), config }))
+        let reaper = Reaper::new(Arena::new(NODE), make_port);
+        Self(Arc::new(Shared { reaper, config, changes: bds_io::sync::Mutex::default() }))
     }
 
     /// What it was made with.

@@ -63,7 +63,15 @@ pub struct Node {
     /// Read by requests, changed by graph changes only.
     children: ArcSwap<Children>,
     /// Edges that point here. They are owned by their parents, so dead ones are struck off in passing.
-    parents: Mutex<Vec<Weak<Edge>>>,
+    parents: Mutex<Parents>,
+}
+
+/// The edges into a node, and how often their gates are closed on its behalf. An edge that comes takes part, one
+/// that goes takes its share along, so gates and count always agree.
+#[derive(Default)]
+struct Parents {
+    edges: Vec<Weak<Edge>>,
+    drains: u32,
 }
 
 impl fmt::Debug for Node {
@@ -197,20 +205,40 @@ impl Node {
 
     /// The edges that point here. The caller holds the graph's plan if it acts on the answer.
     pub(crate) fn parents(&self) -> Vec<Arc<Edge>> {
-        self.lock_parents().iter().filter_map(Weak::upgrade).collect()
+        self.lock_parents().edges.iter().filter_map(Weak::upgrade).collect()
     }
 
+    /// An edge points here from now on. While the node is drained its gate is closed.
     pub(crate) fn add_parent(&self, edge: &Arc<Edge>) {
         let mut parents = self.lock_parents();
-        parents.retain(|known| known.strong_count() > 0);
-        parents.push(Arc::downgrade(edge));
+        parents.edges.retain(|known| known.strong_count() > 0);
+        (0..parents.drains).for_each(|_| edge.close());
+        parents.edges.push(Arc::downgrade(edge));
     }
 
+    /// An edge does not point here any more.
     pub(crate) fn remove_parent(&self, edge: &Arc<Edge>) {
-        self.lock_parents().retain(|known| known.as_ptr() != Arc::as_ptr(edge));
+        let mut parents = self.lock_parents();
+        let before = parents.edges.len();
+        parents.edges.retain(|known| known.as_ptr() != Arc::as_ptr(edge));
+        if parents.edges.len() < before {
+            (0..parents.drains).for_each(|_| edge.open());
+        }
     }
 
-    fn lock_parents(&self) -> MutexGuard<'_, Vec<Weak<Edge>>> {
+    pub(super) fn close_gates(&self) {
+        let mut parents = self.lock_parents();
+        parents.drains += 1;
+        parents.edges.iter().filter_map(Weak::upgrade).for_each(|edge| edge.close());
+    }
+
+    pub(super) fn open_gates(&self) {
+        let mut parents = self.lock_parents();
+        parents.drains -= 1;
+        parents.edges.iter().filter_map(Weak::upgrade).for_each(|edge| edge.open());
+    }
+
+    fn lock_parents(&self) -> MutexGuard<'_, Parents> {
         self.parents.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bds_io::{File, IoVec, OpenOptions, Sim, SimConfig};
@@ -163,6 +163,7 @@ impl DriverType for FakeType {
                 children: Vec::new(),
                 backing: Mutex::new(None),
                 is_closed: AtomicBool::new(false),
+                readers: AtomicUsize::new(0),
             };
             let fail_open = options.take_bool("fail-open")?.unwrap_or(false);
             match self.category {
@@ -229,12 +230,21 @@ struct Fake {
     children: Vec<Child>,
     backing: Mutex<Option<Child>>,
     is_closed: AtomicBool,
+    readers: AtomicUsize,
 }
 
 impl Drop for Fake {
     fn drop(&mut self) {
         let how = if self.is_closed.load(Ordering::Relaxed) { "drop" } else { "abandon" };
         self.shared.note(format!("{how} {}", self.name));
+    }
+}
+
+struct Leave<'a>(&'a AtomicUsize);
+
+impl Drop for Leave<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -271,6 +281,8 @@ impl Driver for Fake {
     fn read(&self, _offset: u64, _iov: IoVec, _flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
         Box::pin(async {
             assert!(!self.is_closed.load(Ordering::Relaxed), "read after close");
+            self.readers.fetch_add(1, Ordering::Relaxed);
+            let _leave = Leave(&self.readers);
             for _ in 0..4 {
                 bds_io::yield_now().await;
             }
@@ -302,6 +314,14 @@ impl Driver for Fake {
             }
             Ok(())
         })
+    }
+
+    fn set_backing(&self, backing: Option<Child>) -> Result<Option<Child>> {
+        if self.fail_close {
+            return Err(Error::new(ErrorKind::NotSupported, "told to fail"));
+        }
+        assert_eq!(self.readers.load(Ordering::Relaxed), 0, "nobody is inside");
+        Ok(std::mem::replace(&mut *self.backing.lock().unwrap(), backing))
     }
 
     fn as_any(&self) -> &dyn std::any::Any {

@@ -1,5 +1,6 @@
 //! The graph with small fake drivers.
 
+mod change;
 mod close;
 mod fakes;
 mod gates;

@@ -1,0 +1,281 @@
+//! Changing edges: what points where afterwards, what is refused, and that requests in flight notice nothing.
+
+use std::sync::Arc;
+
+use super::fakes::{Fixture, read, run};
+use crate::driver::Role;
+use crate::graph::{Access, Edge, NodeRef, Perm, walk};
+use crate::{ErrorKind, Options};
+
+const READ: Access = Access { perm: Perm::CONSISTENT_READ, shared: Perm::all() };
+const WRITE: Access = Access { perm: Perm::all(), shared: Perm::all() };
+
+/// Edges as `parent.child -> target`, sorted.
+fn wires(world: &Fixture) -> Vec<String> {
+    let mut wires = Vec::new();
+    for node in world.graph.nodes() {
+        for (child, _, target) in walk::children(&node) {
+            wires.push(format!("{}.{child} -> {}", node.name(), target.name()));
+        }
+    }
+    wires
+}
+
+async fn file(world: &Fixture, name: &'static str) -> NodeRef {
+    world.plain(name);
+    world.open(&format!("driver=file,filename={name},node-name={name}")).await
+}
+
+/// A format node `name` on a file of its own.
+async fn image(world: &Fixture, name: &'static str) -> NodeRef {
+    let path: &'static str = Box::leak(format!("{name}.img").into_boxed_str());
+    world.plain(path);
+    let text = format!("driver=cow,node-name={name},file.driver=file,file.filename={path}");
+    let options = Options::parse(&text).unwrap();
+    world.graph.open(options).await.unwrap()
+}
+
+#[test]
+fn append_moves_all_users_to_the_overlay() {
+    run(|world| async move {
+        let top = image(&world, "top").await;
+        let overlay = image(&world, "over").await;
+        let user = world.open("driver=pass,node-name=user,file=top").await;
+        let root = top.attach_root("guest", WRITE);
+        let counts = (top.count(), overlay.count());
+        world.graph.append(&top, &overlay).await.unwrap();
+        let wires = wires(&world);
+        assert!(wires.contains(&"over.backing -> top".to_owned()), "{wires:?}");
+        assert!(wires.contains(&"user.file -> over".to_owned()), "{wires:?}");
+        assert_eq!(root.target().name(), "over");
+        // Two users moved, one edge came; the references of the caller are as before.
+        assert_eq!((top.count(), overlay.count()), (counts.0 - 2 + 1, counts.1 + 2));
+        assert_eq!(top.name(), "top", "a reference denotes the node it did before");
+        assert_eq!(walk::backing_chain(&user).len(), 2, "filters are left out");
+        drop((root, user, overlay, top));
+        assert_eq!(world.graph.reap().await.iter().filter(|report| report.is_clean()).count(), 5);
+        assert_eq!(world.graph.dump(), "");
+    });
+}
+
+#[test]
+fn append_of_an_overlay_opened_on_the_top_keeps_its_edge() {
+    run(|world| async move {
+        let top = image(&world, "top").await;
+        world.plain("o");
+        let text = "driver=cow,node-name=over,file.driver=file,file.filename=o,backing=top";
+        let overlay = world.open(text).await;
+        let root = top.attach_root("guest", READ);
+        world.graph.append(&top, &overlay).await.unwrap();
+        assert_eq!(root.target().name(), "over");
+        assert_eq!(walk::next_below(&overlay).unwrap().id(), top.id());
+        // Once more changes nothing.
+        let before = world.graph.dump();
+        world.graph.append(&top, &overlay).await.unwrap();
+        assert_eq!(world.graph.dump(), before);
+    });
+}
+
+#[test]
+fn refused_changes_leave_everything_as_it_was() {
+    run(|world| async move {
+        let top = image(&world, "top").await;
+        let base = image(&world, "base").await;
+        let other = image(&world, "other").await;
+        let plain = file(&world, "plain").await;
+        let ro = world.open("driver=pass,node-name=ro,file=other,read-only=on").await;
+        world.plain("s");
+        let stubborn =
+            "driver=cow,node-name=stubborn,file.driver=file,file.filename=s,fail-close=on";
+        let stubborn = world.open(stubborn).await;
+        world.graph.set_backing(&top, Some(&base)).await.unwrap();
+        let _root = top.attach_root("guest", WRITE);
+        let graph = &world.graph;
+        let before = graph.dump();
+        use ErrorKind::{InvalidInput, NotSupported, ReadOnly};
+        let check = async |what: &str, change: crate::Result<()>, kind| {
+            assert_eq!(change.unwrap_err().kind(), kind, "{what}");
+            assert_eq!(graph.dump(), before, "{what}");
+        };
+        check("loop", graph.set_backing(&base, Some(&top)).await, InvalidInput).await;
+        check("self", graph.set_backing(&base, Some(&base)).await, InvalidInput).await;
+        check("append below", graph.append(&top, &base).await, InvalidInput).await;
+        check("append self", graph.append(&other, &other).await, InvalidInput).await;
+        check("backed elsewhere", graph.append(&other, &top).await, InvalidInput).await;
+        check("no backing", graph.set_backing(&plain, Some(&other)).await, NotSupported).await;
+        check("driver refuses", graph.set_backing(&stubborn, Some(&other)).await, NotSupported)
+            .await;
+        check("driver refuses", graph.append(&other, &stubborn).await, NotSupported).await;
+        check("read-only", graph.replace(&top, &ro).await, ReadOnly).await;
+        check("no filter", graph.insert_filter(&top, &ro).await, InvalidInput).await;
+        check("no filter", graph.drop_filter(&top).await, InvalidInput).await;
+    });
+}
+
+#[test]
+fn nodes_of_another_graph_are_refused() {
+    run(|world| async move {
+        let ours = image(&world, "ours").await;
+        let other = crate::graph::Graph::with_corridor(world.graph.config().clone(), |_| {
+            unreachable!("no edge is made")
+        });
+        let error = other.set_backing(&ours, None).await.unwrap_err();
+        assert!(error.to_string().contains("another graph"), "{error}");
+    });
+}
+
+#[test]
+fn set_backing_attaches_exchanges_and_detaches() {
+    run(|world| async move {
+        let top = image(&world, "top").await;
+        let one = image(&world, "one").await;
+        let two = image(&world, "two").await;
+        let backing = || walk::next_below(&top).map(|node| node.name().to_owned());
+        world.graph.set_backing(&top, None).await.unwrap();
+        for (to, name) in [(&one, "one"), (&two, "two"), (&two, "two")] {
+            world.graph.set_backing(&top, Some(to)).await.unwrap();
+            assert_eq!(backing().as_deref(), Some(name));
+        }
+        assert_eq!((one.count(), two.count()), (1, 2));
+        world.graph.set_backing(&top, None).await.unwrap();
+        assert_eq!((backing(), two.count()), (None, 1));
+        assert_eq!(walk::children(&top).len(), 1);
+    });
+}
+
+#[test]
+fn a_filter_comes_and_goes() {
+    run(|world| async move {
+        let node = image(&world, "node").await;
+        let user = world.open("driver=pass,node-name=user,file=node").await;
+        let before = wires(&world);
+        let filter = world.open("driver=pass,node-name=filter,file=node").await;
+        world.graph.insert_filter(&node, &filter).await.unwrap();
+        assert_eq!(walk::next_below(&user).unwrap().name(), "filter");
+        assert_eq!(walk::next_below(&filter).unwrap().name(), "node");
+        assert_eq!(walk::skip_filters(&user).name(), "node");
+        world.graph.drop_filter(&filter).await.unwrap();
+        drop(filter);
+        world.graph.reap().await;
+        assert_eq!(wires(&world), before);
+    });
+}
+
+#[test]
+fn limits_follow_the_graph() {
+    run(|world| async move {
+        let node = image(&world, "node").await;
+        let base = world.open("driver=pass,node-name=user,file=node").await;
+        assert_eq!(base.limits().max_transfer, 4096, "the file's, two levels up");
+        let bare = crate::driver::Limits::default();
+        assert_ne!(base.limits(), bare);
+    });
+}
+
+#[test]
+fn common_backing_is_the_first_shared_image() {
+    run(|world| async move {
+        let base = image(&world, "base").await;
+        let a = image(&world, "a").await;
+        let b = image(&world, "b").await;
+        assert!(walk::common_backing(&a, &b).is_none());
+        world.graph.set_backing(&a, Some(&base)).await.unwrap();
+        world.graph.set_backing(&b, Some(&base)).await.unwrap();
+        assert_eq!(walk::common_backing(&a, &b).unwrap().id(), base.id());
+        world.graph.set_backing(&b, Some(&a)).await.unwrap();
+        assert_eq!(walk::common_backing(&b, &a).unwrap().id(), a.id());
+    });
+}
+
+/// Reads through an edge until told to stop. Returns how many reads there were.
+async fn keep_reading(edge: Arc<Edge>, stop: Arc<std::sync::atomic::AtomicBool>) -> usize {
+    let mut count = 0;
+    while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+        read(&edge).await.unwrap();
+        count += 1;
+        bds_io::yield_now().await;
+    }
+    count
+}
+
+#[test]
+fn requests_in_flight_notice_nothing_of_changes() {
+    run(|world| async move {
+        let a = image(&world, "a").await;
+        let b = image(&world, "b").await;
+        let base = image(&world, "base").await;
+        let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let root = a.attach_root("guest", READ);
+        let readers: Vec<_> = (0..6)
+            .map(|_| bds_io::spawn(keep_reading(Arc::clone(&root), Arc::clone(&stop))))
+            .collect();
+        for round in 0..50 {
+            let (from, to) = if round % 2 == 0 { (&a, &b) } else { (&b, &a) };
+            world.graph.replace(from, to).await.unwrap();
+            assert_eq!(root.target().id(), to.id());
+            assert_eq!(from.node().traffic().in_flight(), 0, "nobody stayed with the old node");
+            // The fake asserts that nobody is inside while its child comes and goes.
+            world.graph.set_backing(to, Some(&base)).await.unwrap();
+            bds_io::yield_now().await;
+            world.graph.set_backing(to, None).await.unwrap();
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        let mut total = 0;
+        for reader in readers {
+            total += reader.await;
+        }
+        assert!(total >= 6, "nobody starved: {total}");
+        let log = world.shared.log();
+        assert!(log.contains(&"read a".into()) && log.contains(&"read b".into()));
+    });
+}
+
+#[test]
+fn a_change_that_is_dropped_while_it_drains_changes_nothing() {
+    run(|world| async move {
+        let a = image(&world, "a").await;
+        let b = image(&world, "b").await;
+        let root = a.attach_root("guest", READ);
+        let before = world.graph.dump();
+        let mut busy = Box::pin(read(&root));
+        assert!(futures_util::poll!(&mut busy).is_pending());
+        let mut change = Box::pin(world.graph.replace(&a, &b));
+        for _ in 0..3 {
+            assert!(futures_util::poll!(&mut change).is_pending());
+            bds_io::yield_now().await;
+        }
+        assert!(root.is_closed());
+        // Whoever comes now waits, also through an edge that is new.
+        let late = a.attach_root("late", READ);
+        let mut queued = Box::pin(read(&late));
+        assert!(futures_util::poll!(&mut queued).is_pending());
+        drop(late.clone());
+        drop(change);
+        assert!(!root.is_closed() && !late.is_closed());
+        busy.await.unwrap();
+        queued.await.unwrap();
+        drop(late);
+        assert_eq!(world.graph.dump(), before);
+        world.graph.replace(&a, &b).await.unwrap();
+        assert_eq!(root.target().id(), b.id());
+    });
+}
+
+#[test]
+fn roles_exclude_each_other() {
+    let primary = Role::DATA | Role::PRIMARY;
+    for (others, role, fits) in [
+        (vec![], primary, true),
+        (vec![primary], Role::COW, true),
+        (vec![primary, Role::COW], Role::DATA, true),
+        (vec![primary], Role::METADATA | Role::PRIMARY, false),
+        (vec![Role::COW], Role::COW, false),
+        (vec![Role::FILTERED], Role::FILTERED, false),
+        (vec![], Role::FILTERED | Role::PRIMARY, true),
+        (vec![], Role::FILTERED | Role::DATA, false),
+        (vec![], Role::FILTERED | Role::COW, false),
+    ] {
+        let found = crate::graph::child::check_role(others.iter().copied(), "x", role);
+        assert_eq!(found.is_ok(), fits, "{others:?} + {role:?}");
+    }
+}
