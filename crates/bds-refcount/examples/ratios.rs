@@ -39,23 +39,42 @@ fn times(mut op: impl FnMut()) {
     }
 }
 
-/// Nanoseconds a pair: the slower thread's.
-fn measure(threads: usize, work: &Work) -> f64 {
+/// How long this thread has waited for a processor so far, in nanoseconds; 0 where the system does not say.
+fn waited_ns() -> u64 {
+    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    stat.split_whitespace().nth(1).and_then(|field| field.parse().ok()).unwrap_or(0)
+}
+
+/// Nanoseconds a pair: the slower thread's. `None` unless the threads ran side by side, each on a processor of its own,
+/// for nine tenths of the time.
+fn attempt(threads: usize, work: &Work) -> Option<f64> {
     let ready = AtomicUsize::new(0);
     let run = |thread: usize| {
         ready.fetch_add(1, Ordering::AcqRel);
         while ready.load(Ordering::Acquire) < threads {
             spin_loop();
         }
-        let start = Instant::now();
+        let (waited, start) = (waited_ns(), Instant::now());
         work(thread);
-        start.elapsed().as_nanos() as f64 / f64::from(PAIRS)
+        (start, Instant::now(), waited_ns() - waited)
     };
-    std::thread::scope(|scope| {
+    let spans: Vec<_> = std::thread::scope(|scope| {
         let others: Vec<_> = (1..threads).map(|n| scope.spawn(move || run(n))).collect();
         let own = run(0);
-        others.into_iter().map(|t| t.join().unwrap()).fold(own, f64::max)
-    })
+        others.into_iter().map(|t| t.join().unwrap()).chain([own]).collect()
+    });
+    let longest = spans.iter().map(|(start, end, _)| *end - *start).max()?;
+    let (last_start, first_end) =
+        (spans.iter().map(|s| s.0).max()?, spans.iter().map(|s| s.1).min()?);
+    let together = first_end.saturating_duration_since(last_start);
+    let waited = spans.iter().map(|s| s.2).max()?;
+    let nanoseconds = longest.as_nanos() as f64;
+    let undisturbed = together > longest.mul_f64(0.9) && (waited as f64) < nanoseconds * 0.01;
+    undisturbed.then_some(nanoseconds / f64::from(PAIRS))
+}
+
+fn measure(threads: usize, work: &Work) -> Option<f64> {
+    (0..100).find_map(|_| attempt(threads, work))
 }
 
 #[repr(align(128))]
@@ -197,15 +216,24 @@ fn median(values: &mut [f64]) -> f64 {
 fn compare(title: &str, threads: usize, spread: bool, rounds: usize) {
     let subjects = subjects(spread);
     let mut samples = vec![Vec::with_capacity(rounds); subjects.len()];
+    let mut disturbed = 0;
     for round in 0..=rounds {
-        for (subject, samples) in subjects.iter().zip(&mut samples) {
-            let nanoseconds = measure(threads, &subject.work);
-            if round > 0 {
-                samples.push(nanoseconds); // round 0 warms up
-            }
+        let row: Option<Vec<f64>> = subjects.iter().map(|s| measure(threads, &s.work)).collect();
+        match row {
+            _ if round == 0 => {} // warms up
+            Some(row) => row.into_iter().zip(&mut samples).for_each(|(ns, all)| all.push(ns)),
+            None => disturbed += 1,
         }
     }
-    println!("\n{title}, ns a pair, {rounds} interleaved rounds");
+    let rounds = rounds - disturbed;
+    if rounds == 0 {
+        return println!(
+            "\n{title}: the machine is too busy to run {threads} threads side by side"
+        );
+    }
+    println!(
+        "\n{title}, ns a pair, {rounds} interleaved rounds ({disturbed} disturbed ones left out)"
+    );
     println!(
         "{:<32}{:>8}{:>8}{:>8}   ratio (median of rounds; of minima)",
         "", "median", "min", "max"

@@ -11,6 +11,8 @@
 //! that happen inside those drops, or on other threads, see DRAINING and only push. So even then the stack depth is
 //! constant, and every value is dropped exactly once.
 
+use std::ptr::NonNull;
+
 use crate::{
     arena::{Arena, Shared},
     dead::Dead,
@@ -30,6 +32,8 @@ struct Queue {
     back: u32,
 }
 
+// Releases and reaps write here; look-ups read the fields around it. On lines of its own, so that they do not meet.
+#[repr(align(128))]
 pub(crate) struct Graveyard {
     /// Top of the stack, and the flags. Pushed by compare-exchange, emptied as a whole: so no ABA.
     head: AtomicU32,
@@ -57,9 +61,13 @@ impl Graveyard {
 /// Hands a dead object over to the reapers: the rest of a release that was the last.
 ///
 /// # Safety
-/// The caller made the decrement to 0 on this slot, and does this once.
+/// The caller made the decrement to 0 on the slot that this points to, and does this once.
 #[cold]
-pub(crate) unsafe fn bury<T>(slot: &Slot<T>) {
+pub(crate) unsafe fn bury<T>(slot: NonNull<Slot<T>>) {
+    // SAFETY: the slot stays occupied, hence allocated, at least until it is reaped, which cannot happen before the push
+    // below; and then `shared` keeps it. (A pointer and not a reference as the argument, because a reference would
+    // claim the slot until this function has returned, and so longer than `shared` does.)
+    let slot = unsafe { slot.as_ref() };
     // As soon as the slot is on the stack a reaper may free it, and with it the arena; our own Arc keeps the memory
     // (not the occupant) until we are done.
     // SAFETY: until the push below, the dead object is ours alone, so lending it shared is ours to do.
@@ -83,7 +91,7 @@ pub(crate) unsafe fn bury<T>(slot: &Slot<T>) {
         }
     };
     if drains {
-        Drain { shared: &shared, done: false }.run();
+        Drain { shared: &shared, done: false }.drain();
     }
 }
 
@@ -156,7 +164,7 @@ impl<T> Shared<T> {
     pub(crate) fn orphan(&self) {
         // DRAINING is not set yet: only orphaned graveyards are drained.
         self.graveyard.head.fetch_or(ORPHAN | DRAINING, Ordering::AcqRel);
-        Drain { shared: self, done: false }.run();
+        Drain { shared: self, done: false }.drain();
     }
 }
 
@@ -168,10 +176,6 @@ struct Drain<'a, T> {
 }
 
 impl<T> Drain<'_, T> {
-    fn run(mut self) {
-        self.drain();
-    }
-
     fn drain(&mut self) {
         while !self.done {
             while let Some(dead) = self.shared.reap_one() {

@@ -24,10 +24,14 @@
 //! ```
 //!
 //! In reading order:
-//! * [`handle`]: the 64 bits; [`lifecycle`]: state, generation and count in one word.
-//! * [`slot`]: one slot and its cell; [`pages`]: where slots lie; [`arena`]: insert, look up, retire.
-//! * [`strong`]: the counted reference; [`graveyard`] and [`dead`]: what happens after the last one.
-//! * [`watch`]: to learn of the end; [`holder`]: who holds what.
+//! * `handle`: the 64 bits; `lifecycle`: count, state and generation in one word.
+//! * `slot`: one slot and its cell; `pages`: where slots lie; `arena`: insert, look up, retire.
+//! * `strong`: the counted reference; `graveyard` and `dead`: what happens after the last one.
+//! * `watch`: to learn of the end; `holder`: who holds what; `stale`: why not; `tag`: which arena.
+//! * `sync`: std or loom.
+//!
+//! All `unsafe` is about one cell, the slot's, and one pointer, the reference's: `slot` states who may touch the cell,
+//! `strong`, `dead` and `graveyard` keep to it, and `tests/loom_arena.rs` explores it.
 //!
 //! What is deliberately not here: closing (drivers do that, on what the reaper hands them), names, edges, any I/O, and
 //! any callback from a release. The request path is meant to [`check`](Arena::check), not to count.

@@ -15,7 +15,7 @@ use crate::{
     holder::Roll,
     lifecycle::{ONE, State, Word},
     stale::{Stale, TooManyReferences},
-    sync::{Arc, AtomicU32, AtomicU64, Mutex, Ordering, UnsafeCell},
+    sync::{Arc, AtomicU32, AtomicU64, Mutex, Ordering, UnsafeCell, spin_loop},
 };
 
 /// What an occupied slot holds.
@@ -132,7 +132,11 @@ impl<T> Slot<T> {
                 Ordering::Relaxed,
             ) {
                 Ok(_) => return Ok(()),
-                Err(now) => word = now,
+                Err(now) => {
+                    word = now;
+                    // Someone else counts at this moment; a pause lets it finish instead of taking the line away.
+                    spin_loop();
+                }
             }
         }
     }

@@ -142,10 +142,9 @@ unsafe fn release<T>(slot: NonNull<Slot<T>>) -> Release {
     }
     // SAFETY: ours was the last reference; the slot stays occupied, hence allocated, until it is reaped, which cannot
     // happen before `bury`.
-    let slot = unsafe { slot.as_ref() };
-    // Acquire, by reading our own decrement: it continues the release sequence of every earlier one, so all that any
-    // holder did happens before what the reaper does.
-    slot.word();
+    // Its load acquires, by reading our own decrement: that continues the release sequence of every earlier one, so all
+    // that any holder did happens before what the reaper does.
+    unsafe { slot.as_ref() }.word();
     // SAFETY: we made the count 0, and do this once.
     unsafe { bury(slot) };
     Release::Last

@@ -24,6 +24,13 @@ use std::sync as imp;
 
 use std::sync::PoisonError;
 
+#[cfg(not(loom))]
+pub(crate) use std::hint::spin_loop;
+
+/// A pause between two attempts that cannot fail for ever; loom need not be told to look at other threads.
+#[cfg(loom)]
+pub(crate) fn spin_loop() {}
+
 /// `std::cell::UnsafeCell` in loom's shape: access through closures that get a raw pointer.
 #[cfg(not(loom))]
 pub(crate) struct UnsafeCell<T>(std::cell::UnsafeCell<T>);

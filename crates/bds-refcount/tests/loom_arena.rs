@@ -16,7 +16,9 @@ use std::{
     task::{Context, Poll, Wake, Waker},
 };
 
-use bds_refcount::{Arena, ArenaConfig, Handle, Kind, Release, Stale, Strong, Watch};
+use bds_refcount::{
+    Arena, ArenaConfig, Handle, Holder, HolderKind, Kind, Release, Stale, Strong, Watch,
+};
 use loom::{cell::UnsafeCell, thread};
 
 /// A number that loom watches, and a count of its drops.
@@ -309,6 +311,26 @@ fn a_watcher_that_waits_is_woken_exactly_once() {
         let (watch, ready) = other.join().unwrap();
         assert!(watch.has_fired());
         assert_eq!(wakes.0.load(Relaxed), usize::from(!ready), "woken if it had to wait");
+    });
+}
+
+#[test]
+fn an_old_handle_never_shows_the_holders_of_the_next_object_in_its_slot() {
+    loom::model(|| {
+        let arena =
+            Arena::with_config(ArenaConfig { index_bits: 0, ..ArenaConfig::new(Kind::new(1)) });
+        let drops = Drops::default();
+        let old = arena.insert(drops.value(1)).unwrap();
+        let handle = old.handle();
+        let old = old.held_by(Holder::new(HolderKind::Owner, 1));
+        let theirs = arena.clone();
+        let other = thread::spawn(move || theirs.holders(handle));
+        drop(old);
+        arena.reap_all();
+        let next = arena.insert(drops.value(2)).unwrap();
+        let _next = next.held_by(Holder::new(HolderKind::Owner, 2));
+        let seen = other.join().unwrap();
+        assert!(seen.iter().all(|holder| holder.name == 1.into()));
     });
 }
 
