@@ -6,19 +6,18 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use bds_io::{IoVec, OpenOptions};
 use bds_refcount::Strong;
 
 use super::edge::Edge;
 use super::flags::inherited;
 use super::gate::{self, GateDecision, GateQuestion, ReferenceFormat};
+use super::inspect::Inspected;
 use super::node::{Children, Node};
 use super::open::{Call, open_node};
 use super::perm::Access;
 use super::walk;
 use crate::driver::{
-    BoxFuture, Child, ChildOpener, ChildRequest, OpenFlags, PROBE_LEN, Reference, ReferenceKind,
-    Role, probe,
+    BoxFuture, Child, ChildOpener, ChildRequest, OpenFlags, Reference, ReferenceKind, Role,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::{ChildOption, Options};
@@ -140,7 +139,11 @@ impl Opener {
             }
             GateDecision::Refuse(why) => return Err(refused(*kind, &why)),
         };
-        let file = Inspected::new(self, path)?;
+        let file = Inspected::new(&config.fs, path)?;
+        if self.files().contains(&file.identity()) {
+            let words = "the chain of images loops: this file is already part of it";
+            return Err(Error::new(ErrorKind::InvalidImage, words).file(file.path()));
+        }
         let tree = match kind {
             ReferenceKind::DataFile => file.options(),
             ReferenceKind::Backing => {
@@ -163,8 +166,7 @@ impl Opener {
             (ReferenceFormat::Named(name), _) => name.clone(),
             (_, Some(stored)) => stored.clone(),
             (ReferenceFormat::StoredOrProbed, None) => {
-                let head = file.head().await?;
-                let guess = probe(registry, &head, file.len()?);
+                let guess = file.guess(registry).await?;
                 guess.first().map_or("raw", |best| best.driver).to_owned()
             }
             (ReferenceFormat::Stored, None) => {
@@ -259,68 +261,4 @@ fn refused(kind: ReferenceKind, why: &str) -> Error {
         ErrorKind::ReferenceRefused,
         format!("{why}; name it with the '{option}' option, or open with a gate that allows it"),
     )
-}
-
-/// A referenced file, looked at before a driver opens it.
-struct Inspected {
-    path: PathBuf,
-    file: bds_io::File,
-}
-
-impl Inspected {
-    /// Refuses a file that the chain above already consists of.
-    fn new(opener: &Opener, path: PathBuf) -> Result<Self> {
-        let fs = &opener.call.graph.config().fs;
-        let file = fs
-            .open(&path, &OpenOptions::default())
-            .map_err(|error| Error::io(error, "cannot open").file(&path))?;
-        let identity = file
-            .identity()
-            .map_err(|error| Error::io(error, "cannot identify the file").file(&path))?;
-        if opener.files().contains(&identity) {
-            return Err(Error::new(
-                ErrorKind::InvalidImage,
-                "the chain of images loops: this file is already part of it",
-            )
-            .file(&path));
-        }
-        Ok(Self { path, file })
-    }
-
-    /// What opens it as a protocol node.
-    fn options(&self) -> Options {
-        let driver = match self.file.kind() {
-            bds_io::FileKind::Block | bds_io::FileKind::Char => "host_device",
-            bds_io::FileKind::Regular | bds_io::FileKind::Other => "file",
-        };
-        Options::new()
-            .with("driver", driver)
-            .with("filename", self.path.to_string_lossy().into_owned())
-    }
-
-    fn len(&self) -> Result<u64> {
-        self.file.len().map_err(|error| Error::io(error, "cannot tell the length").file(&self.path))
-    }
-
-    async fn head(&self) -> Result<Vec<u8>> {
-        let mut head = vec![0; PROBE_LEN];
-        let iov = IoVec::from(head.clone());
-        let mut filled = 0;
-        while filled < PROBE_LEN {
-            let rest = iov.slice(filled..PROBE_LEN);
-            let offset = filled as u64;
-            let count = self
-                .file
-                .read(offset, rest)
-                .await
-                .map_err(|error| Error::io(error, "cannot read").file(&self.path).at(offset))?;
-            if count == 0 {
-                break;
-            }
-            filled += count;
-        }
-        iov.copy_to(0, &mut head);
-        head.truncate(filled);
-        Ok(head)
-    }
 }

@@ -11,12 +11,14 @@
 
 mod change;
 mod child;
+mod create;
 mod detached;
 mod drain;
 mod dump;
 mod edge;
 mod flags;
 pub mod gate;
+mod inspect;
 mod limits;
 mod names;
 mod node;
@@ -33,10 +35,12 @@ use std::sync::{Arc, MutexGuard};
 use bds_io::Fs;
 use bds_refcount::{Arena, HolderInfo, Kind, Stale, Watch};
 
+pub use create::{NewImage, NewImageReport};
 pub(crate) use edge::Target;
 pub use edge::{Edge, Parent};
 pub use flags::COMMON_OPTIONS;
 pub use gate::ReferenceGate;
+pub use inspect::FileGuess;
 pub use names::MAX_NAME_LEN;
 pub use node::{Node, NodeId};
 pub use node_ref::NodeRef;

@@ -20,7 +20,7 @@ use super::flags;
 use super::names::Reservation;
 use super::node::{Node, NodeId, NodeParts};
 use super::{Graph, NodeRef};
-use crate::driver::{BoxFuture, Driver, DriverType, OpenContext, OpenFlags};
+use crate::driver::{BoxFuture, Driver, DriverType, OpenContext, OpenFlags, Role};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Options;
 
@@ -65,11 +65,15 @@ impl Graph {
     /// As [`Graph::open`], with other defaults than the common options have, and what only a program can ask for
     /// (`info_only`, `for_check`). `flags.role` is ignored.
     pub async fn open_with(&self, options: Options, flags: OpenFlags) -> Result<NodeRef> {
+        self.open_as(options, OpenFlags { role: Role::empty(), ..flags }).await
+    }
+
+    /// As [`Graph::open_with`]; the node may be told what it will be to whom.
+    pub(super) async fn open_as(&self, options: Options, flags: OpenFlags) -> Result<NodeRef> {
         let mut guard = SweepIfDropped { graph: self, is_over: false };
         self.0.reaper.sweep_unasked().await;
         let call =
             Call { graph: self.clone(), opened: Arc::default(), depth: 0, files_above: Vec::new() };
-        let flags = OpenFlags { role: crate::driver::Role::empty(), ..flags };
         let opened = open_node(call, options, flags).await;
         if opened.is_err() {
             self.0.reaper.sweep_unasked().await;
@@ -79,10 +83,10 @@ impl Graph {
     }
 }
 
-/// An open that is given up half-way leaves nodes to close.
-struct SweepIfDropped<'a> {
-    graph: &'a Graph,
-    is_over: bool,
+/// What is given up half-way leaves nodes to close.
+pub(super) struct SweepIfDropped<'a> {
+    pub(super) graph: &'a Graph,
+    pub(super) is_over: bool,
 }
 
 impl Drop for SweepIfDropped<'_> {

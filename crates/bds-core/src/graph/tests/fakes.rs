@@ -5,16 +5,16 @@
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use bds_io::{File, IoVec, OpenOptions, Sim, SimConfig};
+use bds_io::{File, Fs, IoVec, OpenOptions, Sim, SimConfig};
 
 use crate::driver::{
-    Attempt, BoxFuture, Category, Child, ChildPort, Driver, DriverType, Limits, OpenContext,
-    ReadFlags, Reference, ReferenceKind, Registry, Role, StatusFlags, StatusRun, Truncate,
-    WriteFlags, ZeroFlags,
+    Attempt, BoxFuture, Category, Child, ChildPort, CreateContext, Driver, DriverType, Limits,
+    OpenContext, ReadFlags, Reference, ReferenceKind, Registry, Role, StatusFlags, StatusRun,
+    Truncate, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::gate::TrustAll;
@@ -139,6 +139,54 @@ impl DriverType for FakeType {
             FAULTS[3],
         ];
         if self.category == Category::Protocol { FILE } else { OTHER }
+    }
+
+    fn create_options(&self) -> &'static [OptionSpec] {
+        const FILE: &[OptionSpec] = &[spec("nocow", OptionKind::Bool)];
+        const FORMAT: &[OptionSpec] = &[
+            spec("size", OptionKind::Size),
+            spec("backing_file", OptionKind::String),
+            spec("backing_fmt", OptionKind::String),
+            spec("data_file", OptionKind::String),
+            spec("fail-create", OptionKind::Bool),
+        ];
+        match self.category {
+            Category::Protocol => FILE,
+            Category::Format => FORMAT,
+            Category::Filter => &[],
+        }
+    }
+
+    fn create<'a>(&'a self, context: CreateContext<'a>) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async move {
+            let CreateContext { file, data_file, backing_len, options } = context;
+            bds_io::yield_now().await;
+            let size = options.take_size("size")?.or(backing_len);
+            for key in ["backing_file", "backing_fmt", "data_file"] {
+                options.take_str(key)?;
+            }
+            let data_file = data_file.map(|child| child.filename());
+            self.shared
+                .note(format!("create {:?} data {data_file:?} size {size:?}", file.filename()));
+            if options.take_bool("fail-create")?.unwrap_or(false) {
+                return Err(Error::new(ErrorKind::NoSpace, "told to fail"));
+            }
+            Ok(())
+        })
+    }
+
+    fn create_file<'a>(
+        &'a self,
+        fs: &'a Fs,
+        path: &'a Path,
+        options: &'a mut Options,
+    ) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async move {
+            options.take_bool("nocow")?;
+            let wanted = OpenOptions { write: true, create: true, ..OpenOptions::default() };
+            fs.open(path, &wanted).map_err(|error| Error::io(error, "cannot make").file(path))?;
+            Ok(())
+        })
     }
 
     fn probe(&self, head: &[u8], _file_len: u64) -> u8 {

@@ -2,6 +2,7 @@
 
 mod change;
 mod close;
+mod create;
 mod fakes;
 mod gates;
 mod open;

@@ -1,0 +1,105 @@
+//! Looking at a file before a driver opens it: what sort of thing it is, which file, what its first bytes resemble.
+//!
+//! Reads only, takes no lock, and is over before anything is opened.
+
+use std::path::{Path, PathBuf};
+
+use bds_io::{File, FileKind, Fs, IoVec, OpenOptions};
+
+use super::Graph;
+use crate::driver::{Candidate, PROBE_LEN, Registry, probe};
+use crate::error::{Error, Result};
+use crate::options::Options;
+
+/// What a file looks like. A guess: see [`crate::driver::probe`] for what it must not be used for.
+#[derive(Clone, Debug)]
+pub struct FileGuess {
+    /// The protocol that opens it: `file` or `host_device`.
+    pub protocol: &'static str,
+    /// The formats it may hold, the surest first.
+    pub formats: Vec<Candidate>,
+}
+
+impl Graph {
+    /// Guesses what lies in a file.
+    pub async fn guess_file(&self, path: &Path) -> Result<FileGuess> {
+        let file = Inspected::new(&self.config().fs, path.to_owned())?;
+        let formats = file.guess(&self.config().registry).await?;
+        Ok(FileGuess { protocol: file.protocol(), formats })
+    }
+}
+
+/// A file that was looked at.
+pub(super) struct Inspected {
+    path: PathBuf,
+    file: File,
+    identity: (u64, u64),
+}
+
+impl Inspected {
+    pub(super) fn new(fs: &Fs, path: PathBuf) -> Result<Self> {
+        let file = fs
+            .open(&path, &OpenOptions::default())
+            .map_err(|error| Error::io(error, "cannot open").file(&path))?;
+        let identity = file
+            .identity()
+            .map_err(|error| Error::io(error, "cannot identify the file").file(&path))?;
+        Ok(Self { path, file, identity })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// (device, inode).
+    pub(super) fn identity(&self) -> (u64, u64) {
+        self.identity
+    }
+
+    pub(super) fn protocol(&self) -> &'static str {
+        match self.file.kind() {
+            FileKind::Block | FileKind::Char => "host_device",
+            FileKind::Regular | FileKind::Other => "file",
+        }
+    }
+
+    /// What opens it as a protocol node.
+    pub(super) fn options(&self) -> Options {
+        file_options(self.protocol(), &self.path)
+    }
+
+    pub(super) async fn guess(&self, registry: &Registry) -> Result<Vec<Candidate>> {
+        let head = self.head().await?;
+        let len = self
+            .file
+            .len()
+            .map_err(|error| Error::io(error, "cannot tell the length").file(&self.path))?;
+        Ok(probe(registry, &head, len))
+    }
+
+    async fn head(&self) -> Result<Vec<u8>> {
+        let iov = IoVec::from(vec![0; PROBE_LEN]);
+        let mut filled = 0;
+        while filled < PROBE_LEN {
+            let offset = filled as u64;
+            let rest = iov.slice(filled..PROBE_LEN);
+            let count = self
+                .file
+                .read(offset, rest)
+                .await
+                .map_err(|error| Error::io(error, "cannot read").file(&self.path).at(offset))?;
+            if count == 0 {
+                break;
+            }
+            filled += count;
+        }
+        let mut head = vec![0; filled];
+        iov.copy_to(0, &mut head);
+        Ok(head)
+    }
+}
+
+/// Options that open a file by name, whatever characters it holds.
+pub(super) fn file_options(protocol: &str, path: &Path) -> Options {
+    Options::new().with("driver", protocol).with("filename", path.to_string_lossy().into_owned())
+}
