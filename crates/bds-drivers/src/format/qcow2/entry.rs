@@ -45,6 +45,8 @@ pub(crate) enum BadEntry {
     DataFileOffset(u64),
     /// A refcount block does not begin at a cluster.
     UnalignedRefblock(u64),
+    /// A refcount block lies where no file reaches.
+    RefblockOffset(u64),
 }
 
 impl fmt::Display for BadEntry {
@@ -74,6 +76,7 @@ impl fmt::Display for BadEntry {
             Self::UnalignedRefblock(o) => {
                 write!(f, "refcount block offset {o:#x} is not at a cluster")
             }
+            Self::RefblockOffset(o) => write!(f, "refcount block offset {o:#x} is beyond any file"),
         }
     }
 }
@@ -270,7 +273,10 @@ impl L2Entry {
             return Err(BadEntry::UnalignedData(offset));
         }
         // In a data file, byte 0 of the guest is at byte 0 of the file: only COPIED tells it from "nowhere".
-        if offset != 0 || (rules.has_data_file && self.is_copied()) {
+        let is_at_0 = rules.has_data_file
+            && self.is_copied()
+            && (rules.geometry.has_extended_l2() || self.word & ZERO == 0);
+        if offset != 0 || is_at_0 {
             Ok(Place::Cluster(HostOffset(offset)))
         } else {
             Ok(Place::None)

@@ -31,7 +31,8 @@ fn standard_entries_by_the_table() {
         (COMPRESSED | ZERO, v2, Ok(Kind::Compressed)),
         (COPIED, external, Ok(Kind::Normal)),
         (0, external, Ok(Kind::Unallocated)),
-        (COPIED | ZERO, external, Ok(Kind::ZeroAlloc)),
+        (COPIED | ZERO, external, Ok(Kind::ZeroPlain)),
+        (PLACE | COPIED | ZERO, external, Ok(Kind::ZeroAlloc)),
         (COMPRESSED | PLACE, external, Err(BadEntry::CompressedWithDataFile)),
     ] {
         let got = L2Entry::standard(word).kind(0, &rules);
