@@ -4,12 +4,18 @@
 #![forbid(unsafe_code)]
 
 mod axes;
+mod chance;
+mod disk_model;
 mod oracle;
 mod scratch;
+mod workload;
 
 pub use axes::{Cache, Engine, Format, axes};
+pub use chance::Chance;
+pub use disk_model::{DiskModel, Ended};
 pub use oracle::{Output, Tool, qemu_img, qemu_io, tool};
 pub use scratch::{Scratch, pattern};
+pub use workload::{Op, SECTOR, Shape, Step, Workload};
 
 /// Prints the line by which the test runner counts a skip. Return from the test after it.
 ///
