@@ -257,3 +257,6 @@ fn check_options(options: &CopyOptions) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,334 @@
+//! What arrives, what is asked on the way, and what is said when it fails.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use proptest::prelude::{Just, Strategy, any, prop, prop_oneof, proptest};
+
+use super::{CopyOptions, CopyReport, CopySource, GRAIN, copy};
+use crate::driver::{HostMap, Limits, StatusFlags, ZeroFlags};
+use crate::error::{Error, ErrorKind};
+use crate::options::Options;
+use crate::request::Backend;
+use crate::request::tests::fake::{Config, House, On, Op, State, backend};
+use crate::request::tests::run;
+
+const ZERO: StatusFlags = StatusFlags::ZERO;
+
+/// Bytes with this in every grain: zeros for 0.
+fn grains(values: &[u8]) -> Vec<u8> {
+    values.iter().flat_map(|value| vec![*value; GRAIN]).collect()
+}
+
+struct Pair {
+    house: House,
+    source: Arc<Backend>,
+    source_state: Arc<State>,
+    target: Backend,
+    target_state: Arc<State>,
+}
+
+async fn pair(bytes: Vec<u8>, source: Config, target_len: usize, target: Config) -> Pair {
+    let house = House::new();
+    let (node, source_state) = house.node("source", bytes, source).await;
+    let source = Arc::new(backend(&node));
+    let (node, target_state) = house.node("target", vec![0xAA; target_len], target).await;
+    Pair { house, source, source_state, target: backend(&node), target_state }
+}
+
+impl Pair {
+    async fn copy(&self, options: &CopyOptions) -> crate::Result<CopyReport> {
+        copy(&[CopySource::from(Arc::clone(&self.source))], &self.target, options).await
+    }
+}
+
+fn small() -> CopyOptions {
+    CopyOptions { buffer_len: 4 * GRAIN, ..CopyOptions::default() }
+}
+
+#[test]
+fn zeros_are_not_read_if_known_and_not_written_if_found() {
+    run(1, async {
+        let bytes = grains(&[1, 0, 0, 2, 0, 0, 0, 0]);
+        let end = bytes.len() as u64;
+        let hole = (4 * GRAIN as u64)..end;
+        let source = Config { statuses: vec![(hole.clone(), ZERO, None)], ..Config::default() };
+        let target = Config { zero_flags: Some(ZeroFlags::MAY_UNMAP), ..Config::default() };
+        let pair = pair(bytes.clone(), source, bytes.len(), target).await;
+        let report = pair.copy(&small()).await.unwrap();
+        let grain = GRAIN as u64;
+        let expected = CopyReport { total: end, written: 2 * grain, zeroed: 6 * grain, ..report };
+        assert_eq!(report, expected);
+        assert_eq!(pair.target_state.bytes(), bytes);
+        assert_eq!(pair.source_state.take_log(), [Op::Read(0..4 * grain)]);
+    });
+}
+
+#[test]
+fn on_a_target_of_zeros_only_data_is_written() {
+    run(1, async {
+        let bytes = grains(&[0, 3, 0, 0]);
+        let pair = pair(bytes.clone(), Config::default(), bytes.len(), Config::default()).await;
+        let options = CopyOptions { target_is_zero: true, ..small() };
+        let report = pair.copy(&options).await.unwrap();
+        assert_eq!((report.skipped, report.written), (3 * GRAIN as u64, GRAIN as u64));
+        assert_eq!(pair.target_state.take_log().len(), 1);
+    });
+}
+
+#[test]
+fn without_sparse_detection_everything_is_written() {
+    run(1, async {
+        let bytes = grains(&[0, 0, 0, 0]);
+        let statuses = vec![(0..2 * GRAIN as u64, ZERO, None)];
+        let source = Config { statuses, ..Config::default() };
+        let pair = pair(bytes.clone(), source, bytes.len(), Config::default()).await;
+        let options = CopyOptions { sparse_len: 0, target_is_zero: true, ..small() };
+        let report = pair.copy(&options).await.unwrap();
+        assert_eq!(report.written, bytes.len() as u64);
+        assert_eq!(pair.target_state.bytes(), bytes);
+    });
+}
+
+#[test]
+fn above_a_base_the_rest_of_the_target_is_left_alone() {
+    run(1, async {
+        let house = House::new();
+        let ro = || Options::new().with("read-only", true);
+        let options = ro();
+        let (base, _) =
+            house.node("base", grains(&[9; 4]), Config { options, ..Config::default() }).await;
+        let grain = GRAIN as u64;
+        let none = StatusFlags::empty();
+        let statuses = vec![
+            (0..grain, none, None),
+            (grain..2 * grain, ZERO, None),
+            (3 * grain..4 * grain, none, None),
+        ];
+        let options = ro().with("backing", "base");
+        let config = Config { backs: true, statuses, options, ..Config::default() };
+        let (top, _) = house.node("top", grains(&[1, 0, 2, 3]), config).await;
+        let (node, state) = house.node("target", vec![0xAA; 4 * GRAIN], Config::default()).await;
+        let source = CopySource { backend: Arc::new(backend(&top)), above: Some(base.id()) };
+        let report = copy(&[source], &backend(&node), &small()).await.unwrap();
+        assert_eq!((report.skipped, report.zeroed, report.written), (2 * grain, grain, grain));
+        assert_eq!(state.bytes(), grains(&[0xAA, 0, 2, 0xAA]));
+    });
+}
+
+#[test]
+fn compressed_clusters_are_whole_and_zeros_are_left_out() {
+    run(1, async {
+        let cluster = 2 * GRAIN as u64;
+        let mut bytes = grains(&[1, 0, 0, 0, 0, 4, 5, 5]);
+        bytes.truncate(7 * GRAIN + 100);
+        let statuses = vec![(GRAIN as u64..5 * GRAIN as u64, ZERO, None)];
+        let source = Config { statuses, ..Config::default() };
+        let pair = pair(bytes.clone(), source, bytes.len(), Config::default()).await;
+        *pair.target_state.bytes.lock().unwrap() = vec![0; bytes.len()];
+        let options = CopyOptions { compress: Some(cluster), target_is_zero: true, ..small() };
+        pair.copy(&options).await.unwrap();
+        let mut log = pair.target_state.take_log();
+        let end = bytes.len() as u64;
+        assert_eq!(log.pop(), Some(Op::Compressed(end..end)));
+        let clusters = [0..cluster, 2 * cluster..3 * cluster, 3 * cluster..end];
+        assert_eq!(log, clusters.map(Op::Compressed));
+        assert_eq!(pair.target_state.bytes(), bytes);
+    });
+}
+
+#[test]
+fn errors_say_which_side_failed_and_where() {
+    let grain = GRAIN as u64;
+    for (on, words) in [
+        (On::Status, "cannot tell what the source holds"),
+        (On::Read, "cannot read the source"),
+        (On::Write, "cannot write the target"),
+    ] {
+        run(1, async {
+            let bytes = grains(&[1; 16]);
+            let turns = 3;
+            let config = || Config { turns, ..Config::default() };
+            let pair = pair(bytes.clone(), config(), bytes.len(), config()).await;
+            let side = if on == On::Write { &pair.target_state } else { &pair.source_state };
+            let place = if on == On::Status { 0..1 } else { 4 * grain..4 * grain + 1 };
+            side.fail_always(on, Some(place.clone()));
+            let error = pair.copy(&small()).await.unwrap_err();
+            assert!(error.message().starts_with(words), "{error}");
+            assert_eq!(error.offset(), Some(place.start));
+            assert_eq!(error.kind(), ErrorKind::Io);
+        });
+    }
+}
+
+#[test]
+fn salvaging_copies_zeros_for_what_cannot_be_read() {
+    run(1, async {
+        let bytes = grains(&[1; 8]);
+        let pair = pair(bytes.clone(), Config::default(), bytes.len(), Config::default()).await;
+        pair.source_state.fail_always(On::Read, Some(5000..5600));
+        pair.source_state.fail_once(On::Status, None);
+        let told: Arc<Mutex<Vec<u64>>> = Arc::default();
+        let tell = Arc::clone(&told);
+        let salvage = Arc::new(move |offset: u64, len: u64, error: &Error| {
+            assert_eq!((len, error.kind()), (512, ErrorKind::Io));
+            tell.lock().unwrap().push(offset);
+        });
+        let options = CopyOptions { salvage: Some(salvage), ..small() };
+        let report = pair.copy(&options).await.unwrap();
+        assert_eq!(*told.lock().unwrap(), [4608, 5120]);
+        assert_eq!(report.salvaged, 1024);
+        let mut expected = bytes;
+        expected[4608..5632].fill(0);
+        assert_eq!(pair.target_state.bytes(), expected);
+    });
+}
+
+#[test]
+fn a_copy_can_be_cancelled_and_tells_its_progress() {
+    run(1, async {
+        let bytes = grains(&[1; 64]);
+        let config = || Config { turns: 2, ..Config::default() };
+        let pair = pair(bytes.clone(), config(), bytes.len(), config()).await;
+        let cancel = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&cancel);
+        let total = bytes.len() as u64;
+        let progress = Arc::new(move |done: u64, all: u64| {
+            assert!(done <= all && all == total);
+            flag.store(done >= all / 2, Ordering::Relaxed);
+        });
+        let options = CopyOptions { progress: Some(progress), cancel: Some(cancel), ..small() };
+        let error = pair.copy(&options).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Cancelled);
+        let paused = std::sync::atomic::AtomicU64::new(0);
+        let rate_limit = Arc::new(move |len: u64| {
+            paused.fetch_add(len, Ordering::Relaxed);
+            std::time::Duration::from_millis(len)
+        });
+        let before = bds_io::now();
+        let options = CopyOptions { rate_limit: Some(rate_limit), workers: 1, ..small() };
+        pair.copy(&options).await.unwrap();
+        assert!((bds_io::now() - before).as_millis() >= u128::from(total));
+    });
+}
+
+#[test]
+fn the_host_copies_where_both_sides_hold_bytes_one_to_one() {
+    run(1, async {
+        let house = House::new();
+        let bytes = grains(&[1, 2, 3, 4]);
+        let len = bytes.len() as u64;
+        let raw = |to: &'static str| {
+            let map = Some(HostMap { child: "file", offset: 0 });
+            Config {
+                statuses: vec![(0..len, StatusFlags::RAW, map)],
+                passes: true,
+                options: Options::new().with("file", to),
+                ..Config::default()
+            }
+        };
+        let (_a, _) = house.node("a", bytes.clone(), Config::default()).await;
+        let (_b, b_state) = house.node("b", vec![0; bytes.len()], Config::default()).await;
+        let (source, _) = house.node("raw-a", vec![], raw("a")).await;
+        let (target, _) = house.node("raw-b", vec![], raw("b")).await;
+        let options = CopyOptions { offload: true, ..small() };
+        let source = [CopySource::from(Arc::new(backend(&source)))];
+        let target = backend(&target);
+        copy(&source, &target, &options).await.unwrap();
+        assert_eq!(b_state.bytes(), bytes);
+        assert_eq!(b_state.take_log(), [Op::CopyRange(0..len)]);
+        target.flush().await.unwrap();
+        assert_eq!(b_state.take_log(), [Op::FlushToOs, Op::FlushToDisk], "the copy is flushed");
+    });
+}
+
+#[test]
+fn options_and_lengths_are_checked() {
+    run(1, async {
+        let pair = pair(grains(&[1, 2]), Config::default(), GRAIN, Config::default()).await;
+        let table = [
+            small(),
+            CopyOptions { workers: 0, ..small() },
+            CopyOptions { workers: 17, ..small() },
+            CopyOptions { buffer_len: 100, ..small() },
+            CopyOptions { compress: Some(3000), ..small() },
+        ];
+        for options in table {
+            let error = pair.copy(&options).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidInput, "{options:?}");
+        }
+        assert_eq!(pair.target_state.take_log(), []);
+        let _house = &pair.house;
+    });
+}
+
+#[derive(Clone, Debug)]
+struct Case {
+    /// Per source, per grain: the byte, and whether the status says zero (only for zeros).
+    sources: Vec<(Vec<(u8, bool)>, usize)>,
+    options: CopyOptions,
+    request_alignment: u32,
+    can_zero: bool,
+}
+
+fn case() -> impl Strategy<Value = Case> {
+    let grain = prop_oneof![Just((0, true)), Just((0, false)), (1..5u8).prop_map(|v| (v, false))];
+    let source = (prop::collection::vec(grain, 1..24), 0..GRAIN);
+    let compress = prop_oneof![Just(None), Just(Some(4096)), Just(Some(16384))];
+    (
+        prop::collection::vec(source, 1..3),
+        (1..6usize, 1..9usize, any::<bool>(), 0..3u64, compress),
+        prop_oneof![Just(1u32), Just(512), Just(4096)],
+        any::<bool>(),
+    )
+        .prop_map(
+            |(sources, (workers, grains, out_of_order, sparse, compress), align, can_zero)| {
+                let options = CopyOptions {
+                    workers,
+                    buffer_len: grains * GRAIN,
+                    out_of_order,
+                    sparse_len: sparse * 4096,
+                    compress,
+                    ..CopyOptions::default()
+                };
+                Case { sources, options, request_alignment: align, can_zero }
+            },
+        )
+}
+
+proptest! {
+    #![proptest_config(proptest::test_runner::Config::with_cases(200))]
+
+    #[test]
+    fn the_target_holds_what_the_sources_held(case in case(), seed in any::<u64>()) {
+        run(seed, async {
+            let house = House::new();
+            let mut expected = Vec::new();
+            let mut sources = Vec::new();
+            for (i, (values, cut)) in case.sources.iter().enumerate() {
+                let mut bytes = grains(&values.iter().map(|(value, _)| *value).collect::<Vec<_>>());
+                bytes.truncate(bytes.len() - cut);
+                expected.extend_from_slice(&bytes);
+                let statuses = values
+                    .iter()
+                    .enumerate()
+                    .filter(|(_, (_, known))| *known)
+                    .map(|(at, _)| {
+                        let start = (at * GRAIN) as u64;
+                        (start..start + GRAIN as u64, ZERO, None)
+                    })
+                    .collect();
+                let config = Config { statuses, turns: 1, ..Config::default() };
+                let (node, _) = house.node(&format!("source{i}"), bytes, config).await;
+                sources.push(CopySource::from(Arc::new(backend(&node))));
+            }
+            let limits = Limits { request_alignment: case.request_alignment, ..Limits::default() };
+            let zero_flags = case.can_zero.then_some(ZeroFlags::MAY_UNMAP);
+            let config = Config { limits, zero_flags, turns: 1, ..Config::default() };
+            let fill = vec![0xAA; expected.len()];
+            let (node, state) = house.node("target", fill, config).await;
+            copy(&sources, &backend(&node), &case.options).await.unwrap();
+            assert_eq!(state.bytes()[..expected.len()], expected);
+        });
+    }
+}
