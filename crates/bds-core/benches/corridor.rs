@@ -1,0 +1,150 @@
+//! What does the corridor cost per layer, on the inline way and on the waiting one?
+//!
+//! Expected: below 40 ns a layer inline for short chains, below 100 ns for 200 layers; a few hundred waiting (two
+//! boxed futures a layer). Subtract the row for 1 layer for the cost of the ends.
+//! `cargo bench -p bds-core --bench corridor`
+
+use std::any::Any;
+use std::hint::black_box;
+use std::sync::Arc;
+
+use bds_core::Result;
+use bds_core::driver::{
+    BoxFuture, Category, Child, Driver, DriverType, OpenContext, ReadFlags, Registry, Role,
+    StatusFlags, StatusRun, WriteFlags,
+};
+use bds_core::graph::{Graph, GraphConfig, NodeRef};
+use bds_core::options::{OptionKind, OptionSpec, Options};
+use bds_core::request::{Backend, BackendOptions};
+use bds_io::{Buf, IoVec, Sim, SimConfig};
+use criterion::{Criterion, criterion_group, criterion_main};
+
+const LEN: u64 = 1 << 20;
+
+/// Passes on if it has a child, does nothing otherwise.
+struct Pass(Option<Child>);
+
+impl Driver for Pass {
+    fn name(&self) -> &'static str {
+        "pass"
+    }
+    fn len(&self) -> u64 {
+        LEN
+    }
+    fn is_filter(&self) -> bool {
+        self.0.is_some()
+    }
+    fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+        match &self.0 {
+            Some(child) => child.try_read(offset, iov),
+            None => Some(Ok(())),
+        }
+    }
+    fn try_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+        match &self.0 {
+            Some(child) => child.try_write(offset, iov),
+            None => Some(Ok(())),
+        }
+    }
+    fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            match &self.0 {
+                Some(child) => child.read(offset, iov, flags).await,
+                None => Ok(()),
+            }
+        })
+    }
+    fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            match &self.0 {
+                Some(child) => child.write(offset, iov, flags).await,
+                None => Ok(()),
+            }
+        })
+    }
+    fn block_status(&self, _: u64, len: u64, _: bool) -> BoxFuture<'_, Result<StatusRun>> {
+        Box::pin(async move { Ok(StatusRun { len, flags: StatusFlags::DATA, map: None }) })
+    }
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+struct PassType;
+
+impl DriverType for PassType {
+    fn name(&self) -> &'static str {
+        "pass"
+    }
+    fn category(&self) -> Category {
+        Category::Filter
+    }
+    fn open_options(&self) -> &'static [OptionSpec] {
+        const FILE: OptionSpec =
+            OptionSpec { name: "file", kind: OptionKind::Child, help: "below", default: None };
+        &[FILE]
+    }
+    fn open<'a>(
+        &'a self,
+        context: &'a mut OpenContext<'_>,
+    ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
+        Box::pin(async move {
+            let role = Role::FILTERED | Role::PRIMARY;
+            let child = match context.options.contains("file") {
+                true => Some(context.child("file", role).await?),
+                false => None,
+            };
+            let driver: Box<dyn Driver> = Box::new(Pass(child));
+            Ok(driver)
+        })
+    }
+}
+
+async fn stack(layers: usize) -> (Backend, Vec<NodeRef>) {
+    let mut registry = Registry::new();
+    registry.register(Arc::new(PassType)).expect("the first");
+    let graph = Graph::new(GraphConfig::new(Arc::new(registry)));
+    let mut nodes: Vec<NodeRef> = Vec::new();
+    for i in 0..layers {
+        let mut options = Options::new().with("driver", "pass").with("node-name", format!("n{i}"));
+        if i > 0 {
+            options.set("file", format!("n{}", i - 1));
+        }
+        nodes.push(graph.open(options).await.expect("opens"));
+    }
+    let top = nodes.last().expect("a layer");
+    let backend = Backend::new(top, BackendOptions { name: "bench".into(), writable: true });
+    (backend.expect("writable"), nodes)
+}
+
+fn corridor(c: &mut Criterion) {
+    for layers in [1, 2, 5, 10, 50, 200] {
+        let sim = Sim::new(1, SimConfig::calm());
+        sim.block_on(async {
+            let (disk, _nodes) = stack(layers).await;
+            let iov = Buf::zeroed(4096, 4096).iov();
+            c.bench_function(&format!("try_read/{layers}"), |b| {
+                b.iter(|| black_box(disk.try_read(4096, &iov)));
+            });
+            c.bench_function(&format!("try_write/{layers}"), |b| {
+                b.iter(|| black_box(disk.try_write(4096, &iov)));
+            });
+            // A flag keeps the write off the inline way.
+            c.bench_function(&format!("write_waiting/{layers}"), |b| {
+                b.iter(|| {
+                    let write = disk.write(4096, iov.clone(), WriteFlags::UNCHANGED);
+                    futures_util::FutureExt::now_or_never(write)
+                });
+            });
+        });
+    }
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .warm_up_time(std::time::Duration::from_millis(300))
+        .measurement_time(std::time::Duration::from_millis(1000));
+    targets = corridor
+}
+criterion_main!(benches);
