@@ -184,7 +184,7 @@ impl Traffic {
     }
 
     /// Registers the bytes a request touches. A serialising one excludes all that overlap it.
-    /// Call [`Tracked::wait_turn`] next.
+    /// Unless it [may go](Tracked::may_go), [`Tracked::wait_turn`] comes next.
     pub(crate) fn track(
         &self,
         number: ShardNumber,
@@ -360,17 +360,19 @@ pub(crate) struct Tracked<'a> {
 }
 
 impl Tracked<'_> {
-    /// Waits until no earlier conflicting request is inside.
+    /// True if no earlier conflicting request is inside.
     #[inline]
+    pub(crate) fn may_go(&mut self) -> bool {
+        self.ticket == 0 || !self.is_blocked()
+    }
+
+    /// Waits until [`Tracked::may_go`].
     pub(crate) async fn wait_turn(&mut self) {
-        if self.ticket == 0 || !self.is_blocked() {
-            return;
-        }
         let _watching = self.traffic.watch();
         loop {
             let mut gone = pin!(self.traffic.gone.notified());
             gone.as_mut().enable();
-            if !self.is_blocked() {
+            if self.may_go() {
                 return;
             }
             gone.await;

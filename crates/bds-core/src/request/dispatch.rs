@@ -2,6 +2,8 @@
 //!
 //! A write that must be widened excludes everything that overlaps the widened range from before its reads until its
 //! write is done; if one of its reads fails, nothing is written.
+//!
+//! Ways that are rarely taken are boxed: every layer's future holds the next one's, and most requests are plain.
 
 use bds_io::{Buf, IoVec};
 
@@ -84,18 +86,16 @@ async fn read_inside(node: &Entered, offset: u64, iov: IoVec, flags: ReadFlags) 
         return Ok(());
     }
     let limits = node.limits();
-    match Padded::new(&(offset..end), limits.request_alignment) {
-        None => {
-            let _tracked = node.track(offset..end, false).await;
-            read_aligned(node, &limits, offset, iov, flags).await
-        }
+    let (outer, iov) = match Padded::new(&(offset..end), limits.request_alignment) {
+        None => (offset..end, iov),
+        // What lies around goes to a buffer that nobody looks at.
         Some(padded) => {
-            let pad = padded.buffer(limits.memory_alignment);
-            let joined = padded.join(&pad, iov);
-            let _tracked = node.track(padded.outer.clone(), false).await;
-            read_aligned(node, &limits, padded.outer.start, joined, flags).await
+            let joined = padded.join(&padded.buffer(limits.memory_alignment), iov);
+            (padded.outer, joined)
         }
-    }
+    };
+    let _tracked = node.track(outer.clone(), false).await;
+    read_aligned(node, &limits, outer.start, iov, flags).await
 }
 
 /// The range is aligned and registered. Beyond the node's (rounded up) end the driver is not asked.
@@ -119,7 +119,18 @@ async fn read_aligned(
     if stored == len && len <= piece_len && is_short_enough(limits, &iov) {
         return node.driver().read(offset, iov, flags).await;
     }
-    let mut done = 0;
+    Box::pin(read_pieces(node, limits, offset, iov.slice(0..stored), flags, piece_len)).await
+}
+
+async fn read_pieces(
+    node: &Node,
+    limits: &Limits,
+    offset: u64,
+    iov: IoVec,
+    flags: ReadFlags,
+    piece_len: usize,
+) -> Result<()> {
+    let (mut done, stored) = (0, iov.len());
     while done < stored {
         let next = stored.min(done + piece_len);
         let piece = iov.slice(done..next);
@@ -156,7 +167,8 @@ async fn write_inside(
     }
     if let Some(zero_flags) = detected_zeroes(node, &iov, flags) {
         // From here on the caller's memory is not looked at again: it may change, the decision may not.
-        let _done = zero::write_zeroes_inside(edge, node, offset, end - offset, zero_flags).await?;
+        let zeroed = zero::write_zeroes_inside(edge, node, offset, end - offset, zero_flags);
+        let _done = Box::pin(zeroed).await?;
         return Ok(());
     }
     let wants_flush = {
@@ -169,13 +181,13 @@ async fn write_inside(
         let iov = match padded {
             None => iov,
             Some(padded) => {
-                let pad = read_around(node, &limits, &padded).await?;
+                let pad = Box::pin(read_around(node, &limits, &padded)).await?;
                 padded.join(&pad, iov)
             }
         };
         write_aligned(node, &limits, outer.start, iov, flags).await?
     };
-    if wants_flush { flush::flush_inside(edge, node).await } else { Ok(()) }
+    if wants_flush { Box::pin(flush::flush_inside(edge, node)).await } else { Ok(()) }
 }
 
 /// Zero flags for a write that turns out to be all zeros on a node that wants to know.
@@ -231,7 +243,19 @@ pub(super) async fn write_aligned(
         driver.write(offset, iov, native).await?;
         return Ok(wants_flush);
     }
-    let mut done = 0;
+    Box::pin(write_pieces(node, limits, offset, iov, native, piece_len)).await?;
+    Ok(wants_flush)
+}
+
+async fn write_pieces(
+    node: &Node,
+    limits: &Limits,
+    offset: u64,
+    iov: IoVec,
+    flags: WriteFlags,
+    piece_len: usize,
+) -> Result<()> {
+    let (mut done, len) = (0, iov.len());
     while done < len {
         let next = len.min(done + piece_len);
         let mut piece = iov.slice(done..next);
@@ -240,10 +264,10 @@ pub(super) async fn write_aligned(
             bounce.copy_from_iov(0, &piece);
             piece = bounce;
         }
-        driver.write(offset + done as u64, piece, native).await?;
+        node.driver().write(offset + done as u64, piece, flags).await?;
         done = next;
     }
-    Ok(wants_flush)
+    Ok(())
 }
 
 /// Writes one compressed cluster; an empty list pads the file.

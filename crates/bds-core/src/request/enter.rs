@@ -20,7 +20,7 @@ pub(super) async fn enter(edge: &Edge) -> Entered {
             return entered;
         }
         // Not counted anywhere: queued is not in flight, so a drain does not wait for us.
-        edge.wait_open().await;
+        Box::pin(edge.wait_open()).await;
     }
 }
 
@@ -66,7 +66,9 @@ impl Entered {
     /// Registers the range and waits for its turn.
     pub(super) async fn track(&self, range: Range<u64>, is_serialising: bool) -> Tracked<'_> {
         let mut tracked = self.traffic().track(self.number, range, is_serialising);
-        tracked.wait_turn().await;
+        if !tracked.may_go() {
+            Box::pin(tracked.wait_turn()).await;
+        }
         tracked
     }
 
@@ -85,7 +87,9 @@ impl Entered {
             )
             .at(range.start));
         }
-        tracked.wait_turn().await;
+        if !tracked.may_go() {
+            Box::pin(tracked.wait_turn()).await;
+        }
         Ok(tracked)
     }
 }

@@ -68,13 +68,13 @@ pub(super) async fn write_zeroes_inside(
         let _writing = node.writing();
         match padded {
             None => piece.zero(offset, end).await?,
-            Some(padded) => zero_padded(&piece, &padded, offset, end).await?,
+            Some(padded) => Box::pin(zero_padded(&piece, &padded, offset, end)).await?,
         }
     };
     match fell_back {
         Zeroed::Unsupported => return Ok(Attempt::Unsupported),
         Zeroed::ByDriver if native_fua => {}
-        _ if wants_flush => flush::flush_inside(edge, node).await?,
+        _ if wants_flush => Box::pin(flush::flush_inside(edge, node)).await?,
         _ => {}
     }
     Ok(Attempt::Done)

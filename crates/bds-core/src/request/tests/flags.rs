@@ -4,8 +4,7 @@ use bds_io::IoVec;
 
 use super::fake::{Config, House, On, Op, backend};
 use super::{iov, run};
-use crate::driver::{Attempt, DetectZeroes, Limits, OpenFlags, Truncate, WriteFlags, ZeroFlags};
-use crate::driver::{CacheMode, Prealloc};
+use crate::driver::{Attempt, Limits, Prealloc, Truncate, WriteFlags, ZeroFlags};
 use crate::error::ErrorKind;
 use crate::options::Options;
 
@@ -134,7 +133,6 @@ fn unsafe_caches_and_writethrough() {
         disk.set_writethrough(true);
         disk.write(0, iov(&[1], 1), none).await.unwrap();
         assert_eq!(state.take_log(), [Op::Write(0..1, none), Op::FlushToOs, Op::FlushToDisk]);
-        let _ = CacheMode::default();
     });
 }
 
@@ -264,7 +262,6 @@ fn detected_zeroes_become_zero_writes() {
             assert_eq!(state.take_log(), [Op::Write(0..512, WriteFlags::empty())]);
         });
     }
-    let _ = DetectZeroes::Off;
 }
 
 #[test]
@@ -294,7 +291,6 @@ fn users_stay_inside_the_node_and_read_only_is_read_only() {
         assert_eq!(error.kind(), ErrorKind::ReadOnly);
         disk.flush().await.unwrap();
     });
-    let _ = OpenFlags::default();
 }
 
 #[test]
