@@ -1,0 +1,414 @@
+//! The command line: qemu-img's verbs, letters and defaults, and a few of our own.
+//!
+//! Only shape is checked here; what a value means is decided where it is used.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Disk images from the shell: qemu-img's verbs and options on the bds block layer.
+#[derive(Debug, Parser)]
+#[command(
+    name = "bds",
+    version,
+    after_help = "\
+Formats: give -f whenever you know it. Without -f the format is guessed from the first bytes, as qemu-img does; \
+an image guessed to be raw is never opened for writing, because whoever filled it may have chosen those bytes.
+Files named inside an image (backing and data files) are opened, as with qemu-img. Use --image-opts to name them yourself.
+Exit codes are qemu-img's: 0 well, 1 failed; compare: 1 different, 2 and more failed; check: 2 corrupt, 3 leaks, 63 no checks."
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Creates a new image
+    Create(Create),
+    /// Shows what is known about an image
+    Info(Info),
+    /// Copies one or more images into a new one
+    Convert(Convert),
+    /// Compares the contents of two images
+    Compare(Compare),
+    /// Shows which ranges hold data, and where
+    Map(Map),
+    /// Looks for leaks and corruption; changes nothing
+    Check(Check),
+    /// Says how large an image would become
+    Measure(Measure),
+    /// Changes the size of an image
+    Resize(Resize),
+    /// Measures how fast an image is read or written
+    Bench(Bench),
+    /// Copies a range of blocks
+    Dd(Dd),
+    /// Draws the graph of nodes behind an image
+    Graph(Graph),
+}
+
+/// How a result is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Output {
+    /// For people
+    Human,
+    /// For programs
+    Json,
+}
+
+/// What every command that opens an image takes.
+#[derive(Args, Debug)]
+pub(crate) struct Source {
+    /// Format of the image; guessed if not given
+    #[arg(short = 'f', long = "format", value_name = "FMT")]
+    pub(crate) format: Option<String>,
+    /// The name is a list of options ("driver=qcow2,file.filename=a.qcow2") or JSON
+    #[arg(long, conflicts_with = "format")]
+    pub(crate) image_opts: bool,
+    /// Do not mind other users of the image, and do not lock it
+    #[arg(short = 'U', long)]
+    pub(crate) force_share: bool,
+    /// Not supported: there are no user-creatable objects yet
+    #[arg(long, hide = true, value_name = "OBJDEF")]
+    pub(crate) object: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Create {
+    /// Print nothing
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Format of the new image
+    #[arg(short, long, default_value = "raw", value_name = "FMT")]
+    pub(crate) format: String,
+    /// Options of the format, "key=value,…"; "help" lists them
+    #[arg(short, long, value_name = "OPTIONS")]
+    pub(crate) options: Vec<String>,
+    /// Make the new image an overlay of this one
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) backing: Option<String>,
+    /// Format of the backing file
+    #[arg(short = 'F', long, value_name = "FMT")]
+    pub(crate) backing_format: Option<String>,
+    /// Do not open the backing file
+    #[arg(short = 'u', long)]
+    pub(crate) backing_unsafe: bool,
+    /// Not supported: there are no user-creatable objects yet
+    #[arg(long, hide = true, value_name = "OBJDEF")]
+    pub(crate) object: Vec<String>,
+    /// The file to make; overwritten if it exists
+    pub(crate) filename: Option<String>,
+    /// Size in bytes, with optional suffix k, M, G, T, P, E; that of the backing file if not given
+    pub(crate) size: Option<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Info {
+    #[command(flatten)]
+    pub(crate) source: Source,
+    /// How to print
+    #[arg(long, value_enum, default_value = "human")]
+    pub(crate) output: Output,
+    /// Also show the images below
+    #[arg(short, long)]
+    pub(crate) backing_chain: bool,
+    /// The image
+    pub(crate) filename: String,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Convert {
+    /// Format of the input; guessed if not given
+    #[arg(short = 'f', long = "source-format", value_name = "FMT")]
+    pub(crate) format: Option<String>,
+    /// The input names are lists of options
+    #[arg(long, alias = "source-image-opts", conflicts_with = "format")]
+    pub(crate) image_opts: bool,
+    /// The output name is a list of options; needs -n
+    #[arg(long, conflicts_with = "output_format")]
+    pub(crate) target_image_opts: bool,
+    /// Format of the output
+    #[arg(short = 'O', long = "target-format", value_name = "FMT")]
+    pub(crate) output_format: Option<String>,
+    /// Options of the output's format; "help" lists them
+    #[arg(short, long = "target-options", value_name = "OPTIONS")]
+    pub(crate) options: Vec<String>,
+    /// Compress the output
+    #[arg(short, long)]
+    pub(crate) compress: bool,
+    /// Show progress
+    #[arg(short, long)]
+    pub(crate) progress: bool,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Requests in flight, 1 to 16
+    #[arg(short = 'm', long, default_value_t = 8, value_name = "N")]
+    pub(crate) parallel: u32,
+    /// Allow writes in any order
+    #[arg(short = 'W', long)]
+    pub(crate) oob_writes: bool,
+    /// Write into an existing output instead of creating it
+    #[arg(short = 'n', long)]
+    pub(crate) no_create: bool,
+    /// Bytes of zeros that become a hole; 0 writes everything
+    #[arg(short = 'S', long, default_value = "4k", value_name = "SIZE")]
+    pub(crate) sparse_size: String,
+    /// Make the output an overlay of this image, and copy only what differs
+    #[arg(short = 'B', long, value_name = "FILE")]
+    pub(crate) backing: Option<String>,
+    /// Format of the backing file
+    #[arg(short = 'F', long, value_name = "FMT")]
+    pub(crate) backing_format: Option<String>,
+    /// Cache mode of the output
+    #[arg(short = 't', long, default_value = "unsafe", value_name = "CACHE")]
+    pub(crate) target_cache: String,
+    /// Cache mode of the input
+    #[arg(short = 'T', long, default_value = "writeback", value_name = "CACHE")]
+    pub(crate) source_cache: String,
+    /// The existing output reads as zeros already; needs -n
+    #[arg(long)]
+    pub(crate) target_is_zero: bool,
+    /// Let the file system copy ranges where it can
+    #[arg(short = 'C', long = "copy-range-offloading")]
+    pub(crate) copy_range: bool,
+    /// Go on after errors of the input; unreadable sectors become zeros
+    #[arg(long)]
+    pub(crate) salvage: bool,
+    /// Do not mind other users of the input
+    #[arg(short = 'U', long)]
+    pub(crate) force_share: bool,
+    /// Not supported yet: copy persistent bitmaps
+    #[arg(long, hide = true)]
+    pub(crate) bitmaps: bool,
+    /// Not supported yet: goes with --bitmaps
+    #[arg(long, hide = true)]
+    pub(crate) skip_broken_bitmaps: bool,
+    /// Not supported yet: an internal snapshot as input
+    #[arg(short = 'l', long = "source-snapshot", hide = true, value_name = "SNAPSHOT")]
+    pub(crate) snapshot: Option<String>,
+    /// Not supported yet: bytes a second
+    #[arg(short = 'r', long, hide = true, value_name = "RATE")]
+    pub(crate) rate: Option<String>,
+    /// Not supported: there are no user-creatable objects yet
+    #[arg(long, hide = true, value_name = "OBJDEF")]
+    pub(crate) object: Vec<String>,
+    /// The inputs, one after the other, and the output
+    #[arg(required = true, value_name = "FILE")]
+    pub(crate) filenames: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Compare {
+    #[command(flatten)]
+    pub(crate) source: Source,
+    /// Format of the second image
+    #[arg(short = 'F', long = "b-format", value_name = "FMT", conflicts_with = "image_opts")]
+    pub(crate) second_format: Option<String>,
+    /// Different sizes or allocation are a difference
+    #[arg(short, long)]
+    pub(crate) strict: bool,
+    /// Cache mode of both
+    #[arg(short = 'T', long, default_value = "writeback", value_name = "CACHE")]
+    pub(crate) cache: String,
+    /// Show progress
+    #[arg(short, long)]
+    pub(crate) progress: bool,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// The first image
+    pub(crate) first: String,
+    /// The second image
+    pub(crate) second: String,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Map {
+    #[command(flatten)]
+    pub(crate) source: Source,
+    /// How to print
+    #[arg(long, value_enum, default_value = "human")]
+    pub(crate) output: Output,
+    /// Begin here
+    #[arg(short, long, value_name = "OFFSET")]
+    pub(crate) start_offset: Option<String>,
+    /// Look at no more than this
+    #[arg(short = 'l', long, value_name = "LENGTH")]
+    pub(crate) max_length: Option<String>,
+    /// The image
+    pub(crate) filename: String,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Check {
+    #[command(flatten)]
+    pub(crate) source: Source,
+    /// How to print
+    #[arg(long, value_enum, default_value = "human")]
+    pub(crate) output: Output,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Cache mode
+    #[arg(short = 'T', long, default_value = "writeback", value_name = "CACHE")]
+    pub(crate) cache: String,
+    /// Not supported yet: repair
+    #[arg(short = 'r', long, hide = true, value_name = "leaks|all")]
+    pub(crate) repair: Option<String>,
+    /// The image
+    pub(crate) filename: String,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Measure {
+    #[command(flatten)]
+    pub(crate) source: Source,
+    /// Format of the image to be
+    #[arg(short = 'O', long = "target-format", default_value = "raw", value_name = "FMT")]
+    pub(crate) output_format: String,
+    /// Options of that format
+    #[arg(short, long, value_name = "OPTIONS")]
+    pub(crate) options: Vec<String>,
+    /// For an empty image of this size
+    #[arg(short, long, value_name = "SIZE")]
+    pub(crate) size: Option<String>,
+    /// How to print
+    #[arg(long, value_enum, default_value = "human")]
+    pub(crate) output: Output,
+    /// Not supported yet: an internal snapshot as input
+    #[arg(short = 'l', long, hide = true, value_name = "SNAPSHOT")]
+    pub(crate) snapshot: Option<String>,
+    /// For the contents of this image
+    #[arg(conflicts_with = "size")]
+    pub(crate) filename: Option<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Resize {
+    #[command(flatten)]
+    pub(crate) source: Source,
+    /// Allow to cut the image
+    #[arg(long)]
+    pub(crate) shrink: bool,
+    /// How new space is provided: off, metadata, falloc, full
+    #[arg(long, default_value = "off", value_name = "MODE")]
+    pub(crate) preallocation: String,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// The image
+    pub(crate) filename: String,
+    /// The new size, or a change if it begins with + or -
+    #[arg(allow_hyphen_values = true)]
+    pub(crate) size: String,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Bench {
+    #[command(flatten)]
+    pub(crate) source: Source,
+    /// Requests in all
+    #[arg(short, long, default_value_t = 75_000, value_name = "N")]
+    pub(crate) count: u64,
+    /// Requests in flight
+    #[arg(short, long, default_value_t = 64, value_name = "N")]
+    pub(crate) depth: u32,
+    /// Flush after this many writes
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) flush_interval: u32,
+    /// Accepted for compatibility: threads, native, io_uring
+    #[arg(short = 'i', long, value_name = "AIO")]
+    pub(crate) aio: Option<String>,
+    /// Accepted for compatibility: native AIO
+    #[arg(short = 'n', long)]
+    pub(crate) native: bool,
+    /// Do not wait for requests in flight before a flush
+    #[arg(long)]
+    pub(crate) no_drain: bool,
+    /// Offset of the first request
+    #[arg(short, long, default_value = "0")]
+    pub(crate) offset: String,
+    /// Byte to write
+    #[arg(long, default_value_t = 0)]
+    pub(crate) pattern: u8,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Bytes a request
+    #[arg(short = 's', long, default_value = "4k", value_name = "SIZE")]
+    pub(crate) buffer_size: String,
+    /// Distance from one request to the next; the buffer size if not given
+    #[arg(short = 'S', long, value_name = "SIZE")]
+    pub(crate) step_size: Option<String>,
+    /// Cache mode
+    #[arg(short = 't', long, default_value = "writeback", value_name = "CACHE")]
+    pub(crate) cache: String,
+    /// Write instead of reading
+    #[arg(short, long)]
+    pub(crate) write: bool,
+    /// Threads that share the requests
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub(crate) threads: u32,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// The image
+    pub(crate) filename: String,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Dd {
+    #[command(flatten)]
+    pub(crate) source: Source,
+    /// Format of the output
+    #[arg(short = 'O', long = "output-format", default_value = "raw", value_name = "FMT")]
+    pub(crate) output_format: String,
+    /// if=INPUT of=OUTPUT bs=SIZE count=BLOCKS skip=BLOCKS
+    #[arg(required = true, value_name = "OPERAND")]
+    pub(crate) operands: Vec<String>,
+}
+
+/// How the graph is drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Drawing {
+    /// Lines of text
+    Text,
+    /// Graphviz
+    Dot,
+    /// A picture
+    Svg,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Graph {
+    #[command(flatten)]
+    pub(crate) source: Source,
+    /// How to draw
+    #[arg(long, value_enum, default_value = "text")]
+    pub(crate) output: Drawing,
+    /// Where to draw; standard output if not given
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) write_to: Option<PathBuf>,
+    /// The images
+    #[arg(required = true)]
+    pub(crate) filenames: Vec<String>,
+}
+
+/// `resize FILE -1G`: the last word of `resize` is a size, never an option.
+pub(crate) fn with_last_size_protected(
+    words: impl Iterator<Item = std::ffi::OsString>,
+) -> Vec<std::ffi::OsString> {
+    let mut words: Vec<_> = words.collect();
+    let is_resize = words.get(1).is_some_and(|verb| verb == "resize");
+    let looks_negative = |word: &std::ffi::OsString| {
+        let bytes = word.as_encoded_bytes();
+        bytes.first() == Some(&b'-') && bytes.get(1).is_some_and(u8::is_ascii_digit)
+    };
+    let is_protected = words.iter().any(|word| word == "--");
+    if is_resize && !is_protected && words.last().is_some_and(looks_negative) {
+        words.insert(words.len() - 1, "--".into());
+    }
+    words
+}

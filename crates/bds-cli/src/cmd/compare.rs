@@ -1,0 +1,288 @@
+//! `compare`: do two images show the same bytes?
+//!
+//! Zeros need not be stored alike: only where one side has data is anything read. Exit codes are qemu-img's: 0 the same, 1
+//! different, 2 cannot be opened, 3 status cannot be asked, 4 cannot be read.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use bds_core::driver::StatusFlags;
+use bds_core::request::Backend;
+use bds_core::{Error, ErrorKind, Result};
+use bds_io::{Buf, Context, ContextOptions};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesOrdered;
+
+use crate::args::Compare;
+use crate::image::{self, Spec};
+use crate::progress::Progress;
+use crate::report;
+use crate::stop::Stop;
+
+/// Bytes compared at once.
+const PIECE_LEN: u64 = 1 << 20;
+/// Pieces in flight. Enough to keep a disk and a decompressor busy.
+const DEPTH: usize = 8;
+/// Differences are reported at the begin of their sector, as qemu-img does.
+const SECTOR_LEN: usize = 512;
+
+/// How a comparison ended.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    Same,
+    Different(String),
+}
+
+/// What went wrong, by when.
+enum Failure {
+    Open(Error),
+    Status(Error),
+    Read(Error),
+}
+
+pub(crate) fn run(args: &Compare) -> ExitCode {
+    let context = match Context::new(ContextOptions::default()) {
+        Ok(context) => context,
+        Err(e) => {
+            report::failure(&Error::io(e, "cannot start"));
+            return ExitCode::from(2);
+        }
+    };
+    match context.block_on(compare(args)) {
+        Ok(verdict) => {
+            let (words, code) = match verdict {
+                Verdict::Same => ("Images are identical.".to_owned(), 0),
+                Verdict::Different(words) => (words, 1),
+            };
+            if !args.quiet {
+                println!("{words}");
+            }
+            ExitCode::from(code)
+        }
+        Err(failure) => {
+            let (error, code) = match &failure {
+                Failure::Open(error) => (error, 2),
+                Failure::Status(error) => (error, 3),
+                Failure::Read(error) => (error, 4),
+            };
+            let code_of_stop = report::failure(error);
+            if error.kind() == ErrorKind::Cancelled { code_of_stop } else { ExitCode::from(code) }
+        }
+    }
+}
+
+async fn compare(args: &Compare) -> Result<Verdict, Failure> {
+    let (first, second) = specs(args).map_err(Failure::Open)?;
+    let graph = image::trusting_graph();
+    let first = image::open(&graph, &first).await.map_err(Failure::Open)?;
+    let second = image::open(&graph, &second).await.map_err(Failure::Open)?;
+    let a = Arc::new(image::enter(&first, false).map_err(Failure::Open)?);
+    let b = Arc::new(image::enter(&second, false).map_err(Failure::Open)?);
+    if args.strict && a.len() != b.len() {
+        return Ok(Verdict::Different("Strict mode: Image size mismatch!".to_owned()));
+    }
+    let stop =
+        Stop::watch().map_err(|e| Failure::Open(Error::io(e, "cannot watch for signals")))?;
+    let mut progress = Progress::new(args.progress && !args.quiet);
+    let total = a.len().max(b.len());
+    let mut walk = Walk { a, b, at: 0, total, is_strict: args.strict };
+    let verdict = walk.run(args.quiet, &stop, &mut progress).await;
+    match &verdict {
+        Ok(Verdict::Same) => progress.finish(total),
+        _ => progress.abandon(),
+    }
+    verdict
+}
+
+fn specs(args: &Compare) -> Result<(Spec<'_>, Spec<'_>)> {
+    let cache = image::cache_mode("-T", &args.cache)?;
+    let first = Spec::read(&args.first, &args.source)?.cache(cache);
+    let mut second = Spec::read(&args.second, &args.source)?.cache(cache);
+    second.format = args.second_format.as_deref();
+    Ok((first, second))
+}
+
+/// One way through both images.
+struct Walk {
+    a: Arc<Backend>,
+    b: Arc<Backend>,
+    at: u64,
+    total: u64,
+    is_strict: bool,
+}
+
+/// What one step finds out without reading data.
+enum Step {
+    /// Nothing to read up to here.
+    Skip(u64),
+    /// To be read.
+    Look(Piece),
+    /// Already different.
+    Different(String),
+}
+
+/// Bytes to be read and compared. A side that is `None` is zeros there.
+struct Piece {
+    offset: u64,
+    len: u64,
+    a: Option<Arc<Backend>>,
+    b: Option<Arc<Backend>>,
+}
+
+impl Walk {
+    async fn run(
+        &mut self,
+        is_quiet: bool,
+        stop: &Stop,
+        progress: &mut Progress,
+    ) -> Result<Verdict, Failure> {
+        let common = self.a.len().min(self.b.len());
+        let mut is_warned = self.total == common;
+        let mut pieces = FuturesOrdered::new();
+        progress.show(0, self.total);
+        loop {
+            while self.at < self.total && pieces.len() < DEPTH {
+                if stop.is_wanted() {
+                    let words =
+                        format!("interrupted: {} of {} bytes compared", self.at, self.total);
+                    return Err(Failure::Read(Error::new(ErrorKind::Cancelled, words)));
+                }
+                if self.at >= common && !is_warned && pieces.is_empty() {
+                    is_warned = true;
+                    if !is_quiet {
+                        println!("Warning: Image size mismatch!");
+                    }
+                } else if self.at >= common && !is_warned {
+                    // What comes before must be known first.
+                    break;
+                }
+                match self.step(common).await.map_err(Failure::Status)? {
+                    Step::Skip(end) => self.at = end,
+                    Step::Look(piece) => {
+                        self.at = piece.offset + piece.len;
+                        pieces.push_back(piece.compare());
+                    }
+                    // Pieces in front of this may differ as well; they come first.
+                    Step::Different(words) => {
+                        while let Some(found) = pieces.next().await {
+                            if let Some(at) = found.map_err(Failure::Read)? {
+                                return Ok(mismatch(at));
+                            }
+                        }
+                        return Ok(Verdict::Different(words));
+                    }
+                }
+            }
+            match pieces.next().await {
+                None if self.at >= self.total => return Ok(Verdict::Same),
+                None => {}
+                Some(found) => {
+                    if let Some(at) = found.map_err(Failure::Read)? {
+                        return Ok(mismatch(at));
+                    }
+                    progress.show(self.at, self.total);
+                }
+            }
+        }
+    }
+
+    async fn step(&self, common: u64) -> Result<Step> {
+        let end = if self.at < common { common } else { self.total };
+        let (a, b) = (side(&self.a, self.at, end).await?, side(&self.b, self.at, end).await?);
+        if self.is_strict && a.is_allocated != b.is_allocated {
+            let words = format!("Strict mode: Offset {} block status mismatch!", self.at);
+            return Ok(Step::Different(words));
+        }
+        let len = a.len.min(b.len);
+        if a.is_zero && b.is_zero {
+            return Ok(Step::Skip(self.at + len));
+        }
+        let data = |side: &Side, backend: &Arc<Backend>| (!side.is_zero).then(|| backend.clone());
+        Ok(Step::Look(Piece {
+            offset: self.at,
+            len: len.min(PIECE_LEN),
+            a: data(&a, &self.a),
+            b: data(&b, &self.b),
+        }))
+    }
+}
+
+/// What one image holds at a place.
+struct Side {
+    len: u64,
+    is_zero: bool,
+    is_allocated: bool,
+}
+
+async fn side(backend: &Backend, at: u64, end: u64) -> Result<Side> {
+    if at >= backend.len() {
+        // A shorter image shows zeros behind its end.
+        return Ok(Side { len: end - at, is_zero: true, is_allocated: false });
+    }
+    let run = backend.block_status(at, end - at, true).await?;
+    Ok(Side {
+        len: run.len,
+        is_zero: run.flags.contains(StatusFlags::ZERO),
+        is_allocated: run.flags.contains(StatusFlags::ALLOCATED),
+    })
+}
+
+impl Piece {
+    /// The offset of the first difference, if there is one.
+    async fn compare(self) -> Result<Option<u64>> {
+        let read = async |backend: &Option<Arc<Backend>>| match backend {
+            None => Ok(None),
+            Some(backend) => read(backend, self.offset, self.len).await.map(Some),
+        };
+        let (a, b) = futures_util::try_join!(read(&self.a), read(&self.b))?;
+        let found = match (a, b) {
+            (Some(mut a), Some(mut b)) => first_difference(bytes(&mut a)?, bytes(&mut b)?),
+            (Some(mut one), None) | (None, Some(mut one)) => first_nonzero(bytes(&mut one)?),
+            (None, None) => None,
+        };
+        Ok(found.map(|at| self.offset + (at / SECTOR_LEN * SECTOR_LEN) as u64))
+    }
+}
+
+async fn read(backend: &Backend, offset: u64, len: u64) -> Result<Buf> {
+    let len = usize::try_from(len).expect("a piece fits into memory");
+    let buf = Buf::zeroed(len, 4096);
+    backend.read(offset, buf.iov()).await?;
+    Ok(buf)
+}
+
+/// The bytes of a buffer whose read is over.
+fn bytes(buf: &mut Buf) -> Result<&mut [u8]> {
+    buf.get_mut()
+        .ok_or_else(|| Error::new(ErrorKind::Io, "a buffer is still in use after its read"))
+}
+
+fn first_difference(a: &[u8], b: &[u8]) -> Option<usize> {
+    // Whole slices compare at memory speed; only an unequal piece is looked at closely.
+    if a == b { None } else { a.iter().zip(b).position(|(x, y)| x != y) }
+}
+
+fn first_nonzero(bytes: &[u8]) -> Option<usize> {
+    let is_zero = |chunk: &[u8]| chunk.iter().fold(0, |all, byte| all | byte) == 0;
+    let chunk = bytes.chunks(4096).position(|chunk| !is_zero(chunk))?;
+    bytes[chunk * 4096..].iter().position(|byte| *byte != 0).map(|at| chunk * 4096 + at)
+}
+
+fn mismatch(at: u64) -> Verdict {
+    Verdict::Different(format!("Content mismatch at offset {at}!"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_nonzero_byte_is_found_in_any_chunk() {
+        for at in [0, 1, 4095, 4096, 9999] {
+            let mut bytes = vec![0; 10_000];
+            assert_eq!(first_nonzero(&bytes), None);
+            bytes[at] = 1;
+            assert_eq!(first_nonzero(&bytes), Some(at));
+        }
+    }
+}

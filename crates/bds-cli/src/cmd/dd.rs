@@ -1,0 +1,142 @@
+//! `dd`: a range of blocks of one image as a new image.
+
+use std::sync::Arc;
+
+use bds_core::copy::{self, CopyOptions, CopySource};
+use bds_core::driver::OpenFlags;
+use bds_core::{Error, ErrorKind, Options, Result};
+use bds_io::{Context, ContextOptions};
+use serde_json::json;
+
+use crate::args::Dd;
+use crate::cmd::create;
+use crate::image::{self, Spec};
+use crate::stop::Stop;
+
+/// What the operands say.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Operands {
+    input: String,
+    output: String,
+    block_len: u64,
+    count: Option<u64>,
+    skip: u64,
+}
+
+impl Operands {
+    fn parse(words: &[String]) -> Result<Self> {
+        let mut found = Self { block_len: 512, ..Self::default() };
+        for word in words {
+            let Some((key, value)) = word.split_once('=') else {
+                return Err(unknown(word));
+            };
+            match key {
+                "if" => value.clone_into(&mut found.input),
+                "of" => value.clone_into(&mut found.output),
+                "bs" => found.block_len = super::size("block size", value)?,
+                "count" => found.count = Some(super::size("count", value)?),
+                "skip" => found.skip = super::size("skip", value)?,
+                _ => return Err(unknown(word)),
+            }
+        }
+        if found.input.is_empty() || found.output.is_empty() {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "Must specify both input and output file names: if=… of=…",
+            ));
+        }
+        if found.block_len == 0 || found.block_len > 1 << 31 {
+            return Err(Error::new(ErrorKind::InvalidInput, "bs must be between 1 and 2G"));
+        }
+        Ok(found)
+    }
+
+    /// Which bytes of an input of `len` bytes are copied: offset and length.
+    fn range(&self, len: u64) -> (u64, u64) {
+        let offset = self.skip.saturating_mul(self.block_len).min(len);
+        let wanted = self.count.map_or(u64::MAX, |count| count.saturating_mul(self.block_len));
+        // `count` is counted from the begin of the input, as in qemu-img.
+        (offset, wanted.min(len).saturating_sub(offset))
+    }
+}
+
+fn unknown(word: &str) -> Error {
+    Error::new(ErrorKind::InvalidInput, "unrecognized operand: use if=, of=, bs=, count=, skip=")
+        .field("operand", word)
+}
+
+pub(crate) fn run(args: &Dd) -> Result<()> {
+    let operands = Operands::parse(&args.operands)?;
+    let spec = Spec::read(&operands.input, &args.source)?;
+    let context =
+        Context::new(ContextOptions::default()).map_err(|e| Error::io(e, "cannot start"))?;
+    context.block_on(copy_range(&spec, &operands, &args.output_format))
+}
+
+async fn copy_range(spec: &Spec<'_>, operands: &Operands, format: &str) -> Result<()> {
+    let stop = Stop::watch().map_err(|e| Error::io(e, "cannot watch for signals"))?;
+    let graph = image::trusting_graph();
+    let source = image::open(&graph, spec).await?;
+    let (offset, len) = operands.range(source.len());
+    // A window of the source is a node like any other.
+    let window = json!({"driver": "raw", "file": source.name(), "offset": offset, "size": len});
+    let is_whole = offset == 0 && len == source.len();
+    let part = if is_whole {
+        source.clone()
+    } else {
+        let flags = OpenFlags { read_only: true, ..OpenFlags::default() };
+        graph.open_with(Options::from_json(window)?, flags).await?
+    };
+    let output = &operands.output;
+    let options = Options::new().with("size", len);
+    create::create(&graph, format, output, options, false).await?;
+    let flags = OpenFlags { discard: true, ..OpenFlags::default() };
+    let target = Spec { name: output, is_options: false, format: Some(format), flags };
+    let target = image::open(&graph, &target).await?;
+    let backend = image::enter(&target, true)?;
+    let reader = Arc::new(image::enter(&part, false)?);
+    let options =
+        CopyOptions { target_is_zero: true, cancel: Some(stop.flag()), ..CopyOptions::default() };
+    let copied = copy::copy(&[CopySource::from(reader)], &backend, &options).await;
+    let closed = image::close(backend, target).await;
+    drop((part, source));
+    copied.map_err(|e| e.context(format!("output '{output}' is incomplete")))?;
+    closed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(words: &[&str]) -> Result<Operands> {
+        Operands::parse(&words.iter().map(ToString::to_string).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn operands_choose_a_range() {
+        for (words, len, range) in [
+            (vec![], 1000, (0, 1000)),
+            (vec!["count=1"], 1000, (0, 512)),
+            (vec!["bs=100", "skip=3"], 1000, (300, 700)),
+            (vec!["bs=100", "skip=3", "count=5"], 1000, (300, 200)),
+            (vec!["bs=100", "skip=11"], 1000, (1000, 0)),
+            (vec!["bs=1G", "count=16E"], 1000, (0, 1000)),
+        ] {
+            let all = [vec!["if=a", "of=b"], words.clone()].concat();
+            let operands = parse(&all);
+            match operands {
+                Ok(operands) => assert_eq!(operands.range(len), range, "{words:?}"),
+                Err(_) => assert!(words.contains(&"count=16E"), "{words:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn wrong_operands_are_named() {
+        for words in
+            [vec!["if=a"], vec!["if=a", "of=b", "bs=0"], vec!["if=a", "of=b", "zz=1"], vec!["x"]]
+        {
+            assert!(parse(&words).is_err(), "{words:?}");
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! `map`: which ranges hold data, at which depth of the chain, and where.
+
+use std::io::{self, BufWriter, Write};
+use std::path::PathBuf;
+
+use bds_core::driver::StatusFlags;
+use bds_core::request::{Backend, ChainRun};
+use bds_core::{Error, ErrorKind, Result};
+
+use crate::args::{Map, Output};
+use crate::image::{self, Spec};
+
+/// Adjacent runs with the same facts are one entry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Entry {
+    start: u64,
+    len: u64,
+    depth: usize,
+    is_present: bool,
+    is_zero: bool,
+    is_data: bool,
+    is_compressed: bool,
+    offset: Option<u64>,
+    file: Option<PathBuf>,
+}
+
+impl Entry {
+    fn new(start: u64, run: ChainRun) -> Self {
+        let has = |flag| run.flags.contains(flag);
+        let (offset, file) = match run.host {
+            Some(host) => (Some(host.offset), host.file),
+            None => (None, None),
+        };
+        Self {
+            start,
+            len: run.len,
+            depth: run.depth,
+            is_present: has(StatusFlags::ALLOCATED),
+            is_zero: has(StatusFlags::ZERO),
+            is_data: has(StatusFlags::DATA),
+            is_compressed: has(StatusFlags::COMPRESSED),
+            offset,
+            file,
+        }
+    }
+
+    /// Takes `next` in if it goes on where this one ends.
+    fn merge(&mut self, next: &Self) -> bool {
+        let goes_on = Self {
+            start: next.start,
+            len: next.len,
+            offset: self.offset.and_then(|offset| offset.checked_add(self.len)),
+            ..self.clone()
+        };
+        let is_same = *next == goes_on;
+        if is_same {
+            self.len += next.len;
+        }
+        is_same
+    }
+}
+
+pub(crate) fn run(args: &Map) -> Result<()> {
+    let spec = Spec::read(&args.filename, &args.source)?;
+    let start = args.start_offset.as_deref().map_or(Ok(0), |s| super::size("start offset", s))?;
+    let limit = args.max_length.as_deref().map(|s| super::size("max length", s)).transpose()?;
+    bds_io::block_on(async {
+        let graph = image::trusting_graph();
+        let node = image::open(&graph, &spec).await?;
+        let backend = image::enter(&node, false)?;
+        let end = match limit {
+            Some(limit) => start.saturating_add(limit).min(backend.len()),
+            None => backend.len(),
+        };
+        let mut out = Printer::new(args.output);
+        print(&backend, start, end, &mut out).await?;
+        out.end().map_err(|e| Error::io(e, "cannot print"))?;
+        image::close(backend, node).await
+    })
+}
+
+async fn print(backend: &Backend, start: u64, end: u64, out: &mut Printer) -> Result<()> {
+    let mut current: Option<Entry> = None;
+    let mut at = start;
+    while at < end {
+        let run = backend.block_status(at, end - at, true).await?;
+        if run.len == 0 {
+            break;
+        }
+        let next = Entry::new(at, run);
+        at += next.len;
+        if current.as_mut().is_some_and(|entry| entry.merge(&next)) {
+            continue;
+        }
+        if let Some(entry) = current.replace(next) {
+            out.entry(&entry)?;
+        }
+    }
+    current.map_or(Ok(()), |entry| out.entry(&entry))
+}
+
+struct Printer {
+    out: BufWriter<io::StdoutLock<'static>>,
+    format: Output,
+    is_first: bool,
+}
+
+impl Printer {
+    fn new(format: Output) -> Self {
+        Self { out: BufWriter::new(io::stdout().lock()), format, is_first: true }
+    }
+
+    fn entry(&mut self, entry: &Entry) -> Result<()> {
+        match self.format {
+            Output::Human => self.human(entry),
+            Output::Json => self.json(entry).map_err(|e| Error::io(e, "cannot print")),
+        }
+    }
+
+    fn human(&mut self, entry: &Entry) -> Result<()> {
+        let print = |e| Error::io(e, "cannot print");
+        if std::mem::take(&mut self.is_first) {
+            writeln!(self.out, "{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to")
+                .map_err(print)?;
+        }
+        if !entry.is_data || entry.is_zero {
+            return Ok(());
+        }
+        let Some(offset) = entry.offset else {
+            return Err(Error::new(
+                ErrorKind::NotSupported,
+                "File contains external, encrypted or compressed clusters.",
+            )
+            .at(entry.start));
+        };
+        let file = entry.file.as_deref().map(|f| f.display().to_string()).unwrap_or_default();
+        let (start, len, offset) = (hex(entry.start), hex(entry.len), hex(offset));
+        writeln!(self.out, "{start:<16}{len:<16}{offset:<16}{file}").map_err(print)
+    }
+
+    fn json(&mut self, entry: &Entry) -> io::Result<()> {
+        let lead = if std::mem::take(&mut self.is_first) { "[" } else { ",\n" };
+        let Entry { start, len, depth, is_present, is_zero, is_data, is_compressed, .. } = entry;
+        write!(
+            self.out,
+            "{lead}{{ \"start\": {start}, \"length\": {len}, \"depth\": {depth}, \
+             \"present\": {is_present}, \"zero\": {is_zero}, \"data\": {is_data}, \
+             \"compressed\": {is_compressed}"
+        )?;
+        if let Some(offset) = entry.offset {
+            write!(self.out, ", \"offset\": {offset}")?;
+        }
+        write!(self.out, "}}")
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        match (self.format, self.is_first) {
+            (Output::Json, true) => writeln!(self.out, "[]")?,
+            (Output::Json, false) => writeln!(self.out, "]")?,
+            (Output::Human, true) => {
+                writeln!(self.out, "{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to")?;
+            }
+            (Output::Human, false) => {}
+        }
+        self.out.flush()
+    }
+}
+
+/// As printf's `%#x`: zero has no prefix.
+fn hex(value: u64) -> String {
+    if value == 0 { "0".to_owned() } else { format!("{value:#x}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(start: u64, len: u64, offset: Option<u64>) -> Entry {
+        Entry {
+            start,
+            len,
+            depth: 0,
+            is_present: true,
+            is_zero: false,
+            is_data: true,
+            is_compressed: false,
+            offset,
+            file: None,
+        }
+    }
+
+    #[test]
+    fn only_what_goes_on_is_merged() {
+        for (next, is_merged) in [
+            (entry(10, 5, Some(110)), true),
+            (entry(10, 5, Some(111)), false),
+            (entry(10, 5, None), false),
+            (Entry { depth: 1, ..entry(10, 5, Some(110)) }, false),
+        ] {
+            let mut first = entry(0, 10, Some(100));
+            assert_eq!(first.merge(&next), is_merged, "{next:?}");
+            assert_eq!(first.len, if is_merged { 15 } else { 10 });
+        }
+        assert!(entry(0, 10, None).merge(&entry(10, 5, None)));
+    }
+}

@@ -1,0 +1,88 @@
+//! `measure`: how large an image would become.
+
+use bds_core::driver::{MeasureReport, MeasureSource, StatusFlags};
+use bds_core::request::Backend;
+use bds_core::{Error, ErrorKind, Options, Result};
+use serde_json::json;
+
+use crate::args::{Measure, Output};
+use crate::cmd::create::format_options;
+use crate::image::{self, Spec};
+use crate::text::print_json;
+
+pub(crate) fn run(args: &Measure) -> Result<()> {
+    super::refuse(args.snapshot.is_some(), "-l", "internal snapshots cannot be read yet")?;
+    let registry = bds_drivers::registry();
+    let format = registry.format(&args.output_format)?;
+    let mut options = format_options(&args.options)?;
+    let source = match (&args.size, &args.filename) {
+        (Some(size), _) => {
+            let virtual_len = super::size("image size", size)?;
+            options.set("size", virtual_len);
+            MeasureSource { virtual_len, data: Some(Vec::new()) }
+        }
+        (None, Some(name)) => bds_io::block_on(inspect(args, name))?,
+        (None, None) => {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "Either --size N or one filename must be specified",
+            ));
+        }
+    };
+    let report = format.measure(&mut options, &source)?;
+    refuse_rest(options, &args.output_format)?;
+    print(args.output, report)
+}
+
+fn refuse_rest(options: Options, format: &str) -> Result<()> {
+    options.finish(&format!("the format '{format}'"))
+}
+
+async fn inspect(args: &Measure, name: &str) -> Result<MeasureSource> {
+    let spec = Spec::read(name, &args.source)?;
+    let graph = image::trusting_graph();
+    let node = image::open(&graph, &spec).await?;
+    let backend = image::enter(&node, false)?;
+    let source = MeasureSource { virtual_len: backend.len(), data: Some(data(&backend).await?) };
+    image::close(backend, node).await?;
+    Ok(source)
+}
+
+/// Ranges that hold data, in order, not touching.
+async fn data(backend: &Backend) -> Result<Vec<std::ops::Range<u64>>> {
+    let mut ranges: Vec<std::ops::Range<u64>> = Vec::new();
+    let (mut at, end) = (0, backend.len());
+    while at < end {
+        let run = backend.block_status(at, end - at, true).await?;
+        if run.len == 0 {
+            break;
+        }
+        let next = at + run.len;
+        let is_data = run.flags.contains(StatusFlags::DATA | StatusFlags::ALLOCATED)
+            && !run.flags.contains(StatusFlags::ZERO);
+        if is_data {
+            match ranges.last_mut() {
+                Some(last) if last.end == at => last.end = next,
+                _ => ranges.push(at..next),
+            }
+        }
+        at = next;
+    }
+    Ok(ranges)
+}
+
+fn print(output: Output, report: MeasureReport) -> Result<()> {
+    let MeasureReport { required, fully_allocated, bitmaps } = report;
+    if output == Output::Json {
+        let mut value = json!({"required": required, "fully-allocated": fully_allocated});
+        if let Some(bytes) = bitmaps {
+            value["bitmaps"] = json!(bytes);
+        }
+        return print_json(&value).map_err(|e| Error::io(e, "cannot print"));
+    }
+    println!("required size: {required}\nfully allocated size: {fully_allocated}");
+    if let Some(bytes) = bitmaps {
+        println!("bitmaps size: {bytes}");
+    }
+    Ok(())
+}

@@ -1,0 +1,35 @@
+//! One file a verb. Each turns arguments into calls of the library and results into text.
+
+pub(crate) mod bench;
+pub(crate) mod check;
+pub(crate) mod compare;
+pub(crate) mod convert;
+pub(crate) mod create;
+pub(crate) mod dd;
+pub(crate) mod graph;
+pub(crate) mod info;
+pub(crate) mod map;
+pub(crate) mod measure;
+pub(crate) mod resize;
+
+use bds_core::options::parse_size;
+use bds_core::{Error, ErrorKind, Result};
+
+/// A size the user typed; `what` names it in the error.
+pub(crate) fn size(what: &'static str, text: &str) -> Result<u64> {
+    parse_size(text).ok_or_else(|| {
+        Error::new(
+            ErrorKind::InvalidInput,
+            format!("Invalid {what} specified: use digits and an optional suffix k, M, G, T, P, E"),
+        )
+        .field(what, text)
+    })
+}
+
+/// An option of qemu-img that this build does not do.
+pub(crate) fn refuse(is_given: bool, option: &str, remedy: &str) -> Result<()> {
+    if !is_given {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::NotSupported, format!("{option} is not supported yet: {remedy}")))
+}

@@ -1,0 +1,189 @@
+//! From what a user types to an open node: names, formats, cache modes.
+//!
+//! The tool trusts the way qemu-img's users expect: files named inside images are opened, and a format that was not given is
+//! guessed from the first bytes. One thing it does not do: write to an image that it merely guesses to be raw.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use bds_core::driver::{CacheMode, OpenFlags};
+use bds_core::graph::gate::TrustAll;
+use bds_core::graph::{Graph, GraphConfig, NodeRef};
+use bds_core::request::{Backend, BackendOptions};
+use bds_core::{Error, ErrorKind, Options, Result};
+use serde_json::{Value, json};
+
+/// Longest backing chain the tool opens. A loop is found long before.
+const MAX_DEPTH: usize = 1 << 16;
+const MAX_NODES: usize = 1 << 18;
+
+/// A graph that trusts what images name.
+pub(crate) fn trusting_graph() -> Graph {
+    let registry = Arc::new(bds_drivers::registry());
+    Graph::new(GraphConfig {
+        gate: Arc::new(TrustAll { may_probe: true }),
+        max_depth: MAX_DEPTH,
+        max_nodes_per_image: MAX_NODES,
+        ..GraphConfig::new(registry)
+    })
+}
+
+/// What is to be opened, and how.
+#[derive(Clone, Debug)]
+pub(crate) struct Spec<'a> {
+    /// A file name, or options.
+    pub(crate) name: &'a str,
+    pub(crate) is_options: bool,
+    pub(crate) format: Option<&'a str>,
+    pub(crate) flags: OpenFlags,
+}
+
+impl<'a> Spec<'a> {
+    /// A file or options to be read.
+    pub(crate) fn read(name: &'a str, source: &'a crate::args::Source) -> Result<Self> {
+        refuse_objects(&source.object)?;
+        let flags =
+            OpenFlags { read_only: true, force_share: source.force_share, ..OpenFlags::default() };
+        let format = source.format.as_deref();
+        Ok(Self { name, is_options: source.image_opts, format, flags })
+    }
+
+    /// The same for writing.
+    #[must_use]
+    pub(crate) fn writable(mut self) -> Self {
+        self.flags.read_only = false;
+        self.flags.discard = true;
+        self
+    }
+
+    #[must_use]
+    pub(crate) fn cache(mut self, cache: CacheMode) -> Self {
+        self.flags.cache = cache;
+        self
+    }
+}
+
+/// User-creatable objects hold secrets and the like; nothing here can use them yet.
+pub(crate) fn refuse_objects(objects: &[String]) -> Result<()> {
+    match objects.first() {
+        None => Ok(()),
+        Some(object) => Err(Error::new(
+            ErrorKind::NotSupported,
+            "--object is not supported: there are no user-creatable objects",
+        )
+        .field("object", object)),
+    }
+}
+
+/// qemu-img's word for a cache mode.
+pub(crate) fn cache_mode(option: &str, word: &str) -> Result<CacheMode> {
+    CacheMode::parse(word).ok_or_else(|| {
+        Error::new(
+            ErrorKind::InvalidInput,
+            format!("invalid cache mode for {option}: use none, writeback, writethrough, directsync or unsafe"),
+        )
+        .field("cache", word)
+    })
+}
+
+/// Opens an image.
+pub(crate) async fn open(graph: &Graph, spec: &Spec<'_>) -> Result<NodeRef> {
+    open_unnamed(graph, spec)
+        .await
+        .map_err(|e| e.context(format_args!("Could not open '{}'", spec.name)))
+}
+
+async fn open_unnamed(graph: &Graph, spec: &Spec<'_>) -> Result<NodeRef> {
+    let mut options = describe(spec)?;
+    let is_writing = !spec.flags.read_only;
+    if !options.contains("driver") {
+        let format = guess(graph, &options, is_writing).await?;
+        options.set("driver", format);
+    }
+    graph.open_with(options, spec.flags).await
+}
+
+/// The options a name stands for; without a driver if the format has to be guessed.
+fn describe(spec: &Spec<'_>) -> Result<Options> {
+    if spec.is_options || spec.name.starts_with("json:") {
+        let mut options = Options::parse(spec.name)?;
+        if let Some(format) = spec.format {
+            options.set("driver", format);
+        }
+        return Ok(options);
+    }
+    let mut options = Options::new().with("file", protocol(spec.name)?);
+    if let Some(format) = spec.format {
+        options.set("driver", format);
+    }
+    Ok(options)
+}
+
+/// The protocol a file name needs, as options.
+pub(crate) fn protocol(name: &str) -> Result<Value> {
+    if let Some(driver @ ("null-co" | "null-aio")) = name.strip_suffix("://") {
+        return Ok(json!({"driver": driver}));
+    }
+    if let Some(path) = name.strip_prefix("file:") {
+        return Ok(json!({"driver": protocol_of_file(Path::new(path)), "filename": path}));
+    }
+    // As in QEMU: what looks like a URL is one, unless a slash comes first.
+    let scheme = name.split_once(':').map(|(scheme, _)| scheme).filter(|s| !s.contains('/'));
+    if let Some(scheme) = scheme
+        && !Path::new(name).exists()
+    {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!(
+                "unknown protocol '{scheme}' (write ./{name} or file:{name} for a file of this name)"
+            ),
+        ));
+    }
+    Ok(json!({"driver": protocol_of_file(Path::new(name)), "filename": name}))
+}
+
+/// `host_device` for what is a device, `file` for everything else, also for what is missing.
+pub(crate) fn protocol_of_file(path: &Path) -> &'static str {
+    use std::os::unix::fs::FileTypeExt;
+    match std::fs::metadata(path) {
+        Ok(meta) if meta.file_type().is_block_device() || meta.file_type().is_char_device() => {
+            "host_device"
+        }
+        _ => "file",
+    }
+}
+
+/// Guesses the format of the file that `options` name.
+async fn guess(graph: &Graph, options: &Options, is_writing: bool) -> Result<&'static str> {
+    let file = options.peek("file").and_then(|file| file.as_object());
+    let Some(path) = file.and_then(|file| file.get("filename")).and_then(Value::as_str) else {
+        return match file.and_then(|file| file.get("driver")) {
+            // Nothing stored has a format.
+            Some(_) => Ok("raw"),
+            None => Err(Error::new(
+                ErrorKind::InvalidInput,
+                "the format is not given and there is no file to guess it from: add driver=…",
+            )),
+        };
+    };
+    let found = graph.guess_file(Path::new(path)).await?;
+    match found.formats.first().map_or("raw", |candidate| candidate.driver) {
+        "raw" if is_writing => Err(Error::new(
+            ErrorKind::InvalidInput,
+            "the format was not given and looks like raw, which is never guessed for writing: \
+             whoever filled the image may have chosen its first bytes; if it is raw, say -f raw",
+        )),
+        format => Ok(format),
+    }
+}
+
+/// A way into a node, under the name that "in use" messages show.
+pub(crate) fn enter(node: &NodeRef, is_writable: bool) -> Result<Backend> {
+    Backend::new(node, BackendOptions { name: "bds".to_owned(), writable: is_writable })
+}
+
+/// Ends the use of an image: what was written becomes durable, and what fails is said.
+pub(crate) async fn close(backend: Backend, node: NodeRef) -> Result<()> {
+    drop(backend);
+    node.close().await?.into_result()
+}

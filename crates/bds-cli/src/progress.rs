@@ -1,0 +1,113 @@
+//! How far a long command has come.
+//!
+//! On a terminal a bar with rate and time left, on standard error; otherwise qemu-img's lines on standard output. SIGUSR1
+//! prints one line at once, also without `-p`.
+
+use std::io::{self, IsTerminal, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
+
+/// Lines are printed when this many percent have passed since the last.
+const STEP_PERCENT: f64 = 1.0;
+
+/// Shows progress of one command.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    look: Look,
+    asked: Arc<AtomicBool>,
+    last_percent: f64,
+}
+
+#[derive(Debug)]
+enum Look {
+    Silent,
+    Lines,
+    Bar(ProgressBar),
+}
+
+impl Progress {
+    /// `is_wanted`: the user gave -p (and not -q).
+    pub(crate) fn new(is_wanted: bool) -> Self {
+        let look = match (is_wanted, io::stderr().is_terminal()) {
+            (false, _) => Look::Silent,
+            (true, false) => Look::Lines,
+            (true, true) => Look::Bar(bar()),
+        };
+        let asked = Arc::new(AtomicBool::new(false));
+        // Without the signal there is one way less to ask; nothing else depends on it.
+        let _ = signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&asked));
+        Self { look, asked, last_percent: -STEP_PERCENT }
+    }
+
+    /// `done` of `total` bytes.
+    pub(crate) fn show(&mut self, done: u64, total: u64) {
+        let percent = percent(done, total);
+        match &self.look {
+            Look::Bar(bar) => {
+                bar.set_length(total);
+                bar.set_position(done);
+            }
+            Look::Lines if percent >= 100.0 || percent - self.last_percent >= STEP_PERCENT => {
+                self.last_percent = percent;
+                line(percent);
+            }
+            _ => {}
+        }
+        if self.asked.swap(false, Ordering::Relaxed) && !matches!(self.look, Look::Bar(_)) {
+            line(percent);
+        }
+    }
+
+    /// The work is done: the last line, and a new one begun.
+    pub(crate) fn finish(self, total: u64) {
+        match self.look {
+            Look::Silent => {}
+            Look::Lines => {
+                line(100.0);
+                let _ = writeln!(io::stdout());
+            }
+            Look::Bar(bar) => {
+                bar.set_length(total);
+                bar.set_position(total);
+                bar.finish();
+            }
+        }
+    }
+
+    /// The work broke off: what is on the line stays, what follows begins a new one.
+    pub(crate) fn abandon(self) {
+        match self.look {
+            Look::Silent => {}
+            Look::Lines => {
+                let _ = writeln!(io::stdout());
+            }
+            Look::Bar(bar) => bar.abandon(),
+        }
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "two decimals are shown")]
+fn percent(done: u64, total: u64) -> f64 {
+    if total == 0 { 100.0 } else { (done as f64 / total as f64 * 100.0).min(100.0) }
+}
+
+/// A closed pipe must not stop the work, so errors of printing are none.
+fn line(percent: f64) {
+    let mut out = io::stdout().lock();
+    let _ = write!(out, "    ({percent:.2}/100%)\r").and_then(|()| out.flush());
+}
+
+fn bar() -> ProgressBar {
+    let template =
+        "{bar:32} {percent:>3}%  {bytes} of {total_bytes}  {binary_bytes_per_sec}  {left}";
+    let style = ProgressStyle::with_template(template)
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+        .with_key("left", |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+            let seconds = state.eta().as_secs();
+            let _ = write!(out, "{}:{:02} left", seconds / 60, seconds % 60);
+        })
+        .progress_chars("=> ");
+    ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(10)).with_style(style)
+}

@@ -1,0 +1,47 @@
+//! Errors as a person wants to read them.
+
+use std::process::ExitCode;
+
+use bds_core::{Error, ErrorKind};
+
+/// Prints an error and gives the exit code it deserves.
+pub(crate) fn failure(error: &Error) -> ExitCode {
+    eprintln!("bds: {}", words(error));
+    if error.kind() == ErrorKind::Cancelled {
+        return ExitCode::from(crate::stop::EXIT_CODE);
+    }
+    ExitCode::from(1)
+}
+
+/// The error without what only means something inside the program: generated node names, numbers of errors that
+/// are also there in words.
+pub(crate) fn words(error: &Error) -> String {
+    without(&without(&error.to_string(), "node '#block", "': "), " (os error ", ")")
+}
+
+/// `text` without every part that begins with `from` and ends with the next `to`.
+fn without(text: &str, from: &str, to: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(begin) = rest.find(from) {
+        let Some(len) = rest[begin + from.len()..].find(to) else { break };
+        out.push_str(&rest[..begin]);
+        rest = &rest[begin + from.len() + len + to.len()..];
+    }
+    out + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn inner_names_are_left_out() {
+        let error = Error::io(std::io::Error::from_raw_os_error(2), "cannot open")
+            .node("#block000")
+            .file("a.qcow2");
+        assert_eq!(words(&error), "a.qcow2: cannot open: No such file or directory");
+        let named = Error::new(ErrorKind::Io, "gone").node("disk0");
+        assert_eq!(words(&named), "node 'disk0': gone");
+    }
+}
