@@ -6,7 +6,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use crate::context::Local;
+use crate::executor::Local;
 use crate::sim::Sim;
 
 /// The world that drives this thread now.

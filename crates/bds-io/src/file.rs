@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use crate::IoVec;
@@ -111,6 +112,11 @@ enum Inner {
 }
 
 impl File {
+    /// A file of the host that somebody else opened (a sandbox's parent). Of `options`, `direct` must say how
+    /// it was opened and `inline_write_max_bytes` counts; the others were decided by the opener.
+    pub fn from_fd(fd: OwnedFd, options: &OpenOptions) -> io::Result<File> {
+        Ok(File(Inner::Host(HostFile::from_fd(fd, options)?)))
+    }
     /// What it is.
     pub fn kind(&self) -> FileKind {
         match &self.0 {

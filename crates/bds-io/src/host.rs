@@ -1,73 +1,204 @@
 //! Files of the host.
+//!
+//! What the page cache can answer is answered at once, on the caller's thread; the rest becomes an `Op` for
+//! an engine. What a file system cannot do is remembered per file, so that it is tried once.
 
 use std::io;
 use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
-use crate::IoVec;
 use crate::file::{ByteLock, Extent, FileKind, OpenOptions, ZeroMode};
+use crate::op::{OpFuture, OpKind};
+use crate::sys::{self, LockKind, Seek};
+use crate::{Buf, IoVec};
+
+/// Longest write that goes to the page cache on the caller's thread. Copying this much takes less time than
+/// handing the write to another thread does.
+const INLINE_WRITE_MAX_BYTES: u32 = 64 << 10;
+
+/// An open description and what we learnt about it.
+#[derive(Debug)]
+pub(crate) struct Descriptor {
+    fd: OwnedFd,
+    kind: FileKind,
+    is_direct: bool,
+    inline_write_max_len: usize,
+    alignment: OnceLock<(usize, u32)>,
+    /// The file system refused RWF_NOWAIT (EOPNOTSUPP).
+    read_may_wait: AtomicBool,
+    write_may_wait: AtomicBool,
+}
+
+impl AsFd for Descriptor {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
 
 /// An open file of the host.
 #[derive(Clone, Debug)]
-pub(crate) struct HostFile {
-    _p: (),
-}
+pub(crate) struct HostFile(Arc<Descriptor>);
 
 impl HostFile {
     pub(crate) fn open(path: &Path, options: &OpenOptions) -> io::Result<HostFile> {
-        let _ = (path, options);
-        todo!()
+        HostFile::from_fd(sys::open(path, options)?, options)
     }
+
+    /// Takes over a descriptor that somebody else opened, with `options.direct` saying how.
+    pub(crate) fn from_fd(fd: OwnedFd, options: &OpenOptions) -> io::Result<HostFile> {
+        let kind = match sys::stat(fd.as_fd())?.st_mode & libc::S_IFMT {
+            libc::S_IFREG => FileKind::Regular,
+            libc::S_IFBLK => FileKind::Block,
+            libc::S_IFCHR => FileKind::Char,
+            _ => FileKind::Other,
+        };
+        let inline_max = options.inline_write_max_bytes.unwrap_or(INLINE_WRITE_MAX_BYTES);
+        Ok(HostFile(Arc::new(Descriptor {
+            fd,
+            kind,
+            is_direct: options.direct,
+            inline_write_max_len: usize::try_from(inline_max).unwrap_or(usize::MAX),
+            alignment: OnceLock::new(),
+            read_may_wait: AtomicBool::new(
+                options.direct || kind != FileKind::Regular && kind != FileKind::Block,
+            ),
+            write_may_wait: AtomicBool::new(false),
+        })))
+    }
+
     pub(crate) fn kind(&self) -> FileKind {
-        todo!()
+        self.0.kind
     }
+
     pub(crate) fn identity(&self) -> io::Result<(u64, u64)> {
-        todo!()
+        let stat = sys::stat(self.0.as_fd())?;
+        // Two names of one device are two inodes; the device number is what they share.
+        match self.0.kind {
+            FileKind::Block | FileKind::Char => Ok((stat.st_rdev, 0)),
+            FileKind::Regular | FileKind::Other => Ok((stat.st_dev, stat.st_ino)),
+        }
     }
+
     pub(crate) fn len(&self) -> io::Result<u64> {
-        todo!()
+        let fd = self.0.as_fd();
+        match self.0.kind {
+            FileKind::Block => sys::device_len(fd),
+            FileKind::Char => sys::seek(fd, 0, Seek::End),
+            FileKind::Regular | FileKind::Other => unsigned(sys::stat(fd)?.st_size),
+        }
     }
+
     pub(crate) fn allocated_len(&self) -> io::Result<u64> {
-        todo!()
+        // st_blocks counts 512 bytes whatever the file system's block is.
+        Ok(unsigned(sys::stat(self.0.as_fd())?.st_blocks)?.saturating_mul(512))
     }
+
     pub(crate) fn alignment(&self) -> io::Result<(usize, u32)> {
-        todo!()
+        if !self.0.is_direct {
+            return Ok((1, 1));
+        }
+        if let Some(known) = self.0.alignment.get() {
+            return Ok(*known);
+        }
+        let found = self.find_alignment()?;
+        Ok(*self.0.alignment.get_or_init(|| found))
     }
+
+    /// What O_DIRECT demands: asked of statx, else of the device, else found by trial.
+    fn find_alignment(&self) -> io::Result<(usize, u32)> {
+        let fd = self.0.as_fd();
+        if let Some(dio) = sys::dio_align(fd)
+            && dio.memory > 0
+            && dio.offset > 0
+        {
+            return Ok((dio.memory as usize, dio.offset));
+        }
+        if self.0.kind == FileKind::Block {
+            let size = sys::block_size(fd)?;
+            return Ok((size as usize, size));
+        }
+        // The end of file may hide an error (a hole or an empty file reads fine unaligned), so the verdict
+        // of a file that says yes to a single byte is not believed.
+        let buf = Buf::zeroed(8192, 4096);
+        for len in [512u32, 1024, 2048, 4096] {
+            match sys::read_at(fd, u64::from(len), &buf.slice(0..len as usize), 0) {
+                Ok(_) => return Ok((len as usize, len)),
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok((4096, 4096))
+    }
+
     pub(crate) fn try_read(&self, offset: u64, iov: &IoVec) -> Option<io::Result<usize>> {
-        let _ = (offset, iov);
-        todo!()
+        let file = &*self.0;
+        if file.read_may_wait.load(Ordering::Relaxed) {
+            return None;
+        }
+        let answer = sys::read_at(file.as_fd(), offset, iov, libc::RWF_NOWAIT);
+        without_waiting(answer, &file.read_may_wait)
     }
+
     pub(crate) fn try_write(&self, offset: u64, iov: &IoVec) -> Option<io::Result<usize>> {
-        let _ = (offset, iov);
-        todo!()
+        let file = &*self.0;
+        if file.is_direct || matches!(file.kind, FileKind::Char | FileKind::Other) {
+            return None;
+        }
+        if !file.write_may_wait.load(Ordering::Relaxed) {
+            let answer = sys::write_at(file.as_fd(), offset, iov, libc::RWF_NOWAIT);
+            match without_waiting(answer, &file.write_may_wait) {
+                None if file.write_may_wait.load(Ordering::Relaxed) => {}
+                answer => return answer,
+            }
+        }
+        (iov.len() <= file.inline_write_max_len)
+            .then(|| sys::write_at(file.as_fd(), offset, iov, 0))
     }
+
     pub(crate) async fn read(&self, offset: u64, iov: IoVec) -> io::Result<usize> {
-        let _ = (offset, iov);
-        todo!()
+        OpFuture::new(&self.0, OpKind::Read { offset, iov }).await
     }
+
     pub(crate) async fn write(&self, offset: u64, iov: IoVec, dsync: bool) -> io::Result<usize> {
-        let _ = (offset, iov, dsync);
-        todo!()
+        if !dsync && let Some(answer) = self.try_write(offset, &iov) {
+            return answer;
+        }
+        OpFuture::new(&self.0, OpKind::Write { offset, iov, dsync }).await
     }
+
     pub(crate) async fn sync_data(&self) -> io::Result<()> {
-        todo!()
+        self.nothing(OpKind::SyncData).await
     }
+
     pub(crate) async fn zero_range(&self, range: Range<u64>, mode: ZeroMode) -> io::Result<()> {
-        let _ = (range, mode);
-        todo!()
+        let mode = match mode {
+            ZeroMode::Allocate => libc::FALLOC_FL_ZERO_RANGE,
+            ZeroMode::PunchHole => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+            ZeroMode::Extend => 0,
+        };
+        match length(&range)? {
+            0 => Ok(()),
+            len => self.nothing(OpKind::Allocate { mode, offset: range.start, len }).await,
+        }
     }
+
     pub(crate) async fn discard_device(&self, range: Range<u64>) -> io::Result<()> {
-        let _ = range;
-        todo!()
+        let len = length(&range)?;
+        self.nothing(OpKind::Discard { offset: range.start, len }).await
     }
+
     pub(crate) async fn zero_device(&self, range: Range<u64>) -> io::Result<()> {
-        let _ = range;
-        todo!()
+        let len = length(&range)?;
+        self.nothing(OpKind::ZeroOut { offset: range.start, len }).await
     }
+
     pub(crate) async fn set_len(&self, len: u64) -> io::Result<()> {
-        let _ = len;
-        todo!()
+        self.nothing(OpKind::SetLen { len }).await
     }
+
     pub(crate) async fn copy_range_to(
         &self,
         offset: u64,
@@ -75,23 +206,70 @@ impl HostFile {
         target_offset: u64,
         len: u64,
     ) -> io::Result<u64> {
-        let _ = (offset, target, target_offset, len);
-        todo!()
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        let target = target.0.clone();
+        let kind = OpKind::CopyRange { offset, target, target_offset, len };
+        OpFuture::new(&self.0, kind).await.map(|count| count as u64)
     }
+
+    async fn nothing(&self, kind: OpKind) -> io::Result<()> {
+        OpFuture::new(&self.0, kind).await.map(drop)
+    }
+
     pub(crate) fn extent(&self, offset: u64) -> io::Result<Option<Extent>> {
-        let _ = offset;
-        todo!()
+        let fd = self.0.as_fd();
+        let data = match sys::seek(fd, offset, Seek::Data) {
+            Ok(data) => data,
+            // ENXIO: no data from here on. Past the end of file, or a hole that reaches it.
+            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {
+                let end = self.len()?;
+                let hole = |len| Extent { is_data: false, len };
+                return Ok(end.checked_sub(offset).filter(|len| *len > 0).map(hole));
+            }
+            Err(error) => return Err(error),
+        };
+        if data > offset {
+            return Ok(Some(Extent { is_data: false, len: data - offset }));
+        }
+        match sys::seek(fd, offset, Seek::Hole) {
+            Ok(hole) if hole > offset => Ok(Some(Extent { is_data: true, len: hole - offset })),
+            // The file changed between the two questions.
+            Ok(_) => Err(io::Error::from_raw_os_error(libc::EAGAIN)),
+            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
+
     pub(crate) fn lock_shared(&self, lock: ByteLock) -> io::Result<()> {
-        let _ = lock;
-        todo!()
+        sys::lock(self.0.as_fd(), lock, LockKind::Shared)
     }
+
     pub(crate) fn unlock(&self, lock: ByteLock) -> io::Result<()> {
-        let _ = lock;
-        todo!()
+        sys::lock(self.0.as_fd(), lock, LockKind::None)
     }
+
     pub(crate) fn is_locked_by_others(&self, lock: ByteLock) -> io::Result<bool> {
-        let _ = lock;
-        todo!()
+        sys::is_locked_by_others(self.0.as_fd(), lock)
     }
+}
+
+/// What an attempt with RWF_NOWAIT says. None: it would have waited, or cannot be told (then remembered).
+fn without_waiting(answer: io::Result<usize>, may_wait: &AtomicBool) -> Option<io::Result<usize>> {
+    match answer.as_ref().err().and_then(io::Error::raw_os_error) {
+        Some(libc::EAGAIN) => None,
+        Some(libc::EOPNOTSUPP) => {
+            may_wait.store(true, Ordering::Relaxed);
+            None
+        }
+        _ => Some(answer),
+    }
+}
+
+fn unsigned(number: i64) -> io::Result<u64> {
+    u64::try_from(number).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))
+}
+
+fn length(range: &Range<u64>) -> io::Result<u64> {
+    let len = range.end.checked_sub(range.start);
+    len.ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))
 }

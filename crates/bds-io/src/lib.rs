@@ -4,16 +4,24 @@
 //! drives it), [`sim`] (the same world on a seed).
 
 pub mod buf;
+mod cell;
+mod clock;
 pub mod context;
 mod current;
+mod engine;
+mod executor;
 pub mod file;
 mod host;
+mod op;
 pub mod sim;
 pub mod sync;
+mod sys;
+mod workers;
 
 pub use buf::{Buf, BufPool, IoVec};
 pub use context::{
-    Context, ContextOptions, EngineKind, Task, block_on, now, offload, sleep, spawn, yield_now,
+    Context, ContextHandle, ContextOptions, EngineKind, Task, block_on, now, offload, sleep, spawn,
+    yield_now,
 };
-pub use file::{ByteLock, File, FileKind, Fs, OpenOptions, ZeroMode};
+pub use file::{ByteLock, Extent, File, FileKind, Fs, OpenOptions, ZeroMode};
 pub use sim::{Sim, SimConfig};

@@ -1,7 +1,9 @@
-//! bds-io from outside.
+//! bds-io from outside: one binary, modules named after what they prove.
 
+mod file;
 mod sim_crash;
 mod sim_faults;
 mod sim_files;
 mod sim_replay;
 mod sim_versions;
+mod support;

@@ -1,0 +1,99 @@
+//! Time of the host: now, and who waits for when.
+
+use std::cmp;
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, LazyLock};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use crate::cell::AnswerCell;
+use crate::context::background;
+use crate::current::{self, Current};
+
+/// Time since the first question.
+pub(crate) fn now() -> Duration {
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+    START.elapsed()
+}
+
+/// Below this many timers nobody looks for abandoned ones.
+const PURGE_MIN: usize = 64;
+
+/// Who waits for when, in order; those of one moment in the order they came.
+#[derive(Debug, Default)]
+pub(crate) struct Timers {
+    by_time: BTreeMap<(Duration, u64), Arc<AnswerCell<()>>>,
+    next_number: u64,
+    purge_at: usize,
+}
+
+impl Timers {
+    pub(crate) fn add(&mut self, deadline: Duration, cell: Arc<AnswerCell<()>>) {
+        if self.by_time.len() >= cmp::max(self.purge_at, PURGE_MIN) {
+            // A cell that only we hold belongs to a sleep that was dropped.
+            self.by_time.retain(|_, cell| Arc::strong_count(cell) > 1);
+            self.purge_at = self.by_time.len() * 2;
+        }
+        self.by_time.insert((deadline, self.next_number), cell);
+        self.next_number += 1;
+    }
+
+    /// When the first timer is due.
+    pub(crate) fn next(&self) -> Option<Duration> {
+        self.by_time.first_key_value().map(|((deadline, _), _)| *deadline)
+    }
+
+    /// Takes the first timer if it is due.
+    pub(crate) fn take_due(&mut self, now: Duration) -> Option<Arc<AnswerCell<()>>> {
+        let first = self.by_time.first_entry()?;
+        (first.key().0 <= now).then(|| first.remove())
+    }
+
+    /// Takes everything, for another Context to go on with.
+    pub(crate) fn take_all(&mut self) -> Vec<(Duration, Arc<AnswerCell<()>>)> {
+        let all = std::mem::take(&mut self.by_time);
+        all.into_iter().map(|((deadline, _), cell)| (deadline, cell)).collect()
+    }
+}
+
+/// Waits on the host's clock. Begins (and finds its Context) when first polled; the time counts from `new`.
+#[derive(Debug)]
+pub(crate) struct Sleep {
+    deadline: Duration,
+    cell: Option<Arc<AnswerCell<()>>>,
+}
+
+impl Sleep {
+    pub(crate) fn new(how_long: Duration) -> Sleep {
+        Sleep { deadline: now().saturating_add(how_long), cell: None }
+    }
+}
+
+impl Future for Sleep {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        if let Some(cell) = &self.cell {
+            return cell.poll(cx);
+        }
+        if self.deadline <= now() {
+            return Poll::Ready(());
+        }
+        let cell = AnswerCell::new(cx.waker().clone());
+        let is_taken = current::with(|world| match world {
+            Current::Host(local) => {
+                local.add_timer(self.deadline, cell.clone());
+                true
+            }
+            _ => false,
+        });
+        if !is_taken {
+            let background = background().expect("a thread can be started to wait for time");
+            background.add_timer(self.deadline, cell.clone());
+        }
+        self.cell = Some(cell);
+        Poll::Pending
+    }
+}

@@ -1,0 +1,134 @@
+//! One operation on a file, as a value: what engines carry out, and the future that waits for it.
+//!
+//! An `Op` owns the file and the memory it points at. Engines keep it until the operation is over, so the
+//! future may be dropped or forgotten at any time.
+
+use std::future::Future;
+use std::io;
+use std::os::fd::AsFd;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use crate::cell::AnswerCell;
+use crate::context::background;
+use crate::current::{self, Current};
+use crate::host::Descriptor;
+use crate::{IoVec, sys};
+
+/// What an operation answers: a count of bytes, or 0.
+pub(crate) type Answer = io::Result<usize>;
+
+/// What is to be done.
+#[derive(Debug)]
+pub(crate) enum OpKind {
+    Read {
+        offset: u64,
+        iov: IoVec,
+    },
+    Write {
+        offset: u64,
+        iov: IoVec,
+        dsync: bool,
+    },
+    SyncData,
+    /// `mode`: FALLOC_FL_*.
+    Allocate {
+        mode: libc::c_int,
+        offset: u64,
+        len: u64,
+    },
+    SetLen {
+        len: u64,
+    },
+    Discard {
+        offset: u64,
+        len: u64,
+    },
+    ZeroOut {
+        offset: u64,
+        len: u64,
+    },
+    CopyRange {
+        offset: u64,
+        target: Arc<Descriptor>,
+        target_offset: u64,
+        len: usize,
+    },
+}
+
+/// An operation with all that it needs.
+#[derive(Debug)]
+pub(crate) struct Op {
+    pub(crate) file: Arc<Descriptor>,
+    pub(crate) kind: OpKind,
+}
+
+impl Op {
+    /// Does it here and now, blocking the thread.
+    pub(crate) fn run(&self) -> Answer {
+        let fd = self.file.as_fd();
+        let nothing = |()| 0;
+        match &self.kind {
+            OpKind::Read { offset, iov } => sys::read_at(fd, *offset, iov, 0),
+            OpKind::Write { offset, iov, dsync } => {
+                let flags = if *dsync { libc::RWF_DSYNC } else { 0 };
+                sys::write_at(fd, *offset, iov, flags)
+            }
+            OpKind::SyncData => sys::sync_data(fd).map(nothing),
+            OpKind::Allocate { mode, offset, len } => {
+                sys::allocate_range(fd, *mode, *offset, *len).map(nothing)
+            }
+            OpKind::SetLen { len } => sys::set_len(fd, *len).map(nothing),
+            OpKind::Discard { offset, len } => sys::discard(fd, *offset, *len).map(nothing),
+            OpKind::ZeroOut { offset, len } => sys::zero_out(fd, *offset, *len).map(nothing),
+            OpKind::CopyRange { offset, target, target_offset, len } => {
+                sys::copy_range(fd, *offset, target.as_fd(), *target_offset, *len)
+            }
+        }
+    }
+}
+
+/// Waits for an operation. It begins when first polled, on the engine of the Context that polls, or on the
+/// background Context if none does; from then on it runs to its end, whatever happens to this future.
+#[derive(Debug)]
+#[must_use = "an operation begins when its future is polled"]
+pub(crate) enum OpFuture {
+    New(Option<Op>),
+    Waiting(Arc<AnswerCell<Answer>>),
+}
+
+impl OpFuture {
+    pub(crate) fn new(file: &Arc<Descriptor>, kind: OpKind) -> OpFuture {
+        OpFuture::New(Some(Op { file: file.clone(), kind }))
+    }
+}
+
+impl Future for OpFuture {
+    type Output = Answer;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Answer> {
+        match &mut *self {
+            OpFuture::Waiting(cell) => cell.poll(cx),
+            OpFuture::New(op) => {
+                let op = op.take().expect("a future is not polled after it ended");
+                let cell = AnswerCell::new(cx.waker().clone());
+                let rest = current::with(|world| match world {
+                    Current::Host(local) => {
+                        local.submit(op, cell.clone());
+                        None
+                    }
+                    _ => Some(op),
+                });
+                if let Some(op) = rest {
+                    match background() {
+                        Ok(background) => background.submit(op, cell.clone()),
+                        Err(error) => return Poll::Ready(Err(error)),
+                    }
+                }
+                self.set(OpFuture::Waiting(cell));
+                Poll::Pending
+            }
+        }
+    }
+}

@@ -1,0 +1,288 @@
+//! Linux: one call, one function, one SAFETY.
+//!
+//! `nix` serves where it has a safe wrapper; the rest is `libc`. Nothing here keeps state.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, copy_file_range, fallocate, fcntl};
+use nix::unistd::{self, Whence};
+use smallvec::SmallVec;
+
+use crate::IoVec;
+use crate::file::{ByteLock, OpenOptions};
+
+/// Segments that one call takes at most (UIO_MAXIOV); longer lists give short transfers.
+const VECTORS_MAX: usize = 1024;
+
+/// Repeats `call` while signals interrupt it.
+fn retry<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(Errno::EINTR) => {}
+            other => return other.map_err(io::Error::from),
+        }
+    }
+}
+
+/// As `retry`, for calls that return a count or -1.
+fn retry_count(mut call: impl FnMut() -> isize) -> io::Result<usize> {
+    retry(|| usize::try_from(call()).map_err(|_| Errno::last()))
+}
+
+/// A file offset as the kernel takes it; EFBIG past `i64::MAX`.
+pub(crate) fn to_off(offset: u64) -> io::Result<i64> {
+    i64::try_from(offset).map_err(|_| io::Error::from(Errno::EFBIG))
+}
+
+/// The list as the kernel takes it, cut to what one call may carry.
+pub(crate) fn vectors(iov: &IoVec) -> SmallVec<[libc::iovec; 4]> {
+    let segments = iov.segments().iter().take(VECTORS_MAX);
+    segments.map(|seg| libc::iovec { iov_base: seg.as_ptr().cast(), iov_len: seg.len() }).collect()
+}
+
+pub(crate) fn open(path: &Path, options: &OpenOptions) -> io::Result<OwnedFd> {
+    let direct = if options.direct { libc::O_DIRECT } else { 0 };
+    let file = fs::OpenOptions::new()
+        .read(true)
+        .write(options.write)
+        .create(options.create && !options.exclusive)
+        .create_new(options.create && options.exclusive)
+        .custom_flags(libc::O_CLOEXEC | libc::O_NOCTTY | libc::O_NONBLOCK | direct)
+        .open(path)?;
+    let fd = OwnedFd::from(file);
+    // Only the opening itself must not wait (for a fifo's other end); operations may.
+    let flags = OFlag::from_bits_retain(retry(|| fcntl(&fd, FcntlArg::F_GETFL))?);
+    retry(|| fcntl(&fd, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK)))?;
+    Ok(fd)
+}
+
+/// preadv2. `flags`: RWF_*.
+pub(crate) fn read_at(
+    fd: BorrowedFd<'_>,
+    offset: u64,
+    iov: &IoVec,
+    flags: libc::c_int,
+) -> io::Result<usize> {
+    let offset = to_off(offset)?;
+    let vectors = vectors(iov);
+    let count = vectors.len().try_into().unwrap_or(libc::c_int::MAX);
+    // SAFETY: the descriptor is borrowed, so open; `vectors` has `count` entries, each naming memory that is
+    // valid for writes while the borrowed list holds its anchors, which is longer than this call.
+    retry_count(|| unsafe { libc::preadv2(fd.as_raw_fd(), vectors.as_ptr(), count, offset, flags) })
+}
+
+/// pwritev2. `flags`: RWF_*.
+pub(crate) fn write_at(
+    fd: BorrowedFd<'_>,
+    offset: u64,
+    iov: &IoVec,
+    flags: libc::c_int,
+) -> io::Result<usize> {
+    let offset = to_off(offset)?;
+    let vectors = vectors(iov);
+    let count = vectors.len().try_into().unwrap_or(libc::c_int::MAX);
+    // SAFETY: as in `read_at`; the memory is only read.
+    retry_count(|| unsafe {
+        libc::pwritev2(fd.as_raw_fd(), vectors.as_ptr(), count, offset, flags)
+    })
+}
+
+pub(crate) fn sync_data(fd: BorrowedFd<'_>) -> io::Result<()> {
+    retry(|| unistd::fdatasync(fd))
+}
+
+pub(crate) fn set_len(fd: BorrowedFd<'_>, len: u64) -> io::Result<()> {
+    let len = to_off(len)?;
+    retry(|| unistd::ftruncate(fd, len))
+}
+
+/// fallocate with a raw mode (FALLOC_FL_*).
+pub(crate) fn allocate_range(
+    fd: BorrowedFd<'_>,
+    mode: libc::c_int,
+    offset: u64,
+    len: u64,
+) -> io::Result<()> {
+    let (offset, len) = (to_off(offset)?, to_off(len)?);
+    retry(|| fallocate(fd, FallocateFlags::from_bits_retain(mode), offset, len))
+}
+
+pub(crate) fn copy_range(
+    from: BorrowedFd<'_>,
+    from_offset: u64,
+    to: BorrowedFd<'_>,
+    to_offset: u64,
+    len: usize,
+) -> io::Result<usize> {
+    let (from_offset, to_offset) = (to_off(from_offset)?, to_off(to_offset)?);
+    retry(|| {
+        let (mut from_at, mut to_at) = (from_offset, to_offset);
+        copy_file_range(from, Some(&mut from_at), to, Some(&mut to_at), len)
+    })
+}
+
+/// Where `seek` looks.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Seek {
+    Data,
+    Hole,
+    End,
+}
+
+/// lseek. Moves the description's position, which nothing here uses.
+pub(crate) fn seek(fd: BorrowedFd<'_>, offset: u64, to: Seek) -> io::Result<u64> {
+    let whence = match to {
+        Seek::Data => Whence::SeekData,
+        Seek::Hole => Whence::SeekHole,
+        Seek::End => Whence::SeekEnd,
+    };
+    let offset = to_off(offset)?;
+    let at = retry(|| unistd::lseek(fd, offset, whence))?;
+    u64::try_from(at).map_err(|_| io::Error::from(Errno::EOVERFLOW))
+}
+
+pub(crate) fn stat(fd: BorrowedFd<'_>) -> io::Result<libc::stat> {
+    retry(|| nix::sys::stat::fstat(fd))
+}
+
+/// What statx says about O_DIRECT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DioAlign {
+    /// Alignment of memory, bytes; 0: no O_DIRECT on this file.
+    pub(crate) memory: u32,
+    /// Alignment of offset and length, bytes.
+    pub(crate) offset: u32,
+}
+
+/// The kernel's struct statx by words; libc's has no names for the O_DIRECT fields on glibc.
+#[repr(C, align(8))]
+struct StatxWords([u32; 64]);
+
+const STATX_DIOALIGN: u32 = 0x2000;
+/// Byte 152 and 156 of struct statx: stx_dio_mem_align, stx_dio_offset_align.
+const DIO_MEM_WORD: usize = 38;
+const DIO_OFFSET_WORD: usize = 39;
+
+/// None: the kernel or the file system does not say.
+pub(crate) fn dio_align(fd: BorrowedFd<'_>) -> Option<DioAlign> {
+    let mut words = StatxWords([0; 64]);
+    // SAFETY: the path is a NUL-terminated literal (empty, with AT_EMPTY_PATH: the descriptor itself); the
+    // kernel writes at most 256 bytes, the size of `words`, whose every bit pattern is valid.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_statx,
+            fd.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            STATX_DIOALIGN,
+            &raw mut words,
+        )
+    };
+    let StatxWords(words) = words;
+    (done == 0 && words[0] & STATX_DIOALIGN != 0)
+        .then(|| DioAlign { memory: words[DIO_MEM_WORD], offset: words[DIO_OFFSET_WORD] })
+}
+
+nix::ioctl_read_bad!(blk_logical_size, libc::BLKSSZGET, libc::c_int);
+nix::ioctl_read!(blk_size64, 0x12, 114, usize);
+nix::ioctl_write_ptr_bad!(blk_discard, 0x1277, [u64; 2]);
+nix::ioctl_write_ptr_bad!(blk_zeroout, 0x127f, [u64; 2]);
+
+/// BLKSSZGET: a block device's logical block size in bytes.
+pub(crate) fn block_size(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut size = 0;
+    // SAFETY: the kernel writes one int, to a live local.
+    retry(|| unsafe { blk_logical_size(fd.as_raw_fd(), &raw mut size) })?;
+    u32::try_from(size).map_err(|_| io::Error::from(Errno::EINVAL))
+}
+
+/// BLKGETSIZE64: a block device's length in bytes.
+pub(crate) fn device_len(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut len = 0;
+    // SAFETY: the kernel writes one 64-bit number, to a live local of that size (usize is 64 bits on the
+    // hosts we serve; on 32-bit ones the ioctl number, which contains the size, is refused).
+    retry(|| unsafe { blk_size64(fd.as_raw_fd(), &raw mut len) })?;
+    Ok(len as u64)
+}
+
+/// BLKDISCARD.
+pub(crate) fn discard(fd: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result<()> {
+    let range = [offset, len];
+    // SAFETY: the kernel reads two u64 from a live local.
+    retry(|| unsafe { blk_discard(fd.as_raw_fd(), &raw const range) }).map(drop)
+}
+
+/// BLKZEROOUT.
+pub(crate) fn zero_out(fd: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result<()> {
+    let range = [offset, len];
+    // SAFETY: the kernel reads two u64 from a live local.
+    retry(|| unsafe { blk_zeroout(fd.as_raw_fd(), &raw const range) }).map(drop)
+}
+
+/// What an OFD lock is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum LockKind {
+    Shared,
+    Exclusive,
+    None,
+}
+
+fn flock(lock: ByteLock, kind: LockKind) -> io::Result<libc::flock> {
+    let l_type = match kind {
+        LockKind::Shared => libc::F_RDLCK,
+        LockKind::Exclusive => libc::F_WRLCK,
+        LockKind::None => libc::F_UNLCK,
+    };
+    Ok(libc::flock {
+        l_type: i16::try_from(l_type).expect("lock types are 0, 1 and 2"),
+        l_whence: i16::try_from(libc::SEEK_SET).expect("SEEK_SET is 0"),
+        l_start: to_off(lock.offset)?,
+        l_len: to_off(lock.len)?,
+        l_pid: 0,
+    })
+}
+
+/// Takes or drops an OFD lock; never waits (EAGAIN).
+pub(crate) fn lock(fd: BorrowedFd<'_>, lock: ByteLock, kind: LockKind) -> io::Result<()> {
+    let flock = flock(lock, kind)?;
+    // SAFETY: the kernel reads one flock from a live local.
+    retry_count(|| unsafe {
+        libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &raw const flock) as isize
+    })
+    .map(drop)
+}
+
+/// True if an exclusive lock on the range would meet somebody else's.
+pub(crate) fn is_locked_by_others(fd: BorrowedFd<'_>, lock: ByteLock) -> io::Result<bool> {
+    let mut flock = flock(lock, LockKind::Exclusive)?;
+    // SAFETY: the kernel reads and writes one flock, a live local.
+    retry_count(|| unsafe {
+        libc::fcntl(fd.as_raw_fd(), libc::F_OFD_GETLK, &raw mut flock) as isize
+    })?;
+    Ok(libc::c_int::from(flock.l_type) != libc::F_UNLCK)
+}
+
+/// An eventfd, nonblocking: what wakes a sleeping Context.
+pub(crate) fn event() -> io::Result<OwnedFd> {
+    use nix::sys::eventfd::{EfdFlags, EventFd};
+    let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+    Ok(OwnedFd::from(event))
+}
+
+/// Adds one to an eventfd.
+pub(crate) fn signal(event: &OwnedFd) {
+    // Fails only when the counter is full (EAGAIN), and then the sleeper is woken already.
+    let _ = retry(|| unistd::write(event, &1u64.to_ne_bytes()));
+}
+
+/// Empties an eventfd or timerfd.
+pub(crate) fn clear(event: impl AsFd) {
+    let mut count = [0; 8];
+    // Fails only when there is nothing to empty (EAGAIN).
+    let _ = retry(|| unistd::read(&event, &mut count));
+}

@@ -1,0 +1,12 @@
+//! Every system call of the house. Above this module nobody meets a raw descriptor's rules or `errno`.
+//!
+//! Calls are restarted when a signal interrupts them; errors keep their errno. Short transfers are passed on.
+
+mod linux;
+
+pub(crate) use linux::{LockKind, Seek};
+pub(crate) use linux::{
+    allocate_range, block_size, clear, copy_range, device_len, dio_align, discard, event,
+    is_locked_by_others, lock, open, read_at, seek, set_len, signal, stat, sync_data, to_off,
+    vectors, write_at, zero_out,
+};

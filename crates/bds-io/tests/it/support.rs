@@ -1,0 +1,38 @@
+//! Every engine in turn, and files to work on.
+
+use bds_io::{Context, ContextOptions, EngineKind, File, Fs, IoVec, OpenOptions};
+use tempfile::TempDir;
+
+/// Runs `test` once with each engine; says which one is not to be had here.
+pub(crate) fn on_every_engine(test: impl Fn(&Context)) {
+    for engine in [EngineKind::Uring, EngineKind::Pool] {
+        let options = ContextOptions { engine, ..ContextOptions::default() };
+        match Context::new(options) {
+            Ok(context) => test(&context),
+            Err(error) => println!("skipped: no {engine:?} engine here: {error}"),
+        }
+    }
+}
+
+/// A fresh writable file in a directory of its own.
+pub(crate) fn scratch() -> (TempDir, File) {
+    scratch_with(&OpenOptions::default())
+}
+
+/// As `scratch`, opened otherwise.
+pub(crate) fn scratch_with(options: &OpenOptions) -> (TempDir, File) {
+    let dir = tempfile::tempdir().unwrap();
+    let options = OpenOptions { write: true, create: true, ..options.clone() };
+    let file = Fs::Host.open(&dir.path().join("disk"), &options).unwrap();
+    (dir, file)
+}
+
+/// Bytes that tell their place.
+pub(crate) fn pattern(len: usize, seed: u8) -> Vec<u8> {
+    (0..len).map(|at| (at as u8) ^ ((at >> 8) as u8).wrapping_mul(29) ^ seed).collect()
+}
+
+/// The bytes of a list.
+pub(crate) fn bytes(iov: &IoVec) -> Vec<u8> {
+    iov.to_vec(0..iov.len())
+}
