@@ -51,6 +51,8 @@ fn drivers() -> Vec<Arc<dyn DriverType>> {
         Arc::new(protocol::mem::Mem),
         #[cfg(feature = "raw")]
         Arc::new(format::raw::Raw),
+        #[cfg(feature = "qcow2")]
+        Arc::new(format::qcow2::Qcow2Format),
         #[cfg(feature = "blkdebug")]
         Arc::new(filter::blkdebug::Blkdebug),
     ]

@@ -1,0 +1,285 @@
+//! The options of an open image, as QEMU names them, and three of ours.
+
+use bds_core::driver::OpenFlags;
+use bds_core::error::{Error, ErrorKind, Result};
+use bds_core::options::{OptionKind, OptionSpec, Options};
+
+use super::header::{Cluster0, Compatible};
+use super::overlap::Class;
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+const DEFAULT_L2_CACHE_MAX: u64 = 32 * MIB;
+const DEFAULT_DECOMPRESSED_CACHE: u64 = 16 * MIB;
+/// When the L2 cache cannot hold all tables, small slices waste less of it.
+const SMALL_SLICE_LEN: u64 = 4 * KIB;
+const MIN_REFCOUNT_CACHE_CLUSTERS: u64 = 4;
+const DEFAULT_CLEAN_INTERVAL_S: u64 = 600;
+/// No option may ask for more memory than this.
+const MAX_CACHE: u64 = 64 << 30;
+
+const fn spec(
+    name: &'static str,
+    kind: OptionKind,
+    help: &'static str,
+    default: Option<&'static str>,
+) -> OptionSpec {
+    OptionSpec { name, kind, help, default }
+}
+
+const TEMPLATES: OptionKind = OptionKind::Choice(&["none", "constant", "cached", "all"]);
+
+/// What `open` understands.
+pub(crate) const OPEN_OPTIONS: &[OptionSpec] = &[
+    spec("file", OptionKind::Child, "the image file", None),
+    spec("backing", OptionKind::Child, "what unallocated clusters show; null for nothing", None),
+    spec("data-file", OptionKind::Child, "the external data file", None),
+    spec("lazy-refcounts", OptionKind::Bool, "keep refcounts in memory until close", None),
+    spec("pass-discard-request", OptionKind::Bool, "give the host what the guest discards", None),
+    spec(
+        "pass-discard-snapshot",
+        OptionKind::Bool,
+        "give the host what a deleted snapshot held",
+        Some("on"),
+    ),
+    spec("pass-discard-other", OptionKind::Bool, "give the host all other freed space", Some("off")),
+    spec("discard-no-unref", OptionKind::Bool, "discards keep their clusters", Some("off")),
+    spec("overlap-check", TEMPLATES, "which metadata writes are checked against", Some("cached")),
+    spec("overlap-check.template", TEMPLATES, "as overlap-check", None),
+    spec("overlap-check.main-header", OptionKind::Bool, "check against the header", None),
+    spec("overlap-check.active-l1", OptionKind::Bool, "check against the L1 table", None),
+    spec("overlap-check.active-l2", OptionKind::Bool, "check against L2 tables", None),
+    spec("overlap-check.refcount-table", OptionKind::Bool, "check against the refcount table", None),
+    spec("overlap-check.refcount-block", OptionKind::Bool, "check against refcount blocks", None),
+    spec("overlap-check.snapshot-table", OptionKind::Bool, "check against the snapshot table", None),
+    spec("overlap-check.inactive-l1", OptionKind::Bool, "check against snapshots' L1 tables", None),
+    spec("overlap-check.inactive-l2", OptionKind::Bool, "check against snapshots' L2 tables", None),
+    spec(
+        "overlap-check.bitmap-directory",
+        OptionKind::Bool,
+        "check against the bitmap directory",
+        None,
+    ),
+    spec("cache-size", OptionKind::Size, "bytes for L2 tables and refcount blocks together", None),
+    spec("l2-cache-size", OptionKind::Size, "bytes for L2 tables (at most 32M by default)", None),
+    spec("l2-cache-entry-size", OptionKind::Size, "bytes of a piece of an L2 table", None),
+    spec("refcount-cache-size", OptionKind::Size, "bytes for refcount blocks", None),
+    spec("cache-clean-interval", OptionKind::Number, "seconds until unused tables go", Some("600")),
+    spec(
+        "decompressed-cache-size",
+        OptionKind::Size,
+        "bytes for decompressed clusters",
+        Some("16M"),
+    ),
+    spec(
+        "data-before-metadata",
+        OptionKind::Bool,
+        "new clusters become visible only with their data",
+        Some("off"),
+    ),
+];
+
+const CLASSES: [(&str, &str, Class); 9] = [
+    ("main-header", "overlap-check.main-header", Class::MAIN_HEADER),
+    ("active-l1", "overlap-check.active-l1", Class::ACTIVE_L1),
+    ("active-l2", "overlap-check.active-l2", Class::ACTIVE_L2),
+    ("refcount-table", "overlap-check.refcount-table", Class::REFCOUNT_TABLE),
+    ("refcount-block", "overlap-check.refcount-block", Class::REFCOUNT_BLOCK),
+    ("snapshot-table", "overlap-check.snapshot-table", Class::SNAPSHOT_TABLE),
+    ("inactive-l1", "overlap-check.inactive-l1", Class::INACTIVE_L1),
+    ("inactive-l2", "overlap-check.inactive-l2", Class::INACTIVE_L2),
+    ("bitmap-directory", "overlap-check.bitmap-directory", Class::BITMAP_DIRECTORY),
+];
+
+/// The options as asked for, before the image is known.
+#[derive(Debug)]
+pub(crate) struct Asked {
+    lazy_refcounts: Option<bool>,
+    pass_request: Option<bool>,
+    pass_snapshot: bool,
+    pass_other: bool,
+    discard_no_unref: bool,
+    overlap: Class,
+    total: Option<u64>,
+    l2: Option<u64>,
+    l2_entry: Option<u64>,
+    refcount: Option<u64>,
+    clean_interval_s: u64,
+    decompressed: u64,
+    data_before_metadata: bool,
+}
+
+/// What holds for an open image.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    pub lazy_refcounts: bool,
+    pub pass_request: bool,
+    pub pass_snapshot: bool,
+    pub pass_other: bool,
+    pub discard_no_unref: bool,
+    pub overlap: Class,
+    pub l2_cache_bytes: usize,
+    pub slice_len: usize,
+    pub refcount_cache_bytes: usize,
+    /// Zero: never.
+    pub clean_interval_s: u64,
+    pub decompressed_cache_bytes: usize,
+    pub data_before_metadata: bool,
+}
+
+impl Asked {
+    /// Takes what we know out of the options.
+    pub(crate) fn take(options: &mut Options) -> Result<Self> {
+        Ok(Self {
+            lazy_refcounts: options.take_bool("lazy-refcounts")?,
+            pass_request: options.take_bool("pass-discard-request")?,
+            pass_snapshot: options.take_bool("pass-discard-snapshot")?.unwrap_or(true),
+            pass_other: options.take_bool("pass-discard-other")?.unwrap_or(false),
+            discard_no_unref: options.take_bool("discard-no-unref")?.unwrap_or(false),
+            overlap: take_overlap(options)?,
+            total: take_cache_size(options, "cache-size")?,
+            l2: take_cache_size(options, "l2-cache-size")?,
+            l2_entry: options.take_size("l2-cache-entry-size")?,
+            refcount: take_cache_size(options, "refcount-cache-size")?,
+            clean_interval_s: options
+                .take_u64("cache-clean-interval")?
+                .unwrap_or(DEFAULT_CLEAN_INTERVAL_S),
+            decompressed: take_cache_size(options, "decompressed-cache-size")?
+                .unwrap_or(DEFAULT_DECOMPRESSED_CACHE),
+            data_before_metadata: options.take_bool("data-before-metadata")?.unwrap_or(false),
+        })
+    }
+
+    /// What holds for this image.
+    pub(crate) fn settle(self, cluster0: &Cluster0, flags: &OpenFlags) -> Result<Config> {
+        let header = &cluster0.header;
+        let cluster_size = header.geometry.cluster_size();
+        let is_v3 = header.version >= 3;
+        if self.lazy_refcounts == Some(true) && !is_v3 {
+            return Err(invalid("lazy refcounts need an image of version 3").field("version", 2));
+        }
+        if self.discard_no_unref && !is_v3 {
+            return Err(invalid("discard-no-unref needs an image of version 3").field("version", 2));
+        }
+        let (l2_bytes, refcount_bytes) = self.cache_sizes(cluster0)?;
+        let slice_len = self.slice_len(cluster0, l2_bytes)?;
+        Ok(Config {
+            lazy_refcounts: is_v3
+                && self
+                    .lazy_refcounts
+                    .unwrap_or(header.compatible.contains(Compatible::LAZY_REFCOUNTS)),
+            pass_request: self.pass_request.unwrap_or(flags.discard),
+            pass_snapshot: self.pass_snapshot,
+            pass_other: self.pass_other,
+            discard_no_unref: self.discard_no_unref,
+            overlap: self.overlap,
+            l2_cache_bytes: bytes(l2_bytes),
+            slice_len,
+            refcount_cache_bytes: bytes(
+                refcount_bytes.max(MIN_REFCOUNT_CACHE_CLUSTERS * cluster_size),
+            ),
+            clean_interval_s: self.clean_interval_s,
+            decompressed_cache_bytes: bytes(self.decompressed),
+            data_before_metadata: self.data_before_metadata,
+        })
+    }
+
+    /// Bytes for L2 tables and for refcount blocks.
+    fn cache_sizes(&self, cluster0: &Cluster0) -> Result<(u64, u64)> {
+        let header = &cluster0.header;
+        let min_refcount = MIN_REFCOUNT_CACHE_CLUSTERS * header.geometry.cluster_size();
+        let all_l2 = header.geometry.l1_entries(header.size) * header.geometry.cluster_size();
+        let (l2, refcount) = match (self.total, self.l2, self.refcount) {
+            (Some(_), Some(_), Some(_)) => {
+                return Err(invalid(
+                    "give at most two of cache-size, l2-cache-size and refcount-cache-size",
+                ));
+            }
+            (Some(total), Some(part), None) | (Some(total), None, Some(part)) if part > total => {
+                return Err(invalid("a cache may not be larger than cache-size").field("size", part));
+            }
+            (Some(total), Some(l2), None) => (l2, total - l2),
+            (Some(total), None, Some(refcount)) => (total - refcount, refcount),
+            (Some(total), None, None) => {
+                let l2 = all_l2.min(total.saturating_sub(min_refcount));
+                (l2, total - l2)
+            }
+            (None, l2, refcount) => (
+                l2.unwrap_or_else(|| all_l2.min(DEFAULT_L2_CACHE_MAX)),
+                refcount.unwrap_or(min_refcount),
+            ),
+        };
+        Ok((l2, refcount))
+    }
+
+    fn slice_len(&self, cluster0: &Cluster0, l2_bytes: u64) -> Result<usize> {
+        let geometry = cluster0.header.geometry;
+        let cluster_size = geometry.cluster_size();
+        if let Some(len) = self.l2_entry {
+            if !len.is_power_of_two() || !(512..=cluster_size).contains(&len) {
+                return Err(invalid(format!(
+                    "l2-cache-entry-size must be a power of two from 512 to the cluster size ({cluster_size})"
+                ))
+                .field("l2-cache-entry-size", len));
+            }
+            return Ok(bytes(len));
+        }
+        let all_l2 = geometry.l1_entries(cluster0.header.size) * cluster_size;
+        let covers = l2_bytes >= all_l2;
+        Ok(bytes(if covers { cluster_size } else { SMALL_SLICE_LEN.min(cluster_size) }))
+    }
+}
+
+fn take_cache_size(options: &mut Options, key: &'static str) -> Result<Option<u64>> {
+    let size = options.take_size(key)?;
+    match size {
+        Some(size) if size > MAX_CACHE => {
+            Err(Error::new(ErrorKind::LimitExceeded, format!("{key} may not exceed 64 GiB"))
+                .field(key, size))
+        }
+        _ => Ok(size),
+    }
+}
+
+fn take_overlap(options: &mut Options) -> Result<Class> {
+    let template = |word: String| {
+        Class::template(&word).ok_or_else(|| {
+            invalid("overlap-check must be none, constant, cached or all")
+                .field("overlap-check", word)
+        })
+    };
+    let mut classes = Class::CACHED;
+    match options.take("overlap-check") {
+        None => {}
+        Some(serde_json::Value::String(word)) => classes = template(word)?,
+        Some(tree) => {
+            let mut tree = Options::from_json(tree)?;
+            if let Some(word) = tree.take_str("template")? {
+                classes = template(word)?;
+            }
+            for (name, _, class) in CLASSES {
+                if let Some(is_on) = tree.take_bool(name)? {
+                    classes.set(class, is_on);
+                }
+            }
+            tree.finish("overlap-check")?;
+        }
+    }
+    if let Some(word) = options.take_str("overlap-check.template")? {
+        classes = template(word)?;
+    }
+    for (_, name, class) in CLASSES {
+        if let Some(is_on) = options.take_bool(name)? {
+            classes.set(class, is_on);
+        }
+    }
+    Ok(classes)
+}
+
+fn bytes(n: u64) -> usize {
+    usize::try_from(n).unwrap_or(usize::MAX)
+}
+
+fn invalid(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::InvalidInput, message)
+}

@@ -1,0 +1,235 @@
+//! The driver contract, by delegation: each method is one call into the room that does it.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use bds_core::driver::{
+    Attempt, BoxFuture, CheckReport, Driver, ImageInfo, Limits, ReadFlags, StatusRun, Truncate,
+    WriteFlags, ZeroFlags,
+};
+use bds_core::error::Result;
+use bds_io::IoVec;
+
+use super::header::INCOMPATIBLE_AT;
+use super::header::Incompatible;
+use super::state::Image;
+use super::task::finish;
+
+/// An open qcow2 image.
+#[derive(Debug)]
+pub(crate) struct Qcow2 {
+    image: Arc<Image>,
+}
+
+impl Qcow2 {
+    pub(crate) fn new(image: Image) -> Self {
+        Self { image: Arc::new(image) }
+    }
+
+    /// Runs `work` on the image to its end, whatever becomes of the caller.
+    fn run<T, F>(&self, work: impl FnOnce(Arc<Image>) -> F) -> BoxFuture<'_, Result<T>>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T>> + Send + 'static,
+    {
+        let working = self.image.busy.begin();
+        let work = work(Arc::clone(&self.image));
+        Box::pin(finish(async move {
+            let result = work.await;
+            drop(working);
+            result
+        }))
+    }
+}
+
+impl Driver for Qcow2 {
+    fn name(&self) -> &'static str {
+        "qcow2"
+    }
+
+    fn len(&self) -> u64 {
+        self.image.disk_len()
+    }
+
+    fn limits(&self) -> Limits {
+        let geometry = self.image.geometry();
+        let fits = |size: u64| u32::try_from(size).expect("at most 2 MiB");
+        Limits {
+            zero_alignment: fits(geometry.subcluster_size()),
+            discard_alignment: fits(geometry.cluster_size()),
+            ..Limits::default()
+        }
+    }
+
+    fn supports_backing(&self) -> bool {
+        true
+    }
+
+    fn zero_flags(&self) -> Option<ZeroFlags> {
+        Some(ZeroFlags::MAY_UNMAP | ZeroFlags::NO_FALLBACK)
+    }
+
+    fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+        self.image.try_read(offset, iov)
+    }
+
+    fn try_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+        self.image.try_write(offset, iov)
+    }
+
+    fn read(&self, offset: u64, iov: IoVec, _flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.image.read(offset, iov))
+    }
+
+    fn write(&self, offset: u64, iov: IoVec, _flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.image.write(offset, iov))
+    }
+
+    fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
+        self.run(|image| async move { image.write_compressed(offset, iov).await })
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> BoxFuture<'_, Result<Attempt>> {
+        self.run(move |image| async move { image.write_zeroes(offset, len, flags).await })
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Attempt>> {
+        self.run(move |image| async move { image.discard(offset, len).await })
+    }
+
+    fn flush_to_os(&self) -> BoxFuture<'_, Result<()>> {
+        if !self.image.needs_write_back() {
+            return Box::pin(async { self.image.check_flushable() });
+        }
+        self.run(|image| async move {
+            image.check_flushable()?;
+            image.write_back(false).await
+        })
+    }
+
+    fn flush_to_disk(&self) -> BoxFuture<'_, Result<()>> {
+        if !self.image.owes_flush() {
+            return Box::pin(async { Ok(()) });
+        }
+        self.run(|image| async move {
+            if image.flush_frees().await? {
+                image.release_later();
+            }
+            Ok(())
+        })
+    }
+
+    fn block_status(
+        &self,
+        offset: u64,
+        len: u64,
+        precise: bool,
+    ) -> BoxFuture<'_, Result<StatusRun>> {
+        Box::pin(self.image.status(offset, len, precise))
+    }
+
+    fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
+        self.run(move |image| async move { image.resize(change).await })
+    }
+
+    fn info(&self) -> BoxFuture<'_, Result<ImageInfo>> {
+        Box::pin(async { Ok(ImageInfo::default()) })
+    }
+
+    fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
+        Box::pin(async {
+            let of_file = self.image.file.allocated_len().await?;
+            let of_data = match &self.image.data_file {
+                Some(data) => data.allocated_len().await?,
+                None => Some(0),
+            };
+            Ok(of_file.zip(of_data).map(|(file, data)| file.saturating_add(data)))
+        })
+    }
+
+    fn check<'a>(
+        &'a self,
+        _progress: &'a (dyn Fn(u64, u64) + Send + Sync),
+    ) -> BoxFuture<'a, Result<CheckReport>> {
+        Box::pin(async { Ok(CheckReport::default()) })
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn close(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async {
+            self.image.busy.wait_idle().await;
+            let image = Arc::clone(&self.image);
+            finish(async move { image.finish_writing().await }).await
+        })
+    }
+}
+
+impl Image {
+    /// Is there metadata that a flush must write?
+    fn needs_write_back(&self) -> bool {
+        self.is_writable && self.serves_io && self.has_unwritten(&self.meta())
+    }
+
+    /// Must the file be flushed for our own sake?
+    fn owes_flush(&self) -> bool {
+        let meta = self.meta();
+        !meta.frees_written.is_empty()
+            || !meta.frees_durable.is_empty()
+            || meta.owed.owes_meta_flush()
+    }
+
+    /// A flush of a broken image must not claim that anything is safe.
+    fn check_flushable(&self) -> Result<()> {
+        if self.is_writable { self.check_usable() } else { Ok(()) }
+    }
+
+    /// Gives freed clusters back behind the caller's back: nobody waits for it but close.
+    fn release_later(self: &Arc<Self>) {
+        let image = Arc::clone(self);
+        let working = self.busy.begin();
+        bds_io::spawn(async move {
+            if let Err(error) = image.release().await {
+                // They stay on the list; the next flush tries again, close reports it.
+                tracing::warn!(node = image.node_name, %error, "qcow2: cannot give clusters back");
+            }
+            drop(working);
+        })
+        .detach();
+    }
+
+    /// Writes everything that is left, gives back what is free, and clears the dirty bit.
+    async fn finish_writing(self: &Arc<Self>) -> Result<()> {
+        if !self.is_writable || !self.serves_io {
+            return Ok(());
+        }
+        self.check_usable()?;
+        if self.needs_write_back() || self.owes_flush() || self.meta().counts.has_dirty() {
+            self.write_back(true).await?;
+            self.settle_frees().await?;
+            // Counts that fell when clusters were given back.
+            self.write_back(true).await?;
+        }
+        let bits = {
+            let meta = self.meta();
+            if !meta.header.is_dirty_marked {
+                return Ok(());
+            }
+            meta.header.incompatible & !Incompatible::DIRTY
+        };
+        // O9: all refcounts before the bit that says they cannot be trusted goes.
+        self.flush_meta().await?;
+        self.write_file(INCOMPATIBLE_AT, bits.bits().to_be_bytes().to_vec()).await?;
+        let mut meta = self.meta();
+        meta.header.incompatible = bits;
+        meta.header.is_dirty_marked = false;
+        Ok(())
+    }
+}

@@ -1,0 +1,365 @@
+//! An open image: what never changes, what is read without a lock, and what is changed under one.
+//!
+//! ```text
+//! Image      children, geometry, options          never change
+//!            tables, metadata, grace, inflated    read without a lock (or with a short one of their own)
+//!            meta: Mutex<Meta>                    everything that is changed to allocate, free, link
+//! ```
+//!
+//! The lock of `Meta` is a plain mutex held for computation only, never across an await and never during I/O. An operation that
+//! needs something that is not in memory gives up with a [`Stop`], before it has changed anything that must not stand alone;
+//! [`Image::plan`] fetches what is missing and begins again. What was fetched is held until the operation
+//! succeeds, so it gets on even with the smallest cache.
+//!
+//! Lock order: `turn` (one write-back at a time), `releasing`, `meta`; inside `meta` only those of `inflated`.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use bds_core::driver::{Child, WriteFlags};
+use bds_core::error::{Error, ErrorKind, Result};
+use bds_io::{Buf, BufPool, IoVec};
+
+use super::cache::{L1State, Owed, SliceCache};
+use super::config::Config;
+use super::entry::{BadEntry, EntryRules};
+use super::grace::Grace;
+use super::header::{AUTOCLEAR_AT, Autoclear, Cluster0, INCOMPATIBLE_AT, Incompatible};
+use super::inflated::Inflated;
+use super::load::{Flight, Hold};
+use super::overlap::MetadataMap;
+use super::refcount::Counts;
+use super::release::Freed;
+use super::tables::{SliceId, Tables};
+use super::task::Busy;
+use super::units::Geometry;
+use super::write::InFlight;
+
+/// Something an operation found missing in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum What {
+    /// A slice of an L2 table.
+    Slice(SliceId),
+    /// All slices of an L2 table.
+    Table(u32),
+    /// A refcount block.
+    Block(u64),
+}
+
+/// Why an operation under the lock could not go on.
+#[derive(Debug)]
+pub(crate) enum Stop {
+    /// Load this, and begin again.
+    Load(What),
+    /// An allocation in flight touches the same clusters: wait for it, and begin again.
+    Wait(Arc<InFlight>),
+    /// It cannot be done.
+    Fail(Error),
+    /// The image contradicts itself at this byte of the file.
+    Corrupt { what: String, at: u64 },
+}
+
+/// What operations under the lock return.
+pub(crate) type Plan<T> = std::result::Result<T, Stop>;
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Self {
+        Self::Fail(error)
+    }
+}
+
+impl Stop {
+    pub(crate) fn too_large(message: &str) -> Self {
+        Self::Fail(Error::new(ErrorKind::LimitExceeded, message))
+    }
+}
+
+/// Header fields that change while the image is open.
+#[derive(Debug)]
+pub(crate) struct HeaderState {
+    pub incompatible: Incompatible,
+    pub autoclear: Autoclear,
+    /// The dirty bit was set by us (lazy refcounts).
+    pub is_dirty_marked: bool,
+}
+
+/// Everything that is changed to allocate, free and link.
+#[derive(Debug)]
+pub(crate) struct Meta {
+    pub l1: L1State,
+    pub slices: SliceCache,
+    pub counts: Counts,
+    pub owed: Owed,
+    pub header: HeaderState,
+    /// References that are gone in memory, by how far the removal has come: not written, written, durable.
+    pub frees: Vec<Freed>,
+    pub frees_written: Vec<Freed>,
+    pub frees_durable: Vec<Freed>,
+    pub in_flight: Vec<Arc<InFlight>>,
+    pub flights: HashMap<What, Arc<Flight>>,
+    /// From this byte on the file has never held anything: it reads as zeros.
+    pub zero_from: u64,
+    /// Where the next compressed bytes go; on a cluster boundary: nowhere yet.
+    pub compressed_at: u64,
+    /// A length the header does not know yet.
+    pub new_size: Option<u64>,
+    /// When unused slices were last let go, in seconds.
+    pub cleaned_at_s: u64,
+}
+
+/// An open image.
+pub(crate) struct Image {
+    pub node_name: String,
+    pub file: Child,
+    pub data_file: Option<Child>,
+    pub backing: Option<Child>,
+    /// As it was read.
+    pub cluster0: Cluster0,
+    pub rules: EntryRules,
+    pub config: Config,
+    pub is_writable: bool,
+    /// False: opened to be looked at or checked only; there are no tables in memory.
+    pub serves_io: bool,
+    pub len: AtomicU64,
+    pub tables: Tables,
+    pub metadata: MetadataMap,
+    pub grace: Arc<Grace>,
+    pub inflated: Arc<Inflated>,
+    pub pool: BufPool,
+    /// A cluster of zeros, once somebody needs it. Never written to.
+    pub zeros: OnceLock<Buf>,
+    pub meta: Mutex<Meta>,
+    /// One write-back at a time.
+    pub turn: bds_io::sync::Mutex<()>,
+    pub releasing: bds_io::sync::Mutex<()>,
+    /// Tasks that may outlive their callers.
+    pub busy: Arc<Busy>,
+    /// Rules O10 and O13 are met: guest writes may begin.
+    pub may_write: AtomicBool,
+    pub preparing: bds_io::sync::Mutex<()>,
+    /// Does the file hold less than its length? Looked up once.
+    pub is_sparse: OnceLock<bool>,
+    /// Set once: the image contradicted itself, nothing more is done with it.
+    pub broken: OnceLock<Error>,
+}
+
+impl std::fmt::Debug for Image {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Image").field("node_name", &self.node_name).finish_non_exhaustive()
+    }
+}
+
+impl Image {
+    #[inline]
+    pub(crate) fn geometry(&self) -> &Geometry {
+        &self.rules.geometry
+    }
+
+    /// The disk's length in bytes.
+    #[inline]
+    pub(crate) fn disk_len(&self) -> u64 {
+        self.len.load(Ordering::Acquire)
+    }
+
+    /// The node that holds guest data.
+    #[inline]
+    pub(crate) fn data(&self) -> &Child {
+        self.data_file.as_ref().unwrap_or(&self.file)
+    }
+
+    pub(crate) fn meta(&self) -> MutexGuard<'_, Meta> {
+        // A panic under the lock is a bug that surfaces by itself; what is inside may be used to report it.
+        self.meta.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A cluster of zeros to write from.
+    pub(crate) fn zeros(&self) -> &Buf {
+        self.zeros.get_or_init(|| Buf::zeroed(self.geometry().cluster_len(), 4096))
+    }
+
+    /// Names the node in an error from below.
+    pub(crate) fn name_error(&self, error: Error) -> Error {
+        error.node(&self.node_name)
+    }
+
+    /// Refuses requests to an image that turned out broken.
+    #[inline]
+    pub(crate) fn check_usable(&self) -> Result<()> {
+        match self.broken.get() {
+            None => Ok(()),
+            Some(error) => Err(error.duplicate().context("the image is out of use")),
+        }
+    }
+
+    /// Does `step` under the lock until it succeeds, fetching what it finds missing.
+    pub(crate) async fn plan<T: Send>(
+        self: &Arc<Self>,
+        mut step: impl FnMut(&Image, &mut Meta) -> Plan<T> + Send,
+    ) -> Result<T> {
+        let mut held: Vec<Hold> = Vec::new();
+        loop {
+            let stop = {
+                let mut meta = self.meta();
+                match step(self, &mut meta) {
+                    Ok(value) => return Ok(value),
+                    Err(stop) => stop,
+                }
+            };
+            held.extend(self.resolve(stop).await?);
+        }
+    }
+
+    /// Does what lets a stopped operation go on. What was loaded must be held until it succeeds.
+    pub(crate) async fn resolve(self: &Arc<Self>, stop: Stop) -> Result<Option<Hold>> {
+        match stop {
+            Stop::Load(what) => self.load(what).await.map(Some),
+            Stop::Wait(item) => {
+                item.done.wait().await;
+                Ok(None)
+            }
+            Stop::Fail(error) => Err(self.name_error(error)),
+            Stop::Corrupt { what, at } => Err(self.fatal(&what, at)),
+        }
+    }
+
+    /// An entry that cannot be followed, found at `guest`.
+    pub(crate) fn bad_entry(self: &Arc<Self>, bad: BadEntry, guest: u64) -> Error {
+        self.fatal(&format!("{bad}, for guest offset {guest:#x}"), guest)
+    }
+
+    /// The image contradicts itself. A writable one is marked corrupt and not used again; a read-only one only fails this request.
+    pub(crate) fn fatal(self: &Arc<Self>, what: &str, at: u64) -> Error {
+        let mut error = Error::new(
+            ErrorKind::Corrupt,
+            format!("image is corrupt: {what}; repair it with a check"),
+        )
+        .node(&self.node_name)
+        .at(at);
+        if let Some(path) = self.file.filename() {
+            error = error.file(path);
+        }
+        if self.is_writable && self.broken.set(error.duplicate()).is_ok() {
+            tracing::error!(node = self.node_name, at, "qcow2: {what}; the image is out of use");
+            let image = Arc::clone(self);
+            let working = self.busy.begin();
+            bds_io::spawn(async move {
+                image.mark_corrupt().await;
+                drop(working);
+            })
+            .detach();
+        }
+        error
+    }
+
+    /// Sets the corrupt bit. Best effort: the image is out of use anyway.
+    async fn mark_corrupt(&self) {
+        if self.cluster0.header.version < 3 {
+            return;
+        }
+        let bits = {
+            let mut meta = self.meta();
+            meta.header.incompatible |= Incompatible::CORRUPT;
+            meta.header.incompatible.bits()
+        };
+        let written = self.write_file(INCOMPATIBLE_AT, bits.to_be_bytes().to_vec()).await;
+        let result = match written {
+            Ok(()) => self.file.flush().await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = result {
+            tracing::error!(node = self.node_name, %error, "qcow2: cannot set the corrupt bit");
+        }
+    }
+
+    /// Writes bytes of metadata to the image file.
+    pub(crate) async fn write_file(&self, offset: u64, bytes: Vec<u8>) -> Result<()> {
+        let write = self.file.write(offset, IoVec::from(bytes), WriteFlags::empty());
+        write.await.map_err(|e| self.name_error(e))
+    }
+
+    /// Makes a range of the image file read as zeros.
+    pub(crate) async fn zero_file(&self, offset: u64, len: u64) -> Result<()> {
+        use bds_core::driver::{Attempt, ZeroFlags};
+        let zeroed = self.file.write_zeroes(offset, len, ZeroFlags::empty()).await;
+        match zeroed.map_err(|e| self.name_error(e))? {
+            Attempt::Done => Ok(()),
+            Attempt::Unsupported => {
+                let len = usize::try_from(len).expect("at most a cluster");
+                self.write_file(offset, vec![0; len]).await
+            }
+        }
+    }
+
+    /// Before the first change: clears the autoclear bits of features we do not maintain, durably (O10, O13).
+    pub(crate) async fn prepare_to_write(&self) -> Result<()> {
+        self.check_usable()?;
+        if self.may_write.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        if !self.is_writable {
+            return Err(Error::new(ErrorKind::ReadOnly, "the image is open read-only")
+                .node(&self.node_name));
+        }
+        let _turn = self.preparing.lock().await;
+        if self.may_write.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let old = self.meta().header.autoclear;
+        let kept = old.kept_by_writer();
+        if kept != old {
+            let lost = format!("{:#x}", (old & !kept).bits());
+            tracing::warn!(
+                node = self.node_name,
+                bits = lost,
+                "qcow2: writing makes persistent bitmaps and unknown features stale; their bits are cleared"
+            );
+            self.write_file(AUTOCLEAR_AT, kept.bits().to_be_bytes().to_vec()).await?;
+            self.file.flush().await.map_err(|e| self.name_error(e))?;
+            self.meta().header.autoclear = kept;
+        }
+        self.may_write.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Lets go what was not used for a while (cache-clean-interval).
+    pub(crate) fn clean_now_and_then(&self, meta: &mut Meta) {
+        let now_s = bds_io::now().as_secs();
+        let interval_s = self.config.clean_interval_s;
+        if interval_s > 0 && now_s >= meta.cleaned_at_s.saturating_add(interval_s) {
+            meta.cleaned_at_s = now_s;
+            if !meta.owed.is_writing {
+                self.evict_slices(meta, true);
+            }
+        }
+    }
+
+    /// Keeps caches and lists within their budgets after a change. Writes metadata back if that is what it takes.
+    pub(crate) async fn keep_budgets(self: &Arc<Self>) -> Result<()> {
+        /// References waiting to be given up: enough to share a flush, few enough to have the space back soon.
+        const MAX_FREES: usize = 4096;
+        let (is_over, too_many_frees) = {
+            let mut meta = self.meta();
+            let too_many = meta.frees.len() + meta.frees_written.len() > MAX_FREES;
+            let blocks_fit = meta.owed.is_writing || meta.counts.evict();
+            if meta.slices.is_over_budget() && !meta.owed.is_writing {
+                self.evict_slices(&mut meta, false);
+            }
+            let slices_fit = !meta.slices.is_over_budget() && !meta.slices.is_mostly_dirty();
+            (!blocks_fit || !slices_fit, too_many)
+        };
+        if !self.is_writable || !(is_over || too_many_frees) {
+            return Ok(());
+        }
+        self.write_back(true).await?;
+        if too_many_frees {
+            self.settle_frees().await?;
+        }
+        let mut meta = self.meta();
+        if !meta.owed.is_writing {
+            self.evict_slices(&mut meta, false);
+            meta.counts.evict();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,79 @@
+//! What a range holds, for `map`, `convert` and jobs.
+
+use std::sync::Arc;
+
+use bds_core::driver::{HostMap, StatusFlags, StatusRun};
+use bds_core::error::Result;
+
+use super::entry::Kind;
+use super::lookup::Run;
+use super::state::Image;
+
+impl Image {
+    /// The run at `offset`, at most `len` bytes.
+    pub(crate) async fn status(
+        self: &Arc<Self>,
+        offset: u64,
+        len: u64,
+        precise: bool,
+    ) -> Result<StatusRun> {
+        self.check_usable()?;
+        let disk_len = self.disk_len();
+        let max = len.min(disk_len.saturating_sub(offset));
+        if max == 0 {
+            return Ok(StatusRun { len: 0, flags: StatusFlags::EOF, map: None });
+        }
+        let _inside = self.is_writable.then(|| self.grace.enter());
+        let first = self.find(offset, max).await?;
+        let mut run = first;
+        while run.len < max {
+            let next = self.find(offset + run.len, max - run.len).await?;
+            if !goes_on(&run, &next) {
+                break;
+            }
+            run.len += next.len;
+        }
+        let mut flags = flags_of(run.kind);
+        if offset + run.len == disk_len {
+            flags |= StatusFlags::EOF;
+        }
+        let has_map = flags.contains(StatusFlags::OFFSET_VALID);
+        if run.kind == Kind::Normal && precise && self.may_be_preallocated().await {
+            flags |= StatusFlags::RECURSE;
+        }
+        let child = if self.data_file.is_some() { "data-file" } else { "file" };
+        let map = has_map.then_some(HostMap { child, offset: run.host });
+        Ok(StatusRun { len: run.len, flags, map })
+    }
+
+    /// Does the file hold noticeably less than its length, so that clusters may be allocated and empty? Looked up once.
+    async fn may_be_preallocated(&self) -> bool {
+        if let Some(answer) = self.is_sparse.get() {
+            return *answer;
+        }
+        let data = self.data();
+        // Not to know costs precision only.
+        let allocated = data.allocated_len().await.ok().flatten();
+        let answer = allocated.is_some_and(|bytes| bytes < data.len() / 10 * 9);
+        *self.is_sparse.get_or_init(|| answer)
+    }
+}
+
+fn goes_on(run: &Run, next: &Run) -> bool {
+    run.kind == next.kind
+        && match run.kind {
+            Kind::Compressed => true,
+            kind => !kind.has_place() || next.host == run.host + run.len,
+        }
+}
+
+fn flags_of(kind: Kind) -> StatusFlags {
+    match kind {
+        Kind::Unallocated => StatusFlags::empty(),
+        Kind::UnallocatedAlloc => StatusFlags::OFFSET_VALID,
+        Kind::ZeroPlain => StatusFlags::ZERO | StatusFlags::ALLOCATED,
+        Kind::ZeroAlloc => StatusFlags::ZERO | StatusFlags::ALLOCATED | StatusFlags::OFFSET_VALID,
+        Kind::Normal => StatusFlags::DATA | StatusFlags::ALLOCATED | StatusFlags::OFFSET_VALID,
+        Kind::Compressed => StatusFlags::DATA | StatusFlags::ALLOCATED | StatusFlags::COMPRESSED,
+    }
+}

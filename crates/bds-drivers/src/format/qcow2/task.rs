@@ -1,0 +1,138 @@
+//! Work that must run to its end, whatever becomes of the future that asked for it.
+//!
+//! A guest's future may be dropped, or kept without being polled, at any await. Whatever others may wait for (an allocation in
+//! flight, a table being loaded, metadata on its way to the disk) therefore runs in a task of its own: [`finish`]. An
+//! in-place write, which nobody waits for but whose bytes are on their way to a place that must not be reused meanwhile, is polled by its
+//! caller and only moves into a task if it is dropped half-way: [`Unstoppable`].
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
+
+use bds_io::Task;
+use bds_io::sync::{Notify, Semaphore};
+
+/// Spawns `work` and waits for it. Dropping the result lets the work run on.
+pub(crate) fn finish<T: Send + 'static>(
+    work: impl Future<Output = T> + Send + 'static,
+) -> Finish<T> {
+    Finish(Some(bds_io::spawn(work)))
+}
+
+/// See [`finish`].
+#[derive(Debug)]
+pub(crate) struct Finish<T>(Option<Task<T>>);
+
+impl<T> Future for Finish<T> {
+    type Output = T;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
+        let task = self.0.as_mut().expect("not polled again after it was ready");
+        let result = Pin::new(task).poll(cx);
+        if result.is_ready() {
+            self.0 = None;
+        }
+        result
+    }
+}
+
+impl<T> Drop for Finish<T> {
+    fn drop(&mut self) {
+        if let Some(task) = self.0.take() {
+            task.detach();
+        }
+    }
+}
+
+type Boxed<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+/// A future that goes on in a task of its own if it is dropped after it began.
+pub(crate) struct Unstoppable<T: Send + 'static> {
+    work: Option<Boxed<T>>,
+    has_begun: bool,
+}
+
+impl<T: Send + 'static> Unstoppable<T> {
+    pub(crate) fn new(work: impl Future<Output = T> + Send + 'static) -> Self {
+        Self { work: Some(Box::pin(work)), has_begun: false }
+    }
+}
+
+impl<T: Send + 'static> Future for Unstoppable<T> {
+    type Output = T;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
+        self.has_begun = true;
+        let work = self.work.as_mut().expect("not polled again after it was ready");
+        let result = work.as_mut().poll(cx);
+        if result.is_ready() {
+            self.work = None;
+        }
+        result
+    }
+}
+
+impl<T: Send + 'static> Drop for Unstoppable<T> {
+    fn drop(&mut self) {
+        if let Some(work) = self.work.take().filter(|_| self.has_begun) {
+            bds_io::spawn(work).detach();
+        }
+    }
+}
+
+/// Something many may wait for and that happens once.
+#[derive(Debug)]
+pub(crate) struct Done(Semaphore);
+
+impl Done {
+    pub(crate) fn new() -> Self {
+        Self(Semaphore::new(0))
+    }
+
+    /// It happened: everybody goes on, also those who come later.
+    pub(crate) fn set(&self) {
+        self.0.close();
+    }
+
+    pub(crate) async fn wait(&self) {
+        // The semaphore never has a permit: this returns when it is closed.
+        let closed = self.0.acquire().await;
+        debug_assert!(closed.is_err());
+    }
+}
+
+/// Counts tasks that outlive their callers, so that closing can wait for them.
+#[derive(Debug, Default)]
+pub(crate) struct Busy {
+    count: AtomicUsize,
+    idle: Notify,
+}
+
+/// One task at work.
+#[derive(Debug)]
+pub(crate) struct Working(Arc<Busy>);
+
+impl Busy {
+    pub(crate) fn begin(self: &Arc<Self>) -> Working {
+        self.count.fetch_add(1, Ordering::SeqCst);
+        Working(Arc::clone(self))
+    }
+
+    /// Waits until no task is at work. One waiter at a time.
+    pub(crate) async fn wait_idle(&self) {
+        while self.count.load(Ordering::SeqCst) > 0 {
+            // A permit given between the look and the wait is kept.
+            self.idle.notified().await;
+        }
+    }
+}
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        if self.0.count.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.0.idle.notify_one();
+        }
+    }
+}
