@@ -136,7 +136,10 @@ impl Image {
             return Err(Stop::too_large("the image file has reached the format's largest size"));
         }
         if first == 0 {
-            return Err(Stop::Corrupt { what: "the header's cluster has refcount 0".into(), at: 0 });
+            return Err(Stop::Corrupt {
+                what: "the header's cluster has refcount 0".into(),
+                at: 0,
+            });
         }
         self.check_overlap(first << bits, clusters << bits)
     }

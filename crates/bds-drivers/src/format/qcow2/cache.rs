@@ -568,7 +568,12 @@ impl L1State {
 }
 
 /// Keeps a slice that was put in its slot from being counted twice.
-pub(crate) fn add_slice(image: &Image, meta: &mut Meta, id: SliceId, slice: Arc<Slice>) -> Arc<Slice> {
+pub(crate) fn add_slice(
+    image: &Image,
+    meta: &mut Meta,
+    id: SliceId,
+    slice: Arc<Slice>,
+) -> Arc<Slice> {
     if let Some(there) = image.tables.hold(id) {
         return there;
     }

@@ -42,16 +42,31 @@ pub(crate) const OPEN_OPTIONS: &[OptionSpec] = &[
         "give the host what a deleted snapshot held",
         Some("on"),
     ),
-    spec("pass-discard-other", OptionKind::Bool, "give the host all other freed space", Some("off")),
+    spec(
+        "pass-discard-other",
+        OptionKind::Bool,
+        "give the host all other freed space",
+        Some("off"),
+    ),
     spec("discard-no-unref", OptionKind::Bool, "discards keep their clusters", Some("off")),
     spec("overlap-check", TEMPLATES, "which metadata writes are checked against", Some("cached")),
     spec("overlap-check.template", TEMPLATES, "as overlap-check", None),
     spec("overlap-check.main-header", OptionKind::Bool, "check against the header", None),
     spec("overlap-check.active-l1", OptionKind::Bool, "check against the L1 table", None),
     spec("overlap-check.active-l2", OptionKind::Bool, "check against L2 tables", None),
-    spec("overlap-check.refcount-table", OptionKind::Bool, "check against the refcount table", None),
+    spec(
+        "overlap-check.refcount-table",
+        OptionKind::Bool,
+        "check against the refcount table",
+        None,
+    ),
     spec("overlap-check.refcount-block", OptionKind::Bool, "check against refcount blocks", None),
-    spec("overlap-check.snapshot-table", OptionKind::Bool, "check against the snapshot table", None),
+    spec(
+        "overlap-check.snapshot-table",
+        OptionKind::Bool,
+        "check against the snapshot table",
+        None,
+    ),
     spec("overlap-check.inactive-l1", OptionKind::Bool, "check against snapshots' L1 tables", None),
     spec("overlap-check.inactive-l2", OptionKind::Bool, "check against snapshots' L2 tables", None),
     spec(
@@ -196,7 +211,9 @@ impl Asked {
                 ));
             }
             (Some(total), Some(part), None) | (Some(total), None, Some(part)) if part > total => {
-                return Err(invalid("a cache may not be larger than cache-size").field("size", part));
+                return Err(
+                    invalid("a cache may not be larger than cache-size").field("size", part)
+                );
             }
             (Some(total), Some(l2), None) => (l2, total - l2),
             (Some(total), None, Some(refcount)) => (total - refcount, refcount),

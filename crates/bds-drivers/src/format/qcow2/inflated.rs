@@ -17,7 +17,10 @@ const MAX_SHARDS: usize = 16;
 
 #[derive(Debug)]
 enum State {
-    Ready { cluster: Buf, used: bool },
+    Ready {
+        cluster: Buf,
+        used: bool,
+    },
     /// Somebody is at it.
     Coming(Arc<Done>),
 }

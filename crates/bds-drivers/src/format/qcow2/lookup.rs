@@ -58,8 +58,8 @@ impl Image {
             }
             index += 1;
             let next = self.entry_run(slice.entry(index), at)?;
-            let goes_on = next.kind == run.kind
-                && (!run.kind.has_place() || next.host == run.host + run.len);
+            let goes_on =
+                next.kind == run.kind && (!run.kind.has_place() || next.host == run.host + run.len);
             if !goes_on {
                 break;
             }

@@ -44,10 +44,8 @@ impl Class {
         .union(Self::SNAPSHOT_TABLE)
         .union(Self::BITMAP_DIRECTORY);
     /// What can be told from tables that are in memory anyway.
-    pub(crate) const CACHED: Self = Self::CONSTANT
-        .union(Self::ACTIVE_L2)
-        .union(Self::REFCOUNT_BLOCK)
-        .union(Self::INACTIVE_L1);
+    pub(crate) const CACHED: Self =
+        Self::CONSTANT.union(Self::ACTIVE_L2).union(Self::REFCOUNT_BLOCK).union(Self::INACTIVE_L1);
 
     /// From QEMU's word for a template.
     pub(crate) fn template(word: &str) -> Option<Self> {

@@ -239,7 +239,10 @@ impl Image {
             let len = self.keeping_run(&slice, index, guest, max)?;
             let host = if first.kind.has_place() { first.host - (guest - start) } else { start };
             if self.data_file.is_none() {
-                self.check_overlap(host, geometry.clusters(guest + len - start) << geometry.cluster_bits())?;
+                self.check_overlap(
+                    host,
+                    geometry.clusters(guest + len - start) << geometry.cluster_bits(),
+                )?;
             }
             (len, host, false, false)
         } else {
@@ -458,7 +461,6 @@ impl Guarded {
         self.is_over = true;
         self.work.item.leave(&mut meta);
     }
-
 }
 
 impl Guarded {

@@ -120,8 +120,8 @@ impl Image {
         let mut at = start;
         while at < end {
             let run = self.find(at, end - at).await?;
-            let is_zero = run.kind.is_zero()
-                || run.kind.is_unallocated() && self.below(at, run.len) == 0;
+            let is_zero =
+                run.kind.is_zero() || run.kind.is_unallocated() && self.below(at, run.len) == 0;
             if !is_zero {
                 return Ok(false);
             }
@@ -131,12 +131,7 @@ impl Image {
     }
 
     /// Changes whole units, slice by slice. Nothing was changed if it is not supported: only the first slice can find that.
-    async fn zero_units(
-        self: &Arc<Self>,
-        start: u64,
-        end: u64,
-        change: Change,
-    ) -> Result<Attempt> {
+    async fn zero_units(self: &Arc<Self>, start: u64, end: u64, change: Change) -> Result<Attempt> {
         let mut at = start;
         while at < end {
             let done = self.plan(|image, meta| image.zero_some(meta, at, end, change)).await?;
@@ -195,7 +190,8 @@ impl Image {
             if new != old {
                 slice.set_entry(index, new);
                 meta.slices.mark(id, index * entry_len, entry_len);
-                let is_given_up = old.is_compressed() || (new.word ^ old.word) & OFFSET_MASK != 0
+                let is_given_up = old.is_compressed()
+                    || (new.word ^ old.word) & OFFSET_MASK != 0
                     || self.data_file.is_some() && new.word & COPIED == 0;
                 if is_given_up {
                     self.free_entry(meta, old, Why::Request);
@@ -255,4 +251,3 @@ impl Image {
         Ok(Some(L2Entry { word: old.word, bitmap: alloc | zero << 32 }))
     }
 }
-

@@ -1,0 +1,167 @@
+//! A disk, a graph and an image on it.
+
+use std::sync::Arc;
+
+use bds_core::driver::{CreateContext, DriverType};
+use bds_core::graph::gate::TrustAll;
+use bds_core::graph::{Graph, GraphConfig, NodeRef};
+use bds_core::options::Options;
+use bds_core::request::{Backend, BackendOptions};
+use bds_drivers::format::qcow2::Qcow2Format;
+use bds_drivers::format::qcow2::fuzzing::MemPort;
+use bds_io::{Buf, Sim};
+use bds_testkit::Scratch;
+use bds_testkit::qemu_img;
+
+/// Where the image lies.
+pub const IMAGE: &str = "/disk.qcow2";
+pub const BASE: &str = "/base.raw";
+pub const DATA: &str = "/disk.data";
+
+/// What an image is made with.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    pub size: u64,
+    pub compat: &'static str,
+    pub cluster: u64,
+    pub refcount_bits: u64,
+    pub extended_l2: bool,
+    pub backing: bool,
+    pub data_file: bool,
+    pub lazy: bool,
+    pub zstd: bool,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self {
+            size: 1 << 20,
+            compat: "v3",
+            cluster: 4096,
+            refcount_bits: 16,
+            extended_l2: false,
+            backing: false,
+            data_file: false,
+            lazy: false,
+            zstd: false,
+        }
+    }
+}
+
+/// Bytes of the backing file.
+pub fn base_bytes(len: u64) -> Vec<u8> {
+    (0..len).map(|i| ((i / 512) as u8).wrapping_mul(7) | 1).collect()
+}
+
+/// Makes an image of this shape in memory and puts it on the disk.
+pub fn make(sim: &Sim, shape: &Shape) {
+    let mut options = Options::new()
+        .with("size", shape.size)
+        .with("compat", shape.compat)
+        .with("cluster_size", shape.cluster);
+    if shape.compat == "v3" {
+        options.set("refcount_bits", shape.refcount_bits);
+        options.set("extended_l2", shape.extended_l2);
+        options.set("lazy_refcounts", shape.lazy);
+        if shape.zstd {
+            options.set("compression_type", "zstd");
+        }
+    }
+    if shape.backing {
+        // Shorter than the disk, and not a whole number of clusters.
+        let len = shape.size / 4 * 3 + 512;
+        sim.put_file(BASE, &base_bytes(len));
+        options.set("backing_file", BASE);
+        options.set("backing_fmt", "raw");
+    }
+    let file = MemPort::new(Vec::new());
+    let data = MemPort::new(Vec::new());
+    if shape.data_file {
+        options.set("data_file", DATA);
+    }
+    let context = CreateContext {
+        file: file.child("file"),
+        data_file: shape.data_file.then(|| data.child("data-file")),
+        backing_len: None,
+        options: &mut options,
+    };
+    let maker = Sim::new(0, bds_io::SimConfig::calm());
+    maker.block_on(Qcow2Format.create(context)).unwrap();
+    sim.put_file(IMAGE, &file.bytes());
+    if shape.data_file {
+        sim.put_file(DATA, &data.bytes());
+    }
+}
+
+/// A graph on this disk that opens what images name.
+pub fn graph(sim: &Sim) -> Graph {
+    let mut config = GraphConfig::new(Arc::new(bds_drivers::registry()));
+    config.fs = sim.fs();
+    config.gate = Arc::new(TrustAll { may_probe: false });
+    Graph::new(config)
+}
+
+/// What the image is opened with.
+pub fn options() -> Options {
+    Options::new()
+        .with("driver", "qcow2")
+        .with("discard", "unmap")
+        .with("file", serde_json::json!({"driver": "file", "filename": IMAGE, "discard": "unmap"}))
+}
+
+/// Opens the image for writing.
+pub async fn open(graph: &Graph, options: Options) -> (NodeRef, Backend) {
+    let node = graph.open(options).await.unwrap();
+    let backend =
+        Backend::new(&node, BackendOptions { name: "test".into(), writable: true }).unwrap();
+    (node, backend)
+}
+
+/// Closes it; what fails then fails the test.
+pub async fn close(graph: &Graph, node: NodeRef, backend: Backend) {
+    drop(backend);
+    drop(node);
+    for report in graph.reap().await {
+        report.into_result().unwrap();
+    }
+}
+
+pub async fn read(backend: &Backend, offset: u64, len: usize) -> bds_core::Result<Vec<u8>> {
+    let buf = Buf::from_slice(&vec![0xEE; len]);
+    if let Some(result) = backend.try_read(offset, &buf.iov()) {
+        result?;
+        return Ok(buf.iov().to_vec(0..len));
+    }
+    backend.read(offset, buf.iov()).await?;
+    Ok(buf.iov().to_vec(0..len))
+}
+
+pub async fn write(backend: &Backend, offset: u64, bytes: &[u8]) -> bds_core::Result<()> {
+    let iov = Buf::from_slice(bytes).iov();
+    if let Some(result) = backend.try_write(offset, &iov) {
+        return result;
+    }
+    backend.write(offset, iov, bds_core::driver::WriteFlags::empty()).await
+}
+
+/// Asks qemu-img about the image as the disk shows it: exit code of `check` (0: clean, 3: leaks), and its output.
+pub fn qemu_check(sim: &Sim) -> Option<(i32, String)> {
+    let tool = qemu_img()?;
+    let scratch = Scratch::new();
+    let path = scratch.path("x.qcow2");
+    sim.export(IMAGE, &path).unwrap();
+    if sim.exists(DATA) {
+        sim.export(DATA, scratch.path("d")).unwrap();
+    }
+    let spec = if sim.exists(DATA) {
+        format!(
+            "driver=qcow2,file.driver=file,file.filename={},data-file.driver=file,data-file.filename={}",
+            path.display(),
+            scratch.path("d").display()
+        )
+    } else {
+        format!("driver=qcow2,backing=,file.driver=file,file.filename={}", path.display())
+    };
+    let out = tool.run(["check", "--image-opts", &spec]);
+    Some((out.code, format!("{}{}", out.stdout, out.stderr)))
+}

@@ -1,0 +1,4 @@
+//! qcow2 through the whole graph on the simulated disk, against a byte model and QEMU's tools.
+
+mod harness;
+mod random;
