@@ -111,7 +111,6 @@ const CLASSES: [(&str, &str, Class); 9] = [
 pub(crate) struct Asked {
     lazy_refcounts: Option<bool>,
     pass_request: Option<bool>,
-    pass_snapshot: bool,
     pass_other: bool,
     discard_no_unref: bool,
     overlap: Class,
@@ -129,7 +128,6 @@ pub(crate) struct Asked {
 pub(crate) struct Config {
     pub lazy_refcounts: bool,
     pub pass_request: bool,
-    pub pass_snapshot: bool,
     pub pass_other: bool,
     pub discard_no_unref: bool,
     pub overlap: Class,
@@ -145,10 +143,11 @@ pub(crate) struct Config {
 impl Asked {
     /// Takes what we know out of the options.
     pub(crate) fn take(options: &mut Options) -> Result<Self> {
+        // Decides what becomes of deleted snapshots' space; we delete none, so both values hold.
+        options.take_bool("pass-discard-snapshot")?;
         Ok(Self {
             lazy_refcounts: options.take_bool("lazy-refcounts")?,
             pass_request: options.take_bool("pass-discard-request")?,
-            pass_snapshot: options.take_bool("pass-discard-snapshot")?.unwrap_or(true),
             pass_other: options.take_bool("pass-discard-other")?.unwrap_or(false),
             discard_no_unref: options.take_bool("discard-no-unref")?.unwrap_or(false),
             overlap: take_overlap(options)?,
@@ -184,7 +183,6 @@ impl Asked {
                     .lazy_refcounts
                     .unwrap_or(header.compatible.contains(Compatible::LAZY_REFCOUNTS)),
             pass_request: self.pass_request.unwrap_or(flags.discard),
-            pass_snapshot: self.pass_snapshot,
             pass_other: self.pass_other,
             discard_no_unref: self.discard_no_unref,
             overlap: self.overlap,

@@ -10,8 +10,9 @@ use bds_core::driver::{
 use bds_core::error::Result;
 use bds_io::IoVec;
 
-use super::header::INCOMPATIBLE_AT;
-use super::header::Incompatible;
+use super::check::check_image;
+use super::header::{Cluster0, INCOMPATIBLE_AT, Incompatible};
+use super::info;
 use super::state::Image;
 use super::task::finish;
 
@@ -138,7 +139,10 @@ impl Driver for Qcow2 {
     }
 
     fn info(&self) -> BoxFuture<'_, Result<ImageInfo>> {
-        Box::pin(async { Ok(ImageInfo::default()) })
+        Box::pin(async {
+            let image = &self.image;
+            info::info(&*image.file, &image.cluster0_now()).await
+        })
     }
 
     fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
@@ -154,9 +158,14 @@ impl Driver for Qcow2 {
 
     fn check<'a>(
         &'a self,
-        _progress: &'a (dyn Fn(u64, u64) + Send + Sync),
+        progress: &'a (dyn Fn(u64, u64) + Send + Sync),
     ) -> BoxFuture<'a, Result<CheckReport>> {
-        Box::pin(async { Ok(CheckReport::default()) })
+        Box::pin(async move {
+            // The check reads the file: all we know must be there.
+            self.run(|image| async move { image.write_all_metadata().await }).await?;
+            let data_file = self.image.data_file.as_deref();
+            check_image(&*self.image.file, data_file, progress).await
+        })
     }
 
     fn as_any(&self) -> &dyn Any {
@@ -205,8 +214,18 @@ impl Image {
         .detach();
     }
 
-    /// Writes everything that is left, gives back what is free, and clears the dirty bit.
-    async fn finish_writing(self: &Arc<Self>) -> Result<()> {
+    /// The header as it is by now.
+    fn cluster0_now(&self) -> Cluster0 {
+        let mut now = self.cluster0.clone();
+        let meta = self.meta();
+        now.header.incompatible = meta.header.incompatible;
+        now.header.autoclear = meta.header.autoclear;
+        now.header.size = self.disk_len();
+        now
+    }
+
+    /// Brings the file up to what is in memory, counts included.
+    async fn write_all_metadata(self: &Arc<Self>) -> Result<()> {
         if !self.is_writable || !self.serves_io {
             return Ok(());
         }
@@ -217,6 +236,12 @@ impl Image {
             // Counts that fell when clusters were given back.
             self.write_back(true).await?;
         }
+        Ok(())
+    }
+
+    /// Writes everything that is left, gives back what is free, and clears the dirty bit.
+    async fn finish_writing(self: &Arc<Self>) -> Result<()> {
+        self.write_all_metadata().await?;
         let bits = {
             let meta = self.meta();
             if !meta.header.is_dirty_marked {

@@ -107,4 +107,3 @@ impl DriverType for Qcow2Format {
         measure::measure(options, source)
     }
 }
->>>>>>> 3d6342b (qcow2: open, read, write, zero, resize)

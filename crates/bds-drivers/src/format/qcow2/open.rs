@@ -19,6 +19,7 @@ use super::header::{Cluster0, CryptMethod, Incompatible, MAX_L1_LEN, Strictness}
 use super::inflated::Inflated;
 use super::overlap::{Class, MetadataMap, Refused};
 use super::refcount::Counts;
+use super::snapshot::SnapshotTable;
 use super::state::{HeaderState, Image, Meta};
 use super::tables::Tables;
 use super::task::Busy;
@@ -27,8 +28,6 @@ use super::task::Busy;
 const POOL_BYTES: usize = 4 << 20;
 /// Tables are read in pieces of this many bytes.
 const READ_LEN: u64 = 1 << 20;
-/// All snapshot entries together.
-const MAX_SNAPSHOT_TABLE_LEN: u64 = 64 << 20;
 
 /// Opens an image.
 pub(crate) async fn open(context: &mut OpenContext<'_>) -> Result<Image> {
@@ -172,10 +171,7 @@ async fn open_data_file(
     })
 }
 
-async fn open_backing(
-    context: &mut OpenContext<'_>,
-    cluster0: &Cluster0,
-) -> Result<Option<Child>> {
+async fn open_backing(context: &mut OpenContext<'_>, cluster0: &Cluster0) -> Result<Option<Child>> {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let reference = cluster0.backing_name.as_deref().map(|name| Reference {
         kind: ReferenceKind::Backing,
@@ -368,39 +364,30 @@ impl Image {
         if header.snapshot_count == 0 || !self.config.overlap.intersects(wanted) {
             return Ok(());
         }
-        let start = header.snapshots_offset;
-        let mut at = start;
-        for _ in 0..header.snapshot_count {
-            let head = read_bytes(&*self.file, at, SNAPSHOT_HEAD_LEN).await?;
-            let entry = SnapshotPlace::parse(&head);
-            at += entry.len;
-            if at - start > MAX_SNAPSHOT_TABLE_LEN || entry.l1_len > MAX_L1_LEN {
-                return Err(Error::new(
-                    ErrorKind::LimitExceeded,
-                    "the snapshot table is larger than 64 MiB, or names an L1 table of more than 32 MiB",
-                )
-                .field("nb_snapshots", header.snapshot_count)
-                .at(at));
-            }
-            if !self.geometry().is_cluster_aligned(entry.l1_offset) {
+        let (start, count) = (header.snapshots_offset, header.snapshot_count);
+        let table = SnapshotTable::read(&*self.file, start, count).await?;
+        for snapshot in &table.entries {
+            let (offset, len) = (snapshot.l1_offset, u64::from(snapshot.l1_size) * 8);
+            if !self.geometry().is_cluster_aligned(offset) || len > MAX_L1_LEN {
                 return Err(Error::new(
                     ErrorKind::InvalidImage,
-                    "a snapshot's L1 table does not begin at a cluster; repair it with a check",
+                    "a snapshot's L1 table is longer than 32 MiB or does not begin at a cluster; \
+                     repair the image with a check",
                 )
-                .field("l1_table_offset", entry.l1_offset)
-                .at(at));
+                .field("l1_table_offset", offset)
+                .at(start));
             }
-            self.enter(Class::INACTIVE_L1, entry.l1_offset, entry.l1_len)?;
+            self.enter(Class::INACTIVE_L1, offset, len)?;
             if self.config.overlap.contains(Class::INACTIVE_L2) {
-                self.enter_inactive_l2(&entry).await?;
+                self.enter_inactive_l2(offset, len).await?;
             }
         }
-        self.enter(Class::SNAPSHOT_TABLE, start, at - start)
+        self.enter(Class::SNAPSHOT_TABLE, start, table.len)
     }
 
-    async fn enter_inactive_l2(&self, entry: &SnapshotPlace) -> Result<()> {
+    async fn enter_inactive_l2(&self, offset: u64, len: u64) -> Result<()> {
         let geometry = *self.geometry();
-        self.for_words(entry.l1_offset, entry.l1_len, |_, word| {
+        self.for_words(offset, len, |_, word| {
             if let Ok(Some(place)) = L1Entry(word).table(&geometry) {
                 // Tables are shared among snapshots, and with the active L1 table.
                 if self.metadata.insert(place.0) == Err(Refused::TooFar) {
@@ -414,29 +401,5 @@ impl Image {
             Ok(())
         })
         .await
-    }
-}
-
-const SNAPSHOT_HEAD_LEN: usize = 40;
-
-/// Where a snapshot's L1 table is, and how long its entry.
-struct SnapshotPlace {
-    l1_offset: u64,
-    l1_len: u64,
-    len: u64,
-}
-
-impl SnapshotPlace {
-    /// From the fixed part of an entry (qcow2.txt, "Snapshots").
-    fn parse(head: &[u8]) -> Self {
-        use super::extension::{be32, be64};
-        let u16_at = |at: usize| u64::from(be32(head, at) >> 16);
-        let extra = u64::from(be32(head, 36));
-        let len = SNAPSHOT_HEAD_LEN as u64 + extra + u16_at(12) + u16_at(14);
-        Self {
-            l1_offset: be64(head, 0),
-            l1_len: u64::from(be32(head, 8)) * 8,
-            len: len.next_multiple_of(8),
-        }
     }
 }

@@ -129,11 +129,6 @@ impl Counts {
         }
     }
 
-    /// The table's entries, as stored.
-    pub(crate) fn table(&self) -> &[u64] {
-        &self.table
-    }
-
     /// The place of block `index`; `None` if it does not exist, so that all its counts are zero.
     pub(crate) fn block_place(&self, index: u64) -> Plan<Option<u64>> {
         let slot = usize::try_from(index).ok().and_then(|i| self.table.get(i));

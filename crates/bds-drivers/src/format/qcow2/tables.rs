@@ -61,11 +61,6 @@ impl Slice {
         }
     }
 
-    /// Bytes in the file, and about as many in memory.
-    pub(crate) fn byte_len(&self) -> usize {
-        self.words.len() * 8
-    }
-
     #[inline]
     pub(crate) fn entry(&self, index: usize) -> L2Entry {
         if !self.is_extended {
