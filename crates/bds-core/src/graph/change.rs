@@ -270,7 +270,7 @@ fn re_point(moves: Vec<Arc<Edge>>, from: &NodeRef, to: &NodeRef) -> Vec<Arc<Held
     moves.iter().map(|edge| re_point_one(edge, to.strong())).collect()
 }
 
-fn re_point_one(edge: &Arc<Edge>, to: &Strong<Node>) -> Arc<Held<Node>> {
+pub(super) fn re_point_one(edge: &Arc<Edge>, to: &Strong<Node>) -> Arc<Held<Node>> {
     // Closed on the edge's own behalf too: its share of the drain goes when it leaves the old node.
     edge.close();
     edge.target().remove_parent(edge);

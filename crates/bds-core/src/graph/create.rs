@@ -188,11 +188,10 @@ impl Graph {
             }
         };
         let file = Inspected::new(&self.config().fs, backing).map_err(named)?;
-        if let Ok(own) = Inspected::new(&self.config().fs, path.to_owned()) {
-            if own.identity() == file.identity() {
-                let words = "an image cannot be its own backing file";
-                return Err(Error::new(ErrorKind::InvalidInput, words).file(path));
-            }
+        let own = Inspected::new(&self.config().fs, path.to_owned());
+        if own.is_ok_and(|own| own.identity() == file.identity()) {
+            let words = "an image cannot be its own backing file";
+            return Err(Error::new(ErrorKind::InvalidInput, words).file(path));
         }
         let format = match (wanted, format) {
             (ReferenceFormat::Named(name), _) => name,

@@ -24,6 +24,15 @@ enum State<T> {
 }
 
 impl<T> Inbox<T> {
+    /// What has come so far; once it is over, nothing comes any more.
+    fn take(&self) -> State<T> {
+        let mut state = self.lock();
+        match *state {
+            State::Running => State::Running,
+            _ => std::mem::replace(&mut *state, State::Left),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State<T>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -83,14 +92,11 @@ impl<T, O: Fn(T)> Waiter<T, O> {
         loop {
             let mut changed = pin!(self.inbox.changed.notified());
             changed.as_mut().enable();
-            let mut state = self.inbox.lock();
-            match std::mem::replace(&mut *state, State::Left) {
+            match self.inbox.take() {
                 State::Done(value) => return Some(value),
                 State::Lost | State::Left => return None,
-                State::Running => *state = State::Running,
+                State::Running => changed.await,
             }
-            drop(state);
-            changed.await;
         }
     }
 }

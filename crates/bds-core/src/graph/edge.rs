@@ -16,7 +16,7 @@
 use std::fmt;
 use std::ops::Deref;
 use std::pin::pin;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::{ArcSwap, Guard};
@@ -25,7 +25,7 @@ use bds_refcount::{Held, Holder, HolderKind, Release, Strong};
 
 use super::Graph;
 use super::node::{Node, NodeId};
-use super::perm::{Access, Perm};
+use super::perm::Access;
 use crate::driver::Role;
 
 /// Who uses a node through an edge.
@@ -45,10 +45,9 @@ pub struct Edge {
     parent: OnceLock<Parent>,
     target: ArcSwap<Held<Node>>,
     /// Of a root edge: its node must not outlive the graph, which closes it. After `target`: dropped in this order.
-    keeper: Option<Graph>,
+    _graph: Option<Graph>,
     gate: Gate,
-    perm: AtomicU32,
-    shared: AtomicU32,
+    access: Access,
 }
 
 impl fmt::Debug for Edge {
@@ -66,7 +65,7 @@ impl Edge {
         access: Access,
         holder: &str,
         target: Strong<Node>,
-        keeper: Option<Graph>,
+        graph: Option<Graph>,
     ) -> Arc<Self> {
         let kind = if role.is_empty() { HolderKind::Backend } else { HolderKind::Edge };
         let held = target.held_by(Holder::new(kind, holder));
@@ -75,10 +74,9 @@ impl Edge {
             role,
             parent: OnceLock::new(),
             target: ArcSwap::from_pointee(held),
-            keeper,
+            _graph: graph,
             gate: Gate::default(),
-            perm: AtomicU32::new(access.perm.bits()),
-            shared: AtomicU32::new(access.shared.bits()),
+            access,
         })
     }
 
@@ -99,16 +97,7 @@ impl Edge {
 
     /// What the parent does with the node, and what it lets others do.
     pub fn access(&self) -> Access {
-        Access {
-            perm: Perm::from_bits_truncate(self.perm.load(Ordering::Acquire)),
-            shared: Perm::from_bits_truncate(self.shared.load(Ordering::Acquire)),
-        }
-    }
-
-    /// Records new permissions. Checking them is the graph's business, before this.
-    pub(crate) fn set_access(&self, access: Access) {
-        self.perm.store(access.perm.bits(), Ordering::Release);
-        self.shared.store(access.shared.bits(), Ordering::Release);
+        self.access
     }
 
     pub(crate) fn set_parent(&self, parent: Parent) {

@@ -164,11 +164,15 @@ fn a_filter_comes_and_goes() {
 #[test]
 fn limits_follow_the_graph() {
     run(|world| async move {
-        let node = image(&world, "node").await;
-        let base = world.open("driver=pass,node-name=user,file=node").await;
-        assert_eq!(base.limits().max_transfer, 4096, "the file's, two levels up");
-        let bare = crate::driver::Limits::default();
-        assert_ne!(base.limits(), bare);
+        let top = image(&world, "top").await;
+        let user = world.open("driver=pass,node-name=user,file=top").await;
+        assert_eq!(user.limits().max_transfer, 4096, "the file's, two levels up");
+        world.plain("n");
+        let narrow = world.open("driver=file,node-name=narrow,filename=n,max-transfer=512").await;
+        world.graph.set_backing(&top, Some(&narrow)).await.unwrap();
+        assert_eq!(user.limits().max_transfer, 512, "the new backing node's");
+        world.graph.set_backing(&top, None).await.unwrap();
+        assert_eq!(user.limits().max_transfer, 4096);
     });
 }
 

@@ -127,8 +127,14 @@ impl DriverType for FakeType {
             spec("fail-close", OptionKind::Bool),
             spec("ignored", OptionKind::Bool),
         ];
-        const FILE: &[OptionSpec] =
-            &[spec("filename", OptionKind::String), FAULTS[0], FAULTS[1], FAULTS[2], FAULTS[3]];
+        const FILE: &[OptionSpec] = &[
+            spec("filename", OptionKind::String),
+            spec("max-transfer", OptionKind::Size),
+            FAULTS[0],
+            FAULTS[1],
+            FAULTS[2],
+            FAULTS[3],
+        ];
         const OTHER: &[OptionSpec] = &[
             spec("file", OptionKind::Child),
             spec("backing", OptionKind::Child),
@@ -205,6 +211,7 @@ impl DriverType for FakeType {
                 category: self.category,
                 name: name.clone(),
                 shared: Arc::clone(&self.shared),
+                max_transfer: options.take_size("max-transfer")?.unwrap_or(4096),
                 fail_flush: options.take_bool("fail-flush")?.unwrap_or(false),
                 fail_close: options.take_bool("fail-close")?.unwrap_or(false),
                 file: None,
@@ -272,6 +279,7 @@ struct Fake {
     category: Category,
     name: String,
     shared: Arc<Shared>,
+    max_transfer: u64,
     fail_flush: bool,
     fail_close: bool,
     file: Option<(PathBuf, File)>,
@@ -306,8 +314,8 @@ impl Driver for Fake {
     }
 
     fn limits(&self) -> Limits {
-        let transfer = if self.category == Category::Protocol { 4096 } else { 0 };
-        Limits { max_transfer: transfer, ..Limits::default() }
+        let max_transfer = if self.category == Category::Protocol { self.max_transfer } else { 0 };
+        Limits { max_transfer, ..Limits::default() }
     }
 
     fn is_filter(&self) -> bool {

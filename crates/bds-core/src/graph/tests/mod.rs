@@ -6,3 +6,4 @@ mod create;
 mod fakes;
 mod gates;
 mod open;
+mod threads;

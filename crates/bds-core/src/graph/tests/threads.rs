@@ -1,0 +1,99 @@
+//! Real threads: the gate's promise under contention.
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::{self, Thread};
+
+use bds_refcount::Strong;
+
+use super::fakes::run;
+use crate::graph::change::re_point_one;
+use crate::graph::drain::Drained;
+use crate::graph::{Access, Edge, NodeRef, Perm};
+
+struct Unpark(Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+/// Runs a future that needs nobody but other threads.
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    let waker = Waker::from(Arc::new(Unpark(thread::current())));
+    let mut context = Context::from_waker(&waker);
+    let mut future = pin!(future);
+    loop {
+        match future.as_mut().poll(&mut context) {
+            Poll::Ready(value) => return value,
+            Poll::Pending => thread::park(),
+        }
+    }
+}
+
+/// Enters and leaves until told to stop; asserts that a node that is said to be empty is.
+fn keep_entering(edge: &Edge, empty: &[(NodeRef, AtomicBool); 2], stop: &AtomicBool) -> usize {
+    let mut count = 0;
+    while !stop.load(Ordering::Relaxed) {
+        let Some(ticket) = edge.ticket() else {
+            block_on(edge.wait_open());
+            continue;
+        };
+        let target = edge.target();
+        if count % 3 == 0 {
+            thread::yield_now(); // a change may pass in between
+        }
+        let number = target.traffic().enter();
+        if edge.admits(ticket) {
+            let (_, is_empty) =
+                empty.iter().find(|(node, _)| node.id() == target.id()).expect("one of the two");
+            thread::yield_now();
+            assert!(!is_empty.load(Ordering::SeqCst), "inside a drained node");
+            assert_eq!(edge.target().id(), target.id(), "re-pointed while inside");
+            count += 1;
+        }
+        target.traffic().leave(number);
+    }
+    count
+}
+
+#[test]
+fn nobody_is_inside_a_drained_node_nor_stays_with_one_the_edge_has_left() {
+    run(|world| async move {
+        world.plain("a");
+        world.plain("b");
+        let a = world.open("driver=file,filename=a,node-name=a").await;
+        let b = world.open("driver=file,filename=b,node-name=b").await;
+        let access = Access { perm: Perm::CONSISTENT_READ, shared: Perm::all() };
+        let edge = a.attach_root("guest", access);
+        let nodes = [(a, AtomicBool::new(false)), (b, AtomicBool::new(false))];
+        let stop = AtomicBool::new(false);
+        let total = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    let count = keep_entering(&edge, &nodes, &stop);
+                    total.fetch_add(count, Ordering::Relaxed);
+                });
+            }
+            for round in 0..2000 {
+                let (from, is_empty) = &nodes[round % 2];
+                let (to, _) = &nodes[(round + 1) % 2];
+                let drained = block_on(Drained::begin(Strong::clone(from.strong())));
+                is_empty.store(true, Ordering::SeqCst);
+                thread::yield_now();
+                assert_eq!(from.node().traffic().in_flight(), 0);
+                drop(re_point_one(&edge, to.strong()));
+                is_empty.store(false, Ordering::SeqCst);
+                drop(drained);
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        assert!(total.load(Ordering::Relaxed) > 0);
+        assert_eq!((nodes[0].0.count(), nodes[1].0.count()), (2, 1), "even rounds: back at a");
+    });
+}
