@@ -1,6 +1,12 @@
-//! The drivers from outside: formats against QEMU's tools, hostile images, replayed fuzz corpora.
+//! The drivers from outside: in a graph on the simulated disk, formats against QEMU's tools, hostile images, replayed fuzz
+//! corpora.
 
+mod blkdebug;
+mod house;
+mod mem;
+mod null;
 #[cfg(feature = "qcow2")]
 mod qcow2;
 #[cfg(feature = "qcow2")]
 mod qcow2_check;
+mod raw;
