@@ -251,6 +251,9 @@ impl Local {
     /// Marks the thread as awake until the guard is dropped.
     fn drive(&self) -> Driving<'_> {
         self.depth.set(self.depth.get() + 1);
+        if self.pollable.borrow().is_some() {
+            self.engine.borrow_mut().set_bell(false);
+        }
         self.shared.state.store(AWAKE, Ordering::Relaxed);
         Driving(self)
     }
@@ -375,9 +378,9 @@ impl Local {
         )?;
         let readable = EpollEvent::new(EpollFlags::EPOLLIN, 0);
         epoll.add(timer.as_fd(), readable)?;
-        match self.engine.borrow().pollable() {
-            Some(ring) => epoll.add(ring, readable)?,
-            None => epoll.add(self.shared.event.as_fd(), readable)?,
+        epoll.add(self.shared.event.as_fd(), readable)?;
+        if let Some(bell) = self.engine.borrow_mut().bell()? {
+            epoll.add(bell, readable)?;
         }
         Ok(Pollable { epoll, timer })
     }
@@ -388,12 +391,13 @@ impl Local {
         use nix::sys::timerfd::{Expiration, TimerSetTimeFlags};
         let pollable = self.pollable.borrow();
         let Some(Pollable { timer, .. }) = pollable.as_ref() else { return Ok(()) };
+        sys::clear(timer.as_fd());
+        sys::clear(&self.shared.event);
         {
             let mut engine = self.engine.borrow_mut();
-            engine.arm();
+            engine.set_bell(true);
             engine.flush()?;
         }
-        sys::clear(timer.as_fd());
         match self.timers.borrow().next() {
             Some(due) => {
                 // Zero would disarm it.

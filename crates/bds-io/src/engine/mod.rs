@@ -86,18 +86,19 @@ impl Engine {
         }
     }
 
-    /// Makes the descriptor of `pollable` tell of eventfd signals too.
-    pub(crate) fn arm(&mut self) {
-        if let Engine::Uring(uring) = self {
-            uring.arm();
+    /// What becomes readable when `flush` would reap something; None: only the Context's eventfd does.
+    pub(crate) fn bell(&mut self) -> io::Result<Option<BorrowedFd<'_>>> {
+        match self {
+            Engine::Uring(uring) => uring.bell().map(Some),
+            Engine::Pool => Ok(None),
         }
     }
 
-    /// What becomes readable when `wait` would return; None: only the eventfd does.
-    pub(crate) fn pollable(&self) -> Option<BorrowedFd<'_>> {
-        match self {
-            Engine::Uring(uring) => Some(uring.as_fd()),
-            Engine::Pool => None,
+    /// Silences the bell, or clears it and lets it ring again. Whoever lets it ring must flush afterwards:
+    /// what came meanwhile did not ring.
+    pub(crate) fn set_bell(&mut self, is_on: bool) {
+        if let Engine::Uring(uring) = self {
+            uring.set_bell(is_on);
         }
     }
 

@@ -61,6 +61,8 @@ pub(crate) struct Uring {
     is_armed: bool,
     known: Known,
     landed: Vec<Landed>,
+    /// Signalled by the kernel when there is something to reap, for foreign loops.
+    bell: Option<OwnedFd>,
 }
 
 impl std::fmt::Debug for Uring {
@@ -95,6 +97,7 @@ impl Uring {
             is_armed: false,
             known,
             landed: Vec::new(),
+            bell: None,
         })
     }
 
@@ -174,11 +177,34 @@ impl Uring {
     }
 
     /// Lets a signal on the eventfd arrive as a completion.
-    pub(crate) fn arm(&mut self) {
+    fn arm(&mut self) {
         if !self.is_armed {
             let to: *mut u64 = &raw mut **self.wake_count;
             let entry = opcode::Read::new(Fd(self.wake.as_raw_fd()), to.cast(), 8).build();
             self.is_armed = self.push(&entry.user_data(WAKE));
+        }
+    }
+
+    /// An eventfd that the kernel signals when `flush` would reap something. The ring's own descriptor does
+    /// not serve: with deferred task work it stays silent until someone enters the ring.
+    pub(crate) fn bell(&mut self) -> io::Result<BorrowedFd<'_>> {
+        if self.bell.is_none() {
+            let bell = sys::event()?;
+            self.ring.submitter().register_eventfd(bell.as_raw_fd())?;
+            self.bell = Some(bell);
+        }
+        Ok(self.bell.as_ref().expect("made above").as_fd())
+    }
+
+    /// Silences the bell while the ring is driven, or clears it and lets it ring again.
+    pub(crate) fn set_bell(&mut self, is_on: bool) {
+        let Some(bell) = &self.bell else { return };
+        let queue = self.ring.completion();
+        if is_on {
+            queue.enable_eventfd();
+            sys::clear(bell);
+        } else {
+            queue.disable_eventfd();
         }
     }
 
@@ -273,13 +299,6 @@ impl Uring {
             self.reap();
         }
         Ok(())
-    }
-}
-
-impl AsFd for Uring {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the ring owns its descriptor and lives as long as `self`, which the result borrows.
-        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
     }
 }
 

@@ -1,6 +1,10 @@
 //! bds-io from outside: one binary, modules named after what they prove.
 
+mod abandon;
+mod clock;
+mod executor;
 mod file;
+mod foreign;
 mod sim_crash;
 mod sim_faults;
 mod sim_files;

@@ -1,0 +1,181 @@
+//! Futures may be dropped or forgotten at any await, with their buffers let go at once.
+//!
+//! The kernel (or a thread) still reads and writes that memory then. Run under AddressSanitizer to have every
+//! access to memory that was freed too early reported; the command is in the crate's README.
+
+use std::future::Future;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context as TaskContext, Poll, Wake, Waker};
+use std::time::Duration;
+
+use bds_io::{Buf, BufPool, Context, File, IoVec, OpenOptions, ZeroMode};
+
+use crate::support::{bytes, on_every_engine, pattern, scratch_with};
+
+struct Ignore;
+impl Wake for Ignore {
+    fn wake(self: Arc<Self>) {}
+}
+
+/// Polls `future` `polls` times inside the Context, turning it in between. Ready: it ended before.
+fn poll_times<F: Future + ?Sized>(
+    context: &Context,
+    mut future: Pin<&mut F>,
+    polls: usize,
+) -> Poll<F::Output> {
+    let waker = Waker::from(Arc::new(Ignore));
+    let mut cx = TaskContext::from_waker(&waker);
+    for _ in 0..polls {
+        let polled = context.block_on(async { future.as_mut().poll(&mut cx) });
+        if polled.is_ready() {
+            return polled;
+        }
+        context.turn(Some(Duration::ZERO)).unwrap();
+    }
+    Poll::Pending
+}
+
+/// Every leaf operation, one after the other, each with memory that nobody else keeps.
+async fn everything(file: File, pool: BufPool) {
+    let write = |offset, len| {
+        let buf = pool.take(len);
+        buf.iov().fill(0..len, 7);
+        (offset, buf.iov())
+    };
+    let (offset, iov) = write(0, 65_536);
+    file.write(offset, iov, true).await.unwrap();
+    let mut scattered = IoVec::new();
+    for _ in 0..4 {
+        scattered.push(write(0, 16_384).1);
+    }
+    file.write(65_536, scattered, false).await.unwrap();
+    file.read(0, pool.take(65_536).iov()).await.unwrap();
+    let into: IoVec = (0..4).map(|_| pool.take(16_384).iov()).collect();
+    file.read(0, into).await.unwrap();
+    file.sync_data().await.unwrap();
+    file.zero_range(0..4096, ZeroMode::PunchHole).await.unwrap();
+    file.set_len(1 << 20).await.unwrap();
+    let _ = file.copy_range_to(0, &file.clone(), 1 << 19, 4096).await;
+    bds_io::offload(|| ()).await;
+    bds_io::sleep(Duration::from_nanos(1)).await;
+    bds_io::yield_now().await;
+}
+
+fn sweep(direct: bool, abandon: fn(Pin<Box<dyn Future<Output = ()>>>)) {
+    on_every_engine(|context| {
+        let options =
+            OpenOptions { direct, inline_write_max_bytes: Some(0), ..OpenOptions::default() };
+        let (_dir, file) = scratch_with(&options);
+        let (_dir2, other) = scratch_with(&options);
+        let mut polls = 1;
+        loop {
+            // Budget 0: memory goes back to the allocator as soon as nobody owns it.
+            let pool = BufPool::new(0);
+            let mut future: Pin<Box<dyn Future<Output = ()>>> =
+                Box::pin(everything(file.clone(), pool));
+            if poll_times(context, future.as_mut(), polls).is_ready() {
+                break;
+            }
+            abandon(future);
+            // What was begun still ends, and the Context still works.
+            let data = pattern(4096, 1);
+            context.block_on(async {
+                other.write(0, Buf::from_slice(&data).iov(), false).await.unwrap();
+                let buf = Buf::zeroed(4096, 4096);
+                other.read(0, buf.iov()).await.unwrap();
+                assert!(bytes(&buf.iov()) == data);
+            });
+            polls += 1;
+        }
+        assert!(polls > 3, "the sweep met too few awaits: {polls}");
+    });
+}
+
+#[test]
+fn buffered_operations_may_be_dropped_at_every_await() {
+    sweep(false, drop);
+}
+
+#[test]
+fn buffered_operations_may_be_forgotten_at_every_await() {
+    sweep(false, std::mem::forget);
+}
+
+#[test]
+fn direct_operations_may_be_dropped_at_every_await() {
+    sweep(true, drop);
+}
+
+#[test]
+fn direct_operations_may_be_forgotten_at_every_await() {
+    sweep(true, std::mem::forget);
+}
+
+/// A read of a pipe that nobody writes to stays in flight for as long as it likes.
+fn silent_pipe() -> (File, std::io::PipeWriter) {
+    let (reader, writer) = std::io::pipe().unwrap();
+    (File::from_fd(reader.into(), &OpenOptions::default()).unwrap(), writer)
+}
+
+#[test]
+fn memory_lives_until_the_operation_ends_not_until_the_future_does() {
+    use std::io::Write;
+    on_every_engine(|context| {
+        let (file, mut writer) = silent_pipe();
+        let buf = Buf::zeroed(4096, 1);
+        {
+            let mut read = pin!(file.read(0, buf.iov()));
+            assert!(poll_times(context, read.as_mut(), 1).is_pending());
+        }
+        let mut buf = buf;
+        assert!(buf.get_mut().is_none(), "the dropped read still points at it");
+        // Pipes have no offsets: pool threads get ESPIPE at once, the ring waits for data.
+        writer.write_all(b"late").unwrap();
+        for _ in 0..1000 {
+            context.turn(Some(Duration::from_millis(10))).unwrap();
+            if buf.get_mut().is_some() {
+                return;
+            }
+        }
+        panic!("the operation never ended");
+    });
+}
+
+#[test]
+fn a_context_ends_although_an_abandoned_operation_would_wait_forever() {
+    use bds_io::{ContextOptions, EngineKind};
+    let options = ContextOptions { engine: EngineKind::Uring, ..ContextOptions::default() };
+    let context = match Context::new(options) {
+        Ok(context) => context,
+        Err(error) => return println!("skipped: no io_uring here: {error}"),
+    };
+    let (file, _writer) = silent_pipe();
+    let mut buf = Buf::zeroed(4096, 1);
+    {
+        let mut read = pin!(file.read(0, buf.iov()));
+        assert!(poll_times(&context, read.as_mut(), 1).is_pending());
+    }
+    drop(context);
+    assert!(buf.get_mut().is_some(), "the end of the Context is the end of its operations");
+}
+
+#[test]
+fn a_future_may_end_on_another_thread_than_it_began() {
+    on_every_engine(|context| {
+        let (_dir, file) = scratch_with(&OpenOptions::default());
+        let buf = Buf::zeroed(4096, 1);
+        let iov = buf.iov();
+        let mut read = Box::pin(async move {
+            file.write(0, pattern(4096, 9).into(), true).await.unwrap();
+            file.read(0, iov).await.unwrap()
+        });
+        assert!(poll_times(context, read.as_mut(), 1).is_pending());
+        let other = std::thread::spawn(move || bds_io::block_on(read));
+        while !other.is_finished() {
+            context.turn(Some(Duration::from_millis(1))).unwrap();
+        }
+        assert_eq!(other.join().unwrap(), 4096);
+        assert!(bytes(&buf.iov()) == pattern(4096, 9));
+    });
+}
