@@ -138,6 +138,10 @@ impl File {
             Inner::Sim(file) => file.len(),
         }
     }
+    /// True if the length is 0.
+    pub fn is_empty(&self) -> io::Result<bool> {
+        self.len().map(|len| len == 0)
+    }
     /// Bytes on disk (st_blocks * 512).
     pub fn allocated_len(&self) -> io::Result<u64> {
         match &self.0 {

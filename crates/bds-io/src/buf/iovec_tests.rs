@@ -61,7 +61,7 @@ proptest! {
     #[test]
     fn copy_in_and_out((list, mut model) in lists(), a: usize, b: usize, seed: u8) {
         let range = range_in(model.len(), a, b);
-        let data: Vec<u8> = (0..range.len()).map(|i| (i as u8).wrapping_mul(31) ^ seed).collect();
+        let data: Vec<u8> = (0..=255u8).cycle().take(range.len()).map(|at| at.wrapping_mul(31) ^ seed).collect();
         list.copy_from(range.start, &data);
         model[range.clone()].copy_from_slice(&data);
         prop_assert_eq!(bytes(&list), &model[..]);
@@ -128,7 +128,7 @@ fn a_vector_becomes_a_list_without_copying() {
 /// The anchor is anything: here a page that stands for guest memory.
 #[test]
 fn foreign_memory_lives_as_long_as_its_list() {
-    struct Guest(std::cell::UnsafeCell<[u8; 64]>, Arc<()>);
+    struct Guest(std::cell::UnsafeCell<[u8; 64]>, #[expect(dead_code, reason = "counts")] Arc<()>);
     // SAFETY: the test reaches the bytes through lists only.
     unsafe impl Send for Guest {}
     // SAFETY: as above.

@@ -275,6 +275,7 @@ pub(crate) fn event() -> io::Result<OwnedFd> {
 }
 
 /// Adds one to an eventfd.
+#[expect(clippy::host_endian_bytes, reason = "the kernel reads a number of this machine")]
 pub(crate) fn signal(event: &OwnedFd) {
     // Fails only when the counter is full (EAGAIN), and then the sleeper is woken already.
     let _ = retry(|| unistd::write(event, &1u64.to_ne_bytes()));

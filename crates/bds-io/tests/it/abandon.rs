@@ -3,37 +3,29 @@
 //! The kernel (or a thread) still reads and writes that memory then. Run under AddressSanitizer to have every
 //! access to memory that was freed too early reported; the command is in the crate's README.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
-use std::sync::Arc;
-use std::task::{Context as TaskContext, Poll, Wake, Waker};
+use std::task::Poll;
 use std::time::Duration;
 
 use bds_io::{Buf, BufPool, Context, File, IoVec, OpenOptions, ZeroMode};
 
 use crate::support::{bytes, on_every_engine, pattern, scratch_with};
 
-struct Ignore;
-impl Wake for Ignore {
-    fn wake(self: Arc<Self>) {}
-}
-
-/// Polls `future` `polls` times inside the Context, turning it in between. Ready: it ended before.
+/// Drives `future` until it has returned `Pending` `polls` times. Ready: it ended before.
 fn poll_times<F: Future + ?Sized>(
     context: &Context,
     mut future: Pin<&mut F>,
     polls: usize,
 ) -> Poll<F::Output> {
-    let waker = Waker::from(Arc::new(Ignore));
-    let mut cx = TaskContext::from_waker(&waker);
-    for _ in 0..polls {
-        let polled = context.block_on(async { future.as_mut().poll(&mut cx) });
-        if polled.is_ready() {
-            return polled;
+    let mut left = polls;
+    context.block_on(poll_fn(|cx| match future.as_mut().poll(cx) {
+        Poll::Ready(output) => Poll::Ready(Poll::Ready(output)),
+        Poll::Pending => {
+            left -= 1;
+            if left == 0 { Poll::Ready(Poll::Pending) } else { Poll::Pending }
         }
-        context.turn(Some(Duration::ZERO)).unwrap();
-    }
-    Poll::Pending
+    }))
 }
 
 /// Every leaf operation, one after the other, each with memory that nobody else keeps.

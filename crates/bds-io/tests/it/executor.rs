@@ -59,9 +59,8 @@ fn a_dropped_task_is_cancelled_and_a_detached_one_runs_on() {
 fn a_panic_of_a_task_reaches_who_awaits_it() {
     on_every_engine(|context| {
         let task = context.spawn(async { panic!("on purpose") });
-        let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            context.block_on::<_>(async { task.await })
-        }));
+        let caught =
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| context.block_on(task)));
         assert_eq!(*caught.unwrap_err().downcast_ref::<&str>().unwrap(), "on purpose");
         assert_eq!(context.block_on(async { 1 }), 1, "the Context lives on");
         let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {

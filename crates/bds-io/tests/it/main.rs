@@ -1,5 +1,7 @@
 //! bds-io from outside: one binary, modules named after what they prove.
 
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
+
 mod abandon;
 mod clock;
 mod executor;

@@ -29,10 +29,14 @@ pub(crate) fn scratch_with(options: &OpenOptions) -> (TempDir, File) {
 
 /// Bytes that tell their place.
 pub(crate) fn pattern(len: usize, seed: u8) -> Vec<u8> {
-    (0..len).map(|at| (at as u8) ^ ((at >> 8) as u8).wrapping_mul(29) ^ seed).collect()
+    (0..=u16::MAX).cycle().take(len).map(|at| mix(at.to_le_bytes(), seed)).collect()
 }
 
 /// The bytes of a list.
 pub(crate) fn bytes(iov: &IoVec) -> Vec<u8> {
     iov.to_vec(0..iov.len())
+}
+
+fn mix([low, high]: [u8; 2], seed: u8) -> u8 {
+    low ^ high.wrapping_mul(29) ^ seed
 }
