@@ -3,6 +3,7 @@
 
 mod blkdebug;
 mod house;
+mod locks;
 mod mem;
 mod null;
 #[cfg(feature = "qcow2")]
