@@ -16,7 +16,9 @@ use std::sync::Arc;
 use bds_core::error::Result;
 
 use super::entry::{L2Entry, Place};
-use super::state::{Image, Meta, Plan};
+use super::lookup::Found;
+use super::state::{Image, Meta, Plan, Stop, What};
+use super::write::bad;
 
 /// Why a reference was given up; decides whether the host is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -179,12 +181,7 @@ impl Image {
         while let Some(freed) = frees.last_mut() {
             let tells = self.tells_host(freed.why);
             let result = if freed.in_data_file {
-                let all = Discard { cluster: freed.cluster, clusters: freed.clusters };
-                if tells {
-                    self.discard_host(&all).await;
-                }
-                freed.clusters = 0;
-                Ok(())
+                self.release_in_data_file(freed, tells).await
             } else {
                 self.lower_some(freed, tells, &mut last).await
             };
@@ -197,6 +194,39 @@ impl Image {
             }
         }
         self.discard_and_lower(last, frees).await
+    }
+
+    /// A data file has no counts: a cluster's place is its own whether it is used or not. It may have data again by now, so each is looked
+    /// at once more, and kept from getting data until the host has let go of it.
+    async fn release_in_data_file(self: &Arc<Self>, freed: &mut Freed, tells: bool) -> Result<()> {
+        let bits = self.geometry().cluster_bits();
+        if !tells {
+            freed.clusters = 0;
+        }
+        while freed.clusters > 0 {
+            let (guest, max) = (freed.cluster << bits, freed.clusters << bits);
+            let (len, item) = self
+                .plan(|image, meta| {
+                    let max = image.before_others(meta, guest, max)?;
+                    let run = match image.lookup(guest, max).map_err(|b| bad(b, guest))? {
+                        Found::Run(run) => run,
+                        Found::Missing(id) => return Err(Stop::Load(What::Slice(id))),
+                    };
+                    let clusters = image.geometry().clusters(run.len);
+                    let is_unused = !run.kind.has_place();
+                    let item = is_unused.then(|| image.enter_flight(meta, guest, clusters));
+                    Ok((clusters, item))
+                })
+                .await?;
+            let run = Discard { cluster: freed.cluster, clusters: len.min(freed.clusters) };
+            if let Some(item) = item {
+                self.discard_host(&run).await;
+                item.leave(&mut self.meta());
+            }
+            freed.cluster += run.clusters;
+            freed.clusters -= run.clusters;
+        }
+        Ok(())
     }
 
     /// Lowers counts, but leaves those that would reach zero and that the host wants to know about in `last`.
