@@ -5,9 +5,11 @@ mod blkdebug;
 mod house;
 mod locks;
 mod mem;
+mod model;
 mod null;
 #[cfg(feature = "qcow2")]
 mod qcow2;
 #[cfg(feature = "qcow2")]
 mod qcow2_check;
 mod raw;
+mod sweep;

@@ -1,0 +1,114 @@
+//! Random requests to an image, beside a plain list of sectors that says what must come out.
+
+use std::cell::RefCell;
+
+use bds_io::{EngineKind, Sim, SimConfig};
+use bds_testkit::{Cache, DiskModel, Scratch, Shape, Tool, Workload, qemu_img};
+
+use crate::sweep::rig::{Kind, World, play};
+use crate::sweep::seeds;
+
+/// The kinds of image that are tried.
+fn kinds() -> Vec<Kind> {
+    let q = Kind::qcow2;
+    vec![
+        q("512", 512),
+        q("512-rc64", 512).create("refcount_bits", 64).open("cache-size", 4096),
+        q("512-rc1", 512).create("refcount_bits", 1),
+        q("4k", 4096).strict(),
+        q("4k-v2", 4096).version_2(),
+        q("4k-v2-backed", 4096).version_2().backed(200_000),
+        q("4k-backed", 4096).backed(4096 * 128 + 1000),
+        q("4k-backed-short", 4096).backed(50_000).strict(),
+        q("4k-lazy", 4096).lazy(),
+        q("4k-zstd", 4096).create("compression_type", "zstd"),
+        q("4k-data", 4096).with_data_file(),
+        q("4k-data-backed", 4096).with_data_file().backed(100_000),
+        q("16k-ext", 16384).extended().sized(16384 * 24, 16384 * 40),
+        q("16k-ext-backed", 16384).extended().backed(300_000).sized(16384 * 24, 16384 * 40),
+        q("16k-ext-data", 16384).extended().with_data_file().sized(16384 * 24, 16384 * 40),
+        q("64k", 65536).sized(65536 * 20, 65536 * 30),
+        q("64k-ext-rc1", 65536).extended().create("refcount_bits", 1).sized(65536 * 20, 65536 * 30),
+        Kind::raw("raw"),
+    ]
+}
+
+fn shape(kind: &Kind, steps: usize) -> Shape {
+    Shape { reads: true, reopens: true, ..kind.shape(steps) }
+}
+
+/// Runs the workload in a fresh world; what the guest saw at the end.
+fn run(world: &World, kind: &Kind, workload: &Workload) -> Result<DiskModel, String> {
+    world.make(kind);
+    let model = RefCell::new(kind.model());
+    world.block_on(play(world, kind, Cache::Writeback, workload, &model))?;
+    Ok(model.into_inner())
+}
+
+/// QEMU's opinion of the image.
+fn ask_qemu(img: &Tool, world: &World, kind: &Kind) -> Result<(), String> {
+    if kind.format != "qcow2" {
+        return Ok(());
+    }
+    let scratch = Scratch::new();
+    let out = world.qemu_check(img, kind, &scratch);
+    if out.ok() { Ok(()) } else { Err(format!("qemu-img check: {out:?}")) }
+}
+
+/// The shortest prefix that fails, by bisection: prefixes of a failing workload mostly fail from some length on.
+fn shrink(kind: &Kind, workload: &Workload, world: &dyn Fn() -> World) -> (Workload, String) {
+    let fails = |count: usize| run(&world(), kind, &workload.prefix(count)).err();
+    let (mut good, mut bad) = (0, workload.steps.len());
+    let mut why = String::from("it does not fail again");
+    while good + 1 < bad {
+        let middle = usize::midpoint(good, bad);
+        match fails(middle) {
+            Some(error) => (bad, why) = (middle, error),
+            None => good = middle,
+        }
+    }
+    if let Some(error) = fails(bad) {
+        why = error;
+    }
+    (workload.prefix(bad), why)
+}
+
+fn random(seed_count: u64, steps: usize, world: impl Fn(u64) -> World) {
+    let img = qemu_img();
+    for kind in kinds() {
+        for seed in seeds(seed_count) {
+            let workload = Workload::new(seed, &shape(&kind, steps));
+            let here = world(seed);
+            if let Err(error) = run(&here, &kind, &workload) {
+                let trace = here.trace();
+                let (short, why) = shrink(&kind, &workload, &|| world(seed));
+                panic!("{} seed {seed}: {error}\n{trace}\nshortest: {short}{why}", kind.name);
+            }
+            let asked = img
+                .as_ref()
+                .filter(|_| seed == 0)
+                .map_or(Ok(()), |img| ask_qemu(img, &here, &kind));
+            if let Err(error) = asked {
+                panic!("{} seed {seed}: {error}\n{workload}", kind.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn random_requests_on_the_simulated_disk() {
+    random(6, 60, |seed| World::Sim(Sim::new(seed, SimConfig::default())));
+}
+
+#[test]
+fn random_requests_through_io_uring() {
+    match World::host(EngineKind::Uring) {
+        Ok(_) => random(2, 60, |_| World::host(EngineKind::Uring).expect("it was there just now")),
+        Err(error) => bds_testkit::skip(&format!("no io_uring here: {error}")),
+    }
+}
+
+#[test]
+fn random_requests_through_threads() {
+    random(2, 60, |_| World::host(EngineKind::Pool).expect("threads are always there"));
+}
