@@ -16,7 +16,16 @@ pub(crate) fn failure(error: &Error) -> ExitCode {
 /// The error without what only means something inside the program: generated node names, numbers of errors that
 /// are also there in words.
 pub(crate) fn words(error: &Error) -> String {
-    without(&without(&error.to_string(), "node '#block", "': "), " (os error ", ")")
+    let text = without(&without(&error.to_string(), "node '#block", "': "), " (os error ", ")");
+    // A name that follows anyway is not said in front as well.
+    let is_repeated =
+        |file: &str, rest: &str| rest.starts_with(&format!("Could not open '{file}'"));
+    match text.split_once(": ") {
+        Some((file, rest)) if is_repeated(file, rest) => {
+            rest.replacen("': cannot open: ", "': ", 1)
+        }
+        _ => text,
+    }
 }
 
 /// `text` without every part that begins with `from` and ends with the next `to`.
@@ -41,6 +50,8 @@ mod tests {
             .node("#block000")
             .file("a.qcow2");
         assert_eq!(words(&error), "a.qcow2: cannot open: No such file or directory");
+        let error = error.context("Could not open 'a.qcow2'");
+        assert_eq!(words(&error), "Could not open 'a.qcow2': No such file or directory");
         let named = Error::new(ErrorKind::Io, "gone").node("disk0");
         assert_eq!(words(&named), "node 'disk0': gone");
     }

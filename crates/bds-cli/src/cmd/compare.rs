@@ -189,7 +189,7 @@ impl Walk {
     async fn step(&self, common: u64) -> Result<Step> {
         let end = if self.at < common { common } else { self.total };
         let (a, b) = (side(&self.a, self.at, end).await?, side(&self.b, self.at, end).await?);
-        if self.is_strict && a.is_allocated != b.is_allocated {
+        if self.is_strict && a.facts != b.facts {
             let words = format!("Strict mode: Offset {} block status mismatch!", self.at);
             return Ok(Step::Different(words));
         }
@@ -211,19 +211,22 @@ impl Walk {
 struct Side {
     len: u64,
     is_zero: bool,
-    is_allocated: bool,
+    /// What must agree in strict mode.
+    facts: StatusFlags,
 }
 
 async fn side(backend: &Backend, at: u64, end: u64) -> Result<Side> {
     if at >= backend.len() {
         // A shorter image shows zeros behind its end.
-        return Ok(Side { len: end - at, is_zero: true, is_allocated: false });
+        let facts = StatusFlags::empty();
+        return Ok(Side { len: end - at, is_zero: true, facts });
     }
     let run = backend.block_status(at, end - at, true).await?;
     Ok(Side {
         len: run.len,
         is_zero: run.flags.contains(StatusFlags::ZERO),
-        is_allocated: run.flags.contains(StatusFlags::ALLOCATED),
+        // Where a run ends depends on the layout, not on the content.
+        facts: run.flags.difference(StatusFlags::EOF),
     })
 }
 

@@ -112,7 +112,7 @@ pub(crate) fn set_backing(
     Ok(())
 }
 
-/// qemu-img's order; what is not here comes last.
+/// qemu-img's order of qcow2's options; what is not here comes first.
 const ORDER: [&str; 12] = [
     "cluster_size",
     "extended_l2",
@@ -132,10 +132,12 @@ const ORDER: [&str; 12] = [
 fn formatting(driver: &dyn DriverType, filename: &str, given: &Options, size: u64) -> String {
     let mut out = format!("Formatting '{filename}', fmt={}", driver.name());
     let specs = driver.create_options();
-    let known = ORDER.iter().copied();
-    let others = specs.iter().map(|spec| spec.name).filter(|name| !ORDER.contains(name));
-    for name in known.chain(others) {
-        let Some(spec) = specs.iter().find(|spec| spec.name == name) else { continue };
+    let mut specs: Vec<&OptionSpec> = specs.iter().collect();
+    if specs.iter().any(|spec| spec.name == ORDER[0]) {
+        specs.sort_by_key(|spec| ORDER.iter().position(|name| *name == spec.name));
+    }
+    for spec in specs {
+        let name = spec.name;
         let value = if name == "size" {
             Some(size.to_string())
         } else {
@@ -166,7 +168,10 @@ fn printed(spec: &OptionSpec, value: &serde_json::Value) -> String {
 pub(crate) fn help(format: &str, filename: Option<&str>) -> Result<()> {
     let registry = bds_drivers::registry();
     let driver = registry.format(format)?;
-    println!("Supported {format} options:");
+    match filename {
+        None => println!("Supported {format} options:"),
+        Some(_) => println!("Supported options:"),
+    }
     let mut specs: Vec<OptionSpec> = driver.create_options().to_vec();
     if let Some(filename) = filename {
         let protocol = registry.driver(image::protocol_of_file(Path::new(filename)))?;
