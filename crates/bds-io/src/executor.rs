@@ -343,8 +343,10 @@ impl Local {
         did
     }
 
-    /// Waits for what is in flight, up to `patience`: for a Context that nobody will drive for a while.
+    /// For a Context that nobody will drive for a while: gives timers that somebody still waits for to the
+    /// background Context, and waits for what is in flight, up to `patience`.
     pub(crate) fn settle(&self, patience: Duration) {
+        self.pass_on_timers();
         let until = clock::now() + patience;
         while self.engine.borrow().in_flight() > 0 && clock::now() < until {
             let left = until.saturating_sub(clock::now());
@@ -352,6 +354,21 @@ impl Local {
                 return;
             }
             self.tell_landed();
+        }
+    }
+
+    fn pass_on_timers(&self) {
+        if self.timers.borrow().next().is_none() {
+            return;
+        }
+        let all = self.timers.borrow_mut().take_all();
+        // A cell that only we hold belongs to a sleep that was dropped.
+        for (deadline, cell) in all.into_iter().filter(|(_, cell)| Arc::strong_count(cell) > 1) {
+            match background() {
+                Ok(background) => background.add_timer(deadline, cell),
+                // Without a thread to wait for the time, too early is better than never.
+                Err(_) => cell.complete(()),
+            }
         }
     }
 
@@ -425,11 +442,7 @@ impl Drop for Local {
         for runnable in self.queue.take() {
             self.shared.inbox.push(Message::Run(runnable));
         }
-        for (deadline, cell) in self.timers.take().take_all() {
-            if Arc::strong_count(&cell) > 1 {
-                self.shared.inbox.push(Message::Timer(deadline, cell));
-            }
-        }
+        self.pass_on_timers();
         self.shared.forward();
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use bds_io::{now, sleep, spawn};
+use bds_io::{block_on, now, sleep, spawn};
 
 use crate::support::on_every_engine;
 
@@ -52,4 +52,12 @@ fn abandoned_sleeps_cost_nothing_for_long() {
             sleep(Duration::from_millis(1)).await;
         });
     });
+}
+
+/// The timer was set on one thread's own ring; that thread then never drives it again.
+#[test]
+fn a_sleep_may_end_on_another_thread_than_it_began() {
+    let mut nap = Box::pin(sleep(Duration::from_millis(10)));
+    block_on(async { assert!(futures_util::poll!(nap.as_mut()).is_pending()) });
+    std::thread::spawn(move || block_on(nap)).join().unwrap();
 }

@@ -1,6 +1,10 @@
 //! bds-io from outside: one binary, modules named after what they prove.
 
-#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "helpers of tests fail by panic and say what they skip"
+)]
 
 mod abandon;
 mod clock;
