@@ -10,6 +10,8 @@ mod null;
 #[cfg(feature = "qcow2")]
 mod qcow2;
 #[cfg(feature = "qcow2")]
+mod fuzz_seeds;
+#[cfg(feature = "qcow2")]
 mod qcow2_check;
 mod raw;
 mod sweep;

@@ -1,4 +1,4 @@
-//! Entry points for fuzzers, seeds and hostile-image tests. Not part of the library's promise.
+//! A file in memory below a driver: every request is done at once, so a test needs no executor.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

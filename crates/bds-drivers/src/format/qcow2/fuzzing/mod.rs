@@ -1,0 +1,121 @@
+//! Entry points for fuzzers and for tests with bytes as images. Not part of the library's promise.
+//!
+//! Each entry point takes any bytes and panics if a promise is broken; it never waits and does no real I/O. The fuzz targets, the
+//! replay of their corpus and the hostile-image tests all call these.
+
+mod port;
+mod spec;
+
+use bds_core::driver::CreateContext;
+use bds_core::error::{ErrorKind, Result};
+use bds_core::options::Options;
+use futures_util::FutureExt;
+
+use super::entry::{EntryRules, L2Entry};
+use super::extension::be64;
+use super::header::{Cluster0, Compression, Parsed, Strictness};
+use super::units::{Geometry, GuestOffset};
+pub use port::MemPort;
+
+/// Creates an image in `file`, as `create` does with these options.
+pub fn create(options: Options, file: &MemPort, data_file: Option<&MemPort>) -> Result<()> {
+    let mut options = options;
+    let context = CreateContext {
+        file: file.child("file"),
+        data_file: data_file.map(|d| d.child("data-file")),
+        backing_len: None,
+        options: &mut options,
+    };
+    super::create::create(context).now_or_never().expect("memory never waits")?;
+    options.finish("qcow2")
+}
+
+/// Facts about the image in `file`, as `info` gives them.
+pub fn info(file: &MemPort) -> Result<bds_core::driver::ImageInfo> {
+    let work = async {
+        let image = super::fetch::read_cluster0(file, Strictness::Inspect).await?;
+        super::info::info(file, &image).await
+    };
+    work.now_or_never().expect("memory never waits")
+}
+
+/// Header and extensions: what is parsed can be written, and is the same when parsed again.
+pub fn header(data: &[u8]) {
+    for (mode, file_len) in [
+        (Strictness::Use, data.len() as u64),
+        (Strictness::Inspect, data.len() as u64),
+        (Strictness::Use, u64::MAX),
+    ] {
+        let image = match Cluster0::parse(data, file_len, mode) {
+            Ok(Parsed::Complete(image)) => image,
+            Ok(Parsed::NeedMore(len)) => {
+                assert!(len > data.len(), "asks for {len} bytes and has {}", data.len());
+                continue;
+            }
+            Err(error) => {
+                assert!(!error.to_string().is_empty());
+                continue;
+            }
+        };
+        let bytes = match image.encode() {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                // The list may have used the place of the end mark, which a rewrite needs.
+                assert_eq!(error.kind(), ErrorKind::NoSpace);
+                continue;
+            }
+        };
+        match Cluster0::parse(&bytes, file_len.max(bytes.len() as u64), mode) {
+            Ok(Parsed::Complete(again)) => assert_eq!(again, image),
+            other => panic!("own bytes are not understood: {other:?}"),
+        }
+        let _ = image.check_writable(file_len);
+    }
+}
+
+/// L2 entries against a plain reading of the specification. The first byte chooses the geometry.
+pub fn l2(data: &[u8]) {
+    let [shape, rest @ ..] = data else { return };
+    let extended = shape & 1 != 0;
+    let bits = 9 + u32::from(shape >> 3) % 13;
+    let Some(geometry) = Geometry::new(bits, extended, 4) else { return };
+    let rules =
+        EntryRules { geometry, has_zero_flag: shape & 2 != 0, has_data_file: shape & 4 != 0 };
+    for pair in rest.chunks_exact(16) {
+        let bitmap = if extended { be64(pair, 8) } else { 0 };
+        spec::compare(L2Entry { word: be64(pair, 0), bitmap }, &rules);
+        let guest = GuestOffset(be64(pair, 8));
+        let start = geometry.guest_offset(geometry.l1_index(guest), geometry.l2_index(guest));
+        assert_eq!(start.0, geometry.cluster_floor(guest.0));
+    }
+}
+
+/// Decoders: the output bound holds and an error is only an error. Encoders: what they accept comes back.
+pub fn decompress(data: &[u8]) {
+    let [choice, rest @ ..] = data else { return };
+    let kind = if choice & 1 == 0 { Compression::Deflate } else { Compression::Zstd };
+    let len = 1usize << (9 + (choice >> 1) % 8);
+    let mut out = vec![0; len];
+    let _ = super::compress::decode(kind, rest, &mut out);
+    let mut cluster = rest[..rest.len().min(len)].to_vec();
+    cluster.resize(len, *choice);
+    let mut packed = vec![0; len - 1];
+    if let Some(n) = super::compress::encode(kind, &cluster, &mut packed) {
+        super::compress::decode(kind, &packed[..n], &mut out).expect("own bytes");
+        assert!(out == cluster, "own bytes come back changed");
+    }
+}
+
+/// Check and info on an image: they end, change nothing, and say the same twice.
+pub fn check(data: &[u8]) {
+    let file = MemPort::new(data.to_vec());
+    let run =
+        || super::check_image(&file, None, &|_, _| {}).now_or_never().expect("memory never waits");
+    match (run(), run()) {
+        (Ok(a), Ok(b)) => assert_eq!(a, b),
+        (Err(a), Err(b)) => assert_eq!(a.to_string(), b.to_string()),
+        other => panic!("two checks disagree: {other:?}"),
+    }
+    let _ = info(&file);
+    assert_eq!(file.writes(), 0);
+}
