@@ -9,10 +9,11 @@ use bds_drivers::format::qcow2::fuzzing::{self, MemPort};
 
 type Target = (&'static str, fn(&[u8]));
 
-const TARGETS: [Target; 4] = [
+const TARGETS: [Target; 5] = [
     ("qcow2_header", fuzzing::header),
     ("qcow2_l2", fuzzing::l2),
     ("qcow2_check", fuzzing::check),
+    ("qcow2_open", fuzzing::open),
     ("decompress", fuzzing::decompress),
 ];
 
@@ -76,6 +77,7 @@ fn write_seeds() {
         put("qcow2_header", name, &bytes[..512]);
         if bytes.len() <= 16 << 10 {
             put("qcow2_check", name, &bytes);
+            put("qcow2_open", name, &bytes);
         }
     }
     put("qcow2_header", "names", &image(&[("size", "9k"), ("cluster_size", "8k")])[..600]);

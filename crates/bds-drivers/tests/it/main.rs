@@ -2,6 +2,10 @@
 //! corpora.
 
 mod blkdebug;
+#[cfg(feature = "qcow2")]
+mod fuzz_seeds;
+#[cfg(feature = "qcow2")]
+mod hostile;
 mod house;
 mod locks;
 mod mem;
@@ -9,8 +13,6 @@ mod model;
 mod null;
 #[cfg(feature = "qcow2")]
 mod qcow2;
-#[cfg(feature = "qcow2")]
-mod fuzz_seeds;
 #[cfg(feature = "qcow2")]
 mod qcow2_check;
 mod raw;

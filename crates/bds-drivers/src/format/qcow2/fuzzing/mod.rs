@@ -6,9 +6,13 @@
 mod port;
 mod spec;
 
-use bds_core::driver::CreateContext;
+use bds_core::driver::{
+    Attempt, BoxFuture, Child, ChildOpener, ChildRequest, CreateContext, Driver, DriverType,
+    OpenContext, OpenFlags, ReadFlags, StatusFlags, WriteFlags, ZeroFlags,
+};
 use bds_core::error::{ErrorKind, Result};
 use bds_core::options::Options;
+use bds_io::Buf;
 use futures_util::FutureExt;
 
 use super::entry::{EntryRules, L2Entry};
@@ -118,4 +122,119 @@ pub fn check(data: &[u8]) {
     }
     let _ = info(&file);
     assert_eq!(file.writes(), 0);
+}
+
+/// Hands out files in memory, whatever an image names.
+struct Shelf<'a> {
+    file: &'a MemPort,
+    data_file: Option<&'a MemPort>,
+    backing: Option<&'a MemPort>,
+}
+
+impl ChildOpener for Shelf<'_> {
+    fn open_child<'b>(&'b mut self, request: ChildRequest) -> BoxFuture<'b, Result<Option<Child>>> {
+        let port = match request.name {
+            "file" => Some(self.file),
+            "data-file" => self.data_file.filter(|_| request.reference.is_some()),
+            _ => self.backing.filter(|_| request.reference.is_some()),
+        };
+        let child = port.map(|port| port.child(request.name));
+        Box::pin(std::future::ready(Ok(child)))
+    }
+}
+
+/// Opens the image in `file`; what it names is found in the other files, if they are given.
+pub async fn open_image(
+    file: &MemPort,
+    data_file: Option<&MemPort>,
+    backing: Option<&MemPort>,
+    flags: OpenFlags,
+) -> Result<Box<dyn Driver>> {
+    let mut shelf = Shelf { file, data_file, backing };
+    let fs = bds_io::Fs::default();
+    let mut context = OpenContext::new("image", Options::new(), flags, &fs, &mut shelf);
+    super::Qcow2Format.open(&mut context).await
+}
+
+/// Open, status, read, and on a second copy write: nothing waits for ever, a read-only image stays as it is, zeros are zeros, and what
+/// was written is read.
+pub fn open(data: &[u8]) {
+    let sim = bds_io::Sim::new(1, bds_io::SimConfig::calm());
+    let backing = MemPort::new(vec![0xb5; 3000]);
+    let external = MemPort::new(vec![0xd6; 5000]);
+    let file = MemPort::new(data.to_vec());
+    sim.block_on(async {
+        let flags = OpenFlags { read_only: true, ..OpenFlags::default() };
+        if let Ok(image) = open_image(&file, Some(&external), Some(&backing), flags).await {
+            look(&*image).await;
+            let _ = image.info().await;
+            let _ = image.close().await;
+        }
+    });
+    assert_eq!(file.writes() + backing.writes() + external.writes(), 0, "read-only wrote");
+    sim.block_on(async {
+        let flags = OpenFlags::default();
+        if let Ok(image) = open_image(&file, Some(&external), Some(&backing), flags).await {
+            scribble(&*image, data).await;
+            look(&*image).await;
+            let _ = image.close().await;
+        }
+    });
+}
+
+/// Parts of a disk that one look reads at most.
+const MAX_RUNS: usize = 200;
+/// Bytes read of each part.
+const MAX_READ_LEN: u64 = 16 << 10;
+
+/// Walks the disk by its status and reads the beginning of each part.
+async fn look(image: &dyn Driver) {
+    let mut at = 0;
+    for _ in 0..MAX_RUNS {
+        let left = image.len().saturating_sub(at);
+        let Ok(run) = image.block_status(at, left, true).await else { break };
+        assert!(run.len <= left, "status of {at:#x} is longer than the disk");
+        if run.len == 0 {
+            assert_eq!(left, 0, "status of {at:#x} is empty inside the disk");
+            break;
+        }
+        let len = usize::try_from(run.len.min(MAX_READ_LEN)).expect("16 KiB");
+        let iov = Buf::zeroed(len, 4096).iov();
+        iov.fill(0..len, 0x77);
+        let read = image.read(at, iov.clone(), ReadFlags::empty()).await;
+        if run.flags.contains(StatusFlags::ZERO) && read.is_ok() {
+            assert!(iov.is_zero(0..len), "status of {at:#x} says zeros, the bytes differ");
+        }
+        at += run.len;
+    }
+}
+
+/// Writes, zeros and discards at places the input chooses.
+async fn scribble(image: &dyn Driver, data: &[u8]) {
+    for (step, chunk) in data.rchunks_exact(8).take(6).enumerate() {
+        let len = u64::from(chunk[0]) * 37 + 1;
+        let Some(room) = image.len().checked_sub(len).filter(|room| *room > 0) else { return };
+        let at = be64(chunk, 0).rotate_left(17) % room;
+        let done = match step % 3 {
+            0 | 1 => {
+                let bytes = vec![0x5a; usize::try_from(len).expect("10 KiB")];
+                let write = image.write(at, Buf::from_slice(&bytes).iov(), WriteFlags::empty());
+                write.await.map(|()| Some(0x5a))
+            }
+            _ => {
+                let zero = image.write_zeroes(at, len, ZeroFlags::MAY_UNMAP).await;
+                zero.map(|attempt| (attempt == Attempt::Done).then_some(0))
+            }
+        };
+        let Ok(Some(byte)) = done else { continue };
+        let len = usize::try_from(len).expect("10 KiB");
+        let iov = Buf::zeroed(len, 4096).iov();
+        if image.read(at, iov.clone(), ReadFlags::empty()).await.is_ok() {
+            let mut bytes = vec![0; len];
+            iov.copy_to(0, &mut bytes);
+            assert!(bytes.iter().all(|b| *b == byte), "what was written at {at:#x} is lost");
+        }
+        let _ = image.flush_to_os().await;
+        let _ = image.flush_to_disk().await;
+    }
 }

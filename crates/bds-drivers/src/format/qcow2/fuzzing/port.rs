@@ -18,7 +18,7 @@ pub struct MemPort {
 }
 
 /// No test needs a longer file; a request past it is an error, not an allocation.
-const MAX_LEN: u64 = 1 << 30;
+const MAX_LEN: u64 = 128 << 20;
 
 impl MemPort {
     /// A file that holds `bytes`.
@@ -67,7 +67,7 @@ impl MemPort {
 }
 
 fn too_long() -> Error {
-    Error::new(ErrorKind::NoSpace, "a test's file may not be longer than 1 GiB")
+    Error::new(ErrorKind::NoSpace, "a test's file may not be longer than 128 MiB")
 }
 
 fn index(offset: u64) -> usize {
