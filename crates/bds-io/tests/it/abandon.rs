@@ -1,14 +1,17 @@
 //! Futures may be dropped or forgotten at any await, with their buffers let go at once.
 //!
-//! The kernel (or a thread) still reads and writes that memory then. Run under AddressSanitizer to have every
-//! access to memory that was freed too early reported; the command is in the crate's README.
+//! The kernel (or a thread) still reads and writes that memory then. AddressSanitizer sees what our own code
+//! does wrong (the command is in the crate's README) but not what the kernel writes, so the tests also look:
+//! at whether the memory still has an owner, and at whether memory allocated anew stays untouched.
 
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::task::Poll;
 use std::time::Duration;
 
-use bds_io::{Buf, BufPool, Context, File, IoVec, OpenOptions, ZeroMode};
+use bds_io::{
+    Buf, BufPool, Context, ContextOptions, EngineKind, File, IoVec, OpenOptions, ZeroMode,
+};
 
 use crate::support::{bytes, on_every_engine, pattern, scratch_with};
 
@@ -70,6 +73,8 @@ fn sweep(direct: bool, abandon: fn(Pin<Box<dyn Future<Output = ()>>>)) {
                 break;
             }
             abandon(future);
+            // Whatever was freed too early is ours now: a late write of the kernel would show in it.
+            let canaries: Vec<_> = (0..16).map(|_| vec![0xaa; 16_384]).collect();
             // What was begun still ends, and the Context still works.
             let data = pattern(4096, 1);
             context.block_on(async {
@@ -77,7 +82,9 @@ fn sweep(direct: bool, abandon: fn(Pin<Box<dyn Future<Output = ()>>>)) {
                 let buf = Buf::zeroed(4096, 4096);
                 other.read(0, buf.iov()).await.unwrap();
                 assert!(bytes(&buf.iov()) == data);
+                other.sync_data().await.unwrap();
             });
+            assert!(canaries.iter().flatten().all(|byte| *byte == 0xaa), "memory freed too early");
             polls += 1;
         }
         assert!(polls > 3, "the sweep met too few awaits: {polls}");
@@ -121,8 +128,10 @@ fn memory_lives_until_the_operation_ends_not_until_the_future_does() {
             assert!(poll_times(context, read.as_mut(), 1).is_pending());
         }
         let mut buf = buf;
-        assert!(buf.get_mut().is_none(), "the dropped read still points at it");
         // Pipes have no offsets: pool threads get ESPIPE at once, the ring waits for data.
+        if context.engine() == EngineKind::Uring {
+            assert!(buf.get_mut().is_none(), "the dropped read still points at it");
+        }
         writer.write_all(b"late").unwrap();
         for _ in 0..1000 {
             context.turn(Some(Duration::from_millis(10))).unwrap();
@@ -136,7 +145,6 @@ fn memory_lives_until_the_operation_ends_not_until_the_future_does() {
 
 #[test]
 fn a_context_ends_although_an_abandoned_operation_would_wait_forever() {
-    use bds_io::{ContextOptions, EngineKind};
     let options = ContextOptions { engine: EngineKind::Uring, ..ContextOptions::default() };
     let context = match Context::new(options) {
         Ok(context) => context,
