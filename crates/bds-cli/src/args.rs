@@ -188,8 +188,8 @@ pub(crate) struct Convert {
     /// Not supported yet: an internal snapshot as input
     #[arg(short = 'l', long = "source-snapshot", hide = true, value_name = "SNAPSHOT")]
     pub(crate) snapshot: Option<String>,
-    /// Not supported yet: bytes a second
-    #[arg(short = 'r', long, hide = true, value_name = "RATE")]
+    /// At most this many bytes a second
+    #[arg(short = 'r', long, value_name = "RATE")]
     pub(crate) rate: Option<String>,
     /// Not supported: there are no user-creatable objects yet
     #[arg(long, hide = true, value_name = "OBJDEF")]

@@ -69,6 +69,7 @@ fn check(args: &Convert) -> Result<(&[String], &str)> {
 async fn convert(args: &Convert, names: &[String], target_name: &str) -> Result<()> {
     let stop = Stop::watch().map_err(|e| Error::io(e, "cannot watch for signals"))?;
     let graph = image::trusting_graph();
+    refuse_incompressible(&graph, args)?;
     let sources = open_sources(&graph, args, names).await?;
     let total = sources.iter().map(|(_, source)| source.backend.len()).sum();
     let mut options = create::format_options(&args.options)?;
@@ -166,6 +167,22 @@ fn refuse_own_source(sources: &[(NodeRef, CopySource)], target: &str) -> Result<
         }
     }
     Ok(())
+}
+
+/// A format that compresses has a way of doing so to choose. Asked before anything is made.
+fn refuse_incompressible(graph: &Graph, args: &Convert) -> Result<()> {
+    if !args.compress || args.no_create {
+        return Ok(());
+    }
+    let format = graph.config().registry.format(format(args))?;
+    match format.create_options().iter().any(|option| option.name == "compression_type") {
+        true => Ok(()),
+        false => Err(incompressible()),
+    }
+}
+
+fn incompressible() -> Error {
+    Error::new(ErrorKind::NotSupported, "Compression not supported for this file format")
 }
 
 fn refuse_preallocated_compression(args: &Convert, options: &Options) -> Result<()> {
@@ -304,9 +321,7 @@ async fn compressed_cluster(args: &Convert, target: &Backend) -> Result<Option<u
         return Ok(None);
     }
     let info = target.info().await?;
-    info.cluster_size.map(Some).ok_or_else(|| {
-        Error::new(ErrorKind::NotSupported, "Compression not supported for this file format")
-    })
+    info.cluster_size.map(Some).ok_or_else(incompressible)
 }
 
 /// Bytes a second, counted from the first piece.
