@@ -347,6 +347,9 @@ impl Local {
     /// background Context, and waits for what is in flight, up to `patience`.
     pub(crate) fn settle(&self, patience: Duration) {
         self.pass_on_timers();
+        if self.engine.borrow().in_flight() == 0 {
+            return;
+        }
         let until = clock::now() + patience;
         while self.engine.borrow().in_flight() > 0 && clock::now() < until {
             let left = until.saturating_sub(clock::now());
