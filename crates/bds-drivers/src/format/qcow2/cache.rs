@@ -5,7 +5,7 @@
 //! written since the last one:
 //!
 //! ```text
-//! rank       what                                                       rules (docs/qcow2.md)  
+//! rank       what                                                       rules (docs/qcow2.md)
 //! Body       refcount blocks with raised counts, a moved refcount       nothing points at these yet,
 //!            table, L2 tables the L1 table does not name yet, a           or what points at them is in a
 //!            moved L1 table                                              later rank: O1, O4, O5, O6, O7
