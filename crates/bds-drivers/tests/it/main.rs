@@ -1,5 +1,11 @@
 //! The drivers from outside: in a graph on the simulated disk, formats against QEMU's tools, hostile images, replayed fuzz
 //! corpora.
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "helpers of tests: a panic is their way to fail"
+)]
 
 mod blkdebug;
 #[cfg(feature = "qcow2")]
@@ -15,5 +21,7 @@ mod null;
 mod qcow2;
 #[cfg(feature = "qcow2")]
 mod qcow2_check;
+#[cfg(feature = "qcow2")]
+mod qcow2_create;
 mod raw;
 mod sweep;

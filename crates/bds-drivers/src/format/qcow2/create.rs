@@ -492,7 +492,11 @@ impl Writer<'_> {
         let table: Vec<u8> =
             (0..u64::from(l1_entries))
                 .map(|i| {
-                    if l2_tables > 0 { l2_offset + i * geometry.cluster_size() | COPIED } else { 0 }
+                    if l2_tables > 0 {
+                        (l2_offset + i * geometry.cluster_size()) | COPIED
+                    } else {
+                        0
+                    }
                 })
                 .flat_map(u64::to_be_bytes)
                 .collect();
@@ -517,7 +521,7 @@ impl Writer<'_> {
             let mut bytes = Vec::with_capacity(BATCH_LEN);
             let first = done * per_table;
             for index in first..(first + count * per_table).min(self.guest_clusters) {
-                bytes.extend((base + index * cluster | COPIED | flag).to_be_bytes());
+                bytes.extend(((base + index * cluster) | COPIED | flag).to_be_bytes());
                 if extended {
                     bytes.extend(bitmap.to_be_bytes());
                 }

@@ -105,7 +105,7 @@ pub(crate) enum CryptMethod {
 
 /// How compressed clusters are compressed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Compression {
+pub(crate) enum Compression {
     /// Raw deflate (qemu-img calls it zlib).
     #[default]
     Deflate,
@@ -115,7 +115,7 @@ pub enum Compression {
 
 impl Compression {
     /// QEMU's word for it.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Deflate => "zlib",
             Self::Zstd => "zstd",
@@ -123,7 +123,7 @@ impl Compression {
     }
 
     /// From QEMU's word.
-    pub fn parse(word: &str) -> Option<Self> {
+    pub(crate) fn parse(word: &str) -> Option<Self> {
         [Self::Deflate, Self::Zstd].into_iter().find(|c| c.name() == word)
     }
 }

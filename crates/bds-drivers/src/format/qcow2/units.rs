@@ -128,7 +128,7 @@ impl Geometry {
 
     /// The first guest byte that entry `l2_index` of table `l1_index` maps; saturates for tables no disk has.
     pub(crate) fn guest_offset(&self, l1_index: u64, l2_index: usize) -> GuestOffset {
-        let table = l1_index.checked_mul(self.l2_span()).unwrap_or(u64::MAX);
+        let table = l1_index.saturating_mul(self.l2_span());
         let entry = u64::try_from(l2_index).unwrap_or(u64::MAX) << self.cluster_bits;
         GuestOffset(table.saturating_add(entry))
     }

@@ -20,7 +20,7 @@ fn meaning(entry: L2Entry, index: u32, rules: &EntryRules) -> Option<Kind> {
         return is_good.then_some(Kind::Compressed);
     }
     let offset = bits(word, 9, 55) << 9;
-    if offset % (1 << cluster_bits) != 0 {
+    if !offset.is_multiple_of(1 << cluster_bits) {
         return None;
     }
     let copied = bits(word, 63, 63) == 1;

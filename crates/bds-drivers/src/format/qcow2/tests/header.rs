@@ -235,8 +235,8 @@ fn a_file_that_ends_inside_cluster_0_is_an_error_or_whole() {
     image.backing_name = Some(b"base.img".to_vec());
     let bytes = image.encode().unwrap();
     let end = 120 + 384 + 8 + 8;
-    for len in 0..end + 10 {
-        let got = parse_in(&bytes, len as u64, Strictness::Inspect);
+    for len in 0..end + 10u64 {
+        let got = parse_in(&bytes, len, Strictness::Inspect);
         assert_eq!(got.is_ok(), len >= end, "{len}: {got:?}");
     }
 }
