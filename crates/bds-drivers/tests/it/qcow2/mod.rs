@@ -1,5 +1,7 @@
 //! qcow2 through the whole graph on the simulated disk, against a byte model and QEMU's tools.
 
 mod harness;
+mod images;
+mod races;
 mod random;
 mod sweeps;
