@@ -81,3 +81,81 @@ impl Registry {
         self.types.values()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{BoxFuture, Driver, OpenContext, PROBE_LEN, probe};
+    use super::*;
+    use crate::options::OptionSpec;
+
+    struct Kind(&'static str, Category, u8);
+
+    impl DriverType for Kind {
+        fn name(&self) -> &'static str {
+            self.0
+        }
+        fn category(&self) -> Category {
+            self.1
+        }
+        fn open_options(&self) -> &'static [OptionSpec] {
+            &[]
+        }
+        fn open<'a>(
+            &'a self,
+            _context: &'a mut OpenContext<'_>,
+        ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
+            unreachable!("neither the registry nor a guess opens anything")
+        }
+        fn probe(&self, head: &[u8], file_len: u64) -> u8 {
+            assert!(head.len() <= PROBE_LEN);
+            if file_len > 0 { self.2 } else { 0 }
+        }
+    }
+
+    fn registry() -> Registry {
+        let mut registry = Registry::new();
+        for kind in [
+            Kind("sure", Category::Format, 100),
+            Kind("b-guess", Category::Format, 50),
+            Kind("a-guess", Category::Format, 50),
+            Kind("no", Category::Format, 0),
+            Kind("filter", Category::Filter, 100),
+        ] {
+            registry.register(Arc::new(kind)).unwrap();
+        }
+        registry
+    }
+
+    #[test]
+    fn a_second_driver_of_a_name_is_refused_and_the_first_stays() {
+        let mut registry = registry();
+        let error = registry.register(Arc::new(Kind("sure", Category::Filter, 0))).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::AlreadyExists);
+        assert_eq!(registry.driver("sure").unwrap().category(), Category::Format);
+    }
+
+    #[test]
+    fn unknown_names_are_answered_with_the_known_ones() {
+        let registry = registry();
+        let text =
+            |result: Result<&Arc<dyn DriverType>>| result.map(|_| ()).unwrap_err().to_string();
+        let unknown = text(registry.driver("x"));
+        assert!(
+            unknown.contains("'x' (there are: a-guess, b-guess, filter, no, sure)"),
+            "{unknown}"
+        );
+        let wrong = text(registry.format("filter"));
+        assert!(
+            wrong.contains("not an image format (there are: a-guess, b-guess, no, sure)"),
+            "{wrong}"
+        );
+    }
+
+    #[test]
+    fn guesses_come_surest_first_and_only_of_formats() {
+        let found = probe(&registry(), &vec![0; PROBE_LEN + 1], 1);
+        let names: Vec<&str> = found.iter().map(|candidate| candidate.driver).collect();
+        assert_eq!(names, ["sure", "a-guess", "b-guess"]);
+        assert!(probe(&registry(), &[], 0).is_empty());
+    }
+}

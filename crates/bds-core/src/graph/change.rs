@@ -1,7 +1,7 @@
 //! Changing edges: append, replace, set backing, insert and drop a filter.
 //!
-//! One change at a time. Each goes the same way: drain the node whose parents or children change, check everything under
-//! the plan's lock, then re-point edges in a step that cannot fail or wait. A change that fails, or whose future is
+//! One change at a time. Each goes the same way: drain the node whose parents or children change, check everything, then re-point
+//! edges, all of it in one step that cannot wait and, once it moves the first edge, cannot fail. A change that fails, or whose future is
 //! dropped, leaves everything as it was. Identity stays: every id and reference denotes the node it did before, and
 //! the caller's references are neither taken nor given.
 //!
@@ -42,7 +42,6 @@ impl Graph {
     }
 
     fn append_drained(&self, top: &NodeRef, overlay: &NodeRef) -> Result<Vec<Arc<Held<Node>>>> {
-        let plan = self.plan();
         let attached = match overlay.node().cow_child() {
             Some(edge) if edge.target().id() == top.id() => true,
             Some(edge) => {
@@ -59,7 +58,6 @@ impl Graph {
             self.attach_backing(overlay, top)?;
         }
         let released = re_point(moves, top, overlay);
-        drop(plan);
         self.refresh_limits_upwards(overlay.strong());
         Ok(released)
     }
@@ -77,10 +75,8 @@ impl Graph {
         }
         let _one = self.begin_change().await;
         let _drained = Drained::begin(Strong::clone(from.strong())).await;
-        let plan = self.plan();
         let moves = movable(from, to, &below(to.strong()))?;
         let released = re_point(moves, from, to);
-        drop(plan);
         self.refresh_limits_upwards(to.strong());
         drop(released);
         Ok(())
@@ -96,7 +92,6 @@ impl Graph {
         backing.map_or(Ok(()), |backing| self.check_ours(&[backing]))?;
         let _one = self.begin_change().await;
         let _drained = Drained::begin(Strong::clone(node.strong())).await;
-        let plan = self.plan();
         let released = match (node.node().cow_child(), backing) {
             (None, None) => None,
             (Some(edge), Some(backing)) => {
@@ -113,7 +108,6 @@ impl Graph {
                 None
             }
         };
-        drop(plan);
         self.refresh_limits_upwards(node.strong());
         drop(released);
         Ok(())

@@ -209,8 +209,10 @@ impl Opener {
     }
 
     fn attach(&mut self, name: &'static str, role: Role, target: Strong<Node>) -> Result<Child> {
-        let access = Access::of_child(role, !self.flags.read_only, self.flags.force_share);
-        if access.writes() && !self.flags.auto_read_only && !target.is_writable() {
+        let gives_in = self.flags.auto_read_only && !target.is_writable();
+        let is_writable = !self.flags.read_only && !gives_in;
+        let access = Access::of_child(role, is_writable, self.flags.force_share);
+        if access.writes() && !target.is_writable() {
             return Err(Error::new(
                 ErrorKind::ReadOnly,
                 format!(

@@ -3,7 +3,8 @@
 //! Identity (id, name, edges in, count) belongs to the arena's slot and never moves; the driver is content. A node never
 //! owns a handle to its graph, so nothing keeps the graph alive but its users.
 //!
-//! Lock order: the graph's plan, then a node's parents. Neither is held across an await.
+//! Children change only in a graph change, of which there is one at a time; parents come and go with the edges of others, under a
+//! lock of the node's own. It is taken last of all and never held across an await.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -92,7 +93,12 @@ pub(crate) struct NodeParts {
 
 impl Node {
     pub(crate) fn new(parts: NodeParts) -> Self {
-        let NodeParts { id, name, driver, flags, identity, children } = parts;
+        let NodeParts { id, name, driver, mut flags, identity, children } = parts;
+        // With auto-read-only a file may have turned out read-only, and then so is what lies in it.
+        let holds = Role::DATA | Role::METADATA | Role::FILTERED;
+        let is_stuck =
+            |edge: &Arc<Edge>| edge.role().intersects(holds) && !edge.target().is_writable();
+        flags.read_only |= children.iter().any(is_stuck);
         let node = Self {
             id,
             name,
@@ -198,12 +204,12 @@ impl Node {
         self.driver.filename()
     }
 
-    /// Exchanges the list of children. Only under the graph's plan, with nobody inside.
+    /// Exchanges the list of children. Only in a graph change, with nobody inside.
     pub(crate) fn set_children(&self, children: Children) {
         self.children.store(Arc::new(children));
     }
 
-    /// The edges that point here. The caller holds the graph's plan if it acts on the answer.
+    /// The edges that point here now.
     pub(crate) fn parents(&self) -> Vec<Arc<Edge>> {
         self.lock_parents().edges.iter().filter_map(Weak::upgrade).collect()
     }

@@ -5,5 +5,6 @@ mod close;
 mod create;
 mod fakes;
 mod gates;
+mod model;
 mod open;
 mod threads;
