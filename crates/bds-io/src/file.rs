@@ -149,6 +149,27 @@ impl File {
             Inner::Sim(file) => file.allocated_len(),
         }
     }
+    /// True for a block device that refuses writes although it may be opened for writing (BLKROGET).
+    pub fn is_write_protected(&self) -> io::Result<bool> {
+        match &self.0 {
+            Inner::Host(file) => file.is_write_protected(),
+            Inner::Sim(_) => Ok(false),
+        }
+    }
+    /// Turns copy-on-write off for an empty file. A wish: most file systems do not know it.
+    pub fn set_no_cow(&self) -> io::Result<()> {
+        match &self.0 {
+            Inner::Host(file) => file.set_no_cow(),
+            Inner::Sim(_) => Ok(()),
+        }
+    }
+    /// Asks for space in extents of this many bytes. A wish: most file systems do not know it.
+    pub fn set_extent_size_hint(&self, bytes: u32) -> io::Result<()> {
+        match &self.0 {
+            Inner::Host(file) => file.set_extent_size_hint(bytes),
+            Inner::Sim(_) => Ok(()),
+        }
+    }
     /// (memory alignment, offset alignment) that reads and writes need; (1, 1) unless direct or a device demands more.
     pub fn alignment(&self) -> io::Result<(usize, u32)> {
         match &self.0 {

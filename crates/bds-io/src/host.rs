@@ -98,6 +98,21 @@ impl HostFile {
         Ok(unsigned(sys::stat(self.0.as_fd())?.st_blocks)?.saturating_mul(512))
     }
 
+    pub(crate) fn is_write_protected(&self) -> io::Result<bool> {
+        match self.0.kind {
+            FileKind::Block => sys::is_read_only_device(self.0.as_fd()),
+            _ => Ok(false),
+        }
+    }
+
+    pub(crate) fn set_no_cow(&self) -> io::Result<()> {
+        sys::set_no_cow(self.0.as_fd())
+    }
+
+    pub(crate) fn set_extent_size_hint(&self, bytes: u32) -> io::Result<()> {
+        sys::set_extent_size_hint(self.0.as_fd(), bytes)
+    }
+
     pub(crate) fn alignment(&self) -> io::Result<(usize, u32)> {
         if !self.0.is_direct {
             return Ok((1, 1));

@@ -8,6 +8,7 @@
 )]
 
 mod blkdebug;
+mod device;
 #[cfg(feature = "qcow2")]
 mod fuzz_seeds;
 #[cfg(feature = "qcow2")]

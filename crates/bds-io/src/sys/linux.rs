@@ -224,6 +224,58 @@ pub(crate) fn zero_out(fd: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result<
     retry(|| unsafe { blk_zeroout(fd.as_raw_fd(), &raw const range) }).map(drop)
 }
 
+nix::ioctl_read_bad!(blk_read_only, 0x125e, libc::c_int);
+nix::ioctl_read_bad!(fs_flags, libc::FS_IOC_GETFLAGS, libc::c_int);
+nix::ioctl_write_ptr_bad!(fs_set_flags, libc::FS_IOC_SETFLAGS, libc::c_int);
+nix::ioctl_read!(fs_xattr, b'X', 31, FsXattr);
+nix::ioctl_write_ptr!(fs_set_xattr, b'X', 32, FsXattr);
+
+/// The kernel's struct fsxattr.
+#[expect(unreachable_pub, reason = "the calls that nix makes of it are pub")]
+#[repr(C)]
+#[derive(Default)]
+pub struct FsXattr {
+    xflags: u32,
+    extent_size: u32,
+    extent_count: u32,
+    project: u32,
+    cow_extent_size: u32,
+    padding: [u8; 8],
+}
+
+const FS_NOCOW_FL: libc::c_int = 0x0080_0000;
+const FS_XFLAG_EXTSIZE: u32 = 0x800;
+
+/// BLKROGET: is a block device write-protected?
+pub(crate) fn is_read_only_device(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    let mut is_read_only = 0;
+    // SAFETY: the kernel writes one int, to a live local.
+    retry(|| unsafe { blk_read_only(fd.as_raw_fd(), &raw mut is_read_only) })?;
+    Ok(is_read_only != 0)
+}
+
+/// Turns copy-on-write off for an empty file (btrfs).
+pub(crate) fn set_no_cow(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let mut flags = 0;
+    // SAFETY: the kernel writes one int, to a live local.
+    retry(|| unsafe { fs_flags(fd.as_raw_fd(), &raw mut flags) })?;
+    flags |= FS_NOCOW_FL;
+    // SAFETY: the kernel reads one int from a live local.
+    retry(|| unsafe { fs_set_flags(fd.as_raw_fd(), &raw const flags) }).map(drop)
+}
+
+/// Asks for space in extents of this many bytes (XFS).
+pub(crate) fn set_extent_size_hint(fd: BorrowedFd<'_>, bytes: u32) -> io::Result<()> {
+    let mut xattr = FsXattr::default();
+    // SAFETY: the kernel writes one struct fsxattr, whose layout `FsXattr` has, to a live local; every bit pattern
+    // of it is valid.
+    retry(|| unsafe { fs_xattr(fd.as_raw_fd(), &raw mut xattr) })?;
+    xattr.xflags |= FS_XFLAG_EXTSIZE;
+    xattr.extent_size = bytes;
+    // SAFETY: the kernel reads one struct fsxattr from a live local.
+    retry(|| unsafe { fs_set_xattr(fd.as_raw_fd(), &raw const xattr) }).map(drop)
+}
+
 /// What an OFD lock is.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum LockKind {

@@ -91,10 +91,10 @@ pub(super) async fn create(fs: &Fs, path: &Path, options: &mut Options) -> Resul
         .file(path));
     }
     let outcome = fill_in(&file, &wanted).await;
-    if let (Err(error), true) = (&outcome, is_ours) {
-        if let Err(e) = fs.remove(path) {
-            tracing::warn!(path = %path.display(), %e, %error, "cannot remove the file of a failed create");
-        }
+    if let (Err(error), true) = (&outcome, is_ours)
+        && let Err(e) = fs.remove(path)
+    {
+        tracing::warn!(path = %path.display(), %e, %error, "cannot remove a half-made file");
     }
     outcome.map_err(|e| e.file(path))
 }
@@ -127,7 +127,22 @@ async fn fill_in(file: &File, wanted: &Wanted) -> Result<()> {
 
 async fn make_empty(file: &File, wanted: &Wanted) -> Result<()> {
     file.set_len(0).await.map_err(|e| Error::io(e, "could not empty the file"))?;
+    hint(file, wanted);
     set_len(file, 0, wanted.size, wanted.prealloc).await
+}
+
+/// Both are wishes: many file systems know neither.
+fn hint(file: &File, wanted: &Wanted) {
+    if wanted.nocow
+        && let Err(error) = file.set_no_cow()
+    {
+        tracing::debug!(%error, "copy-on-write stays on");
+    }
+    if wanted.extent_size_hint > 0
+        && let Err(error) = file.set_extent_size_hint(wanted.extent_size_hint)
+    {
+        tracing::debug!(%error, "no extent size hint");
+    }
 }
 
 /// A device is not made; it must be there, be one, and be large enough.

@@ -118,7 +118,12 @@ fn open_file(
     auto_read_only: bool,
 ) -> io::Result<(File, bool)> {
     let options = OpenOptions { write: want_write, direct, ..OpenOptions::default() };
-    match fs.open(path, &options) {
+    let opened = fs.open(path, &options).and_then(|file| match want_write {
+        // A device opens for writing also when its switch says no.
+        true if file.is_write_protected()? => Err(io::Error::from_raw_os_error(libc::EROFS)),
+        _ => Ok(file),
+    });
+    match opened {
         Ok(file) => Ok((file, !want_write)),
         Err(e) if want_write && auto_read_only && is_refusal(&e) => {
             let file = fs.open(path, &OpenOptions { write: false, ..options })?;

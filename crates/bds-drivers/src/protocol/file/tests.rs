@@ -225,7 +225,7 @@ fn reads_past_the_end_are_zeros() {
 
 #[test]
 fn short_transfers_go_on_until_all_is_done() {
-    let bytes: Vec<u8> = (0..16384_u32).map(|i| (i / 64) as u8 | 1).collect();
+    let bytes: Vec<u8> = (0..=255_u8).flat_map(|n| [n | 1; 64]).collect();
     for flags in [OpenFlags::default(), direct()] {
         for seed in 0..30 {
             let config = SimConfig { short_io_rate: 0.7, ..SimConfig::default() };
@@ -346,7 +346,8 @@ fn zeroing_works_or_declines_and_reads_as_zeros() {
                     assert_eq!(node.len(), end.max(4096), "{what}");
                     let file = sim.snapshot_file(NAME);
                     assert_eq!(file.len() as u64, end.max(4096), "{what}");
-                    let (from, to) = (offset as usize, end as usize);
+                    let index = |at: u64| usize::try_from(at).unwrap();
+                    let (from, to) = (index(offset), index(end));
                     assert!(file[from..to].iter().all(|b| *b == 0), "{what}");
                     assert!(file[..from.min(4096)].iter().all(|b| *b == 7), "{what}");
                 } else {
