@@ -16,7 +16,7 @@ use super::task::{Done, finish};
 /// Keeps something in memory.
 #[derive(Clone, Debug)]
 pub(crate) enum Hold {
-    Slice(#[expect(dead_code, reason = "held, not looked at")] Arc<Slice>),
+    Slice(Arc<Slice>),
     Slices(#[expect(dead_code, reason = "held, not looked at")] Vec<Arc<Slice>>),
     Block(#[expect(dead_code, reason = "held, not looked at")] Arc<()>),
     /// It was not there to be loaded any more: look again.

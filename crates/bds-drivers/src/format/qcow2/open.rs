@@ -222,6 +222,7 @@ impl Parts {
         let inflated = Inflated::new(geometry.cluster_len(), config.decompressed_cache_bytes);
         Image {
             len: AtomicU64::new(header.size),
+            backing_len: backing.as_ref().map_or(0, |b| b.len()),
             tables: Tables::new(&geometry, config.slice_len),
             metadata: MetadataMap::new(&geometry, is_writable),
             grace: Arc::new(Grace::default()),

@@ -91,6 +91,10 @@ impl Image {
     /// What the backing node shows at `guest`.
     #[inline]
     fn try_below(&self, guest: u64, iov: &IoVec) -> Option<Result<()>> {
+        // What it had at open it still has, or its own range check declines: no question a layer.
+        if guest.checked_add(iov.len() as u64)? <= self.backing_len {
+            return self.backing.as_ref()?.try_read(guest, iov);
+        }
         let below = self.below(guest, iov.len() as u64);
         if below == iov.len() as u64 {
             return self.backing.as_ref()?.try_read(guest, iov);

@@ -114,6 +114,8 @@ pub(crate) struct Image {
     pub file: Child,
     pub data_file: Option<Child>,
     pub backing: Option<Child>,
+    /// The backing node's length when it was opened; it may have grown since.
+    pub backing_len: u64,
     /// As it was read.
     pub cluster0: Cluster0,
     pub rules: EntryRules,

@@ -14,13 +14,13 @@ use bds_testkit::Scratch;
 use bds_testkit::qemu_img;
 
 /// Where the image lies.
-pub const IMAGE: &str = "/disk.qcow2";
-pub const BASE: &str = "/base.raw";
-pub const DATA: &str = "/disk.data";
+pub(crate) const IMAGE: &str = "/disk.qcow2";
+pub(crate) const BASE: &str = "/base.raw";
+pub(crate) const DATA: &str = "/disk.data";
 
 /// What an image is made with.
 #[derive(Clone, Copy, Debug)]
-pub struct Shape {
+pub(crate) struct Shape {
     pub size: u64,
     pub compat: &'static str,
     pub cluster: u64,
@@ -49,12 +49,12 @@ impl Default for Shape {
 }
 
 /// Bytes of the backing file.
-pub fn base_bytes(len: u64) -> Vec<u8> {
+pub(crate) fn base_bytes(len: u64) -> Vec<u8> {
     (0..len).map(|i| ((i / 512) as u8).wrapping_mul(7) | 1).collect()
 }
 
 /// Makes an image of this shape in memory and puts it on the disk.
-pub fn make(sim: &Sim, shape: &Shape) {
+pub(crate) fn make(sim: &Sim, shape: &Shape) {
     let mut options = Options::new()
         .with("size", shape.size)
         .with("compat", shape.compat)
@@ -94,7 +94,7 @@ pub fn make(sim: &Sim, shape: &Shape) {
 }
 
 /// A graph on this disk that opens what images name.
-pub fn graph(sim: &Sim) -> Graph {
+pub(crate) fn graph(sim: &Sim) -> Graph {
     let mut config = GraphConfig::new(Arc::new(bds_drivers::registry()));
     config.fs = sim.fs();
     config.gate = Arc::new(TrustAll { may_probe: false });
@@ -102,7 +102,7 @@ pub fn graph(sim: &Sim) -> Graph {
 }
 
 /// What the image is opened with.
-pub fn options() -> Options {
+pub(crate) fn options() -> Options {
     Options::new()
         .with("driver", "qcow2")
         .with("discard", "unmap")
@@ -110,7 +110,7 @@ pub fn options() -> Options {
 }
 
 /// Opens the image for writing.
-pub async fn open(graph: &Graph, options: Options) -> (NodeRef, Backend) {
+pub(crate) async fn open(graph: &Graph, options: Options) -> (NodeRef, Backend) {
     let node = graph.open(options).await.unwrap();
     let backend =
         Backend::new(&node, BackendOptions { name: "test".into(), writable: true }).unwrap();
@@ -118,7 +118,7 @@ pub async fn open(graph: &Graph, options: Options) -> (NodeRef, Backend) {
 }
 
 /// Closes it; what fails then fails the test.
-pub async fn close(graph: &Graph, node: NodeRef, backend: Backend) {
+pub(crate) async fn close(graph: &Graph, node: NodeRef, backend: Backend) {
     drop(backend);
     drop(node);
     for report in graph.reap().await {
@@ -126,7 +126,7 @@ pub async fn close(graph: &Graph, node: NodeRef, backend: Backend) {
     }
 }
 
-pub async fn read(backend: &Backend, offset: u64, len: usize) -> bds_core::Result<Vec<u8>> {
+pub(crate) async fn read(backend: &Backend, offset: u64, len: usize) -> bds_core::Result<Vec<u8>> {
     let buf = Buf::from_slice(&vec![0xEE; len]);
     if let Some(result) = backend.try_read(offset, &buf.iov()) {
         result?;
@@ -136,7 +136,7 @@ pub async fn read(backend: &Backend, offset: u64, len: usize) -> bds_core::Resul
     Ok(buf.iov().to_vec(0..len))
 }
 
-pub async fn write(backend: &Backend, offset: u64, bytes: &[u8]) -> bds_core::Result<()> {
+pub(crate) async fn write(backend: &Backend, offset: u64, bytes: &[u8]) -> bds_core::Result<()> {
     let iov = Buf::from_slice(bytes).iov();
     if let Some(result) = backend.try_write(offset, &iov) {
         return result;
@@ -145,7 +145,7 @@ pub async fn write(backend: &Backend, offset: u64, bytes: &[u8]) -> bds_core::Re
 }
 
 /// Asks qemu-img about the image as the disk shows it: exit code of `check` (0: clean, 3: leaks), and its output.
-pub fn qemu_check(sim: &Sim) -> Option<(i32, String)> {
+pub(crate) fn qemu_check(sim: &Sim) -> Option<(i32, String)> {
     let tool = qemu_img()?;
     let scratch = Scratch::new();
     let path = scratch.path("x.qcow2");

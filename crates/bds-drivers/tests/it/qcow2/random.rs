@@ -10,14 +10,14 @@ use super::harness::{
 };
 
 /// Numbers from a seed.
-pub struct Dice(u64);
+pub(crate) struct Dice(u64);
 
 impl Dice {
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x5bd1_e995)
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -25,13 +25,13 @@ impl Dice {
         z ^ (z >> 31)
     }
 
-    pub fn below(&mut self, n: u64) -> u64 {
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
         self.next() % n
     }
 }
 
 /// What the guest must see.
-pub fn model_of(sim: &Sim, shape: &Shape) -> Vec<u8> {
+pub(crate) fn model_of(sim: &Sim, shape: &Shape) -> Vec<u8> {
     let mut model = vec![0; shape.size as usize];
     if shape.backing {
         let base = sim.snapshot_file(BASE);

@@ -17,7 +17,7 @@ use super::random::{Dice, model_of};
 
 /// What each byte may be now: the flushed value, and the values it may have got since.
 #[derive(Clone)]
-pub struct Model {
+pub(crate) struct Model {
     flushed: Vec<u8>,
     /// Values of requests that failed or were dropped: they may be there or not, for good.
     maybe: HashMap<usize, Vec<u8>>,
