@@ -9,6 +9,7 @@
 //! parse of its own, so it can look at an image that does not open.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use bds_core::driver::{CheckReport, ChildPort};
 use bds_core::error::{Error, ErrorKind, Result};
@@ -68,74 +69,99 @@ async fn compare(census: &mut Census<'_>, file_len: u64) -> Result<()> {
     // The last cluster need not be whole, so a reference may end behind the file.
     let clusters = geometry.clusters(file_len).max(census.map.end());
     let per_block = geometry.refblock_entries();
-    let max = geometry.refcount_max();
-    let order = geometry.refcount_order();
+    let mut tally = Tally {
+        collided: census.collisions.iter().map(|(cluster, _)| *cluster).collect(),
+        ..Tally::default()
+    };
     let slots = census.stored.slots();
-    let mut runs = Runs::default();
-    let mut highest = None;
-    let mut extras = Vec::new();
-    let mut compared = 0u64;
-    let collided: BTreeSet<u64> = census.collisions.iter().map(|(cluster, _)| *cluster).collect();
     for slot in 0..slots {
         let first = slot.saturating_mul(per_block);
         let end = clusters.min(first.saturating_add(per_block));
         if first >= end {
             break;
         }
-        let unreadable = format!("refcounts of clusters {first} to {} cannot be read", end - 1);
-        if let Err(bad) = census.stored.slot(slot) {
-            census.findings.unreadable(end - first, format!("{unreadable}: {bad}"));
-            continue;
-        }
-        let map = &census.map;
-        let block = match census.stored.block(slot).await {
-            Ok(block) => block,
-            Err(error) => {
-                census.findings.unreadable(end - first, format!("{unreadable}: {error}"));
-                continue;
-            }
-        };
-        let Some(block) = block else {
-            for (cluster, references) in map.used(first..=end - 1) {
-                highest = highest.max(Some(cluster));
-                runs.push(cluster, 0, references.min(max));
-            }
-            continue;
-        };
-        compared += end - first;
-        if compared > MAX_COMPARED {
-            return Err(Error::new(ErrorKind::LimitExceeded, "too many clusters to check")
-                .field("clusters in the file", clusters));
-        }
-        map.for_each(first..end, |cluster, references| {
-            let index = geometry.refblock_index(cluster);
-            let stored = read_refcount(block, order, index).unwrap_or(0);
-            let references = references.min(max);
-            if stored | references == 0 {
-                return;
-            }
-            highest = highest.max(Some(cluster));
-            if stored != references {
-                runs.push(cluster, stored, references);
-            }
-            let is_allowed = stored >= references && references > 1 && extras.len() < MAX_EXTRAS;
-            if is_allowed && (map.is_conflict(cluster) || collided.contains(&cluster)) {
-                extras.push(cluster);
-            }
-        });
+        tally.compare_block(census, slot, first..end).await?;
     }
     let uncovered = slots.saturating_mul(per_block);
     if uncovered < clusters {
-        for (cluster, references) in census.map.used(uncovered..=clusters - 1) {
-            highest = highest.max(Some(cluster));
-            runs.push(cluster, 0, references.min(max));
+        tally.compare_with_nothing(census, uncovered..clusters);
+    }
+    let Tally { runs, shared, highest, .. } = tally;
+    report_runs(census, runs.finish());
+    report_extras(census, &shared);
+    census.findings.report.image_end_offset = (highest + 1) << geometry.cluster_bits();
+    Ok(())
+}
+
+/// What the comparison has found so far.
+#[derive(Default)]
+struct Tally {
+    runs: Runs,
+    /// Clusters that a second guest range claims.
+    collided: BTreeSet<u64>,
+    /// Clusters shared against the rules although the stored count allows it.
+    shared: Vec<u64>,
+    /// The last cluster that is counted or referred to.
+    highest: u64,
+    compared: u64,
+}
+
+impl Tally {
+    async fn compare_block(
+        &mut self,
+        census: &mut Census<'_>,
+        slot: u64,
+        range: Range<u64>,
+    ) -> Result<()> {
+        let geometry = census.rules().geometry;
+        let (first, last, len) = (range.start, range.end - 1, range.end - range.start);
+        let unreadable = format!("refcounts of clusters {first} to {last} cannot be read");
+        if let Err(bad) = census.stored.slot(slot) {
+            census.findings.unreadable(len, format!("{unreadable}: {bad}"));
+            return Ok(());
+        }
+        let block = match census.stored.block(slot).await {
+            Ok(Some(block)) => block,
+            Ok(None) => {
+                self.compare_with_nothing(census, range);
+                return Ok(());
+            }
+            Err(error) => {
+                census.findings.unreadable(len, format!("{unreadable}: {error}"));
+                return Ok(());
+            }
+        };
+        self.compared += len;
+        if self.compared > MAX_COMPARED {
+            return Err(Error::new(ErrorKind::LimitExceeded, "too many clusters to check")
+                .field("clusters compared", self.compared));
+        }
+        let map = &census.map;
+        map.for_each(range, |cluster, references| {
+            let index = geometry.refblock_index(cluster);
+            let stored = read_refcount(block, geometry.refcount_order(), index).unwrap_or(0);
+            let references = references.min(geometry.refcount_max());
+            if stored | references == 0 {
+                return;
+            }
+            self.highest = self.highest.max(cluster);
+            self.runs.push(cluster, stored, references);
+            if stored >= references && references > 1 && self.shared.len() < MAX_EXTRAS {
+                let is_wrong = map.is_conflict(cluster) || self.collided.contains(&cluster);
+                self.shared.extend(is_wrong.then_some(cluster));
+            }
+        });
+        Ok(())
+    }
+
+    /// Clusters without a refcount block: all stored counts are zero.
+    fn compare_with_nothing(&mut self, census: &Census<'_>, range: Range<u64>) {
+        let max = census.rules().geometry.refcount_max();
+        for (cluster, references) in census.map.used(range.start..=range.end - 1) {
+            self.highest = self.highest.max(cluster);
+            self.runs.push(cluster, 0, references.min(max));
         }
     }
-    report_runs(census, runs.finish());
-    report_extras(census, &extras);
-    let end = (highest.unwrap_or(0) + 1) << geometry.cluster_bits();
-    census.findings.report.image_end_offset = end;
-    Ok(())
 }
 
 /// Differences as runs of neighbours; bounded, because only their sum grows without end.

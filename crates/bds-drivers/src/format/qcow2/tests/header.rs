@@ -144,7 +144,6 @@ fn every_field_at_its_limit_and_over_it() {
         ("incompatible_features", 72, n(3), ok),
         ("incompatible_features", 72, n(8), Some(InvalidImage)), // deflate needs no bit
         ("incompatible_features", 72, n(32), Some(NotSupported)),
-        ("incompatible_features", 72, n(1 << 63), Some(NotSupported)),
         ("compatible_features", 80, n(u64::MAX), ok),
         ("autoclear_features", 88, n(!3), ok),
         ("autoclear_features", 88, n(2), Some(InvalidImage)), // raw data file without one
