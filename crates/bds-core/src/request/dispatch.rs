@@ -13,7 +13,7 @@ use super::range::{self, round_down, round_up};
 use super::{flush, zero};
 use crate::driver::{DetectZeroes, Limits, ReadFlags, WriteFlags, ZeroFlags};
 use crate::error::Result;
-use crate::graph::{Edge, Node};
+use crate::graph::{Edge, Node, Perm};
 
 /// A vector with more segments than the node takes goes down in pieces of this size, through a copy.
 const BOUNCE_LEN: u64 = 1 << 20;
@@ -51,7 +51,7 @@ pub(super) fn try_write(edge: &Edge, offset: u64, iov: &IoVec) -> Option<Result<
     if offset + iov.len() as u64 > node.driver().len()
         || node.flags().detect_zeroes != DetectZeroes::Off
         || !node.is_writable()
-        || !edge.access().writes()
+        || !edge.access().perm.contains(Perm::WRITE)
     {
         return None;
     }
