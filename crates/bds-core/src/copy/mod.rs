@@ -33,8 +33,11 @@ use worker::{Turns, Worker};
 
 /// Most workers of one copy.
 pub const MAX_WORKERS: usize = 16;
-/// Longest and default buffer of a worker, in bytes.
+/// Longest buffer of a worker, in bytes.
 pub const MAX_BUFFER_LEN: usize = 2 << 20;
+/// Default buffer of a worker, in bytes. What was read is written while the processor's caches still hold it: with buffers
+/// of 2 MiB a cached gigabyte cost three times the processor time that it costs with 512 KiB or 1 MiB.
+pub const BUFFER_LEN: usize = 512 << 10;
 /// Zeros are looked for in pieces of this size.
 pub const GRAIN: usize = 4096;
 
@@ -103,7 +106,7 @@ impl Default for CopyOptions {
     fn default() -> Self {
         Self {
             workers: 8,
-            buffer_len: MAX_BUFFER_LEN,
+            buffer_len: BUFFER_LEN,
             out_of_order: false,
             sparse_len: GRAIN as u64,
             target_is_zero: false,
