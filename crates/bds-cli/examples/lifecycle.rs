@@ -2,6 +2,7 @@
 //! reference, release it, and see what a stale handle gets.
 //!
 //! `lifecycle write IMAGE` writes the demo's changes; `lifecycle stale IMAGE` shows the life of a node.
+#![expect(clippy::print_stdout, reason = "an example shows what happens")]
 
 use std::error::Error;
 use std::sync::Arc;
@@ -38,10 +39,7 @@ fn options(image: &str, read_only: bool) -> Result<Options, bds_core::Error> {
 
 async fn write(graph: &Graph, image: &str) -> Result<(), Box<dyn Error>> {
     let disk = graph.open(options(image, false)?).await?;
-    let backend = Backend::new(
-        &disk,
-        BackendOptions { name: "demo".into(), writable: true, ..Default::default() },
-    )?;
+    let backend = Backend::new(&disk, BackendOptions { name: "demo".into(), writable: true })?;
     for (offset, len, byte) in CHANGES {
         backend.write(offset, vec![byte; len].into(), Default::default()).await?;
         println!("wrote {len} bytes of {byte:#04x} at {offset:#x}");

@@ -145,7 +145,7 @@ pub(crate) struct Convert {
     pub(crate) quiet: bool,
     /// Requests in flight, 1 to 16
     #[arg(short = 'm', long, default_value_t = 8, value_name = "N")]
-    pub(crate) parallel: u32,
+    pub(crate) parallel: usize,
     /// Allow writes in any order
     #[arg(short = 'W', long)]
     pub(crate) oob_writes: bool,

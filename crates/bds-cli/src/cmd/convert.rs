@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use bds_core::copy::{self, CopyOptions, CopyReport, CopySource, GRAIN, MAX_WORKERS};
+use bds_core::copy::{self, CopyOptions, CopyReport, CopySource, MAX_WORKERS};
 use bds_core::driver::{Attempt, OpenFlags, ZeroFlags};
 use bds_core::graph::{Graph, NodeRef, walk};
 use bds_core::request::Backend;
@@ -57,7 +57,7 @@ fn check(args: &Convert) -> Result<(&[String], &str)> {
     )?;
     refuse(args.backing_format.is_some() && !has_backing, "-F needs -B")?;
     refuse(
-        !(1..=MAX_WORKERS as u32).contains(&args.parallel),
+        !(1..=MAX_WORKERS).contains(&args.parallel),
         "Invalid number of coroutines. Allowed number of coroutines is between 1 and 16",
     )?;
     match args.filenames.split_last() {
@@ -223,7 +223,8 @@ async fn target_reads_zero(
     // A new image reads as zeros; a device keeps what it held.
     let on_device =
         walk::child(node, "file").is_some_and(|(f, _)| f.driver_name() == "host_device");
-    if !args.no_create && !(on_device && node.driver_name() == "raw") {
+    let keeps_old_bytes = on_device && node.driver_name() == "raw";
+    if !args.no_create && !keeps_old_bytes {
         return Ok(true);
     }
     if walk::next_below(node).is_some() && walk::backing_chain(node).len() > 1 {
@@ -254,7 +255,7 @@ async fn copy_all(
         told.lock().unwrap_or_else(PoisonError::into_inner).show(done, total);
     };
     let options = CopyOptions {
-        workers: args.parallel as usize,
+        workers: args.parallel,
         out_of_order: args.oob_writes,
         sparse_len: sparse_len(&args.sparse_size).map_err(early)?,
         target_is_zero,
@@ -306,7 +307,7 @@ fn below(node: &NodeRef) -> Option<bds_core::graph::NodeId> {
 
 fn sparse_len(text: &str) -> Result<u64> {
     let len = super::size("buffer size for sparse output", text)?;
-    if len % GRAIN as u64 % 512 == 0 && len <= MAX_SPARSE_LEN {
+    if len.is_multiple_of(512) && len <= MAX_SPARSE_LEN {
         return Ok(len);
     }
     Err(Error::new(

@@ -59,13 +59,14 @@ async fn gather(top: &Spec<'_>, with_chain: bool) -> Result<Vec<Facts>> {
     let graph = image::trusting_graph();
     let mut images = vec![look(&image::open(&graph, top).await?, top.name).await?];
     let mut seen: HashSet<(u64, u64)> = images[0].identity.into_iter().collect();
-    while with_chain {
-        let last = images.last().expect("begins with one");
-        let Some(path) = &last.backing_path else { break };
+    if !with_chain {
+        return Ok(images);
+    }
+    while let Some(path) = images.last().and_then(|last| last.backing_path.clone()) {
         let name = path.to_string_lossy().into_owned();
         // Prefixed, because a stored name is a file name, whatever it looks like.
         let typed = format!("file:{name}");
-        let format = last.info.backing_format.clone();
+        let format = images.last().and_then(|last| last.info.backing_format.clone());
         let spec =
             Spec { name: &typed, is_options: false, format: format.as_deref(), flags: top.flags };
         let image = look(&image::open(&graph, &spec).await?, &name).await?;
