@@ -11,6 +11,7 @@ use bds_core::graph::gate::TrustAll;
 use bds_core::graph::{Graph, GraphConfig, NodeRef};
 use bds_core::request::{Backend, BackendOptions};
 use bds_core::{Error, ErrorKind, Options, Result};
+use bds_io::{Context, ContextOptions};
 use serde_json::{Value, json};
 
 /// Longest backing chain the tool opens. A loop is found long before.
@@ -175,6 +176,12 @@ async fn guess(graph: &Graph, options: &Options, is_writing: bool) -> Result<&'s
         )),
         format => Ok(format),
     }
+}
+
+/// Runs a command that asks little of the disk: on this thread, with a small ring and no other thread.
+pub(crate) fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
+    let options = ContextOptions { ring_entries: 16, ..ContextOptions::default() };
+    Context::new(options).map_err(|e| Error::io(e, "cannot start"))?.block_on(future)
 }
 
 /// A way into a node, under the name that "in use" messages show.

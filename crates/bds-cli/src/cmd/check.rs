@@ -38,7 +38,7 @@ fn check(args: &Check) -> Result<(&'static str, CheckReport)> {
     let cache = image::cache_mode("-T", &args.cache)?;
     let mut spec = Spec::read(&args.filename, &args.source)?.cache(cache);
     spec.flags.for_check = true;
-    bds_io::block_on(async {
+    image::block_on(async {
         let graph = image::trusting_graph();
         // Only this image is checked, so a missing backing file must not be in the way.
         let node = image::open(&graph, &spec).await.map_err(|error| match error.kind() {

@@ -28,7 +28,7 @@ pub(crate) fn run(args: &Create) -> Result<()> {
             .file(filename));
     }
     let graph = image::trusting_graph();
-    bds_io::block_on(make(&graph, &args.format, filename, options, args.backing_unsafe, args.quiet))
+    image::block_on(make(&graph, &args.format, filename, options, args.backing_unsafe, args.quiet))
 }
 
 /// Makes an image and says so as qemu-img does.

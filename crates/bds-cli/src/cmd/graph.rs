@@ -10,7 +10,7 @@ use crate::image::{self, Spec};
 use crate::picture::{Link, Picture, Shape};
 
 pub(crate) fn run(args: &args::Graph) -> Result<()> {
-    let text = bds_io::block_on(draw(args))?;
+    let text = image::block_on(draw(args))?;
     match &args.write_to {
         Some(path) => {
             std::fs::write(path, text).map_err(|e| Error::io(e, "cannot write").file(path))

@@ -37,7 +37,7 @@ pub(crate) fn run(args: &Info) -> Result<()> {
     let mut spec = Spec::read(&args.filename, &args.source)?;
     // Reads the header; takes no locks, so that an image in use can be looked at.
     spec.flags = OpenFlags { info_only: true, ..spec.flags };
-    let images = bds_io::block_on(gather(&spec, args.backing_chain))?;
+    let images = image::block_on(gather(&spec, args.backing_chain))?;
     match (args.output, args.backing_chain) {
         (Output::Json, true) => print_json(&images.iter().map(Facts::json).collect()),
         (Output::Json, false) => print_json(&images[0].json()),

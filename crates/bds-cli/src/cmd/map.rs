@@ -64,7 +64,7 @@ pub(crate) fn run(args: &Map) -> Result<()> {
     let spec = Spec::read(&args.filename, &args.source)?;
     let start = args.start_offset.as_deref().map_or(Ok(0), |s| super::size("start offset", s))?;
     let limit = args.max_length.as_deref().map(|s| super::size("max length", s)).transpose()?;
-    bds_io::block_on(async {
+    image::block_on(async {
         let graph = image::trusting_graph();
         let node = image::open(&graph, &spec).await?;
         let backend = image::enter(&node, false)?;

@@ -21,7 +21,7 @@ pub(crate) fn run(args: &Measure) -> Result<()> {
             options.set("size", virtual_len);
             MeasureSource { virtual_len, data: Some(Vec::new()) }
         }
-        (None, Some(name)) => bds_io::block_on(inspect(args, name))?,
+        (None, Some(name)) => image::block_on(inspect(args, name))?,
         (None, None) => {
             return Err(Error::new(
                 ErrorKind::InvalidInput,

@@ -55,7 +55,7 @@ pub(crate) fn run(args: &Resize) -> Result<()> {
         .field("preallocation", &args.preallocation)
     })?;
     let spec = Spec::read(&args.filename, &args.source)?.writable();
-    bds_io::block_on(async {
+    image::block_on(async {
         let graph = image::trusting_graph();
         let node = image::open(&graph, &spec).await?;
         let backend = image::enter(&node, true)?;
