@@ -280,11 +280,6 @@ impl Traffic {
         let mut failure = self.flush_failure.lock().unwrap_or_else(PoisonError::into_inner);
         failure.get_or_insert_with(|| error.duplicate());
     }
-
-    /// Forgets a failed flush: the node was reopened, so its cache is a new one.
-    pub(crate) fn clear_flush_failure(&self) {
-        *self.flush_failure.lock().unwrap_or_else(PoisonError::into_inner) = None;
-    }
 }
 
 struct Watching<'a>(&'a Traffic);

@@ -243,7 +243,7 @@ fn check_options(options: &CopyOptions) -> Result<()> {
         return wrong(format!("the number of workers must be 1 to {MAX_WORKERS}"));
     }
     let len = options.buffer_len;
-    if len == 0 || len % GRAIN != 0 || len > MAX_BUFFER_LEN {
+    if len == 0 || !len.is_multiple_of(GRAIN) || len > MAX_BUFFER_LEN {
         return wrong(format!(
             "the buffer must be a multiple of {GRAIN} bytes, at most {MAX_BUFFER_LEN}"
         ));

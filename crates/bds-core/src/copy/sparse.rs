@@ -61,7 +61,8 @@ mod tests {
     #[test]
     fn parts_by_table() {
         // which grains are zero, first grain's offset in the target, sparse_len: parts as (zero?, grains)
-        let table: [(&[bool], u64, &[(bool, usize)]); 6] = [
+        type Case = (&'static [bool], u64, &'static [(bool, usize)]);
+        let table: [Case; 6] = [
             (&[true, true, false], 4096, &[(true, 2), (false, 1)]),
             (&[true, false, true, true], 8192, &[(false, 2), (true, 2)]),
             (&[true, true], 1 << 20, &[(true, 2)]),

@@ -2,6 +2,7 @@
 
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bds_io::IoVec;
 use bds_io::sync::Notify;
@@ -78,11 +79,10 @@ impl<'a> Worker<'a> {
             };
             let Some(piece) = piece else { return Ok(()) };
             if piece.kind == Kind::Data {
-                if let Some(limit) = &job.options.rate_limit {
-                    let pause = limit(piece.len);
-                    if !pause.is_zero() {
-                        bds_io::sleep(pause).await;
-                    }
+                let limit = job.options.rate_limit.as_ref();
+                let pause = limit.map_or(Duration::ZERO, |limit| limit(piece.len));
+                if !pause.is_zero() {
+                    bds_io::sleep(pause).await;
                 }
             }
             self.move_piece(&piece).await?;

@@ -8,6 +8,7 @@ use super::{Attempt, BoxFuture, Limits, ReadFlags, StatusRun, Truncate, WriteFla
 use crate::error::Result;
 
 /// What stands behind a [`Child`]: the corridor to the node below. Implemented in `request/`.
+#[expect(clippy::len_without_is_empty, reason = "an empty disk is not a special case")]
 pub trait ChildPort: Send + Sync + 'static {
     /// Length in bytes of the node below now.
     fn len(&self) -> u64;

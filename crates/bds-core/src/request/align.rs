@@ -110,19 +110,22 @@ mod tests {
 
     #[test]
     fn widening_by_table() {
-        // range, align: outer, head, tail, reads
-        let table = [
-            (512..1024, 4096, 0..4096, 512, 3072, vec![0..4096]),
-            (4000..4200, 4096, 0..8192, 4000, 3992, vec![0..8192]),
-            (0..4100, 4096, 0..8192, 0, 4092, vec![4096..8192]),
-            (4095..8192, 4096, 0..8192, 4095, 0, vec![0..4096]),
-            (1..12287, 4096, 0..12288, 1, 1, vec![0..4096, 8192..12288]),
-            (513..514, 512, 512..1024, 1, 510, vec![512..1024]),
+        // range, align: outer, head, tail, reads as (start, end)
+        type Case = (Range<u64>, u32, Range<u64>, usize, usize, &'static [(u64, u64)]);
+        let table: [Case; 6] = [
+            (512..1024, 4096, 0..4096, 512, 3072, &[(0, 4096)]),
+            (4000..4200, 4096, 0..8192, 4000, 3992, &[(0, 8192)]),
+            (0..4100, 4096, 0..8192, 0, 4092, &[(4096, 8192)]),
+            (4095..8192, 4096, 0..8192, 4095, 0, &[(0, 4096)]),
+            (1..12287, 4096, 0..12288, 1, 1, &[(0, 4096), (8192, 12288)]),
+            (513..514, 512, 512..1024, 1, 510, &[(512, 1024)]),
         ];
         for (range, align, outer, head, tail, reads) in table {
             let padded = Padded::new(&range, align).expect("unaligned");
             assert_eq!((&padded.outer, padded.head_len, padded.tail_len), (&outer, head, tail));
-            assert_eq!(padded.reads().collect::<Vec<_>>(), reads, "{range:?}");
+            let found: Vec<(u64, u64)> =
+                padded.reads().map(|read| (read.start, read.end)).collect();
+            assert_eq!(found, reads, "{range:?}");
         }
         assert_eq!(Padded::new(&(0..8192), 4096), None);
         assert_eq!(Padded::new(&(3..4), 1), None);

@@ -123,10 +123,10 @@ impl Backend {
 
     /// Writes `iov` at `offset`.
     pub async fn write(&self, offset: u64, iov: IoVec, mut flags: WriteFlags) -> Result<()> {
-        if flags.is_empty() {
-            if let Some(result) = self.try_write(offset, &iov) {
-                return result;
-            }
+        if flags.is_empty()
+            && let Some(result) = self.try_write(offset, &iov)
+        {
+            return result;
         }
         let len = iov.len() as u64;
         let pending = self.stats.begin(Operation::Write, len);

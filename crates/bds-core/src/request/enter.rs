@@ -2,7 +2,6 @@
 
 use std::ops::{Deref, Range};
 
-use crate::driver::BoxFuture;
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Edge, Node, Target};
 use crate::traffic::{ShardNumber, Tracked, Writing};
@@ -97,9 +96,4 @@ impl Entered {
 /// Names the node a request failed on, unless one below is named already.
 pub(super) fn named<T>(node: &Node, result: Result<T>) -> Result<T> {
     result.map_err(|error| error.node(node.name()))
-}
-
-/// A future that does not wait.
-pub(super) fn ready<'a, T: Send + 'a>(value: T) -> BoxFuture<'a, T> {
-    Box::pin(std::future::ready(value))
 }

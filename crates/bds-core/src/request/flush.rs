@@ -56,10 +56,10 @@ async fn flush_medium(edge: &Edge, node: &Entered) -> Result<()> {
     let inside = node.again(edge);
     let mut work: BoxFuture<'static, Result<()>> = Box::pin(async move {
         let result = inside.driver().flush_to_disk().await;
-        if let Err(error) = &result {
-            if is_lasting(error) {
-                inside.traffic().flush_failed(error);
-            }
+        if let Err(error) = &result
+            && is_lasting(error)
+        {
+            inside.traffic().flush_failed(error);
         }
         result
     });

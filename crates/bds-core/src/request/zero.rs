@@ -137,7 +137,7 @@ impl Pieces<'_> {
         let mut zeroed = Zeroed::ByDriver;
         while offset < end {
             let mut len = piece_len(offset, end, unit, self.limits.max_zero);
-            if offset % unit != 0 && self.limits.max_transfer != 0 {
+            if !offset.is_multiple_of(unit) && self.limits.max_transfer != 0 {
                 let align = u64::from(self.limits.request_alignment);
                 len = len.min(round_down(self.limits.max_transfer, align).max(align));
             }

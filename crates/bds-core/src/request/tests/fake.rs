@@ -56,7 +56,7 @@ pub(crate) struct Config {
     /// Scheduler turns before and after an effect.
     pub(crate) turns: usize,
     /// Status answers by range; what is not covered is data.
-    pub(crate) statuses: Vec<(Range<u64>, StatusFlags, Option<HostMap>)>,
+    pub(crate) statuses: Vec<Answer>,
     pub(crate) options: Options,
 }
 
@@ -77,11 +77,17 @@ impl Default for Config {
     }
 }
 
+/// What fails, where (anywhere if `None`), and only once?
+type Fault = (On, Option<Range<u64>>, bool);
+
+/// A status answer: the range, what holds, where.
+pub(crate) type Answer = (Range<u64>, StatusFlags, Option<HostMap>);
+
 /// What tests see of a fake.
 pub(crate) struct State {
     pub(crate) bytes: Mutex<Vec<u8>>,
     log: Mutex<Vec<Op>>,
-    faults: Mutex<Vec<(On, Option<Range<u64>>, bool)>>,
+    faults: Mutex<Vec<Fault>>,
     config: Config,
 }
 
@@ -300,7 +306,7 @@ impl Driver for Fake {
             let unit = u64::from(limits.zero_alignment).max(align);
             assert_eq!((offset % align, len % align), (0, 0));
             let crosses = offset / unit != (offset + len - 1) / unit;
-            let whole = offset % unit == 0 && len % unit == 0;
+            let whole = offset.is_multiple_of(unit) && len.is_multiple_of(unit);
             assert!(whole || !crosses, "{offset}+{len} crosses a unit of {unit}");
             assert!(limits.max_zero == 0 || len <= limits.max_zero.max(unit));
             assert!(self.state.config.zero_flags.is_some_and(|known| known.contains(flags)));

@@ -62,7 +62,7 @@ proptest! {
             ..Config::default()
         };
         run(1, async {
-            let mut model: Vec<u8> = (0..LEN).map(|i| (i % 251) as u8).collect();
+            let mut model: Vec<u8> = (0..LEN).map(|i| u8::try_from(i % 251).unwrap()).collect();
             // A node's last block is a whole one here: only files end inside a block.
             let (disk, state) = House::new().disk(model.clone(), config).await;
             for step in &steps {
@@ -76,7 +76,7 @@ proptest! {
                         let data: Vec<u8> = if byte % 4 == 0 {
                             vec![0; len]
                         } else {
-                            (0..len).map(|i| byte.wrapping_add(i as u8)).collect()
+                            (0..len).map(|i| byte.wrapping_add(u8::try_from(i % 256).unwrap())).collect()
                         };
                         model[at..at + len].copy_from_slice(&data);
                         let flags = if fua { WriteFlags::FUA } else { WriteFlags::empty() };

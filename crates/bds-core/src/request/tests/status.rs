@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::fake::{Config, House, On, backend};
+use super::fake::{Answer, Config, House, On, backend};
 use super::run;
 use crate::driver::{HostMap, Limits, StatusFlags};
 use crate::error::ErrorKind;
@@ -16,8 +16,6 @@ const VALID: StatusFlags = StatusFlags::OFFSET_VALID;
 const RAW: StatusFlags = StatusFlags::RAW;
 const RECURSE: StatusFlags = StatusFlags::RECURSE;
 const NONE: StatusFlags = StatusFlags::empty();
-
-type Answer = (Range<u64>, StatusFlags, Option<HostMap>);
 
 fn at(child: &'static str, offset: u64) -> Option<HostMap> {
     Some(HostMap { child, offset })
