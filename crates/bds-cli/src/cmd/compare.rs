@@ -9,7 +9,7 @@ use std::sync::Arc;
 use bds_core::driver::StatusFlags;
 use bds_core::request::Backend;
 use bds_core::{Error, ErrorKind, Result};
-use bds_io::{Buf, Context, ContextOptions};
+use bds_io::{Buf, BufPool, Context, ContextOptions};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesOrdered;
 
@@ -19,8 +19,10 @@ use crate::progress::Progress;
 use crate::report;
 use crate::stop::Stop;
 
-/// Bytes compared at once.
-const PIECE_LEN: u64 = 1 << 20;
+/// Bytes compared at once: both sides of a piece stay in a core's cache between reading and comparing.
+const PIECE_LEN: u64 = 256 << 10;
+/// Idle buffers kept for the next pieces.
+const POOL_BYTES: usize = 4 << 20;
 /// Pieces in flight. Enough to keep a disk and a decompressor busy.
 const DEPTH: usize = 8;
 /// Differences are reported at the begin of their sector, as qemu-img does.
@@ -85,7 +87,8 @@ async fn compare(args: &Compare) -> Result<Verdict, Failure> {
         Stop::watch().map_err(|e| Failure::Open(Error::io(e, "cannot watch for signals")))?;
     let mut progress = Progress::new(args.progress && !args.quiet);
     let total = a.len().max(b.len());
-    let mut walk = Walk { a, b, at: 0, total, is_strict: args.strict };
+    let pool = BufPool::new(POOL_BYTES);
+    let mut walk = Walk { a, b, at: 0, total, is_strict: args.strict, pool };
     let verdict = walk.run(args.quiet, &stop, &mut progress).await;
     match &verdict {
         Ok(Verdict::Same) => progress.finish(total),
@@ -109,6 +112,7 @@ struct Walk {
     at: u64,
     total: u64,
     is_strict: bool,
+    pool: BufPool,
 }
 
 /// What one step finds out without reading data.
@@ -127,6 +131,7 @@ struct Piece {
     len: u64,
     a: Option<Arc<Backend>>,
     b: Option<Arc<Backend>>,
+    pool: BufPool,
 }
 
 impl Walk {
@@ -203,6 +208,7 @@ impl Walk {
             len: len.min(PIECE_LEN),
             a: data(&a, &self.a),
             b: data(&b, &self.b),
+            pool: self.pool.clone(),
         }))
     }
 }
@@ -235,7 +241,7 @@ impl Piece {
     async fn compare(self) -> Result<Option<u64>> {
         let read = async |backend: &Option<Arc<Backend>>| match backend {
             None => Ok(None),
-            Some(backend) => read(backend, self.offset, self.len).await.map(Some),
+            Some(backend) => read(backend, &self.pool, self.offset, self.len).await.map(Some),
         };
         let (a, b) = futures_util::try_join!(read(&self.a), read(&self.b))?;
         let found = match (a, b) {
@@ -247,9 +253,8 @@ impl Piece {
     }
 }
 
-async fn read(backend: &Backend, offset: u64, len: u64) -> Result<Buf> {
-    let len = usize::try_from(len).expect("a piece fits into memory");
-    let buf = Buf::zeroed(len, 4096);
+async fn read(backend: &Backend, pool: &BufPool, offset: u64, len: u64) -> Result<Buf> {
+    let buf = pool.take(usize::try_from(len).expect("a piece fits into memory"));
     backend.read(offset, buf.iov()).await?;
     Ok(buf)
 }

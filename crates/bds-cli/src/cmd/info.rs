@@ -57,7 +57,7 @@ pub(crate) fn run(args: &Info) -> Result<()> {
 /// The image, and the chain below if wanted. At least one.
 async fn gather(top: &Spec<'_>, with_chain: bool) -> Result<Vec<Facts>> {
     let graph = image::trusting_graph();
-    let mut images = vec![look(&image::open(&graph, top).await?, top.name).await?];
+    let mut images = vec![look(image::open(&graph, top).await?, top.name).await?];
     let mut seen: HashSet<(u64, u64)> = images[0].identity.into_iter().collect();
     if !with_chain {
         return Ok(images);
@@ -69,7 +69,7 @@ async fn gather(top: &Spec<'_>, with_chain: bool) -> Result<Vec<Facts>> {
         let format = images.last().and_then(|last| last.info.backing_format.clone());
         let spec =
             Spec { name: &typed, is_options: false, format: format.as_deref(), flags: top.flags };
-        let image = look(&image::open(&graph, &spec).await?, &name).await?;
+        let image = look(image::open(&graph, &spec).await?, &name).await?;
         if image.identity.is_some_and(|id| !seen.insert(id)) {
             return Err(Error::new(
                 ErrorKind::InvalidImage,
@@ -81,7 +81,14 @@ async fn gather(top: &Spec<'_>, with_chain: bool) -> Result<Vec<Facts>> {
     Ok(images)
 }
 
-async fn look(node: &NodeRef, filename: &str) -> Result<Facts> {
+/// Looks at an image and closes it.
+async fn look(node: NodeRef, filename: &str) -> Result<Facts> {
+    let facts = facts(&node, filename).await;
+    node.close().await?.into_result()?;
+    facts
+}
+
+async fn facts(node: &NodeRef, filename: &str) -> Result<Facts> {
     let backend = image::enter(node, false)?;
     let info = backend.info().await?;
     let own_path = walk::filename(node);
