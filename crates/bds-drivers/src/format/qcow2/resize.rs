@@ -129,8 +129,12 @@ impl Image {
         Ok(())
     }
 
-    /// Gives every cluster of the new area a place.
+    /// Gives every cluster of the new area a place, also the one that the old area ends in.
     async fn preallocate(self: &Arc<Self>, old: u64, new: u64, how: Prealloc) -> Result<()> {
+        let tail_end = self.geometry().cluster_ceil(old).unwrap_or(new).min(new);
+        if old < tail_end && !self.find(old, tail_end - old).await?.kind.has_place() {
+            self.write_all(old, &self.zeros().slice(0..mem_len(tail_end - old))).await?;
+        }
         let end = self.geometry().cluster_ceil(new).unwrap_or(new);
         let mut at = self.geometry().cluster_ceil(old).unwrap_or(end);
         while at < end {

@@ -55,7 +55,8 @@ impl Image {
         let unit = self.geometry().subcluster_size();
         let end = offset + len;
         // The last cluster may reach past the disk; nobody sees that part.
-        let reach = if end == self.disk_len() { end.next_multiple_of(unit) } else { end };
+        let cluster = self.geometry().cluster_size();
+        let reach = if end == self.disk_len() { end.next_multiple_of(cluster) } else { end };
         let (first, last) = (offset.next_multiple_of(unit), reach / unit * unit);
         // Parts of a unit cannot be described by an entry: fine if they are zeros already.
         let (head, tail) = if first <= last {
