@@ -1,9 +1,11 @@
 //! `map`: which ranges hold data, at which depth of the chain, and where.
 
 use std::io::{self, BufWriter, Write};
+use std::ops::Range;
 use std::path::PathBuf;
 
 use bds_core::driver::StatusFlags;
+use bds_core::graph::{NodeRef, walk};
 use bds_core::request::{Backend, ChainRun};
 use bds_core::{Error, ErrorKind, Result};
 
@@ -44,6 +46,28 @@ impl Entry {
         }
     }
 
+    /// Zeros behind the end of a short backing file belong to no layer. As in qemu-img they are shown at the layer above it, as not
+    /// present, with the place that layer may have for them. `None`: these bytes are not of that kind.
+    async fn behind_end(layers: &[NodeRef], start: u64, run: &ChainRun) -> Result<Option<Self>> {
+        let mut below = layers.iter().skip(1).take(run.depth);
+        let Some(depth) = below.position(|below| below.len() <= start) else { return Ok(None) };
+        let layer = &layers[depth];
+        let own = image::enter(layer, false)?.layer_status(start, run.len, true).await?;
+        let place = own.map.filter(|_| own.flags.contains(StatusFlags::OFFSET_VALID));
+        let file = place.and_then(|place| walk::child(layer, place.child));
+        Ok(Some(Self {
+            start,
+            len: own.len.min(run.len),
+            depth,
+            is_present: false,
+            is_zero: true,
+            is_data: false,
+            is_compressed: false,
+            offset: place.map(|place| place.offset),
+            file: file.and_then(|(file, _)| walk::filename(&file)),
+        }))
+    }
+
     /// Takes `next` in if it goes on where this one ends.
     fn merge(&mut self, next: &Self) -> bool {
         let goes_on = Self {
@@ -73,21 +97,29 @@ pub(crate) fn run(args: &Map) -> Result<()> {
             None => backend.len(),
         };
         let mut out = Printer::new(args.output);
-        print(&backend, start, end, &mut out).await?;
+        print(&backend, &walk::backing_chain(&node), start..end, &mut out).await?;
         out.end().map_err(|e| Error::io(e, "cannot print"))?;
         image::close(backend, node).await
     })
 }
 
-async fn print(backend: &Backend, start: u64, end: u64, out: &mut Printer) -> Result<()> {
+async fn print(
+    backend: &Backend,
+    layers: &[NodeRef],
+    range: Range<u64>,
+    out: &mut Printer,
+) -> Result<()> {
     let mut current: Option<Entry> = None;
-    let mut at = start;
-    while at < end {
-        let run = backend.block_status(at, end - at, true).await?;
+    let mut at = range.start;
+    while at < range.end {
+        let run = backend.block_status(at, range.end - at, true).await?;
         if run.len == 0 {
             break;
         }
-        let next = Entry::new(at, run);
+        let next = match Entry::behind_end(layers, at, &run).await? {
+            Some(entry) => entry,
+            None => Entry::new(at, run),
+        };
         at += next.len;
         if current.as_mut().is_some_and(|entry| entry.merge(&next)) {
             continue;
