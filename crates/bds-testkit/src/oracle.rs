@@ -12,6 +12,7 @@ use crate::skip;
 #[derive(Clone, Debug)]
 pub struct Tool {
     path: PathBuf,
+    env: Vec<(String, String)>,
 }
 
 /// What a call printed and how it ended.
@@ -48,7 +49,7 @@ pub fn tool(name: &str) -> Option<Tool> {
     if found.is_none() {
         skip(&format!("{name} is not installed"));
     }
-    found.map(|path| Tool { path })
+    found.map(Tool::at)
 }
 
 /// `qemu-img`, or a skip.
@@ -62,10 +63,25 @@ pub fn qemu_io() -> Option<Tool> {
 }
 
 impl Tool {
+    /// The program at `path`, which is taken to exist: one that the build made.
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), env: Vec::new() }
+    }
+
+    /// The same with one more environment variable.
+    #[must_use]
+    pub fn with_env(mut self, key: &str, value: &str) -> Self {
+        self.env.push((key.to_owned(), value.to_owned()));
+        self
+    }
+
     /// Runs it with these arguments for at most 60 seconds.
     #[track_caller]
     pub fn run<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Output {
-        let output = Command::new("timeout").arg("60").arg(&self.path).args(args).output();
+        let mut command = Command::new("timeout");
+        command.arg("60").arg(&self.path).args(args);
+        command.envs(self.env.iter().map(|(key, value)| (key, value)));
+        let output = command.output();
         let output = match output {
             Ok(output) => output,
             Err(e) => panic!("cannot run {}: {e}", self.path.display()),

@@ -26,6 +26,15 @@ impl Scratch {
         }
     }
 
+    /// A fresh directory in memory where the machine has one (`/dev/shm`), else as [`Scratch::new`]. Not for O_DIRECT.
+    #[track_caller]
+    pub fn in_memory() -> Self {
+        match tempfile::Builder::new().prefix("bds-").tempdir_in("/dev/shm") {
+            Ok(dir) => Self { dir },
+            Err(_) => Self::new(),
+        }
+    }
+
     /// The path of `name` in it.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)

@@ -1,6 +1,13 @@
-//! The tool from outside: what it prints, what it returns, what it leaves behind.
+//! The tool from outside: what it prints, what it returns, what it leaves behind, and how all that compares with QEMU's
+//! tools over the matrix of formats.
 
 mod like_qemu;
+mod matrix;
+mod qemu_check;
+mod qemu_convert;
+mod qemu_matrix;
+mod qemu_measure;
 mod stopped;
 mod tool;
+mod tools;
 mod words;

@@ -1,0 +1,182 @@
+//! The cells of the matrix: which exist, which the format forbids, and a sample in which every pair of values occurs.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+/// How clusters are compressed in this cell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Codec {
+    /// Nothing is compressed.
+    None,
+    Zlib,
+    Zstd,
+}
+
+/// One combination of creation options.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Cell {
+    pub(crate) version: u8,
+    pub(crate) cluster: u64,
+    pub(crate) refcount_bits: u8,
+    pub(crate) extended: bool,
+    pub(crate) codec: Codec,
+    pub(crate) backing: bool,
+    pub(crate) data_file: bool,
+}
+
+impl Cell {
+    /// Every combination, forbidden ones too, in a fixed order.
+    pub(crate) fn all() -> Vec<Self> {
+        let mut cells = Vec::new();
+        for version in [2, 3] {
+            for cluster in [512, 4 << 10, 64 << 10, 2 << 20] {
+                for refcount_bits in [1, 16, 64] {
+                    for codec in [Codec::None, Codec::Zlib, Codec::Zstd] {
+                        for switches in 0..8_u8 {
+                            let [extended, backing, data_file] =
+                                [1, 2, 4].map(|bit| switches & bit != 0);
+                            cells.push(Self {
+                                version,
+                                cluster,
+                                refcount_bits,
+                                extended,
+                                codec,
+                                backing,
+                                data_file,
+                            });
+                        }
+                    }
+                }
+            }
+        }
+        cells
+    }
+
+    /// Why the format does not have this cell; nothing: it does.
+    pub(crate) fn forbidden_by(&self) -> Vec<&'static str> {
+        let is_old = self.version == 2;
+        [
+            (is_old && self.refcount_bits != 16, "v2 has refcounts of 16 bits"),
+            (is_old && self.extended, "v2 has no extended L2 entries"),
+            (is_old && self.codec == Codec::Zstd, "v2 has no zstd"),
+            (is_old && self.data_file, "v2 has no data file"),
+            (self.extended && self.cluster < 16 << 10, "subclusters begin at 512 bytes"),
+        ]
+        .into_iter()
+        .filter_map(|(is_so, why)| is_so.then_some(why))
+        .collect()
+    }
+
+    /// What `-o` gets.
+    pub(crate) fn options(&self, data_file: &str) -> String {
+        let compat = if self.version == 2 { "0.10" } else { "1.1" };
+        let Self { cluster, refcount_bits, .. } = self;
+        let mut out =
+            format!("compat={compat},cluster_size={cluster},refcount_bits={refcount_bits}");
+        if self.extended {
+            out += ",extended_l2=on";
+        }
+        match self.codec {
+            Codec::None => {}
+            Codec::Zlib => out += ",compression_type=zlib",
+            Codec::Zstd => out += ",compression_type=zstd",
+        }
+        if self.data_file {
+            out += &format!(",data_file={data_file}");
+            // A backing file and a raw data file exclude each other.
+            if !self.backing && self.refcount_bits == 64 {
+                out += ",data_file_raw=on";
+            }
+        }
+        out
+    }
+
+    /// Are clusters written compressed? With a data file they cannot be.
+    pub(crate) fn compresses(&self) -> bool {
+        self.codec != Codec::None && !self.data_file
+    }
+
+    /// Guest bytes that one L2 table describes.
+    pub(crate) fn l2_reach(&self) -> u64 {
+        self.cluster / if self.extended { 16 } else { 8 } * self.cluster
+    }
+
+    /// Length of the disk: past the first L2 table, ending inside a cluster.
+    pub(crate) fn disk_len(&self) -> u64 {
+        let tail = if self.cluster == 512 { 0 } else { 3 * 512 };
+        self.l2_reach() + 9 * self.cluster + tail
+    }
+
+    /// The unit in which the disk is zeroed without writing bytes.
+    pub(crate) fn subcluster(&self) -> u64 {
+        if self.extended { self.cluster / 32 } else { self.cluster }
+    }
+
+    fn values(&self) -> [u64; 7] {
+        [
+            u64::from(self.version),
+            self.cluster,
+            u64::from(self.refcount_bits),
+            u64::from(self.extended),
+            self.codec as u64,
+            u64::from(self.backing),
+            u64::from(self.data_file),
+        ]
+    }
+
+    fn pairs(&self) -> BTreeSet<(usize, u64, usize, u64)> {
+        let values = self.values();
+        let mut pairs = BTreeSet::new();
+        for (i, a) in values.iter().enumerate() {
+            for (j, b) in values.iter().enumerate().skip(i + 1) {
+                pairs.insert((i, *a, j, *b));
+            }
+        }
+        pairs
+    }
+}
+
+impl fmt::Display for Cell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { version, cluster, refcount_bits, .. } = self;
+        let word = |is_so: bool, word| if is_so { word } else { "" };
+        write!(
+            f,
+            "v{version} {cluster} rc{refcount_bits}{} {:?}{}{}",
+            word(self.extended, " ext"),
+            self.codec,
+            word(self.backing, " backing"),
+            word(self.data_file, " data-file"),
+        )
+    }
+}
+
+/// Cells among which every pair of values occurs that occurs in `cells` at all: each time the one that brings most new pairs.
+pub(crate) fn pairwise(cells: &[Cell]) -> Vec<Cell> {
+    let mut open: BTreeSet<_> = cells.iter().flat_map(Cell::pairs).collect();
+    let mut chosen = Vec::new();
+    while !open.is_empty() {
+        let gain = |cell: &&Cell| cell.pairs().intersection(&open).count();
+        // The first of the best: `max_by_key` would take the last.
+        let Some(best) = cells.iter().rev().max_by_key(gain) else { break };
+        open = open.difference(&best.pairs()).copied().collect();
+        chosen.push(*best);
+    }
+    chosen
+}
+
+/// One cell for every set of reasons for which cells are forbidden.
+pub(crate) fn one_of_each_kind(forbidden: &[Cell]) -> Vec<Cell> {
+    let mut seen = BTreeSet::new();
+    forbidden.iter().filter(|cell| seen.insert(cell.forbidden_by())).copied().collect()
+}
+
+#[test]
+fn a_sample_has_every_pair() {
+    let valid: Vec<Cell> =
+        Cell::all().into_iter().filter(|cell| cell.forbidden_by().is_empty()).collect();
+    let sample = pairwise(&valid);
+    let pairs = |cells: &[Cell]| cells.iter().flat_map(Cell::pairs).collect::<BTreeSet<_>>();
+    assert_eq!(pairs(&sample), pairs(&valid));
+    assert!(sample.len() * 4 < valid.len(), "{} of {}", sample.len(), valid.len());
+}

@@ -1,0 +1,40 @@
+//! The programs under test and beside it, and images as files of bytes.
+
+use std::path::Path;
+
+use bds_testkit::{Output, Tool, qemu_img, qemu_io};
+
+/// `bds`, as this build made it.
+pub(crate) fn bds() -> Tool {
+    Tool::at(env!("CARGO_BIN_EXE_bds"))
+}
+
+/// `bds` beside QEMU's tools.
+pub(crate) struct Tools {
+    pub(crate) bds: Tool,
+    pub(crate) img: Tool,
+    pub(crate) io: Tool,
+}
+
+impl Tools {
+    /// All three, or a skip.
+    pub(crate) fn find() -> Option<Self> {
+        Some(Self { bds: bds(), img: qemu_img()?, io: qemu_io()? })
+    }
+}
+
+/// A path as an argument.
+pub(crate) fn text(path: &Path) -> &str {
+    path.to_str().expect("scratch paths are UTF-8")
+}
+
+/// What a program said when it failed, on one line.
+pub(crate) fn said(output: &Output) -> String {
+    let words = format!("{} {}", output.stdout.trim(), output.stderr.trim());
+    format!("exit {}: {}", output.code, words.replace('\n', " / "))
+}
+
+/// Is everything asked for (`BDS_TEST_BUDGET=full`), or a sample?
+pub(crate) fn is_full() -> bool {
+    std::env::var("BDS_TEST_BUDGET").is_ok_and(|budget| budget == "full")
+}
