@@ -28,6 +28,7 @@
 //! * `slot`: one slot and its cell; `pages`: where slots lie; `arena`: insert, look up, retire.
 //! * `strong`: the counted reference; `graveyard` and `dead`: what happens after the last one.
 //! * `watch`: to learn of the end; `holder`: who holds what; `stale`: why not; `tag`: which arena.
+//! * `hinge`: a value that many read and somebody exchanges once in a while: how an edge holds its reference.
 //! * `sync`: std or loom.
 //!
 //! All `unsafe` is about one cell, the slot's, and one pointer, the reference's: `slot` states who may touch the cell,
@@ -40,6 +41,7 @@ mod arena;
 mod dead;
 mod graveyard;
 mod handle;
+mod hinge;
 mod holder;
 mod lifecycle;
 mod pages;
@@ -54,6 +56,7 @@ pub use arena::{Arena, ArenaConfig, ArenaStats};
 pub use dead::Dead;
 pub use graveyard::Reap;
 pub use handle::{Handle, Kind};
+pub use hinge::{Hinge, Reading};
 pub use holder::{Held, Holder, HolderInfo, HolderKind, HolderName};
 pub use stale::{Full, Stale, TooManyReferences};
 pub use strong::{Release, Strong};

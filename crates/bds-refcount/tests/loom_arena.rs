@@ -17,7 +17,7 @@ use std::{
 };
 
 use bds_refcount::{
-    Arena, ArenaConfig, Handle, Holder, HolderKind, Kind, Release, Stale, Strong, Watch,
+    Arena, ArenaConfig, Handle, Hinge, Holder, HolderKind, Kind, Release, Stale, Strong, Watch,
 };
 use loom::{cell::UnsafeCell, thread};
 
@@ -350,5 +350,50 @@ fn two_inserts_get_two_slots() {
         assert!(!mine.ptr_eq(&theirs));
         assert_eq!((mine.read(), theirs.read()), (1, 2));
         assert!(arena.insert(drops.value(3)).is_err());
+    });
+}
+
+/// A hinge turned while it is read: the reader sees one of the values, alive, and the old one is dropped once nobody reads
+/// it, never forgotten, whoever leaves last.
+#[test]
+fn a_hinge_turns_under_its_readers() {
+    loom::model(|| {
+        let drops = Drops::default();
+        let hinge = loom::sync::Arc::new(Hinge::new(drops.value(1)));
+        let reader = {
+            let hinge = hinge.clone();
+            thread::spawn(move || {
+                let seen = hinge.read();
+                assert!(matches!(seen.read(), 1 | 2));
+            })
+        };
+        hinge.replace(drops.value(2));
+        assert_eq!(hinge.read().read(), 2);
+        reader.join().unwrap();
+        assert_eq!((drops.count(), hinge.waiting()), (1, 0));
+        drop(hinge);
+        assert_eq!(drops.count(), 2);
+    });
+}
+
+/// Two readers that overlap on one counter, so that it may not be 0 when the replacer looks.
+#[test]
+fn overlapping_readers_leave_nothing_behind() {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(3);
+    model.check(|| {
+        let drops = Drops::default();
+        let hinge = loom::sync::Arc::new(Hinge::new(drops.value(1)));
+        let readers: Vec<_> = (0..2)
+            .map(|_| {
+                let hinge = hinge.clone();
+                thread::spawn(move || assert!(matches!(hinge.read().read(), 1 | 2)))
+            })
+            .collect();
+        hinge.replace(drops.value(2));
+        for reader in readers {
+            reader.join().unwrap();
+        }
+        assert_eq!((drops.count(), hinge.waiting()), (1, 0));
     });
 }
