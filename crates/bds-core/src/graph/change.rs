@@ -11,7 +11,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use bds_io::sync::MutexGuard;
-use bds_refcount::{Held, Strong};
+use bds_refcount::Strong;
 
 use super::drain::Drained;
 use super::edge::{Edge, Parent};
@@ -36,12 +36,12 @@ impl Graph {
         let _one = self.begin_change().await;
         let _top_drained = Drained::begin(Strong::clone(top.strong())).await;
         let _overlay_drained = Drained::begin(Strong::clone(overlay.strong())).await;
-        let released = self.append_drained(top, overlay)?;
-        drop(released);
+        let moved = self.append_drained(top, overlay)?;
+        moved.settle().await;
         Ok(())
     }
 
-    fn append_drained(&self, top: &NodeRef, overlay: &NodeRef) -> Result<Vec<Arc<Held<Node>>>> {
+    fn append_drained(&self, top: &NodeRef, overlay: &NodeRef) -> Result<Moved> {
         let attached = match overlay.node().cow_child() {
             Some(edge) if edge.target().id() == top.id() => true,
             Some(edge) => {
@@ -57,9 +57,9 @@ impl Graph {
         if !attached {
             self.attach_backing(overlay, top)?;
         }
-        let released = re_point(moves, top, overlay);
+        let moved = Moved::new(moves, overlay.strong());
         self.refresh_limits_upwards(overlay.strong());
-        Ok(released)
+        Ok(moved)
     }
 
     /// Everyone who used `from` uses `to` from now on, except those below `to`: their edges would close a loop. So a
@@ -76,9 +76,9 @@ impl Graph {
         let _one = self.begin_change().await;
         let _drained = Drained::begin(Strong::clone(from.strong())).await;
         let moves = movable(from, to, &below(to.strong()))?;
-        let released = re_point(moves, from, to);
+        let moved = Moved::new(moves, to.strong());
         self.refresh_limits_upwards(to.strong());
-        drop(released);
+        moved.settle().await;
         Ok(())
     }
 
@@ -92,24 +92,23 @@ impl Graph {
         backing.map_or(Ok(()), |backing| self.check_ours(&[backing]))?;
         let _one = self.begin_change().await;
         let _drained = Drained::begin(Strong::clone(node.strong())).await;
-        let released = match (node.node().cow_child(), backing) {
-            (None, None) => None,
+        let mut moved = None;
+        match (node.node().cow_child(), backing) {
+            (None, None) => {}
             (Some(edge), Some(backing)) => {
                 check_no_loop(node, backing)?;
-                Some(re_point_one(&edge, backing.strong()))
+                moved = Some(Moved::new(vec![edge], backing.strong()));
             }
             (None, Some(backing)) => {
                 check_no_loop(node, backing)?;
                 self.attach_backing(node, backing)?;
-                None
             }
-            (Some(edge), None) => {
-                detach_backing(node, &edge)?;
-                None
-            }
-        };
+            (Some(edge), None) => detach_backing(node, &edge)?,
+        }
         self.refresh_limits_upwards(node.strong());
-        drop(released);
+        if let Some(moved) = moved {
+            moved.settle().await;
+        }
         Ok(())
     }
 
@@ -258,20 +257,34 @@ fn movable(from: &NodeRef, to: &NodeRef, stay: &HashSet<NodeId>) -> Result<Vec<A
     Ok(moves)
 }
 
-/// Cannot fail. The old references are returned, to be given up when all is done.
-fn re_point(moves: Vec<Arc<Edge>>, from: &NodeRef, to: &NodeRef) -> Vec<Arc<Held<Node>>> {
-    debug_assert!(moves.iter().all(|edge| edge.target().id() == from.id()));
-    moves.iter().map(|edge| re_point_one(edge, to.strong())).collect()
+/// Edges that have been re-pointed. Their gates stay closed until this is dropped.
+pub(super) struct Moved(Vec<Arc<Edge>>);
+
+impl Moved {
+    /// Re-points edges at whose target nobody is inside. Cannot fail.
+    pub(super) fn new(edges: Vec<Arc<Edge>>, to: &Strong<Node>) -> Self {
+        for edge in &edges {
+            // On the edge's own behalf: its share of the drain goes when it leaves the old node.
+            edge.close();
+            edge.target().remove_parent(edge);
+            edge.swap(Strong::clone(to));
+            to.add_parent(edge);
+        }
+        Self(edges)
+    }
+
+    /// Waits, behind the closed gates, until the references to the old target are given up.
+    pub(super) async fn settle(&self) {
+        for edge in &self.0 {
+            edge.settle().await;
+        }
+    }
 }
 
-pub(super) fn re_point_one(edge: &Arc<Edge>, to: &Strong<Node>) -> Arc<Held<Node>> {
-    // Closed on the edge's own behalf too: its share of the drain goes when it leaves the old node.
-    edge.close();
-    edge.target().remove_parent(edge);
-    let old = edge.swap(Strong::clone(to));
-    to.add_parent(edge);
-    edge.open();
-    old
+impl Drop for Moved {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|edge| edge.open());
+    }
 }
 
 fn refuse(node: &NodeRef, why: String) -> Error {

@@ -19,9 +19,8 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use arc_swap::{ArcSwap, Guard};
 use bds_io::sync::Notify;
-use bds_refcount::{Held, Holder, HolderKind, Release, Strong};
+use bds_refcount::{Held, Hinge, Holder, HolderKind, Reading, Release, Strong};
 
 use super::Graph;
 use super::node::{Node, NodeId};
@@ -43,7 +42,7 @@ pub struct Edge {
     role: Role,
     /// Set once the parent exists: a node's children are opened before the node.
     parent: OnceLock<Parent>,
-    target: ArcSwap<Held<Node>>,
+    target: Hinge<Held<Node>>,
     /// Of a root edge: its node must not outlive the graph, which closes it. After `target`: dropped in this order.
     _graph: Option<Graph>,
     gate: Gate,
@@ -73,7 +72,7 @@ impl Edge {
             name,
             role,
             parent: OnceLock::new(),
-            target: ArcSwap::from_pointee(held),
+            target: Hinge::new(held),
             _graph: graph,
             gate: Gate::default(),
             access,
@@ -109,8 +108,8 @@ impl Edge {
     /// The node at the other end now. Lock-free, a few nanoseconds. For facts (length, name); a request uses
     /// [`Edge::admit`].
     #[inline]
-    pub(crate) fn target(&self) -> Target {
-        Target(self.target.load())
+    pub(crate) fn target(&self) -> Target<'_> {
+        Target(self.target.read())
     }
 
     /// The first half of passing the gate; `None` if it is closed. A request enters like this:
@@ -147,7 +146,7 @@ impl Edge {
     /// will release it.
     pub(crate) fn release(self: Arc<Self>) -> Option<Release> {
         let edge = Arc::into_inner(self)?;
-        Arc::into_inner(edge.target.into_inner()).map(Held::release)
+        Some(edge.target.into_inner().release())
     }
 
     /// Closes the gate. Closings nest; each is undone by one [`Edge::open`].
@@ -160,26 +159,39 @@ impl Edge {
         self.gate.open();
     }
 
-    /// Re-points the edge. The old reference is returned, not released, so that a change can be undone.
+    /// Re-points the edge. The old reference is given up as soon as nobody looks through the edge at the old node any more,
+    /// which [`Edge::settle`] waits for.
     #[track_caller]
-    pub(super) fn swap(&self, target: Strong<Node>) -> Arc<Held<Node>> {
+    pub(super) fn swap(&self, target: Strong<Node>) {
         debug_assert!(self.is_closed(), "an edge is re-pointed behind its closed gate");
-        let holder = self.target.load().holder().clone();
-        self.target.swap(Arc::new(target.held_by(holder)))
+        let holder = self.target().0.holder().clone();
+        self.target.replace(target.held_by(holder));
+    }
+
+    /// Waits until the reference to the former target is given up. Requests have left before the swap; what may still look are
+    /// questions about facts, which end without waiting for anybody. So this ends soon; and if somebody keeps such
+    /// an answer in hand after all, he gives the reference up when done, and nobody waits for that.
+    pub(super) async fn settle(&self) {
+        for _ in 0..1000 {
+            if self.target.waiting() == 0 {
+                return;
+            }
+            bds_io::yield_now().await;
+        }
     }
 }
 
-/// The node an edge points to; keeps it alive. Holding many of them costs a little more than holding few.
-pub(crate) struct Target(Guard<Arc<Held<Node>>>);
+/// The node an edge points to, kept alive by the edge's own reference: nothing is counted on the node.
+pub(crate) struct Target<'a>(Reading<'a, Held<Node>>);
 
-impl Target {
+impl Target<'_> {
     /// The counted reference behind the edge.
     pub(crate) fn strong(&self) -> &Strong<Node> {
         &self.0
     }
 }
 
-impl Deref for Target {
+impl Deref for Target<'_> {
     type Target = Node;
 
     #[inline]

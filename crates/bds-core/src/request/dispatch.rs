@@ -80,7 +80,7 @@ pub(super) async fn read(edge: &Edge, offset: u64, iov: IoVec, flags: ReadFlags)
     named(&node, read_inside(&node, offset, iov, flags).await)
 }
 
-async fn read_inside(node: &Entered, offset: u64, iov: IoVec, flags: ReadFlags) -> Result<()> {
+async fn read_inside(node: &Entered<'_>, offset: u64, iov: IoVec, flags: ReadFlags) -> Result<()> {
     let end = range::check_data(offset, iov.len() as u64)?;
     if end == offset {
         return Ok(());
@@ -155,7 +155,7 @@ pub(super) async fn write(edge: &Edge, offset: u64, iov: IoVec, flags: WriteFlag
 
 async fn write_inside(
     edge: &Edge,
-    node: &Entered,
+    node: &Entered<'_>,
     offset: u64,
     iov: IoVec,
     flags: WriteFlags,
@@ -187,7 +187,7 @@ async fn write_inside(
         };
         write_aligned(node, &limits, outer.start, iov, flags).await?
     };
-    if wants_flush { Box::pin(flush::flush_inside(edge, node)).await } else { Ok(()) }
+    if wants_flush { Box::pin(flush::flush_inside(node)).await } else { Ok(()) }
 }
 
 /// Zero flags for a write that turns out to be all zeros on a node that wants to know.
@@ -224,7 +224,7 @@ pub(super) async fn read_around(node: &Node, limits: &Limits, padded: &Padded) -
 
 /// The range is aligned and registered. True if a flush must follow.
 pub(super) async fn write_aligned(
-    node: &Entered,
+    node: &Entered<'_>,
     limits: &Limits,
     offset: u64,
     iov: IoVec,

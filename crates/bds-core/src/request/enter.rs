@@ -2,18 +2,20 @@
 
 use std::ops::{Deref, Range};
 
+use bds_refcount::Strong;
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Edge, Node, Target};
 use crate::traffic::{ShardNumber, Tracked, Writing};
 
 /// The node an edge led to, with this request counted in. Dropping counts out.
-pub(super) struct Entered {
-    target: Target,
+pub(super) struct Entered<'e> {
+    target: Target<'e>,
     number: ShardNumber,
 }
 
 /// Waits at the gate until it is open, then enters.
-pub(super) async fn enter(edge: &Edge) -> Entered {
+pub(super) async fn enter(edge: &Edge) -> Entered<'_> {
     loop {
         if let Some(entered) = try_enter(edge) {
             return entered;
@@ -24,7 +26,7 @@ pub(super) async fn enter(edge: &Edge) -> Entered {
 }
 
 #[inline]
-fn try_enter(edge: &Edge) -> Option<Entered> {
+fn try_enter(edge: &Edge) -> Option<Entered<'_>> {
     let ticket = edge.ticket()?;
     let target = edge.target();
     let number = target.traffic().enter();
@@ -32,7 +34,7 @@ fn try_enter(edge: &Edge) -> Option<Entered> {
     edge.admits(ticket).then_some(entered)
 }
 
-impl Deref for Entered {
+impl Deref for Entered<'_> {
     type Target = Node;
 
     #[inline]
@@ -41,20 +43,17 @@ impl Deref for Entered {
     }
 }
 
-impl Drop for Entered {
+impl Drop for Entered<'_> {
     fn drop(&mut self) {
         self.target.traffic().leave(self.number);
     }
 }
 
-impl Entered {
-    /// Counts in once more, for work that outlives this request. `edge` is the one it came through; its gate is not
-    /// asked: who is inside may bring what belongs to him, and whoever closed the gate waits for both.
-    pub(super) fn again(&self, edge: &Edge) -> Entered {
-        let target = edge.target();
-        debug_assert!(std::ptr::eq::<Node>(&*target, &**self), "not re-pointed while inside");
-        let number = target.traffic().enter();
-        Entered { target, number }
+impl Entered<'_> {
+    /// Counts in once more, for work that outlives this request. The gate is not asked: who is inside may bring what
+    /// belongs to him, and whoever closed the gate waits for both.
+    pub(super) fn again(&self) -> Lodger {
+        Lodger { node: self.target.strong().clone(), number: self.traffic().enter() }
     }
 
     /// From here on the node counts as written to.
@@ -90,6 +89,26 @@ impl Entered {
             Box::pin(tracked.wait_turn()).await;
         }
         Ok(tracked)
+    }
+}
+
+/// Work that is inside a node on its own behalf, after the request that began it may have left.
+pub(super) struct Lodger {
+    node: Strong<Node>,
+    number: ShardNumber,
+}
+
+impl Deref for Lodger {
+    type Target = Node;
+
+    fn deref(&self) -> &Node {
+        &self.node
+    }
+}
+
+impl Drop for Lodger {
+    fn drop(&mut self) {
+        self.node.traffic().leave(self.number);
     }
 }
 

@@ -18,28 +18,28 @@ use crate::graph::Edge;
 pub(super) fn flush(edge: &Edge) -> BoxFuture<'_, Result<()>> {
     Box::pin(async move {
         let node = enter(edge).await;
-        flush_inside(edge, &node).await
+        flush_inside(&node).await
     })
 }
 
 /// As [`flush`], for a request that is inside already.
-pub(super) async fn flush_inside(edge: &Edge, node: &Entered) -> Result<()> {
+pub(super) async fn flush_inside(node: &Entered<'_>) -> Result<()> {
     if !node.is_writable() {
         return Ok(());
     }
-    named(node, flush_node(edge, node).await)?;
+    named(node, flush_node(node).await)?;
     // Its own children's failures carry their own names.
     Ok(())
 }
 
-async fn flush_node(edge: &Edge, node: &Entered) -> Result<()> {
+async fn flush_node(node: &Entered<'_>) -> Result<()> {
     let mut flushing = node.traffic().begin_flush().await;
     if let Some(error) = node.traffic().flush_failure() {
         return Err(error.context("an earlier flush failed, so bytes may be lost; reopen the node"));
     }
     node.driver().flush_to_os().await?;
     if !node.flags().cache.no_flush && !flushing.is_clean() {
-        flush_medium(edge, node).await?;
+        flush_medium(node).await?;
     }
     let mut first = Ok(());
     for child in node.children().iter().filter(|child| child.access().writes()) {
@@ -52,8 +52,8 @@ async fn flush_node(edge: &Edge, node: &Entered) -> Result<()> {
 
 /// Polls the driver here; what does not finish at once moves into a task of its own, which reports to the node's
 /// traffic whether or not anyone still waits.
-async fn flush_medium(edge: &Edge, node: &Entered) -> Result<()> {
-    let inside = node.again(edge);
+async fn flush_medium(node: &Entered<'_>) -> Result<()> {
+    let inside = node.again();
     let mut work: BoxFuture<'static, Result<()>> = Box::pin(async move {
         let result = inside.driver().flush_to_disk().await;
         if let Err(error) = &result

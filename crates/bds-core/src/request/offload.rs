@@ -96,7 +96,7 @@ fn fits(node: &Node, offset: u64, len: u64) -> bool {
 
 /// The child that holds all of the range one to one, if the answer has `wanted` or is passed on.
 async fn below(
-    node: &Entered,
+    node: &Entered<'_>,
     offset: u64,
     len: u64,
     wanted: StatusFlags,

@@ -81,7 +81,7 @@ fn layer(edge: &Edge, offset: u64, len: u64, precise: bool) -> BoxFuture<'_, Res
     })
 }
 
-async fn layer_inside(node: &Entered, offset: u64, len: u64, precise: bool) -> Result<Layer> {
+async fn layer_inside(node: &Entered<'_>, offset: u64, len: u64, precise: bool) -> Result<Layer> {
     let total = node.len();
     let end = range::check(offset, len)?.min(total);
     if offset >= total {

@@ -14,7 +14,7 @@ pub(super) fn truncate(edge: &Edge, change: Truncate) -> BoxFuture<'_, Result<()
     })
 }
 
-async fn truncate_inside(edge: &Edge, node: &Entered, mut change: Truncate) -> Result<()> {
+async fn truncate_inside(edge: &Edge, node: &Entered<'_>, mut change: Truncate) -> Result<()> {
     range::check(0, change.len)?;
     if !node.is_writable() {
         return Err(Error::new(ErrorKind::PermissionDenied, "a read-only node cannot be resized"));

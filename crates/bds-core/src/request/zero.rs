@@ -32,7 +32,7 @@ pub(super) async fn write_zeroes(
 /// As [`write_zeroes`], for a request that is inside already.
 pub(super) async fn write_zeroes_inside(
     edge: &Edge,
-    node: &Entered,
+    node: &Entered<'_>,
     offset: u64,
     len: u64,
     mut flags: ZeroFlags,
@@ -74,7 +74,7 @@ pub(super) async fn write_zeroes_inside(
     match fell_back {
         Zeroed::Unsupported => return Ok(Attempt::Unsupported),
         Zeroed::ByDriver if native_fua => {}
-        _ if wants_flush => Box::pin(flush::flush_inside(edge, node)).await?,
+        _ if wants_flush => Box::pin(flush::flush_inside(node)).await?,
         _ => {}
     }
     Ok(Attempt::Done)
@@ -123,7 +123,7 @@ enum Zeroed {
 
 /// Zeroing aligned ranges of one node.
 struct Pieces<'a> {
-    node: &'a Entered,
+    node: &'a Entered<'a>,
     limits: &'a Limits,
     /// What is passed to the driver.
     flags: ZeroFlags,
@@ -201,7 +201,7 @@ pub(super) async fn discard(edge: &Edge, offset: u64, len: u64) -> Result<()> {
     named(&node, discard_inside(edge, &node, offset, len).await)
 }
 
-async fn discard_inside(edge: &Edge, node: &Entered, offset: u64, len: u64) -> Result<()> {
+async fn discard_inside(edge: &Edge, node: &Entered<'_>, offset: u64, len: u64) -> Result<()> {
     let end = range::check(offset, len)?;
     range::check_write(edge, node, offset, false)?;
     if !node.flags().discard {

@@ -420,12 +420,12 @@ pub(super) async fn read(edge: &Edge) -> Result<()> {
     target.target.driver().read(0, IoVec::default(), ReadFlags::empty()).await
 }
 
-struct Inside {
-    target: Target,
+struct Inside<'a> {
+    target: Target<'a>,
     number: crate::traffic::ShardNumber,
 }
 
-impl Drop for Inside {
+impl Drop for Inside<'_> {
     fn drop(&mut self) {
         self.target.traffic().leave(self.number);
     }

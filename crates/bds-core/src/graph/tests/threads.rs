@@ -10,7 +10,7 @@ use std::thread::{self, Thread};
 use bds_refcount::Strong;
 
 use super::fakes::run;
-use crate::graph::change::re_point_one;
+use crate::graph::change::Moved;
 use crate::graph::drain::Drained;
 use crate::graph::{Access, Edge, NodeRef, Perm};
 
@@ -87,7 +87,7 @@ fn nobody_is_inside_a_drained_node_nor_stays_with_one_the_edge_has_left() {
                 is_empty.store(true, Ordering::SeqCst);
                 thread::yield_now();
                 assert_eq!(from.node().traffic().in_flight(), 0);
-                drop(re_point_one(&edge, to.strong()));
+                drop(Moved::new(vec![Arc::clone(&edge)], to.strong()));
                 is_empty.store(false, Ordering::SeqCst);
                 drop(drained);
             }
