@@ -15,7 +15,7 @@ pub(crate) fn row(case: &Case, runs: &[Runs]) -> String {
     let own: Vec<&Runs> = others.iter().filter(|r| r.who.starts_with("bds")).collect();
     let theirs = others
         .iter()
-        .filter(|r| !r.who.starts_with("bds"))
+        .filter(|r| !r.who.starts_with("bds") && !r.costs.is_empty())
         .min_by(|a, b| seconds(a).total_cmp(&seconds(b)));
     let mut first = speed(case, ours);
     for extra in own {
@@ -51,12 +51,14 @@ fn speed(case: &Case, runs: &Runs) -> String {
     let (min, max) =
         (all.first().copied().unwrap_or(f64::NAN), all.last().copied().unwrap_or(f64::NAN));
     let median = middle(&all);
+    let crashed =
+        if runs.failed == 0 { String::new() } else { format!(" [{} runs crashed]", runs.failed) };
     match case.measured {
         Measured::Requests(count) => {
             let kilo = |s: f64| f64::from(count) / s / 1000.0;
-            format!("{:.0}k/s ({:.0}..{:.0})", kilo(median), kilo(max), kilo(min))
+            format!("{:.0}k/s ({:.0}..{:.0}){crashed}", kilo(median), kilo(max), kilo(min))
         }
-        Measured::Seconds => format!("{median:.3}s ({min:.3}..{max:.3})"),
+        Measured::Seconds => format!("{median:.3}s ({min:.3}..{max:.3}){crashed}"),
     }
 }
 
