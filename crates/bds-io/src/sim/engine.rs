@@ -28,6 +28,7 @@ impl World {
         let flight = self.plan(file, request, refused);
         let (kind, is_write) = (flight.kind, flight.kind == OpMask::WRITE);
         let is_data = is_write || kind == OpMask::READ;
+        let offset = flight.place.0;
         let (limit, has_effect) = (flight.limit, flight.errno.is_none() || flight.limit > 0);
         let is_last = self.count(kind);
         self.note(&flight, if is_last { Stage::Cut } else { Stage::Submitted });
@@ -45,7 +46,9 @@ impl World {
                 1 => {}
                 _ => {
                     let is_split = is_data && limit > 1 && self.chance.hit(self.config.split_rate);
-                    let upto = if is_split { self.chance.below(limit) } else { u64::MAX };
+                    let cut = if is_split { self.chance.below(limit) } else { 0 };
+                    let cut = if is_write { self.whole_sectors(offset, cut) } else { cut };
+                    let upto = if cut > 0 { cut } else { u64::MAX };
                     let at_ns = now_ns + self.chance.below(latency_ns.max(1));
                     self.push(at_ns, Event::Effect { slot, upto });
                 }
@@ -116,6 +119,13 @@ impl World {
             result: None,
             is_abandoned: false,
         }
+    }
+
+    /// How much of the first `len` bytes at `offset` is up to the end of a sector: a cache takes and hands on sectors as
+    /// a whole, so a write is seen in pieces of them only. (One that is short may stop anywhere.)
+    fn whole_sectors(&self, offset: u64, len: u64) -> u64 {
+        let sector_len = u64::from(self.config.sector_len);
+        ((offset + len) / sector_len * sector_len).saturating_sub(offset)
     }
 
     fn may_be_short(&mut self, kind: OpMask, len: u64) -> bool {
