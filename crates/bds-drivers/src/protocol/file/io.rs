@@ -151,6 +151,17 @@ impl FileNode {
     }
 
     async fn write_fitting(&self, offset: u64, iov: &IoVec, dsync: bool) -> io::Result<()> {
+        let written = self.write_pieces(offset, iov, dsync).await;
+        if written.is_err() {
+            // A part of it may be there, past what was the end: who asks must not be told that nothing is.
+            if let Ok(len) = self.file.len() {
+                self.grown_to(len);
+            }
+        }
+        written
+    }
+
+    async fn write_pieces(&self, offset: u64, iov: &IoVec, dsync: bool) -> io::Result<()> {
         let total = iov.len();
         let mut done = 0;
         while done < total {
