@@ -51,8 +51,8 @@ impl Image {
             Err(error) => Err(error),
         };
         if let Err(error) = written {
-            // The old length stays, unless the header was written already: then it is written again.
-            self.meta().new_size = None;
+            // The old length stays. The header may have the new one already: the next write-back puts that right.
+            self.meta().new_size = Some(old);
             return Err(error);
         }
         self.len.store(new, Ordering::Release);
