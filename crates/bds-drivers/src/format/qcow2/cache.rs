@@ -16,14 +16,16 @@
 //! Size       the disk's length in the header                            O14
 //! ```
 //!
-//! Before rank Link the *data* node is flushed too if a link points at copied bytes (O3; finding F5). O2 needs no place in this
+//! Before rank Link the *data* node is flushed too if a link points at copied bytes (O3; finding F5), or at a new cluster of the image
+//! file itself: its count needs that flush anyway, and without it the file may end before the cluster, or compressed bytes be
+//! missing, when the power goes. O2 needs no place in this
 //! table: a count is lowered in memory only after the removal of the pointer is durable (`release.rs`), so lowered
 //! counts depend on nothing. A batch that fails puts back what was not written *and flushed*; dirty metadata is never dropped, and later
 //! batches begin again with whatever is newest.
 //!
 //! One batch at a time (`Image::turn`); the lock of `Meta` is held while a batch is taken, never while it is written.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
 use bds_core::driver::WriteFlags;
@@ -91,7 +93,7 @@ pub(crate) struct Batch {
     linked: Vec<u32>,
     /// Pointers to these are gone when rank Link is durable.
     frees: Vec<Freed>,
-    /// Links point at bytes that were copied since the last flush of the data node.
+    /// Links point at bytes that must be durable first, written since the last flush of the data node.
     needs_data_flush: bool,
 }
 
@@ -102,7 +104,7 @@ pub(crate) struct Owed {
     meta_written: u64,
     /// `meta_written` when the last flush that succeeded began.
     meta_flushed: u64,
-    /// Bytes were copied that links point at, and the data node was not flushed since.
+    /// Bytes were written that links must not precede, and the data node was not flushed since.
     pub data_flush: bool,
     /// A batch is under way.
     pub is_writing: bool,
@@ -138,7 +140,8 @@ pub(crate) struct SliceCache {
     /// Bit i: piece i (of 64) of the slice differs from the file.
     dirty: HashMap<SliceId, u64>,
     dirty_bytes: usize,
-    unlinked: HashMap<u32, Unlinked>,
+    /// In order, so that a seed replays the writes they cause.
+    unlinked: BTreeMap<u32, Unlinked>,
     slice_len: usize,
 }
 
@@ -150,7 +153,7 @@ impl SliceCache {
             budget_bytes: budget_bytes.max(2 * slice_len),
             dirty: HashMap::new(),
             dirty_bytes: 0,
-            unlinked: HashMap::new(),
+            unlinked: BTreeMap::new(),
             slice_len,
         }
     }
@@ -313,7 +316,9 @@ impl Image {
         let cache = &mut meta.slices;
         batch.linked = cache.unlinked.keys().copied().collect();
         for (table, unlinked) in &cache.unlinked {
-            if unlinked.needs_zeros {
+            // Also one of which nothing is written, or the file might end before it.
+            let is_empty = !cache.dirty.keys().any(|id| id.table == *table);
+            if unlinked.needs_zeros || is_empty {
                 let offset = self.table_offset(*table);
                 let action = Action::Zero(self.geometry().cluster_size());
                 let source = Source::Clear;

@@ -17,6 +17,8 @@ use super::write::Linking;
 
 /// Head and tail are read as one if no more than this lies between them.
 const MAX_MIDDLE: u64 = 16 << 10;
+/// What a guest may expect to be written as a whole.
+const SECTOR_LEN: u64 = 512;
 
 /// What is written for a step, and what it covers.
 pub(crate) struct CopyPlan {
@@ -65,6 +67,11 @@ impl Image {
         if !(skips && tail_iov.is_zero(0..tail_iov.len())) {
             all.push(tail_iov);
             is_copy = true;
+        } else if work.is_fresh {
+            // The file may end here. If it ended inside a sector, a later write of this sector that is cut short by a
+            // power cut could leave its first half in front of the old end, and neither old nor new behind it.
+            let rest = work.end.next_multiple_of(SECTOR_LEN) - work.end;
+            all.push(tail_iov.slice(0..mem_len(rest).min(tail_iov.len())));
         }
         Ok(CopyPlan { start, iov: all, covers, is_copy })
     }

@@ -153,7 +153,8 @@ impl Packing {
         let entry_len = image.geometry().l2_entry_len();
         meta.slices.mark(self.id, self.index * entry_len, entry_len);
         image.free_entry(&mut meta, old, Why::Reuse);
-        meta.owed.data_flush |= image.config.data_before_metadata;
+        // A part of compressed bytes is not a part of the cluster: it could not be read at all.
+        meta.owed.data_flush = true;
         self.is_over = true;
         self.item.leave(&mut meta);
     }

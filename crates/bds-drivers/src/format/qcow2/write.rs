@@ -11,7 +11,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use bds_core::driver::WriteFlags;
+use bds_core::driver::{BoxFuture, WriteFlags};
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -138,11 +138,24 @@ impl Image {
         .await
     }
 
-    /// Writes step by step, several at once. Runs in a task of its own.
+    /// Writes step by step, several at once. Runs in a task of its own. When it returns nothing of it is under way any more,
+    /// also after a failure: a late step must not overwrite what the guest writes next.
     pub(crate) async fn write_all(self: &Arc<Self>, offset: u64, iov: &IoVec) -> Result<()> {
+        let mut under_way = FuturesUnordered::new();
+        let result = self.begin_steps(offset, iov, &mut under_way).await;
+        let rest = end_all(&mut under_way).await;
+        result.and(rest)
+    }
+
+    /// Begins all steps; some are still under way when it returns.
+    async fn begin_steps(
+        self: &Arc<Self>,
+        offset: u64,
+        iov: &IoVec,
+        under_way: &mut FuturesUnordered<BoxFuture<'static, Result<()>>>,
+    ) -> Result<()> {
         let len = iov.len() as u64;
         let mut at = 0;
-        let mut under_way = FuturesUnordered::new();
         let mut held = Vec::new();
         while at < len {
             let planned = {
@@ -153,7 +166,8 @@ impl Image {
                 Ok((step, step_len)) => {
                     let piece = iov.slice(mem_len(at)..mem_len(at + step_len));
                     at += step_len;
-                    under_way.push(self.take_step(step, piece));
+                    let image = Arc::clone(self);
+                    under_way.push(Box::pin(async move { image.take_step(step, piece).await }));
                     held.clear();
                     if under_way.len() >= STEPS_AT_ONCE {
                         under_way.next().await.transpose()?;
@@ -161,15 +175,10 @@ impl Image {
                 }
                 Err(stop) => {
                     // Who waits must hold nothing that others wait for.
-                    while let Some(result) = under_way.next().await {
-                        result?;
-                    }
+                    end_all(under_way).await?;
                     held.extend(self.resolve(stop).await?);
                 }
             }
-        }
-        while let Some(result) = under_way.next().await {
-            result?;
         }
         Ok(())
     }
@@ -422,6 +431,15 @@ impl Image {
     }
 }
 
+/// Waits for all of them; the first failure.
+async fn end_all(under_way: &mut FuturesUnordered<BoxFuture<'static, Result<()>>>) -> Result<()> {
+    let mut first = Ok(());
+    while let Some(result) = under_way.next().await {
+        first = first.and(result);
+    }
+    first
+}
+
 /// A step under guard.
 enum GuardedStep {
     InPlace(u64, super::grace::Inside<Arc<super::grace::Grace>>),
@@ -457,7 +475,8 @@ impl Guarded {
         let entry_len = geometry.l2_entry_len();
         let len = mem_len(work.clusters) * entry_len;
         meta.slices.mark(work.id, work.index * entry_len, len);
-        meta.owed.data_flush |= copy.is_copy || image.config.data_before_metadata;
+        let is_new_here = self.work.is_new && image.data_file.is_none();
+        meta.owed.data_flush |= copy.is_copy || is_new_here || image.config.data_before_metadata;
         self.is_over = true;
         self.work.item.leave(&mut meta);
     }
