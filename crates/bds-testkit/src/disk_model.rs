@@ -254,6 +254,10 @@ impl DiskModel {
 
     fn check_survivor(&mut self, index: usize, found: Option<[u8; LEN]>) -> Result<(), String> {
         let sector = &self.sectors[index];
+        if sector.visible.is_empty() {
+            self.sectors[index] = after_crash(found, &self.zero);
+            return Ok(());
+        }
         let allowed = all_of(sector);
         let is_allowed = found.is_some_and(|found| {
             allowed.iter().any(|content| **content == found)
@@ -270,11 +274,7 @@ impl DiskModel {
             }
             self.stale_seen += 1;
         }
-        // Nothing is known about the place it has, and of one that cannot be read nothing at all.
-        self.sectors[index] = match found {
-            Some(found) => Sector::holding(Arc::new(found)),
-            None => Sector { visible: Vec::new(), ..Sector::holding(Arc::clone(&self.zero)) },
-        };
+        self.sectors[index] = after_crash(found, &self.zero);
         Ok(())
     }
 
@@ -365,6 +365,14 @@ impl DiskModel {
             allowed.join("] ["),
             if self.sectors[index].may_be_stale { ", touched since the last flush" } else { "" }
         )
+    }
+}
+
+/// Nothing is known about the place it has, and of one that cannot be read nothing at all.
+fn after_crash(found: Option<[u8; LEN]>, zero: &Content) -> Sector {
+    match found {
+        Some(found) => Sector::holding(Arc::new(found)),
+        None => Sector { visible: Vec::new(), ..Sector::holding(Arc::clone(zero)) },
     }
 }
 

@@ -10,11 +10,14 @@
 mod blkdebug;
 mod device;
 #[cfg(feature = "qcow2")]
+mod findings;
+#[cfg(feature = "qcow2")]
 mod fuzz_seeds;
 #[cfg(feature = "qcow2")]
 mod hostile;
 mod house;
 mod locks;
+mod matrix;
 mod mem;
 mod model;
 mod null;

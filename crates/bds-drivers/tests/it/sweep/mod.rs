@@ -3,6 +3,9 @@
 //! A failing sweep names the kind of image, the seed and the point; `BDS_TEST_SEED=n` runs that seed alone, and
 //! `BDS_TEST_BUDGET=full` runs many more.
 
+mod cancel;
+pub(crate) mod crash;
+mod fault;
 pub(crate) mod rig;
 
 /// How many seeds of `usual`: all of them, ten times as many, or the one that is asked for.

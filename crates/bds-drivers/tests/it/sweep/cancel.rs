@@ -1,0 +1,202 @@
+//! Futures dropped, or forgotten, at every await: the image stays whole, others go on, bytes are old or new.
+
+use std::cell::RefCell;
+
+use bds_io::sim::CutMode;
+use bds_io::{Sim, SimConfig};
+use bds_testkit::{DiskModel, Ended, Op, Step, Workload, pattern};
+use futures_util::future::join_all;
+
+use super::rig::{Disk, Kind, World};
+use super::seeds;
+
+fn kinds() -> Vec<Kind> {
+    let q = |name| Kind::qcow2(name, 512).sized(512 * 160, 512 * 240);
+    vec![
+        q("512"),
+        q("512-backed").backed(50_000),
+        q("512-tiny-cache").open("l2-cache-size", 1024).open("refcount-cache-size", 2048),
+        Kind::qcow2("4k-data", 4096).with_data_file().sized(4096 * 24, 4096 * 40),
+        Kind::qcow2("16k-ext", 16384).extended().sized(16384 * 24, 16384 * 28),
+    ]
+}
+
+fn write(seed: u64, at: u64, len: usize) -> Op {
+    Op::Write { at, bytes: pattern(seed, at, len).into(), fua: false }
+}
+
+/// One of each request, on clusters that hold data, on others and on both.
+fn victims(kind: &Kind) -> Vec<Vec<Op>> {
+    let c = kind.cluster;
+    let len = usize::try_from(c).expect("small");
+    let mut all = vec![
+        vec![write(90, 0, len)],
+        vec![write(91, c * 3 + 100, 300)],
+        vec![write(92, c + 17, len * 5)],
+        vec![Op::Zero { at: c / 2, len: c * 3, may_unmap: true, fua: false }],
+        vec![Op::Zero { at: c, len: c * 2, may_unmap: false, fua: true }],
+        vec![Op::Discard { at: 0, len: c * 4 }],
+        vec![Op::Flush],
+        vec![Op::Grow { len: kind.len + c * 2 }],
+        vec![write(93, c * 4, len), write(94, c * 4, len), write(95, c * 6 + 5, 100), Op::Flush],
+    ];
+    if kind.has_compression {
+        let bytes = vec![7; len].into();
+        all.push(vec![Op::Compressed { at: c * 5, bytes }]);
+    }
+    all
+}
+
+/// A disk with some data, flushed, and some not.
+async fn begin(disk: &Disk, kind: &Kind, model: &RefCell<DiskModel>) -> Result<(), String> {
+    let c = kind.cluster;
+    let len = usize::try_from(c).expect("small");
+    for ops in [
+        vec![write(1, c, len * 2), write(2, c * 8 + 30, 200)],
+        vec![Op::Flush],
+        vec![write(3, c * 2 + 50, 100), write(4, c * 10, len)],
+    ] {
+        if let Some(error) = disk.requests(&ops, model).await?.first() {
+            return Err(error.to_string());
+        }
+    }
+    Ok(())
+}
+
+/// How a future ends that is not finished.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Abandon {
+    Drop,
+    Forget,
+}
+
+/// Abandons the request at its `k`-th await; false if it had ended before.
+fn run(base: &Sim, kind: &Kind, ops: &[Op], k: usize, how: Abandon) -> Result<bool, String> {
+    let sim = base.fork(k as u64);
+    let world = World::Sim(sim.clone());
+    let graph = world.graph();
+    let model = RefCell::new(kind.model());
+    let disk = world.block_on(Disk::open(&world, kind, &graph)).map_err(|e| e.to_string())?;
+    world.block_on(begin(&disk, kind, &model))?;
+    model.borrow_mut().begin(ops);
+    // Forgotten futures need what they borrow for ever.
+    let disk = Box::new(disk);
+    let is_abandoned = match how {
+        Abandon::Drop => {
+            let work = async { join_all(ops.iter().map(|op| disk.request(op))).await };
+            sim.drop_at(work, k)
+        }
+        Abandon::Forget => {
+            let work = async { join_all(ops.iter().map(|op| disk.request(op))).await };
+            sim.forget_at(work, k)
+        }
+    };
+    if how == Abandon::Forget && is_abandoned {
+        // What was forgotten holds the node for ever, so it cannot be closed; what was flushed is there all the same.
+        std::mem::forget(disk);
+        let after = World::Sim(sim.after_cut_by(k as u64, CutMode::LoseAll));
+        return look_after_cut(&after, kind, &model).map(|()| true);
+    }
+    model.borrow_mut().end(ops, &vec![Ended::Partly; ops.len()]);
+    model.borrow_mut().set_len(disk.backend.len());
+    world.block_on(others_go_on(&disk, kind, &model))?;
+    world.block_on(disk.close()).map_err(|e| format!("close: {e}"))?;
+    look(&world, kind, &model)?;
+    Ok(is_abandoned)
+}
+
+/// Others write to the same places and read them.
+async fn others_go_on(disk: &Disk, kind: &Kind, model: &RefCell<DiskModel>) -> Result<(), String> {
+    disk.compare(model).await.map_err(|e| format!("right afterwards: {e}"))?;
+    let c = kind.cluster;
+    let ops = [write(50, c + 100, 200), write(51, c * 4 + 7, 900), write(52, c * 7, 512)];
+    for op in ops {
+        let ops = [op, Op::Flush];
+        if let Some(error) = disk.requests(&ops, model).await?.first() {
+            return Err(format!("another request: {error}"));
+        }
+    }
+    disk.compare(model).await.map_err(|e| format!("after others: {e}"))
+}
+
+fn look(world: &World, kind: &Kind, model: &RefCell<DiskModel>) -> Result<(), String> {
+    let graph = world.graph();
+    world.block_on(async {
+        let disk = Disk::look(world, kind, &graph).await.map_err(|e| format!("open: {e}"))?;
+        disk.check().await?;
+        disk.compare(model).await?;
+        disk.close().await.map_err(|e| format!("close: {e}"))
+    })
+}
+
+fn look_after_cut(world: &World, kind: &Kind, model: &RefCell<DiskModel>) -> Result<(), String> {
+    let graph = world.graph();
+    world.block_on(async {
+        let disk = Disk::look(world, kind, &graph).await.map_err(|e| format!("open: {e}"))?;
+        disk.check().await?;
+        let survivors = disk.survivors(kind.cluster).await;
+        model.borrow_mut().check_crash(disk.backend.len(), &survivors)?;
+        disk.close().await.map_err(|e| format!("close: {e}"))
+    })
+}
+
+fn sweep(how: Abandon) {
+    let mut runs = 0;
+    for kind in kinds() {
+        let base = Sim::new(5, SimConfig::default());
+        World::Sim(base.clone()).make(&kind);
+        for ops in victims(&kind) {
+            for k in 0.. {
+                runs += 1;
+                match run(&base, &kind, &ops, k, how) {
+                    Ok(true) => {}
+                    Ok(false) => break,
+                    Err(error) => panic!("{} {how:?} {ops:?} at await {k}: {error}", kind.name),
+                }
+            }
+        }
+    }
+    #[expect(clippy::print_stdout, reason = "what was covered belongs into the log")]
+    {
+        println!("{runs} runs");
+    }
+}
+
+#[test]
+fn requests_dropped_at_every_await() {
+    sweep(Abandon::Drop);
+}
+
+#[test]
+fn requests_forgotten_at_every_await() {
+    sweep(Abandon::Forget);
+}
+
+/// Steps of a workload are dropped somewhere on their way, one after the other.
+#[test]
+fn a_workload_of_dropped_requests() {
+    for kind in kinds() {
+        let base = Sim::new(6, SimConfig::default());
+        World::Sim(base.clone()).make(&kind);
+        for seed in seeds(8) {
+            let workload = Workload::new(seed, &kind.shape(30));
+            let world = World::Sim(base.fork(seed));
+            let World::Sim(sim) = &world else { unreachable!("made above") };
+            let graph = world.graph();
+            let model = RefCell::new(kind.model());
+            let disk = world.block_on(Disk::open(&world, &kind, &graph)).expect("just made");
+            for (number, step) in workload.steps.iter().enumerate() {
+                let Step::Requests(ops) = step else { continue };
+                model.borrow_mut().begin(ops);
+                let k = (usize::try_from(seed).expect("small") + number * 7) % 9;
+                sim.drop_at(async { join_all(ops.iter().map(|op| disk.request(op))).await }, k);
+                model.borrow_mut().end(ops, &vec![Ended::Partly; ops.len()]);
+                model.borrow_mut().set_len(disk.backend.len());
+                let seen = world.block_on(disk.compare(&model));
+                assert_eq!(seen, Ok(()), "{} seed {seed} step {number}\n{workload}", kind.name);
+            }
+            world.block_on(disk.close()).expect("nothing fails");
+            assert_eq!(look(&world, &kind, &model), Ok(()), "{} seed {seed}", kind.name);
+        }
+    }
+}

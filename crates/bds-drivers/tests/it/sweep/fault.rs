@@ -1,0 +1,203 @@
+//! Every n-th I/O fails: the error reaches the caller as it is, later requests work, nothing flushed is lost.
+
+use std::cell::RefCell;
+
+use bds_io::sim::{CutMode, Fault, OpMask};
+use bds_io::{Sim, SimConfig};
+use bds_testkit::{DiskModel, Op, Step, Workload};
+
+use super::rig::{Disk, Kind, World};
+use super::seeds;
+
+/// One failing operation, or all from there on.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    n: u64,
+    errno: i32,
+    is_sticky: bool,
+}
+
+/// How a run with a fault went.
+#[derive(Default)]
+struct Told {
+    /// Requests that failed, with their errno.
+    errors: Vec<String>,
+    /// A flush or close failed: what was not flushed before may be lost.
+    has_lost_flush: bool,
+}
+
+fn kinds() -> Vec<Kind> {
+    let q = |name| Kind::qcow2(name, 512).sized(512 * 160, 512 * 240);
+    vec![
+        q("512"),
+        q("512-rc64-backed").create("refcount_bits", 64).backed(50_000).strict(),
+        q("512-tiny-cache").open("l2-cache-size", 1024).open("refcount-cache-size", 2048),
+        Kind::qcow2("4k-data", 4096).with_data_file().sized(4096 * 24, 4096 * 40),
+        Kind::qcow2("16k-ext", 16384).extended().sized(16384 * 8, 16384 * 12),
+    ]
+}
+
+fn base_of(kind: &Kind) -> Sim {
+    let base = Sim::new(3, SimConfig::calm());
+    World::Sim(base.clone()).make(kind);
+    base
+}
+
+/// Does the workload whatever fails.
+async fn endure(
+    disk: &Disk,
+    workload: &Workload,
+    model: &RefCell<DiskModel>,
+    case: Case,
+    told: &mut Told,
+) -> Result<(), String> {
+    for (number, step) in workload.steps.iter().enumerate() {
+        let Step::Requests(ops) = step else { continue };
+        // The disk may have failed to grow.
+        let len = disk.backend.len();
+        let fits = |op: &&Op| op.range().is_none_or(|(at, op_len)| at + op_len <= len);
+        let ops: Vec<Op> = ops.iter().filter(fits).cloned().collect();
+        for error in disk.requests(&ops, model).await.map_err(|e| format!("step {number}: {e}"))? {
+            if error.errno() != case.errno {
+                return Err(format!("step {number}: errno {} became {error}", case.errno));
+            }
+            told.has_lost_flush |= ops.iter().any(|op| {
+                // Growing flushes too.
+                let is_fua = matches!(op, Op::Write { fua: true, .. } | Op::Zero { fua: true, .. });
+                is_fua || matches!(op, Op::Flush | Op::Grow { .. })
+            });
+            told.errors.push(format!("step {number}: {error}"));
+        }
+    }
+    Ok(())
+}
+
+fn run(base: &Sim, kind: &Kind, workload: &Workload, case: Case) -> Result<Told, String> {
+    let sim = base.fork(workload.seed);
+    let world = World::Sim(sim.clone());
+    let graph = world.graph();
+    let model = RefCell::new(kind.model());
+    let mut told = Told::default();
+    let disk = world.block_on(Disk::open(&world, kind, &graph)).map_err(|e| e.to_string())?;
+    // A failed write may stop inside an entry. That is put right by writing it again, so only where the disk comes back.
+    let fault = if case.is_sticky { Fault::sticky(case.errno) } else { Fault::once(case.errno) };
+    let is_cut = case.n % 2 == 1;
+    sim.fail_nth(case.n, if case.is_sticky || is_cut { fault } else { fault.partially() });
+    world.block_on(endure(&disk, workload, &model, case, &mut told))?;
+    sim.clear_faults();
+    // The disk works again: so do reads, and all that was written is there.
+    world.block_on(disk.compare(&model)).map_err(|e| format!("afterwards: {e}"))?;
+    if is_cut {
+        let after = World::Sim(sim.after_cut_by(case.n, CutMode::Random));
+        look(&after, kind, &model, true).map_err(|e| format!("after a cut: {e}"))?;
+        return Ok(told);
+    }
+    if let Err(error) = world.block_on(disk.close()) {
+        told.has_lost_flush = true;
+        if error.errno() != case.errno {
+            return Err(format!("close: errno {} became {error}", case.errno));
+        }
+        told.errors.push(format!("close: {error}"));
+    }
+    let lost = told.has_lost_flush;
+    look(&world, kind, &model, lost).map_err(|e| format!("opened again: {e}"))?;
+    Ok(told)
+}
+
+/// Checks the image, and compares it: after a cut, or a flush that failed, only with what was flushed before.
+fn look(
+    world: &World,
+    kind: &Kind,
+    model: &RefCell<DiskModel>,
+    is_cut: bool,
+) -> Result<(), String> {
+    let graph = world.graph();
+    world.block_on(async {
+        let disk = Disk::look(world, kind, &graph).await.map_err(|e| format!("open: {e}"))?;
+        disk.check().await?;
+        if is_cut {
+            let survivors = disk.survivors(kind.cluster).await;
+            model.borrow_mut().check_crash(disk.backend.len(), &survivors)?;
+        } else {
+            disk.compare(model).await?;
+        }
+        disk.close().await.map_err(|e| format!("close: {e}"))
+    })
+}
+
+/// Awaited operations of the workload without any fault.
+fn ops_of(base: &Sim, kind: &Kind, workload: &Workload) -> u64 {
+    let sim = base.fork(workload.seed);
+    let world = World::Sim(sim.clone());
+    let graph = world.graph();
+    let model = RefCell::new(kind.model());
+    let disk = world.block_on(Disk::open(&world, kind, &graph)).expect("it was just made");
+    let before = sim.ops();
+    let case = Case { n: 0, errno: 0, is_sticky: false };
+    let done = world.block_on(endure(&disk, workload, &model, case, &mut Told::default()));
+    assert_eq!(done, Ok(()), "{workload}");
+    world.block_on(disk.close()).expect("nothing fails");
+    sim.ops() - before
+}
+
+fn sweep(errnos: &[i32], is_sticky: bool, seed_count: u64) {
+    let (mut runs, mut told, mut silent) = (0, 0, 0);
+    for kind in kinds() {
+        let base = base_of(&kind);
+        for seed in seeds(seed_count) {
+            let workload = Workload::new(seed, &kind.shape(8));
+            for n in 0..ops_of(&base, &kind, &workload) {
+                for errno in errnos {
+                    let case = Case { n, errno: *errno, is_sticky };
+                    runs += 1;
+                    match run(&base, &kind, &workload, case) {
+                        Ok(run) if run.errors.is_empty() => silent += 1,
+                        Ok(_) => told += 1,
+                        Err(e) => panic!("{} seed {seed} {case:?}: {e}\n{workload}", kind.name),
+                    }
+                }
+            }
+        }
+    }
+    #[expect(clippy::print_stdout, reason = "what was covered belongs into the log")]
+    {
+        println!("{runs} runs, in {told} somebody was told, in {silent} nobody had to be");
+    }
+    // Discards are advisory and metadata is written again; most failures are somebody's all the same.
+    assert!(told > silent, "told {told}, silent {silent}");
+}
+
+#[test]
+fn each_operation_fails_once() {
+    sweep(&[libc::EIO, libc::ENOSPC], false, 2);
+}
+
+#[test]
+fn everything_fails_from_some_operation_on() {
+    sweep(&[libc::EIO, libc::ENOSPC], true, 1);
+}
+
+/// A full disk refuses what grows, and takes the rest.
+#[test]
+fn a_full_disk_is_said_to_be_full() {
+    for kind in kinds() {
+        let base = base_of(&kind);
+        let sim = base.fork(1);
+        let world = World::Sim(sim.clone());
+        let graph = world.graph();
+        let model = RefCell::new(kind.model());
+        let disk = world.block_on(Disk::open(&world, &kind, &graph)).expect("it was just made");
+        sim.fail_nth(0, Fault::sticky(libc::ENOSPC).on(OpMask::WRITE));
+        let workload = Workload::new(1, &kind.shape(6));
+        let case = Case { n: 0, errno: libc::ENOSPC, is_sticky: true };
+        let mut told = Told::default();
+        let done = world.block_on(endure(&disk, &workload, &model, case, &mut told));
+        assert_eq!(done, Ok(()), "{}", kind.name);
+        assert!(!told.errors.is_empty(), "{}: a write went nowhere and nobody was told", kind.name);
+        sim.clear_faults();
+        world.block_on(disk.backend.flush()).expect("there is space again");
+        world.block_on(disk.compare(&model)).expect("what was written is there");
+        world.block_on(disk.close()).expect("there is space again");
+        look(&world, &kind, &model, false).expect("nothing is lost");
+    }
+}
