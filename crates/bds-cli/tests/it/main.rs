@@ -3,9 +3,9 @@
 
 mod like_qemu;
 mod matrix;
+mod qemu_cells;
 mod qemu_check;
 mod qemu_convert;
-mod qemu_matrix;
 mod qemu_measure;
 mod stopped;
 mod tool;

@@ -2,7 +2,7 @@
 
 use bds_testkit::Scratch;
 
-use crate::qemu_matrix::cell::{Cell, pairwise};
+use crate::qemu_cells::cell::{Cell, pairwise};
 use crate::tools::{Tools, is_full, said, text};
 
 #[test]

@@ -157,7 +157,7 @@ impl Bytes {
             let first = page * PAGE;
             let [from, to] = [at.max(first) - first, end.min(first + PAGE) - first]
                 .map(|n| usize::try_from(n).unwrap_or(0));
-            bytes[from..to].iter().all(|byte| *byte == 0)
+            bytes[from..to] == [0; PAGE as usize][..to - from]
         })
     }
 
