@@ -89,12 +89,13 @@ pub(crate) fn random(cell: &Cell, seed: u64, count: usize) -> Vec<Act> {
 }
 
 const PAGE: u64 = 4096;
+const ZEROS: [u8; 4096] = [0; 4096];
 
 /// A disk's bytes; pages that nobody wrote are zeros.
 #[derive(Clone, Debug)]
 pub(crate) struct Bytes {
     pub(crate) len: u64,
-    pages: BTreeMap<u64, Box<[u8; PAGE as usize]>>,
+    pages: BTreeMap<u64, Box<[u8; 4096]>>,
 }
 
 impl Bytes {
@@ -143,7 +144,7 @@ impl Bytes {
             let take = (PAGE - within).min(end - at);
             let [from, to] = [within, within + take].map(|n| usize::try_from(n).unwrap_or(0));
             if byte != 0 || self.pages.contains_key(&page) {
-                let bytes = self.pages.entry(page).or_insert_with(|| Box::new([0; PAGE as usize]));
+                let bytes = self.pages.entry(page).or_insert_with(|| Box::new(ZEROS));
                 bytes[from..to].fill(byte);
             }
             at += take;
@@ -157,7 +158,7 @@ impl Bytes {
             let first = page * PAGE;
             let [from, to] = [at.max(first) - first, end.min(first + PAGE) - first]
                 .map(|n| usize::try_from(n).unwrap_or(0));
-            bytes[from..to] == [0; PAGE as usize][..to - from]
+            bytes[from..to] == ZEROS[..to - from]
         })
     }
 
