@@ -88,7 +88,7 @@ async fn compare(args: &Compare) -> Result<Verdict, Failure> {
     let mut progress = Progress::new(args.progress && !args.quiet);
     let total = a.len().max(b.len());
     let pool = BufPool::new(POOL_BYTES);
-    let mut walk = Walk { a, b, at: 0, total, is_strict: args.strict, pool };
+    let mut walk = Walk { a, b, at: 0, total, is_strict: args.strict, pool, known: [None, None] };
     let verdict = walk.run(args.quiet, &stop, &mut progress).await;
     match &verdict {
         Ok(Verdict::Same) => progress.finish(total),
@@ -113,6 +113,8 @@ struct Walk {
     total: u64,
     is_strict: bool,
     pool: BufPool,
+    /// The last answers about what each image holds, good up to their end.
+    known: [Option<Side>; 2],
 }
 
 /// What one step finds out without reading data.
@@ -191,14 +193,38 @@ impl Walk {
         }
     }
 
-    async fn step(&self, common: u64) -> Result<Step> {
+    /// What image `number` holds here; asked once a run, because a long run is cut into many pieces.
+    async fn side(&mut self, number: usize, end: u64) -> Result<Side> {
+        if let Some(side) = self.known[number]
+            && side.end > self.at
+        {
+            return Ok(side);
+        }
+        let backend = if number == 0 { &self.a } else { &self.b };
+        let side = if self.at >= backend.len() {
+            // A shorter image shows zeros behind its end.
+            Side { end, is_zero: true, facts: StatusFlags::empty() }
+        } else {
+            let run = backend.block_status(self.at, end - self.at, true).await?;
+            Side {
+                end: self.at + run.len,
+                is_zero: run.flags.contains(StatusFlags::ZERO),
+                // Where a run ends depends on the layout, not on the content.
+                facts: run.flags.difference(StatusFlags::EOF),
+            }
+        };
+        self.known[number] = Some(side);
+        Ok(side)
+    }
+
+    async fn step(&mut self, common: u64) -> Result<Step> {
         let end = if self.at < common { common } else { self.total };
-        let (a, b) = (side(&self.a, self.at, end).await?, side(&self.b, self.at, end).await?);
+        let (a, b) = (self.side(0, end).await?, self.side(1, end).await?);
         if self.is_strict && a.facts != b.facts {
             let words = format!("Strict mode: Offset {} block status mismatch!", self.at);
             return Ok(Step::Different(words));
         }
-        let len = a.len.min(b.len);
+        let len = a.end.min(b.end) - self.at;
         if a.is_zero && b.is_zero {
             return Ok(Step::Skip(self.at + len));
         }
@@ -213,27 +239,13 @@ impl Walk {
     }
 }
 
-/// What one image holds at a place.
+/// What one image holds from a place on.
+#[derive(Clone, Copy)]
 struct Side {
-    len: u64,
+    end: u64,
     is_zero: bool,
     /// What must agree in strict mode.
     facts: StatusFlags,
-}
-
-async fn side(backend: &Backend, at: u64, end: u64) -> Result<Side> {
-    if at >= backend.len() {
-        // A shorter image shows zeros behind its end.
-        let facts = StatusFlags::empty();
-        return Ok(Side { len: end - at, is_zero: true, facts });
-    }
-    let run = backend.block_status(at, end - at, true).await?;
-    Ok(Side {
-        len: run.len,
-        is_zero: run.flags.contains(StatusFlags::ZERO),
-        // Where a run ends depends on the layout, not on the content.
-        facts: run.flags.difference(StatusFlags::EOF),
-    })
 }
 
 impl Piece {

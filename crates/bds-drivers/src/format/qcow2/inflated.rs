@@ -3,6 +3,9 @@
 //! Keyed by the L2 entry, which names the bytes in the file. Freed bytes may be used again, so whoever frees them takes their entry out
 //! first, after everybody who may still add it has left (`grace.rs`, `release.rs`).
 //!
+//! The first one who asks for a part of a cluster gets it decompressed up to there, and nothing is kept: scattered reads seldom come back.
+//! Whoever asks again soon makes all of it.
+//!
 //! Split into shards with a lock each, held for a look or a copy of a pointer. The budget is in bytes, counting clusters only.
 
 use std::collections::hash_map::Entry;
@@ -14,6 +17,8 @@ use bds_io::Buf;
 use super::task::Done;
 
 const MAX_SHARDS: usize = 16;
+/// How many first questions a shard remembers.
+const ASKED_ONCE: usize = 32;
 
 #[derive(Debug)]
 enum State {
@@ -30,12 +35,15 @@ struct Shard {
     clusters: HashMap<u64, State>,
     /// In the order of the evicting hand; only those that are ready.
     ring: VecDeque<u64>,
+    /// Asked for once, not kept; the oldest in front.
+    asked_once: VecDeque<u64>,
 }
 
 /// See the file's head.
 #[derive(Debug)]
 pub(crate) struct Inflated {
     shards: Box<[Mutex<Shard>]>,
+    cluster_len: usize,
     clusters_per_shard: usize,
 }
 
@@ -47,6 +55,8 @@ pub(crate) enum Wanted {
     Wait(Arc<Done>),
     /// Make it.
     Make(Making),
+    /// Decompress as much as is needed, for this request alone.
+    Once,
 }
 
 /// The right and duty to make a cluster. Dropped without a result, the next one who asks makes it.
@@ -62,6 +72,7 @@ impl Inflated {
         let shards = (clusters / 4).clamp(1, MAX_SHARDS);
         Self {
             shards: (0..shards).map(|_| Mutex::default()).collect(),
+            cluster_len,
             clusters_per_shard: clusters / shards,
         }
     }
@@ -84,9 +95,11 @@ impl Inflated {
         }
     }
 
-    /// The cluster, or what to do to get it.
-    pub(crate) fn want(self: &Arc<Self>, key: u64) -> Wanted {
-        match self.shard(key).clusters.entry(key) {
+    /// The first `needed_len` bytes of the cluster (or more), or what to do to get them.
+    pub(crate) fn want(self: &Arc<Self>, key: u64, needed_len: usize) -> Wanted {
+        let mut guard = self.shard(key);
+        let shard = &mut *guard;
+        match shard.clusters.entry(key) {
             Entry::Occupied(mut entry) => match entry.get_mut() {
                 State::Ready { cluster, used } => {
                     *used = true;
@@ -95,6 +108,13 @@ impl Inflated {
                 State::Coming(done) => Wanted::Wait(Arc::clone(done)),
             },
             Entry::Vacant(entry) => {
+                if needed_len < self.cluster_len && !shard.asked_once.contains(&key) {
+                    if shard.asked_once.len() == ASKED_ONCE {
+                        shard.asked_once.pop_front();
+                    }
+                    shard.asked_once.push_back(key);
+                    return Wanted::Once;
+                }
                 let done = Arc::new(Done::new());
                 entry.insert(State::Coming(Arc::clone(&done)));
                 Wanted::Make(Making { cache: Arc::clone(self), key, done })
@@ -153,27 +173,40 @@ mod tests {
     #[test]
     fn one_makes_and_the_others_wait() {
         let cache = Arc::new(Inflated::new(512, 4096));
-        let Wanted::Make(making) = cache.want(7) else { panic!("nobody makes it yet") };
-        assert!(matches!(cache.want(7), Wanted::Wait(_)));
+        let Wanted::Make(making) = cache.want(7, 512) else { panic!("nobody makes it yet") };
+        assert!(matches!(cache.want(7, 512), Wanted::Wait(_)));
         drop(making);
-        let Wanted::Make(making) = cache.want(7) else { panic!("the maker gave up") };
+        let Wanted::Make(making) = cache.want(7, 512) else { panic!("the maker gave up") };
         making.finish(&Buf::from_slice(&[1; 512]));
-        assert!(matches!(cache.want(7), Wanted::Ready(_)));
+        assert!(matches!(cache.want(7, 512), Wanted::Ready(_)));
         cache.forget(7);
         assert!(cache.look(7).is_none());
+    }
+
+    #[test]
+    fn a_part_is_made_once_for_whoever_asks_first_and_kept_for_the_second() {
+        let cache = Arc::new(Inflated::new(512, 4096));
+        assert!(matches!(cache.want(7, 100), Wanted::Once));
+        let Wanted::Make(making) = cache.want(7, 100) else { panic!("asked for again") };
+        making.finish(&Buf::from_slice(&[1; 512]));
+        assert!(matches!(cache.want(7, 100), Wanted::Ready(_)));
+        for other in 100..1000 {
+            assert!(matches!(cache.want(other, 1), Wanted::Once));
+        }
+        assert!(matches!(cache.want(100, 1), Wanted::Once), "long forgotten");
     }
 
     #[test]
     fn stays_within_its_budget() {
         let cache = Arc::new(Inflated::new(512, 4 * 512));
         for key in 0..100 {
-            let Wanted::Make(making) = cache.want(key) else { panic!("not there yet") };
+            let Wanted::Make(making) = cache.want(key, 512) else { panic!("not there yet") };
             making.finish(&Buf::from_slice(&[1; 512]));
         }
         assert_eq!((0..100).filter(|key| cache.look(*key).is_some()).count(), 4);
         let none = Arc::new(Inflated::new(65536, 4096));
-        let Wanted::Make(making) = none.want(1) else { panic!("not there yet") };
+        let Wanted::Make(making) = none.want(1, 65536) else { panic!("not there yet") };
         making.finish(&Buf::from_slice(&[1; 512]));
-        assert!(matches!(none.want(1), Wanted::Make(_)));
+        assert!(matches!(none.want(1, 65536), Wanted::Make(_)));
     }
 }

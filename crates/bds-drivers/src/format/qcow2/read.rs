@@ -174,7 +174,9 @@ impl Image {
             }
             Kind::Unallocated | Kind::UnallocatedAlloc => self.read_below(guest, iov).await,
             Kind::Compressed => {
-                let cluster = self.inflate(run.entry, guest).await?;
+                let within = guest % self.geometry().cluster_len() as u64;
+                let needed_len = mem_len(within) + iov.len();
+                let cluster = self.inflate(run.entry, guest, needed_len).await?;
                 copy_part(self.geometry(), &cluster, guest, &iov);
                 Ok(())
             }
@@ -194,20 +196,27 @@ impl Image {
         }
     }
 
-    /// The decompressed cluster behind `entry`.
+    /// The decompressed cluster behind `entry`, at least its first `needed_len` bytes.
     /// Who asks must be inside `grace`.
-    async fn inflate(self: &Arc<Self>, entry: L2Entry, guest: u64) -> Result<Buf> {
+    async fn inflate(
+        self: &Arc<Self>,
+        entry: L2Entry,
+        guest: u64,
+        needed_len: usize,
+    ) -> Result<Buf> {
         loop {
-            match self.inflated.want(entry.word) {
+            match self.inflated.want(entry.word, needed_len) {
+                Wanted::Once => return self.decompress(entry, guest, needed_len).await,
                 Wanted::Ready(cluster) => return Ok(cluster),
                 Wanted::Wait(done) => done.wait().await,
                 Wanted::Make(making) => {
                     // Others may wait for it, so it does not depend on our being polled; and it is inside on its own account.
                     let inside = self.is_writable.then(|| self.grace.enter_owned());
                     let image = Arc::clone(self);
+                    let len = self.geometry().cluster_len();
                     let working = self.busy.begin();
                     return finish(async move {
-                        let cluster = image.decompress(entry, guest).await?;
+                        let cluster = image.decompress(entry, guest, len).await?;
                         making.finish(&cluster);
                         drop((inside, working));
                         Ok(cluster)
@@ -218,12 +227,12 @@ impl Image {
         }
     }
 
-    async fn decompress(&self, entry: L2Entry, guest: u64) -> Result<Buf> {
+    async fn decompress(&self, entry: L2Entry, guest: u64, len: usize) -> Result<Buf> {
         let range = entry.compressed_range(self.geometry());
         let input = self.pool.take(mem_len(range.len));
         let read = self.file.read(range.offset.0, input.iov(), ReadFlags::empty());
         read.await.map_err(|e| self.name_error(e))?;
-        let out = self.pool.take(self.geometry().cluster_len());
+        let out = self.pool.take(len);
         let kind = self.cluster0.header.compression;
         compress::decode_buf(kind, input, out).await.map_err(|error| {
             error
