@@ -416,7 +416,7 @@ fn status_tells_holes_and_forgets_data_that_went_away() {
     let sim = calm(&bytes);
     let node = open(&sim, OpenFlags::default()).unwrap();
     assert_eq!(map(&sim, &*node), "D16384 016384 D32768 ");
-    sim.block_on(node.discard(32768, 16384)).unwrap();
+    assert_eq!(sim.block_on(node.discard(32768, 16384)).unwrap(), Attempt::Done);
     assert_eq!(map(&sim, &*node), "D16384 032768 D16384 ");
     let cheap = sim.block_on(node.block_status(16384, 4096, false)).unwrap();
     assert_eq!((cheap.len, cheap.flags.contains(StatusFlags::DATA)), (4096, true));

@@ -187,9 +187,11 @@ fn look_after(
             sum.leaks += disk.check().await.map_err(|e| format!("after the cut: {e}"))?.1;
         }
         let survivors = disk.survivors(kind.cluster).await;
-        let mut model = model.borrow_mut();
-        model.check_crash(disk.backend.len(), &survivors)?;
-        sum.stale_sectors += model.stale_seen();
+        {
+            let mut model = model.borrow_mut();
+            model.check_crash(disk.backend.len(), &survivors)?;
+            sum.stale_sectors += model.stale_seen();
+        }
         disk.close().await.map_err(|e| format!("close: {e}"))?;
         Ok(info.is_dirty)
     })?;
@@ -216,9 +218,11 @@ async fn go_on(
     let disk = Disk::look(after, kind, graph).await.map_err(|e| format!("open: {e}"))?;
     disk.check().await?;
     let survivors = disk.survivors(kind.cluster).await;
-    let mut model = model.borrow_mut();
-    model.flushed();
-    model.check_crash(disk.backend.len(), &survivors)?;
+    {
+        let mut model = model.borrow_mut();
+        model.flushed();
+        model.check_crash(disk.backend.len(), &survivors)?;
+    }
     disk.close().await.map_err(|e| format!("close: {e}"))
 }
 

@@ -389,12 +389,12 @@ impl Disk {
         let mut model = model.borrow_mut();
         let is_flushed =
             |(op, result): (&Op, &Result<_>)| matches!(op, Op::Flush) && result.is_ok();
-        if ops.iter().zip(&results).any(is_flushed) {
-            if let Some(mut before) = before.take() {
-                before.flushed();
-                before.begin(ops);
-                *model = before;
-            }
+        if ops.iter().zip(&results).any(is_flushed)
+            && let Some(mut before) = before.take()
+        {
+            before.flushed();
+            before.begin(ops);
+            *model = before;
         }
         let ended: Vec<Ended> =
             results.iter().map(|r| if r.is_ok() { Ended::Done } else { Ended::Partly }).collect();
