@@ -82,10 +82,16 @@ impl Facts {
             entry["placed"] = json!(has_offset);
             if entry["zero"] == json!(true) {
                 entry["present"] = json!(true);
+                // In a raw data file the place of a cluster never changes, whether the entry keeps it or not.
+                entry["placed"] = json!(has_offset && !self.has_raw_data_file());
             }
             push(&mut shape, entry, false);
         }
         Value::Array(shape)
+    }
+
+    fn has_raw_data_file(&self) -> bool {
+        self.info.pointer("/format-specific/data/data-file-raw") == Some(&json!(true))
     }
 
     /// Ranges that the map calls zero.

@@ -104,11 +104,17 @@ impl Image {
                 geometry.cluster_floor(end)
             };
             let start = geometry.cluster_ceil(offset).unwrap_or(end);
-            if start >= end || image.has_raw_data_file() {
+            if start >= end {
                 return Ok(Attempt::Unsupported);
             }
             image.prepare_to_write().await?;
-            let done = image.zero_units(start, end, Change::Discard).await?;
+            let done = if image.has_raw_data_file() {
+                // The data file must go on to read like the disk, so it has to show zeros too.
+                let fast = ZeroFlags::MAY_UNMAP | ZeroFlags::NO_FALLBACK;
+                image.zero(start, end.min(image.disk_len()) - start, fast).await?
+            } else {
+                image.zero_units(start, end, Change::Discard).await?
+            };
             image.keep_budgets().await?;
             drop(working);
             Ok(done)
