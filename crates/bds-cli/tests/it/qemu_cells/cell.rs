@@ -83,8 +83,9 @@ impl Cell {
         }
         if self.data_file {
             out += &format!(",data_file={data_file}");
-            // A backing file and a raw data file exclude each other.
-            if !self.backing && self.refcount_bits == 64 {
+            // A backing file and a raw data file exclude each other. With 2-MiB clusters the disk is so long that qemu-img
+            // would read a raw data file, of which it believes every byte to be data, for minutes.
+            if !self.backing && self.refcount_bits == 64 && self.cluster < 2 << 20 {
                 out += ",data_file_raw=on";
             }
         }
