@@ -171,7 +171,7 @@ impl Graph {
             )
             .node(node.name()));
         }
-        let access = Access::of_child(Role::COW, node.is_writable(), node.flags().force_share);
+        let access = Access::of_child(Role::COW, &node.node().use_from(Access::READ));
         let holder = format!("{}.backing", node.name());
         let target = Strong::clone(backing.strong());
         let edge = Edge::new("backing", Role::COW, access, &holder, target, None);

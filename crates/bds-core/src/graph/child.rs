@@ -17,7 +17,7 @@ use super::open::{Call, open_node};
 use super::perm::Access;
 use super::walk;
 use crate::driver::{
-    BoxFuture, Child, ChildOpener, ChildRequest, OpenFlags, Reference, ReferenceKind, Role,
+    BoxFuture, Child, ChildOpener, ChildRequest, NodeUse, OpenFlags, Reference, ReferenceKind, Role,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::{ChildOption, Options};
@@ -211,7 +211,10 @@ impl Opener {
     fn attach(&mut self, name: &'static str, role: Role, target: Strong<Node>) -> Result<Child> {
         let gives_in = self.flags.auto_read_only && !target.is_writable();
         let is_writable = !self.flags.read_only && !gives_in;
-        let access = Access::of_child(role, is_writable, self.flags.force_share);
+        let force_share = self.flags.force_share;
+        let above = if is_writable { Access::ALL } else { Access::READ };
+        let node_use = NodeUse { above, is_writable, is_active: true, force_share };
+        let access = Access::of_child(role, &node_use);
         if access.writes() && !target.is_writable() {
             return Err(Error::new(
                 ErrorKind::ReadOnly,

@@ -15,7 +15,7 @@ use bds_refcount::Handle;
 
 use super::edge::Edge;
 use super::limits::{self, LimitsCell};
-use crate::driver::{Driver, Limits, OpenFlags, Role};
+use crate::driver::{Access, Driver, Limits, NodeUse, OpenFlags, Role};
 use crate::traffic::Traffic;
 
 /// Names a node for ever: `Copy`, 64 bits, keeps nothing alive, never dangles. [`super::Graph::acquire`] is the only
@@ -160,6 +160,12 @@ impl Node {
     #[inline]
     pub(crate) fn driver(&self) -> &dyn Driver {
         &*self.driver
+    }
+
+    /// What its use of its children follows from, given what its parents do with it.
+    pub(crate) fn use_from(&self, above: Access) -> NodeUse {
+        let force_share = self.flags.force_share;
+        NodeUse { above, is_writable: self.is_writable(), is_active: true, force_share }
     }
 
     /// Who is inside.

@@ -240,7 +240,7 @@ impl Reaper {
     /// A child that looked as if it would die with us but found another holder.
     async fn flush_survivor(&self, handle: Handle<Node>) -> Result<()> {
         let Ok(strong) = self.arena.acquire(handle) else { return Ok(()) };
-        let access = Access::of_child(Role::DATA, true, true);
+        let access = Access::ALL;
         let edge = Edge::new("flush", Role::empty(), access, "close", strong, None);
         (self.make_port)(edge).flush().await
     }
