@@ -367,10 +367,10 @@ pub trait Driver: Send + Sync + 'static {
     ///
     /// # Errors
     /// Nothing has changed.
-    fn prepare_reopen<'a>(
-        &'a self,
-        context: &'a mut ReopenContext<'_>,
-    ) -> BoxFuture<'a, Result<Box<dyn Reopen + 'a>>> {
+    fn prepare_reopen<'d: 'c, 'c>(
+        &'d self,
+        context: &'c mut ReopenContext<'_>,
+    ) -> BoxFuture<'c, Result<Box<dyn Reopen + 'd>>> {
         Box::pin(std::future::ready(reopen::by_default(self.name(), context)))
     }
 

@@ -38,6 +38,11 @@ impl fmt::Debug for ReopenContext<'_> {
 pub trait Reopen: Send {
     /// Takes effect. Cannot fail, does not wait.
     fn commit(self: Box<Self>);
+
+    /// Will the node only be readable although the flags say otherwise (`auto_read_only`)?
+    fn is_read_only(&self) -> bool {
+        false
+    }
 }
 
 /// For drivers that have nothing to change.

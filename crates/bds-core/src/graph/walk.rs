@@ -125,8 +125,18 @@ fn parts(node: &Node) -> Vec<Strong<Node>> {
     edges.map(|edge| Strong::clone(edge.target().strong())).collect()
 }
 
+/// The nodes directly below.
+pub(crate) fn children_strong(node: &Node) -> Vec<Strong<Node>> {
+    node.children().iter().map(|edge| Strong::clone(edge.target().strong())).collect()
+}
+
 /// Visits `start` and every node below it once.
 pub(crate) fn each_below(start: &Strong<Node>, visit: &mut dyn FnMut(&Node)) {
+    each_below_strong(start, &mut |node| visit(node));
+}
+
+/// As [`each_below`], with references.
+pub(crate) fn each_below_strong(start: &Strong<Node>, visit: &mut dyn FnMut(&Strong<Node>)) {
     let mut seen = HashSet::new();
     let mut todo = vec![Strong::clone(start)];
     while let Some(node) = todo.pop() {
@@ -134,6 +144,6 @@ pub(crate) fn each_below(start: &Strong<Node>, visit: &mut dyn FnMut(&Node)) {
             continue;
         }
         visit(&node);
-        todo.extend(node.children().iter().map(|edge| Strong::clone(edge.target().strong())));
+        todo.extend(children_strong(&node));
     }
 }
