@@ -23,7 +23,7 @@ pub(crate) struct Root<'a> {
 }
 
 impl Graph {
-    /// A root edge to `node`, or to nothing for now. It ends when its last owner drops it.
+    /// A root edge to `node`, or to nothing yet. It ends when its last owner drops it.
     ///
     /// # Errors
     /// Nothing has changed: the permissions clash with others' (both are named), or the node cannot be written.
