@@ -92,8 +92,7 @@ impl Graph {
     async fn inactivate_one(&self, node: &Strong<Node>) -> Result<()> {
         self.step()?;
         if node.could_write() {
-            node.driver().flush_to_os().await?;
-            node.driver().flush_to_disk().await?;
+            self.0.reaper.flush_node(node).await?;
         }
         node.driver().inactivate().await
     }

@@ -12,7 +12,7 @@ use super::perm::{self, Accesses};
 use super::reap::CloseReport;
 use super::reopen::Prepared;
 use super::transaction::{Attach, Move, Stage, Staged};
-use super::{Graph, NodeRef};
+use super::{Graph, NodeRef, walk};
 use crate::driver::Child;
 use crate::error::Result;
 
@@ -127,13 +127,8 @@ impl Moved {
         let Move { edge, from, to } = staged;
         // On the edge's own behalf: its share of the drain goes when it leaves the old node.
         edge.close();
-        if let Some(from) = &from {
-            edit.walls.detach(from, &edge);
-        }
         edge.swap(edit, to.clone());
-        if let Some(to) = &to {
-            edit.walls.attach(to, &edge);
-        }
+        edit.walls.reattach(from.as_deref(), to.as_deref(), &edge);
         if let Some(parent) = edit.walls.parent_node(&edge) {
             self.orphans.extend(from.map(|from| (Strong::clone(&parent), from)));
             self.parents.insert(parent.id(), parent);
@@ -167,11 +162,13 @@ impl Moved {
 
     /// Lets everyone above see the limits of what is below now, and forgets inheritance that has ended.
     pub(super) fn refresh(&mut self, graph: &Graph, edit: &Edit<'_>) {
+        let now = Stage::new(&graph.0.reaper);
         for (parent, child) in self.orphans.drain(..) {
-            if child.inherits_from() == Some(parent.id())
-                && !parent.children().iter().any(|edge| edge.target().id() == child.id())
-            {
-                child.set_inherits_from(None);
+            // Filters may have come between a node and what was opened with it.
+            for heir in walk::through_filters(&child) {
+                if heir.inherits_from() == Some(parent.id()) && !now.reaches(&parent, &heir) {
+                    heir.set_inherits_from(None);
+                }
             }
         }
         let mut todo: Vec<Strong<Node>> = self.parents.drain().map(|(_, node)| node).collect();

@@ -91,7 +91,33 @@ impl Walls<'_> {
     /// An edge points to `node` from now on; nobody is inside its parent, or there is none yet.
     pub(super) fn attach(&self, node: &Node, edge: &Arc<Edge>) {
         node.add_parent(edge);
-        if node.quiesce_count() > 0 && edge.quiesce(self) {
+        self.take_part(node, edge);
+    }
+
+    /// An edge does not point to `node` any more.
+    pub(super) fn detach(&self, node: &Node, edge: &Arc<Edge>) {
+        node.remove_parent(edge);
+        self.take_no_part(edge);
+    }
+
+    /// An edge points to another node from now on. Its parent stays drained throughout if both are: were it let go in
+    /// between, a request could come in that no door lets out again.
+    pub(super) fn reattach(&self, from: Option<&Node>, to: Option<&Node>, edge: &Arc<Edge>) {
+        if let Some(from) = from {
+            from.remove_parent(edge);
+        }
+        if let Some(to) = to {
+            to.add_parent(edge);
+        }
+        match to.filter(|to| to.quiesce_count() > 0) {
+            Some(to) => self.take_part(to, edge),
+            None => self.take_no_part(edge),
+        }
+    }
+
+    /// The edge is drained if its target is.
+    fn take_part(&self, target: &Node, edge: &Arc<Edge>) {
+        if target.quiesce_count() > 0 && edge.quiesce(self) {
             edge.shut(self);
             if let Some(parent) = self.parent_node(edge) {
                 self.quiesce(&parent);
@@ -99,9 +125,7 @@ impl Walls<'_> {
         }
     }
 
-    /// An edge does not point to `node` any more.
-    pub(super) fn detach(&self, node: &Node, edge: &Arc<Edge>) {
-        node.remove_parent(edge);
+    fn take_no_part(&self, edge: &Arc<Edge>) {
         if edge.unquiesce(self)
             && let Some(parent) = self.parent_node(edge)
         {

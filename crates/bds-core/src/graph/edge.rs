@@ -214,11 +214,13 @@ impl Edge {
         self.gate.wait_open().await;
     }
 
-    /// Ends the edge and says whether its reference was the target's last. `None` if somebody else has the edge in hand and
-    /// will release it, or if it led nowhere.
-    pub(crate) fn release(self: Arc<Self>) -> Option<Release> {
-        let edge = Arc::into_inner(self)?;
-        edge.target.into_inner().map(Held::release)
+    /// Ends a node's edge and says whether its reference was the target's last.
+    ///
+    /// # Errors
+    /// Somebody else has the edge in hand just now.
+    pub(crate) fn release(self: Arc<Self>) -> Result<Release, Arc<Self>> {
+        let edge = Arc::try_unwrap(self)?;
+        Ok(edge.target.into_inner().map_or(Release::NotLast, Held::release))
     }
 
     /// Closes the gate. Closings nest; each is undone by one [`Edge::open`].

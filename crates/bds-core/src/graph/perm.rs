@@ -88,6 +88,9 @@ fn check_node(stage: &Stage<'_>, node: &Node, found: &Accesses) -> Result<()> {
     let parents = stage.parents(node);
     let uses: Vec<Access> = parents.iter().map(|edge| access_of(found, edge)).collect();
     let facts = stage.node_use(node, Access::NONE);
+    if facts.is_writable {
+        check_bytes_are_writable(stage, node)?;
+    }
     for (edge, access) in parents.iter().zip(&uses) {
         let changes = access.perm - Perm::CONSISTENT_READ;
         if !changes.is_empty() && !facts.is_active {
@@ -114,6 +117,22 @@ fn check_node(stage: &Stage<'_>, node: &Node, found: &Accesses) -> Result<()> {
         }
         None => Ok(()),
     }
+}
+
+/// A writable node's own bytes lie in writable nodes.
+fn check_bytes_are_writable(stage: &Stage<'_>, node: &Node) -> Result<()> {
+    for edge in stage.children(node).iter().filter(|edge| edge.holds_bytes()) {
+        let Some(target) = stage.target(edge) else { continue };
+        if !stage.node_use(&target, Access::NONE).is_writable {
+            let words = format!(
+                "'{}' is node '{}', which is read-only; make it writable, or this node read-only",
+                edge.name(),
+                target.name()
+            );
+            return Err(Error::new(ErrorKind::ReadOnly, words).node(node.name()));
+        }
+    }
+    Ok(())
 }
 
 /// Two different parents of which the first does what the second does not bear. Looks at each parent once or twice.

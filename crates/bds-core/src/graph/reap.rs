@@ -232,9 +232,11 @@ impl Reaper {
         let mut died = Vec::new();
         for edge in children {
             let handle = edge.target().strong().handle();
+            if edge.target().inherits_from() == Some(node) {
+                edge.target().set_inherits_from(None);
+            }
             let was_skipped = unflushed.contains(&handle);
-            // None: somebody else looks at the edge just now, and lets the child go when done.
-            match Edge::release(edge) {
+            match release(edge).await {
                 Some(Release::Last) => died.push(handle),
                 Some(Release::NotLast) if was_skipped => {
                     let late = self.flush_survivor(handle).await;
@@ -286,18 +288,28 @@ impl Reaper {
     /// A child that looked as if it would die with us but found another holder.
     async fn flush_survivor(&self, handle: Handle<Node>) -> Result<()> {
         let Ok(strong) = self.arena.acquire(handle) else { return Ok(()) };
+        let edge = self.flush_edge(&strong);
+        self.walls().attach(&strong, &edge);
+        (self.make_port)(edge).flush().await
+    }
+
+    /// Makes everything durable that was written through the node. For whoever has it drained: no gate is asked.
+    pub(super) async fn flush_node(&self, node: &Strong<Node>) -> Result<()> {
+        (self.make_port)(self.flush_edge(node)).flush().await
+    }
+
+    fn flush_edge(&self, node: &Strong<Node>) -> Arc<Edge> {
         let parts = EdgeParts {
             name: "flush",
             role: Role::empty(),
             access: Access::NONE,
-            holder: Holder::new(HolderKind::Other("closing"), "flush"),
-            stays: false,
+            holder: Holder::new(HolderKind::Other("graph"), "flush"),
+            stays: true,
             graph: None,
         };
-        let edge = Edge::new(parts, Some(strong), &self.topology.loosened);
-        edge.set_parent(Parent::Root("closing".into()));
-        self.walls().attach(&edge.target(), &edge);
-        (self.make_port)(edge).flush().await
+        let edge = Edge::new(parts, Some(Strong::clone(node)), &self.topology.loosened);
+        edge.set_parent(Parent::Root("flush".into()));
+        edge
     }
 
     fn forget_name(&self, name: &str, id: NodeId) {
@@ -358,6 +370,18 @@ impl Reaper {
         let reaper = self.clone();
         to_the_end(work, move |reports| reaper.keep(reports)).await
     }
+}
+
+/// Ends an edge whose parent is gone. `None`: somebody keeps looking at it, and lets the child go when done.
+async fn release(mut edge: Arc<Edge>) -> Option<Release> {
+    for _ in 0..1000 {
+        match Edge::release(edge) {
+            Ok(release) => return Some(release),
+            Err(back) => edge = back,
+        }
+        bds_io::yield_now().await;
+    }
+    None
 }
 
 impl Graph {

@@ -9,7 +9,7 @@ use super::change::Action;
 use super::flags;
 use super::node::Node;
 use super::transaction::{Facts, NewFacts};
-use super::{Graph, NodeRef};
+use super::{Graph, NodeRef, walk};
 use crate::driver::{OpenFlags, Reopen, ReopenContext};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::{ChildOption, OptionKind, Options};
@@ -109,9 +109,9 @@ async fn prepare_driver<'w>(graph: &Graph, wanted: &'w Wanted) -> Result<Box<dyn
         options: options.clone(),
         fs: &graph.config().fs,
     };
-    if context.current.cache.no_flush != flags.cache.no_flush || flags.read_only {
-        // What was promised under the old flags is kept before they go.
-        node.driver().flush_to_os().await?;
+    if node.could_write() && (flags.read_only || flags.cache.no_flush) {
+        // Afterwards nobody flushes any more what was written before.
+        graph.0.reaper.flush_node(node.strong()).await?;
     }
     let prepared = node.driver().prepare_reopen(&mut context).await?;
     let registry = &graph.config().registry;
@@ -136,15 +136,16 @@ fn inheriting(graph: &Graph, node: &NodeRef, options: &Options) -> Result<Vec<Wa
     while next < all.len() {
         let (parent, flags) = (all[next].node.clone(), all[next].flags);
         for edge in parent.node().children().iter() {
-            let child = Strong::clone(edge.target().strong());
-            let is_known = all.iter().any(|wanted| wanted.node.id() == child.id());
-            if child.inherits_from() != Some(parent.id()) || is_known {
-                continue;
-            }
-            let fresh = flags::inherited_again(child.flags(), child.given(), flags, edge.role());
-            if fresh != child.flags() {
-                let node = NodeRef::change(graph, child);
-                all.push(Wanted { node, flags: fresh, options: Options::new() });
+            let way = walk::through_filters(edge.target().strong());
+            let heirs = way.into_iter().filter(|node| node.inherits_from() == Some(parent.id()));
+            for child in heirs {
+                let fresh =
+                    flags::inherited_again(child.flags(), child.given(), flags, edge.role());
+                let is_known = all.iter().any(|wanted| wanted.node.id() == child.id());
+                if fresh != child.flags() && !is_known {
+                    let node = NodeRef::change(graph, child);
+                    all.push(Wanted { node, flags: fresh, options: Options::new() });
+                }
             }
         }
         next += 1;

@@ -191,9 +191,11 @@ impl<'g> Stage<'g> {
         if now.as_ref().map(|node| node.id()) == to.map(|node| node.id()) {
             return Ok(());
         }
-        if let (Some(to), Some(parent)) = (to, self.parent_node(edge)) {
-            self.check_child(&parent, edge.name(), to)?;
+        let parent = self.parent_node(edge);
+        if let (Some(to), Some(parent)) = (to, &parent) {
+            self.check_child(parent, edge.name(), to)?;
         }
+        self.touch(parent.as_ref());
         self.touch(now.as_ref());
         self.touch(to);
         let found = self.moves.remove(&key(edge));
@@ -261,7 +263,10 @@ impl<'g> Stage<'g> {
     /// The node is going to be something else.
     pub(super) fn set_facts(&mut self, node: &Strong<Node>, facts: Facts) {
         self.touch(Some(node));
-        // Its children's other parents may mind.
+        // Its parents may mind, and its children's other parents.
+        for edge in self.parents(node) {
+            self.touch(self.parent_node(&edge).as_ref());
+        }
         for edge in self.children(node) {
             self.touch(self.target(&edge).as_ref());
         }

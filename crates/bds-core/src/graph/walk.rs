@@ -32,6 +32,15 @@ pub fn skip_filters(node: &NodeRef) -> NodeRef {
     as_ref(node, at)
 }
 
+/// The first node from here down that a job did not insert on its own account: what a device's images are listed from.
+pub fn skip_implicit(node: &NodeRef) -> NodeRef {
+    let mut at = Strong::clone(node.strong());
+    while let Some(below) = at.flags().is_implicit.then(|| filtered(&at)).flatten() {
+        at = below;
+    }
+    as_ref(node, at)
+}
+
 fn filtered(node: &Node) -> Option<Strong<Node>> {
     child_in(node, Role::FILTERED).or_else(|| child_in(node, Role::PRIMARY))
 }
@@ -123,6 +132,17 @@ fn parts(node: &Node) -> Vec<Strong<Node>> {
     let children = node.children();
     let edges = children.iter().filter(|edge| !edge.role().contains(Role::COW));
     edges.map(|edge| Strong::clone(edge.target().strong())).collect()
+}
+
+/// A node and, if it is a filter, what it shows, and so on down to the first that is none.
+pub(crate) fn through_filters(node: &Strong<Node>) -> Vec<Strong<Node>> {
+    let mut way = vec![Strong::clone(node)];
+    while let Some(last) = way.last().filter(|last| last.driver().is_filter())
+        && let Some(next) = filtered(last)
+    {
+        way.push(next);
+    }
+    way
 }
 
 /// The nodes directly below.
