@@ -19,6 +19,7 @@ mod detached;
 mod drain;
 mod dump;
 mod edge;
+mod facts;
 mod flags;
 mod freeze;
 pub mod gate;
@@ -45,7 +46,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, MutexGuard, Weak};
 
 use bds_io::Fs;
-use bds_refcount::{Arena, HolderInfo, Kind, Stale, Watch};
+use bds_refcount::{Arena, Kind};
+pub use bds_refcount::{Holder, HolderInfo, HolderKind, HolderName, Release, Stale, Watch};
 
 pub use change::{Change, ChangeReport};
 pub use claims::{Blocker, JobSlot, Operations};
@@ -53,6 +55,7 @@ pub use create::{NewImage, NewImageReport};
 pub use drain::Drained;
 pub(crate) use edge::Target;
 pub use edge::{Edge, Parent};
+pub use facts::EdgeFacts;
 pub use flags::COMMON_OPTIONS;
 pub use freeze::Frozen;
 pub use gate::ReferenceGate;
