@@ -343,6 +343,14 @@ pub trait Driver: Send + Sync + 'static {
         Err(Error::new(ErrorKind::NotSupported, words))
     }
 
+    /// From now on nobody shall be inside the node: what a driver holds back (a queue) must be let go, so that it ends. Called
+    /// strictly in turn with [`Driver::drain_end`], this one first, when the node's count of drains leaves and reaches
+    /// zero. Must not block, and must not call into the graph.
+    fn drain_begin(&self) {}
+
+    /// The opposite of [`Driver::drain_begin`], under the same rules.
+    fn drain_end(&self) {}
+
     /// For offload between two drivers of one kind.
     fn as_any(&self) -> &dyn std::any::Any;
 
