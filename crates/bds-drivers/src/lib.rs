@@ -8,6 +8,7 @@
 //! | `raw` | `raw` | bytes as they are, or a window of them |
 //! | `qcow2` | `qcow2` | QEMU's image format |
 //! | `blkdebug` | `blkdebug` | faults and limits on demand |
+//! | `throttle` | `throttle` | requests wait until rates allow them |
 #![forbid(unsafe_code)]
 
 pub mod filter;
@@ -26,6 +27,18 @@ pub fn registry() -> Registry {
     registry
 }
 
+/// As [`registry`], with the groups that throttle nodes may join. In the other ones there are none: a node's limits are then its own.
+#[cfg(feature = "throttle")]
+pub fn registry_with_groups(groups: &filter::throttle::ThrottleGroups) -> Registry {
+    let mut registry = Registry::new();
+    let throttle = filter::throttle::Throttle::new(groups.clone());
+    let all = drivers().into_iter().chain([Arc::new(throttle) as Arc<dyn DriverType>]);
+    for driver in all {
+        registry.register(driver).expect("every driver here has a name of its own");
+    }
+    registry
+}
+
 /// Adds all drivers this build has to `registry`.
 ///
 /// # Errors
@@ -34,9 +47,12 @@ pub fn register_all(registry: &mut Registry) -> Result<()> {
     for driver in drivers() {
         registry.register(driver)?;
     }
+    #[cfg(feature = "throttle")]
+    registry.register(Arc::<filter::throttle::Throttle>::default())?;
     Ok(())
 }
 
+/// All but those that share something with the program.
 fn drivers() -> Vec<Arc<dyn DriverType>> {
     vec![
         #[cfg(feature = "file")]

@@ -29,3 +29,4 @@ mod qcow2_check;
 mod qcow2_create;
 mod raw;
 mod sweep;
+mod throttle;
