@@ -51,9 +51,10 @@ bitflags::bitflags! {
     /// Modifiers of a read.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub struct ReadFlags: u32 {
-        /// Only bring the data closer; the buffer may be empty.
+        /// Only bring the data closer: the buffer says how much, and its bytes may be left as they were.
         const PREFETCH = 1;
-        /// Copy what is read from below into this layer.
+        /// Copy what is read from below into the node that is asked. The corridor does that; drivers never see it unless they
+        /// set it.
         const COPY_ON_READ = 2;
     }
 

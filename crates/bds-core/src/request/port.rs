@@ -101,6 +101,15 @@ impl ChildPort for Port {
         Box::pin(status::is_zero(&self.0, offset, len))
     }
 
+    fn status_down_to<'a>(
+        &'a self,
+        bottom: &'a str,
+        offset: u64,
+        len: u64,
+    ) -> BoxFuture<'a, Result<StatusRun>> {
+        Box::pin(status::down_to(&self.0, bottom, offset, len))
+    }
+
     fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
         truncate::truncate(&self.0, change)
     }
