@@ -82,8 +82,13 @@ impl Driver for Qcow2 {
         Box::pin(self.image.read(offset, iov))
     }
 
-    fn write(&self, offset: u64, iov: IoVec, _flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
-        Box::pin(self.image.write(offset, iov))
+    /// What does not change what is read must not show anything else after a crash either.
+    fn write_flags(&self) -> WriteFlags {
+        WriteFlags::UNCHANGED
+    }
+
+    fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.image.write(offset, iov, flags.contains(WriteFlags::UNCHANGED)))
     }
 
     fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
