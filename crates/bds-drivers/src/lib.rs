@@ -8,6 +8,7 @@
 //! | `raw` | `raw` | bytes as they are, or a window of them |
 //! | `qcow2` | `qcow2` | QEMU's image format |
 //! | `blkdebug` | `blkdebug` | faults and limits on demand |
+//! | `copy-on-read` | `copy-on-read` | what is read is kept in the node below |
 //! | `throttle` | `throttle` | requests wait until rates allow them |
 #![forbid(unsafe_code)]
 
@@ -71,5 +72,7 @@ fn drivers() -> Vec<Arc<dyn DriverType>> {
         Arc::new(format::qcow2::Qcow2Format),
         #[cfg(feature = "blkdebug")]
         Arc::new(filter::blkdebug::Blkdebug),
+        #[cfg(feature = "copy-on-read")]
+        Arc::new(filter::copy_on_read::CopyOnRead),
     ]
 }

@@ -2,13 +2,15 @@
 
 #[cfg(feature = "blkdebug")]
 pub mod blkdebug;
+#[cfg(feature = "copy-on-read")]
+pub mod copy_on_read;
 #[cfg(all(test, feature = "throttle"))]
 mod harness;
 #[cfg(feature = "throttle")]
 pub mod throttle;
 
 /// What a filter answers to a status question: ask the child `name`, which is `end` bytes long.
-#[cfg(feature = "throttle")]
+#[cfg(any(feature = "throttle", feature = "copy-on-read"))]
 fn pass_status(name: &'static str, end: u64, offset: u64, len: u64) -> bds_core::driver::StatusRun {
     use bds_core::driver::{HostMap, StatusFlags, StatusRun};
     if offset >= end {
