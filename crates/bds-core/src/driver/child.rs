@@ -32,6 +32,10 @@ pub trait ChildPort: Send + Sync + 'static {
     fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>>;
     /// Writes.
     fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>>;
+    /// See [`super::Driver::compressed_unit`].
+    fn compressed_unit(&self) -> Option<u32> {
+        None
+    }
     /// Writes a compressed cluster.
     fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>>;
     /// Writes zeros; falls back to a buffer of zeros unless `NO_FALLBACK`.

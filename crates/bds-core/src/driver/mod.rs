@@ -251,6 +251,11 @@ pub trait Driver: Send + Sync + 'static {
     /// Writes `iov` at `offset`.
     fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>>;
 
+    /// Bytes of one compressed cluster; `None` if the node writes none. A filter answers for its child.
+    fn compressed_unit(&self) -> Option<u32> {
+        None
+    }
+
     /// Writes one compressed cluster (or the tail of the image). An empty `iov` at the end pads the file.
     fn write_compressed(&self, _offset: u64, _iov: IoVec) -> BoxFuture<'_, Result<()>> {
         let name = self.name();

@@ -67,6 +67,10 @@ impl ChildPort for Port {
         Box::pin(dispatch::write(&self.0, offset, iov, flags))
     }
 
+    fn compressed_unit(&self) -> Option<u32> {
+        self.0.target().driver().compressed_unit()
+    }
+
     fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
         Box::pin(dispatch::write_compressed(&self.0, offset, iov))
     }

@@ -110,6 +110,10 @@ impl Driver for CopyOnReadNode {
         self.file.write(offset, iov, flags)
     }
 
+    fn compressed_unit(&self) -> Option<u32> {
+        self.file.compressed_unit()
+    }
+
     fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
         self.file.write_compressed(offset, iov)
     }

@@ -111,6 +111,10 @@ impl Driver for ThrottleNode {
         })
     }
 
+    fn compressed_unit(&self) -> Option<u32> {
+        self.file.compressed_unit()
+    }
+
     fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
             self.member.pass(Direction::Write, iov.len() as u64).await;

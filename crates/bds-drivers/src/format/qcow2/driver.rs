@@ -91,6 +91,12 @@ impl Driver for Qcow2 {
         Box::pin(self.image.write(offset, iov, flags.contains(WriteFlags::UNCHANGED)))
     }
 
+    fn compressed_unit(&self) -> Option<u32> {
+        let has_some = self.image.data_file.is_none();
+        let size = self.image.geometry().cluster_size();
+        has_some.then(|| u32::try_from(size).expect("at most 2 MiB"))
+    }
+
     fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
         self.run(|image| async move { image.write_compressed(offset, iov).await })
     }
