@@ -9,6 +9,7 @@
 //! | `qcow2` | `qcow2` | QEMU's image format |
 //! | `blkdebug` | `blkdebug` | faults and limits on demand |
 //! | `copy-on-read` | `copy-on-read` | what is read is kept in the node below |
+//! | `compress` | `compress` | writes become compressed clusters of the image below |
 //! | `throttle` | `throttle` | requests wait until rates allow them |
 #![forbid(unsafe_code)]
 
@@ -72,6 +73,8 @@ fn drivers() -> Vec<Arc<dyn DriverType>> {
         Arc::new(format::qcow2::Qcow2Format),
         #[cfg(feature = "blkdebug")]
         Arc::new(filter::blkdebug::Blkdebug),
+        #[cfg(feature = "compress")]
+        Arc::new(filter::compress::Compress),
         #[cfg(feature = "copy-on-read")]
         Arc::new(filter::copy_on_read::CopyOnRead),
     ]

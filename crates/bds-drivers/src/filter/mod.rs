@@ -2,6 +2,8 @@
 
 #[cfg(feature = "blkdebug")]
 pub mod blkdebug;
+#[cfg(feature = "compress")]
+pub mod compress;
 #[cfg(feature = "copy-on-read")]
 pub mod copy_on_read;
 #[cfg(all(test, feature = "throttle"))]
@@ -10,7 +12,7 @@ mod harness;
 pub mod throttle;
 
 /// What a filter answers to a status question: ask the child `name`, which is `end` bytes long.
-#[cfg(any(feature = "throttle", feature = "copy-on-read"))]
+#[cfg(any(feature = "compress", feature = "copy-on-read", feature = "throttle"))]
 fn pass_status(name: &'static str, end: u64, offset: u64, len: u64) -> bds_core::driver::StatusRun {
     use bds_core::driver::{HostMap, StatusFlags, StatusRun};
     if offset >= end {

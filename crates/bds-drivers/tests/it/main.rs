@@ -9,6 +9,8 @@
 
 mod blkdebug;
 #[cfg(feature = "qcow2")]
+mod compress;
+#[cfg(feature = "qcow2")]
 mod copy_on_read;
 mod device;
 #[cfg(feature = "qcow2")]

@@ -285,6 +285,16 @@ fn flushed_bytes_survive_a_cut_at_every_write_of_a_copy_on_read() {
 }
 
 #[test]
+fn flushed_bytes_survive_a_cut_at_every_write_through_compress() {
+    let q = |kind: Kind| kind.through(json!({"driver": "compress"}));
+    let kinds = [
+        q(Kind::qcow2("512-compress", 512).sized(512 * 160, 512 * 240)),
+        q(Kind::qcow2("4k-compress", 4096).backed(70_000).sized(4096 * 24, 4096 * 40)),
+    ];
+    sweep(&kinds, 6, 9);
+}
+
+#[test]
 fn lazy_refcounts_say_that_they_are_not_to_be_trusted() {
     sweep(
         &[Kind::qcow2("512-lazy", 512).lazy(), Kind::qcow2("4k-lazy", 4096).lazy().strict()],
