@@ -10,6 +10,7 @@
 //! | `blkdebug` | `blkdebug` | faults and limits on demand |
 //! | `copy-on-read` | `copy-on-read` | what is read is kept in the node below |
 //! | `compress` | `compress` | writes become compressed clusters of the image below |
+//! | `preallocate` | `preallocate` | the file grows ahead of writes |
 //! | `throttle` | `throttle` | requests wait until rates allow them |
 #![forbid(unsafe_code)]
 
@@ -73,6 +74,8 @@ fn drivers() -> Vec<Arc<dyn DriverType>> {
         Arc::new(format::qcow2::Qcow2Format),
         #[cfg(feature = "blkdebug")]
         Arc::new(filter::blkdebug::Blkdebug),
+        #[cfg(feature = "preallocate")]
+        Arc::new(filter::preallocate::Preallocate),
         #[cfg(feature = "compress")]
         Arc::new(filter::compress::Compress),
         #[cfg(feature = "copy-on-read")]

@@ -25,6 +25,7 @@ mod matrix;
 mod mem;
 mod model;
 mod null;
+mod preallocate;
 #[cfg(feature = "qcow2")]
 mod qcow2;
 #[cfg(feature = "qcow2")]

@@ -295,6 +295,16 @@ fn flushed_bytes_survive_a_cut_at_every_write_through_compress() {
 }
 
 #[test]
+fn flushed_bytes_survive_a_cut_at_every_write_upon_preallocate() {
+    let filter = json!({"driver": "preallocate", "prealloc-align": 8192, "prealloc-size": 20_000});
+    let kinds = [
+        Kind::qcow2("512-prealloc", 512).sized(512 * 160, 512 * 240).upon(filter.clone()),
+        Kind::qcow2("4k-prealloc", 4096).sized(4096 * 24, 4096 * 40).upon(filter),
+    ];
+    sweep(&kinds, 6, 9);
+}
+
+#[test]
 fn lazy_refcounts_say_that_they_are_not_to_be_trusted() {
     sweep(
         &[Kind::qcow2("512-lazy", 512).lazy(), Kind::qcow2("4k-lazy", 4096).lazy().strict()],

@@ -36,6 +36,9 @@ fn kinds() -> Vec<Kind> {
         Kind::qcow2("4k-data", 4096).with_data_file().sized(4096 * 24, 4096 * 40),
         Kind::qcow2("16k-ext", 16384).extended().sized(16384 * 8, 16384 * 12),
         q("512-copy-on-read").backed(50_000).through(json!({"driver": "copy-on-read"})),
+        q("512-preallocate").upon(
+            json!({"driver": "preallocate", "prealloc-align": 8192, "prealloc-size": 20_000}),
+        ),
         q("512-compress").backed(50_000).through(json!({"driver": "compress"})),
     ]
 }

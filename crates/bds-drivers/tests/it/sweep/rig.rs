@@ -30,6 +30,8 @@ pub(crate) struct Kind {
     pub(crate) open: Value,
     /// A filter above the image when it is open for writing: its options beside `file`.
     pub(crate) above: Option<Value>,
+    /// A filter between the image and its file, likewise.
+    pub(crate) beneath: Option<Value>,
     pub(crate) cluster: u64,
     /// Zero writes of whole units are metadata.
     pub(crate) zero_unit: Option<u64>,
@@ -55,6 +57,7 @@ impl Kind {
             create: json!({"cluster_size": cluster}),
             open: json!({}),
             above: None,
+            beneath: None,
             cluster,
             zero_unit: Some(cluster),
             len: cluster * 96,
@@ -93,6 +96,11 @@ impl Kind {
     /// Written and read through a filter; the workload reads too.
     pub(crate) fn through(self, filter: Value) -> Kind {
         Kind { above: Some(filter), ..self }
+    }
+
+    /// The image's file is written through a filter.
+    pub(crate) fn upon(self, filter: Value) -> Kind {
+        Kind { beneath: Some(filter), ..self }
     }
 
     /// New clusters become visible only with their data: nothing stale is ever seen.
@@ -329,6 +337,10 @@ impl Disk {
         options["driver"] = json!(kind.format);
         options["file"] = json!({"driver": "file", "filename": world.path("disk")});
         let writable = !flags.read_only;
+        if let Some(filter) = kind.beneath.as_ref().filter(|_| writable) {
+            let file = std::mem::replace(&mut options["file"], filter.clone());
+            options["file"]["file"] = file;
+        }
         if let Some(filter) = kind.above.as_ref().filter(|_| writable) {
             let file = std::mem::replace(&mut options, filter.clone());
             options["file"] = file;
