@@ -35,55 +35,56 @@ const OPEN_OPTIONS: &[OptionSpec] = &[OptionSpec {
 }];
 
 struct CompressNode {
-    inner: Arc<Inner>,
+    file: Arc<Child>,
     unit: u32,
+    late: Arc<Late>,
 }
 
-struct Inner {
-    file: Child,
-    /// Writes that go on though nobody waits for them.
-    left_behind: Mutex<Vec<Range<u64>>>,
+/// Writes that go on though nobody waits for them.
+#[derive(Default)]
+struct Late {
+    ranges: Mutex<Vec<Range<u64>>>,
     ended: Notify,
 }
 
-impl Inner {
-    fn left_behind(&self) -> MutexGuard<'_, Vec<Range<u64>>> {
-        self.left_behind.lock().unwrap_or_else(PoisonError::into_inner)
+impl Late {
+    fn ranges(&self) -> MutexGuard<'_, Vec<Range<u64>>> {
+        self.ranges.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until no write that was left behind touches the range.
-    async fn wait_for_others(&self, range: &Range<u64>) {
+    async fn wait(&self, range: &Range<u64>) {
         let is_touched = |other: &Range<u64>| other.start < range.end && range.start < other.end;
         loop {
             let mut ended = pin!(self.ended.notified());
             ended.as_mut().enable();
-            if !self.left_behind().iter().any(is_touched) {
+            if !self.ranges().iter().any(is_touched) {
                 return;
             }
             ended.await;
         }
     }
+}
 
-    /// Writes whole clusters; the last one may end with the node.
-    async fn write(&self, offset: u64, mut iov: IoVec) -> Result<()> {
-        let end = offset + iov.len() as u64;
-        let reach = self.file.len();
-        if end > reach && offset < reach {
-            // The corridor completed the last cluster; the node ends inside it.
-            let kept = usize::try_from(reach - offset).expect("shorter than the request");
-            let rest = iov.split_off(kept);
-            if !rest.is_zero(0..rest.len()) {
-                let words = "compressed clusters cannot be written past the end of the node";
-                return Err(Error::new(ErrorKind::OutOfRange, words).at(reach));
-            }
+/// Writes whole clusters; the last one may end with the node.
+async fn write_whole(file: &Child, offset: u64, mut iov: IoVec) -> Result<()> {
+    let end = offset + iov.len() as u64;
+    let reach = file.len();
+    if end > reach && offset < reach {
+        // The corridor completed the last cluster; the node ends inside it.
+        let kept = usize::try_from(reach - offset).expect("shorter than the request");
+        let rest = iov.split_off(kept);
+        if !rest.is_zero(0..rest.len()) {
+            let words = "compressed clusters cannot be written past the end of the node";
+            return Err(Error::new(ErrorKind::OutOfRange, words).at(reach));
         }
-        self.file.write_compressed(offset, iov).await
     }
+    file.write_compressed(offset, iov).await
 }
 
 /// A write in a task of its own. Dropped before its end, it is left behind.
 struct Writing {
-    inner: Arc<Inner>,
+    late: Arc<Late>,
     range: Range<u64>,
     task: Option<Task<Result<()>>>,
 }
@@ -102,30 +103,31 @@ impl Future for Writing {
 impl Drop for Writing {
     fn drop(&mut self) {
         let Some(task) = self.task.take() else { return };
-        let (inner, range) = (Arc::clone(&self.inner), self.range.clone());
-        inner.left_behind().push(range.clone());
+        // Without the child: once the write has ended, nothing of this may keep it open.
+        let (late, range) = (Arc::clone(&self.late), self.range.clone());
+        late.ranges().push(range.clone());
         bds_io::spawn(async move {
             if let Err(error) = task.await {
                 tracing::debug!(%error, "a compressed write that nobody waits for failed");
             }
-            let mut left_behind = inner.left_behind();
-            if let Some(place) = left_behind.iter().position(|other| *other == range) {
-                left_behind.swap_remove(place);
+            let mut ranges = late.ranges();
+            if let Some(place) = ranges.iter().position(|other| *other == range) {
+                ranges.swap_remove(place);
             }
-            drop(left_behind);
-            inner.ended.notify_waiters();
+            drop(ranges);
+            late.ended.notify_waiters();
         })
         .detach();
     }
 }
 
 impl CompressNode {
-    async fn write_whole(&self, offset: u64, iov: IoVec) -> Result<()> {
+    async fn write_to_the_end(&self, offset: u64, iov: IoVec) -> Result<()> {
         let range = offset..offset + iov.len() as u64;
-        self.inner.wait_for_others(&range).await;
-        let inner = Arc::clone(&self.inner);
-        let task = bds_io::spawn(async move { inner.write(offset, iov).await });
-        Writing { inner: Arc::clone(&self.inner), range, task: Some(task) }.await
+        self.late.wait(&range).await;
+        let file = Arc::clone(&self.file);
+        let task = bds_io::spawn(async move { write_whole(&file, offset, iov).await });
+        Writing { late: Arc::clone(&self.late), range, task: Some(task) }.await
     }
 }
 
@@ -135,11 +137,11 @@ impl Driver for CompressNode {
     }
 
     fn len(&self) -> u64 {
-        self.inner.file.len()
+        self.file.len()
     }
 
     fn limits(&self) -> Limits {
-        Limits { request_alignment: self.unit, ..self.inner.file.limits() }
+        Limits { request_alignment: self.unit, ..self.file.limits() }
     }
 
     fn is_filter(&self) -> bool {
@@ -151,15 +153,15 @@ impl Driver for CompressNode {
     }
 
     fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
-        self.inner.file.try_read(offset, iov)
+        self.file.try_read(offset, iov)
     }
 
     fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
-        self.inner.file.read(offset, iov, flags)
+        self.file.read(offset, iov, flags)
     }
 
     fn write(&self, offset: u64, iov: IoVec, _flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
-        Box::pin(self.write_whole(offset, iov))
+        Box::pin(self.write_to_the_end(offset, iov))
     }
 
     fn compressed_unit(&self) -> Option<u32> {
@@ -167,7 +169,7 @@ impl Driver for CompressNode {
     }
 
     fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
-        Box::pin(self.write_whole(offset, iov))
+        Box::pin(self.write_to_the_end(offset, iov))
     }
 
     fn write_zeroes(
@@ -177,18 +179,18 @@ impl Driver for CompressNode {
         flags: ZeroFlags,
     ) -> BoxFuture<'_, Result<Attempt>> {
         Box::pin(async move {
-            self.inner.wait_for_others(&(offset..offset + len)).await;
+            self.late.wait(&(offset..offset + len)).await;
             // The corridor may have rounded up to the last cluster's end, behind that of the node.
-            let reach = self.inner.file.len();
+            let reach = self.file.len();
             let len = if offset < reach { len.min(reach - offset) } else { len };
-            self.inner.file.write_zeroes(offset, len, flags).await
+            self.file.write_zeroes(offset, len, flags).await
         })
     }
 
     fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Attempt>> {
         Box::pin(async move {
-            self.inner.wait_for_others(&(offset..offset + len)).await;
-            self.inner.file.discard(offset, len).await?;
+            self.late.wait(&(offset..offset + len)).await;
+            self.file.discard(offset, len).await?;
             Ok(Attempt::Done)
         })
     }
@@ -199,19 +201,19 @@ impl Driver for CompressNode {
         len: u64,
         _precise: bool,
     ) -> BoxFuture<'_, Result<StatusRun>> {
-        let run = super::pass_status("file", self.inner.file.len(), offset, len);
+        let run = super::pass_status("file", self.file.len(), offset, len);
         Box::pin(async move { Ok(run) })
     }
 
     fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
-            self.inner.wait_for_others(&(0..u64::MAX)).await;
-            self.inner.file.truncate(change).await
+            self.late.wait(&(0..u64::MAX)).await;
+            self.file.truncate(change).await
         })
     }
 
     fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
-        self.inner.file.allocated_len()
+        self.file.allocated_len()
     }
 
     fn as_any(&self) -> &dyn Any {
@@ -220,7 +222,7 @@ impl Driver for CompressNode {
 
     fn close(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async {
-            self.inner.wait_for_others(&(0..u64::MAX)).await;
+            self.late.wait(&(0..u64::MAX)).await;
             Ok(())
         })
     }
@@ -254,8 +256,8 @@ impl DriverType for Compress {
                 );
                 return Err(Error::new(ErrorKind::NotSupported, words));
             };
-            let inner = Inner { file, left_behind: Mutex::default(), ended: Notify::new() };
-            Ok(Box::new(CompressNode { inner: Arc::new(inner), unit }) as Box<dyn Driver>)
+            let late = Arc::default();
+            Ok(Box::new(CompressNode { file: Arc::new(file), unit, late }) as Box<dyn Driver>)
         })
     }
 }

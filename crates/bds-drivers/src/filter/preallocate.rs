@@ -16,7 +16,10 @@
 //! change of length; there is no way yet to be told that the last writer has left.
 
 use std::any::Any;
+use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::task::{Context, Poll};
 
 use bds_core::driver::{
     Attempt, BoxFuture, Category, Child, Driver, DriverType, Limits, OpenContext, Prealloc,
@@ -24,8 +27,8 @@ use bds_core::driver::{
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, ErrorKind, Result};
-use bds_io::IoVec;
-use bds_io::sync::{Mutex, MutexGuard};
+use bds_io::sync::{Mutex, OwnedMutexGuard};
+use bds_io::{IoVec, Task};
 
 /// The `preallocate` filter.
 #[derive(Clone, Copy, Debug)]
@@ -52,7 +55,9 @@ const OPEN_OPTIONS: &[OptionSpec] = &[
     },
 ];
 
-struct PreallocateNode {
+struct PreallocateNode(Arc<Inner>);
+
+struct Inner {
     file: Child,
     /// Bytes; a multiple of 512.
     align: u64,
@@ -66,16 +71,16 @@ struct PreallocateNode {
     zero_from: AtomicU64,
     /// The file takes no space ahead. Never changes back.
     is_unable: AtomicBool,
-    /// Held by who makes the file longer.
-    growing: Mutex<()>,
+    /// Held by who changes the file's length.
+    growing: Arc<Mutex<()>>,
 }
 
 /// A write that may reach past the data. However it ends, what it may have touched counts as data afterwards.
 struct Growing<'a> {
-    node: &'a PreallocateNode,
+    node: &'a Inner,
     end: u64,
     /// There is no space ahead, so nobody else may try to take some while this write makes the file longer.
-    _alone: Option<MutexGuard<'a, ()>>,
+    _alone: Option<OwnedMutexGuard<()>>,
 }
 
 impl Drop for Growing<'_> {
@@ -85,15 +90,22 @@ impl Drop for Growing<'_> {
     }
 }
 
-impl PreallocateNode {
+impl Inner {
     /// Prepares for a write of `offset..end`.
-    async fn grow(&self, offset: u64, end: u64) -> Growing<'_> {
+    async fn grow(self: &Arc<Self>, offset: u64, end: u64) -> Growing<'_> {
         let lacks_space = || end > self.file.len() && !self.is_unable.load(Ordering::SeqCst);
         let mut alone = None;
         if lacks_space() {
-            let lock = self.growing.lock().await;
-            if lacks_space() && !self.take_space(offset, end).await {
-                alone = Some(lock);
+            let lock = Arc::clone(&self.growing).lock_owned().await;
+            if lacks_space() {
+                let node = Arc::clone(self);
+                let take = async move {
+                    let has_space = node.take_space(offset, end).await;
+                    drop(node);
+                    (!has_space).then_some(lock)
+                };
+                // To its end, whoever waits: zeros that come late must not come after the next one's bytes.
+                alone = ToTheEnd(Some(bds_io::spawn(take))).await;
             }
         }
         Growing { node: self, end, _alone: alone }
@@ -122,14 +134,24 @@ impl PreallocateNode {
         true
     }
 
-    async fn write_past(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> Result<()> {
+    async fn write_past(
+        self: &Arc<Self>,
+        offset: u64,
+        iov: IoVec,
+        flags: WriteFlags,
+    ) -> Result<()> {
         let end = offset + iov.len() as u64;
         let _growing = self.grow(offset, end).await;
         self.zero_from.fetch_max(end, Ordering::SeqCst);
         self.file.write(offset, iov, flags).await
     }
 
-    async fn zero_past(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<Attempt> {
+    async fn zero_past(
+        self: &Arc<Self>,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> Result<Attempt> {
         let end = offset + len;
         let _growing = self.grow(offset, end).await;
         let is_zero = offset >= self.zero_from.load(Ordering::SeqCst) && end <= self.file.len();
@@ -141,7 +163,7 @@ impl PreallocateNode {
         self.file.write_zeroes(offset, len, flags).await
     }
 
-    /// Cuts off what lies behind the data.
+    /// Cuts off what lies behind the data. The caller holds `growing`.
     async fn give_back(&self) -> Result<()> {
         let data_end = self.data_end.load(Ordering::SeqCst);
         if self.file.len() <= data_end {
@@ -154,6 +176,7 @@ impl PreallocateNode {
 
     /// The corridor keeps writes past the end out meanwhile.
     async fn resize(&self, change: Truncate) -> Result<()> {
+        let _alone = self.growing.lock().await;
         let data_end = self.data_end.load(Ordering::SeqCst);
         let has_zeros = self.zero_from.load(Ordering::SeqCst) <= data_end;
         let is_there = change.len >= data_end && change.len <= self.file.len() && has_zeros;
@@ -171,17 +194,38 @@ impl PreallocateNode {
     }
 }
 
+/// Waits for a task that goes on if nobody does.
+struct ToTheEnd<T>(Option<Task<T>>);
+
+impl<T> Future for ToTheEnd<T> {
+    type Output = T;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
+        let task = self.0.as_mut().expect("only `drop` takes it");
+        Pin::new(task).poll(cx)
+    }
+}
+
+impl<T> Drop for ToTheEnd<T> {
+    fn drop(&mut self) {
+        // An ended one has nothing left to do.
+        if let Some(task) = self.0.take() {
+            task.detach();
+        }
+    }
+}
+
 impl Driver for PreallocateNode {
     fn name(&self) -> &'static str {
         "preallocate"
     }
 
     fn len(&self) -> u64 {
-        if self.is_active { self.data_end.load(Ordering::SeqCst) } else { self.file.len() }
+        if self.0.is_active { self.0.data_end.load(Ordering::SeqCst) } else { self.0.file.len() }
     }
 
     fn limits(&self) -> Limits {
-        Limits { request_alignment: 1, ..self.file.limits() }
+        Limits { request_alignment: 1, ..self.0.file.limits() }
     }
 
     fn is_filter(&self) -> bool {
@@ -197,25 +241,25 @@ impl Driver for PreallocateNode {
     }
 
     fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
-        self.file.try_read(offset, iov)
+        self.0.file.try_read(offset, iov)
     }
 
     fn try_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
-        if self.is_past(offset.checked_add(iov.len() as u64)?) {
+        if self.0.is_past(offset.checked_add(iov.len() as u64)?) {
             return None;
         }
-        self.file.try_write(offset, iov)
+        self.0.file.try_write(offset, iov)
     }
 
     fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
-        self.file.read(offset, iov, flags)
+        self.0.file.read(offset, iov, flags)
     }
 
     fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
-        if self.is_past(offset + iov.len() as u64) {
-            return Box::pin(self.write_past(offset, iov, flags));
+        if self.0.is_past(offset + iov.len() as u64) {
+            return Box::pin(self.0.write_past(offset, iov, flags));
         }
-        self.file.write(offset, iov, flags)
+        self.0.file.write(offset, iov, flags)
     }
 
     fn write_zeroes(
@@ -224,15 +268,15 @@ impl Driver for PreallocateNode {
         len: u64,
         flags: ZeroFlags,
     ) -> BoxFuture<'_, Result<Attempt>> {
-        if self.is_past(offset + len) {
-            return Box::pin(self.zero_past(offset, len, flags));
+        if self.0.is_past(offset + len) {
+            return Box::pin(self.0.zero_past(offset, len, flags));
         }
-        self.file.write_zeroes(offset, len, flags)
+        self.0.file.write_zeroes(offset, len, flags)
     }
 
     fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Attempt>> {
         Box::pin(async move {
-            self.file.discard(offset, len).await?;
+            self.0.file.discard(offset, len).await?;
             Ok(Attempt::Done)
         })
     }
@@ -248,14 +292,14 @@ impl Driver for PreallocateNode {
     }
 
     fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
-        if !self.is_active {
-            return self.file.truncate(change);
+        if !self.0.is_active {
+            return self.0.file.truncate(change);
         }
-        Box::pin(self.resize(change))
+        Box::pin(self.0.resize(change))
     }
 
     fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
-        self.file.allocated_len()
+        self.0.file.allocated_len()
     }
 
     fn as_any(&self) -> &dyn Any {
@@ -264,10 +308,11 @@ impl Driver for PreallocateNode {
 
     fn close(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async {
-            if !self.is_active {
+            if !self.0.is_active {
                 return Ok(());
             }
-            let given = self.give_back().await;
+            let _alone = self.0.growing.lock().await;
+            let given = self.0.give_back().await;
             given.map_err(|e| e.context("cannot give back space taken ahead; no data is lost"))
         })
     }
@@ -294,7 +339,7 @@ impl DriverType for Preallocate {
             let (align, ahead) = take_sizes(&mut context.options)?;
             let file = context.child("file", Role::FILTERED | Role::PRIMARY).await?;
             let len = file.len();
-            Ok(Box::new(PreallocateNode {
+            Ok(Box::new(PreallocateNode(Arc::new(Inner {
                 is_active: file.is_writable(),
                 file,
                 align,
@@ -302,8 +347,8 @@ impl DriverType for Preallocate {
                 data_end: AtomicU64::new(len),
                 zero_from: AtomicU64::new(len),
                 is_unable: AtomicBool::new(false),
-                growing: Mutex::default(),
-            }) as Box<dyn Driver>)
+                growing: Arc::default(),
+            }))) as Box<dyn Driver>)
         })
     }
 }

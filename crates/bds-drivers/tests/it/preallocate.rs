@@ -219,6 +219,31 @@ fn many_writers_past_the_end_lose_nothing() {
     }
 }
 
+/// A writer goes away while it takes space, and at once somebody writes there: late zeros must not come after his bytes.
+#[test]
+fn space_that_nobody_waits_for_does_not_overwrite_the_next_writer() {
+    for seed in 0..300 {
+        let rig = Rig::new(Sim::new(seed, SimConfig::default()));
+        rig.write(0, 1, 1000).unwrap();
+        rig.house.sim.block_on(async {
+            let iov = Buf::from_slice(&[2; 1000]).iov();
+            let mut growing = Box::pin(rig.disk.write(60_000, iov, WriteFlags::empty()));
+            for _ in 0..=seed % 6 {
+                if futures_util::poll!(growing.as_mut()).is_ready() {
+                    break;
+                }
+                bds_io::yield_now().await;
+            }
+            drop(growing);
+            let iov = Buf::from_slice(&[3; 9000]).iov();
+            rig.disk.write(61_000, iov, WriteFlags::empty()).await.unwrap();
+        });
+        rig.house.sim.run_until_idle();
+        let bytes = rig.close();
+        assert!(bytes.len() == 70_000 && bytes[61_000..] == [3; 9000], "seed {seed}");
+    }
+}
+
 #[test]
 fn wrong_options_are_refused_and_a_read_only_file_is_only_read() {
     let rig = Rig::new(calm());

@@ -6,7 +6,8 @@ use std::time::Duration;
 use bds_core::driver::WriteFlags;
 use bds_core::graph::{Graph, GraphConfig};
 use bds_core::rate::{Rate, RateLimits};
-use bds_core::request::Backend;
+use bds_core::request::{Backend, BackendOptions};
+use bds_core::stats::Operation;
 use bds_core::{ErrorKind, Options};
 use bds_drivers::filter::throttle::{ThrottleGroups, limits_from_options};
 use bds_io::{Buf, Sim, SimConfig, now, sleep};
@@ -273,4 +274,42 @@ fn groups_know_their_members() {
     house.sim.block_on(house.graph.reap());
     groups.remove("g").unwrap();
     assert_eq!(groups.list(), []);
+}
+
+/// Real threads and a real clock, with requests given up in between: whatever the order, everybody's turn comes.
+#[test]
+fn threads_share_a_group_and_nobody_is_forgotten() {
+    let groups = ThrottleGroups::new();
+    groups.create("g", limits(json!({"iops-total": 20_000}))).unwrap();
+    let registry = Arc::new(bds_drivers::registry_with_groups(&groups));
+    let graph = Graph::new(GraphConfig::new(registry));
+    let disks = ["a", "b"].map(|name| {
+        let options = json!({
+            "driver": "throttle", "node-name": name, "throttle-group": "g",
+            "file": {"driver": "mem", "size": 65536},
+        });
+        let node = bds_io::block_on(graph.open(Options::from_json(options).unwrap())).unwrap();
+        let options = BackendOptions { name: "test".into(), writable: true };
+        Backend::new(&node, options).unwrap()
+    });
+    std::thread::scope(|scope| {
+        for number in 0..4 {
+            let disk = &disks[number % 2];
+            scope.spawn(move || {
+                bds_io::block_on(async {
+                    for round in 0..30 {
+                        let dropped = Box::pin(write(disk, 512));
+                        let mut dropped = std::pin::pin!(dropped);
+                        let _ended = futures_util::poll!(dropped.as_mut()).is_ready();
+                        join_all((0..40).map(|_| write(disk, 512))).await;
+                        if round % 3 == number % 3 {
+                            bds_io::yield_now().await;
+                        }
+                    }
+                });
+            });
+        }
+    });
+    let passed: u64 = disks.iter().map(|disk| disk.stats().totals(Operation::Write).ops).sum();
+    assert!(passed >= 4 * 30 * 40, "{passed}");
 }
