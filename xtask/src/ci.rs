@@ -30,7 +30,8 @@ pub(crate) fn ci() -> Result<(), String> {
 
 /// Each driver must build alone: a feature adds and never changes what is there.
 fn features() -> Result<(), String> {
-    for features in ["", "file", "file,raw", "file,qcow2"] {
+    let filters = ["blkdebug", "compress", "copy-on-read", "preallocate", "throttle"];
+    for features in ["", "file", "file,raw", "file,qcow2"].into_iter().chain(filters) {
         run(cargo().args([
             "check",
             "--quiet",

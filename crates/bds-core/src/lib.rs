@@ -9,6 +9,7 @@ pub mod driver;
 pub mod error;
 pub mod graph;
 pub mod options;
+pub mod rate;
 pub mod request;
 pub mod stats;
 mod traffic;

@@ -8,6 +8,10 @@
 //! | `raw` | `raw` | bytes as they are, or a window of them |
 //! | `qcow2` | `qcow2` | QEMU's image format |
 //! | `blkdebug` | `blkdebug` | faults and limits on demand |
+//! | `copy-on-read` | `copy-on-read` | what is read is kept in the node below |
+//! | `compress` | `compress` | writes become compressed clusters of the image below |
+//! | `preallocate` | `preallocate` | the file grows ahead of writes |
+//! | `throttle` | `throttle` | requests wait until rates allow them |
 #![forbid(unsafe_code)]
 
 pub mod filter;
@@ -26,6 +30,18 @@ pub fn registry() -> Registry {
     registry
 }
 
+/// As [`registry`], with the groups that throttle nodes may join. In the other ones there are none: a node's limits are then its own.
+#[cfg(feature = "throttle")]
+pub fn registry_with_groups(groups: &filter::throttle::ThrottleGroups) -> Registry {
+    let mut registry = Registry::new();
+    let throttle = filter::throttle::Throttle::new(groups.clone());
+    let all = drivers().into_iter().chain([Arc::new(throttle) as Arc<dyn DriverType>]);
+    for driver in all {
+        registry.register(driver).expect("every driver here has a name of its own");
+    }
+    registry
+}
+
 /// Adds all drivers this build has to `registry`.
 ///
 /// # Errors
@@ -34,9 +50,12 @@ pub fn register_all(registry: &mut Registry) -> Result<()> {
     for driver in drivers() {
         registry.register(driver)?;
     }
+    #[cfg(feature = "throttle")]
+    registry.register(Arc::<filter::throttle::Throttle>::default())?;
     Ok(())
 }
 
+/// All but those that share something with the program.
 fn drivers() -> Vec<Arc<dyn DriverType>> {
     vec![
         #[cfg(feature = "file")]
@@ -55,5 +74,11 @@ fn drivers() -> Vec<Arc<dyn DriverType>> {
         Arc::new(format::qcow2::Qcow2Format),
         #[cfg(feature = "blkdebug")]
         Arc::new(filter::blkdebug::Blkdebug),
+        #[cfg(feature = "preallocate")]
+        Arc::new(filter::preallocate::Preallocate),
+        #[cfg(feature = "compress")]
+        Arc::new(filter::compress::Compress),
+        #[cfg(feature = "copy-on-read")]
+        Arc::new(filter::copy_on_read::CopyOnRead),
     ]
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use bds_io::IoVec;
 
 use super::{Attempt, BoxFuture, Limits, ReadFlags, StatusRun, Truncate, WriteFlags, ZeroFlags};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 
 /// What stands behind a [`Child`]: the corridor to the node below. Implemented in `request/`.
 #[expect(clippy::len_without_is_empty, reason = "an empty disk is not a special case")]
@@ -32,6 +32,10 @@ pub trait ChildPort: Send + Sync + 'static {
     fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>>;
     /// Writes.
     fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>>;
+    /// See [`super::Driver::compressed_unit`].
+    fn compressed_unit(&self) -> Option<u32> {
+        None
+    }
     /// Writes a compressed cluster.
     fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>>;
     /// Writes zeros; falls back to a buffer of zeros unless `NO_FALLBACK`.
@@ -54,6 +58,19 @@ pub trait ChildPort: Send + Sync + 'static {
     ) -> BoxFuture<'_, Result<StatusRun>>;
     /// Does `offset..` read as zeros for `len` bytes through the whole chain below (cheap answer; false if unknown)?
     fn is_zero(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<bool>>;
+    /// What the layers from the node below down to the one named `bottom`, both included, hold of `offset..`: a run that one of
+    /// them decides (`ALLOCATED`) or none does; no `map`. `NotFound` if there is no such node in the chain.
+    fn status_down_to<'a>(
+        &'a self,
+        bottom: &'a str,
+        _offset: u64,
+        _len: u64,
+    ) -> BoxFuture<'a, Result<StatusRun>> {
+        Box::pin(async move {
+            let words = format!("there is no chain in which '{bottom}' could be");
+            Err(Error::new(ErrorKind::NotFound, words))
+        })
+    }
     /// Changes the length.
     fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>>;
     /// Bytes occupied on the host.

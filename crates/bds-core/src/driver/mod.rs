@@ -55,9 +55,10 @@ bitflags::bitflags! {
     /// Modifiers of a read.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub struct ReadFlags: u32 {
-        /// Only bring the data closer; the buffer may be empty.
+        /// Only bring the data closer: the buffer says how much, and its bytes may be left as they were.
         const PREFETCH = 1;
-        /// Copy what is read from below into this layer.
+        /// Copy what is read from below into the node that is asked. The corridor does that; drivers never see it unless they
+        /// set it.
         const COPY_ON_READ = 2;
     }
 
@@ -253,6 +254,11 @@ pub trait Driver: Send + Sync + 'static {
 
     /// Writes `iov` at `offset`.
     fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>>;
+
+    /// Bytes of one compressed cluster; `None` if the node writes none. A filter answers for its child.
+    fn compressed_unit(&self) -> Option<u32> {
+        None
+    }
 
     /// Writes one compressed cluster (or the tail of the image). An empty `iov` at the end pads the file.
     fn write_compressed(&self, _offset: u64, _iov: IoVec) -> BoxFuture<'_, Result<()>> {

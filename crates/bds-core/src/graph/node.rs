@@ -8,7 +8,7 @@
 
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use arc_swap::{ArcSwap, Guard};
@@ -66,6 +66,8 @@ pub struct Node {
     given: Given,
     limits: LimitsCell,
     traffic: Traffic,
+    /// Guards that ask for copy-on-read.
+    copy_on_read: AtomicUsize,
     /// (device, inode) of the file a protocol node holds.
     identity: Option<(u64, u64)>,
     /// Read by requests, changed by graph changes only.
@@ -115,6 +117,7 @@ impl Node {
             given,
             limits: LimitsCell::new(driver.limits()),
             traffic: Traffic::new(),
+            copy_on_read: AtomicUsize::new(0),
             identity,
             children: ArcSwap::from_pointee(children),
             parents: Mutex::default(),
@@ -237,6 +240,17 @@ impl Node {
     #[inline]
     pub(crate) fn traffic(&self) -> &Traffic {
         &self.traffic
+    }
+
+    /// Does a read copy what it finds below into this node?
+    #[inline]
+    pub fn copies_on_read(&self) -> bool {
+        self.copy_on_read.load(Ordering::Relaxed) != 0
+    }
+
+    /// How many ask for copy-on-read. Changed by their guards only.
+    pub(crate) fn copy_on_read(&self) -> &AtomicUsize {
+        &self.copy_on_read
     }
 
     /// The edges to the children. Lock-free.

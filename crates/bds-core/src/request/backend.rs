@@ -11,7 +11,7 @@ use bds_refcount::HolderKind;
 
 use super::enter::{enter, named};
 use super::status::{self, ChainRun, Depth};
-use super::{dispatch, flush, offload, range, truncate, zero};
+use super::{copy_on_read, dispatch, flush, offload, range, truncate, zero};
 use crate::driver::{
     Attempt, CheckReport, ImageInfo, ReadFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
@@ -122,6 +122,14 @@ impl Backend {
         self.check_end(offset, len)?;
         let result = dispatch::read(&self.edge, offset, iov, ReadFlags::empty()).await;
         pending.end(result)
+    }
+
+    /// Copies what the node shows of `offset..` but does not hold itself from below into it; nothing is given back. Needs a writable
+    /// backend, though what is read does not change.
+    pub async fn copy_up(&self, offset: u64, len: u64) -> Result<()> {
+        let pending = self.stats.begin(Operation::Read, len);
+        self.check_end(offset, len)?;
+        pending.end(copy_on_read::copy_up(&self.edge, offset, len).await)
     }
 
     /// Writes `iov` at `offset`.

@@ -5,12 +5,14 @@
 //!
 //! Ways that are rarely taken are boxed: every layer's future holds the next one's, and most requests are plain.
 
+use std::sync::Arc;
+
 use bds_io::{Buf, IoVec};
 
 use super::align::{PadBuf, Padded};
 use super::enter::{Entered, enter, named};
 use super::range::{self, round_down, round_up};
-use super::{flush, zero};
+use super::{copy_on_read, flush, zero};
 use crate::driver::{DetectZeroes, Limits, ReadFlags, WriteFlags, ZeroFlags};
 use crate::error::Result;
 use crate::graph::{Edge, Node, Perm};
@@ -30,7 +32,7 @@ pub(super) fn try_read(edge: &Edge, offset: u64, iov: &IoVec) -> Option<Result<(
     }
     fits_inline(node, offset, iov)?;
     // Past the end there are zeros to make up; the other way does that.
-    if offset + iov.len() as u64 > node.driver().len() {
+    if offset + iov.len() as u64 > node.driver().len() || node.copies_on_read() {
         return None;
     }
     let result = node.driver().try_read(offset, iov)?;
@@ -78,12 +80,28 @@ fn fits_inline(node: &Node, offset: u64, iov: &IoVec) -> Option<()> {
 }
 
 /// Reads; bytes past the end are zeros.
-pub(super) async fn read(edge: &Edge, offset: u64, iov: IoVec, flags: ReadFlags) -> Result<()> {
+pub(super) async fn read(
+    edge: &Arc<Edge>,
+    offset: u64,
+    iov: IoVec,
+    flags: ReadFlags,
+) -> Result<()> {
     let node = enter(edge).await?;
-    named(&node, read_inside(&node, offset, iov, flags).await)
+    let read = if flags.contains(ReadFlags::COPY_ON_READ) || node.copies_on_read() {
+        Box::pin(copy_on_read::read(edge, &node, offset, iov, flags)).await
+    } else {
+        read_inside(&node, offset, iov, flags).await
+    };
+    named(&node, read)
 }
 
-async fn read_inside(node: &Entered<'_>, offset: u64, iov: IoVec, flags: ReadFlags) -> Result<()> {
+/// As [`read`], for a request that is inside already, and without copying.
+pub(super) async fn read_inside(
+    node: &Entered<'_>,
+    offset: u64,
+    iov: IoVec,
+    flags: ReadFlags,
+) -> Result<()> {
     let end = range::check_data(offset, iov.len() as u64)?;
     if end == offset {
         return Ok(());
@@ -102,7 +120,7 @@ async fn read_inside(node: &Entered<'_>, offset: u64, iov: IoVec, flags: ReadFla
 }
 
 /// The range is aligned and registered. Beyond the node's (rounded up) end the driver is not asked.
-async fn read_aligned(
+pub(super) async fn read_aligned(
     node: &Node,
     limits: &Limits,
     offset: u64,
@@ -188,6 +206,7 @@ async fn write_inside(
                 padded.join(&pad, iov)
             }
         };
+        let _writing = node.writing();
         write_aligned(node, &limits, outer.start, iov, flags).await?
     };
     if wants_flush { Box::pin(flush::flush_inside(node)).await } else { Ok(()) }
@@ -225,15 +244,14 @@ pub(super) async fn read_around(node: &Node, limits: &Limits, padded: &Padded) -
     Ok(pad)
 }
 
-/// The range is aligned and registered. True if a flush must follow.
+/// The range is aligned and registered, and the node counts as being written to. True if a flush must follow.
 pub(super) async fn write_aligned(
-    node: &Entered<'_>,
+    node: &Node,
     limits: &Limits,
     offset: u64,
     iov: IoVec,
     flags: WriteFlags,
 ) -> Result<bool> {
-    let _writing = node.writing();
     let driver = node.driver();
     let fua = flags.contains(WriteFlags::FUA) && !node.flags().cache.no_flush;
     let mut native = flags & driver.write_flags();
@@ -300,6 +318,6 @@ fn is_short_enough(limits: &Limits, iov: &IoVec) -> bool {
     limits.max_iov == 0 || iov.segments().len() <= limits.max_iov as usize
 }
 
-fn bounce_align(limits: &Limits) -> usize {
+pub(super) fn bounce_align(limits: &Limits) -> usize {
     (limits.memory_alignment as usize).max(512)
 }

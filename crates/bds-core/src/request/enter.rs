@@ -117,6 +117,22 @@ pub(super) struct Lodger {
     number: ShardNumber,
 }
 
+impl Lodger {
+    /// See [`Entered::writing`].
+    pub(super) fn writing(&self) -> Writing<'_> {
+        self.node.traffic().writing(self.number)
+    }
+
+    /// See [`Entered::track`].
+    pub(super) async fn track(&self, range: Range<u64>, is_serialising: bool) -> Tracked<'_> {
+        let mut tracked = self.node.traffic().track(self.number, range, is_serialising);
+        if !tracked.may_go() {
+            Box::pin(tracked.wait_turn()).await;
+        }
+        tracked
+    }
+}
+
 impl Deref for Lodger {
     type Target = Node;
 

@@ -66,7 +66,7 @@ async fn flush_medium(node: &Entered<'_>) -> Result<()> {
     let first = poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx))).await;
     match first {
         Poll::Ready(result) => result,
-        Poll::Pending => Unstoppable(Some(bds_io::spawn(work))).finish().await,
+        Poll::Pending => Unstoppable::new(bds_io::spawn(work)).finish().await,
     }
 }
 
@@ -76,20 +76,23 @@ fn is_lasting(error: &Error) -> bool {
 }
 
 /// A task that runs on when nobody waits for it any more.
-struct Unstoppable(Option<bds_io::Task<Result<()>>>);
+pub(super) struct Unstoppable<T>(Option<bds_io::Task<T>>);
 
-impl Unstoppable {
-    async fn finish(mut self) -> Result<()> {
-        let result = match &mut self.0 {
-            Some(task) => task.await,
-            None => Ok(()),
-        };
+impl<T> Unstoppable<T> {
+    pub(super) fn new(task: bds_io::Task<T>) -> Self {
+        Self(Some(task))
+    }
+
+    /// Its output.
+    pub(super) async fn finish(mut self) -> T {
+        let task = self.0.as_mut().expect("only `drop` and the line below take it");
+        let result = task.await;
         self.0 = None;
         result
     }
 }
 
-impl Drop for Unstoppable {
+impl<T> Drop for Unstoppable<T> {
     fn drop(&mut self) {
         if let Some(task) = self.0.take() {
             task.detach();

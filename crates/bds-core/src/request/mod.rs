@@ -19,6 +19,7 @@
 
 mod align;
 mod backend;
+mod copy_on_read;
 mod dispatch;
 mod enter;
 mod flush;
@@ -32,6 +33,7 @@ mod zero;
 use crate::graph::{Graph, GraphConfig};
 
 pub use backend::{Backend, BackendOptions};
+pub use copy_on_read::CopyOnReadGuard;
 pub use status::{ChainRun, HostBytes};
 
 impl Graph {

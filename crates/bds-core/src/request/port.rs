@@ -67,6 +67,10 @@ impl ChildPort for Port {
         Box::pin(dispatch::write(&self.0, offset, iov, flags))
     }
 
+    fn compressed_unit(&self) -> Option<u32> {
+        self.0.target().driver().compressed_unit()
+    }
+
     fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
         Box::pin(dispatch::write_compressed(&self.0, offset, iov))
     }
@@ -99,6 +103,15 @@ impl ChildPort for Port {
 
     fn is_zero(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<bool>> {
         Box::pin(status::is_zero(&self.0, offset, len))
+    }
+
+    fn status_down_to<'a>(
+        &'a self,
+        bottom: &'a str,
+        offset: u64,
+        len: u64,
+    ) -> BoxFuture<'a, Result<StatusRun>> {
+        Box::pin(status::down_to(&self.0, bottom, offset, len))
     }
 
     fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {

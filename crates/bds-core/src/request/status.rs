@@ -7,7 +7,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::enter::{Entered, enter, named};
+use super::enter::{enter, named};
 use super::range::{self, round_down, round_up};
 use crate::driver::{BoxFuture, HostMap, Role, StatusFlags, StatusRun};
 use crate::error::{Error, ErrorKind, Result};
@@ -81,7 +81,13 @@ fn layer(edge: &Edge, offset: u64, len: u64, precise: bool) -> BoxFuture<'_, Res
     })
 }
 
-async fn layer_inside(node: &Entered<'_>, offset: u64, len: u64, precise: bool) -> Result<Layer> {
+/// What one layer decides, for a request that is inside already: length of the run (0 at the end) and what holds.
+pub(super) async fn run_inside(node: &Node, offset: u64, len: u64) -> Result<(u64, StatusFlags)> {
+    let layer = layer_inside(node, offset, len, false).await?;
+    Ok((layer.len, layer.flags))
+}
+
+async fn layer_inside(node: &Node, offset: u64, len: u64, precise: bool) -> Result<Layer> {
     let total = node.len();
     let end = range::check(offset, len)?.min(total);
     if offset >= total {
@@ -255,12 +261,8 @@ async fn walk_chain(
         }
         let next = {
             let target = edge.target();
-            if target.driver().is_filter() {
-                target.filtered_child().or_else(|| target.child_in_role(Role::PRIMARY))
-            } else {
-                steps += 1;
-                target.cow_child()
-            }
+            steps += usize::from(!target.driver().is_filter());
+            below(&target)
         };
         len = run.len;
         // What an upper layer knows (zeros behind a short backing node) stays true further down.
@@ -273,6 +275,39 @@ async fn walk_chain(
         }
         top = Some(run);
     }
+}
+
+/// The way to the next layer: what a filter shows, or the backing node.
+fn below(node: &Node) -> Option<Arc<Edge>> {
+    if node.driver().is_filter() {
+        node.filtered_child().or_else(|| node.child_in_role(Role::PRIMARY))
+    } else {
+        node.cow_child()
+    }
+}
+
+/// What the layers down to the node named `bottom`, this one included, hold of `offset..`.
+pub(super) async fn down_to(
+    edge: &Arc<Edge>,
+    bottom: &str,
+    offset: u64,
+    len: u64,
+) -> Result<StatusRun> {
+    let mut at = Some(Arc::clone(edge));
+    let depth = loop {
+        let Some(here) = at else {
+            let top = edge.target().name().to_owned();
+            let words = format!("node '{bottom}' is not in the chain of '{top}'");
+            return Err(Error::new(ErrorKind::NotFound, words));
+        };
+        let target = here.target();
+        at = below(&target);
+        if target.name() == bottom {
+            break at.map_or(Depth::All, |next| Depth::Above(next.target().id()));
+        }
+    };
+    let run = of_chain(edge, depth, offset, len, false).await?;
+    Ok(StatusRun { len: run.len, flags: run.flags, map: None })
 }
 
 fn finish(mut run: ChainRun, offset: u64, end: Option<u64>) -> ChainRun {

@@ -58,6 +58,7 @@ pub(super) async fn write_zeroes_inside(
         node,
         limits: &limits,
         flags: flags & supported.unwrap_or_default(),
+        write_flags: write_flags(flags),
         may_fall_back: !flags.contains(ZeroFlags::NO_FALLBACK),
         has_driver_way: supported.is_some(),
     };
@@ -78,6 +79,28 @@ pub(super) async fn write_zeroes_inside(
         _ => {}
     }
     Ok(Attempt::Done)
+}
+
+/// What zeros from a buffer keep of the flags. Durability is the caller's: one flush at the end.
+fn write_flags(flags: ZeroFlags) -> WriteFlags {
+    match flags.contains(ZeroFlags::UNCHANGED) {
+        true => WriteFlags::UNCHANGED,
+        false => WriteFlags::empty(),
+    }
+}
+
+/// Makes a range read as zeros that did so before: aligned, registered, and the node counts as being written to.
+pub(super) async fn keep_zeroes(node: &Node, limits: &Limits, start: u64, end: u64) -> Result<()> {
+    let supported = node.driver().zero_flags();
+    let piece = Pieces {
+        node,
+        limits,
+        flags: ZeroFlags::UNCHANGED & supported.unwrap_or_default(),
+        write_flags: WriteFlags::UNCHANGED,
+        may_fall_back: true,
+        has_driver_way: supported.is_some(),
+    };
+    piece.zero(start, end).await.map(drop)
 }
 
 /// Head and tail blocks are read, zeroed in part and written; whole blocks between them are zeroed as such.
@@ -121,12 +144,14 @@ enum Zeroed {
     Unsupported,
 }
 
-/// Zeroing aligned ranges of one node.
+/// Zeroing aligned ranges of one node, which counts as being written to.
 struct Pieces<'a> {
-    node: &'a Entered<'a>,
+    node: &'a Node,
     limits: &'a Limits,
     /// What is passed to the driver.
     flags: ZeroFlags,
+    /// What is passed with zeros from a buffer.
+    write_flags: WriteFlags,
     has_driver_way: bool,
     may_fall_back: bool,
 }
@@ -159,7 +184,7 @@ impl Pieces<'_> {
         while offset < end {
             let len = (end - offset).min(FALLBACK_LEN);
             // The caller flushes once at the end, if asked to.
-            write_aligned(self.node, self.limits, offset, zeros(len), WriteFlags::empty()).await?;
+            write_aligned(self.node, self.limits, offset, zeros(len), self.write_flags).await?;
             offset += len;
         }
         Ok(())

@@ -8,6 +8,10 @@
 )]
 
 mod blkdebug;
+#[cfg(feature = "qcow2")]
+mod compress;
+#[cfg(feature = "qcow2")]
+mod copy_on_read;
 mod device;
 #[cfg(feature = "qcow2")]
 mod findings;
@@ -21,6 +25,7 @@ mod matrix;
 mod mem;
 mod model;
 mod null;
+mod preallocate;
 #[cfg(feature = "qcow2")]
 mod qcow2;
 #[cfg(feature = "qcow2")]
@@ -29,3 +34,4 @@ mod qcow2_check;
 mod qcow2_create;
 mod raw;
 mod sweep;
+mod throttle;

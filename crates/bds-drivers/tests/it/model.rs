@@ -4,6 +4,7 @@ use std::cell::RefCell;
 
 use bds_io::{EngineKind, Sim, SimConfig};
 use bds_testkit::{Cache, DiskModel, Scratch, Shape, Tool, Workload, qemu_img};
+use serde_json::json;
 
 use crate::sweep::rig::{Kind, World, play};
 use crate::sweep::seeds;
@@ -30,6 +31,26 @@ fn kinds() -> Vec<Kind> {
         q("64k", 65536).sized(65536 * 20, 65536 * 30),
         q("64k-ext-rc1", 65536).extended().create("refcount_bits", 1).sized(65536 * 20, 65536 * 30),
         Kind::raw("raw"),
+        q("4k-cor", 4096).backed(200_000).through(json!({"driver": "copy-on-read"})),
+        q("4k-data-cor", 4096)
+            .with_data_file()
+            .backed(100_000)
+            .through(json!({"driver": "copy-on-read"})),
+        q("16k-ext-cor", 16384)
+            .extended()
+            .backed(300_000)
+            .sized(16384 * 24, 16384 * 40)
+            .through(json!({"driver": "copy-on-read"})),
+        q("4k-compress", 4096).backed(200_000).through(json!({"driver": "compress"})),
+        q("16k-ext-compress", 16384)
+            .extended()
+            .sized(16384 * 24, 16384 * 40)
+            .through(json!({"driver": "compress"})),
+        q("4k-throttle", 4096)
+            .through(json!({"driver": "throttle", "limits": {"iops-total": 1_000_000}})),
+        q("4k-preallocate", 4096).upon(json!({"driver": "preallocate", "prealloc-size": 100_000})),
+        Kind::raw("raw-preallocate")
+            .upon(json!({"driver": "preallocate", "prealloc-align": 512, "prealloc-size": 0})),
     ]
 }
 

@@ -165,6 +165,10 @@ impl Driver for DebugNode {
         })
     }
 
+    fn compressed_unit(&self) -> Option<u32> {
+        self.image.compressed_unit()
+    }
+
     fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
             self.pass(Kind::Write, offset, iov.len() as u64, &["pwritev"]).await?;

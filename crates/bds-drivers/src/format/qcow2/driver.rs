@@ -82,8 +82,19 @@ impl Driver for Qcow2 {
         Box::pin(self.image.read(offset, iov))
     }
 
-    fn write(&self, offset: u64, iov: IoVec, _flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
-        Box::pin(self.image.write(offset, iov))
+    /// What does not change what is read must not show anything else after a crash either.
+    fn write_flags(&self) -> WriteFlags {
+        WriteFlags::UNCHANGED
+    }
+
+    fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.image.write(offset, iov, flags.contains(WriteFlags::UNCHANGED)))
+    }
+
+    fn compressed_unit(&self) -> Option<u32> {
+        let has_some = self.image.data_file.is_none();
+        let size = self.image.geometry().cluster_size();
+        has_some.then(|| u32::try_from(size).expect("at most 2 MiB"))
     }
 
     fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {

@@ -111,7 +111,13 @@ impl Image {
         (is_ours && is_safe).then_some(run.host)
     }
 
-    pub(crate) async fn write(self: &Arc<Self>, offset: u64, iov: IoVec) -> Result<()> {
+    /// Writes; `is_copy` if the guest sees the same bytes already, which then must be durable before the link (rule O3).
+    pub(crate) async fn write(
+        self: &Arc<Self>,
+        offset: u64,
+        iov: IoVec,
+        is_copy: bool,
+    ) -> Result<()> {
         if self.may_write.load(Ordering::Acquire) && self.broken.get().is_none() {
             let inside = self.grace.enter_owned();
             if let Some(host) = self.own_place(offset, iov.len() as u64) {
@@ -130,7 +136,7 @@ impl Image {
         let working = self.busy.begin();
         finish(async move {
             image.prepare_to_write().await?;
-            image.write_all(offset, &iov).await?;
+            image.write_steps(offset, &iov, is_copy).await?;
             image.keep_budgets().await?;
             drop(working);
             Ok(())
@@ -141,8 +147,12 @@ impl Image {
     /// Writes step by step, several at once. Runs in a task of its own. When it returns nothing of it is under way any more,
     /// also after a failure: a late step must not overwrite what the guest writes next.
     pub(crate) async fn write_all(self: &Arc<Self>, offset: u64, iov: &IoVec) -> Result<()> {
+        self.write_steps(offset, iov, false).await
+    }
+
+    async fn write_steps(self: &Arc<Self>, offset: u64, iov: &IoVec, is_copy: bool) -> Result<()> {
         let mut under_way = FuturesUnordered::new();
-        let result = self.begin_steps(offset, iov, &mut under_way).await;
+        let result = self.begin_steps(offset, iov, is_copy, &mut under_way).await;
         let rest = end_all(&mut under_way).await;
         result.and(rest)
     }
@@ -152,6 +162,7 @@ impl Image {
         self: &Arc<Self>,
         offset: u64,
         iov: &IoVec,
+        is_copy: bool,
         under_way: &mut FuturesUnordered<BoxFuture<'static, Result<()>>>,
     ) -> Result<()> {
         let len = iov.len() as u64;
@@ -167,7 +178,8 @@ impl Image {
                     let piece = iov.slice(mem_len(at)..mem_len(at + step_len));
                     at += step_len;
                     let image = Arc::clone(self);
-                    under_way.push(Box::pin(async move { image.take_step(step, piece).await }));
+                    let step = async move { image.take_step(step, piece, is_copy).await };
+                    under_way.push(Box::pin(step));
                     held.clear();
                     if under_way.len() >= STEPS_AT_ONCE {
                         under_way.next().await.transpose()?;
@@ -200,7 +212,12 @@ impl Image {
         Guarded { image: Arc::clone(self), work, is_writing: false, is_over: false }
     }
 
-    async fn take_step(self: &Arc<Self>, step: GuardedStep, iov: IoVec) -> Result<()> {
+    async fn take_step(
+        self: &Arc<Self>,
+        step: GuardedStep,
+        iov: IoVec,
+        is_copy: bool,
+    ) -> Result<()> {
         match step {
             GuardedStep::InPlace(host, inside) => {
                 let write = self.data().write(host, iov, WriteFlags::empty());
@@ -209,7 +226,8 @@ impl Image {
                 result
             }
             GuardedStep::Link(mut guarded) => {
-                let copy = self.copy_around(&guarded.work, iov).await?;
+                let mut copy = self.copy_around(&guarded.work, iov).await?;
+                copy.is_copy |= is_copy;
                 guarded.is_writing = true;
                 let data = self.data();
                 let host = guarded.work.host + (copy.start - guarded.work.guest);

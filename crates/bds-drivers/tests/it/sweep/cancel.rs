@@ -6,6 +6,7 @@ use bds_io::sim::CutMode;
 use bds_io::{Sim, SimConfig};
 use bds_testkit::{DiskModel, Ended, Op, Step, Workload, pattern};
 use futures_util::future::join_all;
+use serde_json::json;
 
 use super::rig::{Disk, Kind, World};
 use super::seeds;
@@ -18,6 +19,11 @@ fn kinds() -> Vec<Kind> {
         q("512-tiny-cache").open("l2-cache-size", 1024).open("refcount-cache-size", 2048),
         Kind::qcow2("4k-data", 4096).with_data_file().sized(4096 * 24, 4096 * 40),
         Kind::qcow2("16k-ext", 16384).extended().sized(16384 * 24, 16384 * 28),
+        q("512-copy-on-read").backed(50_000).through(json!({"driver": "copy-on-read"})),
+        q("512-preallocate").upon(
+            json!({"driver": "preallocate", "prealloc-align": 8192, "prealloc-size": 20_000}),
+        ),
+        q("512-compress").through(json!({"driver": "compress"})),
     ]
 }
 
@@ -37,6 +43,8 @@ fn victims(kind: &Kind) -> Vec<Vec<Op>> {
         vec![Op::Zero { at: c, len: c * 2, may_unmap: false, fua: true }],
         vec![Op::Discard { at: 0, len: c * 4 }],
         vec![Op::Flush],
+        vec![Op::Read { at: c / 2, len: c * 14 }],
+        vec![Op::Read { at: c * 5, len: c * 4 }, write(96, c * 6 + 9, 700), write(97, c * 7, len)],
         vec![Op::Grow { len: kind.len + c * 2 }],
         vec![write(93, c * 4, len), write(94, c * 4, len), write(95, c * 6 + 5, 100), Op::Flush],
     ];

@@ -6,6 +6,7 @@ use bds_core::graph::Graph;
 use bds_io::sim::CutMode;
 use bds_io::{Sim, SimConfig};
 use bds_testkit::{DiskModel, Scratch, Shape, Step, Workload, qemu_img};
+use serde_json::json;
 
 use super::rig::{Disk, Kind, World};
 use super::seeds;
@@ -268,6 +269,39 @@ fn flushed_bytes_survive_a_cut_at_every_write_4k() {
 fn flushed_bytes_survive_a_cut_at_every_write_with_subclusters() {
     let q = |name| Kind::qcow2(name, 16384).extended().sized(16384 * 8, 16384 * 12);
     sweep(&[q("16k-ext"), q("16k-ext-backed").backed(90_000).strict()], 3, 9);
+}
+
+/// Reads write here: what is copied up must be durable before anything points at it, because nobody flushes for a read.
+#[test]
+fn flushed_bytes_survive_a_cut_at_every_write_of_a_copy_on_read() {
+    let q = |kind: Kind| kind.backed(90_000).through(json!({"driver": "copy-on-read"}));
+    let kinds = [
+        q(Kind::qcow2("512-cor", 512).sized(512 * 160, 512 * 240)),
+        q(Kind::qcow2("4k-v2-cor", 4096).version_2().sized(4096 * 24, 4096 * 40)),
+        q(Kind::qcow2("4k-data-cor", 4096).with_data_file().sized(4096 * 24, 4096 * 40)),
+        q(Kind::qcow2("16k-ext-cor", 16384).extended().sized(16384 * 8, 16384 * 12)),
+    ];
+    sweep(&kinds, 6, 9);
+}
+
+#[test]
+fn flushed_bytes_survive_a_cut_at_every_write_through_compress() {
+    let q = |kind: Kind| kind.through(json!({"driver": "compress"}));
+    let kinds = [
+        q(Kind::qcow2("512-compress", 512).sized(512 * 160, 512 * 240)),
+        q(Kind::qcow2("4k-compress", 4096).backed(70_000).sized(4096 * 24, 4096 * 40)),
+    ];
+    sweep(&kinds, 6, 9);
+}
+
+#[test]
+fn flushed_bytes_survive_a_cut_at_every_write_upon_preallocate() {
+    let filter = json!({"driver": "preallocate", "prealloc-align": 8192, "prealloc-size": 20_000});
+    let kinds = [
+        Kind::qcow2("512-prealloc", 512).sized(512 * 160, 512 * 240).upon(filter.clone()),
+        Kind::qcow2("4k-prealloc", 4096).sized(4096 * 24, 4096 * 40).upon(filter),
+    ];
+    sweep(&kinds, 6, 9);
 }
 
 #[test]

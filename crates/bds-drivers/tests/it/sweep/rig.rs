@@ -28,6 +28,10 @@ pub(crate) struct Kind {
     pub(crate) create: Value,
     /// Options of open beside the file.
     pub(crate) open: Value,
+    /// A filter above the image when it is open for writing: its options beside `file`.
+    pub(crate) above: Option<Value>,
+    /// A filter between the image and its file, likewise.
+    pub(crate) beneath: Option<Value>,
     pub(crate) cluster: u64,
     /// Zero writes of whole units are metadata.
     pub(crate) zero_unit: Option<u64>,
@@ -52,6 +56,8 @@ impl Kind {
             format: "qcow2",
             create: json!({"cluster_size": cluster}),
             open: json!({}),
+            above: None,
+            beneath: None,
             cluster,
             zero_unit: Some(cluster),
             len: cluster * 96,
@@ -85,6 +91,16 @@ impl Kind {
     pub(crate) fn open(mut self, key: &str, value: impl Into<Value>) -> Kind {
         self.open[key] = value.into();
         self
+    }
+
+    /// Written and read through a filter; the workload reads too.
+    pub(crate) fn through(self, filter: Value) -> Kind {
+        Kind { above: Some(filter), ..self }
+    }
+
+    /// The image's file is written through a filter.
+    pub(crate) fn upon(self, filter: Value) -> Kind {
+        Kind { beneath: Some(filter), ..self }
     }
 
     /// New clusters become visible only with their data: nothing stale is ever seen.
@@ -130,7 +146,7 @@ impl Kind {
             has_compression: self.has_compression,
             reopens: false,
             batches: true,
-            reads: false,
+            reads: self.above.is_some(),
         }
     }
 
@@ -321,6 +337,14 @@ impl Disk {
         options["driver"] = json!(kind.format);
         options["file"] = json!({"driver": "file", "filename": world.path("disk")});
         let writable = !flags.read_only;
+        if let Some(filter) = kind.beneath.as_ref().filter(|_| writable) {
+            let file = std::mem::replace(&mut options["file"], filter.clone());
+            options["file"]["file"] = file;
+        }
+        if let Some(filter) = kind.above.as_ref().filter(|_| writable) {
+            let file = std::mem::replace(&mut options, filter.clone());
+            options["file"] = file;
+        }
         let node = graph.open_with(Options::from_json(options)?, flags).await?;
         Ok(Disk { backend: Backend::new(&node, BackendOptions { name: "test".into(), writable })? })
     }

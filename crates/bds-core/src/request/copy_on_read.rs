@@ -1,0 +1,194 @@
+//! Copy on read: what a read finds below is kept in the node that was asked.
+//!
+//! Asked for by [`ReadFlags::COPY_ON_READ`] or by a [`CopyOnReadGuard`] of the node. What the node holds already is read as
+//! ever. The rest goes up in pieces of whole units (those in which the node's zero writes work best: its clusters or subclusters):
+//!
+//! ```text
+//! piece registered as serialising ─► status again ─► read through the driver ─► written back, unchanged ─► caller gets a copy
+//! ```
+//!
+//! A piece is copied by a task of its own that is inside the node and holds the piece's place: a late write of what was
+//! read before must not overwrite what the guest writes next, so it ends before the range is free, whether or not the reader
+//! is still there. Only the driver is called, never this node's corridor, so nothing waits for its own place.
+//!
+//! What is read is the same before, during and after; a read fails if its copy cannot be kept.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bds_io::{Buf, IoVec};
+
+use super::dispatch::{bounce_align, read_aligned, read_inside, write_aligned};
+use super::enter::{Entered, Lodger};
+use super::flush::Unstoppable;
+use super::range::{self, round_down, round_up};
+use super::{dispatch, status, zero};
+use crate::driver::{Limits, ReadFlags, StatusFlags, WriteFlags};
+use crate::error::{Error, ErrorKind, Result};
+use crate::graph::{Edge, NodeRef};
+
+/// Longest piece, in bytes (longer only if a single unit is).
+const PIECE_LEN: u64 = 16 << 20;
+/// What says "so many bytes" where nobody looks at them.
+const BLIND_LEN: usize = 64 << 10;
+
+/// While it lives, reads of its node copy what they find below into the node. Guards add up.
+#[derive(Debug)]
+#[must_use = "reads copy until this is dropped"]
+pub struct CopyOnReadGuard {
+    node: NodeRef,
+}
+
+impl NodeRef {
+    /// Lets reads of this node copy what they find below into it, for as long as the guard lives. The guard keeps the
+    /// node open.
+    ///
+    /// # Errors
+    /// `ReadOnly` if the node is.
+    #[track_caller]
+    pub fn enable_copy_on_read(&self) -> Result<CopyOnReadGuard> {
+        if !self.is_writable() {
+            let words = "copy-on-read writes to the node, which is read-only; open it for writing";
+            return Err(Error::new(ErrorKind::ReadOnly, words).node(self.name()));
+        }
+        self.copy_on_read().fetch_add(1, Ordering::Relaxed);
+        Ok(CopyOnReadGuard { node: self.clone() })
+    }
+}
+
+impl CopyOnReadGuard {
+    /// The node whose reads copy.
+    pub fn node(&self) -> &NodeRef {
+        &self.node
+    }
+}
+
+impl Drop for CopyOnReadGuard {
+    fn drop(&mut self) {
+        self.node.copy_on_read().fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Copies up without giving anything back.
+pub(super) async fn copy_up(edge: &Arc<Edge>, offset: u64, len: u64) -> Result<()> {
+    let flags = ReadFlags::PREFETCH | ReadFlags::COPY_ON_READ;
+    let end = range::check(offset, len)?;
+    let mut at = offset;
+    while at < end {
+        let next = end.min(at + PIECE_LEN);
+        let mut left = usize::try_from(next - at).expect("a piece fits into memory");
+        let blind = Buf::zeroed(left.min(BLIND_LEN), 1);
+        let mut iov = IoVec::default();
+        while left > 0 {
+            let take = left.min(BLIND_LEN);
+            iov.push(blind.slice(0..take));
+            left -= take;
+        }
+        dispatch::read(edge, at, iov, flags).await?;
+        at = next;
+    }
+    Ok(())
+}
+
+/// Reads and copies, for a request that is inside.
+pub(super) async fn read(
+    edge: &Arc<Edge>,
+    node: &Entered<'_>,
+    offset: u64,
+    iov: IoVec,
+    flags: ReadFlags,
+) -> Result<()> {
+    let end = range::check_data(offset, iov.len() as u64)?;
+    if flags.contains(ReadFlags::COPY_ON_READ) {
+        range::check_write(edge, node, 0, true)?;
+    } else if !node.is_writable() {
+        return read_inside(node, offset, iov, flags).await;
+    }
+    let below = flags.difference(ReadFlags::COPY_ON_READ);
+    let limits = node.limits();
+    let align = u64::from(limits.request_alignment);
+    let unit = align.max(limits.zero_alignment.into());
+    let reach = round_up(node.len(), align);
+    // The caller's bytes from `done` on are not there yet.
+    let mut done = offset;
+    let part =
+        |range: Range<u64>| iov.slice(index(range.start - offset)..index(range.end - offset));
+    while done < end.min(reach) {
+        let len = end.min(reach).min(round_down(done, unit) + PIECE_LEN.max(unit)) - done;
+        let (len, held) = status::run_inside(node, done, len).await?;
+        if len == 0 {
+            break;
+        }
+        // At the end of a node that ends inside a block, the run ends there too.
+        let next = end.min(done + len);
+        let wanted = part(done..next);
+        if is_held(held) {
+            if !flags.contains(ReadFlags::PREFETCH) {
+                read_inside(node, done, wanted, below).await?;
+            }
+        } else {
+            let piece = round_down(done, unit)..round_up(next, unit).min(reach);
+            let head = index(done - piece.start);
+            let copied = copy_piece(node, limits, piece).await?;
+            if !flags.contains(ReadFlags::PREFETCH) {
+                wanted.copy_from_iov(0, &copied.slice(head..head + wanted.len()));
+            }
+        }
+        done = next;
+    }
+    if done < end && !flags.contains(ReadFlags::PREFETCH) {
+        iov.fill(index(done - offset)..iov.len(), 0);
+    }
+    Ok(())
+}
+
+/// Is there nothing to copy? Zeros that no layer holds are zeros because nothing lies below.
+fn is_held(flags: StatusFlags) -> bool {
+    flags.intersects(StatusFlags::ALLOCATED | StatusFlags::ZERO)
+}
+
+/// Copies what the node does not hold of `piece` (whole units, or up to the node's end). All of its bytes as the node shows them.
+async fn copy_piece(node: &Entered<'_>, limits: Limits, piece: Range<u64>) -> Result<IoVec> {
+    let inside = node.again();
+    let copy = async move { copy_inside(&inside, &limits, piece).await };
+    Unstoppable::new(bds_io::spawn(copy)).finish().await
+}
+
+async fn copy_inside(node: &Lodger, limits: &Limits, piece: Range<u64>) -> Result<IoVec> {
+    let _tracked = node.track(piece.clone(), true).await;
+    // A buffer of our own: a guest may scribble over its while we write.
+    let iov = Buf::zeroed(index(piece.end - piece.start), bounce_align(limits)).iov();
+    read_aligned(node, limits, piece.start, iov.clone(), ReadFlags::empty()).await?;
+    let align = u64::from(limits.request_alignment);
+    let mut at = piece.start;
+    while at < piece.end {
+        let (len, held) = status::run_inside(node, at, piece.end - at).await?;
+        if len == 0 {
+            break;
+        }
+        let next = round_up(at + len, align).min(piece.end);
+        if !is_held(held) {
+            let part = iov.slice(index(at - piece.start)..index(next - piece.start));
+            keep(node, limits, at, part)
+                .await
+                .map_err(|e| e.context("cannot keep what was read from below").at(at))?;
+        }
+        at = next;
+    }
+    Ok(iov)
+}
+
+async fn keep(node: &Lodger, limits: &Limits, offset: u64, iov: IoVec) -> Result<()> {
+    let _writing = node.writing();
+    let len = iov.len();
+    if node.driver().zero_flags().is_some() && iov.is_zero(0..len) {
+        return zero::keep_zeroes(node, limits, offset, offset + len as u64).await;
+    }
+    write_aligned(node, limits, offset, iov, WriteFlags::UNCHANGED).await.map(drop)
+}
+
+/// A distance inside one request.
+fn index(len: u64) -> usize {
+    usize::try_from(len).expect("a request fits into memory")
+}

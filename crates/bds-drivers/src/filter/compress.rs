@@ -1,0 +1,263 @@
+//! `compress`: what is written through this node is stored compressed.
+//!
+//! The option is QEMU's `file`. The node asks for whole clusters of the image below (its request alignment), so the corridor
+//! completes smaller writes with what lies around; each then goes down as compressed clusters. Zero writes and discards stay what
+//! they are. What does not get smaller is stored as it is, by the format.
+//!
+//! A write that was begun goes on to its end, whether or not the caller waits: compression takes a while, and it brings
+//! along the bytes around. Whoever comes later to the same clusters waits for one that was left behind, so that old bytes never
+//! land on newer ones.
+
+use std::any::Any;
+use std::ops::Range;
+use std::pin::{Pin, pin};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+
+use bds_core::driver::{
+    Attempt, BoxFuture, Category, Child, Driver, DriverType, Limits, OpenContext, ReadFlags, Role,
+    StatusRun, Truncate, WriteFlags, ZeroFlags,
+};
+use bds_core::options::{OptionKind, OptionSpec};
+use bds_core::{Error, ErrorKind, Result};
+use bds_io::sync::Notify;
+use bds_io::{IoVec, Task};
+
+/// The `compress` filter.
+#[derive(Clone, Copy, Debug)]
+pub struct Compress;
+
+const OPEN_OPTIONS: &[OptionSpec] = &[OptionSpec {
+    name: "file",
+    kind: OptionKind::Child,
+    help: "the image to write compressed clusters to",
+    default: None,
+}];
+
+struct CompressNode {
+    file: Arc<Child>,
+    unit: u32,
+    late: Arc<Late>,
+}
+
+/// Writes that go on though nobody waits for them.
+#[derive(Default)]
+struct Late {
+    ranges: Mutex<Vec<Range<u64>>>,
+    ended: Notify,
+}
+
+impl Late {
+    fn ranges(&self) -> MutexGuard<'_, Vec<Range<u64>>> {
+        self.ranges.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until no write that was left behind touches the range.
+    async fn wait(&self, range: &Range<u64>) {
+        let is_touched = |other: &Range<u64>| other.start < range.end && range.start < other.end;
+        loop {
+            let mut ended = pin!(self.ended.notified());
+            ended.as_mut().enable();
+            if !self.ranges().iter().any(is_touched) {
+                return;
+            }
+            ended.await;
+        }
+    }
+}
+
+/// Writes whole clusters; the last one may end with the node.
+async fn write_whole(file: &Child, offset: u64, mut iov: IoVec) -> Result<()> {
+    let end = offset + iov.len() as u64;
+    let reach = file.len();
+    if end > reach && offset < reach {
+        // The corridor completed the last cluster; the node ends inside it.
+        let kept = usize::try_from(reach - offset).expect("shorter than the request");
+        let rest = iov.split_off(kept);
+        if !rest.is_zero(0..rest.len()) {
+            let words = "compressed clusters cannot be written past the end of the node";
+            return Err(Error::new(ErrorKind::OutOfRange, words).at(reach));
+        }
+    }
+    file.write_compressed(offset, iov).await
+}
+
+/// A write in a task of its own. Dropped before its end, it is left behind.
+struct Writing {
+    late: Arc<Late>,
+    range: Range<u64>,
+    task: Option<Task<Result<()>>>,
+}
+
+impl Future for Writing {
+    type Output = Result<()>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<()>> {
+        let Some(task) = &mut self.task else { return Poll::Ready(Ok(())) };
+        let result = std::task::ready!(Pin::new(task).poll(cx));
+        self.task = None;
+        Poll::Ready(result)
+    }
+}
+
+impl Drop for Writing {
+    fn drop(&mut self) {
+        let Some(task) = self.task.take() else { return };
+        // Without the child: once the write has ended, nothing of this may keep it open.
+        let (late, range) = (Arc::clone(&self.late), self.range.clone());
+        late.ranges().push(range.clone());
+        bds_io::spawn(async move {
+            if let Err(error) = task.await {
+                tracing::debug!(%error, "a compressed write that nobody waits for failed");
+            }
+            let mut ranges = late.ranges();
+            if let Some(place) = ranges.iter().position(|other| *other == range) {
+                ranges.swap_remove(place);
+            }
+            drop(ranges);
+            late.ended.notify_waiters();
+        })
+        .detach();
+    }
+}
+
+impl CompressNode {
+    async fn write_to_the_end(&self, offset: u64, iov: IoVec) -> Result<()> {
+        let range = offset..offset + iov.len() as u64;
+        self.late.wait(&range).await;
+        let file = Arc::clone(&self.file);
+        let task = bds_io::spawn(async move { write_whole(&file, offset, iov).await });
+        Writing { late: Arc::clone(&self.late), range, task: Some(task) }.await
+    }
+}
+
+impl Driver for CompressNode {
+    fn name(&self) -> &'static str {
+        "compress"
+    }
+
+    fn len(&self) -> u64 {
+        self.file.len()
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { request_alignment: self.unit, ..self.file.limits() }
+    }
+
+    fn is_filter(&self) -> bool {
+        true
+    }
+
+    fn zero_flags(&self) -> Option<ZeroFlags> {
+        Some(ZeroFlags::all())
+    }
+
+    fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+        self.file.try_read(offset, iov)
+    }
+
+    fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
+        self.file.read(offset, iov, flags)
+    }
+
+    fn write(&self, offset: u64, iov: IoVec, _flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.write_to_the_end(offset, iov))
+    }
+
+    fn compressed_unit(&self) -> Option<u32> {
+        Some(self.unit)
+    }
+
+    fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.write_to_the_end(offset, iov))
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> BoxFuture<'_, Result<Attempt>> {
+        Box::pin(async move {
+            self.late.wait(&(offset..offset + len)).await;
+            // The corridor may have rounded up to the last cluster's end, behind that of the node.
+            let reach = self.file.len();
+            let len = if offset < reach { len.min(reach - offset) } else { len };
+            self.file.write_zeroes(offset, len, flags).await
+        })
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Attempt>> {
+        Box::pin(async move {
+            self.late.wait(&(offset..offset + len)).await;
+            self.file.discard(offset, len).await?;
+            Ok(Attempt::Done)
+        })
+    }
+
+    fn block_status(
+        &self,
+        offset: u64,
+        len: u64,
+        _precise: bool,
+    ) -> BoxFuture<'_, Result<StatusRun>> {
+        let run = super::pass_status("file", self.file.len(), offset, len);
+        Box::pin(async move { Ok(run) })
+    }
+
+    fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            self.late.wait(&(0..u64::MAX)).await;
+            self.file.truncate(change).await
+        })
+    }
+
+    fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
+        self.file.allocated_len()
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn close(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async {
+            self.late.wait(&(0..u64::MAX)).await;
+            Ok(())
+        })
+    }
+}
+
+impl DriverType for Compress {
+    fn name(&self) -> &'static str {
+        "compress"
+    }
+
+    fn category(&self) -> Category {
+        Category::Filter
+    }
+
+    fn open_options(&self) -> &'static [OptionSpec] {
+        OPEN_OPTIONS
+    }
+
+    fn open<'a>(
+        &'a self,
+        context: &'a mut OpenContext<'_>,
+    ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
+        Box::pin(async move {
+            let file = context.child("file", Role::FILTERED | Role::PRIMARY).await?;
+            let Some(unit) = file.compressed_unit() else {
+                let words = format!(
+                    "'file' is node '{}' ({}), which has no compressed clusters; the compress filter \
+                     stands above an image that has them, like qcow2 without a data file",
+                    file.node_name(),
+                    file.driver_name()
+                );
+                return Err(Error::new(ErrorKind::NotSupported, words));
+            };
+            let late = Arc::default();
+            Ok(Box::new(CompressNode { file: Arc::new(file), unit, late }) as Box<dyn Driver>)
+        })
+    }
+}

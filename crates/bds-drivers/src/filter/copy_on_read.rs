@@ -1,0 +1,194 @@
+//! `copy-on-read`: what is read through this node is kept in the node below, so that it need not come from far a second time.
+//!
+//! Options are QEMU's `file` and `bottom`. The copying is the corridor's: reads go down with the flag that asks for it. With
+//! `bottom`, only what is held by the layers from `file` down to that node is copied; what lies further below is read and
+//! left there. If a change of the graph takes `bottom` out of the chain, nothing is copied any more.
+//!
+//! The node writes to its file without changing what is read there, so it is opened for writing.
+
+use std::any::Any;
+
+use bds_core::driver::{
+    Attempt, BoxFuture, Category, Child, Driver, DriverType, Limits, OpenContext, ReadFlags, Role,
+    StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
+};
+use bds_core::options::{OptionKind, OptionSpec};
+use bds_core::{Error, ErrorKind, Result};
+use bds_io::IoVec;
+
+/// The `copy-on-read` filter.
+#[derive(Clone, Copy, Debug)]
+pub struct CopyOnRead;
+
+const OPEN_OPTIONS: &[OptionSpec] = &[
+    OptionSpec {
+        name: "file",
+        kind: OptionKind::Child,
+        help: "the node to read from and to copy into",
+        default: None,
+    },
+    OptionSpec {
+        name: "bottom",
+        kind: OptionKind::String,
+        help: "name of the lowest node in the chain whose data is copied",
+        default: None,
+    },
+];
+
+struct CopyOnReadNode {
+    file: Child,
+    bottom: Option<String>,
+}
+
+impl CopyOnReadNode {
+    /// Reads part after part: each is copied or not, as `bottom` says.
+    async fn read_above(
+        &self,
+        bottom: &str,
+        offset: u64,
+        iov: IoVec,
+        flags: ReadFlags,
+    ) -> Result<()> {
+        let end = iov.len();
+        let mut done = 0;
+        while done < end {
+            let at = offset + done as u64;
+            let asked = (end - done) as u64;
+            let (len, is_copied) = match self.file.status_down_to(bottom, at, asked).await {
+                Ok(run) => (run.len, run.flags.contains(StatusFlags::ALLOCATED)),
+                Err(error) if error.kind() == ErrorKind::NotFound => (0, false),
+                Err(error) => return Err(error),
+            };
+            // Past the end there is nothing to copy.
+            let len = usize::try_from(len).ok().filter(|len| *len > 0).unwrap_or(end - done);
+            let next = end.min(done + len);
+            let copy = if is_copied { ReadFlags::COPY_ON_READ } else { ReadFlags::empty() };
+            self.file.read(at, iov.slice(done..next), flags | copy).await?;
+            done = next;
+        }
+        Ok(())
+    }
+}
+
+impl Driver for CopyOnReadNode {
+    fn name(&self) -> &'static str {
+        "copy-on-read"
+    }
+
+    fn len(&self) -> u64 {
+        self.file.len()
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { request_alignment: 1, ..self.file.limits() }
+    }
+
+    fn is_filter(&self) -> bool {
+        true
+    }
+
+    fn write_flags(&self) -> WriteFlags {
+        WriteFlags::all()
+    }
+
+    fn zero_flags(&self) -> Option<ZeroFlags> {
+        Some(ZeroFlags::all())
+    }
+
+    fn try_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+        self.file.try_write(offset, iov)
+    }
+
+    fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
+        match &self.bottom {
+            None => self.file.read(offset, iov, flags | ReadFlags::COPY_ON_READ),
+            Some(bottom) => Box::pin(self.read_above(bottom, offset, iov, flags)),
+        }
+    }
+
+    fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
+        self.file.write(offset, iov, flags)
+    }
+
+    fn compressed_unit(&self) -> Option<u32> {
+        self.file.compressed_unit()
+    }
+
+    fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
+        self.file.write_compressed(offset, iov)
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> BoxFuture<'_, Result<Attempt>> {
+        self.file.write_zeroes(offset, len, flags)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Attempt>> {
+        Box::pin(async move {
+            self.file.discard(offset, len).await?;
+            Ok(Attempt::Done)
+        })
+    }
+
+    fn block_status(
+        &self,
+        offset: u64,
+        len: u64,
+        _precise: bool,
+    ) -> BoxFuture<'_, Result<StatusRun>> {
+        let run = super::pass_status("file", self.file.len(), offset, len);
+        Box::pin(async move { Ok(run) })
+    }
+
+    fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
+        self.file.truncate(change)
+    }
+
+    fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
+        self.file.allocated_len()
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+impl DriverType for CopyOnRead {
+    fn name(&self) -> &'static str {
+        "copy-on-read"
+    }
+
+    fn category(&self) -> Category {
+        Category::Filter
+    }
+
+    fn open_options(&self) -> &'static [OptionSpec] {
+        OPEN_OPTIONS
+    }
+
+    fn open<'a>(
+        &'a self,
+        context: &'a mut OpenContext<'_>,
+    ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
+        Box::pin(async move {
+            let bottom = context.options.take_str("bottom")?;
+            let file = context.child("file", Role::FILTERED | Role::PRIMARY).await?;
+            // Who only looks at the tree reads nothing.
+            if !file.is_writable() && !context.flags.info_only {
+                let words = "copy-on-read writes to its file: open this node and its file with \
+                             read-only=off";
+                return Err(Error::new(ErrorKind::ReadOnly, words));
+            }
+            if let Some(bottom) = &bottom {
+                file.status_down_to(bottom, 0, 0).await.map_err(|error| {
+                    error.with_kind(ErrorKind::InvalidInput).context("option 'bottom'")
+                })?;
+            }
+            Ok(Box::new(CopyOnReadNode { file, bottom }) as Box<dyn Driver>)
+        })
+    }
+}

@@ -1,0 +1,363 @@
+//! `preallocate`: grows the file ahead of the writes, so that the host's file system is asked once for many clusters.
+//!
+//! Options are QEMU's: `file`, `prealloc-align` (default 1M) and `prealloc-size` (default 128M). The node stands between a format and
+//! its protocol. A write past the end of the file first takes space up to `prealloc-size` beyond its own end, as zeros, where
+//! that is cheap; closing the node gives the surplus back.
+//!
+//! ```text
+//! 0 ......... zero_from ........ file.len()      zero_from: from here on nobody ever wrote
+//! └─ data_end ┘                                   data_end: the length that others see
+//! ```
+//!
+//! A crash leaves surplus space, which reads as zeros, and nothing else: no byte is moved, and only what lies behind `data_end` is ever
+//! cut off. Taking space ahead is an attempt: if it fails, the write goes on without.
+//!
+//! Nobody else may change the length of the file meanwhile. The surplus is given back by closing the node, and by any
+//! change of length; there is no way yet to be told that the last writer has left.
+
+use std::any::Any;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::task::{Context, Poll};
+
+use bds_core::driver::{
+    Attempt, BoxFuture, Category, Child, Driver, DriverType, Limits, OpenContext, Prealloc,
+    ReadFlags, Role, StatusRun, Truncate, WriteFlags, ZeroFlags,
+};
+use bds_core::options::{OptionKind, OptionSpec, Options};
+use bds_core::{Error, ErrorKind, Result};
+use bds_io::sync::{Mutex, OwnedMutexGuard};
+use bds_io::{IoVec, Task};
+
+/// The `preallocate` filter.
+#[derive(Clone, Copy, Debug)]
+pub struct Preallocate;
+
+const OPEN_OPTIONS: &[OptionSpec] = &[
+    OptionSpec {
+        name: "file",
+        kind: OptionKind::Child,
+        help: "the file to grow ahead",
+        default: None,
+    },
+    OptionSpec {
+        name: "prealloc-align",
+        kind: OptionKind::Size,
+        help: "the file's length becomes a multiple of this, a multiple of 512 bytes",
+        default: Some("1M"),
+    },
+    OptionSpec {
+        name: "prealloc-size",
+        kind: OptionKind::Size,
+        help: "bytes to take beyond a write that grows the file",
+        default: Some("128M"),
+    },
+];
+
+struct PreallocateNode(Arc<Inner>);
+
+struct Inner {
+    file: Child,
+    /// Bytes; a multiple of 512.
+    align: u64,
+    /// Bytes.
+    ahead: u64,
+    /// False: the file cannot be written, so nothing here is ever used.
+    is_active: bool,
+    /// Length as others see it.
+    data_end: AtomicU64,
+    /// From here to the end of the file all is zeros. Raised before anything is written there.
+    zero_from: AtomicU64,
+    /// The file takes no space ahead. Never changes back.
+    is_unable: AtomicBool,
+    /// Held by who changes the file's length.
+    growing: Arc<Mutex<()>>,
+}
+
+/// A write that may reach past the data. However it ends, what it may have touched counts as data afterwards.
+struct Growing<'a> {
+    node: &'a Inner,
+    end: u64,
+    /// There is no space ahead, so nobody else may try to take some while this write makes the file longer.
+    _alone: Option<OwnedMutexGuard<()>>,
+}
+
+impl Drop for Growing<'_> {
+    fn drop(&mut self) {
+        let reached = self.end.min(self.node.file.len());
+        self.node.data_end.fetch_max(reached, Ordering::SeqCst);
+    }
+}
+
+impl Inner {
+    /// Prepares for a write of `offset..end`.
+    async fn grow(self: &Arc<Self>, offset: u64, end: u64) -> Growing<'_> {
+        let lacks_space = || end > self.file.len() && !self.is_unable.load(Ordering::SeqCst);
+        let mut alone = None;
+        if lacks_space() {
+            let lock = Arc::clone(&self.growing).lock_owned().await;
+            if lacks_space() {
+                let node = Arc::clone(self);
+                let take = async move {
+                    let has_space = node.take_space(offset, end).await;
+                    drop(node);
+                    (!has_space).then_some(lock)
+                };
+                // To its end, whoever waits: zeros that come late must not come after the next one's bytes.
+                alone = ToTheEnd(Some(bds_io::spawn(take))).await;
+            }
+        }
+        Growing { node: self, end, _alone: alone }
+    }
+
+    /// Makes the file at least `end` long. What lies between its end and `offset` stays a hole. False: not this time, and the write
+    /// must go alone, because zeros taken meanwhile could come after its bytes. True also if it will never work.
+    async fn take_space(&self, offset: u64, end: u64) -> bool {
+        let unit = u64::from(self.file.limits().request_alignment);
+        // `align` need not be a power of two.
+        let from = self.file.len().max(offset - offset % self.align).next_multiple_of(unit);
+        let to = end
+            .checked_add(self.ahead)
+            .and_then(|to| to.checked_next_multiple_of(self.align))
+            .and_then(|to| to.checked_next_multiple_of(unit))
+            .filter(|to| from < *to);
+        let Some(to) = to else { return false };
+        match self.file.write_zeroes(from, to - from, ZeroFlags::NO_FALLBACK).await {
+            Ok(Attempt::Done) => {}
+            Ok(Attempt::Unsupported) => self.is_unable.store(true, Ordering::SeqCst),
+            Err(error) => {
+                tracing::debug!(%error, "no space taken ahead of a write");
+                return false;
+            }
+        }
+        true
+    }
+
+    async fn write_past(
+        self: &Arc<Self>,
+        offset: u64,
+        iov: IoVec,
+        flags: WriteFlags,
+    ) -> Result<()> {
+        let end = offset + iov.len() as u64;
+        let _growing = self.grow(offset, end).await;
+        self.zero_from.fetch_max(end, Ordering::SeqCst);
+        self.file.write(offset, iov, flags).await
+    }
+
+    async fn zero_past(
+        self: &Arc<Self>,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> Result<Attempt> {
+        let end = offset + len;
+        let _growing = self.grow(offset, end).await;
+        let is_zero = offset >= self.zero_from.load(Ordering::SeqCst) && end <= self.file.len();
+        if is_zero && !flags.intersects(ZeroFlags::FUA | ZeroFlags::MAY_UNMAP) {
+            return Ok(Attempt::Done);
+        }
+        // Zeros after zeros: what was never written stays so. But a zero write may be many.
+        self.zero_from.fetch_max(end, Ordering::SeqCst);
+        self.file.write_zeroes(offset, len, flags).await
+    }
+
+    /// Cuts off what lies behind the data. The caller holds `growing`.
+    async fn give_back(&self) -> Result<()> {
+        let data_end = self.data_end.load(Ordering::SeqCst);
+        if self.file.len() <= data_end {
+            return Ok(());
+        }
+        let change =
+            Truncate { len: data_end, exact: true, prealloc: Prealloc::Off, zero_new: false };
+        self.file.truncate(change).await
+    }
+
+    /// The corridor keeps writes past the end out meanwhile.
+    async fn resize(&self, change: Truncate) -> Result<()> {
+        let _alone = self.growing.lock().await;
+        let data_end = self.data_end.load(Ordering::SeqCst);
+        let has_zeros = self.zero_from.load(Ordering::SeqCst) <= data_end;
+        let is_there = change.len >= data_end && change.len <= self.file.len() && has_zeros;
+        if !is_there || change.prealloc == Prealloc::Full {
+            self.give_back().await?;
+            self.file.truncate(change).await?;
+            self.zero_from.store(self.file.len(), Ordering::SeqCst);
+        }
+        self.data_end.store(change.len, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn is_past(&self, end: u64) -> bool {
+        self.is_active && end > self.data_end.load(Ordering::SeqCst)
+    }
+}
+
+/// Waits for a task that goes on if nobody does.
+struct ToTheEnd<T>(Option<Task<T>>);
+
+impl<T> Future for ToTheEnd<T> {
+    type Output = T;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
+        let task = self.0.as_mut().expect("only `drop` takes it");
+        Pin::new(task).poll(cx)
+    }
+}
+
+impl<T> Drop for ToTheEnd<T> {
+    fn drop(&mut self) {
+        // An ended one has nothing left to do.
+        if let Some(task) = self.0.take() {
+            task.detach();
+        }
+    }
+}
+
+impl Driver for PreallocateNode {
+    fn name(&self) -> &'static str {
+        "preallocate"
+    }
+
+    fn len(&self) -> u64 {
+        if self.0.is_active { self.0.data_end.load(Ordering::SeqCst) } else { self.0.file.len() }
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { request_alignment: 1, ..self.0.file.limits() }
+    }
+
+    fn is_filter(&self) -> bool {
+        true
+    }
+
+    fn write_flags(&self) -> WriteFlags {
+        WriteFlags::all()
+    }
+
+    fn zero_flags(&self) -> Option<ZeroFlags> {
+        Some(ZeroFlags::all())
+    }
+
+    fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+        self.0.file.try_read(offset, iov)
+    }
+
+    fn try_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+        if self.0.is_past(offset.checked_add(iov.len() as u64)?) {
+            return None;
+        }
+        self.0.file.try_write(offset, iov)
+    }
+
+    fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
+        self.0.file.read(offset, iov, flags)
+    }
+
+    fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
+        if self.0.is_past(offset + iov.len() as u64) {
+            return Box::pin(self.0.write_past(offset, iov, flags));
+        }
+        self.0.file.write(offset, iov, flags)
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> BoxFuture<'_, Result<Attempt>> {
+        if self.0.is_past(offset + len) {
+            return Box::pin(self.0.zero_past(offset, len, flags));
+        }
+        self.0.file.write_zeroes(offset, len, flags)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Attempt>> {
+        Box::pin(async move {
+            self.0.file.discard(offset, len).await?;
+            Ok(Attempt::Done)
+        })
+    }
+
+    fn block_status(
+        &self,
+        offset: u64,
+        len: u64,
+        _precise: bool,
+    ) -> BoxFuture<'_, Result<StatusRun>> {
+        let run = super::pass_status("file", self.len(), offset, len);
+        Box::pin(async move { Ok(run) })
+    }
+
+    fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
+        if !self.0.is_active {
+            return self.0.file.truncate(change);
+        }
+        Box::pin(self.0.resize(change))
+    }
+
+    fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
+        self.0.file.allocated_len()
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn close(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async {
+            if !self.0.is_active {
+                return Ok(());
+            }
+            let _alone = self.0.growing.lock().await;
+            let given = self.0.give_back().await;
+            given.map_err(|e| e.context("cannot give back space taken ahead; no data is lost"))
+        })
+    }
+}
+
+impl DriverType for Preallocate {
+    fn name(&self) -> &'static str {
+        "preallocate"
+    }
+
+    fn category(&self) -> Category {
+        Category::Filter
+    }
+
+    fn open_options(&self) -> &'static [OptionSpec] {
+        OPEN_OPTIONS
+    }
+
+    fn open<'a>(
+        &'a self,
+        context: &'a mut OpenContext<'_>,
+    ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
+        Box::pin(async move {
+            let (align, ahead) = take_sizes(&mut context.options)?;
+            let file = context.child("file", Role::FILTERED | Role::PRIMARY).await?;
+            let len = file.len();
+            Ok(Box::new(PreallocateNode(Arc::new(Inner {
+                is_active: file.is_writable(),
+                file,
+                align,
+                ahead,
+                data_end: AtomicU64::new(len),
+                zero_from: AtomicU64::new(len),
+                is_unable: AtomicBool::new(false),
+                growing: Arc::default(),
+            }))) as Box<dyn Driver>)
+        })
+    }
+}
+
+fn take_sizes(options: &mut Options) -> Result<(u64, u64)> {
+    let align = options.take_size("prealloc-align")?.unwrap_or(1 << 20);
+    if align == 0 || !align.is_multiple_of(512) {
+        let words = "option 'prealloc-align' must be a multiple of 512 bytes, at least 512";
+        return Err(Error::new(ErrorKind::InvalidInput, words).field("prealloc-align", align));
+    }
+    Ok((align, options.take_size("prealloc-size")?.unwrap_or(128 << 20)))
+}

@@ -1,0 +1,404 @@
+//! One group: buckets that its members share, and who waits for them.
+//!
+//! Per direction each member has a line, first come first served; the members' heads take turns, and where both directions
+//! want the same bucket, so do the directions. Whoever is due is *granted* its turn: it leaves the line and its cost is
+//! poured at that moment.
+//!
+//! There is no timer of the group that somebody could take away with him. Every request that waits has an alarm of its own, set
+//! to no later than it can be due, and whoever's alarm rings grants all turns that are due, not only its own. So a
+//! request that is never polled again, is dropped or forgotten, or belongs to a node that goes, holds up nobody.
+//!
+//! When a turn can come earlier than its alarm says (the one in front is gone, other limits), the waiter is woken and
+//! sets its alarm again. Heads always are, so in the usual case each request waits for one alarm and polls twice.
+//!
+//! The group's lock is held for bookkeeping only; nobody is woken and nothing is awaited under it.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::ops::Bound;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bds_core::Result;
+use bds_core::rate::{Cost, Direction, Limiter, RateLimits};
+use bds_io::sync::Notify;
+use futures_util::future::select;
+
+use super::groups::GroupInfo;
+
+/// Buckets shared by members.
+pub(super) struct Group {
+    name: String,
+    state: Mutex<State>,
+}
+
+struct State {
+    limiter: Limiter,
+    /// By number, in the order in which they came.
+    members: BTreeMap<u64, MemberState>,
+    next_number: u64,
+    reads: Side,
+    writes: Side,
+    last_direction: Direction,
+}
+
+/// What all members together have to do with one direction.
+#[derive(Default)]
+struct Side {
+    waiting: usize,
+    /// Whose turn was the last one.
+    last_member: u64,
+}
+
+struct MemberState {
+    node_name: String,
+    is_drained: bool,
+    reads: Line,
+    writes: Line,
+}
+
+/// Requests of one member and direction.
+#[derive(Default)]
+struct Line {
+    turns: VecDeque<Arc<Turn>>,
+    /// What those in it cost together.
+    cost: Cost,
+}
+
+/// A request that waits.
+struct Turn {
+    cost: Cost,
+    is_granted: AtomicBool,
+    woken: Notify,
+}
+
+/// Who is to be woken once the lock is released.
+type Wakes = Vec<Arc<Turn>>;
+
+fn wake(wakes: Wakes) {
+    wakes.iter().for_each(|turn| turn.woken.notify_one());
+}
+
+impl fmt::Debug for Group {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Group").field(&self.name).finish()
+    }
+}
+
+impl Group {
+    pub(super) fn new(name: &str, limits: RateLimits) -> Result<Arc<Self>> {
+        let state = State {
+            limiter: Limiter::new(limits)?,
+            members: BTreeMap::new(),
+            next_number: 0,
+            reads: Side::default(),
+            writes: Side::default(),
+            last_direction: Direction::Write,
+        };
+        Ok(Arc::new(Self { name: name.to_owned(), state: Mutex::new(state) }))
+    }
+
+    /// A place for a node.
+    pub(super) fn join(self: &Arc<Self>, node_name: &str) -> Member {
+        let mut state = self.lock();
+        let number = state.next_number;
+        state.next_number += 1;
+        state.members.insert(
+            number,
+            MemberState {
+                node_name: node_name.to_owned(),
+                is_drained: false,
+                reads: Line::default(),
+                writes: Line::default(),
+            },
+        );
+        Member { group: Arc::clone(self), number }
+    }
+
+    pub(super) fn info(&self) -> GroupInfo {
+        let state = self.lock();
+        GroupInfo {
+            name: self.name.clone(),
+            limits: state.limiter.limits(),
+            members: state.members.values().map(|member| member.node_name.clone()).collect(),
+        }
+    }
+
+    pub(super) fn set_limits(&self, limits: RateLimits) -> Result<()> {
+        let limiter = Limiter::new(limits)?;
+        let mut state = self.lock();
+        state.limiter = limiter;
+        let all = state.members.values().flat_map(|member| [&member.reads, &member.writes]);
+        let wakes = all.flat_map(|line| line.turns.iter().cloned()).collect();
+        drop(state);
+        wake(wakes);
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl MemberState {
+    fn line(&mut self, direction: Direction) -> &mut Line {
+        match direction {
+            Direction::Read => &mut self.reads,
+            Direction::Write => &mut self.writes,
+        }
+    }
+}
+
+impl State {
+    fn side(&mut self, direction: Direction) -> &mut Side {
+        match direction {
+            Direction::Read => &mut self.reads,
+            Direction::Write => &mut self.writes,
+        }
+    }
+
+    fn line(&mut self, member: u64, direction: Direction) -> Option<&mut Line> {
+        self.members.get_mut(&member).map(|member| member.line(direction))
+    }
+
+    fn is_drained(&self, member: u64) -> bool {
+        self.members.get(&member).is_some_and(|member| member.is_drained)
+    }
+
+    /// Nobody waits, and a request of this direction may go now.
+    fn is_free(&mut self, now: Duration, direction: Direction) -> bool {
+        self.reads.waiting + self.writes.waiting == 0 && self.limiter.wait(now, direction).is_zero()
+    }
+
+    /// Grants all turns that are due.
+    fn grant_due(&mut self, now: Duration) -> Wakes {
+        let mut wakes = Vec::new();
+        while let Some((direction, member)) = self.next_due(now) {
+            let Some(line) = self.line(member, direction) else { break };
+            let Some(turn) = line.turns.pop_front() else { break };
+            line.cost = line.cost.minus(turn.cost);
+            // The next one's alarm was set when somebody else stood in front.
+            wakes.extend(line.turns.front().cloned());
+            self.limiter.take(now, direction, turn.cost);
+            turn.is_granted.store(true, Ordering::Release);
+            wakes.push(turn);
+            let side = self.side(direction);
+            side.waiting -= 1;
+            side.last_member = member;
+            self.last_direction = direction;
+        }
+        wakes
+    }
+
+    /// Whose turn it is, if anybody's: the other direction than last time first.
+    fn next_due(&mut self, now: Duration) -> Option<(Direction, u64)> {
+        let order = match self.last_direction {
+            Direction::Read => [Direction::Write, Direction::Read],
+            Direction::Write => [Direction::Read, Direction::Write],
+        };
+        let direction = order.into_iter().find(|direction| {
+            self.side(*direction).waiting > 0 && self.limiter.wait(now, *direction).is_zero()
+        })?;
+        Some((direction, self.next_member(direction)?))
+    }
+
+    /// The first member behind the last one that has somebody waiting.
+    fn next_member(&mut self, direction: Direction) -> Option<u64> {
+        let last = self.side(direction).last_member;
+        let behind = (Bound::Excluded(last), Bound::Unbounded);
+        let mut waiting = |range: (Bound<u64>, Bound<u64>)| {
+            let mut members = self.members.range_mut(range);
+            members.find_map(|(number, member)| {
+                (!member.line(direction).turns.is_empty()).then_some(*number)
+            })
+        };
+        waiting(behind).or_else(|| waiting((Bound::Unbounded, Bound::Included(last))))
+    }
+
+    /// The first of each line, to set their alarms again.
+    fn heads(&self) -> Wakes {
+        let lines = self.members.values().flat_map(|member| [&member.reads, &member.writes]);
+        lines.filter_map(|line| line.turns.front().cloned()).collect()
+    }
+
+    /// Lets all of a member go.
+    fn release(&mut self, member: u64) -> Wakes {
+        let mut wakes = Vec::new();
+        for direction in [Direction::Read, Direction::Write] {
+            let Some(line) = self.line(member, direction) else { continue };
+            let line = std::mem::take(line);
+            self.side(direction).waiting -= line.turns.len();
+            // No moment is told: this may be called from outside of the world whose clock counts. What is poured
+            // leaks from the next request on.
+            self.limiter.take(Duration::ZERO, direction, line.cost);
+            line.turns.iter().for_each(|turn| turn.is_granted.store(true, Ordering::Release));
+            wakes.extend(line.turns);
+        }
+        wakes
+    }
+}
+
+/// A node's place in a group; dropping it leaves the group. Requests borrow it, so none of them outlives it.
+pub(super) struct Member {
+    group: Arc<Group>,
+    number: u64,
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        let mut state = self.group.lock();
+        // Only requests that were forgotten can still stand in its lines.
+        if let Some(member) = state.members.remove(&self.number) {
+            state.reads.waiting -= member.reads.turns.len();
+            state.writes.waiting -= member.writes.turns.len();
+        }
+    }
+}
+
+impl Member {
+    /// Waits for the turn of a request of `len` bytes. Dropped while it waits: it leaves the line and costs nothing.
+    pub(super) async fn pass(&self, direction: Direction, len: u64) {
+        if let Some(waiting) = self.stand_in_line(direction, len) {
+            waiting.wait().await;
+        }
+    }
+
+    /// The turn, if it comes at once. Unless [used up](Pass::use_up), it is given back.
+    pub(super) fn try_pass(&self, direction: Direction, len: u64) -> Option<Pass<'_>> {
+        let mut state = self.group.lock();
+        let cost = state.limiter.limits().cost(len);
+        let now = bds_io::now();
+        let may_go = state.is_drained(self.number) || state.is_free(now, direction);
+        if !may_go {
+            return None;
+        }
+        state.limiter.take(now, direction, cost);
+        Some(Pass { group: &self.group, direction, cost, is_used: false })
+    }
+
+    /// From now on nobody of this member waits.
+    pub(super) fn drain_begin(&self) {
+        let mut state = self.group.lock();
+        if let Some(member) = state.members.get_mut(&self.number) {
+            member.is_drained = true;
+        }
+        let wakes = state.release(self.number);
+        drop(state);
+        wake(wakes);
+    }
+
+    /// The limits hold again.
+    pub(super) fn drain_end(&self) {
+        if let Some(member) = self.group.lock().members.get_mut(&self.number) {
+            member.is_drained = false;
+        }
+    }
+
+    /// `None`: it may go.
+    fn stand_in_line(&self, direction: Direction, len: u64) -> Option<Waiting<'_>> {
+        let mut state = self.group.lock();
+        let now = bds_io::now();
+        let cost = state.limiter.limits().cost(len);
+        if state.is_drained(self.number) || state.is_free(now, direction) {
+            state.limiter.take(now, direction, cost);
+            return None;
+        }
+        let turn =
+            Arc::new(Turn { cost, is_granted: AtomicBool::new(false), woken: Notify::new() });
+        let line = state.line(self.number, direction)?;
+        line.turns.push_back(Arc::clone(&turn));
+        line.cost = line.cost.plus(cost);
+        state.side(direction).waiting += 1;
+        Some(Waiting { member: self, direction, turn })
+    }
+}
+
+/// A turn that came at once.
+pub(super) struct Pass<'a> {
+    group: &'a Group,
+    direction: Direction,
+    cost: Cost,
+    is_used: bool,
+}
+
+impl Pass<'_> {
+    /// The request was done.
+    pub(super) fn use_up(mut self) {
+        self.is_used = true;
+    }
+}
+
+impl Drop for Pass<'_> {
+    fn drop(&mut self) {
+        if self.is_used {
+            return;
+        }
+        let mut state = self.group.lock();
+        state.limiter.give_back(self.direction, self.cost);
+        // Who came meanwhile has set his alarm by a level that never was.
+        let wakes = state.heads();
+        drop(state);
+        wake(wakes);
+    }
+}
+
+/// A request in line. Dropping it leaves the line.
+struct Waiting<'a> {
+    member: &'a Member,
+    direction: Direction,
+    turn: Arc<Turn>,
+}
+
+impl Waiting<'_> {
+    async fn wait(self) {
+        while let Some(alarm) = self.look() {
+            // A wake-up that came since is kept by `woken`.
+            let woken = pin!(self.turn.woken.notified());
+            let rung = pin!(bds_io::sleep(alarm));
+            select(woken, rung).await;
+        }
+    }
+
+    /// Grants what is due. How long at most until this turn can be due; `None`: it was granted.
+    fn look(&self) -> Option<Duration> {
+        let now = bds_io::now();
+        let mut state = self.member.group.lock();
+        let wakes = state.grant_due(now);
+        let alarm = self.alarm(&mut state, now);
+        drop(state);
+        wake(wakes);
+        alarm
+    }
+
+    fn alarm(&self, state: &mut State, now: Duration) -> Option<Duration> {
+        if self.turn.is_granted.load(Ordering::Acquire) {
+            return None;
+        }
+        let turns = state.line(self.member.number, self.direction).map(|line| &line.turns);
+        let in_front = turns.into_iter().flatten().take_while(|t| !Arc::ptr_eq(t, &self.turn));
+        let ahead = in_front.fold(Cost::default(), |sum, turn| sum.plus(turn.cost));
+        Some(state.limiter.wait_behind(now, self.direction, ahead))
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let mut state = self.member.group.lock();
+        if self.turn.is_granted.load(Ordering::Acquire) {
+            return;
+        }
+        let mut next = None;
+        if let Some(line) = state.line(self.member.number, self.direction)
+            && let Some(place) = line.turns.iter().position(|t| Arc::ptr_eq(t, &self.turn))
+        {
+            line.turns.remove(place);
+            line.cost = line.cost.minus(self.turn.cost);
+            next = line.turns.get(place).filter(|_| place == 0).cloned();
+            state.side(self.direction).waiting -= 1;
+        }
+        drop(state);
+        wake(next.into_iter().collect());
+    }
+}

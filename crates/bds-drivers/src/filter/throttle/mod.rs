@@ -1,0 +1,236 @@
+//! `throttle`: requests wait until the rates of a group allow them.
+//!
+//! ```text
+//! groups  the groups a program has made, by name      limits  rates from options
+//! group   one group: buckets, members, who waits
+//! ```
+//!
+//! Options are QEMU's `file` and `throttle-group`; the group is made before, with [`ThrottleGroups::create`]. Instead of a group the
+//! node may have rates of its own (`limits.bps-total=1M`, …), which QEMU does not know.
+//!
+//! Reads count as reads; writes, compressed writes, zero writes and discards as writes. Flushes, status questions and
+//! changes of the length never wait. A request that was let go and then fails, or is given up, has used its turn.
+//! While the node is drained nobody waits.
+
+mod group;
+mod groups;
+mod limits;
+#[cfg(test)]
+mod tests;
+
+use std::any::Any;
+
+use bds_core::driver::{
+    Attempt, BoxFuture, Category, Child, Driver, DriverType, Limits, OpenContext, ReadFlags, Role,
+    StatusRun, Truncate, WriteFlags, ZeroFlags,
+};
+use bds_core::options::{OptionKind, OptionSpec, Options};
+use bds_core::rate::Direction;
+use bds_core::{Error, ErrorKind, Result};
+use bds_io::IoVec;
+
+use group::{Group, Member};
+
+pub use groups::{GroupInfo, ThrottleGroups};
+pub use limits::limits_from_options;
+
+/// The `throttle` filter, with the groups its nodes may join.
+#[derive(Clone, Debug, Default)]
+pub struct Throttle {
+    groups: ThrottleGroups,
+}
+
+impl Throttle {
+    /// The filter whose nodes join these groups.
+    pub fn new(groups: ThrottleGroups) -> Self {
+        Self { groups }
+    }
+
+    /// The groups its nodes may join.
+    pub fn groups(&self) -> &ThrottleGroups {
+        &self.groups
+    }
+}
+
+struct ThrottleNode {
+    file: Child,
+    /// Leaves the group when the node goes.
+    member: Member,
+}
+
+impl Driver for ThrottleNode {
+    fn name(&self) -> &'static str {
+        "throttle"
+    }
+
+    fn len(&self) -> u64 {
+        self.file.len()
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { request_alignment: 1, ..self.file.limits() }
+    }
+
+    fn is_filter(&self) -> bool {
+        true
+    }
+
+    fn write_flags(&self) -> WriteFlags {
+        WriteFlags::all()
+    }
+
+    fn zero_flags(&self) -> Option<ZeroFlags> {
+        Some(ZeroFlags::all())
+    }
+
+    fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+        let pass = self.member.try_pass(Direction::Read, iov.len() as u64)?;
+        let result = self.file.try_read(offset, iov)?;
+        pass.use_up();
+        Some(result)
+    }
+
+    fn try_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+        let pass = self.member.try_pass(Direction::Write, iov.len() as u64)?;
+        let result = self.file.try_write(offset, iov)?;
+        pass.use_up();
+        Some(result)
+    }
+
+    fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            self.member.pass(Direction::Read, iov.len() as u64).await;
+            self.file.read(offset, iov, flags).await
+        })
+    }
+
+    fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            self.member.pass(Direction::Write, iov.len() as u64).await;
+            self.file.write(offset, iov, flags).await
+        })
+    }
+
+    fn compressed_unit(&self) -> Option<u32> {
+        self.file.compressed_unit()
+    }
+
+    fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            self.member.pass(Direction::Write, iov.len() as u64).await;
+            self.file.write_compressed(offset, iov).await
+        })
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> BoxFuture<'_, Result<Attempt>> {
+        Box::pin(async move {
+            self.member.pass(Direction::Write, len).await;
+            self.file.write_zeroes(offset, len, flags).await
+        })
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Attempt>> {
+        Box::pin(async move {
+            self.member.pass(Direction::Write, len).await;
+            self.file.discard(offset, len).await?;
+            Ok(Attempt::Done)
+        })
+    }
+
+    fn block_status(
+        &self,
+        offset: u64,
+        len: u64,
+        _precise: bool,
+    ) -> BoxFuture<'_, Result<StatusRun>> {
+        let run = super::pass_status("file", self.file.len(), offset, len);
+        Box::pin(async move { Ok(run) })
+    }
+
+    fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
+        self.file.truncate(change)
+    }
+
+    fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
+        self.file.allocated_len()
+    }
+
+    fn drain_begin(&self) {
+        self.member.drain_begin();
+    }
+
+    fn drain_end(&self) {
+        self.member.drain_end();
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+const fn spec(name: &'static str, kind: OptionKind, help: &'static str) -> OptionSpec {
+    OptionSpec { name, kind, help, default: None }
+}
+
+const OPEN_OPTIONS: &[OptionSpec] = &[
+    spec("file", OptionKind::Child, "the node to pass requests to"),
+    spec("throttle-group", OptionKind::String, "name of the group whose rates hold"),
+    spec("limits.bps-total", OptionKind::Size, "bytes a second; also -max and -max-length"),
+    spec("limits.bps-read", OptionKind::Size, "bytes read a second"),
+    spec("limits.bps-write", OptionKind::Size, "bytes written a second"),
+    spec("limits.iops-total", OptionKind::Number, "operations a second"),
+    spec("limits.iops-read", OptionKind::Number, "reads a second"),
+    spec("limits.iops-write", OptionKind::Number, "writes a second"),
+    spec("limits.iops-size", OptionKind::Size, "bytes that count as one operation"),
+];
+
+impl DriverType for Throttle {
+    fn name(&self) -> &'static str {
+        "throttle"
+    }
+
+    fn category(&self) -> Category {
+        Category::Filter
+    }
+
+    fn open_options(&self) -> &'static [OptionSpec] {
+        OPEN_OPTIONS
+    }
+
+    fn open<'a>(
+        &'a self,
+        context: &'a mut OpenContext<'_>,
+    ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
+        Box::pin(async move {
+            let member = self.join(&mut context.options, context.node_name)?;
+            let file = context.child("file", Role::FILTERED | Role::PRIMARY).await?;
+            Ok(Box::new(ThrottleNode { file, member }) as Box<dyn Driver>)
+        })
+    }
+}
+
+impl Throttle {
+    /// A place in the group that the options name, or in one of the node's own.
+    fn join(&self, options: &mut Options, node_name: &str) -> Result<Member> {
+        let group = options.take_str("throttle-group")?;
+        let limits = limits::take_limits(options)?;
+        match (group, limits) {
+            (Some(name), None) => self.groups.join(&name, node_name),
+            (None, Some(limits)) => Ok(Group::new(node_name, limits)?.join(node_name)),
+            (Some(_), Some(_)) => Err(Error::new(
+                ErrorKind::InvalidInput,
+                "options 'throttle-group' and 'limits' exclude each other: the group has its limits",
+            )),
+            (None, None) => Err(Error::new(
+                ErrorKind::InvalidInput,
+                "option 'throttle-group' is missing: name a group, or give 'limits.…' for this node \
+                 alone",
+            )),
+        }
+    }
+}

@@ -1,0 +1,204 @@
+//! What only the graph asks of a throttle node (draining), and who goes on when others are gone.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bds_core::Driver;
+use bds_core::driver::{ReadFlags, WriteFlags, ZeroFlags};
+use bds_core::rate::{Rate, RateLimits};
+use bds_io::{Buf, IoVec, Sim, SimConfig, Task, now, sleep, spawn};
+use futures_util::future::join_all;
+use serde_json::json;
+
+use super::super::harness;
+use super::{Throttle, ThrottleGroups};
+
+const MB: usize = 1 << 20;
+
+/// A world in which nothing but waiting takes time.
+fn world(seed: u64) -> Sim {
+    Sim::new(seed, SimConfig { overtake_rate: 0.0, ..SimConfig::calm() })
+}
+
+/// 1 MiB a second, both ways together.
+fn group() -> ThrottleGroups {
+    let groups = ThrottleGroups::new();
+    let bps_total = Rate::per_second(MB as u64);
+    groups.create("g", RateLimits { bps_total, ..RateLimits::default() }).unwrap();
+    groups
+}
+
+async fn node(groups: &ThrottleGroups, name: &str) -> Arc<dyn Driver> {
+    let throttle = Throttle::new(groups.clone());
+    harness::open(&throttle, name, json!({"throttle-group": "g"})).await.unwrap()
+}
+
+fn mega() -> IoVec {
+    Buf::zeroed(MB, 1).iov()
+}
+
+/// Begins a write of 1 MiB; the task tells when it ended, in milliseconds.
+fn write(node: &Arc<dyn Driver>) -> Task<u128> {
+    let node = Arc::clone(node);
+    spawn(async move {
+        node.write(0, mega(), WriteFlags::empty()).await.unwrap();
+        now().as_millis()
+    })
+}
+
+/// Lets tasks come to rest.
+async fn settle() {
+    sleep(Duration::from_nanos(1)).await;
+}
+
+#[test]
+fn draining_lets_everybody_of_this_node_go_and_nobody_else() {
+    for seed in 0..20 {
+        world(seed).block_on(async {
+            let groups = group();
+            let (a, b) = (node(&groups, "a").await, node(&groups, "b").await);
+            let first = write(&a).await;
+            let ours: Vec<_> = (0..5).map(|_| write(&a)).collect();
+            settle().await;
+            let other = write(&b);
+            sleep(Duration::from_millis(100)).await;
+            a.drain_begin();
+            let ended = join_all(ours).await;
+            assert_eq!((first, ended), (0, vec![100; 5]), "seed {seed}");
+            // Whoever comes while it lasts does not wait either, whatever it is.
+            a.read(1 << 29, mega(), ReadFlags::empty()).await.unwrap();
+            a.try_write(0, &mega()).unwrap().unwrap();
+            assert_eq!(now().as_millis(), 100);
+            a.drain_end();
+            // Eight MiB went, of which 0.1 + 0.1 may: the rest has to leak for the next one.
+            assert_eq!(other.await, 7900, "seed {seed}");
+            assert_eq!(write(&a).await, 8900, "seed {seed}");
+        });
+    }
+}
+
+#[test]
+fn drained_twice_it_waits_in_between() {
+    world(1).block_on(async {
+        let groups = group();
+        let a = node(&groups, "a").await;
+        a.drain_begin();
+        a.drain_end();
+        write(&a).await;
+        let waits = write(&a);
+        settle().await;
+        a.drain_begin();
+        assert_eq!(waits.await, 0);
+        a.drain_end();
+        assert_eq!(write(&a).await, 1900);
+    });
+}
+
+/// Lifecycle 52: a member that had the group's timer went, and nobody woke the others.
+#[test]
+fn others_go_on_when_a_member_leaves() {
+    for seed in 0..20 {
+        world(seed).block_on(async {
+            let groups = group();
+            let (a, b) = (node(&groups, "a").await, node(&groups, "b").await);
+            write(&a).await;
+            let ours: Vec<_> = (0..3).map(|_| write(&a)).collect();
+            settle().await;
+            let others: Vec<_> = (0..2).map(|_| write(&b)).collect();
+            sleep(Duration::from_millis(500)).await;
+            drop(ours);
+            settle().await;
+            assert_eq!(Arc::strong_count(&a), 1);
+            drop(a);
+            assert_eq!(groups.list()[0].members, ["b"]);
+            let mut ended = join_all(others).await;
+            ended.sort_unstable();
+            assert_eq!(ended, [900, 1900], "seed {seed}");
+            drop(b);
+            groups.remove("g").unwrap();
+        });
+    }
+}
+
+/// A future that is neither polled nor dropped keeps its place, gets its turn, and holds up nobody.
+#[test]
+fn nobody_waits_for_a_request_that_is_not_polled() {
+    for seed in 0..20 {
+        world(seed).block_on(async {
+            let groups = group();
+            let (a, b) = (node(&groups, "a").await, node(&groups, "b").await);
+            write(&a).await;
+            let mut idle = a.write(0, mega(), WriteFlags::empty());
+            assert!(futures_util::poll!(idle.as_mut()).is_pending());
+            let mut behind = a.write(0, mega(), WriteFlags::empty());
+            assert!(futures_util::poll!(behind.as_mut()).is_pending());
+            let other = write(&b);
+            behind.await.unwrap();
+            // All three have their turns, one a second, whoever is asked.
+            assert!([1900, 2900].contains(&now().as_millis()), "seed {seed}");
+            assert!([900, 1900, 2900].contains(&other.await), "seed {seed}");
+            idle.await.unwrap();
+            assert_eq!(write(&b).await, 3900, "seed {seed}");
+        });
+    }
+}
+
+#[test]
+fn the_inline_way_goes_only_where_nobody_waits_and_pays_only_if_it_goes() {
+    world(1).block_on(async {
+        let groups = group();
+        let a = node(&groups, "a").await;
+        // Declined below: not paid for.
+        assert!(a.try_read(1 << 29, &mega()).is_none());
+        a.try_read(0, &mega()).unwrap().unwrap();
+        assert!(a.try_read(0, &mega()).is_none());
+        let waits = write(&a);
+        settle().await;
+        assert!(a.try_read(0, &Buf::zeroed(1, 1).iov()).is_none());
+        assert_eq!(waits.await, 900);
+        sleep(Duration::from_secs(5)).await;
+        a.try_write(0, &mega()).unwrap().unwrap();
+        assert_eq!(write(&a).await, 900 + 5000 + 900);
+    });
+}
+
+#[test]
+fn zero_writes_discards_and_compressed_writes_are_writes() {
+    world(1).block_on(async {
+        let groups = ThrottleGroups::new();
+        let bps_write = Rate::per_second(MB as u64);
+        groups.create("g", RateLimits { bps_write, ..RateLimits::default() }).unwrap();
+        let a = node(&groups, "a").await;
+        let len = MB as u64;
+        let _done = a.write_zeroes(0, len, ZeroFlags::empty()).await.unwrap();
+        let _done = a.discard(0, len).await.unwrap();
+        assert_eq!(now().as_millis(), 900);
+        a.write_compressed(0, mega()).await.unwrap();
+        assert_eq!(now().as_millis(), 1900);
+        write(&a).await;
+        // What writes nothing does not wait.
+        a.read(0, mega(), ReadFlags::empty()).await.unwrap();
+        a.flush_to_disk().await.unwrap();
+        a.block_status(0, len, true).await.unwrap();
+        assert_eq!(now().as_millis(), 2900);
+    });
+}
+
+#[test]
+fn new_limits_hold_for_those_who_wait() {
+    world(1).block_on(async {
+        let groups = group();
+        let a = node(&groups, "a").await;
+        write(&a).await;
+        let waits: Vec<_> = (0..3).map(|_| write(&a)).collect();
+        sleep(Duration::from_millis(10)).await;
+        let bps_total = Rate::per_second(10 * MB as u64);
+        groups.set_limits("g", RateLimits { bps_total, ..RateLimits::default() }).unwrap();
+        assert_eq!(join_all(waits).await, [10, 10, 110]);
+        groups.set_limits("g", RateLimits::default()).unwrap();
+        assert_eq!(write(&a).await, 110);
+        let wrong = RateLimits { iops_size: 1, ..RateLimits::default() };
+        assert!(groups.set_limits("g", wrong).is_err());
+        assert!(groups.set_limits("h", RateLimits::default()).is_err());
+    });
+}

@@ -1,0 +1,347 @@
+//! A file that grows ahead of its writes. The sweeps (`sweep/`) break it, under qcow2.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use bds_core::driver::{Attempt, Prealloc, Truncate, WriteFlags, ZeroFlags};
+use bds_core::graph::{Graph, GraphConfig};
+use bds_core::request::{Backend, BackendOptions};
+use bds_core::{ErrorKind, Result};
+use bds_io::sim::{Fault, OpMask};
+use bds_io::{Buf, OpenOptions, Sim, SimConfig};
+use futures_util::future::join_all;
+use serde_json::json;
+
+use crate::house::House;
+
+const ALIGN: u64 = 4096;
+const AHEAD: u64 = 50_000;
+
+/// An empty file below `ahead`, the filter, below a format that writes anywhere.
+struct Rig {
+    house: House,
+    disk: Backend,
+}
+
+impl Rig {
+    fn new(sim: Sim) -> Self {
+        let mut registry = bds_drivers::registry();
+        registry.register(Arc::new(growing::Log)).unwrap();
+        let config = GraphConfig { fs: sim.fs(), ..GraphConfig::new(Arc::new(registry)) };
+        let house = House { graph: Graph::new(config), sim };
+        let create = OpenOptions { write: true, create: true, ..OpenOptions::default() };
+        house.sim.fs().open(Path::new("/disks/f"), &create).unwrap();
+        let disk = house.backend(json!({"driver": "log", "file": {
+            "driver": "preallocate", "node-name": "ahead",
+            "prealloc-align": ALIGN, "prealloc-size": AHEAD,
+            "file": {"driver": "file", "node-name": "f", "filename": "/disks/f"},
+        }}));
+        Self { disk: disk.unwrap(), house }
+    }
+
+    fn len(&self, node: &str) -> u64 {
+        self.house.graph.find(node).unwrap().len()
+    }
+
+    fn write(&self, at: u64, byte: u8, len: usize) -> Result<()> {
+        self.house.write(&self.disk, at, &vec![byte; len])
+    }
+
+    fn zero(&self, at: u64, len: u64, flags: ZeroFlags) {
+        let done = self.house.sim.block_on(self.disk.write_zeroes(at, len, flags)).unwrap();
+        assert_eq!(done, Attempt::Done);
+    }
+
+    fn resize(&self, len: u64) -> Result<()> {
+        let node = self.house.graph.find("ahead").unwrap();
+        let options = BackendOptions { name: "resize".into(), writable: true };
+        let below = Backend::new(&node, options).unwrap();
+        let change = Truncate { len, exact: true, prealloc: Prealloc::Off, zero_new: true };
+        self.house.sim.block_on(below.truncate(change))
+    }
+
+    /// Closes all of it; the length and the bytes of the file.
+    fn close(self) -> Vec<u8> {
+        let node = self.disk.node();
+        drop(self.disk);
+        let report = self.house.sim.block_on(node.close()).unwrap();
+        assert!(report.is_clean(), "{report:?}");
+        let file = json!({"driver": "file", "filename": "/disks/f", "read-only": true});
+        let file = self.house.backend(file).unwrap();
+        self.house.read(&file, 0, usize::try_from(file.len()).unwrap()).unwrap()
+    }
+}
+
+/// Nothing but what is asked for happens, so that operations can be counted.
+fn calm() -> Sim {
+    Sim::new(1, SimConfig::calm())
+}
+
+#[test]
+fn the_file_grows_ahead_and_others_see_the_data() {
+    let rig = Rig::new(calm());
+    rig.write(0, 1, 1000).unwrap();
+    assert_eq!((rig.len("ahead"), rig.len("f")), (1000, 53_248));
+    let zeros = rig.house.sim.ops_of(OpMask::ZERO);
+    for n in 1..50 {
+        rig.write(n * 1000, 1, 1000).unwrap();
+    }
+    assert_eq!((rig.len("ahead"), rig.len("f")), (50_000, 53_248));
+    assert_eq!(rig.house.sim.ops_of(OpMask::ZERO), zeros, "the space was there");
+    rig.write(53_000, 2, 1000).unwrap();
+    assert_eq!((rig.len("ahead"), rig.len("f")), (54_000, 106_496));
+    assert_eq!(rig.house.read(&rig.disk, 50_000, 10_000).unwrap()[..3000], [0; 3000]);
+    let bytes = rig.close();
+    assert_eq!(bytes.len(), 54_000);
+    assert!(bytes[..50_000] == [1; 50_000] && bytes[53_000..] == [2; 1000]);
+}
+
+#[test]
+fn zeros_where_nobody_wrote_cost_nothing() {
+    let rig = Rig::new(calm());
+    rig.write(0, 1, 1000).unwrap();
+    let before = rig.house.sim.writes();
+    rig.zero(1000, 5000, ZeroFlags::empty());
+    rig.zero(7000, 1000, ZeroFlags::empty());
+    assert_eq!((rig.house.sim.writes(), rig.len("ahead")), (before, 8000));
+    // What must be durable, and what was written, is done.
+    rig.zero(8000, 100, ZeroFlags::FUA);
+    assert!(rig.house.sim.writes() > before);
+    rig.write(20_000, 3, 1000).unwrap();
+    rig.zero(20_500, 100, ZeroFlags::empty());
+    let bytes = rig.close();
+    assert_eq!(bytes.len(), 21_000);
+    assert!(bytes[1000..20_000].iter().all(|byte| *byte == 0));
+    assert!(bytes[20_000..20_500] == [3; 500] && bytes[20_500..20_600] == [0; 100]);
+}
+
+#[test]
+fn what_is_cut_off_and_grown_again_reads_as_zeros() {
+    let rig = Rig::new(calm());
+    rig.write(0, 1, 30_000).unwrap();
+    rig.resize(10_000).unwrap();
+    assert_eq!((rig.len("ahead"), rig.len("f")), (10_000, 10_000));
+    rig.resize(20_000).unwrap();
+    rig.write(20_000, 2, 1).unwrap();
+    // Into the space that is there.
+    let before = rig.house.sim.writes();
+    rig.resize(25_000).unwrap();
+    assert_eq!((rig.house.sim.writes(), rig.len("ahead")), (before, 25_000));
+    let bytes = rig.close();
+    assert_eq!(bytes.len(), 25_000);
+    assert!(bytes[..10_000] == [1; 10_000] && bytes[20_000] == 2);
+    assert!(bytes[10_000..20_000].iter().chain(&bytes[20_001..]).all(|byte| *byte == 0));
+}
+
+/// A write far out takes space around itself, not for all of the hole.
+#[test]
+fn holes_stay_holes() {
+    let rig = Rig::new(calm());
+    rig.write(0, 1, 1000).unwrap();
+    rig.write(500 << 20, 2, 1000).unwrap();
+    let used = rig.house.sim.block_on(
+        rig.disk
+            .node()
+            .graph()
+            .find("f")
+            .map(|node| {
+                let backend = Backend::new(&node, BackendOptions::default()).unwrap();
+                async move { backend.allocated_len().await.unwrap().unwrap() }
+            })
+            .unwrap(),
+    );
+    assert!(used < 300_000, "{used}");
+    assert_eq!(rig.close().len(), (500 << 20) + 1000);
+}
+
+#[test]
+fn without_cheap_space_it_only_passes_on() {
+    let config = SimConfig { unsupported: OpMask::ZERO, ..SimConfig::default() };
+    let rig = Rig::new(Sim::new(1, config));
+    for n in 0..5 {
+        rig.write(n * 1000, 1, 1000).unwrap();
+    }
+    assert_eq!((rig.len("ahead"), rig.len("f")), (5000, 5000));
+    assert!(rig.close() == [1; 5000]);
+}
+
+#[test]
+fn a_failure_to_take_space_fails_no_write() {
+    let rig = Rig::new(calm());
+    rig.write(0, 1, 1000).unwrap();
+    rig.house.sim.fail_nth(0, Fault::sticky(libc::ENOSPC).on(OpMask::ZERO));
+    let writes = (0..20_u64).map(|n| {
+        let iov = Buf::from_slice(&[7; 3000]).iov();
+        rig.disk.write(52_000 + n * 3000, iov, WriteFlags::empty())
+    });
+    for result in rig.house.sim.block_on(join_all(writes)) {
+        result.unwrap();
+    }
+    assert_eq!((rig.len("ahead"), rig.len("f")), (112_000, 112_000));
+    rig.house.sim.clear_faults();
+    rig.write(112_000, 7, 10).unwrap();
+    assert!(rig.len("f") > 150_000);
+    let bytes = rig.close();
+    assert!(bytes.len() == 112_010 && bytes[52_000..].iter().all(|byte| *byte == 7));
+}
+
+#[test]
+fn a_failed_write_leaves_old_or_new() {
+    let rig = Rig::new(calm());
+    rig.write(0, 1, 1000).unwrap();
+    rig.house.sim.fail_nth(0, Fault::once(libc::EIO).on(OpMask::WRITE).partially());
+    assert!(rig.write(1000, 9, 3000).is_err());
+    rig.resize(20_000).unwrap();
+    let bytes = rig.close();
+    assert!(bytes[1000..4000].iter().all(|byte| *byte == 0 || *byte == 9));
+    assert!(bytes.len() == 20_000 && bytes[4000..].iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn many_writers_past_the_end_lose_nothing() {
+    for seed in 0..50 {
+        let rig = Rig::new(Sim::new(seed, SimConfig::default()));
+        let mut order: Vec<u64> = (0..60).collect();
+        order.rotate_left(usize::try_from(seed).unwrap());
+        let writes = order.iter().map(|n| {
+            let n = *n;
+            let disk = &rig.disk;
+            async move {
+                let byte = u8::try_from(n + 1).unwrap();
+                let iov = Buf::from_slice(&[byte; 5000]).iov();
+                disk.write(n * 5000, iov, WriteFlags::empty()).await.unwrap();
+            }
+        });
+        rig.house.sim.block_on(join_all(writes));
+        let bytes = rig.close();
+        let is_right = |(at, byte): (usize, &u8)| usize::from(*byte) == at / 5000 + 1;
+        assert!(bytes.len() == 300_000 && bytes.iter().enumerate().all(is_right), "seed {seed}");
+    }
+}
+
+/// A writer goes away while it takes space, and at once somebody writes there: late zeros must not come after his bytes.
+#[test]
+fn space_that_nobody_waits_for_does_not_overwrite_the_next_writer() {
+    for seed in 0..300 {
+        let rig = Rig::new(Sim::new(seed, SimConfig::default()));
+        rig.write(0, 1, 1000).unwrap();
+        rig.house.sim.block_on(async {
+            let iov = Buf::from_slice(&[2; 1000]).iov();
+            let mut growing = Box::pin(rig.disk.write(60_000, iov, WriteFlags::empty()));
+            for _ in 0..=seed % 6 {
+                if futures_util::poll!(growing.as_mut()).is_ready() {
+                    break;
+                }
+                bds_io::yield_now().await;
+            }
+            drop(growing);
+            let iov = Buf::from_slice(&[3; 9000]).iov();
+            rig.disk.write(61_000, iov, WriteFlags::empty()).await.unwrap();
+        });
+        rig.house.sim.run_until_idle();
+        let bytes = rig.close();
+        assert!(bytes.len() == 70_000 && bytes[61_000..] == [3; 9000], "seed {seed}");
+    }
+}
+
+#[test]
+fn wrong_options_are_refused_and_a_read_only_file_is_only_read() {
+    let rig = Rig::new(calm());
+    rig.write(0, 1, 1000).unwrap();
+    let Rig { house, disk } = rig;
+    drop(disk);
+    house.sim.block_on(house.graph.reap());
+    for align in [0, 100, 513] {
+        let file = json!({"driver": "mem"});
+        let options = json!({"driver": "preallocate", "prealloc-align": align, "file": file});
+        let error = house.node(options).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        assert!(error.to_string().contains("prealloc-align"), "{error}");
+    }
+    let file = json!({"driver": "file", "filename": "/disks/f"});
+    let options = json!({"driver": "preallocate", "read-only": true, "file": file});
+    let disk = house.backend(options).unwrap();
+    assert_eq!(house.read(&disk, 0, 1000).unwrap(), [1; 1000]);
+    assert_eq!(disk.len(), 1000);
+}
+
+/// A format that writes past the end of its file, as qcow2 does, but shows where.
+mod growing {
+    use bds_core::driver::{
+        BoxFuture, Category, Child, Driver, DriverType, OpenContext, ReadFlags, Role, StatusFlags,
+        StatusRun, WriteFlags, ZeroFlags,
+    };
+    use bds_core::options::{OptionKind, OptionSpec};
+    use bds_core::{Result, driver::Attempt};
+    use bds_io::IoVec;
+
+    /// Shows 1 GiB, whatever the file's length.
+    pub(super) struct Log;
+
+    struct LogNode(Child);
+
+    impl Driver for LogNode {
+        fn name(&self) -> &'static str {
+            "log"
+        }
+
+        fn len(&self) -> u64 {
+            1 << 30
+        }
+
+        fn zero_flags(&self) -> Option<ZeroFlags> {
+            Some(ZeroFlags::all())
+        }
+
+        fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
+            self.0.read(offset, iov, flags)
+        }
+
+        fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
+            self.0.write(offset, iov, flags)
+        }
+
+        fn write_zeroes(
+            &self,
+            offset: u64,
+            len: u64,
+            flags: ZeroFlags,
+        ) -> BoxFuture<'_, Result<Attempt>> {
+            self.0.write_zeroes(offset, len, flags)
+        }
+
+        fn block_status(&self, _: u64, len: u64, _: bool) -> BoxFuture<'_, Result<StatusRun>> {
+            Box::pin(async move { Ok(StatusRun { len, flags: StatusFlags::DATA, map: None }) })
+        }
+
+        fn as_any(&self) -> &dyn std::any::Any {
+            self
+        }
+    }
+
+    impl DriverType for Log {
+        fn name(&self) -> &'static str {
+            "log"
+        }
+
+        fn category(&self) -> Category {
+            Category::Format
+        }
+
+        fn open_options(&self) -> &'static [OptionSpec] {
+            const FILE: OptionSpec =
+                OptionSpec { name: "file", kind: OptionKind::Child, help: "", default: None };
+            &[FILE]
+        }
+
+        fn open<'a>(
+            &'a self,
+            context: &'a mut OpenContext<'_>,
+        ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
+            Box::pin(async move {
+                let file = context.child("file", Role::DATA | Role::PRIMARY).await?;
+                Ok(Box::new(LogNode(file)) as Box<dyn Driver>)
+            })
+        }
+    }
+}

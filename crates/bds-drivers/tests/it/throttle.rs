@@ -1,0 +1,315 @@
+//! Rates on the virtual clock: averages and bursts to the nanosecond, shares of members, requests given up in line.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bds_core::driver::WriteFlags;
+use bds_core::graph::{Graph, GraphConfig};
+use bds_core::rate::{Rate, RateLimits};
+use bds_core::request::{Backend, BackendOptions};
+use bds_core::stats::Operation;
+use bds_core::{ErrorKind, Options};
+use bds_drivers::filter::throttle::{ThrottleGroups, limits_from_options};
+use bds_io::{Buf, Sim, SimConfig, now, sleep};
+use futures_util::future::join_all;
+use serde_json::{Value, json};
+
+use crate::house::House;
+
+/// A house in which only waiting takes time, and its groups.
+fn house(seed: u64) -> (House, ThrottleGroups) {
+    let sim = Sim::new(seed, SimConfig { overtake_rate: 0.0, ..SimConfig::calm() });
+    let groups = ThrottleGroups::new();
+    let registry = Arc::new(bds_drivers::registry_with_groups(&groups));
+    let graph = Graph::new(GraphConfig { fs: sim.fs(), ..GraphConfig::new(registry) });
+    (House { sim, graph }, groups)
+}
+
+fn limits(options: Value) -> RateLimits {
+    limits_from_options(Options::from_json(json!({ "limits": options })).unwrap()).unwrap()
+}
+
+fn disk(house: &House, name: &str, group: &str) -> Backend {
+    let options = json!({
+        "driver": "throttle", "node-name": name, "throttle-group": group,
+        "file": {"driver": "mem", "size": 1 << 24},
+    });
+    house.backend(options).unwrap()
+}
+
+async fn write(disk: &Backend, len: usize) -> u128 {
+    disk.write(0, Buf::zeroed(len, 1).iov(), WriteFlags::empty()).await.unwrap();
+    now().as_nanos()
+}
+
+/// When requests of these lengths go, one after the other, by searching all nanoseconds.
+fn curve(rate: Rate, lens: &[usize]) -> Vec<u128> {
+    let n = 1_000_000_000_u128;
+    let Rate { avg, max, max_secs } = rate;
+    let [avg, max, secs] = [avg, max, max_secs].map(u128::from);
+    let mut went: Vec<(u128, u128)> = Vec::new();
+    let mut at = 0;
+    for len in lens {
+        let level = |rate: u128, now: u128| {
+            let (mut sum, mut level) = (0, 0);
+            for (when, len) in went.iter().rev() {
+                sum += len * n;
+                level = level.max(sum.saturating_sub(rate * (now - when)));
+            }
+            level
+        };
+        let goes = |now: u128| {
+            let capacity = if max == 0 { avg * n / 10 } else { max * secs * n };
+            level(avg, now) <= capacity && (secs == 1 || level(max, now) <= max * n / 10)
+        };
+        // Levels only fall while nothing comes, so what may go may go later too.
+        let (mut low, mut high) = (at, at + 1_000_000 * n);
+        while low < high {
+            let middle = low.midpoint(high);
+            if goes(middle) { high = middle } else { low = middle + 1 }
+        }
+        at = low;
+        went.push((at, *len as u128));
+    }
+    went.into_iter().map(|(at, _)| at).collect()
+}
+
+#[test]
+fn averages_and_bursts_are_those_of_the_model() {
+    let lens: Vec<usize> = (0..120).map(|n| 1000 + n * 7919 % 90_000).collect();
+    for rate in [
+        json!({"bps-total": 1_000_000}),
+        json!({"bps-total": 333_333}),
+        json!({"bps-total": 100_000, "bps-total-max": 700_000}),
+        json!({"bps-total": 100_000, "bps-total-max": 700_000, "bps-total-max-length": 4}),
+        json!({"bps-total": 1_000_000, "bps-total-max": 1_000_001, "bps-total-max-length": 2}),
+    ] {
+        let (house, groups) = house(3);
+        let limits = limits(rate);
+        groups.create("g", limits).unwrap();
+        let disk = disk(&house, "a", "g");
+        let seen = house.sim.block_on(async {
+            let mut seen = Vec::new();
+            for len in &lens {
+                seen.push(write(&disk, *len).await);
+            }
+            seen
+        });
+        assert_eq!(seen, curve(limits.bps_total, &lens), "{limits:?}");
+        // In the long run only the average counts.
+        let sum: u64 = lens.iter().map(|len| *len as u64).sum();
+        let Rate { avg, max, max_secs } = limits.bps_total;
+        let at_once = if max == 0 { avg / 10 } else { max * max_secs };
+        let secs = Duration::from_nanos(u64::try_from(seen[119]).unwrap()).as_secs();
+        assert!(sum <= avg * (secs + 1) + at_once + 91_000 && sum >= avg * secs, "{limits:?}");
+    }
+}
+
+#[test]
+fn reads_and_writes_take_turns_at_a_common_rate() {
+    for seed in 0..10 {
+        let (house, groups) = house(seed);
+        groups.create("g", limits(json!({"iops-total": 10}))).unwrap();
+        let disk = disk(&house, "a", "g");
+        house.sim.block_on(async {
+            let reads = (0..40).map(|_| async {
+                disk.read(0, Buf::zeroed(512, 1).iov()).await.unwrap();
+                now().as_millis()
+            });
+            let writes = (0..40).map(|_| async { write(&disk, 512).await / 1_000_000 });
+            let (reads, writes) = futures_util::join!(join_all(reads), join_all(writes));
+            for moment in (500..4000).step_by(500) {
+                let until = |ends: &[u128]| ends.iter().filter(|end| **end <= moment).count();
+                let (r, w) = (until(&reads), until(&writes));
+                // The two that went at once may both be of one kind.
+                assert!(r.abs_diff(w) <= 3, "seed {seed}: at {moment} ms {r} reads, {w} writes");
+            }
+            assert_eq!(now().as_millis(), 7800);
+        });
+    }
+}
+
+#[test]
+fn members_take_turns_and_each_serves_in_order() {
+    for seed in 0..10 {
+        let (house, groups) = house(seed);
+        groups.create("g", limits(json!({"iops-write": 100}))).unwrap();
+        let disks = ["a", "b", "c"].map(|name| disk(&house, name, "g"));
+        house.sim.block_on(async {
+            // One floods, one has some, one comes late.
+            let (busy, some, late) = futures_util::join!(
+                join_all((0..200).map(|_| write(&disks[0], 512))),
+                join_all((0..20).map(|_| write(&disks[1], 512))),
+                async {
+                    sleep(Duration::from_secs(1)).await;
+                    let before = now().as_nanos();
+                    (before, write(&disks[2], 512).await)
+                }
+            );
+            assert!(busy.is_sorted() && some.is_sorted(), "seed {seed}");
+            // The burst of ten is whoever's who came first; afterwards every second turn is the other one's.
+            assert!(*some.last().unwrap() <= 410_000_000, "seed {seed}: {some:?}");
+            let (before, after) = late;
+            assert!(after - before <= 20_000_000, "seed {seed}: {}", after - before);
+            assert_eq!(now().as_millis(), 2100, "seed {seed}: 11 at once, 210 in line");
+        });
+    }
+}
+
+#[test]
+fn requests_given_up_in_line_cost_nothing_and_hold_up_nobody() {
+    // Which of six requests is given up, and when: polled so often, 70 ms apart.
+    for victim in 0..6 {
+        for polls in 0..12 {
+            let (house, groups) = house(polls);
+            groups.create("g", limits(json!({"bps-total": 1000}))).unwrap();
+            let (disk, other) = (Arc::new(disk(&house, "a", "g")), disk(&house, "b", "g"));
+            house.sim.block_on(async {
+                write(&disk, 200).await;
+                let mut tasks = Vec::new();
+                let mut given_up = Box::pin(write(&disk, 500));
+                for number in 0..6 {
+                    if number == victim {
+                        if polls > 0 {
+                            assert!(futures_util::poll!(given_up.as_mut()).is_pending());
+                        }
+                    } else {
+                        let disk = Arc::clone(&disk);
+                        tasks.push(bds_io::spawn(async move { write(&disk, 100).await }));
+                        bds_io::yield_now().await;
+                    }
+                }
+                let mut was_done = false;
+                for _ in 1..polls {
+                    sleep(Duration::from_millis(70)).await;
+                    was_done = was_done || futures_util::poll!(given_up.as_mut()).is_ready();
+                    if was_done {
+                        break;
+                    }
+                }
+                drop(given_up);
+                let mut ended = join_all(tasks).await;
+                ended.sort_unstable();
+                // 100 ms until the first, then one after the other; the victim's 500 bytes only if its turn came.
+                let last = ended[4] / 1_000_000;
+                assert!(last == 500 || last == 1000, "victim {victim} polls {polls}: {last} ms");
+                assert!(last == 500 || was_done || polls > 1, "victim {victim} polls {polls}");
+                let after = write(&other, 100).await / 1_000_000;
+                assert!(after == last + 100 || was_done, "victim {victim} polls {polls}: {after}");
+            });
+        }
+    }
+}
+
+#[test]
+fn a_flood_dropped_at_every_await_leaves_a_group_that_works() {
+    for polls in 0..60 {
+        let (house, groups) = house(polls as u64);
+        groups.create("g", limits(json!({"iops-total": 20}))).unwrap();
+        let (a, b) = (disk(&house, "a", "g"), disk(&house, "b", "g"));
+        let flood = async {
+            join_all((0..10).flat_map(|_| [write(&a, 512), write(&b, 512)])).await;
+        };
+        let was_dropped = house.sim.drop_at(flood, polls);
+        let ended = house.sim.block_on(async {
+            let before = now();
+            join_all((0..4).map(|_| write(&a, 512))).await;
+            now() - before
+        });
+        // At worst the buckets are as full as they can be, and each has its 50 ms.
+        assert!(ended <= Duration::from_millis(200), "polls {polls}: {ended:?}");
+        drop((a, b));
+        house.sim.block_on(house.graph.reap());
+        groups.remove("g").unwrap();
+        if !was_dropped {
+            return;
+        }
+    }
+    panic!("sixty polls are enough for twenty requests");
+}
+
+#[test]
+fn a_node_may_have_limits_of_its_own() {
+    let house = House::with(Sim::new(1, SimConfig { overtake_rate: 0.0, ..SimConfig::calm() }));
+    let file = json!({"driver": "mem", "size": 1 << 20});
+    let options = "driver=throttle,limits.bps-total=1M,limits.iops-size=4k,limits.iops-read=7,file.driver=mem,\
+         file.size=1M";
+    let disk = house.backend(Options::parse(options).unwrap().into_json()).unwrap();
+    let times = house.sim.block_on(async { [write(&disk, 1 << 20).await, write(&disk, 1).await] });
+    assert_eq!(times, [0, 900_000_000]);
+    for (options, word) in [
+        (json!({}), "'throttle-group' is missing"),
+        (json!({"throttle-group": "g"}), "no throttle group 'g'"),
+        (json!({"throttle-group": "g", "limits": {"bps-read": 1}}), "exclude each other"),
+        (json!({"limits": {"bps-read": 5, "bps-read-max": 1}}), "must not be lower"),
+        (json!({"limits": {"bps": 5}}), "'bps'"),
+        (json!({"limits": "fast"}), "limits"),
+    ] {
+        let mut options = options;
+        options["driver"] = json!("throttle");
+        options["file"] = file.clone();
+        let text = house.node(options).unwrap_err().to_string();
+        assert!(text.contains(word), "{text}");
+    }
+}
+
+#[test]
+fn groups_know_their_members() {
+    let (house, groups) = house(1);
+    let two = limits(json!({"iops-total": 2}));
+    groups.create("g", two).unwrap();
+    assert_eq!(groups.create("g", two).unwrap_err().kind(), ErrorKind::AlreadyExists);
+    assert_eq!(groups.create("", two).unwrap_err().kind(), ErrorKind::InvalidInput);
+    let (a, b) = (disk(&house, "a", "g"), disk(&house, "b", "g"));
+    let list = groups.list();
+    assert_eq!((list[0].name.as_str(), list[0].limits), ("g", two));
+    assert_eq!(list[0].members, ["a", "b"]);
+    let error = groups.remove("g").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InUse);
+    assert!(error.to_string().contains("a, b"), "{error}");
+    assert_eq!(groups.remove("h").unwrap_err().kind(), ErrorKind::NotFound);
+    drop((a, b));
+    // Its nodes are dead but not closed yet.
+    assert!(groups.remove("g").is_err());
+    house.sim.block_on(house.graph.reap());
+    groups.remove("g").unwrap();
+    assert_eq!(groups.list(), []);
+}
+
+/// Real threads and a real clock, with requests given up in between: whatever the order, everybody's turn comes.
+#[test]
+fn threads_share_a_group_and_nobody_is_forgotten() {
+    let groups = ThrottleGroups::new();
+    groups.create("g", limits(json!({"iops-total": 20_000}))).unwrap();
+    let registry = Arc::new(bds_drivers::registry_with_groups(&groups));
+    let graph = Graph::new(GraphConfig::new(registry));
+    let disks = ["a", "b"].map(|name| {
+        let options = json!({
+            "driver": "throttle", "node-name": name, "throttle-group": "g",
+            "file": {"driver": "mem", "size": 65536},
+        });
+        let node = bds_io::block_on(graph.open(Options::from_json(options).unwrap())).unwrap();
+        let options = BackendOptions { name: "test".into(), writable: true };
+        Backend::new(&node, options).unwrap()
+    });
+    std::thread::scope(|scope| {
+        for number in 0..4 {
+            let disk = &disks[number % 2];
+            scope.spawn(move || {
+                bds_io::block_on(async {
+                    for round in 0..30 {
+                        let dropped = Box::pin(write(disk, 512));
+                        let mut dropped = std::pin::pin!(dropped);
+                        let _ended = futures_util::poll!(dropped.as_mut()).is_ready();
+                        join_all((0..40).map(|_| write(disk, 512))).await;
+                        if round % 3 == number % 3 {
+                            bds_io::yield_now().await;
+                        }
+                    }
+                });
+            });
+        }
+    });
+    let passed: u64 = disks.iter().map(|disk| disk.stats().totals(Operation::Write).ops).sum();
+    assert!(passed >= 4 * 30 * 40, "{passed}");
+}
