@@ -9,8 +9,8 @@
 use std::any::Any;
 
 use bds_core::driver::{
-    Attempt, BoxFuture, Category, Child, Driver, DriverType, Limits, OpenContext, ReadFlags, Role,
-    StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Access, Attempt, BoxFuture, Category, Child, Driver, DriverType, Limits, NodeUse, OpenContext,
+    Perm, ReadFlags, Role, StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec};
 use bds_core::{Error, ErrorKind, Result};
@@ -85,6 +85,15 @@ impl Driver for CopyOnReadNode {
 
     fn is_filter(&self) -> bool {
         true
+    }
+
+    /// Copying needs no more than writing what is there already.
+    fn child_access(&self, _name: &str, role: Role, node: &NodeUse) -> Access {
+        let mut access = Access::of_child(role, node);
+        if node.is_writable && node.is_active {
+            access.perm |= Perm::WRITE_UNCHANGED;
+        }
+        access
     }
 
     fn write_flags(&self) -> WriteFlags {

@@ -22,8 +22,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
 use bds_core::driver::{
-    Attempt, BoxFuture, Category, Child, Driver, DriverType, Limits, OpenContext, Prealloc,
-    ReadFlags, Role, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Access, Attempt, BoxFuture, Category, Child, Driver, DriverType, Limits, NodeUse, OpenContext,
+    Perm, Prealloc, ReadFlags, Role, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, ErrorKind, Result};
@@ -230,6 +230,16 @@ impl Driver for PreallocateNode {
 
     fn is_filter(&self) -> bool {
         true
+    }
+
+    /// The surplus is taken and given back whoever uses the node; nobody else may change the file's length or write behind its end.
+    fn child_access(&self, _name: &str, role: Role, node: &NodeUse) -> Access {
+        let mut access = Access::of_child(role, node);
+        if node.is_writable && node.is_active {
+            access.perm |= Perm::changes();
+            access.shared -= Perm::changes();
+        }
+        access
     }
 
     fn write_flags(&self) -> WriteFlags {

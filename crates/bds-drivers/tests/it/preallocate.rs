@@ -268,8 +268,8 @@ fn wrong_options_are_refused_and_a_read_only_file_is_only_read() {
 /// A format that writes past the end of its file, as qcow2 does, but shows where.
 mod growing {
     use bds_core::driver::{
-        BoxFuture, Category, Child, Driver, DriverType, OpenContext, ReadFlags, Role, StatusFlags,
-        StatusRun, WriteFlags, ZeroFlags,
+        Access, BoxFuture, Category, Child, Driver, DriverType, NodeUse, OpenContext, ReadFlags,
+        Role, StatusFlags, StatusRun, WriteFlags, ZeroFlags,
     };
     use bds_core::options::{OptionKind, OptionSpec};
     use bds_core::{Result, driver::Attempt};
@@ -281,6 +281,11 @@ mod growing {
     struct LogNode(Child);
 
     impl Driver for LogNode {
+        /// The test resizes behind its back.
+        fn child_access(&self, _name: &str, _role: Role, _node: &NodeUse) -> Access {
+            Access::ALL
+        }
+
         fn name(&self) -> &'static str {
             "log"
         }
