@@ -3,7 +3,7 @@
 
 mod backing;
 mod faults;
-//mod others;
+mod others;
 mod qcow2;
 mod qemu;
 pub(crate) mod rig;
