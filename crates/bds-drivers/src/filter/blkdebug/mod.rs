@@ -1,7 +1,7 @@
 //! `blkdebug`: faults and odd limits on demand, between a node and whoever uses it.
 //!
-//! Options are QEMU's (`image`, `inject-error`, `set-state`, `align`, `max-transfer`, …), except for configuration files
-//! and suspended requests. Additions carry `x-`: `x-offset` (a byte instead of a sector) and `x-skip` (let the first
+//! Options are QEMU's (`image`, `config`, `inject-error`, `set-state`, `align`, `max-transfer`, …), except for suspended
+//! requests. Additions carry `x-`: `x-offset` (a byte instead of a sector) and `x-skip` (let the first
 //! matches pass).
 //!
 //! A reopen exchanges rules (the state begins anew) and limits. What is taken from the child beyond what the parents do
@@ -9,6 +9,7 @@
 //!
 //! Invariant: a request that a rule fails reaches nothing below.
 
+mod config;
 mod rules;
 
 use std::any::Any;
@@ -24,9 +25,10 @@ use bds_core::driver::{
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, ErrorKind, Result};
-use bds_io::IoVec;
+use bds_io::{Fs, IoVec};
 use serde_json::Value;
 
+use config::FileRules;
 use rules::{Kind, Rules};
 
 /// The `blkdebug` filter.
@@ -39,6 +41,7 @@ const fn spec(name: &'static str, kind: OptionKind, help: &'static str) -> Optio
 
 const OPEN_OPTIONS: &[OptionSpec] = &[
     spec("image", OptionKind::Child, "the node to pass requests to"),
+    spec("config", OptionKind::String, "file of further rules"),
     spec("inject-error", OptionKind::String, "list of rules that fail requests"),
     spec("set-state", OptionKind::String, "list of rules that move the state on events"),
     spec("align", OptionKind::Size, "required alignment in bytes"),
@@ -66,6 +69,8 @@ struct DebugNode {
 /// The options that may change while the node is open.
 #[derive(Clone, Debug, Default)]
 struct Asked {
+    /// What the file of rules held when it was named.
+    file: FileRules,
     inject: Option<Value>,
     set_state: Option<Value>,
     odd: OddLimits,
@@ -73,8 +78,13 @@ struct Asked {
 
 impl Asked {
     /// What is not given stays.
-    fn take(self, options: &mut Options) -> Result<Self> {
+    async fn take(self, fs: &Fs, options: &mut Options) -> Result<Self> {
+        let file = match options.take_str("config")? {
+            Some(path) => FileRules::read(fs, &path).await?,
+            None => self.file,
+        };
         Ok(Self {
+            file,
             inject: options.take("inject-error").or(self.inject),
             set_state: options.take("set-state").or(self.set_state),
             odd: self.odd.take(options)?,
@@ -82,7 +92,9 @@ impl Asked {
     }
 
     fn rules(&self) -> Result<Rules> {
-        Rules::parse(self.inject.clone(), self.set_state.clone())
+        let mut rules = Rules::parse(self.inject.clone(), self.set_state.clone())?;
+        rules.add(&self.file)?;
+        Ok(rules)
     }
 }
 
@@ -128,11 +140,13 @@ impl DebugNode {
         self.asked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn prepare(&self, context: &mut ReopenContext<'_>) -> Result<Prepared<'_>> {
+    async fn prepare(&self, context: &mut ReopenContext<'_>) -> Result<Prepared<'_>> {
         let options = &mut context.options;
         // Rules that stay go on in the state they are in.
-        let has_new = options.contains("inject-error") || options.contains("set-state");
-        let asked = self.asked().clone().take(options)?;
+        let has_new =
+            ["config", "inject-error", "set-state"].iter().any(|key| options.contains(key));
+        let asked = self.asked().clone();
+        let asked = asked.take(context.fs, options).await?;
         let rules = if has_new { Some(asked.rules()?) } else { None };
         Ok(Prepared { node: self, asked, rules })
     }
@@ -316,8 +330,12 @@ impl Driver for DebugNode {
     where
         'n: 'c,
     {
-        let prepared = self.prepare(context).map_err(|e| e.node(&self.node_name));
-        Box::pin(async { prepared.map(|prepared| Box::new(prepared) as Box<dyn Reopen>) })
+        Box::pin(async {
+            let prepared = self.prepare(context).await;
+            prepared
+                .map(|prepared| Box::new(prepared) as Box<dyn Reopen>)
+                .map_err(|e| e.node(&self.node_name))
+        })
     }
 
     fn as_any(&self) -> &dyn Any {
@@ -343,8 +361,8 @@ impl DriverType for Blkdebug {
         context: &'a mut OpenContext<'_>,
     ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
         Box::pin(async move {
-            let options = &mut context.options;
-            let asked = Asked::default().take(options)?;
+            let (fs, options) = (context.fs, &mut context.options);
+            let asked = Asked::default().take(fs, options).await?;
             let rules = asked.rules()?;
             let taken = take_perms(options, "take-child-perms")?;
             let unshared = take_perms(options, "unshare-child-perms")?;

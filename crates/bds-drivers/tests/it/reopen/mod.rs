@@ -6,4 +6,5 @@ mod faults;
 mod others;
 mod qcow2;
 mod qemu;
+mod random;
 pub(crate) mod rig;

@@ -10,7 +10,7 @@ use bds_drivers::format::raw::Raw;
 use bds_drivers::protocol::mem::Mem;
 use bds_drivers::protocol::null::Null;
 use bds_io::{Fs, IoVec};
-use bds_testkit::pattern;
+use bds_testkit::{Scratch, pattern};
 use serde_json::{Value, json};
 
 use super::rig::{Image, Place, Shelf, made, open_file, place, prepare, read_only, writer};
@@ -178,6 +178,28 @@ fn rules_and_limits_are_exchanged() {
     reopen(&*node, &json!({"inject-error": []})).unwrap();
     assert!(read(&*node, 0, 512).is_some(), "without rules the quick way is open");
     ready(&*node, read_only(writer()), &json!({})).unwrap().commit();
+}
+
+#[test]
+fn rules_come_from_a_file_too() {
+    let scratch = Scratch::new();
+    let path = scratch.path("rules");
+    std::fs::write(&path, "[inject-error]\niotype = \"read\"\nerrno = \"28\"\n").unwrap();
+    let config = json!({"config": path});
+    let node = open(&Blkdebug, &config, vec![("image", memory(&[7; 4096]))]).unwrap();
+    assert!(fails(&*node));
+    // Read once: what becomes of the file is seen when it is named again.
+    std::fs::write(&path, "[inject-error]\niotype = \"write\"\n").unwrap();
+    reopen(&*node, &json!({"set-state": []})).unwrap();
+    assert!(fails(&*node));
+    reopen(&*node, &config).unwrap();
+    assert!(!fails(&*node));
+    std::fs::write(&path, "[inject-error]\niotype = \"seek\"\n").unwrap();
+    for (path, word) in [(path.as_path(), "seek"), (&scratch.path("none"), "none")] {
+        let error = reopen(&*node, &json!({"config": path})).unwrap_err();
+        assert!(error.to_string().contains(word), "{error}");
+        assert!(!fails(&*node));
+    }
 }
 
 /// What a parent that reads and writes asks.

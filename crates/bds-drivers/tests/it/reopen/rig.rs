@@ -253,16 +253,30 @@ impl Image {
 
     /// All of them, in the order a graph keeps: prepare all, then commit all, children first.
     pub(crate) async fn reopen(&mut self, flags: OpenFlags, options: Options) -> Result<()> {
-        self.try_reopen(flags, options).await?;
+        // A child before its parent if both become writable, else after it.
+        let files_first = self.flags.read_only;
+        self.reopen_in_order(flags, options, files_first).await
+    }
+
+    pub(crate) async fn reopen_in_order(
+        &mut self,
+        flags: OpenFlags,
+        options: Options,
+        files_first: bool,
+    ) -> Result<()> {
+        self.try_reopen(flags, options, files_first).await?;
         self.flags = flags;
         Ok(())
     }
 
-    async fn try_reopen(&self, flags: OpenFlags, options: Options) -> Result<()> {
+    async fn try_reopen(
+        &self,
+        flags: OpenFlags,
+        options: Options,
+        files_first: bool,
+    ) -> Result<()> {
         let (fs, from) = (&self.fs, self.flags);
         let mut prepared = Vec::new();
-        // A child before its parent if both become writable, else after it.
-        let files_first = from.read_only;
         if files_first {
             self.prepare_files(flags, &mut prepared).await?;
         }
