@@ -101,6 +101,15 @@ pub(super) async fn prepare<'w>(graph: &Graph, wanted: &'w [Wanted]) -> Result<V
     Ok(prepared)
 }
 
+/// Somebody relies on writing to the node on its own account.
+fn check_may_lose_writing(node: &Node) -> Result<()> {
+    if !node.copies_on_read() {
+        return Ok(());
+    }
+    let words = "what is read is copied into it: end copy-on-read first";
+    Err(Error::new(ErrorKind::InUse, words).node(node.name()))
+}
+
 async fn prepare_driver<'w>(graph: &Graph, wanted: &'w Wanted) -> Result<Box<dyn Reopen + 'w>> {
     let Wanted { node, flags, options } = wanted;
     let mut context = ReopenContext {
@@ -109,6 +118,9 @@ async fn prepare_driver<'w>(graph: &Graph, wanted: &'w Wanted) -> Result<Box<dyn
         options: options.clone(),
         fs: &graph.config().fs,
     };
+    if flags.read_only {
+        check_may_lose_writing(node)?;
+    }
     if node.could_write() && (flags.read_only || flags.cache.no_flush) {
         // Afterwards nobody flushes any more what was written before.
         graph.0.reaper.flush_node(node.strong()).await?;

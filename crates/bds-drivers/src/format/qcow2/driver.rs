@@ -4,8 +4,8 @@ use std::any::Any;
 use std::sync::Arc;
 
 use bds_core::driver::{
-    Access, Attempt, BoxFuture, CheckReport, Child, Driver, ImageInfo, Limits, NodeUse, ReadFlags,
-    Reopen, ReopenContext, Role, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Access, Attempt, BoxFuture, CheckReport, Child, Driver, ImageInfo, Limits, NodeUse, Perm,
+    ReadFlags, Reopen, ReopenContext, Role, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
@@ -186,7 +186,13 @@ impl Driver for Qcow2 {
     fn child_access(&self, name: &str, role: Role, node: &NodeUse) -> Access {
         // Beside an external data file the image file holds metadata only.
         let is_metadata_only = name == "file" && self.image.data_file.is_some();
-        Access::of_child(if is_metadata_only { role - Role::DATA } else { role }, node)
+        let mut access =
+            Access::of_child(if is_metadata_only { role - Role::DATA } else { role }, node);
+        if name == "data-file" && node.is_writable && node.is_active {
+            // Freed clusters are discarded there when nobody can read them any more, also after the last user has left.
+            access.perm |= Perm::changes();
+        }
+        access
     }
 
     fn prepare_reopen<'n, 'c>(
