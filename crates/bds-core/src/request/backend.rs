@@ -43,7 +43,7 @@ impl Backend {
     pub fn new(node: &NodeRef, options: BackendOptions) -> Result<Backend> {
         let mut perm = Perm::CONSISTENT_READ;
         if options.writable {
-            if !node.is_writable() {
+            if !node.could_write() {
                 let message = "the node is read-only; open it for writing";
                 return Err(Error::new(ErrorKind::ReadOnly, message).node(node.name()));
             }

@@ -20,6 +20,8 @@ mod fuzz_seeds;
 #[cfg(feature = "qcow2")]
 mod hostile;
 mod house;
+#[cfg(feature = "qcow2")]
+mod lifecycle;
 mod locks;
 mod matrix;
 mod mem;

@@ -1,0 +1,314 @@
+//! The graph with real drivers: reopened, handed over and taken back, changed under load, and closed again without a leak.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bds_core::driver::WriteFlags;
+use bds_core::graph::{NewImage, NodeRef, walk};
+use bds_core::request::{Backend, BackendOptions};
+use bds_core::{ErrorKind, Options, Result};
+use bds_io::{Buf, Sim, SimConfig};
+use serde_json::{Value, json};
+
+use crate::house::House;
+
+const CLUSTER: u64 = 4096;
+const LEN: u64 = 64 * CLUSTER;
+
+/// A world with empty images of these names.
+fn house(names: &[&str]) -> House {
+    let house = House::with(Sim::new(3, SimConfig::default()));
+    for name in names {
+        let image = NewImage {
+            format: "qcow2".into(),
+            path: format!("/disks/{name}").into(),
+            options: options(json!({"size": LEN, "cluster_size": CLUSTER})),
+            skip_backing: true,
+        };
+        house.sim.block_on(house.graph.create_image(image)).unwrap();
+    }
+    house
+}
+
+fn image(name: &str) -> Value {
+    json!({
+        "driver": "qcow2", "node-name": name, "backing": null,
+        "file": {"driver": "file", "node-name": format!("{name}-file"), "filename": format!("/disks/{name}")},
+    })
+}
+
+fn options(value: Value) -> Options {
+    Options::from_json(value).unwrap()
+}
+
+fn guest(node: &NodeRef, writable: bool) -> Result<Backend> {
+    Backend::new(
+        node,
+        BackendOptions { name: "guest".into(), writable, ..BackendOptions::default() },
+    )
+}
+
+#[test]
+fn a_tree_is_reopened_read_only_and_writable_again() {
+    let house = house(&["disk"]);
+    let disk = house.node(image("disk")).unwrap();
+    let backend = guest(&disk, true).unwrap();
+    house.write(&backend, 0, &[7; 100]).unwrap();
+    let reopen =
+        |on: bool| house.sim.block_on(house.graph.reopen(&disk, options(json!({"read-only": on}))));
+    let before = house.graph.dump();
+    let error = reopen(true).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ReadOnly, "the guest still writes: {error}");
+    assert!(error.to_string().contains("guest"), "{error}");
+    assert_eq!(house.graph.dump(), before, "a refused reopen changes nothing");
+    house.write(&backend, 100, &[8; 100]).unwrap();
+    drop(backend);
+
+    reopen(true).unwrap();
+    let file = house.graph.find("disk-file").unwrap();
+    assert!(!disk.is_writable() && !file.is_writable(), "what was opened inline inherits");
+    let kind = guest(&disk, true).unwrap_err().kind();
+    assert_eq!(kind, ErrorKind::ReadOnly);
+
+    reopen(false).unwrap();
+    assert!(disk.is_writable() && file.is_writable());
+    let backend = guest(&disk, true).unwrap();
+    house.write(&backend, 200, &[9; 100]).unwrap();
+    let read = house.read(&backend, 0, 300).unwrap();
+    assert_eq!(read, [vec![7; 100], vec![8; 100], vec![9; 100]].concat());
+}
+
+#[test]
+fn a_node_that_becomes_read_only_has_made_durable_what_was_written() {
+    for through_raw in [false, true] {
+        let sim = house(&["disk"]).sim.fork(5);
+        let house = House::with(sim);
+        let disk = house.node(image("disk")).unwrap();
+        let top = match through_raw {
+            true => house.node(json!({"driver": "raw", "file": "disk"})).unwrap(),
+            false => disk.clone(),
+        };
+        let backend = guest(&top, true).unwrap();
+        house.write(&backend, 0, &[7; 4096]).unwrap();
+        drop((backend, top));
+        let read_only = options(json!({"read-only": true}));
+        house.sim.block_on(house.graph.reap());
+        house.sim.block_on(house.graph.reopen(&disk, read_only)).unwrap();
+        // Nobody flushes it later.
+        let sim = house.sim.after_cut_by(1, bds_io::sim::CutMode::LoseAll);
+        let after = House::with(sim);
+        let disk = after.backend(image("disk")).unwrap();
+        assert_eq!(after.read(&disk, 0, 4).unwrap(), [7; 4], "through raw: {through_raw}");
+    }
+}
+
+#[test]
+fn a_node_reopened_below_its_user_keeps_him() {
+    let house = house(&["disk"]);
+    let disk = house.node(image("disk")).unwrap();
+    let file = house.graph.find("disk-file").unwrap();
+    // The format needs its file for writing, whoever asks.
+    let alone = house.sim.block_on(house.graph.reopen(&file, options(json!({"read-only": true}))));
+    assert_eq!(alone.unwrap_err().kind(), ErrorKind::ReadOnly);
+    for wrong in [
+        json!({"driver": "raw"}),
+        json!({"node-name": "other"}),
+        json!({"cluster-size": 1}),
+        json!({"read-only": "perhaps"}),
+    ] {
+        let refused = house.sim.block_on(house.graph.reopen(&disk, options(wrong.clone())));
+        assert_eq!(refused.unwrap_err().kind(), ErrorKind::InvalidInput, "{wrong}");
+    }
+    let detect = options(json!({"detect-zeroes": "on", "discard": "unmap"}));
+    house.sim.block_on(house.graph.reopen(&disk, detect)).unwrap();
+    assert!(disk.flags().discard);
+}
+
+#[test]
+fn a_reopen_gives_another_backing_node_by_name_and_takes_it() {
+    let house = house(&["disk", "base"]);
+    let base = house.node(image("base")).unwrap();
+    let writer = guest(&base, true).unwrap();
+    house.write(&writer, 0, &[5; 4096]).unwrap();
+    drop(writer);
+    let disk = house.node(image("disk")).unwrap();
+    let backend = guest(&disk, false).unwrap();
+    let reopen = |value: Value| house.sim.block_on(house.graph.reopen(&disk, options(value)));
+    assert_eq!(house.read(&backend, 0, 4).unwrap(), [0; 4]);
+    reopen(json!({"backing": "base"})).unwrap();
+    assert_eq!(walk::next_below(&disk).unwrap().id(), base.id());
+    assert_eq!(house.read(&backend, 0, 4).unwrap(), [5; 4]);
+    reopen(json!({"backing": null})).unwrap();
+    assert_eq!(house.read(&backend, 0, 4).unwrap(), [0; 4]);
+    assert_eq!(reopen(json!({"backing": "nobody"})).unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+#[test]
+fn an_image_is_handed_over_to_another_process_and_taken_back() {
+    let house = house(&["disk"]);
+    let disk = house.node(image("disk")).unwrap();
+    let backend = guest(&disk, true).unwrap();
+    house.write(&backend, 0, &[1; 4096]).unwrap();
+    let other = House::with(house.sim.clone());
+    assert_eq!(other.node(image("disk")).unwrap_err().kind(), ErrorKind::InUse, "locked");
+    let refused = house.sim.block_on(house.graph.inactivate(&disk)).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Inactive, "{refused}");
+    assert!(refused.to_string().contains("guest"), "{refused}");
+    drop(backend);
+    let reader = guest(&disk, false).unwrap();
+    house.sim.block_on(house.graph.inactivate(&disk)).unwrap();
+    assert!(!disk.is_active() && disk.could_write() && !disk.is_writable());
+    assert!(!house.graph.find("disk-file").unwrap().is_active(), "and all below");
+    assert_eq!(guest(&disk, true).unwrap_err().kind(), ErrorKind::Inactive);
+
+    let theirs = other.node(image("disk")).unwrap();
+    let writer = guest(&theirs, true).unwrap();
+    other.write(&writer, 0, &[2; 4096]).unwrap();
+    other.write(&writer, 10 * CLUSTER, &[3; 4096]).unwrap();
+    let locked = house.sim.block_on(house.graph.activate(&disk)).unwrap_err();
+    assert_eq!(locked.kind(), ErrorKind::InUse, "{locked}");
+    assert!(!disk.is_active());
+    drop(writer);
+    assert!(other.sim.block_on(theirs.close()).unwrap().is_clean());
+
+    house.sim.block_on(house.graph.activate(&disk)).unwrap();
+    assert_eq!(house.read(&reader, 0, 1).unwrap(), [2]);
+    assert_eq!(house.read(&reader, 10 * CLUSTER, 1).unwrap(), [3]);
+    let backend = guest(&disk, true).unwrap();
+    house.write(&backend, 20 * CLUSTER, &[4; 4096]).unwrap();
+    let check = house.sim.block_on(backend.check(&|_, _| {})).unwrap();
+    assert!(check.is_clean(), "{check:?}");
+}
+
+#[test]
+fn everything_is_given_away_before_the_end_of_a_migration_and_can_come_back() {
+    let house = house(&["disk", "base"]);
+    let base = house.node(image("base")).unwrap();
+    let disk = house.node(image("disk")).unwrap();
+    house.sim.block_on(house.graph.set_backing(&disk, Some(&base))).unwrap();
+    let before = house.graph.dump();
+    let graph = &house.graph;
+    // An active node above keeps what is below.
+    assert_eq!(house.sim.block_on(graph.inactivate(&base)).unwrap_err().kind(), ErrorKind::InUse);
+    house.sim.block_on(graph.inactivate_all()).unwrap();
+    assert!(graph.nodes().iter().all(|node| !node.is_active()));
+    house.sim.block_on(graph.activate_all()).unwrap();
+    assert_eq!(graph.dump(), before, "permissions are as before");
+}
+
+/// Writes a counter over and over, each time to the next block, and reads it back.
+async fn keep_writing(backend: Arc<Backend>, first: u64, stop: Arc<AtomicBool>) -> Vec<u8> {
+    let mut last = vec![0; 16];
+    for round in 1u8.. {
+        if stop.load(Ordering::Relaxed) || round == u8::MAX {
+            break;
+        }
+        let at = usize::from(round) % 16;
+        let offset = (first + at as u64) * CLUSTER;
+        backend
+            .write(offset, Buf::from_slice(&[round; 512]).iov(), WriteFlags::empty())
+            .await
+            .unwrap();
+        last[at] = round;
+        let back = Buf::zeroed(512, 512);
+        backend.read(offset, back.iov()).await.unwrap();
+        let mut byte = [0];
+        back.iov().copy_to(0, &mut byte);
+        assert_eq!(byte[0], round, "what was written is read");
+    }
+    last
+}
+
+#[test]
+fn overlays_come_and_go_under_load_and_no_byte_is_lost() {
+    const OVERLAYS: [&str; 5] = ["o1", "o2", "o3", "o4", "o5"];
+    let house = house(&["disk", "o1", "o2", "o3", "o4", "o5"]);
+    let disk = house.node(image("disk")).unwrap();
+    let backend = Arc::new(guest(&disk, true).unwrap());
+    let stop = Arc::new(AtomicBool::new(false));
+    let graph = house.graph.clone();
+    let (written, held) = house.sim.block_on(async {
+        let writers: Vec<_> = (0..3)
+            .map(|n| {
+                let (backend, stop) = (Arc::clone(&backend), Arc::clone(&stop));
+                bds_io::spawn(keep_writing(backend, n * 16, stop))
+            })
+            .collect();
+        let mut top = disk.clone();
+        let mut held = std::time::Duration::ZERO;
+        for name in OVERLAYS {
+            let overlay = graph.open(options(image(name))).await.unwrap();
+            let throttle = json!({"driver": "throttle", "file": name, "node-name": "t", "limits": {"bps-total": 1u64 << 40}});
+            let throttle = graph.open(options(throttle)).await.unwrap();
+            let change = graph.change().append(&top, &overlay).insert_filter(&overlay, &throttle);
+            held = held.max(change.commit().await.unwrap().held);
+            bds_io::sleep(std::time::Duration::from_millis(20)).await;
+            let change = graph.change().drop_filter(&throttle).remove(throttle);
+            let report = change.commit().await.unwrap();
+            assert_eq!(report.closed.len(), 1);
+            assert!(report.closed[0].is_clean(), "{report:?}");
+            top = overlay;
+        }
+        stop.store(true, Ordering::Relaxed);
+        let mut written = Vec::new();
+        for writer in writers {
+            written.push(writer.await);
+        }
+        (written, held)
+    });
+    assert!(held > std::time::Duration::ZERO, "somebody was inside");
+    assert_eq!(walk::backing_chain(&backend.node()).len(), 6);
+    for (n, blocks) in written.iter().enumerate() {
+        for (at, byte) in blocks.iter().enumerate() {
+            let offset = (n * 16 + at) as u64 * CLUSTER;
+            assert_eq!(house.read(&backend, offset, 1).unwrap(), [*byte], "block {at} of {n}");
+        }
+    }
+    let check = house.sim.block_on(backend.check(&|_, _| {})).unwrap();
+    assert!(check.is_clean());
+    drop((backend, disk));
+    let report = house.sim.block_on(house.graph.shutdown());
+    assert!(report.leaked.is_empty(), "{report:?}");
+    assert!(report.closed.iter().all(|report| report.is_clean()), "{report:?}");
+}
+
+#[test]
+fn two_disks_get_their_overlays_at_the_same_moment_or_not_at_all() {
+    let house = house(&["a", "b", "oa", "ob"]);
+    let [a, b, oa, ob] = ["a", "b", "oa", "ob"].map(|name| house.node(image(name)).unwrap());
+    let (guest_a, guest_b) = (guest(&a, true).unwrap(), guest(&b, true).unwrap());
+    let graph = &house.graph;
+    house.sim.block_on(graph.reopen(&ob, options(json!({"read-only": true})))).unwrap();
+    let before = graph.dump();
+    let both = || graph.change().append(&a, &oa).append(&b, &ob).commit();
+    assert_eq!(house.sim.block_on(both()).unwrap_err().kind(), ErrorKind::ReadOnly);
+    assert_eq!(graph.dump(), before, "the first is off too");
+    assert_eq!(guest_a.node().id(), a.id());
+    house.sim.block_on(graph.reopen(&ob, options(json!({"read-only": false})))).unwrap();
+    house.sim.block_on(both()).unwrap();
+    assert_eq!((guest_a.node().id(), guest_b.node().id()), (oa.id(), ob.id()));
+}
+
+#[test]
+fn reading_is_enough_to_copy_on_read() {
+    let house = house(&["disk", "base"]);
+    let base = house.node(image("base")).unwrap();
+    let writer = guest(&base, true).unwrap();
+    house.write(&writer, 0, &[5; 4096]).unwrap();
+    drop(writer);
+    let disk = house.node(image("disk")).unwrap();
+    house.sim.block_on(house.graph.set_backing(&disk, Some(&base))).unwrap();
+    let filter = house.node(json!({"driver": "copy-on-read", "file": "disk"})).unwrap();
+    let backend = guest(&filter, false).unwrap();
+    assert_eq!(house.read(&backend, 0, 4).unwrap(), [5; 4]);
+    house.sim.block_on(house.graph.set_backing(&disk, None)).unwrap();
+    assert_eq!(house.read(&backend, 0, 4).unwrap(), [5; 4], "kept");
+    let switch = disk.enable_copy_on_read().unwrap();
+    let read_only = options(json!({"read-only": true}));
+    drop((backend, filter));
+    house.sim.block_on(house.graph.reap());
+    let refused = house.sim.block_on(house.graph.reopen(&disk, read_only.clone())).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::InUse, "{refused}");
+    drop(switch);
+    house.sim.block_on(house.graph.reopen(&disk, read_only)).unwrap();
+}
