@@ -232,6 +232,7 @@ impl Reaper {
         let mut died = Vec::new();
         for edge in children {
             let handle = edge.target().strong().handle();
+            edge.target().forget_parent(node);
             let was_skipped = unflushed.contains(&handle);
             // None: somebody else looks at the edge just now, and lets the child go when done.
             match Edge::release(edge) {
