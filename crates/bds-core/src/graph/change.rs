@@ -527,7 +527,9 @@ impl Editor<'_, '_> {
         let is_owned = self.graph.is_owned(node.id());
         holders.retain(|info| match info.kind {
             // The change's own references go, and the monitor's; edges are looked at where they lead in the end.
-            HolderKind::Change | HolderKind::Drain | HolderKind::Edge | HolderKind::Backend => false,
+            HolderKind::Change | HolderKind::Drain | HolderKind::Edge | HolderKind::Backend => {
+                false
+            }
             HolderKind::Monitor => !is_owned,
             _ => true,
         });
