@@ -192,7 +192,8 @@ fn undrained_after_a_change_failed_at_any_step() {
         let over = world.part("over").await;
         let guest = root(&top, "guest", Access::ALL);
         let act = async || {
-            let change = world.graph.change().append(&top, &over).reopen(&top, options("discard=unmap"));
+            let change =
+                world.graph.change().append(&top, &over).reopen(&top, options("discard=unmap"));
             let result = commit(change).await;
             world.assert_undrained();
             read(&guest).await.unwrap();
@@ -254,7 +255,8 @@ fn change_given_up_at_any_moment_leaves_no_trace() {
         for polls in 0.. {
             let mut request = Box::pin(read(&guest));
             assert!(futures_util::poll!(&mut request).is_pending());
-            let change = world.graph.change().append(&top, &over).reopen(&top, options("discard=unmap"));
+            let change =
+                world.graph.change().append(&top, &over).reopen(&top, options("discard=unmap"));
             let mut change = Box::pin(change.commit());
             let mut is_done = false;
             for _ in 0..polls {

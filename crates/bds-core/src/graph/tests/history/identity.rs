@@ -27,7 +27,10 @@ fn blockers_end_by_their_own_verb() {
         );
         let job = Arc::new(Job { claims: std::sync::Mutex::new(Some(claims)) });
         let somebody_else = Arc::clone(&job);
-        assert_eq!(world.graph.attach_job(&base, "x", Access::ALL).unwrap_err().kind(), ErrorKind::InUse);
+        assert_eq!(
+            world.graph.attach_job(&base, "x", Access::ALL).unwrap_err().kind(),
+            ErrorKind::InUse
+        );
         drop(job.claims.lock().unwrap().take());
         drop(job);
         assert_eq!((top.job(), base.blocked(Operations::all()).len()), (None, 0));
