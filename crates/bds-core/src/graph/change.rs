@@ -171,49 +171,50 @@ impl Change {
     /// node. The overlay was opened either on `top` already, or without a backing node (then its driver must be able to
     /// take one while it is open). Edges that stay (a job's) stay.
     pub fn append(self, top: &NodeRef, overlay: &NodeRef) -> Self {
-        self.with(Action::Append { top: top.clone(), overlay: overlay.clone() })
+        self.with(Action::Append { top: keep(top), overlay: keep(overlay) })
     }
 
     /// Everyone who uses `from` uses `to` from then on, except those at or below `to`, whose edges would close a loop, and
     /// edges that stay. So a filter opened on `from` stays there and takes over its users. Fails at a frozen edge.
     pub fn replace(self, from: &NodeRef, to: &NodeRef) -> Self {
-        self.with(Action::Replace { from: from.clone(), to: to.clone() })
+        self.with(Action::Replace { from: keep(from), to: keep(to) })
     }
 
     /// `parent`'s child of this name ("file", "backing") is `to` from then on. A child that a job inserted on its own account cannot be
     /// replaced; replacing it by the very node below it does nothing.
     pub fn replace_child(self, parent: &NodeRef, child: &str, to: &NodeRef) -> Self {
-        let (parent, child, to) = (parent.clone(), child.to_owned(), to.clone());
+        let (parent, child, to) = (keep(parent), child.to_owned(), keep(to));
         self.with(Action::ReplaceChild { parent, child, to })
     }
 
     /// Lets `filter`, which was opened on `node`, take over everyone else who uses `node`.
     pub fn insert_filter(self, node: &NodeRef, filter: &NodeRef) -> Self {
-        self.with(Action::InsertFilter { node: node.clone(), filter: filter.clone() })
+        self.with(Action::InsertFilter { node: keep(node), filter: keep(filter) })
     }
 
     /// Lets everyone who uses `filter` use the node it filters. The filter itself lives until its last reference goes; with
     /// [`Change::remove`] in the same change it goes at once.
     pub fn drop_filter(self, filter: &NodeRef) -> Self {
-        self.with(Action::DropFilter { filter: filter.clone() })
+        self.with(Action::DropFilter { filter: keep(filter) })
     }
 
     /// Gives a node another backing node, or none.
     pub fn set_backing(self, node: &NodeRef, backing: Option<&NodeRef>) -> Self {
-        self.with(Action::SetBacking { node: node.clone(), backing: backing.cloned() })
+        self.with(Action::SetBacking { node: keep(node), backing: backing.map(keep) })
     }
 
-    /// Ends a node. Takes the reference; the monitor's is taken too, if it has one. What a filter does to its child does not count any
-    /// more when the change is checked; what a format still has to write does. The reports are in [`ChangeReport::closed`].
+    /// Ends a node. Takes the reference, also if the change fails; the monitor's is taken too, if it has one and the change succeeds. What
+    /// a filter does to its child does not count any more when the change is checked; what a format still has to write does. The
+    /// reports are in [`ChangeReport::closed`].
     pub fn remove(self, node: NodeRef) -> Self {
-        self.with(Action::Remove { node })
+        self.with(Action::Remove { node: keep(&node) })
     }
 
     /// Gives a node other options; those that are not named stay. The common ones (`read-only`, `cache.*`, `discard`, `detect-zeroes`),
     /// `backing` and other children by node name, and those of its driver that can change while it is open. Nodes that were
     /// opened inline below it inherit what they inherited then.
     pub fn reopen(self, node: &NodeRef, options: Options) -> Self {
-        self.with(Action::Reopen { node: node.clone(), options })
+        self.with(Action::Reopen { node: keep(node), options })
     }
 
     /// Gives a node another name. In one change nodes may trade names: an overlay can take over the name of what it covers. Ids,
@@ -224,17 +225,17 @@ impl Change {
 
     /// Lets the monitor own the node (its name then keeps it open).
     pub fn own(self, node: &NodeRef) -> Self {
-        self.with(Action::Own { node: node.clone() })
+        self.with(Action::Own { node: keep(node) })
     }
 
     /// Takes the node from the monitor's list.
     pub fn disown(self, node: &NodeRef) -> Self {
-        self.with(Action::Disown { node: node.clone() })
+        self.with(Action::Disown { node: keep(node) })
     }
 
     /// A root leads elsewhere, or nowhere.
     pub(crate) fn point_root(self, edge: &Arc<Edge>, to: Option<&NodeRef>) -> Self {
-        self.with(Action::Root { edge: Arc::clone(edge), to: to.cloned() })
+        self.with(Action::Root { edge: Arc::clone(edge), to: to.map(keep) })
     }
 
     /// A root asks for something else.
@@ -533,20 +534,29 @@ impl Editor<'_, '_> {
     fn check_removal(&self, action: &Action) -> Result<()> {
         let Action::Remove { node } = action else { return Ok(()) };
         let mut holders = self.graph.holders(node.id());
-        holders.retain(|info| !matches!(info.kind, HolderKind::Change | HolderKind::Drain));
         let is_owned = self.graph.is_owned(node.id());
-        // The reference that the action took, and the monitor's, go; edges are looked at where they lead in the end.
-        holders.retain(|info| !matches!(info.kind, HolderKind::Edge | HolderKind::Backend));
+        holders.retain(|info| match info.kind {
+            // The change's own references go, and the monitor's; edges are looked at where they lead in the end.
+            HolderKind::Change | HolderKind::Drain | HolderKind::Edge | HolderKind::Backend => {
+                false
+            }
+            HolderKind::Monitor => !is_owned,
+            _ => true,
+        });
         let users = self.stage.parents(node);
-        let others = holders.len().saturating_sub(1 + usize::from(is_owned));
-        if users.is_empty() && others == 0 {
+        if users.is_empty() && holders.is_empty() {
             return Ok(());
         }
         let mut words: Vec<String> = users.iter().map(|edge| edge.holder().to_string()).collect();
-        words.extend(holders.iter().skip(1 + usize::from(is_owned)).map(ToString::to_string));
+        words.extend(holders.iter().map(ToString::to_string));
         let error = Error::new(ErrorKind::InUse, format!("node is in use by {}", words.join(", ")));
         Err(error.node(node.name()))
     }
+}
+
+/// A reference of the change's own: it is not in the way of a removal.
+fn keep(node: &NodeRef) -> NodeRef {
+    NodeRef::change(node.graph(), Strong::clone(node.strong()))
 }
 
 pub(super) fn refuse(node: &NodeRef, why: String) -> Error {

@@ -56,6 +56,12 @@ impl Reaper {
         perm::loosen(&walls);
         walls
     }
+
+    /// Does nobody hold the lock just now?
+    #[cfg(test)]
+    pub(super) fn walls_are_free(&self) -> bool {
+        self.topology.state.try_lock().is_ok()
+    }
 }
 
 /// The right to re-point edges at the drained nodes, and to change what hangs below them.

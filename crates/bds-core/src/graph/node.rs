@@ -224,6 +224,14 @@ impl Node {
         self.inherits_from.store(id.map_or(0, NodeId::to_u64), Ordering::Relaxed);
     }
 
+    /// `parent` is not above it any more.
+    pub(super) fn forget_parent(&self, parent: NodeId) {
+        let (known, none) = (parent.to_u64(), 0);
+        // Err: it inherits from somebody else, or nobody.
+        let _ =
+            self.inherits_from.compare_exchange(known, none, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
     /// What requests to it must look like, narrowed by its children's.
     #[inline]
     pub fn limits(&self) -> Limits {

@@ -232,9 +232,7 @@ impl Reaper {
         let mut died = Vec::new();
         for edge in children {
             let handle = edge.target().strong().handle();
-            if edge.target().inherits_from() == Some(node) {
-                edge.target().set_inherits_from(None);
-            }
+            edge.target().forget_parent(node);
             let was_skipped = unflushed.contains(&handle);
             match release(edge).await {
                 Some(Release::Last) => died.push(handle),

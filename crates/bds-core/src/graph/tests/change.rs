@@ -162,6 +162,28 @@ fn a_filter_comes_and_goes() {
 }
 
 #[test]
+fn a_filter_is_dropped_and_ended_in_one_change() {
+    run(|world| async move {
+        let node = image(&world, "node").await;
+        let user = world.open("driver=pass,node-name=user,file=node").await;
+        let before = world.graph.dump();
+        let filter = world.open("driver=pass,node-name=filter,file=node").await;
+        world.graph.insert_filter(&node, &filter).await.unwrap();
+        // The edits of one change refer to the filter too; that is not in the way. Somebody else's reference is.
+        let mine = filter.clone();
+        let change = world.graph.change().drop_filter(&filter).remove(filter);
+        let error = change.commit().await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InUse, "{error}");
+        assert_eq!(walk::next_below(&user).unwrap().name(), "filter");
+        let change = world.graph.change().drop_filter(&mine).remove(mine);
+        let report = change.commit().await.unwrap();
+        let closed: Vec<&str> = report.closed.iter().map(|report| &*report.name).collect();
+        assert_eq!(closed, ["filter"]);
+        assert_eq!(world.graph.dump(), before);
+    });
+}
+
+#[test]
 fn limits_follow_the_graph() {
     run(|world| async move {
         let top = image(&world, "top").await;

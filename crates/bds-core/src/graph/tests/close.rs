@@ -51,6 +51,20 @@ fn a_child_that_others_hold_is_flushed_but_stays() {
 }
 
 #[test]
+fn who_inherited_from_a_closed_node_inherits_from_nobody() {
+    run(|world| async move {
+        world.plain("a");
+        let top = world.open(CHAIN).await;
+        let mid = world.graph.find("mid").unwrap();
+        assert_eq!(mid.inherits_from(), Some(top.id()));
+        top.close().await.unwrap();
+        assert_eq!(mid.inherits_from(), None);
+        let low = world.graph.find("low").unwrap();
+        assert_eq!(low.inherits_from(), Some(mid.id()));
+    });
+}
+
+#[test]
 fn close_of_a_node_in_use_names_the_holders_and_changes_nothing() {
     run(|world| async move {
         world.plain("a");

@@ -64,7 +64,16 @@ pub(super) fn run_with<F: Future<Output = ()>>(
     adjust: impl FnOnce(&mut GraphConfig),
     test: impl FnOnce(Fixture) -> F,
 ) {
-    let sim = Sim::new(7, SimConfig::calm());
+    run_seeded(7, adjust, test);
+}
+
+/// As [`run_with`], under the schedule that this seed gives.
+pub(super) fn run_seeded<F: Future<Output = ()>>(
+    seed: u64,
+    adjust: impl FnOnce(&mut GraphConfig),
+    test: impl FnOnce(Fixture) -> F,
+) {
+    let sim = Sim::new(seed, SimConfig::calm());
     let shared = Arc::new(Shared::default());
     let mut registry = Registry::new();
     for (name, category) in

@@ -5,6 +5,7 @@ mod close;
 mod create;
 mod fakes;
 mod gates;
+mod history;
 mod model;
 mod open;
 mod threads;
