@@ -199,8 +199,8 @@ fn everything_is_given_away_before_the_end_of_a_migration_and_can_come_back() {
 /// Writes a counter over and over, each time to the next block, and reads it back.
 async fn keep_writing(backend: Arc<Backend>, first: u64, stop: Arc<AtomicBool>) -> Vec<u8> {
     let mut last = vec![0; 16];
-    for round in 1u8.. {
-        if stop.load(Ordering::Relaxed) || round == u8::MAX {
+    for round in (1..=u8::MAX).cycle() {
+        if stop.load(Ordering::Relaxed) {
             break;
         }
         let at = usize::from(round) % 16;

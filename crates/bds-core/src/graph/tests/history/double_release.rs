@@ -339,6 +339,7 @@ fn undone_change_leaves_nothing_derived_behind() {
         let guest = root(&user, "guest", Access::READ);
         let change = || {
             let change = world.graph.change().set_backing(&top, Some(&narrow));
+            let change = change.reopen(&user, options("read-only=on"));
             commit(change.reopen(&top, options("read-only=on,detect-zeroes=on")).own(&top))
         };
         world.fail_every_step(change).await;
@@ -346,6 +347,7 @@ fn undone_change_leaves_nothing_derived_behind() {
         // And back.
         let back = || {
             let change = world.graph.change().set_backing(&top, None).disown(&top);
+            let change = change.reopen(&user, options("read-only=off"));
             commit(change.reopen(&top, options("read-only=off,detect-zeroes=off")))
         };
         world.fail_every_step(back).await;
