@@ -68,6 +68,34 @@ impl Action {
             Self::Root { to: None, .. } | Self::Access { .. } => Vec::new(),
         }
     }
+
+    /// The same, with its references held by the change whose turn it is: they are not in the way of a removal. Those of a change
+    /// that waits for its turn are.
+    fn taken(self) -> Self {
+        let take = |node: NodeRef| node.held_as(Holder::new(HolderKind::Change, "change"));
+        match self {
+            Self::Append { top, overlay } => {
+                Self::Append { top: take(top), overlay: take(overlay) }
+            }
+            Self::Replace { from, to } => Self::Replace { from: take(from), to: take(to) },
+            Self::ReplaceChild { parent, child, to } => {
+                Self::ReplaceChild { parent: take(parent), child, to: take(to) }
+            }
+            Self::InsertFilter { node, filter } => {
+                Self::InsertFilter { node: take(node), filter: take(filter) }
+            }
+            Self::DropFilter { filter } => Self::DropFilter { filter: take(filter) },
+            Self::SetBacking { node, backing } => {
+                Self::SetBacking { node: take(node), backing: backing.map(take) }
+            }
+            Self::Remove { node } => Self::Remove { node: take(node) },
+            Self::Reopen { node, options } => Self::Reopen { node: take(node), options },
+            Self::Own { node } => Self::Own { node: take(node) },
+            Self::Disown { node } => Self::Disown { node: take(node) },
+            Self::Root { edge, to } => Self::Root { edge, to: to.map(take) },
+            Self::Access { edge, access } => Self::Access { edge, access },
+        }
+    }
 }
 
 /// Edits of the graph that take effect together or not at all. Made by [`Graph::change`], put into force by [`Change::commit`].
@@ -171,50 +199,50 @@ impl Change {
     /// node. The overlay was opened either on `top` already, or without a backing node (then its driver must be able to
     /// take one while it is open). Edges that stay (a job's) stay.
     pub fn append(self, top: &NodeRef, overlay: &NodeRef) -> Self {
-        self.with(Action::Append { top: keep(top), overlay: keep(overlay) })
+        self.with(Action::Append { top: top.clone(), overlay: overlay.clone() })
     }
 
     /// Everyone who uses `from` uses `to` from then on, except those at or below `to`, whose edges would close a loop, and
     /// edges that stay. So a filter opened on `from` stays there and takes over its users. Fails at a frozen edge.
     pub fn replace(self, from: &NodeRef, to: &NodeRef) -> Self {
-        self.with(Action::Replace { from: keep(from), to: keep(to) })
+        self.with(Action::Replace { from: from.clone(), to: to.clone() })
     }
 
     /// `parent`'s child of this name ("file", "backing") is `to` from then on. A child that a job inserted on its own account cannot be
     /// replaced; replacing it by the very node below it does nothing.
     pub fn replace_child(self, parent: &NodeRef, child: &str, to: &NodeRef) -> Self {
-        let (parent, child, to) = (keep(parent), child.to_owned(), keep(to));
+        let (parent, child, to) = (parent.clone(), child.to_owned(), to.clone());
         self.with(Action::ReplaceChild { parent, child, to })
     }
 
     /// Lets `filter`, which was opened on `node`, take over everyone else who uses `node`.
     pub fn insert_filter(self, node: &NodeRef, filter: &NodeRef) -> Self {
-        self.with(Action::InsertFilter { node: keep(node), filter: keep(filter) })
+        self.with(Action::InsertFilter { node: node.clone(), filter: filter.clone() })
     }
 
     /// Lets everyone who uses `filter` use the node it filters. The filter itself lives until its last reference goes; with
     /// [`Change::remove`] in the same change it goes at once.
     pub fn drop_filter(self, filter: &NodeRef) -> Self {
-        self.with(Action::DropFilter { filter: keep(filter) })
+        self.with(Action::DropFilter { filter: filter.clone() })
     }
 
     /// Gives a node another backing node, or none.
     pub fn set_backing(self, node: &NodeRef, backing: Option<&NodeRef>) -> Self {
-        self.with(Action::SetBacking { node: keep(node), backing: backing.map(keep) })
+        self.with(Action::SetBacking { node: node.clone(), backing: backing.cloned() })
     }
 
     /// Ends a node. Takes the reference, also if the change fails; the monitor's is taken too, if it has one and the change succeeds. What
     /// a filter does to its child does not count any more when the change is checked; what a format still has to write does. The
     /// reports are in [`ChangeReport::closed`].
     pub fn remove(self, node: NodeRef) -> Self {
-        self.with(Action::Remove { node: keep(&node) })
+        self.with(Action::Remove { node })
     }
 
     /// Gives a node other options; those that are not named stay. The common ones (`read-only`, `cache.*`, `discard`, `detect-zeroes`),
     /// `backing` and other children by node name, and those of its driver that can change while it is open. Nodes that were
     /// opened inline below it inherit what they inherited then.
     pub fn reopen(self, node: &NodeRef, options: Options) -> Self {
-        self.with(Action::Reopen { node: keep(node), options })
+        self.with(Action::Reopen { node: node.clone(), options })
     }
 
     /// Gives a node another name. In one change nodes may trade names: an overlay can take over the name of what it covers. Ids,
@@ -225,17 +253,17 @@ impl Change {
 
     /// Lets the monitor own the node (its name then keeps it open).
     pub fn own(self, node: &NodeRef) -> Self {
-        self.with(Action::Own { node: keep(node) })
+        self.with(Action::Own { node: node.clone() })
     }
 
     /// Takes the node from the monitor's list.
     pub fn disown(self, node: &NodeRef) -> Self {
-        self.with(Action::Disown { node: keep(node) })
+        self.with(Action::Disown { node: node.clone() })
     }
 
     /// A root leads elsewhere, or nowhere.
     pub(crate) fn point_root(self, edge: &Arc<Edge>, to: Option<&NodeRef>) -> Self {
-        self.with(Action::Root { edge: Arc::clone(edge), to: to.map(keep) })
+        self.with(Action::Root { edge: Arc::clone(edge), to: to.cloned() })
     }
 
     /// A root asks for something else.
@@ -257,6 +285,7 @@ impl Change {
             return Ok(ChangeReport { held: Duration::ZERO, closed: Vec::new() });
         }
         let one = graph.begin_change().await;
+        let actions = actions.into_iter().map(Action::taken).collect();
         let begun = bds_io::now();
         let (moved, removed, drained) = carry_out(&graph, actions).await?;
         moved.settle().await;
@@ -536,7 +565,7 @@ impl Editor<'_, '_> {
         let mut holders = self.graph.holders(node.id());
         let is_owned = self.graph.is_owned(node.id());
         holders.retain(|info| match info.kind {
-            // The change's own references go, and the monitor's; edges are looked at where they lead in the end.
+            // The change's own references go (it has its turn alone), and the monitor's; edges are looked at where they lead in the end.
             HolderKind::Change | HolderKind::Drain | HolderKind::Edge | HolderKind::Backend => {
                 false
             }
@@ -552,11 +581,6 @@ impl Editor<'_, '_> {
         let error = Error::new(ErrorKind::InUse, format!("node is in use by {}", words.join(", ")));
         Err(error.node(node.name()))
     }
-}
-
-/// A reference of the change's own: it is not in the way of a removal.
-fn keep(node: &NodeRef) -> NodeRef {
-    NodeRef::change(node.graph(), Strong::clone(node.strong()))
 }
 
 pub(super) fn refuse(node: &NodeRef, why: String) -> Error {

@@ -184,6 +184,22 @@ fn a_filter_is_dropped_and_ended_in_one_change() {
 }
 
 #[test]
+fn a_node_that_a_waiting_change_refers_to_is_not_removed() {
+    run(|world| async move {
+        let node = image(&world, "node").await;
+        let other = image(&world, "other").await;
+        let waiting = world.graph.change().set_backing(&other, Some(&node));
+        let error = world.graph.change().remove(node).commit().await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InUse, "{error}");
+        waiting.commit().await.unwrap();
+        let second = world.graph.find("node").unwrap();
+        world.graph.set_backing(&other, None).await.unwrap();
+        let report = world.graph.change().remove(second).commit().await.unwrap();
+        assert_eq!(report.closed[0].name, "node");
+    });
+}
+
+#[test]
 fn limits_follow_the_graph() {
     run(|world| async move {
         let top = image(&world, "top").await;
