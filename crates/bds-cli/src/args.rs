@@ -379,6 +379,8 @@ pub(crate) enum Drawing {
     Dot,
     /// A picture
     Svg,
+    /// JSON, as QEMU's x-debug-query-block-graph
+    Json,
 }
 
 #[derive(Args, Debug)]

@@ -31,6 +31,8 @@ pub enum ErrorKind {
     PermissionDenied,
     /// The node is read-only (EPERM).
     ReadOnly,
+    /// The node is inactive: another process has charge of its bytes (EPERM).
+    Inactive,
     /// Somebody else uses it: a lock, a permission, a holder (EBUSY).
     InUse,
     /// No such file or node (ENOENT).
@@ -65,7 +67,7 @@ impl ErrorKind {
             Self::InvalidImage | Self::InvalidInput => libc::EINVAL,
             Self::NotSupported => libc::ENOTSUP,
             Self::PermissionDenied | Self::ReferenceRefused => libc::EACCES,
-            Self::ReadOnly => libc::EPERM,
+            Self::ReadOnly | Self::Inactive => libc::EPERM,
             Self::InUse | Self::WouldWait => libc::EBUSY,
             Self::NotFound => libc::ENOENT,
             Self::AlreadyExists => libc::EEXIST,

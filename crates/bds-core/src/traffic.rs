@@ -34,7 +34,7 @@ use std::cell::Cell;
 use std::fmt;
 use std::ops::Range;
 use std::pin::pin;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crossbeam::utils::CachePadded;
@@ -55,6 +55,8 @@ pub(crate) struct Traffic {
     /// Tasks that wait for somebody to leave.
     watchers: AtomicUsize,
     gone: Notify,
+    /// Who is inside never leaves; nobody waits for them.
+    is_given_up: AtomicBool,
     central: Mutex<Central>,
     flush: AsyncMutex<FlushState>,
     flush_failure: Mutex<Option<Error>>,
@@ -123,6 +125,7 @@ impl Traffic {
             serialising: AtomicUsize::new(0),
             watchers: AtomicUsize::new(0),
             gone: Notify::new(),
+            is_given_up: AtomicBool::new(false),
             central: Mutex::default(),
             flush: AsyncMutex::default(),
             flush_failure: Mutex::default(),
@@ -144,11 +147,17 @@ impl Traffic {
         loop {
             let mut gone = pin!(self.gone.notified());
             gone.as_mut().enable();
-            if self.in_flight() == 0 {
+            if self.in_flight() == 0 || self.is_given_up.load(Ordering::SeqCst) {
                 return;
             }
             gone.await;
         }
+    }
+
+    /// Whoever is inside never leaves: nobody waits for that any more.
+    pub(crate) fn give_up(&self) {
+        self.is_given_up.store(true, Ordering::SeqCst);
+        self.gone.notify_waiters();
     }
 
     /// Enters a request that ends before this thread does anything else. `None` while a serialising request

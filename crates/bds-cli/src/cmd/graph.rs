@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use bds_core::graph::{Graph, NodeRef, walk};
+use bds_core::graph::{Access, Graph, Holder, HolderKind, NodeRef, walk};
 use bds_core::{Error, Result};
 
 use crate::args::{self, Drawing};
@@ -31,6 +31,7 @@ async fn draw(args: &args::Graph) -> Result<String> {
         Drawing::Text => graph.dump(),
         Drawing::Dot => graph.dot(),
         Drawing::Svg => picture(&graph).svg(),
+        Drawing::Json => format!("{:#}\n", graph.query_graph()),
     };
     for node in nodes {
         node.close().await?.into_result()?;
@@ -43,9 +44,11 @@ fn picture(graph: &Graph) -> Picture {
     let place = |name: &str| nodes.iter().position(|node| node.name() == name);
     let mut picture = Picture { shapes: nodes.iter().map(shape).collect(), links: Vec::new() };
     for (from, node) in nodes.iter().enumerate() {
-        for (name, _, child) in walk::children(node) {
-            if let Some(to) = place(child.name()) {
-                picture.links.push(Link { from, to, label: name.to_owned() });
+        for edge in node.edges_below() {
+            if let Some(to) = place(&edge.child_name) {
+                let Access { perm, shared } = edge.access;
+                let label = format!("{} (does {perm}; lets {shared})", edge.name);
+                picture.links.push(Link { from, to, label });
             }
         }
     }
@@ -56,12 +59,17 @@ fn shape(node: &NodeRef) -> Shape {
     let state = if node.is_writable() { "read-write" } else { "read-only" };
     // Not counting the references that draw.
     let count = node.count().saturating_sub(1);
+    let is_end = walk::children(node).is_empty();
     let mut lines = vec![
         format!("{} ({})", node.name(), node.driver_name()),
         format!("{}, {state}", crate::text::human_size(node.len())),
         format!("{count} reference{}", if count == 1 { "" } else { "s" }),
     ];
-    let is_end = walk::children(node).is_empty();
+    let holders = node.graph().holders(node.id());
+    let is_drawn = |kind| matches!(kind, HolderKind::Edge | HolderKind::Iterator);
+    for holder in holders.into_iter().filter(|holder| !is_drawn(holder.kind)) {
+        lines.push(format!("held by {}", Holder { kind: holder.kind, name: holder.name }));
+    }
     if let (true, Some(file)) = (is_end, walk::filename(node)) {
         lines.push(file.display().to_string());
     }

@@ -7,11 +7,13 @@
 //!
 //! Every future may be dropped at any await. State that must not stay half-done runs in its own spawned task.
 
+mod access;
 mod child;
 mod limits;
 mod open;
 mod probe;
 mod registry;
+mod reopen;
 mod status;
 mod types;
 
@@ -21,6 +23,7 @@ use std::pin::Pin;
 
 use bds_io::IoVec;
 
+pub use access::{Access, NodeUse, Perm};
 pub use child::{Child, ChildPort};
 pub use limits::Limits;
 pub use open::{
@@ -29,6 +32,7 @@ pub use open::{
 };
 pub use probe::{Candidate, PROBE_LEN, probe};
 pub use registry::Registry;
+pub use reopen::{Reopen, ReopenContext};
 pub use status::{HostMap, StatusFlags, StatusRun};
 pub use types::{Category, DriverType, MeasureReport, MeasureSource};
 
@@ -349,13 +353,50 @@ pub trait Driver: Send + Sync + 'static {
         Err(Error::new(ErrorKind::NotSupported, words))
     }
 
-    /// From now on nobody shall be inside the node: what a driver holds back (a queue) must be let go, so that it ends. Called
-    /// strictly in turn with [`Driver::drain_end`], this one first, when the node's count of drains leaves and reaches
-    /// zero. Must not block, and must not call into the graph.
+    /// What this node does with one of its children, and what it lets others do with it meanwhile, given what its own parents do with
+    /// it (`above`). A pure function of its arguments and of options: it is asked often, also for changes that never come to be.
+    /// The default follows from the child's role, see [`Access::of_child`].
+    fn child_access(&self, _name: &str, role: Role, node: &NodeUse) -> Access {
+        Access::of_child(role, node)
+    }
+
+    /// Nobody enters the node from now on, so whatever the driver holds back on its own account (a throttled request) must
+    /// go. Called before the wait for those inside, once until [`Driver::drain_end`]. Must not block nor call into the graph.
     fn drain_begin(&self) {}
 
-    /// The opposite of [`Driver::drain_begin`], under the same rules.
+    /// The node is open again. Alternates strictly with [`Driver::drain_begin`], which comes first.
     fn drain_end(&self) {}
+
+    /// Gets ready for other flags or options, with nobody inside. What can fail, fails here; what is prepared takes
+    /// effect in [`Reopen::commit`], or not at all. The default takes any flags that the graph itself sees to (discard,
+    /// zero detection, flush switches) and refuses a change of `read_only` or `cache.direct`.
+    ///
+    /// # Errors
+    /// Nothing has changed.
+    fn prepare_reopen<'d: 'c, 'c>(
+        &'d self,
+        context: &'c mut ReopenContext<'_>,
+    ) -> BoxFuture<'c, Result<Box<dyn Reopen + 'd>>> {
+        Box::pin(std::future::ready(reopen::by_default(self.name(), context)))
+    }
+
+    /// Writes out whatever is held back and gives up whatever keeps other processes from writing. Nothing is written until
+    /// [`Driver::activate`]. Called with nobody inside.
+    ///
+    /// # Errors
+    /// The node is as active as before.
+    fn inactivate(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    /// Takes charge again: others may have changed the bytes meanwhile, so what was remembered of them is read anew.
+    /// Children are active already. Called with nobody inside.
+    ///
+    /// # Errors
+    /// The node stays inactive; it may be tried again.
+    fn activate(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
 
     /// For offload between two drivers of one kind.
     fn as_any(&self) -> &dyn std::any::Any;

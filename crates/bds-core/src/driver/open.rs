@@ -70,7 +70,7 @@ pub enum DetectZeroes {
 }
 
 /// How a node is opened. Options common to all drivers are parsed into this by the graph.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct OpenFlags {
     /// No byte is ever written.
     pub read_only: bool,
@@ -88,6 +88,8 @@ pub struct OpenFlags {
     pub discard: bool,
     /// Zero detection.
     pub detect_zeroes: DetectZeroes,
+    /// Inserted by a job on its own account: left out where a device's images are listed.
+    pub is_implicit: bool,
     /// What the node is to the parent it is opened for; empty when it is opened on its own. A protocol
     /// derives its image locks from it: whoever keeps metadata in a file tolerates no other writer.
     pub role: Role,

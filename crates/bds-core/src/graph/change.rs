@@ -1,292 +1,547 @@
-//! Changing edges: append, replace, set backing, insert and drop a filter.
+//! Changing the graph: many edits, one change, all or nothing.
 //!
-//! One change at a time. Each goes the same way: drain the node whose parents or children change, check everything, then re-point
-//! edges, all of it in one step that cannot wait and, once it moves the first edge, cannot fail. A change that fails, or whose future is
-//! dropped, leaves everything as it was. Identity stays: every id and reference denotes the node it did before, and
-//! the caller's references are neither taken nor given.
-//!
-//! Permissions over the whole graph and changes of several nodes at once belong to transactions, which are not here.
+//! ```text
+//! actions ─► staged ─► what is to be drained ─► drained ─► driver steps prepared
+//!                                                   └─► staged again, now for good ─► checked ─► edges swapped in ─► gates open
+//! ```
+//! Nothing is changed until everything has been checked, and from there on nothing can fail. A change that fails, or whose future is
+//! dropped, leaves everything as it was. Identity stays: every id and reference denotes the node it did before, and the caller's
+//! references are neither taken nor given. One change at a time; requests wait only while what they pass through is changed.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
+use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bds_io::sync::MutexGuard;
-use bds_refcount::Strong;
+use bds_refcount::{Holder, HolderKind, Strong};
 
-use super::drain::Drained;
-use super::edge::{Edge, Parent};
+use super::claims::Operations;
+use super::commit::Moved;
+use super::drain::DrainSet;
+use super::edge::{Edge, EdgeParts};
+use super::lock::{Edit, Walls};
 use super::node::{Node, NodeId};
-use super::perm::Access;
-use super::walk;
-use super::{Graph, NodeRef};
-use crate::driver::{Child, Role};
+use super::perm::{self, Access, Strictness};
+use super::reap::CloseReport;
+use super::reopen::{self, Prepared, Wanted};
+use super::transaction::{NewFacts, Stage};
+use super::{Graph, NodeRef, commit};
+use crate::driver::Role;
 use crate::error::{Error, ErrorKind, Result};
+use crate::options::Options;
+
+/// One edit.
+#[derive(Debug)]
+pub(super) enum Action {
+    Append { top: NodeRef, overlay: NodeRef },
+    Replace { from: NodeRef, to: NodeRef },
+    ReplaceChild { parent: NodeRef, child: String, to: NodeRef },
+    InsertFilter { node: NodeRef, filter: NodeRef },
+    DropFilter { filter: NodeRef },
+    SetBacking { node: NodeRef, backing: Option<NodeRef> },
+    Remove { node: NodeRef },
+    Reopen { node: NodeRef, options: Options },
+    Own { node: NodeRef },
+    Disown { node: NodeRef },
+    Root { edge: Arc<Edge>, to: Option<NodeRef> },
+    Access { edge: Arc<Edge>, access: Access },
+}
+
+impl Action {
+    fn nodes(&self) -> Vec<&NodeRef> {
+        match self {
+            Self::Append { top: a, overlay: b }
+            | Self::Replace { from: a, to: b }
+            | Self::ReplaceChild { parent: a, to: b, .. }
+            | Self::InsertFilter { node: a, filter: b }
+            | Self::SetBacking { node: a, backing: Some(b) } => vec![a, b],
+            Self::DropFilter { filter: node }
+            | Self::SetBacking { node, backing: None }
+            | Self::Remove { node }
+            | Self::Reopen { node, .. }
+            | Self::Own { node }
+            | Self::Disown { node }
+            | Self::Root { to: Some(node), .. } => vec![node],
+            Self::Root { to: None, .. } | Self::Access { .. } => Vec::new(),
+        }
+    }
+}
+
+/// Edits of the graph that take effect together or not at all. Made by [`Graph::change`], put into force by [`Change::commit`].
+///
+/// Edits are applied in the order given, each to what the ones before have led to; only the outcome must be allowed. A change that is
+/// dropped does nothing.
+#[must_use = "a change does nothing until it is committed"]
+#[derive(Debug)]
+pub struct Change {
+    graph: Graph,
+    pub(super) actions: Vec<Action>,
+}
+
+/// What a change did.
+#[derive(Debug)]
+pub struct ChangeReport {
+    /// How long requests had to wait at the gates: from the first gate that was closed to the last that was opened.
+    pub held: Duration,
+    /// How the nodes ended that were removed, and what ended with them.
+    pub closed: Vec<CloseReport>,
+}
 
 impl Graph {
-    /// Puts `overlay` on top: everyone who used `top` uses `overlay` from now on, and `overlay` has `top` as its backing
-    /// node. The overlay was opened either on `top` already, or without a backing node (then its driver must be able to
-    /// take one while it is open).
+    /// An empty change.
+    ///
+    /// ```
+    /// # use std::sync::Arc;
+    /// # use bds_core::graph::{Graph, GraphConfig};
+    /// # let graph = Graph::new(GraphConfig::new(Arc::new(bds_core::driver::Registry::new())));
+    /// # bds_io::block_on(async {
+    /// let report = graph.change().commit().await?; // nothing to do: nothing is drained
+    /// assert!(report.closed.is_empty());
+    /// # Ok::<(), bds_core::Error>(()) }).unwrap();
+    /// ```
+    pub fn change(&self) -> Change {
+        Change { graph: self.clone(), actions: Vec::new() }
+    }
+
+    /// [`Change::append`] alone.
     ///
     /// # Errors
-    /// Nothing has changed. `InvalidInput`: it has another backing node, or the graph would become a loop; `ReadOnly`:
-    /// somebody writes to `top` and `overlay` cannot be written; `InUse`: a node is just being opened on `top`;
-    /// `NotSupported`: the overlay's driver cannot have, or take, a backing node.
+    /// As [`Change::commit`].
     pub async fn append(&self, top: &NodeRef, overlay: &NodeRef) -> Result<()> {
-        self.check_ours(&[top, overlay])?;
-        let _one = self.begin_change().await;
-        let _top_drained = Drained::begin(Strong::clone(top.strong())).await;
-        let _overlay_drained = Drained::begin(Strong::clone(overlay.strong())).await;
-        let moved = self.append_drained(top, overlay)?;
-        moved.settle().await;
-        Ok(())
+        self.change().append(top, overlay).commit().await.map(drop)
     }
 
-    fn append_drained(&self, top: &NodeRef, overlay: &NodeRef) -> Result<Moved> {
-        let attached = match overlay.node().cow_child() {
-            Some(edge) if edge.target().id() == top.id() => true,
-            Some(edge) => {
-                let target = edge.target().name().to_owned();
-                return Err(refuse(overlay, format!("it has the backing node '{target}' already")));
-            }
-            None => false,
-        };
-        check_no_loop(overlay, top)?;
-        let mut stay = below(overlay.strong());
-        stay.extend(below(top.strong()));
-        let moves = movable(top, overlay, &stay)?;
-        if !attached {
-            self.attach_backing(overlay, top)?;
-        }
-        let moved = Moved::new(moves, overlay.strong());
-        self.refresh_limits_upwards(overlay.strong());
-        Ok(moved)
-    }
-
-    /// Everyone who used `from` uses `to` from now on, except those below `to`: their edges would close a loop. So a
-    /// filter opened on `from` stays there and takes over its users.
+    /// [`Change::replace`] alone.
     ///
     /// # Errors
-    /// Nothing has changed. `ReadOnly`: somebody writes to `from` and `to` cannot be written; `InUse`: a node is just
-    /// being opened on `from`.
+    /// As [`Change::commit`].
     pub async fn replace(&self, from: &NodeRef, to: &NodeRef) -> Result<()> {
-        self.check_ours(&[from, to])?;
-        if from.id() == to.id() {
-            return Ok(());
-        }
-        let _one = self.begin_change().await;
-        let _drained = Drained::begin(Strong::clone(from.strong())).await;
-        let moves = movable(from, to, &below(to.strong()))?;
-        let moved = Moved::new(moves, to.strong());
-        self.refresh_limits_upwards(to.strong());
-        moved.settle().await;
-        Ok(())
+        self.change().replace(from, to).commit().await.map(drop)
     }
 
-    /// Gives a node another backing node, or none.
+    /// [`Change::set_backing`] alone.
     ///
     /// # Errors
-    /// Nothing has changed. `InvalidInput`: the graph would become a loop; `NotSupported`: the driver cannot have a
-    /// backing node, or cannot get its first or lose its only one while it is open.
+    /// As [`Change::commit`].
     pub async fn set_backing(&self, node: &NodeRef, backing: Option<&NodeRef>) -> Result<()> {
-        self.check_ours(&[node])?;
-        backing.map_or(Ok(()), |backing| self.check_ours(&[backing]))?;
-        let _one = self.begin_change().await;
-        let _drained = Drained::begin(Strong::clone(node.strong())).await;
-        let mut moved = None;
-        match (node.node().cow_child(), backing) {
-            (None, None) => {}
-            (Some(edge), Some(backing)) => {
-                check_no_loop(node, backing)?;
-                moved = Some(Moved::new(vec![edge], backing.strong()));
-            }
-            (None, Some(backing)) => {
-                check_no_loop(node, backing)?;
-                self.attach_backing(node, backing)?;
-            }
-            (Some(edge), None) => detach_backing(node, &edge)?,
-        }
-        self.refresh_limits_upwards(node.strong());
-        if let Some(moved) = moved {
-            moved.settle().await;
-        }
-        Ok(())
+        self.change().set_backing(node, backing).commit().await.map(drop)
     }
 
-    /// Lets `filter`, which was opened on `node`, take over everyone else who uses `node`.
+    /// [`Change::insert_filter`] alone.
     ///
     /// # Errors
-    /// As [`Graph::replace`]; `InvalidInput` if it is not a filter on this node.
+    /// As [`Change::commit`].
     pub async fn insert_filter(&self, node: &NodeRef, filter: &NodeRef) -> Result<()> {
-        if filtered(filter)?.id() != node.id() {
-            return Err(refuse(filter, format!("it is not a filter on '{}'", node.name())));
-        }
-        self.replace(node, filter).await
+        self.change().insert_filter(node, filter).commit().await.map(drop)
     }
 
-    /// Lets everyone who uses `filter` use the node it filters. The filter itself lives until its last reference goes.
+    /// [`Change::drop_filter`] alone.
     ///
     /// # Errors
-    /// As [`Graph::replace`]; `InvalidInput` if it is not a filter.
+    /// As [`Change::commit`].
     pub async fn drop_filter(&self, filter: &NodeRef) -> Result<()> {
-        let below = filtered(filter)?;
-        self.replace(filter, &below).await
+        self.change().drop_filter(filter).commit().await.map(drop)
     }
 
-    fn check_ours(&self, nodes: &[&NodeRef]) -> Result<()> {
-        match nodes.iter().find(|node| !Arc::ptr_eq(&node.graph().0, &self.0)) {
-            Some(node) => Err(refuse(node, "it belongs to another graph".to_owned())),
-            None => Ok(()),
-        }
-    }
-
-    /// Lets everyone above `start` see its limits.
-    fn refresh_limits_upwards(&self, start: &Strong<Node>) {
-        let mut todo = vec![Strong::clone(start)];
-        while let Some(node) = todo.pop() {
-            node.refresh_limits();
-            for edge in node.parents() {
-                let Some(Parent::Node(parent)) = edge.parent() else { continue };
-                // A parent that is gone by now needs no limits.
-                let Ok(parent) = self.0.reaper.arena.acquire(parent.0) else { continue };
-                if parent.refresh_limits() {
-                    todo.push(parent);
-                }
-            }
-        }
+    /// [`Change::reopen`] alone.
+    ///
+    /// # Errors
+    /// As [`Change::commit`].
+    pub async fn reopen(&self, node: &NodeRef, options: Options) -> Result<()> {
+        self.change().reopen(node, options).commit().await.map(drop)
     }
 
     /// One change at a time; what is dead goes first, so that it does not stand in the way.
-    async fn begin_change(&self) -> MutexGuard<'_, ()> {
+    pub(super) async fn begin_change(&self) -> MutexGuard<'_, ()> {
         self.0.reaper.sweep_unasked().await;
         self.0.changes.lock().await
     }
+}
 
-    /// Gives a drained node its first backing node.
-    fn attach_backing(&self, node: &NodeRef, backing: &NodeRef) -> Result<()> {
-        if !node.driver().supports_backing() {
-            let driver = node.driver_name();
-            return Err(Error::new(
-                ErrorKind::NotSupported,
-                format!("{driver} nodes have no backing node"),
-            )
-            .node(node.name()));
+impl Change {
+    fn with(mut self, action: Action) -> Self {
+        self.actions.push(action);
+        self
+    }
+
+    /// Puts `overlay` on top: everyone who uses `top` uses `overlay` from then on, and `overlay` has `top` as its backing
+    /// node. The overlay was opened either on `top` already, or without a backing node (then its driver must be able to
+    /// take one while it is open). Edges that stay (a job's) stay.
+    pub fn append(self, top: &NodeRef, overlay: &NodeRef) -> Self {
+        self.with(Action::Append { top: top.clone(), overlay: overlay.clone() })
+    }
+
+    /// Everyone who uses `from` uses `to` from then on, except those at or below `to`, whose edges would close a loop, and
+    /// edges that stay. So a filter opened on `from` stays there and takes over its users. Fails at a frozen edge.
+    pub fn replace(self, from: &NodeRef, to: &NodeRef) -> Self {
+        self.with(Action::Replace { from: from.clone(), to: to.clone() })
+    }
+
+    /// `parent`'s child of this name ("file", "backing") is `to` from then on. A child that a job inserted on its own account cannot be
+    /// replaced; replacing it by the very node below it does nothing.
+    pub fn replace_child(self, parent: &NodeRef, child: &str, to: &NodeRef) -> Self {
+        let (parent, child, to) = (parent.clone(), child.to_owned(), to.clone());
+        self.with(Action::ReplaceChild { parent, child, to })
+    }
+
+    /// Lets `filter`, which was opened on `node`, take over everyone else who uses `node`.
+    pub fn insert_filter(self, node: &NodeRef, filter: &NodeRef) -> Self {
+        self.with(Action::InsertFilter { node: node.clone(), filter: filter.clone() })
+    }
+
+    /// Lets everyone who uses `filter` use the node it filters. The filter itself lives until its last reference goes; with
+    /// [`Change::remove`] in the same change it goes at once.
+    pub fn drop_filter(self, filter: &NodeRef) -> Self {
+        self.with(Action::DropFilter { filter: filter.clone() })
+    }
+
+    /// Gives a node another backing node, or none.
+    pub fn set_backing(self, node: &NodeRef, backing: Option<&NodeRef>) -> Self {
+        self.with(Action::SetBacking { node: node.clone(), backing: backing.cloned() })
+    }
+
+    /// Ends a node. Takes the reference; the monitor's is taken too, if it has one. What a filter does to its child does not count any
+    /// more when the change is checked; what a format still has to write does. The reports are in [`ChangeReport::closed`].
+    pub fn remove(self, node: NodeRef) -> Self {
+        self.with(Action::Remove { node })
+    }
+
+    /// Gives a node other options; those that are not named stay. The common ones (`read-only`, `cache.*`, `discard`, `detect-zeroes`),
+    /// `backing` and other children by node name, and those of its driver that can change while it is open. Nodes that were
+    /// opened inline below it inherit what they inherited then.
+    pub fn reopen(self, node: &NodeRef, options: Options) -> Self {
+        self.with(Action::Reopen { node: node.clone(), options })
+    }
+
+    /// Lets the monitor own the node (its name then keeps it open).
+    pub fn own(self, node: &NodeRef) -> Self {
+        self.with(Action::Own { node: node.clone() })
+    }
+
+    /// Takes the node from the monitor's list.
+    pub fn disown(self, node: &NodeRef) -> Self {
+        self.with(Action::Disown { node: node.clone() })
+    }
+
+    /// A root leads elsewhere, or nowhere.
+    pub(crate) fn point_root(self, edge: &Arc<Edge>, to: Option<&NodeRef>) -> Self {
+        self.with(Action::Root { edge: Arc::clone(edge), to: to.cloned() })
+    }
+
+    /// A root asks for something else.
+    pub(crate) fn set_access(self, edge: &Arc<Edge>, access: Access) -> Self {
+        self.with(Action::Access { edge: Arc::clone(edge), access })
+    }
+
+    /// Puts the edits into force. Waits for requests in what is changed, for other changes, and for drivers that prepare.
+    ///
+    /// # Errors
+    /// Nothing has changed. `InvalidInput`: an edit makes no sense where it stands (a loop, another graph's node, no filter);
+    /// `InUse`: a permission conflict, a frozen edge, a blocker, a node that others hold, or one that is just being opened on
+    /// what is replaced (both sides are named); `ReadOnly`, `Inactive`: somebody would write where that is not possible;
+    /// `NotSupported`: a driver cannot do it while it is open; and whatever drivers fail with when they prepare.
+    pub async fn commit(self) -> Result<ChangeReport> {
+        let Self { graph, actions } = self;
+        check_ours(&graph, &actions)?;
+        if actions.is_empty() {
+            return Ok(ChangeReport { held: Duration::ZERO, closed: Vec::new() });
         }
-        let access = Access::of_child(Role::COW, node.is_writable(), node.flags().force_share);
-        let holder = format!("{}.backing", node.name());
-        let target = Strong::clone(backing.strong());
-        let edge = Edge::new("backing", Role::COW, access, &holder, target, None);
-        edge.set_parent(Parent::Node(node.id()));
-        let port = (self.0.reaper.make_port)(Arc::clone(&edge));
-        node.driver()
-            .set_backing(Some(Child::new("backing", port)))
-            .map_err(|error| error.node(node.name()))?;
-        backing.node().add_parent(&edge);
-        let mut children = node.node().children().to_vec();
-        children.push(edge);
-        node.node().set_children(children);
+        let one = graph.begin_change().await;
+        let begun = bds_io::now();
+        let (moved, removed, drained) = carry_out(&graph, actions).await?;
+        moved.settle().await;
+        drop(moved);
+        drop(drained);
+        let held = bds_io::now().saturating_sub(begun);
+        drop(one);
+        let closed = commit::close_removed(&graph, removed).await;
+        Ok(ChangeReport { held, closed })
+    }
+}
+
+impl fmt::Display for ChangeReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "requests waited {} us", self.held.as_micros())
+    }
+}
+
+/// Drains, prepares, stages, checks, and puts into force.
+async fn carry_out(graph: &Graph, actions: Vec<Action>) -> Result<(Moved, Vec<NodeRef>, DrainSet)> {
+    let wanted = reopen::collect(graph, &actions)?;
+    let nodes = {
+        let walls = graph.0.reaper.walls();
+        let facts = wanted.iter().map(Wanted::facts).collect();
+        stage(graph, &walls, &actions, facts)?.to_drain()
+    };
+    let mut drained = DrainSet::begin(graph, nodes, "change").await;
+    loop {
+        graph.step()?;
+        let prepared = prepare(graph, &drained, &wanted).await?;
+        let missing = {
+            let walls = graph.0.reaper.walls();
+            let facts = prepared.iter().map(Prepared::facts).collect();
+            let staged = stage(graph, &walls, &actions, facts)?;
+            // Opening and closing nodes is not held up meanwhile, so what is to be drained may have grown.
+            let missing: Vec<_> =
+                staged.to_drain().into_iter().filter(|node| !drained.covers(node.id())).collect();
+            if missing.is_empty() {
+                let accesses = perm::settle(&staged, staged.starts(), Strictness::Checked)?;
+                graph.step()?;
+                let edit = Edit::new(&drained, &walls);
+                let done =
+                    commit::put_into_force(graph, &edit, staged, accesses, prepared, actions)?;
+                drop(walls);
+                return Ok((done.moved, done.removed, drained));
+            }
+            missing
+        };
+        drop(prepared);
+        drained.extend(missing, "change").await;
+    }
+}
+
+/// Lets drivers get ready, who may have to write out what they hold back.
+async fn prepare<'w>(
+    graph: &Graph,
+    drained: &DrainSet,
+    wanted: &'w [Wanted],
+) -> Result<Vec<Prepared<'w>>> {
+    if wanted.is_empty() {
+        return Ok(Vec::new());
+    }
+    drained.open_doors();
+    let prepared = reopen::prepare(graph, wanted).await?;
+    drained.settle().await;
+    Ok(prepared)
+}
+
+fn check_ours(graph: &Graph, actions: &[Action]) -> Result<()> {
+    let mut nodes = actions.iter().flat_map(Action::nodes);
+    match nodes.find(|node| !Arc::ptr_eq(&node.graph().0, &graph.0)) {
+        Some(node) => Err(refuse(node, "it belongs to another graph".to_owned())),
+        None => Ok(()),
+    }
+}
+
+/// What the edits come to, on the graph as it is now.
+fn stage<'g>(
+    graph: &'g Graph,
+    walls: &Walls<'_>,
+    actions: &[Action],
+    facts: Vec<NewFacts>,
+) -> Result<Stage<'g>> {
+    let mut stage = Stage::new(&graph.0.reaper);
+    let mut editor = Editor { graph, stage: &mut stage, _walls: walls };
+    for action in actions {
+        editor.apply(action)?;
+        graph.step()?;
+    }
+    for action in actions {
+        editor.check_removal(action)?;
+    }
+    for (node, facts) in facts {
+        stage.set_facts(&node, facts);
+    }
+    Ok(stage)
+}
+
+/// Applies edits to a stage.
+struct Editor<'e, 'g> {
+    graph: &'g Graph,
+    stage: &'e mut Stage<'g>,
+    _walls: &'e Walls<'e>,
+}
+
+impl Editor<'_, '_> {
+    fn apply(&mut self, action: &Action) -> Result<()> {
+        match action {
+            Action::Append { top, overlay } => {
+                top.check_allowed(Operations::EXTERNAL_SNAPSHOT)?;
+                self.append(top, overlay)
+            }
+            Action::Replace { from, to } => {
+                from.check_allowed(Operations::REPLACE)?;
+                self.move_parents(from, to)
+            }
+            Action::ReplaceChild { parent, child, to } => self.replace_child(parent, child, to),
+            Action::InsertFilter { node, filter } => {
+                let below = self.filtered(filter)?;
+                if below.id() != node.id() {
+                    return Err(refuse(filter, format!("it is not a filter on '{}'", node.name())));
+                }
+                self.move_parents(node, filter)
+            }
+            Action::DropFilter { filter } => {
+                let below = NodeRef::change(self.graph, self.filtered(filter)?);
+                self.move_parents(filter, &below)
+            }
+            Action::SetBacking { node, backing } => self.set_backing(node, backing.as_ref()),
+            Action::Remove { node } => {
+                node.check_allowed(Operations::DELETE)?;
+                self.stage.leave_graph(node.strong());
+                Ok(())
+            }
+            Action::Reopen { node, options } => self.reopen_children(node, options),
+            Action::Own { node } => match self.graph.is_owned(node.id()) {
+                true => Err(refuse(node, "the monitor owns it already".to_owned())),
+                false => Ok(()),
+            },
+            Action::Disown { node } => match self.graph.is_owned(node.id()) {
+                true => Ok(()),
+                false => Err(refuse(node, "the monitor does not own it".to_owned())),
+            },
+            Action::Root { edge, to } => {
+                if let Some(old) = edge.medium() {
+                    old.check_allowed(Operations::EJECT)?;
+                }
+                self.stage.repoint(edge, to.as_ref().map(NodeRef::strong))
+            }
+            Action::Access { edge, access } => {
+                self.stage.wish(edge, *access);
+                Ok(())
+            }
+        }
+    }
+
+    fn append(&mut self, top: &NodeRef, overlay: &NodeRef) -> Result<()> {
+        let attached = match self.stage.child_in_role(overlay, Role::COW) {
+            Some(edge) => {
+                let target = self.stage.target(&edge);
+                if target.as_ref().is_none_or(|target| target.id() != top.id()) {
+                    let name = target.map_or_else(String::new, |target| target.name().to_owned());
+                    return Err(refuse(
+                        overlay,
+                        format!("it has the backing node '{name}' already"),
+                    ));
+                }
+                true
+            }
+            None => false,
+        };
+        if !attached {
+            self.attach_backing(overlay, top)?;
+        }
+        self.move_parents(top, overlay)
+    }
+
+    /// Everyone who uses `from` uses `to`, but for those whose edge would close a loop and those that stay.
+    fn move_parents(&mut self, from: &NodeRef, to: &NodeRef) -> Result<()> {
+        if from.id() == to.id() {
+            return Ok(());
+        }
+        for edge in self.stage.parents(from) {
+            if self.stage.is_opening(&edge) {
+                let words = "a node is just being opened on it; try again when that is done";
+                return Err(Error::new(ErrorKind::InUse, words).node(from.name()));
+            }
+            let closes_loop = |parent: Strong<Node>| self.stage.reaches(to.strong(), &parent);
+            if edge.stays()
+                || edge.is_closing()
+                || self.stage.parent_node(&edge).is_some_and(closes_loop)
+            {
+                continue;
+            }
+            self.stage.repoint(&edge, Some(to.strong()))?;
+        }
         Ok(())
     }
-}
 
-/// Takes a drained node's backing node away.
-fn detach_backing(node: &NodeRef, edge: &Arc<Edge>) -> Result<()> {
-    let taken = node.driver().set_backing(None).map_err(|error| error.node(node.name()))?;
-    let mut children = node.node().children().to_vec();
-    children.retain(|known| !Arc::ptr_eq(known, edge));
-    node.node().set_children(children);
-    edge.target().remove_parent(edge);
-    drop(taken);
-    Ok(())
-}
-
-/// What a filter filters.
-fn filtered(filter: &NodeRef) -> Result<NodeRef> {
-    let child = filter.driver().is_filter().then(|| walk::next_below(filter)).flatten();
-    child.ok_or_else(|| refuse(filter, "it is not a filter".to_owned()))
-}
-
-/// `node` must not be `child` nor lie below it.
-fn check_no_loop(node: &NodeRef, child: &NodeRef) -> Result<()> {
-    if below(child.strong()).contains(&node.id()) {
-        return Err(refuse(
-            node,
-            format!("'{}' lies above it: the graph would be a loop", child.name()),
-        ));
+    fn replace_child(&mut self, parent: &NodeRef, name: &str, to: &NodeRef) -> Result<()> {
+        let found = self.stage.children(parent).into_iter().find(|edge| edge.name() == name);
+        let Some(edge) = found else {
+            return Err(refuse(parent, format!("it has no child '{name}'")));
+        };
+        if let Some(old) = self.stage.target(&edge)
+            && old.flags().is_implicit
+        {
+            let below = old.filtered_child().map(|edge| edge.target().id());
+            return match below == Some(to.id()) {
+                true => Ok(()),
+                false => {
+                    let words = format!(
+                        "its child '{name}' was inserted by a job and stays until that is done"
+                    );
+                    Err(Error::new(ErrorKind::InUse, words).node(parent.name()))
+                }
+            };
+        }
+        self.stage.repoint(&edge, Some(to.strong()))
     }
-    Ok(())
-}
 
-/// A node and all below it.
-fn below(node: &Strong<Node>) -> HashSet<NodeId> {
-    let mut ids = HashSet::new();
-    walk::each_below(node, &mut |node| {
-        ids.insert(node.id());
-    });
-    ids
-}
+    fn set_backing(&mut self, node: &NodeRef, backing: Option<&NodeRef>) -> Result<()> {
+        match (self.stage.child_in_role(node, Role::COW), backing) {
+            (None, None) => Ok(()),
+            (Some(edge), Some(backing)) => self.stage.repoint(&edge, Some(backing.strong())),
+            (None, Some(backing)) => self.attach_backing(node, backing),
+            (Some(edge), None) => self.stage.drop_edge(node.strong(), &edge),
+        }
+    }
 
-/// The edges into `from` that are to point to `to`, checked. Those of parents in `stay` are not among them.
-fn movable(from: &NodeRef, to: &NodeRef, stay: &HashSet<NodeId>) -> Result<Vec<Arc<Edge>>> {
-    let mut moves = Vec::new();
-    for edge in from.node().parents() {
-        match edge.parent() {
-            None => {
-                return Err(Error::new(
-                    ErrorKind::InUse,
-                    "a node is just being opened on it; try again when that is done",
-                )
-                .node(from.name()));
+    /// Stages a node's first backing node.
+    fn attach_backing(&mut self, node: &NodeRef, backing: &NodeRef) -> Result<()> {
+        if !node.driver().supports_backing() {
+            let words = format!("{} nodes have no backing node", node.driver_name());
+            return Err(Error::new(ErrorKind::NotSupported, words).node(node.name()));
+        }
+        let parts = EdgeParts {
+            name: "backing",
+            role: Role::COW,
+            access: Access::NONE,
+            holder: Holder::new(HolderKind::Edge, format!("{}.backing", node.name())),
+            stays: false,
+            graph: None,
+        };
+        let target = Strong::clone(backing.strong());
+        let edge = Edge::new(parts, Some(target), &self.graph.0.reaper.topology.loosened);
+        self.stage.attach(Some(node.strong()), &edge, backing.strong())
+    }
+
+    /// Children that a reopen names by node name.
+    fn reopen_children(&mut self, node: &NodeRef, options: &Options) -> Result<()> {
+        for (name, to) in reopen::children_named(self.graph, node, options)? {
+            match (name, to) {
+                ("backing", to) => self.set_backing(node, to.as_ref())?,
+                (name, Some(to)) => self.replace_child(node, name, &to)?,
+                (name, None) => return Err(refuse(node, format!("its child '{name}' cannot go"))),
             }
-            Some(Parent::Node(parent)) if stay.contains(parent) => continue,
-            Some(Parent::Node(_) | Parent::Root(_)) => {}
         }
-        if edge.access().writes() && !to.is_writable() {
-            return Err(Error::new(
-                ErrorKind::ReadOnly,
-                format!(
-                    "'{}' is written through '{}', and '{}' is read-only",
-                    from.name(),
-                    edge.name(),
-                    to.name()
-                ),
-            )
-            .node(to.name()));
-        }
-        moves.push(edge);
-    }
-    Ok(moves)
-}
-
-/// Edges that have been re-pointed. Their gates stay closed until this is dropped.
-pub(super) struct Moved(Vec<Arc<Edge>>);
-
-impl Moved {
-    /// Re-points edges at whose target nobody is inside. Cannot fail.
-    pub(super) fn new(edges: Vec<Arc<Edge>>, to: &Strong<Node>) -> Self {
-        for edge in &edges {
-            // On the edge's own behalf: its share of the drain goes when it leaves the old node.
-            edge.close();
-            edge.target().remove_parent(edge);
-            edge.swap(Strong::clone(to));
-            to.add_parent(edge);
-        }
-        Self(edges)
+        Ok(())
     }
 
-    /// Waits, behind the closed gates, until the references to the old target are given up.
-    pub(super) async fn settle(&self) {
-        for edge in &self.0 {
-            edge.settle().await;
+    /// What a filter filters.
+    fn filtered(&self, filter: &NodeRef) -> Result<Strong<Node>> {
+        let edge = filter.driver().is_filter().then(|| {
+            let shown = self.stage.child_in_role(filter, Role::FILTERED);
+            shown.or_else(|| self.stage.child_in_role(filter, Role::PRIMARY))
+        });
+        let target = edge.flatten().and_then(|edge| self.stage.target(&edge));
+        target.ok_or_else(|| refuse(filter, "it is not a filter".to_owned()))
+    }
+
+    /// Nobody but the change and the monitor may hold what goes.
+    fn check_removal(&self, action: &Action) -> Result<()> {
+        let Action::Remove { node } = action else { return Ok(()) };
+        let mut holders = self.graph.holders(node.id());
+        holders.retain(|info| !matches!(info.kind, HolderKind::Change | HolderKind::Drain));
+        let is_owned = self.graph.is_owned(node.id());
+        // The reference that the action took, and the monitor's, go; edges are looked at where they lead in the end.
+        holders.retain(|info| !matches!(info.kind, HolderKind::Edge | HolderKind::Backend));
+        let users = self.stage.parents(node);
+        let others = holders.len().saturating_sub(1 + usize::from(is_owned));
+        if users.is_empty() && others == 0 {
+            return Ok(());
         }
+        let mut words: Vec<String> = users.iter().map(|edge| edge.holder().to_string()).collect();
+        words.extend(holders.iter().skip(1 + usize::from(is_owned)).map(ToString::to_string));
+        let error = Error::new(ErrorKind::InUse, format!("node is in use by {}", words.join(", ")));
+        Err(error.node(node.name()))
     }
 }
 
-impl Drop for Moved {
-    fn drop(&mut self) {
-        self.0.iter().for_each(|edge| edge.open());
-    }
-}
-
-fn refuse(node: &NodeRef, why: String) -> Error {
+pub(super) fn refuse(node: &NodeRef, why: String) -> Error {
     Error::new(ErrorKind::InvalidInput, why).node(node.name())
 }
+
+/// References by id, so that one node is one entry.
+pub(super) type ById<T> = HashMap<NodeId, T>;

@@ -6,18 +6,19 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use bds_refcount::Strong;
+use bds_refcount::{Holder, HolderKind, Strong};
 
-use super::edge::Edge;
+use super::edge::{Edge, EdgeParts};
 use super::flags::inherited;
 use super::gate::{self, GateDecision, GateQuestion, ReferenceFormat};
 use super::inspect::Inspected;
-use super::node::{Children, Node};
+use super::node::Node;
 use super::open::{Call, open_node};
-use super::perm::Access;
+use super::perm::{self, Access, Strictness};
+use super::transaction::Stage;
 use super::walk;
 use crate::driver::{
-    BoxFuture, Child, ChildOpener, ChildRequest, OpenFlags, Reference, ReferenceKind, Role,
+    BoxFuture, Child, ChildOpener, ChildRequest, NodeUse, OpenFlags, Reference, ReferenceKind, Role,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::{ChildOption, Options};
@@ -26,7 +27,8 @@ pub(super) struct Opener {
     call: Call,
     node_name: Arc<str>,
     flags: OpenFlags,
-    edges: Children,
+    /// With whether the child was opened for this node, and not found by name.
+    edges: Vec<(Arc<Edge>, bool)>,
 }
 
 impl Opener {
@@ -35,14 +37,15 @@ impl Opener {
     }
 
     /// The edges whose child the driver kept. The others end here.
-    pub(super) fn into_children(self) -> Children {
-        self.edges.into_iter().filter(|edge| Arc::strong_count(edge) > 1).collect()
+    pub(super) fn into_children(self) -> Vec<(Arc<Edge>, bool)> {
+        self.edges.into_iter().filter(|(edge, _)| Arc::strong_count(edge) > 1).collect()
     }
 
     async fn open(&mut self, request: ChildRequest) -> Result<Option<Child>> {
         let ChildRequest { name, role, option, reference } = request;
         self.check_role(name, role)?;
         let option = option.map(|value| ChildOption::from_json(name, value)).transpose()?;
+        let is_inline = !matches!(option, Some(ChildOption::Node(_)));
         let target = match (option, reference) {
             (Some(ChildOption::None), _) | (None, None) => return Ok(None),
             (Some(ChildOption::Node(node)), _) => {
@@ -56,11 +59,11 @@ impl Opener {
             (None, Some(reference)) => self.open_reference(&reference, role).await?,
         };
         self.check_file(name, role, &target)?;
-        self.attach(name, role, target).map(Some)
+        self.attach(name, role, target, is_inline).map(Some)
     }
 
     fn check_role(&self, name: &str, role: Role) -> Result<()> {
-        check_role(self.edges.iter().map(|edge| edge.role()), name, role)
+        check_role(self.edges.iter().map(|(edge, _)| edge.role()), name, role)
     }
 
     async fn open_tree(&self, tree: Options, role: Role) -> Result<Strong<Node>> {
@@ -82,7 +85,7 @@ impl Opener {
     /// Files that this image and those above lie in.
     fn files(&self) -> Vec<(u64, u64)> {
         let mut files = self.call.files_above.clone();
-        for edge in self.edges.iter().filter(|edge| !edge.role().contains(Role::COW)) {
+        for (edge, _) in self.edges.iter().filter(|(edge, _)| !edge.role().contains(Role::COW)) {
             files.extend(walk::files_of_image(&edge.target()));
         }
         files
@@ -90,7 +93,8 @@ impl Opener {
 
     /// Where names stored in this image are looked up from.
     fn own_file(&self) -> Option<PathBuf> {
-        let primary = self.edges.iter().find(|edge| edge.role().contains(Role::PRIMARY))?;
+        let (primary, _) =
+            self.edges.iter().find(|(edge, _)| edge.role().contains(Role::PRIMARY))?;
         walk::filename(&primary.target())
     }
 
@@ -188,7 +192,7 @@ impl Opener {
         }
         let own = self.files();
         let mut below = Vec::new();
-        for edge in self.edges.iter().filter(|edge| edge.role().contains(Role::COW)) {
+        for (edge, _) in self.edges.iter().filter(|(edge, _)| edge.role().contains(Role::COW)) {
             walk::each_below(edge.target().strong(), &mut |node| below.extend(node.own_identity()));
         }
         let clash = walk::files_of_image(target)
@@ -208,11 +212,21 @@ impl Opener {
         })
     }
 
-    fn attach(&mut self, name: &'static str, role: Role, target: Strong<Node>) -> Result<Child> {
-        let gives_in = self.flags.auto_read_only && !target.is_writable();
+    fn attach(
+        &mut self,
+        name: &'static str,
+        role: Role,
+        target: Strong<Node>,
+        is_inline: bool,
+    ) -> Result<Child> {
+        let gives_in = self.flags.auto_read_only && !target.could_write();
         let is_writable = !self.flags.read_only && !gives_in;
-        let access = Access::of_child(role, is_writable, self.flags.force_share);
-        if access.writes() && !target.is_writable() {
+        let force_share = self.flags.force_share;
+        // Nobody uses the node yet; what it needs of its child for itself, it may need while it opens.
+        let node_use = NodeUse { above: Access::NONE, is_writable, is_active: true, force_share };
+        let access = Access::of_child(role, &node_use);
+        let holds_bytes = !role.contains(Role::COW);
+        if is_writable && holds_bytes && !target.could_write() {
             return Err(Error::new(
                 ErrorKind::ReadOnly,
                 format!(
@@ -221,11 +235,25 @@ impl Opener {
                 ),
             ));
         }
-        let holder = format!("{}.{name}", self.node_name);
-        let edge = Edge::new(name, role, access, &holder, target, None);
-        edge.target().add_parent(&edge);
-        let port = (self.call.graph.0.reaper.make_port)(Arc::clone(&edge));
-        self.edges.push(edge);
+        let parts = EdgeParts {
+            name,
+            role,
+            access,
+            holder: Holder::new(HolderKind::Edge, format!("{}.{name}", self.node_name)),
+            stays: false,
+            graph: None,
+        };
+        let reaper = &self.call.graph.0.reaper;
+        let edge = Edge::new(parts, Some(Strong::clone(&target)), &reaper.topology.loosened);
+        let walls = reaper.walls();
+        let mut stage = Stage::new(reaper);
+        stage.attach(None, &edge, &target)?;
+        let accesses = perm::settle(&stage, stage.starts(), Strictness::Checked)?;
+        perm::apply(&walls, accesses);
+        walls.attach(&target, &edge);
+        drop(walls);
+        let port = (reaper.make_port)(Arc::clone(&edge));
+        self.edges.push((edge, is_inline));
         Ok(Child::new(name, port))
     }
 }

@@ -18,7 +18,7 @@ use super::gate::{self, GateDecision, GateQuestion, ReferenceFormat};
 use super::inspect::{Inspected, file_options};
 use super::open::SweepIfDropped;
 use super::perm::{Access, Perm};
-use super::{Graph, NodeRef};
+use super::{Graph, NodeRef, Root};
 use crate::driver::{Child, CreateContext, DriverType, OpenFlags, ReferenceKind, Role};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Options;
@@ -101,8 +101,11 @@ impl Graph {
             None => None,
         };
         let context = CreateContext {
-            file: self.child_for_create("file", &file),
-            data_file: data_file.as_ref().map(|node| self.child_for_create("data-file", node)),
+            file: self.child_for_create("file", &file)?,
+            data_file: match &data_file {
+                Some(node) => Some(self.child_for_create("data-file", node)?),
+                None => None,
+            },
             backing_len,
             options: &mut options,
         };
@@ -124,10 +127,11 @@ impl Graph {
         Ok(node.held_as(Holder::new(HolderKind::Owner, "create")))
     }
 
-    fn child_for_create(&self, name: &'static str, node: &NodeRef) -> Child {
-        let edge =
-            node.attach_root("create", Access { perm: Perm::all(), shared: Perm::CONSISTENT_READ });
-        Child::new(name, (self.0.reaper.make_port)(edge))
+    fn child_for_create(&self, name: &'static str, node: &NodeRef) -> Result<Child> {
+        let access = Access { perm: Perm::all(), shared: Perm::CONSISTENT_READ };
+        let root = Root { kind: HolderKind::Owner, name: "create", access, stays: true };
+        let edge = self.attach_root(Some(node), &root)?;
+        Ok(Child::new(name, (self.0.reaper.make_port)(edge)))
     }
 
     /// Makes the file, of length 0.

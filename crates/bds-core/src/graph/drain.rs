@@ -1,31 +1,383 @@
-//! Nobody inside: the gates in front of a node are closed, and whoever was inside has left.
+//! Drained sections: nobody inside, and nobody gets in.
 //!
-//! A drain is asked of the node but acts on its edges: all there are, and all that come while it lasts, whoever
-//! they belong to. Queued is not in flight: a request that waits at a gate is waited for by nobody. Drains nest and
-//! keep their node alive; ending one neither waits nor changes the graph.
+//! A drain is asked of a node and reaches everything above it, because what is on its way in a parent would still come. It
+//! acts on gates: new requests wait at the roots (backends, jobs, exports), those that are under way finish and find
+//! every door on their way open, and only when a node is empty are the doors behind it shut.
+//!
+//! ```text
+//!   backend ─┤gate├─► filter ──► qcow2 ──► file        drain(file): 1 shut the backend's gate
+//!                                                                  2 wait until filter is empty, shut its doors
+//!                                                                  3 wait until qcow2 is empty, shut its doors
+//!                                                                  4 wait until file is empty
+//! ```
+//! Counting: `quiesce(node)` = sections on the node + sections of everything + edges to drained children. An edge drains its
+//! parent at most once. Sections nest and keep their node alive; whoever attaches during one finds the gate closed. Ending
+//! a section neither waits nor changes the graph.
+//!
+//! **Queued is not in flight**: who waits at a gate is waited for by nobody. **A closing is**: a drain waits for closings that
+//! write to its nodes, and none begins while it lasts (`reap`). **A poisoned node is not waited for.**
+
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
 
 use bds_refcount::{Held, Holder, HolderKind, Strong};
+use futures_util::future::{Either, select};
 
-use super::node::Node;
+use super::edge::{Edge, Parent};
+use super::lock::Walls;
+use super::node::{Node, NodeId};
+use super::{Graph, NodeRef, walk};
+use crate::error::{Error, ErrorKind, Result};
 
-/// Nobody is inside the node until this is dropped.
-#[must_use = "the gates open when this is dropped"]
-pub(super) struct Drained {
-    node: Held<Node>,
+impl Walls<'_> {
+    /// The node that uses `edge`, if it is one and it lives.
+    pub(super) fn parent_node(&self, edge: &Edge) -> Option<Strong<Node>> {
+        match edge.parent() {
+            Some(Parent::Node(id)) => self.reaper.arena.acquire(id.0).ok(),
+            Some(Parent::Root(_)) | None => None,
+        }
+    }
+
+    /// One reason more for the node to be drained. What that begins goes up through all parents.
+    fn quiesce(&self, node: &Strong<Node>) {
+        let mut todo = vec![Strong::clone(node)];
+        let mut begun = Vec::new();
+        while let Some(node) = todo.pop() {
+            if node.add_quiesce(1) > 0 {
+                continue;
+            }
+            for edge in node.parents() {
+                if edge.quiesce(self) {
+                    match self.parent_node(&edge) {
+                        Some(parent) => todo.push(parent),
+                        None => self.shut_root(&edge),
+                    }
+                }
+            }
+            begun.push(node);
+        }
+        // Parents first: they may still be sending.
+        begun.iter().rev().for_each(|node| node.driver().drain_begin());
+    }
+
+    /// One reason less.
+    fn unquiesce(&self, node: &Strong<Node>) {
+        let mut todo = vec![Strong::clone(node)];
+        while let Some(node) = todo.pop() {
+            if node.remove_quiesce(1) > 0 {
+                continue;
+            }
+            node.driver().drain_end();
+            for edge in node.parents() {
+                if edge.unquiesce(self) {
+                    todo.extend(self.parent_node(&edge));
+                }
+            }
+        }
+    }
+
+    /// Roots wait at once. A node that is being opened does too; one that is being closed is waited for instead.
+    fn shut_root(&self, edge: &Arc<Edge>) {
+        let is_dying = matches!(edge.parent(), Some(Parent::Node(_)));
+        if !is_dying {
+            edge.shut(self);
+        }
+    }
+
+    /// An edge points to `node` from now on; nobody is inside its parent, or there is none yet.
+    pub(super) fn attach(&self, node: &Node, edge: &Arc<Edge>) {
+        node.add_parent(edge);
+        self.take_part(node, edge);
+    }
+
+    /// An edge does not point to `node` any more.
+    pub(super) fn detach(&self, node: &Node, edge: &Arc<Edge>) {
+        node.remove_parent(edge);
+        self.take_no_part(edge);
+    }
+
+    /// An edge points to another node from now on. Its parent stays drained throughout if both are: were it let go in
+    /// between, a request could come in that no door lets out again.
+    pub(super) fn reattach(&self, from: Option<&Node>, to: Option<&Node>, edge: &Arc<Edge>) {
+        if let Some(from) = from {
+            from.remove_parent(edge);
+        }
+        if let Some(to) = to {
+            to.add_parent(edge);
+        }
+        match to.filter(|to| to.quiesce_count() > 0) {
+            Some(to) => self.take_part(to, edge),
+            None => self.take_no_part(edge),
+        }
+    }
+
+    /// The edge is drained if its target is.
+    fn take_part(&self, target: &Node, edge: &Arc<Edge>) {
+        if target.quiesce_count() > 0 && edge.quiesce(self) {
+            edge.shut(self);
+            if let Some(parent) = self.parent_node(edge) {
+                self.quiesce(&parent);
+            }
+        }
+    }
+
+    fn take_no_part(&self, edge: &Arc<Edge>) {
+        if edge.unquiesce(self)
+            && let Some(parent) = self.parent_node(edge)
+        {
+            self.unquiesce(&parent);
+        }
+    }
+
+    /// A drained section of the node begins.
+    fn begin_section(&self, node: &Strong<Node>) {
+        node.begin_section();
+        self.quiesce(node);
+    }
+
+    fn end_section(&self, node: &Strong<Node>) {
+        node.end_section();
+        self.unquiesce(node);
+    }
+
+    /// A node comes into the graph, with edges that were attached before it was there.
+    pub(super) fn born(&self, node: &Strong<Node>) {
+        let below = node.children().iter().filter(|edge| edge.is_quiesced()).count();
+        let count = self.state.drain_alls + u32::try_from(below).unwrap_or(u32::MAX);
+        (0..self.state.drain_alls).for_each(|_| node.begin_section());
+        if count > 0 {
+            node.add_quiesce(count);
+            node.driver().drain_begin();
+        }
+    }
 }
 
-impl Drained {
-    /// Closes the gates and waits until nobody is inside. Dropped while it waits: the gates open again.
-    pub(super) async fn begin(node: Strong<Node>) -> Self {
-        let this = Self { node: node.held_by(Holder::new(HolderKind::Drain, "change")) };
-        this.node.close_gates();
-        this.node.traffic().wait_idle().await;
+/// Who drains, for "in use" texts.
+fn holder(what: &str) -> Holder {
+    Holder::new(HolderKind::Drain, what)
+}
+
+/// Some nodes, drained. Taken apart by nobody: gates open when it is dropped.
+pub(super) struct DrainSet {
+    graph: Graph,
+    nodes: HashMap<NodeId, Held<Node>>,
+}
+
+impl DrainSet {
+    /// Closes the gates in front of these nodes and waits until nobody is inside any of them nor above them. Dropped while it
+    /// waits: the gates open again.
+    pub(super) async fn begin(graph: &Graph, nodes: Vec<Strong<Node>>, what: &str) -> Self {
+        let mut this = Self { graph: graph.clone(), nodes: HashMap::new() };
+        this.extend(nodes, what).await;
         this
+    }
+
+    /// Some more.
+    pub(super) async fn extend(&mut self, nodes: Vec<Strong<Node>>, what: &str) {
+        {
+            let walls = self.graph.0.reaper.walls();
+            for node in nodes {
+                if let Entry::Vacant(place) = self.nodes.entry(node.id()) {
+                    walls.begin_section(&node);
+                    place.insert(node.held_by(holder(what)));
+                }
+            }
+        }
+        self.settle().await;
+    }
+
+    /// Waits until nobody is inside, and shuts all doors on the way.
+    pub(super) async fn settle(&self) {
+        let tops: Vec<Strong<Node>> = self.nodes.values().map(|held| Strong::clone(held)).collect();
+        wait_idle(&self.graph, &tops).await;
+    }
+
+    /// Lets drivers reach their children although these are drained, so that they can write out or read anew; roots stay
+    /// shut. [`DrainSet::settle`] shuts the doors again. A child that somebody else drains is not reached: the driver waits for that.
+    pub(super) fn open_doors(&self) {
+        let walls = self.graph.0.reaper.walls();
+        for node in self.nodes.values() {
+            if node.sections() > 1 {
+                continue;
+            }
+            for edge in node.parents() {
+                if walls.parent_node(&edge).is_some() {
+                    edge.unshut(&walls);
+                }
+            }
+        }
+    }
+
+    pub(super) fn covers(&self, id: NodeId) -> bool {
+        self.nodes.contains_key(&id)
+    }
+}
+
+impl Drop for DrainSet {
+    fn drop(&mut self) {
+        let walls = self.graph.0.reaper.walls();
+        for node in self.nodes.values() {
+            walls.end_section(node);
+        }
+        drop(walls);
+        self.graph.0.reaper.drain_ended();
+    }
+}
+
+/// Waits until nobody is inside these drained nodes nor above them, shutting doors on the way down.
+async fn wait_idle(graph: &Graph, nodes: &[Strong<Node>]) {
+    let reaper = &graph.0.reaper;
+    // Parents may come meanwhile: asked again at the end. They find their gates closed, so that ends.
+    let mut settled: HashSet<NodeId> = HashSet::new();
+    loop {
+        let mut pending = above(&reaper.walls(), nodes);
+        pending.retain(|node| settled.insert(node.id()));
+        if pending.is_empty() {
+            return;
+        }
+        for node in pending {
+            wait_node(graph, &node).await;
+            let walls = reaper.walls();
+            let children = node.children();
+            children.iter().filter(|edge| edge.is_quiesced()).for_each(|edge| edge.shut(&walls));
+        }
+    }
+}
+
+/// Waits until nobody is inside one node whose parents are empty, and no closing writes to it.
+async fn wait_node(graph: &Graph, node: &Strong<Node>) {
+    node.traffic().wait_idle().await;
+    loop {
+        let mut eased = pin!(graph.0.reaper.topology.eased.notified());
+        eased.as_mut().enable();
+        if node.is_poisoned() || !node.parents().iter().any(|edge| edge.is_closing()) {
+            return;
+        }
+        eased.await;
+    }
+}
+
+/// These nodes and all above them, each after all of its parents.
+fn above(walls: &Walls<'_>, nodes: &[Strong<Node>]) -> Vec<Strong<Node>> {
+    let mut order = Vec::new();
+    let mut seen = HashSet::new();
+    let mut todo: Vec<(Strong<Node>, bool)> =
+        nodes.iter().map(|node| (Strong::clone(node), false)).collect();
+    while let Some((node, is_done)) = todo.pop() {
+        if is_done {
+            order.push(node);
+        } else if seen.insert(node.id()) {
+            todo.push((Strong::clone(&node), true));
+            let parents = node.parents();
+            todo.extend(parents.iter().filter_map(|e| walls.parent_node(e)).map(|p| (p, false)));
+        }
+    }
+    order
+}
+
+/// Nobody is inside the node, nor inside what lies above it, until this is dropped.
+///
+/// Keeps the node open. Nests: the gates open when the last section ends. Closing a node that writes to a drained one waits
+/// for the end of the section.
+#[must_use = "the gates open when this is dropped"]
+pub struct Drained {
+    set: DrainSet,
+    /// Of [`Graph::drain_all`].
+    is_all: bool,
+}
+
+impl fmt::Debug for Drained {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names = self.set.nodes.values().map(|node| node.name());
+        f.debug_list().entries(names).finish()
+    }
+}
+
+impl Graph {
+    /// Waits until no request is inside `node` nor above it, and keeps new ones waiting at the gates until the answer is
+    /// dropped. Requests that wait there are not failed; they go on afterwards.
+    ///
+    /// Never blocks the thread. Waits as long as the slowest request inside: see [`Graph::drain_within`] and [`NodeRef::poison`].
+    pub async fn drain(&self, node: &NodeRef) -> Drained {
+        let set = DrainSet::begin(self, vec![Strong::clone(node.strong())], "drained section");
+        Drained { set: set.await, is_all: false }
+    }
+
+    /// As [`Graph::drain`], for the node and everything below it.
+    pub async fn drain_subtree(&self, node: &NodeRef) -> Drained {
+        let mut nodes = Vec::new();
+        walk::each_below_strong(node.strong(), &mut |node| nodes.push(Strong::clone(node)));
+        let set = DrainSet::begin(self, nodes, "drained section").await;
+        Drained { set, is_all: false }
+    }
+
+    /// As [`Graph::drain`], for every node there is and every one that comes meanwhile. Keeps no node open: what dies during
+    /// the section is closed after it.
+    pub async fn drain_all(&self) -> Drained {
+        let set = DrainSet { graph: self.clone(), nodes: HashMap::new() };
+        let all = {
+            let mut walls = self.0.reaper.walls();
+            walls.state.drain_alls += 1;
+            let all = self.0.reaper.live();
+            all.iter().for_each(|node| walls.begin_section(node));
+            all
+        };
+        let drained = Drained { set, is_all: true };
+        wait_idle(self, &all).await;
+        drained
+    }
+
+    /// As [`Graph::drain`], but gives up when `patience` is over; the gates are open again then.
+    ///
+    /// # Errors
+    /// `WouldWait` names the node and how many requests are still inside.
+    pub async fn drain_within(&self, node: &NodeRef, patience: Duration) -> Result<Drained> {
+        let drain = pin!(self.drain(node));
+        let end = pin!(bds_io::sleep(patience));
+        match select(drain, end).await {
+            Either::Left((drained, _)) => Ok(drained),
+            Either::Right(_) => {
+                let count = node.node().traffic().in_flight();
+                let words = format!(
+                    "{count} requests are still inside after {} ms; wait longer, or poison the node \
+                     if they will never end",
+                    patience.as_millis()
+                );
+                Err(Error::new(ErrorKind::WouldWait, words).node(node.name()))
+            }
+        }
     }
 }
 
 impl Drop for Drained {
     fn drop(&mut self) {
-        self.node.open_gates();
+        if self.is_all {
+            let reaper = &self.set.graph.0.reaper;
+            let mut walls = reaper.walls();
+            walls.state.drain_alls -= 1;
+            reaper.live().iter().for_each(|node| walls.end_section(node));
+        }
+    }
+}
+
+impl NodeRef {
+    /// Gives the requests up that are inside the node now and never end (a device that is gone): no drain waits for them any
+    /// more, and new requests fail. A poisoned node can only be replaced and closed. The memory of what is stuck stays theirs.
+    pub fn poison(&self) {
+        self.node().set_poisoned();
+    }
+
+    /// How many reasons there are for the node to be drained now. For diagnostics: outdated on return.
+    pub fn quiesce_count(&self) -> u32 {
+        self.node().quiesce_count()
+    }
+
+    /// Requests inside the node now. For diagnostics: outdated on return, and exact only while it is drained.
+    pub fn in_flight(&self) -> usize {
+        self.node().traffic().in_flight()
     }
 }

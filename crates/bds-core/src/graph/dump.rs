@@ -9,7 +9,9 @@ use bds_refcount::{HolderInfo, HolderKind};
 use serde_json::{Value, json};
 
 use super::Graph;
+use super::facts::letters;
 use super::node_ref::NodeRef;
+use super::perm::Access;
 use crate::driver::{DetectZeroes, OpenFlags, Role};
 
 impl Graph {
@@ -26,29 +28,19 @@ impl Graph {
         nodes
     }
 
-    /// One paragraph a node:
+    /// One paragraph a node: driver, length, state, count; then who holds it, who uses it for what, and what it uses.
     ///
     /// ```text
-    /// disk0 qcow2 len=1048576 rw refs=1
+    /// disk0 qcow2 len=1048576 rw refs=2
     ///   held by owner 'open'
-    ///   file -> disk0-file (data|metadata|primary)
+    ///   used by backend 'guest' does=rwus lets=rwus
+    ///   file -> disk0-file (data|metadata|primary) does=rw-s lets=r-u-
     /// ```
+    /// Letters: `r` consistent read, `w` write, `u` write unchanged, `s` resize.
     pub fn dump(&self) -> String {
         let mut out = String::new();
         for node in self.nodes() {
-            let flags = flag_words(node.flags(), node.is_writable()).join(",");
-            // Not counting the reference that looks.
-            let count = node.count().saturating_sub(1);
-            let (name, driver, len) = (node.name(), node.driver_name(), node.len());
-            let _ = writeln!(out, "{name} {driver} len={len} {flags} refs={count}");
-            for holder in named_holders(&node) {
-                let _ = writeln!(out, "  held by {holder}");
-            }
-            for edge in node.node().children().iter() {
-                let target = edge.target();
-                let role = role_words(edge.role());
-                let _ = writeln!(out, "  {} -> {} ({role})", edge.name(), target.name());
-            }
+            dump_node(&mut out, &node);
         }
         out
     }
@@ -67,10 +59,11 @@ impl Graph {
                 node.len()
             );
             let _ = writeln!(out, "  {name} [label=\"{label}\"];");
-            for edge in node.node().children().iter() {
-                let target = quoted(edge.target().name());
-                let style = if edge.role().contains(Role::COW) { ", style=dashed" } else { "" };
-                let _ = writeln!(out, "  {name} -> {target} [label=\"{}\"{style}];", edge.name());
+            for edge in node.edges_below() {
+                let target = quoted(&edge.child_name);
+                let style = if edge.role.contains(Role::COW) { ", style=dashed" } else { "" };
+                let label = format!("{}\\n{}", edge.name, access_words(edge.access));
+                let _ = writeln!(out, "  {name} -> {target} [label=\"{label}\"{style}];");
             }
             for holder in named_holders(&node).iter().filter(|text| !text.starts_with("edge ")) {
                 let id = quoted(&format!("{holder} of {}", node.name()));
@@ -86,6 +79,49 @@ impl Graph {
     pub fn query(&self) -> Value {
         self.nodes().iter().map(describe).collect()
     }
+}
+
+fn dump_node(out: &mut String, node: &NodeRef) {
+    // Not counting the reference that looks.
+    let count = node.count().saturating_sub(1);
+    let (name, driver, len) = (node.name(), node.driver_name(), node.len());
+    let _ = writeln!(out, "{name} {driver} len={len} {} refs={count}", state_words(node).join(","));
+    let users = node.edges_above();
+    let is_user = |holder: &String| users.iter().any(|edge| edge.holder == *holder);
+    for holder in named_holders(node).iter().filter(|holder| !is_user(holder)) {
+        let _ = writeln!(out, "  held by {holder}");
+    }
+    for edge in &users {
+        let _ = writeln!(out, "  used by {} {}", edge.holder, access_words(edge.access));
+    }
+    for edge in node.edges_below() {
+        let (role, access) = (role_words(edge.role), access_words(edge.access));
+        let frozen = edge.frozen_by.map_or_else(String::new, |who| format!(" frozen by {who}"));
+        let _ = writeln!(out, "  {} -> {} ({role}) {access}{frozen}", edge.name, edge.child_name);
+    }
+    for reason in node.blocked(super::Operations::all()) {
+        let _ = writeln!(out, "  blocked: {reason}");
+    }
+    for bitmap in node.bitmaps() {
+        let name = bitmap.name.as_deref().unwrap_or("(anonymous)");
+        let leased = bitmap.leased_by.map_or_else(String::new, |who| format!(" leased by {who}"));
+        let _ = writeln!(out, "  bitmap {name}{leased}");
+    }
+}
+
+fn access_words(access: Access) -> String {
+    format!("does={} lets={}", letters(access.perm), letters(access.shared))
+}
+
+fn state_words(node: &NodeRef) -> Vec<&'static str> {
+    let mut words = flag_words(node.flags(), node.could_write());
+    let states = [
+        (!node.is_active(), "inactive"),
+        (node.is_poisoned(), "poisoned"),
+        (node.quiesce_count() > 0, "drained"),
+    ];
+    words.extend(states.into_iter().filter_map(|(is_so, word)| is_so.then_some(word)));
+    words
 }
 
 fn describe(node: &NodeRef) -> Value {
@@ -141,6 +177,7 @@ fn flag_words(flags: OpenFlags, is_writable: bool) -> Vec<&'static str> {
         (flags.force_share, "force-share"),
         (flags.info_only, "info-only"),
         (flags.for_check, "for-check"),
+        (flags.is_implicit, "implicit"),
     ];
     words.into_iter().filter_map(|(is_set, word)| is_set.then_some(word)).collect()
 }

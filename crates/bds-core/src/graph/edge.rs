@@ -16,15 +16,17 @@
 use std::fmt;
 use std::ops::Deref;
 use std::pin::pin;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bds_io::sync::Notify;
-use bds_refcount::{Held, Hinge, Holder, HolderKind, Reading, Release, Strong};
+use bds_refcount::{Held, Hinge, Holder, Reading, Release, Strong};
 
 use super::Graph;
+use super::freeze::Freeze;
+use super::lock::{Edit, Loosened, Walls};
 use super::node::{Node, NodeId};
-use super::perm::Access;
+use super::perm::{Access, Perm};
 use crate::driver::Role;
 
 /// Who uses a node through an edge.
@@ -36,46 +38,78 @@ pub enum Parent {
     Root(Arc<str>),
 }
 
+/// What an edge is made of.
+pub(crate) struct EdgeParts {
+    pub(crate) name: &'static str,
+    pub(crate) role: Role,
+    pub(crate) access: Access,
+    /// Under what name the edge holds its target.
+    pub(crate) holder: Holder,
+    /// Graph changes leave the edge where it is (a job's).
+    pub(crate) stays: bool,
+    /// Of a root edge.
+    pub(crate) graph: Option<Graph>,
+}
+
 /// One parent's use of one node.
 pub struct Edge {
     name: &'static str,
     role: Role,
+    stays: bool,
     /// Set once the parent exists: a node's children are opened before the node.
     parent: OnceLock<Parent>,
-    target: Hinge<Held<Node>>,
+    holder: Holder,
+    /// `None` only for a root whose medium is out.
+    target: Hinge<Option<Held<Node>>>,
     /// Of a root edge: its node must not outlive the graph, which closes it. After `target`: dropped in this order.
     _graph: Option<Graph>,
     gate: Gate,
-    access: Access,
+    access: AccessCell,
+    frozen: Mutex<Option<Arc<Freeze>>>,
+    /// The target is drained. Changed under the graph's lock only.
+    is_quiesced: AtomicBool,
+    /// The gate is closed because of that. A node's edge is shut once that node is empty, a root at once.
+    is_shut: AtomicBool,
+    /// The parent is being closed and writes its last.
+    is_closing: AtomicBool,
+    /// What was done through this edge may stop mattering when it goes.
+    farewell: Farewell,
 }
 
 impl fmt::Debug for Edge {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Edge({} {:?} -> {})", self.name, self.role, self.target().name())
+        let target = self.medium();
+        let target = target.as_ref().map_or("nothing", |target| target.name());
+        write!(f, "Edge({} {:?} -> {target})", self.name, self.role)
     }
 }
 
 impl Edge {
-    /// An edge to `target`, whose reference is held as `holder` (the parent's and the child's name).
+    /// An edge to `target`.
     #[track_caller]
     pub(crate) fn new(
-        name: &'static str,
-        role: Role,
-        access: Access,
-        holder: &str,
-        target: Strong<Node>,
-        graph: Option<Graph>,
+        parts: EdgeParts,
+        target: Option<Strong<Node>>,
+        loosened: &Loosened,
     ) -> Arc<Self> {
-        let kind = if role.is_empty() { HolderKind::Backend } else { HolderKind::Edge };
-        let held = target.held_by(Holder::new(kind, holder));
+        let EdgeParts { name, role, access, holder, stays, graph } = parts;
+        let farewell = Farewell::new(target.as_ref().map(|node| node.id()), loosened);
+        let held = target.map(|target| target.held_by(holder.clone()));
         Arc::new(Self {
             name,
             role,
+            stays,
             parent: OnceLock::new(),
+            holder,
             target: Hinge::new(held),
             _graph: graph,
             gate: Gate::default(),
-            access,
+            access: AccessCell::new(access),
+            frozen: Mutex::default(),
+            is_quiesced: AtomicBool::new(false),
+            is_shut: AtomicBool::new(false),
+            is_closing: AtomicBool::new(false),
+            farewell,
         })
     }
 
@@ -84,7 +118,7 @@ impl Edge {
         self.name
     }
 
-    /// What the child is to its parent; empty for a backend's.
+    /// What the child is to its parent; empty for a root's.
     pub fn role(&self) -> Role {
         self.role
     }
@@ -94,9 +128,34 @@ impl Edge {
         self.parent.get()
     }
 
+    /// Under what name the node is held: "edge 'top.backing'", "backend 'guest'".
+    pub fn holder(&self) -> &Holder {
+        &self.holder
+    }
+
+    /// Do bytes of the parent lie behind it (its own, not what shines through from a backing node)?
+    pub(crate) fn holds_bytes(&self) -> bool {
+        self.role.intersects(Role::DATA | Role::METADATA | Role::FILTERED)
+    }
+
+    /// Can bytes that were written through it be waiting to be made durable?
+    pub(crate) fn may_hold_writes(&self) -> bool {
+        self.holds_bytes() && self.medium().is_some_and(|target| target.could_write())
+    }
+
+    /// Do graph changes leave it where it is?
+    pub fn stays(&self) -> bool {
+        self.stays
+    }
+
     /// What the parent does with the node, and what it lets others do.
+    #[inline]
     pub fn access(&self) -> Access {
-        self.access
+        self.access.load()
+    }
+
+    pub(super) fn set_access(&self, _walls: &Walls<'_>, access: Access) {
+        self.access.store(access);
     }
 
     pub(crate) fn set_parent(&self, parent: Parent) {
@@ -106,17 +165,30 @@ impl Edge {
     }
 
     /// The node at the other end now. Lock-free, a few nanoseconds. For facts (length, name); a request uses
-    /// [`Edge::admit`].
+    /// [`Edge::ticket`] and [`Edge::medium`].
+    ///
+    /// # Panics
+    /// For a root without a medium. A node's edges always lead somewhere.
     #[inline]
     pub(crate) fn target(&self) -> Target<'_> {
-        Target(self.target.read())
+        self.medium().expect("a node's edge leads to a node")
+    }
+
+    /// The node at the other end now, or nothing: a root whose medium is out.
+    #[inline]
+    pub(crate) fn medium(&self) -> Option<Target<'_>> {
+        let reading = self.target.read();
+        if reading.is_none() {
+            return None;
+        }
+        Some(Target(reading))
     }
 
     /// The first half of passing the gate; `None` if it is closed. A request enters like this:
     ///
     /// ```text
     /// let ticket = edge.ticket()?;                 // closed: wait_open(), again
-    /// let target = edge.target();
+    /// let target = edge.medium()?;                 // nothing there: NoMedium
     /// let inside = target.traffic().enter();       // counts in, SeqCst
     /// if !edge.admits(ticket) { drop(inside); … }  // closed meanwhile: wait_open(), again
     /// ```
@@ -142,11 +214,13 @@ impl Edge {
         self.gate.wait_open().await;
     }
 
-    /// Ends the edge and says whether its reference was the target's last. `None` if somebody else has the edge in hand and
-    /// will release it.
-    pub(crate) fn release(self: Arc<Self>) -> Option<Release> {
-        let edge = Arc::into_inner(self)?;
-        Some(edge.target.into_inner().release())
+    /// Ends a node's edge and says whether its reference was the target's last.
+    ///
+    /// # Errors
+    /// Somebody else has the edge in hand just now.
+    pub(crate) fn release(self: Arc<Self>) -> Result<Release, Arc<Self>> {
+        let edge = Arc::try_unwrap(self)?;
+        Ok(edge.target.into_inner().map_or(Release::NotLast, Held::release))
     }
 
     /// Closes the gate. Closings nest; each is undone by one [`Edge::open`].
@@ -159,13 +233,75 @@ impl Edge {
         self.gate.open();
     }
 
+    // ---- drained
+
+    /// Is the target drained, as far as this edge knows?
+    pub(super) fn is_quiesced(&self) -> bool {
+        self.is_quiesced.load(Ordering::SeqCst)
+    }
+
+    /// The target is drained from now on. False if it was before.
+    pub(super) fn quiesce(&self, _walls: &Walls<'_>) -> bool {
+        !self.is_quiesced.swap(true, Ordering::SeqCst)
+    }
+
+    /// Closes the gate on behalf of the drain, once.
+    pub(super) fn shut(&self, _walls: &Walls<'_>) {
+        debug_assert!(self.is_quiesced(), "only a drain shuts an edge");
+        if !self.is_shut.swap(true, Ordering::SeqCst) {
+            self.gate.close();
+        }
+    }
+
+    /// Opens the gate again although the target is drained. False if it was not shut.
+    pub(super) fn unshut(&self, _walls: &Walls<'_>) -> bool {
+        let was = self.is_shut.swap(false, Ordering::SeqCst);
+        if was {
+            self.gate.open();
+        }
+        was
+    }
+
+    /// The target is not drained any more. False if it was not before.
+    pub(super) fn unquiesce(&self, walls: &Walls<'_>) -> bool {
+        let was = self.is_quiesced.swap(false, Ordering::SeqCst);
+        self.unshut(walls);
+        was
+    }
+
+    /// The parent is being closed: a drain of the target waits for that.
+    pub(super) fn begin_closing(&self, _walls: &Walls<'_>) {
+        self.is_closing.store(true, Ordering::SeqCst);
+    }
+
+    pub(super) fn is_closing(&self) -> bool {
+        self.is_closing.load(Ordering::SeqCst)
+    }
+
+    // ---- frozen
+
+    /// Who keeps the edge where it is, if somebody does.
+    pub(super) fn frozen(&self) -> Option<Arc<Freeze>> {
+        self.lock_frozen().clone()
+    }
+
+    pub(super) fn set_frozen(&self, _walls: &Walls<'_>, freeze: Option<Arc<Freeze>>) {
+        *self.lock_frozen() = freeze;
+    }
+
+    fn lock_frozen(&self) -> MutexGuard<'_, Option<Arc<Freeze>>> {
+        self.frozen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    // ---- re-pointed
+
     /// Re-points the edge. The old reference is given up as soon as nobody looks through the edge at the old node any more,
     /// which [`Edge::settle`] waits for.
     #[track_caller]
-    pub(super) fn swap(&self, target: Strong<Node>) {
+    pub(super) fn swap(&self, _edit: &Edit<'_>, target: Option<Strong<Node>>) {
         debug_assert!(self.is_closed(), "an edge is re-pointed behind its closed gate");
-        let holder = self.target().0.holder().clone();
-        self.target.replace(target.held_by(holder));
+        self.farewell.watch(target.as_ref().map(|node| node.id()));
+        self.target.replace(target.map(|target| target.held_by(self.holder.clone())));
     }
 
     /// Waits until the reference to the former target is given up. Requests have left before the swap; what may still look are
@@ -181,13 +317,69 @@ impl Edge {
     }
 }
 
+/// The permissions of an edge, read by every write.
+struct AccessCell(AtomicU32);
+
+impl AccessCell {
+    fn new(access: Access) -> Self {
+        let cell = Self(AtomicU32::new(0));
+        cell.store(access);
+        cell
+    }
+
+    #[inline]
+    fn load(&self) -> Access {
+        let bits = self.0.load(Ordering::Relaxed);
+        let (perm, shared) = (bits & 0xFFFF, bits >> 16);
+        Access { perm: Perm::from_bits_truncate(perm), shared: Perm::from_bits_truncate(shared) }
+    }
+
+    fn store(&self, access: Access) {
+        self.0.store(access.perm.bits() | access.shared.bits() << 16, Ordering::Relaxed);
+    }
+}
+
+/// Tells the graph, when the edge goes, whose permissions may be looser now. Takes no lock.
+struct Farewell {
+    loosened: Loosened,
+    /// The target's id, 0 for none.
+    target: AtomicU64,
+}
+
+impl Farewell {
+    fn new(target: Option<NodeId>, loosened: &Loosened) -> Self {
+        let farewell = Self { loosened: loosened.clone(), target: AtomicU64::new(0) };
+        farewell.watch(target);
+        farewell
+    }
+
+    fn watch(&self, target: Option<NodeId>) {
+        self.target.store(target.map_or(0, NodeId::to_u64), Ordering::Relaxed);
+    }
+}
+
+impl Drop for Farewell {
+    fn drop(&mut self) {
+        let target = *self.target.get_mut();
+        if target != 0 {
+            self.loosened.push(NodeId::from_u64(target));
+        }
+    }
+}
+
 /// The node an edge points to, kept alive by the edge's own reference: nothing is counted on the node.
-pub(crate) struct Target<'a>(Reading<'a, Held<Node>>);
+pub(crate) struct Target<'a>(Reading<'a, Option<Held<Node>>>);
 
 impl Target<'_> {
     /// The counted reference behind the edge.
     pub(crate) fn strong(&self) -> &Strong<Node> {
-        &self.0
+        self.held()
+    }
+
+    #[inline]
+    fn held(&self) -> &Held<Node> {
+        // A Target is made of a reading that holds one.
+        self.0.as_ref().expect("a target is there")
     }
 }
 
@@ -196,7 +388,7 @@ impl Deref for Target<'_> {
 
     #[inline]
     fn deref(&self) -> &Node {
-        &self.0
+        self.held()
     }
 }
 

@@ -1,6 +1,8 @@
 //! Options that every node has, and what a child inherits of them.
 
-use crate::driver::{DetectZeroes, DriverType, OpenFlags, Role};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::driver::{CacheMode, DetectZeroes, DriverType, OpenFlags, Role};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::{OptionKind, OptionSpec, Options};
 
@@ -45,6 +47,136 @@ const fn spec(
     default: Option<&'static str>,
 ) -> OptionSpec {
     OptionSpec { name, kind, help, default }
+}
+
+bitflags::bitflags! {
+    /// A node's flags as bits; and which of them were given for the node itself.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub(crate) struct Given: u32 {
+        const READ_ONLY = 1;
+        const AUTO_READ_ONLY = 1 << 1;
+        const INFO_ONLY = 1 << 2;
+        const FOR_CHECK = 1 << 3;
+        const FORCE_SHARE = 1 << 4;
+        const DIRECT = 1 << 5;
+        const NO_FLUSH = 1 << 6;
+        const WRITEBACK = 1 << 7;
+        const DISCARD = 1 << 8;
+        const DETECT_ZEROES = 1 << 9;
+        const DETECT_UNMAP = 1 << 10;
+        const IMPLICIT = 1 << 11;
+    }
+}
+
+impl Given {
+    const BY_OPTION: [(&'static str, Self); 8] = [
+        ("read-only", Self::READ_ONLY),
+        ("auto-read-only", Self::AUTO_READ_ONLY),
+        ("cache.direct", Self::DIRECT),
+        ("cache.no-flush", Self::NO_FLUSH),
+        ("cache.writeback", Self::WRITEBACK),
+        ("force-share", Self::FORCE_SHARE),
+        ("discard", Self::DISCARD),
+        ("detect-zeroes", Self::DETECT_ZEROES),
+    ];
+
+    /// Which common options are given here.
+    pub(super) fn of(options: &Options) -> Self {
+        let given = Self::BY_OPTION.iter().filter(|(key, _)| options.contains(key));
+        given.fold(Self::empty(), |all, (_, bit)| all | *bit)
+    }
+}
+
+/// A node's flags, read by every request, changed by reopening.
+pub(super) struct FlagsCell(AtomicU32);
+
+/// Bits of the role lie above those of the flags.
+const ROLE_SHIFT: u32 = 16;
+
+impl FlagsCell {
+    pub(super) fn new(flags: OpenFlags) -> Self {
+        let cell = Self(AtomicU32::new(0));
+        cell.store(flags);
+        cell
+    }
+
+    #[inline]
+    pub(super) fn is_read_only(&self) -> bool {
+        self.0.load(Ordering::Relaxed) & Given::READ_ONLY.bits() != 0
+    }
+
+    #[inline]
+    pub(super) fn load(&self) -> OpenFlags {
+        let bits = self.0.load(Ordering::Relaxed);
+        let has = |bit: Given| bits & bit.bits() != 0;
+        OpenFlags {
+            read_only: has(Given::READ_ONLY),
+            auto_read_only: has(Given::AUTO_READ_ONLY),
+            info_only: has(Given::INFO_ONLY),
+            for_check: has(Given::FOR_CHECK),
+            force_share: has(Given::FORCE_SHARE),
+            cache: CacheMode {
+                direct: has(Given::DIRECT),
+                no_flush: has(Given::NO_FLUSH),
+                writeback: has(Given::WRITEBACK),
+            },
+            discard: has(Given::DISCARD),
+            detect_zeroes: match (has(Given::DETECT_ZEROES), has(Given::DETECT_UNMAP)) {
+                (false, _) => DetectZeroes::Off,
+                (true, false) => DetectZeroes::On,
+                (true, true) => DetectZeroes::Unmap,
+            },
+            is_implicit: has(Given::IMPLICIT),
+            role: Role::from_bits_truncate(bits >> ROLE_SHIFT),
+        }
+    }
+
+    pub(super) fn store(&self, flags: OpenFlags) {
+        let detects = flags.detect_zeroes != DetectZeroes::Off;
+        let bits = [
+            (flags.read_only, Given::READ_ONLY),
+            (flags.auto_read_only, Given::AUTO_READ_ONLY),
+            (flags.info_only, Given::INFO_ONLY),
+            (flags.for_check, Given::FOR_CHECK),
+            (flags.force_share, Given::FORCE_SHARE),
+            (flags.cache.direct, Given::DIRECT),
+            (flags.cache.no_flush, Given::NO_FLUSH),
+            (flags.cache.writeback, Given::WRITEBACK),
+            (flags.discard, Given::DISCARD),
+            (detects, Given::DETECT_ZEROES),
+            (flags.detect_zeroes == DetectZeroes::Unmap, Given::DETECT_UNMAP),
+            (flags.is_implicit, Given::IMPLICIT),
+        ];
+        let set = bits.iter().filter(|(is_set, _)| *is_set).map(|(_, bit)| *bit);
+        let bits = set.fold(Given::empty(), |all, bit| all | bit).bits();
+        self.0.store(bits | flags.role.bits() << ROLE_SHIFT, Ordering::Relaxed);
+    }
+}
+
+/// What a child of this role is opened with after its parent's flags have changed; what was given for itself stays.
+pub(super) fn inherited_again(
+    now: OpenFlags,
+    given: Given,
+    parent: OpenFlags,
+    role: Role,
+) -> OpenFlags {
+    let fresh = inherited(parent, role);
+    let keep = |bit: Given| given.contains(bit);
+    OpenFlags {
+        read_only: if keep(Given::READ_ONLY) { now.read_only } else { fresh.read_only },
+        auto_read_only: if keep(Given::AUTO_READ_ONLY) {
+            now.auto_read_only
+        } else {
+            fresh.auto_read_only
+        },
+        force_share: if keep(Given::FORCE_SHARE) { now.force_share } else { fresh.force_share },
+        cache: CacheMode {
+            direct: if keep(Given::DIRECT) { now.cache.direct } else { fresh.cache.direct },
+            no_flush: if keep(Given::NO_FLUSH) { now.cache.no_flush } else { fresh.cache.no_flush },
+            writeback: now.cache.writeback,
+        },
+        ..now
+    }
 }
 
 /// Takes the common options but `driver` and `node-name`; what is not given stays as in `base`.
@@ -96,6 +228,7 @@ pub(super) fn inherited(parent: OpenFlags, role: Role) -> OpenFlags {
         // Whoever stands above decides what is discarded; what it sends down is meant.
         discard: true,
         detect_zeroes: DetectZeroes::Off,
+        is_implicit: false,
         role,
     }
 }

@@ -9,43 +9,67 @@
 //! Who closes dead nodes: a node whose last reference went away waits, unpublished, until somebody reaps.
 //! [`Graph::open`], [`NodeRef::close`], [`Graph::reap`] and [`Graph::shutdown`] do; the graph's own end does what is left.
 
+mod activity;
 mod change;
 mod child;
+mod claims;
+mod commit;
 mod create;
 mod detached;
 mod drain;
 mod dump;
 mod edge;
+mod facts;
 mod flags;
+mod freeze;
 pub mod gate;
 mod inspect;
+mod leases;
 mod limits;
+mod lock;
+mod monitor;
 mod names;
 mod node;
 mod node_ref;
 mod open;
 mod perm;
 mod reap;
+mod reopen;
+mod root;
+mod shutdown;
+mod transaction;
 pub mod walk;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, MutexGuard};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, MutexGuard, Weak};
 
 use bds_io::Fs;
-use bds_refcount::{Arena, HolderInfo, Kind, Stale, Watch};
+use bds_refcount::{Arena, Kind};
+pub use bds_refcount::{Holder, HolderInfo, HolderKind, HolderName, Release, Stale, Watch};
 
+pub use change::{Change, ChangeReport};
+pub use claims::{Blocker, JobSlot, Operations};
 pub use create::{NewImage, NewImageReport};
+pub use drain::Drained;
 pub(crate) use edge::Target;
 pub use edge::{Edge, Parent};
+pub use facts::EdgeFacts;
 pub use flags::COMMON_OPTIONS;
+pub use freeze::Frozen;
 pub use gate::ReferenceGate;
 pub use inspect::FileGuess;
+pub use leases::{AnonymousBitmap, BitmapId, BitmapInfo, BitmapLease, MAX_BITMAP_NAME_LEN};
+pub use monitor::TopLevel;
 pub use names::MAX_NAME_LEN;
 pub use node::{Node, NodeId};
 pub use node_ref::NodeRef;
 pub use perm::{Access, Perm};
-pub use reap::{CloseError, CloseReport, Leak, ShutdownReport};
+pub use reap::{CloseError, CloseReport};
+pub use root::JobEdge;
+pub(crate) use root::Root;
+pub use shutdown::{Leak, ShutdownReport, ShutdownStage, Stoppable};
 
 use crate::driver::{ChildPort, Registry};
 use crate::error::{Error, ErrorKind};
@@ -96,21 +120,31 @@ struct Shared {
     config: GraphConfig,
     /// Held by a graph change from its first drain to its end. Taken before everything else.
     changes: bds_io::sync::Mutex<()>,
+    /// How often edges were moved.
+    epoch: AtomicU64,
+    #[cfg(test)]
+    faults: tests::Faults,
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // Nobody can hold a node any more; what is dead and not yet closed must still be flushed.
+        // Nobody can hold a node any more but the monitor's list; what is dead and not yet closed must still be flushed.
+        drop(std::mem::take(&mut self.reaper.lock_plan().monitor));
         self.reaper.sweep_in_background();
     }
 }
 
-/// What graph changes agree on under one lock.
+/// Names, and lists of who is where. Locked for a few instructions, after the graph's lock.
 #[derive(Default)]
 pub(crate) struct Plan {
     names: HashMap<Arc<str>, Claim>,
     auto_names: u64,
     is_shut: bool,
+    /// Nodes that the monitor owns.
+    monitor: HashMap<NodeId, monitor::Owned>,
+    monitor_order: u64,
+    /// Who wants to be told of a shutdown.
+    stoppable: Vec<(ShutdownStage, Weak<dyn Stoppable>)>,
 }
 
 impl fmt::Debug for Graph {
@@ -123,7 +157,14 @@ impl Graph {
     /// A graph whose edges are entered through `make_port`.
     pub(crate) fn with_corridor(config: GraphConfig, make_port: MakePort) -> Self {
         let reaper = Reaper::new(Arena::new(NODE), make_port);
-        Self(Arc::new(Shared { reaper, config, changes: bds_io::sync::Mutex::default() }))
+        Self(Arc::new(Shared {
+            reaper,
+            config,
+            changes: bds_io::sync::Mutex::default(),
+            epoch: AtomicU64::new(0),
+            #[cfg(test)]
+            faults: tests::Faults::default(),
+        }))
     }
 
     /// What it was made with.
@@ -153,6 +194,27 @@ impl Graph {
     /// Fires once the node cannot be acquired any more; at once for a stale id.
     pub fn watch(&self, id: NodeId) -> Watch<Node> {
         self.0.reaper.arena.watch(id.0)
+    }
+
+    /// How often edges were moved: equal answers mean the same graph in between, as far as changes go.
+    pub fn epoch(&self) -> u64 {
+        self.0.epoch.load(Ordering::SeqCst)
+    }
+
+    fn note_change(&self) {
+        self.0.epoch.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// A numbered step that can fail in tests.
+    #[cfg(test)]
+    fn step(&self) -> crate::Result<()> {
+        self.0.faults.step()
+    }
+
+    #[cfg(not(test))]
+    #[expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "tests have another one")]
+    fn step(&self) -> crate::Result<()> {
+        Ok(())
     }
 
     fn plan(&self) -> MutexGuard<'_, Plan> {

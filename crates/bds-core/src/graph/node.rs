@@ -8,13 +8,16 @@
 
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use arc_swap::{ArcSwap, Guard};
 use bds_refcount::Handle;
 
+use super::claims::Claims;
 use super::edge::Edge;
+use super::flags::{FlagsCell, Given};
+use super::leases::Leases;
 use super::limits::{self, LimitsCell};
 use crate::driver::{Driver, Limits, OpenFlags, Role};
 use crate::traffic::Traffic;
@@ -57,7 +60,9 @@ pub struct Node {
     name: Arc<str>,
     driver: Box<dyn Driver>,
     driver_name: &'static str,
-    flags: OpenFlags,
+    flags: FlagsCell,
+    /// Options that were given for this very node: they are not inherited again at a reopen.
+    given: Given,
     limits: LimitsCell,
     traffic: Traffic,
     /// Guards that ask for copy-on-read.
@@ -67,15 +72,17 @@ pub struct Node {
     /// Read by requests, changed by graph changes only.
     children: ArcSwap<Children>,
     /// Edges that point here. They are owned by their parents, so dead ones are struck off in passing.
-    parents: Mutex<Parents>,
-}
-
-/// The edges into a node, and how often their gates are closed on its behalf. An edge that comes takes part, one
-/// that goes takes its share along, so gates and count always agree.
-#[derive(Default)]
-struct Parents {
-    edges: Vec<Weak<Edge>>,
-    drains: u32,
+    parents: Mutex<Vec<Weak<Edge>>>,
+    /// Reasons to be drained. Changed under the graph's lock only, as are the next ones.
+    quiesce: AtomicU32,
+    /// How many of them are drained sections of this very node (the others come from below).
+    sections: AtomicU32,
+    is_active: AtomicBool,
+    /// The node whose options it was opened by, as far as that is still above it; 0 for none.
+    inherits_from: AtomicU64,
+    is_poisoned: AtomicBool,
+    pub(super) claims: Claims,
+    pub(super) leases: Leases,
 }
 
 impl fmt::Debug for Node {
@@ -90,29 +97,36 @@ pub(crate) struct NodeParts {
     pub(crate) name: Arc<str>,
     pub(crate) driver: Box<dyn Driver>,
     pub(crate) flags: OpenFlags,
+    pub(crate) given: Given,
     pub(crate) identity: Option<(u64, u64)>,
     pub(crate) children: Children,
 }
 
 impl Node {
     pub(crate) fn new(parts: NodeParts) -> Self {
-        let NodeParts { id, name, driver, mut flags, identity, children } = parts;
+        let NodeParts { id, name, driver, mut flags, given, identity, children } = parts;
         // With auto-read-only a file may have turned out read-only, and then so is what lies in it.
-        let holds = Role::DATA | Role::METADATA | Role::FILTERED;
-        let is_stuck =
-            |edge: &Arc<Edge>| edge.role().intersects(holds) && !edge.target().is_writable();
+        let is_stuck = |edge: &Arc<Edge>| edge.holds_bytes() && !edge.target().could_write();
         flags.read_only |= children.iter().any(is_stuck);
         let node = Self {
             id,
             name,
             driver_name: driver.name(),
-            flags,
+            flags: FlagsCell::new(flags),
+            given,
             limits: LimitsCell::new(driver.limits()),
             traffic: Traffic::new(),
             copy_on_read: AtomicUsize::new(0),
             identity,
             children: ArcSwap::from_pointee(children),
             parents: Mutex::default(),
+            quiesce: AtomicU32::new(0),
+            sections: AtomicU32::new(0),
+            is_active: AtomicBool::new(true),
+            inherits_from: AtomicU64::new(0),
+            is_poisoned: AtomicBool::new(false),
+            claims: Claims::default(),
+            leases: Leases::default(),
             driver,
         };
         node.refresh_limits();
@@ -144,14 +158,61 @@ impl Node {
         self.len() == 0
     }
 
-    /// How it was opened.
+    /// How it is opened.
+    #[inline]
     pub fn flags(&self) -> OpenFlags {
-        self.flags
+        self.flags.load()
     }
 
-    /// May it be written?
+    pub(super) fn set_flags(&self, flags: OpenFlags) {
+        self.flags.store(flags);
+    }
+
+    pub(super) fn given(&self) -> Given {
+        self.given
+    }
+
+    /// May it be written now?
+    #[inline]
     pub fn is_writable(&self) -> bool {
-        !self.flags.read_only && !self.driver.is_read_only()
+        self.could_write() && self.is_active()
+    }
+
+    /// Was it opened for writing? An inactive node is not written all the same.
+    #[inline]
+    pub fn could_write(&self) -> bool {
+        !self.flags.is_read_only() && !self.driver.is_read_only()
+    }
+
+    /// Is it in charge of its bytes? An inactive node is only read, while another process writes.
+    #[inline]
+    pub fn is_active(&self) -> bool {
+        self.is_active.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_active(&self, is_active: bool) {
+        self.is_active.store(is_active, Ordering::Relaxed);
+    }
+
+    /// Are its requests given up? See [`super::NodeRef::poison`].
+    #[inline]
+    pub fn is_poisoned(&self) -> bool {
+        self.is_poisoned.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_poisoned(&self) {
+        self.is_poisoned.store(true, Ordering::SeqCst);
+        self.traffic.give_up();
+    }
+
+    /// The node by whose options it was opened, as long as that is still above it.
+    pub fn inherits_from(&self) -> Option<NodeId> {
+        let bits = self.inherits_from.load(Ordering::Relaxed);
+        (bits != 0).then(|| NodeId::from_u64(bits))
+    }
+
+    pub(super) fn set_inherits_from(&self, id: Option<NodeId>) {
+        self.inherits_from.store(id.map_or(0, NodeId::to_u64), Ordering::Relaxed);
     }
 
     /// What requests to it must look like, narrowed by its children's.
@@ -226,40 +287,55 @@ impl Node {
 
     /// The edges that point here now.
     pub(crate) fn parents(&self) -> Vec<Arc<Edge>> {
-        self.lock_parents().edges.iter().filter_map(Weak::upgrade).collect()
+        self.lock_parents().iter().filter_map(Weak::upgrade).collect()
     }
 
-    /// An edge points here from now on. While the node is drained its gate is closed.
-    pub(crate) fn add_parent(&self, edge: &Arc<Edge>) {
+    /// Remembers an edge that points here from now on. See `Walls::attach`.
+    pub(super) fn add_parent(&self, edge: &Arc<Edge>) {
         let mut parents = self.lock_parents();
-        parents.edges.retain(|known| known.strong_count() > 0);
-        (0..parents.drains).for_each(|_| edge.close());
-        parents.edges.push(Arc::downgrade(edge));
-    }
-
-    /// An edge does not point here any more.
-    pub(crate) fn remove_parent(&self, edge: &Arc<Edge>) {
-        let mut parents = self.lock_parents();
-        let before = parents.edges.len();
-        parents.edges.retain(|known| known.as_ptr() != Arc::as_ptr(edge));
-        if parents.edges.len() < before {
-            (0..parents.drains).for_each(|_| edge.open());
+        // Strike off those who left whenever the list would have to grow: constant time on average.
+        if parents.len() == parents.capacity() {
+            parents.retain(|known| known.strong_count() > 0);
         }
+        parents.push(Arc::downgrade(edge));
     }
 
-    pub(super) fn close_gates(&self) {
-        let mut parents = self.lock_parents();
-        parents.drains += 1;
-        parents.edges.iter().filter_map(Weak::upgrade).for_each(|edge| edge.close());
+    /// Forgets an edge. See `Walls::detach`.
+    pub(super) fn remove_parent(&self, edge: &Arc<Edge>) {
+        self.lock_parents().retain(|known| known.as_ptr() != Arc::as_ptr(edge));
     }
 
-    pub(super) fn open_gates(&self) {
-        let mut parents = self.lock_parents();
-        parents.drains -= 1;
-        parents.edges.iter().filter_map(Weak::upgrade).for_each(|edge| edge.open());
+    /// How many reasons there are to be drained.
+    pub(super) fn quiesce_count(&self) -> u32 {
+        self.quiesce.load(Ordering::SeqCst)
     }
 
-    fn lock_parents(&self) -> MutexGuard<'_, Parents> {
+    /// Returns the count before.
+    pub(super) fn add_quiesce(&self, count: u32) -> u32 {
+        self.quiesce.fetch_add(count, Ordering::SeqCst)
+    }
+
+    /// Returns the count after.
+    pub(super) fn remove_quiesce(&self, count: u32) -> u32 {
+        let before = self.quiesce.fetch_sub(count, Ordering::SeqCst);
+        debug_assert!(before >= count, "a drain ended that had not begun");
+        before.wrapping_sub(count)
+    }
+
+    /// Drained sections of this very node.
+    pub(super) fn sections(&self) -> u32 {
+        self.sections.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn begin_section(&self) {
+        self.sections.fetch_add(1, Ordering::SeqCst);
+    }
+
+    pub(super) fn end_section(&self) {
+        self.sections.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    fn lock_parents(&self) -> MutexGuard<'_, Vec<Weak<Edge>>> {
         self.parents.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

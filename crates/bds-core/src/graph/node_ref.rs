@@ -2,15 +2,11 @@
 
 use std::fmt;
 use std::ops::Deref;
-use std::sync::Arc;
 
 use bds_refcount::{Held, Holder, HolderKind, Release, Strong};
 
 use super::Graph;
-use super::edge::{Edge, Parent};
 use super::node::{Node, NodeId};
-use super::perm::Access;
-use crate::driver::Role;
 
 /// Keeps a node open. Clone takes another reference, drop gives it up; neither does I/O nor blocks.
 pub struct NodeRef {
@@ -67,21 +63,13 @@ impl NodeRef {
         self.held.release()
     }
 
-    /// A root edge: the way in for a backend, job or export of this name. Graph changes move it along with the edges of
-    /// node parents; it ends when its last owner drops it.
+    pub(super) fn from_held(graph: &Graph, held: Held<Node>) -> Self {
+        Self { held, graph: graph.clone() }
+    }
+
     #[track_caller]
-    pub(crate) fn attach_root(&self, name: &str, access: Access) -> Arc<Edge> {
-        let edge = Edge::new(
-            "root",
-            Role::empty(),
-            access,
-            name,
-            Strong::clone(&self.held),
-            Some(self.graph.clone()),
-        );
-        edge.set_parent(Parent::Root(name.into()));
-        self.add_parent(&edge);
-        edge
+    pub(super) fn change(graph: &Graph, strong: Strong<Node>) -> Self {
+        Self::new(graph, strong, Holder::new(HolderKind::Change, "change"))
     }
 
     pub(super) fn into_parts(self) -> (Graph, Held<Node>) {

@@ -15,10 +15,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use bds_refcount::{Holder, HolderKind, Strong};
 
 use super::child::Opener;
-use super::edge::Parent;
-use super::flags;
+use super::edge::{Edge, Parent};
+use super::flags::{self, Given};
 use super::names::Reservation;
 use super::node::{Node, NodeId, NodeParts};
+use super::perm::{self, Strictness};
+use super::transaction::Stage;
 use super::{Graph, NodeRef};
 use crate::driver::{BoxFuture, Driver, DriverType, OpenContext, OpenFlags, Role};
 use crate::error::{Error, ErrorKind, Result};
@@ -120,12 +122,13 @@ async fn open_here(call: Call, options: Options, base: OpenFlags) -> Result<Stro
     let graph = call.graph.clone();
     let driver_type = Arc::clone(graph.config().registry.driver(&driver_name)?);
     let node_name = options.take_str("node-name")?;
+    let given = Given::of(&options);
     let flags = flags::take_flags(&mut options, base)?;
     flags::check_known(&*driver_type, &options)?;
     let name = graph.reserve_name(node_name.as_deref())?;
     let opened = open_driver(call, &*driver_type, options, flags, &name).await;
     let (driver, opener) = opened.map_err(|error| error.node(&**name.name()))?;
-    publish(&graph, driver, opener, flags, name).await
+    publish(&graph, driver, opener, (flags, given), name).await
 }
 
 /// Lets the driver open. What it leaves of its options is refused.
@@ -152,36 +155,67 @@ async fn publish(
     graph: &Graph,
     driver: Box<dyn Driver>,
     opener: Opener,
-    flags: OpenFlags,
+    flags: (OpenFlags, Given),
     name: Reservation,
 ) -> Result<Strong<Node>> {
-    let children = opener.into_children();
-    let mut waiting = Some((driver, children));
+    match settle_in(graph, driver, opener.into_children(), flags, &name) {
+        Ok(node) => {
+            name.publish(node.id());
+            Ok(node)
+        }
+        Err((error, None)) => Err(error),
+        Err((error, Some(driver))) => Err(undo(driver, error).await),
+    }
+}
+
+/// Why a node did not come to be, and its driver if that is still to be closed.
+type Unsettled = (Error, Option<Box<dyn Driver>>);
+
+/// The node is part of the graph from here on: its edges have a parent, and it does with its children what its driver wants.
+///
+/// # Errors
+/// If that is not allowed, the node ends with its one reference and is closed like any other. If there is no room for it, the
+/// driver comes back.
+fn settle_in(
+    graph: &Graph,
+    driver: Box<dyn Driver>,
+    children: Vec<(Arc<Edge>, bool)>,
+    (flags, given): (OpenFlags, Given),
+    name: &Reservation,
+) -> Result<Strong<Node>, Unsettled> {
+    let named = |error: Error| error.node(&**name.name());
+    let walls = graph.0.reaper.walls();
+    let mut waiting = Some(driver);
     let inserted = graph.0.reaper.arena.insert_with(|handle| {
-        let (driver, children) = waiting.take().expect("insert_with calls its closure once");
+        let driver = waiting.take().expect("insert_with calls its closure once");
         Node::new(NodeParts {
             id: NodeId(handle),
             name: Arc::clone(name.name()),
             identity: driver.identity(),
             driver,
             flags,
-            children,
+            given,
+            children: children.iter().map(|(edge, _)| Arc::clone(edge)).collect(),
         })
     });
-    match (inserted, waiting) {
-        (Ok(node), _) => {
-            node.children().iter().for_each(|edge| edge.set_parent(Parent::Node(node.id())));
-            name.publish(node.id());
-            Ok(node)
+    let node = match inserted {
+        Ok(node) => node,
+        Err(full) => {
+            let error = Error::new(ErrorKind::LimitExceeded, full.to_string());
+            return Err((named(error), waiting));
         }
-        (Err(full), waiting) => {
-            let error = Error::new(ErrorKind::LimitExceeded, full.to_string()).node(&**name.name());
-            match waiting {
-                Some((driver, _children)) => Err(undo(driver, error).await),
-                None => Err(error),
-            }
+    };
+    for (edge, is_inline) in children {
+        edge.set_parent(Parent::Node(node.id()));
+        if is_inline {
+            edge.target().set_inherits_from(Some(node.id()));
         }
     }
+    walls.born(&node);
+    let stage = Stage::new(&graph.0.reaper);
+    let settled = perm::settle(&stage, [Strong::clone(&node)], Strictness::Checked);
+    perm::apply(&walls, settled.map_err(|error| (named(error), None))?);
+    Ok(node)
 }
 
 /// Closes a driver that opened well but is not wanted after all.

@@ -1,57 +1,188 @@
-//! What a parent does with a node, and what it lets others do: recorded on each edge.
+//! Permissions over the graph: what is done with a node, who does not bear it, and what follows for the nodes below.
 //!
-//! Here they are only derived from role and flags. Cumulating and checking them over the whole graph belongs to
-//! graph changes as transactions.
+//! What a parent does with a child follows from what its own parents do (`Driver::child_access`), from roots down. It is
+//! never patched, always computed anew, parents before children, over the part of the (staged) graph that can differ: so the same
+//! graph has the same permissions, whatever led to it.
+//!
+//! Rules: of two edges to one node, each bears what the other does; nobody writes to a read-only or inactive node; who writes
+//! without resizing finds an aligned end. Loosening is not checked and cannot fail.
 
-use crate::driver::Role;
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
 
-bitflags::bitflags! {
-    /// Things that can be done to a node through an edge.
-    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-    pub struct Perm: u32 {
-        /// Reads see a consistent image.
-        const CONSISTENT_READ = 1;
-        /// Writes.
-        const WRITE = 2;
-        /// Writes that do not change what a reader sees.
-        const WRITE_UNCHANGED = 4;
-        /// Changes of the length.
-        const RESIZE = 8;
-    }
+use bds_refcount::Strong;
+
+use super::edge::Edge;
+use super::lock::Walls;
+use super::node::{Node, NodeId};
+use super::transaction::{Stage, key};
+pub use crate::driver::{Access, Perm};
+use crate::error::{Error, ErrorKind, Result};
+
+/// What edges are going to do that do something else now.
+pub(super) type Accesses = HashMap<usize, (Arc<Edge>, Access)>;
+
+/// Whether what comes of it must be allowed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Strictness {
+    /// Somebody does more or bears less than before.
+    Checked,
+    /// Somebody does less: whatever there is stays allowed.
+    Loosening,
 }
 
-/// The permissions of an edge.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Access {
-    /// What this parent does.
-    pub perm: Perm,
-    /// What other parents may do meanwhile.
-    pub shared: Perm,
-}
-
-impl Access {
-    /// What a node of these flags does with a child of this role.
-    pub(crate) fn of_child(role: Role, is_writable: bool, force_share: bool) -> Self {
-        let mut perm = Perm::CONSISTENT_READ;
-        let mut shared = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED;
-        if role.contains(Role::COW) {
-            // A backing node is only read; who else only reads it does no harm.
-        } else if role.contains(Role::FILTERED) {
-            shared = Perm::all();
-            if is_writable {
-                perm |= Perm::WRITE | Perm::WRITE_UNCHANGED | Perm::RESIZE;
+/// Computes what follows from the staged edges below (and at) these nodes.
+///
+/// # Errors
+/// `InUse` names both sides of a conflict; `ReadOnly` and `Inactive` the one that would write.
+pub(super) fn settle(
+    stage: &Stage<'_>,
+    starts: impl IntoIterator<Item = Strong<Node>>,
+    strictness: Strictness,
+) -> Result<Accesses> {
+    let mut found = stage.wishes();
+    let mut queue: VecDeque<Strong<Node>> = starts.into_iter().collect();
+    let mut queued: HashSet<NodeId> = queue.iter().map(|node| node.id()).collect();
+    let mut visited: HashMap<NodeId, Strong<Node>> = HashMap::new();
+    while let Some(node) = queue.pop_front() {
+        queued.remove(&node.id());
+        let above = cumulate(stage.parents(&node).iter().map(|edge| access_of(&found, edge)));
+        let node_use = stage.node_use(&node, above);
+        let is_leaving = stage.is_leaving(&node);
+        for edge in stage.children(&node) {
+            let access = match is_leaving {
+                true => Access::NONE,
+                false => node.driver().child_access(edge.name(), edge.role(), &node_use),
+            };
+            if access == access_of(&found, &edge) {
+                continue;
             }
-        } else if is_writable {
-            perm |= Perm::WRITE | Perm::WRITE_UNCHANGED | Perm::RESIZE;
+            if let Some(target) = stage.target(&edge)
+                && queued.insert(target.id())
+            {
+                queue.push_back(target);
+            }
+            found.insert(key(&edge), (edge, access));
         }
-        if force_share {
-            shared = Perm::all();
-        }
-        Self { perm, shared }
+        visited.insert(node.id(), node);
     }
+    if strictness == Strictness::Checked {
+        for node in visited.values() {
+            check_node(stage, node, &found)?;
+        }
+    }
+    Ok(found)
+}
 
-    /// Does the parent change what a reader sees?
-    pub(crate) fn writes(self) -> bool {
-        self.perm.intersects(Perm::WRITE | Perm::RESIZE)
+/// What all parents do together.
+pub(super) fn cumulate(accesses: impl Iterator<Item = Access>) -> Access {
+    accesses.fold(Access::NONE, Access::and)
+}
+
+fn access_of(found: &Accesses, edge: &Arc<Edge>) -> Access {
+    found.get(&key(edge)).map_or_else(|| edge.access(), |(_, access)| *access)
+}
+
+/// Do all parents of the node get along, and with the node itself?
+fn check_node(stage: &Stage<'_>, node: &Node, found: &Accesses) -> Result<()> {
+    let parents = stage.parents(node);
+    let uses: Vec<Access> = parents.iter().map(|edge| access_of(found, edge)).collect();
+    let facts = stage.node_use(node, Access::NONE);
+    if facts.is_writable {
+        check_bytes_are_writable(stage, node)?;
+    }
+    for (edge, access) in parents.iter().zip(&uses) {
+        let changes = access.perm - Perm::CONSISTENT_READ;
+        if !changes.is_empty() && !facts.is_active {
+            let words =
+                format!("{} would write to it ({changes}), and it is inactive", edge.holder());
+            return Err(Error::new(ErrorKind::Inactive, words).node(node.name()));
+        }
+        if !changes.is_empty() && !facts.is_writable {
+            let words = format!("{} writes to it ({changes}), and it is read-only", edge.holder());
+            return Err(Error::new(ErrorKind::ReadOnly, words).node(node.name()));
+        }
+        let align = u64::from(node.limits().request_alignment);
+        if access.perm & Perm::changes() == Perm::WRITE && !node.len().is_multiple_of(align) {
+            let words = format!(
+                "{} writes without resizing, and the node's end is not a multiple of {align} bytes",
+                edge.holder()
+            );
+            return Err(Error::new(ErrorKind::InvalidInput, words).node(node.name()));
+        }
+    }
+    match find_clash(&uses) {
+        Some((user, objector)) => {
+            Err(conflict(node, (&parents[user], uses[user]), (&parents[objector], uses[objector])))
+        }
+        None => Ok(()),
+    }
+}
+
+/// A writable node's own bytes lie in writable nodes.
+fn check_bytes_are_writable(stage: &Stage<'_>, node: &Node) -> Result<()> {
+    for edge in stage.children(node).iter().filter(|edge| edge.holds_bytes()) {
+        let Some(target) = stage.target(edge) else { continue };
+        if !stage.node_use(&target, Access::NONE).is_writable {
+            let words = format!(
+                "'{}' is node '{}', which is read-only; make it writable, or this node read-only",
+                edge.name(),
+                target.name()
+            );
+            return Err(Error::new(ErrorKind::ReadOnly, words).node(node.name()));
+        }
+    }
+    Ok(())
+}
+
+/// Two different parents of which the first does what the second does not bear. Looks at each parent once or twice.
+fn find_clash(uses: &[Access]) -> Option<(usize, usize)> {
+    let together = cumulate(uses.iter().copied());
+    if (together.perm - together.shared).is_empty() {
+        return None;
+    }
+    let clashes = |user: usize, objector: usize| {
+        user != objector && !uses[user].clash(uses[objector]).is_empty()
+    };
+    // One who objects to what is done at all: there are few of them, and most clash with somebody.
+    (0..uses.len()).filter(|&objector| !together.clash(uses[objector]).is_empty()).find_map(
+        |objector| {
+            (0..uses.len()).find(|&user| clashes(user, objector)).map(|user| (user, objector))
+        },
+    )
+}
+
+fn conflict(node: &Node, user: (&Arc<Edge>, Access), objector: (&Arc<Edge>, Access)) -> Error {
+    let clash = user.1.clash(objector.1);
+    let words = format!(
+        "{} uses it for '{clash}', which {} does not allow (it allows: {}); let one of them go, or let the \
+         second share more",
+        user.0.holder(),
+        objector.0.holder(),
+        objector.1.shared,
+    );
+    Error::new(ErrorKind::InUse, words).node(node.name())
+}
+
+/// Sees to what edges that are gone did: the nodes they pointed to, and all below, may be used for less now.
+pub(super) fn loosen(walls: &Walls<'_>) {
+    let mut starts = HashMap::new();
+    while let Some(id) = walls.reaper.topology.loosened.pop() {
+        if let Ok(node) = walls.reaper.arena.acquire(id.0) {
+            starts.insert(id, node);
+        }
+    }
+    if starts.is_empty() {
+        return;
+    }
+    let stage = Stage::new(walls.reaper);
+    let found = settle(&stage, starts.into_values(), Strictness::Loosening);
+    apply(walls, found.expect("what is not checked cannot fail"));
+}
+
+/// Puts what was computed into force.
+pub(super) fn apply(walls: &Walls<'_>, accesses: Accesses) {
+    for (edge, access) in accesses.into_values() {
+        edge.set_access(walls, access);
     }
 }

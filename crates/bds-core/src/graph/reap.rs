@@ -5,20 +5,23 @@
 //!                                                                                             └─► die and are reaped in their turn
 //! ```
 //!
-//! A node is closed before the children only it held, and never inside the closing of another: a chain of any length is a loop.
+//! No closing begins while a node that it could write to is drained: it waits aside for the end of that section; and a drain waits for
+//! closings that are under way. A node is closed before the children only it held, and never inside the closing of another: a chain of any length is a loop.
 //! A child that dies too is flushed by its own closing, so a failed flush is in exactly one report. Once begun, closing runs to its end
 //! whether or not anybody waits (see `detached`); a report that nobody waits for is kept for [`Graph::reports`] if something
 //! failed, and is traced.
 
 use std::collections::HashSet;
 use std::fmt;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bds_io::sync::Mutex as AsyncMutex;
-use bds_refcount::{Arena, Dead, Handle, HolderInfo, Release};
+use bds_refcount::{Arena, Dead, Handle, Holder, HolderInfo, HolderKind, Release, Strong};
 
 use super::detached::to_the_end;
-use super::edge::Edge;
+use super::edge::{Edge, EdgeParts, Parent};
+use super::lock::Topology;
 use super::names::Claim;
 use super::node::{Node, NodeId};
 use super::node_ref::NodeRef;
@@ -95,27 +98,8 @@ impl From<CloseError> for Error {
     }
 }
 
-/// A node that outlived its graph's shutdown.
-#[derive(Debug)]
-pub struct Leak {
-    /// The node's id.
-    pub node: NodeId,
-    /// Its name.
-    pub name: String,
-    /// How many references it has.
-    pub count: usize,
-    /// Those held by name.
-    pub holders: Vec<HolderInfo>,
-}
-
-/// What a shutdown did.
-#[derive(Debug)]
-pub struct ShutdownReport {
-    /// Nodes closed by it, and earlier closings that failed and that nobody asked about.
-    pub closed: Vec<CloseReport>,
-    /// Nodes still referred to. They stay usable until their holders let go.
-    pub leaked: Vec<Leak>,
-}
+/// A dead node whose closing has begun.
+struct Closing(Dead<Node>);
 
 /// All it takes to close dead nodes, without the graph itself: the graph's own end reaps too.
 #[derive(Clone)]
@@ -126,6 +110,9 @@ pub(crate) struct Reaper {
     /// One sweep at a time, so that a close keeps its own dead together.
     sweeping: Arc<AsyncMutex<()>>,
     unasked: Arc<Mutex<Vec<CloseReport>>>,
+    pub(super) topology: Arc<Topology>,
+    /// Dead nodes whose closing waits for the end of a drained section below them.
+    deferred: Arc<Mutex<Vec<Dead<Node>>>>,
 }
 
 impl Reaper {
@@ -136,6 +123,8 @@ impl Reaper {
             make_port,
             sweeping: Arc::default(),
             unasked: Arc::default(),
+            topology: Arc::default(),
+            deferred: Arc::default(),
         }
     }
 
@@ -143,23 +132,42 @@ impl Reaper {
         self.plan.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Closes everything dead, including what dies of that.
+    /// The nodes that live now.
+    pub(super) fn live(&self) -> Vec<Strong<Node>> {
+        self.arena.snapshot().into_iter().filter_map(|id| self.arena.acquire(id).ok()).collect()
+    }
+
+    /// Closes everything dead that can be closed now, including what dies of that.
     async fn sweep(self) -> Vec<CloseReport> {
         let _one_at_a_time = self.sweeping.lock().await;
         let mut reports = Vec::new();
-        while let Some((_, dead)) = self.arena.reap_one() {
-            reports.push(self.close_dead(dead).await.0);
+        let mut waiting = std::mem::take(&mut *self.lock_deferred()).into_iter();
+        while let Some(dead) =
+            waiting.next().or_else(|| self.arena.reap_one().map(|(_, dead)| dead))
+        {
+            match self.begin_closing(dead) {
+                Ok(closing) => reports.push(self.close_dead(closing).await.0),
+                Err(dead) => self.lock_deferred().push(dead),
+            }
         }
         reports
     }
 
     /// Closes one dead node and what dies of it. Others that lie dead meanwhile are closed too, but reported apart.
     async fn close_with_dependents(self, dead: Dead<Node>) -> CloseReport {
+        let closing = self.begin_closing_patiently(dead).await;
         let _one_at_a_time = self.sweeping.lock().await;
-        let (mut report, died) = self.close_dead(dead).await;
+        let (mut report, died) = self.close_dead(closing).await;
         let mut ours: HashSet<Handle<Node>> = died.into_iter().collect();
         while let Some((handle, dead)) = self.arena.reap_one() {
             let is_ours = ours.remove(&handle);
+            let dead = match self.begin_closing(dead) {
+                Ok(closing) => closing,
+                Err(dead) => {
+                    self.lock_deferred().push(dead);
+                    continue;
+                }
+            };
             let (other, died) = self.close_dead(dead).await;
             if is_ours {
                 ours.extend(died);
@@ -171,25 +179,64 @@ impl Reaper {
         report
     }
 
+    /// From here on drains of the children wait for the closing; unless one of them is drained already.
+    fn begin_closing(&self, dead: Dead<Node>) -> Result<Closing, Dead<Node>> {
+        let walls = self.walls();
+        let children = dead.children().to_vec();
+        if children.iter().any(|edge| edge.is_quiesced()) {
+            return Err(dead);
+        }
+        children.iter().for_each(|edge| edge.begin_closing(&walls));
+        Ok(Closing(dead))
+    }
+
+    /// As [`Reaper::begin_closing`], after the end of the drained sections that are in the way.
+    async fn begin_closing_patiently(&self, mut dead: Dead<Node>) -> Closing {
+        loop {
+            let mut eased = pin!(self.topology.eased.notified());
+            eased.as_mut().enable();
+            match self.begin_closing(dead) {
+                Ok(closing) => return closing,
+                Err(back) => dead = back,
+            }
+            eased.await;
+        }
+    }
+
+    /// A drained section is over: what waited for that goes on.
+    pub(super) fn drain_ended(&self) {
+        self.topology.eased.notify_waiters();
+        if !self.lock_deferred().is_empty() {
+            self.sweep_now_in_background();
+        }
+    }
+
+    fn lock_deferred(&self) -> MutexGuard<'_, Vec<Dead<Node>>> {
+        self.deferred.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Closes one node. Returns the children that it was the last to hold, too.
-    async fn close_dead(&self, dead: Dead<Node>) -> (CloseReport, Vec<Handle<Node>>) {
+    async fn close_dead(&self, closing: Closing) -> (CloseReport, Vec<Handle<Node>>) {
+        let Closing(dead) = closing;
         let name = dead.name().to_owned();
         let named = |error: Error| error.node(&*name);
         let (flushed, unflushed) = self.flush_dead(&dead).await;
-        let flush_error = flushed.err().map(named);
-        let close_error = dead.driver().close().await.err().map(named);
+        let mut flush_error = flushed.err().map(named);
+        let bitmaps = dead.leases.close();
+        let close_error = dead.driver().close().await.and(bitmaps).err().map(named);
         let driver = dead.driver_name();
         let node = dead.id();
         let children = dead.children().to_vec();
         drop(dead);
         self.forget_name(&name, node);
         let mut died = Vec::new();
-        let mut flush_error = flush_error;
         for edge in children {
             let handle = edge.target().strong().handle();
+            if edge.target().inherits_from() == Some(node) {
+                edge.target().set_inherits_from(None);
+            }
             let was_skipped = unflushed.contains(&handle);
-            // None: somebody else looks at the edge just now, and lets the child go when done.
-            match Edge::release(edge) {
+            match release(edge).await {
                 Some(Release::Last) => died.push(handle),
                 Some(Release::NotLast) if was_skipped => {
                     let late = self.flush_survivor(handle).await;
@@ -198,6 +245,7 @@ impl Reaper {
                 Some(Release::NotLast) | None => {}
             }
         }
+        self.topology.eased.notify_waiters();
         let below = Vec::new();
         (CloseReport { node, name, driver, flush_error, close_error, below }, died)
     }
@@ -226,7 +274,7 @@ impl Reaper {
             node.driver().flush_to_disk().await?;
             flush.succeeded();
         }
-        for edge in node.children().iter().filter(|edge| edge.access().writes()) {
+        for edge in node.children().iter().filter(|edge| edge.may_hold_writes()) {
             let target = edge.target();
             if target.strong().count() > 1 {
                 (self.make_port)(Arc::clone(edge)).flush().await?;
@@ -240,9 +288,28 @@ impl Reaper {
     /// A child that looked as if it would die with us but found another holder.
     async fn flush_survivor(&self, handle: Handle<Node>) -> Result<()> {
         let Ok(strong) = self.arena.acquire(handle) else { return Ok(()) };
-        let access = Access::of_child(Role::DATA, true, true);
-        let edge = Edge::new("flush", Role::empty(), access, "close", strong, None);
+        let edge = self.flush_edge(&strong);
+        self.walls().attach(&strong, &edge);
         (self.make_port)(edge).flush().await
+    }
+
+    /// Makes everything durable that was written through the node. For whoever has it drained: no gate is asked.
+    pub(super) async fn flush_node(&self, node: &Strong<Node>) -> Result<()> {
+        (self.make_port)(self.flush_edge(node)).flush().await
+    }
+
+    fn flush_edge(&self, node: &Strong<Node>) -> Arc<Edge> {
+        let parts = EdgeParts {
+            name: "flush",
+            role: Role::empty(),
+            access: Access::NONE,
+            holder: Holder::new(HolderKind::Other("graph"), "flush"),
+            stays: true,
+            graph: None,
+        };
+        let edge = Edge::new(parts, Some(Strong::clone(node)), &self.topology.loosened);
+        edge.set_parent(Parent::Root("flush".into()));
+        edge
     }
 
     fn forget_name(&self, name: &str, id: NodeId) {
@@ -283,13 +350,17 @@ impl Reaper {
     /// As [`Reaper::sweep_unasked`], from where nobody can wait.
     pub(super) fn sweep_in_background(&self) {
         if self.arena.has_dead() {
-            let reaper = self.clone();
-            bds_io::spawn(async move {
-                let reports = reaper.clone().sweep().await;
-                reaper.keep(reports);
-            })
-            .detach();
+            self.sweep_now_in_background();
         }
+    }
+
+    fn sweep_now_in_background(&self) {
+        let reaper = self.clone();
+        bds_io::spawn(async move {
+            let reports = reaper.clone().sweep().await;
+            reaper.keep(reports);
+        })
+        .detach();
     }
 
     async fn to_the_end(
@@ -299,6 +370,18 @@ impl Reaper {
         let reaper = self.clone();
         to_the_end(work, move |reports| reaper.keep(reports)).await
     }
+}
+
+/// Ends an edge whose parent is gone. `None`: somebody keeps looking at it, and lets the child go when done.
+async fn release(mut edge: Arc<Edge>) -> Option<Release> {
+    for _ in 0..1000 {
+        match Edge::release(edge) {
+            Ok(release) => return Some(release),
+            Err(back) => edge = back,
+        }
+        bds_io::yield_now().await;
+    }
+    None
 }
 
 impl Graph {
@@ -317,43 +400,45 @@ impl Graph {
     pub fn reports(&self) -> Vec<CloseReport> {
         self.0.reaper.take_kept()
     }
-
-    /// Closes everything that can be closed, and tells who keeps the rest open. No node can be opened afterwards; a second
-    /// call reports what has become of the rest.
-    pub async fn shutdown(&self) -> ShutdownReport {
-        self.0.reaper.lock_plan().is_shut = true;
-        let closed = self.reap().await;
-        let arena = &self.0.reaper.arena;
-        let leak = |handle| {
-            let node = arena.acquire(handle).ok()?;
-            let name = node.name().to_owned();
-            // Not counting the reference that asks.
-            let count = node.count().saturating_sub(1);
-            (count > 0).then(|| Leak { node: node.id(), name, count, holders: node.holders() })
-        };
-        let mut leaked: Vec<Leak> = arena.snapshot().into_iter().filter_map(leak).collect();
-        leaked.sort_by(|a, b| a.name.cmp(&b.name));
-        ShutdownReport { closed, leaked }
-    }
 }
 
 impl NodeRef {
     /// Closes the node, if this is the only reference to it: flushes, closes, and closes what only it held. Says how that
-    /// went; a failed flush is in the report. Runs to its end even if the future is dropped.
+    /// went; a failed flush is in the report. Runs to its end even if the future is dropped. Waits for drained sections of the nodes
+    /// below to end.
     ///
     /// # Errors
     /// [`CloseError::InUse`] gives the reference back and names the others.
     pub async fn close(self) -> Result<CloseReport, CloseError> {
+        match self.end() {
+            Ok(ended) => Ok(ended.close().await),
+            Err((node, holders)) => Err(CloseError::InUse { node, holders }),
+        }
+    }
+
+    /// Ends the node if this is the only reference; it cannot be acquired any more then. Does not wait.
+    pub(super) fn end(self) -> Result<Ended, (NodeRef, Vec<HolderInfo>)> {
         let (graph, held) = self.into_parts();
         let holder = held.holder().clone();
-        let dead = match held.into_strong().into_dead() {
-            Ok(dead) => dead,
+        match held.into_strong().into_dead() {
+            Ok(dead) => Ok(Ended { graph, dead }),
             Err(strong) => {
                 let holders = strong.holders();
-                let node = NodeRef::new(&graph, strong, holder);
-                return Err(CloseError::InUse { node, holders });
+                Err((NodeRef::new(&graph, strong, holder), holders))
             }
-        };
+        }
+    }
+}
+
+/// A node that cannot be acquired any more and has not been closed yet.
+pub(super) struct Ended {
+    graph: Graph,
+    dead: Dead<Node>,
+}
+
+impl Ended {
+    pub(super) async fn close(self) -> CloseReport {
+        let Self { graph, dead } = self;
         let lost = CloseReport {
             node: dead.id(),
             name: dead.name().to_owned(),
@@ -368,6 +453,6 @@ impl NodeRef {
         let reaper = graph.0.reaper.clone();
         let work = async move { vec![reaper.close_with_dependents(dead).await] };
         let reports = graph.0.reaper.to_the_end(work).await;
-        Ok(reports.into_iter().flatten().next().unwrap_or(lost))
+        reports.into_iter().flatten().next().unwrap_or(lost)
     }
 }

@@ -32,6 +32,15 @@ pub fn skip_filters(node: &NodeRef) -> NodeRef {
     as_ref(node, at)
 }
 
+/// The first node from here down that a job did not insert on its own account: what a device's images are listed from.
+pub fn skip_implicit(node: &NodeRef) -> NodeRef {
+    let mut at = Strong::clone(node.strong());
+    while let Some(below) = at.flags().is_implicit.then(|| filtered(&at)).flatten() {
+        at = below;
+    }
+    as_ref(node, at)
+}
+
 fn filtered(node: &Node) -> Option<Strong<Node>> {
     child_in(node, Role::FILTERED).or_else(|| child_in(node, Role::PRIMARY))
 }
@@ -125,8 +134,29 @@ fn parts(node: &Node) -> Vec<Strong<Node>> {
     edges.map(|edge| Strong::clone(edge.target().strong())).collect()
 }
 
+/// A node and, if it is a filter, what it shows, and so on down to the first that is none.
+pub(crate) fn through_filters(node: &Strong<Node>) -> Vec<Strong<Node>> {
+    let mut way = vec![Strong::clone(node)];
+    while let Some(last) = way.last().filter(|last| last.driver().is_filter())
+        && let Some(next) = filtered(last)
+    {
+        way.push(next);
+    }
+    way
+}
+
+/// The nodes directly below.
+pub(crate) fn children_strong(node: &Node) -> Vec<Strong<Node>> {
+    node.children().iter().map(|edge| Strong::clone(edge.target().strong())).collect()
+}
+
 /// Visits `start` and every node below it once.
 pub(crate) fn each_below(start: &Strong<Node>, visit: &mut dyn FnMut(&Node)) {
+    each_below_strong(start, &mut |node| visit(node));
+}
+
+/// As [`each_below`], with references.
+pub(crate) fn each_below_strong(start: &Strong<Node>, visit: &mut dyn FnMut(&Strong<Node>)) {
     let mut seen = HashSet::new();
     let mut todo = vec![Strong::clone(start)];
     while let Some(node) = todo.pop() {
@@ -134,6 +164,6 @@ pub(crate) fn each_below(start: &Strong<Node>, visit: &mut dyn FnMut(&Node)) {
             continue;
         }
         visit(&node);
-        todo.extend(node.children().iter().map(|edge| Strong::clone(edge.target().strong())));
+        todo.extend(children_strong(&node));
     }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bds_io::{Buf, IoVec};
+use bds_refcount::HolderKind;
 
 use super::enter::{enter, named};
 use super::status::{self, ChainRun, Depth};
@@ -15,7 +16,7 @@ use crate::driver::{
     Attempt, CheckReport, ImageInfo, ReadFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::{Access, Edge, Graph, NodeId, NodeRef, Perm};
+use crate::graph::{Access, Edge, Graph, NodeId, NodeRef, Perm, Root};
 use crate::stats::{Operation, Stats};
 
 /// How a backend is made.
@@ -49,9 +50,11 @@ impl Backend {
             perm |= Perm::WRITE | Perm::WRITE_UNCHANGED | Perm::RESIZE;
         }
         let access = Access { perm, shared: Perm::all() };
+        let root = Root { kind: HolderKind::Backend, name: &options.name, access, stays: false };
+        let graph = node.graph().clone();
         Ok(Backend {
-            edge: node.attach_root(&options.name, access),
-            graph: node.graph().clone(),
+            edge: graph.attach_root(Some(node), &root)?,
+            graph,
             stats: Stats::new(),
             is_writethrough: AtomicBool::new(!node.flags().cache.writeback),
         })
@@ -230,19 +233,19 @@ impl Backend {
 
     /// Facts about the image.
     pub async fn info(&self) -> Result<ImageInfo> {
-        let node = enter(&self.edge).await;
+        let node = enter(&self.edge).await?;
         named(&node, node.driver().info().await)
     }
 
     /// Bytes the node occupies on its host, where that is known.
     pub async fn allocated_len(&self) -> Result<Option<u64>> {
-        let node = enter(&self.edge).await;
+        let node = enter(&self.edge).await?;
         named(&node, node.driver().allocated_len().await)
     }
 
     /// Looks for leaks and corruption; changes nothing. `progress` gets (done, total) bytes of metadata.
     pub async fn check(&self, progress: &(dyn Fn(u64, u64) + Send + Sync)) -> Result<CheckReport> {
-        let node = enter(&self.edge).await;
+        let node = enter(&self.edge).await?;
         named(&node, node.driver().check(progress).await)
     }
 

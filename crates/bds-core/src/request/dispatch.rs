@@ -24,7 +24,7 @@ const BOUNCE_LEN: u64 = 1 << 20;
 #[inline]
 pub(super) fn try_read(edge: &Edge, offset: u64, iov: &IoVec) -> Option<Result<()>> {
     let ticket = edge.ticket()?;
-    let target = edge.target();
+    let target = edge.medium()?;
     let node: &Node = &target;
     let _inline = node.traffic().try_inline()?;
     if !edge.admits(ticket) {
@@ -43,7 +43,7 @@ pub(super) fn try_read(edge: &Edge, offset: u64, iov: &IoVec) -> Option<Result<(
 #[inline]
 pub(super) fn try_write(edge: &Edge, offset: u64, iov: &IoVec) -> Option<Result<()>> {
     let ticket = edge.ticket()?;
-    let target = edge.target();
+    let target = edge.medium()?;
     let node: &Node = &target;
     let inline = node.traffic().try_inline()?;
     if !edge.admits(ticket) {
@@ -67,6 +67,9 @@ pub(super) fn try_write(edge: &Edge, offset: u64, iov: &IoVec) -> Option<Result<
 fn fits_inline(node: &Node, offset: u64, iov: &IoVec) -> Option<()> {
     let limits = node.limits();
     let len = iov.len() as u64;
+    if node.is_poisoned() {
+        return None;
+    }
     let fits = (offset | len) & (u64::from(limits.request_alignment) - 1) == 0
         && len != 0
         && (limits.max_transfer == 0 || len <= limits.max_transfer)
@@ -83,7 +86,7 @@ pub(super) async fn read(
     iov: IoVec,
     flags: ReadFlags,
 ) -> Result<()> {
-    let node = enter(edge).await;
+    let node = enter(edge).await?;
     let read = if flags.contains(ReadFlags::COPY_ON_READ) || node.copies_on_read() {
         Box::pin(copy_on_read::read(edge, &node, offset, iov, flags)).await
     } else {
@@ -167,7 +170,7 @@ async fn read_pieces(
 
 /// Writes.
 pub(super) async fn write(edge: &Edge, offset: u64, iov: IoVec, flags: WriteFlags) -> Result<()> {
-    let node = enter(edge).await;
+    let node = enter(edge).await?;
     named(&node, write_inside(edge, &node, offset, iov, flags).await)
 }
 
@@ -290,7 +293,7 @@ async fn write_pieces(
 
 /// Writes one compressed cluster; an empty list pads the file.
 pub(super) async fn write_compressed(edge: &Edge, offset: u64, iov: IoVec) -> Result<()> {
-    let node = enter(edge).await;
+    let node = enter(edge).await?;
     let write = async {
         let end = range::check_data(offset, iov.len() as u64)?;
         range::check_write(edge, &node, end, false)?;

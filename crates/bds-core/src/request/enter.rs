@@ -15,7 +15,10 @@ pub(super) struct Entered<'e> {
 }
 
 /// Waits at the gate until it is open, then enters.
-pub(super) async fn enter(edge: &Edge) -> Entered<'_> {
+///
+/// # Errors
+/// `NoMedium`: the edge leads nowhere. `Io`: the node's requests were given up.
+pub(super) async fn enter(edge: &Edge) -> Result<Entered<'_>> {
     loop {
         if let Some(entered) = try_enter(edge) {
             return entered;
@@ -25,13 +28,29 @@ pub(super) async fn enter(edge: &Edge) -> Entered<'_> {
     }
 }
 
+/// `None`: the gate is closed.
 #[inline]
-fn try_enter(edge: &Edge) -> Option<Entered<'_>> {
+fn try_enter(edge: &Edge) -> Option<Result<Entered<'_>>> {
     let ticket = edge.ticket()?;
-    let target = edge.target();
+    let Some(target) = edge.medium() else { return Some(Err(no_medium(edge))) };
+    if target.is_poisoned() {
+        return Some(Err(poisoned(&target)));
+    }
     let number = target.traffic().enter();
     let entered = Entered { target, number };
-    edge.admits(ticket).then_some(entered)
+    edge.admits(ticket).then_some(Ok(entered))
+}
+
+#[cold]
+fn no_medium(edge: &Edge) -> Error {
+    let words = format!("{} has no medium: insert one", edge.holder());
+    Error::new(ErrorKind::NoMedium, words)
+}
+
+#[cold]
+fn poisoned(node: &Node) -> Error {
+    let words = "its requests were given up (poisoned): replace it or close it";
+    Error::new(ErrorKind::Io, words).node(node.name())
 }
 
 impl Deref for Entered<'_> {

@@ -17,7 +17,7 @@ use crate::graph::Edge;
 /// Makes every write durable that ended before.
 pub(super) fn flush(edge: &Edge) -> BoxFuture<'_, Result<()>> {
     Box::pin(async move {
-        let node = enter(edge).await;
+        let node = enter(edge).await?;
         flush_inside(&node).await
     })
 }
@@ -42,7 +42,7 @@ async fn flush_node(node: &Entered<'_>) -> Result<()> {
         flush_medium(node).await?;
     }
     let mut first = Ok(());
-    for child in node.children().iter().filter(|child| child.access().writes()) {
+    for child in node.children().iter().filter(|child| child.may_hold_writes()) {
         first = first.and(flush(child).await);
     }
     first?;

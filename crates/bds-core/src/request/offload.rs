@@ -46,7 +46,7 @@ fn from<'a>(
     steps: usize,
 ) -> BoxFuture<'a, Result<Attempt>> {
     Box::pin(async move {
-        let node = enter(edge).await;
+        let node = enter(edge).await?;
         if !fits(&node, offset, goal.len) {
             return Ok(Attempt::Unsupported);
         }
@@ -66,7 +66,7 @@ fn from<'a>(
 fn to<'a>(reader: (&'a Node, u64), goal: Goal<'a>, steps: usize) -> BoxFuture<'a, Result<Attempt>> {
     Box::pin(async move {
         let Goal { edge, offset, len } = goal;
-        let node = enter(edge).await;
+        let node = enter(edge).await?;
         named(&node, range::check_write(edge, &node, offset + len, false))?;
         if !fits(&node, offset, len) || std::ptr::eq::<Node>(&*node, reader.0) {
             return Ok(Attempt::Unsupported);

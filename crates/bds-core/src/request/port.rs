@@ -42,7 +42,7 @@ impl ChildPort for Port {
     }
 
     fn is_writable(&self) -> bool {
-        self.0.access().writes() && self.0.target().is_writable()
+        self.0.holds_bytes() && self.0.target().is_writable()
     }
 
     fn can_zero(&self) -> bool {
@@ -120,7 +120,7 @@ impl ChildPort for Port {
 
     fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
         Box::pin(async {
-            let node = enter(&self.0).await;
+            let node = enter(&self.0).await?;
             named(&node, node.driver().allocated_len().await)
         })
     }

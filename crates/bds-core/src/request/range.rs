@@ -36,7 +36,7 @@ pub(super) fn check_data(offset: u64, len: u64) -> Result<u64> {
 pub(super) fn check_write(edge: &Edge, node: &Node, end: u64, is_unchanged: bool) -> Result<()> {
     let perm = edge.access().perm;
     if !node.is_writable() {
-        return Err(Error::new(ErrorKind::ReadOnly, "the node is read-only"));
+        return Err(cannot_write(node));
     }
     let wanted = if is_unchanged { Perm::WRITE | Perm::WRITE_UNCHANGED } else { Perm::WRITE };
     if !perm.intersects(wanted) {
@@ -53,6 +53,14 @@ pub(super) fn check_write(edge: &Edge, node: &Node, end: u64, is_unchanged: bool
         return Err(out_of_range(reach, end - reach, "the write ends past the end of the node"));
     }
     Ok(())
+}
+
+#[cold]
+fn cannot_write(node: &Node) -> Error {
+    match node.could_write() {
+        false => Error::new(ErrorKind::ReadOnly, "the node is read-only"),
+        true => Error::new(ErrorKind::Inactive, "the node is inactive: activate it first"),
+    }
 }
 
 /// EIO with the offset.

@@ -76,7 +76,7 @@ pub(super) async fn of_layer(
 
 fn layer(edge: &Edge, offset: u64, len: u64, precise: bool) -> BoxFuture<'_, Result<Layer>> {
     Box::pin(async move {
-        let node = enter(edge).await;
+        let node = enter(edge).await?;
         named(&node, layer_inside(&node, offset, len, precise).await)
     })
 }

@@ -9,7 +9,7 @@ use crate::graph::{Edge, Perm};
 /// Changes the length. Nothing else touches bytes behind the shorter of both lengths meanwhile.
 pub(super) fn truncate(edge: &Edge, change: Truncate) -> BoxFuture<'_, Result<()>> {
     Box::pin(async move {
-        let node = enter(edge).await;
+        let node = enter(edge).await?;
         named(&node, truncate_inside(edge, &node, change).await)
     })
 }

@@ -25,7 +25,7 @@ pub(super) async fn write_zeroes(
     len: u64,
     flags: ZeroFlags,
 ) -> Result<Attempt> {
-    let node = enter(edge).await;
+    let node = enter(edge).await?;
     named(&node, write_zeroes_inside(edge, &node, offset, len, flags).await)
 }
 
@@ -222,7 +222,7 @@ fn zeros(len: u64) -> IoVec {
 
 /// Tells that the range is no longer needed; advisory. Only whole blocks inside the range are told.
 pub(super) async fn discard(edge: &Edge, offset: u64, len: u64) -> Result<()> {
-    let node = enter(edge).await;
+    let node = enter(edge).await?;
     named(&node, discard_inside(edge, &node, offset, len).await)
 }
 

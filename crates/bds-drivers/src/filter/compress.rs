@@ -216,6 +216,10 @@ impl Driver for CompressNode {
         self.file.allocated_len()
     }
 
+    fn inactivate(&self) -> BoxFuture<'_, Result<()>> {
+        self.close()
+    }
+
     fn as_any(&self) -> &dyn Any {
         self
     }

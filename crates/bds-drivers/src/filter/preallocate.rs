@@ -12,8 +12,7 @@
 //! A crash leaves surplus space, which reads as zeros, and nothing else: no byte is moved, and only what lies behind `data_end` is ever
 //! cut off. Taking space ahead is an attempt: if it fails, the write goes on without.
 //!
-//! Nobody else may change the length of the file meanwhile. The surplus is given back by closing the node, and by any
-//! change of length; there is no way yet to be told that the last writer has left.
+//! Nobody else may write to the file or resize it meanwhile. The surplus is given back when the node is closed or made inactive, and by any change of length; a driver is not told that the last writer has left.
 
 use std::any::Any;
 use std::pin::Pin;
@@ -22,8 +21,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
 use bds_core::driver::{
-    Attempt, BoxFuture, Category, Child, Driver, DriverType, Limits, OpenContext, Prealloc,
-    ReadFlags, Role, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Access, Attempt, BoxFuture, Category, Child, Driver, DriverType, Limits, NodeUse, OpenContext,
+    Perm, Prealloc, ReadFlags, Role, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, ErrorKind, Result};
@@ -300,6 +299,28 @@ impl Driver for PreallocateNode {
 
     fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
         self.0.file.allocated_len()
+    }
+
+    /// Nobody else may move the end of the file, nor write behind ours. Asked for also while no parent writes: what is taken must
+    /// be given back after the last one left.
+    fn child_access(&self, _name: &str, role: Role, node: &NodeUse) -> Access {
+        let mut access = Access::of_child(role, node);
+        if node.is_writable && node.is_active {
+            access.perm |= Perm::changes();
+            access.shared -= Perm::changes();
+        }
+        access
+    }
+
+    fn inactivate(&self) -> BoxFuture<'_, Result<()>> {
+        self.close()
+    }
+
+    fn activate(&self) -> BoxFuture<'_, Result<()>> {
+        let len = self.0.file.len();
+        self.0.data_end.store(len, Ordering::SeqCst);
+        self.0.zero_from.store(len, Ordering::SeqCst);
+        Box::pin(async { Ok(()) })
     }
 
     fn as_any(&self) -> &dyn Any {

@@ -53,11 +53,8 @@ impl Rig {
     }
 
     fn resize(&self, len: u64) -> Result<()> {
-        let node = self.house.graph.find("ahead").unwrap();
-        let options = BackendOptions { name: "resize".into(), writable: true };
-        let below = Backend::new(&node, options).unwrap();
         let change = Truncate { len, exact: true, prealloc: Prealloc::Off, zero_new: true };
-        self.house.sim.block_on(below.truncate(change))
+        self.house.sim.block_on(self.disk.truncate(change))
     }
 
     /// Closes all of it; the length and the bytes of the file.
@@ -245,6 +242,32 @@ fn space_that_nobody_waits_for_does_not_overwrite_the_next_writer() {
 }
 
 #[test]
+fn nobody_else_moves_the_end_of_the_file() {
+    let rig = Rig::new(calm());
+    rig.write(0, 1, 1000).unwrap();
+    let file = rig.house.graph.find("f").unwrap();
+    let writer = || BackendOptions { name: "other".into(), writable: true };
+    let error = Backend::new(&file, writer()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InUse);
+    assert!(error.to_string().contains("ahead.file"), "{error}");
+    // Whoever takes over the bytes finds no surplus, and may leave another length behind.
+    let Rig { house, disk } = rig;
+    let node = disk.node();
+    drop(disk);
+    house.sim.block_on(house.graph.inactivate(&node)).unwrap();
+    assert_eq!(file.len(), 1000);
+    house.sim.block_on(house.graph.activate(&node)).unwrap();
+    let disk = Backend::new(&node, writer()).unwrap();
+    house.write(&disk, 1000, &[2; 500]).unwrap();
+    assert!(file.len() > 50_000);
+    assert_eq!(house.read(&disk, 0, 2000).unwrap()[999..1501], {
+        let mut expected = [2; 502];
+        (expected[0], expected[501]) = (1, 0);
+        expected
+    });
+}
+
+#[test]
 fn wrong_options_are_refused_and_a_read_only_file_is_only_read() {
     let rig = Rig::new(calm());
     rig.write(0, 1, 1000).unwrap();
@@ -269,7 +292,7 @@ fn wrong_options_are_refused_and_a_read_only_file_is_only_read() {
 mod growing {
     use bds_core::driver::{
         BoxFuture, Category, Child, Driver, DriverType, OpenContext, ReadFlags, Role, StatusFlags,
-        StatusRun, WriteFlags, ZeroFlags,
+        StatusRun, Truncate, WriteFlags, ZeroFlags,
     };
     use bds_core::options::{OptionKind, OptionSpec};
     use bds_core::{Result, driver::Attempt};
@@ -308,6 +331,10 @@ mod growing {
             flags: ZeroFlags,
         ) -> BoxFuture<'_, Result<Attempt>> {
             self.0.write_zeroes(offset, len, flags)
+        }
+
+        fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
+            self.0.truncate(change)
         }
 
         fn block_status(&self, _: u64, len: u64, _: bool) -> BoxFuture<'_, Result<StatusRun>> {

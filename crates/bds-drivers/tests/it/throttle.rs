@@ -313,3 +313,26 @@ fn threads_share_a_group_and_nobody_is_forgotten() {
     let passed: u64 = disks.iter().map(|disk| disk.stats().totals(Operation::Write).ops).sum();
     assert!(passed >= 4 * 30 * 40, "{passed}");
 }
+
+/// A drain waits for nobody's turn, and the limits hold again afterwards.
+#[test]
+fn a_drained_section_begins_at_once() {
+    let (house, groups) = house(1);
+    groups.create("g", limits(json!({"bps-total": 1000}))).unwrap();
+    let disk = Arc::new(disk(&house, "a", "g"));
+    house.sim.block_on(async {
+        write(&disk, 100_000).await;
+        let queued: Vec<_> = (0..5)
+            .map(|_| {
+                let disk = Arc::clone(&disk);
+                bds_io::spawn(async move { write(&disk, 1000).await })
+            })
+            .collect();
+        sleep(Duration::from_secs(1)).await;
+        let drained = house.graph.drain(&disk.node()).await;
+        assert_eq!(join_all(queued).await, [1_000_000_000; 5]);
+        drop(drained);
+        // 105,000 bytes went; all but the burst of 100 must leak.
+        assert_eq!(write(&disk, 1).await, 104_900_000_000);
+    });
+}

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use super::fakes::{Fixture, read, run};
+use super::fakes::{Fixture, read, root, run};
 use crate::driver::Role;
-use crate::graph::{Access, Edge, NodeRef, Perm, walk};
+use crate::graph::{Access, Edge, NodeRef, walk};
 use crate::{ErrorKind, Options};
 
-const READ: Access = Access { perm: Perm::CONSISTENT_READ, shared: Perm::all() };
-const WRITE: Access = Access { perm: Perm::all(), shared: Perm::all() };
+const READ: Access = Access::READ;
+const WRITE: Access = Access::ALL;
 
 /// Edges as `parent.child -> target`, sorted.
 fn wires(world: &Fixture) -> Vec<String> {
@@ -41,7 +41,7 @@ fn append_moves_all_users_to_the_overlay() {
         let top = image(&world, "top").await;
         let overlay = image(&world, "over").await;
         let user = world.open("driver=pass,node-name=user,file=top").await;
-        let root = top.attach_root("guest", WRITE);
+        let root = root(&top, "guest", WRITE);
         let counts = (top.count(), overlay.count());
         world.graph.append(&top, &overlay).await.unwrap();
         let wires = wires(&world);
@@ -65,7 +65,7 @@ fn append_of_an_overlay_opened_on_the_top_keeps_its_edge() {
         world.plain("o");
         let text = "driver=cow,node-name=over,file.driver=file,file.filename=o,backing=top";
         let overlay = world.open(text).await;
-        let root = top.attach_root("guest", READ);
+        let root = root(&top, "guest", READ);
         world.graph.append(&top, &overlay).await.unwrap();
         assert_eq!(root.target().name(), "over");
         assert_eq!(walk::next_below(&overlay).unwrap().id(), top.id());
@@ -89,7 +89,7 @@ fn refused_changes_leave_everything_as_it_was() {
             "driver=cow,node-name=stubborn,file.driver=file,file.filename=s,fail-close=on";
         let stubborn = world.open(stubborn).await;
         world.graph.set_backing(&top, Some(&base)).await.unwrap();
-        let _root = top.attach_root("guest", WRITE);
+        let _root = root(&top, "guest", WRITE);
         let graph = &world.graph;
         let before = graph.dump();
         use ErrorKind::{InvalidInput, NotSupported, ReadOnly};
@@ -209,7 +209,7 @@ fn requests_in_flight_notice_nothing_of_changes() {
         let b = image(&world, "b").await;
         let base = image(&world, "base").await;
         let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
-        let root = a.attach_root("guest", READ);
+        let root = root(&a, "guest", READ);
         let readers: Vec<_> = (0..6)
             .map(|_| bds_io::spawn(keep_reading(Arc::clone(&root), Arc::clone(&stop))))
             .collect();
@@ -239,7 +239,7 @@ fn a_change_that_is_dropped_while_it_drains_changes_nothing() {
     run(|world| async move {
         let a = image(&world, "a").await;
         let b = image(&world, "b").await;
-        let root = a.attach_root("guest", READ);
+        let root = root(&a, "guest", READ);
         let before = world.graph.dump();
         let mut busy = Box::pin(read(&root));
         assert!(futures_util::poll!(&mut busy).is_pending());
@@ -250,7 +250,7 @@ fn a_change_that_is_dropped_while_it_drains_changes_nothing() {
         }
         assert!(root.is_closed());
         // Whoever comes now waits, also through an edge that is new.
-        let late = a.attach_root("late", READ);
+        let late = super::fakes::root(&a, "late", READ);
         let mut queued = Box::pin(read(&late));
         assert!(futures_util::poll!(&mut queued).is_pending());
         drop(late.clone());

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bds_io::{File, Fs, IoVec, OpenOptions, Sim, SimConfig};
+use bds_refcount::HolderKind;
 
 use crate::driver::{
     Attempt, BoxFuture, Category, Child, ChildPort, CreateContext, Driver, DriverType, Limits,
@@ -18,7 +19,7 @@ use crate::driver::{
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::gate::TrustAll;
-use crate::graph::{Edge, Graph, GraphConfig, NodeRef, Target, walk};
+use crate::graph::{Access, Edge, Graph, GraphConfig, NodeRef, Root, Target, walk};
 use crate::options::{OptionKind, OptionSpec, Options};
 
 /// What an image of the fake format says.
@@ -395,6 +396,12 @@ impl Driver for Fake {
             Ok(())
         })
     }
+}
+
+/// A backend's edge.
+pub(super) fn root(node: &NodeRef, name: &str, access: Access) -> Arc<Edge> {
+    let root = Root { kind: HolderKind::Backend, name, access, stays: false };
+    node.graph().attach_root(Some(node), &root).unwrap()
 }
 
 /// A corridor of one step: through the gate, counted in, to the driver.

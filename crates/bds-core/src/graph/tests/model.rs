@@ -176,12 +176,12 @@ impl Run {
             Command::OpenFilter(n, on) => {
                 let (_, on) = self.pick(on)?;
                 let wanted = self.model.open(&name(n), false, &[("file", &on)]);
-                (wanted, self.open(n, &format!("driver=pass,file={on}")).await.is_ok())
+                (wanted, self.open(n, &format!("driver=pass,read-only=on,file={on}")).await.is_ok())
             }
             Command::OpenImage(n, on) => {
                 let (_, on) = self.pick(on)?;
                 let wanted = self.model.open(&name(n), true, &[("file", &on)]);
-                (wanted, self.open(n, &format!("driver=cow,file={on}")).await.is_ok())
+                (wanted, self.open(n, &format!("driver=cow,read-only=on,file={on}")).await.is_ok())
             }
             Command::Clone(i) => {
                 let (i, name) = self.pick(i)?;

@@ -22,19 +22,19 @@ fn a_tree_of_options_becomes_a_tree_of_nodes() {
         let top = world.open(TREE).await;
         insta::assert_snapshot!(world.graph.dump(), @r"
         base cow len=512 ro,discard refs=1
-          held by edge 'p.file'
-          file -> g (data|metadata|primary)
+          used by edge 'p.file' does=---- lets=rwus
+          file -> g (data|metadata|primary) does=r--- lets=r-u-
         f file len=512 rw,discard refs=1
-          held by edge 'top.file'
+          used by edge 'top.file' does=rw-s lets=r-u-
         g file len=512 ro,discard refs=1
-          held by edge 'base.file'
+          used by edge 'base.file' does=r--- lets=r-u-
         p pass len=512 ro,discard refs=1
-          held by edge 'top.backing'
-          file -> base (filtered|primary)
+          used by edge 'top.backing' does=---- lets=rwus
+          file -> base (filtered|primary) does=---- lets=rwus
         top cow len=512 rw refs=1
           held by owner 'open'
-          file -> f (data|metadata|primary)
-          backing -> p (cow)
+          file -> f (data|metadata|primary) does=rw-s lets=r-u-
+          backing -> p (cow) does=---- lets=rwus
         ");
         assert_eq!(top.count(), 1, "the creator holds the only reference");
         assert_eq!(world.graph.find("base").unwrap().limits().max_transfer, 4096, "from its file");
@@ -53,17 +53,17 @@ fn the_same_tree_as_json_draws_the_same_graph() {
         let _top = world.graph.open(Options::from_json(json).unwrap()).await.unwrap();
         insta::assert_snapshot!(world.graph.dump(), @r"
         f file len=512 ro,direct,discard refs=1
-          held by edge 'top.file'
+          used by edge 'top.file' does=r--- lets=r-u-
         top cow len=512 ro,direct refs=1
           held by owner 'open'
-          file -> f (data|metadata|primary)
+          file -> f (data|metadata|primary) does=r--- lets=r-u-
         ");
         insta::assert_snapshot!(world.graph.dot(), @r#"
         digraph bds {
           node [shape=box, fontname=monospace];
           "f" [label="f\nfile ro\n512 bytes, 1 refs"];
           "top" [label="top\ncow ro\n512 bytes, 1 refs"];
-          "top" -> "f" [label="file"];
+          "top" -> "f" [label="file\ndoes=r--- lets=r-u-"];
           "owner 'open' of top" [shape=ellipse, label="owner 'open'"];
           "owner 'open' of top" -> "top" [style=dotted];
         }

@@ -9,10 +9,12 @@ use std::thread::{self, Thread};
 
 use bds_refcount::Strong;
 
-use super::fakes::run;
-use crate::graph::change::Moved;
-use crate::graph::drain::Drained;
-use crate::graph::{Access, Edge, NodeRef, Perm};
+use super::fakes::{root, run};
+use crate::graph::commit::Moved;
+use crate::graph::drain::DrainSet;
+use crate::graph::lock::Edit;
+use crate::graph::transaction::Move;
+use crate::graph::{Access, Edge, NodeRef};
 
 struct Unpark(Thread);
 
@@ -68,8 +70,8 @@ fn nobody_is_inside_a_drained_node_nor_stays_with_one_the_edge_has_left() {
         world.plain("b");
         let a = world.open("driver=file,filename=a,node-name=a").await;
         let b = world.open("driver=file,filename=b,node-name=b").await;
-        let access = Access { perm: Perm::CONSISTENT_READ, shared: Perm::all() };
-        let edge = a.attach_root("guest", access);
+        let edge = root(&a, "guest", Access::READ);
+        let graph = world.graph.clone();
         let nodes = [(a, AtomicBool::new(false)), (b, AtomicBool::new(false))];
         let stop = AtomicBool::new(false);
         let total = AtomicUsize::new(0);
@@ -83,11 +85,18 @@ fn nobody_is_inside_a_drained_node_nor_stays_with_one_the_edge_has_left() {
             for round in 0..2000 {
                 let (from, is_empty) = &nodes[round % 2];
                 let (to, _) = &nodes[(round + 1) % 2];
-                let drained = block_on(Drained::begin(Strong::clone(from.strong())));
+                let strong = Strong::clone(from.strong());
+                let drained = block_on(DrainSet::begin(&graph, vec![strong.clone()], "test"));
                 is_empty.store(true, Ordering::SeqCst);
                 thread::yield_now();
                 assert_eq!(from.node().traffic().in_flight(), 0);
-                drop(Moved::new(vec![Arc::clone(&edge)], to.strong()));
+                let to = Some(to.strong().clone());
+                let mut moved = Moved::default();
+                let walls = graph.0.reaper.walls();
+                let staged = Move { edge: Arc::clone(&edge), from: Some(strong), to };
+                moved.repoint(&Edit::new(&drained, &walls), staged);
+                drop(walls);
+                drop(moved);
                 is_empty.store(false, Ordering::SeqCst);
                 drop(drained);
             }

@@ -1,0 +1,243 @@
+//! Putting a checked stage into force. The few driver calls that can fail come first and are undone; the rest cannot fail.
+
+use std::sync::Arc;
+
+use bds_refcount::Strong;
+
+use super::change::{Action, ById};
+use super::edge::{Edge, Parent};
+use super::lock::Edit;
+use super::node::Node;
+use super::perm::{self, Accesses};
+use super::reap::CloseReport;
+use super::reopen::Prepared;
+use super::transaction::{Attach, Move, Stage, Staged};
+use super::{Graph, NodeRef, walk};
+use crate::driver::Child;
+use crate::error::Result;
+
+/// What remains to be done after the lock is given back.
+pub(super) struct Done {
+    pub(super) moved: Moved,
+    pub(super) removed: Vec<NodeRef>,
+}
+
+/// Swaps the staged edges in.
+///
+/// # Errors
+/// A driver refused its first backing node, or to lose its only one. Nothing has changed.
+pub(super) fn put_into_force(
+    graph: &Graph,
+    edit: &Edit<'_>,
+    stage: Stage<'_>,
+    accesses: Accesses,
+    prepared: Vec<Prepared<'_>>,
+    actions: Vec<Action>,
+) -> Result<Done> {
+    let staged = stage.into_parts();
+    let told = Told::tell(graph, &staged)?;
+    graph.step()?;
+    told.keep();
+    // Children before parents: a parent that becomes writable finds its children so.
+    prepared.into_iter().for_each(Prepared::commit);
+    let Staged { moves, attached, dropped, facts, leaving } = staged;
+    let mut moved = Moved::default();
+    for staged in moves {
+        moved.repoint(edit, staged);
+    }
+    for staged in attached {
+        moved.attach(edit, staged);
+    }
+    for (parent, edge) in dropped {
+        moved.drop_edge(edit, &parent, edge);
+    }
+    for (id, facts) in facts {
+        if let (Some(is_active), Ok(node)) = (facts.is_active, graph.0.reaper.arena.acquire(id.0)) {
+            node.set_active(is_active);
+        }
+    }
+    perm::apply(edit.walls, accesses);
+    moved.refresh(graph, edit);
+    graph.apply_ownership(&actions);
+    let removed = graph.take_removed(actions, &leaving);
+    Ok(Done { moved, removed })
+}
+
+/// Drivers that were told of another backing node. Dropped: told the opposite again.
+struct Told<'s> {
+    told: Vec<(&'s Strong<Node>, Option<Child>)>,
+}
+
+impl<'s> Told<'s> {
+    fn tell(graph: &Graph, staged: &'s Staged) -> Result<Self> {
+        let mut this = Self { told: Vec::new() };
+        let gone = staged.dropped.iter().map(|(parent, _)| (parent, None));
+        let come = staged.attached.iter().filter_map(|attach| {
+            let port = (graph.0.reaper.make_port)(Arc::clone(&attach.edge));
+            attach
+                .parent
+                .as_ref()
+                .map(|parent| (parent, Some(Child::new(attach.edge.name(), port))))
+        });
+        for (parent, child) in gone.chain(come) {
+            graph.step()?;
+            let back =
+                parent.driver().set_backing(child).map_err(|error| error.node(parent.name()))?;
+            this.told.push((parent, back));
+        }
+        Ok(this)
+    }
+
+    fn keep(mut self) {
+        self.told.clear();
+    }
+}
+
+impl Drop for Told<'_> {
+    fn drop(&mut self) {
+        for (parent, back) in self.told.drain(..).rev() {
+            // The driver took the opposite a moment ago and nobody was inside since.
+            let undone = parent.driver().set_backing(back);
+            if let Err(error) = undone {
+                tracing::error!(node = %parent.name(), %error, "a refused change could not be taken back");
+            }
+        }
+    }
+}
+
+/// Edges that have been re-pointed. Their gates stay closed until this is dropped.
+#[derive(Default)]
+pub(super) struct Moved {
+    edges: Vec<Arc<Edge>>,
+    /// Nodes whose children differ, and nodes that got parents.
+    parents: ById<Strong<Node>>,
+    /// What edges led to before, by parent: whose inheritance may have ended.
+    orphans: Vec<(Strong<Node>, Strong<Node>)>,
+}
+
+impl Moved {
+    /// Nodes that may have other limits now.
+    pub(super) fn of(nodes: &[Strong<Node>]) -> Self {
+        let mut this = Self::default();
+        this.parents.extend(nodes.iter().map(|node| (node.id(), Strong::clone(node))));
+        this
+    }
+
+    pub(super) fn repoint(&mut self, edit: &Edit<'_>, staged: Move) {
+        let Move { edge, from, to } = staged;
+        // On the edge's own behalf: its share of the drain goes when it leaves the old node.
+        edge.close();
+        edge.swap(edit, to.clone());
+        edit.walls.reattach(from.as_deref(), to.as_deref(), &edge);
+        if let Some(parent) = edit.walls.parent_node(&edge) {
+            self.orphans.extend(from.map(|from| (Strong::clone(&parent), from)));
+            self.parents.insert(parent.id(), parent);
+        }
+        self.edges.push(edge);
+    }
+
+    fn attach(&mut self, edit: &Edit<'_>, staged: Attach) {
+        let Attach { parent, edge, to } = staged;
+        if let Some(parent) = parent {
+            edge.set_parent(Parent::Node(parent.id()));
+            let mut children = parent.children().to_vec();
+            children.push(Arc::clone(&edge));
+            parent.set_children(children);
+            self.parents.insert(parent.id(), parent);
+        }
+        edit.walls.attach(&to, &edge);
+    }
+
+    fn drop_edge(&mut self, edit: &Edit<'_>, parent: &Strong<Node>, edge: Arc<Edge>) {
+        let mut children = parent.children().to_vec();
+        children.retain(|known| !Arc::ptr_eq(known, &edge));
+        parent.set_children(children);
+        let target = edge.medium().map(|target| Strong::clone(target.strong()));
+        if let Some(target) = target {
+            edit.walls.detach(&target, &edge);
+            self.orphans.push((Strong::clone(parent), target));
+        }
+        self.parents.insert(parent.id(), Strong::clone(parent));
+    }
+
+    /// Lets everyone above see the limits of what is below now, and forgets inheritance that has ended.
+    pub(super) fn refresh(&mut self, graph: &Graph, edit: &Edit<'_>) {
+        let now = Stage::new(&graph.0.reaper);
+        for (parent, child) in self.orphans.drain(..) {
+            // Filters may have come between a node and what was opened with it.
+            for heir in walk::through_filters(&child) {
+                if heir.inherits_from() == Some(parent.id()) && !now.reaches(&parent, &heir) {
+                    heir.set_inherits_from(None);
+                }
+            }
+        }
+        let mut todo: Vec<Strong<Node>> = self.parents.drain().map(|(_, node)| node).collect();
+        while let Some(node) = todo.pop() {
+            if node.refresh_limits() {
+                todo.extend(node.parents().iter().filter_map(|edge| edit.walls.parent_node(edge)));
+            }
+        }
+        graph.note_change();
+    }
+
+    /// Waits, behind the closed gates, until the references to the old targets are given up.
+    pub(super) async fn settle(&self) {
+        for edge in &self.edges {
+            edge.settle().await;
+        }
+    }
+}
+
+impl Drop for Moved {
+    fn drop(&mut self) {
+        self.edges.iter().for_each(|edge| edge.open());
+    }
+}
+
+impl Graph {
+    /// Puts what the actions say of the monitor's list into force.
+    fn apply_ownership(&self, actions: &[Action]) {
+        for action in actions {
+            match action {
+                Action::Own { node } => {
+                    // Checked while it was staged; nobody else can have come in between, or it is owned all the same.
+                    let owned = self.own(node.clone());
+                    debug_assert!(owned.is_ok(), "checked");
+                }
+                Action::Disown { node } => drop(self.take_owned(node.id(), node.name())),
+                _ => {}
+            }
+        }
+    }
+
+    /// The references of what is removed: the action's own, after the monitor's is gone.
+    fn take_removed(&self, actions: Vec<Action>, leaving: &ById<Strong<Node>>) -> Vec<NodeRef> {
+        let mut removed = Vec::new();
+        for action in actions {
+            if let Action::Remove { node } = action
+                && leaving.contains_key(&node.id())
+            {
+                drop(self.take_owned(node.id(), node.name()));
+                removed.push(node);
+            }
+        }
+        removed
+    }
+}
+
+/// Closes what was removed, and reports it. Somebody who acquired such a node by its id meanwhile keeps it a while longer: then it is
+/// reported by whoever reaps it.
+pub(super) async fn close_removed(graph: &Graph, removed: Vec<NodeRef>) -> Vec<CloseReport> {
+    if removed.is_empty() {
+        return Vec::new();
+    }
+    let mut closed = Vec::new();
+    for node in removed {
+        match node.end() {
+            Ok(ended) => closed.push(ended.close().await),
+            Err((node, _)) => drop(node),
+        }
+    }
+    graph.0.reaper.sweep_unasked().await;
+    closed
+}

@@ -1,0 +1,81 @@
+//! Frozen edges: links of a chain that must stay where they are while somebody relies on them.
+
+use std::fmt;
+use std::sync::Arc;
+
+use super::edge::Edge;
+use super::{Graph, NodeRef};
+use crate::driver::Role;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Who freezes, and why.
+#[derive(Debug)]
+pub(super) struct Freeze(String);
+
+impl fmt::Display for Freeze {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Links that no graph change moves, until this is dropped.
+#[must_use = "the links are free again when this is dropped"]
+pub struct Frozen {
+    graph: Graph,
+    edges: Vec<Arc<Edge>>,
+}
+
+impl fmt::Debug for Frozen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(&self.edges).finish()
+    }
+}
+
+impl Frozen {
+    /// How many links it keeps.
+    pub fn len(&self) -> usize {
+        self.edges.len()
+    }
+
+    /// True if it keeps none: the chain was one node long.
+    pub fn is_empty(&self) -> bool {
+        self.edges.is_empty()
+    }
+}
+
+impl Graph {
+    /// Freezes the links from `top` down to `base` (backing nodes, and what filters show): all of them or none. `who` is named
+    /// in the errors of those who meet a frozen link ("job 'commit0'").
+    ///
+    /// # Errors
+    /// `InvalidInput`: `base` is not in the chain; `InUse`: a link is frozen already.
+    pub fn freeze_chain(&self, top: &NodeRef, base: &NodeRef, who: &str) -> Result<Frozen> {
+        let walls = self.0.reaper.walls();
+        let mut edges = Vec::new();
+        let mut at = top.strong().clone();
+        while at.id() != base.id() {
+            let role = if at.driver().is_filter() { Role::FILTERED } else { Role::COW };
+            let Some(edge) = at.child_in_role(role) else {
+                let words = format!("'{}' is not in its chain", base.name());
+                return Err(Error::new(ErrorKind::InvalidInput, words).node(top.name()));
+            };
+            if let Some(freeze) = edge.frozen() {
+                let words = format!("{} is frozen by {freeze} already", edge.holder());
+                return Err(Error::new(ErrorKind::InUse, words).node(at.name()));
+            }
+            at = edge.target().strong().clone();
+            edges.push(edge);
+        }
+        let freeze = Arc::new(Freeze(who.to_owned()));
+        edges.iter().for_each(|edge| edge.set_frozen(&walls, Some(Arc::clone(&freeze))));
+        drop(walls);
+        Ok(Frozen { graph: self.clone(), edges })
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let walls = self.graph.0.reaper.walls();
+        self.edges.iter().for_each(|edge| edge.set_frozen(&walls, None));
+    }
+}

@@ -1,0 +1,71 @@
+//! The graph's lock, as types: drain first, then lock.
+//!
+//! ```text
+//! Walls   the plan of the rooms, mine alone for a moment: who points where, who is drained, who may do what
+//! Edit    Walls in the hands of somebody who has drained: only with it can an edge be re-pointed
+//! ```
+//! `Walls` is a plain mutex, held for computation only: never across an await, never while foreign code runs that could come back here.
+//! No request takes it. Lock order: the turn of graph changes (`Graph::begin_change`), `Walls`, names and monitor (`Plan`), a node's parents, a
+//! slot's side.
+//!
+//! QEMU 10.0 locks first and drains then, and deadlocks: a reader that is inside waits for the lock, and the drain waits for the
+//! reader. Here the other order has no expression: [`Edit`] is made of [`Drained`] nodes.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crossbeam::queue::SegQueue;
+
+use bds_io::sync::Notify;
+
+use super::drain::DrainSet;
+use super::node::NodeId;
+use super::perm;
+use super::reap::Reaper;
+
+/// Nodes of which an edge has gone: what was done through it may not matter any more. Edges tell on their way out,
+/// without a lock; whoever takes the lock next sees to it.
+pub(crate) type Loosened = Arc<SegQueue<NodeId>>;
+
+/// What the lock is about.
+#[derive(Default)]
+pub(crate) struct Topology {
+    state: Mutex<State>,
+    pub(super) loosened: Loosened,
+    /// A closing ended, or a drained section did.
+    pub(super) eased: Notify,
+}
+
+/// What the lock keeps beside nodes and edges.
+#[derive(Default)]
+pub(super) struct State {
+    /// Drained sections of everything that are open.
+    pub(super) drain_alls: u32,
+}
+
+/// The graph's lock, held.
+pub(crate) struct Walls<'a> {
+    pub(super) reaper: &'a Reaper,
+    pub(super) state: MutexGuard<'a, State>,
+}
+
+impl Reaper {
+    /// Takes the lock. Permissions are exact from here on.
+    pub(super) fn walls(&self) -> Walls<'_> {
+        let state = self.topology.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let walls = Walls { reaper: self, state };
+        perm::loosen(&walls);
+        walls
+    }
+}
+
+/// The right to re-point edges at the drained nodes, and to change what hangs below them.
+pub(super) struct Edit<'a> {
+    pub(super) walls: &'a Walls<'a>,
+    _drained: &'a DrainSet,
+}
+
+impl<'a> Edit<'a> {
+    pub(super) fn new(drained: &'a DrainSet, walls: &'a Walls<'a>) -> Self {
+        Self { walls, _drained: drained }
+    }
+}

@@ -1,0 +1,165 @@
+//! Giving open nodes other options: which nodes, which flags, and what their drivers prepare.
+//!
+//! A node's options reach those below that were opened inline with it and inherited them (`Node::inherits_from`), unless they were given
+//! an option of their own. All drivers prepare while their nodes are drained; then all take effect, children first.
+
+use bds_refcount::Strong;
+
+use super::change::Action;
+use super::flags;
+use super::node::Node;
+use super::transaction::{Facts, NewFacts};
+use super::{Graph, NodeRef, walk};
+use crate::driver::{OpenFlags, Reopen, ReopenContext};
+use crate::error::{Error, ErrorKind, Result};
+use crate::options::{ChildOption, OptionKind, Options};
+
+/// What shall be reopened.
+pub(super) struct Wanted {
+    node: NodeRef,
+    flags: OpenFlags,
+    options: Options,
+}
+
+impl Wanted {
+    /// What is checked, as far as it is known before the driver was asked.
+    pub(super) fn facts(&self) -> NewFacts {
+        facts(&self.node, self.flags, false)
+    }
+}
+
+/// A node whose driver is ready for its new flags. Dropped: nothing has changed.
+pub(super) struct Prepared<'w> {
+    wanted: &'w Wanted,
+    driver: Box<dyn Reopen + 'w>,
+}
+
+impl Prepared<'_> {
+    /// What is checked before it takes effect.
+    pub(super) fn facts(&self) -> NewFacts {
+        facts(&self.wanted.node, self.wanted.flags, self.driver.is_read_only())
+    }
+
+    pub(super) fn commit(self) {
+        self.wanted.node.node().set_flags(self.wanted.flags);
+        self.driver.commit();
+    }
+}
+
+fn facts(node: &NodeRef, flags: OpenFlags, is_read_only: bool) -> NewFacts {
+    let is_writable = Some(!flags.read_only && !is_read_only);
+    (Strong::clone(node.strong()), Facts { flags: Some(flags), is_writable, is_active: None })
+}
+
+/// Nodes that the options name as children. The keys are the driver's child options.
+pub(super) fn children_named(
+    graph: &Graph,
+    node: &NodeRef,
+    options: &Options,
+) -> Result<Vec<(&'static str, Option<NodeRef>)>> {
+    let mut found = Vec::new();
+    for name in child_options(graph, node)? {
+        let Some(value) = options.peek(name) else { continue };
+        match ChildOption::from_json(name, value.clone())? {
+            ChildOption::None => found.push((name, None)),
+            ChildOption::Node(to) => found.push((name, Some(graph.find(&to)?))),
+            ChildOption::Tree(_) => {
+                let words = format!("open '{name}' first and give its node name here");
+                return Err(Error::new(ErrorKind::InvalidInput, words).node(node.name()));
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn child_options(graph: &Graph, node: &Node) -> Result<Vec<&'static str>> {
+    let driver = graph.config().registry.driver(node.driver_name())?;
+    let children = driver.open_options().iter().filter(|spec| spec.kind == OptionKind::Child);
+    Ok(children.map(|spec| spec.name).collect())
+}
+
+/// All nodes that the actions reopen, children before their parents.
+pub(super) fn collect(graph: &Graph, actions: &[Action]) -> Result<Vec<Wanted>> {
+    let mut all = Vec::new();
+    for action in actions {
+        if let Action::Reopen { node, options } = action {
+            all.extend(inheriting(graph, node, options)?.into_iter().rev());
+        }
+    }
+    Ok(all)
+}
+
+/// Lets their drivers get ready.
+pub(super) async fn prepare<'w>(graph: &Graph, wanted: &'w [Wanted]) -> Result<Vec<Prepared<'w>>> {
+    let mut prepared = Vec::new();
+    for wanted in wanted {
+        graph.step()?;
+        let prepare = prepare_driver(graph, wanted).await;
+        let driver = prepare.map_err(|error| error.node(wanted.node.name()))?;
+        prepared.push(Prepared { wanted, driver });
+    }
+    Ok(prepared)
+}
+
+async fn prepare_driver<'w>(graph: &Graph, wanted: &'w Wanted) -> Result<Box<dyn Reopen + 'w>> {
+    let Wanted { node, flags, options } = wanted;
+    let mut context = ReopenContext {
+        current: node.flags(),
+        flags: *flags,
+        options: options.clone(),
+        fs: &graph.config().fs,
+    };
+    if node.could_write() && (flags.read_only || flags.cache.no_flush) {
+        // Afterwards nobody flushes any more what was written before.
+        graph.0.reaper.flush_node(node.strong()).await?;
+    }
+    let prepared = node.driver().prepare_reopen(&mut context).await?;
+    let registry = &graph.config().registry;
+    flags::check_taken(&**registry.driver(node.driver_name())?, &context.options)?;
+    Ok(prepared)
+}
+
+/// The node with its new flags, and those below that inherit from it with theirs.
+fn inheriting(graph: &Graph, node: &NodeRef, options: &Options) -> Result<Vec<Wanted>> {
+    let mut options = Options::from_json(options.clone().into_json())?;
+    for name in child_options(graph, node)? {
+        options.take(name);
+    }
+    for fixed in ["driver", "node-name"] {
+        check_fixed(node, fixed, options.take_str(fixed)?)?;
+    }
+    let flags = flags::take_flags(&mut options, node.flags()).map_err(|e| e.node(node.name()))?;
+    let driver = graph.config().registry.driver(node.driver_name())?;
+    flags::check_known(&**driver, &options).map_err(|e| e.node(node.name()))?;
+    let mut all = vec![Wanted { node: node.clone(), flags, options }];
+    let mut next = 0;
+    while next < all.len() {
+        let (parent, flags) = (all[next].node.clone(), all[next].flags);
+        for edge in parent.node().children().iter() {
+            let way = walk::through_filters(edge.target().strong());
+            let heirs = way.into_iter().filter(|node| node.inherits_from() == Some(parent.id()));
+            for child in heirs {
+                let fresh =
+                    flags::inherited_again(child.flags(), child.given(), flags, edge.role());
+                let is_known = all.iter().any(|wanted| wanted.node.id() == child.id());
+                if fresh != child.flags() && !is_known {
+                    let node = NodeRef::change(graph, child);
+                    all.push(Wanted { node, flags: fresh, options: Options::new() });
+                }
+            }
+        }
+        next += 1;
+    }
+    Ok(all)
+}
+
+fn check_fixed(node: &NodeRef, option: &'static str, wanted: Option<String>) -> Result<()> {
+    let now = if option == "driver" { node.driver_name() } else { node.name() };
+    match wanted {
+        Some(wanted) if wanted != now => {
+            let words = format!("'{option}' cannot change: it is '{now}'");
+            Err(Error::new(ErrorKind::InvalidInput, words).node(node.name()))
+        }
+        _ => Ok(()),
+    }
+}

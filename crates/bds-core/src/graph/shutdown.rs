@@ -1,0 +1,131 @@
+//! The end of a graph: exports, jobs, backends, monitor, then everything that is left over is named.
+//!
+//! The order is fixed. Exports first, because their clients' requests would wait at gates for ever; jobs next, because they hold
+//! nodes and write; then backends lose their media, and the monitor its nodes. Whatever lives after that is a leak, and
+//! the report says who holds it. Doing it twice does no harm: the second time finds less to do.
+
+use std::sync::Arc;
+
+use bds_refcount::HolderInfo;
+
+use super::Graph;
+use super::node::NodeId;
+use super::reap::CloseReport;
+use crate::driver::BoxFuture;
+use crate::error::{Error, ErrorKind, Result};
+
+/// When somebody is asked to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ShutdownStage {
+    /// Whoever serves nodes to the outside.
+    Exports,
+    /// Whoever works on nodes on its own account.
+    Jobs,
+    /// Whoever lets a device or a tool in. The graph's own backends belong here without being registered.
+    Backends,
+}
+
+/// Somebody who holds nodes and can be told to let go. Registered with [`Graph::on_shutdown`].
+pub trait Stoppable: Send + Sync + 'static {
+    /// Who it is, for the report.
+    fn name(&self) -> String;
+
+    /// Ends whatever it does and gives its references up. Called at most once a shutdown.
+    ///
+    /// # Errors
+    /// What could not be ended in order; the shutdown goes on.
+    fn stop(&self) -> BoxFuture<'_, Result<()>>;
+}
+
+/// A node that outlived its graph's shutdown.
+#[derive(Debug)]
+pub struct Leak {
+    /// The node's id.
+    pub node: NodeId,
+    /// Its name.
+    pub name: String,
+    /// How many references it has.
+    pub count: usize,
+    /// Those held by name.
+    pub holders: Vec<HolderInfo>,
+}
+
+/// What a shutdown did.
+#[derive(Debug)]
+pub struct ShutdownReport {
+    /// What exports, jobs and backends could not end in order: who, and why.
+    pub failed: Vec<(String, Error)>,
+    /// Nodes closed by it, and earlier closings that failed and that nobody asked about.
+    pub closed: Vec<CloseReport>,
+    /// Nodes still referred to. They stay usable until their holders let go.
+    pub leaked: Vec<Leak>,
+}
+
+impl ShutdownReport {
+    /// The leaks as a result.
+    ///
+    /// # Errors
+    /// `InUse` names the nodes and who holds them since where.
+    pub fn check_leaks(&self) -> Result<()> {
+        if self.leaked.is_empty() {
+            return Ok(());
+        }
+        let words: Vec<String> = self.leaked.iter().map(Leak::words).collect();
+        Err(Error::new(ErrorKind::InUse, format!("still referenced: {}", words.join("; "))))
+    }
+}
+
+impl Leak {
+    fn words(&self) -> String {
+        let holders: Vec<String> = self.holders.iter().map(ToString::to_string).collect();
+        format!("node '{}' ({} references) by {}", self.name, self.count, holders.join(", "))
+    }
+}
+
+impl Graph {
+    /// Has `who` told to stop when the graph shuts down. Kept weakly: who has gone by then is not asked.
+    pub fn on_shutdown(&self, stage: ShutdownStage, who: &Arc<dyn Stoppable>) {
+        let mut plan = self.plan();
+        plan.stoppable.retain(|(_, known)| known.strong_count() > 0);
+        plan.stoppable.push((stage, Arc::downgrade(who)));
+    }
+
+    /// Ends everything in the fixed order, closes what can be closed, and tells who keeps the rest open. No node can be opened
+    /// afterwards; a second call reports what has become of the rest. Waits for requests under way, never for queued ones.
+    pub async fn shutdown(&self) -> ShutdownReport {
+        self.plan().is_shut = true;
+        let mut failed = Vec::new();
+        for stage in [ShutdownStage::Exports, ShutdownStage::Jobs, ShutdownStage::Backends] {
+            for who in self.stoppable(stage) {
+                if let Err(error) = who.stop().await {
+                    failed.push((who.name(), error));
+                }
+            }
+        }
+        let owned = std::mem::take(&mut self.plan().monitor);
+        drop(owned);
+        let closed = self.reap().await;
+        ShutdownReport { failed, closed, leaked: self.leaks() }
+    }
+
+    fn stoppable(&self, stage: ShutdownStage) -> Vec<Arc<dyn Stoppable>> {
+        let plan = self.plan();
+        let at_stage = plan.stoppable.iter().filter(|(known, _)| *known == stage);
+        at_stage.filter_map(|(_, who)| who.upgrade()).collect()
+    }
+
+    /// Nodes that are still referred to, by name.
+    fn leaks(&self) -> Vec<Leak> {
+        let arena = &self.0.reaper.arena;
+        let leak = |handle| {
+            let node = arena.acquire(handle).ok()?;
+            let name = node.name().to_owned();
+            // Not counting the reference that asks.
+            let count = node.count().saturating_sub(1);
+            (count > 0).then(|| Leak { node: node.id(), name, count, holders: node.holders() })
+        };
+        let mut leaked: Vec<Leak> = arena.snapshot().into_iter().filter_map(leak).collect();
+        leaked.sort_by(|a, b| a.name.cmp(&b.name));
+        leaked
+    }
+}
