@@ -29,7 +29,7 @@ use crate::driver::{Limits, ReadFlags, StatusFlags, WriteFlags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Access, Edge, NodeRef, Perm, Root};
 
-/// Longest piece, in bytes (longer only if a single unit is).
+/// Longest piece, in bytes (longer only if a single block of the node is). A power of two.
 const PIECE_LEN: u64 = 16 << 20;
 /// What says "so many bytes" where nobody looks at them.
 const BLIND_LEN: usize = 64 << 10;
@@ -121,7 +121,8 @@ pub(super) async fn read(
     }
     let limits = node.limits();
     let align = u64::from(limits.request_alignment);
-    let unit = align.max(limits.zero_alignment.into());
+    // Units longer than a piece are not copied as wholes: a buffer is bounded, whatever a node says of itself.
+    let unit = align.max(PIECE_LEN.min(limits.zero_alignment.into()));
     let reach = round_up(node.len(), align);
     // The caller's bytes from `done` on are not there yet.
     let mut done = offset;
