@@ -124,6 +124,16 @@ impl File {
             Inner::Sim(file) => file.kind(),
         }
     }
+    /// Closes the description of this file and of its clones, whoever still holds them: from now on they name that of `to`. To get
+    /// rid of a description, not to go on with: what was learnt about the old one (alignment) stays. Operations
+    /// under way may use either. The locks of the old one go with it.
+    pub fn forward(&self, to: &File) -> io::Result<()> {
+        match (&self.0, &to.0) {
+            (Inner::Host(file), Inner::Host(to)) => file.forward(to),
+            // A simulated description costs nothing, so it may stay.
+            _ => Ok(()),
+        }
+    }
     /// (device, inode): equal for two names of one file.
     pub fn identity(&self) -> io::Result<(u64, u64)> {
         match &self.0 {

@@ -98,6 +98,10 @@ impl HostFile {
         Ok(unsigned(sys::stat(self.0.as_fd())?.st_blocks)?.saturating_mul(512))
     }
 
+    pub(crate) fn forward(&self, to: &HostFile) -> io::Result<()> {
+        sys::forward(self.0.as_fd(), to.0.as_fd())
+    }
+
     pub(crate) fn is_write_protected(&self) -> io::Result<bool> {
         match self.0.kind {
             FileKind::Block => sys::is_read_only_device(self.0.as_fd()),

@@ -24,6 +24,8 @@ use std::pin::Pin;
 use bds_io::IoVec;
 
 pub use access::{Access, NodeUse, Perm};
+// For what a driver exchanges while requests read it: children that come and go, descriptors, options.
+pub use bds_refcount::{Hinge, Reading};
 pub use child::{Child, ChildPort};
 pub use limits::Limits;
 pub use open::{
@@ -369,14 +371,18 @@ pub trait Driver: Send + Sync + 'static {
 
     /// Gets ready for other flags or options, with nobody inside. What can fail, fails here; what is prepared takes
     /// effect in [`Reopen::commit`], or not at all. The default takes any flags that the graph itself sees to (discard,
-    /// zero detection, flush switches) and refuses a change of `read_only` or `cache.direct`.
+    /// zero detection, flush switches) and refuses a change of `read_only` or `cache.direct`. What was prepared does not keep the
+    /// context, so that the caller can see which options were not taken.
     ///
     /// # Errors
     /// Nothing has changed.
-    fn prepare_reopen<'d: 'c, 'c>(
-        &'d self,
+    fn prepare_reopen<'n, 'c>(
+        &'n self,
         context: &'c mut ReopenContext<'_>,
-    ) -> BoxFuture<'c, Result<Box<dyn Reopen + 'd>>> {
+    ) -> BoxFuture<'c, Result<Box<dyn Reopen + 'n>>>
+    where
+        'n: 'c,
+    {
         Box::pin(std::future::ready(reopen::by_default(self.name(), context)))
     }
 

@@ -42,6 +42,7 @@ pub(super) enum Action {
     SetBacking { node: NodeRef, backing: Option<NodeRef> },
     Remove { node: NodeRef },
     Reopen { node: NodeRef, options: Options },
+    Rename { node: NodeRef, name: Arc<str> },
     Own { node: NodeRef },
     Disown { node: NodeRef },
     Root { edge: Arc<Edge>, to: Option<NodeRef> },
@@ -60,6 +61,7 @@ impl Action {
             | Self::SetBacking { node, backing: None }
             | Self::Remove { node }
             | Self::Reopen { node, .. }
+            | Self::Rename { node, .. }
             | Self::Own { node }
             | Self::Disown { node }
             | Self::Root { to: Some(node), .. } => vec![node],
@@ -212,6 +214,12 @@ impl Change {
     /// opened inline below it inherit what they inherited then.
     pub fn reopen(self, node: &NodeRef, options: Options) -> Self {
         self.with(Action::Reopen { node: node.clone(), options })
+    }
+
+    /// Gives a node another name. In one change nodes may trade names: an overlay can take over the name of what it covers. Ids,
+    /// references and edges notice nothing; a [`Graph::find`] of the old name finds whoever has it then.
+    pub fn rename(self, node: &NodeRef, name: &str) -> Self {
+        self.with(Action::Rename { node: node.clone(), name: name.into() })
     }
 
     /// Lets the monitor own the node (its name then keeps it open).
@@ -397,6 +405,8 @@ impl Editor<'_, '_> {
                 }
                 self.stage.repoint(edge, to.as_ref().map(NodeRef::strong))
             }
+            // All names are looked at together, when everything else has been checked.
+            Action::Rename { .. } => Ok(()),
             Action::Access { edge, access } => {
                 self.stage.wish(edge, *access);
                 Ok(())

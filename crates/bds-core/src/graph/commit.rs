@@ -37,6 +37,7 @@ pub(super) fn put_into_force(
     let staged = stage.into_parts();
     let told = Told::tell(graph, &staged)?;
     graph.step()?;
+    graph.rename(&actions)?;
     told.keep();
     // Children before parents: a parent that becomes writable finds its children so.
     prepared.into_iter().for_each(Prepared::commit);

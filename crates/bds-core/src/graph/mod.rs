@@ -34,6 +34,7 @@ mod node_ref;
 mod open;
 mod perm;
 mod reap;
+mod rename;
 mod reopen;
 mod root;
 mod shutdown;

@@ -94,7 +94,7 @@ impl Graph {
 }
 
 impl Graph {
-    fn is_taken(&self, plan: &Plan, name: &str) -> bool {
+    pub(super) fn is_taken(&self, plan: &Plan, name: &str) -> bool {
         match plan.names.get(name) {
             None => false,
             Some(Claim::Opening) => true,
@@ -104,7 +104,7 @@ impl Graph {
 }
 
 /// QEMU's rule for names that users give: a letter, then letters, digits, `-`, `.` and `_`.
-fn check_name(name: &str) -> Result<()> {
+pub(super) fn check_name(name: &str) -> Result<()> {
     let mut bytes = name.bytes();
     let starts_well = bytes.next().is_some_and(|b| b.is_ascii_alphabetic());
     let goes_on_well = bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));

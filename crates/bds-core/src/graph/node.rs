@@ -19,6 +19,7 @@ use super::edge::Edge;
 use super::flags::{FlagsCell, Given};
 use super::leases::Leases;
 use super::limits::{self, LimitsCell};
+use super::rename::NodeName;
 use crate::driver::{Driver, Limits, OpenFlags, Role};
 use crate::traffic::Traffic;
 
@@ -57,7 +58,7 @@ pub(crate) type Children = Vec<Arc<Edge>>;
 /// A node of the graph. Reached through a [`super::NodeRef`] or, on the I/O path, through an edge.
 pub struct Node {
     id: NodeId,
-    name: Arc<str>,
+    name: NodeName,
     driver: Box<dyn Driver>,
     driver_name: &'static str,
     flags: FlagsCell,
@@ -87,7 +88,7 @@ pub struct Node {
 
 impl fmt::Debug for Node {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Node({} {})", self.name, self.driver_name)
+        write!(f, "Node({} {})", self.name(), self.driver_name)
     }
 }
 
@@ -110,7 +111,7 @@ impl Node {
         flags.read_only |= children.iter().any(is_stuck);
         let node = Self {
             id,
-            name,
+            name: NodeName::new(name),
             driver_name: driver.name(),
             flags: FlagsCell::new(flags),
             given,
@@ -140,6 +141,14 @@ impl Node {
 
     /// The node's name.
     pub fn name(&self) -> &str {
+        self.name.as_str()
+    }
+
+    pub(super) fn name_arc(&self) -> Arc<str> {
+        self.name.as_arc()
+    }
+
+    pub(super) fn names(&self) -> &NodeName {
         &self.name
     }
 

@@ -10,7 +10,8 @@ use std::any::Any;
 
 use bds_core::driver::{
     Access, Attempt, BoxFuture, Category, Child, Driver, DriverType, Limits, NodeUse, OpenContext,
-    Perm, ReadFlags, Role, StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Perm, ReadFlags, Reopen, ReopenContext, Role, StatusFlags, StatusRun, Truncate, WriteFlags,
+    ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec};
 use bds_core::{Error, ErrorKind, Result};
@@ -159,6 +160,17 @@ impl Driver for CopyOnReadNode {
             access.perm |= Perm::WRITE_UNCHANGED;
         }
         access
+    }
+
+    /// Any mode will do here; whether the file may be written is for the permissions to say.
+    fn prepare_reopen<'n, 'c>(
+        &'n self,
+        _context: &'c mut ReopenContext<'_>,
+    ) -> BoxFuture<'c, Result<Box<dyn Reopen + 'n>>>
+    where
+        'n: 'c,
+    {
+        Box::pin(async { Ok(Box::new(()) as Box<dyn Reopen>) })
     }
 
     fn as_any(&self) -> &dyn Any {

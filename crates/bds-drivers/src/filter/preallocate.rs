@@ -22,7 +22,8 @@ use std::task::{Context, Poll};
 
 use bds_core::driver::{
     Access, Attempt, BoxFuture, Category, Child, Driver, DriverType, Limits, NodeUse, OpenContext,
-    Perm, Prealloc, ReadFlags, Role, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Perm, Prealloc, ReadFlags, Reopen, ReopenContext, Role, StatusRun, Truncate, WriteFlags,
+    ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, ErrorKind, Result};
@@ -62,8 +63,8 @@ struct Inner {
     align: u64,
     /// Bytes.
     ahead: u64,
-    /// False: the file cannot be written, so nothing here is ever used.
-    is_active: bool,
+    /// False: the file cannot be written, so nothing here is used.
+    is_active: AtomicBool,
     /// Length as others see it.
     data_end: AtomicU64,
     /// From here to the end of the file all is zeros. Raised before anything is written there.
@@ -188,8 +189,19 @@ impl Inner {
         Ok(())
     }
 
+    /// The file as it is now holds no surplus.
+    fn measure(&self) {
+        let len = self.file.len();
+        self.data_end.store(len, Ordering::SeqCst);
+        self.zero_from.store(len, Ordering::SeqCst);
+    }
+
+    fn is_active(&self) -> bool {
+        self.is_active.load(Ordering::SeqCst)
+    }
+
     fn is_past(&self, end: u64) -> bool {
-        self.is_active && end > self.data_end.load(Ordering::SeqCst)
+        self.is_active() && end > self.data_end.load(Ordering::SeqCst)
     }
 }
 
@@ -214,13 +226,28 @@ impl<T> Drop for ToTheEnd<T> {
     }
 }
 
+/// Another mode, prepared.
+struct Mode<'n> {
+    node: &'n Inner,
+    will_write: bool,
+}
+
+impl Reopen for Mode<'_> {
+    fn commit(self: Box<Self>) {
+        let was_active = self.node.is_active.swap(self.will_write, Ordering::SeqCst);
+        if self.will_write && !was_active {
+            self.node.measure();
+        }
+    }
+}
+
 impl Driver for PreallocateNode {
     fn name(&self) -> &'static str {
         "preallocate"
     }
 
     fn len(&self) -> u64 {
-        if self.0.is_active { self.0.data_end.load(Ordering::SeqCst) } else { self.0.file.len() }
+        if self.0.is_active() { self.0.data_end.load(Ordering::SeqCst) } else { self.0.file.len() }
     }
 
     fn limits(&self) -> Limits {
@@ -291,7 +318,7 @@ impl Driver for PreallocateNode {
     }
 
     fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
-        if !self.0.is_active {
+        if !self.0.is_active() {
             return self.0.file.truncate(change);
         }
         Box::pin(self.0.resize(change))
@@ -317,10 +344,25 @@ impl Driver for PreallocateNode {
     }
 
     fn activate(&self) -> BoxFuture<'_, Result<()>> {
-        let len = self.0.file.len();
-        self.0.data_end.store(len, Ordering::SeqCst);
-        self.0.zero_from.store(len, Ordering::SeqCst);
+        self.0.measure();
         Box::pin(async { Ok(()) })
+    }
+
+    /// Read-only, there is no surplus; writable again, the file is measured anew.
+    fn prepare_reopen<'n, 'c>(
+        &'n self,
+        context: &'c mut ReopenContext<'_>,
+    ) -> BoxFuture<'c, Result<Box<dyn Reopen + 'n>>>
+    where
+        'n: 'c,
+    {
+        let will_write = !context.flags.read_only;
+        Box::pin(async move {
+            if !will_write {
+                self.close().await?;
+            }
+            Ok(Box::new(Mode { node: &self.0, will_write }) as Box<dyn Reopen>)
+        })
     }
 
     fn as_any(&self) -> &dyn Any {
@@ -329,7 +371,7 @@ impl Driver for PreallocateNode {
 
     fn close(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async {
-            if !self.0.is_active {
+            if !self.0.is_active() {
                 return Ok(());
             }
             let _alone = self.0.growing.lock().await;
@@ -361,7 +403,7 @@ impl DriverType for Preallocate {
             let file = context.child("file", Role::FILTERED | Role::PRIMARY).await?;
             let len = file.len();
             Ok(Box::new(PreallocateNode(Arc::new(Inner {
-                is_active: file.is_writable(),
+                is_active: AtomicBool::new(file.is_writable()),
                 file,
                 align,
                 ahead,

@@ -1,20 +1,23 @@
 //! raw: the bytes as they are, or a window of them.
 //!
 //! Without options raw is a filter: length, limits, status and every flag pass through. With `offset` or `size` it is a
-//! format that shows a part of its file. A fixed `size` cannot be resized.
+//! format that shows a part of its file. A fixed `size` cannot be resized. A reopen may move a window, but what is a filter stays
+//! one: its edge has the role of a filter's.
 //!
 //! Invariant: no request leaves the window. Odd lengths stay odd; nothing is rounded up to a sector.
 
 use std::any::Any;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bds_core::driver::{
     Attempt, BoxFuture, Category, Child, CreateContext, Driver, DriverType, HostMap, Limits,
-    MeasureReport, MeasureSource, OpenContext, Prealloc, ReadFlags, Role, StatusFlags, StatusRun,
-    Truncate, WriteFlags, ZeroFlags,
+    MeasureReport, MeasureSource, OpenContext, Prealloc, ReadFlags, Reopen, ReopenContext, Role,
+    StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::IoVec;
+use serde_json::Value;
 
 /// The `raw` format.
 #[derive(Clone, Copy, Debug)]
@@ -46,31 +49,96 @@ const CREATE_OPTIONS: &[OptionSpec] = &[
     },
 ];
 
-struct RawNode {
-    file: Child,
+/// Which part of the file is shown.
+#[derive(Clone, Copy)]
+struct Window {
     offset: u64,
     /// Fixed length, if the user gave one.
     size: Option<u64>,
 }
 
-impl RawNode {
-    fn is_window(&self) -> bool {
+impl Window {
+    const ALL: Self = Self { offset: 0, size: None };
+
+    /// What is not given stays; `size` null takes the fixed length away.
+    fn take(self, options: &mut Options) -> Result<Self> {
+        let offset = options.take_size("offset")?.unwrap_or(self.offset);
+        if options.peek("size").is_some_and(Value::is_null) {
+            options.take("size");
+            return Ok(Self { offset, size: None });
+        }
+        let size = options.take_size("size")?.or(self.size);
+        Ok(Self { offset, size })
+    }
+
+    fn is_part(self) -> bool {
         self.offset != 0 || self.size.is_some()
+    }
+
+    fn check(self, file_len: u64) -> Result<()> {
+        check_window(self.offset, self.size, file_len)
+    }
+}
+
+/// A size that no file has: none is fixed.
+const NO_SIZE: u64 = u64::MAX;
+
+struct RawNode {
+    node_name: String,
+    file: Child,
+    is_window: bool,
+    // Changed by a reopen, with nobody inside.
+    offset: AtomicU64,
+    size: AtomicU64,
+}
+
+struct Moved<'a>(&'a RawNode, Window);
+
+impl Reopen for Moved<'_> {
+    fn commit(self: Box<Self>) {
+        let Self(node, window) = *self;
+        node.offset.store(window.offset, Ordering::Release);
+        node.size.store(window.size.unwrap_or(NO_SIZE), Ordering::Release);
+    }
+}
+
+impl RawNode {
+    #[inline]
+    fn window(&self) -> Window {
+        let size = self.size.load(Ordering::Acquire);
+        let offset = self.offset.load(Ordering::Acquire);
+        Window { offset, size: (size != NO_SIZE).then_some(size) }
+    }
+
+    fn prepare(&self, context: &mut ReopenContext<'_>) -> Result<Moved<'_>> {
+        let window = self.window().take(&mut context.options)?;
+        if window.is_part() != self.is_window {
+            return Err(Error::new(
+                ErrorKind::NotSupported,
+                "a raw node that shows all of its file is a filter, one with 'offset' or 'size' is \
+                 not, and neither becomes the other while it is open",
+            ));
+        }
+        window.check(self.file.len())?;
+        Ok(Moved(self, window))
     }
 
     /// Where `offset..offset + len` lies in the file. Past a fixed size: `beyond`.
     fn place(&self, offset: u64, len: u64, beyond: ErrorKind) -> Result<u64> {
         let end = offset.checked_add(len);
-        if let Some(size) = self.size
+        let window = self.window();
+        if let Some(size) = window.size
             && end.is_none_or(|end| end > size)
         {
             return Err(Error::new(beyond, "the request reaches past the option 'size'")
                 .field("size", size)
                 .at(offset));
         }
-        end.and_then(|end| end.checked_add(self.offset)).map(|_| offset + self.offset).ok_or_else(
-            || Error::new(ErrorKind::InvalidInput, "the request is out of reach").at(offset),
-        )
+        end.and_then(|end| end.checked_add(window.offset))
+            .map(|_| offset + window.offset)
+            .ok_or_else(|| {
+                Error::new(ErrorKind::InvalidInput, "the request is out of reach").at(offset)
+            })
     }
 }
 
@@ -85,12 +153,13 @@ impl Driver for RawNode {
     }
 
     fn len(&self) -> u64 {
-        self.size.unwrap_or_else(|| self.file.len().saturating_sub(self.offset))
+        let Window { offset, size } = self.window();
+        size.unwrap_or_else(|| self.file.len().saturating_sub(offset))
     }
 
     fn limits(&self) -> Limits {
         let below = self.file.limits();
-        if self.offset == 0 {
+        if self.window().offset == 0 {
             return Limits { request_alignment: 1, ..below };
         }
         // A shifted window does not keep the file's units; the file's own corridor widens what needs it.
@@ -104,7 +173,7 @@ impl Driver for RawNode {
     }
 
     fn is_filter(&self) -> bool {
-        !self.is_window()
+        !self.is_window
     }
 
     fn write_flags(&self) -> WriteFlags {
@@ -174,20 +243,21 @@ impl Driver for RawNode {
             let len = len.min(end - offset);
             let at_end = if offset + len == end { StatusFlags::EOF } else { StatusFlags::empty() };
             // The window was checked at open, so the sum cannot overflow.
-            let map = HostMap { child: "file", offset: offset + self.offset };
+            let map = HostMap { child: "file", offset: offset + self.window().offset };
             StatusRun { len, flags: StatusFlags::RAW | at_end, map: Some(map) }
         };
         Box::pin(async move { Ok(run) })
     }
 
     fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
-        if self.size.is_some() {
+        let window = self.window();
+        if window.size.is_some() {
             return refuse(Error::new(
                 ErrorKind::NotSupported,
                 "cannot resize a raw image that has a fixed size; remove the option 'size'",
             ));
         }
-        match change.len.checked_add(self.offset) {
+        match change.len.checked_add(window.offset) {
             Some(len) => self.file.truncate(Truncate { len, ..change }),
             None => refuse(
                 Error::new(ErrorKind::InvalidInput, "disk size too large for the given offset")
@@ -198,6 +268,17 @@ impl Driver for RawNode {
 
     fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
         self.file.allocated_len()
+    }
+
+    fn prepare_reopen<'n, 'c>(
+        &'n self,
+        context: &'c mut ReopenContext<'_>,
+    ) -> BoxFuture<'c, Result<Box<dyn Reopen + 'n>>>
+    where
+        'n: 'c,
+    {
+        let prepared = self.prepare(context).map_err(|e| e.node(&self.node_name));
+        Box::pin(async { prepared.map(|moved| Box::new(moved) as Box<dyn Reopen>) })
     }
 
     fn as_any(&self) -> &dyn Any {
@@ -223,12 +304,18 @@ impl DriverType for Raw {
         context: &'a mut OpenContext<'_>,
     ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
         Box::pin(async move {
-            let offset = context.options.take_size("offset")?.unwrap_or(0);
-            let size = context.options.take_size("size")?;
-            let content = if offset != 0 || size.is_some() { Role::DATA } else { Role::FILTERED };
+            let window = Window::ALL.take(&mut context.options)?;
+            let is_window = window.is_part();
+            let content = if is_window { Role::DATA } else { Role::FILTERED };
             let file = context.child("file", content | Role::PRIMARY).await?;
-            check_window(offset, size, file.len()).map_err(|e| e.node(context.node_name))?;
-            Ok(Box::new(RawNode { file, offset, size }) as Box<dyn Driver>)
+            window.check(file.len()).map_err(|e| e.node(context.node_name))?;
+            Ok(Box::new(RawNode {
+                node_name: context.node_name.to_owned(),
+                file,
+                is_window,
+                offset: AtomicU64::new(window.offset),
+                size: AtomicU64::new(window.size.unwrap_or(NO_SIZE)),
+            }) as Box<dyn Driver>)
         })
     }
 

@@ -10,10 +10,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock};
 
 use bds_core::driver::{
-    Attempt, BoxFuture, Category, Driver, DriverType, HostMap, OpenContext, ReadFlags, StatusFlags,
-    StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Attempt, BoxFuture, Category, Driver, DriverType, HostMap, OpenContext, ReadFlags, Reopen,
+    ReopenContext, StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
-use bds_core::options::{OptionKind, OptionSpec};
+use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 
@@ -39,6 +39,15 @@ struct MemNode {
     /// Pages by number; a missing page is zeros. Short critical sections: a copy of what one request moves.
     pages: RwLock<BTreeMap<u64, Page>>,
     len: AtomicU64,
+}
+
+/// A longer disk, from the commit on.
+struct Longer<'a>(&'a MemNode, u64);
+
+impl Reopen for Longer<'_> {
+    fn commit(self: Box<Self>) {
+        self.0.len.fetch_max(self.1, Ordering::Relaxed);
+    }
 }
 
 /// One request's part of one page.
@@ -232,6 +241,27 @@ impl Driver for MemNode {
         Box::pin(async move { Ok(Some(count as u64 * PAGE_BYTES as u64)) })
     }
 
+    fn prepare_reopen<'n, 'c>(
+        &'n self,
+        context: &'c mut ReopenContext<'_>,
+    ) -> BoxFuture<'c, Result<Box<dyn Reopen + 'n>>>
+    where
+        'n: 'c,
+    {
+        Box::pin(async move {
+            let len = self.len();
+            let size = take_size(&mut context.options)?.unwrap_or(len);
+            if size < len {
+                return Err(Error::new(
+                    ErrorKind::NotSupported,
+                    "a smaller 'size' would lose what lies behind it; resize the disk instead",
+                )
+                .field("size", size));
+            }
+            Ok(Box::new(Longer(self, size)) as Box<dyn Reopen>)
+        })
+    }
+
     fn as_any(&self) -> &dyn Any {
         self
     }
@@ -255,14 +285,20 @@ impl DriverType for Mem {
         context: &'a mut OpenContext<'_>,
     ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
         Box::pin(async move {
-            let size = context.options.take_size("size")?.unwrap_or(0);
-            if size > MAX_SIZE_BYTES {
-                return Err(Error::new(ErrorKind::InvalidInput, "option 'size' is too large")
-                    .field("size", size));
-            }
+            let size = take_size(&mut context.options)?.unwrap_or(0);
             let node = MemNode { len: AtomicU64::new(size), ..MemNode::default() };
             Ok(Box::new(node) as Box<dyn Driver>)
         })
+    }
+}
+
+fn take_size(options: &mut Options) -> Result<Option<u64>> {
+    match options.take_size("size")? {
+        Some(size) if size > MAX_SIZE_BYTES => {
+            Err(Error::new(ErrorKind::InvalidInput, "option 'size' is too large")
+                .field("size", size))
+        }
+        size => Ok(size),
     }
 }
 

@@ -4,13 +4,14 @@
 //! completion. Reads leave the buffer as it is unless `read-zeroes` is on.
 
 use std::any::Any;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bds_core::driver::{
-    Attempt, BoxFuture, Category, Driver, DriverType, HostMap, OpenContext, ReadFlags, StatusFlags,
-    StatusRun, WriteFlags, ZeroFlags,
+    Attempt, BoxFuture, Category, Driver, DriverType, HostMap, OpenContext, ReadFlags, Reopen,
+    ReopenContext, StatusFlags, StatusRun, WriteFlags, ZeroFlags,
 };
-use bds_core::options::{OptionKind, OptionSpec};
+use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 
@@ -52,22 +53,70 @@ const OPEN_OPTIONS: &[OptionSpec] = &[
     },
 ];
 
-struct NullNode {
-    name: &'static str,
+/// What the options say.
+#[derive(Clone, Copy)]
+struct Settings {
     size: u64,
-    latency: Duration,
+    latency_ns: u64,
     read_zeroes: bool,
 }
 
+impl Settings {
+    const DEFAULT: Self = Self { size: DEFAULT_SIZE_BYTES, latency_ns: 0, read_zeroes: false };
+
+    /// What is not given stays.
+    fn take(self, options: &mut Options) -> Result<Self> {
+        let size = options.take_size("size")?.unwrap_or(self.size);
+        if size > MAX_SIZE_BYTES {
+            return Err(Error::new(ErrorKind::InvalidInput, "option 'size' is too large")
+                .field("size", size));
+        }
+        let latency_ns = options.take_u64("latency-ns")?.unwrap_or(self.latency_ns);
+        let read_zeroes = options.take_bool("read-zeroes")?.unwrap_or(self.read_zeroes);
+        Ok(Self { size, latency_ns, read_zeroes })
+    }
+}
+
+/// A reopen changes the settings, with nobody inside.
+struct NullNode {
+    name: &'static str,
+    size: AtomicU64,
+    latency_ns: AtomicU64,
+    read_zeroes: AtomicBool,
+}
+
+struct Prepared<'a>(&'a NullNode, Settings);
+
+impl Reopen for Prepared<'_> {
+    fn commit(self: Box<Self>) {
+        let Self(node, Settings { size, latency_ns, read_zeroes }) = *self;
+        node.size.store(size, Ordering::Release);
+        node.latency_ns.store(latency_ns, Ordering::Release);
+        node.read_zeroes.store(read_zeroes, Ordering::Release);
+    }
+}
+
 impl NullNode {
+    fn settings(&self) -> Settings {
+        Settings {
+            size: self.size.load(Ordering::Acquire),
+            latency_ns: self.latency_ns.load(Ordering::Acquire),
+            read_zeroes: self.read_zeroes.load(Ordering::Acquire),
+        }
+    }
+
+    fn is_instant(&self) -> bool {
+        self.latency_ns.load(Ordering::Relaxed) == 0
+    }
+
     async fn wait(&self) {
-        if !self.latency.is_zero() {
-            bds_io::sleep(self.latency).await;
+        if !self.is_instant() {
+            bds_io::sleep(Duration::from_nanos(self.settings().latency_ns)).await;
         }
     }
 
     fn answer(&self, iov: &IoVec) {
-        if self.read_zeroes {
+        if self.read_zeroes.load(Ordering::Relaxed) {
             iov.fill(0..iov.len(), 0);
         }
     }
@@ -79,7 +128,7 @@ impl Driver for NullNode {
     }
 
     fn len(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Relaxed)
     }
 
     fn write_flags(&self) -> WriteFlags {
@@ -91,14 +140,14 @@ impl Driver for NullNode {
     }
 
     fn try_read(&self, _offset: u64, iov: &IoVec) -> Option<Result<()>> {
-        self.latency.is_zero().then(|| {
+        self.is_instant().then(|| {
             self.answer(iov);
             Ok(())
         })
     }
 
     fn try_write(&self, _offset: u64, _iov: &IoVec) -> Option<Result<()>> {
-        self.latency.is_zero().then_some(Ok(()))
+        self.is_instant().then_some(Ok(()))
     }
 
     fn read(&self, _offset: u64, iov: IoVec, _flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
@@ -145,10 +194,11 @@ impl Driver for NullNode {
         len: u64,
         _precise: bool,
     ) -> BoxFuture<'_, Result<StatusRun>> {
-        let len = len.min(self.size.saturating_sub(offset));
+        let Settings { size, read_zeroes, .. } = self.settings();
+        let len = len.min(size.saturating_sub(offset));
         let mut flags = StatusFlags::OFFSET_VALID | StatusFlags::ALLOCATED;
-        flags |= if self.read_zeroes { StatusFlags::ZERO } else { StatusFlags::DATA };
-        if offset.saturating_add(len) >= self.size {
+        flags |= if read_zeroes { StatusFlags::ZERO } else { StatusFlags::DATA };
+        if offset.saturating_add(len) >= size {
             flags |= StatusFlags::EOF;
         }
         let run = StatusRun { len, flags, map: Some(HostMap { child: "", offset }) };
@@ -157,6 +207,19 @@ impl Driver for NullNode {
 
     fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
         Box::pin(async { Ok(Some(0)) })
+    }
+
+    fn prepare_reopen<'n, 'c>(
+        &'n self,
+        context: &'c mut ReopenContext<'_>,
+    ) -> BoxFuture<'c, Result<Box<dyn Reopen + 'n>>>
+    where
+        'n: 'c,
+    {
+        Box::pin(async move {
+            let settings = self.settings().take(&mut context.options)?;
+            Ok(Box::new(Prepared(self, settings)) as Box<dyn Reopen>)
+        })
     }
 
     fn as_any(&self) -> &dyn Any {
@@ -182,15 +245,13 @@ impl DriverType for Null {
         context: &'a mut OpenContext<'_>,
     ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
         Box::pin(async move {
-            let options = &mut context.options;
-            let size = options.take_size("size")?.unwrap_or(DEFAULT_SIZE_BYTES);
-            if size > MAX_SIZE_BYTES {
-                return Err(Error::new(ErrorKind::InvalidInput, "option 'size' is too large")
-                    .field("size", size));
-            }
-            let latency = Duration::from_nanos(options.take_u64("latency-ns")?.unwrap_or(0));
-            let read_zeroes = options.take_bool("read-zeroes")?.unwrap_or(false);
-            let node = NullNode { name: self.name, size, latency, read_zeroes };
+            let settings = Settings::DEFAULT.take(&mut context.options)?;
+            let node = NullNode {
+                name: self.name,
+                size: AtomicU64::new(settings.size),
+                latency_ns: AtomicU64::new(settings.latency_ns),
+                read_zeroes: AtomicBool::new(settings.read_zeroes),
+            };
             Ok(Box::new(node) as Box<dyn Driver>)
         })
     }

@@ -8,7 +8,8 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use bds_core::driver::{
-    BoxFuture, ChildOpener, ChildRequest, Driver, DriverType, OpenContext, OpenFlags, Role,
+    BoxFuture, ChildOpener, ChildRequest, Driver, DriverType, OpenContext, OpenFlags,
+    ReopenContext, Role,
 };
 use bds_core::{ErrorKind, Options, Result};
 use bds_drivers::protocol::file::FileProtocol;
@@ -53,12 +54,7 @@ impl ChildOpener for NoChildren {
 }
 
 fn open(path: &Path, user: User) -> Result<Box<dyn Driver>> {
-    let role = if user.is_raw() { Role::FILTERED } else { Role::DATA | Role::METADATA };
-    let flags = OpenFlags {
-        read_only: !user.is_writer(),
-        role: role | Role::PRIMARY,
-        ..Default::default()
-    };
+    let flags = flags(user);
     let options = Options::new().with("filename", path.to_str().expect("plain"));
     let fs = Fs::Host;
     let mut opener = NoChildren;
@@ -157,5 +153,84 @@ fn nobody_creates_over_an_image_in_use() {
         ));
         assert_eq!(made.expect_err("in use").kind(), ErrorKind::InUse, "{user:?}");
         assert_eq!(std::fs::read(&path).expect("readable"), before, "{user:?}");
+    }
+}
+
+fn flags(user: User) -> OpenFlags {
+    let role = if user.is_raw() { Role::FILTERED } else { Role::DATA | Role::METADATA };
+    OpenFlags { read_only: !user.is_writer(), role: role | Role::PRIMARY, ..OpenFlags::default() }
+}
+
+fn reopen(node: &dyn Driver, from: OpenFlags, to: OpenFlags) -> Result<()> {
+    let mut context =
+        ReopenContext { current: from, flags: to, options: Options::new(), fs: &Fs::Host };
+    let prepared = bds_io::block_on(node.prepare_reopen(&mut context))?;
+    prepared.commit();
+    Ok(())
+}
+
+/// After a reopen QEMU meets the new user, and only that one: the old descriptor and its locks are gone.
+#[test]
+fn a_reopened_file_has_the_locks_of_its_new_mode() {
+    let Some((_scratch, path)) = image() else { return };
+    for first in USERS {
+        for then in USERS.into_iter().filter(|then| then.is_raw() == first.is_raw()) {
+            let node = open(&path, first).expect("nobody else is there");
+            reopen(&*node, flags(first), flags(then)).expect("nobody is in the way");
+            reopen(&*node, flags(then), flags(first)).expect("nobody is in the way");
+            reopen(&*node, flags(first), flags(then)).expect("nobody is in the way");
+            for second in USERS {
+                let output =
+                    qemu_io_command(&path, second).args(["-c", "length"]).output().expect("runs");
+                let text = String::from_utf8_lossy(&output.stderr);
+                let is_refused = text.contains("Is another process using the image");
+                assert_eq!(!is_refused, then.tolerates(second), "{then:?} then {second:?}: {text}");
+            }
+            let opened = descriptors(&path);
+            assert!(
+                !opened.is_empty() && opened.iter().all(|writes| *writes == then.is_writer()),
+                "{first:?} to {then:?}: {opened:?}"
+            );
+            bds_io::block_on(node.close()).expect("closes");
+        }
+    }
+}
+
+/// Our descriptors of this file: may they write?
+fn descriptors(path: &Path) -> Vec<bool> {
+    let numbers = std::fs::read_dir("/proc/self/fd").expect("Linux");
+    let numbers = numbers.filter_map(|entry| entry.ok().map(|entry| entry.file_name()));
+    numbers
+        .filter(|number| {
+            let target = std::fs::read_link(Path::new("/proc/self/fd").join(number));
+            target.is_ok_and(|target| target == path)
+        })
+        .filter_map(|number| {
+            let info = std::fs::read_to_string(Path::new("/proc/self/fdinfo").join(number)).ok()?;
+            let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?.trim();
+            Some(u32::from_str_radix(flags, 8).ok()? & 3 != 0)
+        })
+        .collect()
+}
+
+/// A file given away: QEMU writes to it, and gets it back only when QEMU is gone.
+#[test]
+fn qemu_writes_to_an_image_that_is_given_away() {
+    let Some((_scratch, path)) = image() else { return };
+    for user in [User::ImageWriter, User::ImageReader, User::RawWriter] {
+        let node = open(&path, user).expect("nobody else is there");
+        bds_io::block_on(node.inactivate()).expect("nothing fails");
+        let holder = Holder::new(&path, User::ImageWriter);
+        let error = bds_io::block_on(node.activate()).err();
+        assert_eq!(error.map(|e| e.kind()), Some(ErrorKind::InUse), "{user:?}");
+        drop(holder);
+        bds_io::block_on(node.activate()).expect("nobody is there any more");
+        let output = qemu_io_command(&path, User::ImageWriter)
+            .args(["-c", "length"])
+            .output()
+            .expect("runs");
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(text.contains("Is another process using the image"), "{user:?}: {text}");
+        bds_io::block_on(node.close()).expect("closes");
     }
 }

@@ -33,5 +33,7 @@ mod qcow2_check;
 #[cfg(feature = "qcow2")]
 mod qcow2_create;
 mod raw;
+#[cfg(feature = "qcow2")]
+mod reopen;
 mod sweep;
 mod throttle;

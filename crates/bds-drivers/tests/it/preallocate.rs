@@ -4,9 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bds_core::driver::{Attempt, Prealloc, Truncate, WriteFlags, ZeroFlags};
-use bds_core::graph::{Graph, GraphConfig};
+use bds_core::graph::{Graph, GraphConfig, walk};
 use bds_core::request::{Backend, BackendOptions};
-use bds_core::{ErrorKind, Result};
+use bds_core::{ErrorKind, Options, Result};
 use bds_io::sim::{Fault, OpMask};
 use bds_io::{Buf, OpenOptions, Sim, SimConfig};
 use futures_util::future::join_all;
@@ -135,7 +135,7 @@ fn what_is_cut_off_and_grown_again_reads_as_zeros() {
 fn holes_stay_holes() {
     let rig = Rig::new(calm());
     rig.write(0, 1, 1000).unwrap();
-    rig.write(500 << 20, 2, 1000).unwrap();
+    rig.write(40 << 20, 2, 1000).unwrap();
     let used = rig.house.sim.block_on(
         rig.disk
             .node()
@@ -148,7 +148,7 @@ fn holes_stay_holes() {
             .unwrap(),
     );
     assert!(used < 300_000, "{used}");
-    assert_eq!(rig.close().len(), (500 << 20) + 1000);
+    assert_eq!(rig.close().len(), (40 << 20) + 1000);
 }
 
 #[test]
@@ -265,6 +265,52 @@ fn nobody_else_moves_the_end_of_the_file() {
         (expected[0], expected[501]) = (1, 0);
         expected
     });
+}
+
+#[test]
+fn a_file_that_becomes_read_only_has_no_surplus() {
+    let rig = Rig::new(calm());
+    rig.write(0, 1, 1000).unwrap();
+    let Rig { house, disk } = rig;
+    drop(disk);
+    house.sim.block_on(house.graph.reap());
+    let options = json!({
+        "driver": "preallocate", "prealloc-size": AHEAD,
+        "file": {"driver": "file", "node-name": "f", "filename": "/disks/f"},
+    });
+    let log = json!({"driver": "log", "node-name": "log", "file": options});
+    let disk = house.backend(log).unwrap();
+    house.write(&disk, 1000, &[2; 1000]).unwrap();
+    let node = disk.node();
+    drop(disk);
+    let file = house.graph.find("f").unwrap();
+    assert!(file.len() > 2000);
+    let mode = |is_read_only: bool| {
+        let options = Options::new().with("read-only", is_read_only);
+        let filter = walk::child(&node, "file").unwrap().0;
+        house.sim.block_on(house.graph.reopen(&filter, options))
+    };
+    // The format above has not agreed to be read-only, so nothing changes but the surplus.
+    assert!(mode(true).is_err());
+    assert_eq!(file.len(), 2000);
+    let disk = Backend::new(&node, BackendOptions { name: "test".into(), writable: true }).unwrap();
+    house.write(&disk, 2000, &[3; 1000]).unwrap();
+    assert!(file.len() > 3000);
+    drop(disk);
+    let filter = walk::child(&node, "file").unwrap().0;
+    house.sim.block_on(node.close()).unwrap();
+    house
+        .sim
+        .block_on(house.graph.reopen(&filter, Options::new().with("read-only", true)))
+        .unwrap();
+    assert_eq!((filter.len(), file.len(), filter.is_writable()), (3000, 3000, false));
+    house
+        .sim
+        .block_on(house.graph.reopen(&filter, Options::new().with("read-only", false)))
+        .unwrap();
+    let disk =
+        Backend::new(&filter, BackendOptions { name: "test".into(), writable: true }).unwrap();
+    assert_eq!(house.read(&disk, 1000, 2000).unwrap()[999..1001], [2, 3]);
 }
 
 #[test]

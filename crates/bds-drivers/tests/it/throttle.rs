@@ -336,3 +336,33 @@ fn a_drained_section_begins_at_once() {
         assert_eq!(write(&disk, 1).await, 104_900_000_000);
     });
 }
+
+#[test]
+fn a_node_takes_other_limits_and_modes_while_it_is_open() {
+    let (house, groups) = house(1);
+    let options = json!({
+        "driver": "throttle", "node-name": "a", "limits": {"bps-total": 1000},
+        "file": {"driver": "mem", "size": 65536},
+    });
+    let node = house.node(options).unwrap();
+    let reopen = |node, options| house.sim.block_on(house.graph.reopen(node, options));
+    let read_only = |is_on: bool| Options::new().with("read-only", is_on);
+    reopen(&node, read_only(true)).unwrap();
+    assert!(!node.is_writable());
+    reopen(&node, read_only(false)).unwrap();
+    let writable = || BackendOptions { name: "test".into(), writable: true };
+    let disk = Backend::new(&node, writable()).unwrap();
+    let fast = Options::from_json(json!({"limits": {"bps-total": 10_000}})).unwrap();
+    let times = house.sim.block_on(async {
+        write(&disk, 1100).await;
+        house.graph.reopen(&node, fast.clone()).await.unwrap();
+        [write(&disk, 2000).await, write(&disk, 1).await]
+    });
+    // The new buckets are empty.
+    assert_eq!(times, [0, 100_000_000]);
+    let wrong = Options::from_json(json!({"limits": {"bps-read-max": 10}})).unwrap();
+    assert!(reopen(&node, wrong).is_err());
+    groups.create("g", RateLimits::default()).unwrap();
+    let member = self::disk(&house, "b", "g").node();
+    assert_eq!(reopen(&member, fast).unwrap_err().kind(), ErrorKind::InvalidInput);
+}

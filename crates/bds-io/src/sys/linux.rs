@@ -61,6 +61,14 @@ pub(crate) fn open(path: &Path, options: &OpenOptions) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
+/// dup3: `from` names the description of `to` from now on, and its own goes.
+pub(crate) fn forward(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: plain integers. Both descriptors are borrowed, so open; `from` stays open (its number never becomes free), so
+    // its owner goes on owning an open descriptor.
+    let call = || unsafe { libc::dup3(to.as_raw_fd(), from.as_raw_fd(), libc::O_CLOEXEC) };
+    retry(|| Errno::result(call())).map(drop)
+}
+
 /// preadv2. `flags`: RWF_*.
 pub(crate) fn read_at(
     fd: BorrowedFd<'_>,

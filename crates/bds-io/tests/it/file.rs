@@ -212,6 +212,33 @@ fn locks_go_when_the_last_clone_and_operation_are_gone() {
 }
 
 #[test]
+fn a_forwarded_description_is_closed_whoever_holds_it() {
+    on_every_engine(|context| {
+        let (dir, file) = scratch();
+        let path = dir.path().join("disk");
+        let lock = ByteLock { offset: 7, len: 1 };
+        file.lock_shared(lock).unwrap();
+        let clone = file.clone();
+        context.block_on(async { file.write(0, vec![1; 4096].into(), false).await }).unwrap();
+        let reader = Fs::Host.open(&path, &OpenOptions::default()).unwrap();
+        assert!(reader.is_locked_by_others(lock).unwrap());
+
+        file.forward(&reader).unwrap();
+        assert!(!reader.is_locked_by_others(lock).unwrap(), "its locks went with it");
+        assert_eq!(clone.identity().unwrap(), reader.identity().unwrap());
+        let (written, read) = context.block_on(async {
+            let written = clone.write(0, vec![2; 512].into(), false).await;
+            (written, file.read(0, IoVec::from(vec![0; 512])).await)
+        });
+        assert_eq!(written.unwrap_err().raw_os_error(), Some(libc::EBADF), "it only reads now");
+        assert_eq!(read.unwrap(), 512);
+        drop((file, clone));
+        let again = context.block_on(reader.read(0, IoVec::from(vec![0; 512])));
+        assert_eq!(again.unwrap(), 512, "the other one is a description of its own still");
+    });
+}
+
+#[test]
 fn kinds_and_identities() {
     let (dir, file) = scratch();
     assert_eq!(file.kind(), FileKind::Regular);

@@ -283,3 +283,33 @@ fn roles_exclude_each_other() {
         assert_eq!(found.is_ok(), fits, "{others:?} + {role:?}");
     }
 }
+
+#[test]
+fn nodes_trade_names_in_one_change_and_references_stay_with_their_nodes() {
+    run(|world| async move {
+        let top = image(&world, "disk").await;
+        let overlay = image(&world, "new").await;
+        let graph = &world.graph;
+        let change = graph.change().append(&top, &overlay);
+        change.rename(&top, "old").rename(&overlay, "disk").commit().await.unwrap();
+        assert_eq!((top.name(), overlay.name()), ("old", "disk"));
+        assert_eq!(graph.find("disk").unwrap().id(), overlay.id());
+        assert_eq!(graph.find("old").unwrap().id(), top.id());
+        assert_eq!(graph.find("new").unwrap_err().kind(), ErrorKind::NotFound, "free again");
+        let before = graph.dump();
+        for (node, name, kind) in
+            [(&top, "disk", ErrorKind::AlreadyExists), (&top, "0", ErrorKind::InvalidInput)]
+        {
+            let refused = graph.change().rename(node, name).set_backing(&overlay, None).commit();
+            assert_eq!(refused.await.unwrap_err().kind(), kind);
+            assert_eq!(graph.dump(), before, "the whole change is off");
+        }
+        let both = graph.change().rename(&top, "x").rename(&overlay, "x").commit().await;
+        assert_eq!(both.unwrap_err().kind(), ErrorKind::AlreadyExists);
+        // A name goes with its node.
+        drop((top, overlay));
+        graph.reap().await;
+        assert!(graph.find("disk").is_err() && graph.find("old").is_err());
+        drop(image(&world, "old").await);
+    });
+}

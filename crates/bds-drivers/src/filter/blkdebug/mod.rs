@@ -1,26 +1,34 @@
 //! `blkdebug`: faults and odd limits on demand, between a node and whoever uses it.
 //!
-//! Options are QEMU's (`image`, `inject-error`, `set-state`, `align`, `max-transfer`, …), except for configuration files
-//! and suspended requests. Additions carry `x-`: `x-offset` (a byte instead of a sector) and `x-skip` (let the first
+//! Options are QEMU's (`image`, `config`, `inject-error`, `set-state`, `align`, `max-transfer`, …), except for suspended
+//! requests. Additions carry `x-`: `x-offset` (a byte instead of a sector) and `x-skip` (let the first
 //! matches pass).
+//!
+//! A reopen exchanges rules (the state begins anew) and limits. What is taken from the child beyond what the parents do
+//! (`take-child-perms`) and kept from others (`unshare-child-perms`) is decided at open.
 //!
 //! Invariant: a request that a rule fails reaches nothing below.
 
+mod config;
 mod rules;
 
 use std::any::Any;
 use std::io;
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bds_core::driver::{
-    Attempt, BoxFuture, Category, Child, Driver, DriverType, HostMap, Limits, OpenContext,
-    ReadFlags, Role, StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Access, Attempt, BoxFuture, Category, Child, Driver, DriverType, HostMap, Limits, NodeUse,
+    OpenContext, Perm, ReadFlags, Reopen, ReopenContext, Role, StatusFlags, StatusRun, Truncate,
+    WriteFlags, ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, ErrorKind, Result};
-use bds_io::IoVec;
+use bds_io::{Fs, IoVec};
+use serde_json::Value;
 
+use config::FileRules;
 use rules::{Kind, Rules};
 
 /// The `blkdebug` filter.
@@ -33,6 +41,7 @@ const fn spec(name: &'static str, kind: OptionKind, help: &'static str) -> Optio
 
 const OPEN_OPTIONS: &[OptionSpec] = &[
     spec("image", OptionKind::Child, "the node to pass requests to"),
+    spec("config", OptionKind::String, "file of further rules"),
     spec("inject-error", OptionKind::String, "list of rules that fail requests"),
     spec("set-state", OptionKind::String, "list of rules that move the state on events"),
     spec("align", OptionKind::Size, "required alignment in bytes"),
@@ -41,17 +50,70 @@ const OPEN_OPTIONS: &[OptionSpec] = &[
     spec("max-write-zero", OptionKind::Size, "longest zero write in bytes"),
     spec("opt-discard", OptionKind::Size, "alignment of discards in bytes"),
     spec("max-discard", OptionKind::Size, "longest discard in bytes"),
-    spec("take-child-perms", OptionKind::String, "accepted for compatibility"),
-    spec("unshare-child-perms", OptionKind::String, "accepted for compatibility"),
+    spec("take-child-perms", OptionKind::String, "permissions to take on the image in any case"),
+    spec("unshare-child-perms", OptionKind::String, "permissions to keep from others in any case"),
 ];
 
 struct DebugNode {
     node_name: String,
     image: Child,
     rules: Mutex<Rules>,
-    /// Decided at open: without rules the lock is never taken.
-    has_rules: bool,
+    /// Without rules the lock is never taken. Changes with nobody inside.
+    has_rules: AtomicBool,
+    asked: Mutex<Asked>,
+    /// Taken on the child in any case, and kept from others.
+    taken: Perm,
+    unshared: Perm,
+}
+
+/// The options that may change while the node is open.
+#[derive(Clone, Debug, Default)]
+struct Asked {
+    /// What the file of rules held when it was named.
+    file: FileRules,
+    inject: Option<Value>,
+    set_state: Option<Value>,
     odd: OddLimits,
+}
+
+impl Asked {
+    /// What is not given stays.
+    async fn take(self, fs: &Fs, options: &mut Options) -> Result<Self> {
+        let file = match options.take_str("config")? {
+            Some(path) => FileRules::read(fs, &path).await?,
+            None => self.file,
+        };
+        Ok(Self {
+            file,
+            inject: options.take("inject-error").or(self.inject),
+            set_state: options.take("set-state").or(self.set_state),
+            odd: self.odd.take(options)?,
+        })
+    }
+
+    fn rules(&self) -> Result<Rules> {
+        let mut rules = Rules::parse(self.inject.clone(), self.set_state.clone())?;
+        rules.add(&self.file)?;
+        Ok(rules)
+    }
+}
+
+/// Other rules and limits.
+struct Prepared<'a> {
+    node: &'a DebugNode,
+    asked: Asked,
+    rules: Option<Rules>,
+}
+
+impl Reopen for Prepared<'_> {
+    fn commit(self: Box<Self>) {
+        let Self { node, asked, rules } = *self;
+        *node.asked() = asked;
+        if let Some(rules) = rules {
+            node.has_rules.store(!rules.is_empty(), Ordering::Release);
+            *node.rules() = rules;
+        }
+    }
 }
 
 /// Limits the user asked for; zero: as below.
@@ -66,12 +128,35 @@ struct OddLimits {
 }
 
 impl DebugNode {
+    fn has_rules(&self) -> bool {
+        self.has_rules.load(Ordering::Relaxed)
+    }
+
+    fn rules(&self) -> MutexGuard<'_, Rules> {
+        self.rules.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn asked(&self) -> MutexGuard<'_, Asked> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn prepare(&self, context: &mut ReopenContext<'_>) -> Result<Prepared<'_>> {
+        let options = &mut context.options;
+        // Rules that stay go on in the state they are in.
+        let has_new =
+            ["config", "inject-error", "set-state"].iter().any(|key| options.contains(key));
+        let asked = self.asked().clone();
+        let asked = asked.take(context.fs, options).await?;
+        let rules = if has_new { Some(asked.rules()?) } else { None };
+        Ok(Prepared { node: self, asked, rules })
+    }
+
     /// Raises `events`, then asks the rules.
     fn check(&self, kind: Kind, range: Range<u64>, events: &[&str]) -> Result<(), (Error, bool)> {
-        if !self.has_rules {
+        if !self.has_rules() {
             return Ok(());
         }
-        let mut rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rules = self.rules();
         for event in events {
             rules.event(event);
         }
@@ -110,7 +195,7 @@ impl Driver for DebugNode {
 
     fn limits(&self) -> Limits {
         let mut limits = Limits { request_alignment: 1, ..self.image.limits() };
-        let odd = self.odd;
+        let odd = self.asked().odd;
         limits.request_alignment = odd.align.max(1);
         if odd.max_transfer != 0 {
             limits.max_transfer = odd.max_transfer;
@@ -144,11 +229,11 @@ impl Driver for DebugNode {
 
     fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
         // With rules a request is judged exactly once, on the slow path.
-        if self.has_rules { None } else { self.image.try_read(offset, iov) }
+        if self.has_rules() { None } else { self.image.try_read(offset, iov) }
     }
 
     fn try_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
-        if self.has_rules { None } else { self.image.try_write(offset, iov) }
+        if self.has_rules() { None } else { self.image.try_write(offset, iov) }
     }
 
     fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
@@ -198,9 +283,8 @@ impl Driver for DebugNode {
 
     fn flush_to_os(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
-            if self.has_rules {
-                let mut rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
-                rules.event("flush_to_os");
+            if self.has_rules() {
+                self.rules().event("flush_to_os");
             }
             Ok(())
         })
@@ -235,6 +319,29 @@ impl Driver for DebugNode {
         self.image.allocated_len()
     }
 
+    fn child_access(&self, _name: &str, role: Role, node: &NodeUse) -> Access {
+        let access = Access::of_child(role, node);
+        if !node.is_active {
+            return access;
+        }
+        Access { perm: access.perm | self.taken, shared: access.shared - self.unshared }
+    }
+
+    fn prepare_reopen<'n, 'c>(
+        &'n self,
+        context: &'c mut ReopenContext<'_>,
+    ) -> BoxFuture<'c, Result<Box<dyn Reopen + 'n>>>
+    where
+        'n: 'c,
+    {
+        Box::pin(async {
+            let prepared = self.prepare(context).await;
+            prepared
+                .map(|prepared| Box::new(prepared) as Box<dyn Reopen>)
+                .map_err(|e| e.node(&self.node_name))
+        })
+    }
+
     fn as_any(&self) -> &dyn Any {
         self
     }
@@ -258,37 +365,74 @@ impl DriverType for Blkdebug {
         context: &'a mut OpenContext<'_>,
     ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
         Box::pin(async move {
-            let options = &mut context.options;
-            let inject = options.take("inject-error");
-            let rules = Rules::parse(inject, options.take("set-state"))?;
-            let odd = parse_limits(options)?;
-            options.take("take-child-perms");
-            options.take("unshare-child-perms");
+            let (fs, options) = (context.fs, &mut context.options);
+            let asked = Asked::default().take(fs, options).await?;
+            let rules = asked.rules()?;
+            let taken = take_perms(options, "take-child-perms")?;
+            let unshared = take_perms(options, "unshare-child-perms")?;
             let image = context.child("image", Role::FILTERED | Role::PRIMARY).await?;
-            let has_rules = !rules.is_empty();
-            let node_name = context.node_name.to_owned();
-            let rules = Mutex::new(rules);
-            Ok(Box::new(DebugNode { node_name, image, rules, has_rules, odd }) as Box<dyn Driver>)
+            Ok(Box::new(DebugNode {
+                node_name: context.node_name.to_owned(),
+                image,
+                has_rules: AtomicBool::new(!rules.is_empty()),
+                rules: Mutex::new(rules),
+                asked: Mutex::new(asked),
+                taken,
+                unshared,
+            }) as Box<dyn Driver>)
         })
     }
 }
 
-fn parse_limits(options: &mut Options) -> Result<OddLimits> {
-    let align = take_unit(options, "align")?;
-    let unit = u64::from(align.max(1));
-    let zero_alignment = take_unit(options, "opt-write-zero")?;
-    let discard_alignment = take_unit(options, "opt-discard")?;
-    let max_transfer = take_longest(options, "max-transfer", unit)?;
-    let max_zero = take_longest(options, "max-write-zero", unit.max(zero_alignment.into()))?;
-    let max_discard = take_longest(options, "max-discard", unit.max(discard_alignment.into()))?;
-    Ok(OddLimits { align, max_transfer, zero_alignment, max_zero, discard_alignment, max_discard })
+/// A list of permissions, by QEMU's words.
+fn take_perms(options: &mut Options, key: &'static str) -> Result<Perm> {
+    let words = match options.take(key) {
+        None | Some(Value::Null) => return Ok(Perm::empty()),
+        Some(Value::Array(words)) => words,
+        // From `key.0=…`.
+        Some(Value::Object(map)) => map.into_iter().map(|(_, word)| word).collect(),
+        Some(word) => vec![word],
+    };
+    let mut perms = Perm::empty();
+    for word in words {
+        let known = word.as_str().and_then(|word| {
+            Perm::all().iter().find(|perm| perm.words().any(|known| known == word))
+        });
+        perms |= known.ok_or_else(|| {
+            let all: Vec<&str> = Perm::all().words().collect();
+            let words = format!("option '{key}' must be a list of {}", all.join(", "));
+            Error::new(ErrorKind::InvalidInput, words).field(key, word)
+        })?;
+    }
+    Ok(perms)
+}
+
+impl OddLimits {
+    /// What is not given stays; all of it must fit together.
+    fn take(self, options: &mut Options) -> Result<Self> {
+        let align = take_unit(options, "align")?.unwrap_or(self.align);
+        let unit = u64::from(align.max(1));
+        let zero_alignment = take_unit(options, "opt-write-zero")?.unwrap_or(self.zero_alignment);
+        let discard_alignment =
+            take_unit(options, "opt-discard")?.unwrap_or(self.discard_alignment);
+        let zero_unit = unit.max(zero_alignment.into());
+        let discard_unit = unit.max(discard_alignment.into());
+        Ok(Self {
+            align,
+            zero_alignment,
+            discard_alignment,
+            max_transfer: take_longest(options, "max-transfer", unit, self.max_transfer)?,
+            max_zero: take_longest(options, "max-write-zero", zero_unit, self.max_zero)?,
+            max_discard: take_longest(options, "max-discard", discard_unit, self.max_discard)?,
+        })
+    }
 }
 
 /// A power of two up to 1 GiB, as the corridor wants alignments.
-fn take_unit(options: &mut Options, key: &'static str) -> Result<u32> {
-    let Some(value) = options.take_size(key)? else { return Ok(0) };
+fn take_unit(options: &mut Options, key: &'static str) -> Result<Option<u32>> {
+    let Some(value) = options.take_size(key)? else { return Ok(None) };
     match u32::try_from(value) {
-        Ok(unit) if unit.is_power_of_two() && unit <= 1 << 30 => Ok(unit),
+        Ok(unit) if unit.is_power_of_two() && unit <= 1 << 30 => Ok(Some(unit)),
         _ => Err(Error::new(
             ErrorKind::InvalidInput,
             format!("option '{key}' must be a power of two up to 1G"),
@@ -298,8 +442,8 @@ fn take_unit(options: &mut Options, key: &'static str) -> Result<u32> {
 }
 
 /// A multiple of `unit`; 0: no limit.
-fn take_longest(options: &mut Options, key: &'static str, unit: u64) -> Result<u64> {
-    let value = options.take_size(key)?.unwrap_or(0);
+fn take_longest(options: &mut Options, key: &'static str, unit: u64, current: u64) -> Result<u64> {
+    let value = options.take_size(key)?.unwrap_or(current);
     if value % unit == 0 && value < 1 << 31 {
         return Ok(value);
     }

@@ -8,6 +8,8 @@ use std::ops::Range;
 use bds_core::{Error, ErrorKind, Options, Result};
 use serde_json::Value;
 
+use super::config::FileRules;
+
 /// What a request is to a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -89,6 +91,15 @@ impl Rules {
             .map(parse_set_state)
             .collect::<Result<_>>()?;
         Ok(Self { injects, set_states, state: 1 })
+    }
+
+    /// Further rules, from a file.
+    pub(super) fn add(&mut self, file: &FileRules) -> Result<()> {
+        let list = |rules: &[Value]| Some(Value::Array(rules.to_vec()));
+        let more = Self::parse(list(&file.inject), list(&file.set_state))?;
+        self.injects.extend(more.injects);
+        self.set_states.extend(more.set_states);
+        Ok(())
     }
 
     /// Nothing can ever fire.

@@ -158,7 +158,7 @@ impl Image {
 
     /// Enters the cluster at `offset` among the metadata, if overlaps with its class are checked.
     pub(crate) fn enter_metadata(&self, offset: u64, class: Class) -> Plan<()> {
-        if !self.config.overlap.contains(class) {
+        if !self.config.load().overlap.contains(class) {
             return Ok(());
         }
         match self.metadata.insert(offset) {

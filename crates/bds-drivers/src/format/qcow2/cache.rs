@@ -158,6 +158,11 @@ impl SliceCache {
         }
     }
 
+    /// Another budget. What is too much goes with the next eviction.
+    pub(crate) fn set_budget(&mut self, budget_bytes: usize) {
+        self.budget_bytes = budget_bytes.max(2 * self.slice_len);
+    }
+
     fn piece_len(&self) -> usize {
         (self.slice_len / 64).max(512)
     }
@@ -255,7 +260,7 @@ impl Image {
 
     /// With lazy refcounts, counts reach the file at close; until then the dirty bit stands for them.
     fn counts_matter_now(&self) -> bool {
-        !self.config.lazy_refcounts
+        !self.config.load().lazy_refcounts
     }
 
     /// Writes all dirty metadata in order. Not necessarily durable when it returns, but ordered behind all it depends on.
@@ -294,7 +299,7 @@ impl Image {
             self.take_counts(meta, &mut batch);
         }
         let has_links = batch.writes.iter().any(|w| w.rank == Rank::Link);
-        if has_links && self.config.lazy_refcounts && !meta.header.is_dirty_marked {
+        if has_links && self.config.load().lazy_refcounts && !meta.header.is_dirty_marked {
             meta.header.is_dirty_marked = true;
             meta.header.incompatible |= Incompatible::DIRTY;
             batch.push(

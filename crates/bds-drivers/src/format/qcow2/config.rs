@@ -107,20 +107,45 @@ const CLASSES: [(&str, &str, Class); 9] = [
 ];
 
 /// The options as asked for, before the image is known.
-#[derive(Debug)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Asked {
     lazy_refcounts: Option<bool>,
     pass_request: Option<bool>,
-    pass_other: bool,
-    discard_no_unref: bool,
-    overlap: Class,
+    pass_other: Option<bool>,
+    discard_no_unref: Option<bool>,
+    overlap: AskedOverlap,
     total: Option<u64>,
     l2: Option<u64>,
     l2_entry: Option<u64>,
     refcount: Option<u64>,
-    clean_interval_s: u64,
-    decompressed: u64,
-    data_before_metadata: bool,
+    clean_interval_s: Option<u64>,
+    decompressed: Option<u64>,
+    data_before_metadata: Option<bool>,
+}
+
+/// Which overlaps are checked: a template, and exceptions from it in the order of [`CLASSES`].
+#[derive(Clone, Copy, Debug, Default)]
+struct AskedOverlap {
+    template: Option<Class>,
+    each: [Option<bool>; CLASSES.len()],
+}
+
+impl AskedOverlap {
+    fn or(self, earlier: Self) -> Self {
+        let mut each = self.each;
+        each.iter_mut().zip(earlier.each).for_each(|(new, old)| *new = new.or(old));
+        Self { template: self.template.or(earlier.template), each }
+    }
+
+    fn classes(self) -> Class {
+        let mut classes = self.template.unwrap_or(Class::CACHED);
+        for ((_, _, class), is_on) in CLASSES.into_iter().zip(self.each) {
+            if let Some(is_on) = is_on {
+                classes.set(class, is_on);
+            }
+        }
+        classes
+    }
 }
 
 /// What holds for an open image.
@@ -148,31 +173,65 @@ impl Asked {
         Ok(Self {
             lazy_refcounts: options.take_bool("lazy-refcounts")?,
             pass_request: options.take_bool("pass-discard-request")?,
-            pass_other: options.take_bool("pass-discard-other")?.unwrap_or(false),
-            discard_no_unref: options.take_bool("discard-no-unref")?.unwrap_or(false),
+            pass_other: options.take_bool("pass-discard-other")?,
+            discard_no_unref: options.take_bool("discard-no-unref")?,
             overlap: take_overlap(options)?,
             total: take_cache_size(options, "cache-size")?,
             l2: take_cache_size(options, "l2-cache-size")?,
             l2_entry: options.take_size("l2-cache-entry-size")?,
             refcount: take_cache_size(options, "refcount-cache-size")?,
-            clean_interval_s: options
-                .take_u64("cache-clean-interval")?
-                .unwrap_or(DEFAULT_CLEAN_INTERVAL_S),
-            decompressed: take_cache_size(options, "decompressed-cache-size")?
-                .unwrap_or(DEFAULT_DECOMPRESSED_CACHE),
-            data_before_metadata: options.take_bool("data-before-metadata")?.unwrap_or(false),
+            clean_interval_s: options.take_u64("cache-clean-interval")?,
+            decompressed: take_cache_size(options, "decompressed-cache-size")?,
+            data_before_metadata: options.take_bool("data-before-metadata")?,
         })
     }
 
+    /// These options, and those of `earlier` that are not among them.
+    pub(crate) fn or(self, earlier: &Self) -> Self {
+        Self {
+            lazy_refcounts: self.lazy_refcounts.or(earlier.lazy_refcounts),
+            pass_request: self.pass_request.or(earlier.pass_request),
+            pass_other: self.pass_other.or(earlier.pass_other),
+            discard_no_unref: self.discard_no_unref.or(earlier.discard_no_unref),
+            overlap: self.overlap.or(earlier.overlap),
+            total: self.total.or(earlier.total),
+            l2: self.l2.or(earlier.l2),
+            l2_entry: self.l2_entry.or(earlier.l2_entry),
+            refcount: self.refcount.or(earlier.refcount),
+            clean_interval_s: self.clean_interval_s.or(earlier.clean_interval_s),
+            decompressed: self.decompressed.or(earlier.decompressed),
+            data_before_metadata: self.data_before_metadata.or(earlier.data_before_metadata),
+        }
+    }
+
+    /// What holds for an image that is open: tables are cached in pieces of `slice_len` already.
+    pub(crate) fn settle_again(
+        &self,
+        cluster0: &Cluster0,
+        flags: &OpenFlags,
+        slice_len: usize,
+    ) -> Result<Config> {
+        let config = self.settle(cluster0, flags)?;
+        if self.l2_entry.is_some() && config.slice_len != slice_len {
+            return Err(Error::new(
+                ErrorKind::NotSupported,
+                "l2-cache-entry-size cannot change while the image is open",
+            )
+            .field("l2-cache-entry-size", config.slice_len));
+        }
+        Ok(Config { slice_len, ..config })
+    }
+
     /// What holds for this image.
-    pub(crate) fn settle(self, cluster0: &Cluster0, flags: &OpenFlags) -> Result<Config> {
+    pub(crate) fn settle(&self, cluster0: &Cluster0, flags: &OpenFlags) -> Result<Config> {
         let header = &cluster0.header;
         let cluster_size = header.geometry.cluster_size();
         let is_v3 = header.version >= 3;
         if self.lazy_refcounts == Some(true) && !is_v3 {
             return Err(invalid("lazy refcounts need an image of version 3").field("version", 2));
         }
-        if self.discard_no_unref && !is_v3 {
+        let discard_no_unref = self.discard_no_unref.unwrap_or(false);
+        if discard_no_unref && !is_v3 {
             return Err(invalid("discard-no-unref needs an image of version 3").field("version", 2));
         }
         let (l2_bytes, refcount_bytes) = self.cache_sizes(cluster0)?;
@@ -183,17 +242,19 @@ impl Asked {
                     .lazy_refcounts
                     .unwrap_or(header.compatible.contains(Compatible::LAZY_REFCOUNTS)),
             pass_request: self.pass_request.unwrap_or(flags.discard),
-            pass_other: self.pass_other,
-            discard_no_unref: self.discard_no_unref,
-            overlap: self.overlap,
+            pass_other: self.pass_other.unwrap_or(false),
+            discard_no_unref,
+            overlap: self.overlap.classes(),
             l2_cache_bytes: bytes(l2_bytes),
             slice_len,
             refcount_cache_bytes: bytes(
                 refcount_bytes.max(MIN_REFCOUNT_CACHE_CLUSTERS * cluster_size),
             ),
-            clean_interval_s: self.clean_interval_s,
-            decompressed_cache_bytes: bytes(self.decompressed),
-            data_before_metadata: self.data_before_metadata,
+            clean_interval_s: self.clean_interval_s.unwrap_or(DEFAULT_CLEAN_INTERVAL_S),
+            decompressed_cache_bytes: bytes(
+                self.decompressed.unwrap_or(DEFAULT_DECOMPRESSED_CACHE),
+            ),
+            data_before_metadata: self.data_before_metadata.unwrap_or(false),
         })
     }
 
@@ -256,39 +317,37 @@ fn take_cache_size(options: &mut Options, key: &'static str) -> Result<Option<u6
     }
 }
 
-fn take_overlap(options: &mut Options) -> Result<Class> {
+fn take_overlap(options: &mut Options) -> Result<AskedOverlap> {
     let template = |word: String| {
         Class::template(&word).ok_or_else(|| {
             invalid("overlap-check must be none, constant, cached or all")
                 .field("overlap-check", word)
         })
     };
-    let mut classes = Class::CACHED;
+    let mut asked = AskedOverlap::default();
     match options.take("overlap-check") {
         None => {}
-        Some(serde_json::Value::String(word)) => classes = template(word)?,
+        Some(serde_json::Value::String(word)) => asked.template = Some(template(word)?),
         Some(tree) => {
             let mut tree = Options::from_json(tree)?;
             if let Some(word) = tree.take_str("template")? {
-                classes = template(word)?;
+                asked.template = Some(template(word)?);
             }
-            for (name, _, class) in CLASSES {
-                if let Some(is_on) = tree.take_bool(name)? {
-                    classes.set(class, is_on);
-                }
+            for ((name, _, _), is_on) in CLASSES.into_iter().zip(&mut asked.each) {
+                *is_on = tree.take_bool(name)?;
             }
             tree.finish("overlap-check")?;
         }
     }
     if let Some(word) = options.take_str("overlap-check.template")? {
-        classes = template(word)?;
+        asked.template = Some(template(word)?);
     }
-    for (_, name, class) in CLASSES {
+    for ((_, name, _), slot) in CLASSES.into_iter().zip(&mut asked.each) {
         if let Some(is_on) = options.take_bool(name)? {
-            classes.set(class, is_on);
+            *slot = Some(is_on);
         }
     }
-    Ok(classes)
+    Ok(asked)
 }
 
 fn bytes(n: u64) -> usize {

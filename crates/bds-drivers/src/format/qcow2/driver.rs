@@ -4,10 +4,10 @@ use std::any::Any;
 use std::sync::Arc;
 
 use bds_core::driver::{
-    Attempt, BoxFuture, CheckReport, Driver, ImageInfo, Limits, ReadFlags, StatusRun, Truncate,
-    WriteFlags, ZeroFlags,
+    Access, Attempt, BoxFuture, CheckReport, Child, Driver, ImageInfo, Limits, NodeUse, ReadFlags,
+    Reopen, ReopenContext, Role, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
-use bds_core::error::Result;
+use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 
 use super::check::check_image;
@@ -179,6 +179,34 @@ impl Driver for Qcow2 {
         })
     }
 
+    fn set_backing(&self, backing: Option<Child>) -> Result<Option<Child>> {
+        self.image.set_backing(backing)
+    }
+
+    fn child_access(&self, name: &str, role: Role, node: &NodeUse) -> Access {
+        // Beside an external data file the image file holds metadata only.
+        let is_metadata_only = name == "file" && self.image.data_file.is_some();
+        Access::of_child(if is_metadata_only { role - Role::DATA } else { role }, node)
+    }
+
+    fn prepare_reopen<'n, 'c>(
+        &'n self,
+        context: &'c mut ReopenContext<'_>,
+    ) -> BoxFuture<'c, Result<Box<dyn Reopen + 'n>>>
+    where
+        'n: 'c,
+    {
+        Box::pin(self.image.prepare_reopen(context))
+    }
+
+    fn inactivate(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.image.inactivate())
+    }
+
+    fn activate(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.image.activate())
+    }
+
     fn as_any(&self) -> &dyn Any {
         self
     }
@@ -195,7 +223,7 @@ impl Driver for Qcow2 {
 impl Image {
     /// Is there metadata that a flush must write?
     fn needs_write_back(&self) -> bool {
-        self.is_writable && self.serves_io && self.has_unwritten(&self.meta())
+        self.is_writable() && self.serves_io && self.has_unwritten(&self.meta())
     }
 
     /// Must the file be flushed for our own sake?
@@ -207,8 +235,8 @@ impl Image {
     }
 
     /// A flush of a broken image must not claim that anything is safe.
-    fn check_flushable(&self) -> Result<()> {
-        if self.is_writable { self.check_usable() } else { Ok(()) }
+    pub(super) fn check_flushable(&self) -> Result<()> {
+        if self.is_writable() { self.check_usable() } else { Ok(()) }
     }
 
     /// Gives freed clusters back behind the caller's back: nobody waits for it but close.
@@ -227,7 +255,7 @@ impl Image {
 
     /// The header as it is by now.
     fn cluster0_now(&self) -> Cluster0 {
-        let mut now = self.cluster0.clone();
+        let mut now = Cluster0::clone(&self.cluster0.load());
         let meta = self.meta();
         now.header.incompatible = meta.header.incompatible;
         now.header.autoclear = meta.header.autoclear;
@@ -237,7 +265,7 @@ impl Image {
 
     /// Brings the file up to what is in memory, counts included.
     async fn write_all_metadata(self: &Arc<Self>) -> Result<()> {
-        if !self.is_writable || !self.serves_io {
+        if !self.is_writable() || !self.serves_io {
             return Ok(());
         }
         self.check_usable()?;
@@ -250,22 +278,33 @@ impl Image {
         Ok(())
     }
 
-    /// Writes everything that is left, gives back what is free, and clears the dirty bit.
-    async fn finish_writing(self: &Arc<Self>) -> Result<()> {
-        self.write_all_metadata().await?;
-        let bits = {
-            let meta = self.meta();
-            if !meta.header.is_dirty_marked {
-                return Ok(());
-            }
-            meta.header.incompatible & !Incompatible::DIRTY
-        };
-        // O9: all refcounts before the bit that says they cannot be trusted goes.
-        self.flush_meta().await?;
-        self.write_file(INCOMPATIBLE_AT, bits.bits().to_be_bytes().to_vec()).await?;
-        let mut meta = self.meta();
-        meta.header.incompatible = bits;
-        meta.header.is_dirty_marked = false;
-        Ok(())
+    /// Writes everything that is left, gives back what is free, and clears the dirty bit: as a clean image is left behind.
+    pub(super) async fn finish_writing(self: &Arc<Self>) -> Result<()> {
+        /// Others may go on writing meanwhile if whoever asked for this is gone.
+        const ATTEMPTS: usize = 8;
+        for _ in 0..ATTEMPTS {
+            self.write_all_metadata().await?;
+            // While we have the turn, the file stays as it is.
+            let _turn = self.turn.lock().await;
+            let bits = {
+                let meta = self.meta();
+                if !meta.header.is_dirty_marked {
+                    return Ok(());
+                }
+                if self.has_unwritten(&meta) || meta.counts.has_dirty() {
+                    continue;
+                }
+                meta.header.incompatible - Incompatible::DIRTY
+            };
+            // O9: all refcounts before the bit that says they cannot be trusted goes.
+            self.flush_meta().await?;
+            self.write_file(INCOMPATIBLE_AT, bits.bits().to_be_bytes().to_vec()).await?;
+            let mut meta = self.meta();
+            meta.header.incompatible -= Incompatible::DIRTY;
+            meta.header.is_dirty_marked = false;
+            return Ok(());
+        }
+        let words = "the image is written to faster than its metadata can be brought up to date";
+        Err(Error::new(ErrorKind::InUse, words).node(&self.node_name))
     }
 }

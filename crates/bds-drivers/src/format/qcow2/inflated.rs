@@ -10,6 +10,7 @@
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bds_io::Buf;
@@ -44,7 +45,7 @@ struct Shard {
 pub(crate) struct Inflated {
     shards: Box<[Mutex<Shard>]>,
     cluster_len: usize,
-    clusters_per_shard: usize,
+    clusters_per_shard: AtomicUsize,
 }
 
 /// What somebody who wants a cluster shall do.
@@ -73,7 +74,7 @@ impl Inflated {
         Self {
             shards: (0..shards).map(|_| Mutex::default()).collect(),
             cluster_len,
-            clusters_per_shard: clusters / shards,
+            clusters_per_shard: AtomicUsize::new(clusters / shards),
         }
     }
 
@@ -122,6 +123,19 @@ impl Inflated {
         }
     }
 
+    /// Another budget. What is too much goes as the next clusters come.
+    pub(crate) fn set_budget(&self, budget_bytes: usize) {
+        let clusters = budget_bytes / self.cluster_len;
+        self.clusters_per_shard.store(clusters.div_ceil(self.shards.len()), Ordering::Relaxed);
+    }
+
+    /// Forgets all clusters. Nobody is inside.
+    pub(crate) fn clear(&self) {
+        for shard in &self.shards {
+            *shard.lock().unwrap_or_else(PoisonError::into_inner) = Shard::default();
+        }
+    }
+
     /// The bytes behind this entry are freed.
     pub(crate) fn forget(&self, key: u64) {
         let mut shard = self.shard(key);
@@ -135,12 +149,13 @@ impl Inflated {
 impl Making {
     /// Here it is: keeps it, within the budget.
     pub(crate) fn finish(self, cluster: &Buf) {
-        if self.cache.clusters_per_shard == 0 {
+        let allowed = self.cache.clusters_per_shard.load(Ordering::Relaxed);
+        if allowed == 0 {
             return;
         }
         let mut guard = self.cache.shard(self.key);
         let shard = &mut *guard;
-        while shard.ring.len() >= self.cache.clusters_per_shard {
+        while shard.ring.len() >= allowed {
             let Some(key) = shard.ring.pop_front() else { break };
             match shard.clusters.get_mut(&key) {
                 Some(State::Ready { used: used @ true, .. }) => {

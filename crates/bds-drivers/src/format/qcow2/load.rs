@@ -110,7 +110,7 @@ impl Image {
     }
 
     async fn read_slice(self: &Arc<Self>, id: SliceId) -> Result<Hold> {
-        let len = self.config.slice_len;
+        let len = self.config.load().slice_len;
         let is_extended = self.geometry().has_extended_l2();
         let table = {
             let mut meta = self.meta();

@@ -4,8 +4,8 @@
 //!
 //! ```text
 //! bytes     units, header, extension, entry     pure; compress: codecs
-//! state     state (what an open image is), open, config, tables (L1 and L2 in memory), refcount, load
-//! reading   lookup, read, inflated, status
+//! state     state (what an open image is), open, contents, config, tables (L1 and L2 in memory), refcount, load, reopen
+//! reading   lookup, read, backing, inflated, status
 //! writing   write (plan, write, link), cow, alloc, reftable, pack (compressed), zero, resize
 //! order     cache (what is written after what), release (when is a cluster free), grace (who may still know it)
 //! looking   check (census, refmap, stored: its parts), info, snapshot, bitmap, create, measure
@@ -15,12 +15,14 @@
 //! **Nothing but `cache.rs` decides the order of metadata writes; no lock is held across I/O.**
 
 mod alloc;
+mod backing;
 mod bitmap;
 mod cache;
 mod census;
 mod check;
 mod compress;
 mod config;
+mod contents;
 mod cow;
 mod create;
 mod driver;
@@ -44,6 +46,7 @@ mod refcount;
 mod refmap;
 mod reftable;
 mod release;
+mod reopen;
 mod resize;
 mod snapshot;
 mod state;

@@ -62,7 +62,8 @@ impl Class {
 /// The set of metadata clusters.
 pub(crate) struct MetadataMap {
     cluster_bits: u32,
-    shelves: Box<[OnceLock<Shelf>]>,
+    /// Made with the first entry: readers never need it.
+    shelves: OnceLock<Box<[OnceLock<Shelf>]>>,
     pages: AtomicUsize,
 }
 
@@ -83,11 +84,10 @@ pub(crate) enum Refused {
 
 impl MetadataMap {
     /// An empty set; one that is never used costs nothing.
-    pub(crate) fn new(geometry: &Geometry, is_used: bool) -> Self {
-        let shelves = if is_used { SHELVES } else { 0 };
+    pub(crate) fn new(geometry: &Geometry) -> Self {
         Self {
             cluster_bits: geometry.cluster_bits(),
-            shelves: (0..shelves).map(|_| OnceLock::new()).collect(),
+            shelves: OnceLock::new(),
             pages: AtomicUsize::new(0),
         }
     }
@@ -100,17 +100,54 @@ impl MetadataMap {
         Some((shelf, in_shelf, usize::try_from(bit / 64).ok()?, 1 << (bit % 64)))
     }
 
+    #[inline]
+    fn page(&self, shelf: usize, page: usize) -> Option<&Page> {
+        self.shelves.get()?[shelf].get()?[page].get()
+    }
+
+    fn page_or_new(&self, shelf: usize, page: usize) -> &Page {
+        let shelves = self.shelves.get_or_init(|| (0..SHELVES).map(|_| OnceLock::new()).collect());
+        let shelf = shelves[shelf]
+            .get_or_init(|| (0..1usize << SHELF_BITS).map(|_| OnceLock::new()).collect());
+        shelf[page]
+            .get_or_init(|| (0..1usize << (PAGE_BITS - 6)).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    /// All pages with their places.
+    fn all_pages(&self) -> impl Iterator<Item = (usize, usize, &Page)> {
+        let shelves = self.shelves.get().into_iter().flatten().enumerate();
+        let shelves = shelves.filter_map(|(number, shelf)| Some((number, shelf.get()?)));
+        shelves.flat_map(|(number, shelf)| {
+            let pages = shelf.iter().enumerate();
+            pages.filter_map(move |(page, words)| Some((number, page, words.get()?)))
+        })
+    }
+
+    /// Becomes a copy of `other`. Nobody looks meanwhile.
+    pub(crate) fn adopt(&self, other: &Self) {
+        for (_, _, page) in self.all_pages() {
+            page.iter().for_each(|word| word.store(0, Ordering::Release));
+        }
+        for (shelf, number, page) in other.all_pages() {
+            if self.page(shelf, number).is_none() {
+                self.pages.fetch_add(1, Ordering::Relaxed);
+            }
+            for (to, from) in self.page_or_new(shelf, number).iter().zip(page) {
+                to.store(from.load(Ordering::Acquire), Ordering::Release);
+            }
+        }
+    }
+
     /// Enters the cluster at host offset `offset`.
     pub(crate) fn insert(&self, offset: u64) -> Result<(), Refused> {
         let (shelf, page, word, bit) =
             Self::place(offset >> self.cluster_bits).ok_or(Refused::TooFar)?;
-        let shelf = self.shelves[shelf]
-            .get_or_init(|| (0..1usize << SHELF_BITS).map(|_| OnceLock::new()).collect());
-        if shelf[page].get().is_none() && self.pages.fetch_add(1, Ordering::Relaxed) >= MAX_PAGES {
+        if self.page(shelf, page).is_none()
+            && self.pages.fetch_add(1, Ordering::Relaxed) >= MAX_PAGES
+        {
             return Err(Refused::TooFar);
         }
-        let page = shelf[page]
-            .get_or_init(|| (0..1usize << (PAGE_BITS - 6)).map(|_| AtomicU64::new(0)).collect());
+        let page = self.page_or_new(shelf, page);
         match page[word].fetch_or(bit, Ordering::AcqRel) & bit {
             0 => Ok(()),
             _ => Err(Refused::Taken),
@@ -122,7 +159,7 @@ impl MetadataMap {
         let Some((shelf, page, word, bit)) = Self::place(offset >> self.cluster_bits) else {
             return;
         };
-        if let Some(page) = self.shelves[shelf].get().and_then(|shelf| shelf[page].get()) {
+        if let Some(page) = self.page(shelf, page) {
             page[word].fetch_and(!bit, Ordering::AcqRel);
         }
     }
@@ -134,7 +171,7 @@ impl MetadataMap {
         let mut cluster = offset >> self.cluster_bits;
         while cluster <= last {
             let (shelf, page, word, bit) = Self::place(cluster)?;
-            let Some(page) = self.shelves[shelf].get().and_then(|shelf| shelf[page].get()) else {
+            let Some(page) = self.page(shelf, page) else {
                 // The whole page is free of metadata.
                 cluster = (cluster | ((1 << PAGE_BITS) - 1)) + 1;
                 continue;
@@ -154,7 +191,7 @@ mod tests {
 
     #[test]
     fn finds_what_was_entered_and_nothing_else() {
-        let map = MetadataMap::new(&Geometry::new(16, false, 4).unwrap(), true);
+        let map = MetadataMap::new(&Geometry::new(16, false, 4).unwrap());
         assert_eq!(map.hit(0, 1 << 40), None);
         for cluster in [0u64, 1, 32_767, 32_768, 1 << 30] {
             assert_eq!(map.insert(cluster << 16), Ok(()));

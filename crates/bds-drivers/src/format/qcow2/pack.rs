@@ -79,7 +79,7 @@ impl Image {
         iov.copy_to(0, &mut bytes[..iov.len()]);
         bytes[iov.len()..].fill(0);
         let out = self.pool.take(cluster_len - 1);
-        let kind = self.cluster0.header.compression;
+        let kind = self.cluster0.load().header.compression;
         let (_, out, packed) =
             compress::encode_buf(kind, cluster, out).await.map_err(|e| self.name_error(e))?;
         let Some(packed) = packed else {

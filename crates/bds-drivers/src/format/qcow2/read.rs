@@ -35,7 +35,7 @@ pub(crate) fn mem_len(len: u64) -> usize {
 }
 
 /// The part `at..at + len` of a list, without copying the list if that is all of it.
-fn part_of(iov: &IoVec, at: u64, len: u64) -> IoVec {
+pub(crate) fn part_of(iov: &IoVec, at: u64, len: u64) -> IoVec {
     let range = mem_len(at)..mem_len(at + len);
     if range == (0..iov.len()) { iov.clone() } else { iov.slice(range) }
 }
@@ -51,7 +51,7 @@ impl Image {
             return None;
         }
         // Nothing is ever freed in an image nobody can write.
-        let _inside = self.is_writable.then(|| self.grace.enter());
+        let _inside = self.is_writable().then(|| self.grace.enter());
         let mut at = 0;
         while at < len {
             let run = match self.lookup(offset + at, len - at) {
@@ -88,30 +88,6 @@ impl Image {
         }
     }
 
-    /// What the backing node shows at `guest`.
-    #[inline]
-    fn try_below(&self, guest: u64, iov: &IoVec) -> Option<Result<()>> {
-        // What it had at open it still has, or its own range check declines: no question a layer.
-        if guest.checked_add(iov.len() as u64)? <= self.backing_len {
-            return self.backing.as_ref()?.try_read(guest, iov);
-        }
-        let below = self.below(guest, iov.len() as u64);
-        if below == iov.len() as u64 {
-            return self.backing.as_ref()?.try_read(guest, iov);
-        }
-        iov.fill(mem_len(below)..iov.len(), 0);
-        if below > 0 {
-            return self.backing.as_ref()?.try_read(guest, &part_of(iov, 0, below));
-        }
-        Some(Ok(()))
-    }
-
-    /// How many of the `len` bytes at `guest` the backing node has; what follows is zeros.
-    #[inline]
-    pub(crate) fn below(&self, guest: u64, len: u64) -> u64 {
-        self.backing.as_ref().map_or(0, |b| b.len().saturating_sub(guest).min(len))
-    }
-
     /// Reads whatever it takes. Bytes past the end of the disk are zeros.
     pub(crate) async fn read(self: &Arc<Self>, offset: u64, iov: IoVec) -> Result<()> {
         self.check_usable()?;
@@ -127,7 +103,7 @@ impl Image {
         if len < asked {
             iov.fill(mem_len(len)..iov.len(), 0);
         }
-        let _inside = self.is_writable.then(|| self.grace.enter());
+        let _inside = self.is_writable().then(|| self.grace.enter());
         let mut at = 0;
         let mut under_way = FuturesUnordered::new();
         while at < len {
@@ -183,19 +159,6 @@ impl Image {
         }
     }
 
-    /// Reads what the backing node shows.
-    async fn read_below(&self, guest: u64, iov: IoVec) -> Result<()> {
-        let below = self.below(guest, iov.len() as u64);
-        iov.fill(mem_len(below)..iov.len(), 0);
-        match &self.backing {
-            Some(backing) if below > 0 => {
-                let read = backing.read(guest, part_of(&iov, 0, below), ReadFlags::empty());
-                read.await.map_err(|e| self.name_error(e))
-            }
-            _ => Ok(()),
-        }
-    }
-
     /// The decompressed cluster behind `entry`, at least its first `needed_len` bytes.
     /// Who asks must be inside `grace`.
     async fn inflate(
@@ -211,7 +174,7 @@ impl Image {
                 Wanted::Wait(done) => done.wait().await,
                 Wanted::Make(making) => {
                     // Others may wait for it, so it does not depend on our being polled; and it is inside on its own account.
-                    let inside = self.is_writable.then(|| self.grace.enter_owned());
+                    let inside = self.is_writable().then(|| self.grace.enter_owned());
                     let image = Arc::clone(self);
                     let len = self.geometry().cluster_len();
                     let working = self.busy.begin();
@@ -233,7 +196,7 @@ impl Image {
         let read = self.file.read(range.offset.0, input.iov(), ReadFlags::empty());
         read.await.map_err(|e| self.name_error(e))?;
         let out = self.pool.take(len);
-        let kind = self.cluster0.header.compression;
+        let kind = self.cluster0.load().header.compression;
         compress::decode_buf(kind, input, out).await.map_err(|error| {
             error
                 .context(format!(

@@ -129,6 +129,11 @@ impl Counts {
         }
     }
 
+    /// Another budget. What is too much goes with the next eviction.
+    pub(crate) fn set_budget(&mut self, budget_bytes: usize) {
+        self.budget_bytes = budget_bytes;
+    }
+
     /// The place of block `index`; `None` if it does not exist, so that all its counts are zero.
     pub(crate) fn block_place(&self, index: u64) -> Plan<Option<u64>> {
         let slot = usize::try_from(index).ok().and_then(|i| self.table.get(i));

@@ -284,8 +284,8 @@ impl Image {
 
     fn tells_host(&self, why: Why) -> bool {
         match why {
-            Why::Request => self.config.pass_request,
-            Why::Metadata => self.config.pass_other,
+            Why::Request => self.config.load().pass_request,
+            Why::Metadata => self.config.load().pass_other,
             Why::Reuse => false,
         }
     }

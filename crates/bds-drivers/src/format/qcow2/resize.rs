@@ -36,7 +36,7 @@ impl Image {
                     .map_err(|e| self.name_error(e))?;
             }
         }
-        let shows_below = self.backing.as_ref().is_some_and(|b| b.len() > old);
+        let shows_below = self.backing.len() > old;
         self.clear_new_area(old, new, change.zero_new || shows_below).await?;
         let prealloc = match change.prealloc {
             Prealloc::Off if self.has_raw_data_file() => Prealloc::Metadata,

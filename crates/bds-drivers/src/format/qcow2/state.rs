@@ -1,7 +1,8 @@
 //! An open image: what never changes, what is read without a lock, and what is changed under one.
 //!
 //! ```text
-//! Image      children, geometry, options          never change
+//! Image      children, geometry                   never change
+//!            backing, options, charge             change with nobody inside
 //!            tables, metadata, grace, inflated    read without a lock (or with a short one of their own)
 //!            meta: Mutex<Meta>                    everything that is changed to allocate, free, link
 //! ```
@@ -14,15 +15,17 @@
 //! Lock order: `turn` (one write-back at a time), `releasing`, `meta`; inside `meta` only those of `inflated`.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use bds_core::driver::{Child, WriteFlags};
+use arc_swap::ArcSwap;
+use bds_core::driver::{Child, OpenFlags, WriteFlags};
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::{Buf, BufPool, IoVec};
 
+use super::backing::Backing;
 use super::cache::{L1State, Owed, SliceCache};
-use super::config::Config;
+use super::config::{Asked, Config};
 use super::entry::{BadEntry, EntryRules};
 use super::grace::Grace;
 use super::header::{AUTOCLEAR_AT, Autoclear, Cluster0, INCOMPATIBLE_AT, Incompatible};
@@ -108,19 +111,89 @@ pub(crate) struct Meta {
     pub cleaned_at_s: u64,
 }
 
+/// What an image was opened, or reopened, with.
+#[derive(Clone, Debug)]
+pub(crate) struct Wish {
+    pub asked: Asked,
+    pub flags: OpenFlags,
+}
+
+/// Who may change the image. Changes with nobody inside.
+#[derive(Debug)]
+pub(crate) struct Charge {
+    /// Opened for writing.
+    is_writable: AtomicBool,
+    /// False: another process is in charge of the bytes.
+    is_active: AtomicBool,
+    /// Both of these.
+    is_ours: AtomicBool,
+    /// Rules O10 and O13 are met as well: guest writes may begin.
+    may_write: AtomicBool,
+}
+
+impl Charge {
+    pub(crate) fn new(is_writable: bool) -> Self {
+        Self {
+            is_writable: AtomicBool::new(is_writable),
+            is_active: AtomicBool::new(true),
+            is_ours: AtomicBool::new(is_writable),
+            may_write: AtomicBool::new(false),
+        }
+    }
+
+    /// Enters another state. Whatever a writer must do first must be done again.
+    pub(crate) fn set(&self, is_writable: bool, is_active: bool) {
+        self.may_write.store(false, Ordering::Release);
+        self.is_writable.store(is_writable, Ordering::Release);
+        self.is_active.store(is_active, Ordering::Release);
+        self.is_ours.store(is_writable && is_active, Ordering::Release);
+    }
+
+    pub(crate) fn is_writable(&self) -> bool {
+        self.is_writable.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn is_active(&self) -> bool {
+        self.is_active.load(Ordering::Acquire)
+    }
+
+    #[inline]
+    pub(crate) fn may_write(&self) -> bool {
+        self.may_write.load(Ordering::Acquire)
+    }
+
+    fn writes_may_begin(&self) {
+        self.may_write.store(true, Ordering::Release);
+    }
+
+    /// Refuses changes.
+    fn check(&self) -> Result<()> {
+        let words = if !self.is_active() {
+            "the image is inactive: another process may be writing to it; activate it first"
+        } else if !self.is_writable() {
+            "the image is open read-only"
+        } else {
+            return Ok(());
+        };
+        Err(Error::new(ErrorKind::ReadOnly, words))
+    }
+}
+
 /// An open image.
 pub(crate) struct Image {
     pub node_name: String,
     pub file: Child,
     pub data_file: Option<Child>,
-    pub backing: Option<Child>,
-    /// The backing node's length when it was opened; it may have grown since.
-    pub backing_len: u64,
+    pub backing: Backing,
+    /// The node that was opened because the image names it, if it was.
+    pub named_backing: Option<String>,
     /// As it was read.
-    pub cluster0: Cluster0,
+    pub cluster0: ArcSwap<Cluster0>,
     pub rules: EntryRules,
-    pub config: Config,
-    pub is_writable: bool,
+    pub config: ArcSwap<Config>,
+    /// What was asked for.
+    pub wish: Mutex<Wish>,
+    pub charge: Charge,
     /// False: opened to be looked at or checked only; there are no tables in memory.
     pub serves_io: bool,
     pub len: AtomicU64,
@@ -137,11 +210,9 @@ pub(crate) struct Image {
     pub releasing: bds_io::sync::Mutex<()>,
     /// Tasks that may outlive their callers.
     pub busy: Arc<Busy>,
-    /// Rules O10 and O13 are met: guest writes may begin.
-    pub may_write: AtomicBool,
     pub preparing: bds_io::sync::Mutex<()>,
     /// Does the file hold less than its length? Looked up once.
-    pub is_sparse: OnceLock<bool>,
+    pub is_sparse: AtomicU8,
     /// Set once: the image contradicted itself, nothing more is done with it.
     pub broken: OnceLock<Error>,
 }
@@ -164,6 +235,20 @@ impl Image {
         self.len.load(Ordering::Acquire)
     }
 
+    pub(crate) fn set_disk_len(&self, len: u64) {
+        self.len.store(len, Ordering::Release);
+    }
+
+    /// May we change the image: opened for writing, and in charge?
+    #[inline]
+    pub(crate) fn is_writable(&self) -> bool {
+        self.charge.is_ours.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn wish(&self) -> MutexGuard<'_, Wish> {
+        self.wish.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The node that holds guest data.
     #[inline]
     pub(crate) fn data(&self) -> &Child {
@@ -183,6 +268,15 @@ impl Image {
     /// Names the node in an error from below.
     pub(crate) fn name_error(&self, error: Error) -> Error {
         error.node(&self.node_name)
+    }
+
+    /// Names the node and the file in an error about the image as a whole.
+    pub(crate) fn name_file(&self, error: Error) -> Error {
+        let error = self.name_error(error);
+        match self.file.filename() {
+            Some(path) => error.file(path),
+            None => error,
+        }
     }
 
     /// Refuses requests to an image that turned out broken.
@@ -241,7 +335,7 @@ impl Image {
         if let Some(path) = self.file.filename() {
             error = error.file(path);
         }
-        if self.is_writable && self.broken.set(error.duplicate()).is_ok() {
+        if self.is_writable() && self.broken.set(error.duplicate()).is_ok() {
             tracing::error!(node = self.node_name, at, "qcow2: {what}; the image is out of use");
             let image = Arc::clone(self);
             let working = self.busy.begin();
@@ -256,7 +350,7 @@ impl Image {
 
     /// Sets the corrupt bit. Best effort: the image is out of use anyway.
     async fn mark_corrupt(&self) {
-        if self.cluster0.header.version < 3 {
+        if self.cluster0.load().header.version < 3 {
             return;
         }
         let bits = {
@@ -296,15 +390,12 @@ impl Image {
     /// Before the first change: clears the autoclear bits of features we do not maintain, durably (O10, O13).
     pub(crate) async fn prepare_to_write(&self) -> Result<()> {
         self.check_usable()?;
-        if self.may_write.load(Ordering::Acquire) {
+        if self.charge.may_write() {
             return Ok(());
         }
-        if !self.is_writable {
-            return Err(Error::new(ErrorKind::ReadOnly, "the image is open read-only")
-                .node(&self.node_name));
-        }
+        self.charge.check().map_err(|e| e.node(&self.node_name))?;
         let _turn = self.preparing.lock().await;
-        if self.may_write.load(Ordering::Acquire) {
+        if self.charge.may_write() {
             return Ok(());
         }
         let old = self.meta().header.autoclear;
@@ -320,14 +411,14 @@ impl Image {
             self.file.flush().await.map_err(|e| self.name_error(e))?;
             self.meta().header.autoclear = kept;
         }
-        self.may_write.store(true, Ordering::Release);
+        self.charge.writes_may_begin();
         Ok(())
     }
 
     /// Lets go what was not used for a while (cache-clean-interval).
     pub(crate) fn clean_now_and_then(&self, meta: &mut Meta) {
         let now_s = bds_io::now().as_secs();
-        let interval_s = self.config.clean_interval_s;
+        let interval_s = self.config.load().clean_interval_s;
         if interval_s > 0 && now_s >= meta.cleaned_at_s.saturating_add(interval_s) {
             meta.cleaned_at_s = now_s;
             if !meta.owed.is_writing {
@@ -350,7 +441,7 @@ impl Image {
             let slices_fit = !meta.slices.is_over_budget() && !meta.slices.is_mostly_dirty();
             (!blocks_fit || !slices_fit, too_many)
         };
-        if !self.is_writable || !(is_over || too_many_frees) {
+        if !self.is_writable() || !(is_over || too_many_frees) {
             return Ok(());
         }
         self.write_back(true).await?;

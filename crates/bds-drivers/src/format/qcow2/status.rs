@@ -1,6 +1,7 @@
 //! What a range holds, for `map`, `convert` and jobs.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bds_core::driver::{HostMap, StatusFlags, StatusRun};
 use bds_core::error::Result;
@@ -8,6 +9,10 @@ use bds_core::error::Result;
 use super::entry::Kind;
 use super::lookup::Run;
 use super::state::Image;
+
+/// Answers to "does the file hold less than its length?"; 0: not asked yet.
+const SPARSE: u8 = 1;
+const DENSE: u8 = 2;
 
 impl Image {
     /// The run at `offset`, at most `len` bytes.
@@ -23,7 +28,7 @@ impl Image {
         if max == 0 {
             return Ok(StatusRun { len: 0, flags: StatusFlags::EOF, map: None });
         }
-        let _inside = self.is_writable.then(|| self.grace.enter());
+        let _inside = self.is_writable().then(|| self.grace.enter());
         let first = self.find(offset, max).await?;
         let mut run = first;
         while run.len < max {
@@ -48,14 +53,22 @@ impl Image {
 
     /// Does the file hold noticeably less than its length, so that clusters may be allocated and empty? Looked up once.
     async fn may_be_preallocated(&self) -> bool {
-        if let Some(answer) = self.is_sparse.get() {
-            return *answer;
+        match self.is_sparse.load(Ordering::Relaxed) {
+            SPARSE => return true,
+            DENSE => return false,
+            _ => {}
         }
         let data = self.data();
         // Not to know costs precision only.
         let allocated = data.allocated_len().await.ok().flatten();
         let answer = allocated.is_some_and(|bytes| bytes < data.len() / 10 * 9);
-        *self.is_sparse.get_or_init(|| answer)
+        self.is_sparse.store(if answer { SPARSE } else { DENSE }, Ordering::Relaxed);
+        answer
+    }
+
+    /// The file may hold more or less by now.
+    pub(crate) fn forget_sparseness(&self) {
+        self.is_sparse.store(0, Ordering::Relaxed);
     }
 }
 

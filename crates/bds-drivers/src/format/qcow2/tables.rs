@@ -187,6 +187,16 @@ impl Tables {
         page.words[table as usize % PAGE_LEN].store(entry.0, Ordering::Release);
     }
 
+    /// Forgets everything. Only under the lock of `Meta`, with nobody inside.
+    pub(crate) fn clear(&self) {
+        let shelves = self.shelves.iter().filter_map(OnceLock::get).flatten();
+        for page in shelves.filter_map(OnceLock::get) {
+            page.words.iter().for_each(|word| word.store(0, Ordering::Release));
+            let slots = page.slots.iter().filter_map(OnceLock::get);
+            slots.flatten().for_each(|slot| slot.store(None));
+        }
+    }
+
     fn page_or_new(&self, table: u32) -> &Page {
         let page = table as usize / PAGE_LEN;
         let shelf = self.shelves[page / SHELF_LEN]

@@ -9,7 +9,6 @@
 //! Allocating writes run in tasks of their own, because others may wait for them.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use bds_core::driver::{BoxFuture, WriteFlags};
 use bds_core::error::{Error, ErrorKind, Result};
@@ -90,7 +89,7 @@ pub(crate) struct Guarded {
 impl Image {
     /// Writes in place what needs no waiting. `None`: nothing was done, ask [`Image::write`].
     pub(crate) fn try_write(self: &Arc<Self>, offset: u64, iov: &IoVec) -> Option<Result<()>> {
-        if !self.may_write.load(Ordering::Acquire) || self.broken.get().is_some() {
+        if !self.charge.may_write() || self.broken.get().is_some() {
             return None;
         }
         let _inside = self.grace.enter();
@@ -118,7 +117,7 @@ impl Image {
         iov: IoVec,
         is_copy: bool,
     ) -> Result<()> {
-        if self.may_write.load(Ordering::Acquire) && self.broken.get().is_none() {
+        if self.charge.may_write() && self.broken.get().is_none() {
             let inside = self.grace.enter_owned();
             if let Some(host) = self.own_place(offset, iov.len() as u64) {
                 let image = Arc::clone(self);
@@ -420,7 +419,7 @@ impl Image {
         if meta.slices.is_unlinked(id.table) {
             // The file knows nothing of this table: what is not in memory is empty.
             let is_extended = self.geometry().has_extended_l2();
-            let slice = Arc::new(Slice::empty(self.config.slice_len, is_extended));
+            let slice = Arc::new(Slice::empty(self.config.load().slice_len, is_extended));
             return Ok((id, add_slice(self, meta, id, slice)));
         }
         Err(Stop::Load(What::Slice(id)))
@@ -494,7 +493,8 @@ impl Guarded {
         let len = mem_len(work.clusters) * entry_len;
         meta.slices.mark(work.id, work.index * entry_len, len);
         let is_new_here = self.work.is_new && image.data_file.is_none();
-        meta.owed.data_flush |= copy.is_copy || is_new_here || image.config.data_before_metadata;
+        meta.owed.data_flush |=
+            copy.is_copy || is_new_here || image.config.load().data_before_metadata;
         self.is_over = true;
         self.work.item.leave(&mut meta);
     }

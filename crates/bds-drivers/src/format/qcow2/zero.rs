@@ -85,7 +85,7 @@ impl Image {
 
     /// True if the data file must read like the disk.
     pub(crate) fn has_raw_data_file(&self) -> bool {
-        self.cluster0.header.autoclear.contains(Autoclear::RAW_DATA_FILE)
+        self.cluster0.load().header.autoclear.contains(Autoclear::RAW_DATA_FILE)
     }
 
     /// Tells that a range is not needed. Parts of clusters are left alone.
@@ -171,7 +171,7 @@ impl Image {
         let max = (end - start).min(span - (start & (span - 1)));
         let max = self.before_others(meta, start, max)?;
         let has_table = self.has_table(start)?;
-        if !has_table && change == Change::Discard && self.backing.is_none() {
+        if !has_table && change == Change::Discard && !self.backing.is_some() {
             return Ok(Some(max));
         }
         if !has_table && !self.rules.has_zero_flag {
@@ -221,13 +221,13 @@ impl Image {
         let (kind, count) = old.kind(0, &self.rules)?;
         let is_nothing =
             kind == Kind::Unallocated && (!is_extended || count == self.geometry().subclusters());
-        if change == Change::Discard && is_nothing && self.backing.is_none() {
+        if change == Change::Discard && is_nothing && !self.backing.is_some() {
             return Ok(old);
         }
         if !self.rules.has_zero_flag {
             return Ok(L2Entry::default());
         }
-        let keeps_discarded = change == Change::Discard && self.config.discard_no_unref;
+        let keeps_discarded = change == Change::Discard && self.config.load().discard_no_unref;
         let keeps = (change == Change::Zero || keeps_discarded) && !old.is_compressed();
         let place = if keeps { old.word & (OFFSET_MASK | COPIED) } else { 0 };
         Ok(if is_extended {

@@ -10,7 +10,7 @@ use bds_core::driver::Attempt;
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::{Buf, IoVec};
 
-use super::FileNode;
+use super::{FileNode, Opened};
 
 impl FileNode {
     /// Answers a read from the page cache, completely or not at all.
@@ -19,7 +19,7 @@ impl FileNode {
         if end > self.known_len.load(Ordering::Relaxed) {
             return None;
         }
-        match self.file.try_read(offset, iov)? {
+        match self.now().file.try_read(offset, iov)? {
             Ok(read_len) if read_len == iov.len() => Some(Ok(())),
             // The file is shorter than we knew; the slow path finds out.
             Ok(_) => None,
@@ -31,7 +31,7 @@ impl FileNode {
     /// write is done again from its start).
     pub(super) fn quick_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
         let end = offset.checked_add(iov.len() as u64)?;
-        match self.file.try_write(offset, iov)? {
+        match self.now().file.try_write(offset, iov)? {
             Ok(written_len) if written_len == iov.len() => {
                 self.grown_to(end);
                 Some(Ok(()))
@@ -42,22 +42,23 @@ impl FileNode {
     }
 
     pub(super) async fn read_all(&self, offset: u64, iov: IoVec) -> Result<()> {
-        if self.needs_bounce(&iov) {
-            let buf = Buf::zeroed(iov.len(), self.limits.memory_alignment as usize);
-            self.read_fitting(offset, &buf.iov()).await?;
+        let now = self.now();
+        if now.needs_bounce(&iov) {
+            let buf = Buf::zeroed(iov.len(), now.limits.memory_alignment as usize);
+            self.read_fitting(&now, offset, &buf.iov()).await?;
             iov.copy_from_iov(0, &buf.iov());
             return Ok(());
         }
-        self.read_fitting(offset, &iov).await
+        self.read_fitting(&now, offset, &iov).await
     }
 
-    async fn read_fitting(&self, offset: u64, iov: &IoVec) -> Result<()> {
+    async fn read_fitting(&self, now: &Opened, offset: u64, iov: &IoVec) -> Result<()> {
         let total = iov.len();
         let mut done = 0;
         while done < total {
             let at = offset + done as u64;
             let rest = if done == 0 { iov.clone() } else { iov.slice(done..total) };
-            let read_len = match self.file.read(at, rest).await {
+            let read_len = match now.file.read(at, rest).await {
                 Ok(read_len) => read_len,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => return Err(self.failed("cannot read", at, e)),
@@ -66,11 +67,11 @@ impl FileNode {
                 break;
             }
             done += read_len;
-            if done < total && self.is_direct {
+            if done < total && now.is_direct {
                 if offset + done as u64 >= self.current_len()? {
                     break;
                 }
-                done = self.last_block_begin(done, read_len, at)?;
+                done = self.last_block_begin(now, done, read_len, at)?;
             }
         }
         if done < total {
@@ -81,8 +82,14 @@ impl FileNode {
     }
 
     /// Where to go on after a short direct transfer: only whole blocks count, for offsets must stay aligned.
-    fn last_block_begin(&self, done: usize, moved_len: usize, at: u64) -> Result<usize> {
-        let align = self.limits.request_alignment as usize;
+    fn last_block_begin(
+        &self,
+        now: &Opened,
+        done: usize,
+        moved_len: usize,
+        at: u64,
+    ) -> Result<usize> {
+        let align = now.limits.request_alignment as usize;
         if moved_len < align {
             return Err(Error::new(
                 ErrorKind::Io,
@@ -103,20 +110,21 @@ impl FileNode {
         if fua {
             self.refuse_if_flush_broke()?;
         }
-        let iov = if self.needs_bounce(&iov) {
-            let buf = Buf::zeroed(iov.len(), self.limits.memory_alignment as usize);
+        let now = self.now();
+        let iov = if now.needs_bounce(&iov) {
+            let buf = Buf::zeroed(iov.len(), now.limits.memory_alignment as usize);
             buf.iov().copy_from_iov(0, &iov);
             buf.iov()
         } else {
             iov
         };
         if fua && !self.features.no_dsync.load(Ordering::Relaxed) {
-            match self.write_fitting(offset, &iov, true).await {
+            match self.write_fitting(&now, offset, &iov, true).await {
                 Ok(()) => return Ok(()),
-                Err(e) => self.judge_dsync_failure(offset, &iov, e).await?,
+                Err(e) => self.judge_dsync_failure(&now, offset, &iov, e).await?,
             }
         } else {
-            self.write_fitting(offset, &iov, false)
+            self.write_fitting(&now, offset, &iov, false)
                 .await
                 .map_err(|e| self.failed("cannot write", offset, e))?;
         }
@@ -126,10 +134,16 @@ impl FileNode {
     /// A durable write failed. If durable writes are not supported, or only the space was missing, a plain write tells;
     /// `Ok` means it was done that way and a flush is owed. Else the failure was the kernel's report of a lost
     /// page, which it makes only once: it must stick.
-    async fn judge_dsync_failure(&self, offset: u64, iov: &IoVec, error: io::Error) -> Result<()> {
+    async fn judge_dsync_failure(
+        &self,
+        now: &Opened,
+        offset: u64,
+        iov: &IoVec,
+        error: io::Error,
+    ) -> Result<()> {
         match error.raw_os_error() {
             Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ENOSYS) => {
-                self.write_fitting(offset, iov, false)
+                self.write_fitting(now, offset, iov, false)
                     .await
                     .map_err(|e| self.failed("cannot write", offset, e))?;
                 // Only now is it known that the flag was to blame.
@@ -137,44 +151,56 @@ impl FileNode {
                 Ok(())
             }
             Some(libc::ENOSPC | libc::EDQUOT) => {
-                match self.write_fitting(offset, iov, false).await {
-                    Ok(()) => self.flush_broke(&error),
+                match self.write_fitting(now, offset, iov, false).await {
+                    Ok(()) => self.flush_broke(now, &error),
                     Err(again) => return Err(self.failed("cannot write", offset, again)),
                 }
                 Err(self.failed("cannot write durably", offset, error))
             }
             _ => {
-                self.flush_broke(&error);
+                self.flush_broke(now, &error);
                 Err(self.failed("cannot write durably", offset, error))
             }
         }
     }
 
-    async fn write_fitting(&self, offset: u64, iov: &IoVec, dsync: bool) -> io::Result<()> {
-        let written = self.write_pieces(offset, iov, dsync).await;
+    async fn write_fitting(
+        &self,
+        now: &Opened,
+        offset: u64,
+        iov: &IoVec,
+        dsync: bool,
+    ) -> io::Result<()> {
+        let written = self.write_pieces(now, offset, iov, dsync).await;
         if written.is_err() {
             // A part of it may be there, past what was the end: who asks must not be told that nothing is.
-            if let Ok(len) = self.file.len() {
+            if let Ok(len) = now.file.len() {
                 self.grown_to(len);
             }
         }
         written
     }
 
-    async fn write_pieces(&self, offset: u64, iov: &IoVec, dsync: bool) -> io::Result<()> {
+    async fn write_pieces(
+        &self,
+        now: &Opened,
+        offset: u64,
+        iov: &IoVec,
+        dsync: bool,
+    ) -> io::Result<()> {
         let total = iov.len();
         let mut done = 0;
         while done < total {
             let rest = if done == 0 { iov.clone() } else { iov.slice(done..total) };
-            let moved_len = match self.file.write(offset + done as u64, rest, dsync).await {
+            let moved_len = match now.file.write(offset + done as u64, rest, dsync).await {
                 Ok(0) => return Err(io::Error::from_raw_os_error(libc::ENOSPC)),
                 Ok(moved_len) => moved_len,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => return Err(e),
             };
             done += moved_len;
-            if done < total && self.is_direct {
-                let align = self.limits.request_alignment as usize;
+            if done < total && now.is_direct {
+                let align = now.limits.request_alignment as usize;
                 if moved_len < align {
                     return Err(io::Error::from_raw_os_error(libc::EIO));
                 }
@@ -192,31 +218,26 @@ impl FileNode {
         }
     }
 
-    fn needs_bounce(&self, iov: &IoVec) -> bool {
-        let align = self.limits.memory_alignment as usize;
-        self.is_direct
-            && iov.segments().iter().any(|s| s.as_ptr().addr() % align != 0 || s.len() % align != 0)
-    }
-
     /// fdatasync. Fails for good once it failed on a buffered file.
     pub(super) async fn flush(&self) -> Result<()> {
         self.refuse_if_flush_broke()?;
-        match self.file.sync_data().await {
+        let now = self.now();
+        match now.file.sync_data().await {
             Ok(()) => Ok(()),
             Err(e) => {
-                self.flush_broke(&e);
+                self.flush_broke(&now, &e);
                 Err(Error::io(e, "cannot flush").node(&self.node_name).file(&self.path))
             }
         }
     }
 
-    fn flush_broke(&self, error: &io::Error) {
-        if !self.is_direct {
+    fn flush_broke(&self, now: &Opened, error: &io::Error) {
+        if !now.is_direct {
             self.broken_flush.store(error.raw_os_error().unwrap_or(libc::EIO), Ordering::Release);
         }
     }
 
-    fn refuse_if_flush_broke(&self) -> Result<()> {
+    pub(super) fn refuse_if_flush_broke(&self) -> Result<()> {
         match self.broken_flush.load(Ordering::Acquire) {
             0 => Ok(()),
             errno => Err(Error::io(
@@ -243,10 +264,11 @@ impl FileNode {
         if !is_inside || self.features.no_copy_range.load(Ordering::Relaxed) {
             return Ok(Attempt::Unsupported);
         }
+        let (now, from_now) = (self.now(), source.now());
         let mut done = 0;
         while done < len {
             let (from, to) = (source_offset + done, offset + done);
-            match source.file.copy_range_to(from, &self.file, to, len - done).await {
+            match from_now.file.copy_range_to(from, &now.file, to, len - done).await {
                 Ok(0) => return Ok(Attempt::Unsupported),
                 Ok(copied_len) => done += copied_len,
                 Err(e) => match e.raw_os_error() {
@@ -266,5 +288,13 @@ impl FileNode {
         self.grown_to(offset + len);
         self.forget_data_run();
         Ok(Attempt::Done)
+    }
+}
+
+impl Opened {
+    fn needs_bounce(&self, iov: &IoVec) -> bool {
+        let align = self.limits.memory_alignment as usize;
+        self.is_direct
+            && iov.segments().iter().any(|s| s.as_ptr().addr() % align != 0 || s.len() % align != 0)
     }
 }

@@ -12,10 +12,14 @@
 //! by *testing* the opposite byte of each. Taking all of ours before the first test means that of two who come
 //! at the same moment at least one sees the other.
 //!
+//! Two descriptions of one node (a reopen) would find each other's locks and refuse. So the *old* description takes what either
+//! needs and tests; from then on nobody can come in who does not get along with the new one, which takes its own
+//! bytes beside it without a test. After that the old one may go.
+//!
 //! Invariant: the bytes recorded as held are locked by this file description. Order: take new, test, then drop old.
 
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::{ByteLock, File};
@@ -51,36 +55,124 @@ impl Permissions {
     pub(super) const READ: u8 = 1;
     pub(super) const WRITE: u8 = 2;
     pub(super) const RESIZE: u8 = 8;
+
+    /// What is left while another process is in charge: reading, and whatever others do is borne.
+    pub(super) fn idle(self) -> Self {
+        Self { used: self.used & Self::READ, unshared: Self::NONE, ..self }
+    }
 }
 
-/// The locks one node holds.
+/// What was held before [`Locks::widen`].
+#[derive(Debug)]
+#[must_use]
+pub(super) struct Widened(Option<Permissions>);
+
+/// The locks one open description holds.
 #[derive(Debug)]
 pub(super) struct Locks {
     /// What is held; `None` if locks are off or do not work here.
     held: Mutex<Option<Permissions>>,
+    /// What is held while the node is in charge of the file.
+    wanted: Permissions,
 }
 
 impl Locks {
     /// Holds nothing and never will.
     pub(super) fn none() -> Self {
-        Self { held: Mutex::new(None) }
+        Self { held: Mutex::new(None), wanted: Permissions::default() }
     }
 
     /// Locks `file` for `wanted`, or says who is in the way.
     pub(super) fn take(file: &File, wanted: Permissions, mode: LockMode) -> Result<Self> {
         if mode == LockMode::Off {
-            return Ok(Self::none());
+            return Ok(Self { wanted, ..Self::none() });
         }
         match change(file, Permissions::default(), wanted) {
-            Ok(()) => Ok(Self { held: Mutex::new(Some(wanted)) }),
-            Err(Failure::NoLocks(_)) if mode == LockMode::Auto => Ok(Self::none()),
+            Ok(()) => Ok(Self { held: Mutex::new(Some(wanted)), wanted }),
+            Err(Failure::NoLocks(_)) if mode == LockMode::Auto => {
+                Ok(Self { wanted, ..Self::none() })
+            }
             Err(failure) => Err(failure.into_error()),
         }
     }
 
+    /// What is held while the node is in charge of the file.
+    pub(super) fn wanted(&self) -> Permissions {
+        self.wanted
+    }
+
+    /// Holds what `other` shall hold too, if nobody objects. The answer is what [`Locks::narrow`] goes back to; `None` if locks
+    /// do not work here and need not.
+    pub(super) fn widen(
+        &self,
+        file: &File,
+        other: Permissions,
+        mode: LockMode,
+    ) -> Result<Option<Widened>> {
+        if mode == LockMode::Off {
+            return Ok(None);
+        }
+        let mut held = self.lock();
+        let old = held.unwrap_or_default();
+        let both = Permissions {
+            used: old.used | other.used,
+            unshared: old.unshared | other.unshared,
+            force_share: old.force_share,
+        };
+        match take_bytes(file, old, both).and_then(|()| test(file, other)) {
+            Ok(()) => {
+                let before = Widened(held.replace(both));
+                Ok(Some(before))
+            }
+            Err(failure) => {
+                drop_bytes(file, both, old);
+                match failure {
+                    Failure::NoLocks(_) if mode == LockMode::Auto => Ok(None),
+                    failure => Err(failure.into_error()),
+                }
+            }
+        }
+    }
+
+    /// Undoes [`Locks::widen`].
+    pub(super) fn narrow(&self, file: &File, before: Widened) {
+        let mut held = self.lock();
+        let both = std::mem::replace(&mut *held, before.0).unwrap_or_default();
+        drop_bytes(file, both, before.0.unwrap_or_default());
+    }
+
+    /// Locks another description of a file whose locks were widened for it.
+    pub(super) fn beside(file: &File, now: Permissions, wanted: Permissions) -> Result<Self> {
+        take_bytes(file, Permissions::default(), now).map_err(Failure::into_error)?;
+        Ok(Self { held: Mutex::new(Some(now)), wanted })
+    }
+
+    /// Somebody else takes charge of the file: keeps only what a reader keeps that nobody minds.
+    pub(super) fn relax(&self, file: &File) {
+        let mut held = self.lock();
+        if let Some(old) = *held {
+            let new = old.idle();
+            drop_bytes(file, old, new);
+            *held = Some(new);
+        }
+    }
+
+    /// Takes charge again, or says who is in the way (then nothing has changed).
+    pub(super) fn restore(&self, file: &File) -> Result<()> {
+        let mut held = self.lock();
+        let Some(old) = *held else { return Ok(()) };
+        change(file, old, self.wanted).map_err(Failure::into_error)?;
+        *held = Some(self.wanted);
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Permissions>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Holds the resize permission while `guard` lives, if it is not held anyway.
     pub(super) fn resizing<'a>(&'a self, file: &'a File) -> Result<ResizeGuard<'a>> {
-        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = self.lock();
         let Some(old) = *held else { return Ok(ResizeGuard { locks: self, file, added: false }) };
         if old.used & Permissions::RESIZE != 0 {
             return Ok(ResizeGuard { locks: self, file, added: false });
@@ -93,7 +185,7 @@ impl Locks {
 
     /// Drops everything. Failure to unlock is no error: closing the file unlocks as well.
     pub(super) fn release(&self, file: &File) {
-        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = self.lock();
         if let Some(old) = held.take() {
             drop_bytes(file, old, Permissions::default());
         }
@@ -113,7 +205,7 @@ impl Drop for ResizeGuard<'_> {
         if !self.added {
             return;
         }
-        let mut held = self.locks.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = self.locks.lock();
         if let Some(old) = *held {
             let new = Permissions { used: old.used & !Permissions::RESIZE, ..old };
             drop_bytes(self.file, old, new);

@@ -7,6 +7,7 @@
 //! open    options, kinds, read-only, limits       zero    zero writes, discard, their fallback ladders
 //! create  making and preallocating a file         status  holes and data, truncate
 //! lock    QEMU's image locks                      io      reads, writes, flush, copy offload
+//! reopen  another mode, giving the file away and taking it back
 //! ```
 //!
 //! Invariants:
@@ -20,6 +21,7 @@ mod create;
 mod io;
 mod lock;
 mod open;
+mod reopen;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -27,19 +29,20 @@ mod zero;
 
 use std::any::Any;
 use std::io as sysio;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock};
 
 use bds_core::driver::{
-    Attempt, BoxFuture, Category, Driver, DriverType, Limits, OpenContext, ReadFlags, StatusRun,
-    Truncate, WriteFlags, ZeroFlags,
+    Attempt, BoxFuture, Category, Driver, DriverType, Hinge, Limits, OpenContext, ReadFlags,
+    Reading, Reopen, ReopenContext, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, Result};
 use bds_io::{File, Fs, IoVec};
 
-use lock::Locks;
+use lock::{LockMode, Locks};
 use status::DataRun;
 
 /// The `file` protocol: regular files.
@@ -104,17 +107,54 @@ struct FileNode {
     flavour: Flavour,
     node_name: String,
     path: PathBuf,
-    file: File,
-    locks: Locks,
-    is_read_only: bool,
-    is_direct: bool,
-    limits: Limits,
+    /// As it was opened first.
+    first: Opened,
+    /// As it is open now, once it was reopened. Most files never are: for them finding what to use costs one load.
+    later: OnceLock<Hinge<Opened>>,
+    /// False while another process is in charge of the file.
+    is_active: AtomicBool,
     /// Length when last asked, or as far as we wrote since. Asked again when a read comes short.
     known_len: AtomicU64,
     /// errno of the flush that failed; 0 if none did.
     broken_flush: AtomicI32,
     features: Features,
     data_run: Mutex<DataRun>,
+}
+
+/// What another mode brings with it: exchanged as a whole by a reopen, while nobody is inside the node.
+#[derive(Debug)]
+struct Opened {
+    file: File,
+    locks: Locks,
+    mode: Mode,
+    is_read_only: bool,
+    is_direct: bool,
+    limits: Limits,
+}
+
+/// A look at what is open now.
+enum Now<'a> {
+    First(&'a Opened),
+    Later(Reading<'a, Opened>),
+}
+
+impl Deref for Now<'_> {
+    type Target = Opened;
+
+    #[inline]
+    fn deref(&self) -> &Opened {
+        match self {
+            Self::First(opened) => opened,
+            Self::Later(reading) => reading,
+        }
+    }
+}
+
+/// The options of ours that decide about locks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Mode {
+    locking: LockMode,
+    share_writers: bool,
 }
 
 /// What the file system turned out not to do. Set once, per node; asking again would only cost time.
@@ -130,6 +170,14 @@ struct Features {
 }
 
 impl FileNode {
+    #[inline]
+    fn now(&self) -> Now<'_> {
+        match self.later.get() {
+            None => Now::First(&self.first),
+            Some(later) => Now::Later(later.read()),
+        }
+    }
+
     /// An error of the system, with the file, node and byte it happened at.
     fn failed(&self, what: &str, offset: u64, error: sysio::Error) -> Error {
         Error::io(error, what).node(&self.node_name).file(&self.path).at(offset)
@@ -137,7 +185,8 @@ impl FileNode {
 
     /// The length now. Also refreshes what `len` answers.
     fn current_len(&self) -> Result<u64> {
-        let len = self
+        let now = self.now();
+        let len = now
             .file
             .len()
             .map_err(|e| Error::io(e, "cannot ask for the length").file(&self.path))?;
@@ -156,11 +205,11 @@ impl Driver for FileNode {
     }
 
     fn limits(&self) -> Limits {
-        self.limits
+        self.now().limits
     }
 
     fn is_read_only(&self) -> bool {
-        self.is_read_only
+        self.now().is_read_only
     }
 
     fn write_flags(&self) -> WriteFlags {
@@ -176,7 +225,7 @@ impl Driver for FileNode {
     }
 
     fn identity(&self) -> Option<(u64, u64)> {
-        self.file.identity().ok()
+        self.now().file.identity().ok()
     }
 
     fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
@@ -227,7 +276,8 @@ impl Driver for FileNode {
     }
 
     fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
-        let answer = self
+        let now = self.now();
+        let answer = now
             .file
             .allocated_len()
             .map(Some)
@@ -250,13 +300,33 @@ impl Driver for FileNode {
         })
     }
 
+    fn prepare_reopen<'n, 'c>(
+        &'n self,
+        context: &'c mut ReopenContext<'_>,
+    ) -> BoxFuture<'c, Result<Box<dyn Reopen + 'n>>>
+    where
+        'n: 'c,
+    {
+        Box::pin(self.prepare(context))
+    }
+
+    fn inactivate(&self) -> BoxFuture<'_, Result<()>> {
+        self.give_away();
+        Box::pin(async { Ok(()) })
+    }
+
+    fn activate(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { self.take_back() })
+    }
+
     fn as_any(&self) -> &dyn Any {
         self
     }
 
     fn close(&self) -> BoxFuture<'_, Result<()>> {
         // The locks belong to the open file description, and an operation in flight may keep that alive.
-        self.locks.release(&self.file);
+        let now = self.now();
+        now.locks.release(&now.file);
         Box::pin(async { Ok(()) })
     }
 }

@@ -4,16 +4,17 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicI32, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64};
+use std::sync::{Mutex, OnceLock};
 
+use bds_core::Options;
 use bds_core::driver::{Driver, Limits, OpenContext, OpenFlags, Role};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::{File, FileKind, Fs, OpenOptions};
 
 use super::lock::{LockMode, Locks, Permissions};
 use super::status::DataRun;
-use super::{Features, FileNode, Flavour};
+use super::{Features, FileNode, Flavour, Mode, Opened};
 
 /// Longest single data request, as everywhere in the block layer: a 31-bit length rounded down to a sector.
 const MAX_TRANSFER_BYTES: u64 = 0x7fff_fe00;
@@ -21,28 +22,24 @@ const MAX_TRANSFER_BYTES: u64 = 0x7fff_fe00;
 /// Devices take discards and zero writes in units of their logical block, which is never larger.
 const DEVICE_UNIT_BYTES: u32 = 4096;
 
-struct Wanted {
-    path: PathBuf,
-    locking: LockMode,
-    share_writers: bool,
-}
-
 pub(super) fn open(flavour: Flavour, context: &mut OpenContext<'_>) -> Result<Box<dyn Driver>> {
-    let wanted = parse(context)?;
-    let node_name = context.node_name.to_owned();
-    let flags = context.flags;
-    open_node(flavour, context.fs, wanted, node_name.clone(), flags)
-        .map(|node| Box::new(node) as Box<dyn Driver>)
-        .map_err(|e| e.node(node_name))
-}
-
-fn parse(context: &mut OpenContext<'_>) -> Result<Wanted> {
     let options = &mut context.options;
     let path = options.take_str("filename")?.ok_or_else(|| {
         Error::new(ErrorKind::InvalidInput, "option 'filename' is missing: name the file")
     })?;
+    let mode = take_mode(options, Mode { locking: LockMode::Auto, share_writers: false })?;
+    let path = PathBuf::from(strip_scheme(&path));
+    let node_name = context.node_name.to_owned();
+    open_node(flavour, context.fs, path, mode, node_name.clone(), context.flags)
+        .map(|node| Box::new(node) as Box<dyn Driver>)
+        .map_err(|e| e.node(node_name))
+}
+
+/// Takes the options that may change while the file is open; what is not given stays as in `mode`.
+pub(super) fn take_mode(options: &mut Options, mode: Mode) -> Result<Mode> {
     let locking = match options.take_str("locking")?.as_deref() {
-        None | Some("auto") => LockMode::Auto,
+        None => mode.locking,
+        Some("auto") => LockMode::Auto,
         Some("on") => LockMode::On,
         Some("off") => LockMode::Off,
         Some(other) => return Err(bad_choice("locking", other, "on, off or auto")),
@@ -52,18 +49,12 @@ fn parse(context: &mut OpenContext<'_>) -> Result<Wanted> {
         Some(other) => return Err(bad_choice("aio", other, "threads, native or io_uring")),
     }
     options.take_bool("drop-cache")?;
-    let share_writers = options.take_bool("x-share-rw")?.unwrap_or(false);
-    if context.flags.force_share && !context.flags.read_only {
-        return Err(Error::new(
-            ErrorKind::InvalidInput,
-            "force-share=on can only be used with read-only images",
-        ));
-    }
-    Ok(Wanted { path: strip_scheme(&path).into(), locking, share_writers })
+    let share_writers = options.take_bool("x-share-rw")?.unwrap_or(mode.share_writers);
+    Ok(Mode { locking, share_writers })
 }
 
 /// `file:name` is how QEMU's users spell a name that contains a colon.
-fn strip_scheme(name: &str) -> &str {
+pub(super) fn strip_scheme(name: &str) -> &str {
     name.strip_prefix("file:").unwrap_or(name)
 }
 
@@ -75,38 +66,67 @@ fn bad_choice(name: &'static str, found: &str, allowed: &str) -> Error {
 fn open_node(
     flavour: Flavour,
     fs: &Fs,
-    wanted: Wanted,
+    path: PathBuf,
+    mode: Mode,
     node_name: String,
     flags: OpenFlags,
 ) -> Result<FileNode> {
-    let Wanted { path, locking, share_writers } = wanted;
-    let direct = flags.cache.direct;
-    let want_write = !(flags.read_only || flags.info_only);
-    let (file, is_read_only) = open_file(fs, &path, want_write, direct, flags.auto_read_only)
-        .map_err(|e| open_failed(e, &path, direct))?;
-    check_kind(flavour, &file, &path)?;
-    let locks = if flags.info_only {
-        Locks::none()
-    } else {
-        let permissions = permissions(&flags, is_read_only, share_writers);
-        Locks::take(&file, permissions, locking).map_err(|e| e.file(&path))?
-    };
-    let len = file.len().map_err(|e| Error::io(e, "cannot ask for the length").file(&path))?;
-    let limits = limits(flavour, &file, direct).map_err(|e| e.file(&path))?;
+    let mut opened = Opened::new(flavour, fs, &path, mode, flags)?;
+    opened.locks = Locks::take(&opened.file, opened.permissions(&flags), opened.locking(&flags))
+        .map_err(|e| e.file(&path))?;
+    let len =
+        opened.file.len().map_err(|e| Error::io(e, "cannot ask for the length").file(&path))?;
     Ok(FileNode {
         flavour,
         node_name,
         path,
-        file,
-        locks,
-        is_read_only,
-        is_direct: direct,
-        limits,
+        first: opened,
+        later: OnceLock::new(),
+        is_active: AtomicBool::new(true),
         known_len: AtomicU64::new(len),
         broken_flush: AtomicI32::new(0),
         features: Features::default(),
         data_run: Mutex::new(DataRun::default()),
     })
+}
+
+impl Opened {
+    /// Opens the file in a mode. No lock is taken.
+    pub(super) fn new(
+        flavour: Flavour,
+        fs: &Fs,
+        path: &Path,
+        mode: Mode,
+        flags: OpenFlags,
+    ) -> Result<Self> {
+        if flags.force_share && !flags.read_only {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "force-share=on can only be used with read-only images",
+            ));
+        }
+        let direct = flags.cache.direct;
+        let (file, is_read_only) =
+            open_file(fs, path, wants_write(&flags), direct, flags.auto_read_only)
+                .map_err(|e| open_failed(e, path, direct))?;
+        check_kind(flavour, &file, path)?;
+        let limits = limits(flavour, &file, direct).map_err(|e| e.file(path))?;
+        Ok(Self { file, locks: Locks::none(), mode, is_read_only, is_direct: direct, limits })
+    }
+
+    /// What its user does to the file, opened like this, and what it lets others do meanwhile.
+    pub(super) fn permissions(&self, flags: &OpenFlags) -> Permissions {
+        permissions(flags, self.is_read_only, self.mode.share_writers)
+    }
+
+    /// Who only looks takes no locks.
+    pub(super) fn locking(&self, flags: &OpenFlags) -> LockMode {
+        if flags.info_only { LockMode::Off } else { self.mode.locking }
+    }
+}
+
+pub(super) fn wants_write(flags: &OpenFlags) -> bool {
+    !(flags.read_only || flags.info_only)
 }
 
 /// Opens for writing, or for reading if that is all there is and the caller can live with it.

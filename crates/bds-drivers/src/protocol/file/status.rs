@@ -13,7 +13,7 @@ use bds_core::{Error, ErrorKind, Result};
 use bds_io::ZeroMode;
 use bds_io::{Buf, FileKind};
 
-use super::{FileNode, Flavour};
+use super::{FileNode, Flavour, Opened};
 
 /// Step in which space is written with zeros.
 const FILL_STEP_BYTES: u64 = 1 << 20;
@@ -44,8 +44,9 @@ impl FileNode {
             return Ok(StatusRun { len: 0, flags: StatusFlags::EOF, map: None });
         }
         let len = len.min(file_len - offset);
-        let (is_data, run_len) = if precise && self.file.kind() == FileKind::Regular {
-            self.run_at(offset, len)?
+        let now = self.now();
+        let (is_data, run_len) = if precise && now.file.kind() == FileKind::Regular {
+            self.run_at(&now, offset, len)?
         } else {
             (true, len)
         };
@@ -67,7 +68,7 @@ impl FileNode {
         self.current_len()
     }
 
-    fn run_at(&self, offset: u64, len: u64) -> Result<(bool, u64)> {
+    fn run_at(&self, now: &Opened, offset: u64, len: u64) -> Result<(bool, u64)> {
         let age = {
             let run = self.data_run.lock().unwrap_or_else(PoisonError::into_inner);
             if run.range.contains(&offset) {
@@ -75,7 +76,7 @@ impl FileNode {
             }
             run.age
         };
-        let extent = match self.file.extent(offset) {
+        let extent = match now.file.extent(offset) {
             Ok(Some(extent)) if extent.len > 0 => extent,
             // The file became shorter meanwhile: zeros. A file system without holes, or one that gives odd answers: data.
             Ok(None) => return Ok((false, len)),
@@ -89,22 +90,7 @@ impl FileNode {
                 run.range = offset..offset.saturating_add(extent.len);
             }
         }
-        Ok(self.whole_blocks(extent.is_data, extent.len, len))
-    }
-
-    /// A run ends on a block: data is rounded up, a hole down (and is data if nothing is left).
-    fn whole_blocks(&self, is_data: bool, extent_len: u64, len: u64) -> (bool, u64) {
-        let align = u64::from(self.limits.request_alignment);
-        if extent_len >= len {
-            return (is_data, len);
-        }
-        if is_data {
-            return (true, extent_len.next_multiple_of(align).min(len));
-        }
-        match extent_len / align * align {
-            0 => (true, align.min(len)),
-            whole => (false, whole),
-        }
+        Ok(now.whole_blocks(extent.is_data, extent.len, len))
     }
 
     pub(super) async fn resize(&self, change: Truncate) -> Result<()> {
@@ -146,12 +132,30 @@ impl FileNode {
                 "preallocation=metadata is for formats; a file takes off, falloc or full",
             ));
         }
-        let _resizing = self.locks.resizing(&self.file)?;
+        let now = self.now();
+        let _resizing = now.locks.resizing(&now.file)?;
         self.forget_data_run();
-        let outcome = set_len(&self.file, old_len, new_len, change.prealloc).await;
+        let outcome = set_len(&now.file, old_len, new_len, change.prealloc).await;
         self.forget_data_run();
         self.current_len()?;
         outcome
+    }
+}
+
+impl Opened {
+    /// A run ends on a block: data is rounded up, a hole down (and is data if nothing is left).
+    fn whole_blocks(&self, is_data: bool, extent_len: u64, len: u64) -> (bool, u64) {
+        let align = u64::from(self.limits.request_alignment);
+        if extent_len >= len {
+            return (is_data, len);
+        }
+        if is_data {
+            return (true, extent_len.next_multiple_of(align).min(len));
+        }
+        match extent_len / align * align {
+            0 => (true, align.min(len)),
+            whole => (false, whole),
+        }
     }
 }
 

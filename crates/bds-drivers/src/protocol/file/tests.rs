@@ -14,10 +14,10 @@ use bds_io::{Buf, ByteLock, IoVec, Sim, SimConfig};
 
 use super::{FileProtocol, HostDevice};
 
-const NAME: &str = "/disk";
+pub(super) const NAME: &str = "/disk";
 
 /// A protocol has no children.
-struct NoChildren;
+pub(super) struct NoChildren;
 
 impl ChildOpener for NoChildren {
     fn open_child<'a>(&'a mut self, _: ChildRequest) -> BoxFuture<'a, Result<Option<Child>>> {
@@ -25,7 +25,7 @@ impl ChildOpener for NoChildren {
     }
 }
 
-fn open_as(
+pub(super) fn open_as(
     sim: &Sim,
     driver: &dyn DriverType,
     flags: OpenFlags,
@@ -38,30 +38,30 @@ fn open_as(
     sim.block_on(driver.open(&mut context))
 }
 
-fn open(sim: &Sim, flags: OpenFlags) -> Result<Box<dyn Driver>> {
+pub(super) fn open(sim: &Sim, flags: OpenFlags) -> Result<Box<dyn Driver>> {
     open_as(sim, &FileProtocol, flags, Options::new())
 }
 
-fn calm(bytes: &[u8]) -> Sim {
+pub(super) fn calm(bytes: &[u8]) -> Sim {
     with_config(SimConfig::calm(), bytes)
 }
 
-fn with_config(config: SimConfig, bytes: &[u8]) -> Sim {
+pub(super) fn with_config(config: SimConfig, bytes: &[u8]) -> Sim {
     let sim = Sim::new(1, config);
     sim.put_file(NAME, bytes);
     sim
 }
 
-fn metadata() -> OpenFlags {
+pub(super) fn metadata() -> OpenFlags {
     OpenFlags { role: Role::METADATA | Role::DATA | Role::PRIMARY, ..OpenFlags::default() }
 }
 
-fn direct() -> OpenFlags {
+pub(super) fn direct() -> OpenFlags {
     let cache = CacheMode { direct: true, ..CacheMode::default() };
     OpenFlags { cache, ..OpenFlags::default() }
 }
 
-fn read(sim: &Sim, node: &dyn Driver, offset: u64, len: usize) -> Result<Vec<u8>> {
+pub(super) fn read(sim: &Sim, node: &dyn Driver, offset: u64, len: usize) -> Result<Vec<u8>> {
     let buf = Buf::zeroed(len, 4096);
     buf.iov().fill(0..len, 0xee);
     sim.block_on(node.read(offset, buf.iov(), ReadFlags::empty()))?;
@@ -70,12 +70,18 @@ fn read(sim: &Sim, node: &dyn Driver, offset: u64, len: usize) -> Result<Vec<u8>
     Ok(out)
 }
 
-fn write(sim: &Sim, node: &dyn Driver, offset: u64, bytes: &[u8], flags: WriteFlags) -> Result<()> {
+pub(super) fn write(
+    sim: &Sim,
+    node: &dyn Driver,
+    offset: u64,
+    bytes: &[u8],
+    flags: WriteFlags,
+) -> Result<()> {
     sim.block_on(node.write(offset, Buf::from_slice(bytes).iov(), flags))
 }
 
 /// The image-lock bytes somebody holds.
-fn held(sim: &Sim) -> Vec<u64> {
+pub(super) fn held(sim: &Sim) -> Vec<u64> {
     let is_held = |byte: &u64| {
         let lock = ByteLock { offset: *byte, len: 1 };
         sim.lock_elsewhere(NAME, lock, LockKind::Exclusive).is_err()
@@ -83,7 +89,7 @@ fn held(sim: &Sim) -> Vec<u64> {
     (100..105).chain(200..205).filter(is_held).collect()
 }
 
-fn foreign(sim: &Sim, byte: u64) -> ForeignLock {
+pub(super) fn foreign(sim: &Sim, byte: u64) -> ForeignLock {
     let lock = ByteLock { offset: byte, len: 1 };
     sim.lock_elsewhere(NAME, lock, LockKind::Shared).unwrap()
 }

@@ -72,7 +72,7 @@ impl FileNode {
                 return Ok(Tried::Done);
             }
         }
-        if offset >= self.file.len()? {
+        if offset >= self.now().file.len()? {
             return self.allocate(offset, len).await;
         }
         Ok(Tried::Next)
@@ -80,15 +80,16 @@ impl FileNode {
 
     /// After a hole was punched: the file must still reach to `end`, for its length is part of what is read.
     async fn reach(&self, offset: u64, end: u64) -> io::Result<Tried> {
-        let len = self.file.len()?;
+        let now = self.now();
+        let len = now.file.len()?;
         if end <= len {
             return Ok(Tried::Done);
         }
         // One block of zeros at the very end of our own range: it cannot cut or overwrite anybody else's bytes.
-        let block_len = u64::from(self.limits.request_alignment).min(end - offset);
+        let block_len = u64::from(now.limits.request_alignment).min(end - offset);
         let buf_len = usize::try_from(block_len).expect("an alignment fits into memory");
-        let zeros = Buf::zeroed(buf_len, self.limits.memory_alignment as usize);
-        match self.file.write(end - block_len, zeros.iov(), false).await? {
+        let zeros = Buf::zeroed(buf_len, now.limits.memory_alignment as usize);
+        match now.file.write(end - block_len, zeros.iov(), false).await? {
             0 => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
             n if n == buf_len => Ok(Tried::Done),
             _ => Ok(Tried::Next),
@@ -104,10 +105,11 @@ impl FileNode {
         // BLKZEROOUT may write the zeros one by one, and does not tell the page cache.
         let may_be_slow = !flags.contains(ZeroFlags::NO_FALLBACK);
         let known_bad = self.features.no_zero_device.load(Ordering::Relaxed);
-        if !may_be_slow || !self.is_direct || known_bad {
+        let now = self.now();
+        if !may_be_slow || !now.is_direct || known_bad {
             return Ok(Tried::Next);
         }
-        self.judge(self.file.zero_device(offset..offset + len).await, &self.features.no_zero_device)
+        self.judge(now.file.zero_device(offset..offset + len).await, &self.features.no_zero_device)
     }
 
     async fn punch(&self, offset: u64, len: u64) -> io::Result<Tried> {
@@ -128,7 +130,7 @@ impl FileNode {
         if known_bad.load(Ordering::Relaxed) {
             return Ok(Tried::Next);
         }
-        self.judge(self.file.zero_range(offset..offset + len, mode).await, known_bad)
+        self.judge(self.now().file.zero_range(offset..offset + len, mode).await, known_bad)
     }
 
     /// Sorts an answer: done, this way never works here, this way does not work for this range, or failed.
@@ -156,7 +158,8 @@ impl FileNode {
                 if known_bad.load(Ordering::Relaxed) {
                     return Ok(Attempt::Unsupported);
                 }
-                self.judge(self.file.discard_device(offset..offset + len).await, known_bad)
+                let now = self.now();
+                self.judge(now.file.discard_device(offset..offset + len).await, known_bad)
             }
         };
         self.forget_data_run();

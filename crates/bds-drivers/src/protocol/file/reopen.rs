@@ -1,0 +1,165 @@
+//! Another mode for an open file, and giving it away to another process and taking it back.
+//!
+//! A reopen opens the name once more, locks the new description beside the old one (`lock.rs`), and exchanges the two at
+//! commit. Until then everything goes through the old one.
+//!
+//! Invariants:
+//! - The file stays the same file: another inode under the name is refused.
+//! - There is no moment at which neither description holds the locks.
+//! - A failed write-back is not forgotten. The kernel reports it once to each description, so the old one is asked before it
+//!   goes, and what it ever said stays with the node (`broken_flush`).
+
+use std::sync::atomic::Ordering;
+
+use bds_core::driver::{Hinge, OpenFlags, Reopen, ReopenContext};
+use bds_core::{Error, ErrorKind, Result};
+
+use super::lock::{LockMode, Locks, Widened};
+use super::open::{strip_scheme, take_mode, wants_write};
+use super::{FileNode, Mode, Opened};
+
+/// A second description, ready to take over. Dropped, it closes, and the first one's locks are as before.
+struct Prepared<'a> {
+    node: &'a FileNode,
+    /// `None`: it took over.
+    new: Option<Opened>,
+    /// What the first one held before.
+    before: Option<Widened>,
+}
+
+impl Reopen for Prepared<'_> {
+    fn commit(mut self: Box<Self>) {
+        let Some(new) = self.new.take() else { return };
+        let node = self.node;
+        {
+            let old = node.now();
+            // An operation whose caller is gone may keep the old description open for a while.
+            old.locks.release(&old.file);
+        }
+        let file = new.file.clone();
+        match node.later.get() {
+            Some(later) => later.replace(new),
+            // The one who commits is alone with the node, so it is empty still.
+            None => drop(node.later.set(Hinge::new(new))),
+        }
+        // The first one lives as long as the node, but its description must not.
+        if let Err(error) = node.first.file.forward(&file) {
+            let node = &node.node_name;
+            tracing::warn!(%error, node, "a former descriptor stays open until the node is closed");
+        }
+    }
+}
+
+impl Drop for Prepared<'_> {
+    fn drop(&mut self) {
+        if self.new.is_some()
+            && let Some(before) = self.before.take()
+        {
+            let old = self.node.now();
+            old.locks.narrow(&old.file, before);
+        }
+    }
+}
+
+impl FileNode {
+    /// See [`bds_core::Driver::prepare_reopen`].
+    pub(super) async fn prepare<'a>(
+        &'a self,
+        context: &mut ReopenContext<'_>,
+    ) -> Result<Box<dyn Reopen + 'a>> {
+        let named = |e: Error| e.node(&self.node_name).file(&self.path);
+        let mode = self.parse(context).map_err(named)?;
+        if self.is_like(mode, &context.flags) {
+            return Ok(Box::new(()));
+        }
+        let prepared = self.open_beside(mode, context).map_err(named)?;
+        let now = self.now();
+        let is_flushed = now.is_read_only || context.current.cache.no_flush;
+        if !is_flushed && self.refuse_if_flush_broke().is_ok() {
+            self.flush().await?;
+        }
+        Ok(Box::new(prepared))
+    }
+
+    fn parse(&self, context: &mut ReopenContext<'_>) -> Result<Mode> {
+        let name = context.options.take_str("filename")?;
+        if let Some(name) = name.filter(|name| self.path.as_os_str() != strip_scheme(name)) {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "option 'filename' cannot change while the node is open; open another node",
+            )
+            .field("filename", name));
+        }
+        take_mode(&mut context.options, self.now().mode)
+    }
+
+    /// Is the file open like this already?
+    fn is_like(&self, mode: Mode, flags: &OpenFlags) -> bool {
+        let now = self.now();
+        mode == now.mode
+            && wants_write(flags) != now.is_read_only
+            && flags.cache.direct == now.is_direct
+            && now.permissions(flags) == now.locks.wanted()
+    }
+
+    fn open_beside(&self, mode: Mode, context: &ReopenContext<'_>) -> Result<Prepared<'_>> {
+        let flags = context.flags;
+        let mut new = Opened::new(self.flavour, context.fs, &self.path, mode, flags)?;
+        let now = self.now();
+        let identity = |opened: &Opened| {
+            opened.file.identity().map_err(|e| Error::io(e, "cannot ask which file it is"))
+        };
+        if identity(&new)? != identity(&now)? {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "the name belongs to another file by now; a node stays with its file",
+            ));
+        }
+        let wanted = new.permissions(&flags);
+        let is_active = self.is_active.load(Ordering::Acquire);
+        let needed = if is_active { wanted } else { wanted.idle() };
+        let before = now.locks.widen(&now.file, needed, new.locking(&flags))?;
+        // From here on the locks go back if anything fails.
+        let is_locked = before.is_some();
+        let mut prepared = Prepared { node: self, new: None, before };
+        let beside = match is_locked {
+            true => Locks::beside(&new.file, needed, wanted),
+            false => Locks::take(&new.file, wanted, LockMode::Off),
+        };
+        prepared.new = Some(match beside {
+            Ok(locks) => {
+                new.locks = locks;
+                new
+            }
+            Err(error) => {
+                prepared.new = Some(new);
+                return Err(error);
+            }
+        });
+        Ok(prepared)
+    }
+
+    /// Lets another process take charge of the file.
+    pub(super) fn give_away(&self) {
+        let now = self.now();
+        now.locks.relax(&now.file);
+        self.is_active.store(false, Ordering::Release);
+    }
+
+    /// Takes charge of the file, which may be longer or shorter by now.
+    pub(super) fn take_back(&self) -> Result<()> {
+        let named = |e: Error| e.node(&self.node_name).file(&self.path);
+        let now = self.now();
+        now.locks.restore(&now.file).map_err(named)?;
+        if let Err(error) = self.current_len() {
+            now.locks.relax(&now.file);
+            return Err(named(error));
+        }
+        self.forget_data_run();
+        self.is_active.store(true, Ordering::Release);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,253 @@
+//! A backing node that comes, goes, and becomes another one while the overlay is open.
+
+use std::sync::Arc;
+
+use bds_core::driver::{Driver, OpenContext, ReadFlags, WriteFlags};
+use bds_core::graph::{Graph, NodeRef};
+use bds_core::request::{Backend, BackendOptions};
+use bds_core::{DriverType, ErrorKind, Options};
+use bds_drivers::format::qcow2::Qcow2Format;
+use bds_drivers::protocol::mem::Mem;
+use bds_io::{Buf, Sim};
+use bds_testkit::pattern;
+use serde_json::json;
+
+use super::rig::{Image, Place, Port, Shelf, made, open_file, place, read_only, writer};
+use crate::sweep::rig::{Kind, World};
+
+const CLUSTER: u64 = 4096;
+
+/// A raw file below, by name.
+async fn base(sim: &Sim, name: &str, bytes: &[u8]) -> Arc<dyn Driver> {
+    sim.put_file(name, bytes);
+    open_file(&sim.fs(), name.into(), read_only(writer())).await.unwrap()
+}
+
+/// A node that answers at once.
+async fn memory(bytes: &[u8]) -> Arc<dyn Driver> {
+    let mut none = Shelf::default();
+    let fs = bds_io::Fs::Host;
+    let options = Options::new().with("size", bytes.len());
+    let mut context = OpenContext::new("mem", options, writer(), &fs, &mut none);
+    let node = Mem.open(&mut context).await.unwrap();
+    node.write(0, Buf::from_slice(bytes).iov(), WriteFlags::empty()).await.unwrap();
+    Arc::from(node)
+}
+
+async fn overlay(sim: &Sim, world: &World, backing: Option<&Place>) -> Box<dyn Driver> {
+    let fs = sim.fs();
+    let file = open_file(&fs, world.path("disk"), writer()).await.unwrap();
+    let mut shelf = Shelf(vec![("file", place(file))]);
+    shelf.0.extend(backing.map(|place| ("backing", Arc::clone(place))));
+    let mut context = OpenContext::new("image", Options::new(), writer(), &fs, &mut shelf);
+    Qcow2Format.open(&mut context).await.unwrap()
+}
+
+async fn read(node: &dyn Driver, at: u64, len: usize) -> Vec<u8> {
+    let iov = Buf::zeroed(len, 4096).iov();
+    iov.fill(0..len, 0xee);
+    match node.try_read(at, &iov) {
+        Some(result) => result.unwrap(),
+        None => node.read(at, iov.clone(), ReadFlags::empty()).await.unwrap(),
+    }
+    iov.to_vec(0..len)
+}
+
+/// What an overlay shows: its own write at 5000, below it `base` and then zeros.
+fn shown(base: &[u8], len: usize) -> Vec<u8> {
+    let mut bytes = base.to_vec();
+    bytes.resize(len, 0);
+    bytes[5000..5100].fill(9);
+    bytes
+}
+
+async fn write_some(node: &dyn Driver) {
+    let iov = Buf::from_slice(&[9; 100]).iov();
+    node.write(5000, iov, WriteFlags::empty()).await.unwrap();
+}
+
+#[test]
+fn the_first_backing_node_comes_and_the_only_one_goes() {
+    let kind = Kind::qcow2("overlay", CLUSTER);
+    let len = usize::try_from(kind.len).unwrap();
+    let (sim, world) = made(1, &kind);
+    sim.block_on(async {
+        let node = overlay(&sim, &world, None).await;
+        assert_eq!(read(&*node, 0, len).await, vec![0; len]);
+        assert!(node.set_backing(None).unwrap().is_none());
+        for below in [pattern(1, 0, 50_001), pattern(2, 0, len + 10_000), Vec::new()] {
+            let base = base(&sim, "/below", &below).await;
+            let users = Arc::strong_count(&base);
+            let place = place(Arc::clone(&base));
+            let child = Port::child(&place, "backing");
+            drop(place);
+            assert!(node.set_backing(Some(child)).unwrap().is_none());
+            let visible = &below[..below.len().min(len)];
+            let mut expected = visible.to_vec();
+            expected.resize(len, 0);
+            assert_eq!(read(&*node, 0, len).await, expected);
+
+            let second = Port::child(&super::rig::place(Arc::clone(&base)), "backing");
+            let error = node.set_backing(Some(second)).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+            assert_eq!(read(&*node, 0, len).await, expected, "it stays");
+
+            let given = node.set_backing(None).unwrap().expect("it is given back");
+            assert_eq!(given.name(), "backing");
+            drop(given);
+            assert_eq!(Arc::strong_count(&base), users, "nothing holds it any more");
+            assert_eq!(read(&*node, 0, len).await, vec![0; len]);
+        }
+        node.close().await.unwrap();
+    });
+}
+
+/// What was copied up stays, what was not comes from below.
+#[test]
+fn writes_over_a_new_backing_node_keep_what_lies_around_them() {
+    let kind = Kind::qcow2("overlay", CLUSTER);
+    let len = usize::try_from(kind.len).unwrap();
+    let (sim, world) = made(2, &kind);
+    sim.block_on(async {
+        let node = overlay(&sim, &world, None).await;
+        let below = pattern(3, 0, 90_000);
+        let place = place(base(&sim, "/below", &below).await);
+        node.set_backing(Some(Port::child(&place, "backing"))).unwrap();
+        write_some(&*node).await;
+        assert_eq!(read(&*node, 0, len).await, shown(&below, len));
+        node.set_backing(None).unwrap();
+        let mut expected = vec![0; len];
+        expected[4096..8192].copy_from_slice(&shown(&below, len)[4096..8192]);
+        assert_eq!(read(&*node, 0, len).await, expected);
+        let report = node.check(&|_, _| {}).await.unwrap();
+        assert!(report.is_clean(), "{report:?}");
+        node.close().await.unwrap();
+    });
+}
+
+/// The child leads to a node of another length, and the driver is not told.
+#[test]
+fn another_backing_node_of_another_length_is_shown_as_it_is() {
+    let kind = Kind::qcow2("overlay", CLUSTER);
+    let len = usize::try_from(kind.len).unwrap();
+    let (sim, world) = made(3, &kind);
+    sim.block_on(async {
+        let place = place(base(&sim, "/first", &pattern(4, 0, 60_000)).await);
+        let node = overlay(&sim, &world, Some(&place)).await;
+        write_some(&*node).await;
+        assert_eq!(read(&*node, 0, len).await[5000..5100], [9; 100]);
+        for (i, below_len) in [20_000, 5_001, 300_000, 0, 70_003].into_iter().enumerate() {
+            let below = pattern(10 + i as u64, 0, below_len);
+            *place.lock().unwrap() = memory(&below).await;
+            let mut expected = below[..below.len().min(len)].to_vec();
+            expected.resize(len, 0);
+            // By pieces, so that some end before the end, some on it and some behind it.
+            for at in (8192..len).step_by(1000) {
+                let piece = 1000.min(len - at);
+                let got = read(&*node, at as u64, piece).await;
+                assert_eq!(got, expected[at..at + piece], "{below_len} bytes, at {at}");
+            }
+            // Its length was learnt on the way: from now on the quick way answers up to the very end and past it.
+            for at in (8192..len).step_by(1000) {
+                let iov = Buf::zeroed(1000.min(len - at), 4096).iov();
+                assert!(node.try_read(at as u64, &iov).is_some(), "{below_len} bytes, at {at}");
+            }
+        }
+        node.close().await.unwrap();
+    });
+}
+
+#[test]
+fn a_raw_data_file_and_a_backing_node_exclude_each_other() {
+    let kind = Kind::qcow2("raw", CLUSTER).with_data_file().create("data_file_raw", true);
+    let (sim, world) = made(4, &kind);
+    sim.block_on(async {
+        let image = Image::open(&world, &kind, writer()).await.unwrap();
+        let place = place(base(&sim, "/below", &[1; 512]).await);
+        let error = image.node.set_backing(Some(Port::child(&place, "backing"))).unwrap_err();
+        assert!(error.to_string().contains("raw data file"), "{error}");
+        image.close().await.unwrap();
+    });
+}
+
+/// Taken back with another backing file's name in its header: refused until the node has another backing node.
+#[test]
+fn a_backing_file_renamed_meanwhile_is_noticed() {
+    let kind = Kind::qcow2("renamed", CLUSTER).backed(50_000);
+    let (sim, world) = made(5, &kind);
+    sim.block_on(async {
+        let image = Image::open(&world, &kind, writer()).await.unwrap();
+        image.inactivate().await.unwrap();
+        let path = world.path("disk");
+        let bytes = sim.snapshot_file(&path);
+        let name = bytes.windows(4).position(|w| w == b"base").unwrap();
+        let options = bds_io::OpenOptions { write: true, ..Default::default() };
+        let file = sim.fs().open(&path, &options).unwrap();
+        file.write(name as u64, Buf::from_slice(b"bass").iov(), true).await.unwrap();
+        let error = image.activate().await.unwrap_err();
+        assert!(error.to_string().contains("another backing file"), "{error}");
+        let place = place(base(&sim, "/below", &pattern(6, 0, 3000)).await);
+        drop(image.node.set_backing(None).unwrap());
+        image.node.set_backing(Some(Port::child(&place, "backing"))).unwrap();
+        image.activate().await.unwrap();
+        assert_eq!(image.read(0, 3000).await.unwrap(), pattern(6, 0, 3000));
+        image.close().await.unwrap();
+    });
+}
+
+async fn node(graph: &Graph, options: serde_json::Value) -> NodeRef {
+    graph.open(Options::from_json(options).unwrap()).await.unwrap()
+}
+
+/// In a real graph: an overlay opened with nothing below goes on top of a disk in use, and later loses it again.
+#[test]
+fn an_overlay_opened_with_nothing_below_is_put_on_top() {
+    let kind = Kind::qcow2("overlay", CLUSTER).sized(64 * CLUSTER, 64 * CLUSTER);
+    let (sim, world) = made(6, &kind);
+    let len = usize::try_from(kind.len).unwrap();
+    sim.put_file("/base", &pattern(7, 0, len));
+    sim.put_file("/short", &pattern(8, 0, 30_000));
+    let graph = world.graph();
+    sim.block_on(async {
+        let raw = |name: &str| {
+            json!({"driver": "file", "node-name": name, "filename": format!("/{name}")})
+        };
+        let bottom = node(&graph, raw("base")).await;
+        let short = node(&graph, raw("short")).await;
+        let user = BackendOptions { name: "guest".into(), writable: true };
+        let guest = Backend::new(&bottom, user).unwrap();
+        let file = json!({"driver": "file", "filename": world.path("disk")});
+        let options = json!({"driver": "qcow2", "file": file, "backing": null});
+        let top = node(&graph, options).await;
+
+        graph.append(&bottom, &top).await.unwrap();
+        let read = async || {
+            let iov = Buf::zeroed(len, 4096).iov();
+            guest.read(0, iov.clone()).await.unwrap();
+            iov.to_vec(0..len)
+        };
+        assert_eq!(read().await, pattern(7, 0, len));
+        let iov = Buf::from_slice(&[9; 100]).iov();
+        guest.write(5000, iov, WriteFlags::empty()).await.unwrap();
+        assert_eq!(sim.snapshot_file("/base"), pattern(7, 0, len));
+        assert_eq!(read().await, shown(&pattern(7, 0, len), len));
+
+        // One of another length: the driver is not told.
+        let before = bottom.count();
+        graph.set_backing(&top, Some(&short)).await.unwrap();
+        assert_eq!(bottom.count(), before - 1);
+        let mut expected = pattern(8, 0, 30_000);
+        expected.resize(len, 0);
+        expected[4096..8192].copy_from_slice(&shown(&pattern(7, 0, len), len)[4096..8192]);
+        assert_eq!(read().await, expected);
+
+        let before = short.count();
+        graph.set_backing(&top, None).await.unwrap();
+        assert_eq!(short.count(), before - 1, "nothing holds it any more");
+        expected[..4096].fill(0);
+        expected[8192..].fill(0);
+        assert_eq!(read().await, expected);
+        guest.flush().await.unwrap();
+        assert!(guest.check(&|_, _| {}).await.unwrap().is_clean());
+    });
+}

@@ -1,0 +1,322 @@
+//! A reopen, giving away and taking back that fail at every I/O, are dropped at every await, and lose the power at every write.
+
+use std::time::Duration;
+
+use bds_core::{Options, Result};
+use bds_io::sim::{CutMode, Fault, OpMask};
+use bds_io::{Sim, SimConfig};
+use bds_testkit::{Chance, Scratch, pattern, qemu_img};
+
+use super::rig::{Image, read_only, writer};
+use crate::sweep::rig::{Disk, Kind, World};
+use crate::sweep::seeds;
+
+fn kinds() -> Vec<Kind> {
+    let q = |name| Kind::qcow2(name, 4096).sized(4096 * 24, 4096 * 40);
+    vec![
+        q("plain"),
+        q("lazy").lazy(),
+        q("backed").backed(50_000),
+        q("data").with_data_file(),
+        Kind::qcow2("512", 512).sized(512 * 160, 512 * 240),
+        Kind::qcow2("512-lazy", 512).sized(512 * 160, 512 * 240).lazy(),
+    ]
+}
+
+/// What is done to an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Act {
+    ToReader,
+    ToWriter,
+    GiveAway,
+    TakeBack,
+    /// Other classes of metadata are kept apart: all is read again.
+    Options,
+}
+
+const ACTS: [Act; 5] = [Act::ToReader, Act::ToWriter, Act::GiveAway, Act::TakeBack, Act::Options];
+
+impl Act {
+    async fn run(self, image: &mut Image) -> Result<()> {
+        match self {
+            Self::ToReader => image.reopen(read_only(writer()), Options::new()).await,
+            Self::ToWriter => image.reopen(writer(), Options::new()).await,
+            Self::GiveAway => image.inactivate().await,
+            Self::TakeBack => image.activate().await,
+            Self::Options => {
+                image.reopen(writer(), Options::new().with("overlap-check", "all")).await
+            }
+        }
+    }
+
+    /// May it write afterwards, if it was done or not?
+    fn can_write(self, is_done: bool) -> bool {
+        match self {
+            Self::ToReader | Self::GiveAway => !is_done,
+            Self::ToWriter | Self::TakeBack => is_done,
+            Self::Options => true,
+        }
+    }
+}
+
+const FLUSHED_LEN: usize = 9000;
+
+/// An image to which `act` can be done, with bytes in it: 9000 that are flushed, and some that are not.
+async fn begin(world: &World, kind: &Kind, act: Act) -> (Image, Vec<u8>) {
+    let flags = if act == Act::ToWriter { read_only(writer()) } else { writer() };
+    let first = Image::open(world, kind, writer()).await.unwrap();
+    first.write(0, &pattern(1, 0, FLUSHED_LEN)).await.unwrap();
+    first.close().await.unwrap();
+    let image = Image::open(world, kind, flags).await.unwrap();
+    let mut bytes = image.read(0, usize::try_from(kind.len).unwrap()).await.unwrap();
+    if act != Act::ToWriter {
+        let later = pattern(2, 0, 20_000);
+        image.write(30_000, &later).await.unwrap();
+        bytes[30_000..50_000].copy_from_slice(&later);
+    }
+    if act == Act::TakeBack {
+        image.inactivate().await.unwrap();
+    }
+    (image, bytes)
+}
+
+/// It does what it is there for: reads all, writes if it may, flushes, is sound.
+async fn works(image: &Image, bytes: &mut [u8], can_write: bool, what: &str) {
+    assert!(image.read(0, bytes.len()).await.unwrap() == bytes, "{what}: other bytes before");
+    for at in [100, 35_000, 60_000] {
+        let written = image.write(at, &[0x77; 3000]).await;
+        assert_eq!(written.is_ok(), can_write, "{what}: {written:?}");
+        if can_write {
+            let at = usize::try_from(at).unwrap();
+            bytes[at..at + 3000].fill(0x77);
+        }
+    }
+    image.flush().await.unwrap();
+    assert!(image.read(0, bytes.len()).await.unwrap() == bytes, "{what}: other bytes after");
+    assert_eq!(image.check().await, 0, "{what}");
+}
+
+/// After all, closed, it reads the same and is sound for others too.
+async fn ends(world: &World, kind: &Kind, image: Image, bytes: &[u8], what: &str) {
+    image.close().await.unwrap();
+    let graph = world.graph();
+    let disk = Disk::look(world, kind, &graph).await.unwrap();
+    let read = disk.read(0, bytes.len() as u64).await.unwrap();
+    assert!(read == bytes, "{what}: other bytes in the end");
+    assert_eq!(disk.check().await.unwrap(), (0, 0), "{what}");
+    disk.close().await.unwrap();
+}
+
+fn base(kind: &Kind) -> Sim {
+    let base = Sim::new(3, SimConfig::calm());
+    World::Sim(base.clone()).make(kind);
+    base
+}
+
+#[test]
+fn one_that_fails_anywhere_changes_nothing_and_can_be_done_again() {
+    for kind in kinds() {
+        let base = base(&kind);
+        let mut failed = 0;
+        for act in ACTS {
+            for n in 0.. {
+                let sim = base.fork(n);
+                let world = World::Sim(sim.clone());
+                let what = format!("{} {act:?} fault {n}", kind.name);
+                let (mut image, mut bytes) = sim.block_on(begin(&world, &kind, act));
+                // Not a sync: a file whose flush failed stays broken, as it must.
+                let steps = OpMask::READ | OpMask::WRITE | OpMask::ZERO | OpMask::OPEN;
+                let first = sim.ops_of(steps);
+                sim.fail_nth(n, Fault::once(libc::EIO).on(steps));
+                let done = sim.block_on(act.run(&mut image));
+                let is_over = sim.ops_of(steps) - first <= n;
+                sim.clear_faults();
+                failed += u64::from(done.is_err());
+                sim.block_on(async {
+                    works(&image, &mut bytes, act.can_write(done.is_ok()), &what).await;
+                    if done.is_err() {
+                        act.run(&mut image).await.unwrap();
+                        works(&image, &mut bytes, act.can_write(true), &what).await;
+                    }
+                    ends(&world, &kind, image, &bytes, &what).await;
+                });
+                if is_over {
+                    assert!(done.is_ok(), "{what}: {done:?}");
+                    break;
+                }
+            }
+        }
+        assert!(failed > 6, "{}: {failed}", kind.name);
+    }
+}
+
+#[test]
+fn a_failed_flush_keeps_a_writer_a_writer() {
+    for kind in kinds() {
+        let base = base(&kind);
+        for act in [Act::ToReader, Act::GiveAway] {
+            for n in 0.. {
+                let sim = base.fork(n);
+                let world = World::Sim(sim.clone());
+                let (mut image, bytes) = sim.block_on(begin(&world, &kind, act));
+                let first = sim.ops_of(OpMask::SYNC);
+                sim.fail_nth(n, Fault::once(libc::EIO).on(OpMask::SYNC));
+                let done = sim.block_on(act.run(&mut image));
+                if sim.ops_of(OpMask::SYNC) - first <= n {
+                    break;
+                }
+                let what = format!("{} {act:?} flush {n}", kind.name);
+                assert_eq!(done.unwrap_err().errno(), libc::EIO, "{what}");
+                sim.block_on(async {
+                    assert!(image.read(0, bytes.len()).await.unwrap() == bytes, "{what}");
+                    assert!(image.flush().await.is_err(), "{what}: forgotten");
+                    assert!(act.run(&mut image).await.is_err(), "{what}: forgotten");
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn one_that_is_dropped_at_any_await_changes_nothing_and_can_be_done_again() {
+    for kind in kinds() {
+        let base = base(&kind);
+        for act in ACTS {
+            for k in 0.. {
+                let sim = base.fork(k as u64);
+                let world = World::Sim(sim.clone());
+                let what = format!("{} {act:?} await {k}", kind.name);
+                let (mut image, mut bytes) = sim.block_on(begin(&world, &kind, act));
+                let is_dropped = sim.drop_at(act.run(&mut image), k);
+                sim.block_on(async {
+                    // Giving away and taking back are several steps here: the rest of them is undone or done by who asked.
+                    match act {
+                        Act::GiveAway if is_dropped => image.activate().await.unwrap(),
+                        Act::TakeBack if is_dropped => image.inactivate().await.unwrap(),
+                        _ => {}
+                    }
+                    works(&image, &mut bytes, act.can_write(!is_dropped), &what).await;
+                    act.run(&mut image).await.unwrap();
+                    works(&image, &mut bytes, act.can_write(true), &what).await;
+                    ends(&world, &kind, image, &bytes, &what).await;
+                });
+                if !is_dropped {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// Somebody drops the reopen and writes on while its tail still brings the image up to date: the dirty bit is never off while
+/// counts are behind.
+#[test]
+fn writes_beside_an_abandoned_reopen_stay_sound_after_a_cut() {
+    let kind = Kind::qcow2("512-lazy", 512).sized(512 * 160, 512 * 240).lazy();
+    let base = Sim::new(7, SimConfig { short_io_rate: 0.0, ..SimConfig::default() });
+    World::Sim(base.clone()).make(&kind);
+    for seed in seeds(700) {
+        let sim = base.fork(seed);
+        let world = World::Sim(sim.clone());
+        let (image, _) = sim.block_on(begin(&world, &kind, Act::GiveAway));
+        let mut chance = Chance::new(seed);
+        let mut moment = |below_us: u64| Duration::from_micros(chance.draw() % below_us);
+        let (dropped_at, cut_at) = (moment(2500), moment(3000));
+        sim.cut_at(sim.now() + dropped_at + cut_at);
+        let _ = sim.run_until_cut(async {
+            drop_after(dropped_at, image.node.inactivate()).await;
+            for at in 0..4 {
+                let _ = image.write(512 * 40 * at, &[8; 700]).await;
+                let _ = image.flush().await;
+            }
+        });
+        abandon(&sim, image);
+        let mode = if seed % 2 == 0 { CutMode::KeepAll } else { CutMode::Random };
+        let after = World::Sim(sim.after_cut_by(seed, mode));
+        look(&after, &kind, None, &format!("seed {seed}"));
+    }
+}
+
+/// Polls a future for a while of virtual time and drops it.
+async fn drop_after(time: Duration, future: impl Future<Output = Result<()>>) {
+    let (future, sleep) = (Box::pin(future), Box::pin(bds_io::sleep(time)));
+    futures_util::future::select(future, sleep).await;
+}
+
+/// Ends an image in the dead world.
+fn abandon(sim: &Sim, image: Image) {
+    sim.power_cut();
+    let gone = sim.run_until_cut(async move {
+        let _held = image;
+        std::future::pending::<()>().await;
+    });
+    assert!(gone.is_none(), "the power is gone");
+}
+
+/// After a cut: sound or leaking (or marked dirty), and what was flushed is there.
+fn look(after: &World, kind: &Kind, flushed: Option<&[u8]>, what: &str) {
+    let graph = after.graph();
+    after.block_on(async {
+        let disk = Disk::look(after, kind, &graph).await.unwrap_or_else(|e| panic!("{what}: {e}"));
+        let info = disk.backend.info().await.unwrap();
+        assert!(!info.is_corrupt, "{what}");
+        assert!(!info.is_dirty || kind.is_lazy, "{what}");
+        if !info.is_dirty {
+            disk.check().await.unwrap_or_else(|e| panic!("{what}: {e}"));
+        }
+        if let Some(flushed) = flushed {
+            let read = disk.read(0, flushed.len() as u64).await.unwrap();
+            assert!(read == flushed, "{what}: flushed bytes are lost");
+        }
+        disk.close().await.unwrap();
+    });
+}
+
+#[test]
+fn a_power_cut_at_any_write_leaves_the_image_sound() {
+    let img = qemu_img();
+    let scratch = Scratch::new();
+    let mut cuts = 0;
+    for kind in kinds() {
+        // A short write may stop inside a sector; a power cut never does.
+        let base = Sim::new(7, SimConfig { short_io_rate: 0.0, ..SimConfig::default() });
+        World::Sim(base.clone()).make(&kind);
+        for act in ACTS {
+            for n in 0.. {
+                let sim = base.fork(n);
+                let world = World::Sim(sim.clone());
+                let (mut image, _) = sim.block_on(begin(&world, &kind, act));
+                let flushed = pattern(1, 0, FLUSHED_LEN);
+                sim.cut_after_writes(Some(sim.writes() + n));
+                let ended = sim.run_until_cut(async {
+                    act.run(&mut image).await.unwrap();
+                    // The other one, so that what the first left behind is built upon.
+                    match act {
+                        Act::ToReader => Act::ToWriter.run(&mut image).await.unwrap(),
+                        Act::GiveAway => Act::TakeBack.run(&mut image).await.unwrap(),
+                        _ => {}
+                    }
+                    for at in [20_000, 55_000] {
+                        image.write(at, &[5; 6000]).await.unwrap();
+                        image.flush().await.unwrap();
+                    }
+                });
+                abandon(&sim, image);
+                let modes = [CutMode::Random, CutMode::LoseAll, CutMode::Reorder, CutMode::Tear];
+                let mode = modes[usize::try_from(n % 4).unwrap()];
+                let after = World::Sim(sim.after_cut_by(n, mode));
+                let what = format!("{} {act:?} cut {n} {mode:?}", kind.name);
+                look(&after, &kind, Some(&flushed), &what);
+                cuts += 1;
+                if let Some(img) = img.as_ref().filter(|_| cuts % 60 == 0) {
+                    let out = after.qemu_check(img, &kind, &scratch);
+                    assert!(out.code == 0 || out.code == 3 || kind.is_lazy, "{what}: {out:?}");
+                }
+                if ended.is_some() {
+                    break;
+                }
+            }
+        }
+    }
+    assert!(cuts > 100, "{cuts} cuts");
+}

@@ -1,0 +1,350 @@
+//! Drivers upon drivers without a graph.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bds_core::driver::{
+    Attempt, BoxFuture, Child, ChildOpener, ChildPort, ChildRequest, Driver, DriverType, Limits,
+    OpenContext, OpenFlags, ReadFlags, Reopen, ReopenContext, Role, StatusRun, Truncate,
+    WriteFlags, ZeroFlags,
+};
+use bds_core::{Options, Result};
+use bds_drivers::format::qcow2::Qcow2Format;
+use bds_drivers::protocol::file::FileProtocol;
+use bds_io::{Buf, Fs, IoVec, Sim, SimConfig};
+
+use crate::sweep::rig::{Kind, World};
+
+/// A node's place: what leads to it can be led elsewhere.
+pub(crate) type Place = Arc<Mutex<Arc<dyn Driver>>>;
+
+pub(crate) fn place(node: Arc<dyn Driver>) -> Place {
+    Arc::new(Mutex::new(node))
+}
+
+/// The door to whatever is in the place.
+pub(crate) struct Port(pub(crate) Place);
+
+impl Port {
+    fn node(&self) -> Arc<dyn Driver> {
+        Arc::clone(&self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(crate) fn child(place: &Place, name: &'static str) -> Child {
+        Child::new(name, Box::new(Self(Arc::clone(place))))
+    }
+}
+
+impl ChildPort for Port {
+    fn len(&self) -> u64 {
+        self.node().len()
+    }
+
+    fn limits(&self) -> Limits {
+        self.node().limits()
+    }
+
+    fn node_name(&self) -> String {
+        format!("{:p}", Arc::as_ptr(&self.node()))
+    }
+
+    fn filename(&self) -> Option<PathBuf> {
+        self.node().filename()
+    }
+
+    fn driver_name(&self) -> &'static str {
+        self.node().name()
+    }
+
+    fn is_writable(&self) -> bool {
+        !self.node().is_read_only()
+    }
+
+    fn can_zero(&self) -> bool {
+        self.node().zero_flags().is_some()
+    }
+
+    fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+        let node = self.node();
+        // As the corridor does: past the end there are zeros to make up.
+        let is_inside = offset + iov.len() as u64 <= node.len();
+        is_inside.then(|| node.try_read(offset, iov)).flatten()
+    }
+
+    fn try_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+        self.node().try_write(offset, iov)
+    }
+
+    fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move { self.node().read(offset, iov, flags).await })
+    }
+
+    fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move { self.node().write(offset, iov, flags).await })
+    }
+
+    fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move { self.node().write_compressed(offset, iov).await })
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> BoxFuture<'_, Result<Attempt>> {
+        Box::pin(async move { self.node().write_zeroes(offset, len, flags).await })
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move { self.node().discard(offset, len).await.map(drop) })
+    }
+
+    fn flush(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            let node = self.node();
+            if node.is_read_only() {
+                return Ok(());
+            }
+            node.flush_to_os().await?;
+            node.flush_to_disk().await
+        })
+    }
+
+    fn block_status(
+        &self,
+        offset: u64,
+        len: u64,
+        precise: bool,
+    ) -> BoxFuture<'_, Result<StatusRun>> {
+        Box::pin(async move { self.node().block_status(offset, len, precise).await })
+    }
+
+    fn is_zero(&self, _offset: u64, _len: u64) -> BoxFuture<'_, Result<bool>> {
+        Box::pin(async { Ok(false) })
+    }
+
+    fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move { self.node().truncate(change).await })
+    }
+
+    fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
+        Box::pin(async move { self.node().allocated_len().await })
+    }
+
+    fn identity(&self) -> Option<(u64, u64)> {
+        self.node().identity()
+    }
+}
+
+/// Has the children ready by name.
+#[derive(Default)]
+pub(crate) struct Shelf(pub(crate) Vec<(&'static str, Place)>);
+
+impl ChildOpener for Shelf {
+    fn open_child<'a>(&'a mut self, request: ChildRequest) -> BoxFuture<'a, Result<Option<Child>>> {
+        let found = self.0.iter().find(|(name, _)| *name == request.name);
+        let child = found.map(|(_, place)| Port::child(place, request.name));
+        Box::pin(async move { Ok(child) })
+    }
+}
+
+pub(crate) fn read_only(flags: OpenFlags) -> OpenFlags {
+    OpenFlags { read_only: true, ..flags }
+}
+
+/// A writer of its own.
+pub(crate) fn writer() -> OpenFlags {
+    OpenFlags { discard: true, ..OpenFlags::default() }
+}
+
+pub(crate) fn file_flags(flags: OpenFlags) -> OpenFlags {
+    OpenFlags { role: Role::DATA | Role::METADATA | Role::PRIMARY, ..flags }
+}
+
+pub(crate) async fn open_file(fs: &Fs, path: PathBuf, flags: OpenFlags) -> Result<Arc<dyn Driver>> {
+    let options = Options::new().with("filename", path.to_str().expect("plain"));
+    let mut none = Shelf::default();
+    let mut context = OpenContext::new("file", options, flags, fs, &mut none);
+    Ok(Arc::from(FileProtocol.open(&mut context).await?))
+}
+
+pub(crate) async fn prepare<'a>(
+    node: &'a dyn Driver,
+    fs: &Fs,
+    current: OpenFlags,
+    flags: OpenFlags,
+    options: Options,
+) -> Result<Box<dyn Reopen + 'a>> {
+    let mut context = ReopenContext { current, flags, options, fs };
+    let prepared = node.prepare_reopen(&mut context).await?;
+    context.options.finish("the driver")?;
+    Ok(prepared)
+}
+
+/// A qcow2 image on its file (and data file).
+pub(crate) struct Image {
+    pub(crate) fs: Fs,
+    pub(crate) files: Vec<Arc<dyn Driver>>,
+    pub(crate) node: Box<dyn Driver>,
+    pub(crate) flags: OpenFlags,
+}
+
+impl Image {
+    pub(crate) async fn open(world: &World, kind: &Kind, flags: OpenFlags) -> Result<Self> {
+        let fs = match world {
+            World::Sim(sim) => sim.fs(),
+            World::Host(..) => Fs::Host,
+        };
+        let mut shelf = Shelf::default();
+        let file = open_file(&fs, world.path("disk"), file_flags(flags)).await?;
+        shelf.0.push(("file", place(Arc::clone(&file))));
+        let mut files = vec![file];
+        if kind.has_data_file {
+            let data = open_file(&fs, world.path("data"), flags).await?;
+            shelf.0.push(("data-file", place(Arc::clone(&data))));
+            files.push(data);
+        }
+        if kind.backing_len.is_some() {
+            let base = open_file(&fs, world.path("base"), read_only(flags)).await?;
+            shelf.0.push(("backing", place(base)));
+        }
+        let options = Options::from_json(kind.open.clone())?;
+        let mut context = OpenContext::new("image", options, flags, &fs, &mut shelf);
+        let node = Qcow2Format.open(&mut context).await?;
+        Ok(Self { fs, files, node, flags })
+    }
+
+    pub(crate) async fn read(&self, at: u64, len: usize) -> Result<Vec<u8>> {
+        let iov = Buf::zeroed(len, 4096).iov();
+        iov.fill(0..len, 0xee);
+        match self.node.try_read(at, &iov) {
+            Some(result) => result?,
+            None => self.node.read(at, iov.clone(), ReadFlags::empty()).await?,
+        }
+        Ok(iov.to_vec(0..len))
+    }
+
+    pub(crate) async fn write(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        let iov = Buf::from_slice(bytes).iov();
+        match self.node.try_write(at, &iov) {
+            Some(result) => result,
+            None => self.node.write(at, iov, WriteFlags::empty()).await,
+        }
+    }
+
+    pub(crate) async fn flush(&self) -> Result<()> {
+        self.node.flush_to_os().await?;
+        self.node.flush_to_disk().await?;
+        for file in &self.files {
+            if !file.is_read_only() {
+                file.flush_to_disk().await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// No corruption; the leaks.
+    pub(crate) async fn check(&self) -> u64 {
+        let report = self.node.check(&|_, _| {}).await.expect("it can be checked");
+        assert_eq!(report.corruptions + report.check_errors, 0, "{report:#?}");
+        report.leaks
+    }
+
+    /// All of them, in the order a graph keeps: prepare all, then commit all, children first.
+    pub(crate) async fn reopen(&mut self, flags: OpenFlags, options: Options) -> Result<()> {
+        // A child before its parent if both become writable, else after it.
+        let files_first = self.flags.read_only;
+        self.reopen_in_order(flags, options, files_first).await
+    }
+
+    pub(crate) async fn reopen_in_order(
+        &mut self,
+        flags: OpenFlags,
+        options: Options,
+        files_first: bool,
+    ) -> Result<()> {
+        self.try_reopen(flags, options, files_first).await?;
+        self.flags = flags;
+        Ok(())
+    }
+
+    async fn try_reopen(
+        &self,
+        flags: OpenFlags,
+        options: Options,
+        files_first: bool,
+    ) -> Result<()> {
+        let (fs, from) = (&self.fs, self.flags);
+        let mut prepared = Vec::new();
+        if files_first {
+            self.prepare_files(flags, &mut prepared).await?;
+        }
+        let image = prepare(&*self.node, fs, from, flags, options).await?;
+        if !files_first {
+            self.prepare_files(flags, &mut prepared).await?;
+        }
+        prepared.into_iter().for_each(Reopen::commit);
+        image.commit();
+        Ok(())
+    }
+
+    async fn prepare_files<'a>(
+        &'a self,
+        flags: OpenFlags,
+        prepared: &mut Vec<Box<dyn Reopen + 'a>>,
+    ) -> Result<()> {
+        for (i, file) in self.files.iter().enumerate() {
+            let of = |flags| if i == 0 { file_flags(flags) } else { flags };
+            let options = Options::new();
+            prepared.push(prepare(&**file, &self.fs, of(self.flags), of(flags), options).await?);
+        }
+        Ok(())
+    }
+
+    /// Gives the image away, itself first.
+    pub(crate) async fn inactivate(&self) -> Result<()> {
+        self.node.inactivate().await?;
+        for file in &self.files {
+            file.inactivate().await?;
+        }
+        Ok(())
+    }
+
+    /// Takes it back, its files first. What was taken goes back if the rest fails.
+    pub(crate) async fn activate(&self) -> Result<()> {
+        let result = self.activate_in_order().await;
+        if result.is_err() {
+            for file in &self.files {
+                file.inactivate().await?;
+            }
+        }
+        result
+    }
+
+    async fn activate_in_order(&self) -> Result<()> {
+        for file in &self.files {
+            file.activate().await?;
+        }
+        self.node.activate().await
+    }
+
+    pub(crate) async fn close(self) -> Result<()> {
+        self.node.close().await?;
+        for file in &self.files {
+            if !file.is_read_only() {
+                file.flush_to_disk().await?;
+            }
+            file.close().await?;
+        }
+        Ok(())
+    }
+}
+
+/// A simulated disk with an image of this kind.
+pub(crate) fn made(seed: u64, kind: &Kind) -> (Sim, World) {
+    let sim = Sim::new(seed, SimConfig::calm());
+    let world = World::Sim(sim.clone());
+    world.make(kind);
+    (sim, world)
+}
