@@ -18,7 +18,7 @@ use bds_refcount::{Holder, HolderKind, Strong};
 
 use super::claims::Operations;
 use super::commit::Moved;
-use super::drain::DrainSet;
+use super::drain::{self, DrainSet};
 use super::edge::{Edge, EdgeParts};
 use super::lock::{Edit, Walls};
 use super::node::{Node, NodeId};
@@ -90,6 +90,7 @@ impl Action {
             }
             Self::Remove { node } => Self::Remove { node: take(node) },
             Self::Reopen { node, options } => Self::Reopen { node: take(node), options },
+            Self::Rename { node, name } => Self::Rename { node: take(node), name },
             Self::Own { node } => Self::Own { node: take(node) },
             Self::Disown { node } => Self::Disown { node: take(node) },
             Self::Root { edge, to } => Self::Root { edge, to: to.map(take) },
@@ -101,7 +102,15 @@ impl Action {
 /// Edits of the graph that take effect together or not at all. Made by [`Graph::change`], put into force by [`Change::commit`].
 ///
 /// Edits are applied in the order given, each to what the ones before have led to; only the outcome must be allowed. A change that is
-/// dropped does nothing.
+/// dropped does nothing, and the compiler warns:
+///
+/// ```compile_fail
+/// #![deny(unused_must_use)]
+/// # use bds_core::graph::{Graph, NodeRef};
+/// fn story(graph: Graph, node: NodeRef) {
+///     graph.change().own(&node);
+/// }
+/// ```
 #[must_use = "a change does nothing until it is committed"]
 #[derive(Debug)]
 pub struct Change {
@@ -271,7 +280,16 @@ impl Change {
         self.with(Action::Access { edge: Arc::clone(edge), access })
     }
 
-    /// Puts the edits into force. Waits for requests in what is changed, for other changes, and for drivers that prepare.
+    /// Puts the edits into force, and uses the change up:
+    ///
+    /// ```compile_fail,E0382
+    /// # use bds_core::graph::Change;
+    /// async fn story(change: Change) {
+    ///     let _first = change.commit().await;
+    ///     let _second = change.commit().await;
+    /// }
+    /// ```
+    /// Waits for requests in what is changed, for other changes, and for drivers that prepare.
     ///
     /// # Errors
     /// Nothing has changed. `InvalidInput`: an edit makes no sense where it stands (a loop, another graph's node, no filter);
@@ -312,7 +330,7 @@ async fn carry_out(graph: &Graph, actions: Vec<Action>) -> Result<(Moved, Vec<No
         let facts = wanted.iter().map(Wanted::facts).collect();
         stage(graph, &walls, &actions, facts)?.to_drain()
     };
-    let mut drained = DrainSet::begin(graph, nodes, "change").await;
+    let mut drained = DrainSet::begin(graph, nodes, drain::CHANGE).await;
     loop {
         graph.step()?;
         let prepared = prepare(graph, &drained, &wanted).await?;
@@ -335,7 +353,7 @@ async fn carry_out(graph: &Graph, actions: Vec<Action>) -> Result<(Moved, Vec<No
             missing
         };
         drop(prepared);
-        drained.extend(missing, "change").await;
+        drained.extend(missing, drain::CHANGE).await;
     }
 }
 
@@ -566,9 +584,8 @@ impl Editor<'_, '_> {
         let is_owned = self.graph.is_owned(node.id());
         holders.retain(|info| match info.kind {
             // The change's own references go (it has its turn alone), and the monitor's; edges are looked at where they lead in the end.
-            HolderKind::Change | HolderKind::Drain | HolderKind::Edge | HolderKind::Backend => {
-                false
-            }
+            HolderKind::Change | HolderKind::Edge | HolderKind::Backend => false,
+            HolderKind::Drain => !drain::is_by_change(&info.name),
             HolderKind::Monitor => !is_owned,
             _ => true,
         });

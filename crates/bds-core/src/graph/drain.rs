@@ -24,7 +24,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bds_refcount::{Held, Holder, HolderKind, Strong};
+use bds_refcount::{Held, Holder, HolderKind, HolderName, Strong};
 use futures_util::future::{Either, select};
 
 use super::edge::{Edge, Parent};
@@ -154,6 +154,13 @@ impl Walls<'_> {
             node.driver().drain_begin();
         }
     }
+}
+
+/// The name under which the change that has its turn drains.
+pub(super) const CHANGE: &str = "change";
+
+pub(super) fn is_by_change(name: &HolderName) -> bool {
+    matches!(name, HolderName::Text(text) if **text == *CHANGE)
 }
 
 /// Who drains, for "in use" texts.

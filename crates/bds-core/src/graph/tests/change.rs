@@ -351,3 +351,19 @@ fn nodes_trade_names_in_one_change_and_references_stay_with_their_nodes() {
         drop(image(&world, "old").await);
     });
 }
+
+#[test]
+fn what_somebody_else_has_drained_is_not_removed() {
+    run(|world| async move {
+        let below = image(&world, "below").await;
+        let filter = world.open("driver=pass,node-name=filter,file=below").await;
+        let drained = world.graph.drain(&filter).await;
+        let refused = world.graph.change().remove(filter.clone()).commit().await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::InUse);
+        assert!(refused.to_string().contains("drained section"), "{refused}");
+        drop(drained);
+        let report = world.graph.change().remove(filter).commit().await.unwrap();
+        assert_eq!(report.closed.len(), 1);
+        drop(below);
+    });
+}

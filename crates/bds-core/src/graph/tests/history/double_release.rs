@@ -242,7 +242,7 @@ fn leak_of_the_children_of_a_corrupt_image() {
 }
 
 /// Row 40 (e878bb1293, e3fc91aaaa). A function returned early and left its transaction neither committed nor aborted. Here a change that is not committed
-/// does nothing (`compile_fail/change_not_committed.rs` has the compiler say so), and one that is given up at any moment leaves no trace.
+/// does nothing (the example at `Change` has the compiler say so), and one that is given up at any moment leaves no trace.
 #[test]
 fn change_given_up_at_any_moment_leaves_no_trace() {
     run(|world| async move {
