@@ -35,3 +35,8 @@ fn a_change_does_not_stand_in_the_way_of_its_own_removals() {
     replay(&[filter(None), Change(vec![DropFilter(0), Remove(0)], Commit)]);
     replay(&[filter(None), Change(vec![ReadOnly(0, false), Remove(0)], Commit)]);
 }
+
+#[test]
+fn an_activation_that_fails_at_its_last_step_is_taken_back() {
+    replay(&[file(), Inactivate(None, Commit), Activate(None, Sweep)]);
+}
