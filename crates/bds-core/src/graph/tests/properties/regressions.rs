@@ -37,6 +37,11 @@ fn a_change_does_not_stand_in_the_way_of_its_own_removals() {
 }
 
 #[test]
+fn nothing_is_opened_on_an_inactive_node() {
+    replay(&[file(), Inactivate(None, Commit), filter(Some(0))]);
+}
+
+#[test]
 fn an_activation_that_fails_at_its_last_step_is_taken_back() {
     replay(&[file(), Inactivate(None, Commit), Activate(None, Sweep)]);
 }
