@@ -42,6 +42,11 @@ fn nothing_is_opened_on_an_inactive_node() {
 }
 
 #[test]
+fn reopens_of_one_change_build_on_each_other() {
+    replay(&[filter(None), Change(vec![ReadOnly(0, true), ReadOnly(0, false)], Commit)]);
+}
+
+#[test]
 fn an_activation_that_fails_at_its_last_step_is_taken_back() {
     replay(&[file(), Inactivate(None, Commit), Activate(None, Sweep)]);
 }
