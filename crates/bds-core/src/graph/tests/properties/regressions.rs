@@ -50,3 +50,10 @@ fn reopens_of_one_change_build_on_each_other() {
 fn an_activation_that_fails_at_its_last_step_is_taken_back() {
     replay(&[file(), Inactivate(None, Commit), Activate(None, Sweep)]);
 }
+
+#[test]
+fn a_change_sees_what_its_own_edits_made_of_the_monitors_list() {
+    replay(&[file(), Change(vec![Own(0), Own(0)], Commit)]);
+    replay(&[file(), Change(vec![Own(0), Disown(0), Own(0)], Commit)]);
+    replay(&[file(), Change(vec![Own(0), Disown(0), Disown(0)], Commit)]);
+}
