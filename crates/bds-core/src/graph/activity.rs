@@ -114,17 +114,18 @@ impl Graph {
             };
             // Whoever is above reads through it from here on.
             if let Err(error) = active {
-                for node in done.into_iter().rev() {
-                    if let Err(error) = node.driver().inactivate().await {
-                        tracing::error!(node = %node.name(), %error, "a refused activation could not be taken back");
-                    }
-                }
+                give_back(&done).await;
                 return Err(error.node(node.name()));
             }
             done.push(node);
         }
         drained.settle().await;
-        self.put_activity_into_force(&drained, &set, true)
+        let changed = self.put_activity_into_force(&drained, &set, true);
+        if changed.is_err() {
+            drained.open_doors();
+            give_back(&done).await;
+        }
+        changed
     }
 
     /// Top down, all that is active, reachable, and used by no active node that stays so.
@@ -189,6 +190,14 @@ impl Graph {
     }
 }
 
+async fn give_back(done: &[&Strong<Node>]) {
+    for node in done.iter().rev() {
+        if let Err(error) = node.driver().inactivate().await {
+            tracing::error!(node = %node.name(), %error, "a refused activation could not be taken back");
+        }
+    }
+}
+
 async fn undo(node: &Strong<Node>) {
     if let Err(error) = node.driver().activate().await {
         tracing::error!(node = %node.name(), %error, "a refused inactivation could not be taken back");
@@ -201,7 +210,7 @@ fn has_parent_node(graph: &Graph, node: &Node) -> bool {
 }
 
 /// These nodes and all below them, each after all of its parents that are among them.
-fn order(tops: &[Strong<Node>]) -> Vec<Strong<Node>> {
+pub(super) fn order(tops: &[Strong<Node>]) -> Vec<Strong<Node>> {
     let mut order = Vec::new();
     let mut seen = HashSet::new();
     let mut todo: Vec<(Strong<Node>, bool)> =

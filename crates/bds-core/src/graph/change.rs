@@ -257,7 +257,7 @@ impl Change {
     /// Gives a node another name. In one change nodes may trade names: an overlay can take over the name of what it covers. Ids,
     /// references and edges notice nothing; a [`Graph::find`] of the old name finds whoever has it then.
     pub fn rename(self, node: &NodeRef, name: &str) -> Self {
-        self.with(Action::Rename { node: node.clone(), name: name.into() })
+        self.with(Action::Rename { node: keep(node), name: name.into() })
     }
 
     /// Lets the monitor own the node (its name then keeps it open).
@@ -439,14 +439,21 @@ impl Editor<'_, '_> {
                 Ok(())
             }
             Action::Reopen { node, options } => self.reopen_children(node, options),
-            Action::Own { node } => match self.graph.is_owned(node.id()) {
-                true => Err(refuse(node, "the monitor owns it already".to_owned())),
-                false => Ok(()),
-            },
-            Action::Disown { node } => match self.graph.is_owned(node.id()) {
-                true => Ok(()),
-                false => Err(refuse(node, "the monitor does not own it".to_owned())),
-            },
+            Action::Own { node } => {
+                let was = self.stage.own(node.id(), true).unwrap_or(self.graph.is_owned(node.id()));
+                match was {
+                    true => Err(refuse(node, "the monitor owns it already".to_owned())),
+                    false => Ok(()),
+                }
+            }
+            Action::Disown { node } => {
+                let was =
+                    self.stage.own(node.id(), false).unwrap_or(self.graph.is_owned(node.id()));
+                match was {
+                    true => Ok(()),
+                    false => Err(refuse(node, "the monitor does not own it".to_owned())),
+                }
+            }
             Action::Root { edge, to } => {
                 if let Some(old) = edge.medium() {
                     old.check_allowed(Operations::EJECT)?;

@@ -157,7 +157,23 @@ impl fmt::Debug for Graph {
 impl Graph {
     /// A graph whose edges are entered through `make_port`.
     pub(crate) fn with_corridor(config: GraphConfig, make_port: MakePort) -> Self {
-        let reaper = Reaper::new(Arena::new(NODE), make_port);
+        Self::in_arena(config, make_port, Arena::new(NODE))
+    }
+
+    /// A graph whose ids run out soon.
+    #[cfg(test)]
+    fn with_narrow_ids(
+        config: GraphConfig,
+        make_port: MakePort,
+        generation_bits: u32,
+        index_bits: u32,
+    ) -> Self {
+        let widths = bds_refcount::ArenaConfig { kind: NODE, generation_bits, index_bits };
+        Self::in_arena(config, make_port, Arena::with_config(widths))
+    }
+
+    fn in_arena(config: GraphConfig, make_port: MakePort, arena: Arena<Node>) -> Self {
+        let reaper = Reaper::new(arena, make_port);
         Self(Arc::new(Shared {
             reaper,
             config,

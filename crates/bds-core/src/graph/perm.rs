@@ -91,6 +91,9 @@ fn check_node(stage: &Stage<'_>, node: &Node, found: &Accesses) -> Result<()> {
     if facts.is_writable {
         check_bytes_are_writable(stage, node)?;
     }
+    if facts.is_active {
+        check_children_are_active(stage, node)?;
+    }
     for (edge, access) in parents.iter().zip(&uses) {
         let changes = access.perm - Perm::CONSISTENT_READ;
         if !changes.is_empty() && !facts.is_active {
@@ -130,6 +133,22 @@ fn check_bytes_are_writable(stage: &Stage<'_>, node: &Node) -> Result<()> {
                 target.name()
             );
             return Err(Error::new(ErrorKind::ReadOnly, words).node(node.name()));
+        }
+    }
+    Ok(())
+}
+
+/// A node in charge of its bytes lies on nodes in charge of theirs.
+fn check_children_are_active(stage: &Stage<'_>, node: &Node) -> Result<()> {
+    for edge in stage.children(node) {
+        let Some(target) = stage.target(&edge) else { continue };
+        if !stage.node_use(&target, Access::NONE).is_active {
+            let words = format!(
+                "'{}' is node '{}', which is inactive: activate it first",
+                edge.name(),
+                target.name()
+            );
+            return Err(Error::new(ErrorKind::Inactive, words).node(node.name()));
         }
     }
     Ok(())

@@ -5,9 +5,10 @@
 
 use bds_refcount::Strong;
 
+use super::activity::order;
 use super::change::Action;
 use super::flags;
-use super::node::Node;
+use super::node::{Node, NodeId};
 use super::transaction::{Facts, NewFacts};
 use super::{Graph, NodeRef, walk};
 use crate::driver::{OpenFlags, Reopen, ReopenContext};
@@ -78,14 +79,18 @@ fn child_options(graph: &Graph, node: &Node) -> Result<Vec<&'static str>> {
     Ok(children.map(|spec| spec.name).collect())
 }
 
-/// All nodes that the actions reopen, children before their parents.
+/// All nodes that the actions reopen, each once with what all of them come to, children before their parents.
 pub(super) fn collect(graph: &Graph, actions: &[Action]) -> Result<Vec<Wanted>> {
     let mut all = Vec::new();
     for action in actions {
         if let Action::Reopen { node, options } = action {
-            all.extend(inheriting(graph, node, options)?.into_iter().rev());
+            want(graph, &mut all, node, options)?;
         }
     }
+    let tops: Vec<_> = all.iter().map(|wanted| Strong::clone(wanted.node.strong())).collect();
+    let order: Vec<NodeId> = order(&tops).iter().map(|node| node.id()).collect();
+    let place = |wanted: &Wanted| order.iter().position(|id| *id == wanted.node.id());
+    all.sort_by_key(|wanted| std::cmp::Reverse(place(wanted)));
     Ok(all)
 }
 
@@ -131,8 +136,8 @@ async fn prepare_driver<'w>(graph: &Graph, wanted: &'w Wanted) -> Result<Box<dyn
     Ok(prepared)
 }
 
-/// The node with its new flags, and those below that inherit from it with theirs.
-fn inheriting(graph: &Graph, node: &NodeRef, options: &Options) -> Result<Vec<Wanted>> {
+/// Adds the node with its new flags, and those below that inherit from it with theirs, to what earlier reopens of the change want.
+fn want(graph: &Graph, all: &mut Vec<Wanted>, node: &NodeRef, options: &Options) -> Result<()> {
     let mut options = Options::from_json(options.clone().into_json())?;
     for name in child_options(graph, node)? {
         options.take(name);
@@ -140,29 +145,47 @@ fn inheriting(graph: &Graph, node: &NodeRef, options: &Options) -> Result<Vec<Wa
     for fixed in ["driver", "node-name"] {
         check_fixed(node, fixed, options.take_str(fixed)?)?;
     }
-    let flags = flags::take_flags(&mut options, node.flags()).map_err(|e| e.node(node.name()))?;
+    let place = entry(graph, all, node.strong());
+    let flags =
+        flags::take_flags(&mut options, all[place].flags).map_err(|e| e.node(node.name()))?;
     let driver = graph.config().registry.driver(node.driver_name())?;
     flags::check_known(&**driver, &options).map_err(|e| e.node(node.name()))?;
-    let mut all = vec![Wanted { node: node.clone(), flags, options }];
-    let mut next = 0;
-    while next < all.len() {
-        let (parent, flags) = (all[next].node.clone(), all[next].flags);
+    all[place].flags = flags;
+    let keys: Vec<String> = options.keys().map(str::to_owned).collect();
+    for key in keys {
+        if let Some(value) = options.take(&key) {
+            all[place].options.set(&key, value);
+        }
+    }
+    let mut todo = vec![place];
+    while let Some(place) = todo.pop() {
+        let (parent, flags) = (all[place].node.clone(), all[place].flags);
         for edge in parent.node().children().iter() {
             let way = walk::through_filters(edge.target().strong());
-            let heirs = way.into_iter().filter(|node| node.inherits_from() == Some(parent.id()));
-            for child in heirs {
-                let fresh =
-                    flags::inherited_again(child.flags(), child.given(), flags, edge.role());
-                let is_known = all.iter().any(|wanted| wanted.node.id() == child.id());
-                if fresh != child.flags() && !is_known {
-                    let node = NodeRef::change(graph, child);
-                    all.push(Wanted { node, flags: fresh, options: Options::new() });
+            for child in way.iter().filter(|node| node.inherits_from() == Some(parent.id())) {
+                let known = all.iter().find(|wanted| wanted.node.id() == child.id());
+                let now = known.map_or_else(|| child.flags(), |wanted| wanted.flags);
+                let fresh = flags::inherited_again(now, child.given(), flags, edge.role());
+                if fresh != now {
+                    let place = entry(graph, all, child);
+                    all[place].flags = fresh;
+                    todo.push(place);
                 }
             }
         }
-        next += 1;
     }
-    Ok(all)
+    Ok(())
+}
+
+/// The node's place in the list; with its flags of now, if it is new there.
+fn entry(graph: &Graph, all: &mut Vec<Wanted>, node: &Strong<Node>) -> usize {
+    if let Some(place) = all.iter().position(|wanted| wanted.node.id() == node.id()) {
+        return place;
+    }
+    let node = NodeRef::change(graph, Strong::clone(node));
+    let flags = node.flags();
+    all.push(Wanted { node, flags, options: Options::new() });
+    all.len() - 1
 }
 
 fn check_fixed(node: &NodeRef, option: &'static str, wanted: Option<String>) -> Result<()> {

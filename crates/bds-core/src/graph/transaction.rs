@@ -59,6 +59,8 @@ pub(super) struct Stage<'g> {
     wishes: Accesses,
     facts: HashMap<NodeId, Facts>,
     leaving: HashMap<NodeId, Strong<Node>>,
+    /// What is to become of nodes' places on the monitor's list.
+    owned: HashMap<NodeId, bool>,
     starts: HashMap<NodeId, Strong<Node>>,
 }
 
@@ -73,6 +75,7 @@ impl<'g> Stage<'g> {
             wishes: HashMap::new(),
             facts: HashMap::new(),
             leaving: HashMap::new(),
+            owned: HashMap::new(),
             starts: HashMap::new(),
         }
     }
@@ -277,6 +280,11 @@ impl<'g> Stage<'g> {
     pub(super) fn leave_graph(&mut self, node: &Strong<Node>) {
         self.touch(Some(node));
         self.leaving.insert(node.id(), Strong::clone(node));
+    }
+
+    /// The monitor is to own the node, or not. What an earlier edit said of that.
+    pub(super) fn own(&mut self, node: NodeId, is_owned: bool) -> Option<bool> {
+        self.owned.insert(node, is_owned)
     }
 
     fn leave(&mut self, node: Option<&Strong<Node>>, edge: &Arc<Edge>) {

@@ -416,7 +416,7 @@ pub(super) fn root(node: &NodeRef, name: &str, access: Access) -> Arc<Edge> {
 /// A corridor of one step: through the gate, counted in, to the driver.
 struct Port(Arc<Edge>);
 
-fn port(edge: Arc<Edge>) -> Box<dyn ChildPort> {
+pub(super) fn port(edge: Arc<Edge>) -> Box<dyn ChildPort> {
     Box::new(Port(edge))
 }
 

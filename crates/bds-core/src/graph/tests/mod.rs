@@ -6,8 +6,8 @@ mod create;
 mod fakes;
 mod gates;
 mod history;
-mod model;
 mod open;
+mod properties;
 mod threads;
 
 use std::sync::Mutex;

@@ -1,0 +1,319 @@
+//! Commands, and how they are drawn. Numbers choose among what there is when a command's turn comes, modulo how many there are: so a
+//! sequence stays meaningful while it shrinks.
+
+use std::fmt;
+
+use proptest::collection::vec;
+use proptest::option;
+use proptest::prelude::{Just, Strategy, any, prop_oneof};
+
+use super::model::{ALL, Access, READ, WRITE};
+
+/// Names in play; few, so that they are fought over.
+pub(super) const NAMES: usize = 6;
+
+/// A node to be opened.
+#[derive(Clone, Debug)]
+pub(super) struct Tree {
+    /// `None`: a generated name.
+    pub(super) name: Option<usize>,
+    pub(super) ro: Option<bool>,
+    pub(super) discard: bool,
+    pub(super) transfer: u64,
+    pub(super) trouble: Trouble,
+    pub(super) body: Body,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Trouble {
+    None,
+    FailOpen,
+    FailFlush,
+    FailClose,
+    Stubborn,
+    Odd,
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Body {
+    File,
+    Filter(Box<Child>),
+    Image(Box<Child>, Option<Box<Child>>),
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Child {
+    Node(usize),
+    Inline(Tree),
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Step {
+    Append(usize, usize),
+    Replace(usize, usize),
+    ReplaceChild(usize, bool, usize),
+    InsertFilter(usize, usize),
+    DropFilter(usize),
+    SetBacking(usize, Option<usize>),
+    Remove(usize),
+    ReadOnly(usize, bool),
+    Discard(usize, bool),
+    Level(usize, u64),
+    ReopenBacking(usize, Option<usize>),
+    ReopenFile(usize, usize),
+    Own(usize),
+    Disown(usize),
+    Root(usize, Option<usize>),
+    Access(usize, Access),
+}
+
+/// What becomes of a change.
+#[derive(Clone, Debug)]
+pub(super) enum Fate {
+    Commit,
+    /// Fails at every step there is, one after the other, and is committed then.
+    Sweep,
+    /// Fails at this step, if there are so many.
+    FailAt(usize),
+    /// Dropped without a commit.
+    Drop,
+    /// The commit's future is dropped after so many polls.
+    CancelAt(usize),
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Command {
+    Open(Tree),
+    /// Fails at every step of its drivers, and goes well then.
+    OpenSweep(Tree),
+    Acquire(usize),
+    Find(usize),
+    Clone(usize),
+    CloneAndRelease(usize),
+    Release(usize),
+    Close(usize),
+    UseStale(usize),
+    Change(Vec<Step>, Fate),
+    /// Sets a backing node and takes it away again.
+    ThereAndBack(usize, usize),
+    /// A root: a job's or a backend's, with a node or without.
+    Attach(Option<usize>, Access, bool),
+    Detach(usize),
+    JobAccess(usize, Access),
+    Freeze(usize, usize),
+    Thaw(usize),
+    Drain(usize),
+    DrainSubtree(usize),
+    DrainAll,
+    EndDrain(usize),
+    Poison(usize),
+    Block(usize, u32),
+    Unblock(usize),
+    ClaimJob(usize),
+    UnclaimJob(usize),
+    AddBitmap(usize, usize),
+    AddAnonymous(usize),
+    Lease(usize),
+    EndLease(usize),
+    RemoveBitmap(usize),
+    DropAnonymous(usize),
+    Activate(Option<usize>, Fate),
+    Inactivate(Option<usize>, Fate),
+    Own(usize),
+    Del(usize),
+    Walk,
+    WalkOn,
+    LeaveWalk,
+    Watch(usize),
+    Reap,
+    Shutdown,
+}
+
+/// A sequence; printed as it is written in a test.
+#[derive(Clone)]
+pub(super) struct Script(pub(super) Vec<Command>);
+
+impl fmt::Debug for Script {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|command| write!(f, "\n    {command:?},"))
+    }
+}
+
+pub(super) fn script(len: std::ops::Range<usize>) -> impl Strategy<Value = Script> {
+    vec(command(), len).prop_map(Script)
+}
+
+fn n() -> impl Strategy<Value = usize> + Clone {
+    0..64usize
+}
+
+pub(super) fn access() -> impl Strategy<Value = Access> {
+    let fixed = |perm, shared| Just(Access { perm, shared });
+    prop_oneof![
+        fixed(0, ALL),
+        fixed(READ, ALL),
+        fixed(ALL, ALL),
+        fixed(READ | WRITE, READ),
+        fixed(READ, READ | 4),
+        (0..=ALL, 0..=ALL).prop_map(|(perm, shared)| Access { perm, shared }),
+        (0..=ALL).prop_map(|perm| Access { perm, shared: ALL }),
+    ]
+}
+
+fn trouble() -> impl Strategy<Value = Trouble> {
+    prop_oneof![
+        20 => Just(Trouble::None),
+        1 => Just(Trouble::FailOpen),
+        1 => Just(Trouble::FailFlush),
+        1 => Just(Trouble::FailClose),
+        1 => Just(Trouble::Stubborn),
+        1 => Just(Trouble::Odd),
+    ]
+}
+
+fn leaf() -> impl Strategy<Value = Tree> {
+    let name = prop_oneof![3 => option::of(0..NAMES), 2 => (0..NAMES).prop_map(Some)];
+    let ro = prop_oneof![3 => Just(None), 1 => any::<bool>().prop_map(Some)];
+    let transfer = prop_oneof![2 => Just(0u64), 1 => (1..4u64).prop_map(|n| n * 512)];
+    (name, ro, any::<bool>(), transfer, trouble()).prop_map(
+        |(name, ro, discard, transfer, trouble)| Tree {
+            name,
+            ro,
+            discard,
+            transfer,
+            trouble,
+            body: Body::File,
+        },
+    )
+}
+
+fn tree() -> impl Strategy<Value = Tree> {
+    leaf().prop_recursive(2, 4, 2, |inner| {
+        let child = prop_oneof![
+            2 => n().prop_map(Child::Node),
+            2 => inner.prop_map(Child::Inline),
+        ];
+        let backing = option::of(child.clone().prop_map(Box::new));
+        let child = child.prop_map(Box::new);
+        let body = prop_oneof![
+            1 => child.clone().prop_map(Body::Filter),
+            2 => (child, backing).prop_map(|(file, backing)| Body::Image(file, backing)),
+        ];
+        (leaf(), body).prop_map(|(leaf, body)| Tree { body, ..leaf })
+    })
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let some = || option::weighted(0.8, n());
+    prop_oneof![
+        4 => (n(), n()).prop_map(|(a, b)| Step::Append(a, b)),
+        4 => (n(), n()).prop_map(|(a, b)| Step::Replace(a, b)),
+        3 => (n(), any::<bool>(), n()).prop_map(|(a, b, c)| Step::ReplaceChild(a, b, c)),
+        3 => (n(), n()).prop_map(|(a, b)| Step::InsertFilter(a, b)),
+        3 => n().prop_map(Step::DropFilter),
+        4 => (n(), some()).prop_map(|(a, b)| Step::SetBacking(a, b)),
+        2 => n().prop_map(Step::Remove),
+        4 => (n(), any::<bool>()).prop_map(|(a, b)| Step::ReadOnly(a, b)),
+        1 => (n(), any::<bool>()).prop_map(|(a, b)| Step::Discard(a, b)),
+        1 => (n(), 0..9u64).prop_map(|(a, b)| Step::Level(a, b)),
+        1 => (n(), some()).prop_map(|(a, b)| Step::ReopenBacking(a, b)),
+        1 => (n(), n()).prop_map(|(a, b)| Step::ReopenFile(a, b)),
+        1 => n().prop_map(Step::Own),
+        1 => n().prop_map(Step::Disown),
+        3 => (n(), some()).prop_map(|(a, b)| Step::Root(a, b)),
+        3 => (n(), access()).prop_map(|(a, b)| Step::Access(a, b)),
+    ]
+}
+
+fn fate() -> impl Strategy<Value = Fate> {
+    prop_oneof![
+        6 => Just(Fate::Commit),
+        3 => Just(Fate::Sweep),
+        1 => (0..8usize).prop_map(Fate::FailAt),
+        1 => Just(Fate::Drop),
+        1 => (0..30usize).prop_map(Fate::CancelAt),
+    ]
+}
+
+fn changes() -> impl Strategy<Value = Command> {
+    let steps = prop_oneof![3 => vec(step(), 1..2), 2 => vec(step(), 2..4), 1 => vec(step(), 0..7)];
+    (steps, fate()).prop_map(|(steps, fate)| Command::Change(steps, fate))
+}
+
+/// Opening, and what is done with references.
+fn lives() -> impl Strategy<Value = Command> {
+    use Command as C;
+    prop_oneof![
+        12 => tree().prop_map(C::Open),
+        1 => tree().prop_map(C::OpenSweep),
+        1 => n().prop_map(C::Acquire),
+        1 => n().prop_map(C::Find),
+        1 => n().prop_map(C::Clone),
+        1 => n().prop_map(C::CloneAndRelease),
+        4 => n().prop_map(C::Release),
+        2 => n().prop_map(C::Close),
+        1 => n().prop_map(C::UseStale),
+        1 => n().prop_map(C::Own),
+        1 => n().prop_map(C::Del),
+        1 => Just(C::Walk),
+        1 => Just(C::WalkOn),
+        1 => Just(C::LeaveWalk),
+        1 => n().prop_map(C::Watch),
+        3 => Just(C::Reap),
+    ]
+}
+
+/// What lies beside the graph's shape.
+fn claims() -> impl Strategy<Value = Command> {
+    use Command as C;
+    prop_oneof![
+        1 => n().prop_map(C::Poison),
+        2 => (n(), 1..0x2000u32).prop_map(|(a, b)| C::Block(a, b)),
+        3 => n().prop_map(C::Unblock),
+        2 => n().prop_map(C::ClaimJob),
+        1 => n().prop_map(C::UnclaimJob),
+        2 => (n(), 0..3usize).prop_map(|(a, b)| C::AddBitmap(a, b)),
+        1 => n().prop_map(C::AddAnonymous),
+        2 => n().prop_map(C::Lease),
+        1 => n().prop_map(C::EndLease),
+        1 => n().prop_map(C::RemoveBitmap),
+        1 => n().prop_map(C::DropAnonymous),
+        2 => (n(), n()).prop_map(|(a, b)| C::Freeze(a, b)),
+        3 => n().prop_map(C::Thaw),
+    ]
+}
+
+fn sections() -> impl Strategy<Value = Command> {
+    use Command as C;
+    let some = || option::weighted(0.8, n());
+    prop_oneof![
+        3 => n().prop_map(C::Drain),
+        1 => n().prop_map(C::DrainSubtree),
+        1 => Just(C::DrainAll),
+        5 => n().prop_map(C::EndDrain),
+        2 => (some(), fate()).prop_map(|(a, b)| C::Inactivate(a, b)),
+        3 => (some(), fate()).prop_map(|(a, b)| C::Activate(a, b)),
+    ]
+}
+
+fn roots() -> impl Strategy<Value = Command> {
+    use Command as C;
+    let some = || option::weighted(0.8, n());
+    prop_oneof![
+        4 => (some(), access(), any::<bool>()).prop_map(|(a, b, c)| C::Attach(a, b, c)),
+        2 => n().prop_map(C::Detach),
+        1 => (n(), access()).prop_map(|(a, b)| C::JobAccess(a, b)),
+        1 => (n(), n()).prop_map(|(a, b)| C::ThereAndBack(a, b)),
+    ]
+}
+
+fn command() -> impl Strategy<Value = Command> {
+    prop_oneof![
+        120 => lives(),
+        110 => changes(),
+        30 => roots(),
+        40 => sections(),
+        25 => claims(),
+        1 => Just(Command::Shutdown),
+    ]
+}

@@ -1,0 +1,47 @@
+//! The properties of the lifecycle contract, checked on random sequences of commands.
+
+mod beside;
+mod changing;
+mod check;
+mod commands;
+mod edits;
+mod fake;
+mod model;
+mod opening;
+mod picture;
+mod regressions;
+mod run;
+
+use proptest::prelude::{ProptestConfig, any, proptest};
+
+use commands::{Command, script};
+use run::{Widths, run};
+
+/// So many cases, or twenty times that when everything is asked for.
+fn cases(count: u32) -> ProptestConfig {
+    let is_full = std::env::var("BDS_TEST_BUDGET").is_ok_and(|budget| budget == "full");
+    let cases = if is_full { count * 20 } else { count };
+    ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
+}
+
+/// Plays a sequence and compares after every command.
+fn play(seed: u64, widths: Option<Widths>, script: &[Command]) {
+    run(seed, widths, |mut world| async move {
+        for command in script {
+            world.step(command).await;
+            world.check(&format!("{command:?}"));
+        }
+        world.end().await;
+    });
+}
+
+proptest! {
+    #![proptest_config(cases(256))]
+    #[test]
+    fn any_sequence_of_commands_agrees_with_the_model(
+        seed in any::<u64>(),
+        script in script(1..60),
+    ) {
+        play(seed, None, &script.0);
+    }
+}

@@ -1,0 +1,59 @@
+//! Sequences that found something, by what they found.
+
+use super::commands::Command::{self, Activate, Change, Inactivate, Open};
+use super::commands::Fate::{Commit, Sweep};
+use super::commands::Step::{Disown, DropFilter, Own, ReadOnly, Remove};
+use super::commands::{Body, Child, Tree, Trouble};
+use super::play;
+
+fn replay(script: &[Command]) {
+    play(0, None, script);
+}
+
+fn tree(body: Body) -> Tree {
+    Tree { name: None, ro: None, discard: false, transfer: 0, trouble: Trouble::None, body }
+}
+
+fn file() -> Command {
+    Open(tree(Body::File))
+}
+
+/// A filter on a node, or on a file of its own.
+fn filter(on: Option<usize>) -> Command {
+    let child = on.map_or_else(|| Child::Inline(tree(Body::File)), Child::Node);
+    Open(tree(Body::Filter(Box::new(child))))
+}
+
+#[test]
+fn a_short_life_agrees_with_the_model() {
+    replay(&[file(), filter(Some(0)), Command::Drain(1), Command::Release(0), Command::Reap]);
+}
+
+#[test]
+fn a_change_does_not_stand_in_the_way_of_its_own_removals() {
+    // The change's other edits hold the node too, under the name of whoever made it.
+    replay(&[filter(None), Change(vec![DropFilter(0), Remove(0)], Commit)]);
+    replay(&[filter(None), Change(vec![ReadOnly(0, false), Remove(0)], Commit)]);
+}
+
+#[test]
+fn nothing_is_opened_on_an_inactive_node() {
+    replay(&[file(), Inactivate(None, Commit), filter(Some(0))]);
+}
+
+#[test]
+fn reopens_of_one_change_build_on_each_other() {
+    replay(&[filter(None), Change(vec![ReadOnly(0, true), ReadOnly(0, false)], Commit)]);
+}
+
+#[test]
+fn an_activation_that_fails_at_its_last_step_is_taken_back() {
+    replay(&[file(), Inactivate(None, Commit), Activate(None, Sweep)]);
+}
+
+#[test]
+fn a_change_sees_what_its_own_edits_made_of_the_monitors_list() {
+    replay(&[file(), Change(vec![Own(0), Own(0)], Commit)]);
+    replay(&[file(), Change(vec![Own(0), Disown(0), Own(0)], Commit)]);
+    replay(&[file(), Change(vec![Own(0), Disown(0), Disown(0)], Commit)]);
+}

@@ -1,0 +1,557 @@
+//! Commands done to both: to the graph, and to the model; and what they answer is compared.
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bds_io::{Sim, SimConfig};
+use bds_refcount::{HolderKind, Release, Watch};
+use futures_util::future::poll_immediate;
+
+use super::commands::{Command, Tree};
+use super::fake::{FakeType, Floor};
+use super::model::{Access, Drain, Edge, Key, Model};
+use super::opening::{self, pick};
+use super::picture;
+use crate::driver::{Category, Registry};
+use crate::graph::tests::fakes;
+use crate::graph::{
+    Access as RealAccess, AnonymousBitmap, BitmapId, BitmapLease, Blocker, CloseError, CloseReport,
+    Drained, Frozen, Graph, GraphConfig, JobEdge, JobSlot, Node, NodeId, NodeRef, Operations, Perm,
+    Root, TopLevel, walk,
+};
+use crate::options::Options;
+
+/// A root as its owner holds it.
+pub(super) enum Held {
+    Backend(Arc<crate::graph::Edge>),
+    Job(JobEdge),
+}
+
+/// Both worlds, side by side.
+pub(super) struct World {
+    pub(super) graph: Graph,
+    pub(super) floor: Arc<Floor>,
+    pub(super) model: Model,
+    pub(super) is_narrow: bool,
+    /// In step with the model's.
+    pub(super) refs: Vec<NodeRef>,
+    /// Every id ever given out.
+    pub(super) ids: Vec<(NodeId, Key)>,
+    pub(super) roots: Vec<(Held, u32)>,
+    pub(super) frozen: Vec<(Frozen, u32)>,
+    pub(super) drains: Vec<(Drained, u32)>,
+    pub(super) blockers: Vec<(Blocker, Key, u32)>,
+    pub(super) slots: Vec<(JobSlot, Key)>,
+    pub(super) bitmaps: Vec<(BitmapId, Key, u64)>,
+    pub(super) anonymous: Vec<(AnonymousBitmap, Key, u64)>,
+    pub(super) leases: Vec<(BitmapLease, Key, u64)>,
+    pub(super) walk: Option<(TopLevel, Vec<Key>)>,
+    pub(super) watches: Vec<(Watch<Node>, Key)>,
+    /// Names in reports of closings that failed.
+    pub(super) unclean: Vec<String>,
+}
+
+/// Widths of generation and index in ids.
+pub(super) type Widths = (u32, u32);
+
+/// Runs a story in a fresh world.
+pub(super) fn run<F: Future<Output = ()>>(
+    seed: u64,
+    widths: Option<Widths>,
+    story: impl FnOnce(World) -> F,
+) {
+    let sim = Sim::new(seed, SimConfig::calm());
+    let (graph, floor) = world(&sim, widths);
+    let world = World {
+        graph,
+        floor,
+        model: Model::default(),
+        is_narrow: widths.is_some(),
+        refs: Vec::new(),
+        ids: Vec::new(),
+        roots: Vec::new(),
+        frozen: Vec::new(),
+        drains: Vec::new(),
+        blockers: Vec::new(),
+        slots: Vec::new(),
+        bitmaps: Vec::new(),
+        anonymous: Vec::new(),
+        leases: Vec::new(),
+        walk: None,
+        watches: Vec::new(),
+        unclean: Vec::new(),
+    };
+    sim.block_on(story(world));
+    sim.run_until_idle();
+}
+
+/// A graph of fakes.
+pub(super) fn world(sim: &Sim, widths: Option<Widths>) -> (Graph, Arc<Floor>) {
+    let floor = Floor::new();
+    let mut registry = Registry::new();
+    for (name, category) in
+        [("file", Category::Protocol), ("cow", Category::Format), ("pass", Category::Filter)]
+    {
+        let floor = Arc::clone(&floor);
+        registry.register(Arc::new(FakeType { name, category, floor })).unwrap();
+    }
+    let mut config = GraphConfig::new(Arc::new(registry));
+    config.fs = sim.fs();
+    let graph = match widths {
+        None => Graph::with_corridor(config, fakes::port),
+        Some((generation, index)) => Graph::with_narrow_ids(config, fakes::port, generation, index),
+    };
+    (graph, floor)
+}
+
+/// Lets everything run that can run.
+pub(super) async fn idle() {
+    bds_io::sleep(Duration::from_secs(1)).await;
+}
+
+pub(super) fn real_access(access: Access) -> RealAccess {
+    let perm = |bits: u8| Perm::from_bits(bits.into()).unwrap();
+    RealAccess { perm: perm(access.perm), shared: perm(access.shared) }
+}
+
+impl World {
+    pub(super) fn pick_ref(&self, n: usize) -> Option<usize> {
+        (!self.refs.is_empty()).then(|| n % self.refs.len())
+    }
+
+    fn push_ref(&mut self, node: NodeRef) {
+        let key = self.key(&node);
+        self.refs.push(node);
+        self.model.refs.push(key);
+    }
+
+    pub(super) fn take_ref(&mut self, index: usize) -> NodeRef {
+        self.model.refs.swap_remove(index);
+        self.refs.swap_remove(index)
+    }
+
+    fn key(&self, node: &NodeRef) -> Key {
+        self.ids.iter().find(|(id, _)| *id == node.id()).expect("P5: an id is a node for ever").1
+    }
+
+    /// Remembers what could not be closed in order (P14).
+    pub(super) fn hear(&mut self, report: &CloseReport) {
+        if report.flush_error.is_some() || report.close_error.is_some() {
+            self.unclean.push(report.name.clone());
+        }
+        report.below.iter().for_each(|below| self.hear(below));
+    }
+
+    pub(super) async fn reap(&mut self) {
+        let reports = self.graph.reap().await;
+        reports.iter().for_each(|report| self.hear(report));
+        self.model.sweep();
+    }
+
+    /// Would two nodes or more die at once while something is drained? Then their order is nobody's business.
+    pub(super) fn is_obscure(&self, after: &Model) -> bool {
+        let mut after = after.clone();
+        let before = after.graveyard.len();
+        after.bury();
+        !after.drains.is_empty() && after.graveyard.len() > before + 1
+    }
+
+    /// One command. Nothing happens if there is nothing to do it to.
+    pub(super) async fn step(&mut self, command: &Command) {
+        match command {
+            Command::Open(tree) => self.open(tree).await,
+            Command::OpenSweep(tree) => self.open_sweep(tree).await,
+            Command::Change(steps, fate) => self.change(steps, fate).await,
+            Command::ThereAndBack(node, backing) => self.there_and_back(*node, *backing).await,
+            Command::Activate(node, fate) => self.set_active(*node, true, fate).await,
+            Command::Inactivate(node, fate) => self.set_active(*node, false, fate).await,
+            Command::Close(n) => self.close(*n).await,
+            Command::Del(n) => self.del(*n).await,
+            Command::Reap => self.reap().await,
+            Command::Shutdown => self.shutdown().await,
+            Command::Drain(_) | Command::DrainSubtree(_) | Command::DrainAll => {
+                self.drain(command).await;
+            }
+            Command::JobAccess(n, access) => self.job_access(*n, *access).await,
+            _ => self.step_at_once(command),
+        }
+        self.model.settle();
+        idle().await;
+        if self.model.has_deferred() {
+            self.reap().await;
+        }
+    }
+
+    /// Commands that wait for nothing.
+    fn step_at_once(&mut self, command: &Command) {
+        match *command {
+            Command::Acquire(n) => self.acquire(n),
+            Command::Find(n) => {
+                if let Some(key) = pick(&self.model.live(), n) {
+                    let node = self.graph.find(&self.model.nodes[&key].name).unwrap();
+                    self.push_ref(node);
+                }
+            }
+            Command::Clone(n) => {
+                if let Some(n) = self.pick_ref(n) {
+                    self.push_ref(self.refs[n].clone());
+                }
+            }
+            Command::CloneAndRelease(n) => {
+                let Some(n) = self.pick_ref(n) else { return };
+                // P15: clone, then release, is nothing; the picture is compared afterwards.
+                assert_eq!(self.refs[n].clone().release(), Release::NotLast, "P15");
+            }
+            Command::Release(n) => {
+                let Some(n) = self.pick_ref(n) else { return };
+                let key = self.model.refs[n];
+                let node = self.take_ref(n);
+                let is_last = self.model.count(key) == 0;
+                // P9: who gives up the last one is told so.
+                assert_eq!(node.release() == Release::Last, is_last, "P9");
+            }
+            Command::UseStale(n) => self.use_stale(n),
+            Command::Own(n) => {
+                let Some(n) = self.pick_ref(n) else { return };
+                let key = self.model.refs[n];
+                let node = self.take_ref(n);
+                let is_new = !self.model.monitor.contains(&key);
+                assert_eq!(self.graph.own(node).is_ok(), is_new, "owned once");
+                if is_new {
+                    self.model.monitor.push(key);
+                }
+            }
+            Command::Walk => {
+                self.walk = Some((self.graph.top_level(), self.model_top_level()));
+            }
+            Command::WalkOn => self.walk_on(),
+            Command::LeaveWalk => self.walk = None,
+            Command::Watch(n) => {
+                if let Some((id, key)) = pick(&self.ids, n) {
+                    self.watches.push((self.graph.watch(id), key));
+                }
+            }
+            Command::Attach(node, access, is_job) => self.attach(node, access, is_job),
+            Command::Detach(n) => {
+                if !self.roots.is_empty() {
+                    let (root, edge) = self.roots.swap_remove(n % self.roots.len());
+                    drop(root);
+                    self.model.edges.remove(&edge);
+                }
+            }
+            Command::EndDrain(n) => self.end_drain(n),
+            ref other => self.claim(other),
+        }
+    }
+
+    /// P4: an id leads to its node exactly as long as that lives, and an acquired reference is one more.
+    fn acquire(&mut self, n: usize) {
+        let Some((id, key)) = pick(&self.ids, n) else { return };
+        let found = self.graph.acquire(id);
+        assert_eq!(found.is_ok(), self.model.is_live(key), "P4");
+        if let Ok(node) = found {
+            self.push_ref(node);
+        }
+    }
+
+    /// P1: nothing can be done with a stale id, and it never means another node.
+    fn use_stale(&self, n: usize) {
+        let stale: Vec<NodeId> = self
+            .ids
+            .iter()
+            .filter(|(_, key)| !self.model.is_live(*key))
+            .map(|(id, _)| *id)
+            .collect();
+        let Some(id) = pick(&stale, n) else { return };
+        assert!(self.graph.acquire(id).is_err(), "P1");
+        assert_eq!((self.graph.count(id), self.graph.holders(id).len()), (0, 0), "P1");
+        assert!(self.graph.watch(id).has_fired(), "P49: at once, post mortem");
+        assert!(!self.graph.is_owned(id), "P23");
+    }
+
+    // ---- open
+
+    async fn prepare_open(&mut self) {
+        if self.is_narrow || self.model.has_deferred() {
+            self.reap().await;
+        }
+    }
+
+    async fn open(&mut self, tree: &Tree) {
+        self.prepare_open().await;
+        let mut after = self.model.swept();
+        let Some(text) = opening::options(tree, &after) else { return };
+        let is_room = self.graph.0.reaper.arena.stats().free >= opening::len(tree);
+        let root = if is_room { after.open(tree) } else { None };
+        if root.is_none() && !after.drains.is_empty() {
+            return; // What it leaves is closed after the section.
+        }
+        self.model = after;
+        let opened = self.graph.open(Options::parse(&text).unwrap()).await;
+        assert_eq!(opened.is_ok(), root.is_some(), "{text}: {:?}", opened.err());
+        match (opened, root) {
+            (Ok(node), Some(root)) => {
+                self.adopt(root, &node);
+                self.push_ref(node);
+            }
+            _ => self.forgive().await,
+        }
+    }
+
+    /// P29, P13: fails at each step of its drivers, and leaves nothing each time.
+    async fn open_sweep(&mut self, tree: &Tree) {
+        if !self.model.drains.is_empty() {
+            return; // What it leaves is closed after the section.
+        }
+        self.reap().await;
+        let Some(text) = opening::options(tree, &self.model) else { return };
+        for step in 0.. {
+            let before = picture::of_graph(&self.graph);
+            self.floor.faults.set(Some(step));
+            let opened = self.graph.open(Options::parse(&text).unwrap()).await;
+            let has_struck = self.floor.faults.has_struck();
+            self.floor.faults.set(None);
+            if !has_struck {
+                drop(opened);
+                self.graph.reap().await;
+                return self.forgive().await;
+            }
+            assert!(opened.is_err(), "P29: {text} at {step}");
+            self.forgive().await;
+            assert_eq!(picture::of_graph(&self.graph), before, "P29: {text} at {step}");
+        }
+    }
+
+    /// What a failed open closed again is its own business; what the model closed is among it.
+    async fn forgive(&mut self) {
+        idle().await;
+        self.graph.reports().iter().for_each(|report| self.hear(report));
+        let mut closed = self.floor.closed.lock().unwrap();
+        for (found, ours) in
+            [(&mut *closed, &self.model.closed), (&mut self.unclean, &self.model.unclean)]
+        {
+            let count = |all: &[String], name: &String| all.iter().filter(|n| *n == name).count();
+            assert!(ours.iter().all(|name| count(found, name) >= count(ours, name)), "P11, P14");
+            found.clone_from(ours);
+        }
+    }
+
+    /// Learns names and ids of what was opened.
+    fn adopt(&mut self, key: Key, node: &NodeRef) {
+        let wanted = self.model.nodes[&key].name.clone();
+        if wanted.is_empty() {
+            assert!(node.name().starts_with('#'), "P42: no user can type a generated name");
+        } else {
+            assert_eq!(node.name(), wanted);
+        }
+        assert!(self.ids.iter().all(|(id, _)| *id != node.id()), "P1: an id is issued once");
+        self.ids.push((node.id(), key));
+        self.model.set_name(key, node.name());
+        for edge in self.model.children(key) {
+            let Edge { name, child, .. } = self.model.edges[&edge];
+            let child = child.unwrap();
+            if self.ids.iter().all(|(_, known)| *known != child) {
+                let (node, _) = walk::child(node, name).unwrap();
+                self.adopt(child, &node);
+            }
+        }
+    }
+
+    // ---- the end of nodes
+
+    async fn close(&mut self, n: usize) {
+        let Some(n) = self.pick_ref(n) else { return };
+        let key = self.model.refs[n];
+        let is_last = self.model.count(key) == 1;
+        if is_last && !self.model.can_close(key) {
+            return; // It would wait for the end of the section.
+        }
+        let node = self.take_ref(n);
+        let id = node.id();
+        match node.close().await {
+            Ok(report) => {
+                assert!(is_last, "P14");
+                assert_eq!(report.node, id);
+                self.hear(&report);
+                self.model.bury();
+                self.model.close(key);
+                self.model.sweep();
+            }
+            Err(CloseError::InUse { node, holders }) => {
+                assert!(!is_last, "P14");
+                assert_eq!(node.id(), id, "P14: the same reference comes back");
+                assert_eq!(holders.len() + 1, node.count(), "P6: the others have names");
+                self.push_ref(node);
+            }
+        }
+    }
+
+    /// P43: by name, if the monitor owns it, nobody else holds it and nothing forbids it.
+    async fn del(&mut self, n: usize) {
+        let swept = self.model.swept();
+        let Some(key) = pick(&swept.live(), n) else { return };
+        let is_owned = swept.monitor.contains(&key);
+        let may = is_owned && swept.count(key) == 1 && !swept.is_blocked(key, super::edits::DELETE);
+        if may && !swept.can_close(key) {
+            return; // It would wait for the end of the section.
+        }
+        self.model = swept;
+        let name = self.model.nodes[&key].name.clone();
+        let deleted = self.graph.del(&name).await;
+        assert_eq!(deleted.is_ok(), may, "P43: {name} {:?}", deleted.err());
+        if let Ok(report) = deleted {
+            self.hear(&report);
+            self.model.monitor.retain(|owned| *owned != key);
+            self.model.bury();
+            self.model.close(key);
+            self.model.sweep();
+        }
+    }
+
+    /// P48: everything that can go goes, the rest is named, and a second time finds nothing more to do.
+    async fn shutdown(&mut self) {
+        let report = self.graph.shutdown().await;
+        report.closed.iter().for_each(|report| self.hear(report));
+        self.model.is_shut = true;
+        self.model.monitor.clear();
+        self.model.sweep();
+        let leaks = |report: &crate::graph::ShutdownReport| {
+            let leaks = report.leaked.iter().map(|leak| (leak.name.clone(), leak.count));
+            leaks.collect::<Vec<_>>()
+        };
+        let mut wanted: Vec<(String, usize)> = self
+            .model
+            .live()
+            .into_iter()
+            .map(|key| (self.model.nodes[&key].name.clone(), self.model.count(key)))
+            .collect();
+        wanted.sort();
+        assert_eq!(leaks(&report), wanted, "P48");
+        let again = self.graph.shutdown().await;
+        assert_eq!((leaks(&again), again.closed.len()), (wanted, 0), "P48: idempotent");
+    }
+
+    // ---- beside the tree
+
+    fn attach(&mut self, node: Option<usize>, access: Access, is_job: bool) {
+        let index = match node.map(|n| self.pick_ref(n)) {
+            Some(None) => return,
+            Some(index) => index,
+            None => None,
+        };
+        let number = self.model.fresh();
+        let name = format!("r{number}");
+        let (real, target) = (real_access(access), index.map(|n| &self.refs[n]));
+        let (held, word) = match (is_job, target) {
+            (true, Some(node)) => (self.graph.attach_job(node, &name, real).map(Held::Job), "job"),
+            _ => {
+                let root =
+                    Root { kind: HolderKind::Backend, name: &name, access: real, stays: false };
+                (self.graph.attach_root(target, &root).map(Held::Backend), "backend")
+            }
+        };
+        let before = self.model.clone();
+        let edge = Edge {
+            parent: None,
+            name: "root",
+            holder: format!("{word} '{name}'"),
+            child: index.map(|n| self.model.refs[n]),
+            access,
+            frozen: None,
+            stays: word == "job",
+        };
+        self.model.edges.insert(number, edge);
+        self.model.recompute();
+        let is_fine = self.model.is_legal();
+        assert_eq!(held.is_ok(), is_fine, "P24, P19: {access:?} {:?}", held.err());
+        match held {
+            Ok(held) => self.roots.push((held, number)),
+            Err(_) => self.model = before,
+        }
+    }
+
+    async fn drain(&mut self, command: &Command) {
+        let (guard, nodes) = match *command {
+            Command::DrainAll => (self.graph.drain_all().await, Default::default()),
+            Command::Drain(n) => {
+                let Some(n) = self.pick_ref(n) else { return };
+                let guard = self.graph.drain(&self.refs[n]).await;
+                (guard, [self.model.refs[n]].into())
+            }
+            Command::DrainSubtree(n) => {
+                let Some(n) = self.pick_ref(n) else { return };
+                let guard = self.graph.drain_subtree(&self.refs[n]).await;
+                (guard, self.model.below(self.model.refs[n]))
+            }
+            _ => unreachable!("only drains come here"),
+        };
+        let number = self.model.fresh();
+        let is_all = matches!(command, Command::DrainAll);
+        self.model.drains.push(Drain { number, nodes, is_all });
+        self.drains.push((guard, number));
+    }
+
+    /// P38: ending a section changes nothing of the graph; the picture is compared afterwards.
+    fn end_drain(&mut self, n: usize) {
+        if self.drains.is_empty() {
+            return;
+        }
+        let index = n % self.drains.len();
+        let number = self.drains[index].1;
+        let mut after = self.model.clone();
+        after.drains.retain(|drain| drain.number != number);
+        if !self.is_obscure(&after) {
+            self.model = after;
+            drop(self.drains.swap_remove(index));
+        }
+    }
+
+    pub(super) fn model_top_level(&self) -> Vec<Key> {
+        let edges = self.model.edges.values();
+        let mut roots: Vec<(&str, Key)> = edges
+            .filter(|edge| edge.holder.starts_with("backend"))
+            .filter_map(|edge| Some((&*edge.holder, edge.child?)))
+            .collect();
+        roots.sort_unstable();
+        let all = roots.into_iter().map(|(_, key)| key).chain(self.model.monitor.iter().copied());
+        let mut seen = Vec::new();
+        all.for_each(|key| {
+            if !seen.contains(&key) {
+                seen.push(key);
+            }
+        });
+        seen
+    }
+
+    /// P44: what was at the top when the walk began and lives still, in order.
+    fn walk_on(&mut self) {
+        let Some((mut walk, mut left)) = self.walk.take() else { return };
+        left.retain(|key| self.model.is_live(*key));
+        let found = walk.next();
+        let found_key = found.as_ref().map(|node| self.key(node));
+        assert_eq!(found_key, left.first().copied(), "P44");
+        if let Some(node) = found {
+            self.push_ref(node);
+            left.remove(0);
+            self.walk = Some((walk, left));
+        }
+    }
+
+    /// Has a future run for so many turns and drops it. What it came to, if it came to an end.
+    pub(super) async fn run_for<T>(turns: usize, future: impl Future<Output = T>) -> Option<T> {
+        let mut future = pin!(future);
+        for _ in 0..turns {
+            if let Some(done) = poll_immediate(future.as_mut()).await {
+                return Some(done);
+            }
+            bds_io::yield_now().await;
+        }
+        None
+    }
+
+    pub(super) fn operations(bits: u32) -> Operations {
+        Operations::from_bits_truncate(bits)
+    }
+}
