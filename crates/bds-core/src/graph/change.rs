@@ -257,7 +257,7 @@ impl Change {
     /// Gives a node another name. In one change nodes may trade names: an overlay can take over the name of what it covers. Ids,
     /// references and edges notice nothing; a [`Graph::find`] of the old name finds whoever has it then.
     pub fn rename(self, node: &NodeRef, name: &str) -> Self {
-        self.with(Action::Rename { node: keep(node), name: name.into() })
+        self.with(Action::Rename { node: node.clone(), name: name.into() })
     }
 
     /// Lets the monitor own the node (its name then keeps it open).
