@@ -99,6 +99,15 @@ impl Walls<'_> {
         }
     }
 
+    /// A node that is being closed has one more edge. A drain of `node` waits for it, so its gate stays open.
+    pub(super) fn attach_closing(&self, node: &Node, edge: &Arc<Edge>) {
+        edge.begin_closing(self);
+        node.add_parent(edge);
+        if node.quiesce_count() > 0 {
+            edge.quiesce(self);
+        }
+    }
+
     /// An edge does not point to `node` any more.
     pub(super) fn detach(&self, node: &Node, edge: &Arc<Edge>) {
         node.remove_parent(edge);
@@ -230,11 +239,17 @@ async fn wait_node(graph: &Graph, node: &Strong<Node>) {
     loop {
         let mut eased = pin!(graph.0.reaper.topology.eased.notified());
         eased.as_mut().enable();
-        if node.is_poisoned() || !node.parents().iter().any(|edge| edge.is_closing()) {
+        if node.is_poisoned() || !has_closing(graph, node) {
             return;
         }
         eased.await;
     }
+}
+
+/// Does a node that is being closed still use this one? Asked under the lock, under which such a node exchanges its edges.
+fn has_closing(graph: &Graph, node: &Strong<Node>) -> bool {
+    let _walls = graph.0.reaper.walls();
+    node.parents().iter().any(|edge| edge.is_closing())
 }
 
 /// These nodes and all above them, each after all of its parents.

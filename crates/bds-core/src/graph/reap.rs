@@ -101,6 +101,14 @@ impl From<CloseError> for Error {
 /// A dead node whose closing has begun.
 struct Closing(Dead<Node>);
 
+/// What became of the child of a node that is being closed.
+enum Released {
+    Died,
+    Survived,
+    /// It survived, and what was written to it may not be durable: it is to be flushed through this edge.
+    Unflushed(Arc<Edge>),
+}
+
 /// All it takes to close dead nodes, without the graph itself: the graph's own end reaps too.
 #[derive(Clone)]
 pub(crate) struct Reaper {
@@ -183,7 +191,8 @@ impl Reaper {
     fn begin_closing(&self, dead: Dead<Node>) -> Result<Closing, Dead<Node>> {
         let walls = self.walls();
         let children = dead.children().to_vec();
-        if children.iter().any(|edge| edge.is_quiesced()) {
+        // Without children it writes to its own medium at most: that waits for the end of a drained section of everything.
+        if walls.state.drain_alls > 0 || children.iter().any(|edge| edge.is_quiesced()) {
             return Err(dead);
         }
         children.iter().for_each(|edge| edge.begin_closing(&walls));
@@ -232,15 +241,13 @@ impl Reaper {
         let mut died = Vec::new();
         for edge in children {
             let handle = edge.target().strong().handle();
-            let was_skipped = unflushed.contains(&handle);
-            // None: somebody else looks at the edge just now, and lets the child go when done.
-            match Edge::release(edge) {
-                Some(Release::Last) => died.push(handle),
-                Some(Release::NotLast) if was_skipped => {
-                    let late = self.flush_survivor(handle).await;
+            match self.release_child(edge, node, unflushed.contains(&handle)) {
+                Released::Died => died.push(handle),
+                Released::Survived => {}
+                Released::Unflushed(edge) => {
+                    let late = (self.make_port)(edge).flush().await;
                     flush_error = flush_error.or(late.err().map(|error| error.node(&*name)));
                 }
-                Some(Release::NotLast) | None => {}
             }
         }
         self.topology.eased.notify_waiters();
@@ -283,9 +290,19 @@ impl Reaper {
         Ok(())
     }
 
-    /// A child that looked as if it would die with us but found another holder.
-    async fn flush_survivor(&self, handle: Handle<Node>) -> Result<()> {
-        let Ok(strong) = self.arena.acquire(handle) else { return Ok(()) };
+    /// Gives a child up that `parent`, which is being closed, used through this edge. One that was not flushed because it looked as if it
+    /// would die with the parent, but found another holder, is flushed after all: through an edge that takes the place of the other in
+    /// one step, so that no drain ends in between.
+    fn release_child(&self, edge: Arc<Edge>, parent: NodeId, was_skipped: bool) -> Released {
+        let handle = edge.target().strong().handle();
+        let walls = self.walls();
+        // None: somebody else looks at the edge just now, and lets the child go when done.
+        match Edge::release(edge) {
+            Some(Release::Last) => return Released::Died,
+            Some(Release::NotLast) | None if !was_skipped => return Released::Survived,
+            Some(Release::NotLast) | None => {}
+        }
+        let Ok(strong) = self.arena.acquire(handle) else { return Released::Survived };
         let parts = EdgeParts {
             name: "flush",
             role: Role::empty(),
@@ -295,9 +312,9 @@ impl Reaper {
             graph: None,
         };
         let edge = Edge::new(parts, Some(strong), &self.topology.loosened);
-        edge.set_parent(Parent::Root("closing".into()));
-        self.walls().attach(&edge.target(), &edge);
-        (self.make_port)(edge).flush().await
+        edge.set_parent(Parent::Node(parent));
+        walls.attach_closing(&edge.target(), &edge);
+        Released::Unflushed(edge)
     }
 
     fn forget_name(&self, name: &str, id: NodeId) {
