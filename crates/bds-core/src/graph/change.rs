@@ -8,17 +8,18 @@
 //! dropped, leaves everything as it was. Identity stays: every id and reference denotes the node it did before, and the caller's
 //! references are neither taken nor given. One change at a time; requests wait only while what they pass through is changed.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bds_io::sync::MutexGuard;
 use bds_refcount::{Holder, HolderKind, Strong};
+use futures_util::FutureExt;
 
 use super::claims::Operations;
 use super::commit::Moved;
-use super::drain::DrainSet;
+use super::drain::{DrainSet, DrainedBelow, wait_undrained_below};
 use super::edge::{Edge, EdgeParts};
 use super::lock::{Edit, Walls};
 use super::node::{Node, NodeId};
@@ -247,14 +248,26 @@ impl Change {
         if actions.is_empty() {
             return Ok(ChangeReport { held: Duration::ZERO, closed: Vec::new() });
         }
-        let one = graph.begin_change().await;
-        let begun = bds_io::now();
-        let (moved, removed, drained) = carry_out(&graph, actions).await?;
+        let (one, begun, outcome) = loop {
+            let one = graph.begin_change().await;
+            let begun = bds_io::now();
+            match carry_out(&graph, &actions).await? {
+                Ok(outcome) => break (one, begun, outcome),
+                Err(blocked) => {
+                    // Whoever drains below may want a change of his own before he is done: he gets his turn.
+                    drop(one);
+                    wait_undrained_below(&graph, &blocked).await;
+                    bds_io::yield_now().await;
+                }
+            }
+        };
+        let Outcome { moved, removed, drained } = outcome;
         moved.settle().await;
         drop(moved);
         drop(drained);
         let held = bds_io::now().saturating_sub(begun);
         drop(one);
+        drop(actions);
         let closed = commit::close_removed(&graph, removed).await;
         Ok(ChangeReport { held, closed })
     }
@@ -266,22 +279,34 @@ impl fmt::Display for ChangeReport {
     }
 }
 
+/// What remains to be done when the edges have been swapped.
+struct Outcome {
+    moved: Moved,
+    removed: Vec<NodeRef>,
+    drained: DrainSet,
+}
+
+/// Nodes whose drivers have to wait for the end of drained sections below them.
+type Blocked = Vec<Strong<Node>>;
+
 /// Drains, prepares, stages, checks, and puts into force.
-async fn carry_out(graph: &Graph, actions: Vec<Action>) -> Result<(Moved, Vec<NodeRef>, DrainSet)> {
-    let wanted = reopen::collect(graph, &actions)?;
+async fn carry_out(graph: &Graph, actions: &[Action]) -> Result<Result<Outcome, Blocked>> {
+    let wanted = reopen::collect(graph, actions)?;
     let nodes = {
         let walls = graph.0.reaper.walls();
         let facts = wanted.iter().map(Wanted::facts).collect();
-        stage(graph, &walls, &actions, facts)?.to_drain()
+        stage(graph, &walls, actions, facts)?.to_drain()
     };
     let mut drained = DrainSet::begin(graph, nodes, "change").await;
     loop {
         graph.step()?;
-        let prepared = prepare(graph, &drained, &wanted).await?;
+        let Some(prepared) = prepare(graph, &drained, &wanted).await? else {
+            return Ok(Err(wanted.iter().map(Wanted::node).collect()));
+        };
         let missing = {
             let walls = graph.0.reaper.walls();
             let facts = prepared.iter().map(Prepared::facts).collect();
-            let staged = stage(graph, &walls, &actions, facts)?;
+            let staged = stage(graph, &walls, actions, facts)?;
             // Opening and closing nodes is not held up meanwhile, so what is to be drained may have grown.
             let missing: Vec<_> =
                 staged.to_drain().into_iter().filter(|node| !drained.covers(node.id())).collect();
@@ -292,7 +317,7 @@ async fn carry_out(graph: &Graph, actions: Vec<Action>) -> Result<(Moved, Vec<No
                 let done =
                     commit::put_into_force(graph, &edit, staged, accesses, prepared, actions)?;
                 drop(walls);
-                return Ok((done.moved, done.removed, drained));
+                return Ok(Ok(Outcome { moved: done.moved, removed: done.removed, drained }));
             }
             missing
         };
@@ -301,19 +326,30 @@ async fn carry_out(graph: &Graph, actions: Vec<Action>) -> Result<(Moved, Vec<No
     }
 }
 
-/// Lets drivers get ready, who may have to write out what they hold back.
+/// Lets drivers get ready, who may have to write out what they hold back. `None`: one would have to wait for a drained section of
+/// somebody else's, which must not happen while others wait for their turn.
 async fn prepare<'w>(
     graph: &Graph,
     drained: &DrainSet,
     wanted: &'w [Wanted],
-) -> Result<Vec<Prepared<'w>>> {
+) -> Result<Option<Vec<Prepared<'w>>>> {
     if wanted.is_empty() {
-        return Ok(Vec::new());
+        return Ok(Some(Vec::new()));
     }
-    drained.open_doors();
-    let prepared = reopen::prepare(graph, wanted).await?;
+    let nodes: Vec<_> = wanted.iter().map(Wanted::node).collect();
+    let prepared = match drained.open_doors_for(&nodes) {
+        Ok(work) => {
+            let prepared = reopen::prepare(graph, wanted).await?;
+            drop(work);
+            prepared
+        }
+        Err(DrainedBelow) => match reopen::prepare(graph, wanted).now_or_never() {
+            Some(prepared) => prepared?,
+            None => return Ok(None),
+        },
+    };
     drained.settle().await;
-    Ok(prepared)
+    Ok(Some(prepared))
 }
 
 fn check_ours(graph: &Graph, actions: &[Action]) -> Result<()> {
@@ -332,7 +368,7 @@ fn stage<'g>(
     facts: Vec<NewFacts>,
 ) -> Result<Stage<'g>> {
     let mut stage = Stage::new(&graph.0.reaper);
-    let mut editor = Editor { graph, stage: &mut stage, _walls: walls };
+    let mut editor = Editor { graph, stage: &mut stage, owned: ById::new(), _walls: walls };
     for action in actions {
         editor.apply(action)?;
         graph.step()?;
@@ -350,6 +386,8 @@ fn stage<'g>(
 struct Editor<'e, 'g> {
     graph: &'g Graph,
     stage: &'e mut Stage<'g>,
+    /// What the edits so far make of the monitor's list.
+    owned: ById<bool>,
     _walls: &'e Walls<'e>,
 }
 
@@ -383,14 +421,8 @@ impl Editor<'_, '_> {
                 Ok(())
             }
             Action::Reopen { node, options } => self.reopen_children(node, options),
-            Action::Own { node } => match self.graph.is_owned(node.id()) {
-                true => Err(refuse(node, "the monitor owns it already".to_owned())),
-                false => Ok(()),
-            },
-            Action::Disown { node } => match self.graph.is_owned(node.id()) {
-                true => Ok(()),
-                false => Err(refuse(node, "the monitor does not own it".to_owned())),
-            },
+            Action::Own { node } => self.own(node, true),
+            Action::Disown { node } => self.own(node, false),
             Action::Root { edge, to } => {
                 if let Some(old) = edge.medium() {
                     old.check_allowed(Operations::EJECT)?;
@@ -402,6 +434,15 @@ impl Editor<'_, '_> {
                 Ok(())
             }
         }
+    }
+
+    fn own(&mut self, node: &NodeRef, shall_be: bool) -> Result<()> {
+        let before = self.owned.insert(node.id(), shall_be);
+        if before.unwrap_or_else(|| self.graph.is_owned(node.id())) != shall_be {
+            return Ok(());
+        }
+        let words = if shall_be { "owns it already" } else { "does not own it" };
+        Err(refuse(node, format!("the monitor {words}")))
     }
 
     fn append(&mut self, top: &NodeRef, overlay: &NodeRef) -> Result<()> {
@@ -543,5 +584,5 @@ pub(super) fn refuse(node: &NodeRef, why: String) -> Error {
     Error::new(ErrorKind::InvalidInput, why).node(node.name())
 }
 
-/// References by id, so that one node is one entry.
-pub(super) type ById<T> = HashMap<NodeId, T>;
+/// By id, so that one node is one entry; walked in an order that a replay sees again.
+pub(super) type ById<T> = BTreeMap<NodeId, T>;
