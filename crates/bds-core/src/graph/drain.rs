@@ -53,6 +53,8 @@ impl Walls<'_> {
             }
             for edge in node.parents() {
                 if edge.quiesce(self) {
+                    #[cfg(test)]
+                    self.lock_first(&edge);
                     match self.parent_node(&edge) {
                         Some(parent) => todo.push(parent),
                         None => self.shut_root(&edge),
@@ -63,6 +65,14 @@ impl Walls<'_> {
         }
         // Parents first: they may still be sending.
         begun.iter().rev().for_each(|node| node.driver().drain_begin());
+    }
+
+    /// The wrong order, on purpose: the inner door first, then the wait for those who still want through it.
+    #[cfg(test)]
+    fn lock_first(&self, edge: &Edge) {
+        if self.reaper.topology.lock_first.load(std::sync::atomic::Ordering::Relaxed) {
+            edge.shut(self);
+        }
     }
 
     /// One reason less.

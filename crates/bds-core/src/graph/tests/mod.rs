@@ -7,6 +7,7 @@ mod fakes;
 mod gates;
 mod model;
 mod open;
+mod schedules;
 mod threads;
 
 use std::sync::Mutex;
