@@ -8,17 +8,18 @@
 //! dropped, leaves everything as it was. Identity stays: every id and reference denotes the node it did before, and the caller's
 //! references are neither taken nor given. One change at a time; requests wait only while what they pass through is changed.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bds_io::sync::MutexGuard;
 use bds_refcount::{Holder, HolderKind, Strong};
+use futures_util::FutureExt;
 
 use super::claims::Operations;
 use super::commit::Moved;
-use super::drain::{self, DrainSet};
+use super::drain::{self, DrainSet, DrainedBelow, wait_undrained_below};
 use super::edge::{Edge, EdgeParts};
 use super::lock::{Edit, Walls};
 use super::node::{Node, NodeId};
@@ -30,6 +31,10 @@ use super::{Graph, NodeRef, commit};
 use crate::driver::Role;
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Options;
+
+/// Who holds what a change refers to while it has its turn, and while it waits for it again.
+const TURN: (HolderKind, &str) = (HolderKind::Change, "change");
+const WAITING: (HolderKind, &str) = (HolderKind::User, "change that waits");
 
 /// One edit.
 #[derive(Debug)]
@@ -69,10 +74,10 @@ impl Action {
         }
     }
 
-    /// The same, with its references held by the change whose turn it is: they are not in the way of a removal. Those of a change
-    /// that waits for its turn are.
-    fn taken(self) -> Self {
-        let take = |node: NodeRef| node.held_as(Holder::new(HolderKind::Change, "change"));
+    /// The same, with its references held by the change whose turn it is ([`TURN`]): they are not in the way of a removal. Those of a
+    /// change that waits for its turn ([`WAITING`]) are.
+    fn held_by(self, (kind, name): (HolderKind, &str)) -> Self {
+        let take = |node: NodeRef| node.held_as(Holder::new(kind, name));
         match self {
             Self::Append { top, overlay } => {
                 Self::Append { top: take(top), overlay: take(overlay) }
@@ -302,15 +307,29 @@ impl Change {
         if actions.is_empty() {
             return Ok(ChangeReport { held: Duration::ZERO, closed: Vec::new() });
         }
-        let one = graph.begin_change().await;
-        let actions = actions.into_iter().map(Action::taken).collect();
-        let begun = bds_io::now();
-        let (moved, removed, drained) = carry_out(&graph, actions).await?;
+        let mut actions: Vec<Action> = actions;
+        let (one, begun, outcome) = loop {
+            let one = graph.begin_change().await;
+            actions = actions.into_iter().map(|action| action.held_by(TURN)).collect();
+            let begun = bds_io::now();
+            match carry_out(&graph, &actions).await? {
+                Ok(outcome) => break (one, begun, outcome),
+                Err(blocked) => {
+                    // Whoever drains below may want a change of his own before he is done: he gets his turn.
+                    actions = actions.into_iter().map(|action| action.held_by(WAITING)).collect();
+                    drop(one);
+                    wait_undrained_below(&graph, &blocked).await;
+                    bds_io::yield_now().await;
+                }
+            }
+        };
+        let Outcome { moved, removed, drained } = outcome;
         moved.settle().await;
         drop(moved);
         drop(drained);
         let held = bds_io::now().saturating_sub(begun);
         drop(one);
+        drop(actions);
         let closed = commit::close_removed(&graph, removed).await;
         Ok(ChangeReport { held, closed })
     }
@@ -322,22 +341,34 @@ impl fmt::Display for ChangeReport {
     }
 }
 
+/// What remains to be done when the edges have been swapped.
+struct Outcome {
+    moved: Moved,
+    removed: Vec<NodeRef>,
+    drained: DrainSet,
+}
+
+/// Nodes whose drivers have to wait for the end of drained sections below them.
+type Blocked = Vec<Strong<Node>>;
+
 /// Drains, prepares, stages, checks, and puts into force.
-async fn carry_out(graph: &Graph, actions: Vec<Action>) -> Result<(Moved, Vec<NodeRef>, DrainSet)> {
-    let wanted = reopen::collect(graph, &actions)?;
+async fn carry_out(graph: &Graph, actions: &[Action]) -> Result<Result<Outcome, Blocked>> {
+    let wanted = reopen::collect(graph, actions)?;
     let nodes = {
         let walls = graph.0.reaper.walls();
         let facts = wanted.iter().map(Wanted::facts).collect();
-        stage(graph, &walls, &actions, facts)?.to_drain()
+        stage(graph, &walls, actions, facts)?.to_drain()
     };
     let mut drained = DrainSet::begin(graph, nodes, drain::CHANGE).await;
     loop {
         graph.step()?;
-        let prepared = prepare(graph, &drained, &wanted).await?;
+        let Some(prepared) = prepare(graph, &drained, &wanted).await? else {
+            return Ok(Err(wanted.iter().map(Wanted::node).collect()));
+        };
         let missing = {
             let walls = graph.0.reaper.walls();
             let facts = prepared.iter().map(Prepared::facts).collect();
-            let staged = stage(graph, &walls, &actions, facts)?;
+            let staged = stage(graph, &walls, actions, facts)?;
             // Opening and closing nodes is not held up meanwhile, so what is to be drained may have grown.
             let missing: Vec<_> =
                 staged.to_drain().into_iter().filter(|node| !drained.covers(node.id())).collect();
@@ -348,7 +379,7 @@ async fn carry_out(graph: &Graph, actions: Vec<Action>) -> Result<(Moved, Vec<No
                 let done =
                     commit::put_into_force(graph, &edit, staged, accesses, prepared, actions)?;
                 drop(walls);
-                return Ok((done.moved, done.removed, drained));
+                return Ok(Ok(Outcome { moved: done.moved, removed: done.removed, drained }));
             }
             missing
         };
@@ -357,19 +388,30 @@ async fn carry_out(graph: &Graph, actions: Vec<Action>) -> Result<(Moved, Vec<No
     }
 }
 
-/// Lets drivers get ready, who may have to write out what they hold back.
+/// Lets drivers get ready, who may have to write out what they hold back. `None`: one would have to wait for a drained section of
+/// somebody else's, which must not happen while others wait for their turn.
 async fn prepare<'w>(
     graph: &Graph,
     drained: &DrainSet,
     wanted: &'w [Wanted],
-) -> Result<Vec<Prepared<'w>>> {
+) -> Result<Option<Vec<Prepared<'w>>>> {
     if wanted.is_empty() {
-        return Ok(Vec::new());
+        return Ok(Some(Vec::new()));
     }
-    drained.open_doors();
-    let prepared = reopen::prepare(graph, wanted).await?;
+    let nodes: Vec<_> = wanted.iter().map(Wanted::node).collect();
+    let prepared = match drained.open_doors_for(&nodes) {
+        Ok(work) => {
+            let prepared = reopen::prepare(graph, wanted).await?;
+            drop(work);
+            prepared
+        }
+        Err(DrainedBelow) => match reopen::prepare(graph, wanted).now_or_never() {
+            Some(prepared) => prepared?,
+            None => return Ok(None),
+        },
+    };
     drained.settle().await;
-    Ok(prepared)
+    Ok(Some(prepared))
 }
 
 fn check_ours(graph: &Graph, actions: &[Action]) -> Result<()> {
@@ -439,21 +481,8 @@ impl Editor<'_, '_> {
                 Ok(())
             }
             Action::Reopen { node, options } => self.reopen_children(node, options),
-            Action::Own { node } => {
-                let was = self.stage.own(node.id(), true).unwrap_or(self.graph.is_owned(node.id()));
-                match was {
-                    true => Err(refuse(node, "the monitor owns it already".to_owned())),
-                    false => Ok(()),
-                }
-            }
-            Action::Disown { node } => {
-                let was =
-                    self.stage.own(node.id(), false).unwrap_or(self.graph.is_owned(node.id()));
-                match was {
-                    true => Ok(()),
-                    false => Err(refuse(node, "the monitor does not own it".to_owned())),
-                }
-            }
+            Action::Own { node } => self.own(node, true),
+            Action::Disown { node } => self.own(node, false),
             Action::Root { edge, to } => {
                 if let Some(old) = edge.medium() {
                     old.check_allowed(Operations::EJECT)?;
@@ -467,6 +496,15 @@ impl Editor<'_, '_> {
                 Ok(())
             }
         }
+    }
+
+    fn own(&mut self, node: &NodeRef, shall_be: bool) -> Result<()> {
+        let before = self.stage.own(node.id(), shall_be);
+        if before.unwrap_or_else(|| self.graph.is_owned(node.id())) != shall_be {
+            return Ok(());
+        }
+        let words = if shall_be { "owns it already" } else { "does not own it" };
+        Err(refuse(node, format!("the monitor {words}")))
     }
 
     fn append(&mut self, top: &NodeRef, overlay: &NodeRef) -> Result<()> {
@@ -611,5 +649,5 @@ pub(super) fn refuse(node: &NodeRef, why: String) -> Error {
     Error::new(ErrorKind::InvalidInput, why).node(node.name())
 }
 
-/// References by id, so that one node is one entry.
-pub(super) type ById<T> = HashMap<NodeId, T>;
+/// By id, so that one node is one entry; walked in an order that a replay sees again.
+pub(super) type ById<T> = BTreeMap<NodeId, T>;

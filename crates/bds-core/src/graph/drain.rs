@@ -17,8 +17,8 @@
 //! **Queued is not in flight**: who waits at a gate is waited for by nobody. **A closing is**: a drain waits for closings that
 //! write to its nodes, and none begins while it lasts (`reap`). **A poisoned node is not waited for.**
 
-use std::collections::hash_map::Entry;
-use std::collections::{HashMap, HashSet};
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::pin::pin;
 use std::sync::Arc;
@@ -32,6 +32,7 @@ use super::lock::Walls;
 use super::node::{Node, NodeId};
 use super::{Graph, NodeRef, walk};
 use crate::error::{Error, ErrorKind, Result};
+use crate::traffic::ShardNumber;
 
 impl Walls<'_> {
     /// The node that uses `edge`, if it is one and it lives.
@@ -52,6 +53,8 @@ impl Walls<'_> {
             }
             for edge in node.parents() {
                 if edge.quiesce(self) {
+                    #[cfg(test)]
+                    self.lock_first(&edge);
                     match self.parent_node(&edge) {
                         Some(parent) => todo.push(parent),
                         None => self.shut_root(&edge),
@@ -62,6 +65,14 @@ impl Walls<'_> {
         }
         // Parents first: they may still be sending.
         begun.iter().rev().for_each(|node| node.driver().drain_begin());
+    }
+
+    /// The wrong order, on purpose: the inner door first, then the wait for those who still want through it.
+    #[cfg(test)]
+    fn lock_first(&self, edge: &Edge) {
+        if self.reaper.topology.lock_first.load(std::sync::atomic::Ordering::Relaxed) {
+            edge.shut(self);
+        }
     }
 
     /// One reason less.
@@ -125,6 +136,15 @@ impl Walls<'_> {
         }
     }
 
+    /// A node that is being closed has one more edge. A drain of `node` waits for it, so its gate stays open.
+    pub(super) fn attach_closing(&self, node: &Node, edge: &Arc<Edge>) {
+        edge.begin_closing(self);
+        node.add_parent(edge);
+        if node.quiesce_count() > 0 {
+            edge.quiesce(self);
+        }
+    }
+
     fn take_no_part(&self, edge: &Arc<Edge>) {
         if edge.unquiesce(self)
             && let Some(parent) = self.parent_node(edge)
@@ -171,14 +191,14 @@ fn holder(what: &str) -> Holder {
 /// Some nodes, drained. Taken apart by nobody: gates open when it is dropped.
 pub(super) struct DrainSet {
     graph: Graph,
-    nodes: HashMap<NodeId, Held<Node>>,
+    nodes: BTreeMap<NodeId, Held<Node>>,
 }
 
 impl DrainSet {
     /// Closes the gates in front of these nodes and waits until nobody is inside any of them nor above them. Dropped while it
     /// waits: the gates open again.
     pub(super) async fn begin(graph: &Graph, nodes: Vec<Strong<Node>>, what: &str) -> Self {
-        let mut this = Self { graph: graph.clone(), nodes: HashMap::new() };
+        let mut this = Self { graph: graph.clone(), nodes: BTreeMap::new() };
         this.extend(nodes, what).await;
         this
     }
@@ -207,16 +227,55 @@ impl DrainSet {
     /// shut. [`DrainSet::settle`] shuts the doors again. A child that somebody else drains is not reached: the driver waits for that.
     pub(super) fn open_doors(&self) {
         let walls = self.graph.0.reaper.walls();
-        for node in self.nodes.values() {
-            if node.sections() > 1 {
+        self.unshut(&walls);
+    }
+
+    /// As [`DrainSet::open_doors`], for the drivers of some of these nodes. While they work, drains of what lies below wait for them
+    /// as for a request. `Err`: others have drained something below, so the drivers may have to wait for the end of that.
+    pub(super) fn open_doors_for(&self, nodes: &[Strong<Node>]) -> Result<Work, DrainedBelow> {
+        let walls = self.graph.0.reaper.walls();
+        self.unshut(&walls);
+        let is_shut = |node: &Strong<Node>| node.children().iter().any(|edge| edge.is_closed());
+        if nodes.iter().any(is_shut) {
+            return Err(DrainedBelow);
+        }
+        let enter = |node: &Strong<Node>| (Strong::clone(node), node.traffic().enter());
+        Ok(Work { inside: nodes.iter().map(enter).collect() })
+    }
+
+    fn unshut(&self, walls: &Walls<'_>) {
+        let mut seen = HashSet::new();
+        let mut todo: Vec<Strong<Node>> =
+            self.nodes.values().map(|held| Strong::clone(held)).collect();
+        while let Some(node) = todo.pop() {
+            if !seen.insert(node.id()) || self.is_drained_by_others(&node) {
                 continue;
             }
             for edge in node.parents() {
-                if walls.parent_node(&edge).is_some() {
-                    edge.unshut(&walls);
+                if let Some(parent) = walls.parent_node(&edge) {
+                    edge.unshut(walls);
+                    todo.push(parent);
                 }
             }
         }
+    }
+
+    /// Has somebody else drained the node or something below it?
+    fn is_drained_by_others(&self, node: &Strong<Node>) -> bool {
+        let mut seen = HashSet::new();
+        let mut todo = vec![Strong::clone(node)];
+        while let Some(node) = todo.pop() {
+            if !seen.insert(node.id()) {
+                continue;
+            }
+            if node.sections() > u32::from(self.covers(node.id())) {
+                return true;
+            }
+            let children = node.children();
+            let drained = children.iter().filter(|edge| edge.is_quiesced());
+            todo.extend(drained.map(|edge| Strong::clone(edge.target().strong())));
+        }
+        false
     }
 
     pub(super) fn covers(&self, id: NodeId) -> bool {
@@ -247,11 +306,48 @@ async fn wait_idle(graph: &Graph, nodes: &[Strong<Node>]) {
             return;
         }
         for node in pending {
-            wait_node(graph, &node).await;
-            let walls = reaper.walls();
-            let children = node.children();
-            children.iter().filter(|edge| edge.is_quiesced()).for_each(|edge| edge.shut(&walls));
+            loop {
+                wait_node(graph, &node).await;
+                let walls = reaper.walls();
+                // Its driver may have begun to work on its own account: it counts in under the lock (`Work`).
+                if node.is_poisoned() || node.traffic().in_flight() == 0 {
+                    let children = node.children();
+                    let drained = children.iter().filter(|edge| edge.is_quiesced());
+                    drained.for_each(|edge| edge.shut(&walls));
+                    break;
+                }
+            }
         }
+    }
+}
+
+/// Waits until nobody drains what lies below these nodes.
+pub(super) async fn wait_undrained_below(graph: &Graph, nodes: &[Strong<Node>]) {
+    let topology = &graph.0.reaper.topology;
+    loop {
+        let mut eased = pin!(topology.eased.notified());
+        eased.as_mut().enable();
+        let is_drained =
+            |node: &Strong<Node>| node.children().iter().any(|edge| edge.is_quiesced());
+        if !nodes.iter().any(is_drained) {
+            return;
+        }
+        eased.await;
+    }
+}
+
+/// Somebody else has drained what lies below.
+#[derive(Debug)]
+pub(super) struct DrainedBelow;
+
+/// Drivers at work on drained nodes of theirs: counted in like a request.
+pub(super) struct Work {
+    inside: Vec<(Strong<Node>, ShardNumber)>,
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        self.inside.iter().for_each(|(node, number)| node.traffic().leave(*number));
     }
 }
 
@@ -261,11 +357,17 @@ async fn wait_node(graph: &Graph, node: &Strong<Node>) {
     loop {
         let mut eased = pin!(graph.0.reaper.topology.eased.notified());
         eased.as_mut().enable();
-        if node.is_poisoned() || !node.parents().iter().any(|edge| edge.is_closing()) {
+        if node.is_poisoned() || !has_closing(graph, node) {
             return;
         }
         eased.await;
     }
+}
+
+/// Does a node that is being closed still use this one? Asked under the lock, under which such a node exchanges its edges.
+fn has_closing(graph: &Graph, node: &Strong<Node>) -> bool {
+    let _walls = graph.0.reaper.walls();
+    node.parents().iter().any(|edge| edge.is_closing())
 }
 
 /// These nodes and all above them, each after all of its parents.
@@ -325,7 +427,7 @@ impl Graph {
     /// As [`Graph::drain`], for every node there is and every one that comes meanwhile. Keeps no node open: what dies during
     /// the section is closed after it.
     pub async fn drain_all(&self) -> Drained {
-        let set = DrainSet { graph: self.clone(), nodes: HashMap::new() };
+        let set = DrainSet { graph: self.clone(), nodes: BTreeMap::new() };
         let all = {
             let mut walls = self.0.reaper.walls();
             walls.state.drain_alls += 1;
