@@ -19,7 +19,7 @@ use futures_util::FutureExt;
 
 use super::claims::Operations;
 use super::commit::Moved;
-use super::drain::{self, DrainSet, DrainedBelow, wait_undrained_below};
+use super::drain::{self, DrainSet, Drained, DrainedBelow, Section, wait_undrained_below};
 use super::edge::{Edge, EdgeParts};
 use super::lock::{Edit, Walls};
 use super::node::{Node, NodeId};
@@ -121,6 +121,7 @@ impl Action {
 pub struct Change {
     graph: Graph,
     pub(super) actions: Vec<Action>,
+    within: Vec<Arc<Section>>,
 }
 
 /// What a change did.
@@ -145,7 +146,7 @@ impl Graph {
     /// # Ok::<(), bds_core::Error>(()) }).unwrap();
     /// ```
     pub fn change(&self) -> Change {
-        Change { graph: self.clone(), actions: Vec::new() }
+        Change { graph: self.clone(), actions: Vec::new(), within: Vec::new() }
     }
 
     /// [`Change::append`] alone.
@@ -265,6 +266,14 @@ impl Change {
         self.with(Action::Rename { node: node.clone(), name: name.into() })
     }
 
+    /// The change is made inside this drained section: it may reach what the section has drained. A reopen that has to write below
+    /// nodes that are drained waits for the end of such sections, but for those named here. The section lasts at least as
+    /// long as the change.
+    pub fn within(mut self, drained: &Drained) -> Self {
+        self.within.push(drained.section());
+        self
+    }
+
     /// Lets the monitor own the node (its name then keeps it open).
     pub fn own(self, node: &NodeRef) -> Self {
         self.with(Action::Own { node: node.clone() })
@@ -302,7 +311,7 @@ impl Change {
     /// what is replaced (both sides are named); `ReadOnly`, `Inactive`: somebody would write where that is not possible;
     /// `NotSupported`: a driver cannot do it while it is open; and whatever drivers fail with when they prepare.
     pub async fn commit(self) -> Result<ChangeReport> {
-        let Self { graph, actions } = self;
+        let Self { graph, actions, within } = self;
         check_ours(&graph, &actions)?;
         if actions.is_empty() {
             return Ok(ChangeReport { held: Duration::ZERO, closed: Vec::new() });
@@ -312,7 +321,7 @@ impl Change {
             let one = graph.begin_change().await;
             actions = actions.into_iter().map(|action| action.held_by(TURN)).collect();
             let begun = bds_io::now();
-            match carry_out(&graph, &actions).await? {
+            match carry_out(&graph, &actions, &within).await? {
                 Ok(outcome) => break (one, begun, outcome),
                 Err(blocked) => {
                     // Whoever drains below may want a change of his own before he is done: he gets his turn.
@@ -352,14 +361,18 @@ struct Outcome {
 type Blocked = Vec<Strong<Node>>;
 
 /// Drains, prepares, stages, checks, and puts into force.
-async fn carry_out(graph: &Graph, actions: &[Action]) -> Result<Result<Outcome, Blocked>> {
+async fn carry_out(
+    graph: &Graph,
+    actions: &[Action],
+    within: &[Arc<Section>],
+) -> Result<Result<Outcome, Blocked>> {
     let wanted = reopen::collect(graph, actions)?;
     let nodes = {
         let walls = graph.0.reaper.walls();
         let facts = wanted.iter().map(Wanted::facts).collect();
         stage(graph, &walls, actions, facts)?.to_drain()
     };
-    let mut drained = DrainSet::begin(graph, nodes, drain::CHANGE).await;
+    let mut drained = DrainSet::begin_within(graph, nodes, drain::CHANGE, within).await;
     loop {
         graph.step()?;
         let Some(prepared) = prepare(graph, &drained, &wanted).await? else {

@@ -192,15 +192,32 @@ fn holder(what: &str) -> Holder {
 pub(super) struct DrainSet {
     graph: Graph,
     nodes: BTreeMap<NodeId, Held<Node>>,
+    /// Sections of whoever asked for this one: they are not somebody else's.
+    within: Vec<Arc<Section>>,
 }
 
 impl DrainSet {
     /// Closes the gates in front of these nodes and waits until nobody is inside any of them nor above them. Dropped while it
     /// waits: the gates open again.
     pub(super) async fn begin(graph: &Graph, nodes: Vec<Strong<Node>>, what: &str) -> Self {
-        let mut this = Self { graph: graph.clone(), nodes: BTreeMap::new() };
+        Self::begin_within(graph, nodes, what, &[]).await
+    }
+
+    /// As [`DrainSet::begin`], inside sections of one's own.
+    pub(super) async fn begin_within(
+        graph: &Graph,
+        nodes: Vec<Strong<Node>>,
+        what: &str,
+        within: &[Arc<Section>],
+    ) -> Self {
+        let mut this = Self::new(graph);
+        this.within = within.to_vec();
         this.extend(nodes, what).await;
         this
+    }
+
+    fn new(graph: &Graph) -> Self {
+        Self { graph: graph.clone(), nodes: BTreeMap::new(), within: Vec::new() }
     }
 
     /// Some more.
@@ -219,19 +236,34 @@ impl DrainSet {
 
     /// Waits until nobody is inside, and shuts all doors on the way.
     pub(super) async fn settle(&self) {
-        let tops: Vec<Strong<Node>> = self.nodes.values().map(|held| Strong::clone(held)).collect();
-        wait_idle(&self.graph, &tops).await;
+        wait_idle(&self.graph, &self.own_nodes()).await;
+    }
+
+    /// All that this and the sections around it have drained by name.
+    fn own_nodes(&self) -> Vec<Strong<Node>> {
+        let mut all: Vec<Strong<Node>> =
+            self.nodes.values().map(|held| Strong::clone(held)).collect();
+        for section in &self.within {
+            match section.is_all {
+                true => all.extend(self.graph.0.reaper.live()),
+                false => all.extend(section.set.own_nodes()),
+            }
+        }
+        all
+    }
+
+    /// How many of the node's sections are of this and those around it.
+    fn own_sections(&self, id: NodeId) -> u32 {
+        let around = |section: &Arc<Section>| match section.is_all {
+            true => 1,
+            false => section.set.own_sections(id),
+        };
+        u32::from(self.covers(id)) + self.within.iter().map(around).sum::<u32>()
     }
 
     /// Lets drivers reach their children although these are drained, so that they can write out or read anew; roots stay
-    /// shut. [`DrainSet::settle`] shuts the doors again. A child that somebody else drains is not reached: the driver waits for that.
-    pub(super) fn open_doors(&self) {
-        let walls = self.graph.0.reaper.walls();
-        self.unshut(&walls);
-    }
-
-    /// As [`DrainSet::open_doors`], for the drivers of some of these nodes. While they work, drains of what lies below wait for them
-    /// as for a request. `Err`: others have drained something below, so the drivers may have to wait for the end of that.
+    /// shut. [`DrainSet::settle`] shuts the doors again. While the drivers of these nodes work, drains of what lies below wait for
+    /// them as for a request. `Err`: others have drained something below, so they may have to wait for the end of that.
     pub(super) fn open_doors_for(&self, nodes: &[Strong<Node>]) -> Result<Work, DrainedBelow> {
         let walls = self.graph.0.reaper.walls();
         self.unshut(&walls);
@@ -245,8 +277,7 @@ impl DrainSet {
 
     fn unshut(&self, walls: &Walls<'_>) {
         let mut seen = HashSet::new();
-        let mut todo: Vec<Strong<Node>> =
-            self.nodes.values().map(|held| Strong::clone(held)).collect();
+        let mut todo = self.own_nodes();
         while let Some(node) = todo.pop() {
             if !seen.insert(node.id()) || self.is_drained_by_others(&node) {
                 continue;
@@ -268,7 +299,7 @@ impl DrainSet {
             if !seen.insert(node.id()) {
                 continue;
             }
-            if node.sections() > u32::from(self.covers(node.id())) {
+            if node.sections() > self.own_sections(node.id()) {
                 return true;
             }
             let children = node.children();
@@ -393,13 +424,32 @@ fn above(walls: &Walls<'_>, nodes: &[Strong<Node>]) -> Vec<Strong<Node>> {
 /// Keeps the node open. Nests: the gates open when the last section ends. Closing a node that writes to a drained one waits
 /// for the end of the section.
 #[must_use = "the gates open when this is dropped"]
-pub struct Drained {
+pub struct Drained(Arc<Section>);
+
+/// What a [`Drained`] stands for. A change that is made within it keeps it until the change is done.
+pub(super) struct Section {
     set: DrainSet,
     /// Of [`Graph::drain_all`].
     is_all: bool,
 }
 
+impl Drained {
+    fn new(set: DrainSet, is_all: bool) -> Self {
+        Self(Arc::new(Section { set, is_all }))
+    }
+
+    pub(super) fn section(&self) -> Arc<Section> {
+        Arc::clone(&self.0)
+    }
+}
+
 impl fmt::Debug for Drained {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Debug for Section {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names = self.set.nodes.values().map(|node| node.name());
         f.debug_list().entries(names).finish()
@@ -413,7 +463,7 @@ impl Graph {
     /// Never blocks the thread. Waits as long as the slowest request inside: see [`Graph::drain_within`] and [`NodeRef::poison`].
     pub async fn drain(&self, node: &NodeRef) -> Drained {
         let set = DrainSet::begin(self, vec![Strong::clone(node.strong())], "drained section");
-        Drained { set: set.await, is_all: false }
+        Drained::new(set.await, false)
     }
 
     /// As [`Graph::drain`], for the node and everything below it.
@@ -421,13 +471,13 @@ impl Graph {
         let mut nodes = Vec::new();
         walk::each_below_strong(node.strong(), &mut |node| nodes.push(Strong::clone(node)));
         let set = DrainSet::begin(self, nodes, "drained section").await;
-        Drained { set, is_all: false }
+        Drained::new(set, false)
     }
 
     /// As [`Graph::drain`], for every node there is and every one that comes meanwhile. Keeps no node open: what dies during
     /// the section is closed after it.
     pub async fn drain_all(&self) -> Drained {
-        let set = DrainSet { graph: self.clone(), nodes: BTreeMap::new() };
+        let set = DrainSet::new(self);
         let all = {
             let mut walls = self.0.reaper.walls();
             walls.state.drain_alls += 1;
@@ -435,7 +485,7 @@ impl Graph {
             all.iter().for_each(|node| walls.begin_section(node));
             all
         };
-        let drained = Drained { set, is_all: true };
+        let drained = Drained::new(set, true);
         wait_idle(self, &all).await;
         drained
     }
@@ -462,7 +512,7 @@ impl Graph {
     }
 }
 
-impl Drop for Drained {
+impl Drop for Section {
     fn drop(&mut self) {
         if self.is_all {
             let reaper = &self.set.graph.0.reaper;

@@ -50,6 +50,7 @@ use bds_io::Fs;
 use bds_refcount::{Arena, Kind};
 pub use bds_refcount::{Holder, HolderInfo, HolderKind, HolderName, Release, Stale, Watch};
 
+pub use activity::Handover;
 pub use change::{Change, ChangeReport};
 pub use claims::{Blocker, JobSlot, Operations};
 pub use create::{NewImage, NewImageReport};
