@@ -25,6 +25,7 @@ use super::node::{Node, NodeId};
 use super::perm::{self, Access, Strictness};
 use super::reap::CloseReport;
 use super::reopen::{self, Prepared, Wanted};
+use super::root::RootMove;
 use super::transaction::{NewFacts, Stage};
 use super::{Graph, NodeRef, commit};
 use crate::driver::Role;
@@ -44,7 +45,7 @@ pub(super) enum Action {
     Reopen { node: NodeRef, options: Options },
     Own { node: NodeRef },
     Disown { node: NodeRef },
-    Root { edge: Arc<Edge>, to: Option<NodeRef> },
+    Root(RootMove),
     Access { edge: Arc<Edge>, access: Access },
 }
 
@@ -61,9 +62,9 @@ impl Action {
             | Self::Remove { node }
             | Self::Reopen { node, .. }
             | Self::Own { node }
-            | Self::Disown { node }
-            | Self::Root { to: Some(node), .. } => vec![node],
-            Self::Root { to: None, .. } | Self::Access { .. } => Vec::new(),
+            | Self::Disown { node } => vec![node],
+            Self::Root(RootMove { to, .. }) => to.iter().collect(),
+            Self::Access { .. } => Vec::new(),
         }
     }
 }
@@ -225,8 +226,8 @@ impl Change {
     }
 
     /// A root leads elsewhere, or nowhere.
-    pub(crate) fn point_root(self, edge: &Arc<Edge>, to: Option<&NodeRef>) -> Self {
-        self.with(Action::Root { edge: Arc::clone(edge), to: to.cloned() })
+    pub(crate) fn move_root(self, root: RootMove) -> Self {
+        self.with(Action::Root(root))
     }
 
     /// A root asks for something else.
@@ -317,6 +318,11 @@ async fn prepare<'w>(
 }
 
 fn check_ours(graph: &Graph, actions: &[Action]) -> Result<()> {
+    let is_foreign = |action: &Action| matches!(action, Action::Root(root) if !Arc::ptr_eq(&root.graph.0, &graph.0));
+    if actions.iter().any(is_foreign) {
+        let words = "the backend belongs to another graph";
+        return Err(Error::new(ErrorKind::InvalidInput, words));
+    }
     let mut nodes = actions.iter().flat_map(Action::nodes);
     match nodes.find(|node| !Arc::ptr_eq(&node.graph().0, &graph.0)) {
         Some(node) => Err(refuse(node, "it belongs to another graph".to_owned())),
@@ -391,11 +397,9 @@ impl Editor<'_, '_> {
                 true => Ok(()),
                 false => Err(refuse(node, "the monitor does not own it".to_owned())),
             },
-            Action::Root { edge, to } => {
-                if let Some(old) = edge.medium() {
-                    old.check_allowed(Operations::EJECT)?;
-                }
-                self.stage.repoint(edge, to.as_ref().map(NodeRef::strong))
+            Action::Root(root) => {
+                root.check(self.stage.target(&root.edge).as_deref())?;
+                self.stage.repoint(&root.edge, root.to.as_ref().map(NodeRef::strong))
             }
             Action::Access { edge, access } => {
                 self.stage.wish(edge, *access);
@@ -491,6 +495,7 @@ impl Editor<'_, '_> {
             holder: Holder::new(HolderKind::Edge, format!("{}.backing", node.name())),
             stays: false,
             graph: None,
+            hall: None,
         };
         let target = Strong::clone(backing.strong());
         let edge = Edge::new(parts, Some(target), &self.graph.0.reaper.topology.loosened);

@@ -12,7 +12,7 @@ use super::perm::{self, Accesses};
 use super::reap::CloseReport;
 use super::reopen::Prepared;
 use super::transaction::{Attach, Move, Stage, Staged};
-use super::{Graph, NodeRef};
+use super::{Graph, NodeRef, guests};
 use crate::driver::Child;
 use crate::error::Result;
 
@@ -131,6 +131,8 @@ impl Moved {
             edit.walls.detach(from, &edge);
         }
         edge.swap(edit, to.clone());
+        let events = &edit.walls.reaper.events;
+        guests::tell_moved(events, &edge, from.as_deref(), to.as_deref());
         if let Some(to) = &to {
             edit.walls.attach(to, &edge);
         }

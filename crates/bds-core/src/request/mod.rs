@@ -31,7 +31,9 @@ mod zero;
 
 use crate::graph::{Graph, GraphConfig};
 
-pub use backend::{Backend, BackendOptions};
+pub use backend::{
+    Backend, BackendDrained, BackendOptions, Device, ErrorPolicies, ErrorPolicy, IoStatus,
+};
 pub use status::{ChainRun, HostBytes};
 
 impl Graph {

@@ -480,5 +480,6 @@ impl House {
 
 pub(crate) fn backend(node: &NodeRef) -> Backend {
     let writable = node.is_writable();
-    Backend::new(node, BackendOptions { name: "test".into(), writable }).unwrap()
+    Backend::new(node, BackendOptions { name: "test".into(), writable, ..Default::default() })
+        .unwrap()
 }

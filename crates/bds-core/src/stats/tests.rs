@@ -1,0 +1,1 @@
+//! Counts, times on the virtual clock, histograms and intervals.
