@@ -5,6 +5,7 @@ mod close;
 mod create;
 mod fakes;
 mod gates;
+mod history_backend;
 mod model;
 mod open;
 mod threads;

@@ -77,8 +77,13 @@ impl Default for Config {
     }
 }
 
-/// What fails, where (anywhere if `None`), and only once?
-type Fault = (On, Option<Range<u64>>, bool);
+/// What fails, where (anywhere if `None`), and how.
+struct Fault {
+    on: On,
+    range: Option<Range<u64>>,
+    is_once: bool,
+    kind: ErrorKind,
+}
 
 /// A status answer: the range, what holds, where.
 pub(crate) type Answer = (Range<u64>, StatusFlags, Option<HostMap>);
@@ -121,12 +126,26 @@ impl State {
 
     /// The next such operation (touching the range, if one is given) fails with EIO.
     pub(crate) fn fail_once(&self, on: On, range: Option<Range<u64>>) {
-        lock(&self.faults).push((on, range, true));
+        self.add_fault(on, range, true, ErrorKind::Io);
     }
 
     /// All such operations fail from now on.
     pub(crate) fn fail_always(&self, on: On, range: Option<Range<u64>>) {
-        lock(&self.faults).push((on, range, false));
+        self.add_fault(on, range, false, ErrorKind::Io);
+    }
+
+    /// All such operations fail like this until [`State::heal`].
+    pub(crate) fn fail_with(&self, on: On, kind: ErrorKind) {
+        self.add_fault(on, None, false, kind);
+    }
+
+    /// Nothing fails any more.
+    pub(crate) fn heal(&self) {
+        lock(&self.faults).clear();
+    }
+
+    fn add_fault(&self, on: On, range: Option<Range<u64>>, is_once: bool, kind: ErrorKind) {
+        lock(&self.faults).push(Fault { on, range, is_once, kind });
     }
 
     fn note(&self, op: Op) {
@@ -135,15 +154,16 @@ impl State {
 
     fn check_fault(&self, on: On, range: &Range<u64>) -> Result<()> {
         let mut faults = lock(&self.faults);
-        let hit = faults.iter().position(|(what, place, _)| {
+        let hit = faults.iter().position(|fault| {
             let overlaps = |p: &Range<u64>| p.start < range.end && range.start < p.end;
-            *what == on && place.as_ref().is_none_or(overlaps)
+            fault.on == on && fault.range.as_ref().is_none_or(overlaps)
         });
         let Some(hit) = hit else { return Ok(()) };
-        if faults[hit].2 {
+        let kind = faults[hit].kind;
+        if faults[hit].is_once {
             faults.remove(hit);
         }
-        Err(Error::new(ErrorKind::Io, "injected").at(range.start))
+        Err(Error::new(kind, "injected").at(range.start))
     }
 
     fn check_contract(&self, offset: u64, iov: &IoVec) {
@@ -235,6 +255,9 @@ impl Driver for Fake {
             return None;
         }
         self.state.check_contract(offset, iov);
+        if let Err(error) = self.state.check_fault(On::Read, &range(offset, iov)) {
+            return Some(Err(error));
+        }
         self.state.load(offset, iov);
         Some(Ok(()))
     }
@@ -247,6 +270,9 @@ impl Driver for Fake {
             return None;
         }
         self.state.check_contract(offset, iov);
+        if let Err(error) = self.state.check_fault(On::Write, &range(offset, iov)) {
+            return Some(Err(error));
+        }
         self.state.store(offset, &iov.to_vec(0..iov.len()));
         Some(Ok(()))
     }
@@ -465,6 +491,10 @@ impl House {
         let state = State::new(bytes, config);
         lock(&self.kind.0).insert(name.to_owned(), state.clone());
         (self.graph.open(options).await.unwrap(), state)
+    }
+
+    pub(crate) fn graph(&self) -> &Graph {
+        &self.graph
     }
 
     pub(crate) fn find(&self, name: &str) -> NodeRef {
