@@ -1,6 +1,9 @@
 //! A backend's own drain: who is waited for, who waits.
 
+use std::sync::{Arc, Barrier};
+
 use bds_io::{Sim, SimConfig};
+use futures_util::FutureExt;
 
 use super::fake::{Config, House, On};
 use super::{ended, iov, run, settle};
@@ -138,6 +141,29 @@ fn a_given_up_medium_is_not_waited_for() {
         assert!(ended(&mut drain).await.is_none());
         disk.node().unwrap().poison();
         assert!(ended(&mut drain).await.is_some());
+    });
+}
+
+/// A thread is in the middle of an inline write, which never counts as in flight; the drain waits for it all the same.
+#[test]
+fn a_drain_waits_for_inline_requests_of_other_threads() {
+    bds_io::block_on(async {
+        let meet = Arc::new(Barrier::new(2));
+        let config = Config { inline: true, meet: Some(meet.clone()), ..Config::default() };
+        let (disk, state) = House::new().disk(vec![0; 1024], config).await;
+        let guest = disk.clone();
+        let thread = std::thread::spawn(move || {
+            guest.try_write(0, &iov(&[1; 16], 1)).expect("nothing to wait for").unwrap();
+        });
+        meet.wait();
+        let mut drain = Box::pin(disk.drain());
+        assert!((&mut drain).now_or_never().is_none(), "the write is inside");
+        meet.wait();
+        let drained = drain.await;
+        assert_eq!(state.bytes()[0], 1);
+        assert_eq!(disk.stats().totals(Operation::Write).ops, 1, "counted while inside");
+        drop(drained);
+        thread.join().unwrap();
     });
 }
 

@@ -4,7 +4,7 @@
 use std::any::Any;
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
 
 use bds_io::IoVec;
 
@@ -53,6 +53,8 @@ pub(crate) struct Config {
     pub(crate) passes: bool,
     /// Answers the inline way.
     pub(crate) inline: bool,
+    /// An inline write meets the test here, when it is inside and before it leaves.
+    pub(crate) meet: Option<Arc<Barrier>>,
     /// Scheduler turns before and after an effect.
     pub(crate) turns: usize,
     /// Status answers by range; what is not covered is data.
@@ -70,6 +72,7 @@ impl Default for Config {
             is_filter: false,
             passes: false,
             inline: false,
+            meet: None,
             turns: 0,
             statuses: Vec::new(),
             options: Options::new(),
@@ -273,7 +276,10 @@ impl Driver for Fake {
         if let Err(error) = self.state.check_fault(On::Write, &range(offset, iov)) {
             return Some(Err(error));
         }
+        let meet = || self.state.config.meet.as_ref().map(|test| test.wait());
+        meet();
         self.state.store(offset, &iov.to_vec(0..iov.len()));
+        meet();
         Some(Ok(()))
     }
 
