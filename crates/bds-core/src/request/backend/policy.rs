@@ -110,9 +110,13 @@ impl Backend {
 
 impl Inner {
     pub(super) fn resume(&self) {
-        let mut desk = self.desk();
-        desk.io_status = IoStatus::Ok;
-        if std::mem::take(&mut desk.is_stopped) {
+        let was_stopped = {
+            let mut desk = self.desk();
+            desk.io_status = IoStatus::Ok;
+            std::mem::take(&mut desk.is_stopped)
+        };
+        // Without the desk, because this wakes those who wait. A stop in between has closed the gate once more.
+        if was_stopped {
             self.edge.open();
         }
     }

@@ -57,7 +57,8 @@ fn a_write_past_the_threshold_is_told_once() {
             assert_eq!(events.try_next(), None);
 
             node.set_write_threshold(Some(100));
-            guest.discard(512, 16).await.unwrap();
+            let options = BackendOptions { writable: true, ..Default::default() };
+            Backend::new(&node, options).unwrap().discard(512, 16).await.unwrap();
             assert_eq!(events.try_next(), None, "a discard writes nothing");
             drop(guest.write_zeroes(512, 16, ZeroFlags::empty()).await);
             assert!(matches!(events.try_next(), Some(Event::WriteThreshold { .. })));

@@ -336,8 +336,15 @@ fn two_ejects_at_once_give_the_medium_to_one_of_them() {
             let node = slow_disk(&house, "disk").await;
             let drive = Arc::new(drive(&house, true));
             drive.insert(&node).await.unwrap();
+            // Both wait for it, each with the same medium in mind.
+            let guest = drive.clone();
+            let inside = bds_io::spawn(async move { guest.write(0, iov(&[1; 16], 1), NONE).await });
+            while drive.in_flight() == 0 {
+                bds_io::yield_now().await;
+            }
             let eject = |drive: Arc<Backend>| bds_io::spawn(async move { drive.eject().await });
             let (a, b) = (eject(drive.clone()), eject(drive.clone()));
+            inside.await.unwrap();
             settle().await;
             let won = [a.await.unwrap(), b.await.unwrap()].iter().flatten().count();
             assert_eq!(won, 1, "seed {seed}");
