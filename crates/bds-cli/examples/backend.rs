@@ -18,7 +18,7 @@ use bds_core::stats::Operation;
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
 /// Runs all of it.
-pub fn main() -> Result<()> {
+pub(crate) fn main() -> Result<()> {
     let graph = Graph::new(GraphConfig::new(Arc::new(bds_drivers::registry())));
     bds_io::block_on(async {
         let drive = names(&graph)?;

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use super::policy::ErrorPolicies;
 use super::{Backend, Inner};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
@@ -40,7 +39,7 @@ impl Drop for Device {
         let inner = &*self.backend.inner;
         // What it asked for was its own; and nobody is left to decide for its requests.
         self.backend.graph.loosen_root(&inner.edge);
-        inner.desk().policies = ErrorPolicies::default();
+        inner.desk().policies = None;
         inner.resume();
         inner.tell_device(&self.name, false);
         // Last: who attaches from here on finds everything as it should be.
@@ -53,7 +52,7 @@ impl Backend {
     /// requests that wait for a decision are tried again.
     ///
     /// When it detaches, the backend keeps its medium but asks nothing of it any more, and lets others do everything: who uses it
-    /// next says what he wants with [`Backend::set_access`]. The error policies are the default ones again.
+    /// next says what he wants with [`Backend::set_access`]. Error policies that were set are forgotten.
     ///
     /// ```
     /// # use std::sync::Arc;

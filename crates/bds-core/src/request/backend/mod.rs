@@ -45,8 +45,9 @@ pub struct BackendOptions {
     pub writable: bool,
     /// What others may do with the node meanwhile. Everything, unless said otherwise.
     pub shared: Perm,
-    /// What a failing medium means.
-    pub policy: ErrorPolicies,
+    /// What a failing medium means. `None`: [`ErrorPolicies::default`] while a device is attached, [`ErrorPolicies::REPORT`]
+    /// otherwise, because nobody would decide for a tool whose request is held.
+    pub policy: Option<ErrorPolicies>,
     /// Can it be found by its name? Then the name is one of the namespace of node names, must be free in it, and is taken as long as the
     /// backend lives.
     pub claims_name: bool,
@@ -58,7 +59,7 @@ impl Default for BackendOptions {
             name: String::new(),
             writable: false,
             shared: Perm::all(),
-            policy: ErrorPolicies::default(),
+            policy: None,
             claims_name: false,
         }
     }
@@ -101,7 +102,8 @@ struct Inner {
 
 /// What is asked for and changed now and then. Locked for a few instructions, before nothing else.
 struct Desk {
-    policies: ErrorPolicies,
+    /// `None`: it depends on whether there is a device.
+    policies: Option<ErrorPolicies>,
     io_status: IoStatus,
     /// The gate is closed until the user has decided.
     is_stopped: bool,
@@ -111,6 +113,15 @@ struct Desk {
 impl fmt::Debug for Backend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Backend('{}' {:?})", self.inner.name, self.inner.edge)
+    }
+}
+
+impl Desk {
+    fn policies(&self) -> ErrorPolicies {
+        self.policies.unwrap_or(match &self.device {
+            Some(_) => ErrorPolicies::default(),
+            None => ErrorPolicies::REPORT,
+        })
     }
 }
 

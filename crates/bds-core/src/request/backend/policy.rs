@@ -21,8 +21,8 @@ pub enum ErrorPolicy {
     Enospc,
 }
 
-/// The policies for reads, and for everything that writes, flushes too. As QEMU's drives unless said otherwise: reads
-/// report, writes stop when space runs out.
+/// The policies for reads, and for everything that writes, flushes too. The default is that of QEMU's drives: reads report,
+/// writes stop when space runs out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ErrorPolicies {
     /// `rerror`.
@@ -76,10 +76,11 @@ pub(super) enum Verdict {
 impl Backend {
     /// What a failing medium means now.
     pub fn policies(&self) -> ErrorPolicies {
-        self.inner.desk().policies
+        self.inner.desk().policies()
     }
 
-    /// What a failing medium means from now on. Requests that wait go on waiting for [`Backend::resume`].
+    /// What a failing medium means from now on, with or without a device, until a device detaches. Requests that wait go on waiting
+    /// for [`Backend::resume`]: who has requests stopped must see to it that somebody decides.
     ///
     /// ```
     /// # use std::sync::Arc;
@@ -94,7 +95,7 @@ impl Backend {
     /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn set_policies(&self, policies: ErrorPolicies) {
-        self.inner.desk().policies = policies;
+        self.inner.desk().policies = Some(policies);
     }
 
     /// Why requests wait for [`Backend::resume`], if they do. It is the first failure's since the last decision.
@@ -131,7 +132,7 @@ impl Inner {
         let nospace = error.kind() == ErrorKind::NoSpace;
         let verdict = {
             let mut desk = self.desk();
-            let policy = if is_read { desk.policies.read } else { desk.policies.write };
+            let policy = if is_read { desk.policies().read } else { desk.policies().write };
             let verdict = decide(policy, nospace);
             // After the graph's end nobody could decide any more.
             let is_ended = self.edge.hall().is_some_and(crate::graph::Hall::is_ended);

@@ -48,14 +48,14 @@ fn detaching_gives_permissions_up_and_resets_policies() {
     run(2, async {
         let house = House::new();
         let (node, _) = house.node("disk", vec![0; 1024], Config::default()).await;
-        let selfish = BackendOptions { shared: Perm::empty(), policy: STOP, ..writer("d0") };
+        let selfish = BackendOptions { shared: Perm::empty(), policy: Some(STOP), ..writer("d0") };
         let drive = Backend::new(&node, selfish).unwrap();
         assert!(Backend::new(&node, writer("other")).is_err());
         let device = drive.attach_device("virtio0").unwrap();
         assert_eq!(drive.policies(), STOP);
         drop(device);
         assert_eq!(drive.access(), Access::NONE);
-        assert_eq!(drive.policies(), ErrorPolicies::default());
+        assert_eq!(drive.policies(), ErrorPolicies::REPORT);
         let other = Backend::new(&node, writer("other")).unwrap();
         let late = drive.write(0, iov(&[1; 16], 1), NONE).await.unwrap_err();
         assert_eq!(late.kind(), ErrorKind::ReadOnly, "it may not write any more");
@@ -71,7 +71,8 @@ fn attaching_forgets_former_errors_and_detaching_leaves_nobody_waiting() {
     run(3, async {
         let house = House::new();
         let (node, state) = house.node("disk", vec![0; 1024], Config::default()).await;
-        let drive = Backend::new(&node, BackendOptions { policy: STOP, ..writer("d0") }).unwrap();
+        let drive =
+            Backend::new(&node, BackendOptions { policy: Some(STOP), ..writer("d0") }).unwrap();
         state.fail_with(On::Write, ErrorKind::NoSpace);
         let stopped = |drive: Backend| {
             bds_io::spawn(async move { drive.write(0, iov(&[1; 16], 1), NONE).await })

@@ -111,7 +111,7 @@ fn stopped_requests_are_not_waited_for() {
         let house = House::new();
         let (node, state) = house.node("disk", vec![0; 1024], Config::default()).await;
         let policy = ErrorPolicies { read: ErrorPolicy::Stop, write: ErrorPolicy::Stop };
-        let options = BackendOptions { writable: true, policy, ..Default::default() };
+        let options = BackendOptions { writable: true, policy: Some(policy), ..Default::default() };
         let disk = Backend::new(&node, options).unwrap();
         state.fail_with(On::Write, ErrorKind::Io);
         let mut stopped = writing(&disk, 0);

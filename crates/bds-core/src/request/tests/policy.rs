@@ -20,7 +20,8 @@ async fn disk(
     let (node, state) = house.node("disk", vec![0; 1024], config).await;
     let policy = ErrorPolicies { read, write };
     let name = "d0".to_owned();
-    let options = BackendOptions { name, writable: true, policy, ..Default::default() };
+    let options =
+        BackendOptions { name, writable: true, policy: Some(policy), ..Default::default() };
     (Backend::new(&node, options).unwrap(), state)
 }
 
@@ -29,10 +30,30 @@ fn writing(disk: &Backend, offset: u64) -> bds_io::Task<crate::Result<()>> {
     bds_io::spawn(async move { disk.write(offset, iov(&[1; 16], 1), NONE).await })
 }
 
+/// A device gets QEMU's defaults; a tool, which could not decide, is told and never held.
 #[test]
-fn the_defaults_are_report_for_reads_and_stop_for_want_of_space() {
-    let policies = ErrorPolicies::default();
-    assert_eq!((policies.read, policies.write), (ErrorPolicy::Report, ErrorPolicy::Enospc));
+fn defaults_depend_on_whether_there_is_a_device() {
+    run(8, async {
+        let house = House::new();
+        let (node, state) = house.node("disk", vec![0; 1024], Config::default()).await;
+        let options = BackendOptions { writable: true, ..Default::default() };
+        let disk = Backend::new(&node, options).unwrap();
+        state.fail_with(On::Write, ErrorKind::NoSpace);
+        let mut told = writing(&disk, 0);
+        assert_eq!(ended(&mut told).await.unwrap().unwrap_err().kind(), ErrorKind::NoSpace);
+        let device = disk.attach_device("virtio0").unwrap();
+        let policies = disk.policies();
+        assert_eq!((policies.read, policies.write), (ErrorPolicy::Report, ErrorPolicy::Enospc));
+        let mut held = writing(&disk, 0);
+        assert!(ended(&mut held).await.is_none());
+        disk.set_policies(ErrorPolicies::REPORT);
+        disk.resume();
+        assert!(ended(&mut held).await.unwrap().is_err(), "what was set counts");
+        drop(device);
+        let device = disk.attach_device("virtio0").unwrap();
+        assert_eq!(disk.policies(), policies, "and is forgotten when the device goes");
+        drop(device);
+    });
 }
 
 /// Policy, kind of failure, what comes of it: told, success, or waiting.
