@@ -41,7 +41,7 @@ fn names(graph: &Graph) -> Result<Backend> {
     assert_eq!(graph.backend("drive0")?.name(), "drive0");
     assert_eq!(graph.backends().len(), 1);
     let again = Backend::empty(graph, BackendOptions::registered("drive0"));
-    assert_eq!(again.map(drop).unwrap_err().kind(), ErrorKind::AlreadyExists);
+    assert_eq!(again.map(drop).expect_err("it is taken").kind(), ErrorKind::AlreadyExists);
     println!("a drive:  {}", graph.query_backends());
     Ok(drive)
 }
@@ -54,11 +54,11 @@ async fn media(graph: &Graph, drive: &Backend) -> Result<()> {
     drive.replace_medium(&two).await?;
 
     let blocker = two.block(Operations::EJECT, "a backup runs");
-    println!("blocked:  {}", drive.eject().await.map(drop).unwrap_err());
+    println!("blocked:  {}", drive.eject().await.map(drop).expect_err("blocked"));
     drop(blocker);
     let out = drive.eject().await?.expect("there was one");
     assert_eq!(out.id(), two.id());
-    assert_eq!(drive.flush().await.unwrap_err().kind(), ErrorKind::NoMedium);
+    assert_eq!(drive.flush().await.expect_err("empty").kind(), ErrorKind::NoMedium);
 
     // As parts of something bigger.
     graph.change().insert(drive, &one).commit().await?;
@@ -68,7 +68,7 @@ async fn media(graph: &Graph, drive: &Backend) -> Result<()> {
     // What it does, and what it bears.
     drive.set_access(Perm::CONSISTENT_READ, Perm::CONSISTENT_READ).await?;
     let writer = BackendOptions { writable: true, name: "other".into(), ..Default::default() };
-    println!("refused:  {}", Backend::new(&two, writer).map(drop).unwrap_err());
+    println!("refused:  {}", Backend::new(&two, writer).map(drop).expect_err("not shared"));
     drive.eject().await?;
     drive.set_access(Perm::all(), Perm::all()).await?;
     Ok(())
@@ -130,9 +130,9 @@ async fn counts(drive: &Backend) -> Result<()> {
 async fn the_end(graph: &Graph, drive: Backend) -> Result<()> {
     let device = drive.attach_device("virtio0")?;
     graph.own_backend(drive)?;
-    println!("in use:   {}", graph.del_backend("drive0").unwrap_err());
+    println!("in use:   {}", graph.del_backend("drive0").expect_err("in use"));
     device.backend().revoke().await?;
-    assert_eq!(device.backend().flush().await.unwrap_err().kind(), ErrorKind::NoMedium);
+    assert_eq!(device.backend().flush().await.expect_err("revoked").kind(), ErrorKind::NoMedium);
     drop(device);
     println!("deleted:  {:?}", graph.del_backend("drive0")?);
     let report = graph.shutdown().await;
