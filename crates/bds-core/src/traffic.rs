@@ -154,6 +154,33 @@ impl Traffic {
         }
     }
 
+    /// Waits until every inline request has ended that was inside when this was called. Newcomers are not waited for.
+    pub(crate) async fn wait_inline_passed(&self) {
+        let _watching = self.watch();
+        let mut pending: Vec<&Shard> = self.shards.iter().map(|shard| &**shard).collect();
+        loop {
+            let mut gone = pin!(self.gone.notified());
+            gone.as_mut().enable();
+            pending.retain(|shard| shard.inline.load(Ordering::SeqCst) != 0);
+            if pending.is_empty() {
+                return;
+            }
+            gone.await;
+        }
+    }
+
+    /// Waits until somebody [gives up](Traffic::give_up) who is inside: for ever, unless that happens.
+    pub(crate) async fn wait_given_up(&self) {
+        loop {
+            let mut gone = pin!(self.gone.notified());
+            gone.as_mut().enable();
+            if self.is_given_up.load(Ordering::SeqCst) {
+                return;
+            }
+            gone.await;
+        }
+    }
+
     /// Whoever is inside never leaves: nobody waits for that any more.
     pub(crate) fn give_up(&self) {
         self.is_given_up.store(true, Ordering::SeqCst);

@@ -12,7 +12,7 @@ use super::perm::{self, Accesses};
 use super::reap::CloseReport;
 use super::reopen::Prepared;
 use super::transaction::{Attach, Move, Stage, Staged};
-use super::{Graph, NodeRef, walk};
+use super::{Graph, NodeRef, guests, walk};
 use crate::driver::Child;
 use crate::error::Result;
 
@@ -131,6 +131,8 @@ impl Moved {
         edge.close();
         edge.swap(edit, to.clone());
         edit.walls.reattach(from.as_deref(), to.as_deref(), &edge);
+        let events = &edit.walls.reaper.events;
+        guests::tell_moved(events, &edge, from.as_deref(), to.as_deref());
         if let Some(parent) = edit.walls.parent_node(&edge) {
             self.orphans.extend(from.map(|from| (Strong::clone(&parent), from)));
             self.parents.insert(parent.id(), parent);

@@ -29,6 +29,7 @@ use super::perm::Access;
 use super::{Graph, MakePort, Plan};
 use crate::driver::Role;
 use crate::error::{Error, ErrorKind, Result};
+use crate::event::{Event, EventHub};
 
 /// How a node ended.
 #[derive(Debug)]
@@ -119,6 +120,7 @@ pub(crate) struct Reaper {
     sweeping: Arc<AsyncMutex<()>>,
     unasked: Arc<Mutex<Vec<CloseReport>>>,
     pub(super) topology: Arc<Topology>,
+    pub(super) events: EventHub,
     /// Dead nodes whose closing waits for the end of a drained section below them.
     deferred: Arc<Mutex<Vec<Dead<Node>>>>,
 }
@@ -132,6 +134,7 @@ impl Reaper {
             sweeping: Arc::default(),
             unasked: Arc::default(),
             topology: Arc::default(),
+            events: EventHub::default(),
             deferred: Arc::default(),
         }
     }
@@ -252,6 +255,7 @@ impl Reaper {
             }
         }
         self.topology.eased.notify_waiters();
+        self.events.emit(|| Event::node_closed(&name, driver, &flush_error, &close_error));
         let below = Vec::new();
         (CloseReport { node, name, driver, flush_error, close_error, below }, died)
     }
@@ -344,6 +348,7 @@ impl Reaper {
             holder: Holder::new(HolderKind::Other("graph"), "flush"),
             stays: true,
             graph: None,
+            hall: None,
         };
         let edge = Edge::new(parts, Some(Strong::clone(node)), &self.topology.loosened);
         edge.set_parent(parent);

@@ -7,6 +7,8 @@
     reason = "helpers of tests: a panic is their way to fail"
 )]
 
+#[cfg(all(feature = "mem", feature = "blkdebug"))]
+mod backend;
 mod blkdebug;
 #[cfg(feature = "qcow2")]
 mod compress;

@@ -6,6 +6,7 @@ mod create;
 mod fakes;
 mod gates;
 mod history;
+mod history_backend;
 mod open;
 mod properties;
 mod schedules;

@@ -7,7 +7,7 @@ use super::opening::pick;
 use super::picture;
 use super::run::{Held, World, idle, real_access};
 use crate::error::Result;
-use crate::graph::{Change, ChangeReport, Drained, Handover, NodeRef};
+use crate::graph::{Change, ChangeReport, Drained, Handover, NodeRef, RootMove};
 use crate::options::Options;
 
 /// A step with its numbers made indices into the references and roots there are, and what it means in the model.
@@ -175,7 +175,9 @@ impl World {
             }
             Step::Own(a) => change.own(&refs[*a]),
             Step::Disown(a) => change.disown(&refs[*a]),
-            Step::Root(root, to) => change.point_root(edge(*root), at(to)),
+            Step::Root(root, to) => {
+                change.move_root(RootMove::new(&self.graph, edge(*root), at(to)))
+            }
             Step::Access(root, access) => change.set_access(edge(*root), real_access(*access)),
             Step::Remove(_) => unreachable!("done by the caller"),
         }

@@ -447,8 +447,13 @@ impl World {
         let (held, word) = match (is_job, target) {
             (true, Some(node)) => (self.graph.attach_job(node, &name, real).map(Held::Job), "job"),
             _ => {
-                let root =
-                    Root { kind: HolderKind::Backend, name: &name, access: real, stays: false };
+                let root = Root {
+                    kind: HolderKind::Backend,
+                    name: &name,
+                    access: real,
+                    stays: false,
+                    is_hall: false,
+                };
                 (self.graph.attach_root(target, &root).map(Held::Backend), "backend")
             }
         };

@@ -99,7 +99,13 @@ pub(super) fn image(name: &str, backing: Option<&str>) -> Options {
 }
 
 pub(super) fn backend(node: &NodeRef, name: &str, writable: bool) -> Arc<Backend> {
-    Arc::new(Backend::new(node, BackendOptions { name: name.into(), writable }).unwrap())
+    Arc::new(
+        Backend::new(
+            node,
+            BackendOptions { name: name.into(), writable, ..BackendOptions::default() },
+        )
+        .unwrap(),
+    )
 }
 
 /// Polls `future` so many times, then drops it.
