@@ -233,6 +233,9 @@ impl Reaper {
         for edge in children {
             let handle = edge.target().strong().handle();
             edge.target().forget_parent(node);
+            if edge.frozen().is_some() {
+                self.leave_behind(&edge);
+            }
             let was_skipped = unflushed.contains(&handle);
             match release(edge).await {
                 Some(Release::Last) => died.push(handle),
@@ -246,6 +249,13 @@ impl Reaper {
         self.topology.eased.notify_waiters();
         let below = Vec::new();
         (CloseReport { node, name, driver, flush_error, close_error, below }, died)
+    }
+
+    /// Whoever froze the edge keeps it, and so its target; to everybody else it is gone.
+    fn leave_behind(&self, edge: &Arc<Edge>) {
+        let target = edge.target();
+        self.walls().detach(&target, edge);
+        self.topology.loosened.push(target.id());
     }
 
     /// Makes what was written through this node durable, as far as it does not lie with children that die next. These are

@@ -31,6 +31,8 @@ pub(super) enum Kind {
 #[derive(Clone, Debug)]
 pub(super) struct Node {
     pub(super) name: String,
+    /// Its first name.
+    pub(super) born_as: String,
     pub(super) kind: Kind,
     pub(super) ro: bool,
     pub(super) is_ro_given: bool,
@@ -130,12 +132,15 @@ impl Model {
         let refs = self.refs.iter().filter(|held| **held == key).count();
         let monitor = self.monitor.iter().filter(|held| **held == key).count();
         let drains = self.drains.iter().filter(|drain| drain.nodes.contains(&key)).count();
-        refs + monitor + drains + self.parents(key).len()
+        let edges = self.edges.values().filter(|edge| edge.child == Some(key)).count();
+        refs + monitor + drains + edges
     }
 
-    /// Edges to the node.
+    /// Edges to the node. One that was frozen when its parent was closed holds the node still, and is nobody's.
     pub(super) fn parents(&self, key: Key) -> Vec<u32> {
-        let to = |edge: &&u32| self.edges[*edge].child == Some(key);
+        let is_used =
+            |edge: &Edge| edge.parent.is_none_or(|parent| self.nodes.contains_key(&parent));
+        let to = |edge: &&u32| self.edges[*edge].child == Some(key) && is_used(&self.edges[*edge]);
         self.edges.keys().filter(to).copied().collect()
     }
 
@@ -310,9 +315,9 @@ impl Model {
         self.graveyard.retain(|dead| *dead != key);
         let node = self.nodes.remove(&key).unwrap();
         if !is_clean {
-            self.unclean.push(node.name.clone());
+            self.unclean.push(node.name);
         }
-        self.closed.push(node.name);
+        self.closed.push(node.born_as);
         // A frozen edge is kept by whoever froze it.
         self.edges.retain(|_, edge| edge.parent != Some(key) || edge.frozen.is_some());
         self.settle();

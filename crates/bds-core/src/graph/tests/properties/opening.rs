@@ -153,7 +153,8 @@ impl Model {
 
     /// A node has got its name.
     pub(super) fn set_name(&mut self, key: Key, name: &str) {
-        self.nodes.get_mut(&key).unwrap().name = name.to_owned();
+        let node = self.nodes.get_mut(&key).unwrap();
+        (node.name, node.born_as) = (name.to_owned(), name.to_owned());
         for edge in self.children(key) {
             let edge = self.edges.get_mut(&edge).unwrap();
             edge.holder = format!("edge '{name}.{}'", edge.name);
@@ -164,6 +165,7 @@ impl Model {
 fn node(tree: &Tree, kind: Kind, ro: bool, discard: bool) -> Node {
     Node {
         name: tree.name.map(named).unwrap_or_default(),
+        born_as: String::new(),
         kind,
         ro,
         is_ro_given: tree.ro.is_some(),

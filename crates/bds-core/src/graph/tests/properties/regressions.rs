@@ -2,7 +2,9 @@
 
 use super::commands::Command::{self, Activate, Change, Inactivate, Open};
 use super::commands::Fate::{Commit, Sweep};
-use super::commands::Step::{Disown, DropFilter, Own, ReadOnly, Remove};
+use super::commands::Step::{
+    Disown, DropFilter, Own, ReadOnly, Remove,
+};
 use super::commands::{Body, Child, Tree, Trouble};
 use super::play;
 
@@ -56,4 +58,17 @@ fn a_change_sees_what_its_own_edits_made_of_the_monitors_list() {
     replay(&[file(), Change(vec![Own(0), Own(0)], Commit)]);
     replay(&[file(), Change(vec![Own(0), Disown(0), Own(0)], Commit)]);
     replay(&[file(), Change(vec![Own(0), Disown(0), Disown(0)], Commit)]);
+}
+
+#[test]
+fn a_frozen_link_of_a_closed_node_is_in_nobodys_way() {
+    let freeze = Command::Freeze(1, 0);
+    replay(&[
+        file(),
+        filter(Some(0)),
+        freeze,
+        Command::Release(1),
+        Command::Reap,
+        Command::Drain(0),
+    ]);
 }

@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bds_io::{Sim, SimConfig};
@@ -103,6 +104,7 @@ pub(super) fn world(sim: &Sim, widths: Option<Widths>) -> (Graph, Arc<Floor>) {
         None => Graph::with_corridor(config, fakes::port),
         Some((generation, index)) => Graph::with_narrow_ids(config, fakes::port, generation, index),
     };
+    floor.belongs_to(&graph);
     (graph, floor)
 }
 
@@ -305,14 +307,15 @@ impl World {
         if !self.model.drains.is_empty() {
             return; // What it leaves is closed after the section.
         }
+        self.floor.is_frail.store(true, Ordering::Relaxed);
         self.reap().await;
         let Some(text) = opening::options(tree, &self.model) else { return };
         for step in 0.. {
             let before = picture::of_graph(&self.graph);
-            self.floor.faults.set(Some(step));
+            self.graph.0.faults.set(Some(step));
             let opened = self.graph.open(Options::parse(&text).unwrap()).await;
-            let has_struck = self.floor.faults.has_struck();
-            self.floor.faults.set(None);
+            let has_struck = self.graph.0.faults.has_struck();
+            self.graph.0.faults.set(None);
             if !has_struck {
                 drop(opened);
                 self.graph.reap().await;
