@@ -21,7 +21,7 @@ use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use bds_refcount::{Held, Holder, HolderKind, Strong};
@@ -165,13 +165,19 @@ fn holder(what: &str) -> Holder {
 pub(super) struct DrainSet {
     graph: Graph,
     nodes: HashMap<NodeId, Held<Node>>,
+    /// Doors that were opened and not shut again.
+    opened: Mutex<Vec<Weak<Edge>>>,
 }
 
 impl DrainSet {
+    fn new(graph: &Graph) -> Self {
+        Self { graph: graph.clone(), nodes: HashMap::new(), opened: Mutex::default() }
+    }
+
     /// Closes the gates in front of these nodes and waits until nobody is inside any of them nor above them. Dropped while it
     /// waits: the gates open again.
     pub(super) async fn begin(graph: &Graph, nodes: Vec<Strong<Node>>, what: &str) -> Self {
-        let mut this = Self { graph: graph.clone(), nodes: HashMap::new() };
+        let mut this = Self::new(graph);
         this.extend(nodes, what).await;
         this
     }
@@ -194,10 +200,15 @@ impl DrainSet {
     pub(super) async fn settle(&self) {
         let tops: Vec<Strong<Node>> = self.nodes.values().map(|held| Strong::clone(held)).collect();
         wait_idle(&self.graph, &tops).await;
+        self.lock_opened().clear();
+    }
+
+    fn lock_opened(&self) -> MutexGuard<'_, Vec<Weak<Edge>>> {
+        self.opened.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Lets drivers reach their children although these are drained, so that they can write out or read anew; roots stay
-    /// shut. [`DrainSet::settle`] shuts the doors again. A child that somebody else drains is not reached: the driver waits for that.
+    /// shut. [`DrainSet::settle`] shuts the doors again, as does the end, where somebody else drains the way further down. A child that somebody else drains is not reached: the driver waits for that.
     pub(super) fn open_doors(&self) {
         let walls = self.graph.0.reaper.walls();
         for node in self.nodes.values() {
@@ -205,8 +216,8 @@ impl DrainSet {
                 continue;
             }
             for edge in node.parents() {
-                if walls.parent_node(&edge).is_some() {
-                    edge.unshut(&walls);
+                if walls.parent_node(&edge).is_some() && edge.unshut(&walls) {
+                    self.lock_opened().push(Arc::downgrade(&edge));
                 }
             }
         }
@@ -222,6 +233,10 @@ impl Drop for DrainSet {
         let walls = self.graph.0.reaper.walls();
         for node in self.nodes.values() {
             walls.end_section(node);
+        }
+        let opened = std::mem::take(&mut *self.lock_opened());
+        for edge in opened.iter().filter_map(Weak::upgrade).filter(|edge| edge.is_quiesced()) {
+            edge.shut(&walls);
         }
         drop(walls);
         self.graph.0.reaper.drain_ended();
@@ -318,7 +333,7 @@ impl Graph {
     /// As [`Graph::drain`], for every node there is and every one that comes meanwhile. Keeps no node open: what dies during
     /// the section is closed after it.
     pub async fn drain_all(&self) -> Drained {
-        let set = DrainSet { graph: self.clone(), nodes: HashMap::new() };
+        let set = DrainSet::new(self);
         let all = {
             let mut walls = self.0.reaper.walls();
             walls.state.drain_alls += 1;

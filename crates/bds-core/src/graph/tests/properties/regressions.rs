@@ -72,3 +72,10 @@ fn a_frozen_link_of_a_closed_node_is_in_nobodys_way() {
         Command::Drain(0),
     ]);
 }
+
+#[test]
+fn a_change_that_fails_leaves_shut_what_somebody_else_drains() {
+    // The drivers' doors are opened while they prepare; below, a section goes on.
+    let change = Change(vec![ReadOnly(1, true)], Sweep);
+    replay(&[file(), filter(Some(0)), filter(Some(1)), Command::Drain(0), change]);
+}
