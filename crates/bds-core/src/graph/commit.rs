@@ -43,11 +43,12 @@ pub(super) fn put_into_force(
     prepared.into_iter().for_each(Prepared::commit);
     let Staged { moves, attached, dropped, facts, leaving } = staged;
     let mut moved = Moved::default();
-    for staged in moves {
-        moved.repoint(edit, staged);
-    }
+    // What came in this change may have been moved on by a later edit.
     for staged in attached {
         moved.attach(edit, staged);
+    }
+    for staged in moves {
+        moved.repoint(edit, staged);
     }
     for (parent, edge) in dropped {
         moved.drop_edge(edit, &parent, edge);

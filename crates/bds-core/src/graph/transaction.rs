@@ -251,7 +251,10 @@ impl<'g> Stage<'g> {
         self.touch(Some(parent));
         self.leave(now.as_ref(), edge);
         match self.attached.iter().position(|attach| Arc::ptr_eq(&attach.edge, edge)) {
-            Some(place) => drop(self.attached.swap_remove(place)),
+            Some(place) => {
+                self.attached.swap_remove(place);
+                self.moves.remove(&key(edge));
+            }
             None => drop(self.dropped.insert(key(edge), (Strong::clone(parent), Arc::clone(edge)))),
         }
         Ok(())

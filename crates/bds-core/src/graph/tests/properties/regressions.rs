@@ -3,7 +3,7 @@
 use super::commands::Command::{self, Activate, Change, Inactivate, Open};
 use super::commands::Fate::{Commit, Sweep};
 use super::commands::Step::{
-    Disown, DropFilter, Own, ReadOnly, Remove,
+    Disown, DropFilter, Own, ReadOnly, Remove, Replace, SetBacking,
 };
 use super::commands::{Body, Child, Tree, Trouble};
 use super::play;
@@ -24,6 +24,11 @@ fn file() -> Command {
 fn filter(on: Option<usize>) -> Command {
     let child = on.map_or_else(|| Child::Inline(tree(Body::File)), Child::Node);
     Open(tree(Body::Filter(Box::new(child))))
+}
+
+/// An image on a file of its own.
+fn image() -> Command {
+    Open(tree(Body::Image(Box::new(Child::Inline(tree(Body::File))), None)))
 }
 
 #[test]
@@ -78,4 +83,16 @@ fn a_change_that_fails_leaves_shut_what_somebody_else_drains() {
     // The drivers' doors are opened while they prepare; below, a section goes on.
     let change = Change(vec![ReadOnly(1, true)], Sweep);
     replay(&[file(), filter(Some(0)), filter(Some(1)), Command::Drain(0), change]);
+}
+
+#[test]
+fn an_edge_that_comes_in_a_change_can_be_moved_and_dropped_in_it() {
+    let opened = [image(), file(), file()];
+    for last in [SetBacking(0, Some(2)), SetBacking(0, None), Replace(1, 2)] {
+        let change = Change(
+            vec![SetBacking(0, Some(1)), SetBacking(0, Some(2)), SetBacking(0, Some(1)), last],
+            Commit,
+        );
+        replay(&[opened.as_slice(), &[change]].concat());
+    }
 }
