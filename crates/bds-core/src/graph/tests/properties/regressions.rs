@@ -3,7 +3,7 @@
 use super::commands::Command::{self, Activate, Change, Inactivate, Open};
 use super::commands::Fate::{Commit, Sweep};
 use super::commands::Step::{
-    Disown, DropFilter, Own, ReadOnly, Remove, Replace, SetBacking,
+    Append, Disown, DropFilter, Own, ReadOnly, Remove, Replace, SetBacking,
 };
 use super::commands::{Body, Child, Tree, Trouble};
 use super::play;
@@ -95,4 +95,11 @@ fn an_edge_that_comes_in_a_change_can_be_moved_and_dropped_in_it() {
         );
         replay(&[opened.as_slice(), &[change]].concat());
     }
+}
+
+#[test]
+fn inheritance_ends_wherever_the_way_is_cut() {
+    // The filter's file gets an overlay, and is then cut off from that: it is not below the filter any more.
+    let cut = [Change(vec![Append(1, 2)], Commit), Change(vec![SetBacking(2, None)], Commit)];
+    replay(&[&[filter(None), Command::Acquire(1), image()], cut.as_slice()].concat());
 }
