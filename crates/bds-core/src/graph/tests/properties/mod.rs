@@ -44,4 +44,14 @@ proptest! {
     ) {
         play(seed, None, &script.0);
     }
+
+    /// Ids run out: slots are used again, retired, and the graph is full. What is refused for that leaves nothing.
+    #[test]
+    fn a_graph_whose_ids_run_out_agrees_with_the_model(
+        seed in any::<u64>(),
+        widths in (1..4u32, 0..4u32),
+        script in script(1..80),
+    ) {
+        play(seed, Some(widths), &script.0);
+    }
 }
