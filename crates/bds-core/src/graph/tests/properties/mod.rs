@@ -11,11 +11,14 @@ mod opening;
 mod picture;
 mod regressions;
 mod run;
+mod traffic;
 
+use proptest::collection::vec;
 use proptest::prelude::{ProptestConfig, any, proptest};
 
 use commands::{Command, script};
 use run::{Widths, run};
+use traffic::{Traffic, action, ground};
 
 /// So many cases, or twenty times that when everything is asked for.
 fn cases(count: u32) -> ProptestConfig {
@@ -43,6 +46,22 @@ proptest! {
         script in script(1..60),
     ) {
         play(seed, None, &script.0);
+    }
+
+    #[test]
+    fn requests_and_sections_wait_for_each_other_as_the_model_says(
+        seed in any::<u64>(),
+        ground in ground(),
+        actions in vec(action(), 1..60),
+    ) {
+        run(seed, None, |world| async move {
+            let mut traffic = Traffic::new(world, &ground).await;
+            for action in &actions {
+                traffic.step(action).await;
+                traffic.check(&format!("{action:?}"));
+            }
+            traffic.end().await;
+        });
     }
 
     /// Ids run out: slots are used again, retired, and the graph is full. What is refused for that leaves nothing.
