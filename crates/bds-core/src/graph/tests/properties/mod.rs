@@ -11,13 +11,16 @@ mod opening;
 mod picture;
 mod regressions;
 mod run;
+mod schedules;
 mod traffic;
 
+use bds_io::{Sim, SimConfig};
 use proptest::collection::vec;
 use proptest::prelude::{ProptestConfig, any, proptest};
 
 use commands::{Command, script};
 use run::{Widths, run};
+use schedules::act;
 use traffic::{Traffic, action, ground};
 
 /// So many cases, or twenty times that when everything is asked for.
@@ -62,6 +65,16 @@ proptest! {
             }
             traffic.end().await;
         });
+    }
+
+    #[test]
+    fn tasks_in_any_order_find_what_always_holds(
+        seed in any::<u64>(),
+        tasks in vec(vec(act(), 1..8), 2..5),
+    ) {
+        let sim = Sim::new(seed, SimConfig::calm());
+        sim.block_on(schedules::play(&sim, tasks));
+        sim.run_until_idle();
     }
 
     /// Ids run out: slots are used again, retired, and the graph is full. What is refused for that leaves nothing.

@@ -56,6 +56,35 @@ pub(super) struct Node {
     pub(super) job: Option<u32>,
 }
 
+impl Node {
+    /// Writable, active, and nothing special.
+    pub(super) fn new(name: &str, kind: Kind) -> Self {
+        Self {
+            name: name.to_owned(),
+            born_as: name.to_owned(),
+            kind,
+            ro: false,
+            is_ro_given: false,
+            discard: false,
+            level: 0,
+            is_active: true,
+            is_poisoned: false,
+            heir_of: None,
+            fail_flush: false,
+            fail_close: false,
+            is_stubborn: false,
+            is_odd: false,
+            transfer: 0,
+            is_dead: false,
+            is_deferred: false,
+            bitmaps: Vec::new(),
+            last_bitmap: 0,
+            blocks: Vec::new(),
+            job: None,
+        }
+    }
+}
+
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Bitmap {
     pub(super) number: u64,

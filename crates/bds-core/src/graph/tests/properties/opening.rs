@@ -163,27 +163,16 @@ impl Model {
 }
 
 fn node(tree: &Tree, kind: Kind, ro: bool, discard: bool) -> Node {
+    let name = tree.name.map(named).unwrap_or_default();
     Node {
-        name: tree.name.map(named).unwrap_or_default(),
-        born_as: String::new(),
-        kind,
         ro,
         is_ro_given: tree.ro.is_some(),
         discard: discard || tree.discard,
-        level: 0,
-        is_active: true,
-        is_poisoned: false,
-        heir_of: None,
         fail_flush: tree.trouble == Trouble::FailFlush,
         fail_close: tree.trouble == Trouble::FailClose,
         is_stubborn: tree.trouble == Trouble::Stubborn,
         is_odd: tree.trouble == Trouble::Odd,
         transfer: tree.transfer,
-        is_dead: false,
-        is_deferred: false,
-        bitmaps: Vec::new(),
-        last_bitmap: 0,
-        blocks: Vec::new(),
-        job: None,
+        ..Node::new(&name, kind)
     }
 }

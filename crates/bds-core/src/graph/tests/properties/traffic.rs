@@ -82,9 +82,7 @@ pub(super) struct Traffic {
 }
 
 fn body(kind: u8, on: Option<usize>) -> Tree {
-    let child = || {
-        Box::new(on.map_or_else(|| Child::Inline(body(0, None)), Child::Node))
-    };
+    let child = || Box::new(on.map_or_else(|| Child::Inline(body(0, None)), Child::Node));
     let body = match kind {
         0 => Body::File,
         1 => Body::Filter(child()),
@@ -144,7 +142,9 @@ impl Traffic {
         if self.world.roots.is_empty() {
             return;
         }
-        let (Held::Backend(real), edge) = &self.world.roots[n % self.world.roots.len()] else { return };
+        let (Held::Backend(real), edge) = &self.world.roots[n % self.world.roots.len()] else {
+            return;
+        };
         let (real, is_done): (Arc<Edge>, _) = (Arc::clone(real), Arc::new(AtomicBool::new(false)));
         let told = Arc::clone(&is_done);
         let task = bds_io::spawn(async move {
@@ -205,8 +205,14 @@ impl Traffic {
     /// Names of the nodes and of all above them, that cannot let anybody in while the nodes are drained.
     fn above(&self, nodes: &[Key], is_all: bool) -> Vec<String> {
         let model = &self.world.model;
-        let is_above = |key: &Key| is_all || nodes.iter().any(|node| model.below(*key).contains(node));
-        model.live().into_iter().filter(is_above).map(|key| model.nodes[&key].name.clone()).collect()
+        let is_above =
+            |key: &Key| is_all || nodes.iter().any(|node| model.below(*key).contains(node));
+        model
+            .live()
+            .into_iter()
+            .filter(is_above)
+            .map(|key| model.nodes[&key].name.clone())
+            .collect()
     }
 
     /// Who waits at an open gate does not wait.
@@ -245,7 +251,8 @@ impl Traffic {
             // P34: it has begun exactly if nobody is inside, there or above; the poisoned are not waited for.
             let is_all = section.nodes.is_empty();
             let is_busy = |key: &Key| {
-                let is_above = is_all || section.nodes.iter().any(|n| model.below(*key).contains(n));
+                let is_above =
+                    is_all || section.nodes.iter().any(|n| model.below(*key).contains(n));
                 is_above && !model.nodes[key].is_poisoned && inside.contains_key(key)
             };
             let is_free = !model.live().iter().any(is_busy);
