@@ -5,11 +5,13 @@
 //! what was done before a failure is undone.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use bds_refcount::Strong;
 
 use super::commit::Moved;
-use super::drain::DrainSet;
+use super::detached::to_the_end;
+use super::drain::{DrainSet, Drained, Section, wait_undrained_below};
 use super::lock::Edit;
 use super::node::{Node, NodeId};
 use super::perm::{self, Strictness};
@@ -17,115 +19,181 @@ use super::transaction::{Facts, Stage};
 use super::{Graph, NodeRef, walk};
 use crate::error::{Error, ErrorKind, Result};
 
+/// Giving charge of nodes away, or taking it. Made by [`Graph::handover`].
+#[derive(Clone, Debug)]
+pub struct Handover {
+    graph: Graph,
+    within: Vec<Arc<Section>>,
+}
+
 impl Graph {
+    /// To hand nodes over inside drained sections of one's own. Without such, [`Graph::inactivate`] and [`Graph::activate`] are
+    /// shorter.
+    pub fn handover(&self) -> Handover {
+        Handover { graph: self.clone(), within: Vec::new() }
+    }
+
+    /// [`Handover::inactivate`] outside of drained sections.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn inactivate(&self, node: &NodeRef) -> Result<()> {
+        self.handover().inactivate(node).await
+    }
+
+    /// [`Handover::inactivate_all`] outside of drained sections.
+    ///
+    /// # Errors
+    /// As [`Handover::inactivate`].
+    pub async fn inactivate_all(&self) -> Result<()> {
+        self.handover().inactivate_all().await
+    }
+
+    /// [`Handover::activate`] outside of drained sections.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn activate(&self, node: &NodeRef) -> Result<()> {
+        self.handover().activate(node).await
+    }
+
+    /// [`Handover::activate_all`] outside of drained sections.
+    ///
+    /// # Errors
+    /// As [`Handover::activate`].
+    pub async fn activate_all(&self) -> Result<()> {
+        self.handover().activate_all().await
+    }
+}
+
+impl Handover {
+    /// It happens inside this drained section, and may reach what the section has drained. Sections of others are waited for.
+    #[must_use]
+    pub fn within(mut self, drained: &Drained) -> Self {
+        self.within.push(drained.section());
+        self
+    }
+
     /// Gives charge of the node away, and of all below it that no active node uses: everything is written out and nothing is
-    /// written until [`Graph::activate`]. Its users must not have asked for writing.
+    /// written until [`Handover::activate`]. Its users must not have asked for writing. Runs to its end once begun.
     ///
     /// # Errors
     /// Everything is as active as before. `InUse`: an active node lies above; `Inactive`: somebody has permission to write
     /// (he is named); or what the driver could not write out.
-    pub async fn inactivate(&self, node: &NodeRef) -> Result<()> {
-        let _one = self.begin_change().await;
-        self.inactivate_below(vec![Strong::clone(node.strong())]).await
+    pub async fn inactivate(self, node: &NodeRef) -> Result<()> {
+        let tops = vec![Strong::clone(node.strong())];
+        self.carry_over(move |graph| graph.nodes_to_inactivate(tops.clone()), false).await
     }
 
-    /// [`Graph::inactivate`] for all nodes, as before the end of a migration.
+    /// [`Handover::inactivate`] for all nodes, as before the end of a migration.
     ///
     /// # Errors
-    /// As [`Graph::inactivate`].
-    pub async fn inactivate_all(&self) -> Result<()> {
-        let _one = self.begin_change().await;
-        let tops = self.0.reaper.live().into_iter().filter(|node| !has_parent_node(self, node));
-        self.inactivate_below(tops.collect()).await
+    /// As [`Handover::inactivate`].
+    pub async fn inactivate_all(self) -> Result<()> {
+        let tops = |graph: &Graph| {
+            let live = graph.0.reaper.live().into_iter();
+            let tops = live.filter(|node| !has_parent_node(graph, node)).collect();
+            graph.nodes_to_inactivate(tops)
+        };
+        self.carry_over(tops, false).await
     }
 
-    /// Takes charge of the node and of all below it: bytes are read anew, because others may have changed them.
+    /// Takes charge of the node and of all below it: bytes are read anew, because others may have changed them. Runs to its end once
+    /// begun.
     ///
     /// # Errors
     /// Everything is as inactive as before: what a driver could not read or lock.
-    pub async fn activate(&self, node: &NodeRef) -> Result<()> {
-        let _one = self.begin_change().await;
-        self.activate_below(vec![Strong::clone(node.strong())]).await
+    pub async fn activate(self, node: &NodeRef) -> Result<()> {
+        let tops = vec![Strong::clone(node.strong())];
+        self.carry_over(move |_| Ok(nodes_to_activate(&tops)), true).await
     }
 
-    /// [`Graph::activate`] for all nodes.
+    /// [`Handover::activate`] for all nodes.
     ///
     /// # Errors
-    /// As [`Graph::activate`].
-    pub async fn activate_all(&self) -> Result<()> {
-        let _one = self.begin_change().await;
-        self.activate_below(self.0.reaper.live()).await
+    /// As [`Handover::activate`].
+    pub async fn activate_all(self) -> Result<()> {
+        self.carry_over(|graph| Ok(nodes_to_activate(&graph.0.reaper.live())), true).await
     }
 
-    async fn inactivate_below(&self, tops: Vec<Strong<Node>>) -> Result<()> {
-        let set = self.nodes_to_inactivate(tops)?;
+    /// Runs to its end, whatever becomes of the caller: drivers that have given charge away must not stay so while their nodes say
+    /// otherwise.
+    async fn carry_over(
+        self,
+        choose: impl Fn(&Graph) -> Result<Vec<Strong<Node>>> + Send + 'static,
+        is_active: bool,
+    ) -> Result<()> {
+        let Self { graph, within } = self;
+        let work = async move {
+            loop {
+                let one = graph.begin_change().await;
+                let set = choose(&graph)?;
+                let Some(blocked) = graph.carry_set_over(set, is_active, &within).await? else {
+                    return Ok(());
+                };
+                // Whoever drains below may want a change of his own before he is done: he gets his turn.
+                drop(one);
+                wait_undrained_below(&graph, &blocked).await;
+                bds_io::yield_now().await;
+            }
+        };
+        let unseen = |result: Result<()>| {
+            if let Err(error) = result {
+                tracing::error!(%error, "a change of activity failed, and nobody waited for it");
+            }
+        };
+        to_the_end(work, unseen).await.unwrap_or_else(|| {
+            Err(Error::new(ErrorKind::Cancelled, "the executor went away before the end"))
+        })
+    }
+}
+
+impl Graph {
+    /// Does it for a set of nodes in this order. `Some`: nothing was done, because others have drained something below.
+    async fn carry_set_over(
+        &self,
+        set: Vec<Strong<Node>>,
+        is_active: bool,
+        within: &[Arc<Section>],
+    ) -> Result<Option<Vec<Strong<Node>>>> {
         if set.is_empty() {
-            return Ok(());
+            return Ok(None);
         }
-        let drained = DrainSet::begin(self, set.clone(), "inactivation").await;
+        let what = "change of activity";
+        let drained = DrainSet::begin_within(self, set.clone(), what, within).await;
         // Refused before anything is written, if it will be.
-        drop(self.settle_activity(&set, false)?);
-        drained.open_doors();
+        drop(self.settle_activity(&set, is_active)?);
+        let Ok(work) = drained.open_doors_for(&set) else { return Ok(Some(set)) };
         let mut done: Vec<&Strong<Node>> = Vec::new();
         for node in &set {
-            if let Err(error) = self.inactivate_one(node).await {
-                for node in done.into_iter().rev() {
-                    undo(node).await;
-                }
+            if let Err(error) = self.tell(node, is_active).await {
+                tell_back(&done, is_active).await;
                 return Err(error.node(node.name()));
             }
             done.push(node);
         }
+        drop(work);
         drained.settle().await;
-        match self.put_activity_into_force(&drained, &set, false) {
-            Ok(()) => Ok(()),
-            Err(error) => {
-                drained.open_doors();
-                for node in done.into_iter().rev() {
-                    undo(node).await;
-                }
-                Err(error)
-            }
+        let changed = self.put_activity_into_force(&drained, &set, is_active);
+        if changed.is_err() {
+            // Nobody can have drained the set in between without waiting for this.
+            let work = drained.open_doors_for(&set);
+            tell_back(&done, is_active).await;
+            drop(work);
         }
+        changed.map(|()| None)
     }
 
-    async fn inactivate_one(&self, node: &Strong<Node>) -> Result<()> {
+    /// Tells a driver to take charge, or to give it away.
+    async fn tell(&self, node: &Strong<Node>, is_active: bool) -> Result<()> {
         self.step()?;
+        if is_active {
+            return node.driver().activate().await;
+        }
         if node.could_write() {
             self.0.reaper.flush_node(node).await?;
         }
         node.driver().inactivate().await
-    }
-
-    async fn activate_below(&self, tops: Vec<Strong<Node>>) -> Result<()> {
-        // Children first: a parent reads through them.
-        let set: Vec<_> = order(&tops).into_iter().filter(|node| !node.is_active()).rev().collect();
-        if set.is_empty() {
-            return Ok(());
-        }
-        let drained = DrainSet::begin(self, set.clone(), "activation").await;
-        drop(self.settle_activity(&set, true)?);
-        drained.open_doors();
-        let mut done: Vec<&Strong<Node>> = Vec::new();
-        for node in &set {
-            let active = match self.step() {
-                Ok(()) => node.driver().activate().await,
-                Err(error) => Err(error),
-            };
-            // Whoever is above reads through it from here on.
-            if let Err(error) = active {
-                give_back(&done).await;
-                return Err(error.node(node.name()));
-            }
-            done.push(node);
-        }
-        drained.settle().await;
-        let changed = self.put_activity_into_force(&drained, &set, true);
-        if changed.is_err() {
-            drained.open_doors();
-            give_back(&done).await;
-        }
-        changed
     }
 
     /// Top down, all that is active, reachable, and used by no active node that stays so.
@@ -190,18 +258,23 @@ impl Graph {
     }
 }
 
-async fn give_back(done: &[&Strong<Node>]) {
+/// Takes back what drivers have been told, the last first.
+async fn tell_back(done: &[&Strong<Node>], was_to_be_active: bool) {
     for node in done.iter().rev() {
-        if let Err(error) = node.driver().inactivate().await {
-            tracing::error!(node = %node.name(), %error, "a refused activation could not be taken back");
+        let driver = node.driver();
+        let told = match was_to_be_active {
+            true => driver.inactivate().await,
+            false => driver.activate().await,
+        };
+        if let Err(error) = told {
+            tracing::error!(node = %node.name(), %error, "a refused change of activity could not be taken back");
         }
     }
 }
 
-async fn undo(node: &Strong<Node>) {
-    if let Err(error) = node.driver().activate().await {
-        tracing::error!(node = %node.name(), %error, "a refused inactivation could not be taken back");
-    }
+/// All that is inactive at or below these nodes, children first: a parent reads through them.
+fn nodes_to_activate(tops: &[Strong<Node>]) -> Vec<Strong<Node>> {
+    order(tops).into_iter().filter(|node| !node.is_active()).rev().collect()
 }
 
 fn has_parent_node(graph: &Graph, node: &Node) -> bool {

@@ -8,17 +8,18 @@
 //! dropped, leaves everything as it was. Identity stays: every id and reference denotes the node it did before, and the caller's
 //! references are neither taken nor given. One change at a time; requests wait only while what they pass through is changed.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bds_io::sync::MutexGuard;
 use bds_refcount::{Holder, HolderKind, Strong};
+use futures_util::FutureExt;
 
 use super::claims::Operations;
 use super::commit::Moved;
-use super::drain::DrainSet;
+use super::drain::{self, DrainSet, Drained, DrainedBelow, Section, wait_undrained_below};
 use super::edge::{Edge, EdgeParts};
 use super::lock::{Edit, Walls};
 use super::node::{Node, NodeId};
@@ -30,6 +31,10 @@ use super::{Graph, NodeRef, commit};
 use crate::driver::Role;
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Options;
+
+/// Who holds what a change refers to while it has its turn, and while it waits for it again.
+const TURN: (HolderKind, &str) = (HolderKind::Change, "change");
+const WAITING: (HolderKind, &str) = (HolderKind::User, "change that waits");
 
 /// One edit.
 #[derive(Debug)]
@@ -68,17 +73,55 @@ impl Action {
             Self::Root { to: None, .. } | Self::Access { .. } => Vec::new(),
         }
     }
+
+    /// The same, with its references held by the change whose turn it is ([`TURN`]): they are not in the way of a removal. Those of a
+    /// change that waits for its turn ([`WAITING`]) are.
+    fn held_by(self, (kind, name): (HolderKind, &str)) -> Self {
+        let take = |node: NodeRef| node.held_as(Holder::new(kind, name));
+        match self {
+            Self::Append { top, overlay } => {
+                Self::Append { top: take(top), overlay: take(overlay) }
+            }
+            Self::Replace { from, to } => Self::Replace { from: take(from), to: take(to) },
+            Self::ReplaceChild { parent, child, to } => {
+                Self::ReplaceChild { parent: take(parent), child, to: take(to) }
+            }
+            Self::InsertFilter { node, filter } => {
+                Self::InsertFilter { node: take(node), filter: take(filter) }
+            }
+            Self::DropFilter { filter } => Self::DropFilter { filter: take(filter) },
+            Self::SetBacking { node, backing } => {
+                Self::SetBacking { node: take(node), backing: backing.map(take) }
+            }
+            Self::Remove { node } => Self::Remove { node: take(node) },
+            Self::Reopen { node, options } => Self::Reopen { node: take(node), options },
+            Self::Rename { node, name } => Self::Rename { node: take(node), name },
+            Self::Own { node } => Self::Own { node: take(node) },
+            Self::Disown { node } => Self::Disown { node: take(node) },
+            Self::Root { edge, to } => Self::Root { edge, to: to.map(take) },
+            Self::Access { edge, access } => Self::Access { edge, access },
+        }
+    }
 }
 
 /// Edits of the graph that take effect together or not at all. Made by [`Graph::change`], put into force by [`Change::commit`].
 ///
 /// Edits are applied in the order given, each to what the ones before have led to; only the outcome must be allowed. A change that is
-/// dropped does nothing.
+/// dropped does nothing, and the compiler warns:
+///
+/// ```compile_fail
+/// #![deny(unused_must_use)]
+/// # use bds_core::graph::{Graph, NodeRef};
+/// fn story(graph: Graph, node: NodeRef) {
+///     graph.change().own(&node);
+/// }
+/// ```
 #[must_use = "a change does nothing until it is committed"]
 #[derive(Debug)]
 pub struct Change {
     graph: Graph,
     pub(super) actions: Vec<Action>,
+    within: Vec<Arc<Section>>,
 }
 
 /// What a change did.
@@ -103,7 +146,7 @@ impl Graph {
     /// # Ok::<(), bds_core::Error>(()) }).unwrap();
     /// ```
     pub fn change(&self) -> Change {
-        Change { graph: self.clone(), actions: Vec::new() }
+        Change { graph: self.clone(), actions: Vec::new(), within: Vec::new() }
     }
 
     /// [`Change::append`] alone.
@@ -171,71 +214,79 @@ impl Change {
     /// node. The overlay was opened either on `top` already, or without a backing node (then its driver must be able to
     /// take one while it is open). Edges that stay (a job's) stay.
     pub fn append(self, top: &NodeRef, overlay: &NodeRef) -> Self {
-        self.with(Action::Append { top: keep(top), overlay: keep(overlay) })
+        self.with(Action::Append { top: top.clone(), overlay: overlay.clone() })
     }
 
     /// Everyone who uses `from` uses `to` from then on, except those at or below `to`, whose edges would close a loop, and
     /// edges that stay. So a filter opened on `from` stays there and takes over its users. Fails at a frozen edge.
     pub fn replace(self, from: &NodeRef, to: &NodeRef) -> Self {
-        self.with(Action::Replace { from: keep(from), to: keep(to) })
+        self.with(Action::Replace { from: from.clone(), to: to.clone() })
     }
 
     /// `parent`'s child of this name ("file", "backing") is `to` from then on. A child that a job inserted on its own account cannot be
     /// replaced; replacing it by the very node below it does nothing.
     pub fn replace_child(self, parent: &NodeRef, child: &str, to: &NodeRef) -> Self {
-        let (parent, child, to) = (keep(parent), child.to_owned(), keep(to));
+        let (parent, child, to) = (parent.clone(), child.to_owned(), to.clone());
         self.with(Action::ReplaceChild { parent, child, to })
     }
 
     /// Lets `filter`, which was opened on `node`, take over everyone else who uses `node`.
     pub fn insert_filter(self, node: &NodeRef, filter: &NodeRef) -> Self {
-        self.with(Action::InsertFilter { node: keep(node), filter: keep(filter) })
+        self.with(Action::InsertFilter { node: node.clone(), filter: filter.clone() })
     }
 
     /// Lets everyone who uses `filter` use the node it filters. The filter itself lives until its last reference goes; with
     /// [`Change::remove`] in the same change it goes at once.
     pub fn drop_filter(self, filter: &NodeRef) -> Self {
-        self.with(Action::DropFilter { filter: keep(filter) })
+        self.with(Action::DropFilter { filter: filter.clone() })
     }
 
     /// Gives a node another backing node, or none.
     pub fn set_backing(self, node: &NodeRef, backing: Option<&NodeRef>) -> Self {
-        self.with(Action::SetBacking { node: keep(node), backing: backing.map(keep) })
+        self.with(Action::SetBacking { node: node.clone(), backing: backing.cloned() })
     }
 
     /// Ends a node. Takes the reference, also if the change fails; the monitor's is taken too, if it has one and the change succeeds. What
     /// a filter does to its child does not count any more when the change is checked; what a format still has to write does. The
     /// reports are in [`ChangeReport::closed`].
     pub fn remove(self, node: NodeRef) -> Self {
-        self.with(Action::Remove { node: keep(&node) })
+        self.with(Action::Remove { node })
     }
 
     /// Gives a node other options; those that are not named stay. The common ones (`read-only`, `cache.*`, `discard`, `detect-zeroes`),
     /// `backing` and other children by node name, and those of its driver that can change while it is open. Nodes that were
     /// opened inline below it inherit what they inherited then.
     pub fn reopen(self, node: &NodeRef, options: Options) -> Self {
-        self.with(Action::Reopen { node: keep(node), options })
+        self.with(Action::Reopen { node: node.clone(), options })
     }
 
     /// Gives a node another name. In one change nodes may trade names: an overlay can take over the name of what it covers. Ids,
     /// references and edges notice nothing; a [`Graph::find`] of the old name finds whoever has it then.
     pub fn rename(self, node: &NodeRef, name: &str) -> Self {
-        self.with(Action::Rename { node: keep(node), name: name.into() })
+        self.with(Action::Rename { node: node.clone(), name: name.into() })
+    }
+
+    /// The change is made inside this drained section: it may reach what the section has drained. A reopen that has to write below
+    /// nodes that are drained waits for the end of such sections, but for those named here. The section lasts at least as
+    /// long as the change.
+    pub fn within(mut self, drained: &Drained) -> Self {
+        self.within.push(drained.section());
+        self
     }
 
     /// Lets the monitor own the node (its name then keeps it open).
     pub fn own(self, node: &NodeRef) -> Self {
-        self.with(Action::Own { node: keep(node) })
+        self.with(Action::Own { node: node.clone() })
     }
 
     /// Takes the node from the monitor's list.
     pub fn disown(self, node: &NodeRef) -> Self {
-        self.with(Action::Disown { node: keep(node) })
+        self.with(Action::Disown { node: node.clone() })
     }
 
     /// A root leads elsewhere, or nowhere.
     pub(crate) fn point_root(self, edge: &Arc<Edge>, to: Option<&NodeRef>) -> Self {
-        self.with(Action::Root { edge: Arc::clone(edge), to: to.map(keep) })
+        self.with(Action::Root { edge: Arc::clone(edge), to: to.cloned() })
     }
 
     /// A root asks for something else.
@@ -243,7 +294,16 @@ impl Change {
         self.with(Action::Access { edge: Arc::clone(edge), access })
     }
 
-    /// Puts the edits into force. Waits for requests in what is changed, for other changes, and for drivers that prepare.
+    /// Puts the edits into force, and uses the change up:
+    ///
+    /// ```compile_fail,E0382
+    /// # use bds_core::graph::Change;
+    /// async fn story(change: Change) {
+    ///     let _first = change.commit().await;
+    ///     let _second = change.commit().await;
+    /// }
+    /// ```
+    /// Waits for requests in what is changed, for other changes, and for drivers that prepare.
     ///
     /// # Errors
     /// Nothing has changed. `InvalidInput`: an edit makes no sense where it stands (a loop, another graph's node, no filter);
@@ -251,19 +311,34 @@ impl Change {
     /// what is replaced (both sides are named); `ReadOnly`, `Inactive`: somebody would write where that is not possible;
     /// `NotSupported`: a driver cannot do it while it is open; and whatever drivers fail with when they prepare.
     pub async fn commit(self) -> Result<ChangeReport> {
-        let Self { graph, actions } = self;
+        let Self { graph, actions, within } = self;
         check_ours(&graph, &actions)?;
         if actions.is_empty() {
             return Ok(ChangeReport { held: Duration::ZERO, closed: Vec::new() });
         }
-        let one = graph.begin_change().await;
-        let begun = bds_io::now();
-        let (moved, removed, drained) = carry_out(&graph, actions).await?;
+        let mut actions: Vec<Action> = actions;
+        let (one, begun, outcome) = loop {
+            let one = graph.begin_change().await;
+            actions = actions.into_iter().map(|action| action.held_by(TURN)).collect();
+            let begun = bds_io::now();
+            match carry_out(&graph, &actions, &within).await? {
+                Ok(outcome) => break (one, begun, outcome),
+                Err(blocked) => {
+                    // Whoever drains below may want a change of his own before he is done: he gets his turn.
+                    actions = actions.into_iter().map(|action| action.held_by(WAITING)).collect();
+                    drop(one);
+                    wait_undrained_below(&graph, &blocked).await;
+                    bds_io::yield_now().await;
+                }
+            }
+        };
+        let Outcome { moved, removed, drained } = outcome;
         moved.settle().await;
         drop(moved);
         drop(drained);
         let held = bds_io::now().saturating_sub(begun);
         drop(one);
+        drop(actions);
         let closed = commit::close_removed(&graph, removed).await;
         Ok(ChangeReport { held, closed })
     }
@@ -275,22 +350,38 @@ impl fmt::Display for ChangeReport {
     }
 }
 
+/// What remains to be done when the edges have been swapped.
+struct Outcome {
+    moved: Moved,
+    removed: Vec<NodeRef>,
+    drained: DrainSet,
+}
+
+/// Nodes whose drivers have to wait for the end of drained sections below them.
+type Blocked = Vec<Strong<Node>>;
+
 /// Drains, prepares, stages, checks, and puts into force.
-async fn carry_out(graph: &Graph, actions: Vec<Action>) -> Result<(Moved, Vec<NodeRef>, DrainSet)> {
-    let wanted = reopen::collect(graph, &actions)?;
+async fn carry_out(
+    graph: &Graph,
+    actions: &[Action],
+    within: &[Arc<Section>],
+) -> Result<Result<Outcome, Blocked>> {
+    let wanted = reopen::collect(graph, actions)?;
     let nodes = {
         let walls = graph.0.reaper.walls();
         let facts = wanted.iter().map(Wanted::facts).collect();
-        stage(graph, &walls, &actions, facts)?.to_drain()
+        stage(graph, &walls, actions, facts)?.to_drain()
     };
-    let mut drained = DrainSet::begin(graph, nodes, "change").await;
+    let mut drained = DrainSet::begin_within(graph, nodes, drain::CHANGE, within).await;
     loop {
         graph.step()?;
-        let prepared = prepare(graph, &drained, &wanted).await?;
+        let Some(prepared) = prepare(graph, &drained, &wanted).await? else {
+            return Ok(Err(wanted.iter().map(Wanted::node).collect()));
+        };
         let missing = {
             let walls = graph.0.reaper.walls();
             let facts = prepared.iter().map(Prepared::facts).collect();
-            let staged = stage(graph, &walls, &actions, facts)?;
+            let staged = stage(graph, &walls, actions, facts)?;
             // Opening and closing nodes is not held up meanwhile, so what is to be drained may have grown.
             let missing: Vec<_> =
                 staged.to_drain().into_iter().filter(|node| !drained.covers(node.id())).collect();
@@ -301,28 +392,39 @@ async fn carry_out(graph: &Graph, actions: Vec<Action>) -> Result<(Moved, Vec<No
                 let done =
                     commit::put_into_force(graph, &edit, staged, accesses, prepared, actions)?;
                 drop(walls);
-                return Ok((done.moved, done.removed, drained));
+                return Ok(Ok(Outcome { moved: done.moved, removed: done.removed, drained }));
             }
             missing
         };
         drop(prepared);
-        drained.extend(missing, "change").await;
+        drained.extend(missing, drain::CHANGE).await;
     }
 }
 
-/// Lets drivers get ready, who may have to write out what they hold back.
+/// Lets drivers get ready, who may have to write out what they hold back. `None`: one would have to wait for a drained section of
+/// somebody else's, which must not happen while others wait for their turn.
 async fn prepare<'w>(
     graph: &Graph,
     drained: &DrainSet,
     wanted: &'w [Wanted],
-) -> Result<Vec<Prepared<'w>>> {
+) -> Result<Option<Vec<Prepared<'w>>>> {
     if wanted.is_empty() {
-        return Ok(Vec::new());
+        return Ok(Some(Vec::new()));
     }
-    drained.open_doors();
-    let prepared = reopen::prepare(graph, wanted).await?;
+    let nodes: Vec<_> = wanted.iter().map(Wanted::node).collect();
+    let prepared = match drained.open_doors_for(&nodes) {
+        Ok(work) => {
+            let prepared = reopen::prepare(graph, wanted).await?;
+            drop(work);
+            prepared
+        }
+        Err(DrainedBelow) => match reopen::prepare(graph, wanted).now_or_never() {
+            Some(prepared) => prepared?,
+            None => return Ok(None),
+        },
+    };
     drained.settle().await;
-    Ok(prepared)
+    Ok(Some(prepared))
 }
 
 fn check_ours(graph: &Graph, actions: &[Action]) -> Result<()> {
@@ -392,21 +494,8 @@ impl Editor<'_, '_> {
                 Ok(())
             }
             Action::Reopen { node, options } => self.reopen_children(node, options),
-            Action::Own { node } => {
-                let was = self.stage.own(node.id(), true).unwrap_or(self.graph.is_owned(node.id()));
-                match was {
-                    true => Err(refuse(node, "the monitor owns it already".to_owned())),
-                    false => Ok(()),
-                }
-            }
-            Action::Disown { node } => {
-                let was =
-                    self.stage.own(node.id(), false).unwrap_or(self.graph.is_owned(node.id()));
-                match was {
-                    true => Ok(()),
-                    false => Err(refuse(node, "the monitor does not own it".to_owned())),
-                }
-            }
+            Action::Own { node } => self.own(node, true),
+            Action::Disown { node } => self.own(node, false),
             Action::Root { edge, to } => {
                 if let Some(old) = edge.medium() {
                     old.check_allowed(Operations::EJECT)?;
@@ -420,6 +509,15 @@ impl Editor<'_, '_> {
                 Ok(())
             }
         }
+    }
+
+    fn own(&mut self, node: &NodeRef, shall_be: bool) -> Result<()> {
+        let before = self.stage.own(node.id(), shall_be);
+        if before.unwrap_or_else(|| self.graph.is_owned(node.id())) != shall_be {
+            return Ok(());
+        }
+        let words = if shall_be { "owns it already" } else { "does not own it" };
+        Err(refuse(node, format!("the monitor {words}")))
     }
 
     fn append(&mut self, top: &NodeRef, overlay: &NodeRef) -> Result<()> {
@@ -543,10 +641,9 @@ impl Editor<'_, '_> {
         let mut holders = self.graph.holders(node.id());
         let is_owned = self.graph.is_owned(node.id());
         holders.retain(|info| match info.kind {
-            // The change's own references go, and the monitor's; edges are looked at where they lead in the end.
-            HolderKind::Change | HolderKind::Drain | HolderKind::Edge | HolderKind::Backend => {
-                false
-            }
+            // The change's own references go (it has its turn alone), and the monitor's; edges are looked at where they lead in the end.
+            HolderKind::Change | HolderKind::Edge | HolderKind::Backend => false,
+            HolderKind::Drain => !drain::is_by_change(&info.name),
             HolderKind::Monitor => !is_owned,
             _ => true,
         });
@@ -561,14 +658,9 @@ impl Editor<'_, '_> {
     }
 }
 
-/// A reference of the change's own: it is not in the way of a removal.
-fn keep(node: &NodeRef) -> NodeRef {
-    NodeRef::change(node.graph(), Strong::clone(node.strong()))
-}
-
 pub(super) fn refuse(node: &NodeRef, why: String) -> Error {
     Error::new(ErrorKind::InvalidInput, why).node(node.name())
 }
 
-/// References by id, so that one node is one entry.
-pub(super) type ById<T> = HashMap<NodeId, T>;
+/// By id, so that one node is one entry; walked in an order that a replay sees again.
+pub(super) type ById<T> = BTreeMap<NodeId, T>;

@@ -32,7 +32,7 @@ pub(super) fn put_into_force(
     stage: Stage<'_>,
     accesses: Accesses,
     prepared: Vec<Prepared<'_>>,
-    actions: Vec<Action>,
+    actions: &[Action],
 ) -> Result<Done> {
     let staged = stage.into_parts();
     let told = Told::tell(graph, &staged)?;
@@ -43,7 +43,7 @@ pub(super) fn put_into_force(
     prepared.into_iter().for_each(Prepared::commit);
     let Staged { moves, attached, dropped, facts, leaving } = staged;
     let mut moved = Moved::default();
-    // What came in this change may have been moved on by a later edit.
+    // New edges first, to where they were made for: a later edit of the same change may move them on.
     for staged in attached {
         moved.attach(edit, staged);
     }
@@ -60,7 +60,7 @@ pub(super) fn put_into_force(
     }
     perm::apply(edit.walls, accesses);
     moved.refresh(graph, edit);
-    graph.apply_ownership(&actions);
+    graph.apply_ownership(actions);
     let removed = graph.take_removed(actions, &leaving);
     Ok(Done { moved, removed })
 }
@@ -126,7 +126,7 @@ impl Moved {
     }
 
     pub(super) fn repoint(&mut self, edit: &Edit<'_>, staged: Move) {
-        let Move { edge, from, to } = staged;
+        let Move { edge, from, to, .. } = staged;
         // On the edge's own behalf: its share of the drain goes when it leaves the old node.
         edge.close();
         edge.swap(edit, to.clone());
@@ -175,7 +175,7 @@ impl Moved {
                 }
             });
         }
-        let mut todo: Vec<Strong<Node>> = self.parents.drain().map(|(_, node)| node).collect();
+        let mut todo: Vec<Strong<Node>> = std::mem::take(&mut self.parents).into_values().collect();
         while let Some(node) = todo.pop() {
             if node.refresh_limits() {
                 todo.extend(node.parents().iter().filter_map(|edge| edit.walls.parent_node(edge)));
@@ -203,26 +203,23 @@ impl Graph {
     fn apply_ownership(&self, actions: &[Action]) {
         for action in actions {
             match action {
-                Action::Own { node } => {
-                    // Checked while it was staged; nobody else can have come in between, or it is owned all the same.
-                    let owned = self.own(node.clone());
-                    debug_assert!(owned.is_ok(), "checked");
-                }
+                // Checked while it was staged. If somebody else was quicker just now, the monitor owns it all the same.
+                Action::Own { node } => drop(self.own(node.clone())),
                 Action::Disown { node } => drop(self.take_owned(node.id(), node.name())),
                 _ => {}
             }
         }
     }
 
-    /// The references of what is removed: the action's own, after the monitor's is gone.
-    fn take_removed(&self, actions: Vec<Action>, leaving: &ById<Strong<Node>>) -> Vec<NodeRef> {
+    /// References to what is removed, after the monitor's is gone.
+    fn take_removed(&self, actions: &[Action], leaving: &ById<Strong<Node>>) -> Vec<NodeRef> {
         let mut removed = Vec::new();
         for action in actions {
             if let Action::Remove { node } = action
                 && leaving.contains_key(&node.id())
             {
                 drop(self.take_owned(node.id(), node.name()));
-                removed.push(node);
+                removed.push(node.clone());
             }
         }
         removed

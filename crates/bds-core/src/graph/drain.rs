@@ -17,14 +17,14 @@
 //! **Queued is not in flight**: who waits at a gate is waited for by nobody. **A closing is**: a drain waits for closings that
 //! write to its nodes, and none begins while it lasts (`reap`). **A poisoned node is not waited for.**
 
-use std::collections::hash_map::Entry;
-use std::collections::{HashMap, HashSet};
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use bds_refcount::{Held, Holder, HolderKind, Strong};
+use bds_refcount::{Held, Holder, HolderKind, HolderName, Strong};
 use futures_util::future::{Either, select};
 
 use super::edge::{Edge, Parent};
@@ -32,6 +32,7 @@ use super::lock::Walls;
 use super::node::{Node, NodeId};
 use super::{Graph, NodeRef, walk};
 use crate::error::{Error, ErrorKind, Result};
+use crate::traffic::ShardNumber;
 
 impl Walls<'_> {
     /// The node that uses `edge`, if it is one and it lives.
@@ -52,6 +53,8 @@ impl Walls<'_> {
             }
             for edge in node.parents() {
                 if edge.quiesce(self) {
+                    #[cfg(test)]
+                    self.lock_first(&edge);
                     match self.parent_node(&edge) {
                         Some(parent) => todo.push(parent),
                         None => self.shut_root(&edge),
@@ -62,6 +65,14 @@ impl Walls<'_> {
         }
         // Parents first: they may still be sending.
         begun.iter().rev().for_each(|node| node.driver().drain_begin());
+    }
+
+    /// The wrong order, on purpose: the inner door first, then the wait for those who still want through it.
+    #[cfg(test)]
+    fn lock_first(&self, edge: &Edge) {
+        if self.reaper.topology.lock_first.load(std::sync::atomic::Ordering::Relaxed) {
+            edge.shut(self);
+        }
     }
 
     /// One reason less.
@@ -125,6 +136,15 @@ impl Walls<'_> {
         }
     }
 
+    /// A node that is being closed has one more edge. A drain of `node` waits for it, so its gate stays open.
+    pub(super) fn attach_closing(&self, node: &Node, edge: &Arc<Edge>) {
+        edge.begin_closing(self);
+        node.add_parent(edge);
+        if node.quiesce_count() > 0 {
+            edge.quiesce(self);
+        }
+    }
+
     fn take_no_part(&self, edge: &Arc<Edge>) {
         if edge.unquiesce(self)
             && let Some(parent) = self.parent_node(edge)
@@ -156,6 +176,13 @@ impl Walls<'_> {
     }
 }
 
+/// The name under which the change that has its turn drains.
+pub(super) const CHANGE: &str = "change";
+
+pub(super) fn is_by_change(name: &HolderName) -> bool {
+    matches!(name, HolderName::Text(text) if **text == *CHANGE)
+}
+
 /// Who drains, for "in use" texts.
 fn holder(what: &str) -> Holder {
     Holder::new(HolderKind::Drain, what)
@@ -164,22 +191,36 @@ fn holder(what: &str) -> Holder {
 /// Some nodes, drained. Taken apart by nobody: gates open when it is dropped.
 pub(super) struct DrainSet {
     graph: Graph,
-    nodes: HashMap<NodeId, Held<Node>>,
+    nodes: BTreeMap<NodeId, Held<Node>>,
+    /// Sections of whoever asked for this one: they are not somebody else's.
+    within: Vec<Arc<Section>>,
     /// Doors that were opened and not shut again.
     opened: Mutex<Vec<Weak<Edge>>>,
 }
 
 impl DrainSet {
-    fn new(graph: &Graph) -> Self {
-        Self { graph: graph.clone(), nodes: HashMap::new(), opened: Mutex::default() }
-    }
-
     /// Closes the gates in front of these nodes and waits until nobody is inside any of them nor above them. Dropped while it
     /// waits: the gates open again.
     pub(super) async fn begin(graph: &Graph, nodes: Vec<Strong<Node>>, what: &str) -> Self {
+        Self::begin_within(graph, nodes, what, &[]).await
+    }
+
+    /// As [`DrainSet::begin`], inside sections of one's own.
+    pub(super) async fn begin_within(
+        graph: &Graph,
+        nodes: Vec<Strong<Node>>,
+        what: &str,
+        within: &[Arc<Section>],
+    ) -> Self {
         let mut this = Self::new(graph);
+        this.within = within.to_vec();
         this.extend(nodes, what).await;
         this
+    }
+
+    fn new(graph: &Graph) -> Self {
+        let nodes = BTreeMap::new();
+        Self { graph: graph.clone(), nodes, within: Vec::new(), opened: Mutex::default() }
     }
 
     /// Some more.
@@ -198,8 +239,7 @@ impl DrainSet {
 
     /// Waits until nobody is inside, and shuts all doors on the way.
     pub(super) async fn settle(&self) {
-        let tops: Vec<Strong<Node>> = self.nodes.values().map(|held| Strong::clone(held)).collect();
-        wait_idle(&self.graph, &tops).await;
+        wait_idle(&self.graph, &self.own_nodes()).await;
         self.lock_opened().clear();
     }
 
@@ -207,20 +247,76 @@ impl DrainSet {
         self.opened.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// All that this and the sections around it have drained by name.
+    fn own_nodes(&self) -> Vec<Strong<Node>> {
+        let mut all: Vec<Strong<Node>> =
+            self.nodes.values().map(|held| Strong::clone(held)).collect();
+        for section in &self.within {
+            match section.is_all {
+                true => all.extend(self.graph.0.reaper.live()),
+                false => all.extend(section.set.own_nodes()),
+            }
+        }
+        all
+    }
+
+    /// How many of the node's sections are of this and those around it.
+    fn own_sections(&self, id: NodeId) -> u32 {
+        let around = |section: &Arc<Section>| match section.is_all {
+            true => 1,
+            false => section.set.own_sections(id),
+        };
+        u32::from(self.covers(id)) + self.within.iter().map(around).sum::<u32>()
+    }
+
     /// Lets drivers reach their children although these are drained, so that they can write out or read anew; roots stay
-    /// shut. [`DrainSet::settle`] shuts the doors again, as does the end, where somebody else drains the way further down. A child that somebody else drains is not reached: the driver waits for that.
-    pub(super) fn open_doors(&self) {
+    /// shut. [`DrainSet::settle`] shuts the doors again, as does the end of this where a section goes on. While the drivers of these nodes work, drains of what lies below wait for
+    /// them as for a request. `Err`: others have drained something below, so they may have to wait for the end of that.
+    pub(super) fn open_doors_for(&self, nodes: &[Strong<Node>]) -> Result<Work, DrainedBelow> {
         let walls = self.graph.0.reaper.walls();
-        for node in self.nodes.values() {
-            if node.sections() > 1 {
+        self.unshut(&walls);
+        let is_shut = |node: &Strong<Node>| node.children().iter().any(|edge| edge.is_closed());
+        if nodes.iter().any(is_shut) {
+            return Err(DrainedBelow);
+        }
+        let enter = |node: &Strong<Node>| (Strong::clone(node), node.traffic().enter());
+        Ok(Work { inside: nodes.iter().map(enter).collect() })
+    }
+
+    fn unshut(&self, walls: &Walls<'_>) {
+        let mut seen = HashSet::new();
+        let mut todo = self.own_nodes();
+        while let Some(node) = todo.pop() {
+            if !seen.insert(node.id()) || self.is_drained_by_others(&node) {
                 continue;
             }
             for edge in node.parents() {
-                if walls.parent_node(&edge).is_some() && edge.unshut(&walls) {
-                    self.lock_opened().push(Arc::downgrade(&edge));
+                if let Some(parent) = walls.parent_node(&edge) {
+                    if edge.unshut(walls) {
+                        self.lock_opened().push(Arc::downgrade(&edge));
+                    }
+                    todo.push(parent);
                 }
             }
         }
+    }
+
+    /// Has somebody else drained the node or something below it?
+    fn is_drained_by_others(&self, node: &Strong<Node>) -> bool {
+        let mut seen = HashSet::new();
+        let mut todo = vec![Strong::clone(node)];
+        while let Some(node) = todo.pop() {
+            if !seen.insert(node.id()) {
+                continue;
+            }
+            if node.sections() > self.own_sections(node.id()) {
+                return true;
+            }
+            let children = node.children();
+            let drained = children.iter().filter(|edge| edge.is_quiesced());
+            todo.extend(drained.map(|edge| Strong::clone(edge.target().strong())));
+        }
+        false
     }
 
     pub(super) fn covers(&self, id: NodeId) -> bool {
@@ -255,11 +351,48 @@ async fn wait_idle(graph: &Graph, nodes: &[Strong<Node>]) {
             return;
         }
         for node in pending {
-            wait_node(graph, &node).await;
-            let walls = reaper.walls();
-            let children = node.children();
-            children.iter().filter(|edge| edge.is_quiesced()).for_each(|edge| edge.shut(&walls));
+            loop {
+                wait_node(graph, &node).await;
+                let walls = reaper.walls();
+                // Its driver may have begun to work on its own account: it counts in under the lock (`Work`).
+                if node.is_poisoned() || node.traffic().in_flight() == 0 {
+                    let children = node.children();
+                    let drained = children.iter().filter(|edge| edge.is_quiesced());
+                    drained.for_each(|edge| edge.shut(&walls));
+                    break;
+                }
+            }
         }
+    }
+}
+
+/// Waits until nobody drains what lies below these nodes.
+pub(super) async fn wait_undrained_below(graph: &Graph, nodes: &[Strong<Node>]) {
+    let topology = &graph.0.reaper.topology;
+    loop {
+        let mut eased = pin!(topology.eased.notified());
+        eased.as_mut().enable();
+        let is_drained =
+            |node: &Strong<Node>| node.children().iter().any(|edge| edge.is_quiesced());
+        if !nodes.iter().any(is_drained) {
+            return;
+        }
+        eased.await;
+    }
+}
+
+/// Somebody else has drained what lies below.
+#[derive(Debug)]
+pub(super) struct DrainedBelow;
+
+/// Drivers at work on drained nodes of theirs: counted in like a request.
+pub(super) struct Work {
+    inside: Vec<(Strong<Node>, ShardNumber)>,
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        self.inside.iter().for_each(|(node, number)| node.traffic().leave(*number));
     }
 }
 
@@ -269,11 +402,17 @@ async fn wait_node(graph: &Graph, node: &Strong<Node>) {
     loop {
         let mut eased = pin!(graph.0.reaper.topology.eased.notified());
         eased.as_mut().enable();
-        if node.is_poisoned() || !node.parents().iter().any(|edge| edge.is_closing()) {
+        if node.is_poisoned() || !has_closing(graph, node) {
             return;
         }
         eased.await;
     }
+}
+
+/// Does a node that is being closed still use this one? Asked under the lock, under which such a node exchanges its edges.
+fn has_closing(graph: &Graph, node: &Strong<Node>) -> bool {
+    let _walls = graph.0.reaper.walls();
+    node.parents().iter().any(|edge| edge.is_closing())
 }
 
 /// These nodes and all above them, each after all of its parents.
@@ -299,13 +438,32 @@ fn above(walls: &Walls<'_>, nodes: &[Strong<Node>]) -> Vec<Strong<Node>> {
 /// Keeps the node open. Nests: the gates open when the last section ends. Closing a node that writes to a drained one waits
 /// for the end of the section.
 #[must_use = "the gates open when this is dropped"]
-pub struct Drained {
+pub struct Drained(Arc<Section>);
+
+/// What a [`Drained`] stands for. A change that is made within it keeps it until the change is done.
+pub(super) struct Section {
     set: DrainSet,
     /// Of [`Graph::drain_all`].
     is_all: bool,
 }
 
+impl Drained {
+    fn new(set: DrainSet, is_all: bool) -> Self {
+        Self(Arc::new(Section { set, is_all }))
+    }
+
+    pub(super) fn section(&self) -> Arc<Section> {
+        Arc::clone(&self.0)
+    }
+}
+
 impl fmt::Debug for Drained {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Debug for Section {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names = self.set.nodes.values().map(|node| node.name());
         f.debug_list().entries(names).finish()
@@ -319,7 +477,7 @@ impl Graph {
     /// Never blocks the thread. Waits as long as the slowest request inside: see [`Graph::drain_within`] and [`NodeRef::poison`].
     pub async fn drain(&self, node: &NodeRef) -> Drained {
         let set = DrainSet::begin(self, vec![Strong::clone(node.strong())], "drained section");
-        Drained { set: set.await, is_all: false }
+        Drained::new(set.await, false)
     }
 
     /// As [`Graph::drain`], for the node and everything below it.
@@ -327,7 +485,7 @@ impl Graph {
         let mut nodes = Vec::new();
         walk::each_below_strong(node.strong(), &mut |node| nodes.push(Strong::clone(node)));
         let set = DrainSet::begin(self, nodes, "drained section").await;
-        Drained { set, is_all: false }
+        Drained::new(set, false)
     }
 
     /// As [`Graph::drain`], for every node there is and every one that comes meanwhile. Keeps no node open: what dies during
@@ -341,7 +499,7 @@ impl Graph {
             all.iter().for_each(|node| walls.begin_section(node));
             all
         };
-        let drained = Drained { set, is_all: true };
+        let drained = Drained::new(set, true);
         wait_idle(self, &all).await;
         drained
     }
@@ -368,7 +526,7 @@ impl Graph {
     }
 }
 
-impl Drop for Drained {
+impl Drop for Section {
     fn drop(&mut self) {
         if self.is_all {
             let reaper = &self.set.graph.0.reaper;

@@ -51,7 +51,14 @@ pub(crate) struct EdgeParts {
     pub(crate) graph: Option<Graph>,
 }
 
-/// One parent's use of one node.
+/// One parent's use of one node. Not to be copied: a second user needs a second edge, with permissions of its own.
+///
+/// ```compile_fail,E0308
+/// # use bds_core::graph::Edge;
+/// fn story(edge: &Edge) -> Edge {
+///     edge.clone()
+/// }
+/// ```
 pub struct Edge {
     name: &'static str,
     role: Role,

@@ -33,6 +33,9 @@ pub(crate) struct Topology {
     pub(super) loosened: Loosened,
     /// A closing ended, or a drained section did.
     pub(super) eased: Notify,
+    /// Re-creates the order that deadlocks, for the test that must find it.
+    #[cfg(test)]
+    pub(super) lock_first: std::sync::atomic::AtomicBool,
 }
 
 /// What the lock keeps beside nodes and edges.

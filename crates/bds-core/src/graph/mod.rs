@@ -41,7 +41,7 @@ mod shutdown;
 mod transaction;
 pub mod walk;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, MutexGuard, Weak};
@@ -50,6 +50,7 @@ use bds_io::Fs;
 use bds_refcount::{Arena, Kind};
 pub use bds_refcount::{Holder, HolderInfo, HolderKind, HolderName, Release, Stale, Watch};
 
+pub use activity::Handover;
 pub use change::{Change, ChangeReport};
 pub use claims::{Blocker, JobSlot, Operations};
 pub use create::{NewImage, NewImageReport};
@@ -142,7 +143,7 @@ pub(crate) struct Plan {
     auto_names: u64,
     is_shut: bool,
     /// Nodes that the monitor owns.
-    monitor: HashMap<NodeId, monitor::Owned>,
+    monitor: BTreeMap<NodeId, monitor::Owned>,
     monitor_order: u64,
     /// Who wants to be told of a shutdown.
     stoppable: Vec<(ShutdownStage, Weak<dyn Stoppable>)>,

@@ -7,7 +7,7 @@
 //! Rules: of two edges to one node, each bears what the other does; nobody writes to a read-only or inactive node; who writes
 //! without resizing finds an aligned end. Loosening is not checked and cannot fail.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use bds_refcount::Strong;
@@ -43,7 +43,7 @@ pub(super) fn settle(
     let mut found = stage.wishes();
     let mut queue: VecDeque<Strong<Node>> = starts.into_iter().collect();
     let mut queued: HashSet<NodeId> = queue.iter().map(|node| node.id()).collect();
-    let mut visited: HashMap<NodeId, Strong<Node>> = HashMap::new();
+    let mut visited: BTreeMap<NodeId, Strong<Node>> = BTreeMap::new();
     while let Some(node) = queue.pop_front() {
         queued.remove(&node.id());
         let above = cumulate(stage.parents(&node).iter().map(|edge| access_of(&found, edge)));
@@ -185,7 +185,7 @@ fn conflict(node: &Node, user: (&Arc<Edge>, Access), objector: (&Arc<Edge>, Acce
 
 /// Sees to what edges that are gone did: the nodes they pointed to, and all below, may be used for less now.
 pub(super) fn loosen(walls: &Walls<'_>) {
-    let mut starts = HashMap::new();
+    let mut starts = BTreeMap::new();
     while let Some(id) = walls.reaper.topology.loosened.pop() {
         if let Ok(node) = walls.reaper.arena.acquire(id.0) {
             starts.insert(id, node);

@@ -101,6 +101,14 @@ impl From<CloseError> for Error {
 /// A dead node whose closing has begun.
 struct Closing(Dead<Node>);
 
+/// What became of the child of a node that is being closed.
+enum Released {
+    Died,
+    Survived,
+    /// It survived, and what was written to it may not be durable: it is to be flushed through this edge.
+    Unflushed(Arc<Edge>),
+}
+
 /// All it takes to close dead nodes, without the graph itself: the graph's own end reaps too.
 #[derive(Clone)]
 pub(crate) struct Reaper {
@@ -183,7 +191,8 @@ impl Reaper {
     fn begin_closing(&self, dead: Dead<Node>) -> Result<Closing, Dead<Node>> {
         let walls = self.walls();
         let children = dead.children().to_vec();
-        if children.iter().any(|edge| edge.is_quiesced()) {
+        // Without children it writes to its own medium at most: that waits for the end of a drained section of everything.
+        if walls.state.drain_alls > 0 || children.iter().any(|edge| edge.is_quiesced()) {
             return Err(dead);
         }
         children.iter().for_each(|edge| edge.begin_closing(&walls));
@@ -236,14 +245,13 @@ impl Reaper {
             if edge.frozen().is_some() {
                 self.leave_behind(&edge);
             }
-            let was_skipped = unflushed.contains(&handle);
-            match release(edge).await {
-                Some(Release::Last) => died.push(handle),
-                Some(Release::NotLast) if was_skipped => {
-                    let late = self.flush_survivor(handle).await;
+            match self.release_child(edge, node, unflushed.contains(&handle)).await {
+                Released::Died => died.push(handle),
+                Released::Survived => {}
+                Released::Unflushed(edge) => {
+                    let late = (self.make_port)(edge).flush().await;
                     flush_error = flush_error.or(late.err().map(|error| error.node(&*name)));
                 }
-                Some(Release::NotLast) | None => {}
             }
         }
         self.topology.eased.notify_waiters();
@@ -293,20 +301,52 @@ impl Reaper {
         Ok(())
     }
 
-    /// A child that looked as if it would die with us but found another holder.
-    async fn flush_survivor(&self, handle: Handle<Node>) -> Result<()> {
-        let Ok(strong) = self.arena.acquire(handle) else { return Ok(()) };
-        let edge = self.flush_edge(&strong);
-        self.walls().attach(&strong, &edge);
-        (self.make_port)(edge).flush().await
+    /// Gives a child up that `parent`, which is being closed, used through this edge.
+    async fn release_child(
+        &self,
+        mut edge: Arc<Edge>,
+        parent: NodeId,
+        was_skipped: bool,
+    ) -> Released {
+        for _ in 0..1000 {
+            match self.try_release(edge, parent, was_skipped) {
+                Ok(released) => return released,
+                // Somebody looks at the edge just now.
+                Err(back) => edge = back,
+            }
+            bds_io::yield_now().await;
+        }
+        // He keeps looking, and lets the child go when done.
+        Released::Survived
+    }
+
+    /// A child that was not flushed because it looked as if it would die with the parent, but found another holder, is flushed
+    /// after all: through an edge that takes the place of the other in one step, so that no drain ends in between.
+    fn try_release(
+        &self,
+        edge: Arc<Edge>,
+        parent: NodeId,
+        was_skipped: bool,
+    ) -> Result<Released, Arc<Edge>> {
+        let handle = edge.target().strong().handle();
+        let walls = self.walls();
+        match Edge::release(edge)? {
+            Release::Last => return Ok(Released::Died),
+            Release::NotLast if !was_skipped => return Ok(Released::Survived),
+            Release::NotLast => {}
+        }
+        let Ok(strong) = self.arena.acquire(handle) else { return Ok(Released::Survived) };
+        let edge = self.flush_edge(&strong, Parent::Node(parent));
+        walls.attach_closing(&strong, &edge);
+        Ok(Released::Unflushed(edge))
     }
 
     /// Makes everything durable that was written through the node. For whoever has it drained: no gate is asked.
     pub(super) async fn flush_node(&self, node: &Strong<Node>) -> Result<()> {
-        (self.make_port)(self.flush_edge(node)).flush().await
+        (self.make_port)(self.flush_edge(node, Parent::Root("flush".into()))).flush().await
     }
 
-    fn flush_edge(&self, node: &Strong<Node>) -> Arc<Edge> {
+    fn flush_edge(&self, node: &Strong<Node>, parent: Parent) -> Arc<Edge> {
         let parts = EdgeParts {
             name: "flush",
             role: Role::empty(),
@@ -316,7 +356,7 @@ impl Reaper {
             graph: None,
         };
         let edge = Edge::new(parts, Some(Strong::clone(node)), &self.topology.loosened);
-        edge.set_parent(Parent::Root("flush".into()));
+        edge.set_parent(parent);
         edge
     }
 
@@ -378,18 +418,6 @@ impl Reaper {
         let reaper = self.clone();
         to_the_end(work, move |reports| reaper.keep(reports)).await
     }
-}
-
-/// Ends an edge whose parent is gone. `None`: somebody keeps looking at it, and lets the child go when done.
-async fn release(mut edge: Arc<Edge>) -> Option<Release> {
-    for _ in 0..1000 {
-        match Edge::release(edge) {
-            Ok(release) => return Some(release),
-            Err(back) => edge = back,
-        }
-        bds_io::yield_now().await;
-    }
-    None
 }
 
 impl Graph {

@@ -23,6 +23,10 @@ pub(super) struct Wanted {
 }
 
 impl Wanted {
+    pub(super) fn node(&self) -> Strong<Node> {
+        Strong::clone(self.node.strong())
+    }
+
     /// What is checked, as far as it is known before the driver was asked.
     pub(super) fn facts(&self) -> NewFacts {
         facts(&self.node, self.flags, false)

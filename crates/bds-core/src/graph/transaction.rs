@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use bds_refcount::Strong;
 
+use super::change::ById;
 use super::edge::{Edge, Parent};
 use super::node::{Node, NodeId};
 use super::perm::{Access, Accesses};
@@ -37,6 +38,15 @@ pub(super) struct Move {
     pub(super) edge: Arc<Edge>,
     pub(super) from: Option<Strong<Node>>,
     pub(super) to: Option<Strong<Node>>,
+    /// Which of all edits it is: edges are moved in the order of the edits.
+    pub(super) number: usize,
+}
+
+/// An edge that goes.
+struct Dropped {
+    parent: Strong<Node>,
+    edge: Arc<Edge>,
+    number: usize,
 }
 
 /// An edge that comes.
@@ -53,15 +63,17 @@ pub(super) struct Stage<'g> {
     moves: HashMap<usize, Move>,
     attached: Vec<Attach>,
     /// Edges of nodes that go from their parent: the parent's list loses them.
-    dropped: HashMap<usize, (Strong<Node>, Arc<Edge>)>,
+    dropped: HashMap<usize, Dropped>,
+    /// Edits so far.
+    count: usize,
     /// Edges that come to a node, staged.
-    incoming: HashMap<NodeId, Vec<Arc<Edge>>>,
+    incoming: ById<Vec<Arc<Edge>>>,
     wishes: Accesses,
-    facts: HashMap<NodeId, Facts>,
-    leaving: HashMap<NodeId, Strong<Node>>,
+    facts: ById<Facts>,
+    leaving: ById<Strong<Node>>,
     /// What is to become of nodes' places on the monitor's list.
-    owned: HashMap<NodeId, bool>,
-    starts: HashMap<NodeId, Strong<Node>>,
+    owned: ById<bool>,
+    starts: ById<Strong<Node>>,
 }
 
 impl<'g> Stage<'g> {
@@ -71,12 +83,13 @@ impl<'g> Stage<'g> {
             moves: HashMap::new(),
             attached: Vec::new(),
             dropped: HashMap::new(),
-            incoming: HashMap::new(),
+            count: 0,
+            incoming: ById::new(),
             wishes: HashMap::new(),
-            facts: HashMap::new(),
-            leaving: HashMap::new(),
-            owned: HashMap::new(),
-            starts: HashMap::new(),
+            facts: ById::new(),
+            leaving: ById::new(),
+            owned: ById::new(),
+            starts: ById::new(),
         }
     }
 
@@ -210,7 +223,8 @@ impl<'g> Stage<'g> {
         if let Some(to) = to {
             self.incoming.entry(to.id()).or_default().push(Arc::clone(edge));
         }
-        let staged = Move { edge: Arc::clone(edge), from, to: to.cloned() };
+        let number = self.count_edit();
+        let staged = Move { edge: Arc::clone(edge), from, to: to.cloned(), number };
         self.moves.insert(key(edge), staged);
         Ok(())
     }
@@ -252,10 +266,14 @@ impl<'g> Stage<'g> {
         self.leave(now.as_ref(), edge);
         match self.attached.iter().position(|attach| Arc::ptr_eq(&attach.edge, edge)) {
             Some(place) => {
-                self.attached.swap_remove(place);
+                self.attached.remove(place);
                 self.moves.remove(&key(edge));
             }
-            None => drop(self.dropped.insert(key(edge), (Strong::clone(parent), Arc::clone(edge)))),
+            None => {
+                let (parent, edge, number) =
+                    (Strong::clone(parent), Arc::clone(edge), self.count_edit());
+                self.dropped.insert(key(&edge), Dropped { parent, edge, number });
+            }
         }
         Ok(())
     }
@@ -288,6 +306,11 @@ impl<'g> Stage<'g> {
     /// The monitor is to own the node, or not. What an earlier edit said of that.
     pub(super) fn own(&mut self, node: NodeId, is_owned: bool) -> Option<bool> {
         self.owned.insert(node, is_owned)
+    }
+
+    fn count_edit(&mut self) -> usize {
+        self.count += 1;
+        self.count
     }
 
     fn leave(&mut self, node: Option<&Strong<Node>>, edge: &Arc<Edge>) {
@@ -331,24 +354,26 @@ impl<'g> Stage<'g> {
             .filter(|staged| staged.is_real())
             .filter_map(|staged| staged.from.clone());
         let parents = self.attached.iter().filter_map(|attach| attach.parent.clone());
-        let dropped = self.dropped.values().flat_map(|(parent, edge)| {
+        let dropped = self.dropped.values().flat_map(|Dropped { parent, edge, .. }| {
             let target = edge.medium().map(|target| Strong::clone(target.strong()));
             [Some(Strong::clone(parent)), target].into_iter().flatten()
         });
         let others = self.facts.keys().chain(self.leaving.keys());
         let others = others.filter_map(|id| self.starts.get(id).cloned());
-        let mut seen = HashSet::new();
         let all = left.chain(parents).chain(dropped).chain(others);
-        all.filter(|node| seen.insert(node.id())).collect()
+        all.map(|node| (node.id(), node)).collect::<ById<_>>().into_values().collect()
     }
 
     /// All that differs, to be put into force.
     pub(super) fn into_parts(self) -> Staged {
-        let moves = self.moves.into_values().filter(Move::is_real).collect();
+        let mut moves: Vec<Move> = self.moves.into_values().filter(Move::is_real).collect();
+        moves.sort_by_key(|staged| staged.number);
+        let mut dropped: Vec<Dropped> = self.dropped.into_values().collect();
+        dropped.sort_by_key(|staged| staged.number);
         Staged {
             moves,
             attached: self.attached,
-            dropped: self.dropped.into_values().collect(),
+            dropped: dropped.into_iter().map(|staged| (staged.parent, staged.edge)).collect(),
             facts: self.facts,
             leaving: self.leaving,
         }
@@ -367,8 +392,8 @@ pub(super) struct Staged {
     pub(super) moves: Vec<Move>,
     pub(super) attached: Vec<Attach>,
     pub(super) dropped: Vec<(Strong<Node>, Arc<Edge>)>,
-    pub(super) facts: HashMap<NodeId, Facts>,
-    pub(super) leaving: HashMap<NodeId, Strong<Node>>,
+    pub(super) facts: ById<Facts>,
+    pub(super) leaving: ById<Strong<Node>>,
 }
 
 fn check_frozen(edge: &Arc<Edge>) -> Result<()> {

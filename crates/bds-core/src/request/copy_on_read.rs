@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bds_io::{Buf, IoVec};
+use bds_refcount::HolderKind;
 
 use super::dispatch::{bounce_align, read_aligned, read_inside, write_aligned};
 use super::enter::{Entered, Lodger};
@@ -26,9 +27,9 @@ use super::range::{self, round_down, round_up};
 use super::{dispatch, status, zero};
 use crate::driver::{Limits, ReadFlags, StatusFlags, WriteFlags};
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::{Edge, NodeRef};
+use crate::graph::{Access, Edge, NodeRef, Perm, Root};
 
-/// Longest piece, in bytes (longer only if a single unit is).
+/// Longest piece, in bytes (longer only if a single block of the node is). A power of two.
 const PIECE_LEN: u64 = 16 << 20;
 /// What says "so many bytes" where nobody looks at them.
 const BLIND_LEN: usize = 64 << 10;
@@ -38,6 +39,8 @@ const BLIND_LEN: usize = 64 << 10;
 #[must_use = "reads copy until this is dropped"]
 pub struct CopyOnReadGuard {
     node: NodeRef,
+    /// Holds the permission to write what is read anyway, here and further down.
+    _root: Arc<Edge>,
 }
 
 impl NodeRef {
@@ -45,15 +48,22 @@ impl NodeRef {
     /// node open.
     ///
     /// # Errors
-    /// `ReadOnly` if the node is.
+    /// `ReadOnly` or `Inactive` if the node is, `InUse` if somebody does not bear that it is written to.
     #[track_caller]
     pub fn enable_copy_on_read(&self) -> Result<CopyOnReadGuard> {
-        if !self.is_writable() {
+        if !self.could_write() {
             let words = "copy-on-read writes to the node, which is read-only; open it for writing";
             return Err(Error::new(ErrorKind::ReadOnly, words).node(self.name()));
         }
+        let root = Root {
+            kind: HolderKind::User,
+            name: "copy-on-read",
+            access: Access { perm: Perm::WRITE_UNCHANGED, shared: Perm::all() },
+            stays: true,
+        };
+        let root = self.graph().attach_root(Some(self), &root)?;
         self.copy_on_read().fetch_add(1, Ordering::Relaxed);
-        Ok(CopyOnReadGuard { node: self.clone() })
+        Ok(CopyOnReadGuard { node: self.clone(), _root: root })
     }
 }
 
@@ -100,15 +110,19 @@ pub(super) async fn read(
     flags: ReadFlags,
 ) -> Result<()> {
     let end = range::check_data(offset, iov.len() as u64)?;
-    if flags.contains(ReadFlags::COPY_ON_READ) {
-        range::check_write(edge, node, 0, true)?;
-    } else if !node.is_writable() {
-        return read_inside(node, offset, iov, flags).await;
-    }
     let below = flags.difference(ReadFlags::COPY_ON_READ);
+    let is_asked = flags.contains(ReadFlags::COPY_ON_READ);
+    // Whoever is not in charge of the bytes only reads them.
+    if !node.is_active() || !is_asked && !node.is_writable() {
+        return read_inside(node, offset, iov, below).await;
+    }
+    if is_asked {
+        range::check_write(edge, node, 0, true)?;
+    }
     let limits = node.limits();
     let align = u64::from(limits.request_alignment);
-    let unit = align.max(limits.zero_alignment.into());
+    // Units longer than a piece are not copied as wholes: a buffer is bounded, whatever a node says of itself.
+    let unit = align.max(PIECE_LEN.min(limits.zero_alignment.into()));
     let reach = round_up(node.len(), align);
     // The caller's bytes from `done` on are not there yet.
     let mut done = offset;

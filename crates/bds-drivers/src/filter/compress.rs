@@ -15,8 +15,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
 use bds_core::driver::{
-    Attempt, BoxFuture, Category, Child, Driver, DriverType, Limits, OpenContext, ReadFlags, Role,
-    StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Attempt, BoxFuture, Category, Child, Driver, DriverType, Limits, OpenContext, ReadFlags,
+    Reopen, ReopenContext, Role, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec};
 use bds_core::{Error, ErrorKind, Result};
@@ -214,6 +214,24 @@ impl Driver for CompressNode {
 
     fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
         self.file.allocated_len()
+    }
+
+    fn inactivate(&self) -> BoxFuture<'_, Result<()>> {
+        self.close()
+    }
+
+    /// Any mode will do, once what was begun has ended.
+    fn prepare_reopen<'n, 'c>(
+        &'n self,
+        _context: &'c mut ReopenContext<'_>,
+    ) -> BoxFuture<'c, Result<Box<dyn Reopen + 'n>>>
+    where
+        'n: 'c,
+    {
+        Box::pin(async {
+            self.late.wait(&(0..u64::MAX)).await;
+            Ok(Box::new(()) as Box<dyn Reopen>)
+        })
     }
 
     fn as_any(&self) -> &dyn Any {

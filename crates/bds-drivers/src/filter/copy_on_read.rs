@@ -4,13 +4,14 @@
 //! `bottom`, only what is held by the layers from `file` down to that node is copied; what lies further below is read and
 //! left there. If a change of the graph takes `bottom` out of the chain, nothing is copied any more.
 //!
-//! The node writes to its file without changing what is read there, so it is opened for writing.
+//! The node writes to its file without changing what is read there, so the file must be writable; the node itself need not be.
 
 use std::any::Any;
 
 use bds_core::driver::{
     Access, Attempt, BoxFuture, Category, Child, Driver, DriverType, Limits, NodeUse, OpenContext,
-    Perm, ReadFlags, Role, StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Perm, ReadFlags, Reopen, ReopenContext, Role, StatusFlags, StatusRun, Truncate, WriteFlags,
+    ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec};
 use bds_core::{Error, ErrorKind, Result};
@@ -87,15 +88,6 @@ impl Driver for CopyOnReadNode {
         true
     }
 
-    /// Copying needs no more than writing what is there already.
-    fn child_access(&self, _name: &str, role: Role, node: &NodeUse) -> Access {
-        let mut access = Access::of_child(role, node);
-        if node.is_writable && node.is_active {
-            access.perm |= Perm::WRITE_UNCHANGED;
-        }
-        access
-    }
-
     fn write_flags(&self) -> WriteFlags {
         WriteFlags::all()
     }
@@ -161,6 +153,26 @@ impl Driver for CopyOnReadNode {
         self.file.allocated_len()
     }
 
+    /// Copies are written whatever the parents do, also below a node that is itself read-only.
+    fn child_access(&self, _name: &str, role: Role, node: &NodeUse) -> Access {
+        let mut access = Access::of_child(role, node);
+        if node.is_active {
+            access.perm |= Perm::WRITE_UNCHANGED;
+        }
+        access
+    }
+
+    /// Any mode will do here; whether the file may be written is for the permissions to say.
+    fn prepare_reopen<'n, 'c>(
+        &'n self,
+        _context: &'c mut ReopenContext<'_>,
+    ) -> BoxFuture<'c, Result<Box<dyn Reopen + 'n>>>
+    where
+        'n: 'c,
+    {
+        Box::pin(async { Ok(Box::new(()) as Box<dyn Reopen>) })
+    }
+
     fn as_any(&self) -> &dyn Any {
         self
     }
@@ -186,10 +198,8 @@ impl DriverType for CopyOnRead {
         Box::pin(async move {
             let bottom = context.options.take_str("bottom")?;
             let file = context.child("file", Role::FILTERED | Role::PRIMARY).await?;
-            // Who only looks at the tree reads nothing.
-            if !file.is_writable() && !context.flags.info_only {
-                let words = "copy-on-read writes to its file: open this node and its file with \
-                             read-only=off";
+            if !file.is_writable() {
+                let words = "copy-on-read writes to its file: open the file with read-only=off";
                 return Err(Error::new(ErrorKind::ReadOnly, words));
             }
             if let Some(bottom) = &bottom {

@@ -12,8 +12,7 @@
 //! A crash leaves surplus space, which reads as zeros, and nothing else: no byte is moved, and only what lies behind `data_end` is ever
 //! cut off. Taking space ahead is an attempt: if it fails, the write goes on without.
 //!
-//! Nobody else may change the length of the file meanwhile. The surplus is given back by closing the node, and by any
-//! change of length; there is no way yet to be told that the last writer has left.
+//! Nobody else may write to the file or resize it meanwhile. The surplus is given back when the node is closed or made inactive, and by any change of length; a driver is not told that the last writer has left.
 
 use std::any::Any;
 use std::pin::Pin;
@@ -23,7 +22,8 @@ use std::task::{Context, Poll};
 
 use bds_core::driver::{
     Access, Attempt, BoxFuture, Category, Child, Driver, DriverType, Limits, NodeUse, OpenContext,
-    Perm, Prealloc, ReadFlags, Role, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Perm, Prealloc, ReadFlags, Reopen, ReopenContext, Role, StatusRun, Truncate, WriteFlags,
+    ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, ErrorKind, Result};
@@ -63,8 +63,8 @@ struct Inner {
     align: u64,
     /// Bytes.
     ahead: u64,
-    /// False: the file cannot be written, so nothing here is ever used.
-    is_active: bool,
+    /// False: the file cannot be written, so nothing here is used.
+    is_active: AtomicBool,
     /// Length as others see it.
     data_end: AtomicU64,
     /// From here to the end of the file all is zeros. Raised before anything is written there.
@@ -189,8 +189,19 @@ impl Inner {
         Ok(())
     }
 
+    /// The file as it is now holds no surplus.
+    fn measure(&self) {
+        let len = self.file.len();
+        self.data_end.store(len, Ordering::SeqCst);
+        self.zero_from.store(len, Ordering::SeqCst);
+    }
+
+    fn is_active(&self) -> bool {
+        self.is_active.load(Ordering::SeqCst)
+    }
+
     fn is_past(&self, end: u64) -> bool {
-        self.is_active && end > self.data_end.load(Ordering::SeqCst)
+        self.is_active() && end > self.data_end.load(Ordering::SeqCst)
     }
 }
 
@@ -215,13 +226,28 @@ impl<T> Drop for ToTheEnd<T> {
     }
 }
 
+/// Another mode, prepared.
+struct Mode<'n> {
+    node: &'n Inner,
+    will_write: bool,
+}
+
+impl Reopen for Mode<'_> {
+    fn commit(self: Box<Self>) {
+        let was_active = self.node.is_active.swap(self.will_write, Ordering::SeqCst);
+        if self.will_write && !was_active {
+            self.node.measure();
+        }
+    }
+}
+
 impl Driver for PreallocateNode {
     fn name(&self) -> &'static str {
         "preallocate"
     }
 
     fn len(&self) -> u64 {
-        if self.0.is_active { self.0.data_end.load(Ordering::SeqCst) } else { self.0.file.len() }
+        if self.0.is_active() { self.0.data_end.load(Ordering::SeqCst) } else { self.0.file.len() }
     }
 
     fn limits(&self) -> Limits {
@@ -230,16 +256,6 @@ impl Driver for PreallocateNode {
 
     fn is_filter(&self) -> bool {
         true
-    }
-
-    /// The surplus is taken and given back whoever uses the node; nobody else may change the file's length or write behind its end.
-    fn child_access(&self, _name: &str, role: Role, node: &NodeUse) -> Access {
-        let mut access = Access::of_child(role, node);
-        if node.is_writable && node.is_active {
-            access.perm |= Perm::changes();
-            access.shared -= Perm::changes();
-        }
-        access
     }
 
     fn write_flags(&self) -> WriteFlags {
@@ -302,7 +318,7 @@ impl Driver for PreallocateNode {
     }
 
     fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
-        if !self.0.is_active {
+        if !self.0.is_active() {
             return self.0.file.truncate(change);
         }
         Box::pin(self.0.resize(change))
@@ -312,13 +328,50 @@ impl Driver for PreallocateNode {
         self.0.file.allocated_len()
     }
 
+    /// Nobody else may move the end of the file, nor write behind ours. Asked for also while no parent writes: what is taken must
+    /// be given back after the last one left.
+    fn child_access(&self, _name: &str, role: Role, node: &NodeUse) -> Access {
+        let mut access = Access::of_child(role, node);
+        if node.is_writable && node.is_active {
+            access.perm |= Perm::changes();
+            access.shared -= Perm::changes();
+        }
+        access
+    }
+
+    fn inactivate(&self) -> BoxFuture<'_, Result<()>> {
+        self.close()
+    }
+
+    fn activate(&self) -> BoxFuture<'_, Result<()>> {
+        self.0.measure();
+        Box::pin(async { Ok(()) })
+    }
+
+    /// Read-only, there is no surplus; writable again, the file is measured anew.
+    fn prepare_reopen<'n, 'c>(
+        &'n self,
+        context: &'c mut ReopenContext<'_>,
+    ) -> BoxFuture<'c, Result<Box<dyn Reopen + 'n>>>
+    where
+        'n: 'c,
+    {
+        let will_write = !context.flags.read_only;
+        Box::pin(async move {
+            if !will_write {
+                self.close().await?;
+            }
+            Ok(Box::new(Mode { node: &self.0, will_write }) as Box<dyn Reopen>)
+        })
+    }
+
     fn as_any(&self) -> &dyn Any {
         self
     }
 
     fn close(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async {
-            if !self.0.is_active {
+            if !self.0.is_active() {
                 return Ok(());
             }
             let _alone = self.0.growing.lock().await;
@@ -350,7 +403,7 @@ impl DriverType for Preallocate {
             let file = context.child("file", Role::FILTERED | Role::PRIMARY).await?;
             let len = file.len();
             Ok(Box::new(PreallocateNode(Arc::new(Inner {
-                is_active: file.is_writable(),
+                is_active: AtomicBool::new(file.is_writable()),
                 file,
                 align,
                 ahead,

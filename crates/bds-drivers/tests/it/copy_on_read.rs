@@ -1,6 +1,6 @@
 //! Copy-on-read over qcow2 chains: what is kept where, and what `bottom` leaves alone. The sweeps (`sweep/`) break it.
 
-use bds_core::driver::{StatusFlags, WriteFlags};
+use bds_core::driver::{Access, Perm, StatusFlags, WriteFlags};
 use bds_core::graph::walk;
 use bds_core::request::{Backend, BackendOptions};
 use bds_core::{ErrorKind, Result};
@@ -116,16 +116,53 @@ fn below_bottom_nothing_is_taken() {
 }
 
 #[test]
-fn a_read_only_tree_is_refused() {
+fn the_file_must_be_writable_and_the_filter_need_not_be() {
     let (_world, house) = world();
     let options = json!({"driver": "copy-on-read", "read-only": true, "file": image()});
     let error = house.node(options).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ReadOnly);
     assert!(error.to_string().contains("read-only=off"), "{error}");
-    let mut read_only = image();
-    read_only["read-only"] = json!(true);
-    let error = house.node(json!({"driver": "copy-on-read", "file": read_only})).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::ReadOnly);
+    let mut file = image();
+    file["read-only"] = json!(false);
+    let options = json!({"driver": "copy-on-read", "read-only": true, "file": file});
+    let disk = house.backend(options).unwrap();
+    assert!(!disk.node().is_writable());
+    house.read(&disk, 0, 100).unwrap();
+    assert!(is_held(&house, "disk", 0, CLUSTER));
+}
+
+/// The switch asks for its own permission, so nobody above has to write.
+#[test]
+fn a_reader_may_switch_it_on_unless_somebody_minds() {
+    let (_world, house) = world();
+    let node = house.node(image()).unwrap();
+    let options = BackendOptions { name: "reader".into(), writable: false };
+    let disk = Backend::new(&node, options).unwrap();
+    let guard = node.enable_copy_on_read().unwrap();
+    house.read(&disk, 0, 100).unwrap();
+    assert!(is_held(&house, "disk", 0, CLUSTER));
+    drop(guard);
+    let alone = Access { perm: Perm::CONSISTENT_READ, shared: Perm::CONSISTENT_READ };
+    let _job = house.graph.attach_job(&node, "snapshot", alone).unwrap();
+    let error = node.enable_copy_on_read().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InUse);
+    assert!(error.to_string().contains("snapshot") && !node.copies_on_read(), "{error}");
+}
+
+#[test]
+fn an_inactive_image_is_only_read() {
+    let (_world, house) = world();
+    let disk = house.backend(json!({"driver": "copy-on-read", "file": image()})).unwrap();
+    let node = disk.node();
+    drop(disk);
+    let reader = BackendOptions { name: "reader".into(), writable: false };
+    let disk = Backend::new(&node, reader).unwrap();
+    house.sim.block_on(house.graph.inactivate(&node)).unwrap();
+    house.read(&disk, 0, 100).unwrap();
+    assert!(!is_held(&house, "disk", 0, 1));
+    house.sim.block_on(house.graph.activate(&node)).unwrap();
+    house.read(&disk, 0, 100).unwrap();
+    assert!(is_held(&house, "disk", 0, CLUSTER));
 }
 
 /// A filter on a filter: the way down to the image is found through both.

@@ -199,8 +199,8 @@ fn everything_is_given_away_before_the_end_of_a_migration_and_can_come_back() {
 /// Writes a counter over and over, each time to the next block, and reads it back.
 async fn keep_writing(backend: Arc<Backend>, first: u64, stop: Arc<AtomicBool>) -> Vec<u8> {
     let mut last = vec![0; 16];
-    for round in 1u8.. {
-        if stop.load(Ordering::Relaxed) || round == u8::MAX {
+    for round in (1..=u8::MAX).cycle() {
+        if stop.load(Ordering::Relaxed) {
             break;
         }
         let at = usize::from(round) % 16;
@@ -311,4 +311,36 @@ fn reading_is_enough_to_copy_on_read() {
     assert_eq!(refused.kind(), ErrorKind::InUse, "{refused}");
     drop(switch);
     house.sim.block_on(house.graph.reopen(&disk, read_only)).unwrap();
+}
+
+#[test]
+fn a_reopen_inside_ones_own_drained_section_reaches_what_that_has_drained() {
+    let house = house(&["disk"]);
+    let disk = house.node(image("disk")).unwrap();
+    let backend = guest(&disk, true).unwrap();
+    house.write(&backend, 0, &[7; 4096]).unwrap();
+    drop(backend);
+    let graph = house.graph.clone();
+    let set = |on: bool| options(json!({"read-only": on}));
+    house.sim.block_on(async {
+        let drained = graph.drain_subtree(&disk).await;
+        graph.change().reopen(&disk, set(true)).within(&drained).commit().await.unwrap();
+        assert_eq!(disk.in_flight(), 0);
+        assert!(disk.quiesce_count() > 0, "the section goes on");
+        drop(drained);
+        let everything = graph.drain_all().await;
+        graph.change().reopen(&disk, set(false)).within(&everything).commit().await.unwrap();
+        // Somebody else's section is waited for, and others may change the graph meanwhile.
+        let mut waiting = Box::pin(graph.change().reopen(&disk, set(true)).commit());
+        for _ in 0..50 {
+            assert!(futures_util::poll!(&mut waiting).is_pending());
+            bds_io::yield_now().await;
+        }
+        graph.change().rename(&disk, "other").commit().await.unwrap();
+        drop(everything);
+        waiting.await.unwrap();
+    });
+    assert!(!disk.is_writable());
+    let left: Vec<u32> = house.graph.nodes().iter().map(|node| node.quiesce_count()).collect();
+    assert_eq!(left, [0, 0]);
 }

@@ -4,9 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bds_core::driver::{Attempt, Prealloc, Truncate, WriteFlags, ZeroFlags};
-use bds_core::graph::{Graph, GraphConfig};
+use bds_core::graph::{Graph, GraphConfig, walk};
 use bds_core::request::{Backend, BackendOptions};
-use bds_core::{ErrorKind, Result};
+use bds_core::{ErrorKind, Options, Result};
 use bds_io::sim::{Fault, OpMask};
 use bds_io::{Buf, OpenOptions, Sim, SimConfig};
 use futures_util::future::join_all;
@@ -53,11 +53,8 @@ impl Rig {
     }
 
     fn resize(&self, len: u64) -> Result<()> {
-        let node = self.house.graph.find("ahead").unwrap();
-        let options = BackendOptions { name: "resize".into(), writable: true };
-        let below = Backend::new(&node, options).unwrap();
         let change = Truncate { len, exact: true, prealloc: Prealloc::Off, zero_new: true };
-        self.house.sim.block_on(below.truncate(change))
+        self.house.sim.block_on(self.disk.truncate(change))
     }
 
     /// Closes all of it; the length and the bytes of the file.
@@ -138,7 +135,7 @@ fn what_is_cut_off_and_grown_again_reads_as_zeros() {
 fn holes_stay_holes() {
     let rig = Rig::new(calm());
     rig.write(0, 1, 1000).unwrap();
-    rig.write(500 << 20, 2, 1000).unwrap();
+    rig.write(40 << 20, 2, 1000).unwrap();
     let used = rig.house.sim.block_on(
         rig.disk
             .node()
@@ -151,7 +148,7 @@ fn holes_stay_holes() {
             .unwrap(),
     );
     assert!(used < 300_000, "{used}");
-    assert_eq!(rig.close().len(), (500 << 20) + 1000);
+    assert_eq!(rig.close().len(), (40 << 20) + 1000);
 }
 
 #[test]
@@ -245,6 +242,78 @@ fn space_that_nobody_waits_for_does_not_overwrite_the_next_writer() {
 }
 
 #[test]
+fn nobody_else_moves_the_end_of_the_file() {
+    let rig = Rig::new(calm());
+    rig.write(0, 1, 1000).unwrap();
+    let file = rig.house.graph.find("f").unwrap();
+    let writer = || BackendOptions { name: "other".into(), writable: true };
+    let error = Backend::new(&file, writer()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InUse);
+    assert!(error.to_string().contains("ahead.file"), "{error}");
+    // Whoever takes over the bytes finds no surplus, and may leave another length behind.
+    let Rig { house, disk } = rig;
+    let node = disk.node();
+    drop(disk);
+    house.sim.block_on(house.graph.inactivate(&node)).unwrap();
+    assert_eq!(file.len(), 1000);
+    house.sim.block_on(house.graph.activate(&node)).unwrap();
+    let disk = Backend::new(&node, writer()).unwrap();
+    house.write(&disk, 1000, &[2; 500]).unwrap();
+    assert!(file.len() > 50_000);
+    assert_eq!(house.read(&disk, 0, 2000).unwrap()[999..1501], {
+        let mut expected = [2; 502];
+        (expected[0], expected[501]) = (1, 0);
+        expected
+    });
+}
+
+#[test]
+fn a_file_that_becomes_read_only_has_no_surplus() {
+    let rig = Rig::new(calm());
+    rig.write(0, 1, 1000).unwrap();
+    let Rig { house, disk } = rig;
+    drop(disk);
+    house.sim.block_on(house.graph.reap());
+    let options = json!({
+        "driver": "preallocate", "prealloc-size": AHEAD,
+        "file": {"driver": "file", "node-name": "f", "filename": "/disks/f"},
+    });
+    let log = json!({"driver": "log", "node-name": "log", "file": options});
+    let disk = house.backend(log).unwrap();
+    house.write(&disk, 1000, &[2; 1000]).unwrap();
+    let node = disk.node();
+    drop(disk);
+    let file = house.graph.find("f").unwrap();
+    assert!(file.len() > 2000);
+    let mode = |is_read_only: bool| {
+        let options = Options::new().with("read-only", is_read_only);
+        let filter = walk::child(&node, "file").unwrap().0;
+        house.sim.block_on(house.graph.reopen(&filter, options))
+    };
+    // The format above has not agreed to be read-only, so nothing changes but the surplus.
+    assert!(mode(true).is_err());
+    assert_eq!(file.len(), 2000);
+    let disk = Backend::new(&node, BackendOptions { name: "test".into(), writable: true }).unwrap();
+    house.write(&disk, 2000, &[3; 1000]).unwrap();
+    assert!(file.len() > 3000);
+    drop(disk);
+    let filter = walk::child(&node, "file").unwrap().0;
+    house.sim.block_on(node.close()).unwrap();
+    house
+        .sim
+        .block_on(house.graph.reopen(&filter, Options::new().with("read-only", true)))
+        .unwrap();
+    assert_eq!((filter.len(), file.len(), filter.is_writable()), (3000, 3000, false));
+    house
+        .sim
+        .block_on(house.graph.reopen(&filter, Options::new().with("read-only", false)))
+        .unwrap();
+    let disk =
+        Backend::new(&filter, BackendOptions { name: "test".into(), writable: true }).unwrap();
+    assert_eq!(house.read(&disk, 1000, 2000).unwrap()[999..1001], [2, 3]);
+}
+
+#[test]
 fn wrong_options_are_refused_and_a_read_only_file_is_only_read() {
     let rig = Rig::new(calm());
     rig.write(0, 1, 1000).unwrap();
@@ -268,8 +337,8 @@ fn wrong_options_are_refused_and_a_read_only_file_is_only_read() {
 /// A format that writes past the end of its file, as qcow2 does, but shows where.
 mod growing {
     use bds_core::driver::{
-        Access, BoxFuture, Category, Child, Driver, DriverType, NodeUse, OpenContext, ReadFlags,
-        Role, StatusFlags, StatusRun, WriteFlags, ZeroFlags,
+        BoxFuture, Category, Child, Driver, DriverType, OpenContext, ReadFlags, Role, StatusFlags,
+        StatusRun, Truncate, WriteFlags, ZeroFlags,
     };
     use bds_core::options::{OptionKind, OptionSpec};
     use bds_core::{Result, driver::Attempt};
@@ -281,11 +350,6 @@ mod growing {
     struct LogNode(Child);
 
     impl Driver for LogNode {
-        /// The test resizes behind its back.
-        fn child_access(&self, _name: &str, _role: Role, _node: &NodeUse) -> Access {
-            Access::ALL
-        }
-
         fn name(&self) -> &'static str {
             "log"
         }
@@ -313,6 +377,10 @@ mod growing {
             flags: ZeroFlags,
         ) -> BoxFuture<'_, Result<Attempt>> {
             self.0.write_zeroes(offset, len, flags)
+        }
+
+        fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
+            self.0.truncate(change)
         }
 
         fn block_status(&self, _: u64, len: u64, _: bool) -> BoxFuture<'_, Result<StatusRun>> {

@@ -313,3 +313,56 @@ fn threads_share_a_group_and_nobody_is_forgotten() {
     let passed: u64 = disks.iter().map(|disk| disk.stats().totals(Operation::Write).ops).sum();
     assert!(passed >= 4 * 30 * 40, "{passed}");
 }
+
+/// A drain waits for nobody's turn, and the limits hold again afterwards.
+#[test]
+fn a_drained_section_begins_at_once() {
+    let (house, groups) = house(1);
+    groups.create("g", limits(json!({"bps-total": 1000}))).unwrap();
+    let disk = Arc::new(disk(&house, "a", "g"));
+    house.sim.block_on(async {
+        write(&disk, 100_000).await;
+        let queued: Vec<_> = (0..5)
+            .map(|_| {
+                let disk = Arc::clone(&disk);
+                bds_io::spawn(async move { write(&disk, 1000).await })
+            })
+            .collect();
+        sleep(Duration::from_secs(1)).await;
+        let drained = house.graph.drain(&disk.node()).await;
+        assert_eq!(join_all(queued).await, [1_000_000_000; 5]);
+        drop(drained);
+        // 105,000 bytes went; all but the burst of 100 must leak.
+        assert_eq!(write(&disk, 1).await, 104_900_000_000);
+    });
+}
+
+#[test]
+fn a_node_takes_other_limits_and_modes_while_it_is_open() {
+    let (house, groups) = house(1);
+    let options = json!({
+        "driver": "throttle", "node-name": "a", "limits": {"bps-total": 1000},
+        "file": {"driver": "mem", "size": 65536},
+    });
+    let node = house.node(options).unwrap();
+    let reopen = |node, options| house.sim.block_on(house.graph.reopen(node, options));
+    let read_only = |is_on: bool| Options::new().with("read-only", is_on);
+    reopen(&node, read_only(true)).unwrap();
+    assert!(!node.is_writable());
+    reopen(&node, read_only(false)).unwrap();
+    let writable = || BackendOptions { name: "test".into(), writable: true };
+    let disk = Backend::new(&node, writable()).unwrap();
+    let fast = Options::from_json(json!({"limits": {"bps-total": 10_000}})).unwrap();
+    let times = house.sim.block_on(async {
+        write(&disk, 1100).await;
+        house.graph.reopen(&node, fast.clone()).await.unwrap();
+        [write(&disk, 2000).await, write(&disk, 1).await]
+    });
+    // The new buckets are empty.
+    assert_eq!(times, [0, 100_000_000]);
+    let wrong = Options::from_json(json!({"limits": {"bps-read-max": 10}})).unwrap();
+    assert!(reopen(&node, wrong).is_err());
+    groups.create("g", RateLimits::default()).unwrap();
+    let member = self::disk(&house, "b", "g").node();
+    assert_eq!(reopen(&member, fast).unwrap_err().kind(), ErrorKind::InvalidInput);
+}

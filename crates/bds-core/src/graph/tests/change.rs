@@ -184,6 +184,22 @@ fn a_filter_is_dropped_and_ended_in_one_change() {
 }
 
 #[test]
+fn a_node_that_a_waiting_change_refers_to_is_not_removed() {
+    run(|world| async move {
+        let node = image(&world, "node").await;
+        let other = image(&world, "other").await;
+        let waiting = world.graph.change().set_backing(&other, Some(&node));
+        let error = world.graph.change().remove(node).commit().await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InUse, "{error}");
+        waiting.commit().await.unwrap();
+        let second = world.graph.find("node").unwrap();
+        world.graph.set_backing(&other, None).await.unwrap();
+        let report = world.graph.change().remove(second).commit().await.unwrap();
+        assert_eq!(report.closed[0].name, "node");
+    });
+}
+
+#[test]
 fn limits_follow_the_graph() {
     run(|world| async move {
         let top = image(&world, "top").await;
@@ -333,5 +349,21 @@ fn nodes_trade_names_in_one_change_and_references_stay_with_their_nodes() {
         graph.reap().await;
         assert!(graph.find("disk").is_err() && graph.find("old").is_err());
         drop(image(&world, "old").await);
+    });
+}
+
+#[test]
+fn what_somebody_else_has_drained_is_not_removed() {
+    run(|world| async move {
+        let below = image(&world, "below").await;
+        let filter = world.open("driver=pass,node-name=filter,file=below").await;
+        let drained = world.graph.drain(&filter).await;
+        let refused = world.graph.change().remove(filter.clone()).commit().await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::InUse);
+        assert!(refused.to_string().contains("drained section"), "{refused}");
+        drop(drained);
+        let report = world.graph.change().remove(filter).commit().await.unwrap();
+        assert_eq!(report.closed.len(), 1);
+        drop(below);
     });
 }

@@ -8,6 +8,7 @@ mod gates;
 mod history;
 mod open;
 mod properties;
+mod schedules;
 mod threads;
 
 use std::sync::Mutex;

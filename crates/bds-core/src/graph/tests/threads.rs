@@ -93,7 +93,7 @@ fn nobody_is_inside_a_drained_node_nor_stays_with_one_the_edge_has_left() {
                 let to = Some(to.strong().clone());
                 let mut moved = Moved::default();
                 let walls = graph.0.reaper.walls();
-                let staged = Move { edge: Arc::clone(&edge), from: Some(strong), to };
+                let staged = Move { edge: Arc::clone(&edge), from: Some(strong), to, number: 0 };
                 moved.repoint(&Edit::new(&drained, &walls), staged);
                 drop(walls);
                 drop(moved);

@@ -90,6 +90,8 @@ fn a_long_read_is_copied_in_bounded_pieces() {
         let len = 40 << 20;
         let config = Config {
             backs: true,
+            // However large its units.
+            limits: Limits { zero_alignment: 1 << 30, ..Limits::default() },
             statuses: vec![(0..len, StatusFlags::empty(), None)],
             options: Options::new().with("backing", "base"),
             ..Config::default()

@@ -278,6 +278,11 @@ impl Member {
         Some(Pass { group: &self.group, direction, cost, is_used: false })
     }
 
+    /// Other limits for the whole group; checked before.
+    pub(super) fn set_limits(&self, limits: RateLimits) {
+        self.group.set_limits(limits).expect("the limits were checked when they were parsed");
+    }
+
     /// From now on nobody of this member waits.
     pub(super) fn drain_begin(&self) {
         let mut state = self.group.lock();

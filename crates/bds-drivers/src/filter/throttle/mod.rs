@@ -21,11 +21,11 @@ mod tests;
 use std::any::Any;
 
 use bds_core::driver::{
-    Attempt, BoxFuture, Category, Child, Driver, DriverType, Limits, OpenContext, ReadFlags, Role,
-    StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Attempt, BoxFuture, Category, Child, Driver, DriverType, Limits, OpenContext, ReadFlags,
+    Reopen, ReopenContext, Role, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
-use bds_core::rate::Direction;
+use bds_core::rate::{Direction, RateLimits};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 
@@ -56,6 +56,33 @@ struct ThrottleNode {
     file: Child,
     /// Leaves the group when the node goes.
     member: Member,
+    /// The group is this node's own.
+    is_alone: bool,
+}
+
+/// Other limits for a node that has its own.
+struct NewLimits<'n>(Option<(&'n Member, RateLimits)>);
+
+impl Reopen for NewLimits<'_> {
+    fn commit(self: Box<Self>) {
+        if let Some((member, limits)) = self.0 {
+            member.set_limits(limits);
+        }
+    }
+}
+
+impl ThrottleNode {
+    fn prepare(&self, context: &mut ReopenContext<'_>) -> Result<NewLimits<'_>> {
+        let Some(limits) = limits::take_limits(&mut context.options)? else {
+            return Ok(NewLimits(None));
+        };
+        if !self.is_alone {
+            let words =
+                "option 'limits' belongs to nodes without a group; change the group's limits";
+            return Err(Error::new(ErrorKind::InvalidInput, words));
+        }
+        Ok(NewLimits(Some((&self.member, limits))))
+    }
 }
 
 impl Driver for ThrottleNode {
@@ -168,6 +195,18 @@ impl Driver for ThrottleNode {
         self.member.drain_end();
     }
 
+    /// Any mode will do. Limits of the node's own may be changed; another group needs another node.
+    fn prepare_reopen<'n, 'c>(
+        &'n self,
+        context: &'c mut ReopenContext<'_>,
+    ) -> BoxFuture<'c, Result<Box<dyn Reopen + 'n>>>
+    where
+        'n: 'c,
+    {
+        let prepared = self.prepare(context);
+        Box::pin(async { prepared.map(|limits| Box::new(limits) as Box<dyn Reopen>) })
+    }
+
     fn as_any(&self) -> &dyn Any {
         self
     }
@@ -207,9 +246,10 @@ impl DriverType for Throttle {
         context: &'a mut OpenContext<'_>,
     ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
         Box::pin(async move {
+            let is_alone = !context.options.contains("throttle-group");
             let member = self.join(&mut context.options, context.node_name)?;
             let file = context.child("file", Role::FILTERED | Role::PRIMARY).await?;
-            Ok(Box::new(ThrottleNode { file, member }) as Box<dyn Driver>)
+            Ok(Box::new(ThrottleNode { file, member, is_alone }) as Box<dyn Driver>)
         })
     }
 }

@@ -242,7 +242,7 @@ fn leak_of_the_children_of_a_corrupt_image() {
 }
 
 /// Row 40 (e878bb1293, e3fc91aaaa). A function returned early and left its transaction neither committed nor aborted. Here a change that is not committed
-/// does nothing (`compile_fail/change_not_committed.rs` has the compiler say so), and one that is given up at any moment leaves no trace.
+/// does nothing (the example at `Change` has the compiler say so), and one that is given up at any moment leaves no trace.
 #[test]
 fn change_given_up_at_any_moment_leaves_no_trace() {
     run(|world| async move {
@@ -339,6 +339,7 @@ fn undone_change_leaves_nothing_derived_behind() {
         let guest = root(&user, "guest", Access::READ);
         let change = || {
             let change = world.graph.change().set_backing(&top, Some(&narrow));
+            let change = change.reopen(&user, options("read-only=on"));
             commit(change.reopen(&top, options("read-only=on,detect-zeroes=on")).own(&top))
         };
         world.fail_every_step(change).await;
@@ -346,6 +347,7 @@ fn undone_change_leaves_nothing_derived_behind() {
         // And back.
         let back = || {
             let change = world.graph.change().set_backing(&top, None).disown(&top);
+            let change = change.reopen(&user, options("read-only=off"));
             commit(change.reopen(&top, options("read-only=off,detect-zeroes=off")))
         };
         world.fail_every_step(back).await;

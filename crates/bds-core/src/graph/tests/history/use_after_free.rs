@@ -142,7 +142,7 @@ fn uaf_filter_after_it_was_dropped() {
 }
 
 /// Row 12 (f93c3add3a). Completing a mirror job failed half-way, then aborting ran the same function again on what the first run had freed.
-/// A change is used up by its commit (`compile_fail/committed_twice.rs`), and after a failed one the job still has what it had, so that
+/// A change is used up by its commit (the example at `Change::commit`), and after a failed one the job still has what it had, so that
 /// aborting, or trying again, is an ordinary change.
 #[test]
 fn uaf_job_exit_after_a_failed_completion() {

@@ -9,7 +9,7 @@ use super::opening::pick;
 use super::picture;
 use super::run::{Held, World, idle, real_access};
 use crate::error::Result;
-use crate::graph::{Change, ChangeReport, NodeRef};
+use crate::graph::{Change, ChangeReport, Drained, Handover, NodeRef};
 use crate::options::Options;
 
 /// A step with its numbers made indices into the references and roots there are, and what it means in the model.
@@ -130,7 +130,9 @@ impl World {
         removed.sort_unstable();
         let mut taken: Vec<(usize, NodeRef)> =
             removed.into_iter().rev().map(|index| (index, self.take_ref(index))).collect();
-        let mut change = self.graph.change();
+        // What is drained is drained by whoever changes.
+        let within = |change: Change, (drained, _): &(Drained, u32)| change.within(drained);
+        let mut change = self.drains.iter().fold(self.graph.change(), within);
         for Planned { step, .. } in planned {
             change = match step {
                 Step::Remove(index) => {
@@ -407,11 +409,13 @@ impl World {
     }
 
     async fn set_active_once(&self, node: Option<usize>, on: bool) -> Result<()> {
+        let within = |handover: Handover, (drained, _): &(Drained, u32)| handover.within(drained);
+        let handover = self.drains.iter().fold(self.graph.handover(), within);
         match (node.map(|index| &self.refs[index]), on) {
-            (Some(node), true) => self.graph.activate(node).await,
-            (Some(node), false) => self.graph.inactivate(node).await,
-            (None, true) => self.graph.activate_all().await,
-            (None, false) => self.graph.inactivate_all().await,
+            (Some(node), true) => handover.activate(node).await,
+            (Some(node), false) => handover.inactivate(node).await,
+            (None, true) => handover.activate_all().await,
+            (None, false) => handover.inactivate_all().await,
         }
     }
 

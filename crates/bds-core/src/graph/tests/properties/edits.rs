@@ -221,7 +221,8 @@ impl Model {
         }
         for (node, taken) in &taken {
             let held = self.refs.iter().filter(|held| *held == node).count();
-            check(held == *taken && self.parents(*node).is_empty())?;
+            let is_drained = self.drains.iter().any(|drain| drain.nodes.contains(node));
+            check(held == *taken && self.parents(*node).is_empty() && !is_drained)?;
         }
         Ok(taken.into_keys().collect())
     }

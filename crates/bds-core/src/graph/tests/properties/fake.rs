@@ -377,6 +377,12 @@ impl Driver for Fake {
     }
 }
 
+/// Requests in the driver. A change that has the node drained works there too, and is none.
+pub(super) fn requests(driver: &dyn Driver) -> usize {
+    let fake = driver.as_any().downcast_ref::<Fake>().expect("all drivers here are fakes");
+    fake.inside.load(Ordering::Relaxed)
+}
+
 /// The number that a driver's reopenable option has now.
 pub(super) fn level(driver: &dyn Driver) -> u64 {
     let fake = driver.as_any().downcast_ref::<Fake>().expect("all drivers here are fakes");

@@ -298,8 +298,8 @@ impl Model {
     }
 
     pub(super) fn can_close(&self, key: Key) -> bool {
-        let children = self.children(key);
-        children.iter().all(|edge| self.quiesce(self.edges[edge].child.unwrap()) == 0)
+        let is_drained = |edge: &u32| self.quiesce(self.edges[edge].child.unwrap()) > 0;
+        !self.drains.iter().any(|drain| drain.is_all) && !self.children(key).iter().any(is_drained)
     }
 
     pub(super) fn has_deferred(&self) -> bool {

@@ -1,0 +1,100 @@
+//! What always holds, and what holds at the end.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::probe::{Probe, block};
+use super::program::Stage;
+use crate::graph::edge::Parent;
+use crate::graph::perm::{self, Strictness};
+use crate::graph::{Graph, NodeId, transaction};
+
+/// At any moment between two steps: why nodes are drained, who is where, and who may do what agree with each other.
+pub(super) fn audit(graph: &Graph) {
+    let reaper = &graph.0.reaper;
+    let walls = reaper.walls();
+    for node in reaper.live() {
+        let drained_children = node.children().iter().filter(|edge| edge.is_quiesced()).count();
+        let reasons = node.sections() as usize + drained_children;
+        assert_eq!(
+            node.quiesce_count() as usize,
+            reasons,
+            "{}: reasons to be drained",
+            node.name()
+        );
+        let is_drained = reasons > 0;
+        assert_eq!(Probe::of(&node).is_drained(), is_drained, "{}: driver told", node.name());
+        for edge in node.parents() {
+            assert_eq!(edge.is_quiesced(), is_drained, "{} knows", edge.holder());
+            if is_drained && matches!(edge.parent(), Some(Parent::Root(_)) | None) {
+                assert!(edge.is_closed(), "{}: a root waits", edge.holder());
+            }
+        }
+        for edge in node.children().iter() {
+            let parents = edge.target().parents();
+            let found = parents.iter().filter(|parent| Arc::ptr_eq(parent, edge)).count();
+            assert_eq!(found, 1, "{}: known to its target once", edge.holder());
+        }
+    }
+    // The same graph has the same permissions, whatever led to it.
+    let stage = transaction::Stage::new(reaper);
+    let differ = perm::settle(&stage, reaper.live(), Strictness::Checked).unwrap();
+    let differ: Vec<_> = differ.values().map(|(edge, to)| (edge.holder().clone(), *to)).collect();
+    assert!(differ.is_empty(), "permissions that do not follow from the graph: {differ:?}");
+    drop(walls);
+}
+
+/// Nobody does anything any more: nobody is drained, all gates are open, all counts are right; and everything can be closed.
+pub(super) async fn check_at_rest(stage: &Stage) {
+    let graph = &stage.graph;
+    assert!(graph.reap().await.iter().all(|report| report.is_clean()));
+    audit(graph);
+    let mut in_pool: HashMap<NodeId, usize> = HashMap::new();
+    for node in stage.pool.lock().unwrap().iter() {
+        *in_pool.entry(node.id()).or_default() += 1;
+    }
+    for node in graph.nodes() {
+        let name = node.name().to_owned();
+        assert_eq!((node.quiesce_count(), node.sections()), (0, 0), "{name}: drained at rest");
+        assert_eq!(node.in_flight(), 0, "{name}: somebody is inside at rest");
+        let parents = node.parents();
+        assert!(parents.iter().all(|edge| !edge.is_closed()), "{name}: a gate is closed at rest");
+        let users = in_pool.get(&node.id()).copied().unwrap_or(0);
+        let expected = parents.len() + users + usize::from(graph.is_owned(node.id()));
+        assert_eq!(node.count() - 1, expected, "{name}: count of holders");
+    }
+    let backends = std::mem::take(&mut *stage.backends.lock().unwrap());
+    for backend in backends {
+        backend.read(0, block()).await.unwrap();
+    }
+    stage.pool.lock().unwrap().clear();
+    let report = graph.shutdown().await;
+    assert!(report.closed.iter().all(|report| report.is_clean()));
+    assert!(report.leaked.is_empty(), "{:?}", report.leaked);
+    assert_eq!(graph.dump(), "");
+    assert!(graph.reports().is_empty());
+    let census = &stage.census;
+    let (opened, closed) = (&census.opened, &census.closed);
+    assert_eq!(opened.load(Ordering::Relaxed), closed.load(Ordering::Relaxed), "drivers closed");
+}
+
+/// Says, when a world fails, who is where.
+pub(super) struct Blame<'a>(pub(super) &'a Stage);
+
+impl Drop for Blame<'_> {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        for node in self.0.graph.nodes() {
+            let (name, inside) = (node.name(), node.in_flight());
+            println!("{name}: quiesce {}, inside {inside}", node.quiesce_count());
+            for edge in node.parents() {
+                let gate = if edge.is_closed() { "closed" } else { "open" };
+                let closing = if edge.is_closing() { ", closing" } else { "" };
+                println!("  from {}: {gate}{closing}", edge.holder());
+            }
+        }
+    }
+}

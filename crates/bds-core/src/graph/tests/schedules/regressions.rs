@@ -1,0 +1,154 @@
+//! What the search has found, each as a small test of its own.
+
+use bds_io::{Sim, SimConfig};
+
+use super::audit::audit;
+use super::probe::block;
+use super::program::{backend, graph, image, wait};
+use crate::ErrorKind;
+use crate::driver::WriteFlags;
+use crate::graph::{Graph, walk};
+use crate::options::Options;
+
+/// Runs a story under many schedules.
+pub(super) fn under_schedules<F: Future<Output = ()>>(count: u64, story: impl Fn(Graph) -> F) {
+    for seed in 0..count {
+        let sim = Sim::new(seed, SimConfig { max_turns: 100_000, ..SimConfig::calm() });
+        let (graph, _) = graph(&sim);
+        sim.block_on(story(graph.clone()));
+        sim.run_until_idle();
+        sim.block_on(async {
+            audit(&graph);
+            let report = graph.shutdown().await;
+            assert!(report.leaked.is_empty(), "seed {seed}: {:?}", report.leaked);
+        });
+    }
+}
+
+pub(super) fn discard() -> Options {
+    Options::parse("discard=unmap").unwrap()
+}
+
+#[test]
+fn an_edge_made_and_moved_on_in_one_change_is_only_where_the_last_edit_put_it() {
+    under_schedules(1, |graph| async move {
+        let a = graph.open(image("a", None)).await.unwrap();
+        let b = graph.open(image("b", None)).await.unwrap();
+        let c = graph.open(image("c", None)).await.unwrap();
+        let change = graph.change().set_backing(&a, Some(&b)).set_backing(&a, Some(&c));
+        change.commit().await.unwrap();
+        assert_eq!(walk::next_below(&a).unwrap().name(), "c");
+        assert_eq!((b.parents().len(), c.parents().len()), (0, 1));
+        audit(&graph);
+        // A drain of the node that the edge only passed does not reach the parent.
+        let drained = graph.drain(&b).await;
+        assert_eq!(a.quiesce_count(), 0);
+        drop(drained);
+        // Made, moved on and taken away again.
+        let other = graph.open(image("d", None)).await.unwrap();
+        let change = graph.change().set_backing(&other, Some(&b)).set_backing(&other, Some(&c));
+        change.set_backing(&other, None).commit().await.unwrap();
+        assert_eq!((b.parents().len(), c.parents().len()), (0, 1));
+        assert_eq!((b.count(), c.count()), (1, 2));
+    });
+}
+
+#[test]
+fn a_change_that_owns_a_node_twice_is_refused() {
+    under_schedules(1, |graph| async move {
+        let a = graph.open(image("a", None)).await.unwrap();
+        let twice = graph.change().own(&a).own(&a).commit().await.unwrap_err();
+        assert_eq!(twice.kind(), ErrorKind::InvalidInput);
+        assert!(!graph.is_owned(a.id()));
+        graph.change().own(&a).disown(&a).own(&a).commit().await.unwrap();
+        assert!(graph.is_owned(a.id()));
+    });
+}
+
+/// A node is being closed; its child looks as if it would die with it and is not flushed yet; somebody finds the child just then and
+/// drains it. The late flush used to wait at the child's gate with the reaper in hand, and whoever reaped (or opened, or changed)
+/// inside the drained section waited for the reaper.
+#[test]
+fn reaping_inside_a_drained_section_does_not_wait_for_its_end() {
+    for turns in 0..24 {
+        under_schedules(8, |graph| async move {
+            let node = graph.open(image("node", None)).await.unwrap();
+            let guest = backend(&node, "guest", true);
+            guest.write(0, block(), WriteFlags::empty()).await.unwrap();
+            let leaf = walk::child(&node, "file").unwrap().0.id();
+            drop(guest);
+            drop(node);
+            let reaping = {
+                let graph = graph.clone();
+                bds_io::spawn(async move { graph.reap().await })
+            };
+            wait(turns).await;
+            if let Ok(leaf) = graph.acquire(leaf) {
+                let drained = graph.drain(&leaf).await;
+                assert_eq!(leaf.in_flight(), 0);
+                assert!(graph.reap().await.iter().all(|report| report.is_clean()));
+                wait(2).await;
+                assert_eq!(leaf.in_flight(), 0);
+                drop(drained);
+            }
+            reaping.await;
+        });
+    }
+}
+
+#[test]
+fn what_dies_while_everything_is_drained_is_closed_afterwards() {
+    under_schedules(20, |graph| async move {
+        let options = Options::new().with("driver", "leaf").with("node-name", "leaf");
+        let leaf = graph.open(options).await.unwrap();
+        let drained = graph.drain_all().await;
+        drop(leaf);
+        assert!(graph.reap().await.is_empty(), "closed in a section of everything");
+        wait(3).await;
+        drop(drained);
+        wait(20).await;
+        assert_eq!(graph.dump(), "");
+    });
+}
+
+/// A reopen has its turn and its driver must write to a node that somebody else has drained, who wants a change of his own before he
+/// ends the section. Each used to wait for the other.
+#[test]
+fn a_reopen_lets_the_change_of_those_pass_who_drain_below_it() {
+    under_schedules(200, |graph| async move {
+        let node = graph.open(image("node", None)).await.unwrap();
+        let guest = backend(&node, "guest", true);
+        guest.write(0, block(), WriteFlags::empty()).await.unwrap();
+        let leaf = walk::child(&node, "file").unwrap().0;
+        let reopening = {
+            let (graph, node) = (graph.clone(), node.clone());
+            bds_io::spawn(async move { graph.reopen(&node, discard()).await })
+        };
+        let drained = graph.drain(&leaf).await;
+        wait(3).await;
+        graph.change().own(&node).commit().await.unwrap();
+        wait(3).await;
+        assert_eq!(leaf.in_flight(), 0);
+        drop(drained);
+        reopening.await.unwrap();
+        assert!(node.flags().discard);
+    });
+}
+
+/// The doors to a node that lies above another node that the same change drains used to stay shut for the driver that prepares.
+#[test]
+fn a_reopen_may_write_through_a_child_that_the_same_change_drains() {
+    under_schedules(20, |graph| async move {
+        let _old = graph.open(image("old", None)).await.unwrap();
+        let new = graph.open(image("new", None)).await.unwrap();
+        let below = graph.open(image("below", Some("old"))).await.unwrap();
+        let options = Options::new().with("driver", "image").with("node-name", "above");
+        let above = graph.open(options.with("file", "below")).await.unwrap();
+        let guest = backend(&above, "guest", true);
+        guest.write(0, block(), WriteFlags::empty()).await.unwrap();
+        let change = graph.change().set_backing(&below, Some(&new)).reopen(&above, discard());
+        change.commit().await.unwrap();
+        assert_eq!(walk::next_below(&below).unwrap().name(), "new");
+        guest.read(0, block()).await.unwrap();
+    });
+}

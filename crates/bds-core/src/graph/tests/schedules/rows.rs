@@ -1,0 +1,208 @@
+//! Other people's deadlocks, retold for this graph and run under many schedules. The numbers are rows of our catalogue of lifecycle
+//! bugs (QEMU's, 2013 to 2025).
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bds_io::{Sim, SimConfig};
+
+use super::probe::{Probe, block};
+use super::program::{backend, graph, image, wait};
+use super::regressions::{discard, under_schedules};
+use crate::ErrorKind;
+use crate::driver::WriteFlags;
+use crate::graph::{Graph, NodeRef, walk};
+use crate::request::Backend;
+
+async fn open(graph: &Graph, name: &str, backing: Option<&str>) -> NodeRef {
+    graph.open(image(name, backing)).await.unwrap()
+}
+
+/// Reads until the backend is only ours.
+async fn keep_reading(backend: Arc<Backend>) -> usize {
+    let mut count = 0;
+    while Arc::strong_count(&backend) > 1 {
+        backend.read(0, block()).await.unwrap();
+        count += 1;
+        bds_io::yield_now().await;
+    }
+    count
+}
+
+/// Row 45. Whoever took the graph's lock for writing had to wait for others, and did so while he kept something else that these others
+/// needed. What one keeps here is a drained section; two keep one on the same nodes, and both change the graph inside.
+#[test]
+fn two_who_change_the_graph_inside_their_own_drained_sections_do_not_block_each_other() {
+    under_schedules(200, |graph| async move {
+        let base = open(&graph, "base", None).await;
+        let top = open(&graph, "top", Some("base")).await;
+        let other = open(&graph, "other", None).await;
+        let guest = backend(&top, "guest", true);
+        let reader = bds_io::spawn(keep_reading(Arc::clone(&guest)));
+        let change = |to: Option<NodeRef>| {
+            let (graph, base, top) = (graph.clone(), base.clone(), top.clone());
+            async move {
+                let drained = graph.drain(&base).await;
+                graph.set_backing(&top, to.as_ref()).await.unwrap();
+                wait(2).await;
+                drop(drained);
+            }
+        };
+        let one = bds_io::spawn(change(None));
+        let two = bds_io::spawn(change(Some(other.clone())));
+        one.await;
+        two.await;
+        drop(guest);
+        reader.await;
+    });
+}
+
+/// Row 46. One thread takes the lock and then waits until a parent is empty; in another a request is inside that parent and wants
+/// the lock to go on. Here: the inner door of a chain is drained and re-pointed while requests are on their way to it.
+#[test]
+fn a_request_on_its_way_to_an_inner_door_gets_through_before_the_door_is_shut() {
+    under_schedules(300, |graph| async move {
+        let base = open(&graph, "base", None).await;
+        let mid = open(&graph, "mid", Some("base")).await;
+        let top = open(&graph, "top", Some("mid")).await;
+        let other = open(&graph, "other", None).await;
+        let guests = ["one", "two"].map(|name| backend(&top, name, false));
+        let readers = guests.each_ref().map(|guest| bds_io::spawn(keep_reading(Arc::clone(guest))));
+        wait(3).await;
+        graph.set_backing(&mid, Some(&other)).await.unwrap();
+        let drained = graph.drain(&other).await;
+        assert_eq!((top.in_flight(), mid.in_flight(), other.in_flight()), (0, 0, 0));
+        drop(drained);
+        graph.replace(&other, &base).await.unwrap();
+        drop(guests);
+        for reader in readers {
+            reader.await;
+        }
+    });
+}
+
+/// The same story in the order that deadlocks is found within a few schedules.
+#[test]
+#[should_panic(expected = "deadlock")]
+fn shutting_the_inner_door_first_is_found_as_a_deadlock() {
+    for seed in 0..20 {
+        let sim = Sim::new(seed, SimConfig::calm());
+        let (graph, _) = graph(&sim);
+        graph.0.reaper.topology.lock_first.store(true, Ordering::Relaxed);
+        sim.block_on(async {
+            let base = open(&graph, "base", None).await;
+            let top = open(&graph, "top", Some("base")).await;
+            let guest = backend(&top, "guest", false);
+            let reader = bds_io::spawn(keep_reading(Arc::clone(&guest)));
+            wait(4).await;
+            drop(graph.drain(&base).await);
+            drop(guest);
+            reader.await;
+        });
+    }
+}
+
+/// Row 47. When a child had been taken from its parent, the wait that followed asked the child's side, which had been cleared already,
+/// and not the parent's. Here: while the child goes and comes nobody is inside the parent (the driver asserts it), and a drain of the
+/// parent waits for the parent's own requests whatever has become of the child.
+#[test]
+fn a_drain_waits_for_the_parent_although_its_child_is_gone() {
+    under_schedules(200, |graph| async move {
+        let base = open(&graph, "base", None).await;
+        let top = open(&graph, "top", Some("base")).await;
+        let guest = backend(&top, "guest", false);
+        let reader = bds_io::spawn(keep_reading(Arc::clone(&guest)));
+        for to in [None, Some(&base), None] {
+            wait(2).await;
+            graph.set_backing(&top, to).await.unwrap();
+            let drained = graph.drain(&top).await;
+            assert_eq!(top.in_flight(), 0);
+            Probe::of(&top).forbid();
+            wait(2).await;
+            Probe::of(&top).allow();
+            drop(drained);
+        }
+        drop(guest);
+        reader.await;
+    });
+}
+
+/// Row 49. The last release of a node, deep inside the end of a job, closed and flushed it on the spot, while another thread waited for
+/// a lock that the first one held. Here a release does nothing but count: what follows is awaited by whoever reaps.
+#[test]
+fn the_last_release_does_no_io_where_it_happens() {
+    under_schedules(200, |graph| async move {
+        let base = open(&graph, "base", None).await;
+        let top = open(&graph, "top", Some("base")).await;
+        let guest = backend(&top, "guest", true);
+        guest.write(0, block(), WriteFlags::empty()).await.unwrap();
+        let changing = {
+            let (graph, base) = (graph.clone(), base.clone());
+            bds_io::spawn(async move { graph.reopen(&base, discard()).await })
+        };
+        let leaf = walk::child(&top, "file").unwrap().0;
+        let drained = graph.drain(&base).await;
+        let top_id = top.id();
+        drop(guest);
+        drop(top);
+        assert!(graph.acquire(top_id).is_err(), "gone at once");
+        assert_eq!(leaf.in_flight(), 0);
+        wait(3).await;
+        // Its last words would go below a drained section: they wait, and nobody waits for them.
+        assert!(graph.reap().await.is_empty());
+        drop(drained);
+        changing.await.unwrap();
+        drop(leaf);
+        // In the background or here; not before the section ended.
+        assert!(graph.reap().await.iter().all(|report| report.is_clean()));
+    });
+}
+
+/// Row 50. A drain inside a coroutine blocked the very coroutine that it waited for. Here a drain is a future: one task may wait for its
+/// own request and for the drain at once.
+#[test]
+fn a_task_may_drain_a_node_that_its_own_request_is_in() {
+    under_schedules(200, |graph| async move {
+        let base = open(&graph, "base", None).await;
+        let top = open(&graph, "top", Some("base")).await;
+        let guest = backend(&top, "guest", false);
+        let mut read = Box::pin(guest.read(0, block()));
+        assert!(futures_util::poll!(&mut read).is_pending());
+        let (read, drained) = futures_util::join!(read, graph.drain(&base));
+        read.unwrap();
+        assert_eq!(top.in_flight(), 0);
+        drop(drained);
+        guest.read(0, block()).await.unwrap();
+    });
+}
+
+/// Row 60. A job froze its chain only after it had reopened a node, which let others run; one of them removed the base. Here the chain
+/// is frozen before the first await, and whoever comes then is refused; whoever was quicker is seen.
+#[test]
+fn a_chain_frozen_before_the_first_await_keeps_its_base() {
+    under_schedules(300, |graph| async move {
+        let base = open(&graph, "base", None).await;
+        let mid = open(&graph, "mid", Some("base")).await;
+        let top = open(&graph, "top", Some("mid")).await;
+        let other = {
+            let (graph, mid) = (graph.clone(), mid.clone());
+            bds_io::spawn(async move { graph.set_backing(&mid, None).await })
+        };
+        wait(1).await;
+        let job = async {
+            let frozen = graph.freeze_chain(&top, &base, "job 'stream0'")?;
+            graph.reopen(&top, discard()).await?;
+            wait(3).await;
+            assert_eq!(walk::next_below(&mid).unwrap().id(), base.id(), "the base stayed");
+            drop(frozen);
+            Ok::<(), crate::Error>(())
+        };
+        match (job.await, other.await) {
+            (Ok(()), Err(refused)) => assert_eq!(refused.kind(), ErrorKind::InUse),
+            // It came when the job was done.
+            (Ok(()), Ok(())) => {}
+            (Err(error), Ok(())) => assert_eq!(error.kind(), ErrorKind::InvalidInput),
+            (Err(one), Err(two)) => panic!("one of the two goes through: {one}; {two}"),
+        }
+    });
+}
