@@ -61,11 +61,13 @@ struct Request {
     _task: Task<()>,
 }
 
+/// A section that has begun, with the names of all that must be empty by then.
+type Begun = (Drained, Vec<String>);
+
 struct Section {
     number: u32,
     nodes: Vec<Key>,
-    /// With the names of all that must be empty by then.
-    begun: Arc<Mutex<Option<(Drained, Vec<String>)>>>,
+    begun: Arc<Mutex<Option<Begun>>>,
     task: Option<Task<()>>,
 }
 
@@ -186,7 +188,6 @@ impl Traffic {
             names.iter().for_each(|name| floor.seal(name));
             *slot.lock().unwrap() = Some((guard, names));
         });
-        // Drawn into the model when the section has really begun to close gates: at the next rest.
         let is_all = key.is_none();
         let set = nodes.iter().copied().collect();
         self.world.model.drains.push(Drain { number, nodes: set, is_all });
