@@ -245,6 +245,9 @@ impl Reaper {
         for edge in children {
             let handle = edge.target().strong().handle();
             edge.target().forget_parent(node);
+            if edge.frozen().is_some() {
+                self.leave_behind(&edge);
+            }
             match self.release_child(edge, node, unflushed.contains(&handle)).await {
                 Released::Died => died.push(handle),
                 Released::Survived => {}
@@ -258,6 +261,13 @@ impl Reaper {
         self.events.emit(|| Event::node_closed(&name, driver, &flush_error, &close_error));
         let below = Vec::new();
         (CloseReport { node, name, driver, flush_error, close_error, below }, died)
+    }
+
+    /// Whoever froze the edge keeps it, and so its target; to everybody else it is gone.
+    fn leave_behind(&self, edge: &Arc<Edge>) {
+        let target = edge.target();
+        self.walls().detach(&target, edge);
+        self.topology.loosened.push(target.id());
     }
 
     /// Makes what was written through this node durable, as far as it does not lie with children that die next. These are
