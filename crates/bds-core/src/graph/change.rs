@@ -170,36 +170,36 @@ impl Change {
     /// node. The overlay was opened either on `top` already, or without a backing node (then its driver must be able to
     /// take one while it is open). Edges that stay (a job's) stay.
     pub fn append(self, top: &NodeRef, overlay: &NodeRef) -> Self {
-        self.with(Action::Append { top: top.clone(), overlay: overlay.clone() })
+        self.with(Action::Append { top: ours(top), overlay: ours(overlay) })
     }
 
     /// Everyone who uses `from` uses `to` from then on, except those at or below `to`, whose edges would close a loop, and
     /// edges that stay. So a filter opened on `from` stays there and takes over its users. Fails at a frozen edge.
     pub fn replace(self, from: &NodeRef, to: &NodeRef) -> Self {
-        self.with(Action::Replace { from: from.clone(), to: to.clone() })
+        self.with(Action::Replace { from: ours(from), to: ours(to) })
     }
 
     /// `parent`'s child of this name ("file", "backing") is `to` from then on. A child that a job inserted on its own account cannot be
     /// replaced; replacing it by the very node below it does nothing.
     pub fn replace_child(self, parent: &NodeRef, child: &str, to: &NodeRef) -> Self {
-        let (parent, child, to) = (parent.clone(), child.to_owned(), to.clone());
+        let (parent, child, to) = (ours(parent), child.to_owned(), ours(to));
         self.with(Action::ReplaceChild { parent, child, to })
     }
 
     /// Lets `filter`, which was opened on `node`, take over everyone else who uses `node`.
     pub fn insert_filter(self, node: &NodeRef, filter: &NodeRef) -> Self {
-        self.with(Action::InsertFilter { node: node.clone(), filter: filter.clone() })
+        self.with(Action::InsertFilter { node: ours(node), filter: ours(filter) })
     }
 
     /// Lets everyone who uses `filter` use the node it filters. The filter itself lives until its last reference goes; with
     /// [`Change::remove`] in the same change it goes at once.
     pub fn drop_filter(self, filter: &NodeRef) -> Self {
-        self.with(Action::DropFilter { filter: filter.clone() })
+        self.with(Action::DropFilter { filter: ours(filter) })
     }
 
     /// Gives a node another backing node, or none.
     pub fn set_backing(self, node: &NodeRef, backing: Option<&NodeRef>) -> Self {
-        self.with(Action::SetBacking { node: node.clone(), backing: backing.cloned() })
+        self.with(Action::SetBacking { node: ours(node), backing: backing.map(ours) })
     }
 
     /// Ends a node. Takes the reference; the monitor's is taken too, if it has one. What a filter does to its child does not count any
@@ -212,22 +212,22 @@ impl Change {
     /// `backing` and other children by node name, and those of its driver that can change while it is open. Nodes that were
     /// opened inline below it inherit what they inherited then.
     pub fn reopen(self, node: &NodeRef, options: Options) -> Self {
-        self.with(Action::Reopen { node: node.clone(), options })
+        self.with(Action::Reopen { node: ours(node), options })
     }
 
     /// Lets the monitor own the node (its name then keeps it open).
     pub fn own(self, node: &NodeRef) -> Self {
-        self.with(Action::Own { node: node.clone() })
+        self.with(Action::Own { node: ours(node) })
     }
 
     /// Takes the node from the monitor's list.
     pub fn disown(self, node: &NodeRef) -> Self {
-        self.with(Action::Disown { node: node.clone() })
+        self.with(Action::Disown { node: ours(node) })
     }
 
     /// A root leads elsewhere, or nowhere.
     pub(crate) fn point_root(self, edge: &Arc<Edge>, to: Option<&NodeRef>) -> Self {
-        self.with(Action::Root { edge: Arc::clone(edge), to: to.cloned() })
+        self.with(Action::Root { edge: Arc::clone(edge), to: to.map(ours) })
     }
 
     /// A root asks for something else.
@@ -263,12 +263,13 @@ impl Change {
         };
         let Outcome { moved, removed, drained } = outcome;
         moved.settle().await;
+        let edges = moved.edges();
         drop(moved);
         drop(drained);
         let held = bds_io::now().saturating_sub(begun);
         drop(one);
         drop(actions);
-        let closed = commit::close_removed(&graph, removed).await;
+        let closed = commit::close_removed(&graph, removed, &edges).await;
         Ok(ChangeReport { held, closed })
     }
 }
@@ -578,6 +579,11 @@ impl Editor<'_, '_> {
         let error = Error::new(ErrorKind::InUse, format!("node is in use by {}", words.join(", ")));
         Err(error.node(node.name()))
     }
+}
+
+/// The change's own reference: it does not count as somebody else's when a node is to be removed.
+fn ours(node: &NodeRef) -> NodeRef {
+    NodeRef::change(node.graph(), Strong::clone(node.strong()))
 }
 
 pub(super) fn refuse(node: &NodeRef, why: String) -> Error {
