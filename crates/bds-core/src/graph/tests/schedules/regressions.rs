@@ -14,11 +14,11 @@ use crate::options::Options;
 pub(super) fn under_schedules<F: Future<Output = ()>>(count: u64, story: impl Fn(Graph) -> F) {
     for seed in 0..count {
         let sim = Sim::new(seed, SimConfig { max_turns: 100_000, ..SimConfig::calm() });
-        let (graph, _) = graph(&sim);
+        let (graph, _) = graph(sim.fs());
         sim.block_on(story(graph.clone()));
         sim.run_until_idle();
         sim.block_on(async {
-            audit(&graph);
+            audit(&graph, false);
             let report = graph.shutdown().await;
             assert!(report.leaked.is_empty(), "seed {seed}: {:?}", report.leaked);
         });
@@ -39,7 +39,7 @@ fn an_edge_made_and_moved_on_in_one_change_is_only_where_the_last_edit_put_it() 
         change.commit().await.unwrap();
         assert_eq!(walk::next_below(&a).unwrap().name(), "c");
         assert_eq!((b.parents().len(), c.parents().len()), (0, 1));
-        audit(&graph);
+        audit(&graph, false);
         // A drain of the node that the edge only passed does not reach the parent.
         let drained = graph.drain(&b).await;
         assert_eq!(a.quiesce_count(), 0);
@@ -182,7 +182,7 @@ fn a_chain_of_a_hundred_thousand_nodes_is_closed_without_recursion() {
     const NODES: usize = 100_000;
     let story = || {
         let sim = Sim::new(1, SimConfig::calm());
-        let (graph, _) = graph(&sim);
+        let (graph, _) = graph(sim.fs());
         sim.block_on(async {
             let leaf = Options::new().with("driver", "leaf").with("node-name", "n0");
             let mut top = graph.open(leaf).await.unwrap();
