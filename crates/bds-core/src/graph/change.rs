@@ -203,14 +203,16 @@ impl Change {
     }
 
     /// Ends a node. Takes the reference; the monitor's is taken too, if it has one. What a filter does to its child does not count any
-    /// more when the change is checked; what a format still has to write does. The reports are in [`ChangeReport::closed`].
+    /// more when the change is checked; what a format still has to write does. The reports are in [`ChangeReport::closed`]. Closing waits
+    /// for drained sections of the nodes below, the caller's own included.
     pub fn remove(self, node: NodeRef) -> Self {
         self.with(Action::Remove { node })
     }
 
     /// Gives a node other options; those that are not named stay. The common ones (`read-only`, `cache.*`, `discard`, `detect-zeroes`),
     /// `backing` and other children by node name, and those of its driver that can change while it is open. Nodes that were
-    /// opened inline below it inherit what they inherited then.
+    /// opened inline below it inherit what they inherited then. A driver that has to write to a node below which somebody drains, the
+    /// caller included, waits for the end of that section; others have their turns meanwhile.
     pub fn reopen(self, node: &NodeRef, options: Options) -> Self {
         self.with(Action::Reopen { node: ours(node), options })
     }
