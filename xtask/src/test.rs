@@ -1,4 +1,4 @@
-//! `cargo xtask test`: every test of the workspace, then the matrix; with `--tier full` also loom and sanitizers.
+//! `cargo xtask test`: every test of the workspace, then the matrix; with `--tier full` also long searches, loom and sanitizers.
 
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -23,8 +23,10 @@ pub(crate) fn all(tier: Tier, rest: &[String]) -> Result<Outcome, String> {
         sum.add(&matrix::cells(&[])?);
     }
     if tier == Tier::Full {
+        sum.add(&schedules()?);
         sum.add(&loom()?);
         sum.add(&address_sanitizer()?);
+        sum.add(&thread_sanitizer()?);
     }
     Ok(sum)
 }
@@ -119,37 +121,67 @@ fn loom() -> Result<Outcome, String> {
     cargo_test("loom", &mut command, &[])
 }
 
+/// A hundred thousand schedules of drains, changes, requests and closings, in a release build.
+fn schedules() -> Result<Outcome, String> {
+    let mut command = cargo();
+    command
+        .args(["test", "--release", "--package", "bds-core", "--lib", "schedules"])
+        .env("BDS_TEST_BUDGET", "full");
+    cargo_test("schedules", &mut command, &[])
+}
+
 /// The cellar's buffers under AddressSanitizer, where a nightly toolchain is installed.
 fn address_sanitizer() -> Result<Outcome, String> {
+    sanitized(
+        "asan",
+        "AddressSanitizer",
+        "-Zsanitizer=address",
+        &["--package", "bds-io", "--tests"],
+    )
+}
+
+/// What runs on real threads in the graph and in the arena under ThreadSanitizer, where a nightly toolchain is installed.
+///
+/// The standard library is not instrumented (that would need its source): what orders threads only inside it (parking, joining,
+/// contended locks) is seen by ThreadSanitizer's own interceptors or not at all, and races inside it are not found.
+fn thread_sanitizer() -> Result<Outcome, String> {
+    const FLAGS: &str = "-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer";
     let mut outcome = Outcome::default();
-    let nightly = which("rustup").is_some()
-        && Command::new("rustup")
-            .args(["run", "nightly", "rustc", "--version"])
-            .output()
-            .is_ok_and(|o| o.status.success());
-    if !nightly {
-        outcome.skip("AddressSanitizer needs the nightly toolchain");
+    for (name, part) in [
+        ("tsan-graph", &["--package", "bds-core", "--lib", "threads"][..]),
+        ("tsan-arena", &["--package", "bds-refcount", "--test", "threads"][..]),
+    ] {
+        outcome.add(&sanitized(name, "ThreadSanitizer", FLAGS, part)?);
+    }
+    Ok(outcome)
+}
+
+/// Runs a part of the tests under a sanitizer. `name` is the log's; the build directory goes by its first word.
+fn sanitized(name: &str, what: &str, flags: &str, part: &[&str]) -> Result<Outcome, String> {
+    let mut outcome = Outcome::default();
+    if !has_nightly() {
+        outcome.skip(&format!("{what} needs the nightly toolchain"));
         return Ok(outcome);
     }
+    let target = name.split('-').next().unwrap_or(name);
     let mut command = Command::new("rustup");
     command
         .current_dir(root())
-        .args([
-            "run",
-            "nightly",
-            "cargo",
-            "test",
-            "--package",
-            "bds-io",
-            "--tests",
-            "--target",
-            "x86_64-unknown-linux-gnu",
-        ])
+        .args(["run", "nightly", "cargo", "test", "--target", "x86_64-unknown-linux-gnu"])
+        .args(part)
         .env_remove("CARGO")
         .env_remove("RUSTUP_TOOLCHAIN")
-        .env("RUSTFLAGS", "-Zsanitizer=address")
-        .env("CARGO_TARGET_DIR", target_dir().join("asan"));
-    cargo_test("asan", &mut command, &[])
+        .env("RUSTFLAGS", flags)
+        .env("CARGO_TARGET_DIR", target_dir().join(target));
+    cargo_test(name, &mut command, &[])
+}
+
+fn has_nightly() -> bool {
+    which("rustup").is_some()
+        && Command::new("rustup")
+            .args(["run", "nightly", "rustc", "--version"])
+            .output()
+            .is_ok_and(|output| output.status.success())
 }
 
 fn logs() -> PathBuf {

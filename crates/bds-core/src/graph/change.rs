@@ -249,14 +249,15 @@ impl Change {
 
     /// Ends a node. Takes the reference, also if the change fails; the monitor's is taken too, if it has one and the change succeeds. What
     /// a filter does to its child does not count any more when the change is checked; what a format still has to write does. The
-    /// reports are in [`ChangeReport::closed`].
+    /// reports are in [`ChangeReport::closed`]. Closing waits for drained sections of the nodes below, the caller's own included.
     pub fn remove(self, node: NodeRef) -> Self {
         self.with(Action::Remove { node })
     }
 
     /// Gives a node other options; those that are not named stay. The common ones (`read-only`, `cache.*`, `discard`, `detect-zeroes`),
     /// `backing` and other children by node name, and those of its driver that can change while it is open. Nodes that were
-    /// opened inline below it inherit what they inherited then.
+    /// opened inline below it inherit what they inherited then. A driver that has to write to a node below which somebody drains waits
+    /// for the end of that section, and others have their turns meanwhile; of the caller's own, see [`Change::within`].
     pub fn reopen(self, node: &NodeRef, options: Options) -> Self {
         self.with(Action::Reopen { node: node.clone(), options })
     }
@@ -335,12 +336,13 @@ impl Change {
         };
         let Outcome { moved, removed, drained } = outcome;
         moved.settle().await;
+        let edges = moved.edges();
         drop(moved);
         drop(drained);
         let held = bds_io::now().saturating_sub(begun);
         drop(one);
         drop(actions);
-        let closed = commit::close_removed(&graph, removed).await;
+        let closed = commit::close_removed(&graph, removed, &edges).await;
         Ok(ChangeReport { held, closed })
     }
 }

@@ -186,6 +186,10 @@ impl Moved {
         graph.note_change();
     }
 
+    pub(super) fn edges(&self) -> Vec<Arc<Edge>> {
+        self.edges.clone()
+    }
+
     /// Waits, behind the closed gates, until the references to the old targets are given up.
     pub(super) async fn settle(&self) {
         for edge in &self.edges {
@@ -230,9 +234,16 @@ impl Graph {
 
 /// Closes what was removed, and reports it. Somebody who acquired such a node by its id meanwhile keeps it a while longer: then it is
 /// reported by whoever reaps it.
-pub(super) async fn close_removed(graph: &Graph, removed: Vec<NodeRef>) -> Vec<CloseReport> {
+pub(super) async fn close_removed(
+    graph: &Graph,
+    removed: Vec<NodeRef>,
+    moved: &[Arc<Edge>],
+) -> Vec<CloseReport> {
     if removed.is_empty() {
         return Vec::new();
+    }
+    for edge in moved {
+        edge.settle_patiently().await;
     }
     let mut closed = Vec::new();
     for node in removed {

@@ -549,7 +549,8 @@ impl NodeRef {
         self.node().quiesce_count()
     }
 
-    /// Requests inside the node now. For diagnostics: outdated on return, and exact only while it is drained.
+    /// Requests inside the node now. For diagnostics: outdated on return. Of a drained node it is 0, but for a moment in which a request
+    /// on another thread counts itself in and out again because it finds the gate shut.
     pub fn in_flight(&self) -> usize {
         self.node().traffic().in_flight()
     }

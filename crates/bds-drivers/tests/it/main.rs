@@ -20,10 +20,15 @@ mod findings;
 #[cfg(feature = "qcow2")]
 mod fuzz_seeds;
 #[cfg(feature = "qcow2")]
+mod graph_load;
+#[cfg(feature = "qcow2")]
 mod hostile;
 mod house;
 #[cfg(feature = "qcow2")]
 mod lifecycle;
+#[cfg(feature = "qcow2")]
+#[path = "../../examples/graph/load.rs"]
+mod load;
 mod locks;
 mod matrix;
 mod mem;

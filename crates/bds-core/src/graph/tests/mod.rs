@@ -3,6 +3,7 @@
 mod change;
 mod close;
 mod create;
+mod door;
 mod fakes;
 mod gates;
 mod history;
