@@ -8,6 +8,8 @@ pub mod copy;
 pub mod driver;
 pub mod error;
 pub mod event;
+#[doc(hidden)]
+pub mod example;
 pub mod graph;
 pub mod options;
 pub mod rate;
