@@ -263,6 +263,16 @@ impl Events {
     /// The next event, waiting for it. `None`: the graph is gone, and everything it told was fetched.
     ///
     /// Dropping the future loses no event.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let mut events = graph.events();
+    /// let disk = open(&graph, "driver=memory,node-name=disk").await?;
+    /// let event = events.next().await.expect("the graph is there");
+    /// assert_eq!(event.to_json()["data"]["node-name"], "disk");
+    /// # Ok(()) });
+    /// ```
     pub async fn next(&mut self) -> Option<Event> {
         match self.0.recv().await {
             Ok(event) => Some(event),
@@ -272,6 +282,19 @@ impl Events {
     }
 
     /// The next event, if there is one now.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// use bds_core::event::{Event, QUEUE_LEN};
+    ///
+    /// let mut events = graph.events();
+    /// for _ in 0..=QUEUE_LEN / 2 {
+    ///     open(&graph, "driver=memory").await?.close().await?; // two events each
+    /// }
+    /// assert_eq!(events.try_next(), Some(Event::EventsLost { count: 2 }), "the oldest went");
+    /// # Ok(()) });
+    /// ```
     pub fn try_next(&mut self) -> Option<Event> {
         match self.0.try_recv() {
             Ok(event) => Some(event),

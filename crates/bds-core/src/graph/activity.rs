@@ -29,11 +29,39 @@ pub struct Handover {
 impl Graph {
     /// To hand nodes over inside drained sections of one's own. Without such, [`Graph::inactivate`] and [`Graph::activate`] are
     /// shorter.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let drained = graph.drain(&disk).await; // nobody comes in from before to after
+    /// graph.handover().within(&drained).inactivate(&disk).await?;
+    /// assert!(!disk.is_active());
+    /// graph.handover().within(&drained).activate_all().await?;
+    /// assert!(disk.is_active());
+    /// # Ok(()) });
+    /// ```
     pub fn handover(&self) -> Handover {
         Handover { graph: self.clone(), within: Vec::new() }
     }
 
     /// [`Handover::inactivate`] outside of drained sections.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let writer = BackendOptions { writable: true, ..BackendOptions::registered("guest") };
+    /// let guest = Backend::new(&disk, writer.clone())?;
+    /// let error = graph.inactivate(&disk).await.unwrap_err();
+    /// assert!(error.to_string().contains("backend 'guest' would write to it"), "{error}");
+    ///
+    /// drop(guest);
+    /// graph.inactivate(&disk).await?;
+    /// assert!(!disk.is_writable() && disk.could_write());
+    /// assert_eq!(Backend::new(&disk, writer).unwrap_err().kind(), ErrorKind::ReadOnly);
+    /// # Ok(()) });
+    /// ```
     ///
     /// # Errors
     /// As there.
@@ -43,6 +71,17 @@ impl Graph {
 
     /// [`Handover::inactivate_all`] outside of drained sections.
     ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+    /// let top = open(&graph, layer).await?;
+    /// graph.inactivate_all().await?;
+    /// assert!(graph.nodes().iter().all(|node| !node.is_active()));
+    /// # Ok(()) });
+    /// ```
+    ///
     /// # Errors
     /// As [`Handover::inactivate`].
     pub async fn inactivate_all(&self) -> Result<()> {
@@ -51,6 +90,20 @@ impl Graph {
 
     /// [`Handover::activate`] outside of drained sections.
     ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+    /// let top = open(&graph, layer).await?;
+    /// graph.inactivate_all().await?;
+    /// graph.activate(&base).await?;
+    /// assert!(base.is_active() && !top.is_active(), "only what lies below it");
+    /// graph.activate(&top).await?;
+    /// assert!(top.is_active());
+    /// # Ok(()) });
+    /// ```
+    ///
     /// # Errors
     /// As there.
     pub async fn activate(&self, node: &NodeRef) -> Result<()> {
@@ -58,6 +111,18 @@ impl Graph {
     }
 
     /// [`Handover::activate_all`] outside of drained sections.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+    /// let top = open(&graph, layer).await?;
+    /// graph.inactivate_all().await?;
+    /// graph.activate_all().await?;
+    /// assert!(graph.nodes().iter().all(|node| node.is_active()));
+    /// # Ok(()) });
+    /// ```
     ///
     /// # Errors
     /// As [`Handover::activate`].
@@ -68,6 +133,18 @@ impl Graph {
 
 impl Handover {
     /// It happens inside this drained section, and may reach what the section has drained. Sections of others are waited for.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+    /// let top = open(&graph, layer).await?;
+    /// let drained = graph.drain_subtree(&top).await;
+    /// graph.handover().within(&drained).inactivate_all().await?;
+    /// assert!(!base.is_active());
+    /// # Ok(()) });
+    /// ```
     #[must_use]
     pub fn within(mut self, drained: &Drained) -> Self {
         self.within.push(drained.section());
@@ -76,6 +153,19 @@ impl Handover {
 
     /// Gives charge of the node away, and of all below it that no active node uses: everything is written out and nothing is
     /// written until [`Handover::activate`]. Its users must not have asked for writing. Runs to its end once begun.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+    /// let top = open(&graph, layer).await?;
+    /// let error = graph.handover().inactivate(&base).await.unwrap_err();
+    /// assert_eq!(error.message(), "node 'top' above it is active: inactivate that first");
+    /// graph.handover().inactivate(&top).await?;
+    /// assert!(!base.is_active(), "it went along: no active node uses it");
+    /// # Ok(()) });
+    /// ```
     ///
     /// # Errors
     /// Everything is as active as before. `InUse`: an active node lies above; `Inactive`: somebody has permission to write

@@ -7,6 +7,8 @@
 //! Nothing is changed until everything has been checked, and from there on nothing can fail. A change that fails, or whose future is
 //! dropped, leaves everything as it was. Identity stays: every id and reference denotes the node it did before, and the caller's
 //! references are neither taken nor given. One change at a time; requests wait only while what they pass through is changed.
+//!
+//! The examples of the edits lie in `examples/`, one file a verb.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -136,22 +138,14 @@ pub struct ChangeReport {
 
 impl Graph {
     /// An empty change.
-    ///
-    /// ```
-    /// # use std::sync::Arc;
-    /// # use bds_core::graph::{Graph, GraphConfig};
-    /// # let graph = Graph::new(GraphConfig::new(Arc::new(bds_core::driver::Registry::new())));
-    /// # bds_io::block_on(async {
-    /// let report = graph.change().commit().await?; // nothing to do: nothing is drained
-    /// assert!(report.closed.is_empty());
-    /// # Ok::<(), bds_core::Error>(()) }).unwrap();
-    /// ```
+    #[doc = include_str!("examples/change.md")]
     pub fn change(&self) -> Change {
         Change { graph: self.clone(), actions: Vec::new(), within: Vec::new() }
     }
 
     /// [`Change::append`] alone.
     ///
+    #[doc = include_str!("examples/graph_append.md")]
     /// # Errors
     /// As [`Change::commit`].
     pub async fn append(&self, top: &NodeRef, overlay: &NodeRef) -> Result<()> {
@@ -160,6 +154,7 @@ impl Graph {
 
     /// [`Change::replace`] alone.
     ///
+    #[doc = include_str!("examples/graph_replace.md")]
     /// # Errors
     /// As [`Change::commit`].
     pub async fn replace(&self, from: &NodeRef, to: &NodeRef) -> Result<()> {
@@ -168,6 +163,7 @@ impl Graph {
 
     /// [`Change::set_backing`] alone.
     ///
+    #[doc = include_str!("examples/graph_set_backing.md")]
     /// # Errors
     /// As [`Change::commit`].
     pub async fn set_backing(&self, node: &NodeRef, backing: Option<&NodeRef>) -> Result<()> {
@@ -176,6 +172,7 @@ impl Graph {
 
     /// [`Change::insert_filter`] alone.
     ///
+    #[doc = include_str!("examples/graph_insert_filter.md")]
     /// # Errors
     /// As [`Change::commit`].
     pub async fn insert_filter(&self, node: &NodeRef, filter: &NodeRef) -> Result<()> {
@@ -184,6 +181,7 @@ impl Graph {
 
     /// [`Change::drop_filter`] alone.
     ///
+    #[doc = include_str!("examples/graph_drop_filter.md")]
     /// # Errors
     /// As [`Change::commit`].
     pub async fn drop_filter(&self, filter: &NodeRef) -> Result<()> {
@@ -192,6 +190,7 @@ impl Graph {
 
     /// [`Change::reopen`] alone.
     ///
+    #[doc = include_str!("examples/graph_reopen.md")]
     /// # Errors
     /// As [`Change::commit`].
     pub async fn reopen(&self, node: &NodeRef, options: Options) -> Result<()> {
@@ -214,35 +213,41 @@ impl Change {
     /// Puts `overlay` on top: everyone who uses `top` uses `overlay` from then on, and `overlay` has `top` as its backing
     /// node. The overlay was opened either on `top` already, or without a backing node (then its driver must be able to
     /// take one while it is open). Edges that stay (a job's) stay.
+    #[doc = include_str!("examples/append.md")]
     pub fn append(self, top: &NodeRef, overlay: &NodeRef) -> Self {
         self.with(Action::Append { top: top.clone(), overlay: overlay.clone() })
     }
 
     /// Everyone who uses `from` uses `to` from then on, except those at or below `to`, whose edges would close a loop, and
     /// edges that stay. So a filter opened on `from` stays there and takes over its users. Fails at a frozen edge.
+    #[doc = include_str!("examples/replace.md")]
     pub fn replace(self, from: &NodeRef, to: &NodeRef) -> Self {
         self.with(Action::Replace { from: from.clone(), to: to.clone() })
     }
 
     /// `parent`'s child of this name ("file", "backing") is `to` from then on. A child that a job inserted on its own account cannot be
     /// replaced; replacing it by the very node below it does nothing.
+    #[doc = include_str!("examples/replace_child.md")]
     pub fn replace_child(self, parent: &NodeRef, child: &str, to: &NodeRef) -> Self {
         let (parent, child, to) = (parent.clone(), child.to_owned(), to.clone());
         self.with(Action::ReplaceChild { parent, child, to })
     }
 
     /// Lets `filter`, which was opened on `node`, take over everyone else who uses `node`.
+    #[doc = include_str!("examples/insert_filter.md")]
     pub fn insert_filter(self, node: &NodeRef, filter: &NodeRef) -> Self {
         self.with(Action::InsertFilter { node: node.clone(), filter: filter.clone() })
     }
 
     /// Lets everyone who uses `filter` use the node it filters. The filter itself lives until its last reference goes; with
     /// [`Change::remove`] in the same change it goes at once.
+    #[doc = include_str!("examples/drop_filter.md")]
     pub fn drop_filter(self, filter: &NodeRef) -> Self {
         self.with(Action::DropFilter { filter: filter.clone() })
     }
 
     /// Gives a node another backing node, or none.
+    #[doc = include_str!("examples/set_backing.md")]
     pub fn set_backing(self, node: &NodeRef, backing: Option<&NodeRef>) -> Self {
         self.with(Action::SetBacking { node: node.clone(), backing: backing.cloned() })
     }
@@ -250,6 +255,7 @@ impl Change {
     /// Ends a node. Takes the reference, also if the change fails; the monitor's is taken too, if it has one and the change succeeds. What
     /// a filter does to its child does not count any more when the change is checked; what a format still has to write does. The
     /// reports are in [`ChangeReport::closed`]. Closing waits for drained sections of the nodes below, the caller's own included.
+    #[doc = include_str!("examples/remove.md")]
     pub fn remove(self, node: NodeRef) -> Self {
         self.with(Action::Remove { node })
     }
@@ -258,12 +264,14 @@ impl Change {
     /// `backing` and other children by node name, and those of its driver that can change while it is open. Nodes that were
     /// opened inline below it inherit what they inherited then. A driver that has to write to a node below which somebody drains waits
     /// for the end of that section, and others have their turns meanwhile; of the caller's own, see [`Change::within`].
+    #[doc = include_str!("examples/reopen.md")]
     pub fn reopen(self, node: &NodeRef, options: Options) -> Self {
         self.with(Action::Reopen { node: node.clone(), options })
     }
 
     /// Gives a node another name. In one change nodes may trade names: an overlay can take over the name of what it covers. Ids,
     /// references and edges notice nothing; a [`Graph::find`] of the old name finds whoever has it then.
+    #[doc = include_str!("examples/rename.md")]
     pub fn rename(self, node: &NodeRef, name: &str) -> Self {
         self.with(Action::Rename { node: node.clone(), name: name.into() })
     }
@@ -271,17 +279,20 @@ impl Change {
     /// The change is made inside this drained section: it may reach what the section has drained. A reopen that has to write below
     /// nodes that are drained waits for the end of such sections, but for those named here. The section lasts at least as
     /// long as the change.
+    #[doc = include_str!("examples/within.md")]
     pub fn within(mut self, drained: &Drained) -> Self {
         self.within.push(drained.section());
         self
     }
 
     /// Lets the monitor own the node (its name then keeps it open).
+    #[doc = include_str!("examples/own.md")]
     pub fn own(self, node: &NodeRef) -> Self {
         self.with(Action::Own { node: node.clone() })
     }
 
     /// Takes the node from the monitor's list.
+    #[doc = include_str!("examples/disown.md")]
     pub fn disown(self, node: &NodeRef) -> Self {
         self.with(Action::Disown { node: node.clone() })
     }
@@ -307,11 +318,12 @@ impl Change {
     /// ```
     /// Waits for requests in what is changed, for other changes, and for drivers that prepare.
     ///
+    #[doc = include_str!("examples/commit.md")]
     /// # Errors
     /// Nothing has changed. `InvalidInput`: an edit makes no sense where it stands (a loop, another graph's node, no filter);
     /// `InUse`: a permission conflict, a frozen edge, a blocker, a node that others hold, or one that is just being opened on
     /// what is replaced (both sides are named); `ReadOnly`, `Inactive`: somebody would write where that is not possible;
-    /// `NotSupported`: a driver cannot do it while it is open; and whatever drivers fail with when they prepare.
+    /// `NotSupported`: a driver cannot do it while it is open; `AlreadyExists`: a name is taken; and whatever drivers fail with when they prepare.
     pub async fn commit(self) -> Result<ChangeReport> {
         let Self { graph, actions, within } = self;
         check_ours(&graph, &actions)?;

@@ -119,6 +119,17 @@ impl Node {
 
     /// Is this operation refused, and why?
     ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let blocker = disk.block(Operations::RESIZE, "a backup runs");
+    /// disk.check_allowed(Operations::EJECT)?;
+    /// let error = disk.check_allowed(Operations::RESIZE).unwrap_err();
+    /// assert_eq!(error.to_string(), "node 'disk': resize is not possible now: a backup runs");
+    /// # Ok(()) });
+    /// ```
+    ///
     /// # Errors
     /// `InUse` with the first reason.
     pub fn check_allowed(&self, operation: Operations) -> Result<()> {
@@ -132,6 +143,17 @@ impl Node {
     }
 
     /// The reasons why any of these operations is refused.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let one = disk.block(Operations::RESIZE, "a backup runs");
+    /// let two = disk.block(Operations::RESIZE | Operations::DELETE, "it is exported");
+    /// let reasons = disk.blocked(Operations::all());
+    /// assert_eq!((reasons.len(), &*reasons[1]), (2, "it is exported"));
+    /// # Ok(()) });
+    /// ```
     pub fn blocked(&self, operations: Operations) -> Vec<Arc<str>> {
         let Some(book) = self.claims.0.get() else { return Vec::new() };
         let book = lock(book);
@@ -148,6 +170,18 @@ impl Node {
 
 impl NodeRef {
     /// Has these operations refused, with this reason, until the answer is dropped. Several may block the same.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// graph.add(Options::parse("driver=memory,node-name=disk")?).await?;
+    /// let blocker = graph.find("disk")?.block(Operations::DELETE, "a backup runs");
+    /// let error = graph.del("disk").await.unwrap_err();
+    /// assert_eq!(error.to_string(), "node 'disk': delete is not possible now: a backup runs");
+    /// drop(blocker); // allowed again, and it kept no reference
+    /// graph.del("disk").await?;
+    /// # Ok(()) });
+    /// ```
     pub fn block(&self, operations: Operations, reason: &str) -> Blocker {
         let book = self.node().book();
         let place = lock(&book).blocks.insert(Block { operations, reason: reason.into() });
@@ -155,6 +189,19 @@ impl NodeRef {
     }
 
     /// Takes the one place for a job on this node.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let slot = disk.claim_job("backup0")?;
+    /// assert_eq!(disk.job().as_deref(), Some("backup0"));
+    /// let error = disk.claim_job("mirror0").unwrap_err();
+    /// assert_eq!(error.message(), "job 'backup0' works on it: wait for it, or cancel it");
+    /// drop(slot);
+    /// disk.claim_job("mirror0")?;
+    /// # Ok(()) });
+    /// ```
     ///
     /// # Errors
     /// `InUse` names the job that has it.

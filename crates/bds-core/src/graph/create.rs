@@ -48,6 +48,21 @@ impl Graph {
     /// Makes an image file. Names in the image (`backing_file`, `data_file`) that are relative start at the image's
     /// directory, here as when it is opened; the backing image is opened through the gate.
     ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let image = NewImage {
+    ///     format: "layer".into(),
+    ///     path: "disk.img".into(),
+    ///     options: Options::parse("size=1G")?,
+    ///     skip_backing: false,
+    /// };
+    /// // With a driver that can, the file would be there now.
+    /// let error = graph.create_image(image).await.unwrap_err();
+    /// assert_eq!(error.to_string(), "disk.img: layer images cannot be created");
+    /// # Ok(()) });
+    /// ```
+    ///
     /// # Errors
     /// No file that was not there before remains.
     pub async fn create_image(&self, image: NewImage) -> Result<NewImageReport> {

@@ -475,12 +475,46 @@ impl Graph {
     /// dropped. Requests that wait there are not failed; they go on afterwards.
     ///
     /// Never blocks the thread. Waits as long as the slowest request inside: see [`Graph::drain_within`] and [`NodeRef::poison`].
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+    /// let top = open(&graph, layer).await?;
+    /// let guest = Backend::new(&top, BackendOptions::registered("guest"))?;
+    /// let drained = graph.drain(&base).await;
+    /// assert_eq!(top.in_flight(), 0, "what lies above is drained too");
+    ///
+    /// let (late, iov) = (guest.clone(), bds_io::Buf::zeroed(512, 512).iov());
+    /// let read = bds_io::spawn(async move { late.read(0, iov).await });
+    /// assert_eq!(guest.in_flight(), 0, "it waits at the gate: queued is not in flight");
+    /// drop(drained);
+    /// read.await?; // and was not failed
+    /// # Ok(()) });
+    /// ```
     pub async fn drain(&self, node: &NodeRef) -> Drained {
         let set = DrainSet::begin(self, vec![Strong::clone(node.strong())], "drained section");
         Drained::new(set.await, false)
     }
 
     /// As [`Graph::drain`], for the node and everything below it.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+    /// let top = open(&graph, layer).await?;
+    /// let beside = Backend::new(&base, BackendOptions::registered("beside"))?;
+    /// let drained = graph.drain_subtree(&top).await;
+    /// assert_eq!((top.quiesce_count() > 0, base.quiesce_count() > 0), (true, true));
+    /// let iov = bds_io::Buf::zeroed(512, 512).iov();
+    /// assert!(beside.try_read(0, &iov).is_none(), "'drain(&top)' would have let it in");
+    /// drop(drained);
+    /// assert!(beside.try_read(0, &iov).is_some());
+    /// # Ok(()) });
+    /// ```
     pub async fn drain_subtree(&self, node: &NodeRef) -> Drained {
         let mut nodes = Vec::new();
         walk::each_below_strong(node.strong(), &mut |node| nodes.push(Strong::clone(node)));
@@ -490,6 +524,17 @@ impl Graph {
 
     /// As [`Graph::drain`], for every node there is and every one that comes meanwhile. Keeps no node open: what dies during
     /// the section is closed after it.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let drained = graph.drain_all().await;
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// assert_eq!(disk.quiesce_count(), 1, "born drained");
+    /// drop(drained);
+    /// assert_eq!(disk.quiesce_count(), 0);
+    /// # Ok(()) });
+    /// ```
     pub async fn drain_all(&self) -> Drained {
         let set = DrainSet::new(self);
         let all = {
@@ -505,6 +550,20 @@ impl Graph {
     }
 
     /// As [`Graph::drain`], but gives up when `patience` is over; the gates are open again then.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M,stuck=on").await?;
+    /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;
+    /// let iov = bds_io::Buf::zeroed(512, 512).iov();
+    /// let read = bds_io::spawn(async move { guest.read(0, iov).await });
+    /// # while disk.in_flight() == 0 { bds_io::yield_now().await }
+    /// let error = graph.drain_within(&disk, std::time::Duration::from_millis(5)).await.unwrap_err();
+    /// assert!(error.to_string().contains("1 requests are still inside after 5 ms"), "{error}");
+    /// assert_eq!(disk.quiesce_count(), 0, "given up: the gates are open");
+    /// # Ok(()) });
+    /// ```
     ///
     /// # Errors
     /// `WouldWait` names the node and how many requests are still inside.
@@ -540,11 +599,40 @@ impl Drop for Section {
 impl NodeRef {
     /// Gives the requests up that are inside the node now and never end (a device that is gone): no drain waits for them any
     /// more, and new requests fail. A poisoned node can only be replaced and closed. The memory of what is stuck stays theirs.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M,stuck=on").await?;
+    /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;
+    /// let iov = bds_io::Buf::zeroed(512, 512).iov();
+    /// let read = bds_io::spawn(async move { guest.read(0, iov).await });
+    /// # while disk.in_flight() == 0 { bds_io::yield_now().await }
+    /// disk.poison();
+    /// drop(graph.drain(&disk).await); // does not wait for the request that is stuck
+    /// let late = Backend::new(&disk, BackendOptions::registered("late"))?;
+    /// let error = late.read_at(0, &mut [0; 512]).unwrap_err();
+    /// assert_eq!(error.kind(), ErrorKind::Io);
+    /// # Ok(()) });
+    /// ```
     pub fn poison(&self) {
         self.node().set_poisoned();
     }
 
     /// How many reasons there are for the node to be drained now. For diagnostics: outdated on return.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+    /// let top = open(&graph, layer).await?;
+    /// let (first, second) = (graph.drain(&base).await, graph.drain(&base).await);
+    /// assert_eq!((base.quiesce_count(), top.quiesce_count()), (2, 1), "once per edge");
+    /// drop((first, second));
+    /// assert_eq!((base.quiesce_count(), top.quiesce_count()), (0, 0));
+    /// # Ok(()) });
+    /// ```
     pub fn quiesce_count(&self) -> u32 {
         self.node().quiesce_count()
     }

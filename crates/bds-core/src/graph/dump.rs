@@ -16,6 +16,17 @@ use crate::driver::{DetectZeroes, OpenFlags, Role};
 
 impl Graph {
     /// All nodes that are open now, sorted by name.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+    /// let top = open(&graph, layer).await?;
+    /// let names: Vec<String> = graph.nodes().iter().map(|node| node.name().to_owned()).collect();
+    /// assert_eq!(names, ["#block000", "base", "top"], "the file of 'top' has a generated name");
+    /// # Ok(()) });
+    /// ```
     pub fn nodes(&self) -> Vec<NodeRef> {
         let ids = self.0.reaper.arena.snapshot();
         let acquire = |id| self.0.reaper.arena.acquire(id).ok();
@@ -34,9 +45,23 @@ impl Graph {
     /// disk0 qcow2 len=1048576 rw refs=2
     ///   held by owner 'open'
     ///   used by backend 'guest' does=rwus lets=rwus
-    ///   file -> disk0-file (data|metadata|primary) does=rw-s lets=r-u-
+    ///   file -> disk0-file (data|metadata|primary) does=rwus lets=r-u-
     /// ```
     /// Letters: `r` consistent read, `w` write, `u` write unchanged, `s` resize.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;
+    /// assert_eq!(
+    ///     graph.dump(),
+    ///     "disk memory len=1048576 rw refs=2\n  \
+    ///        held by owner 'open'\n  \
+    ///        used by backend 'guest' does=r--- lets=rwus\n"
+    /// );
+    /// # Ok(()) });
+    /// ```
     pub fn dump(&self) -> String {
         let mut out = String::new();
         for node in self.nodes() {
@@ -46,6 +71,18 @@ impl Graph {
     }
 
     /// For Graphviz: nodes as boxes with driver, length and count; edges with name and role; other holders as ellipses.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+    /// let top = open(&graph, layer).await?;
+    /// let dot = graph.dot(); // for `dot -Tsvg`
+    /// assert!(dot.starts_with("digraph bds {"));
+    /// assert!(dot.contains(r#""top" -> "base" [label="backing\n"#), "{dot}");
+    /// # Ok(()) });
+    /// ```
     pub fn dot(&self) -> String {
         let mut out = String::from("digraph bds {\n  node [shape=box, fontname=monospace];\n");
         for node in self.nodes() {
@@ -76,6 +113,16 @@ impl Graph {
     }
 
     /// As `query-named-block-nodes` tells it, reduced to what is known here.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M,read-only=on").await?;
+    /// let all = graph.query();
+    /// assert_eq!(all[0]["virtual-size"], 1 << 20);
+    /// assert_eq!((&all[0]["node-name"], &all[0]["ro"]), (&"disk".into(), &true.into()));
+    /// # Ok(()) });
+    /// ```
     pub fn query(&self) -> Value {
         self.nodes().iter().map(describe).collect()
     }

@@ -53,6 +53,18 @@ fn facts(edge: &Arc<Edge>) -> Option<EdgeFacts> {
 
 impl NodeRef {
     /// The edges from this node to its children, in the order in which the driver opened them.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+    /// let top = open(&graph, layer).await?;
+    /// let edges = top.edges_below();
+    /// assert_eq!(edges[1].holder, "edge 'top.backing'");
+    /// assert_eq!((edges[1].child, edges[1].role), (base.id(), Role::COW));
+    /// # Ok(()) });
+    /// ```
     pub fn edges_below(&self) -> Vec<EdgeFacts> {
         // The lock sees to permissions that have become looser since.
         let _walls = self.graph().0.reaper.walls();
@@ -60,6 +72,18 @@ impl NodeRef {
     }
 
     /// The edges that lead to this node, sorted by holder.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+    /// let top = open(&graph, layer).await?;
+    /// let guest = Backend::new(&base, BackendOptions::registered("guest"))?;
+    /// let holders: Vec<String> = base.edges_above().into_iter().map(|edge| edge.holder).collect();
+    /// assert_eq!(holders, ["backend 'guest'", "edge 'top.backing'"]);
+    /// # Ok(()) });
+    /// ```
     pub fn edges_above(&self) -> Vec<EdgeFacts> {
         let _walls = self.graph().0.reaper.walls();
         let mut all: Vec<EdgeFacts> = self.node().parents().iter().filter_map(facts).collect();
@@ -68,6 +92,18 @@ impl NodeRef {
     }
 
     /// What all users together do with the node, and what every one of them lets others do.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let one = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// assert!(disk.access().perm.contains(Perm::WRITE));
+    /// let picky = BackendOptions { shared: Perm::CONSISTENT_READ, ..Default::default() };
+    /// let error = Backend::new(&disk, picky).unwrap_err();
+    /// assert_eq!(error.kind(), ErrorKind::InUse, "it does not bear that");
+    /// # Ok(()) });
+    /// ```
     pub fn access(&self) -> Access {
         super::perm::cumulate(self.edges_above().iter().map(|edge| edge.access))
     }
@@ -87,6 +123,17 @@ pub(super) fn letters(perm: Perm) -> String {
 impl Graph {
     /// Nodes and edges with permissions, in the manner of QEMU's `x-debug-query-block-graph`. Numbers in it are good within one
     /// answer only.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;
+    /// let all = graph.query_graph();
+    /// assert_eq!(all["nodes"][1]["type"], "block-backend");
+    /// assert_eq!(all["edges"][0]["perm"], serde_json::json!(["consistent-read"]));
+    /// # Ok(()) });
+    /// ```
     pub fn query_graph(&self) -> Value {
         let nodes = self.nodes();
         let number = |id: NodeId| nodes.iter().position(|node| node.id() == id);

@@ -47,6 +47,22 @@ impl Graph {
     /// Freezes the links from `top` down to `base` (backing nodes, and what filters show): all of them or none. `who` is named
     /// in the errors of those who meet a frozen link ("job 'commit0'").
     ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+    /// let top = open(&graph, layer).await?;
+    /// let frozen = graph.freeze_chain(&top, &base, "job 'commit0'")?;
+    /// assert_eq!(frozen.len(), 1);
+    /// let error = graph.set_backing(&top, None).await.unwrap_err();
+    /// assert!(error.to_string().contains("is frozen by job 'commit0'"), "{error}");
+    /// assert!(graph.freeze_chain(&top, &base, "job 'stream1'").is_err(), "by one at a time");
+    /// drop(frozen);
+    /// graph.set_backing(&top, None).await?;
+    /// # Ok(()) });
+    /// ```
+    ///
     /// # Errors
     /// `InvalidInput`: `base` is not in the chain; `InUse`: a link is frozen already.
     pub fn freeze_chain(&self, top: &NodeRef, base: &NodeRef, who: &str) -> Result<Frozen> {

@@ -22,6 +22,18 @@ pub struct FileGuess {
 
 impl Graph {
     /// Guesses what lies in a file.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// # let path = std::env::temp_dir().join(format!("bds-guess-{}", std::process::id()));
+    /// std::fs::write(&path, "hello").expect("there is room");
+    /// let guess = graph.guess_file(&path).await?;
+    /// assert_eq!(guess.protocol, "file");
+    /// assert!(guess.formats.is_empty(), "no driver here knows the bytes again");
+    /// # std::fs::remove_file(&path).expect("it is ours");
+    /// # Ok(()) });
+    /// ```
     pub async fn guess_file(&self, path: &Path) -> Result<FileGuess> {
         let file = Inspected::new(&self.config().fs, path.to_owned())?;
         let formats = file.guess(&self.config().registry).await?;

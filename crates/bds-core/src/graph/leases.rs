@@ -114,6 +114,17 @@ impl Node {
 impl NodeRef {
     /// A new bitmap of this name. It belongs to the node.
     ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let id = disk.add_bitmap("daily")?;
+    /// assert_eq!(disk.find_bitmap("daily"), Some(id));
+    /// let error = disk.add_bitmap("daily").unwrap_err();
+    /// assert_eq!(error.to_string(), "node 'disk': there is a bitmap 'daily' already");
+    /// # Ok(()) });
+    /// ```
+    ///
     /// # Errors
     /// `AlreadyExists`; `InvalidInput` for a name that is empty or longer than [`MAX_BITMAP_NAME_LEN`].
     pub fn add_bitmap(&self, name: &str) -> Result<BitmapId> {
@@ -128,6 +139,20 @@ impl NodeRef {
     }
 
     /// A new bitmap without a name. It belongs to `owner` and goes when the answer is dropped.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let bitmap = disk.add_anonymous_bitmap("job 'mirror0'");
+    /// let error = graph.remove_bitmap(bitmap.id()).unwrap_err();
+    /// assert!(error.to_string().contains("belongs to its owner alone"), "{error}");
+    ///
+    /// let report = disk.close().await?; // before the owner has given it back
+    /// let error = report.into_result().unwrap_err().to_string();
+    /// assert!(error.contains("an anonymous bitmap of job 'mirror0' was not given back"), "{error}");
+    /// # Ok(()) });
+    /// ```
     pub fn add_anonymous_bitmap(&self, owner: &str) -> AnonymousBitmap {
         let id = self.insert(None, Some(owner.into())).expect("no name is taken by nameless ones");
         AnonymousBitmap { shelf: self.node().shelf(), id }
@@ -152,6 +177,18 @@ impl NodeRef {
     }
 
     /// All bitmaps, in the order in which they were made.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// disk.add_bitmap("daily")?;
+    /// let lease = graph.lease_bitmap(disk.add_bitmap("weekly")?, "job 'backup0'")?;
+    /// let all = disk.bitmaps();
+    /// assert_eq!(all[0].name.as_deref(), Some("daily"));
+    /// assert_eq!(all[1].leased_by.as_deref(), Some("job 'backup0'"));
+    /// # Ok(()) });
+    /// ```
     pub fn bitmaps(&self) -> Vec<BitmapInfo> {
         let Some(shelf) = self.node().leases.0.get() else { return Vec::new() };
         let shelf = lock(shelf);
@@ -170,6 +207,21 @@ impl NodeRef {
 impl Graph {
     /// Takes the lease of a bitmap: nobody else works with it until the answer is dropped.
     ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let id = disk.add_bitmap("daily")?;
+    /// let lease = graph.lease_bitmap(id, "job 'backup0'")?;
+    /// let error = graph.lease_bitmap(id, "export 'nbd0'").unwrap_err();
+    /// assert_eq!(error.to_string(), "node 'disk': bitmap 'daily' is in use by job 'backup0'");
+    ///
+    /// drop(disk.close().await?);
+    /// assert!(!lease.is_valid(), "the lease keeps no node open");
+    /// assert_eq!(graph.lease_bitmap(id, "export 'nbd0'").unwrap_err().kind(), ErrorKind::Stale);
+    /// # Ok(()) });
+    /// ```
+    ///
     /// # Errors
     /// `InUse` names who has it; `Stale`: the node has ended; `NotFound`: the bitmap was removed.
     pub fn lease_bitmap(&self, id: BitmapId, who: &str) -> Result<BitmapLease> {
@@ -187,6 +239,19 @@ impl Graph {
     }
 
     /// Removes a named bitmap.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let id = disk.add_bitmap("daily")?;
+    /// let lease = graph.lease_bitmap(id, "job 'backup0'")?;
+    /// assert_eq!(graph.remove_bitmap(id).unwrap_err().kind(), ErrorKind::InUse);
+    /// drop(lease);
+    /// graph.remove_bitmap(id)?;
+    /// assert_eq!(graph.remove_bitmap(id).unwrap_err().kind(), ErrorKind::NotFound);
+    /// # Ok(()) });
+    /// ```
     ///
     /// # Errors
     /// As [`Graph::lease_bitmap`]; `InvalidInput` for an anonymous one, which only its owner gives back.

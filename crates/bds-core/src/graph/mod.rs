@@ -1,7 +1,7 @@
 //! The plan of the rooms: nodes, the edges between them, and who holds what.
 //!
 //! Control plane only: nothing here does guest I/O. Opening, closing and changing the graph never run inside a release;
-//! a release only counts down. Reading order: [`node`], [`edge`], [`node_ref`].
+//! a release only counts down. Reading order: `node`, `edge`, `node_ref`.
 //!
 //! **Count of a node = number of its live holders.** Every edge owns its target; every [`NodeRef`] owns its node; names
 //! own nothing. **Names are free exactly when no reference to the node is left.**
@@ -206,6 +206,22 @@ impl Graph {
 
     /// A reference to the node of this id: the only way from an id to a node.
     ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk").await?;
+    /// let id = disk.id();
+    /// assert_eq!(graph.acquire(id)?.name(), "disk");
+    ///
+    /// drop(disk);
+    /// let stale = graph.acquire(id).unwrap_err();
+    /// assert_eq!(stale, Stale::Dying, "the last reference is gone, the node waits to be closed");
+    /// graph.reap().await;
+    /// assert_eq!(graph.acquire(id).unwrap_err(), Stale::Released);
+    /// assert_eq!(Error::from(stale).kind(), ErrorKind::Stale);
+    /// # Ok(()) });
+    /// ```
+    ///
     /// # Errors
     /// [`Stale`] says why the id leads nowhere.
     #[track_caller]
@@ -214,21 +230,72 @@ impl Graph {
     }
 
     /// Who holds the node, by name; empty for a stale id. References without a name are not listed.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;
+    ///
+    /// let words: Vec<String> = graph.holders(disk.id()).iter().map(ToString::to_string).collect();
+    /// assert!(words[0].starts_with("owner 'open' (since "), "and a place in the program");
+    /// assert!(words[1].starts_with("backend 'guest' (since "));
+    /// # Ok(()) });
+    /// ```
     pub fn holders(&self, id: NodeId) -> Vec<HolderInfo> {
         self.0.reaper.arena.holders(id.0)
     }
 
     /// How many references the node has; 0 for a stale id. For diagnostics: outdated on return.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;
+    /// assert_eq!(graph.count(disk.id()), 2);
+    ///
+    /// let id = disk.id();
+    /// drop((disk, guest));
+    /// assert_eq!(graph.count(id), 0);
+    /// # Ok(()) });
+    /// ```
     pub fn count(&self, id: NodeId) -> usize {
         self.0.reaper.arena.count(id.0)
     }
 
     /// Fires once the node cannot be acquired any more; at once for a stale id.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk").await?;
+    /// let id = disk.id();
+    /// let mut watch = graph.watch(id);
+    /// assert!(!watch.has_fired(), "and the watch does not keep the node");
+    ///
+    /// assert_eq!(disk.release(), Release::Last);
+    /// watch.fired().await;
+    /// assert!(graph.acquire(id).is_err());
+    /// # Ok(()) });
+    /// ```
     pub fn watch(&self, id: NodeId) -> Watch<Node> {
         self.0.reaper.arena.watch(id.0)
     }
 
     /// How often edges were moved: equal answers mean the same graph in between, as far as changes go.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;
+    /// let filter = open(&graph, "driver=pass,node-name=filter,file=disk").await?;
+    /// let before = graph.epoch();
+    /// graph.insert_filter(&disk, &filter).await?;
+    /// assert_ne!(graph.epoch(), before);
+    /// # Ok(()) });
+    /// ```
     pub fn epoch(&self) -> u64 {
         self.0.epoch.load(Ordering::SeqCst)
     }

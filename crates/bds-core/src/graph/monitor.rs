@@ -27,6 +27,18 @@ fn holder() -> Holder {
 impl Graph {
     /// Opens a node and lets the monitor own it: QEMU's `blockdev-add`. It lives until [`Graph::del`], whoever else uses it.
     ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let id = graph.add(Options::parse("driver=memory,node-name=disk")?).await?;
+    /// assert!(graph.is_owned(id), "it stays open although we hold nothing");
+    /// assert_eq!(graph.find("disk")?.id(), id);
+    ///
+    /// let error = graph.add(Options::parse("driver=memory")?).await.unwrap_err();
+    /// assert!(error.to_string().starts_with("'node-name' must be given"), "{error}");
+    /// # Ok(()) });
+    /// ```
+    ///
     /// # Errors
     /// As [`Graph::open`]; `InvalidInput` if `node-name` is missing, because nobody could delete the node then.
     pub async fn add(&self, options: Options) -> Result<NodeId> {
@@ -41,6 +53,17 @@ impl Graph {
     }
 
     /// Lets the monitor own a node that is open already.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk").await?;
+    /// graph.own(disk)?; // the list has the reference now
+    /// let error = graph.own(graph.find("disk")?).unwrap_err();
+    /// assert_eq!(error.to_string(), "node 'disk': the monitor owns the node already");
+    /// graph.del("disk").await?;
+    /// # Ok(()) });
+    /// ```
     ///
     /// # Errors
     /// `AlreadyExists`: it owns it. The reference is given up.
@@ -61,6 +84,20 @@ impl Graph {
     }
 
     /// Closes a node that the monitor owns: QEMU's `blockdev-del`. The report tells of a failed flush.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// graph.add(Options::parse("driver=memory,node-name=disk,size=1M")?).await?;
+    /// let guest = Backend::new(&graph.find("disk")?, BackendOptions::registered("guest"))?;
+    /// let error = graph.del("disk").await.unwrap_err();
+    /// assert!(error.to_string().starts_with("node 'disk': node is in use by backend 'guest'"));
+    ///
+    /// drop(guest);
+    /// assert!(graph.del("disk").await?.is_clean());
+    /// assert_eq!(graph.del("disk").await.unwrap_err().kind(), ErrorKind::NotFound);
+    /// # Ok(()) });
+    /// ```
     ///
     /// # Errors
     /// Nothing has changed. `NotFound`: no such node; `InvalidInput`: the monitor does not own it; `InUse`: somebody else
@@ -108,6 +145,17 @@ impl Graph {
     }
 
     /// Does the monitor own the node?
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk").await?;
+    /// let id = disk.id();
+    /// assert!(!graph.is_owned(id));
+    /// graph.own(disk)?;
+    /// assert!(graph.is_owned(id));
+    /// # Ok(()) });
+    /// ```
     pub fn is_owned(&self, id: NodeId) -> bool {
         self.plan().monitor.contains_key(&id)
     }
@@ -115,6 +163,18 @@ impl Graph {
     /// What stands at the top: the node of every backend with a medium, then the monitor's nodes that no backend has at its
     /// root. Each once. What ends meanwhile is left out; what comes is not seen. Holds a reference to the node it stands at
     /// and to no other, so it may be left at any time.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// graph.add(Options::parse("driver=memory,node-name=spare")?).await?;
+    /// let top = open(&graph, "driver=layer,node-name=top,file.driver=memory,file.size=1M").await?;
+    /// let guest = Backend::new(&top, BackendOptions::registered("guest"))?;
+    ///
+    /// let names: Vec<String> = graph.top_level().map(|node| node.name().to_owned()).collect();
+    /// assert_eq!(names, ["top", "spare"], "not the file of 'top'");
+    /// # Ok(()) });
+    /// ```
     pub fn top_level(&self) -> TopLevel {
         let walls = self.0.reaper.walls();
         let mut roots: Vec<(String, NodeId)> = Vec::new();

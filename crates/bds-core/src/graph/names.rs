@@ -63,6 +63,19 @@ impl Drop for Reservation {
 impl Graph {
     /// A reference to the node of this name.
     ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk").await?;
+    /// assert_eq!(graph.find("disk")?.id(), disk.id());
+    ///
+    /// drop(disk);
+    /// let error = graph.find("disk").unwrap_err();
+    /// assert_eq!(error.to_string(), "there is no node 'disk'");
+    /// let again = open(&graph, "driver=memory,node-name=disk").await?; // the name was free at once
+    /// # Ok(()) });
+    /// ```
+    ///
     /// # Errors
     /// `NotFound` if no open node has it (one that is still being opened has not got it yet).
     #[track_caller]

@@ -31,6 +31,16 @@ pub struct NodeId(pub(crate) Handle<Node>);
 
 impl NodeId {
     /// The id as an opaque number, never 0.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let number = disk.id().to_u64(); // for a C program, or a log
+    /// assert_eq!(graph.acquire(NodeId::from_u64(number))?.name(), "disk");
+    /// assert!(graph.acquire(NodeId::from_u64(12345)).is_err());
+    /// # Ok(()) });
+    /// ```
     pub fn to_u64(self) -> u64 {
         self.0.to_u64()
     }
@@ -218,6 +228,18 @@ impl Node {
     }
 
     /// The node by whose options it was opened, as long as that is still above it.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+    /// let top = open(&graph, layer).await?;
+    /// let file = graph.find("#block000")?;
+    /// assert_eq!(file.inherits_from(), Some(top.id()));
+    /// assert_eq!(base.inherits_from(), None, "it was opened for itself");
+    /// # Ok(()) });
+    /// ```
     pub fn inherits_from(&self) -> Option<NodeId> {
         let bits = self.inherits_from.load(Ordering::Relaxed);
         (bits != 0).then(|| NodeId::from_u64(bits))

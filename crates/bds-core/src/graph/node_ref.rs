@@ -9,6 +9,18 @@ use super::Graph;
 use super::node::{Node, NodeId};
 
 /// Keeps a node open. Clone takes another reference, drop gives it up; neither does I/O nor blocks.
+///
+/// ```
+/// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+/// # run(async |graph| {
+/// let disk = open(&graph, "driver=memory,node-name=disk").await?;
+/// let second = disk.clone();
+/// drop(disk);
+/// assert_eq!(graph.find("disk")?.id(), second.id(), "still open");
+/// drop(second);
+/// assert!(graph.find("disk").is_err(), "ended by its last reference");
+/// # Ok(()) });
+/// ```
 pub struct NodeRef {
     held: Held<Node>,
     graph: Graph,
@@ -37,6 +49,18 @@ impl NodeRef {
     }
 
     /// The same reference under another holder's name, for "in use" messages and leak reports.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk").await?;
+    /// let disk = disk.held_as(Holder::new(HolderKind::User, "snapshot tool"));
+    /// assert_eq!(disk.count(), 1, "the same reference");
+    ///
+    /// let error = graph.change().remove(disk.clone()).commit().await.unwrap_err();
+    /// assert!(error.to_string().contains("in use by user 'snapshot tool'"), "{error}");
+    /// # Ok(()) });
+    /// ```
     #[must_use]
     #[track_caller]
     pub fn held_as(self, holder: Holder) -> Self {
@@ -49,6 +73,17 @@ impl NodeRef {
     }
 
     /// How many references the node has, this one included. For diagnostics: outdated on return.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk").await?;
+    /// let second = disk.clone();
+    /// assert_eq!(disk.count(), 2);
+    /// drop(second);
+    /// assert_eq!(disk.count(), 1);
+    /// # Ok(()) });
+    /// ```
     pub fn count(&self) -> usize {
         self.held.count()
     }
@@ -59,6 +94,20 @@ impl NodeRef {
     }
 
     /// Gives the reference up. [`Release::Last`]: this call gave up the last one, the node is unpublished and waits to be reaped.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk").await?;
+    /// let (id, second) = (disk.id(), disk.clone());
+    /// assert_eq!(second.release(), Release::NotLast);
+    /// assert!(graph.acquire(id).is_ok());
+    ///
+    /// assert_eq!(disk.release(), Release::Last);
+    /// assert!(graph.acquire(id).is_err(), "at once, though it is closed later");
+    /// assert!(graph.find("disk").is_err());
+    /// # Ok(()) });
+    /// ```
     pub fn release(self) -> Release {
         self.held.release()
     }

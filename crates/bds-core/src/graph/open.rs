@@ -59,6 +59,21 @@ impl Graph {
     /// Opens a node as `blockdev-add` describes it: `driver`, `node-name`, the common options, the driver's own, and children
     /// inline or by node name. Without `node-name` it gets a generated one. The reference returned is the only one.
     ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let options = Options::parse("driver=layer,node-name=top,file.driver=memory,file.size=1M")?;
+    /// let top = graph.open(options.clone()).await?;
+    /// assert_eq!(top.len(), 1 << 20);
+    ///
+    /// let error = graph.open(options).await.unwrap_err();
+    /// assert_eq!(error.to_string(), "the name 'top' is taken by another node or backend");
+    /// let error = graph.open(Options::parse("driver=memory,colour=red")?).await.unwrap_err();
+    /// assert!(error.to_string().contains("does not know the option 'colour'"), "{error}");
+    /// assert_eq!(graph.nodes().len(), 2, "'top' and its file: what failed left nothing");
+    /// # Ok(()) });
+    /// ```
+    ///
     /// # Errors
     /// Whatever fails: no node, no name, no lock remains and nothing was written.
     pub async fn open(&self, options: Options) -> Result<NodeRef> {
@@ -67,6 +82,16 @@ impl Graph {
 
     /// As [`Graph::open`], with other defaults than the common options have, and what only a program can ask for
     /// (`info_only`, `for_check`). `flags.role` is ignored.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let flags = OpenFlags { read_only: true, ..OpenFlags::default() };
+    /// let one = graph.open_with(Options::parse("driver=memory")?, flags).await?;
+    /// let other = graph.open_with(Options::parse("driver=memory,read-only=off")?, flags).await?;
+    /// assert_eq!((one.is_writable(), other.is_writable()), (false, true), "options go first");
+    /// # Ok(()) });
+    /// ```
     pub async fn open_with(&self, options: Options, flags: OpenFlags) -> Result<NodeRef> {
         self.open_as(options, OpenFlags { role: Role::empty(), ..flags }).await
     }

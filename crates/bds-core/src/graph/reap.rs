@@ -50,6 +50,19 @@ pub struct CloseReport {
 
 impl CloseReport {
     /// Nothing failed, here or below.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let layer = "driver=layer,file.driver=memory,file.size=1M,file.fail-flush=on";
+    /// let disk = open(&graph, layer).await?;
+    /// # let writer = BackendOptions { writable: true, ..Default::default() };
+    /// # Backend::new(&disk, writer)?.write_at(0, b"x")?;
+    /// let report = disk.close().await?;
+    /// assert!(!report.is_clean(), "its file ended with it, and could not be flushed");
+    /// assert_eq!((report.errors().count(), report.below.len()), (1, 1));
+    /// # Ok(()) });
+    /// ```
     pub fn is_clean(&self) -> bool {
         self.errors().next().is_none()
     }
@@ -428,6 +441,18 @@ impl Reaper {
 impl Graph {
     /// Closes all nodes whose last reference is gone, and reports them, a node before the children that only it held. Also
     /// returns reports of earlier failures that nobody has seen.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.node-name=file";
+    /// let top = open(&graph, layer).await?;
+    /// drop(top); // neither waits nor does I/O
+    /// let names: Vec<String> = graph.reap().await.into_iter().map(|report| report.name).collect();
+    /// assert_eq!(names, ["top", "file"]);
+    /// assert!(graph.reap().await.is_empty(), "each is reported once");
+    /// # Ok(()) });
+    /// ```
     pub async fn reap(&self) -> Vec<CloseReport> {
         let reaper = self.0.reaper.clone();
         let swept = self.0.reaper.to_the_end(async move { reaper.sweep().await }).await;
@@ -438,6 +463,22 @@ impl Graph {
 
     /// Reports of closings that failed while nobody waited for them: in passing, or by a caller that went away. Each is
     /// returned once.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M,fail-flush=on").await?;
+    /// let writer = BackendOptions { writable: true, ..Default::default() };
+    /// Backend::new(&disk, writer)?.write_at(0, b"x")?;
+    /// drop(disk); // something was written to it, and it will fail to flush
+    /// let other = open(&graph, "driver=memory").await?; // closes what is dead, in passing
+    ///
+    /// let reports = graph.reports();
+    /// let error = reports[0].flush_error.as_ref().expect("it was told to fail");
+    /// assert_eq!(error.to_string(), "node 'disk': told to fail flushing");
+    /// assert!(graph.reports().is_empty());
+    /// # Ok(()) });
+    /// ```
     pub fn reports(&self) -> Vec<CloseReport> {
         self.0.reaper.take_kept()
     }
@@ -447,6 +488,22 @@ impl NodeRef {
     /// Closes the node, if this is the only reference to it: flushes, closes, and closes what only it held. Says how that
     /// went; a failed flush is in the report. Runs to its end even if the future is dropped. Waits for drained sections of the nodes
     /// below to end.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M,fail-flush=on").await?;
+    /// let writer = BackendOptions { writable: true, ..Default::default() };
+    /// Backend::new(&disk, writer)?.write_at(0, b"x")?;
+    /// let second = disk.clone().held_as(Holder::new(HolderKind::User, "my list"));
+    ///
+    /// let CloseError::InUse { node: disk, holders } = disk.close().await.unwrap_err();
+    /// assert_eq!(holders[0].to_string().split(" (").next(), Some("user 'my list'"));
+    /// drop(second);
+    /// let report = disk.close().await?;
+    /// assert_eq!(report.into_result().unwrap_err().message(), "told to fail flushing");
+    /// # Ok(()) });
+    /// ```
     ///
     /// # Errors
     /// [`CloseError::InUse`] gives the reference back and names the others.

@@ -132,6 +132,21 @@ impl Graph {
     /// A job's hold on a node: keeps it open, with permissions, and stays there whatever the graph becomes. For what a job reads
     /// and writes it uses a [`crate::request`] backend.
     ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let read = Access { perm: Perm::CONSISTENT_READ, shared: Perm::CONSISTENT_READ };
+    /// let job = graph.attach_job(&disk, "backup0", read)?;
+    ///
+    /// let writer = BackendOptions { writable: true, ..BackendOptions::registered("guest") };
+    /// let error = Backend::new(&disk, writer.clone()).unwrap_err();
+    /// assert!(error.to_string().contains("which job 'backup0' does not allow"), "{error}");
+    /// drop(job);
+    /// Backend::new(&disk, writer)?;
+    /// # Ok(()) });
+    /// ```
+    ///
     /// # Errors
     /// Nothing has changed: the permissions clash with others' (both are named), or the node cannot be written.
     #[track_caller]
@@ -156,6 +171,16 @@ impl fmt::Debug for JobEdge {
 
 impl JobEdge {
     /// The node.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let job = graph.attach_job(&disk, "backup0", Access::READ)?;
+    /// drop(disk);
+    /// assert_eq!(job.node().name(), "disk", "the job keeps it open");
+    /// # Ok(()) });
+    /// ```
     #[track_caller]
     pub fn node(&self) -> NodeRef {
         NodeRef::user(&self.graph, self.edge.target().strong().clone())
@@ -167,6 +192,22 @@ impl JobEdge {
     }
 
     /// Asks for something else.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let job = graph.attach_job(&disk, "commit0", Access::READ)?;
+    /// let picky = BackendOptions { shared: Perm::CONSISTENT_READ, ..Default::default() };
+    /// let guest = Backend::new(&disk, picky)?;
+    ///
+    /// let error = job.set_access(Access::ALL).await.unwrap_err();
+    /// assert_eq!(error.kind(), ErrorKind::InUse);
+    /// assert_eq!(job.access(), Access::READ, "nothing has changed");
+    /// drop(guest);
+    /// job.set_access(Access::ALL).await?;
+    /// # Ok(()) });
+    /// ```
     ///
     /// # Errors
     /// Nothing has changed: see [`Graph::attach_job`]. Asking for less cannot fail.

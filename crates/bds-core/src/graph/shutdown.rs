@@ -65,6 +65,17 @@ pub struct ShutdownReport {
 impl ShutdownReport {
     /// The leaks as a result.
     ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let forgotten = open(&graph, "driver=memory,node-name=disk").await?;
+    /// let error = graph.shutdown().await.check_leaks().unwrap_err();
+    /// assert!(error.to_string().starts_with(
+    ///     "still referenced: node 'disk' (1 references) by owner 'open' (since "
+    /// ));
+    /// # Ok(()) });
+    /// ```
+    ///
     /// # Errors
     /// `InUse` names the nodes and who holds them since where.
     pub fn check_leaks(&self) -> Result<()> {
@@ -85,6 +96,26 @@ impl Leak {
 
 impl Graph {
     /// Has `who` told to stop when the graph shuts down. Kept weakly: who has gone by then is not asked.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// # let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// # use std::sync::{Arc, Mutex};
+    /// struct Export(Mutex<Option<NodeRef>>);
+    /// impl Stoppable for Export {
+    ///     fn name(&self) -> String {
+    ///         "export 'nbd0'".to_owned()
+    ///     }
+    ///     fn stop(&self) -> BoxFuture<'_, Result<()>> {
+    ///         Box::pin(async { Ok(drop(self.0.lock().expect("nobody panics").take())) })
+    ///     }
+    /// }
+    /// let export: Arc<dyn Stoppable> = Arc::new(Export(Mutex::new(Some(disk))));
+    /// graph.on_shutdown(ShutdownStage::Exports, &export);
+    /// graph.shutdown().await.check_leaks()?;
+    /// # Ok(()) });
+    /// ```
     pub fn on_shutdown(&self, stage: ShutdownStage, who: &Arc<dyn Stoppable>) {
         let mut plan = self.plan();
         plan.stoppable.retain(|(_, known)| known.strong_count() > 0);
@@ -93,6 +124,20 @@ impl Graph {
 
     /// Ends everything in the fixed order, closes what can be closed, and tells who keeps the rest open. Every backend loses its medium,
     /// whatever blocks that; a request that waits for a decision after an error fails with `Cancelled`. No node can be opened afterwards; a second call reports what has become of the rest. Waits for requests under way, never for queued ones.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// graph.add(Options::parse("driver=memory,node-name=disk,size=1M")?).await?;
+    /// let guest = Backend::new(&graph.find("disk")?, BackendOptions::registered("guest"))?;
+    /// let report = graph.shutdown().await;
+    /// assert_eq!((report.closed.len(), report.leaked.len()), (1, 0));
+    ///
+    /// assert!(guest.node().is_none(), "the handle is valid, its medium is gone");
+    /// assert!(open(&graph, "driver=memory").await.is_err(), "the graph has been shut down");
+    /// assert!(graph.shutdown().await.closed.is_empty());
+    /// # Ok(()) });
+    /// ```
     pub async fn shutdown(&self) -> ShutdownReport {
         self.plan().is_shut = true;
         let mut failed = Vec::new();

@@ -55,13 +55,14 @@ impl NodeRef {
     /// is done, and also by zero writes; not by a change of length. Writes of parents inside the graph count.
     ///
     /// ```
-    /// # use std::sync::Arc;
-    /// # use bds_core::{Options, driver::Registry, graph::{Graph, GraphConfig}};
-    /// # async fn thin(graph: &Graph) -> bds_core::Result<()> {
-    /// let disk = graph.find("disk")?;
-    /// disk.set_write_threshold(Some(1 << 30));
-    /// assert_eq!(disk.write_threshold(), Some(1 << 30));
-    /// # Ok(()) }
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// disk.set_write_threshold(Some(512 << 10));
+    /// assert_eq!(disk.write_threshold(), Some(512 << 10));
+    /// disk.set_write_threshold(None);
+    /// assert_eq!(disk.write_threshold(), None);
+    /// # Ok(()) });
     /// ```
     pub fn set_write_threshold(&self, bytes: Option<u64>) {
         let threshold = &self.node().threshold;
@@ -71,6 +72,21 @@ impl NodeRef {
     }
 
     /// The mark, if one is set that was not passed yet: QEMU's `write_threshold`.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// let mut events = graph.events();
+    /// disk.set_write_threshold(Some(4096));
+    /// guest.write(4000, bds_io::Buf::zeroed(512, 512).iov(), WriteFlags::empty()).await?;
+    ///
+    /// let event = events.try_next().expect("it went 416 bytes past the mark");
+    /// assert_eq!(event.to_json()["data"]["amount-exceeded"], 416);
+    /// assert_eq!(disk.write_threshold(), None, "told once");
+    /// # Ok(()) });
+    /// ```
     pub fn write_threshold(&self) -> Option<u64> {
         Some(self.node().write_mark()).filter(|at| *at != OFF)
     }

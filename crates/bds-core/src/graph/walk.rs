@@ -24,6 +24,17 @@ fn as_ref(beside: &NodeRef, strong: Strong<Node>) -> NodeRef {
 }
 
 /// The first node from here down that is not a filter.
+///
+/// ```
+/// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+/// # run(async |graph| {
+/// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+/// let filter = open(&graph, "driver=pass,node-name=filter,file=disk").await?;
+/// let two = open(&graph, "driver=pass,node-name=two,file=filter").await?;
+/// assert_eq!(walk::skip_filters(&two).name(), "disk");
+/// assert_eq!(walk::skip_filters(&disk).name(), "disk");
+/// # Ok(()) });
+/// ```
 pub fn skip_filters(node: &NodeRef) -> NodeRef {
     let mut at = Strong::clone(node.strong());
     while let Some(below) = at.driver().is_filter().then(|| filtered(&at)).flatten() {
@@ -33,6 +44,17 @@ pub fn skip_filters(node: &NodeRef) -> NodeRef {
 }
 
 /// The first node from here down that a job did not insert on its own account: what a device's images are listed from.
+///
+/// ```
+/// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+/// # run(async |graph| {
+/// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+/// let filter = open(&graph, "driver=pass,node-name=filter,file=disk").await?;
+/// let flags = OpenFlags { is_implicit: true, ..OpenFlags::default() };
+/// let jobs = graph.open_with(Options::parse("driver=pass,file=filter")?, flags).await?;
+/// assert_eq!(walk::skip_implicit(&jobs).name(), "filter", "which is a filter, but a user's");
+/// # Ok(()) });
+/// ```
 pub fn skip_implicit(node: &NodeRef) -> NodeRef {
     let mut at = Strong::clone(node.strong());
     while let Some(below) = at.flags().is_implicit.then(|| filtered(&at)).flatten() {
@@ -51,11 +73,35 @@ fn below(node: &Node) -> Option<Strong<Node>> {
 }
 
 /// The node directly below in the chain: the backing node, or what a filter shows.
+///
+/// ```
+/// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+/// # run(async |graph| {
+/// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+/// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+/// let top = open(&graph, layer).await?;
+/// assert_eq!(walk::next_below(&top).map(|node| node.id()), Some(base.id()));
+/// assert!(walk::next_below(&base).is_none());
+/// # Ok(()) });
+/// ```
 pub fn next_below(node: &NodeRef) -> Option<NodeRef> {
     below(node).map(|strong| as_ref(node, strong))
 }
 
 /// The images of a chain from here down, filters left out.
+///
+/// ```
+/// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+/// # run(async |graph| {
+/// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+/// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+/// let top = open(&graph, layer).await?;
+/// let filter = open(&graph, "driver=pass,node-name=filter,file=top").await?;
+/// let names: Vec<String> =
+///     walk::backing_chain(&filter).iter().map(|node| node.name().to_owned()).collect();
+/// assert_eq!(names, ["top", "base"]);
+/// # Ok(()) });
+/// ```
 pub fn backing_chain(node: &NodeRef) -> Vec<NodeRef> {
     let mut chain = Vec::new();
     let mut at = Some(Strong::clone(node.strong()));
@@ -69,18 +115,55 @@ pub fn backing_chain(node: &NodeRef) -> Vec<NodeRef> {
 }
 
 /// The first image that lies in both chains.
+///
+/// ```
+/// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+/// # run(async |graph| {
+/// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+/// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+/// let top = open(&graph, layer).await?;
+/// let other = open(&graph, "driver=layer,file.driver=memory,file.size=1M,backing=base").await?;
+/// let common = walk::common_backing(&top, &other);
+/// assert_eq!(common.map(|node| node.id()), Some(base.id()));
+/// let alone = open(&graph, "driver=memory").await?;
+/// assert!(walk::common_backing(&top, &alone).is_none());
+/// # Ok(()) });
+/// ```
 pub fn common_backing(a: &NodeRef, b: &NodeRef) -> Option<NodeRef> {
     let in_b: HashSet<NodeId> = backing_chain(b).iter().map(|node| node.id()).collect();
     backing_chain(a).into_iter().find(|node| in_b.contains(&node.id()))
 }
 
 /// The node's child of this name ("file", "backing"), and what it is to the node.
+///
+/// ```
+/// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+/// # run(async |graph| {
+/// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+/// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+/// let top = open(&graph, layer).await?;
+/// let (child, role) = walk::child(&top, "backing").expect("it was opened with one");
+/// assert_eq!((child.id(), role), (base.id(), Role::COW));
+/// assert!(walk::child(&top, "data-file").is_none());
+/// # Ok(()) });
+/// ```
 pub fn child(node: &NodeRef, name: &str) -> Option<(NodeRef, Role)> {
     let edge = node.node().child(name)?;
     Some((as_ref(node, Strong::clone(edge.target().strong())), edge.role()))
 }
 
 /// All children with their names and roles, in the order in which the driver opened them.
+///
+/// ```
+/// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+/// # run(async |graph| {
+/// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+/// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+/// let top = open(&graph, layer).await?;
+/// let names: Vec<&str> = walk::children(&top).into_iter().map(|(name, _, _)| name).collect();
+/// assert_eq!(names, ["file", "backing"]);
+/// # Ok(()) });
+/// ```
 pub fn children(node: &NodeRef) -> Vec<(&'static str, Role, NodeRef)> {
     let edges = node.node().children();
     let child = |edge: &std::sync::Arc<super::Edge>| {

@@ -47,6 +47,23 @@ impl NodeRef {
     /// Lets reads of this node copy what they find below into it, for as long as the guard lives. The guard keeps the
     /// node open.
     ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+    /// let top = open(&graph, layer).await?;
+    /// let guard = top.enable_copy_on_read()?;
+    /// let guest = Backend::new(&top, BackendOptions::registered("guest"))?;
+    /// guest.read(0, bds_io::Buf::zeroed(512, 512).iov()).await?;
+    /// let run = guest.layer_status(0, 4096, true).await?;
+    /// assert!(run.flags.contains(StatusFlags::ALLOCATED), "the block is in 'top' now");
+    ///
+    /// let error = graph.reopen(&top, Options::parse("read-only=on")?).await.unwrap_err();
+    /// assert!(error.to_string().contains("end copy-on-read first"), "{error}");
+    /// # Ok(()) });
+    /// ```
+    ///
     /// # Errors
     /// `ReadOnly` or `Inactive` if the node is, `InUse` if somebody does not bear that it is written to.
     #[track_caller]

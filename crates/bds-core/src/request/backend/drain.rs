@@ -40,6 +40,20 @@ impl Drop for BackendDrained {
 impl Backend {
     /// How many of its requests are inside: neither those that wait at its gate, or for a decision after an error, nor those that
     /// need no waiting. For diagnostics: exact only while it is drained.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M,stuck=on").await?;
+    /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;
+    /// let (asks, iov) = (guest.clone(), bds_io::Buf::zeroed(512, 512).iov());
+    /// let read = bds_io::spawn(async move { asks.read(0, iov).await });
+    /// # while guest.in_flight() == 0 { bds_io::yield_now().await }
+    /// assert_eq!(guest.in_flight(), 1);
+    /// drop(read); // cancelled
+    /// # while guest.in_flight() == 1 { bds_io::yield_now().await }
+    /// # Ok(()) });
+    /// ```
     pub fn in_flight(&self) -> usize {
         self.inner.edge.hall().map_or(0, crate::graph::Hall::in_flight)
     }

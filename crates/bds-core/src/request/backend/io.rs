@@ -17,6 +17,18 @@ use crate::stats::{Operation, Outcome};
 impl Backend {
     /// Reads at once if nothing has to be waited for, without allocating. `None`: ask [`Backend::read`]; the buffer may
     /// be partly filled.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// let iov = bds_io::Buf::zeroed(512, 512).iov();
+    /// assert!(guest.try_read(0, &iov).is_some(), "memory has nothing to wait for");
+    /// let drained = graph.drain(&disk).await;
+    /// assert!(guest.try_read(0, &iov).is_none(), "the gate is closed: 'read' would wait");
+    /// # Ok(()) });
+    /// ```
     #[inline]
     pub fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
         let inner = &*self.inner;
@@ -32,6 +44,19 @@ impl Backend {
 
     /// Writes in place at once if nothing has to be waited for, without allocating. `None`: nothing was changed for good, ask
     /// [`Backend::write`].
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// let iov = bds_io::Buf::from_slice(b"hello").iov();
+    /// match guest.try_write(0, &iov) {
+    ///     Some(written) => written?,
+    ///     None => guest.write(0, iov, WriteFlags::empty()).await?,
+    /// }
+    /// # Ok(()) });
+    /// ```
     #[inline]
     pub fn try_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
         if self.is_writethrough() {
@@ -50,6 +75,20 @@ impl Backend {
 
     /// Fills `iov` from `offset`.
     ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// let iov = bds_io::Buf::zeroed(512, 512).iov();
+    /// guest.read(0, iov.clone()).await?;
+    /// assert!(iov.is_zero(0..512), "nothing was written there");
+    ///
+    /// let error = guest.read(guest.len() - 1, iov).await.unwrap_err();
+    /// assert_eq!(error.kind(), ErrorKind::OutOfRange);
+    /// # Ok(()) });
+    /// ```
+    ///
     /// # Errors
     /// `NoMedium`, `OutOfRange`, what the medium failed with if [`super::ErrorPolicies`] reports it, `Cancelled` if the graph was
     /// shut down while the request waited for its turn. The same for every request here.
@@ -62,11 +101,38 @@ impl Backend {
 
     /// Copies what the node shows of `offset..` but does not hold itself from below into it; nothing is given back. Needs a writable
     /// backend, though what is read does not change.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+    /// let top = open(&graph, layer).await?;
+    /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
+    /// assert!(!guest.layer_status(0, 8192, true).await?.flags.contains(StatusFlags::ALLOCATED));
+    /// guest.copy_up(0, 8192).await?;
+    /// assert!(guest.layer_status(0, 8192, true).await?.flags.contains(StatusFlags::ALLOCATED));
+    /// # Ok(()) });
+    /// ```
     pub async fn copy_up(&self, offset: u64, len: u64) -> Result<()> {
         self.carry(Request { offset, work: Work::CopyUp(len) }).await.map(drop)
     }
 
     /// Writes `iov` at `offset`.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// let hello = bds_io::Buf::from_slice(b"hello").iov();
+    /// guest.write(4096, hello.clone(), WriteFlags::FUA).await?; // durable when it returns
+    ///
+    /// let reader = Backend::new(&disk, BackendOptions::default())?;
+    /// let error = reader.write(4096, hello, WriteFlags::empty()).await.unwrap_err();
+    /// assert_eq!(error.kind(), ErrorKind::ReadOnly, "it did not ask to write");
+    /// # Ok(()) });
+    /// ```
     pub async fn write(&self, offset: u64, iov: IoVec, mut flags: WriteFlags) -> Result<()> {
         if flags.is_empty()
             && let Some(result) = self.try_write(offset, &iov)
@@ -78,11 +144,35 @@ impl Backend {
     }
 
     /// Writes one compressed cluster (or the image's tail); an empty `iov` at the end pads the file.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// let cluster = bds_io::Buf::zeroed(4096, 4096).iov();
+    /// let error = guest.write_compressed(0, cluster).await.unwrap_err();
+    /// assert_eq!(error.kind(), ErrorKind::NotSupported, "memory has no clusters");
+    /// # Ok(()) });
+    /// ```
     pub async fn write_compressed(&self, offset: u64, iov: IoVec) -> Result<()> {
         self.carry(Request { offset, work: Work::Compressed(iov) }).await.map(drop)
     }
 
     /// Makes the range read as zeros. `Unsupported` only with `NO_FALLBACK`.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// guest.write_at(0, b"hello")?;
+    /// let done = guest.write_zeroes(0, 4096, ZeroFlags::empty()).await?;
+    /// assert_eq!(done, Attempt::Done, "by writing zeros: the driver knows no other way");
+    /// let done = guest.write_zeroes(0, 4096, ZeroFlags::NO_FALLBACK).await?;
+    /// assert_eq!(done, Attempt::Unsupported);
+    /// # Ok(()) });
+    /// ```
     pub async fn write_zeroes(
         &self,
         offset: u64,
@@ -94,17 +184,57 @@ impl Backend {
     }
 
     /// Tells that the range is no longer needed; advisory, and ignored unless the node was opened with `discard=unmap`.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// guest.write_at(0, b"hello")?;
+    /// guest.discard(0, 4096).await?;
+    /// let mut bytes = [0; 5];
+    /// guest.read_at(0, &mut bytes)?;
+    /// assert_eq!(&bytes, b"hello", "the disk was opened without 'discard=unmap'");
+    /// # Ok(()) });
+    /// ```
     pub async fn discard(&self, offset: u64, len: u64) -> Result<()> {
         self.carry(Request { offset, work: Work::Discard(len) }).await.map(drop)
     }
 
     /// Makes every write durable that ended before.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M,fail-flush=on").await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// guest.flush().await?; // nothing was written: nothing to do
+    /// guest.write_at(0, b"hello")?;
+    /// let error = guest.flush().await.unwrap_err();
+    /// assert_eq!(error.to_string(), "node 'disk': told to fail flushing");
+    /// let error = guest.flush().await.unwrap_err();
+    /// assert!(error.to_string().contains("an earlier flush failed"), "it stays so");
+    /// # Ok(()) });
+    /// ```
     pub async fn flush(&self) -> Result<()> {
         self.carry(Request { offset: 0, work: Work::Flush }).await.map(drop)
     }
 
     /// Lets the host copy `len` bytes from `source` at `source_offset` to `offset` here. `Unsupported`: use buffers; part of the
     /// bytes may have been copied. A failure is always reported: what it means is decided when the bytes go through buffers.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+    /// let top = open(&graph, layer).await?;
+    /// let source = Backend::new(&base, BackendOptions::default())?;
+    /// let target = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
+    /// let copied = target.copy_range_from(&source, 0, 0, 4096).await?;
+    /// assert_eq!(copied, Attempt::Unsupported, "only files can");
+    /// # Ok(()) });
+    /// ```
     pub async fn copy_range_from(
         &self,
         source: &Backend,
@@ -125,6 +255,22 @@ impl Backend {
 
     /// Changes the length.
     ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// let change = Truncate { len: 2 << 20, exact: true, prealloc: Prealloc::Off, zero_new: false };
+    /// let blocker = disk.block(Operations::RESIZE, "a backup runs");
+    /// let error = guest.truncate(change).await.unwrap_err();
+    /// assert_eq!(error.to_string(), "node 'disk': resize is not possible now: a backup runs");
+    ///
+    /// drop(blocker);
+    /// guest.truncate(change).await?;
+    /// assert_eq!(guest.len(), 2 << 20);
+    /// # Ok(()) });
+    /// ```
+    ///
     /// # Errors
     /// Also `InUse`: somebody blocks [`crate::graph::Operations::RESIZE`] on the medium.
     pub async fn truncate(&self, change: Truncate) -> Result<()> {
@@ -132,16 +278,59 @@ impl Backend {
     }
 
     /// What `offset..` holds at the top layer alone. The run's `map` names a child of that layer.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+    /// let top = open(&graph, layer).await?;
+    /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
+    /// guest.write_at(4096, b"hello")?;
+    /// let run = guest.layer_status(0, 1 << 20, true).await?;
+    /// assert_eq!((run.len, run.flags), (4096, StatusFlags::empty()), "shows what lies below");
+    /// let run = guest.layer_status(4096, 1 << 20, true).await?;
+    /// assert_eq!(run.map, Some(HostMap { child: "file", offset: 4096 }));
+    /// # Ok(()) });
+    /// ```
     pub async fn layer_status(&self, offset: u64, len: u64, precise: bool) -> Result<StatusRun> {
         status::of_layer(&self.inner.edge, offset, len, precise).await
     }
 
     /// What `offset..` holds, through the whole chain.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+    /// let top = open(&graph, layer).await?;
+    /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
+    /// guest.write_at(4096, b"hello")?;
+    /// let run = guest.block_status(0, 1 << 20, true).await?;
+    /// assert_eq!((run.len, run.depth, run.node), (4096, 1, base.id()));
+    /// let run = guest.block_status(4096, 1 << 20, true).await?;
+    /// assert_eq!((run.len, run.depth, run.node), (4096, 0, top.id()));
+    /// # Ok(()) });
+    /// ```
     pub async fn block_status(&self, offset: u64, len: u64, precise: bool) -> Result<ChainRun> {
         status::of_chain(&self.inner.edge, Depth::All, offset, len, precise).await
     }
 
     /// What `offset..` holds in the layers above `base`, which is in the chain. Without `ALLOCATED`: none of them decides it.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+    /// let top = open(&graph, layer).await?;
+    /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
+    /// let run = guest.status_above(base.id(), 0, 1 << 20, true).await?;
+    /// assert_eq!(run.len, 1 << 20);
+    /// assert!(!run.flags.contains(StatusFlags::ALLOCATED), "all of it lies in 'base'");
+    /// # Ok(()) });
+    /// ```
     pub async fn status_above(
         &self,
         base: NodeId,
@@ -153,29 +342,81 @@ impl Backend {
     }
 
     /// Does the range read as zeros? A cheap answer: false if unknown.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let empty = open(&graph, "driver=layer,file.driver=memory,file.size=1M").await?;
+    /// let guest = Backend::new(&empty, BackendOptions { writable: true, ..Default::default() })?;
+    /// assert!(guest.is_zero(0, 1 << 20).await?, "nothing was written");
+    /// guest.write_at(0, &[0; 512])?;
+    /// assert!(!guest.is_zero(0, 1 << 20).await?, "bytes are not looked at");
+    /// # Ok(()) });
+    /// ```
     pub async fn is_zero(&self, offset: u64, len: u64) -> Result<bool> {
         status::is_zero(&self.inner.edge, offset, len).await
     }
 
     /// Facts about the image.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+    /// let top = open(&graph, layer).await?;
+    /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
+    /// assert_eq!(guest.info().await?.backing_file, None, "no image names 'base': we did");
+    /// # Ok(()) });
+    /// ```
     pub async fn info(&self) -> Result<ImageInfo> {
         let node = enter(&self.inner.edge).await?;
         named(&node, node.driver().info().await)
     }
 
     /// Bytes the node occupies on its host, where that is known.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// assert_eq!(guest.allocated_len().await?, None, "memory lies on no host");
+    /// # Ok(()) });
+    /// ```
     pub async fn allocated_len(&self) -> Result<Option<u64>> {
         let node = enter(&self.inner.edge).await?;
         named(&node, node.driver().allocated_len().await)
     }
 
     /// Looks for leaks and corruption; changes nothing. `progress` gets (done, total) bytes of metadata.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// let error = guest.check(&|done, total| println!("{done} of {total}")).await.unwrap_err();
+    /// assert_eq!(error.to_string(), "node 'disk': memory has nothing to check");
+    /// # Ok(()) });
+    /// ```
     pub async fn check(&self, progress: &(dyn Fn(u64, u64) + Send + Sync)) -> Result<CheckReport> {
         let node = enter(&self.inner.edge).await?;
         named(&node, node.driver().check(progress).await)
     }
 
     /// Reads into `out`, through a copy. Blocks this thread.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// let mut bytes = [1; 4];
+    /// guest.read_at(0, &mut bytes)?;
+    /// assert_eq!(bytes, [0; 4]);
+    /// # Ok(()) });
+    /// ```
     pub fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {
         let iov = Buf::zeroed(out.len(), 4096).iov();
         bds_io::block_on(self.read(offset, iov.clone()))?;
@@ -184,11 +425,33 @@ impl Backend {
     }
 
     /// Writes `bytes`, through a copy. Blocks this thread.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// guest.write_at(4096, b"hello")?;
+    /// let mut bytes = [0; 7];
+    /// guest.read_at(4095, &mut bytes)?;
+    /// assert_eq!(&bytes, b"\0hello\0");
+    /// # Ok(()) });
+    /// ```
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         bds_io::block_on(self.write(offset, Buf::from_slice(bytes).iov(), WriteFlags::empty()))
     }
 
     /// Makes every write durable that ended before. Blocks this thread.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// guest.write_at(0, b"hello")?;
+    /// guest.flush_blocking()?;
+    /// # Ok(()) });
+    /// ```
     pub fn flush_blocking(&self) -> Result<()> {
         bds_io::block_on(self.flush())
     }

@@ -9,6 +9,20 @@ impl Backend {
     /// Puts a medium in. The backend takes a reference of its own. Writes become durable one by one if the node's `cache.writeback` is
     /// off; that never turns it off by itself.
     ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
+    /// drive.insert(&disk).await?;
+    /// let error = drive.insert(&disk).await.unwrap_err();
+    /// assert_eq!(
+    ///     error.to_string(),
+    ///     "backend 'cd0' has the medium 'disk': eject it first, or replace it"
+    /// );
+    /// # Ok(()) });
+    /// ```
+    ///
     /// # Errors
     /// Nothing has changed. `InUse`: there is a medium, or somebody does not bear what the backend does (he is named); `ReadOnly`,
     /// `Inactive`: the backend writes and the node cannot be written; `InvalidInput`: it belongs to another graph.
@@ -17,6 +31,20 @@ impl Backend {
     }
 
     /// Puts a medium in, in place of the one there is, if there is one.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
+    /// drive.insert(&disk).await?;
+    /// let other = open(&graph, "driver=memory,node-name=other,size=2M").await?;
+    /// let mut events = graph.events();
+    /// drive.replace_medium(&other).await?;
+    /// assert_eq!(drive.len(), 2 << 20);
+    /// assert_eq!(events.try_next().map(|event| event.name()), Some("BLOCK_MEDIUM_REPLACED"));
+    /// # Ok(()) });
+    /// ```
     ///
     /// # Errors
     /// As [`Backend::insert`]; `InUse` also if [`Operations::EJECT`] is blocked on the old one.
@@ -39,6 +67,22 @@ impl Backend {
     /// Takes the medium out, and returns a reference to it; `None` if there was none. Waits for requests inside; who waits at
     /// the gate finds no medium.
     ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
+    /// drive.insert(&disk).await?;
+    /// let blocker = disk.block(Operations::EJECT, "a backup runs");
+    /// let error = drive.eject().await.unwrap_err();
+    /// assert_eq!(error.to_string(), "node 'disk': eject is not possible now: a backup runs");
+    ///
+    /// drop(blocker);
+    /// assert_eq!(drive.eject().await?.map(|node| node.id()), Some(disk.id()));
+    /// assert!(drive.eject().await?.is_none());
+    /// # Ok(()) });
+    /// ```
+    ///
     /// # Errors
     /// Nothing has changed. `InUse`: [`Operations::EJECT`] is blocked, or the edge is frozen (by whom and why is told).
     pub async fn eject(&self) -> Result<Option<NodeRef>> {
@@ -48,6 +92,19 @@ impl Backend {
     /// Takes the medium away from whoever uses the backend: QEMU's `drive_del`. Works with a device attached, which stays so:
     /// the handle is valid, and requests fail with `NoMedium`. Failures are reported from now on, whatever the policy was, and
     /// who waited for a decision is told too. Without a medium, only that.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
+    /// drive.insert(&disk).await?;
+    /// let device = drive.attach_device("virtio0")?;
+    /// drive.revoke().await?; // the guest still has its device, and the device its backend
+    /// let error = device.backend().read_at(0, &mut [0; 512]).unwrap_err();
+    /// assert_eq!(error.kind(), ErrorKind::NoMedium);
+    /// # Ok(()) });
+    /// ```
     ///
     /// # Errors
     /// Nothing has changed. `InUse`: [`Operations::DELETE`] is blocked on the medium, or the edge is frozen.
@@ -81,12 +138,34 @@ impl Backend {
 impl Change {
     /// Puts a medium into a backend that has none by then. [`Backend::insert`] as a part of something bigger; whether writes become
     /// durable one by one is left as it is.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
+    /// let filter = open(&graph, "driver=pass,node-name=filter,file=disk").await?;
+    /// graph.change().insert_filter(&disk, &filter).insert(&drive, &filter).commit().await?;
+    /// assert_eq!(drive.node().map(|node| node.id()), Some(filter.id()));
+    /// # Ok(()) });
+    /// ```
     pub fn insert(self, backend: &Backend, node: &NodeRef) -> Self {
         let root = RootMove::new(&backend.graph, &backend.inner.edge, Some(node));
         self.move_root(root.from(Expected::Nothing))
     }
 
     /// Takes the medium out of a backend. Without one, does nothing.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
+    /// drive.insert(&disk).await?;
+    /// let report = graph.change().eject(&drive).remove(disk).commit().await?;
+    /// assert_eq!(report.closed[0].name, "disk");
+    /// # Ok(()) });
+    /// ```
     pub fn eject(self, backend: &Backend) -> Self {
         self.move_root(RootMove::new(&backend.graph, &backend.inner.edge, None))
     }

@@ -134,8 +134,22 @@ impl Inner {
 impl Backend {
     /// Enters at `node`. Durable writes are chosen by the node's `cache.writeback`.
     ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M,read-only=on").await?;
+    /// let guest = Backend::new(&disk, BackendOptions { name: "guest".into(), ..Default::default() })?;
+    /// drop(disk);
+    /// assert_eq!(guest.len(), 1 << 20, "the backend keeps the node");
+    ///
+    /// let writer = BackendOptions { writable: true, ..Default::default() };
+    /// let error = Backend::new(&graph.find("disk")?, writer).unwrap_err();
+    /// assert_eq!(error.to_string(), "node 'disk': the node is read-only; open it for writing");
+    /// # Ok(()) });
+    /// ```
+    ///
     /// # Errors
-    /// Nothing has changed. `ReadOnly`: it wants to write and the node is read-only; `InUse`: it does what others do not bear, or does not
+    /// Nothing has changed. `ReadOnly`: it wants to write and the node is read-only or inactive; `InUse`: it does what others do not bear, or does not
     /// bear what they do (both are named); `AlreadyExists`, `InvalidInput`: the name it claims.
     #[track_caller]
     pub fn new(node: &NodeRef, options: BackendOptions) -> Result<Backend> {
@@ -221,6 +235,17 @@ impl Backend {
     }
 
     /// A reference to the node now: the medium.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// assert_eq!(guest.node().map(|node| node.id()), Some(disk.id()));
+    /// guest.eject().await?;
+    /// assert!(guest.node().is_none());
+    /// # Ok(()) });
+    /// ```
     #[track_caller]
     pub fn node(&self) -> Option<NodeRef> {
         let medium = self.inner.edge.medium()?;
@@ -228,16 +253,63 @@ impl Backend {
     }
 
     /// What passed so far. Lives as long as the backend, whatever the medium.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// use bds_core::stats::Operation;
+    ///
+    /// guest.write_at(0, b"hello")?;
+    /// assert_eq!(guest.stats().totals(Operation::Write).bytes, 5);
+    /// # Ok(()) });
+    /// ```
     pub fn stats(&self) -> &Stats {
         &self.inner.stats
     }
 
     /// What it may do with its medium, and lets others do.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// # let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
+    /// # let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
+    /// # let top = open(&graph, layer).await?;
+    /// let shared = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED; // others may not write below 'top'
+    /// let reader = Backend::new(&top, BackendOptions { shared, ..Default::default() })?;
+    /// assert_eq!(reader.access(), Access { perm: Perm::CONSISTENT_READ, shared });
+    ///
+    /// let writer = BackendOptions { writable: true, ..BackendOptions::registered("guest") };
+    /// assert_eq!(
+    ///     Backend::new(&base, writer).unwrap_err().to_string(),
+    ///     "node 'base': backend 'guest' uses it for 'write, resize', which edge 'top.backing' does not \
+    ///      allow (it allows: consistent-read, write-unchanged); let one of them go, or let the second \
+    ///      share more"
+    /// );
+    /// # Ok(()) });
+    /// ```
     pub fn access(&self) -> Access {
         self.inner.edge.access()
     }
 
     /// Asks for something else.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let picky = BackendOptions { shared: Perm::CONSISTENT_READ, ..Default::default() };
+    /// let reader = Backend::new(&disk, picky)?;
+    /// let other = Backend::new(&disk, BackendOptions::registered("guest"))?;
+    /// let error = other.set_access(Perm::WRITE, Perm::all()).await.unwrap_err();
+    /// assert_eq!(error.kind(), ErrorKind::InUse);
+    ///
+    /// reader.set_access(Perm::empty(), Perm::all()).await?; // less: cannot fail
+    /// other.set_access(Perm::WRITE, Perm::all()).await?;
+    /// # Ok(()) });
+    /// ```
     ///
     /// # Errors
     /// Nothing has changed. `InUse`, `ReadOnly`, `Inactive`, as [`Backend::new`]. Asking for less cannot fail, nor asking for anything
@@ -254,6 +326,18 @@ impl Backend {
     }
 
     /// Turns the flush after every write on or off, for writes that begin later.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,size=1M,cache.writeback=off").await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// assert!(guest.is_writethrough(), "as the node was opened");
+    /// guest.set_writethrough(false); // faster; flush when it matters
+    /// guest.write_at(0, b"hello")?;
+    /// guest.flush().await?;
+    /// # Ok(()) });
+    /// ```
     pub fn set_writethrough(&self, is_on: bool) {
         self.inner.is_writethrough.store(is_on, Ordering::Relaxed);
     }

@@ -104,6 +104,24 @@ impl Backend {
     }
 
     /// The user has decided: the status is good again, requests that failed are tried again, and others go on.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M,fail-flush=on").await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// guest.set_policies(ErrorPolicies { write: ErrorPolicy::Stop, ..ErrorPolicies::REPORT });
+    /// guest.write_at(0, b"hello")?;
+    /// let asks = guest.clone();
+    /// let flush = bds_io::spawn(async move { asks.flush().await });
+    /// # while guest.io_status() == IoStatus::Ok { bds_io::yield_now().await }
+    /// assert_eq!(guest.io_status(), IoStatus::Failed, "the request waits for us");
+    ///
+    /// guest.set_policies(ErrorPolicies::REPORT);
+    /// guest.resume(); // tried again, and told this time
+    /// assert!(flush.await.is_err());
+    /// # Ok(()) });
+    /// ```
     pub fn resume(&self) {
         self.inner.resume();
     }

@@ -55,6 +55,18 @@ impl Backend {
     }
 
     /// The medium as a user knows it: below filters that a job put in on its own account.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
+    /// let flags = OpenFlags { is_implicit: true, ..OpenFlags::default() };
+    /// let jobs = graph.open_with(Options::parse("driver=pass,file=disk")?, flags).await?;
+    /// drive.insert(&jobs).await?;
+    /// assert_eq!(drive.shown_node().map(|node| node.id()), Some(disk.id()));
+    /// # Ok(()) });
+    /// ```
     pub fn shown_node(&self) -> Option<NodeRef> {
         let mut node = self.node()?;
         while node.flags().is_implicit {
@@ -94,11 +106,33 @@ impl Graph {
     }
 
     /// A handle to every backend there is, with or without a name, in the order in which they came.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let one = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
+    /// let two = Backend::empty(&graph, BackendOptions::default())?;
+    /// let names: Vec<String> = graph.backends().iter().map(|b| b.name().to_owned()).collect();
+    /// assert_eq!(names, ["cd0", ""]);
+    /// # Ok(()) });
+    /// ```
     pub fn backends(&self) -> Vec<Backend> {
         self.guests().into_iter().filter_map(|guest| backend(self, guest)).collect()
     }
 
     /// Lets the monitor own a backend: it lives until [`Graph::del_backend`], whoever else uses it. Takes the handle.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// graph.own_backend(Backend::empty(&graph, BackendOptions::registered("cd0"))?)?;
+    /// assert_eq!(graph.backend("cd0")?.name(), "cd0", "we hold nothing, the monitor does");
+    ///
+    /// let nameless = Backend::empty(&graph, BackendOptions::default())?;
+    /// let error = graph.own_backend(nameless).unwrap_err();
+    /// assert!(error.to_string().contains("nobody could delete it"), "{error}");
+    /// # Ok(()) });
+    /// ```
     ///
     /// # Errors
     /// `AlreadyExists`: it owns it; `InvalidInput`: the backend has not claimed a name, or is another graph's. The handle is given up.
@@ -139,6 +173,17 @@ impl Graph {
 
     /// Backends as `query-block` tells of them, reduced to what is known here. Filters that a job put in on its own account are not
     /// shown.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
+    /// drive.insert(&disk).await?;
+    /// let all = graph.query_backends();
+    /// assert_eq!((&all[0]["device"], &all[0]["inserted"]["drv"]), (&"cd0".into(), &"memory".into()));
+    /// # Ok(()) });
+    /// ```
     pub fn query_backends(&self) -> Value {
         let describe = |backend: Backend| {
             let mut all = json!({
