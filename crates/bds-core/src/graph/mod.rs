@@ -25,6 +25,7 @@ mod freeze;
 pub mod gate;
 mod inspect;
 mod leases;
+mod left_behind;
 mod limits;
 mod lock;
 mod monitor;
@@ -130,9 +131,9 @@ struct Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // Nobody can hold a node any more but the monitor's list; what is dead and not yet closed must still be flushed.
+        // Nobody can hold a node any more but the monitor's list, and operations whose requests have gone; what is dead and not yet closed must still be flushed.
         drop(std::mem::take(&mut self.reaper.lock_plan().monitor));
-        self.reaper.sweep_in_background();
+        self.reaper.sweep_for_good();
     }
 }
 

@@ -21,6 +21,7 @@ use bds_refcount::{Arena, Dead, Handle, Holder, HolderInfo, HolderKind, Release,
 
 use super::detached::to_the_end;
 use super::edge::{Edge, EdgeParts, Parent};
+use super::left_behind::{left_alone, wait_left_alone};
 use super::lock::Topology;
 use super::names::Claim;
 use super::node::{Node, NodeId};
@@ -146,7 +147,7 @@ impl Reaper {
     }
 
     /// Closes everything dead that can be closed now, including what dies of that.
-    async fn sweep(self) -> Vec<CloseReport> {
+    pub(super) async fn sweep(self) -> Vec<CloseReport> {
         let _one_at_a_time = self.sweeping.lock().await;
         let mut reports = Vec::new();
         let mut waiting = std::mem::take(&mut *self.lock_deferred()).into_iter();
@@ -242,6 +243,7 @@ impl Reaper {
         for edge in children {
             let handle = edge.target().strong().handle();
             edge.target().forget_parent(node);
+            wait_left_alone(edge.target().strong(), 1).await;
             match self.release_child(edge, node, unflushed.contains(&handle)).await {
                 Released::Died => died.push(handle),
                 Released::Survived => {}
@@ -358,7 +360,7 @@ impl Reaper {
     }
 
     /// Keeps what nobody waits for, if it tells of a failure.
-    fn keep(&self, reports: Vec<CloseReport>) {
+    pub(super) fn keep(&self, reports: Vec<CloseReport>) {
         for report in reports {
             let name = &report.name;
             if report.is_clean() {
@@ -412,8 +414,10 @@ impl Reaper {
 
 impl Graph {
     /// Closes all nodes whose last reference is gone, and reports them, a node before the children that only it held. Also
-    /// returns reports of earlier failures that nobody has seen.
+    /// returns reports of earlier failures that nobody has seen. Waits for operations whose requests were dropped, if
+    /// nothing else keeps their node.
     pub async fn reap(&self) -> Vec<CloseReport> {
+        self.0.reaper.wait_for_lodgers().await;
         let reaper = self.0.reaper.clone();
         let swept = self.0.reaper.to_the_end(async move { reaper.sweep().await }).await;
         let mut reports = self.reports();
@@ -430,15 +434,24 @@ impl Graph {
 
 impl NodeRef {
     /// Closes the node, if this is the only reference to it: flushes, closes, and closes what only it held. Says how that
-    /// went; a failed flush is in the report. Runs to its end even if the future is dropped. Waits for drained sections of the nodes
-    /// below to end.
+    /// went; a failed flush is in the report. Runs to its end even if the future is dropped. Waits for operations whose requests were
+    /// dropped, and for drained sections of the nodes below to end.
     ///
     /// # Errors
     /// [`CloseError::InUse`] gives the reference back and names the others.
     pub async fn close(self) -> Result<CloseReport, CloseError> {
-        match self.end() {
-            Ok(ended) => Ok(ended.close().await),
-            Err((node, holders)) => Err(CloseError::InUse { node, holders }),
+        let mut this = self;
+        loop {
+            let (node, holders) = match this.end() {
+                Ok(ended) => return Ok(ended.close().await),
+                Err(others) => others,
+            };
+            let is_kept = node.node().traffic().lodgers() > 0;
+            if !is_kept || !holders.is_empty() || node.is_poisoned() {
+                return Err(CloseError::InUse { node, holders });
+            }
+            left_alone(node.strong()).await;
+            this = node;
         }
     }
 

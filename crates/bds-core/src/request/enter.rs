@@ -72,7 +72,13 @@ impl Entered<'_> {
     /// Counts in once more, for work that outlives this request. The gate is not asked: who is inside may bring what
     /// belongs to him, and whoever closed the gate waits for both.
     pub(super) fn again(&self) -> Lodger {
-        Lodger { node: self.target.strong().clone(), number: self.traffic().enter() }
+        Lodger::new(self.strong())
+    }
+
+    /// The counted reference behind it.
+    #[inline]
+    pub(super) fn strong(&self) -> &Strong<Node> {
+        self.target.strong()
     }
 
     /// From here on the node counts as written to.
@@ -118,6 +124,16 @@ pub(super) struct Lodger {
 }
 
 impl Lodger {
+    /// For who is inside already; see [`Entered::again`].
+    pub(super) fn new(node: &Strong<Node>) -> Self {
+        Self { node: node.clone(), number: node.traffic().move_in() }
+    }
+
+    /// The counted reference it holds.
+    pub(super) fn strong(&self) -> &Strong<Node> {
+        &self.node
+    }
+
     /// See [`Entered::writing`].
     pub(super) fn writing(&self) -> Writing<'_> {
         self.node.traffic().writing(self.number)
@@ -143,7 +159,7 @@ impl Deref for Lodger {
 
 impl Drop for Lodger {
     fn drop(&mut self) {
-        self.node.traffic().leave(self.number);
+        self.node.traffic().move_out(self.number);
     }
 }
 

@@ -20,6 +20,7 @@ mod fuzz_seeds;
 #[cfg(feature = "qcow2")]
 mod hostile;
 mod house;
+mod late;
 #[cfg(feature = "qcow2")]
 mod lifecycle;
 mod locks;
