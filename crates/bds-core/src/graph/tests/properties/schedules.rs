@@ -13,7 +13,7 @@ use super::model::{ALL, Access, Edge, Kind, Model, Node};
 use super::picture;
 use super::run::{idle, real_access, world};
 use crate::graph::tests::fakes;
-use crate::graph::{Graph, NodeRef, Parent, Root};
+use crate::graph::{Graph, NodeRef, Parent, Root, RootMove};
 use crate::options::Options;
 
 /// What a task does next. Numbers choose among the nodes of the start.
@@ -111,7 +111,11 @@ impl Actor {
                 self.graph.set_backing(self.node(*a), b.map(|b| self.node(b))).await
             }
             Act::PointRoot(n) => {
-                let change = self.graph.change().point_root(&self.root, Some(self.node(*n)));
+                let change = self.graph.change().move_root(RootMove::new(
+                    &self.graph,
+                    &self.root,
+                    Some(self.node(*n)),
+                ));
                 change.commit().await.map(drop)
             }
             Act::ReadOnly(n, on) => {
@@ -159,7 +163,8 @@ impl Actor {
         let Ok(node) = self.graph.open(Options::parse(&text).unwrap()).await else { return };
         let id = node.id();
         let access = real_access(Access { perm: 1, shared: ALL });
-        let root = Root { kind: HolderKind::Backend, name: "guest", access, stays: false };
+        let root =
+            Root { kind: HolderKind::Backend, name: "guest", access, stays: false, is_hall: false };
         if let Ok(edge) = self.graph.attach_root(Some(&node), &root) {
             drop(node);
             fakes::read(&edge).await.unwrap();
@@ -179,7 +184,8 @@ pub(super) async fn play(sim: &bds_io::Sim, tasks: Vec<Vec<Act>>) {
     for (place, acts) in tasks.into_iter().enumerate() {
         let access = real_access(Access { perm: 1, shared: ALL });
         let name = format!("r{place}");
-        let root = Root { kind: HolderKind::Backend, name: &name, access, stays: false };
+        let root =
+            Root { kind: HolderKind::Backend, name: &name, access, stays: false, is_hall: false };
         let root = graph.attach_root(Some(&nodes[place % nodes.len()]), &root).unwrap();
         let mut actor = Actor {
             graph: graph.clone(),
