@@ -1,4 +1,4 @@
-//! `cargo xtask test`: every test of the workspace, then the matrix; with `--tier full` also loom and sanitizers.
+//! `cargo xtask test`: every test of the workspace, then the matrix; with `--tier full` also long searches, loom and sanitizers.
 
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -7,7 +7,7 @@ use std::process::Command;
 use crate::flags::Tier;
 use crate::matrix;
 use crate::outcome::{Counter, Outcome};
-use crate::run::{cargo, complain, root, say, stream, target_dir, which};
+use crate::run::{cargo, complain, output, root, say, stream, target_dir, which};
 
 /// Runs the tests and prints the closing line.
 pub(crate) fn test(tier: Tier, rest: &[String]) -> Result<(), String> {
@@ -23,8 +23,10 @@ pub(crate) fn all(tier: Tier, rest: &[String]) -> Result<Outcome, String> {
         sum.add(&matrix::cells(&[])?);
     }
     if tier == Tier::Full {
+        sum.add(&schedules()?);
         sum.add(&loom()?);
         sum.add(&address_sanitizer()?);
+        sum.add(&thread_sanitizer()?);
     }
     Ok(sum)
 }
@@ -119,37 +121,77 @@ fn loom() -> Result<Outcome, String> {
     cargo_test("loom", &mut command, &[])
 }
 
+/// A hundred thousand schedules of drains, changes, requests and closings, in a release build.
+fn schedules() -> Result<Outcome, String> {
+    let mut command = cargo();
+    command
+        .args(["test", "--release", "--package", "bds-core", "--lib", "schedules"])
+        .env("BDS_TEST_BUDGET", "full");
+    cargo_test("schedules", &mut command, &[])
+}
+
 /// The cellar's buffers under AddressSanitizer, where a nightly toolchain is installed.
 fn address_sanitizer() -> Result<Outcome, String> {
+    sanitized(
+        "asan",
+        "AddressSanitizer",
+        "-Zsanitizer=address",
+        &["--package", "bds-io", "--tests"],
+    )
+}
+
+/// What runs on real threads in the graph and in the arena under ThreadSanitizer, where a nightly toolchain and the standard library's
+/// source are installed. The precompiled library is not instrumented: with it every lock, once-cell and last `Arc` looks like a race
+/// (hundreds of false reports), so that it is built anew or the tests are skipped.
+fn thread_sanitizer() -> Result<Outcome, String> {
     let mut outcome = Outcome::default();
-    let nightly = which("rustup").is_some()
-        && Command::new("rustup")
-            .args(["run", "nightly", "rustc", "--version"])
-            .output()
-            .is_ok_and(|o| o.status.success());
-    if !nightly {
-        outcome.skip("AddressSanitizer needs the nightly toolchain");
+    if has_nightly() && !has_std_source() {
+        outcome.skip("ThreadSanitizer needs the nightly component rust-src");
         return Ok(outcome);
     }
+    for (name, part) in [
+        ("tsan-graph", &["-Zbuild-std", "--package", "bds-core", "--lib", "threads"][..]),
+        ("tsan-arena", &["-Zbuild-std", "--package", "bds-refcount", "--test", "threads"][..]),
+    ] {
+        outcome.add(&sanitized(name, "ThreadSanitizer", "-Zsanitizer=thread", part)?);
+    }
+    Ok(outcome)
+}
+
+fn has_std_source() -> bool {
+    let sysroot =
+        output(Command::new("rustup").args(["run", "nightly", "rustc", "--print", "sysroot"]));
+    sysroot.is_ok_and(|path| {
+        PathBuf::from(path.trim()).join("lib/rustlib/src/rust/library/std/src/lib.rs").exists()
+    })
+}
+
+/// Runs a part of the tests under a sanitizer. `name` is the log's; the build directory goes by its first word.
+fn sanitized(name: &str, what: &str, flags: &str, part: &[&str]) -> Result<Outcome, String> {
+    let mut outcome = Outcome::default();
+    if !has_nightly() {
+        outcome.skip(&format!("{what} needs the nightly toolchain"));
+        return Ok(outcome);
+    }
+    let target = name.split('-').next().unwrap_or(name);
     let mut command = Command::new("rustup");
     command
         .current_dir(root())
-        .args([
-            "run",
-            "nightly",
-            "cargo",
-            "test",
-            "--package",
-            "bds-io",
-            "--tests",
-            "--target",
-            "x86_64-unknown-linux-gnu",
-        ])
+        .args(["run", "nightly", "cargo", "test", "--target", "x86_64-unknown-linux-gnu"])
+        .args(part)
         .env_remove("CARGO")
         .env_remove("RUSTUP_TOOLCHAIN")
-        .env("RUSTFLAGS", "-Zsanitizer=address")
-        .env("CARGO_TARGET_DIR", target_dir().join("asan"));
-    cargo_test("asan", &mut command, &[])
+        .env("RUSTFLAGS", flags)
+        .env("CARGO_TARGET_DIR", target_dir().join(target));
+    cargo_test(name, &mut command, &[])
+}
+
+fn has_nightly() -> bool {
+    which("rustup").is_some()
+        && Command::new("rustup")
+            .args(["run", "nightly", "rustc", "--version"])
+            .output()
+            .is_ok_and(|output| output.status.success())
 }
 
 fn logs() -> PathBuf {

@@ -39,7 +39,10 @@ fn options(image: &str, read_only: bool) -> Result<Options, bds_core::Error> {
 
 async fn write(graph: &Graph, image: &str) -> Result<(), Box<dyn Error>> {
     let disk = graph.open(options(image, false)?).await?;
-    let backend = Backend::new(&disk, BackendOptions { name: "demo".into(), writable: true })?;
+    let backend = Backend::new(
+        &disk,
+        BackendOptions { name: "demo".into(), writable: true, ..Default::default() },
+    )?;
     for (offset, len, byte) in CHANGES {
         backend.write(offset, vec![byte; len].into(), Default::default()).await?;
         println!("wrote {len} bytes of {byte:#04x} at {offset:#x}");

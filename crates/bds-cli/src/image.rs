@@ -186,7 +186,10 @@ pub(crate) fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> 
 
 /// A way into a node, under the name that "in use" messages show.
 pub(crate) fn enter(node: &NodeRef, is_writable: bool) -> Result<Backend> {
-    Backend::new(node, BackendOptions { name: "bds".to_owned(), writable: is_writable })
+    Backend::new(
+        node,
+        BackendOptions { name: "bds".to_owned(), writable: is_writable, ..Default::default() },
+    )
 }
 
 /// Ends the use of an image: what was written becomes durable, and what fails is said.

@@ -113,7 +113,10 @@ async fn stack(layers: usize) -> (Backend, Vec<NodeRef>) {
         nodes.push(graph.open(options).await.expect("opens"));
     }
     let top = nodes.last().expect("a layer");
-    let backend = Backend::new(top, BackendOptions { name: "bench".into(), writable: true });
+    let backend = Backend::new(
+        top,
+        BackendOptions { name: "bench".into(), writable: true, ..Default::default() },
+    );
     (backend.expect("writable"), nodes)
 }
 

@@ -1,12 +1,13 @@
 //! The block layer's core: a graph of counted nodes, the contract drivers keep, and the path a request takes.
 //!
-//! Reading order: [`error`], [`options`], [`driver`] (the contract), [`graph`] (the plan of the rooms), [`request`]
+//! Reading order: [`error`], [`options`], [`event`], [`driver`] (the contract), [`graph`] (the plan of the rooms), [`request`]
 //! (the corridor and the hall).
 #![forbid(unsafe_code)]
 
 pub mod copy;
 pub mod driver;
 pub mod error;
+pub mod event;
 pub mod graph;
 pub mod options;
 pub mod rate;

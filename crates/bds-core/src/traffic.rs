@@ -34,6 +34,7 @@
 //! blocking a thread) is taken before both and held while a flush runs.
 
 mod flush;
+mod lodgers;
 
 use std::cell::Cell;
 use std::fmt;
@@ -164,33 +165,6 @@ impl Traffic {
         self.wait_until(|| self.in_flight() == 0 || self.is_given_up()).await;
     }
 
-    /// As [`Traffic::enter`], for work that keeps its node open until [`Traffic::move_out`].
-    pub(crate) fn move_in(&self) -> ShardNumber {
-        self.lodgers.fetch_add(1, Ordering::SeqCst);
-        self.enter()
-    }
-
-    /// Counts such work out.
-    pub(crate) fn move_out(&self, number: ShardNumber) {
-        self.lodgers.fetch_sub(1, Ordering::SeqCst);
-        self.leave(number);
-    }
-
-    /// How many keep the node open on their own behalf.
-    pub(crate) fn lodgers(&self) -> usize {
-        self.lodgers.load(Ordering::SeqCst)
-    }
-
-    /// Waits until nobody does, or until those inside are given up.
-    pub(crate) async fn wait_moved_out(&self) {
-        self.wait_until(|| self.lodgers() == 0 || self.is_given_up()).await;
-    }
-
-    /// Waits until those inside are given up.
-    pub(crate) async fn wait_given_up(&self) {
-        self.wait_until(|| self.is_given_up()).await;
-    }
-
     fn is_given_up(&self) -> bool {
         self.is_given_up.load(Ordering::SeqCst)
     }
@@ -202,6 +176,33 @@ impl Traffic {
             let mut gone = pin!(self.gone.notified());
             gone.as_mut().enable();
             if is_so() {
+                return;
+            }
+            gone.await;
+        }
+    }
+
+    /// Waits until every inline request has ended that was inside when this was called. Newcomers are not waited for.
+    pub(crate) async fn wait_inline_passed(&self) {
+        let _watching = self.watch();
+        let mut pending: Vec<&Shard> = self.shards.iter().map(|shard| &**shard).collect();
+        loop {
+            let mut gone = pin!(self.gone.notified());
+            gone.as_mut().enable();
+            pending.retain(|shard| shard.inline.load(Ordering::SeqCst) != 0);
+            if pending.is_empty() {
+                return;
+            }
+            gone.await;
+        }
+    }
+
+    /// Waits until somebody [gives up](Traffic::give_up) who is inside: for ever, unless that happens.
+    pub(crate) async fn wait_given_up(&self) {
+        loop {
+            let mut gone = pin!(self.gone.notified());
+            gone.as_mut().enable();
+            if self.is_given_up.load(Ordering::SeqCst) {
                 return;
             }
             gone.await;

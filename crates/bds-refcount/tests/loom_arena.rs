@@ -397,3 +397,70 @@ fn overlapping_readers_leave_nothing_behind() {
         assert_eq!((drops.count(), hinge.waiting()), (1, 0));
     });
 }
+
+/// Two who turn the hinge at once, and one who reads: each old value is dropped once, none is forgotten.
+#[test]
+fn two_replacers_and_a_reader_leave_nothing_behind() {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(3);
+    model.check(|| {
+        let drops = Drops::default();
+        let hinge = loom::sync::Arc::new(Hinge::new(drops.value(1)));
+        let reader = {
+            let hinge = hinge.clone();
+            thread::spawn(move || assert!(matches!(hinge.read().read(), 1..=3)))
+        };
+        let other = {
+            let (hinge, value) = (hinge.clone(), drops.value(2));
+            thread::spawn(move || hinge.replace(value))
+        };
+        hinge.replace(drops.value(3));
+        reader.join().unwrap();
+        other.join().unwrap();
+        assert!(matches!(hinge.read().read(), 2 | 3));
+        assert_eq!((drops.count(), hinge.waiting()), (2, 0));
+    });
+}
+
+#[test]
+fn exactly_one_of_three_releases_is_last() {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(3);
+    model.check(|| {
+        let (arena, drops, first, handle) = one();
+        let others: Vec<_> = (0..2)
+            .map(|_| {
+                let strong = first.clone();
+                thread::spawn(move || strong.release())
+            })
+            .collect();
+        let mut lasts = usize::from(first.release() == Release::Last);
+        for other in others {
+            lasts += usize::from(other.join().unwrap() == Release::Last);
+        }
+        assert_eq!(lasts, 1);
+        assert_eq!(arena.acquire(handle).err(), Some(Stale::Dying));
+        assert_eq!(arena.reap_all(), 1);
+        assert_eq!(drops.count(), 1);
+    });
+}
+
+/// A watch given up while its object dies: nobody else's watch is lost with it.
+#[test]
+fn a_watch_that_is_dropped_takes_no_other_with_it() {
+    loom::model(|| {
+        let (arena, _drops, strong, handle) = one();
+        let wakes = StdArc::new(Count(StdAtomicUsize::new(0)));
+        let mut kept = arena.watch(handle);
+        let is_ready = poll(&mut kept, &wakes);
+        let mut given_up = arena.watch(handle);
+        let other_wakes = StdArc::new(Count(StdAtomicUsize::new(0)));
+        poll(&mut given_up, &other_wakes);
+        let other = thread::spawn(move || drop(given_up));
+        drop(strong);
+        other.join().unwrap();
+        assert_eq!(arena.reap_all(), 1);
+        assert!(kept.has_fired() && !is_ready);
+        assert_eq!(wakes.0.load(Relaxed), 1, "woken exactly once");
+    });
+}

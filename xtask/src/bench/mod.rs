@@ -4,8 +4,10 @@
 //! noise), and reports medians with minimum and maximum. qemu-img counts with its best variant (its aio modes).
 
 mod cases;
+mod graph;
 mod images;
 pub(crate) mod measure;
+mod qmp;
 mod table;
 
 use std::path::PathBuf;
@@ -29,18 +31,26 @@ pub(crate) fn bench(quick: bool, only: Option<&str>) -> Result<(), String> {
     if !stage.has_qemu {
         say("qemu-img is not installed: bds runs alone, there are no ratios");
     }
-    images::make(&stage)?;
-    let mut report = String::from(table::HEAD);
-    say(table::HEAD.trim_end());
-    for case in cases::all(&stage) {
-        if only.is_some_and(|part| !case.name.contains(part)) {
-            continue;
-        }
+    let is_wanted = |name: &str| only.is_none_or(|part| name.contains(part));
+    let mut report = String::new();
+    let cases: Vec<Case> =
+        cases::all(&stage).into_iter().filter(|case| is_wanted(&case.name)).collect();
+    if !cases.is_empty() {
+        images::make(&stage)?;
+        report.push_str(table::HEAD);
+        say(table::HEAD.trim_end());
+    }
+    for case in cases {
         let runs = stage.interleaved(&case)?;
         let row = table::row(&case, &runs);
         say(&row);
         report.push_str(&row);
         report.push('\n');
+    }
+    if is_wanted("graph") {
+        let text = graph::graph(&stage)?;
+        say(text.trim_end());
+        report.push_str(&text);
     }
     let path = stage.dir.join("report.md");
     std::fs::write(&path, report).map_err(|e| format!("{}: {e}", path.display()))?;

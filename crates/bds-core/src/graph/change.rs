@@ -26,6 +26,7 @@ use super::node::{Node, NodeId};
 use super::perm::{self, Access, Strictness};
 use super::reap::CloseReport;
 use super::reopen::{self, Prepared, Wanted};
+use super::root::RootMove;
 use super::transaction::{NewFacts, Stage};
 use super::{Graph, NodeRef, commit};
 use crate::driver::Role;
@@ -50,7 +51,7 @@ pub(super) enum Action {
     Rename { node: NodeRef, name: Arc<str> },
     Own { node: NodeRef },
     Disown { node: NodeRef },
-    Root { edge: Arc<Edge>, to: Option<NodeRef> },
+    Root(RootMove),
     Access { edge: Arc<Edge>, access: Access },
 }
 
@@ -68,9 +69,9 @@ impl Action {
             | Self::Reopen { node, .. }
             | Self::Rename { node, .. }
             | Self::Own { node }
-            | Self::Disown { node }
-            | Self::Root { to: Some(node), .. } => vec![node],
-            Self::Root { to: None, .. } | Self::Access { .. } => Vec::new(),
+            | Self::Disown { node } => vec![node],
+            Self::Root(RootMove { to, .. }) => to.iter().collect(),
+            Self::Access { .. } => Vec::new(),
         }
     }
 
@@ -98,7 +99,7 @@ impl Action {
             Self::Rename { node, name } => Self::Rename { node: take(node), name },
             Self::Own { node } => Self::Own { node: take(node) },
             Self::Disown { node } => Self::Disown { node: take(node) },
-            Self::Root { edge, to } => Self::Root { edge, to: to.map(take) },
+            Self::Root(root) => Self::Root(root.held_by(take)),
             Self::Access { edge, access } => Self::Access { edge, access },
         }
     }
@@ -248,14 +249,15 @@ impl Change {
 
     /// Ends a node. Takes the reference, also if the change fails; the monitor's is taken too, if it has one and the change succeeds. What
     /// a filter does to its child does not count any more when the change is checked; what a format still has to write does. The
-    /// reports are in [`ChangeReport::closed`].
+    /// reports are in [`ChangeReport::closed`]. Closing waits for drained sections of the nodes below, the caller's own included.
     pub fn remove(self, node: NodeRef) -> Self {
         self.with(Action::Remove { node })
     }
 
     /// Gives a node other options; those that are not named stay. The common ones (`read-only`, `cache.*`, `discard`, `detect-zeroes`),
     /// `backing` and other children by node name, and those of its driver that can change while it is open. Nodes that were
-    /// opened inline below it inherit what they inherited then.
+    /// opened inline below it inherit what they inherited then. A driver that has to write to a node below which somebody drains waits
+    /// for the end of that section, and others have their turns meanwhile; of the caller's own, see [`Change::within`].
     pub fn reopen(self, node: &NodeRef, options: Options) -> Self {
         self.with(Action::Reopen { node: node.clone(), options })
     }
@@ -285,8 +287,8 @@ impl Change {
     }
 
     /// A root leads elsewhere, or nowhere.
-    pub(crate) fn point_root(self, edge: &Arc<Edge>, to: Option<&NodeRef>) -> Self {
-        self.with(Action::Root { edge: Arc::clone(edge), to: to.cloned() })
+    pub(crate) fn move_root(self, root: RootMove) -> Self {
+        self.with(Action::Root(root))
     }
 
     /// A root asks for something else.
@@ -334,12 +336,13 @@ impl Change {
         };
         let Outcome { moved, removed, drained } = outcome;
         moved.settle().await;
+        let edges = moved.edges();
         drop(moved);
         drop(drained);
         let held = bds_io::now().saturating_sub(begun);
         drop(one);
         drop(actions);
-        let closed = commit::close_removed(&graph, removed).await;
+        let closed = commit::close_removed(&graph, removed, &edges).await;
         Ok(ChangeReport { held, closed })
     }
 }
@@ -428,6 +431,11 @@ async fn prepare<'w>(
 }
 
 fn check_ours(graph: &Graph, actions: &[Action]) -> Result<()> {
+    let is_foreign = |action: &Action| matches!(action, Action::Root(root) if !Arc::ptr_eq(&root.graph.0, &graph.0));
+    if actions.iter().any(is_foreign) {
+        let words = "the backend belongs to another graph";
+        return Err(Error::new(ErrorKind::InvalidInput, words));
+    }
     let mut nodes = actions.iter().flat_map(Action::nodes);
     match nodes.find(|node| !Arc::ptr_eq(&node.graph().0, &graph.0)) {
         Some(node) => Err(refuse(node, "it belongs to another graph".to_owned())),
@@ -496,11 +504,9 @@ impl Editor<'_, '_> {
             Action::Reopen { node, options } => self.reopen_children(node, options),
             Action::Own { node } => self.own(node, true),
             Action::Disown { node } => self.own(node, false),
-            Action::Root { edge, to } => {
-                if let Some(old) = edge.medium() {
-                    old.check_allowed(Operations::EJECT)?;
-                }
-                self.stage.repoint(edge, to.as_ref().map(NodeRef::strong))
+            Action::Root(root) => {
+                root.check(self.stage.target(&root.edge).as_deref())?;
+                self.stage.repoint(&root.edge, root.to.as_ref().map(NodeRef::strong))
             }
             // All names are looked at together, when everything else has been checked.
             Action::Rename { .. } => Ok(()),
@@ -607,6 +613,7 @@ impl Editor<'_, '_> {
             holder: Holder::new(HolderKind::Edge, format!("{}.backing", node.name())),
             stays: false,
             graph: None,
+            hall: None,
         };
         let target = Strong::clone(backing.strong());
         let edge = Edge::new(parts, Some(target), &self.graph.0.reaper.topology.loosened);

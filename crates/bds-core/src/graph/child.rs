@@ -242,6 +242,7 @@ impl Opener {
             holder: Holder::new(HolderKind::Edge, format!("{}.{name}", self.node_name)),
             stays: false,
             graph: None,
+            hall: None,
         };
         let reaper = &self.call.graph.0.reaper;
         let edge = Edge::new(parts, Some(Strong::clone(&target)), &reaper.topology.loosened);

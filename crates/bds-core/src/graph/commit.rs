@@ -12,7 +12,7 @@ use super::perm::{self, Accesses};
 use super::reap::CloseReport;
 use super::reopen::Prepared;
 use super::transaction::{Attach, Move, Stage, Staged};
-use super::{Graph, NodeRef, walk};
+use super::{Graph, NodeRef, guests, walk};
 use crate::driver::Child;
 use crate::error::Result;
 
@@ -113,8 +113,8 @@ pub(super) struct Moved {
     edges: Vec<Arc<Edge>>,
     /// Nodes whose children differ, and nodes that got parents.
     parents: ById<Strong<Node>>,
-    /// What edges led to before, by parent: whose inheritance may have ended.
-    orphans: Vec<(Strong<Node>, Strong<Node>)>,
+    /// What nodes' edges led to before: there and below, inheritance may have ended.
+    orphans: Vec<Strong<Node>>,
 }
 
 impl Moved {
@@ -131,8 +131,10 @@ impl Moved {
         edge.close();
         edge.swap(edit, to.clone());
         edit.walls.reattach(from.as_deref(), to.as_deref(), &edge);
+        let events = &edit.walls.reaper.events;
+        guests::tell_moved(events, &edge, from.as_deref(), to.as_deref());
         if let Some(parent) = edit.walls.parent_node(&edge) {
-            self.orphans.extend(from.map(|from| (Strong::clone(&parent), from)));
+            self.orphans.extend(from);
             self.parents.insert(parent.id(), parent);
         }
         self.edges.push(edge);
@@ -157,7 +159,7 @@ impl Moved {
         let target = edge.medium().map(|target| Strong::clone(target.strong()));
         if let Some(target) = target {
             edit.walls.detach(&target, &edge);
-            self.orphans.push((Strong::clone(parent), target));
+            self.orphans.push(target);
         }
         self.parents.insert(parent.id(), Strong::clone(parent));
     }
@@ -165,13 +167,15 @@ impl Moved {
     /// Lets everyone above see the limits of what is below now, and forgets inheritance that has ended.
     pub(super) fn refresh(&mut self, graph: &Graph, edit: &Edit<'_>) {
         let now = Stage::new(&graph.0.reaper);
-        for (parent, child) in self.orphans.drain(..) {
-            // Filters may have come between a node and what was opened with it.
-            for heir in walk::through_filters(&child) {
-                if heir.inherits_from() == Some(parent.id()) && !now.reaches(&parent, &heir) {
+        for orphan in self.orphans.drain(..) {
+            // Whatever has come in between, an heir hangs somewhere below what was cut off.
+            walk::each_below_strong(&orphan, &mut |heir| {
+                let Some(from) = heir.inherits_from() else { return };
+                let from = graph.0.reaper.arena.acquire(from.0);
+                if !from.is_ok_and(|from| now.reaches(&from, heir)) {
                     heir.set_inherits_from(None);
                 }
-            }
+            });
         }
         let mut todo: Vec<Strong<Node>> = std::mem::take(&mut self.parents).into_values().collect();
         while let Some(node) = todo.pop() {
@@ -180,6 +184,10 @@ impl Moved {
             }
         }
         graph.note_change();
+    }
+
+    pub(super) fn edges(&self) -> Vec<Arc<Edge>> {
+        self.edges.clone()
     }
 
     /// Waits, behind the closed gates, until the references to the old targets are given up.
@@ -226,9 +234,16 @@ impl Graph {
 
 /// Closes what was removed, and reports it. Somebody who acquired such a node by its id meanwhile keeps it a while longer: then it is
 /// reported by whoever reaps it.
-pub(super) async fn close_removed(graph: &Graph, removed: Vec<NodeRef>) -> Vec<CloseReport> {
+pub(super) async fn close_removed(
+    graph: &Graph,
+    removed: Vec<NodeRef>,
+    moved: &[Arc<Edge>],
+) -> Vec<CloseReport> {
     if removed.is_empty() {
         return Vec::new();
+    }
+    for edge in moved {
+        edge.settle_patiently().await;
     }
     let mut closed = Vec::new();
     for node in removed {

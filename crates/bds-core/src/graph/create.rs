@@ -129,7 +129,8 @@ impl Graph {
 
     fn child_for_create(&self, name: &'static str, node: &NodeRef) -> Result<Child> {
         let access = Access { perm: Perm::all(), shared: Perm::CONSISTENT_READ };
-        let root = Root { kind: HolderKind::Owner, name: "create", access, stays: true };
+        let root =
+            Root { kind: HolderKind::Owner, name: "create", access, stays: true, is_hall: false };
         let edge = self.attach_root(Some(node), &root)?;
         Ok(Child::new(name, (self.0.reaper.make_port)(edge)))
     }

@@ -21,7 +21,7 @@ use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use bds_refcount::{Held, Holder, HolderKind, HolderName, Strong};
@@ -194,6 +194,8 @@ pub(super) struct DrainSet {
     nodes: BTreeMap<NodeId, Held<Node>>,
     /// Sections of whoever asked for this one: they are not somebody else's.
     within: Vec<Arc<Section>>,
+    /// Doors that were opened and not shut again.
+    opened: Mutex<Vec<Weak<Edge>>>,
 }
 
 impl DrainSet {
@@ -217,7 +219,8 @@ impl DrainSet {
     }
 
     fn new(graph: &Graph) -> Self {
-        Self { graph: graph.clone(), nodes: BTreeMap::new(), within: Vec::new() }
+        let nodes = BTreeMap::new();
+        Self { graph: graph.clone(), nodes, within: Vec::new(), opened: Mutex::default() }
     }
 
     /// Some more.
@@ -237,6 +240,11 @@ impl DrainSet {
     /// Waits until nobody is inside, and shuts all doors on the way.
     pub(super) async fn settle(&self) {
         wait_idle(&self.graph, &self.own_nodes()).await;
+        self.lock_opened().clear();
+    }
+
+    fn lock_opened(&self) -> MutexGuard<'_, Vec<Weak<Edge>>> {
+        self.opened.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All that this and the sections around it have drained by name.
@@ -262,7 +270,7 @@ impl DrainSet {
     }
 
     /// Lets drivers reach their children although these are drained, so that they can write out or read anew; roots stay
-    /// shut. [`DrainSet::settle`] shuts the doors again. While the drivers of these nodes work, drains of what lies below wait for
+    /// shut. [`DrainSet::settle`] shuts the doors again, as does the end of this where a section goes on. While the drivers of these nodes work, drains of what lies below wait for
     /// them as for a request. `Err`: others have drained something below, so they may have to wait for the end of that.
     pub(super) fn open_doors_for(&self, nodes: &[Strong<Node>]) -> Result<Work, DrainedBelow> {
         let walls = self.graph.0.reaper.walls();
@@ -284,7 +292,9 @@ impl DrainSet {
             }
             for edge in node.parents() {
                 if let Some(parent) = walls.parent_node(&edge) {
-                    edge.unshut(walls);
+                    if edge.unshut(walls) {
+                        self.lock_opened().push(Arc::downgrade(&edge));
+                    }
                     todo.push(parent);
                 }
             }
@@ -319,6 +329,10 @@ impl Drop for DrainSet {
         let walls = self.graph.0.reaper.walls();
         for node in self.nodes.values() {
             walls.end_section(node);
+        }
+        let opened = std::mem::take(&mut *self.lock_opened());
+        for edge in opened.iter().filter_map(Weak::upgrade).filter(|edge| edge.is_quiesced()) {
+            edge.shut(&walls);
         }
         drop(walls);
         self.graph.0.reaper.drain_ended();
@@ -535,7 +549,8 @@ impl NodeRef {
         self.node().quiesce_count()
     }
 
-    /// Requests inside the node now. For diagnostics: outdated on return, and exact only while it is drained.
+    /// Requests inside the node now. For diagnostics: outdated on return. Of a drained node it is 0, but for a moment in which a request
+    /// on another thread counts itself in and out again because it finds the gate shut.
     pub fn in_flight(&self) -> usize {
         self.node().traffic().in_flight()
     }

@@ -18,12 +18,14 @@ use std::ops::Deref;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use bds_io::sync::Notify;
 use bds_refcount::{Held, Hinge, Holder, Reading, Release, Strong};
 
 use super::Graph;
 use super::freeze::Freeze;
+use super::hall::Hall;
 use super::lock::{Edit, Loosened, Walls};
 use super::node::{Node, NodeId};
 use super::perm::{Access, Perm};
@@ -47,8 +49,10 @@ pub(crate) struct EdgeParts {
     pub(crate) holder: Holder,
     /// Graph changes leave the edge where it is (a job's).
     pub(crate) stays: bool,
-    /// Of a root edge.
+    /// Of a root edge whose owner does not keep the graph himself.
     pub(crate) graph: Option<Graph>,
+    /// Of a backend's edge.
+    pub(crate) hall: Option<Box<Hall>>,
 }
 
 /// One parent's use of one node. Not to be copied: a second user needs a second edge, with permissions of its own.
@@ -70,6 +74,8 @@ pub struct Edge {
     target: Hinge<Option<Held<Node>>>,
     /// Of a root edge: its node must not outlive the graph, which closes it. After `target`: dropped in this order.
     _graph: Option<Graph>,
+    /// Who came in through it, for a backend's.
+    hall: Option<Box<Hall>>,
     gate: Gate,
     access: AccessCell,
     frozen: Mutex<Option<Arc<Freeze>>>,
@@ -99,7 +105,7 @@ impl Edge {
         target: Option<Strong<Node>>,
         loosened: &Loosened,
     ) -> Arc<Self> {
-        let EdgeParts { name, role, access, holder, stays, graph } = parts;
+        let EdgeParts { name, role, access, holder, stays, graph, hall } = parts;
         let farewell = Farewell::new(target.as_ref().map(|node| node.id()), loosened);
         let held = target.map(|target| target.held_by(holder.clone()));
         Arc::new(Self {
@@ -110,6 +116,7 @@ impl Edge {
             holder,
             target: Hinge::new(held),
             _graph: graph,
+            hall,
             gate: Gate::default(),
             access: AccessCell::new(access),
             frozen: Mutex::default(),
@@ -210,6 +217,12 @@ impl Edge {
         self.gate.ticket() == Some(ticket)
     }
 
+    /// What a backend's edge knows of its requests.
+    #[inline]
+    pub(crate) fn hall(&self) -> Option<&Hall> {
+        self.hall.as_deref()
+    }
+
     /// Is the gate closed now? One load.
     #[inline]
     pub(crate) fn is_closed(&self) -> bool {
@@ -231,12 +244,12 @@ impl Edge {
     }
 
     /// Closes the gate. Closings nest; each is undone by one [`Edge::open`].
-    pub(super) fn close(&self) {
+    pub(crate) fn close(&self) {
         self.gate.close();
     }
 
     /// Undoes one [`Edge::close`].
-    pub(super) fn open(&self) {
+    pub(crate) fn open(&self) {
         self.gate.open();
     }
 
@@ -320,6 +333,16 @@ impl Edge {
                 return;
             }
             bds_io::yield_now().await;
+        }
+    }
+
+    /// As [`Edge::settle`], for when nobody is kept waiting: whoever looks may be on a thread that does not run just now.
+    pub(super) async fn settle_patiently(&self) {
+        for _ in 0..1000 {
+            if self.target.waiting() == 0 {
+                return;
+            }
+            bds_io::sleep(Duration::from_millis(1)).await;
         }
     }
 }

@@ -3,10 +3,11 @@
 //! An operation whose request has gone keeps its node open until it ends (`request::begun`). Nobody can know it by name, so
 //! whoever closes waits for it instead of finding the node in use.
 
-use bds_refcount::Strong;
+use bds_refcount::{HolderInfo, Strong};
 
 use super::node::Node;
-use super::reap::Reaper;
+use super::node_ref::NodeRef;
+use super::reap::{Ended, Reaper};
 
 impl Reaper {
     /// Waits for operations whose requests have gone, where nothing but they keeps a node open.
@@ -32,6 +33,25 @@ impl Reaper {
     }
 }
 
+impl NodeRef {
+    /// As [`NodeRef::end`], after the operations that keep the node open, if nobody else does.
+    pub(super) async fn end_patiently(self) -> Result<Ended, (NodeRef, Vec<HolderInfo>)> {
+        let mut this = self;
+        loop {
+            let (node, holders) = match this.end() {
+                Ok(ended) => return Ok(ended),
+                Err(others) => others,
+            };
+            let is_kept = node.node().traffic().lodgers() > 0 && !node.is_poisoned();
+            if !is_kept || !holders.is_empty() {
+                return Err((node, holders));
+            }
+            left_alone(node.strong()).await;
+            this = node;
+        }
+    }
+}
+
 /// As [`left_alone`], if operations keep the node open beside so many who do by name. Whoever means to keep it does so.
 pub(super) async fn wait_left_alone(node: &Strong<Node>, named: usize) {
     if node.traffic().lodgers() > 0 && node.holders().len() <= named {
@@ -40,7 +60,7 @@ pub(super) async fn wait_left_alone(node: &Strong<Node>, named: usize) {
 }
 
 /// Waits until no operation keeps the node open on its own behalf. Their references go right after that.
-pub(super) async fn left_alone(node: &Strong<Node>) {
+async fn left_alone(node: &Strong<Node>) {
     node.traffic().wait_moved_out().await;
     for _ in 0..1000 {
         if node.count() <= 1 {

@@ -23,6 +23,8 @@ mod facts;
 mod flags;
 mod freeze;
 pub mod gate;
+mod guests;
+mod hall;
 mod inspect;
 mod leases;
 mod left_behind;
@@ -39,6 +41,7 @@ mod rename;
 mod reopen;
 mod root;
 mod shutdown;
+mod threshold;
 mod transaction;
 pub mod walk;
 
@@ -62,20 +65,24 @@ pub use facts::EdgeFacts;
 pub use flags::COMMON_OPTIONS;
 pub use freeze::Frozen;
 pub use gate::ReferenceGate;
+pub(crate) use guests::{Guest, no_backend};
+pub(crate) use hall::{Hall, Lodged};
 pub use inspect::FileGuess;
 pub use leases::{AnonymousBitmap, BitmapId, BitmapInfo, BitmapLease, MAX_BITMAP_NAME_LEN};
 pub use monitor::TopLevel;
 pub use names::MAX_NAME_LEN;
+pub(crate) use names::Reservation;
 pub use node::{Node, NodeId};
 pub use node_ref::NodeRef;
 pub use perm::{Access, Perm};
 pub use reap::{CloseError, CloseReport};
 pub use root::JobEdge;
-pub(crate) use root::Root;
+pub(crate) use root::{Expected, Root, RootMove};
 pub use shutdown::{Leak, ShutdownReport, ShutdownStage, Stoppable};
 
 use crate::driver::{ChildPort, Registry};
 use crate::error::{Error, ErrorKind};
+use crate::event::{Event, EventHub, Events};
 use names::Claim;
 use reap::Reaper;
 
@@ -131,8 +138,13 @@ struct Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // Nobody can hold a node any more but the monitor's list, and operations whose requests have gone; what is dead and not yet closed must still be flushed.
-        drop(std::mem::take(&mut self.reaper.lock_plan().monitor));
+        // Nobody can hold a node any more but the monitor's list, and operations whose requests have
+        // gone; what is dead and not yet closed must still be flushed.
+        let (owned, guests) = {
+            let mut plan = self.reaper.lock_plan();
+            (std::mem::take(&mut plan.monitor), std::mem::take(&mut plan.owned_guests))
+        };
+        drop((guests, owned));
         self.reaper.sweep_for_good();
     }
 }
@@ -146,6 +158,9 @@ pub(crate) struct Plan {
     /// Nodes that the monitor owns.
     monitor: BTreeMap<NodeId, monitor::Owned>,
     monitor_order: u64,
+    /// Every backend, and those that the monitor owns.
+    guests: Vec<Weak<dyn guests::Guest>>,
+    owned_guests: Vec<Arc<dyn guests::Guest>>,
     /// Who wants to be told of a shutdown.
     stoppable: Vec<(ShutdownStage, Weak<dyn Stoppable>)>,
 }
@@ -221,7 +236,8 @@ impl Graph {
     }
 
     fn note_change(&self) {
-        self.0.epoch.fetch_add(1, Ordering::SeqCst);
+        let epoch = self.0.epoch.fetch_add(1, Ordering::SeqCst) + 1;
+        self.0.reaper.events.emit(|| Event::GraphChanged { epoch });
     }
 
     /// A numbered step that can fail in tests.
@@ -234,6 +250,30 @@ impl Graph {
     #[expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "tests have another one")]
     fn step(&self) -> crate::Result<()> {
         Ok(())
+    }
+
+    /// What happens from now on, in order. Dropping the answer ends it.
+    ///
+    /// ```
+    /// # use std::sync::Arc;
+    /// # use bds_core::graph::{Graph, GraphConfig};
+    /// # let graph = Graph::new(GraphConfig::new(Arc::new(bds_core::driver::Registry::new())));
+    /// use bds_core::event::Event;
+    ///
+    /// # bds_io::block_on(async {
+    /// let mut events = graph.events();
+    /// graph.shutdown().await;
+    /// assert_eq!(events.next().await, Some(Event::GraphShutdown));
+    /// assert_eq!(events.try_next(), None, "nothing else happened");
+    /// # });
+    /// ```
+    pub fn events(&self) -> Events {
+        self.0.reaper.events.subscribe()
+    }
+
+    /// Where things that happen are told.
+    pub(crate) fn event_hub(&self) -> &EventHub {
+        &self.0.reaper.events
     }
 
     fn plan(&self) -> MutexGuard<'_, Plan> {

@@ -1,10 +1,11 @@
-//! Node names: one namespace, claimed before a node is opened, free from the moment its last reference is gone.
+//! Names of nodes and backends: one namespace, claimed before a node is opened, free from the moment its last reference is gone.
 //!
-//! A claim by a node is only an id. Whether the name is taken is asked of the arena each time, so no release has to
-//! come here to free it.
+//! A claim by a node is only an id, a claim by a backend a weak reference. Whether the name is taken is asked of the arena, or of
+//! the reference, each time, so no release has to come here to free it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
+use super::guests::Guest;
 use super::node::NodeId;
 use super::node_ref::NodeRef;
 use super::{Graph, Plan};
@@ -13,16 +14,18 @@ use crate::error::{Error, ErrorKind, Result};
 /// Longest node name, in bytes.
 pub const MAX_NAME_LEN: usize = 31;
 
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) enum Claim {
     /// A node is being opened under this name.
     Opening,
     /// A node has it, as long as the id resolves.
     Node(NodeId),
+    /// A backend has it, as long as somebody holds a handle to it.
+    Backend(Weak<dyn Guest>),
 }
 
-/// A name claimed for a node that is being opened. Dropped: the name is free again.
-pub(super) struct Reservation {
+/// A name claimed for a node that is being opened, or a backend that is being made. Dropped: the name is free again.
+pub(crate) struct Reservation {
     graph: Graph,
     name: Arc<str>,
     is_published: bool,
@@ -34,9 +37,18 @@ impl Reservation {
     }
 
     /// The name now denotes the node.
-    pub(super) fn publish(mut self, id: NodeId) {
+    pub(super) fn publish(self, id: NodeId) {
+        self.denote(Claim::Node(id));
+    }
+
+    /// The name now denotes the backend.
+    pub(crate) fn publish_backend(self, guest: Weak<dyn Guest>) {
+        self.denote(Claim::Backend(guest));
+    }
+
+    fn denote(mut self, claim: Claim) {
         self.is_published = true;
-        self.graph.plan().names.insert(Arc::clone(&self.name), Claim::Node(id));
+        self.graph.plan().names.insert(Arc::clone(&self.name), claim);
     }
 }
 
@@ -55,16 +67,16 @@ impl Graph {
     /// `NotFound` if no open node has it (one that is still being opened has not got it yet).
     #[track_caller]
     pub fn find(&self, name: &str) -> Result<NodeRef> {
-        let claim = self.plan().names.get(name).copied();
+        let claim = self.plan().names.get(name).cloned();
         let found = match claim {
             Some(Claim::Node(id)) => self.acquire(id).ok(),
-            Some(Claim::Opening) | None => None,
+            Some(Claim::Opening | Claim::Backend(_)) | None => None,
         };
         found.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("there is no node '{name}'")))
     }
 
     /// Claims `wanted`, or a generated name (`#block000`), which no user can type.
-    pub(super) fn reserve_name(&self, wanted: Option<&str>) -> Result<Reservation> {
+    pub(crate) fn reserve_name(&self, wanted: Option<&str>) -> Result<Reservation> {
         let mut plan = self.plan();
         if plan.is_shut {
             return Err(Error::new(ErrorKind::Cancelled, "the graph has been shut down"));
@@ -75,7 +87,7 @@ impl Graph {
                 if self.is_taken(&plan, name) {
                     return Err(Error::new(
                         ErrorKind::AlreadyExists,
-                        format!("the node name '{name}' is taken"),
+                        format!("the name '{name}' is taken by another node or backend"),
                     ));
                 }
                 name.into()
@@ -98,6 +110,7 @@ impl Graph {
         match plan.names.get(name) {
             None => false,
             Some(Claim::Opening) => true,
+            Some(Claim::Backend(guest)) => guest.strong_count() > 0,
             Some(Claim::Node(id)) => self.0.reaper.arena.check(id.0).is_ok(),
         }
     }

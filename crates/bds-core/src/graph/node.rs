@@ -20,6 +20,7 @@ use super::flags::{FlagsCell, Given};
 use super::leases::Leases;
 use super::limits::{self, LimitsCell};
 use super::rename::NodeName;
+use super::threshold::Threshold;
 use crate::driver::{Driver, Limits, OpenFlags, Role};
 use crate::traffic::Traffic;
 
@@ -84,6 +85,7 @@ pub struct Node {
     is_poisoned: AtomicBool,
     pub(super) claims: Claims,
     pub(super) leases: Leases,
+    pub(super) threshold: Threshold,
 }
 
 impl fmt::Debug for Node {
@@ -128,6 +130,7 @@ impl Node {
             is_poisoned: AtomicBool::new(false),
             claims: Claims::default(),
             leases: Leases::default(),
+            threshold: Threshold::default(),
             driver,
         };
         node.refresh_limits();

@@ -24,6 +24,7 @@ use super::transaction::Stage;
 use super::{Graph, NodeRef};
 use crate::driver::{BoxFuture, Driver, DriverType, OpenContext, OpenFlags, Role};
 use crate::error::{Error, ErrorKind, Result};
+use crate::event::Event;
 use crate::options::Options;
 
 /// Levels of images that are opened on one stack; then a task of its own goes on.
@@ -161,6 +162,7 @@ async fn publish(
     match settle_in(graph, driver, opener.into_children(), flags, &name) {
         Ok(node) => {
             name.publish(node.id());
+            graph.0.reaper.events.emit(|| Event::node_opened(node.name(), node.driver_name()));
             Ok(node)
         }
         Err((error, None)) => Err(error),

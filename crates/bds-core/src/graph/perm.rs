@@ -41,7 +41,7 @@ pub(super) fn settle(
     strictness: Strictness,
 ) -> Result<Accesses> {
     let mut found = stage.wishes();
-    let mut queue: VecDeque<Strong<Node>> = starts.into_iter().collect();
+    let mut queue = parents_first(stage, starts.into_iter().collect());
     let mut queued: HashSet<NodeId> = queue.iter().map(|node| node.id()).collect();
     let mut visited: BTreeMap<NodeId, Strong<Node>> = BTreeMap::new();
     while let Some(node) = queue.pop_front() {
@@ -72,6 +72,22 @@ pub(super) fn settle(
         }
     }
     Ok(found)
+}
+
+/// A few nodes, those above others first: what a child is used for is then computed once, and not with its parents' old use before,
+/// which could ripple down a long chain and back.
+fn parents_first(stage: &Stage<'_>, mut left: Vec<Strong<Node>>) -> VecDeque<Strong<Node>> {
+    const FEW: usize = 8;
+    let mut sorted = VecDeque::new();
+    while (2..=FEW).contains(&left.len()) {
+        let is_top = |node: &Strong<Node>| {
+            left.iter().all(|other| other.id() == node.id() || !stage.reaches(other, node))
+        };
+        let place = left.iter().position(is_top).unwrap_or(0);
+        sorted.push_back(left.remove(place));
+    }
+    sorted.extend(left);
+    sorted
 }
 
 /// What all parents do together.

@@ -21,7 +21,7 @@ use bds_refcount::{Arena, Dead, Handle, Holder, HolderInfo, HolderKind, Release,
 
 use super::detached::to_the_end;
 use super::edge::{Edge, EdgeParts, Parent};
-use super::left_behind::{left_alone, wait_left_alone};
+use super::left_behind::wait_left_alone;
 use super::lock::Topology;
 use super::names::Claim;
 use super::node::{Node, NodeId};
@@ -30,6 +30,7 @@ use super::perm::Access;
 use super::{Graph, MakePort, Plan};
 use crate::driver::Role;
 use crate::error::{Error, ErrorKind, Result};
+use crate::event::{Event, EventHub};
 
 /// How a node ended.
 #[derive(Debug)]
@@ -120,6 +121,7 @@ pub(crate) struct Reaper {
     sweeping: Arc<AsyncMutex<()>>,
     unasked: Arc<Mutex<Vec<CloseReport>>>,
     pub(super) topology: Arc<Topology>,
+    pub(super) events: EventHub,
     /// Dead nodes whose closing waits for the end of a drained section below them.
     deferred: Arc<Mutex<Vec<Dead<Node>>>>,
 }
@@ -133,6 +135,7 @@ impl Reaper {
             sweeping: Arc::default(),
             unasked: Arc::default(),
             topology: Arc::default(),
+            events: EventHub::default(),
             deferred: Arc::default(),
         }
     }
@@ -244,6 +247,9 @@ impl Reaper {
             let handle = edge.target().strong().handle();
             edge.target().forget_parent(node);
             wait_left_alone(edge.target().strong(), 1).await;
+            if edge.frozen().is_some() {
+                self.leave_behind(&edge);
+            }
             match self.release_child(edge, node, unflushed.contains(&handle)).await {
                 Released::Died => died.push(handle),
                 Released::Survived => {}
@@ -254,8 +260,16 @@ impl Reaper {
             }
         }
         self.topology.eased.notify_waiters();
+        self.events.emit(|| Event::node_closed(&name, driver, &flush_error, &close_error));
         let below = Vec::new();
         (CloseReport { node, name, driver, flush_error, close_error, below }, died)
+    }
+
+    /// Whoever froze the edge keeps it, and so its target; to everybody else it is gone.
+    fn leave_behind(&self, edge: &Arc<Edge>) {
+        let target = edge.target();
+        self.walls().detach(&target, edge);
+        self.topology.loosened.push(target.id());
     }
 
     /// Makes what was written through this node durable, as far as it does not lie with children that die next. These are
@@ -346,6 +360,7 @@ impl Reaper {
             holder: Holder::new(HolderKind::Other("graph"), "flush"),
             stays: true,
             graph: None,
+            hall: None,
         };
         let edge = Edge::new(parts, Some(Strong::clone(node)), &self.topology.loosened);
         edge.set_parent(parent);
@@ -440,18 +455,9 @@ impl NodeRef {
     /// # Errors
     /// [`CloseError::InUse`] gives the reference back and names the others.
     pub async fn close(self) -> Result<CloseReport, CloseError> {
-        let mut this = self;
-        loop {
-            let (node, holders) = match this.end() {
-                Ok(ended) => return Ok(ended.close().await),
-                Err(others) => others,
-            };
-            let is_kept = node.node().traffic().lodgers() > 0;
-            if !is_kept || !holders.is_empty() || node.is_poisoned() {
-                return Err(CloseError::InUse { node, holders });
-            }
-            left_alone(node.strong()).await;
-            this = node;
+        match self.end_patiently().await {
+            Ok(ended) => Ok(ended.close().await),
+            Err((node, holders)) => Err(CloseError::InUse { node, holders }),
         }
     }
 

@@ -5,12 +5,14 @@ use std::sync::Arc;
 
 use bds_refcount::{Holder, HolderKind, Strong};
 
+use super::claims::Operations;
 use super::edge::{Edge, EdgeParts, Parent};
+use super::node::{Node, NodeId};
 use super::perm::{self, Access, Strictness};
 use super::transaction::Stage;
 use super::{Graph, NodeRef};
 use crate::driver::Role;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 
 /// Who comes in.
 #[derive(Clone, Debug)]
@@ -20,6 +22,71 @@ pub(crate) struct Root<'a> {
     pub(crate) access: Access,
     /// Do graph changes leave it where it is?
     pub(crate) stays: bool,
+    /// Is it a backend's? Then its requests are counted, and its owner keeps the graph.
+    pub(crate) is_hall: bool,
+}
+
+/// What a root must lead to for a change of it to make sense.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Expected {
+    /// Whatever it is.
+    Anything,
+    /// Nothing: somebody puts a medium in.
+    Nothing,
+    /// This very node: somebody takes it out.
+    Node(NodeId),
+}
+
+/// A root that is to lead elsewhere, or nowhere.
+#[derive(Debug)]
+pub(crate) struct RootMove {
+    pub(super) edge: Arc<Edge>,
+    /// The edge's graph.
+    pub(super) graph: Graph,
+    pub(super) to: Option<NodeRef>,
+    blockers: Operations,
+    expected: Expected,
+}
+
+impl RootMove {
+    /// Of an edge of this graph, unless [`Operations::EJECT`] is blocked on what it leads to.
+    pub(crate) fn new(graph: &Graph, edge: &Arc<Edge>, to: Option<&NodeRef>) -> Self {
+        let (edge, graph, to) = (Arc::clone(edge), graph.clone(), to.cloned());
+        Self { edge, graph, to, blockers: Operations::EJECT, expected: Expected::Anything }
+    }
+
+    /// Only if it leads there.
+    pub(crate) fn from(self, expected: Expected) -> Self {
+        Self { expected, ..self }
+    }
+
+    /// Unless these are blocked, instead.
+    pub(crate) fn unless(self, blockers: Operations) -> Self {
+        Self { blockers, ..self }
+    }
+
+    /// The same, with its reference held otherwise.
+    pub(super) fn held_by(self, take: impl FnOnce(NodeRef) -> NodeRef) -> Self {
+        Self { to: self.to.map(take), ..self }
+    }
+
+    /// The former target, if the move is allowed from there.
+    pub(super) fn check(&self, now: Option<&Node>) -> Result<()> {
+        let refuse = |words: String| Err(Error::new(ErrorKind::InUse, words));
+        let holder = self.edge.holder();
+        match (self.expected, now) {
+            (Expected::Nothing, Some(now)) => {
+                let name = now.name();
+                refuse(format!("{holder} has the medium '{name}': eject it first, or replace it"))
+            }
+            (Expected::Node(id), Some(now)) if now.id() != id => {
+                refuse(format!("{holder} has another medium by now, '{}'", now.name()))
+            }
+            (Expected::Node(_), None) => refuse(format!("the medium of {holder} is out already")),
+            (_, Some(now)) if !self.blockers.is_empty() => now.check_allowed(self.blockers),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl Graph {
@@ -35,7 +102,8 @@ impl Graph {
             access: root.access,
             holder: Holder::new(root.kind, root.name),
             stays: root.stays,
-            graph: Some(self.clone()),
+            graph: (!root.is_hall).then(|| self.clone()),
+            hall: root.is_hall.then(Box::default),
         };
         let target = node.map(|node| Strong::clone(node.strong()));
         let edge = Edge::new(parts, target, &self.0.reaper.topology.loosened);
@@ -51,6 +119,16 @@ impl Graph {
         Ok(edge)
     }
 
+    /// The root does nothing with its node and bears everything from now on. At once, and cannot fail.
+    pub(crate) fn loosen_root(&self, edge: &Edge) {
+        let walls = self.0.reaper.walls();
+        edge.set_access(&walls, Access::NONE);
+        if let Some(node) = edge.medium() {
+            self.0.reaper.topology.loosened.push(node.id());
+            perm::loosen(&walls);
+        }
+    }
+
     /// A job's hold on a node: keeps it open, with permissions, and stays there whatever the graph becomes. For what a job reads
     /// and writes it uses a [`crate::request`] backend.
     ///
@@ -58,7 +136,7 @@ impl Graph {
     /// Nothing has changed: the permissions clash with others' (both are named), or the node cannot be written.
     #[track_caller]
     pub fn attach_job(&self, node: &NodeRef, job: &str, access: Access) -> Result<JobEdge> {
-        let root = Root { kind: HolderKind::Job, name: job, access, stays: true };
+        let root = Root { kind: HolderKind::Job, name: job, access, stays: true, is_hall: false };
         let edge = self.attach_root(Some(node), &root)?;
         Ok(JobEdge { edge, graph: self.clone() })
     }

@@ -13,6 +13,7 @@ use super::node::NodeId;
 use super::reap::CloseReport;
 use crate::driver::BoxFuture;
 use crate::error::{Error, ErrorKind, Result};
+use crate::event::Event;
 
 /// When somebody is asked to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -90,8 +91,8 @@ impl Graph {
         plan.stoppable.push((stage, Arc::downgrade(who)));
     }
 
-    /// Ends everything in the fixed order, closes what can be closed, and tells who keeps the rest open. No node can be opened
-    /// afterwards; a second call reports what has become of the rest. Waits for requests under way, never for queued ones.
+    /// Ends everything in the fixed order, closes what can be closed, and tells who keeps the rest open. Every backend loses its medium,
+    /// whatever blocks that; a request that waits for a decision after an error fails with `Cancelled`. No node can be opened afterwards; a second call reports what has become of the rest. Waits for requests under way, never for queued ones.
     pub async fn shutdown(&self) -> ShutdownReport {
         self.plan().is_shut = true;
         let mut failed = Vec::new();
@@ -102,9 +103,11 @@ impl Graph {
                 }
             }
         }
+        failed.extend(self.send_guests_away().await);
         let owned = std::mem::take(&mut self.plan().monitor);
         drop(owned);
         let closed = self.reap().await;
+        self.0.reaper.events.emit(|| Event::GraphShutdown);
         ShutdownReport { failed, closed, leaked: self.leaks() }
     }
 

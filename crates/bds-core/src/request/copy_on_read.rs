@@ -24,7 +24,7 @@ use super::begun::Inside;
 use super::dispatch::{bounce_align, read_aligned, read_inside, write_aligned};
 use super::enter::{Entered, Lodger};
 use super::range::{self, round_down, round_up};
-use super::{dispatch, status, zero};
+use super::{status, zero};
 use crate::driver::{Limits, ReadFlags, StatusFlags, WriteFlags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Access, Edge, NodeRef, Perm, Root};
@@ -60,6 +60,7 @@ impl NodeRef {
             name: "copy-on-read",
             access: Access { perm: Perm::WRITE_UNCHANGED, shared: Perm::all() },
             stays: true,
+            is_hall: false,
         };
         let root = self.graph().attach_root(Some(self), &root)?;
         self.copy_on_read().fetch_add(1, Ordering::Relaxed);
@@ -80,8 +81,13 @@ impl Drop for CopyOnReadGuard {
     }
 }
 
-/// Copies up without giving anything back.
-pub(super) async fn copy_up(edge: &Arc<Edge>, offset: u64, len: u64) -> Result<()> {
+/// Copies up without giving anything back, for a request that is inside.
+pub(super) async fn copy_up(
+    edge: &Arc<Edge>,
+    node: &Entered<'_>,
+    offset: u64,
+    len: u64,
+) -> Result<()> {
     let flags = ReadFlags::PREFETCH | ReadFlags::COPY_ON_READ;
     let end = range::check(offset, len)?;
     let mut at = offset;
@@ -95,7 +101,7 @@ pub(super) async fn copy_up(edge: &Arc<Edge>, offset: u64, len: u64) -> Result<(
             iov.push(blind.slice(0..take));
             left -= take;
         }
-        dispatch::read(edge, at, iov, flags).await?;
+        read(edge, node, at, iov, flags).await?;
         at = next;
     }
     Ok(())

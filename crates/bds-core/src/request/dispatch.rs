@@ -21,9 +21,15 @@ use crate::graph::{Edge, Node, Perm};
 /// A vector with more segments than the node takes goes down in pieces of this size, through a copy.
 const BOUNCE_LEN: u64 = 1 << 20;
 
-/// Reads at once, or declines. Takes no lock, allocates nothing, never waits.
+/// Reads at once, or declines. Takes no lock, allocates nothing, never waits. `done` gets the result while the request still
+/// counts as inside.
 #[inline]
-pub(super) fn try_read(edge: &Edge, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+pub(super) fn try_read<T>(
+    edge: &Edge,
+    offset: u64,
+    iov: &IoVec,
+    done: impl FnOnce(Result<()>) -> T,
+) -> Option<T> {
     let ticket = edge.ticket()?;
     let target = edge.medium()?;
     let node: &Node = &target;
@@ -37,12 +43,17 @@ pub(super) fn try_read(edge: &Edge, offset: u64, iov: &IoVec) -> Option<Result<(
         return None;
     }
     let result = node.driver().try_read(offset, iov)?;
-    Some(named(node, result))
+    Some(done(named(node, result)))
 }
 
-/// Writes in place at once, or declines with nothing changed. Takes no lock, allocates nothing, never waits.
+/// Writes in place at once, or declines with nothing changed. Otherwise as [`try_read`].
 #[inline]
-pub(super) fn try_write(edge: &Edge, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+pub(super) fn try_write<T>(
+    edge: &Edge,
+    offset: u64,
+    iov: &IoVec,
+    done: impl FnOnce(Result<()>) -> T,
+) -> Option<T> {
     let ticket = edge.ticket()?;
     let target = edge.medium()?;
     let node: &Node = &target;
@@ -51,7 +62,9 @@ pub(super) fn try_write(edge: &Edge, offset: u64, iov: &IoVec) -> Option<Result<
         return None;
     }
     fits_inline(node, offset, iov)?;
-    if offset + iov.len() as u64 > node.driver().len()
+    let end = offset + iov.len() as u64;
+    if end > node.driver().len()
+        || end > node.write_mark()
         || node.flags().detect_zeroes != DetectZeroes::Off
         || !node.is_writable()
         || !edge.access().perm.contains(Perm::WRITE)
@@ -60,7 +73,7 @@ pub(super) fn try_write(edge: &Edge, offset: u64, iov: &IoVec) -> Option<Result<
     }
     let result = node.driver().try_write(offset, iov)?;
     inline.wrote();
-    Some(named(node, result))
+    Some(done(named(node, result)))
 }
 
 /// One fragment, aligned, not empty, and its end can be computed.
@@ -175,7 +188,8 @@ pub(super) async fn write(edge: &Edge, offset: u64, iov: IoVec, flags: WriteFlag
     named(&node, write_inside(edge, &node, offset, iov, flags).await)
 }
 
-async fn write_inside(
+/// As [`write`], for a request that is inside already.
+pub(super) async fn write_inside(
     edge: &Edge,
     node: &Entered<'_>,
     offset: u64,
@@ -298,15 +312,22 @@ async fn write_pieces(
 /// Writes one compressed cluster; an empty list pads the file.
 pub(super) async fn write_compressed(edge: &Edge, offset: u64, iov: IoVec) -> Result<()> {
     let node = enter(edge).await?;
-    let write = async {
-        let end = range::check_data(offset, iov.len() as u64)?;
-        range::check_write(edge, &node, end, false)?;
-        let tracked = node.track(offset..end, false).await;
-        let _writing = node.writing();
-        let inside = Inside::new(node.strong(), &tracked);
-        inside.change(end - offset, |node| node.driver().write_compressed(offset, iov)).await
-    };
-    named(&node, write.await)
+    named(&node, write_compressed_inside(edge, &node, offset, iov).await)
+}
+
+/// As [`write_compressed`], for a request that is inside already.
+pub(super) async fn write_compressed_inside(
+    edge: &Edge,
+    node: &Entered<'_>,
+    offset: u64,
+    iov: IoVec,
+) -> Result<()> {
+    let end = range::check_data(offset, iov.len() as u64)?;
+    range::check_write(edge, node, end, false)?;
+    let tracked = node.track(offset..end, false).await;
+    let _writing = node.writing();
+    let inside = Inside::new(node.strong(), &tracked);
+    inside.change(end - offset, |node| node.driver().write_compressed(offset, iov)).await
 }
 
 /// How long a fragment may be, a multiple of the request alignment.

@@ -5,13 +5,28 @@ use std::ops::{Deref, Range};
 use bds_refcount::Strong;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::{Edge, Node, Target};
+use crate::graph::{Edge, Hall, Lodged, Node, Target};
 use crate::traffic::{ShardNumber, Tracked, Writing};
 
-/// The node an edge led to, with this request counted in. Dropping counts out.
+/// The node an edge led to, with this request counted in: at the node, and at the backend it came in by. Dropping counts out.
 pub(super) struct Entered<'e> {
     target: Target<'e>,
     number: ShardNumber,
+    /// After the node's: a backend's drain lets nobody overtake the node's.
+    _lodged: Option<Lodged<'e>>,
+}
+
+/// Why a request did not come in. Until this is dropped it is in flight for its backend all the same.
+pub(super) struct TurnedAway<'e> {
+    error: Error,
+    lodged: Option<Lodged<'e>>,
+}
+
+impl<'e> TurnedAway<'e> {
+    /// The reason, and what keeps the request in flight.
+    pub(super) fn into_parts(self) -> (Error, Option<Lodged<'e>>) {
+        (self.error, self.lodged)
+    }
 }
 
 /// Waits at the gate until it is open, then enters.
@@ -19,26 +34,47 @@ pub(super) struct Entered<'e> {
 /// # Errors
 /// `NoMedium`: the edge leads nowhere. `Io`: the node's requests were given up.
 pub(super) async fn enter(edge: &Edge) -> Result<Entered<'_>> {
+    enter_hall(edge).await.map_err(|away| away.error)
+}
+
+/// As [`enter`], for a backend's requests: who has to go again is counted while he still has something to write down.
+///
+/// # Errors
+/// Also `Cancelled`: the graph was shut down while the request waited at the gate.
+pub(super) async fn enter_hall(edge: &Edge) -> Result<Entered<'_>, TurnedAway<'_>> {
     loop {
         if let Some(entered) = try_enter(edge) {
             return entered;
         }
         // Not counted anywhere: queued is not in flight, so a drain does not wait for us.
         Box::pin(edge.wait_open()).await;
+        if edge.hall().is_some_and(Hall::is_ended) {
+            return Err(TurnedAway { error: ended(edge), lodged: None });
+        }
     }
 }
 
 /// `None`: the gate is closed.
 #[inline]
-fn try_enter(edge: &Edge) -> Option<Result<Entered<'_>>> {
+fn try_enter(edge: &Edge) -> Option<Result<Entered<'_>, TurnedAway<'_>>> {
     let ticket = edge.ticket()?;
-    let Some(target) = edge.medium() else { return Some(Err(no_medium(edge))) };
+    let lodged = edge.hall().map(Hall::lodge);
+    let Some(target) = edge.medium() else {
+        let away = || TurnedAway { error: no_medium(edge), lodged };
+        return edge.admits(ticket).then(|| Err(away()));
+    };
     if target.is_poisoned() {
-        return Some(Err(poisoned(&target)));
+        return Some(Err(TurnedAway { error: poisoned(&target), lodged }));
     }
     let number = target.traffic().enter();
-    let entered = Entered { target, number };
+    let entered = Entered { target, number, _lodged: lodged };
     edge.admits(ticket).then_some(Ok(entered))
+}
+
+#[cold]
+fn ended(edge: &Edge) -> Error {
+    let words = format!("{} waited for its turn when the graph was shut down", edge.holder());
+    Error::new(ErrorKind::Cancelled, words)
 }
 
 #[cold]

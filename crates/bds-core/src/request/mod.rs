@@ -34,7 +34,9 @@ mod zero;
 
 use crate::graph::{Graph, GraphConfig};
 
-pub use backend::{Backend, BackendOptions};
+pub use backend::{
+    Backend, BackendDrained, BackendOptions, Device, ErrorPolicies, ErrorPolicy, IoStatus,
+};
 pub use copy_on_read::CopyOnReadGuard;
 pub use status::{ChainRun, HostBytes};
 

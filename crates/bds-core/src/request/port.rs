@@ -51,12 +51,12 @@ impl ChildPort for Port {
 
     #[inline]
     fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
-        dispatch::try_read(&self.0, offset, iov)
+        dispatch::try_read(&self.0, offset, iov, |result| result)
     }
 
     #[inline]
     fn try_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
-        dispatch::try_write(&self.0, offset, iov)
+        dispatch::try_write(&self.0, offset, iov, |result| result)
     }
 
     fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>> {

@@ -31,9 +31,19 @@ pub(super) fn check_data(offset: u64, len: u64) -> Result<u64> {
     check(offset, len)
 }
 
-/// Is this parent allowed to write up to `end`?
+/// Is this parent allowed to write up to `end`? If so, it is going to: a mark that it passes is told.
 #[inline]
 pub(super) fn check_write(edge: &Edge, node: &Node, end: u64, is_unchanged: bool) -> Result<()> {
+    may_write(edge, node, end, is_unchanged)?;
+    if end > node.write_mark() {
+        node.pass_threshold(end);
+    }
+    Ok(())
+}
+
+/// Is this parent allowed to write up to `end`?
+#[inline]
+pub(super) fn may_write(edge: &Edge, node: &Node, end: u64, is_unchanged: bool) -> Result<()> {
     let perm = edge.access().perm;
     if !node.is_writable() {
         return Err(cannot_write(node));
@@ -45,12 +55,15 @@ pub(super) fn check_write(edge: &Edge, node: &Node, end: u64, is_unchanged: bool
             format!("'{}' did not ask to write here", edge.name()),
         ));
     }
-    if perm.contains(Perm::RESIZE) {
-        return Ok(());
-    }
-    let reach = round_up(node.len(), u64::from(node.limits().request_alignment));
-    if end > reach {
-        return Err(out_of_range(reach, end - reach, "the write ends past the end of the node"));
+    if !perm.contains(Perm::RESIZE) {
+        let reach = round_up(node.len(), u64::from(node.limits().request_alignment));
+        if end > reach {
+            return Err(out_of_range(
+                reach,
+                end - reach,
+                "the write ends past the end of the node",
+            ));
+        }
     }
     Ok(())
 }

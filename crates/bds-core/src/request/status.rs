@@ -230,17 +230,13 @@ async fn walk_chain(
     let mut top: Option<ChainRun> = None;
     let mut end = None;
     loop {
-        let node = edge.target().id();
-        if depth == Depth::Above(node) {
+        let (node, found) = step(&edge, depth, offset, len, precise).await?;
+        let Some(Step { layer, is_filter, next }) = found else {
             // Nothing above decides it.
             let flags = StatusFlags::empty();
-            return Ok(finish(
-                top.unwrap_or(ChainRun { len, flags, depth: steps, node, host: None }),
-                offset,
-                end,
-            ));
-        }
-        let layer = layer(&edge, offset, len, precise).await?;
+            let asked = top.unwrap_or(ChainRun { len, flags, depth: steps, node, host: None });
+            return Ok(finish(asked, offset, end));
+        };
         let mut run =
             ChainRun { len: layer.len, flags: layer.flags, depth: steps, node, host: layer.host };
         let is_top = top.is_none();
@@ -259,11 +255,7 @@ async fn walk_chain(
         if run.flags.contains(StatusFlags::ALLOCATED) {
             return Ok(finish(run, offset, end));
         }
-        let next = {
-            let target = edge.target();
-            steps += usize::from(!target.driver().is_filter());
-            below(&target)
-        };
+        steps += usize::from(!is_filter);
         len = run.len;
         // What an upper layer knows (zeros behind a short backing node) stays true further down.
         if let Some(above) = &top {
@@ -308,6 +300,33 @@ pub(super) async fn down_to(
     };
     let run = of_chain(edge, depth, offset, len, false).await?;
     Ok(StatusRun { len: run.len, flags: run.flags, map: None })
+}
+
+/// What one layer of a chain says, and where the chain goes on.
+struct Step {
+    layer: Layer,
+    is_filter: bool,
+    next: Option<Arc<Edge>>,
+}
+
+/// Asks the node behind the edge, and what follows it, of one and the same node: the edge may lead elsewhere a moment later. `None`:
+/// it is the one to stop at.
+fn step(
+    edge: &Edge,
+    depth: Depth,
+    offset: u64,
+    len: u64,
+    precise: bool,
+) -> BoxFuture<'_, Result<(NodeId, Option<Step>)>> {
+    Box::pin(async move {
+        let node = enter(edge).await?;
+        if depth == Depth::Above(node.id()) {
+            return Ok((node.id(), None));
+        }
+        let layer = named(&node, layer_inside(&node, offset, len, precise).await)?;
+        let is_filter = node.driver().is_filter();
+        Ok((node.id(), Some(Step { layer, is_filter, next: below(&node) })))
+    })
 }
 
 fn finish(mut run: ChainRun, offset: u64, end: Option<u64>) -> ChainRun {

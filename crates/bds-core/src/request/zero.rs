@@ -236,9 +236,15 @@ pub(super) async fn discard(edge: &Edge, offset: u64, len: u64) -> Result<()> {
     named(&node, discard_inside(edge, &node, offset, len).await)
 }
 
-async fn discard_inside(edge: &Edge, node: &Entered<'_>, offset: u64, len: u64) -> Result<()> {
+/// As [`discard`], for a request that is inside already.
+pub(super) async fn discard_inside(
+    edge: &Edge,
+    node: &Entered<'_>,
+    offset: u64,
+    len: u64,
+) -> Result<()> {
     let end = range::check(offset, len)?;
-    range::check_write(edge, node, offset, false)?;
+    range::may_write(edge, node, offset, false)?;
     if !node.flags().discard {
         return Ok(());
     }

@@ -63,7 +63,7 @@ fn limits_asked_for_are_kept() {
         "opt-discard": 4096, "max-discard": 8192,
     });
     let backend = house.backend(limits).unwrap();
-    let found = backend.node().limits();
+    let found = backend.node().unwrap().limits();
     assert_eq!(
         (found.request_alignment, found.max_transfer, found.zero_alignment, found.max_zero),
         (512, 4096, 1024, 2048)

@@ -36,7 +36,7 @@ fn what_is_written_is_compressed_whatever_its_size() {
     let house = House::new(1);
     let image = image(&house, json!({"compression_type": "zstd"}));
     let disk = house.backend(image).unwrap();
-    assert_eq!(u64::from(disk.node().limits().request_alignment), CLUSTER);
+    assert_eq!(u64::from(disk.node().unwrap().limits().request_alignment), CLUSTER);
     let mut model = vec![0; usize::try_from(LEN).unwrap()];
     // Small, whole, over several, again, at the very end.
     for (at, len, byte) in [

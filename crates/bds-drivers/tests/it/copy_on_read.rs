@@ -29,7 +29,8 @@ fn image() -> Value {
 /// Is all of the range held by the layer `node` itself?
 fn is_held(house: &House, node: &str, offset: u64, len: u64) -> bool {
     let node = house.graph.find(node).unwrap();
-    let options = BackendOptions { name: "look".into(), writable: false };
+    let options =
+        BackendOptions { name: "look".into(), writable: false, ..BackendOptions::default() };
     let layer = Backend::new(&node, options).unwrap();
     let (mut at, end) = (offset, offset + len);
     while at < end {
@@ -66,7 +67,7 @@ fn the_switch_of_a_node_does_the_same_without_a_filter() {
     let disk = house.backend(image()).unwrap();
     house.read(&disk, 0, 4096).unwrap();
     assert!(!is_held(&house, "disk", 0, CLUSTER));
-    let guard = disk.node().enable_copy_on_read().unwrap();
+    let guard = disk.node().unwrap().enable_copy_on_read().unwrap();
     house.read(&disk, 0, 4096).unwrap();
     assert!(is_held(&house, "disk", 0, CLUSTER));
     drop(guard);
@@ -126,7 +127,7 @@ fn the_file_must_be_writable_and_the_filter_need_not_be() {
     file["read-only"] = json!(false);
     let options = json!({"driver": "copy-on-read", "read-only": true, "file": file});
     let disk = house.backend(options).unwrap();
-    assert!(!disk.node().is_writable());
+    assert!(!disk.node().unwrap().is_writable());
     house.read(&disk, 0, 100).unwrap();
     assert!(is_held(&house, "disk", 0, CLUSTER));
 }
@@ -136,7 +137,8 @@ fn the_file_must_be_writable_and_the_filter_need_not_be() {
 fn a_reader_may_switch_it_on_unless_somebody_minds() {
     let (_world, house) = world();
     let node = house.node(image()).unwrap();
-    let options = BackendOptions { name: "reader".into(), writable: false };
+    let options =
+        BackendOptions { name: "reader".into(), writable: false, ..BackendOptions::default() };
     let disk = Backend::new(&node, options).unwrap();
     let guard = node.enable_copy_on_read().unwrap();
     house.read(&disk, 0, 100).unwrap();
@@ -153,9 +155,10 @@ fn a_reader_may_switch_it_on_unless_somebody_minds() {
 fn an_inactive_image_is_only_read() {
     let (_world, house) = world();
     let disk = house.backend(json!({"driver": "copy-on-read", "file": image()})).unwrap();
-    let node = disk.node();
+    let node = disk.node().unwrap();
     drop(disk);
-    let reader = BackendOptions { name: "reader".into(), writable: false };
+    let reader =
+        BackendOptions { name: "reader".into(), writable: false, ..BackendOptions::default() };
     let disk = Backend::new(&node, reader).unwrap();
     house.sim.block_on(house.graph.inactivate(&node)).unwrap();
     house.read(&disk, 0, 100).unwrap();
@@ -174,7 +177,7 @@ fn filters_may_lie_in_between() {
     house.read(&disk, 0, 4096).unwrap();
     assert!(is_held(&house, "disk", 0, CLUSTER));
     assert!(!is_held(&house, "disk", CLUSTER, 1));
-    let below = walk::skip_filters(&disk.node());
+    let below = walk::skip_filters(&disk.node().unwrap());
     assert_eq!(below.name(), "disk");
 }
 

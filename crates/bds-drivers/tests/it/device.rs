@@ -69,7 +69,7 @@ fn a_device_is_read_written_zeroed_and_discarded() {
         let (_graph, node) = open("host_device", &device.device, options).unwrap();
         assert_eq!(node.len(), LEN as u64);
         assert_eq!(node.limits().request_alignment >= 512, direct);
-        let options = BackendOptions { name: "test".into(), writable: true };
+        let options = BackendOptions { name: "test".into(), writable: true, ..Default::default() };
         let disk = Backend::new(&node, options).unwrap();
         // Neither aligned in offset nor in length.
         let bytes = pattern(2, 0, 10_001);

@@ -34,7 +34,14 @@ impl House {
     /// Opens a node for writing; the backend is its only user.
     pub(crate) fn backend(&self, options: Value) -> Result<Backend> {
         let node = self.node(options)?;
-        Backend::new(&node, BackendOptions { name: "test".into(), writable: node.is_writable() })
+        Backend::new(
+            &node,
+            BackendOptions {
+                name: "test".into(),
+                writable: node.is_writable(),
+                ..Default::default()
+            },
+        )
     }
 
     pub(crate) fn read(&self, backend: &Backend, offset: u64, len: usize) -> Result<Vec<u8>> {

@@ -257,7 +257,7 @@ fn overlays_come_and_go_under_load_and_no_byte_is_lost() {
         (written, held)
     });
     assert!(held > std::time::Duration::ZERO, "somebody was inside");
-    assert_eq!(walk::backing_chain(&backend.node()).len(), 6);
+    assert_eq!(walk::backing_chain(&backend.node().unwrap()).len(), 6);
     for (n, blocks) in written.iter().enumerate() {
         for (at, byte) in blocks.iter().enumerate() {
             let offset = (n * 16 + at) as u64 * CLUSTER;
@@ -283,10 +283,10 @@ fn two_disks_get_their_overlays_at_the_same_moment_or_not_at_all() {
     let both = || graph.change().append(&a, &oa).append(&b, &ob).commit();
     assert_eq!(house.sim.block_on(both()).unwrap_err().kind(), ErrorKind::ReadOnly);
     assert_eq!(graph.dump(), before, "the first is off too");
-    assert_eq!(guest_a.node().id(), a.id());
+    assert_eq!(guest_a.node().unwrap().id(), a.id());
     house.sim.block_on(graph.reopen(&ob, options(json!({"read-only": false})))).unwrap();
     house.sim.block_on(both()).unwrap();
-    assert_eq!((guest_a.node().id(), guest_b.node().id()), (oa.id(), ob.id()));
+    assert_eq!((guest_a.node().unwrap().id(), guest_b.node().unwrap().id()), (oa.id(), ob.id()));
 }
 
 #[test]

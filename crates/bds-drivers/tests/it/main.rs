@@ -7,6 +7,8 @@
     reason = "helpers of tests: a panic is their way to fail"
 )]
 
+#[cfg(all(feature = "mem", feature = "blkdebug"))]
+mod backend;
 mod blkdebug;
 #[cfg(feature = "qcow2")]
 mod compress;
@@ -18,11 +20,16 @@ mod findings;
 #[cfg(feature = "qcow2")]
 mod fuzz_seeds;
 #[cfg(feature = "qcow2")]
+mod graph_load;
+#[cfg(feature = "qcow2")]
 mod hostile;
 mod house;
 mod late;
 #[cfg(feature = "qcow2")]
 mod lifecycle;
+#[cfg(feature = "qcow2")]
+#[path = "../../examples/graph/load.rs"]
+mod load;
 mod locks;
 mod matrix;
 mod mem;

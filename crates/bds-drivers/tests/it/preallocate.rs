@@ -59,7 +59,7 @@ impl Rig {
 
     /// Closes all of it; the length and the bytes of the file.
     fn close(self) -> Vec<u8> {
-        let node = self.disk.node();
+        let node = self.disk.node().unwrap();
         drop(self.disk);
         let report = self.house.sim.block_on(node.close()).unwrap();
         assert!(report.is_clean(), "{report:?}");
@@ -139,6 +139,7 @@ fn holes_stay_holes() {
     let used = rig.house.sim.block_on(
         rig.disk
             .node()
+            .unwrap()
             .graph()
             .find("f")
             .map(|node| {
@@ -246,13 +247,14 @@ fn nobody_else_moves_the_end_of_the_file() {
     let rig = Rig::new(calm());
     rig.write(0, 1, 1000).unwrap();
     let file = rig.house.graph.find("f").unwrap();
-    let writer = || BackendOptions { name: "other".into(), writable: true };
+    let writer =
+        || BackendOptions { name: "other".into(), writable: true, ..BackendOptions::default() };
     let error = Backend::new(&file, writer()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InUse);
     assert!(error.to_string().contains("ahead.file"), "{error}");
     // Whoever takes over the bytes finds no surplus, and may leave another length behind.
     let Rig { house, disk } = rig;
-    let node = disk.node();
+    let node = disk.node().unwrap();
     drop(disk);
     house.sim.block_on(house.graph.inactivate(&node)).unwrap();
     assert_eq!(file.len(), 1000);
@@ -281,7 +283,7 @@ fn a_file_that_becomes_read_only_has_no_surplus() {
     let log = json!({"driver": "log", "node-name": "log", "file": options});
     let disk = house.backend(log).unwrap();
     house.write(&disk, 1000, &[2; 1000]).unwrap();
-    let node = disk.node();
+    let node = disk.node().unwrap();
     drop(disk);
     let file = house.graph.find("f").unwrap();
     assert!(file.len() > 2000);
@@ -293,7 +295,11 @@ fn a_file_that_becomes_read_only_has_no_surplus() {
     // The format above has not agreed to be read-only, so nothing changes but the surplus.
     assert!(mode(true).is_err());
     assert_eq!(file.len(), 2000);
-    let disk = Backend::new(&node, BackendOptions { name: "test".into(), writable: true }).unwrap();
+    let disk = Backend::new(
+        &node,
+        BackendOptions { name: "test".into(), writable: true, ..BackendOptions::default() },
+    )
+    .unwrap();
     house.write(&disk, 2000, &[3; 1000]).unwrap();
     assert!(file.len() > 3000);
     drop(disk);
@@ -308,8 +314,11 @@ fn a_file_that_becomes_read_only_has_no_surplus() {
         .sim
         .block_on(house.graph.reopen(&filter, Options::new().with("read-only", false)))
         .unwrap();
-    let disk =
-        Backend::new(&filter, BackendOptions { name: "test".into(), writable: true }).unwrap();
+    let disk = Backend::new(
+        &filter,
+        BackendOptions { name: "test".into(), writable: true, ..BackendOptions::default() },
+    )
+    .unwrap();
     assert_eq!(house.read(&disk, 1000, 2000).unwrap()[999..1001], [2, 3]);
 }
 

@@ -289,7 +289,8 @@ fn threads_share_a_group_and_nobody_is_forgotten() {
             "file": {"driver": "mem", "size": 65536},
         });
         let node = bds_io::block_on(graph.open(Options::from_json(options).unwrap())).unwrap();
-        let options = BackendOptions { name: "test".into(), writable: true };
+        let options =
+            BackendOptions { name: "test".into(), writable: true, ..BackendOptions::default() };
         Backend::new(&node, options).unwrap()
     });
     std::thread::scope(|scope| {
@@ -329,7 +330,7 @@ fn a_drained_section_begins_at_once() {
             })
             .collect();
         sleep(Duration::from_secs(1)).await;
-        let drained = house.graph.drain(&disk.node()).await;
+        let drained = house.graph.drain(&disk.node().unwrap()).await;
         assert_eq!(join_all(queued).await, [1_000_000_000; 5]);
         drop(drained);
         // 105,000 bytes went; all but the burst of 100 must leak.
@@ -350,7 +351,8 @@ fn a_node_takes_other_limits_and_modes_while_it_is_open() {
     reopen(&node, read_only(true)).unwrap();
     assert!(!node.is_writable());
     reopen(&node, read_only(false)).unwrap();
-    let writable = || BackendOptions { name: "test".into(), writable: true };
+    let writable =
+        || BackendOptions { name: "test".into(), writable: true, ..BackendOptions::default() };
     let disk = Backend::new(&node, writable()).unwrap();
     let fast = Options::from_json(json!({"limits": {"bps-total": 10_000}})).unwrap();
     let times = house.sim.block_on(async {
@@ -363,6 +365,6 @@ fn a_node_takes_other_limits_and_modes_while_it_is_open() {
     let wrong = Options::from_json(json!({"limits": {"bps-read-max": 10}})).unwrap();
     assert!(reopen(&node, wrong).is_err());
     groups.create("g", RateLimits::default()).unwrap();
-    let member = self::disk(&house, "b", "g").node();
+    let member = self::disk(&house, "b", "g").node().unwrap();
     assert_eq!(reopen(&member, fast).unwrap_err().kind(), ErrorKind::InvalidInput);
 }

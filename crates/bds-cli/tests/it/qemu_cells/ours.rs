@@ -27,8 +27,10 @@ pub(crate) fn apply(image: &Path, acts: &[Act]) -> Result<()> {
             "file": {"driver": "file", "filename": image},
         });
         let node = graph.open(Options::from_json(options)?).await?;
-        let backend =
-            Backend::new(&node, BackendOptions { name: "test".to_owned(), writable: true })?;
+        let backend = Backend::new(
+            &node,
+            BackendOptions { name: "test".to_owned(), writable: true, ..Default::default() },
+        )?;
         for act in acts {
             request(&backend, act).await.map_err(|e| e.context(format_args!("{act:?}")))?;
         }

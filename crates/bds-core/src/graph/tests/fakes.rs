@@ -409,7 +409,7 @@ impl Driver for Fake {
 
 /// A backend's edge.
 pub(super) fn root(node: &NodeRef, name: &str, access: Access) -> Arc<Edge> {
-    let root = Root { kind: HolderKind::Backend, name, access, stays: false };
+    let root = Root { kind: HolderKind::Backend, name, access, stays: false, is_hall: false };
     node.graph().attach_root(Some(node), &root).unwrap()
 }
 

@@ -3,9 +3,11 @@
 mod change;
 mod close;
 mod create;
+mod door;
 mod fakes;
 mod gates;
 mod history;
+mod history_backend;
 mod open;
 mod properties;
 mod schedules;

@@ -17,7 +17,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use program::{Tally, run};
+use program::{Tally, run, run_on_threads};
 
 /// Why a world failed.
 fn reason(panic: &(dyn std::any::Any + Send)) -> String {
@@ -35,7 +35,7 @@ fn attempt(seed: u64, lock_first: bool, tally: &Arc<Tally>) -> Result<u64, Strin
 /// How many schedules an ordinary run and a full one search.
 fn budget() -> u64 {
     let is_full = std::env::var("BDS_TEST_BUDGET").is_ok_and(|budget| budget == "full");
-    if is_full { 100_000 } else { 3_000 }
+    if is_full { 100_000 } else { 2_000 }
 }
 
 #[test]
@@ -69,6 +69,15 @@ fn no_schedule_deadlocks_or_lets_anybody_into_a_drained_node() {
         (closings, seeds / 50),
     ] {
         assert!(of(what) >= least, "the search must not be empty: {seen:?}");
+    }
+}
+
+/// The same tasks on real threads: no seed replays that, but a thread sanitizer looks on (`cargo xtask test --tier full`).
+#[test]
+fn real_threads_do_all_of_it_at_once() {
+    let tally = Arc::default();
+    for seed in 0..budget() / 100 {
+        run_on_threads(seed, &tally);
     }
 }
 

@@ -4,7 +4,7 @@
 use std::any::Any;
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
 
 use bds_io::IoVec;
 
@@ -53,6 +53,8 @@ pub(crate) struct Config {
     pub(crate) passes: bool,
     /// Answers the inline way.
     pub(crate) inline: bool,
+    /// An inline write meets the test here, when it is inside and before it leaves.
+    pub(crate) meet: Option<Arc<Barrier>>,
     /// Scheduler turns before and after an effect.
     pub(crate) turns: usize,
     /// Status answers by range; what is not covered is data.
@@ -70,6 +72,7 @@ impl Default for Config {
             is_filter: false,
             passes: false,
             inline: false,
+            meet: None,
             turns: 0,
             statuses: Vec::new(),
             options: Options::new(),
@@ -77,8 +80,13 @@ impl Default for Config {
     }
 }
 
-/// What fails, where (anywhere if `None`), and only once?
-type Fault = (On, Option<Range<u64>>, bool);
+/// What fails, where (anywhere if `None`), and how.
+struct Fault {
+    on: On,
+    range: Option<Range<u64>>,
+    is_once: bool,
+    kind: ErrorKind,
+}
 
 /// A status answer: the range, what holds, where.
 pub(crate) type Answer = (Range<u64>, StatusFlags, Option<HostMap>);
@@ -121,12 +129,26 @@ impl State {
 
     /// The next such operation (touching the range, if one is given) fails with EIO.
     pub(crate) fn fail_once(&self, on: On, range: Option<Range<u64>>) {
-        lock(&self.faults).push((on, range, true));
+        self.add_fault(on, range, true, ErrorKind::Io);
     }
 
     /// All such operations fail from now on.
     pub(crate) fn fail_always(&self, on: On, range: Option<Range<u64>>) {
-        lock(&self.faults).push((on, range, false));
+        self.add_fault(on, range, false, ErrorKind::Io);
+    }
+
+    /// All such operations fail like this until [`State::heal`].
+    pub(crate) fn fail_with(&self, on: On, kind: ErrorKind) {
+        self.add_fault(on, None, false, kind);
+    }
+
+    /// Nothing fails any more.
+    pub(crate) fn heal(&self) {
+        lock(&self.faults).clear();
+    }
+
+    fn add_fault(&self, on: On, range: Option<Range<u64>>, is_once: bool, kind: ErrorKind) {
+        lock(&self.faults).push(Fault { on, range, is_once, kind });
     }
 
     fn note(&self, op: Op) {
@@ -135,15 +157,16 @@ impl State {
 
     fn check_fault(&self, on: On, range: &Range<u64>) -> Result<()> {
         let mut faults = lock(&self.faults);
-        let hit = faults.iter().position(|(what, place, _)| {
+        let hit = faults.iter().position(|fault| {
             let overlaps = |p: &Range<u64>| p.start < range.end && range.start < p.end;
-            *what == on && place.as_ref().is_none_or(overlaps)
+            fault.on == on && fault.range.as_ref().is_none_or(overlaps)
         });
         let Some(hit) = hit else { return Ok(()) };
-        if faults[hit].2 {
+        let kind = faults[hit].kind;
+        if faults[hit].is_once {
             faults.remove(hit);
         }
-        Err(Error::new(ErrorKind::Io, "injected").at(range.start))
+        Err(Error::new(kind, "injected").at(range.start))
     }
 
     fn check_contract(&self, offset: u64, iov: &IoVec) {
@@ -235,6 +258,9 @@ impl Driver for Fake {
             return None;
         }
         self.state.check_contract(offset, iov);
+        if let Err(error) = self.state.check_fault(On::Read, &range(offset, iov)) {
+            return Some(Err(error));
+        }
         self.state.load(offset, iov);
         Some(Ok(()))
     }
@@ -247,7 +273,13 @@ impl Driver for Fake {
             return None;
         }
         self.state.check_contract(offset, iov);
+        if let Err(error) = self.state.check_fault(On::Write, &range(offset, iov)) {
+            return Some(Err(error));
+        }
+        let meet = || self.state.config.meet.as_ref().map(|test| test.wait());
+        meet();
         self.state.store(offset, &iov.to_vec(0..iov.len()));
+        meet();
         Some(Ok(()))
     }
 
@@ -467,6 +499,10 @@ impl House {
         (self.graph.open(options).await.unwrap(), state)
     }
 
+    pub(crate) fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
     pub(crate) fn find(&self, name: &str) -> NodeRef {
         self.graph.find(name).unwrap()
     }
@@ -480,5 +516,6 @@ impl House {
 
 pub(crate) fn backend(node: &NodeRef) -> Backend {
     let writable = node.is_writable();
-    Backend::new(node, BackendOptions { name: "test".into(), writable }).unwrap()
+    Backend::new(node, BackendOptions { name: "test".into(), writable, ..Default::default() })
+        .unwrap()
 }

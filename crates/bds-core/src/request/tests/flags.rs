@@ -281,7 +281,7 @@ fn users_stay_inside_the_node_and_read_only_is_read_only() {
         }
         disk.write(1000, IoVec::default(), none).await.unwrap();
         assert_eq!(state.take_log(), []);
-        assert_eq!(disk.stats().totals(crate::stats::Operation::Read).failed, 4);
+        assert_eq!(disk.stats().totals(crate::stats::Operation::Read).invalid, 4);
 
         let options = Options::new().with("read-only", true);
         let (node, _) =

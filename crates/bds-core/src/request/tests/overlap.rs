@@ -111,8 +111,12 @@ fn a_request_dropped_at_any_await_leaves_nothing_behind() {
             let disk = Arc::new(disk);
             let dropped = sim.drop_at(request(Arc::clone(&disk)), n);
             sim.run_until_idle();
-            assert_eq!(disk.node().traffic().in_flight(), 0, "request {which} dropped at {n}");
-            assert_eq!(disk.stats().in_flight(), 0);
+            assert_eq!(
+                disk.node().unwrap().traffic().in_flight(),
+                0,
+                "request {which} dropped at {n}"
+            );
+            assert_eq!(disk.in_flight(), 0);
             sim.block_on(async {
                 disk.write(5, iov(&[9], 1), WriteFlags::empty()).await.unwrap();
                 disk.flush().await.unwrap();
@@ -259,6 +263,6 @@ fn threads_never_lose_bytes_to_each_other() {
             });
         }
     });
-    assert_eq!(disk.node().traffic().in_flight(), 0);
+    assert_eq!(disk.node().unwrap().traffic().in_flight(), 0);
     run(2, async { drop(disk) });
 }

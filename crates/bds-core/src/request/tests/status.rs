@@ -85,7 +85,7 @@ fn above_a_base_only_the_layers_above_decide() {
         assert_eq!((run.len, run.flags), (100, NONE));
         let run = disk.status_above(mid, 100, 50, true).await.unwrap();
         assert_eq!((run.len, run.flags), (50, ZERO | ALLOCATED));
-        let own = disk.node().id();
+        let own = disk.node().unwrap().id();
         let run = disk.status_above(own, 0, 70, true).await.unwrap();
         assert_eq!((run.len, run.flags), (70, NONE));
     });

@@ -112,8 +112,11 @@ pub(crate) fn options() -> Options {
 /// Opens the image for writing.
 pub(crate) async fn open(graph: &Graph, options: Options) -> (NodeRef, Backend) {
     let node = graph.open(options).await.unwrap();
-    let backend =
-        Backend::new(&node, BackendOptions { name: "test".into(), writable: true }).unwrap();
+    let backend = Backend::new(
+        &node,
+        BackendOptions { name: "test".into(), writable: true, ..Default::default() },
+    )
+    .unwrap();
     (node, backend)
 }
 

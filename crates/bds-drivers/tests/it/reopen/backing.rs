@@ -214,7 +214,7 @@ fn an_overlay_opened_with_nothing_below_is_put_on_top() {
         };
         let bottom = node(&graph, raw("base")).await;
         let short = node(&graph, raw("short")).await;
-        let user = BackendOptions { name: "guest".into(), writable: true };
+        let user = BackendOptions { name: "guest".into(), writable: true, ..BackendOptions::default() };
         let guest = Backend::new(&bottom, user).unwrap();
         let file = json!({"driver": "file", "filename": world.path("disk")});
         let options = json!({"driver": "qcow2", "file": file, "backing": null});

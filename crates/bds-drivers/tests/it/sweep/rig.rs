@@ -346,14 +346,19 @@ impl Disk {
             options["file"] = file;
         }
         let node = graph.open_with(Options::from_json(options)?, flags).await?;
-        Ok(Disk { backend: Backend::new(&node, BackendOptions { name: "test".into(), writable })? })
+        Ok(Disk {
+            backend: Backend::new(
+                &node,
+                BackendOptions { name: "test".into(), writable, ..Default::default() },
+            )?,
+        })
     }
 
     async fn open_file(graph: &Graph, format: &str, path: PathBuf) -> Disk {
         let options = json!({"driver": format, "file": {"driver": "file", "filename": path}});
         let options = Options::from_json(options).expect("an object");
         let node = graph.open(options).await.expect("it was just made");
-        let options = BackendOptions { name: "test".into(), writable: true };
+        let options = BackendOptions { name: "test".into(), writable: true, ..Default::default() };
         Disk { backend: Backend::new(&node, options).expect("it is writable") }
     }
 
@@ -488,7 +493,7 @@ impl Disk {
 
     /// Flushes and closes; what could not be made durable is an error.
     pub(crate) async fn close(self) -> Result<(), Error> {
-        let node = self.backend.node();
+        let node = self.backend.node().expect("it has a medium");
         drop(self.backend);
         match node.close().await {
             Ok(report) => {

@@ -1,5 +1,7 @@
 //! Changes done to both, in every way a change can end.
 
+use std::sync::atomic::Ordering;
+
 use super::commands::{Fate, Step};
 use super::edits::{Edit, Reopen};
 use super::model::{Access, Key, Model};
@@ -7,7 +9,7 @@ use super::opening::pick;
 use super::picture;
 use super::run::{Held, World, idle, real_access};
 use crate::error::Result;
-use crate::graph::{Change, ChangeReport, Drained, Handover, NodeRef};
+use crate::graph::{Change, ChangeReport, Drained, Handover, NodeRef, RootMove};
 use crate::options::Options;
 
 /// A step with its numbers made indices into the references and roots there are, and what it means in the model.
@@ -66,6 +68,10 @@ impl World {
                 (Step::SetBacking(a, b), Edit::SetBacking { node: key(a), backing: b.map(key) })
             }
             Step::Remove(a) => (Step::Remove(index(a)?), Edit::Remove { node: key(index(a)?) }),
+            Step::Rename(a, name) => {
+                let a = index(a)?;
+                (Step::Rename(a, name), Edit::Rename { node: key(a), name: format!("n{name}") })
+            }
             Step::Own(a) => (Step::Own(index(a)?), Edit::Own { node: key(index(a)?) }),
             Step::Disown(a) => (Step::Disown(index(a)?), Edit::Disown { node: key(index(a)?) }),
             Step::Root(root, to) => {
@@ -173,9 +179,12 @@ impl World {
             Step::ReopenFile(a, b) => {
                 reopen(change, *a, Options::new().with("file", name(&Some(*b))))
             }
+            Step::Rename(a, name) => change.rename(&refs[*a], &format!("n{name}")),
             Step::Own(a) => change.own(&refs[*a]),
             Step::Disown(a) => change.disown(&refs[*a]),
-            Step::Root(root, to) => change.point_root(edge(*root), at(to)),
+            Step::Root(root, to) => {
+                change.move_root(RootMove::new(&self.graph, edge(*root), at(to)))
+            }
             Step::Access(root, access) => change.set_access(edge(*root), real_access(*access)),
             Step::Remove(_) => unreachable!("done by the caller"),
         }
@@ -195,6 +204,7 @@ impl World {
         if !matches!(fate, Fate::Drop) {
             self.model = swept;
         }
+        self.floor.is_frail.store(is_fine, Ordering::Relaxed);
         match fate {
             Fate::Drop => {
                 // P31: a change that is dropped was none.
@@ -262,7 +272,7 @@ impl World {
         }
     }
 
-    /// P29: fails at this step, of the graph if even, of the drivers if odd, and changes nothing. False if there is no such
+    /// P29: fails at this step, of the graph or of a driver, and changes nothing. False if there is no such
     /// step any more: then it was committed.
     async fn fail_at(&mut self, planned: &[Planned], step: usize) -> bool {
         let edits: Vec<Edit> = planned.iter().map(|planned| planned.edit.clone()).collect();
@@ -271,10 +281,10 @@ impl World {
         let is_fine = after.change(&edits).is_ok();
         let before = picture::of_graph(&self.graph);
         let removes = edits.iter().any(|edit| matches!(edit, Edit::Remove { .. }));
-        self.set_faults(step);
+        self.graph.0.faults.set(Some(step));
         let change = self.build(planned);
         let answer = change.commit().await;
-        if !self.has_struck(step) {
+        if !self.graph.0.faults.has_struck() {
             self.forget_faults();
             self.finish(answer, after, is_fine, &edits).await;
             return false;
@@ -287,24 +297,8 @@ impl World {
         true
     }
 
-    /// Even steps are the graph's, odd ones the drivers'.
-    fn set_faults(&self, step: usize) {
-        match step % 2 {
-            0 => self.graph.0.faults.set(Some(step / 2)),
-            _ => self.floor.faults.set(Some(step / 2)),
-        }
-    }
-
-    fn has_struck(&self, step: usize) -> bool {
-        match step % 2 {
-            0 => self.graph.0.faults.has_struck(),
-            _ => self.floor.faults.has_struck(),
-        }
-    }
-
     fn forget_faults(&self) {
         self.graph.0.faults.set(None);
-        self.floor.faults.set(None);
     }
 
     /// A commit whose future is dropped has taken place or not; there is nothing in between (P29, P31).
@@ -388,10 +382,9 @@ impl World {
                 .filter(|k| on || self.model.parent_nodes(*k).is_empty())
                 .collect(),
         };
-        // What fails by itself is taken back; were that made to fail too, nothing would hold.
         let mut after = self.model.clone();
         let is_fine = if on { after.activate(&tops) } else { after.inactivate(&tops) }.is_ok();
-        let fate = if is_fine { fate } else { &Fate::Commit };
+        self.floor.is_frail.store(is_fine, Ordering::Relaxed);
         let steps = match fate {
             Fate::Sweep => 0..usize::MAX,
             Fate::FailAt(step) => *step..*step + 1,
@@ -400,9 +393,9 @@ impl World {
         for step in steps {
             self.reap().await;
             let before = picture::of_graph(&self.graph);
-            self.set_faults(step);
+            self.graph.0.faults.set(Some(step));
             let answer = self.set_active_once(node, on).await;
-            if !self.has_struck(step) {
+            if !self.graph.0.faults.has_struck() {
                 self.forget_faults();
                 return self.expect_activity(&tops, on, answer);
             }

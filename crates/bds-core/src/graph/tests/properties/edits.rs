@@ -21,6 +21,7 @@ pub(super) enum Edit {
     SetBacking { node: Key, backing: Option<Key> },
     Remove { node: Key },
     Reopen { node: Key, what: Reopen },
+    Rename { node: Key, name: String },
     Own { node: Key },
     Disown { node: Key },
     Root { edge: u32, to: Option<Key> },
@@ -63,11 +64,17 @@ impl Model {
 
     fn change_in_place(&mut self, edits: &[Edit], before: &Self) -> Answer {
         for edit in edits {
+            if let Edit::Root { edge, .. } = edit {
+                // What is ejected is what was in before the change.
+                let now = before.edges[edge].child;
+                check(!now.is_some_and(|now| self.is_blocked(now, EJECT)))?;
+            }
             self.edit(edit)?;
         }
         let leaving = self.check_removals(edits)?;
         self.reopen(edits, before)?;
         self.check_drivers(before)?;
+        self.rename(edits)?;
         self.recompute_without(&leaving);
         check(self.is_legal())?;
         self.epoch += u64::from(!edits.is_empty());
@@ -112,7 +119,7 @@ impl Model {
                 let edge = self.child(node, "file").ok_or(No)?;
                 self.repoint(edge, Some(to))
             }
-            Edit::Reopen { .. } => Ok(()),
+            Edit::Reopen { .. } | Edit::Rename { .. } => Ok(()),
             Edit::Remove { node } => check(!self.is_blocked(node, DELETE)),
             Edit::Own { node } => {
                 check(!self.monitor.contains(&node))?;
@@ -124,11 +131,7 @@ impl Model {
                 self.monitor.retain(|owned| *owned != node);
                 Ok(())
             }
-            Edit::Root { edge, to } => {
-                let now = self.edges[&edge].child;
-                check(!now.is_some_and(|now| self.is_blocked(now, EJECT)))?;
-                self.repoint(edge, to)
-            }
+            Edit::Root { edge, to } => self.repoint(edge, to),
             Edit::Access { edge, access } => {
                 self.edges.get_mut(&edge).unwrap().access = access;
                 Ok(())
@@ -201,9 +204,7 @@ impl Model {
         for edge in self.parents(from) {
             let Edge { parent, stays, .. } = self.edges[&edge];
             let is_below = parent.is_some_and(|parent| self.below(to).contains(&parent));
-            // Whose parent is closed, but which somebody keeps frozen, leads nowhere any more.
-            let is_left_over = parent.is_some_and(|parent| !self.nodes.contains_key(&parent));
-            if !stays && !is_below && !is_left_over {
+            if !stays && !is_below {
                 self.repoint(edge, Some(to))?;
             }
         }
@@ -220,7 +221,8 @@ impl Model {
         }
         for (node, taken) in &taken {
             let held = self.refs.iter().filter(|held| *held == node).count();
-            check(held == *taken && self.parents(*node).is_empty())?;
+            let is_drained = self.drains.iter().any(|drain| drain.nodes.contains(node));
+            check(held == *taken && self.parents(*node).is_empty() && !is_drained)?;
         }
         Ok(taken.into_keys().collect())
     }
@@ -289,6 +291,18 @@ impl Model {
             }
         }
         touched
+    }
+
+    /// P42: all at once, so that names can be traded; in the end each is somebody's alone.
+    fn rename(&mut self, edits: &[Edit]) -> Answer {
+        for edit in edits {
+            if let Edit::Rename { node, name } = edit {
+                self.nodes.get_mut(node).unwrap().name.clone_from(name);
+            }
+        }
+        let live = self.live();
+        let names: BTreeSet<&str> = live.iter().map(|key| &*self.nodes[key].name).collect();
+        check(names.len() == live.len())
     }
 
     fn through_filters(&self, key: Key) -> Vec<Key> {

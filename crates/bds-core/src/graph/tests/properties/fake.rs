@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use bds_io::IoVec;
 use bds_io::sync::Semaphore;
@@ -15,13 +15,15 @@ use crate::driver::{
     ReopenContext, Role, StatusFlags, StatusRun, WriteFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::tests::Faults;
+use crate::graph::{Graph, Shared};
 use crate::options::{OptionKind, OptionSpec};
 
 /// What the drivers of one world share.
 pub(super) struct Floor {
-    /// Steps of drivers that can fail.
-    pub(super) faults: Faults,
+    /// Whose faults strike drivers too, so that all steps have one numbering.
+    graph: OnceLock<Weak<Shared>>,
+    /// Do drivers fail? Not where something is taken back already: were that made to fail too, nothing would hold.
+    pub(super) is_frail: AtomicBool,
     /// Nodes that were closed, in order.
     pub(super) closed: Mutex<Vec<String>>,
     pub(super) opened: AtomicUsize,
@@ -41,7 +43,8 @@ pub(super) struct Floor {
 impl Floor {
     pub(super) fn new() -> Arc<Self> {
         Arc::new(Self {
-            faults: Faults::default(),
+            graph: OnceLock::new(),
+            is_frail: AtomicBool::new(true),
             closed: Mutex::default(),
             opened: AtomicUsize::new(0),
             closings: AtomicUsize::new(0),
@@ -53,6 +56,19 @@ impl Floor {
             sealed: Mutex::default(),
             arrived: AtomicUsize::new(0),
         })
+    }
+
+    pub(super) fn belongs_to(&self, graph: &Graph) {
+        self.graph.set(Arc::downgrade(&graph.0)).expect("one graph a floor");
+    }
+
+    /// A step of a driver that can fail.
+    fn step(&self) -> Result<()> {
+        let graph = self.graph.get().and_then(Weak::upgrade);
+        match graph.filter(|_| self.is_frail.load(Ordering::Relaxed)) {
+            Some(graph) => graph.faults.step(),
+            None => Ok(()),
+        }
     }
 
     pub(super) fn seal(&self, name: &str) {
@@ -108,7 +124,7 @@ impl DriverType for FakeType {
         context: &'a mut OpenContext<'_>,
     ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
         Box::pin(async move {
-            self.floor.faults.step()?;
+            self.floor.step()?;
             let name = context.node_name.to_owned();
             let mut children = Vec::new();
             let mut backing = None;
@@ -144,7 +160,7 @@ impl DriverType for FakeType {
                 is_active: AtomicBool::new(true),
                 inside: AtomicUsize::new(0),
             };
-            self.floor.faults.step()?;
+            self.floor.step()?;
             if fails {
                 return Err(Error::new(ErrorKind::Io, "told to fail opening"));
             }
@@ -289,7 +305,7 @@ impl Driver for Fake {
     }
 
     fn set_backing(&self, backing: Option<Child>) -> Result<Option<Child>> {
-        self.floor.faults.step()?;
+        self.floor.step()?;
         if self.is_stubborn {
             return Err(Error::new(ErrorKind::NotSupported, "told to be stubborn"));
         }
@@ -314,7 +330,7 @@ impl Driver for Fake {
         context: &'c mut ReopenContext<'_>,
     ) -> BoxFuture<'c, Result<Box<dyn Reopen + 'd>>> {
         Box::pin(async move {
-            self.floor.faults.step()?;
+            self.floor.step()?;
             assert_eq!(self.inside.load(Ordering::Relaxed), 0, "P34: nobody is inside");
             bds_io::yield_now().await;
             let level = context.options.take_size("level")?;
@@ -327,7 +343,7 @@ impl Driver for Fake {
 
     fn inactivate(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async {
-            self.floor.faults.step()?;
+            self.floor.step()?;
             bds_io::yield_now().await;
             self.turn_active(false);
             Ok(())
@@ -336,7 +352,7 @@ impl Driver for Fake {
 
     fn activate(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async {
-            self.floor.faults.step()?;
+            self.floor.step()?;
             bds_io::yield_now().await;
             self.turn_active(true);
             Ok(())
@@ -359,6 +375,12 @@ impl Driver for Fake {
             }
         })
     }
+}
+
+/// Requests in the driver. A change that has the node drained works there too, and is none.
+pub(super) fn requests(driver: &dyn Driver) -> usize {
+    let fake = driver.as_any().downcast_ref::<Fake>().expect("all drivers here are fakes");
+    fake.inside.load(Ordering::Relaxed)
 }
 
 /// The number that a driver's reopenable option has now.

@@ -31,6 +31,8 @@ pub(super) enum Kind {
 #[derive(Clone, Debug)]
 pub(super) struct Node {
     pub(super) name: String,
+    /// Its first name.
+    pub(super) born_as: String,
     pub(super) kind: Kind,
     pub(super) ro: bool,
     pub(super) is_ro_given: bool,
@@ -52,6 +54,35 @@ pub(super) struct Node {
     /// Guards' numbers and the operations they refuse, as bits.
     pub(super) blocks: Vec<(u32, u32)>,
     pub(super) job: Option<u32>,
+}
+
+impl Node {
+    /// Writable, active, and nothing special.
+    pub(super) fn new(name: &str, kind: Kind) -> Self {
+        Self {
+            name: name.to_owned(),
+            born_as: name.to_owned(),
+            kind,
+            ro: false,
+            is_ro_given: false,
+            discard: false,
+            level: 0,
+            is_active: true,
+            is_poisoned: false,
+            heir_of: None,
+            fail_flush: false,
+            fail_close: false,
+            is_stubborn: false,
+            is_odd: false,
+            transfer: 0,
+            is_dead: false,
+            is_deferred: false,
+            bitmaps: Vec::new(),
+            last_bitmap: 0,
+            blocks: Vec::new(),
+            job: None,
+        }
+    }
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -130,12 +161,15 @@ impl Model {
         let refs = self.refs.iter().filter(|held| **held == key).count();
         let monitor = self.monitor.iter().filter(|held| **held == key).count();
         let drains = self.drains.iter().filter(|drain| drain.nodes.contains(&key)).count();
-        refs + monitor + drains + self.parents(key).len()
+        let edges = self.edges.values().filter(|edge| edge.child == Some(key)).count();
+        refs + monitor + drains + edges
     }
 
-    /// Edges to the node.
+    /// Edges to the node. One that was frozen when its parent was closed holds the node still, and is nobody's.
     pub(super) fn parents(&self, key: Key) -> Vec<u32> {
-        let to = |edge: &&u32| self.edges[*edge].child == Some(key);
+        let is_used =
+            |edge: &Edge| edge.parent.is_none_or(|parent| self.nodes.contains_key(&parent));
+        let to = |edge: &&u32| self.edges[*edge].child == Some(key) && is_used(&self.edges[*edge]);
         self.edges.keys().filter(to).copied().collect()
     }
 
@@ -264,8 +298,8 @@ impl Model {
     }
 
     pub(super) fn can_close(&self, key: Key) -> bool {
-        let children = self.children(key);
-        children.iter().all(|edge| self.quiesce(self.edges[edge].child.unwrap()) == 0)
+        let is_drained = |edge: &u32| self.quiesce(self.edges[edge].child.unwrap()) > 0;
+        !self.drains.iter().any(|drain| drain.is_all) && !self.children(key).iter().any(is_drained)
     }
 
     pub(super) fn has_deferred(&self) -> bool {
@@ -310,9 +344,9 @@ impl Model {
         self.graveyard.retain(|dead| *dead != key);
         let node = self.nodes.remove(&key).unwrap();
         if !is_clean {
-            self.unclean.push(node.name.clone());
+            self.unclean.push(node.name);
         }
-        self.closed.push(node.name);
+        self.closed.push(node.born_as);
         // A frozen edge is kept by whoever froze it.
         self.edges.retain(|_, edge| edge.parent != Some(key) || edge.frozen.is_some());
         self.settle();

@@ -153,7 +153,8 @@ impl Model {
 
     /// A node has got its name.
     pub(super) fn set_name(&mut self, key: Key, name: &str) {
-        self.nodes.get_mut(&key).unwrap().name = name.to_owned();
+        let node = self.nodes.get_mut(&key).unwrap();
+        (node.name, node.born_as) = (name.to_owned(), name.to_owned());
         for edge in self.children(key) {
             let edge = self.edges.get_mut(&edge).unwrap();
             edge.holder = format!("edge '{name}.{}'", edge.name);
@@ -162,26 +163,16 @@ impl Model {
 }
 
 fn node(tree: &Tree, kind: Kind, ro: bool, discard: bool) -> Node {
+    let name = tree.name.map(named).unwrap_or_default();
     Node {
-        name: tree.name.map(named).unwrap_or_default(),
-        kind,
         ro,
         is_ro_given: tree.ro.is_some(),
         discard: discard || tree.discard,
-        level: 0,
-        is_active: true,
-        is_poisoned: false,
-        heir_of: None,
         fail_flush: tree.trouble == Trouble::FailFlush,
         fail_close: tree.trouble == Trouble::FailClose,
         is_stubborn: tree.trouble == Trouble::Stubborn,
         is_odd: tree.trouble == Trouble::Odd,
         transfer: tree.transfer,
-        is_dead: false,
-        is_deferred: false,
-        bitmaps: Vec::new(),
-        last_bitmap: 0,
-        blocks: Vec::new(),
-        job: None,
+        ..Node::new(&name, kind)
     }
 }

@@ -119,6 +119,12 @@ fn edge_view(graph: &Graph, edge: &Edge) -> EdgeView {
     }
 }
 
+/// Only the edges, from both ends, and who is drained.
+pub(super) fn edges(picture: &Picture) -> Vec<(&str, usize, &[EdgeView], &[EdgeView])> {
+    let nodes = picture.nodes.iter();
+    nodes.map(|(name, node)| (&**name, node.quiesce, &*node.children, &*node.parents)).collect()
+}
+
 /// The model.
 pub(super) fn of_model(model: &Model) -> Picture {
     let view = |key: Key| (model.nodes[&key].name.clone(), model_node(model, key));

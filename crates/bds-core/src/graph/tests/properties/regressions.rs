@@ -2,7 +2,9 @@
 
 use super::commands::Command::{self, Activate, Change, Inactivate, Open};
 use super::commands::Fate::{Commit, Sweep};
-use super::commands::Step::{Disown, DropFilter, Own, ReadOnly, Remove};
+use super::commands::Step::{
+    Append, Disown, DropFilter, Own, ReadOnly, Remove, Replace, SetBacking,
+};
 use super::commands::{Body, Child, Tree, Trouble};
 use super::play;
 
@@ -22,6 +24,11 @@ fn file() -> Command {
 fn filter(on: Option<usize>) -> Command {
     let child = on.map_or_else(|| Child::Inline(tree(Body::File)), Child::Node);
     Open(tree(Body::Filter(Box::new(child))))
+}
+
+/// An image on a file of its own.
+fn image() -> Command {
+    Open(tree(Body::Image(Box::new(Child::Inline(tree(Body::File))), None)))
 }
 
 #[test]
@@ -56,4 +63,43 @@ fn a_change_sees_what_its_own_edits_made_of_the_monitors_list() {
     replay(&[file(), Change(vec![Own(0), Own(0)], Commit)]);
     replay(&[file(), Change(vec![Own(0), Disown(0), Own(0)], Commit)]);
     replay(&[file(), Change(vec![Own(0), Disown(0), Disown(0)], Commit)]);
+}
+
+#[test]
+fn a_frozen_link_of_a_closed_node_is_in_nobodys_way() {
+    let freeze = Command::Freeze(1, 0);
+    replay(&[
+        file(),
+        filter(Some(0)),
+        freeze,
+        Command::Release(1),
+        Command::Reap,
+        Command::Drain(0),
+    ]);
+}
+
+#[test]
+fn a_change_that_fails_leaves_shut_what_somebody_else_drains() {
+    // The drivers' doors are opened while they prepare; below, a section goes on.
+    let change = Change(vec![ReadOnly(1, true)], Sweep);
+    replay(&[file(), filter(Some(0)), filter(Some(1)), Command::Drain(0), change]);
+}
+
+#[test]
+fn an_edge_that_comes_in_a_change_can_be_moved_and_dropped_in_it() {
+    let opened = [image(), file(), file()];
+    for last in [SetBacking(0, Some(2)), SetBacking(0, None), Replace(1, 2)] {
+        let change = Change(
+            vec![SetBacking(0, Some(1)), SetBacking(0, Some(2)), SetBacking(0, Some(1)), last],
+            Commit,
+        );
+        replay(&[opened.as_slice(), &[change]].concat());
+    }
+}
+
+#[test]
+fn inheritance_ends_wherever_the_way_is_cut() {
+    // The filter's file gets an overlay, and is then cut off from that: it is not below the filter any more.
+    let cut = [Change(vec![Append(1, 2)], Commit), Change(vec![SetBacking(2, None)], Commit)];
+    replay(&[&[filter(None), Command::Acquire(1), image()], cut.as_slice()].concat());
 }

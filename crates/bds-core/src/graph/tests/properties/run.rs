@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bds_io::{Sim, SimConfig};
@@ -11,15 +12,15 @@ use futures_util::future::poll_immediate;
 
 use super::commands::{Command, Tree};
 use super::fake::{FakeType, Floor};
-use super::model::{Access, Drain, Edge, Key, Model};
+use super::model::{Access, Edge, Key, Model};
 use super::opening::{self, pick};
 use super::picture;
 use crate::driver::{Category, Registry};
 use crate::graph::tests::fakes;
 use crate::graph::{
-    Access as RealAccess, AnonymousBitmap, BitmapId, BitmapLease, Blocker, CloseError, CloseReport,
-    Drained, Frozen, Graph, GraphConfig, JobEdge, JobSlot, Node, NodeId, NodeRef, Operations, Perm,
-    Root, TopLevel, walk,
+    Access as RealAccess, AnonymousBitmap, BitmapId, BitmapLease, Blocker, CloseReport, Drained,
+    Frozen, Graph, GraphConfig, JobEdge, JobSlot, Node, NodeId, NodeRef, Operations, Perm, Root,
+    TopLevel, walk,
 };
 use crate::options::Options;
 
@@ -103,6 +104,7 @@ pub(super) fn world(sim: &Sim, widths: Option<Widths>) -> (Graph, Arc<Floor>) {
         None => Graph::with_corridor(config, fakes::port),
         Some((generation, index)) => Graph::with_narrow_ids(config, fakes::port, generation, index),
     };
+    floor.belongs_to(&graph);
     (graph, floor)
 }
 
@@ -121,7 +123,7 @@ impl World {
         (!self.refs.is_empty()).then(|| n % self.refs.len())
     }
 
-    fn push_ref(&mut self, node: NodeRef) {
+    pub(super) fn push_ref(&mut self, node: NodeRef) {
         let key = self.key(&node);
         self.refs.push(node);
         self.model.refs.push(key);
@@ -305,14 +307,15 @@ impl World {
         if !self.model.drains.is_empty() {
             return; // What it leaves is closed after the section.
         }
+        self.floor.is_frail.store(true, Ordering::Relaxed);
         self.reap().await;
         let Some(text) = opening::options(tree, &self.model) else { return };
         for step in 0.. {
             let before = picture::of_graph(&self.graph);
-            self.floor.faults.set(Some(step));
+            self.graph.0.faults.set(Some(step));
             let opened = self.graph.open(Options::parse(&text).unwrap()).await;
-            let has_struck = self.floor.faults.has_struck();
-            self.floor.faults.set(None);
+            let has_struck = self.graph.0.faults.has_struck();
+            self.graph.0.faults.set(None);
             if !has_struck {
                 drop(opened);
                 self.graph.reap().await;
@@ -359,80 +362,6 @@ impl World {
         }
     }
 
-    // ---- the end of nodes
-
-    async fn close(&mut self, n: usize) {
-        let Some(n) = self.pick_ref(n) else { return };
-        let key = self.model.refs[n];
-        let is_last = self.model.count(key) == 1;
-        if is_last && !self.model.can_close(key) {
-            return; // It would wait for the end of the section.
-        }
-        let node = self.take_ref(n);
-        let id = node.id();
-        match node.close().await {
-            Ok(report) => {
-                assert!(is_last, "P14");
-                assert_eq!(report.node, id);
-                self.hear(&report);
-                self.model.bury();
-                self.model.close(key);
-                self.model.sweep();
-            }
-            Err(CloseError::InUse { node, holders }) => {
-                assert!(!is_last, "P14");
-                assert_eq!(node.id(), id, "P14: the same reference comes back");
-                assert_eq!(holders.len() + 1, node.count(), "P6: the others have names");
-                self.push_ref(node);
-            }
-        }
-    }
-
-    /// P43: by name, if the monitor owns it, nobody else holds it and nothing forbids it.
-    async fn del(&mut self, n: usize) {
-        let swept = self.model.swept();
-        let Some(key) = pick(&swept.live(), n) else { return };
-        let is_owned = swept.monitor.contains(&key);
-        let may = is_owned && swept.count(key) == 1 && !swept.is_blocked(key, super::edits::DELETE);
-        if may && !swept.can_close(key) {
-            return; // It would wait for the end of the section.
-        }
-        self.model = swept;
-        let name = self.model.nodes[&key].name.clone();
-        let deleted = self.graph.del(&name).await;
-        assert_eq!(deleted.is_ok(), may, "P43: {name} {:?}", deleted.err());
-        if let Ok(report) = deleted {
-            self.hear(&report);
-            self.model.monitor.retain(|owned| *owned != key);
-            self.model.bury();
-            self.model.close(key);
-            self.model.sweep();
-        }
-    }
-
-    /// P48: everything that can go goes, the rest is named, and a second time finds nothing more to do.
-    async fn shutdown(&mut self) {
-        let report = self.graph.shutdown().await;
-        report.closed.iter().for_each(|report| self.hear(report));
-        self.model.is_shut = true;
-        self.model.monitor.clear();
-        self.model.sweep();
-        let leaks = |report: &crate::graph::ShutdownReport| {
-            let leaks = report.leaked.iter().map(|leak| (leak.name.clone(), leak.count));
-            leaks.collect::<Vec<_>>()
-        };
-        let mut wanted: Vec<(String, usize)> = self
-            .model
-            .live()
-            .into_iter()
-            .map(|key| (self.model.nodes[&key].name.clone(), self.model.count(key)))
-            .collect();
-        wanted.sort();
-        assert_eq!(leaks(&report), wanted, "P48");
-        let again = self.graph.shutdown().await;
-        assert_eq!((leaks(&again), again.closed.len()), (wanted, 0), "P48: idempotent");
-    }
-
     // ---- beside the tree
 
     fn attach(&mut self, node: Option<usize>, access: Access, is_job: bool) {
@@ -447,8 +376,13 @@ impl World {
         let (held, word) = match (is_job, target) {
             (true, Some(node)) => (self.graph.attach_job(node, &name, real).map(Held::Job), "job"),
             _ => {
-                let root =
-                    Root { kind: HolderKind::Backend, name: &name, access: real, stays: false };
+                let root = Root {
+                    kind: HolderKind::Backend,
+                    name: &name,
+                    access: real,
+                    stays: false,
+                    is_hall: false,
+                };
                 (self.graph.attach_root(target, &root).map(Held::Backend), "backend")
             }
         };
@@ -469,42 +403,6 @@ impl World {
         match held {
             Ok(held) => self.roots.push((held, number)),
             Err(_) => self.model = before,
-        }
-    }
-
-    async fn drain(&mut self, command: &Command) {
-        let (guard, nodes) = match *command {
-            Command::DrainAll => (self.graph.drain_all().await, Default::default()),
-            Command::Drain(n) => {
-                let Some(n) = self.pick_ref(n) else { return };
-                let guard = self.graph.drain(&self.refs[n]).await;
-                (guard, [self.model.refs[n]].into())
-            }
-            Command::DrainSubtree(n) => {
-                let Some(n) = self.pick_ref(n) else { return };
-                let guard = self.graph.drain_subtree(&self.refs[n]).await;
-                (guard, self.model.below(self.model.refs[n]))
-            }
-            _ => unreachable!("only drains come here"),
-        };
-        let number = self.model.fresh();
-        let is_all = matches!(command, Command::DrainAll);
-        self.model.drains.push(Drain { number, nodes, is_all });
-        self.drains.push((guard, number));
-    }
-
-    /// P38: ending a section changes nothing of the graph; the picture is compared afterwards.
-    fn end_drain(&mut self, n: usize) {
-        if self.drains.is_empty() {
-            return;
-        }
-        let index = n % self.drains.len();
-        let number = self.drains[index].1;
-        let mut after = self.model.clone();
-        after.drains.retain(|drain| drain.number != number);
-        if !self.is_obscure(&after) {
-            self.model = after;
-            drop(self.drains.swap_remove(index));
         }
     }
 

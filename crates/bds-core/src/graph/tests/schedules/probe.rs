@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex};
 use bds_io::{Buf, IoVec};
 
 use crate::driver::{
-    BoxFuture, Category, Child, Driver, DriverType, OpenContext, ReadFlags, Reopen, ReopenContext,
-    Role, StatusFlags, StatusRun, WriteFlags,
+    Access, BoxFuture, Category, Child, Driver, DriverType, NodeUse, OpenContext, ReadFlags,
+    Reopen, ReopenContext, Role, StatusFlags, StatusRun, WriteFlags,
 };
 use crate::error::Result;
 use crate::graph::Node;
@@ -25,6 +25,8 @@ pub(super) const LEN: u64 = 512;
 pub(super) struct Census {
     pub(super) opened: AtomicUsize,
     pub(super) closed: AtomicUsize,
+    /// How often drivers were asked what they do with a child.
+    pub(super) asked: AtomicUsize,
     history: AtomicU64,
 }
 
@@ -50,7 +52,7 @@ pub(super) struct ProbeType {
 
 /// One block of memory.
 pub(super) fn block() -> IoVec {
-    Buf::zeroed(LEN as usize, 1).iov()
+    Buf::zeroed(usize::try_from(LEN).unwrap(), 1).iov()
 }
 
 const fn child(name: &'static str) -> OptionSpec {
@@ -259,6 +261,11 @@ impl Driver for Probe {
             let done: Box<dyn Reopen> = Box::new(());
             Ok(done)
         })
+    }
+
+    fn child_access(&self, _name: &str, role: Role, node: &NodeUse) -> Access {
+        self.census.asked.fetch_add(1, Ordering::Relaxed);
+        Access::of_child(role, node)
     }
 
     fn drain_begin(&self) {

@@ -87,7 +87,7 @@ fn a_request_on_its_way_to_an_inner_door_gets_through_before_the_door_is_shut() 
 fn shutting_the_inner_door_first_is_found_as_a_deadlock() {
     for seed in 0..20 {
         let sim = Sim::new(seed, SimConfig::calm());
-        let (graph, _) = graph(&sim);
+        let (graph, _) = graph(sim.fs());
         graph.0.reaper.topology.lock_first.store(true, Ordering::Relaxed);
         sim.block_on(async {
             let base = open(&graph, "base", None).await;

@@ -1,0 +1,282 @@
+//! What happens in a graph that somebody outside may want to know: queued, and fetched when it suits the reader.
+//!
+//! Events are never delivered from inside a lock, a release or a graph change: whoever causes one puts it into a queue, which neither
+//! waits nor runs anybody's code. Every subscriber has a queue of [`QUEUE_LEN`] of its own; what does not fit pushes the
+//! oldest out, and the reader is told how many he missed. Nothing is kept, nor even put together, while nobody subscribes.
+//!
+//! Names and fields of [`Event::to_json`] are QEMU's where QEMU has such an event.
+
+use std::fmt;
+use std::sync::{Arc, OnceLock};
+
+use bds_io::sync::broadcast::{self, error::RecvError, error::TryRecvError};
+use serde_json::{Value, json};
+
+use crate::error::Error;
+
+/// Events a subscriber may be behind before he misses some.
+pub const QUEUE_LEN: usize = 256;
+
+/// What was done about a failed request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorAction {
+    /// The user was told of the failure.
+    Report,
+    /// The user was told of success.
+    Ignore,
+    /// The request waits for [`crate::request::Backend::resume`].
+    Stop,
+}
+
+impl ErrorAction {
+    /// QEMU's word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Report => "report",
+            Self::Ignore => "ignore",
+            Self::Stop => "stop",
+        }
+    }
+}
+
+/// Something that happened. Names are those of backends and nodes at that moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Event {
+    /// A medium failed a request: `BLOCK_IO_ERROR`.
+    BlockIoError {
+        /// The backend it came through.
+        backend: String,
+        /// The node at its root.
+        node: Option<String>,
+        /// A read? Otherwise something that writes, or a flush.
+        is_read: bool,
+        /// What was done about it.
+        action: ErrorAction,
+        /// For want of space?
+        nospace: bool,
+        /// The failure in words, for people.
+        reason: String,
+    },
+    /// A write went past the node's threshold: `BLOCK_WRITE_THRESHOLD`.
+    WriteThreshold {
+        /// The node.
+        node: String,
+        /// The threshold in bytes. It is switched off by now.
+        threshold: u64,
+        /// By how many bytes the write went past it.
+        amount_exceeded: u64,
+    },
+    /// A backend without a medium got one.
+    MediumInserted {
+        /// The backend.
+        backend: String,
+        /// The medium.
+        node: String,
+    },
+    /// A backend lost its medium.
+    MediumEjected {
+        /// The backend.
+        backend: String,
+        /// What the medium was.
+        node: String,
+    },
+    /// A backend's root leads to another node: a new medium, an overlay, a filter.
+    MediumReplaced {
+        /// The backend.
+        backend: String,
+        /// What it led to.
+        from: String,
+        /// What it leads to.
+        node: String,
+    },
+    /// A device uses a backend from now on.
+    DeviceAttached {
+        /// The backend.
+        backend: String,
+        /// The device.
+        device: String,
+    },
+    /// A device does not use a backend any more.
+    DeviceDetached {
+        /// The backend.
+        backend: String,
+        /// The device.
+        device: String,
+    },
+    /// A node can be found.
+    NodeOpened {
+        /// Its name.
+        node: String,
+        /// Its driver.
+        driver: String,
+    },
+    /// A node is closed and its name free.
+    NodeClosed {
+        /// Its name.
+        node: String,
+        /// Its driver.
+        driver: String,
+        /// Why data written earlier may not be durable.
+        flush_error: Option<String>,
+        /// What its driver could not finish.
+        close_error: Option<String>,
+    },
+    /// Edges were moved.
+    GraphChanged {
+        /// [`crate::graph::Graph::epoch`] after that.
+        epoch: u64,
+    },
+    /// The graph was shut down, as far as that was possible.
+    GraphShutdown,
+    /// The reader was too slow.
+    EventsLost {
+        /// How many events he missed here.
+        count: u64,
+    },
+}
+
+impl Event {
+    pub(crate) fn node_opened(node: &str, driver: &str) -> Self {
+        Self::NodeOpened { node: node.to_owned(), driver: driver.to_owned() }
+    }
+
+    pub(crate) fn node_closed(
+        node: &str,
+        driver: &str,
+        flush_error: &Option<Error>,
+        close_error: &Option<Error>,
+    ) -> Self {
+        let words = |error: &Option<Error>| error.as_ref().map(ToString::to_string);
+        Self::NodeClosed {
+            node: node.to_owned(),
+            driver: driver.to_owned(),
+            flush_error: words(flush_error),
+            close_error: words(close_error),
+        }
+    }
+
+    /// The event's name, in QAPI's alphabet.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::BlockIoError { .. } => "BLOCK_IO_ERROR",
+            Self::WriteThreshold { .. } => "BLOCK_WRITE_THRESHOLD",
+            Self::MediumInserted { .. } => "BLOCK_MEDIUM_INSERTED",
+            Self::MediumEjected { .. } => "BLOCK_MEDIUM_EJECTED",
+            Self::MediumReplaced { .. } => "BLOCK_MEDIUM_REPLACED",
+            Self::DeviceAttached { .. } => "BLOCK_DEVICE_ATTACHED",
+            Self::DeviceDetached { .. } => "BLOCK_DEVICE_DETACHED",
+            Self::NodeOpened { .. } => "BLOCK_NODE_OPENED",
+            Self::NodeClosed { .. } => "BLOCK_NODE_CLOSED",
+            Self::GraphChanged { .. } => "BLOCK_GRAPH_CHANGED",
+            Self::GraphShutdown => "BLOCK_GRAPH_SHUTDOWN",
+            Self::EventsLost { .. } => "BLOCK_EVENTS_LOST",
+        }
+    }
+
+    /// `{"event": …, "data": {…}}`.
+    ///
+    /// ```
+    /// let event = bds_core::event::Event::GraphChanged { epoch: 3 };
+    /// assert_eq!(
+    ///     event.to_json().to_string(),
+    ///     r#"{"event":"BLOCK_GRAPH_CHANGED","data":{"epoch":3}}"#
+    /// );
+    /// ```
+    pub fn to_json(&self) -> Value {
+        let data = match self {
+            Self::BlockIoError { backend, node, is_read, action, nospace, reason } => {
+                let mut data = json!({"device": backend});
+                if let Some(node) = node {
+                    data["node-name"] = json!(node);
+                }
+                data["operation"] = json!(if *is_read { "read" } else { "write" });
+                data["action"] = json!(action.as_str());
+                data["nospace"] = json!(nospace);
+                data["reason"] = json!(reason);
+                data
+            }
+            Self::WriteThreshold { node, threshold, amount_exceeded } => json!({
+                "node-name": node,
+                "amount-exceeded": amount_exceeded,
+                "write-threshold": threshold,
+            }),
+            Self::MediumInserted { backend, node } | Self::MediumEjected { backend, node } => {
+                json!({"device": backend, "node-name": node})
+            }
+            Self::MediumReplaced { backend, from, node } => {
+                json!({"device": backend, "from": from, "node-name": node})
+            }
+            Self::DeviceAttached { backend, device } | Self::DeviceDetached { backend, device } => {
+                json!({"device": backend, "id": device})
+            }
+            Self::NodeOpened { node, driver } => json!({"node-name": node, "driver": driver}),
+            Self::NodeClosed { node, driver, flush_error, close_error } => {
+                let mut data = json!({"node-name": node, "driver": driver});
+                for (key, error) in [("flush-error", flush_error), ("close-error", close_error)] {
+                    if let Some(error) = error {
+                        data[key] = json!(error);
+                    }
+                }
+                data
+            }
+            Self::GraphChanged { epoch } => json!({"epoch": epoch}),
+            Self::EventsLost { count } => json!({"count": count}),
+            Self::GraphShutdown => return json!({"event": self.name()}),
+        };
+        json!({"event": self.name(), "data": data})
+    }
+}
+
+/// Where events are told. Clones are the same place. Keeps no graph alive.
+#[derive(Clone, Default)]
+pub(crate) struct EventHub(Arc<OnceLock<broadcast::Sender<Event>>>);
+
+impl fmt::Debug for EventHub {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let readers = self.0.get().map_or(0, broadcast::Sender::receiver_count);
+        write!(f, "EventHub({readers} readers)")
+    }
+}
+
+impl EventHub {
+    /// Puts an event into every subscriber's queue. Without one it is not even made.
+    pub(crate) fn emit(&self, event: impl FnOnce() -> Event) {
+        if let Some(sender) = self.0.get()
+            && sender.receiver_count() > 0
+        {
+            // The last subscriber may have gone a moment ago: nobody wants it then.
+            let _unwanted = sender.send(event());
+        }
+    }
+
+    pub(crate) fn subscribe(&self) -> Events {
+        Events(self.0.get_or_init(|| broadcast::Sender::new(QUEUE_LEN)).subscribe())
+    }
+}
+
+/// A subscriber's queue. Made by [`crate::graph::Graph::events`].
+#[derive(Debug)]
+pub struct Events(broadcast::Receiver<Event>);
+
+impl Events {
+    /// The next event, waiting for it. `None`: the graph is gone, and everything it told was fetched.
+    ///
+    /// Dropping the future loses no event.
+    pub async fn next(&mut self) -> Option<Event> {
+        match self.0.recv().await {
+            Ok(event) => Some(event),
+            Err(RecvError::Lagged(count)) => Some(Event::EventsLost { count }),
+            Err(RecvError::Closed) => None,
+        }
+    }
+
+    /// The next event, if there is one now.
+    pub fn try_next(&mut self) -> Option<Event> {
+        match self.0.try_recv() {
+            Ok(event) => Some(event),
+            Err(TryRecvError::Lagged(count)) => Some(Event::EventsLost { count }),
+            Err(TryRecvError::Empty | TryRecvError::Closed) => None,
+        }
+    }
+}

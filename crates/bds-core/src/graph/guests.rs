@@ -1,0 +1,154 @@
+//! Backends as the graph knows them: by name, in the order in which they came, and as somebody to send away at the end.
+//!
+//! The graph knows them weakly: a backend lives as long as somebody holds a handle to it, and its name is free from that moment on.
+//! Only the monitor's list holds one, and there the membership is the reference. A name is claimed in the one namespace that node
+//! names are claimed in.
+
+use std::any::Any;
+use std::sync::{Arc, Weak};
+
+use super::claims::Operations;
+use super::edge::Edge;
+use super::names::Claim;
+use super::node::Node;
+use super::root::RootMove;
+use super::{Graph, Plan};
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::{Event, EventHub};
+
+/// A backend, seen from the graph.
+pub(crate) trait Guest: Send + Sync + 'static {
+    /// Under what name it holds its node; the monitor's too, if it claimed that.
+    fn name(&self) -> &str;
+
+    /// Its way in.
+    fn edge(&self) -> &Arc<Edge>;
+
+    /// The device that uses it.
+    fn device(&self) -> Option<Arc<str>>;
+
+    /// The graph ends: requests that wait for a user's decision fail.
+    fn end(&self);
+
+    /// For whoever knows what it is.
+    fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync>;
+}
+
+impl Plan {
+    /// Strikes off who has gone, whenever the list would have to grow: constant time on average.
+    fn prune_guests(&mut self) {
+        if self.guests.len() == self.guests.capacity() {
+            self.guests.retain(|guest| guest.strong_count() > 0);
+            self.names.retain(
+                |_, claim| !matches!(claim, Claim::Backend(guest) if guest.strong_count() == 0),
+            );
+        }
+    }
+}
+
+impl Graph {
+    /// The graph knows of the backend from now on.
+    pub(crate) fn admit(&self, guest: Weak<dyn Guest>) {
+        let mut plan = self.plan();
+        plan.prune_guests();
+        plan.guests.push(guest);
+    }
+
+    /// The backends that live now, in the order in which they came.
+    pub(crate) fn guests(&self) -> Vec<Arc<dyn Guest>> {
+        self.plan().guests.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// The backend that has claimed this name.
+    pub(crate) fn guest(&self, name: &str) -> Option<Arc<dyn Guest>> {
+        match self.plan().names.get(name) {
+            Some(Claim::Backend(guest)) => guest.upgrade(),
+            _ => None,
+        }
+    }
+
+    /// The monitor's list holds it from now on.
+    pub(crate) fn own_guest(&self, guest: Arc<dyn Guest>) -> Result<()> {
+        let known = self.guest(guest.name());
+        if !known.is_some_and(|known| Arc::ptr_eq(&known, &guest)) {
+            let words = "the backend has not claimed a name: nobody could delete it";
+            return Err(Error::new(ErrorKind::InvalidInput, words).field("backend", guest.name()));
+        }
+        let mut plan = self.plan();
+        if plan.owned_guests.iter().any(|known| Arc::ptr_eq(known, &guest)) {
+            let words = "the monitor owns the backend already";
+            return Err(Error::new(ErrorKind::AlreadyExists, words).field("backend", guest.name()));
+        }
+        plan.owned_guests.push(guest);
+        Ok(())
+    }
+
+    /// Takes it off the monitor's list. The answer is the monitor's reference.
+    pub(crate) fn disown_guest(&self, name: &str) -> Result<Arc<dyn Guest>> {
+        let guest = self.guest(name).ok_or_else(|| no_backend(name))?;
+        let refuse = |kind, words: String| Err(Error::new(kind, words).field("backend", name));
+        if let Some(device) = guest.device() {
+            let words = format!("device '{device}' uses it: detach it first, or revoke the medium");
+            return refuse(ErrorKind::InUse, words);
+        }
+        if let Some(node) = guest.edge().medium() {
+            node.check_allowed(Operations::DELETE)?;
+        }
+        let owned = {
+            let mut plan = self.plan();
+            let place = plan.owned_guests.iter().position(|known| Arc::ptr_eq(known, &guest));
+            place.map(|place| plan.owned_guests.remove(place))
+        };
+        drop(guest);
+        match owned {
+            Some(owned) => Ok(owned),
+            None => {
+                let words = "the monitor does not own the backend: it goes with the last handle";
+                refuse(ErrorKind::InvalidInput, words.to_owned())
+            }
+        }
+    }
+
+    /// Takes the medium out of every backend, whatever stands in the way but a frozen edge, and the backends off the monitor's list.
+    /// Returns what could not be done.
+    pub(super) async fn send_guests_away(&self) -> Vec<(String, Error)> {
+        let mut failed = Vec::new();
+        for guest in self.guests() {
+            guest.end();
+            let out = RootMove::new(self, guest.edge(), None).unless(Operations::empty());
+            if let Err(error) = self.change().move_root(out).commit().await {
+                failed.push((format!("backend '{}'", guest.name()), error));
+            }
+        }
+        let owned = std::mem::take(&mut self.plan().owned_guests);
+        drop(owned);
+        failed
+    }
+}
+
+pub(crate) fn no_backend(name: &str) -> Error {
+    Error::new(ErrorKind::NotFound, format!("there is no backend '{name}'"))
+}
+
+/// Tells that a backend has another medium.
+pub(super) fn tell_moved(events: &EventHub, edge: &Edge, from: Option<&Node>, to: Option<&Node>) {
+    if edge.hall().is_none() {
+        return;
+    }
+    let name = |node: &Node| node.name().to_owned();
+    let backend = || edge.holder().name.to_string();
+    match (from, to) {
+        (None, Some(to)) => {
+            events.emit(|| Event::MediumInserted { backend: backend(), node: name(to) });
+        }
+        (Some(from), None) => {
+            events.emit(|| Event::MediumEjected { backend: backend(), node: name(from) });
+        }
+        (Some(from), Some(to)) => events.emit(|| Event::MediumReplaced {
+            backend: backend(),
+            from: name(from),
+            node: name(to),
+        }),
+        (None, None) => {}
+    }
+}

@@ -1,0 +1,287 @@
+//! Several tasks at once, in the order a seed chooses: requests, sections, changes, births and deaths, each at its own pace.
+//!
+//! What each change comes to depends on the order, so it is not foretold. What holds in any order is asserted on the way (by the
+//! drivers and by each task); and in the end the graph is read into a model, which must find everything as it would have computed it.
+
+use std::sync::Arc;
+
+use bds_refcount::HolderKind;
+use proptest::prelude::{Strategy, any, prop_oneof};
+
+use super::fake::{self, Floor};
+use super::model::{ALL, Access, Edge, Kind, Model, Node};
+use super::picture;
+use super::run::{idle, real_access, world};
+use crate::graph::tests::fakes;
+use crate::graph::{Graph, NodeRef, Parent, Root, RootMove};
+use crate::options::Options;
+
+/// What a task does next. Numbers choose among the nodes of the start.
+#[derive(Clone, Debug)]
+pub(super) enum Act {
+    Read,
+    Drain(usize),
+    DrainAll,
+    Nested(usize, usize),
+    Append(usize, usize),
+    Replace(usize, usize),
+    InsertFilter(usize, usize),
+    DropFilter(usize),
+    SetBacking(usize, Option<usize>),
+    PointRoot(usize),
+    ReadOnly(usize, bool),
+    /// A filter comes, stays for a while and goes.
+    Live(usize),
+    Freeze(usize, usize),
+    Inactivate(usize),
+    Cancelled(usize, usize, usize),
+    Reap,
+}
+
+pub(super) fn act() -> impl Strategy<Value = Act> {
+    let n = || 0..16usize;
+    prop_oneof![
+        8 => n().prop_map(|_| Act::Read),
+        3 => n().prop_map(Act::Drain),
+        1 => n().prop_map(|_| Act::DrainAll),
+        1 => (n(), n()).prop_map(|(a, b)| Act::Nested(a, b)),
+        2 => (n(), n()).prop_map(|(a, b)| Act::Append(a, b)),
+        3 => (n(), n()).prop_map(|(a, b)| Act::Replace(a, b)),
+        1 => (n(), n()).prop_map(|(a, b)| Act::InsertFilter(a, b)),
+        2 => n().prop_map(Act::DropFilter),
+        2 => (n(), proptest::option::of(n())).prop_map(|(a, b)| Act::SetBacking(a, b)),
+        2 => n().prop_map(Act::PointRoot),
+        1 => (n(), any::<bool>()).prop_map(|(a, b)| Act::ReadOnly(a, b)),
+        3 => n().prop_map(Act::Live),
+        1 => (n(), n()).prop_map(|(a, b)| Act::Freeze(a, b)),
+        1 => n().prop_map(Act::Inactivate),
+        1 => (n(), n(), 0..12usize).prop_map(|(a, b, c)| Act::Cancelled(a, b, c)),
+        1 => n().prop_map(|_| Act::Reap),
+    ]
+}
+
+fn is_empty(node: &NodeRef) -> bool {
+    fake::requests(node.node().driver()) == 0
+}
+
+/// One task's tools.
+struct Actor {
+    graph: Graph,
+    floor: Arc<Floor>,
+    nodes: Vec<NodeRef>,
+    root: Arc<crate::graph::Edge>,
+    reads: usize,
+}
+
+impl Actor {
+    fn node(&self, n: usize) -> &NodeRef {
+        &self.nodes[n % self.nodes.len()]
+    }
+
+    async fn act(&mut self, act: &Act) {
+        // What is refused is refused: that nothing has changed then is asserted by the others.
+        let outcome = match act {
+            Act::Drain(n) => return self.drain(self.node(*n)).await,
+            Act::Nested(a, b) => {
+                let outer = self.graph.drain(self.node(*a)).await;
+                self.drain(self.node(*b)).await;
+                return drop(outer);
+            }
+            Act::DrainAll => {
+                let guard = self.graph.drain_all().await;
+                assert!(self.nodes.iter().all(is_empty), "P34");
+                bds_io::yield_now().await;
+                assert!(self.nodes.iter().all(is_empty), "P34");
+                return drop(guard);
+            }
+            Act::Read => {
+                if self.root.medium().is_some() {
+                    fakes::read(&self.root).await.unwrap();
+                    self.reads += 1;
+                }
+                return;
+            }
+            Act::Live(n) => return self.live(*n).await,
+            Act::Reap => return drop(self.graph.reap().await),
+            Act::Append(a, b) => self.graph.append(self.node(*a), self.node(*b)).await,
+            Act::Replace(a, b) => self.graph.replace(self.node(*a), self.node(*b)).await,
+            Act::InsertFilter(a, b) => self.graph.insert_filter(self.node(*a), self.node(*b)).await,
+            Act::DropFilter(a) => self.graph.drop_filter(self.node(*a)).await,
+            Act::SetBacking(a, b) => {
+                self.graph.set_backing(self.node(*a), b.map(|b| self.node(b))).await
+            }
+            Act::PointRoot(n) => {
+                let change = self.graph.change().move_root(RootMove::new(
+                    &self.graph,
+                    &self.root,
+                    Some(self.node(*n)),
+                ));
+                change.commit().await.map(drop)
+            }
+            Act::ReadOnly(n, on) => {
+                let word = if *on { "on" } else { "off" };
+                let options = Options::new().with("read-only", word);
+                self.graph.reopen(self.node(*n), options).await
+            }
+            Act::Freeze(a, b) => {
+                match self.graph.freeze_chain(self.node(*a), self.node(*b), "it") {
+                    Ok(frozen) => {
+                        bds_io::yield_now().await;
+                        drop(frozen);
+                        Ok(())
+                    }
+                    Err(error) => Err(error),
+                }
+            }
+            Act::Inactivate(n) => match self.graph.inactivate(self.node(*n)).await {
+                Ok(()) => self.graph.activate(self.node(*n)).await,
+                Err(error) => Err(error),
+            },
+            Act::Cancelled(a, b, turns) => {
+                let change = self.graph.replace(self.node(*a), self.node(*b));
+                super::run::World::run_for(*turns, change).await.unwrap_or(Ok(()))
+            }
+        };
+        drop(outcome);
+    }
+
+    /// P34: nobody is inside, and nobody comes; P38: what is drained lives.
+    async fn drain(&self, node: &NodeRef) {
+        let guard = self.graph.drain(node).await;
+        self.floor.seal(node.name());
+        for _ in 0..3 {
+            assert!(is_empty(node), "P34");
+            assert!(node.quiesce_count() > 0, "P35");
+            bds_io::yield_now().await;
+        }
+        self.floor.unseal(node.name());
+        drop(guard);
+    }
+
+    async fn live(&mut self, n: usize) {
+        let text = format!("driver=pass,read-only=on,file={}", self.node(n).name());
+        let Ok(node) = self.graph.open(Options::parse(&text).unwrap()).await else { return };
+        let id = node.id();
+        let access = real_access(Access { perm: 1, shared: ALL });
+        let root =
+            Root { kind: HolderKind::Backend, name: "guest", access, stays: false, is_hall: false };
+        if let Ok(edge) = self.graph.attach_root(Some(&node), &root) {
+            drop(node);
+            fakes::read(&edge).await.unwrap();
+            self.reads += 1;
+        }
+        // Others may have moved what pointed there, and hold nothing of it.
+        bds_io::yield_now().await;
+        drop(self.graph.acquire(id));
+    }
+}
+
+/// Plays the tasks' acts in the order that the seed chooses.
+pub(super) async fn play(sim: &bds_io::Sim, tasks: Vec<Vec<Act>>) {
+    let (graph, floor) = world(sim, None);
+    let nodes = ground(&graph).await;
+    let mut running = Vec::new();
+    for (place, acts) in tasks.into_iter().enumerate() {
+        let access = real_access(Access { perm: 1, shared: ALL });
+        let name = format!("r{place}");
+        let root =
+            Root { kind: HolderKind::Backend, name: &name, access, stays: false, is_hall: false };
+        let root = graph.attach_root(Some(&nodes[place % nodes.len()]), &root).unwrap();
+        let mut actor = Actor {
+            graph: graph.clone(),
+            floor: Arc::clone(&floor),
+            nodes: nodes.clone(),
+            root,
+            reads: 0,
+        };
+        running.push(bds_io::spawn(async move {
+            for act in &acts {
+                actor.act(act).await;
+            }
+            actor.root
+        }));
+    }
+    // P40: all come to their end; the simulated world says so if nothing can ever run again.
+    let mut roots = Vec::new();
+    for task in running {
+        roots.push(task.await);
+    }
+    idle().await;
+    graph.reap().await;
+    check(&graph);
+    drop((roots, nodes));
+    idle().await;
+    let report = graph.shutdown().await;
+    report.check_leaks().unwrap();
+    assert_eq!(graph.dump(), "", "P13");
+    graph.reap().await;
+}
+
+/// Two images on each other, a filter, and some to spare; all read-only, so that edges can go anywhere.
+async fn ground(graph: &Graph) -> Vec<NodeRef> {
+    let mut nodes = Vec::new();
+    for text in [
+        "driver=file,node-name=f0",
+        "driver=file,node-name=f1",
+        "driver=cow,node-name=base,file=f0",
+        "driver=cow,node-name=top,file.driver=file,backing=base",
+        "driver=pass,node-name=pass,file=top",
+        "driver=pass,node-name=spare,file=f1",
+        "driver=cow,node-name=over,file.driver=file",
+    ] {
+        let options = Options::parse(&format!("{text},read-only=on")).unwrap();
+        nodes.push(graph.open(options).await.unwrap());
+    }
+    nodes
+}
+
+/// P16, P17, P24, P25, P35 after all is over: the graph is what the model computes from its edges.
+fn check(graph: &Graph) {
+    let found = picture::of_graph(graph);
+    let mut model = read(graph);
+    model.recompute();
+    assert!(model.is_legal(), "P24");
+    let wanted = picture::of_model(&model);
+    assert_eq!(picture::edges(&found), picture::edges(&wanted), "P25, P35");
+}
+
+/// The graph's nodes and edges as a model, without anything that follows from them.
+fn read(graph: &Graph) -> Model {
+    let mut model = Model::default();
+    let nodes = graph.nodes();
+    let key =
+        |id| nodes.iter().position(|node| node.id() == id).map(|at| u32::try_from(at).unwrap());
+    for (number, node) in (0..).zip(&nodes) {
+        let kind = match node.driver_name() {
+            "file" => Kind::File,
+            "pass" => Kind::Filter,
+            _ => Kind::Image,
+        };
+        let new = Node {
+            ro: node.flags().read_only,
+            is_active: node.is_active(),
+            ..Node::new(node.name(), kind)
+        };
+        model.nodes.insert(number, new);
+        for edge in node.node().parents() {
+            let access = edge.access();
+            let bits = |perm: crate::graph::Perm| u8::try_from(perm.bits()).unwrap();
+            let parent = match edge.parent() {
+                Some(Parent::Node(id)) => key(*id),
+                _ => None,
+            };
+            let number = model.fresh();
+            let edge = Edge {
+                parent,
+                name: edge.name(),
+                holder: edge.holder().to_string(),
+                child: key(node.id()),
+                access: Access { perm: bits(access.perm), shared: bits(access.shared) },
+                frozen: None,
+                stays: edge.stays(),
+            };
+            model.edges.insert(number, edge);
+        }
+    }
+    model
+}

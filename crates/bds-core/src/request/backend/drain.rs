@@ -1,0 +1,85 @@
+//! Waiting until none of a backend's requests is inside, whatever others do with the same node, and whether or not there is one.
+
+use std::fmt;
+use std::pin::pin;
+
+use bds_refcount::{Holder, HolderKind, Strong};
+use futures_util::future::select;
+
+use super::Backend;
+
+fn holder() -> Holder {
+    Holder::new(HolderKind::Drain, "backend's drained section")
+}
+
+/// None of the backend's requests is inside, and none gets in, until this is dropped. Keeps the backend.
+#[must_use = "the backend's gate opens when this is dropped"]
+pub struct BackendDrained {
+    backend: Backend,
+}
+
+impl fmt::Debug for BackendDrained {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "BackendDrained('{}')", self.backend.name())
+    }
+}
+
+impl BackendDrained {
+    /// The backend.
+    pub fn backend(&self) -> &Backend {
+        &self.backend
+    }
+}
+
+impl Drop for BackendDrained {
+    fn drop(&mut self) {
+        self.backend.inner.edge.open();
+    }
+}
+
+impl Backend {
+    /// How many of its requests are inside: neither those that wait at its gate, or for a decision after an error, nor those that
+    /// need no waiting. For diagnostics: exact only while it is drained.
+    pub fn in_flight(&self) -> usize {
+        self.inner.edge.hall().map_or(0, crate::graph::Hall::in_flight)
+    }
+
+    /// Waits until all of its requests that are inside have ended and are in the books, and keeps new ones waiting at its gate until the answer is
+    /// dropped. Nests. Other users of the node go on; to keep everybody out, drain the node. Requests that wait at the
+    /// gate, or for [`Backend::resume`], are not waited for, nor are those inside a medium that was given up
+    /// ([`crate::graph::NodeRef::poison`]).
+    ///
+    /// ```
+    /// # use std::sync::Arc;
+    /// # use bds_core::graph::{Graph, GraphConfig};
+    /// # let graph = Graph::new(GraphConfig::new(Arc::new(bds_core::driver::Registry::new())));
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # bds_io::block_on(async {
+    /// let drive = Backend::empty(&graph, BackendOptions::default())?;
+    /// let drained = drive.drain().await; // also without a medium
+    /// assert_eq!(drained.backend().in_flight(), 0);
+    /// drop(drained);
+    /// # Ok::<(), bds_core::Error>(()) }).unwrap();
+    /// ```
+    pub async fn drain(&self) -> BackendDrained {
+        let edge = &self.inner.edge;
+        edge.close();
+        // From here on a dropped future opens it again.
+        let drained = BackendDrained { backend: self.clone() };
+        // A change that moves the edge now waits for its requests itself.
+        let medium = edge.medium().map(|node| Strong::clone(node.strong()).held_by(holder()));
+        let Some(hall) = edge.hall() else { return drained };
+        match medium {
+            None => hall.wait_idle().await,
+            Some(node) => {
+                let over = pin!(async {
+                    node.traffic().wait_inline_passed().await;
+                    hall.wait_idle().await;
+                });
+                select(over, pin!(node.traffic().wait_given_up())).await;
+            }
+        }
+        drained
+    }
+}

@@ -1,0 +1,165 @@
+//! Backends by name, all of them, and those that the monitor owns.
+//!
+//! A backend's name is for people unless it was made with [`super::BackendOptions::claims_name`]: a tool may open ten backends "cli"
+//! at once, or some without a name. A claimed name is in the one namespace with node names, checked from both sides, and free again from the
+//! moment the last handle is dropped.
+
+use std::any::Any;
+use std::sync::{Arc, Weak};
+
+use bds_refcount::Release;
+use serde_json::{Value, json};
+
+use super::{Backend, Inner};
+use crate::error::Result;
+use crate::graph::{Edge, Graph, Guest, NodeRef, Reservation, no_backend, walk};
+
+impl Guest for Inner {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn edge(&self) -> &Arc<Edge> {
+        &self.edge
+    }
+
+    fn device(&self) -> Option<Arc<str>> {
+        self.desk().device.clone()
+    }
+
+    fn end(&self) {
+        if let Some(hall) = self.edge.hall() {
+            hall.end();
+        }
+        self.resume();
+    }
+
+    fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
+        self
+    }
+}
+
+impl Backend {
+    /// The graph knows of it from now on.
+    pub(super) fn publish(graph: &Graph, inner: &Arc<Inner>, claimed: Option<Reservation>) {
+        let guest: Weak<Inner> = Arc::downgrade(inner);
+        if let Some(claimed) = claimed {
+            claimed.publish_backend(guest.clone());
+        }
+        graph.admit(guest);
+    }
+
+    /// Can it be found by its name?
+    pub fn claims_name(&self) -> bool {
+        self.inner.claims_name
+    }
+
+    /// The medium as a user knows it: below filters that a job put in on its own account.
+    pub fn shown_node(&self) -> Option<NodeRef> {
+        let mut node = self.node()?;
+        while node.flags().is_implicit {
+            let Some(below) = walk::next_below(&node) else { break };
+            node = below;
+        }
+        Some(node)
+    }
+}
+
+fn backend(graph: &Graph, guest: Arc<dyn Guest>) -> Option<Backend> {
+    let inner = guest.into_any().downcast::<Inner>().ok()?;
+    Some(Backend { inner, graph: graph.clone() })
+}
+
+impl Graph {
+    /// A handle to the backend that has claimed this name.
+    ///
+    /// ```
+    /// # use std::sync::Arc;
+    /// # use bds_core::graph::{Graph, GraphConfig};
+    /// # let graph = Graph::new(GraphConfig::new(Arc::new(bds_core::driver::Registry::new())));
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// let drive = Backend::empty(&graph, BackendOptions::registered("drive0"))?;
+    /// let again = graph.backend("drive0")?;
+    /// assert!(Backend::empty(&graph, BackendOptions::registered("drive0")).is_err(), "taken");
+    /// drop((drive, again));
+    /// assert!(graph.backend("drive0").is_err(), "free with the last handle");
+    /// # Ok::<(), bds_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn backend(&self, name: &str) -> Result<Backend> {
+        self.guest(name).and_then(|guest| backend(self, guest)).ok_or_else(|| no_backend(name))
+    }
+
+    /// A handle to every backend there is, with or without a name, in the order in which they came.
+    pub fn backends(&self) -> Vec<Backend> {
+        self.guests().into_iter().filter_map(|guest| backend(self, guest)).collect()
+    }
+
+    /// Lets the monitor own a backend: it lives until [`Graph::del_backend`], whoever else uses it. Takes the handle.
+    ///
+    /// # Errors
+    /// `AlreadyExists`: it owns it; `InvalidInput`: the backend has not claimed a name, or is another graph's. The handle is given up.
+    pub fn own_backend(&self, backend: Backend) -> Result<()> {
+        let Backend { inner, graph } = backend;
+        let owned = self.own_guest(inner);
+        drop(graph);
+        owned
+    }
+
+    /// Takes a backend from the monitor. [`Release::Last`]: nobody else held it, so it is gone and so is its hold on its medium.
+    /// Otherwise the others keep it, and its name; to take the medium from them, [`Backend::revoke`] it.
+    ///
+    /// ```
+    /// # use std::sync::Arc;
+    /// # use bds_core::graph::{Graph, GraphConfig};
+    /// # let graph = Graph::new(GraphConfig::new(Arc::new(bds_core::driver::Registry::new())));
+    /// # use bds_core::request::{Backend, BackendOptions};
+    /// # use bds_refcount::Release;
+    /// graph.own_backend(Backend::empty(&graph, BackendOptions::registered("cd0"))?)?;
+    /// let tray = graph.backend("cd0")?.attach_device("ide0")?;
+    /// let error = graph.del_backend("cd0").unwrap_err();
+    /// assert!(error.to_string().contains("ide0"), "{error}");
+    /// tray.detach();
+    /// assert_eq!(graph.del_backend("cd0")?, Release::Last);
+    /// # Ok::<(), bds_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Nothing has changed. `NotFound`; `InvalidInput`: the monitor does not own it; `InUse`: a device uses it (it is named), or
+    /// [`crate::graph::Operations::DELETE`] is blocked on its medium.
+    pub fn del_backend(&self, name: &str) -> Result<Release> {
+        let owned = self.disown_guest(name)?;
+        // Of those who give up their references at the same time, exactly one gets the backend itself.
+        let inner = owned.into_any().downcast::<Inner>().ok().and_then(Arc::into_inner);
+        Ok(if inner.is_some() { Release::Last } else { Release::NotLast })
+    }
+
+    /// Backends as `query-block` tells of them, reduced to what is known here. Filters that a job put in on its own account are not
+    /// shown.
+    pub fn query_backends(&self) -> Value {
+        let describe = |backend: Backend| {
+            let mut all = json!({
+                "device": backend.name(),
+                "io-status": backend.io_status().as_str(),
+                "removable": true,
+            });
+            if let Some(device) = backend.device() {
+                all["qdev"] = json!(&*device);
+            }
+            if let Some(node) = backend.shown_node() {
+                all["inserted"] = json!({
+                    "node-name": node.name(),
+                    "drv": node.driver_name(),
+                    "ro": !node.is_writable(),
+                    "virtual-size": node.len(),
+                    "write_threshold": node.write_threshold().unwrap_or(0),
+                });
+            }
+            all
+        };
+        self.backends().into_iter().map(describe).collect()
+    }
+}

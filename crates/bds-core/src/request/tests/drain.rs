@@ -1,0 +1,192 @@
+//! A backend's own drain: who is waited for, who waits.
+
+use std::sync::{Arc, Barrier};
+
+use bds_io::{Sim, SimConfig};
+use futures_util::FutureExt;
+
+use super::fake::{Config, House, On};
+use super::{ended, iov, run, settle};
+use crate::driver::WriteFlags;
+use crate::error::ErrorKind;
+use crate::request::{Backend, BackendOptions, ErrorPolicies, ErrorPolicy};
+use crate::stats::Operation;
+
+const NONE: WriteFlags = WriteFlags::empty();
+
+fn slow() -> Config {
+    Config { turns: 20, ..Config::default() }
+}
+
+fn writing(disk: &Backend, offset: u64) -> bds_io::Task<crate::Result<()>> {
+    let disk = disk.clone();
+    bds_io::spawn(async move { disk.write(offset, iov(&[1; 16], 1), NONE).await })
+}
+
+#[test]
+fn a_drained_backend_has_nobody_inside_and_all_in_the_books() {
+    for seed in 0..20 {
+        run(seed, async {
+            let (disk, state) = House::new().disk(vec![0; 1024], slow()).await;
+            let tasks: Vec<_> = (0..4).map(|i| writing(&disk, i * 32)).collect();
+            while disk.in_flight() < 4 {
+                bds_io::yield_now().await;
+            }
+            let drained = disk.drain().await;
+            assert_eq!((disk.in_flight(), drained.backend().in_flight()), (0, 0));
+            assert_eq!(disk.stats().totals(Operation::Write).ops, 4, "counted while in flight");
+            let mut late = writing(&disk, 512);
+            assert!(ended(&mut late).await.is_none(), "it waits at the gate");
+            assert_eq!(disk.in_flight(), 0, "queued is not in flight");
+            assert!(disk.try_read(0, &iov(&[0; 16], 1)).is_none());
+            let nested = disk.drain().await;
+            drop(drained);
+            assert!(ended(&mut late).await.is_none(), "sections nest");
+            assert_eq!(state.bytes()[512], 0);
+            drop(nested);
+            late.await.unwrap();
+            assert_eq!(state.bytes()[512], 1);
+            for task in tasks {
+                task.await.unwrap();
+            }
+        });
+    }
+}
+
+#[test]
+fn a_backends_drain_leaves_the_nodes_other_users_alone() {
+    run(1, async {
+        let house = House::new();
+        let (disk, _state) = house.disk(vec![0; 1024], slow()).await;
+        let node = disk.node().unwrap();
+        let options = BackendOptions { writable: true, ..Default::default() };
+        let other = Backend::new(&node, options).unwrap();
+        let mut theirs = writing(&other, 0);
+        let drained = disk.drain().await;
+        assert!(ended(&mut theirs).await.is_some(), "it went on meanwhile");
+        other.write(0, iov(&[1; 16], 1), NONE).await.unwrap();
+        drop(drained);
+    });
+}
+
+/// In one task: the request that waits for the end of the one section is not waited for by the other.
+#[test]
+fn a_backends_drain_inside_a_drained_node_does_not_wait_for_the_queue() {
+    run(2, async {
+        let house = House::new();
+        let (disk, _state) = house.disk(vec![0; 1024], slow()).await;
+        let node = disk.node().unwrap();
+        let of_node = house.graph().drain(&node).await;
+        let mut queued = writing(&disk, 0);
+        assert!(ended(&mut queued).await.is_none());
+        let of_backend = disk.drain().await;
+        drop(of_node);
+        assert!(ended(&mut queued).await.is_none());
+        drop(of_backend);
+        queued.await.unwrap();
+    });
+}
+
+#[test]
+fn a_drain_works_without_a_medium_and_a_medium_may_come_meanwhile() {
+    run(3, async {
+        let house = House::new();
+        let (node, state) = house.node("disk", vec![0; 1024], Config::default()).await;
+        let options = BackendOptions { writable: true, ..Default::default() };
+        let drive = Backend::empty(house.graph(), options).unwrap();
+        let drained = drive.drain().await;
+        let mut queued = writing(&drive, 0);
+        assert!(ended(&mut queued).await.is_none(), "not even told that there is no medium");
+        drive.insert(&node).await.unwrap();
+        assert!(ended(&mut queued).await.is_none());
+        drop(drained);
+        queued.await.unwrap();
+        assert_eq!(state.bytes()[0], 1);
+    });
+}
+
+#[test]
+fn stopped_requests_are_not_waited_for() {
+    run(4, async {
+        let house = House::new();
+        let (node, state) = house.node("disk", vec![0; 1024], Config::default()).await;
+        let policy = ErrorPolicies { read: ErrorPolicy::Stop, write: ErrorPolicy::Stop };
+        let options = BackendOptions { writable: true, policy: Some(policy), ..Default::default() };
+        let disk = Backend::new(&node, options).unwrap();
+        state.fail_with(On::Write, ErrorKind::Io);
+        let mut stopped = writing(&disk, 0);
+        assert!(ended(&mut stopped).await.is_none());
+        assert_eq!((disk.in_flight(), node.in_flight()), (0, 0));
+        let of_backend = disk.drain().await;
+        let of_node = house.graph().drain(&node).await;
+        state.heal();
+        disk.resume();
+        assert!(ended(&mut stopped).await.is_none(), "drained all the same");
+        drop((of_backend, of_node));
+        stopped.await.unwrap();
+    });
+}
+
+#[test]
+fn a_given_up_medium_is_not_waited_for() {
+    run(5, async {
+        let (disk, _state) =
+            House::new().disk(vec![0; 1024], Config { turns: 5000, ..Config::default() }).await;
+        let _stuck = writing(&disk, 0);
+        while disk.in_flight() == 0 {
+            bds_io::yield_now().await;
+        }
+        let drain = disk.clone();
+        let mut drain = bds_io::spawn(async move { drain.drain().await });
+        assert!(ended(&mut drain).await.is_none());
+        disk.node().unwrap().poison();
+        assert!(ended(&mut drain).await.is_some());
+    });
+}
+
+/// A thread is in the middle of an inline write, which never counts as in flight; the drain waits for it all the same.
+#[test]
+fn a_drain_waits_for_inline_requests_of_other_threads() {
+    bds_io::block_on(async {
+        let meet = Arc::new(Barrier::new(2));
+        let config = Config { inline: true, meet: Some(meet.clone()), ..Config::default() };
+        let (disk, state) = House::new().disk(vec![0; 1024], config).await;
+        let guest = disk.clone();
+        let thread = std::thread::spawn(move || {
+            guest.try_write(0, &iov(&[1; 16], 1)).expect("nothing to wait for").unwrap();
+        });
+        meet.wait();
+        let mut drain = Box::pin(disk.drain());
+        assert!((&mut drain).now_or_never().is_none(), "the write is inside");
+        meet.wait();
+        let drained = drain.await;
+        assert_eq!(state.bytes()[0], 1);
+        assert_eq!(disk.stats().totals(Operation::Write).ops, 1, "counted while inside");
+        drop(drained);
+        thread.join().unwrap();
+    });
+}
+
+#[test]
+fn a_drain_dropped_at_any_await_opens_the_gate_again() {
+    for n in 0..20 {
+        let sim = Sim::new(8, SimConfig::calm());
+        let (disk, _state) = sim.block_on(House::new().disk(vec![0; 1024], slow()));
+        let busy = disk.clone();
+        let busy = sim.spawn(async move { busy.write(0, iov(&[1; 16], 1), NONE).await });
+        let drain = disk.clone();
+        let dropped = sim.drop_at(async move { drop(drain.drain().await) }, n);
+        sim.run_until_idle();
+        sim.block_on(async {
+            busy.await.unwrap();
+            disk.write(0, iov(&[2; 16], 1), NONE).await.unwrap();
+            settle().await;
+            assert_eq!(disk.in_flight(), 0);
+            drop(disk);
+        });
+        if !dropped {
+            return;
+        }
+    }
+    panic!("the drain never ends");
+}
