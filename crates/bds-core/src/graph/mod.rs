@@ -66,7 +66,7 @@ pub use flags::COMMON_OPTIONS;
 pub use freeze::Frozen;
 pub use gate::ReferenceGate;
 pub(crate) use guests::{Guest, no_backend};
-pub(crate) use hall::{Hall, Lodged};
+pub(crate) use hall::{Lodged, Straggler};
 pub use inspect::FileGuess;
 pub use leases::{AnonymousBitmap, BitmapId, BitmapInfo, BitmapLease, MAX_BITMAP_NAME_LEN};
 pub use monitor::TopLevel;

@@ -22,14 +22,16 @@ use std::task::{Context, Poll};
 use bds_refcount::{Lent, Strong};
 use futures_util::future::select;
 
-use super::enter::Lodger;
+use super::enter::{Entered, Lodger};
 use crate::driver::BoxFuture;
-use crate::graph::Node;
+use crate::graph::{Lodged, Node, Straggler};
 use crate::traffic::{Kept, Tracked};
 
 /// A request whose turn has come: where it is inside, and with what range.
 pub(super) struct Inside<'a> {
     node: &'a Strong<Node>,
+    /// In flight for this backend too, if it came in by one.
+    lodged: Option<&'a Lodged<'a>>,
     /// `None`: a flush, which touches no range.
     tracked: Option<&'a Tracked<'a>>,
     /// Where the same request is inside too, if the corridor itself brought it down here.
@@ -38,13 +40,18 @@ pub(super) struct Inside<'a> {
 
 impl<'a> Inside<'a> {
     /// A request that changes `tracked`.
-    pub(super) fn new(node: &'a Strong<Node>, tracked: &'a Tracked<'a>) -> Self {
-        Self { node, tracked: Some(tracked), above: None }
+    pub(super) fn new(request: &'a Entered<'_>, tracked: &'a Tracked<'a>) -> Self {
+        Self { tracked: Some(tracked), ..Self::flush(request) }
+    }
+
+    /// A task of the corridor's own that changes `tracked`.
+    pub(super) fn alone(node: &'a Strong<Node>, tracked: &'a Tracked<'a>) -> Self {
+        Self { node, lodged: None, tracked: Some(tracked), above: None }
     }
 
     /// A flush.
-    pub(super) fn flush(node: &'a Strong<Node>) -> Self {
-        Self { node, tracked: None, above: None }
+    pub(super) fn flush(request: &'a Entered<'_>) -> Self {
+        Self { node: request.strong(), lodged: request.lodged(), tracked: None, above: None }
     }
 
     /// The same, inside `above` too.
@@ -82,7 +89,8 @@ impl<'a> Inside<'a> {
         let mut here = Some(self);
         while let Some(inside) = here {
             let kept = inside.tracked.map(Tracked::keep);
-            stays.push(Stay { lodger: Lodger::new(inside.node), kept });
+            let lodger = Lodger::new(inside.node);
+            stays.push(Stay { lodger, kept, _straggler: inside.lodged.map(Lodged::again) });
             here = inside.above;
         }
         stays
@@ -143,6 +151,8 @@ fn leave_behind<R: Send + 'static>(work: Lent<'_, Node, R>, inside: &Inside<'_>)
 struct Stay {
     lodger: Lodger,
     kept: Option<Kept>,
+    /// Last, as with a request.
+    _straggler: Option<Straggler>,
 }
 
 impl Drop for Stay {

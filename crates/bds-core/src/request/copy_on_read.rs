@@ -202,7 +202,7 @@ impl<T> Drop for Unstoppable<T> {
 
 async fn copy_inside(node: &Lodger, limits: &Limits, piece: Range<u64>) -> Result<IoVec> {
     let tracked = node.track(piece.clone(), true).await;
-    let inside = Inside::new(node.strong(), &tracked);
+    let inside = Inside::alone(node.strong(), &tracked);
     // A buffer of our own: a guest may scribble over its while we write.
     let iov = Buf::zeroed(index(piece.end - piece.start), bounce_align(limits)).iov();
     read_aligned(node, limits, piece.start, iov.clone(), ReadFlags::empty()).await?;

@@ -222,7 +222,7 @@ pub(super) async fn write_inside(
             }
         };
         let _writing = node.writing();
-        let inside = Inside::new(node.strong(), &tracked);
+        let inside = Inside::new(node, &tracked);
         write_aligned(&inside, &limits, outer.start, iov, flags).await?
     };
     if wants_flush { Box::pin(flush::flush_inside(node)).await } else { Ok(()) }
@@ -326,7 +326,7 @@ pub(super) async fn write_compressed_inside(
     range::check_write(edge, node, end, false)?;
     let tracked = node.track(offset..end, false).await;
     let _writing = node.writing();
-    let inside = Inside::new(node.strong(), &tracked);
+    let inside = Inside::new(node, &tracked);
     inside.change(end - offset, |node| node.driver().write_compressed(offset, iov)).await
 }
 

@@ -41,7 +41,7 @@ async fn flush_writable(node: &Entered<'_>, above: Option<&Inside<'_>>) -> Resul
 }
 
 async fn flush_node(node: &Entered<'_>, above: Option<&Inside<'_>>) -> Result<()> {
-    let inside = Inside::flush(node.strong()).below(above);
+    let inside = Inside::flush(node).below(above);
     let mut flushing = node.traffic().begin_flush().await;
     if let Some(error) = node.traffic().flush_failure() {
         return Err(error.context("an earlier flush failed, so bytes may be lost; reopen the node"));

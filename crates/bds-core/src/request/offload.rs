@@ -57,7 +57,7 @@ fn from<'a>(
             return Ok(Attempt::Unsupported);
         }
         let tracked = node.track(offset..offset + goal.len, false).await;
-        let inside = Inside::new(node.strong(), &tracked).below(above);
+        let inside = Inside::new(&node, &tracked).below(above);
         if node.children().is_empty() {
             return to((node.strong(), offset), goal, (Some(&inside), MAX_STEPS)).await;
         }
@@ -85,7 +85,7 @@ fn to<'a>(
             return Ok(Attempt::Unsupported);
         }
         let tracked = node.track(offset..offset + len, false).await;
-        let inside = Inside::new(node.strong(), &tracked).below(above);
+        let inside = Inside::new(&node, &tracked).below(above);
         // Also where bytes only pass through: a flush must come down to where they are.
         let _writing = node.writing();
         if node.children().is_empty() {

@@ -56,7 +56,7 @@ async fn truncate_inside(
         change.zero_new |= backing > old_len;
     }
     let _writing = node.writing();
-    let inside = Inside::new(node.strong(), &tracked).below(above);
+    let inside = Inside::new(node, &tracked).below(above);
     match inside.carry_out(move |node| node.driver().truncate(change)).await {
         Err(error) if error.kind() == ErrorKind::NotSupported && node.driver().is_filter() => {
             match node.filtered_child() {

@@ -61,7 +61,7 @@ pub(super) async fn write_zeroes_inside(
         let tracked = node.track_unless(outer, padded.is_some(), no_wait).await?;
         let _writing = node.writing();
         let piece = Pieces {
-            inside: &Inside::new(node.strong(), &tracked),
+            inside: &Inside::new(node, &tracked),
             limits: &limits,
             flags: flags & supported.unwrap_or_default(),
             write_flags: write_flags(flags),
@@ -259,7 +259,7 @@ pub(super) async fn discard_inside(
     }
     let tracked = node.track(start..end, false).await;
     let _writing = node.writing();
-    let inside = Inside::new(node.strong(), &tracked);
+    let inside = Inside::new(node, &tracked);
     discard_aligned(&inside, &limits, start, end.min(reach)).await
 }
 

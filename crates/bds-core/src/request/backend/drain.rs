@@ -41,7 +41,7 @@ impl Backend {
     /// How many of its requests are inside: neither those that wait at its gate, or for a decision after an error, nor those that
     /// need no waiting. For diagnostics: exact only while it is drained.
     pub fn in_flight(&self) -> usize {
-        self.inner.edge.hall().map_or(0, crate::graph::Hall::in_flight)
+        self.inner.edge.hall().map_or(0, |hall| hall.in_flight())
     }
 
     /// Waits until all of its requests that are inside have ended and are in the books, and keeps new ones waiting at its gate until the answer is

@@ -17,13 +17,13 @@ fn a_write_that_began_ends_and_one_that_did_not_never_was() {
         run(seed, async {
             let (disk, state) = House::new().disk(vec![0; 512], slow(5)).await;
             drop(disk.write(0, iov(&[1; 512], 1), WriteFlags::empty()));
-            assert_eq!(disk.node().in_flight(), 0);
+            assert_eq!(disk.node().unwrap().in_flight(), 0);
             let mut write = Box::pin(disk.write(0, iov(&[2; 512], 1), WriteFlags::empty()));
             assert!(poll!(write.as_mut()).is_pending());
             drop(write);
-            assert_eq!(disk.node().in_flight(), 1, "its driver works");
+            assert_eq!(disk.node().unwrap().in_flight(), 1, "its driver works");
             disk.write(256, iov(&[3; 256], 1), WriteFlags::empty()).await.unwrap();
-            assert_eq!(disk.node().in_flight(), 0, "it was waited for");
+            assert_eq!(disk.node().unwrap().in_flight(), 0, "it was waited for");
             assert_eq!(state.bytes(), [[2; 256], [3; 256]].concat());
             let writes =
                 [Op::Write(0..512, WriteFlags::empty()), Op::Write(256..512, WriteFlags::empty())];
@@ -37,7 +37,7 @@ fn what_a_poisoned_node_never_ends_keeps_nobody() {
     for seed in 0..10 {
         run(seed, async {
             let (disk, _state) = House::new().disk(vec![0; 512], slow(5000)).await;
-            let node = disk.node();
+            let node = disk.node().unwrap();
             let mut write = Box::pin(disk.write(0, iov(&[2; 512], 1), WriteFlags::empty()));
             assert!(poll!(write.as_mut()).is_pending());
             drop(write);
