@@ -265,7 +265,7 @@ impl Reaper {
         (CloseReport { node, name, driver, flush_error, close_error, below }, died)
     }
 
-    /// Whoever froze the edge keeps it, and so its target; to everybody else it is gone.
+    /// Whoever froze the edge, or has it in hand, keeps it, and so its target; to everybody else it is gone, and no drain waits for it.
     fn leave_behind(&self, edge: &Arc<Edge>) {
         let target = edge.target();
         self.walls().detach(&target, edge);
@@ -322,7 +322,8 @@ impl Reaper {
             }
             bds_io::yield_now().await;
         }
-        // He keeps looking, and lets the child go when done.
+        // He keeps it, and lets the child go when done.
+        self.leave_behind(&edge);
         Released::Survived
     }
 

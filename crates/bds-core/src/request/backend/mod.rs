@@ -139,7 +139,7 @@ impl Backend {
     /// bear what they do (both are named); `AlreadyExists`, `InvalidInput`: the name it claims.
     #[track_caller]
     pub fn new(node: &NodeRef, options: BackendOptions) -> Result<Backend> {
-        if options.writable && !node.is_writable() {
+        if options.writable && !node.could_write() {
             let message = "the node is read-only; open it for writing";
             return Err(Error::new(ErrorKind::ReadOnly, message).node(node.name()));
         }
