@@ -9,13 +9,16 @@
 //! Inline   one counter of this thread's shard; never waits; refused while a serialising request exists
 //! entered  one counter of this thread's shard; may wait
 //! Tracked  an entry with its byte range: plain ones in this thread's shard, serialising ones in `central`
+//! Kept     what is left of a Tracked whose request has gone while its driver still works
 //! ```
 //!
 //! Only pairs with a serialising side conflict. Order is by ticket, and the later one waits for the earlier one:
 //! a serialising request draws its ticket when it registers, in one critical section of `central` in which it
 //! also visits all shards and gives the plain requests it overlaps an earlier ticket. A plain request without a
 //! ticket either was never met, or draws its own (later) one when it sees the flag. Tickets are a total
-//! order, so nobody waits in a circle, and a stream of newcomers cannot starve one that waits.
+//! order, so nobody waits in a circle, and a stream of newcomers cannot starve one that waits. A `Kept` range is a
+//! serialising entry that waits for nobody; it has the ticket of the request that left it, so who waited for that one waits
+//! for it, and so does everyone who overlaps it and comes later.
 //!
 //! Why nobody is overlooked:
 //! * plain against serialising: the plain one enters its shard under the shard's lock and *then* looks at
@@ -30,19 +33,25 @@
 //! Lock order: `central` before a shard's `plain`. Neither is held across an await. `flush` (waiting without
 //! blocking a thread) is taken before both and held while a flush runs.
 
+mod flush;
+mod lodgers;
+
 use std::cell::Cell;
 use std::fmt;
 use std::ops::Range;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crossbeam::utils::CachePadded;
 use slab::Slab;
 
-use bds_io::sync::{Mutex as AsyncMutex, MutexGuard as AsyncMutexGuard, Notify};
+use bds_io::sync::{Mutex as AsyncMutex, Notify};
 
 use crate::error::Error;
+use flush::FlushState;
+
+pub(crate) use flush::Flushing;
 
 /// More shards than this cost memory for nothing.
 const MAX_SHARDS: usize = 16;
@@ -58,7 +67,9 @@ pub(crate) struct Traffic {
     /// Who is inside never leaves; nobody waits for them.
     is_given_up: AtomicBool,
     central: Mutex<Central>,
-    flush: AsyncMutex<FlushState>,
+    flush: Arc<AsyncMutex<FlushState>>,
+    /// Inside on their own behalf: operations whose request may have gone.
+    lodgers: AtomicUsize,
     flush_failure: Mutex<Option<Error>>,
 }
 
@@ -79,6 +90,19 @@ struct Central {
     serialising: Slab<Entry>,
 }
 
+impl Central {
+    /// The ticket of a plain request, which gets one now if it has none.
+    fn ticket_of(&mut self, shard: &Shard, slot: usize) -> u64 {
+        let mut plain = lock_plain(shard);
+        let entry = &mut plain[slot];
+        if entry.ticket == 0 {
+            self.last_ticket += 1;
+            entry.ticket = self.last_ticket;
+        }
+        entry.ticket
+    }
+}
+
 #[derive(Clone, Debug)]
 struct Entry {
     range: Range<u64>,
@@ -95,12 +119,6 @@ impl Entry {
 /// Where a request was counted in: it is counted out there, on whatever thread that happens.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ShardNumber(usize);
-
-/// What the last successful flush covered.
-#[derive(Debug, Default)]
-pub(crate) struct FlushState {
-    flushed: u64,
-}
 
 impl fmt::Debug for Traffic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -127,7 +145,8 @@ impl Traffic {
             gone: Notify::new(),
             is_given_up: AtomicBool::new(false),
             central: Mutex::default(),
-            flush: AsyncMutex::default(),
+            flush: Arc::default(),
+            lodgers: AtomicUsize::new(0),
             flush_failure: Mutex::default(),
         }
     }
@@ -143,11 +162,20 @@ impl Traffic {
     /// Waits until nobody is inside. The caller has closed the gates before; otherwise the answer is
     /// outdated when it arrives.
     pub(crate) async fn wait_idle(&self) {
+        self.wait_until(|| self.in_flight() == 0 || self.is_given_up()).await;
+    }
+
+    fn is_given_up(&self) -> bool {
+        self.is_given_up.load(Ordering::SeqCst)
+    }
+
+    /// Looks again whenever somebody leaves.
+    async fn wait_until(&self, is_so: impl Fn() -> bool) {
         let _watching = self.watch();
         loop {
             let mut gone = pin!(self.gone.notified());
             gone.as_mut().enable();
-            if self.in_flight() == 0 || self.is_given_up.load(Ordering::SeqCst) {
+            if is_so() {
                 return;
             }
             gone.await;
@@ -240,14 +268,7 @@ impl Traffic {
         let place = Place::Plain { shard, slot };
         let mut tracked = Tracked { traffic: self, place, range, ticket: 0, inline_pending: 0 };
         if self.serialising.load(Ordering::SeqCst) != 0 {
-            let mut central = self.lock_central();
-            let mut plain = lock_plain(shard);
-            let entry = &mut plain[slot];
-            if entry.ticket == 0 {
-                central.last_ticket += 1;
-                entry.ticket = central.last_ticket;
-            }
-            tracked.ticket = entry.ticket;
+            tracked.ticket = self.lock_central().ticket_of(shard, slot);
         }
         tracked
     }
@@ -268,6 +289,17 @@ impl Traffic {
         let slot = central.serialising.insert(Entry { range: range.clone(), ticket });
         let inline_pending = (1 << self.shards.len()) - 1;
         Tracked { traffic: self, place: Place::Serialising { slot }, range, ticket, inline_pending }
+    }
+
+    fn remove_serialising(&self, slot: usize) {
+        self.lock_central().serialising.remove(slot);
+        self.serialising.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Ends what [`Tracked::keep`] left behind on this node.
+    pub(crate) fn give_back(&self, kept: Kept) {
+        self.remove_serialising(kept.slot);
+        self.notify_watchers();
     }
 
     #[inline]
@@ -297,25 +329,6 @@ impl Traffic {
             .iter()
             .fold(0, |sum, s| u64::wrapping_add(sum, s.writes.load(Ordering::Acquire)))
     }
-
-    /// Lets one flush at a time in, in order of arrival.
-    pub(crate) async fn begin_flush(&self) -> Flushing<'_> {
-        let state = self.flush.lock().await;
-        let covers = self.writes();
-        Flushing { state, covers }
-    }
-
-    /// The failure that every later flush of this node must report, if there was one.
-    pub(crate) fn flush_failure(&self) -> Option<Error> {
-        let failure = self.flush_failure.lock().unwrap_or_else(PoisonError::into_inner);
-        failure.as_ref().map(Error::duplicate)
-    }
-
-    /// The medium may have lost writes: every later flush reports it.
-    pub(crate) fn flush_failed(&self, error: &Error) {
-        let mut failure = self.flush_failure.lock().unwrap_or_else(PoisonError::into_inner);
-        failure.get_or_insert_with(|| error.duplicate());
-    }
 }
 
 struct Watching<'a>(&'a Traffic);
@@ -323,24 +336,6 @@ struct Watching<'a>(&'a Traffic);
 impl Drop for Watching<'_> {
     fn drop(&mut self) {
         self.0.watchers.fetch_sub(1, Ordering::SeqCst);
-    }
-}
-
-/// One flush, alone.
-pub(crate) struct Flushing<'a> {
-    state: AsyncMutexGuard<'a, FlushState>,
-    covers: u64,
-}
-
-impl Flushing<'_> {
-    /// True if nothing was written since the last successful flush began.
-    pub(crate) fn is_clean(&self) -> bool {
-        self.state.flushed == self.covers
-    }
-
-    /// The medium holds every write that ended before this flush began.
-    pub(crate) fn succeeded(&mut self) {
-        self.state.flushed = self.covers;
     }
 }
 
@@ -378,6 +373,13 @@ impl Drop for Writing<'_> {
 enum Place<'a> {
     Plain { shard: &'a Shard, slot: usize },
     Serialising { slot: usize },
+}
+
+/// A range whose request has gone: see [`Tracked::keep`].
+#[derive(Debug)]
+#[must_use = "the range is excluded until it is given back"]
+pub(crate) struct Kept {
+    slot: usize,
 }
 
 /// A registered byte range. Dropping it, also while it waits, lets the next ones in.
@@ -425,6 +427,19 @@ impl Tracked<'_> {
             && self.traffic.shards.iter().any(|s| lock_plain(s).iter().any(|(_, e)| blocks(e)))
     }
 
+    /// Leaves the range behind for an operation that goes on without its request: whoever overlaps it waits until it is
+    /// given back. The request may go before the operation ends, but not before its own turn came.
+    pub(crate) fn keep(&self) -> Kept {
+        // As in `track_serialising`: raised first, so that plain and inline ones from here on see it.
+        self.traffic.serialising.fetch_add(1, Ordering::SeqCst);
+        let mut central = self.traffic.lock_central();
+        let ticket = match self.place {
+            Place::Plain { shard, slot } => central.ticket_of(shard, slot),
+            Place::Serialising { .. } => self.ticket,
+        };
+        Kept { slot: central.serialising.insert(Entry { range: self.range.clone(), ticket }) }
+    }
+
     fn is_blocked(&mut self) -> bool {
         for (bit, shard) in self.traffic.shards.iter().enumerate() {
             if self.inline_pending & (1 << bit) != 0 && shard.inline.load(Ordering::SeqCst) == 0 {
@@ -442,8 +457,7 @@ impl Drop for Tracked<'_> {
                 lock_plain(shard).remove(slot);
             }
             Place::Serialising { slot } => {
-                self.traffic.lock_central().serialising.remove(slot);
-                self.traffic.serialising.fetch_sub(1, Ordering::SeqCst);
+                self.traffic.remove_serialising(slot);
             }
         }
         self.traffic.notify_watchers();

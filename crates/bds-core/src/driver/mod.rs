@@ -5,7 +5,9 @@
 //! driver method is called; a driver sends its own I/O through its [`Child`]ren, which is the same corridor
 //! one node further down.
 //!
-//! Every future may be dropped at any await. State that must not stay half-done runs in its own spawned task.
+//! Every future may be dropped at any await, or kept without being polled. The corridor carries a change, a flush or a resize
+//! on in a task of its own if its request is dropped once it was polled, and keeps it inside until it ends; what others may
+//! wait for still runs in a task of the driver's.
 
 mod access;
 mod child;
@@ -248,6 +250,12 @@ pub trait Driver: Send + Sync + 'static {
 
     /// Does a write at once if that needs no waiting. `None`: nothing was changed, ask [`Driver::write`].
     fn try_write(&self, _offset: u64, _iov: &IoVec) -> Option<Result<()>> {
+        None
+    }
+
+    /// Asked before every write, compressed write, zero write and discard of `len` bytes: a driver that lets them go at its own
+    /// pace has them wait here. What waits has not begun: dropped here, it is as if it had never come. `None`: go.
+    fn pace(&self, _len: u64) -> Option<BoxFuture<'_, ()>> {
         None
     }
 

@@ -59,7 +59,7 @@ impl Graph {
     /// drop(guest);
     /// graph.inactivate(&disk).await?;
     /// assert!(!disk.is_writable() && disk.could_write());
-    /// assert_eq!(Backend::new(&disk, writer).unwrap_err().kind(), ErrorKind::ReadOnly);
+    /// assert_eq!(Backend::new(&disk, writer).unwrap_err().kind(), ErrorKind::Inactive);
     /// # Ok(()) });
     /// ```
     ///

@@ -354,7 +354,7 @@ impl Change {
         let held = bds_io::now().saturating_sub(begun);
         drop(one);
         drop(actions);
-        let closed = commit::close_removed(&graph, removed, &edges).await;
+        let closed = commit::close_removed(&graph, removed, edges).await;
         Ok(ChangeReport { held, closed })
     }
 }

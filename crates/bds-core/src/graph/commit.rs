@@ -35,10 +35,11 @@ pub(super) fn put_into_force(
     actions: &[Action],
 ) -> Result<Done> {
     let staged = stage.into_parts();
+    let renames = graph.reserve_renames(actions)?;
     let told = Told::tell(graph, &staged)?;
     graph.step()?;
-    graph.rename(&actions)?;
     told.keep();
+    renames.commit();
     // Children before parents: a parent that becomes writable finds its children so.
     prepared.into_iter().for_each(Prepared::commit);
     let Staged { moves, attached, dropped, facts, leaving } = staged;
@@ -237,11 +238,12 @@ impl Graph {
 pub(super) async fn close_removed(
     graph: &Graph,
     removed: Vec<NodeRef>,
-    moved: &[Arc<Edge>],
+    moved: Vec<Arc<Edge>>,
 ) -> Vec<CloseReport> {
     if removed.is_empty() {
         return Vec::new();
     }
+    // By value: an edge of what is closed next must not be in our hands then.
     for edge in moved {
         edge.settle_patiently().await;
     }

@@ -239,7 +239,8 @@ impl DrainSet {
 
     /// Waits until nobody is inside, and shuts all doors on the way.
     pub(super) async fn settle(&self) {
-        wait_idle(&self.graph, &self.own_nodes()).await;
+        let nodes: Vec<NodeId> = self.own_nodes().iter().map(|node| node.id()).collect();
+        wait_idle(&self.graph, &nodes).await;
         self.lock_opened().clear();
     }
 
@@ -339,29 +340,37 @@ impl Drop for DrainSet {
     }
 }
 
-/// Waits until nobody is inside these drained nodes nor above them, shutting doors on the way down.
-async fn wait_idle(graph: &Graph, nodes: &[Strong<Node>]) {
+/// Waits until nobody is inside these drained nodes nor above them, shutting doors on the way down. Holds only the node that it waits
+/// for just now: whoever wants to close another one is not kept from it.
+async fn wait_idle(graph: &Graph, nodes: &[NodeId]) {
     let reaper = &graph.0.reaper;
     // Parents may come meanwhile: asked again at the end. They find their gates closed, so that ends.
     let mut settled: HashSet<NodeId> = HashSet::new();
     loop {
         let mut pending = above(&reaper.walls(), nodes);
-        pending.retain(|node| settled.insert(node.id()));
+        pending.retain(|id| settled.insert(*id));
         if pending.is_empty() {
             return;
         }
-        for node in pending {
-            loop {
-                wait_node(graph, &node).await;
-                let walls = reaper.walls();
-                // Its driver may have begun to work on its own account: it counts in under the lock (`Work`).
-                if node.is_poisoned() || node.traffic().in_flight() == 0 {
-                    let children = node.children();
-                    let drained = children.iter().filter(|edge| edge.is_quiesced());
-                    drained.for_each(|edge| edge.shut(&walls));
-                    break;
-                }
+        for id in pending {
+            // One that has died meanwhile is closed outside of the section, or waited for at its children.
+            if let Ok(node) = reaper.arena.acquire(id.0) {
+                empty(graph, &node).await;
             }
+        }
+    }
+}
+
+/// Waits until nobody is inside a node whose parents are empty, and shuts its doors.
+async fn empty(graph: &Graph, node: &Strong<Node>) {
+    loop {
+        wait_node(graph, node).await;
+        let walls = graph.0.reaper.walls();
+        // Its driver may have begun to work on its own account: it counts in under the lock (`Work`).
+        if node.is_poisoned() || node.traffic().in_flight() == 0 {
+            let children = node.children();
+            children.iter().filter(|edge| edge.is_quiesced()).for_each(|edge| edge.shut(&walls));
+            return;
         }
     }
 }
@@ -416,14 +425,15 @@ fn has_closing(graph: &Graph, node: &Strong<Node>) -> bool {
 }
 
 /// These nodes and all above them, each after all of its parents.
-fn above(walls: &Walls<'_>, nodes: &[Strong<Node>]) -> Vec<Strong<Node>> {
+fn above(walls: &Walls<'_>, nodes: &[NodeId]) -> Vec<NodeId> {
     let mut order = Vec::new();
     let mut seen = HashSet::new();
+    let acquire = |id: &NodeId| walls.reaper.arena.acquire(id.0).ok();
     let mut todo: Vec<(Strong<Node>, bool)> =
-        nodes.iter().map(|node| (Strong::clone(node), false)).collect();
+        nodes.iter().filter_map(acquire).map(|node| (node, false)).collect();
     while let Some((node, is_done)) = todo.pop() {
         if is_done {
-            order.push(node);
+            order.push(node.id());
         } else if seen.insert(node.id()) {
             todo.push((Strong::clone(&node), true));
             let parents = node.parents();
@@ -542,7 +552,7 @@ impl Graph {
             walls.state.drain_alls += 1;
             let all = self.0.reaper.live();
             all.iter().for_each(|node| walls.begin_section(node));
-            all
+            all.iter().map(|node| node.id()).collect::<Vec<NodeId>>()
         };
         let drained = Drained::new(set, true);
         wait_idle(self, &all).await;

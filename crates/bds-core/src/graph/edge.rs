@@ -52,7 +52,7 @@ pub(crate) struct EdgeParts {
     /// Of a root edge whose owner does not keep the graph himself.
     pub(crate) graph: Option<Graph>,
     /// Of a backend's edge.
-    pub(crate) hall: Option<Box<Hall>>,
+    pub(crate) hall: Option<Arc<Hall>>,
 }
 
 /// One parent's use of one node. Not to be copied: a second user needs a second edge, with permissions of its own.
@@ -75,7 +75,7 @@ pub struct Edge {
     /// Of a root edge: its node must not outlive the graph, which closes it. After `target`: dropped in this order.
     _graph: Option<Graph>,
     /// Who came in through it, for a backend's.
-    hall: Option<Box<Hall>>,
+    hall: Option<Arc<Hall>>,
     gate: Gate,
     access: AccessCell,
     frozen: Mutex<Option<Arc<Freeze>>>,
@@ -219,8 +219,8 @@ impl Edge {
 
     /// What a backend's edge knows of its requests.
     #[inline]
-    pub(crate) fn hall(&self) -> Option<&Hall> {
-        self.hall.as_deref()
+    pub(crate) fn hall(&self) -> Option<&Arc<Hall>> {
+        self.hall.as_ref()
     }
 
     /// Is the gate closed now? One load.

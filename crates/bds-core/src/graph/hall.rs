@@ -2,6 +2,7 @@
 //!
 //! **Queued is not in flight**: who waits at the gate, or is stopped after an error, is not counted here.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::traffic::{ShardNumber, Traffic};
@@ -17,8 +18,8 @@ pub(crate) struct Hall {
 impl Hall {
     /// Counts one request in until the answer is dropped. The gate is looked at *after* this.
     #[inline]
-    pub(crate) fn lodge(&self) -> Lodged<'_> {
-        Lodged { traffic: &self.traffic, number: self.traffic.enter() }
+    pub(crate) fn lodge(self: &Arc<Self>) -> Lodged<'_> {
+        Lodged { hall: self, number: self.traffic.enter() }
     }
 
     /// How many are inside that may wait.
@@ -43,12 +44,31 @@ impl Hall {
 
 /// A request that is in flight for its backend.
 pub(crate) struct Lodged<'a> {
-    traffic: &'a Traffic,
+    hall: &'a Arc<Hall>,
     number: ShardNumber,
+}
+
+impl Lodged<'_> {
+    /// Counts in once more, for what goes on without its request.
+    pub(crate) fn again(&self) -> Straggler {
+        Straggler { hall: Arc::clone(self.hall), number: self.hall.traffic.enter() }
+    }
+}
+
+/// What is in flight for its backend after its request has gone.
+pub(crate) struct Straggler {
+    hall: Arc<Hall>,
+    number: ShardNumber,
+}
+
+impl Drop for Straggler {
+    fn drop(&mut self) {
+        self.hall.traffic.leave(self.number);
+    }
 }
 
 impl Drop for Lodged<'_> {
     fn drop(&mut self) {
-        self.traffic.leave(self.number);
+        self.hall.traffic.leave(self.number);
     }
 }

@@ -27,6 +27,7 @@ mod guests;
 mod hall;
 mod inspect;
 mod leases;
+mod left_behind;
 mod limits;
 mod lock;
 mod monitor;
@@ -65,7 +66,7 @@ pub use flags::COMMON_OPTIONS;
 pub use freeze::Frozen;
 pub use gate::ReferenceGate;
 pub(crate) use guests::{Guest, no_backend};
-pub(crate) use hall::{Hall, Lodged};
+pub(crate) use hall::{Lodged, Straggler};
 pub use inspect::FileGuess;
 pub use leases::{AnonymousBitmap, BitmapId, BitmapInfo, BitmapLease, MAX_BITMAP_NAME_LEN};
 pub use monitor::TopLevel;
@@ -137,13 +138,14 @@ struct Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // Nobody can hold a node any more but the monitor's list; what is dead and not yet closed must still be flushed.
+        // Nobody can hold a node any more but the monitor's list, and operations whose requests have
+        // gone; what is dead and not yet closed must still be flushed.
         let (owned, guests) = {
             let mut plan = self.reaper.lock_plan();
             (std::mem::take(&mut plan.monitor), std::mem::take(&mut plan.owned_guests))
         };
         drop((guests, owned));
-        self.reaper.sweep_in_background();
+        self.reaper.sweep_for_good();
     }
 }
 

@@ -21,6 +21,7 @@ use bds_refcount::{Arena, Dead, Handle, Holder, HolderInfo, HolderKind, Release,
 
 use super::detached::to_the_end;
 use super::edge::{Edge, EdgeParts, Parent};
+use super::left_behind::wait_left_alone;
 use super::lock::Topology;
 use super::names::Claim;
 use super::node::{Node, NodeId};
@@ -162,7 +163,7 @@ impl Reaper {
     }
 
     /// Closes everything dead that can be closed now, including what dies of that.
-    async fn sweep(self) -> Vec<CloseReport> {
+    pub(super) async fn sweep(self) -> Vec<CloseReport> {
         let _one_at_a_time = self.sweeping.lock().await;
         let mut reports = Vec::new();
         let mut waiting = std::mem::take(&mut *self.lock_deferred()).into_iter();
@@ -258,6 +259,7 @@ impl Reaper {
         for edge in children {
             let handle = edge.target().strong().handle();
             edge.target().forget_parent(node);
+            wait_left_alone(edge.target().strong(), 1).await;
             if edge.frozen().is_some() {
                 self.leave_behind(&edge);
             }
@@ -276,7 +278,7 @@ impl Reaper {
         (CloseReport { node, name, driver, flush_error, close_error, below }, died)
     }
 
-    /// Whoever froze the edge keeps it, and so its target; to everybody else it is gone.
+    /// Whoever froze the edge, or has it in hand, keeps it, and so its target; to everybody else it is gone, and no drain waits for it.
     fn leave_behind(&self, edge: &Arc<Edge>) {
         let target = edge.target();
         self.walls().detach(&target, edge);
@@ -333,7 +335,8 @@ impl Reaper {
             }
             bds_io::yield_now().await;
         }
-        // He keeps looking, and lets the child go when done.
+        // He keeps it, and lets the child go when done.
+        self.leave_behind(&edge);
         Released::Survived
     }
 
@@ -386,7 +389,7 @@ impl Reaper {
     }
 
     /// Keeps what nobody waits for, if it tells of a failure.
-    fn keep(&self, reports: Vec<CloseReport>) {
+    pub(super) fn keep(&self, reports: Vec<CloseReport>) {
         for report in reports {
             let name = &report.name;
             if report.is_clean() {
@@ -440,7 +443,8 @@ impl Reaper {
 
 impl Graph {
     /// Closes all nodes whose last reference is gone, and reports them, a node before the children that only it held. Also
-    /// returns reports of earlier failures that nobody has seen.
+    /// returns reports of earlier failures that nobody has seen. Waits for operations whose requests were dropped, if
+    /// nothing else keeps their node.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -454,6 +458,7 @@ impl Graph {
     /// # Ok(()) });
     /// ```
     pub async fn reap(&self) -> Vec<CloseReport> {
+        self.0.reaper.wait_for_lodgers().await;
         let reaper = self.0.reaper.clone();
         let swept = self.0.reaper.to_the_end(async move { reaper.sweep().await }).await;
         let mut reports = self.reports();
@@ -486,8 +491,8 @@ impl Graph {
 
 impl NodeRef {
     /// Closes the node, if this is the only reference to it: flushes, closes, and closes what only it held. Says how that
-    /// went; a failed flush is in the report. Runs to its end even if the future is dropped. Waits for drained sections of the nodes
-    /// below to end.
+    /// went; a failed flush is in the report. Runs to its end even if the future is dropped. Waits for operations whose requests were
+    /// dropped, and for drained sections of the nodes below to end.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -508,7 +513,7 @@ impl NodeRef {
     /// # Errors
     /// [`CloseError::InUse`] gives the reference back and names the others.
     pub async fn close(self) -> Result<CloseReport, CloseError> {
-        match self.end() {
+        match self.end_patiently().await {
             Ok(ended) => Ok(ended.close().await),
             Err((node, holders)) => Err(CloseError::InUse { node, holders }),
         }

@@ -3,7 +3,7 @@
 //! A name says where to look, an id says what was meant: ids, references and edges notice nothing. Whoever holds a node keeps the
 //! name in his text under which he took it.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::sync::{Arc, OnceLock};
 
 use super::change::Action;
@@ -64,24 +64,32 @@ fn wanted(actions: &[Action]) -> Vec<(&NodeRef, &Arc<str>)> {
     all
 }
 
+/// Names that nobody else can take any more. Dropped: they are free again, and nothing has changed.
+pub(super) struct Renames<'a> {
+    graph: &'a Graph,
+    wanted: Vec<(&'a NodeRef, &'a Arc<str>)>,
+    /// Those that nobody had.
+    reserved: Vec<Arc<str>>,
+}
+
 impl Graph {
-    /// Gives nodes their new names, all or none.
+    /// Takes the names that the actions give to nodes.
     ///
     /// # Errors
     /// `InvalidInput`: not a name; `AlreadyExists`: taken by what keeps it; `LimitExceeded`: renamed too often.
-    pub(super) fn rename(&self, actions: &[Action]) -> Result<()> {
-        let wanted = wanted(actions);
-        if wanted.is_empty() {
-            return Ok(());
+    pub(super) fn reserve_renames<'a>(&'a self, actions: &'a [Action]) -> Result<Renames<'a>> {
+        let mut renames = Renames { graph: self, wanted: wanted(actions), reserved: Vec::new() };
+        if renames.wanted.is_empty() {
+            return Ok(renames);
         }
         let mut plan = self.plan();
-        let leaving: HashMap<Arc<str>, ()> =
-            wanted.iter().map(|(node, _)| (node.node().name_arc(), ())).collect();
-        let mut coming = HashMap::new();
-        for (node, name) in &wanted {
+        let leaving: HashSet<Arc<str>> =
+            renames.wanted.iter().map(|(node, _)| node.node().name_arc()).collect();
+        let mut coming = HashSet::new();
+        for (node, name) in &renames.wanted {
             check_name(name).map_err(|error| error.node(node.name()))?;
-            let is_taken = self.is_taken(&plan, name) && !leaving.contains_key(*name);
-            if is_taken || coming.insert(Arc::clone(name), ()).is_some() {
+            let is_taken = self.is_taken(&plan, name) && !leaving.contains(*name);
+            if is_taken || !coming.insert(Arc::clone(name)) {
                 let words = format!("the node name '{name}' is taken");
                 return Err(Error::new(ErrorKind::AlreadyExists, words).node(node.name()));
             }
@@ -90,13 +98,38 @@ impl Graph {
                 return Err(Error::new(ErrorKind::LimitExceeded, words).node(node.name()));
             }
         }
-        for name in leaving.keys() {
-            plan.names.remove(name);
+        // What is left by one of the nodes is claimed by that until then.
+        for name in coming.difference(&leaving) {
+            plan.names.insert(Arc::clone(name), Claim::Opening);
+            renames.reserved.push(Arc::clone(name));
         }
-        for (node, name) in wanted {
+        drop(plan);
+        Ok(renames)
+    }
+}
+
+impl Renames<'_> {
+    /// The nodes have their new names from here on.
+    pub(super) fn commit(mut self) {
+        let mut plan = self.graph.plan();
+        for (node, _) in &self.wanted {
+            plan.names.remove(node.name());
+        }
+        for (node, name) in &self.wanted {
             plan.names.insert(Arc::clone(name), Claim::Node(node.id()));
             node.node().names().change(Arc::clone(name));
         }
-        Ok(())
+        self.reserved.clear();
+    }
+}
+
+impl Drop for Renames<'_> {
+    fn drop(&mut self) {
+        if !self.reserved.is_empty() {
+            let mut plan = self.graph.plan();
+            for name in &self.reserved {
+                plan.names.remove(name);
+            }
+        }
     }
 }

@@ -103,7 +103,7 @@ impl Graph {
             holder: Holder::new(root.kind, root.name),
             stays: root.stays,
             graph: (!root.is_hall).then(|| self.clone()),
-            hall: root.is_hall.then(Box::default),
+            hall: root.is_hall.then(Arc::default),
         };
         let target = node.map(|node| Strong::clone(node.strong()));
         let edge = Edge::new(parts, target, &self.0.reaper.topology.loosened);

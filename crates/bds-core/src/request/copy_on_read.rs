@@ -20,9 +20,9 @@ use std::sync::atomic::Ordering;
 use bds_io::{Buf, IoVec};
 use bds_refcount::HolderKind;
 
+use super::begun::Inside;
 use super::dispatch::{bounce_align, read_aligned, read_inside, write_aligned};
 use super::enter::{Entered, Lodger};
-use super::flush::Unstoppable;
 use super::range::{self, round_down, round_up};
 use super::{status, zero};
 use crate::driver::{Limits, ReadFlags, StatusFlags, WriteFlags};
@@ -192,8 +192,34 @@ async fn copy_piece(node: &Entered<'_>, limits: Limits, piece: Range<u64>) -> Re
     Unstoppable::new(bds_io::spawn(copy)).finish().await
 }
 
+/// A task that runs on when nobody waits for it any more.
+struct Unstoppable<T>(Option<bds_io::Task<T>>);
+
+impl<T> Unstoppable<T> {
+    fn new(task: bds_io::Task<T>) -> Self {
+        Self(Some(task))
+    }
+
+    /// Its output.
+    async fn finish(mut self) -> T {
+        let task = self.0.as_mut().expect("only `drop` and the line below take it");
+        let result = task.await;
+        self.0 = None;
+        result
+    }
+}
+
+impl<T> Drop for Unstoppable<T> {
+    fn drop(&mut self) {
+        if let Some(task) = self.0.take() {
+            task.detach();
+        }
+    }
+}
+
 async fn copy_inside(node: &Lodger, limits: &Limits, piece: Range<u64>) -> Result<IoVec> {
-    let _tracked = node.track(piece.clone(), true).await;
+    let tracked = node.track(piece.clone(), true).await;
+    let inside = Inside::alone(node.strong(), &tracked);
     // A buffer of our own: a guest may scribble over its while we write.
     let iov = Buf::zeroed(index(piece.end - piece.start), bounce_align(limits)).iov();
     read_aligned(node, limits, piece.start, iov.clone(), ReadFlags::empty()).await?;
@@ -207,7 +233,7 @@ async fn copy_inside(node: &Lodger, limits: &Limits, piece: Range<u64>) -> Resul
         let next = round_up(at + len, align).min(piece.end);
         if !is_held(held) {
             let part = iov.slice(index(at - piece.start)..index(next - piece.start));
-            keep(node, limits, at, part)
+            keep(node, &inside, limits, at, part)
                 .await
                 .map_err(|e| e.context("cannot keep what was read from below").at(at))?;
         }
@@ -216,13 +242,19 @@ async fn copy_inside(node: &Lodger, limits: &Limits, piece: Range<u64>) -> Resul
     Ok(iov)
 }
 
-async fn keep(node: &Lodger, limits: &Limits, offset: u64, iov: IoVec) -> Result<()> {
+async fn keep(
+    node: &Lodger,
+    inside: &Inside<'_>,
+    limits: &Limits,
+    offset: u64,
+    iov: IoVec,
+) -> Result<()> {
     let _writing = node.writing();
     let len = iov.len();
     if node.driver().zero_flags().is_some() && iov.is_zero(0..len) {
-        return zero::keep_zeroes(node, limits, offset, offset + len as u64).await;
+        return zero::keep_zeroes(inside, limits, offset, offset + len as u64).await;
     }
-    write_aligned(node, limits, offset, iov, WriteFlags::UNCHANGED).await.map(drop)
+    write_aligned(inside, limits, offset, iov, WriteFlags::UNCHANGED).await.map(drop)
 }
 
 /// A distance inside one request.

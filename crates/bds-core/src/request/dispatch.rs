@@ -10,6 +10,7 @@ use std::sync::Arc;
 use bds_io::{Buf, IoVec};
 
 use super::align::{PadBuf, Padded};
+use super::begun::Inside;
 use super::enter::{Entered, enter, named};
 use super::range::{self, round_down, round_up};
 use super::{copy_on_read, flush, zero};
@@ -212,7 +213,7 @@ pub(super) async fn write_inside(
         let serialising = padded.is_some() || flags.contains(WriteFlags::SERIALISING);
         let outer = padded.as_ref().map_or(offset..end, |p| p.outer.clone());
         let no_wait = flags.contains(WriteFlags::NO_WAIT);
-        let _tracked = node.track_unless(outer.clone(), serialising, no_wait).await?;
+        let tracked = node.track_unless(outer.clone(), serialising, no_wait).await?;
         let iov = match padded {
             None => iov,
             Some(padded) => {
@@ -221,7 +222,8 @@ pub(super) async fn write_inside(
             }
         };
         let _writing = node.writing();
-        write_aligned(node, &limits, outer.start, iov, flags).await?
+        let inside = Inside::new(node, &tracked);
+        write_aligned(&inside, &limits, outer.start, iov, flags).await?
     };
     if wants_flush { Box::pin(flush::flush_inside(node)).await } else { Ok(()) }
 }
@@ -260,30 +262,30 @@ pub(super) async fn read_around(node: &Node, limits: &Limits, padded: &Padded) -
 
 /// The range is aligned and registered, and the node counts as being written to. True if a flush must follow.
 pub(super) async fn write_aligned(
-    node: &Node,
+    inside: &Inside<'_>,
     limits: &Limits,
     offset: u64,
     iov: IoVec,
     flags: WriteFlags,
 ) -> Result<bool> {
-    let driver = node.driver();
+    let node = inside.node();
     let fua = flags.contains(WriteFlags::FUA) && !node.flags().cache.no_flush;
-    let mut native = flags & driver.write_flags();
+    let mut native = flags & node.driver().write_flags();
     native.set(WriteFlags::FUA, fua && native.contains(WriteFlags::FUA));
     let wants_flush = fua && !native.contains(WriteFlags::FUA);
 
     let len = iov.len();
     let piece_len = piece_len(limits, &iov);
     if len <= piece_len && is_short_enough(limits, &iov) {
-        driver.write(offset, iov, native).await?;
+        inside.change(len as u64, |node| node.driver().write(offset, iov, native)).await?;
         return Ok(wants_flush);
     }
-    Box::pin(write_pieces(node, limits, offset, iov, native, piece_len)).await?;
+    Box::pin(write_pieces(inside, limits, offset, iov, native, piece_len)).await?;
     Ok(wants_flush)
 }
 
 async fn write_pieces(
-    node: &Node,
+    inside: &Inside<'_>,
     limits: &Limits,
     offset: u64,
     iov: IoVec,
@@ -299,7 +301,9 @@ async fn write_pieces(
             bounce.copy_from_iov(0, &piece);
             piece = bounce;
         }
-        node.driver().write(offset + done as u64, piece, flags).await?;
+        let at = offset + done as u64;
+        let piece_len = piece.len() as u64;
+        inside.change(piece_len, |node| node.driver().write(at, piece, flags)).await?;
         done = next;
     }
     Ok(())
@@ -320,9 +324,10 @@ pub(super) async fn write_compressed_inside(
 ) -> Result<()> {
     let end = range::check_data(offset, iov.len() as u64)?;
     range::check_write(edge, node, end, false)?;
-    let _tracked = node.track(offset..end, false).await;
+    let tracked = node.track(offset..end, false).await;
     let _writing = node.writing();
-    node.driver().write_compressed(offset, iov).await
+    let inside = Inside::new(node, &tracked);
+    inside.change(end - offset, |node| node.driver().write_compressed(offset, iov)).await
 }
 
 /// How long a fragment may be, a multiple of the request alignment.

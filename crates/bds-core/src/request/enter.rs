@@ -5,7 +5,7 @@ use std::ops::{Deref, Range};
 use bds_refcount::Strong;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::{Edge, Hall, Lodged, Node, Target};
+use crate::graph::{Edge, Lodged, Node, Target};
 use crate::traffic::{ShardNumber, Tracked, Writing};
 
 /// The node an edge led to, with this request counted in: at the node, and at the backend it came in by. Dropping counts out.
@@ -13,7 +13,7 @@ pub(super) struct Entered<'e> {
     target: Target<'e>,
     number: ShardNumber,
     /// After the node's: a backend's drain lets nobody overtake the node's.
-    _lodged: Option<Lodged<'e>>,
+    lodged: Option<Lodged<'e>>,
 }
 
 /// Why a request did not come in. Until this is dropped it is in flight for its backend all the same.
@@ -48,7 +48,7 @@ pub(super) async fn enter_hall(edge: &Edge) -> Result<Entered<'_>, TurnedAway<'_
         }
         // Not counted anywhere: queued is not in flight, so a drain does not wait for us.
         Box::pin(edge.wait_open()).await;
-        if edge.hall().is_some_and(Hall::is_ended) {
+        if edge.hall().is_some_and(|hall| hall.is_ended()) {
             return Err(TurnedAway { error: ended(edge), lodged: None });
         }
     }
@@ -58,7 +58,7 @@ pub(super) async fn enter_hall(edge: &Edge) -> Result<Entered<'_>, TurnedAway<'_
 #[inline]
 fn try_enter(edge: &Edge) -> Option<Result<Entered<'_>, TurnedAway<'_>>> {
     let ticket = edge.ticket()?;
-    let lodged = edge.hall().map(Hall::lodge);
+    let lodged = edge.hall().map(|hall| hall.lodge());
     let Some(target) = edge.medium() else {
         let away = || TurnedAway { error: no_medium(edge), lodged };
         return edge.admits(ticket).then(|| Err(away()));
@@ -67,7 +67,7 @@ fn try_enter(edge: &Edge) -> Option<Result<Entered<'_>, TurnedAway<'_>>> {
         return Some(Err(TurnedAway { error: poisoned(&target), lodged }));
     }
     let number = target.traffic().enter();
-    let entered = Entered { target, number, _lodged: lodged };
+    let entered = Entered { target, number, lodged };
     edge.admits(ticket).then_some(Ok(entered))
 }
 
@@ -108,7 +108,18 @@ impl Entered<'_> {
     /// Counts in once more, for work that outlives this request. The gate is not asked: who is inside may bring what
     /// belongs to him, and whoever closed the gate waits for both.
     pub(super) fn again(&self) -> Lodger {
-        Lodger { node: self.target.strong().clone(), number: self.traffic().enter() }
+        Lodger::new(self.strong())
+    }
+
+    /// As which request of its backend it is in flight, if it came in by one.
+    pub(super) fn lodged(&self) -> Option<&Lodged<'_>> {
+        self.lodged.as_ref()
+    }
+
+    /// The counted reference behind it.
+    #[inline]
+    pub(super) fn strong(&self) -> &Strong<Node> {
+        self.target.strong()
     }
 
     /// From here on the node counts as written to.
@@ -154,6 +165,16 @@ pub(super) struct Lodger {
 }
 
 impl Lodger {
+    /// For who is inside already; see [`Entered::again`].
+    pub(super) fn new(node: &Strong<Node>) -> Self {
+        Self { node: node.clone(), number: node.traffic().move_in() }
+    }
+
+    /// The counted reference it holds.
+    pub(super) fn strong(&self) -> &Strong<Node> {
+        &self.node
+    }
+
     /// See [`Entered::writing`].
     pub(super) fn writing(&self) -> Writing<'_> {
         self.node.traffic().writing(self.number)
@@ -179,7 +200,7 @@ impl Deref for Lodger {
 
 impl Drop for Lodger {
     fn drop(&mut self) {
-        self.node.traffic().leave(self.number);
+        self.node.traffic().move_out(self.number);
     }
 }
 

@@ -8,17 +8,19 @@
 //!   align     widen to whole blocks, read what a write must keep
 //!   traffic   register; wait for overlapping earlier serialising requests (and the other way round)
 //!   split     by the node's limits
-//!   driver
+//!   begun     the driver; what it has begun ends even if the request is dropped
 //!   flush     once, after the last fragment, if durability was asked and the driver cannot
 //! ```
 //!
 //! The inline way (`dispatch::try_read`, `try_write`) takes the same steps without waiting, allocating or locking, and
 //! declines whatever does not fit.
 //!
-//! It never changes the graph. Dropping a future at any await counts out, deregisters and wakes who waited.
+//! It never changes the graph. Dropping a future at any await counts out, deregisters and wakes who waited; if the driver has
+//! begun to change something by then, all that happens when the driver is done.
 
 mod align;
 mod backend;
+mod begun;
 mod copy_on_read;
 mod dispatch;
 mod enter;

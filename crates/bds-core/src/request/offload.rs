@@ -5,11 +5,17 @@
 //! learn of a write. What cannot be followed is `Unsupported`, and the caller uses buffers. Never for encrypted or
 //! compressed data: such runs point nowhere.
 
+use bds_refcount::Strong;
+
+use super::begun::Inside;
 use super::enter::{Entered, enter, named};
 use super::range;
 use crate::driver::{Attempt, BoxFuture, HostMap, StatusFlags};
 use crate::error::Result;
 use crate::graph::{Edge, Node};
+
+/// Where the copy is inside already, and how many steps down it may take.
+type Way<'a> = (Option<&'a Inside<'a>>, usize);
 
 /// Longest way down that is followed on each side.
 const MAX_STEPS: usize = 16;
@@ -35,7 +41,7 @@ pub(super) async fn copy(
     if len == 0 {
         return Ok(Attempt::Done);
     }
-    from(source, source_offset, Goal { edge: target, offset, len }, MAX_STEPS).await
+    from(source, source_offset, Goal { edge: target, offset, len }, (None, MAX_STEPS)).await
 }
 
 /// Down the source's side, inside every node on the way.
@@ -43,46 +49,60 @@ fn from<'a>(
     edge: &'a Edge,
     offset: u64,
     goal: Goal<'a>,
-    steps: usize,
+    (above, steps): Way<'a>,
 ) -> BoxFuture<'a, Result<Attempt>> {
     Box::pin(async move {
         let node = enter(edge).await?;
         if !fits(&node, offset, goal.len) {
             return Ok(Attempt::Unsupported);
         }
-        let _tracked = node.track(offset..offset + goal.len, false).await;
+        let tracked = node.track(offset..offset + goal.len, false).await;
+        let inside = Inside::new(&node, &tracked).below(above);
         if node.children().is_empty() {
-            return to((&node, offset), goal, MAX_STEPS).await;
+            return to((node.strong(), offset), goal, (Some(&inside), MAX_STEPS)).await;
         }
         let data = StatusFlags::DATA | StatusFlags::OFFSET_VALID;
         match below(&node, offset, goal.len, data).await? {
-            Some((child, at)) if steps > 0 => from(&child, at, goal, steps - 1).await,
+            Some((child, at)) if steps > 0 => {
+                from(&child, at, goal, (Some(&inside), steps - 1)).await
+            }
             _ => Ok(Attempt::Unsupported),
         }
     })
 }
 
 /// Down the target's side.
-fn to<'a>(reader: (&'a Node, u64), goal: Goal<'a>, steps: usize) -> BoxFuture<'a, Result<Attempt>> {
+fn to<'a>(
+    reader: (&'a Strong<Node>, u64),
+    goal: Goal<'a>,
+    (above, steps): Way<'a>,
+) -> BoxFuture<'a, Result<Attempt>> {
     Box::pin(async move {
         let Goal { edge, offset, len } = goal;
         let node = enter(edge).await?;
         named(&node, range::check_write(edge, &node, offset + len, false))?;
-        if !fits(&node, offset, len) || std::ptr::eq::<Node>(&*node, reader.0) {
+        if !fits(&node, offset, len) || node.strong().ptr_eq(reader.0) {
             return Ok(Attempt::Unsupported);
         }
-        let _tracked = node.track(offset..offset + len, false).await;
+        let tracked = node.track(offset..offset + len, false).await;
+        let inside = Inside::new(&node, &tracked).below(above);
         // Also where bytes only pass through: a flush must come down to where they are.
         let _writing = node.writing();
         if node.children().is_empty() {
-            let (source, source_offset) = (reader.0.driver(), reader.1);
-            let copied = node.driver().copy_range_from(source, source_offset, offset, len).await;
-            return named(&node, copied);
+            let (source, source_offset) = (reader.0.clone(), reader.1);
+            let copied = inside.carry_out(move |node| {
+                Box::pin(async move {
+                    let source = source.driver();
+                    node.driver().copy_range_from(source, source_offset, offset, len).await
+                })
+            });
+            return named(&node, copied.await);
         }
         // Whoever does more than pass on must learn of every write.
         match below(&node, offset, len, StatusFlags::RAW).await? {
             Some((child, at)) if steps > 0 => {
-                to(reader, Goal { edge: &child, offset: at, len }, steps - 1).await
+                let goal = Goal { edge: &child, offset: at, len };
+                to(reader, goal, (Some(&inside), steps - 1)).await
             }
             _ => Ok(Attempt::Unsupported),
         }

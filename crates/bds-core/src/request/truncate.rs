@@ -1,5 +1,6 @@
 //! Changing a node's length.
 
+use super::begun::Inside;
 use super::enter::{Entered, enter, named};
 use super::range::{self, MAX_LEN};
 use crate::driver::{BoxFuture, Truncate};
@@ -8,9 +9,18 @@ use crate::graph::{Edge, Operations, Perm};
 
 /// Changes the length. Nothing else touches bytes behind the shorter of both lengths meanwhile.
 pub(super) fn truncate(edge: &Edge, change: Truncate) -> BoxFuture<'_, Result<()>> {
+    truncate_below(edge, change, None)
+}
+
+/// As [`truncate`], for a request that is inside other nodes too.
+fn truncate_below<'a>(
+    edge: &'a Edge,
+    change: Truncate,
+    above: Option<&'a Inside<'a>>,
+) -> BoxFuture<'a, Result<()>> {
     Box::pin(async move {
         let node = enter(edge).await?;
-        named(&node, truncate_inside(edge, &node, change).await)
+        named(&node, truncate_inside(edge, &node, change, above).await)
     })
 }
 
@@ -18,10 +28,15 @@ pub(super) fn truncate(edge: &Edge, change: Truncate) -> BoxFuture<'_, Result<()
 pub(super) async fn truncate_for_user(edge: &Edge, change: Truncate) -> Result<()> {
     let node = enter(edge).await?;
     named(&node, node.check_allowed(Operations::RESIZE))?;
-    named(&node, truncate_inside(edge, &node, change).await)
+    named(&node, truncate_inside(edge, &node, change, None).await)
 }
 
-async fn truncate_inside(edge: &Edge, node: &Entered<'_>, mut change: Truncate) -> Result<()> {
+async fn truncate_inside(
+    edge: &Edge,
+    node: &Entered<'_>,
+    mut change: Truncate,
+    above: Option<&Inside<'_>>,
+) -> Result<()> {
     range::check(0, change.len)?;
     if !node.is_writable() {
         return Err(Error::new(ErrorKind::PermissionDenied, "a read-only node cannot be resized"));
@@ -33,7 +48,7 @@ async fn truncate_inside(edge: &Edge, node: &Entered<'_>, mut change: Truncate) 
         ));
     }
     let stable = node.len().min(change.len);
-    let _tracked = node.track(stable..MAX_LEN, true).await;
+    let tracked = node.track(stable..MAX_LEN, true).await;
     let old_len = node.len();
     if change.len > old_len {
         // Bytes of a longer backing node must not shine through where nobody ever wrote.
@@ -41,10 +56,11 @@ async fn truncate_inside(edge: &Edge, node: &Entered<'_>, mut change: Truncate) 
         change.zero_new |= backing > old_len;
     }
     let _writing = node.writing();
-    match node.driver().truncate(change).await {
+    let inside = Inside::new(node, &tracked).below(above);
+    match inside.carry_out(move |node| node.driver().truncate(change)).await {
         Err(error) if error.kind() == ErrorKind::NotSupported && node.driver().is_filter() => {
             match node.filtered_child() {
-                Some(child) => truncate(&child, change).await,
+                Some(child) => truncate_below(&child, change, Some(&inside)).await,
                 None => Err(error),
             }
         }

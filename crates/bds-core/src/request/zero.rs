@@ -5,13 +5,14 @@ use std::sync::OnceLock;
 use bds_io::{Buf, IoVec};
 
 use super::align::Padded;
+use super::begun::Inside;
 use super::dispatch::{read_around, write_aligned};
 use super::enter::{Entered, enter, named};
 use super::flush;
 use super::range::{self, round_down, round_up};
 use crate::driver::{Attempt, Limits, WriteFlags, ZeroFlags};
 use crate::error::Result;
-use crate::graph::{Edge, Node};
+use crate::graph::Edge;
 
 /// The one buffer of zeros everybody writes from; nobody can reach it to write to it.
 const ZERO_LEN: usize = 1 << 20;
@@ -54,19 +55,19 @@ pub(super) async fn write_zeroes_inside(
     }
     let wants_flush = flags.contains(ZeroFlags::FUA) && !node.flags().cache.no_flush;
     let native_fua = supported.is_some_and(|s| s.contains(ZeroFlags::FUA)) && padded.is_none();
-    let piece = Pieces {
-        node,
-        limits: &limits,
-        flags: flags & supported.unwrap_or_default(),
-        write_flags: write_flags(flags),
-        may_fall_back: !flags.contains(ZeroFlags::NO_FALLBACK),
-        has_driver_way: supported.is_some(),
-    };
     let outer = padded.as_ref().map_or(offset..end, |p| p.outer.clone());
+    let no_wait = flags.contains(ZeroFlags::NO_WAIT);
     let fell_back = {
-        let no_wait = flags.contains(ZeroFlags::NO_WAIT);
-        let _tracked = node.track_unless(outer, padded.is_some(), no_wait).await?;
+        let tracked = node.track_unless(outer, padded.is_some(), no_wait).await?;
         let _writing = node.writing();
+        let piece = Pieces {
+            inside: &Inside::new(node, &tracked),
+            limits: &limits,
+            flags: flags & supported.unwrap_or_default(),
+            write_flags: write_flags(flags),
+            may_fall_back: !flags.contains(ZeroFlags::NO_FALLBACK),
+            has_driver_way: supported.is_some(),
+        };
         match padded {
             None => piece.zero(offset, end).await?,
             Some(padded) => Box::pin(zero_padded(&piece, &padded, offset, end)).await?,
@@ -90,10 +91,15 @@ fn write_flags(flags: ZeroFlags) -> WriteFlags {
 }
 
 /// Makes a range read as zeros that did so before: aligned, registered, and the node counts as being written to.
-pub(super) async fn keep_zeroes(node: &Node, limits: &Limits, start: u64, end: u64) -> Result<()> {
-    let supported = node.driver().zero_flags();
+pub(super) async fn keep_zeroes(
+    inside: &Inside<'_>,
+    limits: &Limits,
+    start: u64,
+    end: u64,
+) -> Result<()> {
+    let supported = inside.node().driver().zero_flags();
     let piece = Pieces {
-        node,
+        inside,
         limits,
         flags: ZeroFlags::UNCHANGED & supported.unwrap_or_default(),
         write_flags: WriteFlags::UNCHANGED,
@@ -105,21 +111,21 @@ pub(super) async fn keep_zeroes(node: &Node, limits: &Limits, start: u64, end: u
 
 /// Head and tail blocks are read, zeroed in part and written; whole blocks between them are zeroed as such.
 async fn zero_padded(piece: &Pieces<'_>, padded: &Padded, offset: u64, end: u64) -> Result<Zeroed> {
-    let (node, limits) = (piece.node, piece.limits);
+    let (inside, limits) = (piece.inside, piece.limits);
     let align = u64::from(limits.request_alignment);
-    let pad = read_around(node, limits, padded).await?;
+    let pad = read_around(inside.node(), limits, padded).await?;
     let middle = round_up(offset, align)..round_down(end, align);
     if middle.start >= middle.end && padded.reads().count() == 1 {
         // One or two touching blocks: one write of head, zeros, tail.
         let len = usize::try_from(end - offset).unwrap_or(usize::MAX);
         let joined = padded.join(&pad, Buf::zeroed(len, 1).iov());
-        write_aligned(node, limits, padded.outer.start, joined, WriteFlags::empty()).await?;
+        write_aligned(inside, limits, padded.outer.start, joined, WriteFlags::empty()).await?;
         return Ok(Zeroed::ByBuffer);
     }
     if padded.head_len > 0 {
         let mut block = pad.front(0..padded.head_len);
         block.push(zeros(align - padded.head_len as u64));
-        write_aligned(node, limits, padded.outer.start, block, WriteFlags::empty()).await?;
+        write_aligned(inside, limits, padded.outer.start, block, WriteFlags::empty()).await?;
     }
     let mut zeroed = Zeroed::ByBuffer;
     if middle.start < middle.end {
@@ -128,7 +134,7 @@ async fn zero_padded(piece: &Pieces<'_>, padded: &Padded, offset: u64, end: u64)
     if padded.tail_len > 0 {
         let mut block = zeros(align - padded.tail_len as u64);
         block.push(pad.back(padded.tail_len));
-        write_aligned(node, limits, padded.outer.end - align, block, WriteFlags::empty()).await?;
+        write_aligned(inside, limits, padded.outer.end - align, block, WriteFlags::empty()).await?;
     }
     Ok(zeroed)
 }
@@ -146,7 +152,7 @@ enum Zeroed {
 
 /// Zeroing aligned ranges of one node, which counts as being written to.
 struct Pieces<'a> {
-    node: &'a Node,
+    inside: &'a Inside<'a>,
     limits: &'a Limits,
     /// What is passed to the driver.
     flags: ZeroFlags,
@@ -166,8 +172,7 @@ impl Pieces<'_> {
                 let align = u64::from(self.limits.request_alignment);
                 len = len.min(round_down(self.limits.max_transfer, align).max(align));
             }
-            let done = self.has_driver_way
-                && self.node.driver().write_zeroes(offset, len, self.flags).await? == Attempt::Done;
+            let done = self.has_driver_way && self.by_driver(offset, len).await? == Attempt::Done;
             if !done {
                 if !self.may_fall_back {
                     return Ok(Zeroed::Unsupported);
@@ -180,11 +185,16 @@ impl Pieces<'_> {
         Ok(zeroed)
     }
 
+    async fn by_driver(&self, offset: u64, len: u64) -> Result<Attempt> {
+        let flags = self.flags;
+        self.inside.change(len, move |node| node.driver().write_zeroes(offset, len, flags)).await
+    }
+
     async fn write_buffer(&self, mut offset: u64, end: u64) -> Result<()> {
         while offset < end {
             let len = (end - offset).min(FALLBACK_LEN);
             // The caller flushes once at the end, if asked to.
-            write_aligned(self.node, self.limits, offset, zeros(len), self.write_flags).await?;
+            write_aligned(self.inside, self.limits, offset, zeros(len), self.write_flags).await?;
             offset += len;
         }
         Ok(())
@@ -247,17 +257,23 @@ pub(super) async fn discard_inside(
     if start >= end {
         return Ok(());
     }
-    let _tracked = node.track(start..end, false).await;
+    let tracked = node.track(start..end, false).await;
     let _writing = node.writing();
-    discard_aligned(node, &limits, start, end.min(reach)).await
+    let inside = Inside::new(node, &tracked);
+    discard_aligned(&inside, &limits, start, end.min(reach)).await
 }
 
-async fn discard_aligned(node: &Node, limits: &Limits, mut offset: u64, end: u64) -> Result<()> {
+async fn discard_aligned(
+    inside: &Inside<'_>,
+    limits: &Limits,
+    mut offset: u64,
+    end: u64,
+) -> Result<()> {
     let unit = u64::from(limits.discard_alignment.max(limits.request_alignment)).max(1);
     while offset < end {
         let len = piece_len(offset, end, unit, limits.max_discard);
         // A piece the driver cannot discard stays as it is.
-        let _advisory = node.driver().discard(offset, len).await?;
+        let _advisory = inside.change(len, move |node| node.driver().discard(offset, len)).await?;
         offset += len;
     }
     Ok(())

@@ -152,3 +152,55 @@ fn the_first_failure_of_a_flush_sticks() {
     traffic.flush_failed(&Error::new(ErrorKind::NoSpace, "second"));
     assert_eq!(traffic.flush_failure().expect("it failed").message(), "first");
 }
+
+#[test]
+fn a_range_left_behind_keeps_its_place_in_the_order() {
+    for is_serialising in [false, true] {
+        let traffic = Traffic::new();
+        let inside = traffic.enter();
+        let gone = traffic.track(inside, 0..10, is_serialising);
+        let (mut waits, ready) = goes(&traffic, 5..15, true);
+        assert!(!ready);
+        let kept = gone.keep();
+        drop(gone);
+        let wakes = Arc::<CountWakes>::default();
+        let mut waiting = Box::pin(waits.wait_turn());
+        assert!(poll(waiting.as_mut(), &wakes).is_pending(), "who waited for the request waits on");
+        traffic.give_back(kept);
+        assert!(wakes.0.load(Ordering::SeqCst) > 0);
+        assert!(poll(waiting.as_mut(), &wakes).is_ready());
+    }
+}
+
+#[test]
+fn a_range_left_behind_holds_up_newcomers_that_overlap_it_and_nobody_else() {
+    let traffic = Traffic::new();
+    let inside = traffic.enter();
+    let (gone, _) = goes(&traffic, 0..10, false);
+    let (_beside, _) = goes(&traffic, 0..10, false);
+    let kept = gone.keep();
+    drop(gone);
+    assert!(traffic.try_inline().is_none());
+    let (_elsewhere, ready) = goes(&traffic, 10..20, false);
+    assert!(ready);
+    let mut newcomer = traffic.track(inside, 9..11, false);
+    assert!(newcomer.has_conflict() && !newcomer.may_go());
+    traffic.give_back(kept);
+    assert!(newcomer.may_go() && traffic.try_inline().is_some());
+}
+
+#[test]
+fn lodgers_are_waited_for_unless_they_are_given_up() {
+    let traffic = Traffic::new();
+    let wakes = Arc::<CountWakes>::default();
+    let first = traffic.move_in();
+    let mut alone = Box::pin(traffic.wait_moved_out());
+    assert!(poll(alone.as_mut(), &wakes).is_pending());
+    traffic.move_out(first);
+    assert!(poll(alone.as_mut(), &wakes).is_ready());
+    let _second = traffic.move_in();
+    let mut alone = Box::pin(traffic.wait_moved_out());
+    assert!(poll(alone.as_mut(), &wakes).is_pending());
+    traffic.give_up();
+    assert!(poll(alone.as_mut(), &wakes).is_ready());
+}

@@ -24,6 +24,7 @@ mod graph_load;
 #[cfg(feature = "qcow2")]
 mod hostile;
 mod house;
+mod late;
 #[cfg(feature = "qcow2")]
 mod lifecycle;
 #[cfg(feature = "qcow2")]

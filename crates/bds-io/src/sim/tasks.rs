@@ -16,6 +16,7 @@ use tokio::sync::oneshot;
 use super::clock::Sleep;
 use super::{Shared, Sim};
 use crate::Task;
+use crate::current::{self, Current};
 
 /// The spawned tasks of a world.
 #[derive(Default)]
@@ -49,6 +50,8 @@ impl Drop for Leave {
 impl Sim {
     /// Drops all tasks where they stand.
     pub(super) fn drop_tasks(&self) {
+        // What spawns when it is dropped spawns here, and is dropped too.
+        let _entered = current::enter(Current::Sim(self.clone()));
         let (ready, wakers) = {
             let mut tasks = self.tasks();
             tasks.is_dead = true;

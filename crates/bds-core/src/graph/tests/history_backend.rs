@@ -383,3 +383,20 @@ fn a_move_that_fails_at_any_step_changes_nothing() {
         }
     });
 }
+
+/// Filters that a job put in are the job's business: a drive's user is shown the medium he knows.
+#[test]
+fn implicit_filters_are_hidden_in_queries_of_backends() {
+    run(|world| async move {
+        let node = file(&world, "disk").await;
+        let text = "driver=pass,node-name=hidden,file=disk";
+        let flags = crate::driver::OpenFlags { is_implicit: true, ..Default::default() };
+        let opened = world.graph.open_with(crate::Options::parse(text).unwrap(), flags).await;
+        let hidden = opened.unwrap();
+        let drive = Backend::new(&hidden, options("d0")).unwrap();
+        assert_eq!(drive.node().unwrap().name(), "hidden");
+        assert_eq!(drive.shown_node().unwrap().id(), node.id());
+        let shown = world.graph.query_backends();
+        assert_eq!(shown[0]["inserted"]["node-name"], "disk");
+    });
+}

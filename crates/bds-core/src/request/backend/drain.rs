@@ -55,7 +55,7 @@ impl Backend {
     /// # Ok(()) });
     /// ```
     pub fn in_flight(&self) -> usize {
-        self.inner.edge.hall().map_or(0, crate::graph::Hall::in_flight)
+        self.inner.edge.hall().map_or(0, |hall| hall.in_flight())
     }
 
     /// Waits until all of its requests that are inside have ended and are in the books, and keeps new ones waiting at its gate until the answer is

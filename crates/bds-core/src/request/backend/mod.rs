@@ -149,11 +149,11 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// Nothing has changed. `ReadOnly`: it wants to write and the node is read-only or inactive; `InUse`: it does what others do not bear, or does not
+    /// Nothing has changed. `ReadOnly`: it wants to write and the node is read-only; `Inactive`: or inactive; `InUse`: it does what others do not bear, or does not
     /// bear what they do (both are named); `AlreadyExists`, `InvalidInput`: the name it claims.
     #[track_caller]
     pub fn new(node: &NodeRef, options: BackendOptions) -> Result<Backend> {
-        if options.writable && !node.is_writable() {
+        if options.writable && !node.could_write() {
             let message = "the node is read-only; open it for writing";
             return Err(Error::new(ErrorKind::ReadOnly, message).node(node.name()));
         }

@@ -153,7 +153,7 @@ impl Inner {
             let policy = if is_read { desk.policies().read } else { desk.policies().write };
             let verdict = decide(policy, nospace);
             // After the graph's end nobody could decide any more.
-            let is_ended = self.edge.hall().is_some_and(crate::graph::Hall::is_ended);
+            let is_ended = self.edge.hall().is_some_and(|hall| hall.is_ended());
             if verdict == Verdict::Stop && is_ended {
                 return Verdict::Report;
             }

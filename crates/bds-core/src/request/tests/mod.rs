@@ -1,5 +1,6 @@
 //! The corridor's promises, on fakes under the seeded scheduler.
 
+mod begun;
 mod copy_on_read;
 mod device;
 mod drain;

@@ -302,7 +302,7 @@ impl Member {
     }
 
     /// `None`: it may go.
-    fn stand_in_line(&self, direction: Direction, len: u64) -> Option<Waiting<'_>> {
+    pub(super) fn stand_in_line(&self, direction: Direction, len: u64) -> Option<Waiting<'_>> {
         let mut state = self.group.lock();
         let now = bds_io::now();
         let cost = state.limiter.limits().cost(len);
@@ -350,14 +350,14 @@ impl Drop for Pass<'_> {
 }
 
 /// A request in line. Dropping it leaves the line.
-struct Waiting<'a> {
+pub(super) struct Waiting<'a> {
     member: &'a Member,
     direction: Direction,
     turn: Arc<Turn>,
 }
 
 impl Waiting<'_> {
-    async fn wait(self) {
+    pub(super) async fn wait(self) {
         while let Some(alarm) = self.look() {
             // A wake-up that came since is kept by `woken`.
             let woken = pin!(self.turn.woken.notified());

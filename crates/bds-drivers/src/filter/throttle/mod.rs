@@ -124,6 +124,11 @@ impl Driver for ThrottleNode {
         Some(result)
     }
 
+    fn pace(&self, len: u64) -> Option<BoxFuture<'_, ()>> {
+        let waiting = self.member.stand_in_line(Direction::Write, len)?;
+        Some(Box::pin(waiting.wait()))
+    }
+
     fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
             self.member.pass(Direction::Read, iov.len() as u64).await;
@@ -132,10 +137,7 @@ impl Driver for ThrottleNode {
     }
 
     fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
-        Box::pin(async move {
-            self.member.pass(Direction::Write, iov.len() as u64).await;
-            self.file.write(offset, iov, flags).await
-        })
+        self.file.write(offset, iov, flags)
     }
 
     fn compressed_unit(&self) -> Option<u32> {
@@ -143,10 +145,7 @@ impl Driver for ThrottleNode {
     }
 
     fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
-        Box::pin(async move {
-            self.member.pass(Direction::Write, iov.len() as u64).await;
-            self.file.write_compressed(offset, iov).await
-        })
+        self.file.write_compressed(offset, iov)
     }
 
     fn write_zeroes(
@@ -155,15 +154,11 @@ impl Driver for ThrottleNode {
         len: u64,
         flags: ZeroFlags,
     ) -> BoxFuture<'_, Result<Attempt>> {
-        Box::pin(async move {
-            self.member.pass(Direction::Write, len).await;
-            self.file.write_zeroes(offset, len, flags).await
-        })
+        self.file.write_zeroes(offset, len, flags)
     }
 
     fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Attempt>> {
         Box::pin(async move {
-            self.member.pass(Direction::Write, len).await;
             self.file.discard(offset, len).await?;
             Ok(Attempt::Done)
         })

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bds_core::Driver;
 use bds_core::driver::{ReadFlags, WriteFlags, ZeroFlags};
 use bds_core::rate::{Rate, RateLimits};
+use bds_core::{Driver, Result};
 use bds_io::{Buf, IoVec, Sim, SimConfig, Task, now, sleep, spawn};
 use futures_util::future::join_all;
 use serde_json::json;
@@ -41,9 +41,21 @@ fn mega() -> IoVec {
 fn write(node: &Arc<dyn Driver>) -> Task<u128> {
     let node = Arc::clone(node);
     spawn(async move {
-        node.write(0, mega(), WriteFlags::empty()).await.unwrap();
+        paced_write(&*node).await.unwrap();
         now().as_millis()
     })
+}
+
+/// As the corridor does it.
+async fn paced_write(node: &dyn Driver) -> Result<()> {
+    pace(node, MB as u64).await;
+    node.write(0, mega(), WriteFlags::empty()).await
+}
+
+async fn pace(node: &dyn Driver, len: u64) {
+    if let Some(turn) = node.pace(len) {
+        turn.await;
+    }
 }
 
 /// Lets tasks come to rest.
@@ -128,9 +140,9 @@ fn nobody_waits_for_a_request_that_is_not_polled() {
             let groups = group();
             let (a, b) = (node(&groups, "a").await, node(&groups, "b").await);
             write(&a).await;
-            let mut idle = a.write(0, mega(), WriteFlags::empty());
+            let mut idle = Box::pin(paced_write(&*a));
             assert!(futures_util::poll!(idle.as_mut()).is_pending());
-            let mut behind = a.write(0, mega(), WriteFlags::empty());
+            let mut behind = Box::pin(paced_write(&*a));
             assert!(futures_util::poll!(behind.as_mut()).is_pending());
             let other = write(&b);
             behind.await.unwrap();
@@ -170,9 +182,12 @@ fn zero_writes_discards_and_compressed_writes_are_writes() {
         groups.create("g", RateLimits { bps_write, ..RateLimits::default() }).unwrap();
         let a = node(&groups, "a").await;
         let len = MB as u64;
+        pace(&*a, len).await;
         let _done = a.write_zeroes(0, len, ZeroFlags::empty()).await.unwrap();
+        pace(&*a, len).await;
         let _done = a.discard(0, len).await.unwrap();
         assert_eq!(now().as_millis(), 900);
+        pace(&*a, len).await;
         a.write_compressed(0, mega()).await.unwrap();
         assert_eq!(now().as_millis(), 1900);
         write(&a).await;

@@ -129,8 +129,6 @@ impl Traffic {
             }
             Move::Poison(n) => self.world.step(&Command::Poison(n)).await,
             Move::Birth(n) => self.world.step(&Command::Open(body(1, Some(n)))).await,
-            // A drain that waits holds what it waits for.
-            Move::Death(_) if self.sections.iter().any(|section| !section.has_begun()) => {}
             Move::Death(n) => self.world.step(&Command::Release(n)).await,
             Move::Root(n) => self.world.step(&root(n)).await,
         }

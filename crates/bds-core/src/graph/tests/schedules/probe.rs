@@ -52,7 +52,7 @@ pub(super) struct ProbeType {
 
 /// One block of memory.
 pub(super) fn block() -> IoVec {
-    Buf::zeroed(LEN as usize, 1).iov()
+    Buf::zeroed(usize::try_from(LEN).unwrap(), 1).iov()
 }
 
 const fn child(name: &'static str) -> OptionSpec {

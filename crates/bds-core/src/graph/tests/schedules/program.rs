@@ -331,10 +331,11 @@ impl Stage {
         let backing = dice.one_in(2).then(|| Self::name(dice));
         let options = image(name, backing);
         match dice.below(3) {
-            0 => match self.perhaps(dice, self.graph.add(options)).await {
-                Some(Err(error)) => self.refused(&error),
-                Some(Ok(_)) | None => {}
-            },
+            0 => {
+                if let Some(Err(error)) = self.perhaps(dice, self.graph.add(options)).await {
+                    self.refused(&error);
+                }
+            }
             1 => match self.perhaps(dice, self.graph.open(options)).await {
                 Some(Ok(node)) => self.pool.lock().unwrap().push(node),
                 Some(Err(error)) => self.refused(&error),

@@ -137,6 +137,64 @@ fn a_reopen_lets_the_change_of_those_pass_who_drain_below_it() {
     });
 }
 
+/// The same for a handover, which writes everything out.
+#[test]
+fn a_handover_lets_the_change_of_those_pass_who_drain_below_it() {
+    under_schedules(200, |graph| async move {
+        let node = graph.open(image("node", None)).await.unwrap();
+        let guest = backend(&node, "guest", true);
+        guest.write(0, block(), WriteFlags::empty()).await.unwrap();
+        drop(guest);
+        let leaf = walk::child(&node, "file").unwrap().0;
+        for is_active in [false, true] {
+            let handing_over = {
+                let (graph, node) = (graph.clone(), node.clone());
+                bds_io::spawn(async move {
+                    match is_active {
+                        true => graph.activate(&node).await,
+                        false => graph.inactivate(&node).await,
+                    }
+                })
+            };
+            let drained = graph.drain(&leaf).await;
+            wait(3).await;
+            let change = graph.change();
+            let change = if is_active { change.disown(&node) } else { change.own(&node) };
+            change.commit().await.unwrap();
+            drop(drained);
+            handing_over.await.unwrap();
+            assert_eq!((node.is_active(), leaf.is_active()), (is_active, is_active));
+        }
+    });
+}
+
+/// An edge that the change had in hand while it closed what it removed was waited for by a drain that the closing waited for.
+#[test]
+fn a_removed_node_whose_own_edge_was_moved_is_closed_under_drains() {
+    under_schedules(200, |graph| async move {
+        let node = graph.open(image("node", None)).await.unwrap();
+        let other = graph.open(image("other", None)).await.unwrap();
+        let leaf = walk::child(&other, "file").unwrap().0;
+        let filter = Options::new().with("driver", "filter").with("node-name", "filter");
+        let filter = graph.open(filter.with("file", "node")).await.unwrap();
+        let draining = {
+            let (graph, leaf) = (graph.clone(), leaf.clone());
+            bds_io::spawn(async move {
+                for _ in 0..3 {
+                    let drained = graph.drain(&leaf).await;
+                    wait(2).await;
+                    drop(drained);
+                }
+            })
+        };
+        wait(2).await;
+        let change = graph.change().replace_child(&filter, "file", &other).remove(filter);
+        assert_eq!(change.commit().await.unwrap().closed.len(), 1);
+        draining.await;
+        drop(node);
+    });
+}
+
 /// The doors to a node that lies above another node that the same change drains used to stay shut for the driver that prepares.
 #[test]
 fn a_reopen_may_write_through_a_child_that_the_same_change_drains() {

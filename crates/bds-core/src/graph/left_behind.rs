@@ -1,0 +1,71 @@
+//! Closing waits for what dropped requests left behind.
+//!
+//! An operation whose request has gone keeps its node open until it ends (`request::begun`). Nobody can know it by name, so
+//! whoever closes waits for it instead of finding the node in use.
+
+use bds_refcount::{HolderInfo, Strong};
+
+use super::node::Node;
+use super::node_ref::NodeRef;
+use super::reap::{Ended, Reaper};
+
+impl Reaper {
+    /// Waits for operations whose requests have gone, where nothing but they keeps a node open.
+    pub(super) async fn wait_for_lodgers(&self) {
+        for node in self.live() {
+            wait_left_alone(&node, 0).await;
+        }
+    }
+
+    /// The graph is gone: closes what is dead and what dies when the last operation ends.
+    pub(super) fn sweep_for_good(&self) {
+        let is_held = self.live().iter().any(|node| node.traffic().lodgers() > 0);
+        if !is_held {
+            return self.sweep_in_background();
+        }
+        let reaper = self.clone();
+        bds_io::spawn(async move {
+            reaper.wait_for_lodgers().await;
+            let reports = reaper.clone().sweep().await;
+            reaper.keep(reports);
+        })
+        .detach();
+    }
+}
+
+impl NodeRef {
+    /// As [`NodeRef::end`], after the operations that keep the node open, if nobody else does.
+    pub(super) async fn end_patiently(self) -> Result<Ended, (NodeRef, Vec<HolderInfo>)> {
+        let mut this = self;
+        loop {
+            let (node, holders) = match this.end() {
+                Ok(ended) => return Ok(ended),
+                Err(others) => others,
+            };
+            let is_kept = node.node().traffic().lodgers() > 0 && !node.is_poisoned();
+            if !is_kept || !holders.is_empty() {
+                return Err((node, holders));
+            }
+            left_alone(node.strong()).await;
+            this = node;
+        }
+    }
+}
+
+/// As [`left_alone`], if operations keep the node open beside so many who do by name. Whoever means to keep it does so.
+pub(super) async fn wait_left_alone(node: &Strong<Node>, named: usize) {
+    if node.traffic().lodgers() > 0 && node.holders().len() <= named {
+        left_alone(node).await;
+    }
+}
+
+/// Waits until no operation keeps the node open on its own behalf. Their references go right after that.
+async fn left_alone(node: &Strong<Node>) {
+    node.traffic().wait_moved_out().await;
+    for _ in 0..1000 {
+        if node.count() <= 1 {
+            return;
+        }
+        bds_io::yield_now().await;
+    }
+}
