@@ -149,7 +149,7 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// Nothing has changed. `ReadOnly`: it wants to write and the node is read-only; `Inactive`: or inactive; `InUse`: it does what others do not bear, or does not
+    /// Nothing has changed. `ReadOnly`, `Inactive`: it wants to write and the node is that; `InUse`: it does what others do not bear, or does not
     /// bear what they do (both are named); `AlreadyExists`, `InvalidInput`: the name it claims.
     #[track_caller]
     pub fn new(node: &NodeRef, options: BackendOptions) -> Result<Backend> {
