@@ -114,6 +114,11 @@ impl<T> Strong<T> {
         Held::register(self, holder, Location::caller())
     }
 
+    /// As [`held_by`](Self::held_by), since another place in the program: for whoever took the reference on a caller's behalf.
+    pub fn held_since(self, holder: Holder, since: &'static Location<'static>) -> Held<T> {
+        Held::register(self, holder, since)
+    }
+
     /// Who holds the object by name.
     pub fn holders(&self) -> Vec<HolderInfo> {
         self.slot().side.lock().holders.list()

@@ -534,8 +534,11 @@ impl Editor<'_, '_> {
         if before.unwrap_or_else(|| self.graph.is_owned(node.id())) != shall_be {
             return Ok(());
         }
-        let words = if shall_be { "owns it already" } else { "does not own it" };
-        Err(refuse(node, format!("the monitor {words}")))
+        let (kind, words) = match shall_be {
+            true => (ErrorKind::AlreadyExists, "the monitor owns the node already"),
+            false => (ErrorKind::InvalidInput, "the monitor does not own the node"),
+        };
+        Err(Error::new(kind, words).node(node.name()))
     }
 
     fn append(&mut self, top: &NodeRef, overlay: &NodeRef) -> Result<()> {

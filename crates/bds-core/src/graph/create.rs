@@ -8,6 +8,7 @@
 //! A failure, or dropping the future, removes the files that were made here, and only those: a file that was there before
 //! stays, though it may have been emptied.
 
+use std::panic::Location;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -138,7 +139,7 @@ impl Graph {
 
     async fn open_made(&self, protocol: &str, path: &Path, role: Role) -> Result<NodeRef> {
         let flags = OpenFlags { role, ..OpenFlags::default() };
-        let node = self.open_as(file_options(protocol, path), flags).await?;
+        let node = self.open_as(file_options(protocol, path), flags, Location::caller()).await?;
         Ok(node.held_as(Holder::new(HolderKind::Owner, "create")))
     }
 
@@ -227,7 +228,7 @@ impl Graph {
         self.config().registry.format(&format)?;
         let tree = Options::new().with("driver", format).with("file", file.options().into_json());
         let flags = OpenFlags { read_only: true, ..OpenFlags::default() };
-        let node = self.open_as(tree, flags).await.map_err(named)?;
+        let node = self.open_as(tree, flags, Location::caller()).await.map_err(named)?;
         let len = node.len();
         node.close().await.map_err(Error::from)?.into_result()?;
         Ok(len)

@@ -228,7 +228,9 @@ impl Graph {
     /// [`Stale`] says why the id leads nowhere.
     #[track_caller]
     pub fn acquire(&self, id: NodeId) -> Result<NodeRef, Stale> {
-        self.0.reaper.arena.acquire(id.0).map(|strong| NodeRef::user(self, strong))
+        // No closure: the caller would not be seen through it.
+        let strong = self.0.reaper.arena.acquire(id.0)?;
+        Ok(NodeRef::user(self, strong))
     }
 
     /// Who holds the node, by name; empty for a stale id. References without a name are not listed.

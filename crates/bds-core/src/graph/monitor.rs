@@ -3,6 +3,9 @@
 //! Membership is the reference: the monitor's list holds the node, and taking it off the list is giving the reference up. There is no
 //! second bookkeeping that could disagree.
 
+use std::future::Future;
+use std::panic::Location;
+
 use bds_refcount::{Held, Holder, HolderKind};
 
 use super::claims::Operations;
@@ -41,15 +44,19 @@ impl Graph {
     ///
     /// # Errors
     /// As [`Graph::open`]; `InvalidInput` if `node-name` is missing, because nobody could delete the node then.
-    pub async fn add(&self, options: Options) -> Result<NodeId> {
-        if !options.contains("node-name") {
-            let words = "'node-name' must be given for a node that is added by name";
-            return Err(Error::new(ErrorKind::InvalidInput, words));
+    #[track_caller]
+    pub fn add(&self, options: Options) -> impl Future<Output = Result<NodeId>> + Send + '_ {
+        let since = Location::caller();
+        async move {
+            if !options.contains("node-name") {
+                let words = "'node-name' must be given for a node that is added by name";
+                return Err(Error::new(ErrorKind::InvalidInput, words));
+            }
+            let node = self.open(options).await?;
+            let id = node.id();
+            self.own_since(node, since)?;
+            Ok(id)
         }
-        let node = self.open(options).await?;
-        let id = node.id();
-        self.own(node)?;
-        Ok(id)
     }
 
     /// Lets the monitor own a node that is open already.
@@ -67,11 +74,16 @@ impl Graph {
     ///
     /// # Errors
     /// `AlreadyExists`: it owns it. The reference is given up.
+    #[track_caller]
     pub fn own(&self, node: NodeRef) -> Result<()> {
+        self.own_since(node, Location::caller())
+    }
+
+    fn own_since(&self, node: NodeRef, since: &'static Location<'static>) -> Result<()> {
         let id = node.id();
         let name = node.name().to_owned();
         let (_, held) = node.into_parts();
-        let held = held.pass_to(holder());
+        let held = held.into_strong().held_since(holder(), since);
         let mut plan = self.plan();
         if plan.monitor.contains_key(&id) {
             let error = Error::new(ErrorKind::AlreadyExists, "the monitor owns the node already");

@@ -9,6 +9,8 @@
 //! A failed open leaves nothing: the name's claim, the driver and the children end with the values that hold them, and
 //! what that leaves dead is closed before the error is returned. A dropped open does the same in the background.
 
+use std::future::Future;
+use std::panic::Location;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -76,8 +78,9 @@ impl Graph {
     ///
     /// # Errors
     /// Whatever fails: no node, no name, no lock remains and nothing was written.
-    pub async fn open(&self, options: Options) -> Result<NodeRef> {
-        self.open_with(options, OpenFlags::default()).await
+    #[track_caller]
+    pub fn open(&self, options: Options) -> impl Future<Output = Result<NodeRef>> + Send + '_ {
+        self.open_with(options, OpenFlags::default())
     }
 
     /// As [`Graph::open`], with other defaults than the common options have, and what only a program can ask for
@@ -92,12 +95,24 @@ impl Graph {
     /// assert_eq!((one.is_writable(), other.is_writable()), (false, true), "options go first");
     /// # Ok(()) });
     /// ```
-    pub async fn open_with(&self, options: Options, flags: OpenFlags) -> Result<NodeRef> {
-        self.open_as(options, OpenFlags { role: Role::empty(), ..flags }).await
+    #[track_caller]
+    pub fn open_with(
+        &self,
+        options: Options,
+        flags: OpenFlags,
+    ) -> impl Future<Output = Result<NodeRef>> + Send + '_ {
+        // An async fn would put itself down as the place where the reference was taken.
+        let since = Location::caller();
+        self.open_as(options, OpenFlags { role: Role::empty(), ..flags }, since)
     }
 
     /// As [`Graph::open_with`]; the node may be told what it will be to whom.
-    pub(super) async fn open_as(&self, options: Options, flags: OpenFlags) -> Result<NodeRef> {
+    pub(super) async fn open_as(
+        &self,
+        options: Options,
+        flags: OpenFlags,
+        since: &'static Location<'static>,
+    ) -> Result<NodeRef> {
         let mut guard = SweepIfDropped { graph: self, is_over: false };
         self.0.reaper.sweep_unasked().await;
         let call =
@@ -107,7 +122,8 @@ impl Graph {
             self.0.reaper.sweep_unasked().await;
         }
         guard.is_over = true;
-        opened.map(|strong| NodeRef::new(self, strong, Holder::new(HolderKind::Owner, "open")))
+        let owner = Holder::new(HolderKind::Owner, "open");
+        opened.map(|strong| NodeRef::from_held(self, strong.held_since(owner, since)))
     }
 }
 

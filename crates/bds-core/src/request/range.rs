@@ -52,7 +52,7 @@ pub(super) fn may_write(edge: &Edge, node: &Node, end: u64, is_unchanged: bool) 
     if !perm.intersects(wanted) {
         return Err(Error::new(
             ErrorKind::ReadOnly,
-            format!("'{}' did not ask to write here", edge.name()),
+            format!("{} did not ask to write here", edge.holder()),
         ));
     }
     if !perm.contains(Perm::RESIZE) {

@@ -44,7 +44,7 @@ async fn truncate_inside(
     if !edge.access().perm.contains(Perm::RESIZE) {
         return Err(Error::new(
             ErrorKind::ReadOnly,
-            format!("'{}' did not ask to resize this node", edge.name()),
+            format!("{} did not ask to resize this node", edge.holder()),
         ));
     }
     let stable = node.len().min(change.len);

@@ -235,3 +235,39 @@ fn the_end_of_a_graph_closes_what_is_dead() {
         assert!(shared.log().contains(&"close low".to_owned()));
     });
 }
+
+#[test]
+fn a_leak_says_where_in_the_program_the_node_was_opened() {
+    run(|world| async move {
+        world.plain("a");
+        let options = crate::Options::parse("driver=file,node-name=n,filename=a").unwrap();
+        let line = line!() + 1;
+        let node = world.graph.open(options.clone()).await.unwrap();
+        let report = world.graph.shutdown().await;
+        let since = report.leaked[0].holders[0].since;
+        assert_eq!((since.file(), since.line()), (file!(), line));
+        let words = report.check_leaks().unwrap_err().to_string();
+        assert!(words.contains(&format!("owner 'open' (since {}:{line}", file!())), "{words}");
+        drop(node);
+    });
+}
+
+#[test]
+fn a_refused_deletion_says_where_the_others_took_hold() {
+    run(|world| async move {
+        world.plain("a");
+        let options = crate::Options::parse("driver=file,node-name=n,filename=a").unwrap();
+        let line = line!() + 1;
+        let id = world.graph.add(options).await.unwrap();
+        let since = world.graph.holders(id)[0].since;
+        assert_eq!((since.file(), since.line()), (file!(), line));
+        let user = world.graph.find("n").unwrap();
+        let refused = world.graph.del("n").await.unwrap_err().to_string();
+        assert!(
+            refused.contains("user 'reference' (since") && refused.contains(file!()),
+            "{refused}"
+        );
+        drop(user);
+        world.graph.del("n").await.unwrap();
+    });
+}

@@ -60,7 +60,7 @@ fn a_change_that_owns_a_node_twice_is_refused() {
     under_schedules(1, |graph| async move {
         let a = graph.open(image("a", None)).await.unwrap();
         let twice = graph.change().own(&a).own(&a).commit().await.unwrap_err();
-        assert_eq!(twice.kind(), ErrorKind::InvalidInput);
+        assert_eq!(twice.kind(), ErrorKind::AlreadyExists);
         assert!(!graph.is_owned(a.id()));
         graph.change().own(&a).disown(&a).own(&a).commit().await.unwrap();
         assert!(graph.is_owned(a.id()));
