@@ -15,13 +15,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
 use bds_core::driver::{
-    Attempt, BoxFuture, Category, Child, Driver, DriverType, Limits, OpenContext, ReadFlags,
-    Reopen, ReopenContext, Role, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Attempt, BoxFuture, Child, Driver, Limits, OpenContext, Reopen, ReopenContext, Role, Truncate,
+    WriteFlags, ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::sync::Notify;
 use bds_io::{IoVec, Task};
+
+use super::plain::{filter_type, pass_on};
 
 /// The `compress` filter.
 #[derive(Clone, Copy, Debug)]
@@ -136,28 +138,10 @@ impl Driver for CompressNode {
         "compress"
     }
 
-    fn len(&self) -> u64 {
-        self.file.len()
-    }
+    pass_on!(self.file => len, is_filter, zero_flags, try_read, read, block_status, allocated_len);
 
     fn limits(&self) -> Limits {
         Limits { request_alignment: self.unit, ..self.file.limits() }
-    }
-
-    fn is_filter(&self) -> bool {
-        true
-    }
-
-    fn zero_flags(&self) -> Option<ZeroFlags> {
-        Some(ZeroFlags::all())
-    }
-
-    fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
-        self.file.try_read(offset, iov)
-    }
-
-    fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
-        self.file.read(offset, iov, flags)
     }
 
     fn write(&self, offset: u64, iov: IoVec, _flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
@@ -195,25 +179,11 @@ impl Driver for CompressNode {
         })
     }
 
-    fn block_status(
-        &self,
-        offset: u64,
-        len: u64,
-        _precise: bool,
-    ) -> BoxFuture<'_, Result<StatusRun>> {
-        let run = super::pass_status("file", self.file.len(), offset, len);
-        Box::pin(async move { Ok(run) })
-    }
-
     fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
             self.late.wait(&(0..u64::MAX)).await;
             self.file.truncate(change).await
         })
-    }
-
-    fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
-        self.file.allocated_len()
     }
 
     fn inactivate(&self) -> BoxFuture<'_, Result<()>> {
@@ -246,36 +216,21 @@ impl Driver for CompressNode {
     }
 }
 
-impl DriverType for Compress {
-    fn name(&self) -> &'static str {
-        "compress"
-    }
+filter_type!(Compress, "compress");
 
-    fn category(&self) -> Category {
-        Category::Filter
-    }
-
-    fn open_options(&self) -> &'static [OptionSpec] {
-        OPEN_OPTIONS
-    }
-
-    fn open<'a>(
-        &'a self,
-        context: &'a mut OpenContext<'_>,
-    ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
-        Box::pin(async move {
-            let file = context.child("file", Role::FILTERED | Role::PRIMARY).await?;
-            let Some(unit) = file.compressed_unit() else {
-                let words = format!(
-                    "'file' is node '{}' ({}), which has no compressed clusters; the compress filter \
-                     stands above an image that has them, like qcow2 without a data file",
-                    file.node_name(),
-                    file.driver_name()
-                );
-                return Err(Error::new(ErrorKind::NotSupported, words));
-            };
-            let late = Arc::default();
-            Ok(Box::new(CompressNode { file: Arc::new(file), unit, late }) as Box<dyn Driver>)
-        })
+impl Compress {
+    async fn open_node(&self, context: &mut OpenContext<'_>) -> Result<CompressNode> {
+        let file = context.child("file", Role::FILTERED | Role::PRIMARY).await?;
+        let Some(unit) = file.compressed_unit() else {
+            let words = format!(
+                "'file' is node '{}' ({}), which has no compressed clusters; the compress filter \
+                 stands above an image that has them, like qcow2 without a data file",
+                file.node_name(),
+                file.driver_name()
+            );
+            return Err(Error::new(ErrorKind::NotSupported, words));
+        };
+        let late = Arc::default();
+        Ok(CompressNode { file: Arc::new(file), unit, late })
     }
 }

@@ -9,13 +9,14 @@
 use std::any::Any;
 
 use bds_core::driver::{
-    Access, Attempt, BoxFuture, Category, Child, Driver, DriverType, Limits, NodeUse, OpenContext,
-    Perm, ReadFlags, Reopen, ReopenContext, Role, StatusFlags, StatusRun, Truncate, WriteFlags,
-    ZeroFlags,
+    Access, BoxFuture, Child, Driver, NodeUse, OpenContext, Perm, ReadFlags, Reopen, ReopenContext,
+    Role, StatusFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::IoVec;
+
+use super::plain::{filter_type, pass_on};
 
 /// The `copy-on-read` filter.
 #[derive(Clone, Copy, Debug)]
@@ -76,81 +77,15 @@ impl Driver for CopyOnReadNode {
         "copy-on-read"
     }
 
-    fn len(&self) -> u64 {
-        self.file.len()
-    }
-
-    fn limits(&self) -> Limits {
-        Limits { request_alignment: 1, ..self.file.limits() }
-    }
-
-    fn is_filter(&self) -> bool {
-        true
-    }
-
-    fn write_flags(&self) -> WriteFlags {
-        WriteFlags::all()
-    }
-
-    fn zero_flags(&self) -> Option<ZeroFlags> {
-        Some(ZeroFlags::all())
-    }
-
-    fn try_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
-        self.file.try_write(offset, iov)
-    }
+    pass_on!(self.file =>
+        len, limits, is_filter, write_flags, zero_flags, try_write, write, compressed_unit,
+        write_compressed, write_zeroes, discard, block_status, truncate, allocated_len);
 
     fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
         match &self.bottom {
             None => self.file.read(offset, iov, flags | ReadFlags::COPY_ON_READ),
             Some(bottom) => Box::pin(self.read_above(bottom, offset, iov, flags)),
         }
-    }
-
-    fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
-        self.file.write(offset, iov, flags)
-    }
-
-    fn compressed_unit(&self) -> Option<u32> {
-        self.file.compressed_unit()
-    }
-
-    fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
-        self.file.write_compressed(offset, iov)
-    }
-
-    fn write_zeroes(
-        &self,
-        offset: u64,
-        len: u64,
-        flags: ZeroFlags,
-    ) -> BoxFuture<'_, Result<Attempt>> {
-        self.file.write_zeroes(offset, len, flags)
-    }
-
-    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Attempt>> {
-        Box::pin(async move {
-            self.file.discard(offset, len).await?;
-            Ok(Attempt::Done)
-        })
-    }
-
-    fn block_status(
-        &self,
-        offset: u64,
-        len: u64,
-        _precise: bool,
-    ) -> BoxFuture<'_, Result<StatusRun>> {
-        let run = super::pass_status("file", self.file.len(), offset, len);
-        Box::pin(async move { Ok(run) })
-    }
-
-    fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
-        self.file.truncate(change)
-    }
-
-    fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
-        self.file.allocated_len()
     }
 
     /// Copies are written whatever the parents do, also below a node that is itself read-only.
@@ -178,36 +113,21 @@ impl Driver for CopyOnReadNode {
     }
 }
 
-impl DriverType for CopyOnRead {
-    fn name(&self) -> &'static str {
-        "copy-on-read"
-    }
+filter_type!(CopyOnRead, "copy-on-read");
 
-    fn category(&self) -> Category {
-        Category::Filter
-    }
-
-    fn open_options(&self) -> &'static [OptionSpec] {
-        OPEN_OPTIONS
-    }
-
-    fn open<'a>(
-        &'a self,
-        context: &'a mut OpenContext<'_>,
-    ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
-        Box::pin(async move {
-            let bottom = context.options.take_str("bottom")?;
-            let file = context.child("file", Role::FILTERED | Role::PRIMARY).await?;
-            if !file.is_writable() {
-                let words = "copy-on-read writes to its file: open the file with read-only=off";
-                return Err(Error::new(ErrorKind::ReadOnly, words));
-            }
-            if let Some(bottom) = &bottom {
-                file.status_down_to(bottom, 0, 0).await.map_err(|error| {
-                    error.with_kind(ErrorKind::InvalidInput).context("option 'bottom'")
-                })?;
-            }
-            Ok(Box::new(CopyOnReadNode { file, bottom }) as Box<dyn Driver>)
-        })
+impl CopyOnRead {
+    async fn open_node(&self, context: &mut OpenContext<'_>) -> Result<CopyOnReadNode> {
+        let bottom = context.options.take_str("bottom")?;
+        let file = context.child("file", Role::FILTERED | Role::PRIMARY).await?;
+        if !file.is_writable() {
+            let words = "copy-on-read writes to its file: open the file with read-only=off";
+            return Err(Error::new(ErrorKind::ReadOnly, words));
+        }
+        if let Some(bottom) = &bottom {
+            file.status_down_to(bottom, 0, 0).await.map_err(|error| {
+                error.with_kind(ErrorKind::InvalidInput).context("option 'bottom'")
+            })?;
+        }
+        Ok(CopyOnReadNode { file, bottom })
     }
 }

@@ -21,14 +21,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
 use bds_core::driver::{
-    Access, Attempt, BoxFuture, Category, Child, Driver, DriverType, Limits, NodeUse, OpenContext,
-    Perm, Prealloc, ReadFlags, Reopen, ReopenContext, Role, StatusRun, Truncate, WriteFlags,
-    ZeroFlags,
+    Access, Attempt, BoxFuture, Child, Driver, NodeUse, OpenContext, Perm, Prealloc, Reopen,
+    ReopenContext, Role, Truncate, WriteFlags, ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::sync::{Mutex, OwnedMutexGuard};
 use bds_io::{IoVec, Task};
+
+use super::plain::{filter_type, pass_on};
 
 /// The `preallocate` filter.
 #[derive(Clone, Copy, Debug)]
@@ -246,28 +247,12 @@ impl Driver for PreallocateNode {
         "preallocate"
     }
 
+    pass_on!(self.0.file =>
+        limits, is_filter, write_flags, zero_flags, try_read, read, discard, block_status,
+        allocated_len);
+
     fn len(&self) -> u64 {
         if self.0.is_active() { self.0.data_end.load(Ordering::SeqCst) } else { self.0.file.len() }
-    }
-
-    fn limits(&self) -> Limits {
-        Limits { request_alignment: 1, ..self.0.file.limits() }
-    }
-
-    fn is_filter(&self) -> bool {
-        true
-    }
-
-    fn write_flags(&self) -> WriteFlags {
-        WriteFlags::all()
-    }
-
-    fn zero_flags(&self) -> Option<ZeroFlags> {
-        Some(ZeroFlags::all())
-    }
-
-    fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
-        self.0.file.try_read(offset, iov)
     }
 
     fn try_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
@@ -275,10 +260,6 @@ impl Driver for PreallocateNode {
             return None;
         }
         self.0.file.try_write(offset, iov)
-    }
-
-    fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
-        self.0.file.read(offset, iov, flags)
     }
 
     fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
@@ -300,32 +281,11 @@ impl Driver for PreallocateNode {
         self.0.file.write_zeroes(offset, len, flags)
     }
 
-    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Attempt>> {
-        Box::pin(async move {
-            self.0.file.discard(offset, len).await?;
-            Ok(Attempt::Done)
-        })
-    }
-
-    fn block_status(
-        &self,
-        offset: u64,
-        len: u64,
-        _precise: bool,
-    ) -> BoxFuture<'_, Result<StatusRun>> {
-        let run = super::pass_status("file", self.len(), offset, len);
-        Box::pin(async move { Ok(run) })
-    }
-
     fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
         if !self.0.is_active() {
             return self.0.file.truncate(change);
         }
         Box::pin(self.0.resize(change))
-    }
-
-    fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
-        self.0.file.allocated_len()
     }
 
     /// Nobody else may move the end of the file, nor write behind ours. Asked for also while no parent writes: what is taken must
@@ -381,38 +341,23 @@ impl Driver for PreallocateNode {
     }
 }
 
-impl DriverType for Preallocate {
-    fn name(&self) -> &'static str {
-        "preallocate"
-    }
+filter_type!(Preallocate, "preallocate");
 
-    fn category(&self) -> Category {
-        Category::Filter
-    }
-
-    fn open_options(&self) -> &'static [OptionSpec] {
-        OPEN_OPTIONS
-    }
-
-    fn open<'a>(
-        &'a self,
-        context: &'a mut OpenContext<'_>,
-    ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
-        Box::pin(async move {
-            let (align, ahead) = take_sizes(&mut context.options)?;
-            let file = context.child("file", Role::FILTERED | Role::PRIMARY).await?;
-            let len = file.len();
-            Ok(Box::new(PreallocateNode(Arc::new(Inner {
-                is_active: AtomicBool::new(file.is_writable()),
-                file,
-                align,
-                ahead,
-                data_end: AtomicU64::new(len),
-                zero_from: AtomicU64::new(len),
-                is_unable: AtomicBool::new(false),
-                growing: Arc::default(),
-            }))) as Box<dyn Driver>)
-        })
+impl Preallocate {
+    async fn open_node(&self, context: &mut OpenContext<'_>) -> Result<PreallocateNode> {
+        let (align, ahead) = take_sizes(&mut context.options)?;
+        let file = context.child("file", Role::FILTERED | Role::PRIMARY).await?;
+        let len = file.len();
+        Ok(PreallocateNode(Arc::new(Inner {
+            is_active: AtomicBool::new(file.is_writable()),
+            file,
+            align,
+            ahead,
+            data_end: AtomicU64::new(len),
+            zero_from: AtomicU64::new(len),
+            is_unable: AtomicBool::new(false),
+            growing: Arc::default(),
+        })))
     }
 }
 

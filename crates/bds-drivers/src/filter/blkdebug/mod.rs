@@ -19,15 +19,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bds_core::driver::{
-    Access, Attempt, BoxFuture, Category, Child, Driver, DriverType, HostMap, Limits, NodeUse,
-    OpenContext, Perm, ReadFlags, Reopen, ReopenContext, Role, StatusFlags, StatusRun, Truncate,
-    WriteFlags, ZeroFlags,
+    Access, Attempt, BoxFuture, Child, Driver, Limits, NodeUse, OpenContext, Perm, ReadFlags,
+    Reopen, ReopenContext, Role, StatusRun, WriteFlags, ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::{Fs, IoVec};
 use serde_json::Value;
 
+use super::plain::{self, filter_type, pass_on};
 use config::FileRules;
 use rules::{Kind, Rules};
 
@@ -189,9 +189,8 @@ impl Driver for DebugNode {
         "blkdebug"
     }
 
-    fn len(&self) -> u64 {
-        self.image.len()
-    }
+    pass_on!(self.image =>
+        len, is_filter, write_flags, zero_flags, compressed_unit, truncate, allocated_len);
 
     fn limits(&self) -> Limits {
         let mut limits = Limits { request_alignment: 1, ..self.image.limits() };
@@ -215,18 +214,6 @@ impl Driver for DebugNode {
         limits
     }
 
-    fn is_filter(&self) -> bool {
-        true
-    }
-
-    fn write_flags(&self) -> WriteFlags {
-        WriteFlags::all()
-    }
-
-    fn zero_flags(&self) -> Option<ZeroFlags> {
-        Some(ZeroFlags::all())
-    }
-
     fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
         // With rules a request is judged exactly once, on the slow path.
         if self.has_rules() { None } else { self.image.try_read(offset, iov) }
@@ -248,10 +235,6 @@ impl Driver for DebugNode {
             self.pass(Kind::Write, offset, iov.len() as u64, &["pwritev"]).await?;
             self.image.write(offset, iov, flags).await
         })
-    }
-
-    fn compressed_unit(&self) -> Option<u32> {
-        self.image.compressed_unit()
     }
 
     fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
@@ -302,21 +285,8 @@ impl Driver for DebugNode {
     ) -> BoxFuture<'_, Result<StatusRun>> {
         Box::pin(async move {
             self.pass(Kind::Status, offset, len, &[]).await?;
-            let end = self.image.len();
-            if offset >= end {
-                return Ok(StatusRun { len: 0, flags: StatusFlags::EOF, map: None });
-            }
-            let map = Some(HostMap { child: "image", offset });
-            Ok(StatusRun { len: len.min(end - offset), flags: StatusFlags::RAW, map })
+            Ok(plain::status(&self.image, self.len(), offset, len))
         })
-    }
-
-    fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
-        self.image.truncate(change)
-    }
-
-    fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
-        self.image.allocated_len()
     }
 
     fn child_access(&self, _name: &str, role: Role, node: &NodeUse) -> Access {
@@ -347,39 +317,24 @@ impl Driver for DebugNode {
     }
 }
 
-impl DriverType for Blkdebug {
-    fn name(&self) -> &'static str {
-        "blkdebug"
-    }
+filter_type!(Blkdebug, "blkdebug");
 
-    fn category(&self) -> Category {
-        Category::Filter
-    }
-
-    fn open_options(&self) -> &'static [OptionSpec] {
-        OPEN_OPTIONS
-    }
-
-    fn open<'a>(
-        &'a self,
-        context: &'a mut OpenContext<'_>,
-    ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
-        Box::pin(async move {
-            let (fs, options) = (context.fs, &mut context.options);
-            let asked = Asked::default().take(fs, options).await?;
-            let rules = asked.rules()?;
-            let taken = take_perms(options, "take-child-perms")?;
-            let unshared = take_perms(options, "unshare-child-perms")?;
-            let image = context.child("image", Role::FILTERED | Role::PRIMARY).await?;
-            Ok(Box::new(DebugNode {
-                node_name: context.node_name.to_owned(),
-                image,
-                has_rules: AtomicBool::new(!rules.is_empty()),
-                rules: Mutex::new(rules),
-                asked: Mutex::new(asked),
-                taken,
-                unshared,
-            }) as Box<dyn Driver>)
+impl Blkdebug {
+    async fn open_node(&self, context: &mut OpenContext<'_>) -> Result<DebugNode> {
+        let (fs, options) = (context.fs, &mut context.options);
+        let asked = Asked::default().take(fs, options).await?;
+        let rules = asked.rules()?;
+        let taken = take_perms(options, "take-child-perms")?;
+        let unshared = take_perms(options, "unshare-child-perms")?;
+        let image = context.child("image", Role::FILTERED | Role::PRIMARY).await?;
+        Ok(DebugNode {
+            node_name: context.node_name.to_owned(),
+            image,
+            has_rules: AtomicBool::new(!rules.is_empty()),
+            rules: Mutex::new(rules),
+            asked: Mutex::new(asked),
+            taken,
+            unshared,
         })
     }
 }

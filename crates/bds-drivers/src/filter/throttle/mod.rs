@@ -21,14 +21,14 @@ mod tests;
 use std::any::Any;
 
 use bds_core::driver::{
-    Attempt, BoxFuture, Category, Child, Driver, DriverType, Limits, OpenContext, ReadFlags,
-    Reopen, ReopenContext, Role, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    BoxFuture, Child, Driver, OpenContext, ReadFlags, Reopen, ReopenContext, Role,
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::rate::{Direction, RateLimits};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 
+use super::plain::{filter_type, pass_on};
 use group::{Group, Member};
 
 pub use groups::{GroupInfo, ThrottleGroups};
@@ -90,25 +90,9 @@ impl Driver for ThrottleNode {
         "throttle"
     }
 
-    fn len(&self) -> u64 {
-        self.file.len()
-    }
-
-    fn limits(&self) -> Limits {
-        Limits { request_alignment: 1, ..self.file.limits() }
-    }
-
-    fn is_filter(&self) -> bool {
-        true
-    }
-
-    fn write_flags(&self) -> WriteFlags {
-        WriteFlags::all()
-    }
-
-    fn zero_flags(&self) -> Option<ZeroFlags> {
-        Some(ZeroFlags::all())
-    }
+    pass_on!(self.file =>
+        len, limits, is_filter, write_flags, zero_flags, write, compressed_unit,
+        write_compressed, write_zeroes, discard, block_status, truncate, allocated_len);
 
     fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
         let pass = self.member.try_pass(Direction::Read, iov.len() as u64)?;
@@ -134,52 +118,6 @@ impl Driver for ThrottleNode {
             self.member.pass(Direction::Read, iov.len() as u64).await;
             self.file.read(offset, iov, flags).await
         })
-    }
-
-    fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
-        self.file.write(offset, iov, flags)
-    }
-
-    fn compressed_unit(&self) -> Option<u32> {
-        self.file.compressed_unit()
-    }
-
-    fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
-        self.file.write_compressed(offset, iov)
-    }
-
-    fn write_zeroes(
-        &self,
-        offset: u64,
-        len: u64,
-        flags: ZeroFlags,
-    ) -> BoxFuture<'_, Result<Attempt>> {
-        self.file.write_zeroes(offset, len, flags)
-    }
-
-    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Attempt>> {
-        Box::pin(async move {
-            self.file.discard(offset, len).await?;
-            Ok(Attempt::Done)
-        })
-    }
-
-    fn block_status(
-        &self,
-        offset: u64,
-        len: u64,
-        _precise: bool,
-    ) -> BoxFuture<'_, Result<StatusRun>> {
-        let run = super::pass_status("file", self.file.len(), offset, len);
-        Box::pin(async move { Ok(run) })
-    }
-
-    fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
-        self.file.truncate(change)
-    }
-
-    fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
-        self.file.allocated_len()
     }
 
     fn drain_begin(&self) {
@@ -223,33 +161,16 @@ const OPEN_OPTIONS: &[OptionSpec] = &[
     spec("limits.iops-size", OptionKind::Size, "bytes that count as one operation"),
 ];
 
-impl DriverType for Throttle {
-    fn name(&self) -> &'static str {
-        "throttle"
-    }
-
-    fn category(&self) -> Category {
-        Category::Filter
-    }
-
-    fn open_options(&self) -> &'static [OptionSpec] {
-        OPEN_OPTIONS
-    }
-
-    fn open<'a>(
-        &'a self,
-        context: &'a mut OpenContext<'_>,
-    ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
-        Box::pin(async move {
-            let is_alone = !context.options.contains("throttle-group");
-            let member = self.join(&mut context.options, context.node_name)?;
-            let file = context.child("file", Role::FILTERED | Role::PRIMARY).await?;
-            Ok(Box::new(ThrottleNode { file, member, is_alone }) as Box<dyn Driver>)
-        })
-    }
-}
+filter_type!(Throttle, "throttle");
 
 impl Throttle {
+    async fn open_node(&self, context: &mut OpenContext<'_>) -> Result<ThrottleNode> {
+        let is_alone = !context.options.contains("throttle-group");
+        let member = self.join(&mut context.options, context.node_name)?;
+        let file = context.child("file", Role::FILTERED | Role::PRIMARY).await?;
+        Ok(ThrottleNode { file, member, is_alone })
+    }
+
     /// A place in the group that the options name, or in one of the node's own.
     fn join(&self, options: &mut Options, node_name: &str) -> Result<Member> {
         let group = options.take_str("throttle-group")?;
