@@ -23,7 +23,7 @@ pub(crate) fn all(tier: Tier, rest: &[String]) -> Result<Outcome, String> {
         sum.add(&matrix::cells(&[])?);
     }
     if tier == Tier::Full {
-        sum.add(&schedules()?);
+        sum.add(&searches()?);
         sum.add(&loom()?);
         sum.add(&address_sanitizer()?);
         sum.add(&thread_sanitizer()?);
@@ -121,13 +121,14 @@ fn loom() -> Result<Outcome, String> {
     cargo_test("loom", &mut command, &[])
 }
 
-/// A hundred thousand schedules of drains, changes, requests and closings, in a release build.
-fn schedules() -> Result<Outcome, String> {
+/// A hundred thousand schedules of drains, changes, requests and closings, and twenty thousand sequences of commands against the
+/// model, in a release build.
+fn searches() -> Result<Outcome, String> {
     let mut command = cargo();
     command
-        .args(["test", "--release", "--package", "bds-core", "--lib", "schedules"])
+        .args(["test", "--release", "--package", "bds-core", "--lib"])
         .env("BDS_TEST_BUDGET", "full");
-    cargo_test("schedules", &mut command, &[])
+    cargo_test("searches", &mut command, &["schedules".to_owned(), "properties".to_owned()])
 }
 
 /// The cellar's buffers under AddressSanitizer, where a nightly toolchain is installed.

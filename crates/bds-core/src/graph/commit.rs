@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use bds_refcount::Strong;
 
-use super::change::{Action, ById};
+use super::action::Action;
 use super::edge::{Edge, Parent};
 use super::lock::Edit;
 use super::node::Node;
 use super::perm::{self, Accesses};
 use super::reap::CloseReport;
 use super::reopen::Prepared;
-use super::transaction::{Attach, Move, Stage, Staged};
+use super::transaction::{Attach, ById, Move, Stage, Staged};
 use super::{Graph, NodeRef, guests, walk};
 use crate::driver::Child;
 use crate::error::Result;

@@ -9,6 +9,7 @@
 //! Who closes dead nodes: a node whose last reference went away waits, unpublished, until somebody reaps.
 //! [`Graph::open`], [`NodeRef::close`], [`Graph::reap`] and [`Graph::shutdown`] do; the graph's own end does what is left.
 
+mod action;
 mod activity;
 mod change;
 mod child;
@@ -19,6 +20,7 @@ mod detached;
 mod drain;
 mod dump;
 mod edge;
+mod edit;
 mod facts;
 mod flags;
 mod freeze;
@@ -36,6 +38,7 @@ mod node;
 mod node_ref;
 mod open;
 mod perm;
+mod quiesce;
 mod reap;
 mod rename;
 mod reopen;

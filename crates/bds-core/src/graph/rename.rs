@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 use std::sync::{Arc, OnceLock};
 
-use super::change::Action;
+use super::action::Action;
 use super::names::{Claim, check_name};
 use super::{Graph, NodeRef};
 use crate::error::{Error, ErrorKind, Result};

@@ -5,8 +5,8 @@
 
 use bds_refcount::Strong;
 
+use super::action::Action;
 use super::activity::order;
-use super::change::Action;
 use super::flags;
 use super::node::{Node, NodeId};
 use super::transaction::{Facts, NewFacts};

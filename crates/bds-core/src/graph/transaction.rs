@@ -3,18 +3,20 @@
 //! A stage is worked on under the lock, read through like the graph itself, and dropped without a trace: there is no
 //! rollback. What has been staged and checked is put into force by swapping the staged edges in (`change`), in one step that cannot fail.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use bds_refcount::Strong;
 
-use super::change::ById;
 use super::edge::{Edge, Parent};
 use super::node::{Node, NodeId};
 use super::perm::{Access, Accesses};
 use super::reap::Reaper;
 use crate::driver::{NodeUse, OpenFlags, Role};
 use crate::error::{Error, ErrorKind, Result};
+
+/// By id, so that one node is one entry; walked in an order that a replay sees again.
+pub(super) type ById<T> = BTreeMap<NodeId, T>;
 
 /// An edge's identity while somebody holds it.
 pub(super) fn key(edge: &Arc<Edge>) -> usize {
