@@ -107,6 +107,7 @@ fn drained_twice_it_waits_in_between() {
 }
 
 /// Lifecycle 52: a member that had the group's timer went, and nobody woke the others.
+/// QEMU's 6fccbb475b: a member left its group while the group's timer was its own, and the others hung.
 #[test]
 fn others_go_on_when_a_member_leaves() {
     for seed in 0..20 {
