@@ -45,8 +45,11 @@ impl Daemon {
 
     fn read(&mut self) -> Result<(), String> {
         self.line.clear();
-        self.reader.read_line(&mut self.line).map_err(|e| format!("QMP: {e}"))?;
-        Ok(())
+        match self.reader.read_line(&mut self.line) {
+            Ok(0) => Err("QMP: the daemon has gone".into()),
+            Ok(_) => Ok(()),
+            Err(e) => Err(format!("QMP: {e}")),
+        }
     }
 
     /// Asks, waits for the answer and returns its length in bytes.
@@ -59,7 +62,11 @@ impl Daemon {
             if self.line.starts_with("{\"return\"") {
                 return Ok(self.line.len());
             }
-            if !self.line.starts_with("{\"timestamp\"") {
+            // Events come in between, and now and then the greeting is late.
+            let is_aside = self.line.starts_with("{\"timestamp\"")
+                || self.line.starts_with("{\"QMP\"")
+                || self.line.trim().is_empty();
+            if !is_aside {
                 return Err(format!("{command}: {}", self.line.trim_end()));
             }
         }
