@@ -1,6 +1,6 @@
 //! The cellar: buffers, executor and engines. All syscalls, all chance and all time come from here.
 //!
-//! Reading order: [`buf`] (what an operation points at), [`file`] (what it is done to), [`context`] (who
+//! Reading order: [`buf`] (what an operation points at), [`mod@file`] (what it is done to), [`context`] (who
 //! drives it), [`sim`] (the same world on a seed).
 
 pub mod buf;
