@@ -8,8 +8,8 @@
 mod args;
 mod cmd;
 mod image;
-mod picture;
 mod progress;
+mod render;
 mod report;
 mod stop;
 mod text;
@@ -39,6 +39,9 @@ fn main() -> ExitCode {
         Command::Bench(args) => cmd::bench::run(args),
         Command::Dd(args) => cmd::dd::run(args),
         Command::Graph(args) => cmd::graph::run(args),
+        Command::Drivers(args) => cmd::drivers::run(args),
+        Command::Completions(args) => cmd::manual::completions(args),
+        Command::ManPages(args) => cmd::manual::man_pages(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
