@@ -40,10 +40,7 @@ fn svg_has_files_as_titles_short_labels_and_long_tooltips() {
     for label in [">file</text>", ">backing</text>"] {
         assert!(svg.contains(label), "{label}: {svg}");
     }
-    assert!(
-        svg.contains("<title>#block000.file: permissions consistent-read; shared"),
-        "{svg}"
-    );
+    assert!(svg.contains("<title>#block000.file: permissions consistent-read; shared"), "{svg}");
 }
 
 #[test]
