@@ -7,6 +7,8 @@
 
 mod text;
 
+use std::fmt;
+
 use serde_json::{Map, Value};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -37,6 +39,20 @@ pub enum OptionKind {
     Choice(&'static [&'static str]),
     /// A child: a node name or a nested tree.
     Child,
+}
+
+impl fmt::Display for OptionKind {
+    /// What a person may write as the value: "text", "on|off", "number", "size", "node", or the words of a choice.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::String => f.write_str("text"),
+            Self::Bool => f.write_str("on|off"),
+            Self::Number => f.write_str("number"),
+            Self::Size => f.write_str("size"),
+            Self::Choice(words) => f.write_str(&words.join("|")),
+            Self::Child => f.write_str("node"),
+        }
+    }
 }
 
 /// One option a driver knows.
