@@ -1,5 +1,6 @@
 //! One worker: takes pieces, moves them through its one buffer.
 
+use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -15,7 +16,8 @@ use crate::error::{Error, Result};
 /// When a read fails while salvaging, the piece is read again in steps of this size.
 const SALVAGE_STEP: u64 = 512;
 
-/// Lets pieces be written in the order of their numbers.
+/// Lets writes of pieces begin in the order of their numbers. A piece passes its turn as soon as its last write has begun: writes overlap,
+/// and a driver that allocates as they come still places them in order.
 #[derive(Default)]
 pub(super) struct Turns {
     now: AtomicU64,
@@ -118,6 +120,20 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
+    /// Polls a write once, which begins it, and passes the turn of `piece` before it ends.
+    async fn pass_at_begin<T>(&self, piece: &Piece, write: impl Future<Output = T>) -> T {
+        let mut write = pin!(write);
+        let mut has_passed = false;
+        poll_fn(|cx| {
+            let polled = write.as_mut().poll(cx);
+            if !std::mem::replace(&mut has_passed, true) {
+                self.job.turns.pass(piece.number);
+            }
+            polled
+        })
+        .await
+    }
+
     /// Compressed clusters may land in any order: each goes to the end of the file anyway.
     async fn wait_turn(&self, piece: &Piece) {
         let options = self.job.options;
@@ -203,10 +219,13 @@ impl<'a> Worker<'a> {
                 self.zero(offset, len).await?;
                 continue;
             }
-            job.target
-                .write(offset, data.slice(part.range), WriteFlags::empty())
-                .await
-                .map_err(|e| target_failed(e, offset))?;
+            let is_last = part.range.end == data.len();
+            let write = job.target.write(offset, data.slice(part.range), WriteFlags::empty());
+            let written = match is_last {
+                true => self.pass_at_begin(piece, write).await,
+                false => write.await,
+            };
+            written.map_err(|e| target_failed(e, offset))?;
             job.counts.written.fetch_add(len, Ordering::Relaxed);
         }
         Ok(())
