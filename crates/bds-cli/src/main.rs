@@ -7,7 +7,9 @@
 
 mod args;
 mod cmd;
+mod file_identity;
 mod image;
+mod overlay;
 mod progress;
 mod render;
 mod report;
