@@ -98,7 +98,7 @@
 //!
 //!     // The snapshot: 'base' keeps what it holds, writes go to 'top'.
 //!     graph.create_image(image(&top_path, "size=1M")?).await?;
-//!     let open = format!("driver=qcow2,node-name=top,backing=null,file.driver=file,file.filename={top_path}");
+//!     let open = format!("driver=qcow2,node-name=top,file.driver=file,file.filename={top_path}");
 //!     let top = graph.open(Options::parse(&open)?).await?;
 //!     graph.change().append(&base, &top).commit().await?;
 //!     assert_eq!(backend.node().expect("it has a medium").id(), top.id());
@@ -254,3 +254,8 @@ pub mod prelude {
     pub use bds_core::{Error, ErrorKind, Options};
     pub use bds_io::{Buf, Context, ContextOptions, IoVec};
 }
+
+/// The lines of the project's README, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct ReadmeOfTheProject;
