@@ -23,6 +23,8 @@ mod fuzz_seeds;
 mod graph_load;
 #[cfg(feature = "qcow2")]
 mod hostile;
+#[cfg(feature = "qcow2")]
+mod hostile_places;
 mod house;
 mod late;
 #[cfg(feature = "qcow2")]
