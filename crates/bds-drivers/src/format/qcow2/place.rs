@@ -59,7 +59,7 @@ impl Image {
     /// Is the table at `place`, a cluster long, all in the image file? Every writer writes whole tables, so one that the file ends in
     /// has lost entries.
     pub(crate) fn is_whole_table(&self, place: MetaOffset) -> bool {
-        place.plus(self.geometry().cluster_size()).0 <= self.file.len()
+        place.0.saturating_add(self.geometry().cluster_size()) <= self.file.len()
     }
 
     /// May the cluster of `run` (entry number `index` of `slice`) be changed where it is? It may if the entry says that it is the

@@ -109,7 +109,7 @@ fn discarded_data_is_discarded_in_the_data_file_only() {
         close(&graph, node, backend).await;
     });
     let data = sim.snapshot_file(DATA);
-    assert!(data[..1 << 19].iter().all(|b| *b == 0), "the host was not told");
+    assert!(data[..1 << 19].iter().all(|b| *b == 0), "the discard did not reach the host");
     assert!(data[1 << 19..FILLED] == pattern(9, 0, FILLED)[1 << 19..]);
     let image = sim.snapshot_file(IMAGE);
     assert!(image.starts_with(b"QFI\xfb") && word(&image, 512) != 0, "the image lost its tables");
