@@ -217,7 +217,7 @@ impl Image {
                     };
                     let clusters = image.geometry().clusters(run.len);
                     let is_unused = !run.kind.has_place();
-                    let item = is_unused.then(|| image.enter_flight(meta, guest, clusters));
+                    let item = is_unused.then(|| image.enter_flight(meta, guest, clusters, None));
                     Ok((clusters, item))
                 })
                 .await?;
@@ -245,7 +245,9 @@ impl Image {
         self.plan(|image, meta| {
             for _ in 0..AT_ONCE.min(freed.count) {
                 let at = freed.start;
-                if tells && meta.counts.count(geometry.cluster_index(at.0))? == 1 {
+                let cluster = geometry.cluster_index(at.0);
+                image.check_room(meta, meta.counts.bytes_to_pin(cluster))?;
+                if tells && meta.counts.count(cluster)? == 1 {
                     image.leave_bytes(meta, at);
                     push_discard(last, at, geometry.cluster_bits());
                 } else {
@@ -273,6 +275,8 @@ impl Image {
             let lowered = self
                 .plan(|image, meta| {
                     while run.count > 0 {
+                        let cluster = geometry.cluster_index(run.start.0);
+                        image.check_room(meta, meta.counts.bytes_to_pin(cluster))?;
                         image.lower(meta, run.start)?;
                         run.start = run.start.plus(geometry.cluster_size());
                         run.count -= 1;

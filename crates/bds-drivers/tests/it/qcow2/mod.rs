@@ -8,3 +8,4 @@ mod images;
 mod races;
 mod random;
 mod sweeps;
+mod write_back;
