@@ -40,8 +40,6 @@ pub(crate) const SIZE_AT: u64 = 24;
 pub(crate) const L1_AT: u64 = 36;
 /// Byte offset of `refcount_table_offset` and `refcount_table_clusters`, which change together.
 pub(crate) const REFTABLE_AT: u64 = 48;
-/// Byte offset of `nb_snapshots`, and of `snapshots_offset` behind it.
-pub(crate) const SNAPSHOTS_AT: u64 = 60;
 /// Byte offset of `incompatible_features`.
 pub(crate) const INCOMPATIBLE_AT: u64 = 72;
 /// Byte offset of `autoclear_features`.
@@ -447,11 +445,10 @@ impl Header {
 
     /// What is wrong with the place of the snapshot table, also of an empty one.
     pub(crate) fn snapshots_problem(&self) -> Option<&'static str> {
-        if !self.geometry.is_cluster_aligned(self.snapshots_offset) {
-            Some("the snapshot table does not begin at a cluster")
-        } else if self.snapshots_offset >= HOST_OFFSET_END {
-            Some("the snapshot table lies beyond any file")
-        } else if self.snapshot_count > 0 && self.snapshots_offset == 0 {
+        let place = self.snapshots_offset;
+        if !self.geometry.is_cluster_aligned(place) || place >= HOST_OFFSET_END {
+            Some("the snapshot table does not begin at a cluster of any file")
+        } else if self.snapshot_count > 0 && place == 0 {
             Some("the snapshot table overlaps the header")
         } else {
             None

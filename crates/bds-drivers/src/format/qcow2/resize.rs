@@ -11,7 +11,7 @@ use bds_core::driver::{Attempt, Prealloc, Truncate, ZeroFlags};
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 
-use super::header::{MAX_DISK_SIZE, MAX_L1_LEN, SNAPSHOTS_AT};
+use super::header::{MAX_DISK_SIZE, MAX_L1_LEN};
 use super::overlap::Class;
 use super::read::mem_len;
 use super::release::Freed;
@@ -90,7 +90,8 @@ impl Image {
             return Ok(());
         }
         let refused = |words: &str| {
-            Err(self.name_file(Error::new(ErrorKind::NotSupported, words).at(SNAPSHOTS_AT)))
+            // Where the header counts them.
+            Err(self.name_file(Error::new(ErrorKind::NotSupported, words).at(60)))
         };
         if header.version < 3 {
             return refused(
