@@ -60,8 +60,8 @@ mod write;
 mod zero;
 
 use bds_core::driver::{
-    BoxFuture, Category, CreateContext, Driver, DriverType, MeasureReport, MeasureSource,
-    OpenContext,
+    BoxFuture, Category, CreateContext, CreateFacts, Driver, DriverType, MeasureReport,
+    MeasureSource, OpenContext,
 };
 use bds_core::error::Result;
 use bds_core::options::{OptionSpec, Options};
@@ -79,6 +79,10 @@ impl DriverType for Qcow2Format {
 
     fn category(&self) -> Category {
         Category::Format
+    }
+
+    fn help(&self) -> &'static str {
+        "QEMU's image format: sparse, with backing files, compression and snapshots"
     }
 
     fn open_options(&self) -> &'static [OptionSpec] {
@@ -105,6 +109,10 @@ impl DriverType for Qcow2Format {
 
     fn create<'a>(&'a self, context: CreateContext<'a>) -> BoxFuture<'a, Result<()>> {
         Box::pin(create::create(context))
+    }
+
+    fn check_create(&self, options: &mut Options, backing_len: Option<u64>) -> Result<CreateFacts> {
+        create::check(options, backing_len)
     }
 
     fn measure(&self, options: &mut Options, source: &MeasureSource) -> Result<MeasureReport> {
