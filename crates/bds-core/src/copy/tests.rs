@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use proptest::prelude::{Just, Strategy, any, prop, prop_oneof, proptest};
 
 use super::{CopyOptions, CopyReport, CopySource, GRAIN, copy};
-use crate::driver::{HostMap, Limits, StatusFlags, ZeroFlags};
+use crate::driver::{HostMap, Limits, StatusFlags, WriteFlags, ZeroFlags};
 use crate::error::{Error, ErrorKind};
 use crate::options::Options;
 use crate::request::Backend;
@@ -73,6 +73,24 @@ fn on_a_target_of_zeros_only_data_is_written() {
         let report = pair.copy(&options).await.unwrap();
         assert_eq!((report.skipped, report.written), (3 * GRAIN as u64, GRAIN as u64));
         assert_eq!(pair.target_state.take_log().len(), 1);
+    });
+}
+
+/// In order means that writes begin in order: the next one does not wait until the last has ended.
+#[test]
+fn writes_begin_in_order_and_overlap() {
+    run(3, async {
+        let bytes = grains(&[1, 2, 3, 4, 5, 6, 7, 8]);
+        let target = Config { turns: 40, ..Config::default() };
+        let pair = pair(bytes.clone(), Config::default(), bytes.len(), target).await;
+        let options = CopyOptions { buffer_len: GRAIN, workers: 4, ..CopyOptions::default() };
+        pair.copy(&options).await.unwrap();
+        assert_eq!(pair.target_state.bytes(), bytes);
+        let grain = GRAIN as u64;
+        let expected: Vec<Op> =
+            (0..8).map(|i| Op::Write(i * grain..(i + 1) * grain, WriteFlags::empty())).collect();
+        assert_eq!(pair.target_state.take_log(), expected);
+        assert_eq!(pair.target_state.most_writes.load(Ordering::SeqCst), 4, "one a worker");
     });
 }
 

@@ -1,5 +1,6 @@
 //! One worker: takes pieces, moves them through its one buffer.
 
+use std::future::poll_fn;
 use std::ops::Range;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,7 +18,8 @@ use crate::request::Backend;
 /// When a read fails while salvaging, the piece is read again in steps of this size.
 const SALVAGE_STEP: u64 = 512;
 
-/// Lets pieces be written in the order of their numbers.
+/// Lets writes of pieces begin in the order of their numbers. A piece passes its turn as soon as its last write has begun: writes overlap,
+/// and a driver that allocates as they come still places them in order.
 #[derive(Default)]
 pub(super) struct Turns {
     now: AtomicU64,
@@ -120,6 +122,20 @@ impl<'a> Worker<'a> {
         result?;
         job.turns.pass(piece.number);
         Ok(())
+    }
+
+    /// Polls a write once, which begins it, and passes the turn of `piece` before it ends.
+    async fn pass_at_begin<T>(&self, piece: &Piece, write: impl Future<Output = T>) -> T {
+        let mut write = pin!(write);
+        let mut has_passed = false;
+        poll_fn(|cx| {
+            let polled = write.as_mut().poll(cx);
+            if !std::mem::replace(&mut has_passed, true) {
+                self.job.turns.pass(piece.number);
+            }
+            polled
+        })
+        .await
     }
 
     /// Compressed clusters may land in any order: each goes to the end of the file anyway.
@@ -246,15 +262,24 @@ impl<'a> Worker<'a> {
             return self.write_compressed(piece, data).await;
         }
         job.counts.skipped.fetch_add((data.len() - differing_len) as u64, Ordering::Relaxed);
+        let last_end = differing.last().map(|range| range.end);
         for range in differing {
-            let offset = piece.target_offset + range.start as u64;
-            self.write_parts(offset, data.slice(range)).await?;
+            let is_last = last_end == Some(range.end);
+            self.write_parts(piece, range.start, data.slice(range), is_last).await?;
         }
         Ok(())
     }
 
-    async fn write_parts(&self, target_offset: u64, data: IoVec) -> Result<()> {
+    /// Writes the bytes from `start` on of a piece; `is_last`: they are the last that are written of it.
+    async fn write_parts(
+        &self,
+        piece: &Piece,
+        start: usize,
+        data: IoVec,
+        is_last: bool,
+    ) -> Result<()> {
         let job = self.job;
+        let target_offset = piece.target_offset + start as u64;
         for part in sparse::parts(&data, target_offset, job.options.sparse_len) {
             let offset = target_offset + part.range.start as u64;
             let len = part.range.len() as u64;
@@ -262,10 +287,13 @@ impl<'a> Worker<'a> {
                 self.zero(offset, len).await?;
                 continue;
             }
-            job.target
-                .write(offset, data.slice(part.range), WriteFlags::empty())
-                .await
-                .map_err(|e| target_failed(e, offset))?;
+            let passes = is_last && part.range.end == data.len();
+            let write = job.target.write(offset, data.slice(part.range), WriteFlags::empty());
+            let written = match passes {
+                true => self.pass_at_begin(piece, write).await,
+                false => write.await,
+            };
+            written.map_err(|e| target_failed(e, offset))?;
             job.counts.written.fetch_add(len, Ordering::Relaxed);
         }
         Ok(())

@@ -7,7 +7,7 @@
 //! state     state (what an open image is), open, contents, config, tables (L1 and L2 in memory), refcount, load, reopen
 //! reading   lookup, read, backing, inflated, status
 //! writing   write (plan, write, link), cow, alloc, reftable, pack (compressed), zero, resize
-//! order     cache (what is written after what), release (when is a cluster free), grace (who may still know it)
+//! order     cache (what is written after what), budget (how much may wait), release (when is a cluster free), grace (who may still know it)
 //! looking   check (census, refmap, stored: its parts), info, snapshot, bitmap, create, measure
 //! safety    overlap (never write over metadata), task (nothing half-done)
 //! ```
@@ -17,6 +17,7 @@
 mod alloc;
 mod backing;
 mod bitmap;
+mod budget;
 mod cache;
 mod census;
 mod check;
