@@ -13,6 +13,7 @@ use super::plan::{Kind, Piece, Segment};
 use super::{Job, sparse};
 use crate::driver::{Attempt, WriteFlags, ZeroFlags};
 use crate::error::{Error, Result};
+use crate::request::Backend;
 
 /// When a read fails while salvaging, the piece is read again in steps of this size.
 const SALVAGE_STEP: u64 = 512;
@@ -234,9 +235,13 @@ impl<'a> Worker<'a> {
     }
 
     /// Which parts of the data the target does not show already.
-    async fn differing(&mut self, piece: &Piece, data: &IoVec) -> Result<Vec<Range<usize>>> {
+    async fn differing(
+        &mut self,
+        piece: &Piece,
+        data: &IoVec,
+        shown: &Backend,
+    ) -> Result<Vec<Range<usize>>> {
         let job = self.job;
-        let Some(shown) = &job.options.target_shows else { return Ok(vec![0..data.len()]) };
         let most = self.buffer_len();
         let old = self.old_buffer.get_or_insert_with(|| job.pool.take(most).slice(0..most));
         let old = old.slice(0..data.len());
@@ -255,9 +260,16 @@ impl<'a> Worker<'a> {
 
     async fn write(&mut self, piece: &Piece, data: IoVec) -> Result<()> {
         let job = self.job;
-        let differing = self.differing(piece, &data).await?;
+        let compresses = job.options.compress.is_some();
+        let Some(shown) = &job.options.target_shows else {
+            return match compresses {
+                true => self.write_compressed(piece, data).await,
+                false => self.write_parts(piece.target_offset, data).await,
+            };
+        };
+        let differing = self.differing(piece, &data, shown).await?;
         let differing_len = differing.iter().map(Range::len).sum::<usize>();
-        if job.options.compress.is_some() && differing_len > 0 {
+        if compresses && differing_len > 0 {
             return self.write_compressed(piece, data).await;
         }
         job.counts.skipped.fetch_add((data.len() - differing_len) as u64, Ordering::Relaxed);
