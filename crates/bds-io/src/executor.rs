@@ -24,7 +24,7 @@ use async_task::Runnable;
 use crossbeam::queue::SegQueue;
 
 use crate::cell::AnswerCell;
-use crate::clock::{self, Timers};
+use crate::clock::{self, Timer, Timers};
 use crate::context::{ContextOptions, Task, background};
 use crate::current::{self, Current};
 use crate::engine::{Engine, Landed};
@@ -198,8 +198,9 @@ impl Local {
         self.engine.borrow_mut().submit(op, cell);
     }
 
-    pub(crate) fn add_timer(&self, deadline: Duration, cell: Arc<AnswerCell<()>>) {
-        self.timers.borrow_mut().add(deadline, cell);
+    /// Adds a timer; what is returned is for the caller to drop, with nothing borrowed.
+    pub(crate) fn add_timer(&self, deadline: Duration, cell: Arc<AnswerCell<()>>) -> Vec<Timer> {
+        self.timers.borrow_mut().add(deadline, cell)
     }
 
     /// Runs `future` to its end, and everything else of this Context meanwhile. The Context must be entered.
@@ -284,7 +285,7 @@ impl Local {
             match self.shared.inbox.pop() {
                 Some(Message::Run(runnable)) => self.queue.borrow_mut().push_back(runnable),
                 Some(Message::Submit(op, cell)) => self.submit(op, cell),
-                Some(Message::Timer(deadline, cell)) => self.add_timer(deadline, cell),
+                Some(Message::Timer(deadline, cell)) => drop(self.add_timer(deadline, cell)),
                 None => break,
             }
         }
