@@ -14,6 +14,8 @@ use bds_core::{Error, ErrorKind, Options, Result};
 use bds_io::{Context, ContextOptions};
 use serde_json::{Value, json};
 
+use crate::file_identity;
+
 /// Longest backing chain the tool opens. A loop is found long before.
 const MAX_DEPTH: usize = 1 << 16;
 const MAX_NODES: usize = 1 << 18;
@@ -101,7 +103,11 @@ async fn open_unnamed(graph: &Graph, spec: &Spec<'_>) -> Result<NodeRef> {
         let format = guess(graph, &options, is_writing).await?;
         options.set("driver", format);
     }
-    graph.open_with(options, spec.flags).await
+    let node = graph.open_with(options, spec.flags).await?;
+    if is_writing {
+        file_identity::refuse_own_backing(&node)?;
+    }
+    Ok(node)
 }
 
 /// The options a name stands for; without a driver if the format has to be guessed.
@@ -168,7 +174,7 @@ async fn guess(graph: &Graph, options: &Options, is_writing: bool) -> Result<&'s
         };
     };
     let found = graph.guess_file(Path::new(path)).await?;
-    match found.formats.first().map_or("raw", |candidate| candidate.driver) {
+    match found.best()? {
         "raw" if is_writing => Err(Error::new(
             ErrorKind::InvalidInput,
             "the format was not given and looks like raw, which is never guessed for writing: \
