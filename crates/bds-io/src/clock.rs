@@ -6,6 +6,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, LazyLock};
 use std::task::{Context, Poll};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::cell::AnswerCell;
@@ -95,8 +96,14 @@ impl Future for Sleep {
             _ => None,
         });
         if abandoned.is_none() {
-            let background = background().expect("a thread can be started to wait for time");
-            background.add_timer(self.deadline, cell.clone());
+            match background() {
+                Ok(background) => background.add_timer(self.deadline, cell.clone()),
+                // No thread can be had that would wait for us.
+                Err(_) => {
+                    thread::sleep(self.deadline.saturating_sub(now()));
+                    return Poll::Ready(());
+                }
+            }
         }
         self.cell = Some(cell);
         Poll::Pending
