@@ -10,7 +10,7 @@ use super::edge::{Edge, Parent};
 use super::lock::Edit;
 use super::node::Node;
 use super::perm::{self, Accesses};
-use super::reap::CloseReport;
+use super::reap::Undelivered;
 use super::reopen::{Prepared, Reopened};
 use super::transaction::{Attach, ById, Move, Stage, Staged};
 use super::{Graph, NodeRef, guests, walk};
@@ -248,15 +248,15 @@ pub(super) async fn close_removed(
     graph: &Graph,
     removed: Vec<NodeRef>,
     moved: Vec<Arc<Edge>>,
-) -> Vec<CloseReport> {
+) -> Undelivered {
+    let mut closed = Undelivered::new(&graph.0.reaper);
     if removed.is_empty() {
-        return Vec::new();
+        return closed;
     }
     // By value: an edge of what is closed next must not be in our hands then.
     for edge in moved {
         edge.settle_patiently().await;
     }
-    let mut closed = Vec::new();
     for node in removed {
         match node.end() {
             Ok(ended) => closed.push(ended.close().await),

@@ -7,6 +7,7 @@ mod drain;
 pub(crate) mod fake;
 mod flags;
 mod hall;
+mod kept;
 mod medium;
 mod model;
 mod overlap;
