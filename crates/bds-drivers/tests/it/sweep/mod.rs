@@ -6,6 +6,8 @@
 mod cancel;
 pub(crate) mod crash;
 mod fault;
+#[cfg(feature = "qcow2")]
+mod kept;
 pub(crate) mod rig;
 
 /// How many seeds of `usual`: all of them, ten times as many, or the one that is asked for.
