@@ -11,6 +11,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 #[command(
     name = "bds",
     version,
+    // As getopt_long: a long option may be cut short, and of an option that is given twice the last one counts.
+    infer_long_args = true,
+    args_override_self = true,
     after_help = "\
 Formats: give -f whenever you know it. Without -f the format is guessed from the first bytes, as qemu-img does; \
 an image guessed to be raw is never opened for writing, because whoever filled it may have chosen those bytes.
@@ -191,6 +194,9 @@ pub(crate) struct Convert {
     /// At most this many bytes a second
     #[arg(short = 'r', long, value_name = "RATE")]
     pub(crate) rate: Option<String>,
+    /// Keep an incomplete output that this run created, instead of removing it
+    #[arg(long)]
+    pub(crate) keep_partial: bool,
     /// Not supported: there are no user-creatable objects yet
     #[arg(long, hide = true, value_name = "OBJDEF")]
     pub(crate) object: Vec<String>,
@@ -365,6 +371,9 @@ pub(crate) struct Dd {
     /// Format of the output
     #[arg(short = 'O', long = "output-format", default_value = "raw", value_name = "FMT")]
     pub(crate) output_format: String,
+    /// Keep an incomplete output that this run created, instead of removing it
+    #[arg(long)]
+    pub(crate) keep_partial: bool,
     /// if=INPUT of=OUTPUT bs=SIZE count=BLOCKS skip=BLOCKS
     #[arg(required = true, value_name = "OPERAND")]
     pub(crate) operands: Vec<String>,

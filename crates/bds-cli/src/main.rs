@@ -3,12 +3,14 @@
 //! This crate translates: arguments into calls, results into text, errors into exit codes. It decides nothing that a program
 //! using the library could not decide for itself.
 #![forbid(unsafe_code)]
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "printing is what a tool does")]
+#![deny(clippy::disallowed_macros)] // println! and its like: see printer.rs
 
 mod args;
 mod cmd;
 mod image;
+mod partial;
 mod picture;
+mod printer;
 mod progress;
 mod report;
 mod stop;
@@ -16,12 +18,16 @@ mod text;
 
 use std::process::ExitCode;
 
+use bds_core::Error;
 use clap::Parser;
 use clap::error::ErrorKind as ClapErrorKind;
 
 use args::{Cli, Command};
 
 fn main() -> ExitCode {
+    if let Err(error) = bds_io::signals::ignore_file_size_limit() {
+        return report::failure(&Error::io(error, "cannot ignore SIGXFSZ"));
+    }
     let words = args::with_last_size_protected(std::env::args_os());
     let cli = match Cli::try_parse_from(words) {
         Ok(cli) => cli,
@@ -41,7 +47,7 @@ fn main() -> ExitCode {
         Command::Graph(args) => cmd::graph::run(args),
     };
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => printer::failed_aside().map_or(ExitCode::SUCCESS, report::failure),
         Err(error) => report::failure(&error),
     }
 }
@@ -49,12 +55,16 @@ fn main() -> ExitCode {
 /// Help and version are answers, everything else is a mistake: 1, as qemu-img, except for `compare`, where 1 means
 /// "different".
 fn usage(error: &clap::Error) -> ExitCode {
-    // If nothing can be printed there is nobody to tell.
-    let _ = error.print();
+    let words = error.render().to_string();
     let is_compare = std::env::args_os().nth(1).is_some_and(|word| word == "compare");
     match error.kind() {
-        ClapErrorKind::DisplayHelp | ClapErrorKind::DisplayVersion => ExitCode::SUCCESS,
-        _ if is_compare => ExitCode::from(2),
-        _ => ExitCode::from(1),
+        ClapErrorKind::DisplayHelp | ClapErrorKind::DisplayVersion => match printer::text(&words) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => report::failure(&error),
+        },
+        _ => {
+            printer::message(words.trim_end());
+            ExitCode::from(if is_compare { 2 } else { 1 })
+        }
     }
 }

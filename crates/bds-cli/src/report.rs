@@ -4,13 +4,14 @@ use std::process::ExitCode;
 
 use bds_core::{Error, ErrorKind};
 
+use crate::{printer, stop};
+
 /// Prints an error and gives the exit code it deserves.
 pub(crate) fn failure(error: &Error) -> ExitCode {
-    eprintln!("bds: {}", words(error));
-    if error.kind() == ErrorKind::Cancelled {
-        return ExitCode::from(crate::stop::EXIT_CODE);
-    }
-    ExitCode::from(1)
+    printer::message(format_args!("bds: {}", words(error)));
+    // An operation can also be cancelled by the system; only a signal has an exit code of its own.
+    let of_signal = stop::exit_code().filter(|_| error.kind() == ErrorKind::Cancelled);
+    ExitCode::from(of_signal.unwrap_or(1))
 }
 
 /// The error without what only means something inside the program: generated node names, numbers of errors that

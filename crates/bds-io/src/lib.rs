@@ -13,6 +13,7 @@ mod executor;
 pub mod file;
 mod host;
 mod op;
+pub mod signals;
 pub mod sim;
 pub mod sync;
 mod sys;

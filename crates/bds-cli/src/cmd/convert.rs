@@ -17,8 +17,10 @@ use bds_io::{Context, ContextOptions, Fs};
 use crate::args::Convert;
 use crate::cmd::create;
 use crate::image::{self, Spec};
+use crate::partial::Partial;
+use crate::printer;
 use crate::progress::Progress;
-use crate::stop::Stop;
+use crate::stop::{self, Stop};
 
 /// Largest -S: more zeros than a buffer holds are never seen together.
 const MAX_SPARSE_LEN: u64 = 1 << 30;
@@ -37,6 +39,7 @@ pub(crate) fn run(args: &Convert) -> Result<()> {
 /// Combinations that make no sense, and what is not there yet.
 fn check(args: &Convert) -> Result<(&[String], &str)> {
     image::refuse_objects(&args.object)?;
+    image::cache_mode("-t", &args.target_cache)?;
     super::refuse(args.snapshot.is_some(), "-l", "internal snapshots cannot be read yet")?;
     let remedy = "bitmaps stay behind; copy them with qemu-img convert --bitmaps";
     super::refuse(args.bitmaps || args.skip_broken_bitmaps, "--bitmaps", remedy)?;
@@ -67,14 +70,15 @@ fn check(args: &Convert) -> Result<(&[String], &str)> {
 }
 
 async fn convert(args: &Convert, names: &[String], target_name: &str) -> Result<()> {
-    let stop = Stop::watch().map_err(|e| Error::io(e, "cannot watch for signals"))?;
+    let stop = Stop::watch()?;
     let graph = image::trusting_graph();
     refuse_incompressible(&graph, args)?;
-    let sources = open_sources(&graph, args, names).await?;
+    let sources = stop.or_drop(open_sources(&graph, args, names)).await?;
     let total = sources.iter().map(|(_, source)| source.backend.len()).sum();
     let mut options = create::format_options(&args.options)?;
     create::set_backing(&mut options, args.backing.as_deref(), args.backing_format.as_deref())?;
     let overlays = options.contains("backing_file");
+    let mut partial = create::partial(target_name, &options, args.keep_partial);
     if !args.no_create {
         refuse_own_source(&sources, target_name)?;
         let size = match options.take_size("size")? {
@@ -89,38 +93,86 @@ async fn convert(args: &Convert, names: &[String], target_name: &str) -> Result<
         };
         options.set("size", size);
         refuse_preallocated_compression(args, &options)?;
-        create::create(&graph, format(args), target_name, options, false).await?;
+        stop.or_drop(create::create(&graph, format(args), target_name, options, false)).await?;
+        partial.set_created();
     } else if !args.options.is_empty() {
-        eprintln!("bds: warning: -o has no effect when skipping image creation");
+        printer::message("bds: warning: -o has no effect when skipping image creation");
     }
-    let node = open_target(&graph, args, target_name).await?;
-    let backend = Arc::new(image::enter(&node, true)?);
-    let is_zero = target_reads_zero(args, &node, &backend, overlays).await?;
-    let copied = copy_all(args, &stop, &sources, overlays, &backend, is_zero).await;
-    let outcome = match copied {
-        Ok(_) => close(backend, node).await,
-        Err((error, done)) => {
-            // What was copied is kept; what is said below tells how much that is.
-            let closed = close(backend, node).await;
-            let state =
-                format!("output '{target_name}' is incomplete: {done} of {total} bytes copied");
-            Err(match (error.kind(), closed) {
-                (ErrorKind::Cancelled, Ok(())) => {
-                    Error::new(ErrorKind::Cancelled, format!("interrupted; {state}"))
-                }
-                (_, Ok(())) => error.context(state),
-                (_, Err(closing)) => error.context(state).context(format_args!(
-                    "closing the output failed too ({})",
-                    crate::report::words(&closing)
-                )),
-            })
+    let outcome = match fill(args, &stop, &graph, &sources, target_name, overlays).await {
+        Ok(()) => {
+            partial.complete();
+            Ok(())
         }
+        Err(failure) => Err(failure.into_error(target_name, total, partial)),
     };
     for (node, source) in sources {
         drop(source);
         node.close().await?.into_result()?;
     }
     outcome
+}
+
+/// Why the output is incomplete, and how many bytes of it are there if the copy had begun.
+struct Failure {
+    error: Error,
+    done: Option<u64>,
+    closing: Option<Error>,
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self { error, done: None, closing: None }
+    }
+}
+
+impl Failure {
+    /// Decides about the output, and says it.
+    fn into_error(self, target: &str, total: u64, partial: Partial) -> Error {
+        let Self { error, done, closing } = self;
+        let state = match done {
+            Some(done) => {
+                format!("output '{target}' is incomplete: {done} of {total} bytes copied")
+            }
+            None if partial.has_created() => format!("output '{target}' is incomplete"),
+            None => return error,
+        };
+        let state = format!("{state}; {}", partial.give_up());
+        let error = match error.kind() {
+            ErrorKind::Cancelled if stop::exit_code().is_some() => {
+                Error::new(ErrorKind::Cancelled, format!("interrupted; {state}"))
+            }
+            _ => error.context(state),
+        };
+        match closing {
+            None => error,
+            Some(closing) => error.context(format_args!(
+                "closing the output failed too ({})",
+                crate::report::words(&closing)
+            )),
+        }
+    }
+}
+
+/// Opens the output, copies, closes it.
+async fn fill(
+    args: &Convert,
+    stop: &Stop,
+    graph: &Graph,
+    sources: &[(NodeRef, CopySource)],
+    target_name: &str,
+    overlays: bool,
+) -> Result<(), Failure> {
+    let node = open_target(graph, args, target_name).await?;
+    let backend = Arc::new(image::enter(&node, true)?);
+    let is_zero = target_reads_zero(args, &node, &backend, overlays).await?;
+    let copied = copy_all(args, stop, sources, overlays, &backend, is_zero).await;
+    let closed = close(backend, node).await;
+    match copied {
+        Ok(report) => {
+            closed.map_err(|error| Failure { error, done: Some(report.total), closing: None })
+        }
+        Err((error, done)) => Err(Failure { error, done: Some(done), closing: closed.err() }),
+    }
 }
 
 fn format(args: &Convert) -> &str {
@@ -345,9 +397,9 @@ fn rate_limit(text: &str) -> Result<copy::RateLimit> {
 
 fn warn_of_salvage(offset: u64, len: u64, error: &Error) {
     let why = crate::report::words(error);
-    eprintln!(
+    printer::message(format_args!(
         "bds: warning: error while reading offset {offset} ({len} bytes become zeros): {why}"
-    );
+    ));
 }
 
 async fn close(backend: Arc<Backend>, node: NodeRef) -> Result<()> {

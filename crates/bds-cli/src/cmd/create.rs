@@ -9,6 +9,9 @@ use bds_core::{Error, ErrorKind, Options, Result};
 
 use crate::args::Create;
 use crate::image::{self, Spec};
+use crate::partial::Partial;
+use crate::printer;
+use crate::stop::Stop;
 
 pub(crate) fn run(args: &Create) -> Result<()> {
     image::refuse_objects(&args.object)?;
@@ -28,7 +31,12 @@ pub(crate) fn run(args: &Create) -> Result<()> {
             .file(filename));
     }
     let graph = image::trusting_graph();
-    image::block_on(make(&graph, &args.format, filename, options, args.backing_unsafe, args.quiet))
+    image::block_on(async {
+        // What is dropped half-way is removed again.
+        let stop = Stop::watch()?;
+        let made = make(&graph, &args.format, filename, options, args.backing_unsafe, args.quiet);
+        stop.or_drop(made).await
+    })
 }
 
 /// Makes an image and says so as qemu-img does.
@@ -55,8 +63,7 @@ async fn make(
         }
     };
     let driver = graph.config().registry.format(format)?;
-    println!("{}", formatting(&**driver, filename, &given, size));
-    Ok(())
+    printer::line(formatting(&**driver, filename, &given, size))
 }
 
 /// Makes an image; warns if its backing file could not be opened.
@@ -71,12 +78,19 @@ pub(crate) async fn create(
     let image = NewImage { format: format.to_owned(), path: path.into(), options, skip_backing };
     let report = graph.create_image(image).await?;
     if let Some(error) = report.backing_error {
-        eprintln!("bds: warning: {}", crate::report::words(&error));
-        eprintln!(
-            "Could not open backing image to determine size; the image was created with the size given."
+        printer::message(format_args!("bds: warning: {}", crate::report::words(&error)));
+        printer::message(
+            "Could not open backing image to determine size; the image was created with the size given.",
         );
     }
     Ok(())
+}
+
+/// The files that creating an image may make, before it does.
+pub(crate) fn partial(filename: &str, options: &Options, keeps: bool) -> Partial {
+    let data_file = options.peek("data_file").and_then(serde_json::Value::as_str);
+    let files = [Some(filename.strip_prefix("file:").unwrap_or(filename)), data_file];
+    Partial::before_creation(files.into_iter().flatten().map(Into::into), keeps)
 }
 
 /// All -o together.
@@ -168,10 +182,10 @@ fn printed(spec: &OptionSpec, value: &serde_json::Value) -> String {
 pub(crate) fn help(format: &str, filename: Option<&str>) -> Result<()> {
     let registry = bds_drivers::registry();
     let driver = registry.format(format)?;
-    match filename {
-        None => println!("Supported {format} options:"),
-        Some(_) => println!("Supported options:"),
-    }
+    let mut out = match filename {
+        None => format!("Supported {format} options:\n"),
+        Some(_) => "Supported options:\n".to_owned(),
+    };
     let mut specs: Vec<OptionSpec> = driver.create_options().to_vec();
     if let Some(filename) = filename {
         let protocol = registry.driver(image::protocol_of_file(Path::new(filename)))?;
@@ -188,11 +202,11 @@ pub(crate) fn help(format: &str, filename: Option<&str>) -> Result<()> {
             OptionKind::String | OptionKind::Choice(_) | OptionKind::Child => "str",
         };
         let left = format!("{}=<{kind}>", spec.name);
-        println!("  {left:<22} - {}", spec.help);
+        out += &format!("  {left:<22} - {}\n", spec.help);
     }
     if filename.is_none() {
-        println!("\nThe protocol level may support further options.");
-        println!("Specify the target filename to include those options.");
+        out += "\nThe protocol level may support further options.\n\
+                Specify the target filename to include those options.\n";
     }
-    Ok(())
+    printer::text(&out)
 }

@@ -70,13 +70,14 @@ pub(crate) fn run(args: &Dd) -> Result<()> {
     let spec = Spec::read(&operands.input, &args.source)?;
     let context =
         Context::new(ContextOptions::default()).map_err(|e| Error::io(e, "cannot start"))?;
-    context.block_on(copy_range(&spec, &operands, &args.output_format))
+    context.block_on(copy_range(&spec, &operands, args))
 }
 
-async fn copy_range(spec: &Spec<'_>, operands: &Operands, format: &str) -> Result<()> {
-    let stop = Stop::watch().map_err(|e| Error::io(e, "cannot watch for signals"))?;
+async fn copy_range(spec: &Spec<'_>, operands: &Operands, args: &Dd) -> Result<()> {
+    let format = args.output_format.as_str();
+    let stop = Stop::watch()?;
     let graph = image::trusting_graph();
-    let source = image::open(&graph, spec).await?;
+    let source = stop.or_drop(image::open(&graph, spec)).await?;
     let (offset, len) = operands.range(source.len());
     // A window of the source is a node like any other.
     let window = json!({"driver": "raw", "file": source.name(), "offset": offset, "size": len});
@@ -89,7 +90,9 @@ async fn copy_range(spec: &Spec<'_>, operands: &Operands, format: &str) -> Resul
     };
     let output = &operands.output;
     let options = Options::new().with("size", len);
-    create::create(&graph, format, output, options, false).await?;
+    let mut partial = create::partial(output, &options, args.keep_partial);
+    stop.or_drop(create::create(&graph, format, output, options, false)).await?;
+    partial.set_created();
     let flags = OpenFlags { discard: true, ..OpenFlags::default() };
     let target = Spec { name: output, is_options: false, format: Some(format), flags };
     let target = image::open(&graph, &target).await?;
@@ -100,8 +103,12 @@ async fn copy_range(spec: &Spec<'_>, operands: &Operands, format: &str) -> Resul
     let copied = copy::copy(&[CopySource::from(reader)], &backend, &options).await;
     let closed = image::close(backend, target).await;
     drop((part, source));
-    copied.map_err(|e| e.context(format!("output '{output}' is incomplete")))?;
-    closed
+    if let Err(error) = copied.and(closed) {
+        let fate = partial.give_up();
+        return Err(error.context(format_args!("output '{output}' is incomplete; {fate}")));
+    }
+    partial.complete();
+    Ok(())
 }
 
 #[cfg(test)]

@@ -1,13 +1,12 @@
 //! `graph`: the nodes behind an image, who holds them, and what they hold.
 
-use std::io::Write;
-
 use bds_core::graph::{Access, Graph, Holder, HolderKind, NodeRef, walk};
 use bds_core::{Error, Result};
 
 use crate::args::{self, Drawing};
 use crate::image::{self, Spec};
 use crate::picture::{Link, Picture, Shape};
+use crate::printer;
 
 pub(crate) fn run(args: &args::Graph) -> Result<()> {
     let text = image::block_on(draw(args))?;
@@ -15,9 +14,7 @@ pub(crate) fn run(args: &args::Graph) -> Result<()> {
         Some(path) => {
             std::fs::write(path, text).map_err(|e| Error::io(e, "cannot write").file(path))
         }
-        None => {
-            std::io::stdout().write_all(text.as_bytes()).map_err(|e| Error::io(e, "cannot print"))
-        }
+        None => printer::text(&text),
     }
 }
 

@@ -10,7 +10,8 @@ use serde_json::{Map, Value, json};
 
 use crate::args::{Info, Output};
 use crate::image::{self, Spec};
-use crate::text::{human_size, print_json};
+use crate::printer;
+use crate::text::human_size;
 
 /// What one image tells.
 struct Facts {
@@ -39,19 +40,13 @@ pub(crate) fn run(args: &Info) -> Result<()> {
     spec.flags = OpenFlags { info_only: true, ..spec.flags };
     let images = image::block_on(gather(&spec, args.backing_chain))?;
     match (args.output, args.backing_chain) {
-        (Output::Json, true) => print_json(&images.iter().map(Facts::json).collect()),
-        (Output::Json, false) => print_json(&images[0].json()),
+        (Output::Json, true) => printer::json(&images.iter().map(Facts::json).collect()),
+        (Output::Json, false) => printer::json(&images[0].json()),
         (Output::Human, _) => {
-            for (number, image) in images.iter().enumerate() {
-                if number > 0 {
-                    println!();
-                }
-                print!("{}", image.human());
-            }
-            Ok(())
+            let texts: Vec<String> = images.iter().map(Facts::human).collect();
+            printer::text(&texts.join("\n"))
         }
     }
-    .map_err(|e| Error::io(e, "cannot print"))
 }
 
 /// The image, and the chain below if wanted. At least one.

@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::args::{Measure, Output};
 use crate::cmd::create::format_options;
 use crate::image::{self, Spec};
-use crate::text::print_json;
+use crate::printer;
 
 pub(crate) fn run(args: &Measure) -> Result<()> {
     super::refuse(args.snapshot.is_some(), "-l", "internal snapshots cannot be read yet")?;
@@ -78,11 +78,10 @@ fn print(output: Output, report: MeasureReport) -> Result<()> {
         if let Some(bytes) = bitmaps {
             value["bitmaps"] = json!(bytes);
         }
-        return print_json(&value).map_err(|e| Error::io(e, "cannot print"));
+        return printer::json(&value);
     }
-    println!("required size: {required}\nfully allocated size: {fully_allocated}");
-    if let Some(bytes) = bitmaps {
-        println!("bitmaps size: {bytes}");
-    }
-    Ok(())
+    printer::line(format_args!(
+        "required size: {required}\nfully allocated size: {fully_allocated}"
+    ))?;
+    bitmaps.map_or(Ok(()), |bytes| printer::line(format_args!("bitmaps size: {bytes}")))
 }

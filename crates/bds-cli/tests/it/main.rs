@@ -2,6 +2,7 @@
 //! tools over the matrix of formats.
 
 mod like_qemu;
+mod manners;
 mod matrix;
 mod qemu_cells;
 mod qemu_check;
