@@ -24,5 +24,5 @@ pub use context::{
     Context, ContextHandle, ContextOptions, EngineKind, Task, block_on, now, offload, sleep, spawn,
     yield_now,
 };
-pub use file::{ByteLock, Extent, File, FileKind, Fs, OpenOptions, ZeroMode};
+pub use file::{ByteLock, Extent, File, FileKind, FileLook, Fs, OpenOptions, ZeroMode};
 pub use sim::{Sim, SimConfig};

@@ -46,8 +46,8 @@ pub struct NewImageReport {
 }
 
 impl Graph {
-    /// Makes an image file. Names in the image (`backing_file`, `data_file`) that are relative start at the image's
-    /// directory, here as when it is opened; the backing image is opened through the gate.
+    /// Makes an image file. A relative `backing_file` starts at the image's directory, a relative `data_file` at the
+    /// working directory, here as when it is opened; the backing image is opened through the gate.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -174,8 +174,8 @@ impl Graph {
         path: &Path,
         options: &Options,
     ) -> Result<(Option<u64>, Option<Error>)> {
-        let Some(stored) = text(options, "backing_file") else { return Ok((None, None)) };
-        let looked = self.backing_len(path, stored, text(options, "backing_fmt")).await;
+        let Some(stored) = options.peek_path("backing_file") else { return Ok((None, None)) };
+        let looked = self.backing_len(path, &stored, text(options, "backing_fmt")).await;
         match looked {
             Ok(len) => Ok((Some(len), None)),
             // That it would back itself is wrong whatever its size.
@@ -186,11 +186,11 @@ impl Graph {
         }
     }
 
-    async fn backing_len(&self, path: &Path, stored: &str, format: Option<&str>) -> Result<u64> {
-        let resolved = gate::resolve(stored, Some(path));
+    async fn backing_len(&self, path: &Path, stored: &Path, format: Option<&str>) -> Result<u64> {
+        let resolved = gate::resolve(ReferenceKind::Backing, stored, Some(path));
         let question = GateQuestion {
             kind: ReferenceKind::Backing,
-            stored_name: stored,
+            stored_name: stored.as_os_str(),
             stored_format: format,
             depth: 0,
             parent_node: "create",
@@ -199,7 +199,7 @@ impl Graph {
             fs: &self.config().fs,
         };
         let named =
-            |error: Error| error.context(format_args!("cannot open backing file '{stored}'"));
+            |error: Error| error.context(format_args!("cannot open backing file '{}'", stored.display()));
         let (backing, wanted) = match self.config().gate.decide(&question) {
             GateDecision::Open { path, format } => (path, format),
             GateDecision::Node(name) => return Ok(self.find(&name).map_err(named)?.len()),
@@ -265,7 +265,8 @@ fn protocol_of(fs: &Fs, path: &Path) -> &'static str {
 }
 
 fn data_path(path: &Path, options: &Options) -> Option<PathBuf> {
-    text(options, "data_file").map(|name| gate::resolve(name, Some(path)))
+    let name = options.peek_path("data_file")?;
+    Some(gate::resolve(ReferenceKind::DataFile, name, Some(path)))
 }
 
 fn text<'a>(options: &'a Options, key: &str) -> Option<&'a str> {

@@ -4,11 +4,11 @@
 
 use std::path::{Path, PathBuf};
 
-use bds_io::{File, FileKind, Fs, IoVec, OpenOptions};
+use bds_io::{File, FileKind, FileLook, Fs, IoVec, OpenOptions};
 
 use super::Graph;
 use crate::driver::{Candidate, PROBE_LEN, Registry, probe};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::options::Options;
 
 /// What a file looks like. A guess: see [`crate::driver::probe`] for what it must not be used for.
@@ -41,22 +41,20 @@ impl Graph {
     }
 }
 
-/// A file that was looked at.
+/// A file that was looked at. Not open: a chain of images would hold two descriptors of each.
 pub(super) struct Inspected {
+    fs: Fs,
     path: PathBuf,
-    file: File,
+    kind: FileKind,
     identity: (u64, u64),
 }
 
 impl Inspected {
     pub(super) fn new(fs: &Fs, path: PathBuf) -> Result<Self> {
-        let file = fs
-            .open(&path, &OpenOptions::default())
-            .map_err(|error| Error::io(error, "cannot open").file(&path))?;
-        let identity = file
-            .identity()
-            .map_err(|error| Error::io(error, "cannot identify the file").file(&path))?;
-        Ok(Self { path, file, identity })
+        match fs.look(&path) {
+            Ok(FileLook { kind, identity }) => Ok(Self { fs: fs.clone(), path, kind, identity }),
+            Err(error) => Err(Error::io(error, "cannot open").file(path)),
+        }
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -69,9 +67,9 @@ impl Inspected {
     }
 
     pub(super) fn protocol(&self) -> &'static str {
-        match self.file.kind() {
+        match self.kind {
             FileKind::Block | FileKind::Char => "host_device",
-            FileKind::Regular | FileKind::Other => "file",
+            _ => "file",
         }
     }
 
@@ -81,22 +79,38 @@ impl Inspected {
     }
 
     pub(super) async fn guess(&self, registry: &Registry) -> Result<Vec<Candidate>> {
-        let head = self.head().await?;
-        let len = self
-            .file
+        let file = self.open()?;
+        let head = self.head(&file).await?;
+        let len = file
             .len()
             .map_err(|error| Error::io(error, "cannot tell the length").file(&self.path))?;
         Ok(probe(registry, &head, len))
     }
 
-    async fn head(&self) -> Result<Vec<u8>> {
+    /// Opens what holds bytes at offsets. Anything else, a FIFO for example, could make a reader wait for ever.
+    fn open(&self) -> Result<File> {
+        let no_image = |kind: FileKind| {
+            let words =
+                format!("{}, which holds no image: name a regular file or a block device", kind.describe());
+            Error::new(ErrorKind::InvalidInput, words).file(&self.path)
+        };
+        if !self.kind.is_seekable() {
+            return Err(no_image(self.kind));
+        }
+        let file = self
+            .fs
+            .open(&self.path, &OpenOptions::default())
+            .map_err(|error| Error::io(error, "cannot open").file(&self.path))?;
+        if file.kind().is_seekable() { Ok(file) } else { Err(no_image(file.kind())) }
+    }
+
+    async fn head(&self, file: &File) -> Result<Vec<u8>> {
         let iov = IoVec::from(vec![0; PROBE_LEN]);
         let mut filled = 0;
         while filled < PROBE_LEN {
             let offset = filled as u64;
             let rest = iov.slice(filled..PROBE_LEN);
-            let count = self
-                .file
+            let count = file
                 .read(offset, rest)
                 .await
                 .map_err(|error| Error::io(error, "cannot read").file(&self.path).at(offset))?;
@@ -113,5 +127,7 @@ impl Inspected {
 
 /// Options that open a file by name, whatever characters it holds.
 pub(super) fn file_options(protocol: &str, path: &Path) -> Options {
-    Options::new().with("driver", protocol).with("filename", path.to_string_lossy().into_owned())
+    let mut options = Options::new().with("driver", protocol);
+    options.set_path("filename", path);
+    options
 }

@@ -172,6 +172,10 @@ pub(crate) fn seek(fd: BorrowedFd<'_>, offset: u64, to: Seek) -> io::Result<u64>
     u64::try_from(at).map_err(|_| io::Error::from(Errno::EOVERFLOW))
 }
 
+pub(crate) fn stat_path(path: &Path) -> io::Result<libc::stat> {
+    retry(|| nix::sys::stat::stat(path))
+}
+
 pub(crate) fn stat(fd: BorrowedFd<'_>) -> io::Result<libc::stat> {
     retry(|| nix::sys::stat::fstat(fd))
 }

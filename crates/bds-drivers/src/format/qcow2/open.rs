@@ -2,6 +2,8 @@
 //!
 //! Nothing is written here, whatever fails. What a writer must do first (clear autoclear bits) waits for the first write.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::sync::atomic::{AtomicU8, AtomicU64};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -160,7 +162,7 @@ async fn open_data_file(
     }
     let reference = cluster0.extensions.data_file.as_deref().map(|name| Reference {
         kind: ReferenceKind::DataFile,
-        stored_name: String::from_utf8_lossy(name).into_owned(),
+        stored_name: OsStr::from_bytes(name).to_owned(),
         stored_format: None,
     });
     let child = context.reference("data-file", Role::DATA, reference).await?;
@@ -176,7 +178,7 @@ async fn open_backing(context: &mut OpenContext<'_>, cluster0: &Cluster0) -> Res
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let reference = cluster0.backing_name.as_deref().map(|name| Reference {
         kind: ReferenceKind::Backing,
-        stored_name: text(name),
+        stored_name: OsStr::from_bytes(name).to_owned(),
         stored_format: cluster0.extensions.backing_format.as_deref().map(text),
     });
     context.reference("backing", Role::COW, reference).await
