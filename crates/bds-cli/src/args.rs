@@ -2,6 +2,7 @@
 //!
 //! Only shape is checked here; what a value means is decided where it is used.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -49,6 +50,13 @@ pub(crate) enum Command {
     Dd(Dd),
     /// Draws the graph of nodes behind an image
     Graph(Graph),
+    /// Lists the drivers, or the options of one
+    Drivers(Drivers),
+    /// Prints a completion script for a shell
+    Completions(Completions),
+    /// Writes the manual pages, for packagers
+    #[command(hide = true)]
+    ManPages(ManPages),
 }
 
 /// How a result is printed.
@@ -87,10 +95,10 @@ pub(crate) struct Create {
     pub(crate) format: String,
     /// Options of the format, "key=value,…"; "help" lists them
     #[arg(short, long, value_name = "OPTIONS")]
-    pub(crate) options: Vec<String>,
+    pub(crate) options: Vec<OsString>,
     /// Make the new image an overlay of this one
     #[arg(short, long, value_name = "FILE")]
-    pub(crate) backing: Option<String>,
+    pub(crate) backing: Option<OsString>,
     /// Format of the backing file
     #[arg(short = 'F', long, value_name = "FMT")]
     pub(crate) backing_format: Option<String>,
@@ -101,7 +109,7 @@ pub(crate) struct Create {
     #[arg(long, hide = true, value_name = "OBJDEF")]
     pub(crate) object: Vec<String>,
     /// The file to make; overwritten if it exists
-    pub(crate) filename: Option<String>,
+    pub(crate) filename: Option<OsString>,
     /// Size in bytes, with optional suffix k, M, G, T, P, E; that of the backing file if not given
     pub(crate) size: Option<String>,
 }
@@ -117,7 +125,7 @@ pub(crate) struct Info {
     #[arg(short, long)]
     pub(crate) backing_chain: bool,
     /// The image
-    pub(crate) filename: String,
+    pub(crate) filename: OsString,
 }
 
 #[derive(Args, Debug)]
@@ -136,7 +144,7 @@ pub(crate) struct Convert {
     pub(crate) output_format: Option<String>,
     /// Options of the output's format; "help" lists them
     #[arg(short, long = "target-options", value_name = "OPTIONS")]
-    pub(crate) options: Vec<String>,
+    pub(crate) options: Vec<OsString>,
     /// Compress the output
     #[arg(short, long)]
     pub(crate) compress: bool,
@@ -160,7 +168,7 @@ pub(crate) struct Convert {
     pub(crate) sparse_size: String,
     /// Make the output an overlay of this image, and copy only what differs
     #[arg(short = 'B', long, value_name = "FILE")]
-    pub(crate) backing: Option<String>,
+    pub(crate) backing: Option<OsString>,
     /// Format of the backing file
     #[arg(short = 'F', long, value_name = "FMT")]
     pub(crate) backing_format: Option<String>,
@@ -202,7 +210,7 @@ pub(crate) struct Convert {
     pub(crate) object: Vec<String>,
     /// The inputs, one after the other, and the output
     #[arg(required = true, value_name = "FILE")]
-    pub(crate) filenames: Vec<String>,
+    pub(crate) filenames: Vec<OsString>,
 }
 
 #[derive(Args, Debug)]
@@ -225,9 +233,9 @@ pub(crate) struct Compare {
     #[arg(short, long)]
     pub(crate) quiet: bool,
     /// The first image
-    pub(crate) first: String,
+    pub(crate) first: OsString,
     /// The second image
-    pub(crate) second: String,
+    pub(crate) second: OsString,
 }
 
 #[derive(Args, Debug)]
@@ -244,7 +252,7 @@ pub(crate) struct Map {
     #[arg(short = 'l', long, value_name = "LENGTH")]
     pub(crate) max_length: Option<String>,
     /// The image
-    pub(crate) filename: String,
+    pub(crate) filename: OsString,
 }
 
 #[derive(Args, Debug)]
@@ -264,7 +272,7 @@ pub(crate) struct Check {
     #[arg(short = 'r', long, hide = true, value_name = "leaks|all")]
     pub(crate) repair: Option<String>,
     /// The image
-    pub(crate) filename: String,
+    pub(crate) filename: OsString,
 }
 
 #[derive(Args, Debug)]
@@ -276,7 +284,7 @@ pub(crate) struct Measure {
     pub(crate) output_format: String,
     /// Options of that format
     #[arg(short, long, value_name = "OPTIONS")]
-    pub(crate) options: Vec<String>,
+    pub(crate) options: Vec<OsString>,
     /// For an empty image of this size
     #[arg(short, long, value_name = "SIZE")]
     pub(crate) size: Option<String>,
@@ -288,7 +296,7 @@ pub(crate) struct Measure {
     pub(crate) snapshot: Option<String>,
     /// For the contents of this image
     #[arg(conflicts_with = "size")]
-    pub(crate) filename: Option<String>,
+    pub(crate) filename: Option<OsString>,
 }
 
 #[derive(Args, Debug)]
@@ -305,7 +313,7 @@ pub(crate) struct Resize {
     #[arg(short, long)]
     pub(crate) quiet: bool,
     /// The image
-    pub(crate) filename: String,
+    pub(crate) filename: OsString,
     /// The new size, or a change if it begins with + or -
     #[arg(allow_hyphen_values = true)]
     pub(crate) size: String,
@@ -361,7 +369,7 @@ pub(crate) struct Bench {
     #[arg(long)]
     pub(crate) json: bool,
     /// The image
-    pub(crate) filename: String,
+    pub(crate) filename: OsString,
 }
 
 #[derive(Args, Debug)]
@@ -376,7 +384,7 @@ pub(crate) struct Dd {
     pub(crate) keep_partial: bool,
     /// if=INPUT of=OUTPUT bs=SIZE count=BLOCKS skip=BLOCKS
     #[arg(required = true, value_name = "OPERAND")]
-    pub(crate) operands: Vec<String>,
+    pub(crate) operands: Vec<OsString>,
 }
 
 /// How the graph is drawn.
@@ -404,16 +412,36 @@ pub(crate) struct Graph {
     pub(crate) write_to: Option<PathBuf>,
     /// The images
     #[arg(required = true)]
-    pub(crate) filenames: Vec<String>,
+    pub(crate) filenames: Vec<OsString>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Drivers {
+    /// How to print
+    #[arg(long, value_enum, default_value = "human")]
+    pub(crate) output: Output,
+    /// Show the options of this driver
+    pub(crate) name: Option<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Completions {
+    /// The shell
+    #[arg(value_enum)]
+    pub(crate) shell: clap_complete::Shell,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ManPages {
+    /// An existing directory for them
+    pub(crate) dir: PathBuf,
 }
 
 /// `resize FILE -1G`: the last word of `resize` is a size, never an option.
-pub(crate) fn with_last_size_protected(
-    words: impl Iterator<Item = std::ffi::OsString>,
-) -> Vec<std::ffi::OsString> {
+pub(crate) fn with_last_size_protected(words: impl Iterator<Item = OsString>) -> Vec<OsString> {
     let mut words: Vec<_> = words.collect();
     let is_resize = words.get(1).is_some_and(|verb| verb == "resize");
-    let looks_negative = |word: &std::ffi::OsString| {
+    let looks_negative = |word: &OsString| {
         let bytes = word.as_encoded_bytes();
         bytes.first() == Some(&b'-') && bytes.get(1).is_some_and(u8::is_ascii_digit)
     };

@@ -3,15 +3,17 @@
 //! This crate translates: arguments into calls, results into text, errors into exit codes. It decides nothing that a program
 //! using the library could not decide for itself.
 #![forbid(unsafe_code)]
-#![deny(clippy::disallowed_macros)] // println! and its like: see printer.rs
+// println! and its like: see printer.rs
+#![deny(clippy::disallowed_macros, clippy::disallowed_methods)]
 
 mod args;
 mod cmd;
+mod describe;
 mod image;
 mod partial;
-mod picture;
 mod printer;
 mod progress;
+mod render;
 mod report;
 mod stop;
 mod text;
@@ -45,6 +47,9 @@ fn main() -> ExitCode {
         Command::Bench(args) => cmd::bench::run(args),
         Command::Dd(args) => cmd::dd::run(args),
         Command::Graph(args) => cmd::graph::run(args),
+        Command::Drivers(args) => cmd::drivers::run(args),
+        Command::Completions(args) => cmd::manual::completions(args),
+        Command::ManPages(args) => cmd::manual::man_pages(args),
     };
     match outcome {
         Ok(()) => printer::failed_aside().map_or(ExitCode::SUCCESS, report::failure),

@@ -23,6 +23,7 @@ static ASIDE: OnceLock<Error> = OnceLock::new();
 ///
 /// # Errors
 /// If it could not be written, unless that is because its reader has gone.
+#[expect(clippy::disallowed_methods, reason = "the one place that checks what it writes")]
 pub(crate) fn text(text: &str) -> Result<()> {
     if is_reader_gone() {
         return Ok(());

@@ -10,6 +10,7 @@ mod path;
 mod text;
 
 use std::ffi::OsStr;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -42,6 +43,20 @@ pub enum OptionKind {
     Choice(&'static [&'static str]),
     /// A child: a node name or a nested tree.
     Child,
+}
+
+impl fmt::Display for OptionKind {
+    /// What a person may write as the value: "text", "on|off", "number", "size", "node", or the words of a choice.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::String => f.write_str("text"),
+            Self::Bool => f.write_str("on|off"),
+            Self::Number => f.write_str("number"),
+            Self::Size => f.write_str("size"),
+            Self::Choice(words) => f.write_str(&words.join("|")),
+            Self::Child => f.write_str("node"),
+        }
+    }
 }
 
 /// One option a driver knows.

@@ -69,7 +69,7 @@ fn verdict(report: &CheckReport) -> ExitCode {
 
 fn print(args: &Check, format: &str, report: &CheckReport) -> Result<()> {
     if args.output == Output::Json {
-        let value = as_json(&args.filename, format, report);
+        let value = as_json(&args.filename.to_string_lossy(), format, report);
         return printer::json(&value);
     }
     for message in &report.messages {

@@ -3,7 +3,7 @@
 //! The copy itself is the library's; here it is decided what is opened how, whether the target can be taken to be zero, and
 //! what to say when it is over or broken off.
 
-use std::path::Path;
+use std::ffi::{OsStr, OsString};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use bds_io::{Context, ContextOptions, Fs};
 
 use crate::args::Convert;
 use crate::cmd::create;
+use crate::describe;
 use crate::image::{self, Spec};
 use crate::partial::Partial;
 use crate::printer;
@@ -28,7 +29,7 @@ const MAX_SPARSE_LEN: u64 = 1 << 30;
 pub(crate) fn run(args: &Convert) -> Result<()> {
     if create::wants_help(&args.options) {
         let format = args.output_format.as_deref().unwrap_or("raw");
-        return create::help(format, args.filenames.last().map(String::as_str));
+        return create::help(format, args.filenames.last().map(OsString::as_os_str));
     }
     let (names, target) = check(args)?;
     let context =
@@ -37,7 +38,7 @@ pub(crate) fn run(args: &Convert) -> Result<()> {
 }
 
 /// Combinations that make no sense, and what is not there yet.
-fn check(args: &Convert) -> Result<(&[String], &str)> {
+fn check(args: &Convert) -> Result<(&[OsString], &OsStr)> {
     image::refuse_objects(&args.object)?;
     image::cache_mode("-t", &args.target_cache)?;
     super::refuse(args.snapshot.is_some(), "-l", "internal snapshots cannot be read yet")?;
@@ -69,7 +70,7 @@ fn check(args: &Convert) -> Result<(&[String], &str)> {
     }
 }
 
-async fn convert(args: &Convert, names: &[String], target_name: &str) -> Result<()> {
+async fn convert(args: &Convert, names: &[OsString], target_name: &OsStr) -> Result<()> {
     let stop = Stop::watch()?;
     let graph = image::trusting_graph();
     refuse_incompressible(&graph, args)?;
@@ -78,7 +79,8 @@ async fn convert(args: &Convert, names: &[String], target_name: &str) -> Result<
     let mut options = create::format_options(&args.options)?;
     create::set_backing(&mut options, args.backing.as_deref(), args.backing_format.as_deref())?;
     let overlays = options.contains("backing_file");
-    let mut partial = create::partial(target_name, &options, args.keep_partial);
+    let target_path = describe::path_of(target_name);
+    let mut partial = create::partial(&target_path, &options, args.keep_partial);
     if !args.no_create {
         refuse_own_source(&sources, target_name)?;
         let size = match options.take_size("size")? {
@@ -93,7 +95,7 @@ async fn convert(args: &Convert, names: &[String], target_name: &str) -> Result<
         };
         options.set("size", size);
         refuse_preallocated_compression(args, &options)?;
-        stop.or_drop(create::create(&graph, format(args), target_name, options, false)).await?;
+        stop.or_drop(create::create(&graph, format(args), &target_path, options, false)).await?;
         partial.set_created();
     } else if !args.options.is_empty() {
         printer::message("bds: warning: -o has no effect when skipping image creation");
@@ -127,8 +129,9 @@ impl From<Error> for Failure {
 
 impl Failure {
     /// Decides about the output, and says it.
-    fn into_error(self, target: &str, total: u64, partial: Partial) -> Error {
+    fn into_error(self, target: &OsStr, total: u64, partial: Partial) -> Error {
         let Self { error, done, closing } = self;
+        let target = target.display();
         let state = match done {
             Some(done) => {
                 format!("output '{target}' is incomplete: {done} of {total} bytes copied")
@@ -159,7 +162,7 @@ async fn fill(
     stop: &Stop,
     graph: &Graph,
     sources: &[(NodeRef, CopySource)],
-    target_name: &str,
+    target_name: &OsStr,
     overlays: bool,
 ) -> Result<(), Failure> {
     let node = open_target(graph, args, target_name).await?;
@@ -182,7 +185,7 @@ fn format(args: &Convert) -> &str {
 async fn open_sources(
     graph: &Graph,
     args: &Convert,
-    names: &[String],
+    names: &[OsString],
 ) -> Result<Vec<(NodeRef, CopySource)>> {
     let cache = image::cache_mode("-T", &args.source_cache)?;
     let mut sources = Vec::new();
@@ -203,9 +206,9 @@ async fn open_sources(
 }
 
 /// Making the target empties it, and raw readers do not lock each other out.
-fn refuse_own_source(sources: &[(NodeRef, CopySource)], target: &str) -> Result<()> {
-    let path = Path::new(target.strip_prefix("file:").unwrap_or(target));
-    let Ok(file) = Fs::Host.open(path, &bds_io::OpenOptions::default()) else { return Ok(()) };
+fn refuse_own_source(sources: &[(NodeRef, CopySource)], target: &OsStr) -> Result<()> {
+    let path = describe::path_of(target);
+    let Ok(file) = Fs::Host.open(&path, &bds_io::OpenOptions::default()) else { return Ok(()) };
     let Ok(identity) = file.identity() else { return Ok(()) };
     for (node, _) in sources {
         for image in walk::backing_chain(node) {
@@ -248,7 +251,7 @@ fn refuse_preallocated_compression(args: &Convert, options: &Options) -> Result<
     Ok(())
 }
 
-async fn open_target(graph: &Graph, args: &Convert, name: &str) -> Result<NodeRef> {
+async fn open_target(graph: &Graph, args: &Convert, name: &OsStr) -> Result<NodeRef> {
     let flags = OpenFlags {
         cache: image::cache_mode("-t", &args.target_cache)?,
         discard: true,

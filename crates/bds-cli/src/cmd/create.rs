@@ -1,13 +1,17 @@
 //! `create`: a new image.
 
-use std::path::Path;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
-use bds_core::driver::{DriverType, OpenFlags};
-use bds_core::graph::{Graph, NewImage};
+use bds_core::driver::{DriverType, OpenFlags, ReferenceKind};
+use bds_core::graph::{Graph, NewImage, gate};
 use bds_core::options::{OptionKind, OptionSpec};
 use bds_core::{Error, ErrorKind, Options, Result};
+use serde_json::Value;
 
 use crate::args::Create;
+use crate::describe;
 use crate::image::{self, Spec};
 use crate::partial::Partial;
 use crate::printer;
@@ -21,20 +25,26 @@ pub(crate) fn run(args: &Create) -> Result<()> {
     let Some(filename) = args.filename.as_deref() else {
         return Err(Error::new(ErrorKind::InvalidInput, "Expecting image file name"));
     };
+    let path = describe::path_of(filename);
     let mut options = format_options(&args.options)?;
     set_backing(&mut options, args.backing.as_deref(), args.backing_format.as_deref())?;
     if let Some(text) = &args.size {
+        if options.contains("size") {
+            let words = "The image size must be specified only once";
+            return Err(Error::new(ErrorKind::InvalidInput, words).file(path));
+        }
         options.set("size", super::size("image size", text)?);
     }
     if !options.contains("size") && !options.contains("backing_file") {
-        return Err(Error::new(ErrorKind::InvalidInput, "Image creation needs a size parameter")
-            .file(filename));
+        return Err(
+            Error::new(ErrorKind::InvalidInput, "Image creation needs a size parameter").file(path)
+        );
     }
     let graph = image::trusting_graph();
     image::block_on(async {
         // What is dropped half-way is removed again.
         let stop = Stop::watch()?;
-        let made = make(&graph, &args.format, filename, options, args.backing_unsafe, args.quiet);
+        let made = make(&graph, &args.format, path, options, args.backing_unsafe, args.quiet);
         stop.or_drop(made).await
     })
 }
@@ -43,38 +53,37 @@ pub(crate) fn run(args: &Create) -> Result<()> {
 async fn make(
     graph: &Graph,
     format: &str,
-    filename: &str,
+    path: PathBuf,
     options: Options,
     skip_backing: bool,
     is_quiet: bool,
 ) -> Result<()> {
     let given = options.clone();
-    create(graph, format, filename, options, skip_backing).await?;
+    create(graph, format, &path, options, skip_backing).await?;
     if is_quiet {
         return Ok(());
     }
-    let size = match given.peek("size").and_then(serde_json::Value::as_u64) {
+    let size = match given.peek("size").and_then(Value::as_u64) {
         Some(size) => size,
         None => {
             let flags = OpenFlags { read_only: true, info_only: true, ..OpenFlags::default() };
-            let typed = format!("file:{filename}");
+            let typed = describe::file_name(&path);
             let spec = Spec { name: &typed, is_options: false, format: Some(format), flags };
             image::open(graph, &spec).await?.len()
         }
     };
     let driver = graph.config().registry.format(format)?;
-    printer::line(formatting(&**driver, filename, &given, size))
+    printer::line(formatting(&**driver, &path, &given, size))
 }
 
 /// Makes an image; warns if its backing file could not be opened.
 pub(crate) async fn create(
     graph: &Graph,
     format: &str,
-    filename: &str,
+    path: &Path,
     options: Options,
     skip_backing: bool,
 ) -> Result<()> {
-    let path = filename.strip_prefix("file:").unwrap_or(filename);
     let image = NewImage { format: format.to_owned(), path: path.into(), options, skip_backing };
     let report = graph.create_image(image).await?;
     if let Some(error) = report.backing_error {
@@ -87,35 +96,42 @@ pub(crate) async fn create(
 }
 
 /// The files that creating an image may make, before it does.
-pub(crate) fn partial(filename: &str, options: &Options, keeps: bool) -> Partial {
-    let data_file = options.peek("data_file").and_then(serde_json::Value::as_str);
-    let files = [Some(filename.strip_prefix("file:").unwrap_or(filename)), data_file];
-    Partial::before_creation(files.into_iter().flatten().map(Into::into), keeps)
+pub(crate) fn partial(path: &Path, options: &Options, keeps: bool) -> Partial {
+    let data_file = options
+        .peek_path("data_file")
+        .map(|name| gate::resolve(ReferenceKind::DataFile, name, Some(path)));
+    Partial::before_creation(std::iter::once(path.to_owned()).chain(data_file), keeps)
 }
 
 /// All -o together.
-pub(crate) fn format_options(texts: &[String]) -> Result<Options> {
-    Options::parse(&texts.join(","))
+pub(crate) fn format_options(texts: &[OsString]) -> Result<Options> {
+    Options::parse_os(&texts.join(OsStr::new(",")))
 }
 
-pub(crate) fn wants_help(texts: &[String]) -> bool {
-    texts.iter().flat_map(|text| text.split(',')).any(|word| word == "help" || word == "?")
+pub(crate) fn wants_help(texts: &[OsString]) -> bool {
+    let words = texts.iter().flat_map(|text| text.as_bytes().split(|byte| *byte == b','));
+    words.into_iter().any(|word| word == b"help" || word == b"?")
 }
 
 /// -b and -F are other words for two options.
 pub(crate) fn set_backing(
     options: &mut Options,
-    file: Option<&str>,
+    file: Option<&OsStr>,
     format: Option<&str>,
 ) -> Result<()> {
-    for (key, value) in [("backing_file", file), ("backing_fmt", format)] {
+    for (key, value) in [("backing_file", file), ("backing_fmt", format.map(OsStr::new))] {
         if let Some(value) = value {
             if options.contains(key) {
                 return Err(Error::new(ErrorKind::InvalidInput, "the option is given twice")
                     .field("option", key));
             }
-            options.set(key, value);
+            options.set_path(key, value);
         }
+    }
+    if let Some(format) = options.peek("backing_fmt").and_then(Value::as_str)
+        && !QEMU_FORMATS.contains(&format)
+    {
+        bds_drivers::registry().format(format).map_err(|e| e.context("backing format"))?;
     }
     if options.contains("backing_file") && !options.contains("backing_fmt") {
         return Err(Error::new(
@@ -125,6 +141,10 @@ pub(crate) fn set_backing(
     }
     Ok(())
 }
+
+/// Formats of QEMU that are not read here: an overlay of one can still be made for QEMU, with -u.
+const QEMU_FORMATS: [&str; 11] =
+    ["bochs", "cloop", "dmg", "luks", "parallels", "qcow", "qed", "vdi", "vhdx", "vmdk", "vpc"];
 
 /// qemu-img's order of qcow2's options; what is not here comes first.
 const ORDER: [&str; 12] = [
@@ -143,8 +163,8 @@ const ORDER: [&str; 12] = [
 ];
 
 /// "Formatting 'x', fmt=qcow2 cluster_size=65536 …": what was asked for and the defaults, as qemu-img prints them.
-fn formatting(driver: &dyn DriverType, filename: &str, given: &Options, size: u64) -> String {
-    let mut out = format!("Formatting '{filename}', fmt={}", driver.name());
+fn formatting(driver: &dyn DriverType, path: &Path, given: &Options, size: u64) -> String {
+    let mut out = format!("Formatting '{}', fmt={}", path.display(), driver.name());
     let specs = driver.create_options();
     let mut specs: Vec<&OptionSpec> = specs.iter().collect();
     if specs.iter().any(|spec| spec.name == ORDER[0]) {
@@ -155,7 +175,7 @@ fn formatting(driver: &dyn DriverType, filename: &str, given: &Options, size: u6
         let value = if name == "size" {
             Some(size.to_string())
         } else {
-            given.peek(name).map(|value| printed(spec, value)).or_else(|| default_of(spec))
+            printed(spec, given).or_else(|| default_of(spec))
         };
         if let Some(value) = value {
             out += &format!(" {name}={value}");
@@ -170,16 +190,19 @@ fn default_of(spec: &OptionSpec) -> Option<String> {
     spec.default.filter(|_| !is_silent).map(str::to_owned)
 }
 
-fn printed(spec: &OptionSpec, value: &serde_json::Value) -> String {
-    let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-    match spec.kind {
+fn printed(spec: &OptionSpec, given: &Options) -> Option<String> {
+    let text = match given.peek_path(spec.name) {
+        Some(name) => name.to_string_lossy().into_owned(),
+        None => given.peek(spec.name)?.to_string(),
+    };
+    Some(match spec.kind {
         OptionKind::Size => bds_core::options::parse_size(&text).map_or(text, |n| n.to_string()),
-        _ => text,
-    }
+        _ => text.replace(',', ",,"),
+    })
 }
 
 /// What -o understands.
-pub(crate) fn help(format: &str, filename: Option<&str>) -> Result<()> {
+pub(crate) fn help(format: &str, filename: Option<&OsStr>) -> Result<()> {
     let registry = bds_drivers::registry();
     let driver = registry.format(format)?;
     let mut out = match filename {
@@ -188,7 +211,8 @@ pub(crate) fn help(format: &str, filename: Option<&str>) -> Result<()> {
     };
     let mut specs: Vec<OptionSpec> = driver.create_options().to_vec();
     if let Some(filename) = filename {
-        let protocol = registry.driver(image::protocol_of_file(Path::new(filename)))?;
+        let path = describe::path_of(filename);
+        let protocol = registry.driver(describe::protocol_of_file(&path))?;
         let is_new =
             |spec: &&OptionSpec| !driver.create_options().iter().any(|s| s.name == spec.name);
         specs.extend(protocol.create_options().iter().filter(is_new));

@@ -1,5 +1,7 @@
 //! `dd`: a range of blocks of one image as a new image.
 
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
 use bds_core::copy::{self, CopyOptions, CopySource};
@@ -10,32 +12,36 @@ use serde_json::json;
 
 use crate::args::Dd;
 use crate::cmd::create;
+use crate::describe;
 use crate::image::{self, Spec};
 use crate::stop::Stop;
 
 /// What the operands say.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Operands {
-    input: String,
-    output: String,
+    input: OsString,
+    output: OsString,
     block_len: u64,
     count: Option<u64>,
     skip: u64,
 }
 
 impl Operands {
-    fn parse(words: &[String]) -> Result<Self> {
+    fn parse(words: &[OsString]) -> Result<Self> {
         let mut found = Self { block_len: 512, ..Self::default() };
         for word in words {
-            let Some((key, value)) = word.split_once('=') else {
+            let bytes = word.as_bytes();
+            let Some(key_len) = bytes.iter().position(|byte| *byte == b'=') else {
                 return Err(unknown(word));
             };
-            match key {
-                "if" => value.clone_into(&mut found.input),
-                "of" => value.clone_into(&mut found.output),
-                "bs" => found.block_len = super::size("block size", value)?,
-                "count" => found.count = Some(super::size("count", value)?),
-                "skip" => found.skip = super::size("skip", value)?,
+            let value = OsStr::from_bytes(&bytes[key_len + 1..]);
+            let number = value.to_string_lossy();
+            match &bytes[..key_len] {
+                b"if" => value.clone_into(&mut found.input),
+                b"of" => value.clone_into(&mut found.output),
+                b"bs" => found.block_len = super::size("block size", &number)?,
+                b"count" => found.count = Some(super::size("count", &number)?),
+                b"skip" => found.skip = super::size("skip", &number)?,
                 _ => return Err(unknown(word)),
             }
         }
@@ -60,9 +66,9 @@ impl Operands {
     }
 }
 
-fn unknown(word: &str) -> Error {
+fn unknown(word: &OsStr) -> Error {
     Error::new(ErrorKind::InvalidInput, "unrecognized operand: use if=, of=, bs=, count=, skip=")
-        .field("operand", word)
+        .field("operand", word.display())
 }
 
 pub(crate) fn run(args: &Dd) -> Result<()> {
@@ -89,9 +95,10 @@ async fn copy_range(spec: &Spec<'_>, operands: &Operands, args: &Dd) -> Result<(
         graph.open_with(Options::from_json(window)?, flags).await?
     };
     let output = &operands.output;
+    let path = describe::path_of(output);
     let options = Options::new().with("size", len);
-    let mut partial = create::partial(output, &options, args.keep_partial);
-    stop.or_drop(create::create(&graph, format, output, options, false)).await?;
+    let mut partial = create::partial(&path, &options, args.keep_partial);
+    stop.or_drop(create::create(&graph, format, &path, options, false)).await?;
     partial.set_created();
     let flags = OpenFlags { discard: true, ..OpenFlags::default() };
     let target = Spec { name: output, is_options: false, format: Some(format), flags };
@@ -105,7 +112,9 @@ async fn copy_range(spec: &Spec<'_>, operands: &Operands, args: &Dd) -> Result<(
     drop((part, source));
     if let Err(error) = copied.and(closed) {
         let fate = partial.give_up();
-        return Err(error.context(format_args!("output '{output}' is incomplete; {fate}")));
+        return Err(
+            error.context(format_args!("output '{}' is incomplete; {fate}", output.display()))
+        );
     }
     partial.complete();
     Ok(())
@@ -116,7 +125,7 @@ mod tests {
     use super::*;
 
     fn parse(words: &[&str]) -> Result<Operands> {
-        Operands::parse(&words.iter().map(ToString::to_string).collect::<Vec<_>>())
+        Operands::parse(&words.iter().map(OsString::from).collect::<Vec<_>>())
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! `measure`: how large an image would become.
 
+use std::ffi::OsStr;
+
 use bds_core::driver::{MeasureReport, MeasureSource, StatusFlags};
 use bds_core::request::Backend;
 use bds_core::{Error, ErrorKind, Options, Result};
@@ -38,7 +40,7 @@ fn refuse_rest(options: Options, format: &str) -> Result<()> {
     options.finish(&format!("the format '{format}'"))
 }
 
-async fn inspect(args: &Measure, name: &str) -> Result<MeasureSource> {
+async fn inspect(args: &Measure, name: &OsStr) -> Result<MeasureSource> {
     let spec = Spec::read(name, &args.source)?;
     let graph = image::trusting_graph();
     let node = image::open(&graph, &spec).await?;

@@ -1,8 +1,10 @@
 //! The tool from outside: what it prints, what it returns, what it leaves behind, and how all that compares with QEMU's
 //! tools over the matrix of formats.
 
+mod drawing;
 mod like_qemu;
 mod manners;
+mod manual;
 mod matrix;
 mod qemu_cells;
 mod qemu_check;

@@ -48,6 +48,11 @@ pub trait DriverType: Send + Sync + 'static {
     /// Where it stands.
     fn category(&self) -> Category;
 
+    /// What it is for, in one line for a person, without a full stop.
+    fn help(&self) -> &'static str {
+        ""
+    }
+
     /// Options `open` understands beside the common ones (children included).
     fn open_options(&self) -> &'static [OptionSpec];
 

@@ -198,8 +198,9 @@ impl Graph {
             resolved: &resolved,
             fs: &self.config().fs,
         };
-        let named =
-            |error: Error| error.context(format_args!("cannot open backing file '{}'", stored.display()));
+        let named = |error: Error| {
+            error.context(format_args!("cannot open backing file '{}'", stored.display()))
+        };
         let (backing, wanted) = match self.config().gate.decide(&question) {
             GateDecision::Open { path, format } => (path, format),
             GateDecision::Node(name) => return Ok(self.find(&name).map_err(named)?.len()),

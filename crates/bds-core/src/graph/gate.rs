@@ -259,9 +259,7 @@ pub fn resolve(
     };
     let stored = Path::new(OsStr::from_bytes(stored));
     match parent_file.and_then(Path::parent) {
-        Some(directory)
-            if kind == ReferenceKind::Backing && !is_typed && stored.is_relative() =>
-        {
+        Some(directory) if kind == ReferenceKind::Backing && !is_typed && stored.is_relative() => {
             directory.join(stored)
         }
         _ => stored.to_owned(),

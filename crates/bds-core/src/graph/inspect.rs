@@ -90,8 +90,10 @@ impl Inspected {
     /// Opens what holds bytes at offsets. Anything else, a FIFO for example, could make a reader wait for ever.
     fn open(&self) -> Result<File> {
         let no_image = |kind: FileKind| {
-            let words =
-                format!("{}, which holds no image: name a regular file or a block device", kind.describe());
+            let words = format!(
+                "{}, which holds no image: name a regular file or a block device",
+                kind.describe()
+            );
             Error::new(ErrorKind::InvalidInput, words).file(&self.path)
         };
         if !self.kind.is_seekable() {

@@ -216,7 +216,7 @@ impl Driver for CompressNode {
     }
 }
 
-filter_type!(Compress, "compress");
+filter_type!(Compress, "compress", "writes become compressed clusters of the image below");
 
 impl Compress {
     async fn open_node(&self, context: &mut OpenContext<'_>) -> Result<CompressNode> {

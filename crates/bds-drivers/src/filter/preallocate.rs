@@ -341,7 +341,7 @@ impl Driver for PreallocateNode {
     }
 }
 
-filter_type!(Preallocate, "preallocate");
+filter_type!(Preallocate, "preallocate", "the file grows ahead of writes");
 
 impl Preallocate {
     async fn open_node(&self, context: &mut OpenContext<'_>) -> Result<PreallocateNode> {

@@ -295,6 +295,10 @@ impl DriverType for Raw {
         Category::Format
     }
 
+    fn help(&self) -> &'static str {
+        "the bytes of a file as they are, or a window of them"
+    }
+
     fn open_options(&self) -> &'static [OptionSpec] {
         OPEN_OPTIONS
     }

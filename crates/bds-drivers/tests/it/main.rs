@@ -35,6 +35,8 @@ mod matrix;
 mod mem;
 mod model;
 mod null;
+#[cfg(feature = "qcow2")]
+mod options_table;
 mod preallocate;
 #[cfg(feature = "qcow2")]
 mod qcow2;

@@ -317,7 +317,7 @@ impl Driver for DebugNode {
     }
 }
 
-filter_type!(Blkdebug, "blkdebug");
+filter_type!(Blkdebug, "blkdebug", "faults and limits on demand, for tests");
 
 impl Blkdebug {
     async fn open_node(&self, context: &mut OpenContext<'_>) -> Result<DebugNode> {

@@ -184,17 +184,15 @@ impl Plan {
                  if extended_l2 is on",
             ));
         }
-        let long = |name: Option<&[u8]>, max: usize| {
-            name.is_some_and(|n| n.len() > max || n.contains(&0))
-        };
-        let bytes = |name: &Option<OsString>| name.as_ref().map(|name| name.as_bytes());
+        let long =
+            |name: Option<&[u8]>, max: usize| name.is_some_and(|n| n.len() > max || n.contains(&0));
         if long(self.backing_format.as_deref().map(str::as_bytes), MAX_BACKING_FORMAT_LEN) {
             return Err(wrong("the backing format's name is too long or holds a NUL byte"));
         }
-        if long(bytes(&self.data_file), MAX_DATA_FILE_LEN) {
+        if long(self.data_file.as_ref().map(|name| name.as_bytes()), MAX_DATA_FILE_LEN) {
             return Err(wrong("the data file's name is too long or holds a NUL byte"));
         }
-        if long(bytes(&self.backing_file), usize::MAX) {
+        if long(self.backing_file.as_ref().map(|name| name.as_bytes()), usize::MAX) {
             return Err(wrong("the backing file's name holds a NUL byte"));
         }
         Ok(())
@@ -394,7 +392,9 @@ fn check_data_file(plan: &Plan, file: &Child, data_file: Option<Child>) -> Resul
         (None, Some(_)) => Err(wrong("a data file was given, but option data_file names none")),
         (Some(name), Some(child)) => {
             if child.identity().is_some() && child.identity() == file.identity() {
-                return Err(wrong("the data file is the image itself").field("data_file", name));
+                return Err(
+                    wrong("the data file is the image itself").field("data_file", name.display())
+                );
             }
             Ok(Some(child))
         }

@@ -80,6 +80,10 @@ impl DriverType for Qcow2Format {
         Category::Format
     }
 
+    fn help(&self) -> &'static str {
+        "QEMU's image format: sparse, with backing files, compression and snapshots"
+    }
+
     fn open_options(&self) -> &'static [OptionSpec] {
         config::OPEN_OPTIONS
     }

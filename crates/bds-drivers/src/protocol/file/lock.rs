@@ -83,11 +83,7 @@ pub(super) struct Locks {
 impl Locks {
     /// Holds nothing and never will.
     pub(super) fn none() -> Self {
-        Self {
-            held: Mutex::new(None),
-            wanted: Permissions::default(),
-            user: Mutex::new(None),
-        }
+        Self { held: Mutex::new(None), wanted: Permissions::default(), user: Mutex::new(None) }
     }
 
     /// Locks `file` for `wanted`, or says who is in the way.

@@ -341,6 +341,10 @@ impl DriverType for FileProtocol {
         Category::Protocol
     }
 
+    fn help(&self) -> &'static str {
+        "a regular file of the host"
+    }
+
     fn open_options(&self) -> &'static [OptionSpec] {
         OPEN_OPTIONS
     }
@@ -373,6 +377,10 @@ impl DriverType for HostDevice {
 
     fn category(&self) -> Category {
         Category::Protocol
+    }
+
+    fn help(&self) -> &'static str {
+        "a block or character device of the host"
     }
 
     fn open_options(&self) -> &'static [OptionSpec] {
