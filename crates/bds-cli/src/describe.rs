@@ -101,9 +101,14 @@ pub(crate) fn protocol(name: &OsStr) -> Result<Options> {
             ),
         ));
     }
-    let mut options = Options::new().with("driver", protocol_of_file(&path));
+    Ok(file(&path))
+}
+
+/// What opens a file or device.
+pub(crate) fn file(path: &Path) -> Options {
+    let mut options = Options::new().with("driver", protocol_of_file(path));
     options.set_path("filename", path);
-    Ok(options)
+    options
 }
 
 /// `host_device` for what is a device, `file` for everything else, also for what is missing.
@@ -152,7 +157,7 @@ async fn guess(graph: &Graph, options: &Options, is_writing: bool) -> Result<&'s
         };
     };
     let found = graph.guess_file(&path).await?;
-    match found.formats.first().map_or("raw", |candidate| candidate.driver) {
+    match found.best()? {
         "raw" if is_writing => Err(Error::new(
             ErrorKind::InvalidInput,
             "the format was not given and looks like raw, which is never guessed for writing: \

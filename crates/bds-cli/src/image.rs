@@ -10,10 +10,12 @@ use bds_core::driver::{CacheMode, OpenFlags};
 use bds_core::graph::gate::TrustAll;
 use bds_core::graph::{Graph, GraphConfig, NodeRef};
 use bds_core::request::{Backend, BackendOptions};
-use bds_core::{Error, ErrorKind, Result};
+use bds_core::{Error, ErrorKind, Options, Result};
 use bds_io::{Context, ContextOptions};
 
 use crate::describe;
+
+use crate::file_identity;
 
 /// Longest backing chain the tool opens. A loop is found long before.
 const MAX_DEPTH: usize = 1 << 16;
@@ -91,10 +93,18 @@ pub(crate) fn cache_mode(option: &str, word: &str) -> Result<CacheMode> {
 /// Opens an image.
 pub(crate) async fn open(graph: &Graph, spec: &Spec<'_>) -> Result<NodeRef> {
     let opened = match describe::options(graph, spec).await {
-        Ok(options) => graph.open_with(options, spec.flags).await,
+        Ok(options) => open_described(graph, spec, options).await,
         Err(error) => Err(error),
     };
     opened.map_err(|e| e.context(format_args!("Could not open '{}'", spec.name.display())))
+}
+
+async fn open_described(graph: &Graph, spec: &Spec<'_>, options: Options) -> Result<NodeRef> {
+    let node = graph.open_with(options, spec.flags).await?;
+    if !spec.flags.read_only {
+        file_identity::refuse_own_backing(&node)?;
+    }
+    Ok(node)
 }
 
 /// Runs a command that asks little of the disk: on this thread, with a small ring and no other thread.

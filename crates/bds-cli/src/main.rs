@@ -9,7 +9,9 @@
 mod args;
 mod cmd;
 mod describe;
+mod file_identity;
 mod image;
+mod overlay;
 mod partial;
 mod printer;
 mod progress;

@@ -35,6 +35,16 @@ impl Partial {
         Self { absent, created: Vec::new(), keeps }
     }
 
+    /// For an output that this run does not create.
+    pub(crate) fn of_existing() -> Self {
+        Self::before_creation([], true)
+    }
+
+    /// Whether the image stays although it is incomplete.
+    pub(crate) fn is_kept(&self) -> bool {
+        self.keeps || self.created.is_empty()
+    }
+
     /// The image was created: from here on its files are removed unless it is completed.
     pub(crate) fn set_created(&mut self) {
         for file in self.absent.drain(..) {

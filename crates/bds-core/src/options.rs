@@ -295,7 +295,8 @@ pub fn parse_number(text: &str) -> Option<u64> {
     }
 }
 
-/// Bytes from text: hexadecimal digits behind `0x`, or digits, an optional fraction, an optional suffix b, k, M, G, T, P, E (either case; powers of 1024).
+/// Bytes from text: hexadecimal digits behind `0x`, or digits, an optional fraction, an optional suffix b, k, M, G, T, P, E (either
+/// case; powers of 1024). `None` as well for what is no whole number of bytes: "93.1" was meant as something larger.
 pub fn parse_size(text: &str) -> Option<u64> {
     if text.starts_with("0x") || text.starts_with("0X") {
         return parse_number(text);
@@ -320,8 +321,13 @@ pub fn parse_size(text: &str) -> Option<u64> {
     };
     let fraction = match fraction {
         "" => 0,
-        f if f.len() <= 18 => {
-            f.parse::<u128>().ok()? * unit / 10u128.pow(u32::try_from(f.len()).ok()?)
+        f if f.len() <= 18 && f.bytes().all(|digit| digit.is_ascii_digit()) && shift > 0 => {
+            let parts = 10u128.pow(u32::try_from(f.len()).ok()?);
+            let bytes = f.parse::<u128>().ok()? * unit;
+            if !bytes.is_multiple_of(parts) {
+                return None;
+            }
+            bytes / parts
         }
         _ => return None,
     };

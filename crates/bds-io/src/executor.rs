@@ -213,6 +213,9 @@ impl Local {
         let waker = Waker::from(main.clone());
         let mut cx = task::Context::from_waker(&waker);
         let driving = self.drive();
+        // A turn that is followed by another one at once leaves what it queued to that one: most often the next turn waits,
+        // and one system call does both. Never twice in a row, so that busy tasks do not keep operations from the kernel.
+        let mut was_put_off = false;
         let output = loop {
             if main.is_ready.swap(false, Ordering::Acquire)
                 && let Poll::Ready(output) = future.as_mut().poll(&mut cx)
@@ -220,13 +223,20 @@ impl Local {
                 break output;
             }
             self.run_ready();
-            let step = if main.is_ready.load(Ordering::Relaxed) || self.has_ready() {
+            let is_busy = main.is_ready.load(Ordering::Relaxed) || self.has_ready();
+            was_put_off = is_busy && !was_put_off;
+            let step = if was_put_off {
+                self.reap_done()
+            } else if is_busy {
                 self.flush()
             } else {
                 self.sleep(None, || main.is_ready.load(Ordering::Relaxed))
             };
             step.expect("the ring takes operations; its descriptor is ours and open");
         };
+        if was_put_off {
+            self.flush().expect("the ring takes operations; its descriptor is ours and open");
+        }
         drop(driving);
         drop(waker);
         // Kept for the next time. Whoever still holds a clone of the old waker can only wake in vain.
@@ -239,7 +249,8 @@ impl Local {
         let _driving = self.drive();
         let mut did = self.run_ready();
         if did || self.has_ready() {
-            did |= self.flush()?;
+            // The flush below hands over what is queued.
+            did |= self.reap_done()?;
         } else {
             did |= self.sleep(timeout, || false)?;
         }
@@ -308,6 +319,12 @@ impl Local {
     /// Lets the engine go on without waiting. True if an operation ended.
     fn flush(&self) -> io::Result<bool> {
         self.engine.borrow_mut().flush()?;
+        Ok(self.tell_landed())
+    }
+
+    /// As `flush`, but does not hand over what is queued: a `flush` or `sleep` must follow.
+    fn reap_done(&self) -> io::Result<bool> {
+        self.engine.borrow_mut().reap_done()?;
         Ok(self.tell_landed())
     }
 

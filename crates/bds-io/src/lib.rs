@@ -12,6 +12,7 @@ mod engine;
 mod executor;
 pub mod file;
 mod host;
+mod identity;
 mod op;
 pub mod signals;
 pub mod sim;
@@ -25,4 +26,5 @@ pub use context::{
     yield_now,
 };
 pub use file::{ByteLock, Extent, File, FileKind, FileLook, Fs, OpenOptions, ZeroMode};
+pub use identity::shares_bytes;
 pub use sim::{Sim, SimConfig};

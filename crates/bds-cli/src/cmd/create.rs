@@ -2,17 +2,17 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use bds_core::driver::{DriverType, OpenFlags, ReferenceKind};
+use bds_core::driver::ReferenceKind;
 use bds_core::graph::{Graph, NewImage, gate};
-use bds_core::options::{OptionKind, OptionSpec};
+use bds_core::options::{OptionKind, OptionSpec, parse_number, parse_size};
 use bds_core::{Error, ErrorKind, Options, Result};
 use serde_json::Value;
 
 use crate::args::Create;
 use crate::describe;
-use crate::image::{self, Spec};
+use crate::image;
 use crate::partial::Partial;
 use crate::printer;
 use crate::stop::Stop;
@@ -25,7 +25,7 @@ pub(crate) fn run(args: &Create) -> Result<()> {
     let Some(filename) = args.filename.as_deref() else {
         return Err(Error::new(ErrorKind::InvalidInput, "Expecting image file name"));
     };
-    let path = describe::path_of(filename);
+    let path = path(filename)?;
     let mut options = format_options(&args.options)?;
     set_backing(&mut options, args.backing.as_deref(), args.backing_format.as_deref())?;
     if let Some(text) = &args.size {
@@ -59,48 +59,53 @@ async fn make(
     is_quiet: bool,
 ) -> Result<()> {
     let given = options.clone();
-    create(graph, format, &path, options, skip_backing).await?;
+    let shown = path.display().to_string();
+    let len = create(graph, format, path, options, skip_backing).await?;
     if is_quiet {
         return Ok(());
     }
-    let size = match given.peek("size").and_then(Value::as_u64) {
-        Some(size) => size,
-        None => {
-            let flags = OpenFlags { read_only: true, info_only: true, ..OpenFlags::default() };
-            let typed = describe::file_name(&path);
-            let spec = Spec { name: &typed, is_options: false, format: Some(format), flags };
-            image::open(graph, &spec).await?.len()
-        }
-    };
-    let driver = graph.config().registry.format(format)?;
-    printer::line(formatting(&**driver, &path, &given, size))
+    printer::line(formatting(graph, format, &shown, &given, len)?)
 }
 
-/// Makes an image; warns if its backing file could not be opened.
+/// Makes an image; answers its virtual size.
 pub(crate) async fn create(
     graph: &Graph,
     format: &str,
-    path: &Path,
+    path: PathBuf,
     options: Options,
     skip_backing: bool,
-) -> Result<()> {
-    let image = NewImage { format: format.to_owned(), path: path.into(), options, skip_backing };
-    let report = graph.create_image(image).await?;
-    if let Some(error) = report.backing_error {
-        printer::message(format_args!("bds: warning: {}", crate::report::words(&error)));
-        printer::message(
-            "Could not open backing image to determine size; the image was created with the size given.",
-        );
+) -> Result<u64> {
+    let format = stored_format(format).to_owned();
+    let image = NewImage { format, path, options, skip_backing };
+    Ok(graph.create_image(image).await?.len)
+}
+
+/// A protocol as a format, as in `-O file`, stores nothing but the bytes: that is raw.
+pub(crate) fn stored_format(format: &str) -> &str {
+    if matches!(format, "file" | "host_device") { "raw" } else { format }
+}
+
+/// The file that an output's name stands for: only files and devices are made.
+pub(crate) fn path(name: &OsStr) -> Result<PathBuf> {
+    if name.as_bytes().starts_with(b"json:") {
+        let words = "a new image is made in a file: name the file, and with -n what exists already";
+        return Err(Error::new(ErrorKind::NotSupported, words).field("name", name.display()));
     }
-    Ok(())
+    match describe::protocol(name)?.contains("filename") {
+        true => Ok(describe::path_of(name)),
+        false => {
+            let words = "nothing can be created there: name a file";
+            Err(Error::new(ErrorKind::NotSupported, words).field("name", name.display()))
+        }
+    }
 }
 
 /// The files that creating an image may make, before it does.
-pub(crate) fn partial(path: &Path, options: &Options, keeps: bool) -> Partial {
+pub(crate) fn partial(path: PathBuf, options: &Options, keeps: bool) -> Partial {
     let data_file = options
         .peek_path("data_file")
-        .map(|name| gate::resolve(ReferenceKind::DataFile, name, Some(path)));
-    Partial::before_creation(std::iter::once(path.to_owned()).chain(data_file), keeps)
+        .map(|name| gate::resolve(ReferenceKind::DataFile, name, Some(&path)));
+    Partial::before_creation(std::iter::once(path).chain(data_file), keeps)
 }
 
 /// All -o together.
@@ -121,7 +126,7 @@ pub(crate) fn set_backing(
 ) -> Result<()> {
     for (key, value) in [("backing_file", file), ("backing_fmt", format.map(OsStr::new))] {
         if let Some(value) = value {
-            if options.contains(key) {
+            if options.contains(key) && options.peek_path(key).is_none_or(|given| given != value) {
                 return Err(Error::new(ErrorKind::InvalidInput, "the option is given twice")
                     .field("option", key));
             }
@@ -163,14 +168,26 @@ const ORDER: [&str; 12] = [
 ];
 
 /// "Formatting 'x', fmt=qcow2 cluster_size=65536 …": what was asked for and the defaults, as qemu-img prints them.
-fn formatting(driver: &dyn DriverType, path: &Path, given: &Options, size: u64) -> String {
-    let mut out = format!("Formatting '{}', fmt={}", path.display(), driver.name());
-    let specs = driver.create_options();
-    let mut specs: Vec<&OptionSpec> = specs.iter().collect();
+fn formatting(
+    graph: &Graph,
+    format: &str,
+    shown: &str,
+    given: &Options,
+    size: u64,
+) -> Result<String> {
+    let mut out = format!("Formatting '{shown}', fmt={format}");
+    let registry = &graph.config().registry;
+    let mut specs: Vec<OptionSpec> =
+        registry.format(stored_format(format))?.create_options().to_vec();
     if specs.iter().any(|spec| spec.name == ORDER[0]) {
         specs.sort_by_key(|spec| ORDER.iter().position(|name| *name == spec.name));
     }
-    for spec in specs {
+    // What only the file takes is shown if it was given.
+    let of_file = registry.driver("file")?.create_options();
+    let is_new = |spec: &&OptionSpec| !specs.iter().any(|known| known.name == spec.name);
+    let of_file: Vec<OptionSpec> = of_file.iter().filter(is_new).copied().collect();
+    specs.extend(of_file);
+    for spec in &specs {
         let name = spec.name;
         let value = if name == "size" {
             Some(size.to_string())
@@ -181,7 +198,7 @@ fn formatting(driver: &dyn DriverType, path: &Path, given: &Options, size: u64) 
             out += &format!(" {name}={value}");
         }
     }
-    out
+    Ok(out)
 }
 
 /// The default, unless qemu-img keeps it to itself.
@@ -196,7 +213,8 @@ fn printed(spec: &OptionSpec, given: &Options) -> Option<String> {
         None => given.peek(spec.name)?.to_string(),
     };
     Some(match spec.kind {
-        OptionKind::Size => bds_core::options::parse_size(&text).map_or(text, |n| n.to_string()),
+        OptionKind::Size => parse_size(&text).map_or(text, |n| n.to_string()),
+        OptionKind::Number => parse_number(&text).map_or(text, |n| n.to_string()),
         _ => text.replace(',', ",,"),
     })
 }
@@ -204,7 +222,7 @@ fn printed(spec: &OptionSpec, given: &Options) -> Option<String> {
 /// What -o understands.
 pub(crate) fn help(format: &str, filename: Option<&OsStr>) -> Result<()> {
     let registry = bds_drivers::registry();
-    let driver = registry.format(format)?;
+    let driver = registry.format(stored_format(format))?;
     let mut out = match filename {
         None => format!("Supported {format} options:\n"),
         Some(_) => "Supported options:\n".to_owned(),

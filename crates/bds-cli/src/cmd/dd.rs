@@ -12,7 +12,6 @@ use serde_json::json;
 
 use crate::args::Dd;
 use crate::cmd::create;
-use crate::describe;
 use crate::image::{self, Spec};
 use crate::stop::Stop;
 
@@ -73,7 +72,8 @@ fn unknown(word: &OsStr) -> Error {
 
 pub(crate) fn run(args: &Dd) -> Result<()> {
     let operands = Operands::parse(&args.operands)?;
-    let spec = Spec::read(&operands.input, &args.source)?;
+    let mut spec = Spec::read(&operands.input, &args.source)?;
+    spec.flags.refuse_writers = !spec.flags.force_share;
     let context =
         Context::new(ContextOptions::default()).map_err(|e| Error::io(e, "cannot start"))?;
     context.block_on(copy_range(&spec, &operands, args))
@@ -95,10 +95,10 @@ async fn copy_range(spec: &Spec<'_>, operands: &Operands, args: &Dd) -> Result<(
         graph.open_with(Options::from_json(window)?, flags).await?
     };
     let output = &operands.output;
-    let path = describe::path_of(output);
+    let path = create::path(output)?;
     let options = Options::new().with("size", len);
-    let mut partial = create::partial(&path, &options, args.keep_partial);
-    stop.or_drop(create::create(&graph, format, &path, options, false)).await?;
+    let mut partial = create::partial(path.clone(), &options, args.keep_partial);
+    stop.or_drop(create::create(&graph, format, path, options, false)).await?;
     partial.set_created();
     let flags = OpenFlags { discard: true, ..OpenFlags::default() };
     let target = Spec { name: output, is_options: false, format: Some(format), flags };
@@ -110,11 +110,10 @@ async fn copy_range(spec: &Spec<'_>, operands: &Operands, args: &Dd) -> Result<(
     let copied = copy::copy(&[CopySource::from(reader)], &backend, &options).await;
     let closed = image::close(backend, target).await;
     drop((part, source));
-    if let Err(error) = copied.and(closed) {
-        let fate = partial.give_up();
-        return Err(
-            error.context(format_args!("output '{}' is incomplete; {fate}", output.display()))
-        );
+    if let Err(error) = copied.map(drop).and(closed) {
+        let cause = crate::report::words(&error);
+        let words = format!("{cause}; the output is incomplete; {}", partial.give_up());
+        return Err(Error::new(error.kind(), words));
     }
     partial.complete();
     Ok(())

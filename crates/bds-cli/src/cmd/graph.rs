@@ -28,6 +28,9 @@ async fn draw(args: &args::Graph) -> Result<String> {
     for name in &args.filenames {
         nodes.push(image::open(&graph, &Spec::read(name, &args.source)?).await?);
     }
+    if let Some(path) = &args.write_to {
+        crate::file_identity::refuse_image_file(&graph, path)?;
+    }
     let text = match args.output {
         Drawing::Text => graph.dump(),
         Drawing::Dot => graph.dot(),

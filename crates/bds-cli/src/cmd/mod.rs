@@ -4,6 +4,8 @@ pub(crate) mod bench;
 pub(crate) mod check;
 pub(crate) mod compare;
 pub(crate) mod convert;
+mod convert_plan;
+mod convert_target;
 pub(crate) mod create;
 pub(crate) mod dd;
 pub(crate) mod drivers;
@@ -22,7 +24,10 @@ pub(crate) fn size(what: &'static str, text: &str) -> Result<u64> {
     parse_size(text).ok_or_else(|| {
         Error::new(
             ErrorKind::InvalidInput,
-            format!("Invalid {what} specified: use digits and an optional suffix k, M, G, T, P, E"),
+            format!(
+                "Invalid {what} specified: use digits and an optional suffix k, M, G, T, P, E, so that it is \
+                 a whole number of bytes"
+            ),
         )
         .field(what, text)
     })

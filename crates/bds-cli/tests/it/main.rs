@@ -2,6 +2,7 @@
 //! tools over the matrix of formats.
 
 mod drawing;
+mod kept_content;
 mod like_qemu;
 mod manners;
 mod manual;
@@ -10,6 +11,8 @@ mod qemu_cells;
 mod qemu_check;
 mod qemu_convert;
 mod qemu_measure;
+mod right_data;
+mod same_file;
 mod stopped;
 mod tool;
 mod tools;

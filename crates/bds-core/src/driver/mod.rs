@@ -11,6 +11,7 @@
 
 mod access;
 mod child;
+mod foreign;
 mod limits;
 mod open;
 mod probe;
@@ -30,6 +31,7 @@ pub use access::{Access, NodeUse, Perm};
 // For what a driver exchanges while requests read it: children that come and go, descriptors, options.
 pub use bds_refcount::{Hinge, Reading};
 pub use child::{Child, ChildPort};
+pub use foreign::{TAIL_LEN, foreign_format};
 pub use limits::Limits;
 pub use open::{
     CacheMode, ChildOpener, ChildRequest, CreateContext, DetectZeroes, OpenContext, OpenFlags,
@@ -39,7 +41,7 @@ pub use probe::{Candidate, PROBE_LEN, probe};
 pub use registry::Registry;
 pub use reopen::{Reopen, ReopenContext};
 pub use status::{HostMap, StatusFlags, StatusRun};
-pub use types::{Category, DriverType, MeasureReport, MeasureSource};
+pub use types::{Category, ClaimedFile, CreateFacts, DriverType, MeasureReport, MeasureSource};
 
 use crate::error::{Error, ErrorKind, Result};
 

@@ -73,6 +73,14 @@ impl Engine {
         }
     }
 
+    /// Reaps what is done. What is queued stays so until the next `flush` or `wait`, which the caller owes.
+    pub(crate) fn reap_done(&mut self) -> io::Result<()> {
+        match self {
+            Engine::Uring(uring) => uring.reap_done(),
+            Engine::Pool => Ok(()),
+        }
+    }
+
     /// As `flush`, but waits up to `timeout` (None: forever) for a completion or a signal on the eventfd.
     pub(crate) fn wait(&mut self, timeout: Option<Duration>, wake: &OwnedFd) -> io::Result<()> {
         match self {

@@ -130,6 +130,23 @@ struct Unlinked {
     needs_zeros: bool,
 }
 
+/// Why a slice must stay in memory.
+#[derive(Clone, Copy, Debug, Default)]
+struct Pinned {
+    /// Bit i: piece i (of 64) differs from the file.
+    dirty: u64,
+    /// The batch under way holds pieces of it, which become dirty again if it fails.
+    is_writing: bool,
+    /// Allocations in flight that will change it.
+    changing: u32,
+}
+
+impl Pinned {
+    fn is_needed(&self) -> bool {
+        self.dirty != 0 || self.is_writing || self.changing > 0
+    }
+}
+
 /// The cached slices of L2 tables and which of them are dirty.
 #[derive(Debug)]
 pub(crate) struct SliceCache {
@@ -137,9 +154,9 @@ pub(crate) struct SliceCache {
     ring: VecDeque<SliceId>,
     resident_bytes: usize,
     budget_bytes: usize,
-    /// Bit i: piece i (of 64) of the slice differs from the file.
-    dirty: HashMap<SliceId, u64>,
-    dirty_bytes: usize,
+    pinned: HashMap<SliceId, Pinned>,
+    /// Pinned slices that are dirty.
+    dirty_count: usize,
     /// In order, so that a seed replays the writes they cause.
     unlinked: BTreeMap<u32, Unlinked>,
     slice_len: usize,
@@ -151,8 +168,8 @@ impl SliceCache {
             ring: VecDeque::new(),
             resident_bytes: 0,
             budget_bytes: budget_bytes.max(2 * slice_len),
-            dirty: HashMap::new(),
-            dirty_bytes: 0,
+            pinned: HashMap::new(),
+            dirty_count: 0,
             unlinked: BTreeMap::new(),
             slice_len,
         }
@@ -178,11 +195,57 @@ impl SliceCache {
     }
 
     fn mark_pieces(&mut self, id: SliceId, mask: u64) {
-        let old = self.dirty.entry(id).or_insert(0);
-        if *old == 0 {
-            self.dirty_bytes += self.slice_len;
+        let pinned = self.pinned.entry(id).or_default();
+        self.dirty_count += usize::from(pinned.dirty == 0);
+        pinned.dirty |= mask;
+    }
+
+    /// Keeps a slice in memory until [`Self::unpin`]: an allocation in flight will change it.
+    pub(crate) fn pin(&mut self, id: SliceId) {
+        self.pinned.entry(id).or_default().changing += 1;
+    }
+
+    pub(crate) fn unpin(&mut self, id: SliceId) {
+        if let Some(pinned) = self.pinned.get_mut(&id) {
+            pinned.changing -= 1;
+            if !pinned.is_needed() {
+                self.pinned.remove(&id);
+            }
         }
-        *old |= mask;
+    }
+
+    /// Bytes that one more change to this slice would pin.
+    pub(crate) fn bytes_to_pin(&self, id: SliceId) -> usize {
+        if self.pinned.contains_key(&id) { 0 } else { self.slice_len }
+    }
+
+    /// Bytes of slices that cannot be evicted.
+    pub(crate) fn pinned_bytes(&self) -> usize {
+        self.pinned.len() * self.slice_len
+    }
+
+    pub(crate) fn has_dirty(&self) -> bool {
+        self.dirty_count > 0
+    }
+
+    /// Takes the dirty pieces of all slices, in the order of the file. They stay pinned until [`Self::batch_ended`].
+    fn take_dirty(&mut self) -> Vec<(SliceId, u64)> {
+        let mut taken = Vec::with_capacity(self.dirty_count);
+        for (id, pinned) in self.pinned.iter_mut().filter(|(_, pinned)| pinned.dirty != 0) {
+            taken.push((*id, std::mem::take(&mut pinned.dirty)));
+            pinned.is_writing = true;
+        }
+        self.dirty_count = 0;
+        taken.sort_unstable();
+        taken
+    }
+
+    /// The batch is over; what it did not write is dirty again.
+    fn batch_ended(&mut self) {
+        self.pinned.retain(|_, pinned| {
+            pinned.is_writing = false;
+            pinned.is_needed()
+        });
     }
 
     /// Marks a whole slice as changed.
@@ -206,13 +269,9 @@ impl SliceCache {
         self.resident_bytes += self.slice_len;
     }
 
-    /// Is there more in memory than the budget allows, or more dirty than half of it?
-    pub(crate) fn is_over_budget(&self) -> bool {
-        self.resident_bytes > self.budget_bytes
-    }
-
-    pub(crate) fn is_mostly_dirty(&self) -> bool {
-        self.dirty_bytes * 2 > self.budget_bytes
+    /// Is there more in memory than the budget allows, and something that could go?
+    fn is_over_budget(&self) -> bool {
+        self.resident_bytes > self.budget_bytes && self.ring.len() > self.pinned.len()
     }
 
     /// Takes the next slice the hand points at; `None` when it has been all around.
@@ -223,13 +282,13 @@ impl SliceCache {
 }
 
 impl Image {
-    /// Forgets clean slices until the budget is kept. Dirty and held ones stay. `only_unused`: all that were not used lately, whatever the budget.
+    /// Forgets clean slices until the budget is kept. Pinned and held ones stay. `only_unused`: all that were not used lately, whatever the budget.
     pub(crate) fn evict_slices(&self, meta: &mut Meta, only_unused: bool) {
         let cache = &mut meta.slices;
         let mut left = cache.ring.len() * if only_unused { 1 } else { 2 };
         while only_unused || cache.is_over_budget() {
             let Some(id) = cache.turn_hand(&mut left) else { break };
-            let is_free = !cache.dirty.contains_key(&id) && !cache.is_unlinked(id.table);
+            let is_free = !cache.pinned.contains_key(&id) && !cache.is_unlinked(id.table);
             // Two: the slot's and the one just taken.
             let slice = self.tables.hold(id);
             let is_gone = match &slice {
@@ -249,7 +308,7 @@ impl Image {
     pub(crate) fn has_unwritten(&self, meta: &Meta) -> bool {
         let counts = self.counts_matter_now() && meta.counts.has_dirty();
         meta.owed.is_writing
-            || !meta.slices.dirty.is_empty()
+            || meta.slices.has_dirty()
             || !meta.slices.unlinked.is_empty()
             || !meta.l1.dirty.is_empty()
             || meta.l1.is_moved
@@ -278,7 +337,7 @@ impl Image {
         let result = self.write_batch(&batch).await;
         let mut meta = self.meta();
         meta.owed.is_writing = false;
-        match result {
+        let result = match result {
             Ok(()) => {
                 meta.frees_written.extend(batch.frees);
                 Ok(())
@@ -287,7 +346,12 @@ impl Image {
                 self.put_back(&mut meta, batch, done);
                 Err(error)
             }
-        }
+        };
+        meta.slices.batch_ended();
+        meta.counts.batch_ended();
+        self.evict_slices(&mut meta, false);
+        meta.counts.evict();
+        result
     }
 
     /// Everything dirty, as it is now.
@@ -319,11 +383,12 @@ impl Image {
 
     fn take_slices(&self, meta: &mut Meta, batch: &mut Batch) {
         let cache = &mut meta.slices;
+        let dirty = cache.take_dirty();
         batch.linked = cache.unlinked.keys().copied().collect();
+        let written: BTreeSet<u32> = dirty.iter().map(|(id, _)| id.table).collect();
         for (table, unlinked) in &cache.unlinked {
             // Also one of which nothing is written, or the file might end before it.
-            let is_empty = !cache.dirty.keys().any(|id| id.table == *table);
-            if unlinked.needs_zeros || is_empty {
+            if unlinked.needs_zeros || !written.contains(table) {
                 let offset = self.table_offset(*table);
                 let action = Action::Zero(self.geometry().cluster_size());
                 let source = Source::Clear;
@@ -331,12 +396,8 @@ impl Image {
             }
         }
         let piece_len = cache.piece_len();
-        let mut dirty: Vec<(SliceId, u64)> = cache.dirty.drain().collect();
-        // In the order of the file.
-        dirty.sort_unstable();
-        cache.dirty_bytes = 0;
         for (id, mask) in dirty {
-            let slice = self.tables.hold(id).expect("dirty slices are not evicted");
+            let slice = self.tables.hold(id).expect("pinned slices are not evicted");
             let rank = if cache.is_unlinked(id.table) { Rank::Body } else { Rank::Link };
             let start = self.table_offset(id.table) + u64::from(id.piece) * cache.slice_len as u64;
             for (first, count) in joined_bits(mask) {
@@ -385,12 +446,11 @@ impl Image {
         for (index, block) in meta.counts.dirty_blocks() {
             // Counts that only fell may lag behind everything.
             let rank = if block.is_raised { Rank::Body } else { Rank::Link };
-            let source = Source::Block(index, block.dirty, block.is_raised);
+            let source = Source::Block(index, block.dirty(), block.is_raised);
             for (start, bytes) in block.dirty_pieces() {
                 batch.push(rank, block.offset + start as u64, bytes.to_vec(), source);
             }
-            block.dirty = 0;
-            block.is_raised = false;
+            block.begin_writing();
         }
         let counts = &mut meta.counts;
         if counts.is_moved {
@@ -497,9 +557,8 @@ impl Image {
                 Source::Slice(id, pieces) => meta.slices.mark_pieces(id, pieces),
                 Source::Block(index, pieces, is_raised) => {
                     let block = meta.counts.resident(index);
-                    let block = block.expect("blocks of a batch under way are held");
-                    block.dirty |= pieces;
-                    block.is_raised |= is_raised;
+                    let block = block.expect("blocks of a batch under way are pinned");
+                    block.write_again(pieces, is_raised);
                 }
                 Source::Slots(piece) => drop(meta.counts.dirty_slots.insert(piece)),
                 Source::MovedTable => meta.counts.is_moved = true,

@@ -106,6 +106,8 @@ impl Meta {
             frees_durable: Vec::new(),
             in_flight: Vec::new(),
             flights: std::collections::HashMap::new(),
+            write_back_task: None,
+            write_back_error: None,
             zero_from: geometry.cluster_ceil(file_len).unwrap_or(u64::MAX),
             compressed_at: 0,
             new_size: None,

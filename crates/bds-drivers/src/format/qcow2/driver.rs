@@ -19,7 +19,7 @@ use super::task::finish;
 /// An open qcow2 image.
 #[derive(Debug)]
 pub(crate) struct Qcow2 {
-    image: Arc<Image>,
+    pub(super) image: Arc<Image>,
 }
 
 impl Qcow2 {
@@ -116,11 +116,15 @@ impl Driver for Qcow2 {
 
     fn flush_to_os(&self) -> BoxFuture<'_, Result<()>> {
         if !self.image.needs_write_back() {
-            return Box::pin(async { self.image.check_flushable() });
+            return Box::pin(async {
+                self.image.check_flushable()?;
+                self.image.take_write_back_error()
+            });
         }
         self.run(|image| async move {
             image.check_flushable()?;
-            image.write_back(false).await
+            let written = image.write_back(false).await;
+            written.and(image.take_write_back_error())
         })
     }
 
@@ -246,7 +250,7 @@ impl Image {
     }
 
     /// Gives freed clusters back behind the caller's back: nobody waits for it but close.
-    fn release_later(self: &Arc<Self>) {
+    pub(super) fn release_later(self: &Arc<Self>) {
         let image = Arc::clone(self);
         let working = self.busy.begin();
         bds_io::spawn(async move {
@@ -254,6 +258,8 @@ impl Image {
                 // They stay on the list; the next flush tries again, close reports it.
                 tracing::warn!(node = image.node_name, %error, "qcow2: cannot give clusters back");
             }
+            // Close goes on when it is dropped: nothing may hold the image then.
+            drop(image);
             drop(working);
         })
         .detach();
@@ -284,8 +290,14 @@ impl Image {
         Ok(())
     }
 
-    /// Writes everything that is left, gives back what is free, and clears the dirty bit: as a clean image is left behind.
+    /// Writes everything that is left, gives back what is free, and clears the dirty bit: as a clean image is left behind. Fails too if
+    /// an earlier write-back failed that no flush has reported.
     pub(super) async fn finish_writing(self: &Arc<Self>) -> Result<()> {
+        let finished = self.finish_all().await;
+        finished.and(self.take_write_back_error())
+    }
+
+    async fn finish_all(self: &Arc<Self>) -> Result<()> {
         /// Others may go on writing meanwhile if whoever asked for this is gone.
         const ATTEMPTS: usize = 8;
         for _ in 0..ATTEMPTS {

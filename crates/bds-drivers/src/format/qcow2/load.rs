@@ -115,9 +115,7 @@ impl Image {
         let table = {
             let mut meta = self.meta();
             self.clean_now_and_then(&mut meta);
-            if !meta.owed.is_writing {
-                self.evict_slices(&mut meta, false);
-            }
+            self.evict_slices(&mut meta, false);
             if let Some(slice) = self.tables.hold(id) {
                 return Ok(Hold::Slice(slice));
             }
@@ -149,9 +147,7 @@ impl Image {
             if let Some(block) = meta.counts.resident(index) {
                 return Ok(Hold::Block(Arc::clone(&block.pin)));
             }
-            if !meta.owed.is_writing {
-                meta.counts.evict();
-            }
+            meta.counts.evict();
             match meta.counts.block_place(index) {
                 Ok(Some(place)) => place,
                 // Looking again will tell what is wrong.

@@ -7,7 +7,7 @@
 //! state     state (what an open image is), open, contents, config, tables (L1 and L2 in memory), refcount, load, reopen
 //! reading   lookup, read, backing, inflated, status
 //! writing   write (plan, write, link), cow, alloc, reftable, pack (compressed), zero, resize
-//! order     cache (what is written after what), release (when is a cluster free), grace (who may still know it)
+//! order     cache (what is written after what), budget (how much may wait), release (when is a cluster free), grace (who may still know it)
 //! looking   check (census, refmap, stored: its parts), info, snapshot, bitmap, create, measure
 //! safety    overlap (never write over metadata), task (nothing half-done)
 //! ```
@@ -17,6 +17,7 @@
 mod alloc;
 mod backing;
 mod bitmap;
+mod budget;
 mod cache;
 mod census;
 mod check;
@@ -59,8 +60,8 @@ mod write;
 mod zero;
 
 use bds_core::driver::{
-    BoxFuture, Category, CreateContext, Driver, DriverType, MeasureReport, MeasureSource,
-    OpenContext,
+    BoxFuture, Category, CreateContext, CreateFacts, Driver, DriverType, MeasureReport,
+    MeasureSource, OpenContext,
 };
 use bds_core::error::Result;
 use bds_core::options::{OptionSpec, Options};
@@ -108,6 +109,10 @@ impl DriverType for Qcow2Format {
 
     fn create<'a>(&'a self, context: CreateContext<'a>) -> BoxFuture<'a, Result<()>> {
         Box::pin(create::create(context))
+    }
+
+    fn check_create(&self, options: &mut Options, backing_len: Option<u64>) -> Result<CreateFacts> {
+        create::check(options, backing_len)
     }
 
     fn measure(&self, options: &mut Options, source: &MeasureSource) -> Result<MeasureReport> {

@@ -13,6 +13,7 @@ use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::BufPool;
 
 use super::backing::Backing;
+use super::budget::Levels;
 use super::config::{Asked, Config};
 use super::contents::Contents;
 use super::entry::EntryRules;
@@ -207,6 +208,7 @@ impl Parts {
             pool: BufPool::new(POOL_BYTES),
             zeros: OnceLock::new(),
             meta: Mutex::new(meta),
+            levels: Levels::default(),
             turn: bds_io::sync::Mutex::new(()),
             releasing: bds_io::sync::Mutex::new(()),
             busy: Arc::new(Busy::default()),

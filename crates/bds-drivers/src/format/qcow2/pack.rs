@@ -100,8 +100,9 @@ impl Image {
         self.plan(move |this, meta| {
             this.before_others(meta, guest, 1)?;
             let (id, slice) = this.slice_to_write(meta, guest)?;
+            this.check_room(meta, meta.slices.bytes_to_pin(id))?;
             let offset = this.alloc_bytes(meta, len)?;
-            let item = this.enter_flight(meta, guest, 1);
+            let item = this.enter_flight(meta, guest, 1, Some(id));
             let entry = L2Entry::compressed(this.geometry(), HostOffset(offset), len);
             let index = this.index_in_slice(guest);
             let image = Arc::clone(&image);

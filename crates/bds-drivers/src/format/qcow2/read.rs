@@ -9,14 +9,13 @@ use std::sync::Arc;
 use bds_core::driver::ReadFlags;
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::{Buf, IoVec};
-use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use super::compress;
 use super::entry::{Kind, L2Entry};
 use super::inflated::Wanted;
 use super::lookup::{Found, Run};
 use super::state::{Image, What};
-use super::task::finish;
+use super::task::{Abreast, finish};
 use super::units::Geometry;
 
 /// Parts of one request read side by side.
@@ -105,7 +104,7 @@ impl Image {
         }
         let _inside = self.is_writable().then(|| self.grace.enter());
         let mut at = 0;
-        let mut under_way = FuturesUnordered::new();
+        let mut under_way = Abreast::new();
         while at < len {
             let run = self.find(offset + at, len - at).await?;
             let piece = part_of(&iov, at, run.len);

@@ -26,7 +26,9 @@ pub(crate) struct Block {
     pub offset: u64,
     bytes: Box<[u8]>,
     /// Bit i: piece i (of 64) differs from the file.
-    pub dirty: u64,
+    dirty: u64,
+    /// The batch under way holds pieces of it, which become dirty again if it fails.
+    is_writing: bool,
     /// A count was raised since the block was last written: pointers may depend on it.
     pub is_raised: bool,
     /// Cloned by whoever needs the block to stay.
@@ -46,6 +48,29 @@ impl Block {
         joined_bits(self.dirty)
             .map(|(first, count)| (first * len, &self.bytes[first * len..(first + count) * len]))
             .collect()
+    }
+
+    pub(crate) fn dirty(&self) -> u64 {
+        self.dirty
+    }
+
+    /// Must it stay in memory?
+    fn is_pinned(&self) -> bool {
+        self.dirty != 0 || self.is_writing
+    }
+
+    /// The batch under way has taken its dirty pieces.
+    pub(crate) fn begin_writing(&mut self) {
+        self.dirty = 0;
+        self.is_raised = false;
+        self.is_writing = true;
+    }
+
+    /// The batch under way did not write these pieces.
+    pub(crate) fn write_again(&mut self, pieces: u64, is_raised: bool) {
+        debug_assert!(self.is_writing, "only blocks of a batch are put back");
+        self.dirty |= pieces;
+        self.is_raised |= is_raised;
     }
 
     fn put(&mut self, order: u32, index: usize, count: u64) -> bool {
@@ -101,6 +126,8 @@ pub(crate) struct Counts {
     /// The table as a whole has a new place that the header does not name yet.
     pub is_moved: bool,
     blocks: HashMap<u64, Block>,
+    /// Blocks that are dirty or being written.
+    pinned_count: usize,
     budget_bytes: usize,
     tick: u64,
     /// Below this cluster nothing is free.
@@ -123,6 +150,7 @@ impl Counts {
             dirty_slots: BTreeSet::new(),
             is_moved: false,
             blocks: HashMap::new(),
+            pinned_count: 0,
             budget_bytes,
             tick: 0,
             cursor: 0,
@@ -180,6 +208,7 @@ impl Counts {
             offset,
             bytes,
             dirty: 0,
+            is_writing: false,
             is_raised: false,
             pin: Arc::new(()),
             used_at: self.tick,
@@ -188,23 +217,41 @@ impl Counts {
         Arc::clone(&self.blocks.entry(index).or_insert(block).pin)
     }
 
-    /// Forgets clean blocks that nobody needs until the budget is kept. False if dirty ones are in the way.
-    pub(crate) fn evict(&mut self) -> bool {
+    /// Bytes of blocks that cannot be evicted.
+    pub(crate) fn pinned_bytes(&self) -> usize {
+        self.pinned_count * self.geometry.cluster_len()
+    }
+
+    /// Bytes that a change of this cluster's count would pin.
+    pub(crate) fn bytes_to_pin(&self, cluster: u64) -> usize {
+        let block = self.blocks.get(&self.geometry.reftable_index(cluster));
+        if block.is_some_and(Block::is_pinned) { 0 } else { self.geometry.cluster_len() }
+    }
+
+    /// The batch is over; what it did not write is dirty again.
+    pub(crate) fn batch_ended(&mut self) {
+        for block in self.blocks.values_mut().filter(|block| block.is_writing) {
+            block.is_writing = false;
+            self.pinned_count -= usize::from(block.dirty == 0);
+        }
+    }
+
+    /// Forgets clean blocks that are not held until the budget is kept, or only others are left.
+    pub(crate) fn evict(&mut self) {
         let cluster_len = self.geometry.cluster_len();
         let allowed = (self.budget_bytes / cluster_len).max(4);
-        while self.blocks.len() > allowed {
+        while self.blocks.len() > allowed.max(self.pinned_count) {
             let oldest = self
                 .blocks
                 .iter()
-                .filter(|(_, b)| b.dirty == 0 && Arc::strong_count(&b.pin) == 1)
+                .filter(|(_, b)| !b.is_pinned() && Arc::strong_count(&b.pin) == 1)
                 .min_by_key(|(_, b)| b.used_at)
                 .map(|(index, _)| *index);
             match oldest {
                 Some(index) => self.blocks.remove(&index),
-                None => return false,
+                None => return,
             };
         }
-        true
     }
 
     /// How many refer to `cluster`.
@@ -225,9 +272,11 @@ impl Counts {
         let geometry = self.geometry;
         let block = self.block(geometry.reftable_index(cluster))?;
         let slot = geometry.refblock_index(cluster);
+        let was_pinned = block.is_pinned();
         let fits = block.put(geometry.refcount_order(), slot, count);
         debug_assert!(fits, "the caller checked the width");
         block.is_raised |= is_raise;
+        self.pinned_count += usize::from(!was_pinned);
         Ok(())
     }
 
@@ -328,8 +377,10 @@ impl Counts {
         );
         let block = self.block(index)?;
         // All of it is new to the file.
+        let was_pinned = block.is_pinned();
         block.dirty = all_pieces(block.bytes.len() / block.piece_len());
         block.is_raised = true;
+        self.pinned_count += usize::from(!was_pinned);
         self.set(place, 1, true)
     }
 

@@ -214,7 +214,7 @@ impl Image {
                     };
                     let clusters = image.geometry().clusters(run.len);
                     let is_unused = !run.kind.has_place();
-                    let item = is_unused.then(|| image.enter_flight(meta, guest, clusters));
+                    let item = is_unused.then(|| image.enter_flight(meta, guest, clusters, None));
                     Ok((clusters, item))
                 })
                 .await?;
@@ -240,6 +240,7 @@ impl Image {
         const AT_ONCE: u64 = 1024;
         self.plan(|image, meta| {
             for _ in 0..AT_ONCE.min(freed.clusters) {
+                image.check_room(meta, meta.counts.bytes_to_pin(freed.cluster))?;
                 if tells && meta.counts.count(freed.cluster)? == 1 {
                     image.leave_bytes(meta, freed.cluster);
                     push_discard(last, freed.cluster);
@@ -266,6 +267,7 @@ impl Image {
             let lowered = self
                 .plan(|image, meta| {
                     while run.clusters > 0 {
+                        image.check_room(meta, meta.counts.bytes_to_pin(run.cluster))?;
                         image.lower(meta, run.cluster)?;
                         run.cluster += 1;
                         run.clusters -= 1;

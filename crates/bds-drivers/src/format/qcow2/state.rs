@@ -12,9 +12,10 @@
 //! [`Image::plan`] fetches what is missing and begins again. What was fetched is held until the operation
 //! succeeds, so it gets on even with the smallest cache.
 //!
-//! Lock order: `turn` (one write-back at a time), `releasing`, `meta`; inside `meta` only those of `inflated`.
+//! Lock order: `releasing`, `turn` (one write-back at a time), `meta`; inside `meta` only those of `inflated`.
 
 use std::collections::HashMap;
+use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -24,6 +25,7 @@ use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::{Buf, BufPool, IoVec};
 
 use super::backing::Backing;
+use super::budget::{Levels, WriteBackTask};
 use super::cache::{L1State, Owed, SliceCache};
 use super::config::{Asked, Config};
 use super::entry::{BadEntry, EntryRules};
@@ -57,6 +59,8 @@ pub(crate) enum Stop {
     Load(What),
     /// An allocation in flight touches the same clusters: wait for it, and begin again.
     Wait(Arc<InFlight>),
+    /// Too much metadata is dirty: wait until some is written back, and begin again.
+    Room,
     /// It cannot be done.
     Fail(Error),
     /// The image contradicts itself at this byte of the file.
@@ -101,6 +105,10 @@ pub(crate) struct Meta {
     pub frees_durable: Vec<Freed>,
     pub in_flight: Vec<Arc<InFlight>>,
     pub flights: HashMap<What, Arc<Flight>>,
+    /// The write-back in the background, if one is under way.
+    pub write_back_task: Option<Arc<WriteBackTask>>,
+    /// What one failed with that no flush has reported yet.
+    pub write_back_error: Option<Error>,
     /// From this byte on the file has never held anything: it reads as zeros.
     pub zero_from: u64,
     /// Where the next compressed bytes go; on a cluster boundary: nowhere yet.
@@ -109,6 +117,32 @@ pub(crate) struct Meta {
     pub new_size: Option<u64>,
     /// When unused slices were last let go, in seconds.
     pub cleaned_at_s: u64,
+}
+
+/// The lock of [`Meta`], held. Publishes the levels of `budget.rs` when it is released.
+pub(crate) struct MetaGuard<'a> {
+    meta: MutexGuard<'a, Meta>,
+    levels: &'a Levels,
+}
+
+impl Deref for MetaGuard<'_> {
+    type Target = Meta;
+
+    fn deref(&self) -> &Meta {
+        &self.meta
+    }
+}
+
+impl DerefMut for MetaGuard<'_> {
+    fn deref_mut(&mut self) -> &mut Meta {
+        &mut self.meta
+    }
+}
+
+impl Drop for MetaGuard<'_> {
+    fn drop(&mut self) {
+        self.levels.publish(&self.meta);
+    }
 }
 
 /// What an image was opened, or reopened, with.
@@ -205,6 +239,7 @@ pub(crate) struct Image {
     /// A cluster of zeros, once somebody needs it. Never written to.
     pub zeros: OnceLock<Buf>,
     pub meta: Mutex<Meta>,
+    pub levels: Levels,
     /// One write-back at a time.
     pub turn: bds_io::sync::Mutex<()>,
     pub releasing: bds_io::sync::Mutex<()>,
@@ -255,9 +290,10 @@ impl Image {
         self.data_file.as_ref().unwrap_or(&self.file)
     }
 
-    pub(crate) fn meta(&self) -> MutexGuard<'_, Meta> {
+    pub(crate) fn meta(&self) -> MetaGuard<'_> {
         // A panic under the lock is a bug that surfaces by itself; what is inside may be used to report it.
-        self.meta.lock().unwrap_or_else(PoisonError::into_inner)
+        let meta = self.meta.lock().unwrap_or_else(PoisonError::into_inner);
+        MetaGuard { meta, levels: &self.levels }
     }
 
     /// A cluster of zeros to write from.
@@ -312,6 +348,10 @@ impl Image {
             Stop::Load(what) => self.load(what).await.map(Some),
             Stop::Wait(item) => {
                 item.done.wait().await;
+                Ok(None)
+            }
+            Stop::Room => {
+                self.wait_for_write_back().await?;
                 Ok(None)
             }
             Stop::Fail(error) => Err(self.name_error(error)),
@@ -421,38 +461,7 @@ impl Image {
         let interval_s = self.config.load().clean_interval_s;
         if interval_s > 0 && now_s >= meta.cleaned_at_s.saturating_add(interval_s) {
             meta.cleaned_at_s = now_s;
-            if !meta.owed.is_writing {
-                self.evict_slices(meta, true);
-            }
+            self.evict_slices(meta, true);
         }
-    }
-
-    /// Keeps caches and lists within their budgets after a change. Writes metadata back if that is what it takes.
-    pub(crate) async fn keep_budgets(self: &Arc<Self>) -> Result<()> {
-        /// References waiting to be given up: enough to share a flush, few enough to have the space back soon.
-        const MAX_FREES: usize = 4096;
-        let (is_over, too_many_frees) = {
-            let mut meta = self.meta();
-            let too_many = meta.frees.len() + meta.frees_written.len() > MAX_FREES;
-            let blocks_fit = meta.owed.is_writing || meta.counts.evict();
-            if meta.slices.is_over_budget() && !meta.owed.is_writing {
-                self.evict_slices(&mut meta, false);
-            }
-            let slices_fit = !meta.slices.is_over_budget() && !meta.slices.is_mostly_dirty();
-            (!blocks_fit || !slices_fit, too_many)
-        };
-        if !self.is_writable() || !(is_over || too_many_frees) {
-            return Ok(());
-        }
-        self.write_back(true).await?;
-        if too_many_frees {
-            self.settle_frees().await?;
-        }
-        let mut meta = self.meta();
-        if !meta.owed.is_writing {
-            self.evict_slices(&mut meta, false);
-            meta.counts.evict();
-        }
-        Ok(())
     }
 }

@@ -13,18 +13,17 @@ use std::sync::Arc;
 use bds_core::driver::{BoxFuture, WriteFlags};
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
-use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use super::cache::add_slice;
 use super::cow::CopyPlan;
 use super::entry::{BadEntry, Kind, L1Entry, L2Entry};
 use super::lookup::Found;
 use super::overlap::Class;
-use super::read::mem_len;
+use super::read::{mem_len, part_of};
 use super::release::{Freed, Why};
 use super::state::{Image, Meta, Plan, Stop, What};
 use super::tables::{Slice, SliceId};
-use super::task::{Done, Unstoppable, finish};
+use super::task::{Abreast, Done, Unstoppable, finish};
 use super::units::HostOffset;
 
 /// Steps of one write under way at once.
@@ -37,6 +36,8 @@ pub(crate) struct InFlight {
     first: u64,
     /// One past the last.
     end: u64,
+    /// The slice that will change, pinned meanwhile.
+    slice: Option<SliceId>,
     pub done: Done,
 }
 
@@ -150,19 +151,19 @@ impl Image {
     }
 
     async fn write_steps(self: &Arc<Self>, offset: u64, iov: &IoVec, is_copy: bool) -> Result<()> {
-        let mut under_way = FuturesUnordered::new();
+        let mut under_way = Abreast::new();
         let result = self.begin_steps(offset, iov, is_copy, &mut under_way).await;
         let rest = end_all(&mut under_way).await;
         result.and(rest)
     }
 
-    /// Begins all steps; some are still under way when it returns.
+    /// Begins all steps; some are still under way when it returns. A single step is done here.
     async fn begin_steps(
         self: &Arc<Self>,
         offset: u64,
         iov: &IoVec,
         is_copy: bool,
-        under_way: &mut FuturesUnordered<BoxFuture<'static, Result<()>>>,
+        under_way: &mut Abreast<BoxFuture<'static, Result<()>>>,
     ) -> Result<()> {
         let len = iov.len() as u64;
         let mut at = 0;
@@ -174,8 +175,11 @@ impl Image {
             };
             match planned {
                 Ok((step, step_len)) => {
-                    let piece = iov.slice(mem_len(at)..mem_len(at + step_len));
+                    let piece = part_of(iov, at, step_len);
                     at += step_len;
+                    if at == len && under_way.is_empty() {
+                        return self.take_step(step, piece, is_copy).await;
+                    }
                     let image = Arc::clone(self);
                     let step = async move { image.take_step(step, piece, is_copy).await };
                     under_way.push(Box::pin(step));
@@ -258,6 +262,7 @@ impl Image {
             }
             return Ok(Step::InPlace { host: first.host, len });
         }
+        self.check_room(meta, meta.slices.bytes_to_pin(id))?;
         let geometry = self.geometry();
         let start = geometry.cluster_floor(guest);
         let keeps = self.keeps_place(first.kind, first.is_copied);
@@ -278,7 +283,7 @@ impl Image {
             (max.min(room), got.offset, true, got.is_fresh)
         };
         let clusters = geometry.clusters(guest + len - start);
-        let item = self.enter_flight(meta, start, clusters);
+        let item = self.enter_flight(meta, start, clusters, Some(id));
         let (end, start_of_bytes) = (guest + len, guest);
         Ok(Step::Link(Linking {
             item,
@@ -295,10 +300,19 @@ impl Image {
         }))
     }
 
-    /// Enters an allocation in flight.
-    pub(crate) fn enter_flight(&self, meta: &mut Meta, guest: u64, clusters: u64) -> Arc<InFlight> {
+    /// Enters an allocation in flight, which will change `slice`.
+    pub(crate) fn enter_flight(
+        &self,
+        meta: &mut Meta,
+        guest: u64,
+        clusters: u64,
+        slice: Option<SliceId>,
+    ) -> Arc<InFlight> {
         let first = self.geometry().cluster_index(guest);
-        let item = Arc::new(InFlight { first, end: first + clusters, done: Done::new() });
+        let item = Arc::new(InFlight { first, end: first + clusters, slice, done: Done::new() });
+        if let Some(id) = slice {
+            meta.slices.pin(id);
+        }
         meta.in_flight.push(Arc::clone(&item));
         item
     }
@@ -405,6 +419,7 @@ impl Image {
         let l1 = self.tables.l1(id.table);
         match l1.table(self.geometry()).map_err(|b| bad(b, guest))? {
             None => {
+                self.check_room(meta, meta.slices.bytes_to_pin(id))?;
                 let got = self.alloc_metadata(meta, 1, Class::ACTIVE_L2)?;
                 meta.slices.add_unlinked(id.table, !got.is_fresh);
                 self.set_table(meta, id.table, got.offset);
@@ -437,6 +452,7 @@ impl Image {
         if ids.clone().any(|id| self.tables.hold(id).is_none()) {
             return Err(Stop::Load(What::Table(table)));
         }
+        self.check_room(meta, self.geometry().cluster_len())?;
         let got = self.alloc_metadata(meta, 1, Class::ACTIVE_L2)?;
         meta.slices.add_unlinked(table, false);
         for id in ids {
@@ -449,7 +465,7 @@ impl Image {
 }
 
 /// Waits for all of them; the first failure.
-async fn end_all(under_way: &mut FuturesUnordered<BoxFuture<'static, Result<()>>>) -> Result<()> {
+async fn end_all(under_way: &mut Abreast<BoxFuture<'static, Result<()>>>) -> Result<()> {
     let mut first = Ok(());
     while let Some(result) = under_way.next().await {
         first = first.and(result);
@@ -542,6 +558,9 @@ impl InFlight {
     /// It is over: others may go on.
     pub(crate) fn leave(self: &Arc<Self>, meta: &mut Meta) {
         meta.in_flight.retain(|item| !Arc::ptr_eq(item, self));
+        if let Some(id) = self.slice {
+            meta.slices.unpin(id);
+        }
         self.done.set();
     }
 }

@@ -178,6 +178,7 @@ impl Image {
             return Ok(Some(max));
         }
         let (id, slice) = self.slice_to_write(meta, start)?;
+        self.check_room(meta, meta.slices.bytes_to_pin(id))?;
         let entry_len = geometry.l2_entry_len();
         let mut at = start;
         while at < start + max {

@@ -5,8 +5,8 @@
 //!
 //! ```text
 //! open    options, kinds, read-only, limits       zero    zero writes, discard, their fallback ladders
-//! create  making and preallocating a file         status  holes and data, truncate
-//! lock    QEMU's image locks; users: who has them  io      reads, writes, flush, copy offload
+//! create  claiming, making, emptying a file         status  holes and data, truncate
+//! lock    QEMU's image locks; users: who has them   io      reads, writes, flush, copy offload
 //! reopen  another mode, giving the file away and taking it back
 //! ```
 //!
@@ -36,8 +36,8 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
 
 use bds_core::driver::{
-    Attempt, BoxFuture, Category, Driver, DriverType, Hinge, Limits, OpenContext, ReadFlags,
-    Reading, Reopen, ReopenContext, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Attempt, BoxFuture, Category, ClaimedFile, Driver, DriverType, Hinge, Limits, OpenContext,
+    ReadFlags, Reading, Reopen, ReopenContext, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, Result};
@@ -360,13 +360,8 @@ impl DriverType for FileProtocol {
         create::CREATE_OPTIONS
     }
 
-    fn create_file<'a>(
-        &'a self,
-        fs: &'a Fs,
-        path: &'a Path,
-        options: &'a mut Options,
-    ) -> BoxFuture<'a, Result<()>> {
-        Box::pin(create::create(fs, path, options))
+    fn claim_file(&self, fs: &Fs, path: &Path, options: &mut Options) -> Result<ClaimedFile> {
+        create::claim(fs, path, options)
     }
 }
 
@@ -398,12 +393,7 @@ impl DriverType for HostDevice {
         create::DEVICE_OPTIONS
     }
 
-    fn create_file<'a>(
-        &'a self,
-        fs: &'a Fs,
-        path: &'a Path,
-        options: &'a mut Options,
-    ) -> BoxFuture<'a, Result<()>> {
-        Box::pin(create::use_device(fs, path, options))
+    fn claim_file(&self, fs: &Fs, path: &Path, options: &mut Options) -> Result<ClaimedFile> {
+        create::claim_device(fs, path, options)
     }
 }

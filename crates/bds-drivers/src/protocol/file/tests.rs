@@ -502,7 +502,13 @@ fn a_device_zeroes_only_where_that_cannot_be_slow_or_stale() {
 
 fn create(sim: &Sim, options: &mut Options) -> Result<()> {
     let fs = sim.fs();
-    sim.block_on(FileProtocol.create_file(&fs, Path::new(NAME), options))
+    let claimed = FileProtocol.claim_file(&fs, Path::new(NAME), options)?;
+    let made_path = claimed.made_path.clone();
+    let outcome = sim.block_on(claimed.empty);
+    if let (Err(_), Some(made)) = (&outcome, made_path) {
+        fs.remove(&made).expect("it was made");
+    }
+    outcome
 }
 
 #[test]
@@ -522,6 +528,20 @@ fn create_makes_or_empties_but_never_a_file_in_use() {
         assert_eq!(error.kind(), ErrorKind::InUse, "{byte}");
         assert_eq!(sim.snapshot_file(NAME), [7; 512], "{byte}");
     }
+}
+
+#[test]
+fn a_claim_that_is_dropped_leaves_the_bytes_and_the_locks() {
+    let sim = calm(&[7; 512]);
+    let fs = sim.fs();
+    let claim = |options: Options| FileProtocol.claim_file(&fs, Path::new(NAME), &mut { options });
+    let claimed = claim(Options::new().with("size", 4096)).unwrap();
+    assert!(claimed.made_path.is_none());
+    let error = claim(Options::new()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InUse, "the first claim holds the locks");
+    drop(claimed);
+    assert_eq!(sim.snapshot_file(NAME), [7; 512]);
+    drop(claim(Options::new()).expect("the locks went with the first claim"));
 }
 
 #[test]

@@ -5,3 +5,4 @@ mod images;
 mod races;
 mod random;
 mod sweeps;
+mod write_back;
