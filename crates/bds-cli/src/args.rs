@@ -5,6 +5,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use bds_core::options::parse_number;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Disk images from the shell: qemu-img's verbs and options on the bds block layer.
@@ -35,6 +36,7 @@ pub(crate) enum Command {
     /// Copies one or more images into a new one
     Convert(Convert),
     /// Compares the contents of two images
+    #[command(mut_arg("format", |arg| arg.alias("a-format")))]
     Compare(Compare),
     /// Shows which ranges hold data, and where
     Map(Map),
@@ -80,7 +82,7 @@ pub(crate) struct Source {
     /// Do not mind other users of the image, and do not lock it
     #[arg(short = 'U', long)]
     pub(crate) force_share: bool,
-    /// Not supported: there are no user-creatable objects yet
+    /// Not supported: there are no user-creatable objects
     #[arg(long, hide = true, value_name = "OBJDEF")]
     pub(crate) object: Vec<String>,
 }
@@ -105,7 +107,7 @@ pub(crate) struct Create {
     /// Do not open the backing file
     #[arg(short = 'u', long)]
     pub(crate) backing_unsafe: bool,
-    /// Not supported: there are no user-creatable objects yet
+    /// Not supported: there are no user-creatable objects
     #[arg(long, hide = true, value_name = "OBJDEF")]
     pub(crate) object: Vec<String>,
     /// The file to make; overwritten if it exists
@@ -140,10 +142,10 @@ pub(crate) struct Convert {
     #[arg(long, conflicts_with = "output_format")]
     pub(crate) target_image_opts: bool,
     /// Format of the output
-    #[arg(short = 'O', long = "target-format", value_name = "FMT")]
+    #[arg(short = 'O', long = "target-format", alias = "output-format", value_name = "FMT")]
     pub(crate) output_format: Option<String>,
     /// Options of the output's format; "help" lists them
-    #[arg(short, long = "target-options", value_name = "OPTIONS")]
+    #[arg(short, long = "target-options", alias = "options", value_name = "OPTIONS")]
     pub(crate) options: Vec<OsString>,
     /// Compress the output
     #[arg(short, long)]
@@ -155,7 +157,7 @@ pub(crate) struct Convert {
     #[arg(short, long)]
     pub(crate) quiet: bool,
     /// Requests in flight, 1 to 16
-    #[arg(short = 'm', long, default_value_t = 8, value_name = "N")]
+    #[arg(short = 'm', long, default_value_t = 8, value_name = "N", value_parser = number::<usize>)]
     pub(crate) parallel: usize,
     /// Allow writes in any order
     #[arg(short = 'W', long)]
@@ -190,14 +192,20 @@ pub(crate) struct Convert {
     /// Do not mind other users of the input
     #[arg(short = 'U', long)]
     pub(crate) force_share: bool,
-    /// Not supported yet: copy persistent bitmaps
+    /// Not supported: copy persistent bitmaps
     #[arg(long, hide = true)]
     pub(crate) bitmaps: bool,
-    /// Not supported yet: goes with --bitmaps
+    /// Not supported: goes with --bitmaps
     #[arg(long, hide = true)]
     pub(crate) skip_broken_bitmaps: bool,
-    /// Not supported yet: an internal snapshot as input
-    #[arg(short = 'l', long = "source-snapshot", hide = true, value_name = "SNAPSHOT")]
+    /// Not supported: an internal snapshot as input
+    #[arg(
+        short = 'l',
+        long = "source-snapshot",
+        alias = "snapshot",
+        hide = true,
+        value_name = "SNAPSHOT"
+    )]
     pub(crate) snapshot: Option<String>,
     /// At most this many bytes a second
     #[arg(short = 'r', long, value_name = "RATE")]
@@ -205,11 +213,11 @@ pub(crate) struct Convert {
     /// Keep an incomplete output that this run created, instead of removing it
     #[arg(long)]
     pub(crate) keep_partial: bool,
-    /// Not supported: there are no user-creatable objects yet
+    /// Not supported: there are no user-creatable objects
     #[arg(long, hide = true, value_name = "OBJDEF")]
     pub(crate) object: Vec<String>,
     /// The inputs, one after the other, and the output
-    #[arg(required = true, value_name = "FILE")]
+    #[arg(value_name = "FILE")]
     pub(crate) filenames: Vec<OsString>,
 }
 
@@ -268,7 +276,7 @@ pub(crate) struct Check {
     /// Cache mode
     #[arg(short = 'T', long, default_value = "writeback", value_name = "CACHE")]
     pub(crate) cache: String,
-    /// Not supported yet: repair
+    /// Not supported: repair
     #[arg(short = 'r', long, hide = true, value_name = "leaks|all")]
     pub(crate) repair: Option<String>,
     /// The image
@@ -291,7 +299,7 @@ pub(crate) struct Measure {
     /// How to print
     #[arg(long, value_enum, default_value = "human")]
     pub(crate) output: Output,
-    /// Not supported yet: an internal snapshot as input
+    /// Not supported: an internal snapshot as input
     #[arg(short = 'l', long, hide = true, value_name = "SNAPSHOT")]
     pub(crate) snapshot: Option<String>,
     /// For the contents of this image
@@ -324,13 +332,13 @@ pub(crate) struct Bench {
     #[command(flatten)]
     pub(crate) source: Source,
     /// Requests in all
-    #[arg(short, long, default_value_t = 75_000, value_name = "N")]
+    #[arg(short, long, default_value_t = 75_000, value_name = "N", value_parser = number::<u64>)]
     pub(crate) count: u64,
     /// Requests in flight
-    #[arg(short, long, default_value_t = 64, value_name = "N")]
+    #[arg(short, long, default_value_t = 64, value_name = "N", value_parser = number::<u32>)]
     pub(crate) depth: u32,
     /// Flush after this many writes
-    #[arg(long, default_value_t = 0, value_name = "N")]
+    #[arg(long, default_value_t = 0, value_name = "N", value_parser = number::<u32>)]
     pub(crate) flush_interval: u32,
     /// Accepted for compatibility: threads, native, io_uring
     #[arg(short = 'i', long, value_name = "AIO")]
@@ -345,7 +353,7 @@ pub(crate) struct Bench {
     #[arg(short, long, default_value = "0")]
     pub(crate) offset: String,
     /// Byte to write
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = number::<u8>)]
     pub(crate) pattern: u8,
     /// Print nothing but errors
     #[arg(short, long)]
@@ -435,6 +443,13 @@ pub(crate) struct Completions {
 pub(crate) struct ManPages {
     /// An existing directory for them
     pub(crate) dir: PathBuf,
+}
+
+/// A number, also a hexadecimal one.
+fn number<T: TryFrom<u64>>(text: &str) -> Result<T, &'static str> {
+    parse_number(text)
+        .and_then(|number| T::try_from(number).ok())
+        .ok_or("use digits, or hexadecimal digits behind 0x, and a number in range")
 }
 
 /// `resize FILE -1G`: the last word of `resize` is a size, never an option.

@@ -18,11 +18,11 @@ pub(crate) fn failure(error: &Error) -> ExitCode {
 /// are also there in words.
 pub(crate) fn words(error: &Error) -> String {
     let text = without(&without(&error.to_string(), "node '#block", "': "), " (os error ", ")");
+    let text = text.replace("cannot write the target: cannot write", "cannot write");
+    let text = text.replace("cannot read the source: cannot read", "cannot read");
     // A name that follows anyway is not said in front as well.
-    let is_repeated =
-        |file: &str, rest: &str| rest.starts_with(&format!("Could not open '{file}'"));
     match text.split_once(": ") {
-        Some((file, rest)) if is_repeated(file, rest) => {
+        Some((file, rest)) if rest.contains(&format!("'{file}'")) => {
             rest.replacen("': cannot open: ", "': ", 1)
         }
         _ => text,
@@ -53,6 +53,11 @@ mod tests {
         assert_eq!(words(&error), "a.qcow2: cannot open: No such file or directory");
         let error = error.context("Could not open 'a.qcow2'");
         assert_eq!(words(&error), "Could not open 'a.qcow2': No such file or directory");
+        let error =
+            Error::new(ErrorKind::Io, "cannot write the target: cannot write").file("a").at(512);
+        assert_eq!(words(&error), "a: cannot write at offset 0x200");
+        let error = Error::new(ErrorKind::Io, "no").file("a").context("cannot open 'a'");
+        assert_eq!(words(&error), "cannot open 'a': no");
         let named = Error::new(ErrorKind::Io, "gone").node("disk0");
         assert_eq!(words(&named), "node 'disk0': gone");
     }

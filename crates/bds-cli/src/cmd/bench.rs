@@ -81,6 +81,7 @@ fn plan(args: &Bench) -> Result<Plan> {
         .field("aio", aio));
     }
     let len = super::size("buffer size", &args.buffer_size)?;
+    // A step of 0 is none of one's own, as in qemu-img.
     let step = args.step_size.as_deref().map_or(Ok(len), |text| super::size("step size", text))?;
     let refuse = |words: &str| Err(Error::new(ErrorKind::InvalidInput, words));
     if args.count == 0 || args.depth == 0 || args.threads == 0 || len == 0 || len > 1 << 30 {
@@ -102,7 +103,7 @@ fn plan(args: &Bench) -> Result<Plan> {
         depth: args.depth,
         offset: super::size("offset", &args.offset)?,
         len,
-        step,
+        step: if step == 0 { len } else { step },
         is_write: args.write,
         pattern: args.pattern,
         flush_interval: args.flush_interval,
@@ -130,8 +131,7 @@ fn announce(plan: &Plan) -> Result<()> {
     if plan.flush_interval == 0 {
         return Ok(());
     }
-    let drain = if plan.drains { "" } else { "non-draining " };
-    printer::line(format_args!("Sending {drain}flush every {} requests", plan.flush_interval))
+    printer::line(format_args!("Sending flush every {} requests", plan.flush_interval))
 }
 
 #[expect(clippy::cast_precision_loss, reason = "rates")]

@@ -65,7 +65,7 @@ impl<'a> Plan<'a> {
     }
 
     pub(crate) fn format(&self) -> &str {
-        self.args.output_format.as_deref().unwrap_or("raw")
+        create::stored_format(self.args.output_format.as_deref().unwrap_or("raw"))
     }
 
     fn refuse_combinations(&self) -> Result<()> {

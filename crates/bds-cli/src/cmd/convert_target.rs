@@ -161,7 +161,7 @@ async fn look(
 
 fn spec<'a>(plan: &Plan<'a>, flags: OpenFlags) -> Spec<'a> {
     let args = plan.args;
-    let format = Some(args.output_format.as_deref().unwrap_or("raw"));
+    let format = Some(plan.format());
     let format = format.filter(|_| !args.target_image_opts);
     Spec { name: plan.output, is_options: args.target_image_opts, format, flags }
 }

@@ -27,6 +27,7 @@ pub(crate) fn run(args: &Create) -> Result<()> {
     };
     let path = path(filename)?;
     let mut options = format_options(&args.options)?;
+    refuse_backing(&args.format, args.backing.is_some())?;
     set_backing(&mut options, args.backing.as_deref(), args.backing_format.as_deref())?;
     if let Some(text) = &args.size {
         if options.contains("size") {
@@ -116,6 +117,17 @@ pub(crate) fn format_options(texts: &[OsString]) -> Result<Options> {
 pub(crate) fn wants_help(texts: &[OsString]) -> bool {
     let words = texts.iter().flat_map(|text| text.as_bytes().split(|byte| *byte == b','));
     words.into_iter().any(|word| word == b"help" || word == b"?")
+}
+
+/// A format without backing files takes no -b, whatever its format.
+fn refuse_backing(format: &str, has_backing: bool) -> Result<()> {
+    let registry = bds_drivers::registry();
+    let options = registry.format(stored_format(format))?.create_options();
+    if !has_backing || options.iter().any(|option| option.name == "backing_file") {
+        return Ok(());
+    }
+    let words = format!("Backing file not supported for file format '{format}'");
+    Err(Error::new(ErrorKind::InvalidInput, words))
 }
 
 /// -b and -F are other words for two options.

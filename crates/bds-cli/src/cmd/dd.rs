@@ -80,7 +80,7 @@ pub(crate) fn run(args: &Dd) -> Result<()> {
 }
 
 async fn copy_range(spec: &Spec<'_>, operands: &Operands, args: &Dd) -> Result<()> {
-    let format = args.output_format.as_str();
+    let format = create::stored_format(&args.output_format);
     let stop = Stop::watch()?;
     let graph = image::trusting_graph();
     let source = stop.or_drop(image::open(&graph, spec)).await?;

@@ -96,7 +96,10 @@ async fn facts(node: &NodeRef, spec: &Spec<'_>) -> Result<Facts> {
         Some((file, _)) => {
             let below = image::enter(&file, false)?;
             Some(FileFacts {
-                filename: walk::filename(&file).unwrap_or_default().to_string_lossy().into_owned(),
+                filename: match walk::filename(&file) {
+                    Some(path) => path.to_string_lossy().into_owned(),
+                    None => format!("{}://", file.driver_name()),
+                },
                 driver: file.driver_name(),
                 len: file.len(),
                 allocated: below.allocated_len().await?,
@@ -193,6 +196,8 @@ impl Facts {
         }
         if let Some(specific) = &info.format_specific {
             set("format-specific", specific.clone());
+        } else if matches!(self.format, "file" | "host_device") {
+            set("format-specific", json!({"type": self.format, "data": {}}));
         }
         if let (Some(stored), Some(path)) = (&info.backing_file, &self.backing_path) {
             set("full-backing-filename", json!(path.to_string_lossy()));

@@ -8,14 +8,18 @@ use bds_core::{Error, ErrorKind, Options, Result};
 use serde_json::json;
 
 use crate::args::{Measure, Output};
-use crate::cmd::create::format_options;
+use crate::cmd::create::{format_options, stored_format};
 use crate::image::{self, Spec};
 use crate::printer;
 
 pub(crate) fn run(args: &Measure) -> Result<()> {
-    super::refuse(args.snapshot.is_some(), "-l", "internal snapshots cannot be read yet")?;
+    super::refuse(
+        args.snapshot.is_some(),
+        "-l",
+        "internal snapshots are not read; use qemu-img measure -l",
+    )?;
     let registry = bds_drivers::registry();
-    let format = registry.format(&args.output_format)?;
+    let format = registry.format(stored_format(&args.output_format))?;
     let mut options = format_options(&args.options)?;
     let source = match (&args.size, &args.filename) {
         (Some(size), _) => {

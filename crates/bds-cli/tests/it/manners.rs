@@ -203,7 +203,7 @@ fn each_signal_has_its_exit_code_and_leaves_no_half_image() {
         let desk = Desk::new();
         let (found, words) = stopped(&desk, signal, "");
         assert_eq!(found, Some(code), "{signal}: {words}");
-        assert!(words.contains("interrupted; output 'out.qcow2' is incomplete: "), "{words}");
+        assert!(words.contains("interrupted; the output 'out.qcow2' is incomplete: "), "{words}");
         assert!(words.contains(" of 33554432 bytes copied; it was removed"), "{words}");
         assert!(!desk.dir().join("out.qcow2").exists(), "{signal}: left behind");
     }

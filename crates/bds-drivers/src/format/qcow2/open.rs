@@ -83,7 +83,14 @@ async fn open_file(
     let config = asked.settle(&cluster0, &flags)?;
     let is_named = cluster0.backing_name.is_some() && !context.options.contains("backing");
     let data_file = open_data_file(context, &cluster0, &flags).await?;
-    let backing = if flags.info_only { None } else { open_backing(context, &cluster0).await? };
+    let backing = match flags.info_only {
+        // Named, and not looked at.
+        true => {
+            context.options.take("backing");
+            None
+        }
+        false => open_backing(context, &cluster0).await?,
+    };
     if let (Some(data), Some(here)) = (&data_file, file.identity()) {
         let is_backing = backing.as_ref().and_then(|b| b.identity());
         if data.identity().is_some_and(|there| there == here || Some(there) == is_backing) {
