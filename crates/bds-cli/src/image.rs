@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use bds_core::driver::{CacheMode, OpenFlags};
 use bds_core::graph::gate::TrustAll;
-use bds_core::graph::{Graph, GraphConfig, NodeRef};
+use bds_core::graph::{Graph, GraphConfig, NodeRef, walk};
 use bds_core::request::{Backend, BackendOptions};
 use bds_core::{Error, ErrorKind, Options, Result};
 use bds_io::{Context, ContextOptions};
@@ -119,6 +119,12 @@ pub(crate) fn enter(node: &NodeRef, is_writable: bool) -> Result<Backend> {
         node,
         BackendOptions { name: "bds".to_owned(), writable: is_writable, ..Default::default() },
     )
+}
+
+/// Does a new image of this kind show what its place held before? A raw disk on a device does; nothing is emptied there.
+pub(crate) fn shows_old_bytes(node: &NodeRef) -> bool {
+    let file = walk::child(node, "file").map(|(file, _)| file.driver_name());
+    file == Some("host_device") && node.driver_name() == "raw"
 }
 
 /// Ends the use of an image: what was written becomes durable, and what fails is said.

@@ -83,9 +83,7 @@ impl Target {
         partial.set_created();
         let (node, backend) = open(graph, plan).await?;
         // A new image reads as zeros; a device keeps what it held.
-        let file = walk::child(&node, "file").map(|(file, _)| file.driver_name());
-        let keeps_old_bytes = file == Some("host_device") && node.driver_name() == "raw";
-        let is_zero = base.is_none() && plan.sparse_len != 0 && !keeps_old_bytes;
+        let is_zero = base.is_none() && plan.sparse_len != 0 && !image::shows_old_bytes(&node);
         let len = backend.len();
         Ok(Self { node, backend, len, is_zero, may_unmap: true, above, shows, base })
     }

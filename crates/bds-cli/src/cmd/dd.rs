@@ -105,8 +105,9 @@ async fn copy_range(spec: &Spec<'_>, operands: &Operands, args: &Dd) -> Result<(
     let target = image::open(&graph, &target).await?;
     let backend = image::enter(&target, true)?;
     let reader = Arc::new(image::enter(&part, false)?);
+    let target_is_zero = !image::shows_old_bytes(&target);
     let options =
-        CopyOptions { target_is_zero: true, cancel: Some(stop.flag()), ..CopyOptions::default() };
+        CopyOptions { target_is_zero, cancel: Some(stop.flag()), ..CopyOptions::default() };
     let copied = copy::copy(&[CopySource::from(reader)], &backend, &options).await;
     let closed = image::close(backend, target).await;
     drop((part, source));

@@ -21,16 +21,15 @@ use bds_core::{Error, ErrorKind, Result};
 
 /// A size the user typed; `what` names it in the error.
 pub(crate) fn size(what: &'static str, text: &str) -> Result<u64> {
-    parse_size(text).ok_or_else(|| {
-        Error::new(
-            ErrorKind::InvalidInput,
-            format!(
-                "Invalid {what} specified: use digits and an optional suffix k, M, G, T, P, E, so that it is \
-                 a whole number of bytes"
-            ),
-        )
-        .field(what, text)
-    })
+    parse_size(text).ok_or_else(|| invalid_size(what, text))
+}
+
+pub(crate) fn invalid_size(what: &'static str, text: &str) -> Error {
+    let words = format!(
+        "Invalid {what} specified: use digits and an optional suffix k, M, G, T, P, E, so that it is a \
+         whole number of bytes"
+    );
+    Error::new(ErrorKind::InvalidInput, words).field(what, text)
 }
 
 /// An option of qemu-img that this build does not do.

@@ -137,6 +137,8 @@ fn shows_the_same(desk: &Desk, image: &str, words: &str) {
 
 #[test]
 fn an_overlay_of_any_base_shows_what_the_source_shows() {
+    // Goes on from one chain to the next, so that each base meets several.
+    let mut switches = ["-c", "-W -m 16", "-S 0", "-o cluster_size=4k", "-C"].iter().cycle();
     for sizes in
         [[MIB; 3], [3 * MIB, MIB, 2 * MIB], [MIB, 2 * MIB, 3 * MIB], [2 * MIB, 3 * MIB, MIB]]
     {
@@ -154,7 +156,8 @@ fn an_overlay_of_any_base_shows_what_the_source_shows() {
             "mid.qcow2 -F raw",
             "top.qcow2 -F qcow2",
         ] {
-            for switches in ["", "-c", "-W -m 16", "-S 0", "-o cluster_size=4k", "-C"] {
+            // Every base without switches, and with one more in turn.
+            for switches in switches.next().into_iter().chain([&""]) {
                 let words =
                     format!("convert {switches} -f qcow2 -O qcow2 -B {base} top.qcow2 out.qcow2");
                 desk.must(&words);
