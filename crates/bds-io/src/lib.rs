@@ -15,6 +15,7 @@ mod host;
 mod identity;
 mod inline;
 mod op;
+pub mod signals;
 pub mod sim;
 pub mod sync;
 mod sys;
@@ -25,6 +26,6 @@ pub use context::{
     Context, ContextHandle, ContextOptions, EngineKind, Task, block_on, ensure_home, now, offload,
     sleep, spawn, yield_now,
 };
-pub use file::{ByteLock, Extent, File, FileKind, Fs, OpenOptions, ZeroMode};
+pub use file::{ByteLock, Extent, File, FileKind, FileLook, Fs, OpenOptions, ZeroMode};
 pub use identity::shares_bytes;
 pub use sim::{Sim, SimConfig};
