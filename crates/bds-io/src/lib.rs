@@ -13,6 +13,7 @@ mod executor;
 pub mod file;
 mod host;
 mod identity;
+mod inline;
 mod op;
 pub mod sim;
 pub mod sync;
@@ -21,8 +22,8 @@ mod workers;
 
 pub use buf::{Buf, BufPool, IoVec};
 pub use context::{
-    Context, ContextHandle, ContextOptions, EngineKind, Task, block_on, now, offload, sleep, spawn,
-    yield_now,
+    Context, ContextHandle, ContextOptions, EngineKind, Task, block_on, ensure_home, now, offload,
+    sleep, spawn, yield_now,
 };
 pub use file::{ByteLock, Extent, File, FileKind, Fs, OpenOptions, ZeroMode};
 pub use identity::shares_bytes;

@@ -205,7 +205,14 @@ impl<'a> Worker<'a> {
     async fn salvage(&self, segment: Segment, data: &IoVec) -> Result<()> {
         let source = &self.job.sources[segment.source].backend;
         let step_len = usize::try_from(SALVAGE_STEP).unwrap_or(512);
+        let tell = |lost: Option<(u64, u64, Error)>| {
+            if let (Some(tell), Some((offset, len, error))) = (&self.job.options.salvage, lost) {
+                tell(offset, len, &error);
+            }
+        };
         let mut at = 0;
+        // A run that is lost is reported once, with its first error.
+        let mut lost: Option<(u64, u64, Error)> = None;
         while at < data.len() {
             self.job.check_cancel()?;
             let end = data.len().min(at + step_len);
@@ -214,12 +221,16 @@ impl<'a> Worker<'a> {
                 data.fill(at..end, 0);
                 let len = (end - at) as u64;
                 self.job.counts.salvaged.fetch_add(len, Ordering::Relaxed);
-                if let Some(tell) = &self.job.options.salvage {
-                    tell(offset, len, &error);
-                }
+                lost = match lost {
+                    Some((start, so_far, first)) => Some((start, so_far + len, first)),
+                    None => Some((offset, len, error)),
+                };
+            } else {
+                tell(lost.take());
             }
             at = end;
         }
+        tell(lost);
         Ok(())
     }
 

@@ -2,6 +2,7 @@
 
 mod change;
 mod close;
+mod close_reports;
 mod create;
 mod door;
 mod fakes;
