@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use bds_core::driver::{CacheMode, OpenFlags, Prealloc, Truncate};
+use bds_core::driver::{Attempt, CacheMode, OpenFlags, Prealloc, Truncate, ZeroFlags};
 use bds_core::graph::{Graph, NodeId, NodeRef, walk};
 use bds_core::request::Backend;
 use bds_core::{Error, ErrorKind, Result};
@@ -85,6 +85,13 @@ impl Target {
         // A new image reads as zeros; a device keeps what it held.
         let is_zero = base.is_none() && plan.sparse_len != 0 && !image::shows_old_bytes(&node);
         let len = backend.len();
+        if base.as_ref().is_some_and(|base| base.len() > total) && len > total {
+            // Behind the source's end are zeros, not what a longer backing image holds there.
+            let zeroed = backend.write_zeroes(total, len - total, ZeroFlags::empty()).await;
+            // Without NO_FALLBACK it is always done.
+            let (Attempt::Done | Attempt::Unsupported) =
+                zeroed.map_err(|e| e.context("cannot clear the end of the output"))?;
+        }
         Ok(Self { node, backend, len, is_zero, may_unmap: true, above, shows, base })
     }
 

@@ -176,6 +176,28 @@ fn an_overlay_of_any_base_shows_what_the_source_shows() {
 }
 
 #[test]
+fn behind_the_sources_end_a_longer_base_does_not_show() {
+    let desk = Desk::new();
+    desk.write("base.raw", &pattern(1, 0, 3 * MIB));
+    let source = pattern(2, 0, MIB + 1000);
+    desk.write("src.raw", &source);
+    for (switches, len) in [
+        ("", (MIB + 1024) as u64),
+        ("-c", (MIB + 1024) as u64),
+        ("-o size=2M", 2 << 20),
+        ("-c -o size=4M", 4 << 20),
+    ] {
+        desk.must(&format!(
+            "convert {switches} -f raw -O qcow2 -B base.raw -F raw src.raw o.qcow2"
+        ));
+        let mut want = source.clone();
+        want.resize(usize::try_from(len).expect("small"), 0);
+        desk.write("want.raw", &want);
+        shows_the_same(&desk, "o.qcow2", switches);
+    }
+}
+
+#[test]
 fn an_existing_overlay_is_filled_with_what_differs_or_refused() {
     let desk = Desk::new();
     chain(&desk, [MIB; 3]);

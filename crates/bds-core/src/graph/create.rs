@@ -20,7 +20,7 @@ use super::gate::{self, GateDecision, GateQuestion, ReferenceFormat};
 use super::inspect::{Inspected, file_options};
 use super::open::SweepIfDropped;
 use super::perm::{Access, Perm};
-use super::{Graph, NodeRef, Root};
+use super::{CloseError, Graph, NodeRef, Root};
 use crate::driver::{Child, CreateContext, DriverType, OpenFlags, ReferenceKind, Role};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Options;
@@ -104,7 +104,8 @@ impl Graph {
         let closed = match backing.node {
             Some(node) => match node.close().await {
                 Ok(report) => report.into_result(),
-                Err(error) => Err(Error::from(error)),
+                // The gate named a node that others use; it stays open.
+                Err(CloseError::InUse { .. }) => Ok(()),
             },
             None => Ok(()),
         };
