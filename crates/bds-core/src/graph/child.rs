@@ -246,6 +246,7 @@ impl Opener {
             role,
             access,
             holder: Holder::new(HolderKind::Edge, format!("{}.{name}", self.node_name)),
+            since: self.call.since,
             stays: false,
             graph: None,
             hall: None,

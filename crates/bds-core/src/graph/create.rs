@@ -87,6 +87,7 @@ impl Graph {
     /// No file that was not there before remains. Whatever can be checked is checked first; if that fails, a file that was
     /// there is as it was.
     pub async fn create_image(&self, image: NewImage) -> Result<NewImageReport> {
+        super::open::ensure_home()?;
         let NewImage { format, path, mut options, skip_backing } = image;
         let registry = &self.config().registry;
         let format = Arc::clone(registry.format(&format)?);
