@@ -12,6 +12,7 @@ cargo xtask COMMAND
   tidy                   the house rules that no compiler checks
   bench [--quick] [--only NAME]
                          side by side with qemu-img: ratios, medians of interleaved runs
+  dist                   the tool for packagers: stripped binary, manual pages, shell completions, licences
   doctor                 what is on this machine, what is missing, how to get it
   ci                     what the server runs: fmt, clippy, tidy, test";
 
@@ -49,6 +50,7 @@ pub(crate) enum Command {
         report: String,
         command: Vec<String>,
     },
+    Dist,
     Doctor,
     Ci,
 }
@@ -65,6 +67,7 @@ pub(crate) fn parse(args: impl Iterator<Item = String>) -> Result<Command, Strin
         "measure" => parse_measure(rest),
         "demo" => bare(name, rest, Command::Demo),
         "tidy" => bare(name, rest, Command::Tidy),
+        "dist" => bare(name, rest, Command::Dist),
         "doctor" => bare(name, rest, Command::Doctor),
         "ci" => bare(name, rest, Command::Ci),
         other => Err(format!("there is no command '{other}'")),

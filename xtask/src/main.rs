@@ -4,6 +4,7 @@
 mod bench;
 mod ci;
 mod demo;
+mod dist;
 mod doctor;
 mod flags;
 mod matrix;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         Command::Tidy => tidy::tidy(),
         Command::Bench { quick, only } => bench::bench(quick, only.as_deref()),
         Command::Measure { report, command } => bench::measure::run_child(&report, &command),
+        Command::Dist => dist::dist(),
         Command::Doctor => doctor::doctor(),
         Command::Ci => ci::ci(),
     };

@@ -46,6 +46,13 @@ pub(crate) enum Command {
     Dd(Dd),
     /// Draws the graph of nodes behind an image
     Graph(Graph),
+    /// Lists the drivers, or the options of one
+    Drivers(Drivers),
+    /// Prints a completion script for a shell
+    Completions(Completions),
+    /// Writes the manual pages, for packagers
+    #[command(hide = true)]
+    ManPages(ManPages),
 }
 
 /// How a result is printed.
@@ -396,6 +403,28 @@ pub(crate) struct Graph {
     /// The images
     #[arg(required = true)]
     pub(crate) filenames: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Drivers {
+    /// How to print
+    #[arg(long, value_enum, default_value = "human")]
+    pub(crate) output: Output,
+    /// Show the options of this driver
+    pub(crate) name: Option<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Completions {
+    /// The shell
+    #[arg(value_enum)]
+    pub(crate) shell: clap_complete::Shell,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ManPages {
+    /// An existing directory for them
+    pub(crate) dir: PathBuf,
 }
 
 /// `resize FILE -1G`: the last word of `resize` is a size, never an option.

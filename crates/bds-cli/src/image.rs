@@ -8,11 +8,13 @@ use std::sync::Arc;
 
 use bds_core::driver::{CacheMode, OpenFlags};
 use bds_core::graph::gate::TrustAll;
-use bds_core::graph::{Graph, GraphConfig, NodeRef};
+use bds_core::graph::{Graph, GraphConfig, NodeRef, walk};
 use bds_core::request::{Backend, BackendOptions};
 use bds_core::{Error, ErrorKind, Options, Result};
 use bds_io::{Context, ContextOptions};
 use serde_json::{Value, json};
+
+use crate::file_identity;
 
 /// Longest backing chain the tool opens. A loop is found long before.
 const MAX_DEPTH: usize = 1 << 16;
@@ -101,7 +103,11 @@ async fn open_unnamed(graph: &Graph, spec: &Spec<'_>) -> Result<NodeRef> {
         let format = guess(graph, &options, is_writing).await?;
         options.set("driver", format);
     }
-    graph.open_with(options, spec.flags).await
+    let node = graph.open_with(options, spec.flags).await?;
+    if is_writing {
+        file_identity::refuse_own_backing(&node)?;
+    }
+    Ok(node)
 }
 
 /// The options a name stands for; without a driver if the format has to be guessed.
@@ -168,7 +174,7 @@ async fn guess(graph: &Graph, options: &Options, is_writing: bool) -> Result<&'s
         };
     };
     let found = graph.guess_file(Path::new(path)).await?;
-    match found.formats.first().map_or("raw", |candidate| candidate.driver) {
+    match found.best()? {
         "raw" if is_writing => Err(Error::new(
             ErrorKind::InvalidInput,
             "the format was not given and looks like raw, which is never guessed for writing: \
@@ -190,6 +196,12 @@ pub(crate) fn enter(node: &NodeRef, is_writable: bool) -> Result<Backend> {
         node,
         BackendOptions { name: "bds".to_owned(), writable: is_writable, ..Default::default() },
     )
+}
+
+/// Does a new image of this kind show what its place held before? A raw disk on a device does; nothing is emptied there.
+pub(crate) fn shows_old_bytes(node: &NodeRef) -> bool {
+    let file = walk::child(node, "file").map(|(file, _)| file.driver_name());
+    file == Some("host_device") && node.driver_name() == "raw"
 }
 
 /// Ends the use of an image: what was written becomes durable, and what fails is said.

@@ -7,9 +7,11 @@
 
 mod args;
 mod cmd;
+mod file_identity;
 mod image;
-mod picture;
+mod overlay;
 mod progress;
+mod render;
 mod report;
 mod stop;
 mod text;
@@ -39,6 +41,9 @@ fn main() -> ExitCode {
         Command::Bench(args) => cmd::bench::run(args),
         Command::Dd(args) => cmd::dd::run(args),
         Command::Graph(args) => cmd::graph::run(args),
+        Command::Drivers(args) => cmd::drivers::run(args),
+        Command::Completions(args) => cmd::manual::completions(args),
+        Command::ManPages(args) => cmd::manual::man_pages(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

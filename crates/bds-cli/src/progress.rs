@@ -6,6 +6,7 @@
 use std::io::{self, IsTerminal, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
@@ -99,15 +100,58 @@ fn line(percent: f64) {
     let _ = write!(out, "    ({percent:.2}/100%)\r").and_then(|()| out.flush());
 }
 
+/// Says how long the work will still take, took, or that it broke off.
+fn time(is_finished: bool, is_complete: bool, duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    let clock = format!("{}:{:02}", seconds / 60, seconds % 60);
+    match (is_finished, is_complete) {
+        (false, _) => format!("{clock} left"),
+        (true, true) => format!("in {clock}"),
+        (true, false) => "stopped".to_owned(),
+    }
+}
+
 fn bar() -> ProgressBar {
+    // The bar takes what the rest leaves of the line, so that no terminal wraps it.
     let template =
-        "{bar:32} {percent:>3}%  {bytes} of {total_bytes}  {binary_bytes_per_sec}  {left}";
+        "{wide_bar} {percent:>3}%  {bytes} of {total_bytes}  {binary_bytes_per_sec}  {left}";
     let style = ProgressStyle::with_template(template)
         .unwrap_or_else(|_| ProgressStyle::default_bar())
         .with_key("left", |state: &ProgressState, out: &mut dyn std::fmt::Write| {
-            let seconds = state.eta().as_secs();
-            let _ = write!(out, "{}:{:02} left", seconds / 60, seconds % 60);
+            let _ = out.write_str(&time(
+                state.is_finished(),
+                state.pos() >= state.len().unwrap_or(0),
+                if state.is_finished() { state.elapsed() } else { state.eta() },
+            ));
         })
         .progress_chars("=> ");
     ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(10)).with_style(style)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_abandoned_bar_promises_no_time() {
+        let time =
+            |is_finished, is_complete| time(is_finished, is_complete, Duration::from_secs(65));
+        assert_eq!(time(false, false), "1:05 left");
+        assert_eq!(time(true, true), "in 1:05");
+        assert_eq!(time(true, false), "stopped");
+    }
+
+    #[test]
+    fn the_bar_fits_a_line_of_eighty_columns() {
+        let terminal = indicatif::InMemoryTerm::new(5, 80);
+        let target = ProgressDrawTarget::term_like(Box::new(terminal.clone()));
+        let bar = bar();
+        bar.set_draw_target(target);
+        bar.set_length(1023 << 30);
+        bar.set_position(1000 << 30);
+        bar.tick();
+        let shown = terminal.contents();
+        assert_eq!(shown.lines().count(), 1, "{shown}");
+        assert!(shown.contains("98%") && shown.contains("left"), "{shown}");
+    }
 }

@@ -7,6 +7,8 @@
 
 mod text;
 
+use std::fmt;
+
 use serde_json::{Map, Value};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -37,6 +39,20 @@ pub enum OptionKind {
     Choice(&'static [&'static str]),
     /// A child: a node name or a nested tree.
     Child,
+}
+
+impl fmt::Display for OptionKind {
+    /// What a person may write as the value: "text", "on|off", "number", "size", "node", or the words of a choice.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::String => f.write_str("text"),
+            Self::Bool => f.write_str("on|off"),
+            Self::Number => f.write_str("number"),
+            Self::Size => f.write_str("size"),
+            Self::Choice(words) => f.write_str(&words.join("|")),
+            Self::Child => f.write_str("node"),
+        }
+    }
 }
 
 /// One option a driver knows.
@@ -240,7 +256,8 @@ fn take_path(map: &mut Map<String, Value>, key: &str) -> Option<Value> {
     Some(value)
 }
 
-/// Bytes from text: digits, an optional fraction, an optional suffix b, k, M, G, T, P, E (either case; powers of 1024).
+/// Bytes from text: digits, an optional fraction, an optional suffix b, k, M, G, T, P, E (either case; powers of 1024). `None` as
+/// well for what is no whole number of bytes: "93.1" was meant as something larger.
 pub fn parse_size(text: &str) -> Option<u64> {
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (digits, suffix) = text.split_at(split);
@@ -259,8 +276,13 @@ pub fn parse_size(text: &str) -> Option<u64> {
     let whole: u128 = whole.parse().ok()?;
     let fraction = match fraction {
         "" => 0,
-        f if f.len() <= 18 => {
-            f.parse::<u128>().ok()? * unit / 10u128.pow(u32::try_from(f.len()).ok()?)
+        f if f.len() <= 18 && f.bytes().all(|digit| digit.is_ascii_digit()) && shift > 0 => {
+            let parts = 10u128.pow(u32::try_from(f.len()).ok()?);
+            let bytes = f.parse::<u128>().ok()? * unit;
+            if !bytes.is_multiple_of(parts) {
+                return None;
+            }
+            bytes / parts
         }
         _ => return None,
     };

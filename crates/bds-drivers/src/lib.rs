@@ -12,6 +12,7 @@
 //! | `compress` | `compress` | writes become compressed clusters of the image below |
 //! | `preallocate` | `preallocate` | the file grows ahead of writes |
 //! | `throttle` | `throttle` | requests wait until rates allow them |
+#![doc = include_str!("../OPTIONS.md")]
 #![forbid(unsafe_code)]
 
 pub mod filter;

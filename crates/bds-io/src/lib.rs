@@ -12,6 +12,8 @@ mod engine;
 mod executor;
 pub mod file;
 mod host;
+mod identity;
+mod inline;
 mod op;
 pub mod sim;
 pub mod sync;
@@ -20,8 +22,9 @@ mod workers;
 
 pub use buf::{Buf, BufPool, IoVec};
 pub use context::{
-    Context, ContextHandle, ContextOptions, EngineKind, Task, block_on, now, offload, sleep, spawn,
-    yield_now,
+    Context, ContextHandle, ContextOptions, EngineKind, Task, block_on, ensure_home, now, offload,
+    sleep, spawn, yield_now,
 };
 pub use file::{ByteLock, Extent, File, FileKind, Fs, OpenOptions, ZeroMode};
+pub use identity::shares_bytes;
 pub use sim::{Sim, SimConfig};

@@ -98,13 +98,13 @@ impl Word {
         self.0 < ONE
     }
 
-    /// What a slot becomes when its occupant has ended.
-    pub(crate) const fn after_end(self, last_generation: u32) -> Self {
+    /// What a slot becomes when its occupant has ended: vacant in the next generation if that may begin.
+    pub(crate) const fn after_end(self, may_go_on: bool) -> Self {
         let generation = self.generation();
-        if generation >= last_generation {
-            Self::new(State::Retired, generation, 0)
-        } else {
+        if may_go_on {
             Self::new(State::Vacant, generation + 1, 0)
+        } else {
+            Self::new(State::Retired, generation, 0)
         }
     }
 }
@@ -157,7 +157,7 @@ mod tests {
     #[test]
     fn an_exhausted_generation_retires_the_slot() {
         let word = Word::new(State::Occupied, 6, 0);
-        assert_eq!(word.after_end(7), Word::new(State::Vacant, 7, 0));
-        assert_eq!(word.after_end(6), Word::new(State::Retired, 6, 0));
+        assert_eq!(word.after_end(true), Word::new(State::Vacant, 7, 0));
+        assert_eq!(word.after_end(false), Word::new(State::Retired, 6, 0));
     }
 }

@@ -28,6 +28,8 @@ pub(crate) struct Case {
     pub(crate) measured: Measured,
     pub(crate) rounds: usize,
     pub(crate) contestants: Vec<Contestant>,
+    /// Flushes are counted, in one more run each.
+    pub(crate) counts_syncs: bool,
 }
 
 /// All cases, in the order of the report.
@@ -36,6 +38,7 @@ pub(crate) fn all(stage: &Stage) -> Vec<Case> {
     cached_reads(stage, &mut cases);
     direct_reads(stage, &mut cases);
     writes(stage, &mut cases);
+    scattered_writes(stage, &mut cases);
     compressed_reads(stage, &mut cases);
     chains(stage, &mut cases);
     converts(stage, &mut cases);
@@ -102,7 +105,8 @@ impl Bench<'_> {
     fn case(&self, stage: &Stage, name: String, target: &'static str) -> Case {
         let mut contestants = vec![self.bds(stage, "bds", &[])];
         contestants.extend(self.qemu());
-        Case { name, target, measured: Measured::Requests(self.count), rounds: 5, contestants }
+        let measured = Measured::Requests(self.count);
+        Case { name, target, measured, rounds: 5, contestants, counts_syncs: false }
     }
 }
 
@@ -183,16 +187,18 @@ fn direct_reads(stage: &Stage, cases: &mut Vec<Case>) {
     cases.push(case);
 }
 
+/// A fresh "w.qcow2".
+fn create(stage: &Stage, more: &[&str], size: &str) -> Vec<Prepare> {
+    let mut words = vec![stage.bds.as_str(), "create", "-q", "-f", "qcow2"];
+    words.extend(more);
+    words.extend(["w.qcow2", size]);
+    vec![
+        Prepare::Remove("w.qcow2".into()),
+        Prepare::Run(words.into_iter().map(str::to_owned).collect()),
+    ]
+}
+
 fn writes(stage: &Stage, cases: &mut Vec<Case>) {
-    let create = |more: &[&str]| {
-        let mut words = vec![stage.bds.as_str(), "create", "-q", "-f", "qcow2"];
-        words.extend(more);
-        words.extend(["w.qcow2", "4G"]);
-        vec![
-            Prepare::Remove("w.qcow2".into()),
-            Prepare::Run(words.into_iter().map(str::to_owned).collect()),
-        ]
-    };
     let copy = vec![
         Prepare::Remove("w.qcow2".into()),
         Prepare::Run(["cp", "dense.qcow2", "w.qcow2"].map(str::to_owned).to_vec()),
@@ -208,12 +214,44 @@ fn writes(stage: &Stage, cases: &mut Vec<Case>) {
         cases.push(case);
     };
     push("write 4k in place", "not behind", &["-w", "-S", "4096"], copy);
-    push("write 4k into fresh clusters", "speed >= 2", &["-w", "-S", "65536"], create(&[]));
+    push(
+        "write 4k into fresh clusters",
+        "speed >= 2",
+        &["-w", "-S", "65536"],
+        create(stage, &[], "4G"),
+    );
     push(
         "write 4k over a backing file",
         "not behind",
         &["-w", "-S", "65536"],
-        create(&["-b", "dense.qcow2", "-F", "qcow2"]),
+        create(stage, &["-b", "dense.qcow2", "-F", "qcow2"], "4G"),
+    );
+}
+
+/// Allocating writes all over an image whose tables are few: each changes another table than the one before.
+fn scattered_writes(stage: &Stage, cases: &mut Vec<Case>) {
+    let mut push = |name: &str, target, before: Vec<Prepare>| {
+        // An odd number of clusters, 0.38 of the image: no cluster twice.
+        let bench = Bench {
+            count: scaled(stage, 30_000),
+            depth: 32,
+            cache: "writeback",
+            format: "qcow2",
+            extra: &["-w", "-S", "815988736"],
+            image: "w.qcow2",
+        };
+        let mut case = bench.case(stage, name.to_owned(), target);
+        for contestant in &mut case.contestants {
+            contestant.before.clone_from(&before);
+        }
+        case.counts_syncs = true;
+        cases.push(case);
+    };
+    push("write 4k scattered into fresh clusters, 2 GiB", "speed >= 1.5", create(stage, &[], "2G"));
+    push(
+        "write 4k scattered over a backing file, 2 GiB",
+        "speed >= 0.9",
+        create(stage, &["-b", "wide.raw", "-F", "raw"], "2G"),
     );
 }
 
@@ -266,11 +304,23 @@ fn converts(stage: &Stage, cases: &mut Vec<Case>) {
             measured: Measured::Seconds,
             rounds: 5,
             contestants,
+            counts_syncs: false,
         });
     };
     let plain = "not behind at <= 0.8 of the CPU";
     push("dense raw to qcow2", plain, &["-f", "raw", "-O", "qcow2", "dense.raw"]);
     push("dense qcow2 to raw", plain, &["-f", "qcow2", "-O", "raw", "dense.qcow2"]);
+    let direct = "not behind";
+    push(
+        "dense raw to qcow2 -t none",
+        direct,
+        &["-t", "none", "-f", "raw", "-O", "qcow2", "dense.raw"],
+    );
+    push(
+        "dense qcow2 to raw -t none",
+        direct,
+        &["-t", "none", "-f", "qcow2", "-O", "raw", "dense.qcow2"],
+    );
     push("sparse raw to qcow2", plain, &["-f", "raw", "-O", "qcow2", "sparse.raw"]);
     push("sparse qcow2 to raw", plain, &["-f", "qcow2", "-O", "raw", "sparse.qcow2"]);
     push(
@@ -291,6 +341,7 @@ fn inspection(stage: &Stage, cases: &mut Vec<Case>) {
             measured: Measured::Seconds,
             rounds,
             contestants,
+            counts_syncs: false,
         });
     };
     push(

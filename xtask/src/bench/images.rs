@@ -9,6 +9,8 @@ use crate::run::output;
 
 /// Length of the dense disk.
 pub(crate) const DENSE: u64 = 1 << 30;
+/// Length of the disk below scattered copies on write: what a small cloud image has.
+pub(crate) const WIDE: u64 = 2 << 30;
 /// Length of the disk for compression.
 pub(crate) const TEXT: u64 = 256 << 20;
 /// Depths of backing chains.
@@ -40,6 +42,7 @@ pub(crate) fn prepare(stage: &Stage, step: &Prepare) -> Result<(), String> {
 pub(crate) fn make(stage: &Stage) -> Result<(), String> {
     let raw = |name: &str, len, fill: fn(u64, &mut [u8])| write_raw(stage, name, len, fill);
     raw("dense.raw", DENSE, noise)?;
+    raw("wide.raw", WIDE, noise)?;
     raw("text.raw", TEXT, text)?;
     raw("sparse.raw", 4 << 30, |at, block| {
         if at.is_multiple_of(64 << 20) {

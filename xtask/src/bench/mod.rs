@@ -1,13 +1,16 @@
 //! `cargo xtask bench`: bds beside qemu-img, in one interleaved run. Numbers only; never a verdict of pass or fail.
 //!
 //! Every case runs all its contestants in turn, again and again (the machine is noisy: neighbours in time see the same
-//! noise), and reports medians with minimum and maximum. qemu-img counts with its best variant (its aio modes).
+//! noise), another one first each time, and reports medians with minimum and maximum. Free memory is touched before each case. qemu-img
+//! counts with its best variant (its aio modes).
 
 mod cases;
 mod graph;
 mod images;
 pub(crate) mod measure;
+mod memory;
 mod qmp;
+mod syncs;
 mod table;
 
 use std::path::PathBuf;
@@ -22,6 +25,8 @@ pub(crate) struct Runs {
     pub(crate) costs: Vec<Cost>,
     /// Runs that did not come to their end: qemu-img bench can overflow its stack when requests complete at once.
     pub(crate) failed: usize,
+    /// Flushes of one more run, if the case asks for them and they can be counted.
+    pub(crate) syncs: Option<u64>,
 }
 
 /// Builds the tool, makes the images, runs the cases, prints the table and writes `target/bench/report.md`.
@@ -79,11 +84,14 @@ impl Stage {
             case.contestants.iter().filter(|c| self.has_qemu || c.who.starts_with("bds")).collect();
         let mut runs: Vec<Runs> = contestants
             .iter()
-            .map(|c| Runs { who: c.who.clone(), costs: Vec::new(), failed: 0 })
+            .map(|c| Runs { who: c.who.clone(), costs: Vec::new(), failed: 0, syncs: None })
             .collect();
         let rounds = if self.quick { 3 } else { case.rounds };
-        for _ in 0..rounds {
-            for (contestant, runs) in contestants.iter().zip(&mut runs) {
+        memory::touch_free();
+        for round in 0..rounds {
+            for turn in 0..contestants.len() {
+                let index = (round + turn) % contestants.len();
+                let (contestant, runs) = (contestants[index], &mut runs[index]);
                 for command in &contestant.before {
                     images::prepare(self, command)?;
                 }
@@ -92,6 +100,14 @@ impl Stage {
                     Err(why) if contestant.who.starts_with("bds") => return Err(why),
                     Err(_) => runs.failed += 1,
                 }
+            }
+        }
+        if case.counts_syncs {
+            for (contestant, runs) in contestants.iter().zip(&mut runs) {
+                for command in &contestant.before {
+                    images::prepare(self, command)?;
+                }
+                runs.syncs = syncs::count(&contestant.command, &self.dir);
             }
         }
         Ok(runs)

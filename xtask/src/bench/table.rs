@@ -5,8 +5,8 @@ use super::cases::{Case, Measured};
 
 /// The table's head.
 pub(crate) const HEAD: &str = "\
-| case | bds | qemu-img (best) | speed ratio | CPU bds | CPU qemu | CPU ratio | peak MiB bds / qemu | target |
-|---|---|---|---|---|---|---|---|---|
+| case | bds | qemu-img (best) | speed ratio | CPU bds | CPU qemu | CPU ratio | peak MiB bds / qemu | target | note |
+|---|---|---|---|---|---|---|---|---|---|
 ";
 
 /// The row of one case. The first contestant is ours; extra ones whose name starts with "bds" follow in the first column.
@@ -24,15 +24,16 @@ pub(crate) fn row(case: &Case, runs: &[Runs]) -> String {
     }
     let Some(theirs) = theirs else {
         return format!(
-            "| {} | {first} | - | - | {} | - | - | {} | {} |",
+            "| {} | {first} | - | - | {} | - | - | {} | {} | {} |",
             case.name,
             cpu(case, ours),
             peak(ours),
-            case.target
+            case.target,
+            note(case, ours, None),
         );
     };
     format!(
-        "| {} | {first} | {} {} | {:.2} | {} | {} | {:.2} | {} / {} | {} |",
+        "| {} | {first} | {} {} | {:.2} | {} | {} | {:.2} | {} / {} | {} | {} |",
         case.name,
         speed(case, theirs),
         theirs.who,
@@ -43,7 +44,21 @@ pub(crate) fn row(case: &Case, runs: &[Runs]) -> String {
         peak(ours),
         peak(theirs),
         case.target,
+        note(case, ours, Some(theirs)),
     )
+}
+
+/// Flushes of one run of each, where a case counts them.
+fn note(case: &Case, ours: &Runs, theirs: Option<&Runs>) -> String {
+    if !case.counts_syncs {
+        return String::new();
+    }
+    let number = |runs: &Runs| runs.syncs.map_or_else(|| "?".to_owned(), |n| n.to_string());
+    match (ours.syncs, theirs) {
+        (None, _) => "flushes not counted: perf or its tracepoint is missing".to_owned(),
+        (Some(_), None) => format!("{} flushes", number(ours)),
+        (Some(_), Some(theirs)) => format!("{} / {} flushes", number(ours), number(theirs)),
+    }
 }
 
 fn speed(case: &Case, runs: &Runs) -> String {

@@ -246,8 +246,10 @@ async fn work(backend: &Backend, plan: &Plan, course: &Course) -> Result<()> {
             if plan.is_write { backend.try_write(at, &iov) } else { backend.try_read(at, &iov) };
         match at_once {
             Some(outcome) => outcome?,
-            None if plan.is_write => backend.write(at, iov.clone(), WriteFlags::empty()).await?,
-            None => backend.read(at, iov.clone()).await?,
+            None if plan.is_write => {
+                backend.write_waiting(at, iov.clone(), WriteFlags::empty()).await?;
+            }
+            None => backend.read_waiting(at, iov.clone()).await?,
         }
         inline_run += 1;
         if inline_run == TURN_LEN {

@@ -2,13 +2,13 @@
 
 use std::path::Path;
 
-use bds_core::driver::{DriverType, OpenFlags};
+use bds_core::driver::DriverType;
 use bds_core::graph::{Graph, NewImage};
 use bds_core::options::{OptionKind, OptionSpec};
 use bds_core::{Error, ErrorKind, Options, Result};
 
 use crate::args::Create;
-use crate::image::{self, Spec};
+use crate::image;
 
 pub(crate) fn run(args: &Create) -> Result<()> {
     image::refuse_objects(&args.object)?;
@@ -41,42 +41,42 @@ async fn make(
     is_quiet: bool,
 ) -> Result<()> {
     let given = options.clone();
-    create(graph, format, filename, options, skip_backing).await?;
+    let len = create(graph, format, filename, options, skip_backing).await?;
     if is_quiet {
         return Ok(());
     }
-    let size = match given.peek("size").and_then(serde_json::Value::as_u64) {
-        Some(size) => size,
-        None => {
-            let flags = OpenFlags { read_only: true, info_only: true, ..OpenFlags::default() };
-            let typed = format!("file:{filename}");
-            let spec = Spec { name: &typed, is_options: false, format: Some(format), flags };
-            image::open(graph, &spec).await?.len()
-        }
-    };
     let driver = graph.config().registry.format(format)?;
-    println!("{}", formatting(&**driver, filename, &given, size));
+    println!("{}", formatting(&**driver, filename, &given, len));
     Ok(())
 }
 
-/// Makes an image; warns if its backing file could not be opened.
+/// Makes an image; answers its virtual size.
 pub(crate) async fn create(
     graph: &Graph,
     format: &str,
     filename: &str,
     options: Options,
     skip_backing: bool,
-) -> Result<()> {
-    let path = filename.strip_prefix("file:").unwrap_or(filename);
-    let image = NewImage { format: format.to_owned(), path: path.into(), options, skip_backing };
-    let report = graph.create_image(image).await?;
-    if let Some(error) = report.backing_error {
-        eprintln!("bds: warning: {}", crate::report::words(&error));
-        eprintln!(
-            "Could not open backing image to determine size; the image was created with the size given."
-        );
+) -> Result<u64> {
+    let path = path(filename)?.to_owned();
+    let image = NewImage { format: format.to_owned(), path, options, skip_backing };
+    Ok(graph.create_image(image).await?.len)
+}
+
+/// The file that an output's name stands for: only files and devices are made.
+pub(crate) fn path(filename: &str) -> Result<&Path> {
+    if filename.starts_with("json:") {
+        let words = "a new image is made in a file: name the file, and with -n what exists already";
+        return Err(Error::new(ErrorKind::NotSupported, words).field("name", filename));
     }
-    Ok(())
+    let file = image::protocol(filename)?;
+    match file.get("filename") {
+        Some(_) => Ok(Path::new(filename.strip_prefix("file:").unwrap_or(filename))),
+        None => {
+            let words = "nothing can be created there: name a file";
+            Err(Error::new(ErrorKind::NotSupported, words).field("name", filename))
+        }
+    }
 }
 
 /// All -o together.

@@ -67,7 +67,8 @@ fn unknown(word: &str) -> Error {
 
 pub(crate) fn run(args: &Dd) -> Result<()> {
     let operands = Operands::parse(&args.operands)?;
-    let spec = Spec::read(&operands.input, &args.source)?;
+    let mut spec = Spec::read(&operands.input, &args.source)?;
+    spec.flags.refuse_writers = !spec.flags.force_share;
     let context =
         Context::new(ContextOptions::default()).map_err(|e| Error::io(e, "cannot start"))?;
     context.block_on(copy_range(&spec, &operands, &args.output_format))
@@ -89,14 +90,16 @@ async fn copy_range(spec: &Spec<'_>, operands: &Operands, format: &str) -> Resul
     };
     let output = &operands.output;
     let options = Options::new().with("size", len);
+    // Refuses an output that is one of the files open here.
     create::create(&graph, format, output, options, false).await?;
     let flags = OpenFlags { discard: true, ..OpenFlags::default() };
     let target = Spec { name: output, is_options: false, format: Some(format), flags };
     let target = image::open(&graph, &target).await?;
     let backend = image::enter(&target, true)?;
     let reader = Arc::new(image::enter(&part, false)?);
+    let target_is_zero = !image::shows_old_bytes(&target);
     let options =
-        CopyOptions { target_is_zero: true, cancel: Some(stop.flag()), ..CopyOptions::default() };
+        CopyOptions { target_is_zero, cancel: Some(stop.flag()), ..CopyOptions::default() };
     let copied = copy::copy(&[CopySource::from(reader)], &backend, &options).await;
     let closed = image::close(backend, target).await;
     drop((part, source));

@@ -4,10 +4,14 @@ pub(crate) mod bench;
 pub(crate) mod check;
 pub(crate) mod compare;
 pub(crate) mod convert;
+mod convert_plan;
+mod convert_target;
 pub(crate) mod create;
 pub(crate) mod dd;
+pub(crate) mod drivers;
 pub(crate) mod graph;
 pub(crate) mod info;
+pub(crate) mod manual;
 pub(crate) mod map;
 pub(crate) mod measure;
 pub(crate) mod resize;
@@ -17,13 +21,15 @@ use bds_core::{Error, ErrorKind, Result};
 
 /// A size the user typed; `what` names it in the error.
 pub(crate) fn size(what: &'static str, text: &str) -> Result<u64> {
-    parse_size(text).ok_or_else(|| {
-        Error::new(
-            ErrorKind::InvalidInput,
-            format!("Invalid {what} specified: use digits and an optional suffix k, M, G, T, P, E"),
-        )
-        .field(what, text)
-    })
+    parse_size(text).ok_or_else(|| invalid_size(what, text))
+}
+
+pub(crate) fn invalid_size(what: &'static str, text: &str) -> Error {
+    let words = format!(
+        "Invalid {what} specified: use digits and an optional suffix k, M, G, T, P, E, so that it is a \
+         whole number of bytes"
+    );
+    Error::new(ErrorKind::InvalidInput, words).field(what, text)
 }
 
 /// An option of qemu-img that this build does not do.

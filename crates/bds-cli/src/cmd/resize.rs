@@ -22,13 +22,7 @@ impl Wish {
             Some(("-", rest)) => (Self::Less, rest),
             _ => (Self::To, text),
         };
-        parse_size(digits).map(make).ok_or_else(|| {
-            Error::new(
-                ErrorKind::InvalidInput,
-                "Invalid image size specified: use digits and an optional suffix k, M, G, T, P, E",
-            )
-            .field("size", text)
-        })
+        parse_size(digits).map(make).ok_or_else(|| super::invalid_size("image size", text))
     }
 
     /// The new length of an image of `old` bytes.

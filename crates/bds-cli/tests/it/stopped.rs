@@ -43,8 +43,10 @@ fn an_interrupted_convert_says_what_it_leaves() {
 fn a_failed_convert_names_its_cause_and_its_output() {
     let desk = Desk::new();
     desk.write("in.raw", &pattern(1, 0, 1 << 20));
-    desk.must("create -q -f qcow2 small.qcow2 512k");
-    let output = desk.bds("convert -n -f raw -O qcow2 in.raw small.qcow2");
+    let source = "driver=raw,file.driver=blkdebug,file.image.driver=file,file.image.filename=in.raw,\
+                  file.inject-error.0.event=none,file.inject-error.0.iotype=read";
+    let output = desk.bds(&format!("convert --image-opts -O raw {source} out.raw"));
     assert_eq!(output.code, 1);
-    assert!(output.stderr.contains("target is shorter"), "{}", output.stderr);
+    let words = "output 'out.raw' is incomplete: 0 of 1048576 bytes copied: cannot read the source";
+    assert!(output.stderr.contains(words), "{}", output.stderr);
 }

@@ -110,19 +110,6 @@ fn an_image_can_be_given_as_options_or_json() {
 }
 
 #[test]
-fn the_graph_can_be_drawn() {
-    let desk = desk();
-    desk.must("create -q -f qcow2 -b a.qcow2 -F qcow2 b.qcow2");
-    insta::assert_snapshot!(desk.must("graph b.qcow2").stdout);
-    let dot = desk.must("graph --output dot b.qcow2").stdout;
-    assert!(dot.starts_with("digraph") && dot.contains("backing"), "{dot}");
-    desk.must("graph --output svg --write-to b.svg b.qcow2");
-    let svg = String::from_utf8(desk.read("b.svg")).expect("text");
-    assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
-    assert_eq!(svg.matches("rx=").count(), 4, "{svg}");
-}
-
-#[test]
 fn a_broken_image_is_refused_and_left_alone() {
     let desk = desk();
     let mut bytes = desk.read("a.qcow2");

@@ -76,6 +76,9 @@ pub struct CopyOptions {
     pub sparse_len: u64,
     /// The target reads as zeros where nothing was written: zeros need not be written.
     pub target_is_zero: bool,
+    /// Reads as the target does before the copy (an overlay's backing image, or the target itself): what the source and this
+    /// hold alike is not written. Addressed by offsets of the target; behind its end are zeros.
+    pub target_shows: Option<Arc<Backend>>,
     /// Zero writes may deallocate.
     pub may_unmap: bool,
     /// Write compressed clusters of this many bytes.
@@ -110,6 +113,7 @@ impl Default for CopyOptions {
             out_of_order: false,
             sparse_len: GRAIN as u64,
             target_is_zero: false,
+            target_shows: None,
             may_unmap: true,
             compress: None,
             offload: false,

@@ -6,6 +6,7 @@
 use super::{CopyOptions, CopySource};
 use crate::driver::StatusFlags;
 use crate::error::{Error, ErrorKind, Result};
+use crate::request::Backend;
 
 /// Joining stops after so many questions for one piece: a turn at the planner stays short.
 const MAX_JOINED: usize = 64;
@@ -21,20 +22,37 @@ pub(super) enum Kind {
     Data,
 }
 
-/// A piece of one source.
+/// A part of one source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Piece {
-    pub(super) kind: Kind,
+pub(super) struct Segment {
     /// Which source.
     pub(super) source: usize,
     /// Byte offset in that source.
     pub(super) offset: u64,
+    /// Length in bytes.
+    pub(super) len: u64,
+}
+
+/// What one worker moves at once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Piece {
+    pub(super) kind: Kind,
+    /// Where it comes from.
+    pub(super) first: Segment,
+    /// Where it goes on: a compressed cluster may lie across the ends of sources.
+    pub(super) rest: Vec<Segment>,
     /// Byte offset in the target.
     pub(super) target_offset: u64,
-    /// Length in bytes.
+    /// Length in bytes of all segments.
     pub(super) len: u64,
     /// Position among the pieces that are handed out.
     pub(super) number: u64,
+}
+
+impl Piece {
+    pub(super) fn segments(&self) -> impl Iterator<Item = Segment> {
+        [self.first].into_iter().chain(self.rest.iter().copied())
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -81,31 +99,58 @@ impl<'a> Planner<'a> {
     /// The next piece; `None` when all were handed out.
     pub(super) async fn next(&mut self) -> Result<Option<Piece>> {
         while self.lens.get(self.source).is_some_and(|len| self.offset >= *len) {
-            self.source += 1;
-            self.offset = 0;
-            (self.known, self.next) = (None, None);
+            self.begin_source(self.source + 1);
         }
         if self.source >= self.sources.len() {
             return Ok(None);
         }
         let run = self.joined().await?;
         let piece_len = self.cut(run);
-        let piece = Piece {
-            kind: run.kind,
-            source: self.source,
-            offset: self.offset,
-            target_offset: self.target_offset,
-            len: piece_len,
-            number: self.number,
-        };
+        let first = Segment { source: self.source, offset: self.offset, len: piece_len };
         self.offset += piece_len;
-        self.target_offset += piece_len;
-        self.number += 1;
         self.known = match run.len - piece_len {
             0 => self.next.take(),
             len => Some(Run { len, ..run }),
         };
+        let rest = if run.kind == Kind::Data { self.fill_cluster(piece_len) } else { Vec::new() };
+        let len = piece_len + rest.iter().map(|segment| segment.len).sum::<u64>();
+        let piece = Piece {
+            kind: run.kind,
+            first,
+            rest,
+            target_offset: self.target_offset,
+            len,
+            number: self.number,
+        };
+        self.target_offset += len;
+        self.number += 1;
         Ok(Some(piece))
+    }
+
+    fn begin_source(&mut self, source: usize) {
+        self.source = source;
+        self.offset = 0;
+        (self.known, self.next) = (None, None);
+    }
+
+    /// At the end of a source inside a compressed cluster: takes what follows in the next ones, for clusters are written whole.
+    fn fill_cluster(&mut self, taken_len: u64) -> Vec<Segment> {
+        let mut rest = Vec::new();
+        let Some(cluster_len) = self.options.compress else { return rest };
+        let mut end = self.target_offset + taken_len;
+        while !end.is_multiple_of(cluster_len)
+            && self.lens.get(self.source).is_some_and(|len| self.offset >= *len)
+        {
+            self.begin_source(self.source + 1);
+            let Some(source_len) = self.lens.get(self.source) else { break };
+            let len = (*source_len).min(cluster_len - end % cluster_len);
+            if len > 0 {
+                rest.push(Segment { source: self.source, offset: 0, len });
+            }
+            self.offset = len;
+            end += len;
+        }
+        rest
     }
 
     /// How much of the run one piece takes.
@@ -148,11 +193,32 @@ impl<'a> Planner<'a> {
     }
 
     async fn ask(&self, offset: u64) -> Result<Run> {
-        let run = self.ask_source(offset).await?;
+        let mut run = self.ask_source(offset).await?;
+        if let (Kind::Zero, Some(shown)) = (run.kind, &self.options.target_shows) {
+            run = self.without_shown_zeros(run, shown, offset).await?;
+        }
         match self.options.compress {
             Some(cluster_len) => Ok(self.whole_clusters(run, offset, cluster_len)),
             None => Ok(run),
         }
+    }
+
+    /// Zeros that the target shows anyway are left alone.
+    async fn without_shown_zeros(&self, run: Run, shown: &Backend, offset: u64) -> Result<Run> {
+        let target_offset = self.target_offset + (offset - self.offset);
+        if target_offset >= shown.len() {
+            return Ok(Run { kind: Kind::Skip, ..run });
+        }
+        let len = run.len.min(shown.len() - target_offset);
+        let found = shown.block_status(target_offset, len, true).await.map_err(|e| {
+            e.context("cannot tell what the target shows already").at(target_offset)
+        })?;
+        let kind = match found.flags.contains(StatusFlags::ZERO) {
+            true => Kind::Skip,
+            false => Kind::Zero,
+        };
+        // No answer about any byte is no reason to stop: zeros are written.
+        if found.len == 0 { Ok(run) } else { Ok(Run { kind, len: found.len.min(len) }) }
     }
 
     /// A cluster that is not all of one kind is data.
@@ -160,9 +226,12 @@ impl<'a> Planner<'a> {
         let target_offset = self.target_offset + (offset - self.offset);
         let into = target_offset % cluster_len;
         let to_end = self.lens[self.source] - offset;
-        if into == 0 && (run.len >= to_end || run.len >= cluster_len) {
-            let len = if run.len >= to_end { run.len } else { run.len - run.len % cluster_len };
-            return Run { len, ..run };
+        let is_last = self.lens[self.source + 1..].iter().all(|len| *len == 0);
+        if into == 0 && is_last && run.len >= to_end {
+            return run;
+        }
+        if into == 0 && run.len >= cluster_len {
+            return Run { len: run.len - run.len % cluster_len, ..run };
         }
         Run { kind: Kind::Data, len: (cluster_len - into).min(to_end) }
     }

@@ -41,6 +41,28 @@ pub(super) fn parts(iov: &IoVec, target_offset: u64, sparse_len: u64) -> Vec<Par
     if parts.len() > 1 { join_short_zeros(parts, sparse_len) } else { parts }
 }
 
+/// Which parts of `new`, in grains as above, are not what `old` holds. Both are of one length.
+pub(super) fn differing(new: &IoVec, old: &IoVec, target_offset: u64) -> Vec<Range<usize>> {
+    let mut ranges: Vec<Range<usize>> = Vec::new();
+    let (mut new_grain, mut old_grain) = ([0; GRAIN], [0; GRAIN]);
+    let len = new.len();
+    let mut at = 0;
+    while at < len {
+        let into = usize::try_from((target_offset + at as u64) % GRAIN as u64).unwrap_or(0);
+        let end = len.min(at + GRAIN - into);
+        new.copy_to(at, &mut new_grain[..end - at]);
+        old.copy_to(at, &mut old_grain[..end - at]);
+        if new_grain[..end - at] != old_grain[..end - at] {
+            match ranges.last_mut() {
+                Some(last) if last.end == at => last.end = end,
+                _ => ranges.push(at..end),
+            }
+        }
+        at = end;
+    }
+    ranges
+}
+
 /// Zeros too short to be worth a hole of their own go with the data beside them.
 fn join_short_zeros(parts: Vec<Part>, sparse_len: usize) -> Vec<Part> {
     let mut joined: Vec<Part> = Vec::with_capacity(parts.len());
@@ -79,6 +101,21 @@ mod tests {
                 .collect();
             assert_eq!(found, expected, "{zeros:?} {sparse_len}");
         }
+    }
+
+    #[test]
+    fn what_differs_is_found_in_grains() {
+        let old = vec![7; 4 * GRAIN];
+        let mut new = old.clone();
+        new[0] = 1;
+        new[GRAIN] = 1;
+        new[4 * GRAIN - 1] = 1;
+        let (new, old) = (IoVec::from(new), IoVec::from(old));
+        assert_eq!(differing(&new, &old, 0), [0..2 * GRAIN, 3 * GRAIN..4 * GRAIN]);
+        assert_eq!(differing(&old, &old, 512), []);
+        let tail = GRAIN + (GRAIN - 512)..4 * GRAIN;
+        assert_eq!(differing(&new, &old, 512)[0], 0..2 * GRAIN - 512, "grains of the target");
+        assert!(tail.contains(&differing(&new, &old, 512)[1].start));
     }
 
     #[test]

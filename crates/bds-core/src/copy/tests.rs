@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use proptest::prelude::{Just, Strategy, any, prop, prop_oneof, proptest};
 
 use super::{CopyOptions, CopyReport, CopySource, GRAIN, copy};
-use crate::driver::{HostMap, Limits, StatusFlags, ZeroFlags};
+use crate::driver::{HostMap, Limits, StatusFlags, WriteFlags, ZeroFlags};
 use crate::error::{Error, ErrorKind};
 use crate::options::Options;
 use crate::request::Backend;
@@ -76,6 +76,24 @@ fn on_a_target_of_zeros_only_data_is_written() {
     });
 }
 
+/// In order means that writes begin in order: the next one does not wait until the last has ended.
+#[test]
+fn writes_begin_in_order_and_overlap() {
+    run(3, async {
+        let bytes = grains(&[1, 2, 3, 4, 5, 6, 7, 8]);
+        let target = Config { turns: 40, ..Config::default() };
+        let pair = pair(bytes.clone(), Config::default(), bytes.len(), target).await;
+        let options = CopyOptions { buffer_len: GRAIN, workers: 4, ..CopyOptions::default() };
+        pair.copy(&options).await.unwrap();
+        assert_eq!(pair.target_state.bytes(), bytes);
+        let grain = GRAIN as u64;
+        let expected: Vec<Op> =
+            (0..8).map(|i| Op::Write(i * grain..(i + 1) * grain, WriteFlags::empty())).collect();
+        assert_eq!(pair.target_state.take_log(), expected);
+        assert_eq!(pair.target_state.most_writes.load(Ordering::SeqCst), 4, "one a worker");
+    });
+}
+
 #[test]
 fn without_sparse_detection_everything_is_written() {
     run(1, async {
@@ -138,6 +156,78 @@ fn compressed_clusters_are_whole_and_zeros_are_left_out() {
 }
 
 #[test]
+fn compressed_clusters_lie_across_the_ends_of_sources() {
+    run(1, async {
+        let house = House::new();
+        let cluster = 4 * GRAIN as u64;
+        // Ends inside a cluster, a source without bytes, one that lies inside one cluster, zeros across an end.
+        let lens = [4 * GRAIN + 700, 0, 100, GRAIN, 9 * GRAIN];
+        let mut expected = Vec::new();
+        let mut sources = Vec::new();
+        for (number, len) in lens.into_iter().enumerate() {
+            let mut bytes = vec![u8::try_from(number + 1).unwrap(); len];
+            let zeros = len.saturating_sub(2 * GRAIN)..len;
+            bytes[zeros.clone()].fill(0);
+            expected.extend_from_slice(&bytes);
+            let statuses = vec![(zeros.start as u64..zeros.end as u64, ZERO, None)];
+            let config = Config { statuses, turns: 1, ..Config::default() };
+            let (node, _) = house.node(&format!("source{number}"), bytes, config).await;
+            sources.push(CopySource::from(Arc::new(backend(&node))));
+        }
+        // The target is longer, and keeps what lies there.
+        let total = expected.len();
+        expected.resize(total + 700, 0xAA);
+        let fill = vec![0xAA; expected.len()];
+        let (node, state) = house.node("target", fill, Config::default()).await;
+        let options = CopyOptions { compress: Some(cluster), ..small() };
+        copy(&sources, &backend(&node), &options).await.unwrap();
+        assert!(state.bytes() == expected);
+        for op in state.take_log() {
+            let Op::Compressed(range) = op else { continue };
+            // The last, empty one pads the file.
+            if range.is_empty() {
+                continue;
+            }
+            let is_whole = range.end.is_multiple_of(cluster) || range.end == expected.len() as u64;
+            assert!(range.start.is_multiple_of(cluster) && is_whole, "{range:?}");
+        }
+    });
+}
+
+#[test]
+fn what_the_target_shows_already_is_not_written() {
+    for compress in [None, Some(2 * GRAIN as u64)] {
+        run(1, async {
+            let house = House::new();
+            let bytes = grains(&[1, 2, 0, 0, 5, 6, 0, 0, 9]);
+            let grain = GRAIN as u64;
+            let statuses =
+                vec![(2 * grain..4 * grain, ZERO, None), (6 * grain..8 * grain, ZERO, None)];
+            let config = Config { statuses, ..Config::default() };
+            let (source, _) = house.node("source", bytes.clone(), config).await;
+            // Equal, different, zeros above data, zeros above zeros; and it is shorter than the source.
+            let shown = grains(&[1, 7, 0, 3, 5, 6, 0, 0]);
+            let statuses = vec![(6 * grain..8 * grain, ZERO, None)];
+            let config = Config { statuses, ..Config::default() };
+            let (shows, _) = house.node("shows", shown.clone(), config).await;
+            let mut old = shown;
+            old.resize(bytes.len(), 0);
+            let (node, state) = house.node("target", old, Config::default()).await;
+            let options =
+                CopyOptions { compress, target_shows: Some(Arc::new(backend(&shows))), ..small() };
+            let sources = [CopySource::from(Arc::new(backend(&source)))];
+            copy(&sources, &backend(&node), &options).await.unwrap();
+            assert!(state.bytes() == bytes, "{compress:?}");
+            for op in state.take_log() {
+                let (Op::Write(range, _) | Op::Compressed(range)) = op else { continue };
+                let equal = 4 * grain..8 * grain;
+                assert!(range.end <= equal.start || range.start >= equal.end, "{range:?}");
+            }
+        });
+    }
+}
+
+#[test]
 fn errors_say_which_side_failed_and_where() {
     let grain = GRAIN as u64;
     for (on, words) in [
@@ -168,15 +258,15 @@ fn salvaging_copies_zeros_for_what_cannot_be_read() {
         let pair = pair(bytes.clone(), Config::default(), bytes.len(), Config::default()).await;
         pair.source_state.fail_always(On::Read, Some(5000..5600));
         pair.source_state.fail_once(On::Status, None);
-        let told: Arc<Mutex<Vec<u64>>> = Arc::default();
+        let told: Arc<Mutex<Vec<(u64, u64)>>> = Arc::default();
         let tell = Arc::clone(&told);
         let salvage = Arc::new(move |offset: u64, len: u64, error: &Error| {
-            assert_eq!((len, error.kind()), (512, ErrorKind::Io));
-            tell.lock().unwrap().push(offset);
+            assert_eq!(error.kind(), ErrorKind::Io);
+            tell.lock().unwrap().push((offset, len));
         });
         let options = CopyOptions { salvage: Some(salvage), ..small() };
         let report = pair.copy(&options).await.unwrap();
-        assert_eq!(*told.lock().unwrap(), [4608, 5120]);
+        assert_eq!(*told.lock().unwrap(), [(4608, 1024)], "reported once, as one piece");
         assert_eq!(report.salvaged, 1024);
         let mut expected = bytes;
         expected[4608..5632].fill(0);
@@ -276,7 +366,7 @@ fn case() -> impl Strategy<Value = Case> {
     let source = (prop::collection::vec(grain, 1..24), 0..GRAIN);
     let compress = prop_oneof![Just(None), Just(Some(4096)), Just(Some(16384))];
     (
-        prop::collection::vec(source, 1..3),
+        prop::collection::vec(source, 1..5),
         (1..6usize, 1..9usize, any::<bool>(), 0..3u64, compress),
         prop_oneof![Just(1u32), Just(512), Just(4096)],
         any::<bool>(),

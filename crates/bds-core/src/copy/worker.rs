@@ -1,5 +1,7 @@
 //! One worker: takes pieces, moves them through its one buffer.
 
+use std::future::poll_fn;
+use std::ops::Range;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -7,15 +9,17 @@ use std::time::Duration;
 use bds_io::IoVec;
 use bds_io::sync::Notify;
 
-use super::plan::{Kind, Piece};
+use super::plan::{Kind, Piece, Segment};
 use super::{Job, sparse};
 use crate::driver::{Attempt, WriteFlags, ZeroFlags};
 use crate::error::{Error, Result};
+use crate::request::Backend;
 
 /// When a read fails while salvaging, the piece is read again in steps of this size.
 const SALVAGE_STEP: u64 = 512;
 
-/// Lets pieces be written in the order of their numbers.
+/// Lets writes of pieces begin in the order of their numbers. A piece passes its turn as soon as its last write has begun: writes overlap,
+/// and a driver that allocates as they come still places them in order.
 #[derive(Default)]
 pub(super) struct Turns {
     now: AtomicU64,
@@ -49,11 +53,13 @@ impl Turns {
 pub(super) struct Worker<'a> {
     job: &'a Job<'a>,
     buffer: Option<IoVec>,
+    /// For what the target shows already, where that is compared.
+    old_buffer: Option<IoVec>,
 }
 
 impl<'a> Worker<'a> {
     pub(super) fn new(job: &'a Job<'a>) -> Self {
-        Self { job, buffer: None }
+        Self { job, buffer: None, old_buffer: None }
     }
 
     /// Ends at the end of the plan, at a failure (its own: with the error), or when another worker failed.
@@ -118,6 +124,20 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
+    /// Polls a write once, which begins it, and passes the turn of `piece` before it ends.
+    async fn pass_at_begin<T>(&self, piece: &Piece, write: impl Future<Output = T>) -> T {
+        let mut write = pin!(write);
+        let mut has_passed = false;
+        poll_fn(|cx| {
+            let polled = write.as_mut().poll(cx);
+            if !std::mem::replace(&mut has_passed, true) {
+                self.job.turns.pass(piece.number);
+            }
+            polled
+        })
+        .await
+    }
+
     /// Compressed clusters may land in any order: each goes to the end of the file anyway.
     async fn wait_turn(&self, piece: &Piece) {
         let options = self.job.options;
@@ -129,13 +149,14 @@ impl<'a> Worker<'a> {
     /// True if the host copied the piece.
     async fn offload(&self, piece: &Piece) -> Result<bool> {
         let job = self.job;
-        if !job.options.offload {
+        // What is to be compared has to be seen.
+        if !job.options.offload || job.options.target_shows.is_some() {
             return Ok(false);
         }
-        let source = &job.sources[piece.source].backend;
+        let source = &job.sources[piece.first.source].backend;
         let attempt = job
             .target
-            .copy_range_from(source, piece.offset, piece.target_offset, piece.len)
+            .copy_range_from(source, piece.first.offset, piece.target_offset, piece.len)
             .await
             .map_err(|e| e.context("the host cannot copy to the target").at(piece.target_offset))?;
         if attempt == Attempt::Unsupported {
@@ -145,68 +166,145 @@ impl<'a> Worker<'a> {
         Ok(true)
     }
 
-    fn buffer(&mut self, len: u64) -> IoVec {
+    fn buffer_len(&self) -> usize {
         let job = self.job;
-        let most = match job.options.compress {
+        match job.options.compress {
             Some(cluster_len) => usize::try_from(cluster_len).unwrap_or(job.options.buffer_len),
             None => job.options.buffer_len,
-        };
-        let buffer = self.buffer.get_or_insert_with(|| job.pool.take(most).slice(0..most));
+        }
+    }
+
+    fn buffer(&mut self, len: u64) -> IoVec {
+        let (most, pool) = (self.buffer_len(), &self.job.pool);
+        let buffer = self.buffer.get_or_insert_with(|| pool.take(most).slice(0..most));
         // Pieces are cut to the buffer.
         buffer.slice(0..usize::try_from(len).unwrap_or(most).min(most))
     }
 
     async fn read(&mut self, piece: &Piece) -> Result<IoVec> {
         let data = self.buffer(piece.len);
-        let source = &self.job.sources[piece.source].backend;
-        match source.read(piece.offset, data.clone()).await {
-            Ok(()) => {}
-            Err(_) if self.job.options.salvage.is_some() => {
-                self.salvage(piece, &data).await?;
-            }
-            Err(error) => return Err(error.context("cannot read the source").at(piece.offset)),
+        let mut at = 0;
+        for segment in piece.segments() {
+            let end = data.len().min(at + usize::try_from(segment.len).unwrap_or(data.len()));
+            self.read_segment(segment, data.slice(at..end)).await?;
+            at = end;
         }
         Ok(data)
     }
 
-    /// Reads step by step; what fails becomes zeros and is told.
-    async fn salvage(&self, piece: &Piece, data: &IoVec) -> Result<()> {
-        let source = &self.job.sources[piece.source].backend;
+    async fn read_segment(&self, segment: Segment, data: IoVec) -> Result<()> {
+        let source = &self.job.sources[segment.source].backend;
+        match source.read(segment.offset, data.clone()).await {
+            Ok(()) => Ok(()),
+            Err(_) if self.job.options.salvage.is_some() => self.salvage(segment, &data).await,
+            Err(error) => Err(error.context("cannot read the source").at(segment.offset)),
+        }
+    }
+
+    /// Reads step by step; what fails becomes zeros and is reported.
+    async fn salvage(&self, segment: Segment, data: &IoVec) -> Result<()> {
+        let source = &self.job.sources[segment.source].backend;
         let step_len = usize::try_from(SALVAGE_STEP).unwrap_or(512);
+        let tell = |lost: Option<(u64, u64, Error)>| {
+            if let (Some(tell), Some((offset, len, error))) = (&self.job.options.salvage, lost) {
+                tell(offset, len, &error);
+            }
+        };
         let mut at = 0;
+        // A run that is lost is reported once, with its first error.
+        let mut lost: Option<(u64, u64, Error)> = None;
         while at < data.len() {
             self.job.check_cancel()?;
             let end = data.len().min(at + step_len);
-            let offset = piece.offset + at as u64;
+            let offset = segment.offset + at as u64;
             if let Err(error) = source.read(offset, data.slice(at..end)).await {
                 data.fill(at..end, 0);
                 let len = (end - at) as u64;
                 self.job.counts.salvaged.fetch_add(len, Ordering::Relaxed);
-                if let Some(tell) = &self.job.options.salvage {
-                    tell(offset, len, &error);
-                }
+                lost = match lost {
+                    Some((start, so_far, first)) => Some((start, so_far + len, first)),
+                    None => Some((offset, len, error)),
+                };
+            } else {
+                tell(lost.take());
             }
             at = end;
+        }
+        tell(lost);
+        Ok(())
+    }
+
+    /// Which parts of the data the target does not show already.
+    async fn differing(
+        &mut self,
+        piece: &Piece,
+        data: &IoVec,
+        shown: &Backend,
+    ) -> Result<Vec<Range<usize>>> {
+        let job = self.job;
+        let most = self.buffer_len();
+        let old = self.old_buffer.get_or_insert_with(|| job.pool.take(most).slice(0..most));
+        let old = old.slice(0..data.len());
+        let shown_len = shown.len().saturating_sub(piece.target_offset);
+        let old_len = usize::try_from(shown_len).unwrap_or(usize::MAX).min(data.len());
+        // Behind its end an image shows zeros.
+        old.fill(old_len..data.len(), 0);
+        if old_len > 0 {
+            let read = shown.read(piece.target_offset, old.slice(0..old_len)).await;
+            read.map_err(|e| {
+                e.context("cannot read what the target shows already").at(piece.target_offset)
+            })?;
+        }
+        Ok(sparse::differing(data, &old, piece.target_offset))
+    }
+
+    async fn write(&mut self, piece: &Piece, data: IoVec) -> Result<()> {
+        let job = self.job;
+        let compresses = job.options.compress.is_some();
+        let Some(shown) = &job.options.target_shows else {
+            return match compresses {
+                true => self.write_compressed(piece, data).await,
+                false => self.write_parts(piece.target_offset, data).await,
+            };
+        };
+        let differing = self.differing(piece, &data, shown).await?;
+        let differing_len = differing.iter().map(Range::len).sum::<usize>();
+        if compresses && differing_len > 0 {
+            return self.write_compressed(piece, data).await;
+        }
+        job.counts.skipped.fetch_add((data.len() - differing_len) as u64, Ordering::Relaxed);
+        let last_end = differing.last().map(|range| range.end);
+        for range in differing {
+            let is_last = last_end == Some(range.end);
+            self.write_parts(piece, range.start, data.slice(range), is_last).await?;
         }
         Ok(())
     }
 
-    async fn write(&self, piece: &Piece, data: IoVec) -> Result<()> {
+    /// Writes the bytes from `start` on of a piece; `is_last`: they are the last that are written of it.
+    async fn write_parts(
+        &self,
+        piece: &Piece,
+        start: usize,
+        data: IoVec,
+        is_last: bool,
+    ) -> Result<()> {
         let job = self.job;
-        if job.options.compress.is_some() {
-            return self.write_compressed(piece, data).await;
-        }
-        for part in sparse::parts(&data, piece.target_offset, job.options.sparse_len) {
-            let offset = piece.target_offset + part.range.start as u64;
+        let target_offset = piece.target_offset + start as u64;
+        for part in sparse::parts(&data, target_offset, job.options.sparse_len) {
+            let offset = target_offset + part.range.start as u64;
             let len = part.range.len() as u64;
             if part.is_zero {
                 self.zero(offset, len).await?;
                 continue;
             }
-            job.target
-                .write(offset, data.slice(part.range), WriteFlags::empty())
-                .await
-                .map_err(|e| target_failed(e, offset))?;
+            let passes = is_last && part.range.end == data.len();
+            let write = job.target.write(offset, data.slice(part.range), WriteFlags::empty());
+            let written = match passes {
+                true => self.pass_at_begin(piece, write).await,
+                false => write.await,
+            };
+            written.map_err(|e| target_failed(e, offset))?;
             job.counts.written.fetch_add(len, Ordering::Relaxed);
         }
         Ok(())
@@ -217,12 +315,30 @@ impl<'a> Worker<'a> {
         if job.options.sparse_len != 0 && data.is_zero(0..data.len()) {
             return self.zero(piece.target_offset, piece.len).await;
         }
+        let data = self.whole_cluster(piece, data).await?;
         job.target
             .write_compressed(piece.target_offset, data)
             .await
             .map_err(|e| target_failed(e, piece.target_offset))?;
         job.counts.written.fetch_add(piece.len, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Compressed clusters are whole, or end where the target does: behind the last source's end the target keeps what it holds.
+    async fn whole_cluster(&self, piece: &Piece, mut data: IoVec) -> Result<IoVec> {
+        let Job { target, options, pool, .. } = self.job;
+        let Some(cluster_len) = options.compress else { return Ok(data) };
+        let end = piece.target_offset + piece.len;
+        let whole_end = end.next_multiple_of(cluster_len).min(target.len());
+        let Ok(rest_len @ 1..) = usize::try_from(whole_end.saturating_sub(end)) else {
+            return Ok(data);
+        };
+        let rest = pool.take(rest_len).slice(0..rest_len);
+        target.read(end, rest.clone()).await.map_err(|e| {
+            e.context("cannot read what the target holds behind the end of the source").at(end)
+        })?;
+        data.push(rest);
+        Ok(data)
     }
 
     async fn zero(&self, offset: u64, len: u64) -> Result<()> {

@@ -11,6 +11,7 @@
 
 mod access;
 mod child;
+mod foreign;
 mod limits;
 mod open;
 mod probe;
@@ -29,6 +30,7 @@ pub use access::{Access, NodeUse, Perm};
 // For what a driver exchanges while requests read it: children that come and go, descriptors, options.
 pub use bds_refcount::{Hinge, Reading};
 pub use child::{Child, ChildPort};
+pub use foreign::{TAIL_LEN, foreign_format};
 pub use limits::Limits;
 pub use open::{
     CacheMode, ChildOpener, ChildRequest, CreateContext, DetectZeroes, OpenContext, OpenFlags,
@@ -38,7 +40,7 @@ pub use probe::{Candidate, PROBE_LEN, probe};
 pub use registry::Registry;
 pub use reopen::{Reopen, ReopenContext};
 pub use status::{HostMap, StatusFlags, StatusRun};
-pub use types::{Category, DriverType, MeasureReport, MeasureSource};
+pub use types::{Category, ClaimedFile, CreateFacts, DriverType, MeasureReport, MeasureSource};
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -202,7 +204,7 @@ pub trait Driver: Send + Sync + 'static {
     /// Length in bytes as the guest sees it.
     fn len(&self) -> u64;
 
-    /// What requests must look like. Read when the node is opened and when a child changes.
+    /// What requests must look like. Read when the node is opened, when it is reopened and when anything below changes.
     fn limits(&self) -> Limits {
         Limits::default()
     }
@@ -362,6 +364,11 @@ pub trait Driver: Send + Sync + 'static {
         let words = format!("{name} cannot get or lose its backing node while it is open");
         Err(Error::new(ErrorKind::NotSupported, words))
     }
+
+    /// A child leads to another node, or a node somewhere below was exchanged or reopened (or this one): facts of children that
+    /// the driver remembers (a length, an alignment, what the file can do) are asked again or forgotten. Called with nobody inside,
+    /// before [`Driver::limits`] is read again, and also if nothing has changed. Must not block nor call into the graph.
+    fn children_changed(&self) {}
 
     /// What this node does with one of its children, and what it lets others do with it meanwhile, given what its own parents do with
     /// it (`above`). A pure function of its arguments and of options: it is asked often, also for changes that never come to be.

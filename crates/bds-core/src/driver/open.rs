@@ -82,6 +82,9 @@ pub struct OpenFlags {
     pub for_check: bool,
     /// Do not take "others must not" locks, and share everything (qemu-img -U).
     pub force_share: bool,
+    /// Let no other program write to any of the files meanwhile, also not to those that hold bytes only, which a reader otherwise
+    /// shares (qemu-img convert). Has no meaning with `force_share`.
+    pub refuse_writers: bool,
     /// Caches.
     pub cache: CacheMode,
     /// Pass discards down (discard=unmap).

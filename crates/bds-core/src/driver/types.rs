@@ -1,7 +1,8 @@
 //! A driver before it is opened: its name, its options, how to open, create, probe and measure.
 
+use std::fmt;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use bds_io::Fs;
 
@@ -40,6 +41,38 @@ pub struct MeasureReport {
     pub bitmaps: Option<u64>,
 }
 
+/// What create options lead to, found out without touching a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CreateFacts {
+    /// Virtual size in bytes.
+    pub len: u64,
+    /// The file has at least this many bytes once the image is made.
+    pub min_file_len: u64,
+    /// Bytes of one compressed cluster; `None` if the image cannot hold any.
+    pub compressed_unit: Option<u32>,
+}
+
+/// A file that was opened, or made, for a new image, and is locked. What it holds is still there; dropping the claim leaves it so.
+pub struct ClaimedFile {
+    /// Its name, links followed, if the claim made it: to be removed if the image does not come to be.
+    pub made_path: Option<PathBuf>,
+    /// Which file it is.
+    pub identity: (u64, u64),
+    /// The longest it can be, for what cannot grow.
+    pub max_len: Option<u64>,
+    /// Polled for the first time, this empties the file and does with it what the options say. At its end the locks are gone.
+    pub empty: BoxFuture<'static, Result<()>>,
+}
+
+impl fmt::Debug for ClaimedFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClaimedFile")
+            .field("made_path", &self.made_path)
+            .field("identity", &self.identity)
+            .finish_non_exhaustive()
+    }
+}
+
 /// A kind of driver, as the registry knows it.
 pub trait DriverType: Send + Sync + 'static {
     /// Its name as QEMU spells it.
@@ -47,6 +80,11 @@ pub trait DriverType: Send + Sync + 'static {
 
     /// Where it stands.
     fn category(&self) -> Category;
+
+    /// What it is for, in one line for a person, without a full stop.
+    fn help(&self) -> &'static str {
+        ""
+    }
 
     /// Options `open` understands beside the common ones (children included).
     fn open_options(&self) -> &'static [OptionSpec];
@@ -75,17 +113,22 @@ pub trait DriverType: Send + Sync + 'static {
         })
     }
 
-    /// Protocols: makes the file (of length `size`, with the options it knows).
-    fn create_file<'a>(
-        &'a self,
-        _fs: &'a Fs,
-        _path: &'a Path,
-        _options: &'a mut Options,
-    ) -> BoxFuture<'a, Result<()>> {
-        let name = self.name();
-        Box::pin(async move {
-            Err(Error::new(ErrorKind::NotSupported, format!("{name} cannot create files")))
-        })
+    /// Formats: checks everything about create options that can be checked before a file is touched, and takes them as `create`
+    /// does. `backing_len`: length of the backing image, if one is named and is looked at.
+    fn check_create(
+        &self,
+        _options: &mut Options,
+        _backing_len: Option<u64>,
+    ) -> Result<CreateFacts> {
+        let words = format!("{} images cannot be created", self.name());
+        Err(Error::new(ErrorKind::NotSupported, words))
+    }
+
+    /// Protocols: opens the file for a new image, or makes it, takes the options it knows and locks the file. What the file
+    /// holds stays until [`ClaimedFile::empty`] runs (then it has the length `size`).
+    fn claim_file(&self, _fs: &Fs, _path: &Path, _options: &mut Options) -> Result<ClaimedFile> {
+        let words = format!("{} cannot create files", self.name());
+        Err(Error::new(ErrorKind::NotSupported, words))
     }
 
     /// How large would an image made with these create options be?

@@ -333,6 +333,7 @@ async fn carry_out(
                 let done =
                     commit::put_into_force(graph, &edit, staged, accesses, prepared, actions)?;
                 drop(walls);
+                done.reopened.iter().for_each(|reopened| reopened.tell_backends(graph));
                 return Ok(Ok(Outcome { moved: done.moved, removed: done.removed, drained }));
             }
             missing

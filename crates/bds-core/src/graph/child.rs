@@ -171,7 +171,7 @@ impl Opener {
             (_, Some(stored)) => stored.clone(),
             (ReferenceFormat::StoredOrProbed, None) => {
                 let guess = file.guess(registry).await?;
-                guess.first().map_or("raw", |best| best.driver).to_owned()
+                guess.best().map_err(|error| error.file(file.path()))?.to_owned()
             }
             (ReferenceFormat::Stored, None) => {
                 return Err(Error::new(

@@ -1,20 +1,21 @@
-//! Making an image, as `qemu-img create` does it.
+//! Creating an image, as `qemu-img create` does it: everything is checked, then files are touched.
 //!
 //! ```text
-//! backing image opened read-only, for its length ─► file made ─► data file made
-//!   ─► both opened for writing ─► format writes the image ─► flushed, closed
+//! options split ─► backing image opened read-only, for its length ─► options checked by the format
+//!   ─► files opened or made, compared with all that are open here, locked  (what they hold is still there)
+//!   ─► emptied ─► opened for writing ─► format writes the image ─► flushed, closed
 //! ```
 //!
-//! A failure, or dropping the future, removes the files that were made here, and only those: a file that was there before
-//! stays, though it may have been emptied.
+//! A failure, or dropping the future, removes the files that were made here, and only those. Up to the step "emptied" a file
+//! that was there before keeps its bytes.
 
 use std::panic::Location;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bds_io::{Fs, OpenOptions};
 use bds_refcount::{Holder, HolderKind};
 
+use super::create_target::{Target, protocol_of};
 use super::gate::{self, GateDecision, GateQuestion, ReferenceFormat};
 use super::inspect::{Inspected, file_options};
 use super::open::SweepIfDropped;
@@ -29,20 +30,38 @@ use crate::options::Options;
 pub struct NewImage {
     /// The format's name.
     pub format: String,
-    /// The file to hold it. Emptied if it is there.
+    /// The file to hold it. Emptied if it is there, unless it belongs to an image that is open in this graph: that is refused.
     pub path: PathBuf,
     /// The format's create options (`size`, `backing_file`, `backing_fmt`, `data_file` and so on) and those of the protocol,
     /// if it knows them and the format does not.
     pub options: Options,
-    /// Do not look at the backing image; then `size` must be given.
+    /// Do not want the backing image: it may be missing or unreadable. Then `size` must be given.
     pub skip_backing: bool,
 }
 
 /// What came of it.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NewImageReport {
-    /// Why the backing image could not be opened, if it could not and `size` was given.
-    pub backing_error: Option<Error>,
+    /// The image's virtual size in bytes.
+    pub len: u64,
+}
+
+/// What is known of the backing image of a new one.
+#[derive(Default)]
+struct NewBacking {
+    /// The image, open until the new one is made: its files are refused as targets like those of any open image.
+    node: Option<NodeRef>,
+    len: Option<u64>,
+    /// The file it is in, where it could not be opened and need not be.
+    file: Option<(u64, u64)>,
+}
+
+/// A new image, with everything about it looked up.
+struct Order<'a> {
+    format: Arc<dyn DriverType>,
+    path: &'a Path,
+    options: Options,
+    file_options: Options,
 }
 
 impl Graph {
@@ -65,55 +84,85 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// No file that was not there before remains.
+    /// No file that was not there before remains. Whatever can be checked is checked first; if that fails, a file that was
+    /// there is as it was.
     pub async fn create_image(&self, image: NewImage) -> Result<NewImageReport> {
         let NewImage { format, path, mut options, skip_backing } = image;
-        let registry = Arc::clone(&self.config().registry);
+        let registry = &self.config().registry;
         let format = Arc::clone(registry.format(&format)?);
         if format.create_options().is_empty() {
             let words = format!("{} images cannot be created", format.name());
             return Err(Error::new(ErrorKind::NotSupported, words).file(&path));
         }
-        let protocol_name = protocol_of(&self.config().fs, &path);
-        let protocol = Arc::clone(registry.driver(protocol_name)?);
-        let mut file_options = split_options(&*format, &*protocol, &mut options)?;
-        let (backing_len, backing_error) = match skip_backing {
-            true => (None, None),
-            false => self.look_at_backing(&path, &options).await?,
-        };
-        let made = self.make_file(&*protocol, &path, &mut file_options).await?;
-        check_rest(&*protocol, &file_options)?;
+        let protocol = Arc::clone(registry.driver(protocol_of(&self.config().fs, &path))?);
+        let file_options = split_options(&*format, &*protocol, &mut options)?;
+        let order = Order { format, path: &path, options, file_options };
         let mut guard = SweepIfDropped { graph: self, is_over: false };
-        let written = self.write_image(&*format, protocol_name, &path, options, backing_len).await;
-        if written.is_err() {
+        self.0.reaper.sweep_unasked().await;
+        let backing = self.look_at_backing(&path, &order.options, skip_backing).await?;
+        let made = self.create_checked(order, &backing).await;
+        let closed = match backing.node {
+            Some(node) => match node.close().await {
+                Ok(report) => report.into_result(),
+                Err(error) => Err(Error::from(error)),
+            },
+            None => Ok(()),
+        };
+        if made.is_err() {
             self.0.reaper.sweep_unasked().await;
         }
         guard.is_over = true;
-        written.map_err(|error| error.file(&path))?;
-        made.keep();
-        Ok(NewImageReport { backing_error })
+        let report = made.map_err(|error| error.file(&path))?;
+        closed.map(|()| report)
+    }
+
+    /// Checks the rest, and only then empties and writes.
+    async fn create_checked(
+        &self,
+        order: Order<'_>,
+        backing: &NewBacking,
+    ) -> Result<NewImageReport> {
+        let Order { format, path, options, mut file_options } = order;
+        let mut checked = options.clone();
+        let facts = format.check_create(&mut checked, backing.len)?;
+        check_rest(&*format, &checked)?;
+        let mut others: Vec<(u64, u64)> = backing.file.into_iter().collect();
+        let file = Target::claim(self, path, &mut file_options, &others)?;
+        file.check_len(facts.min_file_len)?;
+        others.push(file.identity());
+        let data_file = match data_path(path, &options) {
+            Some(path) => Some(Target::claim(self, &path, &mut Options::new(), &others)?),
+            None => None,
+        };
+        if let Some(data_file) = &data_file {
+            data_file.check_len(facts.len)?;
+        }
+        let file = file.empty().await?;
+        let data_file = match data_file {
+            Some(data_file) => Some(data_file.empty().await?),
+            None => None,
+        };
+        self.write_image(&*format, &file, data_file.as_ref(), options, backing.len).await?;
+        for made in data_file.into_iter().chain([file]) {
+            made.keep();
+        }
+        Ok(NewImageReport { len: facts.len })
     }
 
     /// Opens what was made, lets the format write, closes.
     async fn write_image(
         &self,
         format: &dyn DriverType,
-        protocol: &str,
-        path: &Path,
+        file: &Target,
+        data_file: Option<&Target>,
         mut options: Options,
         backing_len: Option<u64>,
     ) -> Result<()> {
-        let data_path = data_path(path, &options);
-        let mut made_data = None;
-        if let Some(data_path) = &data_path {
-            let driver = Arc::clone(self.config().registry.driver("file")?);
-            made_data = Some(self.make_file(&*driver, data_path, &mut Options::new()).await?);
-        }
         let metadata =
-            if data_path.is_some() { Role::METADATA } else { Role::METADATA | Role::DATA };
-        let file = self.open_made(protocol, path, metadata | Role::PRIMARY).await?;
-        let data_file = match &data_path {
-            Some(data_path) => Some(self.open_made("file", data_path, Role::DATA).await?),
+            if data_file.is_some() { Role::METADATA } else { Role::METADATA | Role::DATA };
+        let file = self.open_made(file, metadata | Role::PRIMARY).await?;
+        let data_file = match data_file {
+            Some(data_file) => Some(self.open_made(data_file, Role::DATA).await?),
             None => None,
         };
         let context = CreateContext {
@@ -131,15 +180,13 @@ impl Graph {
             let report = node.close().await.map_err(Error::from)?;
             report.into_result()?;
         }
-        if let Some(made) = made_data {
-            made.keep();
-        }
         Ok(())
     }
 
-    async fn open_made(&self, protocol: &str, path: &Path, role: Role) -> Result<NodeRef> {
+    async fn open_made(&self, made: &Target, role: Role) -> Result<NodeRef> {
         let flags = OpenFlags { role, ..OpenFlags::default() };
-        let node = self.open_as(file_options(protocol, path), flags, Location::caller()).await?;
+        let options = file_options(made.protocol(), made.path());
+        let node = self.open_as(options, flags, Location::caller()).await?;
         Ok(node.held_as(Holder::new(HolderKind::Owner, "create")))
     }
 
@@ -151,42 +198,37 @@ impl Graph {
         Ok(Child::new(name, (self.0.reaper.make_port)(edge)))
     }
 
-    /// Makes the file, of length 0.
-    async fn make_file(
-        &self,
-        protocol: &dyn DriverType,
-        path: &Path,
-        options: &mut Options,
-    ) -> Result<MadeFile> {
-        let fs = self.config().fs.clone();
-        let was_there = match fs.open(path, &OpenOptions::default()) {
-            Ok(_) => true,
-            Err(error) => error.kind() != std::io::ErrorKind::NotFound,
-        };
-        let made = MadeFile { fs, path: (!was_there).then(|| path.to_owned()) };
-        protocol.create_file(&made.fs, path, options).await?;
-        Ok(made)
-    }
-
-    /// The backing image's length, if one is named; or why it is not known, if a size is given.
+    /// Opens the backing image, if one is named. If it is not wanted, what can be found out about its files will do.
     async fn look_at_backing(
         &self,
         path: &Path,
         options: &Options,
-    ) -> Result<(Option<u64>, Option<Error>)> {
-        let Some(stored) = text(options, "backing_file") else { return Ok((None, None)) };
-        let looked = self.backing_len(path, stored, text(options, "backing_fmt")).await;
-        match looked {
-            Ok(len) => Ok((Some(len), None)),
-            // That it would back itself is wrong whatever its size.
-            Err(error) if options.contains("size") && error.kind() != ErrorKind::InvalidInput => {
-                Ok((None, Some(error)))
-            }
-            Err(error) => Err(error),
+        skip: bool,
+    ) -> Result<NewBacking> {
+        let Some(stored) = text(options, "backing_file") else { return Ok(NewBacking::default()) };
+        let format = text(options, "backing_fmt");
+        let named =
+            |error: Error| error.context(format_args!("cannot open backing file '{stored}'"));
+        if !skip {
+            let flags = OpenFlags { read_only: true, ..OpenFlags::default() };
+            let node = self.open_backing(path, stored, format, flags).await.map_err(named)?;
+            return Ok(NewBacking { len: Some(node.len()), node: Some(node), file: None });
         }
+        // Only so that none of its files is taken for the new image.
+        let flags = OpenFlags { read_only: true, force_share: true, ..OpenFlags::default() };
+        let node = self.open_backing(path, stored, format, flags).await.ok();
+        let resolved = gate::resolve(stored, Some(path));
+        let file = Inspected::new(&self.config().fs, resolved).ok().map(|file| file.identity());
+        Ok(NewBacking { node, len: None, file })
     }
 
-    async fn backing_len(&self, path: &Path, stored: &str, format: Option<&str>) -> Result<u64> {
+    async fn open_backing(
+        &self,
+        path: &Path,
+        stored: &str,
+        format: Option<&str>,
+        flags: OpenFlags,
+    ) -> Result<NodeRef> {
         let resolved = gate::resolve(stored, Some(path));
         let question = GateQuestion {
             kind: ReferenceKind::Backing,
@@ -198,22 +240,15 @@ impl Graph {
             resolved: &resolved,
             fs: &self.config().fs,
         };
-        let named =
-            |error: Error| error.context(format_args!("cannot open backing file '{stored}'"));
         let (backing, wanted) = match self.config().gate.decide(&question) {
             GateDecision::Open { path, format } => (path, format),
-            GateDecision::Node(name) => return Ok(self.find(&name).map_err(named)?.len()),
+            GateDecision::Node(name) => return self.find(&name),
             GateDecision::Refuse(why) => {
                 let words = format!("{why}; give a size and do not look at it, or allow it");
-                return Err(named(Error::new(ErrorKind::ReferenceRefused, words)));
+                return Err(Error::new(ErrorKind::ReferenceRefused, words));
             }
         };
-        let file = Inspected::new(&self.config().fs, backing).map_err(named)?;
-        let own = Inspected::new(&self.config().fs, path.to_owned());
-        if own.is_ok_and(|own| own.identity() == file.identity()) {
-            let words = "an image cannot be its own backing file";
-            return Err(Error::new(ErrorKind::InvalidInput, words).file(path));
-        }
+        let file = Inspected::new(&self.config().fs, backing)?;
         let format = match (wanted, format) {
             (ReferenceFormat::Named(name), _) => name,
             (_, Some(stored)) => stored.to_owned(),
@@ -227,41 +262,8 @@ impl Graph {
         };
         self.config().registry.format(&format)?;
         let tree = Options::new().with("driver", format).with("file", file.options().into_json());
-        let flags = OpenFlags { read_only: true, ..OpenFlags::default() };
-        let node = self.open_as(tree, flags, Location::caller()).await.map_err(named)?;
-        let len = node.len();
-        node.close().await.map_err(Error::from)?.into_result()?;
-        Ok(len)
+        self.open_as(tree, flags, Location::caller()).await
     }
-}
-
-/// A file that was not there before; removed again unless it is kept.
-struct MadeFile {
-    fs: Fs,
-    path: Option<PathBuf>,
-}
-
-impl MadeFile {
-    fn keep(mut self) {
-        self.path = None;
-    }
-}
-
-impl Drop for MadeFile {
-    fn drop(&mut self) {
-        let Some(path) = &self.path else { return };
-        match self.fs.remove(path) {
-            Ok(()) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "cannot remove a half-made file");
-            }
-        }
-    }
-}
-
-fn protocol_of(fs: &Fs, path: &Path) -> &'static str {
-    Inspected::new(fs, path.to_owned()).map_or("file", |file| file.protocol())
 }
 
 fn data_path(path: &Path, options: &Options) -> Option<PathBuf> {
@@ -299,7 +301,7 @@ fn split_options(
     Ok(taken)
 }
 
-fn check_rest(driver: &dyn DriverType, options: &Options) -> Result<()> {
+pub(super) fn check_rest(driver: &dyn DriverType, options: &Options) -> Result<()> {
     match options.keys().next() {
         Some(key) => Err(unknown(driver, key)),
         None => Ok(()),

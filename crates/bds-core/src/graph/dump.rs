@@ -39,7 +39,8 @@ impl Graph {
         nodes
     }
 
-    /// One paragraph a node: driver, length, state, count; then who holds it, who uses it for what, and what it uses.
+    /// One paragraph a node: driver, length, state, count; its file, if it opened one; then who holds it, who uses it for what,
+    /// and what it uses.
     ///
     /// ```text
     /// disk0 qcow2 len=1048576 rw refs=2
@@ -70,7 +71,7 @@ impl Graph {
         out
     }
 
-    /// For Graphviz: nodes as boxes with driver, length and count; edges with name and role; other holders as ellipses.
+    /// For Graphviz: nodes as boxes with the file's name, driver, length and count; edges with name and role; other holders as ellipses.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -89,8 +90,12 @@ impl Graph {
             let name = quoted(node.name());
             let count = node.count().saturating_sub(1);
             let state = if node.is_writable() { "rw" } else { "ro" };
+            let file = super::walk::filename(&node).and_then(|path| {
+                path.file_name().map(|name| format!("{}\\n", escaped(&name.to_string_lossy())))
+            });
             let label = format!(
-                "{}\\n{} {state}\\n{} bytes, {count} refs",
+                "{}{}\\n{} {state}\\n{} bytes, {count} refs",
+                file.unwrap_or_default(),
                 escaped(node.name()),
                 escaped(node.driver_name()),
                 node.len()
@@ -133,6 +138,9 @@ fn dump_node(out: &mut String, node: &NodeRef) {
     let count = node.count().saturating_sub(1);
     let (name, driver, len) = (node.name(), node.driver_name(), node.len());
     let _ = writeln!(out, "{name} {driver} len={len} {} refs={count}", state_words(node).join(","));
+    if let Some(path) = node.node().own_filename() {
+        let _ = writeln!(out, "  filename {}", path.display());
+    }
     let users = node.edges_above();
     let is_user = |holder: &String| users.iter().any(|edge| edge.holder == *holder);
     for holder in named_holders(node).iter().filter(|holder| !is_user(holder)) {

@@ -65,6 +65,7 @@ bitflags::bitflags! {
         const DETECT_ZEROES = 1 << 9;
         const DETECT_UNMAP = 1 << 10;
         const IMPLICIT = 1 << 11;
+        const REFUSE_WRITERS = 1 << 12;
     }
 }
 
@@ -115,6 +116,7 @@ impl FlagsCell {
             info_only: has(Given::INFO_ONLY),
             for_check: has(Given::FOR_CHECK),
             force_share: has(Given::FORCE_SHARE),
+            refuse_writers: has(Given::REFUSE_WRITERS),
             cache: CacheMode {
                 direct: has(Given::DIRECT),
                 no_flush: has(Given::NO_FLUSH),
@@ -146,6 +148,7 @@ impl FlagsCell {
             (detects, Given::DETECT_ZEROES),
             (flags.detect_zeroes == DetectZeroes::Unmap, Given::DETECT_UNMAP),
             (flags.is_implicit, Given::IMPLICIT),
+            (flags.refuse_writers, Given::REFUSE_WRITERS),
         ];
         let set = bits.iter().filter(|(is_set, _)| *is_set).map(|(_, bit)| *bit);
         let bits = set.fold(Given::empty(), |all, bit| all | bit).bits();
@@ -224,6 +227,7 @@ pub(super) fn inherited(parent: OpenFlags, role: Role) -> OpenFlags {
         info_only: parent.info_only,
         for_check: parent.for_check && role.contains(Role::FILTERED),
         force_share: parent.force_share,
+        refuse_writers: parent.refuse_writers,
         cache: crate::driver::CacheMode { writeback: true, ..parent.cache },
         // Whoever stands above decides what is discarded; what it sends down is meant.
         discard: true,

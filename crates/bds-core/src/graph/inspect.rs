@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use bds_io::{File, FileKind, Fs, IoVec, OpenOptions};
 
 use super::Graph;
-use crate::driver::{Candidate, PROBE_LEN, Registry, probe};
-use crate::error::{Error, Result};
+use crate::driver::{Candidate, PROBE_LEN, Registry, TAIL_LEN, foreign_format, probe};
+use crate::error::{Error, ErrorKind, Result};
 use crate::options::Options;
 
 /// What a file looks like. A guess: see [`crate::driver::probe`] for what it must not be used for.
@@ -18,6 +18,31 @@ pub struct FileGuess {
     pub protocol: &'static str,
     /// The formats it may hold, the surest first.
     pub formats: Vec<Candidate>,
+    /// A format that no driver here reads, if the file is marked as one and no driver is sure that it is its own.
+    pub foreign: Option<&'static str>,
+}
+
+/// From this score on a driver has seen a mark of its format, and not merely found nothing against it.
+const SURE_SCORE: u8 = 2;
+
+impl FileGuess {
+    /// The one format to open the file with when nobody has named one.
+    ///
+    /// # Errors
+    /// `NotSupported`, with its name, for a format that is not read here: it must not pass for raw.
+    pub fn best(&self) -> Result<&'static str> {
+        match self.foreign {
+            None => Ok(self.formats.first().map_or("raw", |best| best.driver)),
+            Some(name) => Err(Error::new(
+                ErrorKind::NotSupported,
+                format!(
+                    "this looks like {name}, which is not a format that is read here; convert or \
+                     unpack it with another tool, or say that its format is raw (-f raw) to take its \
+                     bytes as they are"
+                ),
+            )),
+        }
+    }
 }
 
 impl Graph {
@@ -31,13 +56,15 @@ impl Graph {
     /// let guess = graph.guess_file(&path).await?;
     /// assert_eq!(guess.protocol, "file");
     /// assert!(guess.formats.is_empty(), "no driver here knows the bytes again");
+    /// assert_eq!(guess.best()?, "raw");
+    /// std::fs::write(&path, "vhdxfile").expect("there is room");
+    /// assert!(graph.guess_file(&path).await?.best().is_err(), "a container is no raw disk");
     /// # std::fs::remove_file(&path).expect("it is ours");
     /// # Ok(()) });
     /// ```
     pub async fn guess_file(&self, path: &Path) -> Result<FileGuess> {
         let file = Inspected::new(&self.config().fs, path.to_owned())?;
-        let formats = file.guess(&self.config().registry).await?;
-        Ok(FileGuess { protocol: file.protocol(), formats })
+        file.guess(&self.config().registry).await
     }
 }
 
@@ -80,21 +107,26 @@ impl Inspected {
         file_options(self.protocol(), &self.path)
     }
 
-    pub(super) async fn guess(&self, registry: &Registry) -> Result<Vec<Candidate>> {
-        let head = self.head().await?;
+    pub(super) async fn guess(&self, registry: &Registry) -> Result<FileGuess> {
+        let head = self.part(0, PROBE_LEN).await?;
         let len = self
             .file
             .len()
             .map_err(|error| Error::io(error, "cannot tell the length").file(&self.path))?;
-        Ok(probe(registry, &head, len))
+        let tail = self.part(len.saturating_sub(TAIL_LEN as u64), TAIL_LEN).await?;
+        let formats = probe(registry, &head, len);
+        let is_known = formats.first().is_some_and(|best| best.score >= SURE_SCORE);
+        let foreign = if is_known { None } else { foreign_format(&head, &tail) };
+        Ok(FileGuess { protocol: self.protocol(), formats, foreign })
     }
 
-    async fn head(&self) -> Result<Vec<u8>> {
-        let iov = IoVec::from(vec![0; PROBE_LEN]);
+    /// At most `len` bytes from `begin`, as far as the file has them.
+    async fn part(&self, begin: u64, len: usize) -> Result<Vec<u8>> {
+        let iov = IoVec::from(vec![0; len]);
         let mut filled = 0;
-        while filled < PROBE_LEN {
-            let offset = filled as u64;
-            let rest = iov.slice(filled..PROBE_LEN);
+        while filled < len {
+            let offset = begin + filled as u64;
+            let rest = iov.slice(filled..len);
             let count = self
                 .file
                 .read(offset, rest)
@@ -105,9 +137,7 @@ impl Inspected {
             }
             filled += count;
         }
-        let mut head = vec![0; filled];
-        iov.copy_to(0, &mut head);
-        Ok(head)
+        Ok(iov.to_vec(0..filled))
     }
 }
 

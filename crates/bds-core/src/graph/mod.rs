@@ -16,6 +16,7 @@ mod child;
 mod claims;
 mod commit;
 mod create;
+mod create_target;
 mod detached;
 mod drain;
 mod dump;

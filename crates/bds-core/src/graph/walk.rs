@@ -200,8 +200,15 @@ fn file_node(node: &Node) -> Option<Strong<Node>> {
     Some(at)
 }
 
+/// (device, inode) of the files of this image and of all images below it.
+pub fn files_of_chain(node: &NodeRef) -> Vec<(u64, u64)> {
+    let mut files = Vec::new();
+    each_below(node.strong(), &mut |node| files.extend(node.own_identity()));
+    files
+}
+
 /// (device, inode) of all files that make up this one image: its own and its data file's, not its backing's.
-pub(crate) fn files_of_image(node: &Node) -> Vec<(u64, u64)> {
+pub fn files_of_image(node: &Node) -> Vec<(u64, u64)> {
     let mut files: Vec<(u64, u64)> = node.own_identity().into_iter().collect();
     let mut todo: Vec<Strong<Node>> = parts(node);
     while let Some(part) = todo.pop() {

@@ -113,7 +113,7 @@ impl Driver for CopyOnReadNode {
     }
 }
 
-filter_type!(CopyOnRead, "copy-on-read");
+filter_type!(CopyOnRead, "copy-on-read", "what is read is kept in the node below");
 
 impl CopyOnRead {
     async fn open_node(&self, context: &mut OpenContext<'_>) -> Result<CopyOnReadNode> {

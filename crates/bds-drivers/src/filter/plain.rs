@@ -104,7 +104,7 @@ macro_rules! pass_on {
 /// Implements `DriverType` for a filter with the options `OPEN_OPTIONS`: `open_node` of the type makes the node, which is boxed
 /// here.
 macro_rules! filter_type {
-    ($type:ty, $name:literal) => {
+    ($type:ty, $name:literal, $help:literal) => {
         impl bds_core::driver::DriverType for $type {
             fn name(&self) -> &'static str {
                 $name
@@ -112,6 +112,10 @@ macro_rules! filter_type {
 
             fn category(&self) -> bds_core::driver::Category {
                 bds_core::driver::Category::Filter
+            }
+
+            fn help(&self) -> &'static str {
+                $help
             }
 
             fn open_options(&self) -> &'static [bds_core::options::OptionSpec] {

@@ -10,9 +10,9 @@ use std::any::Any;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bds_core::driver::{
-    Attempt, BoxFuture, Category, Child, CreateContext, Driver, DriverType, HostMap, Limits,
-    MeasureReport, MeasureSource, OpenContext, Prealloc, ReadFlags, Reopen, ReopenContext, Role,
-    StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Attempt, BoxFuture, Category, Child, CreateContext, CreateFacts, Driver, DriverType, HostMap,
+    Limits, MeasureReport, MeasureSource, OpenContext, Prealloc, ReadFlags, Reopen, ReopenContext,
+    Role, StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, ErrorKind, Result};
@@ -295,6 +295,10 @@ impl DriverType for Raw {
         Category::Format
     }
 
+    fn help(&self) -> &'static str {
+        "the bytes of a file as they are, or a window of them"
+    }
+
     fn open_options(&self) -> &'static [OptionSpec] {
         OPEN_OPTIONS
     }
@@ -330,15 +334,21 @@ impl DriverType for Raw {
 
     fn create<'a>(&'a self, context: CreateContext<'a>) -> BoxFuture<'a, Result<()>> {
         Box::pin(async move {
-            let size = context.options.take_size("size")?.ok_or_else(|| {
-                Error::new(ErrorKind::InvalidInput, "option 'size' is missing: say how large")
-            })?;
-            let prealloc = parse_prealloc(context.options)?;
+            let (size, prealloc) = take_create_options(context.options)?;
             context
                 .file
                 .truncate(Truncate { len: size, exact: false, prealloc, zero_new: false })
                 .await
         })
+    }
+
+    fn check_create(
+        &self,
+        options: &mut Options,
+        _backing_len: Option<u64>,
+    ) -> Result<CreateFacts> {
+        let (size, _) = take_create_options(options)?;
+        Ok(CreateFacts { len: size, min_file_len: size, compressed_unit: None })
     }
 
     fn measure(&self, options: &mut Options, source: &MeasureSource) -> Result<MeasureReport> {
@@ -367,6 +377,18 @@ fn check_window(offset: u64, size: Option<u64>, file_len: u64) -> Result<()> {
         .field("size", size)),
         _ => Ok(()),
     }
+}
+
+/// Length and preallocation of a new image. A file is no longer than the kernel's offsets reach.
+fn take_create_options(options: &mut Options) -> Result<(u64, Prealloc)> {
+    let size = options.take_size("size")?.ok_or_else(|| {
+        Error::new(ErrorKind::InvalidInput, "option 'size' is missing: say how large")
+    })?;
+    if i64::try_from(size).is_err() {
+        let words = "the image is too large: a file has at most 2^63 - 1 bytes";
+        return Err(Error::new(ErrorKind::LimitExceeded, words).field("size", size));
+    }
+    Ok((size, parse_prealloc(options)?))
 }
 
 fn parse_prealloc(options: &mut Options) -> Result<Prealloc> {

@@ -276,6 +276,10 @@ impl DriverType for Mem {
         Category::Protocol
     }
 
+    fn help(&self) -> &'static str {
+        "a disk in memory, gone when it is closed"
+    }
+
     fn open_options(&self) -> &'static [OptionSpec] {
         OPEN_OPTIONS
     }

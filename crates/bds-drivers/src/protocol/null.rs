@@ -236,6 +236,10 @@ impl DriverType for Null {
         Category::Protocol
     }
 
+    fn help(&self) -> &'static str {
+        "discards what is written and reads as zeros or not at all, for measurements"
+    }
+
     fn open_options(&self) -> &'static [OptionSpec] {
         OPEN_OPTIONS
     }

@@ -146,11 +146,8 @@ fn nobody_creates_over_an_image_in_use() {
     let before = std::fs::read(&path).expect("readable");
     for user in [User::RawWriter, User::ImageReader, User::ImageWriter] {
         let _holder = Holder::new(&path, user);
-        let made = bds_io::block_on(FileProtocol.create_file(
-            &Fs::Host,
-            &path,
-            &mut Options::new().with("size", 512),
-        ));
+        let mut options = Options::new().with("size", 512);
+        let made = FileProtocol.claim_file(&Fs::Host, &path, &mut options);
         assert_eq!(made.expect_err("in use").kind(), ErrorKind::InUse, "{user:?}");
         assert_eq!(std::fs::read(&path).expect("readable"), before, "{user:?}");
     }

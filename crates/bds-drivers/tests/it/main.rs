@@ -16,6 +16,8 @@ mod compress;
 mod copy_on_read;
 mod device;
 #[cfg(feature = "qcow2")]
+mod facts;
+#[cfg(feature = "qcow2")]
 mod findings;
 #[cfg(feature = "qcow2")]
 mod fuzz_seeds;
@@ -23,6 +25,8 @@ mod fuzz_seeds;
 mod graph_load;
 #[cfg(feature = "qcow2")]
 mod hostile;
+#[cfg(feature = "qcow2")]
+mod hostile_places;
 mod house;
 mod late;
 #[cfg(feature = "qcow2")]
@@ -35,6 +39,8 @@ mod matrix;
 mod mem;
 mod model;
 mod null;
+#[cfg(feature = "qcow2")]
+mod options_table;
 mod preallocate;
 #[cfg(feature = "qcow2")]
 mod qcow2;

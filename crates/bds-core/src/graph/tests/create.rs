@@ -1,6 +1,6 @@
 //! Making images: what is opened on the way, and what is left behind when it fails.
 
-use super::fakes::{Fixture, run, run_with};
+use super::fakes::{Fixture, Header, run, run_with};
 use crate::graph::{NewImage, NewImageReport};
 use crate::{ErrorKind, Options, Result};
 
@@ -54,18 +54,88 @@ fn a_failure_removes_what_was_made_and_nothing_else() {
 }
 
 #[test]
-fn with_a_size_an_unreadable_backing_image_is_only_reported() {
+fn an_unreadable_backing_image_is_refused_unless_it_is_not_wanted() {
     run(|world| async move {
         let text = "backing_file=gone,backing_fmt=cow,size=4k";
-        let report = create(&world, "new", text).await.unwrap();
-        assert_eq!(report.backing_error.unwrap().kind(), ErrorKind::NotFound);
+        let error = create(&world, "new", text).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+        assert!(!world.sim.exists("new"));
         let image = NewImage {
             format: "cow".into(),
             path: "new2".into(),
             options: Options::parse(text).unwrap(),
             skip_backing: true,
         };
-        assert!(world.graph.create_image(image).await.unwrap().backing_error.is_none());
+        assert_eq!(world.graph.create_image(image).await.unwrap(), NewImageReport { len: 4096 });
+    });
+}
+
+#[test]
+fn a_file_of_an_image_that_is_used_is_never_emptied() {
+    run(|world| async move {
+        world.image("base", Header { data_file: Some("base-data"), ..Header::default() });
+        world.plain("base-data");
+        let header = Header { backing: Some("base"), backing_format: Some("cow"), data_file: None };
+        world.image("top", header);
+        let before = |name: &str| world.sim.snapshot_file(name);
+        let files = ["top", "base", "base-data"];
+        let old: Vec<Vec<u8>> = files.into_iter().map(before).collect();
+        let refused = async |path: &str, options: &str, skip_backing: bool| {
+            let options = Options::parse(options).unwrap();
+            let image = NewImage { format: "cow".into(), path: path.into(), options, skip_backing };
+            let error = world.graph.create_image(image).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidInput, "{path}: {error}");
+            assert!(error.to_string().contains("would destroy"), "{error}");
+            let now: Vec<Vec<u8>> = files.into_iter().map(before).collect();
+            assert!(now == old, "{path}");
+            assert_eq!(world.sim.paths().len(), 3, "{path}: nothing is left behind");
+        };
+        for path in files {
+            // All of its new backing chain, looked at or not.
+            refused(path, "backing_file=top,backing_fmt=cow,size=1M", false).await;
+            refused(path, "backing_file=top,backing_fmt=cow,size=1M", true).await;
+            let data = format!("backing_file=top,backing_fmt=cow,size=1M,data_file={path}");
+            refused("new", &data, false).await;
+            refused("new", &data, true).await;
+        }
+        refused("new", "size=1M,data_file=new", false).await;
+        // One that cannot be opened as what it is said to be.
+        refused("top", "backing_file=top,backing_fmt=nope,size=1M", true).await;
+        let tree = "driver=cow,file.driver=file,file.filename=top";
+        let top = world.graph.open(Options::parse(tree).unwrap()).await.unwrap();
+        for path in files {
+            refused(path, "size=1M", false).await;
+        }
+        top.close().await.unwrap().into_result().unwrap();
+        create(&world, "top", "size=1M").await.unwrap();
+    });
+}
+
+#[test]
+fn what_can_be_refused_beforehand_costs_no_old_content() {
+    run(|world| async move {
+        world.plain("there");
+        world.plain("old-data");
+        let files = ["there", "old-data"];
+        let old = files.map(|name| world.sim.snapshot_file(name));
+        for options in [
+            "frob=1,size=1M",
+            "nocow=maybe,size=1M",
+            "backing_file=gone,backing_fmt=cow,size=1M",
+            "backing_file=old-data,backing_fmt=nope,size=1M",
+            "data_file=old-data",
+            "size=much,data_file=old-data",
+            "size=1M,data_file=there",
+        ] {
+            create(&world, "there", options).await.unwrap_err();
+            assert!(files.map(|name| world.sim.snapshot_file(name)) == old, "{options}");
+            let log = world.shared.log();
+            assert!(!log.iter().any(|line| line.starts_with("empty")), "{options}: {log:?}");
+        }
+        create(&world, "there", "size=1M,data_file=old-data").await.unwrap();
+        let log = world.shared.log();
+        let emptied = log.iter().filter(|line| line.starts_with("empty")).count();
+        assert_eq!(emptied, 2, "{log:?}");
     });
 }
 

@@ -13,9 +13,9 @@ use bds_io::{File, Fs, IoVec, OpenOptions, Sim, SimConfig};
 use bds_refcount::HolderKind;
 
 use crate::driver::{
-    Attempt, BoxFuture, Category, Child, ChildPort, CreateContext, Driver, DriverType, Limits,
-    OpenContext, ReadFlags, Reference, ReferenceKind, Registry, Role, StatusFlags, StatusRun,
-    Truncate, WriteFlags, ZeroFlags,
+    Attempt, BoxFuture, Category, Child, ChildPort, ClaimedFile, CreateContext, CreateFacts,
+    Driver, DriverType, Limits, OpenContext, ReadFlags, Reference, ReferenceKind, Registry, Role,
+    StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::gate::TrustAll;
@@ -191,17 +191,33 @@ impl DriverType for FakeType {
         })
     }
 
-    fn create_file<'a>(
-        &'a self,
-        fs: &'a Fs,
-        path: &'a Path,
-        options: &'a mut Options,
-    ) -> BoxFuture<'a, Result<()>> {
-        Box::pin(async move {
-            options.take_bool("nocow")?;
-            let wanted = OpenOptions { write: true, create: true, ..OpenOptions::default() };
+    fn check_create(&self, options: &mut Options, backing_len: Option<u64>) -> Result<CreateFacts> {
+        let size = options.take_size("size")?.or(backing_len);
+        for key in ["backing_file", "backing_fmt", "data_file", "fail-create"] {
+            options.take(key);
+        }
+        let len =
+            size.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "option 'size' is missing"))?;
+        Ok(CreateFacts { len, min_file_len: 0, compressed_unit: None })
+    }
+
+    fn claim_file(&self, fs: &Fs, path: &Path, options: &mut Options) -> Result<ClaimedFile> {
+        options.take_bool("nocow")?;
+        let was_there = fs.open(path, &OpenOptions::default()).is_ok();
+        let wanted = OpenOptions { write: true, create: true, ..OpenOptions::default() };
+        let file =
             fs.open(path, &wanted).map_err(|error| Error::io(error, "cannot make").file(path))?;
-            Ok(())
+        let identity = file.identity().expect("a simulated file has one");
+        let shared = Arc::clone(&self.shared);
+        let name = path.display().to_string();
+        Ok(ClaimedFile {
+            made_path: (!was_there).then(|| path.to_owned()),
+            identity,
+            max_len: None,
+            empty: Box::pin(async move {
+                shared.note(format!("empty {name}"));
+                file.set_len(0).await.map_err(|error| Error::io(error, "cannot empty"))
+            }),
         })
     }
 

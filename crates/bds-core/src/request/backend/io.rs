@@ -15,7 +15,7 @@ use crate::request::{dispatch, offload, range, truncate};
 use crate::stats::{Operation, Outcome};
 
 impl Backend {
-    /// Reads at once if nothing has to be waited for, without allocating. `None`: ask [`Backend::read`]; the buffer may
+    /// Reads at once if nothing has to be waited for, without allocating. `None`: ask [`Backend::read_waiting`]; the buffer may
     /// be partly filled.
     ///
     /// ```
@@ -43,7 +43,7 @@ impl Backend {
     }
 
     /// Writes in place at once if nothing has to be waited for, without allocating. `None`: nothing was changed for good, ask
-    /// [`Backend::write`].
+    /// [`Backend::write_waiting`].
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -53,7 +53,7 @@ impl Backend {
     /// let iov = bds_io::Buf::from_slice(b"hello").iov();
     /// match guest.try_write(0, &iov) {
     ///     Some(written) => written?,
-    ///     None => guest.write(0, iov, WriteFlags::empty()).await?,
+    ///     None => guest.write_waiting(0, iov, WriteFlags::empty()).await?,
     /// }
     /// # Ok(()) });
     /// ```
@@ -96,6 +96,24 @@ impl Backend {
         if let Some(result) = self.try_read(offset, &iov) {
             return result;
         }
+        self.read_waiting(offset, iov).await
+    }
+
+    /// As [`Backend::read`], but does not try [`Backend::try_read`] first: for a caller that just did.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// let iov = bds_io::Buf::zeroed(512, 512).iov();
+    /// match guest.try_read(0, &iov) {
+    ///     Some(read) => read?,
+    ///     None => guest.read_waiting(0, iov).await?,
+    /// }
+    /// # Ok(()) });
+    /// ```
+    pub async fn read_waiting(&self, offset: u64, iov: IoVec) -> Result<()> {
         self.carry(Request { offset, work: Work::Read(iov) }).await.map(drop)
     }
 
@@ -133,12 +151,35 @@ impl Backend {
     /// assert_eq!(error.kind(), ErrorKind::ReadOnly, "it did not ask to write");
     /// # Ok(()) });
     /// ```
-    pub async fn write(&self, offset: u64, iov: IoVec, mut flags: WriteFlags) -> Result<()> {
+    pub async fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> Result<()> {
         if flags.is_empty()
             && let Some(result) = self.try_write(offset, &iov)
         {
             return result;
         }
+        self.write_waiting(offset, iov, flags).await
+    }
+
+    /// As [`Backend::write`], but does not try [`Backend::try_write`] first: for a caller that just did.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// let iov = bds_io::Buf::from_slice(b"hello").iov();
+    /// match guest.try_write(0, &iov) {
+    ///     Some(written) => written?,
+    ///     None => guest.write_waiting(0, iov, WriteFlags::empty()).await?,
+    /// }
+    /// # Ok(()) });
+    /// ```
+    pub async fn write_waiting(
+        &self,
+        offset: u64,
+        iov: IoVec,
+        mut flags: WriteFlags,
+    ) -> Result<()> {
         flags.set(WriteFlags::FUA, flags.contains(WriteFlags::FUA) || self.is_writethrough());
         self.carry(Request { offset, work: Work::Write(iov, flags) }).await.map(drop)
     }

@@ -234,6 +234,11 @@ impl Backend {
         self.len() == 0
     }
 
+    /// Bytes of one compressed cluster; `None` if the medium can hold none.
+    pub fn compressed_unit(&self) -> Option<u32> {
+        self.inner.edge.medium()?.driver().compressed_unit()
+    }
+
     /// A reference to the node now: the medium.
     ///
     /// ```

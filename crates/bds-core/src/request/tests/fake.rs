@@ -4,6 +4,7 @@
 use std::any::Any;
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
 
 use bds_io::IoVec;
@@ -96,6 +97,11 @@ pub(crate) struct State {
     pub(crate) bytes: Mutex<Vec<u8>>,
     log: Mutex<Vec<Op>>,
     faults: Mutex<Vec<Fault>>,
+    /// Inline attempts.
+    pub(crate) attempts: AtomicUsize,
+    /// Writes under way now, and the most there were at once.
+    writes: AtomicUsize,
+    pub(crate) most_writes: AtomicUsize,
     config: Config,
 }
 
@@ -109,6 +115,9 @@ impl State {
             bytes: Mutex::new(bytes),
             log: Mutex::default(),
             faults: Mutex::default(),
+            attempts: AtomicUsize::new(0),
+            writes: AtomicUsize::new(0),
+            most_writes: AtomicUsize::new(0),
             config,
         })
     }
@@ -254,6 +263,7 @@ impl Driver for Fake {
         if let Some(file) = self.passing() {
             return file.try_read(offset, iov);
         }
+        self.state.attempts.fetch_add(1, Ordering::SeqCst);
         if !self.state.config.inline {
             return None;
         }
@@ -269,6 +279,7 @@ impl Driver for Fake {
         if let Some(file) = self.passing() {
             return file.try_write(offset, iov);
         }
+        self.state.attempts.fetch_add(1, Ordering::SeqCst);
         if !self.state.config.inline {
             return None;
         }
@@ -307,7 +318,10 @@ impl Driver for Fake {
             self.state.note(Op::Write(range(offset, &iov), flags));
             assert!(self.state.config.write_flags.contains(flags), "undeclared flags {flags:?}");
             let data = iov.to_vec(0..iov.len());
+            let under_way = self.state.writes.fetch_add(1, Ordering::SeqCst) + 1;
+            self.state.most_writes.fetch_max(under_way, Ordering::SeqCst);
             self.dawdle().await;
+            self.state.writes.fetch_sub(1, Ordering::SeqCst);
             self.state.check_fault(On::Write, &range(offset, &iov))?;
             self.state.store(offset, &data);
             self.dawdle().await;

@@ -13,6 +13,7 @@ mod model;
 mod overlap;
 mod policy;
 mod status;
+mod waiting;
 
 use bds_io::{Buf, IoVec, Sim, SimConfig};
 

@@ -114,6 +114,10 @@ impl Reopen for Prepared<'_> {
             *node.rules() = rules;
         }
     }
+
+    fn request_alignment(&self) -> Option<u32> {
+        Some(self.asked.odd.align.max(1))
+    }
 }
 
 /// Limits the user asked for; zero: as below.
@@ -317,7 +321,7 @@ impl Driver for DebugNode {
     }
 }
 
-filter_type!(Blkdebug, "blkdebug");
+filter_type!(Blkdebug, "blkdebug", "faults and limits on demand, for tests");
 
 impl Blkdebug {
     async fn open_node(&self, context: &mut OpenContext<'_>) -> Result<DebugNode> {

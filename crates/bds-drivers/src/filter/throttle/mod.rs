@@ -161,7 +161,7 @@ const OPEN_OPTIONS: &[OptionSpec] = &[
     spec("limits.iops-size", OptionKind::Size, "bytes that count as one operation"),
 ];
 
-filter_type!(Throttle, "throttle");
+filter_type!(Throttle, "throttle", "requests wait until rates allow them");
 
 impl Throttle {
     async fn open_node(&self, context: &mut OpenContext<'_>) -> Result<ThrottleNode> {

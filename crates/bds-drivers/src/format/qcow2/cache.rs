@@ -28,7 +28,6 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
-use bds_core::driver::WriteFlags;
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -37,6 +36,7 @@ use super::entry::L1Entry;
 use super::header::{Header, INCOMPATIBLE_AT, Incompatible, L1_AT, REFTABLE_AT, SIZE_AT};
 use super::refcount::{SLOT_PIECE, all_pieces, joined_bits};
 use super::release::Freed;
+use super::space::MetaOffset;
 use super::state::{Image, Meta};
 use super::tables::{Slice, SliceId};
 
@@ -130,6 +130,23 @@ struct Unlinked {
     needs_zeros: bool,
 }
 
+/// Why a slice must stay in memory.
+#[derive(Clone, Copy, Debug, Default)]
+struct Pinned {
+    /// Bit i: piece i (of 64) differs from the file.
+    dirty: u64,
+    /// The batch under way holds pieces of it, which become dirty again if it fails.
+    is_writing: bool,
+    /// Allocations in flight that will change it.
+    changing: u32,
+}
+
+impl Pinned {
+    fn is_needed(&self) -> bool {
+        self.dirty != 0 || self.is_writing || self.changing > 0
+    }
+}
+
 /// The cached slices of L2 tables and which of them are dirty.
 #[derive(Debug)]
 pub(crate) struct SliceCache {
@@ -137,9 +154,9 @@ pub(crate) struct SliceCache {
     ring: VecDeque<SliceId>,
     resident_bytes: usize,
     budget_bytes: usize,
-    /// Bit i: piece i (of 64) of the slice differs from the file.
-    dirty: HashMap<SliceId, u64>,
-    dirty_bytes: usize,
+    pinned: HashMap<SliceId, Pinned>,
+    /// Pinned slices that are dirty.
+    dirty_count: usize,
     /// In order, so that a seed replays the writes they cause.
     unlinked: BTreeMap<u32, Unlinked>,
     slice_len: usize,
@@ -151,8 +168,8 @@ impl SliceCache {
             ring: VecDeque::new(),
             resident_bytes: 0,
             budget_bytes: budget_bytes.max(2 * slice_len),
-            dirty: HashMap::new(),
-            dirty_bytes: 0,
+            pinned: HashMap::new(),
+            dirty_count: 0,
             unlinked: BTreeMap::new(),
             slice_len,
         }
@@ -178,11 +195,57 @@ impl SliceCache {
     }
 
     fn mark_pieces(&mut self, id: SliceId, mask: u64) {
-        let old = self.dirty.entry(id).or_insert(0);
-        if *old == 0 {
-            self.dirty_bytes += self.slice_len;
+        let pinned = self.pinned.entry(id).or_default();
+        self.dirty_count += usize::from(pinned.dirty == 0);
+        pinned.dirty |= mask;
+    }
+
+    /// Keeps a slice in memory until [`Self::unpin`]: an allocation in flight will change it.
+    pub(crate) fn pin(&mut self, id: SliceId) {
+        self.pinned.entry(id).or_default().changing += 1;
+    }
+
+    pub(crate) fn unpin(&mut self, id: SliceId) {
+        if let Some(pinned) = self.pinned.get_mut(&id) {
+            pinned.changing -= 1;
+            if !pinned.is_needed() {
+                self.pinned.remove(&id);
+            }
         }
-        *old |= mask;
+    }
+
+    /// Bytes that one more change to this slice would pin.
+    pub(crate) fn bytes_to_pin(&self, id: SliceId) -> usize {
+        if self.pinned.contains_key(&id) { 0 } else { self.slice_len }
+    }
+
+    /// Bytes of slices that cannot be evicted.
+    pub(crate) fn pinned_bytes(&self) -> usize {
+        self.pinned.len() * self.slice_len
+    }
+
+    pub(crate) fn has_dirty(&self) -> bool {
+        self.dirty_count > 0
+    }
+
+    /// Takes the dirty pieces of all slices, in the order of the file. They stay pinned until [`Self::batch_ended`].
+    fn take_dirty(&mut self) -> Vec<(SliceId, u64)> {
+        let mut taken = Vec::with_capacity(self.dirty_count);
+        for (id, pinned) in self.pinned.iter_mut().filter(|(_, pinned)| pinned.dirty != 0) {
+            taken.push((*id, std::mem::take(&mut pinned.dirty)));
+            pinned.is_writing = true;
+        }
+        self.dirty_count = 0;
+        taken.sort_unstable();
+        taken
+    }
+
+    /// The batch is over; what it did not write is dirty again.
+    fn batch_ended(&mut self) {
+        self.pinned.retain(|_, pinned| {
+            pinned.is_writing = false;
+            pinned.is_needed()
+        });
     }
 
     /// Marks a whole slice as changed.
@@ -206,13 +269,9 @@ impl SliceCache {
         self.resident_bytes += self.slice_len;
     }
 
-    /// Is there more in memory than the budget allows, or more dirty than half of it?
-    pub(crate) fn is_over_budget(&self) -> bool {
-        self.resident_bytes > self.budget_bytes
-    }
-
-    pub(crate) fn is_mostly_dirty(&self) -> bool {
-        self.dirty_bytes * 2 > self.budget_bytes
+    /// Is there more in memory than the budget allows, and something that could go?
+    fn is_over_budget(&self) -> bool {
+        self.resident_bytes > self.budget_bytes && self.ring.len() > self.pinned.len()
     }
 
     /// Takes the next slice the hand points at; `None` when it has been all around.
@@ -223,13 +282,13 @@ impl SliceCache {
 }
 
 impl Image {
-    /// Forgets clean slices until the budget is kept. Dirty and held ones stay. `only_unused`: all that were not used lately, whatever the budget.
+    /// Forgets clean slices until the budget is kept. Pinned and held ones stay. `only_unused`: all that were not used lately, whatever the budget.
     pub(crate) fn evict_slices(&self, meta: &mut Meta, only_unused: bool) {
         let cache = &mut meta.slices;
         let mut left = cache.ring.len() * if only_unused { 1 } else { 2 };
         while only_unused || cache.is_over_budget() {
             let Some(id) = cache.turn_hand(&mut left) else { break };
-            let is_free = !cache.dirty.contains_key(&id) && !cache.is_unlinked(id.table);
+            let is_free = !cache.pinned.contains_key(&id) && !cache.is_unlinked(id.table);
             // Two: the slot's and the one just taken.
             let slice = self.tables.hold(id);
             let is_gone = match &slice {
@@ -249,7 +308,7 @@ impl Image {
     pub(crate) fn has_unwritten(&self, meta: &Meta) -> bool {
         let counts = self.counts_matter_now() && meta.counts.has_dirty();
         meta.owed.is_writing
-            || !meta.slices.dirty.is_empty()
+            || meta.slices.has_dirty()
             || !meta.slices.unlinked.is_empty()
             || !meta.l1.dirty.is_empty()
             || meta.l1.is_moved
@@ -278,7 +337,7 @@ impl Image {
         let result = self.write_batch(&batch).await;
         let mut meta = self.meta();
         meta.owed.is_writing = false;
-        match result {
+        let result = match result {
             Ok(()) => {
                 meta.frees_written.extend(batch.frees);
                 Ok(())
@@ -287,7 +346,12 @@ impl Image {
                 self.put_back(&mut meta, batch, done);
                 Err(error)
             }
-        }
+        };
+        meta.slices.batch_ended();
+        meta.counts.batch_ended();
+        self.evict_slices(&mut meta, false);
+        meta.counts.evict();
+        result
     }
 
     /// Everything dirty, as it is now.
@@ -319,24 +383,21 @@ impl Image {
 
     fn take_slices(&self, meta: &mut Meta, batch: &mut Batch) {
         let cache = &mut meta.slices;
+        let dirty = cache.take_dirty();
         batch.linked = cache.unlinked.keys().copied().collect();
         for (table, unlinked) in &cache.unlinked {
-            // Also one of which nothing is written, or the file might end before it.
-            let is_empty = !cache.dirty.keys().any(|id| id.table == *table);
-            if unlinked.needs_zeros || is_empty {
-                let offset = self.table_offset(*table);
-                let action = Action::Zero(self.geometry().cluster_size());
+            let offset = self.table_offset(*table);
+            let len = self.geometry().cluster_size();
+            // The file has all of it, whatever little is written of it: a table that the file ends in has lost entries.
+            if unlinked.needs_zeros || self.file.len() < offset + len {
+                let action = Action::Zero(len);
                 let source = Source::Clear;
                 batch.writes.push(Planned { rank: Rank::Body, offset, action, source });
             }
         }
         let piece_len = cache.piece_len();
-        let mut dirty: Vec<(SliceId, u64)> = cache.dirty.drain().collect();
-        // In the order of the file.
-        dirty.sort_unstable();
-        cache.dirty_bytes = 0;
         for (id, mask) in dirty {
-            let slice = self.tables.hold(id).expect("dirty slices are not evicted");
+            let slice = self.tables.hold(id).expect("pinned slices are not evicted");
             let rank = if cache.is_unlinked(id.table) { Rank::Body } else { Rank::Link };
             let start = self.table_offset(id.table) + u64::from(id.piece) * cache.slice_len as u64;
             for (first, count) in joined_bits(mask) {
@@ -369,15 +430,15 @@ impl Image {
             let mut bytes = encode(0, u64::from(l1.entries));
             let whole = self.geometry().cluster_ceil(bytes.len() as u64).unwrap_or(0);
             bytes.resize(usize::try_from(whole).unwrap_or(bytes.len()), 0);
-            batch.push(Rank::Body, l1.offset, bytes, Source::MovedL1);
-            let pointer = Header::encode_l1(l1.entries, l1.offset).to_vec();
+            batch.push(Rank::Body, l1.offset.0, bytes, Source::MovedL1);
+            let pointer = Header::encode_l1(l1.entries, l1.offset.0).to_vec();
             batch.push(Rank::Link, L1_AT, pointer, Source::MovedL1);
         }
         for piece in std::mem::take(&mut l1.dirty) {
             let first = piece * (L1_PIECE / 8);
             let count = (u64::from(l1.entries) - first).min(L1_PIECE / 8);
             let bytes = encode(u32::try_from(first).unwrap_or(u32::MAX), count);
-            batch.push(Rank::Link, l1.offset + first * 8, bytes, Source::L1(piece));
+            batch.push(Rank::Link, l1.offset.0 + first * 8, bytes, Source::L1(piece));
         }
     }
 
@@ -385,26 +446,25 @@ impl Image {
         for (index, block) in meta.counts.dirty_blocks() {
             // Counts that only fell may lag behind everything.
             let rank = if block.is_raised { Rank::Body } else { Rank::Link };
-            let source = Source::Block(index, block.dirty, block.is_raised);
+            let source = Source::Block(index, block.dirty(), block.is_raised);
             for (start, bytes) in block.dirty_pieces() {
-                batch.push(rank, block.offset + start as u64, bytes.to_vec(), source);
+                batch.push(rank, block.offset.0 + start as u64, bytes.to_vec(), source);
             }
-            block.dirty = 0;
-            block.is_raised = false;
+            block.begin_writing();
         }
         let counts = &mut meta.counts;
         if counts.is_moved {
             counts.is_moved = false;
             counts.dirty_slots.clear();
             let table = counts.encode_table();
-            batch.push(Rank::Body, counts.table_offset, table, Source::MovedTable);
+            batch.push(Rank::Body, counts.table_offset.0, table, Source::MovedTable);
             let clusters = u32::try_from(counts.table_clusters).expect("at most 16384");
-            let pointer = Header::encode_reftable(counts.table_offset, clusters).to_vec();
+            let pointer = Header::encode_reftable(counts.table_offset.0, clusters).to_vec();
             batch.push(Rank::Directory, REFTABLE_AT, pointer, Source::MovedTable);
         }
         for piece in std::mem::take(&mut counts.dirty_slots) {
             let bytes = counts.encode_slots(piece);
-            let offset = counts.table_offset + (piece * SLOT_PIECE) as u64;
+            let offset = counts.table_offset.0 + (piece * SLOT_PIECE) as u64;
             batch.push(Rank::Directory, offset, bytes, Source::Slots(piece));
         }
     }
@@ -470,7 +530,7 @@ impl Image {
         let clears = batch.writes.iter().filter(|w| w.rank == rank);
         for planned in clears {
             if let Action::Zero(len) = planned.action {
-                self.zero_file(planned.offset, len).await?;
+                self.zero_file(MetaOffset(planned.offset), len).await?;
             }
         }
         let mut writes = joined_writes(&batch.writes, rank).into_iter();
@@ -479,7 +539,7 @@ impl Image {
         loop {
             while under_way.len() < WRITES_AT_ONCE {
                 let Some((offset, bytes)) = writes.next() else { break };
-                under_way.push(self.file.write(offset, IoVec::from(bytes), WriteFlags::empty()));
+                under_way.push(self.file.write(MetaOffset(offset), IoVec::from(bytes)));
             }
             match under_way.next().await {
                 None => break,
@@ -497,9 +557,8 @@ impl Image {
                 Source::Slice(id, pieces) => meta.slices.mark_pieces(id, pieces),
                 Source::Block(index, pieces, is_raised) => {
                     let block = meta.counts.resident(index);
-                    let block = block.expect("blocks of a batch under way are held");
-                    block.dirty |= pieces;
-                    block.is_raised |= is_raised;
+                    let block = block.expect("blocks of a batch under way are pinned");
+                    block.write_again(pieces, is_raised);
                 }
                 Source::Slots(piece) => drop(meta.counts.dirty_slots.insert(piece)),
                 Source::MovedTable => meta.counts.is_moved = true,
@@ -558,7 +617,7 @@ fn worse(first: Option<Error>, second: Error) -> Error {
 /// The active L1 table's place and which pieces of it differ from the file. The entries are in `Tables`.
 #[derive(Debug)]
 pub(crate) struct L1State {
-    pub offset: u64,
+    pub offset: MetaOffset,
     pub entries: u32,
     /// Pieces of 512 bytes.
     dirty: BTreeSet<u64>,
@@ -567,7 +626,7 @@ pub(crate) struct L1State {
 }
 
 impl L1State {
-    pub(crate) fn new(offset: u64, entries: u32) -> Self {
+    pub(crate) fn new(offset: MetaOffset, entries: u32) -> Self {
         Self { offset, entries, dirty: BTreeSet::new(), is_moved: false }
     }
 

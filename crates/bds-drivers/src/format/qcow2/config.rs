@@ -1,15 +1,18 @@
-//! The options of an open image, as QEMU names them, and three of ours.
+//! The options of an open image, as QEMU names them, and some of ours.
 
 use bds_core::driver::OpenFlags;
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_core::options::{OptionKind, OptionSpec, Options};
 
+use super::budget::DirtyBudget;
 use super::header::{Cluster0, Compatible};
 use super::overlap::Class;
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const DEFAULT_L2_CACHE_MAX: u64 = 32 * MIB;
+/// L2 tables that may be dirty before changes wait if no cache size was chosen, however small the image and its tables.
+const MIN_DIRTY_L2: u64 = 16 * MIB;
 const DEFAULT_DECOMPRESSED_CACHE: u64 = 16 * MIB;
 /// When the L2 cache cannot hold all tables, small slices waste less of it.
 const SMALL_SLICE_LEN: u64 = 4 * KIB;
@@ -75,8 +78,18 @@ pub(crate) const OPEN_OPTIONS: &[OptionSpec] = &[
         "check against the bitmap directory",
         None,
     ),
-    spec("cache-size", OptionKind::Size, "bytes for L2 tables and refcount blocks together", None),
-    spec("l2-cache-size", OptionKind::Size, "bytes for L2 tables (at most 32M by default)", None),
+    spec(
+        "cache-size",
+        OptionKind::Size,
+        "bytes for L2 tables and refcount blocks together; as many of them, and four clusters, may be dirty",
+        None,
+    ),
+    spec(
+        "l2-cache-size",
+        OptionKind::Size,
+        "bytes for L2 tables (by default those of the image, at most 32M; of which, or of 16M if that is more, all may be dirty)",
+        None,
+    ),
     spec("l2-cache-entry-size", OptionKind::Size, "bytes of a piece of an L2 table", None),
     spec("refcount-cache-size", OptionKind::Size, "bytes for refcount blocks", None),
     spec("cache-clean-interval", OptionKind::Number, "seconds until unused tables go", Some("600")),
@@ -90,6 +103,12 @@ pub(crate) const OPEN_OPTIONS: &[OptionSpec] = &[
         "data-before-metadata",
         OptionKind::Bool,
         "new clusters become visible only with their data",
+        Some("off"),
+    ),
+    spec(
+        "invalidate-bitmaps",
+        OptionKind::Bool,
+        "write though that makes persistent bitmaps inconsistent",
         Some("off"),
     ),
 ];
@@ -121,6 +140,7 @@ pub(crate) struct Asked {
     clean_interval_s: Option<u64>,
     decompressed: Option<u64>,
     data_before_metadata: Option<bool>,
+    invalidate_bitmaps: Option<bool>,
 }
 
 /// Which overlaps are checked: a template, and exceptions from it in the order of [`CLASSES`].
@@ -159,10 +179,13 @@ pub(crate) struct Config {
     pub l2_cache_bytes: usize,
     pub slice_len: usize,
     pub refcount_cache_bytes: usize,
+    /// Of L2 tables and refcount blocks together.
+    pub dirty: DirtyBudget,
     /// Zero: never.
     pub clean_interval_s: u64,
     pub decompressed_cache_bytes: usize,
     pub data_before_metadata: bool,
+    pub invalidate_bitmaps: bool,
 }
 
 impl Asked {
@@ -183,6 +206,7 @@ impl Asked {
             clean_interval_s: options.take_u64("cache-clean-interval")?,
             decompressed: take_cache_size(options, "decompressed-cache-size")?,
             data_before_metadata: options.take_bool("data-before-metadata")?,
+            invalidate_bitmaps: options.take_bool("invalidate-bitmaps")?,
         })
     }
 
@@ -201,6 +225,7 @@ impl Asked {
             clean_interval_s: self.clean_interval_s.or(earlier.clean_interval_s),
             decompressed: self.decompressed.or(earlier.decompressed),
             data_before_metadata: self.data_before_metadata.or(earlier.data_before_metadata),
+            invalidate_bitmaps: self.invalidate_bitmaps.or(earlier.invalidate_bitmaps),
         }
     }
 
@@ -235,6 +260,7 @@ impl Asked {
             return Err(invalid("discard-no-unref needs an image of version 3").field("version", 2));
         }
         let (l2_bytes, refcount_bytes) = self.cache_sizes(cluster0)?;
+        let refcount_bytes = refcount_bytes.max(MIN_REFCOUNT_CACHE_CLUSTERS * cluster_size);
         let slice_len = self.slice_len(cluster0, l2_bytes)?;
         Ok(Config {
             lazy_refcounts: is_v3
@@ -247,14 +273,14 @@ impl Asked {
             overlap: self.overlap.classes(),
             l2_cache_bytes: bytes(l2_bytes),
             slice_len,
-            refcount_cache_bytes: bytes(
-                refcount_bytes.max(MIN_REFCOUNT_CACHE_CLUSTERS * cluster_size),
-            ),
+            refcount_cache_bytes: bytes(refcount_bytes),
+            dirty: self.dirty_budget(cluster0, l2_bytes, refcount_bytes),
             clean_interval_s: self.clean_interval_s.unwrap_or(DEFAULT_CLEAN_INTERVAL_S),
             decompressed_cache_bytes: bytes(
                 self.decompressed.unwrap_or(DEFAULT_DECOMPRESSED_CACHE),
             ),
             data_before_metadata: self.data_before_metadata.unwrap_or(false),
+            invalidate_bitmaps: self.invalidate_bitmaps.unwrap_or(false),
         })
     }
 
@@ -262,7 +288,7 @@ impl Asked {
     fn cache_sizes(&self, cluster0: &Cluster0) -> Result<(u64, u64)> {
         let header = &cluster0.header;
         let min_refcount = MIN_REFCOUNT_CACHE_CLUSTERS * header.geometry.cluster_size();
-        let all_l2 = header.geometry.l1_entries(header.size) * header.geometry.cluster_size();
+        let all_l2 = all_l2(cluster0);
         let (l2, refcount) = match (self.total, self.l2, self.refcount) {
             (Some(_), Some(_), Some(_)) => {
                 return Err(invalid(
@@ -288,6 +314,17 @@ impl Asked {
         Ok((l2, refcount))
     }
 
+    /// How much may be dirty. A chosen size is kept. Without one small images get more than their tables take, so that they
+    /// are not written back one by one.
+    fn dirty_budget(&self, cluster0: &Cluster0, l2: u64, refcount: u64) -> DirtyBudget {
+        let is_chosen = self.total.or(self.l2).or(self.refcount).is_some();
+        let room = if is_chosen { l2 } else { l2.max(MIN_DIRTY_L2) };
+        // Tables that all fit never have to go: to write them early gains nothing.
+        let covers = l2 >= all_l2(cluster0);
+        let spare = if covers { (room + refcount / 2).min(MIN_DIRTY_L2 / 2) } else { 0 };
+        DirtyBudget { begin: bytes(spare.max(room / 2)), full: bytes(room + refcount) }
+    }
+
     fn slice_len(&self, cluster0: &Cluster0, l2_bytes: u64) -> Result<usize> {
         let geometry = cluster0.header.geometry;
         let cluster_size = geometry.cluster_size();
@@ -300,10 +337,15 @@ impl Asked {
             }
             return Ok(bytes(len));
         }
-        let all_l2 = geometry.l1_entries(cluster0.header.size) * cluster_size;
-        let covers = l2_bytes >= all_l2;
+        let covers = l2_bytes >= all_l2(cluster0);
         Ok(bytes(if covers { cluster_size } else { SMALL_SLICE_LEN.min(cluster_size) }))
     }
+}
+
+/// Bytes of all L2 tables the image may have.
+fn all_l2(cluster0: &Cluster0) -> u64 {
+    let geometry = cluster0.header.geometry;
+    geometry.l1_entries(cluster0.header.size) * geometry.cluster_size()
 }
 
 fn take_cache_size(options: &mut Options, key: &'static str) -> Result<Option<u64>> {

@@ -7,7 +7,9 @@
 //!
 //! Does not open references: the caller has opened the data file and found the backing image's length.
 
-use bds_core::driver::{Child, CreateContext, Prealloc, Truncate, WriteFlags, ZeroFlags};
+use bds_core::driver::{
+    Child, CreateContext, CreateFacts, Prealloc, Truncate, WriteFlags, ZeroFlags,
+};
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_io::Buf;
@@ -195,6 +197,11 @@ impl Plan {
         Ok(())
     }
 
+    /// Do all L2 tables exist from the start?
+    fn is_mapped(&self) -> bool {
+        self.prealloc != Prealloc::Off
+    }
+
     /// The disk's length in bytes, rounded up to sectors as QEMU does.
     fn disk_size(&self, backing_len: Option<u64>) -> Result<u64> {
         let size = self.size.or(backing_len).ok_or_else(|| {
@@ -339,15 +346,45 @@ pub(crate) fn refcount_clusters(geometry: &Geometry, others: u64) -> (u64, u64) 
     }
 }
 
+/// A new image, as numbers and bytes, before any file is touched.
+struct Whole {
+    plan: Plan,
+    size: u64,
+    layout: Layout,
+    cluster0: Vec<u8>,
+}
+
+impl Whole {
+    fn plan(options: &mut Options, backing_len: Option<u64>) -> Result<Self> {
+        let plan = Plan::take(options)?;
+        let size = plan.disk_size(backing_len)?;
+        let mapped = plan.is_mapped();
+        let with_data = mapped && plan.data_file.is_none();
+        let layout = Layout::plan(&plan.geometry, size, mapped, with_data)?;
+        let cluster0 = plan.cluster0(&layout, size).encode()?;
+        Ok(Self { plan, size, layout, cluster0 })
+    }
+}
+
+/// Says what would be made, or why it cannot be. Touches nothing.
+pub(crate) fn check(options: &mut Options, backing_len: Option<u64>) -> Result<CreateFacts> {
+    let Whole { plan, size, layout, .. } = Whole::plan(options, backing_len)?;
+    let geometry = &plan.geometry;
+    let end = layout.clusters * geometry.cluster_size();
+    let cluster_len = u32::try_from(geometry.cluster_size()).expect("at most 2 MiB");
+    Ok(CreateFacts {
+        len: size,
+        min_file_len: if plan.is_mapped() { end } else { layout.l1_end() },
+        compressed_unit: plan.data_file.is_none().then_some(cluster_len),
+    })
+}
+
 /// Writes a new image as `context` says.
 pub(crate) async fn create(context: CreateContext<'_>) -> Result<()> {
     let CreateContext { file, data_file, backing_len, options } = context;
-    let plan = Plan::take(options)?;
-    let size = plan.disk_size(backing_len)?;
+    let Whole { plan, size, layout, cluster0 } = Whole::plan(options, backing_len)?;
     let data_file = check_data_file(&plan, &file, data_file)?;
-    let mapped = plan.prealloc != Prealloc::Off;
-    let layout = Layout::plan(&plan.geometry, size, mapped, mapped && data_file.is_none())?;
-    let cluster0 = plan.cluster0(&layout, size).encode()?;
+    let mapped = plan.is_mapped();
 
     let old_len = file.len();
     let guest_clusters = plan.geometry.clusters(size);

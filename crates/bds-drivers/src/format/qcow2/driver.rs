@@ -13,13 +13,14 @@ use bds_io::IoVec;
 use super::check::check_image;
 use super::header::{Cluster0, INCOMPATIBLE_AT, Incompatible};
 use super::info;
+use super::space::MetaOffset;
 use super::state::Image;
 use super::task::finish;
 
 /// An open qcow2 image.
 #[derive(Debug)]
 pub(crate) struct Qcow2 {
-    image: Arc<Image>,
+    pub(super) image: Arc<Image>,
 }
 
 impl Qcow2 {
@@ -60,6 +61,10 @@ impl Driver for Qcow2 {
             discard_alignment: fits(geometry.cluster_size()),
             ..Limits::default()
         }
+    }
+
+    fn children_changed(&self) {
+        self.image.children_changed();
     }
 
     fn supports_backing(&self) -> bool {
@@ -116,11 +121,15 @@ impl Driver for Qcow2 {
 
     fn flush_to_os(&self) -> BoxFuture<'_, Result<()>> {
         if !self.image.needs_write_back() {
-            return Box::pin(async { self.image.check_flushable() });
+            return Box::pin(async {
+                self.image.check_flushable()?;
+                self.image.take_write_back_error()
+            });
         }
         self.run(|image| async move {
             image.check_flushable()?;
-            image.write_back(false).await
+            let written = image.write_back(false).await;
+            written.and(image.take_write_back_error())
         })
     }
 
@@ -152,7 +161,7 @@ impl Driver for Qcow2 {
     fn info(&self) -> BoxFuture<'_, Result<ImageInfo>> {
         Box::pin(async {
             let image = &self.image;
-            info::info(&*image.file, &image.cluster0_now()).await
+            info::info(image.file.port(), &image.cluster0_now()).await
         })
     }
 
@@ -175,7 +184,7 @@ impl Driver for Qcow2 {
             // The check reads the file: all we know must be there.
             self.run(|image| async move { image.write_all_metadata().await }).await?;
             let data_file = self.image.data_file.as_deref();
-            check_image(&*self.image.file, data_file, progress).await
+            check_image(self.image.file.port(), data_file, progress).await
         })
     }
 
@@ -246,7 +255,7 @@ impl Image {
     }
 
     /// Gives freed clusters back behind the caller's back: nobody waits for it but close.
-    fn release_later(self: &Arc<Self>) {
+    pub(super) fn release_later(self: &Arc<Self>) {
         let image = Arc::clone(self);
         let working = self.busy.begin();
         bds_io::spawn(async move {
@@ -254,6 +263,8 @@ impl Image {
                 // They stay on the list; the next flush tries again, close reports it.
                 tracing::warn!(node = image.node_name, %error, "qcow2: cannot give clusters back");
             }
+            // Close goes on when it is dropped: nothing may hold the image then.
+            drop(image);
             drop(working);
         })
         .detach();
@@ -284,8 +295,14 @@ impl Image {
         Ok(())
     }
 
-    /// Writes everything that is left, gives back what is free, and clears the dirty bit: as a clean image is left behind.
+    /// Writes everything that is left, gives back what is free, and clears the dirty bit: as a clean image is left behind. Fails too if
+    /// an earlier write-back failed that no flush has reported.
     pub(super) async fn finish_writing(self: &Arc<Self>) -> Result<()> {
+        let finished = self.finish_all().await;
+        finished.and(self.take_write_back_error())
+    }
+
+    async fn finish_all(self: &Arc<Self>) -> Result<()> {
         /// Others may go on writing meanwhile if whoever asked for this is gone.
         const ATTEMPTS: usize = 8;
         for _ in 0..ATTEMPTS {
@@ -304,7 +321,8 @@ impl Image {
             };
             // O9: all refcounts before the bit that says they cannot be trusted goes.
             self.flush_meta().await?;
-            self.write_file(INCOMPATIBLE_AT, bits.bits().to_be_bytes().to_vec()).await?;
+            self.write_file(MetaOffset(INCOMPATIBLE_AT), bits.bits().to_be_bytes().to_vec())
+                .await?;
             let mut meta = self.meta();
             meta.header.incompatible -= Incompatible::DIRTY;
             meta.header.is_dirty_marked = false;

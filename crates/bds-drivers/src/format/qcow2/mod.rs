@@ -3,13 +3,13 @@
 //! A flat folder, one activity a file. Reading order:
 //!
 //! ```text
-//! bytes     units, header, extension, entry     pure; compress: codecs
+//! bytes     units, header, extension, entry     pure; compress: codecs; space: places and the nodes that take them
 //! state     state (what an open image is), open, contents, config, tables (L1 and L2 in memory), refcount, load, reopen
 //! reading   lookup, read, backing, inflated, status
 //! writing   write (plan, write, link), cow, alloc, reftable, pack (compressed), zero, resize
-//! order     cache (what is written after what), release (when is a cluster free), grace (who may still know it)
+//! order     cache (what is written after what), budget (how much may wait), release (when is a cluster free), grace (who may still know it)
 //! looking   check (census, refmap, stored: its parts), info, snapshot, bitmap, create, measure
-//! safety    overlap (never write over metadata), task (nothing half-done)
+//! safety    overlap (never write over metadata), place and lost (what lies behind the end of the file), task (nothing half-done)
 //! ```
 //!
 //! **Nothing but `cache.rs` decides the order of metadata writes; no lock is held across I/O.**
@@ -17,6 +17,7 @@
 mod alloc;
 mod backing;
 mod bitmap;
+mod budget;
 mod cache;
 mod census;
 mod check;
@@ -37,10 +38,12 @@ mod inflated;
 mod info;
 mod load;
 mod lookup;
+mod lost;
 mod measure;
 mod open;
 mod overlap;
 mod pack;
+mod place;
 mod read;
 mod refcount;
 mod refmap;
@@ -49,6 +52,7 @@ mod release;
 mod reopen;
 mod resize;
 mod snapshot;
+mod space;
 mod state;
 mod status;
 mod stored;
@@ -59,8 +63,8 @@ mod write;
 mod zero;
 
 use bds_core::driver::{
-    BoxFuture, Category, CreateContext, Driver, DriverType, MeasureReport, MeasureSource,
-    OpenContext,
+    BoxFuture, Category, CreateContext, CreateFacts, Driver, DriverType, MeasureReport,
+    MeasureSource, OpenContext,
 };
 use bds_core::error::Result;
 use bds_core::options::{OptionSpec, Options};
@@ -78,6 +82,10 @@ impl DriverType for Qcow2Format {
 
     fn category(&self) -> Category {
         Category::Format
+    }
+
+    fn help(&self) -> &'static str {
+        "QEMU's image format: sparse, with backing files, compression and snapshots"
     }
 
     fn open_options(&self) -> &'static [OptionSpec] {
@@ -104,6 +112,10 @@ impl DriverType for Qcow2Format {
 
     fn create<'a>(&'a self, context: CreateContext<'a>) -> BoxFuture<'a, Result<()>> {
         Box::pin(create::create(context))
+    }
+
+    fn check_create(&self, options: &mut Options, backing_len: Option<u64>) -> Result<CreateFacts> {
+        create::check(options, backing_len)
     }
 
     fn measure(&self, options: &mut Options, source: &MeasureSource) -> Result<MeasureReport> {

@@ -11,6 +11,7 @@ use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::BufPool;
 
 use super::backing::Backing;
+use super::budget::Levels;
 use super::config::{Asked, Config};
 use super::contents::Contents;
 use super::entry::EntryRules;
@@ -19,6 +20,7 @@ use super::grace::Grace;
 use super::header::{Cluster0, CryptMethod, Incompatible, Strictness};
 use super::inflated::Inflated;
 use super::overlap::MetadataMap;
+use super::space::MetaNode;
 use super::state::{Charge, Image, Meta, Wish};
 use super::tables::Tables;
 use super::task::Busy;
@@ -43,8 +45,8 @@ pub(crate) async fn open(context: &mut OpenContext<'_>) -> Result<Image> {
     let image = parts.build(node_name, file);
     if image.serves_io {
         let cluster0 = Cluster0::clone(&image.cluster0.load());
-        let classes = image.config.load().overlap;
-        let contents = Contents::read(&*image.file, cluster0, classes, image.is_writable()).await;
+        let for_writing = image.is_writable().then(|| image.for_writing(&image.config.load()));
+        let contents = Contents::read(image.file.port(), cluster0, for_writing).await;
         image.install(contents.map_err(|error| image.name_file(error))?);
     }
     Ok(image)
@@ -205,6 +207,7 @@ impl Parts {
             pool: BufPool::new(POOL_BYTES),
             zeros: OnceLock::new(),
             meta: Mutex::new(meta),
+            levels: Levels::default(),
             turn: bds_io::sync::Mutex::new(()),
             releasing: bds_io::sync::Mutex::new(()),
             busy: Arc::new(Busy::default()),
@@ -212,10 +215,11 @@ impl Parts {
             preparing: bds_io::sync::Mutex::new(()),
             broken: OnceLock::new(),
             is_sparse: AtomicU8::new(0),
+            data_end: AtomicU64::new(0),
             serves_io,
             wish: Mutex::new(Wish { asked, flags }),
             node_name,
-            file,
+            file: MetaNode::new(file),
             data_file,
             backing: Backing::new(backing),
             named_backing,

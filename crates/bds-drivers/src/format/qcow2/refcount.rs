@@ -14,6 +14,7 @@ use bds_core::error::{Error, ErrorKind};
 
 use super::entry::{read_refcount, refblock_place, write_refcount};
 use super::header::MAX_REFTABLE_LEN;
+use super::space::{Clusters, MetaOffset};
 use super::state::{Plan, Stop, What};
 use super::units::Geometry;
 
@@ -23,10 +24,12 @@ pub(crate) const SLOT_PIECE: usize = 512;
 /// A refcount block in memory.
 #[derive(Debug)]
 pub(crate) struct Block {
-    pub offset: u64,
+    pub offset: MetaOffset,
     bytes: Box<[u8]>,
     /// Bit i: piece i (of 64) differs from the file.
-    pub dirty: u64,
+    dirty: u64,
+    /// The batch under way holds pieces of it, which become dirty again if it fails.
+    is_writing: bool,
     /// A count was raised since the block was last written: pointers may depend on it.
     pub is_raised: bool,
     /// Cloned by whoever needs the block to stay.
@@ -46,6 +49,29 @@ impl Block {
         joined_bits(self.dirty)
             .map(|(first, count)| (first * len, &self.bytes[first * len..(first + count) * len]))
             .collect()
+    }
+
+    pub(crate) fn dirty(&self) -> u64 {
+        self.dirty
+    }
+
+    /// Must it stay in memory?
+    fn is_pinned(&self) -> bool {
+        self.dirty != 0 || self.is_writing
+    }
+
+    /// The batch under way has taken its dirty pieces.
+    pub(crate) fn begin_writing(&mut self) {
+        self.dirty = 0;
+        self.is_raised = false;
+        self.is_writing = true;
+    }
+
+    /// The batch under way did not write these pieces.
+    pub(crate) fn write_again(&mut self, pieces: u64, is_raised: bool) {
+        debug_assert!(self.is_writing, "only blocks of a batch are put back");
+        self.dirty |= pieces;
+        self.is_raised |= is_raised;
     }
 
     fn put(&mut self, order: u32, index: usize, count: u64) -> bool {
@@ -94,13 +120,15 @@ pub(crate) struct Counts {
     geometry: Geometry,
     /// The refcount table. It may have grown past its place in the file: see `needs_room`.
     table: Vec<u64>,
-    pub table_offset: u64,
+    pub table_offset: MetaOffset,
     pub table_clusters: u64,
     /// Pieces of the table that differ from the file.
     pub dirty_slots: BTreeSet<usize>,
     /// The table as a whole has a new place that the header does not name yet.
     pub is_moved: bool,
     blocks: HashMap<u64, Block>,
+    /// Blocks that are dirty or being written.
+    pinned_count: usize,
     budget_bytes: usize,
     tick: u64,
     /// Below this cluster nothing is free.
@@ -111,7 +139,7 @@ impl Counts {
     pub(crate) fn new(
         geometry: Geometry,
         table: Vec<u64>,
-        table_offset: u64,
+        table_offset: MetaOffset,
         table_clusters: u64,
         budget_bytes: usize,
     ) -> Self {
@@ -123,6 +151,7 @@ impl Counts {
             dirty_slots: BTreeSet::new(),
             is_moved: false,
             blocks: HashMap::new(),
+            pinned_count: 0,
             budget_bytes,
             tick: 0,
             cursor: 0,
@@ -135,12 +164,12 @@ impl Counts {
     }
 
     /// The place of block `index`; `None` if it does not exist, so that all its counts are zero.
-    pub(crate) fn block_place(&self, index: u64) -> Plan<Option<u64>> {
+    pub(crate) fn block_place(&self, index: u64) -> Plan<Option<MetaOffset>> {
         let slot = usize::try_from(index).ok().and_then(|i| self.table.get(i));
         let place = refblock_place(slot.copied().unwrap_or(0), &self.geometry);
-        place.map(|place| place.map(|p| p.0)).map_err(|bad| Stop::Corrupt {
+        place.map_err(|bad| Stop::Corrupt {
             what: format!("refcount table entry {index}: {bad}"),
-            at: self.table_offset + index * 8,
+            at: self.table_offset.0 + index * 8,
         })
     }
 
@@ -174,12 +203,13 @@ impl Counts {
     }
 
     /// Takes in block `index` as read from `offset`. Returns what keeps it in memory.
-    pub(crate) fn insert(&mut self, index: u64, offset: u64, bytes: Box<[u8]>) -> Arc<()> {
+    pub(crate) fn insert(&mut self, index: u64, offset: MetaOffset, bytes: Box<[u8]>) -> Arc<()> {
         self.tick += 1;
         let block = Block {
             offset,
             bytes,
             dirty: 0,
+            is_writing: false,
             is_raised: false,
             pin: Arc::new(()),
             used_at: self.tick,
@@ -188,23 +218,41 @@ impl Counts {
         Arc::clone(&self.blocks.entry(index).or_insert(block).pin)
     }
 
-    /// Forgets clean blocks that nobody needs until the budget is kept. False if dirty ones are in the way.
-    pub(crate) fn evict(&mut self) -> bool {
+    /// Bytes of blocks that cannot be evicted.
+    pub(crate) fn pinned_bytes(&self) -> usize {
+        self.pinned_count * self.geometry.cluster_len()
+    }
+
+    /// Bytes that a change of this cluster's count would pin.
+    pub(crate) fn bytes_to_pin(&self, cluster: u64) -> usize {
+        let block = self.blocks.get(&self.geometry.reftable_index(cluster));
+        if block.is_some_and(Block::is_pinned) { 0 } else { self.geometry.cluster_len() }
+    }
+
+    /// The batch is over; what it did not write is dirty again.
+    pub(crate) fn batch_ended(&mut self) {
+        for block in self.blocks.values_mut().filter(|block| block.is_writing) {
+            block.is_writing = false;
+            self.pinned_count -= usize::from(block.dirty == 0);
+        }
+    }
+
+    /// Forgets clean blocks that are not held until the budget is kept, or only others are left.
+    pub(crate) fn evict(&mut self) {
         let cluster_len = self.geometry.cluster_len();
         let allowed = (self.budget_bytes / cluster_len).max(4);
-        while self.blocks.len() > allowed {
+        while self.blocks.len() > allowed.max(self.pinned_count) {
             let oldest = self
                 .blocks
                 .iter()
-                .filter(|(_, b)| b.dirty == 0 && Arc::strong_count(&b.pin) == 1)
+                .filter(|(_, b)| !b.is_pinned() && Arc::strong_count(&b.pin) == 1)
                 .min_by_key(|(_, b)| b.used_at)
                 .map(|(index, _)| *index);
             match oldest {
                 Some(index) => self.blocks.remove(&index),
-                None => return false,
+                None => return,
             };
         }
-        true
     }
 
     /// How many refer to `cluster`.
@@ -225,9 +273,11 @@ impl Counts {
         let geometry = self.geometry;
         let block = self.block(geometry.reftable_index(cluster))?;
         let slot = geometry.refblock_index(cluster);
+        let was_pinned = block.is_pinned();
         let fits = block.put(geometry.refcount_order(), slot, count);
         debug_assert!(fits, "the caller checked the width");
         block.is_raised |= is_raise;
+        self.pinned_count += usize::from(!was_pinned);
         Ok(())
     }
 
@@ -323,13 +373,15 @@ impl Counts {
         self.dirty_slots.insert(slot * 8 / SLOT_PIECE);
         self.insert(
             index,
-            place << geometry.cluster_bits(),
+            MetaOffset(place << geometry.cluster_bits()),
             vec![0; geometry.cluster_len()].into_boxed_slice(),
         );
         let block = self.block(index)?;
         // All of it is new to the file.
+        let was_pinned = block.is_pinned();
         block.dirty = all_pieces(block.bytes.len() / block.piece_len());
         block.is_raised = true;
+        self.pinned_count += usize::from(!was_pinned);
         self.set(place, 1, true)
     }
 
@@ -345,11 +397,11 @@ impl Counts {
         self.geometry.clusters(roomy)
     }
 
-    /// The table gets a new place; the old one is returned as (first cluster, clusters).
-    pub(crate) fn move_table(&mut self, first: u64, clusters: u64) -> (u64, u64) {
-        let old = (self.geometry.cluster_index(self.table_offset), self.table_clusters);
-        self.table_offset = first << self.geometry.cluster_bits();
-        self.table_clusters = clusters;
+    /// Gives the table a new place and returns the old one.
+    pub(crate) fn move_table(&mut self, place: Clusters<MetaOffset>) -> Clusters<MetaOffset> {
+        let old = Clusters { start: self.table_offset, count: self.table_clusters };
+        self.table_offset = place.start;
+        self.table_clusters = place.count;
         self.is_moved = true;
         old
     }

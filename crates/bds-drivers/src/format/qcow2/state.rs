@@ -12,18 +12,20 @@
 //! [`Image::plan`] fetches what is missing and begins again. What was fetched is held until the operation
 //! succeeds, so it gets on even with the smallest cache.
 //!
-//! Lock order: `turn` (one write-back at a time), `releasing`, `meta`; inside `meta` only those of `inflated`.
+//! Lock order: `releasing`, `turn` (one write-back at a time), `meta`; inside `meta` only those of `inflated`.
 
 use std::collections::HashMap;
+use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use arc_swap::ArcSwap;
-use bds_core::driver::{Child, OpenFlags, WriteFlags};
+use bds_core::driver::{Attempt, Child, OpenFlags};
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::{Buf, BufPool, IoVec};
 
 use super::backing::Backing;
+use super::budget::{Levels, WriteBackTask};
 use super::cache::{L1State, Owed, SliceCache};
 use super::config::{Asked, Config};
 use super::entry::{BadEntry, EntryRules};
@@ -34,6 +36,7 @@ use super::load::{Flight, Hold};
 use super::overlap::MetadataMap;
 use super::refcount::Counts;
 use super::release::Freed;
+use super::space::{DataNode, MetaNode, MetaOffset, Space};
 use super::tables::{SliceId, Tables};
 use super::task::Busy;
 use super::units::Geometry;
@@ -57,6 +60,8 @@ pub(crate) enum Stop {
     Load(What),
     /// An allocation in flight touches the same clusters: wait for it, and begin again.
     Wait(Arc<InFlight>),
+    /// Too much metadata is dirty: wait until some is written back, and begin again.
+    Room,
     /// It cannot be done.
     Fail(Error),
     /// The image contradicts itself at this byte of the file.
@@ -101,6 +106,10 @@ pub(crate) struct Meta {
     pub frees_durable: Vec<Freed>,
     pub in_flight: Vec<Arc<InFlight>>,
     pub flights: HashMap<What, Arc<Flight>>,
+    /// The write-back in the background, if one is under way.
+    pub write_back_task: Option<Arc<WriteBackTask>>,
+    /// What one failed with that no flush has reported yet.
+    pub write_back_error: Option<Error>,
     /// From this byte on the file has never held anything: it reads as zeros.
     pub zero_from: u64,
     /// Where the next compressed bytes go; on a cluster boundary: nowhere yet.
@@ -109,6 +118,32 @@ pub(crate) struct Meta {
     pub new_size: Option<u64>,
     /// When unused slices were last let go, in seconds.
     pub cleaned_at_s: u64,
+}
+
+/// The lock of [`Meta`], held. Publishes the levels of `budget.rs` when it is released.
+pub(crate) struct MetaGuard<'a> {
+    meta: MutexGuard<'a, Meta>,
+    levels: &'a Levels,
+}
+
+impl Deref for MetaGuard<'_> {
+    type Target = Meta;
+
+    fn deref(&self) -> &Meta {
+        &self.meta
+    }
+}
+
+impl DerefMut for MetaGuard<'_> {
+    fn deref_mut(&mut self) -> &mut Meta {
+        &mut self.meta
+    }
+}
+
+impl Drop for MetaGuard<'_> {
+    fn drop(&mut self) {
+        self.levels.publish(&self.meta);
+    }
 }
 
 /// What an image was opened, or reopened, with.
@@ -182,7 +217,7 @@ impl Charge {
 /// An open image.
 pub(crate) struct Image {
     pub node_name: String,
-    pub file: Child,
+    pub file: MetaNode,
     pub data_file: Option<Child>,
     pub backing: Backing,
     /// The node that was opened because the image names it, if it was.
@@ -205,12 +240,15 @@ pub(crate) struct Image {
     /// A cluster of zeros, once somebody needs it. Never written to.
     pub zeros: OnceLock<Buf>,
     pub meta: Mutex<Meta>,
+    pub levels: Levels,
     /// One write-back at a time.
     pub turn: bds_io::sync::Mutex<()>,
     pub releasing: bds_io::sync::Mutex<()>,
     /// Tasks that may outlive their callers.
     pub busy: Arc<Busy>,
     pub preparing: bds_io::sync::Mutex<()>,
+    /// End of the file that holds data when last asked, rounded up to a cluster (`place.rs`).
+    pub data_end: AtomicU64,
     /// Does the file hold less than its length? Looked up once.
     pub is_sparse: AtomicU8,
     /// Set once: the image contradicted itself, nothing more is done with it.
@@ -251,13 +289,20 @@ impl Image {
 
     /// The node that holds guest data.
     #[inline]
-    pub(crate) fn data(&self) -> &Child {
-        self.data_file.as_ref().unwrap_or(&self.file)
+    pub(crate) fn data(&self) -> DataNode<'_> {
+        DataNode::of(&self.file, self.data_file.as_ref())
     }
 
-    pub(crate) fn meta(&self) -> MutexGuard<'_, Meta> {
+    /// Where data clusters are.
+    #[inline]
+    pub(crate) fn space(&self) -> Space {
+        if self.data_file.is_some() { Space::External } else { Space::Image }
+    }
+
+    pub(crate) fn meta(&self) -> MetaGuard<'_> {
         // A panic under the lock is a bug that surfaces by itself; what is inside may be used to report it.
-        self.meta.lock().unwrap_or_else(PoisonError::into_inner)
+        let meta = self.meta.lock().unwrap_or_else(PoisonError::into_inner);
+        MetaGuard { meta, levels: &self.levels }
     }
 
     /// A cluster of zeros to write from.
@@ -314,6 +359,10 @@ impl Image {
                 item.done.wait().await;
                 Ok(None)
             }
+            Stop::Room => {
+                self.wait_for_write_back().await?;
+                Ok(None)
+            }
             Stop::Fail(error) => Err(self.name_error(error)),
             Stop::Corrupt { what, at } => Err(self.fatal(&what, at)),
         }
@@ -358,7 +407,8 @@ impl Image {
             meta.header.incompatible |= Incompatible::CORRUPT;
             meta.header.incompatible.bits()
         };
-        let written = self.write_file(INCOMPATIBLE_AT, bits.to_be_bytes().to_vec()).await;
+        let written =
+            self.write_file(MetaOffset(INCOMPATIBLE_AT), bits.to_be_bytes().to_vec()).await;
         let result = match written {
             Ok(()) => self.file.flush().await,
             Err(error) => Err(error),
@@ -369,25 +419,25 @@ impl Image {
     }
 
     /// Writes bytes of metadata to the image file.
-    pub(crate) async fn write_file(&self, offset: u64, bytes: Vec<u8>) -> Result<()> {
-        let write = self.file.write(offset, IoVec::from(bytes), WriteFlags::empty());
+    pub(crate) async fn write_file(&self, at: MetaOffset, bytes: Vec<u8>) -> Result<()> {
+        let write = self.file.write(at, IoVec::from(bytes));
         write.await.map_err(|e| self.name_error(e))
     }
 
     /// Makes a range of the image file read as zeros.
-    pub(crate) async fn zero_file(&self, offset: u64, len: u64) -> Result<()> {
-        use bds_core::driver::{Attempt, ZeroFlags};
-        let zeroed = self.file.write_zeroes(offset, len, ZeroFlags::empty()).await;
+    pub(crate) async fn zero_file(&self, at: MetaOffset, len: u64) -> Result<()> {
+        let zeroed = self.file.write_zeroes(at, len).await;
         match zeroed.map_err(|e| self.name_error(e))? {
             Attempt::Done => Ok(()),
             Attempt::Unsupported => {
                 let len = usize::try_from(len).expect("at most a cluster");
-                self.write_file(offset, vec![0; len]).await
+                self.write_file(at, vec![0; len]).await
             }
         }
     }
 
-    /// Before the first change: clears the autoclear bits of features we do not maintain, durably (O10, O13).
+    /// Before the first change, durably: marks bitmaps that become stale (O10), and clears the autoclear bits of features that are
+    /// not maintained (O13).
     pub(crate) async fn prepare_to_write(&self) -> Result<()> {
         self.check_usable()?;
         if self.charge.may_write() {
@@ -399,15 +449,18 @@ impl Image {
             return Ok(());
         }
         let old = self.meta().header.autoclear;
-        let kept = old.kept_by_writer();
+        let mut kept = old.kept_by_writer();
+        if !self.mark_bitmaps(old, false).await? {
+            kept -= Autoclear::BITMAPS;
+        }
         if kept != old {
             let lost = format!("{:#x}", (old & !kept).bits());
             tracing::warn!(
                 node = self.node_name,
                 bits = lost,
-                "qcow2: writing makes persistent bitmaps and unknown features stale; their bits are cleared"
+                "qcow2: writing makes features that are not maintained stale; their bits are cleared"
             );
-            self.write_file(AUTOCLEAR_AT, kept.bits().to_be_bytes().to_vec()).await?;
+            self.write_file(MetaOffset(AUTOCLEAR_AT), kept.bits().to_be_bytes().to_vec()).await?;
             self.file.flush().await.map_err(|e| self.name_error(e))?;
             self.meta().header.autoclear = kept;
         }
@@ -421,38 +474,7 @@ impl Image {
         let interval_s = self.config.load().clean_interval_s;
         if interval_s > 0 && now_s >= meta.cleaned_at_s.saturating_add(interval_s) {
             meta.cleaned_at_s = now_s;
-            if !meta.owed.is_writing {
-                self.evict_slices(meta, true);
-            }
+            self.evict_slices(meta, true);
         }
-    }
-
-    /// Keeps caches and lists within their budgets after a change. Writes metadata back if that is what it takes.
-    pub(crate) async fn keep_budgets(self: &Arc<Self>) -> Result<()> {
-        /// References waiting to be given up: enough to share a flush, few enough to have the space back soon.
-        const MAX_FREES: usize = 4096;
-        let (is_over, too_many_frees) = {
-            let mut meta = self.meta();
-            let too_many = meta.frees.len() + meta.frees_written.len() > MAX_FREES;
-            let blocks_fit = meta.owed.is_writing || meta.counts.evict();
-            if meta.slices.is_over_budget() && !meta.owed.is_writing {
-                self.evict_slices(&mut meta, false);
-            }
-            let slices_fit = !meta.slices.is_over_budget() && !meta.slices.is_mostly_dirty();
-            (!blocks_fit || !slices_fit, too_many)
-        };
-        if !self.is_writable() || !(is_over || too_many_frees) {
-            return Ok(());
-        }
-        self.write_back(true).await?;
-        if too_many_frees {
-            self.settle_frees().await?;
-        }
-        let mut meta = self.meta();
-        if !meta.owed.is_writing {
-            self.evict_slices(&mut meta, false);
-            meta.counts.evict();
-        }
-        Ok(())
     }
 }

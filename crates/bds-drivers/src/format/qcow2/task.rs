@@ -13,6 +13,7 @@ use std::task::{Context, Poll};
 
 use bds_io::Task;
 use bds_io::sync::{Notify, Semaphore};
+use futures_util::stream::{FuturesUnordered, StreamExt};
 
 /// Spawns `work` and waits for it. Dropping the result lets the work run on.
 pub(crate) fn finish<T: Send + 'static>(
@@ -79,6 +80,33 @@ impl<T: Send + 'static> Drop for Unstoppable<T> {
         if let Some(work) = self.work.take().filter(|_| self.has_begun) {
             bds_io::spawn(work).detach();
         }
+    }
+}
+
+/// Futures polled side by side. Allocates nothing before the first is pushed: most requests have one part, which needs no set.
+#[derive(Debug)]
+pub(crate) struct Abreast<F>(Option<FuturesUnordered<F>>);
+
+impl<F: Future> Abreast<F> {
+    pub(crate) fn new() -> Self {
+        Self(None)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.as_ref().map_or(0, FuturesUnordered::len)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub(crate) fn push(&mut self, future: F) {
+        self.0.get_or_insert_default().push(future);
+    }
+
+    /// What the next to end returns; `None` if there is none.
+    pub(crate) async fn next(&mut self) -> Option<F::Output> {
+        self.0.as_mut()?.next().await
     }
 }
 

@@ -1,12 +1,13 @@
-//! Making a file for an image.
+//! Claims a file for a new image, and empties it when everything else is known to be right.
 //!
-//! An existing file is emptied only after its locks are held, and never at open: whoever uses it keeps its bytes.
-//! After a failure the file is removed again, but only if it was made here.
+//! An existing file is opened without truncation and locked; its bytes stay until the claim's `empty` runs. A file that is
+//! not there is made, also at the far end of a symbolic link, as open(O_CREAT) does. A failed claim removes the file
+//! again, but only if it was made here; after that the owner of the claim does.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use bds_core::driver::Prealloc;
+use bds_core::driver::{ClaimedFile, Prealloc};
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::{File, FileKind, Fs, OpenOptions};
@@ -79,50 +80,69 @@ fn parse(options: &mut Options) -> Result<Wanted> {
     Ok(Wanted { size, prealloc, nocow, extent_size_hint })
 }
 
-pub(super) async fn create(fs: &Fs, path: &Path, options: &mut Options) -> Result<()> {
+pub(super) fn claim(fs: &Fs, path: &Path, options: &mut Options) -> Result<ClaimedFile> {
     let wanted = parse(options)?;
-    let (file, is_ours) =
+    let (file, made_path) =
         open_or_make(fs, path).map_err(|e| Error::io(e, "could not create the file").file(path))?;
+    let claimed = claim_open(file, path, wanted, made_path.clone());
+    if let (Err(error), Some(made)) = (&claimed, &made_path)
+        && let Err(e) = fs.remove(made)
+    {
+        tracing::warn!(path = %made.display(), %e, %error, "cannot remove a half-made file");
+    }
+    claimed.map_err(|e| e.file(path))
+}
+
+fn claim_open(
+    file: File,
+    path: &Path,
+    wanted: Wanted,
+    made_path: Option<PathBuf>,
+) -> Result<ClaimedFile> {
     if file.kind() != FileKind::Regular {
         return Err(Error::new(
             ErrorKind::InvalidInput,
             "exists and is not a regular file; a device takes the driver 'host_device'",
-        )
-        .file(path));
+        ));
     }
-    let outcome = fill_in(&file, &wanted).await;
-    if let (Err(error), true) = (&outcome, is_ours)
-        && let Err(e) = fs.remove(path)
-    {
-        tracing::warn!(path = %path.display(), %e, %error, "cannot remove a half-made file");
-    }
-    outcome.map_err(|e| e.file(path))
+    let identity = file.identity().map_err(|e| Error::io(e, "cannot identify the file"))?;
+    let locks = lock(&file)?;
+    let path = path.to_owned();
+    let empty = Box::pin(async move {
+        let outcome = make_empty(&file, &wanted).await;
+        locks.release(&file);
+        outcome.map_err(|e| e.file(path))
+    });
+    Ok(ClaimedFile { made_path, identity, max_len: None, empty })
 }
 
-/// True if the file was not there before.
-fn open_or_make(fs: &Fs, path: &Path) -> io::Result<(File, bool)> {
-    let fresh =
-        OpenOptions { write: true, create: true, exclusive: true, ..OpenOptions::default() };
+/// Opens the file, or makes it; says under which name if it was not there before.
+fn open_or_make(fs: &Fs, path: &Path) -> io::Result<(File, Option<PathBuf>)> {
+    let existing = OpenOptions { write: true, ..OpenOptions::default() };
+    let fresh = OpenOptions { create: true, exclusive: true, ..existing.clone() };
     match fs.open(path, &fresh) {
-        Ok(file) => Ok((file, true)),
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
-            let existing = OpenOptions { write: true, ..OpenOptions::default() };
-            Ok((fs.open(path, &existing)?, false))
+        Ok(file) => return Ok((file, Some(path.to_owned()))),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(e) => return Err(e),
+    }
+    match fs.open(path, &existing) {
+        // The name is there and the file is not: a link that leads nowhere yet. The kernel follows it, under its own rules.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let file = fs.open(path, &OpenOptions { create: true, ..existing })?;
+            Ok((file, fs.canonicalize(path).ok()))
         }
-        Err(e) => Err(e),
+        opened => Ok((opened?, None)),
     }
 }
 
-async fn fill_in(file: &File, wanted: &Wanted) -> Result<()> {
+/// As one that writes all of the file and bears no other writer.
+fn lock(file: &File) -> Result<Locks> {
     let permissions = Permissions {
         used: Permissions::WRITE | Permissions::RESIZE,
         unshared: Permissions::WRITE | Permissions::RESIZE,
         force_share: false,
     };
-    let locks = Locks::take(file, permissions, LockMode::Auto)?;
-    let outcome = make_empty(file, wanted).await;
-    locks.release(file);
-    outcome
+    Locks::take(file, permissions, LockMode::Auto)
 }
 
 async fn make_empty(file: &File, wanted: &Wanted) -> Result<()> {
@@ -146,7 +166,7 @@ fn hint(file: &File, wanted: &Wanted) {
 }
 
 /// A device is not made; it must be there, be one, and be large enough.
-pub(super) async fn use_device(fs: &Fs, path: &Path, options: &mut Options) -> Result<()> {
+pub(super) fn claim_device(fs: &Fs, path: &Path, options: &mut Options) -> Result<ClaimedFile> {
     let size = options.take_size("size")?.unwrap_or(0);
     let writable = OpenOptions { write: true, ..OpenOptions::default() };
     let file =
@@ -160,5 +180,12 @@ pub(super) async fn use_device(fs: &Fs, path: &Path, options: &mut Options) -> R
             .file(path)
             .field("size", format!("{len}, needed {size}")));
     }
-    Ok(())
+    let identity =
+        file.identity().map_err(|e| Error::io(e, "cannot identify the device").file(path))?;
+    let locks = lock(&file).map_err(|e| e.file(path))?;
+    let empty = Box::pin(async move {
+        locks.release(&file);
+        Ok(())
+    });
+    Ok(ClaimedFile { made_path: None, identity, max_len: Some(len), empty })
 }

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! open    options, kinds, read-only, limits       zero    zero writes, discard, their fallback ladders
-//! create  making and preallocating a file         status  holes and data, truncate
+//! create  claiming, making, emptying a file         status  holes and data, truncate
 //! lock    QEMU's image locks                      io      reads, writes, flush, copy offload
 //! reopen  another mode, giving the file away and taking it back
 //! ```
@@ -35,8 +35,8 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
 
 use bds_core::driver::{
-    Attempt, BoxFuture, Category, Driver, DriverType, Hinge, Limits, OpenContext, ReadFlags,
-    Reading, Reopen, ReopenContext, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Attempt, BoxFuture, Category, ClaimedFile, Driver, DriverType, Hinge, Limits, OpenContext,
+    ReadFlags, Reading, Reopen, ReopenContext, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, Result};
@@ -113,7 +113,8 @@ struct FileNode {
     later: OnceLock<Hinge<Opened>>,
     /// False while another process is in charge of the file.
     is_active: AtomicBool,
-    /// Length when last asked, or as far as we wrote since. Asked again when a read comes short.
+    /// Length at open or after a change of it, or as far as the file was seen to reach since. A read never lowers it: what a file
+    /// that became shorter has lost must not turn into zeros.
     known_len: AtomicU64,
     /// errno of the flush that failed; 0 if none did.
     broken_flush: AtomicI32,
@@ -185,13 +186,15 @@ impl FileNode {
 
     /// The length now. Also refreshes what `len` answers.
     fn current_len(&self) -> Result<u64> {
-        let now = self.now();
-        let len = now
-            .file
-            .len()
-            .map_err(|e| Error::io(e, "cannot ask for the length").file(&self.path))?;
+        let len = self.actual_len()?;
         self.known_len.store(len, Ordering::Relaxed);
         Ok(len)
+    }
+
+    /// The length the system tells now.
+    fn actual_len(&self) -> Result<u64> {
+        let len = self.now().file.len();
+        len.map_err(|e| Error::io(e, "cannot ask for the length").file(&self.path))
     }
 }
 
@@ -340,6 +343,10 @@ impl DriverType for FileProtocol {
         Category::Protocol
     }
 
+    fn help(&self) -> &'static str {
+        "a regular file of the host"
+    }
+
     fn open_options(&self) -> &'static [OptionSpec] {
         OPEN_OPTIONS
     }
@@ -355,13 +362,8 @@ impl DriverType for FileProtocol {
         create::CREATE_OPTIONS
     }
 
-    fn create_file<'a>(
-        &'a self,
-        fs: &'a Fs,
-        path: &'a Path,
-        options: &'a mut Options,
-    ) -> BoxFuture<'a, Result<()>> {
-        Box::pin(create::create(fs, path, options))
+    fn claim_file(&self, fs: &Fs, path: &Path, options: &mut Options) -> Result<ClaimedFile> {
+        create::claim(fs, path, options)
     }
 }
 
@@ -372,6 +374,10 @@ impl DriverType for HostDevice {
 
     fn category(&self) -> Category {
         Category::Protocol
+    }
+
+    fn help(&self) -> &'static str {
+        "a block or character device of the host"
     }
 
     fn open_options(&self) -> &'static [OptionSpec] {
@@ -389,12 +395,7 @@ impl DriverType for HostDevice {
         create::DEVICE_OPTIONS
     }
 
-    fn create_file<'a>(
-        &'a self,
-        fs: &'a Fs,
-        path: &'a Path,
-        options: &'a mut Options,
-    ) -> BoxFuture<'a, Result<()>> {
-        Box::pin(create::use_device(fs, path, options))
+    fn claim_file(&self, fs: &Fs, path: &Path, options: &mut Options) -> Result<ClaimedFile> {
+        create::claim_device(fs, path, options)
     }
 }

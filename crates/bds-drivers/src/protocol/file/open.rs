@@ -194,7 +194,7 @@ fn permissions(flags: &OpenFlags, is_read_only: bool, share_writers: bool) -> Pe
     }
     let unshared = if flags.force_share {
         Permissions::NONE
-    } else if keeps_metadata {
+    } else if keeps_metadata || flags.refuse_writers {
         Permissions::WRITE | Permissions::RESIZE
     } else if is_read_only || share_writers {
         // A raw reader sees what a writer writes, as with any file.

@@ -48,6 +48,10 @@ impl Reopen for Prepared<'_> {
             tracing::warn!(%error, node, "a former descriptor stays open until the node is closed");
         }
     }
+
+    fn request_alignment(&self) -> Option<u32> {
+        self.new.as_ref().map(|new| new.limits.request_alignment)
+    }
 }
 
 impl Drop for Prepared<'_> {

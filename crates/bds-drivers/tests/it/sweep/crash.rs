@@ -252,6 +252,8 @@ fn larger() -> Vec<Kind> {
         q("4k-data").with_data_file(),
         q("4k-data-backed").with_data_file().backed(70_000).strict(),
         q("4k-v2-backed").version_2().backed(200_000),
+        // A small cache is written back in the background all the time.
+        q("4k-tiny-cache").open("l2-cache-size", 8192).open("refcount-cache-size", 4096),
     ]
 }
 

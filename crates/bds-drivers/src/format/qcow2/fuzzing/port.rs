@@ -1,6 +1,8 @@
-//! A file in memory below a driver: every request is done at once, so a test needs no executor.
+//! A file in memory below a driver: every request is done at once, so a test needs no executor, except where it holds flushes.
 
 use std::path::PathBuf;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bds_core::driver::{
@@ -9,12 +11,22 @@ use bds_core::driver::{
 };
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
+use bds_io::sync::Notify;
 
 /// A file in memory that stands below a driver: every request is done at once. Clones share the bytes.
 #[derive(Clone, Debug, Default)]
 pub struct MemPort {
     bytes: Arc<Mutex<Vec<u8>>>,
     writes: Arc<Mutex<u64>>,
+    flushes: Arc<Flushes>,
+}
+
+/// How flushes of a [`MemPort`] behave.
+#[derive(Debug, Default)]
+struct Flushes {
+    is_held: AtomicBool,
+    fails: AtomicBool,
+    changed: Notify,
 }
 
 /// No test needs a longer file; a request past it is an error, not an allocation.
@@ -23,7 +35,7 @@ const MAX_LEN: u64 = 128 << 20;
 impl MemPort {
     /// A file that holds `bytes`.
     pub fn new(bytes: Vec<u8>) -> Self {
-        Self { bytes: Arc::new(Mutex::new(bytes)), writes: Arc::default() }
+        Self { bytes: Arc::new(Mutex::new(bytes)), writes: Arc::default(), flushes: Arc::default() }
     }
 
     /// A copy of what it holds now.
@@ -34,6 +46,17 @@ impl MemPort {
     /// How many requests changed it.
     pub fn writes(&self) -> u64 {
         *self.writes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on flushes wait until they are no longer held.
+    pub fn hold_flushes(&self, is_held: bool) {
+        self.flushes.is_held.store(is_held, Ordering::SeqCst);
+        self.flushes.changed.notify_waiters();
+    }
+
+    /// From now on flushes fail, or succeed again.
+    pub fn fail_flushes(&self, fails: bool) {
+        self.flushes.fails.store(fails, Ordering::SeqCst);
     }
 
     /// The edge a driver would be given.
@@ -143,7 +166,20 @@ impl ChildPort for MemPort {
     }
 
     fn flush(&self) -> BoxFuture<'_, Result<()>> {
-        ready(Ok(()))
+        Box::pin(async {
+            loop {
+                let mut changed = pin!(self.flushes.changed.notified());
+                changed.as_mut().enable();
+                if !self.flushes.is_held.load(Ordering::SeqCst) {
+                    break;
+                }
+                changed.await;
+            }
+            match self.flushes.fails.load(Ordering::SeqCst) {
+                true => Err(Error::new(ErrorKind::Io, "a test's flush fails")),
+                false => Ok(()),
+            }
+        })
     }
 
     fn block_status(&self, offset: u64, len: u64, _: bool) -> BoxFuture<'_, Result<StatusRun>> {

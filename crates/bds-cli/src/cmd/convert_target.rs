@@ -1,0 +1,185 @@
+//! The output of `convert`: a new image, or one that is there (`-n`), with everything checked before a byte of it is changed.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use bds_core::driver::{CacheMode, OpenFlags, Prealloc, Truncate};
+use bds_core::graph::{Graph, NodeId, NodeRef, walk};
+use bds_core::request::Backend;
+use bds_core::{Error, ErrorKind, Options, Result};
+use serde_json::json;
+
+use super::convert_plan::Plan;
+use crate::cmd::create;
+use crate::file_identity;
+use crate::image::{self, Spec};
+use crate::overlay::{Base, Content};
+
+/// An output that is ready to be written, and how.
+pub(crate) struct Target {
+    node: NodeRef,
+    pub(crate) backend: Arc<Backend>,
+    /// Length before the copy. A write around a cache moves whole blocks and may reach past the end of a file.
+    len: u64,
+    /// Reads as zeros everywhere.
+    pub(crate) is_zero: bool,
+    /// Zeros may give space back.
+    pub(crate) may_unmap: bool,
+    /// Only what is decided above this layer of the source is copied.
+    pub(crate) above: Option<NodeId>,
+    /// Only what differs from this is copied.
+    pub(crate) shows: Option<Arc<Backend>>,
+    base: Option<Base>,
+}
+
+impl Target {
+    /// Makes the output, or opens it. `total`: bytes of all sources.
+    pub(crate) async fn open(
+        graph: &Graph,
+        plan: &Plan<'_>,
+        sources: &[NodeRef],
+        total: u64,
+    ) -> Result<Self> {
+        match plan.args.no_create {
+            true => Self::existing(graph, plan, sources, total).await,
+            false => Self::create(graph, plan, sources, total).await,
+        }
+    }
+
+    async fn create(
+        graph: &Graph,
+        plan: &Plan<'_>,
+        sources: &[NodeRef],
+        total: u64,
+    ) -> Result<Self> {
+        let path = create::path(plan.output)?;
+        let mut options = plan.options.clone();
+        let size = match options.take_size("size")? {
+            Some(size) if size < total => {
+                let words = "the option 'size' is smaller than the input";
+                return Err(Error::new(ErrorKind::InvalidInput, words).field("size", size));
+            }
+            size => size.unwrap_or(total),
+        };
+        options.set("size", size);
+        let base = Base::open(graph, &options, path).await?;
+        let format = Arc::clone(graph.config().registry.format(plan.format())?);
+        let facts = format.check_create(&mut options.clone(), base.as_ref().map(Base::len))?;
+        if plan.args.compress && facts.compressed_unit.is_none() {
+            return Err(incompressible());
+        }
+        check_cache(graph, path, plan.target_cache).await?;
+        let (above, shows) = match (&base, sources) {
+            (Some(base), [source]) => match base.content(source)? {
+                Content::Above(layer) => (Some(layer), None),
+                Content::UnlikeBase(base) => (None, Some(base)),
+            },
+            _ => (None, None),
+        };
+        create::create(graph, plan.format(), plan.output, options, false).await?;
+        let (node, backend) = open(graph, plan).await?;
+        // A new image reads as zeros; a device keeps what it held.
+        let is_zero = base.is_none() && plan.sparse_len != 0 && !image::shows_old_bytes(&node);
+        let len = backend.len();
+        Ok(Self { node, backend, len, is_zero, may_unmap: true, above, shows, base })
+    }
+
+    async fn existing(
+        graph: &Graph,
+        plan: &Plan<'_>,
+        sources: &[NodeRef],
+        total: u64,
+    ) -> Result<Self> {
+        let base = look(graph, plan, sources, total).await?;
+        let (node, backend) = open(graph, plan).await?;
+        let len = backend.len();
+        let is_zero = plan.args.target_is_zero;
+        // Whoever preallocated the output wants to keep the space.
+        let allocated_len = backend.allocated_len().await?;
+        let may_unmap = allocated_len.is_none_or(|allocated| allocated < len);
+        // What lies in an overlay already may hide its backing image, so what it shows itself is compared.
+        let shows = base.is_some().then(|| Arc::clone(&backend));
+        Ok(Self { node, backend, len, is_zero, may_unmap, above: None, shows, base })
+    }
+
+    /// Gives the output back the length it had, and ends its use: what was written becomes durable, and what fails is reported.
+    pub(crate) async fn close(self) -> Result<()> {
+        let Self { node, backend, len, shows, base, .. } = self;
+        drop(shows);
+        let trimmed = trim(&backend, len).await;
+        let backend = Arc::into_inner(backend).expect("the copy is over");
+        let closed = image::close(backend, node).await;
+        let base_closed = match base {
+            Some(base) => base.close().await,
+            None => Ok(()),
+        };
+        trimmed.and(closed).map_err(|e| e.context("cannot finish the output"))?;
+        base_closed
+    }
+}
+
+async fn trim(backend: &Backend, len: u64) -> Result<()> {
+    if backend.len() <= len {
+        return Ok(());
+    }
+    let change = Truncate { len, exact: true, prealloc: Prealloc::Off, zero_new: false };
+    backend.truncate(change).await
+}
+
+/// Looks at an existing output before it is opened for writing, and changes nothing.
+async fn look(
+    graph: &Graph,
+    plan: &Plan<'_>,
+    sources: &[NodeRef],
+    total: u64,
+) -> Result<Option<Base>> {
+    let flags = OpenFlags { read_only: true, force_share: true, ..OpenFlags::default() };
+    let node = image::open(graph, &spec(plan, flags)).await?;
+    file_identity::refuse_read_files(&node, sources)?;
+    if node.len() < total {
+        let words = format!("the output is smaller than the input, which has {total} bytes");
+        let error = Error::new(ErrorKind::InvalidInput, words).field("output size", node.len());
+        return Err(error.file(plan.output));
+    }
+    if plan.args.compress && image::enter(&node, false)?.compressed_unit().is_none() {
+        return Err(incompressible());
+    }
+    let path = walk::filename(&node).unwrap_or_default();
+    let base = Base::open(graph, &plan.options, &path).await?;
+    if let Some(base) = &base {
+        base.refuse_other_overlay(&node)?;
+    }
+    node.close().await?.into_result()?;
+    Ok(base)
+}
+
+fn spec<'a>(plan: &Plan<'a>, flags: OpenFlags) -> Spec<'a> {
+    let args = plan.args;
+    let format = Some(args.output_format.as_deref().unwrap_or("raw"));
+    let format = format.filter(|_| !args.target_image_opts);
+    Spec { name: plan.output, is_options: args.target_image_opts, format, flags }
+}
+
+async fn open(graph: &Graph, plan: &Plan<'_>) -> Result<(NodeRef, Arc<Backend>)> {
+    let flags = OpenFlags { cache: plan.target_cache, discard: true, ..OpenFlags::default() };
+    let node = image::open(graph, &spec(plan, flags)).await?;
+    let backend = Arc::new(image::enter(&node, true)?);
+    Ok((node, backend))
+}
+
+/// A file that is there must bear the cache mode before it is emptied.
+async fn check_cache(graph: &Graph, path: &Path, cache: CacheMode) -> Result<()> {
+    if !cache.direct || !path.exists() {
+        return Ok(());
+    }
+    let file = json!({
+        "driver": image::protocol_of_file(path),
+        "filename": path.to_string_lossy(),
+    });
+    let flags = OpenFlags { read_only: true, info_only: true, cache, ..OpenFlags::default() };
+    graph.open_with(Options::from_json(file)?, flags).await?.close().await?.into_result()
+}
+
+fn incompressible() -> Error {
+    Error::new(ErrorKind::NotSupported, "Compression not supported for this file format")
+}

@@ -1,0 +1,115 @@
+//! Works out what an overlay of a given image has to hold so that it shows what the source shows.
+//!
+//! If the image is one of the source's own chain, that is what the layers above it decide. Any other image may differ anywhere:
+//! then source and image are compared, and what differs is copied.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use bds_core::driver::OpenFlags;
+use bds_core::graph::{Graph, NodeId, NodeRef, gate, walk};
+use bds_core::request::Backend;
+use bds_core::{Error, ErrorKind, Options, Result};
+use serde_json::{Value, json};
+
+use crate::image;
+
+/// The backing image of an output, as it will be opened from there.
+pub(crate) struct Base {
+    name: String,
+    node: NodeRef,
+}
+
+/// What of the source goes into the overlay.
+pub(crate) enum Content {
+    /// What the layers above this one of the source's decide.
+    Above(NodeId),
+    /// What differs from what this one shows.
+    UnlikeBase(Arc<Backend>),
+}
+
+impl Base {
+    /// Opens what `backing_file` and `backing_fmt` name, relative to the output's directory; `None` if nothing is named.
+    pub(crate) async fn open(
+        graph: &Graph,
+        options: &Options,
+        output: &Path,
+    ) -> Result<Option<Self>> {
+        let text = |key: &str| options.peek(key).and_then(Value::as_str).map(str::to_owned);
+        let (Some(name), Some(format)) = (text("backing_file"), text("backing_fmt")) else {
+            return Ok(None);
+        };
+        graph.config().registry.format(&format)?;
+        let path = gate::resolve(&name, Some(output));
+        let protocol = image::protocol_of_file(&path);
+        let file = json!({"driver": protocol, "filename": path.to_string_lossy()});
+        let tree = Options::new().with("driver", format).with("file", file);
+        let flags = OpenFlags { read_only: true, ..OpenFlags::default() };
+        let node = graph
+            .open_with(tree, flags)
+            .await
+            .map_err(|e| e.context(format_args!("cannot open backing file '{name}'")))?;
+        Ok(Some(Self { name, node }))
+    }
+
+    pub(crate) fn len(&self) -> u64 {
+        self.node.len()
+    }
+
+    /// What an overlay of this image needs of `source`.
+    pub(crate) fn content(&self, source: &NodeRef) -> Result<Content> {
+        let mut at = Some(source.clone());
+        while let Some(layer) = at {
+            if is_same_chain(&layer, &self.node) {
+                return Ok(Content::Above(layer.id()));
+            }
+            at = walk::next_below(&layer);
+        }
+        Ok(Content::UnlikeBase(Arc::new(image::enter(&self.node, false)?)))
+    }
+
+    /// Refuses an existing output that is not an overlay of this image.
+    pub(crate) fn refuse_other_overlay(&self, output: &NodeRef) -> Result<()> {
+        let below = walk::next_below(&walk::skip_filters(output));
+        let words = match &below {
+            Some(below) if is_same_chain(below, &self.node) => return Ok(()),
+            Some(below) => {
+                let file = walk::filename(below).unwrap_or_default();
+                format!("is an overlay of '{}', not of '{}'", file.display(), self.name)
+            }
+            None => format!("is not an overlay of '{}'", self.name),
+        };
+        let words = format!("{words}: leave out -B to copy everything, or -n to make a new output");
+        let error = Error::new(ErrorKind::InvalidInput, words);
+        Err(error.file(walk::filename(output).unwrap_or_default()))
+    }
+
+    /// Ends the use of the image.
+    pub(crate) async fn close(self) -> Result<()> {
+        self.node.close().await?.into_result()
+    }
+}
+
+/// Do two nodes show the same because all of what they stand on is the same, files and drivers?
+fn is_same_chain(a: &NodeRef, b: &NodeRef) -> bool {
+    let mut next = (Some(a.clone()), Some(b.clone()));
+    loop {
+        match next {
+            (None, None) => return true,
+            (Some(a), Some(b)) if is_same_image(&a, &b) => {
+                next = (walk::next_below(&a), walk::next_below(&b));
+            }
+            _ => return false,
+        }
+    }
+}
+
+/// The length tells a window of a raw file from the file.
+fn is_same_image(a: &NodeRef, b: &NodeRef) -> bool {
+    let identity = walk::identity(a);
+    identity.is_some()
+        && identity == walk::identity(b)
+        && a.driver_name() == b.driver_name()
+        && a.len() == b.len()
+        && walk::files_of_image(a) == walk::files_of_image(b)
+}
