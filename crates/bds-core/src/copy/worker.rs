@@ -264,7 +264,7 @@ impl<'a> Worker<'a> {
         let Some(shown) = &job.options.target_shows else {
             return match compresses {
                 true => self.write_compressed(piece, data).await,
-                false => self.write_parts(piece.target_offset, data).await,
+                false => self.write_parts(piece, 0, data, true).await,
             };
         };
         let differing = self.differing(piece, &data, shown).await?;
