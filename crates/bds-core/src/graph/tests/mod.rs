@@ -12,6 +12,7 @@ mod history_backend;
 mod open;
 mod properties;
 mod schedules;
+mod tally;
 mod threads;
 
 use std::sync::Mutex;
