@@ -363,3 +363,28 @@ fn a_copy_has_the_length_of_its_source_with_every_cache_mode() {
         }
     }
 }
+
+#[test]
+fn an_image_that_was_cut_short_is_not_copied_as_zeros() {
+    let desk = Desk::new();
+    desk.write("src.raw", &pattern(1, 0, MIB));
+    for options in ["compat=1.1", "compat=0.10", "cluster_size=4k", "extended_l2=on"] {
+        desk.must(&format!("convert -f raw -O qcow2 -o {options} src.raw i.qcow2"));
+        let whole = desk.read("i.qcow2");
+        for cut in [whole.len() / 2, whole.len() - 200_000, 327_680, 400_000] {
+            desk.write("c.qcow2", &whole[..cut]);
+            assert_eq!(desk.bds("check -q c.qcow2").code, 2, "{options} {cut}");
+            let output = desk.bds("convert -f qcow2 -O raw c.qcow2 out.raw");
+            assert_eq!(output.code, 1, "{options} {cut}: {output:?}");
+            let salvaged = desk.must("convert --salvage -f qcow2 -O raw c.qcow2 out.raw");
+            assert!(salvaged.stderr.contains("become zeros"), "{options} {cut}: {salvaged:?}");
+            let (out, src) = (desk.read("out.raw"), desk.read("src.raw"));
+            // The sector in which the file ends may be kept in part.
+            let is_kept = |(out, src): (&u8, &u8)| out == src || *out == 0;
+            assert!(out.len() == src.len() && out.iter().zip(&src).all(is_kept), "{options} {cut}");
+            // At 320 KiB the data of an image with clusters of 64 KiB begins.
+            let keeps_something = cut <= 327_680 || out.iter().any(|byte| *byte != 0);
+            assert!(keeps_something, "{options} {cut}: what is there is kept");
+        }
+    }
+}
