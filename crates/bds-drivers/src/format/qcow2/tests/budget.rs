@@ -218,16 +218,16 @@ fn the_budget_holds_at_512_byte_clusters() {
                     for step in 0..60u64 {
                         let random = (seed + 1) * 7919 + side * 104_729 + step * 1_299_709;
                         let at = random % 254 * SPAN + random / 254 % 60 * 512;
-                        match random % 7 {
-                            0 => {
+                        match random % 40 {
+                            0..5 => {
                                 let zeros = driver.write_zeroes(at, 2048, ZeroFlags::MAY_UNMAP);
                                 let _done = zeros.await.unwrap();
                             }
-                            1 => {
+                            5..10 => {
                                 let _done = driver.discard(at, 4096).await.unwrap();
                             }
-                            2 => driver.flush_to_os().await.unwrap(),
-                            3 => driver.flush_to_disk().await.unwrap(),
+                            10 => driver.flush_to_os().await.unwrap(),
+                            11 => driver.flush_to_disk().await.unwrap(),
                             _ => {
                                 let iov = Buf::from_slice(&[3; 1024]).iov();
                                 driver.write(at, iov, WriteFlags::empty()).await.unwrap();
