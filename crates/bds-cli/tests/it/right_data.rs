@@ -137,6 +137,8 @@ fn shows_the_same(desk: &Desk, image: &str, words: &str) {
 
 #[test]
 fn an_overlay_of_any_base_shows_what_the_source_shows() {
+    // Goes on from one chain to the next, so that each base meets several.
+    let mut switches = ["-c", "-W -m 16", "-S 0", "-o cluster_size=4k", "-C"].iter().cycle();
     for sizes in
         [[MIB; 3], [3 * MIB, MIB, 2 * MIB], [MIB, 2 * MIB, 3 * MIB], [2 * MIB, 3 * MIB, MIB]]
     {
@@ -154,7 +156,8 @@ fn an_overlay_of_any_base_shows_what_the_source_shows() {
             "mid.qcow2 -F raw",
             "top.qcow2 -F qcow2",
         ] {
-            for switches in ["", "-c", "-W -m 16", "-S 0", "-o cluster_size=4k", "-C"] {
+            // Every base without switches, and with one more in turn.
+            for switches in switches.next().into_iter().chain([&""]) {
                 let words =
                     format!("convert {switches} -f qcow2 -O qcow2 -B {base} top.qcow2 out.qcow2");
                 desk.must(&words);
@@ -169,6 +172,28 @@ fn an_overlay_of_any_base_shows_what_the_source_shows() {
             let is_left_out = |run: &serde_json::Value| run["depth"] != 0;
             assert!(runs.iter().any(is_left_out), "{base}: {output}");
         }
+    }
+}
+
+#[test]
+fn behind_the_sources_end_a_longer_base_does_not_show() {
+    let desk = Desk::new();
+    desk.write("base.raw", &pattern(1, 0, 3 * MIB));
+    let source = pattern(2, 0, MIB + 1000);
+    desk.write("src.raw", &source);
+    for (switches, len) in [
+        ("", (MIB + 1024) as u64),
+        ("-c", (MIB + 1024) as u64),
+        ("-o size=2M", 2 << 20),
+        ("-c -o size=4M", 4 << 20),
+    ] {
+        desk.must(&format!(
+            "convert {switches} -f raw -O qcow2 -B base.raw -F raw src.raw o.qcow2"
+        ));
+        let mut want = source.clone();
+        want.resize(usize::try_from(len).expect("small"), 0);
+        desk.write("want.raw", &want);
+        shows_the_same(&desk, "o.qcow2", switches);
     }
 }
 

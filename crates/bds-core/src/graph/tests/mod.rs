@@ -2,6 +2,7 @@
 
 mod change;
 mod close;
+mod close_reports;
 mod create;
 mod door;
 mod fakes;
@@ -11,6 +12,7 @@ mod history_backend;
 mod open;
 mod properties;
 mod schedules;
+mod tally;
 mod threads;
 
 use std::sync::Mutex;

@@ -4,6 +4,7 @@ mod begun;
 mod copy_on_read;
 mod device;
 mod drain;
+mod durable;
 pub(crate) mod fake;
 mod flags;
 mod hall;

@@ -137,10 +137,12 @@ fn every_field_at_its_limit_and_over_it() {
         ("refcount_table_clusters", 56, w(2), ok),
         ("refcount_table_clusters", 56, w(129), Some(LimitExceeded)),
         ("refcount_table_clusters", 56, w(0), Some(InvalidImage)),
-        ("nb_snapshots", 60, w(65536), ok),
+        ("nb_snapshots", 60, [w(65536), n(0x40000)].concat(), ok),
+        ("snapshots_offset", 60, w(1), Some(InvalidImage)), // on the header
         ("nb_snapshots", 60, w(65537), Some(LimitExceeded)),
         ("snapshots_offset", 64, n(0x40000), ok),
         ("snapshots_offset", 64, n(0x40001), Some(InvalidImage)),
+        ("snapshots_offset", 64, n(1 << 56), Some(InvalidImage)), // though it is empty
         ("incompatible_features", 72, n(3), ok),
         ("incompatible_features", 72, n(8), Some(InvalidImage)), // deflate needs no bit
         ("incompatible_features", 72, n(32), Some(NotSupported)),
