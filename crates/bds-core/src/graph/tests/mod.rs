@@ -1,5 +1,6 @@
 //! The graph with small fake drivers.
 
+mod bitmaps;
 mod change;
 mod close;
 mod close_reports;
