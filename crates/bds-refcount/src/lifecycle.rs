@@ -154,6 +154,17 @@ mod tests {
         }
     }
 
+    /// Both comparisons are strict. No occupied slot has such a word (its state is not 0), so that only here does it show.
+    #[test]
+    fn the_bounds_themselves_are_neither_last_nor_too_many() {
+        assert_eq!((Word(ONE - 1).count(), Word(ONE - 1).was_last()), (1, true));
+        assert_eq!((Word(ONE).count(), Word(ONE).was_last()), (2, false));
+        let none = Word(ONE.wrapping_neg());
+        assert_eq!((none.count(), none.was_saturated()), (0, false));
+        let most = Word::new(State::Vacant, 0, COUNT_LIMIT);
+        assert!(most.was_saturated() && !Word(most.0 - 1).was_saturated());
+    }
+
     #[test]
     fn an_exhausted_generation_retires_the_slot() {
         let word = Word::new(State::Occupied, 6, 0);

@@ -251,3 +251,33 @@ impl<T> Slot<T> {
         self.word.store(Word::new(State::Occupied, word.generation(), count).0, Ordering::Relaxed);
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+
+    /// The cell's safety hangs on this, not on the free list.
+    #[test]
+    fn only_a_vacant_slot_is_reserved_and_only_once() {
+        let slot = Slot::<String>::new(Handle::with_generation(0, 7));
+        slot.reserve();
+        let reserved = Word::new(State::Reserved, 7, 0);
+        assert_eq!(slot.word(), reserved);
+        let others = [
+            reserved,
+            Word::new(State::Occupied, 7, 1),
+            Word::new(State::Occupied, 7, 0),
+            Word::new(State::Retired, 7, 0),
+        ];
+        for word in others {
+            slot.word.store(word.0, Ordering::Relaxed);
+            assert!(catch_unwind(AssertUnwindSafe(|| slot.reserve())).is_err(), "{word:?}");
+            assert_eq!(slot.word(), word, "refused and left alone");
+        }
+        slot.word.store(Word::new(State::Vacant, 8, 0).0, Ordering::Relaxed);
+        slot.reserve();
+        assert_eq!(slot.word(), Word::new(State::Reserved, 8, 0));
+    }
+}

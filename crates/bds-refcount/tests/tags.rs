@@ -53,3 +53,18 @@ fn handles_of_more_live_arenas_than_there_are_tags_are_different() {
     handles.dedup();
     assert_eq!(handles.len(), CROWD);
 }
+
+#[test]
+fn an_arena_says_the_kind_and_the_tag_of_its_handles() {
+    for number in [3, 11] {
+        let arenas: Vec<Arena<u8>> = (0..3).map(|_| Arena::new(Kind::new(number))).collect();
+        for arena in &arenas {
+            let object = arena.insert(0).unwrap();
+            let handle = object.handle();
+            assert_eq!((arena.kind(), Some(arena.kind())), (Kind::new(number), handle.kind()));
+            assert_eq!(arena.tag(), handle.tag());
+            assert_ne!(arena.tag(), 0);
+        }
+        assert_ne!(arenas[0].tag(), arenas[1].tag());
+    }
+}

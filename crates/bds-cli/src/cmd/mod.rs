@@ -37,5 +37,5 @@ pub(crate) fn refuse(is_given: bool, option: &str, remedy: &str) -> Result<()> {
     if !is_given {
         return Ok(());
     }
-    Err(Error::new(ErrorKind::NotSupported, format!("{option} is not supported yet: {remedy}")))
+    Err(Error::new(ErrorKind::NotSupported, format!("{option} is not supported: {remedy}")))
 }

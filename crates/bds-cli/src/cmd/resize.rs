@@ -6,6 +6,7 @@ use bds_core::{Error, ErrorKind, Result};
 
 use crate::args::Resize;
 use crate::image::{self, Spec};
+use crate::printer;
 
 /// What the user asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,7 +62,7 @@ pub(crate) fn run(args: &Resize) -> Result<()> {
         image::close(backend, node).await
     })?;
     if !args.quiet {
-        println!("Image resized.");
+        printer::line("Image resized.")?;
     }
     Ok(())
 }

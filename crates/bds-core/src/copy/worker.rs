@@ -18,6 +18,9 @@ use crate::request::Backend;
 /// When a read fails while salvaging, the piece is read again in steps of this size.
 const SALVAGE_STEP: u64 = 512;
 
+/// A pause is made in steps of this length: a low rate can ask for minutes, and a flag cannot wake what sleeps.
+const PAUSE_STEP: Duration = Duration::from_millis(50);
+
 /// Lets writes of pieces begin in the order of their numbers. A piece passes its turn as soon as its last write has begun: writes overlap,
 /// and a driver that allocates as they come still places them in order.
 #[derive(Default)]
@@ -86,14 +89,25 @@ impl<'a> Worker<'a> {
             let Some(piece) = piece else { return Ok(()) };
             if piece.kind == Kind::Data {
                 let limit = job.options.rate_limit.as_ref();
-                let pause = limit.map_or(Duration::ZERO, |limit| limit(piece.len));
-                if !pause.is_zero() {
-                    bds_io::sleep(pause).await;
+                self.pause(limit.map_or(Duration::ZERO, |limit| limit(piece.len))).await?;
+                if job.is_stopped() {
+                    return Ok(());
                 }
             }
             self.move_piece(&piece).await?;
             job.progress(piece.len);
         }
+    }
+
+    /// Waits as the rate limit asks, or until the copy ends for another reason.
+    async fn pause(&self, mut rest: Duration) -> Result<()> {
+        while !rest.is_zero() && !self.job.is_stopped() {
+            let step = rest.min(PAUSE_STEP);
+            bds_io::sleep(step).await;
+            rest -= step;
+            self.job.check_cancel()?;
+        }
+        Ok(())
     }
 
     async fn move_piece(&mut self, piece: &Piece) -> Result<()> {

@@ -20,6 +20,7 @@ mod reopen;
 mod status;
 mod types;
 
+use std::ffi::OsString;
 use std::future::Future;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -151,7 +152,7 @@ pub struct ImageInfo {
     /// True if data may be stored compressed (convert -c made it, or the format always does).
     pub is_compressed: bool,
     /// The backing file as stored in the image.
-    pub backing_file: Option<String>,
+    pub backing_file: Option<OsString>,
     /// Its format as stored.
     pub backing_format: Option<String>,
     /// QEMU's `format-specific` object: `{"type": …, "data": {…}}`.

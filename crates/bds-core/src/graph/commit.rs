@@ -1,6 +1,7 @@
 //! Putting a checked stage into force. The few driver calls that can fail come first and are undone; the rest cannot fail.
 
 use std::collections::HashSet;
+use std::panic::Location;
 use std::sync::Arc;
 
 use bds_refcount::Strong;
@@ -54,8 +55,9 @@ pub(super) fn put_into_force(
     for staged in attached {
         moved.attach(edit, staged);
     }
+    let since = Action::since(actions);
     for staged in moves {
-        moved.repoint(edit, staged);
+        moved.repoint(edit, staged, since);
     }
     for (parent, edge) in dropped {
         moved.drop_edge(edit, &parent, edge);
@@ -132,11 +134,11 @@ impl Moved {
         this
     }
 
-    pub(super) fn repoint(&mut self, edit: &Edit<'_>, staged: Move) {
+    fn repoint(&mut self, edit: &Edit<'_>, staged: Move, since: &'static Location<'static>) {
         let Move { edge, from, to, .. } = staged;
         // On the edge's own behalf: its share of the drain goes when it leaves the old node.
         edge.close();
-        edge.swap(edit, to.clone());
+        edge.swap(edit, to.clone(), since);
         edit.walls.reattach(from.as_deref(), to.as_deref(), &edge);
         let events = &edit.walls.reaper.events;
         guests::tell_moved(events, &edge, from.as_deref(), to.as_deref());

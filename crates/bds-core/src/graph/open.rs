@@ -39,6 +39,8 @@ pub(super) struct Call {
     opened: Arc<AtomicUsize>,
     /// Images above this one.
     pub(super) depth: usize,
+    /// Where in the caller's program it was called.
+    pub(super) since: &'static Location<'static>,
     /// Files that the images above lie in: opening one of them again would be a loop.
     pub(super) files_above: Vec<(u64, u64)>,
 }
@@ -113,9 +115,10 @@ impl Graph {
         flags: OpenFlags,
         since: &'static Location<'static>,
     ) -> Result<NodeRef> {
+        ensure_home()?;
         let graph = self.clone();
         // It reads nodes that others use and drain.
-        let open = bds_io::spawn_now(async move { graph.open_swept(options, flags).await });
+        let open = bds_io::spawn_now(async move { graph.open_swept(options, flags, since).await });
         let (node, mut guard) = open.await?;
         guard.is_over = true;
         let owner = Holder::new(HolderKind::Owner, "open");
@@ -127,11 +130,17 @@ impl Graph {
         &self,
         options: Options,
         flags: OpenFlags,
+        since: &'static Location<'static>,
     ) -> Result<(Strong<Node>, SweepIfDropped)> {
         let mut guard = SweepIfDropped { graph: self.clone(), is_over: false };
         self.0.reaper.sweep_unasked().await;
-        let call =
-            Call { graph: self.clone(), opened: Arc::default(), depth: 0, files_above: Vec::new() };
+        let call = Call {
+            graph: self.clone(),
+            opened: Arc::default(),
+            depth: 0,
+            since,
+            files_above: Vec::new(),
+        };
         match open_node(call, options, flags).await {
             Ok(node) => Ok((node, guard)),
             Err(error) => {
@@ -141,6 +150,15 @@ impl Graph {
             }
         }
     }
+}
+
+/// Checks, before anything is touched, that what the caller's thread begins has an executor to go on in.
+pub(super) fn ensure_home() -> Result<()> {
+    bds_io::ensure_home().map_err(|error| {
+        let words = "no thread can be started for requests and closings; let the user have more processes \
+                     (ulimit -u, RLIMIT_NPROC), or call this inside bds_io::block_on";
+        Error::io(error, words)
+    })
 }
 
 /// What is given up half-way leaves nodes to close.

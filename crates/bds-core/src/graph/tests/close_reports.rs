@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::fakes::{Fixture, run, run_seeded};
 use crate::ErrorKind;
-use crate::graph::NodeRef;
+use crate::graph::{Access, NodeRef, Perm};
 
 /// A format node on a file of its own.
 const PAIR: &str = "driver=cow,node-name=top,file.driver=file,file.node-name=low,file.filename=a";
@@ -135,6 +135,10 @@ fn a_drain_of_a_child_waits_for_its_late_flush() {
                     bds_io::yield_now().await;
                 }
                 if let Ok(low) = world.graph.find("low") {
+                    // At any moment: also when the parent's edge is gone and that of the late flush is there.
+                    for _ in 0..seed % 6 {
+                        bds_io::yield_now().await;
+                    }
                     let drained = world.graph.drain(&low).await;
                     let is_flushed = has(&world, "flush low");
                     assert!(
@@ -260,18 +264,33 @@ fn what_a_closed_node_did_through_a_frozen_link_is_allowed_to_others() {
             .open("driver=pass,node-name=top,file.driver=file,file.node-name=low,file.filename=a")
             .await;
         let low = world.graph.find("low").unwrap();
-        let selfish = crate::graph::Access {
-            perm: crate::graph::Perm::CONSISTENT_READ,
-            shared: crate::graph::Perm::CONSISTENT_READ,
-        };
+        let selfish = Access { perm: Perm::CONSISTENT_READ, shared: Perm::CONSISTENT_READ };
         let reader = super::fakes::root(&top, "reader", selfish);
         let frozen = world.graph.freeze_chain(&top, &low, "a test").unwrap();
         assert_eq!(frozen.len(), 1);
         drop(reader);
         assert!(top.close().await.unwrap().is_clean());
-        let writer = super::fakes::root(&low, "writer", crate::graph::Access::ALL);
-        assert_eq!(writer.access(), crate::graph::Access::ALL);
+        let writer = super::fakes::root(&low, "writer", Access::ALL);
+        assert_eq!(writer.access(), Access::ALL);
         drop(frozen);
+    });
+}
+
+/// What the closed node did through it does not stand in the way of others, however far below.
+#[test]
+fn an_edge_that_somebody_keeps_in_hand_forbids_nothing() {
+    run(|world| async move {
+        world.plain("a");
+        let low = world.open("driver=file,node-name=low,filename=a").await;
+        let mid = world.open("driver=pass,node-name=mid,file=low").await;
+        let top = world.open("driver=cow,node-name=top,file=mid").await;
+        let edge = Arc::clone(&mid.node().parents()[0]);
+        assert!(mid.node().children()[0].access().writes(), "as its parent does");
+        assert!(top.close().await.unwrap().is_clean());
+        let read = Access { shared: Perm::CONSISTENT_READ, ..Access::READ };
+        let reader = super::fakes::root(&low, "reader", read);
+        assert!(!mid.node().children()[0].access().writes());
+        drop((edge, reader));
     });
 }
 
@@ -406,12 +425,22 @@ fn closings_at_once_report_their_own_dead() {
             async |world| {
                 world.plain("a");
                 world.plain("b");
-                let one = world.open(PAIR).await;
-                let two = PAIR.replace("top", "top2").replace("low", "low2").replace("=a", "=b");
-                let two = world.open(&two).await;
+                world.plain("c");
+                world.plain("d");
+                // Two children each: the second lies dead while the first is closed.
+                let one =
+                    format!("{PAIR},backing.driver=file,backing.node-name=base,backing.filename=c");
+                let two =
+                    one.replace("filename=a", "filename=b").replace("filename=c", "filename=d");
+                let two =
+                    two.replace("top", "top2").replace("low", "low2").replace("base", "base2");
+                let (one, two) = (world.open(&one).await, world.open(&two).await);
                 let (one, two) = (bds_io::spawn(one.close()), bds_io::spawn(two.close()));
                 let (one, two) = (one.await.unwrap(), two.await.unwrap());
-                assert_eq!((names(&one.below), names(&two.below)), (vec!["low"], vec!["low2"]));
+                assert_eq!(
+                    (names(&one.below), names(&two.below)),
+                    (vec!["low", "base"], vec!["low2", "base2"])
+                );
                 assert!(world.graph.reports().is_empty() && one.is_clean() && two.is_clean());
             },
         );

@@ -1,5 +1,6 @@
 //! The graph with small fake drivers.
 
+mod bitmaps;
 mod change;
 mod close;
 mod close_reports;
@@ -13,6 +14,7 @@ mod kept;
 mod open;
 mod properties;
 mod schedules;
+mod tally;
 mod threads;
 
 use std::sync::Mutex;
