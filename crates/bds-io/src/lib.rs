@@ -19,13 +19,15 @@ pub mod signals;
 pub mod sim;
 pub mod sync;
 mod sys;
+mod task;
 mod workers;
 
 pub use buf::{Buf, BufPool, IoVec};
 pub use context::{
-    Context, ContextHandle, ContextOptions, EngineKind, Task, block_on, ensure_home, now, offload,
-    sleep, spawn, yield_now,
+    Context, ContextHandle, ContextOptions, EngineKind, block_on, ensure_home, now, offload, sleep,
+    spawn, spawn_now, yield_now,
 };
 pub use file::{ByteLock, Extent, File, FileKind, FileLook, Fs, OpenOptions, ZeroMode};
 pub use identity::shares_bytes;
 pub use sim::{Sim, SimConfig};
+pub use task::Task;

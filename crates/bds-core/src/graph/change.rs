@@ -26,7 +26,7 @@ use super::edit::stage;
 use super::lock::Edit;
 use super::node::Node;
 use super::perm::{self, Access, Strictness};
-use super::reap::CloseReport;
+use super::reap::{CloseReport, Undelivered};
 use super::reopen::{self, Prepared, Wanted};
 use super::root::RootMove;
 use super::{Graph, NodeRef, commit};
@@ -284,7 +284,8 @@ impl Change {
     ///     let _second = change.commit().await;
     /// }
     /// ```
-    /// Waits for requests in what is changed, for other changes, and for drivers that prepare.
+    /// Waits for requests in what is changed, for other changes, and for drivers that prepare. Goes on if its future is kept
+    /// without being polled; dropping that before the change has taken effect ends it, and nothing has changed.
     ///
     #[doc = include_str!("examples/commit.md")]
     /// # Errors
@@ -293,12 +294,17 @@ impl Change {
     /// what is replaced (both sides are named); `ReadOnly`, `Inactive`: somebody would write where that is not possible;
     /// `NotSupported`: a driver cannot do it while it is open; `AlreadyExists`: a name is taken; and whatever drivers fail with when they prepare.
     pub async fn commit(self) -> Result<ChangeReport> {
-        let Self { graph, actions, within } = self;
-        check_ours(&graph, &actions)?;
-        if actions.is_empty() {
+        check_ours(&self.graph, &self.actions)?;
+        if self.actions.is_empty() {
             return Ok(ChangeReport { held: Duration::ZERO, closed: Vec::new() });
         }
-        let mut actions: Vec<Action> = actions;
+        // Others wait for the turn and behind the gates: a task gives them back though the caller only keeps its future.
+        let (held, closed) = bds_io::spawn_now(self.carry_through()).await?;
+        Ok(ChangeReport { held, closed: closed.deliver() })
+    }
+
+    async fn carry_through(self) -> Result<(Duration, Undelivered)> {
+        let Self { graph, mut actions, within } = self;
         let (one, begun, outcome) = loop {
             let one = graph.begin_change().await;
             actions = actions.into_iter().map(|action| action.held_by(TURN)).collect();
@@ -323,7 +329,7 @@ impl Change {
         drop(one);
         drop(actions);
         let closed = commit::close_removed(&graph, removed, edges).await;
-        Ok(ChangeReport { held, closed })
+        Ok((held, closed))
     }
 }
 

@@ -11,7 +11,7 @@ use super::edge::{Edge, Parent};
 use super::lock::Edit;
 use super::node::Node;
 use super::perm::{self, Accesses};
-use super::reap::CloseReport;
+use super::reap::Undelivered;
 use super::reopen::{Prepared, Reopened};
 use super::transaction::{Attach, ById, Move, Stage, Staged};
 use super::{Graph, NodeRef, guests, walk};
@@ -134,7 +134,12 @@ impl Moved {
         this
     }
 
-    fn repoint(&mut self, edit: &Edit<'_>, staged: Move, since: &'static Location<'static>) {
+    pub(super) fn repoint(
+        &mut self,
+        edit: &Edit<'_>,
+        staged: Move,
+        since: &'static Location<'static>,
+    ) {
         let Move { edge, from, to, .. } = staged;
         // On the edge's own behalf: its share of the drain goes when it leaves the old node.
         edge.close();
@@ -250,15 +255,15 @@ pub(super) async fn close_removed(
     graph: &Graph,
     removed: Vec<NodeRef>,
     moved: Vec<Arc<Edge>>,
-) -> Vec<CloseReport> {
+) -> Undelivered {
+    let mut closed = Undelivered::new(&graph.0.reaper);
     if removed.is_empty() {
-        return Vec::new();
+        return closed;
     }
     // By value: an edge of what is closed next must not be in our hands then.
     for edge in moved {
         edge.settle_patiently().await;
     }
-    let mut closed = Vec::new();
     for node in removed {
         match node.end() {
             Ok(ended) => closed.push(ended.close().await),

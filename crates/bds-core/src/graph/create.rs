@@ -88,6 +88,11 @@ impl Graph {
     /// there is as it was.
     pub async fn create_image(&self, image: NewImage) -> Result<NewImageReport> {
         super::open::ensure_home()?;
+        let graph = self.clone();
+        bds_io::spawn_now(async move { graph.make_image(image).await }).await
+    }
+
+    async fn make_image(&self, image: NewImage) -> Result<NewImageReport> {
         let NewImage { format, path, mut options, skip_backing } = image;
         let registry = &self.config().registry;
         let format = Arc::clone(registry.format(&format)?);
@@ -98,7 +103,7 @@ impl Graph {
         let protocol = Arc::clone(registry.driver(protocol_of(&self.config().fs, &path))?);
         let file_options = split_options(&*format, &*protocol, &mut options)?;
         let order = Order { format, path: &path, options, file_options };
-        let mut guard = SweepIfDropped { graph: self, is_over: false };
+        let mut guard = SweepIfDropped { graph: self.clone(), is_over: false };
         self.0.reaper.sweep_unasked().await;
         let backing = self.look_at_backing(&path, &order.options, skip_backing).await?;
         let made = self.create_checked(order, &backing).await;

@@ -116,7 +116,23 @@ impl Graph {
         since: &'static Location<'static>,
     ) -> Result<NodeRef> {
         ensure_home()?;
-        let mut guard = SweepIfDropped { graph: self, is_over: false };
+        let graph = self.clone();
+        // It reads nodes that others use and drain.
+        let open = bds_io::spawn_now(async move { graph.open_swept(options, flags, since).await });
+        let (node, mut guard) = open.await?;
+        guard.is_over = true;
+        let owner = Holder::new(HolderKind::Owner, "open");
+        Ok(NodeRef::from_held(self, node.held_since(owner, since)))
+    }
+
+    /// The guard comes second: a node that is opened and not wanted any more is closed.
+    async fn open_swept(
+        &self,
+        options: Options,
+        flags: OpenFlags,
+        since: &'static Location<'static>,
+    ) -> Result<(Strong<Node>, SweepIfDropped)> {
+        let mut guard = SweepIfDropped { graph: self.clone(), is_over: false };
         self.0.reaper.sweep_unasked().await;
         let call = Call {
             graph: self.clone(),
@@ -125,13 +141,14 @@ impl Graph {
             since,
             files_above: Vec::new(),
         };
-        let opened = open_node(call, options, flags).await;
-        if opened.is_err() {
-            self.0.reaper.sweep_unasked().await;
+        match open_node(call, options, flags).await {
+            Ok(node) => Ok((node, guard)),
+            Err(error) => {
+                self.0.reaper.sweep_unasked().await;
+                guard.is_over = true;
+                Err(error)
+            }
         }
-        guard.is_over = true;
-        let owner = Holder::new(HolderKind::Owner, "open");
-        opened.map(|strong| NodeRef::from_held(self, strong.held_since(owner, since)))
     }
 }
 
@@ -145,12 +162,12 @@ pub(super) fn ensure_home() -> Result<()> {
 }
 
 /// What is given up half-way leaves nodes to close.
-pub(super) struct SweepIfDropped<'a> {
-    pub(super) graph: &'a Graph,
+pub(super) struct SweepIfDropped {
+    pub(super) graph: Graph,
     pub(super) is_over: bool,
 }
 
-impl Drop for SweepIfDropped<'_> {
+impl Drop for SweepIfDropped {
     fn drop(&mut self) {
         if !self.is_over {
             self.graph.0.reaper.sweep_in_background();

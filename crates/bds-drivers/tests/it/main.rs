@@ -28,6 +28,8 @@ mod hostile;
 #[cfg(feature = "qcow2")]
 mod hostile_places;
 mod house;
+#[cfg(feature = "qcow2")]
+mod kept;
 mod late;
 #[cfg(feature = "qcow2")]
 mod lifecycle;

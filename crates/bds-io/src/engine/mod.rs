@@ -118,6 +118,21 @@ impl Engine {
         }
     }
 
+    /// Asks the kernel to give up what a future waits for; what it gives up goes to a thread.
+    pub(crate) fn withdraw_awaited(&mut self) {
+        if let Engine::Uring(uring) = self {
+            uring.withdraw_awaited();
+        }
+    }
+
+    /// Is an operation in flight that only its own thread can reap and that a future waits for?
+    pub(crate) fn has_awaited(&self) -> bool {
+        match self {
+            Engine::Uring(uring) => uring.has_awaited(),
+            Engine::Pool => false,
+        }
+    }
+
     /// Operations that this engine has not finished and that only its own thread can reap.
     pub(crate) fn in_flight(&self) -> usize {
         match self {

@@ -41,6 +41,13 @@ struct Flight {
     is_given_up: bool,
 }
 
+impl Flight {
+    /// Does a future wait for its end?
+    fn is_awaited(&self) -> bool {
+        Arc::strong_count(&self.cell) > 1
+    }
+}
+
 #[derive(Debug)]
 struct Vectors(Box<[libc::iovec]>);
 
@@ -293,23 +300,39 @@ impl Uring {
         std::mem::swap(&mut self.landed, other);
     }
 
-    /// Asks the kernel to give up what nobody waits for, and waits for everything. What somebody still waits
-    /// for (a task that outlives the Context) runs to its end.
+    /// Is there an operation that a future waits for?
+    pub(crate) fn has_awaited(&self) -> bool {
+        self.flights.iter().any(|(_, flight)| flight.is_awaited())
+    }
+
+    /// Asks the kernel to give up what futures wait for. What it gives up (it has not begun it, or it may wait for
+    /// ever) goes to a thread; what it cannot give up any more ends in the ring.
+    pub(crate) fn withdraw_awaited(&mut self) {
+        let awaited = self.flights.iter().filter(|(_, flight)| flight.is_awaited());
+        let awaited = awaited.map(|(key, _)| key).collect();
+        self.cancel(awaited);
+    }
+
+    fn cancel(&mut self, keys: Vec<usize>) {
+        for key in keys {
+            let cancel = opcode::AsyncCancel::new(key as u64).build();
+            self.push(&cancel.user_data(CANCEL));
+        }
+    }
+
+    /// Asks the kernel to give up everything, and waits for all ends. What a future still waits for (that of a task
+    /// that outlives the Context) goes on in a thread if the kernel gives it up.
     fn drain(&mut self) -> io::Result<()> {
         if self.is_armed {
             sys::signal(&self.wake);
         }
-        let is_abandoned = |flight: &Flight| Arc::strong_count(&flight.cell) == 1;
-        let abandoned: Vec<usize> = self
-            .flights
-            .iter()
-            .filter_map(|(key, flight)| is_abandoned(flight).then_some(key))
-            .collect();
-        for key in abandoned {
-            self.flights[key].is_given_up = true;
-            let cancel = opcode::AsyncCancel::new(key as u64).build();
-            self.push(&cancel.user_data(CANCEL));
+        self.withdraw_awaited();
+        let mut abandoned = Vec::new();
+        for (key, flight) in self.flights.iter_mut().filter(|(_, flight)| !flight.is_awaited()) {
+            flight.is_given_up = true;
+            abandoned.push(key);
         }
+        self.cancel(abandoned);
         while !self.flights.is_empty() || self.is_armed {
             self.push_backlog();
             self.enter(1, None)?;

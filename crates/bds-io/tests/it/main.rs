@@ -17,4 +17,5 @@ mod sim_faults;
 mod sim_files;
 mod sim_replay;
 mod sim_versions;
+mod spawn_now;
 mod support;

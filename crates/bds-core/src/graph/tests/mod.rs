@@ -10,6 +10,7 @@ mod fakes;
 mod gates;
 mod history;
 mod history_backend;
+mod kept;
 mod open;
 mod properties;
 mod schedules;

@@ -57,6 +57,11 @@ impl Backend {
     }
 
     async fn put(&self, is_writethrough: bool, root: RootMove) -> Result<()> {
+        let this = self.clone();
+        bds_io::spawn_now(async move { this.put_here(is_writethrough, root).await }).await
+    }
+
+    async fn put_here(&self, is_writethrough: bool, root: RootMove) -> Result<()> {
         let was_on = self.is_writethrough();
         // Before the first write can come; a few flushes too many if it fails.
         self.set_writethrough(was_on || is_writethrough);
@@ -112,6 +117,11 @@ impl Backend {
     /// # Errors
     /// Nothing has changed. `InUse`: [`Operations::DELETE`] is blocked on the medium, or the edge is frozen.
     pub async fn revoke(&self) -> Result<()> {
+        let this = self.clone();
+        bds_io::spawn_now(async move { this.revoke_here().await }).await
+    }
+
+    async fn revoke_here(&self) -> Result<()> {
         let medium = self.take_out(Operations::DELETE).await?;
         self.set_policies(ErrorPolicies::REPORT);
         self.resume();

@@ -169,7 +169,7 @@ fn a_drain_waits_for_inline_requests_of_other_threads() {
 
 #[test]
 fn a_drain_dropped_at_any_await_opens_the_gate_again() {
-    for n in 0..20 {
+    for n in 0..200 {
         let sim = Sim::new(8, SimConfig::calm());
         let (disk, _state) = sim.block_on(House::new().disk(vec![0; 1024], slow()));
         let busy = disk.clone();

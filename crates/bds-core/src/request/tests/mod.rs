@@ -8,6 +8,7 @@ mod durable;
 pub(crate) mod fake;
 mod flags;
 mod hall;
+mod kept;
 mod left_behind;
 mod medium;
 mod model;

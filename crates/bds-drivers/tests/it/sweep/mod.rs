@@ -6,6 +6,8 @@
 mod cancel;
 pub(crate) mod crash;
 mod fault;
+#[cfg(feature = "qcow2")]
+mod kept;
 mod nearly_full;
 pub(crate) mod rig;
 
