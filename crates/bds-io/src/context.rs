@@ -26,7 +26,7 @@ use std::time::Duration;
 use crate::cell::AnswerCell;
 use crate::clock::{self, Sleep};
 use crate::current::{self, Current};
-use crate::executor::{Local, Shared};
+use crate::executor::{self, Local, Shared};
 use crate::op::{Answer, Op};
 use crate::workers;
 
@@ -182,7 +182,7 @@ pub(crate) fn background() -> io::Result<ContextHandle> {
 
 fn start_background() -> io::Result<ContextHandle> {
     let (tell, hear) = mpsc::channel();
-    thread::Builder::new().name("bds-io".into()).spawn(move || {
+    workers::start_thread("bds-io", move || {
         let context = match Context::new(ContextOptions::default()) {
             Ok(context) => context,
             Err(error) => return drop(tell.send(Err(error))),
@@ -260,16 +260,40 @@ fn park_on<F: Future>(future: F) -> F::Output {
     }
 }
 
-/// Spawns onto the current Context, or the shared background one. In a simulated Context: onto that.
+/// Makes sure that tasks and operations of this thread have a Context: the one it drives, or the background one, whose
+/// thread is started if need be. To be asked early: without one, operations block the thread that begins them, and
+/// tasks are polled by the threads that wake them.
 ///
-/// Panics if the background Context is needed and the machine gives no thread for it.
+/// # Errors
+/// The machine gives no thread (RLIMIT_NPROC, memory), or no descriptors.
+pub fn ensure_home() -> io::Result<()> {
+    match current::get() {
+        Current::Sim(_) | Current::Host(_) => Ok(()),
+        Current::None => background().map(drop),
+    }
+}
+
+/// Spawns onto the current Context, or the shared background one. In a simulated Context: onto that. Without any (see
+/// [`ensure_home`]) the task is polled here, and later by the threads that wake it.
 #[track_caller]
 pub fn spawn<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static) -> Task<T> {
     match current::get() {
         Current::Sim(sim) => sim.spawn(future),
         Current::Host(local) if !local.is_cached => local.shared.spawn(future),
-        _ => background().expect("a thread can be started to run tasks").spawn(future),
+        world => match (background(), world) {
+            (Ok(background), _) => background.spawn(future),
+            // While this thread is in `block_on`; what is left then is polled by those who wake it.
+            (Err(_), Current::Host(local)) => local.shared.spawn(future),
+            (Err(_), _) => spawn_anywhere(future),
+        },
     }
+}
+
+fn spawn_anywhere<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static) -> Task<T> {
+    let builder = async_task::Builder::new().propagate_panic(true);
+    let (runnable, task) = builder.spawn(|()| future, executor::schedule_anywhere);
+    runnable.schedule();
+    Task(task)
 }
 
 /// Runs CPU-heavy `work` on the worker pool (simulated: inline, finishing at a seeded moment). If the future
@@ -284,9 +308,11 @@ pub async fn offload<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stati
         if let Some(work) = work.take() {
             let answer = AnswerCell::new(cx.waker().clone());
             cell = Some(answer.clone());
-            workers::cpu().submit(Box::new(move || {
-                answer.complete(catch_unwind(AssertUnwindSafe(work)));
-            }));
+            let mut job = Some(move || answer.complete(catch_unwind(AssertUnwindSafe(work))));
+            let is_taken = workers::cpu().submit(|| Box::new(job.take().expect("called once")));
+            if !is_taken && let Some(job) = job {
+                job();
+            }
         }
         cell.as_ref().map_or(Poll::Pending, |cell: &Arc<AnswerCell<_>>| cell.poll(cx))
     })

@@ -18,16 +18,18 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering, fence};
 use std::task::{self, Poll, Wake, Waker};
+use std::thread;
 use std::time::Duration;
 
 use async_task::Runnable;
 use crossbeam::queue::SegQueue;
 
 use crate::cell::AnswerCell;
-use crate::clock::{self, Timers};
+use crate::clock::{self, Timer, Timers};
 use crate::context::{ContextOptions, Task, background};
 use crate::current::{self, Current};
 use crate::engine::{Engine, Landed};
+use crate::inline;
 use crate::op::{Answer, Op};
 use crate::sys;
 
@@ -44,6 +46,38 @@ enum Message {
     Run(Runnable),
     Submit(Op, Arc<AnswerCell<Answer>>),
     Timer(Duration, Arc<AnswerCell<()>>),
+}
+
+impl Message {
+    /// Does it on this thread. Blocks for an operation and for a timer.
+    fn carry_out(self) {
+        inline::run(Box::new(move || match self {
+            Message::Run(runnable) => drop(runnable.run()),
+            Message::Submit(op, cell) => {
+                let answer = op.run();
+                drop(op);
+                cell.complete(answer);
+            }
+            Message::Timer(deadline, cell) => {
+                thread::sleep(deadline.saturating_sub(clock::now()));
+                cell.complete(());
+            }
+        }));
+    }
+}
+
+/// Sends to the background Context. If the machine gives no thread for that, the message is carried out here and now:
+/// a task is then polled by the threads that wake it.
+fn send_to_background(message: Message) {
+    match background() {
+        Ok(background) => background.shared.send(message),
+        Err(_) => message.carry_out(),
+    }
+}
+
+/// Schedules a task whose spawner found no Context.
+pub(crate) fn schedule_anywhere(runnable: Runnable) {
+    send_to_background(Message::Run(runnable));
 }
 
 /// The side of a Context that every thread may use.
@@ -118,11 +152,7 @@ impl Shared {
     /// The Context is gone: what still arrives goes to the background one.
     fn forward(&self) {
         while let Some(message) = self.inbox.pop() {
-            match background() {
-                Ok(background) => background.shared.send(message),
-                // Without a thread to run it a task can only be dropped, which cancels it.
-                Err(_) => drop(message),
-            }
+            send_to_background(message);
         }
     }
 }
@@ -165,6 +195,8 @@ pub(crate) struct Local {
     timers: RefCell<Timers>,
     engine: RefCell<Engine>,
     landed: RefCell<Vec<Landed>>,
+    /// Operations that are over since they were submitted, because no thread could be had for them. Not told yet.
+    stranded: RefCell<Vec<Landed>>,
     main: RefCell<Option<Arc<MainWaker>>>,
     pollable: RefCell<Option<Pollable>>,
     depth: Cell<u32>,
@@ -183,6 +215,7 @@ impl Local {
             timers: RefCell::default(),
             engine,
             landed: RefCell::default(),
+            stranded: RefCell::default(),
             main: RefCell::default(),
             pollable: RefCell::default(),
             depth: Cell::new(0),
@@ -195,11 +228,13 @@ impl Local {
     }
 
     pub(crate) fn submit(&self, op: Op, cell: Arc<AnswerCell<Answer>>) {
-        self.engine.borrow_mut().submit(op, cell);
+        let landed = self.engine.borrow_mut().submit(op, cell);
+        self.stranded.borrow_mut().extend(landed);
     }
 
-    pub(crate) fn add_timer(&self, deadline: Duration, cell: Arc<AnswerCell<()>>) {
-        self.timers.borrow_mut().add(deadline, cell);
+    /// Adds a timer; what is returned is for the caller to drop, with nothing borrowed.
+    pub(crate) fn add_timer(&self, deadline: Duration, cell: Arc<AnswerCell<()>>) -> Vec<Timer> {
+        self.timers.borrow_mut().add(deadline, cell)
     }
 
     /// Runs `future` to its end, and everything else of this Context meanwhile. The Context must be entered.
@@ -295,7 +330,7 @@ impl Local {
             match self.shared.inbox.pop() {
                 Some(Message::Run(runnable)) => self.queue.borrow_mut().push_back(runnable),
                 Some(Message::Submit(op, cell)) => self.submit(op, cell),
-                Some(Message::Timer(deadline, cell)) => self.add_timer(deadline, cell),
+                Some(Message::Timer(deadline, cell)) => drop(self.add_timer(deadline, cell)),
                 None => break,
             }
         }
@@ -341,7 +376,8 @@ impl Local {
         }
         self.shared.state.store(SLEEPING, Ordering::Relaxed);
         fence(Ordering::SeqCst);
-        let waited = if self.shared.inbox.is_empty() && !is_woken() {
+        let is_idle = self.shared.inbox.is_empty() && self.stranded.borrow().is_empty();
+        let waited = if is_idle && !is_woken() {
             self.engine.borrow_mut().wait(timeout, &self.shared.event)
         } else {
             self.engine.borrow_mut().flush()
@@ -354,15 +390,18 @@ impl Local {
     fn tell_landed(&self) -> bool {
         let mut landed = self.landed.take();
         self.engine.borrow_mut().swap_landed(&mut landed);
-        let did = !landed.is_empty();
+        let stranded = self.stranded.take();
+        let did = !landed.is_empty() || !stranded.is_empty();
         landed.drain(..).for_each(Landed::tell);
         self.landed.replace(landed);
+        stranded.into_iter().for_each(Landed::tell);
         did
     }
 
     /// For a Context that nobody will drive for a while: gives timers that somebody still waits for to the
     /// background Context, and waits for what is in flight, up to `patience`.
     pub(crate) fn settle(&self, patience: Duration) {
+        self.tell_landed();
         self.pass_on_timers();
         if self.engine.borrow().in_flight() == 0 {
             return;

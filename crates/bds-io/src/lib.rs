@@ -13,7 +13,9 @@ mod executor;
 pub mod file;
 mod host;
 mod identity;
+mod inline;
 mod op;
+pub mod signals;
 pub mod sim;
 pub mod sync;
 mod sys;
@@ -21,9 +23,9 @@ mod workers;
 
 pub use buf::{Buf, BufPool, IoVec};
 pub use context::{
-    Context, ContextHandle, ContextOptions, EngineKind, Task, block_on, now, offload, sleep, spawn,
-    yield_now,
+    Context, ContextHandle, ContextOptions, EngineKind, Task, block_on, ensure_home, now, offload,
+    sleep, spawn, yield_now,
 };
-pub use file::{ByteLock, Extent, File, FileKind, Fs, OpenOptions, ZeroMode};
+pub use file::{ByteLock, Extent, File, FileKind, FileLook, Fs, OpenOptions, ZeroMode};
 pub use identity::shares_bytes;
 pub use sim::{Sim, SimConfig};

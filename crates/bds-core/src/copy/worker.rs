@@ -13,9 +13,13 @@ use super::plan::{Kind, Piece, Segment};
 use super::{Job, sparse};
 use crate::driver::{Attempt, WriteFlags, ZeroFlags};
 use crate::error::{Error, Result};
+use crate::request::Backend;
 
 /// When a read fails while salvaging, the piece is read again in steps of this size.
 const SALVAGE_STEP: u64 = 512;
+
+/// A pause is made in steps of this length: a low rate can ask for minutes, and a flag cannot wake what sleeps.
+const PAUSE_STEP: Duration = Duration::from_millis(50);
 
 /// Lets writes of pieces begin in the order of their numbers. A piece passes its turn as soon as its last write has begun: writes overlap,
 /// and a driver that allocates as they come still places them in order.
@@ -85,14 +89,25 @@ impl<'a> Worker<'a> {
             let Some(piece) = piece else { return Ok(()) };
             if piece.kind == Kind::Data {
                 let limit = job.options.rate_limit.as_ref();
-                let pause = limit.map_or(Duration::ZERO, |limit| limit(piece.len));
-                if !pause.is_zero() {
-                    bds_io::sleep(pause).await;
+                self.pause(limit.map_or(Duration::ZERO, |limit| limit(piece.len))).await?;
+                if job.is_stopped() {
+                    return Ok(());
                 }
             }
             self.move_piece(&piece).await?;
             job.progress(piece.len);
         }
+    }
+
+    /// Waits as the rate limit asks, or until the copy ends for another reason.
+    async fn pause(&self, mut rest: Duration) -> Result<()> {
+        while !rest.is_zero() && !self.job.is_stopped() {
+            let step = rest.min(PAUSE_STEP);
+            bds_io::sleep(step).await;
+            rest -= step;
+            self.job.check_cancel()?;
+        }
+        Ok(())
     }
 
     async fn move_piece(&mut self, piece: &Piece) -> Result<()> {
@@ -234,9 +249,13 @@ impl<'a> Worker<'a> {
     }
 
     /// Which parts of the data the target does not show already.
-    async fn differing(&mut self, piece: &Piece, data: &IoVec) -> Result<Vec<Range<usize>>> {
+    async fn differing(
+        &mut self,
+        piece: &Piece,
+        data: &IoVec,
+        shown: &Backend,
+    ) -> Result<Vec<Range<usize>>> {
         let job = self.job;
-        let Some(shown) = &job.options.target_shows else { return Ok(vec![0..data.len()]) };
         let most = self.buffer_len();
         let old = self.old_buffer.get_or_insert_with(|| job.pool.take(most).slice(0..most));
         let old = old.slice(0..data.len());
@@ -255,9 +274,16 @@ impl<'a> Worker<'a> {
 
     async fn write(&mut self, piece: &Piece, data: IoVec) -> Result<()> {
         let job = self.job;
-        let differing = self.differing(piece, &data).await?;
+        let compresses = job.options.compress.is_some();
+        let Some(shown) = &job.options.target_shows else {
+            return match compresses {
+                true => self.write_compressed(piece, data).await,
+                false => self.write_parts(piece, 0, data, true).await,
+            };
+        };
+        let differing = self.differing(piece, &data, shown).await?;
         let differing_len = differing.iter().map(Range::len).sum::<usize>();
-        if job.options.compress.is_some() && differing_len > 0 {
+        if compresses && differing_len > 0 {
             return self.write_compressed(piece, data).await;
         }
         job.counts.skipped.fetch_add((data.len() - differing_len) as u64, Ordering::Relaxed);

@@ -39,6 +39,8 @@ pub(super) struct Call {
     opened: Arc<AtomicUsize>,
     /// Images above this one.
     pub(super) depth: usize,
+    /// Where in the caller's program it was called.
+    pub(super) since: &'static Location<'static>,
     /// Files that the images above lie in: opening one of them again would be a loop.
     pub(super) files_above: Vec<(u64, u64)>,
 }
@@ -113,10 +115,16 @@ impl Graph {
         flags: OpenFlags,
         since: &'static Location<'static>,
     ) -> Result<NodeRef> {
+        ensure_home()?;
         let mut guard = SweepIfDropped { graph: self, is_over: false };
         self.0.reaper.sweep_unasked().await;
-        let call =
-            Call { graph: self.clone(), opened: Arc::default(), depth: 0, files_above: Vec::new() };
+        let call = Call {
+            graph: self.clone(),
+            opened: Arc::default(),
+            depth: 0,
+            since,
+            files_above: Vec::new(),
+        };
         let opened = open_node(call, options, flags).await;
         if opened.is_err() {
             self.0.reaper.sweep_unasked().await;
@@ -125,6 +133,15 @@ impl Graph {
         let owner = Holder::new(HolderKind::Owner, "open");
         opened.map(|strong| NodeRef::from_held(self, strong.held_since(owner, since)))
     }
+}
+
+/// Checks, before anything is touched, that what the caller's thread begins has an executor to go on in.
+pub(super) fn ensure_home() -> Result<()> {
+    bds_io::ensure_home().map_err(|error| {
+        let words = "no thread can be started for requests and closings; let the user have more processes \
+                     (ulimit -u, RLIMIT_NPROC), or call this inside bds_io::block_on";
+        Error::io(error, words)
+    })
 }
 
 /// What is given up half-way leaves nodes to close.

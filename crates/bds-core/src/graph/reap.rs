@@ -13,6 +13,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::panic::Location;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -372,6 +373,7 @@ impl Reaper {
             role: Role::empty(),
             access: Access::NONE,
             holder: Holder::new(HolderKind::Other("graph"), "flush"),
+            since: Location::caller(),
             stays: true,
             graph: None,
             hall: None,

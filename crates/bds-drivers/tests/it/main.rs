@@ -16,6 +16,8 @@ mod compress;
 mod copy_on_read;
 mod device;
 #[cfg(feature = "qcow2")]
+mod facts;
+#[cfg(feature = "qcow2")]
 mod findings;
 #[cfg(feature = "qcow2")]
 mod fuzz_seeds;

@@ -37,6 +37,8 @@ struct Flight {
     cell: Arc<AnswerCell<Answer>>,
     /// What a vectored transfer points at.
     vectors: Option<Vectors>,
+    /// Nothing waits for it, and the kernel was asked to cancel it.
+    is_given_up: bool,
 }
 
 #[derive(Debug)]
@@ -105,7 +107,7 @@ impl Uring {
         self.flights.len()
     }
 
-    pub(crate) fn submit(&mut self, op: Op, cell: Arc<AnswerCell<Answer>>) {
+    pub(crate) fn submit(&mut self, op: Op, cell: Arc<AnswerCell<Answer>>) -> Option<Landed> {
         let is_known = match op.kind {
             OpKind::Read { .. } | OpKind::Write { .. } | OpKind::SyncData => true,
             OpKind::Allocate { .. } => self.known.allocate,
@@ -113,8 +115,7 @@ impl Uring {
             OpKind::Discard { .. } | OpKind::ZeroOut { .. } | OpKind::CopyRange { .. } => false,
         };
         if !is_known {
-            run_on_worker(op, cell);
-            return;
+            return run_on_worker(op, cell);
         }
         let vectors = match &op.kind {
             OpKind::Read { iov, .. } | OpKind::Write { iov, .. } if iov.segments().len() > 1 => {
@@ -122,8 +123,9 @@ impl Uring {
             }
             _ => None,
         };
-        let key = self.flights.insert(Flight { op, cell, vectors });
+        let key = self.flights.insert(Flight { op, cell, vectors, is_given_up: false });
         self.start(key);
+        None
     }
 
     /// Queues the flight for the kernel, making room if the queue is full.
@@ -265,16 +267,20 @@ impl Uring {
         match -result {
             libc::EINTR => self.start(key),
             // The ring cannot wait for this file; a thread can.
-            libc::EAGAIN => {
-                let flight = self.flights.remove(key);
-                run_on_worker(flight.op, flight.cell);
-            }
+            libc::EAGAIN => self.pass_to_worker(key),
+            // Not asked for: the kernel got no thread of its own for it (RLIMIT_NPROC). It has not begun it.
+            libc::ECANCELED if !self.flights[key].is_given_up => self.pass_to_worker(key),
             errno => {
                 let answer =
                     usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(errno));
                 self.land(key, answer);
             }
         }
+    }
+
+    fn pass_to_worker(&mut self, key: usize) {
+        let Flight { op, cell, .. } = self.flights.remove(key);
+        self.landed.extend(run_on_worker(op, cell));
     }
 
     fn land(&mut self, key: usize, answer: Answer) {
@@ -300,6 +306,7 @@ impl Uring {
             .filter_map(|(key, flight)| is_abandoned(flight).then_some(key))
             .collect();
         for key in abandoned {
+            self.flights[key].is_given_up = true;
             let cancel = opcode::AsyncCancel::new(key as u64).build();
             self.push(&cancel.user_data(CANCEL));
         }

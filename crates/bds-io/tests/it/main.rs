@@ -11,6 +11,7 @@ mod clock;
 mod executor;
 mod file;
 mod foreign;
+mod races;
 mod sim_crash;
 mod sim_faults;
 mod sim_files;

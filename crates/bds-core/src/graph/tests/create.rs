@@ -154,6 +154,25 @@ fn the_gate_is_asked_about_the_backing_image() {
 }
 
 #[test]
+fn a_node_that_the_gate_names_as_backing_image_stays_open() {
+    let table = crate::graph::gate::Explicit::new().node("base", "disk");
+    run_with(
+        |config| config.gate = std::sync::Arc::new(table),
+        |world| async move {
+            world.plain("base");
+            let base = world.open("driver=cow,node-name=disk,file.driver=file,file.filename=base");
+            let base = base.await;
+            let report = create(&world, "new", "backing_file=base,backing_fmt=cow").await.unwrap();
+            assert_eq!(report.len, 512);
+            assert_eq!(world.graph.find("disk").unwrap().id(), base.id());
+            let error =
+                create(&world, "base", "backing_file=base,backing_fmt=cow").await.unwrap_err();
+            assert!(error.to_string().contains("would destroy"), "{error}");
+        },
+    );
+}
+
+#[test]
 fn formats_that_cannot_be_made_are_refused() {
     run(|world| async move {
         for (format, wanted) in [("pass", "not an image format"), ("nope", "unknown driver")] {

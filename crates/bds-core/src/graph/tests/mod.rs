@@ -1,7 +1,9 @@
 //! The graph with small fake drivers.
 
+mod bitmaps;
 mod change;
 mod close;
+mod close_reports;
 mod create;
 mod door;
 mod fakes;
@@ -11,6 +13,7 @@ mod history_backend;
 mod open;
 mod properties;
 mod schedules;
+mod tally;
 mod threads;
 
 use std::sync::Mutex;

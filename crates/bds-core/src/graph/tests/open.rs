@@ -25,8 +25,10 @@ fn a_tree_of_options_becomes_a_tree_of_nodes() {
           used by edge 'p.file' does=---- lets=rwus
           file -> g (data|metadata|primary) does=r--- lets=r-u-
         f file len=512 rw,discard refs=1
+          filename a
           used by edge 'top.file' does=rw-s lets=r-u-
         g file len=512 ro,discard refs=1
+          filename b
           used by edge 'base.file' does=r--- lets=r-u-
         p pass len=512 ro,discard refs=1
           used by edge 'top.backing' does=---- lets=rwus
@@ -53,6 +55,7 @@ fn the_same_tree_as_json_draws_the_same_graph() {
         let _top = world.graph.open(Options::from_json(json).unwrap()).await.unwrap();
         insta::assert_snapshot!(world.graph.dump(), @r"
         f file len=512 ro,direct,discard refs=1
+          filename a
           used by edge 'top.file' does=r--- lets=r-u-
         top cow len=512 ro,direct refs=1
           held by owner 'open'

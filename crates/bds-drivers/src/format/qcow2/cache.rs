@@ -650,3 +650,7 @@ pub(crate) fn add_slice(
     meta.slices.added(id);
     slice
 }
+
+#[cfg(test)]
+#[path = "tests/cache.rs"]
+mod tests;

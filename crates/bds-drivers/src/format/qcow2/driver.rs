@@ -63,6 +63,10 @@ impl Driver for Qcow2 {
         }
     }
 
+    fn children_changed(&self) {
+        self.image.children_changed();
+    }
+
     fn supports_backing(&self) -> bool {
         true
     }

@@ -6,7 +6,7 @@
 //! ```text
 //! open    options, kinds, read-only, limits       zero    zero writes, discard, their fallback ladders
 //! create  claiming, making, emptying a file         status  holes and data, truncate
-//! lock    QEMU's image locks                      io      reads, writes, flush, copy offload
+//! lock    QEMU's image locks; users: who has them   io      reads, writes, flush, copy offload
 //! reopen  another mode, giving the file away and taking it back
 //! ```
 //!
@@ -25,6 +25,7 @@ mod reopen;
 mod status;
 #[cfg(test)]
 mod tests;
+mod users;
 mod zero;
 
 use std::any::Any;

@@ -47,7 +47,7 @@ impl Dice {
 }
 
 /// What came to pass, over many worlds: a search in which nothing happens finds nothing.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(super) struct Tally {
     pub(super) changes: AtomicUsize,
     pub(super) refusals: AtomicUsize,
