@@ -9,6 +9,7 @@ mod dist;
 mod doctor;
 mod flags;
 mod matrix;
+mod mutants;
 mod outcome;
 mod run;
 mod test;

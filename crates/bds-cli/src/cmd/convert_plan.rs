@@ -64,7 +64,7 @@ impl<'a> Plan<'a> {
         self.options.contains("backing_file")
     }
 
-    pub(crate) fn format(&self) -> &str {
+    pub(crate) fn format(&self) -> &'a str {
         create::stored_format(self.args.output_format.as_deref().unwrap_or("raw"))
     }
 

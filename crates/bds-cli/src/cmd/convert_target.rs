@@ -164,7 +164,7 @@ async fn look(
     Ok(base)
 }
 
-fn spec<'a>(plan: &Plan<'a>, flags: OpenFlags) -> Spec<'a> {
+fn spec<'a>(plan: &'a Plan<'a>, flags: OpenFlags) -> Spec<'a> {
     let args = plan.args;
     let format = Some(plan.format());
     let format = format.filter(|_| !args.target_image_opts);

@@ -134,7 +134,12 @@ impl Moved {
         this
     }
 
-    fn repoint(&mut self, edit: &Edit<'_>, staged: Move, since: &'static Location<'static>) {
+    pub(super) fn repoint(
+        &mut self,
+        edit: &Edit<'_>,
+        staged: Move,
+        since: &'static Location<'static>,
+    ) {
         let Move { edge, from, to, .. } = staged;
         // On the edge's own behalf: its share of the drain goes when it leaves the old node.
         edge.close();

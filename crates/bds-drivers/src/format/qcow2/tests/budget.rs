@@ -282,7 +282,7 @@ fn small_images_get_room_and_chosen_sizes_are_kept() {
         for (size, cluster, chosen, begin, full) in cases {
             let mut options = Options::new();
             for (key, bytes) in &chosen {
-                options.set(*key, *bytes as u64);
+                options.set(key, *bytes as u64);
             }
             let driver = open(&make(size, cluster), options).await;
             let dirty = image_of(&*driver).config.load().dirty;

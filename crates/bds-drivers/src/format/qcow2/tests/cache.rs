@@ -1,7 +1,7 @@
 //! What a flush of the image file is credited with.
 
 use bds_core::ErrorKind;
-use bds_core::driver::{Driver, OpenFlags};
+use bds_core::driver::OpenFlags;
 use bds_core::options::Options;
 use bds_io::{Sim, SimConfig};
 use futures_util::poll;
