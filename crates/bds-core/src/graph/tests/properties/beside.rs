@@ -86,7 +86,9 @@ impl World {
         let ways = (0..self.refs.len()).map(|top| (top, self.way(self.model.refs[top])));
         let mut ways: Vec<(usize, Vec<Key>)> = ways.filter(|(_, way)| !way.is_empty()).collect();
         ways.sort_by_key(|(_, way)| std::cmp::Reverse(way.len()));
-        let Some((top, way)) = ways.get(if n % 2 == 0 { 0 } else { n % ways.len().max(1) }) else {
+        let Some((top, way)) =
+            ways.get(if n.is_multiple_of(2) { 0 } else { n % ways.len().max(1) })
+        else {
             return;
         };
         // Rather all of it than a part.
