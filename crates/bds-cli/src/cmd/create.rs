@@ -65,6 +65,8 @@ async fn make(
     if is_quiet {
         return Ok(());
     }
+    // As it was asked for: the image's own length may be rounded up.
+    let len = given.clone().take_size("size")?.unwrap_or(len);
     printer::line(formatting(graph, format, &shown, &given, len)?)
 }
 

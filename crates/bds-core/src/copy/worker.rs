@@ -13,6 +13,7 @@ use super::plan::{Kind, Piece, Segment};
 use super::{Job, sparse};
 use crate::driver::{Attempt, WriteFlags, ZeroFlags};
 use crate::error::{Error, Result};
+use crate::graph::walk;
 use crate::request::Backend;
 
 /// When a read fails while salvaging, the piece is read again in steps of this size.
@@ -211,7 +212,13 @@ impl<'a> Worker<'a> {
         match source.read(segment.offset, data.clone()).await {
             Ok(()) => Ok(()),
             Err(_) if self.job.options.salvage.is_some() => self.salvage(segment, &data).await,
-            Err(error) => Err(error.context("cannot read the source").at(segment.offset)),
+            Err(error) => {
+                let error = match source.node().as_deref().and_then(walk::filename) {
+                    Some(file) => error.file(file),
+                    None => error,
+                };
+                Err(error.context("cannot read the source").at(segment.offset))
+            }
         }
     }
 

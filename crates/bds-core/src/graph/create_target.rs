@@ -102,7 +102,7 @@ fn refuse_shared(graph: &Graph, path: &Path, others: &[(u64, u64)]) -> Result<()
         None => return Ok(()),
     };
     let words = format!(
-        "is a part of an image that is used here already{as_what}: writing a new image to it would \
+        "the file is a part of an image that is used here already{as_what}: writing a new image to it would \
          destroy that; name another file"
     );
     Err(Error::new(ErrorKind::InvalidInput, words).file(path))

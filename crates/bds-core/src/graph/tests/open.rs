@@ -64,8 +64,8 @@ fn the_same_tree_as_json_draws_the_same_graph() {
         insta::assert_snapshot!(world.graph.dot(), @r#"
         digraph bds {
           node [shape=box, fontname=monospace];
-          "f" [label="f\nfile ro\n512 bytes, 1 refs"];
-          "top" [label="top\ncow ro\n512 bytes, 1 refs"];
+          "f" [label="a\nf\nfile ro\n512 bytes, 1 refs"];
+          "top" [label="a\ntop\ncow ro\n512 bytes, 1 refs"];
           "top" -> "f" [label="file\ndoes=r--- lets=r-u-"];
           "owner 'open' of top" [shape=ellipse, label="owner 'open'"];
           "owner 'open' of top" -> "top" [style=dotted];

@@ -253,8 +253,8 @@ fn a_fault_anywhere_leaves_the_image_whole() {
             let whole = base.fork(seed);
             start(&whole, shape, seed, 30);
             let ops = whole.ops();
-            assert!(ops > 61, "{ops} operations in shape {i}");
-            for n in (seed % 5..ops).step_by(step(61)) {
+            assert!(ops > 41, "{ops} operations in shape {i}");
+            for n in (seed % 5..ops).step_by(step(41)) {
                 for errno in [libc_eio(), libc_enospc()] {
                     let sim = base.fork(seed);
                     let model = RefCell::new(Model::new(model_of(&sim, shape)));

@@ -385,7 +385,6 @@ fn others_go_on_on_every_engine_of_the_host() {
     for engine in [EngineKind::Uring, EngineKind::Pool] {
         let world = match World::host(engine) {
             Ok(world) => world,
-            #[expect(clippy::print_stdout, reason = "a test says what it skips")]
             Err(error) => {
                 println!("skipped: no {engine:?} engine here: {error}");
                 continue;

@@ -305,7 +305,7 @@ impl World {
                 options["backing_fmt"] = json!("raw");
             }
             if kind.has_data_file {
-                options["data_file"] = json!("data");
+                options["data_file"] = json!(self.path("data"));
             }
             let image = NewImage {
                 format: kind.format.into(),
