@@ -1,4 +1,5 @@
 //! Tasks that are polled first where they are spawned, and whose handle may be kept, forgotten or dropped.
+#![expect(clippy::async_yields_async, reason = "the tasks are awaited, kept or dropped later")]
 
 use std::future::{pending, poll_fn};
 use std::pin::{Pin, pin};
