@@ -7,6 +7,7 @@ use bds_testkit::{DiskModel, Ended, Op, Step, Workload, pattern};
 use futures_util::future::join_all;
 use serde_json::json;
 
+use super::nearly_full;
 use super::rig::{Disk, Kind, World};
 use super::seeds;
 
@@ -23,6 +24,8 @@ fn kinds() -> Vec<Kind> {
             json!({"driver": "preallocate", "prealloc-align": 8192, "prealloc-size": 20_000}),
         ),
         q("512-compress").through(json!({"driver": "compress"})),
+        // Refcount blocks that are nearly full: what is dropped may be making one.
+        nearly_full::block("512-rc64-full-50", 50),
     ]
 }
 
