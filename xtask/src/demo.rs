@@ -1,12 +1,13 @@
 //! `cargo xtask demo`: the main job, end to end, with no input.
 //!
 //! A base image with data one recognises, an overlay with changes, the graph with its references, the chain converted
-//! to a compressed image, compared; then a reference is taken, released, and a stale handle tried. Every step's result is checked
-//! against bytes computed here; the first thing that does not match ends the demo with an error.
+//! to a compressed image, compared; then a reference is taken, released, and a stale handle tried. Whatever the demo says is
+//! checked, bytes against bytes computed here; the first thing that does not match ends it with an error.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Instant;
 
 use crate::run::{cargo, output, run, say, target_dir};
 
@@ -18,19 +19,20 @@ const BASE_DATA: [(usize, usize); 3] =
 const CHANGES: [(usize, usize, u8); 3] =
     [(1 << 20, 300_000, 0xa5), (20 << 20, 65_536, 0x5a), (40 << 20, 4096, 0x77)];
 
+/// What the example says of a node's life, a line each, from the left.
+const LIFE: [&str; 7] = [
+    "opened:   node 'disk', count 1",
+    "acquired: a second reference by its handle, count 2",
+    "released: NotLast ",
+    "released: Last ",
+    "stale:    acquiring the old handle says \"",
+    "stale:    'disk' lives again as another node; the old handle still says \"",
+    "shutdown: nothing is left over",
+];
+
 /// Runs the demo.
 pub(crate) fn demo() -> Result<(), String> {
-    say("building bds …");
-    run(cargo().args([
-        "build",
-        "--quiet",
-        "--package",
-        "bds-cli",
-        "--bin",
-        "bds",
-        "--example",
-        "lifecycle",
-    ]))?;
+    build()?;
     let scene = Scene::new()?;
     let expected = scene.make_images()?;
     scene.look()?;
@@ -42,6 +44,26 @@ pub(crate) fn demo() -> Result<(), String> {
     Ok(())
 }
 
+/// Builds the tool and the example. Cargo says on standard error what it compiles meanwhile.
+fn build() -> Result<(), String> {
+    say(
+        "0. building the tool 'bds' and the example 'lifecycle', a debug build: minutes the first time, seconds afterwards",
+    );
+    let began = Instant::now();
+    run(cargo().args(["build", "--package", "bds-cli", "--bin", "bds", "--example", "lifecycle"]))?;
+    say(&format!(
+        "   built in {} s; the images go to {}",
+        began.elapsed().as_secs(),
+        dir().display()
+    ));
+    Ok(())
+}
+
+/// Where the demo's images lie.
+fn dir() -> PathBuf {
+    target_dir().join("demo")
+}
+
 struct Scene {
     dir: PathBuf,
     bds: PathBuf,
@@ -50,7 +72,7 @@ struct Scene {
 
 impl Scene {
     fn new() -> Result<Self, String> {
-        let dir = target_dir().join("demo");
+        let dir = dir();
         if dir.exists() {
             fs::remove_dir_all(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
         }
@@ -71,7 +93,10 @@ impl Scene {
         self.write("base.raw", &disk)?;
         self.bds(&["convert", "-f", "raw", "-O", "qcow2", "base.raw", "base.qcow2"])?;
         self.bds(&["create", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "overlay.qcow2"])?;
-        self.lifecycle(&["write", "overlay.qcow2"])?;
+        let told = self.lifecycle(&["write", "overlay.qcow2"])?;
+        let wrote = CHANGES
+            .map(|(offset, len, byte)| format!("wrote {len} bytes of {byte:#04x} at {offset:#x}"));
+        expect_lines(&told, &wrote.each_ref().map(String::as_str))?;
         for (offset, len, byte) in CHANGES {
             disk[offset..offset + len].fill(byte);
         }
@@ -80,16 +105,24 @@ impl Scene {
 
     fn look(&self) -> Result<(), String> {
         say("\n2. what is in it");
-        self.bds(&["info", "--backing-chain", "overlay.qcow2"])?;
+        let told = self.bds_told(&["info", "--backing-chain", "overlay.qcow2"])?;
+        for line in ["image: overlay.qcow2", "backing file: base.qcow2", "image: base.qcow2"] {
+            expect_count(&told, line, 1)?;
+        }
         say("\n3. the node graph, with reference counts and holders");
-        self.bds(&["graph", "overlay.qcow2"])
+        let told = self.bds_told(&["graph", "overlay.qcow2"])?;
+        // Two images and their files, each held once: the topmost by who opened it, the others by the edges from above.
+        expect_count(&told, " refs=1", 4)?;
+        expect_count(&told, "held by ", 1)?;
+        expect_count(&told, "used by edge ", 3)
     }
 
     fn convert_and_compare(&self, expected: &[u8]) -> Result<(), String> {
         say("\n4. the chain becomes one compressed image");
         self.bds(&["convert", "-p", "-c", "-O", "qcow2", "overlay.qcow2", "flat.qcow2"])?;
         self.bds(&["compare", "overlay.qcow2", "flat.qcow2"])?;
-        self.bds(&["check", "flat.qcow2"])?;
+        let told = self.bds_told(&["check", "--output=json", "flat.qcow2"])?;
+        check_compressed(&told)?;
         self.bds(&["convert", "-O", "raw", "flat.qcow2", "flat.raw"])?;
         let path = self.dir.join("flat.raw");
         let found = fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
@@ -101,28 +134,32 @@ impl Scene {
         }
     }
 
-    /// The example prints what a stale handle gets, and ends with 0 only if it was refused.
+    /// The example ends with an error if a stale handle is not refused, or if anything is left over.
     fn stale_handle(&self) -> Result<(), String> {
         say("\n5. a reference is taken, released, and the handle tried again");
-        let text = output(
-            Command::new(&self.lifecycle).args(["stale", "flat.qcow2"]).current_dir(&self.dir),
-        )?;
-        say(text.trim_end());
-        if text.contains("stale:") {
-            Ok(())
-        } else {
-            Err("MISMATCH: the stale handle was not refused".into())
-        }
+        expect_lines(&self.lifecycle(&["stale", "flat.qcow2"])?, &LIFE)
     }
 
+    /// Runs the tool, with our own standard streams.
     fn bds(&self, args: &[&str]) -> Result<(), String> {
         say(&format!("$ bds {}", args.join(" ")));
         run(Command::new(&self.bds).args(args).current_dir(&self.dir))
     }
 
-    fn lifecycle(&self, args: &[&str]) -> Result<(), String> {
-        say(&format!("$ lifecycle {}", args.join(" ")));
-        run(Command::new(&self.lifecycle).args(args).current_dir(&self.dir))
+    /// The same, and returns what it printed.
+    fn bds_told(&self, args: &[&str]) -> Result<String, String> {
+        self.told("bds", &self.bds, args)
+    }
+
+    fn lifecycle(&self, args: &[&str]) -> Result<String, String> {
+        self.told("lifecycle", &self.lifecycle, args)
+    }
+
+    fn told(&self, name: &str, program: &Path, args: &[&str]) -> Result<String, String> {
+        say(&format!("$ {name} {}", args.join(" ")));
+        let text = output(Command::new(program).args(args).current_dir(&self.dir))?;
+        say(text.trim_end());
+        Ok(text)
     }
 
     fn write(&self, name: &str, bytes: &[u8]) -> Result<(), String> {
@@ -143,6 +180,51 @@ fn first_difference(a: &[u8], b: &[u8]) -> Option<usize> {
     differing.or_else(|| (a.len() != b.len()).then(|| a.len().min(b.len())))
 }
 
+/// Fails unless the text has exactly these lines, each known by how it begins.
+fn expect_lines(text: &str, wanted: &[&str]) -> Result<(), String> {
+    let lines: Vec<&str> = text.lines().collect();
+    let differs = |at: &usize| match (lines.get(*at), wanted.get(*at)) {
+        (Some(line), Some(start)) => !line.starts_with(start),
+        _ => true,
+    };
+    match (0..lines.len().max(wanted.len())).find(differs) {
+        None => Ok(()),
+        Some(at) => Err(format!(
+            "MISMATCH: line {} should begin with {:?} and is {:?}",
+            at + 1,
+            wanted.get(at),
+            lines.get(at)
+        )),
+    }
+}
+
+/// Fails unless `what` stands so often in the text.
+fn expect_count(text: &str, what: &str, wanted: usize) -> Result<(), String> {
+    match text.matches(what).count() {
+        found if found == wanted => Ok(()),
+        found => {
+            Err(format!("MISMATCH: '{what}' should be there {wanted} times, and is {found} times"))
+        }
+    }
+}
+
+/// Fails unless a check found nothing wrong and every cluster compressed.
+fn check_compressed(json: &str) -> Result<(), String> {
+    let report: serde_json::Value = serde_json::from_str(json).map_err(|e| e.to_string())?;
+    let count = |key: &str| report[key].as_u64();
+    for key in ["corruptions", "leaks", "check-errors"] {
+        if count(key).unwrap_or(0) > 0 {
+            return Err(format!("MISMATCH: the check reports {key}: {}", report[key]));
+        }
+    }
+    match (count("allocated-clusters"), count("compressed-clusters")) {
+        (Some(all), Some(compressed)) if all > 0 && all == compressed => Ok(()),
+        (all, compressed) => Err(format!(
+            "MISMATCH: {compressed:?} of {all:?} clusters are compressed, and all should be"
+        )),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -152,5 +234,43 @@ mod tests {
         assert_eq!(first_difference(b"abc", b"abc"), None);
         assert_eq!(first_difference(b"abc", b"axc"), Some(1));
         assert_eq!(first_difference(b"abc", b"abcd"), Some(3));
+    }
+
+    #[test]
+    fn lines_are_compared_by_their_beginnings_and_all_of_them() {
+        let wanted = ["one ", "two"];
+        assert_eq!(expect_lines("one thing\ntwo\n", &wanted), Ok(()));
+        for text in ["one thing\n", "one thing\ntwo\nthree\n", "two\none thing\n", ""] {
+            assert!(expect_lines(text, &wanted).is_err(), "{text:?}");
+        }
+        let life = LIFE.join("\n");
+        assert_eq!(expect_lines(&life, &LIFE), Ok(()));
+        let leaked = life.replace("nothing is left over", "1 node is left over");
+        let why = expect_lines(&leaked, &LIFE).unwrap_err();
+        assert!(why.starts_with("MISMATCH: line 7 should begin with"), "{why}");
+    }
+
+    #[test]
+    fn counts_are_exact() {
+        assert_eq!(expect_count("a refs=1 b refs=1", " refs=1", 2), Ok(()));
+        assert!(expect_count("a refs=1 b refs=2", " refs=1", 2).is_err());
+        assert!(expect_count("", " refs=1", 2).is_err());
+    }
+
+    #[test]
+    fn a_check_passes_only_if_all_is_well_and_all_is_compressed() {
+        let good = r#"{"check-errors":0,"allocated-clusters":8,"compressed-clusters":8}"#;
+        assert_eq!(check_compressed(good), Ok(()));
+        for (from, to) in [
+            ("\"check-errors\":0", "\"check-errors\":1"),
+            ("\"check-errors\":0", "\"check-errors\":0,\"leaks\":1"),
+            ("\"check-errors\":0", "\"check-errors\":0,\"corruptions\":2"),
+            ("\"compressed-clusters\":8", "\"compressed-clusters\":7"),
+            (",\"compressed-clusters\":8", ""),
+            (":8", ":0"),
+            ("{", ""),
+        ] {
+            assert!(check_compressed(&good.replace(from, to)).is_err(), "{from} -> {to}");
+        }
     }
 }

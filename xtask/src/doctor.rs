@@ -14,6 +14,7 @@ pub(crate) fn doctor() -> Result<(), String> {
     tool("qemu-storage-daemon", &["--version"], "apt-get install qemu-system-common", false);
     tool("valgrind", &["--version"], "apt-get install valgrind", false);
     tool("perf", &["--version"], "apt-get install linux-perf", false);
+    tool("cargo-mutants", &["mutants", "--version"], "cargo install cargo-mutants", false);
     nightly();
     io_uring();
     direct_io();

@@ -6,7 +6,7 @@ cargo xtask COMMAND
 
   demo                   the main job, end to end, with no input needed
   test [--tier quick|default|full] [-- TEST-ARGS]
-                         all tests; quick leaves out the matrix, full adds long budgets, loom and sanitizers
+                         all tests; quick leaves out the matrix, full adds long budgets, loom, sanitizers, mutants
   matrix [--list] [--only axis=value]...
                          crate x engine x format x cache mode; axes: crate, engine, format, cache
   tidy                   the house rules that no compiler checks

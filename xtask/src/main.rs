@@ -1,5 +1,6 @@
 //! What is done to the house: demo, test, matrix, tidy, bench, doctor, ci. Dispatch only.
 #![forbid(unsafe_code)]
+#![deny(clippy::disallowed_macros)] // println! and its like: see run.rs
 
 mod bench;
 mod ci;
@@ -8,6 +9,7 @@ mod dist;
 mod doctor;
 mod flags;
 mod matrix;
+mod mutants;
 mod outcome;
 mod run;
 mod test;

@@ -1,13 +1,13 @@
-//! `cargo xtask test`: every test of the workspace, then the matrix; with `--tier full` also long searches, loom and sanitizers.
+//! `cargo xtask test`: every test of the workspace, then the matrix; with `--tier full` also long searches, loom, sanitizers and mutants.
 
 use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process::Command;
 
 use crate::flags::Tier;
-use crate::matrix;
 use crate::outcome::{Counter, Outcome};
 use crate::run::{cargo, complain, output, root, say, stream, target_dir, which};
+use crate::{matrix, mutants};
 
 /// Runs the tests and prints the closing line.
 pub(crate) fn test(tier: Tier, rest: &[String]) -> Result<(), String> {
@@ -27,6 +27,7 @@ pub(crate) fn all(tier: Tier, rest: &[String]) -> Result<Outcome, String> {
         sum.add(&loom()?);
         sum.add(&address_sanitizer()?);
         sum.add(&thread_sanitizer()?);
+        sum.add(&mutants::mutants()?);
     }
     Ok(sum)
 }
@@ -121,22 +122,33 @@ fn loom() -> Result<Outcome, String> {
     cargo_test("loom", &mut command, &[])
 }
 
-/// A hundred thousand schedules of drains, changes, requests and closings, and twenty thousand sequences of commands against the
-/// model, in a release build.
+/// The full budget of every test that has one, in a release build: a hundred thousand schedules of the graph and twenty thousand sequences
+/// of commands, ten times the seeds of the sweeps at every point, and all cells of the qcow2 matrix beside QEMU's tools.
 fn searches() -> Result<Outcome, String> {
-    let mut command = cargo();
-    command
-        .args(["test", "--release", "--package", "bds-core", "--lib"])
-        .env("BDS_TEST_BUDGET", "full");
-    cargo_test("searches", &mut command, &["schedules".to_owned(), "properties".to_owned()])
+    let mut sum = Outcome::default();
+    for (name, part, filters) in SEARCHES {
+        let mut command = cargo();
+        command.args(["test", "--release", "--package"]).args(part).env("BDS_TEST_BUDGET", "full");
+        let filters: Vec<String> = filters.iter().map(|filter| (*filter).to_owned()).collect();
+        sum.add(&cargo_test(name, &mut command, &filters)?);
+    }
+    Ok(sum)
 }
+
+/// Name of the log, package and test binary, filters.
+const SEARCHES: [(&str, &[&str], &[&str]); 3] = [
+    ("searches", &["bds-core", "--lib"], &["schedules", "properties"]),
+    ("searches-drivers", &["bds-drivers", "--test", "it"], &["sweep", "reopen", "qcow2"]),
+    ("searches-tool", &["bds-cli", "--test", "it"], &["qemu_"]),
+];
 
 /// The cellar's buffers under AddressSanitizer, where a nightly toolchain is installed.
 fn address_sanitizer() -> Result<Outcome, String> {
     sanitized(
         "asan",
         "AddressSanitizer",
-        "-Zsanitizer=address",
+        // The copies in Rust: the sanitizer does not see what assembly reads and writes.
+        "-Zsanitizer=address --cfg bds_byte_copies",
         &["--package", "bds-io", "--tests"],
     )
 }
@@ -152,9 +164,12 @@ fn thread_sanitizer() -> Result<Outcome, String> {
     }
     for (name, part) in [
         ("tsan-graph", &["-Zbuild-std", "--package", "bds-core", "--lib", "threads"][..]),
+        ("tsan-buffers", &["-Zbuild-std", "--package", "bds-io", "--test", "it", "races"][..]),
         ("tsan-arena", &["-Zbuild-std", "--package", "bds-refcount", "--test", "threads"][..]),
     ] {
-        outcome.add(&sanitized(name, "ThreadSanitizer", "-Zsanitizer=thread", part)?);
+        // The copies in Rust, as for AddressSanitizer.
+        let flags = "-Zsanitizer=thread --cfg bds_byte_copies";
+        outcome.add(&sanitized(name, "ThreadSanitizer", flags, part)?);
     }
     Ok(outcome)
 }

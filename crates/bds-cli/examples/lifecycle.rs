@@ -81,6 +81,10 @@ async fn stale(graph: &Graph, image: &str) -> Result<(), Box<dyn Error>> {
     }
     again.close().await?.into_result()?;
     let report = graph.shutdown().await;
-    println!("shutdown: nothing is left over: {}", report.leaked.is_empty());
+    report.check_leaks()?;
+    for closed in report.closed {
+        closed.into_result()?;
+    }
+    println!("shutdown: nothing is left over");
     Ok(())
 }

@@ -2,8 +2,10 @@
 //!
 //! Only shape is checked here; what a value means is decided where it is used.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
+use bds_core::options::parse_number;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Disk images from the shell: qemu-img's verbs and options on the bds block layer.
@@ -11,6 +13,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 #[command(
     name = "bds",
     version,
+    // As getopt_long: a long option may be cut short, and of an option that is given twice the last one counts.
+    infer_long_args = true,
+    args_override_self = true,
     after_help = "\
 Formats: give -f whenever you know it. Without -f the format is guessed from the first bytes, as qemu-img does; \
 an image guessed to be raw is never opened for writing, because whoever filled it may have chosen those bytes.
@@ -31,6 +36,7 @@ pub(crate) enum Command {
     /// Copies one or more images into a new one
     Convert(Convert),
     /// Compares the contents of two images
+    #[command(mut_arg("format", |arg| arg.alias("a-format")))]
     Compare(Compare),
     /// Shows which ranges hold data, and where
     Map(Map),
@@ -76,7 +82,7 @@ pub(crate) struct Source {
     /// Do not mind other users of the image, and do not lock it
     #[arg(short = 'U', long)]
     pub(crate) force_share: bool,
-    /// Not supported: there are no user-creatable objects yet
+    /// Not supported: there are no user-creatable objects
     #[arg(long, hide = true, value_name = "OBJDEF")]
     pub(crate) object: Vec<String>,
 }
@@ -91,21 +97,21 @@ pub(crate) struct Create {
     pub(crate) format: String,
     /// Options of the format, "key=value,…"; "help" lists them
     #[arg(short, long, value_name = "OPTIONS")]
-    pub(crate) options: Vec<String>,
+    pub(crate) options: Vec<OsString>,
     /// Make the new image an overlay of this one
     #[arg(short, long, value_name = "FILE")]
-    pub(crate) backing: Option<String>,
+    pub(crate) backing: Option<OsString>,
     /// Format of the backing file
     #[arg(short = 'F', long, value_name = "FMT")]
     pub(crate) backing_format: Option<String>,
     /// Do not open the backing file
     #[arg(short = 'u', long)]
     pub(crate) backing_unsafe: bool,
-    /// Not supported: there are no user-creatable objects yet
+    /// Not supported: there are no user-creatable objects
     #[arg(long, hide = true, value_name = "OBJDEF")]
     pub(crate) object: Vec<String>,
     /// The file to make; overwritten if it exists
-    pub(crate) filename: Option<String>,
+    pub(crate) filename: Option<OsString>,
     /// Size in bytes, with optional suffix k, M, G, T, P, E; that of the backing file if not given
     pub(crate) size: Option<String>,
 }
@@ -121,7 +127,7 @@ pub(crate) struct Info {
     #[arg(short, long)]
     pub(crate) backing_chain: bool,
     /// The image
-    pub(crate) filename: String,
+    pub(crate) filename: OsString,
 }
 
 #[derive(Args, Debug)]
@@ -136,11 +142,11 @@ pub(crate) struct Convert {
     #[arg(long, conflicts_with = "output_format")]
     pub(crate) target_image_opts: bool,
     /// Format of the output
-    #[arg(short = 'O', long = "target-format", value_name = "FMT")]
+    #[arg(short = 'O', long = "target-format", alias = "output-format", value_name = "FMT")]
     pub(crate) output_format: Option<String>,
     /// Options of the output's format; "help" lists them
-    #[arg(short, long = "target-options", value_name = "OPTIONS")]
-    pub(crate) options: Vec<String>,
+    #[arg(short, long = "target-options", alias = "options", value_name = "OPTIONS")]
+    pub(crate) options: Vec<OsString>,
     /// Compress the output
     #[arg(short, long)]
     pub(crate) compress: bool,
@@ -151,7 +157,7 @@ pub(crate) struct Convert {
     #[arg(short, long)]
     pub(crate) quiet: bool,
     /// Requests in flight, 1 to 16
-    #[arg(short = 'm', long, default_value_t = 8, value_name = "N")]
+    #[arg(short = 'm', long, default_value_t = 8, value_name = "N", value_parser = number::<usize>)]
     pub(crate) parallel: usize,
     /// Allow writes in any order
     #[arg(short = 'W', long)]
@@ -164,7 +170,7 @@ pub(crate) struct Convert {
     pub(crate) sparse_size: String,
     /// Make the output an overlay of this image, and copy only what differs
     #[arg(short = 'B', long, value_name = "FILE")]
-    pub(crate) backing: Option<String>,
+    pub(crate) backing: Option<OsString>,
     /// Format of the backing file
     #[arg(short = 'F', long, value_name = "FMT")]
     pub(crate) backing_format: Option<String>,
@@ -186,24 +192,33 @@ pub(crate) struct Convert {
     /// Do not mind other users of the input
     #[arg(short = 'U', long)]
     pub(crate) force_share: bool,
-    /// Not supported yet: copy persistent bitmaps
+    /// Not supported: copy persistent bitmaps
     #[arg(long, hide = true)]
     pub(crate) bitmaps: bool,
-    /// Not supported yet: goes with --bitmaps
+    /// Not supported: goes with --bitmaps
     #[arg(long, hide = true)]
     pub(crate) skip_broken_bitmaps: bool,
-    /// Not supported yet: an internal snapshot as input
-    #[arg(short = 'l', long = "source-snapshot", hide = true, value_name = "SNAPSHOT")]
+    /// Not supported: an internal snapshot as input
+    #[arg(
+        short = 'l',
+        long = "source-snapshot",
+        alias = "snapshot",
+        hide = true,
+        value_name = "SNAPSHOT"
+    )]
     pub(crate) snapshot: Option<String>,
     /// At most this many bytes a second
     #[arg(short = 'r', long, value_name = "RATE")]
     pub(crate) rate: Option<String>,
-    /// Not supported: there are no user-creatable objects yet
+    /// Keep an incomplete output that this run created, instead of removing it
+    #[arg(long)]
+    pub(crate) keep_partial: bool,
+    /// Not supported: there are no user-creatable objects
     #[arg(long, hide = true, value_name = "OBJDEF")]
     pub(crate) object: Vec<String>,
     /// The inputs, one after the other, and the output
-    #[arg(required = true, value_name = "FILE")]
-    pub(crate) filenames: Vec<String>,
+    #[arg(value_name = "FILE")]
+    pub(crate) filenames: Vec<OsString>,
 }
 
 #[derive(Args, Debug)]
@@ -226,9 +241,9 @@ pub(crate) struct Compare {
     #[arg(short, long)]
     pub(crate) quiet: bool,
     /// The first image
-    pub(crate) first: String,
+    pub(crate) first: OsString,
     /// The second image
-    pub(crate) second: String,
+    pub(crate) second: OsString,
 }
 
 #[derive(Args, Debug)]
@@ -245,7 +260,7 @@ pub(crate) struct Map {
     #[arg(short = 'l', long, value_name = "LENGTH")]
     pub(crate) max_length: Option<String>,
     /// The image
-    pub(crate) filename: String,
+    pub(crate) filename: OsString,
 }
 
 #[derive(Args, Debug)]
@@ -261,11 +276,11 @@ pub(crate) struct Check {
     /// Cache mode
     #[arg(short = 'T', long, default_value = "writeback", value_name = "CACHE")]
     pub(crate) cache: String,
-    /// Not supported yet: repair
+    /// Not supported: repair
     #[arg(short = 'r', long, hide = true, value_name = "leaks|all")]
     pub(crate) repair: Option<String>,
     /// The image
-    pub(crate) filename: String,
+    pub(crate) filename: OsString,
 }
 
 #[derive(Args, Debug)]
@@ -277,19 +292,19 @@ pub(crate) struct Measure {
     pub(crate) output_format: String,
     /// Options of that format
     #[arg(short, long, value_name = "OPTIONS")]
-    pub(crate) options: Vec<String>,
+    pub(crate) options: Vec<OsString>,
     /// For an empty image of this size
     #[arg(short, long, value_name = "SIZE")]
     pub(crate) size: Option<String>,
     /// How to print
     #[arg(long, value_enum, default_value = "human")]
     pub(crate) output: Output,
-    /// Not supported yet: an internal snapshot as input
+    /// Not supported: an internal snapshot as input
     #[arg(short = 'l', long, hide = true, value_name = "SNAPSHOT")]
     pub(crate) snapshot: Option<String>,
     /// For the contents of this image
     #[arg(conflicts_with = "size")]
-    pub(crate) filename: Option<String>,
+    pub(crate) filename: Option<OsString>,
 }
 
 #[derive(Args, Debug)]
@@ -306,7 +321,7 @@ pub(crate) struct Resize {
     #[arg(short, long)]
     pub(crate) quiet: bool,
     /// The image
-    pub(crate) filename: String,
+    pub(crate) filename: OsString,
     /// The new size, or a change if it begins with + or -
     #[arg(allow_hyphen_values = true)]
     pub(crate) size: String,
@@ -317,13 +332,13 @@ pub(crate) struct Bench {
     #[command(flatten)]
     pub(crate) source: Source,
     /// Requests in all
-    #[arg(short, long, default_value_t = 75_000, value_name = "N")]
+    #[arg(short, long, default_value_t = 75_000, value_name = "N", value_parser = number::<u64>)]
     pub(crate) count: u64,
     /// Requests in flight
-    #[arg(short, long, default_value_t = 64, value_name = "N")]
+    #[arg(short, long, default_value_t = 64, value_name = "N", value_parser = number::<u32>)]
     pub(crate) depth: u32,
     /// Flush after this many writes
-    #[arg(long, default_value_t = 0, value_name = "N")]
+    #[arg(long, default_value_t = 0, value_name = "N", value_parser = number::<u32>)]
     pub(crate) flush_interval: u32,
     /// Accepted for compatibility: threads, native, io_uring
     #[arg(short = 'i', long, value_name = "AIO")]
@@ -338,7 +353,7 @@ pub(crate) struct Bench {
     #[arg(short, long, default_value = "0")]
     pub(crate) offset: String,
     /// Byte to write
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = number::<u8>)]
     pub(crate) pattern: u8,
     /// Print nothing but errors
     #[arg(short, long)]
@@ -362,7 +377,7 @@ pub(crate) struct Bench {
     #[arg(long)]
     pub(crate) json: bool,
     /// The image
-    pub(crate) filename: String,
+    pub(crate) filename: OsString,
 }
 
 #[derive(Args, Debug)]
@@ -372,9 +387,12 @@ pub(crate) struct Dd {
     /// Format of the output
     #[arg(short = 'O', long = "output-format", default_value = "raw", value_name = "FMT")]
     pub(crate) output_format: String,
+    /// Keep an incomplete output that this run created, instead of removing it
+    #[arg(long)]
+    pub(crate) keep_partial: bool,
     /// if=INPUT of=OUTPUT bs=SIZE count=BLOCKS skip=BLOCKS
     #[arg(required = true, value_name = "OPERAND")]
-    pub(crate) operands: Vec<String>,
+    pub(crate) operands: Vec<OsString>,
 }
 
 /// How the graph is drawn.
@@ -402,7 +420,7 @@ pub(crate) struct Graph {
     pub(crate) write_to: Option<PathBuf>,
     /// The images
     #[arg(required = true)]
-    pub(crate) filenames: Vec<String>,
+    pub(crate) filenames: Vec<OsString>,
 }
 
 #[derive(Args, Debug)]
@@ -427,13 +445,18 @@ pub(crate) struct ManPages {
     pub(crate) dir: PathBuf,
 }
 
+/// A number, also a hexadecimal one.
+fn number<T: TryFrom<u64>>(text: &str) -> Result<T, &'static str> {
+    parse_number(text)
+        .and_then(|number| T::try_from(number).ok())
+        .ok_or("use digits, or hexadecimal digits behind 0x, and a number in range")
+}
+
 /// `resize FILE -1G`: the last word of `resize` is a size, never an option.
-pub(crate) fn with_last_size_protected(
-    words: impl Iterator<Item = std::ffi::OsString>,
-) -> Vec<std::ffi::OsString> {
+pub(crate) fn with_last_size_protected(words: impl Iterator<Item = OsString>) -> Vec<OsString> {
     let mut words: Vec<_> = words.collect();
     let is_resize = words.get(1).is_some_and(|verb| verb == "resize");
-    let looks_negative = |word: &std::ffi::OsString| {
+    let looks_negative = |word: &OsString| {
         let bytes = word.as_encoded_bytes();
         bytes.first() == Some(&b'-') && bytes.get(1).is_some_and(u8::is_ascii_digit)
     };

@@ -1,18 +1,19 @@
-//! From what a user types to an open node: names, formats, cache modes.
+//! From what a user types to an open node: flags, cache modes, opening and closing (names and formats: `describe.rs`).
 //!
 //! The tool trusts the way qemu-img's users expect: files named inside images are opened, and a format that was not given is
 //! guessed from the first bytes. One thing it does not do: write to an image that it merely guesses to be raw.
 
-use std::path::Path;
+use std::ffi::OsStr;
 use std::sync::Arc;
 
 use bds_core::driver::{CacheMode, OpenFlags};
 use bds_core::graph::gate::TrustAll;
-use bds_core::graph::{Graph, GraphConfig, NodeRef};
+use bds_core::graph::{Graph, GraphConfig, NodeRef, walk};
 use bds_core::request::{Backend, BackendOptions};
 use bds_core::{Error, ErrorKind, Options, Result};
 use bds_io::{Context, ContextOptions};
-use serde_json::{Value, json};
+
+use crate::describe;
 
 use crate::file_identity;
 
@@ -35,7 +36,7 @@ pub(crate) fn trusting_graph() -> Graph {
 #[derive(Clone, Debug)]
 pub(crate) struct Spec<'a> {
     /// A file name, or options.
-    pub(crate) name: &'a str,
+    pub(crate) name: &'a OsStr,
     pub(crate) is_options: bool,
     pub(crate) format: Option<&'a str>,
     pub(crate) flags: OpenFlags,
@@ -43,7 +44,7 @@ pub(crate) struct Spec<'a> {
 
 impl<'a> Spec<'a> {
     /// A file or options to be read.
-    pub(crate) fn read(name: &'a str, source: &'a crate::args::Source) -> Result<Self> {
+    pub(crate) fn read(name: &'a OsStr, source: &'a crate::args::Source) -> Result<Self> {
         refuse_objects(&source.object)?;
         let flags =
             OpenFlags { read_only: true, force_share: source.force_share, ..OpenFlags::default() };
@@ -91,97 +92,19 @@ pub(crate) fn cache_mode(option: &str, word: &str) -> Result<CacheMode> {
 
 /// Opens an image.
 pub(crate) async fn open(graph: &Graph, spec: &Spec<'_>) -> Result<NodeRef> {
-    open_unnamed(graph, spec)
-        .await
-        .map_err(|e| e.context(format_args!("Could not open '{}'", spec.name)))
+    let opened = match describe::options(graph, spec).await {
+        Ok(options) => open_described(graph, spec, options).await,
+        Err(error) => Err(error),
+    };
+    opened.map_err(|e| e.context(format_args!("Could not open '{}'", spec.name.display())))
 }
 
-async fn open_unnamed(graph: &Graph, spec: &Spec<'_>) -> Result<NodeRef> {
-    let mut options = describe(spec)?;
-    let is_writing = !spec.flags.read_only;
-    if !options.contains("driver") {
-        let format = guess(graph, &options, is_writing).await?;
-        options.set("driver", format);
-    }
+async fn open_described(graph: &Graph, spec: &Spec<'_>, options: Options) -> Result<NodeRef> {
     let node = graph.open_with(options, spec.flags).await?;
-    if is_writing {
+    if !spec.flags.read_only {
         file_identity::refuse_own_backing(&node)?;
     }
     Ok(node)
-}
-
-/// The options a name stands for; without a driver if the format has to be guessed.
-fn describe(spec: &Spec<'_>) -> Result<Options> {
-    if spec.is_options || spec.name.starts_with("json:") {
-        let mut options = Options::parse(spec.name)?;
-        if let Some(format) = spec.format {
-            options.set("driver", format);
-        }
-        return Ok(options);
-    }
-    let mut options = Options::new().with("file", protocol(spec.name)?);
-    if let Some(format) = spec.format {
-        options.set("driver", format);
-    }
-    Ok(options)
-}
-
-/// The protocol a file name needs, as options.
-pub(crate) fn protocol(name: &str) -> Result<Value> {
-    if let Some(driver @ ("null-co" | "null-aio")) = name.strip_suffix("://") {
-        return Ok(json!({"driver": driver}));
-    }
-    if let Some(path) = name.strip_prefix("file:") {
-        return Ok(json!({"driver": protocol_of_file(Path::new(path)), "filename": path}));
-    }
-    // As in QEMU: what looks like a URL is one, unless a slash comes first.
-    let scheme = name.split_once(':').map(|(scheme, _)| scheme).filter(|s| !s.contains('/'));
-    if let Some(scheme) = scheme
-        && !Path::new(name).exists()
-    {
-        return Err(Error::new(
-            ErrorKind::InvalidInput,
-            format!(
-                "unknown protocol '{scheme}' (write ./{name} or file:{name} for a file of this name)"
-            ),
-        ));
-    }
-    Ok(json!({"driver": protocol_of_file(Path::new(name)), "filename": name}))
-}
-
-/// `host_device` for what is a device, `file` for everything else, also for what is missing.
-pub(crate) fn protocol_of_file(path: &Path) -> &'static str {
-    use std::os::unix::fs::FileTypeExt;
-    match std::fs::metadata(path) {
-        Ok(meta) if meta.file_type().is_block_device() || meta.file_type().is_char_device() => {
-            "host_device"
-        }
-        _ => "file",
-    }
-}
-
-/// Guesses the format of the file that `options` name.
-async fn guess(graph: &Graph, options: &Options, is_writing: bool) -> Result<&'static str> {
-    let file = options.peek("file").and_then(|file| file.as_object());
-    let Some(path) = file.and_then(|file| file.get("filename")).and_then(Value::as_str) else {
-        return match file.and_then(|file| file.get("driver")) {
-            // Nothing stored has a format.
-            Some(_) => Ok("raw"),
-            None => Err(Error::new(
-                ErrorKind::InvalidInput,
-                "the format is not given and there is no file to guess it from: add driver=…",
-            )),
-        };
-    };
-    let found = graph.guess_file(Path::new(path)).await?;
-    match found.best()? {
-        "raw" if is_writing => Err(Error::new(
-            ErrorKind::InvalidInput,
-            "the format was not given and looks like raw, which is never guessed for writing: \
-             whoever filled the image may have chosen its first bytes; if it is raw, say -f raw",
-        )),
-        format => Ok(format),
-    }
 }
 
 /// Runs a command that asks little of the disk: on this thread, with a small ring and no other thread.
@@ -196,6 +119,12 @@ pub(crate) fn enter(node: &NodeRef, is_writable: bool) -> Result<Backend> {
         node,
         BackendOptions { name: "bds".to_owned(), writable: is_writable, ..Default::default() },
     )
+}
+
+/// Does a new image of this kind show what its place held before? A raw disk on a device does; nothing is emptied there.
+pub(crate) fn shows_old_bytes(node: &NodeRef) -> bool {
+    let file = walk::child(node, "file").map(|(file, _)| file.driver_name());
+    file == Some("host_device") && node.driver_name() == "raw"
 }
 
 /// Ends the use of an image: what was written becomes durable, and what fails is said.

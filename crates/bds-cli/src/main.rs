@@ -3,13 +3,17 @@
 //! This crate translates: arguments into calls, results into text, errors into exit codes. It decides nothing that a program
 //! using the library could not decide for itself.
 #![forbid(unsafe_code)]
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "printing is what a tool does")]
+// println! and its like: see printer.rs
+#![deny(clippy::disallowed_macros, clippy::disallowed_methods)]
 
 mod args;
 mod cmd;
+mod describe;
 mod file_identity;
 mod image;
 mod overlay;
+mod partial;
+mod printer;
 mod progress;
 mod render;
 mod report;
@@ -18,12 +22,16 @@ mod text;
 
 use std::process::ExitCode;
 
+use bds_core::Error;
 use clap::Parser;
 use clap::error::ErrorKind as ClapErrorKind;
 
 use args::{Cli, Command};
 
 fn main() -> ExitCode {
+    if let Err(error) = bds_io::signals::ignore_file_size_limit() {
+        return report::failure(&Error::io(error, "cannot ignore SIGXFSZ"));
+    }
     let words = args::with_last_size_protected(std::env::args_os());
     let cli = match Cli::try_parse_from(words) {
         Ok(cli) => cli,
@@ -46,7 +54,7 @@ fn main() -> ExitCode {
         Command::ManPages(args) => cmd::manual::man_pages(args),
     };
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => printer::failed_aside().map_or(ExitCode::SUCCESS, report::failure),
         Err(error) => report::failure(&error),
     }
 }
@@ -54,12 +62,16 @@ fn main() -> ExitCode {
 /// Help and version are answers, everything else is a mistake: 1, as qemu-img, except for `compare`, where 1 means
 /// "different".
 fn usage(error: &clap::Error) -> ExitCode {
-    // If nothing can be printed there is nobody to tell.
-    let _ = error.print();
+    let words = error.render().to_string();
     let is_compare = std::env::args_os().nth(1).is_some_and(|word| word == "compare");
     match error.kind() {
-        ClapErrorKind::DisplayHelp | ClapErrorKind::DisplayVersion => ExitCode::SUCCESS,
-        _ if is_compare => ExitCode::from(2),
-        _ => ExitCode::from(1),
+        ClapErrorKind::DisplayHelp | ClapErrorKind::DisplayVersion => match printer::text(&words) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => report::failure(&error),
+        },
+        _ => {
+            printer::message(words.trim_end());
+            ExitCode::from(if is_compare { 2 } else { 1 })
+        }
     }
 }

@@ -6,12 +6,13 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use bds_core::driver::OpenFlags;
+use bds_core::driver::{OpenFlags, ReferenceKind};
 use bds_core::graph::{Graph, NodeId, NodeRef, gate, walk};
 use bds_core::request::Backend;
 use bds_core::{Error, ErrorKind, Options, Result};
-use serde_json::{Value, json};
+use serde_json::Value;
 
+use crate::describe;
 use crate::image;
 
 /// The backing image of an output, as it will be opened from there.
@@ -35,14 +36,14 @@ impl Base {
         options: &Options,
         output: &Path,
     ) -> Result<Option<Self>> {
-        let text = |key: &str| options.peek(key).and_then(Value::as_str).map(str::to_owned);
-        let (Some(name), Some(format)) = (text("backing_file"), text("backing_fmt")) else {
+        let format = options.peek("backing_fmt").and_then(Value::as_str).map(str::to_owned);
+        let (Some(stored), Some(format)) = (options.peek_path("backing_file"), format) else {
             return Ok(None);
         };
+        let name = stored.to_string_lossy().into_owned();
         graph.config().registry.format(&format)?;
-        let path = gate::resolve(&name, Some(output));
-        let protocol = image::protocol_of_file(&path);
-        let file = json!({"driver": protocol, "filename": path.to_string_lossy()});
+        let path = gate::resolve(ReferenceKind::Backing, &stored, Some(output));
+        let file = describe::file(&path).into_json();
         let tree = Options::new().with("driver", format).with("file", file);
         let flags = OpenFlags { read_only: true, ..OpenFlags::default() };
         let node = graph

@@ -3,12 +3,14 @@
 //! On a terminal a bar with rate and time left, on standard error; otherwise qemu-img's lines on standard output. SIGUSR1
 //! prints one line at once, also without `-p`.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
+
+use crate::printer;
 
 /// Lines are printed when this many percent have passed since the last.
 const STEP_PERCENT: f64 = 1.0;
@@ -67,7 +69,7 @@ impl Progress {
             Look::Silent => {}
             Look::Lines => {
                 line(100.0);
-                let _ = writeln!(io::stdout());
+                printer::aside("\n");
             }
             Look::Bar(bar) => {
                 bar.set_length(total);
@@ -82,7 +84,7 @@ impl Progress {
         match self.look {
             Look::Silent => {}
             Look::Lines => {
-                let _ = writeln!(io::stdout());
+                printer::aside("\n");
             }
             Look::Bar(bar) => bar.abandon(),
         }
@@ -94,10 +96,9 @@ fn percent(done: u64, total: u64) -> f64 {
     if total == 0 { 100.0 } else { (done as f64 / total as f64 * 100.0).min(100.0) }
 }
 
-/// A closed pipe must not stop the work, so errors of printing are none.
+/// What cannot be printed must not stop the work.
 fn line(percent: f64) {
-    let mut out = io::stdout().lock();
-    let _ = write!(out, "    ({percent:.2}/100%)\r").and_then(|()| out.flush());
+    printer::aside(&format!("    ({percent:.2}/100%)\r"));
 }
 
 /// Says how long the work will still take, took, or that it broke off.

@@ -4,24 +4,25 @@ use std::process::ExitCode;
 
 use bds_core::{Error, ErrorKind};
 
+use crate::{printer, stop};
+
 /// Prints an error and gives the exit code it deserves.
 pub(crate) fn failure(error: &Error) -> ExitCode {
-    eprintln!("bds: {}", words(error));
-    if error.kind() == ErrorKind::Cancelled {
-        return ExitCode::from(crate::stop::EXIT_CODE);
-    }
-    ExitCode::from(1)
+    printer::message(format_args!("bds: {}", words(error)));
+    // An operation can also be cancelled by the system; only a signal has an exit code of its own.
+    let of_signal = stop::exit_code().filter(|_| error.kind() == ErrorKind::Cancelled);
+    ExitCode::from(of_signal.unwrap_or(1))
 }
 
 /// The error without what only means something inside the program: generated node names, numbers of errors that
 /// are also there in words.
 pub(crate) fn words(error: &Error) -> String {
     let text = without(&without(&error.to_string(), "node '#block", "': "), " (os error ", ")");
+    let text = text.replace("cannot write the target: cannot write", "cannot write");
+    let text = text.replace("cannot read the source: cannot read", "cannot read");
     // A name that follows anyway is not said in front as well.
-    let is_repeated =
-        |file: &str, rest: &str| rest.starts_with(&format!("Could not open '{file}'"));
     match text.split_once(": ") {
-        Some((file, rest)) if is_repeated(file, rest) => {
+        Some((file, rest)) if rest.contains(&format!("'{file}'")) => {
             rest.replacen("': cannot open: ", "': ", 1)
         }
         _ => text,
@@ -52,6 +53,11 @@ mod tests {
         assert_eq!(words(&error), "a.qcow2: cannot open: No such file or directory");
         let error = error.context("Could not open 'a.qcow2'");
         assert_eq!(words(&error), "Could not open 'a.qcow2': No such file or directory");
+        let error =
+            Error::new(ErrorKind::Io, "cannot write the target: cannot write").file("a").at(512);
+        assert_eq!(words(&error), "a: cannot write at offset 0x200");
+        let error = Error::new(ErrorKind::Io, "no").file("a").context("cannot open 'a'");
+        assert_eq!(words(&error), "cannot open 'a': no");
         let named = Error::new(ErrorKind::Io, "gone").node("disk0");
         assert_eq!(words(&named), "node 'disk0': gone");
     }

@@ -1,10 +1,4 @@
-//! Sizes and JSON as qemu-img prints them.
-
-use std::io::{self, Write};
-
-use serde::Serialize;
-use serde_json::ser::PrettyFormatter;
-use serde_json::{Serializer, Value};
+//! Sizes as qemu-img prints them.
 
 const UNITS: [&str; 7] = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"];
 
@@ -34,15 +28,6 @@ fn three_digits(value: f64) -> String {
         true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
         false => text,
     }
-}
-
-/// Prints a value as indented JSON.
-pub(crate) fn print_json(value: &Value) -> io::Result<()> {
-    let mut out = io::stdout().lock();
-    let mut serializer =
-        Serializer::with_formatter(&mut out, PrettyFormatter::with_indent(b"    "));
-    value.serialize(&mut serializer)?;
-    writeln!(out)
 }
 
 #[cfg(test)]

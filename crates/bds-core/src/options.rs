@@ -5,9 +5,13 @@
 //!
 //! Invariant: a tree is at most [`MAX_DEPTH`] levels deep, whatever it was made from.
 
+mod json;
+mod path;
 mod text;
 
+use std::ffi::OsStr;
 use std::fmt;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
@@ -84,9 +88,16 @@ impl Options {
     }
 
     /// From `key=value,key.sub=value,…` (a comma in a value is written twice, `list.0=…` makes a list, a key
-    /// without a value is `on`) or from `json:{…}`. Values from the first form are text; takers convert.
+    /// without a value is `on`), from `json:{…}` or from `{…}`, where as in QEMU strings may stand in single quotes. Values from
+    /// the first form are text; takers convert.
     pub fn parse(text: &str) -> Result<Self> {
-        text::parse(text)
+        text::parse(text.as_bytes())
+    }
+
+    /// As [`Options::parse`], from a text that may name files that are not UTF-8. Only values in the form `key=value` can be such
+    /// names.
+    pub fn parse_os(text: &OsStr) -> Result<Self> {
+        text::parse(text.as_encoded_bytes())
     }
 
     /// As `key=value,…`, which [`Options::parse`] reads back, except that every value becomes text there and that empty
@@ -157,6 +168,22 @@ impl Options {
         }
     }
 
+    /// Sets a file name, whatever bytes it holds.
+    pub fn set_path(&mut self, key: &str, path: impl AsRef<Path>) {
+        self.set(key, path::to_json(path.as_ref()));
+    }
+
+    /// Takes a file name.
+    pub fn take_path(&mut self, key: &'static str) -> Result<Option<PathBuf>> {
+        let Some(value) = self.take(key) else { return Ok(None) };
+        path::from_json(&value).map(Some).ok_or_else(|| wrong(key, "a file name", &value))
+    }
+
+    /// Looks at a file name without taking it; `None` also if the value is none.
+    pub fn peek_path(&self, key: &str) -> Option<PathBuf> {
+        path::from_json(self.peek(key)?)
+    }
+
     /// Takes a boolean: true/false, or the words on/off/yes/no/true/false.
     pub fn take_bool(&mut self, key: &'static str) -> Result<Option<bool>> {
         match self.take(key) {
@@ -176,9 +203,9 @@ impl Options {
         match self.take(key) {
             None => Ok(None),
             Some(Value::Number(n)) if n.is_u64() => Ok(n.as_u64()),
-            Some(Value::String(s)) => match s.parse() {
-                Ok(n) => Ok(Some(n)),
-                Err(_) => Err(wrong(key, "a number", &Value::String(s))),
+            Some(Value::String(s)) => match parse_number(&s) {
+                Some(n) => Ok(Some(n)),
+                None => Err(wrong(key, "a number", &Value::String(s))),
             },
             Some(other) => Err(wrong(key, "a number", &other)),
         }
@@ -234,6 +261,8 @@ impl ChildOption {
     /// From an option's value; `key` names it in the error.
     pub fn from_json(key: &'static str, value: Value) -> Result<Self> {
         match value {
+            // How a command line says null.
+            Value::String(name) if name.is_empty() && key == "backing" => Ok(Self::None),
             Value::String(name) => Ok(Self::Node(name)),
             Value::Object(_) => Ok(Self::Tree(Options::from_json(value)?)),
             Value::Null => Ok(Self::None),
@@ -256,9 +285,22 @@ fn take_path(map: &mut Map<String, Value>, key: &str) -> Option<Value> {
     Some(value)
 }
 
-/// Bytes from text: digits, an optional fraction, an optional suffix b, k, M, G, T, P, E (either case; powers of 1024). `None` as
-/// well for what is no whole number of bytes: "93.1" was meant as something larger.
+/// A number from text: digits, or hexadecimal ones behind `0x`.
+pub fn parse_number(text: &str) -> Option<u64> {
+    let is_all = |digits: &str, radix: u32| digits.chars().all(|c| c.is_digit(radix));
+    match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(hex) if is_all(hex, 16) => u64::from_str_radix(hex, 16).ok(),
+        None if is_all(text, 10) => text.parse().ok(),
+        _ => None,
+    }
+}
+
+/// Bytes from text: hexadecimal digits behind `0x`, or digits, an optional fraction, an optional suffix b, k, M, G, T, P, E (either
+/// case; powers of 1024). `None` as well for what is no whole number of bytes: "93.1" was meant as something larger.
 pub fn parse_size(text: &str) -> Option<u64> {
+    if text.starts_with("0x") || text.starts_with("0X") {
+        return parse_number(text);
+    }
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (digits, suffix) = text.split_at(split);
     let shift = match suffix {
@@ -273,7 +315,10 @@ pub fn parse_size(text: &str) -> Option<u64> {
     };
     let (whole, fraction) = digits.split_once('.').unwrap_or((digits, ""));
     let unit = 1u128 << shift;
-    let whole: u128 = whole.parse().ok()?;
+    let whole: u128 = match whole {
+        "" if !fraction.is_empty() => 0,
+        digits => digits.parse().ok()?,
+    };
     let fraction = match fraction {
         "" => 0,
         f if f.len() <= 18 && f.bytes().all(|digit| digit.is_ascii_digit()) && shift > 0 => {

@@ -6,6 +6,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, LazyLock};
 use std::task::{Context, Poll};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::cell::AnswerCell;
@@ -21,6 +22,9 @@ pub(crate) fn now() -> Duration {
 /// Below this many timers nobody looks for abandoned ones.
 const PURGE_MIN: usize = 64;
 
+/// A timer as the map holds it: when, its number, and who waits.
+pub(crate) type Timer = ((Duration, u64), Arc<AnswerCell<()>>);
+
 /// Who waits for when, in order; those of one moment in the order they came.
 #[derive(Debug, Default)]
 pub(crate) struct Timers {
@@ -30,14 +34,19 @@ pub(crate) struct Timers {
 }
 
 impl Timers {
-    pub(crate) fn add(&mut self, deadline: Duration, cell: Arc<AnswerCell<()>>) {
+    /// Adds a timer. Now and then returns those that nothing waits for any more: dropping them runs foreign code (the
+    /// drop of a waker), so the caller does that once nothing is borrowed.
+    #[must_use = "to be dropped when nothing is borrowed"]
+    pub(crate) fn add(&mut self, deadline: Duration, cell: Arc<AnswerCell<()>>) -> Vec<Timer> {
+        let mut abandoned = Vec::new();
         if self.by_time.len() >= cmp::max(self.purge_at, PURGE_MIN) {
             // A cell that only we hold belongs to a sleep that was dropped.
-            self.by_time.retain(|_, cell| Arc::strong_count(cell) > 1);
+            abandoned.extend(self.by_time.extract_if(.., |_, cell| Arc::strong_count(cell) == 1));
             self.purge_at = self.by_time.len() * 2;
         }
         self.by_time.insert((deadline, self.next_number), cell);
         self.next_number += 1;
+        abandoned
     }
 
     /// When the first timer is due.
@@ -82,16 +91,19 @@ impl Future for Sleep {
             return Poll::Ready(());
         }
         let cell = AnswerCell::new(cx.waker().clone());
-        let is_taken = current::with(|world| match world {
-            Current::Host(local) => {
-                local.add_timer(self.deadline, cell.clone());
-                true
-            }
-            _ => false,
+        let abandoned = current::with(|world| match world {
+            Current::Host(local) => Some(local.add_timer(self.deadline, cell.clone())),
+            _ => None,
         });
-        if !is_taken {
-            let background = background().expect("a thread can be started to wait for time");
-            background.add_timer(self.deadline, cell.clone());
+        if abandoned.is_none() {
+            match background() {
+                Ok(background) => background.add_timer(self.deadline, cell.clone()),
+                // No thread can be had that would wait for us.
+                Err(_) => {
+                    thread::sleep(self.deadline.saturating_sub(now()));
+                    return Poll::Ready(());
+                }
+            }
         }
         self.cell = Some(cell);
         Poll::Pending

@@ -3,31 +3,31 @@
 //! ```text
 //! thread drives a Context (block_on, turn)  → that Context
 //! thread runs Sim::block_on                 → the simulated world
-//! plain thread in bds_io::block_on          → operations: its own cached ring; tasks: the background Context
+//! plain thread in bds_io::block_on          → its own cached Context
 //! anything else (tokio, a VMM's loop)       → the background Context, one thread for the process
 //! ```
 //!
 //! Whatever begins an operation may be dropped or forgotten at any await: the engine owns the operation until
-//! it is over. A task is not bound to the life of its Context either: what a dropped Context leaves goes on
-//! in the background one.
+//! it is over. A task is not bound to the life of its Context either: what a dropped Context leaves, and what is
+//! left when a plain thread's `block_on` returns, goes on in the background one.
 
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io;
 use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
-use std::task::{self, Poll};
+use std::task::{Context as PollContext, Poll, Wake, Waker};
 use std::thread;
 use std::time::Duration;
 
 use crate::cell::AnswerCell;
 use crate::clock::{self, Sleep};
 use crate::current::{self, Current};
-use crate::executor::{Local, Shared};
+use crate::executor::{self, Local, Shared};
 use crate::op::{Answer, Op};
+use crate::task::{self, Task};
 use crate::workers;
 
 /// Which engine moves bytes.
@@ -60,7 +60,8 @@ impl Default for ContextOptions {
 
 /// One thread's executor, engine and clock. Not `Send`: make it where it runs.
 ///
-/// Tasks run only while the Context is driven, by `block_on` or `turn`. Dropping it waits for the operations
+/// Tasks run only while the Context is driven, by `block_on` or `turn`. Other threads may wait for what they hold, so a
+/// thread that is not going to drive its Context for a while drops it. Dropping it waits for the operations
 /// in flight (after asking the kernel to give up what it can); unfinished tasks and sleeps move to the
 /// background Context and go on there.
 #[derive(Debug)]
@@ -71,7 +72,7 @@ pub struct Context {
 impl Context {
     /// A Context on the host.
     pub fn new(options: ContextOptions) -> io::Result<Context> {
-        Ok(Context { local: Rc::new(Local::new(&options, false)?) })
+        Ok(Context { local: Rc::new(Local::new(&options)?) })
     }
 
     /// Which engine it got: `Uring` or `Pool`.
@@ -143,25 +144,6 @@ impl ContextHandle {
     }
 }
 
-/// A spawned future. Dropping it cancels; `detach` lets it run on. If the future panics, so does awaiting it.
-#[derive(Debug)]
-#[must_use = "dropping a Task cancels it; await or detach it"]
-pub struct Task<T>(pub(crate) async_task::Task<T>);
-
-impl<T> Task<T> {
-    /// Lets the task run to its end without anyone waiting.
-    pub fn detach(self) {
-        self.0.detach();
-    }
-}
-
-impl<T> Future for Task<T> {
-    type Output = T;
-    fn poll(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<T> {
-        Pin::new(&mut self.0).poll(cx)
-    }
-}
-
 /// The Context of a thread of its own, for whoever has none. Started on first use.
 pub(crate) fn background() -> io::Result<ContextHandle> {
     static BACKGROUND: Mutex<Option<ContextHandle>> = Mutex::new(None);
@@ -182,7 +164,7 @@ pub(crate) fn background() -> io::Result<ContextHandle> {
 
 fn start_background() -> io::Result<ContextHandle> {
     let (tell, hear) = mpsc::channel();
-    thread::Builder::new().name("bds-io".into()).spawn(move || {
+    workers::start_thread("bds-io", move || {
         let context = match Context::new(ContextOptions::default()) {
             Ok(context) => context,
             Err(error) => return drop(tell.send(Err(error))),
@@ -193,7 +175,7 @@ fn start_background() -> io::Result<ContextHandle> {
     hear.recv().unwrap_or_else(|_| Err(io::Error::other("the background thread ended")))
 }
 
-/// Entries of a plain thread's own ring: it drives one future at a time.
+/// Entries of a plain thread's own ring: it drives one future at a time, and what that spawns.
 const CACHED_RING_ENTRIES: u32 = 64;
 /// How long a plain thread waits for operations that its future left behind.
 const SETTLE_PATIENCE: Duration = Duration::from_secs(1);
@@ -201,21 +183,37 @@ const SETTLE_PATIENCE: Duration = Duration::from_secs(1);
 /// Runs `future` on this thread.
 ///
 /// If a Context (or a simulated world) is entered, it is driven meanwhile, also from inside one of its tasks.
-/// Else the thread gets a small ring of its own, kept until it ends, so that operations need no other thread;
-/// tasks that the future spawns run on the background Context. Operations that a dropped part of the future
-/// left in flight are waited for, up to a second, so that files are let go when this returns.
+/// Else the thread gets a small Context of its own, kept until it ends, so that operations and tasks need no other
+/// thread; tasks that are not done when this returns go on in the background Context. Operations in flight that
+/// nothing waits for any more are waited for up to a second, so that files are let go when this returns; those that
+/// a task waits for are waited for, or go to a thread of the pool if the kernel can give them up.
 pub fn block_on<F: Future>(future: F) -> F::Output {
     match current::get() {
         Current::Host(local) => local.block_on(future),
         Current::Sim(sim) => sim.block_on(future),
         Current::None => match cached() {
             Some(context) => {
-                let output = context.block_on(future);
-                context.local.settle(SETTLE_PATIENCE);
-                output
+                let _leaving = Leaving(&context);
+                context.block_on(future)
             }
             None => park_on(future),
         },
+    }
+}
+
+/// A plain thread's `block_on` ends, also by a panic: its Context is not driven until the next one.
+struct Leaving<'a>(&'a Context);
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        let local = &self.0.local;
+        {
+            // What the future cancelled when it ended is dropped here and now, not on another thread later.
+            let _entered = current::enter(Current::Host(local.clone()));
+            local.run_ready();
+        }
+        local.hand_over();
+        local.settle(SETTLE_PATIENCE);
     }
 }
 
@@ -231,7 +229,7 @@ fn cached() -> Option<Rc<Context>> {
                     ring_entries: CACHED_RING_ENTRIES,
                     ..ContextOptions::default()
                 };
-                let local = Local::new(&options, true).ok()?;
+                let local = Local::new(&options).ok()?;
                 Some(Rc::new(Context { local: Rc::new(local) }))
             });
             cached.set(context.clone());
@@ -244,13 +242,13 @@ fn cached() -> Option<Rc<Context>> {
 /// Polls on this thread while the background Context does everything else.
 fn park_on<F: Future>(future: F) -> F::Output {
     struct Unpark(thread::Thread);
-    impl task::Wake for Unpark {
+    impl Wake for Unpark {
         fn wake(self: Arc<Self>) {
             self.0.unpark();
         }
     }
-    let waker = task::Waker::from(Arc::new(Unpark(thread::current())));
-    let mut cx = task::Context::from_waker(&waker);
+    let waker = Waker::from(Arc::new(Unpark(thread::current())));
+    let mut cx = PollContext::from_waker(&waker);
     let mut future = std::pin::pin!(future);
     loop {
         match future.as_mut().poll(&mut cx) {
@@ -260,15 +258,53 @@ fn park_on<F: Future>(future: F) -> F::Output {
     }
 }
 
-/// Spawns onto the current Context, or the shared background one. In a simulated Context: onto that.
+/// Makes sure that tasks and operations of this thread have a Context: the one it drives, or the background one, whose
+/// thread is started if need be. To be asked early: without one, operations block the thread that begins them, and
+/// tasks are polled by the threads that wake them.
 ///
-/// Panics if the background Context is needed and the machine gives no thread for it.
+/// # Errors
+/// The machine gives no thread (RLIMIT_NPROC, memory), or no descriptors.
+pub fn ensure_home() -> io::Result<()> {
+    match current::get() {
+        Current::Sim(_) | Current::Host(_) => Ok(()),
+        Current::None => background().map(drop),
+    }
+}
+
+/// Spawns onto the current Context, or the shared background one. In a simulated Context: onto that. Without any (see
+/// [`ensure_home`]) the task is polled here, and later by the threads that wake it.
 #[track_caller]
 pub fn spawn<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static) -> Task<T> {
     match current::get() {
         Current::Sim(sim) => sim.spawn(future),
-        Current::Host(local) if !local.is_cached => local.shared.spawn(future),
-        _ => background().expect("a thread can be started to run tasks").spawn(future),
+        Current::Host(local) => local.shared.spawn(future),
+        Current::None => match background() {
+            Ok(background) => background.spawn(future),
+            Err(_) => {
+                let (runnable, task) = task::create(future, executor::schedule_anywhere);
+                runnable.schedule();
+                task
+            }
+        },
+    }
+}
+
+/// As [`spawn`], but polls the future once before it returns, on this thread and without a queue. From then on its
+/// executor polls it, whether or not the answer is polled: keeping the answer, or forgetting it, holds nothing up.
+/// Dropping it drops the future before the drop returns; if another thread polls the future just then, after that poll.
+#[track_caller]
+pub fn spawn_now<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static) -> Task<T> {
+    match current::get() {
+        Current::Sim(sim) => sim.spawn_now(future),
+        Current::Host(local) => local.shared.spawn_now(future),
+        Current::None => match background() {
+            Ok(background) => background.shared.spawn_now(future),
+            Err(_) => {
+                let (runnable, task) = task::create_gripped(future, executor::schedule_anywhere);
+                runnable.run();
+                task
+            }
+        },
     }
 }
 
@@ -284,9 +320,11 @@ pub async fn offload<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stati
         if let Some(work) = work.take() {
             let answer = AnswerCell::new(cx.waker().clone());
             cell = Some(answer.clone());
-            workers::cpu().submit(Box::new(move || {
-                answer.complete(catch_unwind(AssertUnwindSafe(work)));
-            }));
+            let mut job = Some(move || answer.complete(catch_unwind(AssertUnwindSafe(work))));
+            let is_taken = workers::cpu().submit(|| Box::new(job.take().expect("called once")));
+            if !is_taken && let Some(job) = job {
+                job();
+            }
         }
         cell.as_ref().map_or(Poll::Pending, |cell: &Arc<AnswerCell<_>>| cell.poll(cx))
     })

@@ -5,7 +5,8 @@
 //!
 //! Who sleeps and who wakes: the sleeper says `SLEEPING` and then looks at the inbox; the waker puts into the
 //! inbox and then looks for `SLEEPING`. With a sequentially consistent fence between the two steps on both
-//! sides, at least one sees the other. The end of a Context (`CLOSED`) works the same way.
+//! sides, at least one sees the other. A Context that is not driven any more (`AWAY`: it was dropped, or it is a plain
+//! thread's between two calls of `block_on`) works the same way: what is sent to it goes to the background one.
 //!
 //! Invariant: no `RefCell` here is borrowed while foreign code runs (tasks, wakers, drops of anchors).
 
@@ -17,26 +18,28 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering, fence};
-use std::task::{self, Poll, Wake, Waker};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread;
 use std::time::Duration;
 
-use async_task::Runnable;
 use crossbeam::queue::SegQueue;
 
 use crate::cell::AnswerCell;
-use crate::clock::{self, Timers};
-use crate::context::{ContextOptions, Task, background};
+use crate::clock::{self, Timer, Timers};
+use crate::context::{ContextOptions, background};
 use crate::current::{self, Current};
 use crate::engine::{Engine, Landed};
+use crate::inline;
 use crate::op::{Answer, Op};
 use crate::sys;
+use crate::task::{self, Runnable, Task};
 
 /// Tasks that run between two looks at the engine.
 const TURN_TASKS_MAX: usize = 256;
 
 const AWAKE: u8 = 0;
 const SLEEPING: u8 = 1;
-const CLOSED: u8 = 2;
+const AWAY: u8 = 2;
 
 /// What other threads may ask of a Context.
 #[derive(Debug)]
@@ -44,6 +47,38 @@ enum Message {
     Run(Runnable),
     Submit(Op, Arc<AnswerCell<Answer>>),
     Timer(Duration, Arc<AnswerCell<()>>),
+}
+
+impl Message {
+    /// Does it on this thread. Blocks for an operation and for a timer.
+    fn carry_out(self) {
+        inline::run(Box::new(move || match self {
+            Message::Run(runnable) => drop(runnable.run()),
+            Message::Submit(op, cell) => {
+                let answer = op.run();
+                drop(op);
+                cell.complete(answer);
+            }
+            Message::Timer(deadline, cell) => {
+                thread::sleep(deadline.saturating_sub(clock::now()));
+                cell.complete(());
+            }
+        }));
+    }
+}
+
+/// Sends to the background Context. If the machine gives no thread for that, the message is carried out here and now:
+/// a task is then polled by the threads that wake it.
+fn send_to_background(message: Message) {
+    match background() {
+        Ok(background) => background.shared.send(message),
+        Err(_) => message.carry_out(),
+    }
+}
+
+/// Schedules a task whose spawner found no Context.
+pub(crate) fn schedule_anywhere(runnable: Runnable) {
+    send_to_background(Message::Run(runnable));
 }
 
 /// The side of a Context that every thread may use.
@@ -60,11 +95,21 @@ impl Shared {
         future: impl Future<Output = T> + Send + 'static,
     ) -> Task<T> {
         let home = self.clone();
-        // A panic is passed on to whoever awaits the task instead of ending the thread that drives it.
-        let builder = async_task::Builder::new().propagate_panic(true);
-        let (runnable, task) = builder.spawn(|()| future, move |runnable| home.schedule(runnable));
+        let (runnable, task) = task::create(future, move |runnable| home.schedule(runnable));
         runnable.schedule();
-        Task(task)
+        task
+    }
+
+    /// As [`Shared::spawn`], but polls it once before it returns, on this thread.
+    pub(crate) fn spawn_now<T: Send + 'static>(
+        self: &Arc<Shared>,
+        future: impl Future<Output = T> + Send + 'static,
+    ) -> Task<T> {
+        let home = self.clone();
+        let (runnable, task) =
+            task::create_gripped(future, move |runnable| home.schedule(runnable));
+        runnable.run();
+        task
     }
 
     fn schedule(&self, runnable: Runnable) {
@@ -98,7 +143,7 @@ impl Shared {
         fence(Ordering::SeqCst);
         match self.state.load(Ordering::Relaxed) {
             AWAKE => {}
-            CLOSED => self.forward(),
+            AWAY => self.forward(),
             _ => {
                 let woken = self.state.compare_exchange(
                     SLEEPING,
@@ -108,21 +153,17 @@ impl Shared {
                 );
                 match woken {
                     Ok(_) => sys::signal(&self.event),
-                    Err(CLOSED) => self.forward(),
+                    Err(AWAY) => self.forward(),
                     Err(_) => {}
                 }
             }
         }
     }
 
-    /// The Context is gone: what still arrives goes to the background one.
+    /// Nothing drives the Context: what arrives goes to the background one.
     fn forward(&self) {
         while let Some(message) = self.inbox.pop() {
-            match background() {
-                Ok(background) => background.shared.send(message),
-                // Without a thread to run it a task can only be dropped, which cancels it.
-                Err(_) => drop(message),
-            }
+            send_to_background(message);
         }
     }
 }
@@ -165,15 +206,15 @@ pub(crate) struct Local {
     timers: RefCell<Timers>,
     engine: RefCell<Engine>,
     landed: RefCell<Vec<Landed>>,
+    /// Operations that are over since they were submitted, because no thread could be had for them. Not told yet.
+    stranded: RefCell<Vec<Landed>>,
     main: RefCell<Option<Arc<MainWaker>>>,
     pollable: RefCell<Option<Pollable>>,
     depth: Cell<u32>,
-    /// Belongs to a plain thread's `block_on`; nobody drives it in between, so it takes no tasks.
-    pub(crate) is_cached: bool,
 }
 
 impl Local {
-    pub(crate) fn new(options: &ContextOptions, is_cached: bool) -> io::Result<Local> {
+    pub(crate) fn new(options: &ContextOptions) -> io::Result<Local> {
         let event = Arc::new(sys::event()?);
         let engine = RefCell::new(Engine::new(options, &event)?);
         let shared = Shared { inbox: SegQueue::new(), state: AtomicU8::new(AWAKE), event };
@@ -183,10 +224,10 @@ impl Local {
             timers: RefCell::default(),
             engine,
             landed: RefCell::default(),
+            stranded: RefCell::default(),
             main: RefCell::default(),
             pollable: RefCell::default(),
             depth: Cell::new(0),
-            is_cached,
         })
     }
 
@@ -195,11 +236,13 @@ impl Local {
     }
 
     pub(crate) fn submit(&self, op: Op, cell: Arc<AnswerCell<Answer>>) {
-        self.engine.borrow_mut().submit(op, cell);
+        let landed = self.engine.borrow_mut().submit(op, cell);
+        self.stranded.borrow_mut().extend(landed);
     }
 
-    pub(crate) fn add_timer(&self, deadline: Duration, cell: Arc<AnswerCell<()>>) {
-        self.timers.borrow_mut().add(deadline, cell);
+    /// Adds a timer; what is returned is for the caller to drop, with nothing borrowed.
+    pub(crate) fn add_timer(&self, deadline: Duration, cell: Arc<AnswerCell<()>>) -> Vec<Timer> {
+        self.timers.borrow_mut().add(deadline, cell)
     }
 
     /// Runs `future` to its end, and everything else of this Context meanwhile. The Context must be entered.
@@ -211,7 +254,7 @@ impl Local {
         });
         main.is_ready.store(true, Ordering::Relaxed);
         let waker = Waker::from(main.clone());
-        let mut cx = task::Context::from_waker(&waker);
+        let mut cx = Context::from_waker(&waker);
         let driving = self.drive();
         // A turn that is followed by another one at once leaves what it queued to that one: most often the next turn waits,
         // and one system call does both. Never twice in a row, so that busy tasks do not keep operations from the kernel.
@@ -275,7 +318,7 @@ impl Local {
 
     /// Takes what other threads sent, fires timers, runs tasks: those that are ready now, not those that
     /// become so meanwhile.
-    fn run_ready(&self) -> bool {
+    pub(crate) fn run_ready(&self) -> bool {
         let mut did = self.take_inbox();
         did |= self.fire_timers();
         let count = self.queue.borrow().len().min(TURN_TASKS_MAX);
@@ -295,7 +338,7 @@ impl Local {
             match self.shared.inbox.pop() {
                 Some(Message::Run(runnable)) => self.queue.borrow_mut().push_back(runnable),
                 Some(Message::Submit(op, cell)) => self.submit(op, cell),
-                Some(Message::Timer(deadline, cell)) => self.add_timer(deadline, cell),
+                Some(Message::Timer(deadline, cell)) => drop(self.add_timer(deadline, cell)),
                 None => break,
             }
         }
@@ -341,7 +384,8 @@ impl Local {
         }
         self.shared.state.store(SLEEPING, Ordering::Relaxed);
         fence(Ordering::SeqCst);
-        let waited = if self.shared.inbox.is_empty() && !is_woken() {
+        let is_idle = self.shared.inbox.is_empty() && self.stranded.borrow().is_empty();
+        let waited = if is_idle && !is_woken() {
             self.engine.borrow_mut().wait(timeout, &self.shared.event)
         } else {
             self.engine.borrow_mut().flush()
@@ -354,27 +398,54 @@ impl Local {
     fn tell_landed(&self) -> bool {
         let mut landed = self.landed.take();
         self.engine.borrow_mut().swap_landed(&mut landed);
-        let did = !landed.is_empty();
+        let stranded = self.stranded.take();
+        let did = !landed.is_empty() || !stranded.is_empty();
         landed.drain(..).for_each(Landed::tell);
         self.landed.replace(landed);
+        stranded.into_iter().for_each(Landed::tell);
         did
     }
 
-    /// For a Context that nobody will drive for a while: gives timers that somebody still waits for to the
-    /// background Context, and waits for what is in flight, up to `patience`.
-    pub(crate) fn settle(&self, patience: Duration) {
+    /// For a Context that is not driven for a while, or never again: tasks and timers go on in the background
+    /// Context, also those that are sent or woken from now on.
+    pub(crate) fn hand_over(&self) {
+        self.tell_landed();
+        self.shared.state.store(AWAY, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        for runnable in self.queue.take() {
+            self.shared.inbox.push(Message::Run(runnable));
+        }
         self.pass_on_timers();
+        self.shared.forward();
+    }
+
+    /// After [`Local::hand_over`]: waits for operations in flight, up to `patience`. Those that a task still waits
+    /// for are not left behind, because nothing would reap them: the kernel is asked to give them up, they go to a
+    /// thread then, and those that it cannot give up any more are waited for.
+    pub(crate) fn settle(&self, patience: Duration) {
         if self.engine.borrow().in_flight() == 0 {
             return;
         }
         let until = clock::now() + patience;
         while self.engine.borrow().in_flight() > 0 && clock::now() < until {
             let left = until.saturating_sub(clock::now());
-            if self.engine.borrow_mut().wait(Some(left), &self.shared.event).is_err() {
+            if self.wait_landed(Some(left)).is_err() {
                 return;
             }
-            self.tell_landed();
         }
+        self.engine.borrow_mut().withdraw_awaited();
+        while self.engine.borrow().has_awaited() {
+            // Not for ever at once: the future may be dropped meanwhile.
+            if self.wait_landed(Some(patience)).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn wait_landed(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.engine.borrow_mut().wait(timeout, &self.shared.event)?;
+        self.tell_landed();
+        Ok(())
     }
 
     fn pass_on_timers(&self) {
@@ -457,13 +528,7 @@ impl Drop for Local {
     fn drop(&mut self) {
         // Tasks and timers outlive their Context: they go on in the background one. Ops end here: dropping
         // the engine waits for them, and their completions wake tasks, wherever those are by then.
-        self.shared.state.store(CLOSED, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
-        for runnable in self.queue.take() {
-            self.shared.inbox.push(Message::Run(runnable));
-        }
-        self.pass_on_timers();
-        self.shared.forward();
+        self.hand_over();
     }
 }
 

@@ -42,10 +42,48 @@ pub enum FileKind {
     Regular,
     /// A block device.
     Block,
-    /// A character device.
+    /// A character device, but no terminal.
     Char,
-    /// Something else (directory, fifo, socket).
+    /// A terminal. Known of open files only: by name it is a character device.
+    Terminal,
+    /// A directory.
+    Directory,
+    /// A named pipe.
+    Fifo,
+    /// A socket.
+    Socket,
+    /// Something else.
     Other,
+}
+
+impl FileKind {
+    /// Whether bytes at any offset can be asked for.
+    pub fn is_seekable(self) -> bool {
+        matches!(self, Self::Regular | Self::Block | Self::Char)
+    }
+
+    /// What it is, for a sentence that begins with its name.
+    pub fn describe(self) -> &'static str {
+        match self {
+            Self::Regular => "is a regular file",
+            Self::Block => "is a block device",
+            Self::Char => "is a character device",
+            Self::Terminal => "is a terminal",
+            Self::Directory => "is a directory",
+            Self::Fifo => "is a FIFO (named pipe)",
+            Self::Socket => "is a socket",
+            Self::Other => "is neither a regular file nor a device",
+        }
+    }
+}
+
+/// What a name leads to, found out without opening it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileLook {
+    /// What it is.
+    pub kind: FileKind,
+    /// As [`File::identity`].
+    pub identity: (u64, u64),
 }
 
 /// How `File::zero_range` may do it.
@@ -85,6 +123,17 @@ impl Fs {
             Fs::Sim(sim) => Inner::Sim(sim.open(path, options)?),
         }))
     }
+    /// Looks what a name leads to. Opens nothing: opening a FIFO or a terminal can disturb who uses it.
+    pub fn look(&self, path: &Path) -> io::Result<FileLook> {
+        match self {
+            Fs::Host => crate::host::look(path),
+            // A simulated disk holds files and devices only, and its files have no descriptors to save.
+            Fs::Sim(sim) => {
+                let file = sim.open(path, &OpenOptions::default())?;
+                Ok(FileLook { kind: file.kind(), identity: file.identity()? })
+            }
+        }
+    }
     /// Removes a file.
     pub fn remove(&self, path: &Path) -> io::Result<()> {
         match self {
@@ -116,6 +165,10 @@ impl File {
     /// it was opened and `inline_write_max_bytes` counts; the others were decided by the opener.
     pub fn from_fd(fd: OwnedFd, options: &OpenOptions) -> io::Result<File> {
         Ok(File(Inner::Host(HostFile::from_fd(fd, options)?)))
+    }
+    /// Whether it belongs to a simulated disk.
+    pub fn is_simulated(&self) -> bool {
+        matches!(self.0, Inner::Sim(_))
     }
     /// What it is.
     pub fn kind(&self) -> FileKind {

@@ -3,14 +3,14 @@
 //! What the page cache can answer is answered at once, on the caller's thread; the rest becomes an `Op` for
 //! an engine. What a file system cannot do is remembered per file, so that it is tried once.
 
-use std::io;
+use std::io::{self, IsTerminal};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use crate::file::{ByteLock, Extent, FileKind, OpenOptions, ZeroMode};
+use crate::file::{ByteLock, Extent, FileKind, FileLook, OpenOptions, ZeroMode};
 use crate::op::{OpFuture, OpKind};
 use crate::sys::{self, LockKind, Seek};
 use crate::{Buf, IoVec};
@@ -51,11 +51,9 @@ impl HostFile {
 
     /// Takes over a descriptor that somebody else opened, with `options.direct` saying how.
     pub(crate) fn from_fd(fd: OwnedFd, options: &OpenOptions) -> io::Result<HostFile> {
-        let kind = match sys::stat(fd.as_fd())?.st_mode & libc::S_IFMT {
-            libc::S_IFREG => FileKind::Regular,
-            libc::S_IFBLK => FileKind::Block,
-            libc::S_IFCHR => FileKind::Char,
-            _ => FileKind::Other,
+        let kind = match kind(&sys::stat(fd.as_fd())?) {
+            FileKind::Char if fd.is_terminal() => FileKind::Terminal,
+            kind => kind,
         };
         let inline_max = options.inline_write_max_bytes.unwrap_or(INLINE_WRITE_MAX_BYTES);
         Ok(HostFile(Arc::new(Descriptor {
@@ -76,12 +74,7 @@ impl HostFile {
     }
 
     pub(crate) fn identity(&self) -> io::Result<(u64, u64)> {
-        let stat = sys::stat(self.0.as_fd())?;
-        // Two names of one device are two inodes; the device number is what they share.
-        match self.0.kind {
-            FileKind::Block | FileKind::Char => Ok((stat.st_rdev, 0)),
-            FileKind::Regular | FileKind::Other => Ok((stat.st_dev, stat.st_ino)),
-        }
+        Ok(identity(&sys::stat(self.0.as_fd())?))
     }
 
     pub(crate) fn len(&self) -> io::Result<u64> {
@@ -89,7 +82,7 @@ impl HostFile {
         match self.0.kind {
             FileKind::Block => sys::device_len(fd),
             FileKind::Char => sys::seek(fd, 0, Seek::End),
-            FileKind::Regular | FileKind::Other => unsigned(sys::stat(fd)?.st_size),
+            _ => unsigned(sys::stat(fd)?.st_size),
         }
     }
 
@@ -165,7 +158,7 @@ impl HostFile {
 
     pub(crate) fn try_write(&self, offset: u64, iov: &IoVec) -> Option<io::Result<usize>> {
         let file = &*self.0;
-        if file.is_direct || matches!(file.kind, FileKind::Char | FileKind::Other) {
+        if file.is_direct || !matches!(file.kind, FileKind::Regular | FileKind::Block) {
             return None;
         }
         if !file.write_may_wait.load(Ordering::Relaxed) {
@@ -271,6 +264,32 @@ impl HostFile {
 
     pub(crate) fn is_locked_by_others(&self, lock: ByteLock) -> io::Result<bool> {
         sys::is_locked_by_others(self.0.as_fd(), lock)
+    }
+}
+
+/// See [`crate::Fs::look`].
+pub(crate) fn look(path: &Path) -> io::Result<FileLook> {
+    let stat = sys::stat_path(path)?;
+    Ok(FileLook { kind: kind(&stat), identity: identity(&stat) })
+}
+
+fn kind(stat: &libc::stat) -> FileKind {
+    match stat.st_mode & libc::S_IFMT {
+        libc::S_IFREG => FileKind::Regular,
+        libc::S_IFBLK => FileKind::Block,
+        libc::S_IFCHR => FileKind::Char,
+        libc::S_IFDIR => FileKind::Directory,
+        libc::S_IFIFO => FileKind::Fifo,
+        libc::S_IFSOCK => FileKind::Socket,
+        _ => FileKind::Other,
+    }
+}
+
+/// Two names of one device are two inodes; the device number is what they share.
+fn identity(stat: &libc::stat) -> (u64, u64) {
+    match stat.st_mode & libc::S_IFMT {
+        libc::S_IFBLK | libc::S_IFCHR => (stat.st_rdev, 0),
+        _ => (stat.st_dev, stat.st_ino),
     }
 }
 

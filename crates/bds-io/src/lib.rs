@@ -13,17 +13,21 @@ mod executor;
 pub mod file;
 mod host;
 mod identity;
+mod inline;
 mod op;
+pub mod signals;
 pub mod sim;
 pub mod sync;
 mod sys;
+mod task;
 mod workers;
 
 pub use buf::{Buf, BufPool, IoVec};
 pub use context::{
-    Context, ContextHandle, ContextOptions, EngineKind, Task, block_on, now, offload, sleep, spawn,
-    yield_now,
+    Context, ContextHandle, ContextOptions, EngineKind, block_on, ensure_home, now, offload, sleep,
+    spawn, spawn_now, yield_now,
 };
-pub use file::{ByteLock, Extent, File, FileKind, Fs, OpenOptions, ZeroMode};
+pub use file::{ByteLock, Extent, File, FileKind, FileLook, Fs, OpenOptions, ZeroMode};
 pub use identity::shares_bytes;
 pub use sim::{Sim, SimConfig};
+pub use task::Task;

@@ -123,7 +123,8 @@ impl Future for OpFuture {
                 if let Some(op) = rest {
                     match background() {
                         Ok(background) => background.submit(op, cell.clone()),
-                        Err(error) => return Poll::Ready(Err(error)),
+                        // No thread can be had: it is done here and now.
+                        Err(_) => return Poll::Ready(op.run()),
                     }
                 }
                 self.set(OpFuture::Waiting(cell));

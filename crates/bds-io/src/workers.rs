@@ -1,9 +1,11 @@
 //! Threads that block, so that Contexts need not: one set for system calls, one for computing.
 //!
 //! Threads start when there is more work than idle threads, and leave after a while without work. Both sets
-//! serve the whole process: their number bounds what the process asks of the machine.
+//! serve the whole process: their number bounds what the process asks of the machine. Where the machine gives no
+//! thread at all, the caller is asked to do the work itself.
 
 use std::collections::VecDeque;
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -31,6 +33,15 @@ pub(crate) fn cpu() -> &'static Workers {
     &CPU
 }
 
+/// Starts a thread, unless the machine gives none.
+pub(crate) fn start_thread(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    #[cfg(test)]
+    if tests::NO_THREADS.get() {
+        return Err(io::Error::from_raw_os_error(libc::EAGAIN));
+    }
+    thread::Builder::new().name(name.into()).spawn(work).map(drop)
+}
+
 #[derive(Default)]
 struct State {
     queue: VecDeque<Job>,
@@ -51,37 +62,40 @@ impl Workers {
         Workers { name, threads_max, state: Mutex::default(), work: Condvar::new() }
     }
 
-    /// Queues a job. If no thread can be started at all, it runs here.
-    pub(crate) fn submit(&'static self, job: Job) {
-        let mut state = self.lock();
-        state.queue.push_back(job);
-        if state.queue.len() <= state.idle || state.threads == self.threads_max {
-            drop(state);
-            self.work.notify_one();
-            return;
+    /// Queues the job that `make` gives, for a thread. False if there is none and none can be started; then `make` was
+    /// not called.
+    #[must_use = "if false, nothing does the work"]
+    pub(crate) fn submit(&'static self, make: impl FnOnce() -> Job) -> bool {
+        let state = self.lock();
+        let is_served = state.queue.len() < state.idle || state.threads == self.threads_max;
+        if is_served {
+            self.push(state, make());
+            return true;
         }
-        state.threads += 1;
         drop(state);
-        let started = thread::Builder::new().name(self.name.into()).spawn(|| self.serve());
-        if started.is_err() {
-            self.without_thread();
+        let is_started = start_thread(self.name, || self.serve()).is_ok();
+        let state = self.lock();
+        // Without a new thread others will do the work, if there are any: none leaves while there is work.
+        if !is_started && state.threads == 0 {
+            return false;
         }
+        self.push(state, make());
+        true
     }
 
-    /// The machine gives no more threads: others will do the work if there are any, else we do.
-    fn without_thread(&self) {
-        let mut state = self.lock();
-        state.threads -= 1;
-        while state.threads == 0 {
-            let Some(job) = state.queue.pop_front() else { return };
-            drop(state);
-            job();
-            state = self.lock();
-        }
+    fn push(&self, mut state: MutexGuard<'_, State>, job: Job) {
+        state.queue.push_back(job);
+        drop(state);
+        self.work.notify_one();
     }
 
     fn serve(&self) {
         let mut state = self.lock();
+        if state.threads == self.threads_max {
+            // Others were quicker; they do the work.
+            return;
+        }
+        state.threads += 1;
         loop {
             if let Some(job) = state.queue.pop_front() {
                 drop(state);
@@ -105,5 +119,67 @@ impl Workers {
     fn lock(&self) -> MutexGuard<'_, State> {
         // Jobs run outside the lock, and nothing under it panics half way.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::cell::Cell;
+    use std::sync::mpsc;
+
+    use super::Workers;
+
+    thread_local! {
+        /// Threads that this thread wants to start cannot be had.
+        pub(crate) static NO_THREADS: Cell<bool> = const { Cell::new(false) };
+    }
+
+    /// Until the answer is dropped, this thread starts no other.
+    pub(crate) fn without_threads() -> impl Drop {
+        struct Back;
+        impl Drop for Back {
+            fn drop(&mut self) {
+                NO_THREADS.set(false);
+            }
+        }
+        NO_THREADS.set(true);
+        Back
+    }
+
+    fn workers(threads_max: usize) -> &'static Workers {
+        Box::leak(Box::new(Workers::new("bds-test", threads_max)))
+    }
+
+    #[test]
+    fn without_a_thread_the_job_is_not_made() {
+        let workers = workers(2);
+        let none = without_threads();
+        assert!(!workers.submit(|| unreachable!("there is no thread")));
+        drop(none);
+        let (tell, hear) = mpsc::channel();
+        assert!(workers.submit(|| Box::new(move || tell.send(1).unwrap())));
+        assert_eq!(hear.recv(), Ok(1));
+    }
+
+    /// A busy thread does what no other can be started for.
+    #[test]
+    fn one_thread_is_enough() {
+        let workers = workers(2);
+        let (tell, hear) = mpsc::channel();
+        let (go, wait) = mpsc::channel::<()>();
+        let busy = tell.clone();
+        assert!(workers.submit(|| Box::new(move || {
+            busy.send(0).unwrap();
+            wait.recv().unwrap();
+        })));
+        assert_eq!(hear.recv(), Ok(0));
+        let none = without_threads();
+        for number in 1..5 {
+            let tell = tell.clone();
+            assert!(workers.submit(|| Box::new(move || tell.send(number).unwrap())));
+        }
+        drop(none);
+        go.send(()).unwrap();
+        assert_eq!(hear.iter().take(4).collect::<Vec<_>>(), [1, 2, 3, 4]);
     }
 }

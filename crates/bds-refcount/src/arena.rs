@@ -15,7 +15,7 @@ use crate::{
     graveyard::{Graveyard, Reap},
     handle::{GENERATION_BITS, Handle, INDEX_BITS, Kind, PREFIX_SHIFT, prefix},
     holder::{Held, Holder, HolderInfo},
-    lifecycle::State,
+    lifecycle::{State, Word},
     pages::{self, MAX_SLOTS, Pages},
     slot::{Occupant, Slot},
     stale::{Full, Stale},
@@ -30,7 +30,8 @@ use crate::{
 pub struct ArenaConfig {
     /// What the arena holds; part of every handle.
     pub kind: Kind,
-    /// Width of the generation, 1 to 24: a slot serves 2ⁿ − 1 objects and is then retired.
+    /// Width of the generation, 1 to 24: a slot serves at most 2ⁿ − 1 objects and is then retired. (Fewer only at full
+    /// width: what earlier arenas used under the same tag is never used again.)
     pub generation_bits: u32,
     /// Width of the index, 0 to 24: the arena has at most 2ⁿ slots, and never more than 13.6 million.
     pub index_bits: u32,
@@ -79,10 +80,10 @@ pub(crate) struct Shared<T> {
     prefix: u64,
     pages: Pages<T>,
     pub(crate) graveyard: Graveyard,
-    last_generation: u32,
     capacity: u32,
     books: Mutex<Books>,
-    _tag: Tag,
+    /// Which generations the slots may have.
+    tag: Tag,
 }
 
 impl<T> Shared<T> {
@@ -92,7 +93,7 @@ impl<T> Shared<T> {
         if handle.prefix() != self.prefix {
             return Err(self.explain_prefix(handle));
         }
-        self.pages.slot(handle.place()).ok_or(Stale::NeverIssued)
+        self.pages.slot(handle.place()).ok_or_else(|| self.explain_absent(handle))
     }
 
     /// The slot at this place, which exists.
@@ -112,9 +113,27 @@ impl<T> Shared<T> {
         }
     }
 
+    /// Why there is no slot at the place that a handle names.
+    #[cold]
+    fn explain_absent(&self, handle: Handle<T>) -> Stale {
+        match self.tag.is_foreign(handle.generation()) {
+            true => Stale::WrongArena,
+            false => Stale::NeverIssued,
+        }
+    }
+
+    /// Why a slot's word refuses a handle.
+    #[cold]
+    fn explain(&self, word: Word, handle: Handle<T>) -> Stale {
+        match self.tag.is_foreign(handle.generation()) {
+            true => Stale::WrongArena,
+            false => Slot::<T>::explain(word, handle.generation()),
+        }
+    }
+
     pub(crate) fn check(&self, handle: Handle<T>) -> Result<(), Stale> {
         let word = self.slot(handle)?.word();
-        match Slot::<T>::explain(word, handle.generation()) {
+        match self.explain(word, handle) {
             Stale::TooManyReferences => Ok(()), // what `explain` says of a live object
             stale => Err(stale),
         }
@@ -136,7 +155,7 @@ impl<T> Shared<T> {
             books.closing -= 1;
         }
         // SAFETY: the caller's duty is the same.
-        if unsafe { slot.end(self.last_generation) } {
+        if unsafe { slot.end(&self.tag) } {
             books.retired += 1;
             books.slots[key] = Entry::Retired;
         } else {
@@ -172,7 +191,9 @@ impl<'a, T> Reservation<'a, T> {
         if key >= shared.capacity {
             return Err(Full { capacity: shared.capacity as usize, retired: books.retired });
         }
-        let slot = shared.pages.slot_or_grow(key, shared.capacity, shared.prefix << PREFIX_SHIFT);
+        let first =
+            Handle::with_generation(shared.prefix << PREFIX_SHIFT, shared.tag.first_generation());
+        let slot = shared.pages.slot_or_grow(key, shared.capacity, first);
         slot.reserve();
         books.slots.insert(Entry::InUse);
         Ok(Self { shared, slot })
@@ -231,15 +252,15 @@ impl<T> Arena<T> {
             "generation_bits must be 1 to 24"
         );
         assert!(index_bits <= INDEX_BITS, "index_bits must be 0 to 24");
-        let tag = Tag::take(kind);
+        let tag = Tag::take(kind, (1 << generation_bits) - 1);
+        let capacity = if tag.is_some() { MAX_SLOTS.min(1 << index_bits) } else { 0 };
         let shared = Arc::new(Shared {
             prefix: prefix(kind, tag.number()),
             pages: Pages::new(),
             graveyard: Graveyard::new(),
-            last_generation: (1 << generation_bits) - 1,
-            capacity: MAX_SLOTS.min(1 << index_bits),
+            capacity,
             books: Mutex::new(Books { slots: Slab::new(), retired: 0, closing: 0 }),
-            _tag: tag,
+            tag,
         });
         Self { _owner: Arc::new(Owner(Arc::clone(&shared))), shared }
     }
@@ -275,7 +296,7 @@ impl<T> Arena<T> {
         match slot.acquire(handle.generation()) {
             // SAFETY: `acquire` made the one reference that this takes over.
             Ok(()) => Ok(unsafe { Strong::from_owned(slot) }),
-            Err(word) => Err(Slot::<T>::explain(word, handle.generation())),
+            Err(word) => Err(self.shared.explain(word, handle)),
         }
     }
 

@@ -25,6 +25,7 @@ use crate::{
 const LINK: u32 = (1 << (INDEX_BITS + 1)) - 1;
 const ORPHAN: u32 = 1 << 30;
 const DRAINING: u32 = 1 << 31;
+// The three have no bit in common (asserted below), so joining them by `|`, `^` or `+` is the same.
 
 /// The queue's ends, as links. Chained through the slots' `next`.
 struct Queue {
@@ -214,5 +215,18 @@ impl<T> Iterator for Reap<'_, T> {
 
     fn next(&mut self) -> Option<Self::Item> {
         self.arena.reap_one()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_link_fits_beside_the_flags() {
+        let largest = 1 << INDEX_BITS; // of the last place
+        assert_eq!(LINK & largest, largest);
+        assert_eq!(LINK, 0x01ff_ffff, "all bits below the largest link's");
+        assert_eq!([LINK & ORPHAN, LINK & DRAINING, ORPHAN & DRAINING], [0; 3]);
     }
 }

@@ -121,6 +121,18 @@ impl<T> Handle<T> {
         (self.bits & INDEX_MASK) as u32
     }
 
+    /// The same kind, tag and generation at another place.
+    #[inline]
+    pub(crate) const fn at(self, place: u32) -> Self {
+        Self::from_u64(self.bits & !INDEX_MASK | place as u64)
+    }
+
+    /// Kind, tag and place in their places, with generation 0; see [`Handle::with_generation`].
+    #[inline]
+    pub(crate) const fn base(self) -> u64 {
+        self.bits & !(GENERATION_MASK << INDEX_BITS)
+    }
+
     /// A handle put together; `base` has everything in its place but the generation, which is 0.
     #[inline]
     pub(crate) const fn with_generation(base: u64, generation: u32) -> Self {

@@ -147,7 +147,8 @@ impl<V> Drop for Hinge<V> {
             // SAFETY: from Box::into_raw, and `&mut self`: no reader exists, and nobody can swap.
             drop(unsafe { Box::from_raw(now) });
         }
-        for old in std::mem::take(&mut *self.limbo.lock()) {
+        let olds = std::mem::take(&mut *self.limbo.lock());
+        for old in olds {
             // SAFETY: as above; what is in limbo is owned by the limbo.
             drop(unsafe { Box::from_raw(old.value.as_ptr()) });
         }

@@ -203,6 +203,11 @@ impl<T> Held<T> {
         &self.entry.holder
     }
 
+    /// Where in the program it was taken.
+    pub fn since(&self) -> &'static Location<'static> {
+        self.entry.since
+    }
+
     /// Strikes the name off, gives the reference up and says whether it was the last.
     pub fn release(self) -> Release {
         self.into_strong().release()
@@ -218,8 +223,12 @@ impl<T> Held<T> {
     /// Passes the reference on to another holder.
     #[track_caller]
     pub fn pass_to(self, holder: Holder) -> Self {
+        self.pass_since(holder, Location::caller())
+    }
+
+    /// As [`pass_to`](Self::pass_to), since another place in the program: for whoever does it on a caller's behalf.
+    pub fn pass_since(self, holder: Holder, since: &'static Location<'static>) -> Self {
         // The new name first: the object is never without one.
-        let since = Location::caller();
         let Self { entry, strong } = self;
         let next = Self::register(strong, holder, since);
         drop(entry);

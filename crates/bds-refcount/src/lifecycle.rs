@@ -98,13 +98,13 @@ impl Word {
         self.0 < ONE
     }
 
-    /// What a slot becomes when its occupant has ended.
-    pub(crate) const fn after_end(self, last_generation: u32) -> Self {
+    /// What a slot becomes when its occupant has ended: vacant in the next generation if that may begin.
+    pub(crate) const fn after_end(self, may_go_on: bool) -> Self {
         let generation = self.generation();
-        if generation >= last_generation {
-            Self::new(State::Retired, generation, 0)
-        } else {
+        if may_go_on {
             Self::new(State::Vacant, generation + 1, 0)
+        } else {
+            Self::new(State::Retired, generation, 0)
         }
     }
 }
@@ -154,10 +154,21 @@ mod tests {
         }
     }
 
+    /// Both comparisons are strict. No occupied slot has such a word (its state is not 0), so that only here does it show.
+    #[test]
+    fn the_bounds_themselves_are_neither_last_nor_too_many() {
+        assert_eq!((Word(ONE - 1).count(), Word(ONE - 1).was_last()), (1, true));
+        assert_eq!((Word(ONE).count(), Word(ONE).was_last()), (2, false));
+        let none = Word(ONE.wrapping_neg());
+        assert_eq!((none.count(), none.was_saturated()), (0, false));
+        let most = Word::new(State::Vacant, 0, COUNT_LIMIT);
+        assert!(most.was_saturated() && !Word(most.0 - 1).was_saturated());
+    }
+
     #[test]
     fn an_exhausted_generation_retires_the_slot() {
         let word = Word::new(State::Occupied, 6, 0);
-        assert_eq!(word.after_end(7), Word::new(State::Vacant, 7, 0));
-        assert_eq!(word.after_end(6), Word::new(State::Retired, 6, 0));
+        assert_eq!(word.after_end(true), Word::new(State::Vacant, 7, 0));
+        assert_eq!(word.after_end(false), Word::new(State::Retired, 6, 0));
     }
 }

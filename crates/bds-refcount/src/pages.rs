@@ -13,7 +13,7 @@
 
 use std::sync::OnceLock;
 
-use crate::slot::Slot;
+use crate::{handle::Handle, slot::Slot};
 
 const OFFSET_BITS: u32 = 18;
 const OFFSET_MASK: u32 = (1 << OFFSET_BITS) - 1;
@@ -68,14 +68,14 @@ impl<T> Pages<T> {
     }
 
     /// The slot with this key, whose page is made if need be, with no more than `capacity` slots in all pages.
-    /// `base` is kind and tag in their places in a handle.
-    pub(crate) fn slot_or_grow(&self, key: u32, capacity: u32, base: u64) -> &Slot<T> {
+    /// `first` is the first handle of the first slot: kind, tag and generation in their places.
+    pub(crate) fn slot_or_grow(&self, key: u32, capacity: u32, first: Handle<T>) -> &Slot<T> {
         let place = place(key);
         let (page, offset) = (place >> OFFSET_BITS, place & OFFSET_MASK);
         let slots = self.pages[page as usize].get_or_init(|| {
             let len = (1 << (page + FIRST_BITS).min(OFFSET_BITS)).min(capacity - (key - offset));
-            let first = page << OFFSET_BITS;
-            (first..first + len).map(|place| Slot::new(base | u64::from(place))).collect()
+            let start = page << OFFSET_BITS;
+            (start..start + len).map(|place| Slot::new(first.at(place))).collect()
         });
         &slots[offset as usize]
     }

@@ -16,6 +16,7 @@ use crate::{
     lifecycle::{ONE, State, Word},
     stale::{Stale, TooManyReferences},
     sync::{Arc, AtomicU32, AtomicU64, Mutex, Ordering, UnsafeCell, spin_loop},
+    tag::Tag,
 };
 
 /// What an occupied slot holds.
@@ -56,10 +57,11 @@ unsafe impl<T: Send + Sync> Sync for Slot<T> {}
 unsafe impl<T: Send + Sync> Send for Slot<T> {}
 
 impl<T> Slot<T> {
-    pub(crate) fn new(base: u64) -> Self {
+    /// A vacant slot whose first occupant gets this handle.
+    pub(crate) fn new(first: Handle<T>) -> Self {
         Self {
-            word: AtomicU64::new(Word::new(State::Vacant, 1, 0).0),
-            base,
+            word: AtomicU64::new(Word::new(State::Vacant, first.generation(), 0).0),
+            base: first.base(),
             next: AtomicU32::new(0),
             side: Mutex::new(Side::default()),
             occupant: UnsafeCell::new(MaybeUninit::uninit()),
@@ -221,8 +223,9 @@ impl<T> Slot<T> {
     ///
     /// # Safety
     /// The caller owns the dead object and has taken its occupant out, or has reserved the slot.
-    pub(crate) unsafe fn end(&self, last_generation: u32) -> bool {
-        let next = Word(self.word.load(Ordering::Relaxed)).after_end(last_generation);
+    pub(crate) unsafe fn end(&self, tag: &Tag) -> bool {
+        let now = Word(self.word.load(Ordering::Relaxed));
+        let next = now.after_end(tag.begin(now.generation() + 1));
         // Release: pairs with `reserve`.
         self.word.store(next.0, Ordering::Release);
         next.state() == State::Retired
@@ -246,5 +249,35 @@ impl<T> Slot<T> {
     pub(crate) fn force_count(&self, count: u64) {
         let word = self.word();
         self.word.store(Word::new(State::Occupied, word.generation(), count).0, Ordering::Relaxed);
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+
+    /// The cell's safety hangs on this, not on the free list.
+    #[test]
+    fn only_a_vacant_slot_is_reserved_and_only_once() {
+        let slot = Slot::<String>::new(Handle::with_generation(0, 7));
+        slot.reserve();
+        let reserved = Word::new(State::Reserved, 7, 0);
+        assert_eq!(slot.word(), reserved);
+        let others = [
+            reserved,
+            Word::new(State::Occupied, 7, 1),
+            Word::new(State::Occupied, 7, 0),
+            Word::new(State::Retired, 7, 0),
+        ];
+        for word in others {
+            slot.word.store(word.0, Ordering::Relaxed);
+            assert!(catch_unwind(AssertUnwindSafe(|| slot.reserve())).is_err(), "{word:?}");
+            assert_eq!(slot.word(), word, "refused and left alone");
+        }
+        slot.word.store(Word::new(State::Vacant, 8, 0).0, Ordering::Relaxed);
+        slot.reserve();
+        assert_eq!(slot.word(), Word::new(State::Reserved, 8, 0));
     }
 }

@@ -47,7 +47,7 @@ impl error::Error for Stale {}
 /// The arena has no free slot: every index is in use, waiting to be reaped, or retired.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Full {
-    /// Slots that this arena can have in all.
+    /// Slots that this arena can have in all. 0: it found no generation of its kind that was not used already.
     pub capacity: usize,
     /// How many of them are retired for good.
     pub retired: usize,
@@ -56,6 +56,10 @@ pub struct Full {
 impl fmt::Display for Full {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { capacity, retired } = self;
+        if *capacity == 0 {
+            f.write_str("no generations are left for another arena of this kind; ")?;
+            return f.write_str("drop arenas that are not needed any more");
+        }
         write!(f, "all {capacity} slots of the arena are taken ({retired} of them retired); ")?;
         f.write_str("release objects and reap")
     }

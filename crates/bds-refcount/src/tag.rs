@@ -1,80 +1,181 @@
-//! Arena tags: the twelve bits of a handle that say which arena gave it out.
+//! Arena tags: the twelve bits of a handle that say which arena gave it out, and the generations that go with them.
 //!
-//! Among live arenas of a kind no two share a tag, up to 4095 of them; beyond that tags are shared and a foreign handle
-//! is recognised only by index and generation. A tag comes back into use as late as possible: the search goes round.
+//! A handle is (kind, tag, generation, index), and denotes one object for ever. So no (tag, generation) of a kind is
+//! ever used by two arenas: each arena has a *lease* of a range of generations under its tag.
+//!
+//! * A tag that comes back into use starts above the last generation that was used under it. It comes back as late as
+//!   possible: the search goes round.
+//! * If all 4095 tags of a kind are in use, the new arena gets the upper half of what the arena with the most unused
+//!   generations has left, under the same tag.
+//! * If there is nothing left to halve, the arena has no lease, and no slots.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicU64, Ordering},
+};
 
-use crate::handle::{Kind, TAG_BITS};
+use crate::handle::{GENERATION_BITS, Kind, TAG_BITS};
 
-const TAGS: usize = 1 << TAG_BITS;
+/// Tags of a kind: 1 to this. Tag 0 is never given out.
+const TAGS: usize = (1 << TAG_BITS) - 1;
+const LAST_GENERATION: u32 = (1 << GENERATION_BITS) - 1;
+/// A lease that would be smaller is not given out, unless so few were asked for: its slots would retire too soon.
+const LEASE_MIN: u32 = 1 << 16;
 
-/// Which tags of one kind are taken. Tag 0 is never given out.
+/// A range of generations under a tag, and how much of it was used.
+pub(crate) struct Lease {
+    kind: Kind,
+    tag: u16,
+    first: u32,
+    /// The highest generation begun (low half) and the last that may be (high half), which another arena may lower.
+    /// One word, so that neither passes the other.
+    // std's atomic also under loom: changed under the books' lock, and whoever halves it needs no other memory.
+    bounds: AtomicU64,
+}
+
+const fn pack(highest: u32, last: u32) -> u64 {
+    (last as u64) << 32 | highest as u64
+}
+
+const fn unpack(bounds: u64) -> (u32, u32) {
+    ((bounds & 0xffff_ffff) as u32, (bounds >> 32) as u32)
+}
+
+impl Lease {
+    fn new(kind: Kind, tag: u16, first: u32, last: u32) -> Arc<Self> {
+        // Slots are born with the first generation, so that it counts as begun.
+        Arc::new(Self { kind, tag, first, bounds: AtomicU64::new(pack(first, last)) })
+    }
+
+    fn bounds(&self) -> (u32, u32) {
+        unpack(self.bounds.load(Ordering::Relaxed))
+    }
+
+    /// Whether a slot may go on to this generation. If so, no other arena will ever use it.
+    pub(crate) fn begin(&self, generation: u32) -> bool {
+        let begun = self.bounds.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |bounds| {
+            let (highest, last) = unpack(bounds);
+            (generation <= last).then_some(pack(highest.max(generation), last))
+        });
+        begun.is_ok()
+    }
+
+    /// Generations that were not begun.
+    fn left(&self) -> u32 {
+        let (highest, last) = self.bounds();
+        last - highest
+    }
+
+    /// Gives away the upper half of what is left. `None` if that would be too little.
+    fn halve(&self) -> Option<Arc<Self>> {
+        let give = |bounds| {
+            let (highest, last) = unpack(bounds);
+            let kept = (last - highest) / 2;
+            (kept >= LEASE_MIN).then_some(pack(highest, highest + kept))
+        };
+        let before = self.bounds.fetch_update(Ordering::Relaxed, Ordering::Relaxed, give).ok()?;
+        let ((_, last), (_, kept)) = (unpack(before), unpack(give(before)?));
+        Some(Self::new(self.kind, self.tag, kept + 1, last))
+    }
+}
+
+/// What is known of one tag of one kind.
+struct Entry {
+    /// The highest generation that an arena which has ended used under it.
+    used: u32,
+    /// Of the live arenas under it: one, unless all tags are in use.
+    leases: Vec<Arc<Lease>>,
+}
+
+/// The tags of one kind.
 struct Space {
-    taken: [u64; TAGS / 64],
-    last: u16,
+    /// Of tag 1 and so on, as far as tags were ever given out.
+    entries: Vec<Entry>,
+    /// Where the next search begins.
+    next: usize,
 }
 
 static SPACES: Mutex<[Space; 16]> =
-    Mutex::new([const { Space { taken: [0; TAGS / 64], last: 0 } }; 16]);
+    Mutex::new([const { Space { entries: Vec::new(), next: 0 } }; 16]);
+
+fn spaces() -> MutexGuard<'static, [Space; 16]> {
+    SPACES.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 impl Space {
-    fn next(tag: u16) -> u16 {
-        if usize::from(tag) + 1 < TAGS { tag + 1 } else { 1 }
+    /// A lease of up to `wanted` generations.
+    fn take(&mut self, kind: Kind, wanted: u32) -> Option<Arc<Lease>> {
+        let lease = self.take_unused(kind, wanted).or_else(|| self.halve_largest())?;
+        self.entries[usize::from(lease.tag) - 1].leases.push(Arc::clone(&lease));
+        Some(lease)
     }
 
-    fn place(tag: u16) -> (usize, u64) {
-        (usize::from(tag) / 64, 1 << (tag % 64))
-    }
-
-    fn take(&mut self) -> Option<u16> {
-        let mut tag = Self::next(self.last);
-        for _ in 1..TAGS {
-            let (word, bit) = Self::place(tag);
-            if self.taken[word] & bit == 0 {
-                self.taken[word] |= bit;
-                self.last = tag;
-                return Some(tag);
+    fn take_unused(&mut self, kind: Kind, wanted: u32) -> Option<Arc<Lease>> {
+        for _ in 0..TAGS {
+            let place = self.next;
+            self.next = (place + 1) % TAGS;
+            if place == self.entries.len() {
+                self.entries.push(Entry { used: 0, leases: Vec::new() });
             }
-            tag = Self::next(tag);
+            let entry = &self.entries[place];
+            let left = LAST_GENERATION - entry.used;
+            if entry.leases.is_empty() && left >= wanted.min(LEASE_MIN) {
+                let tag = u16::try_from(place + 1).expect("tags have twelve bits");
+                return Some(Lease::new(kind, tag, entry.used + 1, entry.used + wanted.min(left)));
+            }
         }
         None
     }
+
+    fn halve_largest(&self) -> Option<Arc<Lease>> {
+        let leases = self.entries.iter().flat_map(|entry| &entry.leases);
+        leases.max_by_key(|lease| lease.left())?.halve()
+    }
 }
 
-/// A tag, given back when dropped.
-pub(crate) struct Tag {
-    kind: Kind,
-    number: u16,
-    /// False for a tag shared because all were taken; such a one is not given back.
-    own: bool,
-}
+/// An arena's tag and generations, given back when dropped.
+pub(crate) struct Tag(Option<Arc<Lease>>);
 
 impl Tag {
-    pub(crate) fn take(kind: Kind) -> Self {
-        let mut spaces = SPACES.lock().unwrap_or_else(PoisonError::into_inner);
-        let space = &mut spaces[usize::from(kind.to_u8())];
-        match space.take() {
-            Some(number) => Self { kind, number, own: true },
-            None => {
-                space.last = Space::next(space.last);
-                Self { kind, number: space.last, own: false }
-            }
-        }
+    /// Takes a tag with up to `wanted` generations, at least one.
+    pub(crate) fn take(kind: Kind, wanted: u32) -> Self {
+        Self(spaces()[usize::from(kind.to_u8())].take(kind, wanted))
     }
 
+    /// The tag; 0, which no handle has, without a lease.
     pub(crate) fn number(&self) -> u16 {
-        self.number
+        self.0.as_ref().map_or(0, |lease| lease.tag)
+    }
+
+    /// Whether the arena may have slots at all.
+    pub(crate) fn is_some(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// The generation of new slots.
+    pub(crate) fn first_generation(&self) -> u32 {
+        self.0.as_ref().map_or(1, |lease| lease.first)
+    }
+
+    /// Whether a slot may go on to this generation.
+    pub(crate) fn begin(&self, generation: u32) -> bool {
+        self.0.as_ref().is_some_and(|lease| lease.begin(generation))
+    }
+
+    /// Whether a handle of this generation and tag comes from an earlier arena.
+    pub(crate) fn is_foreign(&self, generation: u32) -> bool {
+        (1..self.first_generation()).contains(&generation)
     }
 }
 
 impl Drop for Tag {
     fn drop(&mut self) {
-        if self.own {
-            let mut spaces = SPACES.lock().unwrap_or_else(PoisonError::into_inner);
-            let (word, bit) = Space::place(self.number);
-            spaces[usize::from(self.kind.to_u8())].taken[word] &= !bit;
-        }
+        let Some(lease) = &self.0 else { return };
+        let mut spaces = spaces();
+        let entry =
+            &mut spaces[usize::from(lease.kind.to_u8())].entries[usize::from(lease.tag) - 1];
+        entry.used = entry.used.max(lease.bounds().0);
+        entry.leases.retain(|other| !Arc::ptr_eq(other, lease));
     }
 }
 
@@ -83,20 +184,84 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
+    use crate::{Arena, Handle, Stale, handle};
+
+    // Kinds that no other test of this crate uses.
+    const CROWDED: Kind = Kind::new(15);
+    const RECYCLED: Kind = Kind::new(14);
+    const EXHAUSTED: Kind = Kind::new(13);
+
+    /// Asserts that no two of these share a generation under a tag.
+    fn assert_disjoint(tags: &[Tag]) {
+        let mut ranges: Vec<(u16, u32, u32)> = tags
+            .iter()
+            .filter_map(|tag| tag.0.as_ref())
+            .map(|lease| (lease.tag, lease.first, lease.bounds().1))
+            .collect();
+        ranges.sort_unstable();
+        for pair in ranges.windows(2) {
+            let ((tag, _, last), (other, first, _)) = (pair[0], pair[1]);
+            assert!(tag != other || last < first, "{pair:?}");
+        }
+    }
 
     #[test]
-    fn live_arenas_of_a_kind_have_different_tags_until_all_are_taken() {
-        let kind = Kind::new(15); // no other test of this crate uses it
-        let tags: Vec<Tag> = (1..TAGS).map(|_| Tag::take(kind)).collect();
+    fn live_arenas_of_a_kind_never_share_a_generation_of_a_tag() {
+        let mut tags: Vec<Tag> = (0..TAGS).map(|_| Tag::take(CROWDED, LAST_GENERATION)).collect();
         let numbers: HashSet<u16> = tags.iter().map(Tag::number).collect();
-        assert_eq!(numbers.len(), TAGS - 1);
+        assert_eq!(numbers.len(), TAGS, "as long as there are unused ones, each has its own");
         assert!(!numbers.contains(&0));
 
-        let shared = Tag::take(kind);
-        assert!(!shared.own);
-        drop(shared);
-        let freed = tags[77].number();
-        drop(tags.into_iter().nth(77));
-        assert!(Tag::take(kind).own, "a freed tag ({freed}) is found again");
+        // An arena that has used most of its generations goes on to what it may, and not beyond what it gave away.
+        let busy = tags.swap_remove(7);
+        assert!(busy.begin(LAST_GENERATION - 3 * LEASE_MIN));
+        tags.extend((0..600).map(|_| Tag::take(CROWDED, LAST_GENERATION)));
+        tags.push(busy);
+        assert!(tags.iter().all(Tag::is_some));
+        assert_disjoint(&tags);
+        for tag in &tags {
+            let (highest, last) = tag.0.as_ref().unwrap().bounds();
+            assert!(highest <= last && tag.begin(last) && !tag.begin(last + 1));
+        }
+        // All was begun: nothing is left to halve.
+        assert!(!Tag::take(CROWDED, LAST_GENERATION).is_some());
+        assert!(!Tag::take(CROWDED, 1).is_some());
+    }
+
+    #[test]
+    fn a_tag_that_comes_back_starts_above_what_was_used_under_it() {
+        let first = Tag::take(RECYCLED, 100);
+        assert!(first.begin(41) && !first.begin(101));
+        let number = first.number();
+        drop(first);
+        let again = (0..TAGS).map(|_| Tag::take(RECYCLED, 100)).find(|tag| tag.number() == number);
+        let again = again.expect("the search goes round");
+        assert_eq!(again.first_generation(), 42);
+        assert!(again.begin(141) && !again.begin(142), "as many as were asked for");
+        assert!(again.is_foreign(1) && again.is_foreign(41) && !again.is_foreign(42));
+        assert!(!again.is_foreign(0), "no arena ever issues 0");
+    }
+
+    /// What an arena with this tag could have given out.
+    fn few_handle(tag: u16) -> Handle<&'static str> {
+        let base = handle::prefix(EXHAUSTED, tag) << handle::PREFIX_SHIFT;
+        Handle::with_generation(base, LAST_GENERATION)
+    }
+
+    #[test]
+    fn without_generations_an_arena_has_no_slots_and_says_so() {
+        let used = LAST_GENERATION - 5;
+        spaces()[usize::from(EXHAUSTED.to_u8())].entries =
+            (0..TAGS).map(|_| Entry { used, leases: Vec::new() }).collect();
+        let few = Tag::take(EXHAUSTED, 5);
+        assert_eq!((few.first_generation(), few.begin(used + 5)), (used + 1, true));
+        assert!(!Tag::take(EXHAUSTED, 6).is_some());
+
+        let arena = Arena::new(EXHAUSTED);
+        let full = arena.insert("object").unwrap_err();
+        assert_eq!((full.capacity, arena.tag(), arena.kind()), (0, 0, EXHAUSTED));
+        assert!(full.to_string().contains("no generations are left"), "{full}");
+        let handle = few_handle(few.number());
+        assert_eq!(arena.acquire(handle).err(), Some(Stale::WrongArena));
     }
 }

@@ -18,7 +18,7 @@ use serde_json::json;
 
 use crate::args::Bench;
 use crate::image::{self, Spec};
-use crate::text::print_json;
+use crate::printer;
 
 /// Inline answers after which a worker lets the others run.
 const TURN_LEN: u32 = 64;
@@ -52,7 +52,7 @@ pub(crate) fn run(args: &Bench) -> Result<()> {
     let backend = Arc::new(image::enter(&node, plan.is_write)?);
     check_size(&plan, backend.len())?;
     if !args.quiet && !args.json {
-        announce(&plan);
+        announce(&plan)?;
     }
     let took = if plan.threads == 1 {
         let began = Instant::now();
@@ -62,9 +62,9 @@ pub(crate) fn run(args: &Bench) -> Result<()> {
         on_threads(&backend, &plan)?
     };
     if args.json {
-        print_result(&plan, took).map_err(|e| Error::io(e, "cannot print"))?;
+        print_result(&plan, took)?;
     } else if !args.quiet {
-        println!("Run completed in {:.3} seconds.", took.as_secs_f64());
+        printer::line(format_args!("Run completed in {:.3} seconds.", took.as_secs_f64()))?;
     }
     let backend = Arc::into_inner(backend).expect("all workers have ended");
     context.block_on(image::close(backend, node))
@@ -81,6 +81,7 @@ fn plan(args: &Bench) -> Result<Plan> {
         .field("aio", aio));
     }
     let len = super::size("buffer size", &args.buffer_size)?;
+    // A step of 0 is none of one's own, as in qemu-img.
     let step = args.step_size.as_deref().map_or(Ok(len), |text| super::size("step size", text))?;
     let refuse = |words: &str| Err(Error::new(ErrorKind::InvalidInput, words));
     if args.count == 0 || args.depth == 0 || args.threads == 0 || len == 0 || len > 1 << 30 {
@@ -102,7 +103,7 @@ fn plan(args: &Bench) -> Result<Plan> {
         depth: args.depth,
         offset: super::size("offset", &args.offset)?,
         len,
-        step,
+        step: if step == 0 { len } else { step },
         is_write: args.write,
         pattern: args.pattern,
         flush_interval: args.flush_interval,
@@ -121,22 +122,22 @@ fn check_size(plan: &Plan, image_len: u64) -> Result<()> {
         .field("image size", image_len))
 }
 
-fn announce(plan: &Plan) {
+fn announce(plan: &Plan) -> Result<()> {
     let kind = if plan.is_write { "write" } else { "read" };
-    println!(
+    printer::line(format_args!(
         "Sending {} {kind} requests, {} bytes each, {} in parallel (starting at offset {}, step size {})",
         plan.count, plan.len, plan.depth, plan.offset, plan.step
-    );
-    if plan.flush_interval > 0 {
-        let drain = if plan.drains { "" } else { "non-draining " };
-        println!("Sending {drain}flush every {} requests", plan.flush_interval);
+    ))?;
+    if plan.flush_interval == 0 {
+        return Ok(());
     }
+    printer::line(format_args!("Sending flush every {} requests", plan.flush_interval))
 }
 
 #[expect(clippy::cast_precision_loss, reason = "rates")]
-fn print_result(plan: &Plan, took: Duration) -> std::io::Result<()> {
+fn print_result(plan: &Plan, took: Duration) -> Result<()> {
     let seconds = took.as_secs_f64();
-    print_json(&json!({
+    printer::json(&json!({
         "requests": plan.count,
         "bytes": plan.len,
         "depth": plan.depth,

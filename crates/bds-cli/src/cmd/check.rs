@@ -8,8 +8,7 @@ use serde_json::{Map, Value, json};
 
 use crate::args::{Check, Output};
 use crate::image::{self, Spec};
-use crate::report;
-use crate::text::print_json;
+use crate::{printer, report};
 
 const NO_CHECKS: u8 = 63;
 
@@ -21,7 +20,7 @@ pub(crate) fn run(args: &Check) -> ExitCode {
         },
         Err(error) if error.kind() == ErrorKind::NotSupported && args.repair.is_none() => {
             if !args.quiet {
-                eprintln!("bds: {}", report::words(&error));
+                printer::message(format_args!("bds: {}", report::words(&error)));
             }
             ExitCode::from(NO_CHECKS)
         }
@@ -70,19 +69,16 @@ fn verdict(report: &CheckReport) -> ExitCode {
 
 fn print(args: &Check, format: &str, report: &CheckReport) -> Result<()> {
     if args.output == Output::Json {
-        let value = as_json(&args.filename, format, report);
-        return print_json(&value).map_err(|e| Error::io(e, "cannot print"));
+        let value = as_json(&args.filename.to_string_lossy(), format, report);
+        return printer::json(&value);
     }
     for message in &report.messages {
-        eprintln!("{message}");
+        printer::message(message);
     }
     if report.messages_dropped > 0 {
-        eprintln!("({} more messages)", report.messages_dropped);
+        printer::message(format_args!("({} more messages)", report.messages_dropped));
     }
-    if !args.quiet {
-        print!("{}", human(report));
-    }
-    Ok(())
+    if args.quiet { Ok(()) } else { printer::text(&human(report)) }
 }
 
 fn human(report: &CheckReport) -> String {

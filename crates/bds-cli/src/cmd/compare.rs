@@ -16,8 +16,8 @@ use futures_util::stream::FuturesOrdered;
 use crate::args::Compare;
 use crate::image::{self, Spec};
 use crate::progress::Progress;
-use crate::report;
-use crate::stop::Stop;
+use crate::stop::{self, Stop};
+use crate::{printer, report};
 
 /// Bytes compared at once: both sides of a piece stay in a core's cache between reading and comparing.
 const PIECE_LEN: u64 = 256 << 10;
@@ -27,6 +27,9 @@ const POOL_BYTES: usize = 4 << 20;
 const DEPTH: usize = 8;
 /// Differences are reported at the begin of their sector, as qemu-img does.
 const SECTOR_LEN: usize = 512;
+
+/// Exit code when the verdict could not be printed; 1 would say "different".
+const NOT_PRINTED: u8 = 2;
 
 /// How a comparison ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -38,6 +41,7 @@ enum Verdict {
 /// What went wrong, by when.
 enum Failure {
     Open(Error),
+    Print(Error),
     Status(Error),
     Read(Error),
 }
@@ -56,19 +60,25 @@ pub(crate) fn run(args: &Compare) -> ExitCode {
                 Verdict::Same => ("Images are identical.".to_owned(), 0),
                 Verdict::Different(words) => (words, 1),
             };
-            if !args.quiet {
-                println!("{words}");
+            let printed = if args.quiet { Ok(()) } else { printer::line(words) };
+            match printed {
+                Ok(()) => ExitCode::from(code),
+                Err(error) => {
+                    report::failure(&error);
+                    ExitCode::from(NOT_PRINTED)
+                }
             }
-            ExitCode::from(code)
         }
         Err(failure) => {
             let (error, code) = match &failure {
                 Failure::Open(error) => (error, 2),
+                Failure::Print(error) => (error, NOT_PRINTED),
                 Failure::Status(error) => (error, 3),
                 Failure::Read(error) => (error, 4),
             };
-            let code_of_stop = report::failure(error);
-            if error.kind() == ErrorKind::Cancelled { code_of_stop } else { ExitCode::from(code) }
+            report::failure(error);
+            let of_signal = stop::exit_code().filter(|_| error.kind() == ErrorKind::Cancelled);
+            ExitCode::from(of_signal.unwrap_or(code))
         }
     }
 }
@@ -83,8 +93,7 @@ async fn compare(args: &Compare) -> Result<Verdict, Failure> {
     if args.strict && a.len() != b.len() {
         return Ok(Verdict::Different("Strict mode: Image size mismatch!".to_owned()));
     }
-    let stop =
-        Stop::watch().map_err(|e| Failure::Open(Error::io(e, "cannot watch for signals")))?;
+    let stop = Stop::watch().map_err(Failure::Open)?;
     let mut progress = Progress::new(args.progress && !args.quiet);
     let total = a.len().max(b.len());
     let pool = BufPool::new(POOL_BYTES);
@@ -157,7 +166,7 @@ impl Walk {
                 if self.at >= common && !is_warned && pieces.is_empty() {
                     is_warned = true;
                     if !is_quiet {
-                        println!("Warning: Image size mismatch!");
+                        printer::line("Warning: Image size mismatch!").map_err(Failure::Print)?;
                     }
                 } else if self.at >= common && !is_warned {
                     // What comes before must be known first.

@@ -3,6 +3,7 @@
 //! The copy itself is the library's; here it is decided what is opened how, and what to say when it is over or broken off. What
 //! the arguments mean is in `convert_plan`, what is done to the output beside the copy in `convert_target`.
 
+use std::ffi::{OsStr, OsString};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -17,13 +18,15 @@ use super::convert_target::Target;
 use crate::args::Convert;
 use crate::cmd::create;
 use crate::image::{self, Spec};
+use crate::partial::Partial;
+use crate::printer;
 use crate::progress::Progress;
-use crate::stop::Stop;
+use crate::stop::{self, Stop};
 
 pub(crate) fn run(args: &Convert) -> Result<()> {
     if create::wants_help(&args.options) {
         let format = args.output_format.as_deref().unwrap_or("raw");
-        return create::help(format, args.filenames.last().map(String::as_str));
+        return create::help(format, args.filenames.last().map(OsString::as_os_str));
     }
     let plan = Plan::new(args)?;
     let context =
@@ -32,35 +35,84 @@ pub(crate) fn run(args: &Convert) -> Result<()> {
 }
 
 async fn convert(plan: &Plan<'_>) -> Result<()> {
-    let stop = Stop::watch().map_err(|e| Error::io(e, "cannot watch for signals"))?;
+    let stop = Stop::watch()?;
     let graph = image::trusting_graph();
-    let sources = open_sources(&graph, plan).await?;
+    let sources = stop.or_drop(open_sources(&graph, plan)).await?;
     let total = total_len(&sources)?;
-    let target = Target::open(&graph, plan, &sources, total).await?;
-    let copied = copy_all(plan, &stop, &sources, &target).await;
-    let outcome = match copied {
-        Ok(_) => target.close().await,
-        Err((error, done)) => {
-            // What was copied is kept; what is said below tells how much that is.
-            let closed = target.close().await;
-            let state =
-                format!("output '{}' is incomplete: {done} of {total} bytes copied", plan.output);
-            Err(match (error.kind(), closed) {
-                (ErrorKind::Cancelled, Ok(())) => {
-                    Error::new(ErrorKind::Cancelled, format!("interrupted; {state}"))
-                }
-                (_, Ok(())) => error.context(state),
-                (_, Err(closing)) => error.context(state).context(format_args!(
-                    "closing the output failed too ({})",
-                    crate::report::words(&closing)
-                )),
-            })
+    let mut partial = match plan.args.no_create {
+        true => Partial::of_existing(),
+        false => create::partial(create::path(plan.output)?, &plan.options, plan.args.keep_partial),
+    };
+    let opened = stop.or_drop(Target::open(&graph, plan, &sources, total, &mut partial)).await;
+    let outcome = match opened {
+        Err(error) => Err(Failure { error, done: None, closing: None }),
+        Ok(target) => fill(plan, &stop, &sources, target).await,
+    };
+    let outcome = match outcome {
+        Ok(()) => {
+            partial.complete();
+            Ok(())
         }
+        Err(failure) => Err(failure.into_error(plan.output, total, partial)),
     };
     for source in sources {
         source.close().await?.into_result()?;
     }
     outcome
+}
+
+/// Copies, and closes the output.
+async fn fill(
+    plan: &Plan<'_>,
+    stop: &Stop,
+    sources: &[NodeRef],
+    target: Target,
+) -> Result<(), Failure> {
+    let copied = copy_all(plan, stop, sources, &target).await;
+    let closed = target.close().await;
+    match copied {
+        Ok(report) => {
+            let failed = |error| Failure { error, done: Some(report.total), closing: None };
+            closed.map_err(failed)
+        }
+        Err((error, done)) => Err(Failure { error, done: Some(done), closing: closed.err() }),
+    }
+}
+
+/// Why the output is incomplete.
+struct Failure {
+    error: Error,
+    /// How many bytes of it are there, if the copy had begun.
+    done: Option<u64>,
+    /// Why it could not be closed either.
+    closing: Option<Error>,
+}
+
+impl Failure {
+    /// Decides about the output, and says it behind the cause.
+    fn into_error(self, output: &OsStr, total: u64, partial: Partial) -> Error {
+        let Self { error, done, closing } = self;
+        let is_kept = partial.is_kept();
+        let state = match done {
+            Some(done) => format!("is incomplete: {done} of {total} bytes copied"),
+            None if partial.has_created() => "is incomplete".to_owned(),
+            // Nothing of it was written.
+            None => return error,
+        };
+        let fate = partial.give_up();
+        let cause = match error.kind() {
+            ErrorKind::Cancelled if stop::exit_code().is_some() => "interrupted".to_owned(),
+            _ => crate::report::words(&error),
+        };
+        let output = output.to_string_lossy();
+        let name = if cause.contains(&*output) { String::new() } else { format!(" '{output}'") };
+        let mut words = format!("{cause}; the output{name} {state}; {fate}");
+        // Of no interest for what was removed.
+        if let Some(closing) = closing.filter(|_| is_kept) {
+            words += &format!("; closing it failed too ({})", crate::report::words(&closing));
+        }
+        Error::new(error.kind(), words)
+    }
 }
 
 async fn open_sources(graph: &Graph, plan: &Plan<'_>) -> Result<Vec<NodeRef>> {
@@ -173,7 +225,7 @@ fn rate_limit(bytes_per_second: u64) -> copy::RateLimit {
 
 fn warn_of_salvage(offset: u64, len: u64, error: &Error) {
     let why = crate::report::words(error);
-    eprintln!(
+    printer::message(format_args!(
         "bds: warning: error while reading offset {offset} ({len} bytes become zeros): {why}"
-    );
+    ));
 }

@@ -1,5 +1,7 @@
 //! Checks the arguments of `convert` as far as that is possible before any file is opened.
 
+use std::ffi::{OsStr, OsString};
+
 use bds_core::copy::MAX_WORKERS;
 use bds_core::driver::CacheMode;
 use bds_core::{Error, ErrorKind, Options, Result};
@@ -14,8 +16,8 @@ const MAX_SPARSE_LEN: u64 = 1 << 30;
 /// What the arguments ask for.
 pub(crate) struct Plan<'a> {
     pub(crate) args: &'a Convert,
-    pub(crate) inputs: &'a [String],
-    pub(crate) output: &'a str,
+    pub(crate) inputs: &'a [OsString],
+    pub(crate) output: &'a OsStr,
     /// Of a new output: everything but its size, unless the user gave one.
     pub(crate) options: Options,
     pub(crate) source_cache: CacheMode,
@@ -29,7 +31,11 @@ impl<'a> Plan<'a> {
     /// Refuses combinations that make no sense, and what is not there.
     pub(crate) fn new(args: &'a Convert) -> Result<Self> {
         image::refuse_objects(&args.object)?;
-        super::refuse(args.snapshot.is_some(), "-l", "internal snapshots cannot be read yet")?;
+        super::refuse(
+            args.snapshot.is_some(),
+            "-l",
+            "internal snapshots are not read; take it out with qemu-img convert -l",
+        )?;
         let remedy = "bitmaps stay behind; copy them with qemu-img convert --bitmaps";
         super::refuse(args.bitmaps || args.skip_broken_bitmaps, "--bitmaps", remedy)?;
         let (output, inputs) = match args.filenames.split_last() {
@@ -58,8 +64,8 @@ impl<'a> Plan<'a> {
         self.options.contains("backing_file")
     }
 
-    pub(crate) fn format(&self) -> &str {
-        self.args.output_format.as_deref().unwrap_or("raw")
+    pub(crate) fn format(&self) -> &'a str {
+        create::stored_format(self.args.output_format.as_deref().unwrap_or("raw"))
     }
 
     fn refuse_combinations(&self) -> Result<()> {

@@ -3,17 +3,18 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use bds_core::driver::{CacheMode, OpenFlags, Prealloc, Truncate};
+use bds_core::driver::{Attempt, CacheMode, OpenFlags, Prealloc, Truncate, ZeroFlags};
 use bds_core::graph::{Graph, NodeId, NodeRef, walk};
 use bds_core::request::Backend;
-use bds_core::{Error, ErrorKind, Options, Result};
-use serde_json::json;
+use bds_core::{Error, ErrorKind, Result};
 
 use super::convert_plan::Plan;
 use crate::cmd::create;
+use crate::describe;
 use crate::file_identity;
 use crate::image::{self, Spec};
 use crate::overlay::{Base, Content};
+use crate::partial::Partial;
 
 /// An output that is ready to be written, and how.
 pub(crate) struct Target {
@@ -39,10 +40,11 @@ impl Target {
         plan: &Plan<'_>,
         sources: &[NodeRef],
         total: u64,
+        partial: &mut Partial,
     ) -> Result<Self> {
         match plan.args.no_create {
             true => Self::existing(graph, plan, sources, total).await,
-            false => Self::create(graph, plan, sources, total).await,
+            false => Self::create(graph, plan, sources, total, partial).await,
         }
     }
 
@@ -51,6 +53,7 @@ impl Target {
         plan: &Plan<'_>,
         sources: &[NodeRef],
         total: u64,
+        partial: &mut Partial,
     ) -> Result<Self> {
         let path = create::path(plan.output)?;
         let mut options = plan.options.clone();
@@ -62,13 +65,13 @@ impl Target {
             size => size.unwrap_or(total),
         };
         options.set("size", size);
-        let base = Base::open(graph, &options, path).await?;
+        let base = Base::open(graph, &options, &path).await?;
         let format = Arc::clone(graph.config().registry.format(plan.format())?);
         let facts = format.check_create(&mut options.clone(), base.as_ref().map(Base::len))?;
         if plan.args.compress && facts.compressed_unit.is_none() {
             return Err(incompressible());
         }
-        check_cache(graph, path, plan.target_cache).await?;
+        check_cache(graph, &path, plan.target_cache).await?;
         let (above, shows) = match (&base, sources) {
             (Some(base), [source]) => match base.content(source)? {
                 Content::Above(layer) => (Some(layer), None),
@@ -76,13 +79,19 @@ impl Target {
             },
             _ => (None, None),
         };
-        create::create(graph, plan.format(), plan.output, options, false).await?;
+        create::create(graph, plan.format(), path, options, false).await?;
+        partial.set_created();
         let (node, backend) = open(graph, plan).await?;
         // A new image reads as zeros; a device keeps what it held.
-        let file = walk::child(&node, "file").map(|(file, _)| file.driver_name());
-        let keeps_old_bytes = file == Some("host_device") && node.driver_name() == "raw";
-        let is_zero = base.is_none() && plan.sparse_len != 0 && !keeps_old_bytes;
+        let is_zero = base.is_none() && plan.sparse_len != 0 && !image::shows_old_bytes(&node);
         let len = backend.len();
+        if base.as_ref().is_some_and(|base| base.len() > total) && len > total {
+            // Behind the source's end are zeros, not what a longer backing image holds there.
+            let zeroed = backend.write_zeroes(total, len - total, ZeroFlags::empty()).await;
+            // Without NO_FALLBACK it is always done.
+            let (Attempt::Done | Attempt::Unsupported) =
+                zeroed.map_err(|e| e.context("cannot clear the end of the output"))?;
+        }
         Ok(Self { node, backend, len, is_zero, may_unmap: true, above, shows, base })
     }
 
@@ -155,9 +164,9 @@ async fn look(
     Ok(base)
 }
 
-fn spec<'a>(plan: &Plan<'a>, flags: OpenFlags) -> Spec<'a> {
+fn spec<'a>(plan: &'a Plan<'a>, flags: OpenFlags) -> Spec<'a> {
     let args = plan.args;
-    let format = Some(args.output_format.as_deref().unwrap_or("raw"));
+    let format = Some(plan.format());
     let format = format.filter(|_| !args.target_image_opts);
     Spec { name: plan.output, is_options: args.target_image_opts, format, flags }
 }
@@ -174,12 +183,9 @@ async fn check_cache(graph: &Graph, path: &Path, cache: CacheMode) -> Result<()>
     if !cache.direct || !path.exists() {
         return Ok(());
     }
-    let file = json!({
-        "driver": image::protocol_of_file(path),
-        "filename": path.to_string_lossy(),
-    });
+    let file = describe::file(path);
     let flags = OpenFlags { read_only: true, info_only: true, cache, ..OpenFlags::default() };
-    graph.open_with(Options::from_json(file)?, flags).await?.close().await?.into_result()
+    graph.open_with(file, flags).await?.close().await?.into_result()
 }
 
 fn incompressible() -> Error {

@@ -1,5 +1,7 @@
 //! `dd`: a range of blocks of one image as a new image.
 
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
 use bds_core::copy::{self, CopyOptions, CopySource};
@@ -16,26 +18,29 @@ use crate::stop::Stop;
 /// What the operands say.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Operands {
-    input: String,
-    output: String,
+    input: OsString,
+    output: OsString,
     block_len: u64,
     count: Option<u64>,
     skip: u64,
 }
 
 impl Operands {
-    fn parse(words: &[String]) -> Result<Self> {
+    fn parse(words: &[OsString]) -> Result<Self> {
         let mut found = Self { block_len: 512, ..Self::default() };
         for word in words {
-            let Some((key, value)) = word.split_once('=') else {
+            let bytes = word.as_bytes();
+            let Some(key_len) = bytes.iter().position(|byte| *byte == b'=') else {
                 return Err(unknown(word));
             };
-            match key {
-                "if" => value.clone_into(&mut found.input),
-                "of" => value.clone_into(&mut found.output),
-                "bs" => found.block_len = super::size("block size", value)?,
-                "count" => found.count = Some(super::size("count", value)?),
-                "skip" => found.skip = super::size("skip", value)?,
+            let value = OsStr::from_bytes(&bytes[key_len + 1..]);
+            let number = value.to_string_lossy();
+            match &bytes[..key_len] {
+                b"if" => value.clone_into(&mut found.input),
+                b"of" => value.clone_into(&mut found.output),
+                b"bs" => found.block_len = super::size("block size", &number)?,
+                b"count" => found.count = Some(super::size("count", &number)?),
+                b"skip" => found.skip = super::size("skip", &number)?,
                 _ => return Err(unknown(word)),
             }
         }
@@ -60,9 +65,9 @@ impl Operands {
     }
 }
 
-fn unknown(word: &str) -> Error {
+fn unknown(word: &OsStr) -> Error {
     Error::new(ErrorKind::InvalidInput, "unrecognized operand: use if=, of=, bs=, count=, skip=")
-        .field("operand", word)
+        .field("operand", word.display())
 }
 
 pub(crate) fn run(args: &Dd) -> Result<()> {
@@ -71,13 +76,14 @@ pub(crate) fn run(args: &Dd) -> Result<()> {
     spec.flags.refuse_writers = !spec.flags.force_share;
     let context =
         Context::new(ContextOptions::default()).map_err(|e| Error::io(e, "cannot start"))?;
-    context.block_on(copy_range(&spec, &operands, &args.output_format))
+    context.block_on(copy_range(&spec, &operands, args))
 }
 
-async fn copy_range(spec: &Spec<'_>, operands: &Operands, format: &str) -> Result<()> {
-    let stop = Stop::watch().map_err(|e| Error::io(e, "cannot watch for signals"))?;
+async fn copy_range(spec: &Spec<'_>, operands: &Operands, args: &Dd) -> Result<()> {
+    let format = create::stored_format(&args.output_format);
+    let stop = Stop::watch()?;
     let graph = image::trusting_graph();
-    let source = image::open(&graph, spec).await?;
+    let source = stop.or_drop(image::open(&graph, spec)).await?;
     let (offset, len) = operands.range(source.len());
     // A window of the source is a node like any other.
     let window = json!({"driver": "raw", "file": source.name(), "offset": offset, "size": len});
@@ -89,21 +95,29 @@ async fn copy_range(spec: &Spec<'_>, operands: &Operands, format: &str) -> Resul
         graph.open_with(Options::from_json(window)?, flags).await?
     };
     let output = &operands.output;
+    let path = create::path(output)?;
     let options = Options::new().with("size", len);
-    // Refuses an output that is one of the files open here.
-    create::create(&graph, format, output, options, false).await?;
+    let mut partial = create::partial(path.clone(), &options, args.keep_partial);
+    stop.or_drop(create::create(&graph, format, path, options, false)).await?;
+    partial.set_created();
     let flags = OpenFlags { discard: true, ..OpenFlags::default() };
     let target = Spec { name: output, is_options: false, format: Some(format), flags };
     let target = image::open(&graph, &target).await?;
     let backend = image::enter(&target, true)?;
     let reader = Arc::new(image::enter(&part, false)?);
+    let target_is_zero = !image::shows_old_bytes(&target);
     let options =
-        CopyOptions { target_is_zero: true, cancel: Some(stop.flag()), ..CopyOptions::default() };
+        CopyOptions { target_is_zero, cancel: Some(stop.flag()), ..CopyOptions::default() };
     let copied = copy::copy(&[CopySource::from(reader)], &backend, &options).await;
     let closed = image::close(backend, target).await;
     drop((part, source));
-    copied.map_err(|e| e.context(format!("output '{output}' is incomplete")))?;
-    closed
+    if let Err(error) = copied.map(drop).and(closed) {
+        let cause = crate::report::words(&error);
+        let words = format!("{cause}; the output is incomplete; {}", partial.give_up());
+        return Err(Error::new(error.kind(), words));
+    }
+    partial.complete();
+    Ok(())
 }
 
 #[cfg(test)]
@@ -111,7 +125,7 @@ mod tests {
     use super::*;
 
     fn parse(words: &[&str]) -> Result<Operands> {
-        Operands::parse(&words.iter().map(ToString::to_string).collect::<Vec<_>>())
+        Operands::parse(&words.iter().map(OsString::from).collect::<Vec<_>>())
     }
 
     #[test]

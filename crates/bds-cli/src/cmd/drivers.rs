@@ -1,15 +1,15 @@
 //! `drivers`: lists the drivers of this build, and the options of one.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
 
+use bds_core::Result;
 use bds_core::driver::{Category, DriverType};
 use bds_core::graph::COMMON_OPTIONS;
 use bds_core::options::OptionSpec;
-use bds_core::{Error, Result};
 use serde_json::{Value, json};
 
 use crate::args::{Drivers, Output};
+use crate::printer;
 
 pub(crate) fn run(args: &Drivers) -> Result<()> {
     let registry = bds_drivers::registry();
@@ -22,7 +22,7 @@ pub(crate) fn run(args: &Drivers) -> Result<()> {
             format!("{all:#}\n")
         }
     };
-    std::io::stdout().write_all(text.as_bytes()).map_err(|e| Error::io(e, "cannot print"))
+    printer::text(&text)
 }
 
 /// Lists all drivers by category, one a line.

@@ -2,7 +2,6 @@
 
 use std::ffi::OsStr;
 use std::fmt::Write as _;
-use std::io::Write as _;
 
 use bds_core::driver::Role;
 use bds_core::graph::{Access, Graph, Holder, HolderKind, NodeRef, walk};
@@ -10,6 +9,7 @@ use bds_core::{Error, Result};
 
 use crate::args::{self, Drawing};
 use crate::image::{self, Spec};
+use crate::printer;
 use crate::render::{self, Link, Shape};
 
 pub(crate) fn run(args: &args::Graph) -> Result<()> {
@@ -18,9 +18,7 @@ pub(crate) fn run(args: &args::Graph) -> Result<()> {
         Some(path) => {
             std::fs::write(path, text).map_err(|e| Error::io(e, "cannot write").file(path))
         }
-        None => {
-            std::io::stdout().write_all(text.as_bytes()).map_err(|e| Error::io(e, "cannot print"))
-        }
+        None => printer::text(&text),
     }
 }
 

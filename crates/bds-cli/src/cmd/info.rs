@@ -3,14 +3,16 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use bds_core::driver::{ImageInfo, OpenFlags};
+use bds_core::driver::{ImageInfo, OpenFlags, ReferenceKind};
 use bds_core::graph::{NodeRef, gate, walk};
 use bds_core::{Error, ErrorKind, Result};
 use serde_json::{Map, Value, json};
 
 use crate::args::{Info, Output};
+use crate::describe;
 use crate::image::{self, Spec};
-use crate::text::{human_size, print_json};
+use crate::printer;
+use crate::text::human_size;
 
 /// What one image tells.
 struct Facts {
@@ -39,41 +41,34 @@ pub(crate) fn run(args: &Info) -> Result<()> {
     spec.flags = OpenFlags { info_only: true, ..spec.flags };
     let images = image::block_on(gather(&spec, args.backing_chain))?;
     match (args.output, args.backing_chain) {
-        (Output::Json, true) => print_json(&images.iter().map(Facts::json).collect()),
-        (Output::Json, false) => print_json(&images[0].json()),
+        (Output::Json, true) => printer::json(&images.iter().map(Facts::json).collect()),
+        (Output::Json, false) => printer::json(&images[0].json()),
         (Output::Human, _) => {
-            for (number, image) in images.iter().enumerate() {
-                if number > 0 {
-                    println!();
-                }
-                print!("{}", image.human());
-            }
-            Ok(())
+            let texts: Vec<String> = images.iter().map(Facts::human).collect();
+            printer::text(&texts.join("\n"))
         }
     }
-    .map_err(|e| Error::io(e, "cannot print"))
 }
 
 /// The image, and the chain below if wanted. At least one.
 async fn gather(top: &Spec<'_>, with_chain: bool) -> Result<Vec<Facts>> {
     let graph = image::trusting_graph();
-    let mut images = vec![look(image::open(&graph, top).await?, top.name).await?];
+    let mut images = vec![look(image::open(&graph, top).await?, top).await?];
     let mut seen: HashSet<(u64, u64)> = images[0].identity.into_iter().collect();
     if !with_chain {
         return Ok(images);
     }
     while let Some(path) = images.last().and_then(|last| last.backing_path.clone()) {
-        let name = path.to_string_lossy().into_owned();
         // Prefixed, because a stored name is a file name, whatever it looks like.
-        let typed = format!("file:{name}");
+        let typed = describe::file_name(&path);
         let format = images.last().and_then(|last| last.info.backing_format.clone());
         let spec =
             Spec { name: &typed, is_options: false, format: format.as_deref(), flags: top.flags };
-        let image = look(image::open(&graph, &spec).await?, &name).await?;
+        let image = look(image::open(&graph, &spec).await?, &spec).await?;
         if image.identity.is_some_and(|id| !seen.insert(id)) {
             return Err(Error::new(
                 ErrorKind::InvalidImage,
-                format!("Backing file '{name}' creates an infinite loop."),
+                format!("Backing file '{}' creates an infinite loop.", path.display()),
             ));
         }
         images.push(image);
@@ -82,24 +77,29 @@ async fn gather(top: &Spec<'_>, with_chain: bool) -> Result<Vec<Facts>> {
 }
 
 /// Looks at an image and closes it.
-async fn look(node: NodeRef, filename: &str) -> Result<Facts> {
-    let facts = facts(&node, filename).await;
+async fn look(node: NodeRef, spec: &Spec<'_>) -> Result<Facts> {
+    let facts = facts(&node, spec).await;
     node.close().await?.into_result()?;
     facts
 }
 
-async fn facts(node: &NodeRef, filename: &str) -> Result<Facts> {
+async fn facts(node: &NodeRef, spec: &Spec<'_>) -> Result<Facts> {
     let backend = image::enter(node, false)?;
     let info = backend.info().await?;
     let own_path = walk::filename(node);
-    let backing_path =
-        info.backing_file.as_deref().map(|stored| gate::resolve(stored, own_path.as_deref()));
+    let backing_path = info
+        .backing_file
+        .as_deref()
+        .map(|stored| gate::resolve(ReferenceKind::Backing, stored, own_path.as_deref()));
     let file = match walk::child(node, "file") {
         None => None,
         Some((file, _)) => {
             let below = image::enter(&file, false)?;
             Some(FileFacts {
-                filename: walk::filename(&file).unwrap_or_default().to_string_lossy().into_owned(),
+                filename: match walk::filename(&file) {
+                    Some(path) => path.to_string_lossy().into_owned(),
+                    None => format!("{}://", file.driver_name()),
+                },
                 driver: file.driver_name(),
                 len: file.len(),
                 allocated: below.allocated_len().await?,
@@ -107,7 +107,7 @@ async fn facts(node: &NodeRef, filename: &str) -> Result<Facts> {
         }
     };
     Ok(Facts {
-        filename: filename.to_owned(),
+        filename: shown_name(own_path.as_deref(), spec),
         format: node.driver_name(),
         virtual_len: node.len(),
         allocated: backend.allocated_len().await?,
@@ -116,6 +116,14 @@ async fn facts(node: &NodeRef, filename: &str) -> Result<Facts> {
         backing_path,
         file,
     })
+}
+
+/// The name as QEMU shows it: the file's, if it lies in one, with a directory where it would look like a protocol. JSON has no
+/// bytes that are not UTF-8, so there they become U+FFFD.
+fn shown_name(file: Option<&Path>, spec: &Spec<'_>) -> String {
+    let name = file.map_or(spec.name, Path::as_os_str).to_string_lossy();
+    let begin = name.split('/').next().unwrap_or_default();
+    if file.is_some() && begin.contains(':') { format!("./{name}") } else { name.into_owned() }
 }
 
 impl Facts {
@@ -134,7 +142,7 @@ impl Facts {
             out += "cleanly shut down: no\n";
         }
         if let Some(stored) = &info.backing_file {
-            out += &format!("backing file: {stored}");
+            out += &format!("backing file: {}", stored.display());
             match &self.backing_path {
                 Some(path) if path.as_path() != Path::new(stored) => {
                     out += &format!(" (actual path: {})", path.display());
@@ -188,10 +196,12 @@ impl Facts {
         }
         if let Some(specific) = &info.format_specific {
             set("format-specific", specific.clone());
+        } else if matches!(self.format, "file" | "host_device") {
+            set("format-specific", json!({"type": self.format, "data": {}}));
         }
         if let (Some(stored), Some(path)) = (&info.backing_file, &self.backing_path) {
             set("full-backing-filename", json!(path.to_string_lossy()));
-            set("backing-filename", json!(stored));
+            set("backing-filename", json!(stored.to_string_lossy()));
         }
         set("dirty-flag", json!(info.is_dirty));
         Value::Object(out)

@@ -1,11 +1,10 @@
 //! `completions` and `man-pages`: texts made out of the definition of the command line.
 
-use std::io::Write as _;
-
 use bds_core::{Error, Result};
 use clap::CommandFactory;
 
 use crate::args::{Cli, Completions, ManPages};
+use crate::printer;
 
 /// Prints the completion script for a shell.
 pub(crate) fn completions(args: &Completions) -> Result<()> {
@@ -15,7 +14,7 @@ pub(crate) fn completions(args: &Completions) -> Result<()> {
     let mut shown = clap::Command::new("bds").version(env!("CARGO_PKG_VERSION")).subcommands(shown);
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut shown, "bds", &mut script);
-    std::io::stdout().write_all(&script).map_err(|e| Error::io(e, "cannot print"))
+    printer::text(&String::from_utf8_lossy(&script))
 }
 
 /// Writes `bds.1` and one page a verb (`bds-convert.1`) into a directory.

@@ -1,6 +1,5 @@
 //! `map`: which ranges hold data, at which depth of the chain, and where.
 
-use std::io::{self, BufWriter, Write};
 use std::ops::Range;
 use std::path::PathBuf;
 
@@ -11,6 +10,10 @@ use bds_core::{Error, ErrorKind, Result};
 
 use crate::args::{Map, Output};
 use crate::image::{self, Spec};
+use crate::printer;
+
+/// Text that is collected before it is printed, in bytes.
+const PRINT_LEN: usize = 64 << 10;
 
 /// Adjacent runs with the same facts are one entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,22 +99,24 @@ pub(crate) fn run(args: &Map) -> Result<()> {
             Some(limit) => start.saturating_add(limit).min(backend.len()),
             None => backend.len(),
         };
-        let mut out = Printer::new(args.output);
-        print(&backend, &walk::backing_chain(&node), start..end, &mut out).await?;
-        out.end().map_err(|e| Error::io(e, "cannot print"))?;
+        let mut out = Listing::new(args.output);
+        let listed = list(&backend, &walk::backing_chain(&node), start..end, &mut out).await;
+        // What was found before a failure is shown all the same.
+        out.print()?;
+        listed?;
         image::close(backend, node).await
     })
 }
 
-async fn print(
+async fn list(
     backend: &Backend,
     layers: &[NodeRef],
     range: Range<u64>,
-    out: &mut Printer,
+    out: &mut Listing,
 ) -> Result<()> {
     let mut current: Option<Entry> = None;
     let mut at = range.start;
-    while at < range.end {
+    while at < range.end && !printer::is_reader_gone() {
         let run = backend.block_status(at, range.end - at, true).await?;
         if run.len == 0 {
             break;
@@ -128,33 +133,41 @@ async fn print(
             out.entry(&entry)?;
         }
     }
-    current.map_or(Ok(()), |entry| out.entry(&entry))
+    if let Some(entry) = current {
+        out.entry(&entry)?;
+    }
+    out.end();
+    Ok(())
 }
 
-struct Printer {
-    out: BufWriter<io::StdoutLock<'static>>,
+/// Collects lines, so that a long map takes few writes.
+struct Listing {
+    text: String,
     format: Output,
     is_first: bool,
 }
 
-impl Printer {
+impl Listing {
     fn new(format: Output) -> Self {
-        Self { out: BufWriter::new(io::stdout().lock()), format, is_first: true }
+        Self { text: String::new(), format, is_first: true }
     }
 
     fn entry(&mut self, entry: &Entry) -> Result<()> {
         match self.format {
-            Output::Human => self.human(entry),
-            Output::Json => self.json(entry).map_err(|e| Error::io(e, "cannot print")),
+            Output::Human => self.human(entry)?,
+            Output::Json => self.json(entry),
+        }
+        if self.text.len() >= PRINT_LEN { self.print() } else { Ok(()) }
+    }
+
+    fn header(&mut self) {
+        if std::mem::take(&mut self.is_first) {
+            self.text += &row("Offset", "Length", "Mapped to", "File");
         }
     }
 
     fn human(&mut self, entry: &Entry) -> Result<()> {
-        let print = |e| Error::io(e, "cannot print");
-        if std::mem::take(&mut self.is_first) {
-            writeln!(self.out, "{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to")
-                .map_err(print)?;
-        }
+        self.header();
         if !entry.is_data || entry.is_zero {
             return Ok(());
         }
@@ -166,36 +179,40 @@ impl Printer {
             .at(entry.start));
         };
         let file = entry.file.as_deref().map(|f| f.display().to_string()).unwrap_or_default();
-        let (start, len, offset) = (hex(entry.start), hex(entry.len), hex(offset));
-        writeln!(self.out, "{start:<16}{len:<16}{offset:<16}{file}").map_err(print)
+        self.text += &row(&hex(entry.start), &hex(entry.len), &hex(offset), &file);
+        Ok(())
     }
 
-    fn json(&mut self, entry: &Entry) -> io::Result<()> {
+    fn json(&mut self, entry: &Entry) {
         let lead = if std::mem::take(&mut self.is_first) { "[" } else { ",\n" };
         let Entry { start, len, depth, is_present, is_zero, is_data, is_compressed, .. } = entry;
-        write!(
-            self.out,
+        self.text += &format!(
             "{lead}{{ \"start\": {start}, \"length\": {len}, \"depth\": {depth}, \
              \"present\": {is_present}, \"zero\": {is_zero}, \"data\": {is_data}, \
              \"compressed\": {is_compressed}"
-        )?;
+        );
         if let Some(offset) = entry.offset {
-            write!(self.out, ", \"offset\": {offset}")?;
+            self.text += &format!(", \"offset\": {offset}");
         }
-        write!(self.out, "}}")
+        self.text.push('}');
     }
 
-    fn end(&mut self) -> io::Result<()> {
+    /// What belongs behind the last entry.
+    fn end(&mut self) {
         match (self.format, self.is_first) {
-            (Output::Json, true) => writeln!(self.out, "[]")?,
-            (Output::Json, false) => writeln!(self.out, "]")?,
-            (Output::Human, true) => {
-                writeln!(self.out, "{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to")?;
-            }
-            (Output::Human, false) => {}
+            (Output::Json, true) => self.text += "[]\n",
+            (Output::Json, false) => self.text += "]\n",
+            (Output::Human, _) => self.header(),
         }
-        self.out.flush()
     }
+
+    fn print(&mut self) -> Result<()> {
+        printer::text(&std::mem::take(&mut self.text))
+    }
+}
+
+fn row(offset: &str, len: &str, place: &str, file: &str) -> String {
+    format!("{offset:<16}{len:<16}{place:<16}{file}\n")
 }
 
 /// As printf's `%#x`: zero has no prefix.

@@ -1,19 +1,25 @@
 //! `measure`: how large an image would become.
 
+use std::ffi::OsStr;
+
 use bds_core::driver::{MeasureReport, MeasureSource, StatusFlags};
 use bds_core::request::Backend;
 use bds_core::{Error, ErrorKind, Options, Result};
 use serde_json::json;
 
 use crate::args::{Measure, Output};
-use crate::cmd::create::format_options;
+use crate::cmd::create::{format_options, stored_format};
 use crate::image::{self, Spec};
-use crate::text::print_json;
+use crate::printer;
 
 pub(crate) fn run(args: &Measure) -> Result<()> {
-    super::refuse(args.snapshot.is_some(), "-l", "internal snapshots cannot be read yet")?;
+    super::refuse(
+        args.snapshot.is_some(),
+        "-l",
+        "internal snapshots are not read; use qemu-img measure -l",
+    )?;
     let registry = bds_drivers::registry();
-    let format = registry.format(&args.output_format)?;
+    let format = registry.format(stored_format(&args.output_format))?;
     let mut options = format_options(&args.options)?;
     let source = match (&args.size, &args.filename) {
         (Some(size), _) => {
@@ -38,7 +44,7 @@ fn refuse_rest(options: Options, format: &str) -> Result<()> {
     options.finish(&format!("the format '{format}'"))
 }
 
-async fn inspect(args: &Measure, name: &str) -> Result<MeasureSource> {
+async fn inspect(args: &Measure, name: &OsStr) -> Result<MeasureSource> {
     let spec = Spec::read(name, &args.source)?;
     let graph = image::trusting_graph();
     let node = image::open(&graph, &spec).await?;
@@ -78,11 +84,10 @@ fn print(output: Output, report: MeasureReport) -> Result<()> {
         if let Some(bytes) = bitmaps {
             value["bitmaps"] = json!(bytes);
         }
-        return print_json(&value).map_err(|e| Error::io(e, "cannot print"));
+        return printer::json(&value);
     }
-    println!("required size: {required}\nfully allocated size: {fully_allocated}");
-    if let Some(bytes) = bitmaps {
-        println!("bitmaps size: {bytes}");
-    }
-    Ok(())
+    printer::line(format_args!(
+        "required size: {required}\nfully allocated size: {fully_allocated}"
+    ))?;
+    bitmaps.map_or(Ok(()), |bytes| printer::line(format_args!("bitmaps size: {bytes}")))
 }

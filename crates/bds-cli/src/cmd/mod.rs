@@ -21,16 +21,15 @@ use bds_core::{Error, ErrorKind, Result};
 
 /// A size the user typed; `what` names it in the error.
 pub(crate) fn size(what: &'static str, text: &str) -> Result<u64> {
-    parse_size(text).ok_or_else(|| {
-        Error::new(
-            ErrorKind::InvalidInput,
-            format!(
-                "Invalid {what} specified: use digits and an optional suffix k, M, G, T, P, E, so that it is \
-                 a whole number of bytes"
-            ),
-        )
-        .field(what, text)
-    })
+    parse_size(text).ok_or_else(|| invalid_size(what, text))
+}
+
+pub(crate) fn invalid_size(what: &'static str, text: &str) -> Error {
+    let words = format!(
+        "Invalid {what} specified: use digits and an optional suffix k, M, G, T, P, E, so that it is a \
+         whole number of bytes"
+    );
+    Error::new(ErrorKind::InvalidInput, words).field(what, text)
 }
 
 /// An option of qemu-img that this build does not do.
@@ -38,5 +37,5 @@ pub(crate) fn refuse(is_given: bool, option: &str, remedy: &str) -> Result<()> {
     if !is_given {
         return Ok(());
     }
-    Err(Error::new(ErrorKind::NotSupported, format!("{option} is not supported yet: {remedy}")))
+    Err(Error::new(ErrorKind::NotSupported, format!("{option} is not supported: {remedy}")))
 }

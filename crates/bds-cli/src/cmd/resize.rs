@@ -6,6 +6,7 @@ use bds_core::{Error, ErrorKind, Result};
 
 use crate::args::Resize;
 use crate::image::{self, Spec};
+use crate::printer;
 
 /// What the user asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,13 +23,7 @@ impl Wish {
             Some(("-", rest)) => (Self::Less, rest),
             _ => (Self::To, text),
         };
-        parse_size(digits).map(make).ok_or_else(|| {
-            Error::new(
-                ErrorKind::InvalidInput,
-                "Invalid image size specified: use digits and an optional suffix k, M, G, T, P, E",
-            )
-            .field("size", text)
-        })
+        parse_size(digits).map(make).ok_or_else(|| super::invalid_size("image size", text))
     }
 
     /// The new length of an image of `old` bytes.
@@ -67,7 +62,7 @@ pub(crate) fn run(args: &Resize) -> Result<()> {
         image::close(backend, node).await
     })?;
     if !args.quiet {
-        println!("Image resized.");
+        printer::line("Image resized.")?;
     }
     Ok(())
 }

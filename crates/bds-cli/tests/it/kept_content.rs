@@ -5,7 +5,7 @@ use std::os::unix::fs::{MetadataExt, symlink};
 
 use bds_testkit::{pattern, qemu_img};
 
-use crate::tool::Desk;
+use crate::tool::{Desk, LoopDevice};
 
 const MIB: usize = 1 << 20;
 
@@ -163,7 +163,7 @@ fn what_lies_behind_the_sources_end_stays() {
     sparse[..MIB / 2].fill(0);
     desk.write("sparse.raw", &sparse);
     let sparse_expected = [&sparse[..], &old[MIB..]].concat();
-    for switches in ["", "-S 0", "-W", "-m 1", "-S 64k", "-C"] {
+    for switches in ["", "-S 0", "-W", "-C"] {
         for (source, expected) in [("src.raw", &expected), ("sparse.raw", &sparse_expected)] {
             let convert = format!("convert -n {switches} -f raw");
             desk.write("t.raw", &old);
@@ -185,6 +185,62 @@ fn what_lies_behind_the_sources_end_stays() {
         desk.must_qemu("convert -n -f raw -O raw sparse.raw t.raw");
         assert!(desk.read("t.raw") == sparse_expected, "qemu-img does the same");
     }
+}
+
+#[test]
+fn a_device_gets_all_of_the_source_and_keeps_the_rest() {
+    let desk = desk();
+    let old = pattern(3, 0, 3 * MIB);
+    let mut sparse = pattern(4, 0, MIB);
+    sparse[..MIB / 2].fill(0);
+    desk.write("sparse.raw", &sparse);
+    let expected = [&sparse[..], &old[MIB..]].concat();
+    for words in [
+        "convert -f raw -O raw sparse.raw",
+        "convert -n -f raw -O raw sparse.raw",
+        "convert -n -t none -f raw -O raw sparse.raw",
+        "convert -S 0 -f raw -O raw sparse.raw",
+        "dd -f raw -O raw bs=64k if=sparse.raw",
+    ] {
+        desk.write("dev.img", &old);
+        let Some(device) = LoopDevice::new(&desk, "dev.img", &[]) else {
+            eprintln!("skipped: no loop devices here");
+            return;
+        };
+        let output = if words.starts_with("dd") { "of=" } else { "" };
+        desk.must(&format!("{words} {output}{}", device.name()));
+        drop(device);
+        assert!(desk.read("dev.img") == expected, "{words}");
+    }
+}
+
+#[test]
+fn a_device_that_is_too_small_is_left_alone() {
+    let desk = desk();
+    let old = pattern(3, 0, MIB);
+    desk.write("dev.img", &old);
+    let Some(device) = LoopDevice::new(&desk, "dev.img", &[]) else {
+        eprintln!("skipped: no loop devices here");
+        return;
+    };
+    desk.write("large.raw", &pattern(4, 0, 2 * MIB));
+    let name = device.name();
+    for words in [
+        format!("convert -f raw -O raw large.raw {name}"),
+        format!("convert -n -f raw -O raw large.raw {name}"),
+        format!("convert -f raw -O qcow2 -o preallocation=metadata large.raw {name}"),
+        format!("create -q -f raw {name} 2M"),
+        format!("create -q -f qcow2 -o preallocation=full {name} 1M"),
+        format!("create -q -f qcow2 -o cluster_size=2M {name} 1M"),
+        format!("create -q -f qcow2 -o data_file={name} new.qcow2 2M"),
+        format!("dd -f raw -O raw bs=64k if=large.raw of={name}"),
+    ] {
+        let output = desk.bds(&words);
+        assert_eq!(output.code, 1, "{words}: {output:?}");
+        assert!(!desk.dir().join("new.qcow2").exists(), "{words}");
+    }
+    drop(device);
+    assert!(desk.read("dev.img") == old);
 }
 
 #[test]

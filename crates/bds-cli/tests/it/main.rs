@@ -2,8 +2,10 @@
 //! tools over the matrix of formats.
 
 mod drawing;
+mod file_names;
 mod kept_content;
 mod like_qemu;
+mod manners;
 mod manual;
 mod matrix;
 mod qemu_cells;
@@ -12,6 +14,7 @@ mod qemu_convert;
 mod qemu_measure;
 mod right_data;
 mod same_file;
+mod spelling;
 mod stopped;
 mod tool;
 mod tools;

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use bds_testkit::Scratch;
+use bds_testkit::{Output, Scratch};
 use serde_json::Value;
 
-use crate::tools::{Tools, said, text};
+use crate::tools::{Tools, count, said, text};
 
 /// Where an undamaged image of ours keeps things.
 struct Image {
@@ -134,12 +134,8 @@ fn make(tools: &Tools, path: &Path, cluster: usize) -> Vec<u8> {
 fn judge(tools: &Tools, path: &Path) -> Option<String> {
     let ask = ["check", "-f", "qcow2", "--output=json", text(path)];
     let (theirs, ours) = (tools.img.run(ask), tools.bds.run(ask));
-    let counts = |text: &str| {
-        let value: Value = serde_json::from_str(text).unwrap_or_default();
-        ["corruptions", "leaks", "check-errors"].map(|key| value[key].as_u64().unwrap_or(0))
-    };
-    let (ours_counts, theirs_counts) = (counts(&ours.stdout), counts(&theirs.stdout));
-    let is_same = ours.code == theirs.code && ours_counts == theirs_counts;
+    let (ours_counts, theirs_counts) = (counts(&ours), counts(&theirs));
+    let is_same = ours.code == theirs.code && ours_counts.is_ok() && ours_counts == theirs_counts;
     (!is_same).then(|| {
         format!(
             "corruptions, leaks, errors: ours {ours_counts:?}, theirs {theirs_counts:?}\n    ours {}\n    theirs {}",
@@ -147,4 +143,19 @@ fn judge(tools: &Tools, path: &Path) -> Option<String> {
             said(&theirs)
         )
     })
+}
+
+/// Corruptions, leaks and check errors; an error if this is no report.
+fn counts(output: &Output) -> Result<[u64; 3], String> {
+    let value: Value = serde_json::from_str(&output.stdout).map_err(|e| e.to_string())?;
+    Ok(["corruptions", "leaks", "check-errors"].map(|key| count(&value, key)))
+}
+
+#[test]
+fn what_is_no_report_is_no_clean_check() {
+    let output = |stdout: &str| Output { code: 0, stdout: stdout.into(), stderr: String::new() };
+    assert_eq!(counts(&output(r#"{"check-errors": 0, "leaks": 2}"#)), Ok([0, 2, 0]));
+    for text in ["", "No errors were found", "[1"] {
+        assert!(counts(&output(text)).is_err(), "{text}");
+    }
 }

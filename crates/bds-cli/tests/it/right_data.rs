@@ -137,6 +137,8 @@ fn shows_the_same(desk: &Desk, image: &str, words: &str) {
 
 #[test]
 fn an_overlay_of_any_base_shows_what_the_source_shows() {
+    // Goes on from one chain to the next, so that each base meets several.
+    let mut switches = ["-c", "-W -m 16", "-S 0", "-o cluster_size=4k", "-C"].iter().cycle();
     for sizes in
         [[MIB; 3], [3 * MIB, MIB, 2 * MIB], [MIB, 2 * MIB, 3 * MIB], [2 * MIB, 3 * MIB, MIB]]
     {
@@ -154,7 +156,8 @@ fn an_overlay_of_any_base_shows_what_the_source_shows() {
             "mid.qcow2 -F raw",
             "top.qcow2 -F qcow2",
         ] {
-            for switches in ["", "-c", "-W -m 16", "-S 0", "-o cluster_size=4k", "-C"] {
+            // Every base without switches, and with one more in turn.
+            for switches in switches.next().into_iter().chain([&""]) {
                 let words =
                     format!("convert {switches} -f qcow2 -O qcow2 -B {base} top.qcow2 out.qcow2");
                 desk.must(&words);
@@ -169,6 +172,28 @@ fn an_overlay_of_any_base_shows_what_the_source_shows() {
             let is_left_out = |run: &serde_json::Value| run["depth"] != 0;
             assert!(runs.iter().any(is_left_out), "{base}: {output}");
         }
+    }
+}
+
+#[test]
+fn behind_the_sources_end_a_longer_base_does_not_show() {
+    let desk = Desk::new();
+    desk.write("base.raw", &pattern(1, 0, 3 * MIB));
+    let source = pattern(2, 0, MIB + 1000);
+    desk.write("src.raw", &source);
+    for (switches, len) in [
+        ("", (MIB + 1024) as u64),
+        ("-c", (MIB + 1024) as u64),
+        ("-o size=2M", 2 << 20),
+        ("-c -o size=4M", 4 << 20),
+    ] {
+        desk.must(&format!(
+            "convert {switches} -f raw -O qcow2 -B base.raw -F raw src.raw o.qcow2"
+        ));
+        let mut want = source.clone();
+        want.resize(usize::try_from(len).expect("small"), 0);
+        desk.write("want.raw", &want);
+        shows_the_same(&desk, "o.qcow2", switches);
     }
 }
 
@@ -335,6 +360,31 @@ fn a_copy_has_the_length_of_its_source_with_every_cache_mode() {
                 assert!(output.ok(), "{words}: {output:?}");
                 assert!(desk.read("o.raw") == bytes, "{len} {words}: {}", desk.read("o.raw").len());
             }
+        }
+    }
+}
+
+#[test]
+fn an_image_that_was_cut_short_is_not_copied_as_zeros() {
+    let desk = Desk::new();
+    desk.write("src.raw", &pattern(1, 0, MIB));
+    for options in ["compat=1.1", "compat=0.10", "cluster_size=4k", "extended_l2=on"] {
+        desk.must(&format!("convert -f raw -O qcow2 -o {options} src.raw i.qcow2"));
+        let whole = desk.read("i.qcow2");
+        for cut in [whole.len() / 2, whole.len() - 200_000, 327_680, 400_000] {
+            desk.write("c.qcow2", &whole[..cut]);
+            assert_eq!(desk.bds("check -q c.qcow2").code, 2, "{options} {cut}");
+            let output = desk.bds("convert -f qcow2 -O raw c.qcow2 out.raw");
+            assert_eq!(output.code, 1, "{options} {cut}: {output:?}");
+            let salvaged = desk.must("convert --salvage -f qcow2 -O raw c.qcow2 out.raw");
+            assert!(salvaged.stderr.contains("become zeros"), "{options} {cut}: {salvaged:?}");
+            let (out, src) = (desk.read("out.raw"), desk.read("src.raw"));
+            // The sector in which the file ends may be kept in part.
+            let is_kept = |(out, src): (&u8, &u8)| out == src || *out == 0;
+            assert!(out.len() == src.len() && out.iter().zip(&src).all(is_kept), "{options} {cut}");
+            // At 320 KiB the data of an image with clusters of 64 KiB begins.
+            let keeps_something = cut <= 327_680 || out.iter().any(|byte| *byte != 0);
+            assert!(keeps_something, "{options} {cut}: what is there is kept");
         }
     }
 }

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use bds_testkit::pattern;
 
-use crate::tool::Desk;
+use crate::tool::{Desk, LoopDevice};
 
 const LEN: usize = 1 << 20;
 
@@ -139,34 +139,14 @@ fn a_drawing_is_not_written_over_the_image() {
     desk.must("graph --write-to drawing top.qcow2");
 }
 
-/// A loop device for a file, until it is dropped.
-struct Loop(String);
-
-impl Loop {
-    fn new(desk: &Desk, file: &str, options: &[&str]) -> Option<Self> {
-        let path = desk.dir().join(file);
-        let output =
-            Command::new("losetup").args(options).args(["--show", "-f"]).arg(path).output().ok()?;
-        let name = String::from_utf8(output.stdout).ok()?.trim().to_owned();
-        (output.status.success() && !name.is_empty()).then_some(Self(name))
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let detached = Command::new("losetup").args(["-d", &self.0]).status();
-        assert!(detached.is_ok_and(|status| status.success()), "cannot detach {}", self.0);
-    }
-}
-
 #[test]
 fn a_device_is_known_by_its_number_and_by_what_stands_behind_it() {
     let desk = desk();
-    let Some(device) = Loop::new(&desk, "a.raw", &[]) else {
+    let Some(device) = LoopDevice::new(&desk, "a.raw", &[]) else {
         eprintln!("skipped: no loop devices here");
         return;
     };
-    let Loop(name) = &device;
+    let name = device.name();
     symlink(name, desk.dir().join("device")).expect("scratch has links");
     for n in ["", "-n"] {
         refused(&desk, &format!("convert {n} -f raw -O raw {name} device"));
@@ -174,6 +154,6 @@ fn a_device_is_known_by_its_number_and_by_what_stands_behind_it() {
         refused(&desk, &format!("convert {n} -f raw -O raw a.raw {name}"));
     }
     refused(&desk, &format!("create -q -f qcow2 -b {name} -F raw a.raw 1M"));
-    let Some(second) = Loop::new(&desk, "a.raw", &[]) else { return };
-    refused(&desk, &format!("convert -n -f raw -O raw {name} {}", second.0));
+    let Some(second) = LoopDevice::new(&desk, "a.raw", &[]) else { return };
+    refused(&desk, &format!("convert -n -f raw -O raw {name} {}", second.name()));
 }

@@ -63,6 +63,31 @@ impl Desk {
     }
 }
 
+/// A loop device for a file, until it is dropped.
+pub(crate) struct LoopDevice(String);
+
+impl LoopDevice {
+    /// `None` where there are no loop devices, or none that we may make.
+    pub(crate) fn new(desk: &Desk, file: &str, options: &[&str]) -> Option<Self> {
+        let path = desk.dir().join(file);
+        let output =
+            Command::new("losetup").args(options).args(["--show", "-f"]).arg(path).output().ok()?;
+        let name = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+        (output.status.success() && !name.is_empty()).then_some(Self(name))
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let detached = Command::new("losetup").args(["-d", &self.0]).status();
+        assert!(detached.is_ok_and(|status| status.success()), "cannot detach {}", self.0);
+    }
+}
+
 fn finish(mut command: Command) -> Output {
     let output = command.output().expect("runs");
     Output {

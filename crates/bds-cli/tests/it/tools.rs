@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use bds_testkit::{Output, Tool, qemu_img, qemu_io};
+use serde_json::Value;
 
 /// `bds`, as this build made it.
 pub(crate) fn bds() -> Tool {
@@ -32,6 +33,16 @@ pub(crate) fn text(path: &Path) -> &str {
 pub(crate) fn said(output: &Output) -> String {
     let words = format!("{} {}", output.stdout.trim(), output.stderr.trim());
     format!("exit {}: {}", output.code, words.replace('\n', " / "))
+}
+
+/// One count of a `check --output=json`; both tools leave out those that are zero, except the errors of the check itself.
+#[track_caller]
+pub(crate) fn count(check: &Value, key: &str) -> u64 {
+    match check.get(key) {
+        Some(number) => number.as_u64().unwrap_or_else(|| panic!("{key} is {number}")),
+        None if check["check-errors"].is_u64() => 0,
+        None => panic!("this is no report of a check: {check}"),
+    }
 }
 
 /// Is everything asked for (`BDS_TEST_BUDGET=full`), or a sample?

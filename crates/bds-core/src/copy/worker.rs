@@ -13,9 +13,14 @@ use super::plan::{Kind, Piece, Segment};
 use super::{Job, sparse};
 use crate::driver::{Attempt, WriteFlags, ZeroFlags};
 use crate::error::{Error, Result};
+use crate::graph::walk;
+use crate::request::Backend;
 
 /// When a read fails while salvaging, the piece is read again in steps of this size.
 const SALVAGE_STEP: u64 = 512;
+
+/// A pause is made in steps of this length: a low rate can ask for minutes, and a flag cannot wake what sleeps.
+const PAUSE_STEP: Duration = Duration::from_millis(50);
 
 /// Lets writes of pieces begin in the order of their numbers. A piece passes its turn as soon as its last write has begun: writes overlap,
 /// and a driver that allocates as they come still places them in order.
@@ -85,14 +90,25 @@ impl<'a> Worker<'a> {
             let Some(piece) = piece else { return Ok(()) };
             if piece.kind == Kind::Data {
                 let limit = job.options.rate_limit.as_ref();
-                let pause = limit.map_or(Duration::ZERO, |limit| limit(piece.len));
-                if !pause.is_zero() {
-                    bds_io::sleep(pause).await;
+                self.pause(limit.map_or(Duration::ZERO, |limit| limit(piece.len))).await?;
+                if job.is_stopped() {
+                    return Ok(());
                 }
             }
             self.move_piece(&piece).await?;
             job.progress(piece.len);
         }
+    }
+
+    /// Waits as the rate limit asks, or until the copy ends for another reason.
+    async fn pause(&self, mut rest: Duration) -> Result<()> {
+        while !rest.is_zero() && !self.job.is_stopped() {
+            let step = rest.min(PAUSE_STEP);
+            bds_io::sleep(step).await;
+            rest -= step;
+            self.job.check_cancel()?;
+        }
+        Ok(())
     }
 
     async fn move_piece(&mut self, piece: &Piece) -> Result<()> {
@@ -196,7 +212,13 @@ impl<'a> Worker<'a> {
         match source.read(segment.offset, data.clone()).await {
             Ok(()) => Ok(()),
             Err(_) if self.job.options.salvage.is_some() => self.salvage(segment, &data).await,
-            Err(error) => Err(error.context("cannot read the source").at(segment.offset)),
+            Err(error) => {
+                let error = match source.node().as_deref().and_then(walk::filename) {
+                    Some(file) => error.file(file),
+                    None => error,
+                };
+                Err(error.context("cannot read the source").at(segment.offset))
+            }
         }
     }
 
@@ -204,7 +226,14 @@ impl<'a> Worker<'a> {
     async fn salvage(&self, segment: Segment, data: &IoVec) -> Result<()> {
         let source = &self.job.sources[segment.source].backend;
         let step_len = usize::try_from(SALVAGE_STEP).unwrap_or(512);
+        let tell = |lost: Option<(u64, u64, Error)>| {
+            if let (Some(tell), Some((offset, len, error))) = (&self.job.options.salvage, lost) {
+                tell(offset, len, &error);
+            }
+        };
         let mut at = 0;
+        // A run that is lost is reported once, with its first error.
+        let mut lost: Option<(u64, u64, Error)> = None;
         while at < data.len() {
             self.job.check_cancel()?;
             let end = data.len().min(at + step_len);
@@ -213,19 +242,27 @@ impl<'a> Worker<'a> {
                 data.fill(at..end, 0);
                 let len = (end - at) as u64;
                 self.job.counts.salvaged.fetch_add(len, Ordering::Relaxed);
-                if let Some(tell) = &self.job.options.salvage {
-                    tell(offset, len, &error);
-                }
+                lost = match lost {
+                    Some((start, so_far, first)) => Some((start, so_far + len, first)),
+                    None => Some((offset, len, error)),
+                };
+            } else {
+                tell(lost.take());
             }
             at = end;
         }
+        tell(lost);
         Ok(())
     }
 
     /// Which parts of the data the target does not show already.
-    async fn differing(&mut self, piece: &Piece, data: &IoVec) -> Result<Vec<Range<usize>>> {
+    async fn differing(
+        &mut self,
+        piece: &Piece,
+        data: &IoVec,
+        shown: &Backend,
+    ) -> Result<Vec<Range<usize>>> {
         let job = self.job;
-        let Some(shown) = &job.options.target_shows else { return Ok(vec![0..data.len()]) };
         let most = self.buffer_len();
         let old = self.old_buffer.get_or_insert_with(|| job.pool.take(most).slice(0..most));
         let old = old.slice(0..data.len());
@@ -244,9 +281,16 @@ impl<'a> Worker<'a> {
 
     async fn write(&mut self, piece: &Piece, data: IoVec) -> Result<()> {
         let job = self.job;
-        let differing = self.differing(piece, &data).await?;
+        let compresses = job.options.compress.is_some();
+        let Some(shown) = &job.options.target_shows else {
+            return match compresses {
+                true => self.write_compressed(piece, data).await,
+                false => self.write_parts(piece, 0, data, true).await,
+            };
+        };
+        let differing = self.differing(piece, &data, shown).await?;
         let differing_len = differing.iter().map(Range::len).sum::<usize>();
-        if job.options.compress.is_some() && differing_len > 0 {
+        if compresses && differing_len > 0 {
             return self.write_compressed(piece, data).await;
         }
         job.counts.skipped.fetch_add((data.len() - differing_len) as u64, Ordering::Relaxed);

@@ -20,6 +20,7 @@ mod reopen;
 mod status;
 mod types;
 
+use std::ffi::OsString;
 use std::future::Future;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -151,7 +152,7 @@ pub struct ImageInfo {
     /// True if data may be stored compressed (convert -c made it, or the format always does).
     pub is_compressed: bool,
     /// The backing file as stored in the image.
-    pub backing_file: Option<String>,
+    pub backing_file: Option<OsString>,
     /// Its format as stored.
     pub backing_format: Option<String>,
     /// QEMU's `format-specific` object: `{"type": …, "data": {…}}`.
@@ -204,7 +205,7 @@ pub trait Driver: Send + Sync + 'static {
     /// Length in bytes as the guest sees it.
     fn len(&self) -> u64;
 
-    /// What requests must look like. Read when the node is opened and when a child changes.
+    /// What requests must look like. Read when the node is opened, when it is reopened and when anything below changes.
     fn limits(&self) -> Limits {
         Limits::default()
     }
@@ -364,6 +365,11 @@ pub trait Driver: Send + Sync + 'static {
         let words = format!("{name} cannot get or lose its backing node while it is open");
         Err(Error::new(ErrorKind::NotSupported, words))
     }
+
+    /// A child leads to another node, or a node somewhere below was exchanged or reopened (or this one): facts of children that
+    /// the driver remembers (a length, an alignment, what the file can do) are asked again or forgotten. Called with nobody inside,
+    /// before [`Driver::limits`] is read again, and also if nothing has changed. Must not block nor call into the graph.
+    fn children_changed(&self) {}
 
     /// What this node does with one of its children, and what it lets others do with it meanwhile, given what its own parents do with
     /// it (`above`). A pure function of its arguments and of options: it is asked often, also for changes that never come to be.

@@ -1,5 +1,6 @@
 //! What a driver gets when it is opened or asked to create an image.
 
+use std::ffi::OsString;
 use std::fmt;
 
 use bds_io::Fs;
@@ -112,8 +113,8 @@ pub enum ReferenceKind {
 pub struct Reference {
     /// What for.
     pub kind: ReferenceKind,
-    /// The name as stored: a file name, never a URL or `json:`.
-    pub stored_name: String,
+    /// The name as stored: a file name, never read as a URL or `json:`.
+    pub stored_name: OsString,
     /// The format as stored, if any.
     pub stored_format: Option<String>,
 }

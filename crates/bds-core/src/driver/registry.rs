@@ -60,15 +60,15 @@ impl Registry {
     /// # Errors
     /// `InvalidInput` if there is no such driver, or it is a protocol or filter.
     pub fn format(&self, name: &str) -> Result<&Arc<dyn DriverType>> {
-        let driver = self.driver(name)?;
-        if driver.category() == Category::Format {
-            return Ok(driver);
+        match self.types.get(name) {
+            Some(driver) if driver.category() == Category::Format => Ok(driver),
+            _ => {
+                let known: Vec<&str> = self.names(Category::Format).collect();
+                let words =
+                    format!("'{name}' is not an image format (there are: {})", known.join(", "));
+                Err(Error::new(ErrorKind::InvalidInput, words))
+            }
         }
-        let known: Vec<&str> = self.names(Category::Format).collect();
-        Err(Error::new(
-            ErrorKind::InvalidInput,
-            format!("'{name}' is not an image format (there are: {})", known.join(", ")),
-        ))
     }
 
     /// The names of one category, in order.

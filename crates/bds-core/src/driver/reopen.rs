@@ -43,6 +43,11 @@ pub trait Reopen: Send {
     fn is_read_only(&self) -> bool {
         false
     }
+
+    /// What [`super::Limits::request_alignment`] will be, if it will differ: users that cannot live with it have the reopen refused.
+    fn request_alignment(&self) -> Option<u32> {
+        None
+    }
 }
 
 /// For drivers that have nothing to change.

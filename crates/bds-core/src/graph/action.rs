@@ -1,5 +1,6 @@
 //! One edit of the graph, as a value: what is asked for, and the references that are needed for it.
 
+use std::panic::Location;
 use std::sync::Arc;
 
 use bds_refcount::{Holder, HolderKind};
@@ -52,10 +53,16 @@ impl Action {
         }
     }
 
+    /// Where in the caller's program the edits were asked for.
+    pub(super) fn since(actions: &[Self]) -> &'static Location<'static> {
+        let nodes = actions.iter().flat_map(Self::nodes).next();
+        nodes.map_or_else(Location::caller, NodeRef::since)
+    }
+
     /// The same, with its references held by the change whose turn it is ([`TURN`]): they are not in the way of a removal. Those of a
     /// change that waits for its turn ([`WAITING`]) are.
     pub(super) fn held_by(self, (kind, name): (HolderKind, &str)) -> Self {
-        let take = |node: NodeRef| node.held_as(Holder::new(kind, name));
+        let take = |node: NodeRef| node.kept_as(Holder::new(kind, name));
         match self {
             Self::Append { top, overlay } => {
                 Self::Append { top: take(top), overlay: take(overlay) }

@@ -26,7 +26,7 @@ use super::edit::stage;
 use super::lock::Edit;
 use super::node::Node;
 use super::perm::{self, Access, Strictness};
-use super::reap::CloseReport;
+use super::reap::{CloseReport, Undelivered};
 use super::reopen::{self, Prepared, Wanted};
 use super::root::RootMove;
 use super::{Graph, NodeRef, commit};
@@ -74,8 +74,14 @@ impl Graph {
     #[doc = include_str!("examples/graph_append.md")]
     /// # Errors
     /// As [`Change::commit`].
-    pub async fn append(&self, top: &NodeRef, overlay: &NodeRef) -> Result<()> {
-        self.change().append(top, overlay).commit().await.map(drop)
+    #[track_caller]
+    pub fn append(
+        &self,
+        top: &NodeRef,
+        overlay: &NodeRef,
+    ) -> impl Future<Output = Result<()>> + Send + use<> {
+        let change = self.change().append(top, overlay);
+        async move { change.commit().await.map(drop) }
     }
 
     /// [`Change::replace`] alone.
@@ -83,8 +89,14 @@ impl Graph {
     #[doc = include_str!("examples/graph_replace.md")]
     /// # Errors
     /// As [`Change::commit`].
-    pub async fn replace(&self, from: &NodeRef, to: &NodeRef) -> Result<()> {
-        self.change().replace(from, to).commit().await.map(drop)
+    #[track_caller]
+    pub fn replace(
+        &self,
+        from: &NodeRef,
+        to: &NodeRef,
+    ) -> impl Future<Output = Result<()>> + Send + use<> {
+        let change = self.change().replace(from, to);
+        async move { change.commit().await.map(drop) }
     }
 
     /// [`Change::set_backing`] alone.
@@ -92,8 +104,14 @@ impl Graph {
     #[doc = include_str!("examples/graph_set_backing.md")]
     /// # Errors
     /// As [`Change::commit`].
-    pub async fn set_backing(&self, node: &NodeRef, backing: Option<&NodeRef>) -> Result<()> {
-        self.change().set_backing(node, backing).commit().await.map(drop)
+    #[track_caller]
+    pub fn set_backing(
+        &self,
+        node: &NodeRef,
+        backing: Option<&NodeRef>,
+    ) -> impl Future<Output = Result<()>> + Send + use<> {
+        let change = self.change().set_backing(node, backing);
+        async move { change.commit().await.map(drop) }
     }
 
     /// [`Change::insert_filter`] alone.
@@ -101,8 +119,14 @@ impl Graph {
     #[doc = include_str!("examples/graph_insert_filter.md")]
     /// # Errors
     /// As [`Change::commit`].
-    pub async fn insert_filter(&self, node: &NodeRef, filter: &NodeRef) -> Result<()> {
-        self.change().insert_filter(node, filter).commit().await.map(drop)
+    #[track_caller]
+    pub fn insert_filter(
+        &self,
+        node: &NodeRef,
+        filter: &NodeRef,
+    ) -> impl Future<Output = Result<()>> + Send + use<> {
+        let change = self.change().insert_filter(node, filter);
+        async move { change.commit().await.map(drop) }
     }
 
     /// [`Change::drop_filter`] alone.
@@ -110,8 +134,10 @@ impl Graph {
     #[doc = include_str!("examples/graph_drop_filter.md")]
     /// # Errors
     /// As [`Change::commit`].
-    pub async fn drop_filter(&self, filter: &NodeRef) -> Result<()> {
-        self.change().drop_filter(filter).commit().await.map(drop)
+    #[track_caller]
+    pub fn drop_filter(&self, filter: &NodeRef) -> impl Future<Output = Result<()>> + Send + use<> {
+        let change = self.change().drop_filter(filter);
+        async move { change.commit().await.map(drop) }
     }
 
     /// [`Change::reopen`] alone.
@@ -119,8 +145,14 @@ impl Graph {
     #[doc = include_str!("examples/graph_reopen.md")]
     /// # Errors
     /// As [`Change::commit`].
-    pub async fn reopen(&self, node: &NodeRef, options: Options) -> Result<()> {
-        self.change().reopen(node, options).commit().await.map(drop)
+    #[track_caller]
+    pub fn reopen(
+        &self,
+        node: &NodeRef,
+        options: Options,
+    ) -> impl Future<Output = Result<()>> + Send + use<> {
+        let change = self.change().reopen(node, options);
+        async move { change.commit().await.map(drop) }
     }
 
     /// One change at a time; what is dead goes first, so that it does not stand in the way.
@@ -140,6 +172,7 @@ impl Change {
     /// node. The overlay was opened either on `top` already, or without a backing node (then its driver must be able to
     /// take one while it is open). Edges that stay (a job's) stay.
     #[doc = include_str!("examples/append.md")]
+    #[track_caller]
     pub fn append(self, top: &NodeRef, overlay: &NodeRef) -> Self {
         self.with(Action::Append { top: top.clone(), overlay: overlay.clone() })
     }
@@ -147,6 +180,7 @@ impl Change {
     /// Everyone who uses `from` uses `to` from then on, except those at or below `to`, whose edges would close a loop, and
     /// edges that stay. So a filter opened on `from` stays there and takes over its users. Fails at a frozen edge.
     #[doc = include_str!("examples/replace.md")]
+    #[track_caller]
     pub fn replace(self, from: &NodeRef, to: &NodeRef) -> Self {
         self.with(Action::Replace { from: from.clone(), to: to.clone() })
     }
@@ -154,6 +188,7 @@ impl Change {
     /// `parent`'s child of this name ("file", "backing") is `to` from then on. A child that a job inserted on its own account cannot be
     /// replaced; replacing it by the very node below it does nothing.
     #[doc = include_str!("examples/replace_child.md")]
+    #[track_caller]
     pub fn replace_child(self, parent: &NodeRef, child: &str, to: &NodeRef) -> Self {
         let (parent, child, to) = (parent.clone(), child.to_owned(), to.clone());
         self.with(Action::ReplaceChild { parent, child, to })
@@ -161,6 +196,7 @@ impl Change {
 
     /// Lets `filter`, which was opened on `node`, take over everyone else who uses `node`.
     #[doc = include_str!("examples/insert_filter.md")]
+    #[track_caller]
     pub fn insert_filter(self, node: &NodeRef, filter: &NodeRef) -> Self {
         self.with(Action::InsertFilter { node: node.clone(), filter: filter.clone() })
     }
@@ -168,14 +204,16 @@ impl Change {
     /// Lets everyone who uses `filter` use the node it filters. The filter itself lives until its last reference goes; with
     /// [`Change::remove`] in the same change it goes at once.
     #[doc = include_str!("examples/drop_filter.md")]
+    #[track_caller]
     pub fn drop_filter(self, filter: &NodeRef) -> Self {
         self.with(Action::DropFilter { filter: filter.clone() })
     }
 
     /// Gives a node another backing node, or none.
     #[doc = include_str!("examples/set_backing.md")]
+    #[track_caller]
     pub fn set_backing(self, node: &NodeRef, backing: Option<&NodeRef>) -> Self {
-        self.with(Action::SetBacking { node: node.clone(), backing: backing.cloned() })
+        self.with(Action::SetBacking { node: node.clone(), backing: NodeRef::clone_of(backing) })
     }
 
     /// Ends a node. Takes the reference, also if the change fails; the monitor's is taken too, if it has one and the change succeeds. What
@@ -191,6 +229,7 @@ impl Change {
     /// opened inline below it inherit what they inherited then. A driver that has to write to a node below which somebody drains waits
     /// for the end of that section, and others have their turns meanwhile; of the caller's own, see [`Change::within`].
     #[doc = include_str!("examples/reopen.md")]
+    #[track_caller]
     pub fn reopen(self, node: &NodeRef, options: Options) -> Self {
         self.with(Action::Reopen { node: node.clone(), options })
     }
@@ -198,6 +237,7 @@ impl Change {
     /// Gives a node another name. In one change nodes may trade names: an overlay can take over the name of what it covers. Ids,
     /// references and edges notice nothing; a [`Graph::find`] of the old name finds whoever has it then.
     #[doc = include_str!("examples/rename.md")]
+    #[track_caller]
     pub fn rename(self, node: &NodeRef, name: &str) -> Self {
         self.with(Action::Rename { node: node.clone(), name: name.into() })
     }
@@ -213,12 +253,14 @@ impl Change {
 
     /// Lets the monitor own the node (its name then keeps it open).
     #[doc = include_str!("examples/own.md")]
+    #[track_caller]
     pub fn own(self, node: &NodeRef) -> Self {
         self.with(Action::Own { node: node.clone() })
     }
 
     /// Takes the node from the monitor's list.
     #[doc = include_str!("examples/disown.md")]
+    #[track_caller]
     pub fn disown(self, node: &NodeRef) -> Self {
         self.with(Action::Disown { node: node.clone() })
     }
@@ -242,7 +284,8 @@ impl Change {
     ///     let _second = change.commit().await;
     /// }
     /// ```
-    /// Waits for requests in what is changed, for other changes, and for drivers that prepare.
+    /// Waits for requests in what is changed, for other changes, and for drivers that prepare. Goes on if its future is kept
+    /// without being polled; dropping that before the change has taken effect ends it, and nothing has changed.
     ///
     #[doc = include_str!("examples/commit.md")]
     /// # Errors
@@ -251,12 +294,17 @@ impl Change {
     /// what is replaced (both sides are named); `ReadOnly`, `Inactive`: somebody would write where that is not possible;
     /// `NotSupported`: a driver cannot do it while it is open; `AlreadyExists`: a name is taken; and whatever drivers fail with when they prepare.
     pub async fn commit(self) -> Result<ChangeReport> {
-        let Self { graph, actions, within } = self;
-        check_ours(&graph, &actions)?;
-        if actions.is_empty() {
+        check_ours(&self.graph, &self.actions)?;
+        if self.actions.is_empty() {
             return Ok(ChangeReport { held: Duration::ZERO, closed: Vec::new() });
         }
-        let mut actions: Vec<Action> = actions;
+        // Others wait for the turn and behind the gates: a task gives them back though the caller only keeps its future.
+        let (held, closed) = bds_io::spawn_now(self.carry_through()).await?;
+        Ok(ChangeReport { held, closed: closed.deliver() })
+    }
+
+    async fn carry_through(self) -> Result<(Duration, Undelivered)> {
+        let Self { graph, mut actions, within } = self;
         let (one, begun, outcome) = loop {
             let one = graph.begin_change().await;
             actions = actions.into_iter().map(|action| action.held_by(TURN)).collect();
@@ -281,7 +329,7 @@ impl Change {
         drop(one);
         drop(actions);
         let closed = commit::close_removed(&graph, removed, edges).await;
-        Ok(ChangeReport { held, closed })
+        Ok((held, closed))
     }
 }
 
@@ -333,6 +381,7 @@ async fn carry_out(
                 let done =
                     commit::put_into_force(graph, &edit, staged, accesses, prepared, actions)?;
                 drop(walls);
+                done.reopened.iter().for_each(|reopened| reopened.tell_backends(graph));
                 return Ok(Ok(Outcome { moved: done.moved, removed: done.removed, drained }));
             }
             missing

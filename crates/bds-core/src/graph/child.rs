@@ -3,7 +3,8 @@
 //! A child comes from an option (a node's name, or a tree that describes one) or, if there is none, from a name stored in
 //! the image, and then only through the gate. What the driver gets is the corridor to it.
 
-use std::path::PathBuf;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bds_refcount::{Holder, HolderKind, Strong};
@@ -105,7 +106,7 @@ impl Opener {
             ReferenceKind::DataFile => "data file",
         };
         let named = |error: Error| {
-            let stored = &reference.stored_name;
+            let stored = reference.stored_name.display();
             error.context(match &file {
                 Some(file) => format!("cannot open {words} '{stored}' of '{}'", file.display()),
                 None => format!("cannot open {words} '{stored}'"),
@@ -121,11 +122,11 @@ impl Opener {
         file: Option<PathBuf>,
     ) -> Result<Strong<Node>> {
         let Reference { kind, stored_name, stored_format } = reference;
-        if stored_name.is_empty() || stored_name.contains('\0') {
+        if stored_name.is_empty() || stored_name.as_bytes().contains(&0) {
             return Err(Error::new(ErrorKind::InvalidImage, "the stored name is not a file name"));
         }
         let config = self.call.graph.config();
-        let resolved = gate::resolve(stored_name, file.as_deref());
+        let resolved = gate::resolve(*kind, stored_name, file.as_deref());
         let question = GateQuestion {
             kind: *kind,
             stored_name,
@@ -143,7 +144,12 @@ impl Opener {
             }
             GateDecision::Refuse(why) => return Err(refused(*kind, &why)),
         };
-        let file = Inspected::new(&config.fs, path)?;
+        let beside = file.as_deref().and_then(Path::parent).map(|dir| dir.join(stored_name));
+        let file = Inspected::new(&config.fs, path).map_err(|error| {
+            let is_there = *kind == ReferenceKind::DataFile
+                && beside.is_some_and(|file| config.fs.look(&file).is_ok());
+            if is_there { beside_only(error) } else { error }
+        })?;
         if self.files().contains(&file.identity()) {
             let words = "the chain of images loops: this file is already part of it";
             return Err(Error::new(ErrorKind::InvalidImage, words).file(file.path()));
@@ -240,6 +246,7 @@ impl Opener {
             role,
             access,
             holder: Holder::new(HolderKind::Edge, format!("{}.{name}", self.node_name)),
+            since: self.call.since,
             stays: false,
             graph: None,
             hall: None,
@@ -281,6 +288,14 @@ pub(super) fn check_role(
         ));
     }
     Ok(())
+}
+
+/// The usual reason why a data file is not found.
+fn beside_only(error: Error) -> Error {
+    error.context(
+        "its name counts from the working directory, as in QEMU, and there is one beside the image only: change to that \
+         directory, or name it with the 'data-file' option",
+    )
 }
 
 fn refused(kind: ReferenceKind, why: &str) -> Error {

@@ -1,5 +1,7 @@
 //! Putting a checked stage into force. The few driver calls that can fail come first and are undone; the rest cannot fail.
 
+use std::collections::HashSet;
+use std::panic::Location;
 use std::sync::Arc;
 
 use bds_refcount::Strong;
@@ -9,8 +11,8 @@ use super::edge::{Edge, Parent};
 use super::lock::Edit;
 use super::node::Node;
 use super::perm::{self, Accesses};
-use super::reap::CloseReport;
-use super::reopen::Prepared;
+use super::reap::Undelivered;
+use super::reopen::{Prepared, Reopened};
 use super::transaction::{Attach, ById, Move, Stage, Staged};
 use super::{Graph, NodeRef, guests, walk};
 use crate::driver::Child;
@@ -20,6 +22,7 @@ use crate::error::Result;
 pub(super) struct Done {
     pub(super) moved: Moved,
     pub(super) removed: Vec<NodeRef>,
+    pub(super) reopened: Vec<Reopened>,
 }
 
 /// Swaps the staged edges in.
@@ -40,16 +43,21 @@ pub(super) fn put_into_force(
     graph.step()?;
     told.keep();
     renames.commit();
+    let reopened: Vec<Reopened> = prepared.iter().map(Prepared::reopened).collect();
     // Children before parents: a parent that becomes writable finds its children so.
     prepared.into_iter().for_each(Prepared::commit);
     let Staged { moves, attached, dropped, facts, leaving } = staged;
     let mut moved = Moved::default();
+    for Reopened { node, .. } in &reopened {
+        moved.parents.insert(node.id(), Strong::clone(node));
+    }
     // New edges first, to where they were made for: a later edit of the same change may move them on.
     for staged in attached {
         moved.attach(edit, staged);
     }
+    let since = Action::since(actions);
     for staged in moves {
-        moved.repoint(edit, staged);
+        moved.repoint(edit, staged, since);
     }
     for (parent, edge) in dropped {
         moved.drop_edge(edit, &parent, edge);
@@ -63,7 +71,7 @@ pub(super) fn put_into_force(
     moved.refresh(graph, edit);
     graph.apply_ownership(actions);
     let removed = graph.take_removed(actions, &leaving);
-    Ok(Done { moved, removed })
+    Ok(Done { moved, removed, reopened })
 }
 
 /// Drivers that were told of another backing node. Dropped: told the opposite again.
@@ -112,7 +120,7 @@ impl Drop for Told<'_> {
 #[derive(Default)]
 pub(super) struct Moved {
     edges: Vec<Arc<Edge>>,
-    /// Nodes whose children differ, and nodes that got parents.
+    /// Nodes whose children differ, and nodes that were reopened.
     parents: ById<Strong<Node>>,
     /// What nodes' edges led to before: there and below, inheritance may have ended.
     orphans: Vec<Strong<Node>>,
@@ -126,11 +134,16 @@ impl Moved {
         this
     }
 
-    pub(super) fn repoint(&mut self, edit: &Edit<'_>, staged: Move) {
+    pub(super) fn repoint(
+        &mut self,
+        edit: &Edit<'_>,
+        staged: Move,
+        since: &'static Location<'static>,
+    ) {
         let Move { edge, from, to, .. } = staged;
         // On the edge's own behalf: its share of the drain goes when it leaves the old node.
         edge.close();
-        edge.swap(edit, to.clone());
+        edge.swap(edit, to.clone(), since);
         edit.walls.reattach(from.as_deref(), to.as_deref(), &edge);
         let events = &edit.walls.reaper.events;
         guests::tell_moved(events, &edge, from.as_deref(), to.as_deref());
@@ -165,7 +178,7 @@ impl Moved {
         self.parents.insert(parent.id(), Strong::clone(parent));
     }
 
-    /// Lets everyone above see the limits of what is below now, and forgets inheritance that has ended.
+    /// Lets everyone above see what is below now, and forgets inheritance that has ended.
     pub(super) fn refresh(&mut self, graph: &Graph, edit: &Edit<'_>) {
         let now = Stage::new(&graph.0.reaper);
         for orphan in self.orphans.drain(..) {
@@ -179,8 +192,11 @@ impl Moved {
             });
         }
         let mut todo: Vec<Strong<Node>> = std::mem::take(&mut self.parents).into_values().collect();
+        let mut seen = HashSet::new();
         while let Some(node) = todo.pop() {
-            if node.refresh_limits() {
+            node.driver().children_changed();
+            // To the top in any case: a driver may look through nodes between whose own limits stay the same.
+            if node.refresh_limits() | seen.insert(node.id()) {
                 todo.extend(node.parents().iter().filter_map(|edge| edit.walls.parent_node(edge)));
             }
         }
@@ -239,15 +255,15 @@ pub(super) async fn close_removed(
     graph: &Graph,
     removed: Vec<NodeRef>,
     moved: Vec<Arc<Edge>>,
-) -> Vec<CloseReport> {
+) -> Undelivered {
+    let mut closed = Undelivered::new(&graph.0.reaper);
     if removed.is_empty() {
-        return Vec::new();
+        return closed;
     }
     // By value: an edge of what is closed next must not be in our hands then.
     for edge in moved {
         edge.settle_patiently().await;
     }
-    let mut closed = Vec::new();
     for node in removed {
         match node.end() {
             Ok(ended) => closed.push(ended.close().await),

@@ -20,7 +20,7 @@ use super::gate::{self, GateDecision, GateQuestion, ReferenceFormat};
 use super::inspect::{Inspected, file_options};
 use super::open::SweepIfDropped;
 use super::perm::{Access, Perm};
-use super::{Graph, NodeRef, Root};
+use super::{CloseError, Graph, NodeRef, Root};
 use crate::driver::{Child, CreateContext, DriverType, OpenFlags, ReferenceKind, Role};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Options;
@@ -65,8 +65,8 @@ struct Order<'a> {
 }
 
 impl Graph {
-    /// Makes an image file. Names in the image (`backing_file`, `data_file`) that are relative start at the image's
-    /// directory, here as when it is opened; the backing image is opened through the gate.
+    /// Makes an image file. A relative `backing_file` starts at the image's directory, a relative `data_file` at the
+    /// working directory, here as when it is opened; the backing image is opened through the gate.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -87,6 +87,12 @@ impl Graph {
     /// No file that was not there before remains. Whatever can be checked is checked first; if that fails, a file that was
     /// there is as it was.
     pub async fn create_image(&self, image: NewImage) -> Result<NewImageReport> {
+        super::open::ensure_home()?;
+        let graph = self.clone();
+        bds_io::spawn_now(async move { graph.make_image(image).await }).await
+    }
+
+    async fn make_image(&self, image: NewImage) -> Result<NewImageReport> {
         let NewImage { format, path, mut options, skip_backing } = image;
         let registry = &self.config().registry;
         let format = Arc::clone(registry.format(&format)?);
@@ -97,14 +103,15 @@ impl Graph {
         let protocol = Arc::clone(registry.driver(protocol_of(&self.config().fs, &path))?);
         let file_options = split_options(&*format, &*protocol, &mut options)?;
         let order = Order { format, path: &path, options, file_options };
-        let mut guard = SweepIfDropped { graph: self, is_over: false };
+        let mut guard = SweepIfDropped { graph: self.clone(), is_over: false };
         self.0.reaper.sweep_unasked().await;
         let backing = self.look_at_backing(&path, &order.options, skip_backing).await?;
         let made = self.create_checked(order, &backing).await;
         let closed = match backing.node {
             Some(node) => match node.close().await {
                 Ok(report) => report.into_result(),
-                Err(error) => Err(Error::from(error)),
+                // The gate named a node that others use; it stays open.
+                Err(CloseError::InUse { .. }) => Ok(()),
             },
             None => Ok(()),
         };
@@ -205,10 +212,14 @@ impl Graph {
         options: &Options,
         skip: bool,
     ) -> Result<NewBacking> {
-        let Some(stored) = text(options, "backing_file") else { return Ok(NewBacking::default()) };
+        let Some(stored) = options.peek_path("backing_file") else {
+            return Ok(NewBacking::default());
+        };
+        let stored = stored.as_path();
         let format = text(options, "backing_fmt");
-        let named =
-            |error: Error| error.context(format_args!("cannot open backing file '{stored}'"));
+        let named = |error: Error| {
+            error.context(format_args!("cannot open backing file '{}'", stored.display()))
+        };
         if !skip {
             let flags = OpenFlags { read_only: true, ..OpenFlags::default() };
             let node = self.open_backing(path, stored, format, flags).await.map_err(named)?;
@@ -217,7 +228,7 @@ impl Graph {
         // Only so that none of its files is taken for the new image.
         let flags = OpenFlags { read_only: true, force_share: true, ..OpenFlags::default() };
         let node = self.open_backing(path, stored, format, flags).await.ok();
-        let resolved = gate::resolve(stored, Some(path));
+        let resolved = gate::resolve(ReferenceKind::Backing, stored, Some(path));
         let file = Inspected::new(&self.config().fs, resolved).ok().map(|file| file.identity());
         Ok(NewBacking { node, len: None, file })
     }
@@ -225,14 +236,14 @@ impl Graph {
     async fn open_backing(
         &self,
         path: &Path,
-        stored: &str,
+        stored: &Path,
         format: Option<&str>,
         flags: OpenFlags,
     ) -> Result<NodeRef> {
-        let resolved = gate::resolve(stored, Some(path));
+        let resolved = gate::resolve(ReferenceKind::Backing, stored, Some(path));
         let question = GateQuestion {
             kind: ReferenceKind::Backing,
-            stored_name: stored,
+            stored_name: stored.as_os_str(),
             stored_format: format,
             depth: 0,
             parent_node: "create",
@@ -267,7 +278,8 @@ impl Graph {
 }
 
 fn data_path(path: &Path, options: &Options) -> Option<PathBuf> {
-    text(options, "data_file").map(|name| gate::resolve(name, Some(path)))
+    let name = options.peek_path("data_file")?;
+    Some(gate::resolve(ReferenceKind::DataFile, name, Some(path)))
 }
 
 fn text<'a>(options: &'a Options, key: &str) -> Option<&'a str> {

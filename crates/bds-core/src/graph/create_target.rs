@@ -4,6 +4,7 @@
 //! it.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use bds_io::{Fs, shares_bytes};
 
@@ -21,8 +22,9 @@ pub(super) struct Target {
     protocol: &'static str,
     identity: (u64, u64),
     max_len: Option<u64>,
-    /// What empties it; gone once that is done.
-    empty: Option<BoxFuture<'static, Result<()>>>,
+    /// What empties it; gone once that is done. The mutex is never waited for: it makes a target `Sync`, so that a task may
+    /// hold one by reference.
+    empty: Mutex<Option<BoxFuture<'static, Result<()>>>>,
     made: MadeFile,
 }
 
@@ -45,7 +47,7 @@ impl Target {
         let made = MadeFile { fs: config.fs.clone(), path: made_path };
         check_rest(&**driver, options)?;
         let path = path.to_owned();
-        Ok(Self { path, protocol, identity, max_len, empty: Some(empty), made })
+        Ok(Self { path, protocol, identity, max_len, empty: Mutex::new(Some(empty)), made })
     }
 
     pub(super) fn identity(&self) -> (u64, u64) {
@@ -73,7 +75,8 @@ impl Target {
 
     /// From here on the old content is gone.
     pub(super) async fn empty(mut self) -> Result<Self> {
-        if let Some(empty) = self.empty.take() {
+        let empty = self.empty.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(empty) = empty {
             empty.await?;
         }
         Ok(self)
@@ -99,7 +102,7 @@ fn refuse_shared(graph: &Graph, path: &Path, others: &[(u64, u64)]) -> Result<()
         None => return Ok(()),
     };
     let words = format!(
-        "is a part of an image that is used here already{as_what}: writing a new image to it would \
+        "the file is a part of an image that is used here already{as_what}: writing a new image to it would \
          destroy that; name another file"
     );
     Err(Error::new(ErrorKind::InvalidInput, words).file(path))

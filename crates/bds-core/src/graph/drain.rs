@@ -344,6 +344,9 @@ impl Graph {
     ///
     /// Never blocks the thread. Waits as long as the slowest request inside: see [`Graph::drain_within`] and [`NodeRef::poison`].
     ///
+    /// The section begins with the first poll and lasts until the future, or its answer, is dropped. A future that is kept without
+    /// being polled is a section that is being taken and then held: requests for the node wait, everything else goes on.
+    ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
     /// # run(async |graph| {
@@ -362,8 +365,16 @@ impl Graph {
     /// # Ok(()) });
     /// ```
     pub async fn drain(&self, node: &NodeRef) -> Drained {
-        let set = DrainSet::begin(self, vec![Strong::clone(node.strong())], "drained section");
-        Drained::new(set.await, false)
+        self.drain_nodes(vec![Strong::clone(node.strong())]).await
+    }
+
+    /// In a task, so that what it holds on its way (references, places in queues) goes also while its future is not polled.
+    async fn drain_nodes(&self, nodes: Vec<Strong<Node>>) -> Drained {
+        let graph = self.clone();
+        let drain = async move {
+            Drained::new(DrainSet::begin(&graph, nodes, "drained section").await, false)
+        };
+        bds_io::spawn_now(drain).await
     }
 
     /// As [`Graph::drain`], for the node and everything below it.
@@ -386,8 +397,7 @@ impl Graph {
     pub async fn drain_subtree(&self, node: &NodeRef) -> Drained {
         let mut nodes = Vec::new();
         walk::each_below_strong(node.strong(), &mut |node| nodes.push(Strong::clone(node)));
-        let set = DrainSet::begin(self, nodes, "drained section").await;
-        Drained::new(set, false)
+        self.drain_nodes(nodes).await
     }
 
     /// As [`Graph::drain`], for every node there is and every one that comes meanwhile. Keeps no node open: what dies during
@@ -404,17 +414,8 @@ impl Graph {
     /// # Ok(()) });
     /// ```
     pub async fn drain_all(&self) -> Drained {
-        let set = DrainSet::new(self);
-        let all = {
-            let mut walls = self.0.reaper.walls();
-            walls.state.drain_alls += 1;
-            let all = self.0.reaper.live();
-            all.iter().for_each(|node| walls.begin_section(node));
-            all.iter().map(|node| node.id()).collect::<Vec<NodeId>>()
-        };
-        let drained = Drained::new(set, true);
-        wait_idle(self, &all).await;
-        drained
+        let graph = self.clone();
+        bds_io::spawn_now(async move { drain_all(&graph).await }).await
     }
 
     /// As [`Graph::drain`], but gives up when `patience` is over; the gates are open again then.
@@ -436,19 +437,38 @@ impl Graph {
     /// # Errors
     /// `WouldWait` names the node and how many requests are still inside.
     pub async fn drain_within(&self, node: &NodeRef, patience: Duration) -> Result<Drained> {
-        let drain = pin!(self.drain(node));
-        let end = pin!(bds_io::sleep(patience));
-        match select(drain, end).await {
-            Either::Left((drained, _)) => Ok(drained),
-            Either::Right(_) => {
-                let count = node.node().traffic().in_flight();
-                let words = format!(
-                    "{count} requests are still inside after {} ms; wait longer, or poison the node \
-                     if they will never end",
-                    patience.as_millis()
-                );
-                Err(Error::new(ErrorKind::WouldWait, words).node(node.name()))
-            }
+        let (graph, node) = (self.clone(), Strong::clone(node.strong()));
+        bds_io::spawn_now(async move { drain_within(&graph, &node, patience).await }).await
+    }
+}
+
+async fn drain_all(graph: &Graph) -> Drained {
+    let set = DrainSet::new(graph);
+    let all = {
+        let mut walls = graph.0.reaper.walls();
+        walls.state.drain_alls += 1;
+        let all = graph.0.reaper.live();
+        all.iter().for_each(|node| walls.begin_section(node));
+        all.iter().map(|node| node.id()).collect::<Vec<NodeId>>()
+    };
+    let drained = Drained::new(set, true);
+    wait_idle(graph, &all).await;
+    drained
+}
+
+async fn drain_within(graph: &Graph, node: &Strong<Node>, patience: Duration) -> Result<Drained> {
+    let drain = pin!(graph.drain_nodes(vec![Strong::clone(node)]));
+    let end = pin!(bds_io::sleep(patience));
+    match select(drain, end).await {
+        Either::Left((drained, _)) => Ok(drained),
+        Either::Right(_) => {
+            let count = node.traffic().in_flight();
+            let words = format!(
+                "{count} requests are still inside after {} ms; wait longer, or poison the node \
+                 if they will never end",
+                patience.as_millis()
+            );
+            Err(Error::new(ErrorKind::WouldWait, words).node(node.name()))
         }
     }
 }

@@ -15,6 +15,7 @@
 
 use std::fmt;
 use std::ops::Deref;
+use std::panic::Location;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -47,6 +48,8 @@ pub(crate) struct EdgeParts {
     pub(crate) access: Access,
     /// Under what name the edge holds its target.
     pub(crate) holder: Holder,
+    /// Where in the caller's program it was asked for.
+    pub(crate) since: &'static Location<'static>,
     /// Graph changes leave the edge where it is (a job's).
     pub(crate) stays: bool,
     /// Of a root edge whose owner does not keep the graph himself.
@@ -99,15 +102,14 @@ impl fmt::Debug for Edge {
 
 impl Edge {
     /// An edge to `target`.
-    #[track_caller]
     pub(crate) fn new(
         parts: EdgeParts,
         target: Option<Strong<Node>>,
         loosened: &Loosened,
     ) -> Arc<Self> {
-        let EdgeParts { name, role, access, holder, stays, graph, hall } = parts;
+        let EdgeParts { name, role, access, holder, since, stays, graph, hall } = parts;
         let farewell = Farewell::new(target.as_ref().map(|node| node.id()), loosened);
-        let held = target.map(|target| target.held_by(holder.clone()));
+        let held = target.map(|target| target.held_since(holder.clone(), since));
         Arc::new(Self {
             name,
             role,
@@ -317,11 +319,16 @@ impl Edge {
 
     /// Re-points the edge. The old reference is given up as soon as nobody looks through the edge at the old node any more,
     /// which [`Edge::settle`] waits for.
-    #[track_caller]
-    pub(super) fn swap(&self, _edit: &Edit<'_>, target: Option<Strong<Node>>) {
+    pub(super) fn swap(
+        &self,
+        _edit: &Edit<'_>,
+        target: Option<Strong<Node>>,
+        since: &'static Location<'static>,
+    ) {
         debug_assert!(self.is_closed(), "an edge is re-pointed behind its closed gate");
         self.farewell.watch(target.as_ref().map(|node| node.id()));
-        self.target.replace(target.map(|target| target.held_by(self.holder.clone())));
+        let held = target.map(|target| target.held_since(self.holder.clone(), since));
+        self.target.replace(held);
     }
 
     /// Waits until the reference to the former target is given up. Requests have left before the swap; what may still look are

@@ -187,6 +187,7 @@ impl Editor<'_, '_> {
             role: Role::COW,
             access: Access::NONE,
             holder: Holder::new(HolderKind::Edge, format!("{}.backing", node.name())),
+            since: backing.since(),
             stays: false,
             graph: None,
             hall: None,

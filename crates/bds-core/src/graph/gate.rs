@@ -1,11 +1,13 @@
 //! May this file, named inside an image, be opened?
 //!
 //! An image can be made by anyone, so a name in it is a wish, not an order. Every such name goes through the one gate of the
-//! graph, and stays a file name there: it is never read as a URL, as `json:` or as options, and a colon in it is just
-//! a byte. The format comes from the image or from the gate; guessing it is something a gate must say it wants.
+//! graph, and stays a file name there: it is never read as a URL, as `json:` or as options. The gates here refuse what QEMU
+//! would read so (`nbd:…`); a gate of one's own may name a file or node for it. The format comes from the image or from the gate; guessing it is something a gate must say it wants.
 
 use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
 use bds_io::Fs;
@@ -18,7 +20,7 @@ pub struct GateQuestion<'a> {
     /// What the file is named for.
     pub kind: ReferenceKind,
     /// The name as stored.
-    pub stored_name: &'a str,
+    pub stored_name: &'a OsStr,
     /// The format as stored, if any.
     pub stored_format: Option<&'a str>,
     /// How many such steps lead from the node the user opened to the image that holds the name; 0: that node itself.
@@ -27,10 +29,29 @@ pub struct GateQuestion<'a> {
     pub parent_node: &'a str,
     /// The file that holds the image, if it lies in one.
     pub parent_file: Option<&'a Path>,
-    /// The stored name, taken from the parent file's directory if it is relative.
+    /// The file that the stored name means to QEMU: see [`resolve`].
     pub resolved: &'a Path,
     /// Where names are looked up.
     pub fs: &'a Fs,
+}
+
+impl GateQuestion<'_> {
+    /// What QEMU would read in front of a colon as a protocol (`nbd`, `json`): then the stored name is no file name. `file` is none.
+    pub fn scheme(&self) -> Option<String> {
+        let name = self.stored_name.as_bytes();
+        let end = name.iter().position(|byte| matches!(byte, b':' | b'/'))?;
+        let is_scheme = name[end] == b':' && &name[..end] != b"file";
+        is_scheme.then(|| String::from_utf8_lossy(&name[..end]).into_owned())
+    }
+
+    /// The refusal of a name that is no file name.
+    fn refuse_scheme(&self) -> Option<GateDecision> {
+        let scheme = self.scheme()?;
+        Some(GateDecision::Refuse(format!(
+            "unknown protocol '{scheme}' (a file of this name is stored as ./{})",
+            self.stored_name.display()
+        )))
+    }
 }
 
 /// How the format of a referenced image is found. A data file has none and ignores this.
@@ -85,7 +106,7 @@ impl ReferenceGate for DenyAll {
 /// Allows exactly the stored names it was given, each as given.
 #[derive(Clone, Debug, Default)]
 pub struct Explicit {
-    map: HashMap<String, GateDecision>,
+    map: HashMap<OsString, GateDecision>,
 }
 
 impl Explicit {
@@ -96,16 +117,21 @@ impl Explicit {
 
     /// A stored name stands for this file, in this format (for a data file the format does not matter).
     #[must_use]
-    pub fn file(mut self, stored_name: &str, path: impl Into<PathBuf>, format: &str) -> Self {
+    pub fn file(
+        mut self,
+        stored_name: impl Into<OsString>,
+        path: impl Into<PathBuf>,
+        format: &str,
+    ) -> Self {
         let format = ReferenceFormat::Named(format.to_owned());
-        self.map.insert(stored_name.to_owned(), GateDecision::Open { path: path.into(), format });
+        self.map.insert(stored_name.into(), GateDecision::Open { path: path.into(), format });
         self
     }
 
     /// A stored name stands for this node.
     #[must_use]
-    pub fn node(mut self, stored_name: &str, node_name: &str) -> Self {
-        self.map.insert(stored_name.to_owned(), GateDecision::Node(node_name.to_owned()));
+    pub fn node(mut self, stored_name: impl Into<OsString>, node_name: &str) -> Self {
+        self.map.insert(stored_name.into(), GateDecision::Node(node_name.to_owned()));
         self
     }
 }
@@ -124,10 +150,13 @@ pub struct SameDirectory;
 
 impl ReferenceGate for SameDirectory {
     fn decide(&self, question: &GateQuestion<'_>) -> GateDecision {
+        if let Some(refusal) = question.refuse_scheme() {
+            return refusal;
+        }
         let stored = Path::new(question.stored_name);
         let mut parts = stored.components();
         let is_plain = matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None))
-            && !question.stored_name.contains('/');
+            && !question.stored_name.as_bytes().contains(&b'/');
         if !is_plain {
             return GateDecision::Refuse(
                 "only a plain file name beside the image is allowed".into(),
@@ -136,7 +165,8 @@ impl ReferenceGate for SameDirectory {
         let Some(directory) = question.parent_file.map(directory_of) else {
             return GateDecision::Refuse("the image lies in no directory".into());
         };
-        let real = match question.fs.canonicalize(question.resolved) {
+        // Not `resolved`: a data file is beside the image here whatever the working directory is.
+        let real = match question.fs.canonicalize(&directory.join(stored)) {
             Ok(real) => real,
             Err(error) => return GateDecision::Refuse(format!("it cannot be looked up: {error}")),
         };
@@ -166,6 +196,9 @@ impl UnderRoots {
 
 impl ReferenceGate for UnderRoots {
     fn decide(&self, question: &GateQuestion<'_>) -> GateDecision {
+        if let Some(refusal) = question.refuse_scheme() {
+            return refusal;
+        }
         let real = match question.fs.canonicalize(question.resolved) {
             Ok(real) => real,
             Err(error) => return GateDecision::Refuse(format!("it cannot be looked up: {error}")),
@@ -189,6 +222,9 @@ pub struct TrustAll {
 
 impl ReferenceGate for TrustAll {
     fn decide(&self, question: &GateQuestion<'_>) -> GateDecision {
+        if let Some(refusal) = question.refuse_scheme() {
+            return refusal;
+        }
         let format =
             if self.may_probe { ReferenceFormat::StoredOrProbed } else { ReferenceFormat::Stored };
         GateDecision::Open { path: question.resolved.to_owned(), format }
@@ -209,11 +245,23 @@ fn directory_of(file: &Path) -> PathBuf {
     }
 }
 
-/// The path a stored name means: relative ones start at the directory of the file that holds them.
-pub fn resolve(stored_name: &str, parent_file: Option<&Path>) -> PathBuf {
-    let stored = Path::new(stored_name);
+/// The path a stored name means to QEMU. A relative name of a backing file starts at the directory of the image that holds
+/// it. That of a data file, and one with `file:` in front, starts at the working directory of the process, as on a command line.
+pub fn resolve(
+    kind: ReferenceKind,
+    stored_name: impl AsRef<OsStr>,
+    parent_file: Option<&Path>,
+) -> PathBuf {
+    let bytes = stored_name.as_ref().as_bytes();
+    let (stored, is_typed) = match bytes.strip_prefix(b"file:") {
+        Some(rest) => (rest, true),
+        None => (bytes, false),
+    };
+    let stored = Path::new(OsStr::from_bytes(stored));
     match parent_file.and_then(Path::parent) {
-        Some(directory) if stored.is_relative() => directory.join(stored),
+        Some(directory) if kind == ReferenceKind::Backing && !is_typed && stored.is_relative() => {
+            directory.join(stored)
+        }
         _ => stored.to_owned(),
     }
 }

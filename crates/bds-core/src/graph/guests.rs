@@ -24,6 +24,9 @@ pub(crate) trait Guest: Send + Sync + 'static {
     /// Its way in.
     fn edge(&self) -> &Arc<Edge>;
 
+    /// Turns the flush after every write on or off.
+    fn set_writethrough(&self, is_on: bool);
+
     /// The device that uses it.
     fn device(&self) -> Option<Arc<str>>;
 

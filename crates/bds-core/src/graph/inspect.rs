@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use bds_io::{File, FileKind, Fs, IoVec, OpenOptions};
+use bds_io::{File, FileKind, FileLook, Fs, IoVec, OpenOptions};
 
 use super::Graph;
 use crate::driver::{Candidate, PROBE_LEN, Registry, TAIL_LEN, foreign_format, probe};
@@ -68,22 +68,20 @@ impl Graph {
     }
 }
 
-/// A file that was looked at.
+/// A file that was looked at. Not open: a chain of images would hold two descriptors of each.
 pub(super) struct Inspected {
+    fs: Fs,
     path: PathBuf,
-    file: File,
+    kind: FileKind,
     identity: (u64, u64),
 }
 
 impl Inspected {
     pub(super) fn new(fs: &Fs, path: PathBuf) -> Result<Self> {
-        let file = fs
-            .open(&path, &OpenOptions::default())
-            .map_err(|error| Error::io(error, "cannot open").file(&path))?;
-        let identity = file
-            .identity()
-            .map_err(|error| Error::io(error, "cannot identify the file").file(&path))?;
-        Ok(Self { path, file, identity })
+        match fs.look(&path) {
+            Ok(FileLook { kind, identity }) => Ok(Self { fs: fs.clone(), path, kind, identity }),
+            Err(error) => Err(Error::io(error, "cannot open").file(path)),
+        }
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -96,9 +94,9 @@ impl Inspected {
     }
 
     pub(super) fn protocol(&self) -> &'static str {
-        match self.file.kind() {
+        match self.kind {
             FileKind::Block | FileKind::Char => "host_device",
-            FileKind::Regular | FileKind::Other => "file",
+            _ => "file",
         }
     }
 
@@ -108,27 +106,45 @@ impl Inspected {
     }
 
     pub(super) async fn guess(&self, registry: &Registry) -> Result<FileGuess> {
-        let head = self.part(0, PROBE_LEN).await?;
-        let len = self
-            .file
+        let file = self.open()?;
+        let head = self.part(&file, 0, PROBE_LEN).await?;
+        let len = file
             .len()
             .map_err(|error| Error::io(error, "cannot tell the length").file(&self.path))?;
-        let tail = self.part(len.saturating_sub(TAIL_LEN as u64), TAIL_LEN).await?;
+        let tail = self.part(&file, len.saturating_sub(TAIL_LEN as u64), TAIL_LEN).await?;
         let formats = probe(registry, &head, len);
         let is_known = formats.first().is_some_and(|best| best.score >= SURE_SCORE);
         let foreign = if is_known { None } else { foreign_format(&head, &tail) };
         Ok(FileGuess { protocol: self.protocol(), formats, foreign })
     }
 
+    /// Opens what holds bytes at offsets. Anything else, a FIFO for example, could make a reader wait for ever.
+    fn open(&self) -> Result<File> {
+        let no_image = |kind: FileKind| {
+            let words = format!(
+                "{}, which holds no image: name a regular file or a block device",
+                kind.describe()
+            );
+            Error::new(ErrorKind::InvalidInput, words).file(&self.path)
+        };
+        if !self.kind.is_seekable() {
+            return Err(no_image(self.kind));
+        }
+        let file = self
+            .fs
+            .open(&self.path, &OpenOptions::default())
+            .map_err(|error| Error::io(error, "cannot open").file(&self.path))?;
+        if file.kind().is_seekable() { Ok(file) } else { Err(no_image(file.kind())) }
+    }
+
     /// At most `len` bytes from `begin`, as far as the file has them.
-    async fn part(&self, begin: u64, len: usize) -> Result<Vec<u8>> {
+    async fn part(&self, file: &File, begin: u64, len: usize) -> Result<Vec<u8>> {
         let iov = IoVec::from(vec![0; len]);
         let mut filled = 0;
         while filled < len {
             let offset = begin + filled as u64;
             let rest = iov.slice(filled..len);
-            let count = self
-                .file
+            let count = file
                 .read(offset, rest)
                 .await
                 .map_err(|error| Error::io(error, "cannot read").file(&self.path).at(offset))?;
@@ -143,5 +159,7 @@ impl Inspected {
 
 /// Options that open a file by name, whatever characters it holds.
 pub(super) fn file_options(protocol: &str, path: &Path) -> Options {
-    Options::new().with("driver", protocol).with("filename", path.to_string_lossy().into_owned())
+    let mut options = Options::new().with("driver", protocol);
+    options.set_path("filename", path);
+    options
 }

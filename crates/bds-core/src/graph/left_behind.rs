@@ -12,8 +12,11 @@ use super::reap::{Ended, Reaper};
 impl Reaper {
     /// Waits for operations whose requests have gone, where nothing but they keeps a node open.
     pub(super) async fn wait_for_lodgers(&self) {
-        for node in self.live() {
-            wait_left_alone(&node, 0).await;
+        // One at a time: others may want to close the rest meanwhile.
+        for handle in self.arena.snapshot() {
+            if let Ok(node) = self.arena.acquire(handle) {
+                wait_left_alone(&node, 0).await;
+            }
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::ops::Deref;
+use std::panic::Location;
 
 use bds_refcount::{Held, Holder, HolderKind, Release, Strong};
 
@@ -65,6 +66,24 @@ impl NodeRef {
     #[track_caller]
     pub fn held_as(self, holder: Holder) -> Self {
         Self { held: self.held.pass_to(holder), graph: self.graph }
+    }
+
+    /// As [`NodeRef::held_as`], since the place where it was taken: for what the caller handed over.
+    pub(super) fn kept_as(self, holder: Holder) -> Self {
+        let since = self.held.since();
+        Self { held: self.held.pass_since(holder, since), graph: self.graph }
+    }
+
+    /// Where in the program it was taken.
+    pub(super) fn since(&self) -> &'static Location<'static> {
+        self.held.since()
+    }
+
+    /// The same for a node that may be missing. (`Option::cloned` would be the place that is put down.)
+    #[track_caller]
+    pub(super) fn clone_of(node: Option<&Self>) -> Option<Self> {
+        let node = node?;
+        Some(node.clone())
     }
 
     /// The node's id.

@@ -39,6 +39,8 @@ pub(super) struct Call {
     opened: Arc<AtomicUsize>,
     /// Images above this one.
     pub(super) depth: usize,
+    /// Where in the caller's program it was called.
+    pub(super) since: &'static Location<'static>,
     /// Files that the images above lie in: opening one of them again would be a loop.
     pub(super) files_above: Vec<(u64, u64)>,
 }
@@ -113,27 +115,59 @@ impl Graph {
         flags: OpenFlags,
         since: &'static Location<'static>,
     ) -> Result<NodeRef> {
-        let mut guard = SweepIfDropped { graph: self, is_over: false };
-        self.0.reaper.sweep_unasked().await;
-        let call =
-            Call { graph: self.clone(), opened: Arc::default(), depth: 0, files_above: Vec::new() };
-        let opened = open_node(call, options, flags).await;
-        if opened.is_err() {
-            self.0.reaper.sweep_unasked().await;
-        }
+        ensure_home()?;
+        let graph = self.clone();
+        // It reads nodes that others use and drain.
+        let open = bds_io::spawn_now(async move { graph.open_swept(options, flags, since).await });
+        let (node, mut guard) = open.await?;
         guard.is_over = true;
         let owner = Holder::new(HolderKind::Owner, "open");
-        opened.map(|strong| NodeRef::from_held(self, strong.held_since(owner, since)))
+        Ok(NodeRef::from_held(self, node.held_since(owner, since)))
+    }
+
+    /// The guard comes second: a node that is opened and not wanted any more is closed.
+    async fn open_swept(
+        &self,
+        options: Options,
+        flags: OpenFlags,
+        since: &'static Location<'static>,
+    ) -> Result<(Strong<Node>, SweepIfDropped)> {
+        let mut guard = SweepIfDropped { graph: self.clone(), is_over: false };
+        self.0.reaper.sweep_unasked().await;
+        let call = Call {
+            graph: self.clone(),
+            opened: Arc::default(),
+            depth: 0,
+            since,
+            files_above: Vec::new(),
+        };
+        match open_node(call, options, flags).await {
+            Ok(node) => Ok((node, guard)),
+            Err(error) => {
+                self.0.reaper.sweep_unasked().await;
+                guard.is_over = true;
+                Err(error)
+            }
+        }
     }
 }
 
+/// Checks, before anything is touched, that what the caller's thread begins has an executor to go on in.
+pub(super) fn ensure_home() -> Result<()> {
+    bds_io::ensure_home().map_err(|error| {
+        let words = "no thread can be started for requests and closings; let the user have more processes \
+                     (ulimit -u, RLIMIT_NPROC), or call this inside bds_io::block_on";
+        Error::io(error, words)
+    })
+}
+
 /// What is given up half-way leaves nodes to close.
-pub(super) struct SweepIfDropped<'a> {
-    pub(super) graph: &'a Graph,
+pub(super) struct SweepIfDropped {
+    pub(super) graph: Graph,
     pub(super) is_over: bool,
 }
 
-impl Drop for SweepIfDropped<'_> {
+impl Drop for SweepIfDropped {
     fn drop(&mut self) {
         if !self.is_over {
             self.graph.0.reaper.sweep_in_background();

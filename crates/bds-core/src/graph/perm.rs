@@ -121,7 +121,7 @@ fn check_node(stage: &Stage<'_>, node: &Node, found: &Accesses) -> Result<()> {
             let words = format!("{} writes to it ({changes}), and it is read-only", edge.holder());
             return Err(Error::new(ErrorKind::ReadOnly, words).node(node.name()));
         }
-        let align = u64::from(node.limits().request_alignment);
+        let align = stage.request_alignment(node);
         if access.perm & Perm::changes() == Perm::WRITE && !node.len().is_multiple_of(align) {
             let words = format!(
                 "{} writes without resizing, and the node's end is not a multiple of {align} bytes",

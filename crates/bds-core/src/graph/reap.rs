@@ -13,6 +13,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::panic::Location;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -110,6 +111,36 @@ impl std::error::Error for CloseError {}
 impl From<CloseError> for Error {
     fn from(error: CloseError) -> Self {
         Error::new(ErrorKind::InUse, error.to_string())
+    }
+}
+
+/// Reports on their way to a caller. Dropped before they are delivered: kept for [`Graph::reports`].
+pub(super) struct Undelivered {
+    reaper: Reaper,
+    reports: Vec<CloseReport>,
+}
+
+impl Undelivered {
+    pub(super) fn new(reaper: &Reaper) -> Self {
+        Self { reaper: reaper.clone(), reports: Vec::new() }
+    }
+
+    pub(super) fn push(&mut self, report: CloseReport) {
+        self.reports.push(report);
+    }
+
+    pub(super) fn extend(&mut self, reports: Vec<CloseReport>) {
+        self.reports.extend(reports);
+    }
+
+    pub(super) fn deliver(mut self) -> Vec<CloseReport> {
+        std::mem::take(&mut self.reports)
+    }
+}
+
+impl Drop for Undelivered {
+    fn drop(&mut self) {
+        self.reaper.keep(std::mem::take(&mut self.reports));
     }
 }
 
@@ -372,6 +403,7 @@ impl Reaper {
             role: Role::empty(),
             access: Access::NONE,
             holder: Holder::new(HolderKind::Other("graph"), "flush"),
+            since: Location::caller(),
             stays: true,
             graph: None,
             hall: None,
@@ -411,8 +443,12 @@ impl Reaper {
     pub(super) async fn sweep_unasked(&self) {
         if self.arena.has_dead() {
             let reaper = self.clone();
-            let reports = self.to_the_end(async move { reaper.sweep().await }).await;
-            self.keep(reports.unwrap_or_default());
+            let sweep = async move {
+                let reports = reaper.clone().sweep().await;
+                reaper.keep(reports);
+                Vec::new()
+            };
+            drop(self.to_the_end(sweep).await);
         }
     }
 
@@ -458,9 +494,12 @@ impl Graph {
     /// # Ok(()) });
     /// ```
     pub async fn reap(&self) -> Vec<CloseReport> {
-        self.0.reaper.wait_for_lodgers().await;
         let reaper = self.0.reaper.clone();
-        let swept = self.0.reaper.to_the_end(async move { reaper.sweep().await }).await;
+        let sweep = async move {
+            reaper.wait_for_lodgers().await;
+            reaper.sweep().await
+        };
+        let swept = self.0.reaper.to_the_end(sweep).await;
         let mut reports = self.reports();
         reports.extend(swept.unwrap_or_default());
         reports
@@ -513,10 +552,19 @@ impl NodeRef {
     /// # Errors
     /// [`CloseError::InUse`] gives the reference back and names the others.
     pub async fn close(self) -> Result<CloseReport, CloseError> {
-        match self.end_patiently().await {
-            Ok(ended) => Ok(ended.close().await),
-            Err((node, holders)) => Err(CloseError::InUse { node, holders }),
-        }
+        let reaper = self.graph().0.reaper.clone();
+        let lost = Lost::of(self.strong());
+        let work = async move {
+            match self.end_patiently().await {
+                Ok(ended) => Ok(ended.close().await),
+                Err((node, holders)) => Err(CloseError::InUse { node, holders }),
+            }
+        };
+        // A reference that comes back because the node is in use ends like any other.
+        let orphaned = move |closed: Result<CloseReport, CloseError>| {
+            drop(closed.map(|report| reaper.keep(vec![report])));
+        };
+        to_the_end(work, orphaned).await.unwrap_or_else(|| Ok(lost.report()))
     }
 
     /// Ends the node if this is the only reference; it cannot be acquired any more then. Does not wait.
@@ -542,20 +590,30 @@ pub(super) struct Ended {
 impl Ended {
     pub(super) async fn close(self) -> CloseReport {
         let Self { graph, dead } = self;
-        let lost = CloseReport {
-            node: dead.id(),
-            name: dead.name().to_owned(),
-            driver: dead.driver_name(),
-            flush_error: Some(Error::new(
-                ErrorKind::Cancelled,
-                "closing did not end: its executor is gone",
-            )),
-            close_error: None,
-            below: Vec::new(),
-        };
+        let lost = Lost::of(&dead);
         let reaper = graph.0.reaper.clone();
         let work = async move { vec![reaper.close_with_dependents(dead).await] };
         let reports = graph.0.reaper.to_the_end(work).await;
-        reports.into_iter().flatten().next().unwrap_or(lost)
+        reports.into_iter().flatten().next().unwrap_or_else(|| lost.report())
+    }
+}
+
+/// A node whose closing may never be heard of.
+struct Lost {
+    node: NodeId,
+    name: String,
+    driver: &'static str,
+}
+
+impl Lost {
+    fn of(node: &Node) -> Self {
+        Self { node: node.id(), name: node.name().to_owned(), driver: node.driver_name() }
+    }
+
+    fn report(self) -> CloseReport {
+        let Self { node, name, driver } = self;
+        let words = "closing did not end: its executor is gone";
+        let flush_error = Some(Error::new(ErrorKind::Cancelled, words));
+        CloseReport { node, name, driver, flush_error, close_error: None, below: Vec::new() }
     }
 }

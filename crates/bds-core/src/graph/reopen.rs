@@ -29,7 +29,7 @@ impl Wanted {
 
     /// What is checked, as far as it is known before the driver was asked.
     pub(super) fn facts(&self) -> NewFacts {
-        facts(&self.node, self.flags, false)
+        facts(&self.node, self.flags, &())
     }
 }
 
@@ -42,7 +42,13 @@ pub(super) struct Prepared<'w> {
 impl Prepared<'_> {
     /// What is checked before it takes effect.
     pub(super) fn facts(&self) -> NewFacts {
-        facts(&self.wanted.node, self.wanted.flags, self.driver.is_read_only())
+        facts(&self.wanted.node, self.wanted.flags, &*self.driver)
+    }
+
+    pub(super) fn reopened(&self) -> Reopened {
+        let node = self.wanted.node();
+        let is_writeback = self.wanted.flags.cache.writeback;
+        Reopened { is_changed: node.flags().cache.writeback != is_writeback, is_writeback, node }
     }
 
     pub(super) fn commit(self) {
@@ -51,9 +57,37 @@ impl Prepared<'_> {
     }
 }
 
-fn facts(node: &NodeRef, flags: OpenFlags, is_read_only: bool) -> NewFacts {
-    let is_writable = Some(!flags.read_only && !is_read_only);
-    (Strong::clone(node.strong()), Facts { flags: Some(flags), is_writable, is_active: None })
+/// A node whose reopen takes effect.
+pub(super) struct Reopened {
+    pub(super) node: Strong<Node>,
+    is_writeback: bool,
+    /// Was that another way before?
+    is_changed: bool,
+}
+
+impl Reopened {
+    /// Lets the backends at the node follow its `cache.writeback`, as if they had been made now. Not under the graph's lock: the
+    /// last handle to a backend may go meanwhile.
+    pub(super) fn tell_backends(&self, graph: &Graph) {
+        if !self.is_changed {
+            return;
+        }
+        for guest in graph.guests() {
+            if guest.edge().medium().is_some_and(|medium| medium.id() == self.node.id()) {
+                guest.set_writethrough(!self.is_writeback);
+            }
+        }
+    }
+}
+
+fn facts(node: &NodeRef, flags: OpenFlags, prepared: &dyn Reopen) -> NewFacts {
+    let facts = Facts {
+        flags: Some(flags),
+        is_writable: Some(!flags.read_only && !prepared.is_read_only()),
+        is_active: None,
+        request_alignment: prepared.request_alignment(),
+    };
+    (Strong::clone(node.strong()), facts)
 }
 
 /// Nodes that the options name as children. The keys are the driver's child options.

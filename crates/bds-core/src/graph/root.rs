@@ -1,6 +1,7 @@
 //! Roots: edges of those who are not nodes. A backend's moves with graph changes, a job's stays at its node.
 
 use std::fmt;
+use std::panic::Location;
 use std::sync::Arc;
 
 use bds_refcount::{Holder, HolderKind, Strong};
@@ -50,8 +51,9 @@ pub(crate) struct RootMove {
 
 impl RootMove {
     /// Of an edge of this graph, unless [`Operations::EJECT`] is blocked on what it leads to.
+    #[track_caller]
     pub(crate) fn new(graph: &Graph, edge: &Arc<Edge>, to: Option<&NodeRef>) -> Self {
-        let (edge, graph, to) = (Arc::clone(edge), graph.clone(), to.cloned());
+        let (edge, graph, to) = (Arc::clone(edge), graph.clone(), NodeRef::clone_of(to));
         Self { edge, graph, to, blockers: Operations::EJECT, expected: Expected::Anything }
     }
 
@@ -101,6 +103,7 @@ impl Graph {
             role: Role::empty(),
             access: root.access,
             holder: Holder::new(root.kind, root.name),
+            since: Location::caller(),
             stays: root.stays,
             graph: (!root.is_hall).then(|| self.clone()),
             hall: root.is_hall.then(Arc::default),

@@ -10,7 +10,7 @@ use bds_refcount::HolderInfo;
 
 use super::Graph;
 use super::node::NodeId;
-use super::reap::CloseReport;
+use super::reap::{CloseReport, Undelivered};
 use crate::driver::BoxFuture;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
@@ -139,6 +139,13 @@ impl Graph {
     /// # Ok(()) });
     /// ```
     pub async fn shutdown(&self) -> ShutdownReport {
+        let graph = self.clone();
+        let (failed, closed, leaked) =
+            bds_io::spawn_now(async move { graph.shut_down().await }).await;
+        ShutdownReport { failed, closed: closed.deliver(), leaked }
+    }
+
+    async fn shut_down(&self) -> (Vec<(String, Error)>, Undelivered, Vec<Leak>) {
         self.plan().is_shut = true;
         let mut failed = Vec::new();
         for stage in [ShutdownStage::Exports, ShutdownStage::Jobs, ShutdownStage::Backends] {
@@ -151,9 +158,10 @@ impl Graph {
         failed.extend(self.send_guests_away().await);
         let owned = std::mem::take(&mut self.plan().monitor);
         drop(owned);
-        let closed = self.reap().await;
+        let mut closed = Undelivered::new(&self.0.reaper);
+        closed.extend(self.reap().await);
         self.0.reaper.events.emit(|| Event::GraphShutdown);
-        ShutdownReport { failed, closed, leaked: self.leaks() }
+        (failed, closed, self.leaks())
     }
 
     fn stoppable(&self, stage: ShutdownStage) -> Vec<Arc<dyn Stoppable>> {

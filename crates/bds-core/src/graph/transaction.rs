@@ -30,6 +30,7 @@ pub(super) struct Facts {
     /// With these flags it turns out writable or not.
     pub(super) is_writable: Option<bool>,
     pub(super) is_active: Option<bool>,
+    pub(super) request_alignment: Option<u32>,
 }
 
 /// A node, and what it is going to be.
@@ -138,6 +139,12 @@ impl<'g> Stage<'g> {
             is_active: facts.is_active.unwrap_or_else(|| node.is_active()),
             force_share: facts.flags.unwrap_or_else(|| node.flags()).force_share,
         }
+    }
+
+    /// What requests to the node will be multiples of.
+    pub(super) fn request_alignment(&self, node: &Node) -> u64 {
+        let facts = self.facts.get(&node.id()).copied().unwrap_or_default();
+        u64::from(facts.request_alignment.unwrap_or_else(|| node.limits().request_alignment))
     }
 
     /// Access that roots ask for.

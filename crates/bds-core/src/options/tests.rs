@@ -186,3 +186,65 @@ proptest! {
         let _ = parse_size(&text);
     }
 }
+
+#[test]
+fn file_names_of_any_bytes_go_through() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
+    let name = OsStr::from_bytes(b"a\xff,b");
+    let text = OsStr::from_bytes(b"file.filename=a\xff,,b,driver=raw");
+    let mut options = Options::parse_os(text).unwrap();
+    assert_eq!(options.peek_path("file.filename").unwrap().as_os_str(), name);
+    // Also once more through text, where numbers become words.
+    let again = Options::parse(&options.to_text()).unwrap();
+    assert_eq!(again.peek_path("file.filename").unwrap().as_os_str(), name);
+    assert_eq!(options.take_path("file.filename").unwrap().unwrap().as_os_str(), name);
+    options.set_path("plain", "x.raw");
+    assert_eq!(options.peek("plain"), Some(&json!("x.raw")));
+    for value in [json!(1), json!([]), json!([256]), json!([-1]), json!(["x"]), json!({})] {
+        assert!(Options::new().with("a", value.clone()).take_path("a").is_err(), "{value}");
+    }
+    assert!(Options::parse_os(OsStr::from_bytes(b"\xff=1")).is_err());
+    assert!(Options::parse_os(OsStr::from_bytes(b"json:{\"\xff\":1}")).is_err());
+}
+
+#[test]
+fn json_may_be_bare_and_single_quoted() {
+    for text in [r#"{"a":{"b":"c"}}"#, "{'a.b':'c'}", "json:{'a':{'b':\"c\"}}"] {
+        assert_eq!(parsed(text), r#"{"a":{"b":"c"}}"#, "{text}");
+    }
+}
+
+#[test]
+fn numbers_may_be_hexadecimal() {
+    for (text, number) in [
+        ("0x1000", Some(4096)),
+        ("0XfF", Some(255)),
+        ("010", Some(10)),
+        ("0x", None),
+        ("0x1k", None),
+        ("0x+1", None),
+        ("+1", None),
+        ("", None),
+        ("0x10000000000000000", None),
+    ] {
+        assert_eq!(parse_number(text), number, "{text}");
+        if text.starts_with("0x") {
+            assert_eq!(parse_size(text), number, "{text}");
+        }
+    }
+    assert_eq!(
+        (parse_size(".5k"), parse_size("1.k"), parse_size(".")),
+        (Some(512), Some(1024), None)
+    );
+}
+
+#[test]
+fn an_empty_backing_is_none() {
+    assert_eq!(ChildOption::from_json("backing", json!("")).unwrap(), ChildOption::None);
+    assert_eq!(
+        ChildOption::from_json("file", json!("")).unwrap(),
+        ChildOption::Node(String::new())
+    );
+}

@@ -5,7 +5,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{MAX_DEPTH, MAX_TEXT_LEN, Options};
+use super::{MAX_DEPTH, MAX_TEXT_LEN, Options, json, path};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Longest part of a key between dots, in bytes.
@@ -13,57 +13,65 @@ const MAX_PART_LEN: usize = 127;
 /// Longest list.
 const MAX_LIST_LEN: usize = 4096;
 
-pub(super) fn parse(text: &str) -> Result<Options> {
+pub(super) fn parse(text: &[u8]) -> Result<Options> {
     if text.len() > MAX_TEXT_LEN {
         return Err(Error::new(
             ErrorKind::LimitExceeded,
             format!("options are longer than {MAX_TEXT_LEN} bytes"),
         ));
     }
-    if let Some(json) = text.strip_prefix("json:") {
-        let value: Value = serde_json::from_str(json).map_err(|error| {
+    let json = text.strip_prefix(b"json:");
+    if let Some(json) = json.or_else(|| Some(text).filter(|text| text.starts_with(b"{"))) {
+        let json = std::str::from_utf8(json).map_err(|error| {
+            Error::new(ErrorKind::InvalidInput, "options in JSON must be UTF-8").caused_by(error)
+        })?;
+        let value = json::parse(json).map_err(|error| {
             Error::new(ErrorKind::InvalidInput, "cannot parse json: options").caused_by(error)
         })?;
         return Options::from_json(value);
     }
     let mut flat = Map::new();
     for (key, value) in key_values(text) {
+        let key = String::from_utf8(key).map_err(|error| {
+            Error::new(ErrorKind::InvalidInput, "the name of an option must be UTF-8")
+                .caused_by(error)
+        })?;
         if key.is_empty() {
             return Err(bad_key("an option has no name; write key=value", &key));
         }
         // As in QEMU the last one wins: an editor of command lines appends.
-        flat.insert(key, Value::String(value));
+        flat.insert(key, path::from_bytes(&value));
     }
     Ok(Options { map: nest(flat)? })
 }
 
 /// Splits at commas that are not doubled; in values, doubled commas become single ones.
-fn key_values(text: &str) -> Vec<(String, String)> {
+fn key_values(text: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)> {
+    let place = |text: &[u8], wanted: &[u8]| {
+        text.iter().position(|byte| wanted.contains(byte)).unwrap_or(text.len())
+    };
     let mut pairs = Vec::new();
     let mut rest = text;
     while !rest.is_empty() {
-        let key_len = rest.find(['=', ',']).unwrap_or(rest.len());
-        let key = rest[..key_len].to_owned();
-        let after = &rest[key_len..];
-        let Some(mut value_text) = after.strip_prefix('=') else {
-            pairs.push((key, "on".to_owned()));
-            rest = after.strip_prefix(',').unwrap_or("");
+        let (key, after) = rest.split_at(place(rest, b"=,"));
+        let Some(mut value_text) = after.strip_prefix(b"=") else {
+            pairs.push((key.to_vec(), b"on".to_vec()));
+            rest = after.strip_prefix(b",").unwrap_or_default();
             continue;
         };
-        let mut value = String::new();
+        let mut value = Vec::new();
         rest = loop {
-            let len = value_text.find(',').unwrap_or(value_text.len());
-            value.push_str(&value_text[..len]);
-            value_text = &value_text[len..];
-            match value_text.strip_prefix(",,") {
+            let (part, more) = value_text.split_at(place(value_text, b","));
+            value.extend_from_slice(part);
+            match more.strip_prefix(b",,") {
                 Some(more) => {
-                    value.push(',');
+                    value.push(b',');
                     value_text = more;
                 }
-                None => break value_text.strip_prefix(',').unwrap_or(""),
+                None => break more.strip_prefix(b",").unwrap_or_default(),
             }
         };
-        pairs.push((key, value));
+        pairs.push((key.to_vec(), value));
     }
     pairs
 }

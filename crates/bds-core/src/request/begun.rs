@@ -14,7 +14,8 @@
 //! nothing; only one that is left behind takes a reference of its own (`bds_refcount::Lent`).
 //!
 //! Reads are simply dropped: their memory and their file are the engine's until it is done, and they change nothing.
-//! A forgotten future does nothing any more and keeps its place for ever. A poisoned node lets go of what it left behind.
+//! A future that its caller keeps or forgets is not dropped: it is the handle of a task that goes on (`backend::io`). A poisoned
+//! node lets go of what it left behind.
 
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll};

@@ -5,7 +5,8 @@
 //! medium failed to flush, nobody knows which of its bytes are durable: every later flush of the node fails too.
 //!
 //! Flushing the medium runs to its end even if the caller goes away, because its failure is told only once; the next flush
-//! waits for that.
+//! waits for that. The turn of a flush lies in its request's future, which a task polls: a caller that merely keeps the future that
+//! it was given does not keep the turn.
 
 use super::begun::Inside;
 use super::enter::{Entered, enter, named};

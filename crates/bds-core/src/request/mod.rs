@@ -15,6 +15,9 @@
 //! The inline way (`dispatch::try_read`, `try_write`) takes the same steps without waiting, allocating or locking, and
 //! declines whatever does not fit.
 //!
+//! A request through a backend runs in a task of its own from its first poll on: a future that is kept without being polled, or
+//! forgotten, holds nothing up (`backend::io`).
+//!
 //! It never changes the graph. Dropping a future at any await counts out, deregisters and wakes who waited; if the driver has
 //! begun to change something by then, all that happens when the driver is done.
 

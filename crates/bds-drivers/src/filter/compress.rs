@@ -2,7 +2,8 @@
 //!
 //! The option is QEMU's `file`. The node asks for whole clusters of the image below (its request alignment), so the corridor
 //! completes smaller writes with what lies around; each then goes down as compressed clusters. Zero writes and discards stay what
-//! they are. What does not get smaller is stored as it is, by the format.
+//! they are. What does not get smaller is stored as it is, by the format. If the image below is exchanged, the size of its clusters
+//! counts from then on; below one that has no compressed clusters, writes are stored as they are.
 //!
 //! A write that was begun goes on to its end, whether or not the caller waits: compression takes a while, and it brings
 //! along the bytes around. Whoever comes later to the same clusters waits for one that was left behind, so that old bytes never
@@ -38,7 +39,6 @@ const OPEN_OPTIONS: &[OptionSpec] = &[OptionSpec {
 
 struct CompressNode {
     file: Arc<Child>,
-    unit: u32,
     late: Arc<Late>,
 }
 
@@ -70,6 +70,9 @@ impl Late {
 
 /// Writes whole clusters; the last one may end with the node.
 async fn write_whole(file: &Child, offset: u64, mut iov: IoVec) -> Result<()> {
+    if file.compressed_unit().is_none() {
+        return file.write(offset, iov, WriteFlags::empty()).await;
+    }
     let end = offset + iov.len() as u64;
     let reach = file.len();
     if end > reach && offset < reach {
@@ -141,7 +144,9 @@ impl Driver for CompressNode {
     pass_on!(self.file => len, is_filter, zero_flags, try_read, read, block_status, allocated_len);
 
     fn limits(&self) -> Limits {
-        Limits { request_alignment: self.unit, ..self.file.limits() }
+        // Asked, not remembered: the child may lead to an image with other clusters by now.
+        let unit = self.file.compressed_unit().unwrap_or(1);
+        Limits { request_alignment: unit, ..self.file.limits() }
     }
 
     fn write(&self, offset: u64, iov: IoVec, _flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
@@ -149,7 +154,7 @@ impl Driver for CompressNode {
     }
 
     fn compressed_unit(&self) -> Option<u32> {
-        Some(self.unit)
+        self.file.compressed_unit()
     }
 
     fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
@@ -221,7 +226,7 @@ filter_type!(Compress, "compress", "writes become compressed clusters of the ima
 impl Compress {
     async fn open_node(&self, context: &mut OpenContext<'_>) -> Result<CompressNode> {
         let file = context.child("file", Role::FILTERED | Role::PRIMARY).await?;
-        let Some(unit) = file.compressed_unit() else {
+        if file.compressed_unit().is_none() {
             let words = format!(
                 "'file' is node '{}' ({}), which has no compressed clusters; the compress filter \
                  stands above an image that has them, like qcow2 without a data file",
@@ -229,8 +234,8 @@ impl Compress {
                 file.driver_name()
             );
             return Err(Error::new(ErrorKind::NotSupported, words));
-        };
+        }
         let late = Arc::default();
-        Ok(CompressNode { file: Arc::new(file), unit, late })
+        Ok(CompressNode { file: Arc::new(file), late })
     }
 }

@@ -16,8 +16,8 @@
 
 use std::any::Any;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{self, Arc, PoisonError};
 use std::task::{Context, Poll};
 
 use bds_core::driver::{
@@ -70,8 +70,10 @@ struct Inner {
     data_end: AtomicU64,
     /// From here to the end of the file all is zeros. Raised before anything is written there.
     zero_from: AtomicU64,
-    /// The file takes no space ahead. Never changes back.
+    /// The file takes no space ahead.
     is_unable: AtomicBool,
+    /// Which file the lengths are of.
+    measured: sync::Mutex<Option<(u64, u64)>>,
     /// Held by who changes the file's length.
     growing: Arc<Mutex<()>>,
 }
@@ -192,9 +194,24 @@ impl Inner {
 
     /// The file as it is now holds no surplus.
     fn measure(&self) {
+        *self.lock_measured() = self.file.identity();
         let len = self.file.len();
         self.data_end.store(len, Ordering::SeqCst);
         self.zero_from.store(len, Ordering::SeqCst);
+    }
+
+    fn lock_measured(&self) -> sync::MutexGuard<'_, Option<(u64, u64)>> {
+        self.measured.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Measures anew if the bytes lie in another file by now. What was taken ahead in this one still counts: it is to be given back.
+    fn children_changed(&self) {
+        self.is_unable.store(false, Ordering::SeqCst);
+        let is_same = *self.lock_measured() == self.file.identity();
+        // A file that got shorter than its data is another one, too (memory has no identity).
+        if !is_same || self.file.len() < self.data_end.load(Ordering::SeqCst) {
+            self.measure();
+        }
     }
 
     fn is_active(&self) -> bool {
@@ -299,6 +316,10 @@ impl Driver for PreallocateNode {
         access
     }
 
+    fn children_changed(&self) {
+        self.0.children_changed();
+    }
+
     fn inactivate(&self) -> BoxFuture<'_, Result<()>> {
         self.close()
     }
@@ -350,6 +371,7 @@ impl Preallocate {
         let len = file.len();
         Ok(PreallocateNode(Arc::new(Inner {
             is_active: AtomicBool::new(file.is_writable()),
+            measured: sync::Mutex::new(file.identity()),
             file,
             align,
             ahead,

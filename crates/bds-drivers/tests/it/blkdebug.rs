@@ -39,7 +39,7 @@ fn a_failed_read_of_the_neighbours_fails_the_zero_write() {
     let backend = disk(&house, rule);
     let zero =
         |house: &House| house.sim.block_on(backend.write_zeroes(512, 512, ZeroFlags::empty()));
-    assert!(zero(&house).is_err());
+    assert_eq!(zero(&house).unwrap_err().errno(), libc::EIO);
     assert_eq!(house.read(&backend, 0, 16384).unwrap(), [1; 16384]);
     assert_eq!(zero(&house).unwrap(), Attempt::Done);
 }

@@ -97,7 +97,7 @@ fn a_child_that_cannot_compress_is_refused_by_name() {
     assert_eq!(error.kind(), ErrorKind::NotSupported);
     let text = error.to_string();
     assert!(text.contains("'plain' (mem)") && text.contains("qcow2"), "{text}");
-    let with_data = image(&house, json!({"data_file": "data"}));
+    let with_data = image(&house, json!({"data_file": "/disks/data"}));
     let mut with_data = with_data;
     let data = json!({"driver": "file", "filename": "/disks/data"});
     with_data["file"]["data-file"] = data;

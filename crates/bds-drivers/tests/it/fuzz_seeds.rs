@@ -80,6 +80,23 @@ fn write_seeds() {
             put("qcow2_open", name, &bytes);
         }
     }
+    // Entries that lead behind the end of the file, a cluster in use with refcount 0, an end mark with a length, snapshots nowhere.
+    let mapped = image(&[("size", "9k"), small, ("preallocation", "metadata")]);
+    let with = |changes: &[(usize, u64, usize)]| {
+        let mut bytes = mapped.clone();
+        for (at, value, len) in changes {
+            bytes[*at..at + len].copy_from_slice(&value.to_be_bytes()[8 - len..]);
+        }
+        bytes
+    };
+    let behind_end = with(&[(2048, 1 << 63 | ((1 << 56) - 512), 8), (2056, 1 << 62 | 1 << 40, 8)]);
+    let free = with(&[(1024 + 2 * 5, 0, 2)]);
+    for target in ["qcow2_check", "qcow2_open"] {
+        put(target, "behind_end", &behind_end);
+        put(target, "free", &free);
+    }
+    put("qcow2_header", "end_length", &with(&[(112, 8, 8)])[..512]);
+    put("qcow2_header", "snapshots", &with(&[(64, 1 << 63, 8)])[..512]);
     put("qcow2_header", "names", &image(&[("size", "9k"), ("cluster_size", "8k")])[..600]);
     for (name, shape) in [("v3", 0b0011_1010), ("ext", 0b0011_1011), ("data_file", 0b0011_1110)] {
         let mut bytes = vec![shape];

@@ -231,3 +231,17 @@ fn qemu_writes_to_an_image_that_is_given_away() {
         bds_io::block_on(node.close()).expect("closes");
     }
 }
+
+/// The kernel names no owner of such a lock, so the words for a conflict must not guess another process.
+#[test]
+fn a_conflict_in_one_process_is_not_blamed_on_another() {
+    let scratch = Scratch::new();
+    let path = scratch.path("a.raw");
+    std::fs::write(&path, [0; 512]).expect("scratch is writable");
+    let first = open(&path, User::ImageWriter).expect("nothing has it open");
+    let words = open(&path, User::ImageWriter).map(drop).expect_err("it is in use").to_string();
+    assert!(words.contains("this process has the file open already, as node 'node'"), "{words}");
+    assert!(!words.contains("another process"), "{words}");
+    bds_io::block_on(first.close()).expect("nothing fails here");
+    open(&path, User::ImageWriter).expect("it is free again");
+}

@@ -16,6 +16,8 @@ mod compress;
 mod copy_on_read;
 mod device;
 #[cfg(feature = "qcow2")]
+mod facts;
+#[cfg(feature = "qcow2")]
 mod findings;
 #[cfg(feature = "qcow2")]
 mod fuzz_seeds;
@@ -23,7 +25,11 @@ mod fuzz_seeds;
 mod graph_load;
 #[cfg(feature = "qcow2")]
 mod hostile;
+#[cfg(feature = "qcow2")]
+mod hostile_places;
 mod house;
+#[cfg(feature = "qcow2")]
+mod kept;
 mod late;
 #[cfg(feature = "qcow2")]
 mod lifecycle;

@@ -39,7 +39,10 @@ fn is_possible(world: &World, kind: &Kind, cache: Cache) -> bool {
     let graph = world.graph();
     world.block_on(async {
         match Disk::open_cached(world, kind, &graph, cache).await {
-            Ok(disk) => disk.close().await.is_ok(),
+            Ok(disk) => {
+                disk.close().await.expect("what opens closes");
+                true
+            }
             Err(error) if cache == Cache::None && error.errno() == libc::EINVAL => {
                 skip(&format!("no direct I/O here: {error}"));
                 false

@@ -188,7 +188,8 @@ fn a_failed_write_leaves_old_or_new() {
     let rig = Rig::new(calm());
     rig.write(0, 1, 1000).unwrap();
     rig.house.sim.fail_nth(0, Fault::once(libc::EIO).on(OpMask::WRITE).partially());
-    assert!(rig.write(1000, 9, 3000).is_err());
+    let write = rig.write(1000, 9, 3000);
+    assert_eq!(write.unwrap_err().errno(), libc::EIO);
     rig.resize(20_000).unwrap();
     let bytes = rig.close();
     assert!(bytes[1000..4000].iter().all(|byte| *byte == 0 || *byte == 9));
@@ -293,7 +294,8 @@ fn a_file_that_becomes_read_only_has_no_surplus() {
         house.sim.block_on(house.graph.reopen(&filter, options))
     };
     // The format above has not agreed to be read-only, so nothing changes but the surplus.
-    assert!(mode(true).is_err());
+    let error = mode(true).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ReadOnly, "{error}");
     assert_eq!(file.len(), 2000);
     let disk = Backend::new(
         &node,

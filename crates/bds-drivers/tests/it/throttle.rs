@@ -203,7 +203,8 @@ fn requests_given_up_in_line_cost_nothing_and_hold_up_nobody() {
 
 #[test]
 fn a_flood_dropped_at_every_await_leaves_a_group_that_works() {
-    for polls in 0..60 {
+    // Polls of the requests' own tasks count.
+    for polls in 0..1000 {
         let (house, groups) = house(polls as u64);
         groups.create("g", limits(json!({"iops-total": 20}))).unwrap();
         let (a, b) = (disk(&house, "a", "g"), disk(&house, "b", "g"));
@@ -225,7 +226,7 @@ fn a_flood_dropped_at_every_await_leaves_a_group_that_works() {
             return;
         }
     }
-    panic!("sixty polls are enough for twenty requests");
+    panic!("a thousand polls are enough for twenty requests");
 }
 
 #[test]
@@ -270,7 +271,7 @@ fn groups_know_their_members() {
     assert_eq!(groups.remove("h").unwrap_err().kind(), ErrorKind::NotFound);
     drop((a, b));
     // Its nodes are dead but not closed yet.
-    assert!(groups.remove("g").is_err());
+    assert_eq!(groups.remove("g").unwrap_err().kind(), ErrorKind::InUse);
     house.sim.block_on(house.graph.reap());
     groups.remove("g").unwrap();
     assert_eq!(groups.list(), []);
@@ -363,7 +364,7 @@ fn a_node_takes_other_limits_and_modes_while_it_is_open() {
     // The new buckets are empty.
     assert_eq!(times, [0, 100_000_000]);
     let wrong = Options::from_json(json!({"limits": {"bps-read-max": 10}})).unwrap();
-    assert!(reopen(&node, wrong).is_err());
+    assert_eq!(reopen(&node, wrong).unwrap_err().kind(), ErrorKind::InvalidInput);
     groups.create("g", RateLimits::default()).unwrap();
     let member = self::disk(&house, "b", "g").node().unwrap();
     assert_eq!(reopen(&member, fast).unwrap_err().kind(), ErrorKind::InvalidInput);

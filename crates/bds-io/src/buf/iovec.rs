@@ -25,7 +25,7 @@ pub struct Segment {
 // used on any thread (`Segment::new`'s contract).
 unsafe impl Send for Segment {}
 // SAFETY: `&Segment` gives an address and a length; bytes are reached through `raw` only, which forms no
-// references.
+// references and makes atomic accesses only, so that two threads may do it at once.
 unsafe impl Sync for Segment {}
 
 impl Segment {

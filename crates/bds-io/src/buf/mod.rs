@@ -7,6 +7,10 @@
 //! - **An operation in flight owns an anchor of every segment.** Memory lives as long as any `IoVec` that
 //!   names it, so dropping or forgetting a future frees nothing that the kernel may still write to.
 //!
+//! Clones may be used by several threads at once, by safe code: what a race reads is unspecified bytes, each
+//! of which was written at some time, and nothing worse. `raw` says how that is kept, and what the kernel and
+//! a virtual machine are in that picture.
+//!
 //! What it does not do: I/O, and deciding how much memory there may be (`BufPool` only limits what lies idle).
 
 use std::any::Any;

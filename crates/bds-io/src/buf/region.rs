@@ -26,7 +26,7 @@ pub(super) struct Region {
 // functions of `raw`) copies bytes and forms no reference. Moving or sharing the struct between threads moves
 // or shares three plain values.
 unsafe impl Send for Region {}
-// SAFETY: as above; `&Region` gives access to no byte without going through `raw`.
+// SAFETY: as above; `&Region` gives access to no byte without going through `raw`, whose accesses are atomic.
 unsafe impl Sync for Region {}
 
 impl Region {

@@ -57,8 +57,9 @@ impl Engine {
         }
     }
 
-    /// Takes the operation over. It may reach the kernel only with the next `flush` or `wait`.
-    pub(crate) fn submit(&mut self, op: Op, cell: Arc<AnswerCell<Answer>>) {
+    /// Takes the operation over. It may reach the kernel only with the next `flush` or `wait`. One that is over already,
+    /// because no thread could be had for it, is returned: to be told when nothing is borrowed.
+    pub(crate) fn submit(&mut self, op: Op, cell: Arc<AnswerCell<Answer>>) -> Option<Landed> {
         match self {
             Engine::Uring(uring) => uring.submit(op, cell),
             Engine::Pool => run_on_worker(op, cell),
@@ -117,6 +118,21 @@ impl Engine {
         }
     }
 
+    /// Asks the kernel to give up what a future waits for; what it gives up goes to a thread.
+    pub(crate) fn withdraw_awaited(&mut self) {
+        if let Engine::Uring(uring) = self {
+            uring.withdraw_awaited();
+        }
+    }
+
+    /// Is an operation in flight that only its own thread can reap and that a future waits for?
+    pub(crate) fn has_awaited(&self) -> bool {
+        match self {
+            Engine::Uring(uring) => uring.has_awaited(),
+            Engine::Pool => false,
+        }
+    }
+
     /// Operations that this engine has not finished and that only its own thread can reap.
     pub(crate) fn in_flight(&self) -> usize {
         match self {
@@ -145,14 +161,22 @@ impl Landed {
     }
 }
 
-/// Lets a thread of the I/O pool do a blocking operation.
-fn run_on_worker(op: Op, cell: Arc<AnswerCell<Answer>>) {
-    workers::io().submit(Box::new(move || {
+/// Lets a thread of the I/O pool do a blocking operation. Without a thread it is done here and now, and returned.
+fn run_on_worker(op: Op, cell: Arc<AnswerCell<Answer>>) -> Option<Landed> {
+    let mut parts = Some((op, cell));
+    let run = |(op, cell): (Op, Arc<AnswerCell<Answer>>)| {
         let answer = op.run();
-        // Before the waiter learns of it: whoever saw the end may rely on the file being let go.
-        drop(op);
-        cell.complete(answer);
-    }));
+        Landed { op, cell, answer }
+    };
+    let is_taken = workers::io().submit(|| {
+        let parts = parts.take();
+        Box::new(move || {
+            if let Some(parts) = parts {
+                run(parts).tell();
+            }
+        })
+    });
+    if is_taken { None } else { parts.map(run) }
 }
 
 /// Waits until `fd` is readable. Rounds up to whole milliseconds, so that a timer is due when it returns.

@@ -37,6 +37,15 @@ struct Flight {
     cell: Arc<AnswerCell<Answer>>,
     /// What a vectored transfer points at.
     vectors: Option<Vectors>,
+    /// Nothing waits for it, and the kernel was asked to cancel it.
+    is_given_up: bool,
+}
+
+impl Flight {
+    /// Does a future wait for its end?
+    fn is_awaited(&self) -> bool {
+        Arc::strong_count(&self.cell) > 1
+    }
 }
 
 #[derive(Debug)]
@@ -105,7 +114,7 @@ impl Uring {
         self.flights.len()
     }
 
-    pub(crate) fn submit(&mut self, op: Op, cell: Arc<AnswerCell<Answer>>) {
+    pub(crate) fn submit(&mut self, op: Op, cell: Arc<AnswerCell<Answer>>) -> Option<Landed> {
         let is_known = match op.kind {
             OpKind::Read { .. } | OpKind::Write { .. } | OpKind::SyncData => true,
             OpKind::Allocate { .. } => self.known.allocate,
@@ -113,8 +122,7 @@ impl Uring {
             OpKind::Discard { .. } | OpKind::ZeroOut { .. } | OpKind::CopyRange { .. } => false,
         };
         if !is_known {
-            run_on_worker(op, cell);
-            return;
+            return run_on_worker(op, cell);
         }
         let vectors = match &op.kind {
             OpKind::Read { iov, .. } | OpKind::Write { iov, .. } if iov.segments().len() > 1 => {
@@ -122,8 +130,9 @@ impl Uring {
             }
             _ => None,
         };
-        let key = self.flights.insert(Flight { op, cell, vectors });
+        let key = self.flights.insert(Flight { op, cell, vectors, is_given_up: false });
         self.start(key);
+        None
     }
 
     /// Queues the flight for the kernel, making room if the queue is full.
@@ -265,16 +274,20 @@ impl Uring {
         match -result {
             libc::EINTR => self.start(key),
             // The ring cannot wait for this file; a thread can.
-            libc::EAGAIN => {
-                let flight = self.flights.remove(key);
-                run_on_worker(flight.op, flight.cell);
-            }
+            libc::EAGAIN => self.pass_to_worker(key),
+            // Not asked for: the kernel got no thread of its own for it (RLIMIT_NPROC). It has not begun it.
+            libc::ECANCELED if !self.flights[key].is_given_up => self.pass_to_worker(key),
             errno => {
                 let answer =
                     usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(errno));
                 self.land(key, answer);
             }
         }
+    }
+
+    fn pass_to_worker(&mut self, key: usize) {
+        let Flight { op, cell, .. } = self.flights.remove(key);
+        self.landed.extend(run_on_worker(op, cell));
     }
 
     fn land(&mut self, key: usize, answer: Answer) {
@@ -287,22 +300,39 @@ impl Uring {
         std::mem::swap(&mut self.landed, other);
     }
 
-    /// Asks the kernel to give up what nobody waits for, and waits for everything. What somebody still waits
-    /// for (a task that outlives the Context) runs to its end.
+    /// Is there an operation that a future waits for?
+    pub(crate) fn has_awaited(&self) -> bool {
+        self.flights.iter().any(|(_, flight)| flight.is_awaited())
+    }
+
+    /// Asks the kernel to give up what futures wait for. What it gives up (it has not begun it, or it may wait for
+    /// ever) goes to a thread; what it cannot give up any more ends in the ring.
+    pub(crate) fn withdraw_awaited(&mut self) {
+        let awaited = self.flights.iter().filter(|(_, flight)| flight.is_awaited());
+        let awaited = awaited.map(|(key, _)| key).collect();
+        self.cancel(awaited);
+    }
+
+    fn cancel(&mut self, keys: Vec<usize>) {
+        for key in keys {
+            let cancel = opcode::AsyncCancel::new(key as u64).build();
+            self.push(&cancel.user_data(CANCEL));
+        }
+    }
+
+    /// Asks the kernel to give up everything, and waits for all ends. What a future still waits for (that of a task
+    /// that outlives the Context) goes on in a thread if the kernel gives it up.
     fn drain(&mut self) -> io::Result<()> {
         if self.is_armed {
             sys::signal(&self.wake);
         }
-        let is_abandoned = |flight: &Flight| Arc::strong_count(&flight.cell) == 1;
-        let abandoned: Vec<usize> = self
-            .flights
-            .iter()
-            .filter_map(|(key, flight)| is_abandoned(flight).then_some(key))
-            .collect();
-        for key in abandoned {
-            let cancel = opcode::AsyncCancel::new(key as u64).build();
-            self.push(&cancel.user_data(CANCEL));
+        self.withdraw_awaited();
+        let mut abandoned = Vec::new();
+        for (key, flight) in self.flights.iter_mut().filter(|(_, flight)| !flight.is_awaited()) {
+            flight.is_given_up = true;
+            abandoned.push(key);
         }
+        self.cancel(abandoned);
         while !self.flights.is_empty() || self.is_armed {
             self.push_backlog();
             self.enter(1, None)?;

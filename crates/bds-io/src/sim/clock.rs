@@ -64,12 +64,14 @@ impl Clock {
         self.events.remove(&key)
     }
 
-    /// Replaces a sleeper's waker; false if it was woken already.
-    pub(super) fn set_waker(&mut self, key: EventKey, waker: &Waker) -> (bool, Option<Waker>) {
+    /// Exchanges a sleeper's waker; false if it was woken already.
+    pub(super) fn swap_waker(&mut self, key: EventKey, waker: &mut Waker) -> bool {
         match self.events.get_mut(&key) {
-            Some(Event::Wake(old)) if old.will_wake(waker) => (true, None),
-            Some(Event::Wake(old)) => (true, Some(std::mem::replace(old, waker.clone()))),
-            _ => (false, None),
+            Some(Event::Wake(old)) => {
+                std::mem::swap(old, waker);
+                true
+            }
+            _ => false,
         }
     }
 
@@ -98,10 +100,11 @@ impl Future for Sleep {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let sim = self.sim.clone();
+        // Wakers may run foreign code when cloned and dropped: never under the world's lock.
+        let mut waker = cx.waker().clone();
         let mut world = sim.world();
         if let Some(key) = self.key {
-            let (is_pending, _old) = world.clock.set_waker(key, cx.waker());
-            // Wakers may run code of ours when dropped: never under the world's lock.
+            let is_pending = world.clock.swap_waker(key, &mut waker);
             drop(world);
             return if is_pending { Poll::Pending } else { Poll::Ready(()) };
         }
@@ -109,7 +112,7 @@ impl Future for Sleep {
         let at_ns = world.clock.now_ns().saturating_add(how_long_ns);
         if !world.is_cut {
             let tie = world.chance.any();
-            self.key = Some(world.clock.push(at_ns, tie, Event::Wake(cx.waker().clone())));
+            self.key = Some(world.clock.push(at_ns, tie, Event::Wake(waker)));
         }
         Poll::Pending
     }

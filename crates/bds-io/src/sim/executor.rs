@@ -31,8 +31,10 @@ impl Wake for Main {
 enum Turn {
     /// It is the caller's future's turn.
     Main,
-    /// A task ran or an event came.
-    Ran,
+    /// A task was polled.
+    Task,
+    /// An event came.
+    Event,
     /// Nothing is left to do.
     Idle,
     /// The power is gone.
@@ -42,7 +44,7 @@ enum Turn {
 /// How a run ended.
 enum End<T> {
     Done(T),
-    /// It returned `Pending` as often as it was allowed to.
+    /// It and the tasks were polled as often as they were allowed to.
     Stopped,
     Cut,
 }
@@ -100,8 +102,11 @@ impl Sim {
         }
     }
 
-    /// Runs `future` until it has returned `Pending` `n` times (0: it is never polled), drops it, and
-    /// runs the world until idle. False if it finished before: the end of a cancel sweep.
+    /// Runs `future` until it, and the tasks of the world with it, have been polled `n` times in all (0: it is never
+    /// polled), drops it, and runs the world until idle. False if it finished before: the end of a cancel sweep.
+    ///
+    /// Tasks count because work that others wait for is done by them: every await of such a task is a point of its
+    /// own at which the future that asked for it may be dropped.
     pub fn drop_at<F: Future>(&self, future: F, n: usize) -> bool {
         self.abandon_at(future, n, drop)
     }
@@ -111,17 +116,32 @@ impl Sim {
         self.abandon_at(future, n, std::mem::forget)
     }
 
+    /// As [`Sim::drop_at`], but the future is given back instead: kept, and not polled any more. `None` if it
+    /// finished before.
+    pub fn keep_at<F: Future>(&self, future: F, n: usize) -> Option<Pin<Box<F>>> {
+        let kept = self.stop_at(future, n)?;
+        self.run_until_idle();
+        Some(kept)
+    }
+
     fn abandon_at<F: Future>(&self, future: F, n: usize, abandon: fn(Pin<Box<F>>)) -> bool {
+        let Some(future) = self.stop_at(future, n) else { return false };
+        let entered = current::enter(Current::Sim(self.clone()));
+        abandon(future);
+        drop(entered);
+        self.run_until_idle();
+        true
+    }
+
+    fn stop_at<F: Future>(&self, future: F, n: usize) -> Option<Pin<Box<F>>> {
         let _entered = current::enter(Current::Sim(self.clone()));
         let _blame = Blame(self);
         let mut future = Box::pin(future);
         let end = if n == 0 { End::Stopped } else { self.run(future.as_mut(), n) };
-        if let End::Done(_) = end {
-            return false;
+        match end {
+            End::Done(_) => None,
+            End::Stopped | End::Cut => Some(future),
         }
-        abandon(future);
-        self.run_until_idle();
-        true
     }
 
     /// Runs tasks and events until nothing is left to do, the power is cut, or an hour of virtual
@@ -132,7 +152,7 @@ impl Sim {
         let patience = self.now() + IDLE_PATIENCE;
         for _ in 0..self.max_turns() {
             match self.turn(false, Some(patience)) {
-                Turn::Main | Turn::Ran => {}
+                Turn::Main | Turn::Task | Turn::Event => {}
                 Turn::Idle => return,
                 Turn::Cut => return self.drop_tasks(),
             }
@@ -143,7 +163,7 @@ impl Sim {
     fn run<F: Future>(&self, mut future: Pin<&mut F>, polls: usize) -> End<F::Output> {
         let main = Arc::new(Main(AtomicBool::new(true)));
         let waker = Waker::from(main.clone());
-        let mut pending = 0;
+        let mut polled = 0;
         for _ in 0..self.max_turns() {
             match self.turn(main.0.load(Ordering::Relaxed), None) {
                 Turn::Main => {
@@ -153,17 +173,18 @@ impl Sim {
                     {
                         return End::Done(output);
                     }
-                    pending += 1;
-                    if pending == polls {
-                        return End::Stopped;
-                    }
+                    polled += 1;
                 }
-                Turn::Ran => {}
+                Turn::Task => polled += 1,
+                Turn::Event => {}
                 Turn::Idle => self.give_up("deadlock: nothing can ever run again"),
                 Turn::Cut => {
                     self.drop_tasks();
                     return End::Cut;
                 }
+            }
+            if polled == polls {
+                return End::Stopped;
             }
         }
         self.give_up("livelock")
@@ -198,14 +219,17 @@ impl Sim {
             }
         };
         match pick {
-            None => aftermath.finish(),
+            None => {
+                aftermath.finish();
+                Turn::Event
+            }
             Some(task) if task < ready => {
                 let runnable = self.tasks().ready.swap_remove(task);
                 runnable.run();
+                Turn::Task
             }
-            Some(_) => return Turn::Main,
+            Some(_) => Turn::Main,
         }
-        Turn::Ran
     }
 
     fn give_up(&self, why: &str) -> ! {

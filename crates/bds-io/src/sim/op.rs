@@ -164,6 +164,8 @@ impl Future for InFlight {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<u64>> {
         let Some(slot) = self.slot else { return Poll::Pending };
+        // Wakers may run foreign code when cloned and dropped: never under the world's lock.
+        let waker = cx.waker().clone();
         let mut world = self.sim.world();
         // The power went: the slots are gone and nothing completes any more.
         let Some(flight) = world.flights.get_mut(slot) else { return Poll::Pending };
@@ -173,7 +175,7 @@ impl Future for InFlight {
             self.slot = None;
             return Poll::Ready(result.map_err(io::Error::from_raw_os_error));
         }
-        let old = flight.waker.replace(cx.waker().clone());
+        let old = flight.waker.replace(waker);
         drop(world);
         drop(old);
         Poll::Pending

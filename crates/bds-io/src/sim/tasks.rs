@@ -9,7 +9,6 @@ use std::sync::{Arc, Weak};
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
-use async_task::Runnable;
 use slab::Slab;
 use tokio::sync::oneshot;
 
@@ -17,6 +16,7 @@ use super::clock::Sleep;
 use super::{Shared, Sim};
 use crate::Task;
 use crate::current::{self, Current};
+use crate::task::{self, Runnable};
 
 /// The spawned tasks of a world.
 #[derive(Default)]
@@ -28,7 +28,8 @@ pub(super) struct Tasks {
 
 /// A task that has not finished.
 pub(super) struct Active {
-    waker: Waker,
+    /// `None` for a moment, while it is being made.
+    waker: Option<Waker>,
     pub spawned_at: &'static Location<'static>,
 }
 
@@ -56,7 +57,7 @@ impl Sim {
             let mut tasks = self.tasks();
             tasks.is_dead = true;
             let wakers: Vec<Waker> =
-                tasks.active.iter().map(|(_, task)| task.waker.clone()).collect();
+                tasks.active.iter().filter_map(|(_, task)| task.waker.clone()).collect();
             (std::mem::take(&mut tasks.ready), wakers)
         };
         drop(ready);
@@ -70,25 +71,48 @@ impl Sim {
         &self,
         future: impl Future<Output = T> + Send + 'static,
     ) -> Task<T> {
-        let spawned_at = Location::caller();
-        let shared = Arc::downgrade(&self.0);
-        let mut tasks = self.tasks();
-        let entry = tasks.active.vacant_entry();
-        let leave = Leave { shared: shared.clone(), key: entry.key() };
+        let (future, key) = self.enlist(future, Location::caller());
+        let (runnable, task) = task::create(future, self.schedule_here());
+        self.tasks().active[key].waker = Some(runnable.waker());
+        runnable.schedule();
+        task
+    }
+
+    /// As [`Sim::spawn`], but polls it once before it returns.
+    #[track_caller]
+    pub(crate) fn spawn_now<T: Send + 'static>(
+        &self,
+        future: impl Future<Output = T> + Send + 'static,
+    ) -> Task<T> {
+        let (future, key) = self.enlist(future, Location::caller());
+        let (runnable, task) = task::create_gripped(future, self.schedule_here());
+        self.tasks().active[key].waker = Some(runnable.waker());
+        runnable.run();
+        task
+    }
+
+    /// Puts a task on the list; it leaves with its future.
+    fn enlist<T>(
+        &self,
+        future: impl Future<Output = T> + Send + 'static,
+        spawned_at: &'static Location<'static>,
+    ) -> (impl Future<Output = T> + Send + 'static, usize) {
+        let key = self.tasks().active.insert(Active { waker: None, spawned_at });
+        let leave = Leave { shared: Arc::downgrade(&self.0), key };
         let future = async move {
             let _leave = leave;
             future.await
         };
-        let schedule = move |runnable| {
+        (future, key)
+    }
+
+    fn schedule_here(&self) -> impl Fn(Runnable) + Send + Sync + 'static {
+        let shared = Arc::downgrade(&self.0);
+        move |runnable| {
             if let Some(shared) = shared.upgrade() {
                 Sim(shared).schedule(runnable);
             }
-        };
-        let (runnable, task) = async_task::spawn(future, schedule);
-        entry.insert(Active { waker: runnable.waker(), spawned_at });
-        drop(tasks);
-        runnable.schedule();
-        Task(task)
+        }
     }
 
     fn schedule(&self, runnable: Runnable) {

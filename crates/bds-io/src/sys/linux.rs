@@ -61,6 +61,24 @@ pub(crate) fn open(path: &Path, options: &OpenOptions) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
+/// Whether the process ignores `number` (sigaction without a new action).
+pub(crate) fn is_signal_ignored(number: libc::c_int) -> io::Result<bool> {
+    let mut action = std::mem::MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: the new action is null, so nothing changes; the old one goes to memory of its type that lives in this frame.
+    let mut call = || unsafe { libc::sigaction(number, std::ptr::null(), action.as_mut_ptr()) };
+    Errno::result(call())?;
+    // SAFETY: the call succeeded, so the kernel and libc have filled in the whole struct.
+    let action = unsafe { action.assume_init() };
+    Ok(action.sa_sigaction == libc::SIG_IGN)
+}
+
+/// Ignores `number` in the whole process.
+pub(crate) fn ignore_signal(number: libc::c_int) -> io::Result<()> {
+    // SAFETY: SIG_IGN is no function, so none is called with a wrong signature or where only async-signal-safe code may run.
+    let old = unsafe { libc::signal(number, libc::SIG_IGN) };
+    if old == libc::SIG_ERR { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// dup3: `from` names the description of `to` from now on, and its own goes.
 pub(crate) fn forward(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: plain integers. Both descriptors are borrowed, so open; `from` stays open (its number never becomes free), so
@@ -152,6 +170,10 @@ pub(crate) fn seek(fd: BorrowedFd<'_>, offset: u64, to: Seek) -> io::Result<u64>
     let offset = to_off(offset)?;
     let at = retry(|| unistd::lseek(fd, offset, whence))?;
     u64::try_from(at).map_err(|_| io::Error::from(Errno::EOVERFLOW))
+}
+
+pub(crate) fn stat_path(path: &Path) -> io::Result<libc::stat> {
+    retry(|| nix::sys::stat::stat(path))
 }
 
 pub(crate) fn stat(fd: BorrowedFd<'_>) -> io::Result<libc::stat> {

@@ -7,6 +7,7 @@ mod linux;
 pub(crate) use linux::{LockKind, Seek};
 pub(crate) use linux::{
     allocate_range, block_size, clear, copy_range, device_len, dio_align, discard, event, forward,
-    is_locked_by_others, is_read_only_device, lock, open, read_at, seek, set_extent_size_hint,
-    set_len, set_no_cow, signal, stat, sync_data, to_off, vectors, write_at, zero_out,
+    ignore_signal, is_locked_by_others, is_read_only_device, is_signal_ignored, lock, open,
+    read_at, seek, set_extent_size_hint, set_len, set_no_cow, signal, stat, stat_path, sync_data,
+    to_off, vectors, write_at, zero_out,
 };

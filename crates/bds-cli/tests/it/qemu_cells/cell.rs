@@ -24,6 +24,34 @@ pub(crate) struct Cell {
     pub(crate) data_file: bool,
 }
 
+/// Why a cell does not exist: the words by which qemu-img and `bds` refuse it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Reason {
+    pub(crate) qemu: &'static str,
+    pub(crate) bds: &'static str,
+}
+
+const REFCOUNTS: Reason = Reason {
+    qemu: "Different refcount widths than 16 bits require compatibility level 1.1",
+    bds: "refcount widths other than 16 bits are only supported with compatibility level 1.1",
+};
+const OLD_EXTENDED: Reason = Reason {
+    qemu: "Extended L2 entries are only supported with compatibility level 1.1",
+    bds: "extended L2 entries are only supported with compatibility level 1.1",
+};
+const OLD_ZSTD: Reason = Reason {
+    qemu: "Non-zlib compression type is only supported with compatibility level 1.1",
+    bds: "compression types other than zlib are only supported with compatibility level 1.1",
+};
+const OLD_DATA_FILE: Reason = Reason {
+    qemu: "External data files are only supported with compatibility level 1.1",
+    bds: "external data files are only supported with compatibility level 1.1",
+};
+const SMALL_EXTENDED: Reason = Reason {
+    qemu: "Extended L2 entries are only supported with cluster sizes of at least 16384",
+    bds: "extended L2 entries are only supported with cluster sizes of at least 16384",
+};
+
 impl Cell {
     /// Every combination, forbidden ones too, in a fixed order.
     pub(crate) fn all() -> Vec<Self> {
@@ -53,14 +81,14 @@ impl Cell {
     }
 
     /// Why the format does not have this cell; nothing: it does.
-    pub(crate) fn forbidden_by(&self) -> Vec<&'static str> {
+    pub(crate) fn forbidden_by(&self) -> Vec<Reason> {
         let is_old = self.version == 2;
         [
-            (is_old && self.refcount_bits != 16, "v2 has refcounts of 16 bits"),
-            (is_old && self.extended, "v2 has no extended L2 entries"),
-            (is_old && self.codec == Codec::Zstd, "v2 has no zstd"),
-            (is_old && self.data_file, "v2 has no data file"),
-            (self.extended && self.cluster < 16 << 10, "subclusters begin at 512 bytes"),
+            (is_old && self.refcount_bits != 16, REFCOUNTS),
+            (is_old && self.extended, OLD_EXTENDED),
+            (is_old && self.codec == Codec::Zstd, OLD_ZSTD),
+            (is_old && self.data_file, OLD_DATA_FILE),
+            (self.extended && self.cluster < 16 << 10, SMALL_EXTENDED),
         ]
         .into_iter()
         .filter_map(|(is_so, why)| is_so.then_some(why))

@@ -6,7 +6,7 @@ use bds_testkit::{Output, Tool};
 use serde_json::{Value, json};
 
 use super::script::Bytes;
-use crate::tools::{Tools, said, text};
+use crate::tools::{Tools, count, said, text};
 
 /// Answers of one tool about one image.
 #[derive(Clone, Debug, PartialEq)]
@@ -53,7 +53,7 @@ impl Facts {
     pub(crate) fn faults(&self) -> Vec<String> {
         ["corruptions", "leaks", "check-errors"]
             .into_iter()
-            .filter(|key| self.check[*key].as_u64().unwrap_or(0) > 0)
+            .filter(|key| count(&self.check, key) > 0)
             .map(|key| format!("{key}: {}", self.check[key]))
             .collect()
     }
@@ -150,8 +150,9 @@ fn push(map: &mut Vec<Value>, next: Value, with_places: bool) {
     map.push(next);
 }
 
+#[track_caller]
 fn number(entry: &Value, key: &str) -> u64 {
-    entry[key].as_u64().unwrap_or(0)
+    entry[key].as_u64().unwrap_or_else(|| panic!("'{key}' is no number in {entry}"))
 }
 
 fn value(output: &Output) -> Option<Value> {

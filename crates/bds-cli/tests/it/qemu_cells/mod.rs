@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use bds_testkit::Scratch;
+use bds_testkit::{Output, Scratch, Tool};
 
 use crate::tools::{Tools, is_full, said, text};
 use cell::{Cell, Codec};
@@ -30,8 +30,10 @@ fn images_of_either_side_are_read_and_written_by_the_other() {
     let mut cells = if is_full() { valid.clone() } else { cell::pairwise(&valid) };
     if let Ok(wanted) = std::env::var("BDS_TEST_CELL") {
         cells = valid.iter().filter(|cell| cell.to_string().contains(&wanted)).copied().collect();
+        assert!(!cells.is_empty(), "BDS_TEST_CELL={wanted}: no cell has that in its name");
     }
     println!("{} of {} cells", cells.len(), valid.len());
+    assert!(valid.len() > 200, "{} cells", valid.len());
     report(each(&cells, |cell| Room::new(&tools, cell).run()));
 }
 
@@ -42,6 +44,7 @@ fn what_the_format_forbids_is_refused_by_both() {
         Cell::all().into_iter().filter(|cell| !cell.forbidden_by().is_empty()).collect();
     let cells = if is_full() { forbidden.clone() } else { cell::one_of_each_kind(&forbidden) };
     println!("{} of {} forbidden cells", cells.len(), forbidden.len());
+    assert!(cells.len() >= 5, "each reason for itself");
     report(each(&cells, |cell| Room::new(&tools, cell).refuse()));
 }
 
@@ -54,6 +57,7 @@ fn compressed_clusters_in_a_data_file_are_refused_by_both() {
         .filter(|cell| cell.data_file && cell.codec != Codec::None)
         .filter(|cell| cell.refcount_bits == 16 && !cell.backing)
         .collect();
+    assert!(!cells.is_empty());
     report(each(&cells, |cell| Room::new(&tools, cell).refuse_compression()));
 }
 
@@ -129,8 +133,9 @@ impl<'a> Room<'a> {
             (script::random(&self.cell, seed + 1, 12), [Side::Bds, Side::Qemu]),
         ];
         for side in [Side::Qemu, Side::Bds] {
-            if let Err(problem) = self.create(side) {
-                return vec![problem];
+            let output = self.create(side);
+            if !output.ok() {
+                return vec![format!("create by {side:?}: {}", said(&output))];
             }
         }
         for (round, (acts, writers)) in steps.into_iter().enumerate() {
@@ -175,12 +180,15 @@ impl<'a> Room<'a> {
         Ok(model)
     }
 
+    fn tool(&self, side: Side) -> &'a Tool {
+        match side {
+            Side::Qemu => &self.tools.img,
+            Side::Bds => &self.tools.bds,
+        }
+    }
+
     /// `create`, in the words both understand.
-    fn create(&self, side: Side) -> Result<(), String> {
-        let (tool, name) = match side {
-            Side::Qemu => (&self.tools.img, "qemu-img"),
-            Side::Bds => (&self.tools.bds, "bds"),
-        };
+    fn create(&self, side: Side) -> Output {
         let [image, base, data] = ["qcow2", "base", "data"].map(|what| self.path(side, what));
         let options = self.cell.options(text(&data));
         let len = self.cell.disk_len().to_string();
@@ -189,8 +197,7 @@ impl<'a> Room<'a> {
             args.extend(["-b", text(&base), "-F", "qcow2"]);
         }
         args.extend([text(&image), &len]);
-        let output = tool.run(&args);
-        if output.ok() { Ok(()) } else { Err(format!("{name} create: {}", said(&output))) }
+        self.tool(side).run(&args)
     }
 
     fn write(&self, writer: Side, image: &Path, acts: &[Act]) -> Result<(), String> {
@@ -244,9 +251,17 @@ impl<'a> Room<'a> {
         {
             return vec![problem];
         }
+        let reasons = self.cell.forbidden_by();
         for side in [Side::Qemu, Side::Bds] {
-            if self.create(side).is_ok() {
-                self.problems.push(format!("{side:?} makes it"));
+            let words = reasons.iter().map(|reason| match side {
+                Side::Qemu => reason.qemu,
+                Side::Bds => reason.bds,
+            });
+            let output = self.create(side);
+            self.problems.extend(not_refused(side, &output, words));
+            let has_left = self.path(side, "qcow2").exists();
+            if side == Side::Bds && has_left {
+                self.problems.push("Bds refuses it and leaves a file".to_owned());
             }
         }
         self.problems
@@ -258,15 +273,38 @@ impl<'a> Room<'a> {
         if let Err(e) = std::fs::write(&source, [0x5a; 8192]) {
             return vec![e.to_string()];
         }
-        for (side, tool) in [(Side::Qemu, &self.tools.img), (Side::Bds, &self.tools.bds)] {
+        for (side, words) in [
+            (Side::Qemu, "Operation not supported"),
+            (Side::Bds, "Compression not supported for this file format"),
+        ] {
             let [image, data] = ["qcow2", "data"].map(|what| self.path(side, what));
             let options = self.cell.options(text(&data));
             let args = ["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", &options];
-            let output = tool.run(args.iter().chain(&[text(&source), text(&image)]));
-            if output.ok() {
-                self.problems.push(format!("{side:?} does it"));
-            }
+            let output = self.tool(side).run(args.iter().chain(&[text(&source), text(&image)]));
+            self.problems.extend(not_refused(side, &output, [words]));
         }
         self.problems
+    }
+}
+
+/// What is wrong with a refusal: exit code 1 and one of these reasons, by name. A panic, a signal or another error is none.
+fn not_refused(
+    side: Side,
+    output: &Output,
+    words: impl IntoIterator<Item = &'static str>,
+) -> Option<String> {
+    let is_refused =
+        output.code == 1 && words.into_iter().any(|words| output.stderr.contains(words));
+    (!is_refused).then(|| format!("{side:?} does not refuse it for its reason: {}", said(output)))
+}
+
+#[test]
+fn a_panic_or_another_error_is_no_refusal() {
+    let output = |code, stderr: &str| Output { code, stdout: String::new(), stderr: stderr.into() };
+    let judge = |code, stderr| not_refused(Side::Bds, &output(code, stderr), ["too small", "no"]);
+    assert_eq!(judge(1, "bds: x: clusters are too small"), None);
+    for (code, stderr) in [(0, ""), (101, "panicked: too small"), (1, "bds: x: disk full"), (1, "")]
+    {
+        assert!(judge(code, stderr).is_some(), "{code} {stderr}");
     }
 }

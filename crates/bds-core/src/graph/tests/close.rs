@@ -74,10 +74,10 @@ fn close_of_a_node_in_use_names_the_holders_and_changes_nothing() {
         let CloseError::InUse { node, holders } = base.close().await.unwrap_err();
         assert_eq!(holders.len(), 1);
         assert_eq!(holders[0].name.to_string(), "user.file");
+        assert_eq!(world.graph.dump(), before, "nothing has changed");
         let text = CloseError::InUse { node, holders }.to_string();
         assert!(text.starts_with("node 'base' is in use by edge 'user.file' (since "), "{text}");
         assert!(text.contains("graph"), "says where in the program: {text}");
-        let _ = before;
     });
 }
 

@@ -15,15 +15,15 @@ async fn create(world: &Fixture, path: &str, options: &str) -> Result<NewImageRe
 }
 
 #[test]
-fn the_backing_image_gives_the_size_and_the_data_file_is_made_beside_the_image() {
+fn the_backing_image_gives_the_size_and_the_data_file_has_the_name_given() {
     run(|world| async move {
         world.plain("dir/base");
         let text = "backing_file=base,backing_fmt=cow,data_file=data,nocow=on";
         create(&world, "dir/new", text).await.unwrap();
         let log = world.shared.log();
-        let line = "create Some(\"dir/new\") data Some(Some(\"dir/data\")) size Some(512)";
+        let line = "create Some(\"dir/new\") data Some(Some(\"data\")) size Some(512)";
         assert!(log.contains(&line.to_owned()), "{log:?}");
-        assert!(world.sim.exists("dir/new") && world.sim.exists("dir/data"));
+        assert!(world.sim.exists("dir/new") && world.sim.exists("data"));
         assert_eq!(world.graph.dump(), "", "everything is closed");
         let count = |what: &str| log.iter().filter(|line| line.starts_with(what)).count();
         assert_eq!(count("open"), count("close"));
@@ -154,9 +154,28 @@ fn the_gate_is_asked_about_the_backing_image() {
 }
 
 #[test]
+fn a_node_that_the_gate_names_as_backing_image_stays_open() {
+    let table = crate::graph::gate::Explicit::new().node("base", "disk");
+    run_with(
+        |config| config.gate = std::sync::Arc::new(table),
+        |world| async move {
+            world.plain("base");
+            let base = world.open("driver=cow,node-name=disk,file.driver=file,file.filename=base");
+            let base = base.await;
+            let report = create(&world, "new", "backing_file=base,backing_fmt=cow").await.unwrap();
+            assert_eq!(report.len, 512);
+            assert_eq!(world.graph.find("disk").unwrap().id(), base.id());
+            let error =
+                create(&world, "base", "backing_file=base,backing_fmt=cow").await.unwrap_err();
+            assert!(error.to_string().contains("would destroy"), "{error}");
+        },
+    );
+}
+
+#[test]
 fn formats_that_cannot_be_made_are_refused() {
     run(|world| async move {
-        for (format, wanted) in [("pass", "not an image format"), ("nope", "unknown driver")] {
+        for (format, wanted) in [("pass", "not an image format"), ("nope", "not an image format")] {
             let image = NewImage {
                 format: format.into(),
                 path: "new".into(),

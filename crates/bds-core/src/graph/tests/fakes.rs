@@ -287,7 +287,7 @@ impl FakeType {
         let reference = |kind, stored: Option<&str>, format: Option<&str>| {
             stored.map(|stored| Reference {
                 kind,
-                stored_name: stored.to_owned(),
+                stored_name: stored.into(),
                 stored_format: format.map(str::to_owned),
             })
         };

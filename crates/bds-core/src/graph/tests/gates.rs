@@ -51,8 +51,13 @@ fn gates() {
     let refused = "ReferenceRefused";
     check(DenyAll, "base", refused);
     check(TrustAll::default(), "base", "dir/base");
-    check(TrustAll::default(), "nbd:host", "NotFound"); // a colon is a byte: dir/nbd:host
-    check(TrustAll::default(), "json:{\"driver\":\"null-co\"}", "NotFound");
+    // Not a file to QEMU, so not here either, although there is one.
+    check(TrustAll::default(), "nbd:host", "unknown protocol 'nbd'");
+    check(TrustAll::default(), "json:{\"driver\":\"null-co\"}", "unknown protocol 'json'");
+    check(UnderRoots::new(["."]), "nbd:host", refused);
+    check(SameDirectory, "nbd:host", refused);
+    check(TrustAll::default(), "file:other/base", "other/base");
+    check(Explicit::new().file("nbd:host", "other/base", "cow"), "nbd:host", "other/base");
     check(SameDirectory, "base", "dir/base");
     check(SameDirectory, "./base", refused);
     check(SameDirectory, "../other/base", refused);
@@ -173,14 +178,14 @@ fn a_data_file_is_neither_the_image_nor_part_of_its_chain() {
             data_file: Some(data),
         };
         world.plain("dir/data");
-        world.image("dir/top", with("data", Some("base")));
+        world.image("dir/top", with("dir/data", Some("base")));
         drop(world.open(OPEN).await);
-        world.image("dir/top", with("top", None));
+        world.image("dir/top", with("dir/top", None));
         assert_eq!(world.refusal(OPEN).await.kind(), ErrorKind::InvalidImage);
-        world.image("dir/top", with("base", Some("base")));
+        world.image("dir/top", with("dir/base", Some("base")));
         assert_eq!(world.refusal(OPEN).await.kind(), ErrorKind::InvalidImage);
         // Given by option, it is looked at too.
-        world.image("dir/top", with("data", None));
+        world.image("dir/top", with("dir/data", None));
         for child in ["data-file.driver=file,data-file.filename=dir/top", "data-file=top-file"] {
             let error = world.refusal(&format!("{OPEN},file.node-name=top-file,{child}")).await;
             assert_eq!(error.kind(), ErrorKind::InvalidImage, "{error}");
@@ -192,7 +197,7 @@ fn a_data_file_is_neither_the_image_nor_part_of_its_chain() {
 fn a_data_file_is_writable_only_below_a_writable_image() {
     run(|world| async move {
         world.plain("dir/data");
-        let header = Header { data_file: Some("data"), ..Header::default() };
+        let header = Header { data_file: Some("dir/data"), ..Header::default() };
         world.image("dir/top", header);
         for (text, writable) in [("on", false), ("off", true)] {
             let top = world.open(&OPEN.replace("read-only=on", &format!("read-only={text}"))).await;
@@ -202,4 +207,28 @@ fn a_data_file_is_writable_only_below_a_writable_image() {
             world.graph.reap().await;
         }
     });
+}
+
+/// As QEMU looks for it; the error says why it is not found where most people look.
+#[test]
+fn a_relative_data_file_counts_from_the_working_directory() {
+    run(|world| async move {
+        world.plain("dir/data");
+        world.image("dir/top", Header { data_file: Some("data"), ..Header::default() });
+        let error = world.refusal(OPEN).await.to_string();
+        assert!(error.contains("there is one beside the image only"), "{error}");
+        world.plain("data");
+        let top = world.open(OPEN).await;
+        let (data, _) = crate::graph::walk::child(&top, "data-file").unwrap();
+        assert_eq!(crate::graph::walk::filename(&data).unwrap().to_str(), Some("data"));
+    });
+    // The gate for files beside the image finds it there.
+    run_with(
+        |config| config.gate = Arc::new(SameDirectory),
+        |world| async move {
+            world.plain("dir/data");
+            world.image("dir/top", Header { data_file: Some("data"), ..Header::default() });
+            drop(world.open(OPEN).await);
+        },
+    );
 }

@@ -11,7 +11,7 @@ use crate::driver::{BoxFuture, WriteFlags};
 use crate::error::{ErrorKind, Result};
 use crate::event::Event;
 use crate::graph::{Access, NodeRef, Operations, Perm, ShutdownStage, Stoppable};
-use crate::request::{Backend, BackendOptions};
+use crate::request::{Backend, BackendOptions, ErrorPolicies, ErrorPolicy, IoStatus};
 
 const READ: Access = Access::READ;
 
@@ -398,5 +398,46 @@ fn implicit_filters_are_hidden_in_queries_of_backends() {
         assert_eq!(drive.shown_node().unwrap().id(), node.id());
         let shown = world.graph.query_backends();
         assert_eq!(shown[0]["inserted"]["node-name"], "disk");
+        // Any number of them.
+        let text = "driver=pass,node-name=hidden2,file=hidden";
+        let opened = world.graph.open_with(crate::Options::parse(text).unwrap(), flags).await;
+        drive.replace_medium(&opened.unwrap()).await.unwrap();
+        assert_eq!(drive.node().unwrap().name(), "hidden2");
+        assert_eq!(drive.shown_node().unwrap().id(), node.id());
+        assert_eq!(world.graph.query_backends()[0]["inserted"]["node-name"], "disk");
+    });
+}
+
+/// A user takes the medium away for good while the device's requests wait for a decision: nobody else would ever make it.
+#[test]
+fn hang_revoked_while_requests_are_stopped() {
+    run(|world| async move {
+        world.plain("disk");
+        let node = world.open("driver=file,filename=disk,node-name=disk,fail-flush=on").await;
+        let stop = ErrorPolicies { read: ErrorPolicy::Stop, write: ErrorPolicy::Stop };
+        let options = BackendOptions { policy: Some(stop), ..options("d0") };
+        let device = Backend::new(&node, options).unwrap().attach_device("ide0").unwrap();
+        device.backend().set_policies(stop);
+        drop(node);
+        let block = || bds_io::Buf::zeroed(16, 16).iov();
+        device.backend().write(0, block(), WriteFlags::empty()).await.unwrap();
+        let guest = device.backend().clone();
+        let stopped = bds_io::spawn(async move { guest.flush().await });
+        while device.backend().io_status() == IoStatus::Ok {
+            bds_io::yield_now().await;
+        }
+        let queued = reading(device.backend());
+        device.backend().revoke().await.unwrap();
+        assert_eq!(kind(stopped.await), ErrorKind::NoMedium);
+        assert_eq!(kind(queued.await), ErrorKind::NoMedium);
+        assert_eq!(device.backend().io_status(), IoStatus::Ok);
+        assert_eq!(device.backend().in_flight(), 0);
+        let told = world.graph.reap().await;
+        assert_eq!(told.len(), 1, "its medium ended with it, and says what it lost");
+        assert!(told[0].flush_error.is_some());
+        // The device is as good as new.
+        let other = file(&world, "other").await;
+        device.backend().insert(&other).await.unwrap();
+        reading(device.backend()).await.unwrap();
     });
 }

@@ -1,16 +1,20 @@
 //! The graph with small fake drivers.
 
+mod bitmaps;
 mod change;
 mod close;
+mod close_reports;
 mod create;
 mod door;
 mod fakes;
 mod gates;
 mod history;
 mod history_backend;
+mod kept;
 mod open;
 mod properties;
 mod schedules;
+mod tally;
 mod threads;
 
 use std::sync::Mutex;

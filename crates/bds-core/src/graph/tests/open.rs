@@ -25,8 +25,10 @@ fn a_tree_of_options_becomes_a_tree_of_nodes() {
           used by edge 'p.file' does=---- lets=rwus
           file -> g (data|metadata|primary) does=r--- lets=r-u-
         f file len=512 rw,discard refs=1
+          filename a
           used by edge 'top.file' does=rw-s lets=r-u-
         g file len=512 ro,discard refs=1
+          filename b
           used by edge 'base.file' does=r--- lets=r-u-
         p pass len=512 ro,discard refs=1
           used by edge 'top.backing' does=---- lets=rwus
@@ -53,6 +55,7 @@ fn the_same_tree_as_json_draws_the_same_graph() {
         let _top = world.graph.open(Options::from_json(json).unwrap()).await.unwrap();
         insta::assert_snapshot!(world.graph.dump(), @r"
         f file len=512 ro,direct,discard refs=1
+          filename a
           used by edge 'top.file' does=r--- lets=r-u-
         top cow len=512 ro,direct refs=1
           held by owner 'open'
@@ -61,8 +64,8 @@ fn the_same_tree_as_json_draws_the_same_graph() {
         insta::assert_snapshot!(world.graph.dot(), @r#"
         digraph bds {
           node [shape=box, fontname=monospace];
-          "f" [label="f\nfile ro\n512 bytes, 1 refs"];
-          "top" [label="top\ncow ro\n512 bytes, 1 refs"];
+          "f" [label="a\nf\nfile ro\n512 bytes, 1 refs"];
+          "top" [label="a\ntop\ncow ro\n512 bytes, 1 refs"];
           "top" -> "f" [label="file\ndoes=r--- lets=r-u-"];
           "owner 'open' of top" [shape=ellipse, label="owner 'open'"];
           "owner 'open' of top" -> "top" [style=dotted];

@@ -13,9 +13,10 @@ mod program;
 mod regressions;
 mod rows;
 
+use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use program::{Tally, run, run_on_threads};
 
@@ -56,37 +57,57 @@ fn no_schedule_deadlocks_or_lets_anybody_into_a_drained_node() {
         }
     }
     assert!(failed.is_empty(), "{}", failed.join("\n"));
-    let of = |counter: &std::sync::atomic::AtomicUsize| counter.load(Ordering::Relaxed) as u64;
-    let Tally { changes, refusals, drains, given_up, requests, closings } = &*tally;
-    let seen = [changes, refusals, drains, given_up, requests, closings].map(of);
-    println!("changes, refusals, drains, given up, requests, closings: {seen:?}");
-    for (what, least) in [
-        (changes, seeds / 4),
-        (refusals, seeds / 4),
-        (drains, seeds),
-        (given_up, seeds / 2),
-        (requests, seeds * 2),
-        (closings, seeds / 50),
-    ] {
-        assert!(of(what) >= least, "the search must not be empty: {seen:?}");
+    assert_least(
+        &tally,
+        [
+            ("changes", &tally.changes, seeds / 4),
+            ("refusals", &tally.refusals, seeds / 4),
+            ("drains", &tally.drains, seeds),
+            ("given up", &tally.given_up, seeds / 2),
+            ("requests", &tally.requests, seeds * 2),
+            ("closings", &tally.closings, seeds / 50),
+        ],
+    );
+}
+
+/// A search in which too little happened finds nothing.
+#[track_caller]
+fn assert_least<const N: usize>(tally: &Tally, wanted: [(&str, &AtomicUsize, u64); N]) {
+    for (what, counter, least) in wanted {
+        let found = counter.load(Ordering::Relaxed) as u64;
+        assert!(found >= least, "{what}: {found}, at least {least} wanted, of {tally:?}");
     }
 }
 
 /// The same tasks on real threads: no seed replays that, but a thread sanitizer looks on (`cargo xtask test --tier full`).
 #[test]
 fn real_threads_do_all_of_it_at_once() {
-    let tally = Arc::default();
-    for seed in 0..budget() / 100 {
+    let tally = Arc::new(Tally::default());
+    let seeds = budget() / 100;
+    for seed in 0..seeds {
         run_on_threads(seed, &tally);
     }
+    assert_least(
+        &tally,
+        [
+            ("changes", &tally.changes, seeds / 4),
+            ("drains", &tally.drains, seeds),
+            ("given up", &tally.given_up, seeds / 4),
+            ("requests", &tally.requests, seeds * 4),
+        ],
+    );
 }
 
 #[test]
 fn one_seed_is_one_schedule() {
     let tally = Arc::default();
+    let mut histories = HashSet::new();
     for seed in 0..50 {
-        assert_eq!(run(seed, false, &tally), run(seed, false, &tally), "seed {seed}");
+        let history = run(seed, false, &tally);
+        assert_eq!(history, run(seed, false, &tally), "seed {seed}");
+        histories.insert(history);
     }
+    assert!(histories.len() > 40, "another seed is another history: {}", histories.len());
 }
 
 /// QEMU 10.0 takes the lock first and drains then: a request that is inside the parent and still wants through the inner door waits

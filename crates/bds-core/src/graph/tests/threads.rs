@@ -94,7 +94,8 @@ fn nobody_is_inside_a_drained_node_nor_stays_with_one_the_edge_has_left() {
                 let mut moved = Moved::default();
                 let walls = graph.0.reaper.walls();
                 let staged = Move { edge: Arc::clone(&edge), from: Some(strong), to, number: 0 };
-                moved.repoint(&Edit::new(&drained, &walls), staged);
+                let since = std::panic::Location::caller();
+                moved.repoint(&Edit::new(&drained, &walls), staged, since);
                 drop(walls);
                 drop(moved);
                 is_empty.store(false, Ordering::SeqCst);

@@ -95,8 +95,22 @@ impl Request {
 }
 
 impl Backend {
-    /// Does a request, again after every stop.
+    /// Does a request, again after every stop, in a task of its own.
     pub(super) async fn carry(&self, request: Request) -> Result<Attempt> {
+        let backend = self.clone();
+        bds_io::spawn_now(async move { backend.carry_here(request).await }).await
+    }
+
+    /// How large a request's future is, whatever it is for.
+    #[cfg(test)]
+    pub(in crate::request) fn task_len(&self) -> usize {
+        let backend = self.clone();
+        let request = Request { offset: 0, work: Work::Flush };
+        size_of_val(&async move { backend.carry_here(request).await })
+    }
+
+    /// As [`Backend::carry`], for what runs in a task already.
+    pub(super) async fn carry_here(&self, request: Request) -> Result<Attempt> {
         let inner = &*self.inner;
         let mut pending = inner.stats.begin(request.operation(), request.len());
         loop {

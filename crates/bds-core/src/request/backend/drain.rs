@@ -77,10 +77,15 @@ impl Backend {
     /// # Ok::<(), bds_core::Error>(()) }).unwrap();
     /// ```
     pub async fn drain(&self) -> BackendDrained {
-        let edge = &self.inner.edge;
-        edge.close();
+        let backend = self.clone();
+        bds_io::spawn_now(backend.drain_here()).await
+    }
+
+    async fn drain_here(self) -> BackendDrained {
+        self.inner.edge.close();
         // From here on a dropped future opens it again.
-        let drained = BackendDrained { backend: self.clone() };
+        let drained = BackendDrained { backend: self };
+        let edge = &drained.backend.inner.edge;
         // A change that moves the edge now waits for its requests itself.
         let medium = edge.medium().map(|node| Strong::clone(node.strong()).held_by(holder()));
         let Some(hall) = edge.hall() else { return drained };

@@ -1,9 +1,14 @@
 //! The requests.
+//!
+//! What the inline way does not answer runs in a task of its own from its first poll on (`bds_io::spawn_now`), and the
+//! future that the caller has is the handle of that task. Inside, a request holds what others wait for: its place in
+//! the in-flight counts, its range, a flush's turn, a driver's guards. Keeping the future without polling it, as
+//! `select!` does, or forgetting it therefore holds nothing up; dropping it cancels the request.
 
 use bds_io::{Buf, IoVec};
 
 use super::carry::{Request, Work};
-use super::{Backend, Inner};
+use super::{Backend, Inner, progress};
 use crate::driver::{
     Attempt, CheckReport, ImageInfo, ReadFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
@@ -283,15 +288,19 @@ impl Backend {
         offset: u64,
         len: u64,
     ) -> Result<Attempt> {
-        let pending = self.inner.stats.begin(Operation::Write, len);
-        source.inner.check_end_now(source_offset, len)?;
-        self.inner.check_end_now(offset, len)?;
-        let (from, to) = (&source.inner.edge, &self.inner.edge);
-        let copied = pending.end(offload::copy(from, source_offset, to, offset, len).await)?;
-        if copied == Attempt::Done && self.is_writethrough() {
-            self.flush().await?;
-        }
-        Ok(copied)
+        let (this, source) = (self.clone(), source.clone());
+        bds_io::spawn_now(async move {
+            let pending = this.inner.stats.begin(Operation::Write, len);
+            source.inner.check_end_now(source_offset, len)?;
+            this.inner.check_end_now(offset, len)?;
+            let (from, to) = (&source.inner.edge, &this.inner.edge);
+            let copied = pending.end(offload::copy(from, source_offset, to, offset, len).await)?;
+            if copied == Attempt::Done && this.is_writethrough() {
+                let _done = this.carry_here(Request { offset: 0, work: Work::Flush }).await?;
+            }
+            Ok(copied)
+        })
+        .await
     }
 
     /// Changes the length.
@@ -315,7 +324,9 @@ impl Backend {
     /// # Errors
     /// Also `InUse`: somebody blocks [`crate::graph::Operations::RESIZE`] on the medium.
     pub async fn truncate(&self, change: Truncate) -> Result<()> {
-        truncate::truncate_for_user(&self.inner.edge, change).await
+        let this = self.clone();
+        let work = async move { truncate::truncate_for_user(&this.inner.edge, change).await };
+        bds_io::spawn_now(work).await
     }
 
     /// What `offset..` holds at the top layer alone. The run's `map` names a child of that layer.
@@ -335,7 +346,9 @@ impl Backend {
     /// # Ok(()) });
     /// ```
     pub async fn layer_status(&self, offset: u64, len: u64, precise: bool) -> Result<StatusRun> {
-        status::of_layer(&self.inner.edge, offset, len, precise).await
+        let this = self.clone();
+        let work = async move { status::of_layer(&this.inner.edge, offset, len, precise).await };
+        bds_io::spawn_now(work).await
     }
 
     /// What `offset..` holds, through the whole chain.
@@ -355,7 +368,7 @@ impl Backend {
     /// # Ok(()) });
     /// ```
     pub async fn block_status(&self, offset: u64, len: u64, precise: bool) -> Result<ChainRun> {
-        status::of_chain(&self.inner.edge, Depth::All, offset, len, precise).await
+        self.status_to(Depth::All, offset, len, precise).await
     }
 
     /// What `offset..` holds in the layers above `base`, which is in the chain. Without `ALLOCATED`: none of them decides it.
@@ -379,7 +392,21 @@ impl Backend {
         len: u64,
         precise: bool,
     ) -> Result<ChainRun> {
-        status::of_chain(&self.inner.edge, Depth::Above(base), offset, len, precise).await
+        self.status_to(Depth::Above(base), offset, len, precise).await
+    }
+
+    async fn status_to(
+        &self,
+        depth: Depth,
+        offset: u64,
+        len: u64,
+        precise: bool,
+    ) -> Result<ChainRun> {
+        let this = self.clone();
+        bds_io::spawn_now(async move {
+            status::of_chain(&this.inner.edge, depth, offset, len, precise).await
+        })
+        .await
     }
 
     /// Does the range read as zeros? A cheap answer: false if unknown.
@@ -395,7 +422,9 @@ impl Backend {
     /// # Ok(()) });
     /// ```
     pub async fn is_zero(&self, offset: u64, len: u64) -> Result<bool> {
-        status::is_zero(&self.inner.edge, offset, len).await
+        let this = self.clone();
+        let work = async move { status::is_zero(&this.inner.edge, offset, len).await };
+        bds_io::spawn_now(work).await
     }
 
     /// Facts about the image.
@@ -411,8 +440,12 @@ impl Backend {
     /// # Ok(()) });
     /// ```
     pub async fn info(&self) -> Result<ImageInfo> {
-        let node = enter(&self.inner.edge).await?;
-        named(&node, node.driver().info().await)
+        let this = self.clone();
+        bds_io::spawn_now(async move {
+            let node = enter(&this.inner.edge).await?;
+            named(&node, node.driver().info().await)
+        })
+        .await
     }
 
     /// Bytes the node occupies on its host, where that is known.
@@ -426,8 +459,12 @@ impl Backend {
     /// # Ok(()) });
     /// ```
     pub async fn allocated_len(&self) -> Result<Option<u64>> {
-        let node = enter(&self.inner.edge).await?;
-        named(&node, node.driver().allocated_len().await)
+        let this = self.clone();
+        bds_io::spawn_now(async move {
+            let node = enter(&this.inner.edge).await?;
+            named(&node, node.driver().allocated_len().await)
+        })
+        .await
     }
 
     /// Looks for leaks and corruption; changes nothing. `progress` gets (done, total) bytes of metadata.
@@ -442,8 +479,13 @@ impl Backend {
     /// # Ok(()) });
     /// ```
     pub async fn check(&self, progress: &(dyn Fn(u64, u64) + Send + Sync)) -> Result<CheckReport> {
-        let node = enter(&self.inner.edge).await?;
-        named(&node, node.driver().check(progress).await)
+        let this = self.clone();
+        let (reporter, mut reported) = progress::channel();
+        let check = bds_io::spawn_now(async move {
+            let node = enter(&this.inner.edge).await?;
+            named(&node, node.driver().check(&|done, total| reporter.report(done, total)).await)
+        });
+        reported.pass_on_until(check, progress).await
     }
 
     /// Reads into `out`, through a copy. Blocks this thread.

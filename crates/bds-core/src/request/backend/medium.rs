@@ -26,8 +26,10 @@ impl Backend {
     /// # Errors
     /// Nothing has changed. `InUse`: there is a medium, or somebody does not bear what the backend does (he is named); `ReadOnly`,
     /// `Inactive`: the backend writes and the node cannot be written; `InvalidInput`: it belongs to another graph.
-    pub async fn insert(&self, node: &NodeRef) -> Result<()> {
-        self.put(node, Expected::Nothing).await
+    #[track_caller]
+    pub fn insert(&self, node: &NodeRef) -> impl Future<Output = Result<()>> + Send + '_ {
+        let root = RootMove::new(&self.graph, &self.inner.edge, Some(node));
+        self.put(!node.flags().cache.writeback, root.from(Expected::Nothing))
     }
 
     /// Puts a medium in, in place of the one there is, if there is one.
@@ -48,15 +50,21 @@ impl Backend {
     ///
     /// # Errors
     /// As [`Backend::insert`]; `InUse` also if [`Operations::EJECT`] is blocked on the old one.
-    pub async fn replace_medium(&self, node: &NodeRef) -> Result<()> {
-        self.put(node, Expected::Anything).await
+    #[track_caller]
+    pub fn replace_medium(&self, node: &NodeRef) -> impl Future<Output = Result<()>> + Send + '_ {
+        let root = RootMove::new(&self.graph, &self.inner.edge, Some(node));
+        self.put(!node.flags().cache.writeback, root.from(Expected::Anything))
     }
 
-    async fn put(&self, node: &NodeRef, expected: Expected) -> Result<()> {
+    async fn put(&self, is_writethrough: bool, root: RootMove) -> Result<()> {
+        let this = self.clone();
+        bds_io::spawn_now(async move { this.put_here(is_writethrough, root).await }).await
+    }
+
+    async fn put_here(&self, is_writethrough: bool, root: RootMove) -> Result<()> {
         let was_on = self.is_writethrough();
         // Before the first write can come; a few flushes too many if it fails.
-        self.set_writethrough(was_on || !node.flags().cache.writeback);
-        let root = RootMove::new(&self.graph, &self.inner.edge, Some(node)).from(expected);
+        self.set_writethrough(was_on || is_writethrough);
         let done = self.graph.change().move_root(root).commit().await;
         if done.is_err() {
             self.set_writethrough(was_on);
@@ -109,6 +117,11 @@ impl Backend {
     /// # Errors
     /// Nothing has changed. `InUse`: [`Operations::DELETE`] is blocked on the medium, or the edge is frozen.
     pub async fn revoke(&self) -> Result<()> {
+        let this = self.clone();
+        bds_io::spawn_now(async move { this.revoke_here().await }).await
+    }
+
+    async fn revoke_here(&self) -> Result<()> {
         let medium = self.take_out(Operations::DELETE).await?;
         self.set_policies(ErrorPolicies::REPORT);
         self.resume();
@@ -149,6 +162,7 @@ impl Change {
     /// assert_eq!(drive.node().map(|node| node.id()), Some(filter.id()));
     /// # Ok(()) });
     /// ```
+    #[track_caller]
     pub fn insert(self, backend: &Backend, node: &NodeRef) -> Self {
         let root = RootMove::new(&backend.graph, &backend.inner.edge, Some(node));
         self.move_root(root.from(Expected::Nothing))

@@ -11,8 +11,8 @@
 //! drain      waiting until nobody is inside
 //! ```
 //!
-//! **A handle is a reference**: the backend, and its hold on the node, end with the last one, at once. A request borrows a handle, so
-//! none is under way then. A handle stays valid whatever happens to the medium: without one, requests fail with `NoMedium`.
+//! **A handle is a reference**: the backend, and its hold on the node, end with the last one, at once. A request under way has one of
+//! its own, so that it does not depend on its caller. A handle stays valid whatever happens to the medium: without one, requests fail with `NoMedium`.
 
 mod carry;
 mod device;
@@ -20,6 +20,7 @@ mod drain;
 mod io;
 mod medium;
 mod policy;
+mod progress;
 mod registry;
 
 use std::fmt;

@@ -5,6 +5,7 @@
 //! moment the last handle is dropped.
 
 use std::any::Any;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
 use bds_refcount::Release;
@@ -21,6 +22,10 @@ impl Guest for Inner {
 
     fn edge(&self) -> &Arc<Edge> {
         &self.edge
+    }
+
+    fn set_writethrough(&self, is_on: bool) {
+        self.is_writethrough.store(is_on, Ordering::Relaxed);
     }
 
     fn device(&self) -> Option<Arc<str>> {

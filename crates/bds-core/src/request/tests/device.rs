@@ -203,6 +203,16 @@ fn queries_show_what_a_user_knows() {
         assert_eq!(shown[0]["qdev"], "virtio0");
         assert_eq!(shown[0]["io-status"], "ok");
         assert_eq!(shown[0]["inserted"]["node-name"], "disk");
+        assert_eq!(shown[0]["inserted"]["ro"], false);
+        assert_eq!(shown[0]["inserted"]["write_threshold"], 0);
         assert!(shown[1].get("inserted").is_none());
+        node.set_write_threshold(Some(512));
+        let shown = house.graph().query_backends();
+        assert_eq!(shown[0]["inserted"]["write_threshold"], 512);
+        let options = Options::new().with("read-only", true);
+        let (only_read, _) =
+            house.node("rom", vec![0; 512], Config { options, ..Config::default() }).await;
+        let _reader = Backend::new(&only_read, BackendOptions::default()).unwrap();
+        assert_eq!(house.graph().query_backends()[2]["inserted"]["ro"], true);
     });
 }

@@ -169,7 +169,7 @@ fn a_drain_waits_for_inline_requests_of_other_threads() {
 
 #[test]
 fn a_drain_dropped_at_any_await_opens_the_gate_again() {
-    for n in 0..20 {
+    for n in 0..200 {
         let sim = Sim::new(8, SimConfig::calm());
         let (disk, _state) = sim.block_on(House::new().disk(vec![0; 1024], slow()));
         let busy = disk.clone();
@@ -189,4 +189,33 @@ fn a_drain_dropped_at_any_await_opens_the_gate_again() {
         }
     }
     panic!("the drain never ends");
+}
+
+/// A medium that was taken away from under its requests: the drain of the empty drive waits for them all the same.
+#[test]
+fn a_drain_of_an_empty_drive_waits_for_requests_that_find_no_medium() {
+    for seed in 0..20 {
+        run(seed, async {
+            let house = House::new();
+            let drive = Backend::empty(house.graph(), BackendOptions::default()).unwrap();
+            let reads: Vec<_> = (0..4)
+                .map(|_| {
+                    let drive = drive.clone();
+                    bds_io::spawn(async move { drive.read(0, iov(&[0; 16], 1)).await })
+                })
+                .collect();
+            bds_io::yield_now().await;
+            let drained = drive.drain().await;
+            assert_eq!(drive.in_flight(), 0);
+            let before = drive.stats().totals(Operation::Read).failed;
+            settle().await;
+            let after = drive.stats().totals(Operation::Read).failed;
+            assert_eq!(before, after, "seed {seed}: nothing ends inside a drained section");
+            drop(drained);
+            for read in reads {
+                assert_eq!(read.await.unwrap_err().kind(), ErrorKind::NoMedium);
+            }
+            assert_eq!(drive.stats().totals(Operation::Read).failed, 4);
+        });
+    }
 }

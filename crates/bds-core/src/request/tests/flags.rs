@@ -97,7 +97,7 @@ fn a_failed_flush_of_the_medium_sticks() {
 
 #[test]
 fn a_cancelled_flush_still_reports_its_failure_to_the_next() {
-    for n in 0..8 {
+    for n in 0..24 {
         let config = Config { turns: 2, ..Config::default() };
         let sim = bds_io::Sim::new(n, bds_io::SimConfig::calm());
         let (disk, state) = sim.block_on(async {

@@ -191,7 +191,7 @@ fn eject_waits_for_requests_inside_and_later_ones_find_no_medium() {
 #[test]
 fn a_dropped_eject_or_insert_leaves_a_working_drive() {
     for is_eject in [true, false] {
-        for n in 0..60 {
+        for n in 0..200 {
             let sim = Sim::new(6, SimConfig::calm());
             let (house, drive, node) = sim.block_on(async {
                 let house = House::new();
@@ -232,7 +232,7 @@ fn a_dropped_eject_or_insert_leaves_a_working_drive() {
             if !dropped {
                 break;
             }
-            assert!(n < 59, "it never ends");
+            assert!(n < 199, "it never ends");
         }
     }
 }
@@ -279,6 +279,61 @@ fn writes_to_an_inserted_write_through_medium_are_durable() {
         drive.insert(&node).await.unwrap();
         drive.write(0, iov(&[1; 16], 1), NONE).await.unwrap();
         assert!(state.take_log().contains(&Op::FlushToDisk));
+    });
+}
+
+/// What a medium was inserted with counts for it alone; what the user asked for stays.
+#[test]
+fn writethrough_is_the_users_and_a_refused_medium_does_not_change_it() {
+    run(11, async {
+        let house = House::new();
+        let node = disk(&house, "disk").await;
+        let options = Options::new().with("cache.writeback", false).with("read-only", true);
+        let config = Config { options, ..Config::default() };
+        let (through, _) = house.node("through", vec![0; 1024], config).await;
+        let drive = drive(&house, true);
+        let refused = drive.insert(&through).await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::ReadOnly);
+        assert!(!drive.is_writethrough(), "nothing has changed");
+        drive.set_writethrough(true);
+        drive.insert(&node).await.unwrap();
+        assert!(drive.is_writethrough(), "a medium never turns it off");
+    });
+}
+
+#[test]
+fn a_change_puts_a_medium_only_into_an_empty_drive() {
+    run(12, async {
+        let house = House::new();
+        let (one, two) = (disk(&house, "one").await, disk(&house, "two").await);
+        let drive = drive(&house, true);
+        drive.insert(&one).await.unwrap();
+        let change = house.graph().change().insert(&drive, &two);
+        assert_eq!(change.commit().await.unwrap_err().kind(), ErrorKind::InUse);
+        assert_eq!(drive.node().unwrap().id(), one.id(), "nothing has changed");
+    });
+}
+
+/// Requests wait for a decision, and the medium goes before that: there is nothing to revoke but their waiting.
+#[test]
+fn revoke_of_an_empty_drive_tells_those_who_wait() {
+    run(13, async {
+        let house = House::new();
+        let (node, state) = house.node("disk", vec![7; 1024], Config::default()).await;
+        let policy = ErrorPolicies { read: ErrorPolicy::Stop, write: ErrorPolicy::Stop };
+        let drive = drive(&house, true);
+        drive.set_policies(policy);
+        drive.insert(&node).await.unwrap();
+        state.fail_with(On::Write, ErrorKind::Io);
+        let guest = drive.clone();
+        let mut stopped =
+            bds_io::spawn(async move { guest.write(0, iov(&[1; 16], 1), NONE).await });
+        assert!(ended(&mut stopped).await.is_none());
+        assert!(drive.eject().await.unwrap().is_some(), "who waits is not inside");
+        assert!(ended(&mut stopped).await.is_none(), "the decision is still to come");
+        drive.revoke().await.unwrap();
+        assert_eq!(stopped.await.unwrap_err().kind(), ErrorKind::NoMedium);
+        assert_eq!(drive.policies(), ErrorPolicies::REPORT);
     });
 }
 

@@ -176,6 +176,94 @@ fn a_request_that_fails_again_stops_again() {
     });
 }
 
+/// All are inside when the first fails: the gate is closed once, and one decision opens it. Of several failures the first is shown.
+#[test]
+fn requests_that_fail_at_once_wait_for_one_decision() {
+    run(9, async {
+        let house = House::new();
+        let config = Config { turns: 20, ..Config::default() };
+        let (node, state) = house.node("disk", vec![0; 1024], config).await;
+        let policy = ErrorPolicies { read: ErrorPolicy::Stop, write: ErrorPolicy::Stop };
+        let options = BackendOptions { writable: true, policy: Some(policy), ..Default::default() };
+        let disk = Backend::new(&node, options).unwrap();
+        state.fail_once(On::Write, Some(0..16));
+        let mut tasks = vec![writing(&disk, 0)];
+        while disk.in_flight() < 1 {
+            bds_io::yield_now().await;
+        }
+        for _ in 0..8 {
+            bds_io::yield_now().await; // well behind the first
+        }
+        tasks.extend([writing(&disk, 32), writing(&disk, 64)]);
+        while disk.in_flight() < 3 {
+            bds_io::yield_now().await;
+        }
+        while disk.io_status() == IoStatus::Ok {
+            bds_io::yield_now().await;
+        }
+        assert_eq!((disk.io_status(), disk.in_flight()), (IoStatus::Failed, 2), "the first alone");
+        state.fail_with(On::Write, ErrorKind::NoSpace);
+        settle().await;
+        assert_eq!(disk.io_status(), IoStatus::Failed, "the first failure since the last decision");
+        assert_eq!(disk.in_flight(), 0);
+        state.heal();
+        disk.resume();
+        for task in tasks {
+            task.await.unwrap();
+        }
+        assert_eq!((state.bytes()[0], state.bytes()[32], state.bytes()[64]), (1, 1, 1));
+        let totals = disk.stats().totals(Operation::Write);
+        assert_eq!((totals.ops, totals.failed), (3, 0), "once each");
+    });
+}
+
+/// A request that fails after the graph's end has nobody to decide for it.
+#[test]
+fn a_request_that_fails_after_the_end_is_told() {
+    run(10, async {
+        let house = House::new();
+        let config = Config { turns: 20, ..Config::default() };
+        let (node, state) = house.node("disk", vec![0; 1024], config).await;
+        let policy = ErrorPolicies { read: ErrorPolicy::Stop, write: ErrorPolicy::Stop };
+        let options = BackendOptions { writable: true, policy: Some(policy), ..Default::default() };
+        let disk = Backend::new(&node, options).unwrap();
+        state.fail_with(On::Write, ErrorKind::NoSpace);
+        let inside = writing(&disk, 0);
+        while disk.in_flight() == 0 {
+            bds_io::yield_now().await;
+        }
+        drop(node);
+        let report = house.graph().shutdown().await;
+        assert!(report.failed.is_empty() && report.check_leaks().is_ok());
+        assert_eq!(inside.await.unwrap_err().kind(), ErrorKind::NoSpace, "its own failure");
+        assert_eq!(disk.io_status(), IoStatus::Ok, "nothing waits for a decision");
+    });
+}
+
+/// Every kind of failure that a medium is not to blame for, whatever the policy.
+#[test]
+fn what_is_not_the_mediums_fault_is_always_told() {
+    use ErrorKind::{
+        Cancelled, Inactive, InvalidInput, NoMedium, NotSupported, OutOfRange, ReadOnly, WouldWait,
+    };
+    for kind in
+        [Cancelled, Inactive, InvalidInput, NoMedium, NotSupported, OutOfRange, ReadOnly, WouldWait]
+    {
+        for policy in [ErrorPolicy::Stop, ErrorPolicy::Ignore] {
+            run(11, async {
+                let house = House::new();
+                let (disk, state) = disk(&house, false, policy, policy).await;
+                let mut events = house.graph().events();
+                state.fail_with(On::Write, kind);
+                let mut task = writing(&disk, 0);
+                let told = ended(&mut task).await.expect("nothing waits").unwrap_err();
+                assert_eq!((told.kind(), disk.io_status()), (kind, IoStatus::Ok), "{policy:?}");
+                assert_eq!(events.try_next(), None, "{kind:?} is no event of the medium's");
+            });
+        }
+    }
+}
+
 #[test]
 fn dropping_a_stopped_request_is_its_end() {
     run(4, async {

@@ -24,6 +24,14 @@ impl FileRules {
     pub(super) async fn read(fs: &Fs, path: &str) -> Result<Self> {
         let named = |e| Error::io(e, "cannot read the rules (option 'config')").file(path);
         let file = fs.open(Path::new(path), &OpenOptions::default()).map_err(named)?;
+        // A FIFO could make the reader wait for ever.
+        if !file.kind().is_seekable() {
+            let words = format!(
+                "{}, which holds no rules (option 'config'): name a regular file",
+                file.kind().describe()
+            );
+            return Err(Error::new(ErrorKind::InvalidInput, words).file(path));
+        }
         let buf = Buf::zeroed(MAX_LEN + 1, 4096);
         let mut len = 0;
         loop {

@@ -114,6 +114,10 @@ impl Reopen for Prepared<'_> {
             *node.rules() = rules;
         }
     }
+
+    fn request_alignment(&self) -> Option<u32> {
+        Some(self.asked.odd.align.max(1))
+    }
 }
 
 /// Limits the user asked for; zero: as below.

@@ -5,16 +5,24 @@
 //! outgrown its place (`reftable.rs`). Nothing here does I/O: the order in which all this reaches the file is `cache.rs`'s.
 
 use super::overlap::{Class, Refused};
+use super::space::{Clusters, MetaOffset, Offset};
 use super::state::{Image, Meta, Plan, Stop};
 use super::units::HOST_OFFSET_END;
 
 /// Adjacent host clusters, new and counted once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Allocated {
-    pub offset: u64,
+    pub offset: MetaOffset,
     pub clusters: u64,
     /// They lie past everything the file ever held: they read as zeros until written.
     pub is_fresh: bool,
+}
+
+impl Allocated {
+    /// The clusters alone.
+    pub(crate) fn range(&self) -> Clusters<MetaOffset> {
+        Clusters { start: self.offset, count: self.clusters }
+    }
 }
 
 impl Image {
@@ -58,7 +66,7 @@ impl Image {
             break self.take(meta, first, clusters)?;
         };
         for i in 0..clusters {
-            self.enter_metadata(got.offset + (i << self.geometry().cluster_bits()), class)?;
+            self.enter_metadata(got.offset.plus(i << self.geometry().cluster_bits()), class)?;
         }
         Ok(got)
     }
@@ -115,7 +123,7 @@ impl Image {
         }
         let offset = place << self.geometry().cluster_bits();
         meta.zero_from = meta.zero_from.max(offset + self.geometry().cluster_size());
-        self.enter_metadata(offset, Class::REFCOUNT_BLOCK)
+        self.enter_metadata(MetaOffset(offset), Class::REFCOUNT_BLOCK)
     }
 
     /// Marks free clusters as used.
@@ -126,7 +134,7 @@ impl Image {
         let offset = first << bits;
         let is_fresh = offset >= meta.zero_from;
         meta.zero_from = meta.zero_from.max(offset + (clusters << bits));
-        Ok(Allocated { offset, clusters, is_fresh })
+        Ok(Allocated { offset: MetaOffset(offset), clusters, is_fresh })
     }
 
     /// The refcounts say that these clusters are free: may that be true?
@@ -141,30 +149,30 @@ impl Image {
                 at: 0,
             });
         }
-        self.check_overlap(first << bits, clusters << bits)
+        self.check_overlap(MetaOffset(first << bits), clusters << bits)
     }
 
     /// Refuses to write data (or new metadata) at a place that holds metadata.
-    pub(crate) fn check_overlap(&self, offset: u64, len: u64) -> Plan<()> {
-        match self.metadata.hit(offset, len) {
+    pub(crate) fn check_overlap(&self, at: MetaOffset, len: u64) -> Plan<()> {
+        match self.metadata.hit(at, len) {
             None => Ok(()),
             Some(at) => Err(Stop::Corrupt {
                 what: "a write would hit the image's own metadata, which has refcount 0 or is data too"
                     .into(),
-                at,
+                at: at.0,
             }),
         }
     }
 
-    /// Enters the cluster at `offset` among the metadata, if overlaps with its class are checked.
-    pub(crate) fn enter_metadata(&self, offset: u64, class: Class) -> Plan<()> {
+    /// Enters the cluster at `at` among the metadata, if overlaps with its class are checked.
+    pub(crate) fn enter_metadata(&self, at: MetaOffset, class: Class) -> Plan<()> {
         if !self.config.load().overlap.contains(class) {
             return Ok(());
         }
-        match self.metadata.insert(offset) {
+        match self.metadata.insert(at) {
             Ok(()) => Ok(()),
             Err(Refused::Taken) => {
-                Err(Stop::Corrupt { what: "two tables share a cluster".into(), at: offset })
+                Err(Stop::Corrupt { what: "two tables share a cluster".into(), at: at.0 })
             }
             Err(Refused::TooFar) => {
                 Err(Stop::too_large("the image's metadata is scattered too widely"))
@@ -173,7 +181,7 @@ impl Image {
     }
 
     /// Space for `len` compressed bytes: where they begin. They may share their first cluster with others'.
-    pub(crate) fn alloc_bytes(&self, meta: &mut Meta, len: u64) -> Plan<u64> {
+    pub(crate) fn alloc_bytes(&self, meta: &mut Meta, len: u64) -> Plan<MetaOffset> {
         let geometry = *self.geometry();
         let at = meta.compressed_at;
         let room = geometry.cluster_size() - geometry.offset_in_cluster(at);
@@ -186,14 +194,14 @@ impl Image {
         let old_end = at + room;
         // The datum may run into the new cluster if that is the next one and the old one can be shared.
         // `raise` comes last and its block was just found in memory, so nothing is half-done.
-        if is_inside && next.offset == old_end {
+        if is_inside && next.offset.0 == old_end {
             let shared = self.may_share(meta, at).unwrap_or(false)
                 && meta.counts.raise(geometry.cluster_index(at)).is_ok();
             if shared {
                 return Ok(self.advance(meta, at, len));
             }
         }
-        Ok(self.advance(meta, next.offset, len))
+        Ok(self.advance(meta, next.offset.0, len))
     }
 
     fn may_share(&self, meta: &mut Meta, at: u64) -> Plan<bool> {
@@ -201,8 +209,8 @@ impl Image {
         Ok(count > 0 && count < self.geometry().refcount_max())
     }
 
-    fn advance(&self, meta: &mut Meta, from: u64, len: u64) -> u64 {
+    fn advance(&self, meta: &mut Meta, from: u64, len: u64) -> MetaOffset {
         meta.compressed_at = from + len;
-        from
+        MetaOffset(from)
     }
 }

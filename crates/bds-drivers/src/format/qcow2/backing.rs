@@ -66,6 +66,13 @@ impl Backing {
 }
 
 impl Image {
+    /// What is remembered of files and backing node may be true of others.
+    pub(crate) fn children_changed(&self) {
+        self.forget_sparseness();
+        // Asks, and remembers the answer.
+        self.backing.len();
+    }
+
     /// Takes the first backing node, or gives the only one back.
     pub(crate) fn set_backing(&self, child: Option<Child>) -> Result<Option<Child>> {
         let refuse =

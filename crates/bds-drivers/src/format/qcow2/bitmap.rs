@@ -1,6 +1,9 @@
-//! The directory of persistent dirty bitmaps, read only.
+//! The directory of persistent dirty bitmaps.
 //!
-//! Entries are shown by `info` and counted by `check`; loading and keeping bitmaps in step is not done here.
+//! Entries are shown by `info` and counted by `check`; bitmaps are not loaded and not kept in step. So a writer makes those stale that
+//! record every write (flag "auto"), and one that grows the disk makes all too short: an image that has such bitmaps is not opened
+//! for writing (not grown), unless the user allows it. Then they are marked "in use", durably and before the first write, as a
+//! crashed writer leaves them: every reader sees that they are inconsistent, and their clusters are not leaked.
 
 use bds_core::driver::ChildPort;
 use bds_core::error::{Error, ErrorKind, Result};
@@ -9,6 +12,9 @@ use serde_json::{Value, json};
 use super::entry::OFFSET_MASK;
 use super::extension::{BitmapsPointer, be32, be64};
 use super::fetch::read_bytes;
+use super::header::{Autoclear, Cluster0};
+use super::space::MetaOffset;
+use super::state::Image;
 use super::units::Geometry;
 
 /// Bytes of an entry before its extra data.
@@ -16,6 +22,10 @@ const FIXED_LEN: usize = 24;
 const IN_USE: u32 = 1;
 const AUTO: u32 = 2;
 const EXTRA_COMPATIBLE: u32 = 4;
+/// Byte offset of an entry's flags in it.
+const FLAGS_AT: u64 = 12;
+/// Bitmaps that an error names.
+const MAX_NAMED: usize = 4;
 /// Most entries of a bitmap's table.
 const MAX_TABLE_ENTRIES: u32 = 0x800_0000;
 /// Most bytes of a bitmap.
@@ -26,6 +36,8 @@ const TABLE_RESERVED: u64 = 0xff00_0000_0000_01fe;
 /// One bitmap, without its bits.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct BitmapEntry {
+    /// Where the entry begins in the directory.
+    at: u64,
     pub table_offset: u64,
     /// Entries of its table.
     pub table_size: u32,
@@ -62,7 +74,8 @@ pub(crate) fn parse_directory(
     let mut rest = bytes;
     let mut entries: Vec<BitmapEntry> = Vec::new();
     for _ in 0..count {
-        let (entry, used) = parse_entry(rest)
+        let at = (bytes.len() - rest.len()) as u64;
+        let (entry, used) = parse_entry(rest, at)
             .ok_or_else(|| invalid("an entry of the bitmap directory is cut off"))?;
         entry.check(geometry, disk_size)?;
         if be32(rest, 20) != 0 {
@@ -84,7 +97,7 @@ pub(crate) fn parse_directory(
     Ok(entries)
 }
 
-fn parse_entry(bytes: &[u8]) -> Option<(BitmapEntry, usize)> {
+fn parse_entry(bytes: &[u8], at: u64) -> Option<(BitmapEntry, usize)> {
     let fixed = bytes.get(..FIXED_LEN)?;
     let name_len = usize::from(u16::from_be_bytes([fixed[18], fixed[19]]));
     let extra_len = usize::try_from(be32(fixed, 20)).ok()?;
@@ -92,6 +105,7 @@ fn parse_entry(bytes: &[u8]) -> Option<(BitmapEntry, usize)> {
     let name_end = name_at.checked_add(name_len)?;
     let used = name_end.checked_next_multiple_of(8).filter(|u| *u <= bytes.len())?;
     let entry = BitmapEntry {
+        at,
         table_offset: be64(fixed, 0),
         table_size: be32(fixed, 8),
         flags: be32(fixed, 12),
@@ -129,6 +143,11 @@ impl BitmapEntry {
             .field("bitmap", self.name.escape_ascii()))
     }
 
+    /// Would it be wrong after a write, or, if the disk `grows`, too short?
+    fn goes_stale(&self, grows: bool) -> bool {
+        self.flags & IN_USE == 0 && (grows || self.flags & AUTO != 0)
+    }
+
     /// As QEMU shows it in `info`.
     pub(crate) fn to_json(&self) -> Value {
         let names = [(IN_USE, "in-use"), (AUTO, "auto")];
@@ -139,6 +158,101 @@ impl BitmapEntry {
             "name": String::from_utf8_lossy(&self.name),
             "granularity": 1u64 << self.granularity_bits,
         })
+    }
+}
+
+/// The bitmaps of an image that the header calls valid, with their directory.
+async fn valid_bitmaps(
+    file: &dyn ChildPort,
+    image: &Cluster0,
+    autoclear: Autoclear,
+) -> Result<Option<(BitmapsPointer, Vec<BitmapEntry>)>> {
+    let pointer = image.extensions.bitmaps.filter(|_| autoclear.contains(Autoclear::BITMAPS));
+    let Some(pointer) = pointer else { return Ok(None) };
+    let header = &image.header;
+    let list = read_directory(file, &pointer, &header.geometry, header.size).await?;
+    Ok(Some((pointer, list)))
+}
+
+/// Refuses an image whose bitmaps a writer would make stale, unless that is `allowed`.
+pub(crate) async fn check_writable(
+    file: &dyn ChildPort,
+    image: &Cluster0,
+    allowed: bool,
+) -> Result<()> {
+    if allowed {
+        return Ok(());
+    }
+    let list = valid_bitmaps(file, image, image.header.autoclear).await.map_err(|error| {
+        error.context(format!("cannot tell what writing does to the persistent bitmaps ({ALLOW})"))
+    })?;
+    match list {
+        Some((_, list)) => refuse_stale(&list, false),
+        None => Ok(()),
+    }
+}
+
+const ALLOW: &str = "open the image read-only, or with invalidate-bitmaps=on";
+
+fn refuse_stale(list: &[BitmapEntry], grows: bool) -> Result<()> {
+    let stale: Vec<String> = list
+        .iter()
+        .filter(|entry| entry.goes_stale(grows))
+        .map(|entry| format!("'{}'", entry.name.escape_ascii()))
+        .collect();
+    if stale.is_empty() {
+        return Ok(());
+    }
+    let more = match stale.len().checked_sub(MAX_NAMED) {
+        Some(more) if more > 0 => format!(" and {more} more"),
+        _ => String::new(),
+    };
+    let names = stale[..stale.len().min(MAX_NAMED)].join(", ");
+    let what = if grows { "growing the disk" } else { "writing" };
+    Err(Error::new(
+        ErrorKind::NotSupported,
+        format!(
+            "{what} would make the persistent bitmaps {names}{more} inconsistent, as they are not kept in step: {ALLOW}, or remove \
+             them first (qemu-img bitmap --remove)"
+        ),
+    ))
+}
+
+impl Image {
+    /// Before the first write: marks bitmaps that it makes stale, durably. False if they cannot be kept at all.
+    pub(crate) async fn mark_bitmaps(&self, autoclear: Autoclear, grows: bool) -> Result<bool> {
+        let image = self.cluster0.load_full();
+        let (pointer, list) = match valid_bitmaps(self.file.port(), &image, autoclear).await {
+            Ok(Some(found)) => found,
+            Ok(None) => return Ok(true),
+            Err(error) => {
+                tracing::warn!(node = self.node_name, %error, "qcow2: the persistent bitmaps are lost");
+                return Ok(false);
+            }
+        };
+        if !self.config.load().invalidate_bitmaps {
+            refuse_stale(&list, grows).map_err(|error| self.name_file(error))?;
+        }
+        let stale: Vec<&BitmapEntry> =
+            list.iter().filter(|entry| entry.goes_stale(grows)).collect();
+        for entry in &stale {
+            let bitmap = entry.name.escape_ascii().to_string();
+            tracing::warn!(node = self.node_name, bitmap, "qcow2: the bitmap becomes inconsistent");
+            let flags = (entry.flags | IN_USE).to_be_bytes().to_vec();
+            let at = pointer.directory_offset + entry.at + FLAGS_AT;
+            self.write_file(MetaOffset(at), flags).await?;
+        }
+        if !stale.is_empty() {
+            self.file.flush().await.map_err(|error| self.name_error(error))?;
+        }
+        Ok(true)
+    }
+
+    /// Before the disk grows: bitmaps of the old length are marked, or in the way.
+    pub(crate) async fn mark_bitmaps_to_grow(&self) -> Result<()> {
+        let autoclear = self.meta().header.autoclear;
+        // What cannot be read was given up by the first write.
+        self.mark_bitmaps(autoclear, true).await.map(|_| ())
     }
 }
 

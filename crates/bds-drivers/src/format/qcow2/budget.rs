@@ -132,7 +132,7 @@ impl Image {
         Ok(())
     }
 
-    /// Waits for the write-back under way, or for one that begins now. Whoever waits holds nothing that a write-back waits for.
+    /// Waits for the write-back under way, or for one that begins now. The caller holds nothing that a write-back waits for.
     pub(crate) async fn wait_for_write_back(self: &Arc<Self>) -> Result<()> {
         let task = self.begin_write_back();
         task.done.wait().await;

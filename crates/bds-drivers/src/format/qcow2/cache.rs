@@ -28,7 +28,6 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
-use bds_core::driver::WriteFlags;
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -37,6 +36,7 @@ use super::entry::L1Entry;
 use super::header::{Header, INCOMPATIBLE_AT, Incompatible, L1_AT, REFTABLE_AT, SIZE_AT};
 use super::refcount::{SLOT_PIECE, all_pieces, joined_bits};
 use super::release::Freed;
+use super::space::MetaOffset;
 use super::state::{Image, Meta};
 use super::tables::{Slice, SliceId};
 
@@ -385,12 +385,12 @@ impl Image {
         let cache = &mut meta.slices;
         let dirty = cache.take_dirty();
         batch.linked = cache.unlinked.keys().copied().collect();
-        let written: BTreeSet<u32> = dirty.iter().map(|(id, _)| id.table).collect();
         for (table, unlinked) in &cache.unlinked {
-            // Also one of which nothing is written, or the file might end before it.
-            if unlinked.needs_zeros || !written.contains(table) {
-                let offset = self.table_offset(*table);
-                let action = Action::Zero(self.geometry().cluster_size());
+            let offset = self.table_offset(*table);
+            let len = self.geometry().cluster_size();
+            // The file has all of it, whatever little is written of it: a table that the file ends in has lost entries.
+            if unlinked.needs_zeros || self.file.len() < offset + len {
+                let action = Action::Zero(len);
                 let source = Source::Clear;
                 batch.writes.push(Planned { rank: Rank::Body, offset, action, source });
             }
@@ -430,15 +430,15 @@ impl Image {
             let mut bytes = encode(0, u64::from(l1.entries));
             let whole = self.geometry().cluster_ceil(bytes.len() as u64).unwrap_or(0);
             bytes.resize(usize::try_from(whole).unwrap_or(bytes.len()), 0);
-            batch.push(Rank::Body, l1.offset, bytes, Source::MovedL1);
-            let pointer = Header::encode_l1(l1.entries, l1.offset).to_vec();
+            batch.push(Rank::Body, l1.offset.0, bytes, Source::MovedL1);
+            let pointer = Header::encode_l1(l1.entries, l1.offset.0).to_vec();
             batch.push(Rank::Link, L1_AT, pointer, Source::MovedL1);
         }
         for piece in std::mem::take(&mut l1.dirty) {
             let first = piece * (L1_PIECE / 8);
             let count = (u64::from(l1.entries) - first).min(L1_PIECE / 8);
             let bytes = encode(u32::try_from(first).unwrap_or(u32::MAX), count);
-            batch.push(Rank::Link, l1.offset + first * 8, bytes, Source::L1(piece));
+            batch.push(Rank::Link, l1.offset.0 + first * 8, bytes, Source::L1(piece));
         }
     }
 
@@ -448,7 +448,7 @@ impl Image {
             let rank = if block.is_raised { Rank::Body } else { Rank::Link };
             let source = Source::Block(index, block.dirty(), block.is_raised);
             for (start, bytes) in block.dirty_pieces() {
-                batch.push(rank, block.offset + start as u64, bytes.to_vec(), source);
+                batch.push(rank, block.offset.0 + start as u64, bytes.to_vec(), source);
             }
             block.begin_writing();
         }
@@ -457,14 +457,14 @@ impl Image {
             counts.is_moved = false;
             counts.dirty_slots.clear();
             let table = counts.encode_table();
-            batch.push(Rank::Body, counts.table_offset, table, Source::MovedTable);
+            batch.push(Rank::Body, counts.table_offset.0, table, Source::MovedTable);
             let clusters = u32::try_from(counts.table_clusters).expect("at most 16384");
-            let pointer = Header::encode_reftable(counts.table_offset, clusters).to_vec();
+            let pointer = Header::encode_reftable(counts.table_offset.0, clusters).to_vec();
             batch.push(Rank::Directory, REFTABLE_AT, pointer, Source::MovedTable);
         }
         for piece in std::mem::take(&mut counts.dirty_slots) {
             let bytes = counts.encode_slots(piece);
-            let offset = counts.table_offset + (piece * SLOT_PIECE) as u64;
+            let offset = counts.table_offset.0 + (piece * SLOT_PIECE) as u64;
             batch.push(Rank::Directory, offset, bytes, Source::Slots(piece));
         }
     }
@@ -530,7 +530,7 @@ impl Image {
         let clears = batch.writes.iter().filter(|w| w.rank == rank);
         for planned in clears {
             if let Action::Zero(len) = planned.action {
-                self.zero_file(planned.offset, len).await?;
+                self.zero_file(MetaOffset(planned.offset), len).await?;
             }
         }
         let mut writes = joined_writes(&batch.writes, rank).into_iter();
@@ -539,7 +539,7 @@ impl Image {
         loop {
             while under_way.len() < WRITES_AT_ONCE {
                 let Some((offset, bytes)) = writes.next() else { break };
-                under_way.push(self.file.write(offset, IoVec::from(bytes), WriteFlags::empty()));
+                under_way.push(self.file.write(MetaOffset(offset), IoVec::from(bytes)));
             }
             match under_way.next().await {
                 None => break,
@@ -617,7 +617,7 @@ fn worse(first: Option<Error>, second: Error) -> Error {
 /// The active L1 table's place and which pieces of it differ from the file. The entries are in `Tables`.
 #[derive(Debug)]
 pub(crate) struct L1State {
-    pub offset: u64,
+    pub offset: MetaOffset,
     pub entries: u32,
     /// Pieces of 512 bytes.
     dirty: BTreeSet<u64>,
@@ -626,7 +626,7 @@ pub(crate) struct L1State {
 }
 
 impl L1State {
-    pub(crate) fn new(offset: u64, entries: u32) -> Self {
+    pub(crate) fn new(offset: MetaOffset, entries: u32) -> Self {
         Self { offset, entries, dirty: BTreeSet::new(), is_moved: false }
     }
 
@@ -650,3 +650,7 @@ pub(crate) fn add_slice(
     meta.slices.added(id);
     slice
 }
+
+#[cfg(test)]
+#[path = "tests/cache.rs"]
+mod tests;

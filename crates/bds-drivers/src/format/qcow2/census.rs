@@ -252,13 +252,15 @@ impl<'a> Census<'a> {
 
     async fn snapshots(&mut self) -> Result<()> {
         let header = &self.image.header;
+        let problem = header.snapshots_problem();
         if header.snapshot_count == 0 {
+            if let Some(problem) = problem {
+                self.findings.corruption(1, problem);
+            }
             return Ok(());
         }
         let geometry = header.geometry;
-        if header.snapshot_count > super::header::MAX_SNAPSHOTS
-            || !geometry.is_cluster_aligned(header.snapshots_offset)
-        {
+        if header.snapshot_count > super::header::MAX_SNAPSHOTS || problem.is_some() {
             self.findings.unreadable(1, "the header's fields for the snapshot table are damaged");
             return Ok(());
         }

@@ -1,4 +1,4 @@
-//! The options of an open image, as QEMU names them, and three of ours.
+//! The options of an open image, as QEMU names them, and some of ours.
 
 use bds_core::driver::OpenFlags;
 use bds_core::error::{Error, ErrorKind, Result};
@@ -105,6 +105,12 @@ pub(crate) const OPEN_OPTIONS: &[OptionSpec] = &[
         "new clusters become visible only with their data",
         Some("off"),
     ),
+    spec(
+        "invalidate-bitmaps",
+        OptionKind::Bool,
+        "write though that makes persistent bitmaps inconsistent",
+        Some("off"),
+    ),
 ];
 
 const CLASSES: [(&str, &str, Class); 9] = [
@@ -134,6 +140,7 @@ pub(crate) struct Asked {
     clean_interval_s: Option<u64>,
     decompressed: Option<u64>,
     data_before_metadata: Option<bool>,
+    invalidate_bitmaps: Option<bool>,
 }
 
 /// Which overlaps are checked: a template, and exceptions from it in the order of [`CLASSES`].
@@ -178,6 +185,7 @@ pub(crate) struct Config {
     pub clean_interval_s: u64,
     pub decompressed_cache_bytes: usize,
     pub data_before_metadata: bool,
+    pub invalidate_bitmaps: bool,
 }
 
 impl Asked {
@@ -198,6 +206,7 @@ impl Asked {
             clean_interval_s: options.take_u64("cache-clean-interval")?,
             decompressed: take_cache_size(options, "decompressed-cache-size")?,
             data_before_metadata: options.take_bool("data-before-metadata")?,
+            invalidate_bitmaps: options.take_bool("invalidate-bitmaps")?,
         })
     }
 
@@ -216,6 +225,7 @@ impl Asked {
             clean_interval_s: self.clean_interval_s.or(earlier.clean_interval_s),
             decompressed: self.decompressed.or(earlier.decompressed),
             data_before_metadata: self.data_before_metadata.or(earlier.data_before_metadata),
+            invalidate_bitmaps: self.invalidate_bitmaps.or(earlier.invalidate_bitmaps),
         }
     }
 
@@ -270,6 +280,7 @@ impl Asked {
                 self.decompressed.unwrap_or(DEFAULT_DECOMPRESSED_CACHE),
             ),
             data_before_metadata: self.data_before_metadata.unwrap_or(false),
+            invalidate_bitmaps: self.invalidate_bitmaps.unwrap_or(false),
         })
     }
 

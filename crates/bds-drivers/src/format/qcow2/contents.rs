@@ -4,22 +4,36 @@
 //! image becomes writable, and when it is taken back from another process. Nothing is written here.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bds_core::driver::ChildPort;
 use bds_core::error::{Error, ErrorKind, Result};
 
+use super::bitmap;
 use super::cache::{L1State, Owed, SliceCache};
 use super::config::Config;
 use super::entry::{L1Entry, refblock_place};
 use super::fetch::read_bytes;
 use super::header::{Cluster0, MAX_L1_LEN};
+use super::lost::Losses;
 use super::overlap::{Class, MetadataMap, Refused};
 use super::refcount::Counts;
 use super::snapshot::SnapshotTable;
+use super::space::MetaOffset;
 use super::state::{HeaderState, Image, Meta};
 
 /// Tables are read in pieces of this many bytes.
 const READ_LEN: u64 = 1 << 20;
+
+/// What a writer says about itself.
+pub(crate) struct ForWriting {
+    /// Metadata that is protected against overlaps.
+    pub classes: Class,
+    /// Bitmaps may become stale.
+    pub invalidate_bitmaps: bool,
+    /// Length of the external data file.
+    pub data_len: Option<u64>,
+}
 
 /// See the file's head.
 pub(crate) struct Contents {
@@ -33,12 +47,11 @@ pub(crate) struct Contents {
 }
 
 impl Contents {
-    /// Reads all there is to know. `for_writing`: also what only a writer needs.
+    /// Reads all there is to know. For a writer also what only it needs, and refuses what must not be written.
     pub(crate) async fn read(
         file: &dyn ChildPort,
         cluster0: Cluster0,
-        classes: Class,
-        for_writing: bool,
+        for_writing: Option<ForWriting>,
     ) -> Result<Self> {
         let header = &cluster0.header;
         let mut l1 = Vec::new();
@@ -52,7 +65,7 @@ impl Contents {
         .await?;
         let mut reftable = Vec::new();
         let metadata = MetadataMap::new(&header.geometry);
-        if for_writing {
+        if let Some(ForWriting { classes, invalidate_bitmaps, data_len }) = for_writing {
             for_words(file, header.reftable_offset, header.reftable_len(), |_, word| {
                 reftable.push(word);
                 Ok(())
@@ -62,10 +75,12 @@ impl Contents {
             let used = reftable.iter().rposition(|slot| *slot != 0).map_or(0, |last| last + 1);
             reftable.truncate(used);
             let entering = Entering { file, cluster0: &cluster0, map: &metadata, classes };
+            Losses { file, cluster0: &cluster0, data_len }.refuse(&l1, &reftable).await?;
             entering.constant()?;
             entering.blocks(&reftable)?;
             entering.l2(&l1)?;
             entering.snapshots().await?;
+            bitmap::check_writable(file, &cluster0, invalidate_bitmaps).await?;
         }
         Ok(Self { cluster0, l1, reftable, metadata, file_len: file.len() })
     }
@@ -86,12 +101,12 @@ impl Meta {
         let header = &cluster0.header;
         let geometry = header.geometry;
         Self {
-            l1: L1State::new(header.l1_offset, header.l1_size),
+            l1: L1State::new(MetaOffset(header.l1_offset), header.l1_size),
             slices: SliceCache::new(config.slice_len, config.l2_cache_bytes),
             counts: Counts::new(
                 geometry,
                 reftable,
-                header.reftable_offset,
+                MetaOffset(header.reftable_offset),
                 u64::from(header.reftable_clusters),
                 config.refcount_cache_bytes,
             ),
@@ -130,6 +145,7 @@ impl Image {
         self.metadata.adopt(&metadata);
         self.inflated.clear();
         self.forget_sparseness();
+        self.data_end.store(0, Ordering::Relaxed);
         *meta = Meta::new(&cluster0, &self.config.load(), reftable, file_len);
         self.set_disk_len(cluster0.header.size);
         self.cluster0.store(Arc::new(cluster0));
@@ -137,7 +153,7 @@ impl Image {
 }
 
 /// Reads a table of big-endian words piece by piece.
-async fn for_words(
+pub(crate) async fn for_words(
     file: &dyn ChildPort,
     offset: u64,
     len: u64,
@@ -172,7 +188,7 @@ impl Entering<'_> {
         let geometry = self.cluster0.header.geometry;
         let bits = geometry.cluster_bits();
         for i in 0..geometry.clusters(len) {
-            self.map.insert(offset + (i << bits)).map_err(|refused| {
+            self.map.insert(MetaOffset(offset + (i << bits))).map_err(|refused| {
                 let words = match refused {
                     Refused::Taken => {
                         "two of the image's tables share a cluster: open it read-only, or repair it with a check"
@@ -252,7 +268,7 @@ impl Entering<'_> {
         for_words(self.file, offset, len, |_, word| {
             if let Ok(Some(place)) = L1Entry(word).table(&geometry) {
                 // Tables are shared among snapshots, and with the active L1 table.
-                if self.map.insert(place.0) == Err(Refused::TooFar) {
+                if self.map.insert(place) == Err(Refused::TooFar) {
                     return Err(Error::new(
                         ErrorKind::InvalidImage,
                         "the image's tables are scattered too widely to be written",

@@ -12,6 +12,7 @@ use bds_io::IoVec;
 use super::entry::{Kind, L2Entry};
 use super::lookup::Found;
 use super::read::mem_len;
+use super::space::Offset;
 use super::state::Image;
 use super::write::Linking;
 
@@ -133,7 +134,7 @@ impl Image {
         if range.is_empty() {
             return true;
         }
-        let host = work.host + (range.start - work.guest);
+        let host = work.host.plus(range.start - work.guest);
         // Failing to know is not failing: zeros are written then.
         self.data().is_zero(host, range.end - range.start).await.unwrap_or(false)
     }

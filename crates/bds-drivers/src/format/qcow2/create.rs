@@ -7,6 +7,10 @@
 //!
 //! Does not open references: the caller has opened the data file and found the backing image's length.
 
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
 use bds_core::driver::{
     Child, CreateContext, CreateFacts, Prealloc, Truncate, WriteFlags, ZeroFlags,
 };
@@ -83,9 +87,9 @@ pub(crate) struct Plan {
     pub prealloc: Prealloc,
     pub compression: Compression,
     pub lazy_refcounts: bool,
-    pub backing_file: Option<String>,
+    pub backing_file: Option<OsString>,
     pub backing_format: Option<String>,
-    pub data_file: Option<String>,
+    pub data_file: Option<OsString>,
     pub data_file_raw: bool,
 }
 
@@ -127,9 +131,9 @@ impl Plan {
             prealloc,
             compression,
             lazy_refcounts: options.take_bool("lazy_refcounts")?.unwrap_or(false),
-            backing_file: options.take_str("backing_file")?,
+            backing_file: options.take_path("backing_file")?.map(PathBuf::into_os_string),
             backing_format: options.take_str("backing_fmt")?,
-            data_file: options.take_str("data_file")?,
+            data_file: options.take_path("data_file")?.map(PathBuf::into_os_string),
             data_file_raw: options.take_bool("data_file_raw")?.unwrap_or(false),
         };
         plan.check_version()?;
@@ -182,16 +186,15 @@ impl Plan {
                  if extended_l2 is on",
             ));
         }
-        let long = |name: &Option<String>, max: usize| {
-            name.as_ref().is_some_and(|n| n.len() > max || n.contains('\0'))
-        };
-        if long(&self.backing_format, MAX_BACKING_FORMAT_LEN) {
+        let long =
+            |name: Option<&[u8]>, max: usize| name.is_some_and(|n| n.len() > max || n.contains(&0));
+        if long(self.backing_format.as_deref().map(str::as_bytes), MAX_BACKING_FORMAT_LEN) {
             return Err(wrong("the backing format's name is too long or holds a NUL byte"));
         }
-        if long(&self.data_file, MAX_DATA_FILE_LEN) {
+        if long(self.data_file.as_ref().map(|name| name.as_bytes()), MAX_DATA_FILE_LEN) {
             return Err(wrong("the data file's name is too long or holds a NUL byte"));
         }
-        if long(&self.backing_file, usize::MAX) {
+        if long(self.backing_file.as_ref().map(|name| name.as_bytes()), usize::MAX) {
             return Err(wrong("the backing file's name holds a NUL byte"));
         }
         Ok(())
@@ -228,9 +231,9 @@ impl Plan {
         incompatible.set(Incompatible::EXTENDED_L2, self.geometry.has_extended_l2());
         header.autoclear.set(Autoclear::RAW_DATA_FILE, self.data_file_raw);
         let has_names = self.version >= 3 && self.geometry.cluster_size() > FEATURE_NAMES_FROM_LEN;
-        let bytes = |name: &Option<String>| name.as_ref().map(|n| n.clone().into_bytes());
+        let bytes = |name: &Option<OsString>| name.as_ref().map(|n| n.as_bytes().to_vec());
         let extensions = Extensions {
-            backing_format: bytes(&self.backing_format),
+            backing_format: self.backing_format.clone().map(String::into_bytes),
             data_file: bytes(&self.data_file),
             feature_names: has_names.then(Extensions::known_feature_names),
             ..Extensions::default()
@@ -426,7 +429,9 @@ fn check_data_file(plan: &Plan, file: &Child, data_file: Option<Child>) -> Resul
         (None, Some(_)) => Err(wrong("a data file was given, but option data_file names none")),
         (Some(name), Some(child)) => {
             if child.identity().is_some() && child.identity() == file.identity() {
-                return Err(wrong("the data file is the image itself").field("data_file", name));
+                return Err(
+                    wrong("the data file is the image itself").field("data_file", name.display())
+                );
             }
             Ok(Some(child))
         }

@@ -13,6 +13,7 @@ use bds_io::IoVec;
 use super::check::check_image;
 use super::header::{Cluster0, INCOMPATIBLE_AT, Incompatible};
 use super::info;
+use super::space::MetaOffset;
 use super::state::Image;
 use super::task::finish;
 
@@ -60,6 +61,10 @@ impl Driver for Qcow2 {
             discard_alignment: fits(geometry.cluster_size()),
             ..Limits::default()
         }
+    }
+
+    fn children_changed(&self) {
+        self.image.children_changed();
     }
 
     fn supports_backing(&self) -> bool {
@@ -156,7 +161,7 @@ impl Driver for Qcow2 {
     fn info(&self) -> BoxFuture<'_, Result<ImageInfo>> {
         Box::pin(async {
             let image = &self.image;
-            info::info(&*image.file, &image.cluster0_now()).await
+            info::info(image.file.port(), &image.cluster0_now()).await
         })
     }
 
@@ -179,7 +184,7 @@ impl Driver for Qcow2 {
             // The check reads the file: all we know must be there.
             self.run(|image| async move { image.write_all_metadata().await }).await?;
             let data_file = self.image.data_file.as_deref();
-            check_image(&*self.image.file, data_file, progress).await
+            check_image(self.image.file.port(), data_file, progress).await
         })
     }
 
@@ -316,7 +321,8 @@ impl Image {
             };
             // O9: all refcounts before the bit that says they cannot be trusted goes.
             self.flush_meta().await?;
-            self.write_file(INCOMPATIBLE_AT, bits.bits().to_be_bytes().to_vec()).await?;
+            self.write_file(MetaOffset(INCOMPATIBLE_AT), bits.bits().to_be_bytes().to_vec())
+                .await?;
             let mut meta = self.meta();
             meta.header.incompatible -= Incompatible::DIRTY;
             meta.header.is_dirty_marked = false;

@@ -6,7 +6,8 @@
 
 use std::fmt;
 
-use super::units::{Geometry, HOST_OFFSET_END, HostOffset};
+use super::space::{DataOffset, MetaOffset};
+use super::units::{Geometry, HOST_OFFSET_END};
 
 /// Bit 63: the refcount of the target is exactly one, so it may be written in place.
 pub(crate) const COPIED: u64 = 1 << 63;
@@ -87,7 +88,7 @@ pub(crate) struct L1Entry(pub u64);
 
 impl L1Entry {
     /// Points at the table at `table`, whose refcount is one if `is_copied`.
-    pub(crate) fn new(table: HostOffset, is_copied: bool) -> Self {
+    pub(crate) fn new(table: MetaOffset, is_copied: bool) -> Self {
         Self(table.0 | if is_copied { COPIED } else { 0 })
     }
 
@@ -103,10 +104,10 @@ impl L1Entry {
 
     /// The table's place; `None` if there is no table.
     #[inline]
-    pub(crate) fn table(self, geometry: &Geometry) -> Result<Option<HostOffset>, BadEntry> {
+    pub(crate) fn table(self, geometry: &Geometry) -> Result<Option<MetaOffset>, BadEntry> {
         match self.0 & OFFSET_MASK {
             0 => Ok(None),
-            offset if geometry.is_cluster_aligned(offset) => Ok(Some(HostOffset(offset))),
+            offset if geometry.is_cluster_aligned(offset) => Ok(Some(MetaOffset(offset))),
             offset => Err(BadEntry::UnalignedTable(offset)),
         }
     }
@@ -165,7 +166,7 @@ pub(crate) enum Place {
     /// Nowhere.
     None,
     /// A whole cluster.
-    Cluster(HostOffset),
+    Cluster(DataOffset),
     /// A stretch of compressed bytes.
     Compressed(CompressedRange),
 }
@@ -173,7 +174,7 @@ pub(crate) enum Place {
 /// The bytes a compressed cluster is read from: up to the end of its last sector, so possibly more than it needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct CompressedRange {
-    pub offset: HostOffset,
+    pub offset: MetaOffset,
     /// Bytes to read; at least 1, at most two clusters.
     pub len: u64,
 }
@@ -193,12 +194,12 @@ impl L2Entry {
     }
 
     /// A cluster at `place`, its own if `is_copied`. The bitmap is the caller's.
-    pub(crate) fn at_cluster(place: HostOffset, is_copied: bool, bitmap: u64) -> Self {
+    pub(crate) fn at_cluster(place: DataOffset, is_copied: bool, bitmap: u64) -> Self {
         Self { word: place.0 | if is_copied { COPIED } else { 0 }, bitmap }
     }
 
     /// A compressed cluster; `None` if the descriptor cannot hold it (offset too high, longer than a cluster can be).
-    pub(crate) fn compressed(geometry: &Geometry, offset: HostOffset, len: u64) -> Option<Self> {
+    pub(crate) fn compressed(geometry: &Geometry, offset: MetaOffset, len: u64) -> Option<Self> {
         if len == 0 || offset.0 > geometry.max_compressed_offset() {
             return None;
         }
@@ -252,7 +253,7 @@ impl L2Entry {
         let offset = self.word & ((1 << bits) - 1);
         let extra_sectors = (self.word & (COMPRESSED - 1)) >> bits;
         let len = (extra_sectors + 1) * SECTOR_LEN - offset % SECTOR_LEN;
-        CompressedRange { offset: HostOffset(offset), len }
+        CompressedRange { offset: MetaOffset(offset), len }
     }
 
     /// Where the bytes are. Refuses what no reader may follow, except wrong subcluster bits (see [`Self::kind`]).
@@ -277,7 +278,7 @@ impl L2Entry {
             && self.is_copied()
             && (rules.geometry.has_extended_l2() || self.word & ZERO == 0);
         if offset != 0 || is_at_0 {
-            Ok(Place::Cluster(HostOffset(offset)))
+            Ok(Place::Cluster(DataOffset(offset)))
         } else {
             Ok(Place::None)
         }
@@ -337,10 +338,10 @@ impl L2Entry {
 pub(crate) fn refblock_place(
     entry: u64,
     geometry: &Geometry,
-) -> Result<Option<HostOffset>, BadEntry> {
+) -> Result<Option<MetaOffset>, BadEntry> {
     match entry & !REFTABLE_RESERVED {
         0 => Ok(None),
-        offset if geometry.is_cluster_aligned(offset) => Ok(Some(HostOffset(offset))),
+        offset if geometry.is_cluster_aligned(offset) => Ok(Some(MetaOffset(offset))),
         offset => Err(BadEntry::UnalignedRefblock(offset)),
     }
 }

@@ -126,10 +126,16 @@ impl Extensions {
             let data_at = at + HEAD_LEN;
             let Some(head) = bytes.get(at..data_at) else { return Ok(Scan::NeedMore(data_at)) };
             let kind = be32(head, 0);
-            if kind == END {
+            let len = be32(head, 4);
+            if kind == END && len == 0 {
                 break;
             }
-            let len = be32(head, 4);
+            if kind == END {
+                // Readers that skip by lengths would go on behind it, and see extensions that others do not.
+                return Err(invalid("the end mark of the header extensions has a length")
+                    .field("extension length", len)
+                    .at(offset(at)));
+            }
             let data_end = usize::try_from(len)
                 .ok()
                 .and_then(|l| data_at.checked_add(l))

@@ -12,7 +12,7 @@
 use bds_core::error::{Error, ErrorKind, Result};
 
 use super::extension::{Extensions, Scan, be32, be64};
-use super::units::Geometry;
+use super::units::{Geometry, HOST_OFFSET_END};
 
 /// "QFI" and 0xfb.
 pub(crate) const MAGIC: [u8; 4] = *b"QFI\xfb";
@@ -89,9 +89,9 @@ impl Incompatible {
 }
 
 impl Autoclear {
-    /// What is left for a writer that maintains nothing but the raw data file: bitmaps and unknown bits go.
+    /// What is left for a writer: the raw data file is maintained, unknown bits go. Bitmaps are a matter of their own.
     pub(crate) fn kept_by_writer(self) -> Self {
-        self & Self::RAW_DATA_FILE
+        self & (Self::RAW_DATA_FILE | Self::BITMAPS)
     }
 }
 
@@ -321,7 +321,6 @@ impl Cluster0 {
 
     /// Rules about what the header points at, for use (a check reports them instead).
     fn check_tables(&self, file_len: u64) -> Result<()> {
-        let Header { geometry, .. } = &self.header;
         let h = &self.header;
         if h.reftable_clusters == 0 {
             return Err(invalid("the image has no refcount table; repair it with a check")
@@ -333,10 +332,8 @@ impl Cluster0 {
                 .field("nb_snapshots", h.snapshot_count)
                 .at(60));
         }
-        if !geometry.is_cluster_aligned(h.snapshots_offset) {
-            return Err(invalid("the snapshot table does not begin at a cluster")
-                .field("snapshots_offset", h.snapshots_offset)
-                .at(64));
+        if let Some(problem) = h.snapshots_problem() {
+            return Err(invalid(problem).field("snapshots_offset", h.snapshots_offset).at(64));
         }
         let l1 = h.l1_offset..h.l1_offset + h.l1_len();
         if h.l1_size > 0 && l1.start == 0 {
@@ -443,6 +440,18 @@ impl Header {
             compression: Compression::Deflate,
             tail: if version == 2 { Vec::new() } else { vec![0; 7] },
             header_len,
+        }
+    }
+
+    /// What is wrong with the place of the snapshot table, also of an empty one.
+    pub(crate) fn snapshots_problem(&self) -> Option<&'static str> {
+        let place = self.snapshots_offset;
+        if !self.geometry.is_cluster_aligned(place) || place >= HOST_OFFSET_END {
+            Some("the snapshot table does not begin at a cluster of any file")
+        } else if self.snapshot_count > 0 && place == 0 {
+            Some("the snapshot table overlaps the header")
+        } else {
+            None
         }
     }
 

@@ -1,5 +1,8 @@
 //! What `info` tells: QEMU's names, from the header and the tables it points at.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+
 use bds_core::driver::{ChildPort, ImageInfo};
 use bds_core::error::Result;
 use serde_json::{Map, Value, json};
@@ -20,7 +23,7 @@ pub(crate) async fn info(file: &dyn ChildPort, image: &Cluster0) -> Result<Image
         is_corrupt: header.incompatible.contains(Incompatible::CORRUPT),
         is_encrypted: header.crypt != CryptMethod::None,
         is_compressed: false,
-        backing_file: image.backing_name.as_ref().map(text),
+        backing_file: image.backing_name.as_ref().map(|name| OsStr::from_bytes(name).to_owned()),
         backing_format: image.extensions.backing_format.as_ref().map(text),
         format_specific: Some(
             json!({"type": "qcow2", "data": format_specific(file, image).await?}),

@@ -9,6 +9,7 @@ use bds_core::driver::BoxFuture;
 use bds_core::error::Result;
 
 use super::cache::add_slice;
+use super::space::{MetaOffset, Offset};
 use super::state::{Image, What};
 use super::tables::{Slice, SliceId};
 use super::task::{Done, finish};
@@ -135,7 +136,10 @@ impl Image {
             }
             table
         };
-        let bytes = self.read_file(table.0 + u64::from(id.piece) * len as u64, len).await?;
+        if !self.is_whole_table(table) {
+            return Err(self.lost_meta("an L2 table", table));
+        }
+        let bytes = self.read_file(table.plus(u64::from(id.piece) * len as u64), len).await?;
         let slice = Arc::new(Slice::decode(&bytes, is_extended));
         let mut meta = self.meta();
         Ok(Hold::Slice(add_slice(self, &mut meta, id, slice)))
@@ -154,16 +158,18 @@ impl Image {
                 Ok(None) | Err(_) => return Ok(Hold::Nothing),
             }
         };
+        if !self.is_whole_table(place) {
+            return Err(self.lost_meta("a refcount block", place));
+        }
         let bytes = self.read_file(place, self.geometry().cluster_len()).await?;
         let pin = self.meta().counts.insert(index, place, bytes.into_boxed_slice());
         Ok(Hold::Block(pin))
     }
 
     /// Reads bytes of metadata from the image file; zeros past its end.
-    pub(crate) async fn read_file(&self, offset: u64, len: usize) -> Result<Vec<u8>> {
-        use bds_core::driver::ReadFlags;
+    pub(crate) async fn read_file(&self, at: MetaOffset, len: usize) -> Result<Vec<u8>> {
         let iov = self.pool.take(len).iov();
-        let read = self.file.read(offset, iov.clone(), ReadFlags::empty());
+        let read = self.file.read(at, iov.clone());
         read.await.map_err(|e| self.name_error(e))?;
         Ok(iov.to_vec(0..len))
     }

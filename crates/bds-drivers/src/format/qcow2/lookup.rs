@@ -1,6 +1,7 @@
 //! From a guest range to where its bytes are: the longest run of one kind, without a lock.
 
 use super::entry::{BadEntry, Kind, L2Entry, Place};
+use super::space::{DataOffset, Offset};
 use super::state::Image;
 use super::tables::SliceId;
 
@@ -10,8 +11,8 @@ pub(crate) struct Run {
     pub kind: Kind,
     pub len: u64,
     /// Where the first byte is, for kinds that have a place. Runs with a place are contiguous there.
-    pub host: u64,
-    /// All of it may be written in place.
+    pub host: DataOffset,
+    /// All of it may be written in place: the entries say so, and were checked.
     pub is_copied: bool,
     /// The entry of the first cluster.
     pub entry: L2Entry,
@@ -33,7 +34,7 @@ impl Image {
         let geometry = self.geometry();
         let none = |len| {
             let (kind, entry) = (Kind::Unallocated, L2Entry::default());
-            Ok(Found::Run(Run { kind, len, host: 0, is_copied: false, entry }))
+            Ok(Found::Run(Run { kind, len, host: DataOffset(0), is_copied: false, entry }))
         };
         let Some(id) = self.tables.slice_id(guest) else { return none(max) };
         let l1 = self.tables.l1(id.table);
@@ -49,7 +50,9 @@ impl Image {
         let max = max.min(span - (guest & (span - 1)));
         let first = usize::try_from((guest & (span - 1)) >> geometry.cluster_bits())
             .expect("a slice has at most 2^18 entries");
+        let is_checked = slice.is_checked(first);
         let mut run = self.entry_run(slice.entry(first), guest)?;
+        run.is_copied &= is_checked;
         let mut index = first;
         while run.len < max && run.kind != Kind::Compressed {
             let at = guest + run.len;
@@ -57,14 +60,15 @@ impl Image {
                 break;
             }
             index += 1;
+            let is_checked = slice.is_checked(index);
             let next = self.entry_run(slice.entry(index), at)?;
-            let goes_on =
-                next.kind == run.kind && (!run.kind.has_place() || next.host == run.host + run.len);
+            let goes_on = next.kind == run.kind
+                && (!run.kind.has_place() || next.host == run.host.plus(run.len));
             if !goes_on {
                 break;
             }
             run.len += next.len;
-            run.is_copied &= next.is_copied;
+            run.is_copied &= next.is_copied && is_checked;
         }
         run.len = run.len.min(max);
         run.is_copied &= l1.is_copied();
@@ -101,10 +105,9 @@ impl Image {
                 if self.rules.has_data_file && host.0 != guest - in_cluster {
                     return Err(BadEntry::DataFileOffset(host.0));
                 }
-                host.0 + in_cluster
+                host.plus(in_cluster)
             }
-            Place::Compressed(range) => range.offset.0,
-            Place::None => 0,
+            Place::Compressed(_) | Place::None => DataOffset(0),
         };
         let end = if kind == Kind::Compressed { geometry.cluster_size() } else { end };
         Ok(Run { kind, len: end - in_cluster, host, is_copied: entry.is_copied(), entry })

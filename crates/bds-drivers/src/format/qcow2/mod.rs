@@ -3,13 +3,13 @@
 //! A flat folder, one activity a file. Reading order:
 //!
 //! ```text
-//! bytes     units, header, extension, entry     pure; compress: codecs
+//! bytes     units, header, extension, entry     pure; compress: codecs; space: places and the nodes that take them
 //! state     state (what an open image is), open, contents, config, tables (L1 and L2 in memory), refcount, load, reopen
 //! reading   lookup, read, backing, inflated, status
 //! writing   write (plan, write, link), cow, alloc, reftable, pack (compressed), zero, resize
 //! order     cache (what is written after what), budget (how much may wait), release (when is a cluster free), grace (who may still know it)
 //! looking   check (census, refmap, stored: its parts), info, snapshot, bitmap, create, measure
-//! safety    overlap (never write over metadata), task (nothing half-done)
+//! safety    overlap (never write over metadata), place and lost (what lies behind the end of the file), task (nothing half-done)
 //! ```
 //!
 //! **Nothing but `cache.rs` decides the order of metadata writes; no lock is held across I/O.**
@@ -38,10 +38,12 @@ mod inflated;
 mod info;
 mod load;
 mod lookup;
+mod lost;
 mod measure;
 mod open;
 mod overlap;
 mod pack;
+mod place;
 mod read;
 mod refcount;
 mod refmap;
@@ -50,6 +52,7 @@ mod release;
 mod reopen;
 mod resize;
 mod snapshot;
+mod space;
 mod state;
 mod status;
 mod stored;

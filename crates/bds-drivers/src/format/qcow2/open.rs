@@ -2,6 +2,8 @@
 //!
 //! Nothing is written here, whatever fails. What a writer must do first (clear autoclear bits) waits for the first write.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::sync::atomic::{AtomicU8, AtomicU64};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -20,6 +22,7 @@ use super::grace::Grace;
 use super::header::{Cluster0, CryptMethod, Incompatible, Strictness};
 use super::inflated::Inflated;
 use super::overlap::MetadataMap;
+use super::space::MetaNode;
 use super::state::{Charge, Image, Meta, Wish};
 use super::tables::Tables;
 use super::task::Busy;
@@ -44,8 +47,8 @@ pub(crate) async fn open(context: &mut OpenContext<'_>) -> Result<Image> {
     let image = parts.build(node_name, file);
     if image.serves_io {
         let cluster0 = Cluster0::clone(&image.cluster0.load());
-        let classes = image.config.load().overlap;
-        let contents = Contents::read(&*image.file, cluster0, classes, image.is_writable()).await;
+        let for_writing = image.is_writable().then(|| image.for_writing(&image.config.load()));
+        let contents = Contents::read(image.file.port(), cluster0, for_writing).await;
         image.install(contents.map_err(|error| image.name_file(error))?);
     }
     Ok(image)
@@ -81,7 +84,14 @@ async fn open_file(
     let config = asked.settle(&cluster0, &flags)?;
     let is_named = cluster0.backing_name.is_some() && !context.options.contains("backing");
     let data_file = open_data_file(context, &cluster0, &flags).await?;
-    let backing = if flags.info_only { None } else { open_backing(context, &cluster0).await? };
+    let backing = match flags.info_only {
+        // Named, and not looked at.
+        true => {
+            context.options.take("backing");
+            None
+        }
+        false => open_backing(context, &cluster0).await?,
+    };
     if let (Some(data), Some(here)) = (&data_file, file.identity()) {
         let is_backing = backing.as_ref().and_then(|b| b.identity());
         if data.identity().is_some_and(|there| there == here || Some(there) == is_backing) {
@@ -161,7 +171,7 @@ async fn open_data_file(
     }
     let reference = cluster0.extensions.data_file.as_deref().map(|name| Reference {
         kind: ReferenceKind::DataFile,
-        stored_name: String::from_utf8_lossy(name).into_owned(),
+        stored_name: OsStr::from_bytes(name).to_owned(),
         stored_format: None,
     });
     let child = context.reference("data-file", Role::DATA, reference).await?;
@@ -177,7 +187,7 @@ async fn open_backing(context: &mut OpenContext<'_>, cluster0: &Cluster0) -> Res
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let reference = cluster0.backing_name.as_deref().map(|name| Reference {
         kind: ReferenceKind::Backing,
-        stored_name: text(name),
+        stored_name: OsStr::from_bytes(name).to_owned(),
         stored_format: cluster0.extensions.backing_format.as_deref().map(text),
     });
     context.reference("backing", Role::COW, reference).await
@@ -214,10 +224,11 @@ impl Parts {
             preparing: bds_io::sync::Mutex::new(()),
             broken: OnceLock::new(),
             is_sparse: AtomicU8::new(0),
+            data_end: AtomicU64::new(0),
             serves_io,
             wish: Mutex::new(Wish { asked, flags }),
             node_name,
-            file,
+            file: MetaNode::new(file),
             data_file,
             backing: Backing::new(backing),
             named_backing,

@@ -8,6 +8,7 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
+use super::space::MetaOffset;
 use super::units::Geometry;
 
 /// Clusters of one page (4 KiB of bits), pages of one shelf, shelves.
@@ -138,10 +139,10 @@ impl MetadataMap {
         }
     }
 
-    /// Enters the cluster at host offset `offset`.
-    pub(crate) fn insert(&self, offset: u64) -> Result<(), Refused> {
+    /// Enters the cluster at `at`.
+    pub(crate) fn insert(&self, at: MetaOffset) -> Result<(), Refused> {
         let (shelf, page, word, bit) =
-            Self::place(offset >> self.cluster_bits).ok_or(Refused::TooFar)?;
+            Self::place(at.0 >> self.cluster_bits).ok_or(Refused::TooFar)?;
         if self.page(shelf, page).is_none()
             && self.pages.fetch_add(1, Ordering::Relaxed) >= MAX_PAGES
         {
@@ -154,9 +155,9 @@ impl MetadataMap {
         }
     }
 
-    /// Takes the cluster at host offset `offset` out.
-    pub(crate) fn remove(&self, offset: u64) {
-        let Some((shelf, page, word, bit)) = Self::place(offset >> self.cluster_bits) else {
+    /// Takes the cluster at `at` out.
+    pub(crate) fn remove(&self, at: MetaOffset) {
+        let Some((shelf, page, word, bit)) = Self::place(at.0 >> self.cluster_bits) else {
             return;
         };
         if let Some(page) = self.page(shelf, page) {
@@ -164,11 +165,11 @@ impl MetadataMap {
         }
     }
 
-    /// The first metadata cluster that `offset..offset + len` touches, as a host offset.
+    /// The first metadata cluster that `len` bytes at `at` touch.
     #[inline]
-    pub(crate) fn hit(&self, offset: u64, len: u64) -> Option<u64> {
-        let last = offset.saturating_add(len.max(1) - 1) >> self.cluster_bits;
-        let mut cluster = offset >> self.cluster_bits;
+    pub(crate) fn hit(&self, at: MetaOffset, len: u64) -> Option<MetaOffset> {
+        let last = at.0.saturating_add(len.max(1) - 1) >> self.cluster_bits;
+        let mut cluster = at.0 >> self.cluster_bits;
         while cluster <= last {
             let (shelf, page, word, bit) = Self::place(cluster)?;
             let Some(page) = self.page(shelf, page) else {
@@ -177,7 +178,7 @@ impl MetadataMap {
                 continue;
             };
             if page[word].load(Ordering::Acquire) & bit != 0 {
-                return Some(cluster << self.cluster_bits);
+                return Some(MetaOffset(cluster << self.cluster_bits));
             }
             cluster += 1;
         }
@@ -192,17 +193,18 @@ mod tests {
     #[test]
     fn finds_what_was_entered_and_nothing_else() {
         let map = MetadataMap::new(&Geometry::new(16, false, 4).unwrap());
-        assert_eq!(map.hit(0, 1 << 40), None);
+        let hit = |at, len| map.hit(MetaOffset(at), len).map(|hit| hit.0);
+        assert_eq!(hit(0, 1 << 40), None);
         for cluster in [0u64, 1, 32_767, 32_768, 1 << 30] {
-            assert_eq!(map.insert(cluster << 16), Ok(()));
-            assert_eq!(map.insert(cluster << 16), Err(Refused::Taken));
+            assert_eq!(map.insert(MetaOffset(cluster << 16)), Ok(()));
+            assert_eq!(map.insert(MetaOffset(cluster << 16)), Err(Refused::Taken));
         }
-        assert_eq!(map.hit((2 << 16) - 1, 1), Some(1 << 16));
-        assert_eq!(map.hit(2 << 16, 32_765 << 16), None);
-        assert_eq!(map.hit(2 << 16, (32_765 << 16) + 1), Some(32_767 << 16));
-        assert_eq!(map.hit(40_000 << 16, 1 << 50), Some(1 << 46));
-        map.remove(1 << 46);
-        assert_eq!(map.hit(40_000 << 16, 1 << 46), None);
-        assert_eq!(map.insert(1 << 62), Err(Refused::TooFar));
+        assert_eq!(hit((2 << 16) - 1, 1), Some(1 << 16));
+        assert_eq!(hit(2 << 16, 32_765 << 16), None);
+        assert_eq!(hit(2 << 16, (32_765 << 16) + 1), Some(32_767 << 16));
+        assert_eq!(hit(40_000 << 16, 1 << 50), Some(1 << 46));
+        map.remove(MetaOffset(1 << 46));
+        assert_eq!(hit(40_000 << 16, 1 << 46), None);
+        assert_eq!(map.insert(MetaOffset(1 << 62)), Err(Refused::TooFar));
     }
 }

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use bds_core::driver::{Prealloc, Truncate, WriteFlags};
+use bds_core::driver::{Prealloc, Truncate};
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 
@@ -13,9 +13,9 @@ use super::compress;
 use super::entry::L2Entry;
 use super::read::mem_len;
 use super::release::{Freed, Why};
+use super::space::{Clusters, MetaOffset};
 use super::state::{Image, Stop};
 use super::tables::{Slice, SliceId};
-use super::units::HostOffset;
 use super::write::InFlight;
 
 const SECTOR_LEN: u64 = 512;
@@ -28,7 +28,7 @@ struct Packing {
     slice: Arc<Slice>,
     index: usize,
     entry: L2Entry,
-    offset: u64,
+    offset: MetaOffset,
     len: u64,
     is_writing: bool,
     is_over: bool,
@@ -87,8 +87,7 @@ impl Image {
         };
         let mut packing = self.find_room(guest, packed as u64).await?;
         packing.is_writing = true;
-        let write =
-            self.file.write(packing.offset, out.slice(0..packed), WriteFlags::empty()).await;
+        let write = self.file.write(packing.offset, out.slice(0..packed)).await;
         packing.is_writing = false;
         write.map_err(|e| self.name_error(e))?;
         packing.link();
@@ -103,7 +102,7 @@ impl Image {
             this.check_room(meta, meta.slices.bytes_to_pin(id))?;
             let offset = this.alloc_bytes(meta, len)?;
             let item = this.enter_flight(meta, guest, 1, Some(id));
-            let entry = L2Entry::compressed(this.geometry(), HostOffset(offset), len);
+            let entry = L2Entry::compressed(this.geometry(), offset, len);
             let index = this.index_in_slice(guest);
             let image = Arc::clone(&image);
             let packing = Packing {
@@ -168,12 +167,13 @@ impl Packing {
 
     fn undo(&self, meta: &mut super::state::Meta) {
         let geometry = self.image.geometry();
-        let first = geometry.cluster_index(self.offset);
-        let last = geometry.cluster_index(self.offset + self.len - 1);
+        let first = geometry.cluster_index(self.offset.0);
+        let last = geometry.cluster_index(self.offset.0 + self.len - 1);
         // If bytes may still be on their way (the executor died), the room stays counted: a leak is harmless.
         for cluster in (first..=last).filter(|_| !self.is_writing) {
-            if self.image.lower(meta, cluster).is_err() {
-                meta.frees.push(Freed::unused(cluster, 1));
+            let start = MetaOffset(cluster << geometry.cluster_bits());
+            if self.image.lower(meta, start).is_err() {
+                meta.frees.push(Freed::unused(Clusters { start, count: 1 }));
             }
         }
         self.item.leave(meta);

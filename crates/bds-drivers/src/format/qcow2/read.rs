@@ -6,7 +6,6 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use bds_core::driver::ReadFlags;
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::{Buf, IoVec};
 
@@ -73,7 +72,10 @@ impl Image {
     #[inline]
     fn try_part(&self, run: &Run, guest: u64, iov: &IoVec) -> Option<Result<()>> {
         match run.kind {
-            Kind::Normal => self.data().try_read(run.host, iov),
+            Kind::Normal if self.is_in_file(run.host, iov.len() as u64) => {
+                self.data().try_read(run.host, iov)
+            }
+            Kind::Normal => None,
             Kind::ZeroPlain | Kind::ZeroAlloc => {
                 iov.fill(0..iov.len(), 0);
                 Some(Ok(()))
@@ -139,8 +141,11 @@ impl Image {
     async fn read_part(self: &Arc<Self>, part: Part) -> Result<()> {
         let Part { run, guest, iov } = part;
         match run.kind {
+            Kind::Normal if !self.is_in_file(run.host, iov.len() as u64) => {
+                Err(self.lost_data(run.host, guest))
+            }
             Kind::Normal => {
-                let read = self.data().read(run.host, iov, ReadFlags::empty());
+                let read = self.data().read(run.host, iov);
                 read.await.map_err(|e| self.name_error(e))
             }
             Kind::ZeroPlain | Kind::ZeroAlloc => {
@@ -191,8 +196,13 @@ impl Image {
 
     async fn decompress(&self, entry: L2Entry, guest: u64, len: usize) -> Result<Buf> {
         let range = entry.compressed_range(self.geometry());
-        let input = self.pool.take(mem_len(range.len));
-        let read = self.file.read(range.offset.0, input.iov(), ReadFlags::empty());
+        // What the file does not hold must not be taken for zeros: they may well decode to something.
+        let there = self.file.len().saturating_sub(range.offset.0).min(range.len);
+        if there == 0 {
+            return Err(self.lost_meta("a compressed cluster", range.offset).at(guest));
+        }
+        let input = self.pool.take(mem_len(there));
+        let read = self.file.read(range.offset, input.iov());
         read.await.map_err(|e| self.name_error(e))?;
         let out = self.pool.take(len);
         let kind = self.cluster0.load().header.compression;

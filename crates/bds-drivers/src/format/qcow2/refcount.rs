@@ -14,6 +14,7 @@ use bds_core::error::{Error, ErrorKind};
 
 use super::entry::{read_refcount, refblock_place, write_refcount};
 use super::header::MAX_REFTABLE_LEN;
+use super::space::{Clusters, MetaOffset};
 use super::state::{Plan, Stop, What};
 use super::units::Geometry;
 
@@ -23,7 +24,7 @@ pub(crate) const SLOT_PIECE: usize = 512;
 /// A refcount block in memory.
 #[derive(Debug)]
 pub(crate) struct Block {
-    pub offset: u64,
+    pub offset: MetaOffset,
     bytes: Box<[u8]>,
     /// Bit i: piece i (of 64) differs from the file.
     dirty: u64,
@@ -119,7 +120,7 @@ pub(crate) struct Counts {
     geometry: Geometry,
     /// The refcount table. It may have grown past its place in the file: see `needs_room`.
     table: Vec<u64>,
-    pub table_offset: u64,
+    pub table_offset: MetaOffset,
     pub table_clusters: u64,
     /// Pieces of the table that differ from the file.
     pub dirty_slots: BTreeSet<usize>,
@@ -138,7 +139,7 @@ impl Counts {
     pub(crate) fn new(
         geometry: Geometry,
         table: Vec<u64>,
-        table_offset: u64,
+        table_offset: MetaOffset,
         table_clusters: u64,
         budget_bytes: usize,
     ) -> Self {
@@ -163,12 +164,12 @@ impl Counts {
     }
 
     /// The place of block `index`; `None` if it does not exist, so that all its counts are zero.
-    pub(crate) fn block_place(&self, index: u64) -> Plan<Option<u64>> {
+    pub(crate) fn block_place(&self, index: u64) -> Plan<Option<MetaOffset>> {
         let slot = usize::try_from(index).ok().and_then(|i| self.table.get(i));
         let place = refblock_place(slot.copied().unwrap_or(0), &self.geometry);
-        place.map(|place| place.map(|p| p.0)).map_err(|bad| Stop::Corrupt {
+        place.map_err(|bad| Stop::Corrupt {
             what: format!("refcount table entry {index}: {bad}"),
-            at: self.table_offset + index * 8,
+            at: self.table_offset.0 + index * 8,
         })
     }
 
@@ -202,7 +203,7 @@ impl Counts {
     }
 
     /// Takes in block `index` as read from `offset`. Returns what keeps it in memory.
-    pub(crate) fn insert(&mut self, index: u64, offset: u64, bytes: Box<[u8]>) -> Arc<()> {
+    pub(crate) fn insert(&mut self, index: u64, offset: MetaOffset, bytes: Box<[u8]>) -> Arc<()> {
         self.tick += 1;
         let block = Block {
             offset,
@@ -372,7 +373,7 @@ impl Counts {
         self.dirty_slots.insert(slot * 8 / SLOT_PIECE);
         self.insert(
             index,
-            place << geometry.cluster_bits(),
+            MetaOffset(place << geometry.cluster_bits()),
             vec![0; geometry.cluster_len()].into_boxed_slice(),
         );
         let block = self.block(index)?;
@@ -396,11 +397,11 @@ impl Counts {
         self.geometry.clusters(roomy)
     }
 
-    /// The table gets a new place; the old one is returned as (first cluster, clusters).
-    pub(crate) fn move_table(&mut self, first: u64, clusters: u64) -> (u64, u64) {
-        let old = (self.geometry.cluster_index(self.table_offset), self.table_clusters);
-        self.table_offset = first << self.geometry.cluster_bits();
-        self.table_clusters = clusters;
+    /// Gives the table a new place and returns the old one.
+    pub(crate) fn move_table(&mut self, place: Clusters<MetaOffset>) -> Clusters<MetaOffset> {
+        let old = Clusters { start: self.table_offset, count: self.table_clusters };
+        self.table_offset = place.start;
+        self.table_clusters = place.count;
         self.is_moved = true;
         old
     }

@@ -6,6 +6,7 @@
 
 use super::overlap::Class;
 use super::release::Freed;
+use super::space::Offset;
 use super::state::{Image, Meta, Plan};
 
 impl Image {
@@ -14,13 +15,12 @@ impl Image {
         while meta.counts.needs_room() {
             let wanted = meta.counts.wanted_room();
             let place = self.alloc_metadata(meta, wanted, Class::REFCOUNT_TABLE)?;
-            let first = self.geometry().cluster_index(place.offset);
-            let (old, clusters) = meta.counts.move_table(first, place.clusters);
+            let old = meta.counts.move_table(place.range());
             let bits = self.geometry().cluster_bits();
-            for i in 0..clusters {
-                self.metadata.remove((old + i) << bits);
+            for i in 0..old.count {
+                self.metadata.remove(old.start.plus(i << bits));
             }
-            meta.frees.push(Freed::metadata(old, clusters));
+            meta.frees.push(Freed::metadata(old));
         }
         Ok(())
     }

@@ -17,6 +17,7 @@ use bds_core::error::Result;
 
 use super::entry::{L2Entry, Place};
 use super::lookup::Found;
+use super::space::{Clusters, DataOffset, MetaOffset, Offset};
 use super::state::{Image, Meta, Plan, Stop, What};
 use super::write::bad;
 
@@ -31,50 +32,53 @@ pub(crate) enum Why {
     Metadata,
 }
 
+/// Where the clusters of a [`Freed`] are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Which {
+    /// In the image file, where they are counted.
+    Image(Clusters<MetaOffset>),
+    /// In the external data file, which has no counts.
+    DataFile(Clusters<DataOffset>),
+}
+
 /// References that were given up, one for each of some adjacent clusters.
 #[derive(Clone, Debug)]
 pub(crate) struct Freed {
-    pub cluster: u64,
-    pub clusters: u64,
+    which: Which,
     why: Why,
     /// The entry of a compressed cluster, whose decompressed form must be forgotten.
     inflated: Option<u64>,
-    /// In the external data file, which has no counts.
-    in_data_file: bool,
 }
 
 impl Freed {
-    pub(crate) fn metadata(cluster: u64, clusters: u64) -> Self {
-        Self { cluster, clusters, why: Why::Metadata, inflated: None, in_data_file: false }
+    /// Clusters of a table that moved.
+    pub(crate) fn metadata(clusters: Clusters<MetaOffset>) -> Self {
+        Self { which: Which::Image(clusters), why: Why::Metadata, inflated: None }
     }
 
-    pub(crate) fn unused(cluster: u64, clusters: u64) -> Self {
-        Self { cluster, clusters, why: Why::Reuse, inflated: None, in_data_file: false }
+    /// Clusters that were allocated and never used.
+    pub(crate) fn unused(clusters: Clusters<MetaOffset>) -> Self {
+        Self { which: Which::Image(clusters), why: Why::Reuse, inflated: None }
     }
 
-    /// Takes `next` in if it goes on where this ends.
-    fn join(&mut self, next: &Self) -> bool {
-        let goes_on = self.cluster + self.clusters == next.cluster
-            && self.why == next.why
-            && self.in_data_file == next.in_data_file
-            && self.inflated.is_none()
-            && next.inflated.is_none();
-        if goes_on {
-            self.clusters += next.clusters;
+    /// How many clusters are left to give back.
+    fn count(&self) -> u64 {
+        match self.which {
+            Which::Image(run) => run.count,
+            Which::DataFile(run) => run.count,
         }
-        goes_on
     }
-}
 
-/// A run of clusters to tell the host about.
-struct Discard {
-    cluster: u64,
-    clusters: u64,
-}
-
-impl Discard {
-    fn as_freed(&self) -> Freed {
-        Freed { why: Why::Request, ..Freed::unused(self.cluster, self.clusters) }
+    /// Takes `next` in if it goes on where this ends, in the same space.
+    fn join(&mut self, next: &Self, cluster_bits: u32) -> bool {
+        let is_same = self.why == next.why && self.inflated.is_none() && next.inflated.is_none();
+        match (&mut self.which, &next.which) {
+            (Which::Image(run), Which::Image(next)) => is_same && run.join(next, cluster_bits),
+            (Which::DataFile(run), Which::DataFile(next)) => {
+                is_same && run.join(next, cluster_bits)
+            }
+            _ => false,
+        }
     }
 }
 
@@ -84,46 +88,39 @@ impl Image {
         let geometry = self.geometry();
         match old.place(&self.rules) {
             Ok(Place::Cluster(host)) => {
-                let freed = Freed {
-                    cluster: geometry.cluster_index(host.0),
-                    clusters: 1,
-                    why,
-                    inflated: None,
-                    in_data_file: self.data_file.is_some(),
+                let which = match self.space().counted(host) {
+                    Some(start) => Which::Image(Clusters { start, count: 1 }),
+                    None => Which::DataFile(Clusters { start: host, count: 1 }),
                 };
-                if !meta.frees.last_mut().is_some_and(|last| last.join(&freed)) {
+                let freed = Freed { which, why, inflated: None };
+                let bits = geometry.cluster_bits();
+                if !meta.frees.last_mut().is_some_and(|last| last.join(&freed, bits)) {
                     meta.frees.push(freed);
                 }
             }
             Ok(Place::Compressed(range)) => {
-                let first = geometry.cluster_index(range.offset.0);
-                let last = geometry.cluster_index(range.offset.0 + range.len - 1);
-                meta.frees.push(Freed {
-                    cluster: first,
-                    clusters: last - first + 1,
-                    why,
-                    inflated: Some(old.word),
-                    in_data_file: false,
-                });
+                let start = MetaOffset(geometry.cluster_floor(range.offset.0));
+                let count = geometry.clusters(range.offset.0 + range.len - start.0);
+                let which = Which::Image(Clusters { start, count });
+                meta.frees.push(Freed { which, why, inflated: Some(old.word) });
             }
             // What cannot be followed is not freed either: a check will find it.
             Ok(Place::None) | Err(_) => {}
         }
     }
 
-    /// Lowers the count of a cluster that nobody uses any more. At zero it may be handed out at once.
-    pub(crate) fn lower(&self, meta: &mut Meta, cluster: u64) -> Plan<()> {
-        let geometry = self.geometry();
-        if meta.counts.lower(cluster)? == 0 {
-            self.metadata.remove(cluster << geometry.cluster_bits());
-            self.leave_bytes(meta, cluster);
+    /// Lowers the count of the cluster at `at`, which nobody uses any more. At zero it may be handed out at once.
+    pub(crate) fn lower(&self, meta: &mut Meta, at: MetaOffset) -> Plan<()> {
+        if meta.counts.lower(self.geometry().cluster_index(at.0))? == 0 {
+            self.metadata.remove(at);
+            self.leave_bytes(meta, at);
         }
         Ok(())
     }
 
     /// Compressed bytes must not go on in this cluster.
-    fn leave_bytes(&self, meta: &mut Meta, cluster: u64) {
-        if self.geometry().cluster_index(meta.compressed_at) == cluster {
+    fn leave_bytes(&self, meta: &mut Meta, at: MetaOffset) {
+        if self.geometry().cluster_floor(meta.compressed_at) == at.0 {
             meta.compressed_at = 0;
         }
     }
@@ -180,16 +177,17 @@ impl Image {
         let mut last = Vec::new();
         while let Some(freed) = frees.last_mut() {
             let tells = self.tells_host(freed.why);
-            let result = if freed.in_data_file {
-                self.release_in_data_file(freed, tells).await
-            } else {
-                self.lower_some(freed, tells, &mut last).await
+            let result = match &mut freed.which {
+                Which::DataFile(run) => self.release_in_data_file(run, tells).await,
+                Which::Image(run) => self.lower_some(run, tells, &mut last).await,
             };
-            if freed.clusters == 0 {
+            if freed.count() == 0 {
                 frees.pop();
             }
             if let Err(error) = result {
-                frees.extend(last.iter().map(Discard::as_freed));
+                let owed =
+                    |run: &Clusters<MetaOffset>| Freed { why: Why::Request, ..Freed::unused(*run) };
+                frees.extend(last.iter().map(owed));
                 return Err(error);
             }
         }
@@ -198,13 +196,18 @@ impl Image {
 
     /// A data file has no counts: a cluster's place is its own whether it is used or not. It may have data again by now, so each is looked
     /// at once more, and kept from getting data until the host has let go of it.
-    async fn release_in_data_file(self: &Arc<Self>, freed: &mut Freed, tells: bool) -> Result<()> {
+    async fn release_in_data_file(
+        self: &Arc<Self>,
+        freed: &mut Clusters<DataOffset>,
+        tells: bool,
+    ) -> Result<()> {
         let bits = self.geometry().cluster_bits();
         if !tells {
-            freed.clusters = 0;
+            freed.count = 0;
         }
-        while freed.clusters > 0 {
-            let (guest, max) = (freed.cluster << bits, freed.clusters << bits);
+        while freed.count > 0 {
+            // In a data file a cluster lies at its guest offset.
+            let (guest, max) = (freed.start.0, freed.count << bits);
             let (len, item) = self
                 .plan(|image, meta| {
                     let max = image.before_others(meta, guest, max)?;
@@ -218,13 +221,13 @@ impl Image {
                     Ok((clusters, item))
                 })
                 .await?;
-            let run = Discard { cluster: freed.cluster, clusters: len.min(freed.clusters) };
+            let count = len.min(freed.count);
             if let Some(item) = item {
-                self.discard_host(&run).await;
+                self.note_discard(self.data().discard(freed.start, count << bits).await);
                 item.leave(&mut self.meta());
             }
-            freed.cluster += run.clusters;
-            freed.clusters -= run.clusters;
+            freed.start = freed.start.plus(count << bits);
+            freed.count -= count;
         }
         Ok(())
     }
@@ -232,23 +235,26 @@ impl Image {
     /// Lowers counts, but leaves those that would reach zero and that the host wants to know about in `last`.
     async fn lower_some(
         self: &Arc<Self>,
-        freed: &mut Freed,
+        freed: &mut Clusters<MetaOffset>,
         tells: bool,
-        last: &mut Vec<Discard>,
+        last: &mut Vec<Clusters<MetaOffset>>,
     ) -> Result<()> {
         /// Clusters handled before others may have the lock.
         const AT_ONCE: u64 = 1024;
+        let geometry = *self.geometry();
         self.plan(|image, meta| {
-            for _ in 0..AT_ONCE.min(freed.clusters) {
-                image.check_room(meta, meta.counts.bytes_to_pin(freed.cluster))?;
-                if tells && meta.counts.count(freed.cluster)? == 1 {
-                    image.leave_bytes(meta, freed.cluster);
-                    push_discard(last, freed.cluster);
+            for _ in 0..AT_ONCE.min(freed.count) {
+                let at = freed.start;
+                let cluster = geometry.cluster_index(at.0);
+                image.check_room(meta, meta.counts.bytes_to_pin(cluster))?;
+                if tells && meta.counts.count(cluster)? == 1 {
+                    image.leave_bytes(meta, at);
+                    push_discard(last, at, geometry.cluster_bits());
                 } else {
-                    image.lower(meta, freed.cluster)?;
+                    image.lower(meta, at)?;
                 }
-                freed.cluster += 1;
-                freed.clusters -= 1;
+                freed.start = at.plus(geometry.cluster_size());
+                freed.count -= 1;
             }
             Ok(())
         })
@@ -258,26 +264,29 @@ impl Image {
     /// The last references: tells the host, and only then lowers the counts.
     async fn discard_and_lower(
         self: &Arc<Self>,
-        last: Vec<Discard>,
+        last: Vec<Clusters<MetaOffset>>,
         left: &mut Vec<Freed>,
     ) -> Result<()> {
+        let geometry = *self.geometry();
         let mut last = last.into_iter();
         while let Some(mut run) = last.next() {
-            self.discard_host(&run).await;
+            let len = run.count << geometry.cluster_bits();
+            self.note_discard(self.file.discard(run.start, len).await);
             let lowered = self
                 .plan(|image, meta| {
-                    while run.clusters > 0 {
-                        image.check_room(meta, meta.counts.bytes_to_pin(run.cluster))?;
-                        image.lower(meta, run.cluster)?;
-                        run.cluster += 1;
-                        run.clusters -= 1;
+                    while run.count > 0 {
+                        let cluster = geometry.cluster_index(run.start.0);
+                        image.check_room(meta, meta.counts.bytes_to_pin(cluster))?;
+                        image.lower(meta, run.start)?;
+                        run.start = run.start.plus(geometry.cluster_size());
+                        run.count -= 1;
                     }
                     Ok(())
                 })
                 .await;
             if let Err(error) = lowered {
-                left.push(Freed::unused(run.cluster, run.clusters));
-                left.extend(last.map(|run| Freed::unused(run.cluster, run.clusters)));
+                left.push(Freed::unused(run));
+                left.extend(last.map(Freed::unused));
                 return Err(error);
             }
         }
@@ -292,19 +301,17 @@ impl Image {
         }
     }
 
-    /// Tells the host. Advisory: a failure costs space only.
-    async fn discard_host(&self, run: &Discard) {
-        let bits = self.geometry().cluster_bits();
-        let discarded = self.data().discard(run.cluster << bits, run.clusters << bits).await;
+    /// A discard is advisory: a failure costs space only.
+    fn note_discard(&self, discarded: Result<()>) {
         if let Err(error) = discarded {
             tracing::debug!(node = self.node_name, %error, "qcow2: host discard failed");
         }
     }
 }
 
-fn push_discard(runs: &mut Vec<Discard>, cluster: u64) {
-    match runs.last_mut() {
-        Some(run) if run.cluster + run.clusters == cluster => run.clusters += 1,
-        _ => runs.push(Discard { cluster, clusters: 1 }),
+fn push_discard(runs: &mut Vec<Clusters<MetaOffset>>, at: MetaOffset, cluster_bits: u32) {
+    let one = Clusters { start: at, count: 1 };
+    if !runs.last_mut().is_some_and(|run| run.join(&one, cluster_bits)) {
+        runs.push(one);
     }
 }

@@ -13,11 +13,10 @@ use bds_core::driver::{Reopen, ReopenContext};
 use bds_core::error::{Error, ErrorKind, Result};
 
 use super::config::{Asked, Config};
-use super::contents::Contents;
+use super::contents::{Contents, ForWriting};
 use super::fetch::read_cluster0;
 use super::header::{Autoclear, Cluster0, Incompatible, Strictness};
 use super::open::check_features;
-use super::overlap::Class;
 use super::state::{Image, Wish};
 use super::task::finish;
 
@@ -71,7 +70,7 @@ impl Image {
         // A reader does not know what only a writer needs, and it may have changed since it was one.
         let is_known = self.is_writable() && config.overlap == old.overlap;
         let contents = match is_writable && self.charge.is_active() && !is_known {
-            true => Some(self.read_afresh(config.overlap, true).await?),
+            true => Some(self.read_afresh(&config, true).await?),
             false => None,
         };
         let wish = Wish { asked, flags };
@@ -97,7 +96,7 @@ impl Image {
         self.busy.wait_idle().await;
         let is_writable = self.charge.is_writable();
         if self.serves_io {
-            let contents = self.read_afresh(self.config.load().overlap, is_writable).await?;
+            let contents = self.read_afresh(&self.config.load_full(), is_writable).await?;
             let config = self.config_for(contents.cluster0())?;
             self.use_config(config);
             self.install(contents);
@@ -137,14 +136,24 @@ impl Image {
     }
 
     /// Reads the image as an open does, and checks that it still is the one that was opened.
-    async fn read_afresh(&self, classes: Class, for_writing: bool) -> Result<Contents> {
+    async fn read_afresh(&self, config: &Config, for_writing: bool) -> Result<Contents> {
         let read = async {
-            let cluster0 = read_cluster0(&*self.file, Strictness::Use).await?;
+            let cluster0 = read_cluster0(self.file.port(), Strictness::Use).await?;
             check_features(&cluster0, &self.node_name, false, for_writing, self.file.len())?;
             self.check_same(&cluster0)?;
-            Contents::read(&*self.file, cluster0, classes, for_writing).await
+            let for_writing = for_writing.then(|| self.for_writing(config));
+            Contents::read(self.file.port(), cluster0, for_writing).await
         };
         read.await.map_err(|error| self.name_file(error))
+    }
+
+    /// What a writer with these options needs of the contents.
+    pub(crate) fn for_writing(&self, config: &Config) -> ForWriting {
+        ForWriting {
+            classes: config.overlap,
+            invalidate_bitmaps: config.invalidate_bitmaps,
+            data_len: self.data_file.as_ref().map(|data| data.len()),
+        }
     }
 
     /// Refuses an image that has become another one. Its length may change.

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use bds_core::driver::{Attempt, Prealloc, Truncate, WriteFlags, ZeroFlags};
+use bds_core::driver::{Attempt, Prealloc, Truncate, ZeroFlags};
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 
@@ -15,18 +15,22 @@ use super::header::{MAX_DISK_SIZE, MAX_L1_LEN};
 use super::overlap::Class;
 use super::read::mem_len;
 use super::release::Freed;
+use super::snapshot::SnapshotTable;
+use super::space::{Clusters, DataOffset, Offset};
 use super::state::{Image, Meta, Plan};
 
 impl Image {
     /// Changes the disk's length. Runs in a task of its own.
     pub(crate) async fn resize(self: &Arc<Self>, change: Truncate) -> Result<()> {
-        self.prepare_to_write().await?;
         let old = self.disk_len();
         let new = change.len;
         self.check_len(old, new)?;
         if new == old {
             return Ok(());
         }
+        self.check_snapshots().await?;
+        self.prepare_to_write().await?;
+        self.mark_bitmaps_to_grow().await?;
         self.plan(|image, meta| image.grow_l1(meta, new)).await?;
         if let Some(data) = &self.data_file {
             let to = Truncate { prealloc: data_prealloc(change.prealloc), ..change };
@@ -79,6 +83,34 @@ impl Image {
         Ok(())
     }
 
+    /// Refuses to leave a snapshot without a size of its own: going back to it would give the longer disk.
+    async fn check_snapshots(&self) -> Result<()> {
+        let header = &self.cluster0.load_full().header;
+        if header.snapshot_count == 0 {
+            return Ok(());
+        }
+        let refused = |words: &str| {
+            // Where the header counts them.
+            Err(self.name_file(Error::new(ErrorKind::NotSupported, words).at(60)))
+        };
+        if header.version < 3 {
+            return refused(
+                "an image of version 2 with internal snapshots cannot be resized, as they could not be gone back to: upgrade it \
+                 first (qemu-img amend -o compat=1.1), or delete its snapshots",
+            );
+        }
+        let (start, count) = (header.snapshots_offset, header.snapshot_count);
+        let table = SnapshotTable::read(self.file.port(), start, count).await;
+        let table = table.map_err(|error| self.name_file(error))?;
+        if table.entries.iter().any(|snapshot| snapshot.disk_size.is_none()) {
+            return refused(
+                "an internal snapshot has no size of its own, so the disk cannot be resized: repair the image with a check, or \
+                 delete the snapshot",
+            );
+        }
+        Ok(())
+    }
+
     /// Makes the L1 table long enough for a disk of `len` bytes.
     fn grow_l1(&self, meta: &mut Meta, len: u64) -> Plan<()> {
         let geometry = self.geometry();
@@ -88,13 +120,13 @@ impl Image {
         }
         let clusters = geometry.clusters(u64::from(entries) * 8);
         let place = self.alloc_metadata(meta, clusters, Class::ACTIVE_L1)?;
-        let old = geometry.cluster_index(meta.l1.offset);
-        let old_clusters = geometry.clusters(u64::from(meta.l1.entries) * 8);
+        let old_count = geometry.clusters(u64::from(meta.l1.entries) * 8);
+        let old = Clusters { start: meta.l1.offset, count: old_count };
         meta.l1.offset = place.offset;
         meta.l1.entries = entries;
         meta.l1.is_moved = true;
-        if old_clusters > 0 {
-            meta.frees.push(Freed::metadata(old, old_clusters));
+        if old.count > 0 {
+            meta.frees.push(Freed::metadata(old));
         }
         Ok(())
     }
@@ -151,19 +183,22 @@ impl Image {
                 Prealloc::Full => self.write_zeros(host, len).await?,
                 Prealloc::Falloc => self.zero_data(host, len).await?,
                 _ if !guarded.work.is_fresh => self.zero_data(host, len).await?,
-                _ => {}
+                _ => self.lengthen_file(host, len).await?,
             }
             guarded.link_empty();
             self.keep_budgets().await?;
         }
-        // Metadata only: the file must be long enough all the same.
-        let last = self.meta().zero_from;
-        if self.data_file.is_none() && self.file.len() < last {
-            let change =
-                Truncate { len: last, exact: false, prealloc: Prealloc::Off, zero_new: false };
-            self.file.truncate(change).await.map_err(|e| self.name_error(e))?;
-        }
         Ok(())
+    }
+
+    /// Metadata only: the file must have the clusters all the same, and before anything points there.
+    async fn lengthen_file(&self, host: DataOffset, len: u64) -> Result<()> {
+        let end = self.space().counted(host).map_or(0, |start| start.0 + len);
+        if self.file.len() >= end {
+            return Ok(());
+        }
+        let change = Truncate { len: end, exact: false, prealloc: Prealloc::Off, zero_new: false };
+        self.file.truncate(change).await.map_err(|e| self.name_error(e))
     }
 
     /// The first byte from `at` on whose cluster has no place.
@@ -172,7 +207,7 @@ impl Image {
         Ok(at + run.len)
     }
 
-    async fn zero_data(&self, host: u64, len: u64) -> Result<()> {
+    async fn zero_data(&self, host: DataOffset, len: u64) -> Result<()> {
         let zeroed = self.data().write_zeroes(host, len, ZeroFlags::empty()).await;
         match zeroed.map_err(|e| self.name_error(e))? {
             Attempt::Done => Ok(()),
@@ -180,12 +215,12 @@ impl Image {
         }
     }
 
-    async fn write_zeros(&self, host: u64, len: u64) -> Result<()> {
+    async fn write_zeros(&self, host: DataOffset, len: u64) -> Result<()> {
         let mut at = 0;
         while at < len {
             let piece = self.geometry().cluster_size().min(len - at);
             let zeros: IoVec = self.zeros().slice(0..mem_len(piece));
-            let write = self.data().write(host + at, zeros, WriteFlags::empty());
+            let write = self.data().write(host.plus(at), zeros);
             write.await.map_err(|e| self.name_error(e))?;
             at += piece;
         }

@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use arc_swap::ArcSwap;
-use bds_core::driver::{Child, OpenFlags, WriteFlags};
+use bds_core::driver::{Attempt, Child, OpenFlags};
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::{Buf, BufPool, IoVec};
 
@@ -36,6 +36,7 @@ use super::load::{Flight, Hold};
 use super::overlap::MetadataMap;
 use super::refcount::Counts;
 use super::release::Freed;
+use super::space::{DataNode, MetaNode, MetaOffset, Space};
 use super::tables::{SliceId, Tables};
 use super::task::Busy;
 use super::units::Geometry;
@@ -216,7 +217,7 @@ impl Charge {
 /// An open image.
 pub(crate) struct Image {
     pub node_name: String,
-    pub file: Child,
+    pub file: MetaNode,
     pub data_file: Option<Child>,
     pub backing: Backing,
     /// The node that was opened because the image names it, if it was.
@@ -246,6 +247,8 @@ pub(crate) struct Image {
     /// Tasks that may outlive their callers.
     pub busy: Arc<Busy>,
     pub preparing: bds_io::sync::Mutex<()>,
+    /// End of the file that holds data when last asked, rounded up to a cluster (`place.rs`).
+    pub data_end: AtomicU64,
     /// Does the file hold less than its length? Looked up once.
     pub is_sparse: AtomicU8,
     /// Set once: the image contradicted itself, nothing more is done with it.
@@ -286,8 +289,14 @@ impl Image {
 
     /// The node that holds guest data.
     #[inline]
-    pub(crate) fn data(&self) -> &Child {
-        self.data_file.as_ref().unwrap_or(&self.file)
+    pub(crate) fn data(&self) -> DataNode<'_> {
+        DataNode::of(&self.file, self.data_file.as_ref())
+    }
+
+    /// Where data clusters are.
+    #[inline]
+    pub(crate) fn space(&self) -> Space {
+        if self.data_file.is_some() { Space::External } else { Space::Image }
     }
 
     pub(crate) fn meta(&self) -> MetaGuard<'_> {
@@ -398,7 +407,8 @@ impl Image {
             meta.header.incompatible |= Incompatible::CORRUPT;
             meta.header.incompatible.bits()
         };
-        let written = self.write_file(INCOMPATIBLE_AT, bits.to_be_bytes().to_vec()).await;
+        let written =
+            self.write_file(MetaOffset(INCOMPATIBLE_AT), bits.to_be_bytes().to_vec()).await;
         let result = match written {
             Ok(()) => self.file.flush().await,
             Err(error) => Err(error),
@@ -409,25 +419,25 @@ impl Image {
     }
 
     /// Writes bytes of metadata to the image file.
-    pub(crate) async fn write_file(&self, offset: u64, bytes: Vec<u8>) -> Result<()> {
-        let write = self.file.write(offset, IoVec::from(bytes), WriteFlags::empty());
+    pub(crate) async fn write_file(&self, at: MetaOffset, bytes: Vec<u8>) -> Result<()> {
+        let write = self.file.write(at, IoVec::from(bytes));
         write.await.map_err(|e| self.name_error(e))
     }
 
     /// Makes a range of the image file read as zeros.
-    pub(crate) async fn zero_file(&self, offset: u64, len: u64) -> Result<()> {
-        use bds_core::driver::{Attempt, ZeroFlags};
-        let zeroed = self.file.write_zeroes(offset, len, ZeroFlags::empty()).await;
+    pub(crate) async fn zero_file(&self, at: MetaOffset, len: u64) -> Result<()> {
+        let zeroed = self.file.write_zeroes(at, len).await;
         match zeroed.map_err(|e| self.name_error(e))? {
             Attempt::Done => Ok(()),
             Attempt::Unsupported => {
                 let len = usize::try_from(len).expect("at most a cluster");
-                self.write_file(offset, vec![0; len]).await
+                self.write_file(at, vec![0; len]).await
             }
         }
     }
 
-    /// Before the first change: clears the autoclear bits of features we do not maintain, durably (O10, O13).
+    /// Before the first change, durably: marks bitmaps that become stale (O10), and clears the autoclear bits of features that are
+    /// not maintained (O13).
     pub(crate) async fn prepare_to_write(&self) -> Result<()> {
         self.check_usable()?;
         if self.charge.may_write() {
@@ -439,15 +449,18 @@ impl Image {
             return Ok(());
         }
         let old = self.meta().header.autoclear;
-        let kept = old.kept_by_writer();
+        let mut kept = old.kept_by_writer();
+        if !self.mark_bitmaps(old, false).await? {
+            kept -= Autoclear::BITMAPS;
+        }
         if kept != old {
             let lost = format!("{:#x}", (old & !kept).bits());
             tracing::warn!(
                 node = self.node_name,
                 bits = lost,
-                "qcow2: writing makes persistent bitmaps and unknown features stale; their bits are cleared"
+                "qcow2: writing makes features that are not maintained stale; their bits are cleared"
             );
-            self.write_file(AUTOCLEAR_AT, kept.bits().to_be_bytes().to_vec()).await?;
+            self.write_file(MetaOffset(AUTOCLEAR_AT), kept.bits().to_be_bytes().to_vec()).await?;
             self.file.flush().await.map_err(|e| self.name_error(e))?;
             self.meta().header.autoclear = kept;
         }

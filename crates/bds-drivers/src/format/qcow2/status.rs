@@ -8,6 +8,7 @@ use bds_core::error::Result;
 
 use super::entry::Kind;
 use super::lookup::Run;
+use super::space::Offset;
 use super::state::Image;
 
 /// Answers to "does the file hold less than its length?"; 0: not asked yet.
@@ -43,11 +44,13 @@ impl Image {
             flags |= StatusFlags::EOF;
         }
         let has_map = flags.contains(StatusFlags::OFFSET_VALID);
-        if run.kind == Kind::Normal && precise && self.may_be_preallocated().await {
+        // What was cut off is data that cannot be read, not a hole of the file.
+        let is_there = run.kind == Kind::Normal && self.is_in_file(run.host, run.len);
+        if is_there && precise && self.may_be_preallocated().await {
             flags |= StatusFlags::RECURSE;
         }
         let child = if self.data_file.is_some() { "data-file" } else { "file" };
-        let map = has_map.then_some(HostMap { child, offset: run.host });
+        let map = has_map.then_some(HostMap { child, offset: run.host.0 });
         Ok(StatusRun { len: run.len, flags, map })
     }
 
@@ -76,7 +79,7 @@ fn goes_on(run: &Run, next: &Run) -> bool {
     run.kind == next.kind
         && match run.kind {
             Kind::Compressed => true,
-            kind => !kind.has_place() || next.host == run.host + run.len,
+            kind => !kind.has_place() || next.host == run.host.plus(run.len),
         }
 }
 

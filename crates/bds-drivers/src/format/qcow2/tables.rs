@@ -34,6 +34,8 @@ pub(crate) struct SliceId {
 #[derive(Debug)]
 pub(crate) struct Slice {
     words: Box<[AtomicU64]>,
+    /// Bit i: entry i was checked against the counts, or came from a write of ours (`place.rs`).
+    checked: Box<[AtomicU64]>,
     is_extended: bool,
     sequence: AtomicU32,
     used: AtomicBool,
@@ -42,15 +44,31 @@ pub(crate) struct Slice {
 impl Slice {
     /// A piece of `len` bytes without entries.
     pub(crate) fn empty(len: usize, is_extended: bool) -> Self {
-        let words = (0..len / 8).map(|_| AtomicU64::new(0)).collect();
-        Self { words, is_extended, sequence: AtomicU32::new(0), used: AtomicBool::new(true) }
+        Self::of_words((0..len / 8).map(|_| AtomicU64::new(0)).collect(), is_extended)
     }
 
     /// From the bytes of the file.
     pub(crate) fn decode(bytes: &[u8], is_extended: bool) -> Self {
         let words = bytes.as_chunks().0.iter().map(|b| AtomicU64::new(u64::from_be_bytes(*b)));
-        let words = words.collect();
-        Self { words, is_extended, sequence: AtomicU32::new(0), used: AtomicBool::new(true) }
+        Self::of_words(words.collect(), is_extended)
+    }
+
+    fn of_words(words: Box<[AtomicU64]>, is_extended: bool) -> Self {
+        let entries = words.len() / if is_extended { 2 } else { 1 };
+        let checked = (0..entries.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        let (sequence, used) = (AtomicU32::new(0), AtomicBool::new(true));
+        Self { words, checked, is_extended, sequence, used }
+    }
+
+    /// Was the entry checked? Asked before the entry is loaded: whatever takes its place later comes from a write of ours.
+    #[inline]
+    pub(crate) fn is_checked(&self, index: usize) -> bool {
+        self.checked[index / 64].load(Ordering::Acquire) >> (index % 64) & 1 == 1
+    }
+
+    /// The entry was checked, or is ours. Only under the lock of `Meta`.
+    pub(crate) fn note_checked(&self, index: usize) {
+        self.checked[index / 64].fetch_or(1 << (index % 64), Ordering::Release);
     }
 
     /// The bytes of the file from `start` on; fills `out`.

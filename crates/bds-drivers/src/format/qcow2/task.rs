@@ -1,9 +1,10 @@
 //! Work that must run to its end, whatever becomes of the future that asked for it.
 //!
-//! A guest's future may be dropped, or kept without being polled, at any await. Whatever others may wait for (an allocation in
-//! flight, a table being loaded, metadata on its way to the disk) therefore runs in a task of its own: [`finish`]. An
+//! A request's future may be dropped at any await. It is polled until then: it is part of a task, not of the caller's future
+//! (`bds_core::request`), so a guard of `grace` in it does not depend on the caller. Whatever must not end with the request, because others wait for it
+//! (an allocation in flight, a table being loaded, metadata on its way to the disk), runs in a task of its own: [`finish`]. An
 //! in-place write, which nobody waits for but whose bytes are on their way to a place that must not be reused meanwhile, is polled by its
-//! caller and only moves into a task if it is dropped half-way: [`Unstoppable`].
+//! request and only moves into a task if it is dropped half-way: [`Unstoppable`].
 
 use std::future::Future;
 use std::pin::Pin;

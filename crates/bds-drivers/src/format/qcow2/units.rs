@@ -1,6 +1,6 @@
 //! Offsets, and the arithmetic of clusters.
 //!
-//! A guest offset and a host offset are both byte counts and must never be mixed: each is its own type. A
+//! A guest offset and a host offset are both byte counts and must never be mixed: each is its own type (host offsets: `space.rs`). A
 //! [`Geometry`] holds the three numbers of a header that decide every index; it exists only with values the
 //! format allows, so its shifts cannot overflow. Nothing here does I/O or allocates.
 //!
@@ -28,19 +28,9 @@ pub(crate) const MAX_REFCOUNT_ORDER: u32 = 6;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct GuestOffset(pub u64);
 
-/// A byte of the image file (or of its data file).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct HostOffset(pub u64);
-
 impl fmt::Display for GuestOffset {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "guest offset {:#x}", self.0)
-    }
-}
-
-impl fmt::Display for HostOffset {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "host offset {:#x}", self.0)
     }
 }
 

@@ -10,7 +10,7 @@
 
 use std::sync::Arc;
 
-use bds_core::driver::{BoxFuture, WriteFlags};
+use bds_core::driver::BoxFuture;
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 
@@ -21,10 +21,10 @@ use super::lookup::Found;
 use super::overlap::Class;
 use super::read::{mem_len, part_of};
 use super::release::{Freed, Why};
+use super::space::{Clusters, DataOffset, MetaOffset, Offset};
 use super::state::{Image, Meta, Plan, Stop, What};
 use super::tables::{Slice, SliceId};
 use super::task::{Abreast, Done, Unstoppable, finish};
-use super::units::HostOffset;
 
 /// Steps of one write under way at once.
 const STEPS_AT_ONCE: usize = 8;
@@ -44,7 +44,7 @@ pub(crate) struct InFlight {
 /// One step of a write.
 pub(crate) enum Step {
     /// Write here; the guard keeps the place ours meanwhile.
-    InPlace { host: u64, len: u64 },
+    InPlace { host: DataOffset, len: u64 },
     /// Write to clusters that are linked afterwards.
     Link(Linking),
 }
@@ -59,7 +59,7 @@ pub(crate) struct Linking {
     /// Start of the first cluster.
     pub guest: u64,
     /// Its place.
-    pub host: u64,
+    pub host: DataOffset,
     pub clusters: u64,
     /// The clusters are new (else they keep the place they have).
     pub is_new: bool,
@@ -100,15 +100,16 @@ impl Image {
 
     /// Where `len` bytes at `offset` may be written in place. Who asks must be inside `grace`.
     #[inline]
-    fn own_place(&self, offset: u64, len: u64) -> Option<u64> {
+    fn own_place(&self, offset: u64, len: u64) -> Option<DataOffset> {
         if offset.checked_add(len)? > self.disk_len() {
             return None;
         }
         let Ok(Found::Run(run)) = self.lookup(offset, len) else { return None };
         let is_ours = run.kind == Kind::Normal && run.is_copied && run.len == len;
         // A hit is an error, which the other way reports.
-        let is_safe = self.data_file.is_some() || self.metadata.hit(run.host, len).is_none();
-        (is_ours && is_safe).then_some(run.host)
+        let counted = self.space().counted(run.host);
+        let is_safe = counted.is_none_or(|at| self.metadata.hit(at, len).is_none());
+        (is_ours && is_safe && self.is_in_file(run.host, len)).then_some(run.host)
     }
 
     /// Writes; `is_copy` if the guest sees the same bytes already, which then must be durable before the link (rule O3).
@@ -124,7 +125,7 @@ impl Image {
                 let image = Arc::clone(self);
                 let working = self.busy.begin();
                 return Unstoppable::new(async move {
-                    let write = image.data().write(host, iov, WriteFlags::empty());
+                    let write = image.data().write(host, iov);
                     let result = write.await.map_err(|e| image.name_error(e));
                     drop((inside, working));
                     result
@@ -223,7 +224,7 @@ impl Image {
     ) -> Result<()> {
         match step {
             GuardedStep::InPlace(host, inside) => {
-                let write = self.data().write(host, iov, WriteFlags::empty());
+                let write = self.data().write(host, iov);
                 let result = write.await.map_err(|e| self.name_error(e));
                 drop(inside);
                 result
@@ -233,10 +234,10 @@ impl Image {
                 copy.is_copy |= is_copy;
                 guarded.is_writing = true;
                 let data = self.data();
-                let host = guarded.work.host + (copy.start - guarded.work.guest);
+                let host = guarded.work.host.plus(copy.start - guarded.work.guest);
                 let written = match copy.iov.is_empty() {
                     true => Ok(()),
-                    false => data.write(host, copy.iov.clone(), WriteFlags::empty()).await,
+                    false => data.write(host, copy.iov.clone()).await,
                 };
                 guarded.is_writing = false;
                 written.map_err(|e| self.name_error(e))?;
@@ -254,33 +255,34 @@ impl Image {
         let max = max.min(span - (guest & (span - 1)));
         let index = self.index_in_slice(guest);
         let first = self.entry_run(slice.entry(index), guest).map_err(|b| bad(b, guest))?;
-        // In a data file every cluster is ours.
-        if first.kind == Kind::Normal && (first.is_copied || self.data_file.is_some()) {
-            let len = self.copied_run(&slice, index, guest, max)?;
-            if self.data_file.is_none() {
-                self.check_overlap(first.host, len)?;
+        let owns = self.owns(meta, &slice, index, &first, guest)?;
+        if first.kind == Kind::Normal && owns {
+            let len = self.copied_run(meta, &slice, index, guest, max)?;
+            if !self.is_in_file(first.host, len) {
+                return Err(Stop::Fail(self.lost_data(first.host, guest)));
+            }
+            if let Some(at) = self.space().counted(first.host) {
+                self.check_overlap(at, len)?;
             }
             return Ok(Step::InPlace { host: first.host, len });
         }
         self.check_room(meta, meta.slices.bytes_to_pin(id))?;
         let geometry = self.geometry();
         let start = geometry.cluster_floor(guest);
-        let keeps = self.keeps_place(first.kind, first.is_copied);
-        let (len, host, is_new, is_fresh) = if keeps || self.data_file.is_some() {
-            let len = self.keeping_run(&slice, index, guest, max)?;
-            let host = if first.kind.has_place() { first.host - (guest - start) } else { start };
-            if self.data_file.is_none() {
-                self.check_overlap(
-                    host,
-                    geometry.clusters(guest + len - start) << geometry.cluster_bits(),
-                )?;
+        let (len, host, is_new, is_fresh) = if owns {
+            let len = self.keeping_run(meta, &slice, index, guest, max)?;
+            let in_place = || DataOffset(first.host.0 - (guest - start));
+            let host = self.space().at_guest(start).unwrap_or_else(in_place);
+            if let Some(at) = self.space().counted(host) {
+                let clusters = geometry.clusters(guest + len - start);
+                self.check_overlap(at, clusters << geometry.cluster_bits())?;
             }
             (len, host, false, false)
         } else {
-            let wanted = self.clusters_without_place(&slice, index, guest, max)?;
+            let wanted = self.clusters_without_place(meta, &slice, index, guest, max)?;
             let got = self.alloc_data(meta, wanted)?;
             let room = (got.clusters << geometry.cluster_bits()) - (guest - start);
-            (max.min(room), got.offset, true, got.is_fresh)
+            (max.min(room), self.space().allocated(got.offset), true, got.is_fresh)
         };
         let clusters = geometry.clusters(guest + len - start);
         let item = self.enter_flight(meta, start, clusters, Some(id));
@@ -336,22 +338,23 @@ impl Image {
         mem_len((guest & (self.tables.slice_span() - 1)) >> self.geometry().cluster_bits())
     }
 
-    /// May the entry keep its place when it gets data?
-    fn keeps_place(&self, kind: Kind, is_copied: bool) -> bool {
-        kind.has_place() && is_copied
-    }
-
     /// How far from `guest` on everything can be written in place, in one piece.
-    fn copied_run(&self, slice: &Slice, index: usize, guest: u64, max: u64) -> Plan<u64> {
+    fn copied_run(
+        &self,
+        meta: &mut Meta,
+        slice: &Slice,
+        index: usize,
+        guest: u64,
+        max: u64,
+    ) -> Plan<u64> {
         let mut run = self.entry_run(slice.entry(index), guest).map_err(|b| bad(b, guest))?;
         let mut index = index;
         while run.len < max && self.geometry().is_cluster_aligned(guest + run.len) {
             index += 1;
             let at = guest + run.len;
             let next = self.entry_run(slice.entry(index), at).map_err(|b| bad(b, at))?;
-            let is_ours = next.is_copied || self.data_file.is_some();
-            let is_same = next.kind == Kind::Normal && is_ours;
-            if !is_same || next.host != run.host + run.len {
+            let goes_on = next.kind == Kind::Normal && next.host == run.host.plus(run.len);
+            if !goes_on || !self.owns(meta, slice, index, &next, at)? {
                 break;
             }
             run.len += next.len;
@@ -360,16 +363,22 @@ impl Image {
     }
 
     /// How far from `guest` on clusters keep adjacent places but are not data yet. In a data file every cluster has its place.
-    fn keeping_run(&self, slice: &Slice, index: usize, guest: u64, max: u64) -> Plan<u64> {
+    fn keeping_run(
+        &self,
+        meta: &mut Meta,
+        slice: &Slice,
+        index: usize,
+        guest: u64,
+        max: u64,
+    ) -> Plan<u64> {
         let has_data_file = self.data_file.is_some();
         let first = self.entry_run(slice.entry(index), guest).map_err(|b| bad(b, guest))?;
         let (mut len, mut index) = (0, index);
         while len < max {
             let at = guest + len;
             let next = self.entry_run(slice.entry(index), at).map_err(|b| bad(b, at))?;
-            let keeps = has_data_file
-                || self.keeps_place(next.kind, next.is_copied) && next.host == first.host + len;
-            if next.kind == Kind::Normal || !keeps {
+            let goes_on = has_data_file || next.host == first.host.plus(len);
+            if next.kind == Kind::Normal || !goes_on || !self.owns(meta, slice, index, &next, at)? {
                 break;
             }
             len += next.len;
@@ -383,6 +392,7 @@ impl Image {
     /// How many clusters from that of `guest` on need a new place.
     fn clusters_without_place(
         &self,
+        meta: &mut Meta,
         slice: &Slice,
         index: usize,
         guest: u64,
@@ -396,7 +406,7 @@ impl Image {
             let at = start + (count << geometry.cluster_bits());
             let entry = slice.entry(index + mem_len(count));
             let next = self.entry_run(entry, at).map_err(|b| bad(b, at))?;
-            if self.keeps_place(next.kind, next.is_copied) {
+            if self.owns(meta, slice, index + mem_len(count), &next, at)? {
                 break;
             }
             count += 1;
@@ -440,13 +450,13 @@ impl Image {
         Err(Stop::Load(What::Slice(id)))
     }
 
-    fn set_table(&self, meta: &mut Meta, table: u32, offset: u64) {
-        self.tables.set_l1(table, L1Entry::new(HostOffset(offset), true));
+    fn set_table(&self, meta: &mut Meta, table: u32, place: MetaOffset) {
+        self.tables.set_l1(table, L1Entry::new(place, true));
         meta.l1.mark(table);
     }
 
     /// A table that a snapshot shares: from now on ours is a copy. All of it is in memory, so only its place changes.
-    fn copy_table(&self, meta: &mut Meta, table: u32, old: HostOffset) -> Plan<()> {
+    fn copy_table(&self, meta: &mut Meta, table: u32, old: MetaOffset) -> Plan<()> {
         let pieces = u32::try_from(self.tables.slices_per_table()).expect("at most 4096");
         let ids = (0..pieces).map(|piece| SliceId { table, piece });
         if ids.clone().any(|id| self.tables.hold(id).is_none()) {
@@ -459,7 +469,7 @@ impl Image {
             meta.slices.mark_all(id);
         }
         self.set_table(meta, table, got.offset);
-        meta.frees.push(Freed::metadata(self.geometry().cluster_index(old.0), 1));
+        meta.frees.push(Freed::metadata(Clusters { start: old, count: 1 }));
         Ok(())
     }
 }
@@ -475,7 +485,7 @@ async fn end_all(under_way: &mut Abreast<BoxFuture<'static, Result<()>>>) -> Res
 
 /// A step under guard.
 enum GuardedStep {
-    InPlace(u64, super::grace::Inside<Arc<super::grace::Grace>>),
+    InPlace(DataOffset, super::grace::Inside<Arc<super::grace::Grace>>),
     Link(Guarded),
 }
 
@@ -499,8 +509,10 @@ impl Guarded {
             } else {
                 0
             };
-            let place = HostOffset(work.host + offset);
+            let place = work.host.plus(offset);
             work.slice.set_entry(work.index + i, L2Entry::at_cluster(place, true, bitmap));
+            // Its count was set, or looked up, when this was planned.
+            work.slice.note_checked(work.index + i);
             if work.is_new {
                 image.free_entry(&mut meta, old, Why::Reuse);
             }
@@ -590,12 +602,14 @@ impl Drop for Guarded {
         }
         let image = Arc::clone(&self.image);
         let mut meta = image.meta();
-        let first = image.geometry().cluster_index(self.work.host);
+        let bits = image.geometry().cluster_bits();
         // If bytes may still be on their way (the executor died), the clusters stay counted: a leak is harmless.
-        if self.work.is_new && !self.is_writing {
-            for cluster in first..first + self.work.clusters {
-                if image.lower(&mut meta, cluster).is_err() {
-                    meta.frees.push(Freed::unused(cluster, 1));
+        let unused = image.space().counted(self.work.host);
+        if let Some(first) = unused.filter(|_| self.work.is_new && !self.is_writing) {
+            for i in 0..self.work.clusters {
+                let start = first.plus(i << bits);
+                if image.lower(&mut meta, start).is_err() {
+                    meta.frees.push(Freed::unused(Clusters { start, count: 1 }));
                 }
             }
         }

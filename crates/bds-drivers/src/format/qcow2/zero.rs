@@ -72,8 +72,8 @@ impl Image {
         if first >= last {
             return Ok(Attempt::Done);
         }
-        if self.has_raw_data_file() {
-            let zeroed = self.data().write_zeroes(first, last.min(end) - first, flags).await;
+        if let Some(place) = self.space().at_guest(first).filter(|_| self.has_raw_data_file()) {
+            let zeroed = self.data().write_zeroes(place, last.min(end) - first, flags).await;
             if zeroed.map_err(|e| self.name_error(e))? == Attempt::Unsupported {
                 return Ok(Attempt::Unsupported);
             }
@@ -196,6 +196,9 @@ impl Image {
                 return if at == start { Ok(None) } else { Ok(Some(at - start)) };
             };
             if new != old {
+                if !slice.is_checked(index) {
+                    self.check_old(meta, old, at)?;
+                }
                 slice.set_entry(index, new);
                 meta.slices.mark(id, index * entry_len, entry_len);
                 let is_given_up = old.is_compressed()

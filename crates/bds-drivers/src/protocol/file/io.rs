@@ -1,6 +1,6 @@
 //! Moving bytes: reads that end at the end of the file, writes that go on until all is written, flush, copy offload.
 //!
-//! A read past the end yields zeros. A write is complete or an error; it is never short. With O_DIRECT a buffer
+//! A read past the end yields zeros; where the file once reached and does not any more, it fails. A write is complete or an error; it is never short. With O_DIRECT a buffer
 //! that the device cannot take goes through an aligned copy, only that one.
 
 use std::io;
@@ -54,6 +54,8 @@ impl FileNode {
 
     async fn read_fitting(&self, now: &Opened, offset: u64, iov: &IoVec) -> Result<()> {
         let total = iov.len();
+        // Before the read: a write that ends meanwhile may make the file longer.
+        let known = self.known_len.load(Ordering::Relaxed);
         let mut done = 0;
         while done < total {
             let at = offset + done as u64;
@@ -68,17 +70,31 @@ impl FileNode {
             }
             done += read_len;
             if done < total && now.is_direct {
-                if offset + done as u64 >= self.current_len()? {
+                if offset + done as u64 >= self.actual_len()? {
                     break;
                 }
                 done = self.last_block_begin(now, done, read_len, at)?;
             }
         }
         if done < total {
-            self.current_len()?;
+            self.check_end(offset + done as u64, known)?;
             iov.fill(done..total, 0);
         }
         Ok(())
+    }
+
+    /// The file ended at `end`: fine if it was not `known` to reach further. One that others made shorter has lost something.
+    fn check_end(&self, end: u64, known: u64) -> Result<()> {
+        let actual = self.actual_len()?;
+        self.grown_to(actual);
+        // We may have made it shorter ourselves meanwhile.
+        if end >= known.min(self.known_len.load(Ordering::Relaxed)) {
+            return Ok(());
+        }
+        let words = format!(
+            "the file was cut short while it was open: it has {actual} bytes and had {known}"
+        );
+        Err(Error::new(ErrorKind::Io, words).node(&self.node_name).file(&self.path).at(end))
     }
 
     /// Where to go on after a short direct transfer: only whole blocks count, for offsets must stay aligned.

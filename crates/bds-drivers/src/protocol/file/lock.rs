@@ -24,6 +24,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::{ByteLock, File};
 
+use super::users::{User, other_user};
+
 const USED_BASE: u64 = 100;
 const UNSHARED_BASE: u64 = 200;
 const NAMES: [&str; 4] = ["consistent read", "write", "write unchanged", "resize"];
@@ -74,12 +76,14 @@ pub(super) struct Locks {
     held: Mutex<Option<Permissions>>,
     /// What is held while the node is in charge of the file.
     wanted: Permissions,
+    /// Shows this process that the file is in use.
+    user: Mutex<Option<User>>,
 }
 
 impl Locks {
     /// Holds nothing and never will.
     pub(super) fn none() -> Self {
-        Self { held: Mutex::new(None), wanted: Permissions::default() }
+        Self { held: Mutex::new(None), wanted: Permissions::default(), user: Mutex::new(None) }
     }
 
     /// Locks `file` for `wanted`, or says who is in the way.
@@ -88,12 +92,20 @@ impl Locks {
             return Ok(Self { wanted, ..Self::none() });
         }
         match change(file, Permissions::default(), wanted) {
-            Ok(()) => Ok(Self { held: Mutex::new(Some(wanted)), wanted }),
+            Ok(()) => Ok(Self { held: Mutex::new(Some(wanted)), wanted, ..Self::none() }),
             Err(Failure::NoLocks(_)) if mode == LockMode::Auto => {
                 Ok(Self { wanted, ..Self::none() })
             }
-            Err(failure) => Err(failure.into_error()),
+            Err(failure) => Err(failure.into_error(file, None)),
         }
+    }
+
+    /// Names the node that holds them, for the words of a conflict in this process.
+    pub(super) fn held_by(mut self, file: &File, node_name: &str) -> Self {
+        if self.lock().is_some() {
+            self.user = Mutex::new(User::enter(file, node_name));
+        }
+        self
     }
 
     /// What is held while the node is in charge of the file.
@@ -128,7 +140,7 @@ impl Locks {
                 drop_bytes(file, both, old);
                 match failure {
                     Failure::NoLocks(_) if mode == LockMode::Auto => Ok(None),
-                    failure => Err(failure.into_error()),
+                    failure => Err(self.error(file, failure)),
                 }
             }
         }
@@ -143,8 +155,8 @@ impl Locks {
 
     /// Locks another description of a file whose locks were widened for it.
     pub(super) fn beside(file: &File, now: Permissions, wanted: Permissions) -> Result<Self> {
-        take_bytes(file, Permissions::default(), now).map_err(Failure::into_error)?;
-        Ok(Self { held: Mutex::new(Some(now)), wanted })
+        take_bytes(file, Permissions::default(), now).map_err(|f| f.into_error(file, None))?;
+        Ok(Self { held: Mutex::new(Some(now)), wanted, ..Self::none() })
     }
 
     /// Somebody else takes charge of the file: keeps only what a reader keeps that nobody minds.
@@ -161,9 +173,14 @@ impl Locks {
     pub(super) fn restore(&self, file: &File) -> Result<()> {
         let mut held = self.lock();
         let Some(old) = *held else { return Ok(()) };
-        change(file, old, self.wanted).map_err(Failure::into_error)?;
+        change(file, old, self.wanted).map_err(|f| self.error(file, f))?;
         *held = Some(self.wanted);
         Ok(())
+    }
+
+    fn error(&self, file: &File, failure: Failure) -> Error {
+        let user = self.user.lock().unwrap_or_else(PoisonError::into_inner);
+        failure.into_error(file, user.as_ref())
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Permissions>> {
@@ -178,7 +195,7 @@ impl Locks {
             return Ok(ResizeGuard { locks: self, file, added: false });
         }
         let new = Permissions { used: old.used | Permissions::RESIZE, ..old };
-        change(file, old, new).map_err(Failure::into_error)?;
+        change(file, old, new).map_err(|f| self.error(file, f))?;
         *held = Some(new);
         Ok(ResizeGuard { locks: self, file, added: true })
     }
@@ -189,6 +206,7 @@ impl Locks {
         if let Some(old) = held.take() {
             drop_bytes(file, old, Permissions::default());
         }
+        self.user.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 }
 
@@ -224,16 +242,25 @@ enum Failure {
 }
 
 impl Failure {
-    fn into_error(self) -> Error {
+    fn into_error(self, file: &File, own: Option<&User>) -> Error {
         match self {
             Self::NoLocks(e) => {
                 Error::io(e, "file locks do not work here; use locking=off to go without")
                     .with_kind(ErrorKind::NotSupported)
             }
-            Self::InUse(lock) => Error::new(
-                ErrorKind::InUse,
-                format!("Failed to get {lock} lock: is another process using the image?"),
-            ),
+            Self::InUse(lock) => {
+                let who = match other_user(file, own) {
+                    None => "is another process using the image?".to_owned(),
+                    // Generated names mean nothing to a person.
+                    Some(name) if name.starts_with('#') => {
+                        "this process has the file open already".to_owned()
+                    }
+                    Some(name) => {
+                        format!("this process has the file open already, as node '{name}'")
+                    }
+                };
+                Error::new(ErrorKind::InUse, format!("Failed to get {lock} lock: {who}"))
+            }
             Self::System(e) => Error::io(e, "cannot lock the file"),
         }
     }

@@ -6,7 +6,7 @@
 //! ```text
 //! open    options, kinds, read-only, limits       zero    zero writes, discard, their fallback ladders
 //! create  claiming, making, emptying a file         status  holes and data, truncate
-//! lock    QEMU's image locks                      io      reads, writes, flush, copy offload
+//! lock    QEMU's image locks; users: who has them   io      reads, writes, flush, copy offload
 //! reopen  another mode, giving the file away and taking it back
 //! ```
 //!
@@ -25,6 +25,7 @@ mod reopen;
 mod status;
 #[cfg(test)]
 mod tests;
+mod users;
 mod zero;
 
 use std::any::Any;
@@ -113,7 +114,8 @@ struct FileNode {
     later: OnceLock<Hinge<Opened>>,
     /// False while another process is in charge of the file.
     is_active: AtomicBool,
-    /// Length when last asked, or as far as we wrote since. Asked again when a read comes short.
+    /// Length at open or after a change of it, or as far as the file was seen to reach since. A read never lowers it: what a file
+    /// that became shorter has lost must not turn into zeros.
     known_len: AtomicU64,
     /// errno of the flush that failed; 0 if none did.
     broken_flush: AtomicI32,
@@ -185,13 +187,15 @@ impl FileNode {
 
     /// The length now. Also refreshes what `len` answers.
     fn current_len(&self) -> Result<u64> {
-        let now = self.now();
-        let len = now
-            .file
-            .len()
-            .map_err(|e| Error::io(e, "cannot ask for the length").file(&self.path))?;
+        let len = self.actual_len()?;
         self.known_len.store(len, Ordering::Relaxed);
         Ok(len)
+    }
+
+    /// The length the system tells now.
+    fn actual_len(&self) -> Result<u64> {
+        let len = self.now().file.len();
+        len.map_err(|e| Error::io(e, "cannot ask for the length").file(&self.path))
     }
 }
 

@@ -2,7 +2,9 @@
 //!
 //! Nothing here truncates or writes. Whatever fails, the descriptor is closed again and its locks go with it.
 
+use std::ffi::OsStr;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64};
 use std::sync::{Mutex, OnceLock};
@@ -24,11 +26,11 @@ const DEVICE_UNIT_BYTES: u32 = 4096;
 
 pub(super) fn open(flavour: Flavour, context: &mut OpenContext<'_>) -> Result<Box<dyn Driver>> {
     let options = &mut context.options;
-    let path = options.take_str("filename")?.ok_or_else(|| {
+    let path = options.take_path("filename")?.ok_or_else(|| {
         Error::new(ErrorKind::InvalidInput, "option 'filename' is missing: name the file")
     })?;
     let mode = take_mode(options, Mode { locking: LockMode::Auto, share_writers: false })?;
-    let path = PathBuf::from(strip_scheme(&path));
+    let path = strip_scheme(path);
     let node_name = context.node_name.to_owned();
     open_node(flavour, context.fs, path, mode, node_name.clone(), context.flags)
         .map(|node| Box::new(node) as Box<dyn Driver>)
@@ -54,8 +56,11 @@ pub(super) fn take_mode(options: &mut Options, mode: Mode) -> Result<Mode> {
 }
 
 /// `file:name` is how QEMU's users spell a name that contains a colon.
-pub(super) fn strip_scheme(name: &str) -> &str {
-    name.strip_prefix("file:").unwrap_or(name)
+pub(super) fn strip_scheme(name: PathBuf) -> PathBuf {
+    match name.as_os_str().as_bytes().strip_prefix(b"file:") {
+        Some(rest) => PathBuf::from(OsStr::from_bytes(rest)),
+        None => name,
+    }
 }
 
 fn bad_choice(name: &'static str, found: &str, allowed: &str) -> Error {
@@ -73,7 +78,8 @@ fn open_node(
 ) -> Result<FileNode> {
     let mut opened = Opened::new(flavour, fs, &path, mode, flags)?;
     opened.locks = Locks::take(&opened.file, opened.permissions(&flags), opened.locking(&flags))
-        .map_err(|e| e.file(&path))?;
+        .map_err(|e| e.file(&path))?
+        .held_by(&opened.file, &node_name);
     let len =
         opened.file.len().map_err(|e| Error::io(e, "cannot ask for the length").file(&path))?;
     Ok(FileNode {
@@ -171,14 +177,15 @@ fn open_failed(error: io::Error, path: &Path, direct: bool) -> Error {
 }
 
 fn check_kind(flavour: Flavour, file: &File, path: &Path) -> Result<()> {
-    let words = match (flavour, file.kind()) {
+    let kind = file.kind();
+    let remedy = match (flavour, kind) {
         (Flavour::File, FileKind::Regular) => return Ok(()),
         (Flavour::Device, FileKind::Block | FileKind::Char) => return Ok(()),
-        (Flavour::File, FileKind::Block) => "is a block device: use the driver 'host_device'",
-        (Flavour::File, FileKind::Char) => "is a character device: use the driver 'host_device'",
-        (Flavour::Device, FileKind::Regular) => "is a regular file: use the driver 'file'",
-        (_, FileKind::Other) => "is neither a regular file nor a device",
+        (Flavour::File, FileKind::Block | FileKind::Char) => ": use the driver 'host_device'",
+        (Flavour::Device, FileKind::Regular) => ": use the driver 'file'",
+        _ => ", which holds no image: name a regular file or a block device",
     };
+    let words = format!("{}{remedy}", kind.describe());
     Err(Error::new(ErrorKind::InvalidInput, words).file(path))
 }
 

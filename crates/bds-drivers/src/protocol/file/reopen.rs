@@ -48,6 +48,10 @@ impl Reopen for Prepared<'_> {
             tracing::warn!(%error, node, "a former descriptor stays open until the node is closed");
         }
     }
+
+    fn request_alignment(&self) -> Option<u32> {
+        self.new.as_ref().map(|new| new.limits.request_alignment)
+    }
 }
 
 impl Drop for Prepared<'_> {
@@ -82,13 +86,13 @@ impl FileNode {
     }
 
     fn parse(&self, context: &mut ReopenContext<'_>) -> Result<Mode> {
-        let name = context.options.take_str("filename")?;
-        if let Some(name) = name.filter(|name| self.path.as_os_str() != strip_scheme(name)) {
+        let name = context.options.take_path("filename")?.map(strip_scheme);
+        if let Some(name) = name.filter(|name| self.path.as_os_str() != name.as_os_str()) {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
                 "option 'filename' cannot change while the node is open; open another node",
             )
-            .field("filename", name));
+            .field("filename", name.display()));
         }
         take_mode(&mut context.options, self.now().mode)
     }
@@ -128,7 +132,7 @@ impl FileNode {
         };
         prepared.new = Some(match beside {
             Ok(locks) => {
-                new.locks = locks;
+                new.locks = locks.held_by(&new.file, &self.node_name);
                 new
             }
             Err(error) => {

@@ -65,7 +65,8 @@ impl FileNode {
         if offset.checked_add(len).is_some_and(|end| end < known) {
             return Ok(known);
         }
-        self.current_len()
+        self.grown_to(self.actual_len()?);
+        Ok(self.known_len.load(Ordering::Relaxed))
     }
 
     fn run_at(&self, now: &Opened, offset: u64, len: u64) -> Result<(bool, u64)> {
@@ -78,9 +79,8 @@ impl FileNode {
         };
         let extent = match now.file.extent(offset) {
             Ok(Some(extent)) if extent.len > 0 => extent,
-            // The file became shorter meanwhile: zeros. A file system without holes, or one that gives odd answers: data.
-            Ok(None) => return Ok((false, len)),
-            Ok(Some(_)) => return Ok((true, len)),
+            // The file became shorter: a read will tell. A file system without holes, or one that gives odd answers: data.
+            Ok(None | Some(_)) => return Ok((true, len)),
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => return Ok((true, len)),
             Err(e) => return Err(self.failed("cannot ask for holes", offset, e)),
         };

@@ -280,12 +280,33 @@ fn a_file_cut_by_others_is_noticed() {
     let node = open(&sim, OpenFlags::default()).unwrap();
     let other = sim.fs().open(Path::new(NAME), &writable()).unwrap();
     sim.block_on(other.set_len(512)).unwrap();
-    let mut expected = vec![3; 512];
-    expected.resize(1024, 0);
     let buf = Buf::zeroed(1024, 4096);
     assert!(node.try_read(0, &buf.iov()).is_none());
-    assert_eq!(read(&sim, &*node, 0, 1024).unwrap(), expected);
-    assert_eq!(node.len(), 512);
+    for (offset, len) in [(0, 1024), (512, 512), (1000, 24)] {
+        let error = read(&sim, &*node, offset, len).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Io);
+        let text = error.to_string();
+        assert!(text.contains(NAME) && text.contains("cut short"), "{text}");
+        // It does not become a hole, however often it is asked for.
+        let run = sim.block_on(node.block_status(offset, len as u64, true)).unwrap();
+        assert!(offset < 512 || run.flags.contains(StatusFlags::DATA), "{run:?}");
+        assert_eq!(node.len(), 1024);
+    }
+    assert_eq!(read(&sim, &*node, 0, 512).unwrap(), [3; 512]);
+    // It grows again: what is behind the old end are zeros once more.
+    sim.block_on(other.set_len(2048)).unwrap();
+    assert_eq!(read(&sim, &*node, 1024, 1024).unwrap(), [0; 1024]);
+}
+
+/// Our own change of the length is no loss.
+#[test]
+fn a_file_made_shorter_through_the_node_reads_zeros_behind_its_end() {
+    let sim = calm(&[3; 4096]);
+    let node = open(&sim, OpenFlags::default()).unwrap();
+    let to = |len| Truncate { len, exact: true, prealloc: Prealloc::Off, zero_new: false };
+    sim.block_on(node.truncate(to(1000))).unwrap();
+    assert_eq!(read(&sim, &*node, 512, 1024).unwrap()[488..], [0; 536]);
+    assert_eq!(node.len(), 1000);
 }
 
 fn writable() -> bds_io::OpenOptions {

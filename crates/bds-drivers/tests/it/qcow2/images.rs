@@ -193,7 +193,8 @@ fn a_write_over_metadata_is_refused_and_marks_the_image() {
         let (node, backend) = open(&graph, options()).await;
         let error = write(&backend, 0, &[1; 512]).await.unwrap_err();
         assert_eq!(error.kind(), bds_core::ErrorKind::Corrupt, "{error}");
-        assert!(read(&backend, 0, 512).await.is_err());
+        let error = read(&backend, 0, 512).await.unwrap_err();
+        assert_eq!(error.kind(), bds_core::ErrorKind::Corrupt, "{error}");
         drop(backend);
         drop(node);
         graph.reap().await;

@@ -1,5 +1,8 @@
 //! qcow2 through the whole graph on the simulated disk, against a byte model and QEMU's tools.
 
+mod cut_short;
+mod data_file;
+mod extras;
 mod harness;
 mod images;
 mod races;

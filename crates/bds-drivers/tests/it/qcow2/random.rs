@@ -8,6 +8,7 @@ use futures_util::future::join_all;
 use super::harness::{
     BASE, Shape, base_bytes, close, graph, make, open, options, qemu_check, read, write,
 };
+use crate::sweep::seeds;
 
 /// Numbers from a seed.
 pub(crate) struct Dice(u64);
@@ -186,8 +187,7 @@ fn random_operations_match_a_byte_model() {
         Shape { lazy: true, cluster: 512, size: 300 << 10, ..Shape::default() },
         Shape { cluster: 2 << 20, size: 8 << 20, ..Shape::default() },
     ];
-    let seeds: u64 = std::env::var("BDS_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
-    for seed in 0..seeds {
+    for seed in seeds(1) {
         for shape in &shapes {
             run(seed, shape, 60);
         }

@@ -14,6 +14,7 @@ use futures_util::future::join_all;
 
 use super::harness::{Shape, close, graph, make, open, options, read, write};
 use super::random::{Dice, model_of};
+use crate::sweep::{is_full, seeds};
 
 /// What each byte may be now: the flushed value, and the values it may have got since.
 #[derive(Clone)]
@@ -211,15 +212,15 @@ fn shapes() -> Vec<Shape> {
     ]
 }
 
-/// The default run visits every shape at some points; `BDS_SEEDS=n` (above 1) visits every point, n times.
-fn scale() -> u64 {
-    std::env::var("BDS_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(1)
+/// The default run visits every shape at some points; `BDS_TEST_BUDGET=full` visits every point, with ten seeds.
+fn step(usual: usize) -> usize {
+    if is_full() { 1 } else { usual }
 }
 
 #[test]
 fn a_power_cut_loses_nothing_that_was_flushed() {
     for (i, shape) in shapes().iter().enumerate() {
-        for seed in 0..scale() {
+        for seed in seeds(1) {
             let seed = seed * 100 + i as u64;
             let base = Sim::new(seed, SimConfig::default());
             make(&base, shape);
@@ -227,8 +228,8 @@ fn a_power_cut_loses_nothing_that_was_flushed() {
             let (_, ended) = start(&whole, shape, seed, 40);
             assert!(ended);
             let writes = whole.writes();
-            let step = if scale() > 1 { 1 } else { 41 };
-            for cut in (0..writes).step_by(step) {
+            assert!(writes > 41, "{writes} writes in shape {i}");
+            for cut in (0..writes).step_by(step(41)) {
                 let sim = base.fork(seed);
                 sim.cut_after_writes(Some(cut));
                 let (model, _) = start(&sim, shape, seed, 40);
@@ -245,15 +246,15 @@ fn a_power_cut_loses_nothing_that_was_flushed() {
 #[test]
 fn a_fault_anywhere_leaves_the_image_whole() {
     for (i, shape) in shapes().iter().enumerate() {
-        for seed in 0..scale() {
+        for seed in seeds(1) {
             let seed = seed * 100 + i as u64;
             let base = Sim::new(seed, SimConfig::calm());
             make(&base, shape);
             let whole = base.fork(seed);
             start(&whole, shape, seed, 30);
             let ops = whole.ops();
-            let step = if scale() > 1 { 1 } else { 61 };
-            for n in (seed % 5..ops).step_by(step) {
+            assert!(ops > 41, "{ops} operations in shape {i}");
+            for n in (seed % 5..ops).step_by(step(41)) {
                 for errno in [libc_eio(), libc_enospc()] {
                     let sim = base.fork(seed);
                     let model = RefCell::new(Model::new(model_of(&sim, shape)));
@@ -265,7 +266,9 @@ fn a_fault_anywhere_leaves_the_image_whole() {
                         work(&backend, &model, seed, 30, shape.cluster).await;
                         sim.clear_faults();
                         // A failed flush is sticky in the file node: what matters is that nothing is lost or torn.
-                        let _ = backend.flush().await;
+                        if let Err(error) = backend.flush().await {
+                            assert_eq!(error.errno(), errno, "{what}: {error}");
+                        }
                         drop(backend);
                         drop(node);
                         graph.reap().await;
@@ -285,7 +288,7 @@ fn a_dropped_future_leaves_the_image_whole() {
         let base = Sim::new(seed, SimConfig::calm());
         make(&base, shape);
         for forget in [false, true] {
-            for n in (0..).step_by(if scale() > 1 { 1 } else { 17 }) {
+            for n in (0..).step_by(step(17)) {
                 let sim = base.fork(seed);
                 let model = RefCell::new(Model::new(model_of(&sim, shape)));
                 let graph = graph(&sim);

@@ -16,7 +16,7 @@ fn syncs_of(shape: &Shape, count: u64) -> u64 {
         let (node, backend) = open(&graph, options()).await;
         let clusters = shape.size / shape.cluster;
         // Coprime to any power of two: no cluster twice, and neighbours in time are far apart.
-        let place = |i: u64| i * (clusters / 5 * 2 | 1) % clusters * shape.cluster;
+        let place = |i: u64| i * ((clusters / 5 * 2) | 1) % clusters * shape.cluster;
         let before = sim.ops_of(OpMask::SYNC);
         let writers = (0..8).map(|side| {
             let backend = &backend;

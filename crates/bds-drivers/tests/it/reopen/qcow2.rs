@@ -66,8 +66,10 @@ fn a_writer_becomes_a_reader_and_a_writer_again() {
             let before = sim.ops_of(OpMask::CHANGE);
             let error = image.write(0, &[1; 512]).await.unwrap_err();
             assert_eq!(error.kind(), ErrorKind::ReadOnly, "{error}");
-            assert!(image.node.discard(0, kind.cluster).await.is_err());
-            assert!(image.node.write_zeroes(0, kind.cluster, ZeroFlags::empty()).await.is_err());
+            let discard = image.node.discard(0, kind.cluster).await;
+            assert_eq!(discard.unwrap_err().kind(), ErrorKind::ReadOnly);
+            let zero = image.node.write_zeroes(0, kind.cluster, ZeroFlags::empty()).await;
+            assert_eq!(zero.unwrap_err().kind(), ErrorKind::ReadOnly);
             assert!(image.read(1000, 20_000).await.unwrap() == bytes, "{}", kind.name);
             assert_eq!(sim.ops_of(OpMask::CHANGE), before, "{}: read-only wrote", kind.name);
 
@@ -130,7 +132,8 @@ fn an_image_nobody_may_write_stays_read_only() {
             assert!(error.to_string().contains(word), "{what}: {error}");
             assert!(error.to_string().contains("disk"), "{what}: {error}");
             assert_eq!(image.read(0, 5000).await.unwrap(), [5; 5000], "{what}");
-            assert!(image.write(0, &[1]).await.is_err(), "{what}");
+            let write = image.write(0, &[1]).await;
+            assert_eq!(write.unwrap_err().kind(), ErrorKind::ReadOnly, "{what}");
         });
         put(&sim, &world, at, &[old]);
         sim.block_on(async {
@@ -330,7 +333,8 @@ fn an_image_that_became_another_one_stays_inactive() {
         sim.block_on(async {
             let error = image.activate().await.unwrap_err();
             assert!(error.to_string().contains(word), "{what}: {error}");
-            assert!(image.write(0, &[1; 512]).await.is_err(), "{what}");
+            let write = image.write(0, &[1; 512]).await;
+            assert_eq!(write.unwrap_err().kind(), ErrorKind::ReadOnly, "{what}");
         });
         assert_eq!(header(&sim, &world, at, bytes.len()), bytes, "{what}");
         put(&sim, &world, at, &old);
@@ -354,7 +358,8 @@ fn the_mode_changes_while_the_image_is_in_other_hands() {
         let theirs = Image::open(&world, &kind, writer()).await.unwrap();
         theirs.write(0, &[3; 5000]).await.unwrap();
         ours.reopen(writer(), Options::new().with("lazy-refcounts", true)).await.unwrap();
-        assert!(ours.write(0, &[1; 512]).await.is_err());
+        let write = ours.write(0, &[1; 512]).await;
+        assert_eq!(write.unwrap_err().kind(), ErrorKind::ReadOnly);
         theirs.close().await.unwrap();
         ours.activate().await.unwrap();
         assert_eq!(ours.read(0, 5000).await.unwrap(), [3; 5000]);
@@ -365,7 +370,8 @@ fn the_mode_changes_while_the_image_is_in_other_hands() {
         assert!(!is_dirty(&sim, &world));
         ours.reopen(read_only(writer()), Options::new()).await.unwrap();
         ours.activate().await.unwrap();
-        assert!(ours.write(0, &[1; 512]).await.is_err());
+        let write = ours.write(0, &[1; 512]).await;
+        assert_eq!(write.unwrap_err().kind(), ErrorKind::ReadOnly);
         assert_eq!(ours.check().await, 0);
         ours.close().await.unwrap();
     });
@@ -395,7 +401,8 @@ fn an_inactive_image_is_not_marked_corrupt() {
     let old = header(&sim, &world, l2_at, 8);
     put(&sim, &world, l2_at, &(1 << 63 | 0x5200_u64).to_be_bytes());
     sim.block_on(async {
-        assert!(image.read(0, 512).await.is_err());
+        let error = image.read(0, 512).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
         sim.run_until_idle();
         assert_eq!(header(&sim, &world, 79, 1), [0]);
     });

@@ -7,8 +7,9 @@ use bds_io::{Sim, SimConfig};
 use bds_testkit::{DiskModel, Op, Step, Workload};
 use serde_json::json;
 
+use super::nearly_full::{self, Growth, Tables};
 use super::rig::{Disk, Kind, World};
-use super::seeds;
+use super::{is_full, one_seed, seeds};
 
 /// One failing operation, or all from there on.
 #[derive(Clone, Copy, Debug)]
@@ -30,6 +31,7 @@ struct Told {
 fn kinds() -> Vec<Kind> {
     let q = |name| Kind::qcow2(name, 512).sized(512 * 160, 512 * 240);
     vec![
+        nearly_full::growing("512-rc64-full-growing"),
         q("512"),
         q("512-rc64-backed").create("refcount_bits", 64).backed(50_000).strict(),
         q("512-tiny-cache").open("l2-cache-size", 1024).open("refcount-cache-size", 2048),
@@ -137,32 +139,45 @@ fn look(
     })
 }
 
-/// Awaited operations of the workload without any fault.
-fn ops_of(base: &Sim, kind: &Kind, workload: &Workload) -> u64 {
+/// Awaited operations of the workload without any fault, and what grows then.
+fn ops_of(base: &Sim, kind: &Kind, workload: &Workload, growth: &mut Growth) -> u64 {
     let sim = base.fork(workload.seed);
     let world = World::Sim(sim.clone());
     let graph = world.graph();
     let model = RefCell::new(kind.model());
     let disk = world.block_on(Disk::open(&world, kind, &graph)).expect("it was just made");
-    let before = sim.ops();
+    let (before, tables) = (sim.ops(), Tables::of(&world, kind));
     let case = Case { n: 0, errno: 0, is_sticky: false };
     let done = world.block_on(endure(&disk, workload, &model, case, &mut Told::default()));
     assert_eq!(done, Ok(()), "{workload}");
     world.block_on(disk.close()).expect("nothing fails");
+    growth.add(tables, Tables::of(&world, kind));
     sim.ops() - before
 }
 
-fn sweep(errnos: &[i32], is_sticky: bool, seed_count: u64) {
+/// What a sweep does to each kind.
+struct Plan<'a> {
+    errnos: &'a [i32],
+    is_sticky: bool,
+    seeds: u64,
+    /// Random steps of a workload.
+    steps: usize,
+    /// Every so many-th operation fails.
+    stride: usize,
+}
+
+fn sweep(kinds: &[Kind], plan: &Plan<'_>) -> Growth {
     let (mut runs, mut told, mut silent) = (0, 0, 0);
-    for kind in kinds() {
-        let base = base_of(&kind);
-        for seed in seeds(seed_count) {
-            let workload = Workload::new(seed, &kind.shape(8));
-            for n in 0..ops_of(&base, &kind, &workload) {
-                for errno in errnos {
-                    let case = Case { n, errno: *errno, is_sticky };
+    let mut growth = Growth::default();
+    for kind in kinds {
+        let base = base_of(kind);
+        for seed in seeds(plan.seeds) {
+            let workload = kind.workload(seed, plan.steps);
+            for n in (0..ops_of(&base, kind, &workload, &mut growth)).step_by(plan.stride) {
+                for errno in plan.errnos {
+                    let case = Case { n, errno: *errno, is_sticky: plan.is_sticky };
                     runs += 1;
-                    match run(&base, &kind, &workload, case) {
+                    match run(&base, kind, &workload, case) {
                         Ok(run) if run.errors.is_empty() => silent += 1,
                         Ok(_) => told += 1,
                         Err(e) => panic!("{} seed {seed} {case:?}: {e}\n{workload}", kind.name),
@@ -177,16 +192,36 @@ fn sweep(errnos: &[i32], is_sticky: bool, seed_count: u64) {
     }
     // Discards are advisory and metadata is written again; most failures are somebody's all the same.
     assert!(told > silent, "told {told}, silent {silent}");
+    growth
 }
+
+/// New refcount blocks and moved tables are among what fails.
+fn check(growth: Growth) {
+    let has_grown = growth.new_blocks > 0 && growth.moved_l1 > 0;
+    assert!(one_seed().is_some() || has_grown, "{growth:?}");
+}
+
+const BOTH: [i32; 2] = [libc::EIO, libc::ENOSPC];
 
 #[test]
 fn each_operation_fails_once() {
-    sweep(&[libc::EIO, libc::ENOSPC], false, 2);
+    let plan = Plan { errnos: &BOTH, is_sticky: false, seeds: 2, steps: 8, stride: 1 };
+    check(sweep(&kinds(), &plan));
 }
 
 #[test]
 fn everything_fails_from_some_operation_on() {
-    sweep(&[libc::EIO, libc::ENOSPC], true, 1);
+    let plan = Plan { errnos: &BOTH, is_sticky: true, seeds: 1, steps: 8, stride: 1 };
+    check(sweep(&kinds(), &plan));
+}
+
+/// A table on its way to a new place is not forgotten when a step of the way fails.
+#[test]
+fn operations_that_move_the_refcount_table_fail_once() {
+    let stride = if is_full() { 1 } else { 3 };
+    let plan = Plan { errnos: &[libc::EIO], is_sticky: false, seeds: 1, steps: 0, stride };
+    let growth = sweep(&[nearly_full::table("512-rc64-table")], &plan);
+    assert!(one_seed().is_some() || growth.moved_tables > 0, "{growth:?}");
 }
 
 /// A full disk refuses what grows, and takes the rest.
@@ -200,7 +235,7 @@ fn a_full_disk_is_said_to_be_full() {
         let model = RefCell::new(kind.model());
         let disk = world.block_on(Disk::open(&world, &kind, &graph)).expect("it was just made");
         sim.fail_nth(0, Fault::sticky(libc::ENOSPC).on(OpMask::WRITE));
-        let workload = Workload::new(1, &kind.shape(6));
+        let workload = kind.workload(1, 6);
         let case = Case { n: 0, errno: libc::ENOSPC, is_sticky: true };
         let mut told = Told::default();
         let done = world.block_on(endure(&disk, &workload, &model, case, &mut told));

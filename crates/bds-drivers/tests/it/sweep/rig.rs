@@ -40,12 +40,16 @@ pub(crate) struct Kind {
     pub(crate) backing_len: Option<u64>,
     pub(crate) has_data_file: bool,
     pub(crate) has_compression: bool,
-    /// Bytes of unflushed writes to new places may be stale after a cut.
+    /// Bytes of unflushed writes to new places may be stale after a cut: links into a data file do not wait for their bytes.
     pub(crate) may_be_stale: bool,
     /// After a cut the image may say that its refcounts are not to be trusted.
     pub(crate) is_lazy: bool,
     /// Bytes at the end of the disk that are written before the workload begins, to have the image's tables nearly full.
     pub(crate) fill: u64,
+    /// They are written cluster by cluster, so that neighbours on the disk are no neighbours in the file.
+    pub(crate) is_in_pieces: bool,
+    /// A workload grows the disk by so many bytes at its end, and writes there.
+    pub(crate) grows_by: Option<u64>,
 }
 
 impl Kind {
@@ -65,9 +69,11 @@ impl Kind {
             backing_len: None,
             has_data_file: false,
             has_compression: true,
-            may_be_stale: true,
+            may_be_stale: false,
             is_lazy: false,
             fill: 0,
+            is_in_pieces: false,
+            grows_by: None,
         }
     }
 
@@ -127,11 +133,47 @@ impl Kind {
     }
 
     pub(crate) fn with_data_file(self) -> Kind {
-        Kind { has_data_file: true, has_compression: false, ..self }
+        Kind { has_data_file: true, has_compression: false, may_be_stale: true, ..self }
     }
 
     pub(crate) fn sized(self, len: u64, max_len: u64) -> Kind {
         Kind { len, max_len, ..self }
+    }
+
+    /// So many bytes at the end of the disk are written beforehand.
+    pub(crate) fn filled(self, fill: u64) -> Kind {
+        Kind { fill, ..self }
+    }
+
+    /// The same in an order that leaves every cluster a run of its own.
+    pub(crate) fn filled_in_pieces(self, fill: u64) -> Kind {
+        Kind { fill, is_in_pieces: true, ..self }
+    }
+
+    /// Workloads end with growth by so many bytes, a write there and a flush.
+    pub(crate) fn growing(self, by: u64) -> Kind {
+        Kind { grows_by: Some(by), ..self }
+    }
+
+    /// The workload of this seed: `steps` by chance, and what this kind is there for.
+    pub(crate) fn workload(&self, seed: u64, steps: usize) -> Workload {
+        let mut workload = Workload::new(seed, &self.shape(steps));
+        let Some(by) = self.grows_by else { return workload };
+        let grown = workload.steps.iter().fold(self.len, |len, step| match step {
+            Step::Requests(ops) => ops.iter().fold(len, |len, op| match op {
+                Op::Grow { len } => *len,
+                _ => len,
+            }),
+            Step::Reopen => len,
+        });
+        let len = grown + by;
+        assert!(len <= self.max_len, "{}: it grows too far", self.name);
+        let count = usize::try_from(self.cluster * 5).expect("small");
+        let end = Op::Write { at: grown, bytes: pattern(!seed, grown, count).into(), fua: false };
+        workload
+            .steps
+            .extend([vec![Op::Grow { len }], vec![end], vec![Op::Flush]].map(Step::Requests));
+        workload
     }
 
     /// Zero writes of these units are a matter of metadata.
@@ -263,7 +305,7 @@ impl World {
                 options["backing_fmt"] = json!("raw");
             }
             if kind.has_data_file {
-                options["data_file"] = json!("data");
+                options["data_file"] = json!(self.path("data"));
             }
             let image = NewImage {
                 format: kind.format.into(),
@@ -277,7 +319,8 @@ impl World {
                 let start = kind.len - kind.fill;
                 let bytes =
                     pattern(BASE_STAMP + 1, start, usize::try_from(kind.fill).expect("small"));
-                disk.write(start, &bytes).await.expect("the image can be filled");
+                let fill = disk.fill(start, &bytes, kind);
+                fill.await.expect("the image can be filled");
                 disk.close().await.expect("the image can be closed");
             }
         });
@@ -364,6 +407,20 @@ impl Disk {
 
     pub(crate) async fn write(&self, at: u64, bytes: &[u8]) -> Result<()> {
         self.backend.write(at, Buf::from_slice(bytes).iov(), WriteFlags::empty()).await
+    }
+
+    /// Writes what is there before the workload: in one go, or every other cluster first.
+    async fn fill(&self, start: u64, bytes: &[u8], kind: &Kind) -> Result<()> {
+        if !kind.is_in_pieces {
+            return self.write(start, bytes).await;
+        }
+        let cluster = usize::try_from(kind.cluster).expect("small");
+        for first in [0, 1] {
+            for (number, bytes) in bytes.chunks(cluster).enumerate().skip(first).step_by(2) {
+                self.write(start + number as u64 * kind.cluster, bytes).await?;
+            }
+        }
+        Ok(())
     }
 
     pub(crate) async fn read(&self, at: u64, len: u64) -> Result<Vec<u8>> {

@@ -1,9 +1,10 @@
 //! What lies beside the graph's shape: frozen links, blockers, job slots, bitmaps and their leases.
 
-use super::commands::Command;
+use super::commands::{Body, Child, Command, Tree, Trouble};
 use super::model::{Bitmap, Key, Kind};
 use super::opening::pick;
 use super::run::World;
+use crate::graph::NodeRef;
 
 impl World {
     pub(super) fn claim(&mut self, command: &Command) {
@@ -69,19 +70,74 @@ impl World {
     /// P21: all links from top to base, or none.
     fn freeze(&mut self, top: usize, base: usize) {
         let (Some(top), Some(base)) = (self.pick_ref(top), self.pick_ref(base)) else { return };
-        let chain = self.chain(self.model.refs[top], self.model.refs[base]);
+        let (base, key) = (self.refs[base].clone(), self.model.refs[base]);
+        self.freeze_down_to(top, base, key);
+    }
+
+    /// Freezes links of the longest chain there is, or of any. Filters make it longer first, where it is short.
+    pub(super) async fn freeze_chain(&mut self, n: usize, len: usize) {
+        for _ in 0..2 {
+            let ways = self.model.refs.iter().map(|key| (self.way(*key).len(), *key));
+            let Some((links, top)) = ways.max() else { return };
+            if links < 3 {
+                self.open_filter_on(top).await;
+            }
+        }
+        let ways = (0..self.refs.len()).map(|top| (top, self.way(self.model.refs[top])));
+        let mut ways: Vec<(usize, Vec<Key>)> = ways.filter(|(_, way)| !way.is_empty()).collect();
+        ways.sort_by_key(|(_, way)| std::cmp::Reverse(way.len()));
+        let Some((top, way)) =
+            ways.get(if n.is_multiple_of(2) { 0 } else { n % ways.len().max(1) })
+        else {
+            return;
+        };
+        // Rather all of it than a part.
+        let key = way[way.len() - 1 - len % 4 % way.len()];
+        let (id, _) = self.ids.iter().find(|(_, known)| *known == key).unwrap();
+        let base = self.graph.acquire(*id).unwrap();
+        self.freeze_down_to(*top, base, key);
+    }
+
+    async fn open_filter_on(&mut self, key: Key) {
+        let Some(at) = self.model.swept().live().iter().position(|known| *known == key) else {
+            return;
+        };
+        let body = Body::Filter(Box::new(Child::Node(at)));
+        let ro = Some(self.model.nodes[&key].ro);
+        let trouble = Trouble::None;
+        self.open(&Tree { name: None, ro, discard: false, transfer: 0, trouble, body }).await;
+    }
+
+    fn freeze_down_to(&mut self, top: usize, base: NodeRef, key: Key) {
+        let chain = self.chain(self.model.refs[top], key);
         let is_free =
             |edges: &Vec<u32>| edges.iter().all(|edge| self.model.edges[edge].frozen.is_none());
         let chain = chain.filter(is_free);
-        let frozen = self.graph.freeze_chain(&self.refs[top], &self.refs[base], "a test");
+        let frozen = self.graph.freeze_chain(&self.refs[top], &base, "a test");
+        drop(base);
         assert_eq!(frozen.is_ok(), chain.is_some(), "P21: {:?}", frozen.err());
         let (Ok(frozen), Some(chain)) = (frozen, chain) else { return };
         assert_eq!(frozen.len(), chain.len(), "P21");
+        self.tally.count_if(!chain.is_empty(), "frozen");
+        self.tally.count_if(chain.len() > 1, "frozen, more than one link");
         let number = self.model.fresh();
         for edge in chain {
             self.model.edges.get_mut(&edge).unwrap().frozen = Some(number);
         }
         self.frozen.push((frozen, number));
+    }
+
+    /// The nodes of the chain below a node, from the top down.
+    fn way(&self, top: Key) -> Vec<Key> {
+        let mut way = Vec::new();
+        let mut at = Some(top);
+        while let Some(key) = at {
+            let is_filter = self.model.nodes[&key].kind == Kind::Filter;
+            let edge = self.model.child(key, if is_filter { "file" } else { "backing" });
+            at = edge.and_then(|edge| self.model.edges[&edge].child);
+            way.extend(at);
+        }
+        way
     }
 
     fn chain(&self, top: Key, base: Key) -> Option<Vec<u32>> {
@@ -147,6 +203,7 @@ impl World {
                 assert_eq!(lease.is_ok(), found.is_some(), "P46: {:?}", lease.err());
                 if let (Ok(lease), Some(found)) = (lease, found) {
                     found.leased = true;
+                    self.tally.count("leased");
                     self.leases.push((lease, key, number));
                 }
             }

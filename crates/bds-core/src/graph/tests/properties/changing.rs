@@ -259,12 +259,16 @@ impl World {
         edits: &[Edit],
     ) {
         assert_eq!(answer.is_ok(), is_fine, "{edits:?}: {:?}", answer.err());
+        self.tally.count_if(is_fine && !edits.is_empty(), "committed");
+        self.tally.count_if(is_fine && edits.len() > 1, "committed, more than one edit");
+        self.tally.count_if(!is_fine, "refused");
         if is_fine {
             after.refs.clone_from(&self.model.refs);
             self.model = after;
         }
         self.model.settle();
         if let Ok(report) = answer {
+            self.tally.count_if(!report.closed.is_empty(), "removed");
             report.closed.iter().for_each(|report| self.hear(report));
             if edits.iter().any(|edit| matches!(edit, Edit::Remove { .. })) {
                 self.model.sweep();
@@ -291,6 +295,7 @@ impl World {
         }
         self.forget_faults();
         assert!(answer.is_err(), "P29: {edits:?} at {step}");
+        self.tally.count("faults of changes");
         if !removes {
             assert_eq!(picture::of_graph(&self.graph), before, "P29: {edits:?} at {step}");
         }
@@ -311,7 +316,9 @@ impl World {
             ..after
         };
         // A report that nobody was told of is kept by the graph.
-        if let Some(Ok(report)) = Self::run_for(turns, change.commit()).await {
+        let answer = Self::run_for(turns, change.commit()).await;
+        self.tally.count_if(answer.is_none(), "cancelled");
+        if let Some(Ok(report)) = answer {
             report.closed.iter().for_each(|report| self.hear(report));
         }
         idle().await;
@@ -321,6 +328,7 @@ impl World {
         self.reap().await;
         let found = picture::of_graph(&self.graph);
         if found != picture::of_model(&self.model) && found == picture::of_model(&after) {
+            self.tally.count("cancelled or not, done");
             self.model = after;
         }
     }
@@ -343,6 +351,7 @@ impl World {
         self.graph.set_backing(&node, Some(&backing)).await.unwrap();
         self.graph.set_backing(&node, None).await.unwrap();
         drop((node, backing));
+        self.tally.count("there and back");
         before.epoch += 2;
         self.model.epoch += 2;
         assert_eq!(picture::of_graph(&self.graph), before, "P20");
@@ -401,6 +410,7 @@ impl World {
             }
             self.forget_faults();
             assert!(answer.is_err(), "P29: at {step}");
+            self.tally.count("faults of handovers");
             assert_eq!(picture::of_graph(&self.graph), before, "P29: at {step}");
         }
         if matches!(fate, Fate::Sweep | Fate::FailAt(_)) {
@@ -424,5 +434,6 @@ impl World {
     fn expect_activity(&mut self, tops: &[Key], on: bool, answer: Result<()>) {
         let wanted = if on { self.model.activate(tops) } else { self.model.inactivate(tops) };
         assert_eq!(answer.is_ok(), wanted.is_ok(), "P47: {on} {:?}", answer.err());
+        self.tally.count_if(answer.is_ok(), if on { "activated" } else { "inactivated" });
     }
 }

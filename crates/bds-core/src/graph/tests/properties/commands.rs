@@ -102,6 +102,8 @@ pub(super) enum Command {
     Detach(usize),
     JobAccess(usize, Access),
     Freeze(usize, usize),
+    /// Links that there are: of the chain below a node, so many.
+    FreezeChain(usize, usize),
     Thaw(usize),
     Drain(usize),
     DrainSubtree(usize),
@@ -280,7 +282,8 @@ fn claims() -> impl Strategy<Value = Command> {
         1 => n().prop_map(C::EndLease),
         1 => n().prop_map(C::RemoveBitmap),
         1 => n().prop_map(C::DropAnonymous),
-        2 => (n(), n()).prop_map(|(a, b)| C::Freeze(a, b)),
+        1 => (n(), n()).prop_map(|(a, b)| C::Freeze(a, b)),
+        8 => (n(), n()).prop_map(|(a, b)| C::FreezeChain(a, b)),
         3 => n().prop_map(C::Thaw),
     ]
 }

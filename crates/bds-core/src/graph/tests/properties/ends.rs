@@ -19,6 +19,8 @@ impl World {
         match node.close().await {
             Ok(report) => {
                 assert!(is_last, "P14");
+                self.tally.count("closed");
+                self.tally.count_if(!report.is_clean(), "closed, with failures");
                 assert_eq!(report.node, id);
                 self.hear(&report);
                 self.model.bury();
@@ -27,6 +29,7 @@ impl World {
             }
             Err(CloseError::InUse { node, holders }) => {
                 assert!(!is_last, "P14");
+                self.tally.count("in use");
                 assert_eq!(node.id(), id, "P14: the same reference comes back");
                 assert_eq!(holders.len() + 1, node.count(), "P6: the others have names");
                 self.push_ref(node);
@@ -47,6 +50,7 @@ impl World {
         let name = self.model.nodes[&key].name.clone();
         let deleted = self.graph.del(&name).await;
         assert_eq!(deleted.is_ok(), may, "P43: {name} {:?}", deleted.err());
+        self.tally.count_if(may, "deleted");
         if let Ok(report) = deleted {
             self.hear(&report);
             self.model.monitor.retain(|owned| *owned != key);

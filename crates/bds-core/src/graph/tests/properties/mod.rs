@@ -74,13 +74,18 @@ mod run;
 mod schedules;
 mod traffic;
 
+use std::sync::Arc;
+
 use bds_io::{Sim, SimConfig};
 use proptest::collection::vec;
-use proptest::prelude::{ProptestConfig, any, proptest};
+use proptest::prelude::{ProptestConfig, Strategy, any};
+use proptest::test_runner::TestRunner;
 
-use commands::{Command, script};
+use super::tally::Tally;
+use commands::{Command, Script, script};
 use run::{Widths, run};
 use schedules::act;
+pub(super) use schedules::check_permissions;
 use traffic::{Traffic, action, ground};
 
 /// So many cases, or ten times that when everything is asked for.
@@ -91,8 +96,8 @@ fn cases(count: u32) -> ProptestConfig {
 }
 
 /// Plays a sequence and compares after every command.
-fn play(seed: u64, widths: Option<Widths>, script: &[Command]) {
-    run(seed, widths, |mut world| async move {
+fn play(seed: u64, widths: Option<Widths>, script: &[Command], tally: &Arc<Tally>) {
+    run(seed, widths, tally, |mut world| async move {
         for command in script {
             world.step(command).await;
             world.check(&format!("{command:?}"));
@@ -101,23 +106,51 @@ fn play(seed: u64, widths: Option<Widths>, script: &[Command]) {
     });
 }
 
-proptest! {
-    #![proptest_config(cases(512))]
-    #[test]
-    fn any_sequence_of_commands_agrees_with_the_model(
-        seed in any::<u64>(),
-        script in script(1..60),
-    ) {
-        play(seed, None, &script.0);
+/// Runs a test on so many drawn values; a failure is shrunk and printed.
+fn search<S: Strategy>(count: u32, drawn: S, test: impl Fn(S::Value)) {
+    let mut runner = TestRunner::new(cases(count));
+    let outcome = runner.run(&drawn, |value| {
+        test(value);
+        Ok(())
+    });
+    if let Err(failure) = outcome {
+        panic!("{failure}");
     }
+}
 
-    #[test]
-    fn requests_and_sections_wait_for_each_other_as_the_model_says(
-        seed in any::<u64>(),
-        ground in ground(),
-        actions in vec(action(), 1..60),
-    ) {
-        run(seed, None, |world| async move {
+#[test]
+fn any_sequence_of_commands_agrees_with_the_model() {
+    let tally = Arc::default();
+    let drawn = (any::<u64>(), script(1..60));
+    search(512, drawn, |(seed, Script(script))| play(seed, None, &script, &tally));
+    tally.assert_least(&[
+        ("opened", 250),
+        ("not opened", 100),
+        ("attached", 80),
+        ("committed", 150),
+        ("committed, more than one edit", 20),
+        ("refused", 200),
+        ("removed", 5),
+        ("cancelled", 2),
+        ("faults of changes", 200),
+        ("faults of opens", 40),
+        ("faults of handovers", 10),
+        ("inactivated", 20),
+        ("activated", 20),
+        ("closed", 10),
+        ("in use", 10),
+        ("stale ids", 8),
+        ("frozen", 40),
+        ("frozen, more than one link", 25),
+    ]);
+}
+
+#[test]
+fn requests_and_sections_wait_for_each_other_as_the_model_says() {
+    let tally = Arc::default();
+    let drawn = (any::<u64>(), ground(), vec(action(), 1..60));
+    search(512, drawn, |(seed, ground, actions)| {
+        run(seed, None, &tally, |world| async move {
             let mut traffic = Traffic::new(world, &ground).await;
             for action in &actions {
                 traffic.step(action).await;
@@ -125,25 +158,48 @@ proptest! {
             }
             traffic.end().await;
         });
-    }
+    });
+    tally.assert_least(&[
+        ("completed", 400),
+        ("abandoned", 100),
+        ("waits at a gate", 3000),
+        ("waits for requests", 600),
+        ("drained", 5000),
+    ]);
+}
 
-    #[test]
-    fn tasks_in_any_order_find_what_always_holds(
-        seed in any::<u64>(),
-        tasks in vec(vec(act(), 1..8), 2..5),
-    ) {
+#[test]
+fn tasks_in_any_order_find_what_always_holds() {
+    let tally = Arc::default();
+    search(512, (any::<u64>(), vec(vec(act(), 1..8), 2..5)), |(seed, tasks)| {
         let sim = Sim::new(seed, SimConfig::calm());
-        sim.block_on(schedules::play(&sim, tasks));
+        sim.block_on(schedules::play(&sim, tasks, &tally));
         sim.run_until_idle();
-    }
+    });
+    tally.assert_least(&[
+        ("changed", 600),
+        ("refused", 300),
+        ("cancelled", 8),
+        ("read", 600),
+        ("drained", 200),
+        ("frozen", 80),
+    ]);
+}
 
-    /// Ids run out: slots are used again, retired, and the graph is full. What is refused for that leaves nothing.
-    #[test]
-    fn a_graph_whose_ids_run_out_agrees_with_the_model(
-        seed in any::<u64>(),
-        widths in (1..4u32, 0..4u32),
-        script in script(1..80),
-    ) {
-        play(seed, Some(widths), &script.0);
-    }
+/// Ids run out: slots are used again, retired, and the graph is full. What is refused for that leaves nothing.
+#[test]
+fn a_graph_whose_ids_run_out_agrees_with_the_model() {
+    let tally = Arc::default();
+    let drawn = (any::<u64>(), (1..4u32, 0..4u32), script(1..80));
+    search(512, drawn, |(seed, widths, Script(script))| play(seed, Some(widths), &script, &tally));
+    tally.assert_least(&[
+        ("opened", 150),
+        ("no room", 150),
+        ("committed", 120),
+        ("refused", 200),
+        ("faults of changes", 200),
+        ("closed", 8),
+        ("stale ids", 8),
+        ("frozen", 8),
+    ]);
 }

@@ -1,5 +1,7 @@
 //! Sequences that found something, by what they found.
 
+use std::sync::Arc;
+
 use super::commands::Command::{self, Activate, Change, Inactivate, Open};
 use super::commands::Fate::{Commit, Sweep};
 use super::commands::Step::{
@@ -9,7 +11,7 @@ use super::commands::{Body, Child, Tree, Trouble};
 use super::play;
 
 fn replay(script: &[Command]) {
-    play(0, None, script);
+    play(0, None, script, &Arc::default());
 }
 
 fn tree(body: Body) -> Tree {

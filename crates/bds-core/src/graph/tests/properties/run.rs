@@ -17,6 +17,7 @@ use super::opening::{self, pick};
 use super::picture;
 use crate::driver::{Category, Registry};
 use crate::graph::tests::fakes;
+use crate::graph::tests::tally::Tally;
 use crate::graph::{
     Access as RealAccess, AnonymousBitmap, BitmapId, BitmapLease, Blocker, CloseReport, Drained,
     Frozen, Graph, GraphConfig, JobEdge, JobSlot, Node, NodeId, NodeRef, Operations, Perm, Root,
@@ -50,6 +51,8 @@ pub(super) struct World {
     pub(super) leases: Vec<(BitmapLease, Key, u64)>,
     pub(super) walk: Option<(TopLevel, Vec<Key>)>,
     pub(super) watches: Vec<(Watch<Node>, Key)>,
+    /// What the search reached.
+    pub(super) tally: Arc<Tally>,
     /// Names in reports of closings that failed.
     pub(super) unclean: Vec<String>,
 }
@@ -61,6 +64,7 @@ pub(super) type Widths = (u32, u32);
 pub(super) fn run<F: Future<Output = ()>>(
     seed: u64,
     widths: Option<Widths>,
+    tally: &Arc<Tally>,
     story: impl FnOnce(World) -> F,
 ) {
     let sim = Sim::new(seed, SimConfig::calm());
@@ -82,6 +86,7 @@ pub(super) fn run<F: Future<Output = ()>>(
         leases: Vec::new(),
         walk: None,
         watches: Vec::new(),
+        tally: Arc::clone(tally),
         unclean: Vec::new(),
     };
     sim.block_on(story(world));
@@ -177,6 +182,7 @@ impl World {
                 self.drain(command).await;
             }
             Command::JobAccess(n, access) => self.job_access(*n, *access).await,
+            Command::FreezeChain(n, len) => self.freeze_chain(*n, *len).await,
             _ => self.step_at_once(command),
         }
         self.model.settle();
@@ -268,6 +274,7 @@ impl World {
             .collect();
         let Some(id) = pick(&stale, n) else { return };
         assert!(self.graph.acquire(id).is_err(), "P1");
+        self.tally.count("stale ids");
         assert_eq!((self.graph.count(id), self.graph.holders(id).len()), (0, 0), "P1");
         assert!(self.graph.watch(id).has_fired(), "P49: at once, post mortem");
         assert!(!self.graph.is_owned(id), "P23");
@@ -281,7 +288,7 @@ impl World {
         }
     }
 
-    async fn open(&mut self, tree: &Tree) {
+    pub(super) async fn open(&mut self, tree: &Tree) {
         self.prepare_open().await;
         let mut after = self.model.swept();
         let Some(text) = opening::options(tree, &after) else { return };
@@ -293,6 +300,8 @@ impl World {
         self.model = after;
         let opened = self.graph.open(Options::parse(&text).unwrap()).await;
         assert_eq!(opened.is_ok(), root.is_some(), "{text}: {:?}", opened.err());
+        self.tally.count(if root.is_some() { "opened" } else { "not opened" });
+        self.tally.count_if(!is_room, "no room");
         match (opened, root) {
             (Ok(node), Some(root)) => {
                 self.adopt(root, &node);
@@ -322,6 +331,7 @@ impl World {
                 return self.forgive().await;
             }
             assert!(opened.is_err(), "P29: {text} at {step}");
+            self.tally.count("faults of opens");
             self.forgive().await;
             assert_eq!(picture::of_graph(&self.graph), before, "P29: {text} at {step}");
         }
@@ -400,6 +410,7 @@ impl World {
         self.model.recompute();
         let is_fine = self.model.is_legal();
         assert_eq!(held.is_ok(), is_fine, "P24, P19: {access:?} {:?}", held.err());
+        self.tally.count(if is_fine { "attached" } else { "not attached" });
         match held {
             Ok(held) => self.roots.push((held, number)),
             Err(_) => self.model = before,
@@ -430,6 +441,7 @@ impl World {
         let found = walk.next();
         let found_key = found.as_ref().map(|node| self.key(node));
         assert_eq!(found_key, left.first().copied(), "P44");
+        self.tally.count_if(found.is_some(), "walked");
         if let Some(node) = found {
             self.push_ref(node);
             left.remove(0);

@@ -5,15 +5,18 @@
 
 use std::sync::Arc;
 
-use bds_refcount::HolderKind;
-use proptest::prelude::{Strategy, any, prop_oneof};
+use bds_refcount::{HolderKind, Strong};
+use proptest::prelude::{Just, Strategy, any, prop_oneof};
 
 use super::fake::{self, Floor};
 use super::model::{ALL, Access, Edge, Kind, Model, Node};
 use super::picture;
 use super::run::{idle, real_access, world};
+use crate::driver::Role;
+use crate::error::Result;
 use crate::graph::tests::fakes;
-use crate::graph::{Graph, NodeRef, Parent, Root, RootMove};
+use crate::graph::tests::tally::Tally;
+use crate::graph::{Graph, Node as RealNode, NodeId, NodeRef, Parent, Root, RootMove};
 use crate::options::Options;
 
 /// What a task does next. Numbers choose among the nodes of the start.
@@ -54,10 +57,25 @@ pub(super) fn act() -> impl Strategy<Value = Act> {
         1 => (n(), any::<bool>()).prop_map(|(a, b)| Act::ReadOnly(a, b)),
         3 => n().prop_map(Act::Live),
         1 => (n(), n()).prop_map(|(a, b)| Act::Freeze(a, b)),
+        // What is a chain at the start.
+        2 => prop_oneof![Just((3, 2)), Just((4, 3)), Just((4, 2))].prop_map(|(a, b)| Act::Freeze(a, b)),
         1 => n().prop_map(Act::Inactivate),
         1 => (n(), n(), 0..12usize).prop_map(|(a, b, c)| Act::Cancelled(a, b, c)),
         1 => n().prop_map(|_| Act::Reap),
     ]
+}
+
+/// The nodes from `top` down to `base`, by the links that a chain is made of.
+fn way(top: &NodeRef, base: &NodeRef) -> Vec<NodeId> {
+    let mut way = vec![top.id()];
+    let mut at = top.strong().clone();
+    while at.id() != base.id() {
+        let role = if at.driver().is_filter() { Role::FILTERED } else { Role::COW };
+        let edge = at.child_in_role(role).expect("P21: the chain leads down to its end");
+        at = edge.target().strong().clone();
+        way.push(at.id());
+    }
+    way
 }
 
 fn is_empty(node: &NodeRef) -> bool {
@@ -70,7 +88,7 @@ struct Actor {
     floor: Arc<Floor>,
     nodes: Vec<NodeRef>,
     root: Arc<crate::graph::Edge>,
-    reads: usize,
+    tally: Arc<Tally>,
 }
 
 impl Actor {
@@ -97,7 +115,7 @@ impl Actor {
             Act::Read => {
                 if self.root.medium().is_some() {
                     fakes::read(&self.root).await.unwrap();
-                    self.reads += 1;
+                    self.tally.count("read");
                 }
                 return;
             }
@@ -123,26 +141,20 @@ impl Actor {
                 let options = Options::new().with("read-only", word);
                 self.graph.reopen(self.node(*n), options).await
             }
-            Act::Freeze(a, b) => {
-                match self.graph.freeze_chain(self.node(*a), self.node(*b), "it") {
-                    Ok(frozen) => {
-                        bds_io::yield_now().await;
-                        drop(frozen);
-                        Ok(())
-                    }
-                    Err(error) => Err(error),
-                }
-            }
+            Act::Freeze(a, b) => self.freeze(*a, *b).await,
             Act::Inactivate(n) => match self.graph.inactivate(self.node(*n)).await {
                 Ok(()) => self.graph.activate(self.node(*n)).await,
                 Err(error) => Err(error),
             },
             Act::Cancelled(a, b, turns) => {
                 let change = self.graph.replace(self.node(*a), self.node(*b));
-                super::run::World::run_for(*turns, change).await.unwrap_or(Ok(()))
+                let Some(outcome) = super::run::World::run_for(*turns, change).await else {
+                    return self.tally.count("cancelled");
+                };
+                outcome
             }
         };
-        drop(outcome);
+        self.tally.count(if outcome.is_ok() { "changed" } else { "refused" });
     }
 
     /// P34: nobody is inside, and nobody comes; P38: what is drained lives.
@@ -155,7 +167,23 @@ impl Actor {
             bds_io::yield_now().await;
         }
         self.floor.unseal(node.name());
+        self.tally.count("drained");
         drop(guard);
+    }
+
+    /// P21: links that are frozen stay where they are, and are not frozen by others.
+    async fn freeze(&self, a: usize, b: usize) -> Result<()> {
+        let (top, base) = (self.node(a), self.node(b));
+        let frozen = self.graph.freeze_chain(top, base, "it")?;
+        self.tally.count_if(!frozen.is_empty(), "frozen");
+        let before = way(top, base);
+        for _ in 0..4 {
+            bds_io::yield_now().await;
+            assert_eq!(way(top, base), before, "P21");
+            let is_again = self.graph.freeze_chain(top, base, "another").is_ok();
+            assert_eq!(is_again, frozen.is_empty(), "P21: by one at a time");
+        }
+        Ok(())
     }
 
     async fn live(&mut self, n: usize) {
@@ -168,7 +196,7 @@ impl Actor {
         if let Ok(edge) = self.graph.attach_root(Some(&node), &root) {
             drop(node);
             fakes::read(&edge).await.unwrap();
-            self.reads += 1;
+            self.tally.count("read");
         }
         // Others may have moved what pointed there, and hold nothing of it.
         bds_io::yield_now().await;
@@ -177,7 +205,7 @@ impl Actor {
 }
 
 /// Plays the tasks' acts in the order that the seed chooses.
-pub(super) async fn play(sim: &bds_io::Sim, tasks: Vec<Vec<Act>>) {
+pub(super) async fn play(sim: &bds_io::Sim, tasks: Vec<Vec<Act>>, tally: &Arc<Tally>) {
     let (graph, floor) = world(sim, None);
     let nodes = ground(&graph).await;
     let mut running = Vec::new();
@@ -192,7 +220,7 @@ pub(super) async fn play(sim: &bds_io::Sim, tasks: Vec<Vec<Act>>) {
             floor: Arc::clone(&floor),
             nodes: nodes.clone(),
             root,
-            reads: 0,
+            tally: Arc::clone(tally),
         };
         running.push(bds_io::spawn(async move {
             for act in &acts {
@@ -238,23 +266,34 @@ async fn ground(graph: &Graph) -> Vec<NodeRef> {
 /// P16, P17, P24, P25, P35 after all is over: the graph is what the model computes from its edges.
 fn check(graph: &Graph) {
     let found = picture::of_graph(graph);
-    let mut model = read(graph);
+    let mut model = read(&graph.0.reaper.live());
     model.recompute();
     assert!(model.is_legal(), "P24");
     let wanted = picture::of_model(&model);
     assert_eq!(picture::edges(&found), picture::edges(&wanted), "P25, P35");
 }
 
-/// The graph's nodes and edges as a model, without anything that follows from them.
-fn read(graph: &Graph) -> Model {
+/// P24, P25: what edges do is what the model computes from the roots down, and it is allowed. For whoever holds the graph's lock.
+pub(in crate::graph::tests) fn check_permissions(nodes: &[Strong<RealNode>]) {
+    let found = read(nodes);
+    let mut wanted = found.clone();
+    wanted.recompute();
+    for (number, edge) in &found.edges {
+        let wanted = wanted.edges[number].access;
+        assert_eq!(edge.access, wanted, "P25: {} as it follows from the graph", edge.holder);
+    }
+    assert!(found.is_legal(), "P24");
+}
+
+/// Live nodes and their edges as a model, without anything that follows from them. An edge of a node that is dead does what it did.
+fn read(nodes: &[Strong<RealNode>]) -> Model {
     let mut model = Model::default();
-    let nodes = graph.nodes();
     let key =
         |id| nodes.iter().position(|node| node.id() == id).map(|at| u32::try_from(at).unwrap());
-    for (number, node) in (0..).zip(&nodes) {
+    for (number, node) in (0..).zip(nodes) {
         let kind = match node.driver_name() {
-            "file" => Kind::File,
-            "pass" => Kind::Filter,
+            "file" | "leaf" => Kind::File,
+            "pass" | "filter" => Kind::Filter,
             _ => Kind::Image,
         };
         let new = Node {
@@ -263,7 +302,7 @@ fn read(graph: &Graph) -> Model {
             ..Node::new(node.name(), kind)
         };
         model.nodes.insert(number, new);
-        for edge in node.node().parents() {
+        for edge in node.parents() {
             let access = edge.access();
             let bits = |perm: crate::graph::Perm| u8::try_from(perm.bits()).unwrap();
             let parent = match edge.parent() {

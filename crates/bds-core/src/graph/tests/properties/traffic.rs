@@ -112,6 +112,7 @@ impl Traffic {
             Move::Complete => self.complete().await,
             Move::Abandon(n) => {
                 if !self.requests.is_empty() {
+                    self.world.tally.count("abandoned");
                     self.requests.swap_remove(n % self.requests.len());
                 }
             }
@@ -165,6 +166,7 @@ impl Traffic {
         let is_done = |request: &Request| request.is_done.load(Ordering::Relaxed);
         let done = self.requests.iter().filter(|request| is_done(request)).count();
         assert_eq!(done, 1, "P37: one permit, one completion");
+        self.world.tally.count("completed");
         self.requests.retain(|request| !is_done(request));
     }
 
@@ -219,7 +221,9 @@ impl Traffic {
         let model = &self.world.model;
         for request in &mut self.requests {
             let target = model.edges[&request.edge].child.unwrap();
-            request.is_inside |= model.quiesce(target) == 0;
+            let is_free = model.quiesce(target) == 0;
+            self.world.tally.count_if(!request.is_inside && !is_free, "waits at a gate");
+            request.is_inside |= is_free;
         }
     }
 
@@ -256,6 +260,7 @@ impl Traffic {
             };
             let is_free = !model.live().iter().any(is_busy);
             assert_eq!(section.has_begun(), is_free, "P34: after {what}");
+            self.world.tally.count(if is_free { "drained" } else { "waits for requests" });
             // P38: what is drained lives.
             assert!(section.nodes.iter().all(|key| model.is_live(*key)), "P38: after {what}");
         }

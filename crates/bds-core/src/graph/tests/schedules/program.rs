@@ -47,7 +47,7 @@ impl Dice {
 }
 
 /// What came to pass, over many worlds: a search in which nothing happens finds nothing.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(super) struct Tally {
     pub(super) changes: AtomicUsize,
     pub(super) refusals: AtomicUsize,
@@ -110,10 +110,11 @@ pub(super) fn backend(node: &NodeRef, name: &str, writable: bool) -> Arc<Backend
     )
 }
 
-/// Polls `future` so many times, then drops it.
-pub(super) async fn give_up_after<T>(future: impl Future<Output = T>, polls: usize) -> Option<T> {
+/// Drops `future` after so many turns, unless it has ended. It is work in a task that goes on in between, so it is not the polls of
+/// `future` itself that count.
+pub(super) async fn give_up_after<T>(future: impl Future<Output = T>, turns: usize) -> Option<T> {
     let mut future = pin!(future);
-    let mut left = polls;
+    let mut left = turns;
     poll_fn(|context| {
         if left == 0 {
             return Poll::Ready(None);
@@ -122,7 +123,10 @@ pub(super) async fn give_up_after<T>(future: impl Future<Output = T>, polls: usi
         match future.as_mut().poll(context) {
             Poll::Ready(value) => Poll::Ready(Some(value)),
             Poll::Pending if left == 0 => Poll::Ready(None),
-            Poll::Pending => Poll::Pending,
+            Poll::Pending => {
+                context.waker().wake_by_ref();
+                Poll::Pending
+            }
         }
     })
     .await

@@ -18,6 +18,7 @@ use futures_util::FutureExt;
 use super::entry::{EntryRules, L2Entry};
 use super::extension::be64;
 use super::header::{Cluster0, Compression, Parsed, Strictness};
+pub use super::space::{DataNode, DataOffset, MetaNode, MetaOffset};
 use super::units::{Geometry, GuestOffset};
 pub use port::MemPort;
 

@@ -62,6 +62,55 @@ fn what_does_not_shrink_is_stored_as_it_is() {
     }
 }
 
+/// Bytes below 245, as likely as each other: what remains of chance after a cipher with a fault.
+fn biased(len: usize, seed: u64, below: u32) -> Vec<u8> {
+    let scaled = |byte: u8| u8::try_from(u32::from(byte) * below / 256).unwrap();
+    noise(len, seed).into_iter().map(scaled).collect()
+}
+
+/// zlib-rs panics over a short buffer when the data hardly shrinks, mostly in small clusters: every size, from no gain to much.
+#[test]
+fn no_cluster_of_any_size_makes_a_codec_panic() {
+    for kind in KINDS {
+        for bits in 9..=21 {
+            let len: usize = 1 << bits;
+            let seeds = if bits <= 13 { 1..=40 } else { 1..=1 };
+            for seed in seeds {
+                let mut half = text(len);
+                half[len / 2..].copy_from_slice(&noise(len / 2, seed));
+                let biases = [250, 245, 230, 200, 128].map(|below| biased(len, seed, below));
+                for cluster in [noise(len, seed), text(len), half].iter().chain(&biases) {
+                    let Some(stored) = encoded(kind, cluster) else { continue };
+                    let mut back = vec![0; len];
+                    decode(kind, &stored, &mut back).unwrap();
+                    assert!(back == *cluster, "{kind:?} {bits} {seed}");
+                }
+            }
+        }
+    }
+}
+
+/// The longest results that deflate has fit the buffer it is given.
+#[test]
+fn the_deflate_bound_is_one() {
+    for bits in 9..=21 {
+        let cluster = noise(1 << bits, 77);
+        let mut encoders = Encoders::default();
+        let mut out = vec![0; deflate_bound(cluster.len())];
+        let len = deflate(&mut encoders, &cluster, &mut out).expect("it fits whatever it is");
+        assert!(len > cluster.len() && len <= deflate_bound(cluster.len()), "{bits}: {len}");
+    }
+}
+
+#[test]
+fn a_panic_in_a_codec_is_the_end_of_its_state_and_of_nothing_else() {
+    let mut codecs = Encoders { deflated: vec![1], ..Encoders::default() };
+    let outcome: Option<usize> = contain(&mut codecs, |_| panic!("a codec's bug"));
+    assert_eq!(outcome, None);
+    assert!(codecs.deflated.is_empty(), "the old state is in use");
+    assert_eq!(contain(&mut codecs, |_| 7), Some(7));
+}
+
 #[test]
 fn a_buffer_too_small_for_the_result_is_never_overrun() {
     for kind in KINDS {

@@ -104,16 +104,16 @@ fn compressed_descriptors_come_back_as_they_went() {
                 if offset > g.max_compressed_offset() {
                     continue;
                 }
-                let entry = L2Entry::compressed(&g, HostOffset(offset), len).unwrap();
+                let entry = L2Entry::compressed(&g, MetaOffset(offset), len).unwrap();
                 let range = entry.compressed_range(&g);
                 assert_eq!(range.offset.0, offset);
                 assert!(range.len >= len && range.len < len + 512, "{bits} {offset} {len}");
                 assert_eq!((range.offset.0 + range.len) % 512, 0);
             }
         }
-        assert!(L2Entry::compressed(&g, HostOffset(0), 0).is_none());
-        assert!(L2Entry::compressed(&g, HostOffset(0), 3 * size).is_none());
-        let beyond = HostOffset(g.max_compressed_offset() + 1);
+        assert!(L2Entry::compressed(&g, MetaOffset(0), 0).is_none());
+        assert!(L2Entry::compressed(&g, MetaOffset(0), 3 * size).is_none());
+        let beyond = MetaOffset(g.max_compressed_offset() + 1);
         assert!(L2Entry::compressed(&g, beyond, 1).is_none());
     }
     let small =
@@ -127,13 +127,13 @@ fn l1_and_reftable_entries() {
     let g = Geometry::new(16, false, 4).unwrap();
     assert_eq!(L1Entry(0).table(&g), Ok(None));
     assert_eq!(L1Entry(COPIED).table(&g), Ok(None));
-    let entry = L1Entry::new(HostOffset(PLACE), true);
+    let entry = L1Entry::new(MetaOffset(PLACE), true);
     assert!(entry.is_copied());
-    assert_eq!(entry.table(&g), Ok(Some(HostOffset(PLACE))));
+    assert_eq!(entry.table(&g), Ok(Some(MetaOffset(PLACE))));
     assert_eq!(L1Entry(PLACE | 0x200).table(&g), Err(BadEntry::UnalignedTable(PLACE | 0x200)));
     assert_eq!(L1Entry(PLACE | 1 << 56 | 1).reserved(), 1 << 56 | 1);
     assert_eq!(refblock_place(0x1ff, &g), Ok(None));
-    assert_eq!(refblock_place(PLACE | 1, &g), Ok(Some(HostOffset(PLACE))));
+    assert_eq!(refblock_place(PLACE | 1, &g), Ok(Some(MetaOffset(PLACE))));
     let bad = Err(BadEntry::UnalignedRefblock(PLACE | 0x200));
     assert_eq!(refblock_place(PLACE | 0x200, &g), bad);
 }

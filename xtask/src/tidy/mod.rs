@@ -1,7 +1,9 @@
 //! `cargo xtask tidy`: the house rules that no compiler checks.
 //!
 //! Crate arrows as ARCHITECTURE.md draws them, `//!` openings, where unsafe lives, lengths (a ratchet: what is too long
-//! today may only shrink), and words that mean "unfinished".
+//! today may only shrink), and words that mean "unfinished". What a file contains is read by [`source`].
+
+mod source;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -9,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use self::source::Source;
 use crate::run::{cargo, output, root, say};
 
 /// Code and docs of a file, without its tests.
@@ -20,6 +23,7 @@ const UNSAFE_CRATES: [&str; 2] = ["bds-refcount", "bds-io"];
 
 /// What is longer than the limit today, and how long. Numbers here may shrink, never grow.
 #[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Ratchet {
     #[serde(default)]
     files: BTreeMap<String, usize>,
@@ -108,28 +112,30 @@ fn sources() -> Result<Vec<PathBuf>, String> {
 fn check_file(path: &Path, ratchet: &Ratchet, findings: &mut Vec<String>) -> Result<(), String> {
     let text = read(path)?;
     let name = path.strip_prefix(root()).unwrap_or(path).display().to_string();
-    let is_src = name.contains("/src/");
+    check_text(&name, &text, ratchet, findings);
+    Ok(())
+}
+
+/// The rules for one file of this name.
+fn check_text(name: &str, text: &str, ratchet: &Ratchet, findings: &mut Vec<String>) {
     if !text.starts_with("//!") {
         findings.push(format!("{name}: does not open with //! (what is this room for?)"));
     }
-    let code: Vec<&str> =
-        text.lines().take_while(|line| !line.starts_with("#[cfg(test)]")).collect();
-    let is_test_file = name.ends_with("/tests.rs") || !is_src;
-    if is_src && !is_test_file {
-        length(&name, code.len(), MAX_FILE_LINES, &ratchet.files, findings);
-        for (function, lines) in functions(&code) {
-            length(
-                &format!("{name}::{function}"),
-                lines,
-                MAX_FN_LINES,
-                &ratchet.functions,
-                findings,
-            );
+    words(name, text, findings);
+    let source = match Source::parse(text) {
+        Ok(source) => source,
+        Err(why) => return findings.push(format!("{name}:{why}")),
+    };
+    let is_test_file = name.ends_with("/tests.rs") || !name.contains("/src/");
+    if !is_test_file {
+        let code = text.lines().count() - source.test_lines;
+        length(name, code, MAX_FILE_LINES, &ratchet.files, findings);
+        for (function, lines) in &source.functions {
+            let name = format!("{name}::{function}");
+            length(&name, *lines, MAX_FN_LINES, &ratchet.functions, findings);
         }
     }
-    words(&name, &text, findings);
-    unsafe_code(&name, &text, findings);
-    Ok(())
+    unsafe_code(name, text, &source, findings);
 }
 
 fn length(
@@ -145,44 +151,9 @@ fn length(
     }
 }
 
-/// Names and lengths of functions, by indentation: rustfmt puts the closing brace below the `fn`.
-fn functions(code: &[&str]) -> Vec<(String, usize)> {
-    let mut found = Vec::new();
-    for (at, line) in code.iter().enumerate() {
-        let trimmed = line.trim_start();
-        let indent = line.len() - trimmed.len();
-        let Some(name) = function_name(trimmed) else { continue };
-        let end = format!("{}}}", " ".repeat(indent));
-        if let Some(lines) = code[at..].iter().position(|l| *l == end) {
-            found.push((name.to_owned(), lines + 1));
-        }
-    }
-    found
-}
-
-fn function_name(line: &str) -> Option<&str> {
-    let starts = [
-        "fn ",
-        "pub fn ",
-        "pub(crate) fn ",
-        "async fn ",
-        "pub async fn ",
-        "pub(crate) async fn ",
-        "const fn ",
-        "pub const fn ",
-        "unsafe fn ",
-        "pub unsafe fn ",
-        "pub(crate) unsafe fn ",
-        "pub(super) fn ",
-        "pub(super) async fn ",
-    ];
-    let rest = starts.iter().find_map(|start| line.strip_prefix(start))?;
-    rest.split(['(', '<']).next()
-}
-
 fn words(name: &str, text: &str, findings: &mut Vec<String>) {
-    if name == "xtask/src/tidy.rs" {
-        return;
+    if name == "xtask/src/tidy/mod.rs" {
+        return; // it names them
     }
     for (number, line) in text.lines().enumerate() {
         for word in ["todo!(", "unimplemented!(", "FIXME", "XXX", "HACK", "for now"] {
@@ -193,23 +164,17 @@ fn words(name: &str, text: &str, findings: &mut Vec<String>) {
     }
 }
 
-fn unsafe_code(name: &str, text: &str, findings: &mut Vec<String>) {
+fn unsafe_code(name: &str, text: &str, source: &Source, findings: &mut Vec<String>) {
     let package = name.strip_prefix("crates/").and_then(|n| n.split('/').next()).unwrap_or("xtask");
-    if UNSAFE_CRATES.contains(&package) || name == "xtask/src/tidy.rs" {
+    if UNSAFE_CRATES.contains(&package) {
         return;
     }
     let is_root = name.ends_with("/src/lib.rs") || name.ends_with("/src/main.rs");
     if is_root && !text.contains("#![forbid(unsafe_code)]") {
         findings.push(format!("{name}: needs #![forbid(unsafe_code)]"));
     }
-    for (number, line) in text.lines().enumerate() {
-        let code = line.split("//").next().unwrap_or_default();
-        if !name.contains("/src/") || code.contains("unsafe_code") || code.contains('"') {
-            continue;
-        }
-        if code.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == "unsafe") {
-            findings.push(format!("{name}:{}: unsafe outside {UNSAFE_CRATES:?}", number + 1));
-        }
+    for line in &source.unsafe_lines {
+        findings.push(format!("{name}:{line}: unsafe outside {UNSAFE_CRATES:?}"));
     }
 }
 
@@ -228,21 +193,71 @@ mod tests {
         assert_eq!(drawn, BTreeSet::from([arrow("a", "b"), arrow("a", "c"), arrow("b", "c")]));
     }
 
-    #[test]
-    fn functions_are_measured_by_their_braces() {
-        let code =
-            ["impl X {", "    pub fn a(&self) {", "        b();", "    }", "}", "fn c<T>() {", "}"];
-        assert_eq!(functions(&code), [("a".to_owned(), 3), ("c".to_owned(), 2)]);
+    fn findings(name: &str, text: &str) -> Vec<String> {
+        let mut findings = Vec::new();
+        check_text(name, text, &Ratchet::default(), &mut findings);
+        findings
     }
 
     #[test]
     fn unsafe_is_found_outside_its_rooms_only() {
-        let mut findings = Vec::new();
-        unsafe_code("crates/bds-io/src/a.rs", "unsafe { x() }", &mut findings);
-        unsafe_code("crates/bds-core/src/a.rs", "// unsafe in words\nfn f() {}", &mut findings);
-        assert!(findings.is_empty());
-        unsafe_code("crates/bds-core/src/a.rs", "fn f() { unsafe { x() } }", &mut findings);
-        assert_eq!(findings.len(), 1);
+        let text = "//! A file.\nfn f() {\n    g(\"x\", unsafe { h() });\n}\n";
+        let wanted = "unsafe outside [\"bds-refcount\", \"bds-io\"]";
+        for name in ["bds-core/src/a.rs", "bds-core/tests/a.rs", "bds-drivers/benches/a.rs"] {
+            let name = format!("crates/{name}");
+            assert_eq!(findings(&name, text), [format!("{name}:3: {wanted}")]);
+        }
+        assert_eq!(findings("xtask/src/a.rs", text), [format!("xtask/src/a.rs:3: {wanted}")]);
+        for name in ["crates/bds-io/src/a.rs", "crates/bds-refcount/tests/a.rs"] {
+            assert!(findings(name, text).is_empty(), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_crates_root_forbids_unsafe_code() {
+        let told = findings("crates/bds-core/src/lib.rs", "//! A crate.\n");
+        assert_eq!(told, ["crates/bds-core/src/lib.rs: needs #![forbid(unsafe_code)]"]);
+        let text = "//! A crate.\n#![forbid(unsafe_code)]\n";
+        assert!(findings("crates/bds-core/src/lib.rs", text).is_empty());
+    }
+
+    #[test]
+    fn lengths_are_those_of_code_and_not_of_tests() {
+        let body = "    go();\n".repeat(69);
+        let long = format!("pub(in crate::a) const extern \"C\" fn long() {{\n{body}}}\n");
+        let tests = format!("#[cfg(test)]\nuse a::b;\n\n#[cfg(test)]\nmod tests {{\n{long}}}\n");
+        let name = "crates/bds-core/src/a.rs";
+        let told = findings(name, &format!("//! A file.\n{tests}{long}"));
+        assert_eq!(told, [format!("{name}::long: 71 lines, at most 70")]);
+        assert!(findings(name, &format!("//! A file.\n{tests}")).is_empty());
+        assert!(findings("crates/bds-core/tests/a.rs", &format!("//! A file.\n{long}")).is_empty());
+        let filler = "// a line\n".repeat(699);
+        assert!(
+            findings(name, &format!("//! A file.\n{filler}{tests}\n").replace("\n\n", "\n"))
+                .is_empty()
+        );
+        let told = findings(
+            name,
+            &format!("//! A file.\n{filler}{tests}fn f() {{}}\n").replace("\n\n", "\n"),
+        );
+        assert_eq!(told, [format!("{name}: 701 lines, at most 700")]);
+    }
+
+    #[test]
+    fn a_file_that_is_no_rust_is_a_finding() {
+        let told = findings("crates/bds-core/src/a.rs", "//! A file.\nfn {}\n");
+        assert_eq!(told, ["crates/bds-core/src/a.rs:2:4: expected identifier"]);
+    }
+
+    #[test]
+    fn unfinished_work_and_a_missing_opening_are_findings() {
+        let told = findings("crates/bds-core/src/a.rs", "fn f() {\n    todo!()\n}\n");
+        let name = "crates/bds-core/src/a.rs";
+        let wanted = [
+            format!("{name}: does not open with //! (what is this room for?)"),
+            format!("{name}:2: 'todo!(' means unfinished"),
+        ];
+        assert_eq!(told, wanted);
     }
 
     #[test]

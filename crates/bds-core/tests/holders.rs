@@ -1,0 +1,94 @@
+//! `holders()` names the place in the user's program where each reference was taken, whatever took it on the user's
+//! behalf: nothing else finds a leak.
+
+use bds_core::example::run;
+use bds_core::graph::{Graph, NodeRef};
+use bds_core::request::{Backend, BackendOptions};
+use bds_core::{Options, Result};
+use bds_refcount::{Holder, HolderKind};
+
+fn options(text: &str) -> Options {
+    Options::parse(text).expect("written here")
+}
+
+/// Asserts that the holder of this name was registered in this file, in this line.
+#[track_caller]
+fn assert_since(graph: &Graph, node: &NodeRef, holder: &str, line: u32) {
+    let all = graph.holders(node.id());
+    let since = all
+        .iter()
+        .find(|info| Holder { kind: info.kind, name: info.name.clone() }.to_string() == holder)
+        .map(|info| (info.since.file(), info.since.line()));
+    assert_eq!(since, Some((file!(), line)), "{holder} among {all:?}");
+}
+
+async fn open(graph: &Graph) -> Result<(NodeRef, NodeRef, NodeRef)> {
+    let line = line!() + 1;
+    let base = graph.open(options("driver=memory,node-name=base,size=1M")).await?;
+    assert_since(graph, &base, "owner 'open'", line);
+
+    let layer = "driver=layer,node-name=top,file.driver=memory,file.node-name=f,file.size=1M";
+    let line = line!() + 1;
+    let top = graph.open(options(&format!("{layer},backing=base"))).await?;
+    assert_since(graph, &top, "owner 'open'", line);
+    assert_since(graph, &base, "edge 'top.backing'", line);
+    assert_since(graph, &graph.find("f")?, "edge 'top.file'", line);
+
+    let layer = "driver=layer,node-name=over,file.driver=memory,file.size=1M";
+    let over = graph.open(options(layer)).await?;
+    Ok((base, top, over))
+}
+
+fn references(graph: &Graph, base: &NodeRef) -> Result<()> {
+    let line = line!() + 1;
+    let _copy = base.clone().held_as(Holder::new(HolderKind::User, "copy"));
+    assert_since(graph, base, "user 'copy'", line);
+    let line = line!() + 1;
+    let _found = graph.find("base")?;
+    assert_since(graph, base, "user 'reference'", line);
+
+    let line = line!() + 1;
+    let held = base.clone().held_as(Holder::new(HolderKind::User, "first"));
+    let again = line!() + 1;
+    let _again = held.clone();
+    drop(held);
+    assert_since(graph, base, "user 'first'", again);
+    assert_ne!(line, again);
+    Ok(())
+}
+
+#[test]
+fn holders_show_the_users_own_place() {
+    run(async |graph| {
+        let (base, top, over) = open(&graph).await?;
+        references(&graph, &base)?;
+
+        let named = |name: &str| BackendOptions { name: name.into(), ..Default::default() };
+        let line = line!() + 1;
+        let backend = Backend::new(&top, named("b"))?;
+        assert_since(&graph, &top, "backend 'b'", line);
+
+        // What holds nothing changes no place.
+        let frozen = graph.freeze_chain(&top, &base, "job 'commit0'")?;
+        let watch = graph.watch(base.id());
+        let holders = graph.holders(base.id()).len();
+        drop((frozen, watch));
+        assert_eq!(graph.holders(base.id()).len(), holders);
+
+        let line = line!() + 1;
+        graph.append(&top, &over).await?;
+        assert_since(&graph, &over, "backend 'b'", line);
+        assert_since(&graph, &top, "edge 'over.backing'", line);
+
+        let line = line!() + 1;
+        graph.change().set_backing(&over, Some(&base)).commit().await?;
+        assert_since(&graph, &base, "edge 'over.backing'", line);
+
+        let drive = Backend::empty(&graph, named("drive"))?;
+        let line = line!() + 1;
+        drive.insert(&base).await?;
+        assert_since(&graph, &base, "backend 'drive'", line);
+        drop(backend);
+        Ok(())
+    });
+}

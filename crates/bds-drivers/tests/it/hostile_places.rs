@@ -1,0 +1,225 @@
+//! Entries that name places no writer gave them: behind the end of the file, or free by the counts. Nothing is read, written, zeroed or
+//! discarded there, the file keeps its length, and a writable image is marked corrupt.
+
+use bds_core::driver::{Attempt, Driver, OpenFlags, ReadFlags, WriteFlags, ZeroFlags};
+use bds_core::options::Options;
+use bds_core::{Error, ErrorKind, Result};
+use bds_drivers::format::qcow2::fuzzing::{self, MemPort, open_image};
+use bds_io::{Buf, Sim, SimConfig};
+
+const COPIED: u64 = 1 << 63;
+const COMPRESSED: u64 = 1 << 62;
+const ZERO: u64 = 1;
+
+/// An image with all clusters mapped, and where its first L2 entry, first data cluster and that cluster's count are.
+struct Shape {
+    bytes: Vec<u8>,
+    cluster: usize,
+    entry: usize,
+    data: usize,
+    count: usize,
+    is_extended: bool,
+}
+
+fn mapped(cluster: usize, is_extended: bool) -> Shape {
+    let options = Options::new()
+        .with("size", 64 * 4096_u64)
+        .with("cluster_size", cluster as u64)
+        .with("extended_l2", is_extended)
+        .with("preallocation", "metadata");
+    let file = MemPort::default();
+    fuzzing::create(options, &file, None).unwrap();
+    let mut bytes = file.bytes();
+    // Header, refcount table, refcount block, L1, L2, data.
+    let (entry, data, count) = (4 * cluster, 5 * cluster, 2 * cluster + 2 * 5);
+    bytes[data..].fill(0x5a);
+    Shape { bytes, cluster, entry, data, count, is_extended }
+}
+
+fn shapes() -> [Shape; 2] {
+    [mapped(4096, false), mapped(16384, true)]
+}
+
+impl Shape {
+    /// The image with another first entry. For standard entries the bitmap says what flag they get.
+    fn with_entry(&self, word: u64, bitmap: u64) -> Vec<u8> {
+        let mut bytes = self.bytes.clone();
+        let is_zero = !self.is_extended && bitmap >> 32 != 0;
+        let word = word | if is_zero { ZERO } else { 0 };
+        bytes[self.entry..self.entry + 8].copy_from_slice(&word.to_be_bytes());
+        if self.is_extended {
+            bytes[self.entry + 8..self.entry + 16].copy_from_slice(&bitmap.to_be_bytes());
+        }
+        bytes
+    }
+
+    fn with_count(&self, count: u16) -> Vec<u8> {
+        let mut bytes = self.bytes.clone();
+        bytes[self.count..self.count + 2].copy_from_slice(&count.to_be_bytes());
+        bytes
+    }
+}
+
+fn with_sim<T>(work: impl Future<Output = T>) -> T {
+    Sim::new(1, SimConfig::calm()).block_on(work)
+}
+
+/// What is tried at the start of the disk.
+#[derive(Clone, Copy, Debug)]
+enum Try {
+    Write,
+    WriteCluster,
+    Zero,
+    Unmap,
+    Discard,
+}
+
+const ALL: [Try; 5] = [Try::Write, Try::WriteCluster, Try::Zero, Try::Unmap, Try::Discard];
+
+async fn attempt(image: &dyn Driver, what: Try, cluster: usize) -> Result<()> {
+    let bytes = |len| Buf::from_slice(&vec![0xff; len]).iov();
+    let len = cluster as u64;
+    match what {
+        Try::Write => image.write(100, bytes(1000), WriteFlags::empty()).await,
+        Try::WriteCluster => image.write(0, bytes(cluster), WriteFlags::empty()).await,
+        Try::Zero => image.write_zeroes(0, len, ZeroFlags::empty()).await.map(expect_done),
+        Try::Unmap => image.write_zeroes(0, len, ZeroFlags::MAY_UNMAP).await.map(expect_done),
+        Try::Discard => image.discard(0, len).await.map(expect_done),
+    }
+}
+
+fn expect_done(attempt: Attempt) {
+    assert_eq!(attempt, Attempt::Done);
+}
+
+/// Opens `bytes` for writing, tries `what`, and closes. The file afterwards, and how it went.
+fn tried(bytes: &[u8], what: Try, cluster: usize) -> (Vec<u8>, Result<()>) {
+    let file = MemPort::new(bytes.to_vec());
+    let outcome = with_sim(async {
+        let image = open_image(&file, None, None, OpenFlags::default()).await?;
+        let outcome = attempt(&*image, what, cluster).await;
+        let _ = image.flush_to_os().await;
+        let _ = image.flush_to_disk().await;
+        let _ = image.close().await;
+        outcome
+    });
+    (file.bytes(), outcome)
+}
+
+/// The corrupt bit may be set; nothing else.
+fn expect_untouched(before: &[u8], after: &[u8], what: &str) {
+    assert_eq!(after.len(), before.len(), "{what}: the file changed its length");
+    let mut after = after.to_vec();
+    assert_eq!(after[79] & 2, 2, "{what}: not marked corrupt");
+    after[79] = before[79];
+    assert!(after == before, "{what}: the file changed");
+}
+
+fn expect_corrupt(outcome: Result<()>, word: &str, what: &str) {
+    let error: Error = outcome.expect_err(what);
+    assert_eq!(error.kind(), ErrorKind::Corrupt, "{what}: {error}");
+    assert!(error.to_string().contains(word), "{what}: {error}");
+}
+
+#[test]
+fn no_change_leaves_the_file_through_an_entry() {
+    for shape in shapes() {
+        let end = shape.bytes.len().next_multiple_of(shape.cluster) as u64;
+        let places = [end, end + (1 << 20), 1 << 40, (1 << 56) - shape.cluster as u64];
+        // All data, all zeros, and (extended) a place without either.
+        for bitmap in [0xffff_ffff, 0xffff_ffff << 32, 0xff] {
+            for place in places {
+                let bytes = shape.with_entry(place | COPIED, bitmap);
+                for what in ALL {
+                    let is_zero = bitmap >> 32 != 0;
+                    if is_zero && matches!(what, Try::Zero) {
+                        continue; // nothing changes
+                    }
+                    let name = format!("{what:?} {place:#x} {bitmap:#x}");
+                    let (after, outcome) = tried(&bytes, what, shape.cluster);
+                    expect_corrupt(outcome, "behind the end of the file", &name);
+                    expect_untouched(&bytes, &after, &name);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_the_counts_call_free_is_not_changed_in_place() {
+    for shape in shapes() {
+        let bytes = shape.with_count(0);
+        for what in ALL {
+            let name = format!("{what:?} with refcount 0");
+            let (after, outcome) = tried(&bytes, what, shape.cluster);
+            expect_corrupt(outcome, "refcount 0", &name);
+            expect_untouched(&bytes, &after, &name);
+        }
+    }
+}
+
+/// COPIED on a cluster that the counts give to two: a snapshot's bytes may be there.
+#[test]
+fn what_is_counted_twice_is_copied_before_it_changes() {
+    for shape in shapes() {
+        let mut bytes = shape.with_count(2);
+        if shape.is_extended {
+            bytes[shape.entry + 8..shape.entry + 16]
+                .copy_from_slice(&u64::from(u32::MAX).to_be_bytes());
+        }
+        for what in [Try::Write, Try::WriteCluster] {
+            let (after, outcome) = tried(&bytes, what, shape.cluster);
+            outcome.unwrap();
+            let range = shape.data..shape.data + shape.cluster;
+            assert!(after[range.clone()] == bytes[range], "{what:?}: written in place");
+            let file = MemPort::new(after);
+            let iov = Buf::zeroed(2000, 4096).iov();
+            with_sim(async {
+                let flags = OpenFlags { read_only: true, ..OpenFlags::default() };
+                let image = open_image(&file, None, None, flags).await.unwrap();
+                image.read(0, iov.clone(), ReadFlags::empty()).await.unwrap();
+            });
+            let shown = iov.to_vec(0..2000);
+            assert!(shown[100..1100].iter().all(|b| *b == 0xff), "{what:?}");
+            let around = if matches!(what, Try::Write) { 0x5a } else { 0xff };
+            assert!(shown[..100].iter().chain(&shown[1100..]).all(|b| *b == around), "{what:?}");
+        }
+    }
+}
+
+/// A second write finds the entry checked, and a place that was given up is not checked any more.
+#[test]
+fn checked_places_stay_good_and_new_ones_are_good() {
+    for shape in shapes() {
+        let file = MemPort::new(shape.bytes.clone());
+        with_sim(async {
+            let image = open_image(&file, None, None, OpenFlags::default()).await.unwrap();
+            for what in
+                [Try::Write, Try::WriteCluster, Try::Unmap, Try::Write, Try::Zero, Try::Write]
+            {
+                attempt(&*image, what, shape.cluster).await.unwrap();
+            }
+            image.flush_to_os().await.unwrap();
+            image.close().await.unwrap();
+        });
+        let report = with_sim(bds_drivers::format::qcow2::check_image(&file, None, &|_, _| {}));
+        assert!(report.as_ref().is_ok_and(bds_core::driver::CheckReport::is_clean), "{report:?}");
+    }
+}
+
+#[test]
+fn compressed_bytes_behind_the_end_are_neither_read_nor_freed() {
+    let shape = mapped(4096, false);
+    let end = shape.bytes.len() as u64;
+    for place in [end, end + 100, 1 << 40, (1 << 56) - 4096] {
+        let bytes = shape.with_entry(COMPRESSED | place, 0);
+        for what in [Try::Unmap, Try::Discard] {
+            let name = format!("{what:?} {place:#x}");
+            let (after, outcome) = tried(&bytes, what, shape.cluster);
+            expect_corrupt(outcome, "behind the end of the file", &name);
+            expect_untouched(&bytes, &after, &name);
+        }
+        let (_, outcome) = tried(&bytes, Try::Write, shape.cluster);
+        expect_corrupt(outcome, "behind the end of the file", "the copied bytes are lost");
+    }
+}

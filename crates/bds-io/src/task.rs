@@ -1,0 +1,295 @@
+//! Spawned futures: the handle that waits for one, and how it takes the future back.
+//!
+//! ```text
+//! spawn      queued; polled first by the executor
+//! spawn_now  polled first where it is called; later polls are the executor's, whether or not the handle is polled
+//! ```
+//! Dropping the handle of a `spawn_now` task drops its future before it returns, as dropping a plain future would: a
+//! dropped write must exclude what overlaps it from then on, not from some later turn of its executor. The handle
+//! reaches the future through [`Grip`], whose lock is held while the future is polled; what is left of the task is
+//! freed by the executor.
+
+use std::cell::UnsafeCell;
+use std::fmt;
+use std::future::Future;
+use std::marker::PhantomPinned;
+use std::pin::Pin;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::task::{Context, Poll};
+
+/// A task that is ready to be polled.
+pub(crate) type Runnable = async_task::Runnable<Grip>;
+
+/// A spawned future. Dropping it cancels; `detach` lets it run on. If the future panics, so does awaiting it.
+#[derive(Debug)]
+#[must_use = "dropping a Task cancels it; await or detach it"]
+pub struct Task<T> {
+    /// `None` only while it is being dropped or detached.
+    task: Option<async_task::Task<T, Grip>>,
+}
+
+impl<T> Task<T> {
+    /// Lets the task run to its end without anyone waiting.
+    pub fn detach(mut self) {
+        if let Some(task) = self.task.take() {
+            task.detach();
+        }
+    }
+}
+
+impl<T> Future for Task<T> {
+    type Output = T;
+
+    #[inline]
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
+        let task = self.task.as_mut().expect("taken only when the handle ends");
+        Pin::new(task).poll(cx)
+    }
+}
+
+impl<T> Drop for Task<T> {
+    fn drop(&mut self) {
+        let Some(task) = self.task.take() else { return };
+        task.metadata().drop_future();
+        drop(task);
+    }
+}
+
+/// Makes a task whose wake-ups go to `schedule`. It is not scheduled yet.
+pub(crate) fn create<T: Send + 'static>(
+    future: impl Future<Output = T> + Send + 'static,
+    schedule: impl Fn(Runnable) + Send + Sync + 'static,
+) -> (Runnable, Task<T>) {
+    let (runnable, task) = builder().spawn(|_| future, schedule);
+    (runnable, Task { task: Some(task) })
+}
+
+/// As [`create`], but the future is dropped with the handle. To be run at once.
+pub(crate) fn create_gripped<T: Send + 'static>(
+    future: impl Future<Output = T> + Send + 'static,
+    schedule: impl Fn(Runnable) + Send + Sync + 'static,
+) -> (Runnable, Task<T>) {
+    // SAFETY: `spawn_unchecked` asks that the future is `Send`, that what it borrows outlives it, and that `schedule`
+    // is `Send`, `Sync` and borrows nothing. `future` and `schedule` are bound so above, and `Gripped` is `Send` with its
+    // future. It borrows the metadata alone, which async-task keeps in the same allocation, in place, until after the
+    // future was dropped.
+    let (runnable, task) =
+        unsafe { builder().spawn_unchecked(|grip| Gripped::new(future, grip), schedule) };
+    (runnable, Task { task: Some(task) })
+}
+
+fn builder() -> async_task::Builder<Grip> {
+    // A panic is passed on to the one who awaits the task instead of ending the thread that drives it.
+    async_task::Builder::new().propagate_panic(true).metadata(Grip::default())
+}
+
+/// Where a handle finds the future of its task.
+#[derive(Default)]
+pub(crate) struct Grip {
+    /// `None` before the first poll, after the end, and always for tasks of `spawn`.
+    place: Mutex<Option<Place>>,
+    /// The thread that holds the lock to poll, by a number that it has alone; 0: none.
+    polled_by: AtomicUsize,
+}
+
+/// The future of a task, type and all forgotten.
+struct Place(NonNull<dyn Clear>);
+
+// SAFETY: it leads to an `Option` of a future that is `Send` (`Gripped::poll` makes it so), and is followed only by
+// the thread that holds the lock around it.
+unsafe impl Send for Place {}
+
+/// Drops what is inside, in place.
+trait Clear {
+    fn clear(&mut self);
+}
+
+impl<F> Clear for Option<F> {
+    fn clear(&mut self) {
+        *self = None;
+    }
+}
+
+impl fmt::Debug for Grip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Grip").finish_non_exhaustive()
+    }
+}
+
+impl Grip {
+    fn lock(&self) -> MutexGuard<'_, Option<Place>> {
+        // A future that panicked is not polled again, and is dropped like any other.
+        self.place.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Drops the future, after the end of a poll that is under way on another thread. One that drops the handle of its
+    /// own task while it is polled is dropped when that poll ends.
+    fn drop_future(&self) {
+        let mut place = match self.place.try_lock() {
+            Ok(place) => place,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                if self.polled_by.load(Ordering::Relaxed) == this_thread() {
+                    return;
+                }
+                self.lock()
+            }
+        };
+        if let Some(Place(mut future)) = place.take() {
+            // SAFETY: a place is there only between the first poll of the `Gripped` and the end of its future, so the
+            // future is, pinned in its task. Nothing else touches it: a poll and the drop of the `Gripped` hold the
+            // lock that is held here. It is dropped where it lies, as `Pin` demands.
+            unsafe { future.as_mut() }.clear();
+        }
+    }
+}
+
+/// A number of this thread that no other has while it lives, and that is not 0.
+fn this_thread() -> usize {
+    thread_local! {
+        static HERE: u8 = const { 0 };
+    }
+    // Without its locals the thread is ending, and polls nothing.
+    HERE.try_with(|here| std::ptr::from_ref(here).addr()).unwrap_or(0)
+}
+
+/// A future that its handle can drop.
+struct Gripped<'m, F> {
+    /// `None` once it is over or was dropped by the handle. Touched under `grip`'s lock only.
+    future: UnsafeCell<Option<F>>,
+    grip: &'m Grip,
+    _pinned: PhantomPinned,
+}
+
+impl<'m, F> Gripped<'m, F> {
+    fn new(future: F, grip: &'m Grip) -> Self {
+        Self { future: UnsafeCell::new(Some(future)), grip, _pinned: PhantomPinned }
+    }
+}
+
+impl<F: Future + Send + 'static> Future for Gripped<'_, F> {
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        let this = self.as_ref().get_ref();
+        let mut place = this.grip.lock();
+        // SAFETY: the lock is held; the handle and `drop` touch the cell under it only.
+        let slot = unsafe { &mut *this.future.get() };
+        // Dropped by the handle a moment ago: the executor is about to learn of it.
+        let Some(future) = slot.as_mut() else { return Poll::Pending };
+        // SAFETY: the future lies in a pinned `Gripped`, is never moved out, and is dropped in place.
+        let future = unsafe { Pin::new_unchecked(future) };
+        this.grip.polled_by.store(this_thread(), Ordering::Relaxed);
+        let result = future.poll(cx);
+        this.grip.polled_by.store(0, Ordering::Relaxed);
+        *place = None;
+        if result.is_ready() {
+            *slot = None;
+        } else {
+            *place = NonNull::new(this.future.get() as *mut dyn Clear).map(Place);
+        }
+        result
+    }
+}
+
+impl<F> Drop for Gripped<'_, F> {
+    fn drop(&mut self) {
+        // Also after a panic of the future: the handle must not find it any more.
+        let mut place = self.grip.lock();
+        *place = None;
+        *self.future.get_mut() = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+    use std::sync::Arc;
+    use std::task::Waker;
+
+    use super::*;
+
+    type Queue = Arc<Mutex<Vec<Runnable>>>;
+
+    /// A task that is polled `polls` times; `sign` lives as long as its future.
+    fn start(queue: &Queue, polls: usize, sign: &Arc<()>) -> Task<usize> {
+        let (sign, queue) = (Arc::clone(sign), Arc::clone(queue));
+        let mut left = polls;
+        let work = async move {
+            poll_fn(|cx| {
+                left -= 1;
+                cx.waker().wake_by_ref();
+                if left == 0 { Poll::Ready(()) } else { Poll::Pending }
+            })
+            .await;
+            Arc::strong_count(&sign)
+        };
+        let (runnable, task) =
+            create_gripped(work, move |runnable| queue.lock().unwrap().push(runnable));
+        runnable.run();
+        task
+    }
+
+    fn run_all(queue: &Queue) {
+        loop {
+            let next = queue.lock().unwrap().pop();
+            let Some(runnable) = next else { return };
+            runnable.run();
+        }
+    }
+
+    #[test]
+    fn a_handle_takes_its_future_with_it_whether_it_waits_is_queued_or_is_over() {
+        for polls in 1..4 {
+            for ran in 0..polls {
+                let (queue, sign) = (Queue::default(), Arc::new(()));
+                let task = start(&queue, polls, &sign);
+                for _ in 0..ran {
+                    let next = queue.lock().unwrap().pop();
+                    next.map(Runnable::run);
+                }
+                drop(task);
+                assert_eq!(Arc::strong_count(&sign), 1, "{polls} {ran}");
+                // What is left of the task finds nothing to poll.
+                run_all(&queue);
+            }
+        }
+    }
+
+    #[test]
+    fn a_task_whose_executor_drops_it_has_nothing_left_for_its_handle() {
+        let (queue, sign) = (Queue::default(), Arc::new(()));
+        let task = start(&queue, 3, &sign);
+        queue.lock().unwrap().clear();
+        assert_eq!(Arc::strong_count(&sign), 1);
+        drop(task);
+    }
+
+    #[test]
+    fn an_answer_waits_in_the_handle_and_the_future_is_gone_by_then() {
+        let (queue, sign) = (Queue::default(), Arc::new(()));
+        let mut task = start(&queue, 3, &sign);
+        run_all(&queue);
+        assert_eq!(Arc::strong_count(&sign), 1);
+        let answer = Pin::new(&mut task).poll(&mut Context::from_waker(Waker::noop()));
+        assert_eq!(answer, Poll::Ready(2));
+    }
+
+    #[test]
+    fn a_future_that_panicked_is_dropped_once() {
+        let (queue, sign) = (Queue::default(), Arc::new(()));
+        let (inside, schedules) = (Arc::clone(&sign), Arc::clone(&queue));
+        let work = async move {
+            let _inside = inside;
+            panic!("on purpose")
+        };
+        let (runnable, task) = create_gripped::<()>(work, move |runnable| {
+            schedules.lock().unwrap().push(runnable);
+        });
+        runnable.run();
+        assert_eq!(Arc::strong_count(&sign), 1);
+        drop(task);
+    }
+}
