@@ -1,13 +1,15 @@
 //! Arena tags: the twelve bits of a handle that say which arena gave it out, and the generations that go with them.
 //!
 //! A handle is (kind, tag, generation, index), and denotes one object for ever. So no (tag, generation) of a kind is
-//! ever used by two arenas: each arena has a *lease* of a range of generations under its tag.
+//! ever used by two arenas: each arena has a *lease* of a range of generations under its tag. A lease that ends gives
+//! back the generations it did not begin; those it began are never leased again.
 //!
-//! * A tag that comes back into use starts above the last generation that was used under it. It comes back as late as
-//!   possible: the search goes round.
-//! * If all 4095 tags of a kind are in use, the new arena gets the upper half of what the arena with the most unused
-//!   generations has left, under the same tag.
-//! * If there is nothing left to halve, the arena has no lease, and no slots.
+//! A new arena gets the first of these that exists:
+//! * the largest free range of a tag that no live arena has. Tags are tried in turn, so that one comes back as late as
+//!   possible;
+//! * the largest free range of any tag;
+//! * the upper half of what the live arena with the most unused generations has left, under the same tag;
+//! * no lease, and so no slots.
 
 use std::sync::{
     Arc, Mutex, MutexGuard, PoisonError,
@@ -79,12 +81,52 @@ impl Lease {
     }
 }
 
-/// What is known of one tag of one kind.
+/// The generations of one tag of one kind.
 struct Entry {
-    /// The highest generation that an arena which has ended used under it.
-    used: u32,
+    /// First and last of the ranges that no arena has begun or leased, ascending and not adjacent.
+    free: Vec<(u32, u32)>,
     /// Of the live arenas under it: one, unless all tags are in use.
     leases: Vec<Arc<Lease>>,
+}
+
+impl Entry {
+    const fn new(free: Vec<(u32, u32)>) -> Self {
+        Self { free, leases: Vec::new() }
+    }
+
+    /// The largest free range: its length and where it stands in `free`. Length 0 if there is none.
+    fn largest(&self) -> (u32, usize) {
+        let lengths = self.free.iter().map(|(first, last)| last - first + 1);
+        lengths.zip(0..).max().unwrap_or((0, 0))
+    }
+
+    /// Takes up to `wanted` generations from the start of the largest free range.
+    fn take(&mut self, wanted: u32) -> (u32, u32) {
+        let (len, place) = self.largest();
+        let (first, last) = self.free[place];
+        if len <= wanted {
+            self.free.remove(place);
+            return (first, last);
+        }
+        self.free[place].0 = first + wanted;
+        (first, first + wanted - 1)
+    }
+
+    /// Makes a range free again.
+    fn give_back(&mut self, first: u32, last: u32) {
+        if first > last {
+            return;
+        }
+        let place = self.free.partition_point(|range| range.1 < first);
+        self.free.insert(place, (first, last));
+        self.free.dedup_by(|next, range| {
+            let joined = range.1 + 1 == next.0;
+            if joined {
+                range.1 = next.1;
+            }
+            joined
+        });
+    }
 }
 
 /// The tags of one kind.
@@ -105,26 +147,42 @@ fn spaces() -> MutexGuard<'static, [Space; 16]> {
 impl Space {
     /// A lease of up to `wanted` generations.
     fn take(&mut self, kind: Kind, wanted: u32) -> Option<Arc<Lease>> {
-        let lease = self.take_unused(kind, wanted).or_else(|| self.halve_largest())?;
+        let enough = wanted.min(LEASE_MIN);
+        let place = self.unused_tag(enough).or_else(|| self.free_range(enough));
+        let lease = match place {
+            Some(place) => self.lease(kind, place, wanted),
+            None => self.halve_largest()?,
+        };
         self.entries[usize::from(lease.tag) - 1].leases.push(Arc::clone(&lease));
         Some(lease)
     }
 
-    fn take_unused(&mut self, kind: Kind, wanted: u32) -> Option<Arc<Lease>> {
+    /// The next tag that no live arena has, with a free range of `enough` generations.
+    fn unused_tag(&mut self, enough: u32) -> Option<usize> {
         for _ in 0..TAGS {
             let place = self.next;
             self.next = (place + 1) % TAGS;
             if place == self.entries.len() {
-                self.entries.push(Entry { used: 0, leases: Vec::new() });
+                self.entries.push(Entry::new(vec![(1, LAST_GENERATION)]));
             }
             let entry = &self.entries[place];
-            let left = LAST_GENERATION - entry.used;
-            if entry.leases.is_empty() && left >= wanted.min(LEASE_MIN) {
-                let tag = u16::try_from(place + 1).expect("tags have twelve bits");
-                return Some(Lease::new(kind, tag, entry.used + 1, entry.used + wanted.min(left)));
+            if entry.leases.is_empty() && entry.largest().0 >= enough {
+                return Some(place);
             }
         }
         None
+    }
+
+    /// The tag with the largest free range, if that has `enough` generations.
+    fn free_range(&self, enough: u32) -> Option<usize> {
+        let ranges = self.entries.iter().map(|entry| entry.largest().0);
+        ranges.zip(0..).max().filter(|(len, _)| *len >= enough).map(|(_, place)| place)
+    }
+
+    fn lease(&mut self, kind: Kind, place: usize, wanted: u32) -> Arc<Lease> {
+        let (first, last) = self.entries[place].take(wanted);
+        let tag = u16::try_from(place + 1).expect("tags have twelve bits");
+        Lease::new(kind, tag, first, last)
     }
 
     fn halve_largest(&self) -> Option<Arc<Lease>> {
@@ -174,7 +232,8 @@ impl Drop for Tag {
         let mut spaces = spaces();
         let entry =
             &mut spaces[usize::from(lease.kind.to_u8())].entries[usize::from(lease.tag) - 1];
-        entry.used = entry.used.max(lease.bounds().0);
+        let (highest, last) = lease.bounds();
+        entry.give_back(highest + 1, last);
         entry.leases.retain(|other| !Arc::ptr_eq(other, lease));
     }
 }
@@ -190,6 +249,7 @@ mod tests {
     const CROWDED: Kind = Kind::new(15);
     const RECYCLED: Kind = Kind::new(14);
     const EXHAUSTED: Kind = Kind::new(13);
+    const BESIDE: Kind = Kind::new(12);
 
     /// Asserts that no two of these share a generation under a tag.
     fn assert_disjoint(tags: &[Tag]) {
@@ -242,6 +302,40 @@ mod tests {
         assert!(!again.is_foreign(0), "no arena ever issues 0");
     }
 
+    /// More live arenas than tags, and new ones beside them for ever: the new ones use up what they begin, not what they
+    /// lease.
+    #[test]
+    fn beside_a_crowd_arenas_come_and_go_without_end() {
+        let crowd: Vec<Tag> = (0..TAGS + 10).map(|_| Tag::take(BESIDE, LAST_GENERATION)).collect();
+        for round in 0..40_000 {
+            let tag = Tag::take(BESIDE, LAST_GENERATION);
+            assert!(tag.is_some(), "round {round}");
+            let first = tag.first_generation();
+            assert!(tag.begin(first + 1));
+        }
+        assert_disjoint(&crowd);
+        let spaces = spaces();
+        let ranges = spaces[usize::from(BESIDE.to_u8())].entries.iter().map(|e| e.free.len());
+        assert!(ranges.max() <= Some(2), "ranges are joined, not scattered");
+    }
+
+    #[test]
+    fn what_was_not_begun_is_free_again_and_joined() {
+        let mut entry = Entry::new(vec![(1, 100)]);
+        assert_eq!((entry.take(30), entry.take(30)), ((1, 30), (31, 60)));
+        entry.give_back(11, 30);
+        assert_eq!(entry.free, [(11, 30), (61, 100)]);
+        entry.give_back(61, 60);
+        entry.give_back(31, 60);
+        assert_eq!(entry.free, [(11, 100)]);
+        assert_eq!((entry.take(1000), entry.largest().0), ((11, 100), 0));
+        entry.give_back(50, 60);
+        entry.give_back(20, 30);
+        entry.give_back(90, 100);
+        assert_eq!(entry.free, [(20, 30), (50, 60), (90, 100)]);
+        assert_eq!(entry.take(5), (90, 94), "of several as long, the last");
+    }
+
     /// What an arena with this tag could have given out.
     fn few_handle(tag: u16) -> Handle<&'static str> {
         let base = handle::prefix(EXHAUSTED, tag) << handle::PREFIX_SHIFT;
@@ -252,7 +346,7 @@ mod tests {
     fn without_generations_an_arena_has_no_slots_and_says_so() {
         let used = LAST_GENERATION - 5;
         spaces()[usize::from(EXHAUSTED.to_u8())].entries =
-            (0..TAGS).map(|_| Entry { used, leases: Vec::new() }).collect();
+            (0..TAGS).map(|_| Entry::new(vec![(used + 1, LAST_GENERATION)])).collect();
         let few = Tag::take(EXHAUSTED, 5);
         assert_eq!((few.first_generation(), few.begin(used + 5)), (used + 1, true));
         assert!(!Tag::take(EXHAUSTED, 6).is_some());

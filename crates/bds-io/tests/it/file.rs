@@ -251,7 +251,7 @@ fn kinds_and_identities() {
     let null = Fs::Host.open(Path::new("/dev/null"), &OpenOptions::default()).unwrap();
     assert_eq!(null.kind(), FileKind::Char);
     let directory = Fs::Host.open(dir.path(), &OpenOptions::default()).unwrap();
-    assert_eq!(directory.kind(), FileKind::Other);
+    assert_eq!(directory.kind(), FileKind::Directory);
 }
 
 #[test]
