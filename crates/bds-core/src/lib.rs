@@ -1,7 +1,7 @@
 //! The block layer's core: a graph of counted nodes, the contract drivers keep, and the path a request takes.
 //!
 //! Reading order: [`error`], [`options`], [`event`], [`driver`] (the contract), [`graph`] (the plan of the rooms), [`request`]
-//! (the corridor and the hall).
+//! (the request path and its backends).
 #![forbid(unsafe_code)]
 
 pub mod copy;
@@ -15,7 +15,7 @@ pub mod options;
 pub mod rate;
 pub mod request;
 pub mod stats;
-mod traffic;
+mod tracker;
 
 pub use driver::{Driver, DriverType};
 pub use error::{Error, ErrorKind, Result};

@@ -28,25 +28,25 @@
 //! * `slot`: one slot and its cell; `pages`: where slots lie; `arena`: insert, look up, retire.
 //! * `strong`: the counted reference; `graveyard` and `dead`: what happens after the last one.
 //! * `watch`: to learn of the end; `holder`: who holds what; `stale`: why not; `tag`: which arena.
-//! * `hinge`: a value that many read and somebody exchanges once in a while: how an edge holds its reference.
-//! * `lent`: work that borrows from an object and may go on without whoever began it.
+//! * `rcu_cell`: a value that many read and somebody exchanges once in a while: how an edge holds its reference.
+//! * `borrowed_future`: work that borrows from an object and may go on without whoever began it.
 //! * `sync`: std or loom.
 //!
 //! All `unsafe` is about one cell, the slot's, and one pointer, the reference's: `slot` states who may touch the cell,
-//! `strong`, `dead` and `graveyard` keep to it, and `tests/loom_arena.rs` explores it. (`hinge` and `lent` argue their own.)
+//! `strong`, `dead` and `graveyard` keep to it, and `tests/loom_arena.rs` explores it. (`rcu_cell` and `borrowed_future` argue their own.)
 //!
 //! What is deliberately not here: closing (drivers do that, on what the reaper hands them), names, edges, any I/O, and
 //! any callback from a release. The request path is meant to [`check`](Arena::check), not to count.
 
 mod arena;
+mod borrowed_future;
 mod dead;
 mod graveyard;
 mod handle;
-mod hinge;
 mod holder;
-mod lent;
 mod lifecycle;
 mod pages;
+mod rcu_cell;
 mod slot;
 mod stale;
 mod strong;
@@ -55,12 +55,12 @@ mod tag;
 mod watch;
 
 pub use arena::{Arena, ArenaConfig, ArenaStats};
+pub use borrowed_future::{BorrowedFuture, OwnedFuture};
 pub use dead::Dead;
 pub use graveyard::Reap;
 pub use handle::{Handle, Kind};
-pub use hinge::{Hinge, Reading};
 pub use holder::{Held, Holder, HolderInfo, HolderKind, HolderName};
-pub use lent::{Kept, Lent};
+pub use rcu_cell::{RcuCell, RcuGuard};
 pub use stale::{Full, Stale, TooManyReferences};
 pub use strong::{Release, Strong};
 pub use watch::Watch;

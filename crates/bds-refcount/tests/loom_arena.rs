@@ -17,7 +17,7 @@ use std::{
 };
 
 use bds_refcount::{
-    Arena, ArenaConfig, Handle, Hinge, Holder, HolderKind, Kind, Release, Stale, Strong, Watch,
+    Arena, ArenaConfig, Handle, Holder, HolderKind, Kind, RcuCell, Release, Stale, Strong, Watch,
 };
 use loom::{cell::UnsafeCell, thread};
 
@@ -353,25 +353,25 @@ fn two_inserts_get_two_slots() {
     });
 }
 
-/// A hinge turned while it is read: the reader sees one of the values, alive, and the old one is dropped once nobody reads
+/// A cell turned while it is read: the reader sees one of the values, alive, and the old one is dropped once nobody reads
 /// it, never forgotten, whoever leaves last.
 #[test]
-fn a_hinge_turns_under_its_readers() {
+fn a_cell_is_replaced_under_its_readers() {
     loom::model(|| {
         let drops = Drops::default();
-        let hinge = loom::sync::Arc::new(Hinge::new(drops.value(1)));
+        let cell = loom::sync::Arc::new(RcuCell::new(drops.value(1)));
         let reader = {
-            let hinge = hinge.clone();
+            let cell = cell.clone();
             thread::spawn(move || {
-                let seen = hinge.read();
+                let seen = cell.read();
                 assert!(matches!(seen.read(), 1 | 2));
             })
         };
-        hinge.replace(drops.value(2));
-        assert_eq!(hinge.read().read(), 2);
+        cell.replace(drops.value(2));
+        assert_eq!(cell.read().read(), 2);
         reader.join().unwrap();
-        assert_eq!((drops.count(), hinge.waiting()), (1, 0));
-        drop(hinge);
+        assert_eq!((drops.count(), cell.waiting()), (1, 0));
+        drop(cell);
         assert_eq!(drops.count(), 2);
     });
 }
@@ -383,42 +383,42 @@ fn overlapping_readers_leave_nothing_behind() {
     model.preemption_bound = Some(3);
     model.check(|| {
         let drops = Drops::default();
-        let hinge = loom::sync::Arc::new(Hinge::new(drops.value(1)));
+        let cell = loom::sync::Arc::new(RcuCell::new(drops.value(1)));
         let readers: Vec<_> = (0..2)
             .map(|_| {
-                let hinge = hinge.clone();
-                thread::spawn(move || assert!(matches!(hinge.read().read(), 1 | 2)))
+                let cell = cell.clone();
+                thread::spawn(move || assert!(matches!(cell.read().read(), 1 | 2)))
             })
             .collect();
-        hinge.replace(drops.value(2));
+        cell.replace(drops.value(2));
         for reader in readers {
             reader.join().unwrap();
         }
-        assert_eq!((drops.count(), hinge.waiting()), (1, 0));
+        assert_eq!((drops.count(), cell.waiting()), (1, 0));
     });
 }
 
-/// Two who turn the hinge at once, and one who reads: each old value is dropped once, none is forgotten.
+/// Two who turn the cell at once, and one who reads: each old value is dropped once, none is forgotten.
 #[test]
 fn two_replacers_and_a_reader_leave_nothing_behind() {
     let mut model = loom::model::Builder::new();
     model.preemption_bound = Some(3);
     model.check(|| {
         let drops = Drops::default();
-        let hinge = loom::sync::Arc::new(Hinge::new(drops.value(1)));
+        let cell = loom::sync::Arc::new(RcuCell::new(drops.value(1)));
         let reader = {
-            let hinge = hinge.clone();
-            thread::spawn(move || assert!(matches!(hinge.read().read(), 1..=3)))
+            let cell = cell.clone();
+            thread::spawn(move || assert!(matches!(cell.read().read(), 1..=3)))
         };
         let other = {
-            let (hinge, value) = (hinge.clone(), drops.value(2));
-            thread::spawn(move || hinge.replace(value))
+            let (cell, value) = (cell.clone(), drops.value(2));
+            thread::spawn(move || cell.replace(value))
         };
-        hinge.replace(drops.value(3));
+        cell.replace(drops.value(3));
         reader.join().unwrap();
         other.join().unwrap();
-        assert!(matches!(hinge.read().read(), 2 | 3));
-        assert_eq!((drops.count(), hinge.waiting()), (2, 0));
+        assert!(matches!(cell.read().read(), 2 | 3));
+        assert_eq!((drops.count(), cell.waiting()), (2, 0));
     });
 }
 

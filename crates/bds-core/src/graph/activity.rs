@@ -181,7 +181,7 @@ impl Handover {
     /// As [`Handover::inactivate`].
     pub async fn inactivate_all(self) -> Result<()> {
         let tops = |graph: &Graph| {
-            let live = graph.0.reaper.live().into_iter();
+            let live = graph.0.core.live().into_iter();
             let tops = live.filter(|node| !has_parent_node(graph, node)).collect();
             graph.nodes_to_inactivate(tops)
         };
@@ -203,7 +203,7 @@ impl Handover {
     /// # Errors
     /// As [`Handover::activate`].
     pub async fn activate_all(self) -> Result<()> {
-        self.carry_over(|graph| Ok(nodes_to_activate(&graph.0.reaper.live())), true).await
+        self.carry_over(|graph| Ok(nodes_to_activate(&graph.0.core.live())), true).await
     }
 
     /// Runs to its end, whatever becomes of the caller: drivers that have given charge away must not stay so while their nodes say
@@ -281,14 +281,14 @@ impl Graph {
             return node.driver().activate().await;
         }
         if node.could_write() {
-            self.0.reaper.flush_node(node).await?;
+            self.0.core.flush_node(node).await?;
         }
         node.driver().inactivate().await
     }
 
     /// Top down, all that is active, reachable, and used by no active node that stays so.
     fn nodes_to_inactivate(&self, tops: Vec<Strong<Node>>) -> Result<Vec<Strong<Node>>> {
-        let walls = self.0.reaper.walls();
+        let lock = self.0.core.lock();
         let asked: HashSet<NodeId> = tops.iter().map(|node| node.id()).collect();
         let mut set: Vec<Strong<Node>> = Vec::new();
         let mut chosen = HashSet::new();
@@ -297,7 +297,7 @@ impl Graph {
                 continue;
             }
             let parents: Vec<_> =
-                node.parents().iter().filter_map(|edge| walls.parent_node(edge)).collect();
+                node.parents().iter().filter_map(|edge| lock.parent_node(edge)).collect();
             let user = parents.iter().find(|p| p.is_active() && !chosen.contains(&p.id()));
             match user {
                 None => {
@@ -316,13 +316,13 @@ impl Graph {
     }
 
     fn settle_activity(&self, set: &[Strong<Node>], is_active: bool) -> Result<perm::Accesses> {
-        let _walls = self.0.reaper.walls();
+        let _lock = self.0.core.lock();
         let stage = self.stage_activity(set, is_active);
         perm::settle(&stage, stage.starts(), Strictness::Checked)
     }
 
     fn stage_activity(&self, set: &[Strong<Node>], is_active: bool) -> Stage<'_> {
-        let mut stage = Stage::new(&self.0.reaper);
+        let mut stage = Stage::new(&self.0.core);
         for node in set {
             stage.set_facts(node, Facts { is_active: Some(is_active), ..Facts::default() });
         }
@@ -335,13 +335,13 @@ impl Graph {
         set: &[Strong<Node>],
         is_active: bool,
     ) -> Result<()> {
-        let walls = self.0.reaper.walls();
+        let lock = self.0.core.lock();
         let stage = self.stage_activity(set, is_active);
         let accesses = perm::settle(&stage, stage.starts(), Strictness::Checked)?;
         self.step()?;
-        let edit = Edit::new(drained, &walls);
+        let edit = Edit::new(drained, &lock);
         set.iter().for_each(|node| node.set_active(is_active));
-        perm::apply(&walls, accesses);
+        perm::apply(&lock, accesses);
         // Lengths and limits may have changed below.
         Moved::of(set).refresh(self, &edit);
         Ok(())
@@ -368,8 +368,8 @@ fn nodes_to_activate(tops: &[Strong<Node>]) -> Vec<Strong<Node>> {
 }
 
 fn has_parent_node(graph: &Graph, node: &Node) -> bool {
-    let walls = graph.0.reaper.walls();
-    node.parents().iter().any(|edge| walls.parent_node(edge).is_some())
+    let lock = graph.0.core.lock();
+    node.parents().iter().any(|edge| lock.parent_node(edge).is_some())
 }
 
 /// These nodes and all below them, each after all of its parents that are among them.

@@ -20,13 +20,13 @@ use futures_util::FutureExt;
 
 use super::action::{Action, TURN, WAITING};
 use super::commit::Moved;
+use super::core::{CloseReport, Undelivered};
 use super::drain::{self, DrainSet, Drained, DrainedBelow, Section, wait_undrained_below};
 use super::edge::Edge;
 use super::edit::stage;
 use super::lock::Edit;
 use super::node::Node;
 use super::perm::{self, Access, Strictness};
-use super::reap::{CloseReport, Undelivered};
 use super::reopen::{self, Prepared, Wanted};
 use super::root::RootMove;
 use super::{Graph, NodeRef, commit};
@@ -157,7 +157,7 @@ impl Graph {
 
     /// One change at a time; what is dead goes first, so that it does not stand in the way.
     pub(super) async fn begin_change(&self) -> MutexGuard<'_, ()> {
-        self.0.reaper.sweep_unasked().await;
+        self.0.core.sweep_unasked().await;
         self.0.changes.lock().await
     }
 }
@@ -357,9 +357,9 @@ async fn carry_out(
 ) -> Result<Result<Outcome, Blocked>> {
     let wanted = reopen::collect(graph, actions)?;
     let nodes = {
-        let walls = graph.0.reaper.walls();
+        let lock = graph.0.core.lock();
         let facts = wanted.iter().map(Wanted::facts).collect();
-        stage(graph, &walls, actions, facts)?.to_drain()
+        stage(graph, &lock, actions, facts)?.to_drain()
     };
     let mut drained = DrainSet::begin_within(graph, nodes, drain::CHANGE, within).await;
     loop {
@@ -368,19 +368,19 @@ async fn carry_out(
             return Ok(Err(wanted.iter().map(Wanted::node).collect()));
         };
         let missing = {
-            let walls = graph.0.reaper.walls();
+            let lock = graph.0.core.lock();
             let facts = prepared.iter().map(Prepared::facts).collect();
-            let staged = stage(graph, &walls, actions, facts)?;
+            let staged = stage(graph, &lock, actions, facts)?;
             // Opening and closing nodes is not held up meanwhile, so what is to be drained may have grown.
             let missing: Vec<_> =
                 staged.to_drain().into_iter().filter(|node| !drained.covers(node.id())).collect();
             if missing.is_empty() {
                 let accesses = perm::settle(&staged, staged.starts(), Strictness::Checked)?;
                 graph.step()?;
-                let edit = Edit::new(&drained, &walls);
+                let edit = Edit::new(&drained, &lock);
                 let done =
                     commit::put_into_force(graph, &edit, staged, accesses, prepared, actions)?;
-                drop(walls);
+                drop(lock);
                 done.reopened.iter().for_each(|reopened| reopened.tell_backends(graph));
                 return Ok(Ok(Outcome { moved: done.moved, removed: done.removed, drained }));
             }

@@ -249,18 +249,18 @@ impl Opener {
             since: self.call.since,
             stays: false,
             graph: None,
-            hall: None,
+            in_flight: None,
         };
-        let reaper = &self.call.graph.0.reaper;
-        let edge = Edge::new(parts, Some(Strong::clone(&target)), &reaper.topology.loosened);
-        let walls = reaper.walls();
-        let mut stage = Stage::new(reaper);
+        let core = &self.call.graph.0.core;
+        let edge = Edge::new(parts, Some(Strong::clone(&target)), &core.topology.loosened);
+        let lock = core.lock();
+        let mut stage = Stage::new(core);
         stage.attach(None, &edge, &target)?;
         let accesses = perm::settle(&stage, stage.starts(), Strictness::Checked)?;
-        perm::apply(&walls, accesses);
-        walls.attach(&target, &edge);
-        drop(walls);
-        let port = (reaper.make_port)(Arc::clone(&edge));
+        perm::apply(&lock, accesses);
+        lock.attach(&target, &edge);
+        drop(lock);
+        let port = (core.make_port)(Arc::clone(&edge));
         self.edges.push((edge, is_inline));
         Ok(Child::new(name, port))
     }

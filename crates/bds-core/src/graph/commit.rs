@@ -7,14 +7,14 @@ use std::sync::Arc;
 use bds_refcount::Strong;
 
 use super::action::Action;
+use super::core::Undelivered;
 use super::edge::{Edge, Parent};
 use super::lock::Edit;
 use super::node::Node;
 use super::perm::{self, Accesses};
-use super::reap::Undelivered;
 use super::reopen::{Prepared, Reopened};
 use super::transaction::{Attach, ById, Move, Stage, Staged};
-use super::{Graph, NodeRef, guests, walk};
+use super::{Graph, NodeRef, backends, walk};
 use crate::driver::Child;
 use crate::error::Result;
 
@@ -63,11 +63,11 @@ pub(super) fn put_into_force(
         moved.drop_edge(edit, &parent, edge);
     }
     for (id, facts) in facts {
-        if let (Some(is_active), Ok(node)) = (facts.is_active, graph.0.reaper.arena.acquire(id.0)) {
+        if let (Some(is_active), Ok(node)) = (facts.is_active, graph.0.core.arena.acquire(id.0)) {
             node.set_active(is_active);
         }
     }
-    perm::apply(edit.walls, accesses);
+    perm::apply(edit.lock, accesses);
     moved.refresh(graph, edit);
     graph.apply_ownership(actions);
     let removed = graph.take_removed(actions, &leaving);
@@ -84,7 +84,7 @@ impl<'s> Told<'s> {
         let mut this = Self { told: Vec::new() };
         let gone = staged.dropped.iter().map(|(parent, _)| (parent, None));
         let come = staged.attached.iter().filter_map(|attach| {
-            let port = (graph.0.reaper.make_port)(Arc::clone(&attach.edge));
+            let port = (graph.0.core.make_port)(Arc::clone(&attach.edge));
             attach
                 .parent
                 .as_ref()
@@ -144,10 +144,10 @@ impl Moved {
         // On the edge's own behalf: its share of the drain goes when it leaves the old node.
         edge.close();
         edge.swap(edit, to.clone(), since);
-        edit.walls.reattach(from.as_deref(), to.as_deref(), &edge);
-        let events = &edit.walls.reaper.events;
-        guests::tell_moved(events, &edge, from.as_deref(), to.as_deref());
-        if let Some(parent) = edit.walls.parent_node(&edge) {
+        edit.lock.reattach(from.as_deref(), to.as_deref(), &edge);
+        let events = &edit.lock.core.events;
+        backends::tell_moved(events, &edge, from.as_deref(), to.as_deref());
+        if let Some(parent) = edit.lock.parent_node(&edge) {
             self.orphans.extend(from);
             self.parents.insert(parent.id(), parent);
         }
@@ -163,7 +163,7 @@ impl Moved {
             parent.set_children(children);
             self.parents.insert(parent.id(), parent);
         }
-        edit.walls.attach(&to, &edge);
+        edit.lock.attach(&to, &edge);
     }
 
     fn drop_edge(&mut self, edit: &Edit<'_>, parent: &Strong<Node>, edge: Arc<Edge>) {
@@ -172,7 +172,7 @@ impl Moved {
         parent.set_children(children);
         let target = edge.medium().map(|target| Strong::clone(target.strong()));
         if let Some(target) = target {
-            edit.walls.detach(&target, &edge);
+            edit.lock.detach(&target, &edge);
             self.orphans.push(target);
         }
         self.parents.insert(parent.id(), Strong::clone(parent));
@@ -180,12 +180,12 @@ impl Moved {
 
     /// Lets everyone above see what is below now, and forgets inheritance that has ended.
     pub(super) fn refresh(&mut self, graph: &Graph, edit: &Edit<'_>) {
-        let now = Stage::new(&graph.0.reaper);
+        let now = Stage::new(&graph.0.core);
         for orphan in self.orphans.drain(..) {
             // Whatever has come in between, an heir hangs somewhere below what was cut off.
             walk::each_below_strong(&orphan, &mut |heir| {
                 let Some(from) = heir.inherits_from() else { return };
-                let from = graph.0.reaper.arena.acquire(from.0);
+                let from = graph.0.core.arena.acquire(from.0);
                 if !from.is_ok_and(|from| now.reaches(&from, heir)) {
                     heir.set_inherits_from(None);
                 }
@@ -197,7 +197,7 @@ impl Moved {
             node.driver().children_changed();
             // To the top in any case: a driver may look through nodes between whose own limits stay the same.
             if node.refresh_limits() | seen.insert(node.id()) {
-                todo.extend(node.parents().iter().filter_map(|edge| edit.walls.parent_node(edge)));
+                todo.extend(node.parents().iter().filter_map(|edge| edit.lock.parent_node(edge)));
             }
         }
         graph.note_change();
@@ -256,7 +256,7 @@ pub(super) async fn close_removed(
     removed: Vec<NodeRef>,
     moved: Vec<Arc<Edge>>,
 ) -> Undelivered {
-    let mut closed = Undelivered::new(&graph.0.reaper);
+    let mut closed = Undelivered::new(&graph.0.core);
     if removed.is_empty() {
         return closed;
     }
@@ -270,6 +270,6 @@ pub(super) async fn close_removed(
             Err((node, _)) => drop(node),
         }
     }
-    graph.0.reaper.sweep_unasked().await;
+    graph.0.core.sweep_unasked().await;
     closed
 }

@@ -104,7 +104,7 @@ impl Graph {
         let file_options = split_options(&*format, &*protocol, &mut options)?;
         let order = Order { format, path: &path, options, file_options };
         let mut guard = SweepIfDropped { graph: self.clone(), is_over: false };
-        self.0.reaper.sweep_unasked().await;
+        self.0.core.sweep_unasked().await;
         let backing = self.look_at_backing(&path, &order.options, skip_backing).await?;
         let made = self.create_checked(order, &backing).await;
         let closed = match backing.node {
@@ -116,7 +116,7 @@ impl Graph {
             None => Ok(()),
         };
         if made.is_err() {
-            self.0.reaper.sweep_unasked().await;
+            self.0.core.sweep_unasked().await;
         }
         guard.is_over = true;
         let report = made.map_err(|error| error.file(&path))?;
@@ -199,10 +199,15 @@ impl Graph {
 
     fn child_for_create(&self, name: &'static str, node: &NodeRef) -> Result<Child> {
         let access = Access { perm: Perm::all(), shared: Perm::CONSISTENT_READ };
-        let root =
-            Root { kind: HolderKind::Owner, name: "create", access, stays: true, is_hall: false };
+        let root = Root {
+            kind: HolderKind::Owner,
+            name: "create",
+            access,
+            stays: true,
+            is_backend: false,
+        };
         let edge = self.attach_root(Some(node), &root)?;
-        Ok(Child::new(name, (self.0.reaper.make_port)(edge)))
+        Ok(Child::new(name, (self.0.core.make_port)(edge)))
     }
 
     /// Opens the backing image, if one is named. If it is not wanted, what can be found out about its files will do.

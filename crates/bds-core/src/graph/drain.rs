@@ -28,11 +28,11 @@ use bds_refcount::{Held, Holder, HolderKind, HolderName, Strong};
 use futures_util::future::{Either, select};
 
 use super::edge::Edge;
-use super::lock::Walls;
+use super::lock::GraphLockGuard;
 use super::node::{Node, NodeId};
 use super::{Graph, NodeRef, walk};
 use crate::error::{Error, ErrorKind, Result};
-use crate::traffic::ShardNumber;
+use crate::tracker::ShardNumber;
 
 /// The name under which the change that has its turn drains.
 pub(super) const CHANGE: &str = "change";
@@ -84,10 +84,10 @@ impl DrainSet {
     /// Some more.
     pub(super) async fn extend(&mut self, nodes: Vec<Strong<Node>>, what: &str) {
         {
-            let walls = self.graph.0.reaper.walls();
+            let lock = self.graph.0.core.lock();
             for node in nodes {
                 if let Entry::Vacant(place) = self.nodes.entry(node.id()) {
-                    walls.begin_section(&node);
+                    lock.begin_section(&node);
                     place.insert(node.held_by(holder(what)));
                 }
             }
@@ -112,7 +112,7 @@ impl DrainSet {
             self.nodes.values().map(|held| Strong::clone(held)).collect();
         for section in &self.within {
             match section.is_all {
-                true => all.extend(self.graph.0.reaper.live()),
+                true => all.extend(self.graph.0.core.live()),
                 false => all.extend(section.set.own_nodes()),
             }
         }
@@ -132,17 +132,17 @@ impl DrainSet {
     /// shut. [`DrainSet::settle`] shuts the doors again, as does the end of this where a section goes on. While the drivers of these nodes work, drains of what lies below wait for
     /// them as for a request. `Err`: others have drained something below, so they may have to wait for the end of that.
     pub(super) fn open_doors_for(&self, nodes: &[Strong<Node>]) -> Result<Work, DrainedBelow> {
-        let walls = self.graph.0.reaper.walls();
-        self.unshut(&walls);
+        let lock = self.graph.0.core.lock();
+        self.unshut(&lock);
         let is_shut = |node: &Strong<Node>| node.children().iter().any(|edge| edge.is_closed());
         if nodes.iter().any(is_shut) {
             return Err(DrainedBelow);
         }
-        let enter = |node: &Strong<Node>| (Strong::clone(node), node.traffic().enter());
+        let enter = |node: &Strong<Node>| (Strong::clone(node), node.tracker().enter());
         Ok(Work { inside: nodes.iter().map(enter).collect() })
     }
 
-    fn unshut(&self, walls: &Walls<'_>) {
+    fn unshut(&self, lock: &GraphLockGuard<'_>) {
         let mut seen = HashSet::new();
         let mut todo = self.own_nodes();
         while let Some(node) = todo.pop() {
@@ -150,8 +150,8 @@ impl DrainSet {
                 continue;
             }
             for edge in node.parents() {
-                if let Some(parent) = walls.parent_node(&edge) {
-                    if edge.unshut(walls) {
+                if let Some(parent) = lock.parent_node(&edge) {
+                    if edge.unshut(lock) {
                         self.lock_opened().push(Arc::downgrade(&edge));
                     }
                     todo.push(parent);
@@ -185,34 +185,34 @@ impl DrainSet {
 
 impl Drop for DrainSet {
     fn drop(&mut self) {
-        let walls = self.graph.0.reaper.walls();
+        let lock = self.graph.0.core.lock();
         for node in self.nodes.values() {
-            walls.end_section(node);
+            lock.end_section(node);
         }
         let opened = std::mem::take(&mut *self.lock_opened());
         for edge in opened.iter().filter_map(Weak::upgrade).filter(|edge| edge.is_quiesced()) {
-            edge.shut(&walls);
+            edge.shut(&lock);
         }
-        drop(walls);
-        self.graph.0.reaper.drain_ended();
+        drop(lock);
+        self.graph.0.core.drain_ended();
     }
 }
 
 /// Waits until nobody is inside these drained nodes nor above them, shutting doors on the way down. Holds only the node that it waits
 /// for just now: whoever wants to close another one is not kept from it.
 async fn wait_idle(graph: &Graph, nodes: &[NodeId]) {
-    let reaper = &graph.0.reaper;
+    let core = &graph.0.core;
     // Parents may come meanwhile: asked again at the end. They find their gates closed, so that ends.
     let mut settled: HashSet<NodeId> = HashSet::new();
     loop {
-        let mut pending = above(&reaper.walls(), nodes);
+        let mut pending = above(&core.lock(), nodes);
         pending.retain(|id| settled.insert(*id));
         if pending.is_empty() {
             return;
         }
         for id in pending {
             // One that has died meanwhile is closed outside of the section, or waited for at its children.
-            if let Ok(node) = reaper.arena.acquire(id.0) {
+            if let Ok(node) = core.arena.acquire(id.0) {
                 empty(graph, &node).await;
             }
         }
@@ -223,11 +223,11 @@ async fn wait_idle(graph: &Graph, nodes: &[NodeId]) {
 async fn empty(graph: &Graph, node: &Strong<Node>) {
     loop {
         wait_node(graph, node).await;
-        let walls = graph.0.reaper.walls();
+        let lock = graph.0.core.lock();
         // Its driver may have begun to work on its own account: it counts in under the lock (`Work`).
-        if node.is_poisoned() || node.traffic().in_flight() == 0 {
+        if node.is_poisoned() || node.tracker().in_flight() == 0 {
             let children = node.children();
-            children.iter().filter(|edge| edge.is_quiesced()).for_each(|edge| edge.shut(&walls));
+            children.iter().filter(|edge| edge.is_quiesced()).for_each(|edge| edge.shut(&lock));
             return;
         }
     }
@@ -235,7 +235,7 @@ async fn empty(graph: &Graph, node: &Strong<Node>) {
 
 /// Waits until nobody drains what lies below these nodes.
 pub(super) async fn wait_undrained_below(graph: &Graph, nodes: &[Strong<Node>]) {
-    let topology = &graph.0.reaper.topology;
+    let topology = &graph.0.core.topology;
     loop {
         let mut eased = pin!(topology.eased.notified());
         eased.as_mut().enable();
@@ -259,15 +259,15 @@ pub(super) struct Work {
 
 impl Drop for Work {
     fn drop(&mut self) {
-        self.inside.iter().for_each(|(node, number)| node.traffic().leave(*number));
+        self.inside.iter().for_each(|(node, number)| node.tracker().leave(*number));
     }
 }
 
 /// Waits until nobody is inside one node whose parents are empty, and no closing writes to it.
 async fn wait_node(graph: &Graph, node: &Strong<Node>) {
-    node.traffic().wait_idle().await;
+    node.tracker().wait_idle().await;
     loop {
-        let mut eased = pin!(graph.0.reaper.topology.eased.notified());
+        let mut eased = pin!(graph.0.core.topology.eased.notified());
         eased.as_mut().enable();
         if node.is_poisoned() || !has_closing(graph, node) {
             return;
@@ -278,15 +278,15 @@ async fn wait_node(graph: &Graph, node: &Strong<Node>) {
 
 /// Does a node that is being closed still use this one? Asked under the lock, under which such a node exchanges its edges.
 fn has_closing(graph: &Graph, node: &Strong<Node>) -> bool {
-    let _walls = graph.0.reaper.walls();
+    let _lock = graph.0.core.lock();
     node.parents().iter().any(|edge| edge.is_closing())
 }
 
 /// These nodes and all above them, each after all of its parents.
-fn above(walls: &Walls<'_>, nodes: &[NodeId]) -> Vec<NodeId> {
+fn above(lock: &GraphLockGuard<'_>, nodes: &[NodeId]) -> Vec<NodeId> {
     let mut order = Vec::new();
     let mut seen = HashSet::new();
-    let acquire = |id: &NodeId| walls.reaper.arena.acquire(id.0).ok();
+    let acquire = |id: &NodeId| lock.core.arena.acquire(id.0).ok();
     let mut todo: Vec<(Strong<Node>, bool)> =
         nodes.iter().filter_map(acquire).map(|node| (node, false)).collect();
     while let Some((node, is_done)) = todo.pop() {
@@ -295,7 +295,7 @@ fn above(walls: &Walls<'_>, nodes: &[NodeId]) -> Vec<NodeId> {
         } else if seen.insert(node.id()) {
             todo.push((Strong::clone(&node), true));
             let parents = node.parents();
-            todo.extend(parents.iter().filter_map(|e| walls.parent_node(e)).map(|p| (p, false)));
+            todo.extend(parents.iter().filter_map(|e| lock.parent_node(e)).map(|p| (p, false)));
         }
     }
     order
@@ -445,10 +445,10 @@ impl Graph {
 async fn drain_all(graph: &Graph) -> Drained {
     let set = DrainSet::new(graph);
     let all = {
-        let mut walls = graph.0.reaper.walls();
-        walls.state.drain_alls += 1;
-        let all = graph.0.reaper.live();
-        all.iter().for_each(|node| walls.begin_section(node));
+        let mut lock = graph.0.core.lock();
+        lock.state.drain_alls += 1;
+        let all = graph.0.core.live();
+        all.iter().for_each(|node| lock.begin_section(node));
         all.iter().map(|node| node.id()).collect::<Vec<NodeId>>()
     };
     let drained = Drained::new(set, true);
@@ -462,7 +462,7 @@ async fn drain_within(graph: &Graph, node: &Strong<Node>, patience: Duration) ->
     match select(drain, end).await {
         Either::Left((drained, _)) => Ok(drained),
         Either::Right(_) => {
-            let count = node.traffic().in_flight();
+            let count = node.tracker().in_flight();
             let words = format!(
                 "{count} requests are still inside after {} ms; wait longer, or poison the node \
                  if they will never end",
@@ -476,10 +476,10 @@ async fn drain_within(graph: &Graph, node: &Strong<Node>, patience: Duration) ->
 impl Drop for Section {
     fn drop(&mut self) {
         if self.is_all {
-            let reaper = &self.set.graph.0.reaper;
-            let mut walls = reaper.walls();
-            walls.state.drain_alls -= 1;
-            reaper.live().iter().for_each(|node| walls.end_section(node));
+            let core = &self.set.graph.0.core;
+            let mut lock = core.lock();
+            lock.state.drain_alls -= 1;
+            core.live().iter().for_each(|node| lock.end_section(node));
         }
     }
 }
@@ -528,6 +528,6 @@ impl NodeRef {
     /// Requests inside the node now. For diagnostics: outdated on return. Of a drained node it is 0, but for a moment in which a request
     /// on another thread counts itself in and out again because it finds the gate shut.
     pub fn in_flight(&self) -> usize {
-        self.node().traffic().in_flight()
+        self.node().tracker().in_flight()
     }
 }

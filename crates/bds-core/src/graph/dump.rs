@@ -28,8 +28,8 @@ impl Graph {
     /// # Ok(()) });
     /// ```
     pub fn nodes(&self) -> Vec<NodeRef> {
-        let ids = self.0.reaper.arena.snapshot();
-        let acquire = |id| self.0.reaper.arena.acquire(id).ok();
+        let ids = self.0.core.arena.snapshot();
+        let acquire = |id| self.0.core.arena.acquire(id).ok();
         let mut nodes: Vec<NodeRef> = ids
             .into_iter()
             .filter_map(acquire)

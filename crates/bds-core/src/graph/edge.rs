@@ -22,12 +22,12 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bds_io::sync::Notify;
-use bds_refcount::{Held, Hinge, Holder, Reading, Release, Strong};
+use bds_refcount::{Held, Holder, RcuCell, RcuGuard, Release, Strong};
 
 use super::Graph;
 use super::freeze::Freeze;
-use super::hall::Hall;
-use super::lock::{Edit, Loosened, Walls};
+use super::in_flight::BackendInFlight;
+use super::lock::{Edit, GraphLockGuard, Loosened};
 use super::node::{Node, NodeId};
 use super::perm::{Access, Perm};
 use crate::driver::Role;
@@ -55,7 +55,7 @@ pub(crate) struct EdgeParts {
     /// Of a root edge whose owner does not keep the graph himself.
     pub(crate) graph: Option<Graph>,
     /// Of a backend's edge.
-    pub(crate) hall: Option<Arc<Hall>>,
+    pub(crate) in_flight: Option<Arc<BackendInFlight>>,
 }
 
 /// One parent's use of one node. Not to be copied: a second user needs a second edge, with permissions of its own.
@@ -74,11 +74,11 @@ pub struct Edge {
     parent: OnceLock<Parent>,
     holder: Holder,
     /// `None` only for a root whose medium is out.
-    target: Hinge<Option<Held<Node>>>,
+    target: RcuCell<Option<Held<Node>>>,
     /// Of a root edge: its node must not outlive the graph, which closes it. After `target`: dropped in this order.
     _graph: Option<Graph>,
     /// Who came in through it, for a backend's.
-    hall: Option<Arc<Hall>>,
+    in_flight: Option<Arc<BackendInFlight>>,
     gate: Gate,
     access: AccessCell,
     frozen: Mutex<Option<Arc<Freeze>>>,
@@ -107,7 +107,7 @@ impl Edge {
         target: Option<Strong<Node>>,
         loosened: &Loosened,
     ) -> Arc<Self> {
-        let EdgeParts { name, role, access, holder, since, stays, graph, hall } = parts;
+        let EdgeParts { name, role, access, holder, since, stays, graph, in_flight } = parts;
         let farewell = Farewell::new(target.as_ref().map(|node| node.id()), loosened);
         let held = target.map(|target| target.held_since(holder.clone(), since));
         Arc::new(Self {
@@ -116,9 +116,9 @@ impl Edge {
             stays,
             parent: OnceLock::new(),
             holder,
-            target: Hinge::new(held),
+            target: RcuCell::new(held),
             _graph: graph,
-            hall,
+            in_flight,
             gate: Gate::default(),
             access: AccessCell::new(access),
             frozen: Mutex::default(),
@@ -170,7 +170,7 @@ impl Edge {
         self.access.load()
     }
 
-    pub(super) fn set_access(&self, _walls: &Walls<'_>, access: Access) {
+    pub(super) fn set_access(&self, _lock: &GraphLockGuard<'_>, access: Access) {
         self.access.store(access);
     }
 
@@ -205,7 +205,7 @@ impl Edge {
     /// ```text
     /// let ticket = edge.ticket()?;                 // closed: wait_open(), again
     /// let target = edge.medium()?;                 // nothing there: NoMedium
-    /// let inside = target.traffic().enter();       // counts in, SeqCst
+    /// let inside = target.tracker().enter();       // counts in, SeqCst
     /// if !edge.admits(ticket) { drop(inside); … }  // closed meanwhile: wait_open(), again
     /// ```
     #[inline]
@@ -221,8 +221,8 @@ impl Edge {
 
     /// What a backend's edge knows of its requests.
     #[inline]
-    pub(crate) fn hall(&self) -> Option<&Arc<Hall>> {
-        self.hall.as_ref()
+    pub(crate) fn backend_in_flight(&self) -> Option<&Arc<BackendInFlight>> {
+        self.in_flight.as_ref()
     }
 
     /// Is the gate closed now? One load.
@@ -263,12 +263,12 @@ impl Edge {
     }
 
     /// The target is drained from now on. False if it was before.
-    pub(super) fn quiesce(&self, _walls: &Walls<'_>) -> bool {
+    pub(super) fn quiesce(&self, _lock: &GraphLockGuard<'_>) -> bool {
         !self.is_quiesced.swap(true, Ordering::SeqCst)
     }
 
     /// Closes the gate on behalf of the drain, once.
-    pub(super) fn shut(&self, _walls: &Walls<'_>) {
+    pub(super) fn shut(&self, _lock: &GraphLockGuard<'_>) {
         debug_assert!(self.is_quiesced(), "only a drain shuts an edge");
         if !self.is_shut.swap(true, Ordering::SeqCst) {
             self.gate.close();
@@ -276,7 +276,7 @@ impl Edge {
     }
 
     /// Opens the gate again although the target is drained. False if it was not shut.
-    pub(super) fn unshut(&self, _walls: &Walls<'_>) -> bool {
+    pub(super) fn unshut(&self, _lock: &GraphLockGuard<'_>) -> bool {
         let was = self.is_shut.swap(false, Ordering::SeqCst);
         if was {
             self.gate.open();
@@ -285,14 +285,14 @@ impl Edge {
     }
 
     /// The target is not drained any more. False if it was not before.
-    pub(super) fn unquiesce(&self, walls: &Walls<'_>) -> bool {
+    pub(super) fn unquiesce(&self, lock: &GraphLockGuard<'_>) -> bool {
         let was = self.is_quiesced.swap(false, Ordering::SeqCst);
-        self.unshut(walls);
+        self.unshut(lock);
         was
     }
 
     /// The parent is being closed: a drain of the target waits for that.
-    pub(super) fn begin_closing(&self, _walls: &Walls<'_>) {
+    pub(super) fn begin_closing(&self, _lock: &GraphLockGuard<'_>) {
         self.is_closing.store(true, Ordering::SeqCst);
     }
 
@@ -307,7 +307,7 @@ impl Edge {
         self.lock_frozen().clone()
     }
 
-    pub(super) fn set_frozen(&self, _walls: &Walls<'_>, freeze: Option<Arc<Freeze>>) {
+    pub(super) fn set_frozen(&self, _lock: &GraphLockGuard<'_>, freeze: Option<Arc<Freeze>>) {
         *self.lock_frozen() = freeze;
     }
 
@@ -405,7 +405,7 @@ impl Drop for Farewell {
 }
 
 /// The node an edge points to, kept alive by the edge's own reference: nothing is counted on the node.
-pub(crate) struct Target<'a>(Reading<'a, Option<Held<Node>>>);
+pub(crate) struct Target<'a>(RcuGuard<'a, Option<Held<Node>>>);
 
 impl Target<'_> {
     /// The counted reference behind the edge.

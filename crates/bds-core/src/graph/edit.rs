@@ -6,7 +6,7 @@ use super::action::Action;
 use super::claims::Operations;
 use super::drain;
 use super::edge::{Edge, EdgeParts};
-use super::lock::Walls;
+use super::lock::GraphLockGuard;
 use super::node::Node;
 use super::perm::Access;
 use super::reopen;
@@ -19,12 +19,12 @@ use crate::options::Options;
 /// What the edits come to, on the graph as it is now.
 pub(super) fn stage<'g>(
     graph: &'g Graph,
-    walls: &Walls<'_>,
+    lock: &GraphLockGuard<'_>,
     actions: &[Action],
     facts: Vec<NewFacts>,
 ) -> Result<Stage<'g>> {
-    let mut stage = Stage::new(&graph.0.reaper);
-    let mut editor = Editor { graph, stage: &mut stage, _walls: walls };
+    let mut stage = Stage::new(&graph.0.core);
+    let mut editor = Editor { graph, stage: &mut stage, _lock: lock };
     for action in actions {
         editor.apply(action)?;
         graph.step()?;
@@ -42,7 +42,7 @@ pub(super) fn stage<'g>(
 struct Editor<'e, 'g> {
     graph: &'g Graph,
     stage: &'e mut Stage<'g>,
-    _walls: &'e Walls<'e>,
+    _lock: &'e GraphLockGuard<'e>,
 }
 
 impl Editor<'_, '_> {
@@ -190,10 +190,10 @@ impl Editor<'_, '_> {
             since: backing.since(),
             stays: false,
             graph: None,
-            hall: None,
+            in_flight: None,
         };
         let target = Strong::clone(backing.strong());
-        let edge = Edge::new(parts, Some(target), &self.graph.0.reaper.topology.loosened);
+        let edge = Edge::new(parts, Some(target), &self.graph.0.core.topology.loosened);
         self.stage.attach(Some(node.strong()), &edge, backing.strong())
     }
 

@@ -67,7 +67,7 @@ impl NodeRef {
     /// ```
     pub fn edges_below(&self) -> Vec<EdgeFacts> {
         // The lock sees to permissions that have become looser since.
-        let _walls = self.graph().0.reaper.walls();
+        let _lock = self.graph().0.core.lock();
         self.node().children().iter().filter_map(facts).collect()
     }
 
@@ -85,7 +85,7 @@ impl NodeRef {
     /// # Ok(()) });
     /// ```
     pub fn edges_above(&self) -> Vec<EdgeFacts> {
-        let _walls = self.graph().0.reaper.walls();
+        let _lock = self.graph().0.core.lock();
         let mut all: Vec<EdgeFacts> = self.node().parents().iter().filter_map(facts).collect();
         all.sort_by(|a, b| (&a.holder, a.name).cmp(&(&b.holder, b.name)));
         all

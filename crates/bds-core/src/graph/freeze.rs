@@ -66,7 +66,7 @@ impl Graph {
     /// # Errors
     /// `InvalidInput`: `base` is not in the chain; `InUse`: a link is frozen already.
     pub fn freeze_chain(&self, top: &NodeRef, base: &NodeRef, who: &str) -> Result<Frozen> {
-        let walls = self.0.reaper.walls();
+        let lock = self.0.core.lock();
         let mut edges = Vec::new();
         let mut at = top.strong().clone();
         while at.id() != base.id() {
@@ -83,15 +83,15 @@ impl Graph {
             edges.push(edge);
         }
         let freeze = Arc::new(Freeze(who.to_owned()));
-        edges.iter().for_each(|edge| edge.set_frozen(&walls, Some(Arc::clone(&freeze))));
-        drop(walls);
+        edges.iter().for_each(|edge| edge.set_frozen(&lock, Some(Arc::clone(&freeze))));
+        drop(lock);
         Ok(Frozen { graph: self.clone(), edges })
     }
 }
 
 impl Drop for Frozen {
     fn drop(&mut self) {
-        let walls = self.graph.0.reaper.walls();
-        self.edges.iter().for_each(|edge| edge.set_frozen(&walls, None));
+        let lock = self.graph.0.core.lock();
+        self.edges.iter().for_each(|edge| edge.set_frozen(&lock, None));
     }
 }

@@ -5,11 +5,11 @@
 
 use bds_refcount::{HolderInfo, Strong};
 
+use super::core::{Ended, GraphCore};
 use super::node::Node;
 use super::node_ref::NodeRef;
-use super::reap::{Ended, Reaper};
 
-impl Reaper {
+impl GraphCore {
     /// Waits for operations whose requests have gone, where nothing but they keeps a node open.
     pub(super) async fn wait_for_lodgers(&self) {
         // One at a time: others may want to close the rest meanwhile.
@@ -22,15 +22,15 @@ impl Reaper {
 
     /// The graph is gone: closes what is dead and what dies when the last operation ends.
     pub(super) fn sweep_for_good(&self) {
-        let is_held = self.live().iter().any(|node| node.traffic().lodgers() > 0);
+        let is_held = self.live().iter().any(|node| node.tracker().detached() > 0);
         if !is_held {
             return self.sweep_in_background();
         }
-        let reaper = self.clone();
+        let core = self.clone();
         bds_io::spawn(async move {
-            reaper.wait_for_lodgers().await;
-            let reports = reaper.clone().sweep().await;
-            reaper.keep(reports);
+            core.wait_for_lodgers().await;
+            let reports = core.clone().sweep().await;
+            core.keep(reports);
         })
         .detach();
     }
@@ -45,7 +45,7 @@ impl NodeRef {
                 Ok(ended) => return Ok(ended),
                 Err(others) => others,
             };
-            let is_kept = node.node().traffic().lodgers() > 0 && !node.is_poisoned();
+            let is_kept = node.node().tracker().detached() > 0 && !node.is_poisoned();
             if !is_kept || !holders.is_empty() {
                 return Err((node, holders));
             }
@@ -57,14 +57,14 @@ impl NodeRef {
 
 /// As [`left_alone`], if operations keep the node open beside so many who do by name. Whoever means to keep it does so.
 pub(super) async fn wait_left_alone(node: &Strong<Node>, named: usize) {
-    if node.traffic().lodgers() > 0 && node.holders().len() <= named {
+    if node.tracker().detached() > 0 && node.holders().len() <= named {
         left_alone(node).await;
     }
 }
 
 /// Waits until no operation keeps the node open on its own behalf. Their references go right after that.
 async fn left_alone(node: &Strong<Node>) {
-    node.traffic().wait_moved_out().await;
+    node.tracker().wait_moved_out().await;
     for _ in 0..1000 {
         if node.count() <= 1 {
             return;

@@ -1,11 +1,11 @@
 //! The graph's lock, as types: drain first, then lock.
 //!
 //! ```text
-//! Walls   the plan of the rooms, mine alone for a moment: who points where, who is drained, who may do what
-//! Edit    Walls in the hands of somebody who has drained: only with it can an edge be re-pointed
+//! GraphLockGuard   the plan of the rooms, mine alone for a moment: who points where, who is drained, who may do what
+//! Edit    GraphLockGuard in the hands of somebody who has drained: only with it can an edge be re-pointed
 //! ```
-//! `Walls` is a plain mutex, held for computation only: never across an await, never while foreign code runs that could come back here.
-//! No request takes it. Lock order: the turn of graph changes (`Graph::begin_change`), `Walls`, names and monitor (`Plan`), a node's parents, a
+//! `GraphLockGuard` is a plain mutex, held for computation only: never across an await, never while foreign code runs that could come back here.
+//! No request takes it. Lock order: the turn of graph changes (`Graph::begin_change`), `GraphLockGuard`, names and monitor (`NameTable`), a node's parents, a
 //! slot's side.
 //!
 //! QEMU 10.0 locks first and drains then, and deadlocks: a reader that is inside waits for the lock, and the drain waits for the
@@ -17,10 +17,10 @@ use crossbeam::queue::SegQueue;
 
 use bds_io::sync::Notify;
 
+use super::core::GraphCore;
 use super::drain::DrainSet;
 use super::node::NodeId;
 use super::perm;
-use super::reap::Reaper;
 
 /// Nodes of which an edge has gone: what was done through it may not matter any more. Edges tell on their way out,
 /// without a lock; whoever takes the lock next sees to it.
@@ -46,35 +46,35 @@ pub(super) struct State {
 }
 
 /// The graph's lock, held.
-pub(crate) struct Walls<'a> {
-    pub(super) reaper: &'a Reaper,
+pub(crate) struct GraphLockGuard<'a> {
+    pub(super) core: &'a GraphCore,
     pub(super) state: MutexGuard<'a, State>,
 }
 
-impl Reaper {
+impl GraphCore {
     /// Takes the lock. Permissions are exact from here on.
-    pub(super) fn walls(&self) -> Walls<'_> {
+    pub(super) fn lock(&self) -> GraphLockGuard<'_> {
         let state = self.topology.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let walls = Walls { reaper: self, state };
-        perm::loosen(&walls);
-        walls
+        let lock = GraphLockGuard { core: self, state };
+        perm::loosen(&lock);
+        lock
     }
 
     /// Does nobody hold the lock just now?
     #[cfg(test)]
-    pub(super) fn walls_are_free(&self) -> bool {
+    pub(super) fn lock_is_free(&self) -> bool {
         self.topology.state.try_lock().is_ok()
     }
 }
 
 /// The right to re-point edges at the drained nodes, and to change what hangs below them.
 pub(super) struct Edit<'a> {
-    pub(super) walls: &'a Walls<'a>,
+    pub(super) lock: &'a GraphLockGuard<'a>,
     _drained: &'a DrainSet,
 }
 
 impl<'a> Edit<'a> {
-    pub(super) fn new(drained: &'a DrainSet, walls: &'a Walls<'a>) -> Self {
-        Self { walls, _drained: drained }
+    pub(super) fn new(drained: &'a DrainSet, lock: &'a GraphLockGuard<'a>) -> Self {
+        Self { lock, _drained: drained }
     }
 }

@@ -11,10 +11,12 @@
 
 mod action;
 mod activity;
+mod backends;
 mod change;
 mod child;
 mod claims;
 mod commit;
+mod core;
 mod create;
 mod create_target;
 mod detached;
@@ -26,8 +28,7 @@ mod facts;
 mod flags;
 mod freeze;
 pub mod gate;
-mod guests;
-mod hall;
+mod in_flight;
 mod inspect;
 mod leases;
 mod left_behind;
@@ -40,7 +41,6 @@ mod node_ref;
 mod open;
 mod perm;
 mod quiesce;
-mod reap;
 mod rename;
 mod reopen;
 mod root;
@@ -59,8 +59,10 @@ use bds_refcount::{Arena, Kind};
 pub use bds_refcount::{Holder, HolderInfo, HolderKind, HolderName, Release, Stale, Watch};
 
 pub use activity::Handover;
+pub(crate) use backends::{BackendEntry, no_backend};
 pub use change::{Change, ChangeReport};
 pub use claims::{Blocker, JobSlot, Operations};
+pub use core::{CloseError, CloseReport};
 pub use create::{NewImage, NewImageReport};
 pub use drain::Drained;
 pub(crate) use edge::Target;
@@ -69,8 +71,7 @@ pub use facts::EdgeFacts;
 pub use flags::COMMON_OPTIONS;
 pub use freeze::Frozen;
 pub use gate::ReferenceGate;
-pub(crate) use guests::{Guest, no_backend};
-pub(crate) use hall::{Lodged, Straggler};
+pub(crate) use in_flight::{InFlightGuard, OwnedInFlight};
 pub use inspect::FileGuess;
 pub use leases::{AnonymousBitmap, BitmapId, BitmapInfo, BitmapLease, MAX_BITMAP_NAME_LEN};
 pub use monitor::TopLevel;
@@ -79,7 +80,6 @@ pub(crate) use names::Reservation;
 pub use node::{Node, NodeId};
 pub use node_ref::NodeRef;
 pub use perm::{Access, Perm};
-pub use reap::{CloseError, CloseReport};
 pub use root::JobEdge;
 pub(crate) use root::{Expected, Root, RootMove};
 pub use shutdown::{Leak, ShutdownReport, ShutdownStage, Stoppable};
@@ -87,8 +87,8 @@ pub use shutdown::{Leak, ShutdownReport, ShutdownStage, Stoppable};
 use crate::driver::{ChildPort, Registry};
 use crate::error::{Error, ErrorKind};
 use crate::event::{Event, EventHub, Events};
+use core::GraphCore;
 use names::Claim;
-use reap::Reaper;
 
 /// What stands in a handle as "node".
 const NODE: Kind = Kind::new(1);
@@ -130,7 +130,7 @@ pub(crate) type MakePort = fn(Arc<Edge>) -> Box<dyn ChildPort>;
 pub struct Graph(Arc<Shared>);
 
 struct Shared {
-    reaper: Reaper,
+    core: GraphCore,
     config: GraphConfig,
     /// Held by a graph change from its first drain to its end. Taken before everything else.
     changes: bds_io::sync::Mutex<()>,
@@ -144,18 +144,18 @@ impl Drop for Shared {
     fn drop(&mut self) {
         // Nobody can hold a node any more but the monitor's list, and operations whose requests have
         // gone; what is dead and not yet closed must still be flushed.
-        let (owned, guests) = {
-            let mut plan = self.reaper.lock_plan();
-            (std::mem::take(&mut plan.monitor), std::mem::take(&mut plan.owned_guests))
+        let (owned, backends) = {
+            let mut plan = self.core.lock_plan();
+            (std::mem::take(&mut plan.monitor), std::mem::take(&mut plan.owned_backends))
         };
-        drop((guests, owned));
-        self.reaper.sweep_for_good();
+        drop((backends, owned));
+        self.core.sweep_for_good();
     }
 }
 
 /// Names, and lists of who is where. Locked for a few instructions, after the graph's lock.
 #[derive(Default)]
-pub(crate) struct Plan {
+pub(crate) struct NameTable {
     names: HashMap<Arc<str>, Claim>,
     auto_names: u64,
     is_shut: bool,
@@ -163,15 +163,15 @@ pub(crate) struct Plan {
     monitor: BTreeMap<NodeId, monitor::Owned>,
     monitor_order: u64,
     /// Every backend, and those that the monitor owns.
-    guests: Vec<Weak<dyn guests::Guest>>,
-    owned_guests: Vec<Arc<dyn guests::Guest>>,
+    backends: Vec<Weak<dyn backends::BackendEntry>>,
+    owned_backends: Vec<Arc<dyn backends::BackendEntry>>,
     /// Who wants to be told of a shutdown.
     stoppable: Vec<(ShutdownStage, Weak<dyn Stoppable>)>,
 }
 
 impl fmt::Debug for Graph {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Graph").field("arena", &self.0.reaper.arena).finish_non_exhaustive()
+        f.debug_struct("Graph").field("arena", &self.0.core.arena).finish_non_exhaustive()
     }
 }
 
@@ -194,9 +194,9 @@ impl Graph {
     }
 
     fn in_arena(config: GraphConfig, make_port: MakePort, arena: Arena<Node>) -> Self {
-        let reaper = Reaper::new(arena, make_port);
+        let core = GraphCore::new(arena, make_port);
         Self(Arc::new(Shared {
-            reaper,
+            core,
             config,
             changes: bds_io::sync::Mutex::default(),
             epoch: AtomicU64::new(0),
@@ -233,7 +233,7 @@ impl Graph {
     #[track_caller]
     pub fn acquire(&self, id: NodeId) -> Result<NodeRef, Stale> {
         // No closure: the caller would not be seen through it.
-        let strong = self.0.reaper.arena.acquire(id.0)?;
+        let strong = self.0.core.arena.acquire(id.0)?;
         Ok(NodeRef::user(self, strong))
     }
 
@@ -251,7 +251,7 @@ impl Graph {
     /// # Ok(()) });
     /// ```
     pub fn holders(&self, id: NodeId) -> Vec<HolderInfo> {
-        self.0.reaper.arena.holders(id.0)
+        self.0.core.arena.holders(id.0)
     }
 
     /// How many references the node has; 0 for a stale id. For diagnostics: outdated on return.
@@ -269,7 +269,7 @@ impl Graph {
     /// # Ok(()) });
     /// ```
     pub fn count(&self, id: NodeId) -> usize {
-        self.0.reaper.arena.count(id.0)
+        self.0.core.arena.count(id.0)
     }
 
     /// Fires once the node cannot be acquired any more; at once for a stale id.
@@ -288,7 +288,7 @@ impl Graph {
     /// # Ok(()) });
     /// ```
     pub fn watch(&self, id: NodeId) -> Watch<Node> {
-        self.0.reaper.arena.watch(id.0)
+        self.0.core.arena.watch(id.0)
     }
 
     /// How often edges were moved: equal answers mean the same graph in between, as far as changes go.
@@ -310,7 +310,7 @@ impl Graph {
 
     fn note_change(&self) {
         let epoch = self.0.epoch.fetch_add(1, Ordering::SeqCst) + 1;
-        self.0.reaper.events.emit(|| Event::GraphChanged { epoch });
+        self.0.core.events.emit(|| Event::GraphChanged { epoch });
     }
 
     /// A numbered step that can fail in tests.
@@ -341,16 +341,16 @@ impl Graph {
     /// # });
     /// ```
     pub fn events(&self) -> Events {
-        self.0.reaper.events.subscribe()
+        self.0.core.events.subscribe()
     }
 
     /// Where things that happen are told.
     pub(crate) fn event_hub(&self) -> &EventHub {
-        &self.0.reaper.events
+        &self.0.core.events
     }
 
-    fn plan(&self) -> MutexGuard<'_, Plan> {
-        self.0.reaper.lock_plan()
+    fn plan(&self) -> MutexGuard<'_, NameTable> {
+        self.0.core.lock_plan()
     }
 }
 

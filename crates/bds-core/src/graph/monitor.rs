@@ -9,9 +9,9 @@ use std::panic::Location;
 use bds_refcount::{Held, Holder, HolderKind};
 
 use super::claims::Operations;
+use super::core::CloseReport;
 use super::edge::Parent;
 use super::node::{Node, NodeId};
-use super::reap::CloseReport;
 use super::{Graph, NodeRef};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Options;
@@ -116,7 +116,7 @@ impl Graph {
     /// refers to it (the holders are named), or a [`super::Blocker`] stands in the way.
     pub async fn del(&self, name: &str) -> Result<CloseReport> {
         // What is dead does not count as a holder.
-        self.0.reaper.sweep_unasked().await;
+        self.0.core.sweep_unasked().await;
         let id = self.find(name)?.id();
         let taken = self.take_owned(id, name)?;
         let refuse = |node: NodeRef, order: u64, error: Error| {
@@ -188,9 +188,9 @@ impl Graph {
     /// # Ok(()) });
     /// ```
     pub fn top_level(&self) -> TopLevel {
-        let walls = self.0.reaper.walls();
+        let lock = self.0.core.lock();
         let mut roots: Vec<(String, NodeId)> = Vec::new();
-        for node in self.0.reaper.live() {
+        for node in self.0.core.live() {
             for edge in node.parents() {
                 if let (Some(Parent::Root(name)), HolderKind::Backend) =
                     (edge.parent(), edge.holder().kind)
@@ -199,7 +199,7 @@ impl Graph {
                 }
             }
         }
-        drop(walls);
+        drop(lock);
         roots.sort();
         let mut owned: Vec<(u64, NodeId)> =
             self.plan().monitor.iter().map(|(id, owned)| (owned.order, *id)).collect();
@@ -222,7 +222,7 @@ impl Iterator for TopLevel {
     type Item = NodeRef;
 
     fn next(&mut self) -> Option<NodeRef> {
-        let arena = &self.graph.0.reaper.arena;
+        let arena = &self.graph.0.core.arena;
         let strong = self.ids.by_ref().find_map(|id| arena.acquire(id.0).ok())?;
         Some(NodeRef::iterator(&self.graph, strong))
     }

@@ -5,10 +5,10 @@
 
 use std::sync::{Arc, Weak};
 
-use super::guests::Guest;
+use super::backends::BackendEntry;
 use super::node::NodeId;
 use super::node_ref::NodeRef;
-use super::{Graph, Plan};
+use super::{Graph, NameTable};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Longest node name, in bytes.
@@ -21,7 +21,7 @@ pub(super) enum Claim {
     /// A node has it, as long as the id resolves.
     Node(NodeId),
     /// A backend has it, as long as somebody holds a handle to it.
-    Backend(Weak<dyn Guest>),
+    Backend(Weak<dyn BackendEntry>),
 }
 
 /// A name claimed for a node that is being opened, or a backend that is being made. Dropped: the name is free again.
@@ -42,8 +42,8 @@ impl Reservation {
     }
 
     /// The name now denotes the backend.
-    pub(crate) fn publish_backend(self, guest: Weak<dyn Guest>) {
-        self.denote(Claim::Backend(guest));
+    pub(crate) fn publish_backend(self, entry: Weak<dyn BackendEntry>) {
+        self.denote(Claim::Backend(entry));
     }
 
     fn denote(mut self, claim: Claim) {
@@ -119,12 +119,12 @@ impl Graph {
 }
 
 impl Graph {
-    pub(super) fn is_taken(&self, plan: &Plan, name: &str) -> bool {
+    pub(super) fn is_taken(&self, plan: &NameTable, name: &str) -> bool {
         match plan.names.get(name) {
             None => false,
             Some(Claim::Opening) => true,
-            Some(Claim::Backend(guest)) => guest.strong_count() > 0,
-            Some(Claim::Node(id)) => self.0.reaper.arena.check(id.0).is_ok(),
+            Some(Claim::Backend(entry)) => entry.strong_count() > 0,
+            Some(Claim::Node(id)) => self.0.core.arena.check(id.0).is_ok(),
         }
     }
 }

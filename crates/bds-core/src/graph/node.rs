@@ -22,7 +22,7 @@ use super::limits::{self, LimitsCell};
 use super::rename::NodeName;
 use super::threshold::Threshold;
 use crate::driver::{Driver, Limits, OpenFlags, Role};
-use crate::traffic::Traffic;
+use crate::tracker::RequestTracker;
 
 /// Names a node for ever: `Copy`, 64 bits, keeps nothing alive, never dangles. [`super::Graph::acquire`] is the only
 /// way from here to the node.
@@ -76,7 +76,7 @@ pub struct Node {
     /// Options that were given for this very node: they are not inherited again at a reopen.
     given: Given,
     limits: LimitsCell,
-    traffic: Traffic,
+    tracker: RequestTracker,
     /// Guards that ask for copy-on-read.
     copy_on_read: AtomicUsize,
     /// (device, inode) of the file a protocol node holds.
@@ -128,7 +128,7 @@ impl Node {
             flags: FlagsCell::new(flags),
             given,
             limits: LimitsCell::new(driver.limits()),
-            traffic: Traffic::new(),
+            tracker: RequestTracker::new(),
             copy_on_read: AtomicUsize::new(0),
             identity,
             children: ArcSwap::from_pointee(children),
@@ -224,7 +224,7 @@ impl Node {
 
     pub(super) fn set_poisoned(&self) {
         self.is_poisoned.store(true, Ordering::SeqCst);
-        self.traffic.give_up();
+        self.tracker.give_up();
     }
 
     /// The node by whose options it was opened, as long as that is still above it.
@@ -271,8 +271,8 @@ impl Node {
 
     /// Who is inside.
     #[inline]
-    pub(crate) fn traffic(&self) -> &Traffic {
-        &self.traffic
+    pub(crate) fn tracker(&self) -> &RequestTracker {
+        &self.tracker
     }
 
     /// Does a read copy what it finds below into this node?
@@ -332,7 +332,7 @@ impl Node {
         self.lock_parents().iter().filter_map(Weak::upgrade).collect()
     }
 
-    /// Remembers an edge that points here from now on. See `Walls::attach`.
+    /// Remembers an edge that points here from now on. See `GraphLockGuard::attach`.
     pub(super) fn add_parent(&self, edge: &Arc<Edge>) {
         let mut parents = self.lock_parents();
         // Strike off those who left whenever the list would have to grow: constant time on average.
@@ -342,7 +342,7 @@ impl Node {
         parents.push(Arc::downgrade(edge));
     }
 
-    /// Forgets an edge. See `Walls::detach`.
+    /// Forgets an edge. See `GraphLockGuard::detach`.
     pub(super) fn remove_parent(&self, edge: &Arc<Edge>) {
         self.lock_parents().retain(|known| known.as_ptr() != Arc::as_ptr(edge));
     }

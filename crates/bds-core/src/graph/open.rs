@@ -133,7 +133,7 @@ impl Graph {
         since: &'static Location<'static>,
     ) -> Result<(Strong<Node>, SweepIfDropped)> {
         let mut guard = SweepIfDropped { graph: self.clone(), is_over: false };
-        self.0.reaper.sweep_unasked().await;
+        self.0.core.sweep_unasked().await;
         let call = Call {
             graph: self.clone(),
             opened: Arc::default(),
@@ -144,7 +144,7 @@ impl Graph {
         match open_node(call, options, flags).await {
             Ok(node) => Ok((node, guard)),
             Err(error) => {
-                self.0.reaper.sweep_unasked().await;
+                self.0.core.sweep_unasked().await;
                 guard.is_over = true;
                 Err(error)
             }
@@ -170,7 +170,7 @@ pub(super) struct SweepIfDropped {
 impl Drop for SweepIfDropped {
     fn drop(&mut self) {
         if !self.is_over {
-            self.graph.0.reaper.sweep_in_background();
+            self.graph.0.core.sweep_in_background();
         }
     }
 }
@@ -237,7 +237,7 @@ async fn publish(
     match settle_in(graph, driver, opener.into_children(), flags, &name) {
         Ok(node) => {
             name.publish(node.id());
-            graph.0.reaper.events.emit(|| Event::node_opened(node.name(), node.driver_name()));
+            graph.0.core.events.emit(|| Event::node_opened(node.name(), node.driver_name()));
             Ok(node)
         }
         Err((error, None)) => Err(error),
@@ -261,9 +261,9 @@ fn settle_in(
     name: &Reservation,
 ) -> Result<Strong<Node>, Unsettled> {
     let named = |error: Error| error.node(&**name.name());
-    let walls = graph.0.reaper.walls();
+    let lock = graph.0.core.lock();
     let mut waiting = Some(driver);
-    let inserted = graph.0.reaper.arena.insert_with(|handle| {
+    let inserted = graph.0.core.arena.insert_with(|handle| {
         let driver = waiting.take().expect("insert_with calls its closure once");
         Node::new(NodeParts {
             id: NodeId(handle),
@@ -288,10 +288,10 @@ fn settle_in(
             edge.target().set_inherits_from(Some(node.id()));
         }
     }
-    walls.born(&node);
-    let stage = Stage::new(&graph.0.reaper);
+    lock.born(&node);
+    let stage = Stage::new(&graph.0.core);
     let settled = perm::settle(&stage, [Strong::clone(&node)], Strictness::Checked);
-    perm::apply(&walls, settled.map_err(|error| (named(error), None))?);
+    perm::apply(&lock, settled.map_err(|error| (named(error), None))?);
     Ok(node)
 }
 

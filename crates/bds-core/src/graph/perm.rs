@@ -13,7 +13,7 @@ use std::sync::Arc;
 use bds_refcount::Strong;
 
 use super::edge::Edge;
-use super::lock::Walls;
+use super::lock::GraphLockGuard;
 use super::node::{Node, NodeId};
 use super::transaction::{Stage, key};
 pub use crate::driver::{Access, Perm};
@@ -200,24 +200,24 @@ fn conflict(node: &Node, user: (&Arc<Edge>, Access), objector: (&Arc<Edge>, Acce
 }
 
 /// Sees to what edges that are gone did: the nodes they pointed to, and all below, may be used for less now.
-pub(super) fn loosen(walls: &Walls<'_>) {
+pub(super) fn loosen(lock: &GraphLockGuard<'_>) {
     let mut starts = BTreeMap::new();
-    while let Some(id) = walls.reaper.topology.loosened.pop() {
-        if let Ok(node) = walls.reaper.arena.acquire(id.0) {
+    while let Some(id) = lock.core.topology.loosened.pop() {
+        if let Ok(node) = lock.core.arena.acquire(id.0) {
             starts.insert(id, node);
         }
     }
     if starts.is_empty() {
         return;
     }
-    let stage = Stage::new(walls.reaper);
+    let stage = Stage::new(lock.core);
     let found = settle(&stage, starts.into_values(), Strictness::Loosening);
-    apply(walls, found.expect("what is not checked cannot fail"));
+    apply(lock, found.expect("what is not checked cannot fail"));
 }
 
 /// Puts what was computed into force.
-pub(super) fn apply(walls: &Walls<'_>, accesses: Accesses) {
+pub(super) fn apply(lock: &GraphLockGuard<'_>, accesses: Accesses) {
     for (edge, access) in accesses.into_values() {
-        edge.set_access(walls, access);
+        edge.set_access(lock, access);
     }
 }

@@ -6,14 +6,14 @@ use std::sync::Arc;
 use bds_refcount::Strong;
 
 use super::edge::{Edge, Parent};
-use super::lock::Walls;
+use super::lock::GraphLockGuard;
 use super::node::Node;
 
-impl Walls<'_> {
+impl GraphLockGuard<'_> {
     /// The node that uses `edge`, if it is one and it lives.
     pub(super) fn parent_node(&self, edge: &Edge) -> Option<Strong<Node>> {
         match edge.parent() {
-            Some(Parent::Node(id)) => self.reaper.arena.acquire(id.0).ok(),
+            Some(Parent::Node(id)) => self.core.arena.acquire(id.0).ok(),
             Some(Parent::Root(_)) | None => None,
         }
     }
@@ -45,7 +45,7 @@ impl Walls<'_> {
     /// The wrong order, on purpose: the inner door first, then the wait for those who still want through it.
     #[cfg(test)]
     fn lock_first(&self, edge: &Edge) {
-        if self.reaper.topology.lock_first.load(std::sync::atomic::Ordering::Relaxed) {
+        if self.core.topology.lock_first.load(std::sync::atomic::Ordering::Relaxed) {
             edge.shut(self);
         }
     }

@@ -72,9 +72,9 @@ impl Reopened {
         if !self.is_changed {
             return;
         }
-        for guest in graph.guests() {
-            if guest.edge().medium().is_some_and(|medium| medium.id() == self.node.id()) {
-                guest.set_writethrough(!self.is_writeback);
+        for entry in graph.backend_entries() {
+            if entry.edge().medium().is_some_and(|medium| medium.id() == self.node.id()) {
+                entry.set_writethrough(!self.is_writeback);
             }
         }
     }
@@ -166,7 +166,7 @@ async fn prepare_driver<'w>(graph: &Graph, wanted: &'w Wanted) -> Result<Box<dyn
     }
     if node.could_write() && (flags.read_only || flags.cache.no_flush) {
         // Afterwards nobody flushes any more what was written before.
-        graph.0.reaper.flush_node(node.strong()).await?;
+        graph.0.core.flush_node(node.strong()).await?;
     }
     let prepared = node.driver().prepare_reopen(&mut context).await?;
     let registry = &graph.config().registry;

@@ -24,7 +24,7 @@ pub(crate) struct Root<'a> {
     /// Do graph changes leave it where it is?
     pub(crate) stays: bool,
     /// Is it a backend's? Then its requests are counted, and its owner keeps the graph.
-    pub(crate) is_hall: bool,
+    pub(crate) is_backend: bool,
 }
 
 /// What a root must lead to for a change of it to make sense.
@@ -105,30 +105,30 @@ impl Graph {
             holder: Holder::new(root.kind, root.name),
             since: Location::caller(),
             stays: root.stays,
-            graph: (!root.is_hall).then(|| self.clone()),
-            hall: root.is_hall.then(Arc::default),
+            graph: (!root.is_backend).then(|| self.clone()),
+            in_flight: root.is_backend.then(Arc::default),
         };
         let target = node.map(|node| Strong::clone(node.strong()));
-        let edge = Edge::new(parts, target, &self.0.reaper.topology.loosened);
+        let edge = Edge::new(parts, target, &self.0.core.topology.loosened);
         edge.set_parent(Parent::Root(root.name.into()));
         if let Some(node) = node {
-            let walls = self.0.reaper.walls();
-            let mut stage = Stage::new(&self.0.reaper);
+            let lock = self.0.core.lock();
+            let mut stage = Stage::new(&self.0.core);
             stage.attach(None, &edge, node.strong())?;
             let accesses = perm::settle(&stage, stage.starts(), Strictness::Checked)?;
-            perm::apply(&walls, accesses);
-            walls.attach(node.node(), &edge);
+            perm::apply(&lock, accesses);
+            lock.attach(node.node(), &edge);
         }
         Ok(edge)
     }
 
     /// The root does nothing with its node and bears everything from now on. At once, and cannot fail.
     pub(crate) fn loosen_root(&self, edge: &Edge) {
-        let walls = self.0.reaper.walls();
-        edge.set_access(&walls, Access::NONE);
+        let lock = self.0.core.lock();
+        edge.set_access(&lock, Access::NONE);
         if let Some(node) = edge.medium() {
-            self.0.reaper.topology.loosened.push(node.id());
-            perm::loosen(&walls);
+            self.0.core.topology.loosened.push(node.id());
+            perm::loosen(&lock);
         }
     }
 
@@ -154,7 +154,8 @@ impl Graph {
     /// Nothing has changed: the permissions clash with others' (both are named), or the node cannot be written.
     #[track_caller]
     pub fn attach_job(&self, node: &NodeRef, job: &str, access: Access) -> Result<JobEdge> {
-        let root = Root { kind: HolderKind::Job, name: job, access, stays: true, is_hall: false };
+        let root =
+            Root { kind: HolderKind::Job, name: job, access, stays: true, is_backend: false };
         let edge = self.attach_root(Some(node), &root)?;
         Ok(JobEdge { edge, graph: self.clone() })
     }

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use bds_refcount::HolderInfo;
 
 use super::Graph;
+use super::core::{CloseReport, Undelivered};
 use super::node::NodeId;
-use super::reap::{CloseReport, Undelivered};
 use crate::driver::BoxFuture;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
@@ -155,12 +155,12 @@ impl Graph {
                 }
             }
         }
-        failed.extend(self.send_guests_away().await);
+        failed.extend(self.detach_backends().await);
         let owned = std::mem::take(&mut self.plan().monitor);
         drop(owned);
-        let mut closed = Undelivered::new(&self.0.reaper);
+        let mut closed = Undelivered::new(&self.0.core);
         closed.extend(self.reap().await);
-        self.0.reaper.events.emit(|| Event::GraphShutdown);
+        self.0.core.events.emit(|| Event::GraphShutdown);
         (failed, closed, self.leaks())
     }
 
@@ -172,7 +172,7 @@ impl Graph {
 
     /// Nodes that are still referred to, by name.
     fn leaks(&self) -> Vec<Leak> {
-        let arena = &self.0.reaper.arena;
+        let arena = &self.0.core.arena;
         let leak = |handle| {
             let node = arena.acquire(handle).ok()?;
             let name = node.name().to_owned();

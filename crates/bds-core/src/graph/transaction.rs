@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use bds_refcount::Strong;
 
+use super::core::GraphCore;
 use super::edge::{Edge, Parent};
 use super::node::{Node, NodeId};
 use super::perm::{Access, Accesses};
-use super::reap::Reaper;
 use crate::driver::{NodeUse, OpenFlags, Role};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -62,7 +62,7 @@ pub(super) struct Attach {
 
 /// Changes laid over the graph.
 pub(super) struct Stage<'g> {
-    reaper: &'g Reaper,
+    core: &'g GraphCore,
     moves: HashMap<usize, Move>,
     attached: Vec<Attach>,
     /// Edges of nodes that go from their parent: the parent's list loses them.
@@ -80,9 +80,9 @@ pub(super) struct Stage<'g> {
 }
 
 impl<'g> Stage<'g> {
-    pub(super) fn new(reaper: &'g Reaper) -> Self {
+    pub(super) fn new(core: &'g GraphCore) -> Self {
         Self {
-            reaper,
+            core,
             moves: HashMap::new(),
             attached: Vec::new(),
             dropped: HashMap::new(),
@@ -192,7 +192,7 @@ impl<'g> Stage<'g> {
     /// The node that uses the edge, if it is one and it lives.
     pub(super) fn parent_node(&self, edge: &Arc<Edge>) -> Option<Strong<Node>> {
         match edge.parent() {
-            Some(Parent::Node(id)) => self.reaper.arena.acquire(id.0).ok(),
+            Some(Parent::Node(id)) => self.core.arena.acquire(id.0).ok(),
             Some(Parent::Root(_)) => None,
             // Staged edges learn of their parent when they are put into force.
             None => {

@@ -11,7 +11,7 @@
 //! ```
 //!
 //! The driver's future borrows from the node. While the request is there it borrows through the request, which costs
-//! nothing; only one that is left behind takes a reference of its own (`bds_refcount::Lent`).
+//! nothing; only one that is left behind takes a reference of its own (`bds_refcount::BorrowedFuture`).
 //!
 //! Reads are simply dropped: their memory and their file are the engine's until it is done, and they change nothing.
 //! A future that its caller keeps or forgets is not dropped: it is the handle of a task that goes on (`backend::io`). A poisoned
@@ -20,19 +20,19 @@
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 
-use bds_refcount::{Lent, Strong};
+use bds_refcount::{BorrowedFuture, Strong};
 use futures_util::future::select;
 
-use super::enter::{Entered, Lodger};
+use super::enter::{DetachedGuard, Entered};
 use crate::driver::BoxFuture;
-use crate::graph::{Lodged, Node, Straggler};
-use crate::traffic::{Kept, Tracked};
+use crate::graph::{InFlightGuard, Node, OwnedInFlight};
+use crate::tracker::{Kept, Tracked};
 
 /// A request whose turn has come: where it is inside, and with what range.
 pub(super) struct Inside<'a> {
     node: &'a Strong<Node>,
     /// In flight for this backend too, if it came in by one.
-    lodged: Option<&'a Lodged<'a>>,
+    lodged: Option<&'a InFlightGuard<'a>>,
     /// `None`: a flush, which touches no range.
     tracked: Option<&'a Tracked<'a>>,
     /// Where the same request is inside too, if the corridor itself brought it down here.
@@ -81,7 +81,7 @@ impl<'a> Inside<'a> {
         &self,
         begin: impl for<'n> FnOnce(&'n Node) -> BoxFuture<'n, R>,
     ) -> Begun<'_, R> {
-        Begun { work: Some(Lent::new(self.node, begin)), inside: self }
+        Begun { work: Some(BorrowedFuture::new(self.node, begin)), inside: self }
     }
 
     /// What stays until the operation has ended: here and above.
@@ -90,8 +90,8 @@ impl<'a> Inside<'a> {
         let mut here = Some(self);
         while let Some(inside) = here {
             let kept = inside.tracked.map(Tracked::keep);
-            let lodger = Lodger::new(inside.node);
-            stays.push(Stay { lodger, kept, _straggler: inside.lodged.map(Lodged::again) });
+            let lodger = DetachedGuard::new(inside.node);
+            stays.push(Stay { lodger, kept, _straggler: inside.lodged.map(InFlightGuard::again) });
             here = inside.above;
         }
         stays
@@ -101,7 +101,7 @@ impl<'a> Inside<'a> {
 /// An operation of a driver. Made to be awaited at once.
 pub(super) struct Begun<'a, R: Send + 'static> {
     /// `None` once ended, or if it panicked.
-    work: Option<Lent<'a, Node, R>>,
+    work: Option<BorrowedFuture<'a, Node, R>>,
     inside: &'a Inside<'a>,
 }
 
@@ -131,7 +131,7 @@ impl<R: Send + 'static> Drop for Begun<'_, R> {
 
 /// The request is gone; its operation is not.
 #[cold]
-fn leave_behind<R: Send + 'static>(work: Lent<'_, Node, R>, inside: &Inside<'_>) {
+fn leave_behind<R: Send + 'static>(work: BorrowedFuture<'_, Node, R>, inside: &Inside<'_>) {
     if inside.node.is_poisoned() {
         return;
     }
@@ -141,7 +141,7 @@ fn leave_behind<R: Send + 'static>(work: Lent<'_, Node, R>, inside: &Inside<'_>)
     let to_the_end = async move {
         // Dropped last, also if the task is dropped unfinished.
         let (_stays, node) = (stays, node);
-        let given_up = pin!(node.traffic().wait_given_up());
+        let given_up = pin!(node.tracker().wait_given_up());
         // What would never end stays with whoever has it.
         drop(select(work, given_up).await);
     };
@@ -150,10 +150,10 @@ fn leave_behind<R: Send + 'static>(work: Lent<'_, Node, R>, inside: &Inside<'_>)
 
 /// One node's part in an operation whose request has gone.
 struct Stay {
-    lodger: Lodger,
+    lodger: DetachedGuard,
     kept: Option<Kept>,
     /// Last, as with a request.
-    _straggler: Option<Straggler>,
+    _straggler: Option<OwnedInFlight>,
 }
 
 impl Drop for Stay {
@@ -161,7 +161,7 @@ impl Drop for Stay {
         if let Some(kept) = self.kept.take() {
             // The next flush has work; then the range is free; then, with the lodger, the node.
             drop(self.lodger.writing());
-            self.lodger.traffic().give_back(kept);
+            self.lodger.tracker().give_back(kept);
         }
     }
 }

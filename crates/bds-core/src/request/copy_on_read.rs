@@ -22,7 +22,7 @@ use bds_refcount::HolderKind;
 
 use super::begun::Inside;
 use super::dispatch::{bounce_align, read_aligned, read_inside, write_aligned};
-use super::enter::{Entered, Lodger};
+use super::enter::{DetachedGuard, Entered};
 use super::range::{self, round_down, round_up};
 use super::{status, zero};
 use crate::driver::{Limits, ReadFlags, StatusFlags, WriteFlags};
@@ -77,7 +77,7 @@ impl NodeRef {
             name: "copy-on-read",
             access: Access { perm: Perm::WRITE_UNCHANGED, shared: Perm::all() },
             stays: true,
-            is_hall: false,
+            is_backend: false,
         };
         let root = self.graph().attach_root(Some(self), &root)?;
         self.copy_on_read().fetch_add(1, Ordering::Relaxed);
@@ -217,7 +217,7 @@ impl<T> Drop for Unstoppable<T> {
     }
 }
 
-async fn copy_inside(node: &Lodger, limits: &Limits, piece: Range<u64>) -> Result<IoVec> {
+async fn copy_inside(node: &DetachedGuard, limits: &Limits, piece: Range<u64>) -> Result<IoVec> {
     let tracked = node.track(piece.clone(), true).await;
     let inside = Inside::alone(node.strong(), &tracked);
     // A buffer of our own: a guest may scribble over its while we write.
@@ -243,7 +243,7 @@ async fn copy_inside(node: &Lodger, limits: &Limits, piece: Range<u64>) -> Resul
 }
 
 async fn keep(
-    node: &Lodger,
+    node: &DetachedGuard,
     inside: &Inside<'_>,
     limits: &Limits,
     offset: u64,

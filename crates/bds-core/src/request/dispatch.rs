@@ -33,7 +33,7 @@ pub(super) fn try_read<T>(
     let ticket = edge.ticket()?;
     let target = edge.medium()?;
     let node: &Node = &target;
-    let _inline = node.traffic().try_inline()?;
+    let _inline = node.tracker().try_inline()?;
     if !edge.admits(ticket) {
         return None;
     }
@@ -57,7 +57,7 @@ pub(super) fn try_write<T>(
     let ticket = edge.ticket()?;
     let target = edge.medium()?;
     let node: &Node = &target;
-    let inline = node.traffic().try_inline()?;
+    let inline = node.tracker().try_inline()?;
     if !edge.admits(ticket) {
         return None;
     }

@@ -5,26 +5,26 @@ use std::ops::{Deref, Range};
 use bds_refcount::Strong;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::{Edge, Lodged, Node, Target};
-use crate::traffic::{ShardNumber, Tracked, Writing};
+use crate::graph::{Edge, InFlightGuard, Node, Target};
+use crate::tracker::{ShardNumber, Tracked, Writing};
 
 /// The node an edge led to, with this request counted in: at the node, and at the backend it came in by. Dropping counts out.
 pub(super) struct Entered<'e> {
     target: Target<'e>,
     number: ShardNumber,
     /// After the node's: a backend's drain lets nobody overtake the node's.
-    lodged: Option<Lodged<'e>>,
+    lodged: Option<InFlightGuard<'e>>,
 }
 
 /// Why a request did not come in. Until this is dropped it is in flight for its backend all the same.
 pub(super) struct TurnedAway<'e> {
     error: Error,
-    lodged: Option<Lodged<'e>>,
+    lodged: Option<InFlightGuard<'e>>,
 }
 
 impl<'e> TurnedAway<'e> {
     /// The reason, and what keeps the request in flight.
-    pub(super) fn into_parts(self) -> (Error, Option<Lodged<'e>>) {
+    pub(super) fn into_parts(self) -> (Error, Option<InFlightGuard<'e>>) {
         (self.error, self.lodged)
     }
 }
@@ -48,7 +48,7 @@ pub(super) async fn enter_hall(edge: &Edge) -> Result<Entered<'_>, TurnedAway<'_
         }
         // Not counted anywhere: queued is not in flight, so a drain does not wait for us.
         Box::pin(edge.wait_open()).await;
-        if edge.hall().is_some_and(|hall| hall.is_ended()) {
+        if edge.backend_in_flight().is_some_and(|in_flight| in_flight.is_ended()) {
             return Err(TurnedAway { error: ended(edge), lodged: None });
         }
     }
@@ -58,7 +58,7 @@ pub(super) async fn enter_hall(edge: &Edge) -> Result<Entered<'_>, TurnedAway<'_
 #[inline]
 fn try_enter(edge: &Edge) -> Option<Result<Entered<'_>, TurnedAway<'_>>> {
     let ticket = edge.ticket()?;
-    let lodged = edge.hall().map(|hall| hall.lodge());
+    let lodged = edge.backend_in_flight().map(|in_flight| in_flight.lodge());
     let Some(target) = edge.medium() else {
         let away = || TurnedAway { error: no_medium(edge), lodged };
         return edge.admits(ticket).then(|| Err(away()));
@@ -66,7 +66,7 @@ fn try_enter(edge: &Edge) -> Option<Result<Entered<'_>, TurnedAway<'_>>> {
     if target.is_poisoned() {
         return Some(Err(TurnedAway { error: poisoned(&target), lodged }));
     }
-    let number = target.traffic().enter();
+    let number = target.tracker().enter();
     let entered = Entered { target, number, lodged };
     edge.admits(ticket).then_some(Ok(entered))
 }
@@ -100,19 +100,19 @@ impl Deref for Entered<'_> {
 
 impl Drop for Entered<'_> {
     fn drop(&mut self) {
-        self.target.traffic().leave(self.number);
+        self.target.tracker().leave(self.number);
     }
 }
 
 impl Entered<'_> {
     /// Counts in once more, for work that outlives this request. The gate is not asked: who is inside may bring what
     /// belongs to him, and whoever closed the gate waits for both.
-    pub(super) fn again(&self) -> Lodger {
-        Lodger::new(self.strong())
+    pub(super) fn again(&self) -> DetachedGuard {
+        DetachedGuard::new(self.strong())
     }
 
     /// As which request of its backend it is in flight, if it came in by one.
-    pub(super) fn lodged(&self) -> Option<&Lodged<'_>> {
+    pub(super) fn lodged(&self) -> Option<&InFlightGuard<'_>> {
         self.lodged.as_ref()
     }
 
@@ -124,12 +124,12 @@ impl Entered<'_> {
 
     /// From here on the node counts as written to.
     pub(super) fn writing(&self) -> Writing<'_> {
-        self.traffic().writing(self.number)
+        self.tracker().writing(self.number)
     }
 
     /// Registers the range and waits for its turn.
     pub(super) async fn track(&self, range: Range<u64>, is_serialising: bool) -> Tracked<'_> {
-        let mut tracked = self.traffic().track(self.number, range, is_serialising);
+        let mut tracked = self.tracker().track(self.number, range, is_serialising);
         if !tracked.may_go() {
             Box::pin(tracked.wait_turn()).await;
         }
@@ -143,7 +143,7 @@ impl Entered<'_> {
         is_serialising: bool,
         no_wait: bool,
     ) -> Result<Tracked<'_>> {
-        let mut tracked = self.traffic().track(self.number, range.clone(), is_serialising);
+        let mut tracked = self.tracker().track(self.number, range.clone(), is_serialising);
         if no_wait && tracked.has_conflict() {
             return Err(Error::new(
                 ErrorKind::WouldWait,
@@ -159,15 +159,15 @@ impl Entered<'_> {
 }
 
 /// Work that is inside a node on its own behalf, after the request that began it may have left.
-pub(super) struct Lodger {
+pub(super) struct DetachedGuard {
     node: Strong<Node>,
     number: ShardNumber,
 }
 
-impl Lodger {
+impl DetachedGuard {
     /// For who is inside already; see [`Entered::again`].
     pub(super) fn new(node: &Strong<Node>) -> Self {
-        Self { node: node.clone(), number: node.traffic().move_in() }
+        Self { node: node.clone(), number: node.tracker().inc_detached() }
     }
 
     /// The counted reference it holds.
@@ -177,12 +177,12 @@ impl Lodger {
 
     /// See [`Entered::writing`].
     pub(super) fn writing(&self) -> Writing<'_> {
-        self.node.traffic().writing(self.number)
+        self.node.tracker().writing(self.number)
     }
 
     /// See [`Entered::track`].
     pub(super) async fn track(&self, range: Range<u64>, is_serialising: bool) -> Tracked<'_> {
-        let mut tracked = self.node.traffic().track(self.number, range, is_serialising);
+        let mut tracked = self.node.tracker().track(self.number, range, is_serialising);
         if !tracked.may_go() {
             Box::pin(tracked.wait_turn()).await;
         }
@@ -190,7 +190,7 @@ impl Lodger {
     }
 }
 
-impl Deref for Lodger {
+impl Deref for DetachedGuard {
     type Target = Node;
 
     fn deref(&self) -> &Node {
@@ -198,9 +198,9 @@ impl Deref for Lodger {
     }
 }
 
-impl Drop for Lodger {
+impl Drop for DetachedGuard {
     fn drop(&mut self) {
-        self.node.traffic().move_out(self.number);
+        self.node.tracker().dec_detached(self.number);
     }
 }
 

@@ -13,7 +13,7 @@ use super::enter::{Entered, enter, named};
 use crate::driver::BoxFuture;
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::Edge;
-use crate::traffic::Flushing;
+use crate::tracker::Flushing;
 
 /// Makes every write durable that ended before.
 pub(super) fn flush(edge: &Edge) -> BoxFuture<'_, Result<()>> {
@@ -43,8 +43,8 @@ async fn flush_writable(node: &Entered<'_>, above: Option<&Inside<'_>>) -> Resul
 
 async fn flush_node(node: &Entered<'_>, above: Option<&Inside<'_>>) -> Result<()> {
     let inside = Inside::flush(node).below(above);
-    let mut flushing = node.traffic().begin_flush().await;
-    if let Some(error) = node.traffic().flush_failure() {
+    let mut flushing = node.tracker().begin_flush().await;
+    if let Some(error) = node.tracker().flush_failure() {
         return Err(error.context("an earlier flush failed, so bytes may be lost; reopen the node"));
     }
     inside.carry_out(|node| node.driver().flush_to_os()).await?;
@@ -62,7 +62,7 @@ async fn flush_node(node: &Entered<'_>, above: Option<&Inside<'_>>) -> Result<()
     Ok(())
 }
 
-/// Asks the driver, and tells the node's traffic of a failure whether or not anyone still waits. No other flush begins meanwhile.
+/// Asks the driver, and tells the node's tracker of a failure whether or not anyone still waits. No other flush begins meanwhile.
 async fn flush_medium(inside: &Inside<'_>, flushing: Flushing) -> (Flushing, Result<()>) {
     let work = inside.carry_out(move |node| {
         Box::pin(async move {
@@ -70,7 +70,7 @@ async fn flush_medium(inside: &Inside<'_>, flushing: Flushing) -> (Flushing, Res
             if let Err(error) = &result
                 && is_lasting(error)
             {
-                node.traffic().flush_failed(error);
+                node.tracker().flush_failed(error);
             }
             (flushing, result)
         })

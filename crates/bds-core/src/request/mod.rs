@@ -1,7 +1,7 @@
 //! The corridor: the one way from a user or a driver to the driver of the node below, each step once.
 //!
 //! ```text
-//! Backend (the hall)        Port (a driver's child)
+//! Backend                       Port (a driver's child)
 //!       └──────────┬──────────────┘
 //!   enter     gate of the edge, counted in            queued is not in flight
 //!   range     sane offset, permission, read-only

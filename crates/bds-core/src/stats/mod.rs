@@ -17,7 +17,7 @@ use arc_swap::ArcSwapOption;
 use crossbeam::utils::CachePadded;
 
 use crate::error::Result;
-use crate::traffic::{shard_count, thread_number};
+use crate::tracker::{shard_count, thread_number};
 use histogram::Bins;
 pub use histogram::Histogram;
 use interval::Interval;

@@ -255,7 +255,7 @@ fn requests_in_flight_notice_nothing_of_changes() {
             let (from, to) = if round % 2 == 0 { (&a, &b) } else { (&b, &a) };
             world.graph.replace(from, to).await.unwrap();
             assert_eq!(root.target().id(), to.id());
-            assert_eq!(from.node().traffic().in_flight(), 0, "nobody stayed with the old node");
+            assert_eq!(from.node().tracker().in_flight(), 0, "nobody stayed with the old node");
             // The fake asserts that nobody is inside while its child comes and goes.
             world.graph.set_backing(to, Some(&base)).await.unwrap();
             bds_io::yield_now().await;

@@ -206,7 +206,7 @@ fn dropping_a_create_half_way_leaves_no_file() {
                 break;
             }
             assert!(world.sim.paths().is_empty(), "after {polls} polls");
-            while world.graph.0.reaper.arena.stats().dead > 0 {
+            while world.graph.0.core.arena.stats().dead > 0 {
                 bds_io::yield_now().await;
             }
             assert_eq!(world.graph.dump(), "");

@@ -1,13 +1,13 @@
 //! Every order in which two requests and a change can pass one door: the real gate and the real counters, step by step.
 //!
 //! Each step is one call; all of them are single sequentially consistent operations, so orders of calls are orders of memory. (Loom
-//! does not get this far: the locks below it are of other crates. What the counts and hinges themselves do is modelled with
+//! does not get this far: the locks below it are of other crates. What the counts and RCU cells themselves do is modelled with
 //! loom in bds-refcount.)
 
 use super::fakes::{root, run};
 use crate::graph::edge::Ticket;
 use crate::graph::{Access, Edge, NodeRef};
-use crate::traffic::ShardNumber;
+use crate::tracker::ShardNumber;
 
 /// How far a request is.
 #[derive(Default)]
@@ -26,13 +26,13 @@ impl Request {
     fn go_on(&mut self, edge: &Edge, node: &NodeRef) {
         match self.step {
             0 => self.ticket = edge.ticket(),
-            1 if self.ticket.is_some() => self.number = Some(node.node().traffic().enter()),
+            1 if self.ticket.is_some() => self.number = Some(node.node().tracker().enter()),
             2 => self.is_inside = self.ticket.is_some_and(|ticket| edge.admits(ticket)),
             3 => {
                 self.is_turned_away = !self.is_inside;
                 self.is_inside = false;
                 if let Some(number) = self.number.take() {
-                    node.node().traffic().leave(number);
+                    node.node().tracker().leave(number);
                 }
             }
             _ => {}

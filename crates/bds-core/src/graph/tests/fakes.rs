@@ -425,7 +425,7 @@ impl Driver for Fake {
 
 /// A backend's edge.
 pub(super) fn root(node: &NodeRef, name: &str, access: Access) -> Arc<Edge> {
-    let root = Root { kind: HolderKind::Backend, name, access, stays: false, is_hall: false };
+    let root = Root { kind: HolderKind::Backend, name, access, stays: false, is_backend: false };
     node.graph().attach_root(Some(node), &root).unwrap()
 }
 
@@ -441,7 +441,7 @@ pub(super) async fn read(edge: &Edge) -> Result<()> {
     let target = loop {
         if let Some(ticket) = edge.ticket() {
             let target = edge.target();
-            let number = target.traffic().enter();
+            let number = target.tracker().enter();
             let inside = Inside { target, number };
             if edge.admits(ticket) {
                 break inside;
@@ -454,12 +454,12 @@ pub(super) async fn read(edge: &Edge) -> Result<()> {
 
 struct Inside<'a> {
     target: Target<'a>,
-    number: crate::traffic::ShardNumber,
+    number: crate::tracker::ShardNumber,
 }
 
 impl Drop for Inside<'_> {
     fn drop(&mut self) {
-        self.target.traffic().leave(self.number);
+        self.target.tracker().leave(self.number);
     }
 }
 

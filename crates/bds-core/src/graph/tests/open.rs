@@ -255,7 +255,7 @@ fn an_open_that_is_dropped_leaves_nothing() {
             if ended {
                 world.graph.reap().await;
             }
-            while world.graph.0.reaper.arena.stats().dead > 0 {
+            while world.graph.0.core.arena.stats().dead > 0 {
                 bds_io::yield_now().await;
             }
             assert_eq!(world.graph.dump(), "", "after {polls} polls");

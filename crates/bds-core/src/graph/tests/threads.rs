@@ -49,7 +49,7 @@ fn keep_entering(edge: &Edge, empty: &[(NodeRef, AtomicBool); 2], stop: &AtomicB
         if count % 3 == 0 {
             thread::yield_now(); // a change may pass in between
         }
-        let number = target.traffic().enter();
+        let number = target.tracker().enter();
         if edge.admits(ticket) {
             let (_, is_empty) =
                 empty.iter().find(|(node, _)| node.id() == target.id()).expect("one of the two");
@@ -58,7 +58,7 @@ fn keep_entering(edge: &Edge, empty: &[(NodeRef, AtomicBool); 2], stop: &AtomicB
             assert_eq!(edge.target().id(), target.id(), "re-pointed while inside");
             count += 1;
         }
-        target.traffic().leave(number);
+        target.tracker().leave(number);
     }
     count
 }
@@ -92,11 +92,11 @@ fn nobody_is_inside_a_drained_node_nor_stays_with_one_the_edge_has_left() {
                 // The count may be up for a moment: someone counts in, sees the gate closed, and leaves.
                 let to = Some(to.strong().clone());
                 let mut moved = Moved::default();
-                let walls = graph.0.reaper.walls();
+                let lock = graph.0.core.lock();
                 let staged = Move { edge: Arc::clone(&edge), from: Some(strong), to, number: 0 };
                 let since = std::panic::Location::caller();
-                moved.repoint(&Edit::new(&drained, &walls), staged, since);
-                drop(walls);
+                moved.repoint(&Edit::new(&drained, &lock), staged, since);
+                drop(lock);
                 drop(moved);
                 is_empty.store(false, Ordering::SeqCst);
                 drop(drained);

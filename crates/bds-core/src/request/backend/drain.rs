@@ -55,7 +55,7 @@ impl Backend {
     /// # Ok(()) });
     /// ```
     pub fn in_flight(&self) -> usize {
-        self.inner.edge.hall().map_or(0, |hall| hall.in_flight())
+        self.inner.edge.backend_in_flight().map_or(0, |in_flight| in_flight.in_flight())
     }
 
     /// Waits until all of its requests that are inside have ended and are in the books, and keeps new ones waiting at its gate until the answer is
@@ -88,15 +88,15 @@ impl Backend {
         let edge = &drained.backend.inner.edge;
         // A change that moves the edge now waits for its requests itself.
         let medium = edge.medium().map(|node| Strong::clone(node.strong()).held_by(holder()));
-        let Some(hall) = edge.hall() else { return drained };
+        let Some(in_flight) = edge.backend_in_flight() else { return drained };
         match medium {
-            None => hall.wait_idle().await,
+            None => in_flight.wait_idle().await,
             Some(node) => {
                 let over = pin!(async {
-                    node.traffic().wait_inline_passed().await;
-                    hall.wait_idle().await;
+                    node.tracker().wait_inline_passed().await;
+                    in_flight.wait_idle().await;
                 });
-                select(over, pin!(node.traffic().wait_given_up())).await;
+                select(over, pin!(node.tracker().wait_given_up())).await;
             }
         }
         drained

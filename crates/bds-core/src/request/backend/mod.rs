@@ -1,4 +1,4 @@
-//! The hall: where a device, a job, an export or a tool enters the graph.
+//! The backend: where a device, a job, an export or a tool enters the graph.
 //!
 //! A backend has a medium, the node at its root, or none. It owns that node through an edge, refuses requests past the end, counts
 //! what passes, decides what a failure means to its user, and adds a flush to every write if the user wants none of them to be volatile.
@@ -194,7 +194,7 @@ impl Backend {
             name: &options.name,
             access: options.access(),
             stays: false,
-            is_hall: true,
+            is_backend: true,
         };
         let edge = graph.attach_root(node, &root)?;
         let inner = Arc::new(Inner {

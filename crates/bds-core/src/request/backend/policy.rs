@@ -153,7 +153,8 @@ impl Inner {
             let policy = if is_read { desk.policies().read } else { desk.policies().write };
             let verdict = decide(policy, nospace);
             // After the graph's end nobody could decide any more.
-            let is_ended = self.edge.hall().is_some_and(|hall| hall.is_ended());
+            let is_ended =
+                self.edge.backend_in_flight().is_some_and(|in_flight| in_flight.is_ended());
             if verdict == Verdict::Stop && is_ended {
                 return Verdict::Report;
             }

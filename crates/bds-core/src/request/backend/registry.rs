@@ -13,9 +13,9 @@ use serde_json::{Value, json};
 
 use super::{Backend, Inner};
 use crate::error::Result;
-use crate::graph::{Edge, Graph, Guest, NodeRef, Reservation, no_backend, walk};
+use crate::graph::{BackendEntry, Edge, Graph, NodeRef, Reservation, no_backend, walk};
 
-impl Guest for Inner {
+impl BackendEntry for Inner {
     fn name(&self) -> &str {
         &self.name
     }
@@ -33,8 +33,8 @@ impl Guest for Inner {
     }
 
     fn end(&self) {
-        if let Some(hall) = self.edge.hall() {
-            hall.end();
+        if let Some(in_flight) = self.edge.backend_in_flight() {
+            in_flight.end();
         }
         self.resume();
     }
@@ -47,11 +47,11 @@ impl Guest for Inner {
 impl Backend {
     /// The graph knows of it from now on.
     pub(super) fn publish(graph: &Graph, inner: &Arc<Inner>, claimed: Option<Reservation>) {
-        let guest: Weak<Inner> = Arc::downgrade(inner);
+        let entry: Weak<Inner> = Arc::downgrade(inner);
         if let Some(claimed) = claimed {
-            claimed.publish_backend(guest.clone());
+            claimed.publish_backend(entry.clone());
         }
-        graph.admit(guest);
+        graph.register_backend(entry);
     }
 
     /// Can it be found by its name?
@@ -82,8 +82,8 @@ impl Backend {
     }
 }
 
-fn backend(graph: &Graph, guest: Arc<dyn Guest>) -> Option<Backend> {
-    let inner = guest.into_any().downcast::<Inner>().ok()?;
+fn backend(graph: &Graph, entry: Arc<dyn BackendEntry>) -> Option<Backend> {
+    let inner = entry.into_any().downcast::<Inner>().ok()?;
     Some(Backend { inner, graph: graph.clone() })
 }
 
@@ -107,7 +107,9 @@ impl Graph {
     /// # Errors
     /// `NotFound`.
     pub fn backend(&self, name: &str) -> Result<Backend> {
-        self.guest(name).and_then(|guest| backend(self, guest)).ok_or_else(|| no_backend(name))
+        self.backend_entry(name)
+            .and_then(|entry| backend(self, entry))
+            .ok_or_else(|| no_backend(name))
     }
 
     /// A handle to every backend there is, with or without a name, in the order in which they came.
@@ -122,7 +124,7 @@ impl Graph {
     /// # Ok(()) });
     /// ```
     pub fn backends(&self) -> Vec<Backend> {
-        self.guests().into_iter().filter_map(|guest| backend(self, guest)).collect()
+        self.backend_entries().into_iter().filter_map(|entry| backend(self, entry)).collect()
     }
 
     /// Lets the monitor own a backend: it lives until [`Graph::del_backend`], whoever else uses it. Takes the handle.
@@ -143,7 +145,7 @@ impl Graph {
     /// `AlreadyExists`: it owns it; `InvalidInput`: the backend has not claimed a name, or is another graph's. The handle is given up.
     pub fn own_backend(&self, backend: Backend) -> Result<()> {
         let Backend { inner, graph } = backend;
-        let owned = self.own_guest(inner);
+        let owned = self.own_backend_entry(inner);
         drop(graph);
         owned
     }
@@ -170,7 +172,7 @@ impl Graph {
     /// Nothing has changed. `NotFound`; `InvalidInput`: the monitor does not own it; `InUse`: a device uses it (it is named), or
     /// [`crate::graph::Operations::DELETE`] is blocked on its medium.
     pub fn del_backend(&self, name: &str) -> Result<Release> {
-        let owned = self.disown_guest(name)?;
+        let owned = self.disown_backend_entry(name)?;
         // Of those who give up their references at the same time, exactly one gets the backend itself.
         let inner = owned.into_any().downcast::<Inner>().ok().and_then(Arc::into_inner);
         Ok(if inner.is_some() { Release::Last } else { Release::NotLast })

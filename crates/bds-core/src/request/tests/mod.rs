@@ -7,7 +7,7 @@ mod drain;
 mod durable;
 pub(crate) mod fake;
 mod flags;
-mod hall;
+mod in_flight;
 mod kept;
 mod left_behind;
 mod medium;

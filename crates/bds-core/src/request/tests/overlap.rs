@@ -112,7 +112,7 @@ fn a_request_dropped_at_any_await_leaves_nothing_behind() {
             let dropped = sim.drop_at(request(Arc::clone(&disk)), n);
             sim.run_until_idle();
             assert_eq!(
-                disk.node().unwrap().traffic().in_flight(),
+                disk.node().unwrap().tracker().in_flight(),
                 0,
                 "request {which} dropped at {n}"
             );
@@ -263,6 +263,6 @@ fn threads_never_lose_bytes_to_each_other() {
             });
         }
     });
-    assert_eq!(disk.node().unwrap().traffic().in_flight(), 0);
+    assert_eq!(disk.node().unwrap().tracker().in_flight(), 0);
     run(2, async { drop(disk) });
 }

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use bds_core::driver::{Child, Hinge, ReadFlags};
+use bds_core::driver::{Child, RcuCell, ReadFlags};
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 
@@ -18,7 +18,7 @@ use super::state::Image;
 pub(crate) struct Backing {
     /// Lets images that have none find that out for a load.
     is_there: AtomicBool,
-    now: Hinge<Option<Arc<Child>>>,
+    now: RcuCell<Option<Arc<Child>>>,
     /// Its length when last asked.
     known_len: AtomicU64,
 }
@@ -28,7 +28,7 @@ impl Backing {
         Self {
             is_there: AtomicBool::new(child.is_some()),
             known_len: AtomicU64::new(child.as_ref().map_or(0, |b| b.len())),
-            now: Hinge::new(child.map(Arc::new)),
+            now: RcuCell::new(child.map(Arc::new)),
         }
     }
 

@@ -36,8 +36,8 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
 
 use bds_core::driver::{
-    Attempt, BoxFuture, Category, ClaimedFile, Driver, DriverType, Hinge, Limits, OpenContext,
-    ReadFlags, Reading, Reopen, ReopenContext, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Attempt, BoxFuture, Category, ClaimedFile, Driver, DriverType, Limits, OpenContext, RcuCell,
+    RcuGuard, ReadFlags, Reopen, ReopenContext, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, Result};
@@ -111,7 +111,7 @@ struct FileNode {
     /// As it was opened first.
     first: Opened,
     /// As it is open now, once it was reopened. Most files never are: for them finding what to use costs one load.
-    later: OnceLock<Hinge<Opened>>,
+    later: OnceLock<RcuCell<Opened>>,
     /// False while another process is in charge of the file.
     is_active: AtomicBool,
     /// Length at open or after a change of it, or as far as the file was seen to reach since. A read never lowers it: what a file
@@ -137,7 +137,7 @@ struct Opened {
 /// A look at what is open now.
 enum Now<'a> {
     First(&'a Opened),
-    Later(Reading<'a, Opened>),
+    Later(RcuGuard<'a, Opened>),
 }
 
 impl Deref for Now<'_> {

@@ -11,7 +11,7 @@
 
 use std::sync::atomic::Ordering;
 
-use bds_core::driver::{Hinge, OpenFlags, Reopen, ReopenContext};
+use bds_core::driver::{OpenFlags, RcuCell, Reopen, ReopenContext};
 use bds_core::{Error, ErrorKind, Result};
 
 use super::lock::{LockMode, Locks, Widened};
@@ -40,7 +40,7 @@ impl Reopen for Prepared<'_> {
         match node.later.get() {
             Some(later) => later.replace(new),
             // The one who commits is alone with the node, so it is empty still.
-            None => drop(node.later.set(Hinge::new(new))),
+            None => drop(node.later.set(RcuCell::new(new))),
         }
         // The first one lives as long as the node, but its description must not.
         if let Err(error) = node.first.file.forward(&file) {

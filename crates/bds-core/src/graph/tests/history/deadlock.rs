@@ -22,7 +22,7 @@ fn deadlock_release_under_the_graphs_lock() {
         let bitmap = top.add_anonymous_bitmap("job0");
         world.script.log();
         {
-            let _walls = world.graph.0.reaper.walls();
+            let _lock = world.graph.0.core.lock();
             drop((guards, bitmap, job, guest));
             assert_eq!(base.release(), Release::NotLast);
             assert_eq!(top.release(), Release::Last);
@@ -203,7 +203,7 @@ fn deadlock_close_and_flush_inside_a_jobs_exit() {
         assert!(futures_util::poll!(&mut reap).is_pending());
         world.idle().await;
         let meanwhile = {
-            let _walls = world.graph.0.reaper.walls();
+            let _lock = world.graph.0.core.lock();
             world.script.log()
         };
         assert_eq!(meanwhile, ["flush top"]);

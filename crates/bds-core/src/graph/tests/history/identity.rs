@@ -55,7 +55,7 @@ fn permissions_belong_to_an_edge_and_its_parent() {
         assert!(writer.access().writes() && !reader.access().writes());
         assert!(of(&a).writes() && !of(&b).writes(), "what one may, the other may not");
         drop(above);
-        drop(world.graph.0.reaper.walls());
+        drop(world.graph.0.core.lock());
         assert!(!of(&a).writes(), "and only as long as somebody asks");
     });
 }
@@ -120,7 +120,7 @@ fn permissions_after_a_replacement_are_those_of_the_graph_as_it_is() {
         // It came, and it goes: the same graph has the same permissions.
         drop(of_a);
         assert!(world.graph.attach_job(&b, "late", Access::ALL).is_ok());
-        drop(world.graph.0.reaper.walls());
+        drop(world.graph.0.core.lock());
         assert!(backing.access().shared.contains(Perm::WRITE));
     });
 }

@@ -21,7 +21,7 @@ fn drain_under_lock_has_no_expression() {
         let mut change = Box::pin(changes.commit());
         for _ in 0..20 {
             assert!(futures_util::poll!(&mut change).is_pending());
-            assert!(world.graph.0.reaper.walls_are_free(), "somebody waits with the lock held");
+            assert!(world.graph.0.core.lock_is_free(), "somebody waits with the lock held");
             bds_io::yield_now().await;
         }
         request.await.unwrap();

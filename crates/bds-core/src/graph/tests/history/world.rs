@@ -173,7 +173,7 @@ impl World {
     /// Everything that can be known of the graph, as text. References held while asking are not in it.
     pub(super) fn picture(&self) -> String {
         // Whoever takes the lock sees to the permissions of edges that are gone.
-        drop(self.graph.0.reaper.walls());
+        drop(self.graph.0.core.lock());
         let mut picture = self.graph.dump();
         for node in self.graph.nodes() {
             let node = node.node();
@@ -182,7 +182,7 @@ impl World {
                 "{}: quiesce {} inside {} flags {:?} limits {:?} active {} inherits {inherits:?}\n",
                 node.name(),
                 node.quiesce_count(),
-                node.traffic().in_flight(),
+                node.tracker().in_flight(),
                 node.flags(),
                 node.limits(),
                 node.is_active(),
@@ -231,7 +231,7 @@ impl World {
     pub(super) async fn assert_empty(&self) {
         self.graph.reap().await;
         assert_eq!(self.graph.dump(), "");
-        let arena = &self.graph.0.reaper.arena;
+        let arena = &self.graph.0.core.arena;
         assert_eq!((arena.live(), arena.dead()), (0, 0));
     }
 

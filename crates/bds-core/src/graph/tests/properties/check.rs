@@ -24,7 +24,7 @@ impl World {
     }
 
     fn check_ids(&self, what: &str) {
-        let arena = &self.graph.0.reaper.arena;
+        let arena = &self.graph.0.core.arena;
         for (id, key) in &self.ids {
             let is_live = self.model.is_live(*key);
             assert_eq!(arena.check(id.0).is_ok(), is_live, "P1, P4: {key} after {what}");
@@ -116,12 +116,12 @@ impl World {
         idle().await;
         self.graph.reap().await;
         assert_eq!(self.graph.dump(), "", "P13");
-        let stats = self.graph.0.reaper.arena.stats();
+        let stats = self.graph.0.core.arena.stats();
         assert_eq!((stats.live, stats.dead), (0, 0), "P13");
         assert!(self.ids.iter().all(|(id, _)| self.graph.acquire(*id).is_err()), "P1, P48");
         assert!(self.watches.iter().all(|(watch, _)| watch.has_fired()), "P49");
         let count = |count: &std::sync::atomic::AtomicUsize| count.load(Ordering::Relaxed);
         assert_eq!(count(&self.floor.opened), count(&self.floor.closings), "P11, P13");
-        assert!(self.graph.0.reaper.lock_plan().names.is_empty(), "P13: no name is left");
+        assert!(self.graph.0.core.lock_plan().names.is_empty(), "P13: no name is left");
     }
 }

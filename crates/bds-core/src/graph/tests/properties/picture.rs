@@ -52,7 +52,7 @@ pub(super) struct Picture {
 /// The graph.
 pub(super) fn of_graph(graph: &Graph) -> Picture {
     // Permissions are exact once the lock was taken.
-    drop(graph.0.reaper.walls());
+    drop(graph.0.core.lock());
     let nodes = graph.nodes();
     let view = |node: &NodeRef| (node.name().to_owned(), node_view(graph, node));
     let picture = Picture { nodes: nodes.iter().map(view).collect(), epoch: graph.epoch() };

@@ -292,7 +292,7 @@ impl World {
         self.prepare_open().await;
         let mut after = self.model.swept();
         let Some(text) = opening::options(tree, &after) else { return };
-        let is_room = self.graph.0.reaper.arena.stats().free >= opening::len(tree);
+        let is_room = self.graph.0.core.arena.stats().free >= opening::len(tree);
         let root = if is_room { after.open(tree) } else { None };
         if root.is_none() && !after.drains.is_empty() {
             return; // What it leaves is closed after the section.
@@ -391,7 +391,7 @@ impl World {
                     name: &name,
                     access: real,
                     stays: false,
-                    is_hall: false,
+                    is_backend: false,
                 };
                 (self.graph.attach_root(target, &root).map(Held::Backend), "backend")
             }

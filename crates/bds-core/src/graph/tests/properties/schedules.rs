@@ -191,8 +191,13 @@ impl Actor {
         let Ok(node) = self.graph.open(Options::parse(&text).unwrap()).await else { return };
         let id = node.id();
         let access = real_access(Access { perm: 1, shared: ALL });
-        let root =
-            Root { kind: HolderKind::Backend, name: "guest", access, stays: false, is_hall: false };
+        let root = Root {
+            kind: HolderKind::Backend,
+            name: "guest",
+            access,
+            stays: false,
+            is_backend: false,
+        };
         if let Ok(edge) = self.graph.attach_root(Some(&node), &root) {
             drop(node);
             fakes::read(&edge).await.unwrap();
@@ -212,8 +217,13 @@ pub(super) async fn play(sim: &bds_io::Sim, tasks: Vec<Vec<Act>>, tally: &Arc<Ta
     for (place, acts) in tasks.into_iter().enumerate() {
         let access = real_access(Access { perm: 1, shared: ALL });
         let name = format!("r{place}");
-        let root =
-            Root { kind: HolderKind::Backend, name: &name, access, stays: false, is_hall: false };
+        let root = Root {
+            kind: HolderKind::Backend,
+            name: &name,
+            access,
+            stays: false,
+            is_backend: false,
+        };
         let root = graph.attach_root(Some(&nodes[place % nodes.len()]), &root).unwrap();
         let mut actor = Actor {
             graph: graph.clone(),
@@ -266,7 +276,7 @@ async fn ground(graph: &Graph) -> Vec<NodeRef> {
 /// P16, P17, P24, P25, P35 after all is over: the graph is what the model computes from its edges.
 fn check(graph: &Graph) {
     let found = picture::of_graph(graph);
-    let mut model = read(&graph.0.reaper.live());
+    let mut model = read(&graph.0.core.live());
     model.recompute();
     assert!(model.is_legal(), "P24");
     let wanted = picture::of_model(&model);

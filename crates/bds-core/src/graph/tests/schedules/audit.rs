@@ -12,9 +12,9 @@ use crate::graph::{Graph, NodeId, NodeRef};
 
 /// At any moment between two steps: why nodes are drained, who is where, and who may do what agree with each other.
 pub(super) fn audit(graph: &Graph, is_threaded: bool) {
-    let reaper = &graph.0.reaper;
-    let walls = reaper.walls();
-    for node in reaper.live() {
+    let core = &graph.0.core;
+    let lock = core.lock();
+    for node in core.live() {
         let drained_children = node.children().iter().filter(|edge| edge.is_quiesced()).count();
         let reasons = node.sections() as usize + drained_children;
         assert_eq!(
@@ -41,8 +41,8 @@ pub(super) fn audit(graph: &Graph, is_threaded: bool) {
         return; // an edge may go just now, and what it did is loosened later
     }
     // The same graph has the same permissions, whatever led to it: a model that shares no code with the product computes them.
-    check_permissions(&reaper.live());
-    drop(walls);
+    check_permissions(&core.live());
+    drop(lock);
 }
 
 /// Nobody does anything any more: nobody is drained, all gates are open, all counts are right; and everything can be closed.

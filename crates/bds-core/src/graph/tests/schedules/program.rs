@@ -382,12 +382,12 @@ pub(super) async fn wait(turns: usize) {
 /// The node and everything above it.
 fn above(node: &NodeRef) -> Vec<NodeRef> {
     let graph = node.graph();
-    let walls = graph.0.reaper.walls();
+    let lock = graph.0.core.lock();
     let mut found = vec![node.strong().clone()];
     let mut next = 0;
     while next < found.len() {
         let parents = found[next].parents();
-        found.extend(parents.iter().filter_map(|edge| walls.parent_node(edge)));
+        found.extend(parents.iter().filter_map(|edge| lock.parent_node(edge)));
         next += 1;
     }
     found.into_iter().map(|strong| NodeRef::iterator(graph, strong)).collect()
@@ -420,7 +420,7 @@ pub(super) fn run(seed: u64, lock_first: bool, tally: &Arc<Tally>) -> u64 {
     let sim = Sim::new(seed, SimConfig { max_turns: 200_000, ..SimConfig::calm() });
     let mut dice = Dice::new(seed);
     let stage = Arc::new(sim.block_on(Stage::build(sim.fs(), Arc::clone(tally), false)));
-    stage.graph.0.reaper.topology.lock_first.store(lock_first, Ordering::Relaxed);
+    stage.graph.0.core.topology.lock_first.store(lock_first, Ordering::Relaxed);
     let _blame = Blame(&stage);
     sim.block_on(async {
         let mut kinds = vec![0, 1, 4];

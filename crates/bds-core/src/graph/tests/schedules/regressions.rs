@@ -68,8 +68,8 @@ fn a_change_that_owns_a_node_twice_is_refused() {
 }
 
 /// A node is being closed; its child looks as if it would die with it and is not flushed yet; somebody finds the child just then and
-/// drains it. The late flush used to wait at the child's gate with the reaper in hand, and whoever reaped (or opened, or changed)
-/// inside the drained section waited for the reaper.
+/// drains it. The late flush used to wait at the child's gate with the core in hand, and whoever reaped (or opened, or changed)
+/// inside the drained section waited for the core.
 #[test]
 fn reaping_inside_a_drained_section_does_not_wait_for_its_end() {
     for turns in 0..24 {

@@ -88,7 +88,7 @@ fn shutting_the_inner_door_first_is_found_as_a_deadlock() {
     for seed in 0..20 {
         let sim = Sim::new(seed, SimConfig::calm());
         let (graph, _) = graph(sim.fs());
-        graph.0.reaper.topology.lock_first.store(true, Ordering::Relaxed);
+        graph.0.core.topology.lock_first.store(true, Ordering::Relaxed);
         sim.block_on(async {
             let base = open(&graph, "base", None).await;
             let top = open(&graph, "top", Some("base")).await;

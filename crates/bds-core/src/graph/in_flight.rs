@@ -5,31 +5,31 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::traffic::{ShardNumber, Traffic};
+use crate::tracker::{RequestTracker, ShardNumber};
 
 /// A backend's edge's book.
 #[derive(Default)]
-pub(crate) struct Hall {
-    traffic: Traffic,
+pub(crate) struct BackendInFlight {
+    tracker: RequestTracker,
     /// The graph was shut down: nobody waits at the gate any more.
     is_ended: AtomicBool,
 }
 
-impl Hall {
+impl BackendInFlight {
     /// Counts one request in until the answer is dropped. The gate is looked at *after* this.
     #[inline]
-    pub(crate) fn lodge(self: &Arc<Self>) -> Lodged<'_> {
-        Lodged { hall: self, number: self.traffic.enter() }
+    pub(crate) fn lodge(self: &Arc<Self>) -> InFlightGuard<'_> {
+        InFlightGuard { in_flight: self, number: self.tracker.enter() }
     }
 
     /// How many are inside that may wait.
     pub(crate) fn in_flight(&self) -> usize {
-        self.traffic.in_flight()
+        self.tracker.in_flight()
     }
 
     /// Waits until none is.
     pub(crate) async fn wait_idle(&self) {
-        self.traffic.wait_idle().await;
+        self.tracker.wait_idle().await;
     }
 
     /// Who still waits at the gate fails when it opens.
@@ -43,32 +43,35 @@ impl Hall {
 }
 
 /// A request that is in flight for its backend.
-pub(crate) struct Lodged<'a> {
-    hall: &'a Arc<Hall>,
+pub(crate) struct InFlightGuard<'a> {
+    in_flight: &'a Arc<BackendInFlight>,
     number: ShardNumber,
 }
 
-impl Lodged<'_> {
+impl InFlightGuard<'_> {
     /// Counts in once more, for what goes on without its request.
-    pub(crate) fn again(&self) -> Straggler {
-        Straggler { hall: Arc::clone(self.hall), number: self.hall.traffic.enter() }
+    pub(crate) fn again(&self) -> OwnedInFlight {
+        OwnedInFlight {
+            in_flight: Arc::clone(self.in_flight),
+            number: self.in_flight.tracker.enter(),
+        }
     }
 }
 
 /// What is in flight for its backend after its request has gone.
-pub(crate) struct Straggler {
-    hall: Arc<Hall>,
+pub(crate) struct OwnedInFlight {
+    in_flight: Arc<BackendInFlight>,
     number: ShardNumber,
 }
 
-impl Drop for Straggler {
+impl Drop for OwnedInFlight {
     fn drop(&mut self) {
-        self.hall.traffic.leave(self.number);
+        self.in_flight.tracker.leave(self.number);
     }
 }
 
-impl Drop for Lodged<'_> {
+impl Drop for InFlightGuard<'_> {
     fn drop(&mut self) {
-        self.hall.traffic.leave(self.number);
+        self.in_flight.tracker.leave(self.number);
     }
 }

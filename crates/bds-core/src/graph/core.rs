@@ -28,7 +28,7 @@ use super::names::Claim;
 use super::node::{Node, NodeId};
 use super::node_ref::NodeRef;
 use super::perm::Access;
-use super::{Graph, MakePort, Plan};
+use super::{Graph, MakePort, NameTable};
 use crate::driver::Role;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, EventHub};
@@ -116,13 +116,13 @@ impl From<CloseError> for Error {
 
 /// Reports on their way to a caller. Dropped before they are delivered: kept for [`Graph::reports`].
 pub(super) struct Undelivered {
-    reaper: Reaper,
+    core: GraphCore,
     reports: Vec<CloseReport>,
 }
 
 impl Undelivered {
-    pub(super) fn new(reaper: &Reaper) -> Self {
-        Self { reaper: reaper.clone(), reports: Vec::new() }
+    pub(super) fn new(core: &GraphCore) -> Self {
+        Self { core: core.clone(), reports: Vec::new() }
     }
 
     pub(super) fn push(&mut self, report: CloseReport) {
@@ -140,7 +140,7 @@ impl Undelivered {
 
 impl Drop for Undelivered {
     fn drop(&mut self) {
-        self.reaper.keep(std::mem::take(&mut self.reports));
+        self.core.keep(std::mem::take(&mut self.reports));
     }
 }
 
@@ -157,9 +157,9 @@ enum Released {
 
 /// All it takes to close dead nodes, without the graph itself: the graph's own end reaps too.
 #[derive(Clone)]
-pub(crate) struct Reaper {
+pub(crate) struct GraphCore {
     pub(super) arena: Arena<Node>,
-    pub(super) plan: Arc<Mutex<Plan>>,
+    pub(super) plan: Arc<Mutex<NameTable>>,
     pub(super) make_port: MakePort,
     /// One sweep at a time, so that a close keeps its own dead together.
     sweeping: Arc<AsyncMutex<()>>,
@@ -170,7 +170,7 @@ pub(crate) struct Reaper {
     deferred: Arc<Mutex<Vec<Dead<Node>>>>,
 }
 
-impl Reaper {
+impl GraphCore {
     pub(super) fn new(arena: Arena<Node>, make_port: MakePort) -> Self {
         Self {
             arena,
@@ -184,7 +184,7 @@ impl Reaper {
         }
     }
 
-    pub(super) fn lock_plan(&self) -> MutexGuard<'_, Plan> {
+    pub(super) fn lock_plan(&self) -> MutexGuard<'_, NameTable> {
         self.plan.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -237,17 +237,17 @@ impl Reaper {
 
     /// From here on drains of the children wait for the closing; unless one of them is drained already.
     fn begin_closing(&self, dead: Dead<Node>) -> Result<Closing, Dead<Node>> {
-        let walls = self.walls();
+        let lock = self.lock();
         let children = dead.children().to_vec();
         // Without children it writes to its own medium at most: that waits for the end of a drained section of everything.
-        if walls.state.drain_alls > 0 || children.iter().any(|edge| edge.is_quiesced()) {
+        if lock.state.drain_alls > 0 || children.iter().any(|edge| edge.is_quiesced()) {
             return Err(dead);
         }
-        children.iter().for_each(|edge| edge.begin_closing(&walls));
+        children.iter().for_each(|edge| edge.begin_closing(&lock));
         Ok(Closing(dead))
     }
 
-    /// As [`Reaper::begin_closing`], after the end of the drained sections that are in the way.
+    /// As [`GraphCore::begin_closing`], after the end of the drained sections that are in the way.
     async fn begin_closing_patiently(&self, mut dead: Dead<Node>) -> Closing {
         loop {
             let mut eased = pin!(self.topology.eased.notified());
@@ -312,7 +312,7 @@ impl Reaper {
     /// Whoever froze the edge, or has it in hand, keeps it, and so its target; to everybody else it is gone, and no drain waits for it.
     fn leave_behind(&self, edge: &Arc<Edge>) {
         let target = edge.target();
-        self.walls().detach(&target, edge);
+        self.lock().detach(&target, edge);
         self.topology.loosened.push(target.id());
     }
 
@@ -322,7 +322,7 @@ impl Reaper {
         if !node.is_writable() {
             return (Ok(()), Vec::new());
         }
-        if let Some(error) = node.traffic().flush_failure() {
+        if let Some(error) = node.tracker().flush_failure() {
             return (Err(error.context("an earlier flush failed")), Vec::new());
         }
         let mut dying = Vec::new();
@@ -335,7 +335,7 @@ impl Reaper {
         if node.flags().cache.no_flush {
             return Ok(());
         }
-        let mut flush = node.traffic().begin_flush().await;
+        let mut flush = node.tracker().begin_flush().await;
         if !flush.is_clean() {
             node.driver().flush_to_disk().await?;
             flush.succeeded();
@@ -380,7 +380,7 @@ impl Reaper {
         was_skipped: bool,
     ) -> Result<Released, Arc<Edge>> {
         let handle = edge.target().strong().handle();
-        let walls = self.walls();
+        let lock = self.lock();
         match Edge::release(edge)? {
             Release::Last => return Ok(Released::Died),
             Release::NotLast if !was_skipped => return Ok(Released::Survived),
@@ -388,7 +388,7 @@ impl Reaper {
         }
         let Ok(strong) = self.arena.acquire(handle) else { return Ok(Released::Survived) };
         let edge = self.flush_edge(&strong, Parent::Node(parent));
-        walls.attach_closing(&strong, &edge);
+        lock.attach_closing(&strong, &edge);
         Ok(Released::Unflushed(edge))
     }
 
@@ -406,7 +406,7 @@ impl Reaper {
             since: Location::caller(),
             stays: true,
             graph: None,
-            hall: None,
+            in_flight: None,
         };
         let edge = Edge::new(parts, Some(Strong::clone(node)), &self.topology.loosened);
         edge.set_parent(parent);
@@ -442,17 +442,17 @@ impl Reaper {
     /// Closes what is dead on nobody's behalf.
     pub(super) async fn sweep_unasked(&self) {
         if self.arena.has_dead() {
-            let reaper = self.clone();
+            let core = self.clone();
             let sweep = async move {
-                let reports = reaper.clone().sweep().await;
-                reaper.keep(reports);
+                let reports = core.clone().sweep().await;
+                core.keep(reports);
                 Vec::new()
             };
             drop(self.to_the_end(sweep).await);
         }
     }
 
-    /// As [`Reaper::sweep_unasked`], from where nobody can wait.
+    /// As [`GraphCore::sweep_unasked`], from where nobody can wait.
     pub(super) fn sweep_in_background(&self) {
         if self.arena.has_dead() {
             self.sweep_now_in_background();
@@ -460,10 +460,10 @@ impl Reaper {
     }
 
     fn sweep_now_in_background(&self) {
-        let reaper = self.clone();
+        let core = self.clone();
         bds_io::spawn(async move {
-            let reports = reaper.clone().sweep().await;
-            reaper.keep(reports);
+            let reports = core.clone().sweep().await;
+            core.keep(reports);
         })
         .detach();
     }
@@ -472,8 +472,8 @@ impl Reaper {
         &self,
         work: impl Future<Output = Vec<CloseReport>> + Send + 'static,
     ) -> Option<Vec<CloseReport>> {
-        let reaper = self.clone();
-        to_the_end(work, move |reports| reaper.keep(reports)).await
+        let core = self.clone();
+        to_the_end(work, move |reports| core.keep(reports)).await
     }
 }
 
@@ -494,12 +494,12 @@ impl Graph {
     /// # Ok(()) });
     /// ```
     pub async fn reap(&self) -> Vec<CloseReport> {
-        let reaper = self.0.reaper.clone();
+        let core = self.0.core.clone();
         let sweep = async move {
-            reaper.wait_for_lodgers().await;
-            reaper.sweep().await
+            core.wait_for_lodgers().await;
+            core.sweep().await
         };
-        let swept = self.0.reaper.to_the_end(sweep).await;
+        let swept = self.0.core.to_the_end(sweep).await;
         let mut reports = self.reports();
         reports.extend(swept.unwrap_or_default());
         reports
@@ -524,7 +524,7 @@ impl Graph {
     /// # Ok(()) });
     /// ```
     pub fn reports(&self) -> Vec<CloseReport> {
-        self.0.reaper.take_kept()
+        self.0.core.take_kept()
     }
 }
 
@@ -552,7 +552,7 @@ impl NodeRef {
     /// # Errors
     /// [`CloseError::InUse`] gives the reference back and names the others.
     pub async fn close(self) -> Result<CloseReport, CloseError> {
-        let reaper = self.graph().0.reaper.clone();
+        let core = self.graph().0.core.clone();
         let lost = Lost::of(self.strong());
         let work = async move {
             match self.end_patiently().await {
@@ -562,7 +562,7 @@ impl NodeRef {
         };
         // A reference that comes back because the node is in use ends like any other.
         let orphaned = move |closed: Result<CloseReport, CloseError>| {
-            drop(closed.map(|report| reaper.keep(vec![report])));
+            drop(closed.map(|report| core.keep(vec![report])));
         };
         to_the_end(work, orphaned).await.unwrap_or_else(|| Ok(lost.report()))
     }
@@ -591,9 +591,9 @@ impl Ended {
     pub(super) async fn close(self) -> CloseReport {
         let Self { graph, dead } = self;
         let lost = Lost::of(&dead);
-        let reaper = graph.0.reaper.clone();
-        let work = async move { vec![reaper.close_with_dependents(dead).await] };
-        let reports = graph.0.reaper.to_the_end(work).await;
+        let core = graph.0.core.clone();
+        let work = async move { vec![core.close_with_dependents(dead).await] };
+        let reports = graph.0.core.to_the_end(work).await;
         reports.into_iter().flatten().next().unwrap_or_else(|| lost.report())
     }
 }

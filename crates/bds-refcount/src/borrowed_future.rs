@@ -1,7 +1,7 @@
-//! `Lent`: a future that borrows from an object, and can go on without whoever lent it.
+//! `BorrowedFuture`: a future that borrows from an object, and can go on without the request that began it.
 //!
 //! Work on an object borrows from a reference that somebody else owns, which costs nothing. If that somebody leaves before
-//! the work is done, [`Lent::keep`] takes a reference of its own, and the same future goes on with that.
+//! the work is done, [`BorrowedFuture::keep`] takes a reference of its own, and the same future goes on with that.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -14,7 +14,7 @@ type Boxed<'a, R> = Pin<Box<dyn Future<Output = R> + Send + 'a>>;
 
 /// A future that borrows from the object behind a reference that others own.
 #[must_use = "futures do nothing unless polled"]
-pub struct Lent<'a, T: 'static, R: 'static> {
+pub struct BorrowedFuture<'a, T: 'static, R: 'static> {
     /// Made from `**owner`, and borrows from nothing else.
     future: Boxed<'a, R>,
     owner: &'a Strong<T>,
@@ -22,13 +22,13 @@ pub struct Lent<'a, T: 'static, R: 'static> {
 
 /// A future that borrows from an object, with a reference of its own to it.
 #[must_use = "futures do nothing unless polled"]
-pub struct Kept<T: 'static, R: 'static> {
+pub struct OwnedFuture<T: 'static, R: 'static> {
     /// Before `_owner`: dropped in this order. Never handed out, so its lifetime is nobody's to believe in.
     future: Boxed<'static, R>,
     _owner: Strong<T>,
 }
 
-impl<'a, T: 'static, R: 'static> Lent<'a, T, R> {
+impl<'a, T: 'static, R: 'static> BorrowedFuture<'a, T, R> {
     /// Work on the object. `begin` takes a borrow of any length, so what it returns borrows from the object alone.
     #[inline]
     pub fn new(
@@ -39,18 +39,18 @@ impl<'a, T: 'static, R: 'static> Lent<'a, T, R> {
     }
 
     /// The same work with a reference of its own.
-    pub fn keep(self) -> Kept<T, R> {
+    pub fn keep(self) -> OwnedFuture<T, R> {
         let owner = self.owner.clone();
         // SAFETY: only the lifetime changes. The future was made by `begin` from `&T`, for every lifetime of that borrow;
         // `T` and `R` are `'static`, so all that can end before `'static` in it are borrows of the object. The object
         // neither moves nor ends nor is borrowed mutably while there is a reference to it (`slot` says why), and the
         // clone is one: it lies beside the future, is given away by nobody, and is dropped after it.
         let future = unsafe { std::mem::transmute::<Boxed<'a, R>, Boxed<'static, R>>(self.future) };
-        Kept { future, _owner: owner }
+        OwnedFuture { future, _owner: owner }
     }
 }
 
-impl<T: 'static, R: 'static> Future for Lent<'_, T, R> {
+impl<T: 'static, R: 'static> Future for BorrowedFuture<'_, T, R> {
     type Output = R;
 
     #[inline]
@@ -59,7 +59,7 @@ impl<T: 'static, R: 'static> Future for Lent<'_, T, R> {
     }
 }
 
-impl<T: 'static, R: 'static> Future for Kept<T, R> {
+impl<T: 'static, R: 'static> Future for OwnedFuture<T, R> {
     type Output = R;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<R> {
@@ -109,9 +109,9 @@ mod tests {
     fn kept_work_goes_on_where_it_was_and_is_the_last_to_hold_the_object() {
         let arena = Arena::new(Kind::new(1));
         let strong = arena.insert(Mutex::new(Vec::new())).unwrap();
-        let mut lent = Lent::new(&strong, |seen| work(seen));
-        assert_eq!(poll(&mut lent), Poll::Pending);
-        let mut kept = lent.keep();
+        let mut future = BorrowedFuture::new(&strong, |seen| work(seen));
+        assert_eq!(poll(&mut future), Poll::Pending);
+        let mut kept = future.keep();
         drop(strong);
         assert_eq!(poll(&mut kept), Poll::Ready(2));
         assert!(!arena.has_dead());
@@ -124,9 +124,9 @@ mod tests {
     fn dropped_work_still_finds_its_object() {
         let arena = Arena::new(Kind::new(1));
         let strong = arena.insert(Mutex::new(Vec::new())).unwrap();
-        let mut lent = Lent::new(&strong, |seen| work(seen));
-        assert_eq!(poll(&mut lent), Poll::Pending);
-        let kept = lent.keep();
+        let mut future = BorrowedFuture::new(&strong, |seen| work(seen));
+        assert_eq!(poll(&mut future), Poll::Pending);
+        let kept = future.keep();
         drop(strong);
         drop(kept);
         let (_, dead) = arena.reap_one().unwrap();
@@ -137,8 +137,8 @@ mod tests {
     fn lent_work_costs_no_reference() {
         let arena = Arena::new(Kind::new(1));
         let strong = arena.insert(Mutex::new(Vec::new())).unwrap();
-        let lent = Lent::new(&strong, |seen| work(seen));
+        let future = BorrowedFuture::new(&strong, |seen| work(seen));
         assert_eq!(strong.count(), 1);
-        drop(lent);
+        drop(future);
     }
 }

@@ -33,8 +33,8 @@
 //! Lock order: `central` before a shard's `plain`. Neither is held across an await. `flush` (waiting without
 //! blocking a thread) is taken before both and held while a flush runs.
 
+mod detached;
 mod flush;
-mod lodgers;
 
 use std::cell::Cell;
 use std::fmt;
@@ -57,7 +57,7 @@ pub(crate) use flush::Flushing;
 const MAX_SHARDS: usize = 16;
 
 /// Bookkeeping of one node.
-pub(crate) struct Traffic {
+pub(crate) struct RequestTracker {
     shards: Box<[CachePadded<Shard>]>,
     /// Serialising requests registered; non-zero closes the inline way.
     serialising: AtomicUsize,
@@ -69,7 +69,7 @@ pub(crate) struct Traffic {
     central: Mutex<Central>,
     flush: Arc<AsyncMutex<FlushState>>,
     /// Inside on their own behalf: operations whose request may have gone.
-    lodgers: AtomicUsize,
+    detached: AtomicUsize,
     flush_failure: Mutex<Option<Error>>,
 }
 
@@ -120,22 +120,22 @@ impl Entry {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ShardNumber(usize);
 
-impl fmt::Debug for Traffic {
+impl fmt::Debug for RequestTracker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Traffic")
+        f.debug_struct("RequestTracker")
             .field("in_flight", &self.in_flight())
             .field("serialising", &self.serialising.load(Ordering::Relaxed))
             .finish_non_exhaustive()
     }
 }
 
-impl Default for Traffic {
+impl Default for RequestTracker {
     fn default() -> Self {
         Self::new()
     }
 }
 
-impl Traffic {
+impl RequestTracker {
     /// Nobody inside, nothing written.
     pub(crate) fn new() -> Self {
         Self {
@@ -146,7 +146,7 @@ impl Traffic {
             is_given_up: AtomicBool::new(false),
             central: Mutex::default(),
             flush: Arc::default(),
-            lodgers: AtomicUsize::new(0),
+            detached: AtomicUsize::new(0),
             flush_failure: Mutex::default(),
         }
     }
@@ -197,7 +197,7 @@ impl Traffic {
         }
     }
 
-    /// Waits until somebody [gives up](Traffic::give_up) who is inside: for ever, unless that happens.
+    /// Waits until somebody [gives up](RequestTracker::give_up) who is inside: for ever, unless that happens.
     pub(crate) async fn wait_given_up(&self) {
         loop {
             let mut gone = pin!(self.gone.notified());
@@ -221,12 +221,12 @@ impl Traffic {
     pub(crate) fn try_inline(&self) -> Option<Inline<'_>> {
         let shard = &*self.shards[self.own_number()];
         shard.inline.fetch_add(1, Ordering::SeqCst);
-        let guard = Inline { traffic: self, shard };
+        let guard = Inline { tracker: self, shard };
         // SeqCst pairs with `track`; see the module's argument.
         (self.serialising.load(Ordering::SeqCst) == 0).then_some(guard)
     }
 
-    /// Counts in a request that may wait; each call is paired with one [`Traffic::leave`] of its answer. The caller
+    /// Counts in a request that may wait; each call is paired with one [`RequestTracker::leave`] of its answer. The caller
     /// must look at the edge's gate *after* this.
     #[inline]
     pub(crate) fn enter(&self) -> ShardNumber {
@@ -266,7 +266,7 @@ impl Traffic {
         let entry = Entry { range: range.clone(), ticket: 0 };
         let slot = lock_plain(shard).insert(entry);
         let place = Place::Plain { shard, slot };
-        let mut tracked = Tracked { traffic: self, place, range, ticket: 0, inline_pending: 0 };
+        let mut tracked = Tracked { tracker: self, place, range, ticket: 0, inline_pending: 0 };
         if self.serialising.load(Ordering::SeqCst) != 0 {
             tracked.ticket = self.lock_central().ticket_of(shard, slot);
         }
@@ -288,7 +288,7 @@ impl Traffic {
         let ticket = central.last_ticket;
         let slot = central.serialising.insert(Entry { range: range.clone(), ticket });
         let inline_pending = (1 << self.shards.len()) - 1;
-        Tracked { traffic: self, place: Place::Serialising { slot }, range, ticket, inline_pending }
+        Tracked { tracker: self, place: Place::Serialising { slot }, range, ticket, inline_pending }
     }
 
     fn remove_serialising(&self, slot: usize) {
@@ -331,7 +331,7 @@ impl Traffic {
     }
 }
 
-struct Watching<'a>(&'a Traffic);
+struct Watching<'a>(&'a RequestTracker);
 
 impl Drop for Watching<'_> {
     fn drop(&mut self) {
@@ -341,7 +341,7 @@ impl Drop for Watching<'_> {
 
 /// A request that runs to its end on this thread without waiting.
 pub(crate) struct Inline<'a> {
-    traffic: &'a Traffic,
+    tracker: &'a RequestTracker,
     shard: &'a Shard,
 }
 
@@ -357,11 +357,11 @@ impl Drop for Inline<'_> {
     #[inline]
     fn drop(&mut self) {
         self.shard.inline.fetch_sub(1, Ordering::SeqCst);
-        self.traffic.notify_watchers();
+        self.tracker.notify_watchers();
     }
 }
 
-/// See [`Traffic::writing`].
+/// See [`RequestTracker::writing`].
 pub(crate) struct Writing<'a>(&'a Shard);
 
 impl Drop for Writing<'_> {
@@ -384,7 +384,7 @@ pub(crate) struct Kept {
 
 /// A registered byte range. Dropping it, also while it waits, lets the next ones in.
 pub(crate) struct Tracked<'a> {
-    traffic: &'a Traffic,
+    tracker: &'a RequestTracker,
     place: Place<'a>,
     range: Range<u64>,
     ticket: u64,
@@ -401,9 +401,9 @@ impl Tracked<'_> {
 
     /// Waits until [`Tracked::may_go`].
     pub(crate) async fn wait_turn(&mut self) {
-        let _watching = self.traffic.watch();
+        let _watching = self.tracker.watch();
         loop {
-            let mut gone = pin!(self.traffic.gone.notified());
+            let mut gone = pin!(self.tracker.gone.notified());
             gone.as_mut().enable();
             if self.may_go() {
                 return;
@@ -418,21 +418,21 @@ impl Tracked<'_> {
             return false;
         }
         let blocks = |e: &Entry| e.ticket != 0 && e.ticket < self.ticket && e.overlaps(&self.range);
-        let central = self.traffic.lock_central();
+        let central = self.tracker.lock_central();
         if central.serialising.iter().any(|(_, e)| blocks(e)) {
             return true;
         }
         // Plain requests conflict with a serialising one only. Those without a ticket came later.
         matches!(self.place, Place::Serialising { .. })
-            && self.traffic.shards.iter().any(|s| lock_plain(s).iter().any(|(_, e)| blocks(e)))
+            && self.tracker.shards.iter().any(|s| lock_plain(s).iter().any(|(_, e)| blocks(e)))
     }
 
     /// Leaves the range behind for an operation that goes on without its request: whoever overlaps it waits until it is
     /// given back. The request may go before the operation ends, but not before its own turn came.
     pub(crate) fn keep(&self) -> Kept {
         // As in `track_serialising`: raised first, so that plain and inline ones from here on see it.
-        self.traffic.serialising.fetch_add(1, Ordering::SeqCst);
-        let mut central = self.traffic.lock_central();
+        self.tracker.serialising.fetch_add(1, Ordering::SeqCst);
+        let mut central = self.tracker.lock_central();
         let ticket = match self.place {
             Place::Plain { shard, slot } => central.ticket_of(shard, slot),
             Place::Serialising { .. } => self.ticket,
@@ -441,7 +441,7 @@ impl Tracked<'_> {
     }
 
     fn is_blocked(&mut self) -> bool {
-        for (bit, shard) in self.traffic.shards.iter().enumerate() {
+        for (bit, shard) in self.tracker.shards.iter().enumerate() {
             if self.inline_pending & (1 << bit) != 0 && shard.inline.load(Ordering::SeqCst) == 0 {
                 self.inline_pending &= !(1 << bit);
             }
@@ -457,10 +457,10 @@ impl Drop for Tracked<'_> {
                 lock_plain(shard).remove(slot);
             }
             Place::Serialising { slot } => {
-                self.traffic.remove_serialising(slot);
+                self.tracker.remove_serialising(slot);
             }
         }
-        self.traffic.notify_watchers();
+        self.tracker.notify_watchers();
     }
 }
 

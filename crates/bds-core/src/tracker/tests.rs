@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 
-use super::{Tracked, Traffic};
+use super::{RequestTracker, Tracked};
 use crate::error::{Error, ErrorKind};
 
 #[derive(Default)]
@@ -23,8 +23,12 @@ fn poll<F: Future>(future: Pin<&mut F>, wakes: &Arc<CountWakes>) -> Poll<F::Outp
 }
 
 /// Tracks a range and says whether it may go at once.
-fn goes(traffic: &Traffic, range: std::ops::Range<u64>, serialising: bool) -> (Tracked<'_>, bool) {
-    let mut tracked = traffic.track(traffic.enter(), range, serialising);
+fn goes(
+    tracker: &RequestTracker,
+    range: std::ops::Range<u64>,
+    serialising: bool,
+) -> (Tracked<'_>, bool) {
+    let mut tracked = tracker.track(tracker.enter(), range, serialising);
     let wakes = Arc::default();
     let ready = poll(std::pin::pin!(tracked.wait_turn()), &wakes).is_ready();
     (tracked, ready)
@@ -43,22 +47,22 @@ fn conflicts_need_an_overlap_and_a_serialising_side() {
         ((10..15, false), (0..10, true), true),
     ];
     for ((a, a_serialising), (b, b_serialising), expected) in table {
-        let traffic = Traffic::new();
-        let (_first, ready) = goes(&traffic, a.clone(), a_serialising);
+        let tracker = RequestTracker::new();
+        let (_first, ready) = goes(&tracker, a.clone(), a_serialising);
         assert!(ready);
-        let (_second, ready) = goes(&traffic, b.clone(), b_serialising);
+        let (_second, ready) = goes(&tracker, b.clone(), b_serialising);
         assert_eq!(ready, expected, "{a:?} {a_serialising} then {b:?} {b_serialising}");
     }
 }
 
 #[test]
 fn a_waiting_request_is_not_overtaken_and_its_cancelling_lets_others_in() {
-    let traffic = Traffic::new();
-    let inside = traffic.enter();
-    let (_plain, ready) = goes(&traffic, 0..10, false);
+    let tracker = RequestTracker::new();
+    let inside = tracker.enter();
+    let (_plain, ready) = goes(&tracker, 0..10, false);
     assert!(ready);
-    let mut serialising = traffic.track(inside, 5..20, true);
-    let (mut later, ready) = goes(&traffic, 15..25, false);
+    let mut serialising = tracker.track(inside, 5..20, true);
+    let (mut later, ready) = goes(&tracker, 15..25, false);
     assert!(!ready, "the newcomer overlaps one that waits already");
 
     let wakes = Arc::<CountWakes>::default();
@@ -75,10 +79,10 @@ fn a_waiting_request_is_not_overtaken_and_its_cancelling_lets_others_in() {
 
 #[test]
 fn a_plain_request_met_by_a_serialising_one_goes_first() {
-    let traffic = Traffic::new();
-    let inside = traffic.enter();
-    let mut plain = traffic.track(inside, 0..10, false);
-    let mut serialising = traffic.track(inside, 0..10, true);
+    let tracker = RequestTracker::new();
+    let inside = tracker.enter();
+    let mut plain = tracker.track(inside, 0..10, false);
+    let mut serialising = tracker.track(inside, 0..10, true);
     let wakes = Arc::<CountWakes>::default();
     assert!(poll(std::pin::pin!(plain.wait_turn()), &wakes).is_ready());
     assert!(serialising.has_conflict());
@@ -91,11 +95,11 @@ fn a_plain_request_met_by_a_serialising_one_goes_first() {
 
 #[test]
 fn a_serialising_request_closes_the_inline_way_and_waits_for_those_on_it() {
-    let traffic = Traffic::new();
-    let inline = traffic.try_inline().expect("nobody serialises");
-    let inside = traffic.enter();
-    let mut serialising = traffic.track(inside, 0..1, true);
-    assert!(traffic.try_inline().is_none());
+    let tracker = RequestTracker::new();
+    let inline = tracker.try_inline().expect("nobody serialises");
+    let inside = tracker.enter();
+    let mut serialising = tracker.track(inside, 0..1, true);
+    assert!(tracker.try_inline().is_none());
     let wakes = Arc::<CountWakes>::default();
     let mut waiting = Box::pin(serialising.wait_turn());
     assert!(poll(waiting.as_mut(), &wakes).is_pending());
@@ -104,37 +108,37 @@ fn a_serialising_request_closes_the_inline_way_and_waits_for_those_on_it() {
     assert!(poll(waiting.as_mut(), &wakes).is_ready());
     drop(waiting);
     drop(serialising);
-    assert!(traffic.try_inline().is_some());
+    assert!(tracker.try_inline().is_some());
 }
 
 #[test]
 fn idle_means_nobody_of_any_kind() {
-    let traffic = Traffic::new();
+    let tracker = RequestTracker::new();
     let wakes = Arc::<CountWakes>::default();
-    let inside = traffic.enter();
-    let inline = traffic.try_inline();
-    assert_eq!(traffic.in_flight(), 2);
-    let mut idle = Box::pin(traffic.wait_idle());
+    let inside = tracker.enter();
+    let inline = tracker.try_inline();
+    assert_eq!(tracker.in_flight(), 2);
+    let mut idle = Box::pin(tracker.wait_idle());
     assert!(poll(idle.as_mut(), &wakes).is_pending());
     drop(inline);
     assert!(poll(idle.as_mut(), &wakes).is_pending());
-    traffic.leave(inside);
+    tracker.leave(inside);
     assert!(wakes.0.load(Ordering::SeqCst) >= 2);
     assert!(poll(idle.as_mut(), &wakes).is_ready());
 }
 
 #[test]
 fn a_flush_covers_writes_that_ended_before_it_began() {
-    let traffic = Traffic::new();
+    let tracker = RequestTracker::new();
     let wakes = Arc::<CountWakes>::default();
-    let begin = || match poll(Box::pin(traffic.begin_flush()).as_mut(), &wakes) {
+    let begin = || match poll(Box::pin(tracker.begin_flush()).as_mut(), &wakes) {
         Poll::Ready(flushing) => flushing,
         Poll::Pending => panic!("nobody flushes"),
     };
     assert!(begin().is_clean());
-    let inside = traffic.enter();
-    let during = traffic.writing(inside);
-    drop(traffic.writing(inside));
+    let inside = tracker.enter();
+    let during = tracker.writing(inside);
+    drop(tracker.writing(inside));
     let mut flushing = begin();
     assert!(!flushing.is_clean());
     drop(during);
@@ -147,26 +151,26 @@ fn a_flush_covers_writes_that_ended_before_it_began() {
 
 #[test]
 fn the_first_failure_of_a_flush_sticks() {
-    let traffic = Traffic::new();
-    traffic.flush_failed(&Error::new(ErrorKind::Io, "first"));
-    traffic.flush_failed(&Error::new(ErrorKind::NoSpace, "second"));
-    assert_eq!(traffic.flush_failure().expect("it failed").message(), "first");
+    let tracker = RequestTracker::new();
+    tracker.flush_failed(&Error::new(ErrorKind::Io, "first"));
+    tracker.flush_failed(&Error::new(ErrorKind::NoSpace, "second"));
+    assert_eq!(tracker.flush_failure().expect("it failed").message(), "first");
 }
 
 #[test]
 fn a_range_left_behind_keeps_its_place_in_the_order() {
     for is_serialising in [false, true] {
-        let traffic = Traffic::new();
-        let inside = traffic.enter();
-        let gone = traffic.track(inside, 0..10, is_serialising);
-        let (mut waits, ready) = goes(&traffic, 5..15, true);
+        let tracker = RequestTracker::new();
+        let inside = tracker.enter();
+        let gone = tracker.track(inside, 0..10, is_serialising);
+        let (mut waits, ready) = goes(&tracker, 5..15, true);
         assert!(!ready);
         let kept = gone.keep();
         drop(gone);
         let wakes = Arc::<CountWakes>::default();
         let mut waiting = Box::pin(waits.wait_turn());
         assert!(poll(waiting.as_mut(), &wakes).is_pending(), "who waited for the request waits on");
-        traffic.give_back(kept);
+        tracker.give_back(kept);
         assert!(wakes.0.load(Ordering::SeqCst) > 0);
         assert!(poll(waiting.as_mut(), &wakes).is_ready());
     }
@@ -174,33 +178,33 @@ fn a_range_left_behind_keeps_its_place_in_the_order() {
 
 #[test]
 fn a_range_left_behind_holds_up_newcomers_that_overlap_it_and_nobody_else() {
-    let traffic = Traffic::new();
-    let inside = traffic.enter();
-    let (gone, _) = goes(&traffic, 0..10, false);
-    let (_beside, _) = goes(&traffic, 0..10, false);
+    let tracker = RequestTracker::new();
+    let inside = tracker.enter();
+    let (gone, _) = goes(&tracker, 0..10, false);
+    let (_beside, _) = goes(&tracker, 0..10, false);
     let kept = gone.keep();
     drop(gone);
-    assert!(traffic.try_inline().is_none());
-    let (_elsewhere, ready) = goes(&traffic, 10..20, false);
+    assert!(tracker.try_inline().is_none());
+    let (_elsewhere, ready) = goes(&tracker, 10..20, false);
     assert!(ready);
-    let mut newcomer = traffic.track(inside, 9..11, false);
+    let mut newcomer = tracker.track(inside, 9..11, false);
     assert!(newcomer.has_conflict() && !newcomer.may_go());
-    traffic.give_back(kept);
-    assert!(newcomer.may_go() && traffic.try_inline().is_some());
+    tracker.give_back(kept);
+    assert!(newcomer.may_go() && tracker.try_inline().is_some());
 }
 
 #[test]
 fn lodgers_are_waited_for_unless_they_are_given_up() {
-    let traffic = Traffic::new();
+    let tracker = RequestTracker::new();
     let wakes = Arc::<CountWakes>::default();
-    let first = traffic.move_in();
-    let mut alone = Box::pin(traffic.wait_moved_out());
+    let first = tracker.inc_detached();
+    let mut alone = Box::pin(tracker.wait_moved_out());
     assert!(poll(alone.as_mut(), &wakes).is_pending());
-    traffic.move_out(first);
+    tracker.dec_detached(first);
     assert!(poll(alone.as_mut(), &wakes).is_ready());
-    let _second = traffic.move_in();
-    let mut alone = Box::pin(traffic.wait_moved_out());
+    let _second = tracker.inc_detached();
+    let mut alone = Box::pin(tracker.wait_moved_out());
     assert!(poll(alone.as_mut(), &wakes).is_pending());
-    traffic.give_up();
+    tracker.give_up();
     assert!(poll(alone.as_mut(), &wakes).is_ready());
 }

@@ -4,7 +4,7 @@ use std::sync::{Arc, PoisonError};
 
 use bds_io::sync::OwnedMutexGuard;
 
-use super::Traffic;
+use super::RequestTracker;
 use crate::error::Error;
 
 /// What the last successful flush covered.
@@ -13,7 +13,7 @@ pub(super) struct FlushState {
     flushed: u64,
 }
 
-impl Traffic {
+impl RequestTracker {
     /// Lets one flush at a time in, in order of arrival.
     pub(crate) async fn begin_flush(&self) -> Flushing {
         let state = Arc::clone(&self.flush).lock_owned().await;

@@ -12,12 +12,12 @@ use super::edge::Edge;
 use super::names::Claim;
 use super::node::Node;
 use super::root::RootMove;
-use super::{Graph, Plan};
+use super::{Graph, NameTable};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, EventHub};
 
 /// A backend, seen from the graph.
-pub(crate) trait Guest: Send + Sync + 'static {
+pub(crate) trait BackendEntry: Send + Sync + 'static {
     /// Under what name it holds its node; the monitor's too, if it claimed that.
     fn name(&self) -> &str;
 
@@ -37,13 +37,13 @@ pub(crate) trait Guest: Send + Sync + 'static {
     fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync>;
 }
 
-impl Plan {
+impl NameTable {
     /// Strikes off who has gone, whenever the list would have to grow: constant time on average.
-    fn prune_guests(&mut self) {
-        if self.guests.len() == self.guests.capacity() {
-            self.guests.retain(|guest| guest.strong_count() > 0);
+    fn prune_backends(&mut self) {
+        if self.backends.len() == self.backends.capacity() {
+            self.backends.retain(|backend| backend.strong_count() > 0);
             self.names.retain(
-                |_, claim| !matches!(claim, Claim::Backend(guest) if guest.strong_count() == 0),
+                |_, claim| !matches!(claim, Claim::Backend(backend) if backend.strong_count() == 0),
             );
         }
     }
@@ -51,58 +51,60 @@ impl Plan {
 
 impl Graph {
     /// The graph knows of the backend from now on.
-    pub(crate) fn admit(&self, guest: Weak<dyn Guest>) {
+    pub(crate) fn register_backend(&self, backend: Weak<dyn BackendEntry>) {
         let mut plan = self.plan();
-        plan.prune_guests();
-        plan.guests.push(guest);
+        plan.prune_backends();
+        plan.backends.push(backend);
     }
 
     /// The backends that live now, in the order in which they came.
-    pub(crate) fn guests(&self) -> Vec<Arc<dyn Guest>> {
-        self.plan().guests.iter().filter_map(Weak::upgrade).collect()
+    pub(crate) fn backend_entries(&self) -> Vec<Arc<dyn BackendEntry>> {
+        self.plan().backends.iter().filter_map(Weak::upgrade).collect()
     }
 
     /// The backend that has claimed this name.
-    pub(crate) fn guest(&self, name: &str) -> Option<Arc<dyn Guest>> {
+    pub(crate) fn backend_entry(&self, name: &str) -> Option<Arc<dyn BackendEntry>> {
         match self.plan().names.get(name) {
-            Some(Claim::Backend(guest)) => guest.upgrade(),
+            Some(Claim::Backend(backend)) => backend.upgrade(),
             _ => None,
         }
     }
 
     /// The monitor's list holds it from now on.
-    pub(crate) fn own_guest(&self, guest: Arc<dyn Guest>) -> Result<()> {
-        let known = self.guest(guest.name());
-        if !known.is_some_and(|known| Arc::ptr_eq(&known, &guest)) {
+    pub(crate) fn own_backend_entry(&self, backend: Arc<dyn BackendEntry>) -> Result<()> {
+        let known = self.backend_entry(backend.name());
+        if !known.is_some_and(|known| Arc::ptr_eq(&known, &backend)) {
             let words = "the backend has not claimed a name: nobody could delete it";
-            return Err(Error::new(ErrorKind::InvalidInput, words).field("backend", guest.name()));
+            return Err(Error::new(ErrorKind::InvalidInput, words).field("backend", backend.name()));
         }
         let mut plan = self.plan();
-        if plan.owned_guests.iter().any(|known| Arc::ptr_eq(known, &guest)) {
+        if plan.owned_backends.iter().any(|known| Arc::ptr_eq(known, &backend)) {
             let words = "the monitor owns the backend already";
-            return Err(Error::new(ErrorKind::AlreadyExists, words).field("backend", guest.name()));
+            return Err(
+                Error::new(ErrorKind::AlreadyExists, words).field("backend", backend.name())
+            );
         }
-        plan.owned_guests.push(guest);
+        plan.owned_backends.push(backend);
         Ok(())
     }
 
     /// Takes it off the monitor's list. The answer is the monitor's reference.
-    pub(crate) fn disown_guest(&self, name: &str) -> Result<Arc<dyn Guest>> {
-        let guest = self.guest(name).ok_or_else(|| no_backend(name))?;
+    pub(crate) fn disown_backend_entry(&self, name: &str) -> Result<Arc<dyn BackendEntry>> {
+        let backend = self.backend_entry(name).ok_or_else(|| no_backend(name))?;
         let refuse = |kind, words: String| Err(Error::new(kind, words).field("backend", name));
-        if let Some(device) = guest.device() {
+        if let Some(device) = backend.device() {
             let words = format!("device '{device}' uses it: detach it first, or revoke the medium");
             return refuse(ErrorKind::InUse, words);
         }
-        if let Some(node) = guest.edge().medium() {
+        if let Some(node) = backend.edge().medium() {
             node.check_allowed(Operations::DELETE)?;
         }
         let owned = {
             let mut plan = self.plan();
-            let place = plan.owned_guests.iter().position(|known| Arc::ptr_eq(known, &guest));
-            place.map(|place| plan.owned_guests.remove(place))
+            let place = plan.owned_backends.iter().position(|known| Arc::ptr_eq(known, &backend));
+            place.map(|place| plan.owned_backends.remove(place))
         };
-        drop(guest);
+        drop(backend);
         match owned {
             Some(owned) => Ok(owned),
             None => {
@@ -114,16 +116,16 @@ impl Graph {
 
     /// Takes the medium out of every backend, whatever stands in the way but a frozen edge, and the backends off the monitor's list.
     /// Returns what could not be done.
-    pub(super) async fn send_guests_away(&self) -> Vec<(String, Error)> {
+    pub(super) async fn detach_backends(&self) -> Vec<(String, Error)> {
         let mut failed = Vec::new();
-        for guest in self.guests() {
-            guest.end();
-            let out = RootMove::new(self, guest.edge(), None).unless(Operations::empty());
+        for backend in self.backend_entries() {
+            backend.end();
+            let out = RootMove::new(self, backend.edge(), None).unless(Operations::empty());
             if let Err(error) = self.change().move_root(out).commit().await {
-                failed.push((format!("backend '{}'", guest.name()), error));
+                failed.push((format!("backend '{}'", backend.name()), error));
             }
         }
-        let owned = std::mem::take(&mut self.plan().owned_guests);
+        let owned = std::mem::take(&mut self.plan().owned_backends);
         drop(owned);
         failed
     }
@@ -135,7 +137,7 @@ pub(crate) fn no_backend(name: &str) -> Error {
 
 /// Tells that a backend has another medium.
 pub(super) fn tell_moved(events: &EventHub, edge: &Edge, from: Option<&Node>, to: Option<&Node>) {
-    if edge.hall().is_none() {
+    if edge.backend_in_flight().is_none() {
         return;
     }
     let name = |node: &Node| node.name().to_owned();

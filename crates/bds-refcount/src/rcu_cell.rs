@@ -1,6 +1,6 @@
-//! `Hinge<V>`: one value that many threads read all the time and somebody exchanges once in a while.
+//! `RcuCell<V>`: one value that many threads read all the time and somebody exchanges once in a while.
 //!
-//! An edge of a graph hangs its reference on a hinge: every request that passes reads it, a graph change turns it. Reading is
+//! An edge of a graph hangs its reference on a cell: every request that passes reads it, a graph change turns it. RcuGuard is
 //! one increment and one decrement of a counter that few threads share; it takes no lock, never waits, and costs the same
 //! however many readers stay how long (a request stays until its I/O is done).
 //!
@@ -21,7 +21,7 @@
 //! `waiting`. If the replacer's look still counted the reader, the reader's decrement comes later, acquires from it and so sees
 //! `waiting` raised.
 //!
-//! A `Reading` that is forgotten (`mem::forget`) keeps its counter up: old values then stay until the hinge is dropped. That leaks
+//! A `RcuGuard` that is forgotten (`mem::forget`) keeps its counter up: old values then stay until the cell is dropped. That leaks
 //! time, not safety.
 
 use std::{
@@ -47,7 +47,7 @@ struct Old<V> {
 }
 
 /// One value, read by many, exchanged seldom. See the module's text for cost and promise.
-pub struct Hinge<V> {
+pub struct RcuCell<V> {
     now: AtomicPtr<V>,
     shards: Box<[Shard]>,
     limbo: Mutex<Vec<Old<V>>>,
@@ -56,12 +56,12 @@ pub struct Hinge<V> {
 }
 
 // SAFETY: readers on several threads get `&V` (V: Sync), and whoever sweeps drops a V (V: Send). The pointers are owned boxes.
-unsafe impl<V: Send + Sync> Send for Hinge<V> {}
+unsafe impl<V: Send + Sync> Send for RcuCell<V> {}
 // SAFETY: as above.
-unsafe impl<V: Send + Sync> Sync for Hinge<V> {}
+unsafe impl<V: Send + Sync> Sync for RcuCell<V> {}
 
-impl<V> Hinge<V> {
-    /// A hinge with its first value.
+impl<V> RcuCell<V> {
+    /// A cell with its first value.
     pub fn new(value: V) -> Self {
         let count = shard_count();
         Self {
@@ -72,9 +72,9 @@ impl<V> Hinge<V> {
         }
     }
 
-    /// The value as of now; it stays as long as the `Reading` does, whatever becomes of the hinge's pointer meanwhile.
+    /// The value as of now; it stays as long as the `RcuGuard` does, whatever becomes of the cell's pointer meanwhile.
     #[inline]
-    pub fn read(&self) -> Reading<'_, V> {
+    pub fn read(&self) -> RcuGuard<'_, V> {
         // The length is a power of two, so this is in bounds.
         let shard = &self.shards[thread_number() & (self.shards.len() - 1)];
         // Acquire: pairs with the look in `sweep`.
@@ -83,8 +83,8 @@ impl<V> Hinge<V> {
         let now = self.now.load(Ordering::Acquire);
         // SAFETY: `now` came from Box::into_raw and is freed only by `sweep` or `drop`. `drop` has `&mut self`, which our
         // borrow excludes. `sweep` frees it only after a swap, and then, by the argument at the top of this file, only once
-        // our shard has been seen at 0 after our increment, which needs the decrement in `Reading::drop`.
-        Reading { value: unsafe { &*now }, shard, hinge: self }
+        // our shard has been seen at 0 after our increment, which needs the decrement in `RcuGuard::drop`.
+        RcuGuard { value: unsafe { &*now }, shard, cell: self }
     }
 
     /// Exchanges the value. The old one is dropped at once if nobody reads it, else by the last of its readers as it leaves.
@@ -95,7 +95,7 @@ impl<V> Hinge<V> {
         self.waiting.fetch_add(1, Ordering::Relaxed);
         // AcqRel: readers see what the new value holds; we own all that the old one holds.
         let old = self.now.swap(new, Ordering::AcqRel);
-        // SAFETY: `now` is null only within `into_inner` and `drop`, which own the hinge.
+        // SAFETY: `now` is null only within `into_inner` and `drop`, which own the cell.
         let value = unsafe { NonNull::new_unchecked(old) };
         limbo.push(Old { value, unseen: all });
         drop(limbo);
@@ -140,7 +140,7 @@ impl<V> Hinge<V> {
     }
 }
 
-impl<V> Drop for Hinge<V> {
+impl<V> Drop for RcuCell<V> {
     fn drop(&mut self) {
         let now = self.now.swap(ptr::null_mut(), Ordering::AcqRel);
         if !now.is_null() {
@@ -155,20 +155,20 @@ impl<V> Drop for Hinge<V> {
     }
 }
 
-impl<V: fmt::Debug> fmt::Debug for Hinge<V> {
+impl<V: fmt::Debug> fmt::Debug for RcuCell<V> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Hinge").field("now", &*self.read()).finish_non_exhaustive()
+        f.debug_struct("RcuCell").field("now", &*self.read()).finish_non_exhaustive()
     }
 }
 
 /// A value being read. May be sent to another thread and kept across an await.
-pub struct Reading<'a, V> {
+pub struct RcuGuard<'a, V> {
     value: &'a V,
     shard: &'a Shard,
-    hinge: &'a Hinge<V>,
+    cell: &'a RcuCell<V>,
 }
 
-impl<V> Deref for Reading<'_, V> {
+impl<V> Deref for RcuGuard<'_, V> {
     type Target = V;
 
     #[inline]
@@ -177,18 +177,18 @@ impl<V> Deref for Reading<'_, V> {
     }
 }
 
-impl<V> Drop for Reading<'_, V> {
+impl<V> Drop for RcuGuard<'_, V> {
     #[inline]
     fn drop(&mut self) {
         // Release: our use of the value ends here. Acquire: for the look at `waiting`.
         self.shard.0.fetch_sub(1, Ordering::AcqRel);
-        if self.hinge.waiting.load(Ordering::Relaxed) != 0 {
-            self.hinge.sweep();
+        if self.cell.waiting.load(Ordering::Relaxed) != 0 {
+            self.cell.sweep();
         }
     }
 }
 
-impl<V: fmt::Debug> fmt::Debug for Reading<'_, V> {
+impl<V: fmt::Debug> fmt::Debug for RcuGuard<'_, V> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.value.fmt(f)
     }
@@ -269,28 +269,28 @@ mod tests {
     #[test]
     fn an_old_value_stays_as_long_as_it_is_read_and_no_longer() {
         let count = Arc::default();
-        let hinge = Hinge::new(Live::new(&count));
-        let first = hinge.read();
-        hinge.replace(Live::new(&count));
-        let second = hinge.read();
-        hinge.replace(Live::new(&count));
-        assert_eq!((living(&count), hinge.waiting()), (3, 2));
+        let cell = RcuCell::new(Live::new(&count));
+        let first = cell.read();
+        cell.replace(Live::new(&count));
+        let second = cell.read();
+        cell.replace(Live::new(&count));
+        assert_eq!((living(&count), cell.waiting()), (3, 2));
         assert!(first.is_alive.load(Ordering::SeqCst) && second.is_alive.load(Ordering::SeqCst));
         drop(first); // the same counter holds both
         drop(second);
-        assert_eq!((living(&count), hinge.waiting()), (1, 0));
-        drop(hinge);
+        assert_eq!((living(&count), cell.waiting()), (1, 0));
+        drop(cell);
         assert_eq!(living(&count), 0);
     }
 
     #[test]
     fn the_value_comes_out_once() {
         let count = Arc::default();
-        let hinge = Hinge::new(Live::new(&count));
-        std::mem::forget(hinge.read());
-        hinge.replace(Live::new(&count));
-        let value = hinge.into_inner();
-        assert_eq!(living(&count), 1, "the old one went with the hinge");
+        let cell = RcuCell::new(Live::new(&count));
+        std::mem::forget(cell.read());
+        cell.replace(Live::new(&count));
+        let value = cell.into_inner();
+        assert_eq!(living(&count), 1, "the old one went with the cell");
         drop(value);
         assert_eq!(living(&count), 0);
     }
@@ -298,45 +298,45 @@ mod tests {
     #[test]
     fn an_unread_value_goes_at_once() {
         let count = Arc::default();
-        let hinge = Hinge::new(Live::new(&count));
-        hinge.replace(Live::new(&count));
-        assert_eq!((living(&count), hinge.waiting()), (1, 0));
+        let cell = RcuCell::new(Live::new(&count));
+        cell.replace(Live::new(&count));
+        assert_eq!((living(&count), cell.waiting()), (1, 0));
     }
 
     #[test]
     fn a_forgotten_reader_costs_time_only() {
         let count = Arc::default();
-        let hinge = Hinge::new(Live::new(&count));
-        std::mem::forget(hinge.read());
-        hinge.replace(Live::new(&count));
+        let cell = RcuCell::new(Live::new(&count));
+        std::mem::forget(cell.read());
+        cell.replace(Live::new(&count));
         assert_eq!(living(&count), 2);
-        drop(hinge);
+        drop(cell);
         assert_eq!(living(&count), 0);
     }
 
     #[test]
     fn a_reading_may_leave_on_another_thread() {
         let count = Arc::default();
-        let hinge = Hinge::new(Live::new(&count));
-        let reading = hinge.read();
-        hinge.replace(Live::new(&count));
+        let cell = RcuCell::new(Live::new(&count));
+        let reading = cell.read();
+        cell.replace(Live::new(&count));
         std::thread::scope(|scope| {
             scope.spawn(|| drop(reading));
         });
-        assert_eq!((living(&count), hinge.waiting()), (1, 0));
+        assert_eq!((living(&count), cell.waiting()), (1, 0));
     }
 
     #[test]
     fn readers_on_many_threads_only_see_living_values() {
         let count = Arc::default();
-        let hinge = Hinge::new(Live::new(&count));
+        let cell = RcuCell::new(Live::new(&count));
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             for _ in 0..3 {
                 scope.spawn(|| {
-                    let mut last = hinge.read();
+                    let mut last = cell.read();
                     while !stop.load(Ordering::Relaxed) {
-                        let next = hinge.read(); // readers overlap, so counters are seldom 0
+                        let next = cell.read(); // readers overlap, so counters are seldom 0
                         assert!(next.is_alive.load(Ordering::SeqCst));
                         assert!(last.is_alive.load(Ordering::SeqCst));
                         last = next;
@@ -344,10 +344,10 @@ mod tests {
                 });
             }
             for _ in 0..2000 {
-                hinge.replace(Live::new(&count));
+                cell.replace(Live::new(&count));
             }
             stop.store(true, Ordering::Relaxed);
         });
-        assert_eq!((living(&count), hinge.waiting()), (1, 0), "the last to leave swept");
+        assert_eq!((living(&count), cell.waiting()), (1, 0), "the last to leave swept");
     }
 }
