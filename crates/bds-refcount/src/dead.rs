@@ -1,4 +1,4 @@
-//! `Dead<T>`: an object after its last reference, in the hands of the one who closes it.
+//! `Dead<T>`: owns an object that has lost its last reference, so that it can be closed.
 
 use std::{
     fmt, mem,
@@ -13,7 +13,7 @@ use crate::{
     sync::Arc,
 };
 
-/// Exclusive ownership of an object that has no references and can get none.
+/// Owns an object that has no references and can get none.
 ///
 /// The value can be used, also mutably, for instance to flush and close it. Its slot is freed (or retired) and its
 /// generation moves on only when this is dropped or the value is taken out; until then the handle is
@@ -47,7 +47,7 @@ impl<T> Dead<T> {
     /// Takes a dead object over and wakes its watchers.
     ///
     /// # Safety
-    /// The object's count is 0, the caller owns the dead object, and it is booked as closing.
+    /// The object's count is 0, the caller owns the dead object, and it is counted as closing.
     pub(crate) unsafe fn new(slot: &Slot<T>) -> Self {
         let dead = Self { slot: NonNull::from(slot) };
         let watchers = mem::take(&mut slot.side.lock().watchers);
@@ -61,12 +61,12 @@ impl<T> Dead<T> {
         unsafe { self.slot.as_ref() }
     }
 
-    /// The name that the object had.
+    /// The handle that the object had.
     pub fn handle(&self) -> Handle<T> {
         self.slot().handle()
     }
 
-    /// The value and the guard that ends the slot.
+    /// Takes the value out, with the guard that ends the slot.
     ///
     /// # Safety
     /// `self` is not used again, and its drop does not run after this.
@@ -90,7 +90,7 @@ impl<T> Deref for Dead<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
-        // SAFETY: we own the dead object and lend it shared for as long as `self` is borrowed.
+        // SAFETY: we own the dead object and borrow it shared for as long as `self` is borrowed.
         unsafe { &self.slot().occupant().value }
     }
 }

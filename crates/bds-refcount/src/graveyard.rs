@@ -1,15 +1,15 @@
-//! Where the dead wait: a lock-free stack that releasers push on, and a queue that reapers take from.
+//! Queues dead objects until they are reaped: a lock-free stack that releases push on, and a queue that reaps take from.
 //!
-//! A release at zero does three things here: one increment, one store, one compare-exchange. It drops nothing, calls
-//! nothing and waits for nobody. Reapers empty the stack in one swap and append it, oldest first, to the queue, so
+//! A last release does three things here: one increment, one store, one compare-exchange. It drops nothing, calls
+//! nothing and does not wait. A reap empties the stack in one swap and appends it, oldest first, to the queue, so
 //! objects are reaped in the order of their deaths: a parent before the children that only it held.
 //!
-//! **After the last `Arena` handle.** Nobody can reap then, and values must neither leak nor be dropped recursively.
-//! The head carries two flags: ORPHAN, set by the last handle, and DRAINING. A releaser that pushes on an orphaned
-//! graveyard which nobody drains sets DRAINING with the same compare-exchange and becomes the drainer: it drops dead
-//! values one after another until the stack is empty and DRAINING is cleared by an exchange that proves it. Releases
-//! that happen inside those drops, or on other threads, see DRAINING and only push. So even then the stack depth is
-//! constant, and every value is dropped exactly once.
+//! **After the last `Arena` was dropped.** Nothing can reap then, and values must neither leak nor be dropped recursively.
+//! The head has two flags: ORPHAN, set when the last `Arena` is dropped, and DRAINING. A release that pushes on an orphaned
+//! graveyard without DRAINING sets it with the same compare-exchange and becomes the drainer: it drops dead values one
+//! after another until the stack is empty, which the exchange that clears DRAINING proves. Releases inside those drops, or
+//! on other threads, see DRAINING and only push. So even then the stack depth is constant, and every value is dropped
+//! exactly once.
 
 use std::ptr::NonNull;
 
@@ -40,7 +40,7 @@ pub(crate) struct Graveyard {
     head: AtomicU32,
     /// Objects on the stack and in the queue. Raised before the push, so that it never falls short.
     waiting: AtomicUsize,
-    /// Lock order: queue, then books, then a slot's side.
+    /// Lock order: queue, then free list, then a slot's side.
     queue: Mutex<Queue>,
 }
 
@@ -59,7 +59,7 @@ impl Graveyard {
     }
 }
 
-/// Hands a dead object over to the reapers: the rest of a release that was the last.
+/// Puts a dead object into the graveyard: the second half of a last release.
 ///
 /// # Safety
 /// The caller made the decrement to 0 on the slot that this points to, and does this once.
@@ -71,7 +71,7 @@ pub(crate) unsafe fn bury<T>(slot: NonNull<Slot<T>>) {
     let slot = unsafe { slot.as_ref() };
     // As soon as the slot is on the stack a reaper may free it, and with it the arena; our own Arc keeps the memory
     // (not the occupant) until we are done.
-    // SAFETY: until the push below, the dead object is ours alone, so lending it shared is ours to do.
+    // SAFETY: until the push below, the dead object is ours alone, so we may borrow it shared.
     let shared = Arc::clone(unsafe { &slot.occupant().owner });
     let graveyard = &shared.graveyard;
     graveyard.waiting.fetch_add(1, Ordering::Relaxed);
@@ -135,13 +135,13 @@ impl<T> Shared<T> {
         if queue.front == 0 {
             queue.back = 0;
         }
-        // From waiting to closing in one step for whoever counts under the books' lock.
-        let mut books = self.books();
+        // From waiting to closing in one step for those that count under the free list's lock.
+        let mut free_list = self.free_list();
         self.graveyard.waiting.fetch_sub(1, Ordering::Relaxed);
-        books.closing += 1;
-        drop(books);
+        free_list.closing += 1;
+        drop(free_list);
         drop(queue);
-        // SAFETY: the slot was buried once by the one who made it dead, and we alone took it out.
+        // SAFETY: the slot was buried once, by the release that made it dead, and we alone took it out.
         Some((slot.handle(), unsafe { Dead::new(slot) }))
     }
 
@@ -161,7 +161,7 @@ impl<T> Shared<T> {
         woken
     }
 
-    /// The last arena handle is gone. Drops what is dead, and leaves the rest to the releasers.
+    /// Marks the arena as orphaned: drops what is dead, and leaves the rest to later releases.
     pub(crate) fn orphan(&self) {
         // DRAINING is not set yet: only orphaned graveyards are drained.
         self.graveyard.head.fetch_or(ORPHAN | DRAINING, Ordering::AcqRel);
@@ -169,8 +169,8 @@ impl<T> Shared<T> {
     }
 }
 
-/// The right and duty to drop the dead of an orphaned arena. If a value's drop panics, the drop of this guard goes on
-/// with the rest, as `Vec`'s does.
+/// Drops the dead objects of an orphaned arena. If a value's drop panics, the drop of this guard goes on with the rest, as
+/// `Vec`'s does.
 struct Drain<'a, T> {
     shared: &'a Shared<T>,
     done: bool,
@@ -182,7 +182,7 @@ impl<T> Drain<'_, T> {
             while let Some(dead) = self.shared.reap_one() {
                 drop(dead);
             }
-            // Succeeds only on an empty stack, so nobody who saw DRAINING is left behind.
+            // Succeeds only on an empty stack, so nothing pushed under DRAINING is left behind.
             let head = &self.shared.graveyard.head;
             self.done = head
                 .compare_exchange(ORPHAN | DRAINING, ORPHAN, Ordering::AcqRel, Ordering::Relaxed)
@@ -197,7 +197,7 @@ impl<T> Drop for Drain<'_, T> {
     }
 }
 
-/// Dead objects, one after another, until there are none. See [`Arena::reap`].
+/// Iterates over dead objects until there are none. See [`Arena::reap`].
 #[must_use = "nothing is reaped until the iterator is driven"]
 #[derive(Debug)]
 pub struct Reap<'a, T> {
@@ -223,7 +223,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_link_fits_beside_the_flags() {
+    fn links_and_flags_share_no_bit() {
         let largest = 1 << INDEX_BITS; // of the last place
         assert_eq!(LINK & largest, largest);
         assert_eq!(LINK, 0x01ff_ffff, "all bits below the largest link's");

@@ -1,6 +1,6 @@
-//! The slots' memory: pages that never move and are never given back before the arena's end.
+//! Memory of the slots: pages that never move and are freed only with the arena.
 //!
-//! A look-up takes no lock; pages are added under the arena's books' lock. This file knows no lifecycles.
+//! A look-up takes no lock; pages are added under the free list's lock. This file knows no lifecycles.
 //!
 //! A slot has two numbers. Its *key* counts 0, 1, 2, … and is the free list's. Its *place* is the index field of handles:
 //! ```text
@@ -67,7 +67,7 @@ impl<T> Pages<T> {
             .get((place & OFFSET_MASK) as usize)
     }
 
-    /// The slot with this key, whose page is made if need be, with no more than `capacity` slots in all pages.
+    /// The slot with this key, after making its page if needed, with no more than `capacity` slots in all pages.
     /// `first` is the first handle of the first slot: kind, tag and generation in their places.
     pub(crate) fn slot_or_grow(&self, key: u32, capacity: u32, first: Handle<T>) -> &Slot<T> {
         let place = place(key);

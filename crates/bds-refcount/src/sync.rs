@@ -1,4 +1,4 @@
-//! The synchronisation primitives of this crate, chosen once: std's, or loom's under `--cfg loom`.
+//! Re-exports the synchronisation primitives of this crate: std's, or loom's under `--cfg loom`.
 //!
 //! Nothing else in `src` names `std::sync` for state that threads share, so the loom tests explore the same code that
 //! ships. Holder records and wakers are plain data behind these locks and stay with std.
@@ -27,7 +27,7 @@ use std::sync::PoisonError;
 #[cfg(not(loom))]
 pub(crate) use std::hint::spin_loop;
 
-/// A pause between two attempts that cannot fail for ever; loom need not be told to look at other threads.
+/// A pause between two attempts that cannot fail for ever, so that loom needs no yield here.
 #[cfg(loom)]
 pub(crate) fn spin_loop() {}
 

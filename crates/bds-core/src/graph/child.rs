@@ -7,7 +7,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bds_refcount::{Holder, HolderKind, Strong};
+use crate::holder_kind::HolderKind;
+use bds_refcount::{Holder, Strong};
 
 use super::edge::{Edge, EdgeParts};
 use super::flags::inherited;

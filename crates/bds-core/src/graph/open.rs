@@ -14,7 +14,8 @@ use std::panic::Location;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use bds_refcount::{Holder, HolderKind, Strong};
+use crate::holder_kind::HolderKind;
+use bds_refcount::{Holder, Strong};
 
 use super::child::Opener;
 use super::edge::{Edge, Parent};
