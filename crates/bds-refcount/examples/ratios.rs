@@ -1,8 +1,8 @@
-//! Question: what do counting and looking up cost beside `Arc` and `Weak`, on a machine that is never quiet?
+//! Measures counting and look-up beside `Arc` and `Weak`, as ratios that hold on a noisy machine.
 //! Expected: a few nanoseconds a pair alone and on separate objects, two to three times that contended; ratios
 //! to `Arc` ≤ 1.05 and to `Weak` ≤ 1.1.
 //!
-//! All subjects are measured in turn in every round, so that whatever else the machine does hits them alike; the ratio
+//! All subjects are measured in turn in every round, so that other load of the machine affects them alike; the ratio
 //! is the median of the rounds' ratios.
 //!
 //! `cargo run --release -p bds-refcount --example ratios [rounds]`
