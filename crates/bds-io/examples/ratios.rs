@@ -1,4 +1,4 @@
-//! What does the cellar cost on top of the bare file? Interleaved medians, ns and CPU ns an operation.
+//! Measures the cost of bds-io on top of the bare system calls: interleaved medians, ns and CPU ns an operation.
 //!
 //! `cargo run --release -p bds-io --example ratios [directory] [rounds]`
 //!

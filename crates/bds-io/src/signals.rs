@@ -1,6 +1,6 @@
-//! Reads and sets how the process treats signals that concern files.
+//! Reads and sets the dispositions of signals that concern files.
 //!
-//! Dispositions belong to the program, so the library never changes one on its own account; a program calls this at its start.
+//! Dispositions belong to the program, so the library changes none by itself; a program calls this at its start.
 
 use std::io;
 
@@ -15,7 +15,7 @@ pub fn ignore_file_size_limit() -> io::Result<()> {
     sys::ignore_signal(libc::SIGXFSZ)
 }
 
-/// Whether the process ignores a signal: if so at its start, its parent wants it to (`nohup`, `trap '' INT`).
+/// Whether the process ignores a signal. If it does at its start, the parent process asked for it (`nohup`, `trap '' INT`).
 ///
 /// # Errors
 /// EINVAL if there is no such signal.
@@ -28,7 +28,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_signal_is_ignored_once_it_was_asked_for() {
+    fn ignore_file_size_limit_ignores_sigxfsz() {
         assert!(!is_ignored(libc::SIGXFSZ).unwrap());
         ignore_file_size_limit().unwrap();
         assert!(is_ignored(libc::SIGXFSZ).unwrap());

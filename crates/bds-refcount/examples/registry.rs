@@ -41,7 +41,7 @@ impl Registry {
     fn close_dead(&self) -> usize {
         let mut closed = 0;
         for (handle, mut dead) in self.arena.reap() {
-            dead.bytes_sent += 1; // exclusive access: say goodbye on the wire, flush, report errors
+            dead.bytes_sent += 1; // exclusive access: flush, report errors
             println!("closed {handle}: session of {} ({} bytes)", dead.user, dead.bytes_sent);
             closed += 1;
         }

@@ -1,4 +1,4 @@
-//! Scatter lists: what an operation reads into or writes from.
+//! `IoVec`: scatter lists, the memory that an operation reads into or writes from.
 //!
 //! A list is cheap to clone, cut and join: it copies addresses and counts, never bytes. Guest memory enters
 //! through `IoVec::from_raw`, everything else through `Buf`.
@@ -13,7 +13,7 @@ use smallvec::SmallVec;
 
 use super::{Anchor, Buf, raw};
 
-/// One piece of a scatter list.
+/// One contiguous piece of a scatter list.
 #[derive(Clone)]
 pub struct Segment {
     anchor: Anchor,
@@ -191,7 +191,7 @@ impl IoVec {
         });
     }
 
-    /// True if every byte of `range` was zero when looked at. Panics if out of range.
+    /// True if every byte of `range` was zero when it was read. Panics if out of range.
     pub fn is_zero(&self, range: Range<usize>) -> bool {
         let mut zero = true;
         self.for_pieces(range, |seg, piece, _| {

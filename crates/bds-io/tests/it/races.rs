@@ -1,4 +1,4 @@
-//! Clones of a buffer used by several threads at once, by safe code alone.
+//! Races on a buffer: clones used by several threads at once, by safe code alone.
 //!
 //! The bytes of a race are unspecified; the program's behaviour is not. What shows a mistake here is Miri
 //! (`cargo +nightly miri test -p bds-io --test it races`) or ThreadSanitizer (`cargo xtask test --tier full`).

@@ -1,4 +1,4 @@
-//! Byte-wise relaxed atomic copies in plain Rust: the reference form of `raw`, see there.
+//! Copies by relaxed atomic bytes in plain Rust: the reference form of `raw`, see there.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -51,7 +51,7 @@ pub(super) unsafe fn fill(to: *mut u8, byte: u8, len: usize) {
     }
 }
 
-/// True if all of `len` bytes were zero when looked at.
+/// True if all of `len` bytes were zero when they were read.
 ///
 /// # Safety
 /// `from` must be valid for reads of `len` bytes.

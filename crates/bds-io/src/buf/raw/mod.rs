@@ -1,4 +1,4 @@
-//! Copies between shared memory and our own: the only place that dereferences a segment.
+//! Copies between shared memory and private memory: the only module that dereferences a segment.
 //!
 //! Shared memory may be written by another party at the same moment. As in every VMM, such a race gives
 //! unspecified bytes, which is why results are copies that are examined afterwards and never references:
@@ -16,7 +16,7 @@
 //! What is outside this model: a virtual machine and the kernel, which access the same memory during an
 //! operation. The compiler sees neither; they behave as one more thread that makes relaxed byte accesses.
 //!
-//! Order between threads does not come from here but from whatever handed the buffer over (a completion, a
+//! Order between threads does not come from here but from what passed the buffer on (a completion, a
 //! lock, a channel, the count of its `Arc`).
 
 #[cfg(any(test, not(target_arch = "x86_64"), miri, bds_byte_copies))]
@@ -73,7 +73,7 @@ pub(super) unsafe fn fill(to: *mut u8, byte: u8, len: usize) {
     unsafe { form::fill(to, byte, len) }
 }
 
-/// True if all of `len` bytes were zero when looked at.
+/// True if all of `len` bytes were zero when they were read.
 ///
 /// # Safety
 /// `from` must be valid for reads of `len` bytes.

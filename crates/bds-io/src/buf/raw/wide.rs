@@ -1,4 +1,4 @@
-//! Byte-wise relaxed atomic copies by wide moves of x86-64; see `raw` for what that means.
+//! Copies by wide moves of x86-64, with the meaning of relaxed atomic bytes; see `raw`.
 //!
 //! Relaxed atomics in Rust are not joined to wide moves by the compiler (a byte at a time is 20 times slower
 //! than memcpy at 4 KiB, a word at a time 2.5 times). Assembly is opaque to it, so it may move many bytes at
@@ -195,10 +195,10 @@ unsafe fn fill_blocks(to: *mut u8, word: u64, len: usize) {
     }
 }
 
-/// Bytes examined between two chances to leave early: two cache lines.
+/// Bytes examined before an early exit is possible: two cache lines.
 const STRIDE_LEN: usize = 128;
 
-/// True if all of `len` bytes were zero when looked at.
+/// True if all of `len` bytes were zero when they were read.
 ///
 /// # Safety
 /// `from` must be valid for reads of `len` bytes.
