@@ -1,7 +1,9 @@
-//! Reads a file through io_uring from a foreign event loop: one poll(2) over the Context's descriptor and another one.
+//! Reads a file through io_uring from a foreign event loop: one poll(2) over the Context's
+//! descriptor and another one.
 //!
-//! This is how a VMM or a server embeds bds-io without an extra thread: its loop polls `Context::fd` beside its own
-//! descriptors and calls `turn` when it is readable. Here the other descriptor is a pipe that a thread writes to.
+//! This is how a VMM or a server embeds bds-io without an extra thread: its loop polls
+//! `Context::fd` beside its own descriptors and calls `turn` when it is readable. Here the other
+//! descriptor is a pipe that a thread writes to.
 //!
 //! `cargo run -p bds-io --example event_loop [file]` prints the length of the file and a checksum.
 #![expect(clippy::print_stdout, reason = "an example that shows a result")]

@@ -1,10 +1,12 @@
-//! Measures the cost of bds-io on top of the bare system calls: interleaved medians, ns and CPU ns an operation.
+//! Measures the cost of bds-io on top of the bare system calls: interleaved medians, ns and CPU ns
+//! an operation.
 //!
 //! `cargo run --release -p bds-io --example ratios [directory] [rounds]`
 //!
-//! Expected on a virtual machine of 2025 with ext4: bare pread 0.8–1 µs, `try_read` within 5 %, a read through
-//! the ring at depth 32 within 1.5 × of the bare pread; small buffered writes inline 3 to 10 × cheaper than
-//! through the ring, which hands them to a kernel thread on file systems without non-blocking writes.
+//! Expected on a virtual machine of 2025 with ext4: bare pread 0.8–1 µs, `try_read` within 5 %, a
+//! read through the ring at depth 32 within 1.5 × of the bare pread; small buffered writes inline 3
+//! to 10 × cheaper than through the ring, which hands them to a kernel thread on file systems
+//! without non-blocking writes.
 
 #![expect(clippy::print_stdout, clippy::unwrap_used, reason = "a measurement for people")]
 

@@ -34,8 +34,8 @@ pub(crate) struct Timers {
 }
 
 impl Timers {
-    /// Adds a timer. Now and then returns abandoned ones: dropping them runs foreign code (the drop of a waker), so the
-    /// caller does that once nothing is borrowed.
+    /// Adds a timer. Now and then returns abandoned ones: dropping them runs foreign code (the drop
+    /// of a waker), so the caller does that once nothing is borrowed.
     #[must_use = "to be dropped when nothing is borrowed"]
     pub(crate) fn add(
         &mut self,
@@ -73,7 +73,8 @@ impl Timers {
     }
 }
 
-/// Future of a sleep on the host's clock. Finds its Context when first polled; the time counts from `new`.
+/// Future of a sleep on the host's clock. Finds its Context when first polled; the time counts from
+/// `new`.
 #[derive(Debug)]
 pub(crate) struct Sleep {
     deadline: Duration,

@@ -1,7 +1,8 @@
-//! `Completion<T>`: passes one result from the thread that produces it to the future that waits for it.
+//! `Completion<T>`: passes one result from the thread that produces it to the future that waits for
+//! it.
 //!
-//! Both sides share it by `Arc`; either may be dropped first. The future may move between threads and be polled by any
-//! executor.
+//! Both sides share it by `Arc`; either may be dropped first. The future may move between threads
+//! and be polled by any executor.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
@@ -78,7 +79,8 @@ mod tests {
 
     use super::Completion;
 
-    /// A waker whose every function takes the completion's lock, as that of a foreign executor may that polls inline.
+    /// A waker whose every function takes the completion's lock, as that of a foreign executor may
+    /// that polls inline.
     struct LockProbe {
         completion: Arc<Completion<u32>>,
         calls: AtomicUsize,

@@ -1,4 +1,5 @@
-//! `Context`: one thread's executor, engine and clock; and the free functions that find the current one.
+//! `Context`: one thread's executor, engine and clock; and the free functions that find the current
+//! one.
 //!
 //! ```text
 //! thread drives a Context (block_on, turn)  → that Context
@@ -7,9 +8,9 @@
 //! anything else (tokio, a VMM's loop)       → the background Context, one thread for the process
 //! ```
 //!
-//! Any future may be dropped or forgotten at any await: the engine owns an operation until it is over. A task may outlive
-//! its Context: the tasks of a dropped Context, and those left when a plain thread's `block_on` returns, continue in the
-//! background one.
+//! Any future may be dropped or forgotten at any await: the engine owns an operation until it is
+//! over. A task may outlive its Context: the tasks of a dropped Context, and those left when a
+//! plain thread's `block_on` returns, continue in the background one.
 
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -34,7 +35,8 @@ use crate::workers;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum EngineKind {
-    /// io_uring where the kernel has it, else the pool. The environment variable `BDS_ENGINE`, `uring` or `pool`, overrides this choice.
+    /// io_uring where the kernel has it, else the pool. The environment variable `BDS_ENGINE`,
+    /// `uring` or `pool`, overrides this choice.
     #[default]
     Auto,
     /// io_uring only.
@@ -48,8 +50,8 @@ pub enum EngineKind {
 pub struct ContextOptions {
     /// I/O engine.
     pub engine: EngineKind,
-    /// Entries of the submission queue (8 to 4096, rounded up to a power of two). More operations than that
-    /// may be in flight; they then take more than one system call a turn.
+    /// Entries of the submission queue (8 to 4096, rounded up to a power of two). More operations
+    /// than that may be in flight; they then take more than one system call a turn.
     pub ring_entries: u32,
 }
 
@@ -61,9 +63,10 @@ impl Default for ContextOptions {
 
 /// One thread's executor, engine and clock. Not `Send`: make it where it runs.
 ///
-/// Tasks run only while the Context is driven, by `block_on` or `turn`. Other tasks may wait for locks that they hold, so
-/// drop a Context that will not be driven for a while. Dropping it waits for the operations in flight (after asking the
-/// kernel to cancel them); unfinished tasks and sleeps move to the background Context and continue there.
+/// Tasks run only while the Context is driven, by `block_on` or `turn`. Other tasks may wait for
+/// locks that they hold, so drop a Context that will not be driven for a while. Dropping it waits
+/// for the operations in flight (after asking the kernel to cancel them); unfinished tasks and
+/// sleeps move to the background Context and continue there.
 #[derive(Debug)]
 pub struct Context {
     local: Rc<Local>,
@@ -82,8 +85,8 @@ impl Context {
 
     /// Runs `future` to completion on this thread, driving this Context.
     ///
-    /// May be called from inside a task of the same Context; other tasks then run inside it. To wait so for something that
-    /// only the calling task can do is a deadlock, as with any lock.
+    /// May be called from inside a task of the same Context; other tasks then run inside it. To
+    /// wait so for something that only the calling task can do is a deadlock, as with any lock.
     pub fn block_on<F: Future>(&self, future: F) -> F::Output {
         let _entered = current::enter(Current::Host(self.local.clone()));
         self.local.block_on(future)
@@ -104,8 +107,9 @@ impl Context {
 
     /// A descriptor that is readable when `turn` has something to do: for foreign event loops.
     ///
-    /// Poll it for reading and call `turn(Some(Duration::ZERO))` when it is readable. From the first call on, every turn
-    /// ends with arming the descriptor, which costs a little. `examples/event_loop.rs` shows a whole loop.
+    /// Poll it for reading and call `turn(Some(Duration::ZERO))` when it is readable. From the
+    /// first call on, every turn ends with arming the descriptor, which costs a little.
+    /// `examples/event_loop.rs` shows a whole loop.
     ///
     /// # Panics
     /// If the process has no descriptors left.
@@ -114,15 +118,16 @@ impl Context {
         self.local.fd().expect("an epoll and a timer descriptor can be made")
     }
 
-    /// Runs ready tasks, reaps completions, and waits up to `timeout` (`None`: for ever; zero: not at all). True if a task ran
-    /// or an operation completed.
+    /// Runs ready tasks, reaps completions, and waits up to `timeout` (`None`: for ever; zero: not
+    /// at all). True if a task ran or an operation completed.
     pub fn turn(&self, timeout: Option<Duration>) -> io::Result<bool> {
         let _entered = current::enter(Current::Host(self.local.clone()));
         self.local.turn(timeout)
     }
 }
 
-/// Spawns onto a [`Context`] from any thread. If the Context is gone, tasks go to the background one.
+/// Spawns onto a [`Context`] from any thread. If the Context is gone, tasks go to the background
+/// one.
 #[derive(Clone, Debug)]
 pub struct ContextHandle {
     pub(crate) shared: Arc<Shared>,
@@ -146,7 +151,8 @@ impl ContextHandle {
     }
 }
 
-/// The background Context: it has a thread of its own, started on first use, and serves threads that drive none.
+/// The background Context: it has a thread of its own, started on first use, and serves threads
+/// that drive none.
 pub(crate) fn background() -> io::Result<ContextHandle> {
     static BACKGROUND: Mutex<Option<ContextHandle>> = Mutex::new(None);
     thread_local! {
@@ -177,18 +183,20 @@ fn start_background() -> io::Result<ContextHandle> {
     receiver.recv().unwrap_or_else(|_| Err(io::Error::other("the background thread ended")))
 }
 
-/// Ring entries of a plain thread's cached Context: it drives one future at a time, and the tasks of that.
+/// Ring entries of a plain thread's cached Context: it drives one future at a time, and the tasks
+/// of that.
 const CACHED_RING_ENTRIES: u32 = 64;
 /// A plain thread's `block_on` waits so long for operations whose futures were dropped.
 const ABANDONED_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Runs `future` to completion on this thread.
 ///
-/// If a Context (or a simulated world) is entered, it is driven meanwhile, also from inside one of its tasks. Else the
-/// thread gets a small Context of its own, cached until the thread ends, so that operations and tasks need no other thread;
-/// tasks that are not done when this returns continue in the background Context. Operations in flight whose futures were
-/// dropped are waited for up to a second, so that files are released when this returns; those that a task waits for are
-/// waited for, or go to a thread of the pool if the kernel can cancel them.
+/// If a Context (or a simulated world) is entered, it is driven meanwhile, also from inside one of
+/// its tasks. Else the thread gets a small Context of its own, cached until the thread ends, so
+/// that operations and tasks need no other thread; tasks that are not done when this returns
+/// continue in the background Context. Operations in flight whose futures were dropped are waited
+/// for up to a second, so that files are released when this returns; those that a task waits for
+/// are waited for, or go to a thread of the pool if the kernel can cancel them.
 pub fn block_on<F: Future>(future: F) -> F::Output {
     match current::get() {
         Current::Host(local) => local.block_on(future),
@@ -219,7 +227,8 @@ impl Drop for LeaveContext<'_> {
     }
 }
 
-/// This thread's cached Context. `None` if it cannot have one (no descriptors left, or the thread is ending).
+/// This thread's cached Context. `None` if it cannot have one (no descriptors left, or the thread
+/// is ending).
 fn cached() -> Option<Rc<Context>> {
     thread_local! {
         static CACHED: Cell<Option<Rc<Context>>> = const { Cell::new(None) };
@@ -260,9 +269,9 @@ fn park_on<F: Future>(future: F) -> F::Output {
     }
 }
 
-/// Makes sure that tasks and operations of this thread have a Context: the one it drives, or the background one, whose
-/// thread is started if needed. Call it early: without one, operations block the thread that begins them, and tasks are
-/// polled by the threads that wake them.
+/// Makes sure that tasks and operations of this thread have a Context: the one it drives, or the
+/// background one, whose thread is started if needed. Call it early: without one, operations block
+/// the thread that begins them, and tasks are polled by the threads that wake them.
 ///
 /// # Errors
 /// No thread (RLIMIT_NPROC, memory) or no descriptors are left.
@@ -273,8 +282,9 @@ pub fn ensure_context() -> io::Result<()> {
     }
 }
 
-/// Spawns onto the current Context, or the shared background one. In a simulated world: onto that. Without any (see
-/// [`ensure_context`]) the task is polled here, and later by the threads that wake it.
+/// Spawns onto the current Context, or the shared background one. In a simulated world: onto that.
+/// Without any (see [`ensure_context`]) the task is polled here, and later by the threads that wake
+/// it.
 #[track_caller]
 pub fn spawn<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static) -> Task<T> {
     match current::get() {
@@ -291,9 +301,10 @@ pub fn spawn<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static
     }
 }
 
-/// As [`spawn`], but polls the future once before it returns, on this thread and without a queue. From then on its
-/// executor polls it, whether or not the handle is polled: a handle that is kept or forgotten delays nothing.
-/// Dropping the handle drops the future before the drop returns; if another thread polls the future just then, after that poll.
+/// As [`spawn`], but polls the future once before it returns, on this thread and without a queue.
+/// From then on its executor polls it, whether or not the handle is polled: a handle that is kept
+/// or forgotten delays nothing. Dropping the handle drops the future before the drop returns; if
+/// another thread polls the future just then, after that poll.
 #[track_caller]
 pub fn spawn_now<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static) -> Task<T> {
     match current::get() {
@@ -311,8 +322,9 @@ pub fn spawn_now<T: Send + 'static>(future: impl Future<Output = T> + Send + 'st
     }
 }
 
-/// Runs CPU-heavy `work` on the CPU thread pool (simulated: inline, at a seeded moment). If the future is dropped, the
-/// work still runs to completion. A panic of the work is passed on to the future.
+/// Runs CPU-heavy `work` on the CPU thread pool (simulated: inline, at a seeded moment). If the
+/// future is dropped, the work still runs to completion. A panic of the work is passed on to the
+/// future.
 pub async fn spawn_cpu<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     if let Some(sim) = simulation() {
         return sim.spawn_cpu(work).await;

@@ -1,7 +1,7 @@
 //! Tracks what drives the current thread: a Context of the host, a simulated world, or neither.
 //!
-//! `Context::block_on`, `Context::turn` and `Sim::block_on` enter theirs for as long as they run; the free functions and
-//! the leaf operations look here for the Context to use. Entering nests.
+//! `Context::block_on`, `Context::turn` and `Sim::block_on` enter theirs for as long as they run;
+//! the free functions and the leaf operations look here for the Context to use. Entering nests.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -30,7 +30,8 @@ pub(crate) struct Entered {
     former: Current,
 }
 
-/// Makes `driver` the current one until the guard is dropped. Guards must be dropped in reverse order (they are locals).
+/// Makes `driver` the current one until the guard is dropped. Guards must be dropped in reverse
+/// order (they are locals).
 pub(crate) fn enter(driver: Current) -> Entered {
     Entered { former: CURRENT.with(|current| current.replace(driver)) }
 }

@@ -1,14 +1,18 @@
-//! Executor of one thread: its run queue, timers and engine, and the inbox through which other threads reach them.
+//! Executor of one thread: its run queue, timers and engine, and the inbox through which other
+//! threads reach them.
 //!
-//! `Local` is used by its thread alone, `Shared` by all. A wake-up on the own thread costs a push to a queue; one from
-//! another thread goes through the inbox, and a signal on the eventfd only if the thread sleeps.
+//! `Local` is used by its thread alone, `Shared` by all. A wake-up on the own thread costs a push
+//! to a queue; one from another thread goes through the inbox, and a signal on the eventfd only if
+//! the thread sleeps.
 //!
-//! Sleep and wake-up: the sleeper stores `SLEEPING` and then checks the inbox; the waker pushes to the inbox and then checks
-//! for `SLEEPING`. With a sequentially consistent fence between the two steps on both sides, at least one sees the other. A
-//! Context that is not driven any more (`UNDRIVEN`: it was dropped, or it is a plain thread's between two calls of
-//! `block_on`) works the same way: what is sent to it goes to the background one.
+//! Sleep and wake-up: the sleeper stores `SLEEPING` and then checks the inbox; the waker pushes to
+//! the inbox and then checks for `SLEEPING`. With a sequentially consistent fence between the two
+//! steps on both sides, at least one sees the other. A Context that is not driven any more
+//! (`UNDRIVEN`: it was dropped, or it is a plain thread's between two calls of `block_on`) works
+//! the same way: what is sent to it goes to the background one.
 //!
-//! Invariant: no `RefCell` here is borrowed while foreign code runs (tasks, wakers, drops of anchors).
+//! Invariant: no `RefCell` here is borrowed while foreign code runs (tasks, wakers, drops of
+//! anchors).
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -67,8 +71,8 @@ impl Message {
     }
 }
 
-/// Sends to the background Context. If no thread can be started for that, the message is executed here: a task is then
-/// polled by the threads that wake it.
+/// Sends to the background Context. If no thread can be started for that, the message is executed
+/// here: a task is then polled by the threads that wake it.
 fn send_to_background(message: Message) {
     match background() {
         Ok(background) => background.shared.send(message),
@@ -207,7 +211,8 @@ pub(crate) struct Local {
     timers: RefCell<Timers>,
     engine: RefCell<Engine>,
     completed: RefCell<Vec<Completed>>,
-    /// Operations executed by `submit`, because no thread could be started for them; not delivered yet.
+    /// Operations executed by `submit`, because no thread could be started for them; not delivered
+    /// yet.
     completed_at_submit: RefCell<Vec<Completed>>,
     main: RefCell<Option<Arc<MainWaker>>>,
     pollable: RefCell<Option<Pollable>>,
@@ -251,7 +256,8 @@ impl Local {
         self.timers.borrow_mut().add(deadline, completion)
     }
 
-    /// Runs `future` to completion, and the tasks of this Context meanwhile. The Context must be entered.
+    /// Runs `future` to completion, and the tasks of this Context meanwhile. The Context must be
+    /// entered.
     pub(crate) fn block_on<F: Future>(&self, future: F) -> F::Output {
         let mut future = pin!(future);
         let main = self.main.take().unwrap_or_else(|| {
@@ -262,8 +268,9 @@ impl Local {
         let waker = Waker::from(main.clone());
         let mut cx = Context::from_waker(&waker);
         let driving = self.drive();
-        // A turn that is followed by another at once leaves its submissions to that one: most often the next turn waits, and
-        // one system call does both. Never twice in a row, so that busy tasks do not keep operations from the kernel.
+        // A turn that is followed by another at once leaves its submissions to that one: most often
+        // the next turn waits, and one system call does both. Never twice in a row, so that busy
+        // tasks do not keep operations from the kernel.
         let mut was_deferred = false;
         let output = loop {
             if main.is_ready.swap(false, Ordering::Acquire)
@@ -288,7 +295,8 @@ impl Local {
         }
         drop(driving);
         drop(waker);
-        // Kept for the next call. A clone of the waker that is still held can only cause a spurious wake-up.
+        // Kept for the next call. A clone of the waker that is still held can only cause a spurious
+        // wake-up.
         self.main.replace(Some(main));
         output
     }
@@ -322,7 +330,8 @@ impl Local {
         !self.queue.borrow().is_empty() || !self.shared.inbox.is_empty()
     }
 
-    /// Takes the inbox, fires timers, runs the tasks that are ready now (not those that become ready meanwhile).
+    /// Takes the inbox, fires timers, runs the tasks that are ready now (not those that become
+    /// ready meanwhile).
     pub(crate) fn run_ready(&self) -> bool {
         let mut did = self.take_inbox();
         did |= self.fire_timers();
@@ -378,8 +387,8 @@ impl Local {
         Ok(self.deliver_completed())
     }
 
-    /// Waits for a completion, a timer, another thread, or `timeout`. `is_woken` is checked once more after `SLEEPING` is
-    /// stored. True if an operation completed.
+    /// Waits for a completion, a timer, another thread, or `timeout`. `is_woken` is checked once
+    /// more after `SLEEPING` is stored. True if an operation completed.
     fn sleep(&self, timeout: Option<Duration>, is_woken: impl Fn() -> bool) -> io::Result<bool> {
         let timer = self.timers.borrow().next().map(|due| due.saturating_sub(clock::now()));
         let timeout = match (timeout, timer) {
@@ -413,8 +422,8 @@ impl Local {
         did
     }
 
-    /// For a Context that is not driven for a while, or never again: moves its tasks and timers to the background Context, and
-    /// those that are sent or woken from now on.
+    /// For a Context that is not driven for a while, or never again: moves its tasks and timers to
+    /// the background Context, and those that are sent or woken from now on.
     pub(crate) fn move_to_background(&self) {
         self.deliver_completed();
         self.shared.state.store(UNDRIVEN, Ordering::Relaxed);
@@ -426,9 +435,10 @@ impl Local {
         self.shared.forward_to_background();
     }
 
-    /// After [`Local::move_to_background`]: waits for operations in flight, up to `timeout`. Those that a task still waits for
-    /// cannot stay, because nothing would reap them: the kernel is asked to cancel them, they go to a thread then, and those
-    /// that it cannot cancel are waited for.
+    /// After [`Local::move_to_background`]: waits for operations in flight, up to `timeout`. Those
+    /// that a task still waits for cannot stay, because nothing would reap them: the kernel is
+    /// asked to cancel them, they go to a thread then, and those that it cannot cancel are waited
+    /// for.
     pub(crate) fn wait_in_flight(&self, timeout: Duration) {
         if self.engine.borrow().in_flight() == 0 {
             return;
@@ -502,8 +512,8 @@ impl Local {
         Ok(Pollable { epoll, timer })
     }
 
-    /// Before control returns to a foreign event loop: makes everything that may happen from now on visible on the
-    /// descriptor.
+    /// Before control returns to a foreign event loop: makes everything that may happen from now on
+    /// visible on the descriptor.
     fn arm_pollable(&self) -> io::Result<()> {
         use nix::sys::timerfd::{Expiration, TimerSetTimeFlags};
         let pollable = self.pollable.borrow();
@@ -535,8 +545,8 @@ impl Local {
 
 impl Drop for Local {
     fn drop(&mut self) {
-        // Tasks and timers continue in the background Context. Operations end here: dropping the engine waits for them, and
-        // their completions wake the tasks, wherever those are by then.
+        // Tasks and timers continue in the background Context. Operations end here: dropping the
+        // engine waits for them, and their completions wake the tasks, wherever those are by then.
         self.move_to_background();
     }
 }
@@ -549,7 +559,8 @@ impl Drop for Driving<'_> {
         let local = self.0;
         local.depth.set(local.depth.get() - 1);
         if local.depth.get() == 0 && local.pollable.borrow().is_some() {
-            // Fails only if the ring or the timer descriptor is broken; the next turn fails and reports it.
+            // Fails only if the ring or the timer descriptor is broken; the next turn fails and
+            // reports it.
             let _ = local.arm_pollable();
         }
     }

@@ -128,14 +128,16 @@ impl Fs {
             Fs::Sim(sim) => Inner::Sim(sim.open(path, options)?),
         }))
     }
-    /// Kind and identity of the file with this name. Opens nothing: opening a FIFO or a terminal can disturb its users.
+    /// Kind and identity of the file with this name. Opens nothing: opening a FIFO or a terminal
+    /// can disturb its users.
     ///
     /// # Errors
     /// Those of stat(2).
     pub fn stat(&self, path: &Path) -> io::Result<FileStat> {
         match self {
             Fs::Host => crate::host::stat(path),
-            // A simulated disk holds files and devices only, and its files have no descriptors to save.
+            // A simulated disk holds files and devices only, and its files have no descriptors to
+            // save.
             Fs::Sim(sim) => {
                 let file = sim.open(path, &OpenOptions::default())?;
                 Ok(FileStat { kind: file.kind(), identity: file.identity()? })
@@ -158,7 +160,8 @@ impl Fs {
     }
 }
 
-/// An open file. Clones share the description (and its locks). Every future may be dropped or forgotten at any await.
+/// An open file. Clones share the description (and its locks). Every future may be dropped or
+/// forgotten at any await.
 #[derive(Clone, Debug)]
 pub struct File(Inner);
 
@@ -169,8 +172,9 @@ enum Inner {
 }
 
 impl File {
-    /// Makes a file of an open descriptor of the host (from a sandbox's parent process, for instance). Of `options`, `direct`
-    /// must say how it was opened and `inline_write_max_bytes` is used; the others are ignored.
+    /// Makes a file of an open descriptor of the host (from a sandbox's parent process, for
+    /// instance). Of `options`, `direct` must say how it was opened and `inline_write_max_bytes` is
+    /// used; the others are ignored.
     pub fn from_fd(fd: OwnedFd, options: &OpenOptions) -> io::Result<File> {
         Ok(File(Inner::Host(HostFile::from_fd(fd, options)?)))
     }
@@ -185,10 +189,11 @@ impl File {
             Inner::Sim(file) => file.kind(),
         }
     }
-    /// Redirects this file and its clones to the description of `to`, which closes their own (dup2), with its locks.
+    /// Redirects this file and its clones to the description of `to`, which closes their own
+    /// (dup2), with its locks.
     ///
-    /// For closing a description while clones exist, not for further use: cached properties of the old one (alignment) stay.
-    /// Operations in flight may use either.
+    /// For closing a description while clones exist, not for further use: cached properties of the
+    /// old one (alignment) stay. Operations in flight may use either.
     pub fn redirect(&self, to: &File) -> io::Result<()> {
         match (&self.0, &to.0) {
             (Inner::Host(file), Inner::Host(to)) => file.redirect(to),
@@ -221,7 +226,8 @@ impl File {
             Inner::Sim(file) => file.allocated_len(),
         }
     }
-    /// True for a block device that refuses writes although it may be opened for writing (BLKROGET).
+    /// True for a block device that refuses writes although it may be opened for writing
+    /// (BLKROGET).
     pub fn is_write_protected(&self) -> io::Result<bool> {
         match &self.0 {
             Inner::Host(file) => file.is_write_protected(),
@@ -235,28 +241,32 @@ impl File {
             Inner::Sim(_) => Ok(()),
         }
     }
-    /// Sets the size in bytes in which space is allocated. A hint: most file systems do not support it.
+    /// Sets the size in bytes in which space is allocated. A hint: most file systems do not support
+    /// it.
     pub fn set_extent_size_hint(&self, bytes: u32) -> io::Result<()> {
         match &self.0 {
             Inner::Host(file) => file.set_extent_size_hint(bytes),
             Inner::Sim(_) => Ok(()),
         }
     }
-    /// (memory alignment, offset alignment) that reads and writes need; (1, 1) unless O_DIRECT or a device requires more.
+    /// (memory alignment, offset alignment) that reads and writes need; (1, 1) unless O_DIRECT or a
+    /// device requires more.
     pub fn alignment(&self) -> io::Result<(usize, u32)> {
         match &self.0 {
             Inner::Host(file) => file.alignment(),
             Inner::Sim(file) => file.alignment(),
         }
     }
-    /// Reads from the page cache without blocking. `None`: it would block or is not possible; use `read`.
+    /// Reads from the page cache without blocking. `None`: it would block or is not possible; use
+    /// `read`.
     pub fn try_read(&self, offset: u64, iov: &IoVec) -> Option<io::Result<usize>> {
         match &self.0 {
             Inner::Host(file) => file.try_read(offset, iov),
             Inner::Sim(file) => file.try_read(offset, iov),
         }
     }
-    /// Writes to the page cache without waiting. `None`: it would wait or is not possible; use `write`.
+    /// Writes to the page cache without waiting. `None`: it would wait or is not possible; use
+    /// `write`.
     pub fn try_write(&self, offset: u64, iov: &IoVec) -> Option<io::Result<usize>> {
         match &self.0 {
             Inner::Host(file) => file.try_write(offset, iov),
@@ -330,7 +340,8 @@ impl File {
             _ => Ok(0),
         }
     }
-    /// SEEK_DATA / SEEK_HOLE: the run of data or hole that begins at `offset`. `None`: at or past the end.
+    /// SEEK_DATA / SEEK_HOLE: the run of data or hole that begins at `offset`. `None`: at or past
+    /// the end.
     pub fn extent(&self, offset: u64) -> io::Result<Option<Extent>> {
         match &self.0 {
             Inner::Host(file) => file.extent(offset),
@@ -351,7 +362,8 @@ impl File {
             Inner::Sim(file) => file.unlock(lock),
         }
     }
-    /// True if another description holds a lock that an exclusive lock on the range would conflict with (F_OFD_GETLK).
+    /// True if another description holds a lock that an exclusive lock on the range would conflict
+    /// with (F_OFD_GETLK).
     pub fn is_locked_by_others(&self, lock: ByteLock) -> io::Result<bool> {
         match &self.0 {
             Inner::Host(file) => file.is_locked_by_others(lock),

@@ -1,7 +1,8 @@
-//! `HostFile`: a file of the host, whose operations run inline from the page cache or go to an engine.
+//! `HostFile`: a file of the host, whose operations run inline from the page cache or go to an
+//! engine.
 //!
-//! What the page cache can do is done at once, on the caller's thread; the rest becomes an `Op` for an engine. What a file
-//! system cannot do is remembered per file, so that it is tried once.
+//! What the page cache can do is done at once, on the caller's thread; the rest becomes an `Op` for
+//! an engine. What a file system cannot do is remembered per file, so that it is tried once.
 
 use std::io::{self, IsTerminal};
 use std::ops::Range;
@@ -15,10 +16,11 @@ use crate::op::{OpFuture, OpKind};
 use crate::sys::{self, LockKind, Seek};
 use crate::{Buf, IoVec};
 
-/// Longest write that goes to the page cache on the caller's thread. Measured on ext4 (examples/ratios.rs): up to
-/// 256 KiB the ring, which hands such a write to a kernel thread, costs up to twice the CPU and time; at 2 MiB
-/// they are close, and the write would delay the thread's other tasks too long. Under memory pressure the kernel may throttle
-/// such a write; a file that must never block its thread sets the limit to 0.
+/// Longest write that goes to the page cache on the caller's thread. Measured on ext4
+/// (examples/ratios.rs): up to 256 KiB the ring, which hands such a write to a kernel thread, costs
+/// up to twice the CPU and time; at 2 MiB they are close, and the write would delay the thread's
+/// other tasks too long. Under memory pressure the kernel may throttle such a write; a file that
+/// must never block its thread sets the limit to 0.
 const INLINE_WRITE_MAX_BYTES: u32 = 256 << 10;
 
 /// An open file description and its cached properties.
@@ -134,8 +136,8 @@ impl HostFile {
             let size = sys::block_size(fd)?;
             return Ok((size as usize, size));
         }
-        // The end of file may hide an error (a hole or an empty file reads fine unaligned), so a success at a single byte
-        // proves nothing.
+        // The end of file may hide an error (a hole or an empty file reads fine unaligned), so a
+        // success at a single byte proves nothing.
         let buf = Buf::zeroed(8192, 4096);
         for len in [512u32, 1024, 2048, 4096] {
             match sys::read_at(fd, u64::from(len), &buf.slice(0..len as usize), 0) {
@@ -295,7 +297,8 @@ fn identity(stat: &libc::stat) -> (u64, u64) {
     }
 }
 
-/// Result of an attempt with RWF_NOWAIT. `None`: it would have waited, or the file system cannot say (then remembered).
+/// Result of an attempt with RWF_NOWAIT. `None`: it would have waited, or the file system cannot
+/// say (then remembered).
 fn answer_without_waiting(
     answer: io::Result<usize>,
     may_wait: &AtomicBool,

@@ -1,15 +1,17 @@
 //! Detects whether two files share bytes, from what sysfs knows about block devices.
 //!
-//! A file is identified as (device, inode), a block or character device as (its number, 0), as [`crate::File::identity`] does.
-//! Links, `/dev/fd/N` and `/proc` names need nothing more. A device may show bytes of others: the file of a loop device, the
-//! disk of a partition, the devices below a mapped one. sysfs lists them; what it does not list counts as not shared.
+//! A file is identified as (device, inode), a block or character device as (its number, 0), as
+//! [`crate::File::identity`] does. Links, `/dev/fd/N` and `/proc` names need nothing more. A device
+//! may show bytes of others: the file of a loop device, the disk of a partition, the devices below
+//! a mapped one. sysfs lists them; what it does not list counts as not shared.
 
 use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-/// Layers of devices that are followed: a mapped device on a partition of a loop device, and some more.
+/// Layers of devices that are followed: a mapped device on a partition of a loop device, and some
+/// more.
 const MAX_LAYERS: usize = 16;
 
 /// Identity of a file: (device, inode), or (device number, 0).
@@ -17,8 +19,8 @@ type Identity = (u64, u64);
 
 /// True if writing to one of two files changes what is read from the other.
 ///
-/// Two partitions of a disk do not share bytes, a partition and its disk do. Two loop devices share bytes if they show
-/// overlapping parts of one file.
+/// Two partitions of a disk do not share bytes, a partition and its disk do. Two loop devices share
+/// bytes if they show overlapping parts of one file.
 pub fn shares_bytes(a: Identity, b: Identity) -> bool {
     if a == b || is_above(a, b, MAX_LAYERS) || is_above(b, a, MAX_LAYERS) {
         return true;

@@ -1,7 +1,7 @@
 //! Runs jobs on the calling thread where no other thread can be started (RLIMIT_NPROC).
 //!
-//! A job may make other jobs ready. Those are queued and run by the outermost call, one after another, so neither the
-//! stack grows with them nor does a job run inside another.
+//! A job may make other jobs ready. Those are queued and run by the outermost call, one after
+//! another, so neither the stack grows with them nor does a job run inside another.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;

@@ -1,12 +1,18 @@
-//! File I/O for block layers: buffers, files, an executor with io_uring, and a deterministic simulation of all of it.
+//! File I/O for block layers: buffers, files, an executor with io_uring, and a deterministic
+//! simulation of all of it.
 //!
-//! * [`buf`]: [`Buf`], [`IoVec`] and [`BufPool`], memory that lives as long as any operation that names it.
+//! * [`buf`]: [`Buf`], [`IoVec`] and [`BufPool`], memory that lives as long as any operation that
+//!   names it.
 //! * [`mod@file`]: [`File`], a file of the host or of a simulated disk.
-//! * [`context`]: [`Context`], one thread's executor, engine and clock; [`spawn`], [`sleep`] and others find the right one.
-//! * [`sim`]: [`Sim`], the same API on a seeded scheduler, a virtual clock, and a disk that fails and loses power.
-//! * [`sync`]: async locks, notifications and queues; [`signals`]: signal dispositions that concern files.
+//! * [`context`]: [`Context`], one thread's executor, engine and clock; [`spawn`], [`sleep`] and
+//!   others find the right one.
+//! * [`sim`]: [`Sim`], the same API on a seeded scheduler, a virtual clock, and a disk that fails
+//!   and loses power.
+//! * [`sync`]: async locks, notifications and queues; [`signals`]: signal dispositions that concern
+//!   files.
 //!
-//! All system calls, randomness and time of bds come from this crate, so one seed replays a run on the simulated disk.
+//! All system calls, randomness and time of bds come from this crate, so one seed replays a run on
+//! the simulated disk.
 //!
 //! ```
 //! use bds_io::{Buf, Fs, OpenOptions};
@@ -25,7 +31,8 @@
 //! # Ok::<(), std::io::Error>(())
 //! ```
 //!
-//! Every future may be dropped or forgotten at any await: an operation owns its memory and file until it is over.
+//! Every future may be dropped or forgotten at any await: an operation owns its memory and file
+//! until it is over.
 
 pub mod buf;
 mod clock;

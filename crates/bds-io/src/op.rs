@@ -1,7 +1,7 @@
 //! `Op`: one operation on a file as a value that engines execute, and the future that waits for it.
 //!
-//! An `Op` owns the file and the memory it points at. Engines keep it until the operation is over, so the
-//! future may be dropped or forgotten at any time.
+//! An `Op` owns the file and the memory it points at. Engines keep it until the operation is over,
+//! so the future may be dropped or forgotten at any time.
 
 use std::future::Future;
 use std::io;
@@ -89,8 +89,9 @@ impl Op {
     }
 }
 
-/// Future of an operation. It begins when first polled, on the engine of the Context that polls, or on the background
-/// Context if none does; from then on it runs to completion, even if this future is dropped.
+/// Future of an operation. It begins when first polled, on the engine of the Context that polls, or
+/// on the background Context if none does; from then on it runs to completion, even if this future
+/// is dropped.
 #[derive(Debug)]
 #[must_use = "an operation begins when its future is polled"]
 pub(crate) enum OpFuture {

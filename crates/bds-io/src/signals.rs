@@ -1,13 +1,15 @@
 //! Reads and sets the dispositions of signals that concern files.
 //!
-//! Dispositions belong to the program, so the library changes none by itself; a program calls this at its start.
+//! Dispositions belong to the program, so the library changes none by itself; a program calls this
+//! at its start.
 
 use std::io;
 
 use crate::sys;
 
-/// Ignores SIGXFSZ, so that a write past RLIMIT_FSIZE fails with EFBIG instead of ending the process. Engines hand
-/// operations to kernel threads, where a handler would not run; an ignored signal is dropped there too.
+/// Ignores SIGXFSZ, so that a write past RLIMIT_FSIZE fails with EFBIG instead of ending the
+/// process. Engines hand operations to kernel threads, where a handler would not run; an ignored
+/// signal is dropped there too.
 ///
 /// # Errors
 /// Those of signal(2).
@@ -15,7 +17,8 @@ pub fn ignore_file_size_limit() -> io::Result<()> {
     sys::ignore_signal(libc::SIGXFSZ)
 }
 
-/// Whether the process ignores a signal. If it does at its start, the parent process asked for it (`nohup`, `trap '' INT`).
+/// Whether the process ignores a signal. If it does at its start, the parent process asked for it
+/// (`nohup`, `trap '' INT`).
 ///
 /// # Errors
 /// EINVAL if there is no such signal.

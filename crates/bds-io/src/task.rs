@@ -2,12 +2,12 @@
 //!
 //! ```text
 //! spawn      queued; polled first by the executor
-//! spawn_now  polled first where it is called; later polls are the executor's, whether or not the handle is polled
+//! spawn_now  polled first where it is called, then by the executor, also if the handle is not polled
 //! ```
-//! Dropping the handle of a `spawn_now` task drops its future before it returns, as dropping a plain future would: a
-//! dropped write must exclude requests that overlap it from then on, not from a later turn of its executor. The handle
-//! reaches the future through [`DropHandle`], whose lock is held while the future is polled; what is left of the task is
-//! freed by the executor.
+//! Dropping the handle of a `spawn_now` task drops its future before it returns, as dropping a
+//! plain future would: a dropped write must exclude requests that overlap it from then on, not from
+//! a later turn of its executor. The handle reaches the future through [`DropHandle`], whose lock
+//! is held while the future is polled; what is left of the task is freed by the executor.
 
 use std::cell::UnsafeCell;
 use std::fmt;
@@ -22,8 +22,8 @@ use std::task::{Context, Poll};
 /// A task that is ready to be polled.
 pub(crate) type Runnable = async_task::Runnable<DropHandle>;
 
-/// Handle of a spawned future. Dropping it cancels the task; `detach` lets it continue. If the future panics, so does awaiting
-/// the handle.
+/// Handle of a spawned future. Dropping it cancels the task; `detach` lets it continue. If the
+/// future panics, so does awaiting the handle.
 #[derive(Debug)]
 #[must_use = "dropping a Task cancels it; await or detach it"]
 pub struct Task<T> {
@@ -72,10 +72,10 @@ pub(crate) fn create_dropped_with_handle<T: Send + 'static>(
     future: impl Future<Output = T> + Send + 'static,
     schedule: impl Fn(Runnable) + Send + Sync + 'static,
 ) -> (Runnable, Task<T>) {
-    // SAFETY: `spawn_unchecked` asks that the future is `Send`, that what it borrows outlives it, and that `schedule`
-    // is `Send`, `Sync` and borrows nothing. `future` and `schedule` are bound so above, and `DroppableFuture` is `Send` with its
-    // future. It borrows the metadata alone, which async-task keeps in the same allocation, in place, until after the
-    // future was dropped.
+    // SAFETY: `spawn_unchecked` asks that the future is `Send`, that what it borrows outlives it,
+    // and that `schedule` is `Send`, `Sync` and borrows nothing. `future` and `schedule` are bound
+    // so above, and `DroppableFuture` is `Send` with its future. It borrows the metadata alone,
+    // which async-task keeps in the same allocation, in place, until after the future was dropped.
     let (runnable, task) = unsafe {
         builder().spawn_unchecked(|drop_handle| DroppableFuture::new(future, drop_handle), schedule)
     };
@@ -83,7 +83,8 @@ pub(crate) fn create_dropped_with_handle<T: Send + 'static>(
 }
 
 fn builder() -> async_task::Builder<DropHandle> {
-    // A panic is passed on to the code that awaits the task instead of ending the thread that drives it.
+    // A panic is passed on to the code that awaits the task instead of ending the thread that
+    // drives it.
     async_task::Builder::new().propagate_panic(true).metadata(DropHandle::default())
 }
 
@@ -99,8 +100,8 @@ pub(crate) struct DropHandle {
 /// Type-erased pointer to the future of a task.
 struct FuturePtr(NonNull<dyn Clear>);
 
-// SAFETY: it leads to an `Option` of a future that is `Send` (`DroppableFuture::poll` makes it so), and is dereferenced only
-// by the thread that holds the lock around it.
+// SAFETY: it leads to an `Option` of a future that is `Send` (`DroppableFuture::poll` makes it so),
+// and is dereferenced only by the thread that holds the lock around it.
 unsafe impl Send for FuturePtr {}
 
 /// Drops what is inside, in place.
@@ -126,8 +127,8 @@ impl DropHandle {
         self.future.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Drops the future; if another thread polls it, after that poll. A future that drops the handle of its own task while it
-    /// is polled is dropped when that poll ends.
+    /// Drops the future; if another thread polls it, after that poll. A future that drops the
+    /// handle of its own task while it is polled is dropped when that poll ends.
     fn drop_future(&self) {
         let mut place = match self.future.try_lock() {
             Ok(place) => place,
@@ -140,9 +141,10 @@ impl DropHandle {
             }
         };
         if let Some(FuturePtr(mut future)) = place.take() {
-            // SAFETY: the pointer is set only between the first poll of the `DroppableFuture` and the end of its future, so the
-            // future is, pinned in its task. Nothing else touches it: a poll and the drop of the `DroppableFuture` hold the
-            // lock that is held here. It is dropped where it lies, as `Pin` demands.
+            // SAFETY: the pointer is set only between the first poll of the `DroppableFuture` and
+            // the end of its future, so the future is, pinned in its task. Nothing else touches it:
+            // a poll and the drop of the `DroppableFuture` hold the lock that is held here. It is
+            // dropped where it lies, as `Pin` demands.
             unsafe { future.as_mut() }.clear();
         }
     }
@@ -159,7 +161,8 @@ fn this_thread() -> usize {
 
 /// A future that its handle can drop.
 struct DroppableFuture<'m, F> {
-    /// `None` once it completed or was dropped by the handle. Accessed under `drop_handle`'s lock only.
+    /// `None` once it completed or was dropped by the handle. Accessed under `drop_handle`'s lock
+    /// only.
     future: UnsafeCell<Option<F>>,
     drop_handle: &'m DropHandle,
     _pinned: PhantomPinned,
@@ -181,7 +184,8 @@ impl<F: Future + Send + 'static> Future for DroppableFuture<'_, F> {
         let slot = unsafe { &mut *this.future.get() };
         // Dropped by the handle; the executor sees the cancellation next.
         let Some(future) = slot.as_mut() else { return Poll::Pending };
-        // SAFETY: the future lies in a pinned `DroppableFuture`, is never moved out, and is dropped in place.
+        // SAFETY: the future lies in a pinned `DroppableFuture`, is never moved out, and is dropped
+        // in place.
         let future = unsafe { Pin::new_unchecked(future) };
         this.drop_handle.polled_by.store(this_thread(), Ordering::Relaxed);
         let result = future.poll(cx);

@@ -1,7 +1,8 @@
 //! Two thread pools of the process: one for blocking system calls, one for computing.
 //!
-//! A thread starts when there are more jobs than idle threads, and ends after a while without work. The sizes bound the
-//! threads of the process. Where no thread can be started, `submit` refuses and the caller does the work itself.
+//! A thread starts when there are more jobs than idle threads, and ends after a while without work.
+//! The sizes bound the threads of the process. Where no thread can be started, `submit` refuses and
+//! the caller does the work itself.
 
 use std::collections::VecDeque;
 use std::io;
@@ -61,8 +62,8 @@ impl Workers {
         Workers { name, threads_max, state: Mutex::default(), work: Condvar::new() }
     }
 
-    /// Queues the job that `make` gives. False if the pool has no thread and none can be started; then `make` was not
-    /// called.
+    /// Queues the job that `make` gives. False if the pool has no thread and none can be started;
+    /// then `make` was not called.
     #[must_use = "if false, nothing does the work"]
     pub(crate) fn submit(&'static self, make: impl FnOnce() -> Job) -> bool {
         let state = self.lock();
@@ -98,7 +99,8 @@ impl Workers {
         loop {
             if let Some(job) = state.queue.pop_front() {
                 drop(state);
-                // A job that must report its panic catches it itself; here it only must not cost a thread.
+                // A job that must report its panic catches it itself; here it only must not cost a
+                // thread.
                 let _ = catch_unwind(AssertUnwindSafe(job));
                 state = self.lock();
                 continue;

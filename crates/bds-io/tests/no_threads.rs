@@ -1,8 +1,8 @@
-//! A process that can start no thread (RLIMIT_NPROC): nothing panics, no operation fails as cancelled, everything is done on
-//! the existing threads.
+//! A process that can start no thread (RLIMIT_NPROC): nothing panics, no operation fails as
+//! cancelled, everything is done on the existing threads.
 //!
-//! Its own process and without a harness: the limit holds for the whole process and not for root, and a harness starts
-//! threads.
+//! Its own process and without a harness: the limit holds for the whole process and not for root,
+//! and a harness starts threads.
 
 #![expect(
     clippy::unwrap_used,
@@ -28,7 +28,8 @@ const UNPRIVILEGED_UID: libc::uid_t = 65534;
 /// Forbids this process to start threads. False if that cannot be done here.
 fn forbid_threads() -> bool {
     let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: three system calls with plain values; the process has one thread, so that all of it changes its user.
+    // SAFETY: three system calls with plain values; the process has one thread, so that all of it
+    // changes its user.
     unsafe {
         if libc::geteuid() == 0
             && (libc::setresgid(UNPRIVILEGED_UID, UNPRIVILEGED_UID, UNPRIVILEGED_UID) != 0

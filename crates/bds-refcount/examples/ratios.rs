@@ -1,9 +1,9 @@
 //! Measures counting and look-up beside `Arc` and `Weak`, as ratios that hold on a noisy machine.
-//! Expected: a few nanoseconds a pair alone and on separate objects, two to three times that contended; ratios
-//! to `Arc` ≤ 1.05 and to `Weak` ≤ 1.1.
+//! Expected: a few nanoseconds a pair alone and on separate objects, two to three times that
+//! contended; ratios to `Arc` ≤ 1.05 and to `Weak` ≤ 1.1.
 //!
-//! All subjects are measured in turn in every round, so that other load of the machine affects them alike; the ratio
-//! is the median of the rounds' ratios.
+//! All subjects are measured in turn in every round, so that other load of the machine affects them
+//! alike; the ratio is the median of the rounds' ratios.
 //!
 //! `cargo run --release -p bds-refcount --example ratios [rounds]`
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a program that prints figures")]
@@ -39,14 +39,15 @@ fn times(mut op: impl FnMut()) {
     }
 }
 
-/// How long this thread has waited for a processor so far, in nanoseconds; 0 where the system does not say.
+/// How long this thread has waited for a processor so far, in nanoseconds; 0 where the system does
+/// not say.
 fn waited_ns() -> u64 {
     let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
     stat.split_whitespace().nth(1).and_then(|field| field.parse().ok()).unwrap_or(0)
 }
 
-/// Nanoseconds a pair: the slower thread's. `None` unless the threads ran side by side, each on a processor of its own,
-/// for nine tenths of the time.
+/// Nanoseconds a pair: the slower thread's. `None` unless the threads ran side by side, each on a
+/// processor of its own, for nine tenths of the time.
 fn attempt(threads: usize, work: &Work) -> Option<f64> {
     let ready = AtomicUsize::new(0);
     let run = |thread: usize| {

@@ -1,7 +1,8 @@
-//! A registry of sessions behind a C-like API: callers hold numbers, and a number that is stale gives an error.
+//! A registry of sessions behind a C-like API: callers hold numbers, and a number that is stale
+//! gives an error.
 //!
-//! Shows handles as `u64`, named holders ("who keeps this open?"), a watch on an object's end, and closing in a reap,
-//! outside the release.
+//! Shows handles as `u64`, named holders ("who keeps this open?"), a watch on an object's end, and
+//! closing in a reap, outside the release.
 //!
 //! `cargo run -p bds-refcount --example registry`
 #![allow(clippy::print_stdout, reason = "an example that shows what happens")]
@@ -24,7 +25,8 @@ impl Registry {
         Self { arena: Arena::new(Kind::new(3)) }
     }
 
-    /// Opens a session. The `Strong` keeps it open; the number may be given to code that cannot be trusted.
+    /// Opens a session. The `Strong` keeps it open; the number may be given to code that cannot be
+    /// trusted.
     fn open(&self, user: &str) -> Result<(Strong<Session>, u64), Box<dyn std::error::Error>> {
         let session = self.arena.insert(Session { user: user.to_owned(), bytes_sent: 0 })?;
         let number = session.handle().to_u64();
@@ -37,7 +39,8 @@ impl Registry {
         Ok(session.user.clone())
     }
 
-    /// Closes sessions that have lost their last reference. Releases never do this, so they never block.
+    /// Closes sessions that have lost their last reference. Releases never do this, so they never
+    /// block.
     fn close_dead(&self) -> usize {
         let mut closed = 0;
         for (handle, mut dead) in self.arena.reap() {

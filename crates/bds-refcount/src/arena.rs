@@ -1,10 +1,11 @@
-//! `Arena<T>`: inserts objects, looks them up by handle, and holds the state that an arena's handles and slots share.
+//! `Arena<T>`: inserts objects, looks them up by handle, and holds the state that an arena's
+//! handles and slots share.
 //!
-//! A look-up takes no lock. Inserts, reaps and diagnostics take the free list's lock for a few instructions, never
-//! while foreign code runs. Lock order: free list, then a slot's side.
+//! A look-up takes no lock. Inserts, reaps and diagnostics take the free list's lock for a few
+//! instructions, never while foreign code runs. Lock order: free list, then a slot's side.
 //!
-//! The memory is kept by every `Arena` clone, every watch, and every occupied slot through its occupant. So a `Strong`
-//! is a bare pointer, and cloning it is one atomic operation.
+//! The memory is kept by every `Arena` clone, every watch, and every occupied slot through its
+//! occupant. So a `Strong` is a bare pointer, and cloning it is one atomic operation.
 
 use std::{fmt, panic::Location};
 
@@ -30,10 +31,12 @@ use crate::{
 pub struct ArenaConfig {
     /// Kind of the objects; part of every handle.
     pub kind: Kind,
-    /// Width of the generation, 1 to 24: a slot serves at most 2ⁿ − 1 objects and is then retired. (Fewer only at full
-    /// width: generations that earlier arenas used under the same tag are never used again.)
+    /// Width of the generation, 1 to 24: a slot serves at most 2ⁿ − 1 objects and is then retired.
+    /// (Fewer only at full width: generations that earlier arenas used under the same tag are never
+    /// used again.)
     pub generation_bits: u32,
-    /// Width of the index, 0 to 24: the arena has at most 2ⁿ slots, and never more than 13.6 million.
+    /// Width of the index, 0 to 24: the arena has at most 2ⁿ slots, and never more than 13.6
+    /// million.
     pub index_bits: u32,
 }
 
@@ -176,8 +179,8 @@ impl<T> Shared<T> {
     }
 }
 
-/// A slot reserved for one insert. Freed with a new generation if making the value panics: the handle may have been
-/// passed on by then.
+/// A slot reserved for one insert. Freed with a new generation if making the value panics: the
+/// handle may have been passed on by then.
 struct Reservation<'a, T> {
     shared: &'a Arc<Shared<T>>,
     slot: &'a Slot<T>,
@@ -202,7 +205,8 @@ impl<'a, T> Reservation<'a, T> {
     fn publish(self, value: T) -> Strong<T> {
         let Self { shared, slot } = self;
         std::mem::forget(self);
-        // SAFETY: a Reservation exists only after `reserve`, and this consumes it without running its drop.
+        // SAFETY: a Reservation exists only after `reserve`, and this consumes it without running
+        // its drop.
         unsafe { slot.publish(Occupant { value, owner: Arc::clone(shared) }) };
         // SAFETY: `publish` made the one reference that this takes over.
         unsafe { Strong::from_owned(slot) }
@@ -211,7 +215,8 @@ impl<'a, T> Reservation<'a, T> {
 
 impl<T> Drop for Reservation<'_, T> {
     fn drop(&mut self) {
-        // SAFETY: a Reservation that is dropped was not published, so the slot is still reserved by us.
+        // SAFETY: a Reservation that is dropped was not published, so the slot is still reserved by
+        // us.
         unsafe { self.shared.end(self.slot, false) };
     }
 }
@@ -227,9 +232,10 @@ impl<T> Drop for Owner<T> {
 
 /// Stores objects of type `T` that are counted and looked up through [`Handle`]s.
 ///
-/// A clone is the same arena, from any thread. When the last clone is dropped, objects that still have references live on;
-/// [`Strong`] states how they are dropped then. A value should not own a clone of the arena that stores it: the arena would
-/// never be orphaned, and a value whose only users are gone would wait for a reap that cannot come.
+/// A clone is the same arena, from any thread. When the last clone is dropped, objects that still
+/// have references live on; [`Strong`] states how they are dropped then. A value should not own a
+/// clone of the arena that stores it: the arena would never be orphaned, and a value whose only
+/// users are gone would wait for a reap that cannot come.
 pub struct Arena<T> {
     shared: Arc<Shared<T>>,
     _owner: Arc<Owner<T>>,
@@ -273,8 +279,9 @@ impl<T> Arena<T> {
         Reservation::take(&self.shared).map(|slot| slot.publish(value))
     }
 
-    /// Like [`insert`](Self::insert), for a value that needs its own handle. The handle resolves only after
-    /// `make` has returned; if `make` panics it never will. No lock is held while `make` runs.
+    /// Like [`insert`](Self::insert), for a value that needs its own handle. The handle resolves
+    /// only after `make` has returned; if `make` panics it never will. No lock is held while `make`
+    /// runs.
     ///
     /// # Errors
     /// [`Full`] when no slot is free; `make` is not called.
@@ -310,8 +317,8 @@ impl<T> Arena<T> {
         self.acquire(handle).map(|strong| Held::register(strong, holder, since))
     }
 
-    /// Whether the handle can be acquired. Advisory: a refusal is final, a success may be outdated on return.
-    /// Reads one word and writes nothing, so checking never slows other threads down.
+    /// Whether the handle can be acquired. Advisory: a refusal is final, a success may be outdated
+    /// on return. Reads one word and writes nothing, so checking never slows other threads down.
     ///
     /// # Errors
     /// [`Stale`] says why the handle leads nowhere.
@@ -321,7 +328,8 @@ impl<T> Arena<T> {
         if slot.word().admits(handle.generation()) { Ok(()) } else { self.shared.check(handle) }
     }
 
-    /// Number of references of an object, 0 for a stale handle. For diagnostics: outdated on return.
+    /// Number of references of an object, 0 for a stale handle. For diagnostics: outdated on
+    /// return.
     pub fn count(&self, handle: Handle<T>) -> usize {
         match self.shared.slot(handle).map(Slot::word) {
             Ok(word) if word.admits(handle.generation()) => {
@@ -331,12 +339,13 @@ impl<T> Arena<T> {
         }
     }
 
-    /// Lists the named holders of an object in order of registration; empty for a stale handle. Takes no reference, so
-    /// this call is never the last holder.
+    /// Lists the named holders of an object in order of registration; empty for a stale handle.
+    /// Takes no reference, so this call is never the last holder.
     pub fn holders(&self, handle: Handle<T>) -> Vec<HolderInfo> {
         let Ok(slot) = self.shared.slot(handle) else { return Vec::new() };
         let mut side = slot.side.lock();
-        // The list is emptied before the generation moves on, so under the lock an equal generation means its own list.
+        // The list is emptied before the generation moves on, so under the lock an equal generation
+        // means its own list.
         if slot.word().generation() != handle.generation() {
             return Vec::new();
         }
@@ -348,7 +357,8 @@ impl<T> Arena<T> {
         Watch::new(Arc::clone(&self.shared), handle)
     }
 
-    /// The handles of all objects that live now. Objects that come or go meanwhile may or may not be among them.
+    /// The handles of all objects that live now. Objects that come or go meanwhile may or may not
+    /// be among them.
     pub fn snapshot(&self) -> Vec<Handle<T>> {
         let live = |slot: &&Slot<T>| {
             let word = slot.word();
@@ -357,8 +367,8 @@ impl<T> Arena<T> {
         self.shared.pages.iter().filter(live).map(Slot::handle).collect()
     }
 
-    /// Whether dead objects wait to be reaped: one relaxed load. May be true shortly before the object can be reaped; never
-    /// misses an object whose release has returned.
+    /// Whether dead objects wait to be reaped: one relaxed load. May be true shortly before the
+    /// object can be reaped; never misses an object whose release has returned.
     #[inline]
     pub fn has_dead(&self) -> bool {
         self.shared.graveyard.len() > 0
@@ -369,14 +379,15 @@ impl<T> Arena<T> {
         self.shared.graveyard.len()
     }
 
-    /// Takes the dead object that has waited longest. It is owned by the caller alone; close it, then drop the
-    /// [`Dead`] or take the value out, which frees the slot. Wakes the watchers of that object.
+    /// Takes the dead object that has waited longest. It is owned by the caller alone; close it,
+    /// then drop the [`Dead`] or take the value out, which frees the slot. Wakes the watchers of
+    /// that object.
     pub fn reap_one(&self) -> Option<(Handle<T>, Dead<T>)> {
         self.shared.reap_one()
     }
 
-    /// Takes dead objects until there are none, including those whose last reference an earlier one held. A chain of any
-    /// length needs no recursion.
+    /// Takes dead objects until there are none, including those whose last reference an earlier one
+    /// held. A chain of any length needs no recursion.
     pub fn reap(&self) -> Reap<'_, T> {
         Reap::new(self)
     }

@@ -1,15 +1,18 @@
-//! Queues dead objects until they are reaped: a lock-free stack that releases push on, and a queue that reaps take from.
+//! Queues dead objects until they are reaped: a lock-free stack that releases push on, and a queue
+//! that reaps take from.
 //!
-//! A last release does three things here: one increment, one store, one compare-exchange. It drops nothing, calls
-//! nothing and does not wait. A reap empties the stack in one swap and appends it, oldest first, to the queue, so
-//! objects are reaped in the order of their deaths: a parent before the children that only it held.
+//! A last release does three things here: one increment, one store, one compare-exchange. It drops
+//! nothing, calls nothing and does not wait. A reap empties the stack in one swap and appends it,
+//! oldest first, to the queue, so objects are reaped in the order of their deaths: a parent before
+//! the children that only it held.
 //!
-//! **After the last `Arena` was dropped.** Nothing can reap then, and values must neither leak nor be dropped recursively.
-//! The head has two flags: ORPHAN, set when the last `Arena` is dropped, and DRAINING. A release that pushes on an orphaned
-//! graveyard without DRAINING sets it with the same compare-exchange and becomes the drainer: it drops dead values one
-//! after another until the stack is empty, which the exchange that clears DRAINING proves. Releases inside those drops, or
-//! on other threads, see DRAINING and only push. So even then the stack depth is constant, and every value is dropped
-//! exactly once.
+//! **After the last `Arena` was dropped.** Nothing can reap then, and values must neither leak nor
+//! be dropped recursively. The head has two flags: ORPHAN, set when the last `Arena` is dropped,
+//! and DRAINING. A release that pushes on an orphaned graveyard without DRAINING sets it with the
+//! same compare-exchange and becomes the drainer: it drops dead values one after another until the
+//! stack is empty, which the exchange that clears DRAINING proves. Releases inside those drops, or
+//! on other threads, see DRAINING and only push. So even then the stack depth is constant, and
+//! every value is dropped exactly once.
 
 use std::ptr::NonNull;
 
@@ -33,7 +36,8 @@ struct Queue {
     back: u32,
 }
 
-// Releases and reaps write here; look-ups read the fields around it. On lines of its own, so that they do not meet.
+// Releases and reaps write here; look-ups read the fields around it. On lines of its own, so that
+// they do not meet.
 #[repr(align(128))]
 pub(crate) struct Graveyard {
     /// Top of the stack, and the flags. Pushed by compare-exchange, emptied as a whole: so no ABA.
@@ -65,13 +69,14 @@ impl Graveyard {
 /// The caller made the decrement to 0 on the slot that this points to, and does this once.
 #[cold]
 pub(crate) unsafe fn bury<T>(slot: NonNull<Slot<T>>) {
-    // SAFETY: the slot stays occupied, hence allocated, at least until it is reaped, which cannot happen before the push
-    // below; and then `shared` keeps it. (A pointer and not a reference as the argument, because a reference would
-    // claim the slot until this function has returned, and so longer than `shared` does.)
+    // SAFETY: the slot stays occupied, hence allocated, at least until it is reaped, which cannot
+    // happen before the push below; and then `shared` keeps it. (A pointer and not a reference as
+    // the argument, because a reference would claim the slot until this function has returned, and
+    // so longer than `shared` does.)
     let slot = unsafe { slot.as_ref() };
-    // As soon as the slot is on the stack a reaper may free it, and with it the arena; our own Arc keeps the memory
-    // (not the occupant) until we are done.
-    // SAFETY: until the push below, the dead object is ours alone, so we may borrow it shared.
+    // As soon as the slot is on the stack a reaper may free it, and with it the arena; our own Arc
+    // keeps the memory (not the occupant) until we are done. SAFETY: until the push below, the dead
+    // object is ours alone, so we may borrow it shared.
     let shared = Arc::clone(unsafe { &slot.occupant().owner });
     let graveyard = &shared.graveyard;
     graveyard.waiting.fetch_add(1, Ordering::Relaxed);
@@ -79,8 +84,8 @@ pub(crate) unsafe fn bury<T>(slot: NonNull<Slot<T>>) {
     let drains = loop {
         slot.next.store(head & LINK, Ordering::Relaxed);
         let flags = if head & ORPHAN != 0 { ORPHAN | DRAINING } else { 0 };
-        // Release: the reaper sees the link and everything that any holder did to the object. The holders' release
-        // decrements reached us through the load in `strong::release`.
+        // Release: the reaper sees the link and everything that any holder did to the object. The
+        // holders' release decrements reached us through the load in `strong::release`.
         match graveyard.head.compare_exchange_weak(
             head,
             (slot.place() + 1) | flags,
@@ -141,7 +146,8 @@ impl<T> Shared<T> {
         free_list.closing += 1;
         drop(free_list);
         drop(queue);
-        // SAFETY: the slot was buried once, by the release that made it dead, and we alone took it out.
+        // SAFETY: the slot was buried once, by the release that made it dead, and we alone took it
+        // out.
         Some((slot.handle(), unsafe { Dead::new(slot) }))
     }
 
@@ -169,8 +175,8 @@ impl<T> Shared<T> {
     }
 }
 
-/// Drops the dead objects of an orphaned arena. If a value's drop panics, the drop of this guard goes on with the rest, as
-/// `Vec`'s does.
+/// Drops the dead objects of an orphaned arena. If a value's drop panics, the drop of this guard
+/// goes on with the rest, as `Vec`'s does.
 struct Drain<'a, T> {
     shared: &'a Shared<T>,
     done: bool,

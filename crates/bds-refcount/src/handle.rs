@@ -1,4 +1,5 @@
-//! `Handle<T>`: a 64-bit generational name of an object in an arena. It keeps nothing alive and never dangles.
+//! `Handle<T>`: a 64-bit generational name of an object in an arena. It keeps nothing alive and
+//! never dangles.
 //!
 //! ```text
 //!  63   60 59        48 47              24 23               0
@@ -6,8 +7,9 @@
 //! │ kind  │ arena tag  │ generation (≥ 1) │ index            │
 //! └───────┴────────────┴──────────────────┴──────────────────┘
 //! ```
-//! Any `u64` may become a handle; whether it names anything is decided by [`Arena::acquire`](crate::Arena::acquire)
-//! alone. This file does arithmetic only; it knows no slots. The order of the fields is not part of any promise.
+//! Any `u64` may become a handle; whether it names anything is decided by
+//! [`Arena::acquire`](crate::Arena::acquire) alone. This file does arithmetic only; it knows no
+//! slots. The order of the fields is not part of any promise.
 
 use std::{
     cmp::Ordering,
@@ -31,8 +33,8 @@ const INDEX_MASK: u64 = (1 << INDEX_BITS) - 1;
 const GENERATION_MASK: u64 = (1 << GENERATION_BITS) - 1;
 const TAG_MASK: u64 = (1 << TAG_BITS) - 1;
 
-/// Kind of the objects in an arena, 1 to 15. It is part of every handle, so that a node's handle is refused with
-/// [`WrongKind`](crate::Stale::WrongKind) where an edge's is expected.
+/// Kind of the objects in an arena, 1 to 15. It is part of every handle, so that a node's handle is
+/// refused with [`WrongKind`](crate::Stale::WrongKind) where an edge's is expected.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Kind(u8);
 
@@ -65,8 +67,8 @@ impl Kind {
 
 /// Names an object of type `T` in an [`Arena<T>`](crate::Arena): `Copy`, 64 bits, never dangling.
 ///
-/// A handle denotes one object for ever: after that object's end it is stale in every future lookup,
-/// also when its slot has been used again. Zero is never a valid handle.
+/// A handle denotes one object for ever: after that object's end it is stale in every future
+/// lookup, also when its slot has been used again. Zero is never a valid handle.
 pub struct Handle<T> {
     bits: u64,
     // `fn() -> T`: a handle owns no T, so it is Send and Sync for every T.

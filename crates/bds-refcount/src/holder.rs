@@ -1,12 +1,15 @@
-//! Named holders: records which references to an object have a name, of what kind, and where they were taken.
+//! Named holders: records which references to an object have a name, of what kind, and where they
+//! were taken.
 //!
-//! Every long-lived holder (an edge, a backend, a job) takes its reference as a [`Held`], so "node is in use" errors and leak
-//! reports can name it. Registering takes the slot's side lock and one allocation; release takes no lock: the record is
-//! owned by the `Held`, the list knows it weakly, and the next registration or listing removes dead entries.
+//! Every long-lived holder (an edge, a backend, a job) takes its reference as a [`Held`], so "node
+//! is in use" errors and leak reports can name it. Registering takes the slot's side lock and one
+//! allocation; release takes no lock: the record is owned by the `Held`, the list knows it weakly,
+//! and the next registration or listing removes dead entries.
 //!
-//! Anonymous references (plain `Strong`) are only counted, in debug builds too. Recording where each was cloned would
-//! put an allocation and a lock into every clone, make the reference larger, and have debug builds test another
-//! program than the one that ships. References that matter have names.
+//! Anonymous references (plain `Strong`) are only counted, in debug builds too. Recording where
+//! each was cloned would put an allocation and a lock into every clone, make the reference larger,
+//! and have debug builds test another program than the one that ships. References that matter have
+//! names.
 
 use std::{
     fmt,
@@ -19,7 +22,8 @@ use crate::strong::{Release, Strong};
 
 /// A kind of holder: a label that the user of the arena chooses ("edge", "backend", "job").
 ///
-/// Two kinds are equal if their labels are. A user with a fixed set of kinds has an enum with `From` into this type.
+/// Two kinds are equal if their labels are. A user with a fixed set of kinds has an enum with
+/// `From` into this type.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct HolderKind(&'static str);
 
@@ -162,9 +166,11 @@ impl HolderList {
     }
 }
 
-/// A reference with a named holder. Derefs to the reference ([`Strong`]), and through it to the object.
+/// A reference with a named holder. Derefs to the reference ([`Strong`]), and through it to the
+/// object.
 ///
-/// Its name is removed from the list before the reference is released, so a listed holder is always counted.
+/// Its name is removed from the list before the reference is released, so a listed holder is always
+/// counted.
 pub struct Held<T> {
     // Fields drop in this order: first the name, then the reference.
     entry: Arc<Entry>,
@@ -210,7 +216,8 @@ impl<T> Held<T> {
         self.pass_since(holder, Location::caller())
     }
 
-    /// As [`pass_to`](Self::pass_to), with the call site given: for a function that acts for its caller.
+    /// As [`pass_to`](Self::pass_to), with the call site given: for a function that acts for its
+    /// caller.
     pub fn pass_since(self, holder: Holder, since: &'static Location<'static>) -> Self {
         // The new name first: the object is never without one.
         let Self { entry, strong } = self;

@@ -1,8 +1,9 @@
 //! Slab arena, generational handles and counted references.
 //!
-//! A [`Handle`] names one object for ever. While the object has references, [`Arena::acquire`] makes one more from the
-//! handle; from the decrement that releases the last one, it never does again, also when the slot holds another object. A
-//! stale handle is an error, never undefined behaviour.
+//! A [`Handle`] names one object for ever. While the object has references, [`Arena::acquire`]
+//! makes one more from the handle; from the decrement that releases the last one, it never does
+//! again, also when the slot holds another object. A stale handle is an error, never undefined
+//! behaviour.
 //!
 //! ```
 //! use bds_refcount::{Arena, Kind, Release, Stale};
@@ -26,17 +27,22 @@
 //! In reading order:
 //! * `handle`: the 64 bits; `lifecycle`: count, state and generation in one word.
 //! * `slot`: one slot and its cell; `pages`: memory of the slots; `arena`: insert, look up, retire.
-//! * `strong`: the counted reference; `graveyard` and `dead`: objects between the last release and their close.
-//! * `watch`: a future of an object's end; `holder`: named references, for "who holds this?"; `stale`: errors; `tag`: arena tags.
-//! * `rcu`: [`RcuCell`], a read-mostly value (how an edge keeps its reference), and [`BorrowedFuture`], a future that borrows
-//!   from an object and can outlive the request that began it.
+//! * `strong`: the counted reference; `graveyard` and `dead`: objects between the last release and
+//!   their close.
+//! * `watch`: a future of an object's end; `holder`: named references, for "who holds this?";
+//!   `stale`: errors; `tag`: arena tags.
+//! * `rcu`: [`RcuCell`], a read-mostly value (how an edge keeps its reference), and
+//!   [`BorrowedFuture`], a future that borrows from an object and can outlive the request that
+//!   began it.
 //! * `shard`: counters spread over threads; `sync`: std or loom.
 //!
-//! All `unsafe` of the arena is about one cell, the slot's, and one pointer, the reference's: `slot` states who may access the
-//! cell, `strong`, `dead` and `graveyard` keep to it, and `tests/loom_arena.rs` explores it. (`rcu` argues its own.)
+//! All `unsafe` of the arena is about one cell, the slot's, and one pointer, the reference's:
+//! `slot` states who may access the cell, `strong`, `dead` and `graveyard` keep to it, and
+//! `tests/loom_arena.rs` explores it. (`rcu` argues its own.)
 //!
-//! What is deliberately not here: closing (drivers do that, on what a reap returns), names, edges, any I/O, and any
-//! callback from a release. A request path should [`check`](Arena::check), not count.
+//! What is deliberately not here: closing (drivers do that, on what a reap returns), names, edges,
+//! any I/O, and any callback from a release. A request path should [`check`](Arena::check), not
+//! count.
 
 mod arena;
 mod dead;

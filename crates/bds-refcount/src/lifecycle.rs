@@ -12,20 +12,22 @@
 //!     └──────generation+1──┴───────────────── Occupied, count = 0 (dying, then dead)
 //!                 (Retired instead of Vacant when the generation is exhausted)
 //! ```
-//! One word, so that one atomic operation decides: the decrement that takes the count to 0 is the same
-//! operation that makes the object unacquirable, and an acquire checks state, generation, "not zero" and "not too many"
-//! on the value that its compare-exchange then confirms.
+//! One word, so that one atomic operation decides: the decrement that takes the count to 0 is the
+//! same operation that makes the object unacquirable, and an acquire checks state, generation, "not
+//! zero" and "not too many" on the value that its compare-exchange then confirms.
 //!
-//! The count is on top and less by one so that both questions after an atomic add or subtract, "was that the last?" and
-//! "are those too many?", are answered by the processor's flags. On x86 both are then one `lock add` or `lock sub` of a
-//! constant and a jump, as for `Arc`; other layouts need the slower `lock xadd` (10 % of a clone and drop). For that one
-//! reference must also fit an immediate operand, which 2²⁶ does.
+//! The count is on top and less by one so that both questions after an atomic add or subtract, "was
+//! that the last?" and "are those too many?", are answered by the processor's flags. On x86 both
+//! are then one `lock add` or `lock sub` of a constant and a jump, as for `Arc`; other layouts need
+//! the slower `lock xadd` (10 % of a clone and drop). For that one reference must also fit an
+//! immediate operand, which 2²⁶ does.
 
 /// One reference.
 pub(crate) const ONE: u64 = 1 << 26;
 
-/// No more references than this are given out: up to here the signed field is not negative. Increments that are about to
-/// be undone would have to come from 2³⁷ threads at once to reach the value that means none.
+/// No more references than this are given out: up to here the signed field is not negative.
+/// Increments that are about to be undone would have to come from 2³⁷ threads at once to reach the
+/// value that means none.
 pub(crate) const COUNT_LIMIT: u64 = 1 << 37;
 
 const COUNT_SHIFT: u32 = ONE.trailing_zeros();
@@ -80,8 +82,9 @@ impl Word {
     /// Whether an object of this generation lives here and may get one more reference.
     #[inline]
     pub(crate) const fn admits(self, generation: u32) -> bool {
-        // Against the live word of count 1, state and generation are 0 if they agree, and the count, turned down, is
-        // below the limit if it is neither 0 nor too high: one comparison for all.
+        // Against the live word of count 1, state and generation are 0 if they agree, and the
+        // count, turned down, is below the limit if it is neither 0 nor too high: one comparison
+        // for all.
         let one = Self::new(State::Occupied, generation, 1);
         (self.0 ^ one.0).rotate_right(COUNT_SHIFT) < COUNT_LIMIT - 1
     }
@@ -99,7 +102,8 @@ impl Word {
         self.0 < ONE
     }
 
-    /// The word after the end of the occupant: vacant in the next generation if that may begin, else retired.
+    /// The word after the end of the occupant: vacant in the next generation if that may begin,
+    /// else retired.
     pub(crate) const fn after_end(self, may_go_on: bool) -> Self {
         let generation = self.generation();
         if may_go_on {
@@ -155,7 +159,8 @@ mod tests {
         }
     }
 
-    /// Both comparisons are strict. No occupied slot has such a word (its state is not 0), so that only here does it show.
+    /// Both comparisons are strict. No occupied slot has such a word (its state is not 0), so that
+    /// only here does it show.
     #[test]
     fn the_boundary_words_are_neither_last_nor_too_many() {
         assert_eq!((Word(ONE - 1).count(), Word(ONE - 1).was_last()), (1, true));

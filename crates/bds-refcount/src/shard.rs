@@ -3,17 +3,21 @@
 //! ```
 //! use std::sync::atomic::{AtomicU64, Ordering};
 //!
-//! let requests: Vec<AtomicU64> = (0..bds_refcount::shard_count()).map(|_| AtomicU64::new(0)).collect();
-//! requests[bds_refcount::own_shard(requests.len())].fetch_add(1, Ordering::Relaxed);
+//! use bds_refcount::{own_shard, shard_count};
+//!
+//! let requests: Vec<AtomicU64> = (0..shard_count()).map(|_| AtomicU64::new(0)).collect();
+//! requests[own_shard(requests.len())].fetch_add(1, Ordering::Relaxed);
 //! assert_eq!(requests.iter().map(|n| n.load(Ordering::Relaxed)).sum::<u64>(), 1);
 //! ```
-//! A shard belongs on cache lines of its own (`repr(align(128))`); that is left to the caller, whose shards hold more than a
-//! counter. Numbers are given to threads in order of first use, so the first threads of a process do not collide.
+//! A shard belongs on cache lines of its own (`repr(align(128))`); that is left to the caller,
+//! whose shards hold more than a counter. Numbers are given to threads in order of first use, so
+//! the first threads of a process do not collide.
 
 /// Threads beyond this many share shards; more shards cost memory and longer sums for nothing.
 pub const MAX_SHARDS: usize = 16;
 
-/// Number of shards for this machine: its processors, rounded up to a power of two, at most [`MAX_SHARDS`].
+/// Number of shards for this machine: its processors, rounded up to a power of two, at most
+/// [`MAX_SHARDS`].
 pub fn shard_count() -> usize {
     #[cfg(loom)]
     return 2;
@@ -28,7 +32,8 @@ pub fn shard_count() -> usize {
     }
 }
 
-/// The shard of the calling thread among `count`, which is a power of two. Always the same one for a thread.
+/// The shard of the calling thread among `count`, which is a power of two. Always the same one for
+/// a thread.
 #[inline]
 pub fn own_shard(count: usize) -> usize {
     debug_assert!(count.is_power_of_two(), "{count} shards");

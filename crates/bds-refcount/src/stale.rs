@@ -47,7 +47,8 @@ impl error::Error for Stale {}
 /// The arena has no free slot: every index is in use, waiting to be reaped, or retired.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Full {
-    /// Slots that this arena can have in all. 0: it found no generation of its kind that was not used already.
+    /// Slots that this arena can have in all. 0: it found no generation of its kind that was not
+    /// used already.
     pub capacity: usize,
     /// How many of them are retired for good.
     pub retired: usize,

@@ -1,6 +1,8 @@
-//! `Strong<T>`: a counted reference to an object in an arena. Clone and drop are one atomic operation each.
+//! `Strong<T>`: a counted reference to an object in an arena. Clone and drop are one atomic
+//! operation each.
 //!
-//! A `Strong` is one pointer. It keeps its slot occupied, and an occupied slot keeps the arena's memory.
+//! A `Strong` is one pointer. It keeps its slot occupied, and an occupied slot keeps the arena's
+//! memory.
 
 use std::{fmt, mem::ManuallyDrop, ops::Deref, panic::Location, ptr::NonNull};
 
@@ -16,24 +18,27 @@ use crate::{
 /// Result of a release: whether it was the last.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Release {
-    /// This call released the last reference. Final: the object is not acquirable any more and waits to be reaped.
-    /// Of any number of concurrent releases exactly one sees this.
+    /// This call released the last reference. Final: the object is not acquirable any more and
+    /// waits to be reaped. Of any number of concurrent releases exactly one sees this.
     Last,
     /// Another reference existed at that moment. This says nothing about the object now.
     NotLast,
 }
 
-/// A counted reference to an object in an [`Arena`](crate::Arena): while it exists, the object lives.
+/// A counted reference to an object in an [`Arena`](crate::Arena): while it exists, the object
+/// lives.
 ///
-/// Dropping or releasing it never blocks, takes no lock, does no I/O, calls nothing and drops no value: the object is
-/// left to the next reap. The one exception is an arena whose last [`Arena`](crate::Arena) was dropped: it cannot be
-/// reaped any more, so the last release drops the value, and those that lose their last reference with it, one after
-/// another without recursion, and wakes their watchers.
+/// Dropping or releasing it never blocks, takes no lock, does no I/O, calls nothing and drops no
+/// value: the object is left to the next reap. The one exception is an arena whose last
+/// [`Arena`](crate::Arena) was dropped: it cannot be reaped any more, so the last release drops the
+/// value, and those that lose their last reference with it, one after another without recursion,
+/// and wakes their watchers.
 pub struct Strong<T> {
     slot: NonNull<Slot<T>>,
 }
 
-// SAFETY: a Strong gives `&T` to its thread (T: Sync), and in an orphaned arena its release drops a T there (T: Send).
+// SAFETY: a Strong gives `&T` to its thread (T: Sync), and in an orphaned arena its release drops a
+// T there (T: Send).
 unsafe impl<T: Send + Sync> Send for Strong<T> {}
 // SAFETY: as above; a `&Strong` can be cloned into a Strong.
 unsafe impl<T: Send + Sync> Sync for Strong<T> {}
@@ -50,8 +55,8 @@ impl<T> Strong<T> {
 
     #[inline]
     fn slot(&self) -> &Slot<T> {
-        // SAFETY: our reference keeps the slot occupied; its occupant owns an Arc of the arena, whose pages hold the
-        // slot and do not move.
+        // SAFETY: our reference keeps the slot occupied; its occupant owns an Arc of the arena,
+        // whose pages hold the slot and do not move.
         unsafe { self.slot.as_ref() }
     }
 
@@ -63,9 +68,9 @@ impl<T> Strong<T> {
         unsafe { release(this.slot) }
     }
 
-    /// The dead object if this is the only reference, bypassing the graveyard: for a close that needs the object at
-    /// once. Takes the arena's lock for a moment and wakes the object's watchers, so this is a reap, not a
-    /// release.
+    /// The dead object if this is the only reference, bypassing the graveyard: for a close that
+    /// needs the object at once. Takes the arena's lock for a moment and wakes the object's
+    /// watchers, so this is a reap, not a release.
     ///
     /// # Errors
     /// The reference, unchanged, if there are others.
@@ -74,8 +79,8 @@ impl<T> Strong<T> {
             return Err(self);
         }
         let this = ManuallyDrop::new(self);
-        // SAFETY: we made the count 0 and did not bury the slot: the dead object is ours, with its occupant, which
-        // keeps the slot's memory.
+        // SAFETY: we made the count 0 and did not bury the slot: the dead object is ours, with its
+        // occupant, which keeps the slot's memory.
         let slot = unsafe { this.slot.as_ref() };
         // SAFETY: as above.
         unsafe { slot.occupant() }.owner.free_list().closing += 1;
@@ -114,7 +119,8 @@ impl<T> Strong<T> {
         Held::register(self, holder, Location::caller())
     }
 
-    /// As [`held_by`](Self::held_by), with the call site given: for a function that takes the reference for its caller.
+    /// As [`held_by`](Self::held_by), with the call site given: for a function that takes the
+    /// reference for its caller.
     pub fn held_since(self, holder: Holder, since: &'static Location<'static>) -> Held<T> {
         Held::register(self, holder, since)
     }
@@ -145,10 +151,10 @@ unsafe fn release<T>(slot: NonNull<Slot<T>>) -> Release {
     if !unsafe { Slot::release(slot.as_ptr()) } {
         return Release::NotLast;
     }
-    // SAFETY: ours was the last reference; the slot stays occupied, hence allocated, until it is reaped, which cannot
-    // happen before `bury`.
-    // Its load acquires, by reading our own decrement: that continues the release sequence of every earlier one, so all
-    // that any holder did happens before what the reaper does.
+    // SAFETY: ours was the last reference; the slot stays occupied, hence allocated, until it is
+    // reaped, which cannot happen before `bury`. Its load acquires, by reading our own decrement:
+    // that continues the release sequence of every earlier one, so all that any holder did happens
+    // before what the reaper does.
     unsafe { slot.as_ref() }.word();
     // SAFETY: we made the count 0, and do this once.
     unsafe { bury(slot) };
@@ -158,10 +164,10 @@ unsafe fn release<T>(slot: NonNull<Slot<T>>) -> Release {
 /// Makes another reference: one atomic operation.
 ///
 /// # Panics
-/// If there are 2³⁷ references already, which takes leaking them or a tebibyte of them. The count is put right before
-/// the panic and the object is unharmed. Unwinding was chosen over aborting, which would take a whole VMM down, and over
-/// a saturated count, which would never close the object and so lose its last flush silently.
-/// [`try_clone`](Strong::try_clone) does not panic.
+/// If there are 2³⁷ references already, which takes leaking them or a tebibyte of them. The count
+/// is put right before the panic and the object is unharmed. Unwinding was chosen over aborting,
+/// which would take a whole VMM down, and over a saturated count, which would never close the
+/// object and so lose its last flush silently. [`try_clone`](Strong::try_clone) does not panic.
 impl<T> Clone for Strong<T> {
     #[inline]
     fn clone(&self) -> Self {

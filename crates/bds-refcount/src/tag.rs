@@ -1,15 +1,17 @@
-//! Leases arena tags and ranges of generations, so that no two arenas ever give out the same handle.
+//! Leases arena tags and ranges of generations, so that no two arenas ever give out the same
+//! handle.
 //!
-//! The tag is the twelve bits of a handle that identify its arena. A handle is (kind, tag, generation, index), and denotes
-//! one object for ever. So no (tag, generation) of a kind is ever used by two arenas: each arena has a *lease* of a range of
-//! generations under its tag. A lease that ends returns the generations it did not begin; those it began are never leased
-//! again.
+//! The tag is the twelve bits of a handle that identify its arena. A handle is (kind, tag,
+//! generation, index), and denotes one object for ever. So no (tag, generation) of a kind is ever
+//! used by two arenas: each arena has a *lease* of a range of generations under its tag. A lease
+//! that ends returns the generations it did not begin; those it began are never leased again.
 //!
 //! A new arena gets the first of these that exists:
-//! * the largest free range of a tag that no live arena has. Tags are tried in turn, so that one is used again as late as
-//!   possible;
+//! * the largest free range of a tag that no live arena has. Tags are tried in turn, so that one is
+//!   used again as late as possible;
 //! * the largest free range of any tag;
-//! * the upper half of what the live arena with the most unused generations has left, under the same tag;
+//! * the upper half of what the live arena with the most unused generations has left, under the
+//!   same tag;
 //! * no lease, and so no slots.
 
 use std::sync::{
@@ -30,9 +32,10 @@ pub(crate) struct Lease {
     kind: Kind,
     tag: u16,
     first: u32,
-    /// The highest generation begun (low half) and the last that may be (high half), which another arena may lower.
-    /// One word, so that neither passes the other.
-    // std's atomic also under loom: changed under the lock of `SPACES`, and halving it reads no other memory.
+    /// The highest generation begun (low half) and the last that may be (high half), which another
+    /// arena may lower. One word, so that neither passes the other.
+    // std's atomic also under loom: changed under the lock of `SPACES`, and halving it reads no
+    // other memory.
     bounds: AtomicU64,
 }
 
@@ -273,7 +276,8 @@ mod tests {
         assert_eq!(numbers.len(), TAGS, "each has its own while there are unused ones");
         assert!(!numbers.contains(&0));
 
-        // An arena that has used most of its generations goes on to what it may, and not beyond what it gave away.
+        // An arena that has used most of its generations goes on to what it may, and not beyond
+        // what it gave away.
         let busy = tags.swap_remove(7);
         assert!(busy.begin(LAST_GENERATION - 3 * LEASE_MIN));
         tags.extend((0..600).map(|_| Tag::take(CROWDED, LAST_GENERATION)));
@@ -303,8 +307,8 @@ mod tests {
         assert!(!again.is_foreign(0), "no arena ever issues 0");
     }
 
-    /// More live arenas than tags, and new ones beside them for ever: the new ones use up what they begin, not what they
-    /// lease.
+    /// More live arenas than tags, and new ones beside them for ever: the new ones use up what they
+    /// begin, not what they lease.
     #[test]
     fn new_arenas_beside_more_than_all_tags_never_run_out() {
         let crowd: Vec<Tag> = (0..TAGS + 10).map(|_| Tag::take(BESIDE, LAST_GENERATION)).collect();

@@ -1,8 +1,9 @@
-//! `Watch<T>`: a future that completes when an object has lost its last reference, without keeping it alive.
+//! `Watch<T>`: a future that completes when an object has lost its last reference, without keeping
+//! it alive.
 //!
-//! The state is read from the lifecycle word, so it is known at once and final. Only the wake-up of a waiting task needs
-//! delivery: the watchers' wakers are stored in the slot, and the reap of the object, or `deliver_watches`, takes them out
-//! and wakes them. A release wakes nothing.
+//! The state is read from the lifecycle word, so it is known at once and final. Only the wake-up of
+//! a waiting task needs delivery: the watchers' wakers are stored in the slot, and the reap of the
+//! object, or `deliver_watches`, takes them out and wakes them. A release wakes nothing.
 
 use std::{
     fmt,
@@ -13,13 +14,14 @@ use std::{
 
 use crate::{arena::Shared, handle::Handle, stale::Stale, sync::Arc};
 
-/// A weak watch on one object: fires exactly once, after the object has become unacquirable, and at once if it
-/// already was (or never lived).
+/// A weak watch on one object: fires exactly once, after the object has become unacquirable, and at
+/// once if it already was (or never lived).
 ///
 /// As a future it completes with that. A task that waits is woken once, by
-/// [`Arena::reap_one`](crate::Arena::reap_one), [`Arena::deliver_watches`](crate::Arena::deliver_watches) or
-/// [`Strong::into_dead`](crate::Strong::into_dead), never from inside a release. Dropping the watch cancels it. It keeps
-/// neither the object alive nor the arena from being orphaned, only memory.
+/// [`Arena::reap_one`](crate::Arena::reap_one),
+/// [`Arena::deliver_watches`](crate::Arena::deliver_watches) or
+/// [`Strong::into_dead`](crate::Strong::into_dead), never from inside a release. Dropping the watch
+/// cancels it. It keeps neither the object alive nor the arena from being orphaned, only memory.
 pub struct Watch<T> {
     shared: Arc<Shared<T>>,
     handle: Handle<T>,
@@ -59,7 +61,8 @@ impl<T> Watch<T> {
         let Ok(slot) = self.shared.slot(self.handle) else { return true };
         let waker = waker.clone();
         let mut side = slot.side.lock();
-        // Under the lock: if the object lives now, the wakers are taken out after we have registered.
+        // Under the lock: if the object lives now, the wakers are taken out after we have
+        // registered.
         if self.shared.check(self.handle).is_err() {
             return true;
         }

@@ -1,4 +1,5 @@
-//! Behaviour of the arena for one caller at a time, case by case. Sequences are in `properties.rs`, threads in `threads.rs`.
+//! Behaviour of the arena for one caller at a time, case by case. Sequences are in `properties.rs`,
+//! threads in `threads.rs`.
 #![cfg(not(loom))]
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails, in helpers too")]
 

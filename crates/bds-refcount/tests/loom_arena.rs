@@ -1,10 +1,11 @@
 //! Explores every interleaving of a few operations on few objects with loom.
 //!
-//! `CARGO_TARGET_DIR=target/loom RUSTFLAGS="--cfg loom" cargo test -p bds-refcount --test loom_arena --release`
+//! `CARGO_TARGET_DIR=target/loom RUSTFLAGS="--cfg loom" cargo test -p bds-refcount --test
+//! loom_arena --release`
 //!
-//! The value holds a loom cell, so loom also fails a test when the value is read without being ordered after the
-//! write, or while a reaper changes it: the `unsafe` arguments of `slot.rs`, checked. Loom's `Arc` fails a test
-//! that leaks the arena.
+//! The value holds a loom cell, so loom also fails a test when the value is read without being
+//! ordered after the write, or while a reaper changes it: the `unsafe` arguments of `slot.rs`,
+//! checked. Loom's `Arc` fails a test that leaks the arena.
 #![cfg(loom)]
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails, in helpers too")]
 
@@ -27,7 +28,8 @@ struct Value {
     drops: StdArc<StdAtomicUsize>,
 }
 
-// SAFETY: for loom's eyes only: it reports unordered access to the cell, which is what these tests look for.
+// SAFETY: for loom's eyes only: it reports unordered access to the cell, which is what these tests
+// look for.
 unsafe impl Sync for Value {}
 
 impl Value {
@@ -37,7 +39,8 @@ impl Value {
     }
 
     fn write(&mut self, number: u32) {
-        // SAFETY: `&mut self`; and loom fails the test if any other access is not ordered before this.
+        // SAFETY: `&mut self`; and loom fails the test if any other access is not ordered before
+        // this.
         self.cell.with_mut(|cell| unsafe { *cell = number });
     }
 }
@@ -358,8 +361,8 @@ fn two_inserts_get_two_slots() {
     });
 }
 
-/// The reader sees one of the values, alive, and the replaced one is dropped with its last reader, whether that is the
-/// reader's thread or the replacer's.
+/// The reader sees one of the values, alive, and the replaced one is dropped with its last reader,
+/// whether that is the reader's thread or the replacer's.
 #[test]
 fn a_cell_is_replaced_while_it_is_read() {
     loom::model(|| {
@@ -427,7 +430,8 @@ fn two_replacers_and_a_reader_leave_no_retired_value() {
     });
 }
 
-/// A wait beside the reader that holds up the drop: woken if it had to wait, complete once the value is dropped.
+/// A wait beside the reader that holds up the drop: woken if it had to wait, complete once the
+/// value is dropped.
 #[test]
 fn wait_unread_is_woken_when_the_last_reader_leaves() {
     loom::model(|| {

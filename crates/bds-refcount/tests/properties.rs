@@ -1,8 +1,9 @@
-//! Random sequences of operations against a plain model: properties 1 to 15 of the lifecycle contract, as far as an arena
-//! without a graph has them. Each test and each check names the property it stands for.
+//! Random sequences of operations against a plain model: properties 1 to 15 of the lifecycle
+//! contract, as far as an arena without a graph has them. Each test and each check names the
+//! property it stands for.
 //!
-//! Widths are tiny (1 to 3 bits of generation, 0 to 4 of index), so slots are used again, retired and exhausted all the
-//! time.
+//! Widths are tiny (1 to 3 bits of generation, 0 to 4 of index), so slots are used again, retired
+//! and exhausted all the time.
 #![cfg(not(loom))]
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails, in helpers too")]
 
@@ -413,7 +414,8 @@ impl World {
             DropWatch(n) => {
                 let Some(n) = pick(&self.watches, n) else { return };
                 let (watch, waited) = self.watches.swap_remove(n);
-                // Cancels the wake-up unless it was delivered; all of an object are delivered together.
+                // Cancels the wake-up unless it was delivered; all of an object are delivered
+                // together.
                 let object = self.model.at(watch.handle().to_u64());
                 if waited && object.waiting > 0 {
                     object.waiting -= 1;
@@ -586,7 +588,8 @@ proptest! {
         world.finish();
     }
 
-    /// Property 3: random numbers never resolve and never panic, near valid handles or far from them.
+    /// Property 3: random numbers never resolve and never panic, near valid handles or far from
+    /// them.
     #[test]
     fn random_numbers_are_never_handles(far in any::<u64>(), flips in 1_u64..=u64::MAX) {
         let arena = Arena::with_config(ArenaConfig {

@@ -1,5 +1,6 @@
-//! Releases references in any order: by call, by drop, while unwinding, on other threads, with a name or without.
-//! Properties 8, 9 and 10 of the lifecycle contract; the type system rules out a second release.
+//! Releases references in any order: by call, by drop, while unwinding, on other threads, with a
+//! name or without. Properties 8, 9 and 10 of the lifecycle contract; the type system rules out a
+//! second release.
 #![cfg(not(loom))]
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails, in helpers too")]
 

@@ -1,4 +1,5 @@
-//! Handles stay unique across arenas: of dropped ones whose tag is used again, and of more live ones than there are tags.
+//! Handles stay unique across arenas: of dropped ones whose tag is used again, and of more live
+//! ones than there are tags.
 
 #![forbid(unsafe_code)]
 #![cfg(not(loom))]

@@ -1,4 +1,5 @@
-//! Races of many threads, too large for loom. Nothing here depends on timing; a race that does not happen just proves less.
+//! Races of many threads, too large for loom. Nothing here depends on timing; a race that does not
+//! happen just proves less.
 #![cfg(not(loom))]
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails, in helpers too")]
 

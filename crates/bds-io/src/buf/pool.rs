@@ -1,7 +1,8 @@
 //! `BufPool`: reuses buffers, by size class and under a budget of idle bytes.
 //!
-//! Fresh memory costs page faults and zeroing, often more than the request itself. The pool keeps idle memory by size class
-//! (powers of two from a page to 4 MiB); larger buffers are not kept. It bounds idle memory, not memory in use.
+//! Fresh memory costs page faults and zeroing, often more than the request itself. The pool keeps
+//! idle memory by size class (powers of two from a page to 4 MiB); larger buffers are not kept. It
+//! bounds idle memory, not memory in use.
 
 use std::alloc::Layout;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -34,9 +35,9 @@ impl BufPool {
         BufPool { classes: Arc::new(classes) }
     }
 
-    /// A buffer of `len` bytes (content undefined but initialised), aligned to 4096; its memory returns to
-    /// the pool when its last owner is dropped. The content is that of earlier users of the pool: share a pool only among
-    /// code that may see each other's bytes.
+    /// A buffer of `len` bytes (content undefined but initialised), aligned to 4096; its memory
+    /// returns to the pool when its last owner is dropped. The content is that of earlier users of
+    /// the pool: share a pool only among code that may see each other's bytes.
     pub fn take(&self, len: usize) -> Buf {
         let Some(class) = class_of(len) else {
             return Buf::zeroed(len, PAGE_LEN);
@@ -92,7 +93,8 @@ impl SizeClasses {
     pub(super) fn put(&self, idle: Idle) {
         let len = idle.len();
         let Some(class) = class_of(len) else { return };
-        // Counted before it is pushed, so that the budget also holds while many threads put at once.
+        // Counted before it is pushed, so that the budget also holds while many threads put at
+        // once.
         let before = self.idle_bytes.fetch_add(len, Ordering::Relaxed);
         let fits = before.checked_add(len).is_some_and(|sum| sum <= self.budget_bytes);
         if !fits || self.by_class[class].push(idle).is_err() {

@@ -1,7 +1,7 @@
 //! `Buf`: owned, aligned, reference-counted memory.
 //!
-//! A `Buf` is a counted pointer to a `Region`; the region returns to its pool, or to the allocator, when the last `Buf`,
-//! `IoVec` or operation that names it is dropped.
+//! A `Buf` is a counted pointer to a `Region`; the region returns to its pool, or to the allocator,
+//! when the last `Buf`, `IoVec` or operation that names it is dropped.
 //!
 //! Invariant: a region's bytes are always initialised.
 
@@ -22,11 +22,12 @@ pub(super) struct Region {
     pool: Weak<SizeClasses>,
 }
 
-// SAFETY: a Region owns its memory and hands out nothing but addresses; the code that dereferences them (the
-// functions of `raw`) copies bytes and forms no reference. Moving or sharing the struct between threads moves
-// or shares three plain values.
+// SAFETY: a Region owns its memory and hands out nothing but addresses; the code that dereferences
+// them (the functions of `raw`) copies bytes and forms no reference. Moving or sharing the struct
+// between threads moves or shares three plain values.
 unsafe impl Send for Region {}
-// SAFETY: as above; `&Region` gives access to no byte without going through `raw`, whose accesses are atomic.
+// SAFETY: as above; `&Region` gives access to no byte without going through `raw`, whose accesses
+// are atomic.
 unsafe impl Sync for Region {}
 
 impl Region {
@@ -85,8 +86,8 @@ impl Idle {
 impl Drop for Idle {
     fn drop(&mut self) {
         if self.layout.size() > 0 {
-            // SAFETY: `ptr` came from the global allocator with this layout (`zeroed`, or a Vec<u8>, whose
-            // layout is an array of its capacity) and the one owner frees it once.
+            // SAFETY: `ptr` came from the global allocator with this layout (`zeroed`, or a
+            // Vec<u8>, whose layout is an array of its capacity) and the one owner frees it once.
             unsafe { alloc::dealloc(self.ptr.as_ptr(), self.layout) }
         }
     }
@@ -102,8 +103,8 @@ pub struct Buf {
 impl Buf {
     /// `len` zero bytes at an address that is a multiple of `align` (a power of two).
     ///
-    /// Panics if `align` is no power of two or `len` rounded up to it overflows `isize`: check sizes that
-    /// come from an image before asking for memory.
+    /// Panics if `align` is no power of two or `len` rounded up to it overflows `isize`: check
+    /// sizes that come from an image before asking for memory.
     pub fn zeroed(len: usize, align: usize) -> Buf {
         let layout =
             Layout::from_size_align(len, align).expect("length and alignment were checked");
@@ -132,20 +133,22 @@ impl Buf {
         self.len == 0
     }
 
-    /// The bytes, if this is the sole owner: no clone, `IoVec` or operation in flight can reach them.
+    /// The bytes, if this is the sole owner: no clone, `IoVec` or operation in flight can reach
+    /// them.
     pub fn get_mut(&mut self) -> Option<&mut [u8]> {
         let region = Arc::get_mut(&mut self.region)?;
-        // SAFETY: the region has at least `len` initialised bytes (`of`, and regions are born zeroed, from a
-        // Vec's initialised part, or reused). `Arc::get_mut` shows that no clone and no segment exists, and
-        // the borrow of `self` keeps it so while the slice lives.
+        // SAFETY: the region has at least `len` initialised bytes (`of`, and regions are born
+        // zeroed, from a Vec's initialised part, or reused). `Arc::get_mut` shows that no clone and
+        // no segment exists, and the borrow of `self` keeps it so while the slice lives.
         Some(unsafe { std::slice::from_raw_parts_mut(region.ptr.as_ptr(), self.len) })
     }
 
     /// Copies bytes out, starting at `offset`; fills `out` completely. Panics if out of range.
     pub fn copy_to(&self, offset: usize, out: &mut [u8]) {
         let at = self.at(offset..offset + out.len());
-        // SAFETY: `at` checked that the range lies in the region, which lives as long as `self`; `out` is
-        // exclusive, so it is not part of the region (slices of it exist only under `get_mut`'s borrow).
+        // SAFETY: `at` checked that the range lies in the region, which lives as long as `self`;
+        // `out` is exclusive, so it is not part of the region (slices of it exist only under
+        // `get_mut`'s borrow).
         unsafe { raw::read(at, out) }
     }
 
@@ -175,7 +178,8 @@ impl Buf {
             "range {range:?} outside a buffer of {} bytes",
             self.len
         );
-        // SAFETY: start <= len <= the allocation's size, so the address stays inside (or one past) it.
+        // SAFETY: start <= len <= the allocation's size, so the address stays inside (or one past)
+        // it.
         unsafe { self.region.ptr.as_ptr().add(range.start) }
     }
 }

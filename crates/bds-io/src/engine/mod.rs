@@ -1,7 +1,7 @@
 //! I/O engines: execute operations through io_uring or on threads that block.
 //!
-//! An engine belongs to one thread's Context. It owns every operation from `submit` on, and stores the result in its
-//! `Completion`, which wakes the task.
+//! An engine belongs to one thread's Context. It owns every operation from `submit` on, and stores
+//! the result in its `Completion`, which wakes the task.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -57,8 +57,9 @@ impl Engine {
         }
     }
 
-    /// Takes the operation over. It may reach the kernel only with the next `flush` or `wait`. One that is done already,
-    /// because no thread could be started for it, is returned: to be delivered when nothing is borrowed.
+    /// Takes the operation over. It may reach the kernel only with the next `flush` or `wait`. One
+    /// that is done already, because no thread could be started for it, is returned: to be
+    /// delivered when nothing is borrowed.
     pub(crate) fn submit(
         &mut self,
         op: Op,
@@ -78,7 +79,8 @@ impl Engine {
         }
     }
 
-    /// Reaps what is done. What is queued stays so until the next `flush` or `wait`, which must follow.
+    /// Reaps what is done. What is queued stays so until the next `flush` or `wait`, which must
+    /// follow.
     pub(crate) fn reap_done(&mut self) -> io::Result<()> {
         match self {
             Engine::Uring(uring) => uring.reap_done(),
@@ -86,7 +88,8 @@ impl Engine {
         }
     }
 
-    /// As `flush`, but waits up to `timeout` (`None`: for ever) for a completion or a signal on the eventfd.
+    /// As `flush`, but waits up to `timeout` (`None`: for ever) for a completion or a signal on the
+    /// eventfd.
     pub(crate) fn wait(&mut self, timeout: Option<Duration>, wake: &OwnedFd) -> io::Result<()> {
         match self {
             Engine::Uring(uring) => uring.wait(timeout),
@@ -99,7 +102,8 @@ impl Engine {
         }
     }
 
-    /// An eventfd that becomes readable when `flush` would reap something; `None`: only the Context's eventfd does.
+    /// An eventfd that becomes readable when `flush` would reap something; `None`: only the
+    /// Context's eventfd does.
     pub(crate) fn event_fd(&mut self) -> io::Result<Option<BorrowedFd<'_>>> {
         match self {
             Engine::Uring(uring) => uring.event_fd().map(Some),
@@ -114,7 +118,8 @@ impl Engine {
         }
     }
 
-    /// Clears the eventfd and allows signals again. A `flush` must follow: completions until now did not signal.
+    /// Clears the eventfd and allows signals again. A `flush` must follow: completions until now
+    /// did not signal.
     pub(crate) fn enable_event_fd(&mut self) {
         if let Engine::Uring(uring) = self {
             uring.enable_event_fd();
@@ -128,14 +133,16 @@ impl Engine {
         }
     }
 
-    /// Asks the kernel to cancel the operations that a future waits for; those that it cancels go to a thread.
+    /// Asks the kernel to cancel the operations that a future waits for; those that it cancels go
+    /// to a thread.
     pub(crate) fn cancel_awaited(&mut self) {
         if let Engine::Uring(uring) = self {
             uring.cancel_awaited();
         }
     }
 
-    /// True if an operation is in flight that only its own thread can reap and that a future waits for.
+    /// True if an operation is in flight that only its own thread can reap and that a future waits
+    /// for.
     pub(crate) fn has_awaited(&self) -> bool {
         match self {
             Engine::Uring(uring) => uring.has_awaited(),
@@ -161,8 +168,8 @@ pub(crate) struct Completed {
 }
 
 impl Completed {
-    /// Releases file and memory, then stores the result and wakes the task. Both may run foreign code (the drop of an
-    /// anchor, an executor's waker), so nothing may be borrowed here.
+    /// Releases file and memory, then stores the result and wakes the task. Both may run foreign
+    /// code (the drop of an anchor, an executor's waker), so nothing may be borrowed here.
     pub(crate) fn deliver(self) {
         let Completed { op, completion, result } = self;
         // First: code that saw the result may rely on file and memory being released.
@@ -171,7 +178,8 @@ impl Completed {
     }
 }
 
-/// Executes an operation on a thread of the I/O pool. Without a thread it is executed here, and returned.
+/// Executes an operation on a thread of the I/O pool. Without a thread it is executed here, and
+/// returned.
 fn run_on_worker(op: Op, completion: Arc<Completion<OpResult>>) -> Option<Completed> {
     let mut parts = Some((op, completion));
     let run = |(op, completion): (Op, Arc<Completion<OpResult>>)| {
@@ -189,7 +197,8 @@ fn run_on_worker(op: Op, completion: Arc<Completion<OpResult>>) -> Option<Comple
     if is_taken { None } else { parts.map(run) }
 }
 
-/// Waits until `fd` is readable. Rounds up to whole milliseconds, so that a timer is due when it returns.
+/// Waits until `fd` is readable. Rounds up to whole milliseconds, so that a timer is due when it
+/// returns.
 fn wait_readable(fd: BorrowedFd<'_>, timeout: Option<Duration>) -> io::Result<bool> {
     let timeout = match timeout {
         None => PollTimeout::NONE,

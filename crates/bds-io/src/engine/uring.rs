@@ -1,10 +1,11 @@
 //! The io_uring engine: submits and reaps the operations of one Context through a ring.
 //!
-//! Operations are queued as they come and go to the kernel with one `io_uring_enter` a turn, which also
-//! reaps. Each stays in a slab with everything it points at until its completion is seen.
+//! Operations are queued as they come and go to the kernel with one `io_uring_enter` a turn, which
+//! also reaps. Each stays in a slab with everything it points at until its completion is seen.
 //!
-//! Drop order: `drop` waits until the slab is empty, and only then the ring and the memory go. Should waiting
-//! itself fail, the slab is leaked: memory that the kernel may still write to is never freed.
+//! Drop order: `drop` waits until the slab is empty, and only then the ring and the memory go.
+//! Should waiting itself fail, the slab is leaked: memory that the kernel may still write to is
+//! never freed.
 
 use std::collections::VecDeque;
 use std::io;
@@ -27,7 +28,8 @@ use crate::sys;
 const WAKE: u64 = u64::MAX;
 /// Completion of a cancellation.
 const CANCEL: u64 = u64::MAX - 1;
-/// Bytes that one transfer may have (MAX_RW_COUNT); longer ones come back short, as from the system calls.
+/// Bytes that one transfer may have (MAX_RW_COUNT); longer ones come back short, as from the system
+/// calls.
 const TRANSFER_LEN_MAX: usize = 0x7fff_f000;
 
 /// An operation that the kernel has, or that waits to be submitted.
@@ -154,9 +156,10 @@ impl Uring {
     /// False if the queue is full and the kernel takes nothing now.
     fn push(&mut self, entry: &squeue::Entry) -> bool {
         for _ in 0..2 {
-            // SAFETY: an entry names memory and a descriptor owned by its `PendingOp` (or by `self`: the eventfd
-            // and its count), which stay until the completion is reaped or, at the end, are leaked. Slab
-            // growth moves a `PendingOp`, not what it points at: segments are anchored, vectors are boxed.
+            // SAFETY: an entry names memory and a descriptor owned by its `PendingOp` (or by
+            // `self`: the eventfd and its count), which stay until the completion is reaped or, at
+            // the end, are leaked. Slab growth moves a `PendingOp`, not what it points at: segments
+            // are anchored, vectors are boxed.
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
                 return true;
             }
@@ -175,7 +178,8 @@ impl Uring {
         self.reap_done()
     }
 
-    /// Reaps without submitting what is queued: that goes with the next `flush` or `wait`, which must follow.
+    /// Reaps without submitting what is queued: that goes with the next `flush` or `wait`, which
+    /// must follow.
     pub(crate) fn reap_done(&mut self) -> io::Result<()> {
         let queue = self.ring.submission();
         let is_needed = queue.taskrun() || queue.cq_overflow();
@@ -187,11 +191,13 @@ impl Uring {
         Ok(())
     }
 
-    /// As `flush`, but waits for a completion or an eventfd signal, up to `timeout` (`None`: for ever).
+    /// As `flush`, but waits for a completion or an eventfd signal, up to `timeout` (`None`: for
+    /// ever).
     pub(crate) fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         self.arm();
         self.push_backlog();
-        // An operation that was refused before it reached the kernel has completed too, without a completion entry.
+        // An operation that was refused before it reached the kernel has completed too, without a
+        // completion entry.
         let want = usize::from(self.completed.is_empty());
         self.enter(want, timeout)?;
         self.reap();
@@ -207,8 +213,8 @@ impl Uring {
         }
     }
 
-    /// An eventfd that the kernel signals when `flush` would reap something. Not the ring's own descriptor, whose signals
-    /// cannot be stopped while the ring is driven.
+    /// An eventfd that the kernel signals when `flush` would reap something. Not the ring's own
+    /// descriptor, whose signals cannot be stopped while the ring is driven.
     pub(crate) fn event_fd(&mut self) -> io::Result<BorrowedFd<'_>> {
         if self.event_fd.is_none() {
             let event_fd = sys::eventfd()?;
@@ -257,7 +263,8 @@ impl Uring {
         tests::count_enter(want);
         match self.ring.submitter().submit_with_args(want, &args) {
             Ok(_) => Ok(()),
-            // ETIME: the timeout. EINTR: a signal. EBUSY, EAGAIN: reap first. The caller tries again.
+            // ETIME: the timeout. EINTR: a signal. EBUSY, EAGAIN: reap first. The caller tries
+            // again.
             Err(error) => match error.raw_os_error() {
                 Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
                 _ => Err(error),
@@ -283,7 +290,8 @@ impl Uring {
             libc::EINTR => self.start(key),
             // The ring cannot wait for this file; a thread can.
             libc::EAGAIN => self.pass_to_worker(key),
-            // Not requested: the kernel could start no thread for it (RLIMIT_NPROC) and has not begun it.
+            // Not requested: the kernel could start no thread for it (RLIMIT_NPROC) and has not
+            // begun it.
             libc::ECANCELED if !self.ops[key].is_cancelled => self.pass_to_worker(key),
             errno => {
                 let result =
@@ -303,7 +311,8 @@ impl Uring {
         self.completed.push(Completed { op, completion, result });
     }
 
-    /// Takes the operations completed since the last call, to be delivered once the engine is no longer borrowed.
+    /// Takes the operations completed since the last call, to be delivered once the engine is no
+    /// longer borrowed.
     pub(crate) fn swap_completed(&mut self, other: &mut Vec<Completed>) {
         std::mem::swap(&mut self.completed, other);
     }
@@ -313,8 +322,8 @@ impl Uring {
         self.ops.iter().any(|(_, pending)| pending.is_awaited())
     }
 
-    /// Asks the kernel to cancel the operations that futures wait for. Those that it cancels (not begun, or waiting) go to a
-    /// thread; the others complete in the ring.
+    /// Asks the kernel to cancel the operations that futures wait for. Those that it cancels (not
+    /// begun, or waiting) go to a thread; the others complete in the ring.
     pub(crate) fn cancel_awaited(&mut self) {
         let awaited = self.ops.iter().filter(|(_, pending)| pending.is_awaited());
         let awaited = awaited.map(|(key, _)| key).collect();
@@ -328,8 +337,9 @@ impl Uring {
         }
     }
 
-    /// Asks the kernel to cancel everything, and waits until nothing is in flight. An operation that a future still waits for
-    /// (in a task that outlives the Context) continues on a thread if the kernel cancels it.
+    /// Asks the kernel to cancel everything, and waits until nothing is in flight. An operation
+    /// that a future still waits for (in a task that outlives the Context) continues on a thread if
+    /// the kernel cancels it.
     fn drain(&mut self) -> io::Result<()> {
         if self.is_armed {
             sys::signal(&self.wake);
@@ -357,8 +367,8 @@ impl Drop for Uring {
             return;
         }
         self.completed.drain(..).for_each(Completed::deliver);
-        // SAFETY: dropped once, here, and not used afterwards; nothing is in flight, so the kernel does not
-        // use any of the memory any more.
+        // SAFETY: dropped once, here, and not used afterwards; nothing is in flight, so the kernel
+        // does not use any of the memory any more.
         unsafe {
             ManuallyDrop::drop(&mut self.ring);
             ManuallyDrop::drop(&mut self.ops);
@@ -367,10 +377,12 @@ impl Drop for Uring {
     }
 }
 
-/// Sets up the ring with the best flags this kernel has: only one thread enters, and completions do not interrupt it.
+/// Sets up the ring with the best flags this kernel has: only one thread enters, and completions do
+/// not interrupt it.
 ///
-/// Not IORING_SETUP_DEFER_TASKRUN: a wait for one completion then returns with the first few of many (8,400 enters for
-/// 100,000 reads instead of 3,400), and waiting for more than one may hang if the others depend on this thread.
+/// Not IORING_SETUP_DEFER_TASKRUN: a wait for one completion then returns with the first few of
+/// many (8,400 enters for 100,000 reads instead of 3,400), and waiting for more than one may hang
+/// if the others depend on this thread.
 fn build(entries: u32) -> io::Result<IoUring> {
     let mut best = IoUring::builder();
     best.setup_clamp()
@@ -458,7 +470,8 @@ mod tests {
         }
     }
 
-    /// A `FuturesUnordered` yields after 32 polls by waking itself. Its operations go to the kernel with the wait that follows.
+    /// A `FuturesUnordered` yields after 32 polls by waking itself. Its operations go to the kernel
+    /// with the wait that follows.
     #[test]
     fn a_turn_enters_the_kernel_once() {
         let options = ContextOptions { engine: EngineKind::Uring, ..ContextOptions::default() };

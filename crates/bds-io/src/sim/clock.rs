@@ -1,7 +1,7 @@
 //! `Clock`: virtual time and the events to come.
 //!
-//! Time advances only when an event is taken, so waiting costs nothing. Events of the same moment come
-//! in seeded order.
+//! Time advances only when an event is taken, so waiting costs nothing. Events of the same moment
+//! come in seeded order.
 
 use std::collections::BTreeMap;
 use std::pin::Pin;

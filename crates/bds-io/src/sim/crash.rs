@@ -156,7 +156,8 @@ impl Plan {
     fn new(journal: &Journal, cut: &mut Cut<'_>, sector_len: u64, len_until: u64) -> Plan {
         let mut sectors: BTreeMap<u64, Sector> = BTreeMap::new();
         let mut whole = BTreeSet::new();
-        // Start of a truncated range whose truncation did not survive: newer bytes there cannot survive either.
+        // Start of a truncated range whose truncation did not survive: newer bytes there cannot
+        // survive either.
         let mut barrier = u64::MAX;
         for change in &journal.changes {
             let seq = change.seq;

@@ -1,4 +1,5 @@
-//! Engine of the simulated disk: submits operations, applies their effects and completes them at seeded moments.
+//! Engine of the simulated disk: submits operations, applies their effects and completes them at
+//! seeded moments.
 //!
 //! ```text
 //!   submit ──────► effect (whole, or in two pieces) ──────► complete ──► waker
@@ -121,8 +122,9 @@ impl World {
         }
     }
 
-    /// The part of the first `len` bytes at `offset` that ends with a sector: a cache writes back whole sectors, so a torn
-    /// write is visible in whole sectors only. (A short one may stop anywhere.)
+    /// The part of the first `len` bytes at `offset` that ends with a sector: a cache writes back
+    /// whole sectors, so a torn write is visible in whole sectors only. (A short one may stop
+    /// anywhere.)
     fn whole_sectors(&self, offset: u64, len: u64) -> u64 {
         let sector_len = u64::from(self.config.sector_len);
         ((offset + len) / sector_len * sector_len).saturating_sub(offset)
@@ -154,7 +156,8 @@ impl World {
         self.trace.push(TraceEntry { at_ns, op, kind, stage, file, offset, len });
     }
 
-    /// The operation's future was dropped: cancels it by seed if it has not begun, as an engine may.
+    /// The operation's future was dropped: cancels it by seed if it has not begun, as an engine
+    /// may.
     pub(super) fn maybe_cancel(&mut self, slot: usize) {
         let pending = &mut self.ops[slot];
         let can = pending.is_untouched() && pending.kind != OpMask::SYNC;

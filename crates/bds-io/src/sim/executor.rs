@@ -1,7 +1,9 @@
-//! Scheduler of a simulated world: runs ready tasks, the caller's future and events in seeded order.
+//! Scheduler of a simulated world: runs ready tasks, the caller's future and events in seeded
+//! order.
 //!
-//! A world is idle when no task is ready and no event is to come. If the caller's future is not done then, it never will
-//! be: a deadlock, which panics with the seed, the unfinished tasks and the last operations.
+//! A world is idle when no task is ready and no event is to come. If the caller's future is not
+//! done then, it never will be: a deadlock, which panics with the seed, the unfinished tasks and
+//! the last operations.
 
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -67,8 +69,8 @@ impl Drop for PrintSeedOnPanic<'_> {
 }
 
 impl World {
-    /// True if the next event comes before ready tasks run: those are slow, but not by more than a latency, or else every
-    /// timeout would fire.
+    /// True if the next event comes before ready tasks run: those are slow, but not by more than a
+    /// latency, or else every timeout would fire.
     fn overtakes(&mut self) -> bool {
         let Some(at_ns) = self.clock.next_ns() else { return false };
         let wait_ns = u128::from(at_ns - self.clock.now_ns());
@@ -77,8 +79,8 @@ impl World {
 }
 
 impl Sim {
-    /// Runs a future to completion under the virtual clock and seeded scheduler, with the spawned tasks; unfinished tasks
-    /// continue in the next call. May be called from inside itself.
+    /// Runs a future to completion under the virtual clock and seeded scheduler, with the spawned
+    /// tasks; unfinished tasks continue in the next call. May be called from inside itself.
     ///
     /// # Panics
     /// If nothing can ever run again (deadlock, naming the seed), or if the power is cut: a future
@@ -90,8 +92,8 @@ impl Sim {
         }
     }
 
-    /// As [`Sim::block_on`], but `None` when the power is cut: the future and all tasks are dropped,
-    /// unfinished.
+    /// As [`Sim::block_on`], but `None` when the power is cut: the future and all tasks are
+    /// dropped, unfinished.
     pub fn run_until_cut<F: Future>(&self, future: F) -> Option<F::Output> {
         let _entered = current::enter(Current::Sim(self.clone()));
         let _print_seed = PrintSeedOnPanic(self);
@@ -101,11 +103,12 @@ impl Sim {
         }
     }
 
-    /// Runs `future` until it, and the tasks of the world with it, have been polled `n` times in all (0: it is never
-    /// polled), drops it, and runs the world until idle. False if it finished before: the end of a cancel sweep.
+    /// Runs `future` until it, and the tasks of the world with it, have been polled `n` times in
+    /// all (0: it is never polled), drops it, and runs the world until idle. False if it finished
+    /// before: the end of a cancel sweep.
     ///
-    /// Polls of tasks count because tasks do work that the future waits for: at each of their awaits the future may be
-    /// dropped.
+    /// Polls of tasks count because tasks do work that the future waits for: at each of their
+    /// awaits the future may be dropped.
     pub fn drop_at<F: Future>(&self, future: F, n: usize) -> bool {
         self.abandon_at(future, n, drop)
     }
@@ -115,7 +118,8 @@ impl Sim {
         self.abandon_at(future, n, std::mem::forget)
     }
 
-    /// As [`Sim::drop_at`], but returns the future, which was not polled any more. `None` if it finished before.
+    /// As [`Sim::drop_at`], but returns the future, which was not polled any more. `None` if it
+    /// finished before.
     pub fn keep_at<F: Future>(&self, future: F, n: usize) -> Option<Pin<Box<F>>> {
         let kept = self.stop_at(future, n)?;
         self.run_until_idle();
@@ -142,8 +146,8 @@ impl Sim {
         }
     }
 
-    /// Runs tasks and events until the world is idle, the power is cut, or an hour of virtual time has passed with no task
-    /// ready.
+    /// Runs tasks and events until the world is idle, the power is cut, or an hour of virtual time
+    /// has passed with no task ready.
     pub fn run_until_idle(&self) {
         let _entered = current::enter(Current::Sim(self.clone()));
         let _print_seed = PrintSeedOnPanic(self);

@@ -36,7 +36,8 @@ bitflags! {
 
         /// Every awaited operation, which `Sim::ops` counts.
         const IO = 0x7f;
-        /// Every operation that may change the content after a power cut, which `Sim::writes` counts.
+        /// Every operation that may change the content after a power cut, which `Sim::writes`
+        /// counts.
         const CHANGE = 0x7e;
     }
 }

@@ -1,7 +1,7 @@
 //! `SimFile`: an open file of a simulated disk, behind [`crate::File`].
 //!
-//! Checks arguments as Linux does and submits operations to the simulated engine. A description holds its locks
-//! until its last clone is dropped.
+//! Checks arguments as Linux does and submits operations to the simulated engine. A description
+//! holds its locks until its last clone is dropped.
 
 use std::io;
 use std::ops::Range;

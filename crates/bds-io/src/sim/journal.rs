@@ -7,8 +7,8 @@
 //!
 //! Changes stand in the order of their effect on the visible image. An operation's changes *race*
 //! until it completes, are *acked* from then on, and *durable* once a sync that was submitted after
-//! that completes. A change whose sync failed is *lost*: no later sync makes it durable, as on Linux,
-//! where a failed fsync marks the pages clean. Which changes survive a cut is decided in
+//! that completes. A change whose sync failed is *lost*: no later sync makes it durable, as on
+//! Linux, where a failed fsync marks the pages clean. Which changes survive a cut is decided in
 //! [`super::crash`].
 //!
 //! Invariant: replaying all changes over the base gives the visible image.

@@ -1,4 +1,5 @@
-//! `Sim`: a simulated world with a seeded scheduler, a virtual clock and disks with a volatile cache.
+//! `Sim`: a simulated world with a seeded scheduler, a virtual clock and disks with a volatile
+//! cache.
 //!
 //! One seed replays a run exactly: which task runs next, when an operation takes effect and when it
 //! completes, which of two racing writes wins, what is short, what fails, what a power cut leaves.
@@ -15,9 +16,9 @@
 //!
 //! What it deliberately does not do: real threads (everything runs on the thread in
 //! [`Sim::block_on`]; waking its tasks from other threads ends the replay), directories, links by
-//! path, time of day. Nothing outside the world may be waited for inside it: that is a deadlock here.
-//! A world replays its own decisions only: code under test that iterates a map with random hashing, or
-//! reads the host's clock, does not replay.
+//! path, time of day. Nothing outside the world may be waited for inside it: that is a deadlock
+//! here. A world replays its own decisions only: code under test that iterates a map with random
+//! hashing, or reads the host's clock, does not replay.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -55,15 +56,17 @@ use world::World;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum SyncFailure {
-    /// It is marked clean and no later sync brings it to the medium, as on Linux. Reads still see it.
+    /// It is marked clean and no later sync brings it to the medium, as on Linux. Reads still see
+    /// it.
     #[default]
     DropDirty,
     /// The next sync tries again.
     KeepDirty,
 }
 
-/// Options of a simulated world; make them with `..SimConfig::default()`. By default nothing fails, but latencies vary,
-/// effects are split and reordered, some transfers are short, and half of the inline attempts succeed.
+/// Options of a simulated world; make them with `..SimConfig::default()`. By default nothing fails,
+/// but latencies vary, effects are split and reordered, some transfers are short, and half of the
+/// inline attempts succeed.
 #[derive(Clone, Debug)]
 pub struct SimConfig {
     /// Shortest time from submission to completion.
@@ -74,13 +77,13 @@ pub struct SimConfig {
     pub short_io_rate: f64,
     /// Probability that a transfer takes effect in two pieces at two moments.
     pub split_rate: f64,
-    /// Probability that an operation whose future is dropped before it took effect never does, as when
-    /// an engine cancels what it can. Syncs are always carried out.
+    /// Probability that an operation whose future is dropped before it took effect never does, as
+    /// when an engine cancels what it can. Syncs are always carried out.
     pub cancel_rate: f64,
     /// Probability that `try_read` and `try_write` succeed.
     pub inline_rate: f64,
-    /// Probability that an event less than `latency_max` away overtakes tasks that are ready to run: slow
-    /// processors.
+    /// Probability that an event less than `latency_max` away overtakes tasks that are ready to
+    /// run: slow processors.
     pub overtake_rate: f64,
     /// Sector size of the medium in bytes, which it writes as a whole: 512 or 4096.
     pub sector_len: u32,
@@ -138,8 +141,8 @@ impl Default for SimConfig {
 }
 
 impl SimConfig {
-    /// A predictable disk: nothing is short, split, cancelled or inline, so that operations can be counted. Order and latency
-    /// still vary with the seed.
+    /// A predictable disk: nothing is short, split, cancelled or inline, so that operations can be
+    /// counted. Order and latency still vary with the seed.
     pub fn calm() -> SimConfig {
         SimConfig {
             short_io_rate: 0.0,
@@ -153,8 +156,9 @@ impl SimConfig {
 
 /// A simulated disk, its clock and its tasks. Cheap to clone: clones are the same world.
 ///
-/// A world lives as long as a clone of it or one of its files. Detached tasks that never end and hold such a file keep it
-/// alive for ever; a power cut followed by [`Sim::run_until_idle`] or [`Sim::after_cut`] drops them.
+/// A world lives as long as a clone of it or one of its files. Detached tasks that never end and
+/// hold such a file keep it alive for ever; a power cut followed by [`Sim::run_until_idle`] or
+/// [`Sim::after_cut`] drops them.
 #[derive(Clone)]
 pub struct Sim(Arc<Shared>);
 

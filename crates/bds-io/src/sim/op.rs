@@ -1,10 +1,11 @@
 //! A simulated operation as a value, and the future that waits for it.
 //!
-//! An operation owns its memory from submission to completion, also if its future is dropped: a dropped future leaves the
-//! operation running (or has it cancelled, by seed, if it took no effect yet), a forgotten one leaves an empty slot.
+//! An operation owns its memory from submission to completion, also if its future is dropped: a
+//! dropped future leaves the operation running (or has it cancelled, by seed, if it took no effect
+//! yet), a forgotten one leaves an empty slot.
 //!
-//! Lock rule: wakers and buffers may run foreign code when woken or dropped, so both are returned in a [`Deferred`], which
-//! is used after the lock is released.
+//! Lock rule: wakers and buffers may run foreign code when woken or dropped, so both are returned
+//! in a [`Deferred`], which is used after the lock is released.
 
 use std::io;
 use std::pin::Pin;

@@ -1,7 +1,7 @@
 //! Power cuts: stop a world, and make the worlds that follow it.
 //!
-//! A cut ends all I/O: nothing completes any more and tasks are dropped. The content that each file keeps is decided when
-//! the next world is made, so one cut can be followed by many.
+//! A cut ends all I/O: nothing completes any more and tasks are dropped. The content that each file
+//! keeps is decided when the next world is made, so one cut can be followed by many.
 
 use super::crash::{CutMode, survivors};
 use super::journal::Effect;
@@ -30,7 +30,8 @@ impl World {
         }
     }
 
-    /// Records the effect that an operation had not taken yet as a change that may or may not survive.
+    /// Records the effect that an operation had not taken yet as a change that may or may not
+    /// survive.
     fn record_unfinished(&mut self, slot: usize) {
         let pending = &self.ops[slot];
         let Some(request) = &pending.request else { return };
@@ -67,8 +68,9 @@ impl World {
 }
 
 impl Sim {
-    /// Cuts the power now: no I/O completes any more and sleepers never wake. Tasks are dropped when
-    /// `run_until_cut` notices or the next world is made, not here: the caller may be one of them.
+    /// Cuts the power now: no I/O completes any more and sleepers never wake. Tasks are dropped
+    /// when `run_until_cut` notices or the next world is made, not here: the caller may be one of
+    /// them.
     pub fn power_cut(&self) {
         let mut deferred = Deferred::default();
         self.world().cut(&mut deferred);
@@ -86,8 +88,10 @@ impl Sim {
         self.world().cut_after_writes = n;
     }
 
-    /// Cuts the power (if it was not cut) and returns the world after the reboot: each file as on the medium, where changes
-    /// that were not durable survived or not by `seed` and the configured [`CutMode`]. Faults and scheduled cuts do not carry over. May be called again with other seeds.
+    /// Cuts the power (if it was not cut) and returns the world after the reboot: each file as on
+    /// the medium, where changes that were not durable survived or not by `seed` and the configured
+    /// [`CutMode`]. Faults and scheduled cuts do not carry over. May be called again with other
+    /// seeds.
     pub fn after_cut(&self, seed: u64) -> Sim {
         let mode = self.world().config.cut_mode;
         self.after_cut_by(seed, mode)

@@ -1,7 +1,7 @@
 //! `Rng`: the seeded random generator of a simulated world.
 //!
-//! Wraps a library generator whose sequence is fixed for a major version, so a seed kept as a regression test stays valid.
-//! Nothing else in the simulation draws numbers.
+//! Wraps a library generator whose sequence is fixed for a major version, so a seed kept as a
+//! regression test stays valid. Nothing else in the simulation draws numbers.
 
 use oorandom::Rand64;
 

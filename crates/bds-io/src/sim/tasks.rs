@@ -1,7 +1,8 @@
 //! Spawned tasks of a world: the queue of ready tasks, and the list of unfinished ones.
 //!
-//! The list lets a world name the waiting tasks in a deadlock, and drop its tasks at a power cut, which would otherwise
-//! keep each other alive. The choice of the next task is in [`super::executor`].
+//! The list lets a world name the waiting tasks in a deadlock, and drop its tasks at a power cut,
+//! which would otherwise keep each other alive. The choice of the next task is in
+//! [`super::executor`].
 
 use std::future::poll_fn;
 use std::panic::Location;
@@ -136,8 +137,8 @@ impl Sim {
         Sleep::new(self.clone(), how_long).await;
     }
 
-    /// Runs `work` at a seeded moment and completes at a later one. It runs even if the future is dropped, as work on a
-    /// thread does.
+    /// Runs `work` at a seeded moment and completes at a later one. It runs even if the future is
+    /// dropped, as work on a thread does.
     pub async fn spawn_cpu<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,

@@ -1,4 +1,5 @@
-//! `World`: the state of a simulated world. Files, names, operations in flight, clock and generator.
+//! `World`: the state of a simulated world. Files, names, operations in flight, clock and
+//! generator.
 //!
 //! One lock around all of it; nothing here calls foreign code (wakers and buffers are returned in a
 //! [`super::op::Deferred`]).
@@ -71,7 +72,8 @@ impl Inode {
         }
     }
 
-    /// Fills bytes `from..upto` of `iov` with what is visible now; returns the end of what was read.
+    /// Fills bytes `from..upto` of `iov` with what is visible now; returns the end of what was
+    /// read.
     pub(super) fn read(&self, offset: u64, iov: &IoVec, from: u64, upto: u64) -> u64 {
         let left = self.visible.len().saturating_sub(offset);
         let upto = upto.min(left);

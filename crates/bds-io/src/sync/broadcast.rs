@@ -15,8 +15,8 @@ impl<T: Clone> Sender<T> {
         Self(imp::Sender::new(capacity))
     }
 
-    /// Puts a value into every receiver's queue. A full queue loses its oldest value, and its receiver gets
-    /// [`error::RecvError::Lagged`].
+    /// Puts a value into every receiver's queue. A full queue loses its oldest value, and its
+    /// receiver gets [`error::RecvError::Lagged`].
     ///
     /// # Errors
     /// The value, if there is no receiver.
@@ -45,7 +45,8 @@ impl<T: Clone> Receiver<T> {
     /// Waits for the next value. Dropping the future loses no value.
     ///
     /// # Errors
-    /// [`error::RecvError`] if values were lost, or all senders are gone and every value was received.
+    /// [`error::RecvError`] if values were lost, or all senders are gone and every value was
+    /// received.
     pub async fn recv(&mut self) -> Result<T, error::RecvError> {
         self.0.recv().await.map_err(|error| match error {
             imp::error::RecvError::Closed => error::RecvError::Closed,

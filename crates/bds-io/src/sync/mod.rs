@@ -8,11 +8,12 @@
 //! | [`broadcast`] | each receiver has a bounded queue; what does not fit pushes out the oldest, and the receiver sees how many |
 //! | [`oneshot`] | one value from one sender to one receiver |
 //!
-//! All of them are FIFO, consult no clock and need no runtime, so they work on every executor and a seed of the simulated
-//! world replays them. Dropping a waiting future gives up its place and loses nothing.
+//! All of them are FIFO, consult no clock and need no runtime, so they work on every executor and a
+//! seed of the simulated world replays them. Dropping a waiting future gives up its place and loses
+//! nothing.
 //!
-//! The types are this crate's own: they wrap those of `tokio::sync`, which do not appear in any signature, so exchanging
-//! them breaks no user. Only what is used is wrapped.
+//! The types are this crate's own: they wrap those of `tokio::sync`, which do not appear in any
+//! signature, so exchanging them breaks no user. Only what is used is wrapped.
 
 pub mod broadcast;
 mod mutex;

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use tokio::sync as imp;
 
-/// An exclusive lock that a task waits for without blocking its thread. FIFO; not poisoned by a panic.
+/// An exclusive lock that a task waits for without blocking its thread. FIFO; not poisoned by a
+/// panic.
 #[derive(Default)]
 #[repr(transparent)]
 pub struct Mutex<T>(imp::Mutex<T>);
@@ -36,8 +37,8 @@ impl<T> Mutex<T> {
     }
 
     fn into_inner_arc(self: Arc<Self>) -> Arc<imp::Mutex<T>> {
-        // SAFETY: the pointer comes from Arc::into_raw. `Mutex` is a transparent wrapper, so both types have the same size,
-        // alignment and layout, and dropping one is dropping the other.
+        // SAFETY: the pointer comes from Arc::into_raw. `Mutex` is a transparent wrapper, so both
+        // types have the same size, alignment and layout, and dropping one is dropping the other.
         unsafe { Arc::from_raw(Arc::into_raw(self).cast::<imp::Mutex<T>>()) }
     }
 

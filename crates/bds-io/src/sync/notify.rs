@@ -16,8 +16,8 @@ impl Notify {
         Self(imp::Notify::new())
     }
 
-    /// Wakes the task that has waited longest. If none waits, the next one to wait is woken at once (at most one such
-    /// wake-up is stored).
+    /// Wakes the task that has waited longest. If none waits, the next one to wait is woken at once
+    /// (at most one such wake-up is stored).
     pub fn notify_one(&self) {
         self.0.notify_one();
     }
@@ -27,15 +27,16 @@ impl Notify {
         self.0.notify_waiters();
     }
 
-    /// Completes with the next wake-up. Counts as waiting from its first poll, or from [`Notified::enable`].
+    /// Completes with the next wake-up. Counts as waiting from its first poll, or from
+    /// [`Notified::enable`].
     pub fn notified(&self) -> Notified<'_> {
         Notified(self.0.notified())
     }
 
     /// Waits until `condition` holds: it is evaluated now and after every wake-up.
     ///
-    /// A change that is followed by [`notify_waiters`](Self::notify_waiters) is never missed: the task counts as waiting
-    /// before each evaluation.
+    /// A change that is followed by [`notify_waiters`](Self::notify_waiters) is never missed: the
+    /// task counts as waiting before each evaluation.
     pub async fn wait_until(&self, mut condition: impl FnMut() -> bool) {
         self.wait_for(|| condition().then_some(())).await;
     }
@@ -65,8 +66,8 @@ impl<'a> Notified<'a> {
     }
 
     fn inner(self: Pin<&mut Self>) -> Pin<&mut imp::futures::Notified<'a>> {
-        // SAFETY: the field is pinned with the struct: nothing moves it out, the struct has no `Drop` and is `Unpin` only if
-        // the field is.
+        // SAFETY: the field is pinned with the struct: nothing moves it out, the struct has no
+        // `Drop` and is `Unpin` only if the field is.
         unsafe { self.map_unchecked_mut(|this| &mut this.0) }
     }
 }

@@ -47,8 +47,9 @@ impl Semaphore {
     /// # Errors
     /// [`Closed`] if the semaphore is or gets closed.
     pub async fn acquire_owned(self: Arc<Self>) -> Result<OwnedSemaphorePermit, Closed> {
-        // SAFETY: the pointer comes from Arc::into_raw. `Semaphore` is a transparent wrapper, so both types have the same size,
-        // alignment and layout, and dropping one is dropping the other.
+        // SAFETY: the pointer comes from Arc::into_raw. `Semaphore` is a transparent wrapper, so
+        // both types have the same size, alignment and layout, and dropping one is dropping the
+        // other.
         let inner = unsafe { Arc::from_raw(Arc::into_raw(self).cast::<imp::Semaphore>()) };
         inner.acquire_owned().await.map(OwnedSemaphorePermit).map_err(|_| Closed)
     }

@@ -64,7 +64,8 @@ pub(crate) fn open(path: &Path, options: &OpenOptions) -> io::Result<OwnedFd> {
 /// Whether the process ignores `number` (sigaction without a new action).
 pub(crate) fn is_signal_ignored(number: libc::c_int) -> io::Result<bool> {
     let mut action = std::mem::MaybeUninit::<libc::sigaction>::uninit();
-    // SAFETY: the new action is null, so nothing changes; the old one goes to memory of its type that lives in this frame.
+    // SAFETY: the new action is null, so nothing changes; the old one goes to memory of its type
+    // that lives in this frame.
     let mut call = || unsafe { libc::sigaction(number, std::ptr::null(), action.as_mut_ptr()) };
     Errno::result(call())?;
     // SAFETY: the call succeeded, so the kernel and libc have filled in the whole struct.
@@ -74,15 +75,16 @@ pub(crate) fn is_signal_ignored(number: libc::c_int) -> io::Result<bool> {
 
 /// Ignores `number` in the whole process.
 pub(crate) fn ignore_signal(number: libc::c_int) -> io::Result<()> {
-    // SAFETY: SIG_IGN is no function, so none is called with a wrong signature or where only async-signal-safe code may run.
+    // SAFETY: SIG_IGN is no function, so none is called with a wrong signature or where only
+    // async-signal-safe code may run.
     let old = unsafe { libc::signal(number, libc::SIG_IGN) };
     if old == libc::SIG_ERR { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// dup3: `from` names the description of `to` from now on; its own is closed.
 pub(crate) fn redirect(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: plain integers. Both descriptors are borrowed, so open; `from` stays open (its number never becomes free), so
-    // its owner goes on owning an open descriptor.
+    // SAFETY: plain integers. Both descriptors are borrowed, so open; `from` stays open (its number
+    // never becomes free), so its owner goes on owning an open descriptor.
     let call = || unsafe { libc::dup3(to.as_raw_fd(), from.as_raw_fd(), libc::O_CLOEXEC) };
     retry(|| Errno::result(call())).map(drop)
 }
@@ -97,8 +99,9 @@ pub(crate) fn read_at(
     let offset = to_off(offset)?;
     let vectors = vectors(iov);
     let count = vectors.len().try_into().unwrap_or(libc::c_int::MAX);
-    // SAFETY: the descriptor is borrowed, so open; `vectors` has `count` entries, each naming memory that is
-    // valid for writes while the borrowed list holds its anchors, which is longer than this call.
+    // SAFETY: the descriptor is borrowed, so open; `vectors` has `count` entries, each naming
+    // memory that is valid for writes while the borrowed list holds its anchors, which is longer
+    // than this call.
     retry_count(|| unsafe { libc::preadv2(fd.as_raw_fd(), vectors.as_ptr(), count, offset, flags) })
 }
 
@@ -201,8 +204,9 @@ const DIO_OFFSET_WORD: usize = 39;
 /// `None`: the kernel or the file system does not say.
 pub(crate) fn dio_align(fd: BorrowedFd<'_>) -> Option<DioAlign> {
     let mut words = StatxWords([0; 64]);
-    // SAFETY: the path is a NUL-terminated literal (empty, with AT_EMPTY_PATH: the descriptor itself); the
-    // kernel writes at most 256 bytes, the size of `words`, whose every bit pattern is valid.
+    // SAFETY: the path is a NUL-terminated literal (empty, with AT_EMPTY_PATH: the descriptor
+    // itself); the kernel writes at most 256 bytes, the size of `words`, whose every bit pattern is
+    // valid.
     let done = unsafe {
         libc::syscall(
             libc::SYS_statx,
@@ -234,8 +238,8 @@ pub(crate) fn block_size(fd: BorrowedFd<'_>) -> io::Result<u32> {
 /// BLKGETSIZE64: a block device's length in bytes.
 pub(crate) fn device_len(fd: BorrowedFd<'_>) -> io::Result<u64> {
     let mut len = 0;
-    // SAFETY: the kernel writes one 64-bit number, to a live local of that size (usize is 64 bits on the
-    // hosts we serve; on 32-bit ones the ioctl number, which contains the size, is refused).
+    // SAFETY: the kernel writes one 64-bit number, to a live local of that size (usize is 64 bits
+    // on the hosts we serve; on 32-bit ones the ioctl number, which contains the size, is refused).
     retry(|| unsafe { blk_size64(fd.as_raw_fd(), &raw mut len) })?;
     Ok(len as u64)
 }
@@ -297,8 +301,8 @@ pub(crate) fn set_no_cow(fd: BorrowedFd<'_>) -> io::Result<()> {
 /// Sets the extent size hint in bytes (XFS).
 pub(crate) fn set_extent_size_hint(fd: BorrowedFd<'_>, bytes: u32) -> io::Result<()> {
     let mut xattr = FsXattr::default();
-    // SAFETY: the kernel writes one struct fsxattr, whose layout `FsXattr` has, to a live local; every bit pattern
-    // of it is valid.
+    // SAFETY: the kernel writes one struct fsxattr, whose layout `FsXattr` has, to a live local;
+    // every bit pattern of it is valid.
     retry(|| unsafe { fs_xattr(fd.as_raw_fd(), &raw mut xattr) })?;
     xattr.xflags |= FS_XFLAG_EXTSIZE;
     xattr.extent_size = bytes;

@@ -1,6 +1,7 @@
 //! Wraps every system call in a safe function. Raw descriptors and `errno` stay below this module.
 //!
-//! Calls are restarted when a signal interrupts them; errors keep their errno. Short transfers are passed on.
+//! Calls are restarted when a signal interrupts them; errors keep their errno. Short transfers are
+//! passed on.
 
 mod linux;
 

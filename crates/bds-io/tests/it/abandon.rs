@@ -1,8 +1,9 @@
 //! Dropped and forgotten futures: at any await, with their buffers released at once.
 //!
-//! The kernel (or a thread) still reads and writes that memory then. AddressSanitizer sees what our own code
-//! does wrong (the command is in the crate's README) but not what the kernel writes, so the tests also look:
-//! at whether the memory still has an owner, and at whether memory allocated anew stays untouched.
+//! The kernel (or a thread) still reads and writes that memory then. AddressSanitizer sees what our
+//! own code does wrong (the command is in the crate's README) but not what the kernel writes, so
+//! the tests also look: at whether the memory still has an owner, and at whether memory allocated
+//! anew stays untouched.
 
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
@@ -73,7 +74,8 @@ fn sweep(direct: bool, abandon: fn(Pin<Box<dyn Future<Output = ()>>>)) {
                 break;
             }
             abandon(future);
-            // Memory that was freed too early is allocated here: a late write of the kernel would show in it.
+            // Memory that was freed too early is allocated here: a late write of the kernel would
+            // show in it.
             let canaries: Vec<_> = (0..16).map(|_| vec![0xaa; 16_384]).collect();
             // Operations in flight still complete, and the Context still works.
             let data = pattern(4096, 1);

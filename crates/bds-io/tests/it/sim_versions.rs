@@ -1,5 +1,5 @@
-//! Crash consistency on random workloads: after a cut a sector has its content of one moment, not older than the last
-//! completed sync.
+//! Crash consistency on random workloads: after a cut a sector has its content of one moment, not
+//! older than the last completed sync.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};

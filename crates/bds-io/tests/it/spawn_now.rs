@@ -1,4 +1,5 @@
-//! `spawn_now`: tasks polled first by the spawning thread, whose handle may be kept, forgotten or dropped.
+//! `spawn_now`: tasks polled first by the spawning thread, whose handle may be kept, forgotten or
+//! dropped.
 #![expect(clippy::async_yields_async, reason = "the tasks are awaited, kept or dropped later")]
 
 use std::future::{pending, poll_fn};
@@ -238,7 +239,8 @@ fn read_of_a_pipe(
     let (reader, writer) = std::io::pipe().unwrap();
     let file = File::from_fd(reader.into(), &OpenOptions::default()).unwrap();
     let read = async move {
-        // Pipes have no offsets: a thread gets ESPIPE, the ring waits for data. What counts is that it ends.
+        // Pipes have no offsets: a thread gets ESPIPE, the ring waits for data. What counts is that
+        // it ends.
         let answer = file.read(0, vec![0u8; 16].into()).await;
         sender.send(answer.is_ok()).unwrap();
     };
@@ -249,7 +251,8 @@ fn read_of_a_pipe(
 fn an_awaited_operation_does_not_stay_in_an_undriven_ring() {
     let (sender, receiver) = mpsc::channel();
     let (read, _writer) = read_of_a_pipe(sender);
-    // The call returns although the operation never completes by itself, and the task still gets its result.
+    // The call returns although the operation never completes by itself, and the task still gets
+    // its result.
     block_on(async move { spawn_now(read).detach() });
     receiver.recv_timeout(HANG_TIMEOUT).unwrap();
 }

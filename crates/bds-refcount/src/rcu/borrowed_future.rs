@@ -1,8 +1,9 @@
-//! `BorrowedFuture`: a future that borrows from a counted object, and can be given a reference of its own later.
+//! `BorrowedFuture`: a future that borrows from a counted object, and can be given a reference of
+//! its own later.
 //!
-//! A driver's operation borrows from the node through the reference of its caller, which costs nothing. If the caller is
-//! dropped before the operation is done, [`BorrowedFuture::keep`] takes a reference of its own, and the same future goes on
-//! with that.
+//! A driver's operation borrows from the node through the reference of its caller, which costs
+//! nothing. If the caller is dropped before the operation is done, [`BorrowedFuture::keep`] takes a
+//! reference of its own, and the same future goes on with that.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -30,7 +31,8 @@ pub struct OwnedFuture<T: 'static, R: 'static> {
 }
 
 impl<'a, T: 'static, R: 'static> BorrowedFuture<'a, T, R> {
-    /// Begins work on the object. `begin` takes a borrow of any length, so its future borrows from the object alone.
+    /// Begins work on the object. `begin` takes a borrow of any length, so its future borrows from
+    /// the object alone.
     #[inline]
     pub fn new(
         owner: &'a Strong<T>,
@@ -42,10 +44,11 @@ impl<'a, T: 'static, R: 'static> BorrowedFuture<'a, T, R> {
     /// Gives the future a reference of its own, which it drops when it is dropped.
     pub fn keep(self) -> OwnedFuture<T, R> {
         let owner = self.owner.clone();
-        // SAFETY: only the lifetime changes. The future was made by `begin` from `&T`, for every lifetime of that borrow;
-        // `T` and `R` are `'static`, so all that can end before `'static` in it are borrows of the object. The object
-        // neither moves nor ends nor is borrowed mutably while there is a reference to it (`slot` says why), and the
-        // clone is one: it is stored beside the future, never given away, and dropped after it.
+        // SAFETY: only the lifetime changes. The future was made by `begin` from `&T`, for every
+        // lifetime of that borrow; `T` and `R` are `'static`, so all that can end before `'static`
+        // in it are borrows of the object. The object neither moves nor ends nor is borrowed
+        // mutably while there is a reference to it (`slot` says why), and the clone is one: it is
+        // stored beside the future, never given away, and dropped after it.
         let future = unsafe { std::mem::transmute::<Boxed<'a, R>, Boxed<'static, R>>(self.future) };
         OwnedFuture { future, _owner: owner }
     }

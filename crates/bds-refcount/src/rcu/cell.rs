@@ -1,8 +1,10 @@
-//! `RcuCell<V>`: a value that many threads read without a lock and that is replaced now and then (read-copy-update).
+//! `RcuCell<V>`: a value that many threads read without a lock and that is replaced now and then
+//! (read-copy-update).
 //!
-//! An edge of a graph keeps its reference to the child in one: every request that passes reads it, a graph change replaces it.
-//! Reading is one increment and one decrement of a counter that few threads share; it takes no lock, never waits, and costs
-//! the same however many readers hold a guard for how long (a request holds one until its I/O is done).
+//! An edge of a graph keeps its reference to the child in one: every request that passes reads it,
+//! a graph change replaces it. Reading is one increment and one decrement of a counter that few
+//! threads share; it takes no lock, never waits, and costs the same however many readers hold a
+//! guard for how long (a request holds one until its I/O is done).
 //!
 //! ```text
 //! reader:   increment ── load pointer ── use ── decrement ── anything retired? sweep
@@ -10,22 +12,27 @@
 //! sweep:    drops a retired value once every counter was seen at 0 after its swap
 //! ```
 //!
-//! **Why no reader sees a dropped value.** After the swap the sweeper changes the counter too (it adds 0), so both are in the
-//! counter's modification order. Either the reader's increment comes after the sweeper's addition: then it acquires from it,
-//! the swap happens before the reader's load, and the reader gets the new value. Or it comes before: then an addition that
-//! returns 0 also sees the reader's decrement, because each decrement follows its own increment, so a sum of 0 means that all
-//! increments so far are matched. That decrement is a release and whatever changes the counter between it and the addition is
-//! a read-modify-write, so what the reader did happens before the drop.
+//! **Why no reader sees a dropped value.** After the swap the sweeper changes the counter too (it
+//! adds 0), so both are in the counter's modification order. Either the reader's increment comes
+//! after the sweeper's addition: then it acquires from it, the swap happens before the reader's
+//! load, and the reader gets the new value. Or it comes before: then an addition that returns 0
+//! also sees the reader's decrement, because each decrement follows its own increment, so a sum of
+//! 0 means that all increments so far are matched. That decrement is a release and whatever changes
+//! the counter between it and the addition is a read-modify-write, so what the reader did happens
+//! before the drop.
 //!
-//! **Why every retired value is dropped.** The replacer raises `waiting`, then adds 0 to the counter; a reader decrements, then
-//! loads `waiting`. If the replacer's addition still counted the reader, the reader's decrement comes later, acquires from it
-//! and so sees `waiting` raised: it sweeps.
+//! **Why every retired value is dropped.** The replacer raises `waiting`, then adds 0 to the
+//! counter; a reader decrements, then loads `waiting`. If the replacer's addition still counted the
+//! reader, the reader's decrement comes later, acquires from it and so sees `waiting` raised: it
+//! sweeps.
 //!
-//! **Why no wake-up is lost.** A [`WaitUnread`] looks at the retired list and leaves its waker under the list's lock; a sweep
-//! removes what it dropped and takes the wakers under the same lock. Whichever comes second sees the other.
+//! **Why no wake-up is lost.** A [`WaitUnread`] looks at the retired list and leaves its waker
+//! under the list's lock; a sweep removes what it dropped and takes the wakers under the same lock.
+//! Whichever comes second sees the other.
 //!
-//! A guard that is forgotten (`mem::forget`) keeps its counter up: values replaced afterwards stay until the cell is dropped, and
-//! [`WaitUnread`] waits for ever. That leaks memory; it is not unsound.
+//! A guard that is forgotten (`mem::forget`) keeps its counter up: values replaced afterwards stay
+//! until the cell is dropped, and [`WaitUnread`] waits for ever. That leaks memory; it is not
+//! unsound.
 
 use std::{
     fmt,
@@ -86,12 +93,13 @@ pub struct RcuCell<V> {
     now: AtomicPtr<V>,
     shards: Box<[Shard]>,
     retired: Mutex<RetiredList<V>>,
-    /// Number of retired values that no sweep has taken yet. Raised before a value goes on the list.
+    /// Number of retired values that no sweep has taken yet. Raised before a value goes on the
+    /// list.
     waiting: AtomicUsize,
 }
 
-// SAFETY: readers on several threads get `&V` (V: Sync), and any thread that sweeps drops a V (V: Send). The pointers are
-// owned boxes; wakers are Send and Sync.
+// SAFETY: readers on several threads get `&V` (V: Sync), and any thread that sweeps drops a V (V:
+// Send). The pointers are owned boxes; wakers are Send and Sync.
 unsafe impl<V: Send + Sync> Send for RcuCell<V> {}
 // SAFETY: as above.
 unsafe impl<V: Send + Sync> Sync for RcuCell<V> {}
@@ -118,14 +126,15 @@ impl<V> RcuCell<V> {
         shard.0.fetch_add(1, Ordering::Acquire);
         // Acquire: pairs with the swap, for what the value holds.
         let now = self.now.load(Ordering::Acquire);
-        // SAFETY: `now` came from Box::into_raw and is freed only by `sweep` or `drop`. `drop` has `&mut self`, which our
-        // borrow excludes. `sweep` frees it only after a swap, and then, by the argument at the top of this file, only once
-        // our shard has been seen at 0 after our increment, which needs the decrement in `RcuGuard::drop`.
+        // SAFETY: `now` came from Box::into_raw and is freed only by `sweep` or `drop`. `drop` has
+        // `&mut self`, which our borrow excludes. `sweep` frees it only after a swap, and then, by
+        // the argument at the top of this file, only once our shard has been seen at 0 after our
+        // increment, which needs the decrement in `RcuGuard::drop`.
         RcuGuard { value: unsafe { &*now }, shard, cell: self }
     }
 
-    /// Replaces the value. The old one is dropped here if it has no readers, else by the last of its readers.
-    /// [`wait_unread`](Self::wait_unread) waits for that.
+    /// Replaces the value. The old one is dropped here if it has no readers, else by the last of
+    /// its readers. [`wait_unread`](Self::wait_unread) waits for that.
     pub fn replace(&self, value: V) {
         let all = u32::MAX >> (32 - self.shards.len());
         let new = Box::into_raw(Box::new(value));
@@ -142,10 +151,12 @@ impl<V> RcuCell<V> {
         self.sweep();
     }
 
-    /// Completes once every value replaced so far has lost its readers and was dropped: a grace period.
+    /// Completes once every value replaced so far has lost its readers and was dropped: a grace
+    /// period.
     ///
-    /// Values replaced later are not waited for. Readers of the current value delay it only while they overlap on one shard
-    /// without a gap. Do not await it while holding a guard: it would wait for itself.
+    /// Values replaced later are not waited for. Readers of the current value delay it only while
+    /// they overlap on one shard without a gap. Do not await it while holding a guard: it would
+    /// wait for itself.
     pub fn wait_unread(&self) -> WaitUnread<'_, V> {
         let end = self.retired.lock().next_number;
         WaitUnread { cell: self, end, waker: None }
@@ -154,7 +165,8 @@ impl<V> RcuCell<V> {
     /// Takes the value out. Retired ones are dropped.
     pub fn into_inner(self) -> V {
         let now = self.now.swap(ptr::null_mut(), Ordering::AcqRel);
-        // SAFETY: from Box::into_raw; owned, as there are no readers, and `drop` finds null in its place.
+        // SAFETY: from Box::into_raw; owned, as there are no readers, and `drop` finds null in its
+        // place.
         *unsafe { Box::from_raw(now) }
     }
 
@@ -187,14 +199,16 @@ impl<V> RcuCell<V> {
         let (numbers, values): (Vec<u64>, Vec<_>) = unread.into_iter().unzip();
         let _remove = RemoveFromList { cell: self, numbers };
         for value in values {
-            // SAFETY: from Box::into_raw; taken out of the list under its lock, so by us alone; no reader has it any more, as
-            // every shard was seen at 0 after the swap. Dropped outside the lock, because it is foreign code.
+            // SAFETY: from Box::into_raw; taken out of the list under its lock, so by us alone; no
+            // reader has it any more, as every shard was seen at 0 after the swap. Dropped outside
+            // the lock, because it is foreign code.
             drop(unsafe { Box::from_raw(value.as_ptr()) });
         }
     }
 }
 
-/// Removes the entries of dropped values from the list and wakes the waiting tasks, also if a drop panicked.
+/// Removes the entries of dropped values from the list and wakes the waiting tasks, also if a drop
+/// panicked.
 struct RemoveFromList<'a, V> {
     cell: &'a RcuCell<V>,
     numbers: Vec<u64>,
@@ -232,7 +246,8 @@ impl<V: fmt::Debug> fmt::Debug for RcuCell<V> {
     }
 }
 
-/// Keeps a version of an [`RcuCell`]'s value alive while it is read. May be sent to another thread and held across an await.
+/// Keeps a version of an [`RcuCell`]'s value alive while it is read. May be sent to another thread
+/// and held across an await.
 pub struct RcuGuard<'a, V> {
     value: &'a V,
     shard: &'a Shard,

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicU8, Ordering};
 /// # Safety
 /// `at` must be valid for an access of one byte.
 unsafe fn load(at: *const u8) -> u8 {
-    // SAFETY: valid by the caller's promise, every address is aligned for a byte, and all accesses that race
-    // with this one are atomic accesses of a byte (the module's rule). Only loaded from, so that a pointer to
-    // memory that is only readable will do.
+    // SAFETY: valid by the caller's promise, every address is aligned for a byte, and all accesses
+    // that race with this one are atomic accesses of a byte (the module's rule). Only loaded from,
+    // so that a pointer to memory that is only readable will do.
     unsafe { AtomicU8::from_ptr(at.cast_mut()) }.load(Ordering::Relaxed)
 }
 
