@@ -1,5 +1,4 @@
-//! `Completion<T>`: passes one result from the thread that produces it to the future that waits for
-//! it.
+//! `Completion<T>`: passes one result from the thread that has it to the future that awaits it.
 //!
 //! Both sides share it by `Arc`; either may be dropped first. The future may move between threads
 //! and be polled by any executor.

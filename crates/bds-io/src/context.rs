@@ -1,5 +1,4 @@
-//! `Context`: one thread's executor, engine and clock; and the free functions that find the current
-//! one.
+//! `Context`: one thread's executor, engine and clock; and functions that find the current one.
 //!
 //! ```text
 //! thread drives a Context (block_on, turn)  → that Context

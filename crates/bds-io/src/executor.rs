@@ -1,5 +1,4 @@
-//! Executor of one thread: its run queue, timers and engine, and the inbox through which other
-//! threads reach them.
+//! Executor of one thread: run queue, timers and engine, and the inbox for other threads.
 //!
 //! `Local` is used by its thread alone, `Shared` by all. A wake-up on the own thread costs a push
 //! to a queue; one from another thread goes through the inbox, and a signal on the eventfd only if

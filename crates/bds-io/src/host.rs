@@ -1,5 +1,4 @@
-//! `HostFile`: a file of the host, whose operations run inline from the page cache or go to an
-//! engine.
+//! `HostFile`: a file of the host; operations run inline from the page cache or in an engine.
 //!
 //! What the page cache can do is done at once, on the caller's thread; the rest becomes an `Op` for
 //! an engine. What a file system cannot do is remembered per file, so that it is tried once.

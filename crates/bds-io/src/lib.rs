@@ -1,5 +1,4 @@
-//! File I/O for block layers: buffers, files, an executor with io_uring, and a deterministic
-//! simulation of all of it.
+//! File I/O for block layers: buffers, files, an executor with io_uring, and their simulation.
 //!
 //! * [`buf`]: [`Buf`], [`IoVec`] and [`BufPool`], memory that lives as long as any operation that
 //!   names it.

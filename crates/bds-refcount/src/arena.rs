@@ -1,5 +1,4 @@
-//! `Arena<T>`: inserts objects, looks them up by handle, and holds the state that an arena's
-//! handles and slots share.
+//! `Arena<T>`: inserts objects, looks them up by handle, and holds the state of all its slots.
 //!
 //! A look-up takes no lock. Inserts, reaps and diagnostics take the free list's lock for a few
 //! instructions, never while foreign code runs. Lock order: free list, then a slot's side.

@@ -1,5 +1,4 @@
-//! Queues dead objects until they are reaped: a lock-free stack that releases push on, and a queue
-//! that reaps take from.
+//! Queues dead objects until they are reaped: a lock-free stack for releases, a queue for reaps.
 //!
 //! A last release does three things here: one increment, one store, one compare-exchange. It drops
 //! nothing, calls nothing and does not wait. A reap empties the stack in one swap and appends it,

@@ -1,5 +1,4 @@
-//! `Handle<T>`: a 64-bit generational name of an object in an arena. It keeps nothing alive and
-//! never dangles.
+//! `Handle<T>`: a 64-bit generational name of an object in an arena. It never dangles.
 //!
 //! ```text
 //!  63   60 59        48 47              24 23               0

@@ -1,5 +1,4 @@
-//! Named holders: records which references to an object have a name, of what kind, and where they
-//! were taken.
+//! Named holders: records which references to an object have a name, and their call sites.
 //!
 //! Every long-lived holder (an edge, a backend, a job) takes its reference as a [`Held`], so "node
 //! is in use" errors and leak reports can name it. Registering takes the slot's side lock and one

@@ -1,5 +1,4 @@
-//! One slot of an arena: the lifecycle word, the cell with the occupant, holders and watchers. The
-//! unsafe cell is here.
+//! One slot of an arena: lifecycle word, cell with the occupant (unsafe), holders and watchers.
 //!
 //! Access to the cell follows from the word alone, never from the free list or a lock:
 //! * `Reserved`: only the thread that reserved it (a compare-exchange from `Vacant`).

@@ -1,5 +1,4 @@
-//! `Strong<T>`: a counted reference to an object in an arena. Clone and drop are one atomic
-//! operation each.
+//! `Strong<T>`: a counted reference to an object in an arena; cloned and dropped by one atomic.
 //!
 //! A `Strong` is one pointer. It keeps its slot occupied, and an occupied slot keeps the arena's
 //! memory.

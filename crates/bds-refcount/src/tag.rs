@@ -1,5 +1,4 @@
-//! Leases arena tags and ranges of generations, so that no two arenas ever give out the same
-//! handle.
+//! Leases arena tags and generations, so that no two arenas ever give out the same handle.
 //!
 //! The tag is the twelve bits of a handle that identify its arena. A handle is (kind, tag,
 //! generation, index), and denotes one object for ever. So no (tag, generation) of a kind is ever

@@ -1,5 +1,4 @@
-//! `Watch<T>`: a future that completes when an object has lost its last reference, without keeping
-//! it alive.
+//! `Watch<T>`: a future that completes when an object has lost its last reference.
 //!
 //! The state is read from the lifecycle word, so it is known at once and final. Only the wake-up of
 //! a waiting task needs delivery: the watchers' wakers are stored in the slot, and the reap of the

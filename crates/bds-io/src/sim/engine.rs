@@ -1,5 +1,4 @@
-//! Engine of the simulated disk: submits operations, applies their effects and completes them at
-//! seeded moments.
+//! Engine of the simulated disk: submits, applies and completes operations at seeded moments.
 //!
 //! ```text
 //!   submit ──────► effect (whole, or in two pieces) ──────► complete ──► waker

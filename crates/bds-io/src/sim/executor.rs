@@ -1,5 +1,4 @@
-//! Scheduler of a simulated world: runs ready tasks, the caller's future and events in seeded
-//! order.
+//! Scheduler of a simulated world: runs tasks, the caller's future and events in seeded order.
 //!
 //! A world is idle when no task is ready and no event is to come. If the caller's future is not
 //! done then, it never will be: a deadlock, which panics with the seed, the unfinished tasks and

@@ -1,5 +1,4 @@
-//! `LockTable`: byte locks of one file, owned by open descriptions, with Linux' rules for OFD
-//! locks.
+//! `LockTable`: byte locks of one file, owned by open descriptions, with the rules of OFD locks.
 //!
 //! A description never conflicts with itself: a lock it takes replaces its locks on those bytes,
 //! one it drops may leave two pieces. Nothing waits here; a conflict is a result.

@@ -1,5 +1,4 @@
-//! `Sim`: a simulated world with a seeded scheduler, a virtual clock and disks with a volatile
-//! cache.
+//! `Sim`: a simulated world with a seeded scheduler, a virtual clock and disks that lose power.
 //!
 //! One seed replays a run exactly: which task runs next, when an operation takes effect and when it
 //! completes, which of two racing writes wins, what is short, what fails, what a power cut leaves.
@@ -109,7 +108,7 @@ pub struct SimConfig {
     pub direct_align: (usize, u32),
     /// Operations that [`Sim::trace`] remembers.
     pub trace_len: usize,
-    /// Turns after which a world that never comes to rest is a livelock.
+    /// Turns after which a world that is never idle counts as a livelock.
     pub max_turns: u64,
 }
 

@@ -1,5 +1,4 @@
-//! `Trace`: the recent operations of a world, for the message of a failing test, and a fingerprint
-//! of all.
+//! `Trace`: the recent operations of a world, for failure messages, and a fingerprint of all.
 
 use std::collections::VecDeque;
 use std::fmt;

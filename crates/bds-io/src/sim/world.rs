@@ -1,5 +1,4 @@
-//! `World`: the state of a simulated world. Files, names, operations in flight, clock and
-//! generator.
+//! `World`: state of a simulated world: files, names, operations in flight, clock and generator.
 //!
 //! One lock around all of it; nothing here calls foreign code (wakers and buffers are returned in a
 //! [`super::op::Deferred`]).

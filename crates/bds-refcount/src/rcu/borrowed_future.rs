@@ -1,5 +1,4 @@
-//! `BorrowedFuture`: a future that borrows from a counted object, and can be given a reference of
-//! its own later.
+//! `BorrowedFuture`: a future that borrows from a counted object and can outlive its caller.
 //!
 //! A driver's operation borrows from the node through the reference of its caller, which costs
 //! nothing. If the caller is dropped before the operation is done, [`BorrowedFuture::keep`] takes a

@@ -1,5 +1,4 @@
-//! `RcuCell<V>`: a value that many threads read without a lock and that is replaced now and then
-//! (read-copy-update).
+//! `RcuCell<V>`: a read-mostly value, read without a lock and replaced at run time.
 //!
 //! An edge of a graph keeps its reference to the child in one: every request that passes reads it,
 //! a graph change replaces it. Reading is one increment and one decrement of a counter that few
