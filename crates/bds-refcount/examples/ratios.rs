@@ -6,6 +6,15 @@
 //! alike; the ratio is the median of the rounds' ratios.
 //!
 //! `cargo run --release -p bds-refcount --example ratios [rounds]`
+//!
+//! Nanoseconds a pair, medians of one interleaved run of 201 rounds on two cores:
+//!
+//! | | alone | one object, two threads | two objects |
+//! |---|---|---|---|
+//! | `Strong` clone + drop (`Arc`) | 4.1 (4.1), ratio 1.00 | 26.6 (26.2), 1.02 | 4.2 (4.2), 1.00 |
+//! | acquire + release (`Weak::upgrade` + drop) | 4.9 (4.8), 1.02 | 29.1 (30.5), 0.97 | 4.9 (4.7), 1.02 |
+//! | check (`slotmap` get) | 1.7 (0.9) | 2.4 (1.5) | 1.9 (0.9) |
+//! | `sharded-slab` get + drop; `RwLock<Slab>` | 18.6; 5.1 | 56.4; 45.7 | 18.8; 44.4 |
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a program that prints figures")]
 
 use std::{

@@ -2,7 +2,7 @@
 //!
 //! The bytes of a race are unspecified; the program's behaviour is not. What shows a mistake here
 //! is Miri (`cargo +nightly miri test -p bds-io --test it races`) or ThreadSanitizer (`cargo xtask
-//! test --tier full`).
+//! test --tier full`). Miri takes the copies written in Rust by itself; it also runs `--lib buf`.
 
 #![forbid(unsafe_code)]
 
