@@ -11,6 +11,7 @@ pub mod event;
 #[doc(hidden)]
 pub mod example;
 pub mod graph;
+mod holder_kind;
 pub mod options;
 pub mod rate;
 pub mod request;

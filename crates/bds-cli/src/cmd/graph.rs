@@ -109,7 +109,7 @@ fn holders(node: &NodeRef) -> Vec<String> {
         |kind| matches!(kind, HolderKind::Edge | HolderKind::Iterator | HolderKind::Owner);
     let holders = node.graph().holders(node.id()).into_iter();
     holders
-        .filter(|holder| !is_drawn(holder.kind))
+        .filter(|holder| !is_drawn(holder.kind.into()))
         .map(|holder| Holder { kind: holder.kind, name: holder.name }.to_string())
         .collect()
 }

@@ -43,7 +43,7 @@ impl Reopen for Prepared<'_> {
             None => drop(node.later.set(RcuCell::new(new))),
         }
         // The first one lives as long as the node, but its description must not.
-        if let Err(error) = node.first.file.forward(&file) {
+        if let Err(error) = node.first.file.redirect(&file) {
             let node = &node.node_name;
             tracing::warn!(%error, node, "a former descriptor stays open until the node is closed");
         }

@@ -1,23 +1,23 @@
-//! The world's one source of chance.
+//! `Rng`: the seeded random generator of a simulated world.
 //!
-//! A thin coat over a library generator whose sequence is fixed for a major version, so a seed kept
-//! as a regression test keeps its meaning. Nothing else in the simulation draws numbers.
+//! Wraps a library generator whose sequence is fixed for a major version, so a seed kept as a
+//! regression test stays valid. Nothing else in the simulation draws numbers.
 
 use oorandom::Rand64;
 
 /// A seeded sequence of choices.
-pub(super) struct Chance(Rand64);
+pub(super) struct Rng(Rand64);
 
-impl Chance {
+impl Rng {
     /// The sequence of `seed`. Equal seeds give equal sequences on every machine.
-    pub(super) fn new(seed: u64) -> Chance {
+    pub(super) fn new(seed: u64) -> Rng {
         // Neighbouring seeds begin alike: spread them over the state and pass the first draws.
         let spread = u128::from(seed).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835);
         let mut sequence = Rand64::new(spread);
         for _ in 0..4 {
             sequence.rand_u64();
         }
-        Chance(sequence)
+        Rng(sequence)
     }
 
     /// A number below `bound`, which must not be 0.

@@ -1,34 +1,34 @@
-//! One answer, handed from whoever does the work to the future that waits for it.
+//! `Completion<T>`: passes one result from the thread that has it to the future that awaits it.
 //!
-//! The two sides share the cell by `Arc`; either may go away first. The future may move between threads and
-//! be polled by any executor.
+//! Both sides share it by `Arc`; either may be dropped first. The future may move between threads
+//! and be polled by any executor.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 #[derive(Debug)]
 struct State<T> {
-    answer: Option<T>,
+    result: Option<T>,
     waker: Option<Waker>,
 }
 
-/// A place for one answer and one waiter.
+/// A slot for one result and one waker.
 #[derive(Debug)]
-pub(crate) struct AnswerCell<T> {
+pub(crate) struct Completion<T> {
     state: Mutex<State<T>>,
 }
 
-impl<T> AnswerCell<T> {
-    /// An empty cell whose waiter is `waker`.
-    pub(crate) fn new(waker: Waker) -> Arc<AnswerCell<T>> {
-        Arc::new(AnswerCell { state: Mutex::new(State { answer: None, waker: Some(waker) }) })
+impl<T> Completion<T> {
+    /// An empty completion that wakes `waker`.
+    pub(crate) fn new(waker: Waker) -> Arc<Completion<T>> {
+        Arc::new(Completion { state: Mutex::new(State { result: None, waker: Some(waker) }) })
     }
 
-    /// Puts the answer in and wakes the waiter.
-    pub(crate) fn complete(&self, answer: T) {
+    /// Stores the result and wakes the waiting task.
+    pub(crate) fn complete(&self, result: T) {
         let waker = {
             let mut state = self.lock();
-            state.answer = Some(answer);
+            state.result = Some(result);
             state.waker.take()
         };
         // Outside the lock: waking runs a foreign executor's code.
@@ -37,15 +37,15 @@ impl<T> AnswerCell<T> {
         }
     }
 
-    /// Takes the answer, or leaves the task's waker.
+    /// Takes the result, or registers the task's waker.
     pub(crate) fn poll(&self, cx: &mut Context<'_>) -> Poll<T> {
         // Wakers are foreign code also when cloned and dropped: both happen outside the lock.
         let mut waker = None;
         loop {
             let mut state = self.lock();
-            if let Some(answer) = state.answer.take() {
+            if let Some(result) = state.result.take() {
                 drop(state);
-                return Poll::Ready(answer);
+                return Poll::Ready(result);
             }
             if state.waker.as_ref().is_some_and(|known| known.will_wake(cx.waker())) {
                 return Poll::Pending;
@@ -76,76 +76,77 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::task::{Context, Poll, RawWaker, RawWakerVTable, Waker};
 
-    use super::AnswerCell;
+    use super::Completion;
 
-    /// A waker whose every function looks into the cell, as a foreign executor's may that polls inline.
-    struct Curious {
-        cell: Arc<AnswerCell<u32>>,
+    /// A waker whose every function takes the completion's lock, as that of a foreign executor may
+    /// that polls inline.
+    struct LockProbe {
+        completion: Arc<Completion<u32>>,
         calls: AtomicUsize,
     }
 
-    impl Curious {
-        /// Takes the cell's lock; counts if that was possible at once.
-        fn look(&self) {
-            assert!(self.cell.state.try_lock().is_ok(), "foreign code runs under the cell's lock");
+    impl LockProbe {
+        /// Takes the completion's lock; counts if that was possible at once.
+        fn probe(&self) {
+            assert!(self.completion.state.try_lock().is_ok(), "foreign code runs under the lock");
             self.calls.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    // One address, which is how a waker is known again.
+    // One address, by which a waker is recognised.
     static VTABLE: RawWakerVTable = RawWakerVTable::new(
         |data| {
             // SAFETY: `data` came from Arc::into_raw and its count is one for this waker.
-            let curious =
-                unsafe { std::mem::ManuallyDrop::new(Arc::from_raw(data.cast::<Curious>())) };
-            curious.look();
-            RawWaker::new(Arc::into_raw(Arc::clone(&curious)).cast(), &VTABLE)
+            let probe =
+                unsafe { std::mem::ManuallyDrop::new(Arc::from_raw(data.cast::<LockProbe>())) };
+            probe.probe();
+            RawWaker::new(Arc::into_raw(Arc::clone(&probe)).cast(), &VTABLE)
         },
         |data| {
             // SAFETY: as above; waking gives the count up.
-            unsafe { Arc::from_raw(data.cast::<Curious>()) }.look();
+            unsafe { Arc::from_raw(data.cast::<LockProbe>()) }.probe();
         },
         |data| {
             // SAFETY: as above; the borrow ends before the waker.
-            unsafe { &*data.cast::<Curious>() }.look();
+            unsafe { &*data.cast::<LockProbe>() }.probe();
         },
         |data| {
             // SAFETY: as above; dropping gives the count up.
-            unsafe { Arc::from_raw(data.cast::<Curious>()) }.look();
+            unsafe { Arc::from_raw(data.cast::<LockProbe>()) }.probe();
         },
     );
 
-    fn waker(curious: &Arc<Curious>) -> Waker {
+    fn waker(probe: &Arc<LockProbe>) -> Waker {
         // SAFETY: the table's functions treat the pointer as the one count of an Arc that it is.
-        unsafe {
-            Waker::from_raw(RawWaker::new(Arc::into_raw(Arc::clone(curious)).cast(), &VTABLE))
-        }
+        unsafe { Waker::from_raw(RawWaker::new(Arc::into_raw(Arc::clone(probe)).cast(), &VTABLE)) }
     }
 
     #[test]
     fn wakers_are_cloned_woken_and_dropped_outside_the_lock() {
-        let cell = AnswerCell::new(Waker::noop().clone());
-        let curious = || Arc::new(Curious { cell: cell.clone(), calls: AtomicUsize::new(0) });
-        let (first, second) = (curious(), curious());
+        let completion = Completion::new(Waker::noop().clone());
+        let probe =
+            || Arc::new(LockProbe { completion: completion.clone(), calls: AtomicUsize::new(0) });
+        let (first, second) = (probe(), probe());
         let (one, two) = (waker(&first), waker(&second));
         for waker in [&one, &two, &one, &two] {
-            assert_eq!(cell.poll(&mut Context::from_waker(waker)), Poll::Pending);
+            assert_eq!(completion.poll(&mut Context::from_waker(waker)), Poll::Pending);
         }
         assert_eq!(first.calls.load(Ordering::Relaxed), 4, "cloned and dropped, twice");
-        cell.complete(7);
+        completion.complete(7);
         assert_eq!(second.calls.load(Ordering::Relaxed), 4, "cloned twice, dropped, woken");
-        assert_eq!(cell.poll(&mut Context::from_waker(&one)), Poll::Ready(7));
+        assert_eq!(completion.poll(&mut Context::from_waker(&one)), Poll::Ready(7));
     }
 
     /// The same waker once more costs neither a clone nor a drop.
     #[test]
     fn a_known_waker_is_kept() {
-        let cell = AnswerCell::<u32>::new(Waker::noop().clone());
-        let curious = Arc::new(Curious { cell: cell.clone(), calls: AtomicUsize::new(0) });
-        let waker = waker(&curious);
+        let completion = Completion::<u32>::new(Waker::noop().clone());
+        let probe =
+            Arc::new(LockProbe { completion: completion.clone(), calls: AtomicUsize::new(0) });
+        let waker = waker(&probe);
         for _ in 0..5 {
-            assert_eq!(cell.poll(&mut Context::from_waker(&waker)), Poll::Pending);
+            assert_eq!(completion.poll(&mut Context::from_waker(&waker)), Poll::Pending);
         }
-        assert_eq!(curious.calls.load(Ordering::Relaxed), 1);
+        assert_eq!(probe.calls.load(Ordering::Relaxed), 1);
     }
 }

@@ -1,7 +1,8 @@
-//! `BorrowedFuture`: a future that borrows from an object, and can go on without the request that began it.
+//! `BorrowedFuture`: a future that borrows from a counted object and can outlive its caller.
 //!
-//! Work on an object borrows from a reference that somebody else owns, which costs nothing. If that somebody leaves before
-//! the work is done, [`BorrowedFuture::keep`] takes a reference of its own, and the same future goes on with that.
+//! A driver's operation borrows from the node through the reference of its caller, which costs
+//! nothing. If the caller is dropped before the operation is done, [`BorrowedFuture::keep`] takes a
+//! reference of its own, and the same future goes on with that.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -12,7 +13,7 @@ use crate::strong::Strong;
 /// A boxed future that may move between threads.
 type Boxed<'a, R> = Pin<Box<dyn Future<Output = R> + Send + 'a>>;
 
-/// A future that borrows from the object behind a reference that others own.
+/// A future that borrows from an object through the reference of its caller.
 #[must_use = "futures do nothing unless polled"]
 pub struct BorrowedFuture<'a, T: 'static, R: 'static> {
     /// Made from `**owner`, and borrows from nothing else.
@@ -23,13 +24,14 @@ pub struct BorrowedFuture<'a, T: 'static, R: 'static> {
 /// A future that borrows from an object, with a reference of its own to it.
 #[must_use = "futures do nothing unless polled"]
 pub struct OwnedFuture<T: 'static, R: 'static> {
-    /// Before `_owner`: dropped in this order. Never handed out, so its lifetime is nobody's to believe in.
+    /// Before `_owner`: dropped in this order. Its lifetime is false, so it is never handed out.
     future: Boxed<'static, R>,
     _owner: Strong<T>,
 }
 
 impl<'a, T: 'static, R: 'static> BorrowedFuture<'a, T, R> {
-    /// Work on the object. `begin` takes a borrow of any length, so what it returns borrows from the object alone.
+    /// Begins work on the object. `begin` takes a borrow of any length, so its future borrows from
+    /// the object alone.
     #[inline]
     pub fn new(
         owner: &'a Strong<T>,
@@ -38,13 +40,14 @@ impl<'a, T: 'static, R: 'static> BorrowedFuture<'a, T, R> {
         Self { future: begin(&**owner), owner }
     }
 
-    /// The same work with a reference of its own.
+    /// Gives the future a reference of its own, which it drops when it is dropped.
     pub fn keep(self) -> OwnedFuture<T, R> {
         let owner = self.owner.clone();
-        // SAFETY: only the lifetime changes. The future was made by `begin` from `&T`, for every lifetime of that borrow;
-        // `T` and `R` are `'static`, so all that can end before `'static` in it are borrows of the object. The object
-        // neither moves nor ends nor is borrowed mutably while there is a reference to it (`slot` says why), and the
-        // clone is one: it lies beside the future, is given away by nobody, and is dropped after it.
+        // SAFETY: only the lifetime changes. The future was made by `begin` from `&T`, for every
+        // lifetime of that borrow; `T` and `R` are `'static`, so all that can end before `'static`
+        // in it are borrows of the object. The object neither moves nor ends nor is borrowed
+        // mutably while there is a reference to it (`slot` says why), and the clone is one: it is
+        // stored beside the future, never given away, and dropped after it.
         let future = unsafe { std::mem::transmute::<Boxed<'a, R>, Boxed<'static, R>>(self.future) };
         OwnedFuture { future, _owner: owner }
     }
@@ -80,8 +83,8 @@ mod tests {
         Pin::new(future).poll(&mut Context::from_waker(Waker::noop()))
     }
 
-    fn note(seen: &Mutex<Vec<&'static str>>, word: &'static str) {
-        seen.lock().expect("nobody panics").push(word);
+    fn note(seen: &Mutex<Vec<&'static str>>, event: &'static str) {
+        seen.lock().expect("no holder panics").push(event);
     }
 
     /// Looks at the object in every poll and once more when it is dropped.
@@ -106,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn kept_work_goes_on_where_it_was_and_is_the_last_to_hold_the_object() {
+    fn an_owned_future_continues_and_holds_the_object_until_it_is_dropped() {
         let arena = Arena::new(Kind::new(1));
         let strong = arena.insert(Mutex::new(Vec::new())).unwrap();
         let mut future = BorrowedFuture::new(&strong, |seen| work(seen));
@@ -121,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn dropped_work_still_finds_its_object() {
+    fn an_owned_future_that_is_dropped_early_still_has_its_object() {
         let arena = Arena::new(Kind::new(1));
         let strong = arena.insert(Mutex::new(Vec::new())).unwrap();
         let mut future = BorrowedFuture::new(&strong, |seen| work(seen));
@@ -134,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn lent_work_costs_no_reference() {
+    fn a_borrowed_future_takes_no_reference() {
         let arena = Arena::new(Kind::new(1));
         let strong = arena.insert(Mutex::new(Vec::new())).unwrap();
         let future = BorrowedFuture::new(&strong, |seen| work(seen));
