@@ -9,7 +9,7 @@ use crate::{test, tidy};
 pub(crate) fn ci() -> Result<(), String> {
     let mut sum = Outcome::default();
     gate(&mut sum, "fmt", run(cargo().args(["fmt", "--all", "--", "--check"])));
-    gate(&mut sum, "tidy", tidy::tidy());
+    gate(&mut sum, "tidy", tidy::tidy(tidy::Show::default()));
     gate(
         &mut sum,
         "clippy",

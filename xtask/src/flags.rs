@@ -1,5 +1,7 @@
 //! The commands and their options, parsed by hand: six commands need no parser library.
 
+use crate::tidy::Show;
+
 /// What `cargo xtask` without a command prints.
 pub(crate) const HELP: &str = "\
 cargo xtask COMMAND
@@ -9,7 +11,8 @@ cargo xtask COMMAND
                          all tests; quick leaves out the matrix, full adds long budgets, loom, sanitizers, mutants
   matrix [--list] [--only axis=value]...
                          crate x engine x format x cache mode; axes: crate, engine, format, cache
-  tidy                   the house rules that no compiler checks
+  tidy [--circles] [--words] [--wide]
+                         the project's rules that no compiler checks; lists import circles, words, wide comments in full
   bench [--quick] [--only NAME]
                          side by side with qemu-img: ratios, medians of interleaved runs
   dist                   the tool for packagers: stripped binary, manual pages, shell completions, licences
@@ -40,7 +43,7 @@ pub(crate) enum Command {
         only: Vec<(String, String)>,
         list: bool,
     },
-    Tidy,
+    Tidy(Show),
     Bench {
         quick: bool,
         only: Option<String>,
@@ -66,7 +69,7 @@ pub(crate) fn parse(args: impl Iterator<Item = String>) -> Result<Command, Strin
         "bench" => parse_bench(rest),
         "measure" => parse_measure(rest),
         "demo" => bare(name, rest, Command::Demo),
-        "tidy" => bare(name, rest, Command::Tidy),
+        "tidy" => parse_tidy(rest),
         "dist" => bare(name, rest, Command::Dist),
         "doctor" => bare(name, rest, Command::Doctor),
         "ci" => bare(name, rest, Command::Ci),
@@ -99,6 +102,19 @@ fn parse_test(args: &[String]) -> Result<Command, String> {
         }
     }
     Ok(Command::Test { tier, rest: Vec::new() })
+}
+
+fn parse_tidy(args: &[String]) -> Result<Command, String> {
+    let mut show = Show::default();
+    for arg in args {
+        match arg.as_str() {
+            "--circles" => show.circles = true,
+            "--words" => show.words = true,
+            "--wide" => show.wide = true,
+            other => return Err(format!("'tidy' does not know '{other}'")),
+        }
+    }
+    Ok(Command::Tidy(show))
 }
 
 fn parse_bench(args: &[String]) -> Result<Command, String> {
@@ -166,8 +182,10 @@ mod tests {
             of("matrix --only engine=sim"),
             Ok(Command::Matrix { only: vec![("engine".into(), "sim".into())], list: false })
         );
+        assert_eq!(of("tidy --words"), Ok(Command::Tidy(Show { words: true, ..Show::default() })));
         for wrong in [
             "nonsense",
+            "tidy --colours",
             "ci x",
             "test --tier huge",
             "matrix --only colour=red",

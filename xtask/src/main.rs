@@ -35,7 +35,7 @@ fn main() -> ExitCode {
         Command::Demo => demo::demo(),
         Command::Test { tier, rest } => test::test(tier, &rest),
         Command::Matrix { only, list } => matrix::matrix(&only, list),
-        Command::Tidy => tidy::tidy(),
+        Command::Tidy(show) => tidy::tidy(show),
         Command::Bench { quick, only } => bench::bench(quick, only.as_deref()),
         Command::Measure { report, command } => bench::measure::run_child(&report, &command),
         Command::Dist => dist::dist(),

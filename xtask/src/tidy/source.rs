@@ -96,6 +96,24 @@ impl Source {
     }
 }
 
+/// All identifiers among the tokens of a file, with their lines. None if it is no Rust.
+pub(super) fn identifiers(text: &str) -> Vec<(usize, String)> {
+    fn collect(tokens: TokenStream, found: &mut Vec<(usize, String)>) {
+        for token in tokens {
+            match token {
+                TokenTree::Ident(name) => {
+                    found.push((name.span().start().line, name.to_string()));
+                }
+                TokenTree::Group(group) => collect(group.stream(), found),
+                _ => {}
+            }
+        }
+    }
+    let mut found = Vec::new();
+    collect(text.parse().unwrap_or_default(), &mut found);
+    found
+}
+
 impl<'ast> Visit<'ast> for Source {
     fn visit_item(&mut self, item: &'ast syn::Item) {
         self.enter(item, |this| visit::visit_item(this, item));
@@ -136,7 +154,7 @@ impl<'ast> Visit<'ast> for Source {
 }
 
 /// Do the attributes in front of a piece of code say that only tests compile it?
-fn is_test_only(tokens: TokenStream) -> bool {
+pub(super) fn is_test_only(tokens: TokenStream) -> bool {
     let attributes = |input: ParseStream<'_>| {
         let attributes = input.call(Attribute::parse_outer)?;
         input.parse::<TokenStream>()?; // the rest, which the parser must not leave
