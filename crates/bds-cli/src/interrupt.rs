@@ -1,9 +1,9 @@
-//! Signals that ask the process to stop: the first one lets the command clean up, a later one ends it at once.
+//! Handles SIGINT, SIGTERM and the like: the first one lets the command clean up, one that comes a
+//! second later exits at once.
 //!
-//! "Later" is a second later: `timeout` and some shells send the same signal twice, to the process and to its group, and
-//! the twin must not cut the cleaning short.
-//!
-//! A signal that the process was started with ignored stays ignored (`nohup`, `trap '' INT`): its parent wants it so.
+//! `timeout` and some shells send the same signal twice, to the process and to its group; the
+//! second must not cut the clean-up short, hence the second. A signal that was ignored when the
+//! process started stays ignored (`nohup`, `trap '' INT`).
 
 use std::io;
 use std::pin::pin;
@@ -17,65 +17,66 @@ use futures_util::future::{Either, select};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGXCPU};
 use signal_hook::flag;
 
-/// What asks a process to end, and may be caught.
+/// The signals that end a process and may be caught.
 const SIGNALS: [i32; 5] = [SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGXCPU];
-/// A signal handler can wake no future, so what waits for a signal looks this often.
+/// A signal handler cannot wake a future, so waiting for a signal polls at this interval.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
-/// From this long after the first signal on, another one ends the process at once.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// From this long after the first signal on, another one exits at once.
+const GRACE_PERIOD: Duration = Duration::from_secs(1);
 
 /// The number of the first signal that arrived; 0 if none has.
 static FIRST: OnceLock<Arc<AtomicUsize>> = OnceLock::new();
 
-/// Tells whether the command was asked to stop.
+/// A flag that the first signal sets.
 #[derive(Clone, Debug)]
-pub(crate) struct Stop {
-    wanted: Arc<AtomicBool>,
-    /// Makes the next signal deadly some time after the first. Dropped, and so ended, with the last clone.
-    _patience: Arc<Task<()>>,
+pub(crate) struct Interrupt {
+    arrived: Arc<AtomicBool>,
+    /// Lets the next signal exit at once, some time after the first. Cancelled with the last clone.
+    _grace_period: Arc<Task<()>>,
 }
 
-impl Stop {
-    /// Watches for the signals from now on, while the current Context is driven. Called once a process: each call adds
-    /// handlers.
+impl Interrupt {
+    /// Watches for the signals from now on, while the current Context is driven. Called once a
+    /// process: each call adds handlers.
     pub(crate) fn watch() -> Result<Self> {
         Self::register().map_err(|e| Error::io(e, "cannot watch for signals"))
     }
 
     fn register() -> io::Result<Self> {
-        let wanted = Arc::new(AtomicBool::new(false));
-        let is_deadly = Arc::new(AtomicBool::new(false));
+        let arrived = Arc::new(AtomicBool::new(false));
+        let exits_at_once = Arc::new(AtomicBool::new(false));
         let first = FIRST.get_or_init(Arc::default);
         for signal in SIGNALS {
             if bds_io::signals::is_ignored(signal)? {
                 continue;
             }
             let code = i32::from(code_of(signal));
-            flag::register_conditional_shutdown(signal, code, Arc::clone(&is_deadly))?;
+            flag::register_conditional_shutdown(signal, code, Arc::clone(&exits_at_once))?;
             let number = usize::try_from(signal).expect("signals have positive numbers");
             flag::register_usize(signal, Arc::clone(first), number)?;
-            flag::register(signal, Arc::clone(&wanted))?;
+            flag::register(signal, Arc::clone(&arrived))?;
         }
-        let patience = bds_io::spawn(lose_patience(Arc::clone(&wanted), is_deadly));
-        Ok(Self { wanted, _patience: Arc::new(patience) })
+        let grace_period = bds_io::spawn(wait_grace_period(Arc::clone(&arrived), exits_at_once));
+        Ok(Self { arrived, _grace_period: Arc::new(grace_period) })
     }
 
     /// Whether a signal has arrived.
-    pub(crate) fn is_wanted(&self) -> bool {
-        self.wanted.load(Ordering::Relaxed)
+    pub(crate) fn has_arrived(&self) -> bool {
+        self.arrived.load(Ordering::Relaxed)
     }
 
     /// The flag itself, for the library's own loops.
     pub(crate) fn flag(&self) -> Arc<AtomicBool> {
-        Arc::clone(&self.wanted)
+        Arc::clone(&self.arrived)
     }
 
-    /// Runs `work` to its end, or drops it when a signal arrives. For work that undoes itself when it is dropped.
+    /// Runs `work` to its end, or drops it when a signal arrives. For work that cleans up when it
+    /// is dropped.
     ///
     /// # Errors
     /// Those of the work; `Cancelled` after a signal.
-    pub(crate) async fn or_drop<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
-        let signal = pin!(arrival(&self.wanted));
+    pub(crate) async fn run_or_drop<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let signal = pin!(arrival(&self.arrived));
         match select(pin!(work), signal).await {
             Either::Left((ended, _)) => ended,
             Either::Right(((), _)) => Err(Error::new(ErrorKind::Cancelled, "interrupted")),
@@ -83,25 +84,26 @@ impl Stop {
     }
 }
 
-async fn arrival(wanted: &AtomicBool) {
-    while !wanted.load(Ordering::Relaxed) {
+async fn arrival(arrived: &AtomicBool) {
+    while !arrived.load(Ordering::Relaxed) {
         bds_io::sleep(POLL_INTERVAL).await;
     }
 }
 
-async fn lose_patience(wanted: Arc<AtomicBool>, is_deadly: Arc<AtomicBool>) {
-    arrival(&wanted).await;
-    bds_io::sleep(PATIENCE).await;
-    is_deadly.store(true, Ordering::Relaxed);
+async fn wait_grace_period(arrived: Arc<AtomicBool>, exits_at_once: Arc<AtomicBool>) {
+    arrival(&arrived).await;
+    bds_io::sleep(GRACE_PERIOD).await;
+    exits_at_once.store(true, Ordering::Relaxed);
 }
 
-/// What a shell reports for a process that the first signal ended; `None` if no signal has arrived.
+/// Returns the exit code for the first signal, as a shell reports it; `None` if no signal has
+/// arrived.
 pub(crate) fn exit_code() -> Option<u8> {
     let number = FIRST.get()?.load(Ordering::Relaxed);
     i32::try_from(number).ok().filter(|number| *number > 0).map(code_of)
 }
 
-/// 128 and the number, as shells count.
+/// 128 plus the number, as shells do.
 fn code_of(signal: i32) -> u8 {
     u8::try_from(signal).map_or(u8::MAX, |number| number.saturating_add(128))
 }
