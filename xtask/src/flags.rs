@@ -1,4 +1,4 @@
-//! The commands and their options, parsed by hand: six commands need no parser library.
+//! Parses the command line of xtask, without a parser library.
 
 use crate::tidy::Show;
 
@@ -15,9 +15,10 @@ cargo xtask COMMAND
                          the project's rules that no compiler checks; lists import circles, words, wide comments in full
   bench [--quick] [--only NAME]
                          side by side with qemu-img: ratios, medians of interleaved runs
+  outside                a crate outside the workspace with the single dependency bds runs the README's lines
   dist                   the tool for packagers: stripped binary, manual pages, shell completions, licences
   doctor                 what is on this machine, what is missing, how to get it
-  ci                     what the server runs: fmt, clippy, tidy, test";
+  ci                     what the server runs: fmt, tidy, clippy, features, docs, packages, outside, test";
 
 /// How much is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +54,7 @@ pub(crate) enum Command {
         report: String,
         command: Vec<String>,
     },
+    Outside,
     Dist,
     Doctor,
     Ci,
@@ -70,6 +72,7 @@ pub(crate) fn parse(args: impl Iterator<Item = String>) -> Result<Command, Strin
         "measure" => parse_measure(rest),
         "demo" => bare(name, rest, Command::Demo),
         "tidy" => parse_tidy(rest),
+        "outside" => bare(name, rest, Command::Outside),
         "dist" => bare(name, rest, Command::Dist),
         "doctor" => bare(name, rest, Command::Doctor),
         "ci" => bare(name, rest, Command::Ci),

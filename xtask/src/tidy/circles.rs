@@ -1,8 +1,9 @@
 //! Finds circles of imports between the files of a crate and compares the largest with the ratchet.
 //!
-//! File `a` imports file `b` if a `use` or a path in `a` names what `b` defines. An import through a folder's `mod.rs` counts for
-//! the file behind the re-export; the re-exports themselves and `mod x;` are no imports. A type that a file names only to write
-//! an `impl` block for it is none either. Test code is left out.
+//! File `a` imports file `b` if a `use` or a path in `a` names what `b` defines. An import through
+//! a folder's `mod.rs` counts for the file behind the re-export; the re-exports themselves and `mod
+//! x;` are no imports. A type that a file names only to write an `impl` block for it is none
+//! either. Test code is left out.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -214,7 +215,8 @@ impl<'ast> Visit<'ast> for Finder<'_> {
             if leaf.name.as_ref().is_some_and(|name| self.only_methods.contains(name)) {
                 continue;
             }
-            // A folder that is imported as a whole: the paths that begin with its name say what of it is used.
+            // A folder that is imported as a whole: the paths that begin with its name say what of
+            // it is used.
             let is_whole_folder = |found: &Found| {
                 leaf.name.is_some()
                     && found.module.is_some_and(|module| self.modules.modules[module].is_folder)

@@ -1,8 +1,9 @@
 //! `cargo xtask tidy`: checks the project's rules that no compiler checks.
 //!
-//! Files: `//!` openings, where unsafe lives, lengths, words that mean "unfinished", listed words and wide comments. Crates:
-//! arrows as ARCHITECTURE.md draws them, dependencies, what publishing needs, circles of imports. What is over a limit today
-//! stands in `xtask/ratchet.toml` and may only shrink.
+//! Files: `//!` openings, where unsafe lives, lengths, words that mean "unfinished", listed words
+//! and wide comments. Crates: arrows as ARCHITECTURE.md draws them, dependencies, what publishing
+//! needs, circles of imports. What is over a limit today stands in `xtask/ratchet.toml` and may
+//! only shrink.
 
 mod circles;
 mod modules;
@@ -94,7 +95,8 @@ fn is_code(name: &str) -> bool {
     name.ends_with(".rs") && (name.starts_with("crates/") || name.starts_with("xtask/"))
 }
 
-/// Compares the largest circle of imports of each crate, and of each folder that the ratchet names, with the ratchet.
+/// Compares the largest circle of imports of each crate, and of each folder that the ratchet names,
+/// with the ratchet.
 fn check_circles(
     code: &[Text],
     ratchet: &Ratchet,

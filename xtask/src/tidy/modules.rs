@@ -1,7 +1,8 @@
 //! Resolves Rust paths to the files that define what they name, for the modules of one crate.
 //!
-//! Knows `mod` (inline, in a file, with `#[path]`), `use` (nested, renamed, re-exported, glob), `crate`, `self` and `super`.
-//! Expands no macro: a name that only a macro makes counts for the file in which it would be looked up. Leaves test code out.
+//! Knows `mod` (inline, in a file, with `#[path]`), `use` (nested, renamed, re-exported, glob),
+//! `crate`, `self` and `super`. Expands no macro: a name that only a macro makes counts for the
+//! file in which it would be looked up. Leaves test code out.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -163,7 +164,8 @@ impl Modules {
         })
     }
 
-    /// Follows a path that stands in `module`. `None` if it leads out of the crate or to nothing known.
+    /// Follows a path that stands in `module`. `None` if it leads out of the crate or to nothing
+    /// known.
     pub(super) fn resolve(&self, module: usize, path: &[String]) -> Option<Found> {
         self.resolve_within(module, path, 0)
     }
@@ -198,7 +200,8 @@ impl Modules {
         Some(Found { file: self.modules[module].file, module: Some(module) })
     }
 
-    /// What `name` stands for in `module`: at the end of a path rather an item, before it rather a module.
+    /// What `name` stands for in `module`: at the end of a path rather an item, before it rather a
+    /// module.
     fn name(&self, module: usize, name: &str, is_last: bool, depth: usize) -> Option<Found> {
         let scope = &self.modules[module];
         let mut found: Vec<Found> = Vec::new();

@@ -1,4 +1,5 @@
-//! Checks what the manifests say: arrows between crates, dependencies that no code names, and what publishing needs.
+//! Checks what the manifests say: arrows between crates, dependencies that no code names, and what
+//! publishing needs.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -64,7 +65,8 @@ fn drawn_arrows(text: &str) -> BTreeSet<(String, String)> {
         .collect()
 }
 
-/// A dependency must be named in the crate's code; one for tests may also be named in a documentation example.
+/// A dependency must be named in the crate's code; one for tests may also be named in a
+/// documentation example.
 fn unused_dependencies(package: &Value, prefix: &str, texts: &[&Text], findings: &mut Vec<String>) {
     let src = format!("{prefix}src/");
     let mut in_code = BTreeSet::new();
@@ -153,7 +155,8 @@ fn published(package: &Value, folder: &Path, findings: &mut Vec<String>) -> Resu
         let has_version = dependency["req"].as_str().is_some_and(|req| req != "*");
         let is_dev = dependency["kind"].as_str() == Some("dev");
         let to = dependency["name"].as_str().unwrap_or_default();
-        // Cargo leaves out what only tests need and what has a path alone; a version would be looked up.
+        // Cargo leaves out what only tests need and what has a path alone; a version would be
+        // looked up.
         let is_internal = to == "bds-testkit";
         if is_dev && is_internal && has_version {
             missing(&format!("'{to}' is not published: its dependency must not have a version"));
