@@ -8,7 +8,6 @@
 )]
 
 #[cfg(all(feature = "mem", feature = "blkdebug"))]
-mod backend;
 mod blkdebug;
 #[cfg(feature = "qcow2")]
 mod compress;

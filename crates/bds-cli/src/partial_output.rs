@@ -1,7 +1,8 @@
-//! Removes the files that a run created and did not complete.
+//! Tracks the files that a command created, and removes them if the command does not complete.
 //!
-//! A half-written image passes `check`, so leaving it behind invites its use. Only what this run created itself is removed:
-//! a file or device that was there before is never touched, and neither is a file that has taken the place of ours.
+//! A partial image passes `check`, so it could be used by mistake. Only files that this run created
+//! are removed: never a file or device that existed before, and never another file that has
+//! replaced ours at the same path.
 
 use std::fs;
 use std::io;
@@ -10,29 +11,29 @@ use std::path::PathBuf;
 
 /// Tracks the files of one new image, and removes them when dropped unless the image was completed.
 #[derive(Debug)]
-pub(crate) struct Partial {
-    /// Names under which nothing was found before.
+pub(crate) struct PartialOutput {
+    /// Paths where no file existed before.
     absent: Vec<PathBuf>,
     created: Vec<CreatedFile>,
-    keeps: bool,
+    keep: bool,
 }
 
 #[derive(Debug)]
 struct CreatedFile {
-    /// With links resolved: a link that led nowhere stays as it was.
+    /// With symlinks resolved: a symlink that was dangling stays as it was.
     path: PathBuf,
     /// Device and inode.
     identity: (u64, u64),
 }
 
-impl Partial {
-    /// Looks which of the files are not there yet. `keeps`: none is removed in the end.
-    pub(crate) fn before_creation(files: impl IntoIterator<Item = PathBuf>, keeps: bool) -> Self {
+impl PartialOutput {
+    /// Notes which of the files do not exist yet. `keep`: none of them is removed.
+    pub(crate) fn before_creation(files: impl IntoIterator<Item = PathBuf>, keep: bool) -> Self {
         let is_absent = |file: &PathBuf| {
             fs::metadata(file).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
         };
         let absent = files.into_iter().filter(is_absent).collect();
-        Self { absent, created: Vec::new(), keeps }
+        Self { absent, created: Vec::new(), keep }
     }
 
     /// For an output that this run does not create.
@@ -42,10 +43,11 @@ impl Partial {
 
     /// Whether the image stays although it is incomplete.
     pub(crate) fn is_kept(&self) -> bool {
-        self.keeps || self.created.is_empty()
+        self.keep || self.created.is_empty()
     }
 
-    /// The image was created: from here on its files are removed unless it is completed.
+    /// Notes that the image was created: from here on its files are removed unless
+    /// [`complete`](Self::complete) is called.
     pub(crate) fn set_created(&mut self) {
         for file in self.absent.drain(..) {
             // What is not there any more need not be removed.
@@ -59,17 +61,18 @@ impl Partial {
         !self.created.is_empty()
     }
 
-    /// The image is complete and stays.
+    /// Keeps the files: the image is complete.
     pub(crate) fn complete(mut self) {
         self.created.clear();
     }
 
-    /// Removes what was created, and says what became of the image.
-    pub(crate) fn give_up(mut self) -> String {
+    /// Removes the files unless they are kept, and returns what was done with them, for the error
+    /// message.
+    pub(crate) fn discard(mut self) -> String {
         if self.created.is_empty() {
             return "it was there before and is kept".to_owned();
         }
-        if self.keeps {
+        if self.keep {
             self.created.clear();
             return "it is kept, as --keep-partial asks".to_owned();
         }
@@ -85,9 +88,9 @@ impl Partial {
     }
 }
 
-impl Drop for Partial {
+impl Drop for PartialOutput {
     fn drop(&mut self) {
-        if !self.keeps {
+        if !self.keep {
             self.remove();
         }
     }
@@ -115,30 +118,30 @@ mod tests {
         let scratch = Scratch::new();
         let (old, new) = (scratch.dir().join("old"), scratch.dir().join("new"));
         fs::write(&old, "old").unwrap();
-        let mut partial = Partial::before_creation([old.clone(), new.clone()], false);
+        let mut partial = PartialOutput::before_creation([old.clone(), new.clone()], false);
         fs::write(&old, "emptied").unwrap();
         fs::write(&new, "half").unwrap();
         partial.set_created();
-        assert_eq!(partial.give_up(), "it was removed (--keep-partial keeps it)");
+        assert_eq!(partial.discard(), "it was removed (--keep-partial keeps it)");
         assert!(old.exists() && !new.exists());
-        let mut partial = Partial::before_creation([old.clone()], false);
+        let mut partial = PartialOutput::before_creation([old.clone()], false);
         partial.set_created();
-        assert_eq!(partial.give_up(), "it was there before and is kept");
+        assert_eq!(partial.discard(), "it was there before and is kept");
         assert!(old.exists());
     }
 
     #[test]
-    fn a_file_in_the_place_of_ours_and_a_link_to_ours_stay() {
+    fn another_file_at_our_path_and_a_symlink_to_ours_stay() {
         let scratch = Scratch::new();
         let (file, link) = (scratch.dir().join("file"), scratch.dir().join("link"));
         std::os::unix::fs::symlink("file", &link).unwrap();
-        let mut partial = Partial::before_creation([link.clone()], false);
+        let mut partial = PartialOutput::before_creation([link.clone()], false);
         fs::write(&link, "half").unwrap();
         partial.set_created();
         drop(partial);
         assert!(!file.exists() && fs::symlink_metadata(&link).is_ok());
 
-        let mut partial = Partial::before_creation([file.clone()], false);
+        let mut partial = PartialOutput::before_creation([file.clone()], false);
         fs::write(&file, "half").unwrap();
         partial.set_created();
         // Held open, so that its number cannot be given to the next one.
@@ -150,14 +153,14 @@ mod tests {
     }
 
     #[test]
-    fn a_complete_image_and_one_that_is_wanted_stay() {
+    fn complete_images_and_kept_ones_stay() {
         let scratch = Scratch::new();
-        for keeps in [false, true] {
-            let file = scratch.dir().join(format!("file{keeps}"));
-            let mut partial = Partial::before_creation([file.clone()], keeps);
+        for keep in [false, true] {
+            let file = scratch.dir().join(format!("file{keep}"));
+            let mut partial = PartialOutput::before_creation([file.clone()], keep);
             fs::write(&file, "bytes").unwrap();
             partial.set_created();
-            if keeps {
+            if keep {
                 drop(partial)
             } else {
                 partial.complete()

@@ -1,26 +1,26 @@
-//! What a command does not have to change stays: the old output where it is refused, what lies behind the source's end, space that
-//! was preallocated, links.
+//! Tests what `convert` and the like keep: an existing output if refused, data behind the source's
+//! end, preallocated space, links.
 
 use std::os::unix::fs::{MetadataExt, symlink};
 
 use bds_testkit::{pattern, qemu_img};
 
-use crate::tool::{Desk, LoopDevice};
+use crate::workdir::{LoopDevice, Workdir};
 
 const MIB: usize = 1 << 20;
 
 /// A source, and an output that must survive.
-fn desk() -> Desk {
-    let desk = Desk::new();
-    desk.write("src.raw", &pattern(1, 0, MIB));
-    desk.write("keep", &pattern(2, 0, 300_000));
-    desk
+fn workdir() -> Workdir {
+    let workdir = Workdir::new();
+    workdir.write("src.raw", &pattern(1, 0, MIB));
+    workdir.write("keep", &pattern(2, 0, 300_000));
+    workdir
 }
 
 #[test]
-fn what_can_be_refused_beforehand_costs_no_old_output() {
-    let desk = desk();
-    let keep = desk.read("keep");
+fn convert_refuses_before_it_changes_an_existing_output() {
+    let workdir = workdir();
+    let keep = workdir.read("keep");
     let mut commands = Vec::new();
     for words in [
         "-O qcow2 -o cluster_size=3000",
@@ -84,22 +84,22 @@ fn what_can_be_refused_beforehand_costs_no_old_output() {
     commands.push("dd -f raw -O raw bs=0 if=src.raw of=t".to_owned());
     commands.push("dd -f raw -O raw if=missing of=t".to_owned());
     for words in commands {
-        desk.write("t", &keep);
-        let output = desk.bds(&words);
+        workdir.write("t", &keep);
+        let output = workdir.bds(&words);
         assert_eq!(output.code, 1, "{words}: {output:?}");
-        assert!(desk.read("t") == keep, "{words}: the old output is gone");
-        assert!(!desk.dir().join("d").exists(), "{words}: a data file is left");
+        assert!(workdir.read("t") == keep, "{words}: the old output is gone");
+        assert!(!workdir.dir().join("d").exists(), "{words}: a data file is left");
         let fresh = words.replace(" t ", " fresh ").replace("of=t", "of=fresh");
         let fresh = fresh.strip_suffix(" t").map(|f| format!("{f} fresh")).unwrap_or(fresh);
-        assert_eq!(desk.bds(&fresh).code, 1, "{fresh}");
-        assert!(!desk.dir().join("fresh").exists(), "{fresh}: a file is left");
+        assert_eq!(workdir.bds(&fresh).code, 1, "{fresh}");
+        assert!(!workdir.dir().join("fresh").exists(), "{fresh}: a file is left");
     }
 }
 
 #[test]
 fn a_missing_or_wrong_backing_file_is_an_error_unless_it_is_not_wanted() {
-    let desk = desk();
-    let t = |words: &str| desk.bds(&format!("create -q -f qcow2 {words} o.qcow2 1M"));
+    let workdir = workdir();
+    let t = |words: &str| workdir.bds(&format!("create -q -f qcow2 {words} o.qcow2 1M"));
     for words in [
         "-b gone.raw -F raw",
         "-o backing_file=gone.qcow2,backing_fmt=qcow2",
@@ -109,7 +109,7 @@ fn a_missing_or_wrong_backing_file_is_an_error_unless_it_is_not_wanted() {
     ] {
         let output = t(words);
         assert_eq!(output.code, 1, "{words}: {output:?}");
-        assert!(!desk.dir().join("o.qcow2").exists(), "{words}");
+        assert!(!workdir.dir().join("o.qcow2").exists(), "{words}");
     }
     assert!(t("-b gone.raw -F raw").stderr.contains("gone.raw"));
     assert!(t("-u -b gone.raw -F raw").ok());
@@ -117,9 +117,9 @@ fn a_missing_or_wrong_backing_file_is_an_error_unless_it_is_not_wanted() {
 }
 
 #[test]
-fn a_link_that_leads_nowhere_yet_is_followed() {
-    let desk = desk();
-    std::fs::create_dir(desk.dir().join("vol")).expect("scratch is writable");
+fn a_dangling_symlink_is_followed_to_the_new_output() {
+    let workdir = workdir();
+    std::fs::create_dir(workdir.dir().join("vol")).expect("scratch is writable");
     for (number, words) in [
         "create -q -f qcow2 LINK 1M",
         "create -q -f raw LINK 1M",
@@ -133,67 +133,67 @@ fn a_link_that_leads_nowhere_yet_is_followed() {
     {
         let (link, end) = (format!("link{number}"), format!("vol/{number}"));
         // Over a second link, to be sure.
-        symlink(format!("over{number}"), desk.dir().join(&link)).expect("scratch has links");
-        symlink(&end, desk.dir().join(format!("over{number}"))).expect("scratch has links");
-        desk.must(&words.replace("LINK", &link));
-        assert!(!desk.read(&end).is_empty(), "{words}");
-        let meta = std::fs::symlink_metadata(desk.dir().join(&link)).expect("it stays");
+        symlink(format!("over{number}"), workdir.dir().join(&link)).expect("scratch has links");
+        symlink(&end, workdir.dir().join(format!("over{number}"))).expect("scratch has links");
+        workdir.must(&words.replace("LINK", &link));
+        assert!(!workdir.read(&end).is_empty(), "{words}");
+        let meta = std::fs::symlink_metadata(workdir.dir().join(&link)).expect("it stays");
         assert!(meta.is_symlink(), "{words}: the link is no link any more");
     }
     // After a failure the link is as it was, and what was made at its end is gone.
-    symlink("vol/none", desk.dir().join("bad")).expect("scratch has links");
+    symlink("vol/none", workdir.dir().join("bad")).expect("scratch has links");
     for words in [
         "create -q -f qcow2 -o data_file=nowhere/x bad 1M",
         "convert -f raw -O qcow2 -o cluster_size=3 src.raw bad",
     ] {
-        assert_eq!(desk.bds(words).code, 1, "{words}");
-        assert!(desk.dir().join("bad").is_symlink(), "{words}");
-        assert!(!desk.dir().join("vol/none").exists(), "{words}");
+        assert_eq!(workdir.bds(words).code, 1, "{words}");
+        assert!(workdir.dir().join("bad").is_symlink(), "{words}");
+        assert!(!workdir.dir().join("vol/none").exists(), "{words}");
     }
 }
 
 #[test]
-fn what_lies_behind_the_sources_end_stays() {
-    let desk = desk();
+fn data_behind_the_sources_end_stays() {
+    let workdir = workdir();
     let old = pattern(3, 0, 3 * MIB);
-    desk.write("old.raw", &old);
-    let expected = [&desk.read("src.raw")[..], &old[MIB..]].concat();
+    workdir.write("old.raw", &old);
+    let expected = [&workdir.read("src.raw")[..], &old[MIB..]].concat();
     // Zeros at its begin, so that something has to be zeroed too.
     let mut sparse = pattern(4, 0, MIB);
     sparse[..MIB / 2].fill(0);
-    desk.write("sparse.raw", &sparse);
+    workdir.write("sparse.raw", &sparse);
     let sparse_expected = [&sparse[..], &old[MIB..]].concat();
     for switches in ["", "-S 0", "-W", "-C"] {
         for (source, expected) in [("src.raw", &expected), ("sparse.raw", &sparse_expected)] {
             let convert = format!("convert -n {switches} -f raw");
-            desk.write("t.raw", &old);
-            desk.must(&format!("{convert} -O raw {source} t.raw"));
-            assert!(desk.read("t.raw") == *expected, "raw {switches} {source}");
+            workdir.write("t.raw", &old);
+            workdir.must(&format!("{convert} -O raw {source} t.raw"));
+            assert!(workdir.read("t.raw") == *expected, "raw {switches} {source}");
 
-            desk.must("convert -f raw -O qcow2 old.raw t.qcow2");
-            desk.must("create -q -f qcow2 -b old.raw -F raw v.qcow2");
+            workdir.must("convert -f raw -O qcow2 old.raw t.qcow2");
+            workdir.must("create -q -f qcow2 -b old.raw -F raw v.qcow2");
             for image in ["t.qcow2", "v.qcow2"] {
-                desk.must(&format!("{convert} -O qcow2 {source} {image}"));
-                desk.must(&format!("convert -f qcow2 -O raw {image} o.raw"));
-                assert!(desk.read("o.raw") == *expected, "{image} {switches} {source}");
-                desk.must(&format!("check -q {image}"));
+                workdir.must(&format!("{convert} -O qcow2 {source} {image}"));
+                workdir.must(&format!("convert -f qcow2 -O raw {image} o.raw"));
+                assert!(workdir.read("o.raw") == *expected, "{image} {switches} {source}");
+                workdir.must(&format!("check -q {image}"));
             }
         }
     }
     if qemu_img().is_some() {
-        desk.write("t.raw", &old);
-        desk.must_qemu("convert -n -f raw -O raw sparse.raw t.raw");
-        assert!(desk.read("t.raw") == sparse_expected, "qemu-img does the same");
+        workdir.write("t.raw", &old);
+        workdir.must_qemu("convert -n -f raw -O raw sparse.raw t.raw");
+        assert!(workdir.read("t.raw") == sparse_expected, "qemu-img does the same");
     }
 }
 
 #[test]
-fn a_device_gets_all_of_the_source_and_keeps_the_rest() {
-    let desk = desk();
+fn a_device_keeps_its_data_behind_the_sources_end() {
+    let workdir = workdir();
     let old = pattern(3, 0, 3 * MIB);
     let mut sparse = pattern(4, 0, MIB);
     sparse[..MIB / 2].fill(0);
-    desk.write("sparse.raw", &sparse);
+    workdir.write("sparse.raw", &sparse);
     let expected = [&sparse[..], &old[MIB..]].concat();
     for words in [
         "convert -f raw -O raw sparse.raw",
@@ -202,28 +202,28 @@ fn a_device_gets_all_of_the_source_and_keeps_the_rest() {
         "convert -S 0 -f raw -O raw sparse.raw",
         "dd -f raw -O raw bs=64k if=sparse.raw",
     ] {
-        desk.write("dev.img", &old);
-        let Some(device) = LoopDevice::new(&desk, "dev.img", &[]) else {
+        workdir.write("dev.img", &old);
+        let Some(device) = LoopDevice::new(&workdir, "dev.img", &[]) else {
             eprintln!("skipped: no loop devices here");
             return;
         };
         let output = if words.starts_with("dd") { "of=" } else { "" };
-        desk.must(&format!("{words} {output}{}", device.name()));
+        workdir.must(&format!("{words} {output}{}", device.name()));
         drop(device);
-        assert!(desk.read("dev.img") == expected, "{words}");
+        assert!(workdir.read("dev.img") == expected, "{words}");
     }
 }
 
 #[test]
 fn a_device_that_is_too_small_is_left_alone() {
-    let desk = desk();
+    let workdir = workdir();
     let old = pattern(3, 0, MIB);
-    desk.write("dev.img", &old);
-    let Some(device) = LoopDevice::new(&desk, "dev.img", &[]) else {
+    workdir.write("dev.img", &old);
+    let Some(device) = LoopDevice::new(&workdir, "dev.img", &[]) else {
         eprintln!("skipped: no loop devices here");
         return;
     };
-    desk.write("large.raw", &pattern(4, 0, 2 * MIB));
+    workdir.write("large.raw", &pattern(4, 0, 2 * MIB));
     let name = device.name();
     for words in [
         format!("convert -f raw -O raw large.raw {name}"),
@@ -235,44 +235,44 @@ fn a_device_that_is_too_small_is_left_alone() {
         format!("create -q -f qcow2 -o data_file={name} new.qcow2 2M"),
         format!("dd -f raw -O raw bs=64k if=large.raw of={name}"),
     ] {
-        let output = desk.bds(&words);
+        let output = workdir.bds(&words);
         assert_eq!(output.code, 1, "{words}: {output:?}");
-        assert!(!desk.dir().join("new.qcow2").exists(), "{words}");
+        assert!(!workdir.dir().join("new.qcow2").exists(), "{words}");
     }
     drop(device);
-    assert!(desk.read("dev.img") == old);
+    assert!(workdir.read("dev.img") == old);
 }
 
 #[test]
 fn an_output_keeps_the_space_that_was_preallocated() {
-    let desk = desk();
+    let workdir = workdir();
     let mut sparse = vec![0; MIB];
     sparse[..4096].fill(1);
-    desk.write("sparse.raw", &sparse);
-    desk.must("create -q -f raw -o preallocation=full p.raw 4M");
-    desk.must("create -q -f qcow2 -o preallocation=full p.qcow2 4M");
+    workdir.write("sparse.raw", &sparse);
+    workdir.must("create -q -f raw -o preallocation=full p.raw 4M");
+    workdir.must("create -q -f qcow2 -o preallocation=full p.qcow2 4M");
     let space =
-        |name: &str| std::fs::metadata(desk.dir().join(name)).expect("it is there").blocks();
+        |name: &str| std::fs::metadata(workdir.dir().join(name)).expect("it is there").blocks();
     for (format, name) in [("raw", "p.raw"), ("qcow2", "p.qcow2")] {
         let before = space(name);
         assert!(before >= (4 * MIB as u64) / 512, "{name} is preallocated");
-        desk.must(&format!("convert -n -f raw -O {format} sparse.raw {name}"));
+        workdir.must(&format!("convert -n -f raw -O {format} sparse.raw {name}"));
         assert!(space(name) >= before, "{name}: {} of {before} blocks are left", space(name));
-        desk.must(&format!("convert -f {format} -O raw {name} o.raw"));
-        assert!(desk.read("o.raw")[..MIB] == sparse, "{name}");
+        workdir.must(&format!("convert -f {format} -O raw {name} o.raw"));
+        assert!(workdir.read("o.raw")[..MIB] == sparse, "{name}");
     }
 }
 
 #[test]
 fn an_output_that_is_too_small_is_left_alone() {
-    let desk = desk();
-    desk.must("create -q -f qcow2 small.qcow2 512k");
-    let image = desk.read("small.qcow2");
-    let keep = desk.read("keep");
+    let workdir = workdir();
+    workdir.must("create -q -f qcow2 small.qcow2 512k");
+    let image = workdir.read("small.qcow2");
+    let keep = workdir.read("keep");
     for (format, name) in [("raw", "keep"), ("qcow2", "small.qcow2")] {
-        let output = desk.bds(&format!("convert -n -f raw -O {format} src.raw {name}"));
+        let output = workdir.bds(&format!("convert -n -f raw -O {format} src.raw {name}"));
         assert_eq!(output.code, 1, "{name}: {output:?}");
         assert!(output.stderr.contains("smaller than the input"), "{output:?}");
     }
-    assert!(desk.read("keep") == keep && desk.read("small.qcow2") == image);
+    assert!(workdir.read("keep") == keep && workdir.read("small.qcow2") == image);
 }

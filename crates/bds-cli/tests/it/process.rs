@@ -1,4 +1,5 @@
-//! The process towards its surroundings: output that cannot be written, limits, signals, files that are no images.
+//! Tests the process environment: output that cannot be written, resource limits, signals, removal
+//! of partial outputs.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufReader, Read};
@@ -8,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use bds_testkit::pattern;
 
-use crate::tool::Desk;
+use crate::workdir::Workdir;
 
-/// Nothing here takes long; this ends a test that hangs.
+/// Ends a test that hangs.
 const WATCHDOG: Duration = Duration::from_secs(30);
 
 /// Waits for a child that must end by itself.
@@ -35,12 +36,13 @@ fn words(child: &mut Child) -> String {
     words
 }
 
-/// A directory with an image, a raw file and verbs that print, with their exit codes when all is printed.
-fn verbs() -> (Desk, Vec<(&'static str, i32)>) {
-    let desk = Desk::new();
-    desk.write("a.raw", &pattern(1, 0, 1 << 20));
-    desk.write("other.raw", &pattern(2, 0, 1 << 20));
-    desk.must("convert -f raw -O qcow2 a.raw a.qcow2");
+/// A directory with an image, a raw file and verbs that print, with their exit codes when all is
+/// printed.
+fn verbs() -> (Workdir, Vec<(&'static str, i32)>) {
+    let workdir = Workdir::new();
+    workdir.write("a.raw", &pattern(1, 0, 1 << 20));
+    workdir.write("other.raw", &pattern(2, 0, 1 << 20));
+    workdir.must("convert -f raw -O qcow2 a.raw a.qcow2");
     let verbs = vec![
         ("info a.qcow2", 0),
         ("info --output json --backing-chain a.qcow2", 0),
@@ -67,17 +69,17 @@ fn verbs() -> (Desk, Vec<(&'static str, i32)>) {
         ("convert --help", 0),
         ("--version", 0),
     ];
-    (desk, verbs)
+    (workdir, verbs)
 }
 
 #[test]
 fn output_that_cannot_be_written_is_an_error_with_a_message() {
-    let (desk, verbs) = verbs();
+    let (workdir, verbs) = verbs();
     for (verb, _) in verbs {
         let args: Vec<&str> = verb.split(' ').collect();
         let full = OpenOptions::new().write(true).open("/dev/full").expect("Linux has it");
         let mut child =
-            desk.command(&args).stdout(full).stderr(Stdio::piped()).spawn().expect("bds starts");
+            workdir.command(&args).stdout(full).stderr(Stdio::piped()).spawn().expect("bds starts");
         let words = words(&mut child);
         // 1 of compare means "different".
         let code = if verb.starts_with("compare") { 2 } else { 1 };
@@ -90,43 +92,47 @@ fn output_that_cannot_be_written_is_an_error_with_a_message() {
 }
 
 #[test]
-fn a_reader_that_has_gone_changes_nothing_else() {
-    let (desk, verbs) = verbs();
+fn a_closed_stdout_pipe_does_not_change_the_result() {
+    let (workdir, verbs) = verbs();
     for (verb, code) in verbs {
         let args: Vec<&str> = verb.split(' ').collect();
         let (reader, writer) = std::io::pipe().expect("a pipe");
         drop(reader);
-        let mut child =
-            desk.command(&args).stdout(writer).stderr(Stdio::piped()).spawn().expect("bds starts");
+        let mut child = workdir
+            .command(&args)
+            .stdout(writer)
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("bds starts");
         assert_eq!(words(&mut child), "", "{verb}");
         assert_eq!(wait(&mut child).code(), Some(code), "{verb}");
     }
-    assert_eq!(desk.read("c.raw").len(), 2 << 20, "the conversion went on to its end");
+    assert_eq!(workdir.read("c.raw").len(), 2 << 20, "the conversion went on to its end");
 }
 
 #[test]
 fn messages_that_cannot_be_written_do_not_change_the_exit_code() {
-    let (desk, _) = verbs();
+    let (workdir, _) = verbs();
     for (verb, code) in
         [("info nothing", 1), ("check a.raw", 63), ("compare a.raw nothing", 2), ("frobnicate", 1)]
     {
         let args: Vec<&str> = verb.split(' ').collect();
         let full = OpenOptions::new().write(true).open("/dev/full").expect("Linux has it");
         let mut child =
-            desk.command(&args).stdout(Stdio::null()).stderr(full).spawn().expect("bds starts");
+            workdir.command(&args).stdout(Stdio::null()).stderr(full).spawn().expect("bds starts");
         assert_eq!(wait(&mut child).code(), Some(code), "{verb}");
     }
 }
 
 #[test]
-fn a_file_size_limit_is_an_error_and_no_death() {
-    let desk = Desk::new();
+fn a_file_size_limit_is_an_error_and_not_a_fatal_signal() {
+    let workdir = Workdir::new();
     // Random, so that no compression gets it below the limit.
     let mut big = vec![0; 4 << 20];
     File::open("/dev/urandom").and_then(|mut random| random.read_exact(&mut big)).expect("random");
-    desk.write("big.raw", &big);
-    desk.must("create -q -f qcow2 grows.qcow2 8M");
-    desk.must("create -q -f qcow2 -o preallocation=metadata full.qcow2 8M");
+    workdir.write("big.raw", &big);
+    workdir.must("create -q -f qcow2 grows.qcow2 8M");
+    workdir.must("create -q -f qcow2 -o preallocation=metadata full.qcow2 8M");
     for verb in [
         "convert -f raw -O raw big.raw o.raw",
         "convert -f raw -O qcow2 big.raw o.qcow2",
@@ -140,7 +146,7 @@ fn a_file_size_limit_is_an_error_and_no_death() {
     ] {
         let mut child = Command::new("bash")
             .args(["-c", &format!("ulimit -f 1024; exec \"$0\" {verb}"), env!("CARGO_BIN_EXE_bds")])
-            .current_dir(desk.dir())
+            .current_dir(workdir.dir())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
@@ -152,23 +158,23 @@ fn a_file_size_limit_is_an_error_and_no_death() {
         let is_named = words.contains("File too large") || words.contains("O_DIRECT");
         assert!(status.code() == Some(1) && is_named, "{verb}: {words}");
         for left in ["o.raw", "o.qcow2"] {
-            assert!(!desk.dir().join(left).exists(), "{verb} left {left} behind");
+            assert!(!workdir.dir().join(left).exists(), "{verb} left {left} behind");
         }
     }
 }
 
 /// A slow convert that has begun, with what it prints from there on.
 fn slow_convert(
-    desk: &Desk,
+    workdir: &Workdir,
     before: &str,
     more: &str,
 ) -> (Child, BufReader<std::process::ChildStdout>) {
-    desk.write("in.raw", &pattern(1, 0, 32 << 20));
+    workdir.write("in.raw", &pattern(1, 0, 32 << 20));
     let line =
         format!("{before} exec \"$0\" convert -p -r 4M -f raw -O qcow2 {more} in.raw out.qcow2");
     let mut child = Command::new("bash")
         .args(["-c", &line, env!("CARGO_BIN_EXE_bds")])
-        .current_dir(desk.dir())
+        .current_dir(workdir.dir())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -184,9 +190,9 @@ fn send(child: &Child, signal: &str) {
     assert!(sent.expect("kill runs").success());
 }
 
-/// Ends a slow convert with a signal; its exit code and what it said.
-fn stopped(desk: &Desk, signal: &str, more: &str) -> (Option<i32>, String) {
-    let (mut child, mut stdout) = slow_convert(desk, "", more);
+/// Ends a slow convert with a signal; returns its exit code and messages.
+fn stopped(workdir: &Workdir, signal: &str, more: &str) -> (Option<i32>, String) {
+    let (mut child, mut stdout) = slow_convert(workdir, "", more);
     send(&child, signal);
     let begin = Instant::now();
     std::io::copy(&mut stdout, &mut std::io::sink()).expect("the pipe ends");
@@ -198,88 +204,89 @@ fn stopped(desk: &Desk, signal: &str, more: &str) -> (Option<i32>, String) {
 }
 
 #[test]
-fn each_signal_has_its_exit_code_and_leaves_no_half_image() {
+fn each_signal_has_its_exit_code_and_leaves_no_partial_image() {
     for (signal, code) in [("-INT", 130), ("-TERM", 143), ("-HUP", 129)] {
-        let desk = Desk::new();
-        let (found, words) = stopped(&desk, signal, "");
+        let workdir = Workdir::new();
+        let (found, words) = stopped(&workdir, signal, "");
         assert_eq!(found, Some(code), "{signal}: {words}");
         assert!(words.contains("interrupted; the output 'out.qcow2' is incomplete: "), "{words}");
         assert!(words.contains(" of 33554432 bytes copied; it was removed"), "{words}");
-        assert!(!desk.dir().join("out.qcow2").exists(), "{signal}: left behind");
+        assert!(!workdir.dir().join("out.qcow2").exists(), "{signal}: left behind");
     }
 }
 
-/// `timeout` signals the process and its group: two signals at once, of which the second must not cut the cleaning short.
+/// `timeout` signals the process and its group: two signals at once, of which the second must not
+/// cut the cleaning short.
 #[test]
 fn the_same_signal_twice_at_once_still_cleans_up() {
-    let desk = Desk::new();
-    let (mut child, mut stdout) = slow_convert(&desk, "", "");
+    let workdir = Workdir::new();
+    let (mut child, mut stdout) = slow_convert(&workdir, "", "");
     send(&child, "-TERM");
     std::thread::sleep(Duration::from_millis(20));
     send(&child, "-TERM");
     std::io::copy(&mut stdout, &mut std::io::sink()).expect("the pipe ends");
     assert_eq!(wait(&mut child).code(), Some(143));
-    assert!(!desk.dir().join("out.qcow2").exists(), "left behind");
+    assert!(!workdir.dir().join("out.qcow2").exists(), "left behind");
 }
 
 #[test]
 fn a_partial_output_is_kept_on_demand_and_says_so() {
-    let desk = Desk::new();
-    let (code, words) = stopped(&desk, "-INT", "--keep-partial");
+    let workdir = Workdir::new();
+    let (code, words) = stopped(&workdir, "-INT", "--keep-partial");
     assert_eq!(code, Some(130), "{words}");
     assert!(words.contains("it is kept, as --keep-partial asks"), "{words}");
     // Closed in order: nothing but the data is missing.
-    desk.must("check out.qcow2");
+    workdir.must("check out.qcow2");
 }
 
 #[test]
 fn an_output_that_was_there_before_is_never_removed() {
-    let desk = Desk::new();
-    desk.must("create -q -f qcow2 out.qcow2 32M");
+    let workdir = Workdir::new();
+    workdir.must("create -q -f qcow2 out.qcow2 32M");
     for more in ["-n", ""] {
-        let (code, words) = stopped(&desk, "-TERM", more);
+        let (code, words) = stopped(&workdir, "-TERM", more);
         assert_eq!(code, Some(143), "{words}");
         assert!(words.contains("it was there before and is kept"), "{words}");
-        desk.must("check out.qcow2");
+        workdir.must("check out.qcow2");
     }
 }
 
 #[test]
 fn an_ignored_signal_stays_ignored() {
-    let desk = Desk::new();
+    let workdir = Workdir::new();
     for (before, signal) in [("trap '' INT;", "-INT"), ("trap '' HUP;", "-HUP")] {
-        let (mut child, mut stdout) = slow_convert(&desk, before, "-r 16M");
+        let (mut child, mut stdout) = slow_convert(&workdir, before, "-r 16M");
         send(&child, signal);
         std::io::copy(&mut stdout, &mut std::io::sink()).expect("the pipe ends");
         assert_eq!(wait(&mut child).code(), Some(0), "{before} {}", words(&mut child));
-        desk.must("compare -f raw -F qcow2 in.raw out.qcow2");
+        workdir.must("compare -f raw -F qcow2 in.raw out.qcow2");
     }
 }
 
 /// At 1 byte a second the first piece alone waits for days.
 #[test]
-fn a_low_rate_does_not_delay_the_end() {
-    let desk = Desk::new();
-    let (code, words) = stopped(&desk, "-TERM", "-r 1");
+fn a_low_rate_does_not_delay_an_interrupt() {
+    let workdir = Workdir::new();
+    let (code, words) = stopped(&workdir, "-TERM", "-r 1");
     assert_eq!(code, Some(143), "{words}");
 }
 
 #[test]
 fn a_failed_copy_removes_what_it_created() {
-    let desk = Desk::new();
-    desk.write("in.raw", &pattern(1, 0, 1 << 20));
+    let workdir = Workdir::new();
+    workdir.write("in.raw", &pattern(1, 0, 1 << 20));
     let faulty = "driver=blkdebug,inject-error.0.event=none,inject-error.0.iotype=read,inject-error.0.sector=1000,\
                   image.driver=file,image.filename=in.raw";
     for options in ["", "-o data_file=out.data"] {
-        let output = desk.bds(&format!("convert --image-opts -O qcow2 {options} {faulty} out"));
+        let output = workdir.bds(&format!("convert --image-opts -O qcow2 {options} {faulty} out"));
         assert_eq!(output.code, 1, "{output:?}");
         assert!(output.stderr.contains("it was removed"), "{output:?}");
         for left in ["out", "out.data"] {
-            assert!(!desk.dir().join(left).exists(), "{left} is left behind");
+            assert!(!workdir.dir().join(left).exists(), "{left} is left behind");
         }
     }
-    let output = desk.bds(&format!("dd --image-opts -O qcow2 if={faulty} of=out"));
+    let output = workdir.bds(&format!("dd --image-opts -O qcow2 if={faulty} of=out"));
     assert!(output.code == 1 && output.stderr.contains("it was removed"), "{output:?}");
-    assert!(!desk.dir().join("out").exists());
-    assert!(File::open(desk.dir().join("in.raw")).is_ok());
+    assert!(!workdir.dir().join("out").exists());
+    assert!(File::open(workdir.dir().join("in.raw")).is_ok());
 }

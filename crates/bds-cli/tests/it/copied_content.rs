@@ -1,16 +1,16 @@
-//! An exit code of 0 means that the output holds what the input holds: of the right format, of the right length, and whatever chain
-//! it stands on.
+//! Tests that after exit code 0 the output reads like the input: format, length, every kind of
+//! backing chain.
 
 use std::path::Path;
 
 use bds_io::{ByteLock, Fs, OpenOptions};
 use bds_testkit::{pattern, qemu_img};
 
-use crate::tool::Desk;
+use crate::workdir::Workdir;
 
 const MIB: usize = 1 << 20;
 
-/// First bytes, last bytes, and the name that must be said.
+/// First bytes, last bytes, and the name that the error must contain.
 type Container = (&'static str, &'static [u8], &'static [u8], &'static str);
 
 const CONTAINERS: [Container; 26] = [
@@ -48,8 +48,8 @@ const CONTAINERS: [Container; 26] = [
 ];
 
 #[test]
-fn containers_of_other_formats_do_not_pass_for_raw_disks() {
-    let desk = Desk::new();
+fn images_of_other_formats_are_not_probed_as_raw() {
+    let workdir = Workdir::new();
     let mut vdi = b"<<< Oracle VM VirtualBox Disk Image >>>\n".to_vec();
     vdi.resize(64, 0);
     vdi.extend(b"\x7f\x10\xda\xbe\x01\0\x01\0");
@@ -62,7 +62,7 @@ fn containers_of_other_formats_do_not_pass_for_raw_disks() {
             bytes.extend(footer);
             bytes.resize(65536 + 512, 0);
         }
-        desk.write(name, &bytes);
+        workdir.write(name, &bytes);
         for words in [
             "convert -O raw FILE out.raw",
             "convert -O qcow2 FILE out.raw",
@@ -77,62 +77,63 @@ fn containers_of_other_formats_do_not_pass_for_raw_disks() {
             "bench -c 1 FILE",
             "graph FILE",
         ] {
-            desk.write("plain.raw", &[0; 512]);
-            let output = desk.bds(&words.replace("FILE", name));
+            workdir.write("plain.raw", &[0; 512]);
+            let output = workdir.bds(&words.replace("FILE", name));
             let code = if words.starts_with("compare") { 2 } else { 1 };
             let is_check = words.starts_with("check") && output.code == 63;
             assert!(output.code == code || is_check, "{words} {name}: {output:?}");
             assert!(output.stderr.contains(format), "{words} {name}: {output:?}");
             assert!(output.stderr.contains(name), "{words} {name}: {output:?}");
-            assert!(!desk.dir().join("out.raw").exists(), "{words} {name}");
+            assert!(!workdir.dir().join("out.raw").exists(), "{words} {name}");
         }
-        // Whoever says so gets the bytes.
-        desk.must(&format!("convert -f raw -O raw {name} same.raw"));
-        assert!(desk.read("same.raw") == bytes, "{name}");
+        // With `-f raw` the bytes are copied.
+        workdir.must(&format!("convert -f raw -O raw {name} same.raw"));
+        assert!(workdir.read("same.raw") == bytes, "{name}");
     }
 }
 
 #[test]
-fn a_backing_file_of_another_format_is_not_guessed_to_be_raw() {
+fn a_backing_file_of_another_format_is_not_probed_as_raw() {
     let Some(_) = qemu_img() else { return };
-    let desk = Desk::new();
+    let workdir = Workdir::new();
     let mut bytes = b"KDMV\x01\0\0\0".to_vec();
     bytes.resize(65536, 0);
-    desk.write("b.vmdk", &bytes);
-    desk.must("create -q -f qcow2 -b b.vmdk -F raw v.qcow2");
-    // Without a stored format: the image says nothing about it.
-    desk.must_qemu("rebase -u -f qcow2 -b b.vmdk -F raw v.qcow2");
-    let mut image = desk.read("v.qcow2");
+    workdir.write("b.vmdk", &bytes);
+    workdir.must("create -q -f qcow2 -b b.vmdk -F raw v.qcow2");
+    // Without a stored format: the image does not name one.
+    workdir.must_qemu("rebase -u -f qcow2 -b b.vmdk -F raw v.qcow2");
+    let mut image = workdir.read("v.qcow2");
     let mark = [0xe2, 0x79, 0x2a, 0xca];
     let at = image.windows(4).position(|four| four == mark).expect("the format is stored");
     // An extension of an unknown type, which readers skip.
     image[at..at + 4].copy_from_slice(&[0x12, 0x34, 0x56, 0x78]);
-    desk.write("v.qcow2", &image);
-    let output = desk.bds("convert -f qcow2 -O raw v.qcow2 o.raw");
+    workdir.write("v.qcow2", &image);
+    let output = workdir.bds("convert -f qcow2 -O raw v.qcow2 o.raw");
     assert_eq!(output.code, 1, "{output:?}");
     assert!(output.stderr.contains("vmdk"), "{output:?}");
 }
 
-/// source ─► middle ─► base, of different lengths, with data, zeros and gaps in each; `copy.raw` holds what base does.
-fn chain(desk: &Desk, sizes: [usize; 3]) {
+/// source ─► middle ─► base, of different lengths, with data, zeros and gaps in each; `copy.raw`
+/// holds what base does.
+fn chain(workdir: &Workdir, sizes: [usize; 3]) {
     let [base, middle, top] = sizes;
     let mut bytes = pattern(1, 0, base);
     bytes[200_000..300_000].fill(0);
-    desk.write("base.raw", &bytes);
-    desk.write("copy.raw", &bytes);
-    desk.must(&format!("create -q -f qcow2 -b base.raw -F raw mid.qcow2 {middle}"));
-    desk.must("bench -q -w --pattern 5 -c 3 -s 64k -S 256k -f qcow2 mid.qcow2");
-    desk.must("bench -q -w --pattern 0 -c 1 -s 64k -o 128k -f qcow2 mid.qcow2");
-    desk.must(&format!("create -q -f qcow2 -b mid.qcow2 -F qcow2 top.qcow2 {top}"));
-    desk.must("bench -q -w --pattern 6 -c 2 -s 32k -S 300k -o 64k -f qcow2 top.qcow2");
-    desk.must("convert -f qcow2 -O raw top.qcow2 want.raw");
+    workdir.write("base.raw", &bytes);
+    workdir.write("copy.raw", &bytes);
+    workdir.must(&format!("create -q -f qcow2 -b base.raw -F raw mid.qcow2 {middle}"));
+    workdir.must("bench -q -w --pattern 5 -c 3 -s 64k -S 256k -f qcow2 mid.qcow2");
+    workdir.must("bench -q -w --pattern 0 -c 1 -s 64k -o 128k -f qcow2 mid.qcow2");
+    workdir.must(&format!("create -q -f qcow2 -b mid.qcow2 -F qcow2 top.qcow2 {top}"));
+    workdir.must("bench -q -w --pattern 6 -c 2 -s 32k -S 300k -o 64k -f qcow2 top.qcow2");
+    workdir.must("convert -f qcow2 -O raw top.qcow2 want.raw");
 }
 
 #[track_caller]
-fn shows_the_same(desk: &Desk, image: &str, words: &str) {
-    let output = desk.bds(&format!("compare -f raw -F qcow2 want.raw {image}"));
+fn shows_the_same(workdir: &Workdir, image: &str, words: &str) {
+    let output = workdir.bds(&format!("compare -f raw -F qcow2 want.raw {image}"));
     assert_eq!(output.stdout, "Images are identical.\n", "{words}: {output:?}");
-    desk.must(&format!("check -q {image}"));
+    workdir.must(&format!("check -q {image}"));
 }
 
 #[test]
@@ -142,10 +143,10 @@ fn an_overlay_of_any_base_shows_what_the_source_shows() {
     for sizes in
         [[MIB; 3], [3 * MIB, MIB, 2 * MIB], [MIB, 2 * MIB, 3 * MIB], [2 * MIB, 3 * MIB, MIB]]
     {
-        let desk = Desk::new();
-        chain(&desk, sizes);
-        desk.write("other.raw", &pattern(9, 0, MIB + 1000));
-        desk.must("convert -f qcow2 -O qcow2 mid.qcow2 mid-copy.qcow2");
+        let workdir = Workdir::new();
+        chain(&workdir, sizes);
+        workdir.write("other.raw", &pattern(9, 0, MIB + 1000));
+        workdir.must("convert -f qcow2 -O qcow2 mid.qcow2 mid-copy.qcow2");
         for base in [
             "mid.qcow2 -F qcow2",
             "base.raw -F raw",
@@ -160,14 +161,14 @@ fn an_overlay_of_any_base_shows_what_the_source_shows() {
             for switches in switches.next().into_iter().chain([&""]) {
                 let words =
                     format!("convert {switches} -f qcow2 -O qcow2 -B {base} top.qcow2 out.qcow2");
-                desk.must(&words);
-                shows_the_same(&desk, "out.qcow2", &format!("{sizes:?} {words}"));
+                workdir.must(&words);
+                shows_the_same(&workdir, "out.qcow2", &format!("{sizes:?} {words}"));
             }
         }
         // What the base shows is not stored twice.
         for base in ["base.raw -F raw", "copy.raw -F raw", "top.qcow2 -F qcow2"] {
-            desk.must(&format!("convert -f qcow2 -O qcow2 -B {base} top.qcow2 out.qcow2"));
-            let output = desk.must("map --output=json -f qcow2 out.qcow2").json();
+            workdir.must(&format!("convert -f qcow2 -O qcow2 -B {base} top.qcow2 out.qcow2"));
+            let output = workdir.must("map --output=json -f qcow2 out.qcow2").json();
             let runs = output.as_array().expect("a list");
             let is_left_out = |run: &serde_json::Value| run["depth"] != 0;
             assert!(runs.iter().any(is_left_out), "{base}: {output}");
@@ -176,82 +177,82 @@ fn an_overlay_of_any_base_shows_what_the_source_shows() {
 }
 
 #[test]
-fn behind_the_sources_end_a_longer_base_does_not_show() {
-    let desk = Desk::new();
-    desk.write("base.raw", &pattern(1, 0, 3 * MIB));
+fn a_longer_base_is_hidden_behind_the_sources_end() {
+    let workdir = Workdir::new();
+    workdir.write("base.raw", &pattern(1, 0, 3 * MIB));
     let source = pattern(2, 0, MIB + 1000);
-    desk.write("src.raw", &source);
+    workdir.write("src.raw", &source);
     for (switches, len) in [
         ("", (MIB + 1024) as u64),
         ("-c", (MIB + 1024) as u64),
         ("-o size=2M", 2 << 20),
         ("-c -o size=4M", 4 << 20),
     ] {
-        desk.must(&format!(
+        workdir.must(&format!(
             "convert {switches} -f raw -O qcow2 -B base.raw -F raw src.raw o.qcow2"
         ));
         let mut want = source.clone();
         want.resize(usize::try_from(len).expect("small"), 0);
-        desk.write("want.raw", &want);
-        shows_the_same(&desk, "o.qcow2", switches);
+        workdir.write("want.raw", &want);
+        shows_the_same(&workdir, "o.qcow2", switches);
     }
 }
 
 #[test]
 fn an_existing_overlay_is_filled_with_what_differs_or_refused() {
-    let desk = Desk::new();
-    chain(&desk, [MIB; 3]);
-    desk.must("create -q -f qcow2 -b base.raw -F raw out.qcow2");
-    let fresh = desk.read("out.qcow2");
+    let workdir = Workdir::new();
+    chain(&workdir, [MIB; 3]);
+    workdir.must("create -q -f qcow2 -b base.raw -F raw out.qcow2");
+    let fresh = workdir.read("out.qcow2");
     let convert = "convert -n -f qcow2 -O qcow2 -B base.raw -F raw top.qcow2 out.qcow2";
-    desk.must(convert);
-    shows_the_same(&desk, "out.qcow2", "a fresh overlay");
+    workdir.must(convert);
+    shows_the_same(&workdir, "out.qcow2", "a fresh overlay");
     // Data of its own, where the source shows the base.
-    desk.write("out.qcow2", &fresh);
-    desk.must("bench -q -w --pattern 7 -c 4 -s 64k -S 256k -o 32k -f qcow2 out.qcow2");
-    desk.must(convert);
-    shows_the_same(&desk, "out.qcow2", "an overlay with data of its own");
+    workdir.write("out.qcow2", &fresh);
+    workdir.must("bench -q -w --pattern 7 -c 4 -s 64k -S 256k -o 32k -f qcow2 out.qcow2");
+    workdir.must(convert);
+    shows_the_same(&workdir, "out.qcow2", "an overlay with data of its own");
 
-    desk.must("create -q -f qcow2 plain.qcow2 1M");
-    desk.must("create -q -f qcow2 -b mid.qcow2 -F qcow2 other.qcow2");
+    workdir.must("create -q -f qcow2 plain.qcow2 1M");
+    workdir.must("create -q -f qcow2 -b mid.qcow2 -F qcow2 other.qcow2");
     for output in ["plain.qcow2", "other.qcow2"] {
-        let before = desk.read(output);
+        let before = workdir.read(output);
         let words = format!("convert -n -f qcow2 -O qcow2 -B base.raw -F raw top.qcow2 {output}");
-        let refusal = desk.bds(&words);
+        let refusal = workdir.bds(&words);
         assert_eq!(refusal.code, 1, "{words}: {refusal:?}");
         assert!(refusal.stderr.contains("overlay of"), "{refusal:?}");
-        assert!(desk.read(output) == before, "{words}");
+        assert!(workdir.read(output) == before, "{words}");
     }
 }
 
 #[test]
 fn options_that_would_have_no_effect_are_refused_as_qemu_img_does() {
-    let desk = Desk::new();
-    desk.write("base.raw", &pattern(1, 0, MIB));
-    desk.must("create -q -f qcow2 -b base.raw -F raw ov.qcow2");
-    desk.must("create -q -f qcow2 t.qcow2 1M");
-    let before = desk.read("t.qcow2");
+    let workdir = Workdir::new();
+    workdir.write("base.raw", &pattern(1, 0, MIB));
+    workdir.must("create -q -f qcow2 -b base.raw -F raw ov.qcow2");
+    workdir.must("create -q -f qcow2 t.qcow2 1M");
+    let before = workdir.read("t.qcow2");
     for words in [
         "convert -n -f qcow2 -O qcow2 -o backing_file=base.raw,backing_fmt=raw ov.qcow2 t.qcow2",
         "convert -n -f qcow2 -O qcow2 -o cluster_size=4k ov.qcow2 t.qcow2",
         "convert -f raw -O qcow2 -B base.raw -F raw base.raw base.raw new.qcow2",
         "convert -f raw -O qcow2 -o backing_file=base.raw,backing_fmt=raw base.raw base.raw new.qcow2",
     ] {
-        let output = desk.bds(words);
+        let output = workdir.bds(words);
         assert_eq!(output.code, 1, "{words}: {output:?}");
         assert!(
-            desk.read("t.qcow2") == before && !desk.dir().join("new.qcow2").exists(),
+            workdir.read("t.qcow2") == before && !workdir.dir().join("new.qcow2").exists(),
             "{words}"
         );
         if qemu_img().is_some() {
-            assert_eq!(desk.qemu_img(words).code, 1, "{words}");
+            assert_eq!(workdir.qemu_img(words).code, 1, "{words}");
         }
     }
 }
 
 #[test]
 fn several_inputs_are_compressed_whatever_their_lengths() {
-    let desk = Desk::new();
+    let workdir = Workdir::new();
     let lens = [100_001, 70_000, 0, 512, 65_536, 131_072, 3];
     let mut want = Vec::new();
     let mut names = String::new();
@@ -259,11 +260,11 @@ fn several_inputs_are_compressed_whatever_their_lengths() {
         let mut bytes = pattern(number as u64, 0, len);
         bytes[len / 3..len / 2].fill(0);
         want.extend_from_slice(&bytes);
-        desk.write(&format!("{number}.raw"), &bytes);
+        workdir.write(&format!("{number}.raw"), &bytes);
         names += &format!(" {number}.raw");
     }
     want.resize(want.len().next_multiple_of(512), 0);
-    desk.write("want.raw", &want);
+    workdir.write("want.raw", &want);
     for switches in [
         "",
         "-m 1",
@@ -273,10 +274,10 @@ fn several_inputs_are_compressed_whatever_their_lengths() {
         "-o cluster_size=2M",
         "-o compression_type=zstd,extended_l2=on",
     ] {
-        desk.must(&format!("convert -c {switches} -f raw -O qcow2{names} out.qcow2"));
-        shows_the_same(&desk, "out.qcow2", switches);
+        workdir.must(&format!("convert -c {switches} -f raw -O qcow2{names} out.qcow2"));
+        shows_the_same(&workdir, "out.qcow2", switches);
         if qemu_img().is_some() {
-            desk.must_qemu("compare -f qcow2 -F raw out.qcow2 want.raw");
+            workdir.must_qemu("compare -f qcow2 -F raw out.qcow2 want.raw");
         }
     }
 }
@@ -293,10 +294,10 @@ fn lock_as_writer(path: &Path) -> bds_io::File {
 
 #[test]
 fn a_raw_file_that_is_written_by_another_program_is_not_copied() {
-    let desk = Desk::new();
-    desk.write("x.raw", &pattern(1, 0, MIB));
-    desk.must("create -q -f qcow2 -b x.raw -F raw ov.qcow2");
-    desk.must("create -q -f qcow2 -o data_file=d.raw,data_file_raw=on d.qcow2 1M");
+    let workdir = Workdir::new();
+    workdir.write("x.raw", &pattern(1, 0, MIB));
+    workdir.must("create -q -f qcow2 -b x.raw -F raw ov.qcow2");
+    workdir.must("create -q -f qcow2 -o data_file=d.raw,data_file_raw=on d.qcow2 1M");
     let commands = [
         "convert -f raw -O raw x.raw o.raw",
         "convert -f qcow2 -O raw ov.qcow2 o.raw",
@@ -304,81 +305,87 @@ fn a_raw_file_that_is_written_by_another_program_is_not_copied() {
         "dd -f raw -O raw bs=64k if=x.raw of=o.raw",
         "dd -f qcow2 -O raw bs=64k if=ov.qcow2 of=o.raw",
     ];
-    let writers =
-        [lock_as_writer(&desk.dir().join("x.raw")), lock_as_writer(&desk.dir().join("d.raw"))];
+    let writers = [
+        lock_as_writer(&workdir.dir().join("x.raw")),
+        lock_as_writer(&workdir.dir().join("d.raw")),
+    ];
     for words in commands {
-        let output = desk.bds(words);
+        let output = workdir.bds(words);
         assert_eq!(output.code, 1, "{words}: {output:?}");
         assert!(output.stderr.contains("lock"), "{words}: {output:?}");
-        assert!(!desk.dir().join("o.raw").exists(), "{words}");
-        desk.must(&words.replace("convert", "convert -U").replace("dd -f", "dd -U -f"));
-        std::fs::remove_file(desk.dir().join("o.raw")).expect("-U copies");
+        assert!(!workdir.dir().join("o.raw").exists(), "{words}");
+        workdir.must(&words.replace("convert", "convert -U").replace("dd -f", "dd -U -f"));
+        std::fs::remove_file(workdir.dir().join("o.raw")).expect("-U copies");
     }
     // Who only looks does not mind.
-    desk.must("compare -f raw -F qcow2 x.raw ov.qcow2");
+    workdir.must("compare -f raw -F qcow2 x.raw ov.qcow2");
     drop(writers);
     for words in commands {
-        desk.must(words);
+        workdir.must(words);
     }
 }
 
 #[test]
 fn a_size_is_a_whole_number_of_bytes() {
-    let desk = Desk::new();
+    let workdir = Workdir::new();
     for size in ["93.1", "1.5", "0.9", "1.0", "1.5b", "0.1k", "1.0001M"] {
-        let output = desk.bds(&format!("create -q -f raw o {size}"));
+        let output = workdir.bds(&format!("create -q -f raw o {size}"));
         assert_eq!(output.code, 1, "{size}: {output:?}");
         assert!(output.stderr.contains(size) && output.stderr.contains("whole"), "{output:?}");
-        assert!(!desk.dir().join("o").exists(), "{size}");
-        assert_eq!(desk.bds(&format!("create -q -f raw -o size={size} o")).code, 1, "{size}");
+        assert!(!workdir.dir().join("o").exists(), "{size}");
+        assert_eq!(workdir.bds(&format!("create -q -f raw -o size={size} o")).code, 1, "{size}");
     }
     for (size, bytes) in [("1.5k", 1536), ("0.25M", 262_144), ("93", 93), ("512b", 512)] {
-        desk.must(&format!("create -q -f raw o {size}"));
-        assert_eq!(desk.read("o").len(), bytes, "{size}");
+        workdir.must(&format!("create -q -f raw o {size}"));
+        assert_eq!(workdir.read("o").len(), bytes, "{size}");
     }
 }
 
 #[test]
 fn a_copy_has_the_length_of_its_source_with_every_cache_mode() {
-    let desk = Desk::new();
+    let workdir = Workdir::new();
     for len in [10_000, 1, 512, 511, 4097, 600_001] {
         let bytes = pattern(1, 0, len);
-        desk.write("u.raw", &bytes);
+        workdir.write("u.raw", &bytes);
         for mode in ["writeback", "writethrough", "unsafe", "none", "directsync"] {
             for n in ["", "-n"] {
                 if n.is_empty() {
-                    let _ = std::fs::remove_file(desk.dir().join("o.raw"));
+                    let _ = std::fs::remove_file(workdir.dir().join("o.raw"));
                 } else {
-                    desk.write("o.raw", &vec![0xAA; len]);
+                    workdir.write("o.raw", &vec![0xAA; len]);
                 }
                 let words = format!("convert {n} -t {mode} -f raw -O raw u.raw o.raw");
-                let output = desk.bds(&words);
+                let output = workdir.bds(&words);
                 if output.stderr.contains("O_DIRECT") {
                     eprintln!("skipped: no O_DIRECT in the scratch directory");
                     continue;
                 }
                 assert!(output.ok(), "{words}: {output:?}");
-                assert!(desk.read("o.raw") == bytes, "{len} {words}: {}", desk.read("o.raw").len());
+                assert!(
+                    workdir.read("o.raw") == bytes,
+                    "{len} {words}: {}",
+                    workdir.read("o.raw").len()
+                );
             }
         }
     }
 }
 
 #[test]
-fn an_image_that_was_cut_short_is_not_copied_as_zeros() {
-    let desk = Desk::new();
-    desk.write("src.raw", &pattern(1, 0, MIB));
+fn a_truncated_image_is_not_copied_as_zeros() {
+    let workdir = Workdir::new();
+    workdir.write("src.raw", &pattern(1, 0, MIB));
     for options in ["compat=1.1", "compat=0.10", "cluster_size=4k", "extended_l2=on"] {
-        desk.must(&format!("convert -f raw -O qcow2 -o {options} src.raw i.qcow2"));
-        let whole = desk.read("i.qcow2");
+        workdir.must(&format!("convert -f raw -O qcow2 -o {options} src.raw i.qcow2"));
+        let whole = workdir.read("i.qcow2");
         for cut in [whole.len() / 2, whole.len() - 200_000, 327_680, 400_000] {
-            desk.write("c.qcow2", &whole[..cut]);
-            assert_eq!(desk.bds("check -q c.qcow2").code, 2, "{options} {cut}");
-            let output = desk.bds("convert -f qcow2 -O raw c.qcow2 out.raw");
+            workdir.write("c.qcow2", &whole[..cut]);
+            assert_eq!(workdir.bds("check -q c.qcow2").code, 2, "{options} {cut}");
+            let output = workdir.bds("convert -f qcow2 -O raw c.qcow2 out.raw");
             assert_eq!(output.code, 1, "{options} {cut}: {output:?}");
-            let salvaged = desk.must("convert --salvage -f qcow2 -O raw c.qcow2 out.raw");
+            let salvaged = workdir.must("convert --salvage -f qcow2 -O raw c.qcow2 out.raw");
             assert!(salvaged.stderr.contains("become zeros"), "{options} {cut}: {salvaged:?}");
-            let (out, src) = (desk.read("out.raw"), desk.read("src.raw"));
+            let (out, src) = (workdir.read("out.raw"), workdir.read("src.raw"));
             // The sector in which the file ends may be kept in part.
             let is_kept = |(out, src): (&u8, &u8)| out == src || *out == 0;
             assert!(out.len() == src.len() && out.iter().zip(&src).all(is_kept), "{options} {cut}");

@@ -1,31 +1,31 @@
-//! A drive's life, with every verb a backend has: an empty drive with a name, a device, media in and out, a write that runs out
-//! of space and waits for a decision, a drained section, counts, revoking, and the end of the graph.
+//! Uses the operations of a backend: names, media, devices, error policies, drained sections,
+//! statistics, revoking access and shutting the graph down.
 //!
-//! `cargo run -p bds-cli --example backend`; a test of bds-drivers runs it too.
+//! `cargo run -p bds --example backend`; `tests/examples.rs` runs it too.
 #![expect(clippy::print_stdout, reason = "an example shows what happens")]
 
 use std::error::Error;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bds_core::ErrorKind;
-use bds_core::Options;
-use bds_core::event::{ErrorAction, Event, Events};
-use bds_core::graph::{Graph, GraphConfig, NodeRef, Operations, Perm};
-use bds_core::request::{Backend, BackendOptions, ErrorPolicies, ErrorPolicy, IoStatus};
-use bds_core::stats::Operation;
+use bds::core::ErrorKind;
+use bds::core::Options;
+use bds::core::event::{ErrorAction, Event, Events};
+use bds::core::graph::{Graph, GraphConfig, NodeRef, Operations, Perm};
+use bds::core::request::{Backend, BackendOptions, ErrorPolicies, ErrorPolicy, IoStatus};
+use bds::core::stats::Operation;
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
-/// Runs all of it.
+/// Runs all steps.
 pub(crate) fn main() -> Result<()> {
-    let graph = Graph::new(GraphConfig::new(Arc::new(bds_drivers::registry())));
-    bds_io::block_on(async {
+    let graph = Graph::new(GraphConfig::new(Arc::new(bds::drivers::registry())));
+    bds::io::block_on(async {
         let drive = names(&graph)?;
         media(&graph, &drive).await?;
         errors(&graph, &drive).await?;
         counts(&drive).await?;
-        the_end(&graph, drive).await
+        revoke_and_shut_down(&graph, drive).await
     })
 }
 
@@ -34,7 +34,7 @@ async fn mem(graph: &Graph, name: &str) -> Result<NodeRef> {
     Ok(graph.open(Options::parse(&options)?).await?)
 }
 
-/// A name is claimed only if that is asked for; then it is one with the names of nodes.
+/// Backends have no name unless one is registered; names of backends and nodes are one namespace.
 fn names(graph: &Graph) -> Result<Backend> {
     let options = BackendOptions { writable: true, ..BackendOptions::registered("drive0") };
     let drive = Backend::empty(graph, options)?;
@@ -46,7 +46,7 @@ fn names(graph: &Graph) -> Result<Backend> {
     Ok(drive)
 }
 
-/// Every move of a medium is a graph change: drained, checked, all or nothing.
+/// Inserting, replacing and ejecting a medium is a graph change: drained, checked, all or nothing.
 async fn media(graph: &Graph, drive: &Backend) -> Result<()> {
     let (one, two) = (mem(graph, "one").await?, mem(graph, "two").await?);
     drive.insert(&one).await?;
@@ -60,12 +60,12 @@ async fn media(graph: &Graph, drive: &Backend) -> Result<()> {
     assert_eq!(out.id(), two.id());
     assert_eq!(drive.flush().await.expect_err("empty").kind(), ErrorKind::NoMedium);
 
-    // As parts of something bigger.
+    // As edits of a larger change.
     graph.change().insert(drive, &one).commit().await?;
     graph.change().eject(drive).insert(drive, &two).commit().await?;
     assert_eq!(drive.node().map(|node| node.id()), Some(two.id()));
 
-    // What it does, and what it bears.
+    // Permissions it uses, and permissions it shares.
     drive.set_access(Perm::CONSISTENT_READ, Perm::CONSISTENT_READ).await?;
     let writer = BackendOptions { writable: true, name: "other".into(), ..Default::default() };
     println!("refused:  {}", Backend::new(&two, writer).map(drop).expect_err("not shared"));
@@ -74,7 +74,7 @@ async fn media(graph: &Graph, drive: &Backend) -> Result<()> {
     Ok(())
 }
 
-/// A full disk: the write waits, the user makes room, the write goes on.
+/// A full disk stops the backend: the write waits until `resume`, then is retried.
 async fn errors(graph: &Graph, drive: &Backend) -> Result<()> {
     let _below = mem(graph, "thin").await?;
     let full = "driver=blkdebug,node-name=full,image=thin,\
@@ -88,17 +88,16 @@ async fn errors(graph: &Graph, drive: &Backend) -> Result<()> {
 
     let mut events = graph.events();
     let guest = drive.clone();
-    let write =
-        bds_io::spawn(
-            async move { guest.write(49152, vec![7; 4096].into(), Default::default()).await },
-        );
-    let told = until_stopped(&mut events).await;
-    println!("an event: {}", told.to_json());
+    let write = bds::io::spawn(async move {
+        guest.write(49152, vec![7; 4096].into(), Default::default()).await
+    });
+    let event = until_stopped(&mut events).await;
+    println!("an event: {}", event.to_json());
     assert_eq!(drive.io_status(), IoStatus::NoSpace);
-    assert_eq!(drive.in_flight(), 0, "it waits, and holds nobody up");
+    assert_eq!(drive.in_flight(), 0, "a stopped request is not in flight");
     drive.resume();
     write.await?;
-    assert_eq!(full.write_threshold(), None, "passed, and told once");
+    assert_eq!(full.write_threshold(), None, "reported once, then removed");
     device.detach();
     Ok(())
 }
@@ -112,7 +111,7 @@ async fn until_stopped(events: &mut Events) -> Event {
     }
 }
 
-/// Nobody is inside during a drained section, and the books are complete.
+/// During a drained section no request is in flight, so the statistics are complete.
 async fn counts(drive: &Backend) -> Result<()> {
     let stats = drive.stats();
     stats.set_histogram(Operation::Read, &[10_000, 100_000])?;
@@ -126,8 +125,8 @@ async fn counts(drive: &Backend) -> Result<()> {
     Ok(())
 }
 
-/// The monitor's drive; then access is taken from whoever is left, and everything ends in order.
-async fn the_end(graph: &Graph, drive: Backend) -> Result<()> {
+/// A backend owned by the monitor; revoking access of a device; shutdown of the graph.
+async fn revoke_and_shut_down(graph: &Graph, drive: Backend) -> Result<()> {
     let device = drive.attach_device("virtio0")?;
     graph.own_backend(drive)?;
     println!("in use:   {}", graph.del_backend("drive0").expect_err("in use"));

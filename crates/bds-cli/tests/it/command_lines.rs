@@ -1,20 +1,21 @@
-//! Command lines that scripts write for qemu-img: what is accepted, what is refused, and in which words.
+//! Tests qemu-img command lines as scripts write them: which are accepted, which are refused, and
+//! the messages.
 
 use bds_testkit::{pattern, qemu_img};
 
-use crate::tool::Desk;
+use crate::workdir::Workdir;
 
-fn desk() -> Desk {
-    let desk = Desk::new();
-    desk.write("r.raw", &pattern(1, 0, 1 << 20));
-    desk.must("convert -f raw -O qcow2 r.raw a.qcow2");
-    desk.must("create -q -f raw t.raw 1M");
-    desk
+fn workdir() -> Workdir {
+    let workdir = Workdir::new();
+    workdir.write("r.raw", &pattern(1, 0, 1 << 20));
+    workdir.must("convert -f raw -O qcow2 r.raw a.qcow2");
+    workdir.must("create -q -f raw t.raw 1M");
+    workdir
 }
 
 #[test]
-fn spellings_of_scripts_are_accepted() {
-    let desk = desk();
+fn qemu_img_spellings_of_options_are_accepted() {
+    let workdir = workdir();
     for words in [
         // Abbreviated, repeated and joined options, as getopt_long takes them.
         "info --backing a.qcow2",
@@ -46,15 +47,15 @@ fn spellings_of_scripts_are_accepted() {
         "create -q -f qcow2 -b a.qcow2 -F qcow2 -o backing_file=a.qcow2 b.qcow2",
         "create -q -u -f qcow2 -b gone.vmdk -F vmdk b.qcow2 1M",
     ] {
-        desk.must(words);
+        workdir.must(words);
     }
-    desk.must("create -q -f raw h.raw 0x1000");
-    assert_eq!(desk.read("h.raw").len(), 0x1000);
+    workdir.must("create -q -f raw h.raw 0x1000");
+    assert_eq!(workdir.read("h.raw").len(), 0x1000);
 }
 
 #[test]
-fn what_makes_no_sense_is_refused_with_words_about_it() {
-    let desk = desk();
+fn invalid_arguments_are_refused_and_named() {
+    let workdir = workdir();
     for (command, words) in [
         ("create -q -f qcow2 -o size=1M s 2M", "must be specified only once"),
         (
@@ -71,31 +72,31 @@ fn what_makes_no_sense_is_refused_with_words_about_it() {
         ("bench -c 1k -f raw r.raw", "1k"),
         ("convert -m 4k a.qcow2 s", "4k"),
     ] {
-        let output = desk.bds(command);
+        let output = workdir.bds(command);
         assert_eq!(output.code, 1, "{command}: {output:?}");
         assert!(output.stderr.contains(words), "{command}: {}", output.stderr);
-        assert!(!desk.dir().join("s").exists(), "{command}");
+        assert!(!workdir.dir().join("s").exists(), "{command}");
     }
 }
 
 #[test]
-fn an_unknown_format_is_answered_with_formats_only() {
-    let desk = desk();
+fn an_unknown_format_error_lists_formats_only() {
+    let workdir = workdir();
     for command in [
         "convert -O vmdk a.qcow2 s",
         "info -f vmdk a.qcow2",
         "create -f vmdk s 1M",
         "measure -O vmdk a.qcow2",
     ] {
-        let output = desk.bds(command);
+        let output = workdir.bds(command);
         assert!(output.stderr.contains("(there are: qcow2, raw)"), "{command}: {}", output.stderr);
     }
 }
 
-/// A tool whose page says "not yet" promises something. What is missing is called missing.
+/// An unsupported option is called "not supported", never "not yet": that would be a promise.
 #[test]
-fn what_is_missing_is_not_promised() {
-    let desk = desk();
+fn unsupported_options_are_reported_without_a_promise() {
+    let workdir = workdir();
     for command in [
         "convert -l s a.qcow2 o",
         "convert --bitmaps a.qcow2 o",
@@ -103,7 +104,7 @@ fn what_is_missing_is_not_promised() {
         "measure -l s a.qcow2",
         "info --object secret,id=s a.qcow2",
     ] {
-        let output = desk.bds(command);
+        let output = workdir.bds(command);
         assert!(output.stderr.contains("not supported"), "{command}: {}", output.stderr);
         let is_promise = output.stderr.split(|c: char| !c.is_alphabetic()).any(|w| w == "yet");
         assert!(!is_promise, "{command}: {}", output.stderr);
@@ -111,8 +112,8 @@ fn what_is_missing_is_not_promised() {
 }
 
 #[test]
-fn drivers_that_can_be_told_may_be_left_out() {
-    let desk = desk();
+fn drivers_that_follow_from_the_name_may_be_left_out() {
+    let workdir = workdir();
     for command in [
         "info --image-opts driver=qcow2,file.filename=a.qcow2",
         "info --image-opts file.filename=a.qcow2",
@@ -133,17 +134,17 @@ fn drivers_that_can_be_told_may_be_left_out() {
         "info --image-opts {'driver':'qcow2','file.filename':'a.qcow2'}",
         "info -f qcow2 json:{'file.filename':'a.qcow2'}",
     ] {
-        desk.must(command);
+        workdir.must(command);
     }
     for command in [
         "info --image-opts filename=a.qcow2",
         "info --image-opts driver=qcow2,file.filename=nbd://host/x",
         "info json:{'driver':'qcow2'",
     ] {
-        assert_eq!(desk.bds(command).code, 1, "{command}");
+        assert_eq!(workdir.bds(command).code, 1, "{command}");
     }
     let info = "info --output json --image-opts driver=qcow2,file.filename=a.qcow2";
-    assert_eq!(desk.must(info).json()["filename"], "a.qcow2");
+    assert_eq!(workdir.must(info).json()["filename"], "a.qcow2");
 }
 
 /// The line that scripts read the defaults from.
@@ -152,7 +153,7 @@ fn create_prints_what_qemu_img_prints() {
     if qemu_img().is_none() {
         return;
     }
-    let desk = desk();
+    let workdir = workdir();
     for words in [
         "create -f qcow2 x 1.5M",
         "create -f qcow2 x 1000",
@@ -165,7 +166,7 @@ fn create_prints_what_qemu_img_prints() {
         "create -f file x 1M",
         "create x 1001",
     ] {
-        let (ours, theirs) = (desk.must(words), desk.must_qemu(words));
+        let (ours, theirs) = (workdir.must(words), workdir.must_qemu(words));
         assert_eq!(ours.stdout, theirs.stdout, "{words}");
     }
 }

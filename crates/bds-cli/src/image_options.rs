@@ -1,7 +1,9 @@
-//! Turns what a user typed for an image into the options that open it: protocols of file names, formats, drivers left out.
+//! Builds the options that open an image from its name on the command line: adds protocols, formats
+//! and drivers left out.
 //!
-//! As with QEMU a tree may leave a driver out where a file name or the file itself tells it: `driver=qcow2,file.filename=a` is the
-//! usual form on command lines. The library wants every driver named, because it must not guess; the tool may.
+//! As with QEMU a tree may leave a driver out where it follows from a file name or from the file
+//! itself: `driver=qcow2,file.filename=a` is the usual form on command lines. The library requires
+//! every driver, because it must not guess.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -13,9 +15,9 @@ use bds_core::graph::Graph;
 use bds_core::{Error, ErrorKind, Options, Result};
 use serde_json::{Map, Value};
 
-use crate::image::Spec;
+use crate::image_spec::Spec;
 
-/// The options that open an image, with every driver in them.
+/// Returns the options that open an image, with every driver in them.
 pub(crate) async fn options(graph: &Graph, spec: &Spec<'_>) -> Result<Options> {
     let mut options = match is_options(spec) {
         true => Options::parse_os(spec.name)?,
@@ -44,7 +46,7 @@ fn is_options(spec: &Spec<'_>) -> bool {
     spec.is_options || spec.name.as_bytes().starts_with(b"json:")
 }
 
-/// The options a file name stands for; without a driver if the format has to be guessed.
+/// Returns the options for a file name; without a driver if the format has to be guessed.
 fn of_name(graph: &Graph, spec: &Spec<'_>) -> Result<Options> {
     let file = protocol(spec.name)?;
     let registry = &graph.config().registry;
@@ -56,7 +58,7 @@ fn of_name(graph: &Graph, spec: &Spec<'_>) -> Result<Options> {
     if is_protocol { Ok(file) } else { Ok(Options::new().with("file", file.into_json())) }
 }
 
-/// The name of a driver that there is; the error lists formats, for that is what is asked for.
+/// Checks that a driver exists. The error lists formats only, because the option names a format.
 fn known<'a>(graph: &Graph, name: &'a str) -> Result<&'a str> {
     let registry = &graph.config().registry;
     if registry.driver(name).is_err() {
@@ -65,20 +67,21 @@ fn known<'a>(graph: &Graph, name: &'a str) -> Result<&'a str> {
     Ok(name)
 }
 
-/// The file that a name on the command line means; `file:` says that whatever follows is a file name.
+/// Returns the path that a name on the command line means: the prefix `file:` is removed, and what
+/// follows is a path in any case.
 pub(crate) fn path_of(name: &OsStr) -> PathBuf {
     let bytes = name.as_bytes();
     PathBuf::from(OsStr::from_bytes(bytes.strip_prefix(b"file:").unwrap_or(bytes)))
 }
 
-/// How a path is spelled so that it is taken for a file, whatever characters it holds.
+/// Returns a name that [`path_of`] maps back to `path`, whatever characters it holds.
 pub(crate) fn file_name(path: &Path) -> OsString {
     let mut name = OsString::from("file:");
     name.push(path);
     name
 }
 
-/// The protocol a file name needs, as options.
+/// Returns the protocol for a file name, as options.
 pub(crate) fn protocol(name: &OsStr) -> Result<Options> {
     if let Some(driver @ ("null-co" | "null-aio")) =
         name.to_str().and_then(|name| name.strip_suffix("://"))
@@ -104,7 +107,7 @@ pub(crate) fn protocol(name: &OsStr) -> Result<Options> {
     Ok(file(&path))
 }
 
-/// What opens a file or device.
+/// Returns the options that open a file or device.
 pub(crate) fn file(path: &Path) -> Options {
     let mut options = Options::new().with("driver", protocol_of_file(path));
     options.set_path("filename", path);
@@ -148,7 +151,7 @@ async fn name_format(graph: &Graph, tree: &mut Map<String, Value>, is_writing: b
 async fn guess(graph: &Graph, options: &Options, is_writing: bool) -> Result<&'static str> {
     let Some(path) = options.peek_path("file.filename") else {
         return match options.peek("file.driver") {
-            // Nothing stored has a format.
+            // A protocol without a file stores nothing that could have a format.
             Some(_) => Ok("raw"),
             None => Err(Error::new(
                 ErrorKind::InvalidInput,
@@ -161,7 +164,7 @@ async fn guess(graph: &Graph, options: &Options, is_writing: bool) -> Result<&'s
         "raw" if is_writing => Err(Error::new(
             ErrorKind::InvalidInput,
             "the format was not given and looks like raw, which is never guessed for writing: \
-             whoever filled the image may have chosen its first bytes; if it is raw, say -f raw",
+             the VM that wrote the image may have chosen its first bytes; if it is raw, say -f raw",
         )),
         format => Ok(format),
     }

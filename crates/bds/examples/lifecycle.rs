@@ -1,36 +1,37 @@
-//! The library in fifty lines, and a part of `cargo xtask demo`: write through a graph of counted nodes, then take a
-//! reference, release it, and see what a stale handle gets.
+//! Writes to an image, then acquires and releases a node and shows what a stale handle returns. A
+//! part of `cargo xtask demo`.
 //!
-//! `lifecycle write IMAGE` writes the demo's changes; `lifecycle stale IMAGE` shows the life of a node.
+//! `lifecycle write IMAGE` writes the demo's changes; `lifecycle stale IMAGE` shows the life of a
+//! node.
 #![expect(clippy::print_stdout, reason = "an example shows what happens")]
 
 use std::error::Error;
 use std::sync::Arc;
 
-use bds_core::graph::gate::TrustAll;
-use bds_core::graph::{Graph, GraphConfig};
-use bds_core::request::{Backend, BackendOptions};
-use bds_core::{Options, driver::Registry};
+use bds::core::graph::gate::TrustAll;
+use bds::core::graph::{Graph, GraphConfig};
+use bds::core::request::{Backend, BackendOptions};
+use bds::core::{Options, driver::Registry};
 
-/// What the demo changes in the overlay: offset, length, byte.
+/// The demo's changes of the overlay: offset, length, byte.
 const CHANGES: [(u64, usize, u8); 3] =
     [(1 << 20, 300_000, 0xa5), (20 << 20, 65_536, 0x5a), (40 << 20, 4096, 0x77)];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().collect();
-    let registry: Registry = bds_drivers::registry();
+    let registry: Registry = bds::drivers::registry();
     let config =
         GraphConfig { gate: Arc::new(TrustAll::default()), ..GraphConfig::new(Arc::new(registry)) };
     let graph = Graph::new(config);
     match args.get(1..) {
-        Some([verb, image]) if verb == "write" => bds_io::block_on(write(&graph, image)),
-        Some([verb, image]) if verb == "stale" => bds_io::block_on(stale(&graph, image)),
+        Some([verb, image]) if verb == "write" => bds::io::block_on(write(&graph, image)),
+        Some([verb, image]) if verb == "stale" => bds::io::block_on(stale(&graph, image)),
         _ => Err("usage: lifecycle write|stale IMAGE".into()),
     }
 }
 
-/// The image as a node named "disk", and what it needs below.
-fn options(image: &str, read_only: bool) -> Result<Options, bds_core::Error> {
+/// Returns the options of the image as a node named "disk", with its file.
+fn options(image: &str, read_only: bool) -> Result<Options, bds::core::Error> {
     Options::parse(&format!(
         "driver=qcow2,node-name=disk,read-only={read_only},file.driver=file,file.filename={}",
         image.replace(',', ",,")

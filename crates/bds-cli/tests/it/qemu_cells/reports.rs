@@ -1,4 +1,5 @@
-//! What both tools say about one image, side by side, and what is left of it when places and names are taken out.
+//! Reads the reports of both tools about one image and removes offsets and names from them, to
+//! compare the rest.
 
 use std::path::Path;
 
@@ -6,7 +7,7 @@ use bds_testkit::{Output, Tool};
 use serde_json::{Value, json};
 
 use super::script::Bytes;
-use crate::tools::{Tools, count, said, text};
+use crate::programs::{Tools, count, outcome_line, text};
 
 /// Answers of one tool about one image.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,12 +19,12 @@ pub(crate) struct Facts {
 
 impl Facts {
     /// Asks a tool that talks like qemu-img.
-    pub(crate) fn ask(tool: &Tool, image: &Path) -> Result<Self, String> {
-        let ask = |verb: &str| {
+    pub(crate) fn read(tool: &Tool, image: &Path) -> Result<Self, String> {
+        let run = |verb: &str| {
             let output = tool.run([verb, "-f", "qcow2", "--output=json", text(image)]);
-            value(&output).ok_or_else(|| format!("{verb}: {}", said(&output)))
+            value(&output).ok_or_else(|| format!("{verb}: {}", outcome_line(&output)))
         };
-        Ok(Self { info: rounded(ask("info")?), map: ask("map")?, check: ask("check")? })
+        Ok(Self { info: rounded(run("info")?), map: run("map")?, check: run("check")? })
     }
 
     /// Asks both about the same image; the differences, by verb.
@@ -32,8 +33,8 @@ impl Facts {
         image: &Path,
         model: &Bytes,
     ) -> Result<(Self, Vec<String>), String> {
-        let theirs = Self::ask(&tools.img, image).map_err(|e| format!("qemu-img {e}"))?;
-        let ours = Self::ask(&tools.bds, image).map_err(|e| format!("bds {e}"))?;
+        let theirs = Self::read(&tools.img, image).map_err(|e| format!("qemu-img {e}"))?;
+        let ours = Self::read(&tools.bds, image).map_err(|e| format!("bds {e}"))?;
         let lies = [&ours, &theirs].into_iter().flat_map(Self::zeros);
         let lies = lies.filter(|(at, len)| !model.is_zero(*at, *len));
         let lies = lies.map(|(at, len)| format!("map: {len} bytes at {at} are not zeros"));
@@ -58,8 +59,9 @@ impl Facts {
             .collect()
     }
 
-    /// The map without what each side finds out about holes of the file under allocated clusters. Both say "zero" of some of
-    /// them, by estimates of their own; that it is true is checked against the model.
+    /// The map without what each side finds out about holes of the file under allocated clusters.
+    /// Both say "zero" of some of them, by estimates of their own; that it is true is checked
+    /// against the model.
     fn plain_map(&self) -> Value {
         let mut plain = Vec::new();
         for entry in entries(&self.map) {
@@ -72,8 +74,9 @@ impl Facts {
         Value::Array(plain)
     }
 
-    /// The same without places (two images of the same history may lay their clusters out differently) and without the
-    /// difference between zeros by an entry and zeros because nothing is there (see docs/differences.md).
+    /// The same without places (two images of the same history may lay their clusters out
+    /// differently) and without the difference between zeros by an entry and zeros because nothing
+    /// is there (see docs/differences.md).
     pub(crate) fn shape(&self) -> Value {
         let mut shape = Vec::new();
         for entry in entries(&self.plain_map()) {
@@ -82,7 +85,8 @@ impl Facts {
             entry["placed"] = json!(has_offset);
             if entry["zero"] == json!(true) {
                 entry["present"] = json!(true);
-                // In a raw data file the place of a cluster never changes, whether the entry keeps it or not.
+                // In a raw data file the place of a cluster never changes, whether the entry keeps
+                // it or not.
                 entry["placed"] = json!(has_offset && !self.has_raw_data_file());
             }
             push(&mut shape, entry, false);
@@ -159,7 +163,7 @@ fn value(output: &Output) -> Option<Value> {
     serde_json::from_str(&output.stdout).ok()
 }
 
-/// Where two values differ, said as one line for each place.
+/// Returns a line for each place where two values differ.
 pub(crate) fn difference(what: &str, ours: &Value, theirs: &Value) -> Vec<String> {
     match (ours, theirs) {
         _ if ours == theirs => Vec::new(),

@@ -1,8 +1,8 @@
-//! Sizes as qemu-img prints them.
+//! Formats sizes with three digits and a binary unit, as qemu-img does.
 
 const UNITS: [&str; 7] = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"];
 
-/// A size with three significant digits and a binary unit: "10 MiB", "1.31 MiB", "324 KiB".
+/// Formats a size with three significant digits and a binary unit: "10 MiB", "1.31 MiB", "324 KiB".
 #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
 pub(crate) fn human_size(bytes: u64) -> String {
     let mut unit = 0;

@@ -1,4 +1,4 @@
-//! Running `bds` in a scratch directory.
+//! Runs `bds` and qemu-img in a scratch directory.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -6,12 +6,12 @@ use std::process::Command;
 
 use bds_testkit::{Output, Scratch};
 
-/// A directory with the tool in it.
-pub(crate) struct Desk {
+/// A scratch directory in which the tools are run.
+pub(crate) struct Workdir {
     scratch: Scratch,
 }
 
-impl Desk {
+impl Workdir {
     pub(crate) fn new() -> Self {
         Self { scratch: Scratch::new() }
     }
@@ -26,13 +26,13 @@ impl Desk {
         command
     }
 
-    /// Runs bds with words separated by blanks.
+    /// Runs bds with arguments separated by blanks.
     pub(crate) fn bds(&self, words: &str) -> Output {
         let args: Vec<&str> = words.split(' ').filter(|w| !w.is_empty()).collect();
         finish(self.command(&args))
     }
 
-    /// Runs bds and wants it to end well.
+    /// Runs bds, which must succeed.
     #[track_caller]
     pub(crate) fn must(&self, words: &str) -> Output {
         let output = self.bds(words);
@@ -68,8 +68,8 @@ pub(crate) struct LoopDevice(String);
 
 impl LoopDevice {
     /// `None` where there are no loop devices, or none that we may make.
-    pub(crate) fn new(desk: &Desk, file: &str, options: &[&str]) -> Option<Self> {
-        let path = desk.dir().join(file);
+    pub(crate) fn new(workdir: &Workdir, file: &str, options: &[&str]) -> Option<Self> {
+        let path = workdir.dir().join(file);
         let output =
             Command::new("losetup").args(options).args(["--show", "-f"]).arg(path).output().ok()?;
         let name = String::from_utf8(output.stdout).ok()?.trim().to_owned();

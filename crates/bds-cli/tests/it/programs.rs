@@ -1,4 +1,4 @@
-//! The programs under test and beside it, and images as files of bytes.
+//! Finds `bds` and QEMU's tools, and reads their results.
 
 use std::path::Path;
 
@@ -29,13 +29,14 @@ pub(crate) fn text(path: &Path) -> &str {
     path.to_str().expect("scratch paths are UTF-8")
 }
 
-/// What a program said when it failed, on one line.
-pub(crate) fn said(output: &Output) -> String {
+/// Returns exit code, output and errors of a program on one line.
+pub(crate) fn outcome_line(output: &Output) -> String {
     let words = format!("{} {}", output.stdout.trim(), output.stderr.trim());
     format!("exit {}: {}", output.code, words.replace('\n', " / "))
 }
 
-/// One count of a `check --output=json`; both tools leave out those that are zero, except the errors of the check itself.
+/// One count of a `check --output=json`; both tools leave out those that are zero, except the
+/// errors of the check itself.
 #[track_caller]
 pub(crate) fn count(check: &Value, key: &str) -> u64 {
     match check.get(key) {
@@ -45,7 +46,7 @@ pub(crate) fn count(check: &Value, key: &str) -> u64 {
     }
 }
 
-/// Is everything asked for (`BDS_TEST_BUDGET=full`), or a sample?
+/// Whether all cells are tested (`BDS_TEST_BUDGET=full`), or a sample.
 pub(crate) fn is_full() -> bool {
     std::env::var("BDS_TEST_BUDGET").is_ok_and(|budget| budget == "full")
 }

@@ -1,4 +1,5 @@
-//! The library's side: requests in place, through the same door a program would use.
+//! Applies the requests of a cell's script through the library: graph and backend, as a program
+//! uses them.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use serde_json::json;
 
 use super::script::Act;
 
-/// Does this to the image and closes it.
+/// Opens the image, applies the requests and closes it.
 pub(crate) fn apply(image: &Path, acts: &[Act]) -> Result<()> {
     bds_io::block_on(async {
         let registry = Arc::new(bds_drivers::registry());

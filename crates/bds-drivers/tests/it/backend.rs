@@ -1,9 +1,0 @@
-//! The example of a drive's life runs, on real drivers.
-
-#[path = "../../../bds-cli/examples/backend.rs"]
-mod example;
-
-#[test]
-fn the_example_runs() {
-    example::main().unwrap();
-}
