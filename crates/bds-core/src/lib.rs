@@ -4,6 +4,7 @@
 //! (the request path and its backends).
 #![forbid(unsafe_code)]
 
+pub mod bitmap;
 pub mod copy;
 pub mod driver;
 pub mod error;
