@@ -9,14 +9,14 @@
 //! Inline   one counter of this thread's shard; never waits; refused while a serialising request exists
 //! entered  one counter of this thread's shard; may wait
 //! Tracked  an entry with its byte range: plain ones in this thread's shard, serialising ones in `central`
-//! Kept     what is left of a Tracked whose request has gone while its driver still works
+//! DetachedRange     what is left of a Tracked whose request has gone while its driver still works
 //! ```
 //!
 //! Only pairs with a serialising side conflict. Order is by ticket, and the later one waits for the earlier one:
 //! a serialising request draws its ticket when it registers, in one critical section of `central` in which it
 //! also visits all shards and gives the plain requests it overlaps an earlier ticket. A plain request without a
 //! ticket either was never met, or draws its own (later) one when it sees the flag. Tickets are a total
-//! order, so nobody waits in a circle, and a stream of newcomers cannot starve one that waits. A `Kept` range is a
+//! order, so nobody waits in a circle, and a stream of newcomers cannot starve one that waits. A `DetachedRange` range is a
 //! serialising entry that waits for nobody; it has the ticket of the request that left it, so who waited for that one waits
 //! for it, and so does everyone who overlaps it and comes later.
 //!
@@ -296,8 +296,8 @@ impl RequestTracker {
         self.serialising.fetch_sub(1, Ordering::SeqCst);
     }
 
-    /// Ends what [`Tracked::keep`] left behind on this node.
-    pub(crate) fn give_back(&self, kept: Kept) {
+    /// Ends what [`Tracked::detach`] left behind on this node.
+    pub(crate) fn release_detached(&self, kept: DetachedRange) {
         self.remove_serialising(kept.slot);
         self.notify_watchers();
     }
@@ -375,10 +375,10 @@ enum Place<'a> {
     Serialising { slot: usize },
 }
 
-/// A range whose request has gone: see [`Tracked::keep`].
+/// A range whose request has gone: see [`Tracked::detach`].
 #[derive(Debug)]
 #[must_use = "the range is excluded until it is given back"]
-pub(crate) struct Kept {
+pub(crate) struct DetachedRange {
     slot: usize,
 }
 
@@ -429,7 +429,7 @@ impl Tracked<'_> {
 
     /// Leaves the range behind for an operation that goes on without its request: whoever overlaps it waits until it is
     /// given back. The request may go before the operation ends, but not before its own turn came.
-    pub(crate) fn keep(&self) -> Kept {
+    pub(crate) fn detach(&self) -> DetachedRange {
         // As in `track_serialising`: raised first, so that plain and inline ones from here on see it.
         self.tracker.serialising.fetch_add(1, Ordering::SeqCst);
         let mut central = self.tracker.lock_central();
@@ -437,7 +437,9 @@ impl Tracked<'_> {
             Place::Plain { shard, slot } => central.ticket_of(shard, slot),
             Place::Serialising { .. } => self.ticket,
         };
-        Kept { slot: central.serialising.insert(Entry { range: self.range.clone(), ticket }) }
+        DetachedRange {
+            slot: central.serialising.insert(Entry { range: self.range.clone(), ticket }),
+        }
     }
 
     fn is_blocked(&mut self) -> bool {

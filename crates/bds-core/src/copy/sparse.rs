@@ -112,7 +112,7 @@ mod tests {
         new[4 * GRAIN - 1] = 1;
         let (new, old) = (IoVec::from(new), IoVec::from(old));
         assert_eq!(differing(&new, &old, 0), [0..2 * GRAIN, 3 * GRAIN..4 * GRAIN]);
-        assert_eq!(differing(&old, &old, 512), []);
+        assert_eq!(differing(&old, &old, 512), Vec::<Range<usize>>::new());
         let tail = GRAIN + (GRAIN - 512)..4 * GRAIN;
         assert_eq!(differing(&new, &old, 512)[0], 0..2 * GRAIN - 512, "grains of the target");
         assert!(tail.contains(&differing(&new, &old, 512)[1].start));

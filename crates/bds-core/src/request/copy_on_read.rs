@@ -20,9 +20,9 @@ use std::sync::atomic::Ordering;
 use bds_io::{Buf, IoVec};
 use bds_refcount::HolderKind;
 
-use super::begun::Inside;
+use super::admit::{DetachedGuard, Entered};
+use super::detach_on_drop::RequestScope;
 use super::dispatch::{bounce_align, read_aligned, read_inside, write_aligned};
-use super::enter::{DetachedGuard, Entered};
 use super::range::{self, round_down, round_up};
 use super::{status, zero};
 use crate::driver::{Limits, ReadFlags, StatusFlags, WriteFlags};
@@ -219,7 +219,7 @@ impl<T> Drop for Unstoppable<T> {
 
 async fn copy_inside(node: &DetachedGuard, limits: &Limits, piece: Range<u64>) -> Result<IoVec> {
     let tracked = node.track(piece.clone(), true).await;
-    let inside = Inside::alone(node.strong(), &tracked);
+    let inside = RequestScope::alone(node.strong(), &tracked);
     // A buffer of our own: a guest may scribble over its while we write.
     let iov = Buf::zeroed(index(piece.end - piece.start), bounce_align(limits)).iov();
     read_aligned(node, limits, piece.start, iov.clone(), ReadFlags::empty()).await?;
@@ -244,7 +244,7 @@ async fn copy_inside(node: &DetachedGuard, limits: &Limits, piece: Range<u64>) -
 
 async fn keep(
     node: &DetachedGuard,
-    inside: &Inside<'_>,
+    inside: &RequestScope<'_>,
     limits: &Limits,
     offset: u64,
     iov: IoVec,

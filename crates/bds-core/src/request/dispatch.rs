@@ -9,9 +9,9 @@ use std::sync::Arc;
 
 use bds_io::{Buf, IoVec};
 
+use super::admit::{Entered, enter, named};
 use super::align::{PadBuf, Padded};
-use super::begun::Inside;
-use super::enter::{Entered, enter, named};
+use super::detach_on_drop::RequestScope;
 use super::range::{self, round_down, round_up};
 use super::{copy_on_read, flush, zero};
 use crate::driver::{DetectZeroes, Limits, ReadFlags, WriteFlags, ZeroFlags};
@@ -222,7 +222,7 @@ pub(super) async fn write_inside(
             }
         };
         let _writing = node.writing();
-        let inside = Inside::new(node, &tracked);
+        let inside = RequestScope::new(node, &tracked);
         write_aligned(&inside, &limits, outer.start, iov, flags).await?
     };
     if wants_flush { Box::pin(flush::flush_inside(node)).await } else { Ok(()) }
@@ -262,7 +262,7 @@ pub(super) async fn read_around(node: &Node, limits: &Limits, padded: &Padded) -
 
 /// The range is aligned and registered, and the node counts as being written to. True if a flush must follow.
 pub(super) async fn write_aligned(
-    inside: &Inside<'_>,
+    inside: &RequestScope<'_>,
     limits: &Limits,
     offset: u64,
     iov: IoVec,
@@ -285,7 +285,7 @@ pub(super) async fn write_aligned(
 }
 
 async fn write_pieces(
-    inside: &Inside<'_>,
+    inside: &RequestScope<'_>,
     limits: &Limits,
     offset: u64,
     iov: IoVec,
@@ -326,7 +326,7 @@ pub(super) async fn write_compressed_inside(
     range::check_write(edge, node, end, false)?;
     let tracked = node.track(offset..end, false).await;
     let _writing = node.writing();
-    let inside = Inside::new(node, &tracked);
+    let inside = RequestScope::new(node, &tracked);
     inside.change(end - offset, |node| node.driver().write_compressed(offset, iov)).await
 }
 

@@ -8,8 +8,8 @@
 //! waits for that. The turn of a flush lies in its request's future, which a task polls: a caller that merely keeps the future that
 //! it was given does not keep the turn.
 
-use super::begun::Inside;
-use super::enter::{Entered, enter, named};
+use super::admit::{Entered, enter, named};
+use super::detach_on_drop::RequestScope;
 use crate::driver::BoxFuture;
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::Edge;
@@ -21,7 +21,10 @@ pub(super) fn flush(edge: &Edge) -> BoxFuture<'_, Result<()>> {
 }
 
 /// As [`flush`], for a request that is inside other nodes too.
-fn flush_below<'a>(edge: &'a Edge, above: Option<&'a Inside<'a>>) -> BoxFuture<'a, Result<()>> {
+fn flush_below<'a>(
+    edge: &'a Edge,
+    above: Option<&'a RequestScope<'a>>,
+) -> BoxFuture<'a, Result<()>> {
     Box::pin(async move {
         let node = enter(edge).await?;
         flush_writable(&node, above).await
@@ -33,7 +36,7 @@ pub(super) async fn flush_inside(node: &Entered<'_>) -> Result<()> {
     flush_writable(node, None).await
 }
 
-async fn flush_writable(node: &Entered<'_>, above: Option<&Inside<'_>>) -> Result<()> {
+async fn flush_writable(node: &Entered<'_>, above: Option<&RequestScope<'_>>) -> Result<()> {
     if !node.is_writable() {
         return Ok(());
     }
@@ -41,13 +44,13 @@ async fn flush_writable(node: &Entered<'_>, above: Option<&Inside<'_>>) -> Resul
     named(node, flush_node(node, above).await)
 }
 
-async fn flush_node(node: &Entered<'_>, above: Option<&Inside<'_>>) -> Result<()> {
-    let inside = Inside::flush(node).below(above);
+async fn flush_node(node: &Entered<'_>, above: Option<&RequestScope<'_>>) -> Result<()> {
+    let inside = RequestScope::flush(node).below(above);
     let mut flushing = node.tracker().begin_flush().await;
     if let Some(error) = node.tracker().flush_failure() {
         return Err(error.context("an earlier flush failed, so bytes may be lost; reopen the node"));
     }
-    inside.carry_out(|node| node.driver().flush_to_os()).await?;
+    inside.run(|node| node.driver().flush_to_os()).await?;
     if !node.flags().cache.no_flush && !flushing.is_clean() {
         let result;
         (flushing, result) = flush_medium(&inside, flushing).await;
@@ -63,8 +66,8 @@ async fn flush_node(node: &Entered<'_>, above: Option<&Inside<'_>>) -> Result<()
 }
 
 /// Asks the driver, and tells the node's tracker of a failure whether or not anyone still waits. No other flush begins meanwhile.
-async fn flush_medium(inside: &Inside<'_>, flushing: Flushing) -> (Flushing, Result<()>) {
-    let work = inside.carry_out(move |node| {
+async fn flush_medium(inside: &RequestScope<'_>, flushing: Flushing) -> (Flushing, Result<()>) {
+    let work = inside.run(move |node| {
         Box::pin(async move {
             let result = node.driver().flush_to_disk().await;
             if let Err(error) = &result

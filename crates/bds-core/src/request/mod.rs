@@ -21,12 +21,12 @@
 //! It never changes the graph. Dropping a future at any await counts out, deregisters and wakes who waited; if the driver has
 //! begun to change something by then, all that happens when the driver is done.
 
+mod admit;
 mod align;
 mod backend;
-mod begun;
 mod copy_on_read;
+mod detach_on_drop;
 mod dispatch;
-mod enter;
 mod flush;
 mod offload;
 mod port;

@@ -7,15 +7,15 @@
 
 use bds_refcount::Strong;
 
-use super::begun::Inside;
-use super::enter::{Entered, enter, named};
+use super::admit::{Entered, enter, named};
+use super::detach_on_drop::RequestScope;
 use super::range;
 use crate::driver::{Attempt, BoxFuture, HostMap, StatusFlags};
 use crate::error::Result;
 use crate::graph::{Edge, Node};
 
 /// Where the copy is inside already, and how many steps down it may take.
-type Way<'a> = (Option<&'a Inside<'a>>, usize);
+type Way<'a> = (Option<&'a RequestScope<'a>>, usize);
 
 /// Longest way down that is followed on each side.
 const MAX_STEPS: usize = 16;
@@ -57,7 +57,7 @@ fn from<'a>(
             return Ok(Attempt::Unsupported);
         }
         let tracked = node.track(offset..offset + goal.len, false).await;
-        let inside = Inside::new(&node, &tracked).below(above);
+        let inside = RequestScope::new(&node, &tracked).below(above);
         if node.children().is_empty() {
             return to((node.strong(), offset), goal, (Some(&inside), MAX_STEPS)).await;
         }
@@ -85,12 +85,12 @@ fn to<'a>(
             return Ok(Attempt::Unsupported);
         }
         let tracked = node.track(offset..offset + len, false).await;
-        let inside = Inside::new(&node, &tracked).below(above);
+        let inside = RequestScope::new(&node, &tracked).below(above);
         // Also where bytes only pass through: a flush must come down to where they are.
         let _writing = node.writing();
         if node.children().is_empty() {
             let (source, source_offset) = (reader.0.clone(), reader.1);
-            let copied = inside.carry_out(move |node| {
+            let copied = inside.run(move |node| {
                 Box::pin(async move {
                     let source = source.driver();
                     node.driver().copy_range_from(source, source_offset, offset, len).await

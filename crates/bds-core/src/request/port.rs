@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bds_io::IoVec;
 
-use super::enter::{enter, named};
+use super::admit::{enter, named};
 use super::{dispatch, flush, status, truncate, zero};
 use crate::driver::{
     Attempt, BoxFuture, ChildPort, Limits, ReadFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,

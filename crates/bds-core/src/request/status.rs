@@ -7,7 +7,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::enter::{enter, named};
+use super::admit::{enter, named};
 use super::range::{self, round_down, round_up};
 use crate::driver::{BoxFuture, HostMap, Role, StatusFlags, StatusRun};
 use crate::error::{Error, ErrorKind, Result};

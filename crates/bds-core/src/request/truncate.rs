@@ -1,7 +1,7 @@
 //! Changing a node's length.
 
-use super::begun::Inside;
-use super::enter::{Entered, enter, named};
+use super::admit::{Entered, enter, named};
+use super::detach_on_drop::RequestScope;
 use super::range::{self, MAX_LEN};
 use crate::driver::{BoxFuture, Truncate};
 use crate::error::{Error, ErrorKind, Result};
@@ -16,7 +16,7 @@ pub(super) fn truncate(edge: &Edge, change: Truncate) -> BoxFuture<'_, Result<()
 fn truncate_below<'a>(
     edge: &'a Edge,
     change: Truncate,
-    above: Option<&'a Inside<'a>>,
+    above: Option<&'a RequestScope<'a>>,
 ) -> BoxFuture<'a, Result<()>> {
     Box::pin(async move {
         let node = enter(edge).await?;
@@ -35,7 +35,7 @@ async fn truncate_inside(
     edge: &Edge,
     node: &Entered<'_>,
     mut change: Truncate,
-    above: Option<&Inside<'_>>,
+    above: Option<&RequestScope<'_>>,
 ) -> Result<()> {
     range::check(0, change.len)?;
     if !node.is_writable() {
@@ -56,8 +56,8 @@ async fn truncate_inside(
         change.zero_new |= backing > old_len;
     }
     let _writing = node.writing();
-    let inside = Inside::new(node, &tracked).below(above);
-    match inside.carry_out(move |node| node.driver().truncate(change)).await {
+    let inside = RequestScope::new(node, &tracked).below(above);
+    match inside.run(move |node| node.driver().truncate(change)).await {
         Err(error) if error.kind() == ErrorKind::NotSupported && node.driver().is_filter() => {
             match node.filtered_child() {
                 Some(child) => truncate_below(&child, change, Some(&inside)).await,

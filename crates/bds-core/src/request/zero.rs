@@ -4,10 +4,10 @@ use std::sync::OnceLock;
 
 use bds_io::{Buf, IoVec};
 
+use super::admit::{Entered, enter, named};
 use super::align::Padded;
-use super::begun::Inside;
+use super::detach_on_drop::RequestScope;
 use super::dispatch::{read_around, write_aligned};
-use super::enter::{Entered, enter, named};
 use super::flush;
 use super::range::{self, round_down, round_up};
 use crate::driver::{Attempt, Limits, WriteFlags, ZeroFlags};
@@ -61,7 +61,7 @@ pub(super) async fn write_zeroes_inside(
         let tracked = node.track_unless(outer, padded.is_some(), no_wait).await?;
         let _writing = node.writing();
         let piece = Pieces {
-            inside: &Inside::new(node, &tracked),
+            inside: &RequestScope::new(node, &tracked),
             limits: &limits,
             flags: flags & supported.unwrap_or_default(),
             write_flags: write_flags(flags),
@@ -92,7 +92,7 @@ fn write_flags(flags: ZeroFlags) -> WriteFlags {
 
 /// Makes a range read as zeros that did so before: aligned, registered, and the node counts as being written to.
 pub(super) async fn keep_zeroes(
-    inside: &Inside<'_>,
+    inside: &RequestScope<'_>,
     limits: &Limits,
     start: u64,
     end: u64,
@@ -152,7 +152,7 @@ enum Zeroed {
 
 /// Zeroing aligned ranges of one node, which counts as being written to.
 struct Pieces<'a> {
-    inside: &'a Inside<'a>,
+    inside: &'a RequestScope<'a>,
     limits: &'a Limits,
     /// What is passed to the driver.
     flags: ZeroFlags,
@@ -259,12 +259,12 @@ pub(super) async fn discard_inside(
     }
     let tracked = node.track(start..end, false).await;
     let _writing = node.writing();
-    let inside = Inside::new(node, &tracked);
+    let inside = RequestScope::new(node, &tracked);
     discard_aligned(&inside, &limits, start, end.min(reach)).await
 }
 
 async fn discard_aligned(
-    inside: &Inside<'_>,
+    inside: &RequestScope<'_>,
     limits: &Limits,
     mut offset: u64,
     end: u64,

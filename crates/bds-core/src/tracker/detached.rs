@@ -23,7 +23,7 @@ impl RequestTracker {
     }
 
     /// Waits until nobody does, or until those inside are given up.
-    pub(crate) async fn wait_moved_out(&self) {
+    pub(crate) async fn wait_no_detached(&self) {
         self.wait_until(|| self.detached() == 0 || self.is_given_up()).await;
     }
 }

@@ -39,11 +39,11 @@ impl Drop for Device {
         let inner = &*self.backend.inner;
         // What it asked for was its own; and nobody is left to decide for its requests.
         self.backend.graph.loosen_root(&inner.edge);
-        inner.desk().policies = None;
+        inner.state().policies = None;
         inner.resume();
-        inner.tell_device(&self.name, false);
+        inner.emit_device_event(&self.name, false);
         // Last: who attaches from here on finds everything as it should be.
-        inner.desk().device = None;
+        inner.state().device = None;
     }
 }
 
@@ -74,27 +74,27 @@ impl Backend {
     pub fn attach_device(&self, name: &str) -> Result<Device> {
         let name: Arc<str> = name.into();
         {
-            let mut desk = self.inner.desk();
-            if let Some(other) = &desk.device {
+            let mut state = self.inner.state();
+            if let Some(other) = &state.device {
                 let words = format!("device '{other}' uses the backend: detach it first");
                 let error = Error::new(ErrorKind::InUse, words);
                 return Err(error.field("backend", self.name()));
             }
-            desk.device = Some(Arc::clone(&name));
+            state.device = Some(Arc::clone(&name));
         }
         self.inner.resume();
-        self.inner.tell_device(&name, true);
+        self.inner.emit_device_event(&name, true);
         Ok(Device { backend: self.clone(), name })
     }
 
     /// The device that uses it.
     pub fn device(&self) -> Option<Arc<str>> {
-        self.inner.desk().device.clone()
+        self.inner.state().device.clone()
     }
 }
 
 impl Inner {
-    fn tell_device(&self, device: &str, is_attached: bool) {
+    fn emit_device_event(&self, device: &str, is_attached: bool) {
         self.events.emit(|| {
             let (backend, device) = (self.name.to_string(), device.to_owned());
             match is_attached {

@@ -7,14 +7,14 @@
 
 use bds_io::{Buf, IoVec};
 
-use super::carry::{Request, Work};
+use super::execute::{Request, RequestKind};
 use super::{Backend, Inner, progress};
 use crate::driver::{
     Attempt, CheckReport, ImageInfo, ReadFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, Result};
 use crate::graph::{Node, NodeId};
-use crate::request::enter::{enter, named};
+use crate::request::admit::{enter, named};
 use crate::request::status::{self, ChainRun, Depth};
 use crate::request::{dispatch, offload, range, truncate};
 use crate::stats::{Operation, Outcome};
@@ -119,7 +119,7 @@ impl Backend {
     /// # Ok(()) });
     /// ```
     pub async fn read_waiting(&self, offset: u64, iov: IoVec) -> Result<()> {
-        self.carry(Request { offset, work: Work::Read(iov) }).await.map(drop)
+        self.execute(Request { offset, work: RequestKind::Read(iov) }).await.map(drop)
     }
 
     /// Copies what the node shows of `offset..` but does not hold itself from below into it; nothing is given back. Needs a writable
@@ -138,7 +138,7 @@ impl Backend {
     /// # Ok(()) });
     /// ```
     pub async fn copy_up(&self, offset: u64, len: u64) -> Result<()> {
-        self.carry(Request { offset, work: Work::CopyUp(len) }).await.map(drop)
+        self.execute(Request { offset, work: RequestKind::CopyUp(len) }).await.map(drop)
     }
 
     /// Writes `iov` at `offset`.
@@ -186,7 +186,7 @@ impl Backend {
         mut flags: WriteFlags,
     ) -> Result<()> {
         flags.set(WriteFlags::FUA, flags.contains(WriteFlags::FUA) || self.is_writethrough());
-        self.carry(Request { offset, work: Work::Write(iov, flags) }).await.map(drop)
+        self.execute(Request { offset, work: RequestKind::Write(iov, flags) }).await.map(drop)
     }
 
     /// Writes one compressed cluster (or the image's tail); an empty `iov` at the end pads the file.
@@ -202,7 +202,7 @@ impl Backend {
     /// # Ok(()) });
     /// ```
     pub async fn write_compressed(&self, offset: u64, iov: IoVec) -> Result<()> {
-        self.carry(Request { offset, work: Work::Compressed(iov) }).await.map(drop)
+        self.execute(Request { offset, work: RequestKind::Compressed(iov) }).await.map(drop)
     }
 
     /// Makes the range read as zeros. `Unsupported` only with `NO_FALLBACK`.
@@ -226,7 +226,7 @@ impl Backend {
         mut flags: ZeroFlags,
     ) -> Result<Attempt> {
         flags.set(ZeroFlags::FUA, flags.contains(ZeroFlags::FUA) || self.is_writethrough());
-        self.carry(Request { offset, work: Work::Zero(len, flags) }).await
+        self.execute(Request { offset, work: RequestKind::Zero(len, flags) }).await
     }
 
     /// Tells that the range is no longer needed; advisory, and ignored unless the node was opened with `discard=unmap`.
@@ -244,7 +244,7 @@ impl Backend {
     /// # Ok(()) });
     /// ```
     pub async fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        self.carry(Request { offset, work: Work::Discard(len) }).await.map(drop)
+        self.execute(Request { offset, work: RequestKind::Discard(len) }).await.map(drop)
     }
 
     /// Makes every write durable that ended before.
@@ -263,7 +263,7 @@ impl Backend {
     /// # Ok(()) });
     /// ```
     pub async fn flush(&self) -> Result<()> {
-        self.carry(Request { offset: 0, work: Work::Flush }).await.map(drop)
+        self.execute(Request { offset: 0, work: RequestKind::Flush }).await.map(drop)
     }
 
     /// Lets the host copy `len` bytes from `source` at `source_offset` to `offset` here. `Unsupported`: use buffers; part of the
@@ -296,7 +296,8 @@ impl Backend {
             let (from, to) = (&source.inner.edge, &this.inner.edge);
             let copied = pending.end(offload::copy(from, source_offset, to, offset, len).await)?;
             if copied == Attempt::Done && this.is_writethrough() {
-                let _done = this.carry_here(Request { offset: 0, work: Work::Flush }).await?;
+                let _done =
+                    this.execute_here(Request { offset: 0, work: RequestKind::Flush }).await?;
             }
             Ok(copied)
         })

@@ -14,9 +14,9 @@
 //! **A handle is a reference**: the backend, and its hold on the node, end with the last one, at once. A request under way has one of
 //! its own, so that it does not depend on its caller. A handle stays valid whatever happens to the medium: without one, requests fail with `NoMedium`.
 
-mod carry;
 mod device;
 mod drain;
+mod execute;
 mod io;
 mod medium;
 mod policy;
@@ -97,12 +97,12 @@ struct Inner {
     is_writethrough: AtomicBool,
     name: Arc<str>,
     claims_name: bool,
-    desk: Mutex<Desk>,
+    state: Mutex<State>,
     events: EventHub,
 }
 
 /// What is asked for and changed now and then. Locked for a few instructions, before nothing else.
-struct Desk {
+struct State {
     /// `None`: it depends on whether there is a device.
     policies: Option<ErrorPolicies>,
     io_status: IoStatus,
@@ -117,7 +117,7 @@ impl fmt::Debug for Backend {
     }
 }
 
-impl Desk {
+impl State {
     fn policies(&self) -> ErrorPolicies {
         self.policies.unwrap_or(match &self.device {
             Some(_) => ErrorPolicies::default(),
@@ -127,8 +127,8 @@ impl Desk {
 }
 
 impl Inner {
-    fn desk(&self) -> MutexGuard<'_, Desk> {
-        self.desk.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -203,7 +203,7 @@ impl Backend {
             is_writethrough: AtomicBool::new(node.is_some_and(|n| !n.flags().cache.writeback)),
             name: options.name.into(),
             claims_name: options.claims_name,
-            desk: Mutex::new(Desk {
+            state: Mutex::new(State {
                 policies: options.policy,
                 io_status: IoStatus::Ok,
                 is_stopped: false,

@@ -65,18 +65,10 @@ impl IoStatus {
     }
 }
 
-/// What becomes of a failed request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
-    Report,
-    Ignore,
-    Stop,
-}
-
 impl Backend {
     /// What a failing medium means now.
     pub fn policies(&self) -> ErrorPolicies {
-        self.inner.desk().policies()
+        self.inner.state().policies()
     }
 
     /// What a failing medium means from now on, with or without a device, until a device detaches. Requests that wait go on waiting
@@ -95,12 +87,12 @@ impl Backend {
     /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn set_policies(&self, policies: ErrorPolicies) {
-        self.inner.desk().policies = Some(policies);
+        self.inner.state().policies = Some(policies);
     }
 
     /// Why requests wait for [`Backend::resume`], if they do. It is the first failure's since the last decision.
     pub fn io_status(&self) -> IoStatus {
-        self.inner.desk().io_status
+        self.inner.state().io_status
     }
 
     /// The user has decided: the status is good again, requests that failed are tried again, and others go on.
@@ -130,11 +122,11 @@ impl Backend {
 impl Inner {
     pub(super) fn resume(&self) {
         let was_stopped = {
-            let mut desk = self.desk();
-            desk.io_status = IoStatus::Ok;
-            std::mem::take(&mut desk.is_stopped)
+            let mut state = self.state();
+            state.io_status = IoStatus::Ok;
+            std::mem::take(&mut state.is_stopped)
         };
-        // Without the desk, because this wakes those who wait. A stop in between has closed the gate once more.
+        // Without the state, because this wakes those who wait. A stop in between has closed the gate once more.
         if was_stopped {
             self.edge.open();
         }
@@ -142,61 +134,51 @@ impl Inner {
 
     /// Decides, tells, and closes the gate if need be. The request is still inside.
     #[cold]
-    pub(super) fn verdict(&self, operation: Operation, error: &Error) -> Verdict {
-        if !is_mediums_fault(error) {
-            return Verdict::Report;
+    pub(super) fn error_action(&self, operation: Operation, error: &Error) -> ErrorAction {
+        if !is_medium_failure(error) {
+            return ErrorAction::Report;
         }
         let is_read = operation == Operation::Read;
         let nospace = error.kind() == ErrorKind::NoSpace;
-        let verdict = {
-            let mut desk = self.desk();
-            let policy = if is_read { desk.policies().read } else { desk.policies().write };
-            let verdict = decide(policy, nospace);
+        let action = {
+            let mut state = self.state();
+            let policy = if is_read { state.policies().read } else { state.policies().write };
+            let action = action_for(policy, nospace);
             // After the graph's end nobody could decide any more.
             let is_ended =
                 self.edge.backend_in_flight().is_some_and(|in_flight| in_flight.is_ended());
-            if verdict == Verdict::Stop && is_ended {
-                return Verdict::Report;
+            if action == ErrorAction::Stop && is_ended {
+                return ErrorAction::Report;
             }
-            if verdict == Verdict::Stop && !std::mem::replace(&mut desk.is_stopped, true) {
-                desk.io_status = if nospace { IoStatus::NoSpace } else { IoStatus::Failed };
+            if action == ErrorAction::Stop && !std::mem::replace(&mut state.is_stopped, true) {
+                state.io_status = if nospace { IoStatus::NoSpace } else { IoStatus::Failed };
                 self.edge.close();
             }
-            verdict
+            action
         };
         self.events.emit(|| Event::BlockIoError {
             backend: self.name.to_string(),
             node: self.edge.medium().map(|node| node.name().to_owned()),
             is_read,
-            action: verdict.action(),
+            action,
             nospace,
             reason: error.to_string(),
         });
-        verdict
+        action
     }
 }
 
-impl Verdict {
-    fn action(self) -> ErrorAction {
-        match self {
-            Self::Report => ErrorAction::Report,
-            Self::Ignore => ErrorAction::Ignore,
-            Self::Stop => ErrorAction::Stop,
-        }
-    }
-}
-
-fn decide(policy: ErrorPolicy, nospace: bool) -> Verdict {
+fn action_for(policy: ErrorPolicy, nospace: bool) -> ErrorAction {
     match policy {
-        ErrorPolicy::Stop => Verdict::Stop,
-        ErrorPolicy::Enospc if nospace => Verdict::Stop,
-        ErrorPolicy::Report | ErrorPolicy::Enospc => Verdict::Report,
-        ErrorPolicy::Ignore => Verdict::Ignore,
+        ErrorPolicy::Stop => ErrorAction::Stop,
+        ErrorPolicy::Enospc if nospace => ErrorAction::Stop,
+        ErrorPolicy::Report | ErrorPolicy::Enospc => ErrorAction::Report,
+        ErrorPolicy::Ignore => ErrorAction::Ignore,
     }
 }
 
 /// Was it the medium, and not the request, nor that there is none?
-fn is_mediums_fault(error: &Error) -> bool {
+fn is_medium_failure(error: &Error) -> bool {
     use ErrorKind::{
         Cancelled, Inactive, InvalidInput, NoMedium, NotSupported, OutOfRange, ReadOnly, WouldWait,
     };

@@ -29,7 +29,7 @@ impl BackendEntry for Inner {
     }
 
     fn device(&self) -> Option<Arc<str>> {
-        self.desk().device.clone()
+        self.state().device.clone()
     }
 
     fn end(&self) {

@@ -13,19 +13,19 @@ pub(super) struct Entered<'e> {
     target: Target<'e>,
     number: ShardNumber,
     /// After the node's: a backend's drain lets nobody overtake the node's.
-    lodged: Option<InFlightGuard<'e>>,
+    backend_guard: Option<InFlightGuard<'e>>,
 }
 
 /// Why a request did not come in. Until this is dropped it is in flight for its backend all the same.
-pub(super) struct TurnedAway<'e> {
+pub(super) struct Refused<'e> {
     error: Error,
-    lodged: Option<InFlightGuard<'e>>,
+    backend_guard: Option<InFlightGuard<'e>>,
 }
 
-impl<'e> TurnedAway<'e> {
+impl<'e> Refused<'e> {
     /// The reason, and what keeps the request in flight.
     pub(super) fn into_parts(self) -> (Error, Option<InFlightGuard<'e>>) {
-        (self.error, self.lodged)
+        (self.error, self.backend_guard)
     }
 }
 
@@ -34,14 +34,14 @@ impl<'e> TurnedAway<'e> {
 /// # Errors
 /// `NoMedium`: the edge leads nowhere. `Io`: the node's requests were given up.
 pub(super) async fn enter(edge: &Edge) -> Result<Entered<'_>> {
-    enter_hall(edge).await.map_err(|away| away.error)
+    enter_backend(edge).await.map_err(|away| away.error)
 }
 
 /// As [`enter`], for a backend's requests: who has to go again is counted while he still has something to write down.
 ///
 /// # Errors
 /// Also `Cancelled`: the graph was shut down while the request waited at the gate.
-pub(super) async fn enter_hall(edge: &Edge) -> Result<Entered<'_>, TurnedAway<'_>> {
+pub(super) async fn enter_backend(edge: &Edge) -> Result<Entered<'_>, Refused<'_>> {
     loop {
         if let Some(entered) = try_enter(edge) {
             return entered;
@@ -49,25 +49,25 @@ pub(super) async fn enter_hall(edge: &Edge) -> Result<Entered<'_>, TurnedAway<'_
         // Not counted anywhere: queued is not in flight, so a drain does not wait for us.
         Box::pin(edge.wait_open()).await;
         if edge.backend_in_flight().is_some_and(|in_flight| in_flight.is_ended()) {
-            return Err(TurnedAway { error: ended(edge), lodged: None });
+            return Err(Refused { error: ended(edge), backend_guard: None });
         }
     }
 }
 
 /// `None`: the gate is closed.
 #[inline]
-fn try_enter(edge: &Edge) -> Option<Result<Entered<'_>, TurnedAway<'_>>> {
+fn try_enter(edge: &Edge) -> Option<Result<Entered<'_>, Refused<'_>>> {
     let ticket = edge.ticket()?;
-    let lodged = edge.backend_in_flight().map(|in_flight| in_flight.lodge());
+    let backend_guard = edge.backend_in_flight().map(|in_flight| in_flight.lodge());
     let Some(target) = edge.medium() else {
-        let away = || TurnedAway { error: no_medium(edge), lodged };
+        let away = || Refused { error: no_medium(edge), backend_guard };
         return edge.admits(ticket).then(|| Err(away()));
     };
     if target.is_poisoned() {
-        return Some(Err(TurnedAway { error: poisoned(&target), lodged }));
+        return Some(Err(Refused { error: poisoned(&target), backend_guard }));
     }
     let number = target.tracker().enter();
-    let entered = Entered { target, number, lodged };
+    let entered = Entered { target, number, backend_guard };
     edge.admits(ticket).then_some(Ok(entered))
 }
 
@@ -112,8 +112,8 @@ impl Entered<'_> {
     }
 
     /// As which request of its backend it is in flight, if it came in by one.
-    pub(super) fn lodged(&self) -> Option<&InFlightGuard<'_>> {
-        self.lodged.as_ref()
+    pub(super) fn backend_guard(&self) -> Option<&InFlightGuard<'_>> {
+        self.backend_guard.as_ref()
     }
 
     /// The counted reference behind it.
@@ -158,7 +158,7 @@ impl Entered<'_> {
     }
 }
 
-/// Work that is inside a node on its own behalf, after the request that began it may have left.
+/// RequestKind that is inside a node on its own behalf, after the request that began it may have left.
 pub(super) struct DetachedGuard {
     node: Strong<Node>,
     number: ShardNumber,

@@ -14,17 +14,17 @@ use std::time::Duration;
 use bds_io::IoVec;
 
 use super::io::{READ, check_end, is_invalid};
-use super::policy::Verdict;
 use super::{Backend, Inner};
 use crate::driver::{Attempt, WriteFlags, ZeroFlags};
 use crate::error::{Error, Result};
+use crate::event::ErrorAction;
 use crate::graph::Edge;
-use crate::request::enter::{Entered, enter_hall, named};
+use crate::request::admit::{Entered, enter_backend, named};
 use crate::request::{copy_on_read, dispatch, flush, zero};
 use crate::stats::{Operation, Outcome, Pending};
 
 /// What is to be done.
-pub(super) enum Work {
+pub(super) enum RequestKind {
     Read(IoVec),
     CopyUp(u64),
     Write(IoVec, WriteFlags),
@@ -37,25 +37,29 @@ pub(super) enum Work {
 /// A request, which may have to be done more than once.
 pub(super) struct Request {
     pub(super) offset: u64,
-    pub(super) work: Work,
+    pub(super) work: RequestKind,
 }
 
 impl Request {
     fn operation(&self) -> Operation {
         match self.work {
-            Work::Read(_) | Work::CopyUp(_) => Operation::Read,
-            Work::Write(..) | Work::Compressed(_) => Operation::Write,
-            Work::Zero(..) => Operation::Zero,
-            Work::Discard(_) => Operation::Discard,
-            Work::Flush => Operation::Flush,
+            RequestKind::Read(_) | RequestKind::CopyUp(_) => Operation::Read,
+            RequestKind::Write(..) | RequestKind::Compressed(_) => Operation::Write,
+            RequestKind::Zero(..) => Operation::Zero,
+            RequestKind::Discard(_) => Operation::Discard,
+            RequestKind::Flush => Operation::Flush,
         }
     }
 
     fn len(&self) -> u64 {
         match &self.work {
-            Work::Read(iov) | Work::Write(iov, _) | Work::Compressed(iov) => iov.len() as u64,
-            Work::CopyUp(len) | Work::Zero(len, _) | Work::Discard(len) => *len,
-            Work::Flush => 0,
+            RequestKind::Read(iov) | RequestKind::Write(iov, _) | RequestKind::Compressed(iov) => {
+                iov.len() as u64
+            }
+            RequestKind::CopyUp(len) | RequestKind::Zero(len, _) | RequestKind::Discard(len) => {
+                *len
+            }
+            RequestKind::Flush => 0,
         }
     }
 
@@ -63,32 +67,34 @@ impl Request {
     async fn run(&self, edge: &Arc<Edge>, node: &Entered<'_>) -> Result<Attempt> {
         let offset = self.offset;
         match &self.work {
-            Work::Flush => return flush::flush_inside(node).await.map(|()| Attempt::Done),
+            RequestKind::Flush => return flush::flush_inside(node).await.map(|()| Attempt::Done),
             _ => check_end(node, offset, self.len())?,
         }
         match &self.work {
-            Work::Read(iov) if node.copies_on_read() => {
+            RequestKind::Read(iov) if node.copies_on_read() => {
                 Box::pin(copy_on_read::read(edge, node, offset, iov.clone(), READ)).await?;
             }
-            Work::Read(iov) => dispatch::read_inside(node, offset, iov.clone(), READ).await?,
-            Work::CopyUp(len) => {
+            RequestKind::Read(iov) => {
+                dispatch::read_inside(node, offset, iov.clone(), READ).await?
+            }
+            RequestKind::CopyUp(len) => {
                 Box::pin(copy_on_read::copy_up(edge, node, offset, *len)).await?;
             }
-            Work::Write(iov, flags) => {
+            RequestKind::Write(iov, flags) => {
                 dispatch::write_inside(edge, node, offset, iov.clone(), *flags).await?;
             }
-            Work::Compressed(iov) => {
+            RequestKind::Compressed(iov) => {
                 let write = dispatch::write_compressed_inside(edge, node, offset, iov.clone());
                 Box::pin(write).await?;
             }
-            Work::Zero(len, flags) => {
+            RequestKind::Zero(len, flags) => {
                 let write = zero::write_zeroes_inside(edge, node, offset, *len, *flags);
                 return Box::pin(write).await;
             }
-            Work::Discard(len) => {
+            RequestKind::Discard(len) => {
                 Box::pin(zero::discard_inside(edge, node, offset, *len)).await?;
             }
-            Work::Flush => {}
+            RequestKind::Flush => {}
         }
         Ok(Attempt::Done)
     }
@@ -96,35 +102,35 @@ impl Request {
 
 impl Backend {
     /// Does a request, again after every stop, in a task of its own.
-    pub(super) async fn carry(&self, request: Request) -> Result<Attempt> {
+    pub(super) async fn execute(&self, request: Request) -> Result<Attempt> {
         let backend = self.clone();
-        bds_io::spawn_now(async move { backend.carry_here(request).await }).await
+        bds_io::spawn_now(async move { backend.execute_here(request).await }).await
     }
 
     /// How large a request's future is, whatever it is for.
     #[cfg(test)]
     pub(in crate::request) fn task_len(&self) -> usize {
         let backend = self.clone();
-        let request = Request { offset: 0, work: Work::Flush };
-        size_of_val(&async move { backend.carry_here(request).await })
+        let request = Request { offset: 0, work: RequestKind::Flush };
+        size_of_val(&async move { backend.execute_here(request).await })
     }
 
-    /// As [`Backend::carry`], for what runs in a task already.
-    pub(super) async fn carry_here(&self, request: Request) -> Result<Attempt> {
+    /// As [`Backend::execute`], for what runs in a task already.
+    pub(super) async fn execute_here(&self, request: Request) -> Result<Attempt> {
         let inner = &*self.inner;
         let mut pending = inner.stats.begin(request.operation(), request.len());
         loop {
-            let verdict = match enter_hall(&inner.edge).await {
+            let action = match enter_backend(&inner.edge).await {
                 Ok(node) => {
                     let result = request.run(&inner.edge, &node).await;
-                    inner.judge(&mut pending, &request, named(&node, result))
+                    inner.apply_policy(&mut pending, &request, named(&node, result))
                 }
                 Err(away) => {
                     let (error, _in_flight) = away.into_parts();
-                    inner.judge(&mut pending, &request, Err(error))
+                    inner.apply_policy(&mut pending, &request, Err(error))
                 }
             };
-            if let Some(result) = verdict {
+            if let Some(result) = action {
                 return result;
             }
             // Stopped: the gate is closed by now, and the next turn waits there.
@@ -134,7 +140,7 @@ impl Backend {
 
 impl Inner {
     /// What the user is told; `None`: nothing yet, the request waits.
-    fn judge(
+    fn apply_policy(
         &self,
         pending: &mut Pending<'_>,
         request: &Request,
@@ -147,20 +153,20 @@ impl Inner {
             }
             Err(error) => error,
         };
-        match self.verdict(request.operation(), &error) {
-            Verdict::Stop => None,
-            Verdict::Ignore => {
+        match self.error_action(request.operation(), &error) {
+            ErrorAction::Stop => None,
+            ErrorAction::Ignore => {
                 pending.ended(Outcome::Failed);
                 Some(Ok(Attempt::Done))
             }
-            Verdict::Report => {
+            ErrorAction::Report => {
                 pending.ended(outcome_of(&error));
                 Some(Err(error))
             }
         }
     }
 
-    /// As [`Inner::judge`], for a request that did not wait. Stopped: the user asks again the waiting way, and waits.
+    /// As [`Inner::apply_policy`], for a request that did not wait. Stopped: the user asks again the waiting way, and waits.
     #[cold]
     pub(super) fn failed_inline(
         &self,
@@ -168,11 +174,11 @@ impl Inner {
         error: Error,
         began: Option<Duration>,
     ) -> Option<Result<()>> {
-        let verdict = self.verdict(operation, &error);
-        let told = match verdict {
-            Verdict::Stop => return None,
-            Verdict::Ignore => Ok(()),
-            Verdict::Report => Err(error),
+        let action = self.error_action(operation, &error);
+        let told = match action {
+            ErrorAction::Stop => return None,
+            ErrorAction::Ignore => Ok(()),
+            ErrorAction::Report => Err(error),
         };
         let outcome = told.as_ref().map_or_else(outcome_of, |()| Outcome::Failed);
         self.stats.ended(operation, 0, outcome, began);

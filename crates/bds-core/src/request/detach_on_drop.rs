@@ -23,23 +23,23 @@ use std::task::{Context, Poll};
 use bds_refcount::{BorrowedFuture, Strong};
 use futures_util::future::select;
 
-use super::enter::{DetachedGuard, Entered};
+use super::admit::{DetachedGuard, Entered};
 use crate::driver::BoxFuture;
 use crate::graph::{InFlightGuard, Node, OwnedInFlight};
-use crate::tracker::{Kept, Tracked};
+use crate::tracker::{DetachedRange, Tracked};
 
 /// A request whose turn has come: where it is inside, and with what range.
-pub(super) struct Inside<'a> {
+pub(super) struct RequestScope<'a> {
     node: &'a Strong<Node>,
     /// In flight for this backend too, if it came in by one.
-    lodged: Option<&'a InFlightGuard<'a>>,
+    backend_guard: Option<&'a InFlightGuard<'a>>,
     /// `None`: a flush, which touches no range.
     tracked: Option<&'a Tracked<'a>>,
     /// Where the same request is inside too, if the corridor itself brought it down here.
-    above: Option<&'a Inside<'a>>,
+    above: Option<&'a RequestScope<'a>>,
 }
 
-impl<'a> Inside<'a> {
+impl<'a> RequestScope<'a> {
     /// A request that changes `tracked`.
     pub(super) fn new(request: &'a Entered<'_>, tracked: &'a Tracked<'a>) -> Self {
         Self { tracked: Some(tracked), ..Self::flush(request) }
@@ -47,16 +47,21 @@ impl<'a> Inside<'a> {
 
     /// A task of the corridor's own that changes `tracked`.
     pub(super) fn alone(node: &'a Strong<Node>, tracked: &'a Tracked<'a>) -> Self {
-        Self { node, lodged: None, tracked: Some(tracked), above: None }
+        Self { node, backend_guard: None, tracked: Some(tracked), above: None }
     }
 
     /// A flush.
     pub(super) fn flush(request: &'a Entered<'_>) -> Self {
-        Self { node: request.strong(), lodged: request.lodged(), tracked: None, above: None }
+        Self {
+            node: request.strong(),
+            backend_guard: request.backend_guard(),
+            tracked: None,
+            above: None,
+        }
     }
 
     /// The same, inside `above` too.
-    pub(super) fn below(self, above: Option<&'a Inside<'a>>) -> Self {
+    pub(super) fn below(self, above: Option<&'a RequestScope<'a>>) -> Self {
         Self { above, ..self }
     }
 
@@ -64,7 +69,7 @@ impl<'a> Inside<'a> {
         self.node
     }
 
-    /// As [`Inside::carry_out`], for a change of `len` bytes, which the driver may pace.
+    /// As [`RequestScope::run`], for a change of `len` bytes, which the driver may pace.
     pub(super) async fn change<R: Send + 'static>(
         &self,
         len: u64,
@@ -73,25 +78,29 @@ impl<'a> Inside<'a> {
         if let Some(turn) = self.node.driver().pace(len) {
             turn.await;
         }
-        self.carry_out(begin).await
+        self.run(begin).await
     }
 
     /// Does an operation of the driver. Once polled, it goes on if the answer is dropped.
-    pub(super) fn carry_out<R: Send + 'static>(
+    pub(super) fn run<R: Send + 'static>(
         &self,
         begin: impl for<'n> FnOnce(&'n Node) -> BoxFuture<'n, R>,
-    ) -> Begun<'_, R> {
-        Begun { work: Some(BorrowedFuture::new(self.node, begin)), inside: self }
+    ) -> DriverOp<'_, R> {
+        DriverOp { work: Some(BorrowedFuture::new(self.node, begin)), inside: self }
     }
 
     /// What stays until the operation has ended: here and above.
-    fn stays(&self) -> Vec<Stay> {
+    fn stays(&self) -> Vec<DetachedOp> {
         let mut stays = Vec::new();
         let mut here = Some(self);
         while let Some(inside) = here {
-            let kept = inside.tracked.map(Tracked::keep);
+            let kept = inside.tracked.map(Tracked::detach);
             let lodger = DetachedGuard::new(inside.node);
-            stays.push(Stay { lodger, kept, _straggler: inside.lodged.map(InFlightGuard::again) });
+            stays.push(DetachedOp {
+                lodger,
+                kept,
+                _straggler: inside.backend_guard.map(InFlightGuard::again),
+            });
             here = inside.above;
         }
         stays
@@ -99,13 +108,13 @@ impl<'a> Inside<'a> {
 }
 
 /// An operation of a driver. Made to be awaited at once.
-pub(super) struct Begun<'a, R: Send + 'static> {
+pub(super) struct DriverOp<'a, R: Send + 'static> {
     /// `None` once ended, or if it panicked.
     work: Option<BorrowedFuture<'a, Node, R>>,
-    inside: &'a Inside<'a>,
+    inside: &'a RequestScope<'a>,
 }
 
-impl<R: Send + 'static> Future for Begun<'_, R> {
+impl<R: Send + 'static> Future for DriverOp<'_, R> {
     type Output = R;
 
     #[inline]
@@ -120,7 +129,7 @@ impl<R: Send + 'static> Future for Begun<'_, R> {
     }
 }
 
-impl<R: Send + 'static> Drop for Begun<'_, R> {
+impl<R: Send + 'static> Drop for DriverOp<'_, R> {
     #[inline]
     fn drop(&mut self) {
         if let Some(work) = self.work.take() {
@@ -131,7 +140,7 @@ impl<R: Send + 'static> Drop for Begun<'_, R> {
 
 /// The request is gone; its operation is not.
 #[cold]
-fn leave_behind<R: Send + 'static>(work: BorrowedFuture<'_, Node, R>, inside: &Inside<'_>) {
+fn leave_behind<R: Send + 'static>(work: BorrowedFuture<'_, Node, R>, inside: &RequestScope<'_>) {
     if inside.node.is_poisoned() {
         return;
     }
@@ -149,19 +158,19 @@ fn leave_behind<R: Send + 'static>(work: BorrowedFuture<'_, Node, R>, inside: &I
 }
 
 /// One node's part in an operation whose request has gone.
-struct Stay {
+struct DetachedOp {
     lodger: DetachedGuard,
-    kept: Option<Kept>,
+    kept: Option<DetachedRange>,
     /// Last, as with a request.
     _straggler: Option<OwnedInFlight>,
 }
 
-impl Drop for Stay {
+impl Drop for DetachedOp {
     fn drop(&mut self) {
         if let Some(kept) = self.kept.take() {
             // The next flush has work; then the range is free; then, with the lodger, the node.
             drop(self.lodger.writing());
-            self.lodger.tracker().give_back(kept);
+            self.lodger.tracker().release_detached(kept);
         }
     }
 }
