@@ -30,4 +30,4 @@ pub use context::{
 pub use file::{ByteLock, Extent, File, FileKind, FileLook, Fs, OpenOptions, ZeroMode};
 pub use identity::shares_bytes;
 pub use sim::{Sim, SimConfig};
-pub use task::Task;
+pub use task::{DetachOnDrop, Task};

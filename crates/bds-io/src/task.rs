@@ -39,6 +39,39 @@ impl<T> Task<T> {
     }
 }
 
+impl<T> Task<T> {
+    /// Makes a handle that detaches the task instead of cancelling it when it is dropped: the task runs to completion.
+    pub fn detach_on_drop(self) -> DetachOnDrop<T> {
+        DetachOnDrop { task: Some(self) }
+    }
+}
+
+/// The handle of a task that runs to completion even if the handle is dropped. Awaiting it gives the task's output.
+#[derive(Debug)]
+pub struct DetachOnDrop<T> {
+    /// `None` only after the task's end.
+    task: Option<Task<T>>,
+}
+
+impl<T> Future for DetachOnDrop<T> {
+    type Output = T;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
+        let task = self.task.as_mut().expect("not polled again after it was ready");
+        let output = std::task::ready!(Pin::new(task).poll(cx));
+        self.task = None;
+        Poll::Ready(output)
+    }
+}
+
+impl<T> Drop for DetachOnDrop<T> {
+    fn drop(&mut self) {
+        if let Some(task) = self.task.take() {
+            task.detach();
+        }
+    }
+}
+
 impl<T> Future for Task<T> {
     type Output = T;
 

@@ -1,4 +1,4 @@
-//! A driver's door to the node below: the corridor behind [`ChildPort`].
+//! Implements [`ChildPort`]: a driver's requests to the node below take the request path.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use crate::driver::{
 use crate::error::Result;
 use crate::graph::{Edge, walk};
 
-/// The port of an edge.
+/// Makes the port of an edge.
 pub(super) fn make(edge: Arc<Edge>) -> Box<dyn ChildPort> {
     Box::new(Port(edge))
 }

@@ -1,146 +1,154 @@
-//! One request's way: through the gate, to the medium, and what its end means to the user.
+//! Executes a backend's requests: admits each one, runs it, accounts it, applies the error policy, perhaps repeats it.
 //!
 //! ```text
-//!   gate ──► inside: work ──► verdict, books ──► out ──► the user
-//!    ▲                          │ stop
-//!    └── gate closed until resume ◄┘
+//!   gate ──► in flight: run ──► statistics, error policy ──► counted out ──► result
+//!    ▲                                  │ stop
+//!    └──── gate closed until resume ◄───┘
 //! ```
-//! The verdict is given, and the books are written, while the request still counts as in flight: whoever has drained the backend sees all of
-//! it. A request that is stopped leaves, and waits at the gate like one that came later; so it is queued, not in flight.
+//! Statistics and policy are applied while the request is still in flight, so that a drained backend has accounted all of
+//! them. A stopped request is counted out and waits at the gate like a later one: it is queued, not in flight.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use bds_io::IoVec;
 
-use super::io::{READ, check_end, is_invalid};
 use super::{Backend, Inner};
-use crate::driver::{Attempt, WriteFlags, ZeroFlags};
+use crate::driver::{Attempt, ReadFlags, WriteFlags, ZeroFlags};
 use crate::error::{Error, Result};
 use crate::event::ErrorAction;
 use crate::graph::Edge;
 use crate::request::admit::{Entered, enter_backend, named};
+use crate::request::range::{self, CheckedRange};
 use crate::request::{copy_on_read, dispatch, flush, zero};
 use crate::stats::{Operation, Outcome, Pending};
 
-/// What is to be done.
-pub(super) enum RequestKind {
+/// What a request does, with the arguments of that kind alone.
+enum RequestKind {
     Read(IoVec),
-    CopyUp(u64),
+    CopyUp,
     Write(IoVec, WriteFlags),
-    Compressed(IoVec),
-    Zero(u64, ZeroFlags),
-    Discard(u64),
+    WriteCompressed(IoVec),
+    WriteZeroes(ZeroFlags),
+    Discard,
     Flush,
 }
 
-/// A request, which may have to be done more than once.
+/// A request, which is executed again after each stop.
 pub(super) struct Request {
-    pub(super) offset: u64,
-    pub(super) work: RequestKind,
+    operation: Operation,
+    offset: u64,
+    len: u64,
+    kind: RequestKind,
 }
 
 impl Request {
-    fn operation(&self) -> Operation {
-        match self.work {
-            RequestKind::Read(_) | RequestKind::CopyUp(_) => Operation::Read,
-            RequestKind::Write(..) | RequestKind::Compressed(_) => Operation::Write,
-            RequestKind::Zero(..) => Operation::Zero,
-            RequestKind::Discard(_) => Operation::Discard,
-            RequestKind::Flush => Operation::Flush,
-        }
+    pub(super) fn read(offset: u64, iov: IoVec) -> Self {
+        let len = iov.len() as u64;
+        Self { operation: Operation::Read, offset, len, kind: RequestKind::Read(iov) }
     }
 
-    fn len(&self) -> u64 {
-        match &self.work {
-            RequestKind::Read(iov) | RequestKind::Write(iov, _) | RequestKind::Compressed(iov) => {
-                iov.len() as u64
-            }
-            RequestKind::CopyUp(len) | RequestKind::Zero(len, _) | RequestKind::Discard(len) => {
-                *len
-            }
-            RequestKind::Flush => 0,
-        }
+    pub(super) fn copy_up(offset: u64, len: u64) -> Self {
+        Self { operation: Operation::Read, offset, len, kind: RequestKind::CopyUp }
     }
 
-    /// Inside. Ways that are rarely taken are boxed.
+    pub(super) fn write(offset: u64, iov: IoVec, flags: WriteFlags) -> Self {
+        let len = iov.len() as u64;
+        Self { operation: Operation::Write, offset, len, kind: RequestKind::Write(iov, flags) }
+    }
+
+    pub(super) fn write_compressed(offset: u64, iov: IoVec) -> Self {
+        let len = iov.len() as u64;
+        let kind = RequestKind::WriteCompressed(iov);
+        Self { operation: Operation::Write, offset, len, kind }
+    }
+
+    pub(super) fn write_zeroes(offset: u64, len: u64, flags: ZeroFlags) -> Self {
+        Self { operation: Operation::Zero, offset, len, kind: RequestKind::WriteZeroes(flags) }
+    }
+
+    pub(super) fn discard(offset: u64, len: u64) -> Self {
+        Self { operation: Operation::Discard, offset, len, kind: RequestKind::Discard }
+    }
+
+    pub(super) fn flush() -> Self {
+        Self { operation: Operation::Flush, offset: 0, len: 0, kind: RequestKind::Flush }
+    }
+
+    /// Runs a request that has entered. Rare kinds are boxed.
     async fn run(&self, edge: &Arc<Edge>, node: &Entered<'_>) -> Result<Attempt> {
-        let offset = self.offset;
-        match &self.work {
-            RequestKind::Flush => return flush::flush_inside(node).await.map(|()| Attempt::Done),
-            _ => check_end(node, offset, self.len())?,
-        }
-        match &self.work {
-            RequestKind::Read(iov) if node.copies_on_read() => {
-                Box::pin(copy_on_read::read(edge, node, offset, iov.clone(), READ)).await?;
-            }
+        let range = || CheckedRange::inside(node, self.offset, self.len);
+        let data_range = || CheckedRange::of_data_inside(node, self.offset, self.len);
+        match &self.kind {
             RequestKind::Read(iov) => {
-                dispatch::read_inside(node, offset, iov.clone(), READ).await?
+                let (iov, flags) = (iov.clone(), ReadFlags::empty());
+                dispatch::read_inside(edge, node, data_range()?, iov, flags).await?;
             }
-            RequestKind::CopyUp(len) => {
-                Box::pin(copy_on_read::copy_up(edge, node, offset, *len)).await?;
+            RequestKind::CopyUp => {
+                Box::pin(copy_on_read::copy_up(edge, node, range()?)).await?;
             }
             RequestKind::Write(iov, flags) => {
-                dispatch::write_inside(edge, node, offset, iov.clone(), *flags).await?;
+                dispatch::write_inside(edge, node, data_range()?, iov.clone(), *flags).await?;
             }
-            RequestKind::Compressed(iov) => {
-                let write = dispatch::write_compressed_inside(edge, node, offset, iov.clone());
+            RequestKind::WriteCompressed(iov) => {
+                let range = data_range()?;
+                let write = dispatch::write_compressed_inside(edge, node, range, iov.clone());
                 Box::pin(write).await?;
             }
-            RequestKind::Zero(len, flags) => {
-                let write = zero::write_zeroes_inside(edge, node, offset, *len, *flags);
+            RequestKind::WriteZeroes(flags) => {
+                let write = zero::write_zeroes_inside(edge, node, range()?, *flags);
                 return Box::pin(write).await;
             }
-            RequestKind::Discard(len) => {
-                Box::pin(zero::discard_inside(edge, node, offset, *len)).await?;
+            RequestKind::Discard => {
+                Box::pin(zero::discard_inside(edge, node, range()?)).await?;
             }
-            RequestKind::Flush => {}
+            RequestKind::Flush => flush::flush_inside(node).await?,
         }
         Ok(Attempt::Done)
     }
 }
 
 impl Backend {
-    /// Does a request, again after every stop, in a task of its own.
+    /// Executes a request in a task, again after every stop.
     pub(super) async fn execute(&self, request: Request) -> Result<Attempt> {
         let backend = self.clone();
         bds_io::spawn_now(async move { backend.execute_here(request).await }).await
     }
 
-    /// How large a request's future is, whatever it is for.
+    /// Size of a request's future, which is the same for all kinds.
     #[cfg(test)]
     pub(in crate::request) fn task_len(&self) -> usize {
         let backend = self.clone();
-        let request = Request { offset: 0, work: RequestKind::Flush };
+        let request = Request::flush();
         size_of_val(&async move { backend.execute_here(request).await })
     }
 
-    /// As [`Backend::execute`], for what runs in a task already.
+    /// As [`Backend::execute`], for a caller that runs in a task already.
     pub(super) async fn execute_here(&self, request: Request) -> Result<Attempt> {
         let inner = &*self.inner;
-        let mut pending = inner.stats.begin(request.operation(), request.len());
+        let mut pending = inner.stats.begin(request.operation, request.len);
         loop {
-            let action = match enter_backend(&inner.edge).await {
+            let outcome = match enter_backend(&inner.edge).await {
                 Ok(node) => {
                     let result = request.run(&inner.edge, &node).await;
-                    inner.apply_policy(&mut pending, &request, named(&node, result))
+                    inner.account(&mut pending, &request, named(&node, result))
                 }
-                Err(away) => {
-                    let (error, _in_flight) = away.into_parts();
-                    inner.apply_policy(&mut pending, &request, Err(error))
+                Err(refused) => {
+                    let (error, _in_flight) = refused.into_parts();
+                    inner.account(&mut pending, &request, Err(error))
                 }
             };
-            if let Some(result) = action {
+            if let Some(result) = outcome {
                 return result;
             }
-            // Stopped: the gate is closed by now, and the next turn waits there.
+            // Stopped: the gate is closed by now, and the next round waits there.
         }
     }
 }
 
 impl Inner {
-    /// What the user is told; `None`: nothing yet, the request waits.
-    fn apply_policy(
+    /// Counts a request that ended and returns what its caller gets; `None`: nothing yet, the request is stopped.
+    fn account(
         &self,
         pending: &mut Pending<'_>,
         request: &Request,
@@ -153,7 +161,7 @@ impl Inner {
             }
             Err(error) => error,
         };
-        match self.error_action(request.operation(), &error) {
+        match self.apply_policy(request.operation, &error) {
             ErrorAction::Stop => None,
             ErrorAction::Ignore => {
                 pending.ended(Outcome::Failed);
@@ -166,26 +174,26 @@ impl Inner {
         }
     }
 
-    /// As [`Inner::apply_policy`], for a request that did not wait. Stopped: the user asks again the waiting way, and waits.
+    /// As [`Inner::account`], for a failed inline request. `None`, stopped: the caller repeats it as a waiting request,
+    /// which waits at the gate.
     #[cold]
-    pub(super) fn failed_inline(
+    pub(super) fn account_inline_failure(
         &self,
         operation: Operation,
         error: Error,
         began: Option<Duration>,
     ) -> Option<Result<()>> {
-        let action = self.error_action(operation, &error);
-        let told = match action {
+        let result = match self.apply_policy(operation, &error) {
             ErrorAction::Stop => return None,
             ErrorAction::Ignore => Ok(()),
             ErrorAction::Report => Err(error),
         };
-        let outcome = told.as_ref().map_or_else(outcome_of, |()| Outcome::Failed);
+        let outcome = result.as_ref().map_or_else(outcome_of, |()| Outcome::Failed);
         self.stats.ended(operation, 0, outcome, began);
-        Some(told)
+        Some(result)
     }
 }
 
 fn outcome_of(error: &Error) -> Outcome {
-    if is_invalid(error) { Outcome::Invalid } else { Outcome::Failed }
+    if range::is_invalid(error) { Outcome::Invalid } else { Outcome::Failed }
 }

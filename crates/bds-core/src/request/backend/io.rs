@@ -7,16 +7,15 @@
 
 use bds_io::{Buf, IoVec};
 
-use super::execute::{Request, RequestKind};
+use super::execute::Request;
 use super::{Backend, Inner, progress};
-use crate::driver::{
-    Attempt, CheckReport, ImageInfo, ReadFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
-};
-use crate::error::{Error, Result};
-use crate::graph::{Node, NodeId};
+use crate::driver::{Attempt, CheckReport, ImageInfo, StatusRun, Truncate, WriteFlags, ZeroFlags};
+use crate::error::Result;
+use crate::graph::NodeId;
 use crate::request::admit::{enter, named};
+use crate::request::range::CheckedRange;
 use crate::request::status::{self, ChainRun, Depth};
-use crate::request::{dispatch, offload, range, truncate};
+use crate::request::{dispatch, offload, truncate};
 use crate::stats::{Operation, Outcome};
 
 impl Backend {
@@ -43,7 +42,7 @@ impl Backend {
                 inner.stats.ended(Operation::Read, iov.len() as u64, Outcome::Done, began);
                 Some(Ok(()))
             }
-            Err(error) => inner.failed_inline(Operation::Read, error, began),
+            Err(error) => inner.account_inline_failure(Operation::Read, error, began),
         })?
     }
 
@@ -74,7 +73,7 @@ impl Backend {
                 inner.stats.ended(Operation::Write, iov.len() as u64, Outcome::Done, began);
                 Some(Ok(()))
             }
-            Err(error) => inner.failed_inline(Operation::Write, error, began),
+            Err(error) => inner.account_inline_failure(Operation::Write, error, began),
         })?
     }
 
@@ -119,7 +118,7 @@ impl Backend {
     /// # Ok(()) });
     /// ```
     pub async fn read_waiting(&self, offset: u64, iov: IoVec) -> Result<()> {
-        self.execute(Request { offset, work: RequestKind::Read(iov) }).await.map(drop)
+        self.execute(Request::read(offset, iov)).await.map(drop)
     }
 
     /// Copies what the node shows of `offset..` but does not hold itself from below into it; nothing is given back. Needs a writable
@@ -138,7 +137,7 @@ impl Backend {
     /// # Ok(()) });
     /// ```
     pub async fn copy_up(&self, offset: u64, len: u64) -> Result<()> {
-        self.execute(Request { offset, work: RequestKind::CopyUp(len) }).await.map(drop)
+        self.execute(Request::copy_up(offset, len)).await.map(drop)
     }
 
     /// Writes `iov` at `offset`.
@@ -186,7 +185,7 @@ impl Backend {
         mut flags: WriteFlags,
     ) -> Result<()> {
         flags.set(WriteFlags::FUA, flags.contains(WriteFlags::FUA) || self.is_writethrough());
-        self.execute(Request { offset, work: RequestKind::Write(iov, flags) }).await.map(drop)
+        self.execute(Request::write(offset, iov, flags)).await.map(drop)
     }
 
     /// Writes one compressed cluster (or the image's tail); an empty `iov` at the end pads the file.
@@ -202,7 +201,7 @@ impl Backend {
     /// # Ok(()) });
     /// ```
     pub async fn write_compressed(&self, offset: u64, iov: IoVec) -> Result<()> {
-        self.execute(Request { offset, work: RequestKind::Compressed(iov) }).await.map(drop)
+        self.execute(Request::write_compressed(offset, iov)).await.map(drop)
     }
 
     /// Makes the range read as zeros. `Unsupported` only with `NO_FALLBACK`.
@@ -226,7 +225,7 @@ impl Backend {
         mut flags: ZeroFlags,
     ) -> Result<Attempt> {
         flags.set(ZeroFlags::FUA, flags.contains(ZeroFlags::FUA) || self.is_writethrough());
-        self.execute(Request { offset, work: RequestKind::Zero(len, flags) }).await
+        self.execute(Request::write_zeroes(offset, len, flags)).await
     }
 
     /// Tells that the range is no longer needed; advisory, and ignored unless the node was opened with `discard=unmap`.
@@ -244,7 +243,7 @@ impl Backend {
     /// # Ok(()) });
     /// ```
     pub async fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        self.execute(Request { offset, work: RequestKind::Discard(len) }).await.map(drop)
+        self.execute(Request::discard(offset, len)).await.map(drop)
     }
 
     /// Makes every write durable that ended before.
@@ -263,7 +262,7 @@ impl Backend {
     /// # Ok(()) });
     /// ```
     pub async fn flush(&self) -> Result<()> {
-        self.execute(Request { offset: 0, work: RequestKind::Flush }).await.map(drop)
+        self.execute(Request::flush()).await.map(drop)
     }
 
     /// Lets the host copy `len` bytes from `source` at `source_offset` to `offset` here. `Unsupported`: use buffers; part of the
@@ -291,13 +290,12 @@ impl Backend {
         let (this, source) = (self.clone(), source.clone());
         bds_io::spawn_now(async move {
             let pending = this.inner.stats.begin(Operation::Write, len);
-            source.inner.check_end_now(source_offset, len)?;
-            this.inner.check_end_now(offset, len)?;
+            source.inner.check_range_now(source_offset, len)?;
+            this.inner.check_range_now(offset, len)?;
             let (from, to) = (&source.inner.edge, &this.inner.edge);
             let copied = pending.end(offload::copy(from, source_offset, to, offset, len).await)?;
             if copied == Attempt::Done && this.is_writethrough() {
-                let _done =
-                    this.execute_here(Request { offset: 0, work: RequestKind::Flush }).await?;
+                let _done = this.execute_here(Request::flush()).await?;
             }
             Ok(copied)
         })
@@ -542,31 +540,11 @@ impl Backend {
 }
 
 impl Inner {
-    fn check_end_now(&self, offset: u64, len: u64) -> Result<()> {
+    fn check_range_now(&self, offset: u64, len: u64) -> Result<()> {
         match self.edge.medium() {
-            Some(node) => check_end(&node, offset, len),
+            Some(node) => CheckedRange::inside(&node, offset, len).map(drop),
             // The request itself finds that there is no medium.
             None => Ok(()),
         }
     }
-}
-
-/// Users of a node stay inside it: only parents inside the graph may read or write past the end.
-pub(super) fn check_end(node: &Node, offset: u64, len: u64) -> Result<()> {
-    let reach = node.len();
-    let end = range::check(offset, len)?;
-    if end > reach {
-        let message = format!("the request ends past the end of the node ({reach} bytes)");
-        return Err(range::out_of_range(offset, len, &message));
-    }
-    Ok(())
-}
-
-/// The flags of a read through a backend: all of it is wanted.
-pub(super) const READ: ReadFlags = ReadFlags::empty();
-
-/// Was the request refused because it made no sense?
-pub(super) fn is_invalid(error: &Error) -> bool {
-    use crate::error::ErrorKind::{InvalidInput, OutOfRange};
-    matches!(error.kind(), InvalidInput | OutOfRange)
 }

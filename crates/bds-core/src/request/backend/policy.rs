@@ -134,7 +134,7 @@ impl Inner {
 
     /// Decides, tells, and closes the gate if need be. The request is still inside.
     #[cold]
-    pub(super) fn error_action(&self, operation: Operation, error: &Error) -> ErrorAction {
+    pub(super) fn apply_policy(&self, operation: Operation, error: &Error) -> ErrorAction {
         if !is_medium_failure(error) {
             return ErrorAction::Report;
         }
