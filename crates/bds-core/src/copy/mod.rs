@@ -1,16 +1,16 @@
-//! Copying ranges from one or several backends into one: what `convert` and jobs are made of.
+//! Copies ranges from one or several backends to another: the engine of `convert` and of jobs.
 //!
-//! A planner asks the sources what there is and hands out pieces; workers, at most `workers` of them, move one piece each
-//! through one buffer each, so memory is bounded by `workers * buffer_len`. Holes are not read; zeros are not
-//! written where the target reads as zeros anyway.
+//! A planner queries the block status of the sources and hands out pieces; up to `workers` workers copy one piece each
+//! through one buffer each, so memory is bounded by `workers * buffer_len`. Holes are not read; zeros are not written
+//! where the target reads as zeros anyway.
 //!
 //! ```text
 //! planner ─► piece: nothing to do │ zeros │ data
-//! worker      read ─► (wait its turn) ─► split into zeros and data ─► write
+//! worker      read ─► (wait for its turn) ─► split into zeros and data ─► write
 //! ```
 //!
-//! What it does not do: decide whether the target reads as zeros, resize it, or flush it at the end.
-//! Everything runs inside the caller's future: dropping it stops the copy, with the target partly written.
+//! It does not decide whether the target reads as zeros, resize it, or flush it at the end.
+//! The copy runs in the caller's future: dropping it stops the copy, with the target partly written.
 
 mod plan;
 mod sparse;
@@ -35,18 +35,18 @@ use worker::{Turns, Worker};
 pub const MAX_WORKERS: usize = 16;
 /// Longest buffer of a worker, in bytes.
 pub const MAX_BUFFER_LEN: usize = 2 << 20;
-/// Default buffer of a worker, in bytes. What was read is written while the processor's caches still hold it: with buffers
-/// of 2 MiB a cached gigabyte cost three times the processor time that it costs with 512 KiB or 1 MiB.
+/// Default buffer of a worker, in bytes. Short enough that data is written while it is in the processor's caches: with
+/// buffers of 2 MiB a cached gigabyte took three times the processor time that it takes with 512 KiB or 1 MiB.
 pub const BUFFER_LEN: usize = 512 << 10;
-/// Zeros are looked for in pieces of this size.
+/// Granularity of zero detection, in bytes.
 pub const GRAIN: usize = 4096;
 
-/// What is copied: all of one source, in front of the next one's.
+/// A source of a copy. Several are concatenated.
 #[derive(Clone, Debug)]
 pub struct CopySource {
-    /// Where to read.
+    /// The backend to read.
     pub backend: Arc<Backend>,
-    /// Copy only what the layers above this one decide; the rest of the target is left alone.
+    /// If set, copies only what the layers above this one decide; the rest of the target is left alone.
     pub above: Option<NodeId>,
 }
 
@@ -56,42 +56,42 @@ impl From<Arc<Backend>> for CopySource {
     }
 }
 
-/// Called with (bytes done, bytes in all).
+/// Progress callback: (bytes done, bytes in all).
 pub type Progress = Arc<dyn Fn(u64, u64) + Send + Sync>;
-/// Asked before a piece of this many bytes: how long to wait first.
+/// Rate limit callback: returns how long to wait before a piece of this many bytes.
 pub type RateLimit = Arc<dyn Fn(u64) -> Duration + Send + Sync>;
-/// Told of every range that could not be read and was copied as zeros: offset, length, why.
+/// Callback for every range that could not be read and was copied as zeros: offset, length, error.
 pub type OnSalvage = Arc<dyn Fn(u64, u64, &Error) + Send + Sync>;
 
-/// How a copy is done.
+/// Options of a copy.
 #[derive(Clone)]
 pub struct CopyOptions {
     /// Pieces in flight, 1 to [`MAX_WORKERS`].
     pub workers: usize,
     /// Bytes of a worker's buffer, a multiple of [`GRAIN`] up to [`MAX_BUFFER_LEN`].
     pub buffer_len: usize,
-    /// May later pieces be written before earlier ones?
+    /// True if later pieces may be written before earlier ones.
     pub out_of_order: bool,
-    /// Zeros of at least this many bytes in data become zero writes; 0: look for none, and write holes as data.
+    /// Zeros of at least this many bytes in data become zero writes; 0: no zero detection, holes are written as data.
     pub sparse_len: u64,
     /// The target reads as zeros where nothing was written: zeros need not be written.
     pub target_is_zero: bool,
-    /// Reads as the target does before the copy (an overlay's backing image, or the target itself): what the source and this
-    /// hold alike is not written. Addressed by offsets of the target; behind its end are zeros.
+    /// A backend that reads as the target does before the copy (an overlay's backing image, or the target itself):
+    /// bytes that are equal there are not written. Addressed by offsets of the target; behind its end are zeros.
     pub target_shows: Option<Arc<Backend>>,
     /// Zero writes may deallocate.
     pub may_unmap: bool,
     /// Write compressed clusters of this many bytes.
     pub compress: Option<u64>,
-    /// Let the host copy where it can.
+    /// Use copy offload where the host supports it.
     pub offload: bool,
-    /// What cannot be read becomes zeros, and this is told of it.
+    /// If set, ranges that cannot be read become zeros and this is called for them.
     pub salvage: Option<OnSalvage>,
-    /// Told after every piece.
+    /// Called after every piece.
     pub progress: Option<Progress>,
-    /// Asked before every piece.
+    /// Called before every piece.
     pub rate_limit: Option<RateLimit>,
-    /// Once set, the copy ends with `Cancelled` after the pieces under way.
+    /// Once set, the copy ends with `Cancelled` after the pieces in flight.
     pub cancel: Option<Arc<AtomicBool>>,
 }
 
@@ -125,7 +125,7 @@ impl Default for CopyOptions {
     }
 }
 
-/// What a copy did, in bytes.
+/// Result of a copy, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CopyReport {
     /// Length of all sources together.
@@ -140,11 +140,11 @@ pub struct CopyReport {
     pub salvaged: u64,
 }
 
-/// Copies the sources, one behind the other, to the beginning of `target`.
+/// Copies the concatenated sources to the beginning of `target`.
 ///
 /// # Errors
-/// The first failure, which says whether the source or the target failed and where; pieces under way end before
-/// this returns. A wrong option is `InvalidInput`. The target must be long enough.
+/// The first failure, which says whether the source or the target failed and where; pieces in flight end before this
+/// returns. `InvalidInput`: a wrong option, or the target is too short.
 pub async fn copy(
     sources: &[CopySource],
     target: &Backend,
@@ -171,7 +171,7 @@ pub async fn copy(
     let workers = (0..options.workers).map(|_| Worker::new(&job).run());
     let mut first = Ok(());
     for result in join_all(workers).await {
-        // A worker that merely stopped because another failed says nothing.
+        // A worker that stopped because another failed returns no error.
         first = first.and(result);
     }
     first?;
@@ -184,7 +184,7 @@ pub async fn copy(
     Ok(job.counts.report(total))
 }
 
-/// What the workers of one copy share.
+/// State shared by the workers of one copy.
 struct Job<'a> {
     sources: &'a [CopySource],
     target: &'a Backend,

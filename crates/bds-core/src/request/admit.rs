@@ -122,8 +122,8 @@ impl Entered<'_> {
         self.target.strong()
     }
 
-    /// Counts a second time, for work that outlives this request. Passes the closed gate: the drain that closed it waits
-    /// for both.
+    /// Counts a second time, for work that outlives this request. Passes the closed gate: the drain that closed it
+    /// waits for both.
     pub(super) fn detached_guard(&self) -> DetachedGuard {
         DetachedGuard::new(self.strong())
     }

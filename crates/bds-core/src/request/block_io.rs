@@ -1,7 +1,7 @@
 //! Reads and writes whole blocks of one node: widens reads, splits at the node's limits, calls the driver.
 //!
-//! A request that is longer than the node takes at once goes down in pieces; a vector with too many segments goes through
-//! a copy. Neither knows about permissions or copy-on-read: `dispatch` and `copy_on_read` do.
+//! A request that is longer than the node takes at once goes down in pieces; a vector with too many segments goes
+//! through a copy. Neither knows about permissions or copy-on-read: `dispatch` and `copy_on_read` do.
 
 use bds_io::{Buf, IoVec};
 

@@ -1,8 +1,8 @@
 //! Copy on read: a read writes what it finds below into the node it reads.
 //!
-//! Requested by [`ReadFlags::COPY_ON_READ`] or by a [`CopyOnReadGuard`] of the node. What the node itself holds is read as
-//! usual. The rest is copied in pieces of whole units (those in which the node's zero writes work best: its clusters or
-//! subclusters):
+//! Requested by [`ReadFlags::COPY_ON_READ`] or by a [`CopyOnReadGuard`] of the node. What the node itself holds is read
+//! as usual. The rest is copied in pieces of whole units (those in which the node's zero writes work best: its clusters
+//! or subclusters):
 //!
 //! ```text
 //! piece registered as serialising ─► status again ─► read through the driver ─► written back, unchanged ─► caller gets a copy
@@ -185,8 +185,8 @@ fn is_held(flags: StatusFlags) -> bool {
     flags.intersects(StatusFlags::ALLOCATED | StatusFlags::ZERO)
 }
 
-/// Copies what the node does not hold of `piece` (whole units, or up to the node's end). Returns all of its bytes as the
-/// node shows them.
+/// Copies what the node does not hold of `piece` (whole units, or up to the node's end). Returns all of its bytes as
+/// the node shows them.
 async fn copy_piece(node: &Entered<'_>, limits: Limits, piece: Range<u64>) -> Result<IoVec> {
     let guard = node.detached_guard();
     let copy = async move { copy_inside(&guard, &limits, piece).await };

@@ -1,8 +1,8 @@
 //! Runs driver operations to completion: one that was polled once goes on in a task if its request is dropped.
 //!
-//! An operation that changes the medium cannot be cancelled: the engine or the host's kernel may carry it out at any later
-//! time. If it were forgotten with its request, a late write would land on top of a later one that was flushed, and a
-//! drain, a graph change or a close would not wait for it.
+//! An operation that changes the medium cannot be cancelled: the engine or the host's kernel may carry it out at any
+//! later time. If it were forgotten with its request, a late write would land on top of a later one that was flushed,
+//! and a drain, a graph change or a close would not wait for it.
 //!
 //! ```text
 //! request ── gate, range, turn ── pace ──┬── driver's future, polled in place ── done
@@ -29,7 +29,8 @@ use crate::graph::{InFlightGuard, Node, OwnedInFlight};
 use crate::tracker::{DetachedRange, Tracked};
 
 impl RequestScope<'_> {
-    /// As [`RequestScope::run`], for a change of `len` bytes that the driver may pace. Dropped during the pause: no effect.
+    /// As [`RequestScope::run`], for a change of `len` bytes that the driver may pace. Dropped during the pause: no
+    /// effect.
     pub(super) async fn run_paced<R: Send + 'static>(
         &self,
         len: u64,

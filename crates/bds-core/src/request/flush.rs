@@ -1,11 +1,12 @@
 //! Flushes a node: makes its completed writes durable, once and in order.
 //!
 //! Order: metadata to the children, the node's own medium, then the children this node writes to. The medium is skipped
-//! if no write ended since the last successful flush began; a write that ends during a flush is not covered by it. After
-//! a medium failed to flush it is unknown which of its bytes are durable: every later flush of the node fails too.
+//! if no write ended since the last successful flush began; a write that ends during a flush is not covered by it.
+//! After a medium failed to flush it is unknown which of its bytes are durable: every later flush of the node fails
+//! too.
 //!
-//! Flushing the medium runs to completion even if its caller is dropped, because the host reports a failure only once; the
-//! next flush waits for that. The turn of a flush is held by its request's task, so a caller that keeps its future
+//! Flushing the medium runs to completion even if its caller is dropped, because the host reports a failure only once;
+//! the next flush waits for that. The turn of a flush is held by its request's task, so a caller that keeps its future
 //! without polling it does not hold up later flushes.
 
 use super::admit::{Entered, RequestScope, enter, named};

@@ -1,8 +1,8 @@
-//! What a range holds: one layer, and through a chain.
+//! Answers block status: what a range holds, for one layer and through a chain.
 //!
-//! A driver answers for its own layer, roughly or precisely, and may point on ("ask my file there"). Here its answer is cut
-//! to the question, pointers are followed, and facts that follow from the graph are added. A wrong "zero" or "not
-//! allocated" loses data, so anything unclear counts as data; an error is an error.
+//! A driver answers for its own layer, roughly or precisely, and may refer to a child ("the status of my file there").
+//! This module cuts its answer to the question, follows references and adds facts that follow from the graph. A wrong
+//! "zero" or "not allocated" loses data, so anything unclear counts as data; an error is an error.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use crate::driver::{BoxFuture, HostMap, Role, StatusFlags, StatusRun};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Edge, Node, NodeId, walk};
 
-/// Where the bytes of a run lie one to one.
+/// The node and file that hold the bytes of a run one to one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostBytes {
     /// The node that holds them.
@@ -29,17 +29,17 @@ pub struct HostBytes {
 pub struct ChainRun {
     /// Length in bytes; zero only at or past the end.
     pub len: u64,
-    /// What holds. Without `ALLOCATED`: no layer that was asked decides it.
+    /// Facts about it. Without `ALLOCATED`: none of the layers in question decides it.
     pub flags: StatusFlags,
-    /// Backing steps below the top of the layer that decides it (or of the last one asked).
+    /// Backing steps from the top to the layer that decides it (or to the last one in question).
     pub depth: usize,
-    /// The layer that decides it (or the last one asked).
+    /// The layer that decides it (or the last one in question).
     pub node: NodeId,
-    /// Where, if known.
+    /// Its place on the host, if known.
     pub host: Option<HostBytes>,
 }
 
-/// How far down a question goes.
+/// How far down the chain a question goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Depth {
     /// To the end of the chain.
@@ -48,12 +48,12 @@ pub(super) enum Depth {
     Above(NodeId),
 }
 
-/// An answer of one layer, pointers followed.
+/// The answer of one layer, references followed.
 struct Layer {
     len: u64,
     flags: StatusFlags,
     host: Option<HostBytes>,
-    /// As the driver gave it, for drivers that ask about a child.
+    /// As the driver returned it, for drivers that ask for the status of a child.
     map: Option<HostMap>,
 }
 
@@ -81,7 +81,7 @@ fn layer(edge: &Edge, offset: u64, len: u64, precise: bool) -> BoxFuture<'_, Res
     })
 }
 
-/// What one layer decides, for a request that is inside already: length of the run (0 at the end) and what holds.
+/// What one layer decides, for a request that has entered: length of the run (0 at the end) and its flags.
 pub(super) async fn run_inside(node: &Node, offset: u64, len: u64) -> Result<(u64, StatusFlags)> {
     let layer = layer_inside(node, offset, len, false).await?;
     Ok((layer.len, layer.flags))
@@ -121,8 +121,8 @@ async fn layer_inside(node: &Node, offset: u64, len: u64, precise: bool) -> Resu
     Ok(layer)
 }
 
-/// "Only passing through": the child's answer is ours. What a filter shows may lie further down the chain, which the walk
-/// goes on to; for anyone else the child with all that is below it is his content.
+/// `RAW`: the child's answer is this node's. What a filter shows may lie further down the chain, which the walk goes on
+/// to; for any other node the child with all that is below it is its own content.
 async fn pass_on(node: &Node, map: Option<HostMap>, len: u64, precise: bool) -> Result<Layer> {
     let below = map.and_then(|map| Some((node.child(map.child)?, map.offset)));
     let Some((child, at)) = below else {
@@ -167,7 +167,7 @@ async fn own_answer(node: &Node, run: StatusRun, offset: u64, precise: bool) -> 
     }
     let child = map.and_then(|map| Some((node.child(map.child)?, map.offset)));
     if let (true, true, Some((child, at))) = (recurses, precise, &child) {
-        // Only adds a fact; where the file cannot tell, the answer stands as it is.
+        // Only adds a fact; if the file fails to answer, the answer stands as it is.
         if let Ok(below) = layer(child, *at, len, precise).await {
             let zero_below = below.flags & StatusFlags::ZERO;
             if below.flags.contains(StatusFlags::EOF) && (below.len == 0 || !zero_below.is_empty())
@@ -206,7 +206,7 @@ fn host_bytes(
     }
 }
 
-/// What `offset..` holds, seen through the layers down to `depth`.
+/// Status of `offset..`, seen through the layers down to `depth`.
 pub(super) fn of_chain(
     edge: &Arc<Edge>,
     depth: Depth,
@@ -234,8 +234,8 @@ async fn walk_chain(
         let Some(Step { layer, is_filter, next }) = found else {
             // Nothing above decides it.
             let flags = StatusFlags::empty();
-            let asked = top.unwrap_or(ChainRun { len, flags, depth: steps, node, host: None });
-            return Ok(finish(asked, offset, end));
+            let run = top.unwrap_or(ChainRun { len, flags, depth: steps, node, host: None });
+            return Ok(finish(run, offset, end));
         };
         let mut run =
             ChainRun { len: layer.len, flags: layer.flags, depth: steps, node, host: layer.host };
@@ -269,7 +269,7 @@ async fn walk_chain(
     }
 }
 
-/// The way to the next layer: what a filter shows, or the backing node.
+/// The edge to the next layer: what a filter shows, or the backing node.
 fn below(node: &Node) -> Option<Arc<Edge>> {
     if node.driver().is_filter() {
         node.filtered_child().or_else(|| node.child_in_role(Role::PRIMARY))
@@ -278,7 +278,7 @@ fn below(node: &Node) -> Option<Arc<Edge>> {
     }
 }
 
-/// What the layers down to the node named `bottom`, this one included, hold of `offset..`.
+/// Status of `offset..` in the layers down to the node named `bottom`, this one included.
 pub(super) async fn down_to(
     edge: &Arc<Edge>,
     bottom: &str,
@@ -302,15 +302,15 @@ pub(super) async fn down_to(
     Ok(StatusRun { len: run.len, flags: run.flags, map: None })
 }
 
-/// What one layer of a chain says, and where the chain goes on.
+/// The answer of one layer of a chain, and the edge to the next.
 struct Step {
     layer: Layer,
     is_filter: bool,
     next: Option<Arc<Edge>>,
 }
 
-/// Asks the node behind the edge, and what follows it, of one and the same node: the edge may lead elsewhere a moment later. `None`:
-/// it is the one to stop at.
+/// Gets the status of the node behind the edge and the edge to the next layer from the same node: the edge may be moved
+/// a moment later. `None`: the node is the one to stop at.
 fn step(
     edge: &Edge,
     depth: Depth,
@@ -334,7 +334,7 @@ fn finish(mut run: ChainRun, offset: u64, end: Option<u64>) -> ChainRun {
     run
 }
 
-/// Does the range read as zeros through the whole chain? A cheap answer: false if unknown. Past the end is zeros.
+/// True if the range is known to read as zeros through the whole chain. A cheap answer. Past the end is zeros.
 pub(super) async fn is_zero(edge: &Arc<Edge>, offset: u64, len: u64) -> Result<bool> {
     let end = range::check(offset, len)?;
     let mut at = offset;

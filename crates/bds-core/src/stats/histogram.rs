@@ -1,4 +1,4 @@
-//! Latencies sorted into bins whose boundaries the user chose.
+//! Latency histograms with boundaries of the user's choice.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -7,7 +7,7 @@ use crate::error::{Error, ErrorKind, Result};
 /// More boundaries than this are refused.
 const MAX_BOUNDARIES: usize = 1024;
 
-/// How many requests took how long.
+/// A latency histogram.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Histogram {
     /// Boundaries between the bins, in nanoseconds, rising.
@@ -16,7 +16,7 @@ pub struct Histogram {
     pub bins: Vec<u64>,
 }
 
-/// The counts, while they are counted.
+/// The counters of a histogram.
 pub(super) struct Bins {
     boundaries_ns: Box<[u64]>,
     counts: Box<[AtomicU64]>,

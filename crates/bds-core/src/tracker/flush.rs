@@ -1,4 +1,4 @@
-//! What has been flushed: one flush at a time, what it covers, and a failure that sticks.
+//! Records flushes of a node: one at a time, which writes each covers, and a failure that later ones repeat.
 
 use std::sync::{Arc, PoisonError};
 
@@ -14,7 +14,7 @@ pub(super) struct FlushState {
 }
 
 impl RequestTracker {
-    /// Lets one flush at a time in, in order of arrival.
+    /// Begins a flush; one at a time, in order of arrival.
     pub(crate) async fn begin_flush(&self) -> Flushing {
         let state = Arc::clone(&self.flush).lock_owned().await;
         let covers = self.writes();
@@ -27,14 +27,14 @@ impl RequestTracker {
         failure.as_ref().map(Error::duplicate)
     }
 
-    /// The medium may have lost writes: every later flush reports it.
+    /// Records a failure: the medium may have lost writes, and every later flush reports it.
     pub(crate) fn flush_failed(&self, error: &Error) {
         let mut failure = self.flush_failure.lock().unwrap_or_else(PoisonError::into_inner);
         failure.get_or_insert_with(|| error.duplicate());
     }
 }
 
-/// One flush, alone.
+/// A flush under way, which excludes others.
 pub(crate) struct Flushing {
     state: OwnedMutexGuard<FlushState>,
     covers: u64,
@@ -46,7 +46,7 @@ impl Flushing {
         self.state.flushed == self.covers
     }
 
-    /// The medium holds every write that ended before this flush began.
+    /// Records success: the medium holds every write that ended before this flush began.
     pub(crate) fn succeeded(&mut self) {
         self.state.flushed = self.covers;
     }

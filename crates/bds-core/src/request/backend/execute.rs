@@ -5,8 +5,8 @@
 //!    ▲                                  │ stop
 //!    └──── gate closed until resume ◄───┘
 //! ```
-//! Statistics and policy are applied while the request is still in flight, so that a drained backend has accounted all of
-//! them. A stopped request is counted out and waits at the gate like a later one: it is queued, not in flight.
+//! Statistics and policy are applied while the request is still in flight, so that a drained backend has accounted all
+//! of them. A stopped request is counted out and waits at the gate like a later one: it is queued, not in flight.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,9 +1,9 @@
-//! The requests.
+//! The public requests of a backend: read, write, zero, discard, flush, copy, resize, status.
 //!
-//! What the inline way does not answer runs in a task of its own from its first poll on (`bds_io::spawn_now`), and the
-//! future that the caller has is the handle of that task. Inside, a request holds what others wait for: its place in
-//! the in-flight counts, its range, a flush's turn, a driver's guards. Keeping the future without polling it, as
-//! `select!` does, or forgetting it therefore holds nothing up; dropping it cancels the request.
+//! A request that the inline path declines runs in a task from its first poll on (`bds_io::spawn_now`), and the
+//! caller's future is the handle of that task. A request in flight holds what others wait for: its in-flight counts,
+//! its range, the turn of a flush, a driver's guards. Because a task polls it, keeping the future without polling it
+//! (as `select!` does) or forgetting it holds up no other request; dropping it cancels the request.
 
 use bds_io::{Buf, IoVec};
 
@@ -19,8 +19,8 @@ use crate::request::{dispatch, offload, truncate};
 use crate::stats::{Operation, Outcome};
 
 impl Backend {
-    /// Reads at once if nothing has to be waited for, without allocating. `None`: ask [`Backend::read_waiting`]; the buffer may
-    /// be partly filled.
+    /// Reads at once if that needs no waiting, without allocating. `None`: call [`Backend::read_waiting`]; the buffer
+    /// may be partly filled.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -46,7 +46,7 @@ impl Backend {
         })?
     }
 
-    /// Writes in place at once if nothing has to be waited for, without allocating. `None`: nothing was changed for good, ask
+    /// Writes in place at once if that needs no waiting, without allocating. `None`: nothing was changed for good, call
     /// [`Backend::write_waiting`].
     ///
     /// ```
@@ -94,8 +94,8 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// `NoMedium`, `OutOfRange`, what the medium failed with if [`super::ErrorPolicies`] reports it, `Cancelled` if the graph was
-    /// shut down while the request waited for its turn. The same for every request here.
+    /// `NoMedium`, `OutOfRange`, the medium's error if [`super::ErrorPolicies`] reports it, `Cancelled` if the graph
+    /// was shut down while the request waited for its turn. The same for every request here.
     pub async fn read(&self, offset: u64, iov: IoVec) -> Result<()> {
         if let Some(result) = self.try_read(offset, &iov) {
             return result;
@@ -121,8 +121,8 @@ impl Backend {
         self.execute(Request::read(offset, iov)).await.map(drop)
     }
 
-    /// Copies what the node shows of `offset..` but does not hold itself from below into it; nothing is given back. Needs a writable
-    /// backend, though what is read does not change.
+    /// Copies what the node shows of `offset..` but does not hold itself from the layers below into it; returns no
+    /// bytes. Needs a writable backend, although reads give the same bytes before and after.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -228,7 +228,8 @@ impl Backend {
         self.execute(Request::write_zeroes(offset, len, flags)).await
     }
 
-    /// Tells that the range is no longer needed; advisory, and ignored unless the node was opened with `discard=unmap`.
+    /// Discards a range that is no longer needed; advisory, and ignored unless the node was opened with
+    /// `discard=unmap`.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -265,8 +266,9 @@ impl Backend {
         self.execute(Request::flush()).await.map(drop)
     }
 
-    /// Lets the host copy `len` bytes from `source` at `source_offset` to `offset` here. `Unsupported`: use buffers; part of the
-    /// bytes may have been copied. A failure is always reported: what it means is decided when the bytes go through buffers.
+    /// Copies `len` bytes from `source` at `source_offset` to `offset` here on the host (copy offload). `Unsupported`:
+    /// use buffers; part of the bytes may have been copied. Failures are reported whatever the error policy: it applies
+    /// when the bytes go through buffers.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -321,14 +323,14 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// Also `InUse`: somebody blocks [`crate::graph::Operations::RESIZE`] on the medium.
+    /// Also `InUse`: [`crate::graph::Operations::RESIZE`] is blocked on the medium.
     pub async fn truncate(&self, change: Truncate) -> Result<()> {
         let this = self.clone();
         let work = async move { truncate::truncate_for_user(&this.inner.edge, change).await };
         bds_io::spawn_now(work).await
     }
 
-    /// What `offset..` holds at the top layer alone. The run's `map` names a child of that layer.
+    /// Block status of `offset..` at the top layer alone. The run's `map` names a child of that layer.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -350,7 +352,7 @@ impl Backend {
         bds_io::spawn_now(work).await
     }
 
-    /// What `offset..` holds, through the whole chain.
+    /// Block status of `offset..`, through the whole chain.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -370,7 +372,8 @@ impl Backend {
         self.status_to(Depth::All, offset, len, precise).await
     }
 
-    /// What `offset..` holds in the layers above `base`, which is in the chain. Without `ALLOCATED`: none of them decides it.
+    /// Block status of `offset..` in the layers above `base`, which is in the chain. Without `ALLOCATED`: none of them
+    /// decides it.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -408,7 +411,7 @@ impl Backend {
         .await
     }
 
-    /// Does the range read as zeros? A cheap answer: false if unknown.
+    /// True if the range is known to read as zeros. A cheap answer: false if unknown.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -466,7 +469,7 @@ impl Backend {
         .await
     }
 
-    /// Looks for leaks and corruption; changes nothing. `progress` gets (done, total) bytes of metadata.
+    /// Checks the image for leaks and corruption; changes nothing. `progress` gets (done, total) bytes of metadata.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -543,7 +546,7 @@ impl Inner {
     fn check_range_now(&self, offset: u64, len: u64) -> Result<()> {
         match self.edge.medium() {
             Some(node) => CheckedRange::inside(&node, offset, len).map(drop),
-            // The request itself finds that there is no medium.
+            // The request itself fails with `NoMedium`.
             None => Ok(()),
         }
     }
