@@ -95,10 +95,7 @@ pub(super) fn may_write(edge: &Edge, node: &Node, end: u64, any_of: Perm) -> Res
     let perm = edge.access().perm;
     check_writable(node)?;
     if !perm.intersects(any_of) {
-        return Err(Error::new(
-            ErrorKind::ReadOnly,
-            format!("{} did not ask to write here", edge.holder()),
-        ));
+        return Err(no_permission(edge, "write to"));
     }
     if !perm.contains(Perm::RESIZE) {
         let reach = round_up(node.len(), u64::from(node.limits().request_alignment));
@@ -111,6 +108,21 @@ pub(super) fn may_write(edge: &Edge, node: &Node, end: u64, any_of: Perm) -> Res
         }
     }
     Ok(())
+}
+
+/// Checks that this parent may change the length of the node.
+pub(super) fn check_resize(edge: &Edge, node: &Node) -> Result<()> {
+    check_writable(node)?;
+    if !edge.access().perm.contains(Perm::RESIZE) {
+        return Err(no_permission(edge, "resize"));
+    }
+    Ok(())
+}
+
+#[cold]
+fn no_permission(edge: &Edge, verb: &str) -> Error {
+    let words = format!("{} has no permission to {verb} the node", edge.holder());
+    Error::new(ErrorKind::PermissionDenied, words)
 }
 
 #[inline]

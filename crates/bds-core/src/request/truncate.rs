@@ -3,8 +3,8 @@
 use super::admit::{Admission, Entered, RequestScope, enter, named};
 use super::range::{self, MAX_LEN};
 use crate::driver::{BoxFuture, Truncate};
-use crate::error::{Error, ErrorKind, Result};
-use crate::graph::{Edge, Operations, Perm};
+use crate::error::{ErrorKind, Result};
+use crate::graph::{Edge, Operations};
 
 /// Changes the length. Excludes requests to bytes behind the shorter of both lengths meanwhile.
 pub(super) fn truncate(edge: &Edge, change: Truncate) -> BoxFuture<'_, Result<()>> {
@@ -37,15 +37,7 @@ async fn truncate_inside(
     above: Option<&RequestScope<'_>>,
 ) -> Result<()> {
     range::check(0, change.len)?;
-    if !node.is_writable() {
-        return Err(Error::new(ErrorKind::PermissionDenied, "a read-only node cannot be resized"));
-    }
-    if !edge.access().perm.contains(Perm::RESIZE) {
-        return Err(Error::new(
-            ErrorKind::ReadOnly,
-            format!("{} did not ask to resize this node", edge.holder()),
-        ));
-    }
+    range::check_resize(edge, node)?;
     let stable = node.len().min(change.len);
     let scope = node.admit(Admission::write(stable..MAX_LEN).serialising()).await?.below(above);
     let old_len = node.len();

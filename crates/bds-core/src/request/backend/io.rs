@@ -152,7 +152,7 @@ impl Backend {
     ///
     /// let reader = Backend::new(&disk, BackendOptions::default())?;
     /// let error = reader.write(4096, hello, WriteFlags::empty()).await.unwrap_err();
-    /// assert_eq!(error.kind(), ErrorKind::ReadOnly, "it did not ask to write");
+    /// assert_eq!(error.kind(), ErrorKind::PermissionDenied, "it is not writable");
     /// # Ok(()) });
     /// ```
     pub async fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> Result<()> {

@@ -11,6 +11,7 @@ use crate::stats::Operation;
 
 /// Says what happens when the medium fails a request: QEMU's `rerror` and `werror`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ErrorPolicy {
     /// The request fails.
     Report,
@@ -45,6 +46,7 @@ impl ErrorPolicies {
 
 /// Says whether a backend's requests are stopped, and why.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum IoStatus {
     /// They are not stopped.
     #[default]
@@ -183,8 +185,13 @@ fn action_for(policy: ErrorPolicy, nospace: bool) -> ErrorAction {
 /// True if the medium failed. False if there is none, or if the request was invalid, refused or cancelled.
 fn is_medium_failure(error: &Error) -> bool {
     use ErrorKind::{
-        Cancelled, Inactive, InvalidInput, NoMedium, NotSupported, OutOfRange, ReadOnly, WouldWait,
+        Cancelled, Inactive, InvalidInput, NoMedium, NotSupported, OutOfRange, PermissionDenied,
+        ReadOnly, WouldWait,
     };
+    if error.kind() == PermissionDenied {
+        // Either the host denied access, or this user has no permission.
+        return error.is_from_system();
+    }
     !matches!(
         error.kind(),
         NoMedium
