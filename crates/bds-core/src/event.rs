@@ -19,6 +19,7 @@ pub const QUEUE_LEN: usize = 256;
 
 /// What the error policy does with a failed request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ErrorAction {
     /// Returns the error.
     Report,

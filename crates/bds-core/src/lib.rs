@@ -2,6 +2,8 @@
 //!
 //! Reading order: [`error`], [`options`], [`event`], [`driver`] (the contract), [`graph`] (nodes, edges, and operations
 //! that change them), [`request`] (the request path and its backends).
+//!
+//! Fields may be added to structs of options in minor versions: callers build them with `..Default::default()`.
 #![forbid(unsafe_code)]
 
 pub mod copy;

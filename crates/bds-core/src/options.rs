@@ -30,6 +30,7 @@ pub struct Options {
 
 /// Type of an option's value, for help texts and checks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum OptionKind {
     /// Any text.
     String,
@@ -248,6 +249,7 @@ impl Options {
 
 /// Describes a child: by name or by a tree of options.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum ChildOption {
     /// The name of a node that is open already.
     Node(String),

@@ -127,6 +127,7 @@ impl Default for CopyOptions {
 
 /// Result of a copy, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct CopyReport {
     /// Length of all sources together.
     pub total: u64,

@@ -14,6 +14,7 @@ mod foreign;
 mod limits;
 mod open;
 mod probe;
+mod rcu;
 mod registry;
 mod reopen;
 mod status;
@@ -27,8 +28,6 @@ use std::pin::Pin;
 use bds_io::IoVec;
 
 pub use access::{Access, NodeUse, Perm};
-// For what a driver exchanges while requests read it: children that come and go, descriptors, options.
-pub use bds_refcount::{RcuCell, RcuGuard};
 pub use child::{Child, ChildPort};
 pub use foreign::{TAIL_LEN, foreign_format};
 pub use limits::Limits;
@@ -37,6 +36,7 @@ pub use open::{
     Reference, ReferenceKind, Role,
 };
 pub use probe::{Candidate, PROBE_LEN, probe};
+pub use rcu::{RcuCell, RcuGuard};
 pub use registry::Registry;
 pub use reopen::{Reopen, ReopenContext};
 pub use status::{HostMap, StatusFlags, StatusRun};
@@ -47,7 +47,9 @@ use crate::error::{Error, ErrorKind, Result};
 /// A boxed future that can be sent between threads.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
-/// Result of an operation that a driver may decline. Declining is not a failure: the caller has a fallback.
+/// Result of an operation that a driver may decline. Exhaustive: a caller handles both.
+///
+/// Declining is not a failure: the caller has a fallback.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Attempt {
@@ -124,7 +126,7 @@ impl Prealloc {
     }
 }
 
-/// A change of length.
+/// A change of length. `Truncate { zero_new: true, ..Truncate::to(len) }` keeps the defaults of the other fields.
 #[derive(Clone, Copy, Debug)]
 pub struct Truncate {
     /// The new length in bytes.
@@ -135,6 +137,13 @@ pub struct Truncate {
     pub prealloc: Prealloc,
     /// Grown space must read as zeros, whatever lies below.
     pub zero_new: bool,
+}
+
+impl Truncate {
+    /// Exactly to `len` bytes, without preallocation; grown space need not read as zeros.
+    pub const fn to(len: u64) -> Self {
+        Self { len, exact: true, prealloc: Prealloc::Off, zero_new: false }
+    }
 }
 
 /// Facts about an image, as `info` shows them.

@@ -60,6 +60,7 @@ impl CacheMode {
 
 /// What is done with writes of zeros.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum DetectZeroes {
     /// Nothing.
     #[default]
@@ -101,6 +102,7 @@ pub struct OpenFlags {
 
 /// Kind of a reference stored in an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum ReferenceKind {
     /// A backing file.
     Backing,

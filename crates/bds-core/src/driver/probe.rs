@@ -10,6 +10,7 @@ pub const PROBE_LEN: usize = 64 << 10;
 
 /// A format that a probe found possible.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Candidate {
     /// The driver's name.
     pub driver: &'static str,

@@ -15,6 +15,7 @@ use crate::graph::{Edge, Node, NodeId, walk};
 
 /// The node and file that hold the bytes of a run one to one.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct HostBytes {
     /// The node that holds them.
     pub node: NodeId,
@@ -26,6 +27,7 @@ pub struct HostBytes {
 
 /// A run of bytes of one kind, seen through a chain.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ChainRun {
     /// Length in bytes; zero only at or past the end.
     pub len: u64,

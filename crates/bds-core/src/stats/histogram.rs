@@ -9,6 +9,7 @@ const MAX_BOUNDARIES: usize = 1024;
 
 /// A latency histogram.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Histogram {
     /// Boundaries between the bins, in nanoseconds, rising.
     pub boundaries_ns: Vec<u64>,

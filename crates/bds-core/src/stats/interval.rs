@@ -10,6 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// Latencies of one operation in a window.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub struct Spread {
     /// Number of requests.
     pub count: u64,
@@ -25,6 +26,7 @@ pub struct Spread {
 
 /// Latencies of one interval.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct IntervalStats {
     /// Its length.
     pub length: Duration,

@@ -26,6 +26,7 @@ pub use interval::{IntervalStats, Spread};
 
 /// Kind of a request, as counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Operation {
     /// Reads.
     Read,
@@ -55,6 +56,7 @@ pub(crate) enum Outcome {
 
 /// Totals of one operation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Totals {
     /// Requests that ended, successfully or not.
     pub ops: u64,
