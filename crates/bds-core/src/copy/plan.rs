@@ -4,7 +4,7 @@
 //! run is queried once and cut. A failed query is an error, unless salvaging: then the run counts as data, and reading
 //! it shows which part is bad.
 
-use super::{CopyOptions, CopySource};
+use super::options::{CopyOptions, CopySource};
 use crate::driver::StatusFlags;
 use crate::error::{Error, ErrorKind, Result};
 use crate::request::Backend;

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use bds_io::IoVec;
 
-use super::GRAIN;
+use super::options::GRAIN;
 
 /// Part of a buffer.
 #[derive(Clone, Debug, PartialEq, Eq)]

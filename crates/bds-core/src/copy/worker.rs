@@ -3,14 +3,14 @@
 use std::future::poll_fn;
 use std::ops::Range;
 use std::pin::pin;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bds_io::IoVec;
-use bds_io::sync::Notify;
 
+use super::job::Job;
 use super::plan::{Kind, Piece, Segment};
-use super::{Job, sparse};
+use super::sparse;
 use crate::driver::{Attempt, WriteFlags, ZeroFlags};
 use crate::error::{Error, Result};
 use crate::graph::walk;
@@ -21,37 +21,6 @@ const SALVAGE_STEP: u64 = 512;
 
 /// Length of a step of a pause: a low rate can require minutes, and setting the cancel flag wakes no sleeper.
 const PAUSE_STEP: Duration = Duration::from_millis(50);
-
-/// Orders the beginnings of writes by the pieces' numbers. A piece passes its turn as soon as its last write has begun:
-/// writes overlap, and a driver that allocates as they come still places them in order.
-#[derive(Default)]
-pub(super) struct Turns {
-    now: AtomicU64,
-    passed: Notify,
-}
-
-impl Turns {
-    async fn wait(&self, number: u64) {
-        loop {
-            let mut passed = pin!(self.passed.notified());
-            passed.as_mut().enable();
-            if self.now.load(Ordering::SeqCst) >= number {
-                return;
-            }
-            passed.await;
-        }
-    }
-
-    fn pass(&self, number: u64) {
-        self.now.fetch_max(number + 1, Ordering::SeqCst);
-        self.passed.notify_waiters();
-    }
-
-    /// Ends all waits after a failure: some pieces will never be written.
-    fn release_all(&self) {
-        self.pass(u64::MAX - 1);
-    }
-}
 
 /// Copies pieces until there are none.
 pub(super) struct Worker<'a> {

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use super::{OPERATIONS, Operation, nanos};
+use super::operation::{OPERATIONS, Operation, nanos};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Latencies of one operation in a window.

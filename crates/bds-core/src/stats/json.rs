@@ -2,7 +2,9 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Operation, Spread, Stats, Totals, nanos};
+use super::interval::{IntervalStats, Spread};
+use super::operation::{Operation, nanos};
+use super::{Stats, Totals};
 
 /// QEMU's prefixes and the operations each sums up: a zero write is a write there.
 const GROUPS: [(&str, &[Operation]); 4] = [
@@ -76,7 +78,7 @@ impl Stats {
     }
 
     fn timed(&self) -> Value {
-        let each = |interval: super::IntervalStats| {
+        let each = |interval: IntervalStats| {
             let mut all = Map::new();
             all.insert("interval_length".into(), json!(interval.length.as_secs()));
             for (prefix, operations) in GROUPS {

@@ -9,6 +9,7 @@
 mod histogram;
 mod interval;
 mod json;
+mod operation;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -23,24 +24,9 @@ use histogram::Bins;
 pub use histogram::Histogram;
 use interval::Interval;
 pub use interval::{IntervalStats, Spread};
+pub use operation::Operation;
+use operation::{OPERATIONS, nanos};
 
-/// Kind of a request, as counted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Operation {
-    /// Reads.
-    Read,
-    /// Writes, compressed ones too.
-    Write,
-    /// Zero writes.
-    Zero,
-    /// Discards.
-    Discard,
-    /// Flushes.
-    Flush,
-}
-
-const OPERATIONS: usize = 5;
 /// Powers of two of microseconds: below 1, 2, 4 … 2^30, and the rest.
 const BUCKETS: usize = 32;
 
@@ -287,11 +273,6 @@ impl Stats {
     pub(crate) fn begin(&self, operation: Operation, len: u64) -> Pending<'_> {
         Pending { stats: self, operation, len, began: self.clock(), is_over: false }
     }
-}
-
-/// Nanoseconds, as far as they fit: 584 years.
-fn nanos(time: Duration) -> u64 {
-    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// A request in flight, counted when it ends.
