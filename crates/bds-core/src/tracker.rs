@@ -41,15 +41,15 @@ use std::fmt;
 use std::ops::Range;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crossbeam::utils::CachePadded;
 use slab::Slab;
 
-use bds_io::sync::{Mutex as AsyncMutex, Notify};
+use bds_io::sync::Notify;
 
 use crate::error::Error;
-use flush::FlushState;
+use flush::FlushLog;
 
 pub(crate) use flush::Flushing;
 
@@ -68,10 +68,9 @@ pub(crate) struct RequestTracker {
     /// The node is poisoned: its requests may never end, and are not waited for.
     is_given_up: AtomicBool,
     central: Mutex<Central>,
-    flush: Arc<AsyncMutex<FlushState>>,
+    flush: FlushLog,
     /// Detached operations, which may outlive their request.
     detached: AtomicUsize,
-    flush_failure: Mutex<Option<Error>>,
 }
 
 #[derive(Default)]
@@ -146,9 +145,8 @@ impl RequestTracker {
             ended: Notify::new(),
             is_given_up: AtomicBool::new(false),
             central: Mutex::default(),
-            flush: Arc::default(),
+            flush: FlushLog::default(),
             detached: AtomicUsize::new(0),
-            flush_failure: Mutex::default(),
         }
     }
 
@@ -297,6 +295,21 @@ impl RequestTracker {
     pub(crate) fn release_detached(&self, kept: DetachedRange) {
         self.remove_serialising(kept.slot);
         self.notify_waiters();
+    }
+
+    /// Begins a flush; one at a time, in order of arrival.
+    pub(crate) async fn begin_flush(&self) -> Flushing {
+        self.flush.begin(|| self.writes()).await
+    }
+
+    /// The failure that every later flush of this node must report, if there was one.
+    pub(crate) fn flush_failure(&self) -> Option<Error> {
+        self.flush.failure()
+    }
+
+    /// Records a failure: the medium may have lost writes, and every later flush reports it.
+    pub(crate) fn flush_failed(&self, error: &Error) {
+        self.flush.record_failure(error);
     }
 
     #[inline]

@@ -152,7 +152,7 @@ pub(super) async fn read(
         |range: Range<u64>| iov.slice(index(range.start - offset)..index(range.end - offset));
     while done < end.min(reach) {
         let len = end.min(reach).min(round_down(done, unit) + PIECE_LEN.max(unit)) - done;
-        let (len, held) = status::run_inside(node, done, len).await?;
+        let (len, held) = status::run_entered(node, done, len).await?;
         if len == 0 {
             break;
         }
@@ -189,11 +189,11 @@ fn is_held(flags: StatusFlags) -> bool {
 /// the node shows them.
 async fn copy_piece(node: &Entered<'_>, limits: Limits, piece: Range<u64>) -> Result<IoVec> {
     let guard = node.detached_guard();
-    let copy = async move { copy_inside(&guard, &limits, piece).await };
+    let copy = async move { copy_detached(&guard, &limits, piece).await };
     bds_io::spawn(copy).detach_on_drop().await
 }
 
-async fn copy_inside(node: &DetachedGuard, limits: &Limits, piece: Range<u64>) -> Result<IoVec> {
+async fn copy_detached(node: &DetachedGuard, limits: &Limits, piece: Range<u64>) -> Result<IoVec> {
     let scope = node.admit(Admission::read(piece.clone()).serialising()).await?;
     // A buffer of our own: the guest may change its buffer while we write.
     let iov = Buf::zeroed(index(piece.end - piece.start), bounce_align(limits)).iov();
@@ -201,7 +201,7 @@ async fn copy_inside(node: &DetachedGuard, limits: &Limits, piece: Range<u64>) -
     let align = u64::from(limits.request_alignment);
     let mut at = piece.start;
     while at < piece.end {
-        let (len, held) = status::run_inside(node, at, piece.end - at).await?;
+        let (len, held) = status::run_entered(node, at, piece.end - at).await?;
         if len == 0 {
             break;
         }

@@ -1,5 +1,4 @@
-//! Dispatches reads and writes: inline without waiting where possible, else through copy-on-read, zero detection and
-//! alignment to the driver.
+//! Dispatches reads and writes: inline where possible, else through copy-on-read, zero detection and alignment.
 //!
 //! A write that must be widened excludes everything that overlaps the widened range from before its reads until its
 //! write is done; if one of its reads fails, nothing is written.
@@ -100,11 +99,11 @@ pub(super) async fn read(
 ) -> Result<()> {
     let node = enter(edge).await?;
     let range = named(&node, CheckedRange::of_data(offset, iov.len() as u64))?;
-    named(&node, read_inside(edge, &node, range, iov, flags).await)
+    named(&node, read_entered(edge, &node, range, iov, flags).await)
 }
 
 /// As [`read`], for a request that has entered.
-pub(super) async fn read_inside(
+pub(super) async fn read_entered(
     edge: &Arc<Edge>,
     node: &Entered<'_>,
     range: CheckedRange,
@@ -122,11 +121,11 @@ pub(super) async fn read_inside(
 pub(super) async fn write(edge: &Edge, offset: u64, iov: IoVec, flags: WriteFlags) -> Result<()> {
     let node = enter(edge).await?;
     let range = named(&node, CheckedRange::of_data(offset, iov.len() as u64))?;
-    named(&node, write_inside(edge, &node, range, iov, flags).await)
+    named(&node, write_entered(edge, &node, range, iov, flags).await)
 }
 
 /// As [`write`], for a request that has entered.
-pub(super) async fn write_inside(
+pub(super) async fn write_entered(
     edge: &Edge,
     node: &Entered<'_>,
     range: CheckedRange,
@@ -140,7 +139,7 @@ pub(super) async fn write_inside(
     }
     if let Some(zero_flags) = detected_zeroes(node, &iov, flags) {
         // From here on the caller's memory is not read again: it may change, the decision may not.
-        let _done = Box::pin(zero::write_zeroes_inside(edge, node, range, zero_flags)).await?;
+        let _done = Box::pin(zero::write_zeroes_entered(edge, node, range, zero_flags)).await?;
         return Ok(());
     }
     let wants_flush = {
@@ -162,7 +161,7 @@ pub(super) async fn write_inside(
         };
         write_aligned(&scope, &limits, start, iov, flags).await?
     };
-    if wants_flush { Box::pin(flush::flush_inside(node)).await } else { Ok(()) }
+    if wants_flush { Box::pin(flush::flush_entered(node)).await } else { Ok(()) }
 }
 
 /// Zero flags for a write of zeros, if `detect-zeroes` is on for the node.
@@ -189,11 +188,11 @@ fn detected_zeroes(node: &Node, iov: &IoVec, flags: WriteFlags) -> Option<ZeroFl
 pub(super) async fn write_compressed(edge: &Edge, offset: u64, iov: IoVec) -> Result<()> {
     let node = enter(edge).await?;
     let range = named(&node, CheckedRange::of_data(offset, iov.len() as u64))?;
-    named(&node, write_compressed_inside(edge, &node, range, iov).await)
+    named(&node, write_compressed_entered(edge, &node, range, iov).await)
 }
 
 /// As [`write_compressed`], for a request that has entered.
-pub(super) async fn write_compressed_inside(
+pub(super) async fn write_compressed_entered(
     edge: &Edge,
     node: &Entered<'_>,
     range: CheckedRange,

@@ -32,7 +32,7 @@ fn flush_below<'a>(
 }
 
 /// As [`flush`], for a request that has entered.
-pub(super) async fn flush_inside(node: &Entered<'_>) -> Result<()> {
+pub(super) async fn flush_entered(node: &Entered<'_>) -> Result<()> {
     flush_writable(node, None).await
 }
 

@@ -79,17 +79,17 @@ pub(super) async fn of_layer(
 fn layer(edge: &Edge, offset: u64, len: u64, precise: bool) -> BoxFuture<'_, Result<Layer>> {
     Box::pin(async move {
         let node = enter(edge).await?;
-        named(&node, layer_inside(&node, offset, len, precise).await)
+        named(&node, layer_entered(&node, offset, len, precise).await)
     })
 }
 
 /// What one layer decides, for a request that has entered: length of the run (0 at the end) and its flags.
-pub(super) async fn run_inside(node: &Node, offset: u64, len: u64) -> Result<(u64, StatusFlags)> {
-    let layer = layer_inside(node, offset, len, false).await?;
+pub(super) async fn run_entered(node: &Node, offset: u64, len: u64) -> Result<(u64, StatusFlags)> {
+    let layer = layer_entered(node, offset, len, false).await?;
     Ok((layer.len, layer.flags))
 }
 
-async fn layer_inside(node: &Node, offset: u64, len: u64, precise: bool) -> Result<Layer> {
+async fn layer_entered(node: &Node, offset: u64, len: u64, precise: bool) -> Result<Layer> {
     let total = node.len();
     let end = range::check(offset, len)?.min(total);
     if offset >= total {
@@ -325,7 +325,7 @@ fn step(
         if depth == Depth::Above(node.id()) {
             return Ok((node.id(), None));
         }
-        let layer = named(&node, layer_inside(&node, offset, len, precise).await)?;
+        let layer = named(&node, layer_entered(&node, offset, len, precise).await)?;
         let is_filter = node.driver().is_filter();
         Ok((node.id(), Some(Step { layer, is_filter, next: below(&node) })))
     })

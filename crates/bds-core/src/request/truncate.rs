@@ -19,7 +19,7 @@ fn truncate_below<'a>(
 ) -> BoxFuture<'a, Result<()>> {
     Box::pin(async move {
         let node = enter(edge).await?;
-        named(&node, truncate_inside(edge, &node, change, above).await)
+        named(&node, truncate_entered(edge, &node, change, above).await)
     })
 }
 
@@ -27,10 +27,10 @@ fn truncate_below<'a>(
 pub(super) async fn truncate_for_user(edge: &Edge, change: Truncate) -> Result<()> {
     let node = enter(edge).await?;
     named(&node, node.check_allowed(Operations::RESIZE))?;
-    named(&node, truncate_inside(edge, &node, change, None).await)
+    named(&node, truncate_entered(edge, &node, change, None).await)
 }
 
-async fn truncate_inside(
+async fn truncate_entered(
     edge: &Edge,
     node: &Entered<'_>,
     mut change: Truncate,

@@ -27,11 +27,11 @@ pub(super) async fn write_zeroes(
 ) -> Result<Attempt> {
     let node = enter(edge).await?;
     let range = named(&node, CheckedRange::new(offset, len))?;
-    named(&node, write_zeroes_inside(edge, &node, range, flags).await)
+    named(&node, write_zeroes_entered(edge, &node, range, flags).await)
 }
 
 /// As [`write_zeroes`], for a request that has entered.
-pub(super) async fn write_zeroes_inside(
+pub(super) async fn write_zeroes_entered(
     edge: &Edge,
     node: &Entered<'_>,
     range: CheckedRange,
@@ -77,7 +77,7 @@ pub(super) async fn write_zeroes_inside(
     match zeroed {
         Zeroed::Unsupported => return Ok(Attempt::Unsupported),
         Zeroed::ByDriver if native_fua => {}
-        _ if wants_flush => Box::pin(flush::flush_inside(node)).await?,
+        _ if wants_flush => Box::pin(flush::flush_entered(node)).await?,
         _ => {}
     }
     Ok(Attempt::Done)
@@ -240,11 +240,11 @@ fn zeros(len: u64) -> IoVec {
 pub(super) async fn discard(edge: &Edge, offset: u64, len: u64) -> Result<()> {
     let node = enter(edge).await?;
     let range = named(&node, CheckedRange::new(offset, len))?;
-    named(&node, discard_inside(edge, &node, range).await)
+    named(&node, discard_entered(edge, &node, range).await)
 }
 
 /// As [`discard`], for a request that has entered.
-pub(super) async fn discard_inside(
+pub(super) async fn discard_entered(
     edge: &Edge,
     node: &Entered<'_>,
     range: CheckedRange,

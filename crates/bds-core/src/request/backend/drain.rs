@@ -1,5 +1,6 @@
-//! Drains a backend: waits until none of its requests is in flight. Works without a medium; other users of the node go
-//! on.
+//! Drains a backend: waits until none of its requests is in flight.
+//!
+//! Works without a medium. Other users of the node go on.
 
 use std::fmt;
 use std::pin::pin;

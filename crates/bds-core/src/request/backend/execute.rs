@@ -82,27 +82,27 @@ impl Request {
         match &self.kind {
             RequestKind::Read(iov) => {
                 let (iov, flags) = (iov.clone(), ReadFlags::empty());
-                dispatch::read_inside(edge, node, data_range()?, iov, flags).await?;
+                dispatch::read_entered(edge, node, data_range()?, iov, flags).await?;
             }
             RequestKind::CopyUp => {
                 Box::pin(copy_on_read::copy_up(edge, node, range()?)).await?;
             }
             RequestKind::Write(iov, flags) => {
-                dispatch::write_inside(edge, node, data_range()?, iov.clone(), *flags).await?;
+                dispatch::write_entered(edge, node, data_range()?, iov.clone(), *flags).await?;
             }
             RequestKind::WriteCompressed(iov) => {
                 let range = data_range()?;
-                let write = dispatch::write_compressed_inside(edge, node, range, iov.clone());
+                let write = dispatch::write_compressed_entered(edge, node, range, iov.clone());
                 Box::pin(write).await?;
             }
             RequestKind::WriteZeroes(flags) => {
-                let write = zero::write_zeroes_inside(edge, node, range()?, *flags);
+                let write = zero::write_zeroes_entered(edge, node, range()?, *flags);
                 return Box::pin(write).await;
             }
             RequestKind::Discard => {
-                Box::pin(zero::discard_inside(edge, node, range()?)).await?;
+                Box::pin(zero::discard_entered(edge, node, range()?)).await?;
             }
-            RequestKind::Flush => flush::flush_inside(node).await?,
+            RequestKind::Flush => flush::flush_entered(node).await?,
         }
         Ok(Attempt::Done)
     }

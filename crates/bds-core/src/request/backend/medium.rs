@@ -1,5 +1,6 @@
-//! Changes a backend's medium: insert, replace, eject, revoke. Each is a graph change: drained, checked, all or
-//! nothing.
+//! Changes a backend's medium: insert, replace, eject, revoke.
+//!
+//! Each is a graph change: drained, checked, all or nothing.
 
 use super::Backend;
 use super::policy::ErrorPolicies;

@@ -1,5 +1,6 @@
-//! Applies error policies to failed requests: `report` returns the error, `ignore` pretends success, `stop` holds
-//! requests until `resume`.
+//! Applies error policies to failed requests of a backend.
+//!
+//! `report` returns the error, `ignore` pretends success, `stop` holds requests until `resume`.
 //!
 //! Only failures of the medium are subject to this. A missing medium, and a request that was invalid or not permitted,
 //! are always reported.
