@@ -5,7 +5,7 @@
 //! it shows which part is bad.
 
 use super::options::{CopyOptions, CopySource};
-use crate::driver::StatusFlags;
+use crate::driver::{Precision, StatusFlags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::request::Backend;
 
@@ -212,9 +212,10 @@ impl<'a> Planner<'a> {
             return Ok(Run { kind: Kind::Skip, ..run });
         }
         let len = run.len.min(shown.len() - target_offset);
-        let found = shown.block_status(target_offset, len, true).await.map_err(|e| {
-            e.context("cannot tell what the target shows already").at(target_offset)
-        })?;
+        let found =
+            shown.block_status(target_offset, len, Precision::Exact).await.map_err(|e| {
+                e.context("cannot tell what the target shows already").at(target_offset)
+            })?;
         let kind = match found.flags.contains(StatusFlags::ZERO) {
             true => Kind::Skip,
             false => Kind::Zero,
@@ -242,8 +243,8 @@ impl<'a> Planner<'a> {
         let source = &self.sources[self.source];
         let len = self.lens[self.source] - offset;
         let answer = match source.above {
-            Some(base) => source.backend.status_above(base, offset, len, true).await,
-            None => source.backend.block_status(offset, len, true).await,
+            Some(base) => source.backend.status_above(base, offset, len, Precision::Exact).await,
+            None => source.backend.block_status(offset, len, Precision::Exact).await,
         };
         let run = match answer {
             Ok(run) if run.len > 0 => run,

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use bds_io::IoVec;
 
-use super::{Attempt, BoxFuture, Limits, ReadFlags, StatusRun, Truncate, WriteFlags, ZeroFlags};
+use super::{
+    Attempt, BoxFuture, Limits, Precision, ReadFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
+};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Implements a [`Child`]: the request path to the node below. Implemented in `request/`.
@@ -54,7 +56,7 @@ pub trait ChildPort: Send + Sync + 'static {
         &self,
         offset: u64,
         len: u64,
-        precise: bool,
+        precision: Precision,
     ) -> BoxFuture<'_, Result<StatusRun>>;
     /// True if `len` bytes at `offset` are known to read as zeros through the whole chain below (a cheap answer).
     fn is_zero(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<bool>>;

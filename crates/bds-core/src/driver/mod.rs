@@ -39,7 +39,7 @@ pub use probe::{Candidate, PROBE_LEN, probe};
 pub use rcu::{RcuCell, RcuGuard};
 pub use registry::Registry;
 pub use reopen::{Reopen, ReopenContext};
-pub use status::{HostMap, StatusFlags, StatusRun};
+pub use status::{HostMap, Precision, StatusFlags, StatusRun};
 pub use types::{Category, ClaimedFile, CreateFacts, DriverType, MeasureReport, MeasureSource};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -316,13 +316,12 @@ pub trait Driver: Send + Sync + 'static {
         Box::pin(async { Ok(()) })
     }
 
-    /// Status of a run at `offset`, of at most `len` bytes and at least one request alignment. `precise`: spend I/O on
-    /// exact answers about zeros; else a cheap answer will do.
+    /// Status of a run at `offset`, of at most `len` bytes and at least one request alignment.
     fn block_status(
         &self,
         offset: u64,
         len: u64,
-        precise: bool,
+        precision: Precision,
     ) -> BoxFuture<'_, Result<StatusRun>>;
 
     /// Changes the length.

@@ -42,3 +42,12 @@ pub struct StatusRun {
     /// Position in a child, if `OFFSET_VALID`, `RAW` or `RECURSE`.
     pub map: Option<HostMap>,
 }
+
+/// How exact an answer about block status has to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// A cheap answer: unclear parts count as data.
+    Cheap,
+    /// Exact about zeros, which may take I/O.
+    Exact,
+}

@@ -56,7 +56,7 @@ impl NodeRef {
     /// let guard = top.enable_copy_on_read()?;
     /// let guest = Backend::new(&top, BackendOptions::registered("guest"))?;
     /// guest.read(0, bds_io::Buf::zeroed(512, 512).iov()).await?;
-    /// let run = guest.layer_status(0, 4096, true).await?;
+    /// let run = guest.layer_status(0, 4096, Precision::Exact).await?;
     /// assert!(run.flags.contains(StatusFlags::ALLOCATED), "the block is in 'top' now");
     ///
     /// let error = graph.reopen(&top, Options::parse("read-only=on")?).await.unwrap_err();

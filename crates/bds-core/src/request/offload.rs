@@ -9,7 +9,7 @@ use bds_refcount::Strong;
 
 use super::admit::{Admission, Entered, RequestScope, enter, named};
 use super::range;
-use crate::driver::{Attempt, BoxFuture, HostMap, StatusFlags};
+use crate::driver::{Attempt, BoxFuture, HostMap, Precision, StatusFlags};
 use crate::error::Result;
 use crate::graph::{Edge, Node, Perm};
 
@@ -119,7 +119,7 @@ async fn below(
     len: u64,
     wanted: StatusFlags,
 ) -> Result<Option<(std::sync::Arc<Edge>, u64)>> {
-    let answer = node.driver().block_status(offset, len, false).await;
+    let answer = node.driver().block_status(offset, len, Precision::Cheap).await;
     let run = named(node, answer)?;
     let is_plain = run.flags.contains(StatusFlags::RAW)
         || run.flags.contains(wanted) && !run.flags.contains(StatusFlags::COMPRESSED);

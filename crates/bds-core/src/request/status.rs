@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::admit::{enter, named};
 use super::range::{self, round_down, round_up};
-use crate::driver::{BoxFuture, HostMap, Role, StatusFlags, StatusRun};
+use crate::driver::{BoxFuture, HostMap, Precision, Role, StatusFlags, StatusRun};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Edge, Node, NodeId, walk};
 
@@ -70,26 +70,26 @@ pub(super) async fn of_layer(
     edge: &Edge,
     offset: u64,
     len: u64,
-    precise: bool,
+    precision: Precision,
 ) -> Result<StatusRun> {
-    let layer = layer(edge, offset, len, precise).await?;
+    let layer = layer(edge, offset, len, precision).await?;
     Ok(StatusRun { len: layer.len, flags: layer.flags, map: layer.map })
 }
 
-fn layer(edge: &Edge, offset: u64, len: u64, precise: bool) -> BoxFuture<'_, Result<Layer>> {
+fn layer(edge: &Edge, offset: u64, len: u64, precision: Precision) -> BoxFuture<'_, Result<Layer>> {
     Box::pin(async move {
         let node = enter(edge).await?;
-        named(&node, layer_entered(&node, offset, len, precise).await)
+        named(&node, layer_entered(&node, offset, len, precision).await)
     })
 }
 
 /// What one layer decides, for a request that has entered: length of the run (0 at the end) and its flags.
 pub(super) async fn run_entered(node: &Node, offset: u64, len: u64) -> Result<(u64, StatusFlags)> {
-    let layer = layer_entered(node, offset, len, false).await?;
+    let layer = layer_entered(node, offset, len, Precision::Cheap).await?;
     Ok((layer.len, layer.flags))
 }
 
-async fn layer_entered(node: &Node, offset: u64, len: u64, precise: bool) -> Result<Layer> {
+async fn layer_entered(node: &Node, offset: u64, len: u64, precision: Precision) -> Result<Layer> {
     let total = node.len();
     let end = range::check(offset, len)?.min(total);
     if offset >= total {
@@ -100,7 +100,7 @@ async fn layer_entered(node: &Node, offset: u64, len: u64, precise: bool) -> Res
     }
     let align = u64::from(node.limits().request_alignment);
     let first = round_down(offset, align);
-    let run = node.driver().block_status(first, round_up(end, align) - first, precise).await?;
+    let run = node.driver().block_status(first, round_up(end, align) - first, precision).await?;
     let head = offset - first;
     if run.len <= head {
         return Err(Error::new(ErrorKind::Corrupt, "the driver's status answer makes no progress")
@@ -113,9 +113,9 @@ async fn layer_entered(node: &Node, offset: u64, len: u64, precise: bool) -> Res
         Some(map) => Some(HostMap { offset: range::check(map.offset, head)?, ..map }),
     };
     let mut layer = if run.flags.contains(StatusFlags::RAW) {
-        pass_on(node, map, len, precise).await?
+        pass_on(node, map, len, precision).await?
     } else {
-        own_answer(node, StatusRun { len, flags: run.flags, map }, offset, precise).await?
+        own_answer(node, StatusRun { len, flags: run.flags, map }, offset, precision).await?
     };
     if offset + layer.len == total {
         layer.flags |= StatusFlags::EOF;
@@ -125,7 +125,12 @@ async fn layer_entered(node: &Node, offset: u64, len: u64, precise: bool) -> Res
 
 /// `RAW`: the child's answer is this node's. What a filter shows may lie further down the chain, which the walk goes on
 /// to; for any other node the child with all that is below it is its own content.
-async fn pass_on(node: &Node, map: Option<HostMap>, len: u64, precise: bool) -> Result<Layer> {
+async fn pass_on(
+    node: &Node,
+    map: Option<HostMap>,
+    len: u64,
+    precision: Precision,
+) -> Result<Layer> {
     let below = map.and_then(|map| Some((node.child(map.child)?, map.offset)));
     let Some((child, at)) = below else {
         return Err(Error::new(
@@ -134,9 +139,9 @@ async fn pass_on(node: &Node, map: Option<HostMap>, len: u64, precise: bool) -> 
         ));
     };
     let mut passed = if node.driver().is_filter() {
-        layer(&child, at, len, precise).await?
+        layer(&child, at, len, precision).await?
     } else {
-        let run = of_chain(&child, Depth::All, at, len, precise).await?;
+        let run = of_chain(&child, Depth::All, at, len, precision).await?;
         let unclear = !run.flags.intersects(StatusFlags::DATA | StatusFlags::ZERO);
         let data = if unclear { StatusFlags::DATA } else { StatusFlags::empty() };
         let flags = run.flags | data | StatusFlags::ALLOCATED;
@@ -151,7 +156,12 @@ async fn pass_on(node: &Node, map: Option<HostMap>, len: u64, precise: bool) -> 
     Ok(passed)
 }
 
-async fn own_answer(node: &Node, run: StatusRun, offset: u64, precise: bool) -> Result<Layer> {
+async fn own_answer(
+    node: &Node,
+    run: StatusRun,
+    offset: u64,
+    precision: Precision,
+) -> Result<Layer> {
     let StatusRun { mut len, mut flags, map } = run;
     let recurses =
         flags.contains(StatusFlags::RECURSE | StatusFlags::DATA | StatusFlags::OFFSET_VALID);
@@ -161,16 +171,16 @@ async fn own_answer(node: &Node, run: StatusRun, offset: u64, precise: bool) -> 
     } else if node.driver().supports_backing() && !flags.contains(StatusFlags::ALLOCATED) {
         match node.cow_child() {
             None => flags |= StatusFlags::ZERO,
-            Some(backing) if precise && backing.target().len() <= offset => {
+            Some(backing) if precision == Precision::Exact && backing.target().len() <= offset => {
                 flags |= StatusFlags::ZERO;
             }
             Some(_) => {}
         }
     }
     let child = map.and_then(|map| Some((node.child(map.child)?, map.offset)));
-    if let (true, true, Some((child, at))) = (recurses, precise, &child) {
+    if let (true, true, Some((child, at))) = (recurses, precision == Precision::Exact, &child) {
         // Only adds a fact; if the file fails to answer, the answer stands as it is.
-        if let Ok(below) = layer(child, *at, len, precise).await {
+        if let Ok(below) = layer(child, *at, len, precision).await {
             let zero_below = below.flags & StatusFlags::ZERO;
             if below.flags.contains(StatusFlags::EOF) && (below.len == 0 || !zero_below.is_empty())
             {
@@ -214,9 +224,9 @@ pub(super) fn of_chain(
     depth: Depth,
     offset: u64,
     len: u64,
-    precise: bool,
+    precision: Precision,
 ) -> BoxFuture<'_, Result<ChainRun>> {
-    Box::pin(walk_chain(edge, depth, offset, len, precise))
+    Box::pin(walk_chain(edge, depth, offset, len, precision))
 }
 
 async fn walk_chain(
@@ -224,7 +234,7 @@ async fn walk_chain(
     depth: Depth,
     offset: u64,
     len: u64,
-    precise: bool,
+    precision: Precision,
 ) -> Result<ChainRun> {
     let mut edge = Arc::clone(edge);
     let mut steps = 0;
@@ -232,7 +242,7 @@ async fn walk_chain(
     let mut top: Option<ChainRun> = None;
     let mut end = None;
     loop {
-        let (node, found) = step(&edge, depth, offset, len, precise).await?;
+        let (node, found) = step(&edge, depth, offset, len, precision).await?;
         let Some(Step { layer, is_filter, next }) = found else {
             // Nothing above decides it.
             let flags = StatusFlags::empty();
@@ -300,7 +310,7 @@ pub(super) async fn down_to(
             break at.map_or(Depth::All, |next| Depth::Above(next.target().id()));
         }
     };
-    let run = of_chain(edge, depth, offset, len, false).await?;
+    let run = of_chain(edge, depth, offset, len, Precision::Cheap).await?;
     Ok(StatusRun { len: run.len, flags: run.flags, map: None })
 }
 
@@ -318,14 +328,14 @@ fn step(
     depth: Depth,
     offset: u64,
     len: u64,
-    precise: bool,
+    precision: Precision,
 ) -> BoxFuture<'_, Result<(NodeId, Option<Step>)>> {
     Box::pin(async move {
         let node = enter(edge).await?;
         if depth == Depth::Above(node.id()) {
             return Ok((node.id(), None));
         }
-        let layer = named(&node, layer_entered(&node, offset, len, precise).await)?;
+        let layer = named(&node, layer_entered(&node, offset, len, precision).await)?;
         let is_filter = node.driver().is_filter();
         Ok((node.id(), Some(Step { layer, is_filter, next: below(&node) })))
     })
@@ -341,7 +351,7 @@ pub(super) async fn is_zero(edge: &Arc<Edge>, offset: u64, len: u64) -> Result<b
     let end = range::check(offset, len)?;
     let mut at = offset;
     while at < end {
-        let run = of_chain(edge, Depth::All, at, end - at, false).await?;
+        let run = of_chain(edge, Depth::All, at, end - at, Precision::Cheap).await?;
         if run.len == 0 {
             return Ok(true);
         }

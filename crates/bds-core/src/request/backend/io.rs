@@ -9,7 +9,9 @@ use bds_io::{Buf, IoVec};
 
 use super::execute::Request;
 use super::{Backend, Inner, progress};
-use crate::driver::{Attempt, CheckReport, ImageInfo, StatusRun, Truncate, WriteFlags, ZeroFlags};
+use crate::driver::{
+    Attempt, CheckReport, ImageInfo, Precision, StatusRun, Truncate, WriteFlags, ZeroFlags,
+};
 use crate::error::Result;
 use crate::graph::NodeId;
 use crate::request::admit::{enter, named};
@@ -131,9 +133,9 @@ impl Backend {
     /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
     /// let top = open(&graph, layer).await?;
     /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
-    /// assert!(!guest.layer_status(0, 8192, true).await?.flags.contains(StatusFlags::ALLOCATED));
+    /// assert!(!guest.layer_status(0, 8192, Precision::Exact).await?.flags.contains(StatusFlags::ALLOCATED));
     /// guest.copy_up(0, 8192).await?;
-    /// assert!(guest.layer_status(0, 8192, true).await?.flags.contains(StatusFlags::ALLOCATED));
+    /// assert!(guest.layer_status(0, 8192, Precision::Exact).await?.flags.contains(StatusFlags::ALLOCATED));
     /// # Ok(()) });
     /// ```
     pub async fn copy_up(&self, offset: u64, len: u64) -> Result<()> {
@@ -340,15 +342,20 @@ impl Backend {
     /// let top = open(&graph, layer).await?;
     /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
     /// guest.write_at(4096, b"hello")?;
-    /// let run = guest.layer_status(0, 1 << 20, true).await?;
+    /// let run = guest.layer_status(0, 1 << 20, Precision::Exact).await?;
     /// assert_eq!((run.len, run.flags), (4096, StatusFlags::empty()), "shows what lies below");
-    /// let run = guest.layer_status(4096, 1 << 20, true).await?;
+    /// let run = guest.layer_status(4096, 1 << 20, Precision::Exact).await?;
     /// assert_eq!(run.map, Some(HostMap { child: "file", offset: 4096 }));
     /// # Ok(()) });
     /// ```
-    pub async fn layer_status(&self, offset: u64, len: u64, precise: bool) -> Result<StatusRun> {
+    pub async fn layer_status(
+        &self,
+        offset: u64,
+        len: u64,
+        precision: Precision,
+    ) -> Result<StatusRun> {
         let this = self.clone();
-        let work = async move { status::of_layer(&this.inner.edge, offset, len, precise).await };
+        let work = async move { status::of_layer(&this.inner.edge, offset, len, precision).await };
         bds_io::spawn_now(work).await
     }
 
@@ -362,14 +369,19 @@ impl Backend {
     /// let top = open(&graph, layer).await?;
     /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
     /// guest.write_at(4096, b"hello")?;
-    /// let run = guest.block_status(0, 1 << 20, true).await?;
+    /// let run = guest.block_status(0, 1 << 20, Precision::Exact).await?;
     /// assert_eq!((run.len, run.depth, run.node), (4096, 1, base.id()));
-    /// let run = guest.block_status(4096, 1 << 20, true).await?;
+    /// let run = guest.block_status(4096, 1 << 20, Precision::Exact).await?;
     /// assert_eq!((run.len, run.depth, run.node), (4096, 0, top.id()));
     /// # Ok(()) });
     /// ```
-    pub async fn block_status(&self, offset: u64, len: u64, precise: bool) -> Result<ChainRun> {
-        self.status_to(Depth::All, offset, len, precise).await
+    pub async fn block_status(
+        &self,
+        offset: u64,
+        len: u64,
+        precision: Precision,
+    ) -> Result<ChainRun> {
+        self.status_to(Depth::All, offset, len, precision).await
     }
 
     /// Block status of `offset..` in the layers above `base`, which is in the chain. Without `ALLOCATED`: none of them
@@ -382,7 +394,7 @@ impl Backend {
     /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
     /// let top = open(&graph, layer).await?;
     /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
-    /// let run = guest.status_above(base.id(), 0, 1 << 20, true).await?;
+    /// let run = guest.status_above(base.id(), 0, 1 << 20, Precision::Exact).await?;
     /// assert_eq!(run.len, 1 << 20);
     /// assert!(!run.flags.contains(StatusFlags::ALLOCATED), "all of it lies in 'base'");
     /// # Ok(()) });
@@ -392,9 +404,9 @@ impl Backend {
         base: NodeId,
         offset: u64,
         len: u64,
-        precise: bool,
+        precision: Precision,
     ) -> Result<ChainRun> {
-        self.status_to(Depth::Above(base), offset, len, precise).await
+        self.status_to(Depth::Above(base), offset, len, precision).await
     }
 
     async fn status_to(
@@ -402,11 +414,11 @@ impl Backend {
         depth: Depth,
         offset: u64,
         len: u64,
-        precise: bool,
+        precision: Precision,
     ) -> Result<ChainRun> {
         let this = self.clone();
         bds_io::spawn_now(async move {
-            status::of_chain(&this.inner.edge, depth, offset, len, precise).await
+            status::of_chain(&this.inner.edge, depth, offset, len, precision).await
         })
         .await
     }
