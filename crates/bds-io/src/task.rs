@@ -311,6 +311,20 @@ mod tests {
     }
 
     #[test]
+    fn a_task_runs_to_completion_if_its_handle_detaches_on_drop() {
+        let (queue, sign) = (Queue::default(), Arc::new(()));
+        drop(start(&queue, 3, &sign).detach_on_drop());
+        assert_eq!(Arc::strong_count(&sign), 2, "the future is there");
+        run_all(&queue);
+        assert_eq!(Arc::strong_count(&sign), 1);
+
+        let mut handle = start(&queue, 3, &sign).detach_on_drop();
+        run_all(&queue);
+        let output = Pin::new(&mut handle).poll(&mut Context::from_waker(Waker::noop()));
+        assert_eq!(output, Poll::Ready(2));
+    }
+
+    #[test]
     fn a_future_that_panicked_is_dropped_once() {
         let (queue, sign) = (Queue::default(), Arc::new(()));
         let (inside, schedules) = (Arc::clone(&sign), Arc::clone(&queue));

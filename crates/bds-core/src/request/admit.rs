@@ -131,7 +131,7 @@ impl Entered<'_> {
     /// Registers the range and waits for its turn.
     ///
     /// # Errors
-    /// `WouldWait`, if the admission says so.
+    /// `WouldWait`, see [`Admission::no_wait_if`].
     pub(super) async fn admit(&self, admission: Admission) -> Result<RequestScope<'_>> {
         let scope = self.scope();
         scope.admit(self.number, admission).await
@@ -240,7 +240,7 @@ impl DetachedGuard {
         Self { node: node.clone(), number: node.tracker().inc_detached() }
     }
 
-    /// Marks the node as written when the answer is dropped.
+    /// Marks the node as written when the mark is dropped.
     pub(super) fn writing(&self) -> Writing<'_> {
         self.node.tracker().writing(self.number)
     }

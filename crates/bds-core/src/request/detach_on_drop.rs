@@ -42,7 +42,7 @@ impl RequestScope<'_> {
         self.run(begin).await
     }
 
-    /// Runs an operation of the driver. Once polled, it runs to completion even if the answer is dropped.
+    /// Runs an operation of the driver. Once polled, it runs to completion even if it is dropped.
     pub(super) fn run<R: Send + 'static>(
         &self,
         begin: impl for<'n> FnOnce(&'n Node) -> BoxFuture<'n, R>,

@@ -199,7 +199,7 @@ impl Pieces<'_> {
     async fn write_buffer(&self, mut offset: u64, end: u64) -> Result<()> {
         while offset < end {
             let len = (end - offset).min(FALLBACK_LEN);
-            // The caller flushes once at the end, if asked to.
+            // Durability is one flush at the end, by the caller.
             write_aligned(self.scope, self.limits, offset, zeros(len), self.write_flags).await?;
             offset += len;
         }
@@ -207,7 +207,7 @@ impl Pieces<'_> {
     }
 }
 
-/// The next piece: up to a unit's boundary, whole units, or what is left behind the last unit.
+/// The next piece: up to a unit's boundary, whole units, or the rest behind the last unit.
 fn piece_len(offset: u64, end: u64, unit: u64, max: u64) -> u64 {
     let into = offset % unit;
     let mut len = end - offset;
