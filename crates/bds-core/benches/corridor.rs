@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 use bds_core::Result;
 use bds_core::driver::{
-    BoxFuture, Category, Child, Driver, DriverType, OpenContext, ReadFlags, Registry, Role,
-    StatusFlags, StatusRun, WriteFlags,
+    BoxFuture, Category, Child, Driver, DriverType, OpenContext, Precision, ReadFlags, Registry,
+    Role, StatusFlags, StatusRun, WriteFlags,
 };
 use bds_core::graph::{Graph, GraphConfig, NodeRef};
 use bds_core::options::{OptionKind, OptionSpec, Options};
@@ -62,7 +62,7 @@ impl Driver for Pass {
             }
         })
     }
-    fn block_status(&self, _: u64, len: u64, _: bool) -> BoxFuture<'_, Result<StatusRun>> {
+    fn block_status(&self, _: u64, len: u64, _: Precision) -> BoxFuture<'_, Result<StatusRun>> {
         Box::pin(async move { Ok(StatusRun { len, flags: StatusFlags::DATA, map: None }) })
     }
     fn as_any(&self) -> &dyn Any {

@@ -83,7 +83,7 @@ impl Driver for Offsets {
         Box::pin(async { Err(Error::new(ErrorKind::ReadOnly, "offsets cannot be written")) })
     }
 
-    fn block_status(&self, _: u64, len: u64, _: bool) -> BoxFuture<'_, Result<StatusRun>> {
+    fn block_status(&self, _: u64, len: u64, _: Precision) -> BoxFuture<'_, Result<StatusRun>> {
         let flags = StatusFlags::DATA | StatusFlags::ALLOCATED;
         Box::pin(async move { Ok(StatusRun { len, flags, map: None }) })
     }

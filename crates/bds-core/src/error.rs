@@ -1,7 +1,7 @@
-//! One error type from the cellar to the door: a kind, an errno, and where it happened.
+//! The error type of the library: a kind, an errno, and where it happened.
 //!
-//! Kinds are few and stable; each maps to one errno in one table, and an errno that came from the system
-//! is kept as it was (ENOSPC stays ENOSPC). "Not supported, use the fallback" is not an error here: see
+//! Kinds are few and stable; [`ErrorKind`] says what each means and maps it to one errno. An errno that came from the
+//! system is kept as it was (ENOSPC stays ENOSPC). "Not supported, use the fallback" is not an error here: see
 //! [`crate::driver::Attempt`].
 
 use std::fmt;
@@ -11,7 +11,33 @@ use std::path::PathBuf;
 /// Result of everything that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong, coarsely. Stable.
+/// Kind of an error. Stable.
+///
+/// | kind | errno | when |
+/// |---|---|---|
+/// | `Io` | EIO | the device or file failed, or the node is poisoned |
+/// | `NoSpace` | ENOSPC | no space left on the host or in the image |
+/// | `NoMedium` | ENOMEDIUM | the backend has no medium |
+/// | `InvalidImage` | EINVAL | an image breaks the rules of its format, found at open |
+/// | `InvalidInput` | EINVAL | an option or argument is wrong, alone or for this graph |
+/// | `NotSupported` | ENOTSUP | a version, feature or operation that this build or driver lacks |
+/// | `PermissionDenied` | EACCES | a user of a node lacks a permission on it (`Perm`), or the host denied access |
+/// | `ReadOnly` | EPERM | the node, or a node below it, is read-only, and something would change it |
+/// | `Inactive` | EPERM | the node is inactive: another process may write to its image |
+/// | `InUse` | EBUSY | another user holds, locks, blocks or froze it, or permissions of two users conflict |
+/// | `NotFound` | ENOENT | no such file, node, backend or bitmap |
+/// | `AlreadyExists` | EEXIST | the name is taken |
+/// | `LimitExceeded` | EFBIG | a limit or budget is exceeded |
+/// | `Corrupt` | EIO | metadata turned out broken after the image was opened |
+/// | `OutOfRange` | EIO | a range ends past the end of the node, or is longer than a request may be |
+/// | `WouldWait` | EBUSY | it would have to wait, and the caller does not want that |
+/// | `Cancelled` | ECANCELED | it was cancelled, or the graph was shut down |
+/// | `Stale` | ESTALE | the object of a handle is gone |
+/// | `ReferenceRefused` | EACCES | the reference gate refused a file named inside an image |
+/// | `NoMemory` | ENOMEM | not enough memory, or the memory budget is exhausted |
+///
+/// A request that is refused for several reasons gets the first of `NoMedium`, `OutOfRange` (of the backend),
+/// `ReadOnly` or `Inactive`, `PermissionDenied`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -19,7 +45,7 @@ pub enum ErrorKind {
     Io,
     /// No space left (ENOSPC).
     NoSpace,
-    /// Nothing is in the drive (ENOMEDIUM).
+    /// The backend has no medium (ENOMEDIUM).
     NoMedium,
     /// An image breaks its format's rules at open (EINVAL).
     InvalidImage,
@@ -27,13 +53,13 @@ pub enum ErrorKind {
     InvalidInput,
     /// A version, feature or operation this build does not do (ENOTSUP).
     NotSupported,
-    /// The host said no (EACCES).
+    /// A user lacks a permission on a node, or the host denied access (EACCES).
     PermissionDenied,
     /// The node is read-only (EPERM).
     ReadOnly,
-    /// The node is inactive: another process has charge of its bytes (EPERM).
+    /// The node is inactive: another process may write to its image (EPERM).
     Inactive,
-    /// Somebody else uses it: a lock, a permission, a holder (EBUSY).
+    /// In use by another user: a lock, a permission, a holder (EBUSY).
     InUse,
     /// No such file or node (ENOENT).
     NotFound,
@@ -41,15 +67,15 @@ pub enum ErrorKind {
     AlreadyExists,
     /// A limit or budget is exceeded (EFBIG).
     LimitExceeded,
-    /// Metadata that was trusted turned out broken at run time (EIO).
+    /// Metadata turned out broken at run time (EIO).
     Corrupt,
     /// A range lies outside the node (EIO).
     OutOfRange,
-    /// Would have to wait, and the caller said not to (EBUSY).
+    /// It would have to wait, and the caller does not want that (EBUSY).
     WouldWait,
     /// Cancelled (ECANCELED).
     Cancelled,
-    /// A handle whose object is gone (ESTALE).
+    /// The object of a handle is gone (ESTALE).
     Stale,
     /// A reference named inside an image was refused by the gate (EACCES).
     ReferenceRefused,
@@ -58,7 +84,7 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
-    /// The errno a C caller sees when the system gave none.
+    /// The errno of the kind, for errors that did not come from the system.
     pub fn errno(self) -> i32 {
         match self {
             Self::Io | Self::Corrupt | Self::OutOfRange => libc::EIO,
@@ -78,7 +104,7 @@ impl ErrorKind {
         }
     }
 
-    /// The kind an errno of the system belongs to.
+    /// The kind of a system error.
     pub fn from_errno(errno: i32) -> Self {
         match errno {
             libc::ENOSPC | libc::EDQUOT => Self::NoSpace,
@@ -99,11 +125,13 @@ impl ErrorKind {
     }
 }
 
-/// What failed, where, and what can be done. One pointer wide.
-#[derive(Debug)]
+/// An error: its kind, a message, and where it happened. One pointer wide.
+///
+/// `Display` is one line with everything, the cause included; so [`std::error::Error::source`] goes on behind the
+/// cause, and a report of the whole chain says nothing twice. [`Error::cause`] is the cause itself. `Debug` is the same
+/// line with kind and errno; `{:#?}` shows the fields.
 pub struct Error(Box<Inner>);
 
-#[derive(Debug)]
 struct Inner {
     kind: ErrorKind,
     errno: Option<i32>,
@@ -130,7 +158,7 @@ impl Error {
         }))
     }
 
-    /// Wraps an error of the system; its errno decides the kind and is kept.
+    /// Wraps an error of the system, whose errno decides the kind and is kept.
     pub fn io(error: io::Error, message: impl Into<String>) -> Self {
         let errno = error.raw_os_error();
         let kind = errno.map_or(ErrorKind::Io, ErrorKind::from_errno);
@@ -140,7 +168,7 @@ impl Error {
         this
     }
 
-    /// Overrides the kind (for example: EINVAL from a file that is really a bad image). The errno of the system is dropped.
+    /// Replaces the kind (for example: EINVAL from a file that is really a bad image). Drops the errno of the system.
     #[must_use]
     pub fn with_kind(mut self, kind: ErrorKind) -> Self {
         self.0.kind = kind;
@@ -176,7 +204,7 @@ impl Error {
         self
     }
 
-    /// Keeps the cause.
+    /// Sets the cause.
     #[must_use]
     pub fn caused_by(
         mut self,
@@ -186,14 +214,14 @@ impl Error {
         self
     }
 
-    /// Puts words in front of the message ("cannot open backing file: …").
+    /// Puts context in front of the message ("cannot open backing file: …").
     #[must_use]
-    pub fn context(mut self, words: impl fmt::Display) -> Self {
-        self.0.message = format!("{words}: {}", self.0.message);
+    pub fn context(mut self, context: impl fmt::Display) -> Self {
+        self.0.message = format!("{context}: {}", self.0.message);
         self
     }
 
-    /// What went wrong, coarsely.
+    /// Its kind.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
     }
@@ -203,22 +231,32 @@ impl Error {
         self.0.errno.unwrap_or_else(|| self.0.kind.errno())
     }
 
-    /// The message without its context.
+    /// The message without node, file, offset and cause.
     pub fn message(&self) -> &str {
         &self.0.message
     }
 
-    /// The node it happened on, if known.
+    /// Name of the node it happened on, if known.
     pub fn node_name(&self) -> Option<&str> {
         self.0.node.as_deref()
     }
 
-    /// The byte it happened at, if known.
+    /// Offset it happened at, if known.
     pub fn offset(&self) -> Option<u64> {
         self.0.offset
     }
 
-    /// The same facts for a second receiver (several waiters of one failed operation). The source is kept as text.
+    /// The error that caused it, if known: of the system, of a library, or another [`Error`].
+    pub fn cause(&self) -> Option<&(dyn std::error::Error + Send + Sync + 'static)> {
+        self.0.source.as_deref()
+    }
+
+    /// True if its errno came from the system, and so from the host.
+    pub(crate) fn is_from_system(&self) -> bool {
+        self.0.errno.is_some()
+    }
+
+    /// Copies the error for another receiver (several waiters of one failed operation). The cause is kept as text.
     #[must_use]
     pub fn duplicate(&self) -> Self {
         Self(Box::new(Inner {
@@ -231,6 +269,25 @@ impl Error {
             field: self.0.field.clone(),
             source: self.0.source.as_ref().map(|s| s.to_string().into()),
         }))
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !f.alternate() {
+            return write!(f, "{self} [{:?}, errno {}]", self.kind(), self.errno());
+        }
+        let Inner { kind, errno: _, message, node, file, offset, field, source } = &*self.0;
+        f.debug_struct("Error")
+            .field("kind", kind)
+            .field("errno", &self.errno())
+            .field("message", message)
+            .field("node", node)
+            .field("file", file)
+            .field("offset", offset)
+            .field("field", field)
+            .field("cause", source)
+            .finish()
     }
 }
 
@@ -259,12 +316,15 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.0.source.as_ref().map(|s| &**s as &(dyn std::error::Error + 'static))
+        // `Display` includes the cause.
+        self.0.source.as_ref()?.source()
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::error::Error as _;
+
     use super::*;
 
     #[test]
@@ -280,9 +340,97 @@ mod tests {
             .node("disk0")
             .field("l1_size", 7)
             .at(36);
-        assert_eq!(
-            e.to_string(),
-            "a.qcow2: node 'disk0': l1 table too large (l1_size = 7) at offset 0x24"
-        );
+        let line = "a.qcow2: node 'disk0': l1 table too large (l1_size = 7) at offset 0x24";
+        assert_eq!(e.to_string(), line);
+        assert_eq!(format!("{e:?}"), format!("{line} [InvalidImage, errno {}]", libc::EINVAL));
+        let fields = format!("{e:#?}");
+        for field in ["kind: InvalidImage", "\"disk0\"", "\"l1 table too large\"", "36"] {
+            assert!(fields.contains(field), "{field}: {fields}");
+        }
+    }
+
+    /// What a program prints that reports an error with all its sources.
+    fn report(error: &Error) -> String {
+        let mut report = error.to_string();
+        let mut next = error.source();
+        while let Some(source) = next {
+            report += &format!(": {source}");
+            next = source.source();
+        }
+        report
+    }
+
+    #[test]
+    fn a_report_of_all_sources_names_each_once() {
+        let system = || io::Error::from_raw_os_error(libc::ENOENT);
+        let inner = Error::io(system(), "cannot open").file("base.img");
+        let outer = Error::new(ErrorKind::NotFound, "no backing file").node("top").caused_by(inner);
+        let expected = format!("node 'top': no backing file: base.img: cannot open: {}", system());
+        assert_eq!((outer.to_string(), report(&outer)), (expected.clone(), expected.clone()));
+        assert_eq!(report(&outer.duplicate()), expected);
+        let cause = outer.cause().expect("it was set");
+        assert!(cause.downcast_ref::<Error>().is_some_and(|e| e.kind() == ErrorKind::NotFound));
+    }
+
+    /// Kinds, errno names and meanings of the table in the documentation of [`ErrorKind`].
+    fn documented() -> Vec<(String, String)> {
+        include_str!("error.rs")
+            .lines()
+            .filter_map(|line| line.strip_prefix("/// | `"))
+            .map(|row| {
+                let mut cells = row.split('|').map(|cell| cell.trim().trim_matches('`').to_owned());
+                (cells.next().expect("a kind"), cells.next().expect("an errno"))
+            })
+            .collect()
+    }
+
+    #[test]
+    fn the_documented_table_has_every_kind_with_its_errno() {
+        let all = [
+            (ErrorKind::Io, "EIO"),
+            (ErrorKind::NoSpace, "ENOSPC"),
+            (ErrorKind::NoMedium, "ENOMEDIUM"),
+            (ErrorKind::InvalidImage, "EINVAL"),
+            (ErrorKind::InvalidInput, "EINVAL"),
+            (ErrorKind::NotSupported, "ENOTSUP"),
+            (ErrorKind::PermissionDenied, "EACCES"),
+            (ErrorKind::ReadOnly, "EPERM"),
+            (ErrorKind::Inactive, "EPERM"),
+            (ErrorKind::InUse, "EBUSY"),
+            (ErrorKind::NotFound, "ENOENT"),
+            (ErrorKind::AlreadyExists, "EEXIST"),
+            (ErrorKind::LimitExceeded, "EFBIG"),
+            (ErrorKind::Corrupt, "EIO"),
+            (ErrorKind::OutOfRange, "EIO"),
+            (ErrorKind::WouldWait, "EBUSY"),
+            (ErrorKind::Cancelled, "ECANCELED"),
+            (ErrorKind::Stale, "ESTALE"),
+            (ErrorKind::ReferenceRefused, "EACCES"),
+            (ErrorKind::NoMemory, "ENOMEM"),
+        ];
+        let errno = |name: &str| match name {
+            "EIO" => libc::EIO,
+            "ENOSPC" => libc::ENOSPC,
+            "ENOMEDIUM" => libc::ENOMEDIUM,
+            "EINVAL" => libc::EINVAL,
+            "ENOTSUP" => libc::ENOTSUP,
+            "EACCES" => libc::EACCES,
+            "EPERM" => libc::EPERM,
+            "EBUSY" => libc::EBUSY,
+            "ENOENT" => libc::ENOENT,
+            "EEXIST" => libc::EEXIST,
+            "EFBIG" => libc::EFBIG,
+            "ECANCELED" => libc::ECANCELED,
+            "ESTALE" => libc::ESTALE,
+            "ENOMEM" => libc::ENOMEM,
+            other => panic!("no errno {other}"),
+        };
+        for (kind, name) in all {
+            assert_eq!(kind.errno(), errno(name), "{kind:?}");
+            // An errno maps back to a kind of the same errno.
+            assert_eq!(ErrorKind::from_errno(kind.errno()).errno(), kind.errno(), "{kind:?}");
+        }
+        let rows = all.map(|(kind, name)| (format!("{kind:?}"), name.to_owned()));
+        assert_eq!(documented(), rows);
     }
 }

@@ -1,8 +1,8 @@
-//! What happens in a graph that somebody outside may want to know: queued, and fetched when it suits the reader.
+//! Events of a graph: I/O errors, media, devices, nodes and graph changes, queued per subscriber.
 //!
-//! Events are never delivered from inside a lock, a release or a graph change: whoever causes one puts it into a queue, which neither
-//! waits nor runs anybody's code. Every subscriber has a queue of [`QUEUE_LEN`] of its own; what does not fit pushes the
-//! oldest out, and the reader is told how many he missed. Nothing is kept, nor even put together, while nobody subscribes.
+//! Emitting an event puts it into queues; it neither waits nor runs a subscriber's code, so it is safe under a lock, in
+//! a release or in a graph change. Every subscriber has a queue of [`QUEUE_LEN`]; a full queue drops its oldest event,
+//! and the reader gets the number of lost ones ([`Event::EventsLost`]). Without subscribers events are not even built.
 //!
 //! Names and fields of [`Event::to_json`] are QEMU's where QEMU has such an event.
 
@@ -14,22 +14,23 @@ use serde_json::{Value, json};
 
 use crate::error::Error;
 
-/// Events a subscriber may be behind before he misses some.
+/// Length of a subscriber's queue, in events. A reader that is further behind loses the oldest ones.
 pub const QUEUE_LEN: usize = 256;
 
-/// What was done about a failed request.
+/// What the error policy does with a failed request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ErrorAction {
-    /// The user was told of the failure.
+    /// Returns the error.
     Report,
-    /// The user was told of success.
+    /// Returns success.
     Ignore,
-    /// The request waits for [`crate::request::Backend::resume`].
+    /// Holds the request until [`crate::request::Backend::resume`].
     Stop,
 }
 
 impl ErrorAction {
-    /// QEMU's word.
+    /// QEMU's name for it.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Report => "report",
@@ -39,7 +40,7 @@ impl ErrorAction {
     }
 }
 
-/// Something that happened. Names are those of backends and nodes at that moment.
+/// An event. Names are those of backends and nodes at that moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {
@@ -49,22 +50,22 @@ pub enum Event {
         backend: String,
         /// The node at its root.
         node: Option<String>,
-        /// A read? Otherwise something that writes, or a flush.
+        /// True for a read; false for requests that write, and flushes.
         is_read: bool,
-        /// What was done about it.
+        /// What the error policy did.
         action: ErrorAction,
-        /// For want of space?
+        /// True if the medium ran out of space.
         nospace: bool,
-        /// The failure in words, for people.
+        /// The error message.
         reason: String,
     },
-    /// A write went past the node's threshold: `BLOCK_WRITE_THRESHOLD`.
+    /// A write exceeded the node's threshold: `BLOCK_WRITE_THRESHOLD`.
     WriteThreshold {
         /// The node.
         node: String,
-        /// The threshold in bytes. It is switched off by now.
+        /// The threshold in bytes. It is off from now on.
         threshold: u64,
-        /// By how many bytes the write went past it.
+        /// By how many bytes the write exceeded it.
         amount_exceeded: u64,
     },
     /// A backend without a medium got one.
@@ -78,33 +79,33 @@ pub enum Event {
     MediumEjected {
         /// The backend.
         backend: String,
-        /// What the medium was.
+        /// The former medium.
         node: String,
     },
-    /// A backend's root leads to another node: a new medium, an overlay, a filter.
+    /// A backend's root was re-pointed: to a new medium, an overlay, a filter.
     MediumReplaced {
         /// The backend.
         backend: String,
-        /// What it led to.
+        /// The former node.
         from: String,
-        /// What it leads to.
+        /// The new node.
         node: String,
     },
-    /// A device uses a backend from now on.
+    /// A device was attached to a backend.
     DeviceAttached {
         /// The backend.
         backend: String,
         /// The device.
         device: String,
     },
-    /// A device does not use a backend any more.
+    /// A device was detached from a backend.
     DeviceDetached {
         /// The backend.
         backend: String,
         /// The device.
         device: String,
     },
-    /// A node can be found.
+    /// A node was opened and can be found.
     NodeOpened {
         /// Its name.
         node: String,
@@ -119,19 +120,19 @@ pub enum Event {
         driver: String,
         /// Why data written earlier may not be durable.
         flush_error: Option<String>,
-        /// What its driver could not finish.
+        /// Why its driver failed to close.
         close_error: Option<String>,
     },
-    /// Edges were moved.
+    /// The graph was changed.
     GraphChanged {
         /// [`crate::graph::Graph::epoch`] after that.
         epoch: u64,
     },
-    /// The graph was shut down, as far as that was possible.
+    /// The graph was shut down, as far as possible.
     GraphShutdown,
-    /// The reader was too slow.
+    /// The reader was too slow, and events were lost.
     EventsLost {
-        /// How many events he missed here.
+        /// How many events were lost here.
         count: u64,
     },
 }
@@ -228,7 +229,7 @@ impl Event {
     }
 }
 
-/// Where events are told. Clones are the same place. Keeps no graph alive.
+/// Sends events to subscribers. Clones share the subscribers. Does not reference the graph.
 #[derive(Clone, Default)]
 pub(crate) struct EventHub(Arc<OnceLock<broadcast::Sender<Event>>>);
 
@@ -240,12 +241,12 @@ impl fmt::Debug for EventHub {
 }
 
 impl EventHub {
-    /// Puts an event into every subscriber's queue. Without one it is not even made.
+    /// Puts an event into every subscriber's queue. Without subscribers the event is not built.
     pub(crate) fn emit(&self, event: impl FnOnce() -> Event) {
         if let Some(sender) = self.0.get()
             && sender.receiver_count() > 0
         {
-            // The last subscriber may have gone a moment ago: nobody wants it then.
+            // Fails if the last subscriber was just dropped: the event is not needed then.
             let _unwanted = sender.send(event());
         }
     }
@@ -255,12 +256,12 @@ impl EventHub {
     }
 }
 
-/// A subscriber's queue. Made by [`crate::graph::Graph::events`].
+/// A subscriber's queue of events. Made by [`crate::graph::Graph::events`].
 #[derive(Debug)]
 pub struct Events(broadcast::Receiver<Event>);
 
 impl Events {
-    /// The next event, waiting for it. `None`: the graph is gone, and everything it told was fetched.
+    /// Waits for the next event. `None`: the graph is gone and the queue is empty.
     ///
     /// Dropping the future loses no event.
     ///

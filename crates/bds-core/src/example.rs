@@ -14,8 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bds_io::IoVec;
 
 use crate::driver::{
-    BoxFuture, Category, Child, Driver, DriverType, HostMap, Limits, OpenContext, ReadFlags,
-    Registry, Reopen, ReopenContext, Role, StatusFlags, StatusRun, Truncate, WriteFlags,
+    BoxFuture, Category, Child, Driver, DriverType, HostMap, Limits, OpenContext, Precision,
+    ReadFlags, Registry, Reopen, ReopenContext, Role, StatusFlags, StatusRun, Truncate, WriteFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Graph, GraphConfig, NodeRef};
@@ -207,7 +207,12 @@ impl Driver for Memory {
         Box::pin(ready(if self.fail_flush { Err(failure) } else { Ok(()) }))
     }
 
-    fn block_status(&self, offset: u64, len: u64, _: bool) -> BoxFuture<'_, Result<StatusRun>> {
+    fn block_status(
+        &self,
+        offset: u64,
+        len: u64,
+        _: Precision,
+    ) -> BoxFuture<'_, Result<StatusRun>> {
         let flags = StatusFlags::DATA | StatusFlags::ALLOCATED | StatusFlags::OFFSET_VALID;
         Box::pin(ready(Ok(StatusRun { len, flags, map: Some(HostMap { child: "", offset }) })))
     }
@@ -285,7 +290,12 @@ impl Driver for Above {
         })
     }
 
-    fn block_status(&self, offset: u64, len: u64, _: bool) -> BoxFuture<'_, Result<StatusRun>> {
+    fn block_status(
+        &self,
+        offset: u64,
+        len: u64,
+        _: Precision,
+    ) -> BoxFuture<'_, Result<StatusRun>> {
         let (is_own, own_len) = self.run(offset, len);
         let own = StatusFlags::DATA | StatusFlags::ALLOCATED | StatusFlags::OFFSET_VALID;
         let map = Some(HostMap { child: "file", offset });

@@ -1,7 +1,9 @@
-//! The block layer's core: a graph of counted nodes, the contract drivers keep, and the path a request takes.
+//! Core of the block layer: the graph of reference-counted nodes, the driver contract, and the request path.
 //!
-//! Reading order: [`error`], [`options`], [`event`], [`driver`] (the contract), [`graph`] (the plan of the rooms), [`request`]
-//! (the request path and its backends).
+//! Reading order: [`error`], [`options`], [`event`], [`driver`] (the contract), [`graph`] (nodes, edges, and operations
+//! that change them), [`request`] (the request path and its backends).
+//!
+//! Fields may be added to structs of options in minor versions: callers build them with `..Default::default()`.
 #![forbid(unsafe_code)]
 
 pub mod bitmap;

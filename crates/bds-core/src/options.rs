@@ -1,7 +1,7 @@
 //! QAPI-style options: a tree of names and values, from JSON or from `key=value,…`.
 //!
-//! Whoever understands a key takes it out; what is left at the end is refused by name, so that no option is
-//! ever ignored in silence. A key may be asked for by path (`cache.direct`) whether it was given flat or nested.
+//! Each layer takes out the keys it knows; keys left at the end are refused by name, so that no option is silently
+//! ignored. A key can be taken by path (`cache.direct`) whether it was given flat or nested.
 //!
 //! Invariant: a tree is at most [`MAX_DEPTH`] levels deep, whatever it was made from.
 
@@ -22,14 +22,15 @@ pub const MAX_DEPTH: usize = 64;
 /// Longest text that is parsed, in bytes.
 pub const MAX_TEXT_LEN: usize = 1 << 20;
 
-/// A tree of options, consumed as it is understood.
+/// A tree of options. Keys are taken out as they are understood.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Options {
     map: Map<String, Value>,
 }
 
-/// What kind of value an option takes, for help texts and checks.
+/// Type of an option's value, for help texts and checks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum OptionKind {
     /// Any text.
     String,
@@ -46,7 +47,7 @@ pub enum OptionKind {
 }
 
 impl fmt::Display for OptionKind {
-    /// What a person may write as the value: "text", "on|off", "number", "size", "node", or the words of a choice.
+    /// The placeholder in help texts: "text", "on|off", "number", "size", "node", or the words of a choice.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::String => f.write_str("text"),
@@ -59,14 +60,14 @@ impl fmt::Display for OptionKind {
     }
 }
 
-/// One option a driver knows.
+/// Describes an option of a driver.
 #[derive(Clone, Copy, Debug)]
 pub struct OptionSpec {
     /// Its name, as QEMU spells it.
     pub name: &'static str,
-    /// What it takes.
+    /// Type of its value.
     pub kind: OptionKind,
-    /// One line for a person.
+    /// One line of help.
     pub help: &'static str,
     /// Its default as text, if it has one.
     pub default: Option<&'static str>,
@@ -88,14 +89,14 @@ impl Options {
     }
 
     /// From `key=value,key.sub=value,…` (a comma in a value is written twice, `list.0=…` makes a list, a key
-    /// without a value is `on`), from `json:{…}` or from `{…}`, where as in QEMU strings may stand in single quotes. Values from
-    /// the first form are text; takers convert.
+    /// without a value is `on`), from `json:{…}` or from `{…}`, where as in QEMU strings may stand in single quotes.
+    /// Values from the first form are text; takers convert.
     pub fn parse(text: &str) -> Result<Self> {
         text::parse(text.as_bytes())
     }
 
-    /// As [`Options::parse`], from a text that may name files that are not UTF-8. Only values in the form `key=value` can be such
-    /// names.
+    /// As [`Options::parse`], from a text that may name files that are not UTF-8. Only values in the form `key=value`
+    /// can be such names.
     pub fn parse_os(text: &OsStr) -> Result<Self> {
         text::parse(text.as_encoded_bytes())
     }
@@ -118,12 +119,12 @@ impl Options {
         self.map.insert(key.to_owned(), value.into());
     }
 
-    /// Is the key there? `a.b` looks into the group `a`.
+    /// True if the key is there. `a.b` looks into the group `a`.
     pub fn contains(&self, key: &str) -> bool {
         self.peek(key).is_some()
     }
 
-    /// Looks without taking. `a.b` looks into the group `a`.
+    /// Returns a value without taking it. `a.b` looks into the group `a`.
     pub fn peek(&self, key: &str) -> Option<&Value> {
         if let Some(value) = self.map.get(key) {
             return Some(value);
@@ -179,7 +180,7 @@ impl Options {
         path::from_json(&value).map(Some).ok_or_else(|| wrong(key, "a file name", &value))
     }
 
-    /// Looks at a file name without taking it; `None` also if the value is none.
+    /// Returns a file name without taking it; `None` also if the value is none.
     pub fn peek_path(&self, key: &str) -> Option<PathBuf> {
         path::from_json(self.peek(key)?)
     }
@@ -224,7 +225,7 @@ impl Options {
         }
     }
 
-    /// The keys that nobody took.
+    /// The keys that were not taken.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
         self.map.keys().map(String::as_str)
     }
@@ -234,20 +235,21 @@ impl Options {
         Value::Object(self.map)
     }
 
-    /// Refuses what nobody took, by name.
-    pub fn finish(self, who: &str) -> Result<()> {
+    /// Refuses keys that were not taken, naming the first one. `owner` names what does not know it.
+    pub fn finish(self, owner: &str) -> Result<()> {
         match self.map.keys().next() {
             None => Ok(()),
             Some(key) => Err(Error::new(
                 ErrorKind::InvalidInput,
-                format!("{who} does not know the option '{key}'"),
+                format!("{owner} does not know the option '{key}'"),
             )),
         }
     }
 }
 
-/// What describes a child.
+/// Describes a child: by name or by a tree of options.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum ChildOption {
     /// The name of a node that is open already.
     Node(String),
@@ -261,7 +263,7 @@ impl ChildOption {
     /// From an option's value; `key` names it in the error.
     pub fn from_json(key: &'static str, value: Value) -> Result<Self> {
         match value {
-            // How a command line says null.
+            // An empty value is null on a command line.
             Value::String(name) if name.is_empty() && key == "backing" => Ok(Self::None),
             Value::String(name) => Ok(Self::Node(name)),
             Value::Object(_) => Ok(Self::Tree(Options::from_json(value)?)),
@@ -272,7 +274,7 @@ impl ChildOption {
 }
 
 fn take_path(map: &mut Map<String, Value>, key: &str) -> Option<Value> {
-    // `shift_remove` keeps the order of the rest, so that errors name the first key a person wrote.
+    // `shift_remove` keeps the order of the rest, so that errors name the first key in the user's order.
     if let Some(value) = map.shift_remove(key) {
         return Some(value);
     }
@@ -295,8 +297,9 @@ pub fn parse_number(text: &str) -> Option<u64> {
     }
 }
 
-/// Bytes from text: hexadecimal digits behind `0x`, or digits, an optional fraction, an optional suffix b, k, M, G, T, P, E (either
-/// case; powers of 1024). `None` as well for what is no whole number of bytes: "93.1" was meant as something larger.
+/// Bytes from text: hexadecimal digits behind `0x`, or digits, an optional fraction, an optional suffix b, k, M, G, T,
+/// P, E (either case; powers of 1024). `None` as well for what is no whole number of bytes: "93.1" was meant as
+/// something larger.
 pub fn parse_size(text: &str) -> Option<u64> {
     if text.starts_with("0x") || text.starts_with("0X") {
         return parse_number(text);

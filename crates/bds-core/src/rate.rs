@@ -1,7 +1,7 @@
-//! Leaky buckets: how long the next request must wait so that a rate is kept.
+//! Leaky buckets: compute how long the next request must wait so that a rate is kept.
 //!
-//! A request pours what it costs into a bucket, and the bucket leaks at the rate that is allowed. As long as the level is not
-//! above the bucket's capacity the next request may go, whatever its size; else it waits until so much has leaked.
+//! A request adds its cost to a bucket, and the bucket leaks at the allowed rate. As long as the level is not above the
+//! bucket's capacity the next request may go, whatever its size; else it waits until enough has leaked.
 //!
 //! ```text
 //! without `max`   capacity avg/10: a tenth of a second of the rate may come at once
@@ -9,8 +9,8 @@
 //!                 so that the burst itself is not faster than `max`
 //! ```
 //!
-//! Arithmetic only: the caller tells the time. Levels are whole billionths of a unit, so that a rate in units a second times
-//! nanoseconds is exact; nothing drifts, and the moment a wait ends is the first at which the request may go.
+//! Arithmetic only: the caller passes the time. Levels are whole billionths of a unit, so that a rate in units a second
+//! times nanoseconds is exact: no drift, and a wait ends at the first moment at which the request may go.
 
 use std::time::Duration;
 
@@ -47,7 +47,7 @@ impl Rate {
         Rate { avg, ..Rate::UNLIMITED }
     }
 
-    /// Is there a limit?
+    /// True if there is a limit.
     pub fn is_limited(&self) -> bool {
         self.avg != 0
     }
@@ -80,7 +80,7 @@ impl Rate {
     }
 }
 
-/// The level of one rate.
+/// A leaky bucket: the level of one rate.
 #[derive(Clone, Debug)]
 pub struct Bucket {
     rate: Rate,
@@ -102,18 +102,18 @@ impl Bucket {
         self.rate
     }
 
-    /// How long from `now` until the next request may go; zero: at once. `now` is any clock that does not go back.
+    /// Time from `now` until the next request may go; zero: at once. `now` is from any clock that does not go back.
     pub fn wait(&mut self, now: Duration) -> Duration {
         self.wait_behind(now, 0)
     }
 
-    /// A request of `units` goes now, whether or not it should have waited.
+    /// Adds the cost of a request of `units` that goes now, whether or not it should have waited.
     pub fn take(&mut self, now: Duration, units: u64) {
         self.leak(now);
         self.pour(u128::from(units) * NANO);
     }
 
-    /// As [`Bucket::wait`], if so much else (in billionths) goes first.
+    /// As [`Bucket::wait`], if other requests of this cost (in billionths) go first.
     fn wait_behind(&mut self, now: Duration, ahead_nano: u128) -> Duration {
         self.leak(now);
         let Rate { avg, max, max_secs } = self.rate;
@@ -131,7 +131,7 @@ impl Bucket {
     }
 
     fn leak(&mut self, now: Duration) {
-        // A clock that was asked on another thread may be a little behind.
+        // A clock that was read on another thread may be a little behind.
         let passed = now.saturating_sub(self.leaked_at).as_nanos();
         self.leaked_at = self.leaked_at.max(now);
         let leaked = |rate: u64| u128::from(rate).saturating_mul(passed);
@@ -163,12 +163,12 @@ fn excess(level: u128, ahead: u128, capacity: u128) -> u128 {
     level.saturating_add(ahead).saturating_sub(capacity)
 }
 
-/// Which way a request moves bytes. Zero writes and discards are writes.
+/// Direction of a request. Zero writes and discards are writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Direction {
-    /// Towards the guest.
+    /// From the disk.
     Read,
-    /// Towards the disk.
+    /// To the disk.
     Write,
 }
 
@@ -220,7 +220,7 @@ impl RateLimits {
         Ok(())
     }
 
-    /// What a request of `len` bytes costs.
+    /// The cost of a request of `len` bytes.
     pub fn cost(&self, len: u64) -> Cost {
         let ops_nano = if self.iops_size != 0 && len > self.iops_size {
             nano(len).div_ceil(self.iops_size.into())
@@ -231,7 +231,7 @@ impl RateLimits {
     }
 }
 
-/// What requests pour into the buckets. Costs add up.
+/// Cost of requests, in bytes and operations. Costs can be added.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cost {
     bytes_nano: u128,
@@ -239,7 +239,7 @@ pub struct Cost {
 }
 
 impl Cost {
-    /// Both together.
+    /// The sum of both.
     #[must_use]
     pub fn plus(self, other: Cost) -> Cost {
         Cost {
@@ -248,7 +248,7 @@ impl Cost {
         }
     }
 
-    /// What is left of it without `other`.
+    /// The difference, at least zero.
     #[must_use]
     pub fn minus(self, other: Cost) -> Cost {
         Cost {
@@ -284,29 +284,29 @@ impl Limiter {
         })
     }
 
-    /// What it keeps.
+    /// Its limits.
     pub fn limits(&self) -> RateLimits {
         self.limits
     }
 
-    /// How long from `now` until the next request of this direction may go.
+    /// Time from `now` until the next request of this direction may go.
     pub fn wait(&mut self, now: Duration, direction: Direction) -> Duration {
         self.wait_behind(now, direction, Cost::default())
     }
 
-    /// As [`Limiter::wait`], if others that cost so much go first and nothing else does.
+    /// As [`Limiter::wait`], if only other requests of this cost go first.
     pub fn wait_behind(&mut self, now: Duration, direction: Direction, ahead: Cost) -> Duration {
         let mut wait = Duration::ZERO;
-        for index in places(direction) {
+        for index in indices(direction) {
             wait = wait.max(self.bytes[index].wait_behind(now, ahead.bytes_nano));
             wait = wait.max(self.ops[index].wait_behind(now, ahead.ops_nano));
         }
         wait
     }
 
-    /// A request goes now, whether or not it should have waited.
+    /// Adds the cost of a request that goes now, whether or not it should have waited.
     pub fn take(&mut self, now: Duration, direction: Direction, cost: Cost) {
-        for index in places(direction) {
+        for index in indices(direction) {
             self.bytes[index].leak(now);
             self.bytes[index].pour(cost.bytes_nano);
             self.ops[index].leak(now);
@@ -314,17 +314,17 @@ impl Limiter {
         }
     }
 
-    /// Takes back what was [taken](Limiter::take) a moment ago for a request that then did not go.
-    pub fn give_back(&mut self, direction: Direction, cost: Cost) {
-        for index in places(direction) {
+    /// Removes a cost that was just [added](Limiter::take) for a request that then did not go.
+    pub fn refund(&mut self, direction: Direction, cost: Cost) {
+        for index in indices(direction) {
             self.bytes[index].scoop(cost.bytes_nano);
             self.ops[index].scoop(cost.ops_nano);
         }
     }
 }
 
-/// Where the buckets of a direction stand: the total one and its own.
-fn places(direction: Direction) -> [usize; 2] {
+/// Indices of the buckets of a direction: the total one and its own.
+fn indices(direction: Direction) -> [usize; 2] {
     match direction {
         Direction::Read => [0, 1],
         Direction::Write => [0, 2],

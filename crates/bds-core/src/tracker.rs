@@ -1,34 +1,34 @@
-//! Who is inside one node now: in-flight counts, overlapping requests, and what has been flushed.
+//! Tracks the requests in flight at one node, orders those that overlap, and records what has been flushed.
 //!
-//! Pure bookkeeping: no I/O, no graph, no policy. The corridor (`request/`) enters requests here; a drain
-//! (`graph/`) waits here until nobody is inside.
+//! Bookkeeping only: no I/O, no graph, no policy. The request path (`request/`) registers requests here; a drain
+//! (`graph/`) waits here until none is in flight.
 //!
-//! Three ways to be inside, from cheap to dear:
+//! Four kinds of requests, from cheap to expensive:
 //!
 //! ```text
-//! Inline   one counter of this thread's shard; never waits; refused while a serialising request exists
-//! entered  one counter of this thread's shard; may wait
-//! Tracked  an entry with its byte range: plain ones in this thread's shard, serialising ones in `central`
-//! Kept     what is left of a Tracked whose request has gone while its driver still works
+//! Inline         one counter of this thread's shard; never waits; refused while a serialising request exists
+//! entered        one counter of this thread's shard; may wait
+//! Tracked        an entry with its byte range: plain ones in this thread's shard, serialising ones in `central`
+//! DetachedRange  remains of a Tracked whose request was dropped while its driver still works
 //! ```
 //!
-//! Only pairs with a serialising side conflict. Order is by ticket, and the later one waits for the earlier one:
-//! a serialising request draws its ticket when it registers, in one critical section of `central` in which it
-//! also visits all shards and gives the plain requests it overlaps an earlier ticket. A plain request without a
-//! ticket either was never met, or draws its own (later) one when it sees the flag. Tickets are a total
-//! order, so nobody waits in a circle, and a stream of newcomers cannot starve one that waits. A `Kept` range is a
-//! serialising entry that waits for nobody; it has the ticket of the request that left it, so who waited for that one waits
-//! for it, and so does everyone who overlaps it and comes later.
+//! Two requests conflict only if they overlap and one of them is serialising. They are ordered by ticket; the later one
+//! waits for the earlier one. A serialising request draws its ticket when it registers, in one critical section of
+//! `central` in which it also visits all shards and gives each plain request that it overlaps an earlier ticket. A
+//! plain request without a ticket either was never met, or draws its own (later) one when it sees the flag. Tickets are
+//! a total order, so there is no cycle of waiters, and later requests cannot starve one that waits. A `DetachedRange`
+//! is a serialising entry that waits for nothing. It has the ticket of its request: requests that waited for that one
+//! wait for the range, and so do all later requests that overlap it.
 //!
-//! Why nobody is overlooked:
+//! Why no conflict is missed:
 //! * plain against serialising: the plain one enters its shard under the shard's lock and *then* looks at
 //!   `serialising`; the serialising one raises `serialising` and *then* locks the shard. Whichever held the
 //!   shard's lock second sees the other.
 //! * inline against serialising: the inline one increments `inline` and then loads `serialising`; the
 //!   serialising one increments `serialising` and then loads `inline`, all `SeqCst`. In the total order of
 //!   `SeqCst` operations one of the two loads comes last and sees the other's increment (Dekker).
-//! * wake-ups: a watcher increments `watchers`, arms its listener and then looks; a leaver leaves and then
-//!   loads `watchers`. By the same two arguments either the watcher sees it gone or the leaver sees the watcher.
+//! * wake-ups: a waiter increments `waiters`, arms its listener and then looks; a request that ends removes itself and
+//!   then loads `waiters`. By the same two arguments either the waiter sees it removed or it sees the waiter.
 //!
 //! Lock order: `central` before a shard's `plain`. Neither is held across an await. `flush` (waiting without
 //! blocking a thread) is taken before both and held while a flush runs.
@@ -40,43 +40,43 @@ use std::fmt;
 use std::ops::Range;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crossbeam::utils::CachePadded;
 use slab::Slab;
 
-use bds_io::sync::{Mutex as AsyncMutex, Notify};
+use bds_io::sync::Notify;
 use bds_refcount::{own_shard, shard_count};
 
 use crate::error::Error;
-use flush::FlushState;
+use flush::FlushLog;
 
 pub(crate) use flush::Flushing;
 
-/// Bookkeeping of one node.
+/// The requests in flight at one node.
 pub(crate) struct RequestTracker {
     shards: Box<[CachePadded<Shard>]>,
-    /// Serialising requests registered; non-zero closes the inline way.
+    /// Serialising requests registered; non-zero refuses inline requests.
     serialising: AtomicUsize,
-    /// Tasks that wait for somebody to leave.
-    watchers: AtomicUsize,
-    gone: Notify,
-    /// Who is inside never leaves; nobody waits for them.
+    /// Tasks that wait for requests to end.
+    waiters: AtomicUsize,
+    /// Notified when a request ends, if there are waiters.
+    ended: Notify,
+    /// The node is poisoned: its requests may never end, and are not waited for.
     is_given_up: AtomicBool,
     central: Mutex<Central>,
-    flush: Arc<AsyncMutex<FlushState>>,
-    /// Inside on their own behalf: operations whose request may have gone.
+    flush: FlushLog,
+    /// Detached operations, which may outlive their request.
     detached: AtomicUsize,
-    flush_failure: Mutex<Option<Error>>,
 }
 
 #[derive(Default)]
 struct Shard {
-    /// Inline requests inside.
+    /// Inline requests in flight.
     inline: AtomicUsize,
-    /// Requests inside that may wait.
+    /// Requests in flight that may wait.
     may_wait: AtomicUsize,
-    /// Writes ended, whether well or not.
+    /// Writes that ended, successfully or not.
     writes: AtomicU64,
     plain: Mutex<Slab<Entry>>,
 }
@@ -113,7 +113,7 @@ impl Entry {
     }
 }
 
-/// Where a request was counted in: it is counted out there, on whatever thread that happens.
+/// The shard a request was counted in at; it is counted out there, on whichever thread that happens.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ShardNumber(usize);
 
@@ -133,22 +133,21 @@ impl Default for RequestTracker {
 }
 
 impl RequestTracker {
-    /// Nobody inside, nothing written.
+    /// No request in flight, nothing written.
     pub(crate) fn new() -> Self {
         Self {
             shards: (0..shard_count()).map(|_| CachePadded::default()).collect(),
             serialising: AtomicUsize::new(0),
-            watchers: AtomicUsize::new(0),
-            gone: Notify::new(),
+            waiters: AtomicUsize::new(0),
+            ended: Notify::new(),
             is_given_up: AtomicBool::new(false),
             central: Mutex::default(),
-            flush: Arc::default(),
+            flush: FlushLog::default(),
             detached: AtomicUsize::new(0),
-            flush_failure: Mutex::default(),
         }
     }
 
-    /// Requests inside now, of all kinds. Exact only while nobody can enter.
+    /// Number of requests in flight now, of all kinds. Exact only while none can enter.
     pub(crate) fn in_flight(&self) -> usize {
         self.shards
             .iter()
@@ -156,7 +155,7 @@ impl RequestTracker {
             .sum()
     }
 
-    /// Waits until nobody is inside. The caller has closed the gates before; otherwise the answer is
+    /// Waits until no request is in flight. The caller has closed the gates before; otherwise the answer is
     /// outdated when it arrives.
     pub(crate) async fn wait_idle(&self) {
         self.wait_until(|| self.in_flight() == 0 || self.is_given_up()).await;
@@ -166,54 +165,50 @@ impl RequestTracker {
         self.is_given_up.load(Ordering::SeqCst)
     }
 
-    /// Looks again whenever somebody leaves.
-    async fn wait_until(&self, is_so: impl Fn() -> bool) {
-        let _watching = self.watch();
+    /// Waits until `is_so`, which is evaluated again whenever a request ends.
+    async fn wait_until(&self, mut is_so: impl FnMut() -> bool) {
+        let _waiter = self.add_waiter();
         loop {
-            let mut gone = pin!(self.gone.notified());
-            gone.as_mut().enable();
+            let mut ended = pin!(self.ended.notified());
+            ended.as_mut().enable();
             if is_so() {
                 return;
             }
-            gone.await;
+            ended.await;
         }
     }
 
-    /// Waits until every inline request has ended that was inside when this was called. Newcomers are not waited for.
+    /// Waits until every inline request has ended that was in flight when this was called. Later ones are not waited
+    /// for.
     pub(crate) async fn wait_inline_passed(&self) {
-        let _watching = self.watch();
         let mut pending: Vec<&Shard> = self.shards.iter().map(|shard| &**shard).collect();
-        loop {
-            let mut gone = pin!(self.gone.notified());
-            gone.as_mut().enable();
+        self.wait_until(|| {
             pending.retain(|shard| shard.inline.load(Ordering::SeqCst) != 0);
-            if pending.is_empty() {
-                return;
-            }
-            gone.await;
-        }
+            pending.is_empty()
+        })
+        .await;
     }
 
-    /// Waits until somebody [gives up](RequestTracker::give_up) who is inside: for ever, unless that happens.
+    /// Waits until [`RequestTracker::give_up`]: for ever, unless that happens. Requests that end do not wake it.
     pub(crate) async fn wait_given_up(&self) {
         loop {
-            let mut gone = pin!(self.gone.notified());
-            gone.as_mut().enable();
+            let mut ended = pin!(self.ended.notified());
+            ended.as_mut().enable();
             if self.is_given_up.load(Ordering::SeqCst) {
                 return;
             }
-            gone.await;
+            ended.await;
         }
     }
 
-    /// Whoever is inside never leaves: nobody waits for that any more.
+    /// Stops all waits for requests in flight, which may never end.
     pub(crate) fn give_up(&self) {
         self.is_given_up.store(true, Ordering::SeqCst);
-        self.gone.notify_waiters();
+        self.ended.notify_waiters();
     }
 
-    /// Enters a request that ends before this thread does anything else. `None` while a serialising request
-    /// exists. The caller must look at the edge's gate *after* this (see `request::port`).
+    /// Counts in a request that ends before this thread does anything else. `None` while a serialising request
+    /// exists. The caller must look at the edge's gate *after* this (see `request::admit`).
     #[inline]
     pub(crate) fn try_inline(&self) -> Option<Inline<'_>> {
         let shard = &*self.shards[self.own_number()];
@@ -223,8 +218,8 @@ impl RequestTracker {
         (self.serialising.load(Ordering::SeqCst) == 0).then_some(guard)
     }
 
-    /// Counts in a request that may wait; each call is paired with one [`RequestTracker::leave`] of its answer. The caller
-    /// must look at the edge's gate *after* this.
+    /// Counts in a request that may wait; each call is paired with one [`RequestTracker::leave`] of its shard number.
+    /// The caller must look at the edge's gate *after* this.
     #[inline]
     pub(crate) fn enter(&self) -> ShardNumber {
         let number = self.own_number();
@@ -236,16 +231,16 @@ impl RequestTracker {
     #[inline]
     pub(crate) fn leave(&self, number: ShardNumber) {
         self.shards[number.0].may_wait.fetch_sub(1, Ordering::SeqCst);
-        self.notify_watchers();
+        self.notify_waiters();
     }
 
-    /// Marks that a request may change bytes: when the mark goes, however it goes, the next flush has work.
+    /// Marks that a request may change bytes: once the mark is dropped the next flush has work.
     pub(crate) fn writing(&self, number: ShardNumber) -> Writing<'_> {
         Writing(&self.shards[number.0])
     }
 
-    /// Registers the bytes a request touches. A serialising one excludes all that overlap it.
-    /// Unless it [may go](Tracked::may_go), [`Tracked::wait_turn`] comes next.
+    /// Registers the range of a request. A serialising one excludes all that overlap it.
+    /// Unless it [may go](Tracked::may_go), the caller awaits [`Tracked::wait_turn`] next.
     pub(crate) fn track(
         &self,
         number: ShardNumber,
@@ -293,10 +288,25 @@ impl RequestTracker {
         self.serialising.fetch_sub(1, Ordering::SeqCst);
     }
 
-    /// Ends what [`Tracked::keep`] left behind on this node.
-    pub(crate) fn give_back(&self, kept: Kept) {
+    /// Frees a range that [`Tracked::detach`] kept.
+    pub(crate) fn release_detached(&self, kept: DetachedRange) {
         self.remove_serialising(kept.slot);
-        self.notify_watchers();
+        self.notify_waiters();
+    }
+
+    /// Begins a flush; one at a time, in order of arrival.
+    pub(crate) async fn begin_flush(&self) -> Flushing {
+        self.flush.begin(|| self.writes()).await
+    }
+
+    /// The failure that every later flush of this node must report, if there was one.
+    pub(crate) fn flush_failure(&self) -> Option<Error> {
+        self.flush.failure()
+    }
+
+    /// Records a failure: the medium may have lost writes, and every later flush reports it.
+    pub(crate) fn flush_failed(&self, error: &Error) {
+        self.flush.record_failure(error);
     }
 
     #[inline]
@@ -304,15 +314,15 @@ impl RequestTracker {
         own_shard(self.shards.len())
     }
 
-    fn watch(&self) -> Watching<'_> {
-        self.watchers.fetch_add(1, Ordering::SeqCst);
-        Watching(self)
+    fn add_waiter(&self) -> WaiterGuard<'_> {
+        self.waiters.fetch_add(1, Ordering::SeqCst);
+        WaiterGuard(self)
     }
 
     #[inline]
-    fn notify_watchers(&self) {
-        if self.watchers.load(Ordering::SeqCst) != 0 {
-            self.gone.notify_waiters();
+    fn notify_waiters(&self) {
+        if self.waiters.load(Ordering::SeqCst) != 0 {
+            self.ended.notify_waiters();
         }
     }
 
@@ -328,22 +338,22 @@ impl RequestTracker {
     }
 }
 
-struct Watching<'a>(&'a RequestTracker);
+struct WaiterGuard<'a>(&'a RequestTracker);
 
-impl Drop for Watching<'_> {
+impl Drop for WaiterGuard<'_> {
     fn drop(&mut self) {
-        self.0.watchers.fetch_sub(1, Ordering::SeqCst);
+        self.0.waiters.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
-/// A request that runs to its end on this thread without waiting.
+/// An inline request in flight: it ends on this thread without waiting.
 pub(crate) struct Inline<'a> {
     tracker: &'a RequestTracker,
     shard: &'a Shard,
 }
 
 impl Inline<'_> {
-    /// A write ended, well or not: the next flush has work. Call after the driver returned, never before.
+    /// Records that a write ended, successfully or not: the next flush has work. Called after the driver returned.
     #[inline]
     pub(crate) fn wrote(&self) {
         self.shard.writes.fetch_add(1, Ordering::Release);
@@ -354,11 +364,11 @@ impl Drop for Inline<'_> {
     #[inline]
     fn drop(&mut self) {
         self.shard.inline.fetch_sub(1, Ordering::SeqCst);
-        self.tracker.notify_watchers();
+        self.tracker.notify_waiters();
     }
 }
 
-/// See [`RequestTracker::writing`].
+/// Marks a node as written when dropped: see [`RequestTracker::writing`].
 pub(crate) struct Writing<'a>(&'a Shard);
 
 impl Drop for Writing<'_> {
@@ -372,14 +382,14 @@ enum Place<'a> {
     Serialising { slot: usize },
 }
 
-/// A range whose request has gone: see [`Tracked::keep`].
+/// The range of a detached operation: see [`Tracked::detach`].
 #[derive(Debug)]
-#[must_use = "the range is excluded until it is given back"]
-pub(crate) struct Kept {
+#[must_use = "the range is excluded until it is released"]
+pub(crate) struct DetachedRange {
     slot: usize,
 }
 
-/// A registered byte range. Dropping it, also while it waits, lets the next ones in.
+/// A registered byte range. Dropping it, also while it waits, lets the next requests go.
 pub(crate) struct Tracked<'a> {
     tracker: &'a RequestTracker,
     place: Place<'a>,
@@ -390,7 +400,7 @@ pub(crate) struct Tracked<'a> {
 }
 
 impl Tracked<'_> {
-    /// True if no earlier conflicting request is inside.
+    /// True if no earlier conflicting request is in flight.
     #[inline]
     pub(crate) fn may_go(&mut self) -> bool {
         self.ticket == 0 || !self.is_blocked()
@@ -398,15 +408,8 @@ impl Tracked<'_> {
 
     /// Waits until [`Tracked::may_go`].
     pub(crate) async fn wait_turn(&mut self) {
-        let _watching = self.tracker.watch();
-        loop {
-            let mut gone = pin!(self.tracker.gone.notified());
-            gone.as_mut().enable();
-            if self.may_go() {
-                return;
-            }
-            gone.await;
-        }
+        let tracker = self.tracker;
+        tracker.wait_until(|| self.may_go()).await;
     }
 
     /// True if an earlier request overlaps and conflicts. (Inline requests end by themselves and do not count.)
@@ -424,9 +427,10 @@ impl Tracked<'_> {
             && self.tracker.shards.iter().any(|s| lock_plain(s).iter().any(|(_, e)| blocks(e)))
     }
 
-    /// Leaves the range behind for an operation that goes on without its request: whoever overlaps it waits until it is
-    /// given back. The request may go before the operation ends, but not before its own turn came.
-    pub(crate) fn keep(&self) -> Kept {
+    /// Keeps the range for an operation that goes on without its request: requests that overlap it wait until
+    /// [`RequestTracker::release_detached`]. The request may end before the operation, but not before its own turn
+    /// came.
+    pub(crate) fn detach(&self) -> DetachedRange {
         // As in `track_serialising`: raised first, so that plain and inline ones from here on see it.
         self.tracker.serialising.fetch_add(1, Ordering::SeqCst);
         let mut central = self.tracker.lock_central();
@@ -434,7 +438,9 @@ impl Tracked<'_> {
             Place::Plain { shard, slot } => central.ticket_of(shard, slot),
             Place::Serialising { .. } => self.ticket,
         };
-        Kept { slot: central.serialising.insert(Entry { range: self.range.clone(), ticket }) }
+        DetachedRange {
+            slot: central.serialising.insert(Entry { range: self.range.clone(), ticket }),
+        }
     }
 
     fn is_blocked(&mut self) -> bool {
@@ -457,7 +463,7 @@ impl Drop for Tracked<'_> {
                 self.tracker.remove_serialising(slot);
             }
         }
-        self.tracker.notify_watchers();
+        self.tracker.notify_waiters();
     }
 }
 

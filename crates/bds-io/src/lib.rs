@@ -60,7 +60,7 @@ pub use context::{
 pub use file::{ByteLock, Extent, File, FileKind, FileStat, Fs, OpenOptions, ZeroMode};
 pub use identity::shares_bytes;
 pub use sim::{Sim, SimConfig};
-pub use task::Task;
+pub use task::{DetachOnDrop, Task};
 
 /// Runs the README's code as a doctest.
 #[cfg(doctest)]

@@ -40,6 +40,39 @@ impl<T> Task<T> {
     }
 }
 
+impl<T> Task<T> {
+    /// Makes a handle that detaches the task instead of cancelling it when it is dropped: the task runs to completion.
+    pub fn detach_on_drop(self) -> DetachOnDrop<T> {
+        DetachOnDrop { task: Some(self) }
+    }
+}
+
+/// The handle of a task that runs to completion even if the handle is dropped. Awaiting it gives the task's output.
+#[derive(Debug)]
+pub struct DetachOnDrop<T> {
+    /// `None` only after the task's end.
+    task: Option<Task<T>>,
+}
+
+impl<T> Future for DetachOnDrop<T> {
+    type Output = T;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
+        let task = self.task.as_mut().expect("not polled again after it was ready");
+        let output = std::task::ready!(Pin::new(task).poll(cx));
+        self.task = None;
+        Poll::Ready(output)
+    }
+}
+
+impl<T> Drop for DetachOnDrop<T> {
+    fn drop(&mut self) {
+        if let Some(task) = self.task.take() {
+            task.detach();
+        }
+    }
+}
+
 impl<T> Future for Task<T> {
     type Output = T;
 
@@ -281,6 +314,20 @@ mod tests {
         assert_eq!(Arc::strong_count(&sign), 1);
         let answer = Pin::new(&mut task).poll(&mut Context::from_waker(Waker::noop()));
         assert_eq!(answer, Poll::Ready(2));
+    }
+
+    #[test]
+    fn a_task_runs_to_completion_if_its_handle_detaches_on_drop() {
+        let (queue, sign) = (Queue::default(), Arc::new(()));
+        drop(start(&queue, 3, &sign).detach_on_drop());
+        assert_eq!(Arc::strong_count(&sign), 2, "the future is there");
+        run_all(&queue);
+        assert_eq!(Arc::strong_count(&sign), 1);
+
+        let mut handle = start(&queue, 3, &sign).detach_on_drop();
+        run_all(&queue);
+        let output = Pin::new(&mut handle).poll(&mut Context::from_waker(Waker::noop()));
+        assert_eq!(output, Poll::Ready(2));
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use bds_core::driver::StatusFlags;
+use bds_core::driver::{Precision, StatusFlags};
 use bds_core::request::Backend;
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::{Buf, BufPool, Context, ContextOptions};
@@ -218,7 +218,7 @@ impl Comparison {
             // A shorter image shows zeros behind its end.
             Side { end, is_zero: true, facts: StatusFlags::empty() }
         } else {
-            let run = backend.block_status(self.at, end - self.at, true).await?;
+            let run = backend.block_status(self.at, end - self.at, Precision::Exact).await?;
             Side {
                 end: self.at + run.len,
                 is_zero: run.flags.contains(StatusFlags::ZERO),

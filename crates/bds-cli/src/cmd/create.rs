@@ -259,7 +259,7 @@ pub(crate) fn help(format: &str, filename: Option<&OsStr>) -> Result<()> {
             OptionKind::Bool => "bool (on/off)",
             OptionKind::Number => "num",
             OptionKind::Size => "size",
-            OptionKind::String | OptionKind::Choice(_) | OptionKind::Child => "str",
+            _ => "str",
         };
         let left = format!("{}=<{kind}>", spec.name);
         out += &format!("  {left:<22} - {}\n", spec.help);

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::path::PathBuf;
 
-use bds_core::driver::StatusFlags;
+use bds_core::driver::{Precision, StatusFlags};
 use bds_core::graph::{NodeRef, walk};
 use bds_core::request::{Backend, ChainRun};
 use bds_core::{Error, ErrorKind, Result};
@@ -57,7 +57,8 @@ impl Entry {
         let mut below = layers.iter().skip(1).take(run.depth);
         let Some(depth) = below.position(|below| below.len() <= start) else { return Ok(None) };
         let layer = &layers[depth];
-        let own = image::backend(layer, false)?.layer_status(start, run.len, true).await?;
+        let own =
+            image::backend(layer, false)?.layer_status(start, run.len, Precision::Exact).await?;
         let place = own.map.filter(|_| own.flags.contains(StatusFlags::OFFSET_VALID));
         let file = place.and_then(|place| walk::child(layer, place.child));
         Ok(Some(Self {
@@ -119,7 +120,7 @@ async fn list(
     let mut current: Option<Entry> = None;
     let mut at = range.start;
     while at < range.end && !printer::is_reader_gone() {
-        let run = backend.block_status(at, range.end - at, true).await?;
+        let run = backend.block_status(at, range.end - at, Precision::Exact).await?;
         if run.len == 0 {
             break;
         }

@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 
-use bds_core::driver::{MeasureReport, MeasureSource, StatusFlags};
+use bds_core::driver::{MeasureReport, MeasureSource, Precision, StatusFlags};
 use bds_core::request::Backend;
 use bds_core::{Error, ErrorKind, Options, Result};
 use serde_json::json;
@@ -60,7 +60,7 @@ async fn data(backend: &Backend) -> Result<Vec<std::ops::Range<u64>>> {
     let mut ranges: Vec<std::ops::Range<u64>> = Vec::new();
     let (mut at, end) = (0, backend.len());
     while at < end {
-        let run = backend.block_status(at, end - at, true).await?;
+        let run = backend.block_status(at, end - at, Precision::Exact).await?;
         if run.len == 0 {
             break;
         }

@@ -1,150 +1,45 @@
-//! Copying ranges from one or several backends into one: what `convert` and jobs are made of.
+//! Copies ranges from one or several backends to another: the engine of `convert` and of jobs.
 //!
-//! A planner asks the sources what there is and hands out pieces; workers, at most `workers` of them, move one piece each
-//! through one buffer each, so memory is bounded by `workers * buffer_len`. Holes are not read; zeros are not
-//! written where the target reads as zeros anyway.
+//! A planner queries the block status of the sources and hands out pieces; up to `workers` workers copy one piece each
+//! through one buffer each, so memory is bounded by `workers * buffer_len`. Holes are not read; zeros are not written
+//! where the target reads as zeros anyway.
 //!
 //! ```text
 //! planner ─► piece: nothing to do │ zeros │ data
-//! worker      read ─► (wait its turn) ─► split into zeros and data ─► write
+//! worker      read ─► (wait for its turn) ─► split into zeros and data ─► write
 //! ```
 //!
-//! What it does not do: decide whether the target reads as zeros, resize it, or flush it at the end.
-//! Everything runs inside the caller's future: dropping it stops the copy, with the target partly written.
+//! It does not decide whether the target reads as zeros, resize it, or flush it at the end.
+//! The copy runs in the caller's future: dropping it stops the copy, with the target partly written.
 
+mod job;
+mod options;
 mod plan;
 mod sparse;
 mod worker;
 
-use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::atomic::AtomicBool;
 
 use bds_io::BufPool;
 use futures_util::future::join_all;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::NodeId;
 use crate::request::Backend;
 
+use job::{Counts, Job, Turns};
+use options::check_options;
+pub use options::{
+    BUFFER_LEN, CopyOptions, CopyReport, CopySource, GRAIN, MAX_BUFFER_LEN, MAX_WORKERS, OnSalvage,
+    Progress, RateLimit,
+};
 use plan::Planner;
-use worker::{Turns, Worker};
+use worker::Worker;
 
-/// Most workers of one copy.
-pub const MAX_WORKERS: usize = 16;
-/// Longest buffer of a worker, in bytes.
-pub const MAX_BUFFER_LEN: usize = 2 << 20;
-/// Default buffer of a worker, in bytes. What was read is written while the processor's caches still hold it: with buffers
-/// of 2 MiB a cached gigabyte cost three times the processor time that it costs with 512 KiB or 1 MiB.
-pub const BUFFER_LEN: usize = 512 << 10;
-/// Zeros are looked for in pieces of this size.
-pub const GRAIN: usize = 4096;
-
-/// What is copied: all of one source, in front of the next one's.
-#[derive(Clone, Debug)]
-pub struct CopySource {
-    /// Where to read.
-    pub backend: Arc<Backend>,
-    /// Copy only what the layers above this one decide; the rest of the target is left alone.
-    pub above: Option<NodeId>,
-}
-
-impl From<Arc<Backend>> for CopySource {
-    fn from(backend: Arc<Backend>) -> Self {
-        Self { backend, above: None }
-    }
-}
-
-/// Called with (bytes done, bytes in all).
-pub type Progress = Arc<dyn Fn(u64, u64) + Send + Sync>;
-/// Asked before a piece of this many bytes: how long to wait first.
-pub type RateLimit = Arc<dyn Fn(u64) -> Duration + Send + Sync>;
-/// Told of every range that could not be read and was copied as zeros: offset, length, why.
-pub type OnSalvage = Arc<dyn Fn(u64, u64, &Error) + Send + Sync>;
-
-/// How a copy is done.
-#[derive(Clone)]
-pub struct CopyOptions {
-    /// Pieces in flight, 1 to [`MAX_WORKERS`].
-    pub workers: usize,
-    /// Bytes of a worker's buffer, a multiple of [`GRAIN`] up to [`MAX_BUFFER_LEN`].
-    pub buffer_len: usize,
-    /// May later pieces be written before earlier ones?
-    pub out_of_order: bool,
-    /// Zeros of at least this many bytes in data become zero writes; 0: look for none, and write holes as data.
-    pub sparse_len: u64,
-    /// The target reads as zeros where nothing was written: zeros need not be written.
-    pub target_is_zero: bool,
-    /// Reads as the target does before the copy (an overlay's backing image, or the target itself): what the source and this
-    /// hold alike is not written. Addressed by offsets of the target; behind its end are zeros.
-    pub target_shows: Option<Arc<Backend>>,
-    /// Zero writes may deallocate.
-    pub may_unmap: bool,
-    /// Write compressed clusters of this many bytes.
-    pub compress: Option<u64>,
-    /// Let the host copy where it can.
-    pub offload: bool,
-    /// What cannot be read becomes zeros, and this is told of it.
-    pub salvage: Option<OnSalvage>,
-    /// Told after every piece.
-    pub progress: Option<Progress>,
-    /// Asked before every piece.
-    pub rate_limit: Option<RateLimit>,
-    /// Once set, the copy ends with `Cancelled` after the pieces under way.
-    pub cancel: Option<Arc<AtomicBool>>,
-}
-
-impl fmt::Debug for CopyOptions {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("CopyOptions")
-            .field("workers", &self.workers)
-            .field("buffer_len", &self.buffer_len)
-            .field("compress", &self.compress)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Default for CopyOptions {
-    fn default() -> Self {
-        Self {
-            workers: 8,
-            buffer_len: BUFFER_LEN,
-            out_of_order: false,
-            sparse_len: GRAIN as u64,
-            target_is_zero: false,
-            target_shows: None,
-            may_unmap: true,
-            compress: None,
-            offload: false,
-            salvage: None,
-            progress: None,
-            rate_limit: None,
-            cancel: None,
-        }
-    }
-}
-
-/// What a copy did, in bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct CopyReport {
-    /// Length of all sources together.
-    pub total: u64,
-    /// Written as data (for compressed clusters: before compression), or copied by the host.
-    pub written: u64,
-    /// Made zero by zero writes.
-    pub zeroed: u64,
-    /// Left alone: undecided above the base, or zeros on a target of zeros.
-    pub skipped: u64,
-    /// Could not be read and became zeros.
-    pub salvaged: u64,
-}
-
-/// Copies the sources, one behind the other, to the beginning of `target`.
+/// Copies the concatenated sources to the beginning of `target`.
 ///
 /// # Errors
-/// The first failure, which says whether the source or the target failed and where; pieces under way end before
-/// this returns. A wrong option is `InvalidInput`. The target must be long enough.
+/// The first failure, which says whether the source or the target failed and where; pieces in flight end before this
+/// returns. `InvalidInput`: a wrong option, or the target is too short.
 pub async fn copy(
     sources: &[CopySource],
     target: &Backend,
@@ -171,7 +66,7 @@ pub async fn copy(
     let workers = (0..options.workers).map(|_| Worker::new(&job).run());
     let mut first = Ok(());
     for result in join_all(workers).await {
-        // A worker that merely stopped because another failed says nothing.
+        // A worker that stopped because another failed returns no error.
         first = first.and(result);
     }
     first?;
@@ -182,87 +77,6 @@ pub async fn copy(
             .map_err(|e| e.context("cannot finish the compressed target"))?;
     }
     Ok(job.counts.report(total))
-}
-
-/// What the workers of one copy share.
-struct Job<'a> {
-    sources: &'a [CopySource],
-    target: &'a Backend,
-    options: &'a CopyOptions,
-    planner: bds_io::sync::Mutex<Planner<'a>>,
-    turns: Turns,
-    counts: Counts,
-    failed: AtomicBool,
-    pool: BufPool,
-    total: u64,
-}
-
-impl Job<'_> {
-    fn is_stopped(&self) -> bool {
-        self.failed.load(Ordering::Relaxed)
-    }
-
-    fn check_cancel(&self) -> Result<()> {
-        match &self.options.cancel {
-            Some(flag) if flag.load(Ordering::Relaxed) => {
-                Err(Error::new(ErrorKind::Cancelled, "the copy was cancelled"))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn progress(&self, len: u64) {
-        let done = self.counts.done.fetch_add(len, Ordering::Relaxed) + len;
-        if let Some(progress) = &self.options.progress {
-            progress(done, self.total);
-        }
-    }
-}
-
-#[derive(Default)]
-struct Counts {
-    done: AtomicU64,
-    written: AtomicU64,
-    zeroed: AtomicU64,
-    skipped: AtomicU64,
-    salvaged: AtomicU64,
-}
-
-impl Counts {
-    fn report(&self, total: u64) -> CopyReport {
-        let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        CopyReport {
-            total,
-            written: load(&self.written),
-            zeroed: load(&self.zeroed),
-            skipped: load(&self.skipped),
-            salvaged: load(&self.salvaged),
-        }
-    }
-}
-
-fn check_options(options: &CopyOptions) -> Result<()> {
-    let wrong = |message: String| Err(Error::new(ErrorKind::InvalidInput, message));
-    if options.workers == 0 || options.workers > MAX_WORKERS {
-        return wrong(format!("the number of workers must be 1 to {MAX_WORKERS}"));
-    }
-    let len = options.buffer_len;
-    if len == 0 || !len.is_multiple_of(GRAIN) || len > MAX_BUFFER_LEN {
-        return wrong(format!(
-            "the buffer must be a multiple of {GRAIN} bytes, at most {MAX_BUFFER_LEN}"
-        ));
-    }
-    if let Some(cluster_len) = options.compress {
-        let is_sane =
-            cluster_len.is_power_of_two() && (512..=MAX_BUFFER_LEN as u64).contains(&cluster_len);
-        if !is_sane {
-            return wrong(format!("compressed clusters of {cluster_len} bytes are not possible"));
-        }
-        if options.offload {
-            return wrong("copying by the host cannot compress".to_owned());
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

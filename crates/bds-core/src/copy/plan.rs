@@ -1,31 +1,32 @@
-//! What to copy next: status questions asked once per run, answers cut into pieces of a buffer's length.
+//! Plans a copy: queries block status and cuts the runs into pieces of a buffer's length.
 //!
 //! Adjacent runs of one kind are joined, so a source of many small clusters is still read in long pieces; a long
-//! run is asked for once and cut. A failed question is an error, unless salvaging: then it is data, and reading will tell.
+//! run is queried once and cut. A failed query is an error, unless salvaging: then the run counts as data, and reading
+//! it shows which part is bad.
 
-use super::{CopyOptions, CopySource};
-use crate::driver::StatusFlags;
+use super::options::{CopyOptions, CopySource};
+use crate::driver::{Precision, StatusFlags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::request::Backend;
 
-/// Joining stops after so many questions for one piece: a turn at the planner stays short.
+/// Joining stops after this many queries for one piece, to bound how long a worker holds the planner.
 const MAX_JOINED: usize = 64;
 
-/// What a piece needs.
+/// What is done with a piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// Left alone.
+    /// Left alone in the target.
     Skip,
-    /// Reads as zeros.
+    /// Written as zeros.
     Zero,
-    /// To be read.
+    /// Read and written.
     Data,
 }
 
 /// A part of one source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Segment {
-    /// Which source.
+    /// Index of the source.
     pub(super) source: usize,
     /// Byte offset in that source.
     pub(super) offset: u64,
@@ -33,13 +34,13 @@ pub(super) struct Segment {
     pub(super) len: u64,
 }
 
-/// What one worker moves at once.
+/// What one worker copies at once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Piece {
     pub(super) kind: Kind,
-    /// Where it comes from.
+    /// Its first segment.
     pub(super) first: Segment,
-    /// Where it goes on: a compressed cluster may lie across the ends of sources.
+    /// Further segments: a compressed cluster may span the ends of sources.
     pub(super) rest: Vec<Segment>,
     /// Byte offset in the target.
     pub(super) target_offset: u64,
@@ -70,9 +71,9 @@ pub(super) struct Planner<'a> {
     offset: u64,
     target_offset: u64,
     number: u64,
-    /// What is known about the bytes from `offset` on, in this source.
+    /// The run at `offset` in this source, if it was queried.
     known: Option<Run>,
-    /// A run that was asked for while joining and did not fit.
+    /// A run that was queried while joining and is of another kind.
     next: Option<Run>,
 }
 
@@ -133,7 +134,8 @@ impl<'a> Planner<'a> {
         (self.known, self.next) = (None, None);
     }
 
-    /// At the end of a source inside a compressed cluster: takes what follows in the next ones, for clusters are written whole.
+    /// At the end of a source inside a compressed cluster: takes bytes of the next ones, because clusters are written
+    /// whole.
     fn fill_cluster(&mut self, taken_len: u64) -> Vec<Segment> {
         let mut rest = Vec::new();
         let Some(cluster_len) = self.options.compress else { return rest };
@@ -153,7 +155,7 @@ impl<'a> Planner<'a> {
         rest
     }
 
-    /// How much of the run one piece takes.
+    /// Length of the piece that is cut from the run.
     fn cut(&self, run: Run) -> u64 {
         let buffer_len = match self.options.compress {
             Some(cluster_len) => cluster_len,
@@ -170,11 +172,11 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// What is known from `offset` on, at least up to the end of a buffer if adjacent runs are alike.
+    /// The run at `offset`, joined with adjacent ones of its kind up to a buffer's length.
     async fn joined(&mut self) -> Result<Run> {
         let mut run = match self.known.take() {
             Some(run) => run,
-            None => self.ask(self.offset).await?,
+            None => self.query(self.offset).await?,
         };
         let wanted = self.options.buffer_len as u64;
         for _ in 0..MAX_JOINED {
@@ -182,7 +184,7 @@ impl<'a> Planner<'a> {
             if run.len >= wanted || end >= self.lens[self.source] || self.next.is_some() {
                 break;
             }
-            let after = self.ask(end).await?;
+            let after = self.query(end).await?;
             if after.kind != run.kind {
                 self.next = Some(after);
                 break;
@@ -192,8 +194,8 @@ impl<'a> Planner<'a> {
         Ok(run)
     }
 
-    async fn ask(&self, offset: u64) -> Result<Run> {
-        let mut run = self.ask_source(offset).await?;
+    async fn query(&self, offset: u64) -> Result<Run> {
+        let mut run = self.query_source(offset).await?;
         if let (Kind::Zero, Some(shown)) = (run.kind, &self.options.target_shows) {
             run = self.without_shown_zeros(run, shown, offset).await?;
         }
@@ -203,25 +205,26 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Zeros that the target shows anyway are left alone.
+    /// Skips zeros that the target shows anyway.
     async fn without_shown_zeros(&self, run: Run, shown: &Backend, offset: u64) -> Result<Run> {
         let target_offset = self.target_offset + (offset - self.offset);
         if target_offset >= shown.len() {
             return Ok(Run { kind: Kind::Skip, ..run });
         }
         let len = run.len.min(shown.len() - target_offset);
-        let found = shown.block_status(target_offset, len, true).await.map_err(|e| {
-            e.context("cannot tell what the target shows already").at(target_offset)
-        })?;
+        let found =
+            shown.block_status(target_offset, len, Precision::Exact).await.map_err(|e| {
+                e.context("cannot tell what the target shows already").at(target_offset)
+            })?;
         let kind = match found.flags.contains(StatusFlags::ZERO) {
             true => Kind::Skip,
             false => Kind::Zero,
         };
-        // No answer about any byte is no reason to stop: zeros are written.
+        // An empty answer is no reason to stop: zeros are written.
         if found.len == 0 { Ok(run) } else { Ok(Run { kind, len: found.len.min(len) }) }
     }
 
-    /// A cluster that is not all of one kind is data.
+    /// Cuts the run to whole clusters; a cluster that is not all of one kind is data.
     fn whole_clusters(&self, run: Run, offset: u64, cluster_len: u64) -> Run {
         let target_offset = self.target_offset + (offset - self.offset);
         let into = target_offset % cluster_len;
@@ -236,12 +239,12 @@ impl<'a> Planner<'a> {
         Run { kind: Kind::Data, len: (cluster_len - into).min(to_end) }
     }
 
-    async fn ask_source(&self, offset: u64) -> Result<Run> {
+    async fn query_source(&self, offset: u64) -> Result<Run> {
         let source = &self.sources[self.source];
         let len = self.lens[self.source] - offset;
         let answer = match source.above {
-            Some(base) => source.backend.status_above(base, offset, len, true).await,
-            None => source.backend.block_status(offset, len, true).await,
+            Some(base) => source.backend.status_above(base, offset, len, Precision::Exact).await,
+            None => source.backend.block_status(offset, len, Precision::Exact).await,
         };
         let run = match answer {
             Ok(run) if run.len > 0 => run,

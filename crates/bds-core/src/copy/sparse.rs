@@ -1,13 +1,13 @@
-//! Finding zeros in data that was read.
+//! Finds zeros, and differences from old contents, in data that was read.
 //!
-//! Looked for in grains aligned in the target, so that what becomes a hole can be one. The buffer is ours: nobody
-//! changes it between the look and the write.
+//! In grains aligned in the target, so that the target can make holes of them. The buffer belongs to the worker, so it
+//! does not change between the comparison and the write.
 
 use std::ops::Range;
 
 use bds_io::IoVec;
 
-use super::GRAIN;
+use super::options::GRAIN;
 
 /// Part of a buffer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,7 +41,7 @@ pub(super) fn parts(iov: &IoVec, target_offset: u64, sparse_len: u64) -> Vec<Par
     if parts.len() > 1 { join_short_zeros(parts, sparse_len) } else { parts }
 }
 
-/// Which parts of `new`, in grains as above, are not what `old` holds. Both are of one length.
+/// The parts of `new`, in grains as above, that differ from `old`. Both have the same length.
 pub(super) fn differing(new: &IoVec, old: &IoVec, target_offset: u64) -> Vec<Range<usize>> {
     let mut ranges: Vec<Range<usize>> = Vec::new();
     let (mut new_grain, mut old_grain) = ([0; GRAIN], [0; GRAIN]);
@@ -63,7 +63,7 @@ pub(super) fn differing(new: &IoVec, old: &IoVec, target_offset: u64) -> Vec<Ran
     ranges
 }
 
-/// Zeros too short to be worth a hole of their own go with the data beside them.
+/// Joins zeros that are too short for a hole with the data beside them.
 fn join_short_zeros(parts: Vec<Part>, sparse_len: usize) -> Vec<Part> {
     let mut joined: Vec<Part> = Vec::with_capacity(parts.len());
     for part in parts {
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn what_differs_is_found_in_grains() {
+    fn differences_are_found_in_grains() {
         let old = vec![7; 4 * GRAIN];
         let mut new = old.clone();
         new[0] = 1;
@@ -112,7 +112,7 @@ mod tests {
         new[4 * GRAIN - 1] = 1;
         let (new, old) = (IoVec::from(new), IoVec::from(old));
         assert_eq!(differing(&new, &old, 0), [0..2 * GRAIN, 3 * GRAIN..4 * GRAIN]);
-        assert_eq!(differing(&old, &old, 512), []);
+        assert_eq!(differing(&old, &old, 512), Vec::<Range<usize>>::new());
         let tail = GRAIN + (GRAIN - 512)..4 * GRAIN;
         assert_eq!(differing(&new, &old, 512)[0], 0..2 * GRAIN - 512, "grains of the target");
         assert!(tail.contains(&differing(&new, &old, 512)[1].start));

@@ -275,7 +275,7 @@ fn salvaging_copies_zeros_for_what_cannot_be_read() {
 }
 
 #[test]
-fn a_copy_can_be_cancelled_and_tells_its_progress() {
+fn a_copy_can_be_cancelled_and_reports_its_progress() {
     run(1, async {
         let bytes = grains(&[1; 64]);
         let config = || Config { turns: 2, ..Config::default() };

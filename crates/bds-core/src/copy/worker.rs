@@ -1,16 +1,16 @@
-//! One worker: takes pieces, moves them through its one buffer.
+//! Copies pieces: a worker takes them from the planner and copies them through its buffer, in order of their writes.
 
 use std::future::poll_fn;
 use std::ops::Range;
 use std::pin::pin;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bds_io::IoVec;
-use bds_io::sync::Notify;
 
+use super::job::Job;
 use super::plan::{Kind, Piece, Segment};
-use super::{Job, sparse};
+use super::sparse;
 use crate::driver::{Attempt, WriteFlags, ZeroFlags};
 use crate::error::{Error, Result};
 use crate::graph::walk;
@@ -19,45 +19,14 @@ use crate::request::Backend;
 /// When a read fails while salvaging, the piece is read again in steps of this size.
 const SALVAGE_STEP: u64 = 512;
 
-/// A pause is made in steps of this length: a low rate can ask for minutes, and a flag cannot wake what sleeps.
+/// Length of a step of a pause: a low rate can require minutes, and setting the cancel flag wakes no sleeper.
 const PAUSE_STEP: Duration = Duration::from_millis(50);
 
-/// Lets writes of pieces begin in the order of their numbers. A piece passes its turn as soon as its last write has begun: writes overlap,
-/// and a driver that allocates as they come still places them in order.
-#[derive(Default)]
-pub(super) struct Turns {
-    now: AtomicU64,
-    passed: Notify,
-}
-
-impl Turns {
-    async fn wait(&self, number: u64) {
-        loop {
-            let mut passed = pin!(self.passed.notified());
-            passed.as_mut().enable();
-            if self.now.load(Ordering::SeqCst) >= number {
-                return;
-            }
-            passed.await;
-        }
-    }
-
-    fn pass(&self, number: u64) {
-        self.now.fetch_max(number + 1, Ordering::SeqCst);
-        self.passed.notify_waiters();
-    }
-
-    /// After a failure nobody waits for a piece that will never be written.
-    fn release_all(&self) {
-        self.pass(u64::MAX - 1);
-    }
-}
-
-/// Moves pieces until there are none.
+/// Copies pieces until there are none.
 pub(super) struct Worker<'a> {
     job: &'a Job<'a>,
     buffer: Option<IoVec>,
-    /// For what the target shows already, where that is compared.
+    /// Holds what the target shows already, where that is compared.
     old_buffer: Option<IoVec>,
 }
 
@@ -66,7 +35,7 @@ impl<'a> Worker<'a> {
         Self { job, buffer: None, old_buffer: None }
     }
 
-    /// Ends at the end of the plan, at a failure (its own: with the error), or when another worker failed.
+    /// Runs until the plan ends, the worker fails (with the error) or another worker failed.
     pub(super) async fn run(mut self) -> Result<()> {
         let result = self.work().await;
         if result.is_err() {
@@ -95,12 +64,12 @@ impl<'a> Worker<'a> {
                     return Ok(());
                 }
             }
-            self.move_piece(&piece).await?;
+            self.copy_piece(&piece).await?;
             job.progress(piece.len);
         }
     }
 
-    /// Waits as the rate limit asks, or until the copy ends for another reason.
+    /// Pauses for the rate limit, at most until the copy ends for another reason.
     async fn pause(&self, mut rest: Duration) -> Result<()> {
         while !rest.is_zero() && !self.job.is_stopped() {
             let step = rest.min(PAUSE_STEP);
@@ -111,7 +80,7 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
-    async fn move_piece(&mut self, piece: &Piece) -> Result<()> {
+    async fn copy_piece(&mut self, piece: &Piece) -> Result<()> {
         let job = self.job;
         let data = match piece.kind {
             Kind::Data if self.offload(piece).await? => {
@@ -153,7 +122,7 @@ impl<'a> Worker<'a> {
         .await
     }
 
-    /// Compressed clusters may land in any order: each goes to the end of the file anyway.
+    /// Compressed clusters may be written in any order: each goes to the end of the file anyway.
     async fn wait_turn(&self, piece: &Piece) {
         let options = self.job.options;
         if !options.out_of_order && options.compress.is_none() && options.workers > 1 {
@@ -164,7 +133,7 @@ impl<'a> Worker<'a> {
     /// True if the host copied the piece.
     async fn offload(&self, piece: &Piece) -> Result<bool> {
         let job = self.job;
-        // What is to be compared has to be seen.
+        // Comparing needs the bytes here.
         if !job.options.offload || job.options.target_shows.is_some() {
             return Ok(false);
         }
@@ -222,17 +191,18 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Reads step by step; what fails becomes zeros and is reported.
+    /// Reads step by step; steps that fail become zeros and are reported.
     async fn salvage(&self, segment: Segment, data: &IoVec) -> Result<()> {
         let source = &self.job.sources[segment.source].backend;
         let step_len = usize::try_from(SALVAGE_STEP).unwrap_or(512);
-        let tell = |lost: Option<(u64, u64, Error)>| {
-            if let (Some(tell), Some((offset, len, error))) = (&self.job.options.salvage, lost) {
-                tell(offset, len, &error);
+        let report = |lost: Option<(u64, u64, Error)>| {
+            if let (Some(salvaged), Some((offset, len, error))) = (&self.job.options.salvage, lost)
+            {
+                salvaged(offset, len, &error);
             }
         };
         let mut at = 0;
-        // A run that is lost is reported once, with its first error.
+        // A lost run is reported once, with its first error.
         let mut lost: Option<(u64, u64, Error)> = None;
         while at < data.len() {
             self.job.check_cancel()?;
@@ -247,15 +217,15 @@ impl<'a> Worker<'a> {
                     None => Some((offset, len, error)),
                 };
             } else {
-                tell(lost.take());
+                report(lost.take());
             }
             at = end;
         }
-        tell(lost);
+        report(lost);
         Ok(())
     }
 
-    /// Which parts of the data the target does not show already.
+    /// The parts of the data that the target does not show already.
     async fn differing(
         &mut self,
         piece: &Piece,
@@ -302,7 +272,7 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
-    /// Writes the bytes from `start` on of a piece; `is_last`: they are the last that are written of it.
+    /// Writes the bytes of a piece from `start` on. `is_last`: no bytes of the piece are written after them.
     async fn write_parts(
         &self,
         piece: &Piece,
@@ -345,7 +315,7 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
-    /// Compressed clusters are whole, or end where the target does: behind the last source's end the target keeps what it holds.
+    /// Completes a compressed cluster with the target's bytes behind the end of the last source.
     async fn whole_cluster(&self, piece: &Piece, mut data: IoVec) -> Result<IoVec> {
         let Job { target, options, pool, .. } = self.job;
         let Some(cluster_len) = options.compress else { return Ok(data) };

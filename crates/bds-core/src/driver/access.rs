@@ -1,14 +1,14 @@
-//! What a parent does with a node, and what it lets others do meanwhile.
+//! Permissions of an edge: what a parent does with a node and what it shares with other parents.
 //!
-//! Pure arithmetic on small sets. The graph cumulates and checks them (`graph::perm`); a driver says what it needs of its
-//! children ([`super::Driver::child_access`]).
+//! Arithmetic on small sets. The graph cumulates and checks them; a driver computes those on its children
+//! ([`super::Driver::child_access`]).
 
 use std::fmt;
 
 use super::Role;
 
 bitflags::bitflags! {
-    /// Things that can be done to a node through an edge.
+    /// Permissions: what can be done to a node through an edge.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct Perm: u32 {
         /// Reads see a consistent image.
@@ -22,7 +22,7 @@ bitflags::bitflags! {
     }
 }
 
-/// QEMU's words, joined by commas; "nothing" for none.
+/// QEMU's names, joined by commas; "nothing" for none.
 impl fmt::Display for Perm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let words: Vec<&str> = self.words().collect();
@@ -32,7 +32,7 @@ impl fmt::Display for Perm {
 }
 
 impl Perm {
-    /// QEMU's words for what is in the set.
+    /// QEMU's names of the permissions in the set.
     pub fn words(self) -> impl Iterator<Item = &'static str> {
         let all = [
             (Self::CONSISTENT_READ, "consistent-read"),
@@ -43,7 +43,7 @@ impl Perm {
         all.into_iter().filter_map(move |(perm, word)| self.contains(perm).then_some(word))
     }
 
-    /// All that changes what a reader sees.
+    /// The permissions to change what a reader sees.
     pub const fn changes() -> Self {
         Self::WRITE.union(Self::RESIZE)
     }
@@ -58,47 +58,47 @@ pub struct Access {
     pub shared: Perm,
 }
 
-/// What is asked of a node from above, and how it is opened: what its use of its children follows from.
+/// How a node is used from above and how it is opened: determines its use of its children.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NodeUse {
-    /// What its parents do with it, all together; and what every one of them lets others do.
+    /// Union of what its parents do with it, and intersection of what they share.
     pub above: Access,
-    /// May the node be written?
+    /// True if the node may be written.
     pub is_writable: bool,
-    /// Is the node in charge of its bytes (see [`super::Driver::inactivate`])?
+    /// False if the node is inactive: see [`super::Driver::inactivate`].
     pub is_active: bool,
-    /// Was it opened to take no locks and to share everything?
+    /// True if it was opened to take no locks and to share everything.
     pub force_share: bool,
 }
 
 impl Access {
-    /// Does nothing, lets others do all.
+    /// Does nothing, shares everything.
     pub const NONE: Self = Self { perm: Perm::empty(), shared: Perm::all() };
 
-    /// Does nothing but read consistently, lets others do all.
+    /// Reads consistently, shares everything.
     pub const READ: Self = Self { perm: Perm::CONSISTENT_READ, shared: Perm::all() };
 
-    /// Does everything, lets others do all.
+    /// Does everything, shares everything.
     pub const ALL: Self = Self { perm: Perm::all(), shared: Perm::all() };
 
-    /// What a node does with a child of this role, unless its driver says otherwise:
+    /// Permissions of a node on a child of this role, unless its driver computes others:
     ///
-    /// | role | does | lets others |
+    /// | role | does | shares |
     /// |---|---|---|
-    /// | `FILTERED` | what its parents do with it | what its parents let others do |
-    /// | `COW` | reads, if the parents read | write and resize only if the parents bear that |
+    /// | `FILTERED` | what its parents do with it | what its parents share |
+    /// | `COW` | reads, if the parents read | write and resize only if the parents share writing |
     /// | `METADATA` | reads; writes and resizes if it is writable | read |
-    /// | `DATA` | what its parents do; any writer also writes for good and resizes | what its parents bear, but not resize |
+    /// | `DATA` | what its parents do; any writer also gets write and resize | what its parents share, but not resize |
     ///
-    /// Reading and rewriting the same is always borne.
+    /// Consistent read and write-unchanged are always shared.
     pub fn of_child(role: Role, node: &NodeUse) -> Self {
         let harmless = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED;
         let NodeUse { above, is_writable, is_active, force_share } = *node;
         let may_write = is_writable && is_active;
         let mut access = if role.contains(Role::COW) {
-            let borne =
+            let writes =
                 if above.shared.contains(Perm::WRITE) { Perm::changes() } else { Perm::empty() };
-            Self { perm: above.perm & Perm::CONSISTENT_READ, shared: borne | harmless }
+            Self { perm: above.perm & Perm::CONSISTENT_READ, shared: writes | harmless }
         } else {
             let mut perm = above.perm;
             let mut shared = above.shared | harmless;
@@ -108,7 +108,7 @@ impl Access {
                 shared &= !Perm::changes();
             }
             if role.contains(Role::DATA) {
-                // Where nothing lies yet, a rewrite of the same is a first write; and it may lie behind the end.
+                // Rewriting unallocated bytes allocates, possibly behind the end.
                 if perm.intersects(Perm::WRITE | Perm::WRITE_UNCHANGED) {
                     perm |= Perm::changes();
                 }
@@ -119,25 +119,25 @@ impl Access {
         if !may_write {
             access.perm &= Perm::CONSISTENT_READ;
         }
-        // Without charge of the bytes there is nothing to protect from others, as there is not if nothing is protected at all.
+        // An inactive node has nothing to protect from other users.
         if force_share || !is_active {
             access.shared = Perm::all();
         }
         access
     }
 
-    /// Does the parent change what a reader sees?
+    /// True if the parent changes what a reader sees.
     pub fn writes(self) -> bool {
         self.perm.intersects(Perm::changes())
     }
 
-    /// Both parents' use together: what either does, and what both let others do.
+    /// Combines two parents: what either does, and what both share.
     #[must_use]
     pub fn and(self, other: Self) -> Self {
         Self { perm: self.perm | other.perm, shared: self.shared & other.shared }
     }
 
-    /// What one of two does that the other does not bear. Empty: they get along.
+    /// What this parent does that the other does not share. Empty: no conflict.
     pub fn clash(self, other: Self) -> Perm {
         self.perm - other.shared
     }

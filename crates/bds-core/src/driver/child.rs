@@ -1,13 +1,15 @@
-//! The door a driver was handed at open.
+//! Child handles: what a driver uses to read and write the nodes below it.
 
 use std::path::PathBuf;
 
 use bds_io::IoVec;
 
-use super::{Attempt, BoxFuture, Limits, ReadFlags, StatusRun, Truncate, WriteFlags, ZeroFlags};
+use super::{
+    Attempt, BoxFuture, Limits, Precision, ReadFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
+};
 use crate::error::{Error, ErrorKind, Result};
 
-/// What stands behind a [`Child`]: the corridor to the node below. Implemented in `request/`.
+/// Implements a [`Child`]: the request path to the node below. Implemented in `request/`.
 #[expect(clippy::len_without_is_empty, reason = "an empty disk is not a special case")]
 pub trait ChildPort: Send + Sync + 'static {
     /// Length in bytes of the node below now.
@@ -16,13 +18,13 @@ pub trait ChildPort: Send + Sync + 'static {
     fn limits(&self) -> Limits;
     /// Its name.
     fn node_name(&self) -> String;
-    /// The file name of the protocol node at the end of the way through filters, if there is one.
+    /// The file name of the protocol node below, reached through filters, if there is one.
     fn filename(&self) -> Option<PathBuf>;
     /// Its driver's name.
     fn driver_name(&self) -> &'static str;
-    /// May it be written?
+    /// True if it may be written.
     fn is_writable(&self) -> bool;
-    /// Does it do zero writes without writing zeros?
+    /// True if it has zero writes that do not write zeros.
     fn can_zero(&self) -> bool;
     /// See [`super::Driver::try_read`].
     fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>>;
@@ -54,12 +56,12 @@ pub trait ChildPort: Send + Sync + 'static {
         &self,
         offset: u64,
         len: u64,
-        precise: bool,
+        precision: Precision,
     ) -> BoxFuture<'_, Result<StatusRun>>;
-    /// Does `offset..` read as zeros for `len` bytes through the whole chain below (cheap answer; false if unknown)?
+    /// True if `len` bytes at `offset` are known to read as zeros through the whole chain below (a cheap answer).
     fn is_zero(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<bool>>;
-    /// What the layers from the node below down to the one named `bottom`, both included, hold of `offset..`: a run that one of
-    /// them decides (`ALLOCATED`) or none does; no `map`. `NotFound` if there is no such node in the chain.
+    /// Status of `offset..` in the layers from the node below down to the one named `bottom`, both included: a run that
+    /// one of them decides (`ALLOCATED`) or none does; no `map`. `NotFound` if there is no such node in the chain.
     fn status_down_to<'a>(
         &'a self,
         bottom: &'a str,
@@ -79,7 +81,7 @@ pub trait ChildPort: Send + Sync + 'static {
     fn identity(&self) -> Option<(u64, u64)>;
 }
 
-/// A driver's use of the node below. Not `Clone`: a second user needs a second edge.
+/// A driver's handle to a node below it. Not `Clone`: a second user needs a second edge.
 pub struct Child {
     name: &'static str,
     port: Box<dyn ChildPort>,
@@ -92,7 +94,7 @@ impl std::fmt::Debug for Child {
 }
 
 impl Child {
-    /// Made by the graph (or by tests) around the corridor to a node.
+    /// Made by the graph (or by tests) from a port.
     pub fn new(name: &'static str, port: Box<dyn ChildPort>) -> Self {
         Self { name, port }
     }

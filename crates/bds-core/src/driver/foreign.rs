@@ -1,12 +1,12 @@
-//! Recognises containers of formats that no driver here reads, so that they do not pass for raw disks.
+//! Recognises image formats that no driver here reads, so that such files are not taken for raw disks.
 //!
-//! By the marks that their specifications name, at the begin of the file or at its end. Whatever has such a mark may be a raw disk
-//! all the same, for whoever fills a disk chooses its bytes: who knows better names the format.
+//! By the magic numbers of their specifications, at the beginning or end of the file. A raw disk may hold such bytes
+//! too, because a guest writes what it likes: a user that knows better names the format.
 
-/// How many trailing bytes of a file are looked at.
+/// How many trailing bytes of a file are examined.
 pub const TAIL_LEN: usize = 512;
 
-/// Marks at a fixed offset from the begin.
+/// Magic numbers at a fixed offset from the beginning.
 const AT_BEGIN: &[(usize, &[u8], &str)] = &[
     (0, b"KDMV", "vmdk"),
     (0, b"COWD", "vmdk"),
@@ -27,7 +27,7 @@ const AT_BEGIN: &[(usize, &[u8], &str)] = &[
     (0, b"\x28\xb5\x2f\xfd", "zstd-compressed file"),
 ];
 
-/// Marks at an offset from the end.
+/// Magic numbers at an offset from the end.
 const AT_END: &[(usize, &[u8], &str)] = &[
     (512, b"conectix", "vhd (vpc)"),
     // The first versions of Virtual PC wrote one byte less.
@@ -35,7 +35,7 @@ const AT_END: &[(usize, &[u8], &str)] = &[
     (512, b"koly", "dmg"),
 ];
 
-/// The format that a file of these first and last bytes is probably a container of; `None` if it may be a disk as it is.
+/// The format of a file with these first and last bytes; `None` if it may be a raw disk.
 pub fn foreign_format(head: &[u8], tail: &[u8]) -> Option<&'static str> {
     let begins = |(offset, mark, _): &&(usize, &[u8], &str)| {
         head.get(*offset..).is_some_and(|rest| rest.starts_with(mark))
@@ -61,7 +61,7 @@ pub fn foreign_format(head: &[u8], tail: &[u8]) -> Option<&'static str> {
     compressed(head)
 }
 
-/// Marks of three bytes are checked against what must follow.
+/// Magic numbers of three bytes are checked together with the bytes that must follow.
 fn compressed(head: &[u8]) -> Option<&'static str> {
     match head {
         [0x1f, 0x8b, 8, flags, ..] if *flags < 0x20 => Some("gzip-compressed file"),
@@ -72,7 +72,7 @@ fn compressed(head: &[u8]) -> Option<&'static str> {
     }
 }
 
-/// A descriptor is text: comments and empty lines, then its version.
+/// A VMDK descriptor is text: comments and empty lines, then its version.
 fn is_vmdk_descriptor(head: &[u8]) -> bool {
     const TITLE: &[u8] = b"# Disk DescriptorFile";
     let head = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(head);

@@ -1,13 +1,12 @@
-//! The contract between a driver and the house.
+//! The driver contract: what a driver implements, what it is given, and what it may rely on.
 //!
-//! A driver sees its own state and its children, nothing else: it cannot name its parents or siblings. The
-//! corridor (`request/`) has already checked range, permission and alignment, and registered the request, when a
-//! driver method is called; a driver sends its own I/O through its [`Child`]ren, which is the same corridor
-//! one node further down.
+//! A driver sees its own state and its children, nothing else: it cannot name its parents or siblings. When a driver
+//! method is called, the request path (`request/`) has checked range, permission and alignment and registered the
+//! request. A driver sends its own I/O through its [`Child`]ren, which is the same request path one node further down.
 //!
-//! Every future may be dropped at any await, or kept without being polled. The corridor carries a change, a flush or a resize
-//! on in a task of its own if its request is dropped once it was polled, and keeps it inside until it ends; what others may
-//! wait for still runs in a task of the driver's.
+//! Every future may be dropped at any await, or kept without being polled. A change, a flush or a resize that was
+//! polled once runs to completion: if its request is dropped, the request path moves it to a task and keeps it in
+//! flight until it ends. A driver runs what others may wait for in tasks of its own.
 
 mod access;
 mod child;
@@ -15,6 +14,7 @@ mod foreign;
 mod limits;
 mod open;
 mod probe;
+mod rcu;
 mod registry;
 mod reopen;
 mod status;
@@ -28,8 +28,8 @@ use std::pin::Pin;
 use bds_io::IoVec;
 
 pub use access::{Access, NodeUse, Perm};
-// For what a driver exchanges while requests read it: children that come and go, descriptors, options.
-pub use bds_refcount::{RcuCell, RcuGuard, own_shard};
+// For drivers that count per thread.
+pub use bds_refcount::own_shard;
 pub use child::{Child, ChildPort};
 pub use foreign::{TAIL_LEN, foreign_format};
 pub use limits::Limits;
@@ -38,17 +38,20 @@ pub use open::{
     Reference, ReferenceKind, Role,
 };
 pub use probe::{Candidate, PROBE_LEN, probe};
+pub use rcu::{RcuCell, RcuGuard};
 pub use registry::Registry;
 pub use reopen::{Reopen, ReopenContext};
-pub use status::{HostMap, StatusFlags, StatusRun};
+pub use status::{HostMap, Precision, StatusFlags, StatusRun};
 pub use types::{Category, ClaimedFile, CreateFacts, DriverType, MeasureReport, MeasureSource};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// A boxed future that may move between threads.
+/// A boxed future that can be sent between threads.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
-/// An operation a driver may decline: declining is not failing, the caller has a fallback.
+/// Result of an operation that a driver may decline. Exhaustive: a caller handles both.
+///
+/// Declining is not a failure: the caller has a fallback.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Attempt {
@@ -62,19 +65,19 @@ bitflags::bitflags! {
     /// Modifiers of a read.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub struct ReadFlags: u32 {
-        /// Only bring the data closer: the buffer says how much, and its bytes may be left as they were.
+        /// Only load the data into caches: the buffer says how much, and its bytes may be left as they were.
         const PREFETCH = 1;
-        /// Copy what is read from below into the node that is asked. The corridor does that; drivers never see it unless they
-        /// set it.
+        /// Copy what is read from layers below into the node that is read. The request path does that; drivers never
+        /// see it unless they set it.
         const COPY_ON_READ = 2;
     }
 
-    /// Modifiers of a write. The corridor removes what a driver does not declare and emulates it.
+    /// Modifiers of a write. The request path removes flags that a driver does not declare and emulates them.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub struct WriteFlags: u32 {
         /// Durable when it returns.
         const FUA = 1;
-        /// Does not change what a reader sees (needs only the write-unchanged permission).
+        /// Does not change what a reader sees; needs only the write-unchanged permission.
         const UNCHANGED = 2;
         /// Exclude every overlapping request.
         const SERIALISING = 4;
@@ -98,7 +101,7 @@ bitflags::bitflags! {
     }
 }
 
-/// How space of a grown image is provided.
+/// How the space of a grown image is allocated.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Prealloc {
     /// Not at all.
@@ -113,7 +116,7 @@ pub enum Prealloc {
 }
 
 impl Prealloc {
-    /// From QEMU's word for it.
+    /// Parses QEMU's name for it.
     pub fn parse(word: &str) -> Option<Self> {
         Some(match word {
             "off" => Self::Off,
@@ -125,20 +128,27 @@ impl Prealloc {
     }
 }
 
-/// A change of length.
+/// A change of length. `Truncate { zero_new: true, ..Truncate::to(len) }` keeps the defaults of the other fields.
 #[derive(Clone, Copy, Debug)]
 pub struct Truncate {
     /// The new length in bytes.
     pub len: u64,
     /// The length must become exactly this (else: at least).
     pub exact: bool,
-    /// How grown space is provided.
+    /// How grown space is allocated.
     pub prealloc: Prealloc,
     /// Grown space must read as zeros, whatever lies below.
     pub zero_new: bool,
 }
 
-/// What `info` tells about an image.
+impl Truncate {
+    /// Exactly to `len` bytes, without preallocation; grown space need not read as zeros.
+    pub const fn to(len: u64) -> Self {
+        Self { len, exact: true, prealloc: Prealloc::Off, zero_new: false }
+    }
+}
+
+/// Facts about an image, as `info` shows them.
 #[derive(Clone, Debug, Default)]
 pub struct ImageInfo {
     /// Allocation unit in bytes, for formats that have one.
@@ -161,14 +171,14 @@ pub struct ImageInfo {
     pub snapshots: Vec<serde_json::Value>,
 }
 
-/// What `check` found. Counts are QEMU's.
+/// Findings of `check`. Counts are QEMU's.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CheckReport {
     /// Errors that lose or will lose data.
     pub corruptions: u64,
     /// Space that nothing refers to.
     pub leaks: u64,
-    /// Errors that kept the check from looking (I/O).
+    /// Errors (I/O) because of which the check is incomplete.
     pub check_errors: u64,
     /// Clusters of the guest in all.
     pub total_clusters: u64,
@@ -180,22 +190,22 @@ pub struct CheckReport {
     pub compressed_clusters: u64,
     /// End of the last used byte in the file.
     pub image_end_offset: u64,
-    /// What was found, one sentence each, in order; bounded (`messages_dropped` counts the rest).
+    /// Findings, one sentence each, in order; bounded (`messages_dropped` counts the rest).
     pub messages: Vec<String>,
     /// Messages not kept.
     pub messages_dropped: u64,
 }
 
 impl CheckReport {
-    /// No corruption, no leak, no error.
+    /// True if there is no corruption, leak or error.
     pub fn is_clean(&self) -> bool {
         self.corruptions == 0 && self.leaks == 0 && self.check_errors == 0
     }
 }
 
-/// An open image, protocol or filter.
+/// A driver instance: an open image, protocol or filter.
 ///
-/// Ranges given to a driver are inside the node (writes past the end only for those who may resize), aligned to
+/// Ranges given to a driver are inside the node (writes past the end only from parents that may resize), aligned to
 /// [`Limits::request_alignment`], and split by its limits. Methods may be called from many threads at once.
 #[expect(clippy::len_without_is_empty, reason = "an empty disk is not a special case")]
 pub trait Driver: Send + Sync + 'static {
@@ -205,7 +215,8 @@ pub trait Driver: Send + Sync + 'static {
     /// Length in bytes as the guest sees it.
     fn len(&self) -> u64;
 
-    /// What requests must look like. Read when the node is opened, when it is reopened and when anything below changes.
+    /// Limits that requests must keep. Read when the node is opened, when it is reopened and when anything below
+    /// changes.
     fn limits(&self) -> Limits {
         Limits::default()
     }
@@ -230,7 +241,8 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
-    /// True if it can only be read although writing was asked for (`auto_read_only`, or a medium that is write-protected).
+    /// True if it can only be read although writing was asked for (`auto_read_only`, or a medium that is
+    /// write-protected).
     fn is_read_only(&self) -> bool {
         false
     }
@@ -245,19 +257,19 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
-    /// Answers a read at once if that needs no waiting (caches hold all of it). `None`: ask [`Driver::read`].
+    /// Reads at once if that needs no waiting (caches hold all of it). `None`: the caller calls [`Driver::read`].
     /// Must not block, and leaves nothing behind when it declines (the buffer may be partly filled).
     fn try_read(&self, _offset: u64, _iov: &IoVec) -> Option<Result<()>> {
         None
     }
 
-    /// Does a write at once if that needs no waiting. `None`: nothing was changed, ask [`Driver::write`].
+    /// Writes at once if that needs no waiting. `None`: nothing was changed, the caller calls [`Driver::write`].
     fn try_write(&self, _offset: u64, _iov: &IoVec) -> Option<Result<()>> {
         None
     }
 
-    /// Asked before every write, compressed write, zero write and discard of `len` bytes: a driver that lets them go at its own
-    /// pace has them wait here. What waits has not begun: dropped here, it is as if it had never come. `None`: go.
+    /// Called before every write, compressed write, zero write and discard of `len` bytes: a driver that limits their
+    /// rate makes them wait here. A request that waits here has not begun: dropped, it has no effect. `None`: go.
     fn pace(&self, _len: u64) -> Option<BoxFuture<'_, ()>> {
         None
     }
@@ -268,7 +280,7 @@ pub trait Driver: Send + Sync + 'static {
     /// Writes `iov` at `offset`.
     fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>>;
 
-    /// Bytes of one compressed cluster; `None` if the node writes none. A filter answers for its child.
+    /// Bytes of one compressed cluster; `None` if the node writes none. A filter returns its child's.
     fn compressed_unit(&self) -> Option<u32> {
         None
     }
@@ -291,7 +303,7 @@ pub trait Driver: Send + Sync + 'static {
         Box::pin(async { Ok(Attempt::Unsupported) })
     }
 
-    /// Tells that the range is no longer needed. Advisory.
+    /// Discards a range that is no longer needed. Advisory.
     fn discard(&self, _offset: u64, _len: u64) -> BoxFuture<'_, Result<Attempt>> {
         Box::pin(async { Ok(Attempt::Unsupported) })
     }
@@ -301,18 +313,17 @@ pub trait Driver: Send + Sync + 'static {
         Box::pin(async { Ok(()) })
     }
 
-    /// Makes the driver's own medium durable. Children are flushed by the corridor afterwards.
+    /// Makes the driver's own medium durable. The request path flushes children afterwards.
     fn flush_to_disk(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async { Ok(()) })
     }
 
-    /// What lies at `offset`: a run of at most `len` bytes, at least one request alignment long. `precise`: work for exact answers
-    /// about zeros; else a cheap answer will do.
+    /// Status of a run at `offset`, of at most `len` bytes and at least one request alignment.
     fn block_status(
         &self,
         offset: u64,
         len: u64,
-        precise: bool,
+        precision: Precision,
     ) -> BoxFuture<'_, Result<StatusRun>>;
 
     /// Changes the length.
@@ -333,7 +344,8 @@ pub trait Driver: Send + Sync + 'static {
         Box::pin(async { Ok(None) })
     }
 
-    /// Looks for leaks and corruption; changes nothing. `progress` is called with (done, total) bytes of metadata.
+    /// Checks the image for leaks and corruption; changes nothing. `progress` is called with (done, total) bytes of
+    /// metadata.
     fn check<'a>(
         &'a self,
         _progress: &'a (dyn Fn(u64, u64) + Send + Sync),
@@ -355,8 +367,8 @@ pub trait Driver: Send + Sync + 'static {
         Box::pin(async { Ok(Attempt::Unsupported) })
     }
 
-    /// Takes the first backing child, or gives the only one back (`None`). Nobody is inside the node meanwhile. Exchanging
-    /// one backing node for another needs no driver: the child then leads elsewhere.
+    /// Sets the first backing child, or removes and returns the only one (`None`). No request is in flight meanwhile.
+    /// Exchanging one backing node for another does not involve the driver: the graph re-points the child.
     ///
     /// # Errors
     /// Nothing has changed.
@@ -366,29 +378,30 @@ pub trait Driver: Send + Sync + 'static {
         Err(Error::new(ErrorKind::NotSupported, words))
     }
 
-    /// A child leads to another node, or a node somewhere below was exchanged or reopened (or this one): facts of children that
-    /// the driver remembers (a length, an alignment, what the file can do) are asked again or forgotten. Called with nobody inside,
-    /// before [`Driver::limits`] is read again, and also if nothing has changed. Must not block nor call into the graph.
+    /// Invalidates cached facts about children (a length, an alignment, abilities of the file): a child was re-pointed,
+    /// or a node below or this one was exchanged or reopened. Called with no request in flight, before
+    /// [`Driver::limits`] is read again, and also if nothing has changed. Must not block or call into the graph.
     fn children_changed(&self) {}
 
-    /// What this node does with one of its children, and what it lets others do with it meanwhile, given what its own parents do with
-    /// it (`above`). A pure function of its arguments and of options: it is asked often, also for changes that never come to be.
-    /// The default follows from the child's role, see [`Access::of_child`].
+    /// Permissions this node needs on one of its children and shares with the child's other parents, given what its own
+    /// parents do with it (`node`). A pure function of its arguments and of options: it is called often, also for
+    /// changes that are not committed. The default follows from the child's role, see [`Access::of_child`].
     fn child_access(&self, _name: &str, role: Role, node: &NodeUse) -> Access {
         Access::of_child(role, node)
     }
 
-    /// Nobody enters the node from now on, so whatever the driver holds back on its own account (a throttled request) must
-    /// go. Called before the wait for those inside, once until [`Driver::drain_end`]. Must not block nor call into the graph.
+    /// Begins a drained section: no request enters from now on, and requests that the driver delays (throttled ones)
+    /// must go. Called before the wait for requests in flight, once until [`Driver::drain_end`]. Must not block or call
+    /// into the graph.
     fn drain_begin(&self) {}
 
-    /// The node is open again. Alternates strictly with [`Driver::drain_begin`], which comes first.
+    /// Ends a drained section. Alternates strictly with [`Driver::drain_begin`], which comes first.
     fn drain_end(&self) {}
 
-    /// Gets ready for other flags or options, with nobody inside. What can fail, fails here; what is prepared takes
-    /// effect in [`Reopen::commit`], or not at all. The default takes any flags that the graph itself sees to (discard,
-    /// zero detection, flush switches) and refuses a change of `read_only` or `cache.direct`. What was prepared does not keep the
-    /// context, so that the caller can see which options were not taken.
+    /// Prepares other flags or options, with no request in flight. All that can fail happens here; the result takes
+    /// effect in [`Reopen::commit`], or not at all. The default takes any flags that the graph itself implements
+    /// (discard, zero detection, flush switches) and refuses a change of `read_only` or `cache.direct`. The result does
+    /// not borrow the context, so that the caller can see which options were not taken.
     ///
     /// # Errors
     /// Nothing has changed.
@@ -402,8 +415,8 @@ pub trait Driver: Send + Sync + 'static {
         Box::pin(std::future::ready(reopen::by_default(self.name(), context)))
     }
 
-    /// Writes out whatever is held back and gives up whatever keeps other processes from writing. Nothing is written until
-    /// [`Driver::activate`]. Called with nobody inside.
+    /// Writes back caches and releases locks that keep other processes from writing. Nothing is written until
+    /// [`Driver::activate`]. Called with no request in flight.
     ///
     /// # Errors
     /// The node is as active as before.
@@ -411,8 +424,8 @@ pub trait Driver: Send + Sync + 'static {
         Box::pin(async { Ok(()) })
     }
 
-    /// Takes charge again: others may have changed the bytes meanwhile, so what was remembered of them is read anew.
-    /// Children are active already. Called with nobody inside.
+    /// Takes locks again and reloads caches: other processes may have changed the bytes meanwhile.
+    /// Children are active already. Called with no request in flight.
     ///
     /// # Errors
     /// The node stays inactive; it may be tried again.
@@ -420,10 +433,10 @@ pub trait Driver: Send + Sync + 'static {
         Box::pin(async { Ok(()) })
     }
 
-    /// For offload between two drivers of one kind.
+    /// For copy offload between two drivers of one kind.
     fn as_any(&self) -> &dyn std::any::Any;
 
-    /// Called once when the node dies: writes what is left, reports what failed. Children are still open.
+    /// Closes the driver, once: writes back what is left, reports failures. Children are still open.
     fn close(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async { Ok(()) })
     }

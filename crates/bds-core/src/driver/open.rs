@@ -1,4 +1,4 @@
-//! What a driver gets when it is opened or asked to create an image.
+//! Contexts that a driver gets to open a node or to create an image, with the options common to all drivers.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::options::Options;
 
 bitflags::bitflags! {
-    /// What a child is to its parent. At most one each of `PRIMARY`, `COW`, `FILTERED`.
+    /// Role of a child in its parent. At most one each of `PRIMARY`, `COW`, `FILTERED`.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub struct Role: u32 {
         /// Holds guest data.
@@ -26,7 +26,7 @@ bitflags::bitflags! {
     }
 }
 
-/// How caches are used, QEMU's three switches.
+/// Cache mode: QEMU's three switches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheMode {
     /// Bypass the host's page cache (O_DIRECT).
@@ -44,7 +44,7 @@ impl Default for CacheMode {
 }
 
 impl CacheMode {
-    /// From qemu-img's words: none, writeback, writethrough, directsync, unsafe.
+    /// Parses qemu-img's names: none, writeback, writethrough, directsync, unsafe.
     pub fn parse(word: &str) -> Option<Self> {
         let (direct, no_flush, writeback) = match word {
             "none" | "off" => (true, false, true),
@@ -58,8 +58,9 @@ impl CacheMode {
     }
 }
 
-/// What becomes of writes of zeros.
+/// What is done with writes of zeros.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum DetectZeroes {
     /// Nothing.
     #[default]
@@ -70,7 +71,7 @@ pub enum DetectZeroes {
     Unmap,
 }
 
-/// How a node is opened. Options common to all drivers are parsed into this by the graph.
+/// Flags a node is opened with: the options common to all drivers, which the graph parses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct OpenFlags {
     /// No byte is ever written.
@@ -83,8 +84,8 @@ pub struct OpenFlags {
     pub for_check: bool,
     /// Do not take "others must not" locks, and share everything (qemu-img -U).
     pub force_share: bool,
-    /// Let no other program write to any of the files meanwhile, also not to those that hold bytes only, which a reader otherwise
-    /// shares (qemu-img convert). Has no meaning with `force_share`.
+    /// Lets no other program write to any of the files meanwhile, not even to pure data files, which a reader otherwise
+    /// shares (qemu-img convert). No effect with `force_share`.
     pub refuse_writers: bool,
     /// Caches.
     pub cache: CacheMode,
@@ -92,15 +93,16 @@ pub struct OpenFlags {
     pub discard: bool,
     /// Zero detection.
     pub detect_zeroes: DetectZeroes,
-    /// Inserted by a job on its own account: left out where a device's images are listed.
+    /// Inserted by a job: left out where a device's images are listed.
     pub is_implicit: bool,
-    /// What the node is to the parent it is opened for; empty when it is opened on its own. A protocol
-    /// derives its image locks from it: whoever keeps metadata in a file tolerates no other writer.
+    /// Role in the parent it is opened for; empty when it is opened on its own. A protocol derives its image locks from
+    /// it: a format that keeps metadata in a file shares it with no other writer.
     pub role: Role,
 }
 
-/// What kind of thing an image names.
+/// Kind of a reference stored in an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum ReferenceKind {
     /// A backing file.
     Backing,
@@ -108,10 +110,10 @@ pub enum ReferenceKind {
     DataFile,
 }
 
-/// A file named inside an image. The gate decides whether it is opened.
+/// A reference to a file, stored in an image. The reference gate decides whether it is opened.
 #[derive(Clone, Debug)]
 pub struct Reference {
-    /// What for.
+    /// Its purpose.
     pub kind: ReferenceKind,
     /// The name as stored: a file name, never read as a URL or `json:`.
     pub stored_name: OsString,
@@ -124,21 +126,21 @@ pub struct Reference {
 pub struct ChildRequest {
     /// The child's name, which is also the option's ("file", "backing", "data-file").
     pub name: &'static str,
-    /// What it is to its parent.
+    /// Its role in its parent.
     pub role: Role,
     /// The option's value, if the user gave one: a node name or a tree.
     pub option: Option<serde_json::Value>,
-    /// What the image itself names, if the user gave nothing.
+    /// The reference stored in the image, if the option is not given.
     pub reference: Option<Reference>,
 }
 
-/// Opens children on behalf of a driver. Implemented by the graph.
+/// Opens children for a driver. Implemented by the graph.
 pub trait ChildOpener: Send {
     /// `Ok(None)` if there is neither option nor reference, or the option is null.
     fn open_child<'a>(&'a mut self, request: ChildRequest) -> BoxFuture<'a, Result<Option<Child>>>;
 }
 
-/// What a driver gets when it is opened.
+/// Context in which a driver opens a node.
 pub struct OpenContext<'a> {
     /// The node's name.
     pub node_name: &'a str,
@@ -146,7 +148,7 @@ pub struct OpenContext<'a> {
     pub options: Options,
     /// The common ones.
     pub flags: OpenFlags,
-    /// Where file names are looked up.
+    /// Resolves file names.
     pub fs: &'a Fs,
     opener: &'a mut dyn ChildOpener,
 }
@@ -182,7 +184,7 @@ impl<'a> OpenContext<'a> {
         })
     }
 
-    /// Opens the child that the option `name` describes, or else what the image itself names.
+    /// Opens the child that the option `name` describes, or else the one that the image refers to.
     pub async fn reference(
         &mut self,
         name: &'static str,
@@ -194,7 +196,7 @@ impl<'a> OpenContext<'a> {
     }
 }
 
-/// What a format gets when it is asked to create an image.
+/// Context in which a format creates an image.
 #[derive(Debug)]
 pub struct CreateContext<'a> {
     /// The file to hold it: writable, resizable, empty.

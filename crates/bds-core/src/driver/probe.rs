@@ -1,24 +1,25 @@
-//! Guessing a format from bytes. An inspection of its own: it opens nothing and decides nothing.
+//! Probes formats: guesses from the first bytes of a file which drivers could read it. Opens nothing.
 //!
-//! A guess must never choose how a file is *written* behind the user's back: a guest that can write a raw disk can make it
-//! look like any format. So no open path calls this; a caller that wants a guess asks for one and says so.
+//! A guess must never choose how a file is *written* without the user's consent: a guest that can write a raw disk can
+//! make it look like any format. So no open path calls this; a caller that wants a guess requests it explicitly.
 
 use super::{Category, Registry};
 
-/// How many leading bytes of a file a guess looks at.
+/// How many leading bytes of a file are probed.
 pub const PROBE_LEN: usize = 64 << 10;
 
-/// A format that the bytes may be.
+/// A format that a probe found possible.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Candidate {
     /// The driver's name.
     pub driver: &'static str,
-    /// How sure: 1 to 100.
+    /// Confidence: 1 to 100.
     pub score: u8,
 }
 
-/// Which formats `head` (the first bytes of a file of `file_len` bytes, at most [`PROBE_LEN`] of them are looked at)
-/// may begin, the surest first, equals by name. `raw`, which fits everything, is not among them unless its driver
+/// The formats that a file of `file_len` bytes may have that begins with `head` (at most [`PROBE_LEN`] bytes are
+/// examined), the most likely first, equals by name. `raw`, which fits everything, is not among them unless its driver
 /// says so: an empty answer means raw or unknown.
 pub fn probe(registry: &Registry, head: &[u8], file_len: u64) -> Vec<Candidate> {
     let head = &head[..head.len().min(PROBE_LEN)];

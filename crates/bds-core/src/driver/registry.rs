@@ -1,4 +1,4 @@
-//! Name → driver.
+//! Registry of drivers by name.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::{Category, DriverType};
 use crate::error::{Error, ErrorKind, Result};
 
-/// The drivers a program has. Filled once, then shared.
+/// The drivers of a program. Filled once, then shared.
 #[derive(Clone, Default)]
 pub struct Registry {
     types: BTreeMap<&'static str, Arc<dyn DriverType>>,
@@ -55,7 +55,7 @@ impl Registry {
         })
     }
 
-    /// The format of this name: what an image may be said to be.
+    /// The format driver of this name.
     ///
     /// # Errors
     /// `InvalidInput` if there is no such driver, or it is a protocol or filter.
@@ -104,7 +104,7 @@ mod tests {
             &'a self,
             _context: &'a mut OpenContext<'_>,
         ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
-            unreachable!("neither the registry nor a guess opens anything")
+            unreachable!("the registry and probes open nothing")
         }
         fn probe(&self, head: &[u8], file_len: u64) -> u8 {
             assert!(head.len() <= PROBE_LEN);
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_names_are_answered_with_the_known_ones() {
+    fn an_unknown_name_is_refused_with_a_list_of_the_known_ones() {
         let registry = registry();
         let text =
             |result: Result<&Arc<dyn DriverType>>| result.map(|_| ()).unwrap_err().to_string();
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn guesses_come_surest_first_and_only_of_formats() {
+    fn probes_list_formats_only_with_the_most_likely_first() {
         let found = probe(&registry(), &vec![0; PROBE_LEN + 1], 1);
         let names: Vec<&str> = found.iter().map(|candidate| candidate.driver).collect();
         assert_eq!(names, ["sure", "a-guess", "b-guess"]);

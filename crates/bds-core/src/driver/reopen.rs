@@ -1,4 +1,4 @@
-//! Changing options and flags of an open driver: prepared first, then done or dropped.
+//! Reopens a driver with other options and flags: prepared first, then committed or dropped.
 //!
 //! ```text
 //! prepare_reopen ──► Reopen ──► commit     cannot fail, cannot wait
@@ -13,16 +13,16 @@ use super::OpenFlags;
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Options;
 
-/// What a driver gets when it is asked to prepare.
+/// Context in which a driver prepares a reopen.
 pub struct ReopenContext<'a> {
-    /// How the node is opened now.
+    /// The present flags of the node.
     pub current: OpenFlags,
-    /// How it shall be opened.
+    /// The new flags.
     pub flags: OpenFlags,
-    /// The driver's own options that shall have another value; the others stay. It takes what it can change while it is open, the
-    /// graph refuses the rest.
+    /// The driver's own options that get another value; the others stay. It takes those it can change while it is open,
+    /// the graph refuses the rest.
     pub options: Options,
-    /// Where file names are looked up.
+    /// Resolves file names.
     pub fs: &'a Fs,
 }
 
@@ -34,17 +34,18 @@ impl fmt::Debug for ReopenContext<'_> {
     }
 }
 
-/// A prepared change of a driver. Dropped: nothing has changed.
+/// A prepared reopen of a driver. Dropped: nothing has changed.
 pub trait Reopen: Send {
     /// Takes effect. Cannot fail, does not wait.
     fn commit(self: Box<Self>);
 
-    /// Will the node only be readable although the flags say otherwise (`auto_read_only`)?
+    /// True if the node will be read-only although the flags say otherwise (`auto_read_only`).
     fn is_read_only(&self) -> bool {
         false
     }
 
-    /// What [`super::Limits::request_alignment`] will be, if it will differ: users that cannot live with it have the reopen refused.
+    /// The new [`super::Limits::request_alignment`], if it will differ. The reopen is refused if a user does not
+    /// support it.
     fn request_alignment(&self) -> Option<u32> {
         None
     }
@@ -55,7 +56,7 @@ impl Reopen for () {
     fn commit(self: Box<Self>) {}
 }
 
-/// What a driver does that says nothing about it.
+/// The default of [`super::Driver::prepare_reopen`].
 pub(super) fn by_default<'a>(
     driver: &str,
     context: &ReopenContext<'_>,

@@ -1,4 +1,4 @@
-//! What a range holds: data, zeros, nothing; and where.
+//! Types of block status: what a range holds (data, zeros, nothing) and where.
 
 bitflags::bitflags! {
     /// Facts about a run of bytes. `DATA` or `ZERO` implies `ALLOCATED`.
@@ -16,17 +16,17 @@ bitflags::bitflags! {
         const COMPRESSED = 16;
         /// `map` holds guest bytes one to one.
         const OFFSET_VALID = 32;
-        /// Only passing through: ask `map` instead, with its answer as ours (filters, raw).
+        /// Passes through: the status of `map` is this node's (filters, raw).
         const RAW = 64;
-        /// Preallocated: ask `map` whether it is zero there.
+        /// Preallocated: the status of `map` says whether it is zero there.
         const RECURSE = 128;
     }
 }
 
-/// Where bytes lie in a child.
+/// Position of bytes in a child.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HostMap {
-    /// Which child, by its name in this driver ("file", "data-file").
+    /// Name of the child in this driver ("file", "data-file").
     pub child: &'static str,
     /// Byte offset in that child.
     pub offset: u64,
@@ -35,10 +35,19 @@ pub struct HostMap {
 /// A run of bytes of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StatusRun {
-    /// Length in bytes, at most what was asked; zero only at or past the end.
+    /// Length in bytes, at most that of the question; zero only at or past the end.
     pub len: u64,
-    /// What holds.
+    /// Facts about it.
     pub flags: StatusFlags,
-    /// Where, if `OFFSET_VALID`, `RAW` or `RECURSE`.
+    /// Position in a child, if `OFFSET_VALID`, `RAW` or `RECURSE`.
     pub map: Option<HostMap>,
+}
+
+/// How exact an answer about block status has to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// A cheap answer: unclear parts count as data.
+    Cheap,
+    /// Exact about zeros, which may take I/O.
+    Exact,
 }

@@ -1,4 +1,4 @@
-//! A driver before it is opened: its name, its options, how to open, create, probe and measure.
+//! Driver types: name and options of a driver, and how it opens, creates, probes and measures images.
 
 use std::fmt;
 use std::ops::Range;
@@ -10,18 +10,18 @@ use super::{BoxFuture, CreateContext, Driver, OpenContext};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::{OptionSpec, Options};
 
-/// Where a driver stands.
+/// Position of a driver in a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Category {
-    /// Holds the bytes.
+    /// Accesses storage.
     Protocol,
-    /// Gives bytes a shape.
+    /// Interprets the bytes of a file as a disk.
     Format,
-    /// Changes when or whether, never what.
+    /// Passes requests on; may delay, refuse or observe them, but shows its child's bytes.
     Filter,
 }
 
-/// What a new image would have to hold.
+/// Contents that a new image would have to hold.
 #[derive(Clone, Debug, Default)]
 pub struct MeasureSource {
     /// Virtual size in bytes.
@@ -30,18 +30,18 @@ pub struct MeasureSource {
     pub data: Option<Vec<Range<u64>>>,
 }
 
-/// How large a new image would be, in bytes.
+/// Size of a new image in bytes, as `measure` computes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MeasureReport {
-    /// For the source's data.
+    /// With the source's data.
     pub required: u64,
-    /// If every byte were written.
+    /// With every byte written.
     pub fully_allocated: u64,
     /// For persistent bitmaps, where the format can hold them.
     pub bitmaps: Option<u64>,
 }
 
-/// What create options lead to, found out without touching a file.
+/// Facts about an image to be created, computed from its options without touching a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CreateFacts {
     /// Virtual size in bytes.
@@ -52,15 +52,15 @@ pub struct CreateFacts {
     pub compressed_unit: Option<u32>,
 }
 
-/// A file that was opened, or made, for a new image, and is locked. What it holds is still there; dropping the claim leaves it so.
+/// A file opened or made for a new image, and locked. Its old contents are still there; dropping the claim leaves them.
 pub struct ClaimedFile {
-    /// Its name, links followed, if the claim made it: to be removed if the image does not come to be.
+    /// Its name, links followed, if the claim made it: to be removed if creation fails.
     pub made_path: Option<PathBuf>,
-    /// Which file it is.
+    /// Identity of the file: (device, inode).
     pub identity: (u64, u64),
-    /// The longest it can be, for what cannot grow.
+    /// Its maximal length, if it cannot grow.
     pub max_len: Option<u64>,
-    /// Polled for the first time, this empties the file and does with it what the options say. At its end the locks are gone.
+    /// Empties the file and applies the options, from the first poll on. Releases the locks when done.
     pub empty: BoxFuture<'static, Result<()>>,
 }
 
@@ -73,15 +73,15 @@ impl fmt::Debug for ClaimedFile {
     }
 }
 
-/// A kind of driver, as the registry knows it.
+/// A type of driver, as the registry lists it.
 pub trait DriverType: Send + Sync + 'static {
     /// Its name as QEMU spells it.
     fn name(&self) -> &'static str;
 
-    /// Where it stands.
+    /// Its position in a chain.
     fn category(&self) -> Category;
 
-    /// What it is for, in one line for a person, without a full stop.
+    /// One line of help, without a full stop.
     fn help(&self) -> &'static str {
         ""
     }
@@ -95,7 +95,7 @@ pub trait DriverType: Send + Sync + 'static {
         context: &'a mut OpenContext<'_>,
     ) -> BoxFuture<'a, Result<Box<dyn Driver>>>;
 
-    /// How sure is it that `head` (the first bytes, up to 64 KiB) begins one of its images? 0 = no, 100 = certainly.
+    /// Confidence that `head` (the first bytes, up to 64 KiB) begins one of its images: 0 = no, 100 = certain.
     fn probe(&self, _head: &[u8], _file_len: u64) -> u8 {
         0
     }
@@ -113,8 +113,8 @@ pub trait DriverType: Send + Sync + 'static {
         })
     }
 
-    /// Formats: checks everything about create options that can be checked before a file is touched, and takes them as `create`
-    /// does. `backing_len`: length of the backing image, if one is named and is looked at.
+    /// Formats: checks create options as far as possible before a file is touched, and takes them as `create` does.
+    /// `backing_len`: length of the backing image, if one is named and was opened.
     fn check_create(
         &self,
         _options: &mut Options,
@@ -124,14 +124,14 @@ pub trait DriverType: Send + Sync + 'static {
         Err(Error::new(ErrorKind::NotSupported, words))
     }
 
-    /// Protocols: opens the file for a new image, or makes it, takes the options it knows and locks the file. What the file
-    /// holds stays until [`ClaimedFile::empty`] runs (then it has the length `size`).
+    /// Protocols: opens or makes the file for a new image, takes the options it knows and locks the file. Its contents
+    /// stay until [`ClaimedFile::empty`] runs (then it has the length `size`).
     fn claim_file(&self, _fs: &Fs, _path: &Path, _options: &mut Options) -> Result<ClaimedFile> {
         let words = format!("{} cannot create files", self.name());
         Err(Error::new(ErrorKind::NotSupported, words))
     }
 
-    /// How large would an image made with these create options be?
+    /// Computes the size of an image made with these create options.
     fn measure(&self, _options: &mut Options, _source: &MeasureSource) -> Result<MeasureReport> {
         Err(Error::new(
             ErrorKind::NotSupported,

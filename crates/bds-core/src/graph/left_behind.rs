@@ -1,6 +1,6 @@
 //! Closing waits for what dropped requests left behind.
 //!
-//! An operation whose request has gone keeps its node open until it ends (`request::begun`). Nobody can know it by name, so
+//! An operation whose request has gone keeps its node open until it ends (`request::detach_on_drop`). Nobody can know it by name, so
 //! whoever closes waits for it instead of finding the node in use.
 
 use bds_refcount::{HolderInfo, Strong};
@@ -64,7 +64,7 @@ pub(super) async fn wait_left_alone(node: &Strong<Node>, named: usize) {
 
 /// Waits until no operation keeps the node open on its own behalf. Their references go right after that.
 async fn left_alone(node: &Strong<Node>) {
-    node.tracker().wait_moved_out().await;
+    node.tracker().wait_no_detached().await;
     for _ in 0..1000 {
         if node.count() <= 1 {
             return;

@@ -1,4 +1,4 @@
-//! JSON as QEMU reads it: strings may stand in single quotes, which need no escaping in a shell.
+//! Parses JSON as QEMU does: strings may be in single quotes, which need no escaping in a shell.
 
 use std::borrow::Cow;
 
@@ -9,7 +9,7 @@ pub(super) fn parse(text: &str) -> serde_json::Result<Value> {
     serde_json::from_str(&with_double_quotes(text))
 }
 
-/// The same text in plain JSON. What is wrong in it stays wrong.
+/// Translates to plain JSON. Errors in the text are kept.
 fn with_double_quotes(text: &str) -> Cow<'_, str> {
     if !text.contains('\'') {
         return Cow::Borrowed(text);

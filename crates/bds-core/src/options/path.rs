@@ -1,6 +1,7 @@
-//! File names in option trees.
+//! Encodes file names in option trees.
 //!
-//! A name that is UTF-8 is a string. Linux allows any bytes but NUL and JSON does not, so any other name is the list of its bytes.
+//! A name that is UTF-8 is a string. Linux allows any bytes but NUL and JSON does not, so any other name is the list of
+//! its bytes.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -12,7 +13,7 @@ pub(super) fn to_json(path: &Path) -> Value {
     from_bytes(path.as_os_str().as_bytes())
 }
 
-/// A text that may be a file name.
+/// Encodes a text that may be a file name.
 pub(super) fn from_bytes(bytes: &[u8]) -> Value {
     match std::str::from_utf8(bytes) {
         Ok(text) => Value::from(text),
@@ -32,7 +33,7 @@ pub(super) fn from_json(value: &Value) -> Option<PathBuf> {
     }
 }
 
-/// A number, also as the text that `key=value` makes of it.
+/// A byte from a number, also from its text as in `key=value`.
 fn byte(value: &Value) -> Option<u8> {
     match value {
         Value::String(text) => text.parse().ok(),

@@ -109,7 +109,7 @@ fn a_child_is_a_name_a_tree_or_nothing() {
 }
 
 #[test]
-fn what_nobody_took_is_refused_by_name() {
+fn keys_that_were_not_taken_are_refused_by_name() {
     let error = Options::new().with("frob", 1).finish("qcow2").unwrap_err();
     assert_eq!(error.to_string(), "qcow2 does not know the option 'frob'");
 }

@@ -174,13 +174,13 @@ fn directions_share_only_the_total() {
 }
 
 #[test]
-fn what_is_given_back_was_never_taken() {
+fn a_refund_undoes_a_take() {
     let limits = RateLimits { bps_total: Rate::per_second(1000), ..RateLimits::default() };
     let mut limiter = Limiter::new(limits).unwrap();
     let at = Duration::from_millis;
     limiter.take(at(0), Direction::Read, limits.cost(600));
     limiter.take(at(0), Direction::Read, limits.cost(5000));
-    limiter.give_back(Direction::Read, limits.cost(5000));
+    limiter.refund(Direction::Read, limits.cost(5000));
     assert_eq!(limiter.wait(at(0), Direction::Read), at(500));
     let two = limits.cost(100).plus(limits.cost(100));
     assert_eq!(limiter.wait_behind(at(0), Direction::Read, two), at(700));

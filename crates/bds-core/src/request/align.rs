@@ -1,7 +1,7 @@
-//! Widening a request to the alignment of the node below.
+//! Widens a request to the alignment of the node below.
 //!
-//! A guest may ask for any byte range; a disk moves whole blocks. Here are the blocks that cover a request and the
-//! buffers that hold what lies around it. Arithmetic and buffers only; the reads are `dispatch`'s.
+//! A guest may ask for any byte range; a disk moves whole blocks. This module finds the blocks that cover a request and
+//! makes the buffers for the bytes around it. Arithmetic and buffers only; `block_io` does the reads.
 //!
 //! Invariant: the outer range contains the request and is less than two blocks longer.
 
@@ -57,14 +57,14 @@ impl Padded {
         one.into_iter().chain(two)
     }
 
-    /// One buffer for everything that lies around the request, or is read with it.
+    /// One buffer for all bytes around the request.
     pub(super) fn buffer(&self, memory_align: u32) -> PadBuf {
         let outer_len = self.outer.end - self.outer.start;
         let blocks = usize::try_from(outer_len).map_or(2, |len| (len / self.align).min(2));
         PadBuf { buf: Buf::zeroed(blocks * self.align, (memory_align as usize).max(512)) }
     }
 
-    /// Where block-sized `read` (one of [`Padded::reads`]) lands in the buffer.
+    /// The part of the buffer that `read` (one of [`Padded::reads`]) fills.
     pub(super) fn place(&self, pad: &PadBuf, read: &Range<u64>) -> IoVec {
         let start = if read.start == self.outer.start { 0 } else { pad.buf.len() - self.align };
         // A read is one or two blocks, as is the buffer.
@@ -72,7 +72,7 @@ impl Padded {
         pad.buf.slice(start..start + len)
     }
 
-    /// Head, the caller's bytes, tail.
+    /// Joins head, the caller's bytes and tail.
     pub(super) fn join(&self, pad: &PadBuf, data: IoVec) -> IoVec {
         if self.head_len == 0 && self.tail_len == 0 {
             return data;

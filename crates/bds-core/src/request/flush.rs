@@ -1,15 +1,15 @@
-//! Making writes durable: once, in order, and honestly.
+//! Flushes a node: makes its completed writes durable, once and in order.
 //!
-//! Order: metadata to the children, own medium, then the children this node writes to. The medium is skipped if no write
-//! ended since the last successful flush began; a write that ends during a flush is not covered by it. After a
-//! medium failed to flush, nobody knows which of its bytes are durable: every later flush of the node fails too.
+//! Order: metadata to the children, the node's own medium, then the children this node writes to. The medium is skipped
+//! if no write ended since the last successful flush began; a write that ends during a flush is not covered by it.
+//! After a medium failed to flush it is unknown which of its bytes are durable: every later flush of the node fails
+//! too.
 //!
-//! Flushing the medium runs to its end even if the caller goes away, because its failure is told only once; the next flush
-//! waits for that. The turn of a flush lies in its request's future, which a task polls: a caller that merely keeps the future that
-//! it was given does not keep the turn.
+//! Flushing the medium runs to completion even if its caller is dropped, because the host reports a failure only once;
+//! the next flush waits for that. The turn of a flush is held by its request's task, so a caller that keeps its future
+//! without polling it does not hold up later flushes.
 
-use super::begun::Inside;
-use super::enter::{Entered, enter, named};
+use super::admit::{Entered, RequestScope, enter, named};
 use crate::driver::BoxFuture;
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::Edge;
@@ -20,51 +20,54 @@ pub(super) fn flush(edge: &Edge) -> BoxFuture<'_, Result<()>> {
     flush_below(edge, None)
 }
 
-/// As [`flush`], for a request that is inside other nodes too.
-fn flush_below<'a>(edge: &'a Edge, above: Option<&'a Inside<'a>>) -> BoxFuture<'a, Result<()>> {
+/// As [`flush`], for a request that is in flight at other nodes too.
+fn flush_below<'a>(
+    edge: &'a Edge,
+    above: Option<&'a RequestScope<'a>>,
+) -> BoxFuture<'a, Result<()>> {
     Box::pin(async move {
         let node = enter(edge).await?;
         flush_writable(&node, above).await
     })
 }
 
-/// As [`flush`], for a request that is inside already.
-pub(super) async fn flush_inside(node: &Entered<'_>) -> Result<()> {
+/// As [`flush`], for a request that has entered.
+pub(super) async fn flush_entered(node: &Entered<'_>) -> Result<()> {
     flush_writable(node, None).await
 }
 
-async fn flush_writable(node: &Entered<'_>, above: Option<&Inside<'_>>) -> Result<()> {
+async fn flush_writable(node: &Entered<'_>, above: Option<&RequestScope<'_>>) -> Result<()> {
     if !node.is_writable() {
         return Ok(());
     }
-    // Its children's failures carry their own names.
+    // Failures of its children carry their own names.
     named(node, flush_node(node, above).await)
 }
 
-async fn flush_node(node: &Entered<'_>, above: Option<&Inside<'_>>) -> Result<()> {
-    let inside = Inside::flush(node).below(above);
+async fn flush_node(node: &Entered<'_>, above: Option<&RequestScope<'_>>) -> Result<()> {
+    let scope = node.scope().below(above);
     let mut flushing = node.tracker().begin_flush().await;
     if let Some(error) = node.tracker().flush_failure() {
         return Err(error.context("an earlier flush failed, so bytes may be lost; reopen the node"));
     }
-    inside.carry_out(|node| node.driver().flush_to_os()).await?;
+    scope.run(|node| node.driver().flush_to_os()).await?;
     if !node.flags().cache.no_flush && !flushing.is_clean() {
         let result;
-        (flushing, result) = flush_medium(&inside, flushing).await;
+        (flushing, result) = flush_medium(&scope, flushing).await;
         result?;
     }
     let mut first = Ok(());
     for child in node.children().iter().filter(|child| child.may_hold_writes()) {
-        first = first.and(flush_below(child, Some(&inside)).await);
+        first = first.and(flush_below(child, Some(&scope)).await);
     }
     first?;
     flushing.succeeded();
     Ok(())
 }
 
-/// Asks the driver, and tells the node's tracker of a failure whether or not anyone still waits. No other flush begins meanwhile.
-async fn flush_medium(inside: &Inside<'_>, flushing: Flushing) -> (Flushing, Result<()>) {
-    let work = inside.carry_out(move |node| {
+/// Flushes the driver's medium and records a failure in the tracker even if the caller is gone. Excludes other flushes.
+async fn flush_medium(scope: &RequestScope<'_>, flushing: Flushing) -> (Flushing, Result<()>) {
+    let flushed = scope.run(move |node| {
         Box::pin(async move {
             let result = node.driver().flush_to_disk().await;
             if let Err(error) = &result
@@ -75,10 +78,10 @@ async fn flush_medium(inside: &Inside<'_>, flushing: Flushing) -> (Flushing, Res
             (flushing, result)
         })
     });
-    work.await
+    flushed.await
 }
 
-/// Errors that say the medium was not asked at all leave everything as it was.
+/// False for errors after which the medium is as before: it was not reached.
 fn is_lasting(error: &Error) -> bool {
     !matches!(error.kind(), ErrorKind::NotSupported | ErrorKind::WouldWait | ErrorKind::Cancelled)
 }

@@ -1,32 +1,33 @@
-//! The corridor: the one way from a user or a driver to the driver of the node below, each step once.
+//! The request path: the steps of every request from a backend or a driver to the driver of the node below.
 //!
 //! ```text
 //! Backend                       Port (a driver's child)
 //!       └──────────┬──────────────┘
-//!   enter     gate of the edge, counted in            queued is not in flight
-//!   range     sane offset, permission, read-only
+//!   admit     gate of the edge, in-flight count        a queued request is not in flight
+//!   range     end of the range, permission, read-only
 //!   align     widen to whole blocks, read what a write must keep
-//!   traffic   register; wait for overlapping earlier serialising requests (and the other way round)
-//!   split     by the node's limits
-//!   begun     the driver; what it has begun ends even if the request is dropped
-//!   flush     once, after the last fragment, if durability was asked and the driver cannot
+//!   tracker   register; wait for overlapping earlier serialising requests (and the other way round)
+//!   block_io  split by the node's limits
+//!   detach_on_drop  call the driver; once polled its operation runs to completion, even if the request is dropped
+//!   flush     once, after the last piece, if durability was requested and the driver cannot do it itself
 //! ```
 //!
-//! The inline way (`dispatch::try_read`, `try_write`) takes the same steps without waiting, allocating or locking, and
+//! The inline path (`dispatch::try_read`, `try_write`) takes the same steps without waiting, allocating or locking, and
 //! declines whatever does not fit.
 //!
-//! A request through a backend runs in a task of its own from its first poll on: a future that is kept without being polled, or
-//! forgotten, holds nothing up (`backend::io`).
+//! A backend's request runs in a task from its first poll on: a future that is kept without being polled, or forgotten,
+//! holds up no other request (`backend::io`).
 //!
-//! It never changes the graph. Dropping a future at any await counts out, deregisters and wakes who waited; if the driver has
-//! begun to change something by then, all that happens when the driver is done.
+//! This module never changes the graph. Dropping a future at any await counts the request out, deregisters it and wakes
+//! waiters; if the driver has begun to change something by then, all of that happens when the driver is done.
 
+mod admit;
 mod align;
 mod backend;
-mod begun;
+mod block_io;
 mod copy_on_read;
+mod detach_on_drop;
 mod dispatch;
-mod enter;
 mod flush;
 mod offload;
 mod port;

@@ -1,28 +1,27 @@
-//! Letting the host copy bytes between two files, without reading them here.
+//! Copies bytes between two files on the host, without reading them here (copy offload).
 //!
 //! Both sides are followed down to the nodes that hold the bytes one to one: the source through every layer that
-//! points to where its data lies, the target only through layers that merely pass on, since everything else must
-//! learn of a write. What cannot be followed is `Unsupported`, and the caller uses buffers. Never for encrypted or
-//! compressed data: such runs point nowhere.
+//! points to where its data lies, the target only through layers that merely pass on, since every other driver must
+//! see each write. Where that fails the answer is `Unsupported`, and the caller uses buffers. Encrypted and compressed
+//! runs point nowhere, so they are never copied here.
 
 use bds_refcount::Strong;
 
-use super::begun::Inside;
-use super::enter::{Entered, enter, named};
+use super::admit::{Admission, Entered, RequestScope, enter, named};
 use super::range;
-use crate::driver::{Attempt, BoxFuture, HostMap, StatusFlags};
+use crate::driver::{Attempt, BoxFuture, HostMap, Precision, StatusFlags};
 use crate::error::Result;
-use crate::graph::{Edge, Node};
+use crate::graph::{Edge, Node, Perm};
 
-/// Where the copy is inside already, and how many steps down it may take.
-type Way<'a> = (Option<&'a Inside<'a>>, usize);
+/// The scope above, and how many steps down the copy may still take.
+type Path<'a> = (Option<&'a RequestScope<'a>>, usize);
 
-/// Longest way down that is followed on each side.
+/// Most steps down that are followed on each side.
 const MAX_STEPS: usize = 16;
 
 /// Where the bytes go.
 #[derive(Clone, Copy)]
-struct Goal<'a> {
+struct Target<'a> {
     edge: &'a Edge,
     offset: u64,
     len: u64,
@@ -41,56 +40,55 @@ pub(super) async fn copy(
     if len == 0 {
         return Ok(Attempt::Done);
     }
-    from(source, source_offset, Goal { edge: target, offset, len }, (None, MAX_STEPS)).await
+    follow_source(source, source_offset, Target { edge: target, offset, len }, (None, MAX_STEPS))
+        .await
 }
 
-/// Down the source's side, inside every node on the way.
-fn from<'a>(
+/// Follows the source down, in flight at every node on the way.
+fn follow_source<'a>(
     edge: &'a Edge,
     offset: u64,
-    goal: Goal<'a>,
-    (above, steps): Way<'a>,
+    target: Target<'a>,
+    (above, steps): Path<'a>,
 ) -> BoxFuture<'a, Result<Attempt>> {
     Box::pin(async move {
         let node = enter(edge).await?;
-        if !fits(&node, offset, goal.len) {
+        if !fits(&node, offset, target.len) {
             return Ok(Attempt::Unsupported);
         }
-        let tracked = node.track(offset..offset + goal.len, false).await;
-        let inside = Inside::new(&node, &tracked).below(above);
+        let admission = Admission::read(offset..offset + target.len);
+        let scope = node.admit(admission).await?.below(above);
         if node.children().is_empty() {
-            return to((node.strong(), offset), goal, (Some(&inside), MAX_STEPS)).await;
+            return follow_target((node.strong(), offset), target, (Some(&scope), MAX_STEPS)).await;
         }
         let data = StatusFlags::DATA | StatusFlags::OFFSET_VALID;
-        match below(&node, offset, goal.len, data).await? {
+        match below(&node, offset, target.len, data).await? {
             Some((child, at)) if steps > 0 => {
-                from(&child, at, goal, (Some(&inside), steps - 1)).await
+                follow_source(&child, at, target, (Some(&scope), steps - 1)).await
             }
             _ => Ok(Attempt::Unsupported),
         }
     })
 }
 
-/// Down the target's side.
-fn to<'a>(
+/// Follows the target down.
+fn follow_target<'a>(
     reader: (&'a Strong<Node>, u64),
-    goal: Goal<'a>,
-    (above, steps): Way<'a>,
+    target: Target<'a>,
+    (above, steps): Path<'a>,
 ) -> BoxFuture<'a, Result<Attempt>> {
     Box::pin(async move {
-        let Goal { edge, offset, len } = goal;
+        let Target { edge, offset, len } = target;
         let node = enter(edge).await?;
-        named(&node, range::check_write(edge, &node, offset + len, false))?;
+        named(&node, range::check_write(edge, &node, offset + len, Perm::WRITE))?;
         if !fits(&node, offset, len) || node.strong().ptr_eq(reader.0) {
             return Ok(Attempt::Unsupported);
         }
-        let tracked = node.track(offset..offset + len, false).await;
-        let inside = Inside::new(&node, &tracked).below(above);
-        // Also where bytes only pass through: a flush must come down to where they are.
-        let _writing = node.writing();
+        // A write also where bytes only pass through: a flush must come down to where they are.
+        let scope = node.admit(Admission::write(offset..offset + len)).await?.below(above);
         if node.children().is_empty() {
             let (source, source_offset) = (reader.0.clone(), reader.1);
-            let copied = inside.carry_out(move |node| {
+            let copied = scope.run(move |node| {
                 Box::pin(async move {
                     let source = source.driver();
                     node.driver().copy_range_from(source, source_offset, offset, len).await
@@ -98,11 +96,11 @@ fn to<'a>(
             });
             return named(&node, copied.await);
         }
-        // Whoever does more than pass on must learn of every write.
+        // A driver that does more than pass on must see every write.
         match below(&node, offset, len, StatusFlags::RAW).await? {
             Some((child, at)) if steps > 0 => {
-                let goal = Goal { edge: &child, offset: at, len };
-                to(reader, goal, (Some(&inside), steps - 1)).await
+                let target = Target { edge: &child, offset: at, len };
+                follow_target(reader, target, (Some(&scope), steps - 1)).await
             }
             _ => Ok(Attempt::Unsupported),
         }
@@ -121,7 +119,7 @@ async fn below(
     len: u64,
     wanted: StatusFlags,
 ) -> Result<Option<(std::sync::Arc<Edge>, u64)>> {
-    let answer = node.driver().block_status(offset, len, false).await;
+    let answer = node.driver().block_status(offset, len, Precision::Cheap).await;
     let run = named(node, answer)?;
     let is_plain = run.flags.contains(StatusFlags::RAW)
         || run.flags.contains(wanted) && !run.flags.contains(StatusFlags::COMPRESSED);

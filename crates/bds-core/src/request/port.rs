@@ -1,19 +1,20 @@
-//! A driver's door to the node below: the corridor behind [`ChildPort`].
+//! Implements [`ChildPort`]: a driver's requests to the node below take the request path.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use bds_io::IoVec;
 
-use super::enter::{enter, named};
+use super::admit::{enter, named};
 use super::{dispatch, flush, status, truncate, zero};
 use crate::driver::{
-    Attempt, BoxFuture, ChildPort, Limits, ReadFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Attempt, BoxFuture, ChildPort, Limits, Precision, ReadFlags, StatusRun, Truncate, WriteFlags,
+    ZeroFlags,
 };
 use crate::error::Result;
 use crate::graph::{Edge, walk};
 
-/// The port of an edge.
+/// Makes the port of an edge.
 pub(super) fn make(edge: Arc<Edge>) -> Box<dyn ChildPort> {
     Box::new(Port(edge))
 }
@@ -96,9 +97,9 @@ impl ChildPort for Port {
         &self,
         offset: u64,
         len: u64,
-        precise: bool,
+        precision: Precision,
     ) -> BoxFuture<'_, Result<StatusRun>> {
-        Box::pin(status::of_layer(&self.0, offset, len, precise))
+        Box::pin(status::of_layer(&self.0, offset, len, precision))
     }
 
     fn is_zero(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<bool>> {

@@ -1,20 +1,21 @@
-//! What a range holds: one layer, and through a chain.
+//! Answers block status: what a range holds, for one layer and through a chain.
 //!
-//! A driver answers for its own layer, roughly or precisely, and may point on ("ask my file there"). Here its answer is cut
-//! to the question, pointers are followed, and facts that follow from the graph are added. A wrong "zero" or "not
-//! allocated" loses data, so anything unclear counts as data; an error is an error.
+//! A driver answers for its own layer, roughly or precisely, and may refer to a child ("the status of my file there").
+//! This module cuts its answer to the question, follows references and adds facts that follow from the graph. A wrong
+//! "zero" or "not allocated" loses data, so anything unclear counts as data; an error is an error.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::enter::{enter, named};
+use super::admit::{enter, named};
 use super::range::{self, round_down, round_up};
-use crate::driver::{BoxFuture, HostMap, Role, StatusFlags, StatusRun};
+use crate::driver::{BoxFuture, HostMap, Precision, Role, StatusFlags, StatusRun};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Edge, Node, NodeId, walk};
 
-/// Where the bytes of a run lie one to one.
+/// The node and file that hold the bytes of a run one to one.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct HostBytes {
     /// The node that holds them.
     pub node: NodeId,
@@ -26,20 +27,21 @@ pub struct HostBytes {
 
 /// A run of bytes of one kind, seen through a chain.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ChainRun {
     /// Length in bytes; zero only at or past the end.
     pub len: u64,
-    /// What holds. Without `ALLOCATED`: no layer that was asked decides it.
+    /// Facts about it. Without `ALLOCATED`: none of the layers in question decides it.
     pub flags: StatusFlags,
-    /// Backing steps below the top of the layer that decides it (or of the last one asked).
+    /// Backing steps from the top to the layer that decides it (or to the last one in question).
     pub depth: usize,
-    /// The layer that decides it (or the last one asked).
+    /// The layer that decides it (or the last one in question).
     pub node: NodeId,
-    /// Where, if known.
+    /// Its place on the host, if known.
     pub host: Option<HostBytes>,
 }
 
-/// How far down a question goes.
+/// How far down the chain a question goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Depth {
     /// To the end of the chain.
@@ -48,12 +50,12 @@ pub(super) enum Depth {
     Above(NodeId),
 }
 
-/// An answer of one layer, pointers followed.
+/// The answer of one layer, references followed.
 struct Layer {
     len: u64,
     flags: StatusFlags,
     host: Option<HostBytes>,
-    /// As the driver gave it, for drivers that ask about a child.
+    /// As the driver returned it, for drivers that ask for the status of a child.
     map: Option<HostMap>,
 }
 
@@ -68,26 +70,26 @@ pub(super) async fn of_layer(
     edge: &Edge,
     offset: u64,
     len: u64,
-    precise: bool,
+    precision: Precision,
 ) -> Result<StatusRun> {
-    let layer = layer(edge, offset, len, precise).await?;
+    let layer = layer(edge, offset, len, precision).await?;
     Ok(StatusRun { len: layer.len, flags: layer.flags, map: layer.map })
 }
 
-fn layer(edge: &Edge, offset: u64, len: u64, precise: bool) -> BoxFuture<'_, Result<Layer>> {
+fn layer(edge: &Edge, offset: u64, len: u64, precision: Precision) -> BoxFuture<'_, Result<Layer>> {
     Box::pin(async move {
         let node = enter(edge).await?;
-        named(&node, layer_inside(&node, offset, len, precise).await)
+        named(&node, layer_entered(&node, offset, len, precision).await)
     })
 }
 
-/// What one layer decides, for a request that is inside already: length of the run (0 at the end) and what holds.
-pub(super) async fn run_inside(node: &Node, offset: u64, len: u64) -> Result<(u64, StatusFlags)> {
-    let layer = layer_inside(node, offset, len, false).await?;
+/// What one layer decides, for a request that has entered: length of the run (0 at the end) and its flags.
+pub(super) async fn run_entered(node: &Node, offset: u64, len: u64) -> Result<(u64, StatusFlags)> {
+    let layer = layer_entered(node, offset, len, Precision::Cheap).await?;
     Ok((layer.len, layer.flags))
 }
 
-async fn layer_inside(node: &Node, offset: u64, len: u64, precise: bool) -> Result<Layer> {
+async fn layer_entered(node: &Node, offset: u64, len: u64, precision: Precision) -> Result<Layer> {
     let total = node.len();
     let end = range::check(offset, len)?.min(total);
     if offset >= total {
@@ -98,7 +100,7 @@ async fn layer_inside(node: &Node, offset: u64, len: u64, precise: bool) -> Resu
     }
     let align = u64::from(node.limits().request_alignment);
     let first = round_down(offset, align);
-    let run = node.driver().block_status(first, round_up(end, align) - first, precise).await?;
+    let run = node.driver().block_status(first, round_up(end, align) - first, precision).await?;
     let head = offset - first;
     if run.len <= head {
         return Err(Error::new(ErrorKind::Corrupt, "the driver's status answer makes no progress")
@@ -111,9 +113,9 @@ async fn layer_inside(node: &Node, offset: u64, len: u64, precise: bool) -> Resu
         Some(map) => Some(HostMap { offset: range::check(map.offset, head)?, ..map }),
     };
     let mut layer = if run.flags.contains(StatusFlags::RAW) {
-        pass_on(node, map, len, precise).await?
+        pass_on(node, map, len, precision).await?
     } else {
-        own_answer(node, StatusRun { len, flags: run.flags, map }, offset, precise).await?
+        own_answer(node, StatusRun { len, flags: run.flags, map }, offset, precision).await?
     };
     if offset + layer.len == total {
         layer.flags |= StatusFlags::EOF;
@@ -121,9 +123,14 @@ async fn layer_inside(node: &Node, offset: u64, len: u64, precise: bool) -> Resu
     Ok(layer)
 }
 
-/// "Only passing through": the child's answer is ours. What a filter shows may lie further down the chain, which the walk
-/// goes on to; for anyone else the child with all that is below it is his content.
-async fn pass_on(node: &Node, map: Option<HostMap>, len: u64, precise: bool) -> Result<Layer> {
+/// `RAW`: the child's answer is this node's. What a filter shows may lie further down the chain, which the walk goes on
+/// to; for any other node the child with all that is below it is its own content.
+async fn pass_on(
+    node: &Node,
+    map: Option<HostMap>,
+    len: u64,
+    precision: Precision,
+) -> Result<Layer> {
     let below = map.and_then(|map| Some((node.child(map.child)?, map.offset)));
     let Some((child, at)) = below else {
         return Err(Error::new(
@@ -132,9 +139,9 @@ async fn pass_on(node: &Node, map: Option<HostMap>, len: u64, precise: bool) -> 
         ));
     };
     let mut passed = if node.driver().is_filter() {
-        layer(&child, at, len, precise).await?
+        layer(&child, at, len, precision).await?
     } else {
-        let run = of_chain(&child, Depth::All, at, len, precise).await?;
+        let run = of_chain(&child, Depth::All, at, len, precision).await?;
         let unclear = !run.flags.intersects(StatusFlags::DATA | StatusFlags::ZERO);
         let data = if unclear { StatusFlags::DATA } else { StatusFlags::empty() };
         let flags = run.flags | data | StatusFlags::ALLOCATED;
@@ -149,7 +156,12 @@ async fn pass_on(node: &Node, map: Option<HostMap>, len: u64, precise: bool) -> 
     Ok(passed)
 }
 
-async fn own_answer(node: &Node, run: StatusRun, offset: u64, precise: bool) -> Result<Layer> {
+async fn own_answer(
+    node: &Node,
+    run: StatusRun,
+    offset: u64,
+    precision: Precision,
+) -> Result<Layer> {
     let StatusRun { mut len, mut flags, map } = run;
     let recurses =
         flags.contains(StatusFlags::RECURSE | StatusFlags::DATA | StatusFlags::OFFSET_VALID);
@@ -159,16 +171,16 @@ async fn own_answer(node: &Node, run: StatusRun, offset: u64, precise: bool) -> 
     } else if node.driver().supports_backing() && !flags.contains(StatusFlags::ALLOCATED) {
         match node.cow_child() {
             None => flags |= StatusFlags::ZERO,
-            Some(backing) if precise && backing.target().len() <= offset => {
+            Some(backing) if precision == Precision::Exact && backing.target().len() <= offset => {
                 flags |= StatusFlags::ZERO;
             }
             Some(_) => {}
         }
     }
     let child = map.and_then(|map| Some((node.child(map.child)?, map.offset)));
-    if let (true, true, Some((child, at))) = (recurses, precise, &child) {
-        // Only adds a fact; where the file cannot tell, the answer stands as it is.
-        if let Ok(below) = layer(child, *at, len, precise).await {
+    if let (true, true, Some((child, at))) = (recurses, precision == Precision::Exact, &child) {
+        // Only adds a fact; if the file fails to answer, the answer stands as it is.
+        if let Ok(below) = layer(child, *at, len, precision).await {
             let zero_below = below.flags & StatusFlags::ZERO;
             if below.flags.contains(StatusFlags::EOF) && (below.len == 0 || !zero_below.is_empty())
             {
@@ -206,15 +218,15 @@ fn host_bytes(
     }
 }
 
-/// What `offset..` holds, seen through the layers down to `depth`.
+/// Status of `offset..`, seen through the layers down to `depth`.
 pub(super) fn of_chain(
     edge: &Arc<Edge>,
     depth: Depth,
     offset: u64,
     len: u64,
-    precise: bool,
+    precision: Precision,
 ) -> BoxFuture<'_, Result<ChainRun>> {
-    Box::pin(walk_chain(edge, depth, offset, len, precise))
+    Box::pin(walk_chain(edge, depth, offset, len, precision))
 }
 
 async fn walk_chain(
@@ -222,7 +234,7 @@ async fn walk_chain(
     depth: Depth,
     offset: u64,
     len: u64,
-    precise: bool,
+    precision: Precision,
 ) -> Result<ChainRun> {
     let mut edge = Arc::clone(edge);
     let mut steps = 0;
@@ -230,12 +242,12 @@ async fn walk_chain(
     let mut top: Option<ChainRun> = None;
     let mut end = None;
     loop {
-        let (node, found) = step(&edge, depth, offset, len, precise).await?;
+        let (node, found) = step(&edge, depth, offset, len, precision).await?;
         let Some(Step { layer, is_filter, next }) = found else {
             // Nothing above decides it.
             let flags = StatusFlags::empty();
-            let asked = top.unwrap_or(ChainRun { len, flags, depth: steps, node, host: None });
-            return Ok(finish(asked, offset, end));
+            let run = top.unwrap_or(ChainRun { len, flags, depth: steps, node, host: None });
+            return Ok(finish(run, offset, end));
         };
         let mut run =
             ChainRun { len: layer.len, flags: layer.flags, depth: steps, node, host: layer.host };
@@ -269,7 +281,7 @@ async fn walk_chain(
     }
 }
 
-/// The way to the next layer: what a filter shows, or the backing node.
+/// The edge to the next layer: what a filter shows, or the backing node.
 fn below(node: &Node) -> Option<Arc<Edge>> {
     if node.driver().is_filter() {
         node.filtered_child().or_else(|| node.child_in_role(Role::PRIMARY))
@@ -278,7 +290,7 @@ fn below(node: &Node) -> Option<Arc<Edge>> {
     }
 }
 
-/// What the layers down to the node named `bottom`, this one included, hold of `offset..`.
+/// Status of `offset..` in the layers down to the node named `bottom`, this one included.
 pub(super) async fn down_to(
     edge: &Arc<Edge>,
     bottom: &str,
@@ -298,32 +310,32 @@ pub(super) async fn down_to(
             break at.map_or(Depth::All, |next| Depth::Above(next.target().id()));
         }
     };
-    let run = of_chain(edge, depth, offset, len, false).await?;
+    let run = of_chain(edge, depth, offset, len, Precision::Cheap).await?;
     Ok(StatusRun { len: run.len, flags: run.flags, map: None })
 }
 
-/// What one layer of a chain says, and where the chain goes on.
+/// The answer of one layer of a chain, and the edge to the next.
 struct Step {
     layer: Layer,
     is_filter: bool,
     next: Option<Arc<Edge>>,
 }
 
-/// Asks the node behind the edge, and what follows it, of one and the same node: the edge may lead elsewhere a moment later. `None`:
-/// it is the one to stop at.
+/// Gets the status of the node behind the edge and the edge to the next layer from the same node: the edge may be moved
+/// a moment later. `None`: the node is the one to stop at.
 fn step(
     edge: &Edge,
     depth: Depth,
     offset: u64,
     len: u64,
-    precise: bool,
+    precision: Precision,
 ) -> BoxFuture<'_, Result<(NodeId, Option<Step>)>> {
     Box::pin(async move {
         let node = enter(edge).await?;
         if depth == Depth::Above(node.id()) {
             return Ok((node.id(), None));
         }
-        let layer = named(&node, layer_inside(&node, offset, len, precise).await)?;
+        let layer = named(&node, layer_entered(&node, offset, len, precision).await)?;
         let is_filter = node.driver().is_filter();
         Ok((node.id(), Some(Step { layer, is_filter, next: below(&node) })))
     })
@@ -334,12 +346,12 @@ fn finish(mut run: ChainRun, offset: u64, end: Option<u64>) -> ChainRun {
     run
 }
 
-/// Does the range read as zeros through the whole chain? A cheap answer: false if unknown. Past the end is zeros.
+/// True if the range is known to read as zeros through the whole chain. A cheap answer. Past the end is zeros.
 pub(super) async fn is_zero(edge: &Arc<Edge>, offset: u64, len: u64) -> Result<bool> {
     let end = range::check(offset, len)?;
     let mut at = offset;
     while at < end {
-        let run = of_chain(edge, Depth::All, at, end - at, false).await?;
+        let run = of_chain(edge, Depth::All, at, end - at, Precision::Cheap).await?;
         if run.len == 0 {
             return Ok(true);
         }

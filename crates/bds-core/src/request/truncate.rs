@@ -1,66 +1,55 @@
-//! Changing a node's length.
+//! Changes a node's length.
 
-use super::begun::Inside;
-use super::enter::{Entered, enter, named};
+use super::admit::{Admission, Entered, RequestScope, enter, named};
 use super::range::{self, MAX_LEN};
 use crate::driver::{BoxFuture, Truncate};
-use crate::error::{Error, ErrorKind, Result};
-use crate::graph::{Edge, Operations, Perm};
+use crate::error::{ErrorKind, Result};
+use crate::graph::{Edge, Operations};
 
-/// Changes the length. Nothing else touches bytes behind the shorter of both lengths meanwhile.
+/// Changes the length. Excludes requests to bytes behind the shorter of both lengths meanwhile.
 pub(super) fn truncate(edge: &Edge, change: Truncate) -> BoxFuture<'_, Result<()>> {
     truncate_below(edge, change, None)
 }
 
-/// As [`truncate`], for a request that is inside other nodes too.
+/// As [`truncate`], for a request that is in flight at other nodes too.
 fn truncate_below<'a>(
     edge: &'a Edge,
     change: Truncate,
-    above: Option<&'a Inside<'a>>,
+    above: Option<&'a RequestScope<'a>>,
 ) -> BoxFuture<'a, Result<()>> {
     Box::pin(async move {
         let node = enter(edge).await?;
-        named(&node, truncate_inside(edge, &node, change, above).await)
+        named(&node, truncate_entered(edge, &node, change, above).await)
     })
 }
 
-/// As [`truncate`], for a user, who can be told to leave the length alone.
+/// As [`truncate`], for a backend's request, which a resize blocker refuses.
 pub(super) async fn truncate_for_user(edge: &Edge, change: Truncate) -> Result<()> {
     let node = enter(edge).await?;
     named(&node, node.check_allowed(Operations::RESIZE))?;
-    named(&node, truncate_inside(edge, &node, change, None).await)
+    named(&node, truncate_entered(edge, &node, change, None).await)
 }
 
-async fn truncate_inside(
+async fn truncate_entered(
     edge: &Edge,
     node: &Entered<'_>,
     mut change: Truncate,
-    above: Option<&Inside<'_>>,
+    above: Option<&RequestScope<'_>>,
 ) -> Result<()> {
     range::check(0, change.len)?;
-    if !node.is_writable() {
-        return Err(Error::new(ErrorKind::PermissionDenied, "a read-only node cannot be resized"));
-    }
-    if !edge.access().perm.contains(Perm::RESIZE) {
-        return Err(Error::new(
-            ErrorKind::ReadOnly,
-            format!("{} did not ask to resize this node", edge.holder()),
-        ));
-    }
+    range::check_resize(edge, node)?;
     let stable = node.len().min(change.len);
-    let tracked = node.track(stable..MAX_LEN, true).await;
+    let scope = node.admit(Admission::write(stable..MAX_LEN).serialising()).await?.below(above);
     let old_len = node.len();
     if change.len > old_len {
-        // Bytes of a longer backing node must not shine through where nobody ever wrote.
+        // Bytes of a longer backing node must not become visible in the grown part.
         let backing = node.cow_child().map_or(0, |child| child.target().len());
         change.zero_new |= backing > old_len;
     }
-    let _writing = node.writing();
-    let inside = Inside::new(node, &tracked).below(above);
-    match inside.carry_out(move |node| node.driver().truncate(change)).await {
+    match scope.run(move |node| node.driver().truncate(change)).await {
         Err(error) if error.kind() == ErrorKind::NotSupported && node.driver().is_filter() => {
             match node.filtered_child() {
-                Some(child) => truncate_below(&child, change, Some(&inside)).await,
+                Some(child) => truncate_below(&child, change, Some(&scope)).await,
                 None => Err(error),
             }
         }

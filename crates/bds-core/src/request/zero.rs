@@ -1,20 +1,19 @@
-//! Zero writes and discards: cut at the driver's units, with a buffer of zeros where the driver has no better way.
+//! Writes zeros and discards ranges: split at the driver's units, from a buffer of zeros where the driver declines.
 
 use std::sync::OnceLock;
 
 use bds_io::{Buf, IoVec};
 
+use super::admit::{Admission, Entered, RequestScope, enter, named};
 use super::align::Padded;
-use super::begun::Inside;
-use super::dispatch::{read_around, write_aligned};
-use super::enter::{Entered, enter, named};
+use super::block_io::{read_around, write_aligned};
 use super::flush;
-use super::range::{self, round_down, round_up};
+use super::range::{self, CheckedRange, round_down, round_up};
 use crate::driver::{Attempt, Limits, WriteFlags, ZeroFlags};
 use crate::error::Result;
-use crate::graph::Edge;
+use crate::graph::{Edge, Perm};
 
-/// The one buffer of zeros everybody writes from; nobody can reach it to write to it.
+/// Length of the shared buffer of zeros, which is never written to.
 const ZERO_LEN: usize = 1 << 20;
 /// Longest data write of the fallback.
 const FALLBACK_LEN: u64 = 16 << 20;
@@ -27,22 +26,23 @@ pub(super) async fn write_zeroes(
     flags: ZeroFlags,
 ) -> Result<Attempt> {
     let node = enter(edge).await?;
-    named(&node, write_zeroes_inside(edge, &node, offset, len, flags).await)
+    let range = named(&node, CheckedRange::new(offset, len))?;
+    named(&node, write_zeroes_entered(edge, &node, range, flags).await)
 }
 
-/// As [`write_zeroes`], for a request that is inside already.
-pub(super) async fn write_zeroes_inside(
+/// As [`write_zeroes`], for a request that has entered.
+pub(super) async fn write_zeroes_entered(
     edge: &Edge,
     node: &Entered<'_>,
-    offset: u64,
-    len: u64,
+    range: CheckedRange,
     mut flags: ZeroFlags,
 ) -> Result<Attempt> {
-    let end = range::check(offset, len)?;
-    range::check_write(edge, node, end, flags.contains(ZeroFlags::UNCHANGED))?;
-    if len == 0 {
+    let any_of = range::write_perms(flags.contains(ZeroFlags::UNCHANGED));
+    range::check_write(edge, node, range.end, any_of)?;
+    if range.is_empty() {
         return Ok(Attempt::Done);
     }
+    let CheckedRange { start: offset, end } = range;
     let limits = node.limits();
     let padded = Padded::new(&(offset..end), limits.request_alignment);
     let supported = node.driver().zero_flags();
@@ -56,12 +56,13 @@ pub(super) async fn write_zeroes_inside(
     let wants_flush = flags.contains(ZeroFlags::FUA) && !node.flags().cache.no_flush;
     let native_fua = supported.is_some_and(|s| s.contains(ZeroFlags::FUA)) && padded.is_none();
     let outer = padded.as_ref().map_or(offset..end, |p| p.outer.clone());
-    let no_wait = flags.contains(ZeroFlags::NO_WAIT);
-    let fell_back = {
-        let tracked = node.track_unless(outer, padded.is_some(), no_wait).await?;
-        let _writing = node.writing();
-        let piece = Pieces {
-            inside: &Inside::new(node, &tracked),
+    let zeroed = {
+        let admission = Admission::write(outer)
+            .serialising_if(padded.is_some())
+            .no_wait_if(flags.contains(ZeroFlags::NO_WAIT));
+        let scope = node.admit(admission).await?;
+        let pieces = Pieces {
+            scope: &scope,
             limits: &limits,
             flags: flags & supported.unwrap_or_default(),
             write_flags: write_flags(flags),
@@ -69,20 +70,20 @@ pub(super) async fn write_zeroes_inside(
             has_driver_way: supported.is_some(),
         };
         match padded {
-            None => piece.zero(offset, end).await?,
-            Some(padded) => Box::pin(zero_padded(&piece, &padded, offset, end)).await?,
+            None => pieces.zero(offset, end).await?,
+            Some(padded) => Box::pin(zero_padded(&pieces, &padded, offset, end)).await?,
         }
     };
-    match fell_back {
+    match zeroed {
         Zeroed::Unsupported => return Ok(Attempt::Unsupported),
         Zeroed::ByDriver if native_fua => {}
-        _ if wants_flush => Box::pin(flush::flush_inside(node)).await?,
+        _ if wants_flush => Box::pin(flush::flush_entered(node)).await?,
         _ => {}
     }
     Ok(Attempt::Done)
 }
 
-/// What zeros from a buffer keep of the flags. Durability is the caller's: one flush at the end.
+/// The flags for zeros written from a buffer. Durability is the caller's: one flush at the end.
 fn write_flags(flags: ZeroFlags) -> WriteFlags {
     match flags.contains(ZeroFlags::UNCHANGED) {
         true => WriteFlags::UNCHANGED,
@@ -90,51 +91,56 @@ fn write_flags(flags: ZeroFlags) -> WriteFlags {
     }
 }
 
-/// Makes a range read as zeros that did so before: aligned, registered, and the node counts as being written to.
+/// Makes an aligned range of the scope read as zeros, as it did before.
 pub(super) async fn keep_zeroes(
-    inside: &Inside<'_>,
+    scope: &RequestScope<'_>,
     limits: &Limits,
     start: u64,
     end: u64,
 ) -> Result<()> {
-    let supported = inside.node().driver().zero_flags();
-    let piece = Pieces {
-        inside,
+    let supported = scope.node().driver().zero_flags();
+    let pieces = Pieces {
+        scope,
         limits,
         flags: ZeroFlags::UNCHANGED & supported.unwrap_or_default(),
         write_flags: WriteFlags::UNCHANGED,
         may_fall_back: true,
         has_driver_way: supported.is_some(),
     };
-    piece.zero(start, end).await.map(drop)
+    pieces.zero(start, end).await.map(drop)
 }
 
 /// Head and tail blocks are read, zeroed in part and written; whole blocks between them are zeroed as such.
-async fn zero_padded(piece: &Pieces<'_>, padded: &Padded, offset: u64, end: u64) -> Result<Zeroed> {
-    let (inside, limits) = (piece.inside, piece.limits);
+async fn zero_padded(
+    pieces: &Pieces<'_>,
+    padded: &Padded,
+    offset: u64,
+    end: u64,
+) -> Result<Zeroed> {
+    let (scope, limits) = (pieces.scope, pieces.limits);
     let align = u64::from(limits.request_alignment);
-    let pad = read_around(inside.node(), limits, padded).await?;
+    let pad = read_around(scope.node(), limits, padded).await?;
     let middle = round_up(offset, align)..round_down(end, align);
     if middle.start >= middle.end && padded.reads().count() == 1 {
         // One or two touching blocks: one write of head, zeros, tail.
         let len = usize::try_from(end - offset).unwrap_or(usize::MAX);
         let joined = padded.join(&pad, Buf::zeroed(len, 1).iov());
-        write_aligned(inside, limits, padded.outer.start, joined, WriteFlags::empty()).await?;
+        write_aligned(scope, limits, padded.outer.start, joined, WriteFlags::empty()).await?;
         return Ok(Zeroed::ByBuffer);
     }
     if padded.head_len > 0 {
         let mut block = pad.front(0..padded.head_len);
         block.push(zeros(align - padded.head_len as u64));
-        write_aligned(inside, limits, padded.outer.start, block, WriteFlags::empty()).await?;
+        write_aligned(scope, limits, padded.outer.start, block, WriteFlags::empty()).await?;
     }
     let mut zeroed = Zeroed::ByBuffer;
     if middle.start < middle.end {
-        zeroed = piece.zero(middle.start, middle.end).await?;
+        zeroed = pieces.zero(middle.start, middle.end).await?;
     }
     if padded.tail_len > 0 {
         let mut block = zeros(align - padded.tail_len as u64);
         block.push(pad.back(padded.tail_len));
-        write_aligned(inside, limits, padded.outer.end - align, block, WriteFlags::empty()).await?;
+        write_aligned(scope, limits, padded.outer.end - align, block, WriteFlags::empty()).await?;
     }
     Ok(zeroed)
 }
@@ -150,9 +156,9 @@ enum Zeroed {
     Unsupported,
 }
 
-/// Zeroing aligned ranges of one node, which counts as being written to.
+/// Zeroes aligned ranges within one scope, piece by piece.
 struct Pieces<'a> {
-    inside: &'a Inside<'a>,
+    scope: &'a RequestScope<'a>,
     limits: &'a Limits,
     /// What is passed to the driver.
     flags: ZeroFlags,
@@ -187,21 +193,21 @@ impl Pieces<'_> {
 
     async fn by_driver(&self, offset: u64, len: u64) -> Result<Attempt> {
         let flags = self.flags;
-        self.inside.change(len, move |node| node.driver().write_zeroes(offset, len, flags)).await
+        self.scope.run_paced(len, move |node| node.driver().write_zeroes(offset, len, flags)).await
     }
 
     async fn write_buffer(&self, mut offset: u64, end: u64) -> Result<()> {
         while offset < end {
             let len = (end - offset).min(FALLBACK_LEN);
-            // The caller flushes once at the end, if asked to.
-            write_aligned(self.inside, self.limits, offset, zeros(len), self.write_flags).await?;
+            // Durability is one flush at the end, by the caller.
+            write_aligned(self.scope, self.limits, offset, zeros(len), self.write_flags).await?;
             offset += len;
         }
         Ok(())
     }
 }
 
-/// The next piece: up to a unit's boundary, whole units, or what is left behind the last unit.
+/// The next piece: up to a unit's boundary, whole units, or the rest behind the last unit.
 fn piece_len(offset: u64, end: u64, unit: u64, max: u64) -> u64 {
     let into = offset % unit;
     let mut len = end - offset;
@@ -230,21 +236,21 @@ fn zeros(len: u64) -> IoVec {
     list
 }
 
-/// Tells that the range is no longer needed; advisory. Only whole blocks inside the range are told.
+/// Discards a range that is no longer needed; advisory. Only whole blocks inside the range are discarded.
 pub(super) async fn discard(edge: &Edge, offset: u64, len: u64) -> Result<()> {
     let node = enter(edge).await?;
-    named(&node, discard_inside(edge, &node, offset, len).await)
+    let range = named(&node, CheckedRange::new(offset, len))?;
+    named(&node, discard_entered(edge, &node, range).await)
 }
 
-/// As [`discard`], for a request that is inside already.
-pub(super) async fn discard_inside(
+/// As [`discard`], for a request that has entered.
+pub(super) async fn discard_entered(
     edge: &Edge,
     node: &Entered<'_>,
-    offset: u64,
-    len: u64,
+    range: CheckedRange,
 ) -> Result<()> {
-    let end = range::check(offset, len)?;
-    range::may_write(edge, node, offset, false)?;
+    let CheckedRange { start: offset, end } = range;
+    range::may_write(edge, node, offset, Perm::WRITE)?;
     if !node.flags().discard {
         return Ok(());
     }
@@ -257,14 +263,12 @@ pub(super) async fn discard_inside(
     if start >= end {
         return Ok(());
     }
-    let tracked = node.track(start..end, false).await;
-    let _writing = node.writing();
-    let inside = Inside::new(node, &tracked);
-    discard_aligned(&inside, &limits, start, end.min(reach)).await
+    let scope = node.admit(Admission::write(start..end)).await?;
+    discard_aligned(&scope, &limits, start, end.min(reach)).await
 }
 
 async fn discard_aligned(
-    inside: &Inside<'_>,
+    scope: &RequestScope<'_>,
     limits: &Limits,
     mut offset: u64,
     end: u64,
@@ -273,7 +277,8 @@ async fn discard_aligned(
     while offset < end {
         let len = piece_len(offset, end, unit, limits.max_discard);
         // A piece the driver cannot discard stays as it is.
-        let _advisory = inside.change(len, move |node| node.driver().discard(offset, len)).await?;
+        let _advisory =
+            scope.run_paced(len, move |node| node.driver().discard(offset, len)).await?;
         offset += len;
     }
     Ok(())

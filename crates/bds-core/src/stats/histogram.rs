@@ -1,4 +1,4 @@
-//! Latencies sorted into bins whose boundaries the user chose.
+//! Latency histograms with boundaries of the user's choice.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -7,8 +7,9 @@ use crate::error::{Error, ErrorKind, Result};
 /// More boundaries than this are refused.
 const MAX_BOUNDARIES: usize = 1024;
 
-/// How many requests took how long.
+/// A latency histogram.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Histogram {
     /// Boundaries between the bins, in nanoseconds, rising.
     pub boundaries_ns: Vec<u64>,
@@ -16,7 +17,7 @@ pub struct Histogram {
     pub bins: Vec<u64>,
 }
 
-/// The counts, while they are counted.
+/// The counters of a histogram.
 pub(super) struct Bins {
     boundaries_ns: Box<[u64]>,
     counts: Box<[AtomicU64]>,

@@ -1,17 +1,18 @@
-//! Latencies of the recent past: shortest, longest, average.
+//! Latencies of the recent past: minimum, maximum, average over intervals.
 //!
-//! Two windows of the interval's length run half a length apart, and the older one answers; so an answer covers at least half an
-//! interval and at most a whole one, and none goes blank when a window ends.
+//! Two windows of the interval's length run half a length apart, and the older one answers; so an answer covers at
+//! least half an interval and at most a whole one, and no answer is empty because a window just ended.
 
 use std::time::Duration;
 
-use super::{OPERATIONS, Operation, nanos};
+use super::operation::{OPERATIONS, Operation, nanos};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Latencies of one operation in a window.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub struct Spread {
-    /// How many requests.
+    /// Number of requests.
     pub count: u64,
     /// The shortest; zero if there was none, as the next ones.
     pub min: Duration,
@@ -19,12 +20,13 @@ pub struct Spread {
     pub max: Duration,
     /// The average.
     pub avg: Duration,
-    /// How many were under way at once on average: all their time, over the window's.
+    /// Average number in flight at once: their total time over the window's.
     pub queue_depth: f64,
 }
 
-/// What one interval says.
+/// Latencies of one interval.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct IntervalStats {
     /// Its length.
     pub length: Duration,
@@ -32,12 +34,12 @@ pub struct IntervalStats {
 }
 
 impl IntervalStats {
-    /// Of one operation.
+    /// Latencies of one operation.
     pub fn of(&self, operation: Operation) -> Spread {
         self.spreads[operation as usize]
     }
 
-    /// Of several together.
+    /// Latencies of several operations together.
     pub(super) fn of_all(&self, operations: &[Operation]) -> Spread {
         let mut all = Spread::default();
         let mut sum = Duration::ZERO;
@@ -133,7 +135,7 @@ impl Interval {
     fn roll(&mut self, now: Duration) {
         let [older, younger] = self.windows;
         if now >= younger.begun + self.length {
-            // Nothing was asked for so long that both are over.
+            // Both are over: no request or query for that long.
             let older = Window { begun: now, ..Window::default() };
             let younger = Window { begun: now + self.length / 2, ..Window::default() };
             self.windows = [older, younger];

@@ -1,10 +1,12 @@
-//! Counts under QEMU's names: `BlockDeviceStats`.
+//! Formats statistics as JSON under QEMU's names: `BlockDeviceStats`.
 
 use serde_json::{Map, Value, json};
 
-use super::{Operation, Spread, Stats, Totals, nanos};
+use super::interval::{IntervalStats, Spread};
+use super::operation::{Operation, nanos};
+use super::{Stats, Totals};
 
-/// QEMU's prefix, and what it counts together: a zero write is a write there.
+/// QEMU's prefixes and the operations each sums up: a zero write is a write there.
 const GROUPS: [(&str, &[Operation]); 4] = [
     ("rd", &[Operation::Read]),
     ("wr", &[Operation::Write, Operation::Zero]),
@@ -13,8 +15,9 @@ const GROUPS: [(&str, &[Operation]); 4] = [
 ];
 
 impl Stats {
-    /// The counts as `query-blockstats` names them, times in nanoseconds. A zero write counts as a write. `idle_time_ns` and the
-    /// histograms are there only if measured. There is no `wr_highest_offset`, which is a node's in QEMU.
+    /// The counts as `query-blockstats` names them, times in nanoseconds. A zero write counts as a write.
+    /// `idle_time_ns` and the histograms are there only if measured. There is no `wr_highest_offset`, which is a node's
+    /// in QEMU.
     ///
     /// ```
     /// # use std::sync::Arc;
@@ -75,7 +78,7 @@ impl Stats {
     }
 
     fn timed(&self) -> Value {
-        let each = |interval: super::IntervalStats| {
+        let each = |interval: IntervalStats| {
             let mut all = Map::new();
             all.insert("interval_length".into(), json!(interval.length.as_secs()));
             for (prefix, operations) in GROUPS {

@@ -1,13 +1,15 @@
-//! Counts per backend: what passed, how many bytes, what failed. How long it took only if asked for.
+//! Statistics of a backend: requests, bytes, failures; latencies if enabled.
 //!
-//! Written by every request on every thread, so counters are spread over shards; read rarely, by summing.
+//! Every request on every thread writes them, so counters are spread over shards; reading sums the shards.
 //!
-//! **The clock is not read unless somebody wants times** ([`Stats::enable_latencies`], [`Stats::set_histogram`], [`Stats::add_interval`]):
-//! two readings are longer than a request that the page cache answers. Until then total times are zero and there is no idle time.
+//! **The clock is read only if latencies are enabled** ([`Stats::enable_latencies`], [`Stats::set_histogram`],
+//! [`Stats::add_interval`]): two readings take longer than a request that the page cache answers. Until then total
+//! times are zero and there is no idle time.
 
 mod histogram;
 mod interval;
 mod json;
+mod operation;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -22,56 +24,43 @@ use histogram::Bins;
 pub use histogram::Histogram;
 use interval::Interval;
 pub use interval::{IntervalStats, Spread};
+pub use operation::Operation;
+use operation::{OPERATIONS, nanos};
 
-/// What a request does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Operation {
-    /// Reads.
-    Read,
-    /// Writes, compressed ones too.
-    Write,
-    /// Zero writes.
-    Zero,
-    /// Discards.
-    Discard,
-    /// Flushes.
-    Flush,
-}
-
-const OPERATIONS: usize = 5;
 /// Powers of two of microseconds: below 1, 2, 4 … 2^30, and the rest.
 const BUCKETS: usize = 32;
 
-/// How a request ended, for the books.
+/// How a request ended, as counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
     Done,
     /// Also dropped before its end.
     Failed,
-    /// Refused before it came to a medium, because it made no sense.
+    /// Refused before it reached a medium, because its arguments were invalid.
     Invalid,
 }
 
 /// Totals of one operation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Totals {
-    /// Ended, well or not.
+    /// Requests that ended, successfully or not.
     pub ops: u64,
-    /// Bytes of those that ended well.
+    /// Bytes of those that succeeded.
     pub bytes: u64,
     /// Ended with an error, or dropped before their end.
     pub failed: u64,
-    /// Refused because they made no sense: past the end, too long. Not counted as failed.
+    /// Refused as invalid: past the end, too long. Not counted as failed.
     pub invalid: u64,
-    /// Requests a device merged into another before it came here.
+    /// Requests that a device merged into others before they came here.
     pub merged: u64,
-    /// Time that those took that ended well, and the failed ones too if [`Stats::account_failed`] says so. Waiting at gates and for
-    /// users' decisions counts.
+    /// Time of those that succeeded, and of failed ones if [`Stats::account_failed`] is on. Includes waiting at gates
+    /// and for `resume`.
     pub total_time: Duration,
 }
 
 impl Totals {
-    /// Ended well.
+    /// Requests that succeeded.
     pub fn done(&self) -> u64 {
         self.ops.saturating_sub(self.failed).saturating_sub(self.invalid)
     }
@@ -92,13 +81,13 @@ struct Shard {
     of: [Counters; OPERATIONS],
 }
 
-/// Counts of one backend.
+/// Statistics of one backend.
 pub struct Stats {
     shards: Box<[CachePadded<Shard>]>,
     is_timed: AtomicBool,
     counts_failed: AtomicBool,
     counts_invalid: AtomicBool,
-    /// When a request ended last, in nanoseconds of the clock; 0 for never.
+    /// End of the last request, in nanoseconds of the clock; 0 for never.
     last_end_ns: AtomicU64,
     latencies: Box<[[AtomicU64; BUCKETS]; OPERATIONS]>,
     histograms: [ArcSwapOption<Bins>; OPERATIONS],
@@ -125,7 +114,7 @@ impl Stats {
         }
     }
 
-    /// Totals of one operation. While requests are under way, a moment's view.
+    /// Totals of one operation. A snapshot while requests are in flight.
     pub fn totals(&self, operation: Operation) -> Totals {
         let mut totals = Totals::default();
         let mut time_ns = 0;
@@ -142,35 +131,35 @@ impl Stats {
         totals
     }
 
-    /// A device merged `count` requests into others.
+    /// Counts `count` requests that a device merged into others.
     pub fn merged(&self, operation: Operation, count: u64) {
         self.own().of[operation as usize].merged.fetch_add(count, Ordering::Relaxed);
     }
 
-    /// From now on, measure how long requests take.
+    /// Enables latencies from now on.
     pub fn enable_latencies(&self) {
         self.is_timed.store(true, Ordering::Relaxed);
     }
 
-    /// Do failed requests count for times, and end an idle time? On unless switched off: QEMU's `stats-account-failed`.
+    /// Sets whether failed requests count for times and end an idle time: QEMU's `stats-account-failed`. On by default.
     pub fn account_failed(&self, is_on: bool) {
         self.counts_failed.store(is_on, Ordering::Relaxed);
     }
 
-    /// Do refused requests end an idle time? On unless switched off: QEMU's `stats-account-invalid`.
+    /// Sets whether refused requests end an idle time: QEMU's `stats-account-invalid`. On by default.
     pub fn account_invalid(&self, is_on: bool) {
         self.counts_invalid.store(is_on, Ordering::Relaxed);
     }
 
-    /// How many requests took less than 1, 2, 4 … microseconds (each bucket without the ones before).
+    /// Number of requests that took less than 1, 2, 4 … microseconds (each bucket without the ones before).
     pub fn latencies(&self, operation: Operation) -> [u64; BUCKETS] {
         let of = &self.latencies[operation as usize];
         std::array::from_fn(|i| of[i].load(Ordering::Relaxed))
     }
 
-    /// Sorts latencies of this operation into bins with these boundaries, in nanoseconds: QEMU's `block-latency-histogram-set`. The
-    /// first bin ends below the first boundary, the last begins at the last one. Starts from zero, and turns measuring on. An empty
-    /// list takes the histogram away.
+    /// Sets a histogram of this operation's latencies with these boundaries, in nanoseconds: QEMU's
+    /// `block-latency-histogram-set`. The first bin ends below the first boundary, the last begins at the last one.
+    /// Starts from zero, and enables latencies. An empty list removes the histogram.
     ///
     /// # Errors
     /// `InvalidInput`: the boundaries do not rise, or the first is zero. Nothing has changed.
@@ -191,8 +180,8 @@ impl Stats {
         self.histograms[operation as usize].load().as_ref().map(|bins| bins.view())
     }
 
-    /// Keeps shortest, longest and average latency over windows of this length, in addition to others: QEMU's `stats-intervals`. Turns
-    /// measuring on. The same length twice is one.
+    /// Adds an interval: minimal, maximal and average latency over windows of this length: QEMU's `stats-intervals`.
+    /// Enables latencies. The same length twice is one interval.
     ///
     /// # Errors
     /// `InvalidInput`: zero.
@@ -206,13 +195,13 @@ impl Stats {
         Ok(())
     }
 
-    /// What the intervals say of the time up to now.
+    /// Latencies of the recent past, one entry per interval.
     pub fn intervals(&self) -> Vec<IntervalStats> {
         let now = bds_io::now();
         self.lock_intervals().iter_mut().map(|interval| interval.view(now)).collect()
     }
 
-    /// How long ago a request ended last. `None`: none did since measuring was turned on.
+    /// Time since the last request ended. `None`: none did since latencies were enabled.
     pub fn idle_time(&self) -> Option<Duration> {
         let last = self.last_end_ns.load(Ordering::Relaxed);
         (last != 0).then(|| bds_io::now().saturating_sub(Duration::from_nanos(last)))
@@ -227,7 +216,7 @@ impl Stats {
         &self.shards[own_shard(self.shards.len())]
     }
 
-    /// When a request begins, if anybody wants to know.
+    /// Reads the clock at the begin of a request, if latencies are enabled.
     #[inline]
     pub(crate) fn clock(&self) -> Option<Duration> {
         self.is_timed.load(Ordering::Relaxed).then(bds_io::now)
@@ -280,18 +269,13 @@ impl Stats {
         self.lock_intervals().iter_mut().for_each(|interval| interval.count(operation, took, now));
     }
 
-    /// A request that begins. It counts itself as failed when it is dropped before its end.
+    /// Begins a request. Dropped before its end, it counts as failed.
     pub(crate) fn begin(&self, operation: Operation, len: u64) -> Pending<'_> {
         Pending { stats: self, operation, len, began: self.clock(), is_over: false }
     }
 }
 
-/// Nanoseconds, as far as they fit: 584 years.
-fn nanos(time: Duration) -> u64 {
-    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
-}
-
-/// A request under way.
+/// A request in flight, counted when it ends.
 pub(crate) struct Pending<'a> {
     stats: &'a Stats,
     operation: Operation,
@@ -301,14 +285,14 @@ pub(crate) struct Pending<'a> {
 }
 
 impl Pending<'_> {
-    /// It ended; later calls do nothing.
+    /// Counts its end; later calls do nothing.
     pub(crate) fn ended(&mut self, outcome: Outcome) {
         if !std::mem::replace(&mut self.is_over, true) {
             self.stats.ended(self.operation, self.len, outcome, self.began);
         }
     }
 
-    /// Passes the result on, having looked at it.
+    /// Counts its end by the result, and returns that.
     pub(crate) fn end<T>(mut self, result: Result<T>) -> Result<T> {
         self.ended(if result.is_ok() { Outcome::Done } else { Outcome::Failed });
         result

@@ -1,40 +1,45 @@
-//! What has been flushed: one flush at a time, what it covers, and a failure that sticks.
+//! Records flushes of a node: one at a time, which writes each covers, and a failure that later ones repeat.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use bds_io::sync::OwnedMutexGuard;
+use bds_io::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 
-use super::RequestTracker;
 use crate::error::Error;
+
+/// The flushes of one node.
+#[derive(Default)]
+pub(super) struct FlushLog {
+    state: Arc<AsyncMutex<FlushState>>,
+    failure: Mutex<Option<Error>>,
+}
 
 /// What the last successful flush covered.
 #[derive(Debug, Default)]
-pub(super) struct FlushState {
+struct FlushState {
     flushed: u64,
 }
 
-impl RequestTracker {
-    /// Lets one flush at a time in, in order of arrival.
-    pub(crate) async fn begin_flush(&self) -> Flushing {
-        let state = Arc::clone(&self.flush).lock_owned().await;
-        let covers = self.writes();
-        Flushing { state, covers }
+impl FlushLog {
+    /// Begins a flush; one at a time, in order of arrival. `writes` counts the writes that ended, once its turn has come.
+    pub(super) async fn begin(&self, writes: impl FnOnce() -> u64) -> Flushing {
+        let state = Arc::clone(&self.state).lock_owned().await;
+        Flushing { state, covers: writes() }
     }
 
-    /// The failure that every later flush of this node must report, if there was one.
-    pub(crate) fn flush_failure(&self) -> Option<Error> {
-        let failure = self.flush_failure.lock().unwrap_or_else(PoisonError::into_inner);
+    /// The failure that was recorded, if any.
+    pub(super) fn failure(&self) -> Option<Error> {
+        let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
         failure.as_ref().map(Error::duplicate)
     }
 
-    /// The medium may have lost writes: every later flush reports it.
-    pub(crate) fn flush_failed(&self, error: &Error) {
-        let mut failure = self.flush_failure.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Records the first failure.
+    pub(super) fn record_failure(&self, error: &Error) {
+        let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
         failure.get_or_insert_with(|| error.duplicate());
     }
 }
 
-/// One flush, alone.
+/// A flush under way, which excludes others.
 pub(crate) struct Flushing {
     state: OwnedMutexGuard<FlushState>,
     covers: u64,
@@ -46,7 +51,7 @@ impl Flushing {
         self.state.flushed == self.covers
     }
 
-    /// The medium holds every write that ended before this flush began.
+    /// Records success: the medium holds every write that ended before this flush began.
     pub(crate) fn succeeded(&mut self) {
         self.state.flushed = self.covers;
     }

@@ -165,12 +165,12 @@ fn a_range_left_behind_keeps_its_place_in_the_order() {
         let gone = tracker.track(inside, 0..10, is_serialising);
         let (mut waits, ready) = goes(&tracker, 5..15, true);
         assert!(!ready);
-        let kept = gone.keep();
+        let kept = gone.detach();
         drop(gone);
         let wakes = Arc::<CountWakes>::default();
         let mut waiting = Box::pin(waits.wait_turn());
         assert!(poll(waiting.as_mut(), &wakes).is_pending(), "who waited for the request waits on");
-        tracker.give_back(kept);
+        tracker.release_detached(kept);
         assert!(wakes.0.load(Ordering::SeqCst) > 0);
         assert!(poll(waiting.as_mut(), &wakes).is_ready());
     }
@@ -182,14 +182,14 @@ fn a_range_left_behind_holds_up_newcomers_that_overlap_it_and_nobody_else() {
     let inside = tracker.enter();
     let (gone, _) = goes(&tracker, 0..10, false);
     let (_beside, _) = goes(&tracker, 0..10, false);
-    let kept = gone.keep();
+    let kept = gone.detach();
     drop(gone);
     assert!(tracker.try_inline().is_none());
     let (_elsewhere, ready) = goes(&tracker, 10..20, false);
     assert!(ready);
     let mut newcomer = tracker.track(inside, 9..11, false);
     assert!(newcomer.has_conflict() && !newcomer.may_go());
-    tracker.give_back(kept);
+    tracker.release_detached(kept);
     assert!(newcomer.may_go() && tracker.try_inline().is_some());
 }
 
@@ -198,12 +198,12 @@ fn lodgers_are_waited_for_unless_they_are_given_up() {
     let tracker = RequestTracker::new();
     let wakes = Arc::<CountWakes>::default();
     let first = tracker.inc_detached();
-    let mut alone = Box::pin(tracker.wait_moved_out());
+    let mut alone = Box::pin(tracker.wait_no_detached());
     assert!(poll(alone.as_mut(), &wakes).is_pending());
     tracker.dec_detached(first);
     assert!(poll(alone.as_mut(), &wakes).is_ready());
     let _second = tracker.inc_detached();
-    let mut alone = Box::pin(tracker.wait_moved_out());
+    let mut alone = Box::pin(tracker.wait_no_detached());
     assert!(poll(alone.as_mut(), &wakes).is_pending());
     tracker.give_up();
     assert!(poll(alone.as_mut(), &wakes).is_ready());

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use bds_core::driver::{
     Attempt, BoxFuture, Child, ChildOpener, ChildPort, ChildRequest, Driver, DriverType, Limits,
-    OpenContext, OpenFlags, ReadFlags, StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    OpenContext, OpenFlags, Precision, ReadFlags, StatusFlags, StatusRun, Truncate, WriteFlags,
+    ZeroFlags,
 };
 use bds_core::{Options, Result};
 use bds_io::{Fs, IoVec};
@@ -96,7 +97,7 @@ impl ChildPort for Blank {
         Box::pin(async { Ok(()) })
     }
 
-    fn block_status(&self, _: u64, len: u64, _: bool) -> BoxFuture<'_, Result<StatusRun>> {
+    fn block_status(&self, _: u64, len: u64, _: Precision) -> BoxFuture<'_, Result<StatusRun>> {
         Box::pin(async move { Ok(StatusRun { len, flags: StatusFlags::ZERO, map: None }) })
     }
 

@@ -83,7 +83,7 @@ macro_rules! pass_on {
             &$this,
             offset: u64,
             len: u64,
-            _precise: bool,
+            _precision: bds_core::driver::Precision,
         ) -> bds_core::driver::BoxFuture<'_, bds_core::Result<bds_core::driver::StatusRun>> {
             let run = $crate::filter::plain::status(&$child, $this.len(), offset, len);
             Box::pin(async move { Ok(run) })

@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bds_core::driver::{
     Attempt, BoxFuture, Category, Child, CreateContext, CreateFacts, Driver, DriverType, HostMap,
-    Limits, MeasureReport, MeasureSource, OpenContext, Prealloc, ReadFlags, Reopen, ReopenContext,
-    Role, StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Limits, MeasureReport, MeasureSource, OpenContext, Prealloc, Precision, ReadFlags, Reopen,
+    ReopenContext, Role, StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, ErrorKind, Result};
@@ -234,7 +234,7 @@ impl Driver for RawNode {
         &self,
         offset: u64,
         len: u64,
-        _precise: bool,
+        _precision: Precision,
     ) -> BoxFuture<'_, Result<StatusRun>> {
         let end = self.len();
         let run = if offset >= end {

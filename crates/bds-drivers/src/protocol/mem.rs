@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock};
 
 use bds_core::driver::{
-    Attempt, BoxFuture, Category, Driver, DriverType, HostMap, OpenContext, ReadFlags, Reopen,
-    ReopenContext, StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Attempt, BoxFuture, Category, Driver, DriverType, HostMap, OpenContext, Precision, ReadFlags,
+    Reopen, ReopenContext, StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, ErrorKind, Result};
@@ -220,7 +220,7 @@ impl Driver for MemNode {
         &self,
         offset: u64,
         len: u64,
-        _precise: bool,
+        _precision: Precision,
     ) -> BoxFuture<'_, Result<StatusRun>> {
         let run = self.status(offset, len);
         Box::pin(async move { Ok(run) })

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bds_core::driver::{
-    Attempt, BoxFuture, Category, Driver, DriverType, HostMap, OpenContext, ReadFlags, Reopen,
-    ReopenContext, StatusFlags, StatusRun, WriteFlags, ZeroFlags,
+    Attempt, BoxFuture, Category, Driver, DriverType, HostMap, OpenContext, Precision, ReadFlags,
+    Reopen, ReopenContext, StatusFlags, StatusRun, WriteFlags, ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, ErrorKind, Result};
@@ -192,7 +192,7 @@ impl Driver for NullNode {
         &self,
         offset: u64,
         len: u64,
-        _precise: bool,
+        _precision: Precision,
     ) -> BoxFuture<'_, Result<StatusRun>> {
         let Settings { size, read_zeroes, .. } = self.settings();
         let len = len.min(size.saturating_sub(offset));

@@ -1,6 +1,6 @@
 //! Writes that become compressed clusters. The sweeps (`sweep/`) break them.
 
-use bds_core::driver::{Attempt, StatusFlags, WriteFlags, ZeroFlags};
+use bds_core::driver::{Attempt, Precision, StatusFlags, WriteFlags, ZeroFlags};
 use bds_core::graph::NewImage;
 use bds_core::request::Backend;
 use bds_core::{ErrorKind, Options};
@@ -28,7 +28,7 @@ fn image(house: &House, create: Value) -> Value {
 }
 
 fn flags(house: &House, disk: &Backend, offset: u64) -> StatusFlags {
-    house.sim.block_on(disk.block_status(offset, 1, false)).unwrap().flags
+    house.sim.block_on(disk.block_status(offset, 1, Precision::Cheap)).unwrap().flags
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Copy-on-read over qcow2 chains: what is kept where, and what `bottom` leaves alone. The sweeps (`sweep/`) break it.
 
-use bds_core::driver::{Access, Perm, StatusFlags, WriteFlags};
+use bds_core::driver::{Access, Perm, Precision, StatusFlags, WriteFlags};
 use bds_core::graph::walk;
 use bds_core::request::{Backend, BackendOptions};
 use bds_core::{ErrorKind, Result};
@@ -34,7 +34,7 @@ fn is_held(house: &House, node: &str, offset: u64, len: u64) -> bool {
     let layer = Backend::new(&node, options).unwrap();
     let (mut at, end) = (offset, offset + len);
     while at < end {
-        let run = house.sim.block_on(layer.layer_status(at, end - at, false)).unwrap();
+        let run = house.sim.block_on(layer.layer_status(at, end - at, Precision::Cheap)).unwrap();
         if !run.flags.contains(StatusFlags::ALLOCATED) {
             return false;
         }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use bds_core::driver::{Attempt, StatusFlags, WriteFlags, ZeroFlags};
+use bds_core::driver::{Attempt, Precision, StatusFlags, WriteFlags, ZeroFlags};
 use bds_core::graph::{Graph, GraphConfig, NodeRef};
 use bds_core::request::{Backend, BackendOptions};
 use bds_core::{ErrorKind, Options, Result};
@@ -87,7 +87,7 @@ fn a_device_is_read_written_zeroed_and_discarded() {
             assert!(back.iter().all(|b| *b == 0), "direct={direct} {flags:?}");
         }
         bds_io::block_on(disk.discard(2 << 20, 1 << 20)).unwrap();
-        let run = bds_io::block_on(disk.block_status(0, LEN as u64, true)).unwrap();
+        let run = bds_io::block_on(disk.block_status(0, LEN as u64, Precision::Exact)).unwrap();
         assert_eq!((run.len, run.flags.contains(StatusFlags::DATA)), (LEN as u64, true));
         drop(disk);
         bds_io::block_on(node.close()).unwrap().into_result().unwrap();

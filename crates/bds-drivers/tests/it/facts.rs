@@ -6,7 +6,7 @@
 use std::fmt::Write as _;
 
 use bds_core::Options;
-use bds_core::driver::{Perm, StatusFlags, WriteFlags};
+use bds_core::driver::{Perm, Precision, StatusFlags, WriteFlags};
 use bds_core::graph::{NewImage, NodeRef};
 use bds_core::request::{Backend, BackendOptions};
 use bds_io::{Buf, Sim, SimConfig};
@@ -82,7 +82,7 @@ fn facts(house: &House, backend: &Backend) -> String {
     }
     let mut out = String::new();
     let top = backend.node().unwrap();
-    let run = house.sim.block_on(backend.block_status(0, 65536, true)).unwrap();
+    let run = house.sim.block_on(backend.block_status(0, 65536, Precision::Exact)).unwrap();
     let is_zero = run.flags.contains(StatusFlags::ZERO);
     let (len, writethrough, writable) =
         (backend.len(), backend.is_writethrough(), top.is_writable());

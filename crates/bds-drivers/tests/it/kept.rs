@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use bds_core::driver::{Prealloc, Truncate, WriteFlags, ZeroFlags};
+use bds_core::driver::{Prealloc, Precision, Truncate, WriteFlags, ZeroFlags};
 use bds_core::graph::gate::TrustAll;
 use bds_core::graph::{Graph, GraphConfig, NewImage, NodeRef};
 use bds_core::request::{Backend, BackendOptions};
@@ -86,7 +86,11 @@ impl Stage {
             }
             "discard" => Box::pin(one.discard(0, c)),
             "flush" => Box::pin(one.flush()),
-            "status" => Box::pin(async move { one.block_status(0, c * 200, true).await.map(drop) }),
+            "status" => {
+                Box::pin(
+                    async move { one.block_status(0, c * 200, Precision::Exact).await.map(drop) },
+                )
+            }
             "truncate" => Box::pin(one.truncate(grown(c * 32770))),
             _ => Box::pin(one.read(0, iov(0, c))),
         }

@@ -1,6 +1,6 @@
 //! mem against a plain vector of bytes.
 
-use bds_core::driver::{Attempt, Prealloc, StatusFlags, Truncate, ZeroFlags};
+use bds_core::driver::{Attempt, Prealloc, Precision, StatusFlags, Truncate, ZeroFlags};
 use proptest::prelude::{Strategy, prop_assert_eq, prop_oneof, proptest};
 use serde_json::json;
 
@@ -65,7 +65,7 @@ proptest! {
         prop_assert_eq!(&house.read(&backend, 0, model.len()).unwrap(), &model);
         let mut at = 0;
         while at < model.len() {
-            let status = backend.block_status(at as u64, (model.len() - at) as u64, true);
+            let status = backend.block_status(at as u64, (model.len() - at) as u64, Precision::Exact);
             let run = house.sim.block_on(status).unwrap();
             let end = at + run.len as usize;
             if run.flags.contains(StatusFlags::ZERO) {

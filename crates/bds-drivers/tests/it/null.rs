@@ -1,6 +1,6 @@
 //! null-co and null-aio.
 
-use bds_core::driver::StatusFlags;
+use bds_core::driver::{Precision, StatusFlags};
 use serde_json::json;
 
 use crate::house::House;
@@ -15,7 +15,7 @@ fn a_null_disk_has_its_size_and_reads_zeros_if_asked() {
         let slow = house.backend(slow).unwrap();
         house.write(&slow, 0, &[1; 512]).unwrap();
         assert_eq!(house.read(&slow, 0, 512).unwrap(), [0; 512]);
-        let run = house.sim.block_on(slow.block_status(0, 1 << 20, true)).unwrap();
+        let run = house.sim.block_on(slow.block_status(0, 1 << 20, Precision::Exact)).unwrap();
         assert_eq!(run.len, 1 << 20);
         assert!(run.flags.contains(StatusFlags::ZERO | StatusFlags::EOF));
     }

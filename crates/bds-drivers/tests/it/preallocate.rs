@@ -394,7 +394,12 @@ mod growing {
             self.0.truncate(change)
         }
 
-        fn block_status(&self, _: u64, len: u64, _: bool) -> BoxFuture<'_, Result<StatusRun>> {
+        fn block_status(
+            &self,
+            _: u64,
+            len: u64,
+            _: bds_core::driver::Precision,
+        ) -> BoxFuture<'_, Result<StatusRun>> {
             Box::pin(async move { Ok(StatusRun { len, flags: StatusFlags::DATA, map: None }) })
         }
 

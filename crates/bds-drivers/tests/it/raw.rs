@@ -1,7 +1,7 @@
 //! raw, with and without a window.
 
 use bds_core::ErrorKind;
-use bds_core::driver::{Prealloc, StatusFlags, Truncate};
+use bds_core::driver::{Prealloc, Precision, StatusFlags, Truncate};
 use serde_json::json;
 
 use crate::house::House;
@@ -54,7 +54,7 @@ fn without_a_window_raw_is_transparent() {
     let file = json!({"driver": "file", "filename": "/disk"});
     let backend = house.backend(json!({"driver": "raw", "file": file})).unwrap();
     assert_eq!(backend.len(), 8192);
-    let run = house.sim.block_on(backend.block_status(512, 1024, true)).unwrap();
+    let run = house.sim.block_on(backend.block_status(512, 1024, Precision::Exact)).unwrap();
     assert_eq!((run.len, run.depth), (1024, 0));
     assert!(run.flags.contains(StatusFlags::DATA | StatusFlags::OFFSET_VALID));
     let host = run.host.unwrap();

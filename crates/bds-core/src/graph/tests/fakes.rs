@@ -14,8 +14,8 @@ use bds_io::{File, Fs, IoVec, OpenOptions, Sim, SimConfig};
 
 use crate::driver::{
     Attempt, BoxFuture, Category, Child, ChildPort, ClaimedFile, CreateContext, CreateFacts,
-    Driver, DriverType, Limits, OpenContext, ReadFlags, Reference, ReferenceKind, Registry, Role,
-    StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Driver, DriverType, Limits, OpenContext, Precision, ReadFlags, Reference, ReferenceKind,
+    Registry, Role, StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::gate::TrustAll;
@@ -382,7 +382,7 @@ impl Driver for Fake {
         &self,
         _offset: u64,
         len: u64,
-        _precise: bool,
+        _precision: Precision,
     ) -> BoxFuture<'_, Result<StatusRun>> {
         Box::pin(async move { Ok(StatusRun { len, flags: StatusFlags::DATA, map: None }) })
     }
@@ -525,7 +525,7 @@ impl ChildPort for Port {
         &self,
         _offset: u64,
         _len: u64,
-        _precise: bool,
+        _precision: Precision,
     ) -> BoxFuture<'_, Result<StatusRun>> {
         nothing()
     }

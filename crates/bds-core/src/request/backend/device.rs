@@ -1,4 +1,4 @@
-//! The one device that uses a backend: it holds a reference to the backend for exactly as long as it is attached.
+//! Attaches a device to a backend: at most one at a time, which references the backend as long as it is attached.
 
 use std::sync::Arc;
 
@@ -6,10 +6,10 @@ use super::{Backend, Inner};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
 
-/// A device's use of a backend: detached when this is dropped.
+/// An attached device. Dropping it detaches the device.
 ///
-/// The device reads and writes through [`Device::backend`]. Taking the medium away does not detach it: its requests fail with
-/// `NoMedium` then, and it may find another medium later.
+/// The device reads and writes through [`Device::backend`]. Ejecting the medium does not detach it: its requests fail
+/// with `NoMedium` until another medium is inserted.
 #[must_use = "the device is detached when this is dropped"]
 #[derive(Debug)]
 pub struct Device {
@@ -18,7 +18,7 @@ pub struct Device {
 }
 
 impl Device {
-    /// Under what name the device is attached.
+    /// The device's name.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -28,7 +28,7 @@ impl Device {
         &self.backend
     }
 
-    /// The device lets go: the same as dropping it.
+    /// Detaches the device: the same as dropping it.
     pub fn detach(self) {
         drop(self);
     }
@@ -37,22 +37,22 @@ impl Device {
 impl Drop for Device {
     fn drop(&mut self) {
         let inner = &*self.backend.inner;
-        // What it asked for was its own; and nobody is left to decide for its requests.
+        // Its permissions go with it, and so does the one that could resume its requests.
         self.backend.graph.loosen_root(&inner.edge);
-        inner.desk().policies = None;
+        inner.state().policies = None;
         inner.resume();
-        inner.tell_device(&self.name, false);
-        // Last: who attaches from here on finds everything as it should be.
-        inner.desk().device = None;
+        inner.emit_device_event(&self.name, false);
+        // Last: a device that attaches from here on finds the backend reset.
+        inner.state().device = None;
     }
 }
 
 impl Backend {
-    /// Lets a device use the backend until the answer is dropped. One at a time. The status of former errors is forgotten, and
-    /// requests that wait for a decision are tried again.
+    /// Attaches a device, until the returned handle is dropped. One at a time. Resets [`Backend::io_status`] and
+    /// repeats stopped requests.
     ///
-    /// When it detaches, the backend keeps its medium but asks nothing of it any more, and lets others do everything: who uses it
-    /// next says what he wants with [`Backend::set_access`]. Error policies that were set are forgotten.
+    /// When it detaches, the backend keeps its medium but drops all permissions on it and shares everything; the next
+    /// user sets its own with [`Backend::set_access`]. Error policies are reset.
     ///
     /// ```
     /// # use std::sync::Arc;
@@ -70,31 +70,31 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// `InUse` names the device that uses it.
+    /// `InUse` names the device that is attached.
     pub fn attach_device(&self, name: &str) -> Result<Device> {
         let name: Arc<str> = name.into();
         {
-            let mut desk = self.inner.desk();
-            if let Some(other) = &desk.device {
+            let mut state = self.inner.state();
+            if let Some(other) = &state.device {
                 let words = format!("device '{other}' uses the backend: detach it first");
                 let error = Error::new(ErrorKind::InUse, words);
                 return Err(error.field("backend", self.name()));
             }
-            desk.device = Some(Arc::clone(&name));
+            state.device = Some(Arc::clone(&name));
         }
         self.inner.resume();
-        self.inner.tell_device(&name, true);
+        self.inner.emit_device_event(&name, true);
         Ok(Device { backend: self.clone(), name })
     }
 
-    /// The device that uses it.
+    /// Name of the attached device.
     pub fn device(&self) -> Option<Arc<str>> {
-        self.inner.desk().device.clone()
+        self.inner.state().device.clone()
     }
 }
 
 impl Inner {
-    fn tell_device(&self, device: &str, is_attached: bool) {
+    fn emit_device_event(&self, device: &str, is_attached: bool) {
         self.events.emit(|| {
             let (backend, device) = (self.name.to_string(), device.to_owned());
             match is_attached {

@@ -1,4 +1,6 @@
-//! Waiting until none of a backend's requests is inside, whatever others do with the same node, and whether or not there is one.
+//! Drains a backend: waits until none of its requests is in flight.
+//!
+//! Works without a medium. Other users of the node go on.
 
 use std::fmt;
 use std::pin::pin;
@@ -13,7 +15,8 @@ fn holder() -> Holder {
     Holder::new(HolderKind::Drain, "backend's drained section")
 }
 
-/// None of the backend's requests is inside, and none gets in, until this is dropped. Keeps the backend.
+/// A drained section of a backend: none of its requests is in flight or enters until this is dropped. Keeps the
+/// backend.
 #[must_use = "the backend's gate opens when this is dropped"]
 pub struct BackendDrained {
     backend: Backend,
@@ -39,8 +42,8 @@ impl Drop for BackendDrained {
 }
 
 impl Backend {
-    /// How many of its requests are inside: neither those that wait at its gate, or for a decision after an error, nor those that
-    /// need no waiting. For diagnostics: exact only while it is drained.
+    /// Number of its requests in flight, without inline ones and those that wait at its gate (stopped ones among them).
+    /// For diagnostics: exact only while it is drained.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -59,10 +62,10 @@ impl Backend {
         self.inner.edge.backend_in_flight().map_or(0, |in_flight| in_flight.in_flight())
     }
 
-    /// Waits until all of its requests that are inside have ended and are in the books, and keeps new ones waiting at its gate until the answer is
-    /// dropped. Nests. Other users of the node go on; to keep everybody out, drain the node. Requests that wait at the
-    /// gate, or for [`Backend::resume`], are not waited for, nor are those inside a medium that was given up
-    /// ([`crate::graph::NodeRef::poison`]).
+    /// Waits until all of its requests in flight have ended and are accounted, and keeps new ones waiting at its gate
+    /// until the returned guard is dropped. Nests. Other users of the node go on; to stop those too, drain the node.
+    /// Requests that wait at the gate, or for [`Backend::resume`], are not waited for, nor are those of a poisoned
+    /// medium ([`crate::graph::NodeRef::poison`]).
     ///
     /// ```
     /// # use std::sync::Arc;
@@ -84,20 +87,20 @@ impl Backend {
 
     async fn drain_here(self) -> BackendDrained {
         self.inner.edge.close();
-        // From here on a dropped future opens it again.
+        // From here on dropping the future opens the gate again.
         let drained = BackendDrained { backend: self };
         let edge = &drained.backend.inner.edge;
-        // A change that moves the edge now waits for its requests itself.
+        // A graph change that moves the edge from here on waits for the requests itself.
         let medium = edge.medium().map(|node| Strong::clone(node.strong()).held_by(holder()));
         let Some(in_flight) = edge.backend_in_flight() else { return drained };
         match medium {
             None => in_flight.wait_idle().await,
             Some(node) => {
-                let over = pin!(async {
+                let idle = pin!(async {
                     node.tracker().wait_inline_passed().await;
                     in_flight.wait_idle().await;
                 });
-                select(over, pin!(node.tracker().wait_given_up())).await;
+                select(idle, pin!(node.tracker().wait_given_up())).await;
             }
         }
         drained

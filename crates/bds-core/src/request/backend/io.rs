@@ -1,27 +1,28 @@
-//! The requests.
+//! The public requests of a backend: read, write, zero, discard, flush, copy, resize, status.
 //!
-//! What the inline way does not answer runs in a task of its own from its first poll on (`bds_io::spawn_now`), and the
-//! future that the caller has is the handle of that task. Inside, a request holds what others wait for: its place in
-//! the in-flight counts, its range, a flush's turn, a driver's guards. Keeping the future without polling it, as
-//! `select!` does, or forgetting it therefore holds nothing up; dropping it cancels the request.
+//! A request that the inline path declines runs in a task from its first poll on (`bds_io::spawn_now`), and the
+//! caller's future is the handle of that task. A request in flight holds what others wait for: its in-flight counts,
+//! its range, the turn of a flush, a driver's guards. Because a task polls it, keeping the future without polling it
+//! (as `select!` does) or forgetting it holds up no other request; dropping it cancels the request.
 
 use bds_io::{Buf, IoVec};
 
-use super::carry::{Request, Work};
+use super::execute::Request;
 use super::{Backend, Inner, progress};
 use crate::driver::{
-    Attempt, CheckReport, ImageInfo, ReadFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Attempt, CheckReport, ImageInfo, Precision, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
-use crate::error::{Error, Result};
-use crate::graph::{Node, NodeId};
-use crate::request::enter::{enter, named};
+use crate::error::Result;
+use crate::graph::NodeId;
+use crate::request::admit::{enter, named};
+use crate::request::range::CheckedRange;
 use crate::request::status::{self, ChainRun, Depth};
-use crate::request::{dispatch, offload, range, truncate};
+use crate::request::{dispatch, offload, truncate};
 use crate::stats::{Operation, Outcome};
 
 impl Backend {
-    /// Reads at once if nothing has to be waited for, without allocating. `None`: ask [`Backend::read_waiting`]; the buffer may
-    /// be partly filled.
+    /// Reads at once if that needs no waiting, without allocating. `None`: call [`Backend::read_waiting`]; the buffer
+    /// may be partly filled.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -43,11 +44,11 @@ impl Backend {
                 inner.stats.ended(Operation::Read, iov.len() as u64, Outcome::Done, began);
                 Some(Ok(()))
             }
-            Err(error) => inner.failed_inline(Operation::Read, error, began),
+            Err(error) => inner.account_inline_failure(Operation::Read, error, began),
         })?
     }
 
-    /// Writes in place at once if nothing has to be waited for, without allocating. `None`: nothing was changed for good, ask
+    /// Writes in place at once if that needs no waiting, without allocating. `None`: nothing was changed for good, call
     /// [`Backend::write_waiting`].
     ///
     /// ```
@@ -74,7 +75,7 @@ impl Backend {
                 inner.stats.ended(Operation::Write, iov.len() as u64, Outcome::Done, began);
                 Some(Ok(()))
             }
-            Err(error) => inner.failed_inline(Operation::Write, error, began),
+            Err(error) => inner.account_inline_failure(Operation::Write, error, began),
         })?
     }
 
@@ -95,8 +96,8 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// `NoMedium`, `OutOfRange`, what the medium failed with if [`super::ErrorPolicies`] reports it, `Cancelled` if the graph was
-    /// shut down while the request waited for its turn. The same for every request here.
+    /// `NoMedium`, `OutOfRange`, the medium's error if [`super::ErrorPolicies`] reports it, `Cancelled` if the graph
+    /// was shut down while the request waited for its turn. The same for every request here.
     pub async fn read(&self, offset: u64, iov: IoVec) -> Result<()> {
         if let Some(result) = self.try_read(offset, &iov) {
             return result;
@@ -119,11 +120,11 @@ impl Backend {
     /// # Ok(()) });
     /// ```
     pub async fn read_waiting(&self, offset: u64, iov: IoVec) -> Result<()> {
-        self.carry(Request { offset, work: Work::Read(iov) }).await.map(drop)
+        self.execute(Request::read(offset, iov)).await.map(drop)
     }
 
-    /// Copies what the node shows of `offset..` but does not hold itself from below into it; nothing is given back. Needs a writable
-    /// backend, though what is read does not change.
+    /// Copies what the node shows of `offset..` but does not hold itself from the layers below into it; returns no
+    /// bytes. Needs a writable backend, although reads give the same bytes before and after.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -132,13 +133,13 @@ impl Backend {
     /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
     /// let top = open(&graph, layer).await?;
     /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
-    /// assert!(!guest.layer_status(0, 8192, true).await?.flags.contains(StatusFlags::ALLOCATED));
+    /// assert!(!guest.layer_status(0, 8192, Precision::Exact).await?.flags.contains(StatusFlags::ALLOCATED));
     /// guest.copy_up(0, 8192).await?;
-    /// assert!(guest.layer_status(0, 8192, true).await?.flags.contains(StatusFlags::ALLOCATED));
+    /// assert!(guest.layer_status(0, 8192, Precision::Exact).await?.flags.contains(StatusFlags::ALLOCATED));
     /// # Ok(()) });
     /// ```
     pub async fn copy_up(&self, offset: u64, len: u64) -> Result<()> {
-        self.carry(Request { offset, work: Work::CopyUp(len) }).await.map(drop)
+        self.execute(Request::copy_up(offset, len)).await.map(drop)
     }
 
     /// Writes `iov` at `offset`.
@@ -153,7 +154,7 @@ impl Backend {
     ///
     /// let reader = Backend::new(&disk, BackendOptions::default())?;
     /// let error = reader.write(4096, hello, WriteFlags::empty()).await.unwrap_err();
-    /// assert_eq!(error.kind(), ErrorKind::ReadOnly, "it did not ask to write");
+    /// assert_eq!(error.kind(), ErrorKind::PermissionDenied, "it is not writable");
     /// # Ok(()) });
     /// ```
     pub async fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> Result<()> {
@@ -186,7 +187,7 @@ impl Backend {
         mut flags: WriteFlags,
     ) -> Result<()> {
         flags.set(WriteFlags::FUA, flags.contains(WriteFlags::FUA) || self.is_writethrough());
-        self.carry(Request { offset, work: Work::Write(iov, flags) }).await.map(drop)
+        self.execute(Request::write(offset, iov, flags)).await.map(drop)
     }
 
     /// Writes one compressed cluster (or the image's tail); an empty `iov` at the end pads the file.
@@ -202,7 +203,7 @@ impl Backend {
     /// # Ok(()) });
     /// ```
     pub async fn write_compressed(&self, offset: u64, iov: IoVec) -> Result<()> {
-        self.carry(Request { offset, work: Work::Compressed(iov) }).await.map(drop)
+        self.execute(Request::write_compressed(offset, iov)).await.map(drop)
     }
 
     /// Makes the range read as zeros. `Unsupported` only with `NO_FALLBACK`.
@@ -226,10 +227,11 @@ impl Backend {
         mut flags: ZeroFlags,
     ) -> Result<Attempt> {
         flags.set(ZeroFlags::FUA, flags.contains(ZeroFlags::FUA) || self.is_writethrough());
-        self.carry(Request { offset, work: Work::Zero(len, flags) }).await
+        self.execute(Request::write_zeroes(offset, len, flags)).await
     }
 
-    /// Tells that the range is no longer needed; advisory, and ignored unless the node was opened with `discard=unmap`.
+    /// Discards a range that is no longer needed; advisory, and ignored unless the node was opened with
+    /// `discard=unmap`.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -244,7 +246,7 @@ impl Backend {
     /// # Ok(()) });
     /// ```
     pub async fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        self.carry(Request { offset, work: Work::Discard(len) }).await.map(drop)
+        self.execute(Request::discard(offset, len)).await.map(drop)
     }
 
     /// Makes every write durable that ended before.
@@ -263,11 +265,12 @@ impl Backend {
     /// # Ok(()) });
     /// ```
     pub async fn flush(&self) -> Result<()> {
-        self.carry(Request { offset: 0, work: Work::Flush }).await.map(drop)
+        self.execute(Request::flush()).await.map(drop)
     }
 
-    /// Lets the host copy `len` bytes from `source` at `source_offset` to `offset` here. `Unsupported`: use buffers; part of the
-    /// bytes may have been copied. A failure is always reported: what it means is decided when the bytes go through buffers.
+    /// Copies `len` bytes from `source` at `source_offset` to `offset` here on the host (copy offload). `Unsupported`:
+    /// use buffers; part of the bytes may have been copied. Failures are reported whatever the error policy: it applies
+    /// when the bytes go through buffers.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -291,12 +294,12 @@ impl Backend {
         let (this, source) = (self.clone(), source.clone());
         bds_io::spawn_now(async move {
             let pending = this.inner.stats.begin(Operation::Write, len);
-            source.inner.check_end_now(source_offset, len)?;
-            this.inner.check_end_now(offset, len)?;
+            source.inner.check_range_now(source_offset, len)?;
+            this.inner.check_range_now(offset, len)?;
             let (from, to) = (&source.inner.edge, &this.inner.edge);
             let copied = pending.end(offload::copy(from, source_offset, to, offset, len).await)?;
             if copied == Attempt::Done && this.is_writethrough() {
-                let _done = this.carry_here(Request { offset: 0, work: Work::Flush }).await?;
+                let _done = this.execute_here(Request::flush()).await?;
             }
             Ok(copied)
         })
@@ -322,14 +325,14 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// Also `InUse`: somebody blocks [`crate::graph::Operations::RESIZE`] on the medium.
+    /// Also `InUse`: [`crate::graph::Operations::RESIZE`] is blocked on the medium.
     pub async fn truncate(&self, change: Truncate) -> Result<()> {
         let this = self.clone();
         let work = async move { truncate::truncate_for_user(&this.inner.edge, change).await };
         bds_io::spawn_now(work).await
     }
 
-    /// What `offset..` holds at the top layer alone. The run's `map` names a child of that layer.
+    /// Block status of `offset..` at the top layer alone. The run's `map` names a child of that layer.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -339,19 +342,24 @@ impl Backend {
     /// let top = open(&graph, layer).await?;
     /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
     /// guest.write_at(4096, b"hello")?;
-    /// let run = guest.layer_status(0, 1 << 20, true).await?;
+    /// let run = guest.layer_status(0, 1 << 20, Precision::Exact).await?;
     /// assert_eq!((run.len, run.flags), (4096, StatusFlags::empty()), "shows what lies below");
-    /// let run = guest.layer_status(4096, 1 << 20, true).await?;
+    /// let run = guest.layer_status(4096, 1 << 20, Precision::Exact).await?;
     /// assert_eq!(run.map, Some(HostMap { child: "file", offset: 4096 }));
     /// # Ok(()) });
     /// ```
-    pub async fn layer_status(&self, offset: u64, len: u64, precise: bool) -> Result<StatusRun> {
+    pub async fn layer_status(
+        &self,
+        offset: u64,
+        len: u64,
+        precision: Precision,
+    ) -> Result<StatusRun> {
         let this = self.clone();
-        let work = async move { status::of_layer(&this.inner.edge, offset, len, precise).await };
+        let work = async move { status::of_layer(&this.inner.edge, offset, len, precision).await };
         bds_io::spawn_now(work).await
     }
 
-    /// What `offset..` holds, through the whole chain.
+    /// Block status of `offset..`, through the whole chain.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -361,17 +369,23 @@ impl Backend {
     /// let top = open(&graph, layer).await?;
     /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
     /// guest.write_at(4096, b"hello")?;
-    /// let run = guest.block_status(0, 1 << 20, true).await?;
+    /// let run = guest.block_status(0, 1 << 20, Precision::Exact).await?;
     /// assert_eq!((run.len, run.depth, run.node), (4096, 1, base.id()));
-    /// let run = guest.block_status(4096, 1 << 20, true).await?;
+    /// let run = guest.block_status(4096, 1 << 20, Precision::Exact).await?;
     /// assert_eq!((run.len, run.depth, run.node), (4096, 0, top.id()));
     /// # Ok(()) });
     /// ```
-    pub async fn block_status(&self, offset: u64, len: u64, precise: bool) -> Result<ChainRun> {
-        self.status_to(Depth::All, offset, len, precise).await
+    pub async fn block_status(
+        &self,
+        offset: u64,
+        len: u64,
+        precision: Precision,
+    ) -> Result<ChainRun> {
+        self.status_to(Depth::All, offset, len, precision).await
     }
 
-    /// What `offset..` holds in the layers above `base`, which is in the chain. Without `ALLOCATED`: none of them decides it.
+    /// Block status of `offset..` in the layers above `base`, which is in the chain. Without `ALLOCATED`: none of them
+    /// decides it.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -380,7 +394,7 @@ impl Backend {
     /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
     /// let top = open(&graph, layer).await?;
     /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
-    /// let run = guest.status_above(base.id(), 0, 1 << 20, true).await?;
+    /// let run = guest.status_above(base.id(), 0, 1 << 20, Precision::Exact).await?;
     /// assert_eq!(run.len, 1 << 20);
     /// assert!(!run.flags.contains(StatusFlags::ALLOCATED), "all of it lies in 'base'");
     /// # Ok(()) });
@@ -390,9 +404,9 @@ impl Backend {
         base: NodeId,
         offset: u64,
         len: u64,
-        precise: bool,
+        precision: Precision,
     ) -> Result<ChainRun> {
-        self.status_to(Depth::Above(base), offset, len, precise).await
+        self.status_to(Depth::Above(base), offset, len, precision).await
     }
 
     async fn status_to(
@@ -400,16 +414,16 @@ impl Backend {
         depth: Depth,
         offset: u64,
         len: u64,
-        precise: bool,
+        precision: Precision,
     ) -> Result<ChainRun> {
         let this = self.clone();
         bds_io::spawn_now(async move {
-            status::of_chain(&this.inner.edge, depth, offset, len, precise).await
+            status::of_chain(&this.inner.edge, depth, offset, len, precision).await
         })
         .await
     }
 
-    /// Does the range read as zeros? A cheap answer: false if unknown.
+    /// True if the range is known to read as zeros. A cheap answer: false if unknown.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -467,7 +481,7 @@ impl Backend {
         .await
     }
 
-    /// Looks for leaks and corruption; changes nothing. `progress` gets (done, total) bytes of metadata.
+    /// Checks the image for leaks and corruption; changes nothing. `progress` gets (done, total) bytes of metadata.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -541,31 +555,11 @@ impl Backend {
 }
 
 impl Inner {
-    fn check_end_now(&self, offset: u64, len: u64) -> Result<()> {
+    fn check_range_now(&self, offset: u64, len: u64) -> Result<()> {
         match self.edge.medium() {
-            Some(node) => check_end(&node, offset, len),
-            // The request itself finds that there is no medium.
+            Some(node) => CheckedRange::inside(&node, offset, len).map(drop),
+            // The request itself fails with `NoMedium`.
             None => Ok(()),
         }
     }
-}
-
-/// Users of a node stay inside it: only parents inside the graph may read or write past the end.
-pub(super) fn check_end(node: &Node, offset: u64, len: u64) -> Result<()> {
-    let reach = node.len();
-    let end = range::check(offset, len)?;
-    if end > reach {
-        let message = format!("the request ends past the end of the node ({reach} bytes)");
-        return Err(range::out_of_range(offset, len, &message));
-    }
-    Ok(())
-}
-
-/// The flags of a read through a backend: all of it is wanted.
-pub(super) const READ: ReadFlags = ReadFlags::empty();
-
-/// Was the request refused because it made no sense?
-pub(super) fn is_invalid(error: &Error) -> bool {
-    use crate::error::ErrorKind::{InvalidInput, OutOfRange};
-    matches!(error.kind(), InvalidInput | OutOfRange)
 }

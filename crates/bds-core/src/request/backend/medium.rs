@@ -1,4 +1,6 @@
-//! Media: put in, taken out, exchanged, and taken away for good. Each is a graph change: drained, checked, all or nothing.
+//! Changes a backend's medium: insert, replace, eject, revoke.
+//!
+//! Each is a graph change: drained, checked, all or nothing.
 
 use super::Backend;
 use super::policy::ErrorPolicies;
@@ -6,8 +8,8 @@ use crate::error::Result;
 use crate::graph::{Change, Expected, NodeRef, Operations, RootMove};
 
 impl Backend {
-    /// Puts a medium in. The backend takes a reference of its own. Writes become durable one by one if the node's `cache.writeback` is
-    /// off; that never turns it off by itself.
+    /// Inserts a medium. The backend takes a reference of its own. Turns writethrough mode on if the node's
+    /// `cache.writeback` is off, and never turns it off.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -24,15 +26,16 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// Nothing has changed. `InUse`: there is a medium, or somebody does not bear what the backend does (he is named); `ReadOnly`,
-    /// `Inactive`: the backend writes and the node cannot be written; `InvalidInput`: it belongs to another graph.
+    /// Nothing has changed. `InUse`: there is a medium, or the permissions conflict with another user's (which is
+    /// named); `ReadOnly`, `Inactive`: the backend writes and the node cannot be written; `InvalidInput`: it belongs to
+    /// another graph.
     #[track_caller]
     pub fn insert(&self, node: &NodeRef) -> impl Future<Output = Result<()>> + Send + '_ {
         let root = RootMove::new(&self.graph, &self.inner.edge, Some(node));
         self.put(!node.flags().cache.writeback, root.from(Expected::Nothing))
     }
 
-    /// Puts a medium in, in place of the one there is, if there is one.
+    /// Inserts a medium, in place of the present one if there is one.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -63,7 +66,7 @@ impl Backend {
 
     async fn put_here(&self, is_writethrough: bool, root: RootMove) -> Result<()> {
         let was_on = self.is_writethrough();
-        // Before the first write can come; a few flushes too many if it fails.
+        // Before the first write can enter; a few flushes too many if the change fails.
         self.set_writethrough(was_on || is_writethrough);
         let done = self.graph.change().move_root(root).commit().await;
         if done.is_err() {
@@ -72,8 +75,8 @@ impl Backend {
         done.map(drop)
     }
 
-    /// Takes the medium out, and returns a reference to it; `None` if there was none. Waits for requests inside; who waits at
-    /// the gate finds no medium.
+    /// Takes the medium out and returns a reference to it; `None` if there was none. Waits for requests in flight;
+    /// those that wait at the gate fail with `NoMedium`.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -92,14 +95,15 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// Nothing has changed. `InUse`: [`Operations::EJECT`] is blocked, or the edge is frozen (by whom and why is told).
+    /// Nothing has changed. `InUse`: [`Operations::EJECT`] is blocked, or the edge is frozen (the message says by what
+    /// and why).
     pub async fn eject(&self) -> Result<Option<NodeRef>> {
         self.take_out(Operations::EJECT).await
     }
 
-    /// Takes the medium away from whoever uses the backend: QEMU's `drive_del`. Works with a device attached, which stays so:
-    /// the handle is valid, and requests fail with `NoMedium`. Failures are reported from now on, whatever the policy was, and
-    /// who waited for a decision is told too. Without a medium, only that.
+    /// Takes the medium away from the user of the backend: QEMU's `drive_del`. A device stays attached: its handle is
+    /// valid, and its requests fail with `NoMedium`. Sets [`ErrorPolicies::REPORT`] and resumes stopped requests, which
+    /// then fail. Without a medium it does only that.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -129,7 +133,7 @@ impl Backend {
         Ok(())
     }
 
-    /// The reference returned is to the very node that was taken out, however often others change that meanwhile.
+    /// Returns a reference to the node that was taken out, also if the medium is changed concurrently.
     async fn take_out(&self, blockers: Operations) -> Result<Option<NodeRef>> {
         loop {
             let Some(medium) = self.node() else { return Ok(None) };
@@ -141,7 +145,7 @@ impl Backend {
                 Err(error) if self.node().is_some_and(|now| now.id() == medium.id()) => {
                     return Err(error);
                 }
-                // Somebody else was quicker.
+                // The medium was changed concurrently: try again.
                 Err(_) => {}
             }
         }
@@ -149,8 +153,8 @@ impl Backend {
 }
 
 impl Change {
-    /// Puts a medium into a backend that has none by then. [`Backend::insert`] as a part of something bigger; whether writes become
-    /// durable one by one is left as it is.
+    /// Inserts a medium into a backend that has none by then. [`Backend::insert`] as part of a larger change; leaves
+    /// writethrough mode as it is.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -168,7 +172,7 @@ impl Change {
         self.move_root(root.from(Expected::Nothing))
     }
 
-    /// Takes the medium out of a backend. Without one, does nothing.
+    /// Takes the medium out of a backend, if it has one.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};

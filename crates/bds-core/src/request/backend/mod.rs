@@ -1,22 +1,23 @@
-//! The backend: where a device, a job, an export or a tool enters the graph.
+//! Backends: the entry of a device, a job, an export or a tool into the graph.
 //!
-//! A backend has a medium, the node at its root, or none. It owns that node through an edge, refuses requests past the end, counts
-//! what passes, decides what a failure means to its user, and adds a flush to every write if the user wants none of them to be volatile.
-//! Many threads may use one at once.
+//! A backend has a medium, the node at its root, or none. It references that node through an edge, refuses requests
+//! past the end, counts requests, applies the user's policy to failures, and flushes after every write in writethrough
+//! mode. Many threads may use one at once.
 //!
 //! ```text
-//! registry   names, the monitor's list         medium   insert, eject, replace, revoke
-//! device     the one device that uses it       policy   what happens when a medium fails
-//! io         the requests                      carry    one request's way: gate, work, verdict, perhaps again
-//! drain      waiting until nobody is inside
+//! registry   names, the monitor's list         medium    insert, eject, replace, revoke
+//! device     the one device that uses it       policy    what happens when a medium fails
+//! io         the public requests               execute   one request: admit, run, account, perhaps repeat
+//! drain      waits until none is in flight     progress  passes progress from a request's task to its caller
 //! ```
 //!
-//! **A handle is a reference**: the backend, and its hold on the node, end with the last one, at once. A request under way has one of
-//! its own, so that it does not depend on its caller. A handle stays valid whatever happens to the medium: without one, requests fail with `NoMedium`.
+//! **A handle is a reference**: the backend, and its reference to the node, end with the last one, at once. A request
+//! in flight has one of its own, so it does not depend on its caller. A handle stays valid whatever happens to the
+//! medium: without one, requests fail with `NoMedium`.
 
-mod carry;
 mod device;
 mod drain;
+mod execute;
 mod io;
 mod medium;
 mod policy;
@@ -37,20 +38,20 @@ use crate::event::EventHub;
 use crate::graph::{Access, Edge, Graph, NodeRef, Perm, Root};
 use crate::stats::Stats;
 
-/// How a backend is made.
+/// Options of a new backend.
 #[derive(Clone, Debug)]
 pub struct BackendOptions {
-    /// Who uses the node, for "in use" messages, events and queries. Need not be unique.
+    /// Names the user of the node in "in use" messages, events and queries. Need not be unique.
     pub name: String,
-    /// May it write and resize? Fails on a read-only node.
+    /// True if it may write and resize. Fails on a read-only node.
     pub writable: bool,
-    /// What others may do with the node meanwhile. Everything, unless said otherwise.
+    /// What other users may do with the node meanwhile. Everything by default.
     pub shared: Perm,
-    /// What a failing medium means. `None`: [`ErrorPolicies::default`] while a device is attached, [`ErrorPolicies::REPORT`]
-    /// otherwise, because nobody would decide for a tool whose request is held.
+    /// The policy when the medium fails. `None`: [`ErrorPolicies::default`] while a device is attached,
+    /// [`ErrorPolicies::REPORT`] otherwise, because a tool does not resume stopped requests.
     pub policy: Option<ErrorPolicies>,
-    /// Can it be found by its name? Then the name is one of the namespace of node names, must be free in it, and is taken as long as the
-    /// backend lives.
+    /// True if [`Graph::backend`] finds it by its name. Such a name shares the namespace of node names: it must be
+    /// free, and is taken as long as the backend lives.
     pub claims_name: bool,
 }
 
@@ -81,32 +82,33 @@ impl BackendOptions {
     }
 }
 
-/// A user's way into a node. Cloning it takes another reference to the same backend. Dropping the last one gives up the node at once,
-/// without I/O; flush first.
+/// A handle to a backend, through which a user reads and writes a node. A clone is another reference to the same
+/// backend. Dropping the last one releases the node at once, without I/O; flush first.
 #[derive(Clone)]
 pub struct Backend {
     inner: Arc<Inner>,
-    /// After the backend, whose node must not outlive the graph, which closes it.
+    /// Dropped after `inner`: the graph closes the node, so the node must not outlive it.
     graph: Graph,
 }
 
-/// The backend itself. Knows its graph only by what it is handed, so that the graph's own list can hold it.
+/// The backend behind its handles. Has no reference to its graph, whose list of backends may hold it.
 struct Inner {
     edge: Arc<Edge>,
     stats: Stats,
     is_writethrough: AtomicBool,
     name: Arc<str>,
     claims_name: bool,
-    desk: Mutex<Desk>,
+    state: Mutex<State>,
     events: EventHub,
 }
 
-/// What is asked for and changed now and then. Locked for a few instructions, before nothing else.
-struct Desk {
-    /// `None`: it depends on whether there is a device.
+/// The backend's state apart from the request path. Its lock is held for a few instructions and no other lock is taken
+/// under it.
+struct State {
+    /// `None`: depends on whether a device is attached.
     policies: Option<ErrorPolicies>,
     io_status: IoStatus,
-    /// The gate is closed until the user has decided.
+    /// The gate is closed until [`Backend::resume`].
     is_stopped: bool,
     device: Option<Arc<str>>,
 }
@@ -117,7 +119,7 @@ impl fmt::Debug for Backend {
     }
 }
 
-impl Desk {
+impl State {
     fn policies(&self) -> ErrorPolicies {
         self.policies.unwrap_or(match &self.device {
             Some(_) => ErrorPolicies::default(),
@@ -127,13 +129,13 @@ impl Desk {
 }
 
 impl Inner {
-    fn desk(&self) -> MutexGuard<'_, Desk> {
-        self.desk.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Backend {
-    /// Enters at `node`. Durable writes are chosen by the node's `cache.writeback`.
+    /// Makes a backend of `node`. It is in writethrough mode if the node's `cache.writeback` is off.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -150,8 +152,8 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// Nothing has changed. `ReadOnly`, `Inactive`: it wants to write and the node is that; `InUse`: it does what others do not bear, or does not
-    /// bear what they do (both are named); `AlreadyExists`, `InvalidInput`: the name it claims.
+    /// Nothing has changed. `ReadOnly`, `Inactive`: it is to write and the node cannot be written; `InUse`: its
+    /// permissions conflict with another user's (both are named); `AlreadyExists`, `InvalidInput`: the name it claims.
     #[track_caller]
     pub fn new(node: &NodeRef, options: BackendOptions) -> Result<Backend> {
         if options.writable && !node.could_write() {
@@ -161,7 +163,7 @@ impl Backend {
         Self::make(node.graph(), Some(node), options)
     }
 
-    /// A backend without a medium, an empty drive. What it wants to do is asked of the medium when one is put in.
+    /// Makes a backend without a medium: an empty drive. Its permissions are checked when a medium is inserted.
     ///
     /// ```
     /// # use std::sync::Arc;
@@ -203,7 +205,7 @@ impl Backend {
             is_writethrough: AtomicBool::new(node.is_some_and(|n| !n.flags().cache.writeback)),
             name: options.name.into(),
             claims_name: options.claims_name,
-            desk: Mutex::new(Desk {
+            state: Mutex::new(State {
                 policies: options.policy,
                 io_status: IoStatus::Ok,
                 is_stopped: false,
@@ -215,7 +217,7 @@ impl Backend {
         Ok(Backend { inner, graph: graph.clone() })
     }
 
-    /// Its name; empty if it was not given one.
+    /// Its name; may be empty.
     pub fn name(&self) -> &str {
         &self.inner.name
     }
@@ -230,7 +232,7 @@ impl Backend {
         self.inner.edge.medium().map_or(0, |node| node.len())
     }
 
-    /// True if there is no byte, as without a medium.
+    /// True if its length is 0, as without a medium.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -240,7 +242,7 @@ impl Backend {
         self.inner.edge.medium()?.driver().compressed_unit()
     }
 
-    /// A reference to the node now: the medium.
+    /// A reference to the medium: the node at its root now.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -258,7 +260,7 @@ impl Backend {
         Some(NodeRef::user(&self.graph, medium.strong().clone()))
     }
 
-    /// What passed so far. Lives as long as the backend, whatever the medium.
+    /// Its statistics. They last as long as the backend, across media.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -275,7 +277,7 @@ impl Backend {
         &self.inner.stats
     }
 
-    /// What it may do with its medium, and lets others do.
+    /// Its permissions on its medium, and what it lets other users do.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -300,7 +302,7 @@ impl Backend {
         self.inner.edge.access()
     }
 
-    /// Asks for something else.
+    /// Changes its permissions.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -318,20 +320,20 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// Nothing has changed. `InUse`, `ReadOnly`, `Inactive`, as [`Backend::new`]. Asking for less cannot fail, nor asking for anything
-    /// without a medium.
+    /// Nothing has changed. `InUse`, `ReadOnly`, `Inactive`, as [`Backend::new`]. Fewer permissions cannot fail, nor
+    /// any without a medium.
     pub async fn set_access(&self, perm: Perm, shared: Perm) -> Result<()> {
         let access = Access { perm, shared };
         self.graph.change().set_access(&self.inner.edge, access).commit().await.map(drop)
     }
 
-    /// Is every write followed by a flush?
+    /// True if every write is followed by a flush.
     #[inline]
     pub fn is_writethrough(&self) -> bool {
         self.inner.is_writethrough.load(Ordering::Relaxed)
     }
 
-    /// Turns the flush after every write on or off, for writes that begin later.
+    /// Turns writethrough mode (a flush after every write) on or off, for writes that begin later.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};

@@ -1,28 +1,31 @@
-//! What a failing medium means to the user: he is told, he is not told, or the request waits until he has decided.
+//! Applies error policies to failed requests of a backend.
 //!
-//! Only what a medium did wrong is subject to this. That there is none, or that a request made no sense or was not permitted, is
-//! always told.
+//! `report` returns the error, `ignore` pretends success, `stop` holds requests until `resume`.
+//!
+//! Only failures of the medium are subject to this. A missing medium, and a request that was invalid or not permitted,
+//! are always reported.
 
 use super::{Backend, Inner};
 use crate::error::{Error, ErrorKind};
 use crate::event::{ErrorAction, Event};
 use crate::stats::Operation;
 
-/// What happens when the medium fails a request: QEMU's `rerror` and `werror`.
+/// Says what happens when the medium fails a request: QEMU's `rerror` and `werror`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ErrorPolicy {
     /// The request fails.
     Report,
-    /// The request succeeds, and counts as failed. A read's bytes are whatever was in the buffer.
+    /// The request succeeds but counts as failed. The buffer of a read is undefined.
     Ignore,
-    /// The request, and every one that comes later, waits for [`Backend::resume`]; then it is tried again.
+    /// The request and all later ones wait for [`Backend::resume`]; then it is repeated.
     Stop,
     /// As `Stop` if space ran out, as `Report` otherwise.
     Enospc,
 }
 
-/// The policies for reads, and for everything that writes, flushes too. The default is that of QEMU's drives: reads report,
-/// writes stop when space runs out.
+/// Error policies of a backend: one for reads, one for writes and flushes. The default is that of QEMU's drives: reads
+/// report, writes stop when space runs out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ErrorPolicies {
     /// `rerror`.
@@ -38,24 +41,25 @@ impl Default for ErrorPolicies {
 }
 
 impl ErrorPolicies {
-    /// Every failure is told, and nothing ever waits.
+    /// Reports every failure; no request is ever stopped.
     pub const REPORT: Self = Self { read: ErrorPolicy::Report, write: ErrorPolicy::Report };
 }
 
-/// Why a backend's requests wait, if they do.
+/// Says whether a backend's requests are stopped, and why.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum IoStatus {
-    /// They do not.
+    /// They are not stopped.
     #[default]
     Ok,
     /// The medium failed.
     Failed,
-    /// Its space ran out.
+    /// The medium ran out of space.
     NoSpace,
 }
 
 impl IoStatus {
-    /// QEMU's word.
+    /// QEMU's name for it.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Ok => "ok",
@@ -65,22 +69,14 @@ impl IoStatus {
     }
 }
 
-/// What becomes of a failed request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
-    Report,
-    Ignore,
-    Stop,
-}
-
 impl Backend {
-    /// What a failing medium means now.
+    /// Its error policies now.
     pub fn policies(&self) -> ErrorPolicies {
-        self.inner.desk().policies()
+        self.inner.state().policies()
     }
 
-    /// What a failing medium means from now on, with or without a device, until a device detaches. Requests that wait go on waiting
-    /// for [`Backend::resume`]: who has requests stopped must see to it that somebody decides.
+    /// Sets the error policies, with or without a device, until a device detaches. Stopped requests go on waiting for
+    /// [`Backend::resume`]: a caller that sets `Stop` has to provide for that.
     ///
     /// ```
     /// # use std::sync::Arc;
@@ -95,15 +91,16 @@ impl Backend {
     /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn set_policies(&self, policies: ErrorPolicies) {
-        self.inner.desk().policies = Some(policies);
+        self.inner.state().policies = Some(policies);
     }
 
-    /// Why requests wait for [`Backend::resume`], if they do. It is the first failure's since the last decision.
+    /// Why requests wait for [`Backend::resume`], if they do: the first failure since the last one.
     pub fn io_status(&self) -> IoStatus {
-        self.inner.desk().io_status
+        self.inner.state().io_status
     }
 
-    /// The user has decided: the status is good again, requests that failed are tried again, and others go on.
+    /// Resumes stopped requests: resets [`Backend::io_status`], repeats the requests that failed and lets later ones
+    /// go.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -130,76 +127,72 @@ impl Backend {
 impl Inner {
     pub(super) fn resume(&self) {
         let was_stopped = {
-            let mut desk = self.desk();
-            desk.io_status = IoStatus::Ok;
-            std::mem::take(&mut desk.is_stopped)
+            let mut state = self.state();
+            state.io_status = IoStatus::Ok;
+            std::mem::take(&mut state.is_stopped)
         };
-        // Without the desk, because this wakes those who wait. A stop in between has closed the gate once more.
+        // Outside the lock, because this wakes waiters. A stop in between has closed the gate once more.
         if was_stopped {
             self.edge.open();
         }
     }
 
-    /// Decides, tells, and closes the gate if need be. The request is still inside.
+    /// Decides what happens to a failed request, emits the event and closes the gate for `Stop`. The request is still
+    /// in flight.
     #[cold]
-    pub(super) fn verdict(&self, operation: Operation, error: &Error) -> Verdict {
-        if !is_mediums_fault(error) {
-            return Verdict::Report;
+    pub(super) fn apply_policy(&self, operation: Operation, error: &Error) -> ErrorAction {
+        if !is_medium_failure(error) {
+            return ErrorAction::Report;
         }
         let is_read = operation == Operation::Read;
         let nospace = error.kind() == ErrorKind::NoSpace;
-        let verdict = {
-            let mut desk = self.desk();
-            let policy = if is_read { desk.policies().read } else { desk.policies().write };
-            let verdict = decide(policy, nospace);
-            // After the graph's end nobody could decide any more.
+        let action = {
+            let mut state = self.state();
+            let policy = if is_read { state.policies().read } else { state.policies().write };
+            let action = action_for(policy, nospace);
+            // After a shutdown nothing could resume it.
             let is_ended =
                 self.edge.backend_in_flight().is_some_and(|in_flight| in_flight.is_ended());
-            if verdict == Verdict::Stop && is_ended {
-                return Verdict::Report;
+            if action == ErrorAction::Stop && is_ended {
+                return ErrorAction::Report;
             }
-            if verdict == Verdict::Stop && !std::mem::replace(&mut desk.is_stopped, true) {
-                desk.io_status = if nospace { IoStatus::NoSpace } else { IoStatus::Failed };
+            if action == ErrorAction::Stop && !std::mem::replace(&mut state.is_stopped, true) {
+                state.io_status = if nospace { IoStatus::NoSpace } else { IoStatus::Failed };
                 self.edge.close();
             }
-            verdict
+            action
         };
         self.events.emit(|| Event::BlockIoError {
             backend: self.name.to_string(),
             node: self.edge.medium().map(|node| node.name().to_owned()),
             is_read,
-            action: verdict.action(),
+            action,
             nospace,
             reason: error.to_string(),
         });
-        verdict
+        action
     }
 }
 
-impl Verdict {
-    fn action(self) -> ErrorAction {
-        match self {
-            Self::Report => ErrorAction::Report,
-            Self::Ignore => ErrorAction::Ignore,
-            Self::Stop => ErrorAction::Stop,
-        }
-    }
-}
-
-fn decide(policy: ErrorPolicy, nospace: bool) -> Verdict {
+fn action_for(policy: ErrorPolicy, nospace: bool) -> ErrorAction {
     match policy {
-        ErrorPolicy::Stop => Verdict::Stop,
-        ErrorPolicy::Enospc if nospace => Verdict::Stop,
-        ErrorPolicy::Report | ErrorPolicy::Enospc => Verdict::Report,
-        ErrorPolicy::Ignore => Verdict::Ignore,
+        ErrorPolicy::Stop => ErrorAction::Stop,
+        ErrorPolicy::Enospc if nospace => ErrorAction::Stop,
+        ErrorPolicy::Report | ErrorPolicy::Enospc => ErrorAction::Report,
+        ErrorPolicy::Ignore => ErrorAction::Ignore,
     }
 }
 
-/// Was it the medium, and not the request, nor that there is none?
-fn is_mediums_fault(error: &Error) -> bool {
+/// True if the medium failed. False if there is none, or if the request was invalid, refused or cancelled.
+fn is_medium_failure(error: &Error) -> bool {
     use ErrorKind::{
-        Cancelled, Inactive, InvalidInput, NoMedium, NotSupported, OutOfRange, ReadOnly, WouldWait,
+        Cancelled, Inactive, InvalidInput, NoMedium, NotSupported, OutOfRange, PermissionDenied,
+        ReadOnly, WouldWait,
     };
+    if error.kind() == PermissionDenied {
+        // Either the host denied access, or this user has no permission.
+        return error.is_from_system();
+    }
     !matches!(
         error.kind(),
         NoMedium

@@ -1,7 +1,7 @@
-//! Progress of a request, passed from its task to the callback that its caller lent.
+//! Passes progress from a request's task to its caller's callback.
 //!
-//! The callback borrows from the caller, so the task cannot call it; it leaves the last figures here, and the caller's
-//! future passes them on when it is polled. Figures that come in between are skipped, the last ones never.
+//! The callback borrows from the caller, so the task cannot call it. The task stores its latest figures here, and the
+//! caller's future passes them on when it is polled. Figures in between may be skipped, the last ones never.
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;
@@ -10,25 +10,25 @@ use std::task::Waker;
 
 #[derive(Default)]
 struct Latest {
-    /// (done, total), not passed on yet.
+    /// (done, total) that were not passed on yet.
     figures: Option<(u64, u64)>,
     waker: Option<Waker>,
 }
 
-/// Where a task reports.
+/// The task's end of the channel.
 pub(super) struct Reporter(Arc<Mutex<Latest>>);
 
-/// What a task reported.
+/// The caller's end of the channel.
 pub(super) struct Reported(Arc<Mutex<Latest>>);
 
-/// The two ends.
+/// Makes both ends.
 pub(super) fn channel() -> (Reporter, Reported) {
     let latest = Arc::new(Mutex::default());
     (Reporter(Arc::clone(&latest)), Reported(latest))
 }
 
 impl Reporter {
-    /// Leaves the figures for the caller.
+    /// Stores the latest figures for the caller.
     pub(super) fn report(&self, done: u64, total: u64) {
         let mut latest = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         latest.figures = Some((done, total));
@@ -71,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn figures_are_passed_on_while_the_work_goes_on_and_the_last_ones_in_any_case() {
+    fn progress_is_passed_on_during_the_work_and_the_last_figures_always() {
         for seed in 0..50 {
             let seen = Mutex::new(Vec::new());
             let progress = |done, total| seen.lock().unwrap().push((done, total));

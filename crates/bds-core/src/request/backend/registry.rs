@@ -1,8 +1,8 @@
-//! Backends by name, all of them, and those that the monitor owns.
+//! Registers backends with the graph: finds them by name, lists them, and lets the monitor own some.
 //!
-//! A backend's name is for people unless it was made with [`super::BackendOptions::claims_name`]: a tool may open ten backends "cli"
-//! at once, or some without a name. A claimed name is in the one namespace with node names, checked from both sides, and free again from the
-//! moment the last handle is dropped.
+//! A backend's name is informative only, unless it was made with [`super::BackendOptions::claims_name`]: a tool may
+//! open ten backends "cli" at once, or some without a name. A claimed name shares the namespace of node names, checked
+//! from both sides, and is free again once the last handle is dropped.
 
 use std::any::Any;
 use std::sync::atomic::Ordering;
@@ -29,7 +29,7 @@ impl BackendEntry for Inner {
     }
 
     fn device(&self) -> Option<Arc<str>> {
-        self.desk().device.clone()
+        self.state().device.clone()
     }
 
     fn end(&self) {
@@ -45,7 +45,7 @@ impl BackendEntry for Inner {
 }
 
 impl Backend {
-    /// The graph knows of it from now on.
+    /// Registers it with the graph.
     pub(super) fn publish(graph: &Graph, inner: &Arc<Inner>, claimed: Option<Reservation>) {
         let entry: Weak<Inner> = Arc::downgrade(inner);
         if let Some(claimed) = claimed {
@@ -54,12 +54,12 @@ impl Backend {
         graph.register_backend(entry);
     }
 
-    /// Can it be found by its name?
+    /// True if [`Graph::backend`] finds it by its name.
     pub fn claims_name(&self) -> bool {
         self.inner.claims_name
     }
 
-    /// The medium as a user knows it: below filters that a job put in on its own account.
+    /// The medium as the user knows it: below implicit filters, which jobs insert.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -88,7 +88,7 @@ fn backend(graph: &Graph, entry: Arc<dyn BackendEntry>) -> Option<Backend> {
 }
 
 impl Graph {
-    /// A handle to the backend that has claimed this name.
+    /// Returns a handle to the backend that claims this name.
     ///
     /// ```
     /// # use std::sync::Arc;
@@ -112,7 +112,7 @@ impl Graph {
             .ok_or_else(|| no_backend(name))
     }
 
-    /// A handle to every backend there is, with or without a name, in the order in which they came.
+    /// Returns a handle to every backend, with or without a name, in order of their creation.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -127,7 +127,7 @@ impl Graph {
         self.backend_entries().into_iter().filter_map(|entry| backend(self, entry)).collect()
     }
 
-    /// Lets the monitor own a backend: it lives until [`Graph::del_backend`], whoever else uses it. Takes the handle.
+    /// Moves a handle to the monitor's list: the backend lives at least until [`Graph::del_backend`].
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -142,7 +142,8 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// `AlreadyExists`: it owns it; `InvalidInput`: the backend has not claimed a name, or is another graph's. The handle is given up.
+    /// `AlreadyExists`: it is on the list; `InvalidInput`: the backend does not claim a name, or is another graph's.
+    /// The handle is dropped.
     pub fn own_backend(&self, backend: Backend) -> Result<()> {
         let Backend { inner, graph } = backend;
         let owned = self.own_backend_entry(inner);
@@ -150,8 +151,9 @@ impl Graph {
         owned
     }
 
-    /// Takes a backend from the monitor. [`Release::Last`]: nobody else held it, so it is gone and so is its hold on its medium.
-    /// Otherwise the others keep it, and its name; to take the medium from them, [`Backend::revoke`] it.
+    /// Removes a backend from the monitor's list. [`Release::Last`]: that was its last handle, so it is gone and its
+    /// reference to the medium with it. Otherwise other handles keep it and its name; [`Backend::revoke`] takes their
+    /// medium away.
     ///
     /// ```
     /// # use std::sync::Arc;
@@ -169,16 +171,16 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// Nothing has changed. `NotFound`; `InvalidInput`: the monitor does not own it; `InUse`: a device uses it (it is named), or
-    /// [`crate::graph::Operations::DELETE`] is blocked on its medium.
+    /// Nothing has changed. `NotFound`; `InvalidInput`: it is not on the list; `InUse`: a device is attached (it is
+    /// named), or [`crate::graph::Operations::DELETE`] is blocked on its medium.
     pub fn del_backend(&self, name: &str) -> Result<Release> {
         let owned = self.disown_backend_entry(name)?;
-        // Of those who give up their references at the same time, exactly one gets the backend itself.
+        // Of handles that are dropped at the same time, exactly one gets the backend itself.
         let inner = owned.into_any().downcast::<Inner>().ok().and_then(Arc::into_inner);
         Ok(if inner.is_some() { Release::Last } else { Release::NotLast })
     }
 
-    /// Backends as `query-block` tells of them, reduced to what is known here. Filters that a job put in on its own account are not
+    /// Describes all backends as `query-block` does, as far as the facts are known here. Implicit filters are not
     /// shown.
     ///
     /// ```

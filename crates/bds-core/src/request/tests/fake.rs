@@ -11,7 +11,7 @@ use bds_io::IoVec;
 
 use crate::driver::{
     Attempt, BoxFuture, Category, Child, Driver, DriverType, HostMap, Limits, OpenContext,
-    ReadFlags, Registry, Role, StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Precision, ReadFlags, Registry, Role, StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Graph, GraphConfig, NodeRef};
@@ -389,7 +389,7 @@ impl Driver for Fake {
         &self,
         offset: u64,
         len: u64,
-        _precise: bool,
+        _precision: Precision,
     ) -> BoxFuture<'_, Result<StatusRun>> {
         let statuses = &self.state.config.statuses;
         let found = statuses.iter().find(|(range, ..)| range.contains(&offset));

@@ -7,7 +7,9 @@ use futures_util::{FutureExt, poll};
 
 use super::fake::{Config, House, backend};
 use super::iov;
-use crate::driver::{BoxFuture, Limits, Prealloc, StatusFlags, Truncate, WriteFlags, ZeroFlags};
+use crate::driver::{
+    BoxFuture, Limits, Prealloc, Precision, StatusFlags, Truncate, WriteFlags, ZeroFlags,
+};
 use crate::error::Result;
 use crate::graph::{NodeRef, Release};
 use crate::request::Backend;
@@ -24,7 +26,9 @@ const VICTIMS: [(&str, Victim); 12] = [
     ("zero", |disk| Box::pin(async { disk.write_zeroes(3, 600, ZeroFlags::FUA).await.map(drop) })),
     ("discard", |disk| Box::pin(async { disk.discard(0, 1024).await })),
     ("flush", |disk| Box::pin(async { disk.flush().await })),
-    ("status", |disk| Box::pin(async { disk.block_status(0, 1024, true).await.map(drop) })),
+    ("status", |disk| {
+        Box::pin(async { disk.block_status(0, 1024, Precision::Exact).await.map(drop) })
+    }),
     ("is_zero", |disk| Box::pin(async { disk.is_zero(0, 1024).await.map(drop) })),
     ("copy_up", |disk| Box::pin(async { disk.copy_up(0, 600).await })),
     ("copy_range", |disk| {

@@ -7,7 +7,7 @@ use bds_refcount::Release;
 
 use super::fake::{Config, House, On, Op};
 use super::{ended, iov, run, settle};
-use crate::driver::{Prealloc, Truncate, WriteFlags};
+use crate::driver::{Prealloc, Precision, Truncate, WriteFlags};
 use crate::error::ErrorKind;
 use crate::event::Event;
 use crate::graph::{NodeRef, Operations, Perm};
@@ -57,7 +57,7 @@ fn a_medium_goes_in_and_comes_out_and_the_handle_stays() {
             drive.discard(0, 16).await,
             drive.write_compressed(0, iov(&[0; 16], 1)).await,
             drive.info().await.map(drop),
-            drive.block_status(0, 16, true).await.map(drop),
+            drive.block_status(0, 16, Precision::Exact).await.map(drop),
         ] {
             assert_eq!(result.unwrap_err().kind(), ErrorKind::NoMedium);
         }

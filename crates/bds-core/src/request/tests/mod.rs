@@ -5,6 +5,7 @@ mod copy_on_read;
 mod device;
 mod drain;
 mod durable;
+mod error_kinds;
 pub(crate) mod fake;
 mod flags;
 mod in_flight;

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::fake::{Answer, Config, House, On, backend};
 use super::run;
-use crate::driver::{HostMap, Limits, StatusFlags};
+use crate::driver::{HostMap, Limits, Precision, StatusFlags};
 use crate::error::ErrorKind;
 use crate::options::Options;
 
@@ -67,7 +67,7 @@ fn chains_by_table() {
             let house = House::new();
             let disk = chain(&house, top, mid, base).await;
             let asked = question.end - question.start;
-            let run = disk.block_status(question.start, asked, true).await.unwrap();
+            let run = disk.block_status(question.start, asked, Precision::Exact).await.unwrap();
             assert_eq!((run.len, run.flags, run.depth), (len, flags, depth), "{text}");
         });
     }
@@ -81,12 +81,12 @@ fn above_a_base_only_the_layers_above_decide() {
             chain(&house, vec![(0..100, NONE, None), (100..2000, ZERO, None)], vec![], vec![])
                 .await;
         let mid = house.find("mid").id();
-        let run = disk.status_above(mid, 0, 2000, true).await.unwrap();
+        let run = disk.status_above(mid, 0, 2000, Precision::Exact).await.unwrap();
         assert_eq!((run.len, run.flags), (100, NONE));
-        let run = disk.status_above(mid, 100, 50, true).await.unwrap();
+        let run = disk.status_above(mid, 100, 50, Precision::Exact).await.unwrap();
         assert_eq!((run.len, run.flags), (50, ZERO | ALLOCATED));
         let own = disk.node().unwrap().id();
-        let run = disk.status_above(own, 0, 70, true).await.unwrap();
+        let run = disk.status_above(own, 0, 70, Precision::Exact).await.unwrap();
         assert_eq!((run.len, run.flags), (70, NONE));
     });
 }
@@ -131,7 +131,7 @@ fn pointers_are_followed() {
             let config = Config { statuses: vec![answer], options, ..Config::default() };
             let (node, _) = house.node("format", vec![1; 8192], config).await;
             let disk = backend(&node);
-            let run = disk.block_status(0, 1000, true).await.unwrap();
+            let run = disk.block_status(0, 1000, Precision::Exact).await.unwrap();
             (run.len, run.flags, run.host.map(|host| host.offset))
         })
     };
@@ -163,9 +163,9 @@ fn questions_are_widened_and_answers_cut_back() {
         let statuses = vec![(0..1024, ZERO, None), (1024..4096, DATA | VALID, at("self", 10240))];
         let config = Config { limits, statuses, ..Config::default() };
         let (disk, _) = House::new().disk(vec![0; 4096], config).await;
-        let run = disk.block_status(700, 2000, true).await.unwrap();
+        let run = disk.block_status(700, 2000, Precision::Exact).await.unwrap();
         assert_eq!((run.len, run.flags), (324, ZERO | ALLOCATED));
-        let run = disk.layer_status(1100, 20, true).await.unwrap();
+        let run = disk.layer_status(1100, 20, Precision::Exact).await.unwrap();
         assert_eq!((run.len, run.map.unwrap().offset), (20, 10240 + 76));
     });
 }
@@ -175,7 +175,10 @@ fn a_failed_question_is_an_error_not_a_hole() {
     run(1, async {
         let (disk, state) = House::new().disk(vec![0; 4096], Config::default()).await;
         state.fail_always(On::Status, None);
-        assert_eq!(disk.block_status(0, 10, true).await.unwrap_err().kind(), ErrorKind::Io);
+        assert_eq!(
+            disk.block_status(0, 10, Precision::Exact).await.unwrap_err().kind(),
+            ErrorKind::Io
+        );
         assert_eq!(disk.is_zero(0, 10).await.unwrap_err().kind(), ErrorKind::Io);
     });
 }

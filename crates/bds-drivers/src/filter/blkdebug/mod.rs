@@ -19,8 +19,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bds_core::driver::{
-    Access, Attempt, BoxFuture, Child, Driver, Limits, NodeUse, OpenContext, Perm, ReadFlags,
-    Reopen, ReopenContext, Role, StatusRun, WriteFlags, ZeroFlags,
+    Access, Attempt, BoxFuture, Child, Driver, Limits, NodeUse, OpenContext, Perm, Precision,
+    ReadFlags, Reopen, ReopenContext, Role, StatusRun, WriteFlags, ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, ErrorKind, Result};
@@ -285,7 +285,7 @@ impl Driver for DebugNode {
         &self,
         offset: u64,
         len: u64,
-        _precise: bool,
+        _precision: Precision,
     ) -> BoxFuture<'_, Result<StatusRun>> {
         Box::pin(async move {
             self.pass(Kind::Status, offset, len, &[]).await?;

@@ -341,7 +341,7 @@ impl Drop for Pass<'_> {
             return;
         }
         let mut state = self.group.lock();
-        state.limiter.give_back(self.direction, self.cost);
+        state.limiter.refund(self.direction, self.cost);
         // Who came meanwhile has set his alarm by a level that never was.
         let wakes = state.heads();
         drop(state);

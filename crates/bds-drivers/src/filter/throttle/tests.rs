@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bds_core::driver::{ReadFlags, WriteFlags, ZeroFlags};
+use bds_core::driver::{Precision, ReadFlags, WriteFlags, ZeroFlags};
 use bds_core::rate::{Rate, RateLimits};
 use bds_core::{Driver, Result};
 use bds_io::{Buf, IoVec, Sim, SimConfig, Task, now, sleep, spawn};
@@ -195,7 +195,7 @@ fn zero_writes_discards_and_compressed_writes_are_writes() {
         // What writes nothing does not wait.
         a.read(0, mega(), ReadFlags::empty()).await.unwrap();
         a.flush_to_disk().await.unwrap();
-        a.block_status(0, len, true).await.unwrap();
+        a.block_status(0, len, Precision::Exact).await.unwrap();
         assert_eq!(now().as_millis(), 2900);
     });
 }

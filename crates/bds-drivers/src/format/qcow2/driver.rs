@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bds_core::driver::{
     Access, Attempt, BoxFuture, CheckReport, Child, Driver, ImageInfo, Limits, NodeUse, Perm,
-    ReadFlags, Reopen, ReopenContext, Role, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Precision, ReadFlags, Reopen, ReopenContext, Role, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
@@ -149,9 +149,9 @@ impl Driver for Qcow2 {
         &self,
         offset: u64,
         len: u64,
-        precise: bool,
+        precision: Precision,
     ) -> BoxFuture<'_, Result<StatusRun>> {
-        Box::pin(self.image.status(offset, len, precise))
+        Box::pin(self.image.status(offset, len, precision))
     }
 
     fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {

@@ -203,14 +203,15 @@ impl Charge {
 
     /// Refuses changes.
     fn check(&self) -> Result<()> {
-        let words = if !self.is_active() {
-            "the image is inactive: another process may be writing to it; activate it first"
-        } else if !self.is_writable() {
-            "the image is open read-only"
-        } else {
-            return Ok(());
-        };
-        Err(Error::new(ErrorKind::ReadOnly, words))
+        if !self.is_active() {
+            let words =
+                "the image is inactive: another process may be writing to it; activate it first";
+            return Err(Error::new(ErrorKind::Inactive, words));
+        }
+        if !self.is_writable() {
+            return Err(Error::new(ErrorKind::ReadOnly, "the image is open read-only"));
+        }
+        Ok(())
     }
 }
 

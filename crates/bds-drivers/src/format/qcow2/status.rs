@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use bds_core::driver::{HostMap, StatusFlags, StatusRun};
+use bds_core::driver::{HostMap, Precision, StatusFlags, StatusRun};
 use bds_core::error::Result;
 
 use super::entry::Kind;
@@ -21,7 +21,7 @@ impl Image {
         self: &Arc<Self>,
         offset: u64,
         len: u64,
-        precise: bool,
+        precision: Precision,
     ) -> Result<StatusRun> {
         self.check_usable()?;
         let disk_len = self.disk_len();
@@ -46,7 +46,7 @@ impl Image {
         let has_map = flags.contains(StatusFlags::OFFSET_VALID);
         // What was cut off is data that cannot be read, not a hole of the file.
         let is_there = run.kind == Kind::Normal && self.is_in_file(run.host, run.len);
-        if is_there && precise && self.may_be_preallocated().await {
+        if is_there && precision == Precision::Exact && self.may_be_preallocated().await {
             flags |= StatusFlags::RECURSE;
         }
         let child = if self.data_file.is_some() { "data-file" } else { "file" };

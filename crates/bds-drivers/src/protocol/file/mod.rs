@@ -36,8 +36,9 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
 
 use bds_core::driver::{
-    Attempt, BoxFuture, Category, ClaimedFile, Driver, DriverType, Limits, OpenContext, RcuCell,
-    RcuGuard, ReadFlags, Reopen, ReopenContext, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Attempt, BoxFuture, Category, ClaimedFile, Driver, DriverType, Limits, OpenContext, Precision,
+    RcuCell, RcuGuard, ReadFlags, Reopen, ReopenContext, StatusRun, Truncate, WriteFlags,
+    ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, Result};
@@ -269,9 +270,9 @@ impl Driver for FileNode {
         &self,
         offset: u64,
         len: u64,
-        precise: bool,
+        precision: Precision,
     ) -> BoxFuture<'_, Result<StatusRun>> {
-        let run = self.status(offset, len, precise);
+        let run = self.status(offset, len, precision);
         Box::pin(async move { run })
     }
 

@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
-use bds_core::driver::{HostMap, Prealloc, StatusFlags, StatusRun, Truncate};
+use bds_core::driver::{HostMap, Prealloc, Precision, StatusFlags, StatusRun, Truncate};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::ZeroMode;
 use bds_io::{Buf, FileKind};
@@ -37,19 +37,20 @@ impl FileNode {
         run.age += 1;
     }
 
-    /// Status of `len` bytes from `offset`. Unless `precise`, everything is called data.
-    pub(super) fn status(&self, offset: u64, len: u64, precise: bool) -> Result<StatusRun> {
+    /// Status of `len` bytes from `offset`. Unless exact, everything is called data.
+    pub(super) fn status(&self, offset: u64, len: u64, precision: Precision) -> Result<StatusRun> {
         let file_len = self.status_len(offset, len)?;
         if offset >= file_len {
             return Ok(StatusRun { len: 0, flags: StatusFlags::EOF, map: None });
         }
         let len = len.min(file_len - offset);
         let now = self.now();
-        let (is_data, run_len) = if precise && now.file.kind() == FileKind::Regular {
-            self.run_at(&now, offset, len)?
-        } else {
-            (true, len)
-        };
+        let (is_data, run_len) =
+            if precision == Precision::Exact && now.file.kind() == FileKind::Regular {
+                self.run_at(&now, offset, len)?
+            } else {
+                (true, len)
+            };
         let content = if is_data { StatusFlags::DATA } else { StatusFlags::ZERO };
         let mut flags = content | StatusFlags::ALLOCATED | StatusFlags::OFFSET_VALID;
         if offset + run_len >= file_len {

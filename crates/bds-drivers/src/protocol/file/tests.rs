@@ -5,8 +5,8 @@ use std::path::Path;
 
 use bds_core::driver::{
     Attempt, BoxFuture, CacheMode, Child, ChildOpener, ChildRequest, Driver, DriverType,
-    OpenContext, OpenFlags, Prealloc, ReadFlags, Role, StatusFlags, Truncate, WriteFlags,
-    ZeroFlags,
+    OpenContext, OpenFlags, Prealloc, Precision, ReadFlags, Role, StatusFlags, Truncate,
+    WriteFlags, ZeroFlags,
 };
 use bds_core::{ErrorKind, Options, Result};
 use bds_io::sim::{Fault, ForeignLock, LockKind, OpMask};
@@ -288,7 +288,7 @@ fn a_file_cut_by_others_is_noticed() {
         let text = error.to_string();
         assert!(text.contains(NAME) && text.contains("cut short"), "{text}");
         // It does not become a hole, however often it is asked for.
-        let run = sim.block_on(node.block_status(offset, len as u64, true)).unwrap();
+        let run = sim.block_on(node.block_status(offset, len as u64, Precision::Exact)).unwrap();
         assert!(offset < 512 || run.flags.contains(StatusFlags::DATA), "{run:?}");
         assert_eq!(node.len(), 1024);
     }
@@ -425,7 +425,7 @@ fn map(sim: &Sim, node: &dyn Driver) -> String {
     let mut text = String::new();
     let mut offset = 0;
     loop {
-        let run = sim.block_on(node.block_status(offset, 1 << 20, true)).unwrap();
+        let run = sim.block_on(node.block_status(offset, 1 << 20, Precision::Exact)).unwrap();
         if run.len == 0 {
             assert!(run.flags.contains(StatusFlags::EOF));
             return text;
@@ -445,9 +445,9 @@ fn status_tells_holes_and_forgets_data_that_went_away() {
     assert_eq!(map(&sim, &*node), "D16384 016384 D32768 ");
     assert_eq!(sim.block_on(node.discard(32768, 16384)).unwrap(), Attempt::Done);
     assert_eq!(map(&sim, &*node), "D16384 032768 D16384 ");
-    let cheap = sim.block_on(node.block_status(16384, 4096, false)).unwrap();
+    let cheap = sim.block_on(node.block_status(16384, 4096, Precision::Cheap)).unwrap();
     assert_eq!((cheap.len, cheap.flags.contains(StatusFlags::DATA)), (4096, true));
-    let beyond = sim.block_on(node.block_status(65536, 512, true)).unwrap();
+    let beyond = sim.block_on(node.block_status(65536, 512, Precision::Exact)).unwrap();
     assert_eq!((beyond.len, beyond.flags), (0, StatusFlags::EOF));
 }
 
@@ -457,7 +457,7 @@ fn a_long_run_of_data_is_asked_for_once() {
     let node = open(&sim, OpenFlags::default()).unwrap();
     let before = sim.ops_of(OpMask::EXTENT);
     for i in 0..256 {
-        sim.block_on(node.block_status(i * 4096, 4096, true)).unwrap();
+        sim.block_on(node.block_status(i * 4096, 4096, Precision::Exact)).unwrap();
     }
     assert!(sim.ops_of(OpMask::EXTENT) - before <= 1);
 }

@@ -1,6 +1,8 @@
 //! Files that were cut short: what lies behind the end is an error that says so, never zeros; and what is there stays readable.
 
-use bds_core::driver::{Driver, OpenFlags, Prealloc, ReadFlags, StatusFlags, Truncate, WriteFlags};
+use bds_core::driver::{
+    Driver, OpenFlags, Prealloc, Precision, ReadFlags, StatusFlags, Truncate, WriteFlags,
+};
 use bds_core::options::Options;
 use bds_core::request::Backend;
 use bds_core::{ErrorKind, Result};
@@ -86,7 +88,7 @@ fn expect_right_or_failed(whole: &[u8], len: usize, cluster: usize, is_compresse
                 }
                 Err(error) => {
                     assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
-                    let run = image.block_status(at as u64, 512, true).await;
+                    let run = image.block_status(at as u64, 512, Precision::Exact).await;
                     let is_zero = run.is_ok_and(|run| run.flags.contains(StatusFlags::ZERO));
                     assert!(!is_zero, "cut to {len}: {at:#x} fails and is called zeros");
                     failed += 1;
@@ -203,7 +205,7 @@ fn the_error_names_node_file_place_and_remedy() {
         for word in ["disk", IMAGE, "0x3f000", "cut short", "--salvage"] {
             assert!(text.contains(word), "'{word}' is missing: {text}");
         }
-        let run = disk.block_status(at, 4096, true).await.unwrap();
+        let run = disk.block_status(at, 4096, Precision::Exact).await.unwrap();
         assert!(run.flags.contains(StatusFlags::DATA), "{run:?}");
         drop(disk);
         graph.reap().await;

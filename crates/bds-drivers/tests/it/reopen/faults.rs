@@ -237,7 +237,7 @@ fn writes_beside_an_abandoned_reopen_stay_sound_after_a_cut() {
         // The image may have been given away by then: a write is done or refused, and fails in no other way.
         let is_fine = |done: Result<()>| match done {
             Ok(()) => true,
-            Err(error) => error.kind() == ErrorKind::ReadOnly,
+            Err(error) => error.kind() == ErrorKind::Inactive,
         };
         let ended = sim.run_until_cut(async {
             drop_after(dropped_at, image.node.inactivate()).await;

@@ -334,7 +334,7 @@ fn an_image_that_became_another_one_stays_inactive() {
             let error = image.activate().await.unwrap_err();
             assert!(error.to_string().contains(word), "{what}: {error}");
             let write = image.write(0, &[1; 512]).await;
-            assert_eq!(write.unwrap_err().kind(), ErrorKind::ReadOnly, "{what}");
+            assert_eq!(write.unwrap_err().kind(), ErrorKind::Inactive, "{what}");
         });
         assert_eq!(header(&sim, &world, at, bytes.len()), bytes, "{what}");
         put(&sim, &world, at, &old);
@@ -359,7 +359,7 @@ fn the_mode_changes_while_the_image_is_in_other_hands() {
         theirs.write(0, &[3; 5000]).await.unwrap();
         ours.reopen(writer(), Options::new().with("lazy-refcounts", true)).await.unwrap();
         let write = ours.write(0, &[1; 512]).await;
-        assert_eq!(write.unwrap_err().kind(), ErrorKind::ReadOnly);
+        assert_eq!(write.unwrap_err().kind(), ErrorKind::Inactive);
         theirs.close().await.unwrap();
         ours.activate().await.unwrap();
         assert_eq!(ours.read(0, 5000).await.unwrap(), [3; 5000]);

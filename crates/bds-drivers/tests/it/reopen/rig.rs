@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bds_core::driver::{
     Attempt, BoxFuture, Child, ChildOpener, ChildPort, ChildRequest, Driver, DriverType, Limits,
-    OpenContext, OpenFlags, ReadFlags, Reopen, ReopenContext, Role, StatusRun, Truncate,
+    OpenContext, OpenFlags, Precision, ReadFlags, Reopen, ReopenContext, Role, StatusRun, Truncate,
     WriteFlags, ZeroFlags,
 };
 use bds_core::{Options, Result};
@@ -115,9 +115,9 @@ impl ChildPort for Port {
         &self,
         offset: u64,
         len: u64,
-        precise: bool,
+        precision: Precision,
     ) -> BoxFuture<'_, Result<StatusRun>> {
-        Box::pin(async move { self.node().block_status(offset, len, precise).await })
+        Box::pin(async move { self.node().block_status(offset, len, precision).await })
     }
 
     fn is_zero(&self, _offset: u64, _len: u64) -> BoxFuture<'_, Result<bool>> {

@@ -8,7 +8,7 @@ use std::pin::{Pin, pin};
 use std::time::Duration;
 
 use bds_core::Options;
-use bds_core::driver::{Prealloc, Truncate, WriteFlags, ZeroFlags};
+use bds_core::driver::{Prealloc, Precision, Truncate, WriteFlags, ZeroFlags};
 use bds_core::graph::{Drained, Graph, NewImage, NodeRef};
 use bds_core::request::{Backend, BackendOptions};
 use bds_core::{Error, Result};
@@ -181,9 +181,9 @@ impl Stage {
             }),
             Victim::Discard => Box::pin(async move { nothing(one.discard(c * 4, c * 4).await) }),
             Victim::Flush => Box::pin(async move { nothing(one.flush().await) }),
-            Victim::Status => {
-                Box::pin(async move { one.block_status(c * 130, c, true).await.map(|_| None) })
-            }
+            Victim::Status => Box::pin(async move {
+                one.block_status(c * 130, c, Precision::Exact).await.map(|_| None)
+            }),
             Victim::Truncate => Box::pin(async move { nothing(one.truncate(grown).await) }),
             Victim::Reopen => Box::pin(async move {
                 nothing(self.graph.reopen(&self.disk, options("lazy-refcounts=off")).await)
@@ -217,7 +217,7 @@ impl Stage {
             guest.discard(c * 22, c * 3).await?;
             let _done = guest.write_zeroes(c * 26, c, ZeroFlags::MAY_UNMAP).await?;
             guest.flush().await?;
-            guest.block_status(0, c * CLUSTERS, true).await?;
+            guest.block_status(0, c * CLUSTERS, Precision::Exact).await?;
             let node = if is_own { &self.disk } else { &self.beside };
             drop(self.graph.drain(node).await);
             self.graph.reopen(node, options("lazy-refcounts=off")).await?;

@@ -13,8 +13,8 @@ use futures_util::FutureExt;
 
 use super::super::fakes::{self, Fixture};
 use crate::driver::{
-    BoxFuture, Category, Child, Driver, DriverType, OpenContext, ReadFlags, Reopen, ReopenContext,
-    Role, StatusFlags, StatusRun, WriteFlags,
+    BoxFuture, Category, Child, Driver, DriverType, OpenContext, Precision, ReadFlags, Reopen,
+    ReopenContext, Role, StatusFlags, StatusRun, WriteFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{ChangeReport, Graph, GraphConfig, NodeRef, walk};
@@ -393,7 +393,7 @@ impl Driver for Scripted {
         &self,
         _offset: u64,
         len: u64,
-        _precise: bool,
+        _precision: Precision,
     ) -> BoxFuture<'_, Result<StatusRun>> {
         Box::pin(async move { Ok(StatusRun { len, flags: StatusFlags::DATA, map: None }) })
     }

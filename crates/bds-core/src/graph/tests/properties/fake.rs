@@ -11,8 +11,8 @@ use bds_io::IoVec;
 use bds_io::sync::Semaphore;
 
 use crate::driver::{
-    BoxFuture, Category, Child, Driver, DriverType, Limits, OpenContext, ReadFlags, Reopen,
-    ReopenContext, Role, StatusFlags, StatusRun, WriteFlags,
+    BoxFuture, Category, Child, Driver, DriverType, Limits, OpenContext, Precision, ReadFlags,
+    Reopen, ReopenContext, Role, StatusFlags, StatusRun, WriteFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Graph, Shared};
@@ -289,7 +289,7 @@ impl Driver for Fake {
         &self,
         _offset: u64,
         len: u64,
-        _precise: bool,
+        _precision: Precision,
     ) -> BoxFuture<'_, Result<StatusRun>> {
         Box::pin(async move { Ok(StatusRun { len, flags: StatusFlags::DATA, map: None }) })
     }

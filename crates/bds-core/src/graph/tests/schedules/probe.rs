@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex};
 use bds_io::{Buf, IoVec};
 
 use crate::driver::{
-    Access, BoxFuture, Category, Child, Driver, DriverType, NodeUse, OpenContext, ReadFlags,
-    Reopen, ReopenContext, Role, StatusFlags, StatusRun, WriteFlags,
+    Access, BoxFuture, Category, Child, Driver, DriverType, NodeUse, OpenContext, Precision,
+    ReadFlags, Reopen, ReopenContext, Role, StatusFlags, StatusRun, WriteFlags,
 };
 use crate::error::Result;
 use crate::graph::Node;
@@ -237,7 +237,7 @@ impl Driver for Probe {
         })
     }
 
-    fn block_status(&self, _: u64, len: u64, _: bool) -> BoxFuture<'_, Result<StatusRun>> {
+    fn block_status(&self, _: u64, len: u64, _: Precision) -> BoxFuture<'_, Result<StatusRun>> {
         Box::pin(async move { Ok(StatusRun { len, flags: StatusFlags::DATA, map: None }) })
     }
 

@@ -8,7 +8,7 @@ mod spec;
 
 use bds_core::driver::{
     Attempt, BoxFuture, Child, ChildOpener, ChildRequest, CreateContext, Driver, DriverType,
-    OpenContext, OpenFlags, ReadFlags, StatusFlags, WriteFlags, ZeroFlags,
+    OpenContext, OpenFlags, Precision, ReadFlags, StatusFlags, WriteFlags, ZeroFlags,
 };
 use bds_core::error::{ErrorKind, Result};
 use bds_core::options::Options;
@@ -193,7 +193,7 @@ async fn look(image: &dyn Driver) {
     let mut at = 0;
     for _ in 0..MAX_RUNS {
         let left = image.len().saturating_sub(at);
-        let Ok(run) = image.block_status(at, left, true).await else { break };
+        let Ok(run) = image.block_status(at, left, Precision::Exact).await else { break };
         assert!(run.len <= left, "status of {at:#x} is longer than the disk");
         if run.len == 0 {
             assert_eq!(left, 0, "status of {at:#x} is empty inside the disk");

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bds_core::driver::{
-    Attempt, BoxFuture, Child, ChildPort, HostMap, Limits, ReadFlags, StatusFlags, StatusRun,
-    Truncate, WriteFlags, ZeroFlags,
+    Attempt, BoxFuture, Child, ChildPort, HostMap, Limits, Precision, ReadFlags, StatusFlags,
+    StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
@@ -182,7 +182,12 @@ impl ChildPort for MemPort {
         })
     }
 
-    fn block_status(&self, offset: u64, len: u64, _: bool) -> BoxFuture<'_, Result<StatusRun>> {
+    fn block_status(
+        &self,
+        offset: u64,
+        len: u64,
+        _: Precision,
+    ) -> BoxFuture<'_, Result<StatusRun>> {
         let end = self.lock().len() as u64;
         let flags = StatusFlags::DATA | StatusFlags::ALLOCATED | StatusFlags::OFFSET_VALID;
         let map = Some(HostMap { child: "file", offset });

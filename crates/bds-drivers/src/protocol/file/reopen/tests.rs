@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use bds_core::driver::{
-    Attempt, CacheMode, Driver, DriverType, OpenFlags, Reopen, ReopenContext, Role, StatusFlags,
-    WriteFlags,
+    Attempt, CacheMode, Driver, DriverType, OpenFlags, Precision, Reopen, ReopenContext, Role,
+    StatusFlags, WriteFlags,
 };
 use bds_core::{Error, ErrorKind, Options, Result};
 use bds_io::sim::{Fault, OpMask};
@@ -360,7 +360,8 @@ fn an_inactive_node_keeps_nobody_out() {
 fn what_was_remembered_of_the_file_is_forgotten_on_activation() {
     let sim = calm(&[7; 65536]);
     let node = open(&sim, metadata()).unwrap();
-    let run = |node: &dyn Driver| sim.block_on(node.block_status(32768, 4096, true)).unwrap();
+    let run =
+        |node: &dyn Driver| sim.block_on(node.block_status(32768, 4096, Precision::Exact)).unwrap();
     assert!(run(&*node).flags.contains(StatusFlags::DATA));
     sim.block_on(node.inactivate()).unwrap();
     let other = open(&sim, metadata()).unwrap();
