@@ -8,7 +8,7 @@ use std::any::Any;
 use std::sync::Arc;
 
 use bds_core::driver::{
-    BoxFuture, Category, Driver, DriverType, OpenContext, ReadFlags, Registry, StatusFlags,
+    BoxFuture, Category, Driver, DriverType, OpenContext, Precision, ReadFlags, Registry, StatusFlags,
     StatusRun, WriteFlags,
 };
 use bds_core::graph::{Graph, GraphConfig};

@@ -52,6 +52,11 @@ mod sys;
 mod task;
 mod workers;
 
+/// Runs the README's code as a doctest.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 pub use buf::{Buf, BufPool, IoVec};
 pub use context::{
     Context, ContextHandle, ContextOptions, EngineKind, block_on, ensure_context, now, sleep,
@@ -61,8 +66,3 @@ pub use file::{ByteLock, Extent, File, FileKind, FileStat, Fs, OpenOptions, Zero
 pub use identity::shares_bytes;
 pub use sim::{Sim, SimConfig};
 pub use task::{DetachOnDrop, Task};
-
-/// Runs the README's code as a doctest.
-#[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-struct Readme;
