@@ -61,8 +61,8 @@ pub(crate) fn json(value: &Value) -> Result<()> {
     line(String::from_utf8_lossy(&out))
 }
 
-/// Writes text to standard output while work goes on that must not fail with it. [`progress_failure`]
-/// returns the failure later.
+/// Writes text to standard output while work goes on that must not fail with it.
+/// [`progress_failure`] returns the failure later.
 pub(crate) fn progress(output: &str) {
     if let Err(error) = text(output) {
         let _is_first = PROGRESS_FAILURE.set(error);

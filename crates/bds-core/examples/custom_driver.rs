@@ -1,5 +1,5 @@
-//! Implements a driver, registers it and reads through a graph: a read-only disk in which every eight
-//! bytes are their own offset.
+//! Implements a driver, registers it and reads through a graph: a read-only disk in which every
+//! eight bytes are their own offset.
 //!
 //! `cargo run -p bds-core --example custom_driver`
 #![expect(clippy::print_stdout, reason = "an example shows what happens")]

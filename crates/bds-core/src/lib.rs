@@ -24,8 +24,3 @@ mod tracker;
 pub use driver::{Driver, DriverType};
 pub use error::{Error, ErrorKind, Result};
 pub use options::Options;
-
-/// The lines of the README, compiled.
-#[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-struct Readme;

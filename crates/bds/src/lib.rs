@@ -90,8 +90,9 @@
 //! # let (base_path, top_path) = (file("base.qcow2"), file("top.qcow2"));
 //! # let graph = Graph::new(GraphConfig::new(std::sync::Arc::new(bds::drivers::registry())));
 //! bds::io::block_on(async {
-//!     let base = format!("driver=qcow2,node-name=base,file.driver=file,file.filename={base_path}");
-//!     let top = format!("driver=qcow2,backing=base,file.driver=file,file.filename={top_path}");
+//!     let file = "file.driver=file,file.filename";
+//!     let base = format!("driver=qcow2,node-name=base,{file}={base_path}");
+//!     let top = format!("driver=qcow2,backing=base,{file}={top_path}");
 //!     for (path, options) in [
 //!         (&base_path, "size=1M".to_owned()),
 //!         (&top_path, format!("size=1M,backing_file={base_path},backing_fmt=qcow2")),
@@ -131,14 +132,15 @@
 //! # };
 //! bds::io::block_on(async {
 //!     graph.create_image(image(&base_path)?).await?;
-//!     let open = format!("driver=qcow2,node-name=base,file.driver=file,file.filename={base_path}");
+//!     let file = "file.driver=file,file.filename";
+//!     let open = format!("driver=qcow2,node-name=base,{file}={base_path}");
 //!     let base = graph.open(Options::parse(&open)?).await?;
 //!     let backend = Backend::new(&base, BackendOptions { writable: true, ..Default::default() })?;
 //!     backend.write(0, vec![1; 4096].into(), WriteFlags::empty()).await?;
 //!
 //!     // The snapshot: 'base' keeps its data, writes go to 'top'.
 //!     graph.create_image(image(&top_path)?).await?;
-//!     let open = format!("driver=qcow2,node-name=top,file.driver=file,file.filename={top_path}");
+//!     let open = format!("driver=qcow2,node-name=top,{file}={top_path}");
 //!     let top = graph.open(Options::parse(&open)?).await?;
 //!     graph.change().append(&base, &top).commit().await?;
 //!     assert_eq!(backend.node().expect("it has a medium").id(), top.id());

@@ -6,18 +6,18 @@
 //! only shrink.
 
 mod circles;
+mod files;
 mod modules;
 mod packages;
 mod source;
 mod words;
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
 use self::circles::Imports;
+use self::files::{Text, crate_of, files, is_code, read};
 use self::source::Source;
 use self::words::WordList;
 use crate::run::{root, say};
@@ -61,14 +61,6 @@ struct Ratchet {
     wide_comments: BTreeMap<String, usize>,
 }
 
-/// A file of the workspace.
-#[derive(Debug)]
-struct Text {
-    /// Its path from the root.
-    name: String,
-    text: String,
-}
-
 /// Checks everything and lists all findings.
 pub(crate) fn tidy(show: Show) -> Result<(), String> {
     let mut findings = Vec::new();
@@ -88,11 +80,6 @@ pub(crate) fn tidy(show: Show) -> Result<(), String> {
         say(finding);
     }
     Err(format!("{} findings", findings.len()))
-}
-
-/// Rust files that the workspace compiles.
-fn is_code(name: &str) -> bool {
-    name.ends_with(".rs") && (name.starts_with("crates/") || name.starts_with("xtask/"))
 }
 
 /// Compares the largest circle of imports of each crate, and of each folder that the ratchet names,
@@ -182,46 +169,12 @@ fn counted(
     }
 }
 
-/// The crate of a file; `docs` for what belongs to none.
-fn crate_of(name: &str) -> &str {
-    let mut parts = name.split('/');
-    match (parts.next(), parts.next()) {
-        (Some("crates"), Some(name)) => name,
-        (Some(name @ ("xtask" | "fuzz")), _) => name,
-        _ => "docs",
-    }
-}
-
 fn load_ratchet() -> Result<Ratchet, String> {
     let path = root().join("xtask/ratchet.toml");
     if !path.exists() {
         return Ok(Ratchet::default());
     }
     toml::from_str(&read(&path)?).map_err(|e| format!("{}: {e}", path.display()))
-}
-
-/// Rust code, manifests and documents of the project, by name.
-fn files() -> Result<Vec<Text>, String> {
-    let mut found = Vec::new();
-    let mut todo: Vec<PathBuf> =
-        ["crates", "docs", "fuzz", "xtask"].map(|name| root().join(name)).into();
-    todo.push(root());
-    while let Some(folder) = todo.pop() {
-        for entry in fs::read_dir(&folder).map_err(|e| format!("{}: {e}", folder.display()))? {
-            let path = entry.map_err(|e| e.to_string())?.path();
-            let is_text =
-                path.extension().is_some_and(|e| ["rs", "md", "toml"].iter().any(|t| e == *t));
-            let name = path.strip_prefix(root()).unwrap_or(&path).display().to_string();
-            if path.is_dir() && folder != root() && !path.ends_with("target") {
-                todo.push(path);
-            } else if is_text && name != "xtask/words.toml" {
-                let text = read(&path)?;
-                found.push(Text { name, text });
-            }
-        }
-    }
-    found.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(found)
 }
 
 /// The rules for one file of this name.
@@ -284,10 +237,6 @@ fn unsafe_code(name: &str, text: &str, source: &Source, findings: &mut Vec<Strin
     for line in &source.unsafe_lines {
         findings.push(format!("{name}:{line}: unsafe outside {UNSAFE_CRATES:?}"));
     }
-}
-
-fn read(path: &Path) -> Result<String, String> {
-    fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))
 }
 
 #[cfg(test)]
@@ -381,18 +330,5 @@ mod tests {
         let mut findings = Vec::new();
         counted("things", &found, &ratchet, false, &mut findings);
         assert_eq!(findings, ["z", "b: 1 things, at most 0"]);
-    }
-
-    #[test]
-    fn files_belong_to_crates() {
-        for (name, of) in [
-            ("crates/bds-io/src/lib.rs", "bds-io"),
-            ("xtask/src/main.rs", "xtask"),
-            ("fuzz/Cargo.toml", "fuzz"),
-            ("docs/graph.md", "docs"),
-            ("README.md", "docs"),
-        ] {
-            assert_eq!(crate_of(name), of, "{name}");
-        }
     }
 }

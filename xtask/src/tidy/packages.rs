@@ -6,8 +6,8 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use super::files::{Text, read};
 use super::source::identifiers;
-use super::{Text, read};
 use crate::run::{cargo, output, root};
 
 /// Lines of a crate's README.
