@@ -17,10 +17,10 @@ use crossbeam::queue::SegQueue;
 
 use bds_io::sync::Notify;
 
-use super::core::GraphCore;
-use super::drain::DrainSet;
-use super::node::NodeId;
-use super::perm;
+use crate::graph::change::perm;
+use crate::graph::close::close_node::GraphCore;
+use crate::graph::drain::set::DrainSet;
+use crate::graph::model::node::NodeId;
 
 /// Nodes of which an edge has gone: what was done through it may not matter any more. Edges tell on their way out,
 /// without a lock; whoever takes the lock next sees to it.
@@ -30,30 +30,30 @@ pub(crate) type Loosened = Arc<SegQueue<NodeId>>;
 #[derive(Default)]
 pub(crate) struct Topology {
     state: Mutex<State>,
-    pub(super) loosened: Loosened,
+    pub(in crate::graph) loosened: Loosened,
     /// A closing ended, or a drained section did.
-    pub(super) eased: Notify,
+    pub(in crate::graph) eased: Notify,
     /// Re-creates the order that deadlocks, for the test that must find it.
     #[cfg(test)]
-    pub(super) lock_first: std::sync::atomic::AtomicBool,
+    pub(in crate::graph) lock_first: std::sync::atomic::AtomicBool,
 }
 
 /// What the lock keeps beside nodes and edges.
 #[derive(Default)]
-pub(super) struct State {
+pub(in crate::graph) struct State {
     /// Drained sections of everything that are open.
-    pub(super) drain_alls: u32,
+    pub(in crate::graph) drain_alls: u32,
 }
 
 /// The graph's lock, held.
 pub(crate) struct GraphLockGuard<'a> {
-    pub(super) core: &'a GraphCore,
-    pub(super) state: MutexGuard<'a, State>,
+    pub(in crate::graph) core: &'a GraphCore,
+    pub(in crate::graph) state: MutexGuard<'a, State>,
 }
 
 impl GraphCore {
     /// Takes the lock. Permissions are exact from here on.
-    pub(super) fn lock(&self) -> GraphLockGuard<'_> {
+    pub(in crate::graph) fn lock(&self) -> GraphLockGuard<'_> {
         let state = self.topology.state.lock().unwrap_or_else(PoisonError::into_inner);
         let lock = GraphLockGuard { core: self, state };
         perm::loosen(&lock);
@@ -62,19 +62,19 @@ impl GraphCore {
 
     /// Does nobody hold the lock just now?
     #[cfg(test)]
-    pub(super) fn lock_is_free(&self) -> bool {
+    pub(in crate::graph) fn lock_is_free(&self) -> bool {
         self.topology.state.try_lock().is_ok()
     }
 }
 
 /// The right to re-point edges at the drained nodes, and to change what hangs below them.
-pub(super) struct Edit<'a> {
-    pub(super) lock: &'a GraphLockGuard<'a>,
+pub(in crate::graph) struct Edit<'a> {
+    pub(in crate::graph) lock: &'a GraphLockGuard<'a>,
     _drained: &'a DrainSet,
 }
 
 impl<'a> Edit<'a> {
-    pub(super) fn new(drained: &'a DrainSet, lock: &'a GraphLockGuard<'a>) -> Self {
+    pub(in crate::graph) fn new(drained: &'a DrainSet, lock: &'a GraphLockGuard<'a>) -> Self {
         Self { lock, _drained: drained }
     }
 }

@@ -9,45 +9,14 @@
 //! Who closes dead nodes: a node whose last reference went away waits, unpublished, until somebody reaps.
 //! [`Graph::open`], [`NodeRef::close`], [`Graph::reap`] and [`Graph::shutdown`] do; the graph's own end does what is left.
 
-mod action;
-mod activity;
-mod backends;
 mod change;
-mod child;
-mod claims;
-mod commit;
-mod core;
-mod create;
-mod create_target;
-mod detached;
+mod close;
 mod drain;
-mod dump;
-mod edge;
-mod edit;
-mod facts;
-mod flags;
-mod freeze;
-pub mod gate;
-mod in_flight;
-mod inspect;
-mod leases;
-mod left_behind;
-mod limits;
 mod lock;
-mod monitor;
-mod names;
-mod node;
-mod node_ref;
+mod model;
 mod open;
-mod perm;
-mod quiesce;
-mod rename;
-mod reopen;
-mod root;
-mod shutdown;
-mod threshold;
-mod transaction;
-pub mod walk;
+mod query;
+mod roots;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -58,37 +27,41 @@ use bds_io::Fs;
 use bds_refcount::{Arena, Kind};
 pub use bds_refcount::{Holder, HolderInfo, HolderKind, HolderName, Release, Stale, Watch};
 
-pub use activity::Handover;
-pub(crate) use backends::{BackendEntry, no_backend};
-pub use change::{Change, ChangeReport};
-pub use claims::{Blocker, JobSlot, Operations};
-pub use core::{CloseError, CloseReport};
-pub use create::{NewImage, NewImageReport};
-pub use drain::Drained;
-pub(crate) use edge::Target;
-pub use edge::{Edge, Parent};
-pub use facts::EdgeFacts;
-pub use flags::COMMON_OPTIONS;
-pub use freeze::Frozen;
-pub use gate::ReferenceGate;
-pub(crate) use in_flight::{InFlightGuard, OwnedInFlight};
-pub use inspect::FileGuess;
-pub use leases::{AnonymousBitmap, BitmapId, BitmapInfo, BitmapLease, MAX_BITMAP_NAME_LEN};
-pub use monitor::TopLevel;
-pub use names::MAX_NAME_LEN;
-pub(crate) use names::Reservation;
-pub use node::{Node, NodeId};
-pub use node_ref::NodeRef;
-pub use perm::{Access, Perm};
-pub use root::JobEdge;
-pub(crate) use root::{Expected, Root, RootMove};
-pub use shutdown::{Leak, ShutdownReport, ShutdownStage, Stoppable};
+pub use change::activity::Handover;
+pub use change::builder::{Change, ChangeReport};
+pub use change::freeze::Frozen;
+pub use change::perm::{Access, Perm};
+pub use close::close_node::{CloseError, CloseReport};
+pub use close::shutdown::{Leak, ShutdownReport, ShutdownStage, Stoppable};
+pub use drain::set::Drained;
+pub use model::bitmap_leases::{
+    AnonymousBitmap, BitmapId, BitmapInfo, BitmapLease, MAX_BITMAP_NAME_LEN,
+};
+pub use model::blockers::{Blocker, JobSlot, Operations};
+pub(crate) use model::edge::Target;
+pub use model::edge::{Edge, Parent};
+pub use model::flags::COMMON_OPTIONS;
+pub(crate) use model::in_flight::{InFlightGuard, OwnedInFlight};
+pub use model::node::{Node, NodeId};
+pub use model::node_ref::NodeRef;
+pub use open::create::{NewImage, NewImageReport};
+pub use open::inspect::FileGuess;
+pub use open::names::MAX_NAME_LEN;
+pub(crate) use open::names::Reservation;
+pub use open::reference_gate as gate;
+pub use open::reference_gate::ReferenceGate;
+pub use query::facts::EdgeFacts;
+pub use query::walk;
+pub(crate) use roots::backends::{BackendEntry, no_backend};
+pub use roots::monitor::TopLevel;
+pub use roots::root::JobEdge;
+pub(crate) use roots::root::{Expected, Root, RootMove};
 
 use crate::driver::{ChildPort, Registry};
 use crate::error::{Error, ErrorKind};
 use crate::event::{Event, EventHub, Events};
-use core::GraphCore;
-use names::Claim;
+use close::close_node::GraphCore;
+use open::names::Claim;
 
 /// What stands in a handle as "node".
 const NODE: Kind = Kind::new(1);
@@ -160,11 +133,11 @@ pub(crate) struct NameTable {
     auto_names: u64,
     is_shut: bool,
     /// Nodes that the monitor owns.
-    monitor: BTreeMap<NodeId, monitor::Owned>,
+    monitor: BTreeMap<NodeId, roots::monitor::Owned>,
     monitor_order: u64,
     /// Every backend, and those that the monitor owns.
-    backends: Vec<Weak<dyn backends::BackendEntry>>,
-    owned_backends: Vec<Arc<dyn backends::BackendEntry>>,
+    backends: Vec<Weak<dyn BackendEntry>>,
+    owned_backends: Vec<Arc<dyn BackendEntry>>,
     /// Who wants to be told of a shutdown.
     stoppable: Vec<(ShutdownStage, Weak<dyn Stoppable>)>,
 }

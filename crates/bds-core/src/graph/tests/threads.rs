@@ -10,10 +10,10 @@ use std::thread::{self, Thread};
 use bds_refcount::Strong;
 
 use super::fakes::{root, run};
-use crate::graph::commit::Moved;
-use crate::graph::drain::DrainSet;
+use crate::graph::change::commit::Moved;
+use crate::graph::change::stage::Move;
+use crate::graph::drain::set::DrainSet;
 use crate::graph::lock::Edit;
-use crate::graph::transaction::Move;
 use crate::graph::{Access, Edge, NodeRef};
 
 struct Unpark(Thread);

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use super::probe::{Probe, block};
 use super::program::Stage;
-use crate::graph::edge::Parent;
+use crate::graph::model::edge::Parent;
 use crate::graph::tests::properties::check_permissions;
 use crate::graph::{Graph, NodeId, NodeRef};
 

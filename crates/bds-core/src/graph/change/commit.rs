@@ -1,0 +1,277 @@
+//! Putting a checked stage into force. The few driver calls that can fail come first and are undone; the rest cannot fail.
+
+use std::collections::HashSet;
+use std::panic::Location;
+use std::sync::Arc;
+
+use bds_refcount::Strong;
+
+use super::action::Action;
+use super::perm::{self, Accesses};
+use super::reopen::{Prepared, Reopened};
+use super::stage::{Attach, ById, Move, Stage, Staged};
+use crate::driver::Child;
+use crate::error::Result;
+use crate::graph::close::close_node::Undelivered;
+use crate::graph::lock::Edit;
+use crate::graph::model::edge::{Edge, Parent};
+use crate::graph::model::node::Node;
+use crate::graph::query::walk;
+use crate::graph::roots::backends;
+use crate::graph::{Graph, NodeRef};
+
+/// What remains to be done after the lock is given back.
+pub(in crate::graph) struct Done {
+    pub(in crate::graph) moved: Moved,
+    pub(in crate::graph) removed: Vec<NodeRef>,
+    pub(in crate::graph) reopened: Vec<Reopened>,
+}
+
+/// Swaps the staged edges in.
+///
+/// # Errors
+/// A driver refused its first backing node, or to lose its only one. Nothing has changed.
+pub(in crate::graph) fn put_into_force(
+    graph: &Graph,
+    edit: &Edit<'_>,
+    stage: Stage<'_>,
+    accesses: Accesses,
+    prepared: Vec<Prepared<'_>>,
+    actions: &[Action],
+) -> Result<Done> {
+    let staged = stage.into_parts();
+    let renames = graph.reserve_renames(actions)?;
+    let told = Told::tell(graph, &staged)?;
+    graph.step()?;
+    told.keep();
+    renames.commit();
+    let reopened: Vec<Reopened> = prepared.iter().map(Prepared::reopened).collect();
+    // Children before parents: a parent that becomes writable finds its children so.
+    prepared.into_iter().for_each(Prepared::commit);
+    let Staged { moves, attached, dropped, facts, leaving } = staged;
+    let mut moved = Moved::default();
+    for Reopened { node, .. } in &reopened {
+        moved.parents.insert(node.id(), Strong::clone(node));
+    }
+    // New edges first, to where they were made for: a later edit of the same change may move them on.
+    for staged in attached {
+        moved.attach(edit, staged);
+    }
+    let since = Action::since(actions);
+    for staged in moves {
+        moved.repoint(edit, staged, since);
+    }
+    for (parent, edge) in dropped {
+        moved.drop_edge(edit, &parent, edge);
+    }
+    for (id, facts) in facts {
+        if let (Some(is_active), Ok(node)) = (facts.is_active, graph.0.core.arena.acquire(id.0)) {
+            node.set_active(is_active);
+        }
+    }
+    perm::apply(edit.lock, accesses);
+    moved.refresh(graph, edit);
+    graph.apply_ownership(actions);
+    let removed = graph.take_removed(actions, &leaving);
+    Ok(Done { moved, removed, reopened })
+}
+
+/// Drivers that were told of another backing node. Dropped: told the opposite again.
+struct Told<'s> {
+    told: Vec<(&'s Strong<Node>, Option<Child>)>,
+}
+
+impl<'s> Told<'s> {
+    fn tell(graph: &Graph, staged: &'s Staged) -> Result<Self> {
+        let mut this = Self { told: Vec::new() };
+        let gone = staged.dropped.iter().map(|(parent, _)| (parent, None));
+        let come = staged.attached.iter().filter_map(|attach| {
+            let port = (graph.0.core.make_port)(Arc::clone(&attach.edge));
+            attach
+                .parent
+                .as_ref()
+                .map(|parent| (parent, Some(Child::new(attach.edge.name(), port))))
+        });
+        for (parent, child) in gone.chain(come) {
+            graph.step()?;
+            let back =
+                parent.driver().set_backing(child).map_err(|error| error.node(parent.name()))?;
+            this.told.push((parent, back));
+        }
+        Ok(this)
+    }
+
+    fn keep(mut self) {
+        self.told.clear();
+    }
+}
+
+impl Drop for Told<'_> {
+    fn drop(&mut self) {
+        for (parent, back) in self.told.drain(..).rev() {
+            // The driver took the opposite a moment ago and nobody was inside since.
+            let undone = parent.driver().set_backing(back);
+            if let Err(error) = undone {
+                tracing::error!(node = %parent.name(), %error, "a refused change could not be taken back");
+            }
+        }
+    }
+}
+
+/// Edges that have been re-pointed. Their gates stay closed until this is dropped.
+#[derive(Default)]
+pub(in crate::graph) struct Moved {
+    edges: Vec<Arc<Edge>>,
+    /// Nodes whose children differ, and nodes that were reopened.
+    parents: ById<Strong<Node>>,
+    /// What nodes' edges led to before: there and below, inheritance may have ended.
+    orphans: Vec<Strong<Node>>,
+}
+
+impl Moved {
+    /// Nodes that may have other limits now.
+    pub(in crate::graph) fn of(nodes: &[Strong<Node>]) -> Self {
+        let mut this = Self::default();
+        this.parents.extend(nodes.iter().map(|node| (node.id(), Strong::clone(node))));
+        this
+    }
+
+    pub(in crate::graph) fn repoint(
+        &mut self,
+        edit: &Edit<'_>,
+        staged: Move,
+        since: &'static Location<'static>,
+    ) {
+        let Move { edge, from, to, .. } = staged;
+        // On the edge's own behalf: its share of the drain goes when it leaves the old node.
+        edge.close();
+        edge.swap(edit, to.clone(), since);
+        edit.lock.reattach(from.as_deref(), to.as_deref(), &edge);
+        let events = &edit.lock.core.events;
+        backends::tell_moved(events, &edge, from.as_deref(), to.as_deref());
+        if let Some(parent) = edit.lock.parent_node(&edge) {
+            self.orphans.extend(from);
+            self.parents.insert(parent.id(), parent);
+        }
+        self.edges.push(edge);
+    }
+
+    fn attach(&mut self, edit: &Edit<'_>, staged: Attach) {
+        let Attach { parent, edge, to } = staged;
+        if let Some(parent) = parent {
+            edge.set_parent(Parent::Node(parent.id()));
+            let mut children = parent.children().to_vec();
+            children.push(Arc::clone(&edge));
+            parent.set_children(children);
+            self.parents.insert(parent.id(), parent);
+        }
+        edit.lock.attach(&to, &edge);
+    }
+
+    fn drop_edge(&mut self, edit: &Edit<'_>, parent: &Strong<Node>, edge: Arc<Edge>) {
+        let mut children = parent.children().to_vec();
+        children.retain(|known| !Arc::ptr_eq(known, &edge));
+        parent.set_children(children);
+        let target = edge.medium().map(|target| Strong::clone(target.strong()));
+        if let Some(target) = target {
+            edit.lock.detach(&target, &edge);
+            self.orphans.push(target);
+        }
+        self.parents.insert(parent.id(), Strong::clone(parent));
+    }
+
+    /// Lets everyone above see what is below now, and forgets inheritance that has ended.
+    pub(in crate::graph) fn refresh(&mut self, graph: &Graph, edit: &Edit<'_>) {
+        let now = Stage::new(&graph.0.core);
+        for orphan in self.orphans.drain(..) {
+            // Whatever has come in between, an heir hangs somewhere below what was cut off.
+            walk::each_below_strong(&orphan, &mut |heir| {
+                let Some(from) = heir.inherits_from() else { return };
+                let from = graph.0.core.arena.acquire(from.0);
+                if !from.is_ok_and(|from| now.reaches(&from, heir)) {
+                    heir.set_inherits_from(None);
+                }
+            });
+        }
+        let mut todo: Vec<Strong<Node>> = std::mem::take(&mut self.parents).into_values().collect();
+        let mut seen = HashSet::new();
+        while let Some(node) = todo.pop() {
+            node.driver().children_changed();
+            // To the top in any case: a driver may look through nodes between whose own limits stay the same.
+            if node.refresh_limits() | seen.insert(node.id()) {
+                todo.extend(node.parents().iter().filter_map(|edge| edit.lock.parent_node(edge)));
+            }
+        }
+        graph.note_change();
+    }
+
+    pub(in crate::graph) fn edges(&self) -> Vec<Arc<Edge>> {
+        self.edges.clone()
+    }
+
+    /// Waits, behind the closed gates, until the references to the old targets are given up.
+    pub(in crate::graph) async fn settle(&self) {
+        for edge in &self.edges {
+            edge.settle().await;
+        }
+    }
+}
+
+impl Drop for Moved {
+    fn drop(&mut self) {
+        self.edges.iter().for_each(|edge| edge.open());
+    }
+}
+
+impl Graph {
+    /// Puts what the actions say of the monitor's list into force.
+    fn apply_ownership(&self, actions: &[Action]) {
+        for action in actions {
+            match action {
+                // Checked while it was staged. If somebody else was quicker just now, the monitor owns it all the same.
+                Action::Own { node } => drop(self.own(node.clone())),
+                Action::Disown { node } => drop(self.take_owned(node.id(), node.name())),
+                _ => {}
+            }
+        }
+    }
+
+    /// References to what is removed, after the monitor's is gone.
+    fn take_removed(&self, actions: &[Action], leaving: &ById<Strong<Node>>) -> Vec<NodeRef> {
+        let mut removed = Vec::new();
+        for action in actions {
+            if let Action::Remove { node } = action
+                && leaving.contains_key(&node.id())
+            {
+                drop(self.take_owned(node.id(), node.name()));
+                removed.push(node.clone());
+            }
+        }
+        removed
+    }
+}
+
+/// Closes what was removed, and reports it. Somebody who acquired such a node by its id meanwhile keeps it a while longer: then it is
+/// reported by whoever reaps it.
+pub(in crate::graph) async fn close_removed(
+    graph: &Graph,
+    removed: Vec<NodeRef>,
+    moved: Vec<Arc<Edge>>,
+) -> Undelivered {
+    let mut closed = Undelivered::new(&graph.0.core);
+    if removed.is_empty() {
+        return closed;
+    }
+    // By value: an edge of what is closed next must not be in our hands then.
+    for edge in moved {
+        edge.settle_patiently().await;
+    }
+    for node in removed {
+        match node.end() {
+            Ok(ended) => closed.push(ended.close().await),
+            Err((node, _)) => drop(node),
+        }
+    }
+    graph.0.core.sweep_unasked().await;
+    closed
+}

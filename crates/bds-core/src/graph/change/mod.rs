@@ -1,0 +1,15 @@
+//! Graph changes: edits are staged over the graph, permissions computed, nodes drained, and all take effect at once.
+//!
+//! Offers [`builder::Change`] and its verbs, hand-over between processes, frozen links, renames. Needs the model, drains, roots
+//! and closing. Nothing here opens nodes.
+
+pub(super) mod action;
+pub(super) mod activity;
+pub(super) mod builder;
+pub(super) mod commit;
+pub(super) mod edit;
+pub(super) mod freeze;
+pub(super) mod perm;
+pub(super) mod rename;
+pub(super) mod reopen;
+pub(super) mod stage;

@@ -1,0 +1,223 @@
+//! Permissions over the graph: what is done with a node, who does not bear it, and what follows for the nodes below.
+//!
+//! What a parent does with a child follows from what its own parents do (`Driver::child_access`), from roots down. It is
+//! never patched, always computed anew, parents before children, over the part of the (staged) graph that can differ: so the same
+//! graph has the same permissions, whatever led to it.
+//!
+//! Rules: of two edges to one node, each bears what the other does; nobody writes to a read-only or inactive node; who writes
+//! without resizing finds an aligned end. Loosening is not checked and cannot fail.
+
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+
+use bds_refcount::Strong;
+
+use super::stage::{Stage, key};
+pub use crate::driver::{Access, Perm};
+use crate::error::{Error, ErrorKind, Result};
+use crate::graph::lock::GraphLockGuard;
+use crate::graph::model::edge::Edge;
+use crate::graph::model::node::{Node, NodeId};
+
+/// What edges are going to do that do something else now.
+pub(in crate::graph) type Accesses = HashMap<usize, (Arc<Edge>, Access)>;
+
+/// Whether what comes of it must be allowed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(in crate::graph) enum Strictness {
+    /// Somebody does more or bears less than before.
+    Checked,
+    /// Somebody does less: whatever there is stays allowed.
+    Loosening,
+}
+
+/// Computes what follows from the staged edges below (and at) these nodes.
+///
+/// # Errors
+/// `InUse` names both sides of a conflict; `ReadOnly` and `Inactive` the one that would write.
+pub(in crate::graph) fn settle(
+    stage: &Stage<'_>,
+    starts: impl IntoIterator<Item = Strong<Node>>,
+    strictness: Strictness,
+) -> Result<Accesses> {
+    let mut found = stage.wishes();
+    let mut queue = parents_first(stage, starts.into_iter().collect());
+    let mut queued: HashSet<NodeId> = queue.iter().map(|node| node.id()).collect();
+    let mut visited: BTreeMap<NodeId, Strong<Node>> = BTreeMap::new();
+    while let Some(node) = queue.pop_front() {
+        queued.remove(&node.id());
+        let above = cumulate(stage.parents(&node).iter().map(|edge| access_of(&found, edge)));
+        let node_use = stage.node_use(&node, above);
+        let is_leaving = stage.is_leaving(&node);
+        for edge in stage.children(&node) {
+            let access = match is_leaving {
+                true => Access::NONE,
+                false => node.driver().child_access(edge.name(), edge.role(), &node_use),
+            };
+            if access == access_of(&found, &edge) {
+                continue;
+            }
+            if let Some(target) = stage.target(&edge)
+                && queued.insert(target.id())
+            {
+                queue.push_back(target);
+            }
+            found.insert(key(&edge), (edge, access));
+        }
+        visited.insert(node.id(), node);
+    }
+    if strictness == Strictness::Checked {
+        for node in visited.values() {
+            check_node(stage, node, &found)?;
+        }
+    }
+    Ok(found)
+}
+
+/// A few nodes, those above others first: what a child is used for is then computed once, and not with its parents' old use before,
+/// which could ripple down a long chain and back.
+fn parents_first(stage: &Stage<'_>, mut left: Vec<Strong<Node>>) -> VecDeque<Strong<Node>> {
+    const FEW: usize = 8;
+    let mut sorted = VecDeque::new();
+    while (2..=FEW).contains(&left.len()) {
+        let is_top = |node: &Strong<Node>| {
+            left.iter().all(|other| other.id() == node.id() || !stage.reaches(other, node))
+        };
+        let place = left.iter().position(is_top).unwrap_or(0);
+        sorted.push_back(left.remove(place));
+    }
+    sorted.extend(left);
+    sorted
+}
+
+/// What all parents do together.
+pub(in crate::graph) fn cumulate(accesses: impl Iterator<Item = Access>) -> Access {
+    accesses.fold(Access::NONE, Access::and)
+}
+
+fn access_of(found: &Accesses, edge: &Arc<Edge>) -> Access {
+    found.get(&key(edge)).map_or_else(|| edge.access(), |(_, access)| *access)
+}
+
+/// Do all parents of the node get along, and with the node itself?
+fn check_node(stage: &Stage<'_>, node: &Node, found: &Accesses) -> Result<()> {
+    let parents = stage.parents(node);
+    let uses: Vec<Access> = parents.iter().map(|edge| access_of(found, edge)).collect();
+    let facts = stage.node_use(node, Access::NONE);
+    if facts.is_writable {
+        check_bytes_are_writable(stage, node)?;
+    }
+    if facts.is_active {
+        check_children_are_active(stage, node)?;
+    }
+    for (edge, access) in parents.iter().zip(&uses) {
+        let changes = access.perm - Perm::CONSISTENT_READ;
+        if !changes.is_empty() && !facts.is_active {
+            let words =
+                format!("{} would write to it ({changes}), and it is inactive", edge.holder());
+            return Err(Error::new(ErrorKind::Inactive, words).node(node.name()));
+        }
+        if !changes.is_empty() && !facts.is_writable {
+            let words = format!("{} writes to it ({changes}), and it is read-only", edge.holder());
+            return Err(Error::new(ErrorKind::ReadOnly, words).node(node.name()));
+        }
+        let align = stage.request_alignment(node);
+        if access.perm & Perm::changes() == Perm::WRITE && !node.len().is_multiple_of(align) {
+            let words = format!(
+                "{} writes without resizing, and the node's end is not a multiple of {align} bytes",
+                edge.holder()
+            );
+            return Err(Error::new(ErrorKind::InvalidInput, words).node(node.name()));
+        }
+    }
+    match find_clash(&uses) {
+        Some((user, objector)) => {
+            Err(conflict(node, (&parents[user], uses[user]), (&parents[objector], uses[objector])))
+        }
+        None => Ok(()),
+    }
+}
+
+/// A writable node's own bytes lie in writable nodes.
+fn check_bytes_are_writable(stage: &Stage<'_>, node: &Node) -> Result<()> {
+    for edge in stage.children(node).iter().filter(|edge| edge.holds_bytes()) {
+        let Some(target) = stage.target(edge) else { continue };
+        if !stage.node_use(&target, Access::NONE).is_writable {
+            let words = format!(
+                "'{}' is node '{}', which is read-only; make it writable, or this node read-only",
+                edge.name(),
+                target.name()
+            );
+            return Err(Error::new(ErrorKind::ReadOnly, words).node(node.name()));
+        }
+    }
+    Ok(())
+}
+
+/// A node in charge of its bytes lies on nodes in charge of theirs.
+fn check_children_are_active(stage: &Stage<'_>, node: &Node) -> Result<()> {
+    for edge in stage.children(node) {
+        let Some(target) = stage.target(&edge) else { continue };
+        if !stage.node_use(&target, Access::NONE).is_active {
+            let words = format!(
+                "'{}' is node '{}', which is inactive: activate it first",
+                edge.name(),
+                target.name()
+            );
+            return Err(Error::new(ErrorKind::Inactive, words).node(node.name()));
+        }
+    }
+    Ok(())
+}
+
+/// Two different parents of which the first does what the second does not bear. Looks at each parent once or twice.
+fn find_clash(uses: &[Access]) -> Option<(usize, usize)> {
+    let together = cumulate(uses.iter().copied());
+    if (together.perm - together.shared).is_empty() {
+        return None;
+    }
+    let clashes = |user: usize, objector: usize| {
+        user != objector && !uses[user].clash(uses[objector]).is_empty()
+    };
+    // One who objects to what is done at all: there are few of them, and most clash with somebody.
+    (0..uses.len()).filter(|&objector| !together.clash(uses[objector]).is_empty()).find_map(
+        |objector| {
+            (0..uses.len()).find(|&user| clashes(user, objector)).map(|user| (user, objector))
+        },
+    )
+}
+
+fn conflict(node: &Node, user: (&Arc<Edge>, Access), objector: (&Arc<Edge>, Access)) -> Error {
+    let clash = user.1.clash(objector.1);
+    let words = format!(
+        "{} uses it for '{clash}', which {} does not allow (it allows: {}); let one of them go, or let the \
+         second share more",
+        user.0.holder(),
+        objector.0.holder(),
+        objector.1.shared,
+    );
+    Error::new(ErrorKind::InUse, words).node(node.name())
+}
+
+/// Sees to what edges that are gone did: the nodes they pointed to, and all below, may be used for less now.
+pub(in crate::graph) fn loosen(lock: &GraphLockGuard<'_>) {
+    let mut starts = BTreeMap::new();
+    while let Some(id) = lock.core.topology.loosened.pop() {
+        if let Ok(node) = lock.core.arena.acquire(id.0) {
+            starts.insert(id, node);
+        }
+    }
+    if starts.is_empty() {
+        return;
+    }
+    let stage = Stage::new(lock.core);
+    let found = settle(&stage, starts.into_values(), Strictness::Loosening);
+    apply(lock, found.expect("what is not checked cannot fail"));
+}
+
+/// Puts what was computed into force.
+pub(in crate::graph) fn apply(lock: &GraphLockGuard<'_>, accesses: Accesses) {
+    for (edge, access) in accesses.into_values() {
+        edge.set_access(lock, access);
+    }
+}

@@ -1,0 +1,138 @@
+//! Other names for open nodes: several at once, so that two can trade theirs.
+//!
+//! A name says where to look, an id says what was meant: ids, references and edges notice nothing. Whoever holds a node keeps the
+//! name in his text under which he took it.
+
+use std::collections::HashSet;
+use std::sync::{Arc, OnceLock};
+
+use super::action::Action;
+use crate::error::{Error, ErrorKind, Result};
+use crate::graph::open::names::{Claim, check_name};
+use crate::graph::{Graph, NodeRef};
+
+/// A node can have this many names in its life.
+const MAX_NAMES: usize = 1000;
+
+/// A node's name now, behind all it ever had: whoever reads one may keep it as long as the node.
+pub(in crate::graph) struct NodeName {
+    text: Arc<str>,
+    next: OnceLock<Box<NodeName>>,
+}
+
+impl NodeName {
+    pub(in crate::graph) fn new(text: Arc<str>) -> Self {
+        Self { text, next: OnceLock::new() }
+    }
+
+    fn last(&self) -> (&Self, usize) {
+        let (mut at, mut count) = (self, 1);
+        while let Some(next) = at.next.get() {
+            (at, count) = (next, count + 1);
+        }
+        (at, count)
+    }
+
+    pub(in crate::graph) fn as_str(&self) -> &str {
+        &self.last().0.text
+    }
+
+    pub(in crate::graph) fn as_arc(&self) -> Arc<str> {
+        Arc::clone(&self.last().0.text)
+    }
+
+    fn can_change(&self) -> bool {
+        self.last().1 < MAX_NAMES
+    }
+
+    /// Under the lock of names.
+    fn change(&self, text: Arc<str>) {
+        let set = self.last().0.next.set(Box::new(Self::new(text))).is_ok();
+        debug_assert!(set, "names change under a lock");
+    }
+}
+
+/// The renames among the actions, the last word for each node.
+fn wanted(actions: &[Action]) -> Vec<(&NodeRef, &Arc<str>)> {
+    let mut all: Vec<(&NodeRef, &Arc<str>)> = Vec::new();
+    for action in actions {
+        if let Action::Rename { node, name } = action {
+            all.retain(|(known, _)| known.id() != node.id());
+            all.push((node, name));
+        }
+    }
+    all
+}
+
+/// Names that nobody else can take any more. Dropped: they are free again, and nothing has changed.
+pub(in crate::graph) struct Renames<'a> {
+    graph: &'a Graph,
+    wanted: Vec<(&'a NodeRef, &'a Arc<str>)>,
+    /// Those that nobody had.
+    reserved: Vec<Arc<str>>,
+}
+
+impl Graph {
+    /// Takes the names that the actions give to nodes.
+    ///
+    /// # Errors
+    /// `InvalidInput`: not a name; `AlreadyExists`: taken by what keeps it; `LimitExceeded`: renamed too often.
+    pub(in crate::graph) fn reserve_renames<'a>(
+        &'a self,
+        actions: &'a [Action],
+    ) -> Result<Renames<'a>> {
+        let mut renames = Renames { graph: self, wanted: wanted(actions), reserved: Vec::new() };
+        if renames.wanted.is_empty() {
+            return Ok(renames);
+        }
+        let mut plan = self.plan();
+        let leaving: HashSet<Arc<str>> =
+            renames.wanted.iter().map(|(node, _)| node.node().name_arc()).collect();
+        let mut coming = HashSet::new();
+        for (node, name) in &renames.wanted {
+            check_name(name).map_err(|error| error.node(node.name()))?;
+            let is_taken = self.is_taken(&plan, name) && !leaving.contains(*name);
+            if is_taken || !coming.insert(Arc::clone(name)) {
+                let words = format!("the node name '{name}' is taken");
+                return Err(Error::new(ErrorKind::AlreadyExists, words).node(node.name()));
+            }
+            if !node.node().names().can_change() {
+                let words = format!("a node can have {MAX_NAMES} names in its life");
+                return Err(Error::new(ErrorKind::LimitExceeded, words).node(node.name()));
+            }
+        }
+        // What is left by one of the nodes is claimed by that until then.
+        for name in coming.difference(&leaving) {
+            plan.names.insert(Arc::clone(name), Claim::Opening);
+            renames.reserved.push(Arc::clone(name));
+        }
+        drop(plan);
+        Ok(renames)
+    }
+}
+
+impl Renames<'_> {
+    /// The nodes have their new names from here on.
+    pub(in crate::graph) fn commit(mut self) {
+        let mut plan = self.graph.plan();
+        for (node, _) in &self.wanted {
+            plan.names.remove(node.name());
+        }
+        for (node, name) in &self.wanted {
+            plan.names.insert(Arc::clone(name), Claim::Node(node.id()));
+            node.node().names().change(Arc::clone(name));
+        }
+        self.reserved.clear();
+    }
+}
+
+impl Drop for Renames<'_> {
+    fn drop(&mut self) {
+        if !self.reserved.is_empty() {
+            let mut plan = self.graph.plan();
+            for name in &self.reserved {
+                plan.names.remove(name);
+            }
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! Closing: what happens to a node after its last reference, and the shutdown of a whole graph.
+//!
+//! Closing runs outside of every release: a release only counts down. Needs the model and the core.
+
+pub(super) mod close_node;
+pub(super) mod detached;
+pub(super) mod left_behind;
+pub(super) mod shutdown;

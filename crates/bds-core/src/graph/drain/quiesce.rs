@@ -1,0 +1,157 @@
+//! Counting reasons to be drained, up through the graph: who is quiesced because of whom, under the graph's lock. Whoever waits for
+//! the nodes to be empty is in [`super::set`].
+
+use std::sync::Arc;
+
+use bds_refcount::Strong;
+
+use crate::graph::lock::GraphLockGuard;
+use crate::graph::model::edge::{Edge, Parent};
+use crate::graph::model::node::Node;
+
+impl GraphLockGuard<'_> {
+    /// The node that uses `edge`, if it is one and it lives.
+    pub(in crate::graph) fn parent_node(&self, edge: &Edge) -> Option<Strong<Node>> {
+        match edge.parent() {
+            Some(Parent::Node(id)) => self.core.arena.acquire(id.0).ok(),
+            Some(Parent::Root(_)) | None => None,
+        }
+    }
+
+    /// One reason more for the node to be drained. What that begins goes up through all parents.
+    fn quiesce(&self, node: &Strong<Node>) {
+        let mut todo = vec![Strong::clone(node)];
+        let mut begun = Vec::new();
+        while let Some(node) = todo.pop() {
+            if node.add_quiesce(1) > 0 {
+                continue;
+            }
+            for edge in node.parents() {
+                if edge.quiesce(self) {
+                    #[cfg(test)]
+                    self.lock_first(&edge);
+                    match self.parent_node(&edge) {
+                        Some(parent) => todo.push(parent),
+                        None => self.shut_root(&edge),
+                    }
+                }
+            }
+            begun.push(node);
+        }
+        // Parents first: they may still be sending.
+        begun.iter().rev().for_each(|node| node.driver().drain_begin());
+    }
+
+    /// The wrong order, on purpose: the inner door first, then the wait for those who still want through it.
+    #[cfg(test)]
+    fn lock_first(&self, edge: &Edge) {
+        if self.core.topology.lock_first.load(std::sync::atomic::Ordering::Relaxed) {
+            edge.shut(self);
+        }
+    }
+
+    /// One reason less.
+    fn unquiesce(&self, node: &Strong<Node>) {
+        let mut todo = vec![Strong::clone(node)];
+        while let Some(node) = todo.pop() {
+            if node.remove_quiesce(1) > 0 {
+                continue;
+            }
+            node.driver().drain_end();
+            for edge in node.parents() {
+                if edge.unquiesce(self) {
+                    todo.extend(self.parent_node(&edge));
+                }
+            }
+        }
+    }
+
+    /// Roots wait at once. A node that is being opened does too; one that is being closed is waited for instead.
+    fn shut_root(&self, edge: &Arc<Edge>) {
+        let is_dying = matches!(edge.parent(), Some(Parent::Node(_)));
+        if !is_dying {
+            edge.shut(self);
+        }
+    }
+
+    /// An edge points to `node` from now on; nobody is inside its parent, or there is none yet.
+    pub(in crate::graph) fn attach(&self, node: &Node, edge: &Arc<Edge>) {
+        node.add_parent(edge);
+        self.take_part(node, edge);
+    }
+
+    /// An edge does not point to `node` any more.
+    pub(in crate::graph) fn detach(&self, node: &Node, edge: &Arc<Edge>) {
+        node.remove_parent(edge);
+        self.take_no_part(edge);
+    }
+
+    /// An edge points to another node from now on. Its parent stays drained throughout if both are: were it let go in
+    /// between, a request could come in that no door lets out again.
+    pub(in crate::graph) fn reattach(
+        &self,
+        from: Option<&Node>,
+        to: Option<&Node>,
+        edge: &Arc<Edge>,
+    ) {
+        if let Some(from) = from {
+            from.remove_parent(edge);
+        }
+        if let Some(to) = to {
+            to.add_parent(edge);
+        }
+        match to.filter(|to| to.quiesce_count() > 0) {
+            Some(to) => self.take_part(to, edge),
+            None => self.take_no_part(edge),
+        }
+    }
+
+    /// The edge is drained if its target is.
+    fn take_part(&self, target: &Node, edge: &Arc<Edge>) {
+        if target.quiesce_count() > 0 && edge.quiesce(self) {
+            edge.shut(self);
+            if let Some(parent) = self.parent_node(edge) {
+                self.quiesce(&parent);
+            }
+        }
+    }
+
+    /// A node that is being closed has one more edge. A drain of `node` waits for it, so its gate stays open.
+    pub(in crate::graph) fn attach_closing(&self, node: &Node, edge: &Arc<Edge>) {
+        edge.begin_closing(self);
+        node.add_parent(edge);
+        if node.quiesce_count() > 0 {
+            edge.quiesce(self);
+        }
+    }
+
+    fn take_no_part(&self, edge: &Arc<Edge>) {
+        if edge.unquiesce(self)
+            && let Some(parent) = self.parent_node(edge)
+        {
+            self.unquiesce(&parent);
+        }
+    }
+
+    /// A drained section of the node begins.
+    pub(in crate::graph) fn begin_section(&self, node: &Strong<Node>) {
+        node.begin_section();
+        self.quiesce(node);
+    }
+
+    pub(in crate::graph) fn end_section(&self, node: &Strong<Node>) {
+        node.end_section();
+        self.unquiesce(node);
+    }
+
+    /// A node comes into the graph, with edges that were attached before it was there.
+    pub(in crate::graph) fn born(&self, node: &Strong<Node>) {
+        let below = node.children().iter().filter(|edge| edge.is_quiesced()).count();
+        let count = self.state.drain_alls + u32::try_from(below).unwrap_or(u32::MAX);
+        (0..self.state.drain_alls).for_each(|_| node.begin_section());
+        if count > 0 {
+            node.add_quiesce(count);
+            node.driver().drain_begin();
+        }
+    }
+}

@@ -1,0 +1,340 @@
+//! A node's dirty bitmaps as things that are owned, leased and released. What a bitmap holds is not said here.
+//!
+//! A bitmap belongs to one node and stays with it: no graph change moves it. A *named* one is the node's: it lives until
+//! somebody removes it or the node ends. An *anonymous* one belongs to whoever made it, who must give it back before the node
+//! ends. Who works with one takes a lease; there is one at a time. A node that ends with a bitmap leased or an anonymous one
+//! not given back reports that as a failed close, and closes all the same.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use slab::Slab;
+
+use super::node::{Node, NodeId};
+use crate::error::{Error, ErrorKind, Result};
+use crate::graph::{Graph, NodeRef};
+
+/// Longest name of a bitmap, in bytes (what qcow2 can store).
+pub const MAX_BITMAP_NAME_LEN: usize = 1023;
+
+/// Names a bitmap for ever: the node, and which of those it ever had.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct BitmapId {
+    node: NodeId,
+    number: u64,
+}
+
+impl BitmapId {
+    /// The node it belongs to.
+    pub fn node(self) -> NodeId {
+        self.node
+    }
+}
+
+/// A bitmap as it stands on its node.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct BitmapInfo {
+    /// Its id.
+    pub id: BitmapId,
+    /// Its name, unless it is anonymous.
+    pub name: Option<Arc<str>>,
+    /// Who made an anonymous one.
+    pub owner: Option<Arc<str>>,
+    /// Who has the lease now.
+    pub leased_by: Option<Arc<str>>,
+}
+
+struct Entry {
+    number: u64,
+    name: Option<Arc<str>>,
+    owner: Option<Arc<str>>,
+    leased_by: Option<Arc<str>>,
+}
+
+impl Entry {
+    fn words(&self) -> String {
+        match (&self.name, &self.owner) {
+            (Some(name), _) => format!("bitmap '{name}'"),
+            (None, owner) => {
+                format!("an anonymous bitmap of {}", owner.as_deref().unwrap_or("nobody"))
+            }
+        }
+    }
+}
+
+#[derive(Default)]
+struct Shelf {
+    entries: Slab<Entry>,
+    last_number: u64,
+    is_closed: bool,
+}
+
+impl Shelf {
+    fn find(&mut self, number: u64) -> Option<(usize, &mut Entry)> {
+        self.entries.iter_mut().find(|(_, entry)| entry.number == number)
+    }
+}
+
+/// A node's bitmaps. Nothing is allocated before the first.
+#[derive(Default)]
+pub(in crate::graph) struct Leases(OnceLock<Arc<Mutex<Shelf>>>);
+
+fn lock(shelf: &Mutex<Shelf>) -> MutexGuard<'_, Shelf> {
+    shelf.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Leases {
+    /// The node ends: its named bitmaps go. What stands in the way of that is said, once.
+    pub(in crate::graph) fn close(&self) -> Result<()> {
+        let Some(shelf) = self.0.get() else { return Ok(()) };
+        let mut shelf = lock(shelf);
+        shelf.is_closed = true;
+        let entries = std::mem::take(&mut shelf.entries);
+        let left: Vec<String> = entries
+            .iter()
+            .filter_map(|(_, entry)| match (&entry.leased_by, &entry.owner) {
+                (Some(who), _) => Some(format!("{} is in use by {who}", entry.words())),
+                (None, Some(_)) => Some(format!("{} was not given back", entry.words())),
+                (None, None) => None,
+            })
+            .collect();
+        if left.is_empty() {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::InUse, format!("the node ended while {}", left.join(", "))))
+    }
+}
+
+impl Node {
+    fn shelf(&self) -> Arc<Mutex<Shelf>> {
+        Arc::clone(self.leases.0.get_or_init(Arc::default))
+    }
+}
+
+impl NodeRef {
+    /// A new bitmap of this name. It belongs to the node.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let id = disk.add_bitmap("daily")?;
+    /// assert_eq!(disk.find_bitmap("daily"), Some(id));
+    /// let error = disk.add_bitmap("daily").unwrap_err();
+    /// assert_eq!(error.to_string(), "node 'disk': there is a bitmap 'daily' already");
+    /// # Ok(()) });
+    /// ```
+    ///
+    /// # Errors
+    /// `AlreadyExists`; `InvalidInput` for a name that is empty or longer than [`MAX_BITMAP_NAME_LEN`].
+    pub fn add_bitmap(&self, name: &str) -> Result<BitmapId> {
+        if name.is_empty() || name.len() > MAX_BITMAP_NAME_LEN {
+            let words = format!("a bitmap's name is 1 to {MAX_BITMAP_NAME_LEN} bytes long");
+            return Err(Error::new(ErrorKind::InvalidInput, words).node(self.name()));
+        }
+        self.insert(Some(name.into()), None).ok_or_else(|| {
+            let words = format!("there is a bitmap '{name}' already");
+            Error::new(ErrorKind::AlreadyExists, words).node(self.name())
+        })
+    }
+
+    /// A new bitmap without a name. It belongs to `owner` and goes when the answer is dropped.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let bitmap = disk.add_anonymous_bitmap("job 'mirror0'");
+    /// let error = graph.remove_bitmap(bitmap.id()).unwrap_err();
+    /// assert!(error.to_string().contains("belongs to its owner alone"), "{error}");
+    ///
+    /// let report = disk.close().await?; // before the owner has given it back
+    /// let error = report.into_result().unwrap_err().to_string();
+    /// assert!(error.contains("an anonymous bitmap of job 'mirror0' was not given back"), "{error}");
+    /// # Ok(()) });
+    /// ```
+    pub fn add_anonymous_bitmap(&self, owner: &str) -> AnonymousBitmap {
+        let id = self.insert(None, Some(owner.into())).expect("no name is taken by nameless ones");
+        AnonymousBitmap { shelf: self.node().shelf(), id }
+    }
+
+    /// `None`: the name is taken.
+    fn insert(&self, name: Option<Arc<str>>, owner: Option<Arc<str>>) -> Option<BitmapId> {
+        let shelf = self.node().shelf();
+        let mut shelf = lock(&shelf);
+        if name.is_some() && shelf.entries.iter().any(|(_, entry)| entry.name == name) {
+            return None;
+        }
+        shelf.last_number += 1;
+        let number = shelf.last_number;
+        shelf.entries.insert(Entry { number, name, owner, leased_by: None });
+        Some(BitmapId { node: self.id(), number })
+    }
+
+    /// The bitmap of this name.
+    pub fn find_bitmap(&self, name: &str) -> Option<BitmapId> {
+        self.bitmaps().into_iter().find(|info| info.name.as_deref() == Some(name)).map(|i| i.id)
+    }
+
+    /// All bitmaps, in the order in which they were made.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// disk.add_bitmap("daily")?;
+    /// let lease = graph.lease_bitmap(disk.add_bitmap("weekly")?, "job 'backup0'")?;
+    /// let all = disk.bitmaps();
+    /// assert_eq!(all[0].name.as_deref(), Some("daily"));
+    /// assert_eq!(all[1].leased_by.as_deref(), Some("job 'backup0'"));
+    /// # Ok(()) });
+    /// ```
+    pub fn bitmaps(&self) -> Vec<BitmapInfo> {
+        let Some(shelf) = self.node().leases.0.get() else { return Vec::new() };
+        let shelf = lock(shelf);
+        let info = |entry: &Entry| BitmapInfo {
+            id: BitmapId { node: self.id(), number: entry.number },
+            name: entry.name.clone(),
+            owner: entry.owner.clone(),
+            leased_by: entry.leased_by.clone(),
+        };
+        let mut all: Vec<BitmapInfo> = shelf.entries.iter().map(|(_, entry)| info(entry)).collect();
+        all.sort_by_key(|info| info.id.number);
+        all
+    }
+}
+
+impl Graph {
+    /// Takes the lease of a bitmap: nobody else works with it until the answer is dropped.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let id = disk.add_bitmap("daily")?;
+    /// let lease = graph.lease_bitmap(id, "job 'backup0'")?;
+    /// let error = graph.lease_bitmap(id, "export 'nbd0'").unwrap_err();
+    /// assert_eq!(error.to_string(), "node 'disk': bitmap 'daily' is in use by job 'backup0'");
+    ///
+    /// drop(disk.close().await?);
+    /// assert!(!lease.is_valid(), "the lease keeps no node open");
+    /// assert_eq!(graph.lease_bitmap(id, "export 'nbd0'").unwrap_err().kind(), ErrorKind::Stale);
+    /// # Ok(()) });
+    /// ```
+    ///
+    /// # Errors
+    /// `InUse` names who has it; `Stale`: the node has ended; `NotFound`: the bitmap was removed.
+    pub fn lease_bitmap(&self, id: BitmapId, who: &str) -> Result<BitmapLease> {
+        let node = self.acquire(id.node)?;
+        let shelf = node.node().shelf();
+        let mut guard = lock(&shelf);
+        let Some((_, entry)) = guard.find(id.number) else { return Err(gone(&node)) };
+        if let Some(other) = &entry.leased_by {
+            let words = format!("{} is in use by {other}", entry.words());
+            return Err(Error::new(ErrorKind::InUse, words).node(node.name()));
+        }
+        entry.leased_by = Some(who.into());
+        drop(guard);
+        Ok(BitmapLease { shelf, id })
+    }
+
+    /// Removes a named bitmap.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let id = disk.add_bitmap("daily")?;
+    /// let lease = graph.lease_bitmap(id, "job 'backup0'")?;
+    /// assert_eq!(graph.remove_bitmap(id).unwrap_err().kind(), ErrorKind::InUse);
+    /// drop(lease);
+    /// graph.remove_bitmap(id)?;
+    /// assert_eq!(graph.remove_bitmap(id).unwrap_err().kind(), ErrorKind::NotFound);
+    /// # Ok(()) });
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Graph::lease_bitmap`]; `InvalidInput` for an anonymous one, which only its owner gives back.
+    pub fn remove_bitmap(&self, id: BitmapId) -> Result<()> {
+        let node = self.acquire(id.node)?;
+        let shelf = node.node().shelf();
+        let mut guard = lock(&shelf);
+        let Some((place, entry)) = guard.find(id.number) else { return Err(gone(&node)) };
+        let refusal = match (&entry.leased_by, &entry.owner) {
+            (Some(who), _) => Some((ErrorKind::InUse, format!("is in use by {who}"))),
+            (None, Some(_)) => Some((ErrorKind::InvalidInput, "belongs to its owner alone".into())),
+            (None, None) => None,
+        };
+        if let Some((kind, words)) = refusal {
+            return Err(Error::new(kind, format!("{} {words}", entry.words())).node(node.name()));
+        }
+        guard.entries.remove(place);
+        Ok(())
+    }
+}
+
+fn gone(node: &NodeRef) -> Error {
+    Error::new(ErrorKind::NotFound, "the bitmap was removed").node(node.name())
+}
+
+/// The right to work with a bitmap, alone. Keeps neither the bitmap nor its node: see [`BitmapLease::is_valid`].
+#[must_use = "the lease ends when this is dropped"]
+pub struct BitmapLease {
+    shelf: Arc<Mutex<Shelf>>,
+    id: BitmapId,
+}
+
+impl fmt::Debug for BitmapLease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "BitmapLease({:?})", self.id)
+    }
+}
+
+impl BitmapLease {
+    /// Which bitmap.
+    pub fn id(&self) -> BitmapId {
+        self.id
+    }
+
+    /// False once the node has ended.
+    pub fn is_valid(&self) -> bool {
+        !lock(&self.shelf).is_closed
+    }
+}
+
+impl Drop for BitmapLease {
+    fn drop(&mut self) {
+        if let Some((_, entry)) = lock(&self.shelf).find(self.id.number) {
+            entry.leased_by = None;
+        }
+    }
+}
+
+/// A bitmap without a name, owned by whoever holds this. Dropping it gives the bitmap back.
+#[must_use = "the bitmap goes when this is dropped"]
+pub struct AnonymousBitmap {
+    shelf: Arc<Mutex<Shelf>>,
+    id: BitmapId,
+}
+
+impl fmt::Debug for AnonymousBitmap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "AnonymousBitmap({:?})", self.id)
+    }
+}
+
+impl AnonymousBitmap {
+    /// Which bitmap.
+    pub fn id(&self) -> BitmapId {
+        self.id
+    }
+}
+
+impl Drop for AnonymousBitmap {
+    fn drop(&mut self) {
+        let mut shelf = lock(&self.shelf);
+        if let Some((place, _)) = shelf.find(self.id.number) {
+            shelf.entries.remove(place);
+        }
+    }
+}

@@ -1,0 +1,505 @@
+//! An edge: one parent's use of one node, with a gate in front.
+//!
+//! The edge owns its target (a counted reference, held by name), the parent owns the edge. The I/O path reads
+//! the target without a lock; re-pointing is the graph's business and happens only while the gate is closed and
+//! nobody is inside the target.
+//!
+//! ```text
+//! request:  read gate word ── load target ── count in at the target ── read gate word again: changed? out, wait
+//! change:   close gate ── wait until nobody is inside the target ── swap target ── open gate
+//! ```
+//!
+//! Both sides write first and read then, all `SeqCst`, so at least one of them sees the other: either the request sees
+//! the closed gate, or the change sees the request inside. The word also counts closings, so a request that
+//! slept through a whole close, swap and open sees that too and does not stay with the old target.
+
+use std::fmt;
+use std::ops::Deref;
+use std::panic::Location;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use bds_io::sync::Notify;
+use bds_refcount::{Held, Holder, RcuCell, RcuGuard, Release, Strong};
+
+use super::in_flight::BackendInFlight;
+use super::node::{Node, NodeId};
+use crate::driver::Role;
+use crate::graph::Graph;
+use crate::graph::change::freeze::Freeze;
+use crate::graph::change::perm::{Access, Perm};
+use crate::graph::lock::{Edit, GraphLockGuard, Loosened};
+
+/// Who uses a node through an edge.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Parent {
+    /// A node's driver.
+    Node(NodeId),
+    /// Someone who is not a node: a backend, a job, an export, by its name.
+    Root(Arc<str>),
+}
+
+/// What an edge is made of.
+pub(crate) struct EdgeParts {
+    pub(crate) name: &'static str,
+    pub(crate) role: Role,
+    pub(crate) access: Access,
+    /// Under what name the edge holds its target.
+    pub(crate) holder: Holder,
+    /// Where in the caller's program it was asked for.
+    pub(crate) since: &'static Location<'static>,
+    /// Graph changes leave the edge where it is (a job's).
+    pub(crate) stays: bool,
+    /// Of a root edge whose owner does not keep the graph himself.
+    pub(crate) graph: Option<Graph>,
+    /// Of a backend's edge.
+    pub(crate) in_flight: Option<Arc<BackendInFlight>>,
+}
+
+/// One parent's use of one node. Not to be copied: a second user needs a second edge, with permissions of its own.
+///
+/// ```compile_fail,E0308
+/// # use bds_core::graph::Edge;
+/// fn story(edge: &Edge) -> Edge {
+///     edge.clone()
+/// }
+/// ```
+pub struct Edge {
+    name: &'static str,
+    role: Role,
+    stays: bool,
+    /// Set once the parent exists: a node's children are opened before the node.
+    parent: OnceLock<Parent>,
+    holder: Holder,
+    /// `None` only for a root whose medium is out.
+    target: RcuCell<Option<Held<Node>>>,
+    /// Of a root edge: its node must not outlive the graph, which closes it. After `target`: dropped in this order.
+    _graph: Option<Graph>,
+    /// Who came in through it, for a backend's.
+    in_flight: Option<Arc<BackendInFlight>>,
+    gate: Gate,
+    access: AccessCell,
+    frozen: Mutex<Option<Arc<Freeze>>>,
+    /// The target is drained. Changed under the graph's lock only.
+    is_quiesced: AtomicBool,
+    /// The gate is closed because of that. A node's edge is shut once that node is empty, a root at once.
+    is_shut: AtomicBool,
+    /// The parent is being closed and writes its last.
+    is_closing: AtomicBool,
+    /// What was done through this edge may stop mattering when it goes.
+    farewell: Farewell,
+}
+
+impl fmt::Debug for Edge {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let target = self.medium();
+        let target = target.as_ref().map_or("nothing", |target| target.name());
+        write!(f, "Edge({} {:?} -> {target})", self.name, self.role)
+    }
+}
+
+impl Edge {
+    /// An edge to `target`.
+    pub(crate) fn new(
+        parts: EdgeParts,
+        target: Option<Strong<Node>>,
+        loosened: &Loosened,
+    ) -> Arc<Self> {
+        let EdgeParts { name, role, access, holder, since, stays, graph, in_flight } = parts;
+        let farewell = Farewell::new(target.as_ref().map(|node| node.id()), loosened);
+        let held = target.map(|target| target.held_since(holder.clone(), since));
+        Arc::new(Self {
+            name,
+            role,
+            stays,
+            parent: OnceLock::new(),
+            holder,
+            target: RcuCell::new(held),
+            _graph: graph,
+            in_flight,
+            gate: Gate::default(),
+            access: AccessCell::new(access),
+            frozen: Mutex::default(),
+            is_quiesced: AtomicBool::new(false),
+            is_shut: AtomicBool::new(false),
+            is_closing: AtomicBool::new(false),
+            farewell,
+        })
+    }
+
+    /// The child's name in its parent ("file", "backing"); "root" for a backend's.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// What the child is to its parent; empty for a root's.
+    pub fn role(&self) -> Role {
+        self.role
+    }
+
+    /// Who uses the node; `None` while the parent is still being opened.
+    pub fn parent(&self) -> Option<&Parent> {
+        self.parent.get()
+    }
+
+    /// Under what name the node is held: "edge 'top.backing'", "backend 'guest'".
+    pub fn holder(&self) -> &Holder {
+        &self.holder
+    }
+
+    /// Do bytes of the parent lie behind it (its own, not what shines through from a backing node)?
+    pub(crate) fn holds_bytes(&self) -> bool {
+        self.role.intersects(Role::DATA | Role::METADATA | Role::FILTERED)
+    }
+
+    /// Can bytes that were written through it be waiting to be made durable?
+    pub(crate) fn may_hold_writes(&self) -> bool {
+        self.holds_bytes() && self.medium().is_some_and(|target| target.could_write())
+    }
+
+    /// Do graph changes leave it where it is?
+    pub fn stays(&self) -> bool {
+        self.stays
+    }
+
+    /// What the parent does with the node, and what it lets others do.
+    #[inline]
+    pub fn access(&self) -> Access {
+        self.access.load()
+    }
+
+    pub(in crate::graph) fn set_access(&self, _lock: &GraphLockGuard<'_>, access: Access) {
+        self.access.store(access);
+    }
+
+    pub(crate) fn set_parent(&self, parent: Parent) {
+        // A second call would be a bug of ours; the first parent stays.
+        let first = self.parent.set(parent).is_ok();
+        debug_assert!(first, "an edge gets its parent once");
+    }
+
+    /// The node at the other end now. Lock-free, a few nanoseconds. For facts (length, name); a request uses
+    /// [`Edge::ticket`] and [`Edge::medium`].
+    ///
+    /// # Panics
+    /// For a root without a medium. A node's edges always lead somewhere.
+    #[inline]
+    pub(crate) fn target(&self) -> Target<'_> {
+        self.medium().expect("a node's edge leads to a node")
+    }
+
+    /// The node at the other end now, or nothing: a root whose medium is out.
+    #[inline]
+    pub(crate) fn medium(&self) -> Option<Target<'_>> {
+        let reading = self.target.read();
+        if reading.is_none() {
+            return None;
+        }
+        Some(Target(reading))
+    }
+
+    /// The first half of passing the gate; `None` if it is closed. A request enters like this:
+    ///
+    /// ```text
+    /// let ticket = edge.ticket()?;                 // closed: wait_open(), again
+    /// let target = edge.medium()?;                 // nothing there: NoMedium
+    /// let inside = target.tracker().enter();       // counts in, SeqCst
+    /// if !edge.admits(ticket) { drop(inside); … }  // closed meanwhile: wait_open(), again
+    /// ```
+    #[inline]
+    pub(crate) fn ticket(&self) -> Option<Ticket> {
+        self.gate.ticket()
+    }
+
+    /// The second half: true if the gate was never closed since the ticket was drawn.
+    #[inline]
+    pub(crate) fn admits(&self, ticket: Ticket) -> bool {
+        self.gate.ticket() == Some(ticket)
+    }
+
+    /// What a backend's edge knows of its requests.
+    #[inline]
+    pub(crate) fn backend_in_flight(&self) -> Option<&Arc<BackendInFlight>> {
+        self.in_flight.as_ref()
+    }
+
+    /// Is the gate closed now? One load.
+    #[inline]
+    pub(crate) fn is_closed(&self) -> bool {
+        self.gate.ticket().is_none()
+    }
+
+    /// Waits until the gate is open. It may have closed again on return.
+    pub(crate) async fn wait_open(&self) {
+        self.gate.wait_open().await;
+    }
+
+    /// Ends a node's edge and says whether its reference was the target's last.
+    ///
+    /// # Errors
+    /// Somebody else has the edge in hand just now.
+    pub(crate) fn release(self: Arc<Self>) -> Result<Release, Arc<Self>> {
+        let edge = Arc::try_unwrap(self)?;
+        Ok(edge.target.into_inner().map_or(Release::NotLast, Held::release))
+    }
+
+    /// Closes the gate. Closings nest; each is undone by one [`Edge::open`].
+    pub(crate) fn close(&self) {
+        self.gate.close();
+    }
+
+    /// Undoes one [`Edge::close`].
+    pub(crate) fn open(&self) {
+        self.gate.open();
+    }
+
+    // ---- drained
+
+    /// Is the target drained, as far as this edge knows?
+    pub(in crate::graph) fn is_quiesced(&self) -> bool {
+        self.is_quiesced.load(Ordering::SeqCst)
+    }
+
+    /// The target is drained from now on. False if it was before.
+    pub(in crate::graph) fn quiesce(&self, _lock: &GraphLockGuard<'_>) -> bool {
+        !self.is_quiesced.swap(true, Ordering::SeqCst)
+    }
+
+    /// Closes the gate on behalf of the drain, once.
+    pub(in crate::graph) fn shut(&self, _lock: &GraphLockGuard<'_>) {
+        debug_assert!(self.is_quiesced(), "only a drain shuts an edge");
+        if !self.is_shut.swap(true, Ordering::SeqCst) {
+            self.gate.close();
+        }
+    }
+
+    /// Opens the gate again although the target is drained. False if it was not shut.
+    pub(in crate::graph) fn unshut(&self, _lock: &GraphLockGuard<'_>) -> bool {
+        let was = self.is_shut.swap(false, Ordering::SeqCst);
+        if was {
+            self.gate.open();
+        }
+        was
+    }
+
+    /// The target is not drained any more. False if it was not before.
+    pub(in crate::graph) fn unquiesce(&self, lock: &GraphLockGuard<'_>) -> bool {
+        let was = self.is_quiesced.swap(false, Ordering::SeqCst);
+        self.unshut(lock);
+        was
+    }
+
+    /// The parent is being closed: a drain of the target waits for that.
+    pub(in crate::graph) fn begin_closing(&self, _lock: &GraphLockGuard<'_>) {
+        self.is_closing.store(true, Ordering::SeqCst);
+    }
+
+    pub(in crate::graph) fn is_closing(&self) -> bool {
+        self.is_closing.load(Ordering::SeqCst)
+    }
+
+    // ---- frozen
+
+    /// Who keeps the edge where it is, if somebody does.
+    pub(in crate::graph) fn frozen(&self) -> Option<Arc<Freeze>> {
+        self.lock_frozen().clone()
+    }
+
+    pub(in crate::graph) fn set_frozen(
+        &self,
+        _lock: &GraphLockGuard<'_>,
+        freeze: Option<Arc<Freeze>>,
+    ) {
+        *self.lock_frozen() = freeze;
+    }
+
+    fn lock_frozen(&self) -> MutexGuard<'_, Option<Arc<Freeze>>> {
+        self.frozen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    // ---- re-pointed
+
+    /// Re-points the edge. The old reference is given up as soon as nobody looks through the edge at the old node any more,
+    /// which [`Edge::settle`] waits for.
+    pub(in crate::graph) fn swap(
+        &self,
+        _edit: &Edit<'_>,
+        target: Option<Strong<Node>>,
+        since: &'static Location<'static>,
+    ) {
+        debug_assert!(self.is_closed(), "an edge is re-pointed behind its closed gate");
+        self.farewell.watch(target.as_ref().map(|node| node.id()));
+        let held = target.map(|target| target.held_since(self.holder.clone(), since));
+        self.target.replace(held);
+    }
+
+    /// Waits until the reference to the former target is given up. Requests have left before the swap; what may still look are
+    /// questions about facts, which end without waiting for anybody. So this ends soon; and if somebody keeps such
+    /// an answer in hand after all, he gives the reference up when done, and nobody waits for that.
+    pub(in crate::graph) async fn settle(&self) {
+        for _ in 0..1000 {
+            if self.target.waiting() == 0 {
+                return;
+            }
+            bds_io::yield_now().await;
+        }
+    }
+
+    /// As [`Edge::settle`], for when nobody is kept waiting: whoever looks may be on a thread that does not run just now.
+    pub(in crate::graph) async fn settle_patiently(&self) {
+        for _ in 0..1000 {
+            if self.target.waiting() == 0 {
+                return;
+            }
+            bds_io::sleep(Duration::from_millis(1)).await;
+        }
+    }
+}
+
+/// The permissions of an edge, read by every write.
+struct AccessCell(AtomicU32);
+
+impl AccessCell {
+    fn new(access: Access) -> Self {
+        let cell = Self(AtomicU32::new(0));
+        cell.store(access);
+        cell
+    }
+
+    #[inline]
+    fn load(&self) -> Access {
+        let bits = self.0.load(Ordering::Relaxed);
+        let (perm, shared) = (bits & 0xFFFF, bits >> 16);
+        Access { perm: Perm::from_bits_truncate(perm), shared: Perm::from_bits_truncate(shared) }
+    }
+
+    fn store(&self, access: Access) {
+        self.0.store(access.perm.bits() | access.shared.bits() << 16, Ordering::Relaxed);
+    }
+}
+
+/// Tells the graph, when the edge goes, whose permissions may be looser now. Takes no lock.
+struct Farewell {
+    loosened: Loosened,
+    /// The target's id, 0 for none.
+    target: AtomicU64,
+}
+
+impl Farewell {
+    fn new(target: Option<NodeId>, loosened: &Loosened) -> Self {
+        let farewell = Self { loosened: loosened.clone(), target: AtomicU64::new(0) };
+        farewell.watch(target);
+        farewell
+    }
+
+    fn watch(&self, target: Option<NodeId>) {
+        self.target.store(target.map_or(0, NodeId::to_u64), Ordering::Relaxed);
+    }
+}
+
+impl Drop for Farewell {
+    fn drop(&mut self) {
+        let target = *self.target.get_mut();
+        if target != 0 {
+            self.loosened.push(NodeId::from_u64(target));
+        }
+    }
+}
+
+/// The node an edge points to, kept alive by the edge's own reference: nothing is counted on the node.
+pub(crate) struct Target<'a>(RcuGuard<'a, Option<Held<Node>>>);
+
+impl Target<'_> {
+    /// The counted reference behind the edge.
+    pub(crate) fn strong(&self) -> &Strong<Node> {
+        self.held()
+    }
+
+    #[inline]
+    fn held(&self) -> &Held<Node> {
+        // A Target is made of a reading that holds one.
+        self.0.as_ref().expect("a target is there")
+    }
+}
+
+impl Deref for Target<'_> {
+    type Target = Node;
+
+    #[inline]
+    fn deref(&self) -> &Node {
+        self.held()
+    }
+}
+
+/// What the gate showed to a request that found it open. See [`Edge::ticket`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ticket(u64);
+
+/// How many keep it closed (low half) and how often it was closed (high half), in one word.
+#[derive(Default)]
+struct Gate {
+    word: AtomicU64,
+    opened: Notify,
+}
+
+const CLOSED: u64 = 0xFFFF_FFFF;
+const CLOSING: u64 = (1 << 32) + 1;
+
+impl Gate {
+    /// The word, if the gate is open: it is the same later only if nobody closed the gate in between.
+    #[inline]
+    fn ticket(&self) -> Option<Ticket> {
+        let word = self.word.load(Ordering::SeqCst);
+        (word & CLOSED == 0).then_some(Ticket(word))
+    }
+
+    fn close(&self) {
+        self.word.fetch_add(CLOSING, Ordering::SeqCst);
+    }
+
+    fn open(&self) {
+        let before = self.word.fetch_sub(1, Ordering::SeqCst);
+        if before & CLOSED == 1 {
+            self.opened.notify_waiters();
+        }
+    }
+
+    async fn wait_open(&self) {
+        loop {
+            let mut opened = pin!(self.opened.notified());
+            opened.as_mut().enable();
+            if self.ticket().is_some() {
+                return;
+            }
+            opened.await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ticket_does_not_survive_a_closing_it_slept_through() {
+        let gate = Gate::default();
+        let ticket = gate.ticket().unwrap();
+        gate.close();
+        assert_eq!(gate.ticket(), None);
+        gate.open();
+        assert_ne!(gate.ticket(), Some(ticket));
+    }
+
+    #[test]
+    fn closings_nest() {
+        let gate = Gate::default();
+        gate.close();
+        gate.close();
+        gate.open();
+        assert_eq!(gate.ticket(), None);
+        gate.open();
+        assert!(gate.ticket().is_some());
+    }
+}

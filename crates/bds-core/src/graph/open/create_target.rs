@@ -1,0 +1,133 @@
+//! Files that a new image is written to: claimed, compared with all open files, and then emptied.
+//!
+//! A claim changes nothing about a file that was there. Dropping a target that was not kept removes the file if the claim made
+//! it.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use bds_io::{Fs, shares_bytes};
+
+use super::create::check_rest;
+use super::inspect::Inspected;
+use crate::driver::{BoxFuture, ClaimedFile};
+use crate::error::{Error, ErrorKind, Result};
+use crate::graph::Graph;
+use crate::graph::query::walk;
+use crate::options::Options;
+
+/// A file for a new image.
+pub(in crate::graph) struct Target {
+    path: PathBuf,
+    protocol: &'static str,
+    identity: (u64, u64),
+    max_len: Option<u64>,
+    /// What empties it; gone once that is done. The mutex is never waited for: it makes a target `Sync`, so that a task may
+    /// hold one by reference.
+    empty: Mutex<Option<BoxFuture<'static, Result<()>>>>,
+    made: MadeFile,
+}
+
+impl Target {
+    /// Opens, or makes, and locks the file. Refuses one that an open node shows, or that shares bytes with `others`: emptying it
+    /// would destroy what is read from there.
+    pub(in crate::graph) fn claim(
+        graph: &Graph,
+        path: &Path,
+        options: &mut Options,
+        others: &[(u64, u64)],
+    ) -> Result<Self> {
+        let config = graph.config();
+        // Before it is locked: the locks of our own nodes would only say that somebody has it.
+        refuse_shared(graph, path, others)?;
+        let protocol = protocol_of(&config.fs, path);
+        let driver = config.registry.driver(protocol)?;
+        let ClaimedFile { made_path, identity, max_len, empty } =
+            driver.claim_file(&config.fs, path, options)?;
+        let made = MadeFile { fs: config.fs.clone(), path: made_path };
+        check_rest(&**driver, options)?;
+        let path = path.to_owned();
+        Ok(Self { path, protocol, identity, max_len, empty: Mutex::new(Some(empty)), made })
+    }
+
+    pub(in crate::graph) fn identity(&self) -> (u64, u64) {
+        self.identity
+    }
+
+    pub(in crate::graph) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(in crate::graph) fn protocol(&self) -> &'static str {
+        self.protocol
+    }
+
+    /// Refuses what cannot become `len` bytes long.
+    pub(in crate::graph) fn check_len(&self, len: u64) -> Result<()> {
+        match self.max_len {
+            Some(max_len) if max_len < len => {
+                let words = format!("the device is too small: the image needs {len} bytes");
+                Err(Error::new(ErrorKind::NoSpace, words).file(&self.path).field("size", max_len))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// From here on the old content is gone.
+    pub(in crate::graph) async fn empty(mut self) -> Result<Self> {
+        let empty = self.empty.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(empty) = empty {
+            empty.await?;
+        }
+        Ok(self)
+    }
+
+    /// The image is made: the file stays.
+    pub(in crate::graph) fn keep(mut self) {
+        self.made.path = None;
+    }
+}
+
+fn refuse_shared(graph: &Graph, path: &Path, others: &[(u64, u64)]) -> Result<()> {
+    let Ok(file) = Inspected::new(&graph.config().fs, path.to_owned()) else { return Ok(()) };
+    let shares = |other: &(u64, u64)| shares_bytes(file.identity(), *other);
+    let shown =
+        graph.nodes().into_iter().find(|node| node.own_identity().as_ref().is_some_and(shares));
+    let as_what = match shown {
+        Some(node) => match walk::filename(&node) {
+            Some(name) => format!(", as '{}'", name.display()),
+            None => format!(", as node '{}'", node.name()),
+        },
+        None if others.iter().any(shares) => String::new(),
+        None => return Ok(()),
+    };
+    let words = format!(
+        "the file is a part of an image that is used here already{as_what}: writing a new image to it would \
+         destroy that; name another file"
+    );
+    Err(Error::new(ErrorKind::InvalidInput, words).file(path))
+}
+
+/// The driver for a file of this name.
+pub(in crate::graph) fn protocol_of(fs: &Fs, path: &Path) -> &'static str {
+    Inspected::new(fs, path.to_owned()).map_or("file", |file| file.protocol())
+}
+
+/// A file that was not there before; removed again unless it is kept.
+struct MadeFile {
+    fs: Fs,
+    path: Option<PathBuf>,
+}
+
+impl Drop for MadeFile {
+    fn drop(&mut self) {
+        let Some(path) = &self.path else { return };
+        match self.fs.remove(path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "cannot remove a half-made file");
+            }
+        }
+    }
+}
