@@ -27,10 +27,10 @@ use bds_io::Fs;
 use bds_refcount::{Arena, Kind};
 pub use bds_refcount::{Holder, HolderInfo, HolderKind, HolderName, Release, Stale, Watch};
 
+pub use crate::driver::{Access, Perm};
 pub use change::activity::Handover;
 pub use change::builder::{Change, ChangeReport};
 pub use change::freeze::Frozen;
-pub use change::perm::{Access, Perm};
 pub use close::close_node::{CloseError, CloseReport};
 pub use close::shutdown::{Leak, ShutdownReport, ShutdownStage, Stoppable};
 pub use drain::set::Drained;

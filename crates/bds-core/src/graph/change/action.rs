@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bds_refcount::{Holder, HolderKind};
 
-use super::perm::Access;
+use crate::driver::Access;
 use crate::graph::NodeRef;
 use crate::graph::model::edge::Edge;
 use crate::graph::roots::root::RootMove;

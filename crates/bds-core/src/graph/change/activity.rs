@@ -293,7 +293,7 @@ impl Graph {
         let asked: HashSet<NodeId> = tops.iter().map(|node| node.id()).collect();
         let mut set: Vec<Strong<Node>> = Vec::new();
         let mut chosen = HashSet::new();
-        for node in order(&tops) {
+        for node in walk::parents_first(&tops) {
             if !node.is_active() {
                 continue;
             }
@@ -365,28 +365,10 @@ async fn tell_back(done: &[&Strong<Node>], was_to_be_active: bool) {
 
 /// All that is inactive at or below these nodes, children first: a parent reads through them.
 fn nodes_to_activate(tops: &[Strong<Node>]) -> Vec<Strong<Node>> {
-    order(tops).into_iter().filter(|node| !node.is_active()).rev().collect()
+    walk::parents_first(tops).into_iter().filter(|node| !node.is_active()).rev().collect()
 }
 
 fn has_parent_node(graph: &Graph, node: &Node) -> bool {
     let lock = graph.0.core.lock();
     node.parents().iter().any(|edge| lock.parent_node(edge).is_some())
-}
-
-/// These nodes and all below them, each after all of its parents that are among them.
-pub(in crate::graph) fn order(tops: &[Strong<Node>]) -> Vec<Strong<Node>> {
-    let mut order = Vec::new();
-    let mut seen = HashSet::new();
-    let mut todo: Vec<(Strong<Node>, bool)> =
-        tops.iter().map(|node| (Strong::clone(node), false)).collect();
-    while let Some((node, is_done)) = todo.pop() {
-        if is_done {
-            order.push(node);
-        } else if seen.insert(node.id()) {
-            todo.push((Strong::clone(&node), true));
-            todo.extend(walk::children_strong(&node).into_iter().map(|child| (child, false)));
-        }
-    }
-    order.reverse();
-    order
 }

@@ -22,8 +22,9 @@ use super::action::{Action, TURN, WAITING};
 use super::commit;
 use super::commit::Moved;
 use super::edit::stage;
-use super::perm::{self, Access, Strictness};
+use super::perm::{self, Strictness};
 use super::reopen::{self, Prepared, Wanted};
+use crate::driver::Access;
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::close::close_node::{CloseReport, Undelivered};
 use crate::graph::drain::set::{

@@ -3,9 +3,9 @@
 use bds_refcount::{Holder, HolderKind, Strong};
 
 use super::action::Action;
-use super::perm::Access;
 use super::reopen;
 use super::stage::{NewFacts, Stage};
+use crate::driver::Access;
 use crate::driver::Role;
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::drain::set;

@@ -5,18 +5,8 @@ use std::sync::Arc;
 
 use crate::driver::Role;
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::model::edge::Edge;
+use crate::graph::model::edge::{Edge, Freeze};
 use crate::graph::{Graph, NodeRef};
-
-/// Who freezes, and why.
-#[derive(Debug)]
-pub(in crate::graph) struct Freeze(String);
-
-impl fmt::Display for Freeze {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
 
 /// Links that no graph change moves, until this is dropped.
 #[must_use = "the links are free again when this is dropped"]
@@ -82,7 +72,7 @@ impl Graph {
             at = edge.target().strong().clone();
             edges.push(edge);
         }
-        let freeze = Arc::new(Freeze(who.to_owned()));
+        let freeze = Arc::new(Freeze::new(who));
         edges.iter().for_each(|edge| edge.set_frozen(&lock, Some(Arc::clone(&freeze))));
         drop(lock);
         Ok(Frozen { graph: self.clone(), edges })

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use bds_refcount::Strong;
 
 use super::stage::{Stage, key};
-pub use crate::driver::{Access, Perm};
+use crate::driver::{Access, Perm};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::lock::GraphLockGuard;
 use crate::graph::model::edge::Edge;

@@ -4,53 +4,13 @@
 //! name in his text under which he took it.
 
 use std::collections::HashSet;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use super::action::Action;
 use crate::error::{Error, ErrorKind, Result};
+use crate::graph::model::name::MAX_NAMES;
 use crate::graph::open::names::{Claim, check_name};
 use crate::graph::{Graph, NodeRef};
-
-/// A node can have this many names in its life.
-const MAX_NAMES: usize = 1000;
-
-/// A node's name now, behind all it ever had: whoever reads one may keep it as long as the node.
-pub(in crate::graph) struct NodeName {
-    text: Arc<str>,
-    next: OnceLock<Box<NodeName>>,
-}
-
-impl NodeName {
-    pub(in crate::graph) fn new(text: Arc<str>) -> Self {
-        Self { text, next: OnceLock::new() }
-    }
-
-    fn last(&self) -> (&Self, usize) {
-        let (mut at, mut count) = (self, 1);
-        while let Some(next) = at.next.get() {
-            (at, count) = (next, count + 1);
-        }
-        (at, count)
-    }
-
-    pub(in crate::graph) fn as_str(&self) -> &str {
-        &self.last().0.text
-    }
-
-    pub(in crate::graph) fn as_arc(&self) -> Arc<str> {
-        Arc::clone(&self.last().0.text)
-    }
-
-    fn can_change(&self) -> bool {
-        self.last().1 < MAX_NAMES
-    }
-
-    /// Under the lock of names.
-    fn change(&self, text: Arc<str>) {
-        let set = self.last().0.next.set(Box::new(Self::new(text))).is_ok();
-        debug_assert!(set, "names change under a lock");
-    }
-}
 
 /// The renames among the actions, the last word for each node.
 fn wanted(actions: &[Action]) -> Vec<(&NodeRef, &Arc<str>)> {

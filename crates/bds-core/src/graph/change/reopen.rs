@@ -6,7 +6,6 @@
 use bds_refcount::Strong;
 
 use super::action::Action;
-use super::activity::order;
 use super::stage::{Facts, NewFacts};
 use crate::driver::{OpenFlags, Reopen, ReopenContext};
 use crate::error::{Error, ErrorKind, Result};
@@ -127,7 +126,7 @@ pub(in crate::graph) fn collect(graph: &Graph, actions: &[Action]) -> Result<Vec
         }
     }
     let tops: Vec<_> = all.iter().map(|wanted| Strong::clone(wanted.node.strong())).collect();
-    let order: Vec<NodeId> = order(&tops).iter().map(|node| node.id()).collect();
+    let order: Vec<NodeId> = walk::parents_first(&tops).iter().map(|node| node.id()).collect();
     let place = |wanted: &Wanted| order.iter().position(|id| *id == wanted.node.id());
     all.sort_by_key(|wanted| std::cmp::Reverse(place(wanted)));
     Ok(all)

@@ -8,11 +8,12 @@ use std::sync::Arc;
 
 use bds_refcount::Strong;
 
-use super::perm::{Access, Accesses};
+use super::perm::Accesses;
+use crate::driver::Access;
 use crate::driver::{NodeUse, OpenFlags, Role};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::close::close_node::GraphCore;
-use crate::graph::model::edge::{Edge, Parent};
+use crate::graph::model::edge::{Edge, Parent, check_role};
 use crate::graph::model::node::{Node, NodeId};
 
 /// By id, so that one node is one entry; walked in an order that a replay sees again.
@@ -252,12 +253,8 @@ impl<'g> Stage<'g> {
         if let Some(parent) = parent {
             self.check_child(parent, edge.name(), to)?;
             let others = self.children(parent);
-            crate::graph::open::child::check_role(
-                others.iter().map(|edge| edge.role()),
-                edge.name(),
-                edge.role(),
-            )
-            .map_err(|error| error.node(parent.name()))?;
+            check_role(others.iter().map(|edge| edge.role()), edge.name(), edge.role())
+                .map_err(|error| error.node(parent.name()))?;
         }
         self.touch(Some(to));
         self.touch(parent);

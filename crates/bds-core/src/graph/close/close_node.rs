@@ -22,10 +22,10 @@ use bds_refcount::{Arena, Dead, Handle, Holder, HolderInfo, HolderKind, Release,
 
 use super::detached::to_the_end;
 use super::left_behind::wait_left_alone;
+use crate::driver::Access;
 use crate::driver::Role;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, EventHub};
-use crate::graph::change::perm::Access;
 use crate::graph::lock::Topology;
 use crate::graph::model::edge::{Edge, EdgeParts, Parent};
 use crate::graph::model::node::{Node, NodeId};

@@ -27,9 +27,9 @@ use bds_refcount::{Held, Holder, RcuCell, RcuGuard, Release, Strong};
 use super::in_flight::BackendInFlight;
 use super::node::{Node, NodeId};
 use crate::driver::Role;
+use crate::driver::{Access, Perm};
+use crate::error::{Error, ErrorKind, Result};
 use crate::graph::Graph;
-use crate::graph::change::freeze::Freeze;
-use crate::graph::change::perm::{Access, Perm};
 use crate::graph::lock::{Edit, GraphLockGuard, Loosened};
 
 /// Who uses a node through an edge.
@@ -476,6 +476,40 @@ impl Gate {
             opened.await;
         }
     }
+}
+
+/// Who freezes, and why.
+#[derive(Debug)]
+pub(in crate::graph) struct Freeze(String);
+
+impl Freeze {
+    pub(in crate::graph) fn new(who: &str) -> Self {
+        Self(who.to_owned())
+    }
+}
+
+impl fmt::Display for Freeze {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// At most one child each is the file, the backing or the filtered one, and a filtered one is nothing else.
+pub(in crate::graph) fn check_role(
+    mut others: impl Iterator<Item = Role>,
+    name: &str,
+    role: Role,
+) -> Result<()> {
+    let unique = role & (Role::PRIMARY | Role::COW | Role::FILTERED);
+    let mixed =
+        role.contains(Role::FILTERED) && role.intersects(Role::DATA | Role::METADATA | Role::COW);
+    if mixed || others.any(|other| other.intersects(unique)) {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("child '{name}' cannot have the role {role:?} beside the others"),
+        ));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ pub(super) mod edge;
 pub(super) mod flags;
 pub(super) mod in_flight;
 pub(super) mod limits;
+pub(super) mod name;
 pub(super) mod node;
 pub(super) mod node_ref;
 pub(super) mod threshold;

@@ -19,9 +19,9 @@ use super::blockers::Claims;
 use super::edge::Edge;
 use super::flags::{FlagsCell, Given};
 use super::limits::{self, LimitsCell};
+use super::name::NodeName;
 use super::threshold::Threshold;
 use crate::driver::{Driver, Limits, OpenFlags, Role};
-use crate::graph::change::rename::NodeName;
 use crate::tracker::RequestTracker;
 
 /// Names a node for ever: `Copy`, 64 bits, keeps nothing alive, never dangles. [`crate::graph::Graph::acquire`] is the only

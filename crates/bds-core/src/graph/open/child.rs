@@ -12,13 +12,14 @@ use bds_refcount::{Holder, HolderKind, Strong};
 use super::inspect::Inspected;
 use super::open_node::{Call, open_node};
 use super::reference_gate::{self, GateDecision, GateQuestion, ReferenceFormat};
+use crate::driver::Access;
 use crate::driver::{
     BoxFuture, Child, ChildOpener, ChildRequest, NodeUse, OpenFlags, Reference, ReferenceKind, Role,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::change::perm::{self, Access, Strictness};
+use crate::graph::change::perm::{self, Strictness};
 use crate::graph::change::stage::Stage;
-use crate::graph::model::edge::{Edge, EdgeParts};
+use crate::graph::model::edge::{Edge, EdgeParts, check_role};
 use crate::graph::model::flags::inherited;
 use crate::graph::model::node::Node;
 use crate::graph::query::walk;
@@ -270,24 +271,6 @@ impl ChildOpener for Opener {
     fn open_child<'a>(&'a mut self, request: ChildRequest) -> BoxFuture<'a, Result<Option<Child>>> {
         Box::pin(self.open(request))
     }
-}
-
-/// At most one child each is the file, the backing or the filtered one, and a filtered one is nothing else.
-pub(in crate::graph) fn check_role(
-    mut others: impl Iterator<Item = Role>,
-    name: &str,
-    role: Role,
-) -> Result<()> {
-    let unique = role & (Role::PRIMARY | Role::COW | Role::FILTERED);
-    let mixed =
-        role.contains(Role::FILTERED) && role.intersects(Role::DATA | Role::METADATA | Role::COW);
-    if mixed || others.any(|other| other.intersects(unique)) {
-        return Err(Error::new(
-            ErrorKind::InvalidInput,
-            format!("child '{name}' cannot have the role {role:?} beside the others"),
-        ));
-    }
-    Ok(())
 }
 
 /// The usual reason why a data file is not found.

@@ -15,13 +15,13 @@ use std::sync::Arc;
 
 use bds_refcount::{Holder, HolderKind};
 
-use super::create_target::{Target, protocol_of};
+use super::create_target::{Target, check_rest, protocol_of, unknown};
 use super::inspect::{Inspected, file_options};
 use super::open_node::SweepIfDropped;
 use super::reference_gate::{self, GateDecision, GateQuestion, ReferenceFormat};
+use crate::driver::{Access, Perm};
 use crate::driver::{Child, CreateContext, DriverType, OpenFlags, ReferenceKind, Role};
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::change::perm::{Access, Perm};
 use crate::graph::{CloseError, Graph, NodeRef, Root};
 use crate::options::Options;
 
@@ -316,21 +316,4 @@ fn split_options(
         }
     }
     Ok(taken)
-}
-
-pub(in crate::graph) fn check_rest(driver: &dyn DriverType, options: &Options) -> Result<()> {
-    match options.keys().next() {
-        Some(key) => Err(unknown(driver, key)),
-        None => Ok(()),
-    }
-}
-
-fn unknown(driver: &dyn DriverType, key: &str) -> Error {
-    let known: Vec<&str> = driver.create_options().iter().map(|spec| spec.name).collect();
-    let words = format!(
-        "{} images have no option '{key}' (there are: {})",
-        driver.name(),
-        known.join(", ")
-    );
-    Error::new(ErrorKind::InvalidInput, words)
 }

@@ -8,9 +8,8 @@ use std::sync::{Mutex, PoisonError};
 
 use bds_io::{Fs, shares_bytes};
 
-use super::create::check_rest;
 use super::inspect::Inspected;
-use crate::driver::{BoxFuture, ClaimedFile};
+use crate::driver::{BoxFuture, ClaimedFile, DriverType};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::Graph;
 use crate::graph::query::walk;
@@ -130,4 +129,22 @@ impl Drop for MadeFile {
             }
         }
     }
+}
+
+/// Refuses options that are left over.
+pub(super) fn check_rest(driver: &dyn DriverType, options: &Options) -> Result<()> {
+    match options.keys().next() {
+        Some(key) => Err(unknown(driver, key)),
+        None => Ok(()),
+    }
+}
+
+pub(super) fn unknown(driver: &dyn DriverType, key: &str) -> Error {
+    let known: Vec<&str> = driver.create_options().iter().map(|spec| spec.name).collect();
+    let words = format!(
+        "{} images have no option '{key}' (there are: {})",
+        driver.name(),
+        known.join(", ")
+    );
+    Error::new(ErrorKind::InvalidInput, words)
 }

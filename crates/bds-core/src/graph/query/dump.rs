@@ -9,9 +9,9 @@ use bds_refcount::{HolderInfo, HolderKind};
 use serde_json::{Value, json};
 
 use super::facts::letters;
+use crate::driver::Access;
 use crate::driver::{DetectZeroes, OpenFlags, Role};
 use crate::graph::Graph;
-use crate::graph::change::perm::Access;
 use crate::graph::model::node_ref::NodeRef;
 
 impl Graph {

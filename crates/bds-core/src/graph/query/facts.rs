@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use crate::driver::Role;
-use crate::graph::change::perm::{Access, Perm};
+use crate::driver::{Access, Perm};
 use crate::graph::model::edge::{Edge, Parent};
 use crate::graph::model::node::NodeId;
 use crate::graph::{Graph, NodeRef};

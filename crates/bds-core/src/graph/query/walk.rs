@@ -166,7 +166,7 @@ pub fn child(node: &NodeRef, name: &str) -> Option<(NodeRef, Role)> {
 /// ```
 pub fn children(node: &NodeRef) -> Vec<(&'static str, Role, NodeRef)> {
     let edges = node.node().children();
-    let child = |edge: &std::sync::Arc<crate::graph::Edge>| {
+    let child = |edge: &std::sync::Arc<crate::graph::model::edge::Edge>| {
         (edge.name(), edge.role(), as_ref(node, Strong::clone(edge.target().strong())))
     };
     edges.iter().map(child).collect()
@@ -256,4 +256,22 @@ pub(crate) fn each_below_strong(start: &Strong<Node>, visit: &mut dyn FnMut(&Str
         visit(&node);
         todo.extend(children_strong(&node));
     }
+}
+
+/// These nodes and all below them, each after all of its parents that are among them.
+pub(in crate::graph) fn parents_first(tops: &[Strong<Node>]) -> Vec<Strong<Node>> {
+    let mut order = Vec::new();
+    let mut seen = HashSet::new();
+    let mut todo: Vec<(Strong<Node>, bool)> =
+        tops.iter().map(|node| (Strong::clone(node), false)).collect();
+    while let Some((node, is_done)) = todo.pop() {
+        if is_done {
+            order.push(node);
+        } else if seen.insert(node.id()) {
+            todo.push((Strong::clone(&node), true));
+            todo.extend(children_strong(&node).into_iter().map(|child| (child, false)));
+        }
+    }
+    order.reverse();
+    order
 }

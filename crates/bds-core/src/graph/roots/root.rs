@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use bds_refcount::{Holder, HolderKind, Strong};
 
+use crate::driver::Access;
 use crate::driver::Role;
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::change::perm::{self, Access, Strictness};
+use crate::graph::change::perm::{self, Strictness};
 use crate::graph::change::stage::Stage;
 use crate::graph::model::blockers::Operations;
 use crate::graph::model::edge::{Edge, EdgeParts, Parent};

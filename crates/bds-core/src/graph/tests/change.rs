@@ -317,7 +317,7 @@ fn roles_exclude_each_other() {
         (vec![], Role::FILTERED | Role::DATA, false),
         (vec![], Role::FILTERED | Role::COW, false),
     ] {
-        let found = crate::graph::open::child::check_role(others.iter().copied(), "x", role);
+        let found = crate::graph::model::edge::check_role(others.iter().copied(), "x", role);
         assert_eq!(found.is_ok(), fits, "{others:?} + {role:?}");
     }
 }
