@@ -58,7 +58,7 @@ pub(super) async fn enter_hall(edge: &Edge) -> Result<Entered<'_>, TurnedAway<'_
 #[inline]
 fn try_enter(edge: &Edge) -> Option<Result<Entered<'_>, TurnedAway<'_>>> {
     let ticket = edge.ticket()?;
-    let lodged = edge.backend_in_flight().map(|in_flight| in_flight.lodge());
+    let lodged = edge.backend_in_flight().map(|in_flight| in_flight.enter());
     let Some(target) = edge.medium() else {
         let away = || TurnedAway { error: no_medium(edge), lodged };
         return edge.admits(ticket).then(|| Err(away()));

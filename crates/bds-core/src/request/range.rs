@@ -35,7 +35,7 @@ pub(super) fn check_data(offset: u64, len: u64) -> Result<u64> {
 #[inline]
 pub(super) fn check_write(edge: &Edge, node: &Node, end: u64, is_unchanged: bool) -> Result<()> {
     may_write(edge, node, end, is_unchanged)?;
-    if end > node.write_mark() {
+    if end > node.write_threshold_or_max() {
         node.pass_threshold(end);
     }
     Ok(())

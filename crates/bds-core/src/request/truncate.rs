@@ -5,7 +5,7 @@ use super::enter::{Entered, enter, named};
 use super::range::{self, MAX_LEN};
 use crate::driver::{BoxFuture, Truncate};
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::{Edge, Operations, Perm};
+use crate::graph::{BlockOps, Edge, Perm};
 
 /// Changes the length. Nothing else touches bytes behind the shorter of both lengths meanwhile.
 pub(super) fn truncate(edge: &Edge, change: Truncate) -> BoxFuture<'_, Result<()>> {
@@ -27,7 +27,7 @@ fn truncate_below<'a>(
 /// As [`truncate`], for a user, who can be told to leave the length alone.
 pub(super) async fn truncate_for_user(edge: &Edge, change: Truncate) -> Result<()> {
     let node = enter(edge).await?;
-    named(&node, node.check_allowed(Operations::RESIZE))?;
+    named(&node, node.check_allowed(BlockOps::RESIZE))?;
     named(&node, truncate_inside(edge, &node, change, None).await)
 }
 

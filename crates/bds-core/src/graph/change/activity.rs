@@ -11,11 +11,11 @@ use bds_refcount::Strong;
 
 use super::commit::Moved;
 use super::perm::{self, Strictness};
-use super::stage::{Facts, Stage};
+use super::stage::{Accesses, Facts, Stage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::close::detached::to_the_end;
+use crate::graph::drain::set::DrainedEdit;
 use crate::graph::drain::set::{DrainSet, Drained, Section, wait_undrained_below};
-use crate::graph::lock::Edit;
 use crate::graph::model::node::{Node, NodeId};
 use crate::graph::query::walk;
 use crate::graph::{Graph, NodeRef};
@@ -316,14 +316,14 @@ impl Graph {
         Ok(set)
     }
 
-    fn settle_activity(&self, set: &[Strong<Node>], is_active: bool) -> Result<perm::Accesses> {
+    fn settle_activity(&self, set: &[Strong<Node>], is_active: bool) -> Result<Accesses> {
         let _lock = self.0.core.lock();
         let stage = self.stage_activity(set, is_active);
         perm::settle(&stage, stage.starts(), Strictness::Checked)
     }
 
     fn stage_activity(&self, set: &[Strong<Node>], is_active: bool) -> Stage<'_> {
-        let mut stage = Stage::new(&self.0.core);
+        let mut stage = Stage::new(&self.0.core.arena);
         for node in set {
             stage.set_facts(node, Facts { is_active: Some(is_active), ..Facts::default() });
         }
@@ -340,7 +340,7 @@ impl Graph {
         let stage = self.stage_activity(set, is_active);
         let accesses = perm::settle(&stage, stage.starts(), Strictness::Checked)?;
         self.step()?;
-        let edit = Edit::new(drained, &lock);
+        let edit = DrainedEdit::new(drained, &lock);
         set.iter().for_each(|node| node.set_active(is_active));
         perm::apply(&lock, accesses);
         // Lengths and limits may have changed below.

@@ -26,11 +26,12 @@ use super::perm::{self, Strictness};
 use super::reopen::{self, Prepared, Wanted};
 use crate::driver::Access;
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::close::close_node::{CloseReport, Undelivered};
+use crate::graph::close::close_node::Undelivered;
+use crate::graph::close::report::CloseReport;
+use crate::graph::drain::set::DrainedEdit;
 use crate::graph::drain::set::{
     self, DrainSet, Drained, DrainedBelow, Section, wait_undrained_below,
 };
-use crate::graph::lock::Edit;
 use crate::graph::model::edge::Edge;
 use crate::graph::model::node::Node;
 use crate::graph::roots::root::RootMove;
@@ -324,15 +325,15 @@ impl Change {
                 }
             }
         };
-        let Outcome { moved, removed, drained } = outcome;
-        moved.settle().await;
-        let edges = moved.edges();
+        let Outcome { mut moved, removed, drained } = outcome;
+        moved.wait_released().await;
+        let old_targets = moved.take_old_targets();
         drop(moved);
         drop(drained);
         let held = bds_io::now().saturating_sub(begun);
         drop(one);
         drop(actions);
-        let closed = commit::close_removed(&graph, removed, edges).await;
+        let closed = commit::close_removed(&graph, removed, old_targets).await;
         Ok((held, closed))
     }
 }
@@ -381,7 +382,7 @@ async fn carry_out(
             if missing.is_empty() {
                 let accesses = perm::settle(&staged, staged.starts(), Strictness::Checked)?;
                 graph.step()?;
-                let edit = Edit::new(&drained, &lock);
+                let edit = DrainedEdit::new(&drained, &lock);
                 let done =
                     commit::put_into_force(graph, &edit, staged, accesses, prepared, actions)?;
                 drop(lock);

@@ -3,22 +3,26 @@
 use std::collections::HashSet;
 use std::panic::Location;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bds_refcount::Strong;
 
 use super::action::Action;
-use super::perm::{self, Accesses};
+use super::perm;
 use super::reopen::{Prepared, Reopened};
-use super::stage::{Attach, ById, Move, Stage, Staged};
+use super::stage::{Accesses, Attach, ById, Move, Stage, Staged};
 use crate::driver::Child;
 use crate::error::Result;
 use crate::graph::close::close_node::Undelivered;
-use crate::graph::lock::Edit;
-use crate::graph::model::edge::{Edge, Parent};
+use crate::graph::drain::set::DrainedEdit;
+use crate::graph::model::edge::{Edge, OldTarget, Parent};
 use crate::graph::model::node::Node;
 use crate::graph::query::walk;
 use crate::graph::roots::backends;
 use crate::graph::{Graph, NodeRef};
+
+/// How long a removal waits for requests that are stuck in a poisoned node. They may end late or never.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What remains to be done after the lock is given back.
 pub(in crate::graph) struct Done {
@@ -33,7 +37,7 @@ pub(in crate::graph) struct Done {
 /// A driver refused its first backing node, or to lose its only one. Nothing has changed.
 pub(in crate::graph) fn put_into_force(
     graph: &Graph,
-    edit: &Edit<'_>,
+    edit: &DrainedEdit<'_>,
     stage: Stage<'_>,
     accesses: Accesses,
     prepared: Vec<Prepared<'_>>,
@@ -122,6 +126,7 @@ impl Drop for Told<'_> {
 #[derive(Default)]
 pub(in crate::graph) struct Moved {
     edges: Vec<Arc<Edge>>,
+    old_targets: Vec<OldTarget>,
     /// Nodes whose children differ, and nodes that were reopened.
     parents: ById<Strong<Node>>,
     /// What nodes' edges led to before: there and below, inheritance may have ended.
@@ -138,14 +143,14 @@ impl Moved {
 
     pub(in crate::graph) fn repoint(
         &mut self,
-        edit: &Edit<'_>,
+        edit: &DrainedEdit<'_>,
         staged: Move,
         since: &'static Location<'static>,
     ) {
         let Move { edge, from, to, .. } = staged;
         // On the edge's own behalf: its share of the drain goes when it leaves the old node.
-        edge.close();
-        edge.swap(edit, to.clone(), since);
+        edge.close_gate();
+        self.old_targets.push(edge.repoint(edit, to.clone(), since));
         edit.lock.reattach(from.as_deref(), to.as_deref(), &edge);
         let events = &edit.lock.core.events;
         backends::tell_moved(events, &edge, from.as_deref(), to.as_deref());
@@ -156,7 +161,7 @@ impl Moved {
         self.edges.push(edge);
     }
 
-    fn attach(&mut self, edit: &Edit<'_>, staged: Attach) {
+    fn attach(&mut self, edit: &DrainedEdit<'_>, staged: Attach) {
         let Attach { parent, edge, to } = staged;
         if let Some(parent) = parent {
             edge.set_parent(Parent::Node(parent.id()));
@@ -168,7 +173,7 @@ impl Moved {
         edit.lock.attach(&to, &edge);
     }
 
-    fn drop_edge(&mut self, edit: &Edit<'_>, parent: &Strong<Node>, edge: Arc<Edge>) {
+    fn drop_edge(&mut self, edit: &DrainedEdit<'_>, parent: &Strong<Node>, edge: Arc<Edge>) {
         let mut children = parent.children().to_vec();
         children.retain(|known| !Arc::ptr_eq(known, &edge));
         parent.set_children(children);
@@ -181,8 +186,8 @@ impl Moved {
     }
 
     /// Lets everyone above see what is below now, and forgets inheritance that has ended.
-    pub(in crate::graph) fn refresh(&mut self, graph: &Graph, edit: &Edit<'_>) {
-        let now = Stage::new(&graph.0.core);
+    pub(in crate::graph) fn refresh(&mut self, graph: &Graph, edit: &DrainedEdit<'_>) {
+        let now = Stage::new(&graph.0.core.arena);
         for orphan in self.orphans.drain(..) {
             // Whatever has come in between, an heir hangs somewhere below what was cut off.
             walk::each_below_strong(&orphan, &mut |heir| {
@@ -205,21 +210,21 @@ impl Moved {
         graph.note_change();
     }
 
-    pub(in crate::graph) fn edges(&self) -> Vec<Arc<Edge>> {
-        self.edges.clone()
+    /// Waits, behind the closed gates, until the references to the old targets are given up.
+    pub(in crate::graph) async fn wait_released(&self) {
+        for old in &self.old_targets {
+            old.wait_released().await;
+        }
     }
 
-    /// Waits, behind the closed gates, until the references to the old targets are given up.
-    pub(in crate::graph) async fn settle(&self) {
-        for edge in &self.edges {
-            edge.settle().await;
-        }
+    pub(in crate::graph) fn take_old_targets(&mut self) -> Vec<OldTarget> {
+        std::mem::take(&mut self.old_targets)
     }
 }
 
 impl Drop for Moved {
     fn drop(&mut self) {
-        self.edges.iter().for_each(|edge| edge.open());
+        self.edges.iter().for_each(|edge| edge.open_gate());
     }
 }
 
@@ -256,15 +261,14 @@ impl Graph {
 pub(in crate::graph) async fn close_removed(
     graph: &Graph,
     removed: Vec<NodeRef>,
-    moved: Vec<Arc<Edge>>,
+    old_targets: Vec<OldTarget>,
 ) -> Undelivered {
     let mut closed = Undelivered::new(&graph.0.core);
     if removed.is_empty() {
         return closed;
     }
-    // By value: an edge of what is closed next must not be in our hands then.
-    for edge in moved {
-        edge.settle_patiently().await;
+    for old in old_targets {
+        old.wait_released_within(RELEASE_TIMEOUT).await;
     }
     for node in removed {
         match node.end() {

@@ -8,9 +8,9 @@ use super::stage::{NewFacts, Stage};
 use crate::driver::Access;
 use crate::driver::Role;
 use crate::error::{Error, ErrorKind, Result};
+use crate::graph::core::LockedGraph;
 use crate::graph::drain::set;
-use crate::graph::lock::GraphLockGuard;
-use crate::graph::model::blockers::Operations;
+use crate::graph::model::blockers::BlockOps;
 use crate::graph::model::edge::{Edge, EdgeParts};
 use crate::graph::model::node::Node;
 use crate::graph::{Graph, NodeRef};
@@ -19,11 +19,11 @@ use crate::options::Options;
 /// What the edits come to, on the graph as it is now.
 pub(in crate::graph) fn stage<'g>(
     graph: &'g Graph,
-    lock: &GraphLockGuard<'_>,
+    lock: &LockedGraph<'_>,
     actions: &[Action],
     facts: Vec<NewFacts>,
 ) -> Result<Stage<'g>> {
-    let mut stage = Stage::new(&graph.0.core);
+    let mut stage = Stage::new(&graph.0.core.arena);
     let mut editor = Editor { graph, stage: &mut stage, _lock: lock };
     for action in actions {
         editor.apply(action)?;
@@ -42,18 +42,18 @@ pub(in crate::graph) fn stage<'g>(
 struct Editor<'e, 'g> {
     graph: &'g Graph,
     stage: &'e mut Stage<'g>,
-    _lock: &'e GraphLockGuard<'e>,
+    _lock: &'e LockedGraph<'e>,
 }
 
 impl Editor<'_, '_> {
     fn apply(&mut self, action: &Action) -> Result<()> {
         match action {
             Action::Append { top, overlay } => {
-                top.check_allowed(Operations::EXTERNAL_SNAPSHOT)?;
+                top.check_allowed(BlockOps::EXTERNAL_SNAPSHOT)?;
                 self.append(top, overlay)
             }
             Action::Replace { from, to } => {
-                from.check_allowed(Operations::REPLACE)?;
+                from.check_allowed(BlockOps::REPLACE)?;
                 self.move_parents(from, to)
             }
             Action::ReplaceChild { parent, child, to } => self.replace_child(parent, child, to),
@@ -70,7 +70,7 @@ impl Editor<'_, '_> {
             }
             Action::SetBacking { node, backing } => self.set_backing(node, backing.as_ref()),
             Action::Remove { node } => {
-                node.check_allowed(Operations::DELETE)?;
+                node.check_allowed(BlockOps::DELETE)?;
                 self.stage.leave_graph(node.strong());
                 Ok(())
             }
@@ -134,8 +134,8 @@ impl Editor<'_, '_> {
                 return Err(Error::new(ErrorKind::InUse, words).node(from.name()));
             }
             let closes_loop = |parent: Strong<Node>| self.stage.reaches(to.strong(), &parent);
-            if edge.stays()
-                || edge.is_closing()
+            if edge.is_fixed()
+                || edge.parent_closing()
                 || self.stage.parent_node(&edge).is_some_and(closes_loop)
             {
                 continue;
@@ -188,12 +188,12 @@ impl Editor<'_, '_> {
             access: Access::NONE,
             holder: Holder::new(HolderKind::Edge, format!("{}.backing", node.name())),
             since: backing.since(),
-            stays: false,
-            graph: None,
-            in_flight: None,
+            is_fixed: false,
+            keep_alive: None,
+            backend_in_flight: None,
         };
         let target = Strong::clone(backing.strong());
-        let edge = Edge::new(parts, Some(target), &self.graph.0.core.topology.loosened);
+        let edge = Edge::new(parts, Some(target), &self.graph.0.core.topology.stale_perms);
         self.stage.attach(Some(node.strong()), &edge, backing.strong())
     }
 

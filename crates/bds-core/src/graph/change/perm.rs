@@ -7,20 +7,18 @@
 //! Rules: of two edges to one node, each bears what the other does; nobody writes to a read-only or inactive node; who writes
 //! without resizing finds an aligned end. Loosening is not checked and cannot fail.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use bds_refcount::Strong;
 
-use super::stage::{Stage, key};
+use super::stage::{Accesses, Stage, key};
 use crate::driver::{Access, Perm};
 use crate::error::{Error, ErrorKind, Result};
+use crate::graph::core::{GraphCore, LockedGraph};
 use crate::graph::lock::GraphLockGuard;
 use crate::graph::model::edge::Edge;
 use crate::graph::model::node::{Node, NodeId};
-
-/// What edges are going to do that do something else now.
-pub(in crate::graph) type Accesses = HashMap<usize, (Arc<Edge>, Access)>;
 
 /// Whether what comes of it must be allowed.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -199,10 +197,19 @@ fn conflict(node: &Node, user: (&Arc<Edge>, Access), objector: (&Arc<Edge>, Acce
     Error::new(ErrorKind::InUse, words).node(node.name())
 }
 
-/// Sees to what edges that are gone did: the nodes they pointed to, and all below, may be used for less now.
-pub(in crate::graph) fn loosen(lock: &GraphLockGuard<'_>) {
+impl GraphCore {
+    /// Takes the topology lock. Permissions are exact from here on: those of nodes that lost an edge are recomputed first.
+    pub(in crate::graph) fn lock(&self) -> LockedGraph<'_> {
+        let lock = self.lock_stale();
+        recompute_stale(&lock);
+        lock
+    }
+}
+
+/// Recomputes permissions of nodes that lost a parent edge, and of all nodes below: they may be used for less now.
+pub(in crate::graph) fn recompute_stale(lock: &LockedGraph<'_>) {
     let mut starts = BTreeMap::new();
-    while let Some(id) = lock.core.topology.loosened.pop() {
+    while let Some(id) = lock.core.topology.stale_perms.pop() {
         if let Ok(node) = lock.core.arena.acquire(id.0) {
             starts.insert(id, node);
         }
@@ -210,7 +217,7 @@ pub(in crate::graph) fn loosen(lock: &GraphLockGuard<'_>) {
     if starts.is_empty() {
         return;
     }
-    let stage = Stage::new(lock.core);
+    let stage = Stage::new(&lock.core.arena);
     let found = settle(&stage, starts.into_values(), Strictness::Loosening);
     apply(lock, found.expect("what is not checked cannot fail"));
 }

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use super::action::Action;
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::model::name::MAX_NAMES;
-use crate::graph::open::names::{Claim, check_name};
+use crate::graph::name_table::Claim;
+use crate::graph::open::names::check_name;
 use crate::graph::{Graph, NodeRef};
 
 /// The renames among the actions, the last word for each node.
@@ -45,13 +46,13 @@ impl Graph {
         if renames.wanted.is_empty() {
             return Ok(renames);
         }
-        let mut plan = self.plan();
+        let mut names = self.lock_names();
         let leaving: HashSet<Arc<str>> =
             renames.wanted.iter().map(|(node, _)| node.node().name_arc()).collect();
         let mut coming = HashSet::new();
         for (node, name) in &renames.wanted {
             check_name(name).map_err(|error| error.node(node.name()))?;
-            let is_taken = self.is_taken(&plan, name) && !leaving.contains(*name);
+            let is_taken = self.is_taken(&names, name) && !leaving.contains(*name);
             if is_taken || !coming.insert(Arc::clone(name)) {
                 let words = format!("the node name '{name}' is taken");
                 return Err(Error::new(ErrorKind::AlreadyExists, words).node(node.name()));
@@ -63,10 +64,10 @@ impl Graph {
         }
         // What is left by one of the nodes is claimed by that until then.
         for name in coming.difference(&leaving) {
-            plan.names.insert(Arc::clone(name), Claim::Opening);
+            names.claims.insert(Arc::clone(name), Claim::Opening);
             renames.reserved.push(Arc::clone(name));
         }
-        drop(plan);
+        drop(names);
         Ok(renames)
     }
 }
@@ -74,12 +75,12 @@ impl Graph {
 impl Renames<'_> {
     /// The nodes have their new names from here on.
     pub(in crate::graph) fn commit(mut self) {
-        let mut plan = self.graph.plan();
+        let mut names = self.graph.lock_names();
         for (node, _) in &self.wanted {
-            plan.names.remove(node.name());
+            names.claims.remove(node.name());
         }
         for (node, name) in &self.wanted {
-            plan.names.insert(Arc::clone(name), Claim::Node(node.id()));
+            names.claims.insert(Arc::clone(name), Claim::Node(node.id()));
             node.node().names().change(Arc::clone(name));
         }
         self.reserved.clear();
@@ -89,9 +90,9 @@ impl Renames<'_> {
 impl Drop for Renames<'_> {
     fn drop(&mut self) {
         if !self.reserved.is_empty() {
-            let mut plan = self.graph.plan();
+            let mut names = self.graph.lock_names();
             for name in &self.reserved {
-                plan.names.remove(name);
+                names.claims.remove(name);
             }
         }
     }

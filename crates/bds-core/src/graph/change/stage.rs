@@ -6,13 +6,10 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
-use bds_refcount::Strong;
+use bds_refcount::{Arena, Strong};
 
-use super::perm::Accesses;
-use crate::driver::Access;
-use crate::driver::{NodeUse, OpenFlags, Role};
+use crate::driver::{Access, NodeUse, OpenFlags, Role};
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::close::close_node::GraphCore;
 use crate::graph::model::edge::{Edge, Parent, check_role};
 use crate::graph::model::node::{Node, NodeId};
 
@@ -23,6 +20,9 @@ pub(in crate::graph) type ById<T> = BTreeMap<NodeId, T>;
 pub(in crate::graph) fn key(edge: &Arc<Edge>) -> usize {
     Arc::as_ptr(edge).addr()
 }
+
+/// Accesses that edges are going to have, by [`key`], where they differ.
+pub(in crate::graph) type Accesses = HashMap<usize, (Arc<Edge>, Access)>;
 
 /// What a node is going to be, where that differs.
 #[derive(Clone, Copy, Debug, Default)]
@@ -63,7 +63,7 @@ pub(in crate::graph) struct Attach {
 
 /// Changes laid over the graph.
 pub(in crate::graph) struct Stage<'g> {
-    core: &'g GraphCore,
+    arena: &'g Arena<Node>,
     moves: HashMap<usize, Move>,
     attached: Vec<Attach>,
     /// Edges of nodes that go from their parent: the parent's list loses them.
@@ -81,9 +81,9 @@ pub(in crate::graph) struct Stage<'g> {
 }
 
 impl<'g> Stage<'g> {
-    pub(in crate::graph) fn new(core: &'g GraphCore) -> Self {
+    pub(in crate::graph) fn new(arena: &'g Arena<Node>) -> Self {
         Self {
-            core,
+            arena,
             moves: HashMap::new(),
             attached: Vec::new(),
             dropped: HashMap::new(),
@@ -193,7 +193,7 @@ impl<'g> Stage<'g> {
     /// The node that uses the edge, if it is one and it lives.
     pub(in crate::graph) fn parent_node(&self, edge: &Arc<Edge>) -> Option<Strong<Node>> {
         match edge.parent() {
-            Some(Parent::Node(id)) => self.core.arena.acquire(id.0).ok(),
+            Some(Parent::Node(id)) => self.arena.acquire(id.0).ok(),
             Some(Parent::Root(_)) => None,
             // Staged edges learn of their parent when they are put into force.
             None => {

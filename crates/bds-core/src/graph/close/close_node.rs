@@ -15,73 +15,22 @@ use std::collections::HashSet;
 use std::fmt;
 use std::panic::Location;
 use std::pin::pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
-use bds_io::sync::Mutex as AsyncMutex;
-use bds_refcount::{Arena, Dead, Handle, Holder, HolderInfo, HolderKind, Release, Strong};
+use bds_refcount::{Dead, Handle, Holder, HolderInfo, HolderKind, Release, Strong};
 
 use super::detached::to_the_end;
-use super::left_behind::wait_left_alone;
+use super::left_behind::{left_alone, wait_left_alone};
+use super::report::CloseReport;
 use crate::driver::Access;
 use crate::driver::Role;
 use crate::error::{Error, ErrorKind, Result};
-use crate::event::{Event, EventHub};
-use crate::graph::lock::Topology;
+use crate::event::Event;
+use crate::graph::core::{Graph, GraphCore, Shared};
 use crate::graph::model::edge::{Edge, EdgeParts, Parent};
 use crate::graph::model::node::{Node, NodeId};
 use crate::graph::model::node_ref::NodeRef;
-use crate::graph::open::names::Claim;
-use crate::graph::{Graph, MakePort, NameTable};
-
-/// How a node ended.
-#[derive(Debug)]
-pub struct CloseReport {
-    /// Its id, stale by now.
-    pub node: NodeId,
-    /// Its name, free by now.
-    pub name: String,
-    /// Its driver's name.
-    pub driver: &'static str,
-    /// Why data written earlier may not be durable.
-    pub flush_error: Option<Error>,
-    /// What its driver could not finish.
-    pub close_error: Option<Error>,
-    /// From [`NodeRef::close`]: nodes that ended because only this one held them, in the order of their closing.
-    pub below: Vec<CloseReport>,
-}
-
-impl CloseReport {
-    /// Nothing failed, here or below.
-    ///
-    /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let layer = "driver=layer,file.driver=memory,file.size=1M,file.fail-flush=on";
-    /// let disk = open(&graph, layer).await?;
-    /// # let writer = BackendOptions { writable: true, ..Default::default() };
-    /// # Backend::new(&disk, writer)?.write_at(0, b"x")?;
-    /// let report = disk.close().await?;
-    /// assert!(!report.is_clean(), "its file ended with it, and could not be flushed");
-    /// assert_eq!((report.errors().count(), report.below.len()), (1, 1));
-    /// # Ok(()) });
-    /// ```
-    pub fn is_clean(&self) -> bool {
-        self.errors().next().is_none()
-    }
-
-    /// All that failed, here first, then below.
-    pub fn errors(&self) -> Box<dyn Iterator<Item = &Error> + '_> {
-        let own = self.flush_error.iter().chain(&self.close_error);
-        Box::new(own.chain(self.below.iter().flat_map(Self::errors)))
-    }
-
-    /// The first failure, if there is one, as a result.
-    pub fn into_result(self) -> Result<()> {
-        let below = self.below.into_iter().map(Self::into_result);
-        let own = [self.flush_error, self.close_error].into_iter().flatten().map(Err);
-        own.chain(below).collect()
-    }
-}
+use crate::graph::name_table::Claim;
 
 /// Why a node was not closed.
 #[derive(Debug)]
@@ -114,36 +63,6 @@ impl From<CloseError> for Error {
     }
 }
 
-/// Reports on their way to a caller. Dropped before they are delivered: kept for [`Graph::reports`].
-pub(in crate::graph) struct Undelivered {
-    core: GraphCore,
-    reports: Vec<CloseReport>,
-}
-
-impl Undelivered {
-    pub(in crate::graph) fn new(core: &GraphCore) -> Self {
-        Self { core: core.clone(), reports: Vec::new() }
-    }
-
-    pub(in crate::graph) fn push(&mut self, report: CloseReport) {
-        self.reports.push(report);
-    }
-
-    pub(in crate::graph) fn extend(&mut self, reports: Vec<CloseReport>) {
-        self.reports.extend(reports);
-    }
-
-    pub(in crate::graph) fn deliver(mut self) -> Vec<CloseReport> {
-        std::mem::take(&mut self.reports)
-    }
-}
-
-impl Drop for Undelivered {
-    fn drop(&mut self) {
-        self.core.keep(std::mem::take(&mut self.reports));
-    }
-}
-
 /// A dead node whose closing has begun.
 struct Closing(Dead<Node>);
 
@@ -155,44 +74,7 @@ enum Released {
     Unflushed(Arc<Edge>),
 }
 
-/// All it takes to close dead nodes, without the graph itself: the graph's own end reaps too.
-#[derive(Clone)]
-pub(crate) struct GraphCore {
-    pub(in crate::graph) arena: Arena<Node>,
-    pub(in crate::graph) plan: Arc<Mutex<NameTable>>,
-    pub(in crate::graph) make_port: MakePort,
-    /// One sweep at a time, so that a close keeps its own dead together.
-    sweeping: Arc<AsyncMutex<()>>,
-    unasked: Arc<Mutex<Vec<CloseReport>>>,
-    pub(in crate::graph) topology: Arc<Topology>,
-    pub(in crate::graph) events: EventHub,
-    /// Dead nodes whose closing waits for the end of a drained section below them.
-    deferred: Arc<Mutex<Vec<Dead<Node>>>>,
-}
-
 impl GraphCore {
-    pub(in crate::graph) fn new(arena: Arena<Node>, make_port: MakePort) -> Self {
-        Self {
-            arena,
-            plan: Arc::default(),
-            make_port,
-            sweeping: Arc::default(),
-            unasked: Arc::default(),
-            topology: Arc::default(),
-            events: EventHub::default(),
-            deferred: Arc::default(),
-        }
-    }
-
-    pub(in crate::graph) fn lock_plan(&self) -> MutexGuard<'_, NameTable> {
-        self.plan.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The nodes that live now.
-    pub(in crate::graph) fn live(&self) -> Vec<Strong<Node>> {
-        self.arena.snapshot().into_iter().filter_map(|id| self.arena.acquire(id).ok()).collect()
-    }
-
     /// Closes everything dead that can be closed now, including what dies of that.
     pub(in crate::graph) async fn sweep(self) -> Vec<CloseReport> {
         let _one_at_a_time = self.sweeping.lock().await;
@@ -243,26 +125,26 @@ impl GraphCore {
         if lock.state.drain_alls > 0 || children.iter().any(|edge| edge.is_quiesced()) {
             return Err(dead);
         }
-        children.iter().for_each(|edge| edge.begin_closing(&lock));
+        children.iter().for_each(|edge| edge.set_parent_closing(&lock));
         Ok(Closing(dead))
     }
 
     /// As [`GraphCore::begin_closing`], after the end of the drained sections that are in the way.
     async fn begin_closing_patiently(&self, mut dead: Dead<Node>) -> Closing {
         loop {
-            let mut eased = pin!(self.topology.eased.notified());
-            eased.as_mut().enable();
+            let mut progress = pin!(self.topology.drain_progress.notified());
+            progress.as_mut().enable();
             match self.begin_closing(dead) {
                 Ok(closing) => return closing,
                 Err(back) => dead = back,
             }
-            eased.await;
+            progress.await;
         }
     }
 
     /// A drained section is over: what waited for that goes on.
     pub(in crate::graph) fn drain_ended(&self) {
-        self.topology.eased.notify_waiters();
+        self.topology.drain_progress.notify_waiters();
         if !self.lock_deferred().is_empty() {
             self.sweep_now_in_background();
         }
@@ -279,7 +161,7 @@ impl GraphCore {
         let named = |error: Error| error.node(&*name);
         let (flushed, unflushed) = self.flush_dead(&dead).await;
         let mut flush_error = flushed.err().map(named);
-        let bitmaps = dead.leases.close();
+        let bitmaps = dead.bitmaps.close();
         let close_error = dead.driver().close().await.and(bitmaps).err().map(named);
         let driver = dead.driver_name();
         let node = dead.id();
@@ -303,7 +185,7 @@ impl GraphCore {
                 }
             }
         }
-        self.topology.eased.notify_waiters();
+        self.topology.drain_progress.notify_waiters();
         self.events.emit(|| Event::node_closed(&name, driver, &flush_error, &close_error));
         let below = Vec::new();
         (CloseReport { node, name, driver, flush_error, close_error, below }, died)
@@ -313,7 +195,7 @@ impl GraphCore {
     fn leave_behind(&self, edge: &Arc<Edge>) {
         let target = edge.target();
         self.lock().detach(&target, edge);
-        self.topology.loosened.push(target.id());
+        self.topology.stale_perms.push(target.id());
     }
 
     /// Makes what was written through this node durable, as far as it does not lie with children that die next. These are
@@ -381,7 +263,7 @@ impl GraphCore {
     ) -> Result<Released, Arc<Edge>> {
         let handle = edge.target().strong().handle();
         let lock = self.lock();
-        match Edge::release(edge)? {
+        match Edge::release_target(edge)? {
             Release::Last => return Ok(Released::Died),
             Release::NotLast if !was_skipped => return Ok(Released::Survived),
             Release::NotLast => {}
@@ -404,19 +286,19 @@ impl GraphCore {
             access: Access::NONE,
             holder: Holder::new(HolderKind::Other("graph"), "flush"),
             since: Location::caller(),
-            stays: true,
-            graph: None,
-            in_flight: None,
+            is_fixed: true,
+            keep_alive: None,
+            backend_in_flight: None,
         };
-        let edge = Edge::new(parts, Some(Strong::clone(node)), &self.topology.loosened);
+        let edge = Edge::new(parts, Some(Strong::clone(node)), &self.topology.stale_perms);
         edge.set_parent(parent);
         edge
     }
 
     fn forget_name(&self, name: &str, id: NodeId) {
-        let mut plan = self.lock_plan();
-        if matches!(plan.names.get(name), Some(Claim::Node(known)) if *known == id) {
-            plan.names.remove(name);
+        let mut names = self.lock_names();
+        if matches!(names.claims.get(name), Some(Claim::Node(known)) if *known == id) {
+            names.claims.remove(name);
         }
     }
 
@@ -431,12 +313,12 @@ impl GraphCore {
             for error in report.errors() {
                 tracing::error!(node = %name, %error, "closing a node failed");
             }
-            self.unasked.lock().unwrap_or_else(PoisonError::into_inner).push(report);
+            self.kept_reports.lock().unwrap_or_else(PoisonError::into_inner).push(report);
         }
     }
 
     fn take_kept(&self) -> Vec<CloseReport> {
-        std::mem::take(&mut self.unasked.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut self.kept_reports.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Closes what is dead on nobody's behalf.
@@ -462,6 +344,21 @@ impl GraphCore {
     fn sweep_now_in_background(&self) {
         let core = self.clone();
         bds_io::spawn(async move {
+            let reports = core.clone().sweep().await;
+            core.keep(reports);
+        })
+        .detach();
+    }
+
+    /// The graph is gone: closes what is dead and what dies when the last operation ends.
+    pub(in crate::graph) fn sweep_for_good(&self) {
+        let is_held = self.live().iter().any(|node| node.tracker().detached() > 0);
+        if !is_held {
+            return self.sweep_in_background();
+        }
+        let core = self.clone();
+        bds_io::spawn(async move {
+            core.wait_for_lodgers().await;
             let reports = core.clone().sweep().await;
             core.keep(reports);
         })
@@ -567,6 +464,23 @@ impl NodeRef {
         to_the_end(work, orphaned).await.unwrap_or_else(|| Ok(lost.report()))
     }
 
+    /// As [`NodeRef::end`], after the operations that keep the node open, if nobody else does.
+    pub(in crate::graph) async fn end_patiently(self) -> Result<Ended, (NodeRef, Vec<HolderInfo>)> {
+        let mut this = self;
+        loop {
+            let (node, holders) = match this.end() {
+                Ok(ended) => return Ok(ended),
+                Err(others) => others,
+            };
+            let is_kept = node.node().tracker().detached() > 0 && !node.is_poisoned();
+            if !is_kept || !holders.is_empty() {
+                return Err((node, holders));
+            }
+            left_alone(node.strong()).await;
+            this = node;
+        }
+    }
+
     /// Ends the node if this is the only reference; it cannot be acquired any more then. Does not wait.
     pub(in crate::graph) fn end(self) -> Result<Ended, (NodeRef, Vec<HolderInfo>)> {
         let (graph, held) = self.into_parts();
@@ -615,5 +529,48 @@ impl Lost {
         let words = "closing did not end: its executor is gone";
         let flush_error = Some(Error::new(ErrorKind::Cancelled, words));
         CloseReport { node, name, driver, flush_error, close_error: None, below: Vec::new() }
+    }
+}
+
+/// Reports on their way to a caller. Dropped before they are delivered: kept for [`Graph::reports`].
+pub(in crate::graph) struct Undelivered {
+    core: GraphCore,
+    reports: Vec<CloseReport>,
+}
+
+impl Undelivered {
+    pub(in crate::graph) fn new(core: &GraphCore) -> Self {
+        Self { core: core.clone(), reports: Vec::new() }
+    }
+
+    pub(in crate::graph) fn push(&mut self, report: CloseReport) {
+        self.reports.push(report);
+    }
+
+    pub(in crate::graph) fn extend(&mut self, reports: Vec<CloseReport>) {
+        self.reports.extend(reports);
+    }
+
+    pub(in crate::graph) fn deliver(mut self) -> Vec<CloseReport> {
+        std::mem::take(&mut self.reports)
+    }
+}
+
+impl Drop for Undelivered {
+    fn drop(&mut self) {
+        self.core.keep(std::mem::take(&mut self.reports));
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // Only the monitor's list and detached operations can still hold nodes; what is dead and not yet closed must still be
+        // flushed.
+        let (owned, backends) = {
+            let mut names = self.core.lock_names();
+            (std::mem::take(&mut names.monitor), std::mem::take(&mut names.owned_backends))
+        };
+        drop((backends, owned));
+        self.core.sweep_for_good();
     }
 }

@@ -5,4 +5,6 @@
 pub(super) mod close_node;
 pub(super) mod detached;
 pub(super) mod left_behind;
+pub(super) mod report;
 pub(super) mod shutdown;
+pub(super) mod stoppable;

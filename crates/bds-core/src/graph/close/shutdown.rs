@@ -8,35 +8,13 @@ use std::sync::Arc;
 
 use bds_refcount::HolderInfo;
 
-use super::close_node::{CloseReport, Undelivered};
-use crate::driver::BoxFuture;
+use super::close_node::Undelivered;
+use super::report::CloseReport;
+use super::stoppable::{ShutdownStage, Stoppable};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
 use crate::graph::Graph;
 use crate::graph::model::node::NodeId;
-
-/// When somebody is asked to stop.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum ShutdownStage {
-    /// Whoever serves nodes to the outside.
-    Exports,
-    /// Whoever works on nodes on its own account.
-    Jobs,
-    /// Whoever lets a device or a tool in. The graph's own backends belong here without being registered.
-    Backends,
-}
-
-/// Somebody who holds nodes and can be told to let go. Registered with [`Graph::on_shutdown`].
-pub trait Stoppable: Send + Sync + 'static {
-    /// Who it is, for the report.
-    fn name(&self) -> String;
-
-    /// Ends whatever it does and gives its references up. Called at most once a shutdown.
-    ///
-    /// # Errors
-    /// What could not be ended in order; the shutdown goes on.
-    fn stop(&self) -> BoxFuture<'_, Result<()>>;
-}
 
 /// A node that outlived its graph's shutdown.
 #[derive(Debug)]
@@ -117,9 +95,9 @@ impl Graph {
     /// # Ok(()) });
     /// ```
     pub fn on_shutdown(&self, stage: ShutdownStage, who: &Arc<dyn Stoppable>) {
-        let mut plan = self.plan();
-        plan.stoppable.retain(|(_, known)| known.strong_count() > 0);
-        plan.stoppable.push((stage, Arc::downgrade(who)));
+        let mut names = self.lock_names();
+        names.stoppable.retain(|(_, known)| known.strong_count() > 0);
+        names.stoppable.push((stage, Arc::downgrade(who)));
     }
 
     /// Ends everything in the fixed order, closes what can be closed, and tells who keeps the rest open. Every backend loses its medium,
@@ -146,7 +124,7 @@ impl Graph {
     }
 
     async fn shut_down(&self) -> (Vec<(String, Error)>, Undelivered, Vec<Leak>) {
-        self.plan().is_shut = true;
+        self.lock_names().is_shut_down = true;
         let mut failed = Vec::new();
         for stage in [ShutdownStage::Exports, ShutdownStage::Jobs, ShutdownStage::Backends] {
             for who in self.stoppable(stage) {
@@ -156,7 +134,7 @@ impl Graph {
             }
         }
         failed.extend(self.detach_backends().await);
-        let owned = std::mem::take(&mut self.plan().monitor);
+        let owned = std::mem::take(&mut self.lock_names().monitor);
         drop(owned);
         let mut closed = Undelivered::new(&self.0.core);
         closed.extend(self.reap().await);
@@ -165,8 +143,8 @@ impl Graph {
     }
 
     fn stoppable(&self, stage: ShutdownStage) -> Vec<Arc<dyn Stoppable>> {
-        let plan = self.plan();
-        let at_stage = plan.stoppable.iter().filter(|(known, _)| *known == stage);
+        let names = self.lock_names();
+        let at_stage = names.stoppable.iter().filter(|(known, _)| *known == stage);
         at_stage.filter_map(|(_, who)| who.upgrade()).collect()
     }
 

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use bds_refcount::Strong;
 
-use crate::graph::lock::GraphLockGuard;
+use crate::graph::core::LockedGraph;
 use crate::graph::model::edge::{Edge, Parent};
 use crate::graph::model::node::Node;
 
-impl GraphLockGuard<'_> {
+impl LockedGraph<'_> {
     /// The node that uses `edge`, if it is one and it lives.
     pub(in crate::graph) fn parent_node(&self, edge: &Edge) -> Option<Strong<Node>> {
         match edge.parent() {
@@ -46,7 +46,7 @@ impl GraphLockGuard<'_> {
     #[cfg(test)]
     fn lock_first(&self, edge: &Edge) {
         if self.core.topology.lock_first.load(std::sync::atomic::Ordering::Relaxed) {
-            edge.shut(self);
+            edge.close_in_drain(self);
         }
     }
 
@@ -70,7 +70,7 @@ impl GraphLockGuard<'_> {
     fn shut_root(&self, edge: &Arc<Edge>) {
         let is_dying = matches!(edge.parent(), Some(Parent::Node(_)));
         if !is_dying {
-            edge.shut(self);
+            edge.close_in_drain(self);
         }
     }
 
@@ -109,7 +109,7 @@ impl GraphLockGuard<'_> {
     /// The edge is drained if its target is.
     fn take_part(&self, target: &Node, edge: &Arc<Edge>) {
         if target.quiesce_count() > 0 && edge.quiesce(self) {
-            edge.shut(self);
+            edge.close_in_drain(self);
             if let Some(parent) = self.parent_node(edge) {
                 self.quiesce(&parent);
             }
@@ -118,7 +118,7 @@ impl GraphLockGuard<'_> {
 
     /// A node that is being closed has one more edge. A drain of `node` waits for it, so its gate stays open.
     pub(in crate::graph) fn attach_closing(&self, node: &Node, edge: &Arc<Edge>) {
-        edge.begin_closing(self);
+        edge.set_parent_closing(self);
         node.add_parent(edge);
         if node.quiesce_count() > 0 {
             edge.quiesce(self);

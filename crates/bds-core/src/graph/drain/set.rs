@@ -28,7 +28,8 @@ use bds_refcount::{Held, Holder, HolderKind, HolderName, Strong};
 use futures_util::future::{Either, select};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::lock::GraphLockGuard;
+use crate::graph::core::LockedGraph;
+use crate::graph::lock::RepointProof;
 use crate::graph::model::edge::Edge;
 use crate::graph::model::node::{Node, NodeId};
 use crate::graph::query::walk;
@@ -142,7 +143,7 @@ impl DrainSet {
     ) -> Result<Work, DrainedBelow> {
         let lock = self.graph.0.core.lock();
         self.unshut(&lock);
-        let is_shut = |node: &Strong<Node>| node.children().iter().any(|edge| edge.is_closed());
+        let is_shut = |node: &Strong<Node>| node.children().iter().any(|edge| edge.gate_blocked());
         if nodes.iter().any(is_shut) {
             return Err(DrainedBelow);
         }
@@ -150,7 +151,7 @@ impl DrainSet {
         Ok(Work { inside: nodes.iter().map(enter).collect() })
     }
 
-    fn unshut(&self, lock: &GraphLockGuard<'_>) {
+    fn unshut(&self, lock: &LockedGraph<'_>) {
         let mut seen = HashSet::new();
         let mut todo = self.own_nodes();
         while let Some(node) = todo.pop() {
@@ -159,7 +160,7 @@ impl DrainSet {
             }
             for edge in node.parents() {
                 if let Some(parent) = lock.parent_node(&edge) {
-                    if edge.unshut(lock) {
+                    if edge.open_in_drain(lock) {
                         self.lock_opened().push(Arc::downgrade(&edge));
                     }
                     todo.push(parent);
@@ -199,7 +200,7 @@ impl Drop for DrainSet {
         }
         let opened = std::mem::take(&mut *self.lock_opened());
         for edge in opened.iter().filter_map(Weak::upgrade).filter(|edge| edge.is_quiesced()) {
-            edge.shut(&lock);
+            edge.close_in_drain(&lock);
         }
         drop(lock);
         self.graph.0.core.drain_ended();
@@ -235,7 +236,10 @@ async fn empty(graph: &Graph, node: &Strong<Node>) {
         // Its driver may have begun to work on its own account: it counts in under the lock (`Work`).
         if node.is_poisoned() || node.tracker().in_flight() == 0 {
             let children = node.children();
-            children.iter().filter(|edge| edge.is_quiesced()).for_each(|edge| edge.shut(&lock));
+            children
+                .iter()
+                .filter(|edge| edge.is_quiesced())
+                .for_each(|edge| edge.close_in_drain(&lock));
             return;
         }
     }
@@ -245,14 +249,14 @@ async fn empty(graph: &Graph, node: &Strong<Node>) {
 pub(in crate::graph) async fn wait_undrained_below(graph: &Graph, nodes: &[Strong<Node>]) {
     let topology = &graph.0.core.topology;
     loop {
-        let mut eased = pin!(topology.eased.notified());
-        eased.as_mut().enable();
+        let mut progress = pin!(topology.drain_progress.notified());
+        progress.as_mut().enable();
         let is_drained =
             |node: &Strong<Node>| node.children().iter().any(|edge| edge.is_quiesced());
         if !nodes.iter().any(is_drained) {
             return;
         }
-        eased.await;
+        progress.await;
     }
 }
 
@@ -275,23 +279,23 @@ impl Drop for Work {
 async fn wait_node(graph: &Graph, node: &Strong<Node>) {
     node.tracker().wait_idle().await;
     loop {
-        let mut eased = pin!(graph.0.core.topology.eased.notified());
-        eased.as_mut().enable();
+        let mut progress = pin!(graph.0.core.topology.drain_progress.notified());
+        progress.as_mut().enable();
         if node.is_poisoned() || !has_closing(graph, node) {
             return;
         }
-        eased.await;
+        progress.await;
     }
 }
 
 /// Does a node that is being closed still use this one? Asked under the lock, under which such a node exchanges its edges.
 fn has_closing(graph: &Graph, node: &Strong<Node>) -> bool {
     let _lock = graph.0.core.lock();
-    node.parents().iter().any(|edge| edge.is_closing())
+    node.parents().iter().any(|edge| edge.parent_closing())
 }
 
 /// These nodes and all above them, each after all of its parents.
-fn above(lock: &GraphLockGuard<'_>, nodes: &[NodeId]) -> Vec<NodeId> {
+fn above(lock: &LockedGraph<'_>, nodes: &[NodeId]) -> Vec<NodeId> {
     let mut order = Vec::new();
     let mut seen = HashSet::new();
     let acquire = |id: &NodeId| lock.core.arena.acquire(id.0).ok();
@@ -539,3 +543,20 @@ impl NodeRef {
         self.node().tracker().in_flight()
     }
 }
+
+/// Proof that edges may be re-pointed at some nodes, and their children changed: the nodes are drained and the lock is held.
+///
+/// Drain first, then lock. QEMU 10.0 locks first and drains then, and deadlocks: a reader that is inside waits for the lock, and
+/// the drain waits for the reader. Here the other order cannot be written, because the proof is made of a [`DrainSet`].
+pub(in crate::graph) struct DrainedEdit<'a> {
+    pub(in crate::graph) lock: &'a LockedGraph<'a>,
+    _drained: &'a DrainSet,
+}
+
+impl<'a> DrainedEdit<'a> {
+    pub(in crate::graph) fn new(drained: &'a DrainSet, lock: &'a LockedGraph<'a>) -> Self {
+        Self { lock, _drained: drained }
+    }
+}
+
+impl RepointProof for DrainedEdit<'_> {}

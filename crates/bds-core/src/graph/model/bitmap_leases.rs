@@ -6,11 +6,10 @@
 //! not given back reports that as a failed close, and closes all the same.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex};
 
-use slab::Slab;
-
-use super::node::{Node, NodeId};
+use super::bitmap_list::{Entry, State, lock};
+use super::node::NodeId;
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Graph, NodeRef};
 
@@ -42,73 +41,6 @@ pub struct BitmapInfo {
     pub owner: Option<Arc<str>>,
     /// Who has the lease now.
     pub leased_by: Option<Arc<str>>,
-}
-
-struct Entry {
-    number: u64,
-    name: Option<Arc<str>>,
-    owner: Option<Arc<str>>,
-    leased_by: Option<Arc<str>>,
-}
-
-impl Entry {
-    fn words(&self) -> String {
-        match (&self.name, &self.owner) {
-            (Some(name), _) => format!("bitmap '{name}'"),
-            (None, owner) => {
-                format!("an anonymous bitmap of {}", owner.as_deref().unwrap_or("nobody"))
-            }
-        }
-    }
-}
-
-#[derive(Default)]
-struct Shelf {
-    entries: Slab<Entry>,
-    last_number: u64,
-    is_closed: bool,
-}
-
-impl Shelf {
-    fn find(&mut self, number: u64) -> Option<(usize, &mut Entry)> {
-        self.entries.iter_mut().find(|(_, entry)| entry.number == number)
-    }
-}
-
-/// A node's bitmaps. Nothing is allocated before the first.
-#[derive(Default)]
-pub(in crate::graph) struct Leases(OnceLock<Arc<Mutex<Shelf>>>);
-
-fn lock(shelf: &Mutex<Shelf>) -> MutexGuard<'_, Shelf> {
-    shelf.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Leases {
-    /// The node ends: its named bitmaps go. What stands in the way of that is said, once.
-    pub(in crate::graph) fn close(&self) -> Result<()> {
-        let Some(shelf) = self.0.get() else { return Ok(()) };
-        let mut shelf = lock(shelf);
-        shelf.is_closed = true;
-        let entries = std::mem::take(&mut shelf.entries);
-        let left: Vec<String> = entries
-            .iter()
-            .filter_map(|(_, entry)| match (&entry.leased_by, &entry.owner) {
-                (Some(who), _) => Some(format!("{} is in use by {who}", entry.words())),
-                (None, Some(_)) => Some(format!("{} was not given back", entry.words())),
-                (None, None) => None,
-            })
-            .collect();
-        if left.is_empty() {
-            return Ok(());
-        }
-        Err(Error::new(ErrorKind::InUse, format!("the node ended while {}", left.join(", "))))
-    }
-}
-
-impl Node {
-    fn shelf(&self) -> Arc<Mutex<Shelf>> {
-        Arc::clone(self.leases.0.get_or_init(Arc::default))
-    }
 }
 
 impl NodeRef {
@@ -155,19 +87,12 @@ impl NodeRef {
     /// ```
     pub fn add_anonymous_bitmap(&self, owner: &str) -> AnonymousBitmap {
         let id = self.insert(None, Some(owner.into())).expect("no name is taken by nameless ones");
-        AnonymousBitmap { shelf: self.node().shelf(), id }
+        AnonymousBitmap { list: self.node().bitmaps.state(), id }
     }
 
     /// `None`: the name is taken.
     fn insert(&self, name: Option<Arc<str>>, owner: Option<Arc<str>>) -> Option<BitmapId> {
-        let shelf = self.node().shelf();
-        let mut shelf = lock(&shelf);
-        if name.is_some() && shelf.entries.iter().any(|(_, entry)| entry.name == name) {
-            return None;
-        }
-        shelf.last_number += 1;
-        let number = shelf.last_number;
-        shelf.entries.insert(Entry { number, name, owner, leased_by: None });
+        let number = lock(&self.node().bitmaps.state()).insert(name, owner)?;
         Some(BitmapId { node: self.id(), number })
     }
 
@@ -190,15 +115,14 @@ impl NodeRef {
     /// # Ok(()) });
     /// ```
     pub fn bitmaps(&self) -> Vec<BitmapInfo> {
-        let Some(shelf) = self.node().leases.0.get() else { return Vec::new() };
-        let shelf = lock(shelf);
+        let Some(list) = self.node().bitmaps.get() else { return Vec::new() };
         let info = |entry: &Entry| BitmapInfo {
             id: BitmapId { node: self.id(), number: entry.number },
             name: entry.name.clone(),
             owner: entry.owner.clone(),
             leased_by: entry.leased_by.clone(),
         };
-        let mut all: Vec<BitmapInfo> = shelf.entries.iter().map(|(_, entry)| info(entry)).collect();
+        let mut all: Vec<BitmapInfo> = list.entries.iter().map(|(_, entry)| info(entry)).collect();
         all.sort_by_key(|info| info.id.number);
         all
     }
@@ -226,16 +150,16 @@ impl Graph {
     /// `InUse` names who has it; `Stale`: the node has ended; `NotFound`: the bitmap was removed.
     pub fn lease_bitmap(&self, id: BitmapId, who: &str) -> Result<BitmapLease> {
         let node = self.acquire(id.node)?;
-        let shelf = node.node().shelf();
-        let mut guard = lock(&shelf);
+        let list = node.node().bitmaps.state();
+        let mut guard = lock(&list);
         let Some((_, entry)) = guard.find(id.number) else { return Err(gone(&node)) };
         if let Some(other) = &entry.leased_by {
-            let words = format!("{} is in use by {other}", entry.words());
+            let words = format!("{} is in use by {other}", entry.describe());
             return Err(Error::new(ErrorKind::InUse, words).node(node.name()));
         }
         entry.leased_by = Some(who.into());
         drop(guard);
-        Ok(BitmapLease { shelf, id })
+        Ok(BitmapLease { list, id })
     }
 
     /// Removes a named bitmap.
@@ -257,8 +181,8 @@ impl Graph {
     /// As [`Graph::lease_bitmap`]; `InvalidInput` for an anonymous one, which only its owner gives back.
     pub fn remove_bitmap(&self, id: BitmapId) -> Result<()> {
         let node = self.acquire(id.node)?;
-        let shelf = node.node().shelf();
-        let mut guard = lock(&shelf);
+        let list = node.node().bitmaps.state();
+        let mut guard = lock(&list);
         let Some((place, entry)) = guard.find(id.number) else { return Err(gone(&node)) };
         let refusal = match (&entry.leased_by, &entry.owner) {
             (Some(who), _) => Some((ErrorKind::InUse, format!("is in use by {who}"))),
@@ -266,7 +190,7 @@ impl Graph {
             (None, None) => None,
         };
         if let Some((kind, words)) = refusal {
-            return Err(Error::new(kind, format!("{} {words}", entry.words())).node(node.name()));
+            return Err(Error::new(kind, format!("{} {words}", entry.describe())).node(node.name()));
         }
         guard.entries.remove(place);
         Ok(())
@@ -280,7 +204,7 @@ fn gone(node: &NodeRef) -> Error {
 /// The right to work with a bitmap, alone. Keeps neither the bitmap nor its node: see [`BitmapLease::is_valid`].
 #[must_use = "the lease ends when this is dropped"]
 pub struct BitmapLease {
-    shelf: Arc<Mutex<Shelf>>,
+    list: Arc<Mutex<State>>,
     id: BitmapId,
 }
 
@@ -298,13 +222,13 @@ impl BitmapLease {
 
     /// False once the node has ended.
     pub fn is_valid(&self) -> bool {
-        !lock(&self.shelf).is_closed
+        !lock(&self.list).is_closed
     }
 }
 
 impl Drop for BitmapLease {
     fn drop(&mut self) {
-        if let Some((_, entry)) = lock(&self.shelf).find(self.id.number) {
+        if let Some((_, entry)) = lock(&self.list).find(self.id.number) {
             entry.leased_by = None;
         }
     }
@@ -313,7 +237,7 @@ impl Drop for BitmapLease {
 /// A bitmap without a name, owned by whoever holds this. Dropping it gives the bitmap back.
 #[must_use = "the bitmap goes when this is dropped"]
 pub struct AnonymousBitmap {
-    shelf: Arc<Mutex<Shelf>>,
+    list: Arc<Mutex<State>>,
     id: BitmapId,
 }
 
@@ -332,9 +256,9 @@ impl AnonymousBitmap {
 
 impl Drop for AnonymousBitmap {
     fn drop(&mut self) {
-        let mut shelf = lock(&self.shelf);
-        if let Some((place, _)) = shelf.find(self.id.number) {
-            shelf.entries.remove(place);
+        let mut list = lock(&self.list);
+        if let Some((place, _)) = list.find(self.id.number) {
+            list.entries.remove(place);
         }
     }
 }

@@ -1,22 +1,18 @@
-//! What must not be done to a node just now, and why; and which job works on it.
+//! Operations blocked on a node, with reasons, and the slot for the one job that works on it.
 //!
-//! Existence is not exclusivity: a reference keeps a node, it never means "busy". Who needs a node left alone says so here,
-//! with a reason that the next user reads. Guards take their claim back, so none can be forgotten; they hold no reference, so none
-//! keeps the node open.
+//! A reference keeps a node open, it never means "busy". A user that needs a node left alone blocks operations, with a reason
+//! that the next user reads. Guards end their block when dropped, so none can be forgotten; they hold no reference, so none keeps
+//! the node open.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use slab::Slab;
 
-use super::node::Node;
-use crate::error::{Error, ErrorKind, Result};
-use crate::graph::NodeRef;
-
 bitflags::bitflags! {
-    /// Things that can be asked of a node as a whole.
+    /// Operations on a whole node that can be blocked. See [`crate::graph::NodeRef::block`].
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-    pub struct Operations: u32 {
+    pub struct BlockOps: u32 {
         /// Being copied by a backup job.
         const BACKUP_SOURCE = 1;
         /// Being written by a backup job.
@@ -46,7 +42,7 @@ bitflags::bitflags! {
     }
 }
 
-impl fmt::Display for Operations {
+impl fmt::Display for BlockOps {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let words: Vec<String> =
             self.iter_names().map(|(name, _)| name.to_lowercase().replace('_', "-")).collect();
@@ -55,165 +51,97 @@ impl fmt::Display for Operations {
 }
 
 struct Block {
-    operations: Operations,
+    operations: BlockOps,
     reason: Arc<str>,
 }
 
 #[derive(Default)]
-struct Book {
+struct State {
     blocks: Slab<Block>,
     job: Option<Arc<str>>,
 }
 
-/// A node's claims. Nothing is allocated before the first.
+/// A node's blocked operations and job slot. Allocates nothing before the first use.
 #[derive(Default)]
-pub(in crate::graph) struct Claims(OnceLock<Arc<Mutex<Book>>>);
+pub(super) struct Blockers(OnceLock<Arc<Mutex<State>>>);
 
-fn lock(book: &Mutex<Book>) -> MutexGuard<'_, Book> {
-    book.lock().unwrap_or_else(PoisonError::into_inner)
+impl Blockers {
+    fn state(&self) -> &Arc<Mutex<State>> {
+        self.0.get_or_init(Arc::default)
+    }
+
+    /// Blocks operations until the answer is dropped.
+    pub(super) fn block(&self, operations: BlockOps, reason: &str) -> Blocker {
+        let state = Arc::clone(self.state());
+        let index = lock(&state).blocks.insert(Block { operations, reason: reason.into() });
+        Blocker { state, index }
+    }
+
+    /// The reasons why any of these operations is blocked.
+    pub(super) fn reasons(&self, operations: BlockOps) -> Vec<Arc<str>> {
+        let Some(state) = self.0.get() else { return Vec::new() };
+        let state = lock(state);
+        let blocks = state.blocks.iter().map(|(_, block)| block);
+        let hits = blocks.filter(|block| block.operations.intersects(operations));
+        hits.map(|block| Arc::clone(&block.reason)).collect()
+    }
+
+    /// Takes the job slot. `Err`: the job that has it.
+    pub(super) fn claim_job(&self, job: &str) -> Result<JobSlot, Arc<str>> {
+        let state = self.state();
+        let mut guard = lock(state);
+        if let Some(other) = &guard.job {
+            return Err(Arc::clone(other));
+        }
+        guard.job = Some(job.into());
+        drop(guard);
+        Ok(JobSlot { state: Arc::clone(state) })
+    }
+
+    pub(super) fn job(&self) -> Option<Arc<str>> {
+        self.0.get().and_then(|state| lock(state).job.clone())
+    }
 }
 
-/// Some operations are refused on a node until this is dropped.
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Some operations are blocked on a node until this is dropped.
 #[must_use = "the operations are allowed again when this is dropped"]
 pub struct Blocker {
-    book: Arc<Mutex<Book>>,
-    place: usize,
+    state: Arc<Mutex<State>>,
+    index: usize,
 }
 
 impl fmt::Debug for Blocker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let book = lock(&self.book);
-        let block = &book.blocks[self.place];
+        let state = lock(&self.state);
+        let block = &state.blocks[self.index];
         write!(f, "Blocker({}: {})", block.operations, block.reason)
     }
 }
 
 impl Drop for Blocker {
     fn drop(&mut self) {
-        lock(&self.book).blocks.remove(self.place);
+        lock(&self.state).blocks.remove(self.index);
     }
 }
 
-/// A job's place on its main node, until this is dropped.
-#[must_use = "the place is free again when this is dropped"]
+/// The slot for one job on its main node, taken until this is dropped.
+#[must_use = "the slot is free again when this is dropped"]
 pub struct JobSlot {
-    book: Arc<Mutex<Book>>,
+    state: Arc<Mutex<State>>,
 }
 
 impl fmt::Debug for JobSlot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "JobSlot({})", lock(&self.book).job.as_deref().unwrap_or_default())
+        write!(f, "JobSlot({})", lock(&self.state).job.as_deref().unwrap_or_default())
     }
 }
 
 impl Drop for JobSlot {
     fn drop(&mut self) {
-        lock(&self.book).job = None;
-    }
-}
-
-impl Node {
-    fn book(&self) -> Arc<Mutex<Book>> {
-        Arc::clone(self.claims.0.get_or_init(Arc::default))
-    }
-
-    /// Is this operation refused, and why?
-    ///
-    /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
-    /// let blocker = disk.block(Operations::RESIZE, "a backup runs");
-    /// disk.check_allowed(Operations::EJECT)?;
-    /// let error = disk.check_allowed(Operations::RESIZE).unwrap_err();
-    /// assert_eq!(error.to_string(), "node 'disk': resize is not possible now: a backup runs");
-    /// # Ok(()) });
-    /// ```
-    ///
-    /// # Errors
-    /// `InUse` with the first reason.
-    pub fn check_allowed(&self, operation: Operations) -> Result<()> {
-        match self.blocked(operation).into_iter().next() {
-            None => Ok(()),
-            Some(reason) => {
-                let words = format!("{operation} is not possible now: {reason}");
-                Err(Error::new(ErrorKind::InUse, words).node(self.name()))
-            }
-        }
-    }
-
-    /// The reasons why any of these operations is refused.
-    ///
-    /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
-    /// let one = disk.block(Operations::RESIZE, "a backup runs");
-    /// let two = disk.block(Operations::RESIZE | Operations::DELETE, "it is exported");
-    /// let reasons = disk.blocked(Operations::all());
-    /// assert_eq!((reasons.len(), &*reasons[1]), (2, "it is exported"));
-    /// # Ok(()) });
-    /// ```
-    pub fn blocked(&self, operations: Operations) -> Vec<Arc<str>> {
-        let Some(book) = self.claims.0.get() else { return Vec::new() };
-        let book = lock(book);
-        let blocks = book.blocks.iter().map(|(_, block)| block);
-        let hits = blocks.filter(|block| block.operations.intersects(operations));
-        hits.map(|block| Arc::clone(&block.reason)).collect()
-    }
-
-    /// The job whose main node this is.
-    pub fn job(&self) -> Option<Arc<str>> {
-        self.claims.0.get().and_then(|book| lock(book).job.clone())
-    }
-}
-
-impl NodeRef {
-    /// Has these operations refused, with this reason, until the answer is dropped. Several may block the same.
-    ///
-    /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// graph.add(Options::parse("driver=memory,node-name=disk")?).await?;
-    /// let blocker = graph.find("disk")?.block(Operations::DELETE, "a backup runs");
-    /// let error = graph.del("disk").await.unwrap_err();
-    /// assert_eq!(error.to_string(), "node 'disk': delete is not possible now: a backup runs");
-    /// drop(blocker); // allowed again, and it kept no reference
-    /// graph.del("disk").await?;
-    /// # Ok(()) });
-    /// ```
-    pub fn block(&self, operations: Operations, reason: &str) -> Blocker {
-        let book = self.node().book();
-        let place = lock(&book).blocks.insert(Block { operations, reason: reason.into() });
-        Blocker { book, place }
-    }
-
-    /// Takes the one place for a job on this node.
-    ///
-    /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
-    /// let slot = disk.claim_job("backup0")?;
-    /// assert_eq!(disk.job().as_deref(), Some("backup0"));
-    /// let error = disk.claim_job("mirror0").unwrap_err();
-    /// assert_eq!(error.message(), "job 'backup0' works on it: wait for it, or cancel it");
-    /// drop(slot);
-    /// disk.claim_job("mirror0")?;
-    /// # Ok(()) });
-    /// ```
-    ///
-    /// # Errors
-    /// `InUse` names the job that has it.
-    pub fn claim_job(&self, job: &str) -> Result<JobSlot> {
-        let book = self.node().book();
-        let mut guard = lock(&book);
-        if let Some(other) = &guard.job {
-            let words = format!("job '{other}' works on it: wait for it, or cancel it");
-            return Err(Error::new(ErrorKind::InUse, words).node(self.name()));
-        }
-        guard.job = Some(job.into());
-        drop(guard);
-        Ok(JobSlot { book })
+        lock(&self.state).job = None;
     }
 }

@@ -13,6 +13,7 @@
 //! the closed gate, or the change sees the request inside. The word also counts closings, so a request that
 //! slept through a whole close, swap and open sees that too and does not stay with the old target.
 
+use std::any::Any;
 use std::fmt;
 use std::ops::Deref;
 use std::panic::Location;
@@ -23,14 +24,19 @@ use std::time::Duration;
 
 use bds_io::sync::Notify;
 use bds_refcount::{Held, Holder, RcuCell, RcuGuard, Release, Strong};
+use crossbeam::queue::SegQueue;
+use futures_util::future::select;
 
 use super::in_flight::BackendInFlight;
 use super::node::{Node, NodeId};
 use crate::driver::Role;
 use crate::driver::{Access, Perm};
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::Graph;
-use crate::graph::lock::{Edit, GraphLockGuard, Loosened};
+use crate::graph::lock::{GraphLockGuard, RepointProof};
+
+/// Nodes that lost a parent edge. Edges push here when they are dropped, without a lock; the next holder of the topology lock
+/// recomputes the permissions of these nodes.
+pub(in crate::graph) type StalePerms = Arc<SegQueue<NodeId>>;
 
 /// Who uses a node through an edge.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,45 +57,40 @@ pub(crate) struct EdgeParts {
     /// Where in the caller's program it was asked for.
     pub(crate) since: &'static Location<'static>,
     /// Graph changes leave the edge where it is (a job's).
-    pub(crate) stays: bool,
+    pub(crate) is_fixed: bool,
     /// Of a root edge whose owner does not keep the graph himself.
-    pub(crate) graph: Option<Graph>,
+    pub(crate) keep_alive: Option<Arc<dyn Any + Send + Sync>>,
     /// Of a backend's edge.
-    pub(crate) in_flight: Option<Arc<BackendInFlight>>,
+    pub(crate) backend_in_flight: Option<Arc<BackendInFlight>>,
 }
 
 /// One parent's use of one node. Not to be copied: a second user needs a second edge, with permissions of its own.
 ///
-/// ```compile_fail,E0308
-/// # use bds_core::graph::Edge;
-/// fn story(edge: &Edge) -> Edge {
-///     edge.clone()
-/// }
-/// ```
-pub struct Edge {
+/// The tests below assert that it is not `Clone`.
+pub(crate) struct Edge {
     name: &'static str,
     role: Role,
-    stays: bool,
+    is_fixed: bool,
     /// Set once the parent exists: a node's children are opened before the node.
     parent: OnceLock<Parent>,
     holder: Holder,
     /// `None` only for a root whose medium is out.
-    target: RcuCell<Option<Held<Node>>>,
+    target: RcuCell<Slot>,
     /// Of a root edge: its node must not outlive the graph, which closes it. After `target`: dropped in this order.
-    _graph: Option<Graph>,
+    _keep_alive: Option<Arc<dyn Any + Send + Sync>>,
     /// Who came in through it, for a backend's.
-    in_flight: Option<Arc<BackendInFlight>>,
+    backend_in_flight: Option<Arc<BackendInFlight>>,
     gate: Gate,
     access: AccessCell,
     frozen: Mutex<Option<Arc<Freeze>>>,
     /// The target is drained. Changed under the graph's lock only.
     is_quiesced: AtomicBool,
     /// The gate is closed because of that. A node's edge is shut once that node is empty, a root at once.
-    is_shut: AtomicBool,
+    is_closed_by_drain: AtomicBool,
     /// The parent is being closed and writes its last.
-    is_closing: AtomicBool,
+    parent_closing: AtomicBool,
     /// What was done through this edge may stop mattering when it goes.
-    farewell: Farewell,
+    drop_notifier: DropNotifier,
 }
 
 impl fmt::Debug for Edge {
@@ -105,47 +106,56 @@ impl Edge {
     pub(crate) fn new(
         parts: EdgeParts,
         target: Option<Strong<Node>>,
-        loosened: &Loosened,
+        stale_perms: &StalePerms,
     ) -> Arc<Self> {
-        let EdgeParts { name, role, access, holder, since, stays, graph, in_flight } = parts;
-        let farewell = Farewell::new(target.as_ref().map(|node| node.id()), loosened);
+        let EdgeParts {
+            name,
+            role,
+            access,
+            holder,
+            since,
+            is_fixed,
+            keep_alive,
+            backend_in_flight,
+        } = parts;
+        let drop_notifier = DropNotifier::new(target.as_ref().map(|node| node.id()), stale_perms);
         let held = target.map(|target| target.held_since(holder.clone(), since));
         Arc::new(Self {
             name,
             role,
-            stays,
+            is_fixed,
             parent: OnceLock::new(),
             holder,
-            target: RcuCell::new(held),
-            _graph: graph,
-            in_flight,
+            target: RcuCell::new(Slot::new(held)),
+            _keep_alive: keep_alive,
+            backend_in_flight,
             gate: Gate::default(),
             access: AccessCell::new(access),
             frozen: Mutex::default(),
             is_quiesced: AtomicBool::new(false),
-            is_shut: AtomicBool::new(false),
-            is_closing: AtomicBool::new(false),
-            farewell,
+            is_closed_by_drain: AtomicBool::new(false),
+            parent_closing: AtomicBool::new(false),
+            drop_notifier,
         })
     }
 
     /// The child's name in its parent ("file", "backing"); "root" for a backend's.
-    pub fn name(&self) -> &'static str {
+    pub(crate) fn name(&self) -> &'static str {
         self.name
     }
 
     /// What the child is to its parent; empty for a root's.
-    pub fn role(&self) -> Role {
+    pub(crate) fn role(&self) -> Role {
         self.role
     }
 
     /// Who uses the node; `None` while the parent is still being opened.
-    pub fn parent(&self) -> Option<&Parent> {
+    pub(crate) fn parent(&self) -> Option<&Parent> {
         self.parent.get()
     }
 
     /// Under what name the node is held: "edge 'top.backing'", "backend 'guest'".
-    pub fn holder(&self) -> &Holder {
+    pub(crate) fn holder(&self) -> &Holder {
         &self.holder
     }
 
@@ -160,13 +170,13 @@ impl Edge {
     }
 
     /// Do graph changes leave it where it is?
-    pub fn stays(&self) -> bool {
-        self.stays
+    pub(crate) fn is_fixed(&self) -> bool {
+        self.is_fixed
     }
 
     /// What the parent does with the node, and what it lets others do.
     #[inline]
-    pub fn access(&self) -> Access {
+    pub(crate) fn access(&self) -> Access {
         self.access.load()
     }
 
@@ -175,7 +185,7 @@ impl Edge {
     }
 
     pub(crate) fn set_parent(&self, parent: Parent) {
-        // A second call would be a bug of ours; the first parent stays.
+        // A second call would be a bug of ours; the first parent is_fixed.
         let first = self.parent.set(parent).is_ok();
         debug_assert!(first, "an edge gets its parent once");
     }
@@ -194,7 +204,7 @@ impl Edge {
     #[inline]
     pub(crate) fn medium(&self) -> Option<Target<'_>> {
         let reading = self.target.read();
-        if reading.is_none() {
+        if reading.held.is_none() {
             return None;
         }
         Some(Target(reading))
@@ -222,12 +232,12 @@ impl Edge {
     /// What a backend's edge knows of its requests.
     #[inline]
     pub(crate) fn backend_in_flight(&self) -> Option<&Arc<BackendInFlight>> {
-        self.in_flight.as_ref()
+        self.backend_in_flight.as_ref()
     }
 
     /// Is the gate closed now? One load.
     #[inline]
-    pub(crate) fn is_closed(&self) -> bool {
+    pub(crate) fn gate_blocked(&self) -> bool {
         self.gate.ticket().is_none()
     }
 
@@ -240,18 +250,18 @@ impl Edge {
     ///
     /// # Errors
     /// Somebody else has the edge in hand just now.
-    pub(crate) fn release(self: Arc<Self>) -> Result<Release, Arc<Self>> {
+    pub(crate) fn release_target(self: Arc<Self>) -> Result<Release, Arc<Self>> {
         let edge = Arc::try_unwrap(self)?;
-        Ok(edge.target.into_inner().map_or(Release::NotLast, Held::release))
+        Ok(edge.target.into_inner().held.map_or(Release::NotLast, Held::release))
     }
 
-    /// Closes the gate. Closings nest; each is undone by one [`Edge::open`].
-    pub(crate) fn close(&self) {
+    /// Closes the gate. Closings nest; each is undone by one [`Edge::open_gate`].
+    pub(crate) fn close_gate(&self) {
         self.gate.close();
     }
 
-    /// Undoes one [`Edge::close`].
-    pub(crate) fn open(&self) {
+    /// Undoes one [`Edge::close_gate`].
+    pub(crate) fn open_gate(&self) {
         self.gate.open();
     }
 
@@ -268,16 +278,16 @@ impl Edge {
     }
 
     /// Closes the gate on behalf of the drain, once.
-    pub(in crate::graph) fn shut(&self, _lock: &GraphLockGuard<'_>) {
+    pub(in crate::graph) fn close_in_drain(&self, _lock: &GraphLockGuard<'_>) {
         debug_assert!(self.is_quiesced(), "only a drain shuts an edge");
-        if !self.is_shut.swap(true, Ordering::SeqCst) {
+        if !self.is_closed_by_drain.swap(true, Ordering::SeqCst) {
             self.gate.close();
         }
     }
 
     /// Opens the gate again although the target is drained. False if it was not shut.
-    pub(in crate::graph) fn unshut(&self, _lock: &GraphLockGuard<'_>) -> bool {
-        let was = self.is_shut.swap(false, Ordering::SeqCst);
+    pub(in crate::graph) fn open_in_drain(&self, _lock: &GraphLockGuard<'_>) -> bool {
+        let was = self.is_closed_by_drain.swap(false, Ordering::SeqCst);
         if was {
             self.gate.open();
         }
@@ -287,17 +297,17 @@ impl Edge {
     /// The target is not drained any more. False if it was not before.
     pub(in crate::graph) fn unquiesce(&self, lock: &GraphLockGuard<'_>) -> bool {
         let was = self.is_quiesced.swap(false, Ordering::SeqCst);
-        self.unshut(lock);
+        self.open_in_drain(lock);
         was
     }
 
     /// The parent is being closed: a drain of the target waits for that.
-    pub(in crate::graph) fn begin_closing(&self, _lock: &GraphLockGuard<'_>) {
-        self.is_closing.store(true, Ordering::SeqCst);
+    pub(in crate::graph) fn set_parent_closing(&self, _lock: &GraphLockGuard<'_>) {
+        self.parent_closing.store(true, Ordering::SeqCst);
     }
 
-    pub(in crate::graph) fn is_closing(&self) -> bool {
-        self.is_closing.load(Ordering::SeqCst)
+    pub(in crate::graph) fn parent_closing(&self) -> bool {
+        self.parent_closing.load(Ordering::SeqCst)
     }
 
     // ---- frozen
@@ -321,39 +331,86 @@ impl Edge {
 
     // ---- re-pointed
 
-    /// Re-points the edge. The old reference is given up as soon as nobody looks through the edge at the old node any more,
-    /// which [`Edge::settle`] waits for.
-    pub(in crate::graph) fn swap(
+    /// Re-points the edge. The old reference goes as soon as no reader looks at the old node through the edge any more;
+    /// [`OldTarget::wait_released`] waits for that.
+    pub(in crate::graph) fn repoint(
         &self,
-        _edit: &Edit<'_>,
+        _proof: &impl RepointProof,
         target: Option<Strong<Node>>,
         since: &'static Location<'static>,
-    ) {
-        debug_assert!(self.is_closed(), "an edge is re-pointed behind its closed gate");
-        self.farewell.watch(target.as_ref().map(|node| node.id()));
+    ) -> OldTarget {
+        debug_assert!(self.gate_blocked(), "an edge is re-pointed behind its closed gate");
+        self.drop_notifier.watch(target.as_ref().map(|node| node.id()));
         let held = target.map(|target| target.held_since(self.holder.clone(), since));
-        self.target.replace(held);
+        let old = {
+            let slot = self.target.read();
+            let is_poisoned = slot.held.as_ref().is_some_and(|node| node.is_poisoned());
+            OldTarget { released: Arc::clone(&slot.on_drop.0), is_poisoned }
+        };
+        self.target.replace(Slot::new(held));
+        old
     }
+}
 
-    /// Waits until the reference to the former target is given up. Requests have left before the swap; what may still look are
-    /// questions about facts, which end without waiting for anybody. So this ends soon; and if somebody keeps such
-    /// an answer in hand after all, he gives the reference up when done, and nobody waits for that.
-    pub(in crate::graph) async fn settle(&self) {
-        for _ in 0..1000 {
-            if self.target.waiting() == 0 {
-                return;
-            }
-            bds_io::yield_now().await;
+/// The value in an edge's RCU cell: a counted reference, or none, and a notification for when readers have left it.
+struct Slot {
+    held: Option<Held<Node>>,
+    /// After `held`: dropped in this order.
+    on_drop: NotifyOnDrop,
+}
+
+impl Slot {
+    fn new(held: Option<Held<Node>>) -> Self {
+        Self { held, on_drop: NotifyOnDrop(Arc::default()) }
+    }
+}
+
+#[derive(Default)]
+struct Released {
+    is_released: AtomicBool,
+    changed: Notify,
+}
+
+struct NotifyOnDrop(Arc<Released>);
+
+impl Drop for NotifyOnDrop {
+    fn drop(&mut self) {
+        self.0.is_released.store(true, Ordering::SeqCst);
+        self.0.changed.notify_waiters();
+    }
+}
+
+/// The node an edge pointed to before it was re-pointed. Keeps nothing open.
+#[derive(Clone)]
+pub(in crate::graph) struct OldTarget {
+    released: Arc<Released>,
+    is_poisoned: bool,
+}
+
+impl OldTarget {
+    /// Waits until the edge's reference to the old target is gone. Requests have left before the edge was re-pointed; readers
+    /// that are left look at facts and wait for nothing, so this ends soon. Returns at once for a poisoned node: requests that
+    /// are stuck in it may read for ever.
+    pub(in crate::graph) async fn wait_released(&self) {
+        if self.is_poisoned {
+            return;
         }
+        self.wait().await;
     }
 
-    /// As [`Edge::settle`], for when nobody is kept waiting: whoever looks may be on a thread that does not run just now.
-    pub(in crate::graph) async fn settle_patiently(&self) {
-        for _ in 0..1000 {
-            if self.target.waiting() == 0 {
+    /// As [`OldTarget::wait_released`], also for a poisoned node, but not longer than `timeout`.
+    pub(in crate::graph) async fn wait_released_within(&self, timeout: Duration) {
+        select(pin!(self.wait()), pin!(bds_io::sleep(timeout))).await;
+    }
+
+    async fn wait(&self) {
+        loop {
+            let mut changed = pin!(self.released.changed.notified());
+            changed.as_mut().enable();
+            if self.released.is_released.load(Ordering::SeqCst) {
                 return;
             }
-            bds_io::sleep(Duration::from_millis(1)).await;
+            changed.await;
         }
     }
 }
@@ -381,17 +438,17 @@ impl AccessCell {
 }
 
 /// Tells the graph, when the edge goes, whose permissions may be looser now. Takes no lock.
-struct Farewell {
-    loosened: Loosened,
+struct DropNotifier {
+    stale_perms: StalePerms,
     /// The target's id, 0 for none.
     target: AtomicU64,
 }
 
-impl Farewell {
-    fn new(target: Option<NodeId>, loosened: &Loosened) -> Self {
-        let farewell = Self { loosened: loosened.clone(), target: AtomicU64::new(0) };
-        farewell.watch(target);
-        farewell
+impl DropNotifier {
+    fn new(target: Option<NodeId>, stale_perms: &StalePerms) -> Self {
+        let drop_notifier = Self { stale_perms: stale_perms.clone(), target: AtomicU64::new(0) };
+        drop_notifier.watch(target);
+        drop_notifier
     }
 
     fn watch(&self, target: Option<NodeId>) {
@@ -399,17 +456,17 @@ impl Farewell {
     }
 }
 
-impl Drop for Farewell {
+impl Drop for DropNotifier {
     fn drop(&mut self) {
         let target = *self.target.get_mut();
         if target != 0 {
-            self.loosened.push(NodeId::from_u64(target));
+            self.stale_perms.push(NodeId::from_u64(target));
         }
     }
 }
 
 /// The node an edge points to, kept alive by the edge's own reference: nothing is counted on the node.
-pub(crate) struct Target<'a>(RcuGuard<'a, Option<Held<Node>>>);
+pub(crate) struct Target<'a>(RcuGuard<'a, Slot>);
 
 impl Target<'_> {
     /// The counted reference behind the edge.
@@ -420,7 +477,7 @@ impl Target<'_> {
     #[inline]
     fn held(&self) -> &Held<Node> {
         // A Target is made of a reading that holds one.
-        self.0.as_ref().expect("a target is there")
+        self.0.held.as_ref().expect("a target is there")
     }
 }
 
@@ -515,6 +572,18 @@ pub(in crate::graph) fn check_role(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Compiles only as long as `Edge` is not `Clone`: otherwise the type parameter is ambiguous.
+    #[test]
+    fn an_edge_cannot_be_cloned() {
+        trait NotClone<A> {
+            fn check() {}
+        }
+        struct IsClone;
+        impl<T> NotClone<()> for T {}
+        impl<T: Clone> NotClone<IsClone> for T {}
+        <Edge as NotClone<_>>::check();
+    }
 
     #[test]
     fn a_ticket_does_not_survive_a_closing_it_slept_through() {

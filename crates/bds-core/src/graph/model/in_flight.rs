@@ -18,7 +18,7 @@ pub(crate) struct BackendInFlight {
 impl BackendInFlight {
     /// Counts one request in until the answer is dropped. The gate is looked at *after* this.
     #[inline]
-    pub(crate) fn lodge(self: &Arc<Self>) -> InFlightGuard<'_> {
+    pub(crate) fn enter(self: &Arc<Self>) -> InFlightGuard<'_> {
         InFlightGuard { in_flight: self, number: self.tracker.enter() }
     }
 

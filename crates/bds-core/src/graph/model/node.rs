@@ -14,14 +14,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use arc_swap::{ArcSwap, Guard};
 use bds_refcount::Handle;
 
-use super::bitmap_leases::Leases;
-use super::blockers::Claims;
+use super::bitmap_list::BitmapList;
+use super::blockers::{BlockOps, Blockers};
 use super::edge::Edge;
 use super::flags::{FlagsCell, Given};
 use super::limits::{self, LimitsCell};
 use super::name::NodeName;
 use super::threshold::Threshold;
 use crate::driver::{Driver, Limits, OpenFlags, Role};
+use crate::error::{Error, ErrorKind, Result};
 use crate::tracker::RequestTracker;
 
 /// Names a node for ever: `Copy`, 64 bits, keeps nothing alive, never dangles. [`crate::graph::Graph::acquire`] is the only
@@ -93,9 +94,9 @@ pub struct Node {
     /// The node whose options it was opened by, as far as that is still above it; 0 for none.
     inherits_from: AtomicU64,
     is_poisoned: AtomicBool,
-    pub(in crate::graph) claims: Claims,
-    pub(in crate::graph) leases: Leases,
-    pub(in crate::graph) threshold: Threshold,
+    pub(super) blockers: Blockers,
+    pub(in crate::graph) bitmaps: BitmapList,
+    pub(super) threshold: Threshold,
 }
 
 impl fmt::Debug for Node {
@@ -138,8 +139,8 @@ impl Node {
             is_active: AtomicBool::new(true),
             inherits_from: AtomicU64::new(0),
             is_poisoned: AtomicBool::new(false),
-            claims: Claims::default(),
-            leases: Leases::default(),
+            blockers: Blockers::default(),
+            bitmaps: BitmapList::default(),
             threshold: Threshold::default(),
             driver,
         };
@@ -379,6 +380,64 @@ impl Node {
 
     fn lock_parents(&self) -> MutexGuard<'_, Vec<Weak<Edge>>> {
         self.parents.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Is this operation refused, and why?
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let blocker = disk.block(BlockOps::RESIZE, "a backup runs");
+    /// disk.check_allowed(BlockOps::EJECT)?;
+    /// let error = disk.check_allowed(BlockOps::RESIZE).unwrap_err();
+    /// assert_eq!(error.to_string(), "node 'disk': resize is not possible now: a backup runs");
+    /// # Ok(()) });
+    /// ```
+    ///
+    /// # Errors
+    /// `InUse` with the first reason.
+    pub fn check_allowed(&self, operation: BlockOps) -> Result<()> {
+        match self.blocked(operation).into_iter().next() {
+            None => Ok(()),
+            Some(reason) => {
+                let words = format!("{operation} is not possible now: {reason}");
+                Err(Error::new(ErrorKind::InUse, words).node(self.name()))
+            }
+        }
+    }
+
+    /// The reasons why any of these operations is refused.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let one = disk.block(BlockOps::RESIZE, "a backup runs");
+    /// let two = disk.block(BlockOps::RESIZE | BlockOps::DELETE, "it is exported");
+    /// let reasons = disk.blocked(BlockOps::all());
+    /// assert_eq!((reasons.len(), &*reasons[1]), (2, "it is exported"));
+    /// # Ok(()) });
+    /// ```
+    pub fn blocked(&self, operations: BlockOps) -> Vec<Arc<str>> {
+        self.blockers.reasons(operations)
+    }
+
+    /// The job whose main node this is.
+    pub fn job(&self) -> Option<Arc<str>> {
+        self.blockers.job()
+    }
+
+    /// The write threshold in bytes; beyond every write if there is none.
+    #[inline]
+    pub(crate) fn write_threshold_or_max(&self) -> u64 {
+        self.threshold.bytes_or_max()
+    }
+
+    /// A write is going to end at `end`, beyond the threshold as it was a moment ago.
+    #[cold]
+    pub(crate) fn pass_threshold(&self, end: u64) {
+        self.threshold.pass(end, self.name());
     }
 
     /// Asks the driver and the children again. True if anything changed.

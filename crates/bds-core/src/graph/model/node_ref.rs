@@ -6,7 +6,9 @@ use std::panic::Location;
 
 use bds_refcount::{Held, Holder, HolderKind, Release, Strong};
 
+use super::blockers::{BlockOps, Blocker, JobSlot};
 use super::node::{Node, NodeId};
+use crate::error::{Error, ErrorKind, Result};
 use crate::graph::Graph;
 
 /// Keeps a node open. Clone takes another reference, drop gives it up; neither does I/O nor blocks.
@@ -129,6 +131,85 @@ impl NodeRef {
     /// ```
     pub fn release(self) -> Release {
         self.held.release()
+    }
+
+    /// Has these operations refused, with this reason, until the answer is dropped. Several may block the same.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// graph.add(Options::parse("driver=memory,node-name=disk")?).await?;
+    /// let blocker = graph.find("disk")?.block(BlockOps::DELETE, "a backup runs");
+    /// let error = graph.del("disk").await.unwrap_err();
+    /// assert_eq!(error.to_string(), "node 'disk': delete is not possible now: a backup runs");
+    /// drop(blocker); // allowed again, and it kept no reference
+    /// graph.del("disk").await?;
+    /// # Ok(()) });
+    /// ```
+    pub fn block(&self, operations: BlockOps, reason: &str) -> Blocker {
+        self.node().blockers.block(operations, reason)
+    }
+
+    /// Takes the one place for a job on this node.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let slot = disk.claim_job("backup0")?;
+    /// assert_eq!(disk.job().as_deref(), Some("backup0"));
+    /// let error = disk.claim_job("mirror0").unwrap_err();
+    /// assert_eq!(error.message(), "job 'backup0' works on it: wait for it, or cancel it");
+    /// drop(slot);
+    /// disk.claim_job("mirror0")?;
+    /// # Ok(()) });
+    /// ```
+    ///
+    /// # Errors
+    /// `InUse` names the job that has it.
+    pub fn claim_job(&self, job: &str) -> Result<JobSlot> {
+        self.node().blockers.claim_job(job).map_err(|other| {
+            let words = format!("job '{other}' works on it: wait for it, or cancel it");
+            Error::new(ErrorKind::InUse, words).node(self.name())
+        })
+    }
+
+    /// Has the first write told that ends more than this many bytes into the node ([`Event::WriteThreshold`]); `None` or zero has
+    /// none told. The mark goes when it is passed: set another one then. It is passed when the write comes in, before it
+    /// is done, and also by zero writes; not by a change of length. Writes of parents inside the graph count.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// disk.set_write_threshold(Some(512 << 10));
+    /// assert_eq!(disk.write_threshold(), Some(512 << 10));
+    /// disk.set_write_threshold(None);
+    /// assert_eq!(disk.write_threshold(), None);
+    /// # Ok(()) });
+    /// ```
+    pub fn set_write_threshold(&self, bytes: Option<u64>) {
+        self.node().threshold.set(bytes, self.graph().event_hub());
+    }
+
+    /// The mark, if one is set that was not passed yet: QEMU's `write_threshold`.
+    ///
+    /// ```
+    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
+    /// # run(async |graph| {
+    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// let mut events = graph.events();
+    /// disk.set_write_threshold(Some(4096));
+    /// guest.write(4000, bds_io::Buf::zeroed(512, 512).iov(), WriteFlags::empty()).await?;
+    ///
+    /// let event = events.try_next().expect("it went 416 bytes past the mark");
+    /// assert_eq!(event.to_json()["data"]["amount-exceeded"], 416);
+    /// assert_eq!(disk.write_threshold(), None, "told once");
+    /// # Ok(()) });
+    /// ```
+    pub fn write_threshold(&self) -> Option<u64> {
+        self.node().threshold.get()
     }
 
     pub(in crate::graph) fn from_held(graph: &Graph, held: Held<Node>) -> Self {

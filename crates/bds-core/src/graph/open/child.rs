@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use bds_refcount::{Holder, HolderKind, Strong};
 
+use super::call::Call;
 use super::inspect::Inspected;
-use super::open_node::{Call, open_node};
 use super::reference_gate::{self, GateDecision, GateQuestion, ReferenceFormat};
 use crate::driver::Access;
 use crate::driver::{
@@ -81,7 +81,7 @@ impl Opener {
             }
         }
         call.files_above = self.files();
-        open_node(call, tree, inherited(self.flags, role)).await
+        call.open_node(tree, inherited(self.flags, role)).await
     }
 
     /// Files that this image and those above lie in.
@@ -248,14 +248,14 @@ impl Opener {
             access,
             holder: Holder::new(HolderKind::Edge, format!("{}.{name}", self.node_name)),
             since: self.call.since,
-            stays: false,
-            graph: None,
-            in_flight: None,
+            is_fixed: false,
+            keep_alive: None,
+            backend_in_flight: None,
         };
         let core = &self.call.graph.0.core;
-        let edge = Edge::new(parts, Some(Strong::clone(&target)), &core.topology.loosened);
+        let edge = Edge::new(parts, Some(Strong::clone(&target)), &core.topology.stale_perms);
         let lock = core.lock();
-        let mut stage = Stage::new(core);
+        let mut stage = Stage::new(&core.arena);
         stage.attach(None, &edge, &target)?;
         let accesses = perm::settle(&stage, stage.starts(), Strictness::Checked)?;
         perm::apply(&lock, accesses);

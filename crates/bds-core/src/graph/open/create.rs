@@ -203,7 +203,7 @@ impl Graph {
             kind: HolderKind::Owner,
             name: "create",
             access,
-            stays: true,
+            is_fixed: true,
             is_backend: false,
         };
         let edge = self.attach_root(Some(node), &root)?;

@@ -2,6 +2,7 @@
 //!
 //! A name stored in an image is followed only through a [`reference_gate`]. Needs the model, permissions and roots.
 
+mod call;
 pub(super) mod child;
 pub(super) mod create;
 pub(super) mod create_target;

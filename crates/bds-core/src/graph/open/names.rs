@@ -6,23 +6,13 @@
 use std::sync::{Arc, Weak};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::graph::Graph;
 use crate::graph::model::node::NodeId;
 use crate::graph::model::node_ref::NodeRef;
-use crate::graph::roots::backends::BackendEntry;
-use crate::graph::{Graph, NameTable};
+use crate::graph::name_table::{BackendEntry, Claim, NameTable};
 
 /// Longest node name, in bytes.
 pub const MAX_NAME_LEN: usize = 31;
-
-#[derive(Clone)]
-pub(in crate::graph) enum Claim {
-    /// A node is being opened under this name.
-    Opening,
-    /// A node has it, as long as the id resolves.
-    Node(NodeId),
-    /// A backend has it, as long as somebody holds a handle to it.
-    Backend(Weak<dyn BackendEntry>),
-}
 
 /// A name claimed for a node that is being opened, or a backend that is being made. Dropped: the name is free again.
 pub(crate) struct Reservation {
@@ -48,14 +38,14 @@ impl Reservation {
 
     fn denote(mut self, claim: Claim) {
         self.is_published = true;
-        self.graph.plan().names.insert(Arc::clone(&self.name), claim);
+        self.graph.lock_names().claims.insert(Arc::clone(&self.name), claim);
     }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
         if !self.is_published {
-            self.graph.plan().names.remove(&self.name);
+            self.graph.lock_names().claims.remove(&self.name);
         }
     }
 }
@@ -80,7 +70,7 @@ impl Graph {
     /// `NotFound` if no open node has it (one that is still being opened has not got it yet).
     #[track_caller]
     pub fn find(&self, name: &str) -> Result<NodeRef> {
-        let claim = self.plan().names.get(name).cloned();
+        let claim = self.lock_names().claims.get(name).cloned();
         let found = match claim {
             Some(Claim::Node(id)) => self.acquire(id).ok(),
             Some(Claim::Opening | Claim::Backend(_)) | None => None,
@@ -90,14 +80,14 @@ impl Graph {
 
     /// Claims `wanted`, or a generated name (`#block000`), which no user can type.
     pub(crate) fn reserve_name(&self, wanted: Option<&str>) -> Result<Reservation> {
-        let mut plan = self.plan();
-        if plan.is_shut {
+        let mut names = self.lock_names();
+        if names.is_shut_down {
             return Err(Error::new(ErrorKind::Cancelled, "the graph has been shut down"));
         }
         let name: Arc<str> = match wanted {
             Some(name) => {
                 check_name(name)?;
-                if self.is_taken(&plan, name) {
+                if self.is_taken(&names, name) {
                     return Err(Error::new(
                         ErrorKind::AlreadyExists,
                         format!("the name '{name}' is taken by another node or backend"),
@@ -106,21 +96,21 @@ impl Graph {
                 name.into()
             }
             None => loop {
-                let name = format!("#block{:03}", plan.auto_names);
-                plan.auto_names += 1;
-                if !self.is_taken(&plan, &name) {
+                let name = format!("#block{:03}", names.auto_names);
+                names.auto_names += 1;
+                if !self.is_taken(&names, &name) {
                     break name.into();
                 }
             },
         };
-        plan.names.insert(Arc::clone(&name), Claim::Opening);
+        names.claims.insert(Arc::clone(&name), Claim::Opening);
         Ok(Reservation { graph: self.clone(), name, is_published: false })
     }
 }
 
 impl Graph {
-    pub(in crate::graph) fn is_taken(&self, plan: &NameTable, name: &str) -> bool {
-        match plan.names.get(name) {
+    pub(in crate::graph) fn is_taken(&self, names: &NameTable, name: &str) -> bool {
+        match names.claims.get(name) {
             None => false,
             Some(Claim::Opening) => true,
             Some(Claim::Backend(entry)) => entry.strong_count() > 0,

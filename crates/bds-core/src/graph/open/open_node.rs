@@ -12,10 +12,10 @@
 use std::future::Future;
 use std::panic::Location;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bds_refcount::{Holder, HolderKind, Strong};
 
+use super::call::Call;
 use super::child::Opener;
 use super::names::Reservation;
 use crate::driver::{BoxFuture, Driver, DriverType, OpenContext, OpenFlags, Role};
@@ -31,33 +31,6 @@ use crate::options::Options;
 
 /// Levels of images that are opened on one stack; then a task of its own goes on.
 const LEVELS_PER_STACK: usize = 8;
-
-/// What is known of one call of [`Graph::open`], at every level of it.
-#[derive(Clone)]
-pub(in crate::graph) struct Call {
-    pub(in crate::graph) graph: Graph,
-    opened: Arc<AtomicUsize>,
-    /// Images above this one.
-    pub(in crate::graph) depth: usize,
-    /// Where in the caller's program it was called.
-    pub(in crate::graph) since: &'static Location<'static>,
-    /// Files that the images above lie in: opening one of them again would be a loop.
-    pub(in crate::graph) files_above: Vec<(u64, u64)>,
-}
-
-impl Call {
-    /// Counts a node against the budget of the call.
-    fn count_node(&self) -> Result<()> {
-        let limit = self.graph.config().max_nodes_per_image;
-        if self.opened.fetch_add(1, Ordering::Relaxed) < limit {
-            return Ok(());
-        }
-        Err(Error::new(
-            ErrorKind::LimitExceeded,
-            format!("more than {limit} nodes would be opened at once (max_nodes_per_image)"),
-        ))
-    }
-}
 
 impl Graph {
     /// Opens a node as `blockdev-add` describes it: `driver`, `node-name`, the common options, the driver's own, and children
@@ -134,14 +107,8 @@ impl Graph {
     ) -> Result<(Strong<Node>, SweepIfDropped)> {
         let mut guard = SweepIfDropped { graph: self.clone(), is_over: false };
         self.0.core.sweep_unasked().await;
-        let call = Call {
-            graph: self.clone(),
-            opened: Arc::default(),
-            depth: 0,
-            since,
-            files_above: Vec::new(),
-        };
-        match open_node(call, options, flags).await {
+        let call = Call::new(self, since);
+        match call.open_node(options, flags).await {
             Ok(node) => Ok((node, guard)),
             Err(error) => {
                 self.0.core.sweep_unasked().await;
@@ -175,17 +142,19 @@ impl Drop for SweepIfDropped {
     }
 }
 
-/// Opens one node and, through its driver, what lies below.
-pub(in crate::graph) fn open_node(
-    call: Call,
-    options: Options,
-    base: OpenFlags,
-) -> BoxFuture<'static, Result<Strong<Node>>> {
-    if call.depth % LEVELS_PER_STACK == LEVELS_PER_STACK - 1 {
-        // A long chain must not exhaust the stack. Dropping the task cancels it.
-        return Box::pin(bds_io::spawn(open_here(call, options, base)));
+impl Call {
+    /// Opens one node and, through its driver, what lies below.
+    pub(super) fn open_node(
+        self,
+        options: Options,
+        base: OpenFlags,
+    ) -> BoxFuture<'static, Result<Strong<Node>>> {
+        if self.depth % LEVELS_PER_STACK == LEVELS_PER_STACK - 1 {
+            // A long chain must not exhaust the stack. Dropping the task cancels it.
+            return Box::pin(bds_io::spawn(open_here(self, options, base)));
+        }
+        Box::pin(open_here(self, options, base))
     }
-    Box::pin(open_here(call, options, base))
 }
 
 async fn open_here(call: Call, options: Options, base: OpenFlags) -> Result<Strong<Node>> {
@@ -289,7 +258,7 @@ fn settle_in(
         }
     }
     lock.born(&node);
-    let stage = Stage::new(&graph.0.core);
+    let stage = Stage::new(&graph.0.core.arena);
     let settled = perm::settle(&stage, [Strong::clone(&node)], Strictness::Checked);
     perm::apply(&lock, settled.map_err(|error| (named(error), None))?);
     Ok(node)

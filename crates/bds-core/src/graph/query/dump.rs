@@ -154,7 +154,7 @@ fn dump_node(out: &mut String, node: &NodeRef) {
         let frozen = edge.frozen_by.map_or_else(String::new, |who| format!(" frozen by {who}"));
         let _ = writeln!(out, "  {} -> {} ({role}) {access}{frozen}", edge.name, edge.child_name);
     }
-    for reason in node.blocked(crate::graph::Operations::all()) {
+    for reason in node.blocked(crate::graph::BlockOps::all()) {
         let _ = writeln!(out, "  blocked: {reason}");
     }
     for bitmap in node.bitmaps() {

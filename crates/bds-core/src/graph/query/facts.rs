@@ -30,7 +30,7 @@ pub struct EdgeFacts {
     /// Who keeps the edge where it is.
     pub frozen_by: Option<String>,
     /// Do graph changes leave it where it is?
-    pub stays: bool,
+    pub is_fixed: bool,
     /// Is the child drained, so that requests through the edge wait, or will?
     pub is_drained: bool,
 }
@@ -46,7 +46,7 @@ fn facts(edge: &Arc<Edge>) -> Option<EdgeFacts> {
         child: target.id(),
         child_name: target.name().to_owned(),
         frozen_by: edge.frozen().map(|freeze| freeze.to_string()),
-        stays: edge.stays(),
+        is_fixed: edge.is_fixed(),
         is_drained: edge.is_quiesced(),
     })
 }

@@ -4,67 +4,33 @@
 //! Only the monitor's list holds one, and there the membership is the reference. A name is claimed in the one namespace that node
 //! names are claimed in.
 
-use std::any::Any;
 use std::sync::{Arc, Weak};
 
 use super::root::RootMove;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, EventHub};
-use crate::graph::model::blockers::Operations;
+use crate::graph::Graph;
+use crate::graph::model::blockers::BlockOps;
 use crate::graph::model::edge::Edge;
 use crate::graph::model::node::Node;
-use crate::graph::open::names::Claim;
-use crate::graph::{Graph, NameTable};
-
-/// A backend, seen from the graph.
-pub(crate) trait BackendEntry: Send + Sync + 'static {
-    /// Under what name it holds its node; the monitor's too, if it claimed that.
-    fn name(&self) -> &str;
-
-    /// Its way in.
-    fn edge(&self) -> &Arc<Edge>;
-
-    /// Turns the flush after every write on or off.
-    fn set_writethrough(&self, is_on: bool);
-
-    /// The device that uses it.
-    fn device(&self) -> Option<Arc<str>>;
-
-    /// The graph ends: requests that wait for a user's decision fail.
-    fn end(&self);
-
-    /// For whoever knows what it is.
-    fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync>;
-}
-
-impl NameTable {
-    /// Strikes off who has gone, whenever the list would have to grow: constant time on average.
-    fn prune_backends(&mut self) {
-        if self.backends.len() == self.backends.capacity() {
-            self.backends.retain(|backend| backend.strong_count() > 0);
-            self.names.retain(
-                |_, claim| !matches!(claim, Claim::Backend(backend) if backend.strong_count() == 0),
-            );
-        }
-    }
-}
+use crate::graph::name_table::{BackendEntry, Claim};
 
 impl Graph {
     /// The graph knows of the backend from now on.
     pub(crate) fn register_backend(&self, backend: Weak<dyn BackendEntry>) {
-        let mut plan = self.plan();
-        plan.prune_backends();
-        plan.backends.push(backend);
+        let mut names = self.lock_names();
+        names.prune_backends();
+        names.backends.push(backend);
     }
 
     /// The backends that live now, in the order in which they came.
     pub(crate) fn backend_entries(&self) -> Vec<Arc<dyn BackendEntry>> {
-        self.plan().backends.iter().filter_map(Weak::upgrade).collect()
+        self.lock_names().backends.iter().filter_map(Weak::upgrade).collect()
     }
 
     /// The backend that has claimed this name.
     pub(crate) fn backend_entry(&self, name: &str) -> Option<Arc<dyn BackendEntry>> {
-        match self.plan().names.get(name) {
+        match self.lock_names().claims.get(name) {
             Some(Claim::Backend(backend)) => backend.upgrade(),
             _ => None,
         }
@@ -77,14 +43,14 @@ impl Graph {
             let words = "the backend has not claimed a name: nobody could delete it";
             return Err(Error::new(ErrorKind::InvalidInput, words).field("backend", backend.name()));
         }
-        let mut plan = self.plan();
-        if plan.owned_backends.iter().any(|known| Arc::ptr_eq(known, &backend)) {
+        let mut names = self.lock_names();
+        if names.owned_backends.iter().any(|known| Arc::ptr_eq(known, &backend)) {
             let words = "the monitor owns the backend already";
             return Err(
                 Error::new(ErrorKind::AlreadyExists, words).field("backend", backend.name())
             );
         }
-        plan.owned_backends.push(backend);
+        names.owned_backends.push(backend);
         Ok(())
     }
 
@@ -97,12 +63,12 @@ impl Graph {
             return refuse(ErrorKind::InUse, words);
         }
         if let Some(node) = backend.edge().medium() {
-            node.check_allowed(Operations::DELETE)?;
+            node.check_allowed(BlockOps::DELETE)?;
         }
         let owned = {
-            let mut plan = self.plan();
-            let place = plan.owned_backends.iter().position(|known| Arc::ptr_eq(known, &backend));
-            place.map(|place| plan.owned_backends.remove(place))
+            let mut names = self.lock_names();
+            let place = names.owned_backends.iter().position(|known| Arc::ptr_eq(known, &backend));
+            place.map(|place| names.owned_backends.remove(place))
         };
         drop(backend);
         match owned {
@@ -120,12 +86,12 @@ impl Graph {
         let mut failed = Vec::new();
         for backend in self.backend_entries() {
             backend.end();
-            let out = RootMove::new(self, backend.edge(), None).unless(Operations::empty());
+            let out = RootMove::new(self, backend.edge(), None).unless(BlockOps::empty());
             if let Err(error) = self.change().move_root(out).commit().await {
                 failed.push((format!("backend '{}'", backend.name()), error));
             }
         }
-        let owned = std::mem::take(&mut self.plan().owned_backends);
+        let owned = std::mem::take(&mut self.lock_names().owned_backends);
         drop(owned);
         failed
     }

@@ -6,22 +6,16 @@
 use std::future::Future;
 use std::panic::Location;
 
-use bds_refcount::{Held, Holder, HolderKind};
+use bds_refcount::{Holder, HolderKind};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::close::close_node::CloseReport;
-use crate::graph::model::blockers::Operations;
+use crate::graph::close::report::CloseReport;
+use crate::graph::model::blockers::BlockOps;
 use crate::graph::model::edge::Parent;
-use crate::graph::model::node::{Node, NodeId};
+use crate::graph::model::node::NodeId;
+use crate::graph::name_table::OwnedNode;
 use crate::graph::{Graph, NodeRef};
 use crate::options::Options;
-
-/// A node on the monitor's list.
-pub(in crate::graph) struct Owned {
-    pub(in crate::graph) node: Held<Node>,
-    /// The list is walked in the order in which nodes came.
-    pub(in crate::graph) order: u64,
-}
 
 fn holder() -> Holder {
     Holder::new(HolderKind::Monitor, "node list")
@@ -84,14 +78,14 @@ impl Graph {
         let name = node.name().to_owned();
         let (_, held) = node.into_parts();
         let held = held.into_strong().held_since(holder(), since);
-        let mut plan = self.plan();
-        if plan.monitor.contains_key(&id) {
+        let mut names = self.lock_names();
+        if names.monitor.contains_key(&id) {
             let error = Error::new(ErrorKind::AlreadyExists, "the monitor owns the node already");
             return Err(error.node(name));
         }
-        plan.monitor_order += 1;
-        let order = plan.monitor_order;
-        plan.monitor.insert(id, Owned { node: held, order });
+        names.monitor_order += 1;
+        let order = names.monitor_order;
+        names.monitor.insert(id, OwnedNode { node: held, order });
         Ok(())
     }
 
@@ -124,7 +118,7 @@ impl Graph {
             Err(error)
         };
         let (node, order) = taken;
-        if let Err(error) = node.check_allowed(Operations::DELETE) {
+        if let Err(error) = node.check_allowed(BlockOps::DELETE) {
             return refuse(node, order, error);
         }
         match node.end() {
@@ -143,7 +137,7 @@ impl Graph {
 
     /// The monitor's reference, taken off the list.
     pub(in crate::graph) fn take_owned(&self, id: NodeId, name: &str) -> Result<(NodeRef, u64)> {
-        let Some(Owned { node, order }) = self.plan().monitor.remove(&id) else {
+        let Some(OwnedNode { node, order }) = self.lock_names().monitor.remove(&id) else {
             let words = "the monitor does not own the node: it goes with the last reference to it";
             return Err(Error::new(ErrorKind::InvalidInput, words).node(name));
         };
@@ -153,7 +147,7 @@ impl Graph {
     pub(in crate::graph) fn put_back(&self, node: NodeRef, order: u64) {
         let id = node.id();
         let (_, node) = node.into_parts();
-        self.plan().monitor.insert(id, Owned { node, order });
+        self.lock_names().monitor.insert(id, OwnedNode { node, order });
     }
 
     /// Does the monitor own the node?
@@ -169,7 +163,7 @@ impl Graph {
     /// # Ok(()) });
     /// ```
     pub fn is_owned(&self, id: NodeId) -> bool {
-        self.plan().monitor.contains_key(&id)
+        self.lock_names().monitor.contains_key(&id)
     }
 
     /// What stands at the top: the node of every backend with a medium, then the monitor's nodes that no backend has at its
@@ -202,7 +196,7 @@ impl Graph {
         drop(lock);
         roots.sort();
         let mut owned: Vec<(u64, NodeId)> =
-            self.plan().monitor.iter().map(|(id, owned)| (owned.order, *id)).collect();
+            self.lock_names().monitor.iter().map(|(id, owned)| (owned.order, *id)).collect();
         owned.sort_unstable();
         let all = roots.into_iter().map(|(_, id)| id).chain(owned.into_iter().map(|(_, id)| id));
         let mut seen = std::collections::HashSet::new();

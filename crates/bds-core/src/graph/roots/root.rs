@@ -11,7 +11,7 @@ use crate::driver::Role;
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::change::perm::{self, Strictness};
 use crate::graph::change::stage::Stage;
-use crate::graph::model::blockers::Operations;
+use crate::graph::model::blockers::BlockOps;
 use crate::graph::model::edge::{Edge, EdgeParts, Parent};
 use crate::graph::model::node::{Node, NodeId};
 use crate::graph::{Graph, NodeRef};
@@ -23,7 +23,7 @@ pub(crate) struct Root<'a> {
     pub(crate) name: &'a str,
     pub(crate) access: Access,
     /// Do graph changes leave it where it is?
-    pub(crate) stays: bool,
+    pub(crate) is_fixed: bool,
     /// Is it a backend's? Then its requests are counted, and its owner keeps the graph.
     pub(crate) is_backend: bool,
 }
@@ -46,16 +46,16 @@ pub(crate) struct RootMove {
     /// The edge's graph.
     pub(in crate::graph) graph: Graph,
     pub(in crate::graph) to: Option<NodeRef>,
-    blockers: Operations,
+    blockers: BlockOps,
     expected: Expected,
 }
 
 impl RootMove {
-    /// Of an edge of this graph, unless [`Operations::EJECT`] is blocked on what it leads to.
+    /// Of an edge of this graph, unless [`BlockOps::EJECT`] is blocked on what it leads to.
     #[track_caller]
     pub(crate) fn new(graph: &Graph, edge: &Arc<Edge>, to: Option<&NodeRef>) -> Self {
         let (edge, graph, to) = (Arc::clone(edge), graph.clone(), NodeRef::clone_of(to));
-        Self { edge, graph, to, blockers: Operations::EJECT, expected: Expected::Anything }
+        Self { edge, graph, to, blockers: BlockOps::EJECT, expected: Expected::Anything }
     }
 
     /// Only if it leads there.
@@ -64,7 +64,7 @@ impl RootMove {
     }
 
     /// Unless these are blocked, instead.
-    pub(crate) fn unless(self, blockers: Operations) -> Self {
+    pub(crate) fn unless(self, blockers: BlockOps) -> Self {
         Self { blockers, ..self }
     }
 
@@ -105,16 +105,16 @@ impl Graph {
             access: root.access,
             holder: Holder::new(root.kind, root.name),
             since: Location::caller(),
-            stays: root.stays,
-            graph: (!root.is_backend).then(|| self.clone()),
-            in_flight: root.is_backend.then(Arc::default),
+            is_fixed: root.is_fixed,
+            keep_alive: (!root.is_backend).then(|| self.keep_alive()),
+            backend_in_flight: root.is_backend.then(Arc::default),
         };
         let target = node.map(|node| Strong::clone(node.strong()));
-        let edge = Edge::new(parts, target, &self.0.core.topology.loosened);
+        let edge = Edge::new(parts, target, &self.0.core.topology.stale_perms);
         edge.set_parent(Parent::Root(root.name.into()));
         if let Some(node) = node {
             let lock = self.0.core.lock();
-            let mut stage = Stage::new(&self.0.core);
+            let mut stage = Stage::new(&self.0.core.arena);
             stage.attach(None, &edge, node.strong())?;
             let accesses = perm::settle(&stage, stage.starts(), Strictness::Checked)?;
             perm::apply(&lock, accesses);
@@ -128,8 +128,8 @@ impl Graph {
         let lock = self.0.core.lock();
         edge.set_access(&lock, Access::NONE);
         if let Some(node) = edge.medium() {
-            self.0.core.topology.loosened.push(node.id());
-            perm::loosen(&lock);
+            self.0.core.topology.stale_perms.push(node.id());
+            perm::recompute_stale(&lock);
         }
     }
 
@@ -156,7 +156,7 @@ impl Graph {
     #[track_caller]
     pub fn attach_job(&self, node: &NodeRef, job: &str, access: Access) -> Result<JobEdge> {
         let root =
-            Root { kind: HolderKind::Job, name: job, access, stays: true, is_backend: false };
+            Root { kind: HolderKind::Job, name: job, access, is_fixed: true, is_backend: false };
         let edge = self.attach_root(Some(node), &root)?;
         Ok(JobEdge { edge, graph: self.clone() })
     }

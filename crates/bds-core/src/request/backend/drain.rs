@@ -33,7 +33,7 @@ impl BackendDrained {
 
 impl Drop for BackendDrained {
     fn drop(&mut self) {
-        self.backend.inner.edge.open();
+        self.backend.inner.edge.open_gate();
     }
 }
 
@@ -82,7 +82,7 @@ impl Backend {
     }
 
     async fn drain_here(self) -> BackendDrained {
-        self.inner.edge.close();
+        self.inner.edge.close_gate();
         // From here on a dropped future opens it again.
         let drained = BackendDrained { backend: self };
         let edge = &drained.backend.inner.edge;

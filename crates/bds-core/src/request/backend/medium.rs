@@ -3,7 +3,7 @@
 use super::Backend;
 use super::policy::ErrorPolicies;
 use crate::error::Result;
-use crate::graph::{Change, Expected, NodeRef, Operations, RootMove};
+use crate::graph::{BlockOps, Change, Expected, NodeRef, RootMove};
 
 impl Backend {
     /// Puts a medium in. The backend takes a reference of its own. Writes become durable one by one if the node's `cache.writeback` is
@@ -49,7 +49,7 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// As [`Backend::insert`]; `InUse` also if [`Operations::EJECT`] is blocked on the old one.
+    /// As [`Backend::insert`]; `InUse` also if [`BlockOps::EJECT`] is blocked on the old one.
     #[track_caller]
     pub fn replace_medium(&self, node: &NodeRef) -> impl Future<Output = Result<()>> + Send + '_ {
         let root = RootMove::new(&self.graph, &self.inner.edge, Some(node));
@@ -81,7 +81,7 @@ impl Backend {
     /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
     /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
     /// drive.insert(&disk).await?;
-    /// let blocker = disk.block(Operations::EJECT, "a backup runs");
+    /// let blocker = disk.block(BlockOps::EJECT, "a backup runs");
     /// let error = drive.eject().await.unwrap_err();
     /// assert_eq!(error.to_string(), "node 'disk': eject is not possible now: a backup runs");
     ///
@@ -92,9 +92,9 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// Nothing has changed. `InUse`: [`Operations::EJECT`] is blocked, or the edge is frozen (by whom and why is told).
+    /// Nothing has changed. `InUse`: [`BlockOps::EJECT`] is blocked, or the edge is frozen (by whom and why is told).
     pub async fn eject(&self) -> Result<Option<NodeRef>> {
-        self.take_out(Operations::EJECT).await
+        self.take_out(BlockOps::EJECT).await
     }
 
     /// Takes the medium away from whoever uses the backend: QEMU's `drive_del`. Works with a device attached, which stays so:
@@ -115,14 +115,14 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// Nothing has changed. `InUse`: [`Operations::DELETE`] is blocked on the medium, or the edge is frozen.
+    /// Nothing has changed. `InUse`: [`BlockOps::DELETE`] is blocked on the medium, or the edge is frozen.
     pub async fn revoke(&self) -> Result<()> {
         let this = self.clone();
         bds_io::spawn_now(async move { this.revoke_here().await }).await
     }
 
     async fn revoke_here(&self) -> Result<()> {
-        let medium = self.take_out(Operations::DELETE).await?;
+        let medium = self.take_out(BlockOps::DELETE).await?;
         self.set_policies(ErrorPolicies::REPORT);
         self.resume();
         drop(medium);
@@ -130,7 +130,7 @@ impl Backend {
     }
 
     /// The reference returned is to the very node that was taken out, however often others change that meanwhile.
-    async fn take_out(&self, blockers: Operations) -> Result<Option<NodeRef>> {
+    async fn take_out(&self, blockers: BlockOps) -> Result<Option<NodeRef>> {
         loop {
             let Some(medium) = self.node() else { return Ok(None) };
             let expected = Expected::Node(medium.id());

@@ -136,7 +136,7 @@ impl Inner {
         };
         // Without the desk, because this wakes those who wait. A stop in between has closed the gate once more.
         if was_stopped {
-            self.edge.open();
+            self.edge.open_gate();
         }
     }
 
@@ -160,7 +160,7 @@ impl Inner {
             }
             if verdict == Verdict::Stop && !std::mem::replace(&mut desk.is_stopped, true) {
                 desk.io_status = if nospace { IoStatus::NoSpace } else { IoStatus::Failed };
-                self.edge.close();
+                self.edge.close_gate();
             }
             verdict
         };

@@ -170,7 +170,7 @@ impl Graph {
     ///
     /// # Errors
     /// Nothing has changed. `NotFound`; `InvalidInput`: the monitor does not own it; `InUse`: a device uses it (it is named), or
-    /// [`crate::graph::Operations::DELETE`] is blocked on its medium.
+    /// [`crate::graph::BlockOps::DELETE`] is blocked on its medium.
     pub fn del_backend(&self, name: &str) -> Result<Release> {
         let owned = self.disown_backend_entry(name)?;
         // Of those who give up their references at the same time, exactly one gets the backend itself.
