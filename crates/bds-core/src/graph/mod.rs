@@ -100,9 +100,9 @@ impl Graph {
     /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
     /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;
     ///
-    /// let words: Vec<String> = graph.holders(disk.id()).iter().map(ToString::to_string).collect();
-    /// assert!(words[0].starts_with("owner 'open' (since "), "and a place in the program");
-    /// assert!(words[1].starts_with("backend 'guest' (since "));
+    /// let holders: Vec<String> = graph.holders(disk.id()).iter().map(ToString::to_string).collect();
+    /// assert!(holders[0].starts_with("owner 'open' (since "), "and a place in the program");
+    /// assert!(holders[1].starts_with("backend 'guest' (since "));
     /// # Ok(()) });
     /// ```
     pub fn holders(&self, id: NodeId) -> Vec<HolderInfo> {

@@ -62,7 +62,7 @@ impl Action {
     /// The same, with its references held by the change whose turn it is ([`TURN`]): they are not in the way of a removal. Those of a
     /// change that waits for its turn ([`WAITING`]) are.
     pub(in crate::graph) fn held_by(self, (kind, name): (HolderKind, &str)) -> Self {
-        let take = |node: NodeRef| node.kept_as(Holder::new(kind, name));
+        let take = |node: NodeRef| node.reheld_as(Holder::new(kind, name));
         match self {
             Self::Append { top, overlay } => {
                 Self::Append { top: take(top), overlay: take(overlay) }

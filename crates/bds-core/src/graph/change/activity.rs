@@ -13,7 +13,7 @@ use super::commit::Moved;
 use super::perm::{self, Strictness};
 use super::stage::{Accesses, Facts, Stage};
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::close::detached::to_the_end;
+use crate::graph::close::run_to_end::run_to_end;
 use crate::graph::drain::set::DrainedEdit;
 use crate::graph::drain::set::{DrainSet, Drained, Section, wait_undrained_below};
 use crate::graph::model::node::{Node, NodeId};
@@ -173,7 +173,7 @@ impl Handover {
     /// (he is named); or what the driver could not write out.
     pub async fn inactivate(self, node: &NodeRef) -> Result<()> {
         let tops = vec![Strong::clone(node.strong())];
-        self.carry_over(move |graph| graph.nodes_to_inactivate(tops.clone()), false).await
+        self.run(move |graph| graph.nodes_to_inactivate(tops.clone()), false).await
     }
 
     /// [`Handover::inactivate`] for all nodes, as before the end of a migration.
@@ -186,7 +186,7 @@ impl Handover {
             let tops = live.filter(|node| !has_parent_node(graph, node)).collect();
             graph.nodes_to_inactivate(tops)
         };
-        self.carry_over(tops, false).await
+        self.run(tops, false).await
     }
 
     /// Takes charge of the node and of all below it: bytes are read anew, because others may have changed them. Runs to its end once
@@ -196,7 +196,7 @@ impl Handover {
     /// Everything is as inactive as before: what a driver could not read or lock.
     pub async fn activate(self, node: &NodeRef) -> Result<()> {
         let tops = vec![Strong::clone(node.strong())];
-        self.carry_over(move |_| Ok(nodes_to_activate(&tops)), true).await
+        self.run(move |_| Ok(nodes_to_activate(&tops)), true).await
     }
 
     /// [`Handover::activate`] for all nodes.
@@ -204,12 +204,12 @@ impl Handover {
     /// # Errors
     /// As [`Handover::activate`].
     pub async fn activate_all(self) -> Result<()> {
-        self.carry_over(|graph| Ok(nodes_to_activate(&graph.0.core.live())), true).await
+        self.run(|graph| Ok(nodes_to_activate(&graph.0.core.live())), true).await
     }
 
     /// Runs to its end, whatever becomes of the caller: drivers that have given charge away must not stay so while their nodes say
     /// otherwise.
-    async fn carry_over(
+    async fn run(
         self,
         choose: impl Fn(&Graph) -> Result<Vec<Strong<Node>>> + Send + 'static,
         is_active: bool,
@@ -217,13 +217,13 @@ impl Handover {
         let Self { graph, within } = self;
         let work = async move {
             loop {
-                let one = graph.begin_change().await;
+                let turn = graph.begin_change().await;
                 let set = choose(&graph)?;
-                let Some(blocked) = graph.carry_set_over(set, is_active, &within).await? else {
+                let Some(blocked) = graph.hand_over_set(set, is_active, &within).await? else {
                     return Ok(());
                 };
                 // Whoever drains below may want a change of his own before he is done: he gets his turn.
-                drop(one);
+                drop(turn);
                 wait_undrained_below(&graph, &blocked).await;
                 bds_io::yield_now().await;
             }
@@ -233,7 +233,7 @@ impl Handover {
                 tracing::error!(%error, "a change of activity failed, and nobody waited for it");
             }
         };
-        to_the_end(work, unseen).await.unwrap_or_else(|| {
+        run_to_end(work, unseen).await.unwrap_or_else(|| {
             Err(Error::new(ErrorKind::Cancelled, "the executor went away before the end"))
         })
     }
@@ -241,7 +241,7 @@ impl Handover {
 
 impl Graph {
     /// Does it for a set of nodes in this order. `Some`: nothing was done, because others have drained something below.
-    async fn carry_set_over(
+    async fn hand_over_set(
         &self,
         set: Vec<Strong<Node>>,
         is_active: bool,
@@ -253,30 +253,30 @@ impl Graph {
         let what = "change of activity";
         let drained = DrainSet::begin_within(self, set.clone(), what, within).await;
         // Refused before anything is written, if it will be.
-        drop(self.settle_activity(&set, is_active)?);
-        let Ok(work) = drained.open_doors_for(&set) else { return Ok(Some(set)) };
+        drop(self.compute_activity(&set, is_active)?);
+        let Ok(work) = drained.open_gates_for(&set) else { return Ok(Some(set)) };
         let mut done: Vec<&Strong<Node>> = Vec::new();
         for node in &set {
-            if let Err(error) = self.tell(node, is_active).await {
-                tell_back(&done, is_active).await;
+            if let Err(error) = self.switch_driver(node, is_active).await {
+                undo_switch(&done, is_active).await;
                 return Err(error.node(node.name()));
             }
             done.push(node);
         }
         drop(work);
-        drained.settle().await;
-        let changed = self.put_activity_into_force(&drained, &set, is_active);
+        drained.wait_drained().await;
+        let changed = self.apply_activity(&drained, &set, is_active);
         if changed.is_err() {
             // Nobody can have drained the set in between without waiting for this.
-            let work = drained.open_doors_for(&set);
-            tell_back(&done, is_active).await;
+            let work = drained.open_gates_for(&set);
+            undo_switch(&done, is_active).await;
             drop(work);
         }
         changed.map(|()| None)
     }
 
     /// Tells a driver to take charge, or to give it away.
-    async fn tell(&self, node: &Strong<Node>, is_active: bool) -> Result<()> {
+    async fn switch_driver(&self, node: &Strong<Node>, is_active: bool) -> Result<()> {
         self.step()?;
         if is_active {
             return node.driver().activate().await;
@@ -306,9 +306,9 @@ impl Graph {
                     set.push(node);
                 }
                 Some(user) if asked.contains(&node.id()) => {
-                    let words =
+                    let message =
                         format!("node '{}' above it is active: inactivate that first", user.name());
-                    return Err(Error::new(ErrorKind::InUse, words).node(node.name()));
+                    return Err(Error::new(ErrorKind::InUse, message).node(node.name()));
                 }
                 Some(_) => {}
             }
@@ -316,10 +316,10 @@ impl Graph {
         Ok(set)
     }
 
-    fn settle_activity(&self, set: &[Strong<Node>], is_active: bool) -> Result<Accesses> {
+    fn compute_activity(&self, set: &[Strong<Node>], is_active: bool) -> Result<Accesses> {
         let _lock = self.0.core.lock();
         let stage = self.stage_activity(set, is_active);
-        perm::settle(&stage, stage.starts(), Strictness::Checked)
+        perm::compute(&stage, stage.starts(), Strictness::Checked)
     }
 
     fn stage_activity(&self, set: &[Strong<Node>], is_active: bool) -> Stage<'_> {
@@ -330,7 +330,7 @@ impl Graph {
         stage
     }
 
-    fn put_activity_into_force(
+    fn apply_activity(
         &self,
         drained: &DrainSet,
         set: &[Strong<Node>],
@@ -338,7 +338,7 @@ impl Graph {
     ) -> Result<()> {
         let lock = self.0.core.lock();
         let stage = self.stage_activity(set, is_active);
-        let accesses = perm::settle(&stage, stage.starts(), Strictness::Checked)?;
+        let accesses = perm::compute(&stage, stage.starts(), Strictness::Checked)?;
         self.step()?;
         let edit = DrainedEdit::new(drained, &lock);
         set.iter().for_each(|node| node.set_active(is_active));
@@ -350,7 +350,7 @@ impl Graph {
 }
 
 /// Takes back what drivers have been told, the last first.
-async fn tell_back(done: &[&Strong<Node>], was_to_be_active: bool) {
+async fn undo_switch(done: &[&Strong<Node>], was_to_be_active: bool) {
     for node in done.iter().rev() {
         let driver = node.driver();
         let told = match was_to_be_active {

@@ -162,7 +162,7 @@ impl Graph {
 
     /// One change at a time; what is dead goes first, so that it does not stand in the way.
     pub(in crate::graph) async fn begin_change(&self) -> MutexGuard<'_, ()> {
-        self.0.core.sweep_unasked().await;
+        self.0.core.sweep_and_keep().await;
         self.0.changes.lock().await
     }
 }
@@ -299,27 +299,27 @@ impl Change {
     /// what is replaced (both sides are named); `ReadOnly`, `Inactive`: somebody would write where that is not possible;
     /// `NotSupported`: a driver cannot do it while it is open; `AlreadyExists`: a name is taken; and whatever drivers fail with when they prepare.
     pub async fn commit(self) -> Result<ChangeReport> {
-        check_ours(&self.graph, &self.actions)?;
+        check_same_graph(&self.graph, &self.actions)?;
         if self.actions.is_empty() {
             return Ok(ChangeReport { held: Duration::ZERO, closed: Vec::new() });
         }
         // Others wait for the turn and behind the gates: a task gives them back though the caller only keeps its future.
-        let (held, closed) = bds_io::spawn_now(self.carry_through()).await?;
+        let (held, closed) = bds_io::spawn_now(self.run()).await?;
         Ok(ChangeReport { held, closed: closed.deliver() })
     }
 
-    async fn carry_through(self) -> Result<(Duration, Undelivered)> {
+    async fn run(self) -> Result<(Duration, Undelivered)> {
         let Self { graph, mut actions, within } = self;
-        let (one, begun, outcome) = loop {
-            let one = graph.begin_change().await;
+        let (turn, begun, outcome) = loop {
+            let turn = graph.begin_change().await;
             actions = actions.into_iter().map(|action| action.held_by(TURN)).collect();
             let begun = bds_io::now();
-            match carry_out(&graph, &actions, &within).await? {
-                Ok(outcome) => break (one, begun, outcome),
+            match try_once(&graph, &actions, &within).await? {
+                Ok(outcome) => break (turn, begun, outcome),
                 Err(blocked) => {
                     // Whoever drains below may want a change of his own before he is done: he gets his turn.
                     actions = actions.into_iter().map(|action| action.held_by(WAITING)).collect();
-                    drop(one);
+                    drop(turn);
                     wait_undrained_below(&graph, &blocked).await;
                     bds_io::yield_now().await;
                 }
@@ -331,7 +331,7 @@ impl Change {
         drop(moved);
         drop(drained);
         let held = bds_io::now().saturating_sub(begun);
-        drop(one);
+        drop(turn);
         drop(actions);
         let closed = commit::close_removed(&graph, removed, old_targets).await;
         Ok((held, closed))
@@ -355,7 +355,7 @@ struct Outcome {
 type Blocked = Vec<Strong<Node>>;
 
 /// Drains, prepares, stages, checks, and puts into force.
-async fn carry_out(
+async fn try_once(
     graph: &Graph,
     actions: &[Action],
     within: &[Arc<Section>],
@@ -380,13 +380,12 @@ async fn carry_out(
             let missing: Vec<_> =
                 staged.to_drain().into_iter().filter(|node| !drained.covers(node.id())).collect();
             if missing.is_empty() {
-                let accesses = perm::settle(&staged, staged.starts(), Strictness::Checked)?;
+                let accesses = perm::compute(&staged, staged.starts(), Strictness::Checked)?;
                 graph.step()?;
                 let edit = DrainedEdit::new(&drained, &lock);
-                let done =
-                    commit::put_into_force(graph, &edit, staged, accesses, prepared, actions)?;
+                let done = commit::apply_staged(graph, &edit, staged, accesses, prepared, actions)?;
                 drop(lock);
-                done.reopened.iter().for_each(|reopened| reopened.tell_backends(graph));
+                done.reopened.iter().for_each(|reopened| reopened.update_backends(graph));
                 return Ok(Ok(Outcome { moved: done.moved, removed: done.removed, drained }));
             }
             missing
@@ -407,7 +406,7 @@ async fn prepare<'w>(
         return Ok(Some(Vec::new()));
     }
     let nodes: Vec<_> = wanted.iter().map(Wanted::node).collect();
-    let prepared = match drained.open_doors_for(&nodes) {
+    let prepared = match drained.open_gates_for(&nodes) {
         Ok(work) => {
             let prepared = reopen::prepare(graph, wanted).await?;
             drop(work);
@@ -418,15 +417,15 @@ async fn prepare<'w>(
             None => return Ok(None),
         },
     };
-    drained.settle().await;
+    drained.wait_drained().await;
     Ok(Some(prepared))
 }
 
-fn check_ours(graph: &Graph, actions: &[Action]) -> Result<()> {
+fn check_same_graph(graph: &Graph, actions: &[Action]) -> Result<()> {
     let is_foreign = |action: &Action| matches!(action, Action::Root(root) if !Arc::ptr_eq(&root.graph.0, &graph.0));
     if actions.iter().any(is_foreign) {
-        let words = "the backend belongs to another graph";
-        return Err(Error::new(ErrorKind::InvalidInput, words));
+        let message = "the backend belongs to another graph";
+        return Err(Error::new(ErrorKind::InvalidInput, message));
     }
     let mut nodes = actions.iter().flat_map(Action::nodes);
     match nodes.find(|node| !Arc::ptr_eq(&node.graph().0, &graph.0)) {

@@ -35,7 +35,7 @@ pub(in crate::graph) struct Done {
 ///
 /// # Errors
 /// A driver refused its first backing node, or to lose its only one. Nothing has changed.
-pub(in crate::graph) fn put_into_force(
+pub(in crate::graph) fn apply_staged(
     graph: &Graph,
     edit: &DrainedEdit<'_>,
     stage: Stage<'_>,
@@ -45,9 +45,9 @@ pub(in crate::graph) fn put_into_force(
 ) -> Result<Done> {
     let staged = stage.into_parts();
     let renames = graph.reserve_renames(actions)?;
-    let told = Told::tell(graph, &staged)?;
+    let notified = NotifiedDrivers::notify(graph, &staged)?;
     graph.step()?;
-    told.keep();
+    notified.keep();
     renames.commit();
     let reopened: Vec<Reopened> = prepared.iter().map(Prepared::reopened).collect();
     // Children before parents: a parent that becomes writable finds its children so.
@@ -81,13 +81,13 @@ pub(in crate::graph) fn put_into_force(
 }
 
 /// Drivers that were told of another backing node. Dropped: told the opposite again.
-struct Told<'s> {
-    told: Vec<(&'s Strong<Node>, Option<Child>)>,
+struct NotifiedDrivers<'s> {
+    notified: Vec<(&'s Strong<Node>, Option<Child>)>,
 }
 
-impl<'s> Told<'s> {
-    fn tell(graph: &Graph, staged: &'s Staged) -> Result<Self> {
-        let mut this = Self { told: Vec::new() };
+impl<'s> NotifiedDrivers<'s> {
+    fn notify(graph: &Graph, staged: &'s Staged) -> Result<Self> {
+        let mut this = Self { notified: Vec::new() };
         let gone = staged.dropped.iter().map(|(parent, _)| (parent, None));
         let come = staged.attached.iter().filter_map(|attach| {
             let port = (graph.0.core.make_port)(Arc::clone(&attach.edge));
@@ -100,19 +100,19 @@ impl<'s> Told<'s> {
             graph.step()?;
             let back =
                 parent.driver().set_backing(child).map_err(|error| error.node(parent.name()))?;
-            this.told.push((parent, back));
+            this.notified.push((parent, back));
         }
         Ok(this)
     }
 
     fn keep(mut self) {
-        self.told.clear();
+        self.notified.clear();
     }
 }
 
-impl Drop for Told<'_> {
+impl Drop for NotifiedDrivers<'_> {
     fn drop(&mut self) {
-        for (parent, back) in self.told.drain(..).rev() {
+        for (parent, back) in self.notified.drain(..).rev() {
             // The driver took the opposite a moment ago and nobody was inside since.
             let undone = parent.driver().set_backing(back);
             if let Err(error) = undone {
@@ -153,7 +153,7 @@ impl Moved {
         self.old_targets.push(edge.repoint(edit, to.clone(), since));
         edit.lock.reattach(from.as_deref(), to.as_deref(), &edge);
         let events = &edit.lock.core.events;
-        backends::tell_moved(events, &edge, from.as_deref(), to.as_deref());
+        backends::emit_medium_event(events, &edge, from.as_deref(), to.as_deref());
         if let Some(parent) = edit.lock.parent_node(&edge) {
             self.orphans.extend(from);
             self.parents.insert(parent.id(), parent);
@@ -271,11 +271,11 @@ pub(in crate::graph) async fn close_removed(
         old.wait_released_within(RELEASE_TIMEOUT).await;
     }
     for node in removed {
-        match node.end() {
+        match node.try_end() {
             Ok(ended) => closed.push(ended.close().await),
             Err((node, _)) => drop(node),
         }
     }
-    graph.0.core.sweep_unasked().await;
+    graph.0.core.sweep_and_keep().await;
     closed
 }

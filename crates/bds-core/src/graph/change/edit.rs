@@ -84,7 +84,7 @@ impl Editor<'_, '_> {
             // All names are looked at together, when everything else has been checked.
             Action::Rename { .. } => Ok(()),
             Action::Access { edge, access } => {
-                self.stage.wish(edge, *access);
+                self.stage.request_access(edge, *access);
                 Ok(())
             }
         }
@@ -95,11 +95,11 @@ impl Editor<'_, '_> {
         if before.unwrap_or_else(|| self.graph.is_owned(node.id())) != shall_be {
             return Ok(());
         }
-        let (kind, words) = match shall_be {
+        let (kind, message) = match shall_be {
             true => (ErrorKind::AlreadyExists, "the monitor owns the node already"),
             false => (ErrorKind::InvalidInput, "the monitor does not own the node"),
         };
-        Err(Error::new(kind, words).node(node.name()))
+        Err(Error::new(kind, message).node(node.name()))
     }
 
     fn append(&mut self, top: &NodeRef, overlay: &NodeRef) -> Result<()> {
@@ -130,8 +130,8 @@ impl Editor<'_, '_> {
         }
         for edge in self.stage.parents(from) {
             if self.stage.is_opening(&edge) {
-                let words = "a node is just being opened on it; try again when that is done";
-                return Err(Error::new(ErrorKind::InUse, words).node(from.name()));
+                let message = "a node is just being opened on it; try again when that is done";
+                return Err(Error::new(ErrorKind::InUse, message).node(from.name()));
             }
             let closes_loop = |parent: Strong<Node>| self.stage.reaches(to.strong(), &parent);
             if edge.is_fixed()
@@ -157,10 +157,10 @@ impl Editor<'_, '_> {
             return match below == Some(to.id()) {
                 true => Ok(()),
                 false => {
-                    let words = format!(
+                    let message = format!(
                         "its child '{name}' was inserted by a job and stays until that is done"
                     );
-                    Err(Error::new(ErrorKind::InUse, words).node(parent.name()))
+                    Err(Error::new(ErrorKind::InUse, message).node(parent.name()))
                 }
             };
         }
@@ -179,8 +179,8 @@ impl Editor<'_, '_> {
     /// Stages a node's first backing node.
     fn attach_backing(&mut self, node: &NodeRef, backing: &NodeRef) -> Result<()> {
         if !node.driver().supports_backing() {
-            let words = format!("{} nodes have no backing node", node.driver_name());
-            return Err(Error::new(ErrorKind::NotSupported, words).node(node.name()));
+            let message = format!("{} nodes have no backing node", node.driver_name());
+            return Err(Error::new(ErrorKind::NotSupported, message).node(node.name()));
         }
         let parts = EdgeParts {
             name: "backing",
@@ -235,9 +235,10 @@ impl Editor<'_, '_> {
         if users.is_empty() && holders.is_empty() {
             return Ok(());
         }
-        let mut words: Vec<String> = users.iter().map(|edge| edge.holder().to_string()).collect();
-        words.extend(holders.iter().map(ToString::to_string));
-        let error = Error::new(ErrorKind::InUse, format!("node is in use by {}", words.join(", ")));
+        let mut message: Vec<String> = users.iter().map(|edge| edge.holder().to_string()).collect();
+        message.extend(holders.iter().map(ToString::to_string));
+        let error =
+            Error::new(ErrorKind::InUse, format!("node is in use by {}", message.join(", ")));
         Err(error.node(node.name()))
     }
 }

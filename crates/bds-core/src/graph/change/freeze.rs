@@ -62,12 +62,12 @@ impl Graph {
         while at.id() != base.id() {
             let role = if at.driver().is_filter() { Role::FILTERED } else { Role::COW };
             let Some(edge) = at.child_in_role(role) else {
-                let words = format!("'{}' is not in its chain", base.name());
-                return Err(Error::new(ErrorKind::InvalidInput, words).node(top.name()));
+                let message = format!("'{}' is not in its chain", base.name());
+                return Err(Error::new(ErrorKind::InvalidInput, message).node(top.name()));
             };
             if let Some(freeze) = edge.frozen() {
-                let words = format!("{} is frozen by {freeze} already", edge.holder());
-                return Err(Error::new(ErrorKind::InUse, words).node(at.name()));
+                let message = format!("{} is frozen by {freeze} already", edge.holder());
+                return Err(Error::new(ErrorKind::InUse, message).node(at.name()));
             }
             at = edge.target().strong().clone();
             edges.push(edge);

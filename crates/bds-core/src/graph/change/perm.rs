@@ -33,12 +33,12 @@ pub(in crate::graph) enum Strictness {
 ///
 /// # Errors
 /// `InUse` names both sides of a conflict; `ReadOnly` and `Inactive` the one that would write.
-pub(in crate::graph) fn settle(
+pub(in crate::graph) fn compute(
     stage: &Stage<'_>,
     starts: impl IntoIterator<Item = Strong<Node>>,
     strictness: Strictness,
 ) -> Result<Accesses> {
-    let mut found = stage.wishes();
+    let mut found = stage.requested();
     let mut queue = parents_first(stage, starts.into_iter().collect());
     let mut queued: HashSet<NodeId> = queue.iter().map(|node| node.id()).collect();
     let mut visited: BTreeMap<NodeId, Strong<Node>> = BTreeMap::new();
@@ -111,21 +111,22 @@ fn check_node(stage: &Stage<'_>, node: &Node, found: &Accesses) -> Result<()> {
     for (edge, access) in parents.iter().zip(&uses) {
         let changes = access.perm - Perm::CONSISTENT_READ;
         if !changes.is_empty() && !facts.is_active {
-            let words =
+            let message =
                 format!("{} would write to it ({changes}), and it is inactive", edge.holder());
-            return Err(Error::new(ErrorKind::Inactive, words).node(node.name()));
+            return Err(Error::new(ErrorKind::Inactive, message).node(node.name()));
         }
         if !changes.is_empty() && !facts.is_writable {
-            let words = format!("{} writes to it ({changes}), and it is read-only", edge.holder());
-            return Err(Error::new(ErrorKind::ReadOnly, words).node(node.name()));
+            let message =
+                format!("{} writes to it ({changes}), and it is read-only", edge.holder());
+            return Err(Error::new(ErrorKind::ReadOnly, message).node(node.name()));
         }
         let align = stage.request_alignment(node);
         if access.perm & Perm::changes() == Perm::WRITE && !node.len().is_multiple_of(align) {
-            let words = format!(
+            let message = format!(
                 "{} writes without resizing, and the node's end is not a multiple of {align} bytes",
                 edge.holder()
             );
-            return Err(Error::new(ErrorKind::InvalidInput, words).node(node.name()));
+            return Err(Error::new(ErrorKind::InvalidInput, message).node(node.name()));
         }
     }
     match find_clash(&uses) {
@@ -141,12 +142,12 @@ fn check_bytes_are_writable(stage: &Stage<'_>, node: &Node) -> Result<()> {
     for edge in stage.children(node).iter().filter(|edge| edge.holds_bytes()) {
         let Some(target) = stage.target(edge) else { continue };
         if !stage.node_use(&target, Access::NONE).is_writable {
-            let words = format!(
+            let message = format!(
                 "'{}' is node '{}', which is read-only; make it writable, or this node read-only",
                 edge.name(),
                 target.name()
             );
-            return Err(Error::new(ErrorKind::ReadOnly, words).node(node.name()));
+            return Err(Error::new(ErrorKind::ReadOnly, message).node(node.name()));
         }
     }
     Ok(())
@@ -157,12 +158,12 @@ fn check_children_are_active(stage: &Stage<'_>, node: &Node) -> Result<()> {
     for edge in stage.children(node) {
         let Some(target) = stage.target(&edge) else { continue };
         if !stage.node_use(&target, Access::NONE).is_active {
-            let words = format!(
+            let message = format!(
                 "'{}' is node '{}', which is inactive: activate it first",
                 edge.name(),
                 target.name()
             );
-            return Err(Error::new(ErrorKind::Inactive, words).node(node.name()));
+            return Err(Error::new(ErrorKind::Inactive, message).node(node.name()));
         }
     }
     Ok(())
@@ -187,14 +188,14 @@ fn find_clash(uses: &[Access]) -> Option<(usize, usize)> {
 
 fn conflict(node: &Node, user: (&Arc<Edge>, Access), objector: (&Arc<Edge>, Access)) -> Error {
     let clash = user.1.clash(objector.1);
-    let words = format!(
+    let message = format!(
         "{} uses it for '{clash}', which {} does not allow (it allows: {}); let one of them go, or let the \
          second share more",
         user.0.holder(),
         objector.0.holder(),
         objector.1.shared,
     );
-    Error::new(ErrorKind::InUse, words).node(node.name())
+    Error::new(ErrorKind::InUse, message).node(node.name())
 }
 
 impl GraphCore {
@@ -218,7 +219,7 @@ pub(in crate::graph) fn recompute_stale(lock: &LockedGraph<'_>) {
         return;
     }
     let stage = Stage::new(&lock.core.arena);
-    let found = settle(&stage, starts.into_values(), Strictness::Loosening);
+    let found = compute(&stage, starts.into_values(), Strictness::Loosening);
     apply(lock, found.expect("what is not checked cannot fail"));
 }
 

@@ -54,12 +54,12 @@ impl Graph {
             check_name(name).map_err(|error| error.node(node.name()))?;
             let is_taken = self.is_taken(&names, name) && !leaving.contains(*name);
             if is_taken || !coming.insert(Arc::clone(name)) {
-                let words = format!("the node name '{name}' is taken");
-                return Err(Error::new(ErrorKind::AlreadyExists, words).node(node.name()));
+                let message = format!("the node name '{name}' is taken");
+                return Err(Error::new(ErrorKind::AlreadyExists, message).node(node.name()));
             }
             if !node.node().names().can_change() {
-                let words = format!("a node can have {MAX_NAMES} names in its life");
-                return Err(Error::new(ErrorKind::LimitExceeded, words).node(node.name()));
+                let message = format!("a node can have {MAX_NAMES} names in its life");
+                return Err(Error::new(ErrorKind::LimitExceeded, message).node(node.name()));
             }
         }
         // What is left by one of the nodes is claimed by that until then.

@@ -68,7 +68,7 @@ pub(in crate::graph) struct Reopened {
 impl Reopened {
     /// Lets the backends at the node follow its `cache.writeback`, as if they had been made now. Not under the graph's lock: the
     /// last handle to a backend may go meanwhile.
-    pub(in crate::graph) fn tell_backends(&self, graph: &Graph) {
+    pub(in crate::graph) fn update_backends(&self, graph: &Graph) {
         if !self.is_changed {
             return;
         }
@@ -103,8 +103,8 @@ pub(in crate::graph) fn children_named(
             ChildOption::None => found.push((name, None)),
             ChildOption::Node(to) => found.push((name, Some(graph.find(&to)?))),
             ChildOption::Tree(_) => {
-                let words = format!("open '{name}' first and give its node name here");
-                return Err(Error::new(ErrorKind::InvalidInput, words).node(node.name()));
+                let message = format!("open '{name}' first and give its node name here");
+                return Err(Error::new(ErrorKind::InvalidInput, message).node(node.name()));
             }
         }
     }
@@ -152,8 +152,8 @@ fn check_may_lose_writing(node: &Node) -> Result<()> {
     if !node.copies_on_read() {
         return Ok(());
     }
-    let words = "what is read is copied into it: end copy-on-read first";
-    Err(Error::new(ErrorKind::InUse, words).node(node.name()))
+    let message = "what is read is copied into it: end copy-on-read first";
+    Err(Error::new(ErrorKind::InUse, message).node(node.name()))
 }
 
 async fn prepare_driver<'w>(graph: &Graph, wanted: &'w Wanted) -> Result<Box<dyn Reopen + 'w>> {
@@ -233,8 +233,8 @@ fn check_fixed(node: &NodeRef, option: &'static str, wanted: Option<String>) -> 
     let now = if option == "driver" { node.driver_name() } else { node.name() };
     match wanted {
         Some(wanted) if wanted != now => {
-            let words = format!("'{option}' cannot change: it is '{now}'");
-            Err(Error::new(ErrorKind::InvalidInput, words).node(node.name()))
+            let message = format!("'{option}' cannot change: it is '{now}'");
+            Err(Error::new(ErrorKind::InvalidInput, message).node(node.name()))
         }
         _ => Ok(()),
     }

@@ -72,7 +72,7 @@ pub(in crate::graph) struct Stage<'g> {
     count: usize,
     /// Edges that come to a node, staged.
     incoming: ById<Vec<Arc<Edge>>>,
-    wishes: Accesses,
+    requested: Accesses,
     facts: ById<Facts>,
     leaving: ById<Strong<Node>>,
     /// What is to become of nodes' places on the monitor's list.
@@ -89,7 +89,7 @@ impl<'g> Stage<'g> {
             dropped: HashMap::new(),
             count: 0,
             incoming: ById::new(),
-            wishes: HashMap::new(),
+            requested: HashMap::new(),
             facts: ById::new(),
             leaving: ById::new(),
             owned: ById::new(),
@@ -149,11 +149,11 @@ impl<'g> Stage<'g> {
     }
 
     /// Access that roots ask for.
-    pub(in crate::graph) fn wishes(&self) -> Accesses {
+    pub(in crate::graph) fn requested(&self) -> Accesses {
         let copy = |(key, (edge, access)): (&usize, &(Arc<Edge>, Access))| {
             (*key, (Arc::clone(edge), *access))
         };
-        self.wishes.iter().map(copy).collect()
+        self.requested.iter().map(copy).collect()
     }
 
     /// Is the node going, together with what it does below?
@@ -293,9 +293,9 @@ impl<'g> Stage<'g> {
     }
 
     /// A root asks for something else.
-    pub(in crate::graph) fn wish(&mut self, edge: &Arc<Edge>, access: Access) {
+    pub(in crate::graph) fn request_access(&mut self, edge: &Arc<Edge>, access: Access) {
         self.touch(self.target(edge).as_ref());
-        self.wishes.insert(key(edge), (Arc::clone(edge), access));
+        self.requested.insert(key(edge), (Arc::clone(edge), access));
     }
 
     /// The node is going to be something else.
@@ -341,14 +341,14 @@ impl<'g> Stage<'g> {
     /// A node's child must not lie above the node, nor be inactive below an active one.
     fn check_child(&self, parent: &Strong<Node>, name: &str, child: &Strong<Node>) -> Result<()> {
         if self.reaches(child, parent) {
-            let words =
+            let message =
                 format!("'{}' lies above it: as its '{name}' it would close a loop", child.name());
-            return Err(Error::new(ErrorKind::InvalidInput, words).node(parent.name()));
+            return Err(Error::new(ErrorKind::InvalidInput, message).node(parent.name()));
         }
         let is_active = |node: &Node| self.node_use(node, Access::NONE).is_active;
         if is_active(parent) && !is_active(child) {
-            let words = format!("'{}' is inactive: activate it first", child.name());
-            return Err(Error::new(ErrorKind::Inactive, words).node(parent.name()));
+            let message = format!("'{}' is inactive: activate it first", child.name());
+            return Err(Error::new(ErrorKind::Inactive, message).node(parent.name()));
         }
         Ok(())
     }
@@ -412,8 +412,8 @@ pub(in crate::graph) struct Staged {
 
 fn check_frozen(edge: &Arc<Edge>) -> Result<()> {
     let Some(freeze) = edge.frozen() else { return Ok(()) };
-    let words = format!("{} is frozen by {freeze}: it cannot be changed now", edge.holder());
-    Err(Error::new(ErrorKind::InUse, words))
+    let message = format!("{} is frozen by {freeze}: it cannot be changed now", edge.holder());
+    Err(Error::new(ErrorKind::InUse, message))
 }
 
 /// A search in one direction, a node a step.

@@ -19,9 +19,9 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 
 use bds_refcount::{Dead, Handle, Holder, HolderInfo, HolderKind, Release, Strong};
 
-use super::detached::to_the_end;
-use super::left_behind::{left_alone, wait_left_alone};
+use super::detached_ops::{wait_detached_ops, wait_detached_ops_unless_held};
 use super::report::CloseReport;
+use super::run_to_end::run_to_end;
 use crate::driver::Access;
 use crate::driver::Role;
 use crate::error::{Error, ErrorKind, Result};
@@ -83,8 +83,8 @@ impl GraphCore {
         while let Some(dead) =
             waiting.next().or_else(|| self.arena.reap_one().map(|(_, dead)| dead))
         {
-            match self.begin_closing(dead) {
-                Ok(closing) => reports.push(self.close_dead(closing).await.0),
+            match self.begin_node_close(dead) {
+                Ok(closing) => reports.push(self.close_node(closing).await.0),
                 Err(dead) => self.lock_deferred().push(dead),
             }
         }
@@ -93,32 +93,32 @@ impl GraphCore {
 
     /// Closes one dead node and what dies of it. Others that lie dead meanwhile are closed too, but reported apart.
     async fn close_with_dependents(self, dead: Dead<Node>) -> CloseReport {
-        let closing = self.begin_closing_patiently(dead).await;
+        let closing = self.begin_node_close_when_undrained(dead).await;
         let _one_at_a_time = self.sweeping.lock().await;
-        let (mut report, died) = self.close_dead(closing).await;
+        let (mut report, died) = self.close_node(closing).await;
         let mut ours: HashSet<Handle<Node>> = died.into_iter().collect();
         while let Some((handle, dead)) = self.arena.reap_one() {
             let is_ours = ours.remove(&handle);
-            let dead = match self.begin_closing(dead) {
+            let dead = match self.begin_node_close(dead) {
                 Ok(closing) => closing,
                 Err(dead) => {
                     self.lock_deferred().push(dead);
                     continue;
                 }
             };
-            let (other, died) = self.close_dead(dead).await;
+            let (other, died) = self.close_node(dead).await;
             if is_ours {
                 ours.extend(died);
                 report.below.push(other);
             } else {
-                self.keep(vec![other]);
+                self.keep_reports(vec![other]);
             }
         }
         report
     }
 
     /// From here on drains of the children wait for the closing; unless one of them is drained already.
-    fn begin_closing(&self, dead: Dead<Node>) -> Result<Closing, Dead<Node>> {
+    fn begin_node_close(&self, dead: Dead<Node>) -> Result<Closing, Dead<Node>> {
         let lock = self.lock();
         let children = dead.children().to_vec();
         // Without children it writes to its own medium at most: that waits for the end of a drained section of everything.
@@ -129,12 +129,12 @@ impl GraphCore {
         Ok(Closing(dead))
     }
 
-    /// As [`GraphCore::begin_closing`], after the end of the drained sections that are in the way.
-    async fn begin_closing_patiently(&self, mut dead: Dead<Node>) -> Closing {
+    /// As [`GraphCore::begin_node_close`], after the end of the drained sections that are in the way.
+    async fn begin_node_close_when_undrained(&self, mut dead: Dead<Node>) -> Closing {
         loop {
             let mut progress = pin!(self.topology.drain_progress.notified());
             progress.as_mut().enable();
-            match self.begin_closing(dead) {
+            match self.begin_node_close(dead) {
                 Ok(closing) => return closing,
                 Err(back) => dead = back,
             }
@@ -155,7 +155,7 @@ impl GraphCore {
     }
 
     /// Closes one node. Returns the children that it was the last to hold, too.
-    async fn close_dead(&self, closing: Closing) -> (CloseReport, Vec<Handle<Node>>) {
+    async fn close_node(&self, closing: Closing) -> (CloseReport, Vec<Handle<Node>>) {
         let Closing(dead) = closing;
         let name = dead.name().to_owned();
         let named = |error: Error| error.node(&*name);
@@ -171,10 +171,10 @@ impl GraphCore {
         let mut died = Vec::new();
         for edge in children {
             let handle = edge.target().strong().handle();
-            edge.target().forget_parent(node);
-            wait_left_alone(edge.target().strong(), 1).await;
+            edge.target().clear_inherits_from(node);
+            wait_detached_ops_unless_held(edge.target().strong(), 1).await;
             if edge.frozen().is_some() {
-                self.leave_behind(&edge);
+                self.detach_kept_edge(&edge);
             }
             match self.release_child(edge, node, unflushed.contains(&handle)).await {
                 Released::Died => died.push(handle),
@@ -192,7 +192,7 @@ impl GraphCore {
     }
 
     /// Whoever froze the edge, or has it in hand, keeps it, and so its target; to everybody else it is gone, and no drain waits for it.
-    fn leave_behind(&self, edge: &Arc<Edge>) {
+    fn detach_kept_edge(&self, edge: &Arc<Edge>) {
         let target = edge.target();
         self.lock().detach(&target, edge);
         self.topology.stale_perms.push(target.id());
@@ -241,7 +241,7 @@ impl GraphCore {
         was_skipped: bool,
     ) -> Released {
         for _ in 0..1000 {
-            match self.try_release(edge, parent, was_skipped) {
+            match self.try_release_child(edge, parent, was_skipped) {
                 Ok(released) => return released,
                 // Somebody looks at the edge just now.
                 Err(back) => edge = back,
@@ -249,13 +249,13 @@ impl GraphCore {
             bds_io::yield_now().await;
         }
         // He keeps it, and lets the child go when done.
-        self.leave_behind(&edge);
+        self.detach_kept_edge(&edge);
         Released::Survived
     }
 
     /// A child that was not flushed because it looked as if it would die with the parent, but found another holder, is flushed
     /// after all: through an edge that takes the place of the other in one step, so that no drain ends in between.
-    fn try_release(
+    fn try_release_child(
         &self,
         edge: Arc<Edge>,
         parent: NodeId,
@@ -303,7 +303,7 @@ impl GraphCore {
     }
 
     /// Keeps what nobody waits for, if it tells of a failure.
-    pub(in crate::graph) fn keep(&self, reports: Vec<CloseReport>) {
+    pub(in crate::graph) fn keep_reports(&self, reports: Vec<CloseReport>) {
         for report in reports {
             let name = &report.name;
             if report.is_clean() {
@@ -317,24 +317,24 @@ impl GraphCore {
         }
     }
 
-    fn take_kept(&self) -> Vec<CloseReport> {
+    fn take_kept_reports(&self) -> Vec<CloseReport> {
         std::mem::take(&mut self.kept_reports.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Closes what is dead on nobody's behalf.
-    pub(in crate::graph) async fn sweep_unasked(&self) {
+    pub(in crate::graph) async fn sweep_and_keep(&self) {
         if self.arena.has_dead() {
             let core = self.clone();
             let sweep = async move {
                 let reports = core.clone().sweep().await;
-                core.keep(reports);
+                core.keep_reports(reports);
                 Vec::new()
             };
-            drop(self.to_the_end(sweep).await);
+            drop(self.run_to_end(sweep).await);
         }
     }
 
-    /// As [`GraphCore::sweep_unasked`], from where nobody can wait.
+    /// As [`GraphCore::sweep_and_keep`], from where nobody can wait.
     pub(in crate::graph) fn sweep_in_background(&self) {
         if self.arena.has_dead() {
             self.sweep_now_in_background();
@@ -345,32 +345,32 @@ impl GraphCore {
         let core = self.clone();
         bds_io::spawn(async move {
             let reports = core.clone().sweep().await;
-            core.keep(reports);
+            core.keep_reports(reports);
         })
         .detach();
     }
 
     /// The graph is gone: closes what is dead and what dies when the last operation ends.
-    pub(in crate::graph) fn sweep_for_good(&self) {
+    pub(in crate::graph) fn close_remaining(&self) {
         let is_held = self.live().iter().any(|node| node.tracker().detached() > 0);
         if !is_held {
             return self.sweep_in_background();
         }
         let core = self.clone();
         bds_io::spawn(async move {
-            core.wait_for_lodgers().await;
+            core.wait_all_detached_ops().await;
             let reports = core.clone().sweep().await;
-            core.keep(reports);
+            core.keep_reports(reports);
         })
         .detach();
     }
 
-    async fn to_the_end(
+    async fn run_to_end(
         &self,
         work: impl Future<Output = Vec<CloseReport>> + Send + 'static,
     ) -> Option<Vec<CloseReport>> {
         let core = self.clone();
-        to_the_end(work, move |reports| core.keep(reports)).await
+        run_to_end(work, move |reports| core.keep_reports(reports)).await
     }
 }
 
@@ -393,10 +393,10 @@ impl Graph {
     pub async fn reap(&self) -> Vec<CloseReport> {
         let core = self.0.core.clone();
         let sweep = async move {
-            core.wait_for_lodgers().await;
+            core.wait_all_detached_ops().await;
             core.sweep().await
         };
-        let swept = self.0.core.to_the_end(sweep).await;
+        let swept = self.0.core.run_to_end(sweep).await;
         let mut reports = self.reports();
         reports.extend(swept.unwrap_or_default());
         reports
@@ -421,7 +421,7 @@ impl Graph {
     /// # Ok(()) });
     /// ```
     pub fn reports(&self) -> Vec<CloseReport> {
-        self.0.core.take_kept()
+        self.0.core.take_kept_reports()
     }
 }
 
@@ -450,25 +450,27 @@ impl NodeRef {
     /// [`CloseError::InUse`] gives the reference back and names the others.
     pub async fn close(self) -> Result<CloseReport, CloseError> {
         let core = self.graph().0.core.clone();
-        let lost = Lost::of(self.strong());
+        let lost = LostClose::of(self.strong());
         let work = async move {
-            match self.end_patiently().await {
+            match self.end_after_detached_ops().await {
                 Ok(ended) => Ok(ended.close().await),
                 Err((node, holders)) => Err(CloseError::InUse { node, holders }),
             }
         };
         // A reference that comes back because the node is in use ends like any other.
         let orphaned = move |closed: Result<CloseReport, CloseError>| {
-            drop(closed.map(|report| core.keep(vec![report])));
+            drop(closed.map(|report| core.keep_reports(vec![report])));
         };
-        to_the_end(work, orphaned).await.unwrap_or_else(|| Ok(lost.report()))
+        run_to_end(work, orphaned).await.unwrap_or_else(|| Ok(lost.report()))
     }
 
-    /// As [`NodeRef::end`], after the operations that keep the node open, if nobody else does.
-    pub(in crate::graph) async fn end_patiently(self) -> Result<Ended, (NodeRef, Vec<HolderInfo>)> {
+    /// As [`NodeRef::try_end`], after the operations that keep the node open, if nobody else does.
+    pub(in crate::graph) async fn end_after_detached_ops(
+        self,
+    ) -> Result<DeadNode, (NodeRef, Vec<HolderInfo>)> {
         let mut this = self;
         loop {
-            let (node, holders) = match this.end() {
+            let (node, holders) = match this.try_end() {
                 Ok(ended) => return Ok(ended),
                 Err(others) => others,
             };
@@ -476,17 +478,17 @@ impl NodeRef {
             if !is_kept || !holders.is_empty() {
                 return Err((node, holders));
             }
-            left_alone(node.strong()).await;
+            wait_detached_ops(node.strong()).await;
             this = node;
         }
     }
 
     /// Ends the node if this is the only reference; it cannot be acquired any more then. Does not wait.
-    pub(in crate::graph) fn end(self) -> Result<Ended, (NodeRef, Vec<HolderInfo>)> {
+    pub(in crate::graph) fn try_end(self) -> Result<DeadNode, (NodeRef, Vec<HolderInfo>)> {
         let (graph, held) = self.into_parts();
         let holder = held.holder().clone();
         match held.into_strong().into_dead() {
-            Ok(dead) => Ok(Ended { graph, dead }),
+            Ok(dead) => Ok(DeadNode { graph, dead }),
             Err(strong) => {
                 let holders = strong.holders();
                 Err((NodeRef::new(&graph, strong, holder), holders))
@@ -496,38 +498,38 @@ impl NodeRef {
 }
 
 /// A node that cannot be acquired any more and has not been closed yet.
-pub(in crate::graph) struct Ended {
+pub(in crate::graph) struct DeadNode {
     graph: Graph,
     dead: Dead<Node>,
 }
 
-impl Ended {
+impl DeadNode {
     pub(in crate::graph) async fn close(self) -> CloseReport {
         let Self { graph, dead } = self;
-        let lost = Lost::of(&dead);
+        let lost = LostClose::of(&dead);
         let core = graph.0.core.clone();
         let work = async move { vec![core.close_with_dependents(dead).await] };
-        let reports = graph.0.core.to_the_end(work).await;
+        let reports = graph.0.core.run_to_end(work).await;
         reports.into_iter().flatten().next().unwrap_or_else(|| lost.report())
     }
 }
 
 /// A node whose closing may never be heard of.
-struct Lost {
+struct LostClose {
     node: NodeId,
     name: String,
     driver: &'static str,
 }
 
-impl Lost {
+impl LostClose {
     fn of(node: &Node) -> Self {
         Self { node: node.id(), name: node.name().to_owned(), driver: node.driver_name() }
     }
 
     fn report(self) -> CloseReport {
         let Self { node, name, driver } = self;
-        let words = "closing did not end: its executor is gone";
-        let flush_error = Some(Error::new(ErrorKind::Cancelled, words));
+        let message = "closing did not end: its executor is gone";
+        let flush_error = Some(Error::new(ErrorKind::Cancelled, message));
         CloseReport { node, name, driver, flush_error, close_error: None, below: Vec::new() }
     }
 }
@@ -558,7 +560,7 @@ impl Undelivered {
 
 impl Drop for Undelivered {
     fn drop(&mut self) {
-        self.core.keep(std::mem::take(&mut self.reports));
+        self.core.keep_reports(std::mem::take(&mut self.reports));
     }
 }
 
@@ -571,6 +573,6 @@ impl Drop for Shared {
             (std::mem::take(&mut names.monitor), std::mem::take(&mut names.owned_backends))
         };
         drop((backends, owned));
-        self.core.sweep_for_good();
+        self.core.close_remaining();
     }
 }

@@ -60,13 +60,13 @@ impl ShutdownReport {
         if self.leaked.is_empty() {
             return Ok(());
         }
-        let words: Vec<String> = self.leaked.iter().map(Leak::words).collect();
-        Err(Error::new(ErrorKind::InUse, format!("still referenced: {}", words.join("; "))))
+        let message: Vec<String> = self.leaked.iter().map(Leak::message).collect();
+        Err(Error::new(ErrorKind::InUse, format!("still referenced: {}", message.join("; "))))
     }
 }
 
 impl Leak {
-    fn words(&self) -> String {
+    fn message(&self) -> String {
         let holders: Vec<String> = self.holders.iter().map(ToString::to_string).collect();
         format!("node '{}' ({} references) by {}", self.name, self.count, holders.join(", "))
     }

@@ -32,7 +32,7 @@ impl LockedGraph<'_> {
                     self.lock_first(&edge);
                     match self.parent_node(&edge) {
                         Some(parent) => todo.push(parent),
-                        None => self.shut_root(&edge),
+                        None => self.close_root_gate(&edge),
                     }
                 }
             }
@@ -67,7 +67,7 @@ impl LockedGraph<'_> {
     }
 
     /// Roots wait at once. A node that is being opened does too; one that is being closed is waited for instead.
-    fn shut_root(&self, edge: &Arc<Edge>) {
+    fn close_root_gate(&self, edge: &Arc<Edge>) {
         let is_dying = matches!(edge.parent(), Some(Parent::Node(_)));
         if !is_dying {
             edge.close_in_drain(self);
@@ -77,13 +77,13 @@ impl LockedGraph<'_> {
     /// An edge points to `node` from now on; nobody is inside its parent, or there is none yet.
     pub(in crate::graph) fn attach(&self, node: &Node, edge: &Arc<Edge>) {
         node.add_parent(edge);
-        self.take_part(node, edge);
+        self.join_drain(node, edge);
     }
 
     /// An edge does not point to `node` any more.
     pub(in crate::graph) fn detach(&self, node: &Node, edge: &Arc<Edge>) {
         node.remove_parent(edge);
-        self.take_no_part(edge);
+        self.leave_drain(edge);
     }
 
     /// An edge points to another node from now on. Its parent stays drained throughout if both are: were it let go in
@@ -101,13 +101,13 @@ impl LockedGraph<'_> {
             to.add_parent(edge);
         }
         match to.filter(|to| to.quiesce_count() > 0) {
-            Some(to) => self.take_part(to, edge),
-            None => self.take_no_part(edge),
+            Some(to) => self.join_drain(to, edge),
+            None => self.leave_drain(edge),
         }
     }
 
     /// The edge is drained if its target is.
-    fn take_part(&self, target: &Node, edge: &Arc<Edge>) {
+    fn join_drain(&self, target: &Node, edge: &Arc<Edge>) {
         if target.quiesce_count() > 0 && edge.quiesce(self) {
             edge.close_in_drain(self);
             if let Some(parent) = self.parent_node(edge) {
@@ -125,7 +125,7 @@ impl LockedGraph<'_> {
         }
     }
 
-    fn take_no_part(&self, edge: &Arc<Edge>) {
+    fn leave_drain(&self, edge: &Arc<Edge>) {
         if edge.unquiesce(self)
             && let Some(parent) = self.parent_node(edge)
         {
@@ -145,7 +145,7 @@ impl LockedGraph<'_> {
     }
 
     /// A node comes into the graph, with edges that were attached before it was there.
-    pub(in crate::graph) fn born(&self, node: &Strong<Node>) {
+    pub(in crate::graph) fn node_added(&self, node: &Strong<Node>) {
         let below = node.children().iter().filter(|edge| edge.is_quiesced()).count();
         let count = self.state.drain_alls + u32::try_from(below).unwrap_or(u32::MAX);
         (0..self.state.drain_alls).for_each(|_| node.begin_section());

@@ -98,11 +98,11 @@ impl DrainSet {
                 }
             }
         }
-        self.settle().await;
+        self.wait_drained().await;
     }
 
     /// Waits until nobody is inside, and shuts all doors on the way.
-    pub(in crate::graph) async fn settle(&self) {
+    pub(in crate::graph) async fn wait_drained(&self) {
         let nodes: Vec<NodeId> = self.own_nodes().iter().map(|node| node.id()).collect();
         wait_idle(&self.graph, &nodes).await;
         self.lock_opened().clear();
@@ -135,23 +135,23 @@ impl DrainSet {
     }
 
     /// Lets drivers reach their children although these are drained, so that they can write out or read anew; roots stay
-    /// shut. [`DrainSet::settle`] shuts the doors again, as does the end of this where a section goes on. While the drivers of these nodes work, drains of what lies below wait for
+    /// shut. [`DrainSet::wait_drained`] shuts the doors again, as does the end of this where a section goes on. While the drivers of these nodes work, drains of what lies below wait for
     /// them as for a request. `Err`: others have drained something below, so they may have to wait for the end of that.
-    pub(in crate::graph) fn open_doors_for(
+    pub(in crate::graph) fn open_gates_for(
         &self,
         nodes: &[Strong<Node>],
-    ) -> Result<Work, DrainedBelow> {
+    ) -> Result<DriverWork, DrainedBelow> {
         let lock = self.graph.0.core.lock();
-        self.unshut(&lock);
+        self.open_inner_gates(&lock);
         let is_shut = |node: &Strong<Node>| node.children().iter().any(|edge| edge.gate_blocked());
         if nodes.iter().any(is_shut) {
             return Err(DrainedBelow);
         }
         let enter = |node: &Strong<Node>| (Strong::clone(node), node.tracker().enter());
-        Ok(Work { inside: nodes.iter().map(enter).collect() })
+        Ok(DriverWork { inside: nodes.iter().map(enter).collect() })
     }
 
-    fn unshut(&self, lock: &LockedGraph<'_>) {
+    fn open_inner_gates(&self, lock: &LockedGraph<'_>) {
         let mut seen = HashSet::new();
         let mut todo = self.own_nodes();
         while let Some(node) = todo.pop() {
@@ -212,28 +212,28 @@ impl Drop for DrainSet {
 async fn wait_idle(graph: &Graph, nodes: &[NodeId]) {
     let core = &graph.0.core;
     // Parents may come meanwhile: asked again at the end. They find their gates closed, so that ends.
-    let mut settled: HashSet<NodeId> = HashSet::new();
+    let mut visited: HashSet<NodeId> = HashSet::new();
     loop {
         let mut pending = above(&core.lock(), nodes);
-        pending.retain(|id| settled.insert(*id));
+        pending.retain(|id| visited.insert(*id));
         if pending.is_empty() {
             return;
         }
         for id in pending {
             // One that has died meanwhile is closed outside of the section, or waited for at its children.
             if let Ok(node) = core.arena.acquire(id.0) {
-                empty(graph, &node).await;
+                wait_empty(graph, &node).await;
             }
         }
     }
 }
 
 /// Waits until nobody is inside a node whose parents are empty, and shuts its doors.
-async fn empty(graph: &Graph, node: &Strong<Node>) {
+async fn wait_empty(graph: &Graph, node: &Strong<Node>) {
     loop {
         wait_node(graph, node).await;
         let lock = graph.0.core.lock();
-        // Its driver may have begun to work on its own account: it counts in under the lock (`Work`).
+        // Its driver may have begun to work on its own account: it counts in under the lock (`DriverWork`).
         if node.is_poisoned() || node.tracker().in_flight() == 0 {
             let children = node.children();
             children
@@ -265,11 +265,11 @@ pub(in crate::graph) async fn wait_undrained_below(graph: &Graph, nodes: &[Stron
 pub(in crate::graph) struct DrainedBelow;
 
 /// Drivers at work on drained nodes of theirs: counted in like a request.
-pub(in crate::graph) struct Work {
+pub(in crate::graph) struct DriverWork {
     inside: Vec<(Strong<Node>, ShardNumber)>,
 }
 
-impl Drop for Work {
+impl Drop for DriverWork {
     fn drop(&mut self) {
         self.inside.iter().for_each(|(node, number)| node.tracker().leave(*number));
     }
@@ -475,12 +475,12 @@ async fn drain_within(graph: &Graph, node: &Strong<Node>, patience: Duration) ->
         Either::Left((drained, _)) => Ok(drained),
         Either::Right(_) => {
             let count = node.tracker().in_flight();
-            let words = format!(
+            let message = format!(
                 "{count} requests are still inside after {} ms; wait longer, or poison the node \
                  if they will never end",
                 patience.as_millis()
             );
-            Err(Error::new(ErrorKind::WouldWait, words).node(node.name()))
+            Err(Error::new(ErrorKind::WouldWait, message).node(node.name()))
         }
     }
 }

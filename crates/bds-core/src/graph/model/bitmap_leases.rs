@@ -61,12 +61,12 @@ impl NodeRef {
     /// `AlreadyExists`; `InvalidInput` for a name that is empty or longer than [`MAX_BITMAP_NAME_LEN`].
     pub fn add_bitmap(&self, name: &str) -> Result<BitmapId> {
         if name.is_empty() || name.len() > MAX_BITMAP_NAME_LEN {
-            let words = format!("a bitmap's name is 1 to {MAX_BITMAP_NAME_LEN} bytes long");
-            return Err(Error::new(ErrorKind::InvalidInput, words).node(self.name()));
+            let message = format!("a bitmap's name is 1 to {MAX_BITMAP_NAME_LEN} bytes long");
+            return Err(Error::new(ErrorKind::InvalidInput, message).node(self.name()));
         }
         self.insert(Some(name.into()), None).ok_or_else(|| {
-            let words = format!("there is a bitmap '{name}' already");
-            Error::new(ErrorKind::AlreadyExists, words).node(self.name())
+            let message = format!("there is a bitmap '{name}' already");
+            Error::new(ErrorKind::AlreadyExists, message).node(self.name())
         })
     }
 
@@ -154,8 +154,8 @@ impl Graph {
         let mut guard = lock(&list);
         let Some((_, entry)) = guard.find(id.number) else { return Err(gone(&node)) };
         if let Some(other) = &entry.leased_by {
-            let words = format!("{} is in use by {other}", entry.describe());
-            return Err(Error::new(ErrorKind::InUse, words).node(node.name()));
+            let message = format!("{} is in use by {other}", entry.describe());
+            return Err(Error::new(ErrorKind::InUse, message).node(node.name()));
         }
         entry.leased_by = Some(who.into());
         drop(guard);
@@ -189,8 +189,10 @@ impl Graph {
             (None, Some(_)) => Some((ErrorKind::InvalidInput, "belongs to its owner alone".into())),
             (None, None) => None,
         };
-        if let Some((kind, words)) = refusal {
-            return Err(Error::new(kind, format!("{} {words}", entry.describe())).node(node.name()));
+        if let Some((kind, message)) = refusal {
+            return Err(
+                Error::new(kind, format!("{} {message}", entry.describe())).node(node.name())
+            );
         }
         guard.entries.remove(place);
         Ok(())

@@ -251,7 +251,7 @@ impl Node {
     }
 
     /// `parent` is not above it any more.
-    pub(in crate::graph) fn forget_parent(&self, parent: NodeId) {
+    pub(in crate::graph) fn clear_inherits_from(&self, parent: NodeId) {
         let (known, none) = (parent.to_u64(), 0);
         // Err: it inherits from somebody else, or nobody.
         let _ =
@@ -401,8 +401,8 @@ impl Node {
         match self.blocked(operation).into_iter().next() {
             None => Ok(()),
             Some(reason) => {
-                let words = format!("{operation} is not possible now: {reason}");
-                Err(Error::new(ErrorKind::InUse, words).node(self.name()))
+                let message = format!("{operation} is not possible now: {reason}");
+                Err(Error::new(ErrorKind::InUse, message).node(self.name()))
             }
         }
     }

@@ -71,7 +71,7 @@ impl NodeRef {
     }
 
     /// As [`NodeRef::held_as`], since the place where it was taken: for what the caller handed over.
-    pub(in crate::graph) fn kept_as(self, holder: Holder) -> Self {
+    pub(in crate::graph) fn reheld_as(self, holder: Holder) -> Self {
         let since = self.held.since();
         Self { held: self.held.pass_since(holder, since), graph: self.graph }
     }
@@ -169,8 +169,8 @@ impl NodeRef {
     /// `InUse` names the job that has it.
     pub fn claim_job(&self, job: &str) -> Result<JobSlot> {
         self.node().blockers.claim_job(job).map_err(|other| {
-            let words = format!("job '{other}' works on it: wait for it, or cancel it");
-            Error::new(ErrorKind::InUse, words).node(self.name())
+            let message = format!("job '{other}' works on it: wait for it, or cancel it");
+            Error::new(ErrorKind::InUse, message).node(self.name())
         })
     }
 

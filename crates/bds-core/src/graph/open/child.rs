@@ -102,15 +102,15 @@ impl Opener {
 
     async fn open_reference(&self, reference: &Reference, role: Role) -> Result<Strong<Node>> {
         let file = self.own_file();
-        let words = match reference.kind {
+        let message = match reference.kind {
             ReferenceKind::Backing => "backing file",
             ReferenceKind::DataFile => "data file",
         };
         let named = |error: Error| {
             let stored = reference.stored_name.display();
             error.context(match &file {
-                Some(file) => format!("cannot open {words} '{stored}' of '{}'", file.display()),
-                None => format!("cannot open {words} '{stored}'"),
+                Some(file) => format!("cannot open {message} '{stored}' of '{}'", file.display()),
+                None => format!("cannot open {message} '{stored}'"),
             })
         };
         self.open_reference_at(reference, role, file.clone()).await.map_err(named)
@@ -152,8 +152,8 @@ impl Opener {
             if is_there { beside_only(error) } else { error }
         })?;
         if self.files().contains(&file.identity()) {
-            let words = "the chain of images loops: this file is already part of it";
-            return Err(Error::new(ErrorKind::InvalidImage, words).file(file.path()));
+            let message = "the chain of images loops: this file is already part of it";
+            return Err(Error::new(ErrorKind::InvalidImage, message).file(file.path()));
         }
         let tree = match kind {
             ReferenceKind::DataFile => file.options(),
@@ -257,7 +257,7 @@ impl Opener {
         let lock = core.lock();
         let mut stage = Stage::new(&core.arena);
         stage.attach(None, &edge, &target)?;
-        let accesses = perm::settle(&stage, stage.starts(), Strictness::Checked)?;
+        let accesses = perm::compute(&stage, stage.starts(), Strictness::Checked)?;
         perm::apply(&lock, accesses);
         lock.attach(&target, &edge);
         drop(lock);

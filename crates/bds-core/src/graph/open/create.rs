@@ -57,7 +57,7 @@ struct NewBacking {
 }
 
 /// A new image, with everything about it looked up.
-struct Order<'a> {
+struct ResolvedImage<'a> {
     format: Arc<dyn DriverType>,
     path: &'a Path,
     options: Options,
@@ -87,7 +87,7 @@ impl Graph {
     /// No file that was not there before remains. Whatever can be checked is checked first; if that fails, a file that was
     /// there is as it was.
     pub async fn create_image(&self, image: NewImage) -> Result<NewImageReport> {
-        super::open_node::ensure_home()?;
+        super::open_node::ensure_executor()?;
         let graph = self.clone();
         bds_io::spawn_now(async move { graph.make_image(image).await }).await
     }
@@ -97,16 +97,16 @@ impl Graph {
         let registry = &self.config().registry;
         let format = Arc::clone(registry.format(&format)?);
         if format.create_options().is_empty() {
-            let words = format!("{} images cannot be created", format.name());
-            return Err(Error::new(ErrorKind::NotSupported, words).file(&path));
+            let message = format!("{} images cannot be created", format.name());
+            return Err(Error::new(ErrorKind::NotSupported, message).file(&path));
         }
         let protocol = Arc::clone(registry.driver(protocol_of(&self.config().fs, &path))?);
         let file_options = split_options(&*format, &*protocol, &mut options)?;
-        let order = Order { format, path: &path, options, file_options };
+        let image = ResolvedImage { format, path: &path, options, file_options };
         let mut guard = SweepIfDropped { graph: self.clone(), is_over: false };
-        self.0.core.sweep_unasked().await;
-        let backing = self.look_at_backing(&path, &order.options, skip_backing).await?;
-        let made = self.create_checked(order, &backing).await;
+        self.0.core.sweep_and_keep().await;
+        let backing = self.find_backing(&path, &image.options, skip_backing).await?;
+        let made = self.create_checked(image, &backing).await;
         let closed = match backing.node {
             Some(node) => match node.close().await {
                 Ok(report) => report.into_result(),
@@ -116,7 +116,7 @@ impl Graph {
             None => Ok(()),
         };
         if made.is_err() {
-            self.0.core.sweep_unasked().await;
+            self.0.core.sweep_and_keep().await;
         }
         guard.is_over = true;
         let report = made.map_err(|error| error.file(&path))?;
@@ -126,10 +126,10 @@ impl Graph {
     /// Checks the rest, and only then empties and writes.
     async fn create_checked(
         &self,
-        order: Order<'_>,
+        image: ResolvedImage<'_>,
         backing: &NewBacking,
     ) -> Result<NewImageReport> {
-        let Order { format, path, options, mut file_options } = order;
+        let ResolvedImage { format, path, options, mut file_options } = image;
         let mut checked = options.clone();
         let facts = format.check_create(&mut checked, backing.len)?;
         check_rest(&*format, &checked)?;
@@ -167,9 +167,9 @@ impl Graph {
     ) -> Result<()> {
         let metadata =
             if data_file.is_some() { Role::METADATA } else { Role::METADATA | Role::DATA };
-        let file = self.open_made(file, metadata | Role::PRIMARY).await?;
+        let file = self.open_created(file, metadata | Role::PRIMARY).await?;
         let data_file = match data_file {
-            Some(data_file) => Some(self.open_made(data_file, Role::DATA).await?),
+            Some(data_file) => Some(self.open_created(data_file, Role::DATA).await?),
             None => None,
         };
         let context = CreateContext {
@@ -190,7 +190,7 @@ impl Graph {
         Ok(())
     }
 
-    async fn open_made(&self, made: &Target, role: Role) -> Result<NodeRef> {
+    async fn open_created(&self, made: &Target, role: Role) -> Result<NodeRef> {
         let flags = OpenFlags { role, ..OpenFlags::default() };
         let options = file_options(made.protocol(), made.path());
         let node = self.open_as(options, flags, Location::caller()).await?;
@@ -211,12 +211,7 @@ impl Graph {
     }
 
     /// Opens the backing image, if one is named. If it is not wanted, what can be found out about its files will do.
-    async fn look_at_backing(
-        &self,
-        path: &Path,
-        options: &Options,
-        skip: bool,
-    ) -> Result<NewBacking> {
+    async fn find_backing(&self, path: &Path, options: &Options, skip: bool) -> Result<NewBacking> {
         let Some(stored) = options.peek_path("backing_file") else {
             return Ok(NewBacking::default());
         };
@@ -260,8 +255,8 @@ impl Graph {
             GateDecision::Open { path, format } => (path, format),
             GateDecision::Node(name) => return self.find(&name),
             GateDecision::Refuse(why) => {
-                let words = format!("{why}; give a size and do not look at it, or allow it");
-                return Err(Error::new(ErrorKind::ReferenceRefused, words));
+                let message = format!("{why}; give a size and do not look at it, or allow it");
+                return Err(Error::new(ErrorKind::ReferenceRefused, message));
             }
         };
         let file = Inspected::new(&self.config().fs, backing)?;

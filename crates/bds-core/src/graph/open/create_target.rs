@@ -24,7 +24,7 @@ pub(in crate::graph) struct Target {
     /// What empties it; gone once that is done. The mutex is never waited for: it makes a target `Sync`, so that a task may
     /// hold one by reference.
     empty: Mutex<Option<BoxFuture<'static, Result<()>>>>,
-    made: MadeFile,
+    made: CreatedFile,
 }
 
 impl Target {
@@ -43,7 +43,7 @@ impl Target {
         let driver = config.registry.driver(protocol)?;
         let ClaimedFile { made_path, identity, max_len, empty } =
             driver.claim_file(&config.fs, path, options)?;
-        let made = MadeFile { fs: config.fs.clone(), path: made_path };
+        let made = CreatedFile { fs: config.fs.clone(), path: made_path };
         check_rest(&**driver, options)?;
         let path = path.to_owned();
         Ok(Self { path, protocol, identity, max_len, empty: Mutex::new(Some(empty)), made })
@@ -65,8 +65,8 @@ impl Target {
     pub(in crate::graph) fn check_len(&self, len: u64) -> Result<()> {
         match self.max_len {
             Some(max_len) if max_len < len => {
-                let words = format!("the device is too small: the image needs {len} bytes");
-                Err(Error::new(ErrorKind::NoSpace, words).file(&self.path).field("size", max_len))
+                let message = format!("the device is too small: the image needs {len} bytes");
+                Err(Error::new(ErrorKind::NoSpace, message).file(&self.path).field("size", max_len))
             }
             _ => Ok(()),
         }
@@ -100,11 +100,11 @@ fn refuse_shared(graph: &Graph, path: &Path, others: &[(u64, u64)]) -> Result<()
         None if others.iter().any(shares) => String::new(),
         None => return Ok(()),
     };
-    let words = format!(
+    let message = format!(
         "the file is a part of an image that is used here already{as_what}: writing a new image to it would \
          destroy that; name another file"
     );
-    Err(Error::new(ErrorKind::InvalidInput, words).file(path))
+    Err(Error::new(ErrorKind::InvalidInput, message).file(path))
 }
 
 /// The driver for a file of this name.
@@ -113,12 +113,12 @@ pub(in crate::graph) fn protocol_of(fs: &Fs, path: &Path) -> &'static str {
 }
 
 /// A file that was not there before; removed again unless it is kept.
-struct MadeFile {
+struct CreatedFile {
     fs: Fs,
     path: Option<PathBuf>,
 }
 
-impl Drop for MadeFile {
+impl Drop for CreatedFile {
     fn drop(&mut self) {
         let Some(path) = &self.path else { return };
         match self.fs.remove(path) {
@@ -141,10 +141,10 @@ pub(super) fn check_rest(driver: &dyn DriverType, options: &Options) -> Result<(
 
 pub(super) fn unknown(driver: &dyn DriverType, key: &str) -> Error {
     let known: Vec<&str> = driver.create_options().iter().map(|spec| spec.name).collect();
-    let words = format!(
+    let message = format!(
         "{} images have no option '{key}' (there are: {})",
         driver.name(),
         known.join(", ")
     );
-    Error::new(ErrorKind::InvalidInput, words)
+    Error::new(ErrorKind::InvalidInput, message)
 }

@@ -121,11 +121,11 @@ impl Inspected {
     /// Opens what holds bytes at offsets. Anything else, a FIFO for example, could make a reader wait for ever.
     fn open(&self) -> Result<File> {
         let no_image = |kind: FileKind| {
-            let words = format!(
+            let message = format!(
                 "{}, which holds no image: name a regular file or a block device",
                 kind.describe()
             );
-            Error::new(ErrorKind::InvalidInput, words).file(&self.path)
+            Error::new(ErrorKind::InvalidInput, message).file(&self.path)
         };
         if !self.kind.is_seekable() {
             return Err(no_image(self.kind));

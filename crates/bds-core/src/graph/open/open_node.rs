@@ -88,7 +88,7 @@ impl Graph {
         flags: OpenFlags,
         since: &'static Location<'static>,
     ) -> Result<NodeRef> {
-        ensure_home()?;
+        ensure_executor()?;
         let graph = self.clone();
         // It reads nodes that others use and drain.
         let open = bds_io::spawn_now(async move { graph.open_swept(options, flags, since).await });
@@ -106,12 +106,12 @@ impl Graph {
         since: &'static Location<'static>,
     ) -> Result<(Strong<Node>, SweepIfDropped)> {
         let mut guard = SweepIfDropped { graph: self.clone(), is_over: false };
-        self.0.core.sweep_unasked().await;
+        self.0.core.sweep_and_keep().await;
         let call = Call::new(self, since);
         match call.open_node(options, flags).await {
             Ok(node) => Ok((node, guard)),
             Err(error) => {
-                self.0.core.sweep_unasked().await;
+                self.0.core.sweep_and_keep().await;
                 guard.is_over = true;
                 Err(error)
             }
@@ -120,11 +120,11 @@ impl Graph {
 }
 
 /// Checks, before anything is touched, that what the caller's thread begins has an executor to go on in.
-pub(in crate::graph) fn ensure_home() -> Result<()> {
+pub(in crate::graph) fn ensure_executor() -> Result<()> {
     bds_io::ensure_home().map_err(|error| {
-        let words = "no thread can be started for requests and closings; let the user have more processes \
+        let message = "no thread can be started for requests and closings; let the user have more processes \
                      (ulimit -u, RLIMIT_NPROC), or call this inside bds_io::block_on";
-        Error::io(error, words)
+        Error::io(error, message)
     })
 }
 
@@ -190,7 +190,7 @@ async fn open_driver(
     let driver = driver_type.open(&mut context).await?;
     let rest = context.options;
     if let Err(error) = flags::check_taken(driver_type, &rest) {
-        return Err(undo(driver, error).await);
+        return Err(close_unwanted(driver, error).await);
     }
     Ok((driver, opener))
 }
@@ -203,32 +203,32 @@ async fn publish(
     flags: (OpenFlags, Given),
     name: Reservation,
 ) -> Result<Strong<Node>> {
-    match settle_in(graph, driver, opener.into_children(), flags, &name) {
+    match insert_node(graph, driver, opener.into_children(), flags, &name) {
         Ok(node) => {
             name.publish(node.id());
             graph.0.core.events.emit(|| Event::node_opened(node.name(), node.driver_name()));
             Ok(node)
         }
         Err((error, None)) => Err(error),
-        Err((error, Some(driver))) => Err(undo(driver, error).await),
+        Err((error, Some(driver))) => Err(close_unwanted(driver, error).await),
     }
 }
 
 /// Why a node did not come to be, and its driver if that is still to be closed.
-type Unsettled = (Error, Option<Box<dyn Driver>>);
+type InsertError = (Error, Option<Box<dyn Driver>>);
 
 /// The node is part of the graph from here on: its edges have a parent, and it does with its children what its driver wants.
 ///
 /// # Errors
 /// If that is not allowed, the node ends with its one reference and is closed like any other. If there is no room for it, the
 /// driver comes back.
-fn settle_in(
+fn insert_node(
     graph: &Graph,
     driver: Box<dyn Driver>,
     children: Vec<(Arc<Edge>, bool)>,
     (flags, given): (OpenFlags, Given),
     name: &Reservation,
-) -> Result<Strong<Node>, Unsettled> {
+) -> Result<Strong<Node>, InsertError> {
     let named = |error: Error| error.node(&**name.name());
     let lock = graph.0.core.lock();
     let mut waiting = Some(driver);
@@ -257,15 +257,15 @@ fn settle_in(
             edge.target().set_inherits_from(Some(node.id()));
         }
     }
-    lock.born(&node);
+    lock.node_added(&node);
     let stage = Stage::new(&graph.0.core.arena);
-    let settled = perm::settle(&stage, [Strong::clone(&node)], Strictness::Checked);
-    perm::apply(&lock, settled.map_err(|error| (named(error), None))?);
+    let computed = perm::compute(&stage, [Strong::clone(&node)], Strictness::Checked);
+    perm::apply(&lock, computed.map_err(|error| (named(error), None))?);
     Ok(node)
 }
 
 /// Closes a driver that opened well but is not wanted after all.
-async fn undo(driver: Box<dyn Driver>, error: Error) -> Error {
+async fn close_unwanted(driver: Box<dyn Driver>, error: Error) -> Error {
     match driver.close().await {
         Ok(()) => error,
         Err(closing) => error.caused_by(closing.context("closing it again failed too")),

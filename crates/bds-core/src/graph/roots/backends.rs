@@ -40,14 +40,16 @@ impl Graph {
     pub(crate) fn own_backend_entry(&self, backend: Arc<dyn BackendEntry>) -> Result<()> {
         let known = self.backend_entry(backend.name());
         if !known.is_some_and(|known| Arc::ptr_eq(&known, &backend)) {
-            let words = "the backend has not claimed a name: nobody could delete it";
-            return Err(Error::new(ErrorKind::InvalidInput, words).field("backend", backend.name()));
+            let message = "the backend has not claimed a name: nobody could delete it";
+            return Err(
+                Error::new(ErrorKind::InvalidInput, message).field("backend", backend.name())
+            );
         }
         let mut names = self.lock_names();
         if names.owned_backends.iter().any(|known| Arc::ptr_eq(known, &backend)) {
-            let words = "the monitor owns the backend already";
+            let message = "the monitor owns the backend already";
             return Err(
-                Error::new(ErrorKind::AlreadyExists, words).field("backend", backend.name())
+                Error::new(ErrorKind::AlreadyExists, message).field("backend", backend.name())
             );
         }
         names.owned_backends.push(backend);
@@ -57,10 +59,11 @@ impl Graph {
     /// Takes it off the monitor's list. The answer is the monitor's reference.
     pub(crate) fn disown_backend_entry(&self, name: &str) -> Result<Arc<dyn BackendEntry>> {
         let backend = self.backend_entry(name).ok_or_else(|| no_backend(name))?;
-        let refuse = |kind, words: String| Err(Error::new(kind, words).field("backend", name));
+        let refuse = |kind, message: String| Err(Error::new(kind, message).field("backend", name));
         if let Some(device) = backend.device() {
-            let words = format!("device '{device}' uses it: detach it first, or revoke the medium");
-            return refuse(ErrorKind::InUse, words);
+            let message =
+                format!("device '{device}' uses it: detach it first, or revoke the medium");
+            return refuse(ErrorKind::InUse, message);
         }
         if let Some(node) = backend.edge().medium() {
             node.check_allowed(BlockOps::DELETE)?;
@@ -74,8 +77,8 @@ impl Graph {
         match owned {
             Some(owned) => Ok(owned),
             None => {
-                let words = "the monitor does not own the backend: it goes with the last handle";
-                refuse(ErrorKind::InvalidInput, words.to_owned())
+                let message = "the monitor does not own the backend: it goes with the last handle";
+                refuse(ErrorKind::InvalidInput, message.to_owned())
             }
         }
     }
@@ -102,7 +105,7 @@ pub(crate) fn no_backend(name: &str) -> Error {
 }
 
 /// Tells that a backend has another medium.
-pub(in crate::graph) fn tell_moved(
+pub(in crate::graph) fn emit_medium_event(
     events: &EventHub,
     edge: &Edge,
     from: Option<&Node>,

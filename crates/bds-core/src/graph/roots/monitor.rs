@@ -43,8 +43,8 @@ impl Graph {
         let since = Location::caller();
         async move {
             if !options.contains("node-name") {
-                let words = "'node-name' must be given for a node that is added by name";
-                return Err(Error::new(ErrorKind::InvalidInput, words));
+                let message = "'node-name' must be given for a node that is added by name";
+                return Err(Error::new(ErrorKind::InvalidInput, message));
             }
             let node = self.open(options).await?;
             let id = node.id();
@@ -110,7 +110,7 @@ impl Graph {
     /// refers to it (the holders are named), or a [`crate::graph::Blocker`] stands in the way.
     pub async fn del(&self, name: &str) -> Result<CloseReport> {
         // What is dead does not count as a holder.
-        self.0.core.sweep_unasked().await;
+        self.0.core.sweep_and_keep().await;
         let id = self.find(name)?.id();
         let taken = self.take_owned(id, name)?;
         let refuse = |node: NodeRef, order: u64, error: Error| {
@@ -121,13 +121,16 @@ impl Graph {
         if let Err(error) = node.check_allowed(BlockOps::DELETE) {
             return refuse(node, order, error);
         }
-        match node.end() {
+        match node.try_end() {
             Ok(ended) => Ok(ended.close().await),
             Err((node, holders)) => {
                 let holders = holders.iter().filter(|info| info.kind != HolderKind::Monitor);
-                let words: Vec<String> = holders.map(ToString::to_string).collect();
-                let who =
-                    if words.is_empty() { "an unnamed reference".into() } else { words.join(", ") };
+                let message: Vec<String> = holders.map(ToString::to_string).collect();
+                let who = if message.is_empty() {
+                    "an unnamed reference".into()
+                } else {
+                    message.join(", ")
+                };
                 let error =
                     Error::new(ErrorKind::InUse, format!("node is in use by {who}")).node(name);
                 refuse(node, order, error)
@@ -138,8 +141,9 @@ impl Graph {
     /// The monitor's reference, taken off the list.
     pub(in crate::graph) fn take_owned(&self, id: NodeId, name: &str) -> Result<(NodeRef, u64)> {
         let Some(OwnedNode { node, order }) = self.lock_names().monitor.remove(&id) else {
-            let words = "the monitor does not own the node: it goes with the last reference to it";
-            return Err(Error::new(ErrorKind::InvalidInput, words).node(name));
+            let message =
+                "the monitor does not own the node: it goes with the last reference to it";
+            return Err(Error::new(ErrorKind::InvalidInput, message).node(name));
         };
         Ok((NodeRef::from_held(self, node), order))
     }

@@ -75,7 +75,7 @@ impl RootMove {
 
     /// The former target, if the move is allowed from there.
     pub(in crate::graph) fn check(&self, now: Option<&Node>) -> Result<()> {
-        let refuse = |words: String| Err(Error::new(ErrorKind::InUse, words));
+        let refuse = |message: String| Err(Error::new(ErrorKind::InUse, message));
         let holder = self.edge.holder();
         match (self.expected, now) {
             (Expected::Nothing, Some(now)) => {
@@ -116,7 +116,7 @@ impl Graph {
             let lock = self.0.core.lock();
             let mut stage = Stage::new(&self.0.core.arena);
             stage.attach(None, &edge, node.strong())?;
-            let accesses = perm::settle(&stage, stage.starts(), Strictness::Checked)?;
+            let accesses = perm::compute(&stage, stage.starts(), Strictness::Checked)?;
             perm::apply(&lock, accesses);
             lock.attach(node.node(), &edge);
         }
@@ -124,7 +124,7 @@ impl Graph {
     }
 
     /// The root does nothing with its node and bears everything from now on. At once, and cannot fail.
-    pub(crate) fn loosen_root(&self, edge: &Edge) {
+    pub(crate) fn release_root_access(&self, edge: &Edge) {
         let lock = self.0.core.lock();
         edge.set_access(&lock, Access::NONE);
         if let Some(node) = edge.medium() {

@@ -38,7 +38,7 @@ impl Drop for Device {
     fn drop(&mut self) {
         let inner = &*self.backend.inner;
         // What it asked for was its own; and nobody is left to decide for its requests.
-        self.backend.graph.loosen_root(&inner.edge);
+        self.backend.graph.release_root_access(&inner.edge);
         inner.desk().policies = None;
         inner.resume();
         inner.tell_device(&self.name, false);

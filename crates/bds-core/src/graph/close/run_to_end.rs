@@ -39,7 +39,7 @@ impl<T> Inbox<T> {
 }
 
 /// Runs `work` to its end. `None` only if the executor went away before that. If the returned future is dropped, `orphaned` gets the result.
-pub(in crate::graph) async fn to_the_end<T, O>(
+pub(in crate::graph) async fn run_to_end<T, O>(
     work: impl Future<Output = T> + Send + 'static,
     orphaned: O,
 ) -> Option<T>
