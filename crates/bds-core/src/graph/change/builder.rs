@@ -26,8 +26,8 @@ use super::perm::{self, Strictness};
 use super::reopen::{self, Prepared, Wanted};
 use crate::driver::Access;
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::close::close_node::Undelivered;
 use crate::graph::close::report::CloseReport;
+use crate::graph::close::sweep::Undelivered;
 use crate::graph::drain::set::DrainedEdit;
 use crate::graph::drain::set::{
     self, DrainSet, Drained, DrainedBelow, Section, wait_undrained_below,

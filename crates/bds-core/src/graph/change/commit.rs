@@ -13,7 +13,7 @@ use super::reopen::{Prepared, Reopened};
 use super::stage::{Accesses, Attach, ById, Move, Stage, Staged};
 use crate::driver::Child;
 use crate::error::Result;
-use crate::graph::close::close_node::Undelivered;
+use crate::graph::close::sweep::Undelivered;
 use crate::graph::drain::set::DrainedEdit;
 use crate::graph::model::edge::{Edge, OldTarget, Parent};
 use crate::graph::model::node::Node;

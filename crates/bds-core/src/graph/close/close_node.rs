@@ -11,11 +11,10 @@
 //! whether or not anybody waits (see `detached`); a report that nobody waits for is kept for [`Graph::reports`] if something
 //! failed, and is traced.
 
-use std::collections::HashSet;
 use std::fmt;
 use std::panic::Location;
 use std::pin::pin;
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use bds_refcount::{Dead, Handle, Holder, HolderInfo, HolderKind, Release, Strong};
 
@@ -26,7 +25,7 @@ use crate::driver::Access;
 use crate::driver::Role;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
-use crate::graph::core::{Graph, GraphCore, Shared};
+use crate::graph::core::{Graph, GraphCore};
 use crate::graph::model::edge::{Edge, EdgeParts, Parent};
 use crate::graph::model::node::{Node, NodeId};
 use crate::graph::model::node_ref::NodeRef;
@@ -64,7 +63,7 @@ impl From<CloseError> for Error {
 }
 
 /// A dead node whose closing has begun.
-struct Closing(Dead<Node>);
+pub(super) struct Closing(Dead<Node>);
 
 /// What became of the child of a node that is being closed.
 enum Released {
@@ -75,50 +74,8 @@ enum Released {
 }
 
 impl GraphCore {
-    /// Closes everything dead that can be closed now, including what dies of that.
-    pub(in crate::graph) async fn sweep(self) -> Vec<CloseReport> {
-        let _one_at_a_time = self.sweeping.lock().await;
-        let mut reports = Vec::new();
-        let mut waiting = std::mem::take(&mut *self.lock_deferred()).into_iter();
-        while let Some(dead) =
-            waiting.next().or_else(|| self.arena.reap_one().map(|(_, dead)| dead))
-        {
-            match self.begin_node_close(dead) {
-                Ok(closing) => reports.push(self.close_node(closing).await.0),
-                Err(dead) => self.lock_deferred().push(dead),
-            }
-        }
-        reports
-    }
-
-    /// Closes one dead node and what dies of it. Others that lie dead meanwhile are closed too, but reported apart.
-    async fn close_with_dependents(self, dead: Dead<Node>) -> CloseReport {
-        let closing = self.begin_node_close_when_undrained(dead).await;
-        let _one_at_a_time = self.sweeping.lock().await;
-        let (mut report, died) = self.close_node(closing).await;
-        let mut ours: HashSet<Handle<Node>> = died.into_iter().collect();
-        while let Some((handle, dead)) = self.arena.reap_one() {
-            let is_ours = ours.remove(&handle);
-            let dead = match self.begin_node_close(dead) {
-                Ok(closing) => closing,
-                Err(dead) => {
-                    self.lock_deferred().push(dead);
-                    continue;
-                }
-            };
-            let (other, died) = self.close_node(dead).await;
-            if is_ours {
-                ours.extend(died);
-                report.below.push(other);
-            } else {
-                self.keep_reports(vec![other]);
-            }
-        }
-        report
-    }
-
     /// From here on drains of the children wait for the closing; unless one of them is drained already.
-    fn begin_node_close(&self, dead: Dead<Node>) -> Result<Closing, Dead<Node>> {
+    pub(super) fn begin_node_close(&self, dead: Dead<Node>) -> Result<Closing, Dead<Node>> {
         let lock = self.lock();
         let children = dead.children().to_vec();
         // Without children it writes to its own medium at most: that waits for the end of a drained section of everything.
@@ -130,7 +87,7 @@ impl GraphCore {
     }
 
     /// As [`GraphCore::begin_node_close`], after the end of the drained sections that are in the way.
-    async fn begin_node_close_when_undrained(&self, mut dead: Dead<Node>) -> Closing {
+    pub(super) async fn begin_node_close_when_undrained(&self, mut dead: Dead<Node>) -> Closing {
         loop {
             let mut progress = pin!(self.topology.drain_progress.notified());
             progress.as_mut().enable();
@@ -142,20 +99,8 @@ impl GraphCore {
         }
     }
 
-    /// A drained section is over: what waited for that goes on.
-    pub(in crate::graph) fn drain_ended(&self) {
-        self.topology.drain_progress.notify_waiters();
-        if !self.lock_deferred().is_empty() {
-            self.sweep_now_in_background();
-        }
-    }
-
-    fn lock_deferred(&self) -> MutexGuard<'_, Vec<Dead<Node>>> {
-        self.deferred.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Closes one node. Returns the children that it was the last to hold, too.
-    async fn close_node(&self, closing: Closing) -> (CloseReport, Vec<Handle<Node>>) {
+    pub(super) async fn close_node(&self, closing: Closing) -> (CloseReport, Vec<Handle<Node>>) {
         let Closing(dead) = closing;
         let name = dead.name().to_owned();
         let named = |error: Error| error.node(&*name);
@@ -301,128 +246,6 @@ impl GraphCore {
             names.claims.remove(name);
         }
     }
-
-    /// Keeps what nobody waits for, if it tells of a failure.
-    pub(in crate::graph) fn keep_reports(&self, reports: Vec<CloseReport>) {
-        for report in reports {
-            let name = &report.name;
-            if report.is_clean() {
-                tracing::debug!(node = %name, "node closed");
-                continue;
-            }
-            for error in report.errors() {
-                tracing::error!(node = %name, %error, "closing a node failed");
-            }
-            self.kept_reports.lock().unwrap_or_else(PoisonError::into_inner).push(report);
-        }
-    }
-
-    fn take_kept_reports(&self) -> Vec<CloseReport> {
-        std::mem::take(&mut self.kept_reports.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// Closes what is dead on nobody's behalf.
-    pub(in crate::graph) async fn sweep_and_keep(&self) {
-        if self.arena.has_dead() {
-            let core = self.clone();
-            let sweep = async move {
-                let reports = core.clone().sweep().await;
-                core.keep_reports(reports);
-                Vec::new()
-            };
-            drop(self.run_to_end(sweep).await);
-        }
-    }
-
-    /// As [`GraphCore::sweep_and_keep`], from where nobody can wait.
-    pub(in crate::graph) fn sweep_in_background(&self) {
-        if self.arena.has_dead() {
-            self.sweep_now_in_background();
-        }
-    }
-
-    fn sweep_now_in_background(&self) {
-        let core = self.clone();
-        bds_io::spawn(async move {
-            let reports = core.clone().sweep().await;
-            core.keep_reports(reports);
-        })
-        .detach();
-    }
-
-    /// The graph is gone: closes what is dead and what dies when the last operation ends.
-    pub(in crate::graph) fn close_remaining(&self) {
-        let is_held = self.live().iter().any(|node| node.tracker().detached() > 0);
-        if !is_held {
-            return self.sweep_in_background();
-        }
-        let core = self.clone();
-        bds_io::spawn(async move {
-            core.wait_all_detached_ops().await;
-            let reports = core.clone().sweep().await;
-            core.keep_reports(reports);
-        })
-        .detach();
-    }
-
-    async fn run_to_end(
-        &self,
-        work: impl Future<Output = Vec<CloseReport>> + Send + 'static,
-    ) -> Option<Vec<CloseReport>> {
-        let core = self.clone();
-        run_to_end(work, move |reports| core.keep_reports(reports)).await
-    }
-}
-
-impl Graph {
-    /// Closes all nodes whose last reference is gone, and reports them, a node before the children that only it held. Also
-    /// returns reports of earlier failures that nobody has seen. Waits for operations whose requests were dropped, if
-    /// nothing else keeps their node.
-    ///
-    /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.node-name=file";
-    /// let top = open(&graph, layer).await?;
-    /// drop(top); // neither waits nor does I/O
-    /// let names: Vec<String> = graph.reap().await.into_iter().map(|report| report.name).collect();
-    /// assert_eq!(names, ["top", "file"]);
-    /// assert!(graph.reap().await.is_empty(), "each is reported once");
-    /// # Ok(()) });
-    /// ```
-    pub async fn reap(&self) -> Vec<CloseReport> {
-        let core = self.0.core.clone();
-        let sweep = async move {
-            core.wait_all_detached_ops().await;
-            core.sweep().await
-        };
-        let swept = self.0.core.run_to_end(sweep).await;
-        let mut reports = self.reports();
-        reports.extend(swept.unwrap_or_default());
-        reports
-    }
-
-    /// Reports of closings that failed while nobody waited for them: in passing, or by a caller that went away. Each is
-    /// returned once.
-    ///
-    /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M,fail-flush=on").await?;
-    /// let writer = BackendOptions { writable: true, ..Default::default() };
-    /// Backend::new(&disk, writer)?.write_at(0, b"x")?;
-    /// drop(disk); // something was written to it, and it will fail to flush
-    /// let other = open(&graph, "driver=memory").await?; // closes what is dead, in passing
-    ///
-    /// let reports = graph.reports();
-    /// let error = reports[0].flush_error.as_ref().expect("it was told to fail");
-    /// assert_eq!(error.to_string(), "node 'disk': told to fail flushing");
-    /// assert!(graph.reports().is_empty());
-    /// # Ok(()) });
-    /// ```
-    pub fn reports(&self) -> Vec<CloseReport> {
-        self.0.core.take_kept_reports()
-    }
 }
 
 impl NodeRef {
@@ -531,48 +354,5 @@ impl LostClose {
         let message = "closing did not end: its executor is gone";
         let flush_error = Some(Error::new(ErrorKind::Cancelled, message));
         CloseReport { node, name, driver, flush_error, close_error: None, below: Vec::new() }
-    }
-}
-
-/// Reports on their way to a caller. Dropped before they are delivered: kept for [`Graph::reports`].
-pub(in crate::graph) struct Undelivered {
-    core: GraphCore,
-    reports: Vec<CloseReport>,
-}
-
-impl Undelivered {
-    pub(in crate::graph) fn new(core: &GraphCore) -> Self {
-        Self { core: core.clone(), reports: Vec::new() }
-    }
-
-    pub(in crate::graph) fn push(&mut self, report: CloseReport) {
-        self.reports.push(report);
-    }
-
-    pub(in crate::graph) fn extend(&mut self, reports: Vec<CloseReport>) {
-        self.reports.extend(reports);
-    }
-
-    pub(in crate::graph) fn deliver(mut self) -> Vec<CloseReport> {
-        std::mem::take(&mut self.reports)
-    }
-}
-
-impl Drop for Undelivered {
-    fn drop(&mut self) {
-        self.core.keep_reports(std::mem::take(&mut self.reports));
-    }
-}
-
-impl Drop for Shared {
-    fn drop(&mut self) {
-        // Only the monitor's list and detached operations can still hold nodes; what is dead and not yet closed must still be
-        // flushed.
-        let (owned, backends) = {
-            let mut names = self.core.lock_names();
-            (std::mem::take(&mut names.monitor), std::mem::take(&mut names.owned_backends))
-        };
-        drop((backends, owned));
-        self.core.close_remaining();
     }
 }

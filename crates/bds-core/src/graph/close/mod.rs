@@ -8,3 +8,4 @@ pub(super) mod report;
 pub(super) mod run_to_end;
 pub(super) mod shutdown;
 pub(super) mod stoppable;
+pub(super) mod sweep;

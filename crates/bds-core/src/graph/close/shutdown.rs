@@ -8,9 +8,9 @@ use std::sync::Arc;
 
 use bds_refcount::HolderInfo;
 
-use super::close_node::Undelivered;
 use super::report::CloseReport;
 use super::stoppable::{ShutdownStage, Stoppable};
+use super::sweep::Undelivered;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
 use crate::graph::Graph;

@@ -3,4 +3,5 @@
 //! `quiesce` counts reasons and closes gates under the graph's lock; `set` waits. Needs the model and the core.
 
 pub(super) mod quiesce;
+mod section;
 pub(super) mod set;

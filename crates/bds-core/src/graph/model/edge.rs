@@ -27,6 +27,7 @@ use bds_refcount::{Held, Holder, RcuCell, RcuGuard, Release, Strong};
 use crossbeam::queue::SegQueue;
 use futures_util::future::select;
 
+use super::gate::{Gate, Ticket};
 use super::in_flight::BackendInFlight;
 use super::node::{Node, NodeId};
 use crate::driver::Role;
@@ -490,51 +491,6 @@ impl Deref for Target<'_> {
     }
 }
 
-/// What the gate showed to a request that found it open. See [`Edge::ticket`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Ticket(u64);
-
-/// How many keep it closed (low half) and how often it was closed (high half), in one word.
-#[derive(Default)]
-struct Gate {
-    word: AtomicU64,
-    opened: Notify,
-}
-
-const CLOSED: u64 = 0xFFFF_FFFF;
-const CLOSING: u64 = (1 << 32) + 1;
-
-impl Gate {
-    /// The word, if the gate is open: it is the same later only if nobody closed the gate in between.
-    #[inline]
-    fn ticket(&self) -> Option<Ticket> {
-        let word = self.word.load(Ordering::SeqCst);
-        (word & CLOSED == 0).then_some(Ticket(word))
-    }
-
-    fn close(&self) {
-        self.word.fetch_add(CLOSING, Ordering::SeqCst);
-    }
-
-    fn open(&self) {
-        let before = self.word.fetch_sub(1, Ordering::SeqCst);
-        if before & CLOSED == 1 {
-            self.opened.notify_waiters();
-        }
-    }
-
-    async fn wait_open(&self) {
-        loop {
-            let mut opened = pin!(self.opened.notified());
-            opened.as_mut().enable();
-            if self.ticket().is_some() {
-                return;
-            }
-            opened.await;
-        }
-    }
-}
-
 /// Who freezes, and why.
 #[derive(Debug)]
 pub(in crate::graph) struct Freeze(String);
@@ -583,26 +539,5 @@ mod tests {
         impl<T> NotClone<()> for T {}
         impl<T: Clone> NotClone<IsClone> for T {}
         <Edge as NotClone<_>>::check();
-    }
-
-    #[test]
-    fn a_ticket_does_not_survive_a_closing_it_slept_through() {
-        let gate = Gate::default();
-        let ticket = gate.ticket().unwrap();
-        gate.close();
-        assert_eq!(gate.ticket(), None);
-        gate.open();
-        assert_ne!(gate.ticket(), Some(ticket));
-    }
-
-    #[test]
-    fn closings_nest() {
-        let gate = Gate::default();
-        gate.close();
-        gate.close();
-        gate.open();
-        assert_eq!(gate.ticket(), None);
-        gate.open();
-        assert!(gate.ticket().is_some());
     }
 }

@@ -7,6 +7,7 @@ mod bitmap_list;
 pub(super) mod blockers;
 pub(super) mod edge;
 pub(super) mod flags;
+pub(super) mod gate;
 pub(super) mod in_flight;
 pub(super) mod limits;
 pub(super) mod name;

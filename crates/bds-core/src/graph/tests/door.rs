@@ -5,7 +5,7 @@
 //! loom in bds-refcount.)
 
 use super::fakes::{root, run};
-use crate::graph::model::edge::Ticket;
+use crate::graph::model::gate::Ticket;
 use crate::graph::{Access, Edge, NodeRef};
 use crate::tracker::ShardNumber;
 
