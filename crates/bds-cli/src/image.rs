@@ -7,7 +7,7 @@ use std::ffi::OsStr;
 use std::sync::Arc;
 
 use bds_core::driver::{CacheMode, OpenFlags};
-use bds_core::graph::gate::TrustAll;
+use bds_core::graph::reference_gate::TrustAll;
 use bds_core::graph::{Graph, GraphConfig, NodeRef, walk};
 use bds_core::request::{Backend, BackendOptions};
 use bds_core::{Error, ErrorKind, Options, Result};

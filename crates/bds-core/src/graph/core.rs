@@ -1,7 +1,8 @@
-//! The graph's core: the arena of nodes, the name table, the topology lock, the queue of stale permissions, and events.
+//! The graph's core: the arena of nodes, the name table, the topology lock, the queue of stale permissions, and
+//! events.
 //!
-//! [`Graph`] is the handle that users hold. [`GraphCore`] is the part that closing needs, without the graph itself: nodes are
-//! still closed when the last handle to their graph is gone.
+//! [`Graph`] is the handle that users hold. [`GraphCore`] is the part that closing needs, without the graph itself:
+//! nodes are still closed when the last handle to their graph is gone.
 
 use std::any::Any;
 use std::fmt;
@@ -41,8 +42,8 @@ pub struct GraphConfig {
 }
 
 impl GraphConfig {
-    /// These drivers on the host's files; no file named inside an image is opened; chains of at most 64 images, 128 nodes in
-    /// one call.
+    /// These drivers on the host's files; no file named inside an image is opened; chains of at most 64 images, 128
+    /// nodes in one call.
     pub fn new(registry: Arc<Registry>) -> Self {
         Self {
             fs: Fs::Host,
@@ -210,7 +211,8 @@ impl GraphCore {
         self.names.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the topology lock without recomputing stale permissions: `GraphCore::lock` (in `change::perm`) does both.
+    /// Takes the topology lock without recomputing stale permissions: `GraphCore::lock` (in `change::perm`) does
+    /// both.
     pub(super) fn lock_stale(&self) -> LockedGraph<'_> {
         LockedGraph { core: self, guard: self.topology.lock.lock() }
     }

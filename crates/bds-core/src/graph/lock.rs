@@ -1,9 +1,10 @@
 //! The topology lock as a token: proof that the caller alone may change which edge points where.
 //!
-//! A plain mutex, held for computation only: never across an await, and never while driver code runs that could call back into
-//! the graph. No request takes it. It is taken with `GraphCore::lock`.
+//! A plain mutex, held for computation only: never across an await, and never while driver code runs that could call
+//! back into the graph. No request takes it. It is taken with `GraphCore::lock`.
 //!
-//! Lock order: the turn of graph changes (`Graph::begin_change`), this lock, the name table, a node's parents, a slot's side.
+//! Lock order: the turn of graph changes (`Graph::begin_change`), this lock, the name table, a node's parents, a
+//! slot's side.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -34,6 +35,6 @@ pub(crate) struct GraphLockGuard<'a> {
     pub(super) state: MutexGuard<'a, LockState>,
 }
 
-/// Proof that an edge may be re-pointed: its nodes are drained and the lock is held. Implemented by `drain::set::DrainedEdit`
-/// and by nothing else.
+/// Proof that an edge may be re-pointed: its nodes are drained and the lock is held. Implemented by
+/// `drain::set::DrainedEdit` and by nothing else.
 pub(super) trait RepointProof {}

@@ -1,18 +1,20 @@
 //! The block graph: nodes, edges, their holders, and the operations that change them.
 //!
-//! Control plane only: nothing here does guest I/O. Opening, closing and changing the graph never run inside a release; a
-//! release only counts down.
+//! Control plane only: nothing here does guest I/O. Opening, closing and changing the graph never run inside a
+//! release; a release only counts down.
 //!
 //! ```text
 //! lock, model ──► core, name_table ──► close, query ──► drain, roots ──► change ──► open
 //! ```
-//! Files further right use those further left. Reading order: `model::node`, `model::edge`, `model::node_ref`, `core`.
+//! Files further right use those further left. Reading order: `model::node`, `model::edge`, `model::node_ref`,
+//! `core`.
 //!
 //! **Count of a node = number of its live holders.** Every edge owns its target; every [`NodeRef`] owns its node; names
 //! own nothing. **A name is free exactly when no reference to its node is left.**
 //!
-//! A node whose last reference went is dead: it is unpublished and waits to be closed. [`Graph::open`], [`NodeRef::close`],
-//! [`Graph::reap`] and [`Graph::shutdown`] close dead nodes; the drop of the last [`Graph`] handle closes the rest.
+//! A node whose last reference went is dead: it is unpublished and waits to be closed. [`Graph::open`],
+//! [`NodeRef::close`], [`Graph::reap`] and [`Graph::shutdown`] close dead nodes; the drop of the last [`Graph`]
+//! handle closes the rest.
 
 mod change;
 mod close;
@@ -51,7 +53,7 @@ pub use self::open::create::{NewImage, NewImageReport};
 pub use self::open::inspect::FileGuess;
 pub use self::open::names::MAX_NAME_LEN;
 pub(crate) use self::open::names::Reservation;
-pub use self::open::reference_gate as gate;
+pub use self::open::reference_gate;
 pub use self::open::reference_gate::ReferenceGate;
 pub use self::query::facts::EdgeFacts;
 pub use self::query::walk;
@@ -92,7 +94,7 @@ impl Graph {
         Ok(NodeRef::user(self, strong))
     }
 
-    /// Who holds the node, by name; empty for a stale id. References without a name are not listed.
+    /// The holders of the node that have a name; empty for a stale id.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -109,7 +111,7 @@ impl Graph {
         self.0.core.arena.holders(id.0)
     }
 
-    /// How many references the node has; 0 for a stale id. For diagnostics: outdated on return.
+    /// The number of references to the node; 0 for a stale id. For diagnostics: outdated on return.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -146,7 +148,7 @@ impl Graph {
         self.0.core.arena.watch(id.0)
     }
 
-    /// What happens from now on, in order. Dropping the answer ends it.
+    /// Subscribes to events, in order, from now on. Dropping the subscription ends it.
     ///
     /// ```
     /// # use std::sync::Arc;

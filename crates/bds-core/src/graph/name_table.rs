@@ -1,7 +1,8 @@
-//! The name table: claims of node and backend names, and the lists of nodes, backends and stoppables that the graph knows.
+//! The name table: claims of node and backend names, and the lists of nodes, backends and stoppables that the graph
+//! knows.
 //!
-//! Locked for a few instructions, after the topology lock. A claim holds nothing open: a node's is an id, a backend's a weak
-//! reference. Only the monitor's lists own what they list.
+//! Locked for a few instructions, after the topology lock. A claim holds nothing open: a node's is an id, a backend's
+//! a weak reference. Only the monitor's lists own what they list.
 
 use std::any::Any;
 use std::collections::{BTreeMap, HashMap};
@@ -31,7 +32,7 @@ pub(crate) struct NameTable {
     pub(super) stoppable: Vec<(ShutdownStage, Weak<dyn Stoppable>)>,
 }
 
-/// Who has claimed a name.
+/// The claim of a name.
 #[derive(Clone)]
 pub(super) enum Claim {
     /// A node that is being opened.

@@ -1,4 +1,4 @@
-//! One edit of the graph, as a value: what is asked for, and the references that are needed for it.
+//! One edit of the graph as a value: its arguments and the references it needs.
 
 use std::panic::Location;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use crate::graph::model::edge::Edge;
 use crate::graph::roots::root::RootMove;
 use crate::options::Options;
 
-/// Who holds what a change refers to while it has its turn, and while it waits for it again.
+/// The holder of a change's references while it has its turn, and while it waits for the turn again.
 pub(in crate::graph) const TURN: (HolderKind, &str) = (HolderKind::Change, "change");
 pub(in crate::graph) const WAITING: (HolderKind, &str) = (HolderKind::User, "change that waits");
 
@@ -53,14 +53,14 @@ impl Action {
         }
     }
 
-    /// Where in the caller's program the edits were asked for.
+    /// The place in the caller's program that made the edits.
     pub(in crate::graph) fn since(actions: &[Self]) -> &'static Location<'static> {
         let nodes = actions.iter().flat_map(Self::nodes).next();
         nodes.map_or_else(Location::caller, NodeRef::since)
     }
 
-    /// The same, with its references held by the change whose turn it is ([`TURN`]): they are not in the way of a removal. Those of a
-    /// change that waits for its turn ([`WAITING`]) are.
+    /// Changes the holder of its references. Those of the change that has its turn ([`TURN`]) do not prevent a
+    /// removal; those of a change that waits for its turn ([`WAITING`]) do.
     pub(in crate::graph) fn held_by(self, (kind, name): (HolderKind, &str)) -> Self {
         let take = |node: NodeRef| node.reheld_as(Holder::new(kind, name));
         match self {

@@ -1,8 +1,8 @@
-//! Whose bytes are they? Handing nodes over to another process, and taking them back.
+//! Activates and inactivates nodes: hands images over to another process, and takes them back.
 //!
-//! An inactive node is only read; nobody has permission to write to it or through it, and no inactive node lies below an active one.
-//! Giving charge away goes from the top down, taking it from the bottom up. Either happens to all nodes in question, or to none:
-//! what was done before a failure is undone.
+//! An inactive node is only read: no user has permission to write to it or through it, and no inactive node lies
+//! below an active one. Nodes are inactivated from the top down and activated from the bottom up. Either happens to
+//! all nodes in question, or to none: what was done before a failure is undone.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use crate::graph::model::node::{Node, NodeId};
 use crate::graph::query::walk;
 use crate::graph::{Graph, NodeRef};
 
-/// Giving charge of nodes away, or taking it. Made by [`Graph::handover`].
+/// Inactivation or activation of nodes. Made by [`Graph::handover`].
 #[derive(Clone, Debug)]
 pub struct Handover {
     graph: Graph,
@@ -28,14 +28,14 @@ pub struct Handover {
 }
 
 impl Graph {
-    /// To hand nodes over inside drained sections of one's own. Without such, [`Graph::inactivate`] and [`Graph::activate`] are
-    /// shorter.
+    /// Begins a hand-over, possibly inside the caller's drained sections. Without such, [`Graph::inactivate`] and
+    /// [`Graph::activate`] are shorter.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
     /// # run(async |graph| {
     /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
-    /// let drained = graph.drain(&disk).await; // nobody comes in from before to after
+    /// let drained = graph.drain(&disk).await; // no request enters from before to after
     /// graph.handover().within(&drained).inactivate(&disk).await?;
     /// assert!(!disk.is_active());
     /// graph.handover().within(&drained).activate_all().await?;
@@ -65,7 +65,7 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// As there.
+    /// As [`Handover::inactivate`].
     pub async fn inactivate(&self, node: &NodeRef) -> Result<()> {
         self.handover().inactivate(node).await
     }
@@ -106,7 +106,7 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// As there.
+    /// As [`Handover::activate`].
     pub async fn activate(&self, node: &NodeRef) -> Result<()> {
         self.handover().activate(node).await
     }
@@ -133,7 +133,8 @@ impl Graph {
 }
 
 impl Handover {
-    /// It happens inside this drained section, and may reach what the section has drained. Sections of others are waited for.
+    /// Works inside this drained section, and may reach nodes that the section has drained. Other sections are waited
+    /// for.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -152,8 +153,8 @@ impl Handover {
         self
     }
 
-    /// Gives charge of the node away, and of all below it that no active node uses: everything is written out and nothing is
-    /// written until [`Handover::activate`]. Its users must not have asked for writing. Runs to its end once begun.
+    /// Inactivates the node, and all below it that no active node uses: everything is written out, and nothing is
+    /// written until [`Handover::activate`]. No user may have permission to write. Runs to its end once begun.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -169,8 +170,8 @@ impl Handover {
     /// ```
     ///
     /// # Errors
-    /// Everything is as active as before. `InUse`: an active node lies above; `Inactive`: somebody has permission to write
-    /// (he is named); or what the driver could not write out.
+    /// Everything is as active as before. `InUse`: an active node lies above; `Inactive`: a user has permission to
+    /// write (it is named); or the driver's error when it wrote out.
     pub async fn inactivate(self, node: &NodeRef) -> Result<()> {
         let tops = vec![Strong::clone(node.strong())];
         self.run(move |graph| graph.nodes_to_inactivate(tops.clone()), false).await
@@ -189,11 +190,11 @@ impl Handover {
         self.run(tops, false).await
     }
 
-    /// Takes charge of the node and of all below it: bytes are read anew, because others may have changed them. Runs to its end once
-    /// begun.
+    /// Activates the node and all below it: bytes are read anew, because other processes may have changed them. Runs
+    /// to its end once begun.
     ///
     /// # Errors
-    /// Everything is as inactive as before: what a driver could not read or lock.
+    /// Everything is as inactive as before: a driver could not read or lock.
     pub async fn activate(self, node: &NodeRef) -> Result<()> {
         let tops = vec![Strong::clone(node.strong())];
         self.run(move |_| Ok(nodes_to_activate(&tops)), true).await
@@ -207,8 +208,8 @@ impl Handover {
         self.run(|graph| Ok(nodes_to_activate(&graph.0.core.live())), true).await
     }
 
-    /// Runs to its end, whatever becomes of the caller: drivers that have given charge away must not stay so while their nodes say
-    /// otherwise.
+    /// Runs to its end even if the caller's future is dropped: drivers that were inactivated must not stay so while
+    /// their nodes are marked active.
     async fn run(
         self,
         choose: impl Fn(&Graph) -> Result<Vec<Strong<Node>>> + Send + 'static,
@@ -222,7 +223,7 @@ impl Handover {
                 let Some(blocked) = graph.hand_over_set(set, is_active, &within).await? else {
                     return Ok(());
                 };
-                // Whoever drains below may want a change of his own before he is done: he gets his turn.
+                // The holder of the section below may need a change of its own to end it: that change gets its turn.
                 drop(turn);
                 wait_undrained_below(&graph, &blocked).await;
                 bds_io::yield_now().await;
@@ -230,7 +231,7 @@ impl Handover {
         };
         let unseen = |result: Result<()>| {
             if let Err(error) = result {
-                tracing::error!(%error, "a change of activity failed, and nobody waited for it");
+                tracing::error!(%error, "a change of activity failed, and no caller waited for it");
             }
         };
         run_to_end(work, unseen).await.unwrap_or_else(|| {
@@ -240,7 +241,7 @@ impl Handover {
 }
 
 impl Graph {
-    /// Does it for a set of nodes in this order. `Some`: nothing was done, because others have drained something below.
+    /// Switches a set of nodes in this order. `Some`: nothing was done, because another section drains a node below.
     async fn hand_over_set(
         &self,
         set: Vec<Strong<Node>>,
@@ -252,7 +253,7 @@ impl Graph {
         }
         let what = "change of activity";
         let drained = DrainSet::begin_within(self, set.clone(), what, within).await;
-        // Refused before anything is written, if it will be.
+        // Checked before anything is written.
         drop(self.compute_activity(&set, is_active)?);
         let Ok(work) = drained.open_gates_for(&set) else { return Ok(Some(set)) };
         let mut done: Vec<&Strong<Node>> = Vec::new();
@@ -267,7 +268,7 @@ impl Graph {
         drained.wait_drained().await;
         let changed = self.apply_activity(&drained, &set, is_active);
         if changed.is_err() {
-            // Nobody can have drained the set in between without waiting for this.
+            // No other section can have drained the set in between without waiting for this.
             let work = drained.open_gates_for(&set);
             undo_switch(&done, is_active).await;
             drop(work);
@@ -275,7 +276,7 @@ impl Graph {
         changed.map(|()| None)
     }
 
-    /// Tells a driver to take charge, or to give it away.
+    /// Activates or inactivates one driver.
     async fn switch_driver(&self, node: &Strong<Node>, is_active: bool) -> Result<()> {
         self.step()?;
         if is_active {
@@ -287,10 +288,10 @@ impl Graph {
         node.driver().inactivate().await
     }
 
-    /// Top down, all that is active, reachable, and used by no active node that stays so.
+    /// The nodes to inactivate, top down: active, reachable, and used by no active node outside the set.
     fn nodes_to_inactivate(&self, tops: Vec<Strong<Node>>) -> Result<Vec<Strong<Node>>> {
         let lock = self.0.core.lock();
-        let asked: HashSet<NodeId> = tops.iter().map(|node| node.id()).collect();
+        let requested: HashSet<NodeId> = tops.iter().map(|node| node.id()).collect();
         let mut set: Vec<Strong<Node>> = Vec::new();
         let mut chosen = HashSet::new();
         for node in walk::parents_first(&tops) {
@@ -305,7 +306,7 @@ impl Graph {
                     chosen.insert(node.id());
                     set.push(node);
                 }
-                Some(user) if asked.contains(&node.id()) => {
+                Some(user) if requested.contains(&node.id()) => {
                     let message =
                         format!("node '{}' above it is active: inactivate that first", user.name());
                     return Err(Error::new(ErrorKind::InUse, message).node(node.name()));
@@ -349,21 +350,21 @@ impl Graph {
     }
 }
 
-/// Takes back what drivers have been told, the last first.
+/// Switches drivers back, the last first.
 async fn undo_switch(done: &[&Strong<Node>], was_to_be_active: bool) {
     for node in done.iter().rev() {
         let driver = node.driver();
-        let told = match was_to_be_active {
+        let switched = match was_to_be_active {
             true => driver.inactivate().await,
             false => driver.activate().await,
         };
-        if let Err(error) = told {
+        if let Err(error) = switched {
             tracing::error!(node = %node.name(), %error, "a refused change of activity could not be taken back");
         }
     }
 }
 
-/// All that is inactive at or below these nodes, children first: a parent reads through them.
+/// The inactive nodes at or below these, children first: a parent reads through them.
 fn nodes_to_activate(tops: &[Strong<Node>]) -> Vec<Strong<Node>> {
     walk::parents_first(tops).into_iter().filter(|node| !node.is_active()).rev().collect()
 }

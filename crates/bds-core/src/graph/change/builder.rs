@@ -1,14 +1,15 @@
-//! Changing the graph: many edits, one change, all or nothing.
+//! Changes the graph: many edits in one change, all or nothing.
 //!
 //! ```text
-//! actions ─► staged ─► what is to be drained ─► drained ─► driver steps prepared
-//!                                                   └─► staged again, now for good ─► checked ─► edges swapped in ─► gates open
+//! actions ─► staged ─► nodes drained ─► driver steps prepared
+//!                                            └─► staged again ─► checked ─► edges swapped in ─► gates open
 //! ```
-//! Nothing is changed until everything has been checked, and from there on nothing can fail. A change that fails, or whose future is
-//! dropped, leaves everything as it was. Identity stays: every id and reference denotes the node it did before, and the caller's
-//! references are neither taken nor given. One change at a time; requests wait only while what they pass through is changed.
+//! Nothing is changed until everything has been checked, and from there on nothing can fail. A change that fails, or
+//! whose future is dropped, leaves everything as it was. Ids and references keep denoting the same nodes, and the
+//! caller's references are neither taken nor given. One change at a time; requests wait only while the nodes on their
+//! way are changed.
 //!
-//! The examples of the edits lie in `examples/`, one file a verb.
+//! The examples of the edits are in `examples/`, one file a verb.
 
 use std::fmt;
 use std::sync::Arc;
@@ -38,9 +39,10 @@ use crate::graph::roots::root::RootMove;
 use crate::graph::{Graph, NodeRef};
 use crate::options::Options;
 
-/// Edits of the graph that take effect together or not at all. Made by [`Graph::change`], put into force by [`Change::commit`].
+/// Edits of the graph that take effect together or not at all. Made by [`Graph::change`], applied by
+/// [`Change::commit`].
 ///
-/// Edits are applied in the order given, each to what the ones before have led to; only the outcome must be allowed. A change that is
+/// Each edit is applied to the outcome of those before it; only the final outcome must be allowed. A change that is
 /// dropped does nothing, and the compiler warns:
 ///
 /// ```compile_fail
@@ -58,12 +60,12 @@ pub struct Change {
     within: Vec<Arc<Section>>,
 }
 
-/// What a change did.
+/// The outcome of a change.
 #[derive(Debug)]
 pub struct ChangeReport {
-    /// How long requests had to wait at the gates: from the first gate that was closed to the last that was opened.
+    /// How long requests had to wait at the gates: from the first gate closed to the last one opened.
     pub held: Duration,
-    /// How the nodes ended that were removed, and what ended with them.
+    /// Reports of the nodes that were removed, and of those that died with them.
     pub closed: Vec<CloseReport>,
 }
 
@@ -160,7 +162,7 @@ impl Graph {
         async move { change.commit().await.map(drop) }
     }
 
-    /// One change at a time; what is dead goes first, so that it does not stand in the way.
+    /// Waits for the turn of a change. Dead nodes are closed first, so that they hold nothing.
     pub(in crate::graph) async fn begin_change(&self) -> MutexGuard<'_, ()> {
         self.0.core.sweep_and_keep().await;
         self.0.changes.lock().await
@@ -173,25 +175,25 @@ impl Change {
         self
     }
 
-    /// Puts `overlay` on top: everyone who uses `top` uses `overlay` from then on, and `overlay` has `top` as its backing
-    /// node. The overlay was opened either on `top` already, or without a backing node (then its driver must be able to
-    /// take one while it is open). Edges that stay (a job's) stay.
+    /// Puts `overlay` on top: all users of `top` use `overlay` from then on, and `overlay` has `top` as its backing
+    /// node. The overlay was opened either on `top` already, or without a backing node (then its driver must be able
+    /// to take one while it is open). Fixed edges (a job's) are left.
     #[doc = include_str!("examples/append.md")]
     #[track_caller]
     pub fn append(self, top: &NodeRef, overlay: &NodeRef) -> Self {
         self.with(Action::Append { top: top.clone(), overlay: overlay.clone() })
     }
 
-    /// Everyone who uses `from` uses `to` from then on, except those at or below `to`, whose edges would close a loop, and
-    /// edges that stay. So a filter opened on `from` stays there and takes over its users. Fails at a frozen edge.
+    /// All users of `from` use `to` from then on, except those at or below `to`, whose edges would close a loop, and
+    /// fixed edges. So a filter opened on `from` stays there and takes over its users. Fails at a frozen edge.
     #[doc = include_str!("examples/replace.md")]
     #[track_caller]
     pub fn replace(self, from: &NodeRef, to: &NodeRef) -> Self {
         self.with(Action::Replace { from: from.clone(), to: to.clone() })
     }
 
-    /// `parent`'s child of this name ("file", "backing") is `to` from then on. A child that a job inserted on its own account cannot be
-    /// replaced; replacing it by the very node below it does nothing.
+    /// `parent`'s child of this name ("file", "backing") is `to` from then on. A child that a job inserted for itself
+    /// cannot be replaced; replacing it by the node directly below it does nothing.
     #[doc = include_str!("examples/replace_child.md")]
     #[track_caller]
     pub fn replace_child(self, parent: &NodeRef, child: &str, to: &NodeRef) -> Self {
@@ -199,15 +201,15 @@ impl Change {
         self.with(Action::ReplaceChild { parent, child, to })
     }
 
-    /// Lets `filter`, which was opened on `node`, take over everyone else who uses `node`.
+    /// Lets `filter`, which was opened on `node`, take over all other users of `node`.
     #[doc = include_str!("examples/insert_filter.md")]
     #[track_caller]
     pub fn insert_filter(self, node: &NodeRef, filter: &NodeRef) -> Self {
         self.with(Action::InsertFilter { node: node.clone(), filter: filter.clone() })
     }
 
-    /// Lets everyone who uses `filter` use the node it filters. The filter itself lives until its last reference goes; with
-    /// [`Change::remove`] in the same change it goes at once.
+    /// Lets all users of `filter` use the node it filters. The filter itself lives until its last reference goes;
+    /// with [`Change::remove`] in the same change it goes at once.
     #[doc = include_str!("examples/drop_filter.md")]
     #[track_caller]
     pub fn drop_filter(self, filter: &NodeRef) -> Self {
@@ -221,35 +223,38 @@ impl Change {
         self.with(Action::SetBacking { node: node.clone(), backing: NodeRef::clone_of(backing) })
     }
 
-    /// Ends a node. Takes the reference, also if the change fails; the monitor's is taken too, if it has one and the change succeeds. What
-    /// a filter does to its child does not count any more when the change is checked; what a format still has to write does. The
-    /// reports are in [`ChangeReport::closed`]. Closing waits for drained sections of the nodes below, the caller's own included.
+    /// Removes a node. Takes the reference, even if the change fails; the monitor's too, if it has one and the change
+    /// succeeds. What a filter does to its child does not count any more when the change is checked; what a format
+    /// still has to write does. The reports are in [`ChangeReport::closed`]. Closing waits for drained sections of
+    /// the nodes below, the caller's own included.
     #[doc = include_str!("examples/remove.md")]
     pub fn remove(self, node: NodeRef) -> Self {
         self.with(Action::Remove { node })
     }
 
-    /// Gives a node other options; those that are not named stay. The common ones (`read-only`, `cache.*`, `discard`, `detect-zeroes`),
-    /// `backing` and other children by node name, and those of its driver that can change while it is open. Nodes that were
-    /// opened inline below it inherit what they inherited then. A driver that has to write to a node below which somebody drains waits
-    /// for the end of that section, and others have their turns meanwhile; of the caller's own, see [`Change::within`].
+    /// Gives a node other options; those that are not named stay. The common ones (`read-only`, `cache.*`, `discard`,
+    /// `detect-zeroes`), `backing` and other children by node name, and those of its driver that can change while it
+    /// is open. Nodes below that were opened inline inherit the new values as they did when they were opened. A
+    /// driver that has to write to a node below that another section drains waits for the end of that section, while
+    /// other changes have their turns; for the caller's own sections, see [`Change::within`].
     #[doc = include_str!("examples/reopen.md")]
     #[track_caller]
     pub fn reopen(self, node: &NodeRef, options: Options) -> Self {
         self.with(Action::Reopen { node: node.clone(), options })
     }
 
-    /// Gives a node another name. In one change nodes may trade names: an overlay can take over the name of what it covers. Ids,
-    /// references and edges notice nothing; a [`Graph::find`] of the old name finds whoever has it then.
+    /// Gives a node another name. Nodes may swap names in one change: an overlay can take over the name of its
+    /// backing node. Ids, references and edges do not change; a [`Graph::find`] of the old name finds the node that
+    /// has it then.
     #[doc = include_str!("examples/rename.md")]
     #[track_caller]
     pub fn rename(self, node: &NodeRef, name: &str) -> Self {
         self.with(Action::Rename { node: node.clone(), name: name.into() })
     }
 
-    /// The change is made inside this drained section: it may reach what the section has drained. A reopen that has to write below
-    /// nodes that are drained waits for the end of such sections, but for those named here. The section lasts at least as
-    /// long as the change.
+    /// Makes the change inside this drained section: it may reach nodes that the section has drained. A reopen that
+    /// has to write below drained nodes waits for the end of such sections, except those named here. The section
+    /// lasts at least as long as the change.
     #[doc = include_str!("examples/within.md")]
     pub fn within(mut self, drained: &Drained) -> Self {
         self.within.push(drained.section());
@@ -270,17 +275,17 @@ impl Change {
         self.with(Action::Disown { node: node.clone() })
     }
 
-    /// A root leads elsewhere, or nowhere.
+    /// Moves a root to another node, or to none.
     pub(crate) fn move_root(self, root: RootMove) -> Self {
         self.with(Action::Root(root))
     }
 
-    /// A root asks for something else.
+    /// Changes a root's permissions.
     pub(crate) fn set_access(self, edge: &Arc<Edge>, access: Access) -> Self {
         self.with(Action::Access { edge: Arc::clone(edge), access })
     }
 
-    /// Puts the edits into force, and uses the change up:
+    /// Applies the edits, and consumes the change:
     ///
     /// ```compile_fail,E0382
     /// # use bds_core::graph::Change;
@@ -289,21 +294,24 @@ impl Change {
     ///     let _second = change.commit().await;
     /// }
     /// ```
-    /// Waits for requests in what is changed, for other changes, and for drivers that prepare. Goes on if its future is kept
-    /// without being polled; dropping that before the change has taken effect ends it, and nothing has changed.
+    /// Waits for requests inside the nodes that are changed, for other changes, and for drivers that prepare. Goes on
+    /// if its future is kept without being polled; dropping the future before the change has taken effect ends it,
+    /// and nothing has changed.
     ///
     #[doc = include_str!("examples/commit.md")]
     /// # Errors
-    /// Nothing has changed. `InvalidInput`: an edit makes no sense where it stands (a loop, another graph's node, no filter);
-    /// `InUse`: a permission conflict, a frozen edge, a blocker, a node that others hold, or one that is just being opened on
-    /// what is replaced (both sides are named); `ReadOnly`, `Inactive`: somebody would write where that is not possible;
-    /// `NotSupported`: a driver cannot do it while it is open; `AlreadyExists`: a name is taken; and whatever drivers fail with when they prepare.
+    /// Nothing has changed. `InvalidInput`: an edit is impossible (a loop, another graph's node, no filter); `InUse`:
+    /// a permission conflict, a frozen edge, a blocker, a node with other holders, or one on which a node is just
+    /// being opened (both sides are named); `ReadOnly`, `Inactive`: a user would write where that is not possible;
+    /// `NotSupported`: a driver cannot do it while it is open; `AlreadyExists`: a name is taken; and any error of a
+    /// driver that prepares.
     pub async fn commit(self) -> Result<ChangeReport> {
         check_same_graph(&self.graph, &self.actions)?;
         if self.actions.is_empty() {
             return Ok(ChangeReport { held: Duration::ZERO, closed: Vec::new() });
         }
-        // Others wait for the turn and behind the gates: a task gives them back though the caller only keeps its future.
+        // Other changes wait for the turn, and requests at the gates: a task ends that wait even if the caller keeps
+        // its future without polling it.
         let (held, closed) = bds_io::spawn_now(self.run()).await?;
         Ok(ChangeReport { held, closed: closed.deliver() })
     }
@@ -317,7 +325,8 @@ impl Change {
             match try_once(&graph, &actions, &within).await? {
                 Ok(outcome) => break (turn, begun, outcome),
                 Err(blocked) => {
-                    // Whoever drains below may want a change of his own before he is done: he gets his turn.
+                    // The holder of the section below may need a change of its own to end it: that change gets its
+                    // turn.
                     actions = actions.into_iter().map(|action| action.held_by(WAITING)).collect();
                     drop(turn);
                     wait_undrained_below(&graph, &blocked).await;
@@ -344,7 +353,7 @@ impl fmt::Display for ChangeReport {
     }
 }
 
-/// What remains to be done when the edges have been swapped.
+/// What is left to do when the edges have been swapped.
 struct Outcome {
     moved: Moved,
     removed: Vec<NodeRef>,
@@ -354,7 +363,7 @@ struct Outcome {
 /// Nodes whose drivers have to wait for the end of drained sections below them.
 type Blocked = Vec<Strong<Node>>;
 
-/// Drains, prepares, stages, checks, and puts into force.
+/// Drains, prepares, stages, checks, and applies. `Err` inside: a driver would have to wait for another section.
 async fn try_once(
     graph: &Graph,
     actions: &[Action],
@@ -376,7 +385,7 @@ async fn try_once(
             let lock = graph.0.core.lock();
             let facts = prepared.iter().map(Prepared::facts).collect();
             let staged = stage(graph, &lock, actions, facts)?;
-            // Opening and closing nodes is not held up meanwhile, so what is to be drained may have grown.
+            // Nodes may be opened and closed meanwhile, so more nodes may have to be drained.
             let missing: Vec<_> =
                 staged.to_drain().into_iter().filter(|node| !drained.covers(node.id())).collect();
             if missing.is_empty() {
@@ -395,8 +404,8 @@ async fn try_once(
     }
 }
 
-/// Lets drivers get ready, who may have to write out what they hold back. `None`: one would have to wait for a drained section of
-/// somebody else's, which must not happen while others wait for their turn.
+/// Lets drivers prepare; they may write out what they hold back. `None`: one would have to wait for another drained
+/// section, which must not happen during the turn.
 async fn prepare<'w>(
     graph: &Graph,
     drained: &DrainSet,

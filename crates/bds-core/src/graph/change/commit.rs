@@ -1,4 +1,4 @@
-//! Putting a checked stage into force. The few driver calls that can fail come first and are undone; the rest cannot fail.
+//! Applies a checked stage. The few driver calls that can fail come first and are undone; the rest cannot fail.
 
 use std::collections::HashSet;
 use std::panic::Location;
@@ -24,7 +24,7 @@ use crate::graph::{Graph, NodeRef};
 /// How long a removal waits for requests that are stuck in a poisoned node. They may end late or never.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What remains to be done after the lock is given back.
+/// What is left to do after the lock is released.
 pub(in crate::graph) struct Done {
     pub(in crate::graph) moved: Moved,
     pub(in crate::graph) removed: Vec<NodeRef>,
@@ -57,7 +57,7 @@ pub(in crate::graph) fn apply_staged(
     for Reopened { node, .. } in &reopened {
         moved.parents.insert(node.id(), Strong::clone(node));
     }
-    // New edges first, to where they were made for: a later edit of the same change may move them on.
+    // New edges first, to their first target: a later edit of the same change may move them on.
     for staged in attached {
         moved.attach(edit, staged);
     }
@@ -80,7 +80,7 @@ pub(in crate::graph) fn apply_staged(
     Ok(Done { moved, removed, reopened })
 }
 
-/// Drivers that were told of another backing node. Dropped: told the opposite again.
+/// Drivers that have accepted another backing node. Dropped: they are switched back.
 struct NotifiedDrivers<'s> {
     notified: Vec<(&'s Strong<Node>, Option<Child>)>,
 }
@@ -113,7 +113,7 @@ impl<'s> NotifiedDrivers<'s> {
 impl Drop for NotifiedDrivers<'_> {
     fn drop(&mut self) {
         for (parent, back) in self.notified.drain(..).rev() {
-            // The driver took the opposite a moment ago and nobody was inside since.
+            // The driver accepted the opposite a moment ago, and no request was inside since.
             let undone = parent.driver().set_backing(back);
             if let Err(error) = undone {
                 tracing::error!(node = %parent.name(), %error, "a refused change could not be taken back");
@@ -129,7 +129,7 @@ pub(in crate::graph) struct Moved {
     old_targets: Vec<OldTarget>,
     /// Nodes whose children differ, and nodes that were reopened.
     parents: ById<Strong<Node>>,
-    /// What nodes' edges led to before: there and below, inheritance may have ended.
+    /// Former targets of nodes' edges: at and below them, inheritance may have ended.
     orphans: Vec<Strong<Node>>,
 }
 
@@ -148,7 +148,7 @@ impl Moved {
         since: &'static Location<'static>,
     ) {
         let Move { edge, from, to, .. } = staged;
-        // On the edge's own behalf: its share of the drain goes when it leaves the old node.
+        // For the edge itself: its share of the drain ends when it leaves the old node.
         edge.close_gate();
         self.old_targets.push(edge.repoint(edit, to.clone(), since));
         edit.lock.reattach(from.as_deref(), to.as_deref(), &edge);
@@ -185,11 +185,11 @@ impl Moved {
         self.parents.insert(parent.id(), Strong::clone(parent));
     }
 
-    /// Lets everyone above see what is below now, and forgets inheritance that has ended.
+    /// Refreshes limits of all nodes above, and clears inheritance that has ended.
     pub(in crate::graph) fn refresh(&mut self, graph: &Graph, edit: &DrainedEdit<'_>) {
         let now = Stage::new(&graph.0.core.arena);
         for orphan in self.orphans.drain(..) {
-            // Whatever has come in between, an heir hangs somewhere below what was cut off.
+            // Whatever was inserted in between, an heir is somewhere below what was cut off.
             walk::each_below_strong(&orphan, &mut |heir| {
                 let Some(from) = heir.inherits_from() else { return };
                 let from = graph.0.core.arena.acquire(from.0);
@@ -202,7 +202,7 @@ impl Moved {
         let mut seen = HashSet::new();
         while let Some(node) = todo.pop() {
             node.driver().children_changed();
-            // To the top in any case: a driver may look through nodes between whose own limits stay the same.
+            // To the top in any case: a driver may look through nodes whose own limits stay the same.
             if node.refresh_limits() | seen.insert(node.id()) {
                 todo.extend(node.parents().iter().filter_map(|edge| edit.lock.parent_node(edge)));
             }
@@ -210,7 +210,7 @@ impl Moved {
         graph.note_change();
     }
 
-    /// Waits, behind the closed gates, until the references to the old targets are given up.
+    /// Waits, with the gates closed, until the references to the old targets are released.
     pub(in crate::graph) async fn wait_released(&self) {
         for old in &self.old_targets {
             old.wait_released().await;
@@ -229,11 +229,11 @@ impl Drop for Moved {
 }
 
 impl Graph {
-    /// Puts what the actions say of the monitor's list into force.
+    /// Applies the actions on the monitor's list.
     fn apply_ownership(&self, actions: &[Action]) {
         for action in actions {
             match action {
-                // Checked while it was staged. If somebody else was quicker just now, the monitor owns it all the same.
+                // Checked when it was staged. If another call was quicker, the monitor owns it all the same.
                 Action::Own { node } => drop(self.own(node.clone())),
                 Action::Disown { node } => drop(self.take_owned(node.id(), node.name())),
                 _ => {}
@@ -241,7 +241,7 @@ impl Graph {
         }
     }
 
-    /// References to what is removed, after the monitor's is gone.
+    /// References to the removed nodes, after the monitor's are dropped.
     fn take_removed(&self, actions: &[Action], leaving: &ById<Strong<Node>>) -> Vec<NodeRef> {
         let mut removed = Vec::new();
         for action in actions {
@@ -256,8 +256,8 @@ impl Graph {
     }
 }
 
-/// Closes what was removed, and reports it. Somebody who acquired such a node by its id meanwhile keeps it a while longer: then it is
-/// reported by whoever reaps it.
+/// Closes the removed nodes and reports them. A node that was acquired by its id meanwhile lives on, and is reported
+/// when it is closed later.
 pub(in crate::graph) async fn close_removed(
     graph: &Graph,
     removed: Vec<NodeRef>,

@@ -1,4 +1,4 @@
-//! Edits applied to a stage, in the order given, each to what the ones before have led to.
+//! Applies edits to a stage, each to the outcome of those before it.
 
 use bds_refcount::{Holder, HolderKind, Strong};
 
@@ -16,7 +16,7 @@ use crate::graph::model::node::Node;
 use crate::graph::{Graph, NodeRef};
 use crate::options::Options;
 
-/// What the edits come to, on the graph as it is now.
+/// Stages the edits on the graph as it is now.
 pub(in crate::graph) fn stage<'g>(
     graph: &'g Graph,
     lock: &LockedGraph<'_>,
@@ -81,7 +81,7 @@ impl Editor<'_, '_> {
                 root.check(self.stage.target(&root.edge).as_deref())?;
                 self.stage.repoint(&root.edge, root.to.as_ref().map(NodeRef::strong))
             }
-            // All names are looked at together, when everything else has been checked.
+            // All names are checked together, when everything else has been.
             Action::Rename { .. } => Ok(()),
             Action::Access { edge, access } => {
                 self.stage.request_access(edge, *access);
@@ -123,7 +123,7 @@ impl Editor<'_, '_> {
         self.move_parents(top, overlay)
     }
 
-    /// Everyone who uses `from` uses `to`, but for those whose edge would close a loop and those that stay.
+    /// Moves all users of `from` to `to`, except those whose edge would close a loop and fixed edges.
     fn move_parents(&mut self, from: &NodeRef, to: &NodeRef) -> Result<()> {
         if from.id() == to.id() {
             return Ok(());
@@ -209,7 +209,7 @@ impl Editor<'_, '_> {
         Ok(())
     }
 
-    /// What a filter filters.
+    /// The node that a filter filters.
     fn filtered(&self, filter: &NodeRef) -> Result<Strong<Node>> {
         let edge = filter.driver().is_filter().then(|| {
             let shown = self.stage.child_in_role(filter, Role::FILTERED);
@@ -219,13 +219,14 @@ impl Editor<'_, '_> {
         target.ok_or_else(|| refuse(filter, "it is not a filter".to_owned()))
     }
 
-    /// Nobody but the change and the monitor may hold what goes.
+    /// Checks that a node to be removed has no holders but the change and the monitor.
     fn check_removal(&self, action: &Action) -> Result<()> {
         let Action::Remove { node } = action else { return Ok(()) };
         let mut holders = self.graph.holders(node.id());
         let is_owned = self.graph.is_owned(node.id());
         holders.retain(|info| match info.kind {
-            // The change's own references go (it has its turn alone), and the monitor's; edges are looked at where they lead in the end.
+            // The change's own references end with it (it has its turn alone), and the monitor's too; edges are
+            // checked where they lead in the end.
             HolderKind::Change | HolderKind::Edge | HolderKind::Backend => false,
             HolderKind::Drain => !set::is_by_change(&info.name),
             HolderKind::Monitor => !is_owned,

@@ -1,4 +1,4 @@
-//! Frozen edges: links of a chain that must stay where they are while somebody relies on them.
+//! Frozen edges: links of a backing chain that no graph change may move while a guard lives.
 
 use std::fmt;
 use std::sync::Arc;
@@ -34,8 +34,8 @@ impl Frozen {
 }
 
 impl Graph {
-    /// Freezes the links from `top` down to `base` (backing nodes, and what filters show): all of them or none. `who` is named
-    /// in the errors of those who meet a frozen link ("job 'commit0'").
+    /// Freezes the links from `top` down to `base` (backing and filtered children): all of them or none. `holder` is
+    /// named in the errors of changes that meet a frozen link ("job 'commit0'").
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -47,7 +47,7 @@ impl Graph {
     /// assert_eq!(frozen.len(), 1);
     /// let error = graph.set_backing(&top, None).await.unwrap_err();
     /// assert!(error.to_string().contains("is frozen by job 'commit0'"), "{error}");
-    /// assert!(graph.freeze_chain(&top, &base, "job 'stream1'").is_err(), "by one at a time");
+    /// assert!(graph.freeze_chain(&top, &base, "job 'stream1'").is_err(), "one freeze at a time");
     /// drop(frozen);
     /// graph.set_backing(&top, None).await?;
     /// # Ok(()) });
@@ -55,7 +55,7 @@ impl Graph {
     ///
     /// # Errors
     /// `InvalidInput`: `base` is not in the chain; `InUse`: a link is frozen already.
-    pub fn freeze_chain(&self, top: &NodeRef, base: &NodeRef, who: &str) -> Result<Frozen> {
+    pub fn freeze_chain(&self, top: &NodeRef, base: &NodeRef, holder: &str) -> Result<Frozen> {
         let lock = self.0.core.lock();
         let mut edges = Vec::new();
         let mut at = top.strong().clone();
@@ -72,7 +72,7 @@ impl Graph {
             at = edge.target().strong().clone();
             edges.push(edge);
         }
-        let freeze = Arc::new(Freeze::new(who));
+        let freeze = Arc::new(Freeze::new(holder));
         edges.iter().for_each(|edge| edge.set_frozen(&lock, Some(Arc::clone(&freeze))));
         drop(lock);
         Ok(Frozen { graph: self.clone(), edges })

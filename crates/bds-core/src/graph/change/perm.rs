@@ -1,11 +1,11 @@
-//! Permissions over the graph: what is done with a node, who does not bear it, and what follows for the nodes below.
+//! Computes permissions over the graph: what each edge uses and shares, and which conflicts that makes.
 //!
-//! What a parent does with a child follows from what its own parents do (`Driver::child_access`), from roots down. It is
-//! never patched, always computed anew, parents before children, over the part of the (staged) graph that can differ: so the same
-//! graph has the same permissions, whatever led to it.
+//! A parent's permissions on a child follow from those of its own parents (`Driver::child_access`), from roots down.
+//! They are never patched, always computed anew, parents before children, over the part of the (staged) graph that
+//! can differ: so the same graph has the same permissions, however it was reached.
 //!
-//! Rules: of two edges to one node, each bears what the other does; nobody writes to a read-only or inactive node; who writes
-//! without resizing finds an aligned end. Loosening is not checked and cannot fail.
+//! Rules: of two edges to one node, each shares what the other uses; a read-only or inactive node has no writers; a
+//! writer without resize permission needs an aligned end. Taking fewer permissions is not checked and cannot fail.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -20,19 +20,19 @@ use crate::graph::lock::GraphLockGuard;
 use crate::graph::model::edge::Edge;
 use crate::graph::model::node::{Node, NodeId};
 
-/// Whether what comes of it must be allowed.
+/// Whether conflicts are checked.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(in crate::graph) enum Strictness {
-    /// Somebody does more or bears less than before.
+    /// An edge uses more or shares less than before.
     Checked,
-    /// Somebody does less: whatever there is stays allowed.
+    /// Edges only use less: what was allowed stays allowed.
     Loosening,
 }
 
-/// Computes what follows from the staged edges below (and at) these nodes.
+/// Computes the accesses that differ because of the staged edges, at and below these nodes.
 ///
 /// # Errors
-/// `InUse` names both sides of a conflict; `ReadOnly` and `Inactive` the one that would write.
+/// `InUse` names both sides of a conflict; `ReadOnly` and `Inactive` the edge that would write.
 pub(in crate::graph) fn compute(
     stage: &Stage<'_>,
     starts: impl IntoIterator<Item = Strong<Node>>,
@@ -72,8 +72,8 @@ pub(in crate::graph) fn compute(
     Ok(found)
 }
 
-/// A few nodes, those above others first: what a child is used for is then computed once, and not with its parents' old use before,
-/// which could ripple down a long chain and back.
+/// Sorts a few nodes, those above others first: a child's access is then computed once, and not first with its
+/// parents' old access, which could ripple down a long chain and back.
 fn parents_first(stage: &Stage<'_>, mut left: Vec<Strong<Node>>) -> VecDeque<Strong<Node>> {
     const FEW: usize = 8;
     let mut sorted = VecDeque::new();
@@ -88,7 +88,7 @@ fn parents_first(stage: &Stage<'_>, mut left: Vec<Strong<Node>>) -> VecDeque<Str
     sorted
 }
 
-/// What all parents do together.
+/// The permissions that all edges use together, and those that all share.
 pub(in crate::graph) fn cumulate(accesses: impl Iterator<Item = Access>) -> Access {
     accesses.fold(Access::NONE, Access::and)
 }
@@ -97,7 +97,7 @@ fn access_of(found: &Accesses, edge: &Arc<Edge>) -> Access {
     found.get(&key(edge)).map_or_else(|| edge.access(), |(_, access)| *access)
 }
 
-/// Do all parents of the node get along, and with the node itself?
+/// Checks the accesses of a node's parents against each other and against the node.
 fn check_node(stage: &Stage<'_>, node: &Node, found: &Accesses) -> Result<()> {
     let parents = stage.parents(node);
     let uses: Vec<Access> = parents.iter().map(|edge| access_of(found, edge)).collect();
@@ -137,7 +137,7 @@ fn check_node(stage: &Stage<'_>, node: &Node, found: &Accesses) -> Result<()> {
     }
 }
 
-/// A writable node's own bytes lie in writable nodes.
+/// Checks that a writable node's own bytes are in writable nodes.
 fn check_bytes_are_writable(stage: &Stage<'_>, node: &Node) -> Result<()> {
     for edge in stage.children(node).iter().filter(|edge| edge.holds_bytes()) {
         let Some(target) = stage.target(edge) else { continue };
@@ -153,7 +153,7 @@ fn check_bytes_are_writable(stage: &Stage<'_>, node: &Node) -> Result<()> {
     Ok(())
 }
 
-/// A node in charge of its bytes lies on nodes in charge of theirs.
+/// Checks that an active node's children are active.
 fn check_children_are_active(stage: &Stage<'_>, node: &Node) -> Result<()> {
     for edge in stage.children(node) {
         let Some(target) = stage.target(&edge) else { continue };
@@ -169,7 +169,7 @@ fn check_children_are_active(stage: &Stage<'_>, node: &Node) -> Result<()> {
     Ok(())
 }
 
-/// Two different parents of which the first does what the second does not bear. Looks at each parent once or twice.
+/// Finds two parents of which the first uses what the second does not share. Looks at each parent once or twice.
 fn find_clash(uses: &[Access]) -> Option<(usize, usize)> {
     let together = cumulate(uses.iter().copied());
     if (together.perm - together.shared).is_empty() {
@@ -178,7 +178,7 @@ fn find_clash(uses: &[Access]) -> Option<(usize, usize)> {
     let clashes = |user: usize, objector: usize| {
         user != objector && !uses[user].clash(uses[objector]).is_empty()
     };
-    // One who objects to what is done at all: there are few of them, and most clash with somebody.
+    // First an objector to anything that is used: there are few, and most clash with a particular user.
     (0..uses.len()).filter(|&objector| !together.clash(uses[objector]).is_empty()).find_map(
         |objector| {
             (0..uses.len()).find(|&user| clashes(user, objector)).map(|user| (user, objector))
@@ -199,7 +199,8 @@ fn conflict(node: &Node, user: (&Arc<Edge>, Access), objector: (&Arc<Edge>, Acce
 }
 
 impl GraphCore {
-    /// Takes the topology lock. Permissions are exact from here on: those of nodes that lost an edge are recomputed first.
+    /// Takes the topology lock. Permissions are exact from here on: those of nodes that lost an edge are recomputed
+    /// first.
     pub(in crate::graph) fn lock(&self) -> LockedGraph<'_> {
         let lock = self.lock_stale();
         recompute_stale(&lock);
@@ -223,7 +224,7 @@ pub(in crate::graph) fn recompute_stale(lock: &LockedGraph<'_>) {
     apply(lock, found.expect("what is not checked cannot fail"));
 }
 
-/// Puts what was computed into force.
+/// Stores computed accesses in their edges.
 pub(in crate::graph) fn apply(lock: &GraphLockGuard<'_>, accesses: Accesses) {
     for (edge, access) in accesses.into_values() {
         edge.set_access(lock, access);

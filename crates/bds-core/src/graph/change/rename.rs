@@ -1,7 +1,6 @@
-//! Other names for open nodes: several at once, so that two can trade theirs.
+//! Renames open nodes: several at once, so that two can swap names.
 //!
-//! A name says where to look, an id says what was meant: ids, references and edges notice nothing. Whoever holds a node keeps the
-//! name in his text under which he took it.
+//! Ids, references and edges do not change. Holder names keep the node name under which the reference was taken.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -13,7 +12,7 @@ use crate::graph::name_table::Claim;
 use crate::graph::open::names::check_name;
 use crate::graph::{Graph, NodeRef};
 
-/// The renames among the actions, the last word for each node.
+/// The renames among the actions; of several for one node, the last.
 fn wanted(actions: &[Action]) -> Vec<(&NodeRef, &Arc<str>)> {
     let mut all: Vec<(&NodeRef, &Arc<str>)> = Vec::new();
     for action in actions {
@@ -25,16 +24,16 @@ fn wanted(actions: &[Action]) -> Vec<(&NodeRef, &Arc<str>)> {
     all
 }
 
-/// Names that nobody else can take any more. Dropped: they are free again, and nothing has changed.
+/// Names that are reserved for the nodes. Dropped: they are free again, and nothing has changed.
 pub(in crate::graph) struct Renames<'a> {
     graph: &'a Graph,
     wanted: Vec<(&'a NodeRef, &'a Arc<str>)>,
-    /// Those that nobody had.
+    /// Those that were free before.
     reserved: Vec<Arc<str>>,
 }
 
 impl Graph {
-    /// Takes the names that the actions give to nodes.
+    /// Reserves the names that the actions give to nodes.
     ///
     /// # Errors
     /// `InvalidInput`: not a name; `AlreadyExists`: taken by what keeps it; `LimitExceeded`: renamed too often.
@@ -62,7 +61,7 @@ impl Graph {
                 return Err(Error::new(ErrorKind::LimitExceeded, message).node(node.name()));
             }
         }
-        // What is left by one of the nodes is claimed by that until then.
+        // A name that one of the nodes gives up is claimed by that node until then.
         for name in coming.difference(&leaving) {
             names.claims.insert(Arc::clone(name), Claim::Opening);
             renames.reserved.push(Arc::clone(name));
@@ -73,7 +72,7 @@ impl Graph {
 }
 
 impl Renames<'_> {
-    /// The nodes have their new names from here on.
+    /// Renames the nodes.
     pub(in crate::graph) fn commit(mut self) {
         let mut names = self.graph.lock_names();
         for (node, _) in &self.wanted {

@@ -1,7 +1,7 @@
-//! Giving open nodes other options: which nodes, which flags, and what their drivers prepare.
+//! Reopens nodes with other options: which nodes, which flags, and what their drivers prepare.
 //!
-//! A node's options reach those below that were opened inline with it and inherited them (`Node::inherits_from`), unless they were given
-//! an option of their own. All drivers prepare while their nodes are drained; then all take effect, children first.
+//! A node's options are inherited by the nodes below that were opened inline with it (`Node::inherits_from`), except
+//! options of their own. All drivers prepare while their nodes are drained; then all take effect, children first.
 
 use bds_refcount::Strong;
 
@@ -15,7 +15,7 @@ use crate::graph::query::walk;
 use crate::graph::{Graph, NodeRef};
 use crate::options::{ChildOption, OptionKind, Options};
 
-/// What shall be reopened.
+/// A node to be reopened, with its new flags and options.
 pub(in crate::graph) struct Wanted {
     node: NodeRef,
     flags: OpenFlags,
@@ -27,7 +27,7 @@ impl Wanted {
         Strong::clone(self.node.strong())
     }
 
-    /// What is checked, as far as it is known before the driver was asked.
+    /// The facts to be checked, as far as they are known before the driver prepares.
     pub(in crate::graph) fn facts(&self) -> NewFacts {
         facts(&self.node, self.flags, &())
     }
@@ -40,7 +40,7 @@ pub(in crate::graph) struct Prepared<'w> {
 }
 
 impl Prepared<'_> {
-    /// What is checked before it takes effect.
+    /// The facts to be checked before it takes effect.
     pub(in crate::graph) fn facts(&self) -> NewFacts {
         facts(&self.wanted.node, self.wanted.flags, &*self.driver)
     }
@@ -61,13 +61,13 @@ impl Prepared<'_> {
 pub(in crate::graph) struct Reopened {
     pub(in crate::graph) node: Strong<Node>,
     is_writeback: bool,
-    /// Was that another way before?
+    /// It differs from before.
     is_changed: bool,
 }
 
 impl Reopened {
-    /// Lets the backends at the node follow its `cache.writeback`, as if they had been made now. Not under the graph's lock: the
-    /// last handle to a backend may go meanwhile.
+    /// Makes the backends at the node follow its `cache.writeback`, as if they had been made now. Not under the
+    /// topology lock: the last handle to a backend may be dropped meanwhile.
     pub(in crate::graph) fn update_backends(&self, graph: &Graph) {
         if !self.is_changed {
             return;
@@ -117,7 +117,7 @@ fn child_options(graph: &Graph, node: &Node) -> Result<Vec<&'static str>> {
     Ok(children.map(|spec| spec.name).collect())
 }
 
-/// All nodes that the actions reopen, each once with what all of them come to, children before their parents.
+/// All nodes that the actions reopen, each once with the sum of its options, children before their parents.
 pub(in crate::graph) fn collect(graph: &Graph, actions: &[Action]) -> Result<Vec<Wanted>> {
     let mut all = Vec::new();
     for action in actions {
@@ -132,7 +132,7 @@ pub(in crate::graph) fn collect(graph: &Graph, actions: &[Action]) -> Result<Vec
     Ok(all)
 }
 
-/// Lets their drivers get ready.
+/// Lets the drivers prepare.
 pub(in crate::graph) async fn prepare<'w>(
     graph: &Graph,
     wanted: &'w [Wanted],
@@ -147,7 +147,7 @@ pub(in crate::graph) async fn prepare<'w>(
     Ok(prepared)
 }
 
-/// Somebody relies on writing to the node on its own account.
+/// Refuses a node that copy-on-read writes to.
 fn check_may_lose_writing(node: &Node) -> Result<()> {
     if !node.copies_on_read() {
         return Ok(());
@@ -168,7 +168,7 @@ async fn prepare_driver<'w>(graph: &Graph, wanted: &'w Wanted) -> Result<Box<dyn
         check_may_lose_writing(node)?;
     }
     if node.could_write() && (flags.read_only || flags.cache.no_flush) {
-        // Afterwards nobody flushes any more what was written before.
+        // Afterwards earlier writes would never be flushed.
         graph.0.core.flush_node(node.strong()).await?;
     }
     let prepared = node.driver().prepare_reopen(&mut context).await?;
@@ -177,7 +177,8 @@ async fn prepare_driver<'w>(graph: &Graph, wanted: &'w Wanted) -> Result<Box<dyn
     Ok(prepared)
 }
 
-/// Adds the node with its new flags, and those below that inherit from it with theirs, to what earlier reopens of the change want.
+/// Adds the node with its new flags, and the nodes below that inherit them, to what earlier reopens of the change
+/// want.
 fn want(graph: &Graph, all: &mut Vec<Wanted>, node: &NodeRef, options: &Options) -> Result<()> {
     let mut options = Options::from_json(options.clone().into_json())?;
     for name in child_options(graph, node)? {
@@ -218,7 +219,7 @@ fn want(graph: &Graph, all: &mut Vec<Wanted>, node: &NodeRef, options: &Options)
     Ok(())
 }
 
-/// The node's place in the list; with its flags of now, if it is new there.
+/// The node's index in the list; added with its present flags if it is new.
 fn entry(graph: &Graph, all: &mut Vec<Wanted>, node: &Strong<Node>) -> usize {
     if let Some(place) = all.iter().position(|wanted| wanted.node.id() == node.id()) {
         return place;

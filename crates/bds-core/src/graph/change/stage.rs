@@ -1,7 +1,7 @@
-//! The graph as it would be: edges that are to lead elsewhere, come or go, laid over the graph as it is.
+//! A stage: changes of edges and nodes laid over the graph, which stays as it is.
 //!
-//! A stage is worked on under the lock, read through like the graph itself, and dropped without a trace: there is no
-//! rollback. What has been staged and checked is put into force by swapping the staged edges in (`change`), in one step that cannot fail.
+//! A stage is used under the topology lock, read like the graph itself, and dropped without a trace: there is no
+//! rollback. `commit` applies a checked stage by swapping the staged edges in, in one step that cannot fail.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -13,10 +13,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::graph::model::edge::{Edge, Parent, check_role};
 use crate::graph::model::node::{Node, NodeId};
 
-/// By id, so that one node is one entry; walked in an order that a replay sees again.
+/// A map by node id. Walked in an order that a replay repeats.
 pub(in crate::graph) type ById<T> = BTreeMap<NodeId, T>;
 
-/// An edge's identity while somebody holds it.
+/// An edge's identity while a reference to it exists.
 pub(in crate::graph) fn key(edge: &Arc<Edge>) -> usize {
     Arc::as_ptr(edge).addr()
 }
@@ -24,36 +24,36 @@ pub(in crate::graph) fn key(edge: &Arc<Edge>) -> usize {
 /// Accesses that edges are going to have, by [`key`], where they differ.
 pub(in crate::graph) type Accesses = HashMap<usize, (Arc<Edge>, Access)>;
 
-/// What a node is going to be, where that differs.
+/// New facts about a node, where they differ.
 #[derive(Clone, Copy, Debug, Default)]
 pub(in crate::graph) struct Facts {
     pub(in crate::graph) flags: Option<OpenFlags>,
-    /// With these flags it turns out writable or not.
+    /// Whether the node is writable with these flags.
     pub(in crate::graph) is_writable: Option<bool>,
     pub(in crate::graph) is_active: Option<bool>,
     pub(in crate::graph) request_alignment: Option<u32>,
 }
 
-/// A node, and what it is going to be.
+/// A node and its new facts.
 pub(in crate::graph) type NewFacts = (Strong<Node>, Facts);
 
-/// An edge that is to lead elsewhere, or nowhere.
+/// A staged move of an edge to another node, or to none.
 pub(in crate::graph) struct Move {
     pub(in crate::graph) edge: Arc<Edge>,
     pub(in crate::graph) from: Option<Strong<Node>>,
     pub(in crate::graph) to: Option<Strong<Node>>,
-    /// Which of all edits it is: edges are moved in the order of the edits.
+    /// The number of the edit: edges are moved in the order of the edits.
     pub(in crate::graph) number: usize,
 }
 
-/// An edge that goes.
+/// A staged removal of an edge.
 struct Dropped {
     parent: Strong<Node>,
     edge: Arc<Edge>,
     number: usize,
 }
 
-/// An edge that comes.
+/// A staged new edge.
 pub(in crate::graph) struct Attach {
     /// `None`: a root, or a node that is just being opened.
     pub(in crate::graph) parent: Option<Strong<Node>>,
@@ -66,16 +66,16 @@ pub(in crate::graph) struct Stage<'g> {
     arena: &'g Arena<Node>,
     moves: HashMap<usize, Move>,
     attached: Vec<Attach>,
-    /// Edges of nodes that go from their parent: the parent's list loses them.
+    /// Edges that are removed from their parents' lists.
     dropped: HashMap<usize, Dropped>,
     /// Edits so far.
     count: usize,
-    /// Edges that come to a node, staged.
+    /// Staged edges by target.
     incoming: ById<Vec<Arc<Edge>>>,
     requested: Accesses,
     facts: ById<Facts>,
     leaving: ById<Strong<Node>>,
-    /// What is to become of nodes' places on the monitor's list.
+    /// Staged entries and removals of the monitor's list.
     owned: ById<bool>,
     starts: ById<Strong<Node>>,
 }
@@ -131,7 +131,7 @@ impl<'g> Stage<'g> {
         self.children(node).into_iter().find(|edge| edge.role().intersects(role))
     }
 
-    /// What the node's use of its children follows from.
+    /// The facts that the node's use of its children follows from.
     pub(in crate::graph) fn node_use(&self, node: &Node, above: Access) -> NodeUse {
         let facts = self.facts.get(&node.id()).copied().unwrap_or_default();
         NodeUse {
@@ -142,13 +142,13 @@ impl<'g> Stage<'g> {
         }
     }
 
-    /// What requests to the node will be multiples of.
+    /// The alignment of requests to the node.
     pub(in crate::graph) fn request_alignment(&self, node: &Node) -> u64 {
         let facts = self.facts.get(&node.id()).copied().unwrap_or_default();
         u64::from(facts.request_alignment.unwrap_or_else(|| node.limits().request_alignment))
     }
 
-    /// Access that roots ask for.
+    /// Accesses requested for roots.
     pub(in crate::graph) fn requested(&self) -> Accesses {
         let copy = |(key, (edge, access)): (&usize, &(Arc<Edge>, Access))| {
             (*key, (Arc::clone(edge), *access))
@@ -156,12 +156,12 @@ impl<'g> Stage<'g> {
         self.requested.iter().map(copy).collect()
     }
 
-    /// Is the node going, together with what it does below?
+    /// Is the node removed, so that its use of children does not count?
     pub(in crate::graph) fn is_leaving(&self, node: &Node) -> bool {
         self.leaving.contains_key(&node.id()) && node.driver().is_filter()
     }
 
-    /// Is `goal` the node itself, or below it? Looks from both ends, so it is as quick as the shorter way.
+    /// Is `goal` the node itself, or below it? Searches from both ends, so it is as quick as the shorter search.
     pub(in crate::graph) fn reaches(&self, start: &Strong<Node>, goal: &Strong<Node>) -> bool {
         if start.id() == goal.id() {
             return true;
@@ -190,12 +190,12 @@ impl<'g> Stage<'g> {
         parents.iter().filter_map(|edge| self.parent_node(edge)).collect()
     }
 
-    /// The node that uses the edge, if it is one and it lives.
+    /// The edge's parent node, if its parent is a node and lives.
     pub(in crate::graph) fn parent_node(&self, edge: &Arc<Edge>) -> Option<Strong<Node>> {
         match edge.parent() {
             Some(Parent::Node(id)) => self.arena.acquire(id.0).ok(),
             Some(Parent::Root(_)) => None,
-            // Staged edges learn of their parent when they are put into force.
+            // Staged edges get their parent when they are applied.
             None => {
                 let staged = self.attached.iter().find(|attach| Arc::ptr_eq(&attach.edge, edge));
                 staged.and_then(|attach| attach.parent.clone())
@@ -210,7 +210,7 @@ impl<'g> Stage<'g> {
 
     // ---- change
 
-    /// The edge is to lead to `to`. Refused for frozen edges; a loop is refused where the parent is a node.
+    /// Moves the edge to `to`. Refused for frozen edges; a loop is refused where the parent is a node.
     pub(in crate::graph) fn repoint(
         &mut self,
         edge: &Arc<Edge>,
@@ -243,7 +243,7 @@ impl<'g> Stage<'g> {
         Ok(())
     }
 
-    /// An edge of `parent` (or of a root) comes.
+    /// Adds an edge of `parent` (or of a root).
     pub(in crate::graph) fn attach(
         &mut self,
         parent: Option<&Strong<Node>>,
@@ -267,7 +267,7 @@ impl<'g> Stage<'g> {
         Ok(())
     }
 
-    /// An edge of `parent` goes.
+    /// Removes an edge of `parent`.
     pub(in crate::graph) fn drop_edge(
         &mut self,
         parent: &Strong<Node>,
@@ -292,16 +292,16 @@ impl<'g> Stage<'g> {
         Ok(())
     }
 
-    /// A root asks for something else.
+    /// Changes a root's access.
     pub(in crate::graph) fn request_access(&mut self, edge: &Arc<Edge>, access: Access) {
         self.touch(self.target(edge).as_ref());
         self.requested.insert(key(edge), (Arc::clone(edge), access));
     }
 
-    /// The node is going to be something else.
+    /// Sets new facts of a node.
     pub(in crate::graph) fn set_facts(&mut self, node: &Strong<Node>, facts: Facts) {
         self.touch(Some(node));
-        // Its parents may mind, and its children's other parents.
+        // Its parents may conflict with that, and other parents of its children.
         for edge in self.parents(node) {
             self.touch(self.parent_node(&edge).as_ref());
         }
@@ -311,13 +311,13 @@ impl<'g> Stage<'g> {
         self.facts.insert(node.id(), facts);
     }
 
-    /// The node goes: nobody may use it then.
+    /// Removes the node: it must have no users then.
     pub(in crate::graph) fn leave_graph(&mut self, node: &Strong<Node>) {
         self.touch(Some(node));
         self.leaving.insert(node.id(), Strong::clone(node));
     }
 
-    /// The monitor is to own the node, or not. What an earlier edit said of that.
+    /// Puts the node on the monitor's list, or removes it. Returns what an earlier edit staged.
     pub(in crate::graph) fn own(&mut self, node: NodeId, is_owned: bool) -> Option<bool> {
         self.owned.insert(node, is_owned)
     }
@@ -360,7 +360,7 @@ impl<'g> Stage<'g> {
         self.starts.values().cloned().collect()
     }
 
-    /// Nodes that must be drained before this is put into force: those that edges leave, and those whose children change.
+    /// Nodes that must be drained before this is applied: those that edges leave, and those whose children change.
     pub(in crate::graph) fn to_drain(&self) -> Vec<Strong<Node>> {
         let left = self
             .moves
@@ -378,7 +378,7 @@ impl<'g> Stage<'g> {
         all.map(|node| (node.id(), node)).collect::<ById<_>>().into_values().collect()
     }
 
-    /// All that differs, to be put into force.
+    /// All that differs, to be applied.
     pub(in crate::graph) fn into_parts(self) -> Staged {
         let mut moves: Vec<Move> = self.moves.into_values().filter(Move::is_real).collect();
         moves.sort_by_key(|staged| staged.number);
@@ -395,13 +395,13 @@ impl<'g> Stage<'g> {
 }
 
 impl Move {
-    /// Does it lead elsewhere in the end?
+    /// Does the target differ in the end?
     fn is_real(&self) -> bool {
         self.from.as_ref().map(|node| node.id()) != self.to.as_ref().map(|node| node.id())
     }
 }
 
-/// What a stage comes to.
+/// The outcome of a stage.
 pub(in crate::graph) struct Staged {
     pub(in crate::graph) moves: Vec<Move>,
     pub(in crate::graph) attached: Vec<Attach>,
@@ -416,7 +416,7 @@ fn check_frozen(edge: &Arc<Edge>) -> Result<()> {
     Err(Error::new(ErrorKind::InUse, message))
 }
 
-/// A search in one direction, a node a step.
+/// A search in one direction, one node a step.
 struct Search {
     seen: HashSet<NodeId>,
     todo: Vec<Strong<Node>>,

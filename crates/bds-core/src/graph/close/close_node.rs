@@ -1,15 +1,15 @@
-//! What happens to a node after its last reference: flushed, closed, its children released, and reported, once.
+//! Closes a dead node: flushes it, closes its driver, releases its children, reports once.
 //!
 //! ```text
-//! flush to the driver, to its medium, to children that others keep open ── driver.close ── drop driver ── release children
-//!                                                                                             └─► die and are reaped in their turn
+//! flush: driver, medium, children that others hold ── driver.close ── drop driver ── release children
+//!                                                                                      └─► dead ones are closed in turn
 //! ```
 //!
-//! No closing begins while a node that it could write to is drained: it waits aside for the end of that section; and a drain waits for
-//! closings that are under way. A node is closed before the children only it held, and never inside the closing of another: a chain of any length is a loop.
-//! A child that dies too is flushed by its own closing, so a failed flush is in exactly one report. Once begun, closing runs to its end
-//! whether or not anybody waits (see `detached`); a report that nobody waits for is kept for [`Graph::reports`] if something
-//! failed, and is traced.
+//! No closing begins while a node that it could write to is drained: the dead node is put aside until that section
+//! ends. A drain waits for closings under way. A node is closed before the children that only it held, and never
+//! inside the closing of another: a chain of any length is a loop. A child that dies too is flushed by its own
+//! closing, so a failed flush is in exactly one report. Once begun, closing runs to its end even if the caller's
+//! future is dropped (`run_to_end`); a failed report without a waiter is kept for [`Graph::reports`], and traced.
 
 use std::fmt;
 use std::panic::Location;
@@ -34,11 +34,11 @@ use crate::graph::name_table::Claim;
 /// Why a node was not closed.
 #[derive(Debug)]
 pub enum CloseError {
-    /// Others refer to it. Nothing has changed.
+    /// Other references exist. Nothing has changed.
     InUse {
         /// The reference that was to be closed.
         node: NodeRef,
-        /// Who else holds it by name.
+        /// The other holders that have a name.
         holders: Vec<HolderInfo>,
     },
 }
@@ -65,20 +65,22 @@ impl From<CloseError> for Error {
 /// A dead node whose closing has begun.
 pub(super) struct Closing(Dead<Node>);
 
-/// What became of the child of a node that is being closed.
+/// The outcome of releasing a child of a node that is being closed.
 enum Released {
     Died,
     Survived,
-    /// It survived, and what was written to it may not be durable: it is to be flushed through this edge.
+    /// It survived, and writes to it may not be durable: to be flushed through this edge.
     Unflushed(Arc<Edge>),
 }
 
 impl GraphCore {
-    /// From here on drains of the children wait for the closing; unless one of them is drained already.
+    /// Marks the edges to the children, so that drains of them wait for the closing. `Err`: one of the children is
+    /// drained.
     pub(super) fn begin_node_close(&self, dead: Dead<Node>) -> Result<Closing, Dead<Node>> {
         let lock = self.lock();
         let children = dead.children().to_vec();
-        // Without children it writes to its own medium at most: that waits for the end of a drained section of everything.
+        // Without children it writes to its own medium at most: that waits for the end of a drained section of all
+        // nodes.
         if lock.state.drain_alls > 0 || children.iter().any(|edge| edge.is_quiesced()) {
             return Err(dead);
         }
@@ -86,7 +88,7 @@ impl GraphCore {
         Ok(Closing(dead))
     }
 
-    /// As [`GraphCore::begin_node_close`], after the end of the drained sections that are in the way.
+    /// As [`GraphCore::begin_node_close`], after the drained sections that are in the way have ended.
     pub(super) async fn begin_node_close_when_undrained(&self, mut dead: Dead<Node>) -> Closing {
         loop {
             let mut progress = pin!(self.topology.drain_progress.notified());
@@ -99,7 +101,7 @@ impl GraphCore {
         }
     }
 
-    /// Closes one node. Returns the children that it was the last to hold, too.
+    /// Closes one node. Also returns the children that died with it.
     pub(super) async fn close_node(&self, closing: Closing) -> (CloseReport, Vec<Handle<Node>>) {
         let Closing(dead) = closing;
         let name = dead.name().to_owned();
@@ -136,15 +138,15 @@ impl GraphCore {
         (CloseReport { node, name, driver, flush_error, close_error, below }, died)
     }
 
-    /// Whoever froze the edge, or has it in hand, keeps it, and so its target; to everybody else it is gone, and no drain waits for it.
+    /// Detaches an edge that is still referenced, by a freeze or a reader: that holder keeps the edge and its target,
+    /// the graph does not see it any more, and no drain waits for it.
     fn detach_kept_edge(&self, edge: &Arc<Edge>) {
         let target = edge.target();
         self.lock().detach(&target, edge);
         self.topology.stale_perms.push(target.id());
     }
 
-    /// Makes what was written through this node durable, as far as it does not lie with children that die next. These are
-    /// returned.
+    /// Makes writes through this node durable, but for those to children that die next: these are returned.
     async fn flush_dead(&self, node: &Node) -> (Result<()>, Vec<Handle<Node>>) {
         if !node.is_writable() {
             return (Ok(()), Vec::new());
@@ -178,7 +180,7 @@ impl GraphCore {
         Ok(())
     }
 
-    /// Gives a child up that `parent`, which is being closed, used through this edge.
+    /// Releases a child of `parent`, which is being closed.
     async fn release_child(
         &self,
         mut edge: Arc<Edge>,
@@ -188,18 +190,19 @@ impl GraphCore {
         for _ in 0..1000 {
             match self.try_release_child(edge, parent, was_skipped) {
                 Ok(released) => return released,
-                // Somebody looks at the edge just now.
+                // A reader has a reference to the edge just now.
                 Err(back) => edge = back,
             }
             bds_io::yield_now().await;
         }
-        // He keeps it, and lets the child go when done.
+        // The reader keeps the child until it drops the edge.
         self.detach_kept_edge(&edge);
         Released::Survived
     }
 
-    /// A child that was not flushed because it looked as if it would die with the parent, but found another holder, is flushed
-    /// after all: through an edge that takes the place of the other in one step, so that no drain ends in between.
+    /// Releases the edge. A child that was not flushed because the parent seemed its last holder, but that has
+    /// another one, is flushed after all: through a new edge, attached under the same lock, so that no drain ends in
+    /// between.
     fn try_release_child(
         &self,
         edge: Arc<Edge>,
@@ -219,7 +222,7 @@ impl GraphCore {
         Ok(Released::Unflushed(edge))
     }
 
-    /// Makes everything durable that was written through the node. For whoever has it drained: no gate is asked.
+    /// Makes all writes through the node durable. For a caller that has it drained: no gate is passed.
     pub(in crate::graph) async fn flush_node(&self, node: &Strong<Node>) -> Result<()> {
         (self.make_port)(self.flush_edge(node, Parent::Root("flush".into()))).flush().await
     }
@@ -249,9 +252,9 @@ impl GraphCore {
 }
 
 impl NodeRef {
-    /// Closes the node, if this is the only reference to it: flushes, closes, and closes what only it held. Says how that
-    /// went; a failed flush is in the report. Runs to its end even if the future is dropped. Waits for operations whose requests were
-    /// dropped, and for drained sections of the nodes below to end.
+    /// Closes the node, if this is the only reference to it: flushes, closes, and closes what only it held. A failed
+    /// flush is in the report. Runs to its end even if the future is dropped. Waits for operations whose requests
+    /// were dropped, and for drained sections of the nodes below to end.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -270,7 +273,7 @@ impl NodeRef {
     /// ```
     ///
     /// # Errors
-    /// [`CloseError::InUse`] gives the reference back and names the others.
+    /// [`CloseError::InUse`] returns the reference and names the other holders.
     pub async fn close(self) -> Result<CloseReport, CloseError> {
         let core = self.graph().0.core.clone();
         let lost = LostClose::of(self.strong());
@@ -280,14 +283,14 @@ impl NodeRef {
                 Err((node, holders)) => Err(CloseError::InUse { node, holders }),
             }
         };
-        // A reference that comes back because the node is in use ends like any other.
+        // A reference that is returned because the node is in use is dropped.
         let orphaned = move |closed: Result<CloseReport, CloseError>| {
             drop(closed.map(|report| core.keep_reports(vec![report])));
         };
         run_to_end(work, orphaned).await.unwrap_or_else(|| Ok(lost.report()))
     }
 
-    /// As [`NodeRef::try_end`], after the operations that keep the node open, if nobody else does.
+    /// As [`NodeRef::try_end`], after detached operations have ended, if nothing else keeps the node open.
     pub(in crate::graph) async fn end_after_detached_ops(
         self,
     ) -> Result<DeadNode, (NodeRef, Vec<HolderInfo>)> {
@@ -306,7 +309,8 @@ impl NodeRef {
         }
     }
 
-    /// Ends the node if this is the only reference; it cannot be acquired any more then. Does not wait.
+    /// Takes the node out of the graph if this is the only reference; it cannot be acquired any more then. Does not
+    /// wait.
     pub(in crate::graph) fn try_end(self) -> Result<DeadNode, (NodeRef, Vec<HolderInfo>)> {
         let (graph, held) = self.into_parts();
         let holder = held.holder().clone();
@@ -337,7 +341,7 @@ impl DeadNode {
     }
 }
 
-/// A node whose closing may never be heard of.
+/// Facts for the report of a closing whose task was lost.
 struct LostClose {
     node: NodeId,
     name: String,

@@ -1,7 +1,7 @@
-//! Closing waits for what dropped requests left behind.
+//! Waits for detached operations: driver operations that go on after their requests were dropped.
 //!
-//! An operation whose request has gone keeps its node open until it ends (`request::begun`). Nobody can know it by name, so
-//! whoever closes waits for it instead of finding the node in use.
+//! Such an operation keeps its node open until it ends, without a holder name. Closing waits for it instead of
+//! reporting the node as in use.
 
 use bds_refcount::Strong;
 
@@ -9,9 +9,9 @@ use crate::graph::core::GraphCore;
 use crate::graph::model::node::Node;
 
 impl GraphCore {
-    /// Waits for operations whose requests have gone, where nothing but they keeps a node open.
+    /// Waits for the detached operations of all nodes that nothing else keeps open.
     pub(in crate::graph) async fn wait_all_detached_ops(&self) {
-        // One at a time: others may want to close the rest meanwhile.
+        // One node at a time: the others can be closed meanwhile.
         for handle in self.arena.snapshot() {
             if let Ok(node) = self.arena.acquire(handle) {
                 wait_detached_ops_unless_held(&node, 0).await;
@@ -20,14 +20,14 @@ impl GraphCore {
     }
 }
 
-/// As [`wait_detached_ops`], if operations keep the node open beside so many who do by name. Whoever means to keep it does so.
+/// As [`wait_detached_ops`], unless the node has more than `named` holders: those keep it open anyway.
 pub(in crate::graph) async fn wait_detached_ops_unless_held(node: &Strong<Node>, named: usize) {
     if node.tracker().detached() > 0 && node.holders().len() <= named {
         wait_detached_ops(node).await;
     }
 }
 
-/// Waits until no operation keeps the node open on its own behalf. Their references go right after that.
+/// Waits until no detached operation keeps the node open. Their references go right after their counts.
 pub(super) async fn wait_detached_ops(node: &Strong<Node>) {
     node.tracker().wait_moved_out().await;
     for _ in 0..1000 {

@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::graph::model::node::NodeId;
 
-/// How a node ended.
+/// The outcome of closing a node.
 #[derive(Debug)]
 pub struct CloseReport {
     /// Its id, stale by now.
@@ -14,14 +14,15 @@ pub struct CloseReport {
     pub driver: &'static str,
     /// Why data written earlier may not be durable.
     pub flush_error: Option<Error>,
-    /// What its driver could not finish.
+    /// Why its driver could not close in order.
     pub close_error: Option<Error>,
-    /// From [`NodeRef::close`]: nodes that ended because only this one held them, in the order of their closing.
+    /// From [`NodeRef::close`](crate::graph::NodeRef::close): nodes that ended because only this one held them, in
+    /// closing order.
     pub below: Vec<CloseReport>,
 }
 
 impl CloseReport {
-    /// Nothing failed, here or below.
+    /// True if nothing failed, here or below.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -39,7 +40,7 @@ impl CloseReport {
         self.errors().next().is_none()
     }
 
-    /// All that failed, here first, then below.
+    /// All failures, this node's first, then those below.
     pub fn errors(&self) -> Box<dyn Iterator<Item = &Error> + '_> {
         let own = self.flush_error.iter().chain(&self.close_error);
         Box::new(own.chain(self.below.iter().flat_map(Self::errors)))

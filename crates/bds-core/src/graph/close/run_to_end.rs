@@ -1,7 +1,7 @@
-//! Work that runs to its end even if nobody waits for it any more.
+//! Runs work to its end even if the caller's future is dropped.
 //!
-//! Closing a node, once begun, does not stop half-way because the caller's future is dropped. The work is a task of its own;
-//! its result goes to whoever waits, or to `orphaned` if there is nobody, and never to both.
+//! Closing a node, once begun, must not stop half-way. The work is a task of its own; its result goes to the waiter,
+//! or to `orphaned` if the waiter is gone, and never to both.
 
 use std::future::Future;
 use std::pin::pin;
@@ -24,7 +24,7 @@ enum State<T> {
 }
 
 impl<T> Inbox<T> {
-    /// What has come so far; once it is over, nothing comes any more.
+    /// The result, if it is there; taken once.
     fn take(&self) -> State<T> {
         let mut state = self.lock();
         match *state {
@@ -38,7 +38,8 @@ impl<T> Inbox<T> {
     }
 }
 
-/// Runs `work` to its end. `None` only if the executor went away before that. If the returned future is dropped, `orphaned` gets the result.
+/// Runs `work` to its end. `None` only if the executor went away before that. If the returned future is dropped,
+/// `orphaned` gets the result.
 pub(in crate::graph) async fn run_to_end<T, O>(
     work: impl Future<Output = T> + Send + 'static,
     orphaned: O,

@@ -1,8 +1,8 @@
-//! The end of a graph: exports, jobs, backends, monitor, then everything that is left over is named.
+//! Shuts a graph down: exports, jobs, backends, monitor; then reports every node that is left over.
 //!
-//! The order is fixed. Exports first, because their clients' requests would wait at gates for ever; jobs next, because they hold
-//! nodes and write; then backends lose their media, and the monitor its nodes. Whatever lives after that is a leak, and
-//! the report says who holds it. Doing it twice does no harm: the second time finds less to do.
+//! The order is fixed. Exports first, because their clients' requests would wait at gates for ever; jobs next,
+//! because they hold nodes and write; then backends lose their media, and the monitor its nodes. A node that lives
+//! after that is a leak, and the report names its holders. A second shutdown does no harm.
 
 use std::sync::Arc;
 
@@ -23,25 +23,25 @@ pub struct Leak {
     pub node: NodeId,
     /// Its name.
     pub name: String,
-    /// How many references it has.
+    /// Its number of references.
     pub count: usize,
-    /// Those held by name.
+    /// The holders that have a name.
     pub holders: Vec<HolderInfo>,
 }
 
-/// What a shutdown did.
+/// The outcome of a shutdown.
 #[derive(Debug)]
 pub struct ShutdownReport {
-    /// What exports, jobs and backends could not end in order: who, and why.
+    /// Names of exports, jobs and backends that could not stop in order, with the reason.
     pub failed: Vec<(String, Error)>,
-    /// Nodes closed by it, and earlier closings that failed and that nobody asked about.
+    /// Nodes closed by it, and earlier failed closings that were not reported yet.
     pub closed: Vec<CloseReport>,
-    /// Nodes still referred to. They stay usable until their holders let go.
+    /// Nodes with references left. They stay usable until their holders drop them.
     pub leaked: Vec<Leak>,
 }
 
 impl ShutdownReport {
-    /// The leaks as a result.
+    /// `Err` if nodes are left over.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -55,7 +55,7 @@ impl ShutdownReport {
     /// ```
     ///
     /// # Errors
-    /// `InUse` names the nodes and who holds them since where.
+    /// `InUse` names the nodes, their holders, and where the holders took them.
     pub fn check_leaks(&self) -> Result<()> {
         if self.leaked.is_empty() {
             return Ok(());
@@ -73,7 +73,8 @@ impl Leak {
 }
 
 impl Graph {
-    /// Has `who` told to stop when the graph shuts down. Kept weakly: who has gone by then is not asked.
+    /// Registers a user of nodes that is stopped when the graph shuts down. Kept weakly: a user that is gone by then
+    /// is skipped.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -86,7 +87,7 @@ impl Graph {
     ///         "export 'nbd0'".to_owned()
     ///     }
     ///     fn stop(&self) -> BoxFuture<'_, Result<()>> {
-    ///         Box::pin(async { Ok(drop(self.0.lock().expect("nobody panics").take())) })
+    ///         Box::pin(async { Ok(drop(self.0.lock().expect("no thread panics").take())) })
     ///     }
     /// }
     /// let export: Arc<dyn Stoppable> = Arc::new(Export(Mutex::new(Some(disk))));
@@ -94,14 +95,16 @@ impl Graph {
     /// graph.shutdown().await.check_leaks()?;
     /// # Ok(()) });
     /// ```
-    pub fn on_shutdown(&self, stage: ShutdownStage, who: &Arc<dyn Stoppable>) {
+    pub fn on_shutdown(&self, stage: ShutdownStage, user: &Arc<dyn Stoppable>) {
         let mut names = self.lock_names();
         names.stoppable.retain(|(_, known)| known.strong_count() > 0);
-        names.stoppable.push((stage, Arc::downgrade(who)));
+        names.stoppable.push((stage, Arc::downgrade(user)));
     }
 
-    /// Ends everything in the fixed order, closes what can be closed, and tells who keeps the rest open. Every backend loses its medium,
-    /// whatever blocks that; a request that waits for a decision after an error fails with `Cancelled`. No node can be opened afterwards; a second call reports what has become of the rest. Waits for requests under way, never for queued ones.
+    /// Stops all users in the fixed order, closes what can be closed, and names the holders of the rest. Every
+    /// backend loses its medium, whatever blocks that; a request that waits for a decision after an error fails with
+    /// `Cancelled`. No node can be opened afterwards; a second call reports what has become of the rest. Waits for
+    /// requests under way, not for queued ones.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -127,9 +130,9 @@ impl Graph {
         self.lock_names().is_shut_down = true;
         let mut failed = Vec::new();
         for stage in [ShutdownStage::Exports, ShutdownStage::Jobs, ShutdownStage::Backends] {
-            for who in self.stoppable(stage) {
-                if let Err(error) = who.stop().await {
-                    failed.push((who.name(), error));
+            for user in self.stoppable(stage) {
+                if let Err(error) = user.stop().await {
+                    failed.push((user.name(), error));
                 }
             }
         }
@@ -145,16 +148,16 @@ impl Graph {
     fn stoppable(&self, stage: ShutdownStage) -> Vec<Arc<dyn Stoppable>> {
         let names = self.lock_names();
         let at_stage = names.stoppable.iter().filter(|(known, _)| *known == stage);
-        at_stage.filter_map(|(_, who)| who.upgrade()).collect()
+        at_stage.filter_map(|(_, user)| user.upgrade()).collect()
     }
 
-    /// Nodes that are still referred to, by name.
+    /// Nodes that still have references, sorted by name.
     fn leaks(&self) -> Vec<Leak> {
         let arena = &self.0.core.arena;
         let leak = |handle| {
             let node = arena.acquire(handle).ok()?;
             let name = node.name().to_owned();
-            // Not counting the reference that asks.
+            // Without the reference taken here.
             let count = node.count().saturating_sub(1);
             (count > 0).then(|| Leak { node: node.id(), name, count, holders: node.holders() })
         };

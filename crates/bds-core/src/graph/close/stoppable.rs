@@ -3,23 +3,23 @@
 use crate::driver::BoxFuture;
 use crate::error::Result;
 
-/// When somebody is asked to stop.
+/// The order in which users of nodes are stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ShutdownStage {
-    /// Whoever serves nodes to the outside.
+    /// Servers that offer nodes to the outside.
     Exports,
-    /// Whoever works on nodes on its own account.
+    /// Jobs: they work on nodes on their own account.
     Jobs,
-    /// Whoever lets a device or a tool in. The graph's own backends belong here without being registered.
+    /// Front ends of devices and tools. The graph's own backends belong here without being registered.
     Backends,
 }
 
-/// Somebody who holds nodes and can be told to let go. Registered with [`Graph::on_shutdown`].
+/// A user of nodes that can be stopped. Registered with [`Graph::on_shutdown`](crate::graph::Graph::on_shutdown).
 pub trait Stoppable: Send + Sync + 'static {
-    /// Who it is, for the report.
+    /// Its name, for the report.
     fn name(&self) -> String;
 
-    /// Ends whatever it does and gives its references up. Called at most once a shutdown.
+    /// Ends its work and drops its references. Called at most once a shutdown.
     ///
     /// # Errors
     /// What could not be ended in order; the shutdown goes on.

@@ -11,7 +11,7 @@ use crate::graph::core::{Graph, GraphCore, Shared};
 use crate::graph::model::node::Node;
 
 impl GraphCore {
-    /// Closes everything dead that can be closed now, including what dies of that.
+    /// Closes all dead nodes that can be closed now, and those that die of that.
     pub(in crate::graph) async fn sweep(self) -> Vec<CloseReport> {
         let _one_at_a_time = self.sweeping.lock().await;
         let mut reports = Vec::new();
@@ -27,7 +27,7 @@ impl GraphCore {
         reports
     }
 
-    /// Closes one dead node and what dies of it. Others that lie dead meanwhile are closed too, but reported apart.
+    /// Closes one dead node and what dies of it. Other dead nodes are closed too, but reported apart.
     pub(super) async fn close_with_dependents(self, dead: Dead<Node>) -> CloseReport {
         let closing = self.begin_node_close_when_undrained(dead).await;
         let _one_at_a_time = self.sweeping.lock().await;
@@ -53,7 +53,7 @@ impl GraphCore {
         report
     }
 
-    /// A drained section is over: what waited for that goes on.
+    /// A drained section has ended: wakes waiters, and closes dead nodes that waited for it.
     pub(in crate::graph) fn drain_ended(&self) {
         self.topology.drain_progress.notify_waiters();
         if !self.lock_deferred().is_empty() {
@@ -65,7 +65,7 @@ impl GraphCore {
         self.deferred.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps what nobody waits for, if it tells of a failure.
+    /// Keeps reports of failed closings for [`Graph::reports`]; traces all.
     pub(in crate::graph) fn keep_reports(&self, reports: Vec<CloseReport>) {
         for report in reports {
             let name = &report.name;
@@ -84,7 +84,7 @@ impl GraphCore {
         std::mem::take(&mut self.kept_reports.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Closes what is dead on nobody's behalf.
+    /// Closes dead nodes without a caller that wants the reports.
     pub(in crate::graph) async fn sweep_and_keep(&self) {
         if self.arena.has_dead() {
             let core = self.clone();
@@ -97,7 +97,7 @@ impl GraphCore {
         }
     }
 
-    /// As [`GraphCore::sweep_and_keep`], from where nobody can wait.
+    /// As [`GraphCore::sweep_and_keep`], without waiting.
     pub(in crate::graph) fn sweep_in_background(&self) {
         if self.arena.has_dead() {
             self.sweep_now_in_background();
@@ -113,7 +113,7 @@ impl GraphCore {
         .detach();
     }
 
-    /// The graph is gone: closes what is dead and what dies when the last operation ends.
+    /// The graph is gone: closes dead nodes, and those that die when the last detached operation ends.
     pub(in crate::graph) fn close_remaining(&self) {
         let is_held = self.live().iter().any(|node| node.tracker().detached() > 0);
         if !is_held {
@@ -138,9 +138,9 @@ impl GraphCore {
 }
 
 impl Graph {
-    /// Closes all nodes whose last reference is gone, and reports them, a node before the children that only it held. Also
-    /// returns reports of earlier failures that nobody has seen. Waits for operations whose requests were dropped, if
-    /// nothing else keeps their node.
+    /// Closes all dead nodes and reports them, a node before the children that only it held. Also returns reports of
+    /// earlier failures that were not returned yet. Waits for operations whose requests were dropped, if nothing else
+    /// keeps their node open.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -165,8 +165,8 @@ impl Graph {
         reports
     }
 
-    /// Reports of closings that failed while nobody waited for them: in passing, or by a caller that went away. Each is
-    /// returned once.
+    /// Reports of closings that failed while no caller waited for them: as a side effect of another call, or after
+    /// the caller's future was dropped. Each is returned once.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -178,7 +178,7 @@ impl Graph {
     /// let other = open(&graph, "driver=memory").await?; // closes what is dead, in passing
     ///
     /// let reports = graph.reports();
-    /// let error = reports[0].flush_error.as_ref().expect("it was told to fail");
+    /// let error = reports[0].flush_error.as_ref().expect("fail-flush=on");
     /// assert_eq!(error.to_string(), "node 'disk': told to fail flushing");
     /// assert!(graph.reports().is_empty());
     /// # Ok(()) });
@@ -220,8 +220,8 @@ impl Drop for Undelivered {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // Only the monitor's list and detached operations can still hold nodes; what is dead and not yet closed must still be
-        // flushed.
+        // Only the monitor's list and detached operations can still hold nodes; what is dead and not yet closed must
+        // still be flushed.
         let (owned, backends) = {
             let mut names = self.core.lock_names();
             (std::mem::take(&mut names.monitor), std::mem::take(&mut names.owned_backends))

@@ -1,5 +1,5 @@
-//! Counting reasons to be drained, up through the graph: who is quiesced because of whom, under the graph's lock. Whoever waits for
-//! the nodes to be empty is in [`super::set`].
+//! Counts reasons to be drained and propagates them to parents, under the topology lock. Waiting for nodes to be
+//! empty is in [`super::set`].
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use crate::graph::model::edge::{Edge, Parent};
 use crate::graph::model::node::Node;
 
 impl LockedGraph<'_> {
-    /// The node that uses `edge`, if it is one and it lives.
+    /// The parent node of `edge`, if its parent is a node and lives.
     pub(in crate::graph) fn parent_node(&self, edge: &Edge) -> Option<Strong<Node>> {
         match edge.parent() {
             Some(Parent::Node(id)) => self.core.arena.acquire(id.0).ok(),
@@ -18,7 +18,7 @@ impl LockedGraph<'_> {
         }
     }
 
-    /// One reason more for the node to be drained. What that begins goes up through all parents.
+    /// Adds one reason for the node to be drained. The first one drains all parents too.
     fn quiesce(&self, node: &Strong<Node>) {
         let mut todo = vec![Strong::clone(node)];
         let mut begun = Vec::new();
@@ -38,11 +38,11 @@ impl LockedGraph<'_> {
             }
             begun.push(node);
         }
-        // Parents first: they may still be sending.
+        // Parents first: they may still send requests.
         begun.iter().rev().for_each(|node| node.driver().drain_begin());
     }
 
-    /// The wrong order, on purpose: the inner door first, then the wait for those who still want through it.
+    /// The wrong order, for a test: closes the inner gate before the requests on their way to it have passed.
     #[cfg(test)]
     fn lock_first(&self, edge: &Edge) {
         if self.core.topology.lock_first.load(std::sync::atomic::Ordering::Relaxed) {
@@ -50,7 +50,7 @@ impl LockedGraph<'_> {
         }
     }
 
-    /// One reason less.
+    /// Removes one reason.
     fn unquiesce(&self, node: &Strong<Node>) {
         let mut todo = vec![Strong::clone(node)];
         while let Some(node) = todo.pop() {
@@ -66,7 +66,8 @@ impl LockedGraph<'_> {
         }
     }
 
-    /// Roots wait at once. A node that is being opened does too; one that is being closed is waited for instead.
+    /// Closes the gate of an edge without a parent node. Not if the parent is a node that is being closed: a drain
+    /// waits for that one.
     fn close_root_gate(&self, edge: &Arc<Edge>) {
         let is_dying = matches!(edge.parent(), Some(Parent::Node(_)));
         if !is_dying {
@@ -74,7 +75,7 @@ impl LockedGraph<'_> {
         }
     }
 
-    /// An edge points to `node` from now on; nobody is inside its parent, or there is none yet.
+    /// An edge points to `node` from now on; its parent is empty, or does not exist yet.
     pub(in crate::graph) fn attach(&self, node: &Node, edge: &Arc<Edge>) {
         node.add_parent(edge);
         self.join_drain(node, edge);
@@ -86,8 +87,8 @@ impl LockedGraph<'_> {
         self.leave_drain(edge);
     }
 
-    /// An edge points to another node from now on. Its parent stays drained throughout if both are: were it let go in
-    /// between, a request could come in that no door lets out again.
+    /// An edge points to another node from now on. If both are drained, the parent stays drained throughout: were it
+    /// let go in between, a request could enter it and then wait at a closed gate below.
     pub(in crate::graph) fn reattach(
         &self,
         from: Option<&Node>,
@@ -106,7 +107,7 @@ impl LockedGraph<'_> {
         }
     }
 
-    /// The edge is drained if its target is.
+    /// Drains the edge, and its parent, if the target is drained.
     fn join_drain(&self, target: &Node, edge: &Arc<Edge>) {
         if target.quiesce_count() > 0 && edge.quiesce(self) {
             edge.close_in_drain(self);
@@ -116,7 +117,7 @@ impl LockedGraph<'_> {
         }
     }
 
-    /// A node that is being closed has one more edge. A drain of `node` waits for it, so its gate stays open.
+    /// Adds an edge of a node that is being closed. A drain of `node` waits for that node, so the gate stays open.
     pub(in crate::graph) fn attach_closing(&self, node: &Node, edge: &Arc<Edge>) {
         edge.set_parent_closing(self);
         node.add_parent(edge);
@@ -144,7 +145,7 @@ impl LockedGraph<'_> {
         self.unquiesce(node);
     }
 
-    /// A node comes into the graph, with edges that were attached before it was there.
+    /// Initialises the drain state of a new node, whose edges were attached before it existed.
     pub(in crate::graph) fn node_added(&self, node: &Strong<Node>) {
         let below = node.children().iter().filter(|edge| edge.is_quiesced()).count();
         let count = self.state.drain_alls + u32::try_from(below).unwrap_or(u32::MAX);

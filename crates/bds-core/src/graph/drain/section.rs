@@ -1,4 +1,5 @@
-//! Drained sections for callers: a node, a subtree or all nodes, kept drained while a guard lives; and giving up on a node.
+//! Drained sections for callers: a node, a subtree or all nodes, kept drained while a guard lives; and giving up on a
+//! node.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -13,13 +14,14 @@ use crate::graph::query::walk;
 use crate::graph::{Graph, NodeRef};
 
 impl Graph {
-    /// Waits until no request is inside `node` nor above it, and keeps new ones waiting at the gates until the answer is
-    /// dropped. Requests that wait there are not failed; they go on afterwards.
+    /// Waits until no request is inside `node` nor above it, and keeps new ones waiting at the gates until the guard
+    /// is dropped. Waiting requests do not fail; they go on afterwards.
     ///
-    /// Never blocks the thread. Waits as long as the slowest request inside: see [`Graph::drain_within`] and [`NodeRef::poison`].
+    /// Never blocks the thread. Waits as long as the slowest request inside: see [`Graph::drain_within`] and
+    /// [`NodeRef::poison`].
     ///
-    /// The section begins with the first poll and lasts until the future, or its answer, is dropped. A future that is kept without
-    /// being polled is a section that is being taken and then held: requests for the node wait, everything else goes on.
+    /// The section begins with the first poll and lasts until the future, or its guard, is dropped. A future that is
+    /// kept without being polled becomes a section all the same: requests for the node wait, everything else goes on.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -42,7 +44,8 @@ impl Graph {
         self.drain_nodes(vec![Strong::clone(node.strong())]).await
     }
 
-    /// In a task, so that what it holds on its way (references, places in queues) goes also while its future is not polled.
+    /// In a task, so that the references and queue places it holds on its way are released even if its future is not
+    /// polled.
     async fn drain_nodes(&self, nodes: Vec<Strong<Node>>) -> Drained {
         let graph = self.clone();
         let drain = async move {
@@ -63,7 +66,7 @@ impl Graph {
     /// let drained = graph.drain_subtree(&top).await;
     /// assert_eq!((top.quiesce_count() > 0, base.quiesce_count() > 0), (true, true));
     /// let iov = bds_io::Buf::zeroed(512, 512).iov();
-    /// assert!(beside.try_read(0, &iov).is_none(), "'drain(&top)' would have let it in");
+    /// assert!(beside.try_read(0, &iov).is_none(), "'drain(&top)' would admit it");
     /// drop(drained);
     /// assert!(beside.try_read(0, &iov).is_some());
     /// # Ok(()) });
@@ -74,15 +77,15 @@ impl Graph {
         self.drain_nodes(nodes).await
     }
 
-    /// As [`Graph::drain`], for every node there is and every one that comes meanwhile. Keeps no node open: what dies during
-    /// the section is closed after it.
+    /// As [`Graph::drain`], for all nodes, also those opened meanwhile. Keeps no node open: nodes that die during the
+    /// section are closed after it.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
     /// # run(async |graph| {
     /// let drained = graph.drain_all().await;
     /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
-    /// assert_eq!(disk.quiesce_count(), 1, "born drained");
+    /// assert_eq!(disk.quiesce_count(), 1, "drained from the start");
     /// drop(drained);
     /// assert_eq!(disk.quiesce_count(), 0);
     /// # Ok(()) });
@@ -92,7 +95,7 @@ impl Graph {
         bds_io::spawn_now(async move { drain_all(&graph).await }).await
     }
 
-    /// As [`Graph::drain`], but gives up when `patience` is over; the gates are open again then.
+    /// As [`Graph::drain`], but stops waiting after `timeout`; the gates are open again then.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -104,15 +107,15 @@ impl Graph {
     /// # while disk.in_flight() == 0 { bds_io::yield_now().await }
     /// let error = graph.drain_within(&disk, std::time::Duration::from_millis(5)).await.unwrap_err();
     /// assert!(error.to_string().contains("1 requests are still inside after 5 ms"), "{error}");
-    /// assert_eq!(disk.quiesce_count(), 0, "given up: the gates are open");
+    /// assert_eq!(disk.quiesce_count(), 0, "the gates are open again");
     /// # Ok(()) });
     /// ```
     ///
     /// # Errors
     /// `WouldWait` names the node and how many requests are still inside.
-    pub async fn drain_within(&self, node: &NodeRef, patience: Duration) -> Result<Drained> {
+    pub async fn drain_within(&self, node: &NodeRef, timeout: Duration) -> Result<Drained> {
         let (graph, node) = (self.clone(), Strong::clone(node.strong()));
-        bds_io::spawn_now(async move { drain_within(&graph, &node, patience).await }).await
+        bds_io::spawn_now(async move { drain_within(&graph, &node, timeout).await }).await
     }
 }
 
@@ -130,9 +133,9 @@ async fn drain_all(graph: &Graph) -> Drained {
     drained
 }
 
-async fn drain_within(graph: &Graph, node: &Strong<Node>, patience: Duration) -> Result<Drained> {
+async fn drain_within(graph: &Graph, node: &Strong<Node>, timeout: Duration) -> Result<Drained> {
     let drain = pin!(graph.drain_nodes(vec![Strong::clone(node)]));
-    let end = pin!(bds_io::sleep(patience));
+    let end = pin!(bds_io::sleep(timeout));
     match select(drain, end).await {
         Either::Left((drained, _)) => Ok(drained),
         Either::Right(_) => {
@@ -140,7 +143,7 @@ async fn drain_within(graph: &Graph, node: &Strong<Node>, patience: Duration) ->
             let message = format!(
                 "{count} requests are still inside after {} ms; wait longer, or poison the node \
                  if they will never end",
-                patience.as_millis()
+                timeout.as_millis()
             );
             Err(Error::new(ErrorKind::WouldWait, message).node(node.name()))
         }
@@ -148,8 +151,9 @@ async fn drain_within(graph: &Graph, node: &Strong<Node>, patience: Duration) ->
 }
 
 impl NodeRef {
-    /// Gives the requests up that are inside the node now and never end (a device that is gone): no drain waits for them any
-    /// more, and new requests fail. A poisoned node can only be replaced and closed. The memory of what is stuck stays theirs.
+    /// Poisons the node, because requests inside it never end (a device that is gone): no drain waits for them any
+    /// more, and new requests fail. A poisoned node can only be replaced and closed. Memory of stuck requests stays
+    /// theirs.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -170,7 +174,7 @@ impl NodeRef {
         self.node().set_poisoned();
     }
 
-    /// How many reasons there are for the node to be drained now. For diagnostics: outdated on return.
+    /// The number of reasons for the node to be drained. For diagnostics: outdated on return.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -188,8 +192,8 @@ impl NodeRef {
         self.node().quiesce_count()
     }
 
-    /// Requests inside the node now. For diagnostics: outdated on return. Of a drained node it is 0, but for a moment in which a request
-    /// on another thread counts itself in and out again because it finds the gate shut.
+    /// Requests inside the node. For diagnostics: outdated on return. For a drained node it is 0, but for moments in
+    /// which a request on another thread counts in and out again because it finds the gate closed.
     pub fn in_flight(&self) -> usize {
         self.node().tracker().in_flight()
     }

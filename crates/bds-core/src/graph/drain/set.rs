@@ -1,21 +1,22 @@
-//! Drained sections: nobody inside, and nobody gets in.
+//! Sets of drained nodes: no request is inside them nor above them, and none can enter.
 //!
-//! A drain is asked of a node and reaches everything above it, because what is on its way in a parent would still come. It
-//! acts on gates: new requests wait at the roots (backends, jobs, exports), those that are under way finish and find
-//! every door on their way open, and only when a node is empty are the doors behind it shut.
+//! A drain of a node reaches everything above it, because requests inside a parent would still arrive. It acts on
+//! gates: new requests wait at the roots (backends, jobs, exports), those under way finish and find every gate on
+//! their way open, and only when a node is empty are the gates of its children's edges closed.
 //!
 //! ```text
-//!   backend ─┤gate├─► filter ──► qcow2 ──► file        drain(file): 1 shut the backend's gate
-//!                                                                  2 wait until filter is empty, shut its doors
-//!                                                                  3 wait until qcow2 is empty, shut its doors
+//!   backend ─┤gate├─► filter ──► qcow2 ──► file        drain(file): 1 close the backend's gate
+//!                                                                  2 wait until filter is empty, close its inner gates
+//!                                                                  3 wait until qcow2 is empty, close its inner gates
 //!                                                                  4 wait until file is empty
 //! ```
-//! Counting: `quiesce(node)` = sections on the node + sections of everything + edges to drained children. An edge drains its
-//! parent at most once. Sections nest and keep their node alive; whoever attaches during one finds the gate closed. Ending
-//! a section neither waits nor changes the graph.
+//! `quiesce(node)` = sections on the node + sections of all nodes + edges to drained children. An edge drains its
+//! parent at most once. Sections nest and keep their node alive; an edge that is attached during one finds the gate
+//! closed. Ending a section neither waits nor changes the graph.
 //!
-//! **Queued is not in flight**: who waits at a gate is waited for by nobody. **A closing is**: a drain waits for closings that
-//! write to its nodes, and none begins while it lasts (`reap`). **A poisoned node is not waited for.**
+//! **Queued is not in flight**: a drain does not wait for requests that wait at a gate. **A closing is**: a drain
+//! waits for closings that write to its nodes, and none begins while it lasts (`close`). **A poisoned node is not
+//! waited for.**
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashSet};
@@ -32,31 +33,31 @@ use crate::graph::model::edge::Edge;
 use crate::graph::model::node::{Node, NodeId};
 use crate::tracker::ShardNumber;
 
-/// The name under which the change that has its turn drains.
+/// The holder name of a change's own drain.
 pub(in crate::graph) const CHANGE: &str = "change";
 
 pub(in crate::graph) fn is_by_change(name: &HolderName) -> bool {
     matches!(name, HolderName::Text(text) if **text == *CHANGE)
 }
 
-/// Who drains, for "in use" texts.
+/// The holder of a drained node, for "in use" messages.
 fn holder(what: &str) -> Holder {
     Holder::new(HolderKind::Drain, what)
 }
 
-/// Some nodes, drained. Taken apart by nobody: gates open when it is dropped.
+/// Some nodes, drained. The gates open when it is dropped.
 pub(in crate::graph) struct DrainSet {
     graph: Graph,
     nodes: BTreeMap<NodeId, Held<Node>>,
-    /// Sections of whoever asked for this one: they are not somebody else's.
+    /// Sections around this one that belong to the same caller.
     within: Vec<Arc<Section>>,
-    /// Doors that were opened and not shut again.
+    /// Gates that were opened for drivers and not closed again.
     opened: Mutex<Vec<Weak<Edge>>>,
 }
 
 impl DrainSet {
-    /// Closes the gates in front of these nodes and waits until nobody is inside any of them nor above them. Dropped while it
-    /// waits: the gates open again.
+    /// Closes the gates in front of these nodes and waits until no request is inside them nor above them. Dropped
+    /// while it waits: the gates open again.
     pub(in crate::graph) async fn begin(
         graph: &Graph,
         nodes: Vec<Strong<Node>>,
@@ -65,7 +66,7 @@ impl DrainSet {
         Self::begin_within(graph, nodes, what, &[]).await
     }
 
-    /// As [`DrainSet::begin`], inside sections of one's own.
+    /// As [`DrainSet::begin`], inside other sections of the caller.
     pub(in crate::graph) async fn begin_within(
         graph: &Graph,
         nodes: Vec<Strong<Node>>,
@@ -83,7 +84,7 @@ impl DrainSet {
         Self { graph: graph.clone(), nodes, within: Vec::new(), opened: Mutex::default() }
     }
 
-    /// Some more.
+    /// Drains more nodes.
     pub(in crate::graph) async fn extend(&mut self, nodes: Vec<Strong<Node>>, what: &str) {
         {
             let lock = self.graph.0.core.lock();
@@ -97,7 +98,7 @@ impl DrainSet {
         self.wait_drained().await;
     }
 
-    /// Waits until nobody is inside, and shuts all doors on the way.
+    /// Waits until no request is inside, and closes all gates on the way.
     pub(in crate::graph) async fn wait_drained(&self) {
         let nodes: Vec<NodeId> = self.own_nodes().iter().map(|node| node.id()).collect();
         wait_idle(&self.graph, &nodes).await;
@@ -108,7 +109,7 @@ impl DrainSet {
         self.opened.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// All that this and the sections around it have drained by name.
+    /// The nodes that this set and the sections around it have drained by name.
     fn own_nodes(&self) -> Vec<Strong<Node>> {
         let mut all: Vec<Strong<Node>> =
             self.nodes.values().map(|held| Strong::clone(held)).collect();
@@ -121,7 +122,7 @@ impl DrainSet {
         all
     }
 
-    /// How many of the node's sections are of this and those around it.
+    /// How many of the node's sections belong to this set and those around it.
     fn own_sections(&self, id: NodeId) -> u32 {
         let around = |section: &Arc<Section>| match section.is_all {
             true => 1,
@@ -130,9 +131,10 @@ impl DrainSet {
         u32::from(self.covers(id)) + self.within.iter().map(around).sum::<u32>()
     }
 
-    /// Lets drivers reach their children although these are drained, so that they can write out or read anew; roots stay
-    /// shut. [`DrainSet::wait_drained`] shuts the doors again, as does the end of this where a section goes on. While the drivers of these nodes work, drains of what lies below wait for
-    /// them as for a request. `Err`: others have drained something below, so they may have to wait for the end of that.
+    /// Opens the gates between these nodes and their drained children, so that drivers can write out or read anew;
+    /// roots stay closed. [`DrainSet::wait_drained`] closes them again, as does the drop of this set where a section
+    /// goes on. While the drivers work, drains of nodes below wait for them as for a request. `Err`: another section
+    /// drains a node below, and the driver could have to wait for its end.
     pub(in crate::graph) fn open_gates_for(
         &self,
         nodes: &[Strong<Node>],
@@ -165,7 +167,7 @@ impl DrainSet {
         }
     }
 
-    /// Has somebody else drained the node or something below it?
+    /// Is the node, or one below it, drained by another section?
     fn is_drained_by_others(&self, node: &Strong<Node>) -> bool {
         let mut seen = HashSet::new();
         let mut todo = vec![Strong::clone(node)];
@@ -203,11 +205,11 @@ impl Drop for DrainSet {
     }
 }
 
-/// Waits until nobody is inside these drained nodes nor above them, shutting doors on the way down. Holds only the node that it waits
-/// for just now: whoever wants to close another one is not kept from it.
+/// Waits until no request is inside these drained nodes nor above them, closing gates on the way down. Holds only the
+/// node that it waits for just now, so other nodes can be closed.
 pub(super) async fn wait_idle(graph: &Graph, nodes: &[NodeId]) {
     let core = &graph.0.core;
-    // Parents may come meanwhile: asked again at the end. They find their gates closed, so that ends.
+    // New parents may be attached meanwhile: checked again at the end. Their gates are closed, so this ends.
     let mut visited: HashSet<NodeId> = HashSet::new();
     loop {
         let mut pending = above(&core.lock(), nodes);
@@ -216,7 +218,7 @@ pub(super) async fn wait_idle(graph: &Graph, nodes: &[NodeId]) {
             return;
         }
         for id in pending {
-            // One that has died meanwhile is closed outside of the section, or waited for at its children.
+            // A node that died meanwhile is closed outside of the section, or waited for at its children.
             if let Ok(node) = core.arena.acquire(id.0) {
                 wait_empty(graph, &node).await;
             }
@@ -224,12 +226,12 @@ pub(super) async fn wait_idle(graph: &Graph, nodes: &[NodeId]) {
     }
 }
 
-/// Waits until nobody is inside a node whose parents are empty, and shuts its doors.
+/// Waits until no request is inside a node whose parents are empty, and closes its inner gates.
 async fn wait_empty(graph: &Graph, node: &Strong<Node>) {
     loop {
         wait_node(graph, node).await;
         let lock = graph.0.core.lock();
-        // Its driver may have begun to work on its own account: it counts in under the lock (`DriverWork`).
+        // Its driver may have begun work of its own: that counts in under the lock (`DriverWork`).
         if node.is_poisoned() || node.tracker().in_flight() == 0 {
             let children = node.children();
             children
@@ -241,7 +243,7 @@ async fn wait_empty(graph: &Graph, node: &Strong<Node>) {
     }
 }
 
-/// Waits until nobody drains what lies below these nodes.
+/// Waits until no child of these nodes is drained.
 pub(in crate::graph) async fn wait_undrained_below(graph: &Graph, nodes: &[Strong<Node>]) {
     let topology = &graph.0.core.topology;
     loop {
@@ -256,11 +258,11 @@ pub(in crate::graph) async fn wait_undrained_below(graph: &Graph, nodes: &[Stron
     }
 }
 
-/// Somebody else has drained what lies below.
+/// Another section drains a node below.
 #[derive(Debug)]
 pub(in crate::graph) struct DrainedBelow;
 
-/// Drivers at work on drained nodes of theirs: counted in like a request.
+/// Work of drivers on their own drained nodes, counted like a request.
 pub(in crate::graph) struct DriverWork {
     inside: Vec<(Strong<Node>, ShardNumber)>,
 }
@@ -271,7 +273,7 @@ impl Drop for DriverWork {
     }
 }
 
-/// Waits until nobody is inside one node whose parents are empty, and no closing writes to it.
+/// Waits until no request is inside one node whose parents are empty, and no closing writes to it.
 async fn wait_node(graph: &Graph, node: &Strong<Node>) {
     node.tracker().wait_idle().await;
     loop {
@@ -284,7 +286,8 @@ async fn wait_node(graph: &Graph, node: &Strong<Node>) {
     }
 }
 
-/// Does a node that is being closed still use this one? Asked under the lock, under which such a node exchanges its edges.
+/// Does a node that is being closed still use this one? Read under the lock, under which such a node exchanges its
+/// edges.
 fn has_closing(graph: &Graph, node: &Strong<Node>) -> bool {
     let _lock = graph.0.core.lock();
     node.parents().iter().any(|edge| edge.parent_closing())
@@ -309,14 +312,14 @@ fn above(lock: &LockedGraph<'_>, nodes: &[NodeId]) -> Vec<NodeId> {
     order
 }
 
-/// Nobody is inside the node, nor inside what lies above it, until this is dropped.
+/// Guard of a drained section: no request is inside the nodes, nor above them, until this is dropped.
 ///
-/// Keeps the node open. Nests: the gates open when the last section ends. Closing a node that writes to a drained one waits
-/// for the end of the section.
+/// Keeps the node open. Nests: the gates open when the last section ends. Closing a node that writes to a drained one
+/// waits for the end of the section.
 #[must_use = "the gates open when this is dropped"]
 pub struct Drained(Arc<Section>);
 
-/// What a [`Drained`] stands for. A change that is made within it keeps it until the change is done.
+/// The state behind a [`Drained`]. A change made within the section keeps it until the change is done.
 pub(in crate::graph) struct Section {
     set: DrainSet,
     /// Of [`Graph::drain_all`].
@@ -357,10 +360,12 @@ impl Drop for Section {
     }
 }
 
-/// Proof that edges may be re-pointed at some nodes, and their children changed: the nodes are drained and the lock is held.
+/// Proof that edges at some nodes may be re-pointed, and children changed: the nodes are drained and the lock is
+/// held.
 ///
-/// Drain first, then lock. QEMU 10.0 locks first and drains then, and deadlocks: a reader that is inside waits for the lock, and
-/// the drain waits for the reader. Here the other order cannot be written, because the proof is made of a [`DrainSet`].
+/// Drain first, then lock. QEMU 10.0 locks first and drains then, and deadlocks: a reader that is inside waits for
+/// the lock, and the drain waits for the reader. Here the other order cannot be written, because the proof is made of
+/// a [`DrainSet`].
 pub(in crate::graph) struct DrainedEdit<'a> {
     pub(in crate::graph) lock: &'a LockedGraph<'a>,
     _drained: &'a DrainSet,

@@ -1,9 +1,9 @@
-//! A node's dirty bitmaps as things that are owned, leased and released. What a bitmap holds is not said here.
+//! Dirty bitmaps of a node as owned objects: ids, leases, guards. Their contents are not part of this file.
 //!
-//! A bitmap belongs to one node and stays with it: no graph change moves it. A *named* one is the node's: it lives until
-//! somebody removes it or the node ends. An *anonymous* one belongs to whoever made it, who must give it back before the node
-//! ends. Who works with one takes a lease; there is one at a time. A node that ends with a bitmap leased or an anonymous one
-//! not given back reports that as a failed close, and closes all the same.
+//! A bitmap belongs to one node and no graph change moves it. A *named* one belongs to the node: it lives until it is
+//! removed or the node ends. An *anonymous* one belongs to its creator, which must drop it before the node ends. A
+//! user takes a lease; there is one at a time. A node that ends while a bitmap is leased, or while an anonymous one
+//! is left, reports that as a failed close, and closes all the same.
 
 use std::fmt;
 use std::sync::{Arc, Mutex};
@@ -16,7 +16,7 @@ use crate::graph::{Graph, NodeRef};
 /// Longest name of a bitmap, in bytes (what qcow2 can store).
 pub const MAX_BITMAP_NAME_LEN: usize = 1023;
 
-/// Names a bitmap for ever: the node, and which of those it ever had.
+/// Identifies a bitmap: its node, and a number that the node never uses again.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct BitmapId {
     node: NodeId,
@@ -30,21 +30,21 @@ impl BitmapId {
     }
 }
 
-/// A bitmap as it stands on its node.
+/// Facts about a bitmap: id, name, owner, lease.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct BitmapInfo {
     /// Its id.
     pub id: BitmapId,
     /// Its name, unless it is anonymous.
     pub name: Option<Arc<str>>,
-    /// Who made an anonymous one.
+    /// The creator of an anonymous one.
     pub owner: Option<Arc<str>>,
-    /// Who has the lease now.
+    /// The holder of the lease, if it is leased.
     pub leased_by: Option<Arc<str>>,
 }
 
 impl NodeRef {
-    /// A new bitmap of this name. It belongs to the node.
+    /// Adds a bitmap of this name. It belongs to the node.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -70,7 +70,7 @@ impl NodeRef {
         })
     }
 
-    /// A new bitmap without a name. It belongs to `owner` and goes when the answer is dropped.
+    /// Adds a bitmap without a name. It belongs to `owner` and is removed when the returned guard is dropped.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -82,7 +82,7 @@ impl NodeRef {
     ///
     /// let report = disk.close().await?; // before the owner has given it back
     /// let error = report.into_result().unwrap_err().to_string();
-    /// assert!(error.contains("an anonymous bitmap of job 'mirror0' was not given back"), "{error}");
+    /// assert!(error.contains("an anonymous bitmap of job 'mirror0' was not removed by its owner"), "{error}");
     /// # Ok(()) });
     /// ```
     pub fn add_anonymous_bitmap(&self, owner: &str) -> AnonymousBitmap {
@@ -101,7 +101,7 @@ impl NodeRef {
         self.bitmaps().into_iter().find(|info| info.name.as_deref() == Some(name)).map(|i| i.id)
     }
 
-    /// All bitmaps, in the order in which they were made.
+    /// All bitmaps, oldest first.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -129,7 +129,7 @@ impl NodeRef {
 }
 
 impl Graph {
-    /// Takes the lease of a bitmap: nobody else works with it until the answer is dropped.
+    /// Leases a bitmap to `holder`, exclusively, until the returned guard is dropped.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -147,8 +147,8 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// `InUse` names who has it; `Stale`: the node has ended; `NotFound`: the bitmap was removed.
-    pub fn lease_bitmap(&self, id: BitmapId, who: &str) -> Result<BitmapLease> {
+    /// `InUse` names the holder; `Stale`: the node has ended; `NotFound`: the bitmap was removed.
+    pub fn lease_bitmap(&self, id: BitmapId, holder: &str) -> Result<BitmapLease> {
         let node = self.acquire(id.node)?;
         let list = node.node().bitmaps.state();
         let mut guard = lock(&list);
@@ -157,7 +157,7 @@ impl Graph {
             let message = format!("{} is in use by {other}", entry.describe());
             return Err(Error::new(ErrorKind::InUse, message).node(node.name()));
         }
-        entry.leased_by = Some(who.into());
+        entry.leased_by = Some(holder.into());
         drop(guard);
         Ok(BitmapLease { list, id })
     }
@@ -178,14 +178,14 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// As [`Graph::lease_bitmap`]; `InvalidInput` for an anonymous one, which only its owner gives back.
+    /// As [`Graph::lease_bitmap`]; `InvalidInput` for an anonymous one, which only its owner removes.
     pub fn remove_bitmap(&self, id: BitmapId) -> Result<()> {
         let node = self.acquire(id.node)?;
         let list = node.node().bitmaps.state();
         let mut guard = lock(&list);
         let Some((place, entry)) = guard.find(id.number) else { return Err(gone(&node)) };
         let refusal = match (&entry.leased_by, &entry.owner) {
-            (Some(who), _) => Some((ErrorKind::InUse, format!("is in use by {who}"))),
+            (Some(holder), _) => Some((ErrorKind::InUse, format!("is in use by {holder}"))),
             (None, Some(_)) => Some((ErrorKind::InvalidInput, "belongs to its owner alone".into())),
             (None, None) => None,
         };
@@ -203,7 +203,7 @@ fn gone(node: &NodeRef) -> Error {
     Error::new(ErrorKind::NotFound, "the bitmap was removed").node(node.name())
 }
 
-/// The right to work with a bitmap, alone. Keeps neither the bitmap nor its node: see [`BitmapLease::is_valid`].
+/// Exclusive use of a bitmap. Keeps neither the bitmap nor its node: see [`BitmapLease::is_valid`].
 #[must_use = "the lease ends when this is dropped"]
 pub struct BitmapLease {
     list: Arc<Mutex<State>>,
@@ -236,7 +236,7 @@ impl Drop for BitmapLease {
     }
 }
 
-/// A bitmap without a name, owned by whoever holds this. Dropping it gives the bitmap back.
+/// Owns a bitmap without a name. Dropping it removes the bitmap.
 #[must_use = "the bitmap goes when this is dropped"]
 pub struct AnonymousBitmap {
     list: Arc<Mutex<State>>,

@@ -22,7 +22,7 @@ impl Entry {
         match (&self.name, &self.owner) {
             (Some(name), _) => format!("bitmap '{name}'"),
             (None, owner) => {
-                format!("an anonymous bitmap of {}", owner.as_deref().unwrap_or("nobody"))
+                format!("an anonymous bitmap of {}", owner.as_deref().unwrap_or("no owner"))
             }
         }
     }
@@ -71,7 +71,8 @@ impl BitmapList {
         self.0.get().map(|state| lock(state))
     }
 
-    /// The node ends, and its bitmaps with it. `Err` names those that are leased, and anonymous ones that their owner still has.
+    /// The node ends, and its bitmaps with it. `Err` names those that are leased, and anonymous ones that their owner
+    /// still has.
     pub(in crate::graph) fn close(&self) -> Result<()> {
         let Some(mut state) = self.get() else { return Ok(()) };
         state.is_closed = true;
@@ -79,8 +80,10 @@ impl BitmapList {
         let left: Vec<String> = entries
             .iter()
             .filter_map(|(_, entry)| match (&entry.leased_by, &entry.owner) {
-                (Some(who), _) => Some(format!("{} is in use by {who}", entry.describe())),
-                (None, Some(_)) => Some(format!("{} was not given back", entry.describe())),
+                (Some(holder), _) => Some(format!("{} is in use by {holder}", entry.describe())),
+                (None, Some(_)) => {
+                    Some(format!("{} was not removed by its owner", entry.describe()))
+                }
                 (None, None) => None,
             })
             .collect();

@@ -1,8 +1,8 @@
 //! Operations blocked on a node, with reasons, and the slot for the one job that works on it.
 //!
-//! A reference keeps a node open, it never means "busy". A user that needs a node left alone blocks operations, with a reason
-//! that the next user reads. Guards end their block when dropped, so none can be forgotten; they hold no reference, so none keeps
-//! the node open.
+//! A reference keeps a node open, it never means "busy". A user that needs a node left alone blocks operations, with
+//! a reason that the next user reads. Guards end their block when dropped, so none can be forgotten; they hold no
+//! reference, so none keeps the node open.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -33,7 +33,7 @@ bitflags::bitflags! {
         const MIRROR_SOURCE = 1 << 8;
         /// Being written by a mirror job.
         const MIRROR_TARGET = 1 << 9;
-        /// Changing its length at a user's wish.
+        /// Changing its length for a user.
         const RESIZE = 1 << 10;
         /// Being filled from below.
         const STREAM = 1 << 11;
@@ -70,7 +70,7 @@ impl Blockers {
         self.0.get_or_init(Arc::default)
     }
 
-    /// Blocks operations until the answer is dropped.
+    /// Blocks operations until the guard is dropped.
     pub(super) fn block(&self, operations: BlockOps, reason: &str) -> Blocker {
         let state = Arc::clone(self.state());
         let index = lock(&state).blocks.insert(Block { operations, reason: reason.into() });

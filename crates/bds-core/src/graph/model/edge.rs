@@ -1,17 +1,17 @@
-//! An edge: one parent's use of one node, with a gate in front.
+//! Edges: one parent's use of one node, with permissions and a gate in front.
 //!
-//! The edge owns its target (a counted reference, held by name), the parent owns the edge. The I/O path reads
-//! the target without a lock; re-pointing is the graph's business and happens only while the gate is closed and
-//! nobody is inside the target.
+//! The edge owns its target (a counted reference with a holder name), the parent owns the edge. The request path
+//! reads the target without a lock; a graph change re-points the edge only while the gate is closed and no request is
+//! inside the target.
 //!
 //! ```text
-//! request:  read gate word ── load target ── count in at the target ── read gate word again: changed? out, wait
-//! change:   close gate ── wait until nobody is inside the target ── swap target ── open gate
+//! request:  read gate word ── load target ── count in at the target ── read gate word again: changed? leave, wait
+//! change:   close gate ── wait until the target is empty ── swap target ── open gate
 //! ```
 //!
-//! Both sides write first and read then, all `SeqCst`, so at least one of them sees the other: either the request sees
-//! the closed gate, or the change sees the request inside. The word also counts closings, so a request that
-//! slept through a whole close, swap and open sees that too and does not stay with the old target.
+//! Both sides write first and read then, all `SeqCst`, so at least one of them sees the other: either the request
+//! sees the closed gate, or the change sees the request inside. The word also counts closings, so a request that was
+//! not scheduled during a whole close, swap and open sees that too and does not go on with the old target.
 
 use std::any::Any;
 use std::fmt;
@@ -35,39 +35,37 @@ use crate::driver::{Access, Perm};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::lock::{GraphLockGuard, RepointProof};
 
-/// Nodes that lost a parent edge. Edges push here when they are dropped, without a lock; the next holder of the topology lock
-/// recomputes the permissions of these nodes.
+/// Nodes that lost a parent edge. Edges push here when they are dropped, without a lock; the next holder of the
+/// topology lock recomputes the permissions of these nodes.
 pub(in crate::graph) type StalePerms = Arc<SegQueue<NodeId>>;
 
-/// Who uses a node through an edge.
+/// The user of a node through an edge.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Parent {
     /// A node's driver.
     Node(NodeId),
-    /// Someone who is not a node: a backend, a job, an export, by its name.
+    /// Not a node: a backend, a job, an export, by its name.
     Root(Arc<str>),
 }
 
-/// What an edge is made of.
+/// Arguments of [`Edge::new`].
 pub(crate) struct EdgeParts {
     pub(crate) name: &'static str,
     pub(crate) role: Role,
     pub(crate) access: Access,
-    /// Under what name the edge holds its target.
+    /// The name under which the edge holds its target.
     pub(crate) holder: Holder,
-    /// Where in the caller's program it was asked for.
+    /// The place in the caller's program that made the edge.
     pub(crate) since: &'static Location<'static>,
     /// Graph changes leave the edge where it is (a job's).
     pub(crate) is_fixed: bool,
-    /// Of a root edge whose owner does not keep the graph himself.
+    /// For a root edge whose owner does not keep the graph itself.
     pub(crate) keep_alive: Option<Arc<dyn Any + Send + Sync>>,
-    /// Of a backend's edge.
+    /// For a backend's edge.
     pub(crate) backend_in_flight: Option<Arc<BackendInFlight>>,
 }
 
-/// One parent's use of one node. Not to be copied: a second user needs a second edge, with permissions of its own.
-///
-/// The tests below assert that it is not `Clone`.
+/// One parent's use of one node. Not `Clone`: a second user needs a second edge, with permissions of its own.
 pub(crate) struct Edge {
     name: &'static str,
     role: Role,
@@ -77,20 +75,20 @@ pub(crate) struct Edge {
     holder: Holder,
     /// `None` only for a root whose medium is out.
     target: RcuCell<Slot>,
-    /// Of a root edge: its node must not outlive the graph, which closes it. After `target`: dropped in this order.
+    /// For a root edge: its node must not outlive the graph, which closes it. After `target`: dropped in this order.
     _keep_alive: Option<Arc<dyn Any + Send + Sync>>,
-    /// Who came in through it, for a backend's.
+    /// Requests in flight through it, for a backend's edge.
     backend_in_flight: Option<Arc<BackendInFlight>>,
     gate: Gate,
     access: AccessCell,
     frozen: Mutex<Option<Arc<Freeze>>>,
-    /// The target is drained. Changed under the graph's lock only.
+    /// The target is drained. Changed under the topology lock only.
     is_quiesced: AtomicBool,
-    /// The gate is closed because of that. A node's edge is shut once that node is empty, a root at once.
+    /// The drain has closed the gate: of a node's edge once that node is empty, of a root at once.
     is_closed_by_drain: AtomicBool,
-    /// The parent is being closed and writes its last.
+    /// The parent is being closed and may still write.
     parent_closing: AtomicBool,
-    /// What was done through this edge may stop mattering when it goes.
+    /// Reports the target as stale when the edge is dropped.
     drop_notifier: DropNotifier,
 }
 
@@ -145,27 +143,27 @@ impl Edge {
         self.name
     }
 
-    /// What the child is to its parent; empty for a root's.
+    /// The child's role for its parent; empty for a root's.
     pub(crate) fn role(&self) -> Role {
         self.role
     }
 
-    /// Who uses the node; `None` while the parent is still being opened.
+    /// The user of the node; `None` while the parent is still being opened.
     pub(crate) fn parent(&self) -> Option<&Parent> {
         self.parent.get()
     }
 
-    /// Under what name the node is held: "edge 'top.backing'", "backend 'guest'".
+    /// The name under which the node is held: "edge 'top.backing'", "backend 'guest'".
     pub(crate) fn holder(&self) -> &Holder {
         &self.holder
     }
 
-    /// Do bytes of the parent lie behind it (its own, not what shines through from a backing node)?
+    /// Is it a place of the parent's own bytes (not of a backing node's)?
     pub(crate) fn holds_bytes(&self) -> bool {
         self.role.intersects(Role::DATA | Role::METADATA | Role::FILTERED)
     }
 
-    /// Can bytes that were written through it be waiting to be made durable?
+    /// Can written bytes wait behind it to be made durable?
     pub(crate) fn may_hold_writes(&self) -> bool {
         self.holds_bytes() && self.medium().is_some_and(|target| target.could_write())
     }
@@ -175,7 +173,7 @@ impl Edge {
         self.is_fixed
     }
 
-    /// What the parent does with the node, and what it lets others do.
+    /// The permissions that the parent uses, and those it shares.
     #[inline]
     pub(crate) fn access(&self) -> Access {
         self.access.load()
@@ -186,22 +184,22 @@ impl Edge {
     }
 
     pub(crate) fn set_parent(&self, parent: Parent) {
-        // A second call would be a bug of ours; the first parent is_fixed.
+        // A second call would be a bug; the first parent stays.
         let first = self.parent.set(parent).is_ok();
         debug_assert!(first, "an edge gets its parent once");
     }
 
-    /// The node at the other end now. Lock-free, a few nanoseconds. For facts (length, name); a request uses
-    /// [`Edge::ticket`] and [`Edge::medium`].
+    /// The target now. Lock-free, a few nanoseconds. For facts (length, name); a request uses [`Edge::ticket`] and
+    /// [`Edge::medium`].
     ///
     /// # Panics
-    /// For a root without a medium. A node's edges always lead somewhere.
+    /// For a root without a medium. A node's edge always has a target.
     #[inline]
     pub(crate) fn target(&self) -> Target<'_> {
         self.medium().expect("a node's edge leads to a node")
     }
 
-    /// The node at the other end now, or nothing: a root whose medium is out.
+    /// The target now, or `None`: a root without a medium.
     #[inline]
     pub(crate) fn medium(&self) -> Option<Target<'_>> {
         let reading = self.target.read();
@@ -230,7 +228,7 @@ impl Edge {
         self.gate.ticket() == Some(ticket)
     }
 
-    /// What a backend's edge knows of its requests.
+    /// The in-flight count of a backend's edge.
     #[inline]
     pub(crate) fn backend_in_flight(&self) -> Option<&Arc<BackendInFlight>> {
         self.backend_in_flight.as_ref()
@@ -247,10 +245,10 @@ impl Edge {
         self.gate.wait_open().await;
     }
 
-    /// Ends a node's edge and says whether its reference was the target's last.
+    /// Drops a node's edge and says whether its reference was the target's last.
     ///
     /// # Errors
-    /// Somebody else has the edge in hand just now.
+    /// Another reference to the edge exists just now.
     pub(crate) fn release_target(self: Arc<Self>) -> Result<Release, Arc<Self>> {
         let edge = Arc::try_unwrap(self)?;
         Ok(edge.target.into_inner().held.map_or(Release::NotLast, Held::release))
@@ -278,15 +276,15 @@ impl Edge {
         !self.is_quiesced.swap(true, Ordering::SeqCst)
     }
 
-    /// Closes the gate on behalf of the drain, once.
+    /// Closes the gate for a drain of the target, once.
     pub(in crate::graph) fn close_in_drain(&self, _lock: &GraphLockGuard<'_>) {
-        debug_assert!(self.is_quiesced(), "only a drain shuts an edge");
+        debug_assert!(self.is_quiesced(), "only a drain closes it so");
         if !self.is_closed_by_drain.swap(true, Ordering::SeqCst) {
             self.gate.close();
         }
     }
 
-    /// Opens the gate again although the target is drained. False if it was not shut.
+    /// Opens the gate again although the target is drained. False if the drain had not closed it.
     pub(in crate::graph) fn open_in_drain(&self, _lock: &GraphLockGuard<'_>) -> bool {
         let was = self.is_closed_by_drain.swap(false, Ordering::SeqCst);
         if was {
@@ -313,7 +311,7 @@ impl Edge {
 
     // ---- frozen
 
-    /// Who keeps the edge where it is, if somebody does.
+    /// The freeze that keeps the edge at its target, if it is frozen.
     pub(in crate::graph) fn frozen(&self) -> Option<Arc<Freeze>> {
         self.lock_frozen().clone()
     }
@@ -332,8 +330,8 @@ impl Edge {
 
     // ---- re-pointed
 
-    /// Re-points the edge. The old reference goes as soon as no reader looks at the old node through the edge any more;
-    /// [`OldTarget::wait_released`] waits for that.
+    /// Re-points the edge. The old reference goes as soon as no reader looks at the old node through the edge any
+    /// more; [`OldTarget::wait_released`] waits for that.
     pub(in crate::graph) fn repoint(
         &self,
         _proof: &impl RepointProof,
@@ -389,9 +387,9 @@ pub(in crate::graph) struct OldTarget {
 }
 
 impl OldTarget {
-    /// Waits until the edge's reference to the old target is gone. Requests have left before the edge was re-pointed; readers
-    /// that are left look at facts and wait for nothing, so this ends soon. Returns at once for a poisoned node: requests that
-    /// are stuck in it may read for ever.
+    /// Waits until the edge's reference to the old target is gone. Requests have left before the edge was re-pointed;
+    /// readers that are left look at facts and wait for nothing, so this ends soon. Returns at once for a poisoned
+    /// node: requests that are stuck in it may read for ever.
     pub(in crate::graph) async fn wait_released(&self) {
         if self.is_poisoned {
             return;
@@ -438,7 +436,7 @@ impl AccessCell {
     }
 }
 
-/// Tells the graph, when the edge goes, whose permissions may be looser now. Takes no lock.
+/// Queues the target for a recomputation of its permissions when the edge is dropped or re-pointed. Takes no lock.
 struct DropNotifier {
     stale_perms: StalePerms,
     /// The target's id, 0 for none.
@@ -466,7 +464,7 @@ impl Drop for DropNotifier {
     }
 }
 
-/// The node an edge points to, kept alive by the edge's own reference: nothing is counted on the node.
+/// The node an edge points to, kept alive by the edge's own reference: reading it counts nothing on the node.
 pub(crate) struct Target<'a>(RcuGuard<'a, Slot>);
 
 impl Target<'_> {
@@ -477,7 +475,7 @@ impl Target<'_> {
 
     #[inline]
     fn held(&self) -> &Held<Node> {
-        // A Target is made of a reading that holds one.
+        // A `Target` is made only of a slot that holds a node.
         self.0.held.as_ref().expect("a target is there")
     }
 }
@@ -491,13 +489,13 @@ impl Deref for Target<'_> {
     }
 }
 
-/// Who freezes, and why.
+/// The reason of a freeze: the holder's name.
 #[derive(Debug)]
 pub(in crate::graph) struct Freeze(String);
 
 impl Freeze {
-    pub(in crate::graph) fn new(who: &str) -> Self {
-        Self(who.to_owned())
+    pub(in crate::graph) fn new(holder: &str) -> Self {
+        Self(holder.to_owned())
     }
 }
 
@@ -507,7 +505,8 @@ impl fmt::Display for Freeze {
     }
 }
 
-/// At most one child each is the file, the backing or the filtered one, and a filtered one is nothing else.
+/// Checks a child's role beside its siblings': one child at most is the primary, the backing or the filtered one
+/// each, and a filtered one has no other role.
 pub(in crate::graph) fn check_role(
     mut others: impl Iterator<Item = Role>,
     name: &str,

@@ -1,4 +1,4 @@
-//! Options that every node has, and what a child inherits of them.
+//! Common node options (`read-only`, `cache.*`, `discard`, ...): parsing, storage, and inheritance by children.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -156,7 +156,8 @@ impl FlagsCell {
     }
 }
 
-/// What a child of this role is opened with after its parent's flags have changed; what was given for itself stays.
+/// The flags of a child of this role after its parent's flags have changed; what was given for the child itself
+/// stays.
 pub(in crate::graph) fn inherited_again(
     now: OpenFlags,
     given: Given,
@@ -212,13 +213,13 @@ pub(in crate::graph) fn take_flags(options: &mut Options, base: OpenFlags) -> Re
     if flags.force_share && !flags.read_only {
         return Err(Error::new(
             ErrorKind::InvalidInput,
-            "force-share=on needs read-only=on: without locks somebody else may be writing",
+            "force-share=on needs read-only=on: without locks another process may be writing",
         ));
     }
     Ok(flags)
 }
 
-/// What a child of this role starts from.
+/// The flags that a child of this role inherits when it is opened.
 pub(in crate::graph) fn inherited(parent: OpenFlags, role: Role) -> OpenFlags {
     let is_backing = role.contains(Role::COW);
     OpenFlags {
@@ -229,7 +230,7 @@ pub(in crate::graph) fn inherited(parent: OpenFlags, role: Role) -> OpenFlags {
         force_share: parent.force_share,
         refuse_writers: parent.refuse_writers,
         cache: crate::driver::CacheMode { writeback: true, ..parent.cache },
-        // Whoever stands above decides what is discarded; what it sends down is meant.
+        // The parent has decided what is discarded: a discard that arrives is to be done.
         discard: true,
         detect_zeroes: DetectZeroes::Off,
         is_implicit: false,
@@ -251,7 +252,7 @@ pub(in crate::graph) fn check_known(driver: &dyn DriverType, options: &Options) 
     }
 }
 
-/// Refuses what the driver did not take although it knows it: it has no meaning together with the rest.
+/// Refuses known options that the driver did not take: they have no meaning together with the rest.
 pub(in crate::graph) fn check_taken(driver: &dyn DriverType, options: &Options) -> Result<()> {
     match options.keys().next() {
         Some(key) => Err(unknown(driver, key)),

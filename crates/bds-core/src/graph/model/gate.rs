@@ -5,11 +5,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bds_io::sync::Notify;
 
-/// What the gate showed to a request that found it open. See [`Edge::ticket`].
+/// The state of an open gate, as a request read it. See [`Edge::ticket`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Ticket(u64);
 
-/// How many keep it closed (low half) and how often it was closed (high half), in one word.
+/// How many closings are in force (low half) and how often it was closed (high half), in one word.
 #[derive(Default)]
 pub(super) struct Gate {
     word: AtomicU64,
@@ -20,7 +20,7 @@ const CLOSED: u64 = 0xFFFF_FFFF;
 const CLOSING: u64 = (1 << 32) + 1;
 
 impl Gate {
-    /// The word, if the gate is open: it is the same later only if nobody closed the gate in between.
+    /// The word, if the gate is open. Equal tickets: the gate was not closed in between.
     #[inline]
     pub(super) fn ticket(&self) -> Option<Ticket> {
         let word = self.word.load(Ordering::SeqCst);

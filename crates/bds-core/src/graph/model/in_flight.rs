@@ -1,38 +1,38 @@
-//! Who came in through a backend: counted apart from who else is inside the node, because a backend may have no node.
+//! In-flight count of a backend, apart from the node's count, because a backend may have no node.
 //!
-//! **Queued is not in flight**: who waits at the gate, or is stopped after an error, is not counted here.
+//! **Queued is not in flight**: requests that wait at the gate, or are held after an error, are not counted here.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::tracker::{RequestTracker, ShardNumber};
 
-/// A backend's edge's book.
+/// The in-flight count of a backend's edge.
 #[derive(Default)]
 pub(crate) struct BackendInFlight {
     tracker: RequestTracker,
-    /// The graph was shut down: nobody waits at the gate any more.
+    /// The graph was shut down: requests that wait at the gate fail.
     is_ended: AtomicBool,
 }
 
 impl BackendInFlight {
-    /// Counts one request in until the answer is dropped. The gate is looked at *after* this.
+    /// Counts one request in until the guard is dropped. The gate is checked *after* this.
     #[inline]
     pub(crate) fn enter(self: &Arc<Self>) -> InFlightGuard<'_> {
         InFlightGuard { in_flight: self, number: self.tracker.enter() }
     }
 
-    /// How many are inside that may wait.
+    /// The number of requests in flight.
     pub(crate) fn in_flight(&self) -> usize {
         self.tracker.in_flight()
     }
 
-    /// Waits until none is.
+    /// Waits until no request is in flight.
     pub(crate) async fn wait_idle(&self) {
         self.tracker.wait_idle().await;
     }
 
-    /// Who still waits at the gate fails when it opens.
+    /// Makes requests that wait at the gate fail when it opens.
     pub(crate) fn end(&self) {
         self.is_ended.store(true, Ordering::SeqCst);
     }
@@ -42,14 +42,14 @@ impl BackendInFlight {
     }
 }
 
-/// A request that is in flight for its backend.
+/// Counts one request of a backend as in flight.
 pub(crate) struct InFlightGuard<'a> {
     in_flight: &'a Arc<BackendInFlight>,
     number: ShardNumber,
 }
 
 impl InFlightGuard<'_> {
-    /// Counts in once more, for what goes on without its request.
+    /// Counts in once more, for a driver operation that outlives its request.
     pub(crate) fn again(&self) -> OwnedInFlight {
         OwnedInFlight {
             in_flight: Arc::clone(self.in_flight),
@@ -58,7 +58,7 @@ impl InFlightGuard<'_> {
     }
 }
 
-/// What is in flight for its backend after its request has gone.
+/// Counts a detached operation of a backend as in flight.
 pub(crate) struct OwnedInFlight {
     in_flight: Arc<BackendInFlight>,
     number: ShardNumber,

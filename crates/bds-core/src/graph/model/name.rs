@@ -1,14 +1,14 @@
 //! A node's name, and the names it had before.
 //!
-//! `Node::name` returns `&str` from a shared node, so a name that was read may be in use as long as the node: a rename
-//! adds a name and frees none.
+//! `Node::name` returns `&str` from a shared node, so a name that was read may be in use as long as the node: a
+//! rename adds a name and frees none.
 
 use std::sync::{Arc, OnceLock};
 
-/// A node can have this many names in its life.
+/// How many names a node can have in its life.
 pub(in crate::graph) const MAX_NAMES: usize = 1000;
 
-/// A node's name now, behind all it ever had: whoever reads one may keep it as long as the node.
+/// A node's names, oldest first; the last one is in force. Earlier names stay, because readers may still borrow them.
 pub(in crate::graph) struct NodeName {
     text: Arc<str>,
     next: OnceLock<Box<NodeName>>,
@@ -39,7 +39,7 @@ impl NodeName {
         self.last().1 < MAX_NAMES
     }
 
-    /// Under the lock of names.
+    /// Adds a name. Called under the lock of the name table.
     pub(in crate::graph) fn change(&self, text: Arc<str>) {
         let set = self.last().0.next.set(Box::new(Self::new(text))).is_ok();
         debug_assert!(set, "names change under a lock");

@@ -1,10 +1,10 @@
-//! A node: identity, a driver's instance, and who is inside.
+//! Nodes: identity, a driver instance, children and parents, limits, flags and the request tracker.
 //!
-//! Identity (id, name, edges in, count) belongs to the arena's slot and never moves; the driver is content. A node never
-//! owns a handle to its graph, so nothing keeps the graph alive but its users.
+//! Identity (id, name, edges, count) belongs to the arena's slot and never moves. A node never owns a handle to its
+//! graph, so only users keep the graph alive.
 //!
-//! Children change only in a graph change, of which there is one at a time; parents come and go with the edges of others, under a
-//! lock of the node's own. It is taken last of all and never held across an await.
+//! Children change only in a graph change, of which there is one at a time. Parents change with the edges of others,
+//! under a lock of the node's own, which is taken last of all and never held across an await.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -25,8 +25,8 @@ use crate::driver::{Driver, Limits, OpenFlags, Role};
 use crate::error::{Error, ErrorKind, Result};
 use crate::tracker::RequestTracker;
 
-/// Names a node for ever: `Copy`, 64 bits, keeps nothing alive, never dangles. [`crate::graph::Graph::acquire`] is the only
-/// way from here to the node.
+/// Identifies a node: `Copy`, 64 bits, never reused. Keeps nothing alive and never dangles:
+/// [`crate::graph::Graph::acquire`] turns it into a reference, or says why it cannot.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeId(pub(crate) Handle<Node>);
 
@@ -74,24 +74,24 @@ pub struct Node {
     driver: Box<dyn Driver>,
     driver_name: &'static str,
     flags: FlagsCell,
-    /// Options that were given for this very node: they are not inherited again at a reopen.
+    /// Options that were given for this node itself: a reopen of the parent does not change them.
     given: Given,
     limits: LimitsCell,
     tracker: RequestTracker,
-    /// Guards that ask for copy-on-read.
+    /// Live copy-on-read guards.
     copy_on_read: AtomicUsize,
     /// (device, inode) of the file a protocol node holds.
     identity: Option<(u64, u64)>,
     /// Read by requests, changed by graph changes only.
     children: ArcSwap<Children>,
-    /// Edges that point here. They are owned by their parents, so dead ones are struck off in passing.
+    /// Edges that point here. Owned by their parents, so dead entries are removed in passing.
     parents: Mutex<Vec<Weak<Edge>>>,
-    /// Reasons to be drained. Changed under the graph's lock only, as are the next ones.
+    /// Reasons to be drained. Changed under the topology lock only, as are the next fields.
     quiesce: AtomicU32,
-    /// How many of them are drained sections of this very node (the others come from below).
+    /// How many of them are drained sections of this node itself (the others come from below).
     sections: AtomicU32,
     is_active: AtomicBool,
-    /// The node whose options it was opened by, as far as that is still above it; 0 for none.
+    /// The node whose options it inherited, while that is still above it; 0 for none.
     inherits_from: AtomicU64,
     is_poisoned: AtomicBool,
     pub(super) blockers: Blockers,
@@ -105,7 +105,7 @@ impl fmt::Debug for Node {
     }
 }
 
-/// What a node is made of.
+/// Arguments of [`Node::new`].
 pub(crate) struct NodeParts {
     pub(crate) id: NodeId,
     pub(crate) name: Arc<str>,
@@ -119,7 +119,7 @@ pub(crate) struct NodeParts {
 impl Node {
     pub(crate) fn new(parts: NodeParts) -> Self {
         let NodeParts { id, name, driver, mut flags, given, identity, children } = parts;
-        // With auto-read-only a file may have turned out read-only, and then so is what lies in it.
+        // With auto-read-only a file may have been opened read-only; then the node is read-only too.
         let is_stuck = |edge: &Arc<Edge>| edge.holds_bytes() && !edge.target().could_write();
         flags.read_only |= children.iter().any(is_stuck);
         let node = Self {
@@ -176,12 +176,12 @@ impl Node {
         self.driver.len()
     }
 
-    /// True if the node holds no byte.
+    /// True if the length is 0.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// How it is opened.
+    /// The flags in force.
     #[inline]
     pub fn flags(&self) -> OpenFlags {
         self.flags.load()
@@ -201,13 +201,13 @@ impl Node {
         self.could_write() && self.is_active()
     }
 
-    /// Was it opened for writing? An inactive node is not written all the same.
+    /// Was it opened for writing? An inactive node cannot be written even so.
     #[inline]
     pub fn could_write(&self) -> bool {
         !self.flags.is_read_only() && !self.driver.is_read_only()
     }
 
-    /// Is it in charge of its bytes? An inactive node is only read, while another process writes.
+    /// Is it active? An inactive node is only read, while another process writes.
     #[inline]
     pub fn is_active(&self) -> bool {
         self.is_active.load(Ordering::Relaxed)
@@ -217,7 +217,7 @@ impl Node {
         self.is_active.store(is_active, Ordering::Relaxed);
     }
 
-    /// Are its requests given up? See [`crate::graph::NodeRef::poison`].
+    /// Was it poisoned? See [`crate::graph::NodeRef::poison`].
     #[inline]
     pub fn is_poisoned(&self) -> bool {
         self.is_poisoned.load(Ordering::Relaxed)
@@ -228,7 +228,7 @@ impl Node {
         self.tracker.give_up();
     }
 
-    /// The node by whose options it was opened, as long as that is still above it.
+    /// The node whose options it inherited, while that is still above it.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -250,39 +250,39 @@ impl Node {
         self.inherits_from.store(id.map_or(0, NodeId::to_u64), Ordering::Relaxed);
     }
 
-    /// `parent` is not above it any more.
+    /// `parent` is not above this node any more.
     pub(in crate::graph) fn clear_inherits_from(&self, parent: NodeId) {
         let (known, none) = (parent.to_u64(), 0);
-        // Err: it inherits from somebody else, or nobody.
+        // Err: it inherits from another node, or none.
         let _ =
             self.inherits_from.compare_exchange(known, none, Ordering::Relaxed, Ordering::Relaxed);
     }
 
-    /// What requests to it must look like, narrowed by its children's.
+    /// Limits of requests: the driver's, narrowed by the children's.
     #[inline]
     pub fn limits(&self) -> Limits {
         self.limits.load()
     }
 
-    /// The driver. Calling it is the corridor's business (and, for closing and graph changes, the graph's).
+    /// The driver. Called by the request path, and by the graph for closing and changes.
     #[inline]
     pub(crate) fn driver(&self) -> &dyn Driver {
         &*self.driver
     }
 
-    /// Who is inside.
+    /// The requests inside.
     #[inline]
     pub(crate) fn tracker(&self) -> &RequestTracker {
         &self.tracker
     }
 
-    /// Does a read copy what it finds below into this node?
+    /// Does a read copy data of the backing node into this node?
     #[inline]
     pub fn copies_on_read(&self) -> bool {
         self.copy_on_read.load(Ordering::Relaxed) != 0
     }
 
-    /// How many ask for copy-on-read. Changed by their guards only.
+    /// The number of copy-on-read guards. Changed by the guards only.
     pub(crate) fn copy_on_read(&self) -> &AtomicUsize {
         &self.copy_on_read
     }
@@ -308,22 +308,22 @@ impl Node {
         self.child_in_role(Role::COW)
     }
 
-    /// The child that a filter shows.
+    /// The filtered child.
     pub(crate) fn filtered_child(&self) -> Option<Arc<Edge>> {
         self.child_in_role(Role::FILTERED)
     }
 
-    /// (device, inode) of the file this very node holds, if it holds one.
+    /// (device, inode) of the file that this node itself holds, if any.
     pub(crate) fn own_identity(&self) -> Option<(u64, u64)> {
         self.identity
     }
 
-    /// The name of the file this very node holds, if it holds one.
+    /// The name of the file that this node itself holds, if any.
     pub(crate) fn own_filename(&self) -> Option<PathBuf> {
         self.driver.filename()
     }
 
-    /// Exchanges the list of children. Only in a graph change, with nobody inside.
+    /// Exchanges the list of children. Only in a graph change, with the node drained.
     pub(crate) fn set_children(&self, children: Children) {
         self.children.store(Arc::new(children));
     }
@@ -333,22 +333,22 @@ impl Node {
         self.lock_parents().iter().filter_map(Weak::upgrade).collect()
     }
 
-    /// Remembers an edge that points here from now on. See `GraphLockGuard::attach`.
+    /// Adds a parent edge. See `LockedGraph::attach`.
     pub(in crate::graph) fn add_parent(&self, edge: &Arc<Edge>) {
         let mut parents = self.lock_parents();
-        // Strike off those who left whenever the list would have to grow: constant time on average.
+        // Dead entries are removed whenever the list would have to grow: constant time on average.
         if parents.len() == parents.capacity() {
             parents.retain(|known| known.strong_count() > 0);
         }
         parents.push(Arc::downgrade(edge));
     }
 
-    /// Forgets an edge. See `GraphLockGuard::detach`.
+    /// Removes a parent edge. See `LockedGraph::detach`.
     pub(in crate::graph) fn remove_parent(&self, edge: &Arc<Edge>) {
         self.lock_parents().retain(|known| known.as_ptr() != Arc::as_ptr(edge));
     }
 
-    /// How many reasons there are to be drained.
+    /// The number of reasons to be drained.
     pub(in crate::graph) fn quiesce_count(&self) -> u32 {
         self.quiesce.load(Ordering::SeqCst)
     }
@@ -365,7 +365,7 @@ impl Node {
         before.wrapping_sub(count)
     }
 
-    /// Drained sections of this very node.
+    /// Drained sections of this node itself.
     pub(in crate::graph) fn sections(&self) -> u32 {
         self.sections.load(Ordering::SeqCst)
     }
@@ -382,7 +382,7 @@ impl Node {
         self.parents.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Is this operation refused, and why?
+    /// Checks that no [`crate::graph::Blocker`] blocks this operation.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -407,7 +407,7 @@ impl Node {
         }
     }
 
-    /// The reasons why any of these operations is refused.
+    /// The reasons why any of these operations is blocked.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -440,7 +440,7 @@ impl Node {
         self.threshold.pass(end, self.name());
     }
 
-    /// Asks the driver and the children again. True if anything changed.
+    /// Recomputes the limits from the driver and the children. True if anything changed.
     pub(crate) fn refresh_limits(&self) -> bool {
         let data = Role::DATA | Role::COW | Role::FILTERED;
         let mut merged = self.driver.limits();

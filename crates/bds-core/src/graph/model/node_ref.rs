@@ -1,4 +1,4 @@
-//! `NodeRef`: a counted reference to a node, held by name.
+//! `NodeRef`: a counted reference to a node, with a holder name.
 
 use std::fmt;
 use std::ops::Deref;
@@ -51,7 +51,7 @@ impl NodeRef {
         Self::new(graph, strong, Holder::new(HolderKind::Iterator, "walk"))
     }
 
-    /// The same reference under another holder's name, for "in use" messages and leak reports.
+    /// Gives the reference another holder name, for "in use" messages and leak reports.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -70,18 +70,18 @@ impl NodeRef {
         Self { held: self.held.pass_to(holder), graph: self.graph }
     }
 
-    /// As [`NodeRef::held_as`], since the place where it was taken: for what the caller handed over.
+    /// As [`NodeRef::held_as`], but keeps the place where the caller took the reference.
     pub(in crate::graph) fn reheld_as(self, holder: Holder) -> Self {
         let since = self.held.since();
         Self { held: self.held.pass_since(holder, since), graph: self.graph }
     }
 
-    /// Where in the program it was taken.
+    /// The place in the program that took it.
     pub(in crate::graph) fn since(&self) -> &'static Location<'static> {
         self.held.since()
     }
 
-    /// The same for a node that may be missing. (`Option::cloned` would be the place that is put down.)
+    /// Clones an optional reference. (`Option::cloned` would be recorded as the place that took it.)
     #[track_caller]
     pub(in crate::graph) fn clone_of(node: Option<&Self>) -> Option<Self> {
         let node = node?;
@@ -114,7 +114,7 @@ impl NodeRef {
         &self.graph
     }
 
-    /// Gives the reference up. [`Release::Last`]: this call gave up the last one, the node is unpublished and waits to be reaped.
+    /// Drops the reference. [`Release::Last`]: it was the last one; the node is unpublished and waits to be closed.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -133,7 +133,8 @@ impl NodeRef {
         self.held.release()
     }
 
-    /// Has these operations refused, with this reason, until the answer is dropped. Several may block the same.
+    /// Blocks these operations, with a reason, until the guard is dropped. Several guards may block the same
+    /// operation.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -150,7 +151,7 @@ impl NodeRef {
         self.node().blockers.block(operations, reason)
     }
 
-    /// Takes the one place for a job on this node.
+    /// Takes the slot for the one job on this node.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -166,7 +167,7 @@ impl NodeRef {
     /// ```
     ///
     /// # Errors
-    /// `InUse` names the job that has it.
+    /// `InUse` names the job that holds it.
     pub fn claim_job(&self, job: &str) -> Result<JobSlot> {
         self.node().blockers.claim_job(job).map_err(|other| {
             let message = format!("job '{other}' works on it: wait for it, or cancel it");
@@ -174,9 +175,9 @@ impl NodeRef {
         })
     }
 
-    /// Has the first write told that ends more than this many bytes into the node ([`Event::WriteThreshold`]); `None` or zero has
-    /// none told. The mark goes when it is passed: set another one then. It is passed when the write comes in, before it
-    /// is done, and also by zero writes; not by a change of length. Writes of parents inside the graph count.
+    /// Sets the write threshold: the first write that ends beyond this many bytes emits [`Event::WriteThreshold`] and
+    /// turns the threshold off. `None` or zero turns it off. It is checked when the write arrives, before it is done;
+    /// zero writes and writes of parents inside the graph count, a change of length does not.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -192,7 +193,7 @@ impl NodeRef {
         self.node().threshold.set(bytes, self.graph().event_hub());
     }
 
-    /// The mark, if one is set that was not passed yet: QEMU's `write_threshold`.
+    /// The write threshold, if one is set and was not passed yet: QEMU's `write_threshold`.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -203,9 +204,9 @@ impl NodeRef {
     /// disk.set_write_threshold(Some(4096));
     /// guest.write(4000, bds_io::Buf::zeroed(512, 512).iov(), WriteFlags::empty()).await?;
     ///
-    /// let event = events.try_next().expect("it went 416 bytes past the mark");
+    /// let event = events.try_next().expect("it went 416 bytes past it");
     /// assert_eq!(event.to_json()["data"]["amount-exceeded"], 416);
-    /// assert_eq!(disk.write_threshold(), None, "told once");
+    /// assert_eq!(disk.write_threshold(), None, "one event");
     /// # Ok(()) });
     /// ```
     pub fn write_threshold(&self) -> Option<u64> {

@@ -7,16 +7,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::Graph;
 
-/// What is known of one call of [`Graph::open`], at every level of it.
+/// The state of one call of [`Graph::open`], at every level of it.
 #[derive(Clone)]
 pub(in crate::graph) struct Call {
     pub(in crate::graph) graph: Graph,
     opened: Arc<AtomicUsize>,
     /// Images above this one.
     pub(in crate::graph) depth: usize,
-    /// Where in the caller's program it was called.
+    /// The place in the caller's program that made the call.
     pub(in crate::graph) since: &'static Location<'static>,
-    /// Files that the images above lie in: opening one of them again would be a loop.
+    /// Files of the images above: opening one of them again would be a loop.
     pub(in crate::graph) files_above: Vec<(u64, u64)>,
 }
 

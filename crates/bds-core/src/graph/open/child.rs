@@ -1,7 +1,7 @@
-//! Opening a node's children on behalf of its driver.
+//! Opens a node's children for its driver.
 //!
-//! A child comes from an option (a node's name, or a tree that describes one) or, if there is none, from a name stored in
-//! the image, and then only through the gate. What the driver gets is the corridor to it.
+//! A child comes from an option (a node's name, or a tree that describes one) or, if there is none, from a name
+//! stored in the image, and then only through the reference gate. The driver gets a child handle.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ pub(in crate::graph) struct Opener {
     call: Call,
     node_name: Arc<str>,
     flags: OpenFlags,
-    /// With whether the child was opened for this node, and not found by name.
+    /// With true if the child was opened inline for this node, and not found by name.
     edges: Vec<(Arc<Edge>, bool)>,
 }
 
@@ -38,7 +38,7 @@ impl Opener {
         Self { call, node_name, flags, edges: Vec::new() }
     }
 
-    /// The edges whose child the driver kept. The others end here.
+    /// The edges whose child handle the driver kept. The others end here.
     pub(in crate::graph) fn into_children(self) -> Vec<(Arc<Edge>, bool)> {
         self.edges.into_iter().filter(|(edge, _)| Arc::strong_count(edge) > 1).collect()
     }
@@ -84,7 +84,7 @@ impl Opener {
         call.open_node(tree, inherited(self.flags, role)).await
     }
 
-    /// Files that this image and those above lie in.
+    /// Files of this image and those above.
     fn files(&self) -> Vec<(u64, u64)> {
         let mut files = self.call.files_above.clone();
         for (edge, _) in self.edges.iter().filter(|(edge, _)| !edge.role().contains(Role::COW)) {
@@ -93,7 +93,7 @@ impl Opener {
         files
     }
 
-    /// Where names stored in this image are looked up from.
+    /// The file that names stored in this image are relative to.
     fn own_file(&self) -> Option<PathBuf> {
         let (primary, _) =
             self.edges.iter().find(|(edge, _)| edge.role().contains(Role::PRIMARY))?;
@@ -165,7 +165,7 @@ impl Opener {
         self.open_tree(tree, role).await
     }
 
-    /// The format of a backing file: from the gate, the image, or, where the gate wants it, the bytes.
+    /// The format of a backing file: from the gate, the image, or, where the gate allows it, the bytes.
     async fn format(
         &self,
         reference: &Reference,
@@ -192,7 +192,7 @@ impl Opener {
         Ok(name)
     }
 
-    /// Two parts of one image must not be the same file, nor may an image be below itself.
+    /// Refuses a child that is another part of the same image, or an image below itself.
     fn check_file(&self, name: &str, role: Role, target: &Node) -> Result<()> {
         if role.contains(Role::PRIMARY) {
             return Ok(());
@@ -229,7 +229,7 @@ impl Opener {
         let gives_in = self.flags.auto_read_only && !target.could_write();
         let is_writable = !self.flags.read_only && !gives_in;
         let force_share = self.flags.force_share;
-        // Nobody uses the node yet; what it needs of its child for itself, it may need while it opens.
+        // The node has no users yet; it may need its child for itself while it opens.
         let node_use = NodeUse { above: Access::NONE, is_writable, is_active: true, force_share };
         let access = Access::of_child(role, &node_use);
         let holds_bytes = !role.contains(Role::COW);
@@ -276,8 +276,8 @@ impl ChildOpener for Opener {
 /// The usual reason why a data file is not found.
 fn beside_only(error: Error) -> Error {
     error.context(
-        "its name counts from the working directory, as in QEMU, and there is one beside the image only: change to that \
-         directory, or name it with the 'data-file' option",
+        "its name counts from the working directory, as in QEMU, and there is one beside the image only: change to \
+         that directory, or name it with the 'data-file' option",
     )
 }
 

@@ -1,4 +1,4 @@
-//! Creating an image, as `qemu-img create` does it: everything is checked, then files are touched.
+//! Creates an image, as `qemu-img create` does it: everything is checked before a file is touched.
 //!
 //! ```text
 //! options split ─► backing image opened read-only, for its length ─► options checked by the format
@@ -6,8 +6,8 @@
 //!   ─► emptied ─► opened for writing ─► format writes the image ─► flushed, closed
 //! ```
 //!
-//! A failure, or dropping the future, removes the files that were made here, and only those. Up to the step "emptied" a file
-//! that was there before keeps its bytes.
+//! A failure, or dropping the future, removes the files that were created here, and only those. Up to the step
+//! "emptied" a file that existed before keeps its bytes.
 
 use std::panic::Location;
 use std::path::{Path, PathBuf};
@@ -25,38 +25,39 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{CloseError, Graph, NodeRef, Root};
 use crate::options::Options;
 
-/// What image to make.
+/// An image to be created.
 #[derive(Clone, Debug)]
 pub struct NewImage {
     /// The format's name.
     pub format: String,
-    /// The file to hold it. Emptied if it is there, unless it belongs to an image that is open in this graph: that is refused.
+    /// The file to hold it. Emptied if it exists, unless it belongs to an image that is open in this graph: that is
+    /// refused.
     pub path: PathBuf,
-    /// The format's create options (`size`, `backing_file`, `backing_fmt`, `data_file` and so on) and those of the protocol,
-    /// if it knows them and the format does not.
+    /// The format's create options (`size`, `backing_file`, `backing_fmt`, `data_file` and so on) and those of the
+    /// protocol, if it knows them and the format does not.
     pub options: Options,
-    /// Do not want the backing image: it may be missing or unreadable. Then `size` must be given.
+    /// Do without the backing image: it may be missing or unreadable. Then `size` must be given.
     pub skip_backing: bool,
 }
 
-/// What came of it.
+/// Facts about the created image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NewImageReport {
     /// The image's virtual size in bytes.
     pub len: u64,
 }
 
-/// What is known of the backing image of a new one.
+/// The backing image of a new image.
 #[derive(Default)]
 struct NewBacking {
-    /// The image, open until the new one is made: its files are refused as targets like those of any open image.
+    /// The image, open until the new one is done: its files are refused as targets like those of any open image.
     node: Option<NodeRef>,
     len: Option<u64>,
-    /// The file it is in, where it could not be opened and need not be.
+    /// Its file, where it could not be opened and need not be.
     file: Option<(u64, u64)>,
 }
 
-/// A new image, with everything about it looked up.
+/// A new image with its drivers and options resolved.
 struct ResolvedImage<'a> {
     format: Arc<dyn DriverType>,
     path: &'a Path,
@@ -65,8 +66,8 @@ struct ResolvedImage<'a> {
 }
 
 impl Graph {
-    /// Makes an image file. A relative `backing_file` starts at the image's directory, a relative `data_file` at the
-    /// working directory, here as when it is opened; the backing image is opened through the gate.
+    /// Creates an image file. A relative `backing_file` starts at the image's directory, a relative `data_file` at
+    /// the working directory, as when it is opened; the backing image is opened through the gate.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -84,8 +85,7 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// No file that was not there before remains. Whatever can be checked is checked first; if that fails, a file that was
-    /// there is as it was.
+    /// No new file remains. Whatever can be checked is checked first; if that fails, an existing file is as it was.
     pub async fn create_image(&self, image: NewImage) -> Result<NewImageReport> {
         super::open_node::ensure_executor()?;
         let graph = self.clone();
@@ -156,7 +156,7 @@ impl Graph {
         Ok(NewImageReport { len: facts.len })
     }
 
-    /// Opens what was made, lets the format write, closes.
+    /// Opens the created files, lets the format write, closes.
     async fn write_image(
         &self,
         format: &dyn DriverType,
@@ -210,7 +210,7 @@ impl Graph {
         Ok(Child::new(name, (self.0.core.make_port)(edge)))
     }
 
-    /// Opens the backing image, if one is named. If it is not wanted, what can be found out about its files will do.
+    /// Opens the backing image, if one is named. If it is to be skipped, its files are found as far as possible.
     async fn find_backing(&self, path: &Path, options: &Options, skip: bool) -> Result<NewBacking> {
         let Some(stored) = options.peek_path("backing_file") else {
             return Ok(NewBacking::default());
@@ -225,7 +225,7 @@ impl Graph {
             let node = self.open_backing(path, stored, format, flags).await.map_err(named)?;
             return Ok(NewBacking { len: Some(node.len()), node: Some(node), file: None });
         }
-        // Only so that none of its files is taken for the new image.
+        // Only so that none of its files is used for the new image.
         let flags = OpenFlags { read_only: true, force_share: true, ..OpenFlags::default() };
         let node = self.open_backing(path, stored, format, flags).await.ok();
         let resolved = reference_gate::resolve(ReferenceKind::Backing, stored, Some(path));
@@ -286,7 +286,7 @@ fn text<'a>(options: &'a Options, key: &str) -> Option<&'a str> {
     options.peek(key).and_then(|value| value.as_str())
 }
 
-/// Takes out what only the protocol knows. The rest is the format's; what nobody knows is refused.
+/// Takes the options that only the protocol knows. The rest is the format's; unknown ones are refused.
 fn split_options(
     format: &dyn DriverType,
     protocol: &dyn DriverType,

@@ -1,7 +1,7 @@
-//! Files that a new image is written to: claimed, compared with all open files, and then emptied.
+//! Target files of a new image: claimed, compared with all open files, and then emptied.
 //!
-//! A claim changes nothing about a file that was there. Dropping a target that was not kept removes the file if the claim made
-//! it.
+//! A claim does not change an existing file. Dropping a target that was not kept removes the file if the claim
+//! created it.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -21,15 +21,15 @@ pub(in crate::graph) struct Target {
     protocol: &'static str,
     identity: (u64, u64),
     max_len: Option<u64>,
-    /// What empties it; gone once that is done. The mutex is never waited for: it makes a target `Sync`, so that a task may
-    /// hold one by reference.
+    /// Empties it; taken once that is done. The mutex is never waited for: it makes a target `Sync`, so that a task
+    /// may hold one by reference.
     empty: Mutex<Option<BoxFuture<'static, Result<()>>>>,
     made: CreatedFile,
 }
 
 impl Target {
-    /// Opens, or makes, and locks the file. Refuses one that an open node shows, or that shares bytes with `others`: emptying it
-    /// would destroy what is read from there.
+    /// Opens or creates the file and locks it. Refuses one that an open node shows, or that shares bytes with
+    /// `others`: emptying it would destroy what is read from there.
     pub(in crate::graph) fn claim(
         graph: &Graph,
         path: &Path,
@@ -37,7 +37,7 @@ impl Target {
         others: &[(u64, u64)],
     ) -> Result<Self> {
         let config = graph.config();
-        // Before it is locked: the locks of our own nodes would only say that somebody has it.
+        // Before it is locked: the locks of our own nodes would only report that the file is locked.
         refuse_shared(graph, path, others)?;
         let protocol = protocol_of(&config.fs, path);
         let driver = config.registry.driver(protocol)?;
@@ -81,7 +81,7 @@ impl Target {
         Ok(self)
     }
 
-    /// The image is made: the file stays.
+    /// The image is complete: the file stays.
     pub(in crate::graph) fn keep(mut self) {
         self.made.path = None;
     }
@@ -112,7 +112,7 @@ pub(in crate::graph) fn protocol_of(fs: &Fs, path: &Path) -> &'static str {
     Inspected::new(fs, path.to_owned()).map_or("file", |file| file.protocol())
 }
 
-/// A file that was not there before; removed again unless it is kept.
+/// A created file; removed again unless it is kept.
 struct CreatedFile {
     fs: Fs,
     path: Option<PathBuf>,
@@ -131,7 +131,7 @@ impl Drop for CreatedFile {
     }
 }
 
-/// Refuses options that are left over.
+/// Refuses options that were not taken.
 pub(super) fn check_rest(driver: &dyn DriverType, options: &Options) -> Result<()> {
     match options.keys().next() {
         Some(key) => Err(unknown(driver, key)),

@@ -1,4 +1,4 @@
-//! Looking at a file before a driver opens it: what sort of thing it is, which file, what its first bytes resemble.
+//! Inspects a file before a driver opens it: its kind, its identity, and the formats that its first bytes resemble.
 //!
 //! Reads only, takes no lock, and is over before anything is opened.
 
@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::graph::Graph;
 use crate::options::Options;
 
-/// What a file looks like. A guess: see [`crate::driver::probe`] for what it must not be used for.
+/// The guessed protocol and format of a file. See [`crate::driver::probe`] for what it must not be used for.
 #[derive(Clone, Debug)]
 pub struct FileGuess {
     /// The protocol that opens it: `file` or `host_device`.
@@ -22,11 +22,11 @@ pub struct FileGuess {
     pub foreign: Option<&'static str>,
 }
 
-/// From this score on a driver has seen a mark of its format, and not merely found nothing against it.
+/// From this score on a driver has seen a mark of its format, and not just found nothing against it.
 const SURE_SCORE: u8 = 2;
 
 impl FileGuess {
-    /// The one format to open the file with when nobody has named one.
+    /// The format to open the file with when none was named.
     ///
     /// # Errors
     /// `NotSupported`, with its name, for a format that is not read here: it must not pass for raw.
@@ -46,7 +46,7 @@ impl FileGuess {
 }
 
 impl Graph {
-    /// Guesses what lies in a file.
+    /// Guesses protocol and format of a file.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -68,7 +68,7 @@ impl Graph {
     }
 }
 
-/// A file that was looked at. Not open: a chain of images would hold two descriptors of each.
+/// An inspected file. Not open: a chain of images would hold two descriptors of each.
 pub(in crate::graph) struct Inspected {
     fs: Fs,
     path: PathBuf,
@@ -100,7 +100,7 @@ impl Inspected {
         }
     }
 
-    /// What opens it as a protocol node.
+    /// The options that open it as a protocol node.
     pub(in crate::graph) fn options(&self) -> Options {
         file_options(self.protocol(), &self.path)
     }
@@ -118,7 +118,7 @@ impl Inspected {
         Ok(FileGuess { protocol: self.protocol(), formats, foreign })
     }
 
-    /// Opens what holds bytes at offsets. Anything else, a FIFO for example, could make a reader wait for ever.
+    /// Opens a seekable file. Any other kind, a FIFO for example, could make a reader wait for ever.
     fn open(&self) -> Result<File> {
         let no_image = |kind: FileKind| {
             let message = format!(

@@ -1,7 +1,8 @@
-//! Names of nodes and backends: one namespace, claimed before a node is opened, free from the moment its last reference is gone.
+//! Names of nodes and backends: one namespace. A name is claimed before its node is opened, and free from the moment
+//! the last reference is gone.
 //!
-//! A claim by a node is only an id, a claim by a backend a weak reference. Whether the name is taken is asked of the arena, or of
-//! the reference, each time, so no release has to come here to free it.
+//! A claim by a node is only an id, a claim by a backend a weak reference. Each lookup checks the id or the
+//! reference, so no release has to free the name.
 
 use std::sync::{Arc, Weak};
 
@@ -67,7 +68,7 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// `NotFound` if no open node has it (one that is still being opened has not got it yet).
+    /// `NotFound` if no open node has it (a node that is still being opened does not have it yet).
     #[track_caller]
     pub fn find(&self, name: &str) -> Result<NodeRef> {
         let claim = self.lock_names().claims.get(name).cloned();

@@ -1,13 +1,14 @@
-//! Options → driver → children → node.
+//! Opens a node: from options to a driver, its children, and a published node.
 //!
 //! ```text
 //! options ─► driver's type, common flags, unknown keys refused ─► name claimed
-//!         ─► driver opens; it asks for its children (child.rs), each of which goes the same way
-//!         ─► node into the arena, edges learn their parent ─► name published
+//!         ─► driver opens; it requests its children (child.rs), which are opened the same way
+//!         ─► node into the arena, edges get their parent ─► name published
 //! ```
 //!
-//! A failed open leaves nothing: the name's claim, the driver and the children end with the values that hold them, and
-//! what that leaves dead is closed before the error is returned. A dropped open does the same in the background.
+//! A failed open leaves nothing: the name's claim, the driver and the children end with the values that hold them,
+//! and nodes that die of that are closed before the error is returned. A dropped open does the same in the
+//! background.
 
 use std::future::Future;
 use std::panic::Location;
@@ -33,8 +34,9 @@ use crate::options::Options;
 const LEVELS_PER_STACK: usize = 8;
 
 impl Graph {
-    /// Opens a node as `blockdev-add` describes it: `driver`, `node-name`, the common options, the driver's own, and children
-    /// inline or by node name. Without `node-name` it gets a generated one. The reference returned is the only one.
+    /// Opens a node as `blockdev-add` describes it: `driver`, `node-name`, the common options, the driver's own, and
+    /// children inline or by node name. Without `node-name` it gets a generated one. The reference returned is the
+    /// only one.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -58,7 +60,7 @@ impl Graph {
         self.open_with(options, OpenFlags::default())
     }
 
-    /// As [`Graph::open`], with other defaults than the common options have, and what only a program can ask for
+    /// As [`Graph::open`], with other defaults for the common options, and flags that only a program can set
     /// (`info_only`, `for_check`). `flags.role` is ignored.
     ///
     /// ```
@@ -76,12 +78,12 @@ impl Graph {
         options: Options,
         flags: OpenFlags,
     ) -> impl Future<Output = Result<NodeRef>> + Send + '_ {
-        // An async fn would put itself down as the place where the reference was taken.
+        // An async fn would record itself as the place where the reference was taken.
         let since = Location::caller();
         self.open_as(options, OpenFlags { role: Role::empty(), ..flags }, since)
     }
 
-    /// As [`Graph::open_with`]; the node may be told what it will be to whom.
+    /// As [`Graph::open_with`], with the role in `flags`.
     pub(in crate::graph) async fn open_as(
         &self,
         options: Options,
@@ -90,7 +92,7 @@ impl Graph {
     ) -> Result<NodeRef> {
         ensure_executor()?;
         let graph = self.clone();
-        // It reads nodes that others use and drain.
+        // A task, because it reads nodes that other users drain.
         let open = bds_io::spawn_now(async move { graph.open_swept(options, flags, since).await });
         let (node, mut guard) = open.await?;
         guard.is_over = true;
@@ -98,7 +100,7 @@ impl Graph {
         Ok(NodeRef::from_held(self, node.held_since(owner, since)))
     }
 
-    /// The guard comes second: a node that is opened and not wanted any more is closed.
+    /// The guard comes second: a node whose open is dropped late is closed.
     async fn open_swept(
         &self,
         options: Options,
@@ -119,7 +121,7 @@ impl Graph {
     }
 }
 
-/// Checks, before anything is touched, that what the caller's thread begins has an executor to go on in.
+/// Checks, before anything is touched, that there is an executor for requests and closings.
 pub(in crate::graph) fn ensure_executor() -> Result<()> {
     bds_io::ensure_home().map_err(|error| {
         let message = "no thread can be started for requests and closings; let the user have more processes \
@@ -128,7 +130,7 @@ pub(in crate::graph) fn ensure_executor() -> Result<()> {
     })
 }
 
-/// What is given up half-way leaves nodes to close.
+/// Closes what an abandoned open leaves dead.
 pub(in crate::graph) struct SweepIfDropped {
     pub(in crate::graph) graph: Graph,
     pub(in crate::graph) is_over: bool,
@@ -158,7 +160,7 @@ impl Call {
 }
 
 async fn open_here(call: Call, options: Options, base: OpenFlags) -> Result<Strong<Node>> {
-    // Again, because options may have been put together by hand with flat keys.
+    // Again, because options may have been built by hand with flat keys.
     let mut options = Options::from_json(options.into_json())?;
     call.count_node()?;
     let Some(driver_name) = options.take_str("driver")? else {
@@ -176,7 +178,7 @@ async fn open_here(call: Call, options: Options, base: OpenFlags) -> Result<Stro
     publish(&graph, driver, opener, (flags, given), name).await
 }
 
-/// Lets the driver open. What it leaves of its options is refused.
+/// Lets the driver open. Options that it did not take are refused.
 async fn open_driver(
     call: Call,
     driver_type: &dyn DriverType,
@@ -195,7 +197,7 @@ async fn open_driver(
     Ok((driver, opener))
 }
 
-/// Makes the node and lets its name be found.
+/// Makes the node and publishes its name.
 async fn publish(
     graph: &Graph,
     driver: Box<dyn Driver>,
@@ -214,14 +216,14 @@ async fn publish(
     }
 }
 
-/// Why a node did not come to be, and its driver if that is still to be closed.
+/// The error, and the driver if it is still to be closed.
 type InsertError = (Error, Option<Box<dyn Driver>>);
 
-/// The node is part of the graph from here on: its edges have a parent, and it does with its children what its driver wants.
+/// Inserts the node into the graph: its edges get their parent, and permissions on its children are computed.
 ///
 /// # Errors
-/// If that is not allowed, the node ends with its one reference and is closed like any other. If there is no room for it, the
-/// driver comes back.
+/// If the permissions are refused, the node ends with its one reference and is closed like any other. If the arena is
+/// full, the driver is returned.
 fn insert_node(
     graph: &Graph,
     driver: Box<dyn Driver>,
@@ -264,7 +266,7 @@ fn insert_node(
     Ok(node)
 }
 
-/// Closes a driver that opened well but is not wanted after all.
+/// Closes a driver that opened but is not used after all.
 async fn close_unwanted(driver: Box<dyn Driver>, error: Error) -> Error {
     match driver.close().await {
         Ok(()) => error,

@@ -1,8 +1,9 @@
-//! May this file, named inside an image, be opened?
+//! Reference gates: decide whether a file named inside an image may be opened.
 //!
-//! An image can be made by anyone, so a name in it is a wish, not an order. Every such name goes through the one gate of the
-//! graph, and stays a file name there: it is never read as a URL, as `json:` or as options. The gates here refuse what QEMU
-//! would read so (`nbd:…`); a gate of one's own may name a file or node for it. The format comes from the image or from the gate; guessing it is something a gate must say it wants.
+//! An image may be hostile, so a name in it must be allowed before it is followed. Every such name goes through the
+//! graph's one gate, and stays a file name there: it is never read as a URL, as `json:` or as options. The gates here
+//! refuse what QEMU would read so (`nbd:…`); a caller's own gate may name a file or node for it. The format comes
+//! from the image or from the gate; it is guessed only if the gate says so.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -14,16 +15,17 @@ use bds_io::Fs;
 
 use crate::driver::ReferenceKind;
 
-/// What the gate is asked.
+/// The question to a gate: which name, in which image.
 #[derive(Clone, Copy, Debug)]
 pub struct GateQuestion<'a> {
-    /// What the file is named for.
+    /// The kind of reference.
     pub kind: ReferenceKind,
     /// The name as stored.
     pub stored_name: &'a OsStr,
     /// The format as stored, if any.
     pub stored_format: Option<&'a str>,
-    /// How many such steps lead from the node the user opened to the image that holds the name; 0: that node itself.
+    /// The number of such references between the node the user opened and the image that holds the name; 0: that node
+    /// itself.
     pub depth: usize,
     /// The node whose image holds the name.
     pub parent_node: &'a str,
@@ -36,7 +38,8 @@ pub struct GateQuestion<'a> {
 }
 
 impl GateQuestion<'_> {
-    /// What QEMU would read in front of a colon as a protocol (`nbd`, `json`): then the stored name is no file name. `file` is none.
+    /// The part in front of a colon that QEMU would read as a protocol (`nbd`, `json`): then the stored name is no
+    /// file name. `file` does not count.
     pub fn scheme(&self) -> Option<String> {
         let name = self.stored_name.as_bytes();
         let end = name.iter().position(|byte| matches!(byte, b':' | b'/'))?;
@@ -61,7 +64,8 @@ pub enum ReferenceFormat {
     Stored,
     /// This one, whatever the image says.
     Named(String),
-    /// As the image says, else guessed from the bytes. Whoever can write the referenced file can then choose how it is read.
+    /// As the image says, else guessed from the bytes. A writer of the referenced file can then choose how it is
+    /// read.
     StoredOrProbed,
 }
 
@@ -77,7 +81,7 @@ pub enum GateDecision {
     },
     /// Use this node, which is open already.
     Node(String),
-    /// Do not open it, and fail; the words say why and what to do.
+    /// Do not open it, and fail; the text says why and what to do.
     Refuse(String),
 }
 
@@ -180,8 +184,8 @@ impl ReferenceGate for SameDirectory {
     }
 }
 
-/// Allows files below given directories, after links are resolved. Whoever can change those directories while an image
-/// is opened can still lead astray: the roots must belong to the caller.
+/// Allows files below given directories, after links are resolved. A process that can change those directories while
+/// an image is opened can redirect it: the roots must belong to the caller.
 #[derive(Clone, Debug, Default)]
 pub struct UnderRoots {
     roots: Vec<PathBuf>,
@@ -213,7 +217,7 @@ impl ReferenceGate for UnderRoots {
     }
 }
 
-/// Opens whatever an image names. For images that come from oneself, and for tools that stand in for qemu-img.
+/// Allows every file name. For trusted images, and for tools that replace qemu-img.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TrustAll {
     /// Guess the format of a backing file whose image does not say it.
@@ -231,8 +235,8 @@ impl ReferenceGate for TrustAll {
     }
 }
 
-/// A directory with its links resolved; one that does not exist as itself, which no real file is below (a simulated disk
-/// has no directories, only names).
+/// A directory with its links resolved; one that does not exist as itself, which no real file is below (a simulated
+/// disk has no directories, only names).
 fn real_directory(fs: &Fs, directory: &Path) -> PathBuf {
     fs.canonicalize(directory).unwrap_or_else(|_| directory.to_owned())
 }
@@ -245,8 +249,9 @@ fn directory_of(file: &Path) -> PathBuf {
     }
 }
 
-/// The path a stored name means to QEMU. A relative name of a backing file starts at the directory of the image that holds
-/// it. That of a data file, and one with `file:` in front, starts at the working directory of the process, as on a command line.
+/// The path a stored name means to QEMU. A relative name of a backing file starts at the directory of the image that
+/// holds it. That of a data file, and one with `file:` in front, starts at the working directory of the process, as
+/// on a command line.
 pub fn resolve(
     kind: ReferenceKind,
     stored_name: impl AsRef<OsStr>,

@@ -1,7 +1,7 @@
-//! The graph as text, as a drawing and as JSON; for tests, the tool and bug reports.
+//! Dumps the graph as text, as a Graphviz drawing and as JSON; for tests, the tool and bug reports.
 //!
-//! Nodes are sorted by name and ids are left out, so equal graphs give equal texts. Taken node by node while others may
-//! change the graph: each line was true at some moment.
+//! Nodes are sorted by name and ids are left out, so equal graphs give equal texts. Taken node by node while others
+//! may change the graph: each line was true at some moment.
 
 use std::fmt::Write as _;
 
@@ -39,8 +39,8 @@ impl Graph {
         nodes
     }
 
-    /// One paragraph a node: driver, length, state, count; its file, if it opened one; then who holds it, who uses it for what,
-    /// and what it uses.
+    /// One paragraph a node: driver, length, state, count; its file, if it opened one; then its holders, its users
+    /// with their permissions, and its children.
     ///
     /// ```text
     /// disk0 qcow2 len=1048576 rw refs=2
@@ -71,7 +71,8 @@ impl Graph {
         out
     }
 
-    /// For Graphviz: nodes as boxes with the file's name, driver, length and count; edges with name and role; other holders as ellipses.
+    /// For Graphviz: nodes as boxes with the file's name, driver, length and count; edges with name and role; other
+    /// holders as ellipses.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -117,7 +118,7 @@ impl Graph {
         out
     }
 
-    /// As `query-named-block-nodes` tells it, reduced to what is known here.
+    /// The answer of QEMU's `query-named-block-nodes`, reduced to what is known here.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -134,7 +135,7 @@ impl Graph {
 }
 
 fn dump_node(out: &mut String, node: &NodeRef) {
-    // Not counting the reference that looks.
+    // Without the reference taken here.
     let count = node.count().saturating_sub(1);
     let (name, driver, len) = (node.name(), node.driver_name(), node.len());
     let _ = writeln!(out, "{name} {driver} len={len} {} refs={count}", state_words(node).join(","));
@@ -151,7 +152,8 @@ fn dump_node(out: &mut String, node: &NodeRef) {
     }
     for edge in node.edges_below() {
         let (role, access) = (role_words(edge.role), access_words(edge.access));
-        let frozen = edge.frozen_by.map_or_else(String::new, |who| format!(" frozen by {who}"));
+        let frozen =
+            edge.frozen_by.map_or_else(String::new, |holder| format!(" frozen by {holder}"));
         let _ = writeln!(out, "  {} -> {} ({role}) {access}{frozen}", edge.name, edge.child_name);
     }
     for reason in node.blocked(crate::graph::BlockOps::all()) {
@@ -159,7 +161,8 @@ fn dump_node(out: &mut String, node: &NodeRef) {
     }
     for bitmap in node.bitmaps() {
         let name = bitmap.name.as_deref().unwrap_or("(anonymous)");
-        let leased = bitmap.leased_by.map_or_else(String::new, |who| format!(" leased by {who}"));
+        let leased =
+            bitmap.leased_by.map_or_else(String::new, |holder| format!(" leased by {holder}"));
         let _ = writeln!(out, "  bitmap {name}{leased}");
     }
 }
@@ -208,7 +211,7 @@ fn describe(node: &NodeRef) -> Value {
     })
 }
 
-/// Holders as words, sorted, without places in the program: those differ between builds.
+/// Holders as text, sorted, without places in the program: those differ between builds.
 fn named_holders(node: &NodeRef) -> Vec<String> {
     let is_ours = |info: &HolderInfo| info.kind == HolderKind::Iterator;
     let holders = node.graph().holders(node.id());

@@ -1,4 +1,4 @@
-//! Edges as values: what a node's users do with it, and what it does with its children. For tools, tests and bug reports.
+//! Edges as values: permissions, roles, parents and children. For tools, tests and bug reports.
 
 use std::sync::Arc;
 
@@ -10,24 +10,24 @@ use crate::graph::model::edge::{Edge, Parent};
 use crate::graph::model::node::NodeId;
 use crate::graph::{Graph, NodeRef};
 
-/// An edge, as it was when it was asked for.
+/// A snapshot of an edge.
 #[derive(Clone, Debug)]
 pub struct EdgeFacts {
     /// The child's name in its parent ("file", "backing"); "root" for one whose parent is not a node.
     pub name: &'static str,
-    /// What the child is to its parent; empty for a root.
+    /// The child's role for its parent; empty for a root.
     pub role: Role,
-    /// What the parent does, and lets others do.
+    /// The permissions that the parent uses, and those it shares.
     pub access: Access,
     /// The parent; `None` while it is being opened.
     pub parent: Option<Parent>,
-    /// Under what name the child is held: "edge 'top.backing'", "backend 'guest'".
+    /// The name under which the child is held: "edge 'top.backing'", "backend 'guest'".
     pub holder: String,
     /// The child.
     pub child: NodeId,
     /// Its name.
     pub child_name: String,
-    /// Who keeps the edge where it is.
+    /// The holder that froze the edge.
     pub frozen_by: Option<String>,
     /// Do graph changes leave it where it is?
     pub is_fixed: bool,
@@ -66,7 +66,7 @@ impl NodeRef {
     /// # Ok(()) });
     /// ```
     pub fn edges_below(&self) -> Vec<EdgeFacts> {
-        // The lock sees to permissions that have become looser since.
+        // Taking the lock recomputes stale permissions.
         let _lock = self.graph().0.core.lock();
         self.node().children().iter().filter_map(facts).collect()
     }
@@ -91,7 +91,7 @@ impl NodeRef {
         all
     }
 
-    /// What all users together do with the node, and what every one of them lets others do.
+    /// The permissions that all users together use, and those that every one of them shares.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -121,8 +121,8 @@ pub(in crate::graph) fn letters(perm: Perm) -> String {
 }
 
 impl Graph {
-    /// Nodes and edges with permissions, in the manner of QEMU's `x-debug-query-block-graph`. Numbers in it are good within one
-    /// answer only.
+    /// Nodes and edges with permissions, in the manner of QEMU's `x-debug-query-block-graph`. The numbers hold within
+    /// one answer only.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};

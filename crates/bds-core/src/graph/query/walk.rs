@@ -1,7 +1,7 @@
-//! Ways through the graph: down a chain, past filters, to the file.
+//! Walks through the graph: down a chain, past filters, to the file.
 //!
-//! Every way is a loop, never a recursion, and takes what it finds as counted references. The graph may change while
-//! a way is walked; each node on it was on it at some moment.
+//! Every walk is a loop, never a recursion, and returns counted references. The graph may change during a walk; each
+//! node on it was part of it at some moment.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -12,7 +12,7 @@ use crate::driver::Role;
 use crate::graph::model::node::{Node, NodeId};
 use crate::graph::model::node_ref::NodeRef;
 
-/// Longest way to a file that is followed: filters and formats on top of each other.
+/// The longest walk to a file: filters and formats on top of each other.
 const MAX_STEPS: usize = 1 << 20;
 
 fn child_in(node: &Node, role: Role) -> Option<Strong<Node>> {
@@ -43,7 +43,7 @@ pub fn skip_filters(node: &NodeRef) -> NodeRef {
     as_ref(node, at)
 }
 
-/// The first node from here down that a job did not insert on its own account: what a device's images are listed from.
+/// The first node from here down that a job did not insert for itself: a device's images are listed from there.
 ///
 /// ```
 /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -67,12 +67,12 @@ fn filtered(node: &Node) -> Option<Strong<Node>> {
     child_in(node, Role::FILTERED).or_else(|| child_in(node, Role::PRIMARY))
 }
 
-/// The next image below: the backing child, or what a filter shows.
+/// The next image below: the backing child, or the filtered one.
 fn below(node: &Node) -> Option<Strong<Node>> {
     if node.driver().is_filter() { filtered(node) } else { child_in(node, Role::COW) }
 }
 
-/// The node directly below in the chain: the backing node, or what a filter shows.
+/// The node directly below in the chain: the backing node, or the filtered one.
 ///
 /// ```
 /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -134,7 +134,7 @@ pub fn common_backing(a: &NodeRef, b: &NodeRef) -> Option<NodeRef> {
     backing_chain(a).into_iter().find(|node| in_b.contains(&node.id()))
 }
 
-/// The node's child of this name ("file", "backing"), and what it is to the node.
+/// The node's child of this name ("file", "backing"), and its role.
 ///
 /// ```
 /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -172,7 +172,7 @@ pub fn children(node: &NodeRef) -> Vec<(&'static str, Role, NodeRef)> {
     edges.iter().map(child).collect()
 }
 
-/// The name of the file at the end of the way through file and filtered children, if there is one.
+/// The name of the file at the end of the primary and filtered children, if there is one.
 pub fn filename(node: &Node) -> Option<PathBuf> {
     if let Some(name) = node.own_filename() {
         return Some(name);
@@ -188,7 +188,7 @@ pub fn identity(node: &Node) -> Option<(u64, u64)> {
     file_node(node)?.own_identity()
 }
 
-/// The node at the end of the way through file and filtered children; `None` if that is the node itself.
+/// The node at the end of the primary and filtered children; `None` if that is the node itself.
 fn file_node(node: &Node) -> Option<Strong<Node>> {
     let mut at = child_in(node, Role::PRIMARY | Role::FILTERED)?;
     for _ in 0..MAX_STEPS {
@@ -224,7 +224,7 @@ fn parts(node: &Node) -> Vec<Strong<Node>> {
     edges.map(|edge| Strong::clone(edge.target().strong())).collect()
 }
 
-/// A node and, if it is a filter, what it shows, and so on down to the first that is none.
+/// A node and, if it is a filter, the filtered node, and so on down to the first that is no filter.
 pub(crate) fn through_filters(node: &Strong<Node>) -> Vec<Strong<Node>> {
     let mut way = vec![Strong::clone(node)];
     while let Some(last) = way.last().filter(|last| last.driver().is_filter())

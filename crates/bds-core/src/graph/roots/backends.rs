@@ -1,8 +1,7 @@
-//! Backends as the graph knows them: by name, in the order in which they came, and as somebody to send away at the end.
+//! Registry of backends: by name, in order of creation, and their detachment at shutdown.
 //!
-//! The graph knows them weakly: a backend lives as long as somebody holds a handle to it, and its name is free from that moment on.
-//! Only the monitor's list holds one, and there the membership is the reference. A name is claimed in the one namespace that node
-//! names are claimed in.
+//! The graph keeps them weakly: a backend lives as long as a handle to it exists, and its name is free from then on.
+//! Only the monitor's list owns backends. Their names are claimed in the same namespace as node names.
 
 use std::sync::{Arc, Weak};
 
@@ -16,14 +15,14 @@ use crate::graph::model::node::Node;
 use crate::graph::name_table::{BackendEntry, Claim};
 
 impl Graph {
-    /// The graph knows of the backend from now on.
+    /// Registers a backend.
     pub(crate) fn register_backend(&self, backend: Weak<dyn BackendEntry>) {
         let mut names = self.lock_names();
         names.prune_backends();
         names.backends.push(backend);
     }
 
-    /// The backends that live now, in the order in which they came.
+    /// The backends that live now, oldest first.
     pub(crate) fn backend_entries(&self) -> Vec<Arc<dyn BackendEntry>> {
         self.lock_names().backends.iter().filter_map(Weak::upgrade).collect()
     }
@@ -36,11 +35,11 @@ impl Graph {
         }
     }
 
-    /// The monitor's list holds it from now on.
+    /// Adds the backend to the monitor's list.
     pub(crate) fn own_backend_entry(&self, backend: Arc<dyn BackendEntry>) -> Result<()> {
         let known = self.backend_entry(backend.name());
         if !known.is_some_and(|known| Arc::ptr_eq(&known, &backend)) {
-            let message = "the backend has not claimed a name: nobody could delete it";
+            let message = "the backend has not claimed a name: it could not be deleted by one";
             return Err(
                 Error::new(ErrorKind::InvalidInput, message).field("backend", backend.name())
             );
@@ -56,7 +55,7 @@ impl Graph {
         Ok(())
     }
 
-    /// Takes it off the monitor's list. The answer is the monitor's reference.
+    /// Removes it from the monitor's list and returns the monitor's reference.
     pub(crate) fn disown_backend_entry(&self, name: &str) -> Result<Arc<dyn BackendEntry>> {
         let backend = self.backend_entry(name).ok_or_else(|| no_backend(name))?;
         let refuse = |kind, message: String| Err(Error::new(kind, message).field("backend", name));
@@ -83,8 +82,8 @@ impl Graph {
         }
     }
 
-    /// Takes the medium out of every backend, whatever stands in the way but a frozen edge, and the backends off the monitor's list.
-    /// Returns what could not be done.
+    /// Removes the medium of every backend, whatever blocks that but a frozen edge, and the backends from the
+    /// monitor's list. Returns what could not be done.
     pub(in crate::graph) async fn detach_backends(&self) -> Vec<(String, Error)> {
         let mut failed = Vec::new();
         for backend in self.backend_entries() {
@@ -104,7 +103,7 @@ pub(crate) fn no_backend(name: &str) -> Error {
     Error::new(ErrorKind::NotFound, format!("there is no backend '{name}'"))
 }
 
-/// Tells that a backend has another medium.
+/// Emits the event that a backend's medium was inserted, ejected or replaced.
 pub(in crate::graph) fn emit_medium_event(
     events: &EventHub,
     edge: &Edge,

@@ -1,7 +1,7 @@
-//! Nodes that the monitor owns, and the walk over everything that stands at the top.
+//! Nodes that the monitor owns (`blockdev-add`, `blockdev-del`), and a walk over all top-level nodes.
 //!
-//! Membership is the reference: the monitor's list holds the node, and taking it off the list is giving the reference up. There is no
-//! second bookkeeping that could disagree.
+//! The list holds the reference: taking a node off the list releases it. There is no second record that could
+//! disagree.
 
 use std::future::Future;
 use std::panic::Location;
@@ -22,7 +22,7 @@ fn holder() -> Holder {
 }
 
 impl Graph {
-    /// Opens a node and lets the monitor own it: QEMU's `blockdev-add`. It lives until [`Graph::del`], whoever else uses it.
+    /// Opens a node and lets the monitor own it: QEMU's `blockdev-add`. It lives until [`Graph::del`].
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -37,7 +37,7 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// As [`Graph::open`]; `InvalidInput` if `node-name` is missing, because nobody could delete the node then.
+    /// As [`Graph::open`]; `InvalidInput` if `node-name` is missing, because the node could not be deleted then.
     #[track_caller]
     pub fn add(&self, options: Options) -> impl Future<Output = Result<NodeId>> + Send + '_ {
         let since = Location::caller();
@@ -67,7 +67,7 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// `AlreadyExists`: it owns it. The reference is given up.
+    /// `AlreadyExists`: it owns it already. The reference is dropped.
     #[track_caller]
     pub fn own(&self, node: NodeRef) -> Result<()> {
         self.own_since(node, Location::caller())
@@ -89,7 +89,7 @@ impl Graph {
         Ok(())
     }
 
-    /// Closes a node that the monitor owns: QEMU's `blockdev-del`. The report tells of a failed flush.
+    /// Closes a node that the monitor owns: QEMU's `blockdev-del`. A failed flush is in the report.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -106,10 +106,10 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// Nothing has changed. `NotFound`: no such node; `InvalidInput`: the monitor does not own it; `InUse`: somebody else
-    /// refers to it (the holders are named), or a [`crate::graph::Blocker`] stands in the way.
+    /// Nothing has changed. `NotFound`: no such node; `InvalidInput`: the monitor does not own it; `InUse`: there are
+    /// other references (the holders are named), or a [`crate::graph::Blocker`].
     pub async fn del(&self, name: &str) -> Result<CloseReport> {
-        // What is dead does not count as a holder.
+        // A dead node must not count as a holder.
         self.0.core.sweep_and_keep().await;
         let id = self.find(name)?.id();
         let taken = self.take_owned(id, name)?;
@@ -126,13 +126,13 @@ impl Graph {
             Err((node, holders)) => {
                 let holders = holders.iter().filter(|info| info.kind != HolderKind::Monitor);
                 let message: Vec<String> = holders.map(ToString::to_string).collect();
-                let who = if message.is_empty() {
+                let users = if message.is_empty() {
                     "an unnamed reference".into()
                 } else {
                     message.join(", ")
                 };
                 let error =
-                    Error::new(ErrorKind::InUse, format!("node is in use by {who}")).node(name);
+                    Error::new(ErrorKind::InUse, format!("node is in use by {users}")).node(name);
                 refuse(node, order, error)
             }
         }
@@ -170,9 +170,9 @@ impl Graph {
         self.lock_names().monitor.contains_key(&id)
     }
 
-    /// What stands at the top: the node of every backend with a medium, then the monitor's nodes that no backend has at its
-    /// root. Each once. What ends meanwhile is left out; what comes is not seen. Holds a reference to the node it stands at
-    /// and to no other, so it may be left at any time.
+    /// Top-level nodes: the node of every backend with a medium, then the monitor's nodes that are no backend's
+    /// medium. Each once. Nodes that end during the walk are left out, new ones are not seen. Holds a reference to
+    /// the current node only.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};

@@ -1,4 +1,4 @@
-//! Roots: edges of those who are not nodes. A backend's moves with graph changes, a job's stays at its node.
+//! Root edges: nodes used by backends, jobs and exports. A backend's edge moves with graph changes, a job's is fixed.
 
 use std::fmt;
 use std::panic::Location;
@@ -16,7 +16,7 @@ use crate::graph::model::edge::{Edge, EdgeParts, Parent};
 use crate::graph::model::node::{Node, NodeId};
 use crate::graph::{Graph, NodeRef};
 
-/// Who comes in.
+/// Arguments of [`Graph::attach_root`].
 #[derive(Clone, Debug)]
 pub(crate) struct Root<'a> {
     pub(crate) kind: HolderKind,
@@ -28,18 +28,18 @@ pub(crate) struct Root<'a> {
     pub(crate) is_backend: bool,
 }
 
-/// What a root must lead to for a change of it to make sense.
+/// The target that a root must have for a move to make sense.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Expected {
-    /// Whatever it is.
+    /// Any.
     Anything,
-    /// Nothing: somebody puts a medium in.
+    /// None: a medium is inserted.
     Nothing,
-    /// This very node: somebody takes it out.
+    /// This node: it is ejected.
     Node(NodeId),
 }
 
-/// A root that is to lead elsewhere, or nowhere.
+/// A staged move of a root to another node, or to none.
 #[derive(Debug)]
 pub(crate) struct RootMove {
     pub(in crate::graph) edge: Arc<Edge>,
@@ -51,29 +51,29 @@ pub(crate) struct RootMove {
 }
 
 impl RootMove {
-    /// Of an edge of this graph, unless [`BlockOps::EJECT`] is blocked on what it leads to.
+    /// A move, refused if [`BlockOps::EJECT`] is blocked on the current target.
     #[track_caller]
     pub(crate) fn new(graph: &Graph, edge: &Arc<Edge>, to: Option<&NodeRef>) -> Self {
         let (edge, graph, to) = (Arc::clone(edge), graph.clone(), NodeRef::clone_of(to));
         Self { edge, graph, to, blockers: BlockOps::EJECT, expected: Expected::Anything }
     }
 
-    /// Only if it leads there.
+    /// Refused unless the current target is this.
     pub(crate) fn from(self, expected: Expected) -> Self {
         Self { expected, ..self }
     }
 
-    /// Unless these are blocked, instead.
+    /// Refused if these are blocked, instead.
     pub(crate) fn unless(self, blockers: BlockOps) -> Self {
         Self { blockers, ..self }
     }
 
-    /// The same, with its reference held otherwise.
+    /// Changes how the reference is held.
     pub(in crate::graph) fn held_by(self, take: impl FnOnce(NodeRef) -> NodeRef) -> Self {
         Self { to: self.to.map(take), ..self }
     }
 
-    /// The former target, if the move is allowed from there.
+    /// Checks that the move is allowed from the current target.
     pub(in crate::graph) fn check(&self, now: Option<&Node>) -> Result<()> {
         let refuse = |message: String| Err(Error::new(ErrorKind::InUse, message));
         let holder = self.edge.holder();
@@ -93,7 +93,7 @@ impl RootMove {
 }
 
 impl Graph {
-    /// A root edge to `node`, or to nothing yet. It ends when its last owner drops it.
+    /// Makes a root edge to `node`, or to nothing yet. It ends when its last owner drops it.
     ///
     /// # Errors
     /// Nothing has changed: the permissions clash with others' (both are named), or the node cannot be written.
@@ -123,7 +123,7 @@ impl Graph {
         Ok(edge)
     }
 
-    /// The root does nothing with its node and bears everything from now on. At once, and cannot fail.
+    /// Drops all permissions of the root, and shares all. At once, and cannot fail.
     pub(crate) fn release_root_access(&self, edge: &Edge) {
         let lock = self.0.core.lock();
         edge.set_access(&lock, Access::NONE);
@@ -133,8 +133,8 @@ impl Graph {
         }
     }
 
-    /// A job's hold on a node: keeps it open, with permissions, and stays there whatever the graph becomes. For what a job reads
-    /// and writes it uses a [`crate::request`] backend.
+    /// Lets a job use a node: keeps it open, with permissions; graph changes leave the edge in place. To read and
+    /// write, the job uses a [`crate::request`] backend.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
@@ -162,7 +162,7 @@ impl Graph {
     }
 }
 
-/// See [`Graph::attach_job`]. Dropping it gives the node up.
+/// A job's edge: see [`Graph::attach_job`]. Dropping it releases the node.
 pub struct JobEdge {
     edge: Arc<Edge>,
     graph: Graph,
@@ -191,12 +191,12 @@ impl JobEdge {
         NodeRef::user(&self.graph, self.edge.target().strong().clone())
     }
 
-    /// What the job does there, and lets others do.
+    /// The permissions that the job uses, and those it shares.
     pub fn access(&self) -> Access {
         self.edge.access()
     }
 
-    /// Asks for something else.
+    /// Changes the permissions.
     ///
     /// ```
     /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};

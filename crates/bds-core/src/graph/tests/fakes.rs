@@ -18,7 +18,7 @@ use crate::driver::{
     StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::gate::TrustAll;
+use crate::graph::reference_gate::TrustAll;
 use crate::graph::{Access, Edge, Graph, GraphConfig, NodeRef, Root, Target, walk};
 use crate::options::{OptionKind, OptionSpec, Options};
 

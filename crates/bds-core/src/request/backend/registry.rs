@@ -137,7 +137,7 @@ impl Graph {
     ///
     /// let nameless = Backend::empty(&graph, BackendOptions::default())?;
     /// let error = graph.own_backend(nameless).unwrap_err();
-    /// assert!(error.to_string().contains("nobody could delete it"), "{error}");
+    /// assert!(error.to_string().contains("could not be deleted by one"), "{error}");
     /// # Ok(()) });
     /// ```
     ///
