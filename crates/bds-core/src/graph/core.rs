@@ -81,7 +81,8 @@ impl fmt::Debug for Graph {
 }
 
 impl Graph {
-    /// A graph whose drivers send requests through ports made by `make_port`.
+    /// A graph whose drivers send requests through ports made by `make_port`. The public `Graph::new` is in `request`, which
+    /// makes the ports: the graph does not import the request path.
     pub(crate) fn with_ports(config: GraphConfig, make_port: MakePort) -> Self {
         Self::in_arena(config, make_port, Arena::new(NODE))
     }

@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bds_io::sync::Notify;
 
-struct Inbox<T> {
+/// A oneshot whose unread value is not lost.
+struct Oneshot<T> {
     state: Mutex<State<T>>,
     changed: Notify,
 }
@@ -18,18 +19,18 @@ enum State<T> {
     Running,
     Done(T),
     /// The waiter is gone, or has taken the result.
-    Left,
+    Abandoned,
     /// The task was dropped before its end: its executor is gone.
     Lost,
 }
 
-impl<T> Inbox<T> {
+impl<T> Oneshot<T> {
     /// The result, if it is there; taken once.
     fn take(&self) -> State<T> {
         let mut state = self.lock();
         match *state {
             State::Running => State::Running,
-            _ => std::mem::replace(&mut *state, State::Left),
+            _ => std::mem::replace(&mut *state, State::Abandoned),
         }
     }
 
@@ -48,22 +49,22 @@ where
     T: Send + 'static,
     O: Fn(T) + Clone + Send + 'static,
 {
-    let inbox = Arc::new(Inbox { state: Mutex::new(State::Running), changed: Notify::new() });
-    let sender = Sender { inbox: Arc::clone(&inbox), orphaned: orphaned.clone() };
+    let oneshot = Arc::new(Oneshot { state: Mutex::new(State::Running), changed: Notify::new() });
+    let sender = Sender { oneshot: Arc::clone(&oneshot), orphaned: orphaned.clone() };
     bds_io::spawn(async move { sender.deliver(work.await) }).detach();
-    let mut waiter = Waiter { inbox, orphaned };
+    let mut waiter = Waiter { oneshot, orphaned };
     waiter.wait().await
 }
 
 struct Sender<T, O: Fn(T)> {
-    inbox: Arc<Inbox<T>>,
+    oneshot: Arc<Oneshot<T>>,
     orphaned: O,
 }
 
 impl<T, O: Fn(T)> Sender<T, O> {
     fn deliver(self, value: T) {
-        let mut state = self.inbox.lock();
-        if matches!(*state, State::Left) {
+        let mut state = self.oneshot.lock();
+        if matches!(*state, State::Abandoned) {
             drop(state);
             (self.orphaned)(value);
         } else {
@@ -74,28 +75,28 @@ impl<T, O: Fn(T)> Sender<T, O> {
 
 impl<T, O: Fn(T)> Drop for Sender<T, O> {
     fn drop(&mut self) {
-        let mut state = self.inbox.lock();
+        let mut state = self.oneshot.lock();
         if matches!(*state, State::Running) {
             *state = State::Lost;
         }
         drop(state);
-        self.inbox.changed.notify_waiters();
+        self.oneshot.changed.notify_waiters();
     }
 }
 
 struct Waiter<T, O: Fn(T)> {
-    inbox: Arc<Inbox<T>>,
+    oneshot: Arc<Oneshot<T>>,
     orphaned: O,
 }
 
 impl<T, O: Fn(T)> Waiter<T, O> {
     async fn wait(&mut self) -> Option<T> {
         loop {
-            let mut changed = pin!(self.inbox.changed.notified());
+            let mut changed = pin!(self.oneshot.changed.notified());
             changed.as_mut().enable();
-            match self.inbox.take() {
+            match self.oneshot.take() {
                 State::Done(value) => return Some(value),
-                State::Lost | State::Left => return None,
+                State::Lost | State::Abandoned => return None,
                 State::Running => changed.await,
             }
         }
@@ -104,7 +105,7 @@ impl<T, O: Fn(T)> Waiter<T, O> {
 
 impl<T, O: Fn(T)> Drop for Waiter<T, O> {
     fn drop(&mut self) {
-        let before = std::mem::replace(&mut *self.inbox.lock(), State::Left);
+        let before = std::mem::replace(&mut *self.oneshot.lock(), State::Abandoned);
         if let State::Done(value) = before {
             (self.orphaned)(value);
         }

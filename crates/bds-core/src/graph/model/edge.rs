@@ -203,9 +203,7 @@ impl Edge {
     #[inline]
     pub(crate) fn medium(&self) -> Option<Target<'_>> {
         let reading = self.target.read();
-        if reading.held.is_none() {
-            return None;
-        }
+        reading.held.as_ref()?;
         Some(Target(reading))
     }
 

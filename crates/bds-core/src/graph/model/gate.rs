@@ -55,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_ticket_does_not_survive_a_closing_it_slept_through() {
+    fn a_ticket_is_invalid_after_a_close_and_open() {
         let gate = Gate::default();
         let ticket = gate.ticket().unwrap();
         gate.close();

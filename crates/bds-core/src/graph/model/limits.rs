@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cell_gives_back_what_was_stored() {
+    fn a_stored_value_is_loaded_unchanged() {
         let limits = Limits { opt_transfer: 7, max_discard: 9, ..Limits::default() };
         assert_eq!(LimitsCell::new(limits).load(), limits);
     }
