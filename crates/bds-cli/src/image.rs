@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use bds_core::graph::gate::TrustAll;
+use bds_core::graph::reference_gate::TrustAll;
 use bds_core::graph::{Graph, GraphConfig, NodeRef, walk};
 use bds_core::request::{Backend, BackendOptions};
 use bds_core::{Error, Options, Result};

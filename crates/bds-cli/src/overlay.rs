@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bds_core::driver::{OpenFlags, ReferenceKind};
-use bds_core::graph::{Graph, NodeId, NodeRef, gate, walk};
+use bds_core::graph::{Graph, NodeId, NodeRef, reference_gate, walk};
 use bds_core::request::Backend;
 use bds_core::{Error, ErrorKind, Options, Result};
 use serde_json::Value;
@@ -43,7 +43,7 @@ impl Base {
         };
         let name = stored.to_string_lossy().into_owned();
         graph.config().registry.format(&format)?;
-        let path = gate::resolve(ReferenceKind::Backing, &stored, Some(output));
+        let path = reference_gate::resolve(ReferenceKind::Backing, &stored, Some(output));
         let file = image_options::file(&path).into_json();
         let tree = Options::new().with("driver", format).with("file", file);
         let flags = OpenFlags { read_only: true, ..OpenFlags::default() };

@@ -8,8 +8,8 @@ use std::any::Any;
 use std::sync::Arc;
 
 use bds_core::driver::{
-    BoxFuture, Category, Driver, DriverType, OpenContext, Precision, ReadFlags, Registry, StatusFlags,
-    StatusRun, WriteFlags,
+    BoxFuture, Category, Driver, DriverType, OpenContext, Precision, ReadFlags, Registry,
+    StatusFlags, StatusRun, WriteFlags,
 };
 use bds_core::graph::{Graph, GraphConfig};
 use bds_core::options::{OptionKind, OptionSpec};

@@ -181,7 +181,7 @@ pub struct RateLimits {
     pub bps_read: Rate,
     /// Bytes written.
     pub bps_write: Rate,
-    /// Operations, both ways together.
+    /// BlockOps, both ways together.
     pub iops_total: Rate,
     /// Reads.
     pub iops_read: Rate,

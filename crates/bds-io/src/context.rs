@@ -193,7 +193,7 @@ const ABANDONED_TIMEOUT: Duration = Duration::from_secs(1);
 /// If a Context (or a simulated world) is entered, it is driven meanwhile, also from inside one of
 /// its tasks. Else the thread gets a small Context of its own, cached until the thread ends, so
 /// that operations and tasks need no other thread; tasks that are not done when this returns
-/// continue in the background Context. Operations in flight whose futures were dropped are waited
+/// continue in the background Context. BlockOps in flight whose futures were dropped are waited
 /// for up to a second, so that files are released when this returns; those that a task waits for
 /// are waited for, or go to a thread of the pool if the kernel can cancel them.
 pub fn block_on<F: Future>(future: F) -> F::Output {

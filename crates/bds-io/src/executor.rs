@@ -210,7 +210,7 @@ pub(crate) struct Local {
     timers: RefCell<Timers>,
     engine: RefCell<Engine>,
     completed: RefCell<Vec<Completed>>,
-    /// Operations executed by `submit`, because no thread could be started for them; not delivered
+    /// BlockOps executed by `submit`, because no thread could be started for them; not delivered
     /// yet.
     completed_at_submit: RefCell<Vec<Completed>>,
     main: RefCell<Option<Arc<MainWaker>>>,
@@ -544,7 +544,7 @@ impl Local {
 
 impl Drop for Local {
     fn drop(&mut self) {
-        // Tasks and timers continue in the background Context. Operations end here: dropping the
+        // Tasks and timers continue in the background Context. BlockOps end here: dropping the
         // engine waits for them, and their completions wake the tasks, wherever those are by then.
         self.move_to_background();
     }

@@ -193,7 +193,7 @@ impl File {
     /// (dup2), with its locks.
     ///
     /// For closing a description while clones exist, not for further use: cached properties of the
-    /// old one (alignment) stay. Operations in flight may use either.
+    /// old one (alignment) stay. BlockOps in flight may use either.
     pub fn redirect(&self, to: &File) -> io::Result<()> {
         match (&self.0, &to.0) {
             (Inner::Host(file), Inner::Host(to)) => file.redirect(to),

@@ -11,7 +11,7 @@ use std::time::Duration;
 use bds::core::ErrorKind;
 use bds::core::Options;
 use bds::core::event::{ErrorAction, Event, Events};
-use bds::core::graph::{Graph, GraphConfig, NodeRef, Operations, Perm};
+use bds::core::graph::{BlockOps, Graph, GraphConfig, NodeRef, Perm};
 use bds::core::request::{Backend, BackendOptions, ErrorPolicies, ErrorPolicy, IoStatus};
 use bds::core::stats::Operation;
 
@@ -53,7 +53,7 @@ async fn media(graph: &Graph, drive: &Backend) -> Result<()> {
     drive.write(0, vec![1; 4096].into(), Default::default()).await?;
     drive.replace_medium(&two).await?;
 
-    let blocker = two.block(Operations::EJECT, "a backup runs");
+    let blocker = two.block(BlockOps::EJECT, "a backup runs");
     println!("blocked:  {}", drive.eject().await.map(drop).expect_err("blocked"));
     drop(blocker);
     let out = drive.eject().await?.expect("there was one");

@@ -8,7 +8,7 @@
 use std::error::Error;
 use std::sync::Arc;
 
-use bds::core::graph::gate::TrustAll;
+use bds::core::graph::reference_gate::TrustAll;
 use bds::core::graph::{Graph, GraphConfig};
 use bds::core::request::{Backend, BackendOptions};
 use bds::core::{Options, driver::Registry};

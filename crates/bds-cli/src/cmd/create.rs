@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use bds_core::driver::ReferenceKind;
-use bds_core::graph::{Graph, NewImage, gate};
+use bds_core::graph::{Graph, NewImage, reference_gate};
 use bds_core::options::{OptionKind, OptionSpec, parse_number, parse_size};
 use bds_core::{Error, ErrorKind, Options, Result};
 use serde_json::Value;
@@ -109,7 +109,7 @@ pub(crate) fn path(name: &OsStr) -> Result<PathBuf> {
 pub(crate) fn partial(path: PathBuf, options: &Options, keep: bool) -> PartialOutput {
     let data_file = options
         .peek_path("data_file")
-        .map(|name| gate::resolve(ReferenceKind::DataFile, name, Some(&path)));
+        .map(|name| reference_gate::resolve(ReferenceKind::DataFile, name, Some(&path)));
     PartialOutput::before_creation(std::iter::once(path).chain(data_file), keep)
 }
 

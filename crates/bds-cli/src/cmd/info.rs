@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use bds_core::driver::{ImageInfo, OpenFlags, ReferenceKind};
-use bds_core::graph::{NodeRef, gate, walk};
+use bds_core::graph::{NodeRef, reference_gate, walk};
 use bds_core::{Error, ErrorKind, Result};
 use serde_json::{Map, Value, json};
 
@@ -91,7 +91,7 @@ async fn facts(node: &NodeRef, spec: &Spec<'_>) -> Result<Facts> {
     let backing_path = info
         .backing_file
         .as_deref()
-        .map(|stored| gate::resolve(ReferenceKind::Backing, stored, own_path.as_deref()));
+        .map(|stored| reference_gate::resolve(ReferenceKind::Backing, stored, own_path.as_deref()));
     let file = match walk::child(node, "file") {
         None => None,
         Some((file, _)) => {

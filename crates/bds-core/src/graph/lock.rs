@@ -1,80 +1,40 @@
-//! The graph's lock, as types: drain first, then lock.
+//! The topology lock as a token: proof that the caller alone may change which edge points where.
 //!
-//! ```text
-//! GraphLockGuard   the plan of the rooms, mine alone for a moment: who points where, who is drained, who may do what
-//! Edit    GraphLockGuard in the hands of somebody who has drained: only with it can an edge be re-pointed
-//! ```
-//! `GraphLockGuard` is a plain mutex, held for computation only: never across an await, never while foreign code runs that could come back here.
-//! No request takes it. Lock order: the turn of graph changes (`Graph::begin_change`), `GraphLockGuard`, names and monitor (`NameTable`), a node's parents, a
+//! A plain mutex, held for computation only: never across an await, and never while driver code runs that could call
+//! back into the graph. No request takes it. It is taken with `GraphCore::lock`.
+//!
+//! Lock order: the turn of graph changes (`Graph::begin_change`), this lock, the name table, a node's parents, a
 //! slot's side.
-//!
-//! QEMU 10.0 locks first and drains then, and deadlocks: a reader that is inside waits for the lock, and the drain waits for the
-//! reader. Here the other order has no expression: [`Edit`] is made of [`Drained`] nodes.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crossbeam::queue::SegQueue;
-
-use bds_io::sync::Notify;
-
-use super::core::GraphCore;
-use super::drain::DrainSet;
-use super::node::NodeId;
-use super::perm;
-
-/// Nodes of which an edge has gone: what was done through it may not matter any more. Edges tell on their way out,
-/// without a lock; whoever takes the lock next sees to it.
-pub(crate) type Loosened = Arc<SegQueue<NodeId>>;
-
-/// What the lock is about.
+/// What the lock protects beside nodes and edges.
 #[derive(Default)]
-pub(crate) struct Topology {
-    state: Mutex<State>,
-    pub(super) loosened: Loosened,
-    /// A closing ended, or a drained section did.
-    pub(super) eased: Notify,
-    /// Re-creates the order that deadlocks, for the test that must find it.
-    #[cfg(test)]
-    pub(super) lock_first: std::sync::atomic::AtomicBool,
-}
-
-/// What the lock keeps beside nodes and edges.
-#[derive(Default)]
-pub(super) struct State {
-    /// Drained sections of everything that are open.
+pub(super) struct LockState {
+    /// Open drained sections of all nodes (`Graph::drain_all`).
     pub(super) drain_alls: u32,
 }
 
-/// The graph's lock, held.
-pub(crate) struct GraphLockGuard<'a> {
-    pub(super) core: &'a GraphCore,
-    pub(super) state: MutexGuard<'a, State>,
-}
+/// The topology lock of one graph.
+#[derive(Default)]
+pub(super) struct GraphLock(Mutex<LockState>);
 
-impl GraphCore {
-    /// Takes the lock. Permissions are exact from here on.
+impl GraphLock {
     pub(super) fn lock(&self) -> GraphLockGuard<'_> {
-        let state = self.topology.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let lock = GraphLockGuard { core: self, state };
-        perm::loosen(&lock);
-        lock
+        GraphLockGuard { state: self.0.lock().unwrap_or_else(PoisonError::into_inner) }
     }
 
-    /// Does nobody hold the lock just now?
     #[cfg(test)]
-    pub(super) fn lock_is_free(&self) -> bool {
-        self.topology.state.try_lock().is_ok()
+    pub(super) fn is_free(&self) -> bool {
+        self.0.try_lock().is_ok()
     }
 }
 
-/// The right to re-point edges at the drained nodes, and to change what hangs below them.
-pub(super) struct Edit<'a> {
-    pub(super) lock: &'a GraphLockGuard<'a>,
-    _drained: &'a DrainSet,
+/// The topology lock, held. Methods that change the topology take it as proof.
+pub(crate) struct GraphLockGuard<'a> {
+    pub(super) state: MutexGuard<'a, LockState>,
 }
 
-impl<'a> Edit<'a> {
-    pub(super) fn new(drained: &'a DrainSet, lock: &'a GraphLockGuard<'a>) -> Self {
-        Self { lock, _drained: drained }
-    }
-}
+/// Proof that an edge may be re-pointed: its nodes are drained and the lock is held. Implemented by
+/// `drain::set::DrainedEdit` and by nothing else.
+pub(super) trait RepointProof {}

@@ -69,7 +69,7 @@ pub(super) async fn enter_backend(edge: &Edge) -> Result<Entered<'_>, Refused<'_
 #[inline]
 fn try_enter(edge: &Edge) -> Option<Result<Entered<'_>, Refused<'_>>> {
     let ticket = edge.ticket()?;
-    let backend_guard = edge.backend_in_flight().map(|in_flight| in_flight.lodge());
+    let backend_guard = edge.backend_in_flight().map(|in_flight| in_flight.enter());
     let Some(target) = edge.medium() else {
         let refused = || Refused { error: no_medium(edge), backend_guard };
         return edge.admits(ticket).then(|| Err(refused()));

@@ -76,7 +76,7 @@ impl NodeRef {
             kind: HolderKind::User,
             name: "copy-on-read",
             access: Access { perm: Perm::WRITE_UNCHANGED, shared: Perm::all() },
-            stays: true,
+            is_fixed: true,
             is_backend: false,
         };
         let root = self.graph().attach_root(Some(self), &root)?;

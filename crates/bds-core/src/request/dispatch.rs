@@ -61,7 +61,7 @@ pub(super) fn try_write<T>(
     fits_inline(node, offset, iov)?;
     let end = offset + iov.len() as u64;
     if end > node.driver().len()
-        || end > node.write_mark()
+        || end > node.write_threshold_or_max()
         || node.flags().detect_zeroes != DetectZeroes::Off
         || !node.is_writable()
         || !edge.access().perm.contains(Perm::WRITE)

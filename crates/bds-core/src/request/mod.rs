@@ -47,7 +47,7 @@ pub use status::{ChainRun, HostBytes};
 impl Graph {
     /// An empty graph.
     pub fn new(config: GraphConfig) -> Graph {
-        Graph::with_corridor(config, port::make)
+        Graph::with_ports(config, port::make)
     }
 }
 

@@ -83,7 +83,7 @@ pub(super) fn write_perms(is_unchanged: bool) -> Perm {
 #[inline]
 pub(super) fn check_write(edge: &Edge, node: &Node, end: u64, any_of: Perm) -> Result<()> {
     may_write(edge, node, end, any_of)?;
-    if end > node.write_mark() {
+    if end > node.write_threshold_or_max() {
         node.pass_threshold(end);
     }
     Ok(())

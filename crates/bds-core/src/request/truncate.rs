@@ -4,7 +4,7 @@ use super::admit::{Admission, Entered, RequestScope, enter, named};
 use super::range::{self, MAX_LEN};
 use crate::driver::{BoxFuture, Truncate};
 use crate::error::{ErrorKind, Result};
-use crate::graph::{Edge, Operations};
+use crate::graph::{BlockOps, Edge};
 
 /// Changes the length. Excludes requests to bytes behind the shorter of both lengths meanwhile.
 pub(super) fn truncate(edge: &Edge, change: Truncate) -> BoxFuture<'_, Result<()>> {
@@ -26,7 +26,7 @@ fn truncate_below<'a>(
 /// As [`truncate`], for a backend's request, which a resize blocker refuses.
 pub(super) async fn truncate_for_user(edge: &Edge, change: Truncate) -> Result<()> {
     let node = enter(edge).await?;
-    named(&node, node.check_allowed(Operations::RESIZE))?;
+    named(&node, node.check_allowed(BlockOps::RESIZE))?;
     named(&node, truncate_entered(edge, &node, change, None).await)
 }
 

@@ -10,7 +10,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use bds_core::driver::{Prealloc, Precision, Truncate, WriteFlags, ZeroFlags};
-use bds_core::graph::gate::TrustAll;
+use bds_core::graph::reference_gate::TrustAll;
 use bds_core::graph::{Graph, GraphConfig, NewImage, NodeRef};
 use bds_core::request::{Backend, BackendOptions};
 use bds_core::{Options, Result};

@@ -1,6 +1,6 @@
 //! The io_uring engine: submits and reaps the operations of one Context through a ring.
 //!
-//! Operations are queued as they come and go to the kernel with one `io_uring_enter` a turn, which
+//! BlockOps are queued as they come and go to the kernel with one `io_uring_enter` a turn, which
 //! also reaps. Each stays in a slab with everything it points at until its completion is seen.
 //!
 //! Drop order: `drop` waits until the slab is empty, and only then the ring and the memory go.
@@ -53,7 +53,7 @@ impl PendingOp {
 #[derive(Debug)]
 struct Vectors(Box<[libc::iovec]>);
 
-/// Operations that this kernel's ring supports; the others go to threads.
+/// BlockOps that this kernel's ring supports; the others go to threads.
 #[derive(Debug, Clone, Copy)]
 struct Supported {
     allocate: bool,

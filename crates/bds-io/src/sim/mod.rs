@@ -96,17 +96,17 @@ pub struct SimConfig {
     pub sync_failure: SyncFailure,
     /// Probability that an operation of `fault_ops` fails with `fault_errno`.
     pub fault_rate: f64,
-    /// Operations that fail at `fault_rate`.
+    /// BlockOps that fail at `fault_rate`.
     pub fault_ops: OpMask,
     /// The errno they fail with.
     pub fault_errno: i32,
-    /// Operations this file system does not have: EOPNOTSUPP; copies give up, extents are all data.
+    /// BlockOps this file system does not have: EOPNOTSUPP; copies give up, extents are all data.
     pub unsupported: OpMask,
     /// Space of the disk in bytes; beyond it ENOSPC. Also bounds the memory of a world.
     pub capacity_bytes: u64,
     /// Memory and offset alignment that direct files demand.
     pub direct_align: (usize, u32),
-    /// Operations that [`Sim::trace`] remembers.
+    /// BlockOps that [`Sim::trace`] remembers.
     pub trace_len: usize,
     /// Turns after which a world that is never idle counts as a livelock.
     pub max_turns: u64,
@@ -199,7 +199,7 @@ impl Sim {
         self.ops_of(OpMask::IO)
     }
 
-    /// Operations of these kinds so far.
+    /// BlockOps of these kinds so far.
     pub fn ops_of(&self, kinds: OpMask) -> u64 {
         self.world().counted(kinds)
     }

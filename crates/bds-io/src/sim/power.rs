@@ -11,7 +11,7 @@ use super::world::{Inode, World, to_index};
 use super::{Sim, SimConfig};
 
 impl World {
-    /// Cuts the power. Operations in flight may have reached the medium in part, in any order.
+    /// Cuts the power. BlockOps in flight may have reached the medium in part, in any order.
     pub(super) fn cut(&mut self, deferred: &mut Deferred) {
         if std::mem::replace(&mut self.is_cut, true) {
             return;

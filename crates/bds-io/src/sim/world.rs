@@ -136,7 +136,7 @@ impl World {
         is_last
     }
 
-    /// Operations of these kinds so far.
+    /// BlockOps of these kinds so far.
     pub(super) fn counted(&self, kinds: OpMask) -> u64 {
         kinds.iter().map(|kind| self.counts[bit(kind)]).sum()
     }

@@ -84,7 +84,7 @@ fn sweep(direct: bool, abandon: fn(Pin<Box<dyn Future<Output = ()>>>)) {
             // Memory that was freed too early is allocated here: a late write of the kernel would
             // show in it.
             let canaries: Vec<_> = (0..16).map(|_| vec![0xaa; 16_384]).collect();
-            // Operations in flight still complete, and the Context still works.
+            // BlockOps in flight still complete, and the Context still works.
             let data = pattern(4096, 1);
             context.block_on(async {
                 other.write(0, Buf::from_slice(&data).iov(), false).await.unwrap();

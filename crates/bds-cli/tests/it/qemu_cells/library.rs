@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bds_core::driver::{WriteFlags, ZeroFlags};
-use bds_core::graph::gate::TrustAll;
+use bds_core::graph::reference_gate::TrustAll;
 use bds_core::graph::{Graph, GraphConfig};
 use bds_core::request::{Backend, BackendOptions};
 use bds_core::{Options, Result};

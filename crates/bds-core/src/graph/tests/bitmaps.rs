@@ -87,7 +87,7 @@ fn a_close_says_what_was_leased_or_not_given_back_and_ends_the_leases() {
         let report = node.close().await.unwrap();
         let error = report.close_error.expect("two were in use");
         let words = "node 'n': the node ended while bitmap 'daily' is in use by job 'one', an anonymous bitmap \
-                     of job 'two' was not given back";
+                     of job 'two' was not removed by its owner";
         assert_eq!((error.kind(), &*error.to_string()), (ErrorKind::InUse, words));
         assert!(!lease.is_valid());
         assert_eq!(world.graph.lease_bitmap(id, "late").unwrap_err().kind(), ErrorKind::Stale);

@@ -116,7 +116,7 @@ fn refused_changes_leave_everything_as_it_was() {
 fn nodes_of_another_graph_are_refused() {
     run(|world| async move {
         let ours = image(&world, "ours").await;
-        let other = crate::graph::Graph::with_corridor(world.graph.config().clone(), |_| {
+        let other = crate::graph::Graph::with_ports(world.graph.config().clone(), |_| {
             unreachable!("no edge is made")
         });
         let error = other.set_backing(&ours, None).await.unwrap_err();
@@ -286,14 +286,14 @@ fn a_change_that_is_dropped_while_it_drains_changes_nothing() {
             assert!(futures_util::poll!(&mut change).is_pending());
             bds_io::yield_now().await;
         }
-        assert!(root.is_closed());
+        assert!(root.gate_blocked());
         // Whoever comes now waits, also through an edge that is new.
         let late = super::fakes::root(&a, "late", READ);
         let mut queued = Box::pin(read(&late));
         assert!(futures_util::poll!(&mut queued).is_pending());
         drop(late.clone());
         drop(change);
-        assert!(!root.is_closed() && !late.is_closed());
+        assert!(!root.gate_blocked() && !late.gate_blocked());
         busy.await.unwrap();
         queued.await.unwrap();
         drop(late);
@@ -317,7 +317,7 @@ fn roles_exclude_each_other() {
         (vec![], Role::FILTERED | Role::DATA, false),
         (vec![], Role::FILTERED | Role::COW, false),
     ] {
-        let found = crate::graph::child::check_role(others.iter().copied(), "x", role);
+        let found = crate::graph::model::edge::check_role(others.iter().copied(), "x", role);
         assert_eq!(found.is_ok(), fits, "{others:?} + {role:?}");
     }
 }

@@ -315,7 +315,7 @@ fn names_of_closed_nodes_are_forgotten_and_those_of_their_successors_are_not() {
     run(|world| async move {
         world.plain("a");
         world.plain("b");
-        let names = || world.graph.0.core.lock_plan().names.len();
+        let names = || world.graph.0.core.lock_names().claims.len();
         let first = world.open("driver=file,node-name=disk,filename=a").await;
         assert_eq!(names(), 1);
         assert!(first.close().await.unwrap().is_clean());

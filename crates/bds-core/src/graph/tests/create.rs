@@ -142,7 +142,7 @@ fn what_can_be_refused_beforehand_costs_no_old_content() {
 #[test]
 fn the_gate_is_asked_about_the_backing_image() {
     run_with(
-        |config| config.gate = std::sync::Arc::new(crate::graph::gate::DenyAll),
+        |config| config.gate = std::sync::Arc::new(crate::graph::reference_gate::DenyAll),
         |world| async move {
             world.plain("base");
             let error =
@@ -155,7 +155,7 @@ fn the_gate_is_asked_about_the_backing_image() {
 
 #[test]
 fn a_node_that_the_gate_names_as_backing_image_stays_open() {
-    let table = crate::graph::gate::Explicit::new().node("base", "disk");
+    let table = crate::graph::reference_gate::Explicit::new().node("base", "disk");
     run_with(
         |config| config.gate = std::sync::Arc::new(table),
         |world| async move {

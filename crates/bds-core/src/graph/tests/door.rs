@@ -5,7 +5,7 @@
 //! loom in bds-refcount.)
 
 use super::fakes::{root, run};
-use crate::graph::edge::Ticket;
+use crate::graph::model::gate::Ticket;
 use crate::graph::{Access, Edge, NodeRef};
 use crate::tracker::ShardNumber;
 
@@ -54,12 +54,12 @@ impl Change {
     /// False: it has to wait, so this is not the next step.
     fn go_on(&mut self, edge: &Edge, node: &NodeRef) -> bool {
         match self.step {
-            0 => edge.close(),
+            0 => edge.close_gate(),
             1 if node.in_flight() > 0 => return false,
             1 => self.is_alone = true,
             _ => {
                 self.is_alone = false;
-                edge.open();
+                edge.open_gate();
             }
         }
         self.step += 1;
@@ -83,7 +83,7 @@ fn play(order: &[usize], edge: &Edge, node: &NodeRef) -> Option<bool> {
     while change.step < Change::STEPS {
         change.go_on(edge, node);
     }
-    assert!(!edge.is_closed() && node.in_flight() == 0);
+    assert!(!edge.gate_blocked() && node.in_flight() == 0);
     is_possible.then(|| requests.iter().any(|request| request.is_turned_away))
 }
 

@@ -18,7 +18,7 @@ use crate::driver::{
     Registry, Role, StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::gate::TrustAll;
+use crate::graph::reference_gate::TrustAll;
 use crate::graph::{Access, Edge, Graph, GraphConfig, NodeRef, Root, Target, walk};
 use crate::options::{OptionKind, OptionSpec, Options};
 
@@ -86,7 +86,7 @@ pub(super) fn run_seeded<F: Future<Output = ()>>(
     config.fs = sim.fs();
     config.gate = Arc::new(TrustAll { may_probe: false });
     adjust(&mut config);
-    let graph = Graph::with_corridor(config, port);
+    let graph = Graph::with_ports(config, port);
     sim.block_on(test(Fixture { graph, shared, sim: sim.clone() }));
 }
 
@@ -425,7 +425,7 @@ impl Driver for Fake {
 
 /// A backend's edge.
 pub(super) fn root(node: &NodeRef, name: &str, access: Access) -> Arc<Edge> {
-    let root = Root { kind: HolderKind::Backend, name, access, stays: false, is_backend: false };
+    let root = Root { kind: HolderKind::Backend, name, access, is_fixed: false, is_backend: false };
     node.graph().attach_root(Some(node), &root).unwrap()
 }
 

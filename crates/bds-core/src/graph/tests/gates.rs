@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::fakes::{Fixture, Header, run, run_with};
 use crate::ErrorKind;
 use crate::graph::ReferenceGate;
-use crate::graph::gate::{DenyAll, Explicit, SameDirectory, TrustAll, UnderRoots};
+use crate::graph::reference_gate::{DenyAll, Explicit, SameDirectory, TrustAll, UnderRoots};
 
 const OPEN: &str = "driver=cow,node-name=top,read-only=on,file.driver=file,file.filename=dir/top";
 

@@ -10,7 +10,7 @@ use super::fakes::{Fixture, run};
 use crate::driver::{BoxFuture, WriteFlags};
 use crate::error::{ErrorKind, Result};
 use crate::event::Event;
-use crate::graph::{Access, NodeRef, Operations, Perm, ShutdownStage, Stoppable};
+use crate::graph::{Access, BlockOps, NodeRef, Perm, ShutdownStage, Stoppable};
 use crate::request::{Backend, BackendOptions, ErrorPolicies, ErrorPolicy, IoStatus};
 
 const READ: Access = Access::READ;
@@ -264,7 +264,7 @@ fn hang_shutdown_ejects_after_exports_and_jobs_and_twice_does_no_harm() {
         let drive = drive.unwrap();
         world.graph.own_backend(drive.clone()).unwrap();
         let blocked = file(&world, "blocked").await;
-        let _blocker = blocked.block(Operations::all(), "a job that forgot itself");
+        let _blocker = blocked.block(BlockOps::all(), "a job that forgot itself");
         let other = Backend::new(&blocked, options("d1")).unwrap();
         drop((node, blocked));
         let witness = || Arc::new(Witness { drive: drive.clone(), seen: Default::default() });

@@ -10,10 +10,10 @@ use std::thread::{self, Thread};
 use bds_refcount::Strong;
 
 use super::fakes::{root, run};
-use crate::graph::commit::Moved;
-use crate::graph::drain::DrainSet;
-use crate::graph::lock::Edit;
-use crate::graph::transaction::Move;
+use crate::graph::change::commit::Moved;
+use crate::graph::change::stage::Move;
+use crate::graph::drain::set::DrainSet;
+use crate::graph::drain::set::DrainedEdit;
 use crate::graph::{Access, Edge, NodeRef};
 
 struct Unpark(Thread);
@@ -95,7 +95,7 @@ fn nobody_is_inside_a_drained_node_nor_stays_with_one_the_edge_has_left() {
                 let lock = graph.0.core.lock();
                 let staged = Move { edge: Arc::clone(&edge), from: Some(strong), to, number: 0 };
                 let since = std::panic::Location::caller();
-                moved.repoint(&Edit::new(&drained, &lock), staged, since);
+                moved.repoint(&DrainedEdit::new(&drained, &lock), staged, since);
                 drop(lock);
                 drop(moved);
                 is_empty.store(false, Ordering::SeqCst);

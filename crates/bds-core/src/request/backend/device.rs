@@ -38,7 +38,7 @@ impl Drop for Device {
     fn drop(&mut self) {
         let inner = &*self.backend.inner;
         // Its permissions go with it, and so does the one that could resume its requests.
-        self.backend.graph.loosen_root(&inner.edge);
+        self.backend.graph.release_root_access(&inner.edge);
         inner.state().policies = None;
         inner.resume();
         inner.emit_device_event(&self.name, false);

@@ -37,7 +37,7 @@ impl BackendDrained {
 
 impl Drop for BackendDrained {
     fn drop(&mut self) {
-        self.backend.inner.edge.open();
+        self.backend.inner.edge.open_gate();
     }
 }
 
@@ -86,7 +86,7 @@ impl Backend {
     }
 
     async fn drain_here(self) -> BackendDrained {
-        self.inner.edge.close();
+        self.inner.edge.close_gate();
         // From here on dropping the future opens the gate again.
         let drained = BackendDrained { backend: self };
         let edge = &drained.backend.inner.edge;

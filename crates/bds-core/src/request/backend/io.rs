@@ -314,7 +314,7 @@ impl Backend {
     /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
     /// let change = Truncate { len: 2 << 20, exact: true, prealloc: Prealloc::Off, zero_new: false };
-    /// let blocker = disk.block(Operations::RESIZE, "a backup runs");
+    /// let blocker = disk.block(BlockOps::RESIZE, "a backup runs");
     /// let error = guest.truncate(change).await.unwrap_err();
     /// assert_eq!(error.to_string(), "node 'disk': resize is not possible now: a backup runs");
     ///
@@ -325,7 +325,7 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// Also `InUse`: [`crate::graph::Operations::RESIZE`] is blocked on the medium.
+    /// Also `InUse`: [`crate::graph::BlockOps::RESIZE`] is blocked on the medium.
     pub async fn truncate(&self, change: Truncate) -> Result<()> {
         let this = self.clone();
         let work = async move { truncate::truncate_for_user(&this.inner.edge, change).await };

@@ -5,7 +5,7 @@
 use super::Backend;
 use super::policy::ErrorPolicies;
 use crate::error::Result;
-use crate::graph::{Change, Expected, NodeRef, Operations, RootMove};
+use crate::graph::{BlockOps, Change, Expected, NodeRef, RootMove};
 
 impl Backend {
     /// Inserts a medium. The backend takes a reference of its own. Turns writethrough mode on if the node's
@@ -52,7 +52,7 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// As [`Backend::insert`]; `InUse` also if [`Operations::EJECT`] is blocked on the old one.
+    /// As [`Backend::insert`]; `InUse` also if [`BlockOps::EJECT`] is blocked on the old one.
     #[track_caller]
     pub fn replace_medium(&self, node: &NodeRef) -> impl Future<Output = Result<()>> + Send + '_ {
         let root = RootMove::new(&self.graph, &self.inner.edge, Some(node));
@@ -84,7 +84,7 @@ impl Backend {
     /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
     /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
     /// drive.insert(&disk).await?;
-    /// let blocker = disk.block(Operations::EJECT, "a backup runs");
+    /// let blocker = disk.block(BlockOps::EJECT, "a backup runs");
     /// let error = drive.eject().await.unwrap_err();
     /// assert_eq!(error.to_string(), "node 'disk': eject is not possible now: a backup runs");
     ///
@@ -95,10 +95,10 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// Nothing has changed. `InUse`: [`Operations::EJECT`] is blocked, or the edge is frozen (the message says by what
+    /// Nothing has changed. `InUse`: [`BlockOps::EJECT`] is blocked, or the edge is frozen (the message says by what
     /// and why).
     pub async fn eject(&self) -> Result<Option<NodeRef>> {
-        self.take_out(Operations::EJECT).await
+        self.take_out(BlockOps::EJECT).await
     }
 
     /// Takes the medium away from the user of the backend: QEMU's `drive_del`. A device stays attached: its handle is
@@ -119,14 +119,14 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// Nothing has changed. `InUse`: [`Operations::DELETE`] is blocked on the medium, or the edge is frozen.
+    /// Nothing has changed. `InUse`: [`BlockOps::DELETE`] is blocked on the medium, or the edge is frozen.
     pub async fn revoke(&self) -> Result<()> {
         let this = self.clone();
         bds_io::spawn_now(async move { this.revoke_here().await }).await
     }
 
     async fn revoke_here(&self) -> Result<()> {
-        let medium = self.take_out(Operations::DELETE).await?;
+        let medium = self.take_out(BlockOps::DELETE).await?;
         self.set_policies(ErrorPolicies::REPORT);
         self.resume();
         drop(medium);
@@ -134,7 +134,7 @@ impl Backend {
     }
 
     /// Returns a reference to the node that was taken out, also if the medium is changed concurrently.
-    async fn take_out(&self, blockers: Operations) -> Result<Option<NodeRef>> {
+    async fn take_out(&self, blockers: BlockOps) -> Result<Option<NodeRef>> {
         loop {
             let Some(medium) = self.node() else { return Ok(None) };
             let expected = Expected::Node(medium.id());

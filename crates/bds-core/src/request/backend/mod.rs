@@ -195,7 +195,7 @@ impl Backend {
             kind: HolderKind::Backend,
             name: &options.name,
             access: options.access(),
-            stays: false,
+            is_fixed: false,
             is_backend: true,
         };
         let edge = graph.attach_root(node, &root)?;

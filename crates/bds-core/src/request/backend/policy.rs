@@ -133,7 +133,7 @@ impl Inner {
         };
         // Outside the lock, because this wakes waiters. A stop in between has closed the gate once more.
         if was_stopped {
-            self.edge.open();
+            self.edge.open_gate();
         }
     }
 
@@ -158,7 +158,7 @@ impl Inner {
             }
             if action == ErrorAction::Stop && !std::mem::replace(&mut state.is_stopped, true) {
                 state.io_status = if nospace { IoStatus::NoSpace } else { IoStatus::Failed };
-                self.edge.close();
+                self.edge.close_gate();
             }
             action
         };

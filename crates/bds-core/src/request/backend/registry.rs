@@ -172,7 +172,7 @@ impl Graph {
     ///
     /// # Errors
     /// Nothing has changed. `NotFound`; `InvalidInput`: it is not on the list; `InUse`: a device is attached (it is
-    /// named), or [`crate::graph::Operations::DELETE`] is blocked on its medium.
+    /// named), or [`crate::graph::BlockOps::DELETE`] is blocked on its medium.
     pub fn del_backend(&self, name: &str) -> Result<Release> {
         let owned = self.disown_backend_entry(name)?;
         // Of handles that are dropped at the same time, exactly one gets the backend itself.

@@ -7,7 +7,7 @@ use super::{ended, iov, run};
 use crate::driver::WriteFlags;
 use crate::error::ErrorKind;
 use crate::event::Event;
-use crate::graph::{Access, Operations, Perm};
+use crate::graph::{Access, BlockOps, Perm};
 use crate::options::Options;
 use crate::request::{Backend, BackendOptions, ErrorPolicies, ErrorPolicy, IoStatus};
 
@@ -160,7 +160,7 @@ fn the_monitors_backend_is_deleted_unless_used_or_blocked() {
         let refused = graph.del_backend("d0").unwrap_err();
         assert!(refused.to_string().contains("virtio0"), "{refused}");
         drop(device);
-        let blocker = node.block(Operations::DELETE, "a job runs");
+        let blocker = node.block(BlockOps::DELETE, "a job runs");
         assert_eq!(graph.del_backend("d0").unwrap_err().kind(), ErrorKind::InUse);
         drop(blocker);
         let user = graph.backend("d0").unwrap();

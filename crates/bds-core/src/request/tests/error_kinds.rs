@@ -104,7 +104,7 @@ fn conflicts_blockers_ranges_and_missing_media_have_kinds_of_their_own() {
         let alone = BackendOptions { shared: Perm::CONSISTENT_READ, ..writer() };
         let backend = Backend::new(&node, alone).unwrap();
         assert_eq!(Backend::new(&node, writer()).unwrap_err().kind(), ErrorKind::InUse);
-        let blocker = node.block(crate::graph::Operations::RESIZE, "a test runs");
+        let blocker = node.block(crate::graph::BlockOps::RESIZE, "a test runs");
         assert_eq!(backend.truncate(GROW).await.unwrap_err().kind(), ErrorKind::InUse);
         drop(blocker);
         assert_eq!(backend.read_at(1020, &mut [0; 16]).unwrap_err().kind(), ErrorKind::OutOfRange);

@@ -10,7 +10,7 @@ use super::{ended, iov, run, settle};
 use crate::driver::{Prealloc, Precision, Truncate, WriteFlags};
 use crate::error::ErrorKind;
 use crate::event::Event;
-use crate::graph::{NodeRef, Operations, Perm};
+use crate::graph::{BlockOps, NodeRef, Perm};
 use crate::options::Options;
 use crate::request::{Backend, BackendOptions, ErrorPolicies, ErrorPolicy};
 
@@ -145,13 +145,13 @@ fn blockers_stop_eject_replace_revoke_and_resize() {
         let len = 2048;
         let grow = Truncate { len, exact: true, prealloc: Prealloc::Off, zero_new: false };
         {
-            let _blocker = a.block(Operations::EJECT, "a backup runs");
+            let _blocker = a.block(BlockOps::EJECT, "a backup runs");
             in_use(drive.eject().await.unwrap_err());
             in_use(drive.replace_medium(&b).await.unwrap_err());
             drive.truncate(grow).await.unwrap();
         }
         {
-            let _blocker = a.block(Operations::RESIZE | Operations::DELETE, "a backup runs");
+            let _blocker = a.block(BlockOps::RESIZE | BlockOps::DELETE, "a backup runs");
             in_use(drive.truncate(grow).await.unwrap_err());
             in_use(drive.revoke().await.unwrap_err());
             assert_eq!(drive.policies(), asked, "nothing has changed");

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bds_core::driver::{CreateContext, DriverType};
-use bds_core::graph::gate::TrustAll;
+use bds_core::graph::reference_gate::TrustAll;
 use bds_core::graph::{Graph, GraphConfig, NodeRef};
 use bds_core::options::Options;
 use bds_core::request::{Backend, BackendOptions};

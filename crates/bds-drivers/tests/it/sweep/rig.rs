@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use bds_core::driver::{Attempt, CacheMode, OpenFlags, Prealloc, Truncate, WriteFlags, ZeroFlags};
-use bds_core::graph::gate::TrustAll;
+use bds_core::graph::reference_gate::TrustAll;
 use bds_core::graph::{Graph, GraphConfig, NewImage};
 use bds_core::request::{Backend, BackendOptions};
 use bds_core::{Error, ErrorKind, Options, Result};

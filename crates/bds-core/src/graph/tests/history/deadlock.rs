@@ -8,7 +8,7 @@ use bds_refcount::Release;
 use super::super::fakes::{read, root};
 use super::world::{Point, World, commit, run, run_schedules};
 use crate::ErrorKind;
-use crate::graph::{Access, Operations, ShutdownStage, Stoppable};
+use crate::graph::{Access, BlockOps, ShutdownStage, Stoppable};
 
 /// Row 43 (ac2ae233a0). Giving up a node under the graph's write lock closed it, closing polled, and polling took the lock again. Here a release
 /// counts down and takes no lock; whatever else can be given up under the lock does not either.
@@ -18,7 +18,7 @@ fn deadlock_release_under_the_graphs_lock() {
         let [top, base] = world.chain(["top", "base"]).await;
         let guest = root(&top, "guest", Access::ALL);
         let job = world.graph.attach_job(&base, "job0", Access::READ).unwrap();
-        let guards = (top.claim_job("job0").unwrap(), top.block(Operations::all(), "busy"));
+        let guards = (top.claim_job("job0").unwrap(), top.block(BlockOps::all(), "busy"));
         let bitmap = top.add_anonymous_bitmap("job0");
         world.script.log();
         {

@@ -10,7 +10,7 @@ use super::world::{Point, World, commit, options, run, run_schedules};
 use crate::ErrorKind;
 use crate::driver::BoxFuture;
 use crate::graph::{
-    Access, CloseError, JobSlot, NodeRef, Operations, Perm, ShutdownStage, Stoppable,
+    Access, BlockOps, CloseError, JobSlot, NodeRef, Perm, ShutdownStage, Stoppable,
 };
 
 /// Row 30 (review of dd4118c792). Closing a node began to give up all of its children, while drivers, and tests, still did that themselves.
@@ -75,8 +75,8 @@ async fn backup(world: &World) -> crate::Result<Vec<crate::graph::JobEdge>> {
         world.graph.attach_job(&source, "backup0", Access::READ)?,
         world.graph.attach_job(&target, "backup0", alone)?,
     ];
-    source.check_allowed(Operations::BACKUP_SOURCE)?;
-    target.check_allowed(Operations::BACKUP_TARGET)?;
+    source.check_allowed(BlockOps::BACKUP_SOURCE)?;
+    target.check_allowed(BlockOps::BACKUP_TARGET)?;
     Ok(edges)
 }
 
@@ -93,7 +93,7 @@ fn leak_of_the_target_of_a_refused_backup() {
         let writer = root(&target, "writer", Access::ALL);
         assert_eq!(backup(&world).await.unwrap_err().kind(), ErrorKind::InUse);
         drop(writer);
-        let blocker = target.block(Operations::BACKUP_TARGET, "it is being exported");
+        let blocker = target.block(BlockOps::BACKUP_TARGET, "it is being exported");
         let error = backup(&world).await.unwrap_err();
         assert!(error.to_string().contains("it is being exported"), "{error}");
         drop((blocker, target));
@@ -151,7 +151,7 @@ fn undrained_once_though_edges_move_between_sections() {
         assert_eq!((base.quiesce_count(), other.quiesce_count(), top.quiesce_count()), (2, 1, 1));
         drop(first);
         world.graph.set_backing(&top, Some(&base)).await.unwrap();
-        assert!(guest.is_closed(), "one section is left");
+        assert!(guest.gate_blocked(), "one section is left");
         drop(both);
         drop(second);
         waiting.await;
@@ -304,7 +304,7 @@ fn join(world: &World, node: &NodeRef) -> crate::Result<Arc<Member>> {
     let known: Arc<dyn Stoppable> = member.clone();
     world.graph.on_shutdown(ShutdownStage::Jobs, &known);
     // It fails after it has joined.
-    node.check_allowed(Operations::STREAM)?;
+    node.check_allowed(BlockOps::STREAM)?;
     Ok(member)
 }
 
@@ -314,7 +314,7 @@ fn join(world: &World, node: &NodeRef) -> crate::Result<Arc<Member>> {
 fn failed_job_leaves_its_places() {
     run(|world| async move {
         let node = world.part("disk").await;
-        let blocker = node.block(Operations::STREAM, "not now");
+        let blocker = node.block(BlockOps::STREAM, "not now");
         for _ in 0..2 {
             assert_eq!(join(&world, &node).err().unwrap().kind(), ErrorKind::InUse);
             assert_eq!(node.job(), None);

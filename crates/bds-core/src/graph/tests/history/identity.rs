@@ -8,7 +8,7 @@ use bds_refcount::Release;
 use super::super::fakes::{read, root};
 use super::world::{Point, commit, names_below, options, run, run_schedules};
 use crate::ErrorKind;
-use crate::graph::{Access, JobSlot, Operations, Perm};
+use crate::graph::{Access, BlockOps, JobSlot, Perm};
 
 /// Row 54 (4f78a16fee). A commit relied on the end of its job freeing the job, and with it the job's blockers; somebody else still held the job, and the
 /// next step met the blockers. Here each effect has its own verb; the object may live on.
@@ -22,7 +22,7 @@ fn blockers_end_by_their_own_verb() {
         let alone = Access { shared: Perm::CONSISTENT_READ, ..Access::READ };
         let claims = (
             top.claim_job("commit0").unwrap(),
-            base.block(Operations::all(), "job 'commit0' writes to it"),
+            base.block(BlockOps::all(), "job 'commit0' writes to it"),
             world.graph.attach_job(&base, "commit0", alone).unwrap(),
         );
         let job = Arc::new(Job { claims: std::sync::Mutex::new(Some(claims)) });
@@ -33,7 +33,7 @@ fn blockers_end_by_their_own_verb() {
         );
         drop(job.claims.lock().unwrap().take());
         drop(job);
-        assert_eq!((top.job(), base.blocked(Operations::all()).len()), (None, 0));
+        assert_eq!((top.job(), base.blocked(BlockOps::all()).len()), (None, 0));
         let next = world.graph.attach_job(&base, "next", Access::ALL);
         assert!(next.is_ok() && top.claim_job("next").is_ok());
         drop(somebody_else);
@@ -174,7 +174,7 @@ fn chain_is_frozen_before_anybody_waits() {
             let (graph, top, base) = (world.graph.clone(), top.clone(), base.clone());
             bds_io::spawn(async move { graph.set_backing(&top, Some(&base)).await })
         };
-        while !guest.is_closed() {
+        while !guest.gate_blocked() {
             bds_io::yield_now().await;
         }
         let frozen = world.graph.freeze_chain(&top, &mid, "job 'stream0'").unwrap();

@@ -5,7 +5,7 @@ use bds_refcount::Release;
 use super::super::fakes::{read, root};
 use super::world::{Point, commit, options, run, run_schedules};
 use crate::ErrorKind;
-use crate::graph::{Access, CloseError, Operations, Perm};
+use crate::graph::{Access, BlockOps, CloseError, Perm};
 
 /// 2.11, number 1. QEMU 10.0.2 takes the lock and drains then. Here the right to move an edge is made of a drained set, which only waiting without the lock
 /// gives (`compile_fail/drained_by_hand.rs`: nobody else can make one). The order, watched: as long as a change waits, the lock is free.
@@ -180,7 +180,7 @@ fn born_in_two_sections_is_told_once() {
         let born = world.sieve("born", "base").await;
         assert!(born.quiesce_count() >= 3 - 1);
         let guest = root(&born, "guest", Access::READ);
-        assert!(guest.is_closed());
+        assert!(guest.gate_blocked());
         assert_eq!(world.script.times("drain begin born"), 1);
         for section in [two, three, one] {
             assert_eq!(world.script.times("drain end born"), 0);
@@ -242,7 +242,7 @@ fn claims_of_every_kind_are_guards_and_name_themselves() {
         let alone = Access { shared: Perm::CONSISTENT_READ, ..Access::READ };
         let claim = async |kind: &str| {
             let guard: Guard = match kind {
-                "blocker" => Box::new(top.block(Operations::REPLACE, "by a blocker")),
+                "blocker" => Box::new(top.block(BlockOps::REPLACE, "by a blocker")),
                 "frozen" => {
                     let over = world.sieve("over", "top").await;
                     let who = "by a frozen link";
@@ -262,7 +262,7 @@ fn claims_of_every_kind_are_guards_and_name_themselves() {
             assert_eq!(world.picture(), before, "{kind}");
         }
         // A blocker is no reference: the node ends in spite of it.
-        let blocker = other.block(Operations::all(), "not a holder");
+        let blocker = other.block(BlockOps::all(), "not a holder");
         let job = other.claim_job("job0").unwrap();
         other.close().await.unwrap();
         drop((blocker, job));

@@ -10,7 +10,7 @@ use bds_refcount::{Holder, Release, Stale};
 use super::super::fakes::{read, root};
 use super::world::{Point, World, commit, options, run};
 use crate::graph::{
-    Access, CloseError, JobEdge, JobSlot, NodeRef, Operations, Perm, ShutdownStage, Stoppable,
+    Access, BlockOps, CloseError, JobEdge, JobSlot, NodeRef, Perm, ShutdownStage, Stoppable,
 };
 use crate::{Error, ErrorKind, Result};
 
@@ -121,7 +121,7 @@ async fn create_job(world: &World, speed: i64) -> Result<Job> {
     let source = world.graph.find("source")?;
     let target = world.graph.find("target")?;
     let slot = source.claim_job("mirror0")?;
-    let blocker = target.block(Operations::DELETE, "job 'mirror0' writes to it");
+    let blocker = target.block(BlockOps::DELETE, "job 'mirror0' writes to it");
     let only_mine = Access { perm: Perm::all(), shared: Perm::CONSISTENT_READ };
     let edges = vec![
         world.graph.attach_job(&source, "mirror0", Access::READ)?,
@@ -163,7 +163,7 @@ fn series_a_job_that_cannot_be_created_keeps_nothing() {
         let job = world.fail_every_step(|| create_job(&world, 0)).await;
         assert_eq!(guest.target().id(), job.filter.id());
         assert!(source.job().is_some());
-        assert_eq!(target.blocked(Operations::DELETE).len(), 1);
+        assert_eq!(target.blocked(BlockOps::DELETE).len(), 1);
     });
 }
 
@@ -190,7 +190,7 @@ fn series_what_a_job_took_is_given_back_whoever_its_user_is() {
             drop(job);
             world.graph.reap().await;
             assert_eq!(world.picture(), before, "claims, blockers and edges are gone");
-            assert!(source.job().is_none() && target.blocked(Operations::all()).is_empty());
+            assert!(source.job().is_none() && target.blocked(BlockOps::all()).is_empty());
             assert_eq!(target.release(), Release::Last);
         });
     }
@@ -205,13 +205,13 @@ fn series_what_is_known_of_a_node_ends_with_the_node_and_not_before() {
         let drive = world.part("drive").await;
         let id = drive.id();
         let record = drive.add_bitmap("record").unwrap();
-        let blocker = drive.block(Operations::RESIZE, "a job needs its length");
+        let blocker = drive.block(BlockOps::RESIZE, "a job needs its length");
         let job = world.graph.attach_job(&drive, "backup0", Access::READ).unwrap();
         // Unplugged under the job.
         assert_eq!(drive.release(), Release::NotLast);
         world.graph.reap().await;
         assert_eq!(job.node().find_bitmap("record"), Some(record));
-        assert_eq!(job.node().blocked(Operations::RESIZE).len(), 1);
+        assert_eq!(job.node().blocked(BlockOps::RESIZE).len(), 1);
         let lease = world.graph.lease_bitmap(record, "backup0").unwrap();
         drop(lease);
 

@@ -8,7 +8,7 @@ use bds_refcount::Stale;
 use super::super::fakes::{read, root};
 use super::world::{World, commit, names_below, options, run, run_schedules};
 use crate::driver::BoxFuture;
-use crate::graph::{Access, Graph, NodeRef, Operations, ShutdownStage, Stoppable, walk};
+use crate::graph::{Access, BlockOps, Graph, NodeRef, ShutdownStage, Stoppable, walk};
 use crate::{ErrorKind, Result};
 
 fn top_names(graph: &Graph) -> Vec<String> {
@@ -260,7 +260,7 @@ fn uaf_late_guests_do_not_touch_the_successor() {
         let id = first.id();
         let bitmap = first.add_bitmap("clients").unwrap();
         let lease = world.graph.lease_bitmap(bitmap, "client").unwrap();
-        let late = (first.claim_job("client").unwrap(), first.block(Operations::all(), "client"));
+        let late = (first.claim_job("client").unwrap(), first.block(BlockOps::all(), "client"));
         let own_bitmap = first.add_anonymous_bitmap("client");
         let closed = first.close().await.unwrap();
         assert!(!closed.is_clean(), "it ended under its clients, and says so");
@@ -269,7 +269,7 @@ fn uaf_late_guests_do_not_touch_the_successor() {
         assert_eq!(slot(next.id()), slot(id), "the test means the same slot");
         assert_ne!(next.id(), id);
         let _job = next.claim_job("its own client").unwrap();
-        let _block = next.block(Operations::DELETE, "its own client");
+        let _block = next.block(BlockOps::DELETE, "its own client");
         let bitmap_of_next = next.add_bitmap("clients").unwrap();
         let _lease = world.graph.lease_bitmap(bitmap_of_next, "its own client").unwrap();
         let watch = world.graph.watch(id);
@@ -278,7 +278,7 @@ fn uaf_late_guests_do_not_touch_the_successor() {
         assert_eq!(world.graph.acquire(id).unwrap_err(), Stale::Released);
         assert_eq!(world.graph.remove_bitmap(bitmap).unwrap_err().kind(), ErrorKind::Stale);
         assert_eq!(next.job().as_deref(), Some("its own client"));
-        assert_eq!(next.blocked(Operations::DELETE).len(), 1);
+        assert_eq!(next.blocked(BlockOps::DELETE).len(), 1);
         assert_eq!(next.bitmaps()[0].leased_by.as_deref(), Some("its own client"));
         assert_eq!(next.count(), 1);
     });

@@ -190,7 +190,9 @@ impl World {
             let mut edges: Vec<String> = node
                 .parents()
                 .iter()
-                .map(|e| format!("  {}: {:?} closed {}\n", e.holder(), e.access(), e.is_closed()))
+                .map(|e| {
+                    format!("  {}: {:?} closed {}\n", e.holder(), e.access(), e.gate_blocked())
+                })
                 .collect();
             edges.sort();
             picture.extend(edges);
@@ -240,7 +242,7 @@ impl World {
         for node in self.graph.nodes() {
             assert_eq!(node.quiesce_count(), 0, "{} is still drained", node.name());
             for edge in node.node().parents() {
-                assert!(!edge.is_closed(), "{} is still shut out", edge.holder());
+                assert!(!edge.gate_blocked(), "{} is still shut out", edge.holder());
             }
             let [begun, ended] = ["begin", "end"]
                 .map(|word| self.script.times(&format!("drain {word} {}", node.name())));

@@ -15,7 +15,8 @@ use crate::driver::{
     Reopen, ReopenContext, Role, StatusFlags, StatusRun, WriteFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::{Graph, Shared};
+use crate::graph::Graph;
+use crate::graph::core::Shared;
 use crate::options::{OptionKind, OptionSpec};
 
 /// What the drivers of one world share.

@@ -71,7 +71,7 @@ fn node_view(graph: &Graph, node: &NodeRef) -> NodeView {
     }
     children.sort();
     parents.sort();
-    let all = crate::graph::Operations::all();
+    let all = crate::graph::BlockOps::all();
     let blocked = all.iter().filter(|operation| node.check_allowed(*operation).is_err());
     let heir_of = node.inherits_from().and_then(|id| graph.acquire(id).ok());
     NodeView {
@@ -114,8 +114,8 @@ fn edge_view(graph: &Graph, edge: &Edge) -> EdgeView {
         shared: edge.access().shared.bits(),
         is_frozen: edge.frozen().is_some(),
         is_quiesced: edge.is_quiesced(),
-        stays: edge.stays(),
-        is_closed: (!is_parent_gone).then(|| edge.is_closed()),
+        stays: edge.is_fixed(),
+        is_closed: (!is_parent_gone).then(|| edge.gate_blocked()),
     }
 }
 

@@ -20,8 +20,8 @@ use crate::driver::{Category, Registry};
 use crate::graph::tests::fakes;
 use crate::graph::tests::tally::Tally;
 use crate::graph::{
-    Access as RealAccess, AnonymousBitmap, BitmapId, BitmapLease, Blocker, CloseReport, Drained,
-    Frozen, Graph, GraphConfig, JobEdge, JobSlot, Node, NodeId, NodeRef, Operations, Perm, Root,
+    Access as RealAccess, AnonymousBitmap, BitmapId, BitmapLease, BlockOps, Blocker, CloseReport,
+    Drained, Frozen, Graph, GraphConfig, JobEdge, JobSlot, Node, NodeId, NodeRef, Perm, Root,
     TopLevel, walk,
 };
 use crate::options::Options;
@@ -107,7 +107,7 @@ pub(super) fn world(sim: &Sim, widths: Option<Widths>) -> (Graph, Arc<Floor>) {
     let mut config = GraphConfig::new(Arc::new(registry));
     config.fs = sim.fs();
     let graph = match widths {
-        None => Graph::with_corridor(config, fakes::port),
+        None => Graph::with_ports(config, fakes::port),
         Some((generation, index)) => Graph::with_narrow_ids(config, fakes::port, generation, index),
     };
     floor.belongs_to(&graph);
@@ -391,7 +391,7 @@ impl World {
                     kind: HolderKind::Backend,
                     name: &name,
                     access: real,
-                    stays: false,
+                    is_fixed: false,
                     is_backend: false,
                 };
                 (self.graph.attach_root(target, &root).map(Held::Backend), "backend")
@@ -462,7 +462,7 @@ impl World {
         None
     }
 
-    pub(super) fn operations(bits: u32) -> Operations {
-        Operations::from_bits_truncate(bits)
+    pub(super) fn operations(bits: u32) -> BlockOps {
+        BlockOps::from_bits_truncate(bits)
     }
 }

@@ -196,7 +196,7 @@ impl Actor {
             kind: HolderKind::Backend,
             name: "guest",
             access,
-            stays: false,
+            is_fixed: false,
             is_backend: false,
         };
         if let Ok(edge) = self.graph.attach_root(Some(&node), &root) {
@@ -222,7 +222,7 @@ pub(super) async fn play(sim: &bds_io::Sim, tasks: Vec<Vec<Act>>, tally: &Arc<Ta
             kind: HolderKind::Backend,
             name: &name,
             access,
-            stays: false,
+            is_fixed: false,
             is_backend: false,
         };
         let root = graph.attach_root(Some(&nodes[place % nodes.len()]), &root).unwrap();
@@ -328,7 +328,7 @@ fn read(nodes: &[Strong<RealNode>]) -> Model {
                 child: key(node.id()),
                 access: Access { perm: bits(access.perm), shared: bits(access.shared) },
                 frozen: None,
-                stays: edge.stays(),
+                stays: edge.is_fixed(),
             };
             model.edges.insert(number, edge);
         }

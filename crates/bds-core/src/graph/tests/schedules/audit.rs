@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use super::probe::{Probe, block};
 use super::program::Stage;
-use crate::graph::edge::Parent;
+use crate::graph::model::edge::Parent;
 use crate::graph::tests::properties::check_permissions;
 use crate::graph::{Graph, NodeId, NodeRef};
 
@@ -28,7 +28,7 @@ pub(super) fn audit(graph: &Graph, is_threaded: bool) {
         for edge in node.parents() {
             assert_eq!(edge.is_quiesced(), is_drained, "{} knows", edge.holder());
             if is_drained && matches!(edge.parent(), Some(Parent::Root(_)) | None) {
-                assert!(edge.is_closed(), "{}: a root waits", edge.holder());
+                assert!(edge.gate_blocked(), "{}: a root waits", edge.holder());
             }
         }
         for edge in node.children().iter() {
@@ -62,7 +62,10 @@ pub(super) async fn check_at_rest(stage: &Stage) {
         assert_eq!((node.quiesce_count(), node.sections()), (0, 0), "{name}: drained at rest");
         assert_eq!(node.in_flight(), 0, "{name}: somebody is inside at rest");
         let parents = node.parents();
-        assert!(parents.iter().all(|edge| !edge.is_closed()), "{name}: a gate is closed at rest");
+        assert!(
+            parents.iter().all(|edge| !edge.gate_blocked()),
+            "{name}: a gate is closed at rest"
+        );
         let users = in_pool.get(&node.id()).copied().unwrap_or(0);
         let expected = parents.len() + users + usize::from(graph.is_owned(node.id()));
         assert_eq!(node.count() - 1, expected, "{name}: count of holders");
@@ -88,7 +91,7 @@ pub(super) async fn check_at_rest(stage: &Stage) {
 fn is_idle(node: &NodeRef) -> bool {
     node.in_flight() == 0
         && node.quiesce_count() == 0
-        && !node.parents().iter().any(|e| e.is_closing())
+        && !node.parents().iter().any(|e| e.parent_closing())
 }
 
 /// Lets what runs in the background end. Whoever never ends it fails what is asserted next.
@@ -113,8 +116,8 @@ impl Drop for Blame<'_> {
             let (name, inside) = (node.name(), node.in_flight());
             println!("{name}: quiesce {}, inside {inside}", node.quiesce_count());
             for edge in node.parents() {
-                let gate = if edge.is_closed() { "closed" } else { "open" };
-                let closing = if edge.is_closing() { ", closing" } else { "" };
+                let gate = if edge.gate_blocked() { "closed" } else { "open" };
+                let closing = if edge.parent_closing() { ", closing" } else { "" };
                 println!("  from {}: {gate}{closing}", edge.holder());
             }
         }
