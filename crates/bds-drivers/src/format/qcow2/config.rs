@@ -4,9 +4,9 @@ use bds_core::driver::OpenFlags;
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_core::options::{OptionKind, OptionSpec, Options};
 
-use super::budget::DirtyBudget;
-use super::header::{Cluster0, Compatible};
-use super::overlap::Class;
+use super::alloc::overlap::Class;
+use super::layout::header::{Cluster0, Compatible};
+use super::meta::budget::DirtyBudget;
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;

@@ -10,10 +10,10 @@ use bds_core::driver::{
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 
-use super::check::check_image;
-use super::header::{Cluster0, INCOMPATIBLE_AT, Incompatible};
-use super::info;
-use super::space::MetaOffset;
+use super::check::compare::check_image;
+use super::layout::header::{Cluster0, INCOMPATIBLE_AT, Incompatible};
+use super::layout::space::MetaOffset;
+use super::manage::info;
 use super::state::Image;
 use super::task::finish;
 

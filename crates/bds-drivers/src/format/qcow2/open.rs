@@ -12,19 +12,19 @@ use bds_core::driver::{Child, OpenContext, OpenFlags, Reference, ReferenceKind, 
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::BufPool;
 
-use super::backing::Backing;
-use super::budget::Levels;
+use super::alloc::overlap::MetadataMap;
 use super::config::{Asked, Config};
-use super::contents::Contents;
-use super::entry::EntryRules;
-use super::fetch::read_cluster0;
-use super::grace::Grace;
-use super::header::{Cluster0, CryptMethod, Incompatible, Strictness};
-use super::inflated::Inflated;
-use super::overlap::MetadataMap;
-use super::space::MetaNode;
+use super::file_read::read_cluster0;
+use super::io::backing::Backing;
+use super::io::decompressed_cache::Inflated;
+use super::layout::entry::EntryRules;
+use super::layout::header::{Cluster0, CryptMethod, Incompatible, Strictness};
+use super::layout::space::MetaNode;
+use super::meta::budget::Levels;
+use super::meta::tables::Tables;
+use super::metadata_load::Contents;
+use super::srcu::Grace;
 use super::state::{Charge, Image, Meta, Wish};
-use super::tables::Tables;
 use super::task::Busy;
 
 /// Idle buffers kept for decompression and copying.

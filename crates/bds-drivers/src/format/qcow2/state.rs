@@ -24,23 +24,23 @@ use bds_core::driver::{Attempt, Child, OpenFlags};
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::{Buf, BufPool, IoVec};
 
-use super::backing::Backing;
-use super::budget::{Levels, WriteBackTask};
-use super::cache::{L1State, Owed, SliceCache};
+use super::alloc::overlap::MetadataMap;
+use super::alloc::release::Freed;
 use super::config::{Asked, Config};
-use super::entry::{BadEntry, EntryRules};
-use super::grace::Grace;
-use super::header::{AUTOCLEAR_AT, Autoclear, Cluster0, INCOMPATIBLE_AT, Incompatible};
-use super::inflated::Inflated;
-use super::load::{Flight, Hold};
-use super::overlap::MetadataMap;
-use super::refcount::Counts;
-use super::release::Freed;
-use super::space::{DataNode, MetaNode, MetaOffset, Space};
-use super::tables::{SliceId, Tables};
+use super::io::backing::Backing;
+use super::io::decompressed_cache::Inflated;
+use super::io::write::InFlight;
+use super::layout::entry::{BadEntry, EntryRules};
+use super::layout::header::{AUTOCLEAR_AT, Autoclear, Cluster0, INCOMPATIBLE_AT, Incompatible};
+use super::layout::space::{DataNode, MetaNode, MetaOffset, Space};
+use super::layout::units::Geometry;
+use super::meta::budget::{Levels, WriteBackTask};
+use super::meta::load::{Flight, Hold};
+use super::meta::refcounts::Counts;
+use super::meta::tables::{SliceId, Tables};
+use super::meta::write_back::{L1State, Owed, SliceCache};
+use super::srcu::Grace;
 use super::task::Busy;
-use super::units::Geometry;
-use super::write::InFlight;
 
 /// Something an operation found missing in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -247,7 +247,7 @@ pub(crate) struct Image {
     /// Tasks that may outlive their callers.
     pub busy: Arc<Busy>,
     pub preparing: bds_io::sync::Mutex<()>,
-    /// End of the file that holds data when last asked, rounded up to a cluster (`place.rs`).
+    /// End of the file that holds data when last asked, rounded up to a cluster (`offset_check.rs`).
     pub data_end: AtomicU64,
     /// Does the file hold less than its length? Looked up once.
     pub is_sparse: AtomicU8,

@@ -15,11 +15,11 @@ use bds_core::options::Options;
 use bds_io::Buf;
 use futures_util::FutureExt;
 
-use super::entry::{EntryRules, L2Entry};
-use super::extension::be64;
-use super::header::{Cluster0, Compression, Parsed, Strictness};
-pub use super::space::{DataNode, DataOffset, MetaNode, MetaOffset};
-use super::units::{Geometry, GuestOffset};
+use super::layout::entry::{EntryRules, L2Entry};
+use super::layout::extension::be64;
+use super::layout::header::{Cluster0, Compression, Parsed, Strictness};
+pub use super::layout::space::{DataNode, DataOffset, MetaNode, MetaOffset};
+use super::layout::units::{Geometry, GuestOffset};
 pub use port::MemPort;
 
 /// Creates an image in `file`, as `create` does with these options.
@@ -31,15 +31,15 @@ pub fn create(options: Options, file: &MemPort, data_file: Option<&MemPort>) -> 
         backing_len: None,
         options: &mut options,
     };
-    super::create::create(context).now_or_never().expect("memory never waits")?;
+    super::manage::create::create(context).now_or_never().expect("memory never waits")?;
     options.finish("qcow2")
 }
 
 /// Facts about the image in `file`, as `info` gives them.
 pub fn info(file: &MemPort) -> Result<bds_core::driver::ImageInfo> {
     let work = async {
-        let image = super::fetch::read_cluster0(file, Strictness::Inspect).await?;
-        super::info::info(file, &image).await
+        let image = super::file_read::read_cluster0(file, Strictness::Inspect).await?;
+        super::manage::info::info(file, &image).await
     };
     work.now_or_never().expect("memory never waits")
 }
@@ -101,12 +101,12 @@ pub fn decompress(data: &[u8]) {
     let kind = if choice & 1 == 0 { Compression::Deflate } else { Compression::Zstd };
     let len = 1usize << (9 + (choice >> 1) % 8);
     let mut out = vec![0; len];
-    let _ = super::compress::decode(kind, rest, &mut out);
+    let _ = super::io::compress::decode(kind, rest, &mut out);
     let mut cluster = rest[..rest.len().min(len)].to_vec();
     cluster.resize(len, *choice);
     let mut packed = vec![0; len - 1];
-    if let Some(n) = super::compress::encode(kind, &cluster, &mut packed) {
-        super::compress::decode(kind, &packed[..n], &mut out).expect("own bytes");
+    if let Some(n) = super::io::compress::encode(kind, &cluster, &mut packed) {
+        super::io::compress::decode(kind, &packed[..n], &mut out).expect("own bytes");
         assert!(out == cluster, "own bytes come back changed");
     }
 }

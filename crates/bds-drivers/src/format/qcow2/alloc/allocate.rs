@@ -1,0 +1,216 @@
+//! Host clusters for new data and metadata.
+//!
+//! Next fit: nothing below the cursor is free, a cluster that becomes free pulls the cursor back. A refcount block that does not exist yet
+//! is put in front of the clusters it will count, so it describes itself; the refcount table follows when it has
+//! outgrown its place (`reftable.rs`). Nothing here does I/O: the order in which all this reaches the file is `write_back.rs`'s.
+
+use super::overlap::{Class, Refused};
+use crate::format::qcow2::layout::space::{Clusters, MetaOffset, Offset};
+use crate::format::qcow2::layout::units::HOST_OFFSET_END;
+use crate::format::qcow2::state::{Image, Meta, Plan, Stop};
+
+/// Adjacent host clusters, new and counted once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Allocated {
+    pub offset: MetaOffset,
+    pub clusters: u64,
+    /// They lie past everything the file ever held: they read as zeros until written.
+    pub is_fresh: bool,
+}
+
+impl Allocated {
+    /// The clusters alone.
+    pub(crate) fn range(&self) -> Clusters<MetaOffset> {
+        Clusters { start: self.offset, count: self.clusters }
+    }
+}
+
+impl Image {
+    /// Up to `want` adjacent clusters for data; at least one.
+    pub(crate) fn alloc_data(&self, meta: &mut Meta, want: u64) -> Plan<Allocated> {
+        loop {
+            let (first, has_block) = meta.counts.next_free(meta.counts.cursor)?;
+            if !has_block {
+                self.add_block(meta, first)?;
+                continue;
+            }
+            let mut count = 1;
+            // A run ends with its block; the next request goes on there.
+            while count < want
+                && self.geometry().refblock_index(first + count) != 0
+                && meta.counts.count(first + count)? == 0
+            {
+                count += 1;
+            }
+            if meta.counts.needs_room() {
+                self.move_table(meta)?;
+                continue;
+            }
+            return self.take(meta, first, count);
+        }
+    }
+
+    /// Exactly `clusters` adjacent clusters for metadata, entered among the metadata.
+    pub(crate) fn alloc_metadata(
+        &self,
+        meta: &mut Meta,
+        clusters: u64,
+        class: Class,
+    ) -> Plan<Allocated> {
+        let got = loop {
+            let first = self.find_hole(meta, clusters)?;
+            if self.add_blocks_behind(meta, first, clusters)? {
+                // Blocks were added; they may have taken what was found.
+                continue;
+            }
+            break self.take(meta, first, clusters)?;
+        };
+        for i in 0..clusters {
+            self.enter_metadata(got.offset.plus(i << self.geometry().cluster_bits()), class)?;
+        }
+        Ok(got)
+    }
+
+    /// The first run of free clusters that is long enough. Clusters no block counts are free.
+    fn find_hole(&self, meta: &mut Meta, clusters: u64) -> Plan<u64> {
+        let geometry = self.geometry();
+        let mut first = meta.counts.next_free(meta.counts.cursor)?.0;
+        let mut end = first;
+        while end - first < clusters {
+            let (free, has_block) = meta.counts.next_free(end)?;
+            if free != end {
+                first = free;
+                end = free;
+            }
+            if has_block {
+                end += 1;
+            } else {
+                // Nothing is counted up to the next block.
+                end = (geometry.reftable_index(end) + 1) << geometry.refblock_bits();
+            }
+        }
+        Ok(first)
+    }
+
+    /// Sees to it that all clusters of a hole have refcount blocks, put behind the hole. True if any was added.
+    fn add_blocks_behind(&self, meta: &mut Meta, first: u64, clusters: u64) -> Plan<bool> {
+        let geometry = *self.geometry();
+        let last_index = geometry.reftable_index(first + clusters - 1);
+        let mut is_changed = false;
+        let mut place = first + clusters;
+        for index in geometry.reftable_index(first)..=last_index {
+            while meta.counts.block_place(index)?.is_none() {
+                is_changed = true;
+                let (free, has_block) = meta.counts.next_free(place)?;
+                let home = if has_block { index } else { geometry.reftable_index(free) };
+                self.put_block(meta, home, free)?;
+                place = free + 1;
+            }
+        }
+        Ok(is_changed)
+    }
+
+    /// Adds the missing block that counts cluster `at`, and puts it there.
+    fn add_block(&self, meta: &mut Meta, at: u64) -> Plan<()> {
+        self.put_block(meta, self.geometry().reftable_index(at), at)
+    }
+
+    fn put_block(&self, meta: &mut Meta, index: u64, place: u64) -> Plan<()> {
+        self.check_place(place, 1)?;
+        meta.counts.add_block(index, place)?;
+        if meta.counts.cursor == place {
+            meta.counts.cursor += 1;
+        }
+        let offset = place << self.geometry().cluster_bits();
+        meta.zero_from = meta.zero_from.max(offset + self.geometry().cluster_size());
+        self.enter_metadata(MetaOffset(offset), Class::REFCOUNT_BLOCK)
+    }
+
+    /// Marks free clusters as used.
+    fn take(&self, meta: &mut Meta, first: u64, clusters: u64) -> Plan<Allocated> {
+        self.check_place(first, clusters)?;
+        meta.counts.take(first, clusters)?;
+        let bits = self.geometry().cluster_bits();
+        let offset = first << bits;
+        let is_fresh = offset >= meta.zero_from;
+        meta.zero_from = meta.zero_from.max(offset + (clusters << bits));
+        Ok(Allocated { offset: MetaOffset(offset), clusters, is_fresh })
+    }
+
+    /// The refcounts say that these clusters are free: may that be true?
+    fn check_place(&self, first: u64, clusters: u64) -> Plan<()> {
+        let bits = self.geometry().cluster_bits();
+        if first + clusters > HOST_OFFSET_END >> bits {
+            return Err(Stop::too_large("the image file has reached the format's largest size"));
+        }
+        if first == 0 {
+            return Err(Stop::Corrupt {
+                what: "the header's cluster has refcount 0".into(),
+                at: 0,
+            });
+        }
+        self.check_overlap(MetaOffset(first << bits), clusters << bits)
+    }
+
+    /// Refuses to write data (or new metadata) at a place that holds metadata.
+    pub(crate) fn check_overlap(&self, at: MetaOffset, len: u64) -> Plan<()> {
+        match self.metadata.hit(at, len) {
+            None => Ok(()),
+            Some(at) => Err(Stop::Corrupt {
+                what: "a write would hit the image's own metadata, which has refcount 0 or is data too"
+                    .into(),
+                at: at.0,
+            }),
+        }
+    }
+
+    /// Enters the cluster at `at` among the metadata, if overlaps with its class are checked.
+    pub(crate) fn enter_metadata(&self, at: MetaOffset, class: Class) -> Plan<()> {
+        if !self.config.load().overlap.contains(class) {
+            return Ok(());
+        }
+        match self.metadata.insert(at) {
+            Ok(()) => Ok(()),
+            Err(Refused::Taken) => {
+                Err(Stop::Corrupt { what: "two tables share a cluster".into(), at: at.0 })
+            }
+            Err(Refused::TooFar) => {
+                Err(Stop::too_large("the image's metadata is scattered too widely"))
+            }
+        }
+    }
+
+    /// Space for `len` compressed bytes: where they begin. They may share their first cluster with others'.
+    pub(crate) fn alloc_bytes(&self, meta: &mut Meta, len: u64) -> Plan<MetaOffset> {
+        let geometry = *self.geometry();
+        let at = meta.compressed_at;
+        let room = geometry.cluster_size() - geometry.offset_in_cluster(at);
+        let is_inside = !geometry.is_cluster_aligned(at);
+        if is_inside && len <= room && self.may_share(meta, at)? {
+            meta.counts.raise(geometry.cluster_index(at))?;
+            return Ok(self.advance(meta, at, len));
+        }
+        let next = self.alloc_data(meta, 1)?;
+        let old_end = at + room;
+        // The datum may run into the new cluster if that is the next one and the old one can be shared.
+        // `raise` comes last and its block was just found in memory, so nothing is half-done.
+        if is_inside && next.offset.0 == old_end {
+            let shared = self.may_share(meta, at).unwrap_or(false)
+                && meta.counts.raise(geometry.cluster_index(at)).is_ok();
+            if shared {
+                return Ok(self.advance(meta, at, len));
+            }
+        }
+        Ok(self.advance(meta, next.offset.0, len))
+    }
+
+    fn may_share(&self, meta: &mut Meta, at: u64) -> Plan<bool> {
+        let count = meta.counts.count(self.geometry().cluster_index(at))?;
+        Ok(count > 0 && count < self.geometry().refcount_max())
+    }
+
+    fn advance(&self, meta: &mut Meta, from: u64, len: u64) -> MetaOffset {
+        meta.compressed_at = from + len;
+        MetaOffset(from)
+    }
+}

@@ -1,0 +1,317 @@
+//! Giving up references: the way of a cluster from "no longer pointed at" to "free".
+//!
+//! ```text
+//! frees          the pointer is gone in memory
+//! frees_written  a write-back has put that into the file          (write_back.rs)
+//! frees_durable  and a flush has made it durable                   rule O2
+//! ...            everybody who may still know the place has left   (srcu.rs)
+//! ...            the host was told, if it wants to know, and is done
+//! free           the count is lowered: the allocator sees it
+//! ```
+//!
+//! Lowering the count comes last, so no step can race with the cluster's next use. A crash on the way leaves a leak.
+
+use std::sync::Arc;
+
+use bds_core::error::Result;
+
+use crate::format::qcow2::io::write::bad;
+use crate::format::qcow2::layout::entry::{L2Entry, Place};
+use crate::format::qcow2::layout::space::{Clusters, DataOffset, MetaOffset, Offset};
+use crate::format::qcow2::meta::lookup::Found;
+use crate::format::qcow2::state::{Image, Meta, Plan, Stop, What};
+
+/// Why a reference was given up; decides whether the host is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Why {
+    /// The guest discarded it, or wrote zeros that may unmap.
+    Request,
+    /// Replaced by an overwrite or never used: it will be used again soon.
+    Reuse,
+    /// A table moved.
+    Metadata,
+}
+
+/// Where the clusters of a [`Freed`] are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Which {
+    /// In the image file, where they are counted.
+    Image(Clusters<MetaOffset>),
+    /// In the external data file, which has no counts.
+    DataFile(Clusters<DataOffset>),
+}
+
+/// References that were given up, one for each of some adjacent clusters.
+#[derive(Clone, Debug)]
+pub(crate) struct Freed {
+    which: Which,
+    why: Why,
+    /// The entry of a compressed cluster, whose decompressed form must be forgotten.
+    inflated: Option<u64>,
+}
+
+impl Freed {
+    /// Clusters of a table that moved.
+    pub(crate) fn metadata(clusters: Clusters<MetaOffset>) -> Self {
+        Self { which: Which::Image(clusters), why: Why::Metadata, inflated: None }
+    }
+
+    /// Clusters that were allocated and never used.
+    pub(crate) fn unused(clusters: Clusters<MetaOffset>) -> Self {
+        Self { which: Which::Image(clusters), why: Why::Reuse, inflated: None }
+    }
+
+    /// How many clusters are left to give back.
+    fn count(&self) -> u64 {
+        match self.which {
+            Which::Image(run) => run.count,
+            Which::DataFile(run) => run.count,
+        }
+    }
+
+    /// Takes `next` in if it goes on where this ends, in the same space.
+    fn join(&mut self, next: &Self, cluster_bits: u32) -> bool {
+        let is_same = self.why == next.why && self.inflated.is_none() && next.inflated.is_none();
+        match (&mut self.which, &next.which) {
+            (Which::Image(run), Which::Image(next)) => is_same && run.join(next, cluster_bits),
+            (Which::DataFile(run), Which::DataFile(next)) => {
+                is_same && run.join(next, cluster_bits)
+            }
+            _ => false,
+        }
+    }
+}
+
+impl Image {
+    /// Nothing points where `old` pointed any more, in memory.
+    pub(crate) fn free_entry(&self, meta: &mut Meta, old: L2Entry, why: Why) {
+        let geometry = self.geometry();
+        match old.place(&self.rules) {
+            Ok(Place::Cluster(host)) => {
+                let which = match self.space().counted(host) {
+                    Some(start) => Which::Image(Clusters { start, count: 1 }),
+                    None => Which::DataFile(Clusters { start: host, count: 1 }),
+                };
+                let freed = Freed { which, why, inflated: None };
+                let bits = geometry.cluster_bits();
+                if !meta.frees.last_mut().is_some_and(|last| last.join(&freed, bits)) {
+                    meta.frees.push(freed);
+                }
+            }
+            Ok(Place::Compressed(range)) => {
+                let start = MetaOffset(geometry.cluster_floor(range.offset.0));
+                let count = geometry.clusters(range.offset.0 + range.len - start.0);
+                let which = Which::Image(Clusters { start, count });
+                meta.frees.push(Freed { which, why, inflated: Some(old.word) });
+            }
+            // What cannot be followed is not freed either: a check will find it.
+            Ok(Place::None) | Err(_) => {}
+        }
+    }
+
+    /// Lowers the count of the cluster at `at`, which nobody uses any more. At zero it may be handed out at once.
+    pub(crate) fn lower(&self, meta: &mut Meta, at: MetaOffset) -> Plan<()> {
+        if meta.counts.lower(self.geometry().cluster_index(at.0))? == 0 {
+            self.metadata.remove(at);
+            self.leave_bytes(meta, at);
+        }
+        Ok(())
+    }
+
+    /// Compressed bytes must not go on in this cluster.
+    fn leave_bytes(&self, meta: &mut Meta, at: MetaOffset) {
+        if self.geometry().cluster_floor(meta.compressed_at) == at.0 {
+            meta.compressed_at = 0;
+        }
+    }
+
+    /// Makes the removals written so far durable and gives the clusters back.
+    pub(crate) async fn settle_frees(self: &Arc<Self>) -> Result<()> {
+        self.flush_frees().await?;
+        self.release().await
+    }
+
+    /// Makes the removals written so far durable. True if there is something to release.
+    pub(crate) async fn flush_frees(self: &Arc<Self>) -> Result<bool> {
+        let frees = {
+            let mut meta = self.meta();
+            if meta.frees_written.is_empty() && !meta.owed.owes_meta_flush() {
+                return Ok(!meta.frees_durable.is_empty());
+            }
+            std::mem::take(&mut meta.frees_written)
+        };
+        let flushed = self.flush_meta().await;
+        let mut meta = self.meta();
+        match flushed {
+            Ok(()) => {
+                meta.frees_durable.extend(frees);
+                Ok(!meta.frees_durable.is_empty())
+            }
+            Err(error) => {
+                meta.frees_written.extend(frees);
+                Err(error)
+            }
+        }
+    }
+
+    /// Gives back clusters whose removal is durable. Must run to its end.
+    pub(crate) async fn release(self: &Arc<Self>) -> Result<()> {
+        let _turn = self.releasing.lock().await;
+        let mut frees = std::mem::take(&mut self.meta().frees_durable);
+        if frees.is_empty() {
+            return Ok(());
+        }
+        self.grace.wait().await;
+        for word in frees.iter().filter_map(|freed| freed.inflated) {
+            self.inflated.forget(word);
+        }
+        let result = self.release_all(&mut frees).await;
+        if result.is_err() {
+            // What is left is tried again after the next flush.
+            self.meta().frees_durable.extend(frees);
+        }
+        result
+    }
+
+    async fn release_all(self: &Arc<Self>, frees: &mut Vec<Freed>) -> Result<()> {
+        let mut last = Vec::new();
+        while let Some(freed) = frees.last_mut() {
+            let tells = self.tells_host(freed.why);
+            let result = match &mut freed.which {
+                Which::DataFile(run) => self.release_in_data_file(run, tells).await,
+                Which::Image(run) => self.lower_some(run, tells, &mut last).await,
+            };
+            if freed.count() == 0 {
+                frees.pop();
+            }
+            if let Err(error) = result {
+                let owed =
+                    |run: &Clusters<MetaOffset>| Freed { why: Why::Request, ..Freed::unused(*run) };
+                frees.extend(last.iter().map(owed));
+                return Err(error);
+            }
+        }
+        self.discard_and_lower(last, frees).await
+    }
+
+    /// A data file has no counts: a cluster's place is its own whether it is used or not. It may have data again by now, so each is looked
+    /// at once more, and kept from getting data until the host has let go of it.
+    async fn release_in_data_file(
+        self: &Arc<Self>,
+        freed: &mut Clusters<DataOffset>,
+        tells: bool,
+    ) -> Result<()> {
+        let bits = self.geometry().cluster_bits();
+        if !tells {
+            freed.count = 0;
+        }
+        while freed.count > 0 {
+            // In a data file a cluster lies at its guest offset.
+            let (guest, max) = (freed.start.0, freed.count << bits);
+            let (len, item) = self
+                .plan(|image, meta| {
+                    let max = image.before_others(meta, guest, max)?;
+                    let run = match image.lookup(guest, max).map_err(|b| bad(b, guest))? {
+                        Found::Run(run) => run,
+                        Found::Missing(id) => return Err(Stop::Load(What::Slice(id))),
+                    };
+                    let clusters = image.geometry().clusters(run.len);
+                    let is_unused = !run.kind.has_place();
+                    let item = is_unused.then(|| image.enter_flight(meta, guest, clusters, None));
+                    Ok((clusters, item))
+                })
+                .await?;
+            let count = len.min(freed.count);
+            if let Some(item) = item {
+                self.note_discard(self.data().discard(freed.start, count << bits).await);
+                item.leave(&mut self.meta());
+            }
+            freed.start = freed.start.plus(count << bits);
+            freed.count -= count;
+        }
+        Ok(())
+    }
+
+    /// Lowers counts, but leaves those that would reach zero and that the host wants to know about in `last`.
+    async fn lower_some(
+        self: &Arc<Self>,
+        freed: &mut Clusters<MetaOffset>,
+        tells: bool,
+        last: &mut Vec<Clusters<MetaOffset>>,
+    ) -> Result<()> {
+        /// Clusters handled before others may have the lock.
+        const AT_ONCE: u64 = 1024;
+        let geometry = *self.geometry();
+        self.plan(|image, meta| {
+            for _ in 0..AT_ONCE.min(freed.count) {
+                let at = freed.start;
+                let cluster = geometry.cluster_index(at.0);
+                image.check_room(meta, meta.counts.bytes_to_pin(cluster))?;
+                if tells && meta.counts.count(cluster)? == 1 {
+                    image.leave_bytes(meta, at);
+                    push_discard(last, at, geometry.cluster_bits());
+                } else {
+                    image.lower(meta, at)?;
+                }
+                freed.start = at.plus(geometry.cluster_size());
+                freed.count -= 1;
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// The last references: tells the host, and only then lowers the counts.
+    async fn discard_and_lower(
+        self: &Arc<Self>,
+        last: Vec<Clusters<MetaOffset>>,
+        left: &mut Vec<Freed>,
+    ) -> Result<()> {
+        let geometry = *self.geometry();
+        let mut last = last.into_iter();
+        while let Some(mut run) = last.next() {
+            let len = run.count << geometry.cluster_bits();
+            self.note_discard(self.file.discard(run.start, len).await);
+            let lowered = self
+                .plan(|image, meta| {
+                    while run.count > 0 {
+                        let cluster = geometry.cluster_index(run.start.0);
+                        image.check_room(meta, meta.counts.bytes_to_pin(cluster))?;
+                        image.lower(meta, run.start)?;
+                        run.start = run.start.plus(geometry.cluster_size());
+                        run.count -= 1;
+                    }
+                    Ok(())
+                })
+                .await;
+            if let Err(error) = lowered {
+                left.push(Freed::unused(run));
+                left.extend(last.map(Freed::unused));
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn tells_host(&self, why: Why) -> bool {
+        match why {
+            Why::Request => self.config.load().pass_request,
+            Why::Metadata => self.config.load().pass_other,
+            Why::Reuse => false,
+        }
+    }
+
+    /// A discard is advisory: a failure costs space only.
+    fn note_discard(&self, discarded: Result<()>) {
+        if let Err(error) = discarded {
+            tracing::debug!(node = self.node_name, %error, "qcow2: host discard failed");
+        }
+    }
+}
+
+fn push_discard(runs: &mut Vec<Clusters<MetaOffset>>, at: MetaOffset, cluster_bits: u32) {
+    let one = Clusters { start: at, count: 1 };
+    if !runs.last_mut().is_some_and(|run| run.join(&one, cluster_bits)) {
+        runs.push(one);
+    }
+}

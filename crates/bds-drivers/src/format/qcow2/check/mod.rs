@@ -1,0 +1,7 @@
+//! Checks an image without changing it.
+
+pub(super) mod compare;
+pub(super) mod ref_map;
+pub(super) mod ref_walk;
+pub(super) mod refcount_reader;
+pub(super) mod truncation;

@@ -1,0 +1,133 @@
+//! The backing node: what unallocated clusters show, and how it comes and goes while the image is open.
+//!
+//! Past its end there are zeros. One node may be exchanged for another without our being told (the child then leads elsewhere), and a node
+//! may grow; so its length is asked for where it matters, and what is remembered of it only saves a question a layer.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use bds_core::driver::{Child, RcuCell, ReadFlags};
+use bds_core::error::{Error, ErrorKind, Result};
+use bds_io::IoVec;
+
+use super::read::{mem_len, part_of};
+use crate::format::qcow2::state::Image;
+
+/// The place of the backing node, taken or free.
+#[derive(Debug)]
+pub(crate) struct Backing {
+    /// Lets images that have none find that out for a load.
+    is_there: AtomicBool,
+    now: RcuCell<Option<Arc<Child>>>,
+    /// Its length when last asked.
+    known_len: AtomicU64,
+}
+
+impl Backing {
+    pub(crate) fn new(child: Option<Child>) -> Self {
+        Self {
+            is_there: AtomicBool::new(child.is_some()),
+            known_len: AtomicU64::new(child.as_ref().map_or(0, |b| b.len())),
+            now: RcuCell::new(child.map(Arc::new)),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn is_some(&self) -> bool {
+        self.is_there.load(Ordering::Acquire)
+    }
+
+    /// Its length now; 0 if there is none.
+    pub(crate) fn len(&self) -> u64 {
+        if !self.is_some() {
+            return 0;
+        }
+        let len = self.now.read().as_ref().map_or(0, |child| child.len());
+        // Look first: a store would take the cache line from all other readers.
+        if len != self.known_len.load(Ordering::Relaxed) {
+            self.known_len.store(len, Ordering::Relaxed);
+        }
+        len
+    }
+
+    /// The name of the node it leads to now.
+    pub(crate) fn node_name(&self) -> Option<String> {
+        self.now.read().as_ref().map(|child| child.node_name())
+    }
+
+    fn exchange(&self, child: Option<Child>) -> Option<Child> {
+        let old = self.now.read().clone();
+        self.known_len.store(child.as_ref().map_or(0, |b| b.len()), Ordering::Relaxed);
+        self.is_there.store(child.is_some(), Ordering::Release);
+        self.now.replace(child.map(Arc::new));
+        // A task whose caller is gone may still read from it: then the last one to leave lets it go.
+        old.and_then(Arc::into_inner)
+    }
+}
+
+impl Image {
+    /// What is remembered of files and backing node may be true of others.
+    pub(crate) fn children_changed(&self) {
+        self.forget_sparseness();
+        // Asks, and remembers the answer.
+        self.backing.len();
+    }
+
+    /// Takes the first backing node, or gives the only one back.
+    pub(crate) fn set_backing(&self, child: Option<Child>) -> Result<Option<Child>> {
+        let refuse =
+            |words: &str| Err(Error::new(ErrorKind::InvalidInput, words).node(&self.node_name));
+        if child.is_some() && self.backing.is_some() {
+            return refuse("the image has a backing node already");
+        }
+        if child.is_some() && self.has_raw_data_file() {
+            return refuse("a raw data file and a backing node exclude each other");
+        }
+        Ok(self.backing.exchange(child))
+    }
+
+    /// What the backing node shows at `guest`, if that needs no waiting.
+    #[inline]
+    pub(crate) fn try_below(&self, guest: u64, iov: &IoVec) -> Option<Result<()>> {
+        if !self.backing.is_some() {
+            iov.fill(0..iov.len(), 0);
+            return Some(Ok(()));
+        }
+        let now = self.backing.now.read();
+        let child = now.as_ref()?;
+        // What it had it still has, or its own range check declines: no question a layer.
+        let known_len = self.backing.known_len.load(Ordering::Relaxed);
+        if guest.checked_add(iov.len() as u64)? <= known_len {
+            return child.try_read(guest, iov);
+        }
+        let below = self.below(guest, iov.len() as u64);
+        if below == iov.len() as u64 {
+            return child.try_read(guest, iov);
+        }
+        iov.fill(mem_len(below)..iov.len(), 0);
+        if below > 0 {
+            return child.try_read(guest, &part_of(iov, 0, below));
+        }
+        Some(Ok(()))
+    }
+
+    /// How many of the `len` bytes at `guest` the backing node has; what follows is zeros.
+    #[inline]
+    pub(crate) fn below(&self, guest: u64, len: u64) -> u64 {
+        self.backing.len().saturating_sub(guest).min(len)
+    }
+
+    /// Reads what the backing node shows.
+    pub(crate) async fn read_below(&self, guest: u64, iov: IoVec) -> Result<()> {
+        let below = self.below(guest, iov.len() as u64);
+        iov.fill(mem_len(below)..iov.len(), 0);
+        let now = self.backing.now.read();
+        match &*now {
+            Some(backing) if below > 0 => {
+                let read = backing.read(guest, part_of(&iov, 0, below), ReadFlags::empty());
+                read.await.map_err(|e| self.name_error(e))
+            }
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! Guest I/O: reads, writes, zeros and status.
+
+pub(super) mod backing;
+pub(super) mod compress;
+pub(super) mod compressed_write;
+pub(super) mod cow;
+pub(super) mod decompressed_cache;
+pub(super) mod read;
+pub(super) mod status;
+pub(super) mod write;
+pub(super) mod zero;

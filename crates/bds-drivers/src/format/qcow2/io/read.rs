@@ -1,0 +1,226 @@
+//! Guest reads.
+//!
+//! The fast way ([`Image::try_read`]) takes no lock and allocates nothing as long as the L2 slices are in memory: look up, and ask the child at
+//! the place found. Where it cannot go on it declines, and the other way loads what is missing and reads the parts side by side.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bds_core::error::{Error, ErrorKind, Result};
+use bds_io::{Buf, IoVec};
+
+use super::compress;
+use super::decompressed_cache::Wanted;
+use crate::format::qcow2::layout::entry::{Kind, L2Entry};
+use crate::format::qcow2::layout::units::Geometry;
+use crate::format::qcow2::meta::lookup::{Found, Run};
+use crate::format::qcow2::state::{Image, What};
+use crate::format::qcow2::task::{Abreast, finish};
+
+/// Parts of one request read side by side.
+const PARTS_AT_ONCE: usize = 8;
+
+/// One piece of a read, all of one kind.
+struct Part {
+    run: Run,
+    guest: u64,
+    iov: IoVec,
+}
+
+/// A length in memory; requests never exceed it.
+pub(crate) fn mem_len(len: u64) -> usize {
+    usize::try_from(len).expect("requests fit memory")
+}
+
+/// The part `at..at + len` of a list, without copying the list if that is all of it.
+pub(crate) fn part_of(iov: &IoVec, at: u64, len: u64) -> IoVec {
+    let range = mem_len(at)..mem_len(at + len);
+    if range == (0..iov.len()) { iov.clone() } else { iov.slice(range) }
+}
+
+impl Image {
+    /// Reads what needs no waiting. `None`: ask [`Image::read`].
+    pub(crate) fn try_read(self: &Arc<Self>, offset: u64, iov: &IoVec) -> Option<Result<()>> {
+        if self.broken.get().is_some() || !self.serves_io {
+            return None;
+        }
+        let len = iov.len() as u64;
+        if offset.checked_add(len)? > self.disk_len() {
+            return None;
+        }
+        // Nothing is ever freed in an image nobody can write.
+        let _inside = self.is_writable().then(|| self.grace.enter());
+        let mut at = 0;
+        while at < len {
+            let run = match self.lookup(offset + at, len - at) {
+                Ok(Found::Run(run)) => run,
+                Ok(Found::Missing(_)) => return None,
+                Err(bad) => return Some(Err(self.bad_entry(bad, offset + at))),
+            };
+            if run.len == len {
+                return self.try_part(&run, offset, iov);
+            }
+            let piece = part_of(iov, at, run.len);
+            if let Err(error) = self.try_part(&run, offset + at, &piece)? {
+                return Some(Err(error));
+            }
+            at += run.len;
+        }
+        Some(Ok(()))
+    }
+
+    #[inline]
+    fn try_part(&self, run: &Run, guest: u64, iov: &IoVec) -> Option<Result<()>> {
+        match run.kind {
+            Kind::Normal if self.is_in_file(run.host, iov.len() as u64) => {
+                self.data().try_read(run.host, iov)
+            }
+            Kind::Normal => None,
+            Kind::ZeroPlain | Kind::ZeroAlloc => {
+                iov.fill(0..iov.len(), 0);
+                Some(Ok(()))
+            }
+            Kind::Unallocated | Kind::UnallocatedAlloc => self.try_below(guest, iov),
+            Kind::Compressed => {
+                let cluster = self.inflated.look(run.entry.word)?;
+                copy_part(self.geometry(), &cluster, guest, iov);
+                Some(Ok(()))
+            }
+        }
+    }
+
+    /// Reads whatever it takes. Bytes past the end of the disk are zeros.
+    pub(crate) async fn read(self: &Arc<Self>, offset: u64, iov: IoVec) -> Result<()> {
+        self.check_usable()?;
+        if !self.serves_io {
+            return Err(Error::new(
+                ErrorKind::NotSupported,
+                "the image was opened for inspection only",
+            )
+            .node(&self.node_name));
+        }
+        let asked = iov.len() as u64;
+        let len = self.disk_len().saturating_sub(offset).min(asked);
+        if len < asked {
+            iov.fill(mem_len(len)..iov.len(), 0);
+        }
+        let _inside = self.is_writable().then(|| self.grace.enter());
+        let mut at = 0;
+        let mut under_way = Abreast::new();
+        while at < len {
+            let run = self.find(offset + at, len - at).await?;
+            let piece = part_of(&iov, at, run.len);
+            let part = Part { run, guest: offset + at, iov: piece };
+            at += run.len;
+            if at == len && under_way.is_empty() {
+                return self.read_part(part).await;
+            }
+            under_way.push(self.read_part(part));
+            if under_way.len() >= PARTS_AT_ONCE {
+                under_way.next().await.transpose()?;
+            }
+        }
+        while let Some(result) = under_way.next().await {
+            result?;
+        }
+        Ok(())
+    }
+
+    /// A lookup that loads what it needs.
+    pub(crate) async fn find(self: &Arc<Self>, guest: u64, max: u64) -> Result<Run> {
+        let mut _held = None;
+        loop {
+            match self.lookup(guest, max) {
+                Ok(Found::Run(run)) => return Ok(run),
+                Ok(Found::Missing(id)) => _held = Some(self.load(What::Slice(id)).await?),
+                Err(bad) => return Err(self.bad_entry(bad, guest)),
+            }
+        }
+    }
+
+    async fn read_part(self: &Arc<Self>, part: Part) -> Result<()> {
+        let Part { run, guest, iov } = part;
+        match run.kind {
+            Kind::Normal if !self.is_in_file(run.host, iov.len() as u64) => {
+                Err(self.lost_data(run.host, guest))
+            }
+            Kind::Normal => {
+                let read = self.data().read(run.host, iov);
+                read.await.map_err(|e| self.name_error(e))
+            }
+            Kind::ZeroPlain | Kind::ZeroAlloc => {
+                iov.fill(0..iov.len(), 0);
+                Ok(())
+            }
+            Kind::Unallocated | Kind::UnallocatedAlloc => self.read_below(guest, iov).await,
+            Kind::Compressed => {
+                let within = guest % self.geometry().cluster_len() as u64;
+                let needed_len = mem_len(within) + iov.len();
+                let cluster = self.inflate(run.entry, guest, needed_len).await?;
+                copy_part(self.geometry(), &cluster, guest, &iov);
+                Ok(())
+            }
+        }
+    }
+
+    /// The decompressed cluster behind `entry`, at least its first `needed_len` bytes.
+    /// Who asks must be inside `grace`.
+    async fn inflate(
+        self: &Arc<Self>,
+        entry: L2Entry,
+        guest: u64,
+        needed_len: usize,
+    ) -> Result<Buf> {
+        loop {
+            match self.inflated.want(entry.word, needed_len) {
+                Wanted::Once => return self.decompress(entry, guest, needed_len).await,
+                Wanted::Ready(cluster) => return Ok(cluster),
+                Wanted::Wait(done) => done.wait().await,
+                Wanted::Make(making) => {
+                    // Others may wait for it, so it does not depend on our being polled; and it is inside on its own account.
+                    let inside = self.is_writable().then(|| self.grace.enter_owned());
+                    let image = Arc::clone(self);
+                    let len = self.geometry().cluster_len();
+                    let working = self.busy.begin();
+                    return finish(async move {
+                        let cluster = image.decompress(entry, guest, len).await?;
+                        making.finish(&cluster);
+                        drop((inside, working));
+                        Ok(cluster)
+                    })
+                    .await;
+                }
+            }
+        }
+    }
+
+    async fn decompress(&self, entry: L2Entry, guest: u64, len: usize) -> Result<Buf> {
+        let range = entry.compressed_range(self.geometry());
+        // What the file does not hold must not be taken for zeros: they may well decode to something.
+        let there = self.file.len().saturating_sub(range.offset.0).min(range.len);
+        if there == 0 {
+            return Err(self.lost_meta("a compressed cluster", range.offset).at(guest));
+        }
+        let input = self.pool.take(mem_len(there));
+        let read = self.file.read(range.offset, input.iov());
+        read.await.map_err(|e| self.name_error(e))?;
+        let out = self.pool.take(len);
+        let kind = self.cluster0.load().header.compression;
+        compress::decode_buf(kind, input, out).await.map_err(|error| {
+            error
+                .context(format!(
+                    "cannot decompress the cluster at {:#x} for guest offset {guest:#x}",
+                    range.offset.0
+                ))
+                .node(&self.node_name)
+                .at(range.offset.0)
+        })
+    }
+}
+
+/// Copies from a decompressed cluster what lies at `guest`.
+fn copy_part(geometry: &Geometry, cluster: &Buf, guest: u64, iov: &IoVec) {
+    let start = mem_len(geometry.offset_in_cluster(guest));
+    let range: Range<usize> = start..start + iov.len();
+    iov.copy_from_iov(0, &cluster.slice(range));
+}

@@ -1,0 +1,9 @@
+//! Operations on an image as a whole: create, resize, reopen, and what `info` reports.
+
+pub(super) mod bitmap;
+pub(super) mod create;
+pub(super) mod info;
+pub(super) mod measure;
+pub(super) mod reopen;
+pub(super) mod resize;
+pub(super) mod snapshot;

@@ -1,0 +1,202 @@
+//! Other options and another mode for an open image, giving it away to another process, and taking it back.
+//!
+//! Before anything changes, a writer's image is brought into the state in which a clean close leaves it, durably (`settle`). So there is
+//! never anything to lose: what is prepared may be dropped, and the writer just goes on. Whoever becomes a writer, or takes the image
+//! back, reads it afresh beside what is in memory (`metadata_load.rs`), with all checks of an open; only then that takes its place.
+//!
+//! Nothing is written in order to become a writer: the file may not be writable yet, and O10 and O13 wait for the first
+//! write, as after an open.
+
+use std::sync::Arc;
+
+use bds_core::driver::{Reopen, ReopenContext};
+use bds_core::error::{Error, ErrorKind, Result};
+
+use crate::format::qcow2::config::{Asked, Config};
+use crate::format::qcow2::file_read::read_cluster0;
+use crate::format::qcow2::layout::header::{Autoclear, Cluster0, Incompatible, Strictness};
+use crate::format::qcow2::metadata_load::{Contents, ForWriting};
+use crate::format::qcow2::open::check_features;
+use crate::format::qcow2::state::{Image, Wish};
+use crate::format::qcow2::task::finish;
+
+/// A change that waits for its commit.
+struct Prepared<'a> {
+    image: &'a Image,
+    wish: Wish,
+    config: Config,
+    /// Read afresh, where what is in memory does not do.
+    contents: Option<Contents>,
+    is_writable: bool,
+}
+
+impl Reopen for Prepared<'_> {
+    fn commit(self: Box<Self>) {
+        let Self { image, wish, config, contents, is_writable } = *self;
+        *image.wish() = wish;
+        image.use_config(config);
+        if let Some(contents) = contents {
+            image.install(contents);
+        }
+        image.charge.set(is_writable, image.charge.is_active());
+    }
+}
+
+impl Image {
+    /// See [`bds_core::Driver::prepare_reopen`].
+    pub(crate) async fn prepare_reopen<'a>(
+        self: &'a Arc<Self>,
+        context: &mut ReopenContext<'_>,
+    ) -> Result<Box<dyn Reopen + 'a>> {
+        let flags = context.flags;
+        let earlier = self.wish().clone();
+        let asked = Asked::take(&mut context.options)?.or(&earlier.asked);
+        let old = self.config.load_full();
+        let cluster0 = self.cluster0.load_full();
+        let config = asked
+            .settle_again(&cluster0, &flags, old.slice_len)
+            .map_err(|error| self.name_error(error))?;
+        self.check_usable()?;
+        let is_writable = self.serves_io && !flags.read_only;
+        let only_looks = flags.info_only || flags.for_check;
+        if only_looks == self.serves_io
+            || (!self.serves_io && !flags.read_only && context.current.read_only)
+        {
+            let words = "an image opened for inspection serves nothing else; open it anew";
+            return Err(self.name_error(Error::new(ErrorKind::NotSupported, words)));
+        }
+        self.busy.wait_idle().await;
+        self.settle().await?;
+        // A reader does not know what only a writer needs, and it may have changed since it was one.
+        let is_known = self.is_writable() && config.overlap == old.overlap;
+        let contents = match is_writable && self.charge.is_active() && !is_known {
+            true => Some(self.read_afresh(&config, true).await?),
+            false => None,
+        };
+        let wish = Wish { asked, flags };
+        Ok(Box::new(Prepared { image: self, wish, config, contents, is_writable }))
+    }
+
+    /// See [`bds_core::Driver::inactivate`].
+    pub(crate) async fn inactivate(self: &Arc<Self>) -> Result<()> {
+        self.check_flushable()?;
+        self.busy.wait_idle().await;
+        self.settle().await?;
+        self.charge.set(self.charge.is_writable(), false);
+        Ok(())
+    }
+
+    /// See [`bds_core::Driver::activate`].
+    pub(crate) async fn activate(self: &Arc<Self>) -> Result<()> {
+        if self.charge.is_active() {
+            // What is in memory is newer than the file.
+            return Ok(());
+        }
+        self.check_usable()?;
+        self.busy.wait_idle().await;
+        let is_writable = self.charge.is_writable();
+        if self.serves_io {
+            let contents = self.read_afresh(&self.config.load_full(), is_writable).await?;
+            let config = self.config_for(contents.cluster0())?;
+            self.use_config(config);
+            self.install(contents);
+        }
+        self.charge.set(is_writable, true);
+        Ok(())
+    }
+
+    /// What the options mean for the header as it is now: its defaults may have changed.
+    fn config_for(&self, cluster0: &Cluster0) -> Result<Config> {
+        let Wish { asked, flags } = self.wish().clone();
+        let slice_len = self.config.load().slice_len;
+        asked.settle_again(cluster0, &flags, slice_len).map_err(|error| self.name_error(error))
+    }
+
+    /// Brings the file into the state in which a clean close leaves it, durably. Goes on to its end whatever becomes of the caller.
+    async fn settle(self: &Arc<Self>) -> Result<()> {
+        if !self.is_writable() || !self.serves_io {
+            return Ok(());
+        }
+        let image = Arc::clone(self);
+        let working = self.busy.begin();
+        finish(async move {
+            let settled = image.settle_here().await;
+            drop(working);
+            settled.map_err(|error| image.name_error(error))
+        })
+        .await
+    }
+
+    async fn settle_here(self: &Arc<Self>) -> Result<()> {
+        self.finish_writing().await?;
+        if let Some(data) = &self.data_file {
+            data.flush().await?;
+        }
+        self.file.flush().await
+    }
+
+    /// Reads the image as an open does, and checks that it still is the one that was opened.
+    async fn read_afresh(&self, config: &Config, for_writing: bool) -> Result<Contents> {
+        let read = async {
+            let cluster0 = read_cluster0(self.file.port(), Strictness::Use).await?;
+            check_features(&cluster0, &self.node_name, false, for_writing, self.file.len())?;
+            self.check_same(&cluster0)?;
+            let for_writing = for_writing.then(|| self.for_writing(config));
+            Contents::read(self.file.port(), cluster0, for_writing).await
+        };
+        read.await.map_err(|error| self.name_file(error))
+    }
+
+    /// What a writer with these options needs of the contents.
+    pub(crate) fn for_writing(&self, config: &Config) -> ForWriting {
+        ForWriting {
+            classes: config.overlap,
+            invalidate_bitmaps: config.invalidate_bitmaps,
+            data_len: self.data_file.as_ref().map(|data| data.len()),
+        }
+    }
+
+    /// Refuses an image that has become another one. Its length may change.
+    fn check_same(&self, new: &Cluster0) -> Result<()> {
+        let old = self.cluster0.load();
+        let (was, is) = (&old.header, &new.header);
+        let data_file = Incompatible::DATA_FILE;
+        let what = if was.version != is.version {
+            "version"
+        } else if was.geometry != is.geometry {
+            "cluster size, refcount width or kind of L2 entries"
+        } else if was.compression != is.compression {
+            "compression type"
+        } else if was.incompatible & data_file != is.incompatible & data_file {
+            "external data file"
+        } else if is.autoclear.contains(Autoclear::RAW_DATA_FILE) && self.backing.is_some() {
+            "data file, which is raw now and excludes a backing node,"
+        } else if self.named_backing.is_some()
+            && self.named_backing == self.backing.node_name()
+            && (&old.backing_name, &old.extensions.backing_format)
+                != (&new.backing_name, &new.extensions.backing_format)
+        {
+            return Err(Error::new(
+                ErrorKind::InvalidImage,
+                "the image names another backing file than the one that was opened for it: \
+                 give the node its new backing node first",
+            ));
+        } else {
+            return Ok(());
+        };
+        Err(Error::new(
+            ErrorKind::InvalidImage,
+            format!("the image's {what} changed while another process had it: open it anew"),
+        ))
+    }
+
+    fn use_config(&self, config: Config) {
+        {
+            let mut meta = self.meta();
+            meta.slices.set_budget(config.l2_cache_bytes);
+            meta.counts.set_budget(config.refcount_cache_bytes);
+        }
+        self.inflated.set_budget(config.decompressed_cache_bytes);
+        self.config.store(Arc::new(config));
+    }
+}

@@ -1,0 +1,8 @@
+//! The metadata cached in memory: L1 and L2 tables, refcounts, and the order in which changes reach the file.
+
+pub(super) mod budget;
+pub(super) mod load;
+pub(super) mod lookup;
+pub(super) mod refcounts;
+pub(super) mod tables;
+pub(super) mod write_back;

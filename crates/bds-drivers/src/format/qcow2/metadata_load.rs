@@ -1,0 +1,283 @@
+//! What is read of an image before it serves: the L1 table; for writers also the refcount table, and where all metadata lies.
+//!
+//! Read as a whole beside whatever is in memory, and put in its place in one step that cannot fail ([`Image::install`]): at open, when an
+//! image becomes writable, and when it is taken back from another process. Nothing is written here.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bds_core::driver::ChildPort;
+use bds_core::error::{Error, ErrorKind, Result};
+
+use super::alloc::overlap::{Class, MetadataMap, Refused};
+use super::check::truncation::Losses;
+use super::config::Config;
+use super::file_read::read_bytes;
+use super::layout::entry::{L1Entry, refblock_place};
+use super::layout::header::{Cluster0, MAX_L1_LEN};
+use super::layout::space::MetaOffset;
+use super::manage::bitmap;
+use super::manage::snapshot::SnapshotTable;
+use super::meta::refcounts::Counts;
+use super::meta::write_back::{L1State, Owed, SliceCache};
+use super::state::{HeaderState, Image, Meta};
+
+/// Tables are read in pieces of this many bytes.
+const READ_LEN: u64 = 1 << 20;
+
+/// What a writer says about itself.
+pub(crate) struct ForWriting {
+    /// Metadata that is protected against overlaps.
+    pub classes: Class,
+    /// Bitmaps may become stale.
+    pub invalidate_bitmaps: bool,
+    /// Length of the external data file.
+    pub data_len: Option<u64>,
+}
+
+/// See the file's head.
+pub(crate) struct Contents {
+    cluster0: Cluster0,
+    /// Entries that are not zero, by number.
+    l1: Vec<(u32, L1Entry)>,
+    /// The refcount table, up to its last block. Empty for readers.
+    reftable: Vec<u64>,
+    metadata: MetadataMap,
+    file_len: u64,
+}
+
+impl Contents {
+    /// Reads all there is to know. For a writer also what only it needs, and refuses what must not be written.
+    pub(crate) async fn read(
+        file: &dyn ChildPort,
+        cluster0: Cluster0,
+        for_writing: Option<ForWriting>,
+    ) -> Result<Self> {
+        let header = &cluster0.header;
+        let mut l1 = Vec::new();
+        for_words(file, header.l1_offset, header.l1_len(), |index, word| {
+            if word != 0 {
+                let index = u32::try_from(index).expect("at most 2^22 entries");
+                l1.push((index, L1Entry(word)));
+            }
+            Ok(())
+        })
+        .await?;
+        let mut reftable = Vec::new();
+        let metadata = MetadataMap::new(&header.geometry);
+        if let Some(ForWriting { classes, invalidate_bitmaps, data_len }) = for_writing {
+            for_words(file, header.reftable_offset, header.reftable_len(), |_, word| {
+                reftable.push(word);
+                Ok(())
+            })
+            .await?;
+            // Slots behind the last block are room to grow, not blocks.
+            let used = reftable.iter().rposition(|slot| *slot != 0).map_or(0, |last| last + 1);
+            reftable.truncate(used);
+            let entering = Entering { file, cluster0: &cluster0, map: &metadata, classes };
+            Losses { file, cluster0: &cluster0, data_len }.refuse(&l1, &reftable).await?;
+            entering.constant()?;
+            entering.blocks(&reftable)?;
+            entering.l2(&l1)?;
+            entering.snapshots().await?;
+            bitmap::check_writable(file, &cluster0, invalidate_bitmaps).await?;
+        }
+        Ok(Self { cluster0, l1, reftable, metadata, file_len: file.len() })
+    }
+
+    pub(crate) fn cluster0(&self) -> &Cluster0 {
+        &self.cluster0
+    }
+}
+
+impl Meta {
+    /// Nothing changed yet. `reftable` is empty for readers, and while an image is being opened.
+    pub(crate) fn new(
+        cluster0: &Cluster0,
+        config: &Config,
+        reftable: Vec<u64>,
+        file_len: u64,
+    ) -> Self {
+        let header = &cluster0.header;
+        let geometry = header.geometry;
+        Self {
+            l1: L1State::new(MetaOffset(header.l1_offset), header.l1_size),
+            slices: SliceCache::new(config.slice_len, config.l2_cache_bytes),
+            counts: Counts::new(
+                geometry,
+                reftable,
+                MetaOffset(header.reftable_offset),
+                u64::from(header.reftable_clusters),
+                config.refcount_cache_bytes,
+            ),
+            owed: Owed::default(),
+            header: HeaderState {
+                incompatible: header.incompatible,
+                autoclear: header.autoclear,
+                is_dirty_marked: false,
+            },
+            frees: Vec::new(),
+            frees_written: Vec::new(),
+            frees_durable: Vec::new(),
+            in_flight: Vec::new(),
+            flights: std::collections::HashMap::new(),
+            write_back_task: None,
+            write_back_error: None,
+            zero_from: geometry.cluster_ceil(file_len).unwrap_or(u64::MAX),
+            compressed_at: 0,
+            new_size: None,
+            cleaned_at_s: 0,
+        }
+    }
+}
+
+impl Image {
+    /// Forgets all that is in memory of the image and goes on from `contents`. Nobody is inside, no task is at work, and nothing
+    /// is waiting to be written.
+    pub(crate) fn install(&self, contents: Contents) {
+        let Contents { cluster0, l1, reftable, metadata, file_len } = contents;
+        let mut meta = self.meta();
+        debug_assert!(meta.in_flight.is_empty() && meta.flights.is_empty());
+        self.tables.clear();
+        for (table, entry) in l1 {
+            self.tables.set_l1(table, entry);
+        }
+        self.metadata.adopt(&metadata);
+        self.inflated.clear();
+        self.forget_sparseness();
+        self.data_end.store(0, Ordering::Relaxed);
+        *meta = Meta::new(&cluster0, &self.config.load(), reftable, file_len);
+        self.set_disk_len(cluster0.header.size);
+        self.cluster0.store(Arc::new(cluster0));
+    }
+}
+
+/// Reads a table of big-endian words piece by piece.
+pub(crate) async fn for_words(
+    file: &dyn ChildPort,
+    offset: u64,
+    len: u64,
+    mut visit: impl FnMut(u64, u64) -> Result<()> + Send,
+) -> Result<()> {
+    let mut at = 0;
+    while at < len {
+        let piece = READ_LEN.min(len - at);
+        let piece_len = usize::try_from(piece).expect("at most 1 MiB");
+        let bytes = read_bytes(file, offset + at, piece_len).await?;
+        for (i, word) in bytes.as_chunks().0.iter().enumerate() {
+            visit(at / 8 + i as u64, u64::from_be_bytes(*word))?;
+        }
+        at += piece;
+    }
+    Ok(())
+}
+
+/// Enters where metadata lies, as far as overlaps with its class are checked.
+struct Entering<'a> {
+    file: &'a dyn ChildPort,
+    cluster0: &'a Cluster0,
+    map: &'a MetadataMap,
+    classes: Class,
+}
+
+impl Entering<'_> {
+    fn enter(&self, class: Class, offset: u64, len: u64) -> Result<()> {
+        if !self.classes.contains(class) {
+            return Ok(());
+        }
+        let geometry = self.cluster0.header.geometry;
+        let bits = geometry.cluster_bits();
+        for i in 0..geometry.clusters(len) {
+            self.map.insert(MetaOffset(offset + (i << bits))).map_err(|refused| {
+                let words = match refused {
+                    Refused::Taken => {
+                        "two of the image's tables share a cluster: open it read-only, or repair it with a check"
+                    }
+                    Refused::TooFar => "the image's tables are scattered too widely to be written",
+                };
+                Error::new(ErrorKind::InvalidImage, words).at(offset + (i << bits))
+            })?;
+        }
+        Ok(())
+    }
+
+    fn constant(&self) -> Result<()> {
+        let header = &self.cluster0.header;
+        self.enter(Class::MAIN_HEADER, 0, 1)?;
+        self.enter(Class::ACTIVE_L1, header.l1_offset, header.l1_len())?;
+        self.enter(Class::REFCOUNT_TABLE, header.reftable_offset, header.reftable_len())?;
+        if let Some(bitmaps) = self.cluster0.extensions.bitmaps {
+            // A directory nobody could use is not protected either.
+            if bitmaps.validate(&header.geometry).is_ok() {
+                let (offset, len) = (bitmaps.directory_offset, bitmaps.directory_len);
+                self.enter(Class::BITMAP_DIRECTORY, offset, len)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn blocks(&self, reftable: &[u64]) -> Result<()> {
+        for slot in reftable {
+            // One that cannot be followed is reported when it is used.
+            if let Ok(Some(place)) = refblock_place(*slot, &self.cluster0.header.geometry) {
+                self.enter(Class::REFCOUNT_BLOCK, place.0, 1)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn l2(&self, l1: &[(u32, L1Entry)]) -> Result<()> {
+        for (_, entry) in l1 {
+            if let Ok(Some(place)) = entry.table(&self.cluster0.header.geometry) {
+                self.enter(Class::ACTIVE_L2, place.0, 1)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Snapshots' tables: we know where they are and never touch them.
+    async fn snapshots(&self) -> Result<()> {
+        let header = &self.cluster0.header;
+        let wanted = Class::SNAPSHOT_TABLE | Class::INACTIVE_L1 | Class::INACTIVE_L2;
+        if header.snapshot_count == 0 || !self.classes.intersects(wanted) {
+            return Ok(());
+        }
+        let (start, count) = (header.snapshots_offset, header.snapshot_count);
+        let table = SnapshotTable::read(self.file, start, count).await?;
+        for snapshot in &table.entries {
+            let (offset, len) = (snapshot.l1_offset, u64::from(snapshot.l1_size) * 8);
+            if !header.geometry.is_cluster_aligned(offset) || len > MAX_L1_LEN {
+                return Err(Error::new(
+                    ErrorKind::InvalidImage,
+                    "a snapshot's L1 table is longer than 32 MiB or does not begin at a cluster; \
+                     repair the image with a check",
+                )
+                .field("l1_table_offset", offset)
+                .at(start));
+            }
+            self.enter(Class::INACTIVE_L1, offset, len)?;
+            if self.classes.contains(Class::INACTIVE_L2) {
+                self.inactive_l2(offset, len).await?;
+            }
+        }
+        self.enter(Class::SNAPSHOT_TABLE, start, table.len)
+    }
+
+    async fn inactive_l2(&self, offset: u64, len: u64) -> Result<()> {
+        let geometry = self.cluster0.header.geometry;
+        for_words(self.file, offset, len, |_, word| {
+            if let Ok(Some(place)) = L1Entry(word).table(&geometry) {
+                // Tables are shared among snapshots, and with the active L1 table.
+                if self.map.insert(place) == Err(Refused::TooFar) {
+                    return Err(Error::new(
+                        ErrorKind::InvalidImage,
+                        "the image's tables are scattered too widely to be written",
+                    )
+                    .at(place.0));
+                }
+            }
+            Ok(())
+        })
+        .await
+    }
+}
