@@ -5,7 +5,8 @@ use bds_core::error::{Error, ErrorKind, Result};
 use bds_core::options::{OptionKind, OptionSpec, Options};
 
 use super::alloc::overlap::Class;
-use super::layout::header::{Cluster0, Compatible};
+use super::layout::cluster0::Cluster0;
+use super::layout::header::Compatible;
 use super::meta::budget::DirtyBudget;
 
 const KIB: u64 = 1 << 10;
@@ -166,6 +167,13 @@ impl AskedOverlap {
         }
         classes
     }
+}
+
+/// What an image was opened, or reopened, with.
+#[derive(Clone, Debug)]
+pub(crate) struct Wish {
+    pub asked: Asked,
+    pub flags: OpenFlags,
 }
 
 /// What holds for an open image.

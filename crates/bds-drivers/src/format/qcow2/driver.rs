@@ -11,9 +11,9 @@ use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 
 use super::check::compare::check_image;
-use super::layout::header::{Cluster0, INCOMPATIBLE_AT, Incompatible};
+use super::layout::cluster0::Cluster0;
+use super::layout::header::{INCOMPATIBLE_AT, Incompatible};
 use super::layout::space::MetaOffset;
-use super::manage::info;
 use super::state::Image;
 use super::task::finish;
 
@@ -161,7 +161,7 @@ impl Driver for Qcow2 {
     fn info(&self) -> BoxFuture<'_, Result<ImageInfo>> {
         Box::pin(async {
             let image = &self.image;
-            info::info(image.file.port(), &image.cluster0_now()).await
+            super::manage::info::info(image.file.port(), &image.cluster0_now()).await
         })
     }
 
@@ -247,6 +247,26 @@ impl Image {
         !meta.frees_written.is_empty()
             || !meta.frees_durable.is_empty()
             || meta.owed.owes_meta_flush()
+    }
+
+    /// What is remembered of files and backing node may be true of others.
+    pub(crate) fn children_changed(&self) {
+        self.forget_sparseness();
+        // Asks, and remembers the answer.
+        self.backing.len();
+    }
+
+    /// Takes the first backing node, or gives the only one back.
+    pub(crate) fn set_backing(&self, child: Option<Child>) -> Result<Option<Child>> {
+        let refuse =
+            |words: &str| Err(Error::new(ErrorKind::InvalidInput, words).node(&self.node_name));
+        if child.is_some() && self.backing.is_some() {
+            return refuse("the image has a backing node already");
+        }
+        if child.is_some() && self.has_raw_data_file() {
+            return refuse("a raw data file and a backing node exclude each other");
+        }
+        Ok(self.backing.exchange(child))
     }
 
     /// A flush of a broken image must not claim that anything is safe.

@@ -7,7 +7,10 @@ use bds_core::driver::{ChildPort, ReadFlags};
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::Buf;
 
-use super::layout::header::{Cluster0, Parsed, Strictness};
+use super::layout::cluster0::{Cluster0, Parsed, Strictness};
+
+/// Tables are read in pieces of this many bytes.
+const READ_LEN: u64 = 1 << 20;
 
 /// Reads `len` bytes; past the end of the file they are zeros. The caller bounds `len`.
 pub(crate) async fn read_bytes(file: &dyn ChildPort, offset: u64, len: usize) -> Result<Vec<u8>> {
@@ -19,6 +22,26 @@ pub(crate) async fn read_bytes(file: &dyn ChildPort, offset: u64, len: usize) ->
     file.read(offset, iov.clone(), ReadFlags::empty()).await.map_err(|e| e.at(offset))?;
     iov.copy_to(0, &mut bytes);
     Ok(bytes)
+}
+
+/// Reads a table of big-endian words piece by piece.
+pub(crate) async fn for_words(
+    file: &dyn ChildPort,
+    offset: u64,
+    len: u64,
+    mut visit: impl FnMut(u64, u64) -> Result<()> + Send,
+) -> Result<()> {
+    let mut at = 0;
+    while at < len {
+        let piece = READ_LEN.min(len - at);
+        let piece_len = usize::try_from(piece).expect("at most 1 MiB");
+        let bytes = read_bytes(file, offset + at, piece_len).await?;
+        for (i, word) in bytes.as_chunks().0.iter().enumerate() {
+            visit(at / 8 + i as u64, u64::from_be_bytes(*word))?;
+        }
+        at += piece;
+    }
+    Ok(())
 }
 
 /// Reads and parses cluster 0. Errors name the file.

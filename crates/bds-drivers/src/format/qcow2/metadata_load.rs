@@ -12,18 +12,18 @@ use bds_core::error::{Error, ErrorKind, Result};
 use super::alloc::overlap::{Class, MetadataMap, Refused};
 use super::check::truncation::Losses;
 use super::config::Config;
-use super::file_read::read_bytes;
+use super::file_read::for_words;
+use super::layout::cluster0::Cluster0;
 use super::layout::entry::{L1Entry, refblock_place};
-use super::layout::header::{Cluster0, MAX_L1_LEN};
+use super::layout::header::MAX_L1_LEN;
 use super::layout::space::MetaOffset;
 use super::manage::bitmap;
 use super::manage::snapshot::SnapshotTable;
+use super::meta::pending_flush::Owed;
 use super::meta::refcounts::Counts;
-use super::meta::write_back::{L1State, Owed, SliceCache};
+use super::meta::slice_cache::SliceCache;
+use super::meta::tables::L1State;
 use super::state::{HeaderState, Image, Meta};
-
-/// Tables are read in pieces of this many bytes.
-const READ_LEN: u64 = 1 << 20;
 
 /// What a writer says about itself.
 pub(crate) struct ForWriting {
@@ -150,26 +150,6 @@ impl Image {
         self.set_disk_len(cluster0.header.size);
         self.cluster0.store(Arc::new(cluster0));
     }
-}
-
-/// Reads a table of big-endian words piece by piece.
-pub(crate) async fn for_words(
-    file: &dyn ChildPort,
-    offset: u64,
-    len: u64,
-    mut visit: impl FnMut(u64, u64) -> Result<()> + Send,
-) -> Result<()> {
-    let mut at = 0;
-    while at < len {
-        let piece = READ_LEN.min(len - at);
-        let piece_len = usize::try_from(piece).expect("at most 1 MiB");
-        let bytes = read_bytes(file, offset + at, piece_len).await?;
-        for (i, word) in bytes.as_chunks().0.iter().enumerate() {
-            visit(at / 8 + i as u64, u64::from_be_bytes(*word))?;
-        }
-        at += piece;
-    }
-    Ok(())
 }
 
 /// Enters where metadata lies, as far as overlaps with its class are checked.

@@ -29,10 +29,13 @@ mod layout;
 mod manage;
 mod meta;
 mod metadata_load;
+mod nodes;
 mod open;
+mod plan;
 mod srcu;
 mod state;
 mod task;
+mod write_state;
 
 use bds_core::driver::{
     BoxFuture, Category, CreateContext, CreateFacts, Driver, DriverType, MeasureReport,
@@ -75,11 +78,11 @@ impl DriverType for Qcow2Format {
     }
 
     fn probe(&self, head: &[u8], _file_len: u64) -> u8 {
-        if layout::header::is_qcow2(head) { 100 } else { 0 }
+        if layout::cluster0::is_qcow2(head) { 100 } else { 0 }
     }
 
     fn create_options(&self) -> &'static [OptionSpec] {
-        manage::create::CREATE_OPTIONS
+        manage::create_options::CREATE_OPTIONS
     }
 
     fn create<'a>(&'a self, context: CreateContext<'a>) -> BoxFuture<'a, Result<()>> {

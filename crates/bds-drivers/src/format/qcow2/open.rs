@@ -13,19 +13,21 @@ use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::BufPool;
 
 use super::alloc::overlap::MetadataMap;
-use super::config::{Asked, Config};
+use super::config::{Asked, Config, Wish};
 use super::file_read::read_cluster0;
 use super::io::backing::Backing;
 use super::io::decompressed_cache::Inflated;
+use super::layout::cluster0::{Cluster0, Strictness};
 use super::layout::entry::EntryRules;
-use super::layout::header::{Cluster0, CryptMethod, Incompatible, Strictness};
-use super::layout::space::MetaNode;
+use super::layout::header::{CryptMethod, Incompatible};
 use super::meta::budget::Levels;
 use super::meta::tables::Tables;
 use super::metadata_load::Contents;
+use super::nodes::MetaNode;
 use super::srcu::Grace;
-use super::state::{Charge, Image, Meta, Wish};
+use super::state::{Image, Meta};
 use super::task::Busy;
+use super::write_state::Charge;
 
 /// Idle buffers kept for decompression and copying.
 const POOL_BYTES: usize = 4 << 20;

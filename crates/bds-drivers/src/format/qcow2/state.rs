@@ -16,72 +16,36 @@
 
 use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use arc_swap::ArcSwap;
-use bds_core::driver::{Attempt, Child, OpenFlags};
+use bds_core::driver::{Attempt, Child};
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::{Buf, BufPool, IoVec};
 
+use super::alloc::freed::Freed;
+use super::alloc::in_flight::InFlight;
 use super::alloc::overlap::MetadataMap;
-use super::alloc::release::Freed;
-use super::config::{Asked, Config};
+use super::config::{Config, Wish};
 use super::io::backing::Backing;
 use super::io::decompressed_cache::Inflated;
-use super::io::write::InFlight;
+use super::layout::cluster0::Cluster0;
 use super::layout::entry::{BadEntry, EntryRules};
-use super::layout::header::{AUTOCLEAR_AT, Autoclear, Cluster0, INCOMPATIBLE_AT, Incompatible};
-use super::layout::space::{DataNode, MetaNode, MetaOffset, Space};
+use super::layout::header::{AUTOCLEAR_AT, Autoclear, INCOMPATIBLE_AT, Incompatible};
+use super::layout::space::{MetaOffset, Space};
 use super::layout::units::Geometry;
 use super::meta::budget::{Levels, WriteBackTask};
-use super::meta::load::{Flight, Hold};
+use super::meta::pending_flush::Owed;
 use super::meta::refcounts::Counts;
-use super::meta::tables::{SliceId, Tables};
-use super::meta::write_back::{L1State, Owed, SliceCache};
+use super::meta::shared_load::{Flight, Hold};
+use super::meta::slice_cache::SliceCache;
+use super::meta::tables::{L1State, Tables};
+use super::nodes::{DataNode, MetaNode};
+use super::plan::{Plan, Stop, What};
 use super::srcu::Grace;
 use super::task::Busy;
-
-/// Something an operation found missing in memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum What {
-    /// A slice of an L2 table.
-    Slice(SliceId),
-    /// All slices of an L2 table.
-    Table(u32),
-    /// A refcount block.
-    Block(u64),
-}
-
-/// Why an operation under the lock could not go on.
-#[derive(Debug)]
-pub(crate) enum Stop {
-    /// Load this, and begin again.
-    Load(What),
-    /// An allocation in flight touches the same clusters: wait for it, and begin again.
-    Wait(Arc<InFlight>),
-    /// Too much metadata is dirty: wait until some is written back, and begin again.
-    Room,
-    /// It cannot be done.
-    Fail(Error),
-    /// The image contradicts itself at this byte of the file.
-    Corrupt { what: String, at: u64 },
-}
-
-/// What operations under the lock return.
-pub(crate) type Plan<T> = std::result::Result<T, Stop>;
-
-impl From<Error> for Stop {
-    fn from(error: Error) -> Self {
-        Self::Fail(error)
-    }
-}
-
-impl Stop {
-    pub(crate) fn too_large(message: &str) -> Self {
-        Self::Fail(Error::new(ErrorKind::LimitExceeded, message))
-    }
-}
+use super::write_state::Charge;
 
 /// Header fields that change while the image is open.
 #[derive(Debug)]
@@ -120,6 +84,18 @@ pub(crate) struct Meta {
     pub cleaned_at_s: u64,
 }
 
+impl Meta {
+    /// An allocation in flight is over: those that wait for it go on.
+    pub(crate) fn end_allocation(&mut self, item: &Arc<InFlight>) {
+        item.leave(&mut self.in_flight, &mut self.slices);
+    }
+
+    /// Bytes of metadata that cannot be evicted.
+    pub(crate) fn pinned_bytes(&self) -> usize {
+        self.slices.pinned_bytes() + self.counts.pinned_bytes()
+    }
+}
+
 /// The lock of [`Meta`], held. Publishes the levels of `budget.rs` when it is released.
 pub(crate) struct MetaGuard<'a> {
     meta: MutexGuard<'a, Meta>,
@@ -142,75 +118,9 @@ impl DerefMut for MetaGuard<'_> {
 
 impl Drop for MetaGuard<'_> {
     fn drop(&mut self) {
-        self.levels.publish(&self.meta);
-    }
-}
-
-/// What an image was opened, or reopened, with.
-#[derive(Clone, Debug)]
-pub(crate) struct Wish {
-    pub asked: Asked,
-    pub flags: OpenFlags,
-}
-
-/// Who may change the image. Changes with nobody inside.
-#[derive(Debug)]
-pub(crate) struct Charge {
-    /// Opened for writing.
-    is_writable: AtomicBool,
-    /// False: another process is in charge of the bytes.
-    is_active: AtomicBool,
-    /// Both of these.
-    is_ours: AtomicBool,
-    /// Rules O10 and O13 are met as well: guest writes may begin.
-    may_write: AtomicBool,
-}
-
-impl Charge {
-    pub(crate) fn new(is_writable: bool) -> Self {
-        Self {
-            is_writable: AtomicBool::new(is_writable),
-            is_active: AtomicBool::new(true),
-            is_ours: AtomicBool::new(is_writable),
-            may_write: AtomicBool::new(false),
-        }
-    }
-
-    /// Enters another state. Whatever a writer must do first must be done again.
-    pub(crate) fn set(&self, is_writable: bool, is_active: bool) {
-        self.may_write.store(false, Ordering::Release);
-        self.is_writable.store(is_writable, Ordering::Release);
-        self.is_active.store(is_active, Ordering::Release);
-        self.is_ours.store(is_writable && is_active, Ordering::Release);
-    }
-
-    pub(crate) fn is_writable(&self) -> bool {
-        self.is_writable.load(Ordering::Acquire)
-    }
-
-    pub(crate) fn is_active(&self) -> bool {
-        self.is_active.load(Ordering::Acquire)
-    }
-
-    #[inline]
-    pub(crate) fn may_write(&self) -> bool {
-        self.may_write.load(Ordering::Acquire)
-    }
-
-    fn writes_may_begin(&self) {
-        self.may_write.store(true, Ordering::Release);
-    }
-
-    /// Refuses changes.
-    fn check(&self) -> Result<()> {
-        let words = if !self.is_active() {
-            "the image is inactive: another process may be writing to it; activate it first"
-        } else if !self.is_writable() {
-            "the image is open read-only"
-        } else {
-            return Ok(());
-        };
-        Err(Error::new(ErrorKind::ReadOnly, words))
+        let meta = &self.meta;
+        let frees = meta.frees.len() + meta.frees_written.len();
+        self.levels.publish(meta.pinned_bytes(), frees, meta.frees_durable.len());
     }
 }
 
@@ -280,7 +190,7 @@ impl Image {
     /// May we change the image: opened for writing, and in charge?
     #[inline]
     pub(crate) fn is_writable(&self) -> bool {
-        self.charge.is_ours.load(Ordering::Acquire)
+        self.charge.is_ours()
     }
 
     pub(crate) fn wish(&self) -> MutexGuard<'_, Wish> {
@@ -474,7 +384,7 @@ impl Image {
         let interval_s = self.config.load().clean_interval_s;
         if interval_s > 0 && now_s >= meta.cleaned_at_s.saturating_add(interval_s) {
             meta.cleaned_at_s = now_s;
-            self.evict_slices(meta, true);
+            meta.slices.evict(&self.tables, true);
         }
     }
 }

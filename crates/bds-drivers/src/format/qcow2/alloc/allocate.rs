@@ -4,10 +4,12 @@
 //! is put in front of the clusters it will count, so it describes itself; the refcount table follows when it has
 //! outgrown its place (`reftable.rs`). Nothing here does I/O: the order in which all this reaches the file is `write_back.rs`'s.
 
+use super::freed::Freed;
 use super::overlap::{Class, Refused};
 use crate::format::qcow2::layout::space::{Clusters, MetaOffset, Offset};
 use crate::format::qcow2::layout::units::HOST_OFFSET_END;
-use crate::format::qcow2::state::{Image, Meta, Plan, Stop};
+use crate::format::qcow2::plan::{Plan, Stop};
+use crate::format::qcow2::state::{Image, Meta};
 
 /// Adjacent host clusters, new and counted once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -212,5 +214,20 @@ impl Image {
     fn advance(&self, meta: &mut Meta, from: u64, len: u64) -> MetaOffset {
         meta.compressed_at = from + len;
         MetaOffset(from)
+    }
+
+    /// Gives the table room. Allocating the room may make the table grow again, hence the loop; half as much again ends it soon.
+    pub(crate) fn move_table(&self, meta: &mut Meta) -> Plan<()> {
+        while meta.counts.needs_room() {
+            let wanted = meta.counts.wanted_room();
+            let place = self.alloc_metadata(meta, wanted, Class::REFCOUNT_TABLE)?;
+            let old = meta.counts.move_table(place.range());
+            let bits = self.geometry().cluster_bits();
+            for i in 0..old.count {
+                self.metadata.remove(old.start.plus(i << bits));
+            }
+            meta.frees.push(Freed::metadata(old));
+        }
+        Ok(())
     }
 }

@@ -13,12 +13,12 @@ use std::sync::atomic::Ordering;
 
 use bds_core::error::{Error, ErrorKind};
 
-use crate::format::qcow2::io::write::bad;
 use crate::format::qcow2::layout::entry::{BadEntry, L2Entry, Place};
 use crate::format::qcow2::layout::space::{Clusters, DataOffset, MetaOffset, Offset};
 use crate::format::qcow2::meta::lookup::Run;
 use crate::format::qcow2::meta::tables::Slice;
-use crate::format::qcow2::state::{Image, Meta, Plan, Stop};
+use crate::format::qcow2::plan::{Plan, Stop, bad};
+use crate::format::qcow2::state::{Image, Meta};
 
 impl Image {
     /// Do all clusters of `len` bytes of data at `place` begin inside the file that holds them?

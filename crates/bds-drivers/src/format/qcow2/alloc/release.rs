@@ -15,72 +15,12 @@ use std::sync::Arc;
 
 use bds_core::error::Result;
 
-use crate::format::qcow2::io::write::bad;
+use super::freed::{Freed, Which, Why};
 use crate::format::qcow2::layout::entry::{L2Entry, Place};
 use crate::format::qcow2::layout::space::{Clusters, DataOffset, MetaOffset, Offset};
 use crate::format::qcow2::meta::lookup::Found;
-use crate::format::qcow2::state::{Image, Meta, Plan, Stop, What};
-
-/// Why a reference was given up; decides whether the host is told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Why {
-    /// The guest discarded it, or wrote zeros that may unmap.
-    Request,
-    /// Replaced by an overwrite or never used: it will be used again soon.
-    Reuse,
-    /// A table moved.
-    Metadata,
-}
-
-/// Where the clusters of a [`Freed`] are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Which {
-    /// In the image file, where they are counted.
-    Image(Clusters<MetaOffset>),
-    /// In the external data file, which has no counts.
-    DataFile(Clusters<DataOffset>),
-}
-
-/// References that were given up, one for each of some adjacent clusters.
-#[derive(Clone, Debug)]
-pub(crate) struct Freed {
-    which: Which,
-    why: Why,
-    /// The entry of a compressed cluster, whose decompressed form must be forgotten.
-    inflated: Option<u64>,
-}
-
-impl Freed {
-    /// Clusters of a table that moved.
-    pub(crate) fn metadata(clusters: Clusters<MetaOffset>) -> Self {
-        Self { which: Which::Image(clusters), why: Why::Metadata, inflated: None }
-    }
-
-    /// Clusters that were allocated and never used.
-    pub(crate) fn unused(clusters: Clusters<MetaOffset>) -> Self {
-        Self { which: Which::Image(clusters), why: Why::Reuse, inflated: None }
-    }
-
-    /// How many clusters are left to give back.
-    fn count(&self) -> u64 {
-        match self.which {
-            Which::Image(run) => run.count,
-            Which::DataFile(run) => run.count,
-        }
-    }
-
-    /// Takes `next` in if it goes on where this ends, in the same space.
-    fn join(&mut self, next: &Self, cluster_bits: u32) -> bool {
-        let is_same = self.why == next.why && self.inflated.is_none() && next.inflated.is_none();
-        match (&mut self.which, &next.which) {
-            (Which::Image(run), Which::Image(next)) => is_same && run.join(next, cluster_bits),
-            (Which::DataFile(run), Which::DataFile(next)) => {
-                is_same && run.join(next, cluster_bits)
-            }
-            _ => false,
-        }
-    }
-}
+use crate::format::qcow2::plan::{Plan, Stop, What, bad};
+use crate::format::qcow2::state::{Image, Meta};
 
 impl Image {
     /// Nothing points where `old` pointed any more, in memory.
@@ -224,7 +164,7 @@ impl Image {
             let count = len.min(freed.count);
             if let Some(item) = item {
                 self.note_discard(self.data().discard(freed.start, count << bits).await);
-                item.leave(&mut self.meta());
+                self.meta().end_allocation(&item);
             }
             freed.start = freed.start.plus(count << bits);
             freed.count -= count;

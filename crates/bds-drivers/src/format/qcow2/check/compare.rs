@@ -17,8 +17,8 @@ use bds_core::error::{Error, ErrorKind, Result};
 use super::ref_walk::Census;
 use super::refcount_reader::StoredCounts;
 use crate::format::qcow2::file_read::read_cluster0;
+use crate::format::qcow2::layout::cluster0::Strictness;
 use crate::format::qcow2::layout::entry::read_refcount;
-use crate::format::qcow2::layout::header::Strictness;
 
 /// Memory for counting references: 4 TiB of densely used 64-KiB clusters, and more.
 const MEMORY_BUDGET_LEN: u64 = 1 << 30;

@@ -6,69 +6,33 @@
 
 use std::collections::BTreeMap;
 
-use bds_core::driver::{CheckReport, ChildPort};
+use bds_core::driver::ChildPort;
 use bds_core::error::{Error, ErrorKind, Result};
 
+use super::findings::Findings;
 use super::ref_map::{RefMap, Use};
 use super::refcount_reader::StoredCounts;
 use crate::format::qcow2::file_read::read_bytes;
-use crate::format::qcow2::layout::entry::{
-    COPIED, EntryRules, L1Entry, L2Entry, OFFSET_MASK, ZERO, read_u64,
-};
-use crate::format::qcow2::layout::header::{Autoclear, Cluster0, Incompatible, MAX_L1_LEN};
+use crate::format::qcow2::layout::bitmap_directory::table_entry;
+use crate::format::qcow2::layout::cluster0::Cluster0;
+use crate::format::qcow2::layout::entry::{EntryRules, L1Entry, L2Entry, OFFSET_MASK, read_u64};
+use crate::format::qcow2::layout::header::{Autoclear, Incompatible, MAX_L1_LEN};
 use crate::format::qcow2::layout::units::GuestOffset;
 use crate::format::qcow2::manage::bitmap;
 use crate::format::qcow2::manage::snapshot::{MAX_EXTRA_LEN, MIN_V3_EXTRA_LEN, SnapshotTable};
 
-/// Messages kept.
-const MAX_MESSAGES: usize = 256;
 /// Bytes of L1 tables read in all: 65,536 snapshots of a 1 TiB disk with 64-KiB clusters fit.
 const MAX_L1_TOTAL_LEN: u64 = 1 << 30;
 /// What a distinct L2 table costs in memory.
 const TABLE_COST_LEN: u64 = 64;
 /// Clusters that two guest ranges share, remembered by number.
-const MAX_COLLISIONS: usize = 4096;
-
-/// Report under construction.
-#[derive(Default)]
-pub(crate) struct Findings {
-    pub report: CheckReport,
-}
-
-impl Findings {
-    fn say(&mut self, message: String) {
-        if self.report.messages.len() < MAX_MESSAGES {
-            self.report.messages.push(message);
-        } else {
-            self.report.messages_dropped += 1;
-        }
-    }
-
-    pub(crate) fn corruption(&mut self, times: u32, message: impl Into<String>) {
-        self.report.corruptions = self.report.corruptions.saturating_add(u64::from(times));
-        self.say(message.into());
-    }
-
-    pub(crate) fn leak(&mut self, clusters: u64, message: impl Into<String>) {
-        self.report.leaks = self.report.leaks.saturating_add(clusters);
-        self.say(message.into());
-    }
-
-    pub(crate) fn unreadable(&mut self, times: u64, message: impl Into<String>) {
-        self.report.check_errors = self.report.check_errors.saturating_add(times);
-        self.say(message.into());
-    }
-
-    pub(crate) fn remark(&mut self, message: impl Into<String>) {
-        self.say(message.into());
-    }
-}
+pub(super) const MAX_COLLISIONS: usize = 4096;
 
 /// L1 entries that point at one L2 table.
 #[derive(Clone, Copy, Default)]
-struct TableRefs {
-    active: u32,
-    total: u32,
+pub(super) struct TableRefs {
+    pub active: u32,
+    pub total: u32,
     /// The first active entry.
     l1_index: u64,
 }
@@ -77,7 +41,7 @@ struct TableRefs {
 pub(crate) struct Census<'a> {
     file: &'a dyn ChildPort,
     image: &'a Cluster0,
-    rules: EntryRules,
+    pub(super) rules: EntryRules,
     file_len: u64,
     pub map: RefMap,
     pub findings: Findings,
@@ -87,7 +51,7 @@ pub(crate) struct Census<'a> {
     tables: BTreeMap<u64, TableRefs>,
     l1_total_len: u64,
     /// Where the next data cluster would be if nothing were fragmented; 0 at the start of a table.
-    next_contiguous: u64,
+    pub(super) next_contiguous: u64,
     progress: &'a (dyn Fn(u64, u64) + Send + Sync),
     done_len: u64,
 }
@@ -149,7 +113,7 @@ impl<'a> Census<'a> {
 
     /// Counts the clusters of `len` bytes at `offset`, `times` over. A range that ends a cluster or more past the end of the file is
     /// a corruption and not counted.
-    fn count(
+    pub(super) fn count(
         &mut self,
         offset: u64,
         len: u64,
@@ -382,123 +346,6 @@ impl<'a> Census<'a> {
         Ok(())
     }
 
-    async fn entry(&mut self, entry: L2Entry, guest: GuestOffset, refs: TableRefs) -> Result<()> {
-        let rules = self.rules;
-        let times = refs.total;
-        let L2Entry { word, bitmap } = entry;
-        if entry.is_compressed() {
-            return self.compressed(entry, refs);
-        }
-        if entry.reserved(&rules) != 0 {
-            self.findings.corruption(
-                times,
-                format!("l2 entry has reserved bits set: {word:#018x} ({guest})"),
-            );
-        }
-        let offset = word & OFFSET_MASK;
-        let extended = rules.geometry.has_extended_l2();
-        let is_zero = !extended && word & ZERO != 0;
-        if is_zero && !rules.has_zero_flag {
-            self.findings
-                .corruption(times, format!("zero flag in an image of version 2 ({guest})"));
-        }
-        let has_place = offset != 0 || (rules.has_data_file && word & COPIED != 0 && !is_zero);
-        if !has_place {
-            if entry.alloc_bits() != 0 {
-                let what = format!("data subclusters without a cluster: {bitmap:#018x} ({guest})");
-                self.findings.corruption(times, what);
-            }
-            return Ok(());
-        }
-        self.statistics(offset, refs.active);
-        if entry.alloc_bits() & entry.zero_bits() != 0 {
-            let what = format!("subclusters are data and zeros at once: {bitmap:#018x} ({guest})");
-            self.findings.corruption(times, what);
-        }
-        if !rules.geometry.is_cluster_aligned(offset) {
-            let what = format!("data cluster at {offset:#x} does not begin at a cluster ({guest})");
-            self.findings.corruption(times, what);
-        }
-        if rules.has_data_file {
-            if offset != guest.0 && refs.active > 0 {
-                // Finding F7: reads of this entry fail, and QEMU's check is silent.
-                let what = format!("data file offset {offset:#x} differs from {guest}");
-                self.findings.corruption(times, what);
-            }
-        } else {
-            let cluster = rules.geometry.cluster_size();
-            let collided = self.count(offset, cluster, times, Use::Data, refs.active > 0)?;
-            if collided && self.collisions.len() < MAX_COLLISIONS {
-                self.collisions.push((rules.geometry.cluster_index(offset), guest));
-            }
-        }
-        self.check_l2_copied(entry, offset, guest, refs.active).await;
-        Ok(())
-    }
-
-    fn compressed(&mut self, entry: L2Entry, refs: TableRefs) -> Result<()> {
-        let range = entry.compressed_range(&self.rules.geometry);
-        let at = range.offset;
-        if entry.is_copied() {
-            let what = format!("compressed cluster is marked COPIED ({at})");
-            self.findings.corruption(refs.total, what);
-        }
-        if self.rules.has_data_file {
-            let what = format!("compressed cluster in an image with a data file ({at})");
-            self.findings.corruption(refs.total, what);
-            return Ok(());
-        }
-        if entry.bitmap != 0 {
-            let what = format!("compressed cluster has a subcluster bitmap ({at})");
-            self.findings.corruption(refs.total, what);
-            return Ok(());
-        }
-        self.count(at.0, range.len, refs.total, Use::Compressed, false)?;
-        let report = &mut self.findings.report;
-        let active = u64::from(refs.active);
-        report.allocated_clusters += active;
-        report.compressed_clusters += active;
-        report.fragmented_clusters += active;
-        Ok(())
-    }
-
-    fn statistics(&mut self, offset: u64, active: u32) {
-        if active == 0 {
-            return;
-        }
-        let report = &mut self.findings.report;
-        report.allocated_clusters += u64::from(active);
-        if self.next_contiguous != 0 && offset != self.next_contiguous {
-            report.fragmented_clusters += u64::from(active);
-        }
-        self.next_contiguous = offset + self.rules.geometry.cluster_size();
-    }
-
-    /// Only the active tree must be exact.
-    async fn check_l2_copied(
-        &mut self,
-        entry: L2Entry,
-        offset: u64,
-        guest: GuestOffset,
-        active: u32,
-    ) {
-        if active == 0 {
-            return;
-        }
-        let stored = if self.rules.has_data_file {
-            Some(1)
-        } else {
-            self.stored.count(self.rules.geometry.cluster_index(offset)).await
-        };
-        if let Some(stored) = stored.filter(|count| (*count == 1) != entry.is_copied()) {
-            let what = format!(
-                "l2 entry {:#018x} ({guest}): COPIED does not fit refcount {stored}",
-                entry.word
-            );
-            self.findings.corruption(active, what);
-        }
-    }
-
     async fn bitmaps(&mut self) -> Result<()> {
         let header = &self.image.header;
         let valid = header.autoclear.contains(Autoclear::BITMAPS);
@@ -525,7 +372,7 @@ impl<'a> Census<'a> {
                 let size = usize::try_from(step).expect("at most 1 MiB");
                 let table = read_bytes(self.file, entry.table_offset + at, size).await?;
                 for word in entries(&table) {
-                    match bitmap::table_entry(word, &geometry) {
+                    match table_entry(word, &geometry) {
                         Ok(None) => {}
                         Ok(Some(place)) => {
                             self.count(place, geometry.cluster_size(), 1, Use::Other, false)?;

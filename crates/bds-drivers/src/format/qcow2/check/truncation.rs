@@ -8,13 +8,13 @@
 use bds_core::driver::ChildPort;
 use bds_core::error::{Error, ErrorKind, Result};
 
-use crate::format::qcow2::file_read::read_bytes;
+use crate::format::qcow2::file_read::{for_words, read_bytes};
+use crate::format::qcow2::layout::cluster0::Cluster0;
 use crate::format::qcow2::layout::entry::{
     EntryRules, L1Entry, L2Entry, Place, read_refcount, read_u64, refblock_place,
 };
-use crate::format::qcow2::layout::header::{Cluster0, Incompatible, MAX_L1_LEN};
+use crate::format::qcow2::layout::header::{Incompatible, MAX_L1_LEN};
 use crate::format::qcow2::manage::snapshot::SnapshotTable;
-use crate::format::qcow2::metadata_load::for_words;
 
 /// Bytes of snapshots' L1 tables that are looked through.
 const MAX_L1_TOTAL_LEN: u64 = 1 << 30;

@@ -15,11 +15,13 @@ use bds_core::options::Options;
 use bds_io::Buf;
 use futures_util::FutureExt;
 
+use super::layout::cluster0::{Cluster0, Parsed, Strictness};
 use super::layout::entry::{EntryRules, L2Entry};
 use super::layout::extension::be64;
-use super::layout::header::{Cluster0, Compression, Parsed, Strictness};
-pub use super::layout::space::{DataNode, DataOffset, MetaNode, MetaOffset};
+use super::layout::header::Compression;
+pub use super::layout::space::{DataOffset, MetaOffset};
 use super::layout::units::{Geometry, GuestOffset};
+pub use super::nodes::{DataNode, MetaNode};
 pub use port::MemPort;
 
 /// Creates an image in `file`, as `create` does with these options.

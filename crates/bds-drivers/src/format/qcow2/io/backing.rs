@@ -7,11 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use bds_core::driver::{Child, RcuCell, ReadFlags};
-use bds_core::error::{Error, ErrorKind, Result};
+use bds_core::error::Result;
 use bds_io::IoVec;
 
-use super::read::{mem_len, part_of};
-use crate::format::qcow2::state::Image;
+use crate::format::qcow2::layout::units::{mem_len, part_of};
 
 /// The place of the backing node, taken or free.
 #[derive(Debug)]
@@ -55,48 +54,23 @@ impl Backing {
         self.now.read().as_ref().map(|child| child.node_name())
     }
 
-    fn exchange(&self, child: Option<Child>) -> Option<Child> {
-        let old = self.now.read().clone();
-        self.known_len.store(child.as_ref().map_or(0, |b| b.len()), Ordering::Relaxed);
-        self.is_there.store(child.is_some(), Ordering::Release);
-        self.now.replace(child.map(Arc::new));
-        // A task whose caller is gone may still read from it: then the last one to leave lets it go.
-        old.and_then(Arc::into_inner)
-    }
-}
-
-impl Image {
-    /// What is remembered of files and backing node may be true of others.
-    pub(crate) fn children_changed(&self) {
-        self.forget_sparseness();
-        // Asks, and remembers the answer.
-        self.backing.len();
-    }
-
-    /// Takes the first backing node, or gives the only one back.
-    pub(crate) fn set_backing(&self, child: Option<Child>) -> Result<Option<Child>> {
-        let refuse =
-            |words: &str| Err(Error::new(ErrorKind::InvalidInput, words).node(&self.node_name));
-        if child.is_some() && self.backing.is_some() {
-            return refuse("the image has a backing node already");
-        }
-        if child.is_some() && self.has_raw_data_file() {
-            return refuse("a raw data file and a backing node exclude each other");
-        }
-        Ok(self.backing.exchange(child))
-    }
-
-    /// What the backing node shows at `guest`, if that needs no waiting.
+    /// How many of the `len` bytes at `guest` the backing node has; what follows is zeros.
     #[inline]
-    pub(crate) fn try_below(&self, guest: u64, iov: &IoVec) -> Option<Result<()>> {
-        if !self.backing.is_some() {
+    pub(crate) fn below(&self, guest: u64, len: u64) -> u64 {
+        self.len().saturating_sub(guest).min(len)
+    }
+
+    /// Reads what the backing node shows at `guest`, if that needs no waiting.
+    #[inline]
+    pub(crate) fn try_read(&self, guest: u64, iov: &IoVec) -> Option<Result<()>> {
+        if !self.is_some() {
             iov.fill(0..iov.len(), 0);
             return Some(Ok(()));
         }
-        let now = self.backing.now.read();
+        let now = self.now.read();
         let child = now.as_ref()?;
         // What it had it still has, or its own range check declines: no question a layer.
-        let known_len = self.backing.known_len.load(Ordering::Relaxed);
+        let known_len = self.known_len.load(Ordering::Relaxed);
         if guest.checked_add(iov.len() as u64)? <= known_len {
             return child.try_read(guest, iov);
         }
@@ -111,23 +85,25 @@ impl Image {
         Some(Ok(()))
     }
 
-    /// How many of the `len` bytes at `guest` the backing node has; what follows is zeros.
-    #[inline]
-    pub(crate) fn below(&self, guest: u64, len: u64) -> u64 {
-        self.backing.len().saturating_sub(guest).min(len)
-    }
-
     /// Reads what the backing node shows.
-    pub(crate) async fn read_below(&self, guest: u64, iov: IoVec) -> Result<()> {
+    pub(crate) async fn read(&self, guest: u64, iov: IoVec) -> Result<()> {
         let below = self.below(guest, iov.len() as u64);
         iov.fill(mem_len(below)..iov.len(), 0);
-        let now = self.backing.now.read();
+        let now = self.now.read();
         match &*now {
             Some(backing) if below > 0 => {
-                let read = backing.read(guest, part_of(&iov, 0, below), ReadFlags::empty());
-                read.await.map_err(|e| self.name_error(e))
+                backing.read(guest, part_of(&iov, 0, below), ReadFlags::empty()).await
             }
             _ => Ok(()),
         }
+    }
+
+    pub(crate) fn exchange(&self, child: Option<Child>) -> Option<Child> {
+        let old = self.now.read().clone();
+        self.known_len.store(child.as_ref().map_or(0, |b| b.len()), Ordering::Relaxed);
+        self.is_there.store(child.is_some(), Ordering::Release);
+        self.now.replace(child.map(Arc::new));
+        // A task whose caller is gone may still read from it: then the last one to leave lets it go.
+        old.and_then(Arc::into_inner)
     }
 }

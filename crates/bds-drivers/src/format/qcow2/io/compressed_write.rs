@@ -10,13 +10,14 @@ use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 
 use super::compress;
-use super::read::mem_len;
-use super::write::InFlight;
-use crate::format::qcow2::alloc::release::{Freed, Why};
+use crate::format::qcow2::alloc::freed::{Freed, Why};
+use crate::format::qcow2::alloc::in_flight::InFlight;
 use crate::format::qcow2::layout::entry::L2Entry;
 use crate::format::qcow2::layout::space::{Clusters, MetaOffset};
+use crate::format::qcow2::layout::units::mem_len;
 use crate::format::qcow2::meta::tables::{Slice, SliceId};
-use crate::format::qcow2::state::{Image, Stop};
+use crate::format::qcow2::plan::Stop;
+use crate::format::qcow2::state::Image;
 
 const SECTOR_LEN: u64 = 512;
 
@@ -156,7 +157,7 @@ impl Packing {
         // A part of compressed bytes is not a part of the cluster: it could not be read at all.
         meta.owed.data_flush = true;
         self.is_over = true;
-        self.item.leave(&mut meta);
+        meta.end_allocation(&self.item);
     }
 
     /// Gives the room back.
@@ -176,7 +177,7 @@ impl Packing {
                 meta.frees.push(Freed::unused(Clusters { start, count: 1 }));
             }
         }
-        self.item.leave(meta);
+        meta.end_allocation(&self.item);
     }
 }
 

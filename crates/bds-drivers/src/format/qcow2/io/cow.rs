@@ -9,10 +9,10 @@ use std::sync::Arc;
 use bds_core::error::Result;
 use bds_io::IoVec;
 
-use super::read::mem_len;
-use super::write::Linking;
+use crate::format::qcow2::alloc::in_flight::Linking;
 use crate::format::qcow2::layout::entry::{Kind, L2Entry};
 use crate::format::qcow2::layout::space::Offset;
+use crate::format::qcow2::layout::units::mem_len;
 use crate::format::qcow2::meta::lookup::Found;
 use crate::format::qcow2::state::Image;
 
@@ -117,7 +117,7 @@ impl Image {
             let Ok(Found::Run(run)) = self.lookup(at, range.end - at) else { return false };
             let is_zero = match run.kind {
                 Kind::ZeroPlain | Kind::ZeroAlloc => true,
-                Kind::Unallocated | Kind::UnallocatedAlloc => self.below(at, run.len) == 0,
+                Kind::Unallocated | Kind::UnallocatedAlloc => self.backing.below(at, run.len) == 0,
                 Kind::Normal | Kind::Compressed => false,
             };
             // Past the end of the disk there is nothing to keep.

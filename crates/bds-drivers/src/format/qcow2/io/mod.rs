@@ -5,6 +5,7 @@ pub(super) mod compress;
 pub(super) mod compressed_write;
 pub(super) mod cow;
 pub(super) mod decompressed_cache;
+pub(super) mod link;
 pub(super) mod read;
 pub(super) mod status;
 pub(super) mod write;

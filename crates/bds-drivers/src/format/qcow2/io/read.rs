@@ -12,9 +12,10 @@ use bds_io::{Buf, IoVec};
 use super::compress;
 use super::decompressed_cache::Wanted;
 use crate::format::qcow2::layout::entry::{Kind, L2Entry};
-use crate::format::qcow2::layout::units::Geometry;
+use crate::format::qcow2::layout::units::{Geometry, mem_len, part_of};
 use crate::format::qcow2::meta::lookup::{Found, Run};
-use crate::format::qcow2::state::{Image, What};
+use crate::format::qcow2::plan::What;
+use crate::format::qcow2::state::Image;
 use crate::format::qcow2::task::{Abreast, finish};
 
 /// Parts of one request read side by side.
@@ -25,17 +26,6 @@ struct Part {
     run: Run,
     guest: u64,
     iov: IoVec,
-}
-
-/// A length in memory; requests never exceed it.
-pub(crate) fn mem_len(len: u64) -> usize {
-    usize::try_from(len).expect("requests fit memory")
-}
-
-/// The part `at..at + len` of a list, without copying the list if that is all of it.
-pub(crate) fn part_of(iov: &IoVec, at: u64, len: u64) -> IoVec {
-    let range = mem_len(at)..mem_len(at + len);
-    if range == (0..iov.len()) { iov.clone() } else { iov.slice(range) }
 }
 
 impl Image {
@@ -80,7 +70,7 @@ impl Image {
                 iov.fill(0..iov.len(), 0);
                 Some(Ok(()))
             }
-            Kind::Unallocated | Kind::UnallocatedAlloc => self.try_below(guest, iov),
+            Kind::Unallocated | Kind::UnallocatedAlloc => self.backing.try_read(guest, iov),
             Kind::Compressed => {
                 let cluster = self.inflated.look(run.entry.word)?;
                 copy_part(self.geometry(), &cluster, guest, iov);
@@ -152,7 +142,10 @@ impl Image {
                 iov.fill(0..iov.len(), 0);
                 Ok(())
             }
-            Kind::Unallocated | Kind::UnallocatedAlloc => self.read_below(guest, iov).await,
+            Kind::Unallocated | Kind::UnallocatedAlloc => {
+                let read = self.backing.read(guest, iov);
+                read.await.map_err(|e| self.name_error(e))
+            }
             Kind::Compressed => {
                 let within = guest % self.geometry().cluster_len() as u64;
                 let needed_len = mem_len(within) + iov.len();

@@ -11,35 +11,22 @@
 use std::sync::Arc;
 
 use bds_core::driver::BoxFuture;
-use bds_core::error::{Error, ErrorKind, Result};
+use bds_core::error::Result;
 use bds_io::IoVec;
 
-use super::cow::CopyPlan;
-use super::read::{mem_len, part_of};
-use crate::format::qcow2::alloc::overlap::Class;
-use crate::format::qcow2::alloc::release::{Freed, Why};
-use crate::format::qcow2::layout::entry::{BadEntry, Kind, L1Entry, L2Entry};
-use crate::format::qcow2::layout::space::{Clusters, DataOffset, MetaOffset, Offset};
+use super::link::Guarded;
+use crate::format::qcow2::alloc::in_flight::Linking;
+use crate::format::qcow2::layout::entry::Kind;
+use crate::format::qcow2::layout::space::{DataOffset, Offset};
+use crate::format::qcow2::layout::units::{mem_len, part_of};
 use crate::format::qcow2::meta::lookup::Found;
-use crate::format::qcow2::meta::tables::{Slice, SliceId};
-use crate::format::qcow2::meta::write_back::add_slice;
-use crate::format::qcow2::state::{Image, Meta, Plan, Stop, What};
-use crate::format::qcow2::task::{Abreast, Done, Unstoppable, finish};
+use crate::format::qcow2::meta::tables::Slice;
+use crate::format::qcow2::plan::{Plan, Stop, bad};
+use crate::format::qcow2::state::{Image, Meta};
+use crate::format::qcow2::task::{Abreast, Unstoppable, finish};
 
 /// Steps of one write under way at once.
 const STEPS_AT_ONCE: usize = 8;
-
-/// An allocation in flight: guest clusters whose entries will change when its data is written.
-#[derive(Debug)]
-pub(crate) struct InFlight {
-    /// Number of the first guest cluster.
-    first: u64,
-    /// One past the last.
-    end: u64,
-    /// The slice that will change, pinned meanwhile.
-    slice: Option<SliceId>,
-    pub done: Done,
-}
 
 /// One step of a write.
 pub(crate) enum Step {
@@ -47,44 +34,6 @@ pub(crate) enum Step {
     InPlace { host: DataOffset, len: u64 },
     /// Write to clusters that are linked afterwards.
     Link(Linking),
-}
-
-/// Guest clusters about to get new entries.
-pub(crate) struct Linking {
-    item: Arc<InFlight>,
-    id: SliceId,
-    slice: Arc<Slice>,
-    /// Index of the first entry in the slice.
-    index: usize,
-    /// Start of the first cluster.
-    pub guest: u64,
-    /// Its place.
-    pub host: DataOffset,
-    pub clusters: u64,
-    /// The clusters are new (else they keep the place they have).
-    pub is_new: bool,
-    /// New, and nothing was ever there: they read as zeros.
-    pub is_fresh: bool,
-    /// The guest's bytes.
-    pub start: u64,
-    pub end: u64,
-}
-
-impl Linking {
-    /// The old entry of the first cluster, and of the last.
-    pub(crate) fn old_entries(&self) -> (L2Entry, L2Entry) {
-        let last = self.index + mem_len(self.clusters) - 1;
-        (self.slice.entry(self.index), self.slice.entry(last))
-    }
-}
-
-/// Sees to it that a [`Linking`] ends: linked, or given up with its clusters given back and its waiters woken.
-pub(crate) struct Guarded {
-    image: Arc<Image>,
-    pub work: Linking,
-    /// Bytes are on their way to the new clusters: they must not be used again.
-    is_writing: bool,
-    is_over: bool,
 }
 
 impl Image {
@@ -212,10 +161,6 @@ impl Image {
         }
     }
 
-    pub(crate) fn guard_link(self: &Arc<Self>, work: Linking) -> Guarded {
-        Guarded { image: Arc::clone(self), work, is_writing: false, is_over: false }
-    }
-
     async fn take_step(
         self: &Arc<Self>,
         step: GuardedStep,
@@ -302,42 +247,6 @@ impl Image {
         }))
     }
 
-    /// Enters an allocation in flight, which will change `slice`.
-    pub(crate) fn enter_flight(
-        &self,
-        meta: &mut Meta,
-        guest: u64,
-        clusters: u64,
-        slice: Option<SliceId>,
-    ) -> Arc<InFlight> {
-        let first = self.geometry().cluster_index(guest);
-        let item = Arc::new(InFlight { first, end: first + clusters, slice, done: Done::new() });
-        if let Some(id) = slice {
-            meta.slices.pin(id);
-        }
-        meta.in_flight.push(Arc::clone(&item));
-        item
-    }
-
-    /// How many of the bytes at `guest` can go on before they meet an allocation in flight. Stops if that is at the start.
-    pub(crate) fn before_others(&self, meta: &Meta, guest: u64, max: u64) -> Plan<u64> {
-        let geometry = self.geometry();
-        let first = geometry.cluster_index(guest);
-        let last = geometry.cluster_index(guest + (max - 1));
-        let mut max = max;
-        for item in meta.in_flight.iter().filter(|i| i.first <= last && i.end > first) {
-            if item.first <= first {
-                return Err(Stop::Wait(Arc::clone(item)));
-            }
-            max = max.min((item.first << geometry.cluster_bits()) - guest);
-        }
-        Ok(max)
-    }
-
-    pub(crate) fn index_in_slice(&self, guest: u64) -> usize {
-        mem_len((guest & (self.tables.slice_span() - 1)) >> self.geometry().cluster_bits())
-    }
-
     /// How far from `guest` on everything can be written in place, in one piece.
     fn copied_run(
         &self,
@@ -413,65 +322,6 @@ impl Image {
         }
         Ok(count)
     }
-
-    /// The slice that maps `guest`, in a table that is ours alone: made or copied if need be.
-    pub(crate) fn slice_to_write(
-        &self,
-        meta: &mut Meta,
-        guest: u64,
-    ) -> Plan<(SliceId, Arc<Slice>)> {
-        let id = self.tables.slice_id(guest).filter(|id| id.table < meta.l1.entries);
-        let Some(id) = id else {
-            return Err(Stop::Fail(
-                Error::new(ErrorKind::OutOfRange, "a write beyond the L1 table").at(guest),
-            ));
-        };
-        let l1 = self.tables.l1(id.table);
-        match l1.table(self.geometry()).map_err(|b| bad(b, guest))? {
-            None => {
-                self.check_room(meta, meta.slices.bytes_to_pin(id))?;
-                let got = self.alloc_metadata(meta, 1, Class::ACTIVE_L2)?;
-                meta.slices.add_unlinked(id.table, !got.is_fresh);
-                self.set_table(meta, id.table, got.offset);
-            }
-            Some(old) if !l1.is_copied() => self.copy_table(meta, id.table, old)?,
-            Some(_) => {}
-        }
-        if let Some(slice) = self.tables.hold(id) {
-            slice.touch();
-            return Ok((id, slice));
-        }
-        if meta.slices.is_unlinked(id.table) {
-            // The file knows nothing of this table: what is not in memory is empty.
-            let is_extended = self.geometry().has_extended_l2();
-            let slice = Arc::new(Slice::empty(self.config.load().slice_len, is_extended));
-            return Ok((id, add_slice(self, meta, id, slice)));
-        }
-        Err(Stop::Load(What::Slice(id)))
-    }
-
-    fn set_table(&self, meta: &mut Meta, table: u32, place: MetaOffset) {
-        self.tables.set_l1(table, L1Entry::new(place, true));
-        meta.l1.mark(table);
-    }
-
-    /// A table that a snapshot shares: from now on ours is a copy. All of it is in memory, so only its place changes.
-    fn copy_table(&self, meta: &mut Meta, table: u32, old: MetaOffset) -> Plan<()> {
-        let pieces = u32::try_from(self.tables.slices_per_table()).expect("at most 4096");
-        let ids = (0..pieces).map(|piece| SliceId { table, piece });
-        if ids.clone().any(|id| self.tables.hold(id).is_none()) {
-            return Err(Stop::Load(What::Table(table)));
-        }
-        self.check_room(meta, self.geometry().cluster_len())?;
-        let got = self.alloc_metadata(meta, 1, Class::ACTIVE_L2)?;
-        meta.slices.add_unlinked(table, false);
-        for id in ids {
-            meta.slices.mark_all(id);
-        }
-        self.set_table(meta, table, got.offset);
-        meta.frees.push(Freed::metadata(Clusters { start: old, count: 1 }));
-        Ok(())
-    }
 }
 
 /// Waits for all of them; the first failure.
@@ -487,61 +337,6 @@ async fn end_all(under_way: &mut Abreast<BoxFuture<'static, Result<()>>>) -> Res
 enum GuardedStep {
     InPlace(DataOffset, crate::format::qcow2::srcu::Inside<Arc<crate::format::qcow2::srcu::Grace>>),
     Link(Guarded),
-}
-
-/// An entry that cannot be followed, found under the lock.
-pub(crate) fn bad(bad: BadEntry, guest: u64) -> Stop {
-    Stop::Corrupt { what: format!("{bad}, for guest offset {guest:#x}"), at: guest }
-}
-
-impl Guarded {
-    /// The bytes are there: the guest sees them from now on.
-    fn link(mut self, copy: &CopyPlan) {
-        let image = Arc::clone(&self.image);
-        let mut meta = image.meta();
-        let work = &self.work;
-        let geometry = image.geometry();
-        for i in 0..mem_len(work.clusters) {
-            let offset = (i as u64) << geometry.cluster_bits();
-            let old = work.slice.entry(work.index + i);
-            let bitmap = if geometry.has_extended_l2() {
-                new_bitmap(&image, old, work.guest + offset, copy, !work.is_new)
-            } else {
-                0
-            };
-            let place = work.host.plus(offset);
-            work.slice.set_entry(work.index + i, L2Entry::at_cluster(place, true, bitmap));
-            // Its count was set, or looked up, when this was planned.
-            work.slice.note_checked(work.index + i);
-            if work.is_new {
-                image.free_entry(&mut meta, old, Why::Reuse);
-            }
-        }
-        let entry_len = geometry.l2_entry_len();
-        let len = mem_len(work.clusters) * entry_len;
-        meta.slices.mark(work.id, work.index * entry_len, len);
-        let is_new_here = self.work.is_new && image.data_file.is_none();
-        meta.owed.data_flush |=
-            copy.is_copy || is_new_here || image.config.load().data_before_metadata;
-        self.is_over = true;
-        self.work.item.leave(&mut meta);
-    }
-}
-
-impl Guarded {
-    /// Links clusters that read as zeros already. Extended entries get their place only: their subclusters stay what they are.
-    pub(crate) fn link_empty(self) {
-        let is_extended = self.image.geometry().has_extended_l2();
-        let covers = if is_extended {
-            self.work.guest..self.work.guest
-        } else {
-            self.work.start..self.work.end
-        };
-        let start = self.work.start;
-        // The zeros of reused clusters must be there before the link.
-        let is_copy = !self.work.is_fresh;
-        self.link(&CopyPlan { start, iov: IoVec::new(), covers, is_copy });
-    }
 }
 
 impl Image {
@@ -563,56 +358,5 @@ impl Image {
             Step::Link(work) => Ok(Some(work)),
             Step::InPlace { .. } => Ok(None),
         }
-    }
-}
-
-impl InFlight {
-    /// It is over: others may go on.
-    pub(crate) fn leave(self: &Arc<Self>, meta: &mut Meta) {
-        meta.in_flight.retain(|item| !Arc::ptr_eq(item, self));
-        if let Some(id) = self.slice {
-            meta.slices.unpin(id);
-        }
-        self.done.set();
-    }
-}
-
-/// The subclusters of a cluster after a write: what was written is data, the rest stays what it was.
-fn new_bitmap(image: &Image, old: L2Entry, guest: u64, copy: &CopyPlan, keeps: bool) -> u64 {
-    let geometry = image.geometry();
-    let bits = geometry.subcluster_bits();
-    let from = copy.covers.start.max(guest) - guest;
-    let to = copy.covers.end.min(guest + geometry.cluster_size()).saturating_sub(guest);
-    let (first, end) = (from >> bits, to.div_ceil(1 << bits));
-    let written = if first < end { ((1u64 << end) - 1) & !((1u64 << first) - 1) } else { 0 };
-    let (alloc, zero) = if old.is_compressed() {
-        (0, 0)
-    } else {
-        (u64::from(old.alloc_bits()), u64::from(old.zero_bits()))
-    };
-    // In a new place only what was written has data; the plan covers all that had any.
-    let alloc = if keeps { alloc | written } else { written };
-    alloc | (zero & !written) << 32
-}
-
-impl Drop for Guarded {
-    fn drop(&mut self) {
-        if self.is_over {
-            return;
-        }
-        let image = Arc::clone(&self.image);
-        let mut meta = image.meta();
-        let bits = image.geometry().cluster_bits();
-        // If bytes may still be on their way (the executor died), the clusters stay counted: a leak is harmless.
-        let unused = image.space().counted(self.work.host);
-        if let Some(first) = unused.filter(|_| self.work.is_new && !self.is_writing) {
-            for i in 0..self.work.clusters {
-                let start = first.plus(i << bits);
-                if image.lower(&mut meta, start).is_err() {
-                    meta.frees.push(Freed::unused(Clusters { start, count: 1 }));
-                }
-            }
-        }
-        self.work.item.leave(&mut meta);
     }
 }

@@ -9,11 +9,11 @@ use std::sync::Arc;
 use bds_core::driver::{Attempt, ZeroFlags};
 use bds_core::error::Result;
 
-use super::write::bad;
-use crate::format::qcow2::alloc::release::Why;
+use crate::format::qcow2::alloc::freed::Why;
 use crate::format::qcow2::layout::entry::{BadEntry, COPIED, Kind, L2Entry, OFFSET_MASK, ZERO};
 use crate::format::qcow2::layout::header::Autoclear;
-use crate::format::qcow2::state::{Image, Meta, Plan};
+use crate::format::qcow2::plan::{Plan, bad};
+use crate::format::qcow2::state::{Image, Meta};
 use crate::format::qcow2::task::finish;
 
 /// What becomes of whole clusters.
@@ -127,8 +127,8 @@ impl Image {
         let mut at = start;
         while at < end {
             let run = self.find(at, end - at).await?;
-            let is_zero =
-                run.kind.is_zero() || run.kind.is_unallocated() && self.below(at, run.len) == 0;
+            let is_zero = run.kind.is_zero()
+                || run.kind.is_unallocated() && self.backing.below(at, run.len) == 0;
             if !is_zero {
                 return Ok(false);
             }

@@ -11,6 +11,8 @@
 
 use std::fmt;
 
+use bds_io::IoVec;
+
 /// Host offsets of tables and data must stay below this (an entry has bits 9 to 55 for them).
 pub(crate) const HOST_OFFSET_END: u64 = 1 << 56;
 /// Smallest and largest `cluster_bits`.
@@ -241,6 +243,39 @@ impl Geometry {
     pub(crate) fn max_compressed_offset(&self) -> u64 {
         ((1 << self.compressed_offset_bits()) - 1).min(HOST_OFFSET_END - 1)
     }
+}
+
+/// A length in memory; requests never exceed it.
+pub(crate) fn mem_len(len: u64) -> usize {
+    usize::try_from(len).expect("requests fit memory")
+}
+
+/// The part `at..at + len` of a list, without copying the list if that is all of it.
+pub(crate) fn part_of(iov: &IoVec, at: u64, len: u64) -> IoVec {
+    let range = mem_len(at)..mem_len(at + len);
+    if range == (0..iov.len()) { iov.clone() } else { iov.slice(range) }
+}
+
+/// Runs of set bits as (first, count).
+pub(crate) fn joined_bits(mut bits: u64) -> impl Iterator<Item = (usize, usize)> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        if bits == 0 {
+            return None;
+        }
+        let skip = bits.trailing_zeros();
+        bits >>= skip;
+        let count = bits.trailing_ones();
+        bits = bits.checked_shr(count).unwrap_or(0);
+        let first = at + skip as usize;
+        at = first + count as usize;
+        Some((first, count as usize))
+    })
+}
+
+/// A mask of the first `count` (1 to 64) bits.
+pub(crate) fn all_pieces(count: usize) -> u64 {
+    u64::MAX >> (64 - count.clamp(1, 64))
 }
 
 #[cfg(test)]

@@ -9,8 +9,10 @@ use serde_json::{Map, Value, json};
 
 use super::bitmap;
 use super::snapshot::SnapshotTable;
+use crate::format::qcow2::layout::bitmap_directory::BitmapEntry;
+use crate::format::qcow2::layout::cluster0::Cluster0;
 use crate::format::qcow2::layout::header::{
-    Autoclear, Cluster0, Compatible, CryptMethod, Incompatible, MAX_SNAPSHOTS,
+    Autoclear, Compatible, CryptMethod, Incompatible, MAX_SNAPSHOTS,
 };
 
 /// Collects the facts. Reads the snapshot table and the bitmap directory, follows no reference, writes nothing.
@@ -50,7 +52,7 @@ async fn format_specific(file: &dyn ChildPort, image: &Cluster0) -> Result<Value
         if let Some(pointer) = bitmaps {
             let list =
                 bitmap::read_directory(file, &pointer, &header.geometry, header.size).await?;
-            put("bitmaps", list.iter().map(bitmap::BitmapEntry::to_json).collect());
+            put("bitmaps", list.iter().map(BitmapEntry::to_json).collect());
         }
     }
     put("refcount-bits", header.geometry.refcount_bits().into());

@@ -6,7 +6,8 @@ use bds_core::driver::{MeasureReport, MeasureSource, Prealloc};
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_core::options::Options;
 
-use super::create::{Layout, Plan};
+use super::create_layout::Layout;
+use super::create_options::Plan;
 
 /// Answers for an image made with `options` that has to hold `source`.
 pub(crate) fn measure(options: &mut Options, source: &MeasureSource) -> Result<MeasureReport> {

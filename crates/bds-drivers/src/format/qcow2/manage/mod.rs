@@ -2,6 +2,8 @@
 
 pub(super) mod bitmap;
 pub(super) mod create;
+pub(super) mod create_layout;
+pub(super) mod create_options;
 pub(super) mod info;
 pub(super) mod measure;
 pub(super) mod reopen;

@@ -12,12 +12,13 @@ use std::sync::Arc;
 use bds_core::driver::{Reopen, ReopenContext};
 use bds_core::error::{Error, ErrorKind, Result};
 
-use crate::format::qcow2::config::{Asked, Config};
+use crate::format::qcow2::config::{Asked, Config, Wish};
 use crate::format::qcow2::file_read::read_cluster0;
-use crate::format::qcow2::layout::header::{Autoclear, Cluster0, Incompatible, Strictness};
+use crate::format::qcow2::layout::cluster0::{Cluster0, Strictness};
+use crate::format::qcow2::layout::header::{Autoclear, Incompatible};
 use crate::format::qcow2::metadata_load::{Contents, ForWriting};
 use crate::format::qcow2::open::check_features;
-use crate::format::qcow2::state::{Image, Wish};
+use crate::format::qcow2::state::Image;
 use crate::format::qcow2::task::finish;
 
 /// A change that waits for its commit.

@@ -12,12 +12,13 @@ use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 
 use super::snapshot::SnapshotTable;
+use crate::format::qcow2::alloc::freed::Freed;
 use crate::format::qcow2::alloc::overlap::Class;
-use crate::format::qcow2::alloc::release::Freed;
-use crate::format::qcow2::io::read::mem_len;
 use crate::format::qcow2::layout::header::{MAX_DISK_SIZE, MAX_L1_LEN};
 use crate::format::qcow2::layout::space::{Clusters, DataOffset, Offset};
-use crate::format::qcow2::state::{Image, Meta, Plan};
+use crate::format::qcow2::layout::units::mem_len;
+use crate::format::qcow2::plan::Plan;
+use crate::format::qcow2::state::{Image, Meta};
 
 impl Image {
     /// Changes the disk's length. Runs in a task of its own.

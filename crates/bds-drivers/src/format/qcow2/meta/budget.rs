@@ -1,31 +1,11 @@
-//! Bounds how much changed metadata stays in memory: writes it back in the background, and makes changes wait at the full budget.
-//!
-//! *Pinned* are L2 slices and refcount blocks that cannot be evicted: dirty, being written, or about to be changed by an allocation in
-//! flight.
-//!
-//! ```text
-//! pinned bytes  0 ............. DirtyBudget::begin ............. DirtyBudget::full
-//!                 no write-back     one task writes back,            a change that would pin more
-//!                                   changes go on                    waits for that task
-//! ```
-//!
-//! The levels are published in atomics whenever the lock of `Meta` is released, so a request that finds them low takes no lock.
-//! There is at most one task an image ([`WriteBackTask`]), and it counts among those that close, reopen and hand-over wait for. What it fails
-//! with is dirty as before; the error is kept and reported by the next flush (or close), once, and until then only a change that has to
-//! wait begins another task.
+//! Bounds on changed metadata in memory: how much may be dirty, how much is, and the task that writes it back.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
 
-use bds_core::error::{Error, Result};
+use bds_core::error::Result;
 
-use crate::format::qcow2::state::{Image, Meta, Plan, Stop};
 use crate::format::qcow2::task::Done;
-
-/// References waiting to be given up: enough to share a flush, few enough to have the space back soon.
-const MAX_FREES: usize = 4096;
-/// So many, and a request that brings more waits until they are given up.
-const FULL_FREES: usize = 4 * MAX_FREES;
 
 /// Bytes of metadata that may be pinned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,151 +19,29 @@ pub(crate) struct DirtyBudget {
 /// How much is pinned and waiting, as of the last release of the lock of `Meta`.
 #[derive(Debug, Default)]
 pub(crate) struct Levels {
-    pinned_bytes: AtomicUsize,
+    pub(super) pinned_bytes: AtomicUsize,
     /// Freed runs that a write-back brings on.
-    frees: AtomicUsize,
+    pub(super) frees: AtomicUsize,
     /// Freed runs whose removal is durable, and that are not given back yet.
-    frees_durable: AtomicUsize,
+    pub(super) frees_durable: AtomicUsize,
     #[cfg(test)]
     pub peak_bytes: AtomicUsize,
 }
 
 impl Levels {
     /// Publishes the levels. Under the lock of `Meta`.
-    pub(crate) fn publish(&self, meta: &Meta) {
-        self.pinned_bytes.store(meta.pinned_bytes(), Ordering::Relaxed);
-        self.frees.store(meta.frees.len() + meta.frees_written.len(), Ordering::Relaxed);
-        self.frees_durable.store(meta.frees_durable.len(), Ordering::Relaxed);
+    pub(crate) fn publish(&self, pinned_bytes: usize, frees: usize, frees_durable: usize) {
+        self.pinned_bytes.store(pinned_bytes, Ordering::Relaxed);
+        self.frees.store(frees, Ordering::Relaxed);
+        self.frees_durable.store(frees_durable, Ordering::Relaxed);
         #[cfg(test)]
-        self.peak_bytes.fetch_max(meta.pinned_bytes(), Ordering::Relaxed);
+        self.peak_bytes.fetch_max(pinned_bytes, Ordering::Relaxed);
     }
 }
 
 /// A write-back in a task of its own.
 #[derive(Debug)]
 pub(crate) struct WriteBackTask {
-    done: Done,
-    result: OnceLock<Result<()>>,
+    pub(super) done: Done,
+    pub(super) result: OnceLock<Result<()>>,
 }
-
-/// Ends a [`WriteBackTask`], also if the task is dropped with its executor.
-struct Ending {
-    image: Arc<Image>,
-    task: Arc<WriteBackTask>,
-}
-
-impl Ending {
-    fn finish(self, result: Result<()>) {
-        if let Err(error) = &result {
-            tracing::warn!(node = self.image.node_name, %error, "qcow2: metadata cannot be written back");
-            self.image.meta().write_back_error.get_or_insert_with(|| error.duplicate());
-        }
-        // Set once: there is one ending a task.
-        let _ = self.task.result.set(result);
-    }
-}
-
-impl Drop for Ending {
-    fn drop(&mut self) {
-        self.image.meta().write_back_task = None;
-        self.task.done.set();
-    }
-}
-
-impl Meta {
-    /// Bytes of metadata that cannot be evicted.
-    pub(crate) fn pinned_bytes(&self) -> usize {
-        self.slices.pinned_bytes() + self.counts.pinned_bytes()
-    }
-}
-
-impl Image {
-    /// Stops a change that would pin `more` bytes than the budget allows. A change that meets nothing pinned goes on, whatever it needs.
-    pub(crate) fn check_room(&self, meta: &Meta, more: usize) -> Plan<()> {
-        let pinned = meta.pinned_bytes();
-        if pinned == 0 || pinned + more <= self.config.load().dirty.full {
-            return Ok(());
-        }
-        if meta.owed.is_writing || meta.slices.has_dirty() || meta.counts.has_dirty() {
-            return Err(Stop::Room);
-        }
-        // A write-back would find nothing to do: what is pinned belongs to allocations in flight.
-        meta.in_flight.first().map_or(Ok(()), |item| Err(Stop::Wait(Arc::clone(item))))
-    }
-
-    /// Keeps pinned metadata and freed clusters within their budgets after a change: begins a write-back if they call for it, and waits
-    /// only if too many freed clusters are pending.
-    pub(crate) async fn keep_budgets(self: &Arc<Self>) -> Result<()> {
-        let pinned_bytes = self.levels.pinned_bytes.load(Ordering::Relaxed);
-        let frees = self.levels.frees.load(Ordering::Relaxed);
-        if pinned_bytes <= self.config.load().dirty.begin && frees <= MAX_FREES {
-            return Ok(());
-        }
-        if !self.is_writable() {
-            return Ok(());
-        }
-        if frees + self.levels.frees_durable.load(Ordering::Relaxed) > FULL_FREES {
-            self.wait_for_write_back().await?;
-            return self.settle_frees().await;
-        }
-        if self.meta().write_back_error.is_none() {
-            self.begin_write_back();
-        }
-        Ok(())
-    }
-
-    /// Waits for the write-back under way, or for one that begins now. The caller holds nothing that a write-back waits for.
-    pub(crate) async fn wait_for_write_back(self: &Arc<Self>) -> Result<()> {
-        let task = self.begin_write_back();
-        task.done.wait().await;
-        match task.result.get() {
-            Some(Err(error)) => Err(error.duplicate()),
-            // None: its executor died. The caller looks again and begins another one.
-            Some(Ok(())) | None => Ok(()),
-        }
-    }
-
-    /// The write-back under way; begun if there is none.
-    fn begin_write_back(self: &Arc<Self>) -> Arc<WriteBackTask> {
-        let task = {
-            let mut meta = self.meta();
-            if let Some(task) = &meta.write_back_task {
-                return Arc::clone(task);
-            }
-            let task = Arc::new(WriteBackTask { done: Done::new(), result: OnceLock::new() });
-            meta.write_back_task = Some(Arc::clone(&task));
-            task
-        };
-        let ending = Ending { image: Arc::clone(self), task: Arc::clone(&task) };
-        let working = self.busy.begin();
-        bds_io::spawn(async move {
-            let result = ending.image.relieve().await;
-            ending.finish(result);
-            // Last: close goes on when it is dropped.
-            drop(working);
-        })
-        .detach();
-        task
-    }
-
-    /// Writes dirty metadata back; with many freed clusters also makes their removal durable and gives them back.
-    async fn relieve(self: &Arc<Self>) -> Result<()> {
-        self.check_usable()?;
-        self.write_back(true).await?;
-        if self.meta().frees_written.len() > MAX_FREES && self.flush_frees().await? {
-            self.release_later();
-        }
-        Ok(())
-    }
-
-    /// What a write-back in the background failed with, if no flush has reported it yet.
-    pub(crate) fn take_write_back_error(&self) -> Result<()> {
-        self.meta().write_back_error.take().map_or(Ok(()), |error: Error| {
-            Err(error.context("an earlier write-back of metadata in the background failed"))
-        })
-    }
-}
-
-#[cfg(test)]
-#[path = "tests/budget.rs"]
-mod tests;

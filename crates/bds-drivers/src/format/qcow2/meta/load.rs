@@ -8,28 +8,12 @@ use std::sync::{Arc, OnceLock};
 use bds_core::driver::BoxFuture;
 use bds_core::error::Result;
 
+use super::shared_load::{Flight, Hold};
 use super::tables::{Slice, SliceId};
-use super::write_back::add_slice;
 use crate::format::qcow2::layout::space::{MetaOffset, Offset};
-use crate::format::qcow2::state::{Image, What};
+use crate::format::qcow2::plan::What;
+use crate::format::qcow2::state::Image;
 use crate::format::qcow2::task::{Done, finish};
-
-/// Keeps something in memory.
-#[derive(Clone, Debug)]
-pub(crate) enum Hold {
-    Slice(Arc<Slice>),
-    Slices(#[expect(dead_code, reason = "held, not looked at")] Vec<Arc<Slice>>),
-    Block(#[expect(dead_code, reason = "held, not looked at")] Arc<()>),
-    /// It was not there to be loaded any more: look again.
-    Nothing,
-}
-
-/// A load under way.
-#[derive(Debug)]
-pub(crate) struct Flight {
-    done: Done,
-    result: OnceLock<Result<Hold>>,
-}
 
 /// Ends a flight, also if its task was dropped with its executor.
 struct Landing {
@@ -116,7 +100,7 @@ impl Image {
         let table = {
             let mut meta = self.meta();
             self.clean_now_and_then(&mut meta);
-            self.evict_slices(&mut meta, false);
+            meta.slices.evict(&self.tables, false);
             if let Some(slice) = self.tables.hold(id) {
                 return Ok(Hold::Slice(slice));
             }
@@ -132,7 +116,7 @@ impl Image {
             if meta.slices.is_unlinked(id.table) {
                 // The file knows nothing of this table: what is not in memory is empty.
                 let slice = Arc::new(Slice::empty(len, is_extended));
-                return Ok(Hold::Slice(add_slice(self, &mut meta, id, slice)));
+                return Ok(Hold::Slice(meta.slices.add(&self.tables, id, slice)));
             }
             table
         };
@@ -142,7 +126,7 @@ impl Image {
         let bytes = self.read_file(table.plus(u64::from(id.piece) * len as u64), len).await?;
         let slice = Arc::new(Slice::decode(&bytes, is_extended));
         let mut meta = self.meta();
-        Ok(Hold::Slice(add_slice(self, &mut meta, id, slice)))
+        Ok(Hold::Slice(meta.slices.add(&self.tables, id, slice)))
     }
 
     async fn read_block(self: &Arc<Self>, index: u64) -> Result<Hold> {

@@ -15,8 +15,8 @@ use bds_core::error::{Error, ErrorKind};
 use crate::format::qcow2::layout::entry::{read_refcount, refblock_place, write_refcount};
 use crate::format::qcow2::layout::header::MAX_REFTABLE_LEN;
 use crate::format::qcow2::layout::space::{Clusters, MetaOffset};
-use crate::format::qcow2::layout::units::Geometry;
-use crate::format::qcow2::state::{Plan, Stop, What};
+use crate::format::qcow2::layout::units::{Geometry, all_pieces, joined_bits};
+use crate::format::qcow2::plan::{Plan, Stop, What};
 
 /// Bytes of the refcount table that are written as one piece.
 pub(crate) const SLOT_PIECE: usize = 512;
@@ -95,23 +95,6 @@ impl Block {
             None => Some(None),
         })?
     }
-}
-
-/// Runs of set bits as (first, count).
-pub(crate) fn joined_bits(mut bits: u64) -> impl Iterator<Item = (usize, usize)> {
-    let mut at = 0;
-    std::iter::from_fn(move || {
-        if bits == 0 {
-            return None;
-        }
-        let skip = bits.trailing_zeros();
-        bits >>= skip;
-        let count = bits.trailing_ones();
-        bits = bits.checked_shr(count).unwrap_or(0);
-        let first = at + skip as usize;
-        at = first + count as usize;
-        Some((first, count as usize))
-    })
 }
 
 /// All refcounts of an image.
@@ -423,11 +406,6 @@ impl Counts {
         bytes.resize(SLOT_PIECE, 0);
         bytes
     }
-}
-
-/// A mask of the first `count` (1 to 64) bits.
-pub(crate) fn all_pieces(count: usize) -> u64 {
-    u64::MAX >> (64 - count.clamp(1, 64))
 }
 
 fn too_far(geometry: &Geometry) -> Stop {

@@ -10,18 +10,22 @@
 //! A slice that was evicted and loaded again exists twice for a moment: a reader may go on with the old copy. That is
 //! the same as having loaded the entry earlier, and covered by the same argument (`srcu.rs`).
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::{ArcSwapOption, Guard};
 
 use crate::format::qcow2::layout::entry::{L1Entry, L2Entry};
+use crate::format::qcow2::layout::space::MetaOffset;
 use crate::format::qcow2::layout::units::Geometry;
 
 /// L1 entries of one page, pages of one shelf, shelves: together the largest L1 table there is (32 MiB).
 const PAGE_LEN: usize = 512;
 const SHELF_LEN: usize = 128;
 const SHELVES: usize = 64;
+/// Bytes of the L1 table that are written as one piece.
+pub(super) const L1_PIECE: u64 = 512;
 
 /// Names one slice: which table, which piece of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -245,6 +249,28 @@ impl Tables {
         let slots = page.slots[id.table as usize % PAGE_LEN]
             .get_or_init(|| (0..self.slices_per_table).map(|_| ArcSwapOption::empty()).collect());
         slots[id.piece as usize].store(slice);
+    }
+}
+
+/// The active L1 table's place and which pieces of it differ from the file. The entries are in `Tables`.
+#[derive(Debug)]
+pub(crate) struct L1State {
+    pub offset: MetaOffset,
+    pub entries: u32,
+    /// Pieces of 512 bytes.
+    pub(super) dirty: BTreeSet<u64>,
+    /// The table as a whole has a new place that the header does not name yet.
+    pub is_moved: bool,
+}
+
+impl L1State {
+    pub(crate) fn new(offset: MetaOffset, entries: u32) -> Self {
+        Self { offset, entries, dirty: BTreeSet::new(), is_moved: false }
+    }
+
+    /// Marks entry `table` as changed.
+    pub(crate) fn mark(&mut self, table: u32) {
+        self.dirty.insert(u64::from(table) * 8 / L1_PIECE);
     }
 }
 

@@ -25,25 +25,23 @@
 //!
 //! One batch at a time (`Image::turn`); the lock of `Meta` is held while a batch is taken, never while it is written.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
-use super::refcounts::{SLOT_PIECE, all_pieces, joined_bits};
-use super::tables::{Slice, SliceId};
-use crate::format::qcow2::alloc::release::Freed;
+use super::refcounts::SLOT_PIECE;
+use super::tables::{L1_PIECE, SliceId};
+use crate::format::qcow2::alloc::freed::Freed;
 use crate::format::qcow2::layout::entry::L1Entry;
 use crate::format::qcow2::layout::header::{
     Header, INCOMPATIBLE_AT, Incompatible, L1_AT, REFTABLE_AT, SIZE_AT,
 };
 use crate::format::qcow2::layout::space::MetaOffset;
+use crate::format::qcow2::layout::units::{all_pieces, joined_bits};
 use crate::format::qcow2::state::{Image, Meta};
 
-/// Bytes of the L1 table that are written as one piece.
-const L1_PIECE: u64 = 512;
 /// Writes of one rank under way at once.
 const WRITES_AT_ONCE: usize = 16;
 
@@ -99,213 +97,7 @@ pub(crate) struct Batch {
     needs_data_flush: bool,
 }
 
-/// Flushes that are owed before something may be written.
-#[derive(Debug, Default)]
-pub(crate) struct Owed {
-    /// Counts writes of rank Body and Directory, as they begin and as they end.
-    meta_written: u64,
-    /// `meta_written` when the last flush that succeeded began.
-    meta_flushed: u64,
-    /// Bytes were written that links must not precede, and the data node was not flushed since.
-    pub data_flush: bool,
-    /// A batch is under way.
-    pub is_writing: bool,
-}
-
-impl Owed {
-    fn note_written(&mut self, rank: Rank) {
-        if rank < Rank::Link {
-            self.meta_written += 1;
-        }
-    }
-
-    /// Was anything that links depend on written and not flushed since?
-    pub(crate) fn owes_meta_flush(&self) -> bool {
-        self.meta_written > self.meta_flushed
-    }
-}
-
-/// An L2 table that the L1 table in the file does not name yet.
-#[derive(Clone, Copy, Debug)]
-struct Unlinked {
-    /// What its cluster holds is unknown: clear it before the first slice is written.
-    needs_zeros: bool,
-}
-
-/// Why a slice must stay in memory.
-#[derive(Clone, Copy, Debug, Default)]
-struct Pinned {
-    /// Bit i: piece i (of 64) differs from the file.
-    dirty: u64,
-    /// The batch under way holds pieces of it, which become dirty again if it fails.
-    is_writing: bool,
-    /// Allocations in flight that will change it.
-    changing: u32,
-}
-
-impl Pinned {
-    fn is_needed(&self) -> bool {
-        self.dirty != 0 || self.is_writing || self.changing > 0
-    }
-}
-
-/// The cached slices of L2 tables and which of them are dirty.
-#[derive(Debug)]
-pub(crate) struct SliceCache {
-    /// In memory, in the order of the evicting hand.
-    ring: VecDeque<SliceId>,
-    resident_bytes: usize,
-    budget_bytes: usize,
-    pinned: HashMap<SliceId, Pinned>,
-    /// Pinned slices that are dirty.
-    dirty_count: usize,
-    /// In order, so that a seed replays the writes they cause.
-    unlinked: BTreeMap<u32, Unlinked>,
-    slice_len: usize,
-}
-
-impl SliceCache {
-    pub(crate) fn new(slice_len: usize, budget_bytes: usize) -> Self {
-        Self {
-            ring: VecDeque::new(),
-            resident_bytes: 0,
-            budget_bytes: budget_bytes.max(2 * slice_len),
-            pinned: HashMap::new(),
-            dirty_count: 0,
-            unlinked: BTreeMap::new(),
-            slice_len,
-        }
-    }
-
-    /// Another budget. What is too much goes with the next eviction.
-    pub(crate) fn set_budget(&mut self, budget_bytes: usize) {
-        self.budget_bytes = budget_bytes.max(2 * self.slice_len);
-    }
-
-    fn piece_len(&self) -> usize {
-        (self.slice_len / 64).max(512)
-    }
-
-    /// Marks bytes of a slice as changed.
-    pub(crate) fn mark(&mut self, id: SliceId, byte: usize, len: usize) {
-        let piece = self.piece_len();
-        let mut mask = 0;
-        for i in byte / piece..=(byte + len - 1) / piece {
-            mask |= 1 << i;
-        }
-        self.mark_pieces(id, mask);
-    }
-
-    fn mark_pieces(&mut self, id: SliceId, mask: u64) {
-        let pinned = self.pinned.entry(id).or_default();
-        self.dirty_count += usize::from(pinned.dirty == 0);
-        pinned.dirty |= mask;
-    }
-
-    /// Keeps a slice in memory until [`Self::unpin`]: an allocation in flight will change it.
-    pub(crate) fn pin(&mut self, id: SliceId) {
-        self.pinned.entry(id).or_default().changing += 1;
-    }
-
-    pub(crate) fn unpin(&mut self, id: SliceId) {
-        if let Some(pinned) = self.pinned.get_mut(&id) {
-            pinned.changing -= 1;
-            if !pinned.is_needed() {
-                self.pinned.remove(&id);
-            }
-        }
-    }
-
-    /// Bytes that one more change to this slice would pin.
-    pub(crate) fn bytes_to_pin(&self, id: SliceId) -> usize {
-        if self.pinned.contains_key(&id) { 0 } else { self.slice_len }
-    }
-
-    /// Bytes of slices that cannot be evicted.
-    pub(crate) fn pinned_bytes(&self) -> usize {
-        self.pinned.len() * self.slice_len
-    }
-
-    pub(crate) fn has_dirty(&self) -> bool {
-        self.dirty_count > 0
-    }
-
-    /// Takes the dirty pieces of all slices, in the order of the file. They stay pinned until [`Self::batch_ended`].
-    fn take_dirty(&mut self) -> Vec<(SliceId, u64)> {
-        let mut taken = Vec::with_capacity(self.dirty_count);
-        for (id, pinned) in self.pinned.iter_mut().filter(|(_, pinned)| pinned.dirty != 0) {
-            taken.push((*id, std::mem::take(&mut pinned.dirty)));
-            pinned.is_writing = true;
-        }
-        self.dirty_count = 0;
-        taken.sort_unstable();
-        taken
-    }
-
-    /// The batch is over; what it did not write is dirty again.
-    fn batch_ended(&mut self) {
-        self.pinned.retain(|_, pinned| {
-            pinned.is_writing = false;
-            pinned.is_needed()
-        });
-    }
-
-    /// Marks a whole slice as changed.
-    pub(crate) fn mark_all(&mut self, id: SliceId) {
-        self.mark_pieces(id, all_pieces(self.slice_len / self.piece_len()));
-    }
-
-    /// A new table: the file's L1 table does not name it yet.
-    pub(crate) fn add_unlinked(&mut self, table: u32, needs_zeros: bool) {
-        self.unlinked.insert(table, Unlinked { needs_zeros });
-    }
-
-    /// True if the file knows nothing of this table: what is not in memory is empty.
-    pub(crate) fn is_unlinked(&self, table: u32) -> bool {
-        self.unlinked.contains_key(&table)
-    }
-
-    /// Counts a slice that was put in its slot.
-    pub(crate) fn added(&mut self, id: SliceId) {
-        self.ring.push_back(id);
-        self.resident_bytes += self.slice_len;
-    }
-
-    /// Is there more in memory than the budget allows, and something that could go?
-    fn is_over_budget(&self) -> bool {
-        self.resident_bytes > self.budget_bytes && self.ring.len() > self.pinned.len()
-    }
-
-    /// Takes the next slice the hand points at; `None` when it has been all around.
-    fn turn_hand(&mut self, left: &mut usize) -> Option<SliceId> {
-        *left = left.checked_sub(1)?;
-        self.ring.pop_front()
-    }
-}
-
 impl Image {
-    /// Forgets clean slices until the budget is kept. Pinned and held ones stay. `only_unused`: all that were not used lately, whatever the budget.
-    pub(crate) fn evict_slices(&self, meta: &mut Meta, only_unused: bool) {
-        let cache = &mut meta.slices;
-        let mut left = cache.ring.len() * if only_unused { 1 } else { 2 };
-        while only_unused || cache.is_over_budget() {
-            let Some(id) = cache.turn_hand(&mut left) else { break };
-            let is_free = !cache.pinned.contains_key(&id) && !cache.is_unlinked(id.table);
-            // Two: the slot's and the one just taken.
-            let slice = self.tables.hold(id);
-            let is_gone = match &slice {
-                Some(slice) => is_free && !slice.take_used() && Arc::strong_count(slice) <= 2,
-                None => true,
-            };
-            if is_gone {
-                self.tables.set_slice(id, None);
-                cache.resident_bytes -= cache.slice_len;
-            } else {
-                cache.ring.push_back(id);
-            }
-        }
-    }
-
     /// Is there anything to write, or being written?
     pub(crate) fn has_unwritten(&self, meta: &Meta) -> bool {
         let counts = self.counts_matter_now() && meta.counts.has_dirty();
@@ -351,7 +143,7 @@ impl Image {
         };
         meta.slices.batch_ended();
         meta.counts.batch_ended();
-        self.evict_slices(&mut meta, false);
+        meta.slices.evict(&self.tables, false);
         meta.counts.evict();
         result
     }
@@ -493,9 +285,9 @@ impl Image {
                 }
             }
             // Once before, in case it fails half-way; once after, so that a flush that began meanwhile does not count.
-            self.meta().owed.note_written(rank);
+            self.note_rank_written(rank);
             self.write_rank(rank, batch).await.map_err(|e| (not_done, e))?;
-            self.meta().owed.note_written(rank);
+            self.note_rank_written(rank);
         }
         Ok(())
     }
@@ -521,11 +313,16 @@ impl Image {
 
     /// Flushes the image file; nothing is owed for what had been written when it began.
     pub(crate) async fn flush_meta(&self) -> Result<()> {
-        let before = self.meta().owed.meta_written;
+        let before = self.meta().owed.written();
         self.file.flush().await.map_err(|e| self.name_error(e))?;
-        let mut meta = self.meta();
-        meta.owed.meta_flushed = meta.owed.meta_flushed.max(before);
+        self.meta().owed.note_flushed(before);
         Ok(())
+    }
+
+    fn note_rank_written(&self, rank: Rank) {
+        if rank < Rank::Link {
+            self.meta().owed.note_written();
+        }
     }
 
     async fn write_rank(&self, rank: Rank, batch: &Batch) -> Result<()> {
@@ -614,43 +411,6 @@ fn worse(first: Option<Error>, second: Error) -> Error {
         Some(first) => first,
         None => second,
     }
-}
-
-/// The active L1 table's place and which pieces of it differ from the file. The entries are in `Tables`.
-#[derive(Debug)]
-pub(crate) struct L1State {
-    pub offset: MetaOffset,
-    pub entries: u32,
-    /// Pieces of 512 bytes.
-    dirty: BTreeSet<u64>,
-    /// The table as a whole has a new place that the header does not name yet.
-    pub is_moved: bool,
-}
-
-impl L1State {
-    pub(crate) fn new(offset: MetaOffset, entries: u32) -> Self {
-        Self { offset, entries, dirty: BTreeSet::new(), is_moved: false }
-    }
-
-    /// Marks entry `table` as changed.
-    pub(crate) fn mark(&mut self, table: u32) {
-        self.dirty.insert(u64::from(table) * 8 / L1_PIECE);
-    }
-}
-
-/// Keeps a slice that was put in its slot from being counted twice.
-pub(crate) fn add_slice(
-    image: &Image,
-    meta: &mut Meta,
-    id: SliceId,
-    slice: Arc<Slice>,
-) -> Arc<Slice> {
-    if let Some(there) = image.tables.hold(id) {
-        return there;
-    }
-    image.tables.set_slice(id, Some(Arc::clone(&slice)));
-    meta.slices.added(id);
-    slice
 }
 
 #[cfg(test)]

@@ -1,10 +1,12 @@
 //! New images: plans, bytes, refusals, and the order of writing.
 
+use bds_core::error::ErrorKind;
 use futures_util::FutureExt;
 
 use super::*;
 use crate::format::qcow2::fuzzing::MemPort;
-use crate::format::qcow2::layout::header::{Parsed, Strictness};
+use crate::format::qcow2::layout::cluster0::{Cluster0, Parsed, Strictness};
+use crate::format::qcow2::layout::units::Geometry;
 
 fn options(list: &[(&str, &str)]) -> Options {
     let mut tree = Options::new();

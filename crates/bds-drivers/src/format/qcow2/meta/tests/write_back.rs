@@ -6,7 +6,6 @@ use bds_core::options::Options;
 use bds_io::{Sim, SimConfig};
 use futures_util::poll;
 
-use super::Rank;
 use crate::format::qcow2::driver::Qcow2;
 use crate::format::qcow2::fuzzing::{self, MemPort};
 
@@ -20,11 +19,11 @@ fn a_flush_is_not_credited_with_writes_made_during_it() {
         let opened = fuzzing::open_image(&file, None, None, flags).await.expect("just made");
         let image = &opened.as_any().downcast_ref::<Qcow2>().expect("it is qcow2").image;
         let owes = || image.meta().owed.owes_meta_flush();
-        image.meta().owed.note_written(Rank::Body);
+        image.meta().owed.note_written();
         file.hold_flushes(true);
         let mut flush = Box::pin(image.flush_meta());
         assert!(poll!(&mut flush).is_pending());
-        image.meta().owed.note_written(Rank::Body);
+        image.meta().owed.note_written();
         file.hold_flushes(false);
         flush.await.expect("memory does not fail");
         assert!(owes(), "a flush was credited with what was written after it had begun");

@@ -13,9 +13,10 @@ use bds_io::{Buf, Sim, SimConfig};
 use futures_util::FutureExt;
 use futures_util::future::{join, join_all};
 
-use super::{DirtyBudget, Image};
+use super::Image;
 use crate::format::qcow2::driver::Qcow2;
 use crate::format::qcow2::fuzzing::{self, MemPort};
+use crate::format::qcow2::meta::budget::DirtyBudget;
 use crate::format::qcow2::{Qcow2Format, check_image};
 
 struct Opener(MemPort);

@@ -1,5 +1,7 @@
 //! Header fields at and over every limit, and bytes that come back as they went.
 
+use super::super::header::{Compatible, MAX_DISK_SIZE};
+use super::super::units::Geometry;
 use super::*;
 
 const FILE_LEN: u64 = 1 << 30;

@@ -1,0 +1,154 @@
+//! The last step of an allocating write: links new clusters into the L2 table, or gives them back if the write failed.
+//!
+//! Linking is one synchronous section under the lock of `Meta`: it happens as a whole or not at all. The table it changes has been
+//! held since the plan, so it needs no I/O and cannot fail.
+
+use std::sync::Arc;
+
+use bds_io::IoVec;
+
+use super::cow::CopyPlan;
+use crate::format::qcow2::alloc::freed::{Freed, Why};
+use crate::format::qcow2::alloc::in_flight::{InFlight, Linking};
+use crate::format::qcow2::layout::entry::L2Entry;
+use crate::format::qcow2::layout::space::{Clusters, Offset};
+use crate::format::qcow2::layout::units::mem_len;
+use crate::format::qcow2::meta::tables::SliceId;
+use crate::format::qcow2::plan::{Plan, Stop};
+use crate::format::qcow2::state::{Image, Meta};
+use crate::format::qcow2::task::Done;
+
+/// Sees to it that a [`Linking`] ends: linked, or given up with its clusters given back and its waiters woken.
+pub(crate) struct Guarded {
+    image: Arc<Image>,
+    pub work: Linking,
+    /// Bytes are on their way to the new clusters: they must not be used again.
+    pub(super) is_writing: bool,
+    is_over: bool,
+}
+
+impl Image {
+    pub(crate) fn guard_link(self: &Arc<Self>, work: Linking) -> Guarded {
+        Guarded { image: Arc::clone(self), work, is_writing: false, is_over: false }
+    }
+
+    /// Enters an allocation in flight, which will change `slice`.
+    pub(crate) fn enter_flight(
+        &self,
+        meta: &mut Meta,
+        guest: u64,
+        clusters: u64,
+        slice: Option<SliceId>,
+    ) -> Arc<InFlight> {
+        let first = self.geometry().cluster_index(guest);
+        let item = Arc::new(InFlight { first, end: first + clusters, slice, done: Done::new() });
+        if let Some(id) = slice {
+            meta.slices.pin(id);
+        }
+        meta.in_flight.push(Arc::clone(&item));
+        item
+    }
+
+    /// How many of the bytes at `guest` can go on before they meet an allocation in flight. Stops if that is at the start.
+    pub(crate) fn before_others(&self, meta: &Meta, guest: u64, max: u64) -> Plan<u64> {
+        let geometry = self.geometry();
+        let first = geometry.cluster_index(guest);
+        let last = geometry.cluster_index(guest + (max - 1));
+        let mut max = max;
+        for item in meta.in_flight.iter().filter(|i| i.first <= last && i.end > first) {
+            if item.first <= first {
+                return Err(Stop::Wait(Arc::clone(item)));
+            }
+            max = max.min((item.first << geometry.cluster_bits()) - guest);
+        }
+        Ok(max)
+    }
+}
+
+impl Guarded {
+    /// The bytes are there: the guest sees them from now on.
+    pub(super) fn link(mut self, copy: &CopyPlan) {
+        let image = Arc::clone(&self.image);
+        let mut meta = image.meta();
+        let work = &self.work;
+        let geometry = image.geometry();
+        for i in 0..mem_len(work.clusters) {
+            let offset = (i as u64) << geometry.cluster_bits();
+            let old = work.slice.entry(work.index + i);
+            let bitmap = if geometry.has_extended_l2() {
+                new_bitmap(&image, old, work.guest + offset, copy, !work.is_new)
+            } else {
+                0
+            };
+            let place = work.host.plus(offset);
+            work.slice.set_entry(work.index + i, L2Entry::at_cluster(place, true, bitmap));
+            // Its count was set, or looked up, when this was planned.
+            work.slice.note_checked(work.index + i);
+            if work.is_new {
+                image.free_entry(&mut meta, old, Why::Reuse);
+            }
+        }
+        let entry_len = geometry.l2_entry_len();
+        let len = mem_len(work.clusters) * entry_len;
+        meta.slices.mark(work.id, work.index * entry_len, len);
+        let is_new_here = self.work.is_new && image.data_file.is_none();
+        meta.owed.data_flush |=
+            copy.is_copy || is_new_here || image.config.load().data_before_metadata;
+        self.is_over = true;
+        meta.end_allocation(&self.work.item);
+    }
+
+    /// Links clusters that read as zeros already. Extended entries get their place only: their subclusters stay what they are.
+    pub(crate) fn link_empty(self) {
+        let is_extended = self.image.geometry().has_extended_l2();
+        let covers = if is_extended {
+            self.work.guest..self.work.guest
+        } else {
+            self.work.start..self.work.end
+        };
+        let start = self.work.start;
+        // The zeros of reused clusters must be there before the link.
+        let is_copy = !self.work.is_fresh;
+        self.link(&CopyPlan { start, iov: IoVec::new(), covers, is_copy });
+    }
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        if self.is_over {
+            return;
+        }
+        let image = Arc::clone(&self.image);
+        let mut meta = image.meta();
+        let bits = image.geometry().cluster_bits();
+        // If bytes may still be on their way (the executor died), the clusters stay counted: a leak is harmless.
+        let unused = image.space().counted(self.work.host);
+        if let Some(first) = unused.filter(|_| self.work.is_new && !self.is_writing) {
+            for i in 0..self.work.clusters {
+                let start = first.plus(i << bits);
+                if image.lower(&mut meta, start).is_err() {
+                    meta.frees.push(Freed::unused(Clusters { start, count: 1 }));
+                }
+            }
+        }
+        meta.end_allocation(&self.work.item);
+    }
+}
+
+/// The subclusters of a cluster after a write: what was written is data, the rest stays what it was.
+fn new_bitmap(image: &Image, old: L2Entry, guest: u64, copy: &CopyPlan, keeps: bool) -> u64 {
+    let geometry = image.geometry();
+    let bits = geometry.subcluster_bits();
+    let from = copy.covers.start.max(guest) - guest;
+    let to = copy.covers.end.min(guest + geometry.cluster_size()).saturating_sub(guest);
+    let (first, end) = (from >> bits, to.div_ceil(1 << bits));
+    let written = if first < end { ((1u64 << end) - 1) & !((1u64 << first) - 1) } else { 0 };
+    let (alloc, zero) = if old.is_compressed() {
+        (0, 0)
+    } else {
+        (u64::from(old.alloc_bits()), u64::from(old.zero_bits()))
+    };
+    // In a new place only what was written has data; the plan covers all that had any.
+    let alloc = if keeps { alloc | written } else { written };
+    alloc | (zero & !written) << 32
+}

@@ -1,0 +1,72 @@
+//! Whether an open image may be written: opened for writing, in use by this process, and prepared for the first write.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bds_core::error::{Error, ErrorKind, Result};
+
+/// Who may change the image. Changes with nobody inside.
+#[derive(Debug)]
+pub(crate) struct Charge {
+    /// Opened for writing.
+    is_writable: AtomicBool,
+    /// False: another process is in charge of the bytes.
+    is_active: AtomicBool,
+    /// Both of these.
+    is_ours: AtomicBool,
+    /// Rules O10 and O13 are met as well: guest writes may begin.
+    may_write: AtomicBool,
+}
+
+impl Charge {
+    pub(crate) fn new(is_writable: bool) -> Self {
+        Self {
+            is_writable: AtomicBool::new(is_writable),
+            is_active: AtomicBool::new(true),
+            is_ours: AtomicBool::new(is_writable),
+            may_write: AtomicBool::new(false),
+        }
+    }
+
+    /// Enters another state. Whatever a writer must do first must be done again.
+    pub(crate) fn set(&self, is_writable: bool, is_active: bool) {
+        self.may_write.store(false, Ordering::Release);
+        self.is_writable.store(is_writable, Ordering::Release);
+        self.is_active.store(is_active, Ordering::Release);
+        self.is_ours.store(is_writable && is_active, Ordering::Release);
+    }
+
+    pub(crate) fn is_writable(&self) -> bool {
+        self.is_writable.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn is_active(&self) -> bool {
+        self.is_active.load(Ordering::Acquire)
+    }
+
+    /// Writable and active.
+    #[inline]
+    pub(crate) fn is_ours(&self) -> bool {
+        self.is_ours.load(Ordering::Acquire)
+    }
+
+    #[inline]
+    pub(crate) fn may_write(&self) -> bool {
+        self.may_write.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn writes_may_begin(&self) {
+        self.may_write.store(true, Ordering::Release);
+    }
+
+    /// Refuses changes.
+    pub(crate) fn check(&self) -> Result<()> {
+        let words = if !self.is_active() {
+            "the image is inactive: another process may be writing to it; activate it first"
+        } else if !self.is_writable() {
+            "the image is open read-only"
+        } else {
+            return Ok(());
+        };
+        Err(Error::new(ErrorKind::ReadOnly, words))
+    }
+}
