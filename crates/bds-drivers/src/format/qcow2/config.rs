@@ -128,12 +128,12 @@ const CLASSES: [(&str, &str, Class); 9] = [
 
 /// The options as asked for, before the image is known.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Asked {
+pub(crate) struct RequestedOptions {
     lazy_refcounts: Option<bool>,
     pass_request: Option<bool>,
     pass_other: Option<bool>,
     discard_no_unref: Option<bool>,
-    overlap: AskedOverlap,
+    overlap: RequestedOverlap,
     total: Option<u64>,
     l2: Option<u64>,
     l2_entry: Option<u64>,
@@ -146,12 +146,12 @@ pub(crate) struct Asked {
 
 /// Which overlaps are checked: a template, and exceptions from it in the order of [`CLASSES`].
 #[derive(Clone, Copy, Debug, Default)]
-struct AskedOverlap {
+struct RequestedOverlap {
     template: Option<Class>,
     each: [Option<bool>; CLASSES.len()],
 }
 
-impl AskedOverlap {
+impl RequestedOverlap {
     fn or(self, earlier: Self) -> Self {
         let mut each = self.each;
         each.iter_mut().zip(earlier.each).for_each(|(new, old)| *new = new.or(old));
@@ -171,8 +171,8 @@ impl AskedOverlap {
 
 /// What an image was opened, or reopened, with.
 #[derive(Clone, Debug)]
-pub(crate) struct Wish {
-    pub asked: Asked,
+pub(crate) struct RequestedMode {
+    pub asked: RequestedOptions,
     pub flags: OpenFlags,
 }
 
@@ -196,7 +196,7 @@ pub(crate) struct Config {
     pub invalidate_bitmaps: bool,
 }
 
-impl Asked {
+impl RequestedOptions {
     /// Takes what we know out of the options.
     pub(crate) fn take(options: &mut Options) -> Result<Self> {
         // Decides what becomes of deleted snapshots' space; we delete none, so both values hold.
@@ -238,13 +238,13 @@ impl Asked {
     }
 
     /// What holds for an image that is open: tables are cached in pieces of `slice_len` already.
-    pub(crate) fn settle_again(
+    pub(crate) fn config_at_reopen(
         &self,
         cluster0: &Cluster0,
         flags: &OpenFlags,
         slice_len: usize,
     ) -> Result<Config> {
-        let config = self.settle(cluster0, flags)?;
+        let config = self.config_at_open(cluster0, flags)?;
         if self.l2_entry.is_some() && config.slice_len != slice_len {
             return Err(Error::new(
                 ErrorKind::NotSupported,
@@ -256,7 +256,7 @@ impl Asked {
     }
 
     /// What holds for this image.
-    pub(crate) fn settle(&self, cluster0: &Cluster0, flags: &OpenFlags) -> Result<Config> {
+    pub(crate) fn config_at_open(&self, cluster0: &Cluster0, flags: &OpenFlags) -> Result<Config> {
         let header = &cluster0.header;
         let cluster_size = header.geometry.cluster_size();
         let is_v3 = header.version >= 3;
@@ -367,14 +367,14 @@ fn take_cache_size(options: &mut Options, key: &'static str) -> Result<Option<u6
     }
 }
 
-fn take_overlap(options: &mut Options) -> Result<AskedOverlap> {
+fn take_overlap(options: &mut Options) -> Result<RequestedOverlap> {
     let template = |word: String| {
         Class::template(&word).ok_or_else(|| {
             invalid("overlap-check must be none, constant, cached or all")
                 .field("overlap-check", word)
         })
     };
-    let mut asked = AskedOverlap::default();
+    let mut asked = RequestedOverlap::default();
     match options.take("overlap-check") {
         None => {}
         Some(serde_json::Value::String(word)) => asked.template = Some(template(word)?),

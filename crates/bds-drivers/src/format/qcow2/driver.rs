@@ -15,7 +15,7 @@ use super::layout::cluster0::Cluster0;
 use super::layout::header::{INCOMPATIBLE_AT, Incompatible};
 use super::layout::space::MetaOffset;
 use super::state::Image;
-use super::task::finish;
+use super::task::detach_on_drop;
 
 /// An open qcow2 image.
 #[derive(Debug)]
@@ -34,11 +34,11 @@ impl Qcow2 {
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,
     {
-        let working = self.image.busy.begin();
+        let task_guard = self.image.tasks.begin();
         let work = work(Arc::clone(&self.image));
-        Box::pin(finish(async move {
+        Box::pin(detach_on_drop(async move {
             let result = work.await;
-            drop(working);
+            drop(task_guard);
             result
         }))
     }
@@ -134,12 +134,12 @@ impl Driver for Qcow2 {
     }
 
     fn flush_to_disk(&self) -> BoxFuture<'_, Result<()>> {
-        if !self.image.owes_flush() {
+        if !self.image.needs_flush() {
             return Box::pin(async { Ok(()) });
         }
         self.run(|image| async move {
             if image.flush_frees().await? {
-                image.release_later();
+                image.spawn_release();
             }
             Ok(())
         })
@@ -228,9 +228,9 @@ impl Driver for Qcow2 {
 
     fn close(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async {
-            self.image.busy.wait_idle().await;
+            self.image.tasks.wait_idle().await;
             let image = Arc::clone(&self.image);
-            finish(async move { image.finish_writing().await }).await
+            detach_on_drop(async move { image.write_back_all().await }).await
         })
     }
 }
@@ -242,11 +242,11 @@ impl Image {
     }
 
     /// Must the file be flushed for our own sake?
-    fn owes_flush(&self) -> bool {
+    fn needs_flush(&self) -> bool {
         let meta = self.meta();
         !meta.frees_written.is_empty()
             || !meta.frees_durable.is_empty()
-            || meta.owed.owes_meta_flush()
+            || meta.pending_flush.needs_meta_flush()
     }
 
     /// What is remembered of files and backing node may be true of others.
@@ -275,9 +275,9 @@ impl Image {
     }
 
     /// Gives freed clusters back behind the caller's back: nobody waits for it but close.
-    pub(super) fn release_later(self: &Arc<Self>) {
+    pub(super) fn spawn_release(self: &Arc<Self>) {
         let image = Arc::clone(self);
-        let working = self.busy.begin();
+        let task_guard = self.tasks.begin();
         bds_io::spawn(async move {
             if let Err(error) = image.release().await {
                 // They stay on the list; the next flush tries again, close reports it.
@@ -285,7 +285,7 @@ impl Image {
             }
             // Close goes on when it is dropped: nothing may hold the image then.
             drop(image);
-            drop(working);
+            drop(task_guard);
         })
         .detach();
     }
@@ -306,9 +306,9 @@ impl Image {
             return Ok(());
         }
         self.check_usable()?;
-        if self.needs_write_back() || self.owes_flush() || self.meta().counts.has_dirty() {
+        if self.needs_write_back() || self.needs_flush() || self.meta().counts.has_dirty() {
             self.write_back(true).await?;
-            self.settle_frees().await?;
+            self.flush_and_release_frees().await?;
             // Counts that fell when clusters were given back.
             self.write_back(true).await?;
         }
@@ -317,18 +317,18 @@ impl Image {
 
     /// Writes everything that is left, gives back what is free, and clears the dirty bit: as a clean image is left behind. Fails too if
     /// an earlier write-back failed that no flush has reported.
-    pub(super) async fn finish_writing(self: &Arc<Self>) -> Result<()> {
-        let finished = self.finish_all().await;
+    pub(super) async fn write_back_all(self: &Arc<Self>) -> Result<()> {
+        let finished = self.write_all_and_clear_dirty_bit().await;
         finished.and(self.take_write_back_error())
     }
 
-    async fn finish_all(self: &Arc<Self>) -> Result<()> {
+    async fn write_all_and_clear_dirty_bit(self: &Arc<Self>) -> Result<()> {
         /// Others may go on writing meanwhile if whoever asked for this is gone.
         const ATTEMPTS: usize = 8;
         for _ in 0..ATTEMPTS {
             self.write_all_metadata().await?;
             // While we have the turn, the file stays as it is.
-            let _turn = self.turn.lock().await;
+            let _turn = self.write_back_lock.lock().await;
             let bits = {
                 let meta = self.meta();
                 if !meta.header.is_dirty_marked {

@@ -10,7 +10,7 @@ use bds_core::driver::ChildPort;
 use bds_core::error::{Error, ErrorKind, Result};
 
 use super::alloc::overlap::{Class, MetadataMap, Refused};
-use super::check::truncation::Losses;
+use super::check::truncation::TruncationCheck;
 use super::config::Config;
 use super::file_read::for_words;
 use super::layout::cluster0::Cluster0;
@@ -19,14 +19,14 @@ use super::layout::header::MAX_L1_LEN;
 use super::layout::space::MetaOffset;
 use super::manage::bitmap;
 use super::manage::snapshot::SnapshotTable;
-use super::meta::pending_flush::Owed;
-use super::meta::refcounts::Counts;
+use super::meta::pending_flush::PendingFlush;
+use super::meta::refcounts::Refcounts;
 use super::meta::slice_cache::SliceCache;
 use super::meta::tables::L1State;
 use super::state::{HeaderState, Image, Meta};
 
 /// What a writer says about itself.
-pub(crate) struct ForWriting {
+pub(crate) struct WriterOptions {
     /// Metadata that is protected against overlaps.
     pub classes: Class,
     /// Bitmaps may become stale.
@@ -36,7 +36,7 @@ pub(crate) struct ForWriting {
 }
 
 /// See the file's head.
-pub(crate) struct Contents {
+pub(crate) struct LoadedMetadata {
     cluster0: Cluster0,
     /// Entries that are not zero, by number.
     l1: Vec<(u32, L1Entry)>,
@@ -46,12 +46,12 @@ pub(crate) struct Contents {
     file_len: u64,
 }
 
-impl Contents {
+impl LoadedMetadata {
     /// Reads all there is to know. For a writer also what only it needs, and refuses what must not be written.
     pub(crate) async fn read(
         file: &dyn ChildPort,
         cluster0: Cluster0,
-        for_writing: Option<ForWriting>,
+        writer: Option<WriterOptions>,
     ) -> Result<Self> {
         let header = &cluster0.header;
         let mut l1 = Vec::new();
@@ -65,7 +65,7 @@ impl Contents {
         .await?;
         let mut reftable = Vec::new();
         let metadata = MetadataMap::new(&header.geometry);
-        if let Some(ForWriting { classes, invalidate_bitmaps, data_len }) = for_writing {
+        if let Some(WriterOptions { classes, invalidate_bitmaps, data_len }) = writer {
             for_words(file, header.reftable_offset, header.reftable_len(), |_, word| {
                 reftable.push(word);
                 Ok(())
@@ -74,12 +74,12 @@ impl Contents {
             // Slots behind the last block are room to grow, not blocks.
             let used = reftable.iter().rposition(|slot| *slot != 0).map_or(0, |last| last + 1);
             reftable.truncate(used);
-            let entering = Entering { file, cluster0: &cluster0, map: &metadata, classes };
-            Losses { file, cluster0: &cluster0, data_len }.refuse(&l1, &reftable).await?;
-            entering.constant()?;
-            entering.blocks(&reftable)?;
-            entering.l2(&l1)?;
-            entering.snapshots().await?;
+            let builder = MapBuilder { file, cluster0: &cluster0, map: &metadata, classes };
+            TruncationCheck { file, cluster0: &cluster0, data_len }.run(&l1, &reftable).await?;
+            builder.constant()?;
+            builder.blocks(&reftable)?;
+            builder.l2(&l1)?;
+            builder.snapshots().await?;
             bitmap::check_writable(file, &cluster0, invalidate_bitmaps).await?;
         }
         Ok(Self { cluster0, l1, reftable, metadata, file_len: file.len() })
@@ -103,14 +103,14 @@ impl Meta {
         Self {
             l1: L1State::new(MetaOffset(header.l1_offset), header.l1_size),
             slices: SliceCache::new(config.slice_len, config.l2_cache_bytes),
-            counts: Counts::new(
+            counts: Refcounts::new(
                 geometry,
                 reftable,
                 MetaOffset(header.reftable_offset),
                 u64::from(header.reftable_clusters),
                 config.refcount_cache_bytes,
             ),
-            owed: Owed::default(),
+            pending_flush: PendingFlush::default(),
             header: HeaderState {
                 incompatible: header.incompatible,
                 autoclear: header.autoclear,
@@ -120,7 +120,7 @@ impl Meta {
             frees_written: Vec::new(),
             frees_durable: Vec::new(),
             in_flight: Vec::new(),
-            flights: std::collections::HashMap::new(),
+            loads: std::collections::HashMap::new(),
             write_back_task: None,
             write_back_error: None,
             zero_from: geometry.cluster_ceil(file_len).unwrap_or(u64::MAX),
@@ -132,18 +132,18 @@ impl Meta {
 }
 
 impl Image {
-    /// Forgets all that is in memory of the image and goes on from `contents`. Nobody is inside, no task is at work, and nothing
+    /// Forgets all that is in memory of the image and goes on from `loaded`. Nobody is inside, no task is at work, and nothing
     /// is waiting to be written.
-    pub(crate) fn install(&self, contents: Contents) {
-        let Contents { cluster0, l1, reftable, metadata, file_len } = contents;
+    pub(crate) fn install(&self, loaded: LoadedMetadata) {
+        let LoadedMetadata { cluster0, l1, reftable, metadata, file_len } = loaded;
         let mut meta = self.meta();
-        debug_assert!(meta.in_flight.is_empty() && meta.flights.is_empty());
+        debug_assert!(meta.in_flight.is_empty() && meta.loads.is_empty());
         self.tables.clear();
         for (table, entry) in l1 {
             self.tables.set_l1(table, entry);
         }
         self.metadata.adopt(&metadata);
-        self.inflated.clear();
+        self.decompressed.clear();
         self.forget_sparseness();
         self.data_end.store(0, Ordering::Relaxed);
         *meta = Meta::new(&cluster0, &self.config.load(), reftable, file_len);
@@ -153,15 +153,15 @@ impl Image {
 }
 
 /// Enters where metadata lies, as far as overlaps with its class are checked.
-struct Entering<'a> {
+struct MapBuilder<'a> {
     file: &'a dyn ChildPort,
     cluster0: &'a Cluster0,
     map: &'a MetadataMap,
     classes: Class,
 }
 
-impl Entering<'_> {
-    fn enter(&self, class: Class, offset: u64, len: u64) -> Result<()> {
+impl MapBuilder<'_> {
+    fn insert(&self, class: Class, offset: u64, len: u64) -> Result<()> {
         if !self.classes.contains(class) {
             return Ok(());
         }
@@ -183,14 +183,14 @@ impl Entering<'_> {
 
     fn constant(&self) -> Result<()> {
         let header = &self.cluster0.header;
-        self.enter(Class::MAIN_HEADER, 0, 1)?;
-        self.enter(Class::ACTIVE_L1, header.l1_offset, header.l1_len())?;
-        self.enter(Class::REFCOUNT_TABLE, header.reftable_offset, header.reftable_len())?;
+        self.insert(Class::MAIN_HEADER, 0, 1)?;
+        self.insert(Class::ACTIVE_L1, header.l1_offset, header.l1_len())?;
+        self.insert(Class::REFCOUNT_TABLE, header.reftable_offset, header.reftable_len())?;
         if let Some(bitmaps) = self.cluster0.extensions.bitmaps {
             // A directory nobody could use is not protected either.
             if bitmaps.validate(&header.geometry).is_ok() {
                 let (offset, len) = (bitmaps.directory_offset, bitmaps.directory_len);
-                self.enter(Class::BITMAP_DIRECTORY, offset, len)?;
+                self.insert(Class::BITMAP_DIRECTORY, offset, len)?;
             }
         }
         Ok(())
@@ -200,7 +200,7 @@ impl Entering<'_> {
         for slot in reftable {
             // One that cannot be followed is reported when it is used.
             if let Ok(Some(place)) = refblock_place(*slot, &self.cluster0.header.geometry) {
-                self.enter(Class::REFCOUNT_BLOCK, place.0, 1)?;
+                self.insert(Class::REFCOUNT_BLOCK, place.0, 1)?;
             }
         }
         Ok(())
@@ -209,7 +209,7 @@ impl Entering<'_> {
     fn l2(&self, l1: &[(u32, L1Entry)]) -> Result<()> {
         for (_, entry) in l1 {
             if let Ok(Some(place)) = entry.table(&self.cluster0.header.geometry) {
-                self.enter(Class::ACTIVE_L2, place.0, 1)?;
+                self.insert(Class::ACTIVE_L2, place.0, 1)?;
             }
         }
         Ok(())
@@ -235,12 +235,12 @@ impl Entering<'_> {
                 .field("l1_table_offset", offset)
                 .at(start));
             }
-            self.enter(Class::INACTIVE_L1, offset, len)?;
+            self.insert(Class::INACTIVE_L1, offset, len)?;
             if self.classes.contains(Class::INACTIVE_L2) {
                 self.inactive_l2(offset, len).await?;
             }
         }
-        self.enter(Class::SNAPSHOT_TABLE, start, table.len)
+        self.insert(Class::SNAPSHOT_TABLE, start, table.len)
     }
 
     async fn inactive_l2(&self, offset: u64, len: u64) -> Result<()> {

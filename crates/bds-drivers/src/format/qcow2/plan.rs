@@ -10,7 +10,7 @@ use super::meta::tables::SliceId;
 
 /// Something an operation found missing in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum What {
+pub(crate) enum MetaKey {
     /// A slice of an L2 table.
     Slice(SliceId),
     /// All slices of an L2 table.
@@ -21,13 +21,13 @@ pub(crate) enum What {
 
 /// Why an operation under the lock could not go on.
 #[derive(Debug)]
-pub(crate) enum Stop {
+pub(crate) enum NeedMeta {
     /// Load this, and begin again.
-    Load(What),
+    Load(MetaKey),
     /// An allocation in flight touches the same clusters: wait for it, and begin again.
     Wait(Arc<InFlight>),
     /// Too much metadata is dirty: wait until some is written back, and begin again.
-    Room,
+    WriteBack,
     /// It cannot be done.
     Fail(Error),
     /// The image contradicts itself at this byte of the file.
@@ -35,21 +35,21 @@ pub(crate) enum Stop {
 }
 
 /// What operations under the lock return.
-pub(crate) type Plan<T> = std::result::Result<T, Stop>;
+pub(crate) type MetaResult<T> = std::result::Result<T, NeedMeta>;
 
-impl From<Error> for Stop {
+impl From<Error> for NeedMeta {
     fn from(error: Error) -> Self {
         Self::Fail(error)
     }
 }
 
-impl Stop {
+impl NeedMeta {
     pub(crate) fn too_large(message: &str) -> Self {
         Self::Fail(Error::new(ErrorKind::LimitExceeded, message))
     }
 }
 
 /// An entry that cannot be followed, found under the lock.
-pub(crate) fn bad(bad: BadEntry, guest: u64) -> Stop {
-    Stop::Corrupt { what: format!("{bad}, for guest offset {guest:#x}"), at: guest }
+pub(crate) fn corrupt_entry(bad: BadEntry, guest: u64) -> NeedMeta {
+    NeedMeta::Corrupt { what: format!("{bad}, for guest offset {guest:#x}"), at: guest }
 }

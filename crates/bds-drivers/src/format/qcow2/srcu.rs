@@ -27,53 +27,53 @@ const SHARDS: usize = 16;
 #[derive(Debug, Default)]
 #[repr(align(128))]
 struct Shard {
-    inside: [AtomicUsize; 2],
+    readers: [AtomicUsize; 2],
 }
 
 /// Counts who follows entries now.
 #[derive(Debug, Default)]
-pub(crate) struct Grace {
+pub(crate) struct Srcu {
     phase: AtomicUsize,
     shards: [Shard; SHARDS],
     /// One freer waits at a time.
     turn: Mutex<()>,
-    is_awaited: AtomicBool,
-    left: Notify,
+    is_waited_for: AtomicBool,
+    reader_left: Notify,
 }
 
 /// Somebody who may follow entries. Leaves when dropped.
 #[derive(Debug)]
 #[must_use]
-pub(crate) struct Inside<G: Deref<Target = Grace>> {
-    grace: G,
+pub(crate) struct SrcuGuard<G: Deref<Target = Srcu>> {
+    srcu: G,
     shard: usize,
     phase: usize,
 }
 
-impl Grace {
+impl Srcu {
     /// Enters: entries loaded from now on stay good until the guard is dropped.
     #[inline]
-    pub(crate) fn enter(&self) -> Inside<&Self> {
-        let (shard, phase) = self.count_in();
-        Inside { grace: self, shard, phase }
+    pub(crate) fn read_lock(&self) -> SrcuGuard<&Self> {
+        let (shard, phase) = self.enter();
+        SrcuGuard { srcu: self, shard, phase }
     }
 
     /// As [`Self::enter`], for work that may outlive its caller.
-    pub(crate) fn enter_owned(self: &Arc<Self>) -> Inside<Arc<Self>> {
-        let (shard, phase) = self.count_in();
-        Inside { grace: Arc::clone(self), shard, phase }
+    pub(crate) fn read_lock_owned(self: &Arc<Self>) -> SrcuGuard<Arc<Self>> {
+        let (shard, phase) = self.enter();
+        SrcuGuard { srcu: Arc::clone(self), shard, phase }
     }
 
     #[inline]
-    fn count_in(&self) -> (usize, usize) {
+    fn enter(&self) -> (usize, usize) {
         let shard = shard_of_this_thread();
         let phase = self.phase.load(Ordering::Acquire) & 1;
-        self.shards[shard].inside[phase].fetch_add(1, Ordering::SeqCst);
+        self.shards[shard].readers[phase].fetch_add(1, Ordering::SeqCst);
         (shard, phase)
     }
 
     /// Waits until everybody who is inside now has left.
-    pub(crate) async fn wait(&self) {
+    pub(crate) async fn synchronize(&self) {
         let _turn = self.turn.lock().await;
         for _ in 0..2 {
             let old = self.phase.fetch_add(1, Ordering::SeqCst) & 1;
@@ -87,27 +87,27 @@ impl Grace {
                 return;
             }
             // Announce, then look again: whoever leaves after this look sees the announcement.
-            self.is_awaited.store(true, Ordering::SeqCst);
+            self.is_waited_for.store(true, Ordering::SeqCst);
             if !self.is_empty(phase) {
                 // The one waiter; a permit given before we wait is kept.
-                self.left.notified().await;
+                self.reader_left.notified().await;
             }
-            self.is_awaited.store(false, Ordering::SeqCst);
+            self.is_waited_for.store(false, Ordering::SeqCst);
         }
     }
 
     fn is_empty(&self, phase: usize) -> bool {
         // A read-modify-write on purpose: see the file's head.
-        self.shards.iter().all(|s| s.inside[phase].fetch_add(0, Ordering::SeqCst) == 0)
+        self.shards.iter().all(|s| s.readers[phase].fetch_add(0, Ordering::SeqCst) == 0)
     }
 }
 
-impl<G: Deref<Target = Grace>> Drop for Inside<G> {
+impl<G: Deref<Target = Srcu>> Drop for SrcuGuard<G> {
     #[inline]
     fn drop(&mut self) {
-        self.grace.shards[self.shard].inside[self.phase].fetch_sub(1, Ordering::SeqCst);
-        if self.grace.is_awaited.load(Ordering::SeqCst) {
-            self.grace.left.notify_one();
+        self.srcu.shards[self.shard].readers[self.phase].fetch_sub(1, Ordering::SeqCst);
+        if self.srcu.is_waited_for.load(Ordering::SeqCst) {
+            self.srcu.reader_left.notify_one();
         }
     }
 }
@@ -137,27 +137,27 @@ mod tests {
     }
 
     #[test]
-    fn waits_for_those_inside_but_not_for_newcomers() {
-        let grace = Grace::default();
-        let early = grace.enter();
-        let mut wait = pin!(grace.wait());
+    fn synchronize_waits_for_earlier_readers_only() {
+        let srcu = Srcu::default();
+        let early = srcu.read_lock();
+        let mut wait = pin!(srcu.synchronize());
         assert!(poll(wait.as_mut()).is_pending());
-        let late = grace.enter();
+        let late = srcu.read_lock();
         assert!(poll(wait.as_mut()).is_pending());
         drop(early);
         // The late one entered the second phase before its turn: it is waited for as well, once.
         assert!(poll(wait.as_mut()).is_pending());
-        let later = grace.enter();
+        let later = srcu.read_lock();
         drop(late);
         assert!(poll(wait.as_mut()).is_ready());
         drop(later);
     }
 
     #[test]
-    fn an_empty_house_is_not_waited_for() {
-        let grace = Grace::default();
-        assert!(poll(pin!(grace.wait())).is_ready());
-        drop(grace.enter());
-        assert!(poll(pin!(grace.wait())).is_ready());
+    fn synchronize_without_readers_returns_at_once() {
+        let srcu = Srcu::default();
+        assert!(poll(pin!(srcu.synchronize())).is_ready());
+        drop(srcu.read_lock());
+        assert!(poll(pin!(srcu.synchronize())).is_ready());
     }
 }

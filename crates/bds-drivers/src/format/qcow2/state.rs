@@ -2,17 +2,17 @@
 //!
 //! ```text
 //! Image      children, geometry                   never change
-//!            backing, options, charge             change with nobody inside
-//!            tables, metadata, grace, inflated    read without a lock (or with a short one of their own)
+//!            backing, options, write_state             change with nobody inside
+//!            tables, metadata, srcu, decompressed    read without a lock (or with a short one of their own)
 //!            meta: Mutex<Meta>                    everything that is changed to allocate, free, link
 //! ```
 //!
 //! The lock of `Meta` is a plain mutex held for computation only, never across an await and never during I/O. An operation that
-//! needs something that is not in memory gives up with a [`Stop`], before it has changed anything that must not stand alone;
+//! needs something that is not in memory gives up with a [`NeedMeta`], before it has changed anything that must not stand alone;
 //! [`Image::plan`] fetches what is missing and begins again. What was fetched is held until the operation
 //! succeeds, so it gets on even with the smallest cache.
 //!
-//! Lock order: `releasing`, `turn` (one write-back at a time), `meta`; inside `meta` only those of `inflated`.
+//! Lock order: `release_lock`, `turn` (one write-back at a time), `meta`; inside `meta` only those of `decompressed`.
 
 use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
@@ -24,28 +24,28 @@ use bds_core::driver::{Attempt, Child};
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::{Buf, BufPool, IoVec};
 
-use super::alloc::freed::Freed;
+use super::alloc::freed::FreedRun;
 use super::alloc::in_flight::InFlight;
 use super::alloc::overlap::MetadataMap;
-use super::config::{Config, Wish};
+use super::config::{Config, RequestedMode};
 use super::io::backing::Backing;
-use super::io::decompressed_cache::Inflated;
+use super::io::decompressed_cache::DecompressedCache;
 use super::layout::cluster0::Cluster0;
 use super::layout::entry::{BadEntry, EntryRules};
 use super::layout::header::{AUTOCLEAR_AT, Autoclear, INCOMPATIBLE_AT, Incompatible};
 use super::layout::space::{MetaOffset, Space};
 use super::layout::units::Geometry;
-use super::meta::budget::{Levels, WriteBackTask};
-use super::meta::pending_flush::Owed;
-use super::meta::refcounts::Counts;
-use super::meta::shared_load::{Flight, Hold};
+use super::meta::budget::{DirtyLevels, WriteBackTask};
+use super::meta::pending_flush::PendingFlush;
+use super::meta::refcounts::Refcounts;
+use super::meta::shared_load::{Load, Pinned};
 use super::meta::slice_cache::SliceCache;
 use super::meta::tables::{L1State, Tables};
 use super::nodes::{DataNode, MetaNode};
-use super::plan::{Plan, Stop, What};
-use super::srcu::Grace;
-use super::task::Busy;
-use super::write_state::Charge;
+use super::plan::{MetaKey, MetaResult, NeedMeta};
+use super::srcu::Srcu;
+use super::task::TaskCount;
+use super::write_state::WriteState;
 
 /// Header fields that change while the image is open.
 #[derive(Debug)]
@@ -61,15 +61,15 @@ pub(crate) struct HeaderState {
 pub(crate) struct Meta {
     pub l1: L1State,
     pub slices: SliceCache,
-    pub counts: Counts,
-    pub owed: Owed,
+    pub counts: Refcounts,
+    pub pending_flush: PendingFlush,
     pub header: HeaderState,
     /// References that are gone in memory, by how far the removal has come: not written, written, durable.
-    pub frees: Vec<Freed>,
-    pub frees_written: Vec<Freed>,
-    pub frees_durable: Vec<Freed>,
+    pub frees: Vec<FreedRun>,
+    pub frees_written: Vec<FreedRun>,
+    pub frees_durable: Vec<FreedRun>,
     pub in_flight: Vec<Arc<InFlight>>,
-    pub flights: HashMap<What, Arc<Flight>>,
+    pub loads: HashMap<MetaKey, Arc<Load>>,
     /// The write-back in the background, if one is under way.
     pub write_back_task: Option<Arc<WriteBackTask>>,
     /// What one failed with that no flush has reported yet.
@@ -99,7 +99,7 @@ impl Meta {
 /// The lock of [`Meta`], held. Publishes the levels of `budget.rs` when it is released.
 pub(crate) struct MetaGuard<'a> {
     meta: MutexGuard<'a, Meta>,
-    levels: &'a Levels,
+    levels: &'a DirtyLevels,
 }
 
 impl Deref for MetaGuard<'_> {
@@ -137,26 +137,26 @@ pub(crate) struct Image {
     pub rules: EntryRules,
     pub config: ArcSwap<Config>,
     /// What was asked for.
-    pub wish: Mutex<Wish>,
-    pub charge: Charge,
+    pub requested: Mutex<RequestedMode>,
+    pub write_state: WriteState,
     /// False: opened to be looked at or checked only; there are no tables in memory.
     pub serves_io: bool,
     pub len: AtomicU64,
     pub tables: Tables,
     pub metadata: MetadataMap,
-    pub grace: Arc<Grace>,
-    pub inflated: Arc<Inflated>,
+    pub srcu: Arc<Srcu>,
+    pub decompressed: Arc<DecompressedCache>,
     pub pool: BufPool,
     /// A cluster of zeros, once somebody needs it. Never written to.
     pub zeros: OnceLock<Buf>,
     pub meta: Mutex<Meta>,
-    pub levels: Levels,
+    pub levels: DirtyLevels,
     /// One write-back at a time.
-    pub turn: bds_io::sync::Mutex<()>,
-    pub releasing: bds_io::sync::Mutex<()>,
+    pub write_back_lock: bds_io::sync::Mutex<()>,
+    pub release_lock: bds_io::sync::Mutex<()>,
     /// Tasks that may outlive their callers.
-    pub busy: Arc<Busy>,
-    pub preparing: bds_io::sync::Mutex<()>,
+    pub tasks: Arc<TaskCount>,
+    pub prepare_lock: bds_io::sync::Mutex<()>,
     /// End of the file that holds data when last asked, rounded up to a cluster (`offset_check.rs`).
     pub data_end: AtomicU64,
     /// Does the file hold less than its length? Looked up once.
@@ -187,14 +187,14 @@ impl Image {
         self.len.store(len, Ordering::Release);
     }
 
-    /// May we change the image: opened for writing, and in charge?
+    /// May we change the image: opened for writing, and active?
     #[inline]
     pub(crate) fn is_writable(&self) -> bool {
-        self.charge.is_ours()
+        self.write_state.is_ours()
     }
 
-    pub(crate) fn wish(&self) -> MutexGuard<'_, Wish> {
-        self.wish.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn requested(&self) -> MutexGuard<'_, RequestedMode> {
+        self.requested.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The node that holds guest data.
@@ -246,35 +246,35 @@ impl Image {
     /// Does `step` under the lock until it succeeds, fetching what it finds missing.
     pub(crate) async fn plan<T: Send>(
         self: &Arc<Self>,
-        mut step: impl FnMut(&Image, &mut Meta) -> Plan<T> + Send,
+        mut step: impl FnMut(&Image, &mut Meta) -> MetaResult<T> + Send,
     ) -> Result<T> {
-        let mut held: Vec<Hold> = Vec::new();
+        let mut held: Vec<Pinned> = Vec::new();
         loop {
-            let stop = {
+            let need = {
                 let mut meta = self.meta();
                 match step(self, &mut meta) {
                     Ok(value) => return Ok(value),
-                    Err(stop) => stop,
+                    Err(need) => need,
                 }
             };
-            held.extend(self.resolve(stop).await?);
+            held.extend(self.resolve(need).await?);
         }
     }
 
     /// Does what lets a stopped operation go on. What was loaded must be held until it succeeds.
-    pub(crate) async fn resolve(self: &Arc<Self>, stop: Stop) -> Result<Option<Hold>> {
-        match stop {
-            Stop::Load(what) => self.load(what).await.map(Some),
-            Stop::Wait(item) => {
+    pub(crate) async fn resolve(self: &Arc<Self>, need: NeedMeta) -> Result<Option<Pinned>> {
+        match need {
+            NeedMeta::Load(what) => self.load(what).await.map(Some),
+            NeedMeta::Wait(item) => {
                 item.done.wait().await;
                 Ok(None)
             }
-            Stop::Room => {
+            NeedMeta::WriteBack => {
                 self.wait_for_write_back().await?;
                 Ok(None)
             }
-            Stop::Fail(error) => Err(self.name_error(error)),
-            Stop::Corrupt { what, at } => Err(self.fatal(&what, at)),
+            NeedMeta::Fail(error) => Err(self.name_error(error)),
+            NeedMeta::Corrupt { what, at } => Err(self.fatal(&what, at)),
         }
     }
 
@@ -297,10 +297,10 @@ impl Image {
         if self.is_writable() && self.broken.set(error.duplicate()).is_ok() {
             tracing::error!(node = self.node_name, at, "qcow2: {what}; the image is out of use");
             let image = Arc::clone(self);
-            let working = self.busy.begin();
+            let task_guard = self.tasks.begin();
             bds_io::spawn(async move {
                 image.mark_corrupt().await;
-                drop(working);
+                drop(task_guard);
             })
             .detach();
         }
@@ -350,12 +350,12 @@ impl Image {
     /// not maintained (O13).
     pub(crate) async fn prepare_to_write(&self) -> Result<()> {
         self.check_usable()?;
-        if self.charge.may_write() {
+        if self.write_state.may_write() {
             return Ok(());
         }
-        self.charge.check().map_err(|e| e.node(&self.node_name))?;
-        let _turn = self.preparing.lock().await;
-        if self.charge.may_write() {
+        self.write_state.check().map_err(|e| e.node(&self.node_name))?;
+        let _turn = self.prepare_lock.lock().await;
+        if self.write_state.may_write() {
             return Ok(());
         }
         let old = self.meta().header.autoclear;
@@ -374,12 +374,12 @@ impl Image {
             self.file.flush().await.map_err(|e| self.name_error(e))?;
             self.meta().header.autoclear = kept;
         }
-        self.charge.writes_may_begin();
+        self.write_state.writes_may_begin();
         Ok(())
     }
 
     /// Lets go what was not used for a while (cache-clean-interval).
-    pub(crate) fn clean_now_and_then(&self, meta: &mut Meta) {
+    pub(crate) fn evict_unused_slices(&self, meta: &mut Meta) {
         let now_s = bds_io::now().as_secs();
         let interval_s = self.config.load().clean_interval_s;
         if interval_s > 0 && now_s >= meta.cleaned_at_s.saturating_add(interval_s) {

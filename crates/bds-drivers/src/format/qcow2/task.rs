@@ -1,10 +1,10 @@
 //! Work that must run to its end, whatever becomes of the future that asked for it.
 //!
 //! A request's future may be dropped at any await. It is polled until then: it is part of a task, not of the caller's future
-//! (`bds_core::request`), so a guard of `grace` in it does not depend on the caller. Whatever must not end with the request, because others wait for it
+//! (`bds_core::request`), so a guard of `srcu` in it does not depend on the caller. Whatever must not end with the request, because others wait for it
 //! (an allocation in flight, a table being loaded, metadata on its way to the disk), runs in a task of its own: [`finish`]. An
 //! in-place write, which nobody waits for but whose bytes are on their way to a place that must not be reused meanwhile, is polled by its
-//! request and only moves into a task if it is dropped half-way: [`Unstoppable`].
+//! request and only moves into a task if it is dropped half-way: [`SpawnOnDrop`].
 
 use std::future::Future;
 use std::pin::Pin;
@@ -17,17 +17,17 @@ use bds_io::sync::{Notify, Semaphore};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
 /// Spawns `work` and waits for it. Dropping the result lets the work run on.
-pub(crate) fn finish<T: Send + 'static>(
+pub(crate) fn detach_on_drop<T: Send + 'static>(
     work: impl Future<Output = T> + Send + 'static,
-) -> Finish<T> {
-    Finish(Some(bds_io::spawn(work)))
+) -> DetachOnDrop<T> {
+    DetachOnDrop(Some(bds_io::spawn(work)))
 }
 
 /// See [`finish`].
 #[derive(Debug)]
-pub(crate) struct Finish<T>(Option<Task<T>>);
+pub(crate) struct DetachOnDrop<T>(Option<Task<T>>);
 
-impl<T> Future for Finish<T> {
+impl<T> Future for DetachOnDrop<T> {
     type Output = T;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
@@ -40,7 +40,7 @@ impl<T> Future for Finish<T> {
     }
 }
 
-impl<T> Drop for Finish<T> {
+impl<T> Drop for DetachOnDrop<T> {
     fn drop(&mut self) {
         if let Some(task) = self.0.take() {
             task.detach();
@@ -51,18 +51,18 @@ impl<T> Drop for Finish<T> {
 type Boxed<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
 /// A future that goes on in a task of its own if it is dropped after it began.
-pub(crate) struct Unstoppable<T: Send + 'static> {
+pub(crate) struct SpawnOnDrop<T: Send + 'static> {
     work: Option<Boxed<T>>,
     has_begun: bool,
 }
 
-impl<T: Send + 'static> Unstoppable<T> {
+impl<T: Send + 'static> SpawnOnDrop<T> {
     pub(crate) fn new(work: impl Future<Output = T> + Send + 'static) -> Self {
         Self { work: Some(Box::pin(work)), has_begun: false }
     }
 }
 
-impl<T: Send + 'static> Future for Unstoppable<T> {
+impl<T: Send + 'static> Future for SpawnOnDrop<T> {
     type Output = T;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
@@ -76,7 +76,7 @@ impl<T: Send + 'static> Future for Unstoppable<T> {
     }
 }
 
-impl<T: Send + 'static> Drop for Unstoppable<T> {
+impl<T: Send + 'static> Drop for SpawnOnDrop<T> {
     fn drop(&mut self) {
         if let Some(work) = self.work.take().filter(|_| self.has_begun) {
             bds_io::spawn(work).detach();
@@ -86,9 +86,9 @@ impl<T: Send + 'static> Drop for Unstoppable<T> {
 
 /// Futures polled side by side. Allocates nothing before the first is pushed: most requests have one part, which needs no set.
 #[derive(Debug)]
-pub(crate) struct Abreast<F>(Option<FuturesUnordered<F>>);
+pub(crate) struct LazyUnordered<F>(Option<FuturesUnordered<F>>);
 
-impl<F: Future> Abreast<F> {
+impl<F: Future> LazyUnordered<F> {
     pub(crate) fn new() -> Self {
         Self(None)
     }
@@ -113,9 +113,9 @@ impl<F: Future> Abreast<F> {
 
 /// Something many may wait for and that happens once.
 #[derive(Debug)]
-pub(crate) struct Done(Semaphore);
+pub(crate) struct Completion(Semaphore);
 
-impl Done {
+impl Completion {
     pub(crate) fn new() -> Self {
         Self(Semaphore::new(0))
     }
@@ -134,19 +134,19 @@ impl Done {
 
 /// Counts tasks that outlive their callers, so that closing can wait for them.
 #[derive(Debug, Default)]
-pub(crate) struct Busy {
+pub(crate) struct TaskCount {
     count: AtomicUsize,
     idle: Notify,
 }
 
 /// One task at work.
 #[derive(Debug)]
-pub(crate) struct Working(Arc<Busy>);
+pub(crate) struct TaskGuard(Arc<TaskCount>);
 
-impl Busy {
-    pub(crate) fn begin(self: &Arc<Self>) -> Working {
+impl TaskCount {
+    pub(crate) fn begin(self: &Arc<Self>) -> TaskGuard {
         self.count.fetch_add(1, Ordering::SeqCst);
-        Working(Arc::clone(self))
+        TaskGuard(Arc::clone(self))
     }
 
     /// Waits until no task is at work. One waiter at a time.
@@ -158,7 +158,7 @@ impl Busy {
     }
 }
 
-impl Drop for Working {
+impl Drop for TaskGuard {
     fn drop(&mut self) {
         if self.0.count.fetch_sub(1, Ordering::SeqCst) == 1 {
             self.0.idle.notify_one();

@@ -6,10 +6,10 @@ use bds_core::error::{Error, ErrorKind, Result};
 
 /// Who may change the image. Changes with nobody inside.
 #[derive(Debug)]
-pub(crate) struct Charge {
+pub(crate) struct WriteState {
     /// Opened for writing.
     is_writable: AtomicBool,
-    /// False: another process is in charge of the bytes.
+    /// False: another process is using the bytes.
     is_active: AtomicBool,
     /// Both of these.
     is_ours: AtomicBool,
@@ -17,7 +17,7 @@ pub(crate) struct Charge {
     may_write: AtomicBool,
 }
 
-impl Charge {
+impl WriteState {
     pub(crate) fn new(is_writable: bool) -> Self {
         Self {
             is_writable: AtomicBool::new(is_writable),

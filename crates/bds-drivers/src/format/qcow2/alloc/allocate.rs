@@ -4,11 +4,11 @@
 //! is put in front of the clusters it will count, so it describes itself; the refcount table follows when it has
 //! outgrown its place (`reftable.rs`). Nothing here does I/O: the order in which all this reaches the file is `write_back.rs`'s.
 
-use super::freed::Freed;
+use super::freed::FreedRun;
 use super::overlap::{Class, Refused};
 use crate::format::qcow2::layout::space::{Clusters, MetaOffset, Offset};
 use crate::format::qcow2::layout::units::HOST_OFFSET_END;
-use crate::format::qcow2::plan::{Plan, Stop};
+use crate::format::qcow2::plan::{MetaResult, NeedMeta};
 use crate::format::qcow2::state::{Image, Meta};
 
 /// Adjacent host clusters, new and counted once.
@@ -29,7 +29,7 @@ impl Allocated {
 
 impl Image {
     /// Up to `want` adjacent clusters for data; at least one.
-    pub(crate) fn alloc_data(&self, meta: &mut Meta, want: u64) -> Plan<Allocated> {
+    pub(crate) fn alloc_data(&self, meta: &mut Meta, want: u64) -> MetaResult<Allocated> {
         loop {
             let (first, has_block) = meta.counts.next_free(meta.counts.cursor)?;
             if !has_block {
@@ -44,7 +44,7 @@ impl Image {
             {
                 count += 1;
             }
-            if meta.counts.needs_room() {
+            if meta.counts.table_needs_space() {
                 self.move_table(meta)?;
                 continue;
             }
@@ -58,7 +58,7 @@ impl Image {
         meta: &mut Meta,
         clusters: u64,
         class: Class,
-    ) -> Plan<Allocated> {
+    ) -> MetaResult<Allocated> {
         let got = loop {
             let first = self.find_hole(meta, clusters)?;
             if self.add_blocks_behind(meta, first, clusters)? {
@@ -68,13 +68,13 @@ impl Image {
             break self.take(meta, first, clusters)?;
         };
         for i in 0..clusters {
-            self.enter_metadata(got.offset.plus(i << self.geometry().cluster_bits()), class)?;
+            self.insert_metadata(got.offset.plus(i << self.geometry().cluster_bits()), class)?;
         }
         Ok(got)
     }
 
     /// The first run of free clusters that is long enough. Clusters no block counts are free.
-    fn find_hole(&self, meta: &mut Meta, clusters: u64) -> Plan<u64> {
+    fn find_hole(&self, meta: &mut Meta, clusters: u64) -> MetaResult<u64> {
         let geometry = self.geometry();
         let mut first = meta.counts.next_free(meta.counts.cursor)?.0;
         let mut end = first;
@@ -95,7 +95,7 @@ impl Image {
     }
 
     /// Sees to it that all clusters of a hole have refcount blocks, put behind the hole. True if any was added.
-    fn add_blocks_behind(&self, meta: &mut Meta, first: u64, clusters: u64) -> Plan<bool> {
+    fn add_blocks_behind(&self, meta: &mut Meta, first: u64, clusters: u64) -> MetaResult<bool> {
         let geometry = *self.geometry();
         let last_index = geometry.reftable_index(first + clusters - 1);
         let mut is_changed = false;
@@ -113,11 +113,11 @@ impl Image {
     }
 
     /// Adds the missing block that counts cluster `at`, and puts it there.
-    fn add_block(&self, meta: &mut Meta, at: u64) -> Plan<()> {
+    fn add_block(&self, meta: &mut Meta, at: u64) -> MetaResult<()> {
         self.put_block(meta, self.geometry().reftable_index(at), at)
     }
 
-    fn put_block(&self, meta: &mut Meta, index: u64, place: u64) -> Plan<()> {
+    fn put_block(&self, meta: &mut Meta, index: u64, place: u64) -> MetaResult<()> {
         self.check_place(place, 1)?;
         meta.counts.add_block(index, place)?;
         if meta.counts.cursor == place {
@@ -125,11 +125,11 @@ impl Image {
         }
         let offset = place << self.geometry().cluster_bits();
         meta.zero_from = meta.zero_from.max(offset + self.geometry().cluster_size());
-        self.enter_metadata(MetaOffset(offset), Class::REFCOUNT_BLOCK)
+        self.insert_metadata(MetaOffset(offset), Class::REFCOUNT_BLOCK)
     }
 
     /// Marks free clusters as used.
-    fn take(&self, meta: &mut Meta, first: u64, clusters: u64) -> Plan<Allocated> {
+    fn take(&self, meta: &mut Meta, first: u64, clusters: u64) -> MetaResult<Allocated> {
         self.check_place(first, clusters)?;
         meta.counts.take(first, clusters)?;
         let bits = self.geometry().cluster_bits();
@@ -140,13 +140,15 @@ impl Image {
     }
 
     /// The refcounts say that these clusters are free: may that be true?
-    fn check_place(&self, first: u64, clusters: u64) -> Plan<()> {
+    fn check_place(&self, first: u64, clusters: u64) -> MetaResult<()> {
         let bits = self.geometry().cluster_bits();
         if first + clusters > HOST_OFFSET_END >> bits {
-            return Err(Stop::too_large("the image file has reached the format's largest size"));
+            return Err(NeedMeta::too_large(
+                "the image file has reached the format's largest size",
+            ));
         }
         if first == 0 {
-            return Err(Stop::Corrupt {
+            return Err(NeedMeta::Corrupt {
                 what: "the header's cluster has refcount 0".into(),
                 at: 0,
             });
@@ -155,10 +157,10 @@ impl Image {
     }
 
     /// Refuses to write data (or new metadata) at a place that holds metadata.
-    pub(crate) fn check_overlap(&self, at: MetaOffset, len: u64) -> Plan<()> {
+    pub(crate) fn check_overlap(&self, at: MetaOffset, len: u64) -> MetaResult<()> {
         match self.metadata.hit(at, len) {
             None => Ok(()),
-            Some(at) => Err(Stop::Corrupt {
+            Some(at) => Err(NeedMeta::Corrupt {
                 what: "a write would hit the image's own metadata, which has refcount 0 or is data too"
                     .into(),
                 at: at.0,
@@ -167,23 +169,23 @@ impl Image {
     }
 
     /// Enters the cluster at `at` among the metadata, if overlaps with its class are checked.
-    pub(crate) fn enter_metadata(&self, at: MetaOffset, class: Class) -> Plan<()> {
+    pub(crate) fn insert_metadata(&self, at: MetaOffset, class: Class) -> MetaResult<()> {
         if !self.config.load().overlap.contains(class) {
             return Ok(());
         }
         match self.metadata.insert(at) {
             Ok(()) => Ok(()),
             Err(Refused::Taken) => {
-                Err(Stop::Corrupt { what: "two tables share a cluster".into(), at: at.0 })
+                Err(NeedMeta::Corrupt { what: "two tables share a cluster".into(), at: at.0 })
             }
             Err(Refused::TooFar) => {
-                Err(Stop::too_large("the image's metadata is scattered too widely"))
+                Err(NeedMeta::too_large("the image's metadata is scattered too widely"))
             }
         }
     }
 
     /// Space for `len` compressed bytes: where they begin. They may share their first cluster with others'.
-    pub(crate) fn alloc_bytes(&self, meta: &mut Meta, len: u64) -> Plan<MetaOffset> {
+    pub(crate) fn alloc_bytes(&self, meta: &mut Meta, len: u64) -> MetaResult<MetaOffset> {
         let geometry = *self.geometry();
         let at = meta.compressed_at;
         let room = geometry.cluster_size() - geometry.offset_in_cluster(at);
@@ -206,7 +208,7 @@ impl Image {
         Ok(self.advance(meta, next.offset.0, len))
     }
 
-    fn may_share(&self, meta: &mut Meta, at: u64) -> Plan<bool> {
+    fn may_share(&self, meta: &mut Meta, at: u64) -> MetaResult<bool> {
         let count = meta.counts.count(self.geometry().cluster_index(at))?;
         Ok(count > 0 && count < self.geometry().refcount_max())
     }
@@ -217,16 +219,16 @@ impl Image {
     }
 
     /// Gives the table room. Allocating the room may make the table grow again, hence the loop; half as much again ends it soon.
-    pub(crate) fn move_table(&self, meta: &mut Meta) -> Plan<()> {
-        while meta.counts.needs_room() {
-            let wanted = meta.counts.wanted_room();
+    pub(crate) fn move_table(&self, meta: &mut Meta) -> MetaResult<()> {
+        while meta.counts.table_needs_space() {
+            let wanted = meta.counts.wanted_table_clusters();
             let place = self.alloc_metadata(meta, wanted, Class::REFCOUNT_TABLE)?;
             let old = meta.counts.move_table(place.range());
             let bits = self.geometry().cluster_bits();
             for i in 0..old.count {
                 self.metadata.remove(old.start.plus(i << bits));
             }
-            meta.frees.push(Freed::metadata(old));
+            meta.frees.push(FreedRun::metadata(old));
         }
         Ok(())
     }

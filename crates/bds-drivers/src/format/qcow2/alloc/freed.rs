@@ -4,7 +4,7 @@ use crate::format::qcow2::layout::space::{Clusters, DataOffset, MetaOffset};
 
 /// Why a reference was given up; decides whether the host is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Why {
+pub(crate) enum FreeReason {
     /// The guest discarded it, or wrote zeros that may unmap.
     Request,
     /// Replaced by an overwrite or never used: it will be used again soon.
@@ -13,9 +13,9 @@ pub(crate) enum Why {
     Metadata,
 }
 
-/// Where the clusters of a [`Freed`] are.
+/// Where the clusters of a [`FreedRun`] are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Which {
+pub(super) enum FreedClusters {
     /// In the image file, where they are counted.
     Image(Clusters<MetaOffset>),
     /// In the external data file, which has no counts.
@@ -24,38 +24,50 @@ pub(super) enum Which {
 
 /// References that were given up, one for each of some adjacent clusters.
 #[derive(Clone, Debug)]
-pub(crate) struct Freed {
-    pub(super) which: Which,
-    pub(super) why: Why,
+pub(crate) struct FreedRun {
+    pub(super) clusters: FreedClusters,
+    pub(super) reason: FreeReason,
     /// The entry of a compressed cluster, whose decompressed form must be forgotten.
-    pub(super) inflated: Option<u64>,
+    pub(super) compressed_entry: Option<u64>,
 }
 
-impl Freed {
+impl FreedRun {
     /// Clusters of a table that moved.
     pub(crate) fn metadata(clusters: Clusters<MetaOffset>) -> Self {
-        Self { which: Which::Image(clusters), why: Why::Metadata, inflated: None }
+        Self {
+            clusters: FreedClusters::Image(clusters),
+            reason: FreeReason::Metadata,
+            compressed_entry: None,
+        }
     }
 
     /// Clusters that were allocated and never used.
     pub(crate) fn unused(clusters: Clusters<MetaOffset>) -> Self {
-        Self { which: Which::Image(clusters), why: Why::Reuse, inflated: None }
+        Self {
+            clusters: FreedClusters::Image(clusters),
+            reason: FreeReason::Reuse,
+            compressed_entry: None,
+        }
     }
 
     /// How many clusters are left to give back.
     pub(super) fn count(&self) -> u64 {
-        match self.which {
-            Which::Image(run) => run.count,
-            Which::DataFile(run) => run.count,
+        match self.clusters {
+            FreedClusters::Image(run) => run.count,
+            FreedClusters::DataFile(run) => run.count,
         }
     }
 
     /// Takes `next` in if it goes on where this ends, in the same space.
     pub(super) fn join(&mut self, next: &Self, cluster_bits: u32) -> bool {
-        let is_same = self.why == next.why && self.inflated.is_none() && next.inflated.is_none();
-        match (&mut self.which, &next.which) {
-            (Which::Image(run), Which::Image(next)) => is_same && run.join(next, cluster_bits),
-            (Which::DataFile(run), Which::DataFile(next)) => {
+        let is_same = self.reason == next.reason
+            && self.compressed_entry.is_none()
+            && next.compressed_entry.is_none();
+        match (&mut self.clusters, &next.clusters) {
+            (FreedClusters::Image(run), FreedClusters::Image(next)) => {
+                is_same && run.join(next, cluster_bits)
+            }
+            (FreedClusters::DataFile(run), FreedClusters::DataFile(next)) => {
                 is_same && run.join(next, cluster_bits)
             }
             _ => false,

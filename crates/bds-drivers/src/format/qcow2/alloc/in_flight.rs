@@ -7,7 +7,7 @@ use crate::format::qcow2::layout::space::DataOffset;
 use crate::format::qcow2::layout::units::mem_len;
 use crate::format::qcow2::meta::slice_cache::SliceCache;
 use crate::format::qcow2::meta::tables::{Slice, SliceId};
-use crate::format::qcow2::task::Done;
+use crate::format::qcow2::task::Completion;
 
 /// An allocation in flight: guest clusters whose entries will change when its data is written.
 #[derive(Debug)]
@@ -18,7 +18,7 @@ pub(crate) struct InFlight {
     pub end: u64,
     /// The slice that will change, pinned meanwhile.
     pub slice: Option<SliceId>,
-    pub done: Done,
+    pub done: Completion,
 }
 
 impl InFlight {
@@ -33,7 +33,7 @@ impl InFlight {
 }
 
 /// Guest clusters about to get new entries.
-pub(crate) struct Linking {
+pub(crate) struct PendingLink {
     pub item: Arc<InFlight>,
     pub id: SliceId,
     pub slice: Arc<Slice>,
@@ -53,7 +53,7 @@ pub(crate) struct Linking {
     pub end: u64,
 }
 
-impl Linking {
+impl PendingLink {
     /// The old entry of the first cluster, and of the last.
     pub(crate) fn old_entries(&self) -> (L2Entry, L2Entry) {
         let last = self.index + mem_len(self.clusters) - 1;

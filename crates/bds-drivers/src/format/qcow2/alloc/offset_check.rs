@@ -17,7 +17,7 @@ use crate::format::qcow2::layout::entry::{BadEntry, L2Entry, Place};
 use crate::format::qcow2::layout::space::{Clusters, DataOffset, MetaOffset, Offset};
 use crate::format::qcow2::meta::lookup::Run;
 use crate::format::qcow2::meta::tables::Slice;
-use crate::format::qcow2::plan::{Plan, Stop, bad};
+use crate::format::qcow2::plan::{MetaResult, NeedMeta, corrupt_entry};
 use crate::format::qcow2::state::{Image, Meta};
 
 impl Image {
@@ -38,7 +38,7 @@ impl Image {
 
     /// The error of a read at `guest` whose bytes are not in the file any more.
     #[cold]
-    pub(crate) fn lost_data(&self, place: DataOffset, guest: u64) -> Error {
+    pub(crate) fn truncated_data_error(&self, place: DataOffset, guest: u64) -> Error {
         let words = beyond(&format!("the cluster at {place} for guest offset {guest:#x}"));
         let words = format!("{words} ({} bytes): {REMEDY}", self.data().len());
         let error = Error::new(ErrorKind::Corrupt, words).at(guest);
@@ -50,7 +50,7 @@ impl Image {
 
     /// The error of something in the image file at `place` that is not there any more.
     #[cold]
-    pub(crate) fn lost_meta(&self, what: &str, place: MetaOffset) -> Error {
+    pub(crate) fn truncated_meta_error(&self, what: &str, place: MetaOffset) -> Error {
         let words = beyond(&format!("{what} at {place}"));
         let words = format!("{words} ({} bytes): {REMEDY}", self.file.len());
         self.name_file(Error::new(ErrorKind::Corrupt, words).at(place.0))
@@ -64,14 +64,14 @@ impl Image {
 
     /// May the cluster of `run` (entry number `index` of `slice`) be changed where it is? It may if the entry says that it is the
     /// image's alone and its count agrees. An entry that names a place no writer gave it ends the use of the image.
-    pub(crate) fn owns(
+    pub(crate) fn may_write_in_place(
         &self,
         meta: &mut Meta,
         slice: &Slice,
         index: usize,
         run: &Run,
         guest: u64,
-    ) -> Plan<bool> {
+    ) -> MetaResult<bool> {
         let geometry = self.geometry();
         let start = DataOffset(geometry.cluster_floor(run.host.0));
         let Some(counted) = self.space().counted(start) else {
@@ -95,20 +95,21 @@ impl Image {
     }
 
     /// Refuses to give up or keep what `old` at `guest` names if no writer can have put it there.
-    pub(crate) fn check_old(&self, meta: &mut Meta, old: L2Entry, guest: u64) -> Plan<()> {
+    pub(crate) fn check_old(&self, meta: &mut Meta, old: L2Entry, guest: u64) -> MetaResult<()> {
         let geometry = *self.geometry();
-        let clusters = match old.place(&self.rules).map_err(|b: BadEntry| bad(b, guest))? {
-            Place::None => return Ok(()),
-            Place::Cluster(place) => match self.space().counted(place) {
-                Some(start) => Clusters { start, count: 1 },
-                None => return Ok(()),
-            },
-            Place::Compressed(range) => {
-                let start = MetaOffset(geometry.cluster_floor(range.offset.0));
-                let count = geometry.clusters(range.offset.0 + range.len - start.0);
-                Clusters { start, count }
-            }
-        };
+        let clusters =
+            match old.place(&self.rules).map_err(|b: BadEntry| corrupt_entry(b, guest))? {
+                Place::None => return Ok(()),
+                Place::Cluster(place) => match self.space().counted(place) {
+                    Some(start) => Clusters { start, count: 1 },
+                    None => return Ok(()),
+                },
+                Place::Compressed(range) => {
+                    let start = MetaOffset(geometry.cluster_floor(range.offset.0));
+                    let count = geometry.clusters(range.offset.0 + range.len - start.0);
+                    Clusters { start, count }
+                }
+            };
         self.check_counted(meta, clusters, guest).map(|_| ())
     }
 
@@ -118,9 +119,9 @@ impl Image {
         meta: &mut Meta,
         clusters: Clusters<MetaOffset>,
         guest: u64,
-    ) -> Plan<u64> {
+    ) -> MetaResult<u64> {
         let geometry = *self.geometry();
-        let damaged = |at: MetaOffset, how: &str| Stop::Corrupt {
+        let damaged = |at: MetaOffset, how: &str| NeedMeta::Corrupt {
             what: format!("the cluster at {at} for guest offset {guest:#x} {how}"),
             at: at.0,
         };

@@ -11,15 +11,15 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::format::qcow2::layout::space::MetaOffset;
 use crate::format::qcow2::layout::units::Geometry;
 
-/// Clusters of one page (4 KiB of bits), pages of one shelf, shelves.
+/// Clusters of one page (4 KiB of bits), pages of one directory, directories.
 const PAGE_BITS: u32 = 15;
-const SHELF_BITS: u32 = 11;
-const SHELVES: usize = 4096;
+const DIR_BITS: u32 = 11;
+const DIRS: usize = 4096;
 /// Memory for pages: metadata scattered over more than this (32 TiB of file at 64 KiB clusters) is refused.
 const MAX_PAGES: usize = 16_384;
 
 type Page = Box<[AtomicU64]>;
-type Shelf = Box<[OnceLock<Page>]>;
+type Dir = Box<[OnceLock<Page>]>;
 
 bitflags::bitflags! {
     /// Kinds of metadata, as the overlap options name them.
@@ -64,7 +64,7 @@ impl Class {
 pub(crate) struct MetadataMap {
     cluster_bits: u32,
     /// Made with the first entry: readers never need it.
-    shelves: OnceLock<Box<[OnceLock<Shelf>]>>,
+    dirs: OnceLock<Box<[OnceLock<Dir>]>>,
     pages: AtomicUsize,
 }
 
@@ -88,38 +88,38 @@ impl MetadataMap {
     pub(crate) fn new(geometry: &Geometry) -> Self {
         Self {
             cluster_bits: geometry.cluster_bits(),
-            shelves: OnceLock::new(),
+            dirs: OnceLock::new(),
             pages: AtomicUsize::new(0),
         }
     }
 
     fn place(cluster: u64) -> Option<(usize, usize, usize, u64)> {
         let page = cluster >> PAGE_BITS;
-        let shelf = usize::try_from(page >> SHELF_BITS).ok().filter(|s| *s < SHELVES)?;
-        let in_shelf = usize::try_from(page & ((1 << SHELF_BITS) - 1)).ok()?;
+        let dir = usize::try_from(page >> DIR_BITS).ok().filter(|s| *s < DIRS)?;
+        let in_dir = usize::try_from(page & ((1 << DIR_BITS) - 1)).ok()?;
         let bit = cluster & ((1 << PAGE_BITS) - 1);
-        Some((shelf, in_shelf, usize::try_from(bit / 64).ok()?, 1 << (bit % 64)))
+        Some((dir, in_dir, usize::try_from(bit / 64).ok()?, 1 << (bit % 64)))
     }
 
     #[inline]
-    fn page(&self, shelf: usize, page: usize) -> Option<&Page> {
-        self.shelves.get()?[shelf].get()?[page].get()
+    fn page(&self, dir: usize, page: usize) -> Option<&Page> {
+        self.dirs.get()?[dir].get()?[page].get()
     }
 
-    fn page_or_new(&self, shelf: usize, page: usize) -> &Page {
-        let shelves = self.shelves.get_or_init(|| (0..SHELVES).map(|_| OnceLock::new()).collect());
-        let shelf = shelves[shelf]
-            .get_or_init(|| (0..1usize << SHELF_BITS).map(|_| OnceLock::new()).collect());
-        shelf[page]
+    fn page_or_new(&self, dir: usize, page: usize) -> &Page {
+        let dirs = self.dirs.get_or_init(|| (0..DIRS).map(|_| OnceLock::new()).collect());
+        let dir =
+            dirs[dir].get_or_init(|| (0..1usize << DIR_BITS).map(|_| OnceLock::new()).collect());
+        dir[page]
             .get_or_init(|| (0..1usize << (PAGE_BITS - 6)).map(|_| AtomicU64::new(0)).collect())
     }
 
     /// All pages with their places.
     fn all_pages(&self) -> impl Iterator<Item = (usize, usize, &Page)> {
-        let shelves = self.shelves.get().into_iter().flatten().enumerate();
-        let shelves = shelves.filter_map(|(number, shelf)| Some((number, shelf.get()?)));
-        shelves.flat_map(|(number, shelf)| {
-            let pages = shelf.iter().enumerate();
+        let dirs = self.dirs.get().into_iter().flatten().enumerate();
+        let dirs = dirs.filter_map(|(number, dir)| Some((number, dir.get()?)));
+        dirs.flat_map(|(number, dir)| {
+            let pages = dir.iter().enumerate();
             pages.filter_map(move |(page, words)| Some((number, page, words.get()?)))
         })
     }
@@ -129,11 +129,11 @@ impl MetadataMap {
         for (_, _, page) in self.all_pages() {
             page.iter().for_each(|word| word.store(0, Ordering::Release));
         }
-        for (shelf, number, page) in other.all_pages() {
-            if self.page(shelf, number).is_none() {
+        for (dir, number, page) in other.all_pages() {
+            if self.page(dir, number).is_none() {
                 self.pages.fetch_add(1, Ordering::Relaxed);
             }
-            for (to, from) in self.page_or_new(shelf, number).iter().zip(page) {
+            for (to, from) in self.page_or_new(dir, number).iter().zip(page) {
                 to.store(from.load(Ordering::Acquire), Ordering::Release);
             }
         }
@@ -141,14 +141,13 @@ impl MetadataMap {
 
     /// Enters the cluster at `at`.
     pub(crate) fn insert(&self, at: MetaOffset) -> Result<(), Refused> {
-        let (shelf, page, word, bit) =
+        let (dir, page, word, bit) =
             Self::place(at.0 >> self.cluster_bits).ok_or(Refused::TooFar)?;
-        if self.page(shelf, page).is_none()
-            && self.pages.fetch_add(1, Ordering::Relaxed) >= MAX_PAGES
+        if self.page(dir, page).is_none() && self.pages.fetch_add(1, Ordering::Relaxed) >= MAX_PAGES
         {
             return Err(Refused::TooFar);
         }
-        let page = self.page_or_new(shelf, page);
+        let page = self.page_or_new(dir, page);
         match page[word].fetch_or(bit, Ordering::AcqRel) & bit {
             0 => Ok(()),
             _ => Err(Refused::Taken),
@@ -157,10 +156,10 @@ impl MetadataMap {
 
     /// Takes the cluster at `at` out.
     pub(crate) fn remove(&self, at: MetaOffset) {
-        let Some((shelf, page, word, bit)) = Self::place(at.0 >> self.cluster_bits) else {
+        let Some((dir, page, word, bit)) = Self::place(at.0 >> self.cluster_bits) else {
             return;
         };
-        if let Some(page) = self.page(shelf, page) {
+        if let Some(page) = self.page(dir, page) {
             page[word].fetch_and(!bit, Ordering::AcqRel);
         }
     }
@@ -171,8 +170,8 @@ impl MetadataMap {
         let last = at.0.saturating_add(len.max(1) - 1) >> self.cluster_bits;
         let mut cluster = at.0 >> self.cluster_bits;
         while cluster <= last {
-            let (shelf, page, word, bit) = Self::place(cluster)?;
-            let Some(page) = self.page(shelf, page) else {
+            let (dir, page, word, bit) = Self::place(cluster)?;
+            let Some(page) = self.page(dir, page) else {
                 // The whole page is free of metadata.
                 cluster = (cluster | ((1 << PAGE_BITS) - 1)) + 1;
                 continue;
@@ -191,7 +190,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn finds_what_was_entered_and_nothing_else() {
+    fn hit_finds_inserted_clusters_only() {
         let map = MetadataMap::new(&Geometry::new(16, false, 4).unwrap());
         let hit = |at, len| map.hit(MetaOffset(at), len).map(|hit| hit.0);
         assert_eq!(hit(0, 1 << 40), None);

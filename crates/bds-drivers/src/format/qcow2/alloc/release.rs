@@ -15,24 +15,24 @@ use std::sync::Arc;
 
 use bds_core::error::Result;
 
-use super::freed::{Freed, Which, Why};
+use super::freed::{FreeReason, FreedClusters, FreedRun};
 use crate::format::qcow2::layout::entry::{L2Entry, Place};
 use crate::format::qcow2::layout::space::{Clusters, DataOffset, MetaOffset, Offset};
 use crate::format::qcow2::meta::lookup::Found;
-use crate::format::qcow2::plan::{Plan, Stop, What, bad};
+use crate::format::qcow2::plan::{MetaKey, MetaResult, NeedMeta, corrupt_entry};
 use crate::format::qcow2::state::{Image, Meta};
 
 impl Image {
     /// Nothing points where `old` pointed any more, in memory.
-    pub(crate) fn free_entry(&self, meta: &mut Meta, old: L2Entry, why: Why) {
+    pub(crate) fn free_entry(&self, meta: &mut Meta, old: L2Entry, reason: FreeReason) {
         let geometry = self.geometry();
         match old.place(&self.rules) {
             Ok(Place::Cluster(host)) => {
-                let which = match self.space().counted(host) {
-                    Some(start) => Which::Image(Clusters { start, count: 1 }),
-                    None => Which::DataFile(Clusters { start: host, count: 1 }),
+                let clusters = match self.space().counted(host) {
+                    Some(start) => FreedClusters::Image(Clusters { start, count: 1 }),
+                    None => FreedClusters::DataFile(Clusters { start: host, count: 1 }),
                 };
-                let freed = Freed { which, why, inflated: None };
+                let freed = FreedRun { clusters, reason, compressed_entry: None };
                 let bits = geometry.cluster_bits();
                 if !meta.frees.last_mut().is_some_and(|last| last.join(&freed, bits)) {
                     meta.frees.push(freed);
@@ -41,32 +41,32 @@ impl Image {
             Ok(Place::Compressed(range)) => {
                 let start = MetaOffset(geometry.cluster_floor(range.offset.0));
                 let count = geometry.clusters(range.offset.0 + range.len - start.0);
-                let which = Which::Image(Clusters { start, count });
-                meta.frees.push(Freed { which, why, inflated: Some(old.word) });
+                let clusters = FreedClusters::Image(Clusters { start, count });
+                meta.frees.push(FreedRun { clusters, reason, compressed_entry: Some(old.word) });
             }
             // What cannot be followed is not freed either: a check will find it.
             Ok(Place::None) | Err(_) => {}
         }
     }
 
-    /// Lowers the count of the cluster at `at`, which nobody uses any more. At zero it may be handed out at once.
-    pub(crate) fn lower(&self, meta: &mut Meta, at: MetaOffset) -> Plan<()> {
+    /// Lowers the count of the cluster at `at`, clusters nobody uses any more. At zero it may be handed out at once.
+    pub(crate) fn lower(&self, meta: &mut Meta, at: MetaOffset) -> MetaResult<()> {
         if meta.counts.lower(self.geometry().cluster_index(at.0))? == 0 {
             self.metadata.remove(at);
-            self.leave_bytes(meta, at);
+            self.end_compressed_run(meta, at);
         }
         Ok(())
     }
 
     /// Compressed bytes must not go on in this cluster.
-    fn leave_bytes(&self, meta: &mut Meta, at: MetaOffset) {
+    fn end_compressed_run(&self, meta: &mut Meta, at: MetaOffset) {
         if self.geometry().cluster_floor(meta.compressed_at) == at.0 {
             meta.compressed_at = 0;
         }
     }
 
     /// Makes the removals written so far durable and gives the clusters back.
-    pub(crate) async fn settle_frees(self: &Arc<Self>) -> Result<()> {
+    pub(crate) async fn flush_and_release_frees(self: &Arc<Self>) -> Result<()> {
         self.flush_frees().await?;
         self.release().await
     }
@@ -75,7 +75,7 @@ impl Image {
     pub(crate) async fn flush_frees(self: &Arc<Self>) -> Result<bool> {
         let frees = {
             let mut meta = self.meta();
-            if meta.frees_written.is_empty() && !meta.owed.owes_meta_flush() {
+            if meta.frees_written.is_empty() && !meta.pending_flush.needs_meta_flush() {
                 return Ok(!meta.frees_durable.is_empty());
             }
             std::mem::take(&mut meta.frees_written)
@@ -96,14 +96,14 @@ impl Image {
 
     /// Gives back clusters whose removal is durable. Must run to its end.
     pub(crate) async fn release(self: &Arc<Self>) -> Result<()> {
-        let _turn = self.releasing.lock().await;
+        let _turn = self.release_lock.lock().await;
         let mut frees = std::mem::take(&mut self.meta().frees_durable);
         if frees.is_empty() {
             return Ok(());
         }
-        self.grace.wait().await;
-        for word in frees.iter().filter_map(|freed| freed.inflated) {
-            self.inflated.forget(word);
+        self.srcu.synchronize().await;
+        for word in frees.iter().filter_map(|freed| freed.compressed_entry) {
+            self.decompressed.forget(word);
         }
         let result = self.release_all(&mut frees).await;
         if result.is_err() {
@@ -113,21 +113,23 @@ impl Image {
         result
     }
 
-    async fn release_all(self: &Arc<Self>, frees: &mut Vec<Freed>) -> Result<()> {
+    async fn release_all(self: &Arc<Self>, frees: &mut Vec<FreedRun>) -> Result<()> {
         let mut last = Vec::new();
         while let Some(freed) = frees.last_mut() {
-            let tells = self.tells_host(freed.why);
-            let result = match &mut freed.which {
-                Which::DataFile(run) => self.release_in_data_file(run, tells).await,
-                Which::Image(run) => self.lower_some(run, tells, &mut last).await,
+            let discards = self.discards_on_host(freed.reason);
+            let result = match &mut freed.clusters {
+                FreedClusters::DataFile(run) => self.release_in_data_file(run, discards).await,
+                FreedClusters::Image(run) => self.lower_some(run, discards, &mut last).await,
             };
             if freed.count() == 0 {
                 frees.pop();
             }
             if let Err(error) = result {
-                let owed =
-                    |run: &Clusters<MetaOffset>| Freed { why: Why::Request, ..Freed::unused(*run) };
-                frees.extend(last.iter().map(owed));
+                let requeue = |run: &Clusters<MetaOffset>| FreedRun {
+                    reason: FreeReason::Request,
+                    ..FreedRun::unused(*run)
+                };
+                frees.extend(last.iter().map(requeue));
                 return Err(error);
             }
         }
@@ -139,10 +141,10 @@ impl Image {
     async fn release_in_data_file(
         self: &Arc<Self>,
         freed: &mut Clusters<DataOffset>,
-        tells: bool,
+        discards: bool,
     ) -> Result<()> {
         let bits = self.geometry().cluster_bits();
-        if !tells {
+        if !discards {
             freed.count = 0;
         }
         while freed.count > 0 {
@@ -150,14 +152,15 @@ impl Image {
             let (guest, max) = (freed.start.0, freed.count << bits);
             let (len, item) = self
                 .plan(|image, meta| {
-                    let max = image.before_others(meta, guest, max)?;
-                    let run = match image.lookup(guest, max).map_err(|b| bad(b, guest))? {
+                    let max = image.before_in_flight(meta, guest, max)?;
+                    let run = match image.lookup(guest, max).map_err(|b| corrupt_entry(b, guest))? {
                         Found::Run(run) => run,
-                        Found::Missing(id) => return Err(Stop::Load(What::Slice(id))),
+                        Found::Missing(id) => return Err(NeedMeta::Load(MetaKey::Slice(id))),
                     };
                     let clusters = image.geometry().clusters(run.len);
                     let is_unused = !run.kind.has_place();
-                    let item = is_unused.then(|| image.enter_flight(meta, guest, clusters, None));
+                    let item =
+                        is_unused.then(|| image.begin_allocation(meta, guest, clusters, None));
                     Ok((clusters, item))
                 })
                 .await?;
@@ -176,7 +179,7 @@ impl Image {
     async fn lower_some(
         self: &Arc<Self>,
         freed: &mut Clusters<MetaOffset>,
-        tells: bool,
+        discards: bool,
         last: &mut Vec<Clusters<MetaOffset>>,
     ) -> Result<()> {
         /// Clusters handled before others may have the lock.
@@ -186,9 +189,9 @@ impl Image {
             for _ in 0..AT_ONCE.min(freed.count) {
                 let at = freed.start;
                 let cluster = geometry.cluster_index(at.0);
-                image.check_room(meta, meta.counts.bytes_to_pin(cluster))?;
-                if tells && meta.counts.count(cluster)? == 1 {
-                    image.leave_bytes(meta, at);
+                image.check_dirty_budget(meta, meta.counts.bytes_to_pin(cluster))?;
+                if discards && meta.counts.count(cluster)? == 1 {
+                    image.end_compressed_run(meta, at);
                     push_discard(last, at, geometry.cluster_bits());
                 } else {
                     image.lower(meta, at)?;
@@ -205,7 +208,7 @@ impl Image {
     async fn discard_and_lower(
         self: &Arc<Self>,
         last: Vec<Clusters<MetaOffset>>,
-        left: &mut Vec<Freed>,
+        left: &mut Vec<FreedRun>,
     ) -> Result<()> {
         let geometry = *self.geometry();
         let mut last = last.into_iter();
@@ -216,7 +219,7 @@ impl Image {
                 .plan(|image, meta| {
                     while run.count > 0 {
                         let cluster = geometry.cluster_index(run.start.0);
-                        image.check_room(meta, meta.counts.bytes_to_pin(cluster))?;
+                        image.check_dirty_budget(meta, meta.counts.bytes_to_pin(cluster))?;
                         image.lower(meta, run.start)?;
                         run.start = run.start.plus(geometry.cluster_size());
                         run.count -= 1;
@@ -225,19 +228,19 @@ impl Image {
                 })
                 .await;
             if let Err(error) = lowered {
-                left.push(Freed::unused(run));
-                left.extend(last.map(Freed::unused));
+                left.push(FreedRun::unused(run));
+                left.extend(last.map(FreedRun::unused));
                 return Err(error);
             }
         }
         Ok(())
     }
 
-    fn tells_host(&self, why: Why) -> bool {
-        match why {
-            Why::Request => self.config.load().pass_request,
-            Why::Metadata => self.config.load().pass_other,
-            Why::Reuse => false,
+    fn discards_on_host(&self, reason: FreeReason) -> bool {
+        match reason {
+            FreeReason::Request => self.config.load().pass_request,
+            FreeReason::Metadata => self.config.load().pass_other,
+            FreeReason::Reuse => false,
         }
     }
 

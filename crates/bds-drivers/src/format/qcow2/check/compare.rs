@@ -1,6 +1,6 @@
 //! Leaks and corruption, found without changing a byte.
 //!
-//! [`census`](super::ref_walk) counts what refers to each cluster; here the counts are compared with what the refcount blocks say.
+//! [`walk`](super::ref_walk) counts what refers to each cluster; here the counts are compared with what the refcount blocks say.
 //! Corruptions, leaks and statistics are those of `qemu-img check`, so verdicts can be compared; beyond it we find: data of a data
 //! file at the wrong offset (F7), clusters that two guest ranges or two kinds of owner share although the refcount allows it,
 //! and zero flags in version 2.
@@ -14,8 +14,8 @@ use std::ops::Range;
 use bds_core::driver::{CheckReport, ChildPort};
 use bds_core::error::{Error, ErrorKind, Result};
 
-use super::ref_walk::Census;
-use super::refcount_reader::StoredCounts;
+use super::ref_walk::RefWalk;
+use super::refcount_reader::RefcountReader;
 use crate::format::qcow2::file_read::read_cluster0;
 use crate::format::qcow2::layout::cluster0::Strictness;
 use crate::format::qcow2::layout::entry::read_refcount;
@@ -38,21 +38,21 @@ pub async fn check_image(
     progress: &(dyn Fn(u64, u64) + Send + Sync),
 ) -> Result<CheckReport> {
     let image = read_cluster0(file, Strictness::Inspect).await?;
-    let stored = StoredCounts::open(file, &image.header).await?;
-    let mut census = Census::new(file, &image, stored, MEMORY_BUDGET_LEN, progress);
+    let stored = RefcountReader::open(file, &image.header).await?;
+    let mut walk = RefWalk::new(file, &image, stored, MEMORY_BUDGET_LEN, progress);
     if image.header.reftable_clusters == 0 {
-        census.findings.corruption(1, "the image has no refcount table");
+        walk.findings.corruption(1, "the image has no refcount table");
     }
-    census.take().await?;
+    walk.walk().await?;
     if let Some(data_file) = data_file.filter(|d| d.len() < image.header.size) {
-        census.findings.remark(format!(
+        walk.findings.remark(format!(
             "the data file has {} bytes, the disk {}: the rest reads as zeros",
             data_file.len(),
             image.header.size
         ));
     }
-    compare(&mut census, file.len()).await?;
-    Ok(census.findings.report)
+    compare(&mut walk, file.len()).await?;
+    Ok(walk.findings.report)
 }
 
 /// A run of clusters with one difference.
@@ -64,38 +64,38 @@ struct Run {
 }
 
 /// Compares stored counts with counted references, cluster by cluster.
-async fn compare(census: &mut Census<'_>, file_len: u64) -> Result<()> {
-    let geometry = census.rules().geometry;
+async fn compare(walk: &mut RefWalk<'_>, file_len: u64) -> Result<()> {
+    let geometry = walk.rules().geometry;
     // The last cluster need not be whole, so a reference may end behind the file.
-    let clusters = geometry.clusters(file_len).max(census.map.end());
+    let clusters = geometry.clusters(file_len).max(walk.map.end());
     let per_block = geometry.refblock_entries();
-    let mut tally = Tally {
-        collided: census.collisions.iter().map(|(cluster, _)| *cluster).collect(),
-        ..Tally::default()
+    let mut comparison = Comparison {
+        collided: walk.collisions.iter().map(|(cluster, _)| *cluster).collect(),
+        ..Comparison::default()
     };
-    let slots = census.stored.slots();
+    let slots = walk.stored.slots();
     for slot in 0..slots {
         let first = slot.saturating_mul(per_block);
         let end = clusters.min(first.saturating_add(per_block));
         if first >= end {
             break;
         }
-        tally.compare_block(census, slot, first..end).await?;
+        comparison.compare_block(walk, slot, first..end).await?;
     }
     let uncovered = slots.saturating_mul(per_block);
     if uncovered < clusters {
-        tally.compare_with_nothing(census, uncovered..clusters);
+        comparison.compare_with_nothing(walk, uncovered..clusters);
     }
-    let Tally { runs, shared, highest, .. } = tally;
-    report_runs(census, runs.finish());
-    report_extras(census, &shared);
-    census.findings.report.image_end_offset = (highest + 1) << geometry.cluster_bits();
+    let Comparison { runs, shared, highest, .. } = comparison;
+    report_runs(walk, runs.finish());
+    report_extras(walk, &shared);
+    walk.findings.report.image_end_offset = (highest + 1) << geometry.cluster_bits();
     Ok(())
 }
 
 /// What the comparison has found so far.
 #[derive(Default)]
-struct Tally {
+struct Comparison {
     runs: Runs,
     /// Clusters that a second guest range claims.
     collided: BTreeSet<u64>,
@@ -106,28 +106,28 @@ struct Tally {
     compared: u64,
 }
 
-impl Tally {
+impl Comparison {
     async fn compare_block(
         &mut self,
-        census: &mut Census<'_>,
+        walk: &mut RefWalk<'_>,
         slot: u64,
         range: Range<u64>,
     ) -> Result<()> {
-        let geometry = census.rules().geometry;
+        let geometry = walk.rules().geometry;
         let (first, last, len) = (range.start, range.end - 1, range.end - range.start);
         let unreadable = format!("refcounts of clusters {first} to {last} cannot be read");
-        if let Err(bad) = census.stored.slot(slot) {
-            census.findings.unreadable(len, format!("{unreadable}: {bad}"));
+        if let Err(bad) = walk.stored.slot(slot) {
+            walk.findings.unreadable(len, format!("{unreadable}: {bad}"));
             return Ok(());
         }
-        let block = match census.stored.block(slot).await {
+        let block = match walk.stored.block(slot).await {
             Ok(Some(block)) => block,
             Ok(None) => {
-                self.compare_with_nothing(census, range);
+                self.compare_with_nothing(walk, range);
                 return Ok(());
             }
             Err(error) => {
-                census.findings.unreadable(len, format!("{unreadable}: {error}"));
+                walk.findings.unreadable(len, format!("{unreadable}: {error}"));
                 return Ok(());
             }
         };
@@ -136,7 +136,7 @@ impl Tally {
             return Err(Error::new(ErrorKind::LimitExceeded, "too many clusters to check")
                 .field("clusters compared", self.compared));
         }
-        let map = &census.map;
+        let map = &walk.map;
         map.for_each(range, |cluster, references| {
             let index = geometry.refblock_index(cluster);
             let stored = read_refcount(block, geometry.refcount_order(), index).unwrap_or(0);
@@ -155,9 +155,9 @@ impl Tally {
     }
 
     /// Clusters without a refcount block: all stored counts are zero.
-    fn compare_with_nothing(&mut self, census: &Census<'_>, range: Range<u64>) {
-        let max = census.rules().geometry.refcount_max();
-        for (cluster, references) in census.map.used(range.start..=range.end - 1) {
+    fn compare_with_nothing(&mut self, walk: &RefWalk<'_>, range: Range<u64>) {
+        let max = walk.rules().geometry.refcount_max();
+        for (cluster, references) in walk.map.used(range.start..=range.end - 1) {
             self.highest = self.highest.max(cluster);
             self.runs.push(cluster, 0, references.min(max));
         }
@@ -189,11 +189,11 @@ impl Runs {
                 return;
             }
         }
-        self.close();
+        self.end_run();
         self.current = Some(Run { first: cluster, count: 1, stored, references });
     }
 
-    fn close(&mut self) {
+    fn end_run(&mut self) {
         let Some(run) = self.current.take() else { return };
         if self.done.len() < Self::MAX {
             self.done.push(run);
@@ -205,14 +205,14 @@ impl Runs {
     }
 
     fn finish(mut self) -> Self {
-        self.close();
+        self.end_run();
         self
     }
 }
 
-fn report_runs(census: &mut Census<'_>, runs: Runs) {
-    let bits = census.rules().geometry.cluster_bits();
-    let findings = &mut census.findings;
+fn report_runs(walk: &mut RefWalk<'_>, runs: Runs) {
+    let bits = walk.rules().geometry.cluster_bits();
+    let findings = &mut walk.findings;
     for Run { first, count, stored, references } in runs.done {
         let at = first << bits;
         let what = match count {
@@ -240,24 +240,24 @@ fn report_runs(census: &mut Census<'_>, runs: Runs) {
 }
 
 /// What the stored counts allow and yet no good image has. Where they do not allow it, the comparison has counted it already.
-fn report_extras(census: &mut Census<'_>, shared: &[u64]) {
-    let bits = census.rules().geometry.cluster_bits();
+fn report_extras(walk: &mut RefWalk<'_>, shared: &[u64]) {
+    let bits = walk.rules().geometry.cluster_bits();
     for cluster in shared {
         let at = cluster << bits;
-        if census.map.is_conflict(*cluster) {
+        if walk.map.is_conflict(*cluster) {
             let what = format!("cluster {cluster} ({at:#x}) belongs to owners of different kinds");
-            census.findings.corruption(1, what);
+            walk.findings.corruption(1, what);
         }
     }
-    for (cluster, guest) in std::mem::take(&mut census.collisions) {
+    for (cluster, guest) in std::mem::take(&mut walk.collisions) {
         let at = cluster << bits;
         let what = format!(
             "cluster {cluster} ({at:#x}) is shown at {guest} and at another place of the disk"
         );
         if shared.contains(&cluster) {
-            census.findings.corruption(1, what);
+            walk.findings.corruption(1, what);
         } else {
-            census.findings.remark(what);
+            walk.findings.remark(what);
         }
     }
 }

@@ -11,7 +11,7 @@ pub(crate) struct Findings {
 }
 
 impl Findings {
-    fn say(&mut self, message: String) {
+    fn add_message(&mut self, message: String) {
         if self.report.messages.len() < MAX_MESSAGES {
             self.report.messages.push(message);
         } else {
@@ -21,20 +21,20 @@ impl Findings {
 
     pub(crate) fn corruption(&mut self, times: u32, message: impl Into<String>) {
         self.report.corruptions = self.report.corruptions.saturating_add(u64::from(times));
-        self.say(message.into());
+        self.add_message(message.into());
     }
 
     pub(crate) fn leak(&mut self, clusters: u64, message: impl Into<String>) {
         self.report.leaks = self.report.leaks.saturating_add(clusters);
-        self.say(message.into());
+        self.add_message(message.into());
     }
 
     pub(crate) fn unreadable(&mut self, times: u64, message: impl Into<String>) {
         self.report.check_errors = self.report.check_errors.saturating_add(times);
-        self.say(message.into());
+        self.add_message(message.into());
     }
 
     pub(crate) fn remark(&mut self, message: impl Into<String>) {
-        self.say(message.into());
+        self.add_message(message.into());
     }
 }

@@ -3,11 +3,11 @@
 use bds_core::error::Result;
 
 use super::ref_map::Use;
-use super::ref_walk::{Census, MAX_COLLISIONS, TableRefs};
+use super::ref_walk::{MAX_COLLISIONS, RefWalk, TableRefs};
 use crate::format::qcow2::layout::entry::{COPIED, L2Entry, OFFSET_MASK, ZERO};
 use crate::format::qcow2::layout::units::GuestOffset;
 
-impl Census<'_> {
+impl RefWalk<'_> {
     pub(super) async fn entry(
         &mut self,
         entry: L2Entry,

@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn the_budget_holds() {
+    fn memory_budget_is_enforced() {
         let mut map = RefMap::new(3 * Page::SMALL_LEN);
         let far = |i: u64| i << 20;
         for i in 0..3 {

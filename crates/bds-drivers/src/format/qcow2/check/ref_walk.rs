@@ -11,7 +11,7 @@ use bds_core::error::{Error, ErrorKind, Result};
 
 use super::findings::Findings;
 use super::ref_map::{RefMap, Use};
-use super::refcount_reader::StoredCounts;
+use super::refcount_reader::RefcountReader;
 use crate::format::qcow2::file_read::read_bytes;
 use crate::format::qcow2::layout::bitmap_directory::table_entry;
 use crate::format::qcow2::layout::cluster0::Cluster0;
@@ -38,14 +38,14 @@ pub(super) struct TableRefs {
 }
 
 /// Who points at what, counted.
-pub(crate) struct Census<'a> {
+pub(crate) struct RefWalk<'a> {
     file: &'a dyn ChildPort,
     image: &'a Cluster0,
     pub(super) rules: EntryRules,
     file_len: u64,
     pub map: RefMap,
     pub findings: Findings,
-    pub stored: StoredCounts<'a>,
+    pub stored: RefcountReader<'a>,
     /// Clusters that a second active entry claimed: cluster number and that entry's guest offset.
     pub collisions: Vec<(u64, GuestOffset)>,
     tables: BTreeMap<u64, TableRefs>,
@@ -56,11 +56,11 @@ pub(crate) struct Census<'a> {
     done_len: u64,
 }
 
-impl<'a> Census<'a> {
+impl<'a> RefWalk<'a> {
     pub(crate) fn new(
         file: &'a dyn ChildPort,
         image: &'a Cluster0,
-        stored: StoredCounts<'a>,
+        stored: RefcountReader<'a>,
         memory_budget_len: u64,
         progress: &'a (dyn Fn(u64, u64) + Send + Sync),
     ) -> Self {
@@ -94,7 +94,7 @@ impl<'a> Census<'a> {
     }
 
     /// Counts everything. An error means that the check could not go on (I/O, budget).
-    pub(crate) async fn take(&mut self) -> Result<()> {
+    pub(crate) async fn walk(&mut self) -> Result<()> {
         let header = &self.image.header;
         let cluster = header.geometry.cluster_size();
         self.count(0, cluster, 1, Use::Header, false)?;

@@ -1,4 +1,4 @@
-//! Refcounts as they stand in the file, for a check: read only, a few blocks kept.
+//! Counts as they stand in the file, for a check: read only, a few blocks kept.
 
 use bds_core::driver::ChildPort;
 use bds_core::error::Result;
@@ -12,7 +12,7 @@ use crate::format::qcow2::layout::units::Geometry;
 const KEPT_LEN: usize = 8 << 20;
 
 /// The refcount table in memory, and the blocks looked at last.
-pub(crate) struct StoredCounts<'a> {
+pub(crate) struct RefcountReader<'a> {
     file: &'a dyn ChildPort,
     geometry: Geometry,
     table: Vec<u8>,
@@ -23,7 +23,7 @@ pub(crate) struct StoredCounts<'a> {
 /// What a slot of the refcount table points at.
 pub(crate) type Slot = Result<Option<u64>, BadEntry>;
 
-impl<'a> StoredCounts<'a> {
+impl<'a> RefcountReader<'a> {
     /// Reads the table, whose length the header's limits bound.
     pub(crate) async fn open(file: &'a dyn ChildPort, header: &Header) -> Result<Self> {
         let len = usize::try_from(header.reftable_len()).expect("at most 8 MiB");

@@ -20,16 +20,16 @@ use crate::format::qcow2::manage::snapshot::SnapshotTable;
 const MAX_L1_TOTAL_LEN: u64 = 1 << 30;
 
 /// Looks for what lies behind the end of the files.
-pub(crate) struct Losses<'a> {
+pub(crate) struct TruncationCheck<'a> {
     pub file: &'a dyn ChildPort,
     pub cluster0: &'a Cluster0,
     /// Length of the external data file.
     pub data_len: Option<u64>,
 }
 
-impl Losses<'_> {
+impl TruncationCheck<'_> {
     /// Refuses an image that has lost something.
-    pub(crate) async fn refuse(&self, l1: &[(u32, L1Entry)], reftable: &[u64]) -> Result<()> {
+    pub(crate) async fn run(&self, l1: &[(u32, L1Entry)], reftable: &[u64]) -> Result<()> {
         let geometry = &self.cluster0.header.geometry;
         for slot in reftable {
             // One that cannot be followed is reported when it is used.
@@ -54,7 +54,7 @@ impl Losses<'_> {
         tables.sort_unstable();
         tables.dedup();
         for table in tables {
-            self.look_through(table).await?;
+            self.check_l2_table(table).await?;
         }
         Ok(())
     }
@@ -68,7 +68,7 @@ impl Losses<'_> {
         let cluster = self.cluster0.header.geometry.cluster_size();
         match place.checked_add(cluster).is_some_and(|end| end <= self.file.len()) {
             true => Ok(()),
-            false => Err(cut_short(what, place, self.file.len())),
+            false => Err(truncated_error(what, place, self.file.len())),
         }
     }
 
@@ -77,7 +77,7 @@ impl Losses<'_> {
         if place < self.file.len() {
             return Ok(());
         }
-        Err(cut_short(what, place, self.file.len()))
+        Err(truncated_error(what, place, self.file.len()))
     }
 
     /// Do the refcounts say that clusters behind the end of the file are in use?
@@ -114,7 +114,13 @@ impl Losses<'_> {
             let is_inside =
                 snapshot.l1_offset.checked_add(len).is_some_and(|e| e <= self.file.len());
             left = left.checked_sub(len).filter(|_| is_inside && len <= MAX_L1_LEN).ok_or_else(
-                || cut_short("the L1 table of a snapshot", snapshot.l1_offset, self.file.len()),
+                || {
+                    truncated_error(
+                        "the L1 table of a snapshot",
+                        snapshot.l1_offset,
+                        self.file.len(),
+                    )
+                },
             )?;
             for_words(self.file, snapshot.l1_offset, len, |_, word| {
                 tables.extend(self.table(L1Entry(word)));
@@ -128,7 +134,7 @@ impl Losses<'_> {
     }
 
     /// Refuses an L2 table with an entry whose data is lost.
-    async fn look_through(&self, table: u64) -> Result<()> {
+    async fn check_l2_table(&self, table: u64) -> Result<()> {
         let header = &self.cluster0.header;
         let geometry = header.geometry;
         let rules = EntryRules {
@@ -152,7 +158,7 @@ impl Losses<'_> {
                     };
                     // A cluster of a data file without data in it need not be there yet.
                     if holds_data || self.data_len.is_none() {
-                        return Err(cut_short("a data cluster", place.0, data_len));
+                        return Err(truncated_error("a data cluster", place.0, data_len));
                     }
                 }
                 Ok(Place::Compressed(range)) => {
@@ -165,7 +171,7 @@ impl Losses<'_> {
     }
 }
 
-fn cut_short(what: &str, place: u64, file_len: u64) -> Error {
+fn truncated_error(what: &str, place: u64, file_len: u64) -> Error {
     Error::new(
         ErrorKind::InvalidImage,
         format!(

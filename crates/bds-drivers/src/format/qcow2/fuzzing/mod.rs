@@ -128,13 +128,13 @@ pub fn check(data: &[u8]) {
 }
 
 /// Hands out files in memory, whatever an image names.
-struct Shelf<'a> {
+struct MemOpener<'a> {
     file: &'a MemPort,
     data_file: Option<&'a MemPort>,
     backing: Option<&'a MemPort>,
 }
 
-impl ChildOpener for Shelf<'_> {
+impl ChildOpener for MemOpener<'_> {
     fn open_child<'b>(&'b mut self, request: ChildRequest) -> BoxFuture<'b, Result<Option<Child>>> {
         let port = match request.name {
             "file" => Some(self.file),
@@ -153,9 +153,9 @@ pub async fn open_image(
     backing: Option<&MemPort>,
     flags: OpenFlags,
 ) -> Result<Box<dyn Driver>> {
-    let mut shelf = Shelf { file, data_file, backing };
+    let mut opener = MemOpener { file, data_file, backing };
     let fs = bds_io::Fs::default();
-    let mut context = OpenContext::new("image", Options::new(), flags, &fs, &mut shelf);
+    let mut context = OpenContext::new("image", Options::new(), flags, &fs, &mut opener);
     super::Qcow2Format.open(&mut context).await
 }
 

@@ -56,7 +56,7 @@ impl Backing {
 
     /// How many of the `len` bytes at `guest` the backing node has; what follows is zeros.
     #[inline]
-    pub(crate) fn below(&self, guest: u64, len: u64) -> u64 {
+    pub(crate) fn available_len(&self, guest: u64, len: u64) -> u64 {
         self.len().saturating_sub(guest).min(len)
     }
 
@@ -74,7 +74,7 @@ impl Backing {
         if guest.checked_add(iov.len() as u64)? <= known_len {
             return child.try_read(guest, iov);
         }
-        let below = self.below(guest, iov.len() as u64);
+        let below = self.available_len(guest, iov.len() as u64);
         if below == iov.len() as u64 {
             return child.try_read(guest, iov);
         }
@@ -87,7 +87,7 @@ impl Backing {
 
     /// Reads what the backing node shows.
     pub(crate) async fn read(&self, guest: u64, iov: IoVec) -> Result<()> {
-        let below = self.below(guest, iov.len() as u64);
+        let below = self.available_len(guest, iov.len() as u64);
         iov.fill(mem_len(below)..iov.len(), 0);
         let now = self.now.read();
         match &*now {

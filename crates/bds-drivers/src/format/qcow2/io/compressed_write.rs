@@ -10,19 +10,19 @@ use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 
 use super::compress;
-use crate::format::qcow2::alloc::freed::{Freed, Why};
+use crate::format::qcow2::alloc::freed::{FreeReason, FreedRun};
 use crate::format::qcow2::alloc::in_flight::InFlight;
 use crate::format::qcow2::layout::entry::L2Entry;
 use crate::format::qcow2::layout::space::{Clusters, MetaOffset};
 use crate::format::qcow2::layout::units::mem_len;
 use crate::format::qcow2::meta::tables::{Slice, SliceId};
-use crate::format::qcow2::plan::Stop;
+use crate::format::qcow2::plan::NeedMeta;
 use crate::format::qcow2::state::Image;
 
 const SECTOR_LEN: u64 = 512;
 
 /// Room for compressed bytes whose entry is not linked yet. Dropped before that, the room is given back.
-struct Packing {
+struct CompressedAlloc {
     image: Arc<Image>,
     item: Arc<InFlight>,
     id: SliceId,
@@ -66,13 +66,13 @@ impl Image {
         let mut at = 0;
         while at < len {
             let piece = iov.slice(mem_len(at)..mem_len((at + cluster_size).min(len)));
-            self.pack_cluster(offset + at, piece).await?;
+            self.write_compressed_cluster(offset + at, piece).await?;
             at += cluster_size;
         }
-        self.keep_budgets().await
+        self.keep_within_budgets().await
     }
 
-    async fn pack_cluster(self: &Arc<Self>, guest: u64, iov: IoVec) -> Result<()> {
+    async fn write_compressed_cluster(self: &Arc<Self>, guest: u64, iov: IoVec) -> Result<()> {
         let cluster_len = self.geometry().cluster_len();
         let mut cluster = self.pool.take(cluster_len);
         // A copy: the guest may change its bytes while we compress.
@@ -86,27 +86,27 @@ impl Image {
         let Some(packed) = packed else {
             return self.write_all(guest, &iov).await;
         };
-        let mut packing = self.find_room(guest, packed as u64).await?;
-        packing.is_writing = true;
-        let write = self.file.write(packing.offset, out.slice(0..packed)).await;
-        packing.is_writing = false;
+        let mut alloc = self.alloc_compressed(guest, packed as u64).await?;
+        alloc.is_writing = true;
+        let write = self.file.write(alloc.offset, out.slice(0..packed)).await;
+        alloc.is_writing = false;
         write.map_err(|e| self.name_error(e))?;
-        packing.link();
+        alloc.link();
         Ok(())
     }
 
-    async fn find_room(self: &Arc<Self>, guest: u64, len: u64) -> Result<Packing> {
+    async fn alloc_compressed(self: &Arc<Self>, guest: u64, len: u64) -> Result<CompressedAlloc> {
         let image = Arc::clone(self);
         self.plan(move |this, meta| {
-            this.before_others(meta, guest, 1)?;
+            this.before_in_flight(meta, guest, 1)?;
             let (id, slice) = this.slice_to_write(meta, guest)?;
-            this.check_room(meta, meta.slices.bytes_to_pin(id))?;
+            this.check_dirty_budget(meta, meta.slices.bytes_to_pin(id))?;
             let offset = this.alloc_bytes(meta, len)?;
-            let item = this.enter_flight(meta, guest, 1, Some(id));
+            let item = this.begin_allocation(meta, guest, 1, Some(id));
             let entry = L2Entry::compressed(this.geometry(), offset, len);
             let index = this.index_in_slice(guest);
             let image = Arc::clone(&image);
-            let packing = Packing {
+            let alloc = CompressedAlloc {
                 image,
                 item,
                 id,
@@ -119,12 +119,12 @@ impl Image {
                 is_over: false,
             };
             if entry.is_none() {
-                packing.give_up(meta);
-                return Err(Stop::too_large(
+                alloc.give_up(meta);
+                return Err(NeedMeta::too_large(
                     "the file is too long for compressed clusters at this cluster size",
                 ));
             }
-            Ok(packing)
+            Ok(alloc)
         })
         .await
     }
@@ -145,7 +145,7 @@ impl Image {
     }
 }
 
-impl Packing {
+impl CompressedAlloc {
     fn link(mut self) {
         let image = Arc::clone(&self.image);
         let mut meta = image.meta();
@@ -153,9 +153,9 @@ impl Packing {
         self.slice.set_entry(self.index, self.entry);
         let entry_len = image.geometry().l2_entry_len();
         meta.slices.mark(self.id, self.index * entry_len, entry_len);
-        image.free_entry(&mut meta, old, Why::Reuse);
+        image.free_entry(&mut meta, old, FreeReason::Reuse);
         // A part of compressed bytes is not a part of the cluster: it could not be read at all.
-        meta.owed.data_flush = true;
+        meta.pending_flush.data_flush = true;
         self.is_over = true;
         meta.end_allocation(&self.item);
     }
@@ -174,14 +174,14 @@ impl Packing {
         for cluster in (first..=last).filter(|_| !self.is_writing) {
             let start = MetaOffset(cluster << geometry.cluster_bits());
             if self.image.lower(meta, start).is_err() {
-                meta.frees.push(Freed::unused(Clusters { start, count: 1 }));
+                meta.frees.push(FreedRun::unused(Clusters { start, count: 1 }));
             }
         }
         meta.end_allocation(&self.item);
     }
 }
 
-impl Drop for Packing {
+impl Drop for CompressedAlloc {
     fn drop(&mut self) {
         if !self.is_over {
             let image = Arc::clone(&self.image);

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use bds_core::error::Result;
 use bds_io::IoVec;
 
-use crate::format::qcow2::alloc::in_flight::Linking;
+use crate::format::qcow2::alloc::in_flight::PendingLink;
 use crate::format::qcow2::layout::entry::{Kind, L2Entry};
 use crate::format::qcow2::layout::space::Offset;
 use crate::format::qcow2::layout::units::mem_len;
@@ -36,7 +36,7 @@ impl Image {
     /// Completes the guest's bytes `iov` to what must be written for `work`.
     pub(crate) async fn copy_around(
         self: &Arc<Self>,
-        work: &Linking,
+        work: &PendingLink,
         iov: IoVec,
     ) -> Result<CopyPlan> {
         let (first, last) = work.old_entries();
@@ -78,7 +78,7 @@ impl Image {
     }
 
     /// Where the copy begins: at the cluster, or at the first subcluster that must have data.
-    fn head_start(&self, work: &Linking, old: L2Entry) -> u64 {
+    fn head_start(&self, work: &PendingLink, old: L2Entry) -> u64 {
         let geometry = self.geometry();
         if !geometry.has_extended_l2() || old.is_compressed() {
             return work.guest;
@@ -93,7 +93,7 @@ impl Image {
     }
 
     /// Where the copy ends.
-    fn tail_end(&self, work: &Linking, old: L2Entry, end_of_work: u64) -> u64 {
+    fn tail_end(&self, work: &PendingLink, old: L2Entry, end_of_work: u64) -> u64 {
         let geometry = self.geometry();
         if !geometry.has_extended_l2() || old.is_compressed() {
             return end_of_work;
@@ -117,7 +117,9 @@ impl Image {
             let Ok(Found::Run(run)) = self.lookup(at, range.end - at) else { return false };
             let is_zero = match run.kind {
                 Kind::ZeroPlain | Kind::ZeroAlloc => true,
-                Kind::Unallocated | Kind::UnallocatedAlloc => self.backing.below(at, run.len) == 0,
+                Kind::Unallocated | Kind::UnallocatedAlloc => {
+                    self.backing.available_len(at, run.len) == 0
+                }
                 Kind::Normal | Kind::Compressed => false,
             };
             // Past the end of the disk there is nothing to keep.
@@ -130,7 +132,7 @@ impl Image {
     }
 
     /// Does the place of these guest bytes read as zeros? Cheap; false if unknown.
-    async fn place_is_zero(&self, work: &Linking, range: &Range<u64>) -> bool {
+    async fn place_is_zero(&self, work: &PendingLink, range: &Range<u64>) -> bool {
         if range.is_empty() {
             return true;
         }

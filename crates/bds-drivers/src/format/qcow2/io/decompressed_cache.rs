@@ -15,11 +15,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bds_io::Buf;
 
-use crate::format::qcow2::task::Done;
+use crate::format::qcow2::task::Completion;
 
 const MAX_SHARDS: usize = 16;
 /// How many first questions a shard remembers.
-const ASKED_ONCE: usize = 32;
+const SEEN_ONCE: usize = 32;
 
 #[derive(Debug)]
 enum State {
@@ -28,7 +28,7 @@ enum State {
         used: bool,
     },
     /// Somebody is at it.
-    Coming(Arc<Done>),
+    Filling(Arc<Completion>),
 }
 
 #[derive(Debug, Default)]
@@ -37,37 +37,37 @@ struct Shard {
     /// In the order of the evicting hand; only those that are ready.
     ring: VecDeque<u64>,
     /// Asked for once, not kept; the oldest in front.
-    asked_once: VecDeque<u64>,
+    seen_once: VecDeque<u64>,
 }
 
 /// See the file's head.
 #[derive(Debug)]
-pub(crate) struct Inflated {
+pub(crate) struct DecompressedCache {
     shards: Box<[Mutex<Shard>]>,
     cluster_len: usize,
     clusters_per_shard: AtomicUsize,
 }
 
 /// What somebody who wants a cluster shall do.
-pub(crate) enum Wanted {
+pub(crate) enum CacheLookup {
     /// Here it is.
     Ready(Buf),
     /// Wait, and ask again.
-    Wait(Arc<Done>),
+    Wait(Arc<Completion>),
     /// Make it.
-    Make(Making),
+    Fill(FillGuard),
     /// Decompress as much as is needed, for this request alone.
     Once,
 }
 
 /// The right and duty to make a cluster. Dropped without a result, the next one who asks makes it.
-pub(crate) struct Making {
-    cache: Arc<Inflated>,
+pub(crate) struct FillGuard {
+    cache: Arc<DecompressedCache>,
     key: u64,
-    done: Arc<Done>,
+    done: Arc<Completion>,
 }
 
-impl Inflated {
+impl DecompressedCache {
     pub(crate) fn new(cluster_len: usize, budget_bytes: usize) -> Self {
         let clusters = budget_bytes / cluster_len;
         let shards = (clusters / 4).clamp(1, MAX_SHARDS);
@@ -86,7 +86,7 @@ impl Inflated {
     }
 
     /// The cluster, if it is here now.
-    pub(crate) fn look(&self, key: u64) -> Option<Buf> {
+    pub(crate) fn get(&self, key: u64) -> Option<Buf> {
         match self.shard(key).clusters.get_mut(&key) {
             Some(State::Ready { cluster, used }) => {
                 *used = true;
@@ -97,28 +97,28 @@ impl Inflated {
     }
 
     /// The first `needed_len` bytes of the cluster (or more), or what to do to get them.
-    pub(crate) fn want(self: &Arc<Self>, key: u64, needed_len: usize) -> Wanted {
+    pub(crate) fn get_or_fill(self: &Arc<Self>, key: u64, needed_len: usize) -> CacheLookup {
         let mut guard = self.shard(key);
         let shard = &mut *guard;
         match shard.clusters.entry(key) {
             Entry::Occupied(mut entry) => match entry.get_mut() {
                 State::Ready { cluster, used } => {
                     *used = true;
-                    Wanted::Ready(cluster.clone())
+                    CacheLookup::Ready(cluster.clone())
                 }
-                State::Coming(done) => Wanted::Wait(Arc::clone(done)),
+                State::Filling(done) => CacheLookup::Wait(Arc::clone(done)),
             },
             Entry::Vacant(entry) => {
-                if needed_len < self.cluster_len && !shard.asked_once.contains(&key) {
-                    if shard.asked_once.len() == ASKED_ONCE {
-                        shard.asked_once.pop_front();
+                if needed_len < self.cluster_len && !shard.seen_once.contains(&key) {
+                    if shard.seen_once.len() == SEEN_ONCE {
+                        shard.seen_once.pop_front();
                     }
-                    shard.asked_once.push_back(key);
-                    return Wanted::Once;
+                    shard.seen_once.push_back(key);
+                    return CacheLookup::Once;
                 }
-                let done = Arc::new(Done::new());
-                entry.insert(State::Coming(Arc::clone(&done)));
-                Wanted::Make(Making { cache: Arc::clone(self), key, done })
+                let done = Arc::new(Completion::new());
+                entry.insert(State::Filling(Arc::clone(&done)));
+                CacheLookup::Fill(FillGuard { cache: Arc::clone(self), key, done })
             }
         }
     }
@@ -146,7 +146,7 @@ impl Inflated {
     }
 }
 
-impl Making {
+impl FillGuard {
     /// Here it is: keeps it, within the budget.
     pub(crate) fn finish(self, cluster: &Buf) {
         let allowed = self.cache.clusters_per_shard.load(Ordering::Relaxed);
@@ -170,10 +170,10 @@ impl Making {
     }
 }
 
-impl Drop for Making {
+impl Drop for FillGuard {
     fn drop(&mut self) {
         let mut shard = self.cache.shard(self.key);
-        if let Some(State::Coming(_)) = shard.clusters.get(&self.key) {
+        if let Some(State::Filling(_)) = shard.clusters.get(&self.key) {
             shard.clusters.remove(&self.key);
         }
         drop(shard);
@@ -186,42 +186,48 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_makes_and_the_others_wait() {
-        let cache = Arc::new(Inflated::new(512, 4096));
-        let Wanted::Make(making) = cache.want(7, 512) else { panic!("nobody makes it yet") };
-        assert!(matches!(cache.want(7, 512), Wanted::Wait(_)));
-        drop(making);
-        let Wanted::Make(making) = cache.want(7, 512) else { panic!("the maker gave up") };
-        making.finish(&Buf::from_slice(&[1; 512]));
-        assert!(matches!(cache.want(7, 512), Wanted::Ready(_)));
+    fn one_request_decompresses_and_others_wait() {
+        let cache = Arc::new(DecompressedCache::new(512, 4096));
+        let CacheLookup::Fill(fill) = cache.get_or_fill(7, 512) else {
+            panic!("nobody makes it yet")
+        };
+        assert!(matches!(cache.get_or_fill(7, 512), CacheLookup::Wait(_)));
+        drop(fill);
+        let CacheLookup::Fill(fill) = cache.get_or_fill(7, 512) else {
+            panic!("the maker gave up")
+        };
+        fill.finish(&Buf::from_slice(&[1; 512]));
+        assert!(matches!(cache.get_or_fill(7, 512), CacheLookup::Ready(_)));
         cache.forget(7);
-        assert!(cache.look(7).is_none());
+        assert!(cache.get(7).is_none());
     }
 
     #[test]
-    fn a_part_is_made_once_for_whoever_asks_first_and_kept_for_the_second() {
-        let cache = Arc::new(Inflated::new(512, 4096));
-        assert!(matches!(cache.want(7, 100), Wanted::Once));
-        let Wanted::Make(making) = cache.want(7, 100) else { panic!("asked for again") };
-        making.finish(&Buf::from_slice(&[1; 512]));
-        assert!(matches!(cache.want(7, 100), Wanted::Ready(_)));
+    fn first_partial_read_is_not_cached_and_second_is() {
+        let cache = Arc::new(DecompressedCache::new(512, 4096));
+        assert!(matches!(cache.get_or_fill(7, 100), CacheLookup::Once));
+        let CacheLookup::Fill(fill) = cache.get_or_fill(7, 100) else { panic!("asked for again") };
+        fill.finish(&Buf::from_slice(&[1; 512]));
+        assert!(matches!(cache.get_or_fill(7, 100), CacheLookup::Ready(_)));
         for other in 100..1000 {
-            assert!(matches!(cache.want(other, 1), Wanted::Once));
+            assert!(matches!(cache.get_or_fill(other, 1), CacheLookup::Once));
         }
-        assert!(matches!(cache.want(100, 1), Wanted::Once), "long forgotten");
+        assert!(matches!(cache.get_or_fill(100, 1), CacheLookup::Once), "long forgotten");
     }
 
     #[test]
     fn stays_within_its_budget() {
-        let cache = Arc::new(Inflated::new(512, 4 * 512));
+        let cache = Arc::new(DecompressedCache::new(512, 4 * 512));
         for key in 0..100 {
-            let Wanted::Make(making) = cache.want(key, 512) else { panic!("not there yet") };
-            making.finish(&Buf::from_slice(&[1; 512]));
+            let CacheLookup::Fill(fill) = cache.get_or_fill(key, 512) else {
+                panic!("not there yet")
+            };
+            fill.finish(&Buf::from_slice(&[1; 512]));
         }
-        assert_eq!((0..100).filter(|key| cache.look(*key).is_some()).count(), 4);
-        let none = Arc::new(Inflated::new(65536, 4096));
-        let Wanted::Make(making) = none.want(1, 65536) else { panic!("not there yet") };
-        making.finish(&Buf::from_slice(&[1; 512]));
-        assert!(matches!(none.want(1, 65536), Wanted::Make(_)));
+        assert_eq!((0..100).filter(|key| cache.get(*key).is_some()).count(), 4);
+        let none = Arc::new(DecompressedCache::new(65536, 4096));
+        let CacheLookup::Fill(fill) = none.get_or_fill(1, 65536) else { panic!("not there yet") };
+        fill.finish(&Buf::from_slice(&[1; 512]));
+        assert!(matches!(none.get_or_fill(1, 65536), CacheLookup::Fill(_)));
     }
 }

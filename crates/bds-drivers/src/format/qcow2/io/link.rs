@@ -8,32 +8,32 @@ use std::sync::Arc;
 use bds_io::IoVec;
 
 use super::cow::CopyPlan;
-use crate::format::qcow2::alloc::freed::{Freed, Why};
-use crate::format::qcow2::alloc::in_flight::{InFlight, Linking};
+use crate::format::qcow2::alloc::freed::{FreeReason, FreedRun};
+use crate::format::qcow2::alloc::in_flight::{InFlight, PendingLink};
 use crate::format::qcow2::layout::entry::L2Entry;
 use crate::format::qcow2::layout::space::{Clusters, Offset};
 use crate::format::qcow2::layout::units::mem_len;
 use crate::format::qcow2::meta::tables::SliceId;
-use crate::format::qcow2::plan::{Plan, Stop};
+use crate::format::qcow2::plan::{MetaResult, NeedMeta};
 use crate::format::qcow2::state::{Image, Meta};
-use crate::format::qcow2::task::Done;
+use crate::format::qcow2::task::Completion;
 
-/// Sees to it that a [`Linking`] ends: linked, or given up with its clusters given back and its waiters woken.
-pub(crate) struct Guarded {
+/// Sees to it that a [`PendingLink`] ends: linked, or given up with its clusters given back and its waiters woken.
+pub(crate) struct AllocGuard {
     image: Arc<Image>,
-    pub work: Linking,
+    pub work: PendingLink,
     /// Bytes are on their way to the new clusters: they must not be used again.
     pub(super) is_writing: bool,
     is_over: bool,
 }
 
 impl Image {
-    pub(crate) fn guard_link(self: &Arc<Self>, work: Linking) -> Guarded {
-        Guarded { image: Arc::clone(self), work, is_writing: false, is_over: false }
+    pub(crate) fn guard_allocation(self: &Arc<Self>, work: PendingLink) -> AllocGuard {
+        AllocGuard { image: Arc::clone(self), work, is_writing: false, is_over: false }
     }
 
     /// Enters an allocation in flight, which will change `slice`.
-    pub(crate) fn enter_flight(
+    pub(crate) fn begin_allocation(
         &self,
         meta: &mut Meta,
         guest: u64,
@@ -41,7 +41,8 @@ impl Image {
         slice: Option<SliceId>,
     ) -> Arc<InFlight> {
         let first = self.geometry().cluster_index(guest);
-        let item = Arc::new(InFlight { first, end: first + clusters, slice, done: Done::new() });
+        let item =
+            Arc::new(InFlight { first, end: first + clusters, slice, done: Completion::new() });
         if let Some(id) = slice {
             meta.slices.pin(id);
         }
@@ -50,14 +51,14 @@ impl Image {
     }
 
     /// How many of the bytes at `guest` can go on before they meet an allocation in flight. Stops if that is at the start.
-    pub(crate) fn before_others(&self, meta: &Meta, guest: u64, max: u64) -> Plan<u64> {
+    pub(crate) fn before_in_flight(&self, meta: &Meta, guest: u64, max: u64) -> MetaResult<u64> {
         let geometry = self.geometry();
         let first = geometry.cluster_index(guest);
         let last = geometry.cluster_index(guest + (max - 1));
         let mut max = max;
         for item in meta.in_flight.iter().filter(|i| i.first <= last && i.end > first) {
             if item.first <= first {
-                return Err(Stop::Wait(Arc::clone(item)));
+                return Err(NeedMeta::Wait(Arc::clone(item)));
             }
             max = max.min((item.first << geometry.cluster_bits()) - guest);
         }
@@ -65,7 +66,7 @@ impl Image {
     }
 }
 
-impl Guarded {
+impl AllocGuard {
     /// The bytes are there: the guest sees them from now on.
     pub(super) fn link(mut self, copy: &CopyPlan) {
         let image = Arc::clone(&self.image);
@@ -85,14 +86,14 @@ impl Guarded {
             // Its count was set, or looked up, when this was planned.
             work.slice.note_checked(work.index + i);
             if work.is_new {
-                image.free_entry(&mut meta, old, Why::Reuse);
+                image.free_entry(&mut meta, old, FreeReason::Reuse);
             }
         }
         let entry_len = geometry.l2_entry_len();
         let len = mem_len(work.clusters) * entry_len;
         meta.slices.mark(work.id, work.index * entry_len, len);
         let is_new_here = self.work.is_new && image.data_file.is_none();
-        meta.owed.data_flush |=
+        meta.pending_flush.data_flush |=
             copy.is_copy || is_new_here || image.config.load().data_before_metadata;
         self.is_over = true;
         meta.end_allocation(&self.work.item);
@@ -113,7 +114,7 @@ impl Guarded {
     }
 }
 
-impl Drop for Guarded {
+impl Drop for AllocGuard {
     fn drop(&mut self) {
         if self.is_over {
             return;
@@ -127,7 +128,7 @@ impl Drop for Guarded {
             for i in 0..self.work.clusters {
                 let start = first.plus(i << bits);
                 if image.lower(&mut meta, start).is_err() {
-                    meta.frees.push(Freed::unused(Clusters { start, count: 1 }));
+                    meta.frees.push(FreedRun::unused(Clusters { start, count: 1 }));
                 }
             }
         }

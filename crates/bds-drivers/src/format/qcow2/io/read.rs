@@ -10,13 +10,13 @@ use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::{Buf, IoVec};
 
 use super::compress;
-use super::decompressed_cache::Wanted;
+use super::decompressed_cache::CacheLookup;
 use crate::format::qcow2::layout::entry::{Kind, L2Entry};
 use crate::format::qcow2::layout::units::{Geometry, mem_len, part_of};
 use crate::format::qcow2::meta::lookup::{Found, Run};
-use crate::format::qcow2::plan::What;
+use crate::format::qcow2::plan::MetaKey;
 use crate::format::qcow2::state::Image;
-use crate::format::qcow2::task::{Abreast, finish};
+use crate::format::qcow2::task::{LazyUnordered, detach_on_drop};
 
 /// Parts of one request read side by side.
 const PARTS_AT_ONCE: usize = 8;
@@ -39,7 +39,7 @@ impl Image {
             return None;
         }
         // Nothing is ever freed in an image nobody can write.
-        let _inside = self.is_writable().then(|| self.grace.enter());
+        let _srcu = self.is_writable().then(|| self.srcu.read_lock());
         let mut at = 0;
         while at < len {
             let run = match self.lookup(offset + at, len - at) {
@@ -72,7 +72,7 @@ impl Image {
             }
             Kind::Unallocated | Kind::UnallocatedAlloc => self.backing.try_read(guest, iov),
             Kind::Compressed => {
-                let cluster = self.inflated.look(run.entry.word)?;
+                let cluster = self.decompressed.get(run.entry.word)?;
                 copy_part(self.geometry(), &cluster, guest, iov);
                 Some(Ok(()))
             }
@@ -94,9 +94,9 @@ impl Image {
         if len < asked {
             iov.fill(mem_len(len)..iov.len(), 0);
         }
-        let _inside = self.is_writable().then(|| self.grace.enter());
+        let _srcu = self.is_writable().then(|| self.srcu.read_lock());
         let mut at = 0;
-        let mut under_way = Abreast::new();
+        let mut under_way = LazyUnordered::new();
         while at < len {
             let run = self.find(offset + at, len - at).await?;
             let piece = part_of(&iov, at, run.len);
@@ -122,7 +122,7 @@ impl Image {
         loop {
             match self.lookup(guest, max) {
                 Ok(Found::Run(run)) => return Ok(run),
-                Ok(Found::Missing(id)) => _held = Some(self.load(What::Slice(id)).await?),
+                Ok(Found::Missing(id)) => _held = Some(self.load(MetaKey::Slice(id)).await?),
                 Err(bad) => return Err(self.bad_entry(bad, guest)),
             }
         }
@@ -132,7 +132,7 @@ impl Image {
         let Part { run, guest, iov } = part;
         match run.kind {
             Kind::Normal if !self.is_in_file(run.host, iov.len() as u64) => {
-                Err(self.lost_data(run.host, guest))
+                Err(self.truncated_data_error(run.host, guest))
             }
             Kind::Normal => {
                 let read = self.data().read(run.host, iov);
@@ -157,7 +157,7 @@ impl Image {
     }
 
     /// The decompressed cluster behind `entry`, at least its first `needed_len` bytes.
-    /// Who asks must be inside `grace`.
+    /// Who asks must hold a guard of `srcu`.
     async fn inflate(
         self: &Arc<Self>,
         entry: L2Entry,
@@ -165,20 +165,20 @@ impl Image {
         needed_len: usize,
     ) -> Result<Buf> {
         loop {
-            match self.inflated.want(entry.word, needed_len) {
-                Wanted::Once => return self.decompress(entry, guest, needed_len).await,
-                Wanted::Ready(cluster) => return Ok(cluster),
-                Wanted::Wait(done) => done.wait().await,
-                Wanted::Make(making) => {
+            match self.decompressed.get_or_fill(entry.word, needed_len) {
+                CacheLookup::Once => return self.decompress(entry, guest, needed_len).await,
+                CacheLookup::Ready(cluster) => return Ok(cluster),
+                CacheLookup::Wait(done) => done.wait().await,
+                CacheLookup::Fill(fill) => {
                     // Others may wait for it, so it does not depend on our being polled; and it is inside on its own account.
-                    let inside = self.is_writable().then(|| self.grace.enter_owned());
+                    let inside = self.is_writable().then(|| self.srcu.read_lock_owned());
                     let image = Arc::clone(self);
                     let len = self.geometry().cluster_len();
-                    let working = self.busy.begin();
-                    return finish(async move {
+                    let task_guard = self.tasks.begin();
+                    return detach_on_drop(async move {
                         let cluster = image.decompress(entry, guest, len).await?;
-                        making.finish(&cluster);
-                        drop((inside, working));
+                        fill.finish(&cluster);
+                        drop((inside, task_guard));
                         Ok(cluster)
                     })
                     .await;
@@ -192,7 +192,7 @@ impl Image {
         // What the file does not hold must not be taken for zeros: they may well decode to something.
         let there = self.file.len().saturating_sub(range.offset.0).min(range.len);
         if there == 0 {
-            return Err(self.lost_meta("a compressed cluster", range.offset).at(guest));
+            return Err(self.truncated_meta_error("a compressed cluster", range.offset).at(guest));
         }
         let input = self.pool.take(mem_len(there));
         let read = self.file.read(range.offset, input.iov());

@@ -29,7 +29,7 @@ impl Image {
         if max == 0 {
             return Ok(StatusRun { len: 0, flags: StatusFlags::EOF, map: None });
         }
-        let _inside = self.is_writable().then(|| self.grace.enter());
+        let _srcu = self.is_writable().then(|| self.srcu.read_lock());
         let first = self.find(offset, max).await?;
         let mut run = first;
         while run.len < max {

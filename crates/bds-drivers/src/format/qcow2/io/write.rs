@@ -14,16 +14,16 @@ use bds_core::driver::BoxFuture;
 use bds_core::error::Result;
 use bds_io::IoVec;
 
-use super::link::Guarded;
-use crate::format::qcow2::alloc::in_flight::Linking;
+use super::link::AllocGuard;
+use crate::format::qcow2::alloc::in_flight::PendingLink;
 use crate::format::qcow2::layout::entry::Kind;
 use crate::format::qcow2::layout::space::{DataOffset, Offset};
 use crate::format::qcow2::layout::units::{mem_len, part_of};
 use crate::format::qcow2::meta::lookup::Found;
 use crate::format::qcow2::meta::tables::Slice;
-use crate::format::qcow2::plan::{Plan, Stop, bad};
+use crate::format::qcow2::plan::{MetaResult, NeedMeta, corrupt_entry};
 use crate::format::qcow2::state::{Image, Meta};
-use crate::format::qcow2::task::{Abreast, Unstoppable, finish};
+use crate::format::qcow2::task::{LazyUnordered, SpawnOnDrop, detach_on_drop};
 
 /// Steps of one write under way at once.
 const STEPS_AT_ONCE: usize = 8;
@@ -33,23 +33,23 @@ pub(crate) enum Step {
     /// Write here; the guard keeps the place ours meanwhile.
     InPlace { host: DataOffset, len: u64 },
     /// Write to clusters that are linked afterwards.
-    Link(Linking),
+    Link(PendingLink),
 }
 
 impl Image {
     /// Writes in place what needs no waiting. `None`: nothing was done, ask [`Image::write`].
     pub(crate) fn try_write(self: &Arc<Self>, offset: u64, iov: &IoVec) -> Option<Result<()>> {
-        if !self.charge.may_write() || self.broken.get().is_some() {
+        if !self.write_state.may_write() || self.broken.get().is_some() {
             return None;
         }
-        let _inside = self.grace.enter();
-        let host = self.own_place(offset, iov.len() as u64)?;
+        let _srcu = self.srcu.read_lock();
+        let host = self.in_place_offset(offset, iov.len() as u64)?;
         self.data().try_write(host, iov)
     }
 
-    /// Where `len` bytes at `offset` may be written in place. Who asks must be inside `grace`.
+    /// Where `len` bytes at `offset` may be written in place. Who asks must hold a guard of `srcu`.
     #[inline]
-    fn own_place(&self, offset: u64, len: u64) -> Option<DataOffset> {
+    fn in_place_offset(&self, offset: u64, len: u64) -> Option<DataOffset> {
         if offset.checked_add(len)? > self.disk_len() {
             return None;
         }
@@ -68,27 +68,27 @@ impl Image {
         iov: IoVec,
         is_copy: bool,
     ) -> Result<()> {
-        if self.charge.may_write() && self.broken.get().is_none() {
-            let inside = self.grace.enter_owned();
-            if let Some(host) = self.own_place(offset, iov.len() as u64) {
+        if self.write_state.may_write() && self.broken.get().is_none() {
+            let srcu = self.srcu.read_lock_owned();
+            if let Some(host) = self.in_place_offset(offset, iov.len() as u64) {
                 let image = Arc::clone(self);
-                let working = self.busy.begin();
-                return Unstoppable::new(async move {
+                let task_guard = self.tasks.begin();
+                return SpawnOnDrop::new(async move {
                     let write = image.data().write(host, iov);
                     let result = write.await.map_err(|e| image.name_error(e));
-                    drop((inside, working));
+                    drop((srcu, task_guard));
                     result
                 })
                 .await;
             }
         }
         let image = Arc::clone(self);
-        let working = self.busy.begin();
-        finish(async move {
+        let task_guard = self.tasks.begin();
+        detach_on_drop(async move {
             image.prepare_to_write().await?;
             image.write_steps(offset, &iov, is_copy).await?;
-            image.keep_budgets().await?;
-            drop(working);
+            image.keep_within_budgets().await?;
+            drop(task_guard);
             Ok(())
         })
         .await
@@ -101,9 +101,9 @@ impl Image {
     }
 
     async fn write_steps(self: &Arc<Self>, offset: u64, iov: &IoVec, is_copy: bool) -> Result<()> {
-        let mut under_way = Abreast::new();
+        let mut under_way = LazyUnordered::new();
         let result = self.begin_steps(offset, iov, is_copy, &mut under_way).await;
-        let rest = end_all(&mut under_way).await;
+        let rest = wait_all(&mut under_way).await;
         result.and(rest)
     }
 
@@ -113,7 +113,7 @@ impl Image {
         offset: u64,
         iov: &IoVec,
         is_copy: bool,
-        under_way: &mut Abreast<BoxFuture<'static, Result<()>>>,
+        under_way: &mut LazyUnordered<BoxFuture<'static, Result<()>>>,
     ) -> Result<()> {
         let len = iov.len() as u64;
         let mut at = 0;
@@ -128,10 +128,10 @@ impl Image {
                     let piece = part_of(iov, at, step_len);
                     at += step_len;
                     if at == len && under_way.is_empty() {
-                        return self.take_step(step, piece, is_copy).await;
+                        return self.run_step(step, piece, is_copy).await;
                     }
                     let image = Arc::clone(self);
-                    let step = async move { image.take_step(step, piece, is_copy).await };
+                    let step = async move { image.run_step(step, piece, is_copy).await };
                     under_way.push(Box::pin(step));
                     held.clear();
                     if under_way.len() >= STEPS_AT_ONCE {
@@ -140,7 +140,7 @@ impl Image {
                 }
                 Err(stop) => {
                     // Who waits must hold nothing that others wait for.
-                    end_all(under_way).await?;
+                    wait_all(under_way).await?;
                     held.extend(self.resolve(stop).await?);
                 }
             }
@@ -152,72 +152,73 @@ impl Image {
     fn guard(self: &Arc<Self>, step: Step) -> (GuardedStep, u64) {
         match step {
             Step::InPlace { host, len } => {
-                (GuardedStep::InPlace(host, self.grace.enter_owned()), len)
+                (GuardedStep::InPlace(host, self.srcu.read_lock_owned()), len)
             }
             Step::Link(work) => {
                 let len = work.end - work.start;
-                (GuardedStep::Link(self.guard_link(work)), len)
+                (GuardedStep::Link(self.guard_allocation(work)), len)
             }
         }
     }
 
-    async fn take_step(
+    async fn run_step(
         self: &Arc<Self>,
         step: GuardedStep,
         iov: IoVec,
         is_copy: bool,
     ) -> Result<()> {
         match step {
-            GuardedStep::InPlace(host, inside) => {
+            GuardedStep::InPlace(host, srcu) => {
                 let write = self.data().write(host, iov);
                 let result = write.await.map_err(|e| self.name_error(e));
-                drop(inside);
+                drop(srcu);
                 result
             }
-            GuardedStep::Link(mut guarded) => {
-                let mut copy = self.copy_around(&guarded.work, iov).await?;
+            GuardedStep::Link(mut guard) => {
+                let mut copy = self.copy_around(&guard.work, iov).await?;
                 copy.is_copy |= is_copy;
-                guarded.is_writing = true;
+                guard.is_writing = true;
                 let data = self.data();
-                let host = guarded.work.host.plus(copy.start - guarded.work.guest);
+                let host = guard.work.host.plus(copy.start - guard.work.guest);
                 let written = match copy.iov.is_empty() {
                     true => Ok(()),
                     false => data.write(host, copy.iov.clone()).await,
                 };
-                guarded.is_writing = false;
+                guard.is_writing = false;
                 written.map_err(|e| self.name_error(e))?;
-                guarded.link(&copy);
+                guard.link(&copy);
                 Ok(())
             }
         }
     }
 
     /// Finds out how the next bytes at `guest` are written, and allocates for them what they need.
-    fn plan_write(&self, meta: &mut Meta, guest: u64, max: u64) -> Plan<Step> {
-        let max = self.before_others(meta, guest, max)?;
+    fn plan_write(&self, meta: &mut Meta, guest: u64, max: u64) -> MetaResult<Step> {
+        let max = self.before_in_flight(meta, guest, max)?;
         let (id, slice) = self.slice_to_write(meta, guest)?;
         let span = self.tables.slice_span();
         let max = max.min(span - (guest & (span - 1)));
         let index = self.index_in_slice(guest);
-        let first = self.entry_run(slice.entry(index), guest).map_err(|b| bad(b, guest))?;
-        let owns = self.owns(meta, &slice, index, &first, guest)?;
-        if first.kind == Kind::Normal && owns {
+        let first =
+            self.entry_run(slice.entry(index), guest).map_err(|b| corrupt_entry(b, guest))?;
+        let in_place = self.may_write_in_place(meta, &slice, index, &first, guest)?;
+        if first.kind == Kind::Normal && in_place {
             let len = self.copied_run(meta, &slice, index, guest, max)?;
             if !self.is_in_file(first.host, len) {
-                return Err(Stop::Fail(self.lost_data(first.host, guest)));
+                return Err(NeedMeta::Fail(self.truncated_data_error(first.host, guest)));
             }
             if let Some(at) = self.space().counted(first.host) {
                 self.check_overlap(at, len)?;
             }
             return Ok(Step::InPlace { host: first.host, len });
         }
-        self.check_room(meta, meta.slices.bytes_to_pin(id))?;
+        self.check_dirty_budget(meta, meta.slices.bytes_to_pin(id))?;
         let geometry = self.geometry();
         let start = geometry.cluster_floor(guest);
-        let (len, host, is_new, is_fresh) = if owns {
+        let (len, host, is_new, is_fresh) = if in_place {
             let len = self.keeping_run(meta, &slice, index, guest, max)?;
-            let in_place = || DataOffset(first.host.0 - (guest - start));
-            let host = self.space().at_guest(start).unwrap_or_else(in_place);
+            let kept_place = || DataOffset(first.host.0 - (guest - start));
+            let host = self.space().at_guest(start).unwrap_or_else(kept_place);
             if let Some(at) = self.space().counted(host) {
                 let clusters = geometry.clusters(guest + len - start);
                 self.check_overlap(at, clusters << geometry.cluster_bits())?;
@@ -230,9 +231,9 @@ impl Image {
             (max.min(room), self.space().allocated(got.offset), true, got.is_fresh)
         };
         let clusters = geometry.clusters(guest + len - start);
-        let item = self.enter_flight(meta, start, clusters, Some(id));
+        let item = self.begin_allocation(meta, start, clusters, Some(id));
         let (end, start_of_bytes) = (guest + len, guest);
-        Ok(Step::Link(Linking {
+        Ok(Step::Link(PendingLink {
             item,
             id,
             slice,
@@ -255,15 +256,16 @@ impl Image {
         index: usize,
         guest: u64,
         max: u64,
-    ) -> Plan<u64> {
-        let mut run = self.entry_run(slice.entry(index), guest).map_err(|b| bad(b, guest))?;
+    ) -> MetaResult<u64> {
+        let mut run =
+            self.entry_run(slice.entry(index), guest).map_err(|b| corrupt_entry(b, guest))?;
         let mut index = index;
         while run.len < max && self.geometry().is_cluster_aligned(guest + run.len) {
             index += 1;
             let at = guest + run.len;
-            let next = self.entry_run(slice.entry(index), at).map_err(|b| bad(b, at))?;
+            let next = self.entry_run(slice.entry(index), at).map_err(|b| corrupt_entry(b, at))?;
             let goes_on = next.kind == Kind::Normal && next.host == run.host.plus(run.len);
-            if !goes_on || !self.owns(meta, slice, index, &next, at)? {
+            if !goes_on || !self.may_write_in_place(meta, slice, index, &next, at)? {
                 break;
             }
             run.len += next.len;
@@ -279,15 +281,19 @@ impl Image {
         index: usize,
         guest: u64,
         max: u64,
-    ) -> Plan<u64> {
+    ) -> MetaResult<u64> {
         let has_data_file = self.data_file.is_some();
-        let first = self.entry_run(slice.entry(index), guest).map_err(|b| bad(b, guest))?;
+        let first =
+            self.entry_run(slice.entry(index), guest).map_err(|b| corrupt_entry(b, guest))?;
         let (mut len, mut index) = (0, index);
         while len < max {
             let at = guest + len;
-            let next = self.entry_run(slice.entry(index), at).map_err(|b| bad(b, at))?;
+            let next = self.entry_run(slice.entry(index), at).map_err(|b| corrupt_entry(b, at))?;
             let goes_on = has_data_file || next.host == first.host.plus(len);
-            if next.kind == Kind::Normal || !goes_on || !self.owns(meta, slice, index, &next, at)? {
+            if next.kind == Kind::Normal
+                || !goes_on
+                || !self.may_write_in_place(meta, slice, index, &next, at)?
+            {
                 break;
             }
             len += next.len;
@@ -306,7 +312,7 @@ impl Image {
         index: usize,
         guest: u64,
         max: u64,
-    ) -> Plan<u64> {
+    ) -> MetaResult<u64> {
         let geometry = self.geometry();
         let start = geometry.cluster_floor(guest);
         let all = geometry.clusters(guest + max - start);
@@ -314,8 +320,8 @@ impl Image {
         while count < all {
             let at = start + (count << geometry.cluster_bits());
             let entry = slice.entry(index + mem_len(count));
-            let next = self.entry_run(entry, at).map_err(|b| bad(b, at))?;
-            if self.owns(meta, slice, index + mem_len(count), &next, at)? {
+            let next = self.entry_run(entry, at).map_err(|b| corrupt_entry(b, at))?;
+            if self.may_write_in_place(meta, slice, index + mem_len(count), &next, at)? {
                 break;
             }
             count += 1;
@@ -325,7 +331,7 @@ impl Image {
 }
 
 /// Waits for all of them; the first failure.
-async fn end_all(under_way: &mut Abreast<BoxFuture<'static, Result<()>>>) -> Result<()> {
+async fn wait_all(under_way: &mut LazyUnordered<BoxFuture<'static, Result<()>>>) -> Result<()> {
     let mut first = Ok(());
     while let Some(result) = under_way.next().await {
         first = first.and(result);
@@ -335,8 +341,11 @@ async fn end_all(under_way: &mut Abreast<BoxFuture<'static, Result<()>>>) -> Res
 
 /// A step under guard.
 enum GuardedStep {
-    InPlace(DataOffset, crate::format::qcow2::srcu::Inside<Arc<crate::format::qcow2::srcu::Grace>>),
-    Link(Guarded),
+    InPlace(
+        DataOffset,
+        crate::format::qcow2::srcu::SrcuGuard<Arc<crate::format::qcow2::srcu::Srcu>>,
+    ),
+    Link(AllocGuard),
 }
 
 impl Image {
@@ -346,11 +355,14 @@ impl Image {
         meta: &mut Meta,
         guest: u64,
         end: u64,
-    ) -> Plan<Option<Linking>> {
+    ) -> MetaResult<Option<PendingLink>> {
         self.slice_to_write(meta, guest)?;
         let slice = self.tables.slice_id(guest).and_then(|id| self.tables.hold(id));
         let entry = slice.map(|slice| slice.entry(self.index_in_slice(guest)));
-        let run = entry.map(|e| self.entry_run(e, guest)).transpose().map_err(|b| bad(b, guest))?;
+        let run = entry
+            .map(|e| self.entry_run(e, guest))
+            .transpose()
+            .map_err(|b| corrupt_entry(b, guest))?;
         if run.is_some_and(|run| run.kind.has_place() || run.kind == Kind::Compressed) {
             return Ok(None);
         }

@@ -9,12 +9,12 @@ use std::sync::Arc;
 use bds_core::driver::{Attempt, ZeroFlags};
 use bds_core::error::Result;
 
-use crate::format::qcow2::alloc::freed::Why;
+use crate::format::qcow2::alloc::freed::FreeReason;
 use crate::format::qcow2::layout::entry::{BadEntry, COPIED, Kind, L2Entry, OFFSET_MASK, ZERO};
 use crate::format::qcow2::layout::header::Autoclear;
-use crate::format::qcow2::plan::{Plan, bad};
+use crate::format::qcow2::plan::{MetaResult, corrupt_entry};
 use crate::format::qcow2::state::{Image, Meta};
-use crate::format::qcow2::task::finish;
+use crate::format::qcow2::task::detach_on_drop;
 
 /// What becomes of whole clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,12 +36,12 @@ impl Image {
         flags: ZeroFlags,
     ) -> Result<Attempt> {
         let image = Arc::clone(self);
-        let working = self.busy.begin();
-        finish(async move {
+        let task_guard = self.tasks.begin();
+        detach_on_drop(async move {
             image.prepare_to_write().await?;
             let done = image.zero(offset, len, flags).await?;
-            image.keep_budgets().await?;
-            drop(working);
+            image.keep_within_budgets().await?;
+            drop(task_guard);
             Ok(done)
         })
         .await
@@ -94,8 +94,8 @@ impl Image {
             return Ok(Attempt::Unsupported);
         }
         let image = Arc::clone(self);
-        let working = self.busy.begin();
-        finish(async move {
+        let task_guard = self.tasks.begin();
+        detach_on_drop(async move {
             let geometry = *image.geometry();
             let end = offset + len;
             let end = if end == image.disk_len() {
@@ -115,8 +115,8 @@ impl Image {
             } else {
                 image.zero_units(start, end, Change::Discard).await?
             };
-            image.keep_budgets().await?;
-            drop(working);
+            image.keep_within_budgets().await?;
+            drop(task_guard);
             Ok(done)
         })
         .await
@@ -128,7 +128,7 @@ impl Image {
         while at < end {
             let run = self.find(at, end - at).await?;
             let is_zero = run.kind.is_zero()
-                || run.kind.is_unallocated() && self.backing.below(at, run.len) == 0;
+                || run.kind.is_unallocated() && self.backing.available_len(at, run.len) == 0;
             if !is_zero {
                 return Ok(false);
             }
@@ -147,7 +147,7 @@ impl Image {
                 None => return Ok(Attempt::Unsupported),
             }
             // A long range: others get their turn, and the caches their limits.
-            self.keep_budgets().await?;
+            self.keep_within_budgets().await?;
         }
         Ok(Attempt::Done)
     }
@@ -165,11 +165,11 @@ impl Image {
         start: u64,
         end: u64,
         change: Change,
-    ) -> Plan<Option<u64>> {
+    ) -> MetaResult<Option<u64>> {
         let geometry = self.geometry();
         let span = self.tables.slice_span();
         let max = (end - start).min(span - (start & (span - 1)));
-        let max = self.before_others(meta, start, max)?;
+        let max = self.before_in_flight(meta, start, max)?;
         let has_table = self.has_table(start)?;
         if !has_table && change == Change::Discard && !self.backing.is_some() {
             return Ok(Some(max));
@@ -178,7 +178,7 @@ impl Image {
             return Ok(Some(max));
         }
         let (id, slice) = self.slice_to_write(meta, start)?;
-        self.check_room(meta, meta.slices.bytes_to_pin(id))?;
+        self.check_dirty_budget(meta, meta.slices.bytes_to_pin(id))?;
         let entry_len = geometry.l2_entry_len();
         let mut at = start;
         while at < start + max {
@@ -187,9 +187,9 @@ impl Image {
             let next = (geometry.cluster_floor(at) + geometry.cluster_size()).min(start + max);
             let is_whole = geometry.is_cluster_aligned(at) && geometry.is_cluster_aligned(next);
             let new = if is_whole {
-                Some(self.zeroed(old, change).map_err(|b| bad(b, at))?)
+                Some(self.zeroed(old, change).map_err(|b| corrupt_entry(b, at))?)
             } else {
-                self.zeroed_part(old, at, next).map_err(|b| bad(b, at))?
+                self.zeroed_part(old, at, next).map_err(|b| corrupt_entry(b, at))?
             };
             let Some(new) = new else {
                 // A part of a compressed cluster: somebody has to write zeros there.
@@ -205,7 +205,7 @@ impl Image {
                     || (new.word ^ old.word) & OFFSET_MASK != 0
                     || self.data_file.is_some() && new.word & COPIED == 0;
                 if is_given_up {
-                    self.free_entry(meta, old, Why::Request);
+                    self.free_entry(meta, old, FreeReason::Request);
                 }
             }
             at = next;
@@ -213,10 +213,10 @@ impl Image {
         Ok(Some(max))
     }
 
-    fn has_table(&self, guest: u64) -> Plan<bool> {
+    fn has_table(&self, guest: u64) -> MetaResult<bool> {
         let Some(id) = self.tables.slice_id(guest) else { return Ok(false) };
         let table = self.tables.l1(id.table).table(self.geometry());
-        table.map(|t| t.is_some()).map_err(|b| bad(b, guest))
+        table.map(|t| t.is_some()).map_err(|b| corrupt_entry(b, guest))
     }
 
     /// The entry of a whole cluster of zeros.

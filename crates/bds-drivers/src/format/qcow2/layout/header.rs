@@ -42,7 +42,7 @@ bitflags::bitflags! {
     /// A reader that does not know a bit must not touch the image.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub(crate) struct Incompatible: u64 {
-        /// Refcounts may be wrong.
+        /// Counts may be wrong.
         const DIRTY = 1;
         /// Something is broken: do not write.
         const CORRUPT = 2;
@@ -59,7 +59,7 @@ bitflags::bitflags! {
     /// A reader may ignore these.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub(crate) struct Compatible: u64 {
-        /// Refcounts may be updated lazily.
+        /// Counts may be updated lazily.
         const LAZY_REFCOUNTS = 1;
         /// Not a feature: keeps bits we do not know.
         const _ = !0;

@@ -213,7 +213,7 @@ impl Geometry {
         self.cluster_bits + 3 - self.refcount_order
     }
 
-    /// Refcounts of a refcount block.
+    /// Counts of a refcount block.
     #[inline]
     pub(crate) fn refblock_entries(&self) -> u64 {
         1 << self.refblock_bits()
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn indexes_split_an_offset_and_join_again() {
+    fn indexes_round_trip() {
         for bits in MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS {
             for ext in [false, true] {
                 let Some(g) = Geometry::new(bits, ext, 4) else { continue };
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn figures_of_the_usual_image() {
+    fn default_image_geometry() {
         let g = Geometry::new(16, false, 4).unwrap();
         assert_eq!((g.l2_entries(), g.l2_span()), (8192, 512 << 20));
         assert_eq!((g.refblock_entries(), g.refcount_max()), (32768, 65535));

@@ -15,22 +15,22 @@ use bds_core::options::Options;
 use bds_io::Buf;
 
 use super::create_layout::Layout;
-use super::create_options::{Plan, wrong};
+use super::create_options::{CreateOptions, wrong};
 use crate::format::qcow2::layout::entry::{COPIED, ZERO, write_refcount};
 
 /// Tables are written in pieces of about this length.
 const BATCH_LEN: usize = 2 << 20;
 /// A new image, as numbers and bytes, before any file is touched.
-struct Whole {
-    plan: Plan,
+struct PlannedImage {
+    plan: CreateOptions,
     size: u64,
     layout: Layout,
     cluster0: Vec<u8>,
 }
 
-impl Whole {
+impl PlannedImage {
     fn plan(options: &mut Options, backing_len: Option<u64>) -> Result<Self> {
-        let plan = Plan::take(options)?;
+        let plan = CreateOptions::take(options)?;
         let size = plan.disk_size(backing_len)?;
         let mapped = plan.is_mapped();
         let with_data = mapped && plan.data_file.is_none();
@@ -42,7 +42,7 @@ impl Whole {
 
 /// Says what would be made, or why it cannot be. Touches nothing.
 pub(crate) fn check(options: &mut Options, backing_len: Option<u64>) -> Result<CreateFacts> {
-    let Whole { plan, size, layout, .. } = Whole::plan(options, backing_len)?;
+    let PlannedImage { plan, size, layout, .. } = PlannedImage::plan(options, backing_len)?;
     let geometry = &plan.geometry;
     let end = layout.clusters * geometry.cluster_size();
     let cluster_len = u32::try_from(geometry.cluster_size()).expect("at most 2 MiB");
@@ -56,7 +56,7 @@ pub(crate) fn check(options: &mut Options, backing_len: Option<u64>) -> Result<C
 /// Writes a new image as `context` says.
 pub(crate) async fn create(context: CreateContext<'_>) -> Result<()> {
     let CreateContext { file, data_file, backing_len, options } = context;
-    let Whole { plan, size, layout, cluster0 } = Whole::plan(options, backing_len)?;
+    let PlannedImage { plan, size, layout, cluster0 } = PlannedImage::plan(options, backing_len)?;
     let data_file = check_data_file(&plan, &file, data_file)?;
     let mapped = plan.is_mapped();
 
@@ -93,7 +93,11 @@ pub(crate) async fn create(context: CreateContext<'_>) -> Result<()> {
     file.flush().await
 }
 
-fn check_data_file(plan: &Plan, file: &Child, data_file: Option<Child>) -> Result<Option<Child>> {
+fn check_data_file(
+    plan: &CreateOptions,
+    file: &Child,
+    data_file: Option<Child>,
+) -> Result<Option<Child>> {
     match (&plan.data_file, data_file) {
         (None, None) => Ok(None),
         (Some(_), None) => Err(wrong("the data file that data_file names was not opened")),
@@ -111,7 +115,7 @@ fn check_data_file(plan: &Plan, file: &Child, data_file: Option<Child>) -> Resul
 
 struct Writer<'a> {
     file: &'a Child,
-    plan: &'a Plan,
+    plan: &'a CreateOptions,
     layout: &'a Layout,
     /// Clusters of the disk.
     guest_clusters: u64,

@@ -69,7 +69,7 @@ const fn spec(
 
 /// What a new image shall be, checked.
 #[derive(Clone, Debug)]
-pub(crate) struct Plan {
+pub(crate) struct CreateOptions {
     pub version: u32,
     pub geometry: Geometry,
     /// `None`: nobody said; a backing image's length will do.
@@ -83,7 +83,7 @@ pub(crate) struct Plan {
     pub data_file_raw: bool,
 }
 
-impl Plan {
+impl CreateOptions {
     /// Takes the options that create and measure share. Combinations that QEMU refuses are refused.
     pub(crate) fn take(options: &mut Options) -> Result<Self> {
         if let Some(key) = options.keys().find(|k| k.starts_with("encrypt")) {

@@ -7,11 +7,11 @@ use bds_core::error::{Error, ErrorKind, Result};
 use bds_core::options::Options;
 
 use super::create_layout::Layout;
-use super::create_options::Plan;
+use super::create_options::CreateOptions;
 
 /// Answers for an image made with `options` that has to hold `source`.
 pub(crate) fn measure(options: &mut Options, source: &MeasureSource) -> Result<MeasureReport> {
-    let plan = Plan::take(options)?;
+    let plan = CreateOptions::take(options)?;
     let geometry = plan.geometry;
     let too_large = || {
         Error::new(
@@ -63,7 +63,7 @@ mod tests {
 
     /// Figures of `qemu-img measure` 10.0.2 with `--size`, which knows of no data.
     #[test]
-    fn figures_are_qemus() {
+    fn measure_agrees_with_qemu_img() {
         const G: u64 = 1 << 30;
         const T: u64 = 1 << 40;
         let small = &[("cluster_size", "512")][..];

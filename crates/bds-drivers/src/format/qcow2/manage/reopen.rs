@@ -1,6 +1,6 @@
 //! Other options and another mode for an open image, giving it away to another process, and taking it back.
 //!
-//! Before anything changes, a writer's image is brought into the state in which a clean close leaves it, durably (`settle`). So there is
+//! Before anything changes, a writer's image is brought into the state in which a clean close leaves it, durably (`write_back_all_durably`). So there is
 //! never anything to lose: what is prepared may be dropped, and the writer just goes on. Whoever becomes a writer, or takes the image
 //! back, reads it afresh beside what is in memory (`metadata_load.rs`), with all checks of an open; only then that takes its place.
 //!
@@ -12,34 +12,34 @@ use std::sync::Arc;
 use bds_core::driver::{Reopen, ReopenContext};
 use bds_core::error::{Error, ErrorKind, Result};
 
-use crate::format::qcow2::config::{Asked, Config, Wish};
+use crate::format::qcow2::config::{Config, RequestedMode, RequestedOptions};
 use crate::format::qcow2::file_read::read_cluster0;
 use crate::format::qcow2::layout::cluster0::{Cluster0, Strictness};
 use crate::format::qcow2::layout::header::{Autoclear, Incompatible};
-use crate::format::qcow2::metadata_load::{Contents, ForWriting};
+use crate::format::qcow2::metadata_load::{LoadedMetadata, WriterOptions};
 use crate::format::qcow2::open::check_features;
 use crate::format::qcow2::state::Image;
-use crate::format::qcow2::task::finish;
+use crate::format::qcow2::task::detach_on_drop;
 
 /// A change that waits for its commit.
 struct Prepared<'a> {
     image: &'a Image,
-    wish: Wish,
+    requested: RequestedMode,
     config: Config,
     /// Read afresh, where what is in memory does not do.
-    contents: Option<Contents>,
+    loaded: Option<LoadedMetadata>,
     is_writable: bool,
 }
 
 impl Reopen for Prepared<'_> {
     fn commit(self: Box<Self>) {
-        let Self { image, wish, config, contents, is_writable } = *self;
-        *image.wish() = wish;
+        let Self { image, requested, config, loaded, is_writable } = *self;
+        *image.requested() = requested;
         image.use_config(config);
-        if let Some(contents) = contents {
-            image.install(contents);
+        if let Some(loaded) = loaded {
+            image.install(loaded);
         }
-        image.charge.set(is_writable, image.charge.is_active());
+        image.write_state.set(is_writable, image.write_state.is_active());
     }
 }
 
@@ -50,12 +50,12 @@ impl Image {
         context: &mut ReopenContext<'_>,
     ) -> Result<Box<dyn Reopen + 'a>> {
         let flags = context.flags;
-        let earlier = self.wish().clone();
-        let asked = Asked::take(&mut context.options)?.or(&earlier.asked);
+        let earlier = self.requested().clone();
+        let asked = RequestedOptions::take(&mut context.options)?.or(&earlier.asked);
         let old = self.config.load_full();
         let cluster0 = self.cluster0.load_full();
         let config = asked
-            .settle_again(&cluster0, &flags, old.slice_len)
+            .config_at_reopen(&cluster0, &flags, old.slice_len)
             .map_err(|error| self.name_error(error))?;
         self.check_usable()?;
         let is_writable = self.serves_io && !flags.read_only;
@@ -66,70 +66,70 @@ impl Image {
             let words = "an image opened for inspection serves nothing else; open it anew";
             return Err(self.name_error(Error::new(ErrorKind::NotSupported, words)));
         }
-        self.busy.wait_idle().await;
-        self.settle().await?;
+        self.tasks.wait_idle().await;
+        self.write_back_all_durably().await?;
         // A reader does not know what only a writer needs, and it may have changed since it was one.
         let is_known = self.is_writable() && config.overlap == old.overlap;
-        let contents = match is_writable && self.charge.is_active() && !is_known {
-            true => Some(self.read_afresh(&config, true).await?),
+        let loaded = match is_writable && self.write_state.is_active() && !is_known {
+            true => Some(self.reload(&config, true).await?),
             false => None,
         };
-        let wish = Wish { asked, flags };
-        Ok(Box::new(Prepared { image: self, wish, config, contents, is_writable }))
+        let requested = RequestedMode { asked, flags };
+        Ok(Box::new(Prepared { image: self, requested, config, loaded, is_writable }))
     }
 
     /// See [`bds_core::Driver::inactivate`].
     pub(crate) async fn inactivate(self: &Arc<Self>) -> Result<()> {
         self.check_flushable()?;
-        self.busy.wait_idle().await;
-        self.settle().await?;
-        self.charge.set(self.charge.is_writable(), false);
+        self.tasks.wait_idle().await;
+        self.write_back_all_durably().await?;
+        self.write_state.set(self.write_state.is_writable(), false);
         Ok(())
     }
 
     /// See [`bds_core::Driver::activate`].
     pub(crate) async fn activate(self: &Arc<Self>) -> Result<()> {
-        if self.charge.is_active() {
+        if self.write_state.is_active() {
             // What is in memory is newer than the file.
             return Ok(());
         }
         self.check_usable()?;
-        self.busy.wait_idle().await;
-        let is_writable = self.charge.is_writable();
+        self.tasks.wait_idle().await;
+        let is_writable = self.write_state.is_writable();
         if self.serves_io {
-            let contents = self.read_afresh(&self.config.load_full(), is_writable).await?;
-            let config = self.config_for(contents.cluster0())?;
+            let loaded = self.reload(&self.config.load_full(), is_writable).await?;
+            let config = self.config_for(loaded.cluster0())?;
             self.use_config(config);
-            self.install(contents);
+            self.install(loaded);
         }
-        self.charge.set(is_writable, true);
+        self.write_state.set(is_writable, true);
         Ok(())
     }
 
     /// What the options mean for the header as it is now: its defaults may have changed.
     fn config_for(&self, cluster0: &Cluster0) -> Result<Config> {
-        let Wish { asked, flags } = self.wish().clone();
+        let RequestedMode { asked, flags } = self.requested().clone();
         let slice_len = self.config.load().slice_len;
-        asked.settle_again(cluster0, &flags, slice_len).map_err(|error| self.name_error(error))
+        asked.config_at_reopen(cluster0, &flags, slice_len).map_err(|error| self.name_error(error))
     }
 
     /// Brings the file into the state in which a clean close leaves it, durably. Goes on to its end whatever becomes of the caller.
-    async fn settle(self: &Arc<Self>) -> Result<()> {
+    async fn write_back_all_durably(self: &Arc<Self>) -> Result<()> {
         if !self.is_writable() || !self.serves_io {
             return Ok(());
         }
         let image = Arc::clone(self);
-        let working = self.busy.begin();
-        finish(async move {
-            let settled = image.settle_here().await;
-            drop(working);
-            settled.map_err(|error| image.name_error(error))
+        let task_guard = self.tasks.begin();
+        detach_on_drop(async move {
+            let written = image.write_back_all_and_flush().await;
+            drop(task_guard);
+            written.map_err(|error| image.name_error(error))
         })
         .await
     }
 
-    async fn settle_here(self: &Arc<Self>) -> Result<()> {
-        self.finish_writing().await?;
+    async fn write_back_all_and_flush(self: &Arc<Self>) -> Result<()> {
+        self.write_back_all().await?;
         if let Some(data) = &self.data_file {
             data.flush().await?;
         }
@@ -137,20 +137,20 @@ impl Image {
     }
 
     /// Reads the image as an open does, and checks that it still is the one that was opened.
-    async fn read_afresh(&self, config: &Config, for_writing: bool) -> Result<Contents> {
+    async fn reload(&self, config: &Config, writer: bool) -> Result<LoadedMetadata> {
         let read = async {
             let cluster0 = read_cluster0(self.file.port(), Strictness::Use).await?;
-            check_features(&cluster0, &self.node_name, false, for_writing, self.file.len())?;
+            check_features(&cluster0, &self.node_name, false, writer, self.file.len())?;
             self.check_same(&cluster0)?;
-            let for_writing = for_writing.then(|| self.for_writing(config));
-            Contents::read(self.file.port(), cluster0, for_writing).await
+            let writer = writer.then(|| self.writer(config));
+            LoadedMetadata::read(self.file.port(), cluster0, writer).await
         };
         read.await.map_err(|error| self.name_file(error))
     }
 
-    /// What a writer with these options needs of the contents.
-    pub(crate) fn for_writing(&self, config: &Config) -> ForWriting {
-        ForWriting {
+    /// What a writer with these options needs of the metadata.
+    pub(crate) fn writer(&self, config: &Config) -> WriterOptions {
+        WriterOptions {
             classes: config.overlap,
             invalidate_bitmaps: config.invalidate_bitmaps,
             data_len: self.data_file.as_ref().map(|data| data.len()),
@@ -197,7 +197,7 @@ impl Image {
             meta.slices.set_budget(config.l2_cache_bytes);
             meta.counts.set_budget(config.refcount_cache_bytes);
         }
-        self.inflated.set_budget(config.decompressed_cache_bytes);
+        self.decompressed.set_budget(config.decompressed_cache_bytes);
         self.config.store(Arc::new(config));
     }
 }

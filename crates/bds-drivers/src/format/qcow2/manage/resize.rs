@@ -12,12 +12,12 @@ use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 
 use super::snapshot::SnapshotTable;
-use crate::format::qcow2::alloc::freed::Freed;
+use crate::format::qcow2::alloc::freed::FreedRun;
 use crate::format::qcow2::alloc::overlap::Class;
 use crate::format::qcow2::layout::header::{MAX_DISK_SIZE, MAX_L1_LEN};
 use crate::format::qcow2::layout::space::{Clusters, DataOffset, Offset};
 use crate::format::qcow2::layout::units::mem_len;
-use crate::format::qcow2::plan::Plan;
+use crate::format::qcow2::plan::MetaResult;
 use crate::format::qcow2::state::{Image, Meta};
 
 impl Image {
@@ -113,7 +113,7 @@ impl Image {
     }
 
     /// Makes the L1 table long enough for a disk of `len` bytes.
-    fn grow_l1(&self, meta: &mut Meta, len: u64) -> Plan<()> {
+    fn grow_l1(&self, meta: &mut Meta, len: u64) -> MetaResult<()> {
         let geometry = self.geometry();
         let entries = u32::try_from(geometry.l1_entries(len)).expect("checked against the limit");
         if entries <= meta.l1.entries {
@@ -127,7 +127,7 @@ impl Image {
         meta.l1.entries = entries;
         meta.l1.is_moved = true;
         if old.count > 0 {
-            meta.frees.push(Freed::metadata(old));
+            meta.frees.push(FreedRun::metadata(old));
         }
         Ok(())
     }
@@ -156,7 +156,7 @@ impl Image {
         while self.backing.is_some() && at < new {
             let len = geometry.cluster_size().min(new - at);
             self.write_all(at, &self.zeros().slice(0..mem_len(len))).await?;
-            self.keep_budgets().await?;
+            self.keep_within_budgets().await?;
             at += len;
         }
         Ok(())
@@ -177,17 +177,17 @@ impl Image {
                 at = self.next_unplaced(at, end).await?;
                 continue;
             };
-            let guarded = self.guard_link(work);
-            let (host, len) = (guarded.work.host, guarded.work.end - guarded.work.start);
+            let guard = self.guard_allocation(work);
+            let (host, len) = (guard.work.host, guard.work.end - guard.work.start);
             at += len;
             match how {
                 Prealloc::Full => self.write_zeros(host, len).await?,
                 Prealloc::Falloc => self.zero_data(host, len).await?,
-                _ if !guarded.work.is_fresh => self.zero_data(host, len).await?,
+                _ if !guard.work.is_fresh => self.zero_data(host, len).await?,
                 _ => self.lengthen_file(host, len).await?,
             }
-            guarded.link_empty();
-            self.keep_budgets().await?;
+            guard.link_empty();
+            self.keep_within_budgets().await?;
         }
         Ok(())
     }

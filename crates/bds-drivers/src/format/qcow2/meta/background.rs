@@ -20,9 +20,9 @@ use std::sync::{Arc, OnceLock};
 use bds_core::error::{Error, Result};
 
 use super::budget::WriteBackTask;
-use crate::format::qcow2::plan::{Plan, Stop};
+use crate::format::qcow2::plan::{MetaResult, NeedMeta};
 use crate::format::qcow2::state::{Image, Meta};
-use crate::format::qcow2::task::Done;
+use crate::format::qcow2::task::Completion;
 
 /// References waiting to be given up: enough to share a flush, few enough to have the space back soon.
 const MAX_FREES: usize = 4096;
@@ -30,23 +30,23 @@ const MAX_FREES: usize = 4096;
 const FULL_FREES: usize = 4 * MAX_FREES;
 
 /// Ends a [`WriteBackTask`], also if the task is dropped with its executor.
-struct Ending {
+struct WriteBackGuard {
     image: Arc<Image>,
     task: Arc<WriteBackTask>,
 }
 
-impl Ending {
+impl WriteBackGuard {
     fn finish(self, result: Result<()>) {
         if let Err(error) = &result {
             tracing::warn!(node = self.image.node_name, %error, "qcow2: metadata cannot be written back");
             self.image.meta().write_back_error.get_or_insert_with(|| error.duplicate());
         }
-        // Set once: there is one ending a task.
+        // Set once: there is one guard for a task.
         let _ = self.task.result.set(result);
     }
 }
 
-impl Drop for Ending {
+impl Drop for WriteBackGuard {
     fn drop(&mut self) {
         self.image.meta().write_back_task = None;
         self.task.done.set();
@@ -55,21 +55,21 @@ impl Drop for Ending {
 
 impl Image {
     /// Stops a change that would pin `more` bytes than the budget allows. A change that meets nothing pinned goes on, whatever it needs.
-    pub(crate) fn check_room(&self, meta: &Meta, more: usize) -> Plan<()> {
+    pub(crate) fn check_dirty_budget(&self, meta: &Meta, more: usize) -> MetaResult<()> {
         let pinned = meta.pinned_bytes();
         if pinned == 0 || pinned + more <= self.config.load().dirty.full {
             return Ok(());
         }
-        if meta.owed.is_writing || meta.slices.has_dirty() || meta.counts.has_dirty() {
-            return Err(Stop::Room);
+        if meta.pending_flush.is_writing || meta.slices.has_dirty() || meta.counts.has_dirty() {
+            return Err(NeedMeta::WriteBack);
         }
         // A write-back would find nothing to do: what is pinned belongs to allocations in flight.
-        meta.in_flight.first().map_or(Ok(()), |item| Err(Stop::Wait(Arc::clone(item))))
+        meta.in_flight.first().map_or(Ok(()), |item| Err(NeedMeta::Wait(Arc::clone(item))))
     }
 
     /// Keeps pinned metadata and freed clusters within their budgets after a change: begins a write-back if they call for it, and waits
     /// only if too many freed clusters are pending.
-    pub(crate) async fn keep_budgets(self: &Arc<Self>) -> Result<()> {
+    pub(crate) async fn keep_within_budgets(self: &Arc<Self>) -> Result<()> {
         let pinned_bytes = self.levels.pinned_bytes.load(Ordering::Relaxed);
         let frees = self.levels.frees.load(Ordering::Relaxed);
         if pinned_bytes <= self.config.load().dirty.begin && frees <= MAX_FREES {
@@ -80,7 +80,7 @@ impl Image {
         }
         if frees + self.levels.frees_durable.load(Ordering::Relaxed) > FULL_FREES {
             self.wait_for_write_back().await?;
-            return self.settle_frees().await;
+            return self.flush_and_release_frees().await;
         }
         if self.meta().write_back_error.is_none() {
             self.begin_write_back();
@@ -106,28 +106,28 @@ impl Image {
             if let Some(task) = &meta.write_back_task {
                 return Arc::clone(task);
             }
-            let task = Arc::new(WriteBackTask { done: Done::new(), result: OnceLock::new() });
+            let task = Arc::new(WriteBackTask { done: Completion::new(), result: OnceLock::new() });
             meta.write_back_task = Some(Arc::clone(&task));
             task
         };
-        let ending = Ending { image: Arc::clone(self), task: Arc::clone(&task) };
-        let working = self.busy.begin();
+        let guard = WriteBackGuard { image: Arc::clone(self), task: Arc::clone(&task) };
+        let task_guard = self.tasks.begin();
         bds_io::spawn(async move {
-            let result = ending.image.relieve().await;
-            ending.finish(result);
+            let result = guard.image.write_back_and_release().await;
+            guard.finish(result);
             // Last: close goes on when it is dropped.
-            drop(working);
+            drop(task_guard);
         })
         .detach();
         task
     }
 
     /// Writes dirty metadata back; with many freed clusters also makes their removal durable and gives them back.
-    async fn relieve(self: &Arc<Self>) -> Result<()> {
+    async fn write_back_and_release(self: &Arc<Self>) -> Result<()> {
         self.check_usable()?;
         self.write_back(true).await?;
         if self.meta().frees_written.len() > MAX_FREES && self.flush_frees().await? {
-            self.release_later();
+            self.spawn_release();
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bds_core::error::Result;
 
-use crate::format::qcow2::task::Done;
+use crate::format::qcow2::task::Completion;
 
 /// Bytes of metadata that may be pinned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,7 +18,7 @@ pub(crate) struct DirtyBudget {
 
 /// How much is pinned and waiting, as of the last release of the lock of `Meta`.
 #[derive(Debug, Default)]
-pub(crate) struct Levels {
+pub(crate) struct DirtyLevels {
     pub(super) pinned_bytes: AtomicUsize,
     /// Freed runs that a write-back brings on.
     pub(super) frees: AtomicUsize,
@@ -28,7 +28,7 @@ pub(crate) struct Levels {
     pub peak_bytes: AtomicUsize,
 }
 
-impl Levels {
+impl DirtyLevels {
     /// Publishes the levels. Under the lock of `Meta`.
     pub(crate) fn publish(&self, pinned_bytes: usize, frees: usize, frees_durable: usize) {
         self.pinned_bytes.store(pinned_bytes, Ordering::Relaxed);
@@ -42,6 +42,6 @@ impl Levels {
 /// A write-back in a task of its own.
 #[derive(Debug)]
 pub(crate) struct WriteBackTask {
-    pub(super) done: Done,
+    pub(super) done: Completion,
     pub(super) result: OnceLock<Result<()>>,
 }

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use bds_core::error::{Error, ErrorKind};
 
 use super::tables::{Slice, SliceId};
-use crate::format::qcow2::alloc::freed::Freed;
+use crate::format::qcow2::alloc::freed::FreedRun;
 use crate::format::qcow2::alloc::overlap::Class;
 use crate::format::qcow2::layout::entry::L1Entry;
 use crate::format::qcow2::layout::space::{Clusters, MetaOffset};
 use crate::format::qcow2::layout::units::mem_len;
-use crate::format::qcow2::plan::{Plan, Stop, What, bad};
+use crate::format::qcow2::plan::{MetaKey, MetaResult, NeedMeta, corrupt_entry};
 use crate::format::qcow2::state::{Image, Meta};
 
 impl Image {
@@ -19,17 +19,17 @@ impl Image {
         &self,
         meta: &mut Meta,
         guest: u64,
-    ) -> Plan<(SliceId, Arc<Slice>)> {
+    ) -> MetaResult<(SliceId, Arc<Slice>)> {
         let id = self.tables.slice_id(guest).filter(|id| id.table < meta.l1.entries);
         let Some(id) = id else {
-            return Err(Stop::Fail(
+            return Err(NeedMeta::Fail(
                 Error::new(ErrorKind::OutOfRange, "a write beyond the L1 table").at(guest),
             ));
         };
         let l1 = self.tables.l1(id.table);
-        match l1.table(self.geometry()).map_err(|b| bad(b, guest))? {
+        match l1.table(self.geometry()).map_err(|b| corrupt_entry(b, guest))? {
             None => {
-                self.check_room(meta, meta.slices.bytes_to_pin(id))?;
+                self.check_dirty_budget(meta, meta.slices.bytes_to_pin(id))?;
                 let got = self.alloc_metadata(meta, 1, Class::ACTIVE_L2)?;
                 meta.slices.add_unlinked(id.table, !got.is_fresh);
                 self.set_table(meta, id.table, got.offset);
@@ -47,7 +47,7 @@ impl Image {
             let slice = Arc::new(Slice::empty(self.config.load().slice_len, is_extended));
             return Ok((id, meta.slices.add(&self.tables, id, slice)));
         }
-        Err(Stop::Load(What::Slice(id)))
+        Err(NeedMeta::Load(MetaKey::Slice(id)))
     }
 
     fn set_table(&self, meta: &mut Meta, table: u32, place: MetaOffset) {
@@ -56,20 +56,20 @@ impl Image {
     }
 
     /// A table that a snapshot shares: from now on ours is a copy. All of it is in memory, so only its place changes.
-    fn copy_table(&self, meta: &mut Meta, table: u32, old: MetaOffset) -> Plan<()> {
+    fn copy_table(&self, meta: &mut Meta, table: u32, old: MetaOffset) -> MetaResult<()> {
         let pieces = u32::try_from(self.tables.slices_per_table()).expect("at most 4096");
         let ids = (0..pieces).map(|piece| SliceId { table, piece });
         if ids.clone().any(|id| self.tables.hold(id).is_none()) {
-            return Err(Stop::Load(What::Table(table)));
+            return Err(NeedMeta::Load(MetaKey::Table(table)));
         }
-        self.check_room(meta, self.geometry().cluster_len())?;
+        self.check_dirty_budget(meta, self.geometry().cluster_len())?;
         let got = self.alloc_metadata(meta, 1, Class::ACTIVE_L2)?;
         meta.slices.add_unlinked(table, false);
         for id in ids {
             meta.slices.mark_all(id);
         }
         self.set_table(meta, table, got.offset);
-        meta.frees.push(Freed::metadata(Clusters { start: old, count: 1 }));
+        meta.frees.push(FreedRun::metadata(Clusters { start: old, count: 1 }));
         Ok(())
     }
 

@@ -8,75 +8,75 @@ use std::sync::{Arc, OnceLock};
 use bds_core::driver::BoxFuture;
 use bds_core::error::Result;
 
-use super::shared_load::{Flight, Hold};
+use super::shared_load::{Load, Pinned};
 use super::tables::{Slice, SliceId};
 use crate::format::qcow2::layout::space::{MetaOffset, Offset};
-use crate::format::qcow2::plan::What;
+use crate::format::qcow2::plan::MetaKey;
 use crate::format::qcow2::state::Image;
-use crate::format::qcow2::task::{Done, finish};
+use crate::format::qcow2::task::{Completion, detach_on_drop};
 
-/// Ends a flight, also if its task was dropped with its executor.
-struct Landing {
+/// Ends a load, also if its task was dropped with its executor.
+struct LoadGuard {
     image: Arc<Image>,
-    what: What,
-    flight: Arc<Flight>,
+    what: MetaKey,
+    load: Arc<Load>,
 }
 
-impl Drop for Landing {
+impl Drop for LoadGuard {
     fn drop(&mut self) {
-        self.image.meta().flights.remove(&self.what);
-        self.flight.done.set();
+        self.image.meta().loads.remove(&self.what);
+        self.load.done.set();
     }
 }
 
 impl Image {
     /// Loads `what`, or waits for the load that is under way.
-    pub(crate) async fn load(self: &Arc<Self>, what: What) -> Result<Hold> {
-        let (flight, is_ours) = {
+    pub(crate) async fn load(self: &Arc<Self>, what: MetaKey) -> Result<Pinned> {
+        let (load, is_ours) = {
             let mut meta = self.meta();
-            if let Some(flight) = meta.flights.get(&what) {
-                (Arc::clone(flight), false)
+            if let Some(load) = meta.loads.get(&what) {
+                (Arc::clone(load), false)
             } else {
-                let flight = Arc::new(Flight { done: Done::new(), result: OnceLock::new() });
-                meta.flights.insert(what, Arc::clone(&flight));
-                (flight, true)
+                let load = Arc::new(Load { done: Completion::new(), result: OnceLock::new() });
+                meta.loads.insert(what, Arc::clone(&load));
+                (load, true)
             }
         };
         if is_ours {
-            let landing = Landing { image: Arc::clone(self), what, flight: Arc::clone(&flight) };
-            let working = self.busy.begin();
-            finish(async move {
-                let result = landing.image.read_in(what).await;
+            let guard = LoadGuard { image: Arc::clone(self), what, load: Arc::clone(&load) };
+            let task_guard = self.tasks.begin();
+            detach_on_drop(async move {
+                let result = guard.image.load_uncached(what).await;
                 // The first and only one to set it.
-                let _ = landing.flight.result.set(result);
-                drop(landing);
-                drop(working);
+                let _ = guard.load.result.set(result);
+                drop(guard);
+                drop(task_guard);
             })
             .await;
         } else {
-            flight.done.wait().await;
+            load.done.wait().await;
         }
-        match flight.result.get() {
+        match load.result.get() {
             Some(Ok(hold)) => Ok(hold.clone()),
             Some(Err(error)) => Err(error.duplicate()),
-            None => Ok(Hold::Nothing),
+            None => Ok(Pinned::Gone),
         }
     }
 
-    async fn read_in(self: &Arc<Self>, what: What) -> Result<Hold> {
+    async fn load_uncached(self: &Arc<Self>, what: MetaKey) -> Result<Pinned> {
         match what {
-            What::Slice(id) => self.read_slice(id).await,
-            What::Table(table) => self.read_table(table).await,
-            What::Block(index) => self.read_block(index).await,
+            MetaKey::Slice(id) => self.read_slice(id).await,
+            MetaKey::Table(table) => self.read_table(table).await,
+            MetaKey::Block(index) => self.read_block(index).await,
         }
     }
 
     /// Loading a table loads its slices: boxed, to close the circle of types.
-    fn load_boxed(self: &Arc<Self>, what: What) -> BoxFuture<'_, Result<Hold>> {
+    fn load_boxed(self: &Arc<Self>, what: MetaKey) -> BoxFuture<'_, Result<Pinned>> {
         Box::pin(self.load(what))
     }
 
-    async fn read_table(self: &Arc<Self>, table: u32) -> Result<Hold> {
+    async fn read_table(self: &Arc<Self>, table: u32) -> Result<Pinned> {
         let pieces = self.tables.slices_per_table();
         let mut held = Vec::with_capacity(pieces);
         for piece in 0..u32::try_from(pieces).expect("at most 4096 pieces") {
@@ -85,28 +85,28 @@ impl Image {
             let there = self.tables.hold(id);
             match there {
                 Some(slice) => held.push(slice),
-                None => match self.load_boxed(What::Slice(id)).await? {
-                    Hold::Slice(slice) => held.push(slice),
+                None => match self.load_boxed(MetaKey::Slice(id)).await? {
+                    Pinned::Slice(slice) => held.push(slice),
                     other => return Ok(other),
                 },
             }
         }
-        Ok(Hold::Slices(held))
+        Ok(Pinned::Slices(held))
     }
 
-    async fn read_slice(self: &Arc<Self>, id: SliceId) -> Result<Hold> {
+    async fn read_slice(self: &Arc<Self>, id: SliceId) -> Result<Pinned> {
         let len = self.config.load().slice_len;
         let is_extended = self.geometry().has_extended_l2();
         let table = {
             let mut meta = self.meta();
-            self.clean_now_and_then(&mut meta);
+            self.evict_unused_slices(&mut meta);
             meta.slices.evict(&self.tables, false);
             if let Some(slice) = self.tables.hold(id) {
-                return Ok(Hold::Slice(slice));
+                return Ok(Pinned::Slice(slice));
             }
             let table = match self.tables.l1(id.table).table(self.geometry()) {
                 Ok(Some(table)) => table,
-                Ok(None) => return Ok(Hold::Nothing),
+                Ok(None) => return Ok(Pinned::Gone),
                 Err(bad) => {
                     drop(meta);
                     let guest = self.geometry().guest_offset(u64::from(id.table), 0);
@@ -116,38 +116,38 @@ impl Image {
             if meta.slices.is_unlinked(id.table) {
                 // The file knows nothing of this table: what is not in memory is empty.
                 let slice = Arc::new(Slice::empty(len, is_extended));
-                return Ok(Hold::Slice(meta.slices.add(&self.tables, id, slice)));
+                return Ok(Pinned::Slice(meta.slices.add(&self.tables, id, slice)));
             }
             table
         };
         if !self.is_whole_table(table) {
-            return Err(self.lost_meta("an L2 table", table));
+            return Err(self.truncated_meta_error("an L2 table", table));
         }
         let bytes = self.read_file(table.plus(u64::from(id.piece) * len as u64), len).await?;
         let slice = Arc::new(Slice::decode(&bytes, is_extended));
         let mut meta = self.meta();
-        Ok(Hold::Slice(meta.slices.add(&self.tables, id, slice)))
+        Ok(Pinned::Slice(meta.slices.add(&self.tables, id, slice)))
     }
 
-    async fn read_block(self: &Arc<Self>, index: u64) -> Result<Hold> {
+    async fn read_block(self: &Arc<Self>, index: u64) -> Result<Pinned> {
         let place = {
             let mut meta = self.meta();
             if let Some(block) = meta.counts.resident(index) {
-                return Ok(Hold::Block(Arc::clone(&block.pin)));
+                return Ok(Pinned::Block(Arc::clone(&block.pin)));
             }
             meta.counts.evict();
             match meta.counts.block_place(index) {
                 Ok(Some(place)) => place,
                 // Looking again will tell what is wrong.
-                Ok(None) | Err(_) => return Ok(Hold::Nothing),
+                Ok(None) | Err(_) => return Ok(Pinned::Gone),
             }
         };
         if !self.is_whole_table(place) {
-            return Err(self.lost_meta("a refcount block", place));
+            return Err(self.truncated_meta_error("a refcount block", place));
         }
         let bytes = self.read_file(place, self.geometry().cluster_len()).await?;
         let pin = self.meta().counts.insert(index, place, bytes.into_boxed_slice());
-        Ok(Hold::Block(pin))
+        Ok(Pinned::Block(pin))
     }
 
     /// Reads bytes of metadata from the image file; zeros past its end.

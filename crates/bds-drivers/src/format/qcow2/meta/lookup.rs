@@ -28,7 +28,7 @@ pub(crate) enum Found {
 
 impl Image {
     /// What lies at `guest`, and how far (at most `max` bytes, at least one) the same goes on. A run ends at the latest with its slice.
-    /// Who follows the answer must be inside `grace`, from before the lookup.
+    /// Who follows the answer must hold a guard of `srcu`, from before the lookup.
     #[inline]
     pub(crate) fn lookup(&self, guest: u64, max: u64) -> Result<Found, BadEntry> {
         let geometry = self.geometry();

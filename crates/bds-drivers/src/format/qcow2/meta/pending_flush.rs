@@ -1,8 +1,8 @@
 //! Flushes of the image file and of the data node that must succeed before certain metadata may be written.
 
-/// Flushes that are owed before something may be written.
+/// Flushes that must succeed before something may be written.
 #[derive(Debug, Default)]
-pub(crate) struct Owed {
+pub(crate) struct PendingFlush {
     /// Counts writes of rank Body and Directory, as they begin and as they end.
     meta_written: u64,
     /// `meta_written` when the last flush that succeeded began.
@@ -13,7 +13,7 @@ pub(crate) struct Owed {
     pub is_writing: bool,
 }
 
-impl Owed {
+impl PendingFlush {
     /// Metadata that links depend on is being written, or has been.
     pub(super) fn note_written(&mut self) {
         self.meta_written += 1;
@@ -30,7 +30,7 @@ impl Owed {
     }
 
     /// Was anything that links depend on written and not flushed since?
-    pub(crate) fn owes_meta_flush(&self) -> bool {
+    pub(crate) fn needs_meta_flush(&self) -> bool {
         self.meta_written > self.meta_flushed
     }
 }

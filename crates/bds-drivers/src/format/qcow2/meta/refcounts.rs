@@ -1,10 +1,10 @@
 //! The refcounts of host clusters, as they will be in the file: a table of blocks, some of them in memory.
 //!
 //! Everything here is memory only and happens under the lock of `Meta`. A block that is not in memory stops the operation
-//! with [`Stop::Load`]; the caller loads it without the lock and begins again. Each function changes all or nothing before
+//! with [`NeedMeta::Load`]; the caller loads it without the lock and begins again. Each function changes all or nothing before
 //! it can stop, so beginning again is always right.
 //!
-//! Refcounts in memory run ahead of the file. Raised counts reach the file before any pointer to the
+//! Counts in memory run ahead of the file. Raised counts reach the file before any pointer to the
 //! cluster (`write_back.rs`, rule O1); lowered ones are entered here only after the pointer's removal is durable (`release.rs`, O2).
 
 use std::collections::{BTreeSet, HashMap};
@@ -16,7 +16,7 @@ use crate::format::qcow2::layout::entry::{read_refcount, refblock_place, write_r
 use crate::format::qcow2::layout::header::MAX_REFTABLE_LEN;
 use crate::format::qcow2::layout::space::{Clusters, MetaOffset};
 use crate::format::qcow2::layout::units::{Geometry, all_pieces, joined_bits};
-use crate::format::qcow2::plan::{Plan, Stop, What};
+use crate::format::qcow2::plan::{MetaKey, MetaResult, NeedMeta};
 
 /// Bytes of the refcount table that are written as one piece.
 pub(crate) const SLOT_PIECE: usize = 512;
@@ -99,9 +99,9 @@ impl Block {
 
 /// All refcounts of an image.
 #[derive(Debug)]
-pub(crate) struct Counts {
+pub(crate) struct Refcounts {
     geometry: Geometry,
-    /// The refcount table. It may have grown past its place in the file: see `needs_room`.
+    /// The refcount table. It may have grown past its place in the file: see `table_needs_space`.
     table: Vec<u64>,
     pub table_offset: MetaOffset,
     pub table_clusters: u64,
@@ -118,7 +118,7 @@ pub(crate) struct Counts {
     pub cursor: u64,
 }
 
-impl Counts {
+impl Refcounts {
     pub(crate) fn new(
         geometry: Geometry,
         table: Vec<u64>,
@@ -147,17 +147,17 @@ impl Counts {
     }
 
     /// The place of block `index`; `None` if it does not exist, so that all its counts are zero.
-    pub(crate) fn block_place(&self, index: u64) -> Plan<Option<MetaOffset>> {
+    pub(crate) fn block_place(&self, index: u64) -> MetaResult<Option<MetaOffset>> {
         let slot = usize::try_from(index).ok().and_then(|i| self.table.get(i));
         let place = refblock_place(slot.copied().unwrap_or(0), &self.geometry);
-        place.map_err(|bad| Stop::Corrupt {
+        place.map_err(|bad| NeedMeta::Corrupt {
             what: format!("refcount table entry {index}: {bad}"),
             at: self.table_offset.0 + index * 8,
         })
     }
 
     /// Block `index`, which exists.
-    fn block(&mut self, index: u64) -> Plan<&mut Block> {
+    fn block(&mut self, index: u64) -> MetaResult<&mut Block> {
         self.tick += 1;
         let tick = self.tick;
         match self.blocks.get_mut(&index) {
@@ -165,7 +165,7 @@ impl Counts {
                 block.used_at = tick;
                 Ok(block)
             }
-            None => Err(Stop::Load(What::Block(index))),
+            None => Err(NeedMeta::Load(MetaKey::Block(index))),
         }
     }
 
@@ -239,7 +239,7 @@ impl Counts {
     }
 
     /// How many refer to `cluster`.
-    pub(crate) fn count(&mut self, cluster: u64) -> Plan<u64> {
+    pub(crate) fn count(&mut self, cluster: u64) -> MetaResult<u64> {
         let geometry = self.geometry;
         let index = geometry.reftable_index(cluster);
         if self.block_place(index)?.is_none() {
@@ -252,7 +252,7 @@ impl Counts {
     }
 
     /// Sets the count of `cluster`, whose block exists. The new count must fit.
-    fn set(&mut self, cluster: u64, count: u64, is_raise: bool) -> Plan<()> {
+    fn set(&mut self, cluster: u64, count: u64, is_raise: bool) -> MetaResult<()> {
         let geometry = self.geometry;
         let block = self.block(geometry.reftable_index(cluster))?;
         let slot = geometry.refblock_index(cluster);
@@ -265,10 +265,10 @@ impl Counts {
     }
 
     /// One more refers to `cluster`. Fails if the count's width does not allow it.
-    pub(crate) fn raise(&mut self, cluster: u64) -> Plan<u64> {
+    pub(crate) fn raise(&mut self, cluster: u64) -> MetaResult<u64> {
         let count = self.count(cluster)?;
         if count >= self.geometry.refcount_max() {
-            return Err(Stop::Fail(
+            return Err(NeedMeta::Fail(
                 Error::new(
                     ErrorKind::LimitExceeded,
                     format!("{}-bit refcounts are full", self.geometry.refcount_bits()),
@@ -281,10 +281,10 @@ impl Counts {
     }
 
     /// One less refers to `cluster`. At zero it is free at once.
-    pub(crate) fn lower(&mut self, cluster: u64) -> Plan<u64> {
+    pub(crate) fn lower(&mut self, cluster: u64) -> MetaResult<u64> {
         let count = self.count(cluster)?;
         let Some(left) = count.checked_sub(1) else {
-            return Err(Stop::Corrupt {
+            return Err(NeedMeta::Corrupt {
                 what: "a cluster in use has refcount 0".into(),
                 at: cluster << self.geometry.cluster_bits(),
             });
@@ -298,7 +298,7 @@ impl Counts {
 
     /// The first free cluster from `from` on that lies in a block that exists, or the first of a block that does not.
     /// The flag says which.
-    pub(crate) fn next_free(&mut self, from: u64) -> Plan<(u64, bool)> {
+    pub(crate) fn next_free(&mut self, from: u64) -> MetaResult<(u64, bool)> {
         let geometry = self.geometry;
         let mut at = from;
         loop {
@@ -322,7 +322,7 @@ impl Counts {
     }
 
     /// Marks free clusters, whose blocks exist and are in memory, as used by one.
-    pub(crate) fn take(&mut self, first: u64, count: u64) -> Plan<()> {
+    pub(crate) fn take(&mut self, first: u64, count: u64) -> MetaResult<()> {
         let geometry = self.geometry;
         for index in geometry.reftable_index(first)..=geometry.reftable_index(first + count - 1) {
             self.block(index)?;
@@ -338,7 +338,7 @@ impl Counts {
     }
 
     /// Enters a new block number `index` at cluster `place`, which is free and which the block may describe itself.
-    pub(crate) fn add_block(&mut self, index: u64, place: u64) -> Plan<()> {
+    pub(crate) fn add_block(&mut self, index: u64, place: u64) -> MetaResult<()> {
         let geometry = self.geometry;
         let slot = usize::try_from(index).map_err(|_| too_far(&geometry))?;
         let describes_itself = geometry.reftable_index(place) == index;
@@ -369,12 +369,12 @@ impl Counts {
     }
 
     /// Has the table outgrown its place in the file?
-    pub(crate) fn needs_room(&self) -> bool {
+    pub(crate) fn table_needs_space(&self) -> bool {
         self.table.len() as u64 * 8 > self.table_clusters * self.geometry.cluster_size()
     }
 
     /// Clusters a new place for the table should have: half as much again as it needs, within the format's limit.
-    pub(crate) fn wanted_room(&self) -> u64 {
+    pub(crate) fn wanted_table_clusters(&self) -> u64 {
         let need = self.table.len() as u64 * 8;
         let roomy = (need + need / 2).min(MAX_REFTABLE_LEN).max(need);
         self.geometry.clusters(roomy)
@@ -408,8 +408,8 @@ impl Counts {
     }
 }
 
-fn too_far(geometry: &Geometry) -> Stop {
-    Stop::Fail(
+fn too_far(geometry: &Geometry) -> NeedMeta {
+    NeedMeta::Fail(
         Error::new(
             ErrorKind::LimitExceeded,
             "the image file is full: its refcount table may not exceed 8 MiB; use larger clusters or narrower refcounts",

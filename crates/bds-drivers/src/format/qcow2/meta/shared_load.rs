@@ -5,21 +5,21 @@ use std::sync::{Arc, OnceLock};
 use bds_core::error::Result;
 
 use super::tables::Slice;
-use crate::format::qcow2::task::Done;
+use crate::format::qcow2::task::Completion;
 
 /// Keeps something in memory.
 #[derive(Clone, Debug)]
-pub(crate) enum Hold {
+pub(crate) enum Pinned {
     Slice(Arc<Slice>),
     Slices(#[expect(dead_code, reason = "held, not looked at")] Vec<Arc<Slice>>),
     Block(#[expect(dead_code, reason = "held, not looked at")] Arc<()>),
     /// It was not there to be loaded any more: look again.
-    Nothing,
+    Gone,
 }
 
 /// A load under way.
 #[derive(Debug)]
-pub(crate) struct Flight {
-    pub(super) done: Done,
-    pub(super) result: OnceLock<Result<Hold>>,
+pub(crate) struct Load {
+    pub(super) done: Completion,
+    pub(super) result: OnceLock<Result<Pinned>>,
 }

@@ -15,7 +15,7 @@ pub(super) struct Unlinked {
 
 /// Why a slice must stay in memory.
 #[derive(Clone, Copy, Debug, Default)]
-struct Pinned {
+struct SliceUse {
     /// Bit i: piece i (of 64) differs from the file.
     dirty: u64,
     /// The batch under way holds pieces of it, which become dirty again if it fails.
@@ -24,7 +24,7 @@ struct Pinned {
     changing: u32,
 }
 
-impl Pinned {
+impl SliceUse {
     fn is_needed(&self) -> bool {
         self.dirty != 0 || self.is_writing || self.changing > 0
     }
@@ -37,7 +37,7 @@ pub(crate) struct SliceCache {
     ring: VecDeque<SliceId>,
     resident_bytes: usize,
     budget_bytes: usize,
-    pinned: HashMap<SliceId, Pinned>,
+    pinned: HashMap<SliceId, SliceUse>,
     /// Pinned slices that are dirty.
     dirty_count: usize,
     /// In order, so that a seed replays the writes they cause.

@@ -20,10 +20,10 @@ use crate::format::qcow2::layout::entry::{L1Entry, L2Entry};
 use crate::format::qcow2::layout::space::MetaOffset;
 use crate::format::qcow2::layout::units::Geometry;
 
-/// L1 entries of one page, pages of one shelf, shelves: together the largest L1 table there is (32 MiB).
+/// L1 entries of one page, pages of one directory, directories: together the largest L1 table there is (32 MiB).
 const PAGE_LEN: usize = 512;
-const SHELF_LEN: usize = 128;
-const SHELVES: usize = 64;
+const DIR_LEN: usize = 128;
+const DIRS: usize = 64;
 /// Bytes of the L1 table that are written as one piece.
 pub(super) const L1_PIECE: u64 = 512;
 
@@ -136,11 +136,11 @@ struct Page {
     slots: [OnceLock<Slots>; PAGE_LEN],
 }
 
-type Shelf = Box<[OnceLock<Box<Page>>]>;
+type Dir = Box<[OnceLock<Box<Page>>]>;
 
 /// The L1 table with, behind each entry, the cached slices of its L2 table.
 pub(crate) struct Tables {
-    shelves: Box<[OnceLock<Shelf>]>,
+    dirs: Box<[OnceLock<Dir>]>,
     slices_per_table: usize,
     /// Guest bytes one slice maps, as a shift.
     slice_span_bits: u32,
@@ -159,7 +159,7 @@ impl Tables {
     pub(crate) fn new(geometry: &Geometry, slice_len: usize) -> Self {
         let entries = slice_len / geometry.l2_entry_len();
         Self {
-            shelves: (0..SHELVES).map(|_| OnceLock::new()).collect(),
+            dirs: (0..DIRS).map(|_| OnceLock::new()).collect(),
             slices_per_table: geometry.cluster_len() / slice_len,
             slice_span_bits: geometry.cluster_bits() + entries.trailing_zeros(),
             table_span_bits: geometry.l2_span_bits(),
@@ -187,8 +187,8 @@ impl Tables {
     #[inline]
     fn page(&self, table: u32) -> Option<&Page> {
         let page = table as usize / PAGE_LEN;
-        let shelf = self.shelves.get(page / SHELF_LEN)?.get()?;
-        shelf[page % SHELF_LEN].get().map(|page| &**page)
+        let dir = self.dirs.get(page / DIR_LEN)?.get()?;
+        dir[page % DIR_LEN].get().map(|page| &**page)
     }
 
     /// The L1 entry for table number `table`; zero where the table does not reach.
@@ -211,8 +211,8 @@ impl Tables {
 
     /// Forgets everything. Only under the lock of `Meta`, with nobody inside.
     pub(crate) fn clear(&self) {
-        let shelves = self.shelves.iter().filter_map(OnceLock::get).flatten();
-        for page in shelves.filter_map(OnceLock::get) {
+        let dirs = self.dirs.iter().filter_map(OnceLock::get).flatten();
+        for page in dirs.filter_map(OnceLock::get) {
             page.words.iter().for_each(|word| word.store(0, Ordering::Release));
             let slots = page.slots.iter().filter_map(OnceLock::get);
             slots.flatten().for_each(|slot| slot.store(None));
@@ -221,9 +221,9 @@ impl Tables {
 
     fn page_or_new(&self, table: u32) -> &Page {
         let page = table as usize / PAGE_LEN;
-        let shelf = self.shelves[page / SHELF_LEN]
-            .get_or_init(|| (0..SHELF_LEN).map(|_| OnceLock::new()).collect());
-        shelf[page % SHELF_LEN].get_or_init(|| {
+        let dir = self.dirs[page / DIR_LEN]
+            .get_or_init(|| (0..DIR_LEN).map(|_| OnceLock::new()).collect());
+        dir[page % DIR_LEN].get_or_init(|| {
             Box::new(Page {
                 words: std::array::from_fn(|_| AtomicU64::new(0)),
                 slots: std::array::from_fn(|_| OnceLock::new()),
@@ -279,7 +279,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn entries_survive_the_file_form() {
+    fn entries_round_trip_through_bytes() {
         for is_extended in [false, true] {
             let slice = Slice::empty(512, is_extended);
             let entry = L2Entry { word: 0x8000_0000_0005_0000, bitmap: 7 };

@@ -33,7 +33,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use super::refcounts::SLOT_PIECE;
 use super::tables::{L1_PIECE, SliceId};
-use crate::format::qcow2::alloc::freed::Freed;
+use crate::format::qcow2::alloc::freed::FreedRun;
 use crate::format::qcow2::layout::entry::L1Entry;
 use crate::format::qcow2::layout::header::{
     Header, INCOMPATIBLE_AT, Incompatible, L1_AT, REFTABLE_AT, SIZE_AT,
@@ -78,7 +78,7 @@ enum Action {
 }
 
 #[derive(Debug)]
-struct Planned {
+struct PlannedWrite {
     rank: Rank,
     offset: u64,
     action: Action,
@@ -88,11 +88,11 @@ struct Planned {
 /// Metadata as it was at one moment, to be written in order.
 #[derive(Debug, Default)]
 pub(crate) struct Batch {
-    writes: Vec<Planned>,
+    writes: Vec<PlannedWrite>,
     /// Tables that rank Link makes reachable.
     linked: Vec<u32>,
     /// Pointers to these are gone when rank Link is durable.
-    frees: Vec<Freed>,
+    frees: Vec<FreedRun>,
     /// Links point at bytes that must be durable first, written since the last flush of the data node.
     needs_data_flush: bool,
 }
@@ -101,7 +101,7 @@ impl Image {
     /// Is there anything to write, or being written?
     pub(crate) fn has_unwritten(&self, meta: &Meta) -> bool {
         let counts = self.counts_matter_now() && meta.counts.has_dirty();
-        meta.owed.is_writing
+        meta.pending_flush.is_writing
             || meta.slices.has_dirty()
             || !meta.slices.unlinked.is_empty()
             || !meta.l1.dirty.is_empty()
@@ -117,20 +117,20 @@ impl Image {
     }
 
     /// Writes all dirty metadata in order. Not necessarily durable when it returns, but ordered behind all it depends on.
-    /// Must run to its end: callers put it in a task (`task::finish`).
+    /// Must run to its end: callers put it in a task (`task::detach_on_drop`).
     pub(crate) async fn write_back(self: &Arc<Self>, with_counts: bool) -> Result<()> {
-        let _turn = self.turn.lock().await;
+        let _turn = self.write_back_lock.lock().await;
         // The table's new place must be counted before the blocks are taken.
         self.plan(|image, meta| image.move_table(meta)).await?;
         let batch = {
             let mut meta = self.meta();
             let batch = self.take_batch(&mut meta, with_counts || self.counts_matter_now());
-            meta.owed.is_writing = true;
+            meta.pending_flush.is_writing = true;
             batch
         };
         let result = self.write_batch(&batch).await;
         let mut meta = self.meta();
-        meta.owed.is_writing = false;
+        meta.pending_flush.is_writing = false;
         let result = match result {
             Ok(()) => {
                 meta.frees_written.extend(batch.frees);
@@ -171,7 +171,7 @@ impl Image {
             batch.push(Rank::Size, SIZE_AT, size.to_be_bytes().to_vec(), Source::Size(size));
         }
         batch.frees = std::mem::take(&mut meta.frees);
-        batch.needs_data_flush = has_links && std::mem::take(&mut meta.owed.data_flush);
+        batch.needs_data_flush = has_links && std::mem::take(&mut meta.pending_flush.data_flush);
         batch
     }
 
@@ -186,7 +186,7 @@ impl Image {
             if unlinked.needs_zeros || self.file.len() < offset + len {
                 let action = Action::Zero(len);
                 let source = Source::Clear;
-                batch.writes.push(Planned { rank: Rank::Body, offset, action, source });
+                batch.writes.push(PlannedWrite { rank: Rank::Body, offset, action, source });
             }
         }
         let piece_len = cache.piece_len();
@@ -303,7 +303,7 @@ impl Image {
         let owes = {
             let meta = self.meta();
             // The size may only be seen with all that precedes it.
-            meta.owed.owes_meta_flush() || copied_here || rank == Rank::Size
+            meta.pending_flush.needs_meta_flush() || copied_here || rank == Rank::Size
         };
         if owes {
             self.flush_meta().await?;
@@ -311,17 +311,17 @@ impl Image {
         Ok(())
     }
 
-    /// Flushes the image file; nothing is owed for what had been written when it began.
+    /// Flushes the image file; no flush is needed any more for what had been written when it began.
     pub(crate) async fn flush_meta(&self) -> Result<()> {
-        let before = self.meta().owed.written();
+        let before = self.meta().pending_flush.written();
         self.file.flush().await.map_err(|e| self.name_error(e))?;
-        self.meta().owed.note_flushed(before);
+        self.meta().pending_flush.note_flushed(before);
         Ok(())
     }
 
     fn note_rank_written(&self, rank: Rank) {
         if rank < Rank::Link {
-            self.meta().owed.note_written();
+            self.meta().pending_flush.note_written();
         }
     }
 
@@ -368,7 +368,7 @@ impl Image {
                 Source::Clear => {}
             }
         }
-        meta.owed.data_flush |= batch.needs_data_flush;
+        meta.pending_flush.data_flush |= batch.needs_data_flush;
         let newer = std::mem::replace(&mut meta.frees, batch.frees);
         meta.frees.extend(newer);
     }
@@ -376,12 +376,12 @@ impl Image {
 
 impl Batch {
     fn push(&mut self, rank: Rank, offset: u64, bytes: Vec<u8>, source: Source) {
-        self.writes.push(Planned { rank, offset, action: Action::Write(bytes), source });
+        self.writes.push(PlannedWrite { rank, offset, action: Action::Write(bytes), source });
     }
 }
 
 /// The writes of a rank in the order of the file, neighbours joined.
-fn joined_writes(writes: &[Planned], rank: Rank) -> Vec<(u64, Vec<u8>)> {
+fn joined_writes(writes: &[PlannedWrite], rank: Rank) -> Vec<(u64, Vec<u8>)> {
     let mut pieces: Vec<(u64, &[u8])> = writes
         .iter()
         .filter(|w| w.rank == rank)

@@ -27,7 +27,7 @@ fn encoded(kind: Compression, cluster: &[u8]) -> Option<Vec<u8>> {
 }
 
 #[test]
-fn clusters_of_every_size_come_back() {
+fn clusters_of_every_size_round_trip() {
     for kind in KINDS {
         for bits in 9..=21 {
             let len = 1 << bits;
@@ -49,7 +49,7 @@ fn clusters_of_every_size_come_back() {
 }
 
 #[test]
-fn what_does_not_shrink_is_stored_as_it_is() {
+fn incompressible_clusters_are_not_encoded() {
     for kind in KINDS {
         for len in [512, 4096, 65536, 1 << 21] {
             assert_eq!(encoded(kind, &noise(len, 7)), None, "{kind:?} {len}");
@@ -92,7 +92,7 @@ fn no_cluster_of_any_size_makes_a_codec_panic() {
 
 /// The longest results that deflate has fit the buffer it is given.
 #[test]
-fn the_deflate_bound_is_one() {
+fn deflate_never_exceeds_its_bound() {
     for bits in 9..=21 {
         let cluster = noise(1 << bits, 77);
         let mut encoders = Encoders::default();
@@ -103,7 +103,7 @@ fn the_deflate_bound_is_one() {
 }
 
 #[test]
-fn a_panic_in_a_codec_is_the_end_of_its_state_and_of_nothing_else() {
+fn codec_panic_resets_codec_state() {
     let mut codecs = Encoders { deflated: vec![1], ..Encoders::default() };
     let outcome: Option<usize> = contain(&mut codecs, |_| panic!("a codec's bug"));
     assert_eq!(outcome, None);
@@ -112,7 +112,7 @@ fn a_panic_in_a_codec_is_the_end_of_its_state_and_of_nothing_else() {
 }
 
 #[test]
-fn a_buffer_too_small_for_the_result_is_never_overrun() {
+fn encode_never_overruns_a_short_buffer() {
     for kind in KINDS {
         for data in [text(65536), noise(65536, 5), [text(32768), noise(32768, 5)].concat()] {
             for room in [0, 1, 2, 100, 5000, 40000] {
@@ -127,7 +127,7 @@ fn a_buffer_too_small_for_the_result_is_never_overrun() {
 }
 
 #[test]
-fn damage_is_an_error() {
+fn damaged_input_is_an_error() {
     for kind in KINDS {
         let cluster = text(65536);
         let stored = encoded(kind, &cluster).unwrap();

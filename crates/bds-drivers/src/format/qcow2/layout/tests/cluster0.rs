@@ -55,7 +55,7 @@ fn a_fresh_header_has_qemus_bytes() {
 }
 
 #[test]
-fn everything_in_cluster_0_comes_back_as_it_went() {
+fn cluster_0_round_trips() {
     for version in [2, 3] {
         let mut image = sample(version);
         image.backing_name = Some(b"base \xff.img".to_vec());
@@ -81,7 +81,7 @@ fn everything_in_cluster_0_comes_back_as_it_went() {
 }
 
 #[test]
-fn what_does_not_fit_cluster_0_is_no_space() {
+fn cluster_0_overflow_is_no_space() {
     let mut image = sample(3);
     image.header.geometry = Geometry::new(9, false, 4).unwrap();
     image.extensions.feature_names = None;
@@ -102,7 +102,7 @@ fn with(version: u32, at: usize, value: &[u8], mode: Strictness) -> Result<Clust
 }
 
 #[test]
-fn every_field_at_its_limit_and_over_it() {
+fn fields_at_and_over_their_limits() {
     use ErrorKind::{InvalidImage, LimitExceeded, NotSupported};
     let n = |v: u64| v.to_be_bytes().to_vec();
     let w = |v: u32| v.to_be_bytes().to_vec();
@@ -229,7 +229,7 @@ fn inspection_tolerates_what_a_check_repairs() {
 }
 
 #[test]
-fn a_file_that_ends_inside_cluster_0_is_an_error_or_whole() {
+fn file_ending_inside_cluster_0() {
     let mut image = sample(3);
     image.backing_name = Some(b"base.img".to_vec());
     let bytes = image.encode().unwrap();

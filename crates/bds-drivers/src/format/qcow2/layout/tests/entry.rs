@@ -95,7 +95,7 @@ fn runs_agree_with_looking_at_every_subcluster() {
 }
 
 #[test]
-fn compressed_descriptors_come_back_as_they_went() {
+fn compressed_descriptors_round_trip() {
     for bits in 9..=21 {
         let g = Geometry::new(bits, false, 4).unwrap();
         let size = g.cluster_size();

@@ -22,7 +22,7 @@ fn parse(bytes: &[u8]) -> Result<Extensions> {
 }
 
 #[test]
-fn every_extension_comes_back_as_it_went() {
+fn extensions_round_trip() {
     let all = Extensions {
         backing_format: Some(b"qcow2".to_vec()),
         data_file: Some(b"data.raw".to_vec()),
@@ -58,7 +58,7 @@ fn every_extension_comes_back_as_it_went() {
 }
 
 #[test]
-fn what_two_readers_could_see_differently_is_refused() {
+fn ambiguous_extensions_are_refused() {
     for (list, word) in [
         (&[(BACKING_FORMAT, &b"raw"[..]), (BACKING_FORMAT, b"qcow2")][..], "twice"),
         (&[(DATA_FILE, b"a"), (DATA_FILE, b"a")], "twice"),
@@ -81,7 +81,7 @@ fn what_two_readers_could_see_differently_is_refused() {
 }
 
 #[test]
-fn the_area_bounds_the_list() {
+fn extension_list_ends_with_its_area() {
     let mut bytes = raw(&[(7, b"12345678"), (END, b""), (BACKING_FORMAT, b"after the end mark")]);
     let found = parse(&bytes).unwrap();
     assert_eq!((found.unknown.len(), &found.backing_format), (1, &None));

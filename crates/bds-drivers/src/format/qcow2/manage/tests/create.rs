@@ -105,7 +105,7 @@ fn combinations_that_qemu_refuses_are_refused() {
 }
 
 #[test]
-fn plans_count_themselves() {
+fn layouts_count_their_own_refcount_clusters() {
     for bits in [9, 12, 16, 21] {
         for order in 0..=6 {
             for ext in [false, true] {

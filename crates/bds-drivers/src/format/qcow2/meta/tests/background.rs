@@ -207,7 +207,7 @@ fn close_waits_for_the_write_back_and_nothing_holds_the_image_afterwards() {
 
 /// Writes, zeros and discards from 16 sides at once, while a flush takes long.
 #[test]
-fn the_budget_holds_at_512_byte_clusters() {
+fn dirty_budget_holds_at_512_byte_clusters() {
     for seed in 0..6 {
         Sim::new(seed, SimConfig::calm()).block_on(async {
             let file = make("8M", 512);
@@ -266,7 +266,7 @@ fn the_budget_holds_at_512_byte_clusters() {
 }
 
 #[test]
-fn small_images_get_room_and_chosen_sizes_are_kept() {
+fn default_and_chosen_dirty_budgets() {
     const KIB: usize = 1 << 10;
     const MIB: usize = 1 << 20;
     let cases = [

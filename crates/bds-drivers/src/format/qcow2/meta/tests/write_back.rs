@@ -18,12 +18,12 @@ fn a_flush_is_not_credited_with_writes_made_during_it() {
         let flags = OpenFlags::default();
         let opened = fuzzing::open_image(&file, None, None, flags).await.expect("just made");
         let image = &opened.as_any().downcast_ref::<Qcow2>().expect("it is qcow2").image;
-        let owes = || image.meta().owed.owes_meta_flush();
-        image.meta().owed.note_written();
+        let owes = || image.meta().pending_flush.needs_meta_flush();
+        image.meta().pending_flush.note_written();
         file.hold_flushes(true);
         let mut flush = Box::pin(image.flush_meta());
         assert!(poll!(&mut flush).is_pending());
-        image.meta().owed.note_written();
+        image.meta().pending_flush.note_written();
         file.hold_flushes(false);
         flush.await.expect("memory does not fail");
         assert!(owes(), "a flush was credited with what was written after it had begun");
