@@ -1,4 +1,4 @@
-//! The options of an open image, as QEMU names them, and some of ours.
+//! The open options of an image, as QEMU names them and some of ours, and the configuration they result in.
 
 use bds_core::driver::OpenFlags;
 use bds_core::error::{Error, ErrorKind, Result};
@@ -126,7 +126,7 @@ const CLASSES: [(&str, &str, Class); 9] = [
     ("bitmap-directory", "overlap-check.bitmap-directory", Class::BITMAP_DIRECTORY),
 ];
 
-/// The options as asked for, before the image is known.
+/// The options as given, before the header is known.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct RequestedOptions {
     lazy_refcounts: Option<bool>,
@@ -169,14 +169,14 @@ impl RequestedOverlap {
     }
 }
 
-/// What an image was opened, or reopened, with.
+/// Options and flags an image was opened, or reopened, with.
 #[derive(Clone, Debug)]
 pub(crate) struct RequestedMode {
     pub asked: RequestedOptions,
     pub flags: OpenFlags,
 }
 
-/// What holds for an open image.
+/// The configuration of an open image.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
     pub lazy_refcounts: bool,
@@ -197,7 +197,7 @@ pub(crate) struct Config {
 }
 
 impl RequestedOptions {
-    /// Takes what we know out of the options.
+    /// Takes the known options out of `options`.
     pub(crate) fn take(options: &mut Options) -> Result<Self> {
         // Decides what becomes of deleted snapshots' space; we delete none, so both values hold.
         options.take_bool("pass-discard-snapshot")?;
@@ -322,8 +322,8 @@ impl RequestedOptions {
         Ok((l2, refcount))
     }
 
-    /// How much may be dirty. A chosen size is kept. Without one small images get more than their tables take, so that they
-    /// are not written back one by one.
+    /// How much may be dirty. A chosen size is kept. Without one small images get more than their tables take, so that
+    /// they are not written back one by one.
     fn dirty_budget(&self, cluster0: &Cluster0, l2: u64, refcount: u64) -> DirtyBudget {
         let is_chosen = self.total.or(self.l2).or(self.refcount).is_some();
         let room = if is_chosen { l2 } else { l2.max(MIN_DIRTY_L2) };

@@ -1,4 +1,4 @@
-//! The driver contract, by delegation: each method is one call into the room that does it.
+//! Implements the driver contract for qcow2 by delegation to [`Image`], and writes back everything at flush and close.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ impl Qcow2 {
         Self { image: Arc::new(image) }
     }
 
-    /// Runs `work` on the image to its end, whatever becomes of the caller.
+    /// Runs `work` on the image to completion, even if the caller is dropped.
     fn run<T, F>(&self, work: impl FnOnce(Arc<Image>) -> F) -> BoxFuture<'_, Result<T>>
     where
         T: Send + 'static,
@@ -87,7 +87,7 @@ impl Driver for Qcow2 {
         Box::pin(self.image.read(offset, iov))
     }
 
-    /// What does not change what is read must not show anything else after a crash either.
+    /// A write that does not change what is read must not show anything else after a crash either.
     fn write_flags(&self) -> WriteFlags {
         WriteFlags::UNCHANGED
     }
@@ -181,7 +181,7 @@ impl Driver for Qcow2 {
         progress: &'a (dyn Fn(u64, u64) + Send + Sync),
     ) -> BoxFuture<'a, Result<CheckReport>> {
         Box::pin(async move {
-            // The check reads the file: all we know must be there.
+            // The check reads the file: all metadata must be written.
             self.run(|image| async move { image.write_all_metadata().await }).await?;
             let data_file = self.image.data_file.as_deref();
             check_image(self.image.file.port(), data_file, progress).await
@@ -198,7 +198,8 @@ impl Driver for Qcow2 {
         let mut access =
             Access::of_child(if is_metadata_only { role - Role::DATA } else { role }, node);
         if name == "data-file" && node.is_writable && node.is_active {
-            // Freed clusters are discarded there when nobody can read them any more, also after the last user has left.
+            // Freed clusters are discarded there once no request can read them any more, also after the last user has
+            // left.
             access.perm |= Perm::changes();
         }
         access
@@ -241,7 +242,7 @@ impl Image {
         self.is_writable() && self.serves_io && self.has_unwritten(&self.meta())
     }
 
-    /// Must the file be flushed for our own sake?
+    /// Must the file be flushed for metadata or freed clusters?
     fn needs_flush(&self) -> bool {
         let meta = self.meta();
         !meta.frees_written.is_empty()
@@ -249,10 +250,10 @@ impl Image {
             || meta.pending_flush.needs_meta_flush()
     }
 
-    /// What is remembered of files and backing node may be true of others.
+    /// Drops cached facts about children: they may be other nodes now.
     pub(crate) fn children_changed(&self) {
         self.forget_sparseness();
-        // Asks, and remembers the answer.
+        // Reads and caches the length.
         self.backing.len();
     }
 
@@ -274,7 +275,7 @@ impl Image {
         if self.is_writable() { self.check_usable() } else { Ok(()) }
     }
 
-    /// Gives freed clusters back behind the caller's back: nobody waits for it but close.
+    /// Releases freed clusters in the background: only close waits for it.
     pub(super) fn spawn_release(self: &Arc<Self>) {
         let image = Arc::clone(self);
         let task_guard = self.tasks.begin();
@@ -309,25 +310,25 @@ impl Image {
         if self.needs_write_back() || self.needs_flush() || self.meta().counts.has_dirty() {
             self.write_back(true).await?;
             self.flush_and_release_frees().await?;
-            // Counts that fell when clusters were given back.
+            // Counts that fell when clusters were released.
             self.write_back(true).await?;
         }
         Ok(())
     }
 
-    /// Writes everything that is left, gives back what is free, and clears the dirty bit: as a clean image is left behind. Fails too if
-    /// an earlier write-back failed that no flush has reported.
+    /// Writes back everything, releases freed clusters and clears the dirty bit, as a clean close leaves an image. Also
+    /// reports an earlier write-back that failed, if no flush has reported it.
     pub(super) async fn write_back_all(self: &Arc<Self>) -> Result<()> {
         let finished = self.write_all_and_clear_dirty_bit().await;
         finished.and(self.take_write_back_error())
     }
 
     async fn write_all_and_clear_dirty_bit(self: &Arc<Self>) -> Result<()> {
-        /// Others may go on writing meanwhile if whoever asked for this is gone.
+        /// Writes may go on meanwhile if the caller was dropped.
         const ATTEMPTS: usize = 8;
         for _ in 0..ATTEMPTS {
             self.write_all_metadata().await?;
-            // While we have the turn, the file stays as it is.
+            // While the lock is held, no write-back changes the file.
             let _turn = self.write_back_lock.lock().await;
             let bits = {
                 let meta = self.meta();
@@ -339,7 +340,7 @@ impl Image {
                 }
                 meta.header.incompatible - Incompatible::DIRTY
             };
-            // O9: all refcounts before the bit that says they cannot be trusted goes.
+            // O9: all refcounts before the dirty bit is cleared.
             self.flush_meta().await?;
             self.write_file(MetaOffset(INCOMPATIBLE_AT), bits.bits().to_be_bytes().to_vec())
                 .await?;

@@ -1,7 +1,7 @@
-//! Bytes of the image file in memory, for the parts that read once and look long (check, info).
+//! Reads bytes of the image file for parsers (open, check, info): single ranges, tables of words, cluster 0.
 //!
-//! Nothing is cached between calls of [`read_bytes`]; a [`Window`] keeps the last stretch, so that small records of a table
-//! cost one read for many.
+//! Nothing is cached between calls of [`read_bytes`]; a [`Window`] keeps the last range, so that small records of a
+//! table cost one read for many.
 
 use bds_core::driver::{ChildPort, ReadFlags};
 use bds_core::error::{Error, ErrorKind, Result};

@@ -1,7 +1,8 @@
-//! What is read of an image before it serves: the L1 table; for writers also the refcount table, and where all metadata lies.
+//! Reads the metadata that an open image keeps in memory: the L1 table; for writers also the refcount table and the set
+//! of metadata clusters.
 //!
-//! Read as a whole beside whatever is in memory, and put in its place in one step that cannot fail ([`Image::install`]): at open, when an
-//! image becomes writable, and when it is taken back from another process. Nothing is written here.
+//! It is read as a whole beside what is in memory, and replaces it in one step that cannot fail ([`Image::install`]):
+//! at open, when an image becomes writable, and when it is activated again. Nothing is written here.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -25,7 +26,7 @@ use super::meta::slice_cache::SliceCache;
 use super::meta::tables::L1State;
 use super::state::{HeaderState, Image, Meta};
 
-/// What a writer says about itself.
+/// What a load for a writer depends on.
 pub(crate) struct WriterOptions {
     /// Metadata that is protected against overlaps.
     pub classes: Class,
@@ -35,7 +36,7 @@ pub(crate) struct WriterOptions {
     pub data_len: Option<u64>,
 }
 
-/// See the file's head.
+/// The metadata read from an image; see the module docs.
 pub(crate) struct LoadedMetadata {
     cluster0: Cluster0,
     /// Entries that are not zero, by number.
@@ -47,7 +48,7 @@ pub(crate) struct LoadedMetadata {
 }
 
 impl LoadedMetadata {
-    /// Reads all there is to know. For a writer also what only it needs, and refuses what must not be written.
+    /// Reads the metadata. For a writer also what only it needs, and refuses an image that must not be written.
     pub(crate) async fn read(
         file: &dyn ChildPort,
         cluster0: Cluster0,
@@ -71,7 +72,7 @@ impl LoadedMetadata {
                 Ok(())
             })
             .await?;
-            // Slots behind the last block are room to grow, not blocks.
+            // Slots behind the last block are free for growth, not blocks.
             let used = reftable.iter().rposition(|slot| *slot != 0).map_or(0, |last| last + 1);
             reftable.truncate(used);
             let builder = MapBuilder { file, cluster0: &cluster0, map: &metadata, classes };
@@ -132,7 +133,7 @@ impl Meta {
 }
 
 impl Image {
-    /// Forgets all that is in memory of the image and goes on from `loaded`. Nobody is inside, no task is at work, and nothing
+    /// Replaces all metadata in memory by `loaded`. No request is in flight, no task is running, and nothing
     /// is waiting to be written.
     pub(crate) fn install(&self, loaded: LoadedMetadata) {
         let LoadedMetadata { cluster0, l1, reftable, metadata, file_len } = loaded;
@@ -152,7 +153,7 @@ impl Image {
     }
 }
 
-/// Enters where metadata lies, as far as overlaps with its class are checked.
+/// Fills the set of metadata clusters, for the classes whose overlaps are checked.
 struct MapBuilder<'a> {
     file: &'a dyn ChildPort,
     cluster0: &'a Cluster0,
@@ -187,7 +188,7 @@ impl MapBuilder<'_> {
         self.insert(Class::ACTIVE_L1, header.l1_offset, header.l1_len())?;
         self.insert(Class::REFCOUNT_TABLE, header.reftable_offset, header.reftable_len())?;
         if let Some(bitmaps) = self.cluster0.extensions.bitmaps {
-            // A directory nobody could use is not protected either.
+            // A directory that no reader could use is not protected either.
             if bitmaps.validate(&header.geometry).is_ok() {
                 let (offset, len) = (bitmaps.directory_offset, bitmaps.directory_len);
                 self.insert(Class::BITMAP_DIRECTORY, offset, len)?;
@@ -215,7 +216,7 @@ impl MapBuilder<'_> {
         Ok(())
     }
 
-    /// Snapshots' tables: we know where they are and never touch them.
+    /// Snapshots' tables: never changed here, only protected.
     async fn snapshots(&self) -> Result<()> {
         let header = &self.cluster0.header;
         let wanted = Class::SNAPSHOT_TABLE | Class::INACTIVE_L1 | Class::INACTIVE_L2;

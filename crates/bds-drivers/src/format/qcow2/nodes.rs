@@ -1,8 +1,10 @@
-//! The child nodes of an image, each wrapped so that it takes offsets of its own address space only (`layout/space.rs`).
+//! The child nodes of an image, each wrapped so that it takes offsets of its own address space only
+//! (`layout/space.rs`).
 //!
-//! A number in one space means nothing in the other: a table freed in the image file and discarded at the same offset of the data
-//! file would take guest data away. So [`MetaNode`] takes only the one, [`DataNode`] only the other, and [`Space`] alone
-//! translates between them, where there is a translation. A data cluster cannot be discarded where metadata was:
+//! A number in one space means nothing in the other: a table freed in the image file and discarded at the same offset
+//! of the data file would take guest data away. So [`MetaNode`] takes only the one, [`DataNode`] only the other, and
+//! [`Space`] alone translates between them, where there is a translation. A data cluster cannot be discarded where
+//! metadata was:
 //!
 //! ```compile_fail,E0308
 //! use bds_drivers::format::qcow2::fuzzing::{DataNode, MetaOffset};
@@ -78,7 +80,7 @@ impl MetaNode {
         self.0.write_zeroes(at.0, len, ZeroFlags::empty())
     }
 
-    /// Tells the host that clusters of the image file are unused.
+    /// Discards clusters of the image file on the host.
     pub fn discard(&self, at: MetaOffset, len: u64) -> BoxFuture<'_, Result<()>> {
         self.0.discard(at.0, len)
     }
@@ -144,7 +146,7 @@ impl<'a> DataNode<'a> {
         self.child.write_zeroes(at.0, len, flags)
     }
 
-    /// Tells the host that data clusters are unused.
+    /// Discards data clusters on the host.
     pub fn discard(self, at: DataOffset, len: u64) -> BoxFuture<'a, Result<()>> {
         self.child.discard(at.0, len)
     }

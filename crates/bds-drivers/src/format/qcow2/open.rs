@@ -1,6 +1,7 @@
-//! Opening: header, children, tables, and for writers the set of metadata clusters.
+//! Opens an image: header, children, tables, and for writers the set of metadata clusters.
 //!
-//! Nothing is written here, whatever fails. What a writer must do first (clear autoclear bits) waits for the first write.
+//! Nothing is written here, whatever fails. What a writer must do first (clear autoclear bits) waits for the first
+//! write.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -87,7 +88,7 @@ async fn open_file(
     let is_named = cluster0.backing_name.is_some() && !context.options.contains("backing");
     let data_file = open_data_file(context, &cluster0, &flags).await?;
     let backing = match flags.info_only {
-        // Named, and not looked at.
+        // Named, and not opened.
         true => {
             context.options.take("backing");
             None

@@ -1,4 +1,5 @@
-//! What an operation under the lock of `Meta` returns: its value, or what it needs before it can begin again.
+//! The result of an operation under the lock of `Meta`: a value, or what must be loaded or awaited before it can run
+//! again.
 
 use std::sync::Arc;
 
@@ -8,7 +9,7 @@ use super::alloc::in_flight::InFlight;
 use super::layout::entry::BadEntry;
 use super::meta::tables::SliceId;
 
-/// Something an operation found missing in memory.
+/// Names metadata that must be loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum MetaKey {
     /// A slice of an L2 table.
@@ -19,22 +20,22 @@ pub(crate) enum MetaKey {
     Block(u64),
 }
 
-/// Why an operation under the lock could not go on.
+/// Why an operation under the lock stopped: what it needs, or its error.
 #[derive(Debug)]
 pub(crate) enum NeedMeta {
-    /// Load this, and begin again.
+    /// Load this, and run it again.
     Load(MetaKey),
-    /// An allocation in flight touches the same clusters: wait for it, and begin again.
+    /// An allocation in flight touches the same clusters: wait for it, and run it again.
     Wait(Arc<InFlight>),
-    /// Too much metadata is dirty: wait until some is written back, and begin again.
+    /// Too much metadata is dirty: wait until some is written back, and run it again.
     WriteBack,
-    /// It cannot be done.
+    /// It failed.
     Fail(Error),
     /// The image contradicts itself at this byte of the file.
     Corrupt { what: String, at: u64 },
 }
 
-/// What operations under the lock return.
+/// The result of an operation under the lock.
 pub(crate) type MetaResult<T> = std::result::Result<T, NeedMeta>;
 
 impl From<Error> for NeedMeta {
@@ -49,7 +50,7 @@ impl NeedMeta {
     }
 }
 
-/// An entry that cannot be followed, found under the lock.
+/// The error of an entry that cannot be followed, found under the lock.
 pub(crate) fn corrupt_entry(bad: BadEntry, guest: u64) -> NeedMeta {
     NeedMeta::Corrupt { what: format!("{bad}, for guest offset {guest:#x}"), at: guest }
 }

@@ -1,18 +1,20 @@
-//! When may a freed cluster be used again? Only after everybody who may still know its old place has left.
+//! Sleepable RCU: lets a freed cluster be reused only after all readers that may still know its offset have finished.
 //!
-//! Readers and in-place writers follow L2 entries without a lock. One of them may hold the place of a cluster while
-//! a discard or an overwrite removes the entry. If the cluster were handed out at once, the reader would see somebody else's bytes,
-//! and the in-place writer would destroy them. So whoever follows an entry is counted *inside* before it loads the entry and until its I/O
-//! on that place is over; whoever frees waits, after removing the entry, until those who were inside have left.
+//! Readers and in-place writers follow L2 entries without a lock. One of them may hold the offset of a cluster while a
+//! discard or an overwrite removes the entry. If the cluster were reused at once, the reader would see other data, and
+//! the in-place writer would destroy it. So each of them takes a read lock ([`SrcuGuard`]) before it loads the entry
+//! and keeps it until its I/O at that offset is over; the task that frees removes the entry and then calls
+//! [`Srcu::synchronize`].
 //!
-//! Counts come in two phases, so that a stream of newcomers cannot hold up a freer: newcomers enter the current phase, the freer turns
-//! the phase and waits for the other one to empty. Somebody may have read the phase before the turn and enter the old one after the
-//! freer looked; the freer of the *next* round would then wait for the wrong phase. Turning twice, so that both phases are seen
-//! empty, closes that (as in sleepable RCU).
+//! Readers are counted in two phases, so that a stream of new readers cannot hold up `synchronize`: new readers enter
+//! the current phase, `synchronize` switches the phase and waits for the other one to become empty. A reader may have
+//! read the phase before the switch and enter the old phase after `synchronize` looked; the *next* `synchronize` would
+//! then wait for the wrong phase. Switching twice, so that both phases are seen empty, closes that gap.
 //!
-//! Why a late-comer is harmless: entering and looking are both read-modify-writes of the same counter. If the freer's look comes
-//! first, the entering one reads a value written by it (or later in its release sequence), so everything the freer did before,
-//! the removal of the entry included, is visible to it. If the entering comes first, the freer sees it and waits.
+//! Why a reader that enters late is harmless: entering and looking are both read-modify-writes of the same counter. If
+//! the look comes first, the reader reads a value written by it (or later in its release sequence), so everything that
+//! preceded `synchronize`, the removal of the entry included, is visible to it. If the reader comes first,
+//! `synchronize` sees it and waits.
 
 use std::cell::Cell;
 use std::ops::Deref;
@@ -30,18 +32,18 @@ struct Shard {
     readers: [AtomicUsize; 2],
 }
 
-/// Counts who follows entries now.
+/// Counts readers that follow entries now.
 #[derive(Debug, Default)]
 pub(crate) struct Srcu {
     phase: AtomicUsize,
     shards: [Shard; SHARDS],
-    /// One freer waits at a time.
+    /// One `synchronize` at a time.
     turn: Mutex<()>,
     is_waited_for: AtomicBool,
     reader_left: Notify,
 }
 
-/// Somebody who may follow entries. Leaves when dropped.
+/// A read lock: offsets from entries loaded under it stay valid until it is dropped.
 #[derive(Debug)]
 #[must_use]
 pub(crate) struct SrcuGuard<G: Deref<Target = Srcu>> {
@@ -51,14 +53,14 @@ pub(crate) struct SrcuGuard<G: Deref<Target = Srcu>> {
 }
 
 impl Srcu {
-    /// Enters: entries loaded from now on stay good until the guard is dropped.
+    /// Takes a read lock: entries loaded from now on stay valid until the guard is dropped.
     #[inline]
     pub(crate) fn read_lock(&self) -> SrcuGuard<&Self> {
         let (shard, phase) = self.enter();
         SrcuGuard { srcu: self, shard, phase }
     }
 
-    /// As [`Self::enter`], for work that may outlive its caller.
+    /// As [`Self::read_lock`], for work that may outlive its caller.
     pub(crate) fn read_lock_owned(self: &Arc<Self>) -> SrcuGuard<Arc<Self>> {
         let (shard, phase) = self.enter();
         SrcuGuard { srcu: Arc::clone(self), shard, phase }
@@ -72,7 +74,7 @@ impl Srcu {
         (shard, phase)
     }
 
-    /// Waits until everybody who is inside now has left.
+    /// Waits until all read locks taken before have been released.
     pub(crate) async fn synchronize(&self) {
         let _turn = self.turn.lock().await;
         for _ in 0..2 {
@@ -86,7 +88,7 @@ impl Srcu {
             if self.is_empty(phase) {
                 return;
             }
-            // Announce, then look again: whoever leaves after this look sees the announcement.
+            // Announce, then look again: a reader that leaves after this look sees the announcement.
             self.is_waited_for.store(true, Ordering::SeqCst);
             if !self.is_empty(phase) {
                 // The one waiter; a permit given before we wait is kept.
@@ -97,7 +99,7 @@ impl Srcu {
     }
 
     fn is_empty(&self, phase: usize) -> bool {
-        // A read-modify-write on purpose: see the file's head.
+        // A read-modify-write on purpose: see the module docs.
         self.shards.iter().all(|s| s.readers[phase].fetch_add(0, Ordering::SeqCst) == 0)
     }
 }

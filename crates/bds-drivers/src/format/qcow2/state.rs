@@ -1,18 +1,18 @@
-//! An open image: what never changes, what is read without a lock, and what is changed under one.
+//! An open image ([`Image`]), and the metadata that changes under its lock ([`Meta`]).
 //!
 //! ```text
-//! Image      children, geometry                   never change
-//!            backing, options, write_state             change with nobody inside
-//!            tables, metadata, srcu, decompressed    read without a lock (or with a short one of their own)
-//!            meta: Mutex<Meta>                    everything that is changed to allocate, free, link
+//! Image      children, geometry                    never change
+//!            backing, options, write_state         change only while no request is in flight
+//!            tables, metadata, srcu, decompressed  read without a lock (or with a short one of their own)
+//!            meta: Mutex<Meta>                     everything that is changed to allocate, free, link
 //! ```
 //!
-//! The lock of `Meta` is a plain mutex held for computation only, never across an await and never during I/O. An operation that
-//! needs something that is not in memory gives up with a [`NeedMeta`], before it has changed anything that must not stand alone;
-//! [`Image::plan`] fetches what is missing and begins again. What was fetched is held until the operation
-//! succeeds, so it gets on even with the smallest cache.
+//! The lock of `Meta` is a plain mutex held for computation only, never across an await and never during I/O. An
+//! operation that needs something that is not in memory returns [`NeedMeta`] before it has changed anything that must
+//! not stand alone; [`Image::plan`] loads what is missing and runs the operation again. What was loaded stays pinned
+//! until the operation succeeds, so it makes progress even with the smallest cache.
 //!
-//! Lock order: `release_lock`, `turn` (one write-back at a time), `meta`; inside `meta` only those of `decompressed`.
+//! Lock order: `release_lock`, `write_back_lock`, `meta`; inside `meta` only those of `decompressed`.
 
 use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
@@ -52,7 +52,7 @@ use super::write_state::WriteState;
 pub(crate) struct HeaderState {
     pub incompatible: Incompatible,
     pub autoclear: Autoclear,
-    /// The dirty bit was set by us (lazy refcounts).
+    /// The dirty bit was set by this open image (lazy refcounts).
     pub is_dirty_marked: bool,
 }
 
@@ -64,7 +64,7 @@ pub(crate) struct Meta {
     pub counts: Refcounts,
     pub pending_flush: PendingFlush,
     pub header: HeaderState,
-    /// References that are gone in memory, by how far the removal has come: not written, written, durable.
+    /// Freed references, by the state of the removal of the pointer: not written, written, durable.
     pub frees: Vec<FreedRun>,
     pub frees_written: Vec<FreedRun>,
     pub frees_durable: Vec<FreedRun>,
@@ -78,14 +78,14 @@ pub(crate) struct Meta {
     pub zero_from: u64,
     /// Where the next compressed bytes go; on a cluster boundary: nowhere yet.
     pub compressed_at: u64,
-    /// A length the header does not know yet.
+    /// A length that is not in the header yet.
     pub new_size: Option<u64>,
-    /// When unused slices were last let go, in seconds.
+    /// When unused slices were last evicted, in seconds.
     pub cleaned_at_s: u64,
 }
 
 impl Meta {
-    /// An allocation in flight is over: those that wait for it go on.
+    /// Ends an allocation in flight and wakes the requests that wait for it.
     pub(crate) fn end_allocation(&mut self, item: &Arc<InFlight>) {
         item.leave(&mut self.in_flight, &mut self.slices);
     }
@@ -136,10 +136,10 @@ pub(crate) struct Image {
     pub cluster0: ArcSwap<Cluster0>,
     pub rules: EntryRules,
     pub config: ArcSwap<Config>,
-    /// What was asked for.
+    /// Options and flags of the last open or reopen.
     pub requested: Mutex<RequestedMode>,
     pub write_state: WriteState,
-    /// False: opened to be looked at or checked only; there are no tables in memory.
+    /// False: opened for inspection or check only; no tables are in memory.
     pub serves_io: bool,
     pub len: AtomicU64,
     pub tables: Tables,
@@ -147,7 +147,7 @@ pub(crate) struct Image {
     pub srcu: Arc<Srcu>,
     pub decompressed: Arc<DecompressedCache>,
     pub pool: BufPool,
-    /// A cluster of zeros, once somebody needs it. Never written to.
+    /// A cluster of zeros, made when first needed. Never written to.
     pub zeros: OnceLock<Buf>,
     pub meta: Mutex<Meta>,
     pub levels: DirtyLevels,
@@ -157,11 +157,11 @@ pub(crate) struct Image {
     /// Tasks that may outlive their callers.
     pub tasks: Arc<TaskCount>,
     pub prepare_lock: bds_io::sync::Mutex<()>,
-    /// End of the file that holds data when last asked, rounded up to a cluster (`offset_check.rs`).
+    /// Cached end of the file that holds data, rounded up to a cluster (`offset_check.rs`).
     pub data_end: AtomicU64,
     /// Does the file hold less than its length? Looked up once.
     pub is_sparse: AtomicU8,
-    /// Set once: the image contradicted itself, nothing more is done with it.
+    /// Set once: metadata contradicted itself; all later requests fail.
     pub broken: OnceLock<Error>,
 }
 
@@ -187,7 +187,7 @@ impl Image {
         self.len.store(len, Ordering::Release);
     }
 
-    /// May we change the image: opened for writing, and active?
+    /// True if the image is open for writing and active.
     #[inline]
     pub(crate) fn is_writable(&self) -> bool {
         self.write_state.is_ours()
@@ -243,7 +243,7 @@ impl Image {
         }
     }
 
-    /// Does `step` under the lock until it succeeds, fetching what it finds missing.
+    /// Runs `step` under the lock until it succeeds, loading what it finds missing.
     pub(crate) async fn plan<T: Send>(
         self: &Arc<Self>,
         mut step: impl FnMut(&Image, &mut Meta) -> MetaResult<T> + Send,
@@ -261,7 +261,7 @@ impl Image {
         }
     }
 
-    /// Does what lets a stopped operation go on. What was loaded must be held until it succeeds.
+    /// Provides what a stopped operation needs. What was loaded must be held until it succeeds.
     pub(crate) async fn resolve(self: &Arc<Self>, need: NeedMeta) -> Result<Option<Pinned>> {
         match need {
             NeedMeta::Load(what) => self.load(what).await.map(Some),
@@ -283,7 +283,8 @@ impl Image {
         self.fatal(&format!("{bad}, for guest offset {guest:#x}"), guest)
     }
 
-    /// The image contradicts itself. A writable one is marked corrupt and not used again; a read-only one only fails this request.
+    /// The error of metadata that contradicts itself. A writable image is marked corrupt and fails all later requests;
+    /// a read-only one only fails this request.
     pub(crate) fn fatal(self: &Arc<Self>, what: &str, at: u64) -> Error {
         let mut error = Error::new(
             ErrorKind::Corrupt,
@@ -346,8 +347,8 @@ impl Image {
         }
     }
 
-    /// Before the first change, durably: marks bitmaps that become stale (O10), and clears the autoclear bits of features that are
-    /// not maintained (O13).
+    /// Before the first change, durably: marks bitmaps that become stale (O10), and clears the autoclear bits of
+    /// features that are not maintained (O13).
     pub(crate) async fn prepare_to_write(&self) -> Result<()> {
         self.check_usable()?;
         if self.write_state.may_write() {
@@ -378,7 +379,7 @@ impl Image {
         Ok(())
     }
 
-    /// Lets go what was not used for a while (cache-clean-interval).
+    /// Evicts slices that were not used for a while (cache-clean-interval).
     pub(crate) fn evict_unused_slices(&self, meta: &mut Meta) {
         let now_s = bds_io::now().as_secs();
         let interval_s = self.config.load().clean_interval_s;

@@ -1,10 +1,13 @@
-//! Work that must run to its end, whatever becomes of the future that asked for it.
+//! Tasks that run to completion although the future that started them is dropped.
 //!
-//! A request's future may be dropped at any await. It is polled until then: it is part of a task, not of the caller's future
-//! (`bds_core::request`), so a guard of `srcu` in it does not depend on the caller. Whatever must not end with the request, because others wait for it
-//! (an allocation in flight, a table being loaded, metadata on its way to the disk), runs in a task of its own: [`finish`]. An
-//! in-place write, which nobody waits for but whose bytes are on their way to a place that must not be reused meanwhile, is polled by its
-//! request and only moves into a task if it is dropped half-way: [`SpawnOnDrop`].
+//! A request's future may be dropped at any await. It is polled until then: it is part of a task, not of the caller's
+//! future (`bds_core::request`), so a guard of `srcu` in it does not depend on the caller. Work that must not end with
+//! the request, because other requests wait for it (an allocation in flight, a table being loaded, metadata on its way
+//! to the disk), runs in a task of its own: [`detach_on_drop`]. An in-place write has no such waiters, but its bytes
+//! are on their way to clusters that must not be reused meanwhile; it is polled by its request and moves into a task
+//! only if it is dropped half-way: [`SpawnOnDrop`].
+//!
+//! `bds_io::spawn_now` replaces neither: dropping its handle drops the future.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -16,14 +19,14 @@ use bds_io::Task;
 use bds_io::sync::{Notify, Semaphore};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
-/// Spawns `work` and waits for it. Dropping the result lets the work run on.
+/// Spawns `work` and waits for it. Dropping the future detaches the task, which runs to completion.
 pub(crate) fn detach_on_drop<T: Send + 'static>(
     work: impl Future<Output = T> + Send + 'static,
 ) -> DetachOnDrop<T> {
     DetachOnDrop(Some(bds_io::spawn(work)))
 }
 
-/// See [`finish`].
+/// The future of [`detach_on_drop`].
 #[derive(Debug)]
 pub(crate) struct DetachOnDrop<T>(Option<Task<T>>);
 
@@ -50,7 +53,7 @@ impl<T> Drop for DetachOnDrop<T> {
 
 type Boxed<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
-/// A future that goes on in a task of its own if it is dropped after it began.
+/// A future that moves into a task of its own if it is dropped after its first poll.
 pub(crate) struct SpawnOnDrop<T: Send + 'static> {
     work: Option<Boxed<T>>,
     has_begun: bool,
@@ -84,7 +87,8 @@ impl<T: Send + 'static> Drop for SpawnOnDrop<T> {
     }
 }
 
-/// Futures polled side by side. Allocates nothing before the first is pushed: most requests have one part, which needs no set.
+/// Futures polled concurrently. Allocates nothing before the first push: most requests have one part, which needs no
+/// set.
 #[derive(Debug)]
 pub(crate) struct LazyUnordered<F>(Option<FuturesUnordered<F>>);
 
@@ -105,13 +109,13 @@ impl<F: Future> LazyUnordered<F> {
         self.0.get_or_insert_default().push(future);
     }
 
-    /// What the next to end returns; `None` if there is none.
+    /// The result of the next future that completes; `None` if there is none.
     pub(crate) async fn next(&mut self) -> Option<F::Output> {
         self.0.as_mut()?.next().await
     }
 }
 
-/// Something many may wait for and that happens once.
+/// A one-time event with any number of waiters.
 #[derive(Debug)]
 pub(crate) struct Completion(Semaphore);
 
@@ -120,7 +124,7 @@ impl Completion {
         Self(Semaphore::new(0))
     }
 
-    /// It happened: everybody goes on, also those who come later.
+    /// Completes: wakes all waiters; later waits return at once.
     pub(crate) fn set(&self) {
         self.0.close();
     }
@@ -139,7 +143,7 @@ pub(crate) struct TaskCount {
     idle: Notify,
 }
 
-/// One task at work.
+/// Counts one running task until it is dropped.
 #[derive(Debug)]
 pub(crate) struct TaskGuard(Arc<TaskCount>);
 
@@ -149,7 +153,7 @@ impl TaskCount {
         TaskGuard(Arc::clone(self))
     }
 
-    /// Waits until no task is at work. One waiter at a time.
+    /// Waits until no task is running. One waiter at a time.
     pub(crate) async fn wait_idle(&self) {
         while self.count.load(Ordering::SeqCst) > 0 {
             // A permit given between the look and the wait is kept.

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use bds_core::error::{Error, ErrorKind, Result};
 
-/// Who may change the image. Changes with nobody inside.
+/// Whether requests may change the image. Changes only while no request is in flight.
 #[derive(Debug)]
 pub(crate) struct WriteState {
     /// Opened for writing.
@@ -27,7 +27,7 @@ impl WriteState {
         }
     }
 
-    /// Enters another state. Whatever a writer must do first must be done again.
+    /// Sets another state. What a writer must do before its first write must be done again.
     pub(crate) fn set(&self, is_writable: bool, is_active: bool) {
         self.may_write.store(false, Ordering::Release);
         self.is_writable.store(is_writable, Ordering::Release);
@@ -58,7 +58,7 @@ impl WriteState {
         self.may_write.store(true, Ordering::Release);
     }
 
-    /// Refuses changes.
+    /// An error if changes are not allowed.
     pub(crate) fn check(&self) -> Result<()> {
         let words = if !self.is_active() {
             "the image is inactive: another process may be writing to it; activate it first"

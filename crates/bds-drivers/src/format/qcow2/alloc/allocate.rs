@@ -1,8 +1,10 @@
-//! Host clusters for new data and metadata.
+//! Allocates host clusters for data, metadata and compressed bytes.
 //!
-//! Next fit: nothing below the cursor is free, a cluster that becomes free pulls the cursor back. A refcount block that does not exist yet
-//! is put in front of the clusters it will count, so it describes itself; the refcount table follows when it has
-//! outgrown its place (`reftable.rs`). Nothing here does I/O: the order in which all this reaches the file is `write_back.rs`'s.
+//! Next fit: nothing below the cursor is free, and a cluster that becomes free moves the cursor back. A missing
+//! refcount block is placed in front of the clusters it counts, so it describes itself; the refcount table moves when
+//! it has outgrown its place: new clusters, counted by blocks that the new table lists, so that the new structure
+//! describes itself too. Nothing here does I/O; `write_back.rs` decides the order in which all this reaches the file
+//! (O6, O7: blocks and table, flush, header; the old clusters are released after that).
 
 use super::freed::FreedRun;
 use super::overlap::{Class, Refused};
@@ -16,7 +18,7 @@ use crate::format::qcow2::state::{Image, Meta};
 pub(crate) struct Allocated {
     pub offset: MetaOffset,
     pub clusters: u64,
-    /// They lie past everything the file ever held: they read as zeros until written.
+    /// They lie behind the highest cluster ever used in the file: they read as zeros until written.
     pub is_fresh: bool,
 }
 
@@ -94,7 +96,7 @@ impl Image {
         Ok(first)
     }
 
-    /// Sees to it that all clusters of a hole have refcount blocks, put behind the hole. True if any was added.
+    /// Adds missing refcount blocks for the clusters of a hole, behind the hole. True if any was added.
     fn add_blocks_behind(&self, meta: &mut Meta, first: u64, clusters: u64) -> MetaResult<bool> {
         let geometry = *self.geometry();
         let last_index = geometry.reftable_index(first + clusters - 1);
@@ -184,7 +186,8 @@ impl Image {
         }
     }
 
-    /// Space for `len` compressed bytes: where they begin. They may share their first cluster with others'.
+    /// Space for `len` compressed bytes: where they begin. They may share their first cluster with other compressed
+    /// clusters.
     pub(crate) fn alloc_bytes(&self, meta: &mut Meta, len: u64) -> MetaResult<MetaOffset> {
         let geometry = *self.geometry();
         let at = meta.compressed_at;
@@ -218,7 +221,8 @@ impl Image {
         MetaOffset(from)
     }
 
-    /// Gives the table room. Allocating the room may make the table grow again, hence the loop; half as much again ends it soon.
+    /// Moves the refcount table to a larger range. Allocating it may make the table grow again, hence the loop; the
+    /// range is half as large again as needed, so it ends soon.
     pub(crate) fn move_table(&self, meta: &mut Meta) -> MetaResult<()> {
         while meta.counts.table_needs_space() {
             let wanted = meta.counts.wanted_table_clusters();

@@ -1,13 +1,13 @@
-//! References to clusters that were given up, as runs of adjacent clusters.
+//! Freed references to clusters, as runs of adjacent clusters on their way to release.
 
 use crate::format::qcow2::layout::space::{Clusters, DataOffset, MetaOffset};
 
-/// Why a reference was given up; decides whether the host is told.
+/// Why a reference was freed; decides whether the range is discarded on the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FreeReason {
     /// The guest discarded it, or wrote zeros that may unmap.
     Request,
-    /// Replaced by an overwrite or never used: it will be used again soon.
+    /// Replaced by an overwrite or never used: it will be reused soon.
     Reuse,
     /// A table moved.
     Metadata,
@@ -22,12 +22,12 @@ pub(super) enum FreedClusters {
     DataFile(Clusters<DataOffset>),
 }
 
-/// References that were given up, one for each of some adjacent clusters.
+/// Freed references, one for each of some adjacent clusters.
 #[derive(Clone, Debug)]
 pub(crate) struct FreedRun {
     pub(super) clusters: FreedClusters,
     pub(super) reason: FreeReason,
-    /// The entry of a compressed cluster, whose decompressed form must be forgotten.
+    /// The entry of a compressed cluster, to be removed from the cache of decompressed clusters.
     pub(super) compressed_entry: Option<u64>,
 }
 
@@ -50,7 +50,7 @@ impl FreedRun {
         }
     }
 
-    /// How many clusters are left to give back.
+    /// How many clusters are left to release.
     pub(super) fn count(&self) -> u64 {
         match self.clusters {
             FreedClusters::Image(run) => run.count,
@@ -58,7 +58,7 @@ impl FreedRun {
         }
     }
 
-    /// Takes `next` in if it goes on where this ends, in the same space.
+    /// Appends `next` if it begins where this ends, in the same space.
     pub(super) fn join(&mut self, next: &Self, cluster_bits: u32) -> bool {
         let is_same = self.reason == next.reason
             && self.compressed_entry.is_none()

@@ -1,4 +1,4 @@
-//! Allocations in flight: guest clusters whose L2 entries will change as soon as their data is written.
+//! Tracks allocations in flight: guest clusters whose L2 entries will change as soon as their data is written.
 
 use std::sync::Arc;
 
@@ -22,7 +22,7 @@ pub(crate) struct InFlight {
 }
 
 impl InFlight {
-    /// Takes it off `list`: others may go on.
+    /// Removes it from `list` and wakes the requests that wait for it.
     pub(crate) fn leave(self: &Arc<Self>, list: &mut Vec<Arc<Self>>, slices: &mut SliceCache) {
         list.retain(|item| !Arc::ptr_eq(item, self));
         if let Some(id) = self.slice {
@@ -32,7 +32,7 @@ impl InFlight {
     }
 }
 
-/// Guest clusters about to get new entries.
+/// Guest clusters whose entries will point at new clusters, or at data in clusters they have, once the data is written.
 pub(crate) struct PendingLink {
     pub item: Arc<InFlight>,
     pub id: SliceId,
@@ -41,12 +41,12 @@ pub(crate) struct PendingLink {
     pub index: usize,
     /// Start of the first cluster.
     pub guest: u64,
-    /// Its place.
+    /// Its host offset.
     pub host: DataOffset,
     pub clusters: u64,
-    /// The clusters are new (else they keep the place they have).
+    /// The clusters are new (else they keep their host offset).
     pub is_new: bool,
-    /// New, and nothing was ever there: they read as zeros.
+    /// New, and never written before: they read as zeros.
     pub is_fresh: bool,
     /// The guest's bytes.
     pub start: u64,

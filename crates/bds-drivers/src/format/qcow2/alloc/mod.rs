@@ -1,4 +1,7 @@
-//! Host clusters: allocates them, checks them, and releases them when nothing refers to them any more.
+//! Host clusters: allocates them, checks offsets that entries name, and releases clusters after their last reference is
+//! gone.
+//!
+//! `allocate` → `in_flight` (until linked) → `freed` → `release`. `overlap` is the set of clusters that hold metadata.
 
 pub(super) mod allocate;
 pub(super) mod freed;

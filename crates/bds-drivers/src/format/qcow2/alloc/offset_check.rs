@@ -1,13 +1,16 @@
-//! Whether a place that an entry names can be one of the image's: inside its file, and counted.
+//! Checks that a host offset named by an entry lies inside its file and has a refcount.
 //!
-//! An entry is only a number in a file that may be cut short, damaged or made to hurt. What begins behind the end of the file was
-//! never written, or is lost: reading zeros there would be a silent loss, writing there would let a file of some kilobytes grow to
-//! 2^56 bytes. What has refcount 0 may be handed out again at any time, so it must not be written in place. Both end in an error.
+//! An entry is only a number in a file that may be truncated, damaged or crafted. What begins behind the end of the
+//! file was never written, or is lost: reading zeros there would be silent data loss, writing there would let a file of
+//! some kilobytes grow to 2^56 bytes. A cluster with refcount 0 may be allocated again at any time, so it must not be
+//! written in place. Both are errors.
 //!
-//! A cluster of data that begins inside the file and ends behind it is fine: the last one often does, and reads as zeros there.
+//! A cluster of data that begins inside the file and ends behind it is fine: the last one often does, and reads as
+//! zeros there.
 //!
-//! The file's end is remembered rounded up to a cluster, so that the usual answer costs one load; the node is asked again only where
-//! that does not suffice. An entry's count is looked up once, before the first write in place: the slice remembers it.
+//! The file's end is cached, rounded up to a cluster, so that the common case costs one load; the node's length is read
+//! again only where that does not suffice. An entry's count is looked up once, before the first write in place: the
+//! slice remembers it.
 
 use std::sync::atomic::Ordering;
 
@@ -36,7 +39,7 @@ impl Image {
         end
     }
 
-    /// The error of a read at `guest` whose bytes are not in the file any more.
+    /// The error of a read at `guest` whose bytes lie behind the end of the file.
     #[cold]
     pub(crate) fn truncated_data_error(&self, place: DataOffset, guest: u64) -> Error {
         let words = beyond(&format!("the cluster at {place} for guest offset {guest:#x}"));
@@ -48,7 +51,7 @@ impl Image {
         }
     }
 
-    /// The error of something in the image file at `place` that is not there any more.
+    /// The error of metadata at `place` that lies behind the end of the image file.
     #[cold]
     pub(crate) fn truncated_meta_error(&self, what: &str, place: MetaOffset) -> Error {
         let words = beyond(&format!("{what} at {place}"));
@@ -56,14 +59,15 @@ impl Image {
         self.name_file(Error::new(ErrorKind::Corrupt, words).at(place.0))
     }
 
-    /// Is the table at `place`, a cluster long, all in the image file? Every writer writes whole tables, so one that the file ends in
-    /// has lost entries.
+    /// Is the table at `place`, a cluster long, all in the image file? Every writer writes whole tables, so one that
+    /// the file ends in has lost entries.
     pub(crate) fn is_whole_table(&self, place: MetaOffset) -> bool {
         place.0.saturating_add(self.geometry().cluster_size()) <= self.file.len()
     }
 
-    /// May the cluster of `run` (entry number `index` of `slice`) be changed where it is? It may if the entry says that it is the
-    /// image's alone and its count agrees. An entry that names a place no writer gave it ends the use of the image.
+    /// May the cluster of `run` (entry number `index` of `slice`) be changed where it is? It may if the entry says that
+    /// its refcount is one and the count agrees. An entry with an offset that no writer can have stored makes the image
+    /// unusable.
     pub(crate) fn may_write_in_place(
         &self,
         meta: &mut Meta,
@@ -75,7 +79,7 @@ impl Image {
         let geometry = self.geometry();
         let start = DataOffset(geometry.cluster_floor(run.host.0));
         let Some(counted) = self.space().counted(start) else {
-            // In a data file every cluster is the image's own.
+            // In a data file no cluster is shared.
             slice.note_checked(index);
             return Ok(true);
         };
@@ -94,7 +98,7 @@ impl Image {
         Ok(is_alone)
     }
 
-    /// Refuses to give up or keep what `old` at `guest` names if no writer can have put it there.
+    /// Refuses to free or keep the clusters of `old` at `guest` if no writer can have put them there.
     pub(crate) fn check_old(&self, meta: &mut Meta, old: L2Entry, guest: u64) -> MetaResult<()> {
         let geometry = *self.geometry();
         let clusters =

@@ -1,9 +1,9 @@
-//! Which host clusters hold metadata, so that no data is ever written over them.
+//! The set of host clusters that hold metadata ([`MetadataMap`]), which no data may overwrite.
 //!
 //! The set is a bitmap in pages, read without a lock by every write and changed under the lock of `Meta`. A
 //! hit means that the image's structures contradict each other: writing would make it worse.
 //!
-//! Invariant: a cluster is in the set from before its first use as metadata until its reference is gone.
+//! Invariant: a cluster is in the set from before its first use as metadata until its reference is removed.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -38,17 +38,17 @@ bitflags::bitflags! {
 }
 
 impl Class {
-    /// What can be told without reading anything.
+    /// Classes known without reading anything.
     const CONSTANT: Self = Self::MAIN_HEADER
         .union(Self::ACTIVE_L1)
         .union(Self::REFCOUNT_TABLE)
         .union(Self::SNAPSHOT_TABLE)
         .union(Self::BITMAP_DIRECTORY);
-    /// What can be told from tables that are in memory anyway.
+    /// Classes known from tables that are in memory anyway.
     pub(crate) const CACHED: Self =
         Self::CONSTANT.union(Self::ACTIVE_L2).union(Self::REFCOUNT_BLOCK).union(Self::INACTIVE_L1);
 
-    /// From QEMU's word for a template.
+    /// From QEMU's name of a template.
     pub(crate) fn template(word: &str) -> Option<Self> {
         Some(match word {
             "none" => Self::empty(),
@@ -124,7 +124,7 @@ impl MetadataMap {
         })
     }
 
-    /// Becomes a copy of `other`. Nobody looks meanwhile.
+    /// Becomes a copy of `other`. The caller makes sure that no request looks meanwhile.
     pub(crate) fn adopt(&self, other: &Self) {
         for (_, _, page) in self.all_pages() {
             page.iter().for_each(|word| word.store(0, Ordering::Release));

@@ -1,11 +1,11 @@
-//! Giving up references: the way of a cluster from "no longer pointed at" to "free".
+//! Releases freed clusters: from a removed reference to a lowered refcount.
 //!
 //! ```text
-//! frees          the pointer is gone in memory
-//! frees_written  a write-back has put that into the file          (write_back.rs)
+//! frees          the pointer is removed in memory
+//! frees_written  a write-back has written that to the file         (write_back.rs)
 //! frees_durable  and a flush has made it durable                   rule O2
-//! ...            everybody who may still know the place has left   (srcu.rs)
-//! ...            the host was told, if it wants to know, and is done
+//! ...            all readers that may know the offset are finished (srcu.rs)
+//! ...            the range is discarded on the host, if configured
 //! free           the count is lowered: the allocator sees it
 //! ```
 //!
@@ -23,7 +23,7 @@ use crate::format::qcow2::plan::{MetaKey, MetaResult, NeedMeta, corrupt_entry};
 use crate::format::qcow2::state::{Image, Meta};
 
 impl Image {
-    /// Nothing points where `old` pointed any more, in memory.
+    /// Frees what `old` pointed at: the pointer is removed in memory.
     pub(crate) fn free_entry(&self, meta: &mut Meta, old: L2Entry, reason: FreeReason) {
         let geometry = self.geometry();
         match old.place(&self.rules) {
@@ -49,7 +49,7 @@ impl Image {
         }
     }
 
-    /// Lowers the count of the cluster at `at`, clusters nobody uses any more. At zero it may be handed out at once.
+    /// Lowers the count of the cluster at `at`, which is not in use any more. At zero it may be allocated at once.
     pub(crate) fn lower(&self, meta: &mut Meta, at: MetaOffset) -> MetaResult<()> {
         if meta.counts.lower(self.geometry().cluster_index(at.0))? == 0 {
             self.metadata.remove(at);
@@ -58,14 +58,14 @@ impl Image {
         Ok(())
     }
 
-    /// Compressed bytes must not go on in this cluster.
+    /// Compressed bytes must not be appended in this cluster.
     fn end_compressed_run(&self, meta: &mut Meta, at: MetaOffset) {
         if self.geometry().cluster_floor(meta.compressed_at) == at.0 {
             meta.compressed_at = 0;
         }
     }
 
-    /// Makes the removals written so far durable and gives the clusters back.
+    /// Makes the removals written so far durable and releases the clusters.
     pub(crate) async fn flush_and_release_frees(self: &Arc<Self>) -> Result<()> {
         self.flush_frees().await?;
         self.release().await
@@ -94,7 +94,7 @@ impl Image {
         }
     }
 
-    /// Gives back clusters whose removal is durable. Must run to its end.
+    /// Releases clusters whose removal is durable. Must run to completion.
     pub(crate) async fn release(self: &Arc<Self>) -> Result<()> {
         let _turn = self.release_lock.lock().await;
         let mut frees = std::mem::take(&mut self.meta().frees_durable);
@@ -136,8 +136,8 @@ impl Image {
         self.discard_and_lower(last, frees).await
     }
 
-    /// A data file has no counts: a cluster's place is its own whether it is used or not. It may have data again by now, so each is looked
-    /// at once more, and kept from getting data until the host has let go of it.
+    /// A data file has no counts: a cluster keeps its offset whether it is used or not. It may have data again by now,
+    /// so each is looked up once more, and writes to it wait until the host discard is over.
     async fn release_in_data_file(
         self: &Arc<Self>,
         freed: &mut Clusters<DataOffset>,
@@ -175,14 +175,14 @@ impl Image {
         Ok(())
     }
 
-    /// Lowers counts, but leaves those that would reach zero and that the host wants to know about in `last`.
+    /// Lowers counts, but puts those that would reach zero and are to be discarded on the host into `last`.
     async fn lower_some(
         self: &Arc<Self>,
         freed: &mut Clusters<MetaOffset>,
         discards: bool,
         last: &mut Vec<Clusters<MetaOffset>>,
     ) -> Result<()> {
-        /// Clusters handled before others may have the lock.
+        /// Clusters handled before the lock is released.
         const AT_ONCE: u64 = 1024;
         let geometry = *self.geometry();
         self.plan(|image, meta| {
@@ -204,7 +204,7 @@ impl Image {
         .await
     }
 
-    /// The last references: tells the host, and only then lowers the counts.
+    /// The last references: discards the clusters on the host, and only then lowers the counts.
     async fn discard_and_lower(
         self: &Arc<Self>,
         last: Vec<Clusters<MetaOffset>>,

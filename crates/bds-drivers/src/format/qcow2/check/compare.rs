@@ -1,12 +1,12 @@
-//! Leaks and corruption, found without changing a byte.
+//! Finds leaks and corruption: compares stored refcounts with counted references.
 //!
-//! [`walk`](super::ref_walk) counts what refers to each cluster; here the counts are compared with what the refcount blocks say.
-//! Corruptions, leaks and statistics are those of `qemu-img check`, so verdicts can be compared; beyond it we find: data of a data
-//! file at the wrong offset (F7), clusters that two guest ranges or two kinds of owner share although the refcount allows it,
-//! and zero flags in version 2.
+//! [`ref_walk`](super::ref_walk) counts what refers to each cluster; here the counts are compared with the refcount
+//! blocks. Corruptions, leaks and statistics are those of `qemu-img check`, so verdicts can be compared; beyond it we
+//! find: data of a data file at the wrong offset (F7), clusters that two guest ranges or two kinds of owner share
+//! although the refcount allows it, and zero flags in version 2.
 //!
-//! Memory is budgeted ([`MEMORY_BUDGET_LEN`]); what exceeds it is an error, never a guess. Works on the raw file with a header
-//! parse of its own, so it can look at an image that does not open.
+//! Memory is budgeted ([`MEMORY_BUDGET_LEN`]); what exceeds it is an error, never a guess. Works on the raw file with a
+//! header parse of its own, so it can look at an image that does not open.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -25,13 +25,13 @@ const MEMORY_BUDGET_LEN: u64 = 1 << 30;
 /// Counts compared before a check gives up (a sparse file can claim any number).
 const MAX_COMPARED: u64 = 1 << 33;
 
-/// Clusters shared against all rules that are named one by one.
+/// Clusters shared against the rules that are reported one by one.
 const MAX_EXTRAS: usize = 4096;
 
 /// Checks the image in `file`. `progress` is called with (done, total) bytes of L2 tables.
 ///
-/// `data_file` is looked at only for its presence: its clusters have no counts. Fails if the header cannot be parsed,
-/// the file cannot be read, or a limit is reached; everything else is in the report.
+/// Of `data_file` only the presence and the length are used: its clusters have no counts. Fails if the header cannot be
+/// parsed, the file cannot be read, or a limit is reached; everything else is in the report.
 pub async fn check_image(
     file: &dyn ChildPort,
     data_file: Option<&dyn ChildPort>,
@@ -239,7 +239,8 @@ fn report_runs(walk: &mut RefWalk<'_>, runs: Runs) {
     }
 }
 
-/// What the stored counts allow and yet no good image has. Where they do not allow it, the comparison has counted it already.
+/// What the stored counts allow and yet no good image has. Where they do not allow it, the comparison has counted it
+/// already.
 fn report_extras(walk: &mut RefWalk<'_>, shared: &[u64]) {
     let bits = walk.rules().geometry.cluster_bits();
     for cluster in shared {

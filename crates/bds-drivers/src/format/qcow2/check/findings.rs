@@ -1,4 +1,4 @@
-//! The report of a check under construction: counts and a bounded list of messages.
+//! Collects the report of a check: counts, and a bounded list of messages.
 
 use bds_core::driver::CheckReport;
 

@@ -1,4 +1,4 @@
-//! The checks of one L2 entry: what it refers to, its flags, and statistics of fragmentation.
+//! Checks one L2 entry: what it refers to, its flags, and statistics of fragmentation.
 
 use bds_core::error::Result;
 

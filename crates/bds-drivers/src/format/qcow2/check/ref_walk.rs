@@ -1,8 +1,8 @@
-//! The first half of a check: walk everything that refers to host clusters, and count.
+//! Walks everything that refers to host clusters and counts the references: the first half of a check.
 //!
-//! Every L2 table is read once, however many L1 entries point at it, and counts as often as it is referred to: so the work is
-//! bounded by the size of the file, not by what a hostile image claims. Counts and what counts as a corruption follow
-//! `qemu-img check`; what we find beyond it is an *extra*, counted apart by [`Findings`].
+//! Every L2 table is read once, however many L1 entries point at it, and counts as often as it is referred to: so the
+//! work is bounded by the size of the file, not by what a hostile image claims. Counts and what counts as a corruption
+//! follow `qemu-img check`; what we find beyond it is an *extra*, counted apart by [`Findings`].
 
 use std::collections::BTreeMap;
 
@@ -37,7 +37,7 @@ pub(super) struct TableRefs {
     l1_index: u64,
 }
 
-/// Who points at what, counted.
+/// Counts the references to every cluster.
 pub(crate) struct RefWalk<'a> {
     file: &'a dyn ChildPort,
     image: &'a Cluster0,
@@ -111,8 +111,8 @@ impl<'a> RefWalk<'a> {
         self.refblocks()
     }
 
-    /// Counts the clusters of `len` bytes at `offset`, `times` over. A range that ends a cluster or more past the end of the file is
-    /// a corruption and not counted.
+    /// Counts the clusters of `len` bytes at `offset`, `times` over. A range that ends a cluster or more past the end
+    /// of the file is a corruption and not counted.
     pub(super) fn count(
         &mut self,
         offset: u64,

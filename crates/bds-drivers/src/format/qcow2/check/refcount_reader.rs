@@ -1,4 +1,4 @@
-//! Counts as they stand in the file, for a check: read only, a few blocks kept.
+//! Reads refcounts as they are stored in the file, for a check: read only, a few blocks cached.
 
 use bds_core::driver::ChildPort;
 use bds_core::error::Result;
@@ -11,7 +11,7 @@ use crate::format::qcow2::layout::units::Geometry;
 /// Memory for kept blocks.
 const KEPT_LEN: usize = 8 << 20;
 
-/// The refcount table in memory, and the blocks looked at last.
+/// The refcount table in memory, and the blocks read last.
 pub(crate) struct RefcountReader<'a> {
     file: &'a dyn ChildPort,
     geometry: Geometry,
@@ -41,7 +41,7 @@ impl<'a> RefcountReader<'a> {
         usize::try_from(slot).ok().and_then(|i| read_u64(&self.table, i)).unwrap_or(0)
     }
 
-    /// Where the block of a slot lies.
+    /// Host offset of the block of a slot.
     pub(crate) fn slot(&self, slot: u64) -> Slot {
         match refblock_place(self.raw(slot), &self.geometry)? {
             Some(place) if place.0 > i64::MAX as u64 - self.geometry.cluster_size() => {

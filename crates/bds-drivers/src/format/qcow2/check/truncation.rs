@@ -1,9 +1,9 @@
-//! What an image that is to be written has lost with the end of its file.
+//! Finds what an image lost that was truncated, before it is opened for writing.
 //!
-//! A file that was cut short must not be written: it would grow again, and what was lost would then read as zeros, silently and for
-//! ever. Tables behind the end are seen at once. Lost data is looked for only where the refcounts speak of clusters behind the end
-//! (after a crash they may, harmlessly: new clusters are counted before the file has them), or a data file is shorter than the
-//! disk; then every L2 table is read, each of them once.
+//! A file that was truncated must not be written: it would grow again, and what was lost would then read as zeros,
+//! silently and for ever. Tables behind the end are found at once. Lost data is looked for only if refcounts count
+//! clusters behind the end (after a crash they may, harmlessly: new clusters are counted before the file has them), or
+//! if a data file is shorter than the disk; then every L2 table is read, each of them once.
 
 use bds_core::driver::ChildPort;
 use bds_core::error::{Error, ErrorKind, Result};
@@ -16,10 +16,10 @@ use crate::format::qcow2::layout::entry::{
 use crate::format::qcow2::layout::header::{Incompatible, MAX_L1_LEN};
 use crate::format::qcow2::manage::snapshot::SnapshotTable;
 
-/// Bytes of snapshots' L1 tables that are looked through.
+/// Bytes of snapshots' L1 tables that are read.
 const MAX_L1_TOTAL_LEN: u64 = 1 << 30;
 
-/// Looks for what lies behind the end of the files.
+/// Looks for tables and data behind the end of the files.
 pub(crate) struct TruncationCheck<'a> {
     pub file: &'a dyn ChildPort,
     pub cluster0: &'a Cluster0,
@@ -28,7 +28,7 @@ pub(crate) struct TruncationCheck<'a> {
 }
 
 impl TruncationCheck<'_> {
-    /// Refuses an image that has lost something.
+    /// An error if the image has lost something.
     pub(crate) async fn run(&self, l1: &[(u32, L1Entry)], reftable: &[u64]) -> Result<()> {
         let geometry = &self.cluster0.header.geometry;
         for slot in reftable {

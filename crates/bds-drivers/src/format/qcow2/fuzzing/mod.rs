@@ -1,7 +1,7 @@
-//! Entry points for fuzzers and for tests with bytes as images. Not part of the library's promise.
+//! Entry points for fuzzers, and for tests with bytes as images. Not part of the library's stable API.
 //!
-//! Each entry point takes any bytes and panics if a promise is broken; it never waits and does no real I/O. The fuzz targets, the
-//! replay of their corpus and the hostile-image tests all call these.
+//! Each entry point takes any bytes and panics if a guarantee is broken; it never waits and does no real I/O. The fuzz
+//! targets, the replay of their corpus and the hostile-image tests all call these.
 
 mod port;
 mod spec;
@@ -97,7 +97,7 @@ pub fn l2(data: &[u8]) {
     }
 }
 
-/// Decoders: the output bound holds and an error is only an error. Encoders: what they accept comes back.
+/// Decoders: the output bound holds and an error is only an error. Encoders: what they accept round-trips.
 pub fn decompress(data: &[u8]) {
     let [choice, rest @ ..] = data else { return };
     let kind = if choice & 1 == 0 { Compression::Deflate } else { Compression::Zstd };
@@ -159,8 +159,8 @@ pub async fn open_image(
     super::Qcow2Format.open(&mut context).await
 }
 
-/// Open, status, read, and on a second copy write: nothing waits for ever, a read-only image stays as it is, zeros are zeros, and what
-/// was written is read.
+/// Open, status, read, and on a second copy write: no request waits for ever, a read-only image is not changed, zeros
+/// read as zeros, and what was written is read.
 pub fn open(data: &[u8]) {
     let sim = bds_io::Sim::new(1, bds_io::SimConfig::calm());
     let backing = MemPort::new(vec![0xb5; 3000]);

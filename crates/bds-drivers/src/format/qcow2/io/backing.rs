@@ -1,7 +1,8 @@
-//! The backing node: what unallocated clusters show, and how it comes and goes while the image is open.
+//! The backing node: reads what unallocated clusters show.
 //!
-//! Past its end there are zeros. One node may be exchanged for another without our being told (the child then leads elsewhere), and a node
-//! may grow; so its length is asked for where it matters, and what is remembered of it only saves a question a layer.
+//! Past its end there are zeros. The node may be replaced without a call into this driver (the child then leads
+//! elsewhere), and a node may grow; so its length is read where it matters, and the cached length only saves a call per
+//! layer.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -12,13 +13,13 @@ use bds_io::IoVec;
 
 use crate::format::qcow2::layout::units::{mem_len, part_of};
 
-/// The place of the backing node, taken or free.
+/// The backing child, which may be absent.
 #[derive(Debug)]
 pub(crate) struct Backing {
-    /// Lets images that have none find that out for a load.
+    /// Cached flag: true if there is a backing child. One load instead of an RCU read.
     is_there: AtomicBool,
     now: RcuCell<Option<Arc<Child>>>,
-    /// Its length when last asked.
+    /// Its cached length.
     known_len: AtomicU64,
 }
 
@@ -69,7 +70,7 @@ impl Backing {
         }
         let now = self.now.read();
         let child = now.as_ref()?;
-        // What it had it still has, or its own range check declines: no question a layer.
+        // What it had it still has, or its own range check declines: no call per layer.
         let known_len = self.known_len.load(Ordering::Relaxed);
         if guest.checked_add(iov.len() as u64)? <= known_len {
             return child.try_read(guest, iov);
@@ -103,7 +104,7 @@ impl Backing {
         self.known_len.store(child.as_ref().map_or(0, |b| b.len()), Ordering::Relaxed);
         self.is_there.store(child.is_some(), Ordering::Release);
         self.now.replace(child.map(Arc::new));
-        // A task whose caller is gone may still read from it: then the last one to leave lets it go.
+        // A task whose caller was dropped may still read from it: then the last reader drops it.
         old.and_then(Arc::into_inner)
     }
 }

@@ -1,7 +1,8 @@
 //! Compressed writes: one cluster at a time, packed behind each other in the file.
 //!
-//! Compress without any lock, find room for the bytes under it, write them, link. The entry becomes visible only after the bytes are
-//! written; if that fails the room is given back. What does not get smaller is written as a normal cluster.
+//! Compress without a lock, allocate space for the bytes under it, write them, link. The entry becomes visible only
+//! after the bytes are written; if that fails the space is released. A cluster that does not get smaller is written as
+//! a normal cluster.
 
 use std::sync::Arc;
 
@@ -21,7 +22,7 @@ use crate::format::qcow2::state::Image;
 
 const SECTOR_LEN: u64 = 512;
 
-/// Room for compressed bytes whose entry is not linked yet. Dropped before that, the room is given back.
+/// Space for compressed bytes whose entry is not linked yet. If dropped before that, the space is released.
 struct CompressedAlloc {
     image: Arc<Image>,
     item: Arc<InFlight>,
@@ -36,7 +37,8 @@ struct CompressedAlloc {
 }
 
 impl Image {
-    /// Writes whole clusters (the last one may end with the disk) compressed. Without bytes: pads the file to whole sectors.
+    /// Writes whole clusters (the last one may end with the disk) compressed. Without bytes: pads the file to whole
+    /// sectors.
     pub(crate) async fn write_compressed(self: &Arc<Self>, offset: u64, iov: IoVec) -> Result<()> {
         self.prepare_to_write().await?;
         if self.data_file.is_some() {
@@ -75,7 +77,7 @@ impl Image {
     async fn write_compressed_cluster(self: &Arc<Self>, guest: u64, iov: IoVec) -> Result<()> {
         let cluster_len = self.geometry().cluster_len();
         let mut cluster = self.pool.take(cluster_len);
-        // A copy: the guest may change its bytes while we compress.
+        // A copy: the guest may change its bytes during compression.
         let bytes = cluster.get_mut().expect("just taken");
         iov.copy_to(0, &mut bytes[..iov.len()]);
         bytes[iov.len()..].fill(0);
@@ -160,7 +162,7 @@ impl CompressedAlloc {
         meta.end_allocation(&self.item);
     }
 
-    /// Gives the room back.
+    /// Releases the space.
     fn give_up(mut self, meta: &mut crate::format::qcow2::state::Meta) {
         self.is_over = true;
         self.undo(meta);
@@ -170,7 +172,7 @@ impl CompressedAlloc {
         let geometry = self.image.geometry();
         let first = geometry.cluster_index(self.offset.0);
         let last = geometry.cluster_index(self.offset.0 + self.len - 1);
-        // If bytes may still be on their way (the executor died), the room stays counted: a leak is harmless.
+        // If bytes may still be on their way (the executor died), the clusters stay counted: a leak is harmless.
         for cluster in (first..=last).filter(|_| !self.is_writing) {
             let start = MetaOffset(cluster << geometry.cluster_bits());
             if self.image.lower(meta, start).is_err() {

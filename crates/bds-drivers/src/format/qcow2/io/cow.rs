@@ -1,7 +1,9 @@
-//! What stands around a write in the clusters it gets: the rest of the first and of the last one.
+//! Copy on write: adds to a write the bytes around it in newly allocated clusters, the rest of the first and of the
+//! last one.
 //!
-//! A new cluster shows what the guest saw before wherever the write does not reach. Where that is zeros and the cluster reads as zeros already,
-//! nothing is done. Else head, data and tail become one write, and the link waits for a flush of the data node (rule O3).
+//! A new cluster shows what the guest saw before wherever the write does not reach. Where that is zeros and the cluster
+//! reads as zeros already, nothing is done. Else head, data and tail become one write, and the link waits for a flush
+//! of the data node (rule O3).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -53,7 +55,7 @@ impl Image {
         let mut skips = work.is_fresh;
         if !skips && zero_head && zero_tail {
             skips = self.place_is_zero(work, &head).await && self.place_is_zero(work, &tail).await;
-            // They are there, but not durable before the link unless somebody sees to it.
+            // They are written, but durable before the link only if it waits for a flush.
             is_copy = skips;
         }
         let (head_iov, tail_iov) = self.read_around(&head, zero_head, &tail, zero_tail).await?;
@@ -110,7 +112,7 @@ impl Image {
         last_cluster + (end << bits)
     }
 
-    /// Do these guest bytes read as zeros, as far as that can be told from memory?
+    /// Do these guest bytes read as zeros, as far as that is known from memory?
     fn is_surely_zero(&self, range: &Range<u64>) -> bool {
         let mut at = range.start;
         while at < range.end {
@@ -137,7 +139,7 @@ impl Image {
             return true;
         }
         let host = work.host.plus(range.start - work.guest);
-        // Failing to know is not failing: zeros are written then.
+        // An error here is not an error of the write: zeros are written then.
         self.data().is_zero(host, range.end - range.start).await.unwrap_or(false)
     }
 

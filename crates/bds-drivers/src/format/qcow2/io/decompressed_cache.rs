@@ -1,12 +1,13 @@
-//! Decompressed clusters, kept so that a sequence of small reads decompresses each cluster once.
+//! A cache of decompressed clusters, so that a sequence of small reads decompresses each cluster once.
 //!
-//! Keyed by the L2 entry, which names the bytes in the file. Freed bytes may be used again, so whoever frees them takes their entry out
-//! first, after everybody who may still add it has left (`srcu.rs`, `release.rs`).
+//! Keyed by the L2 entry, which names the bytes in the file. Freed bytes may be reused, so `release.rs` removes their
+//! entry here first, after all readers that may still insert it have finished (`srcu.rs`).
 //!
-//! The first one who asks for a part of a cluster gets it decompressed up to there, and nothing is kept: scattered reads seldom come back.
-//! Whoever asks again soon makes all of it.
+//! The first read of a part of a cluster decompresses up to there, and nothing is kept: scattered reads seldom repeat.
+//! A second read soon after decompresses all of it.
 //!
-//! Split into shards with a lock each, held for a look or a copy of a pointer. The budget is in bytes, counting clusters only.
+//! Split into shards with a lock each, held for a lookup or a copy of a pointer. The budget is in bytes, counting
+//! clusters only.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
@@ -18,7 +19,7 @@ use bds_io::Buf;
 use crate::format::qcow2::task::Completion;
 
 const MAX_SHARDS: usize = 16;
-/// How many first questions a shard remembers.
+/// How many first requests a shard remembers.
 const SEEN_ONCE: usize = 32;
 
 #[derive(Debug)]
@@ -27,20 +28,20 @@ enum State {
         cluster: Buf,
         used: bool,
     },
-    /// Somebody is at it.
+    /// Being decompressed.
     Filling(Arc<Completion>),
 }
 
 #[derive(Debug, Default)]
 struct Shard {
     clusters: HashMap<u64, State>,
-    /// In the order of the evicting hand; only those that are ready.
+    /// In clock order for eviction; only those that are ready.
     ring: VecDeque<u64>,
-    /// Asked for once, not kept; the oldest in front.
+    /// Requested once, not kept; the oldest in front.
     seen_once: VecDeque<u64>,
 }
 
-/// See the file's head.
+/// The cache; see the module docs.
 #[derive(Debug)]
 pub(crate) struct DecompressedCache {
     shards: Box<[Mutex<Shard>]>,
@@ -48,19 +49,19 @@ pub(crate) struct DecompressedCache {
     clusters_per_shard: AtomicUsize,
 }
 
-/// What somebody who wants a cluster shall do.
+/// The result of a request for a cluster.
 pub(crate) enum CacheLookup {
     /// Here it is.
     Ready(Buf),
-    /// Wait, and ask again.
+    /// Wait, and call again.
     Wait(Arc<Completion>),
-    /// Make it.
+    /// Decompress all of it and insert it.
     Fill(FillGuard),
     /// Decompress as much as is needed, for this request alone.
     Once,
 }
 
-/// The right and duty to make a cluster. Dropped without a result, the next one who asks makes it.
+/// The right to decompress a cluster and insert it. If dropped without a result, the next request gets it.
 pub(crate) struct FillGuard {
     cache: Arc<DecompressedCache>,
     key: u64,
@@ -129,7 +130,7 @@ impl DecompressedCache {
         self.clusters_per_shard.store(clusters.div_ceil(self.shards.len()), Ordering::Relaxed);
     }
 
-    /// Forgets all clusters. Nobody is inside.
+    /// Removes all clusters. No request is in flight.
     pub(crate) fn clear(&self) {
         for shard in &self.shards {
             *shard.lock().unwrap_or_else(PoisonError::into_inner) = Shard::default();
@@ -147,7 +148,7 @@ impl DecompressedCache {
 }
 
 impl FillGuard {
-    /// Here it is: keeps it, within the budget.
+    /// Inserts the cluster, within the budget.
     pub(crate) fn finish(self, cluster: &Buf) {
         let allowed = self.cache.clusters_per_shard.load(Ordering::Relaxed);
         if allowed == 0 {
@@ -189,12 +190,12 @@ mod tests {
     fn one_request_decompresses_and_others_wait() {
         let cache = Arc::new(DecompressedCache::new(512, 4096));
         let CacheLookup::Fill(fill) = cache.get_or_fill(7, 512) else {
-            panic!("nobody makes it yet")
+            panic!("no request decompresses it yet")
         };
         assert!(matches!(cache.get_or_fill(7, 512), CacheLookup::Wait(_)));
         drop(fill);
         let CacheLookup::Fill(fill) = cache.get_or_fill(7, 512) else {
-            panic!("the maker gave up")
+            panic!("the guard was dropped")
         };
         fill.finish(&Buf::from_slice(&[1; 512]));
         assert!(matches!(cache.get_or_fill(7, 512), CacheLookup::Ready(_)));
@@ -206,7 +207,7 @@ mod tests {
     fn first_partial_read_is_not_cached_and_second_is() {
         let cache = Arc::new(DecompressedCache::new(512, 4096));
         assert!(matches!(cache.get_or_fill(7, 100), CacheLookup::Once));
-        let CacheLookup::Fill(fill) = cache.get_or_fill(7, 100) else { panic!("asked for again") };
+        let CacheLookup::Fill(fill) = cache.get_or_fill(7, 100) else { panic!("requested again") };
         fill.finish(&Buf::from_slice(&[1; 512]));
         assert!(matches!(cache.get_or_fill(7, 100), CacheLookup::Ready(_)));
         for other in 100..1000 {

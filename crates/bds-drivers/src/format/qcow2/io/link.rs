@@ -1,7 +1,7 @@
-//! The last step of an allocating write: links new clusters into the L2 table, or gives them back if the write failed.
+//! The last step of an allocating write: links new clusters into the L2 table, or releases them if the write failed.
 //!
-//! Linking is one synchronous section under the lock of `Meta`: it happens as a whole or not at all. The table it changes has been
-//! held since the plan, so it needs no I/O and cannot fail.
+//! Linking is one synchronous section under the lock of `Meta`: it happens as a whole or not at all. The table it
+//! changes has been held since the plan, so it needs no I/O and cannot fail.
 
 use std::sync::Arc;
 
@@ -18,11 +18,11 @@ use crate::format::qcow2::plan::{MetaResult, NeedMeta};
 use crate::format::qcow2::state::{Image, Meta};
 use crate::format::qcow2::task::Completion;
 
-/// Sees to it that a [`PendingLink`] ends: linked, or given up with its clusters given back and its waiters woken.
+/// Owns a [`PendingLink`] until it is linked. If dropped before, releases its clusters and wakes its waiters.
 pub(crate) struct AllocGuard {
     image: Arc<Image>,
     pub work: PendingLink,
-    /// Bytes are on their way to the new clusters: they must not be used again.
+    /// Bytes are on their way to the new clusters: they must not be reused.
     pub(super) is_writing: bool,
     is_over: bool,
 }
@@ -50,7 +50,7 @@ impl Image {
         item
     }
 
-    /// How many of the bytes at `guest` can go on before they meet an allocation in flight. Stops if that is at the start.
+    /// How many of the `max` bytes at `guest` lie before the next allocation in flight. Stops if one is at the start.
     pub(crate) fn before_in_flight(&self, meta: &Meta, guest: u64, max: u64) -> MetaResult<u64> {
         let geometry = self.geometry();
         let first = geometry.cluster_index(guest);
@@ -67,7 +67,7 @@ impl Image {
 }
 
 impl AllocGuard {
-    /// The bytes are there: the guest sees them from now on.
+    /// Changes the entries: the data is written, and the guest sees it from now on.
     pub(super) fn link(mut self, copy: &CopyPlan) {
         let image = Arc::clone(&self.image);
         let mut meta = image.meta();
@@ -99,7 +99,8 @@ impl AllocGuard {
         meta.end_allocation(&self.work.item);
     }
 
-    /// Links clusters that read as zeros already. Extended entries get their place only: their subclusters stay what they are.
+    /// Links clusters that read as zeros already. Extended entries get their host offset only: their subclusters stay
+    /// what they are.
     pub(crate) fn link_empty(self) {
         let is_extended = self.image.geometry().has_extended_l2();
         let covers = if is_extended {

@@ -1,7 +1,8 @@
 //! Guest reads.
 //!
-//! The fast way ([`Image::try_read`]) takes no lock and allocates nothing as long as the L2 slices are in memory: look up, and ask the child at
-//! the place found. Where it cannot go on it declines, and the other way loads what is missing and reads the parts side by side.
+//! The fast path ([`Image::try_read`]) takes no lock and allocates nothing as long as the L2 slices are in memory: look
+//! up, and read from the child at the offset found. Where it cannot go on it declines, and the slow path loads what is
+//! missing and reads the parts concurrently.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -29,7 +30,7 @@ struct Part {
 }
 
 impl Image {
-    /// Reads what needs no waiting. `None`: ask [`Image::read`].
+    /// Reads what needs no waiting. `None`: call [`Image::read`].
     pub(crate) fn try_read(self: &Arc<Self>, offset: u64, iov: &IoVec) -> Option<Result<()>> {
         if self.broken.get().is_some() || !self.serves_io {
             return None;
@@ -38,7 +39,7 @@ impl Image {
         if offset.checked_add(len)? > self.disk_len() {
             return None;
         }
-        // Nothing is ever freed in an image nobody can write.
+        // Nothing is freed in an image that is not writable.
         let _srcu = self.is_writable().then(|| self.srcu.read_lock());
         let mut at = 0;
         while at < len {
@@ -157,7 +158,7 @@ impl Image {
     }
 
     /// The decompressed cluster behind `entry`, at least its first `needed_len` bytes.
-    /// Who asks must hold a guard of `srcu`.
+    /// The caller must hold a guard of `srcu`.
     async fn inflate(
         self: &Arc<Self>,
         entry: L2Entry,
@@ -170,7 +171,7 @@ impl Image {
                 CacheLookup::Ready(cluster) => return Ok(cluster),
                 CacheLookup::Wait(done) => done.wait().await,
                 CacheLookup::Fill(fill) => {
-                    // Others may wait for it, so it does not depend on our being polled; and it is inside on its own account.
+                    // Other requests may wait for it, so it runs in a task of its own, with its own guard of `srcu`.
                     let inside = self.is_writable().then(|| self.srcu.read_lock_owned());
                     let image = Arc::clone(self);
                     let len = self.geometry().cluster_len();
@@ -189,7 +190,7 @@ impl Image {
 
     async fn decompress(&self, entry: L2Entry, guest: u64, len: usize) -> Result<Buf> {
         let range = entry.compressed_range(self.geometry());
-        // What the file does not hold must not be taken for zeros: they may well decode to something.
+        // Bytes behind the end of the file must not be taken for zeros: zeros may decode to something.
         let there = self.file.len().saturating_sub(range.offset.0).min(range.len);
         if there == 0 {
             return Err(self.truncated_meta_error("a compressed cluster", range.offset).at(guest));
@@ -211,7 +212,7 @@ impl Image {
     }
 }
 
-/// Copies from a decompressed cluster what lies at `guest`.
+/// Copies the part of a decompressed cluster at `guest`.
 fn copy_part(geometry: &Geometry, cluster: &Buf, guest: u64, iov: &IoVec) {
     let start = mem_len(geometry.offset_in_cluster(guest));
     let range: Range<usize> = start..start + iov.len();

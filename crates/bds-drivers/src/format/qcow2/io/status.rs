@@ -1,4 +1,4 @@
-//! What a range holds, for `map`, `convert` and jobs.
+//! Block status of a range, for `map`, `convert` and jobs.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -11,7 +11,7 @@ use crate::format::qcow2::layout::space::Offset;
 use crate::format::qcow2::meta::lookup::Run;
 use crate::format::qcow2::state::Image;
 
-/// Answers to "does the file hold less than its length?"; 0: not asked yet.
+/// Answers to "does the file hold less than its length?"; 0: not known yet.
 const SPARSE: u8 = 1;
 const DENSE: u8 = 2;
 
@@ -62,7 +62,7 @@ impl Image {
             _ => {}
         }
         let data = self.data();
-        // Not to know costs precision only.
+        // An unknown answer costs precision only.
         let allocated = data.allocated_len().await.ok().flatten();
         let answer = allocated.is_some_and(|bytes| bytes < data.len() / 10 * 9);
         self.is_sparse.store(if answer { SPARSE } else { DENSE }, Ordering::Relaxed);

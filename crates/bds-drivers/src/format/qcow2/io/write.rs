@@ -1,12 +1,12 @@
 //! Guest writes.
 //!
-//! A write to clusters of our own goes straight to their place; if the child can take it at once, without a lock and without allocating
-//! ([`Image::try_write`]). All other writes are taken apart into steps: plan under the lock (find or allocate a place, enter the
-//! allocation among those in flight), write without it, link under it. Linking is one synchronous section, so it
-//! happens as a whole or not at all; the table it changes is held from the plan on, so it needs no I/O and cannot fail.
+//! A write to clusters that are allocated and not shared goes straight to their offset; if the child can take it at
+//! once, without a lock and without allocating ([`Image::try_write`]). All other writes are split into steps: plan
+//! under the lock (find or allocate clusters, enter the allocation among those in flight), write without it, link under
+//! it (`link.rs`).
 //!
-//! Two writes to one cluster that has no place yet: the later one waits for the earlier one and then finds a cluster to write in place.
-//! Allocating writes run in tasks of their own, because others may wait for them.
+//! Two writes to one unallocated cluster: the later one waits for the earlier one and then finds a cluster to write in
+//! place. Allocating writes run in tasks of their own, because other requests may wait for them.
 
 use std::sync::Arc;
 
@@ -37,7 +37,7 @@ pub(crate) enum Step {
 }
 
 impl Image {
-    /// Writes in place what needs no waiting. `None`: nothing was done, ask [`Image::write`].
+    /// Writes in place what needs no waiting. `None`: nothing was done, call [`Image::write`].
     pub(crate) fn try_write(self: &Arc<Self>, offset: u64, iov: &IoVec) -> Option<Result<()>> {
         if !self.write_state.may_write() || self.broken.get().is_some() {
             return None;
@@ -47,7 +47,7 @@ impl Image {
         self.data().try_write(host, iov)
     }
 
-    /// Where `len` bytes at `offset` may be written in place. Who asks must hold a guard of `srcu`.
+    /// Where `len` bytes at `offset` may be written in place. The caller must hold a guard of `srcu`.
     #[inline]
     fn in_place_offset(&self, offset: u64, len: u64) -> Option<DataOffset> {
         if offset.checked_add(len)? > self.disk_len() {
@@ -61,7 +61,8 @@ impl Image {
         (is_ours && is_safe && self.is_in_file(run.host, len)).then_some(run.host)
     }
 
-    /// Writes; `is_copy` if the guest sees the same bytes already, which then must be durable before the link (rule O3).
+    /// Writes; `is_copy` if the guest sees the same bytes already, which then must be durable before the link (rule
+    /// O3).
     pub(crate) async fn write(
         self: &Arc<Self>,
         offset: u64,
@@ -94,8 +95,8 @@ impl Image {
         .await
     }
 
-    /// Writes step by step, several at once. Runs in a task of its own. When it returns nothing of it is under way any more,
-    /// also after a failure: a late step must not overwrite what the guest writes next.
+    /// Writes step by step, several at once. Runs in a task of its own. When it returns nothing of it is under way any
+    /// more, also after a failure: a late step must not overwrite what the guest writes next.
     pub(crate) async fn write_all(self: &Arc<Self>, offset: u64, iov: &IoVec) -> Result<()> {
         self.write_steps(offset, iov, false).await
     }
@@ -139,7 +140,7 @@ impl Image {
                     }
                 }
                 Err(stop) => {
-                    // Who waits must hold nothing that others wait for.
+                    // A request that waits must hold nothing that other requests wait for.
                     wait_all(under_way).await?;
                     held.extend(self.resolve(stop).await?);
                 }
@@ -148,7 +149,7 @@ impl Image {
         Ok(())
     }
 
-    /// Puts a planned step under guard. In the same breath as the plan: nothing may come in between.
+    /// Creates the guard of a planned step. Under the same lock as the plan: nothing may come in between.
     fn guard(self: &Arc<Self>, step: Step) -> (GuardedStep, u64) {
         match step {
             Step::InPlace { host, len } => {
@@ -273,7 +274,8 @@ impl Image {
         Ok(run.len.min(max))
     }
 
-    /// How far from `guest` on clusters keep adjacent places but are not data yet. In a data file every cluster has its place.
+    /// How far from `guest` on clusters keep adjacent places but are not data yet. In a data file every cluster has its
+    /// place.
     fn keeping_run(
         &self,
         meta: &mut Meta,

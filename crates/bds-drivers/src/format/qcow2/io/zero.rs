@@ -1,8 +1,8 @@
-//! Zero writes and discards: changes of entries, without data.
+//! Zero writes and discards: changes of L2 entries, without data.
 //!
-//! Whole clusters (with extended L2: whole subclusters) become zeros by their entry. A discard leaves zeros too where the
-//! cluster was allocated or a backing node would show through. What the entries no longer need goes the way
-//! of `release.rs`.
+//! Whole clusters (with extended L2: whole subclusters) become zeros by their entry. A discard leaves zeros too where
+//! the cluster was allocated or a backing node would show through. Clusters that the entries no longer need are
+//! released (`release.rs`).
 
 use std::sync::Arc;
 
@@ -19,11 +19,11 @@ use crate::format::qcow2::task::detach_on_drop;
 /// What becomes of whole clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Change {
-    /// Zeros; the place is kept.
+    /// Zeros; the cluster is kept.
     Zero,
-    /// Zeros; the place is given up.
+    /// Zeros; the cluster is freed.
     Unmap,
-    /// As `Unmap`, but nothing stays nothing.
+    /// As `Unmap`, but unallocated clusters stay unallocated.
     Discard,
 }
 
@@ -54,7 +54,7 @@ impl Image {
         }
         let unit = self.geometry().subcluster_size();
         let end = offset + len;
-        // The last cluster may reach past the disk; nobody sees that part.
+        // The last cluster may reach past the disk; that part is never read.
         let cluster = self.geometry().cluster_size();
         let reach = if end == self.disk_len() { end.next_multiple_of(cluster) } else { end };
         let (first, last) = (offset.next_multiple_of(unit), reach / unit * unit);
@@ -88,7 +88,7 @@ impl Image {
         self.cluster0.load().header.autoclear.contains(Autoclear::RAW_DATA_FILE)
     }
 
-    /// Tells that a range is not needed. Parts of clusters are left alone.
+    /// Discards a range. Parts of clusters are left alone.
     pub(crate) async fn discard(self: &Arc<Self>, offset: u64, len: u64) -> Result<Attempt> {
         if !self.rules.has_zero_flag && self.backing.is_some() {
             return Ok(Attempt::Unsupported);
@@ -137,7 +137,8 @@ impl Image {
         Ok(true)
     }
 
-    /// Changes whole units, slice by slice. Nothing was changed if it is not supported: only the first slice can find that.
+    /// Changes whole units, slice by slice. Nothing was changed if it is not supported: only the first slice can find
+    /// that.
     async fn zero_units(self: &Arc<Self>, start: u64, end: u64, change: Change) -> Result<Attempt> {
         let mut at = start;
         while at < end {
@@ -146,7 +147,7 @@ impl Image {
                 Some(len) => at += len,
                 None => return Ok(Attempt::Unsupported),
             }
-            // A long range: others get their turn, and the caches their limits.
+            // A long range: other requests get the lock, and the caches keep their limits.
             self.keep_within_budgets().await?;
         }
         Ok(Attempt::Done)
@@ -158,7 +159,8 @@ impl Image {
         self.zero_units(start, end, Change::Unmap).await
     }
 
-    /// Changes units from `start` on, up to the end of the slice. Returns how many bytes that were; `None`: it cannot be done.
+    /// Changes units from `start` on, up to the end of the slice. Returns how many bytes that were; `None`: it cannot
+    /// be done.
     fn zero_some(
         &self,
         meta: &mut Meta,
@@ -192,7 +194,7 @@ impl Image {
                 self.zeroed_part(old, at, next).map_err(|b| corrupt_entry(b, at))?
             };
             let Some(new) = new else {
-                // A part of a compressed cluster: somebody has to write zeros there.
+                // A part of a compressed cluster: the caller has to write zeros there.
                 return if at == start { Ok(None) } else { Ok(Some(at - start)) };
             };
             if new != old {

@@ -1,11 +1,11 @@
 //! Cluster 0: parses and encodes the header, its extensions and the backing file's name together.
 //!
-//! Parsing checks every field against the format's rules and our limits before anything is allocated or followed; what is
-//! accepted here may be used as it stands. No I/O.
+//! Parsing checks every field against the format's rules and our limits before anything is allocated or followed; what
+//! is accepted here may be used as it stands. No I/O.
 //!
 //! Sizes that are no multiple of 512 (finding F10: QEMU shows such a disk rounded down): a read-only open shows every
-//! byte, a writable open is refused by [`Cluster0::check_writable`], because a writer must not choose between losing the tail and
-//! inventing one.
+//! byte, a writable open is refused by [`Cluster0::check_writable`], because a writer must not choose between losing
+//! the tail and inventing one.
 //!
 //! Invariant: cluster 0 is written as one write, and only if all of it fits.
 
@@ -123,7 +123,7 @@ impl Cluster0 {
         Ok(Parsed::Complete(Box::new(this)))
     }
 
-    /// Refuses features we do not know, by the names the image gives them.
+    /// Refuses unknown features, by the names the image gives them.
     fn check_known(&self) -> Result<()> {
         let incompatible = &self.header.incompatible;
         let unknown = *incompatible & !Incompatible::KNOWN;

@@ -1,8 +1,8 @@
-//! Entries of the L1, L2 and refcount tables as typed values.
+//! Parses and encodes entries of the L1, L2 and refcount tables.
 //!
-//! Decoding follows the tables of qcow2.txt ("Standard Cluster Descriptor", "Extended L2 Entries",
-//! "Compressed Clusters Descriptor"). What a reader must not touch is a [`BadEntry`]; reserved bits that a reader
-//! ignores but a check reports are available beside the decoded value. No I/O, no allocation, no panic on any bits.
+//! Decoding follows the tables of qcow2.txt ("Standard Cluster Descriptor", "Extended L2 Entries", "Compressed Clusters
+//! Descriptor"). An entry that a reader must not follow is a [`BadEntry`]; reserved bits that a reader ignores but a
+//! check reports are available beside the decoded value. No I/O, no allocation, no panic on any bits.
 
 use std::fmt;
 
@@ -46,7 +46,7 @@ pub(crate) enum BadEntry {
     DataFileOffset(u64),
     /// A refcount block does not begin at a cluster.
     UnalignedRefblock(u64),
-    /// A refcount block lies where no file reaches.
+    /// A refcount block beyond the largest file offset.
     RefblockOffset(u64),
 }
 
@@ -147,13 +147,13 @@ impl Kind {
         matches!(self, Self::UnallocatedAlloc | Self::ZeroAlloc | Self::Normal)
     }
 
-    /// Does it read as zeros whatever lies below?
+    /// Does it read as zeros without regard to the backing node?
     #[inline]
     pub(crate) fn is_zero(self) -> bool {
         matches!(self, Self::ZeroPlain | Self::ZeroAlloc)
     }
 
-    /// Does it show what lies below?
+    /// Does it show the backing node?
     #[inline]
     pub(crate) fn is_unallocated(self) -> bool {
         matches!(self, Self::Unallocated | Self::UnallocatedAlloc)
@@ -273,7 +273,8 @@ impl L2Entry {
         if !rules.geometry.is_cluster_aligned(offset) {
             return Err(BadEntry::UnalignedData(offset));
         }
-        // In a data file, byte 0 of the guest is at byte 0 of the file: only COPIED tells it from "nowhere".
+        // In a data file, byte 0 of the guest is at byte 0 of the file: only COPIED distinguishes it from an
+        // unallocated cluster.
         let is_at_0 = rules.has_data_file
             && self.is_copied()
             && (rules.geometry.has_extended_l2() || self.word & ZERO == 0);

@@ -1,8 +1,8 @@
-//! Header extensions: bytes between the header and the backing file's name.
+//! Parses and encodes header extensions: the bytes between the header and the backing file's name.
 //!
 //! Each is `type u32, length u32, data, padding to 8`; type 0 ends the list, and so does the end of the area.
 //! QEMU lets a later extension of one type win and cuts names at a NUL byte, so that two readers can see two
-//! different files: duplicates of a known type and NUL bytes in names are refused here. Types we do not know are kept and
+//! different files: duplicates of a known type and NUL bytes in names are refused here. Unknown types are kept and
 //! written back in their order. Bytes only: names are opaque, no offset is followed.
 
 use bds_core::error::{Error, ErrorKind, Result};
@@ -59,7 +59,7 @@ pub(crate) struct BitmapsPointer {
 }
 
 impl BitmapsPointer {
-    /// Refuses a directory no reader could use. Ask only if the header's bitmaps bit is set.
+    /// Refuses a directory no reader could use. Call only if the header's bitmaps bit is set.
     pub(crate) fn validate(&self, geometry: &Geometry) -> Result<()> {
         if self.reserved != 0 {
             return Err(invalid("reserved field of the bitmaps extension is not zero")
@@ -86,7 +86,7 @@ impl BitmapsPointer {
     }
 }
 
-/// An extension of a type we do not know.
+/// An extension of an unknown type.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct UnknownExtension {
     pub kind: u32,
@@ -118,7 +118,8 @@ pub(crate) enum Scan {
 }
 
 impl Extensions {
-    /// Reads the extensions in `bytes[start..end]`. `bytes` may be shorter than `end` when not all of the cluster has been read yet.
+    /// Reads the extensions in `bytes[start..end]`. `bytes` may be shorter than `end` when not all of the cluster has
+    /// been read yet.
     pub(crate) fn parse(bytes: &[u8], start: usize, end: usize) -> Result<Scan> {
         let mut found = Self::default();
         let mut at = start;
@@ -131,7 +132,7 @@ impl Extensions {
                 break;
             }
             if kind == END {
-                // Readers that skip by lengths would go on behind it, and see extensions that others do not.
+                // Readers that skip by lengths would go on behind it, and see extensions that other readers do not.
                 return Err(invalid("the end mark of the header extensions has a length")
                     .field("extension length", len)
                     .at(offset(at)));

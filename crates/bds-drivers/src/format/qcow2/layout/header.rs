@@ -1,7 +1,8 @@
 //! The header of an image: its fields as typed values, parsed, checked against limits, and encoded.
 //!
-//! Nothing is allocated or followed before a field is checked; what is accepted here may be used as it stands. Bytes of the header
-//! that are not known are kept and written back. What else lies in cluster 0, and rules that join it to the header: `cluster0.rs`.
+//! Nothing is allocated or followed before a field is checked; what is accepted here may be used as it stands. Bytes of
+//! the header that are not known are kept and written back. What else lies in cluster 0, and rules that join it to the
+//! header: `cluster0.rs`.
 
 use bds_core::error::{Error, ErrorKind, Result};
 
@@ -39,7 +40,7 @@ pub(crate) const INCOMPATIBLE_AT: u64 = 72;
 pub(crate) const AUTOCLEAR_AT: u64 = 88;
 
 bitflags::bitflags! {
-    /// A reader that does not know a bit must not touch the image.
+    /// Features that a reader must know to use the image.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub(crate) struct Incompatible: u64 {
         /// Counts may be wrong.
@@ -52,27 +53,27 @@ bitflags::bitflags! {
         const COMPRESSION = 8;
         /// L2 entries have subcluster bitmaps.
         const EXTENDED_L2 = 16;
-        /// Not a feature: keeps bits we do not know.
+        /// Not a feature: keeps unknown bits.
         const _ = !0;
     }
 
-    /// A reader may ignore these.
+    /// Features that a reader may ignore.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub(crate) struct Compatible: u64 {
         /// Counts may be updated lazily.
         const LAZY_REFCOUNTS = 1;
-        /// Not a feature: keeps bits we do not know.
+        /// Not a feature: keeps unknown bits.
         const _ = !0;
     }
 
-    /// A writer must clear those it does not know.
+    /// Features whose bits a writer must clear if it does not maintain them.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub(crate) struct Autoclear: u64 {
         /// The bitmaps extension is in step with the data.
         const BITMAPS = 1;
         /// The data file reads like the disk, byte for byte.
         const RAW_DATA_FILE = 2;
-        /// Not a feature: keeps bits we do not know.
+        /// Not a feature: keeps unknown bits.
         const _ = !0;
     }
 }
@@ -82,7 +83,7 @@ impl Incompatible {
 }
 
 impl Autoclear {
-    /// What is left for a writer: the raw data file is maintained, unknown bits go. Bitmaps are a matter of their own.
+    /// The bits a writer keeps: the raw data file is maintained, unknown bits are cleared. Bitmaps are handled apart.
     pub(crate) fn kept_by_writer(self) -> Self {
         self & (Self::RAW_DATA_FILE | Self::BITMAPS)
     }
@@ -107,7 +108,7 @@ pub(crate) enum Compression {
 }
 
 impl Compression {
-    /// QEMU's word for it.
+    /// QEMU's name for it.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Deflate => "zlib",
@@ -115,7 +116,7 @@ impl Compression {
         }
     }
 
-    /// From QEMU's word.
+    /// From QEMU's name.
     pub(crate) fn parse(word: &str) -> Option<Self> {
         [Self::Deflate, Self::Zstd].into_iter().find(|c| c.name() == word)
     }
@@ -127,7 +128,7 @@ pub(crate) struct Header {
     /// 2 or 3.
     pub version: u32,
     pub geometry: Geometry,
-    /// Length of the disk in bytes; see the file's head for lengths that are no multiple of 512.
+    /// Length of the disk in bytes; see `cluster0.rs` for lengths that are no multiple of 512.
     pub size: u64,
     pub crypt: CryptMethod,
     /// Entries of the L1 table.
@@ -244,7 +245,7 @@ impl Header {
             compatible: Compatible::from_bits_retain(if is_v3 { be64(bytes, 80) } else { 0 }),
             autoclear: Autoclear::from_bits_retain(if is_v3 { be64(bytes, 88) } else { 0 }),
             compression: if has_unknown {
-                Compression::Deflate // refused below, by the name of the feature we do not know
+                Compression::Deflate // refused below, by the name of the unknown feature
             } else {
                 compression(compression_byte.unwrap_or(0), incompatible)?
             },

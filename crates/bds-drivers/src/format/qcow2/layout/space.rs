@@ -1,4 +1,4 @@
-//! Places in the files of an image, as one type for each address space, and the nodes that take them.
+//! Host offsets as one type for each address space: the image file, and the node that holds data clusters.
 //!
 //! ```text
 //! MetaOffset   a byte of the image file: header, tables, compressed bytes. Its clusters have refcounts.

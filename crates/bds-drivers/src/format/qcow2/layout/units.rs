@@ -1,8 +1,8 @@
-//! Offsets, and the arithmetic of clusters.
+//! Guest offsets and the arithmetic of clusters ([`Geometry`]).
 //!
-//! A guest offset and a host offset are both byte counts and must never be mixed: each is its own type (host offsets: `space.rs`). A
-//! [`Geometry`] holds the three numbers of a header that decide every index; it exists only with values the
-//! format allows, so its shifts cannot overflow. Nothing here does I/O or allocates.
+//! A guest offset and a host offset are both byte counts and must never be mixed: each is its own type (host offsets:
+//! `space.rs`). A [`Geometry`] holds the three numbers of a header that decide every index; it exists only with values
+//! the format allows, so its shifts cannot overflow. Nothing here does I/O.
 //!
 //! ```text
 //! guest offset   | l1_index | l2_index | subcluster | byte |

@@ -1,9 +1,10 @@
-//! The directory of persistent dirty bitmaps.
+//! Persistent dirty bitmaps: reads their directory, and marks bitmaps that a write makes stale.
 //!
-//! Entries are shown by `info` and counted by `check`; bitmaps are not loaded and not kept in step. So a writer makes those stale that
-//! record every write (flag "auto"), and one that grows the disk makes all too short: an image that has such bitmaps is not opened
-//! for writing (not grown), unless the user allows it. Then they are marked "in use", durably and before the first write, as a
-//! crashed writer leaves them: every reader sees that they are inconsistent, and their clusters are not leaked.
+//! Entries are shown by `info` and counted by `check`; bitmaps are not loaded and not kept in step. So a writer makes
+//! stale those that record every write (flag "auto"), and growing the disk makes all too short: an image that has such
+//! bitmaps is not opened for writing (not grown), unless the user allows it. Then they are marked "in use", durably and
+//! before the first write, as a crashed writer leaves them: every reader sees that they are inconsistent, and their
+//! clusters are not leaked.
 
 use bds_core::driver::ChildPort;
 use bds_core::error::{Error, ErrorKind, Result};
@@ -129,7 +130,7 @@ impl Image {
     /// Before the disk grows: bitmaps of the old length are marked, or in the way.
     pub(crate) async fn mark_bitmaps_to_grow(&self) -> Result<()> {
         let autoclear = self.meta().header.autoclear;
-        // What cannot be read was given up by the first write.
+        // A directory that cannot be read was handled by the first write.
         self.mark_bitmaps(autoclear, true).await.map(|_| ())
     }
 }

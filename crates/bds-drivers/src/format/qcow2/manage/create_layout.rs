@@ -1,11 +1,11 @@
-//! Where the parts of a new image lie: computed as numbers, before any file is touched. Used by create and measure.
+//! Computes where the parts of a new image are placed, before any file is touched. Used by create and measure.
 
 use bds_core::error::{Error, ErrorKind, Result};
 
 use crate::format::qcow2::layout::header::{MAX_L1_LEN, MAX_REFTABLE_LEN};
 use crate::format::qcow2::layout::units::{Geometry, HOST_OFFSET_END};
 
-/// Where the parts of a new image lie, in bytes of the file.
+/// Offsets of the parts of a new image, in bytes of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Layout {
     pub reftable_offset: u64,
@@ -25,7 +25,8 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
-    /// Plans an image of `size` bytes. `mapped`: L2 tables exist. `with_data`: so do the clusters they point at, in this file.
+    /// Plans an image of `size` bytes. `mapped`: L2 tables exist. `with_data`: so do the clusters they point at, in
+    /// this file.
     pub(crate) fn plan(
         geometry: &Geometry,
         size: u64,
@@ -82,7 +83,7 @@ impl Layout {
 pub(crate) fn refcount_clusters(geometry: &Geometry, others: u64) -> (u64, u64) {
     let (mut table, mut blocks) = (1, 1);
     loop {
-        // Both only ever grow, by less than a cluster in 64, so this ends.
+        // Both only grow, by less than a cluster in 64, so this ends.
         let need_blocks = (others + table + blocks).div_ceil(geometry.refblock_entries());
         let need_table = (need_blocks * 8).div_ceil(geometry.cluster_size());
         if need_blocks <= blocks && need_table <= table {

@@ -1,4 +1,4 @@
-//! The options of a new image, checked against each other as QEMU does.
+//! Parses the options of a new image and checks them against each other as QEMU does.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
@@ -67,12 +67,12 @@ const fn spec(
     OptionSpec { name, kind, help, default }
 }
 
-/// What a new image shall be, checked.
+/// The checked options of a new image.
 #[derive(Clone, Debug)]
 pub(crate) struct CreateOptions {
     pub version: u32,
     pub geometry: Geometry,
-    /// `None`: nobody said; a backing image's length will do.
+    /// `None`: not given; the backing image's length is used.
     pub size: Option<u64>,
     pub prealloc: Prealloc,
     pub compression: Compression,

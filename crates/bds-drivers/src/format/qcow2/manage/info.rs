@@ -1,4 +1,4 @@
-//! What `info` tells: QEMU's names, from the header and the tables it points at.
+//! Collects the facts that `info` reports, under QEMU's names, from the header and the tables it points at.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;

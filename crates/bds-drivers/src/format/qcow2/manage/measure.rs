@@ -1,6 +1,7 @@
-//! How large an image would be: the same plan as [`create`](super::create), without a file.
+//! Measures how large an image would be: the same plan as [`create`](super::create), without a file.
 //!
-//! Numbers agree with `qemu-img measure`: whole clusters, refcounts planned for the fully written image in both answers.
+//! Numbers agree with `qemu-img measure`: whole clusters, refcounts planned for the fully written image in both
+//! answers.
 
 use bds_core::driver::{MeasureReport, MeasureSource, Prealloc};
 use bds_core::error::{Error, ErrorKind, Result};
@@ -61,7 +62,7 @@ mod tests {
         (report.required, report.fully_allocated)
     }
 
-    /// Figures of `qemu-img measure` 10.0.2 with `--size`, which knows of no data.
+    /// Figures of `qemu-img measure` 10.0.2 with `--size`, which assumes no data.
     #[test]
     fn measure_agrees_with_qemu_img() {
         const G: u64 = 1 << 30;

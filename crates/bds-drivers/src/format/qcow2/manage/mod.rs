@@ -1,4 +1,5 @@
-//! Operations on an image as a whole: create, resize, reopen, and what `info` reports.
+//! Operations on an image as a whole: create and measure, resize, reopen and inactivate, snapshots and bitmaps (read
+//! only), info.
 
 pub(super) mod bitmap;
 pub(super) mod create;

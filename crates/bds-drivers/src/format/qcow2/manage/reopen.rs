@@ -1,8 +1,9 @@
-//! Other options and another mode for an open image, giving it away to another process, and taking it back.
+//! Changes options and mode of an open image, inactivates it for another process, and activates it again.
 //!
-//! Before anything changes, a writer's image is brought into the state in which a clean close leaves it, durably (`write_back_all_durably`). So there is
-//! never anything to lose: what is prepared may be dropped, and the writer just goes on. Whoever becomes a writer, or takes the image
-//! back, reads it afresh beside what is in memory (`metadata_load.rs`), with all checks of an open; only then that takes its place.
+//! Before anything changes, all metadata is written back durably, as by a clean close (`write_back_all_durably`). So a
+//! prepared change may be dropped without loss, and the writer continues. An image that becomes writable, or is
+//! activated, is read afresh beside what is in memory (`metadata_load.rs`), with all checks of an open; only the commit
+//! replaces the old state.
 //!
 //! Nothing is written in order to become a writer: the file may not be writable yet, and O10 and O13 wait for the first
 //! write, as after an open.
@@ -68,7 +69,7 @@ impl Image {
         }
         self.tasks.wait_idle().await;
         self.write_back_all_durably().await?;
-        // A reader does not know what only a writer needs, and it may have changed since it was one.
+        // A reader has not loaded what only a writer needs, and it may have changed since the image was last writable.
         let is_known = self.is_writable() && config.overlap == old.overlap;
         let loaded = match is_writable && self.write_state.is_active() && !is_known {
             true => Some(self.reload(&config, true).await?),
@@ -113,7 +114,8 @@ impl Image {
         asked.config_at_reopen(cluster0, &flags, slice_len).map_err(|error| self.name_error(error))
     }
 
-    /// Brings the file into the state in which a clean close leaves it, durably. Goes on to its end whatever becomes of the caller.
+    /// Brings the file into the state in which a clean close leaves it, durably. Runs to completion even if the caller
+    /// is dropped.
     async fn write_back_all_durably(self: &Arc<Self>) -> Result<()> {
         if !self.is_writable() || !self.serves_io {
             return Ok(());
@@ -136,7 +138,7 @@ impl Image {
         self.file.flush().await
     }
 
-    /// Reads the image as an open does, and checks that it still is the one that was opened.
+    /// Reads the image as an open does, and checks that it is still the one that was opened.
     async fn reload(&self, config: &Config, writer: bool) -> Result<LoadedMetadata> {
         let read = async {
             let cluster0 = read_cluster0(self.file.port(), Strictness::Use).await?;

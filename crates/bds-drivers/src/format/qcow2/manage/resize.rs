@@ -1,8 +1,8 @@
-//! A longer disk.
+//! Grows the disk of an image.
 //!
-//! In order: room in the L1 table (a longer one gets a new place: rule O5), what must read as zeros, what is to be
-//! preallocated; then all of that durably, and only then the header's size (O14). Whatever fails on the way, the disk keeps its old length; what was
-//! allocated beyond it is a longer L1 table, and clusters nobody sees.
+//! In order: space in the L1 table (a longer one is moved: rule O5), what must read as zeros, preallocation; then all
+//! of that durably, and only then the header's size (O14). Whatever fails on the way, the disk keeps its old length;
+//! what was allocated beyond it is a longer L1 table, and clusters behind the end of the disk.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -56,7 +56,7 @@ impl Image {
             Err(error) => Err(error),
         };
         if let Err(error) = written {
-            // The old length stays. The header may have the new one already: the next write-back puts that right.
+            // The old length stays. The header may have the new one already: the next write-back corrects that.
             self.meta().new_size = Some(old);
             return Err(error);
         }

@@ -1,4 +1,4 @@
-//! The table of internal snapshots, read only.
+//! Reads the table of internal snapshots.
 //!
 //! Entries are shown by `info` and counted by `check`; nothing here applies, makes or deletes a snapshot.
 
@@ -44,7 +44,8 @@ pub(crate) struct SnapshotTable {
 }
 
 impl SnapshotTable {
-    /// Reads `count` entries at `offset`. Extra data longer than allowed is skipped; who minds looks at `extra_len`.
+    /// Reads `count` entries at `offset`. Extra data longer than allowed is skipped; callers that refuse it look at
+    /// `extra_len`.
     pub(crate) async fn read(file: &dyn ChildPort, offset: u64, count: u32) -> Result<Self> {
         let mut table = Self::default();
         let mut window = Window::new(file);
@@ -95,7 +96,7 @@ impl SnapshotTable {
 }
 
 fn place(offset: u64, len: u64) -> Result<u64> {
-    // Room for the largest entry keeps later sums in range.
+    // Space for the largest entry keeps later sums in range.
     offset.checked_add(len).filter(|at| *at < i64::MAX as u64 - (1 << 33)).ok_or_else(|| {
         Error::new(ErrorKind::InvalidImage, "the snapshot table lies beyond any file")
             .field("snapshots_offset", offset)

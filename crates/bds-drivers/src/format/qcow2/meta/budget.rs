@@ -1,4 +1,4 @@
-//! Bounds on changed metadata in memory: how much may be dirty, how much is, and the task that writes it back.
+//! Limits of dirty metadata ([`DirtyBudget`]), the current levels, and the handle of the task that writes it back.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,9 +20,9 @@ pub(crate) struct DirtyBudget {
 #[derive(Debug, Default)]
 pub(crate) struct DirtyLevels {
     pub(super) pinned_bytes: AtomicUsize,
-    /// Freed runs that a write-back brings on.
+    /// Freed runs that a write-back makes progress on.
     pub(super) frees: AtomicUsize,
-    /// Freed runs whose removal is durable, and that are not given back yet.
+    /// Freed runs whose removal is durable, and that are not released yet.
     pub(super) frees_durable: AtomicUsize,
     #[cfg(test)]
     pub peak_bytes: AtomicUsize,

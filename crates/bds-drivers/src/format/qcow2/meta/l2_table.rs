@@ -1,4 +1,5 @@
-//! The L2 table a change of entries needs: makes it, or copies it if a snapshot shares it, and returns the slice to change.
+//! Provides the L2 table that a change of entries needs: allocates it, or copies it if a snapshot shares it, and
+//! returns the slice to change.
 
 use std::sync::Arc;
 
@@ -42,7 +43,7 @@ impl Image {
             return Ok((id, slice));
         }
         if meta.slices.is_unlinked(id.table) {
-            // The file knows nothing of this table: what is not in memory is empty.
+            // The file does not have this table: what is not in memory is empty.
             let is_extended = self.geometry().has_extended_l2();
             let slice = Arc::new(Slice::empty(self.config.load().slice_len, is_extended));
             return Ok((id, meta.slices.add(&self.tables, id, slice)));

@@ -1,7 +1,7 @@
-//! Bringing tables into memory, each of them once however many ask for it.
+//! Loads L2 slices and refcount blocks into memory, each once however many requests wait for it.
 //!
-//! A load runs in a task of its own, so that one asker's end is not the others'. Whatever is loaded is handed out *held*: it cannot be
-//! evicted before the asker has used it.
+//! A load runs in a task of its own, so it does not end when the request that started it is dropped. The result is
+//! handed out *pinned*: it cannot be evicted before the request has used it.
 
 use std::sync::{Arc, OnceLock};
 
@@ -15,7 +15,7 @@ use crate::format::qcow2::plan::MetaKey;
 use crate::format::qcow2::state::Image;
 use crate::format::qcow2::task::{Completion, detach_on_drop};
 
-/// Ends a load, also if its task was dropped with its executor.
+/// Removes a load from the list and wakes its waiters, also if its task was dropped with its executor.
 struct LoadGuard {
     image: Arc<Image>,
     what: MetaKey,
@@ -114,7 +114,7 @@ impl Image {
                 }
             };
             if meta.slices.is_unlinked(id.table) {
-                // The file knows nothing of this table: what is not in memory is empty.
+                // The file does not have this table: what is not in memory is empty.
                 let slice = Arc::new(Slice::empty(len, is_extended));
                 return Ok(Pinned::Slice(meta.slices.add(&self.tables, id, slice)));
             }
@@ -138,7 +138,7 @@ impl Image {
             meta.counts.evict();
             match meta.counts.block_place(index) {
                 Ok(Some(place)) => place,
-                // Looking again will tell what is wrong.
+                // The operation that runs again reports what is wrong.
                 Ok(None) | Err(_) => return Ok(Pinned::Gone),
             }
         };

@@ -1,4 +1,4 @@
-//! From a guest range to where its bytes are: the longest run of one kind, without a lock.
+//! Maps a guest range to its host offset: the longest run of one kind, without a lock.
 
 use super::tables::SliceId;
 use crate::format::qcow2::layout::entry::{BadEntry, Kind, L2Entry, Place};
@@ -18,7 +18,7 @@ pub(crate) struct Run {
     pub entry: L2Entry,
 }
 
-/// What a lookup found.
+/// The result of a lookup.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Found {
     Run(Run),
@@ -27,8 +27,9 @@ pub(crate) enum Found {
 }
 
 impl Image {
-    /// What lies at `guest`, and how far (at most `max` bytes, at least one) the same goes on. A run ends at the latest with its slice.
-    /// Who follows the answer must hold a guard of `srcu`, from before the lookup.
+    /// Looks up the kind and host offset of `guest`, and how far (at most `max` bytes, at least one) the run goes. A
+    /// run ends at the latest with its slice. A caller that uses the offset must hold a guard of `srcu`, from before
+    /// the lookup.
     #[inline]
     pub(crate) fn lookup(&self, guest: u64, max: u64) -> Result<Found, BadEntry> {
         let geometry = self.geometry();

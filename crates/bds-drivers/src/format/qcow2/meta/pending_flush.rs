@@ -1,6 +1,6 @@
-//! Flushes of the image file and of the data node that must succeed before certain metadata may be written.
+//! Tracks which flushes (of the image file, of the data node) must succeed before certain metadata may be written.
 
-/// Flushes that must succeed before something may be written.
+/// Which flushes must succeed before something may be written.
 #[derive(Debug, Default)]
 pub(crate) struct PendingFlush {
     /// Counts writes of rank Body and Directory, as they begin and as they end.
@@ -9,7 +9,7 @@ pub(crate) struct PendingFlush {
     meta_flushed: u64,
     /// Bytes were written that links must not precede, and the data node was not flushed since.
     pub data_flush: bool,
-    /// A batch is under way.
+    /// A batch is being written.
     pub is_writing: bool,
 }
 

@@ -1,11 +1,12 @@
 //! The refcounts of host clusters, as they will be in the file: a table of blocks, some of them in memory.
 //!
-//! Everything here is memory only and happens under the lock of `Meta`. A block that is not in memory stops the operation
-//! with [`NeedMeta::Load`]; the caller loads it without the lock and begins again. Each function changes all or nothing before
-//! it can stop, so beginning again is always right.
+//! Everything here is memory only and happens under the lock of `Meta`. A block that is not in memory stops the
+//! operation with [`NeedMeta::Load`]; the caller loads it without the lock and runs the operation again. Each function
+//! changes all or nothing before it can stop, so running it again is always right.
 //!
-//! Counts in memory run ahead of the file. Raised counts reach the file before any pointer to the
-//! cluster (`write_back.rs`, rule O1); lowered ones are entered here only after the pointer's removal is durable (`release.rs`, O2).
+//! Refcounts in memory run ahead of the file. Raised counts reach the file before any pointer to the cluster
+//! (`write_back.rs`, rule O1); lowered ones are entered here only after the pointer's removal is durable (`release.rs`,
+//! O2).
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -32,7 +33,7 @@ pub(crate) struct Block {
     is_writing: bool,
     /// A count was raised since the block was last written: pointers may depend on it.
     pub is_raised: bool,
-    /// Cloned by whoever needs the block to stay.
+    /// Cloned by operations that need the block to stay in memory.
     pub pin: Arc<()>,
     /// When it was last used, for eviction.
     used_at: u64,
@@ -83,7 +84,7 @@ impl Block {
         true
     }
 
-    /// The first cluster of this block from `from` on that nobody refers to.
+    /// The first cluster of this block from `from` on with refcount 0.
     fn next_free(&self, order: u32, from: usize) -> Option<usize> {
         if order == 4 {
             let counts = &self.bytes.as_chunks::<2>().0[from..];
@@ -197,7 +198,7 @@ impl Refcounts {
             pin: Arc::new(()),
             used_at: self.tick,
         };
-        // Somebody may have been faster; what is in memory is newer than the file.
+        // Another load may have been faster; what is in memory is newer than the file.
         Arc::clone(&self.blocks.entry(index).or_insert(block).pin)
     }
 
@@ -220,7 +221,7 @@ impl Refcounts {
         }
     }
 
-    /// Forgets clean blocks that are not held until the budget is kept, or only others are left.
+    /// Forgets clean blocks that are not held until the budget is kept, or only pinned ones are left.
     pub(crate) fn evict(&mut self) {
         let cluster_len = self.geometry.cluster_len();
         let allowed = (self.budget_bytes / cluster_len).max(4);

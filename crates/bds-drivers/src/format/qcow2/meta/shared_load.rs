@@ -1,4 +1,5 @@
-//! A load of metadata that several tasks wait for, and its result: what keeps the loaded metadata in memory.
+//! A load of metadata that several requests wait for ([`Load`]), and its result, which keeps the metadata in memory
+//! ([`Pinned`]).
 
 use std::sync::{Arc, OnceLock};
 
@@ -7,17 +8,17 @@ use bds_core::error::Result;
 use super::tables::Slice;
 use crate::format::qcow2::task::Completion;
 
-/// Keeps something in memory.
+/// Keeps loaded metadata in memory.
 #[derive(Clone, Debug)]
 pub(crate) enum Pinned {
     Slice(Arc<Slice>),
     Slices(#[expect(dead_code, reason = "held, not looked at")] Vec<Arc<Slice>>),
     Block(#[expect(dead_code, reason = "held, not looked at")] Arc<()>),
-    /// It was not there to be loaded any more: look again.
+    /// It does not exist any more: look again.
     Gone,
 }
 
-/// A load under way.
+/// A load in progress.
 #[derive(Debug)]
 pub(crate) struct Load {
     pub(super) done: Completion,

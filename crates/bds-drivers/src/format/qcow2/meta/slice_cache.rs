@@ -1,4 +1,4 @@
-//! The cached slices of L2 tables: which are dirty, which must stay in memory, and which are evicted.
+//! Cached slices of L2 tables ([`SliceCache`]): which are dirty, which are pinned, and which are evicted.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
@@ -33,7 +33,7 @@ impl SliceUse {
 /// The cached slices of L2 tables and which of them are dirty.
 #[derive(Debug)]
 pub(crate) struct SliceCache {
-    /// In memory, in the order of the evicting hand.
+    /// In memory, in clock order for eviction.
     ring: VecDeque<SliceId>,
     resident_bytes: usize,
     budget_bytes: usize,
@@ -141,7 +141,7 @@ impl SliceCache {
         self.unlinked.insert(table, Unlinked { needs_zeros });
     }
 
-    /// True if the file knows nothing of this table: what is not in memory is empty.
+    /// True if the file does not have this table: what is not in memory is empty.
     pub(crate) fn is_unlinked(&self, table: u32) -> bool {
         self.unlinked.contains_key(&table)
     }
@@ -157,8 +157,8 @@ impl SliceCache {
         slice
     }
 
-    /// Forgets clean slices until the budget is kept. Pinned and held ones stay. `only_unused`: all that were not used lately, whatever
-    /// the budget.
+    /// Forgets clean slices until the budget is kept. Pinned and held ones stay. `only_unused`: all that were not used
+    /// lately, whatever the budget.
     pub(crate) fn evict(&mut self, tables: &Tables, only_unused: bool) {
         let mut left = self.ring.len() * if only_unused { 1 } else { 2 };
         while only_unused || self.is_over_budget() {
@@ -184,7 +184,7 @@ impl SliceCache {
         self.resident_bytes > self.budget_bytes && self.ring.len() > self.pinned.len()
     }
 
-    /// Takes the next slice the hand points at; `None` when it has been all around.
+    /// Takes the next slice in clock order; `None` after `left` of them.
     fn turn_hand(&mut self, left: &mut usize) -> Option<SliceId> {
         *left = left.checked_sub(1)?;
         self.ring.pop_front()

@@ -1,11 +1,11 @@
-//! The L1 table and the cached pieces of L2 tables, in the shape readers want them: found and read without a lock.
+//! The L1 table and the cached slices of L2 tables in memory, found and read without a lock.
 //!
-//! An L2 table is cached in *slices* (a power of two of bytes, at most a cluster). Words are kept in host order as atomics, so that a reader
-//! loads an entry while a writer changes another one. A reader never stores anything here but the "used" mark; words
-//! and slots are changed only under the lock of `Meta`.
+//! An L2 table is cached in *slices* (a power of two of bytes, at most a cluster). Words are kept in host order as
+//! atomics, so that a reader loads an entry while a writer changes another one. A reader never stores anything here but
+//! the "used" mark; words and slots are changed only under the lock of `Meta`.
 //!
-//! An extended entry is two words. A writer makes the slice's sequence odd while it changes one; a reader that saw an odd or
-//! a changed sequence looks again. Writers do nothing else meanwhile, so the wait is a few instructions.
+//! An extended entry is two words. A writer makes the slice's sequence odd while it changes one; a reader that saw an
+//! odd or a changed sequence reads again. Writers do nothing else meanwhile, so the wait is a few instructions.
 //!
 //! A slice that was evicted and loaded again exists twice for a moment: a reader may go on with the old copy. That is
 //! the same as having loaded the entry earlier, and covered by the same argument (`srcu.rs`).
@@ -38,7 +38,7 @@ pub(crate) struct SliceId {
 #[derive(Debug)]
 pub(crate) struct Slice {
     words: Box<[AtomicU64]>,
-    /// Bit i: entry i was checked against the counts, or came from a write of ours (`offset_check.rs`).
+    /// Bit i: entry i was checked against the counts, or came from a write through this image (`offset_check.rs`).
     checked: Box<[AtomicU64]>,
     is_extended: bool,
     sequence: AtomicU32,
@@ -64,13 +64,14 @@ impl Slice {
         Self { words, checked, is_extended, sequence, used }
     }
 
-    /// Was the entry checked? Asked before the entry is loaded: whatever takes its place later comes from a write of ours.
+    /// Was the entry checked? To be read before the entry is loaded: whatever takes its place later comes from a write
+    /// through this image.
     #[inline]
     pub(crate) fn is_checked(&self, index: usize) -> bool {
         self.checked[index / 64].load(Ordering::Acquire) >> (index % 64) & 1 == 1
     }
 
-    /// The entry was checked, or is ours. Only under the lock of `Meta`.
+    /// Marks an entry as checked, or written through this image. Only under the lock of `Meta`.
     pub(crate) fn note_checked(&self, index: usize) {
         self.checked[index / 64].fetch_or(1 << (index % 64), Ordering::Release);
     }
@@ -114,7 +115,7 @@ impl Slice {
         self.sequence.store(before.wrapping_add(2), Ordering::Release);
     }
 
-    /// Marks it used since the last look of the evicting hand.
+    /// Marks it used since the eviction clock last passed.
     #[inline]
     pub(crate) fn touch(&self) {
         // Look first: a store would take the cache line from all other readers.
@@ -209,7 +210,7 @@ impl Tables {
         page.words[table as usize % PAGE_LEN].store(entry.0, Ordering::Release);
     }
 
-    /// Forgets everything. Only under the lock of `Meta`, with nobody inside.
+    /// Removes everything. Only under the lock of `Meta`, while no request is in flight.
     pub(crate) fn clear(&self) {
         let dirs = self.dirs.iter().filter_map(OnceLock::get).flatten();
         for page in dirs.filter_map(OnceLock::get) {
@@ -238,7 +239,7 @@ impl Tables {
         Some(slots[id.piece as usize].load())
     }
 
-    /// The cached slice, held: it is not evicted while somebody holds it.
+    /// The cached slice, held: it is not evicted while a reference exists.
     pub(crate) fn hold(&self, id: SliceId) -> Option<Arc<Slice>> {
         self.slice(id).and_then(|guard| guard.clone())
     }

@@ -1,8 +1,8 @@
-//! What is in memory and not yet in the file, and the order in which it gets there.
+//! Writes back dirty metadata in an order that keeps the image consistent after a crash.
 //!
-//! This is the one place that decides the order of metadata writes. Dirty metadata is taken all at once, as it is at one moment
-//! (a [`Batch`]), and written rank by rank; between two ranks stands a flush if anything of a lower rank has been
-//! written since the last one:
+//! This is the only place that decides the order of metadata writes. All dirty metadata is taken at once, as it is at
+//! one moment (a [`Batch`]), and written rank by rank; between two ranks stands a flush if anything of a lower rank has
+//! been written since the last one:
 //!
 //! ```text
 //! rank       what                                                       rules (docs/qcow2.md)
@@ -16,12 +16,12 @@
 //! Size       the disk's length in the header                            O14
 //! ```
 //!
-//! Before rank Link the *data* node is flushed too if a link points at copied bytes (O3; finding F5), or at a new cluster of the image
-//! file itself: its count needs that flush anyway, and without it the file may end before the cluster, or compressed bytes be
-//! missing, when the power goes. O2 needs no place in this
-//! table: a count is lowered in memory only after the removal of the pointer is durable (`release.rs`), so lowered
-//! counts depend on nothing. A batch that fails puts back what was not written *and flushed*; dirty metadata is never dropped, and later
-//! batches begin again with whatever is newest.
+//! Before rank Link the *data* node is flushed too if a link points at copied bytes (O3; finding F5), or at a new
+//! cluster of the image file itself: its count needs that flush anyway, and without it the file may end before the
+//! cluster, or compressed bytes be missing, when the power goes. O2 needs no place in this table: a count is lowered in
+//! memory only after the removal of the pointer is durable (`release.rs`), so lowered counts depend on nothing. A batch
+//! that fails puts back what was not written *and flushed*; dirty metadata is never dropped, and later batches begin
+//! again with whatever is newest.
 //!
 //! One batch at a time (`Image::turn`); the lock of `Meta` is held while a batch is taken, never while it is written.
 
@@ -45,7 +45,7 @@ use crate::format::qcow2::state::{Image, Meta};
 /// Writes of one rank under way at once.
 const WRITES_AT_ONCE: usize = 16;
 
-/// See the file's head.
+/// The order of writes in a batch; see the module docs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Rank {
     Body,
@@ -56,7 +56,7 @@ enum Rank {
 
 const RANKS: [Rank; 4] = [Rank::Body, Rank::Directory, Rank::Link, Rank::Size];
 
-/// What a planned write came from: it becomes dirty again if the write fails.
+/// The origin of a planned write, which becomes dirty again if the write fails.
 #[derive(Clone, Copy, Debug)]
 enum Source {
     Slice(SliceId, u64),
@@ -91,7 +91,7 @@ pub(crate) struct Batch {
     writes: Vec<PlannedWrite>,
     /// Tables that rank Link makes reachable.
     linked: Vec<u32>,
-    /// Pointers to these are gone when rank Link is durable.
+    /// Freed references whose pointers are removed once rank Link is durable.
     frees: Vec<FreedRun>,
     /// Links point at bytes that must be durable first, written since the last flush of the data node.
     needs_data_flush: bool,
@@ -116,8 +116,8 @@ impl Image {
         !self.config.load().lazy_refcounts
     }
 
-    /// Writes all dirty metadata in order. Not necessarily durable when it returns, but ordered behind all it depends on.
-    /// Must run to its end: callers put it in a task (`task::detach_on_drop`).
+    /// Writes all dirty metadata in order. Not necessarily durable when it returns, but ordered behind all it depends
+    /// on. Must run to completion: callers put it in a task (`task::detach_on_drop`).
     pub(crate) async fn write_back(self: &Arc<Self>, with_counts: bool) -> Result<()> {
         let _turn = self.write_back_lock.lock().await;
         // The table's new place must be counted before the blocks are taken.
@@ -204,7 +204,7 @@ impl Image {
         }
     }
 
-    /// Where the L2 table behind L1 entry `table` lies.
+    /// Host offset of the L2 table of L1 entry `table`.
     fn table_offset(&self, table: u32) -> u64 {
         let place = self.tables.l1(table).table(self.geometry());
         place.ok().flatten().expect("a table with cached slices has a place").0

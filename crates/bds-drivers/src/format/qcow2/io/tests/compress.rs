@@ -1,4 +1,4 @@
-//! Clusters come back from both codecs; damaged ones are errors, never more than an error.
+//! Codecs: clusters round-trip, damaged input is an error.
 
 use super::*;
 
@@ -68,7 +68,8 @@ fn biased(len: usize, seed: u64, below: u32) -> Vec<u8> {
     noise(len, seed).into_iter().map(scaled).collect()
 }
 
-/// zlib-rs panics over a short buffer when the data hardly shrinks, mostly in small clusters: every size, from no gain to much.
+/// zlib-rs panics over a short buffer when the data hardly shrinks, mostly in small clusters: every size, from no gain
+/// to much.
 #[test]
 fn no_cluster_of_any_size_makes_a_codec_panic() {
     for kind in KINDS {

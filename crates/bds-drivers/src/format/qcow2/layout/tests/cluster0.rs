@@ -1,4 +1,4 @@
-//! Header fields at and over every limit, and bytes that come back as they went.
+//! Header fields at and over every limit, and round trips of cluster 0.
 
 use super::super::header::{Compatible, MAX_DISK_SIZE};
 use super::super::units::Geometry;

@@ -44,7 +44,7 @@ fn extensions_round_trip() {
     all.encode(&mut bytes);
     assert_eq!(bytes.len() % 8, 0);
     assert_eq!(parse(&bytes).unwrap(), all);
-    // Seen a piece at a time, it asks for more until it has all.
+    // Parsed piece by piece, it requests more until it has all.
     let mut have = 0;
     loop {
         match Extensions::parse(&bytes[..have], 0, bytes.len()).unwrap() {
@@ -88,7 +88,7 @@ fn extension_list_ends_with_its_area() {
     bytes[7] = 200;
     let error = parse(&bytes[..16]).unwrap_err().to_string();
     assert!(error.contains("longer than the area"), "{error}");
-    // No end mark, and no room for one.
+    // No end mark, and no space for one.
     assert_eq!(parse(&raw(&[(7, b"12345678")])).unwrap().unknown.len(), 1);
     assert_eq!(parse(&raw(&[(7, b"12345678")])[..16]).unwrap().unknown.len(), 1);
     assert_eq!(parse(&[0, 0, 0, 7]).unwrap(), Extensions::default());

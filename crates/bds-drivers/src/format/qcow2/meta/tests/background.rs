@@ -1,4 +1,4 @@
-//! Levels of changed metadata: what is written back when, who waits, and where a failure is reported.
+//! Dirty budgets: what is written back when, which requests wait, and where a failure is reported.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -179,7 +179,7 @@ fn a_writer_that_waited_for_a_failed_write_back_fails() {
 
 #[test]
 fn close_waits_for_the_write_back_and_nothing_holds_the_image_afterwards() {
-    // Who goes on first, the task or close, is the schedule's choice.
+    // Which goes on first, the task or close, is the schedule's choice.
     for seed in 0..40 {
         Sim::new(seed, SimConfig::calm()).block_on(async {
             let file = make("8M", 512);

@@ -1,4 +1,4 @@
-//! What a flush of the image file is credited with.
+//! Which writes a flush of the image file makes durable.
 
 use bds_core::ErrorKind;
 use bds_core::driver::OpenFlags;
