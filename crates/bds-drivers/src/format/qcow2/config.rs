@@ -22,7 +22,7 @@ const DEFAULT_CLEAN_INTERVAL_S: u64 = 600;
 /// No option may ask for more memory than this.
 const MAX_CACHE: u64 = 64 << 30;
 
-const fn spec(
+pub(super) const fn spec(
     name: &'static str,
     kind: OptionKind,
     help: &'static str,

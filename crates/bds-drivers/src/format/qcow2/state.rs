@@ -190,7 +190,7 @@ impl Image {
     /// True if the image is open for writing and active.
     #[inline]
     pub(crate) fn is_writable(&self) -> bool {
-        self.write_state.is_ours()
+        self.write_state.allows_changes()
     }
 
     pub(crate) fn requested(&self) -> MutexGuard<'_, RequestedMode> {

@@ -12,7 +12,7 @@ pub(crate) struct WriteState {
     /// False: another process is using the bytes.
     is_active: AtomicBool,
     /// Both of these.
-    is_ours: AtomicBool,
+    allows_changes: AtomicBool,
     /// Rules O10 and O13 are met as well: guest writes may begin.
     may_write: AtomicBool,
 }
@@ -22,7 +22,7 @@ impl WriteState {
         Self {
             is_writable: AtomicBool::new(is_writable),
             is_active: AtomicBool::new(true),
-            is_ours: AtomicBool::new(is_writable),
+            allows_changes: AtomicBool::new(is_writable),
             may_write: AtomicBool::new(false),
         }
     }
@@ -32,7 +32,7 @@ impl WriteState {
         self.may_write.store(false, Ordering::Release);
         self.is_writable.store(is_writable, Ordering::Release);
         self.is_active.store(is_active, Ordering::Release);
-        self.is_ours.store(is_writable && is_active, Ordering::Release);
+        self.allows_changes.store(is_writable && is_active, Ordering::Release);
     }
 
     pub(crate) fn is_writable(&self) -> bool {
@@ -45,8 +45,8 @@ impl WriteState {
 
     /// Writable and active.
     #[inline]
-    pub(crate) fn is_ours(&self) -> bool {
-        self.is_ours.load(Ordering::Acquire)
+    pub(crate) fn allows_changes(&self) -> bool {
+        self.allows_changes.load(Ordering::Acquire)
     }
 
     #[inline]

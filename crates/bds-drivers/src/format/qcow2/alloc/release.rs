@@ -58,6 +58,16 @@ impl Image {
         Ok(())
     }
 
+    /// Releases clusters that were allocated and never linked. If the count cannot be lowered now, they are released later.
+    pub(crate) fn release_unused(&self, meta: &mut Meta, clusters: Clusters<MetaOffset>) {
+        for i in 0..clusters.count {
+            let start = clusters.start.plus(i << self.geometry().cluster_bits());
+            if self.lower(meta, start).is_err() {
+                meta.frees.push(FreedRun::unused(Clusters { start, count: 1 }));
+            }
+        }
+    }
+
     /// Compressed bytes must not be appended in this cluster.
     fn end_compressed_run(&self, meta: &mut Meta, at: MetaOffset) {
         if self.geometry().cluster_floor(meta.compressed_at) == at.0 {

@@ -15,7 +15,7 @@ use super::refcount_reader::RefcountReader;
 use crate::format::qcow2::file_read::read_bytes;
 use crate::format::qcow2::layout::bitmap_directory::table_entry;
 use crate::format::qcow2::layout::cluster0::Cluster0;
-use crate::format::qcow2::layout::entry::{EntryRules, L1Entry, L2Entry, OFFSET_MASK, read_u64};
+use crate::format::qcow2::layout::entry::{EntryRules, L1Entry, L2Entry, OFFSET_MASK};
 use crate::format::qcow2::layout::header::{Autoclear, Incompatible, MAX_L1_LEN};
 use crate::format::qcow2::layout::units::GuestOffset;
 use crate::format::qcow2::manage::bitmap;
@@ -334,13 +334,11 @@ impl<'a> RefWalk<'a> {
                 return Ok(());
             }
         };
-        let step = geometry.l2_entry_len() / 8;
         for index in 0..geometry.l2_entries() {
-            let word = read_u64(&table, index * step).unwrap_or(0);
-            let bitmap = if step == 2 { read_u64(&table, index * 2 + 1).unwrap_or(0) } else { 0 };
-            if word | bitmap != 0 {
+            let entry = L2Entry::read(&table, index, &geometry);
+            if entry != L2Entry::default() {
                 let guest = geometry.guest_offset(refs.l1_index, index);
-                self.entry(L2Entry { word, bitmap }, guest, refs).await?;
+                self.entry(entry, guest, refs).await?;
             }
         }
         Ok(())

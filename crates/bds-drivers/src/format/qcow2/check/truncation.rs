@@ -11,7 +11,7 @@ use bds_core::error::{Error, ErrorKind, Result};
 use crate::format::qcow2::file_read::{for_words, read_bytes};
 use crate::format::qcow2::layout::cluster0::Cluster0;
 use crate::format::qcow2::layout::entry::{
-    EntryRules, L1Entry, L2Entry, Place, read_refcount, read_u64, refblock_place,
+    EntryRules, L1Entry, L2Entry, Place, read_refcount, refblock_place,
 };
 use crate::format::qcow2::layout::header::{Incompatible, MAX_L1_LEN};
 use crate::format::qcow2::manage::snapshot::SnapshotTable;
@@ -144,11 +144,8 @@ impl TruncationCheck<'_> {
         };
         let data_len = self.data_len.unwrap_or(self.file.len());
         let bytes = read_bytes(self.file, table, geometry.cluster_len()).await?;
-        let step = geometry.l2_entry_len() / 8;
         for index in 0..geometry.l2_entries() {
-            let word = read_u64(&bytes, index * step).unwrap_or(0);
-            let bitmap = if step == 2 { read_u64(&bytes, index * 2 + 1).unwrap_or(0) } else { 0 };
-            let entry = L2Entry { word, bitmap };
+            let entry = L2Entry::read(&bytes, index, &geometry);
             // What cannot be followed at all is reported when it is used.
             match entry.place(&rules) {
                 Ok(Place::Cluster(place)) if place.0 >= data_len => {

@@ -11,7 +11,7 @@ use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 
 use super::compress;
-use crate::format::qcow2::alloc::freed::{FreeReason, FreedRun};
+use crate::format::qcow2::alloc::freed::FreeReason;
 use crate::format::qcow2::alloc::in_flight::InFlight;
 use crate::format::qcow2::layout::entry::L2Entry;
 use crate::format::qcow2::layout::space::{Clusters, MetaOffset};
@@ -173,11 +173,9 @@ impl CompressedAlloc {
         let first = geometry.cluster_index(self.offset.0);
         let last = geometry.cluster_index(self.offset.0 + self.len - 1);
         // If bytes may still be on their way (the executor died), the clusters stay counted: a leak is harmless.
-        for cluster in (first..=last).filter(|_| !self.is_writing) {
-            let start = MetaOffset(cluster << geometry.cluster_bits());
-            if self.image.lower(meta, start).is_err() {
-                meta.frees.push(FreedRun::unused(Clusters { start, count: 1 }));
-            }
+        if !self.is_writing {
+            let start = MetaOffset(first << geometry.cluster_bits());
+            self.image.release_unused(meta, Clusters { start, count: last - first + 1 });
         }
         meta.end_allocation(&self.item);
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bds_io::IoVec;
 
 use super::cow::CopyPlan;
-use crate::format::qcow2::alloc::freed::{FreeReason, FreedRun};
+use crate::format::qcow2::alloc::freed::FreeReason;
 use crate::format::qcow2::alloc::in_flight::{InFlight, PendingLink};
 use crate::format::qcow2::layout::entry::L2Entry;
 use crate::format::qcow2::layout::space::{Clusters, Offset};
@@ -122,16 +122,10 @@ impl Drop for AllocGuard {
         }
         let image = Arc::clone(&self.image);
         let mut meta = image.meta();
-        let bits = image.geometry().cluster_bits();
         // If bytes may still be on their way (the executor died), the clusters stay counted: a leak is harmless.
         let unused = image.space().counted(self.work.host);
         if let Some(first) = unused.filter(|_| self.work.is_new && !self.is_writing) {
-            for i in 0..self.work.clusters {
-                let start = first.plus(i << bits);
-                if image.lower(&mut meta, start).is_err() {
-                    meta.frees.push(FreedRun::unused(Clusters { start, count: 1 }));
-                }
-            }
+            image.release_unused(&mut meta, Clusters { start: first, count: self.work.clusters });
         }
         meta.end_allocation(&self.work.item);
     }

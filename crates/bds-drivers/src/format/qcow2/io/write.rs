@@ -19,7 +19,7 @@ use crate::format::qcow2::alloc::in_flight::PendingLink;
 use crate::format::qcow2::layout::entry::Kind;
 use crate::format::qcow2::layout::space::{DataOffset, Offset};
 use crate::format::qcow2::layout::units::{mem_len, part_of};
-use crate::format::qcow2::meta::lookup::Found;
+use crate::format::qcow2::meta::lookup::{Found, Run};
 use crate::format::qcow2::meta::tables::Slice;
 use crate::format::qcow2::plan::{MetaResult, NeedMeta, corrupt_entry};
 use crate::format::qcow2::state::{Image, Meta};
@@ -54,11 +54,11 @@ impl Image {
             return None;
         }
         let Ok(Found::Run(run)) = self.lookup(offset, len) else { return None };
-        let is_ours = run.kind == Kind::Normal && run.is_copied && run.len == len;
+        let is_owned = run.kind == Kind::Normal && run.is_copied && run.len == len;
         // A hit is an error, which the other way reports.
         let counted = self.space().counted(run.host);
         let is_safe = counted.is_none_or(|at| self.metadata.hit(at, len).is_none());
-        (is_ours && is_safe && self.is_in_file(run.host, len)).then_some(run.host)
+        (is_owned && is_safe && self.is_in_file(run.host, len)).then_some(run.host)
     }
 
     /// Writes; `is_copy` if the guest sees the same bytes already, which then must be durable before the link (rule
@@ -204,7 +204,9 @@ impl Image {
             self.entry_run(slice.entry(index), guest).map_err(|b| corrupt_entry(b, guest))?;
         let in_place = self.may_write_in_place(meta, &slice, index, &first, guest)?;
         if first.kind == Kind::Normal && in_place {
-            let len = self.copied_run(meta, &slice, index, guest, max)?;
+            let len = self.in_place_run(meta, &slice, index, guest, max, |next, len| {
+                next.kind == Kind::Normal && next.host == first.host.plus(len)
+            })?;
             if !self.is_in_file(first.host, len) {
                 return Err(NeedMeta::Fail(self.truncated_data_error(first.host, guest)));
             }
@@ -217,7 +219,11 @@ impl Image {
         let geometry = self.geometry();
         let start = geometry.cluster_floor(guest);
         let (len, host, is_new, is_fresh) = if in_place {
-            let len = self.keeping_run(meta, &slice, index, guest, max)?;
+            let len = self.in_place_run(meta, &slice, index, guest, max, |next, len| {
+                // In a data file every cluster has its offset.
+                let is_adjacent = self.data_file.is_some() || next.host == first.host.plus(len);
+                next.kind != Kind::Normal && is_adjacent
+            })?;
             let kept_place = || DataOffset(first.host.0 - (guest - start));
             let host = self.space().at_guest(start).unwrap_or_else(kept_place);
             if let Some(at) = self.space().counted(host) {
@@ -249,53 +255,22 @@ impl Image {
         }))
     }
 
-    /// How far from `guest` on everything can be written in place, in one piece.
-    fn copied_run(
+    /// How many bytes from `guest` on (at most `max`) may be written in their clusters as long as `goes_on` holds, which is given the
+    /// next run and the length so far.
+    fn in_place_run(
         &self,
         meta: &mut Meta,
         slice: &Slice,
         index: usize,
         guest: u64,
         max: u64,
+        goes_on: impl Fn(&Run, u64) -> bool,
     ) -> MetaResult<u64> {
-        let mut run =
-            self.entry_run(slice.entry(index), guest).map_err(|b| corrupt_entry(b, guest))?;
-        let mut index = index;
-        while run.len < max && self.geometry().is_cluster_aligned(guest + run.len) {
-            index += 1;
-            let at = guest + run.len;
-            let next = self.entry_run(slice.entry(index), at).map_err(|b| corrupt_entry(b, at))?;
-            let goes_on = next.kind == Kind::Normal && next.host == run.host.plus(run.len);
-            if !goes_on || !self.may_write_in_place(meta, slice, index, &next, at)? {
-                break;
-            }
-            run.len += next.len;
-        }
-        Ok(run.len.min(max))
-    }
-
-    /// How far from `guest` on clusters keep adjacent places but are not data yet. In a data file every cluster has its
-    /// place.
-    fn keeping_run(
-        &self,
-        meta: &mut Meta,
-        slice: &Slice,
-        index: usize,
-        guest: u64,
-        max: u64,
-    ) -> MetaResult<u64> {
-        let has_data_file = self.data_file.is_some();
-        let first =
-            self.entry_run(slice.entry(index), guest).map_err(|b| corrupt_entry(b, guest))?;
         let (mut len, mut index) = (0, index);
         while len < max {
             let at = guest + len;
             let next = self.entry_run(slice.entry(index), at).map_err(|b| corrupt_entry(b, at))?;
-            let goes_on = has_data_file || next.host == first.host.plus(len);
-            if next.kind == Kind::Normal
-                || !goes_on
-                || !self.may_write_in_place(meta, slice, index, &next, at)?
-            {
+            if !goes_on(&next, len) || !self.may_write_in_place(meta, slice, index, &next, at)? {
                 break;
             }
             len += next.len;

@@ -188,6 +188,14 @@ pub(crate) struct L2Entry {
 }
 
 impl L2Entry {
+    /// Entry number `index` of the L2 table `table`; zero past its end.
+    pub(crate) fn read(table: &[u8], index: usize, geometry: &Geometry) -> Self {
+        let step = geometry.l2_entry_len() / 8;
+        let word = read_u64(table, index * step).unwrap_or(0);
+        let bitmap = if step == 2 { read_u64(table, index * 2 + 1).unwrap_or(0) } else { 0 };
+        Self { word, bitmap }
+    }
+
     /// An entry without subclusters, as stored.
     pub(crate) fn standard(word: u64) -> Self {
         Self { word, bitmap: 0 }

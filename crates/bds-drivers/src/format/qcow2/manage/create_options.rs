@@ -9,6 +9,7 @@ use bds_core::error::{Error, ErrorKind, Result};
 use bds_core::options::{OptionKind, OptionSpec, Options};
 
 use super::create_layout::Layout;
+use crate::format::qcow2::config::spec;
 use crate::format::qcow2::layout::cluster0::Cluster0;
 use crate::format::qcow2::layout::extension::{
     Extensions, MAX_BACKING_FORMAT_LEN, MAX_DATA_FILE_LEN,
@@ -57,15 +58,6 @@ pub(crate) const CREATE_OPTIONS: &[OptionSpec] = &[
     ),
     spec("size", OptionKind::Size, "Virtual disk size", None),
 ];
-
-const fn spec(
-    name: &'static str,
-    kind: OptionKind,
-    help: &'static str,
-    default: Option<&'static str>,
-) -> OptionSpec {
-    OptionSpec { name, kind, help, default }
-}
 
 /// The checked options of a new image.
 #[derive(Clone, Debug)]

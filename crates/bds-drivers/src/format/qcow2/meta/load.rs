@@ -32,7 +32,7 @@ impl Drop for LoadGuard {
 impl Image {
     /// Loads `what`, or waits for the load that is under way.
     pub(crate) async fn load(self: &Arc<Self>, what: MetaKey) -> Result<Pinned> {
-        let (load, is_ours) = {
+        let (load, is_new) = {
             let mut meta = self.meta();
             if let Some(load) = meta.loads.get(&what) {
                 (Arc::clone(load), false)
@@ -42,7 +42,7 @@ impl Image {
                 (load, true)
             }
         };
-        if is_ours {
+        if is_new {
             let guard = LoadGuard { image: Arc::clone(self), what, load: Arc::clone(&load) };
             let task_guard = self.tasks.begin();
             detach_on_drop(async move {
