@@ -199,7 +199,7 @@ pub(crate) struct Config {
 impl RequestedOptions {
     /// Takes the known options out of `options`.
     pub(crate) fn take(options: &mut Options) -> Result<Self> {
-        // Decides what becomes of deleted snapshots' space; we delete none, so both values hold.
+        // Decides whether deleted snapshots' space is discarded; none are deleted here, so both values are accepted.
         options.take_bool("pass-discard-snapshot")?;
         Ok(Self {
             lazy_refcounts: options.take_bool("lazy-refcounts")?,

@@ -284,7 +284,7 @@ impl Image {
                 // They stay on the list; the next flush tries again, close reports it.
                 tracing::warn!(node = image.node_name, %error, "qcow2: cannot give clusters back");
             }
-            // Close goes on when it is dropped: nothing may hold the image then.
+            // Close continues when it is dropped: nothing may hold the image then.
             drop(image);
             drop(task_guard);
         })
@@ -329,7 +329,7 @@ impl Image {
         for _ in 0..ATTEMPTS {
             self.write_all_metadata().await?;
             // While the lock is held, no write-back changes the file.
-            let _turn = self.write_back_lock.lock().await;
+            let _lock = self.write_back_lock.lock().await;
             let bits = {
                 let meta = self.meta();
                 if !meta.header.is_dirty_marked {

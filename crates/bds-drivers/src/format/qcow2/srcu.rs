@@ -38,7 +38,7 @@ pub(crate) struct Srcu {
     phase: AtomicUsize,
     shards: [Shard; SHARDS],
     /// One `synchronize` at a time.
-    turn: Mutex<()>,
+    synchronize_lock: Mutex<()>,
     is_waited_for: AtomicBool,
     reader_left: Notify,
 }
@@ -76,7 +76,7 @@ impl Srcu {
 
     /// Waits until all read locks taken before have been released.
     pub(crate) async fn synchronize(&self) {
-        let _turn = self.turn.lock().await;
+        let _one_at_a_time = self.synchronize_lock.lock().await;
         for _ in 0..2 {
             let old = self.phase.fetch_add(1, Ordering::SeqCst) & 1;
             self.wait_empty(old).await;

@@ -72,11 +72,11 @@ pub(crate) struct Meta {
     pub loads: HashMap<MetaKey, Arc<Load>>,
     /// The write-back in the background, if one is under way.
     pub write_back_task: Option<Arc<WriteBackTask>>,
-    /// What one failed with that no flush has reported yet.
+    /// The error of a background write-back that no flush has reported yet.
     pub write_back_error: Option<Error>,
-    /// From this byte on the file has never held anything: it reads as zeros.
+    /// From this byte on the file was never written: it reads as zeros.
     pub zero_from: u64,
-    /// Where the next compressed bytes go; on a cluster boundary: nowhere yet.
+    /// Where the next compressed bytes are written; on a cluster boundary: not decided yet.
     pub compressed_at: u64,
     /// A length that is not in the header yet.
     pub new_size: Option<u64>,
@@ -210,7 +210,7 @@ impl Image {
     }
 
     pub(crate) fn meta(&self) -> MetaGuard<'_> {
-        // A panic under the lock is a bug that surfaces by itself; what is inside may be used to report it.
+        // A panic under the lock is a bug that is reported by itself; the data may be used to report it.
         let meta = self.meta.lock().unwrap_or_else(PoisonError::into_inner);
         MetaGuard { meta, levels: &self.levels }
     }
@@ -234,7 +234,7 @@ impl Image {
         }
     }
 
-    /// Refuses requests to an image that turned out broken.
+    /// An error if metadata of the image contradicted itself before.
     #[inline]
     pub(crate) fn check_usable(&self) -> Result<()> {
         match self.broken.get() {
@@ -355,7 +355,7 @@ impl Image {
             return Ok(());
         }
         self.write_state.check().map_err(|e| e.node(&self.node_name))?;
-        let _turn = self.prepare_lock.lock().await;
+        let _lock = self.prepare_lock.lock().await;
         if self.write_state.may_write() {
             return Ok(());
         }

@@ -50,7 +50,7 @@ impl Image {
                 self.move_table(meta)?;
                 continue;
             }
-            return self.take(meta, first, count);
+            return self.mark_used(meta, first, count);
         }
     }
 
@@ -63,11 +63,11 @@ impl Image {
     ) -> MetaResult<Allocated> {
         let got = loop {
             let first = self.find_hole(meta, clusters)?;
-            if self.add_blocks_behind(meta, first, clusters)? {
+            if self.add_missing_blocks(meta, first, clusters)? {
                 // Blocks were added; they may have taken what was found.
                 continue;
             }
-            break self.take(meta, first, clusters)?;
+            break self.mark_used(meta, first, clusters)?;
         };
         for i in 0..clusters {
             self.insert_metadata(got.offset.plus(i << self.geometry().cluster_bits()), class)?;
@@ -97,7 +97,7 @@ impl Image {
     }
 
     /// Adds missing refcount blocks for the clusters of a hole, behind the hole. True if any was added.
-    fn add_blocks_behind(&self, meta: &mut Meta, first: u64, clusters: u64) -> MetaResult<bool> {
+    fn add_missing_blocks(&self, meta: &mut Meta, first: u64, clusters: u64) -> MetaResult<bool> {
         let geometry = *self.geometry();
         let last_index = geometry.reftable_index(first + clusters - 1);
         let mut is_changed = false;
@@ -131,9 +131,9 @@ impl Image {
     }
 
     /// Marks free clusters as used.
-    fn take(&self, meta: &mut Meta, first: u64, clusters: u64) -> MetaResult<Allocated> {
+    fn mark_used(&self, meta: &mut Meta, first: u64, clusters: u64) -> MetaResult<Allocated> {
         self.check_place(first, clusters)?;
-        meta.counts.take(first, clusters)?;
+        meta.counts.mark_used(first, clusters)?;
         let bits = self.geometry().cluster_bits();
         let offset = first << bits;
         let is_fresh = offset >= meta.zero_from;

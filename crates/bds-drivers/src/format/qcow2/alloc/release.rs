@@ -58,7 +58,8 @@ impl Image {
         Ok(())
     }
 
-    /// Releases clusters that were allocated and never linked. If the count cannot be lowered now, they are released later.
+    /// Releases clusters that were allocated and never linked. If the count cannot be lowered now, they are released
+    /// later.
     pub(crate) fn release_unused(&self, meta: &mut Meta, clusters: Clusters<MetaOffset>) {
         for i in 0..clusters.count {
             let start = clusters.start.plus(i << self.geometry().cluster_bits());
@@ -106,7 +107,7 @@ impl Image {
 
     /// Releases clusters whose removal is durable. Must run to completion.
     pub(crate) async fn release(self: &Arc<Self>) -> Result<()> {
-        let _turn = self.release_lock.lock().await;
+        let _lock = self.release_lock.lock().await;
         let mut frees = std::mem::take(&mut self.meta().frees_durable);
         if frees.is_empty() {
             return Ok(());

@@ -16,7 +16,7 @@ use crate::format::qcow2::file_read::read_bytes;
 use crate::format::qcow2::layout::bitmap_directory::table_entry;
 use crate::format::qcow2::layout::cluster0::Cluster0;
 use crate::format::qcow2::layout::entry::{EntryRules, L1Entry, L2Entry, OFFSET_MASK};
-use crate::format::qcow2::layout::header::{Autoclear, Incompatible, MAX_L1_LEN};
+use crate::format::qcow2::layout::header::{Autoclear, MAX_L1_LEN};
 use crate::format::qcow2::layout::units::GuestOffset;
 use crate::format::qcow2::manage::bitmap;
 use crate::format::qcow2::manage::snapshot::{MAX_EXTRA_LEN, MIN_V3_EXTRA_LEN, SnapshotTable};
@@ -65,11 +65,7 @@ impl<'a> RefWalk<'a> {
         progress: &'a (dyn Fn(u64, u64) + Send + Sync),
     ) -> Self {
         let header = &image.header;
-        let rules = EntryRules {
-            geometry: header.geometry,
-            has_zero_flag: header.version >= 3,
-            has_data_file: header.incompatible.contains(Incompatible::DATA_FILE),
-        };
+        let rules = header.entry_rules();
         let mut findings = Findings::default();
         findings.report.total_clusters = header.geometry.clusters(header.size);
         Self {

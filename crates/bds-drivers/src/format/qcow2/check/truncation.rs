@@ -10,10 +10,8 @@ use bds_core::error::{Error, ErrorKind, Result};
 
 use crate::format::qcow2::file_read::{for_words, read_bytes};
 use crate::format::qcow2::layout::cluster0::Cluster0;
-use crate::format::qcow2::layout::entry::{
-    EntryRules, L1Entry, L2Entry, Place, read_refcount, refblock_place,
-};
-use crate::format::qcow2::layout::header::{Incompatible, MAX_L1_LEN};
+use crate::format::qcow2::layout::entry::{L1Entry, L2Entry, Place, read_refcount, refblock_place};
+use crate::format::qcow2::layout::header::MAX_L1_LEN;
 use crate::format::qcow2::manage::snapshot::SnapshotTable;
 
 /// Bytes of snapshots' L1 tables that are read.
@@ -137,11 +135,7 @@ impl TruncationCheck<'_> {
     async fn check_l2_table(&self, table: u64) -> Result<()> {
         let header = &self.cluster0.header;
         let geometry = header.geometry;
-        let rules = EntryRules {
-            geometry,
-            has_zero_flag: header.version >= 3,
-            has_data_file: header.incompatible.contains(Incompatible::DATA_FILE),
-        };
+        let rules = header.entry_rules();
         let data_len = self.data_len.unwrap_or(self.file.len());
         let bytes = read_bytes(self.file, table, geometry.cluster_len()).await?;
         for index in 0..geometry.l2_entries() {

@@ -127,7 +127,7 @@ pub fn check(data: &[u8]) {
     assert_eq!(file.writes(), 0);
 }
 
-/// Hands out files in memory, whatever an image names.
+/// Opens files in memory as children, whatever name an image stores.
 struct MemOpener<'a> {
     file: &'a MemPort,
     data_file: Option<&'a MemPort>,
@@ -190,7 +190,7 @@ const MAX_RUNS: usize = 200;
 /// Bytes read of each part.
 const MAX_READ_LEN: u64 = 16 << 10;
 
-/// Walks the disk by its status and reads the beginning of each part.
+/// Steps through the disk by its block status and reads the beginning of each part.
 async fn look(image: &dyn Driver) {
     let mut at = 0;
     for _ in 0..MAX_RUNS {

@@ -23,7 +23,7 @@
 //! Level 4 is 2.9 times as fast as QEMU's choice for 2.9 % of size; zstd takes level 2.
 //!
 //! zlib-rs 0.6.8 panics, at several levels, when the output buffer is too short for data that does not compress. So
-//! deflate always gets a buffer of its own that holds any result ([`deflate_bound`]). And whatever a codec panics over,
+//! deflate always gets a buffer of its own that holds any result ([`deflate_bound`]). Whatever makes a codec panic,
 //! the panic ends here: an encoder's means "store it as it is", a decoder's fails the request, and the codec's state is
 //! thrown away.
 //!

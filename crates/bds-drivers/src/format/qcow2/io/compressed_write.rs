@@ -131,7 +131,7 @@ impl Image {
         .await
     }
 
-    /// Readers of compressed clusters read whole sectors: lets the file end with one.
+    /// Pads the file to whole sectors, as readers of compressed clusters read whole sectors.
     async fn pad_file(&self) -> Result<()> {
         let len = self.file.len();
         if len.is_multiple_of(SECTOR_LEN) {
@@ -172,7 +172,7 @@ impl CompressedAlloc {
         let geometry = self.image.geometry();
         let first = geometry.cluster_index(self.offset.0);
         let last = geometry.cluster_index(self.offset.0 + self.len - 1);
-        // If bytes may still be on their way (the executor died), the clusters stay counted: a leak is harmless.
+        // If bytes may still be on their way (the executor was dropped), the clusters stay counted: a leak is harmless.
         if !self.is_writing {
             let start = MetaOffset(first << geometry.cluster_bits());
             self.image.release_unused(meta, Clusters { start, count: last - first + 1 });

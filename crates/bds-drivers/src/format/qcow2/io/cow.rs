@@ -20,7 +20,7 @@ use crate::format::qcow2::state::Image;
 
 /// Head and tail are read as one if no more than this lies between them.
 const MAX_MIDDLE: u64 = 16 << 10;
-/// What a guest may expect to be written as a whole.
+/// The unit that a guest may expect to be written atomically.
 const SECTOR_LEN: u64 = 512;
 
 /// What is written for a step, and what it covers.
@@ -28,7 +28,7 @@ pub(crate) struct CopyPlan {
     /// Guest offset of the first byte of `iov`.
     pub start: u64,
     pub iov: IoVec,
-    /// Guest bytes that have a place after the write: these, and zeros left out around them.
+    /// Guest bytes that are allocated after the write: these, and zeros left out around them.
     pub covers: Range<u64>,
     /// More than the guest's own bytes: the link depends on them.
     pub is_copy: bool,
@@ -49,12 +49,12 @@ impl Image {
         if head.is_empty() && tail.is_empty() {
             return Ok(CopyPlan { start: work.start, iov, covers, is_copy: false });
         }
-        let (zero_head, zero_tail) = (self.is_surely_zero(&head), self.is_surely_zero(&tail));
+        let (zero_head, zero_tail) = (self.is_known_zero(&head), self.is_known_zero(&tail));
         let mut is_copy = false;
         // Zeros need not be written where there are zeros.
         let mut skips = work.is_fresh;
         if !skips && zero_head && zero_tail {
-            skips = self.place_is_zero(work, &head).await && self.place_is_zero(work, &tail).await;
+            skips = self.host_is_zero(work, &head).await && self.host_is_zero(work, &tail).await;
             // They are written, but durable before the link only if it waits for a flush.
             is_copy = skips;
         }
@@ -113,7 +113,7 @@ impl Image {
     }
 
     /// Do these guest bytes read as zeros, as far as that is known from memory?
-    fn is_surely_zero(&self, range: &Range<u64>) -> bool {
+    fn is_known_zero(&self, range: &Range<u64>) -> bool {
         let mut at = range.start;
         while at < range.end {
             let Ok(Found::Run(run)) = self.lookup(at, range.end - at) else { return false };
@@ -133,8 +133,8 @@ impl Image {
         true
     }
 
-    /// Does the place of these guest bytes read as zeros? Cheap; false if unknown.
-    async fn place_is_zero(&self, work: &PendingLink, range: &Range<u64>) -> bool {
+    /// Do the new clusters of these guest bytes read as zeros? Cheap; false if unknown.
+    async fn host_is_zero(&self, work: &PendingLink, range: &Range<u64>) -> bool {
         if range.is_empty() {
             return true;
         }

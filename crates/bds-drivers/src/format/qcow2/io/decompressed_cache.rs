@@ -124,7 +124,7 @@ impl DecompressedCache {
         }
     }
 
-    /// Another budget. What is too much goes as the next clusters come.
+    /// Changes the budget. The excess is evicted as clusters are inserted.
     pub(crate) fn set_budget(&self, budget_bytes: usize) {
         let clusters = budget_bytes / self.cluster_len;
         self.clusters_per_shard.store(clusters.div_ceil(self.shards.len()), Ordering::Relaxed);

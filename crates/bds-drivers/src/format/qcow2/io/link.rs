@@ -122,7 +122,7 @@ impl Drop for AllocGuard {
         }
         let image = Arc::clone(&self.image);
         let mut meta = image.meta();
-        // If bytes may still be on their way (the executor died), the clusters stay counted: a leak is harmless.
+        // If bytes may still be on their way (the executor was dropped), the clusters stay counted: a leak is harmless.
         let unused = image.space().counted(self.work.host);
         if let Some(first) = unused.filter(|_| self.work.is_new && !self.is_writing) {
             image.release_unused(&mut meta, Clusters { start: first, count: self.work.clusters });
@@ -144,7 +144,7 @@ fn new_bitmap(image: &Image, old: L2Entry, guest: u64, copy: &CopyPlan, keeps: b
     } else {
         (u64::from(old.alloc_bits()), u64::from(old.zero_bits()))
     };
-    // In a new place only what was written has data; the plan covers all that had any.
+    // In a new cluster only what was written has data; the plan covers all that had any.
     let alloc = if keeps { alloc | written } else { written };
     alloc | (zero & !written) << 32
 }

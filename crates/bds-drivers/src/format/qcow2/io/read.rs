@@ -19,7 +19,7 @@ use crate::format::qcow2::plan::MetaKey;
 use crate::format::qcow2::state::Image;
 use crate::format::qcow2::task::{LazyUnordered, detach_on_drop};
 
-/// Parts of one request read side by side.
+/// Parts of one request read concurrently.
 const PARTS_AT_ONCE: usize = 8;
 
 /// One piece of a read, all of one kind.
@@ -80,7 +80,7 @@ impl Image {
         }
     }
 
-    /// Reads whatever it takes. Bytes past the end of the disk are zeros.
+    /// Reads, loading what is missing. Bytes past the end of the disk are zeros.
     pub(crate) async fn read(self: &Arc<Self>, offset: u64, iov: IoVec) -> Result<()> {
         self.check_usable()?;
         if !self.serves_io {

@@ -25,12 +25,12 @@ use crate::format::qcow2::plan::{MetaResult, NeedMeta, corrupt_entry};
 use crate::format::qcow2::state::{Image, Meta};
 use crate::format::qcow2::task::{LazyUnordered, SpawnOnDrop, detach_on_drop};
 
-/// Steps of one write under way at once.
+/// Steps of one write in flight at once.
 const STEPS_AT_ONCE: usize = 8;
 
 /// One step of a write.
 pub(crate) enum Step {
-    /// Write here; the guard keeps the place ours meanwhile.
+    /// Write here; the guard keeps the cluster from being reused meanwhile.
     InPlace { host: DataOffset, len: u64 },
     /// Write to clusters that are linked afterwards.
     Link(PendingLink),
@@ -55,7 +55,7 @@ impl Image {
         }
         let Ok(Found::Run(run)) = self.lookup(offset, len) else { return None };
         let is_owned = run.kind == Kind::Normal && run.is_copied && run.len == len;
-        // A hit is an error, which the other way reports.
+        // A hit is an error, which the slow path reports.
         let counted = self.space().counted(run.host);
         let is_safe = counted.is_none_or(|at| self.metadata.hit(at, len).is_none());
         (is_owned && is_safe && self.is_in_file(run.host, len)).then_some(run.host)
@@ -95,7 +95,7 @@ impl Image {
         .await
     }
 
-    /// Writes step by step, several at once. Runs in a task of its own. When it returns nothing of it is under way any
+    /// Writes step by step, several at once. Runs in a task of its own. When it returns no step is in flight any
     /// more, also after a failure: a late step must not overwrite what the guest writes next.
     pub(crate) async fn write_all(self: &Arc<Self>, offset: u64, iov: &IoVec) -> Result<()> {
         self.write_steps(offset, iov, false).await
@@ -103,13 +103,13 @@ impl Image {
 
     async fn write_steps(self: &Arc<Self>, offset: u64, iov: &IoVec, is_copy: bool) -> Result<()> {
         let mut under_way = LazyUnordered::new();
-        let result = self.begin_steps(offset, iov, is_copy, &mut under_way).await;
+        let result = self.start_steps(offset, iov, is_copy, &mut under_way).await;
         let rest = wait_all(&mut under_way).await;
         result.and(rest)
     }
 
-    /// Begins all steps; some are still under way when it returns. A single step is done here.
-    async fn begin_steps(
+    /// Starts all steps; some are still in flight when it returns. A single step is done here.
+    async fn start_steps(
         self: &Arc<Self>,
         offset: u64,
         iov: &IoVec,
@@ -193,7 +193,7 @@ impl Image {
         }
     }
 
-    /// Finds out how the next bytes at `guest` are written, and allocates for them what they need.
+    /// Decides how the next bytes at `guest` are written, and allocates clusters if needed.
     fn plan_write(&self, meta: &mut Meta, guest: u64, max: u64) -> MetaResult<Step> {
         let max = self.before_in_flight(meta, guest, max)?;
         let (id, slice) = self.slice_to_write(meta, guest)?;
@@ -232,7 +232,7 @@ impl Image {
             }
             (len, host, false, false)
         } else {
-            let wanted = self.clusters_without_place(meta, &slice, index, guest, max)?;
+            let wanted = self.clusters_to_allocate(meta, &slice, index, guest, max)?;
             let got = self.alloc_data(meta, wanted)?;
             let room = (got.clusters << geometry.cluster_bits()) - (guest - start);
             (max.min(room), self.space().allocated(got.offset), true, got.is_fresh)
@@ -255,8 +255,8 @@ impl Image {
         }))
     }
 
-    /// How many bytes from `guest` on (at most `max`) may be written in their clusters as long as `goes_on` holds, which is given the
-    /// next run and the length so far.
+    /// How many bytes from `guest` on (at most `max`) may be written in their clusters, as long as `goes_on` returns
+    /// true for the next run and the length so far.
     fn in_place_run(
         &self,
         meta: &mut Meta,
@@ -281,8 +281,8 @@ impl Image {
         Ok(len.min(max))
     }
 
-    /// How many clusters from that of `guest` on need a new place.
-    fn clusters_without_place(
+    /// How many clusters from that of `guest` on must be allocated.
+    fn clusters_to_allocate(
         &self,
         meta: &mut Meta,
         slice: &Slice,
@@ -307,7 +307,7 @@ impl Image {
     }
 }
 
-/// Waits for all of them; the first failure.
+/// Waits for all steps; returns the first failure.
 async fn wait_all(under_way: &mut LazyUnordered<BoxFuture<'static, Result<()>>>) -> Result<()> {
     let mut first = Ok(());
     while let Some(result) = under_way.next().await {
@@ -316,7 +316,7 @@ async fn wait_all(under_way: &mut LazyUnordered<BoxFuture<'static, Result<()>>>)
     first
 }
 
-/// A step under guard.
+/// A step with the guard that protects its clusters.
 enum GuardedStep {
     InPlace(
         DataOffset,
@@ -326,7 +326,7 @@ enum GuardedStep {
 }
 
 impl Image {
-    /// Whole clusters at `guest` that have no place get one. `None`: that at `guest` has one already.
+    /// Plans the allocation of whole unallocated clusters at `guest`. `None`: the one at `guest` is allocated already.
     pub(crate) fn plan_prealloc(
         &self,
         meta: &mut Meta,

@@ -16,7 +16,7 @@ use crate::format::qcow2::plan::{MetaResult, corrupt_entry};
 use crate::format::qcow2::state::{Image, Meta};
 use crate::format::qcow2::task::detach_on_drop;
 
-/// What becomes of whole clusters.
+/// What happens to whole clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Change {
     /// Zeros; the cluster is kept.
@@ -109,7 +109,7 @@ impl Image {
             }
             image.prepare_to_write().await?;
             let done = if image.has_raw_data_file() {
-                // The data file must go on to read like the disk, so it has to show zeros too.
+                // The data file must read like the disk, so it has to show zeros too.
                 let fast = ZeroFlags::MAY_UNMAP | ZeroFlags::NO_FALLBACK;
                 image.zero(start, end.min(image.disk_len()) - start, fast).await?
             } else {
@@ -142,7 +142,7 @@ impl Image {
     async fn zero_units(self: &Arc<Self>, start: u64, end: u64, change: Change) -> Result<Attempt> {
         let mut at = start;
         while at < end {
-            let done = self.plan(|image, meta| image.zero_some(meta, at, end, change)).await?;
+            let done = self.plan(|image, meta| image.zero_in_slice(meta, at, end, change)).await?;
             match done {
                 Some(len) => at += len,
                 None => return Ok(Attempt::Unsupported),
@@ -154,14 +154,14 @@ impl Image {
     }
 
     /// Makes the rest of a cluster that the disk did not reach so far read as zeros, and whole clusters up to `end`.
-    /// For growing: nothing below shows through.
+    /// For growing: the backing node must not show through.
     pub(crate) async fn zero_clusters(self: &Arc<Self>, start: u64, end: u64) -> Result<Attempt> {
         self.zero_units(start, end, Change::Unmap).await
     }
 
-    /// Changes units from `start` on, up to the end of the slice. Returns how many bytes that were; `None`: it cannot
-    /// be done.
-    fn zero_some(
+    /// Changes units from `start` on, up to the end of the slice. Returns how many bytes that were; `None`: not
+    /// supported.
+    fn zero_in_slice(
         &self,
         meta: &mut Meta,
         start: u64,
@@ -243,7 +243,7 @@ impl Image {
         })
     }
 
-    /// The entry after some subclusters became zeros; `None` if it cannot say so.
+    /// The entry after some subclusters became zeros; `None` if an entry cannot express it.
     fn zeroed_part(
         &self,
         old: L2Entry,

@@ -43,7 +43,7 @@ pub(crate) struct Cluster0 {
 pub(crate) enum Parsed {
     /// All of it.
     Complete(Box<Cluster0>),
-    /// The bytes given end too early: call again with at least this many (never more than a cluster or the file).
+    /// More bytes are needed: call again with at least this many (never more than a cluster or the file).
     NeedMore(usize),
 }
 

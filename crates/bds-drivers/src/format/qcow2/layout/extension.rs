@@ -113,7 +113,7 @@ pub(crate) struct Extensions {
 pub(crate) enum Scan {
     /// All extensions were seen.
     Complete(Extensions),
-    /// The bytes given end too early: this many are needed to get on.
+    /// More bytes are needed: this many in all.
     NeedMore(usize),
 }
 

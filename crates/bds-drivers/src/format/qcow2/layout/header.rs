@@ -6,6 +6,7 @@
 
 use bds_core::error::{Error, ErrorKind, Result};
 
+use super::entry::EntryRules;
 use super::extension::{be32, be64};
 use super::units::{Geometry, HOST_OFFSET_END};
 
@@ -181,6 +182,15 @@ impl Header {
             Some("the snapshot table overlaps the header")
         } else {
             None
+        }
+    }
+
+    /// The rules by which this image's L2 entries are read.
+    pub(crate) fn entry_rules(&self) -> EntryRules {
+        EntryRules {
+            geometry: self.geometry,
+            has_zero_flag: self.version >= 3,
+            has_data_file: self.incompatible.contains(Incompatible::DATA_FILE),
         }
     }
 

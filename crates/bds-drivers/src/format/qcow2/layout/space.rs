@@ -59,7 +59,7 @@ pub(crate) struct Clusters<P> {
 }
 
 impl<P: Offset> Clusters<P> {
-    /// Takes `next` in if it goes on where this ends.
+    /// Appends `next` if it begins where this ends.
     pub(crate) fn join(&mut self, next: &Self, cluster_bits: u32) -> bool {
         let goes_on = self.start.plus(self.count << cluster_bits) == next.start;
         if goes_on {

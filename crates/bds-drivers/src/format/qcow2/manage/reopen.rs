@@ -159,7 +159,7 @@ impl Image {
         }
     }
 
-    /// Refuses an image that has become another one. Its length may change.
+    /// Refuses an image that was replaced by a different one. Its length may change.
     fn check_same(&self, new: &Cluster0) -> Result<()> {
         let old = self.cluster0.load();
         let (was, is) = (&old.header, &new.header);

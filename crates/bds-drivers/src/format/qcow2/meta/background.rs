@@ -54,8 +54,8 @@ impl Drop for WriteBackGuard {
 }
 
 impl Image {
-    /// Stops a change that would pin `more` bytes than the budget allows. A change that meets nothing pinned goes on,
-    /// whatever it needs.
+    /// Stops a change that would pin `more` bytes than the budget allows. A change that finds nothing pinned goes on,
+    /// however much it needs.
     pub(crate) fn check_dirty_budget(&self, meta: &Meta, more: usize) -> MetaResult<()> {
         let pinned = meta.pinned_bytes();
         if pinned == 0 || pinned + more <= self.config.load().dirty.full {
@@ -96,7 +96,7 @@ impl Image {
         task.done.wait().await;
         match task.result.get() {
             Some(Err(error)) => Err(error.duplicate()),
-            // None: its executor died. The caller looks again and begins another one.
+            // None: its executor was dropped. The caller looks again and begins another one.
             Some(Ok(())) | None => Ok(()),
         }
     }
@@ -117,7 +117,7 @@ impl Image {
         bds_io::spawn(async move {
             let result = guard.image.write_back_and_release().await;
             guard.finish(result);
-            // Last: close goes on when it is dropped.
+            // Last: close continues when it is dropped.
             drop(task_guard);
         })
         .detach();

@@ -15,7 +15,7 @@ use crate::format::qcow2::plan::{MetaKey, MetaResult, NeedMeta, corrupt_entry};
 use crate::format::qcow2::state::{Image, Meta};
 
 impl Image {
-    /// The slice that maps `guest`, in a table that is ours alone: made or copied if need be.
+    /// The slice that maps `guest`, in a table that is not shared: allocated or copied if needed.
     pub(crate) fn slice_to_write(
         &self,
         meta: &mut Meta,
@@ -56,7 +56,7 @@ impl Image {
         meta.l1.mark(table);
     }
 
-    /// A table that a snapshot shares: from now on ours is a copy. All of it is in memory, so only its place changes.
+    /// Replaces a table that a snapshot shares by a copy. All of it is in memory, so only its host offset changes.
     fn copy_table(&self, meta: &mut Meta, table: u32, old: MetaOffset) -> MetaResult<()> {
         let pieces = u32::try_from(self.tables.slices_per_table()).expect("at most 4096");
         let ids = (0..pieces).map(|piece| SliceId { table, piece });

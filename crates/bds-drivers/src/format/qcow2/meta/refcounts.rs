@@ -24,7 +24,7 @@ pub(crate) const SLOT_PIECE: usize = 512;
 
 /// A refcount block in memory.
 #[derive(Debug)]
-pub(crate) struct Block {
+pub(crate) struct RefcountBlock {
     pub offset: MetaOffset,
     bytes: Box<[u8]>,
     /// Bit i: piece i (of 64) differs from the file.
@@ -39,7 +39,7 @@ pub(crate) struct Block {
     used_at: u64,
 }
 
-impl Block {
+impl RefcountBlock {
     fn piece_len(&self) -> usize {
         (self.bytes.len() / 64).max(512)
     }
@@ -102,7 +102,7 @@ impl Block {
 #[derive(Debug)]
 pub(crate) struct Refcounts {
     geometry: Geometry,
-    /// The refcount table. It may have grown past its place in the file: see `table_needs_space`.
+    /// The refcount table. It may be longer than its clusters in the file: see `table_needs_space`.
     table: Vec<u64>,
     pub table_offset: MetaOffset,
     pub table_clusters: u64,
@@ -110,7 +110,7 @@ pub(crate) struct Refcounts {
     pub dirty_slots: BTreeSet<usize>,
     /// The table as a whole has a new place that the header does not name yet.
     pub is_moved: bool,
-    blocks: HashMap<u64, Block>,
+    blocks: HashMap<u64, RefcountBlock>,
     /// Blocks that are dirty or being written.
     pinned_count: usize,
     budget_bytes: usize,
@@ -142,7 +142,7 @@ impl Refcounts {
         }
     }
 
-    /// Another budget. What is too much goes with the next eviction.
+    /// Changes the budget. The excess is evicted at the next eviction.
     pub(crate) fn set_budget(&mut self, budget_bytes: usize) {
         self.budget_bytes = budget_bytes;
     }
@@ -158,7 +158,7 @@ impl Refcounts {
     }
 
     /// Block `index`, which exists.
-    fn block(&mut self, index: u64) -> MetaResult<&mut Block> {
+    fn block(&mut self, index: u64) -> MetaResult<&mut RefcountBlock> {
         self.tick += 1;
         let tick = self.tick;
         match self.blocks.get_mut(&index) {
@@ -171,12 +171,12 @@ impl Refcounts {
     }
 
     /// A block already in memory.
-    pub(crate) fn resident(&mut self, index: u64) -> Option<&mut Block> {
+    pub(crate) fn resident(&mut self, index: u64) -> Option<&mut RefcountBlock> {
         self.blocks.get_mut(&index)
     }
 
     /// Blocks in memory that differ from the file.
-    pub(crate) fn dirty_blocks(&mut self) -> impl Iterator<Item = (u64, &mut Block)> {
+    pub(crate) fn dirty_blocks(&mut self) -> impl Iterator<Item = (u64, &mut RefcountBlock)> {
         self.blocks.iter_mut().filter(|(_, b)| b.dirty != 0).map(|(i, b)| (*i, b))
     }
 
@@ -186,10 +186,10 @@ impl Refcounts {
             || self.blocks.values().any(|block| block.dirty != 0)
     }
 
-    /// Takes in block `index` as read from `offset`. Returns what keeps it in memory.
+    /// Inserts block `index` as read from `offset`. Returns what keeps it in memory.
     pub(crate) fn insert(&mut self, index: u64, offset: MetaOffset, bytes: Box<[u8]>) -> Arc<()> {
         self.tick += 1;
-        let block = Block {
+        let block = RefcountBlock {
             offset,
             bytes,
             dirty: 0,
@@ -210,18 +210,18 @@ impl Refcounts {
     /// Bytes that a change of this cluster's count would pin.
     pub(crate) fn bytes_to_pin(&self, cluster: u64) -> usize {
         let block = self.blocks.get(&self.geometry.reftable_index(cluster));
-        if block.is_some_and(Block::is_pinned) { 0 } else { self.geometry.cluster_len() }
+        if block.is_some_and(RefcountBlock::is_pinned) { 0 } else { self.geometry.cluster_len() }
     }
 
-    /// The batch is over; what it did not write is dirty again.
-    pub(crate) fn batch_ended(&mut self) {
+    /// Ends the batch; what it did not write is dirty again.
+    pub(crate) fn end_batch(&mut self) {
         for block in self.blocks.values_mut().filter(|block| block.is_writing) {
             block.is_writing = false;
             self.pinned_count -= usize::from(block.dirty == 0);
         }
     }
 
-    /// Forgets clean blocks that are not held until the budget is kept, or only pinned ones are left.
+    /// Evicts clean blocks that are not held until the budget is kept, or only pinned ones are left.
     pub(crate) fn evict(&mut self) {
         let cluster_len = self.geometry.cluster_len();
         let allowed = (self.budget_bytes / cluster_len).max(4);
@@ -239,7 +239,7 @@ impl Refcounts {
         }
     }
 
-    /// How many refer to `cluster`.
+    /// The refcount of `cluster`.
     pub(crate) fn count(&mut self, cluster: u64) -> MetaResult<u64> {
         let geometry = self.geometry;
         let index = geometry.reftable_index(cluster);
@@ -265,7 +265,7 @@ impl Refcounts {
         Ok(())
     }
 
-    /// One more refers to `cluster`. Fails if the count's width does not allow it.
+    /// Raises the refcount of `cluster`. Fails if the count's width does not allow it.
     pub(crate) fn raise(&mut self, cluster: u64) -> MetaResult<u64> {
         let count = self.count(cluster)?;
         if count >= self.geometry.refcount_max() {
@@ -281,7 +281,7 @@ impl Refcounts {
         Ok(count + 1)
     }
 
-    /// One less refers to `cluster`. At zero it is free at once.
+    /// Lowers the refcount of `cluster`. At zero it is free at once.
     pub(crate) fn lower(&mut self, cluster: u64) -> MetaResult<u64> {
         let count = self.count(cluster)?;
         let Some(left) = count.checked_sub(1) else {
@@ -323,7 +323,7 @@ impl Refcounts {
     }
 
     /// Marks free clusters, whose blocks exist and are in memory, as used by one.
-    pub(crate) fn take(&mut self, first: u64, count: u64) -> MetaResult<()> {
+    pub(crate) fn mark_used(&mut self, first: u64, count: u64) -> MetaResult<()> {
         let geometry = self.geometry;
         for index in geometry.reftable_index(first)..=geometry.reftable_index(first + count - 1) {
             self.block(index)?;
@@ -338,10 +338,10 @@ impl Refcounts {
         Ok(())
     }
 
-    /// Enters a new block number `index` at cluster `place`, which is free and which the block may describe itself.
+    /// Adds a new block number `index` at cluster `place`, which is free and which the block may describe itself.
     pub(crate) fn add_block(&mut self, index: u64, place: u64) -> MetaResult<()> {
         let geometry = self.geometry;
-        let slot = usize::try_from(index).map_err(|_| too_far(&geometry))?;
+        let slot = usize::try_from(index).map_err(|_| table_full(&geometry))?;
         let describes_itself = geometry.reftable_index(place) == index;
         if !describes_itself {
             self.block(geometry.reftable_index(place))?;
@@ -349,7 +349,7 @@ impl Refcounts {
         if slot >= self.table.len() {
             let bytes = (index + 1).saturating_mul(8);
             if bytes.next_multiple_of(geometry.cluster_size()) > MAX_REFTABLE_LEN {
-                return Err(too_far(&geometry));
+                return Err(table_full(&geometry));
             }
             self.table.resize(slot + 1, 0);
         }
@@ -369,19 +369,19 @@ impl Refcounts {
         self.set(place, 1, true)
     }
 
-    /// Has the table outgrown its place in the file?
+    /// Is the table longer than its clusters in the file?
     pub(crate) fn table_needs_space(&self) -> bool {
         self.table.len() as u64 * 8 > self.table_clusters * self.geometry.cluster_size()
     }
 
-    /// Clusters a new place for the table should have: half as much again as it needs, within the format's limit.
+    /// Clusters to allocate for the table: half as much again as it needs, within the format's limit.
     pub(crate) fn wanted_table_clusters(&self) -> u64 {
         let need = self.table.len() as u64 * 8;
         let roomy = (need + need / 2).min(MAX_REFTABLE_LEN).max(need);
         self.geometry.clusters(roomy)
     }
 
-    /// Gives the table a new place and returns the old one.
+    /// Sets the new clusters of the table and returns the old ones.
     pub(crate) fn move_table(&mut self, place: Clusters<MetaOffset>) -> Clusters<MetaOffset> {
         let old = Clusters { start: self.table_offset, count: self.table_clusters };
         self.table_offset = place.start;
@@ -409,7 +409,7 @@ impl Refcounts {
     }
 }
 
-fn too_far(geometry: &Geometry) -> NeedMeta {
+fn table_full(geometry: &Geometry) -> NeedMeta {
     NeedMeta::Fail(
         Error::new(
             ErrorKind::LimitExceeded,

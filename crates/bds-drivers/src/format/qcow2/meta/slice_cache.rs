@@ -58,7 +58,7 @@ impl SliceCache {
         }
     }
 
-    /// Another budget. What is too much goes with the next eviction.
+    /// Changes the budget. The excess is evicted at the next eviction.
     pub(crate) fn set_budget(&mut self, budget_bytes: usize) {
         self.budget_bytes = budget_bytes.max(2 * self.slice_len);
     }
@@ -111,7 +111,7 @@ impl SliceCache {
         self.dirty_count > 0
     }
 
-    /// Takes the dirty pieces of all slices, in the order of the file. They stay pinned until [`Self::batch_ended`].
+    /// Takes the dirty pieces of all slices, in the order of the file. They stay pinned until [`Self::end_batch`].
     pub(super) fn take_dirty(&mut self) -> Vec<(SliceId, u64)> {
         let mut taken = Vec::with_capacity(self.dirty_count);
         for (id, pinned) in self.pinned.iter_mut().filter(|(_, pinned)| pinned.dirty != 0) {
@@ -123,8 +123,8 @@ impl SliceCache {
         taken
     }
 
-    /// The batch is over; what it did not write is dirty again.
-    pub(super) fn batch_ended(&mut self) {
+    /// Ends the batch; what it did not write is dirty again.
+    pub(super) fn end_batch(&mut self) {
         self.pinned.retain(|_, pinned| {
             pinned.is_writing = false;
             pinned.is_needed()
@@ -157,12 +157,12 @@ impl SliceCache {
         slice
     }
 
-    /// Forgets clean slices until the budget is kept. Pinned and held ones stay. `only_unused`: all that were not used
+    /// Evicts clean slices until the budget is kept. Pinned and held ones stay. `only_unused`: all that were not used
     /// lately, whatever the budget.
     pub(crate) fn evict(&mut self, tables: &Tables, only_unused: bool) {
         let mut left = self.ring.len() * if only_unused { 1 } else { 2 };
         while only_unused || self.is_over_budget() {
-            let Some(id) = self.turn_hand(&mut left) else { break };
+            let Some(id) = self.next_candidate(&mut left) else { break };
             let is_free = !self.pinned.contains_key(&id) && !self.is_unlinked(id.table);
             // Two: the slot's and the one just taken.
             let slice = tables.hold(id);
@@ -179,13 +179,13 @@ impl SliceCache {
         }
     }
 
-    /// Is there more in memory than the budget allows, and something that could go?
+    /// Is there more in memory than the budget allows, and something to evict?
     fn is_over_budget(&self) -> bool {
         self.resident_bytes > self.budget_bytes && self.ring.len() > self.pinned.len()
     }
 
     /// Takes the next slice in clock order; `None` after `left` of them.
-    fn turn_hand(&mut self, left: &mut usize) -> Option<SliceId> {
+    fn next_candidate(&mut self, left: &mut usize) -> Option<SliceId> {
         *left = left.checked_sub(1)?;
         self.ring.pop_front()
     }

@@ -64,7 +64,7 @@ impl Slice {
         Self { words, checked, is_extended, sequence, used }
     }
 
-    /// Was the entry checked? To be read before the entry is loaded: whatever takes its place later comes from a write
+    /// Was the entry checked? To be read before the entry is loaded: an entry that replaces it later comes from a write
     /// through this image.
     #[inline]
     pub(crate) fn is_checked(&self, index: usize) -> bool {

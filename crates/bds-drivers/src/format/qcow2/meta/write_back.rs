@@ -18,12 +18,13 @@
 //!
 //! Before rank Link the *data* node is flushed too if a link points at copied bytes (O3; finding F5), or at a new
 //! cluster of the image file itself: its count needs that flush anyway, and without it the file may end before the
-//! cluster, or compressed bytes be missing, when the power goes. O2 needs no place in this table: a count is lowered in
+//! cluster, or compressed bytes be missing, after a power cut. O2 needs no place in this table: a count is lowered in
 //! memory only after the removal of the pointer is durable (`release.rs`), so lowered counts depend on nothing. A batch
-//! that fails puts back what was not written *and flushed*; dirty metadata is never dropped, and later batches begin
-//! again with whatever is newest.
+//! that fails puts back what was not written *and flushed*; dirty metadata is never dropped, and later batches write
+//! the newest version.
 //!
-//! One batch at a time (`Image::turn`); the lock of `Meta` is held while a batch is taken, never while it is written.
+//! One batch at a time (`Image::write_back_lock`); the lock of `Meta` is held while a batch is taken, never while it is
+//! written.
 
 use std::sync::Arc;
 
@@ -42,7 +43,7 @@ use crate::format::qcow2::layout::space::MetaOffset;
 use crate::format::qcow2::layout::units::{all_pieces, joined_bits};
 use crate::format::qcow2::state::{Image, Meta};
 
-/// Writes of one rank under way at once.
+/// Writes of one rank in flight at once.
 const WRITES_AT_ONCE: usize = 16;
 
 /// The order of writes in a batch; see the module docs.
@@ -100,7 +101,7 @@ pub(crate) struct Batch {
 impl Image {
     /// Is there anything to write, or being written?
     pub(crate) fn has_unwritten(&self, meta: &Meta) -> bool {
-        let counts = self.counts_matter_now() && meta.counts.has_dirty();
+        let counts = self.writes_counts_now() && meta.counts.has_dirty();
         meta.pending_flush.is_writing
             || meta.slices.has_dirty()
             || !meta.slices.unlinked.is_empty()
@@ -111,20 +112,20 @@ impl Image {
             || counts
     }
 
-    /// With lazy refcounts, counts reach the file at close; until then the dirty bit stands for them.
-    fn counts_matter_now(&self) -> bool {
+    /// With lazy refcounts, counts are written at close; until then the dirty bit is set.
+    fn writes_counts_now(&self) -> bool {
         !self.config.load().lazy_refcounts
     }
 
     /// Writes all dirty metadata in order. Not necessarily durable when it returns, but ordered behind all it depends
     /// on. Must run to completion: callers put it in a task (`task::detach_on_drop`).
     pub(crate) async fn write_back(self: &Arc<Self>, with_counts: bool) -> Result<()> {
-        let _turn = self.write_back_lock.lock().await;
+        let _lock = self.write_back_lock.lock().await;
         // The table's new place must be counted before the blocks are taken.
         self.plan(|image, meta| image.move_table(meta)).await?;
         let batch = {
             let mut meta = self.meta();
-            let batch = self.take_batch(&mut meta, with_counts || self.counts_matter_now());
+            let batch = self.take_batch(&mut meta, with_counts || self.writes_counts_now());
             meta.pending_flush.is_writing = true;
             batch
         };
@@ -141,8 +142,8 @@ impl Image {
                 Err(error)
             }
         };
-        meta.slices.batch_ended();
-        meta.counts.batch_ended();
+        meta.slices.end_batch();
+        meta.counts.end_batch();
         meta.slices.evict(&self.tables, false);
         meta.counts.evict();
         result
@@ -182,7 +183,8 @@ impl Image {
         for (table, unlinked) in &cache.unlinked {
             let offset = self.table_offset(*table);
             let len = self.geometry().cluster_size();
-            // The file has all of it, whatever little is written of it: a table that the file ends in has lost entries.
+            // The file must hold all of it, even if little of it is written: a table that the file ends in has lost
+            // entries.
             if unlinked.needs_zeros || self.file.len() < offset + len {
                 let action = Action::Zero(len);
                 let source = Source::Clear;
@@ -263,7 +265,7 @@ impl Image {
         }
     }
 
-    /// Writes rank by rank. On failure: the first rank that is not surely durable, and the error.
+    /// Writes rank by rank. On failure: the first rank that may not be durable, and the error.
     async fn write_batch(
         self: &Arc<Self>,
         batch: &Batch,
@@ -296,16 +298,16 @@ impl Image {
     async fn flush_before(&self, rank: Rank, batch: &Batch) -> Result<()> {
         let is_link = rank >= Rank::Link;
         let data = self.data_file.as_ref().filter(|_| is_link && batch.needs_data_flush);
-        let copied_here = self.data_file.is_none() && is_link && batch.needs_data_flush;
+        let needs_file_flush = self.data_file.is_none() && is_link && batch.needs_data_flush;
         if let Some(data) = data {
             data.flush().await.map_err(|e| self.name_error(e))?;
         }
-        let owes = {
+        let needs_flush = {
             let meta = self.meta();
             // The size may only be seen with all that precedes it.
-            meta.pending_flush.needs_meta_flush() || copied_here || rank == Rank::Size
+            meta.pending_flush.needs_meta_flush() || needs_file_flush || rank == Rank::Size
         };
-        if owes {
+        if needs_flush {
             self.flush_meta().await?;
         }
         Ok(())

@@ -47,7 +47,7 @@ fn image_of(driver: &dyn Driver) -> Arc<Image> {
     Arc::clone(&driver.as_any().downcast_ref::<Qcow2>().expect("it was opened as one").image)
 }
 
-/// Lets everything go on that can.
+/// Lets all tasks run that can.
 async fn settle() {
     for _ in 0..500 {
         bds_io::yield_now().await;

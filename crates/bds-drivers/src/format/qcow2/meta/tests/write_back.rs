@@ -18,7 +18,7 @@ fn a_flush_is_not_credited_with_writes_made_during_it() {
         let flags = OpenFlags::default();
         let opened = fuzzing::open_image(&file, None, None, flags).await.expect("just made");
         let image = &opened.as_any().downcast_ref::<Qcow2>().expect("it is qcow2").image;
-        let owes = || image.meta().pending_flush.needs_meta_flush();
+        let needs_flush = || image.meta().pending_flush.needs_meta_flush();
         image.meta().pending_flush.note_written();
         file.hold_flushes(true);
         let mut flush = Box::pin(image.flush_meta());
@@ -26,13 +26,13 @@ fn a_flush_is_not_credited_with_writes_made_during_it() {
         image.meta().pending_flush.note_written();
         file.hold_flushes(false);
         flush.await.expect("memory does not fail");
-        assert!(owes(), "a flush was credited with what was written after it had begun");
+        assert!(needs_flush(), "a flush was credited with what was written after it had begun");
         file.fail_flushes(true);
         assert!(image.flush_meta().await.is_err_and(|error| error.kind() == ErrorKind::Io));
-        assert!(owes(), "a flush that failed was credited");
+        assert!(needs_flush(), "a flush that failed was credited");
         file.fail_flushes(false);
         image.flush_meta().await.expect("memory does not fail");
-        assert!(!owes());
+        assert!(!needs_flush());
         opened.close().await.expect("memory does not fail");
     });
 }
