@@ -10,7 +10,7 @@
 //! meta/     L1, L2 and refcounts in memory: lookup, load, the order in which changes reach the file, how much may be dirty
 //! alloc/    host clusters: allocated, checked, released
 //! io/       guest reads and writes, zeros, compression, backing file, block status
-//! check/    `check`, and what an image lost that was cut short
+//! check/    `check`, and what a truncated image lost
 //! manage/   create, measure, resize, reopen, snapshots, bitmaps, info
 //! ```
 //!

@@ -1,5 +1,5 @@
 //! Host clusters: allocates them, checks offsets that entries name, and releases clusters after their last reference is
-//! gone.
+//! removed.
 //!
 //! `allocate` → `in_flight` (until linked) → `freed` → `release`. `overlap` is the set of clusters that hold metadata.
 

@@ -93,7 +93,7 @@ async fn compare(walk: &mut RefWalk<'_>, file_len: u64) -> Result<()> {
     Ok(())
 }
 
-/// What the comparison has found so far.
+/// The findings of the comparison so far.
 #[derive(Default)]
 struct Comparison {
     runs: Runs,
@@ -164,7 +164,7 @@ impl Comparison {
     }
 }
 
-/// Differences as runs of neighbours; bounded, because only their sum grows without end.
+/// Differences as runs of neighbours; their number is bounded, what exceeds it is only summed up.
 #[derive(Default)]
 struct Runs {
     done: Vec<Run>,
@@ -239,8 +239,8 @@ fn report_runs(walk: &mut RefWalk<'_>, runs: Runs) {
     }
 }
 
-/// What the stored counts allow and yet no good image has. Where they do not allow it, the comparison has counted it
-/// already.
+/// Reports sharing that the stored counts allow but no valid image has. What they do not allow, the comparison has
+/// counted already.
 fn report_extras(walk: &mut RefWalk<'_>, shared: &[u64]) {
     let bits = walk.rules().geometry.cluster_bits();
     for cluster in shared {

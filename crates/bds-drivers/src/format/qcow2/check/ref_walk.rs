@@ -89,7 +89,7 @@ impl<'a> RefWalk<'a> {
         &self.rules
     }
 
-    /// Counts everything. An error means that the check could not go on (I/O, budget).
+    /// Counts everything. An error means that the check could not continue (I/O, budget).
     pub(crate) async fn walk(&mut self) -> Result<()> {
         let header = &self.image.header;
         let cluster = header.geometry.cluster_size();

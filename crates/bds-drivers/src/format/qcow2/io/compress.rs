@@ -106,7 +106,8 @@ pub(crate) fn encode(kind: Compression, cluster: &[u8], out: &mut [u8]) -> Optio
     encoded.flatten()
 }
 
-/// Runs `work` on the codecs. If it panics: `None`, and the codecs, which may be in any state, are made anew.
+/// Runs `work` on the codecs. If it panics: `None`, and the codecs, which may be in any state, are replaced by new
+/// ones.
 fn contain<C: Default, T>(codecs: &mut C, work: impl FnOnce(&mut C) -> T) -> Option<T> {
     match catch_unwind(AssertUnwindSafe(|| work(codecs))) {
         Ok(result) => Some(result),

@@ -149,7 +149,7 @@ impl DecompressedCache {
 
 impl FillGuard {
     /// Inserts the cluster, within the budget.
-    pub(crate) fn finish(self, cluster: &Buf) {
+    pub(crate) fn insert(self, cluster: &Buf) {
         let allowed = self.cache.clusters_per_shard.load(Ordering::Relaxed);
         if allowed == 0 {
             return;
@@ -197,7 +197,7 @@ mod tests {
         let CacheLookup::Fill(fill) = cache.get_or_fill(7, 512) else {
             panic!("the guard was dropped")
         };
-        fill.finish(&Buf::from_slice(&[1; 512]));
+        fill.insert(&Buf::from_slice(&[1; 512]));
         assert!(matches!(cache.get_or_fill(7, 512), CacheLookup::Ready(_)));
         cache.forget(7);
         assert!(cache.get(7).is_none());
@@ -208,7 +208,7 @@ mod tests {
         let cache = Arc::new(DecompressedCache::new(512, 4096));
         assert!(matches!(cache.get_or_fill(7, 100), CacheLookup::Once));
         let CacheLookup::Fill(fill) = cache.get_or_fill(7, 100) else { panic!("requested again") };
-        fill.finish(&Buf::from_slice(&[1; 512]));
+        fill.insert(&Buf::from_slice(&[1; 512]));
         assert!(matches!(cache.get_or_fill(7, 100), CacheLookup::Ready(_)));
         for other in 100..1000 {
             assert!(matches!(cache.get_or_fill(other, 1), CacheLookup::Once));
@@ -223,12 +223,12 @@ mod tests {
             let CacheLookup::Fill(fill) = cache.get_or_fill(key, 512) else {
                 panic!("not there yet")
             };
-            fill.finish(&Buf::from_slice(&[1; 512]));
+            fill.insert(&Buf::from_slice(&[1; 512]));
         }
         assert_eq!((0..100).filter(|key| cache.get(*key).is_some()).count(), 4);
         let none = Arc::new(DecompressedCache::new(65536, 4096));
         let CacheLookup::Fill(fill) = none.get_or_fill(1, 65536) else { panic!("not there yet") };
-        fill.finish(&Buf::from_slice(&[1; 512]));
+        fill.insert(&Buf::from_slice(&[1; 512]));
         assert!(matches!(none.get_or_fill(1, 65536), CacheLookup::Fill(_)));
     }
 }

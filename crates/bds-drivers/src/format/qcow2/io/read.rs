@@ -178,7 +178,7 @@ impl Image {
                     let task_guard = self.tasks.begin();
                     return detach_on_drop(async move {
                         let cluster = image.decompress(entry, guest, len).await?;
-                        fill.finish(&cluster);
+                        fill.insert(&cluster);
                         drop((inside, task_guard));
                         Ok(cluster)
                     })

@@ -245,7 +245,7 @@ impl Geometry {
     }
 }
 
-/// A length in memory; requests never exceed it.
+/// Converts a length of a request to `usize`.
 pub(crate) fn mem_len(len: u64) -> usize {
     usize::try_from(len).expect("requests fit memory")
 }

@@ -20,7 +20,7 @@ use crate::format::qcow2::layout::entry::{COPIED, ZERO, write_refcount};
 
 /// Tables are written in pieces of about this length.
 const BATCH_LEN: usize = 2 << 20;
-/// A new image, as numbers and bytes, before any file is touched.
+/// A planned image: numbers and bytes, before any file is touched.
 struct PlannedImage {
     plan: CreateOptions,
     size: u64,
@@ -40,7 +40,7 @@ impl PlannedImage {
     }
 }
 
-/// Says what would be made, or why it cannot be. Touches nothing.
+/// Returns the facts of the image that would be created, or why it cannot be. Touches no file.
 pub(crate) fn check(options: &mut Options, backing_len: Option<u64>) -> Result<CreateFacts> {
     let PlannedImage { plan, size, layout, .. } = PlannedImage::plan(options, backing_len)?;
     let geometry = &plan.geometry;

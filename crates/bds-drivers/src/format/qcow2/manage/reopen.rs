@@ -27,7 +27,7 @@ struct Prepared<'a> {
     image: &'a Image,
     requested: RequestedMode,
     config: Config,
-    /// Read afresh, where what is in memory does not do.
+    /// Read again, where what is in memory does not suffice.
     loaded: Option<LoadedMetadata>,
     is_writable: bool,
 }

@@ -36,7 +36,7 @@ struct WriteBackGuard {
 }
 
 impl WriteBackGuard {
-    fn finish(self, result: Result<()>) {
+    fn set_result(self, result: Result<()>) {
         if let Err(error) = &result {
             tracing::warn!(node = self.image.node_name, %error, "qcow2: metadata cannot be written back");
             self.image.meta().write_back_error.get_or_insert_with(|| error.duplicate());
@@ -116,7 +116,7 @@ impl Image {
         let task_guard = self.tasks.begin();
         bds_io::spawn(async move {
             let result = guard.image.write_back_and_release().await;
-            guard.finish(result);
+            guard.set_result(result);
             // Last: close continues when it is dropped.
             drop(task_guard);
         })

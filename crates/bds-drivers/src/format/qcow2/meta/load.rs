@@ -1,7 +1,7 @@
 //! Loads L2 slices and refcount blocks into memory, each once however many requests wait for it.
 //!
 //! A load runs in a task of its own, so it does not end when the request that started it is dropped. The result is
-//! handed out *pinned*: it cannot be evicted before the request has used it.
+//! returned *pinned*: it cannot be evicted before the request has used it.
 
 use std::sync::{Arc, OnceLock};
 

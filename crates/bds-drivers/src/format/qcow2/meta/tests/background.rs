@@ -48,7 +48,7 @@ fn image_of(driver: &dyn Driver) -> Arc<Image> {
 }
 
 /// Lets all tasks run that can.
-async fn settle() {
+async fn run_ready_tasks() {
     for _ in 0..500 {
         bds_io::yield_now().await;
     }
@@ -73,7 +73,7 @@ async fn fill(image: &Arc<Image>) -> (bds_io::Task<Result<()>>, u64) {
     for number in 0.. {
         let writer = Arc::clone(image);
         let mut task = bds_io::spawn(async move { write(&writer, number * SPAN, 7).await });
-        settle().await;
+        run_ready_tasks().await;
         match (&mut task).now_or_never() {
             Some(done) => done.unwrap(),
             None => return (task, number),
@@ -119,13 +119,13 @@ async fn fail_in_the_background(file: &MemPort, image: &Arc<Image>) {
     let mut number = 0;
     while image.meta().write_back_error.is_none() {
         write(image, number * SPAN, 7).await.expect("no write waits for it");
-        settle().await;
+        run_ready_tasks().await;
         number += 1;
         assert!(number < 40, "no write-back began");
     }
     // No second one begins before the failure was reported.
     write(image, number * SPAN, 7).await.expect("no write waits for it");
-    settle().await;
+    run_ready_tasks().await;
     assert!(image.meta().write_back_task.is_none());
     file.fail_flushes(false);
 }
@@ -195,7 +195,7 @@ fn close_waits_for_the_write_back_and_nothing_holds_the_image_afterwards() {
             drop(image);
             let mut close = driver.close();
             assert!((&mut close).now_or_never().is_none());
-            settle().await;
+            run_ready_tasks().await;
             assert!((&mut close).now_or_never().is_none(), "the write-back is under way");
             file.hold_flushes(false);
             close.await.unwrap();
@@ -245,7 +245,7 @@ fn dirty_budget_holds_at_512_byte_clusters() {
                         bds_io::yield_now().await;
                     }
                     file.hold_flushes(false);
-                    settle().await;
+                    run_ready_tasks().await;
                 }
                 file.hold_flushes(false);
             };
