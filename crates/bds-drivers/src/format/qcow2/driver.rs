@@ -282,7 +282,7 @@ impl Image {
         bds_io::spawn(async move {
             if let Err(error) = image.release().await {
                 // They stay on the list; the next flush tries again, close reports it.
-                tracing::warn!(node = image.node_name, %error, "qcow2: cannot give clusters back");
+                tracing::warn!(node = image.node_name, %error, "qcow2: cannot release freed clusters");
             }
             // Close continues when it is dropped: nothing may hold the image then.
             drop(image);

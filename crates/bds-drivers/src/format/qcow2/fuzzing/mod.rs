@@ -56,7 +56,7 @@ pub fn header(data: &[u8]) {
         let image = match Cluster0::parse(data, file_len, mode) {
             Ok(Parsed::Complete(image)) => image,
             Ok(Parsed::NeedMore(len)) => {
-                assert!(len > data.len(), "asks for {len} bytes and has {}", data.len());
+                assert!(len > data.len(), "needs {len} bytes and has {}", data.len());
                 continue;
             }
             Err(error) => {

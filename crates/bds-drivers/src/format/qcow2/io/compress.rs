@@ -153,7 +153,7 @@ pub(crate) async fn encode_buf(
 }
 
 fn shared() -> Error {
-    Error::new(ErrorKind::InUse, "a codec's buffer is used by somebody else")
+    Error::new(ErrorKind::InUse, "a codec's buffer has another holder")
 }
 
 fn corrupt(what: &str, filled: u64, wanted: usize) -> Error {
