@@ -177,7 +177,7 @@ impl RequestedOverlap {
 /// Options and flags an image was opened, or reopened, with.
 #[derive(Clone, Debug)]
 pub(crate) struct RequestedMode {
-    pub asked: RequestedOptions,
+    pub options: RequestedOptions,
     pub flags: OpenFlags,
 }
 
@@ -379,30 +379,30 @@ fn take_overlap(options: &mut Options) -> Result<RequestedOverlap> {
                 .field("overlap-check", word)
         })
     };
-    let mut asked = RequestedOverlap::default();
+    let mut requested = RequestedOverlap::default();
     match options.take("overlap-check") {
         None => {}
-        Some(serde_json::Value::String(word)) => asked.template = Some(template(word)?),
+        Some(serde_json::Value::String(word)) => requested.template = Some(template(word)?),
         Some(tree) => {
             let mut tree = Options::from_json(tree)?;
             if let Some(word) = tree.take_str("template")? {
-                asked.template = Some(template(word)?);
+                requested.template = Some(template(word)?);
             }
-            for ((name, _, _), is_on) in CLASSES.into_iter().zip(&mut asked.each) {
+            for ((name, _, _), is_on) in CLASSES.into_iter().zip(&mut requested.each) {
                 *is_on = tree.take_bool(name)?;
             }
             tree.finish("overlap-check")?;
         }
     }
     if let Some(word) = options.take_str("overlap-check.template")? {
-        asked.template = Some(template(word)?);
+        requested.template = Some(template(word)?);
     }
-    for ((_, name, _), slot) in CLASSES.into_iter().zip(&mut asked.each) {
+    for ((_, name, _), slot) in CLASSES.into_iter().zip(&mut requested.each) {
         if let Some(is_on) = options.take_bool(name)? {
             *slot = Some(is_on);
         }
     }
-    Ok(asked)
+    Ok(requested)
 }
 
 fn bytes(n: u64) -> usize {

@@ -37,9 +37,9 @@ const POOL_BYTES: usize = 4 << 20;
 pub(crate) async fn open(context: &mut OpenContext<'_>) -> Result<Image> {
     let node_name = context.node_name.to_owned();
     let flags = context.flags;
-    let asked = RequestedOptions::take(&mut context.options)?;
+    let options = RequestedOptions::take(&mut context.options)?;
     let mut file = context.child("file", Role::DATA | Role::METADATA | Role::PRIMARY).await?;
-    let opened = open_file(context, &node_name, flags, asked, &mut file).await;
+    let opened = open_file(context, &node_name, flags, options, &mut file).await;
     let parts = opened.map_err(|error| {
         let error = error.node(&node_name);
         match file.filename() {
@@ -62,7 +62,7 @@ struct Parts {
     flags: OpenFlags,
     cluster0: Cluster0,
     config: Config,
-    asked: RequestedOptions,
+    options: RequestedOptions,
     data_file: Option<Child>,
     backing: Option<Child>,
     named_backing: Option<String>,
@@ -73,7 +73,7 @@ async fn open_file(
     context: &mut OpenContext<'_>,
     node_name: &str,
     flags: OpenFlags,
-    asked: RequestedOptions,
+    options: RequestedOptions,
     file: &mut Child,
 ) -> Result<Parts> {
     let mode = match flags.for_check || flags.info_only {
@@ -84,7 +84,7 @@ async fn open_file(
     let is_writable = !flags.read_only && !flags.info_only && !flags.for_check;
     let is_inspected = mode == Strictness::Inspect;
     check_features(&cluster0, node_name, is_inspected, is_writable, file.len())?;
-    let config = asked.config_at_open(&cluster0, &flags)?;
+    let config = options.config_at_open(&cluster0, &flags)?;
     let is_named = cluster0.backing_name.is_some() && !context.options.contains("backing");
     let data_file = open_data_file(context, &cluster0, &flags).await?;
     let backing = match flags.info_only {
@@ -105,7 +105,7 @@ async fn open_file(
         }
     }
     let named_backing = backing.as_ref().filter(|_| is_named).map(|b| b.node_name());
-    Ok(Parts { flags, cluster0, config, asked, data_file, backing, named_backing, is_writable })
+    Ok(Parts { flags, cluster0, config, options, data_file, backing, named_backing, is_writable })
 }
 
 /// Refuses what we must not or cannot use.
@@ -198,8 +198,16 @@ async fn open_backing(context: &mut OpenContext<'_>, cluster0: &Cluster0) -> Res
 
 impl Parts {
     fn build(self, node_name: String, file: Child) -> Image {
-        let Self { flags, cluster0, config, asked, data_file, backing, named_backing, is_writable } =
-            self;
+        let Self {
+            flags,
+            cluster0,
+            config,
+            options,
+            data_file,
+            backing,
+            named_backing,
+            is_writable,
+        } = self;
         let header = &cluster0.header;
         let geometry = header.geometry;
         let rules = EntryRules {
@@ -230,7 +238,7 @@ impl Parts {
             is_sparse: AtomicU8::new(0),
             data_end: AtomicU64::new(0),
             serves_io,
-            requested: Mutex::new(RequestedMode { asked, flags }),
+            requested: Mutex::new(RequestedMode { options, flags }),
             node_name,
             file: MetaNode::new(file),
             data_file,

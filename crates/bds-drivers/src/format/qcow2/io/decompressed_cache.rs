@@ -51,7 +51,7 @@ pub(crate) struct DecompressedCache {
 
 /// The result of a request for a cluster.
 pub(crate) enum CacheLookup {
-    /// Here it is.
+    /// The cluster, or more of it than was requested.
     Ready(Buf),
     /// Wait, and call again.
     Wait(Arc<Completion>),
@@ -86,7 +86,7 @@ impl DecompressedCache {
         self.shards[index].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The cluster, if it is here now.
+    /// The cluster, if it is cached.
     pub(crate) fn get(&self, key: u64) -> Option<Buf> {
         match self.shard(key).clusters.get_mut(&key) {
             Some(State::Ready { cluster, used }) => {

@@ -172,14 +172,14 @@ impl Image {
                 CacheLookup::Wait(done) => done.wait().await,
                 CacheLookup::Fill(fill) => {
                     // Other requests may wait for it, so it runs in a task of its own, with its own guard of `srcu`.
-                    let inside = self.is_writable().then(|| self.srcu.read_lock_owned());
+                    let srcu = self.is_writable().then(|| self.srcu.read_lock_owned());
                     let image = Arc::clone(self);
                     let len = self.geometry().cluster_len();
                     let task_guard = self.tasks.begin();
                     return detach_on_drop(async move {
                         let cluster = image.decompress(entry, guest, len).await?;
                         fill.insert(&cluster);
-                        drop((inside, task_guard));
+                        drop((srcu, task_guard));
                         Ok(cluster)
                     })
                     .await;

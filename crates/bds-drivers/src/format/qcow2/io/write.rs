@@ -22,6 +22,7 @@ use crate::format::qcow2::layout::units::{mem_len, part_of};
 use crate::format::qcow2::meta::lookup::{Found, Run};
 use crate::format::qcow2::meta::tables::Slice;
 use crate::format::qcow2::plan::{MetaResult, NeedMeta, corrupt_entry};
+use crate::format::qcow2::srcu::{Srcu, SrcuGuard};
 use crate::format::qcow2::state::{Image, Meta};
 use crate::format::qcow2::task::{LazyUnordered, SpawnOnDrop, detach_on_drop};
 
@@ -139,10 +140,10 @@ impl Image {
                         under_way.next().await.transpose()?;
                     }
                 }
-                Err(stop) => {
+                Err(need) => {
                     // A request that waits must hold nothing that other requests wait for.
                     wait_all(under_way).await?;
-                    held.extend(self.resolve(stop).await?);
+                    held.extend(self.resolve(need).await?);
                 }
             }
         }
@@ -224,8 +225,8 @@ impl Image {
                 let is_adjacent = self.data_file.is_some() || next.host == first.host.plus(len);
                 next.kind != Kind::Normal && is_adjacent
             })?;
-            let kept_place = || DataOffset(first.host.0 - (guest - start));
-            let host = self.space().at_guest(start).unwrap_or_else(kept_place);
+            let kept_host = || DataOffset(first.host.0 - (guest - start));
+            let host = self.space().at_guest(start).unwrap_or_else(kept_host);
             if let Some(at) = self.space().counted(host) {
                 let clusters = geometry.clusters(guest + len - start);
                 self.check_overlap(at, clusters << geometry.cluster_bits())?;
@@ -234,8 +235,8 @@ impl Image {
         } else {
             let wanted = self.clusters_to_allocate(meta, &slice, index, guest, max)?;
             let got = self.alloc_data(meta, wanted)?;
-            let room = (got.clusters << geometry.cluster_bits()) - (guest - start);
-            (max.min(room), self.space().allocated(got.offset), true, got.is_fresh)
+            let available = (got.clusters << geometry.cluster_bits()) - (guest - start);
+            (max.min(available), self.space().allocated(got.offset), true, got.is_fresh)
         };
         let clusters = geometry.clusters(guest + len - start);
         let item = self.begin_allocation(meta, start, clusters, Some(id));
@@ -318,10 +319,7 @@ async fn wait_all(under_way: &mut LazyUnordered<BoxFuture<'static, Result<()>>>)
 
 /// A step with the guard that protects its clusters.
 enum GuardedStep {
-    InPlace(
-        DataOffset,
-        crate::format::qcow2::srcu::SrcuGuard<Arc<crate::format::qcow2::srcu::Srcu>>,
-    ),
+    InPlace(DataOffset, SrcuGuard<Arc<Srcu>>),
     Link(AllocGuard),
 }
 

@@ -52,16 +52,16 @@ impl Image {
     ) -> Result<Box<dyn Reopen + 'a>> {
         let flags = context.flags;
         let earlier = self.requested().clone();
-        let asked = RequestedOptions::take(&mut context.options)?.or(&earlier.asked);
+        let options = RequestedOptions::take(&mut context.options)?.or(&earlier.options);
         let old = self.config.load_full();
         let cluster0 = self.cluster0.load_full();
-        let config = asked
+        let config = options
             .config_at_reopen(&cluster0, &flags, old.slice_len)
             .map_err(|error| self.name_error(error))?;
         self.check_usable()?;
         let is_writable = self.serves_io && !flags.read_only;
-        let only_looks = flags.info_only || flags.for_check;
-        if only_looks == self.serves_io
+        let is_inspected = flags.info_only || flags.for_check;
+        if is_inspected == self.serves_io
             || (!self.serves_io && !flags.read_only && context.current.read_only)
         {
             let words = "an image opened for inspection serves nothing else; open it anew";
@@ -75,7 +75,7 @@ impl Image {
             true => Some(self.reload(&config, true).await?),
             false => None,
         };
-        let requested = RequestedMode { asked, flags };
+        let requested = RequestedMode { options, flags };
         Ok(Box::new(Prepared { image: self, requested, config, loaded, is_writable }))
     }
 
@@ -109,9 +109,11 @@ impl Image {
 
     /// What the options mean for the header as it is now: its defaults may have changed.
     fn config_for(&self, cluster0: &Cluster0) -> Result<Config> {
-        let RequestedMode { asked, flags } = self.requested().clone();
+        let RequestedMode { options, flags } = self.requested().clone();
         let slice_len = self.config.load().slice_len;
-        asked.config_at_reopen(cluster0, &flags, slice_len).map_err(|error| self.name_error(error))
+        options
+            .config_at_reopen(cluster0, &flags, slice_len)
+            .map_err(|error| self.name_error(error))
     }
 
     /// Brings the file into the state in which a clean close leaves it, durably. Runs to completion even if the caller

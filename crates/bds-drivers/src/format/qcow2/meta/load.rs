@@ -30,7 +30,7 @@ impl Drop for LoadGuard {
 }
 
 impl Image {
-    /// Loads `what`, or waits for the load that is under way.
+    /// Loads `what`, or waits for the load in progress.
     pub(crate) async fn load(self: &Arc<Self>, what: MetaKey) -> Result<Pinned> {
         let (load, is_new) = {
             let mut meta = self.meta();
@@ -57,7 +57,7 @@ impl Image {
             load.done.wait().await;
         }
         match load.result.get() {
-            Some(Ok(hold)) => Ok(hold.clone()),
+            Some(Ok(pinned)) => Ok(pinned.clone()),
             Some(Err(error)) => Err(error.duplicate()),
             None => Ok(Pinned::Gone),
         }
@@ -71,7 +71,7 @@ impl Image {
         }
     }
 
-    /// Loading a table loads its slices: boxed, to close the circle of types.
+    /// As [`Self::load`], boxed: loading a table loads its slices, so the future would contain itself.
     fn load_boxed(self: &Arc<Self>, what: MetaKey) -> BoxFuture<'_, Result<Pinned>> {
         Box::pin(self.load(what))
     }
