@@ -1,10 +1,10 @@
 //! The child nodes of an image, each wrapped so that it takes offsets of its own address space only
 //! (`layout/space.rs`).
 //!
-//! A number in one space means nothing in the other: a table freed in the image file and discarded at the same offset
-//! of the data file would take guest data away. So [`MetaNode`] takes only the one, [`DataNode`] only the other, and
-//! [`Space`] alone translates between them, where there is a translation. A data cluster cannot be discarded where
-//! metadata was:
+//! A number in one space means nothing in the other: a table freed in the image file and discarded at the same offset of
+//! the data file would destroy guest data. So [`MetaNode`] takes only the one type, [`DataNode`] only the other, and
+//! [`Space`](super::layout::space::Space) alone converts between them, where that is possible. A data cluster cannot be
+//! discarded where metadata was:
 //!
 //! ```compile_fail,E0308
 //! use bds_drivers::format::qcow2::fuzzing::{DataNode, MetaOffset};
