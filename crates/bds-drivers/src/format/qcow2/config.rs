@@ -1,12 +1,13 @@
-//! The options of an open image, as QEMU names them, and some of ours.
+//! The open options of an image, as QEMU names them and some of ours, and the configuration they result in.
 
 use bds_core::driver::OpenFlags;
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_core::options::{OptionKind, OptionSpec, Options};
 
-use super::budget::DirtyBudget;
-use super::header::{Cluster0, Compatible};
-use super::overlap::Class;
+use super::alloc::overlap::Class;
+use super::layout::cluster0::Cluster0;
+use super::layout::header::Compatible;
+use super::meta::budget::DirtyBudget;
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -21,7 +22,7 @@ const DEFAULT_CLEAN_INTERVAL_S: u64 = 600;
 /// No option may ask for more memory than this.
 const MAX_CACHE: u64 = 64 << 30;
 
-const fn spec(
+pub(super) const fn spec(
     name: &'static str,
     kind: OptionKind,
     help: &'static str,
@@ -38,17 +39,22 @@ pub(crate) const OPEN_OPTIONS: &[OptionSpec] = &[
     spec("backing", OptionKind::Child, "what unallocated clusters show; null for nothing", None),
     spec("data-file", OptionKind::Child, "the external data file", None),
     spec("lazy-refcounts", OptionKind::Bool, "keep refcounts in memory until close", None),
-    spec("pass-discard-request", OptionKind::Bool, "give the host what the guest discards", None),
+    spec(
+        "pass-discard-request",
+        OptionKind::Bool,
+        "discard on the host what the guest discards",
+        None,
+    ),
     spec(
         "pass-discard-snapshot",
         OptionKind::Bool,
-        "give the host what a deleted snapshot held",
+        "discard on the host what a deleted snapshot held",
         Some("on"),
     ),
     spec(
         "pass-discard-other",
         OptionKind::Bool,
-        "give the host all other freed space",
+        "discard on the host all other freed space",
         Some("off"),
     ),
     spec("discard-no-unref", OptionKind::Bool, "discards keep their clusters", Some("off")),
@@ -125,14 +131,14 @@ const CLASSES: [(&str, &str, Class); 9] = [
     ("bitmap-directory", "overlap-check.bitmap-directory", Class::BITMAP_DIRECTORY),
 ];
 
-/// The options as asked for, before the image is known.
+/// The options as given, before the header is known.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Asked {
+pub(crate) struct RequestedOptions {
     lazy_refcounts: Option<bool>,
     pass_request: Option<bool>,
     pass_other: Option<bool>,
     discard_no_unref: Option<bool>,
-    overlap: AskedOverlap,
+    overlap: RequestedOverlap,
     total: Option<u64>,
     l2: Option<u64>,
     l2_entry: Option<u64>,
@@ -145,12 +151,12 @@ pub(crate) struct Asked {
 
 /// Which overlaps are checked: a template, and exceptions from it in the order of [`CLASSES`].
 #[derive(Clone, Copy, Debug, Default)]
-struct AskedOverlap {
+struct RequestedOverlap {
     template: Option<Class>,
     each: [Option<bool>; CLASSES.len()],
 }
 
-impl AskedOverlap {
+impl RequestedOverlap {
     fn or(self, earlier: Self) -> Self {
         let mut each = self.each;
         each.iter_mut().zip(earlier.each).for_each(|(new, old)| *new = new.or(old));
@@ -168,7 +174,14 @@ impl AskedOverlap {
     }
 }
 
-/// What holds for an open image.
+/// Options and flags an image was opened, or reopened, with.
+#[derive(Clone, Debug)]
+pub(crate) struct RequestedMode {
+    pub options: RequestedOptions,
+    pub flags: OpenFlags,
+}
+
+/// The configuration of an open image.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
     pub lazy_refcounts: bool,
@@ -188,10 +201,10 @@ pub(crate) struct Config {
     pub invalidate_bitmaps: bool,
 }
 
-impl Asked {
-    /// Takes what we know out of the options.
+impl RequestedOptions {
+    /// Takes the known options out of `options`.
     pub(crate) fn take(options: &mut Options) -> Result<Self> {
-        // Decides what becomes of deleted snapshots' space; we delete none, so both values hold.
+        // Decides whether deleted snapshots' space is discarded; none are deleted here, so both values are accepted.
         options.take_bool("pass-discard-snapshot")?;
         Ok(Self {
             lazy_refcounts: options.take_bool("lazy-refcounts")?,
@@ -230,13 +243,13 @@ impl Asked {
     }
 
     /// What holds for an image that is open: tables are cached in pieces of `slice_len` already.
-    pub(crate) fn settle_again(
+    pub(crate) fn config_at_reopen(
         &self,
         cluster0: &Cluster0,
         flags: &OpenFlags,
         slice_len: usize,
     ) -> Result<Config> {
-        let config = self.settle(cluster0, flags)?;
+        let config = self.config_at_open(cluster0, flags)?;
         if self.l2_entry.is_some() && config.slice_len != slice_len {
             return Err(Error::new(
                 ErrorKind::NotSupported,
@@ -248,7 +261,7 @@ impl Asked {
     }
 
     /// What holds for this image.
-    pub(crate) fn settle(&self, cluster0: &Cluster0, flags: &OpenFlags) -> Result<Config> {
+    pub(crate) fn config_at_open(&self, cluster0: &Cluster0, flags: &OpenFlags) -> Result<Config> {
         let header = &cluster0.header;
         let cluster_size = header.geometry.cluster_size();
         let is_v3 = header.version >= 3;
@@ -314,8 +327,8 @@ impl Asked {
         Ok((l2, refcount))
     }
 
-    /// How much may be dirty. A chosen size is kept. Without one small images get more than their tables take, so that they
-    /// are not written back one by one.
+    /// How much may be dirty. A chosen size is kept. Without one small images get more than their tables take, so that
+    /// they are not written back one by one.
     fn dirty_budget(&self, cluster0: &Cluster0, l2: u64, refcount: u64) -> DirtyBudget {
         let is_chosen = self.total.or(self.l2).or(self.refcount).is_some();
         let room = if is_chosen { l2 } else { l2.max(MIN_DIRTY_L2) };
@@ -359,37 +372,37 @@ fn take_cache_size(options: &mut Options, key: &'static str) -> Result<Option<u6
     }
 }
 
-fn take_overlap(options: &mut Options) -> Result<AskedOverlap> {
+fn take_overlap(options: &mut Options) -> Result<RequestedOverlap> {
     let template = |word: String| {
         Class::template(&word).ok_or_else(|| {
             invalid("overlap-check must be none, constant, cached or all")
                 .field("overlap-check", word)
         })
     };
-    let mut asked = AskedOverlap::default();
+    let mut requested = RequestedOverlap::default();
     match options.take("overlap-check") {
         None => {}
-        Some(serde_json::Value::String(word)) => asked.template = Some(template(word)?),
+        Some(serde_json::Value::String(word)) => requested.template = Some(template(word)?),
         Some(tree) => {
             let mut tree = Options::from_json(tree)?;
             if let Some(word) = tree.take_str("template")? {
-                asked.template = Some(template(word)?);
+                requested.template = Some(template(word)?);
             }
-            for ((name, _, _), is_on) in CLASSES.into_iter().zip(&mut asked.each) {
+            for ((name, _, _), is_on) in CLASSES.into_iter().zip(&mut requested.each) {
                 *is_on = tree.take_bool(name)?;
             }
             tree.finish("overlap-check")?;
         }
     }
     if let Some(word) = options.take_str("overlap-check.template")? {
-        asked.template = Some(template(word)?);
+        requested.template = Some(template(word)?);
     }
-    for ((_, name, _), slot) in CLASSES.into_iter().zip(&mut asked.each) {
+    for ((_, name, _), slot) in CLASSES.into_iter().zip(&mut requested.each) {
         if let Some(is_on) = options.take_bool(name)? {
             *slot = Some(is_on);
         }
     }
-    Ok(asked)
+    Ok(requested)
 }
 
 fn bytes(n: u64) -> usize {

@@ -1,4 +1,4 @@
-//! The driver contract, by delegation: each method is one call into the room that does it.
+//! Implements the driver contract for qcow2 by delegation to [`Image`], and writes back everything at flush and close.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -10,12 +10,12 @@ use bds_core::driver::{
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 
-use super::check::check_image;
-use super::header::{Cluster0, INCOMPATIBLE_AT, Incompatible};
-use super::info;
-use super::space::MetaOffset;
+use super::check::compare::check_image;
+use super::layout::cluster0::Cluster0;
+use super::layout::header::{INCOMPATIBLE_AT, Incompatible};
+use super::layout::space::MetaOffset;
 use super::state::Image;
-use super::task::finish;
+use super::task::detach_on_drop;
 
 /// An open qcow2 image.
 #[derive(Debug)]
@@ -28,17 +28,17 @@ impl Qcow2 {
         Self { image: Arc::new(image) }
     }
 
-    /// Runs `work` on the image to its end, whatever becomes of the caller.
+    /// Runs `work` on the image to completion, even if the caller is dropped.
     fn run<T, F>(&self, work: impl FnOnce(Arc<Image>) -> F) -> BoxFuture<'_, Result<T>>
     where
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,
     {
-        let working = self.image.busy.begin();
+        let task_guard = self.image.tasks.begin();
         let work = work(Arc::clone(&self.image));
-        Box::pin(finish(async move {
+        Box::pin(detach_on_drop(async move {
             let result = work.await;
-            drop(working);
+            drop(task_guard);
             result
         }))
     }
@@ -87,7 +87,7 @@ impl Driver for Qcow2 {
         Box::pin(self.image.read(offset, iov))
     }
 
-    /// What does not change what is read must not show anything else after a crash either.
+    /// A write that does not change what is read must not show anything else after a crash either.
     fn write_flags(&self) -> WriteFlags {
         WriteFlags::UNCHANGED
     }
@@ -134,12 +134,12 @@ impl Driver for Qcow2 {
     }
 
     fn flush_to_disk(&self) -> BoxFuture<'_, Result<()>> {
-        if !self.image.owes_flush() {
+        if !self.image.needs_flush() {
             return Box::pin(async { Ok(()) });
         }
         self.run(|image| async move {
             if image.flush_frees().await? {
-                image.release_later();
+                image.spawn_release();
             }
             Ok(())
         })
@@ -161,7 +161,7 @@ impl Driver for Qcow2 {
     fn info(&self) -> BoxFuture<'_, Result<ImageInfo>> {
         Box::pin(async {
             let image = &self.image;
-            info::info(image.file.port(), &image.cluster0_now()).await
+            super::manage::info::info(image.file.port(), &image.cluster0_now()).await
         })
     }
 
@@ -181,7 +181,7 @@ impl Driver for Qcow2 {
         progress: &'a (dyn Fn(u64, u64) + Send + Sync),
     ) -> BoxFuture<'a, Result<CheckReport>> {
         Box::pin(async move {
-            // The check reads the file: all we know must be there.
+            // The check reads the file: all metadata must be written.
             self.run(|image| async move { image.write_all_metadata().await }).await?;
             let data_file = self.image.data_file.as_deref();
             check_image(self.image.file.port(), data_file, progress).await
@@ -198,7 +198,8 @@ impl Driver for Qcow2 {
         let mut access =
             Access::of_child(if is_metadata_only { role - Role::DATA } else { role }, node);
         if name == "data-file" && node.is_writable && node.is_active {
-            // Freed clusters are discarded there when nobody can read them any more, also after the last user has left.
+            // Freed clusters are discarded there once no request can read them any more, also after the last user has
+            // left.
             access.perm |= Perm::changes();
         }
         access
@@ -228,9 +229,9 @@ impl Driver for Qcow2 {
 
     fn close(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async {
-            self.image.busy.wait_idle().await;
+            self.image.tasks.wait_idle().await;
             let image = Arc::clone(&self.image);
-            finish(async move { image.finish_writing().await }).await
+            detach_on_drop(async move { image.write_back_all().await }).await
         })
     }
 }
@@ -241,12 +242,32 @@ impl Image {
         self.is_writable() && self.serves_io && self.has_unwritten(&self.meta())
     }
 
-    /// Must the file be flushed for our own sake?
-    fn owes_flush(&self) -> bool {
+    /// Must the file be flushed for metadata or freed clusters?
+    fn needs_flush(&self) -> bool {
         let meta = self.meta();
         !meta.frees_written.is_empty()
             || !meta.frees_durable.is_empty()
-            || meta.owed.owes_meta_flush()
+            || meta.pending_flush.needs_meta_flush()
+    }
+
+    /// Drops cached facts about children: they may be other nodes now.
+    pub(crate) fn children_changed(&self) {
+        self.forget_sparseness();
+        // Reads and caches the length.
+        self.backing.len();
+    }
+
+    /// Takes the first backing node, or gives the only one back.
+    pub(crate) fn set_backing(&self, child: Option<Child>) -> Result<Option<Child>> {
+        let refuse =
+            |words: &str| Err(Error::new(ErrorKind::InvalidInput, words).node(&self.node_name));
+        if child.is_some() && self.backing.is_some() {
+            return refuse("the image has a backing node already");
+        }
+        if child.is_some() && self.has_raw_data_file() {
+            return refuse("a raw data file and a backing node exclude each other");
+        }
+        Ok(self.backing.exchange(child))
     }
 
     /// A flush of a broken image must not claim that anything is safe.
@@ -254,18 +275,18 @@ impl Image {
         if self.is_writable() { self.check_usable() } else { Ok(()) }
     }
 
-    /// Gives freed clusters back behind the caller's back: nobody waits for it but close.
-    pub(super) fn release_later(self: &Arc<Self>) {
+    /// Releases freed clusters in the background: only close waits for it.
+    pub(super) fn spawn_release(self: &Arc<Self>) {
         let image = Arc::clone(self);
-        let working = self.busy.begin();
+        let task_guard = self.tasks.begin();
         bds_io::spawn(async move {
             if let Err(error) = image.release().await {
                 // They stay on the list; the next flush tries again, close reports it.
-                tracing::warn!(node = image.node_name, %error, "qcow2: cannot give clusters back");
+                tracing::warn!(node = image.node_name, %error, "qcow2: cannot release freed clusters");
             }
-            // Close goes on when it is dropped: nothing may hold the image then.
+            // Close continues when it is dropped: nothing may hold the image then.
             drop(image);
-            drop(working);
+            drop(task_guard);
         })
         .detach();
     }
@@ -286,29 +307,29 @@ impl Image {
             return Ok(());
         }
         self.check_usable()?;
-        if self.needs_write_back() || self.owes_flush() || self.meta().counts.has_dirty() {
+        if self.needs_write_back() || self.needs_flush() || self.meta().counts.has_dirty() {
             self.write_back(true).await?;
-            self.settle_frees().await?;
-            // Counts that fell when clusters were given back.
+            self.flush_and_release_frees().await?;
+            // Counts that fell when clusters were released.
             self.write_back(true).await?;
         }
         Ok(())
     }
 
-    /// Writes everything that is left, gives back what is free, and clears the dirty bit: as a clean image is left behind. Fails too if
-    /// an earlier write-back failed that no flush has reported.
-    pub(super) async fn finish_writing(self: &Arc<Self>) -> Result<()> {
-        let finished = self.finish_all().await;
+    /// Writes back everything, releases freed clusters and clears the dirty bit, as a clean close leaves an image. Also
+    /// reports an earlier write-back that failed, if no flush has reported it.
+    pub(super) async fn write_back_all(self: &Arc<Self>) -> Result<()> {
+        let finished = self.write_all_and_clear_dirty_bit().await;
         finished.and(self.take_write_back_error())
     }
 
-    async fn finish_all(self: &Arc<Self>) -> Result<()> {
-        /// Others may go on writing meanwhile if whoever asked for this is gone.
+    async fn write_all_and_clear_dirty_bit(self: &Arc<Self>) -> Result<()> {
+        /// Writes may go on meanwhile if the caller was dropped.
         const ATTEMPTS: usize = 8;
         for _ in 0..ATTEMPTS {
             self.write_all_metadata().await?;
-            // While we have the turn, the file stays as it is.
-            let _turn = self.turn.lock().await;
+            // While the lock is held, no write-back changes the file.
+            let _lock = self.write_back_lock.lock().await;
             let bits = {
                 let meta = self.meta();
                 if !meta.header.is_dirty_marked {
@@ -319,7 +340,7 @@ impl Image {
                 }
                 meta.header.incompatible - Incompatible::DIRTY
             };
-            // O9: all refcounts before the bit that says they cannot be trusted goes.
+            // O9: all refcounts before the dirty bit is cleared.
             self.flush_meta().await?;
             self.write_file(MetaOffset(INCOMPATIBLE_AT), bits.bits().to_be_bytes().to_vec())
                 .await?;

@@ -1,66 +1,41 @@
-//! qcow2, versions 2 and 3.
-//!
-//! A flat folder, one activity a file. Reading order:
+//! qcow2, versions 2 and 3: format driver.
 //!
 //! ```text
-//! bytes     units, header, extension, entry     pure; compress: codecs; space: places and the nodes that take them
-//! state     state (what an open image is), open, contents, config, tables (L1 and L2 in memory), refcount, load, reopen
-//! reading   lookup, read, backing, inflated, status
-//! writing   write (plan, write, link), cow, alloc, reftable, pack (compressed), zero, resize
-//! order     cache (what is written after what), budget (how much may wait), release (when is a cluster free), grace (who may still know it)
-//! looking   check (census, refmap, stored: its parts), info, snapshot, bitmap, create, measure
-//! safety    overlap (never write over metadata), place and lost (what lies behind the end of the file), task (nothing half-done)
+//! mod driver open        the entries: DriverType, Driver, open
+//! state                  Image, an open image, and Meta, everything that changes under its lock
+//! metadata_load config   what an open reads of the image; options
+//! file_read task srcu    reads for parsers; tasks that outlive their callers; sleepable RCU for readers of entries
+//!
+//! layout/   bytes of an image, parsed and encoded by pure functions (the fuzz targets)
+//! meta/     L1, L2 and refcounts in memory: lookup, load, the order in which changes reach the file, how much may be dirty
+//! alloc/    host clusters: allocated, checked, released
+//! io/       guest reads and writes, zeros, compression, backing file, block status
+//! check/    `check`, and what a truncated image lost
+//! manage/   create, measure, resize, reopen, snapshots, bitmaps, info
 //! ```
 //!
-//! **Nothing but `cache.rs` decides the order of metadata writes; no lock is held across I/O.**
+//! **Only `meta/write_back.rs` decides the order of metadata writes. No lock is held across I/O.** Why a crash leaves at most leaks:
+//! docs/qcow2.md.
 
 mod alloc;
-mod backing;
-mod bitmap;
-mod budget;
-mod cache;
-mod census;
 mod check;
-mod compress;
 mod config;
-mod contents;
-mod cow;
-mod create;
 mod driver;
-mod entry;
-mod extension;
-mod fetch;
+mod file_read;
 #[doc(hidden)]
 pub mod fuzzing;
-mod grace;
-mod header;
-mod inflated;
-mod info;
-mod load;
-mod lookup;
-mod lost;
-mod measure;
+mod io;
+mod layout;
+mod manage;
+mod meta;
+mod metadata_load;
+mod nodes;
 mod open;
-mod overlap;
-mod pack;
-mod place;
-mod read;
-mod refcount;
-mod refmap;
-mod reftable;
-mod release;
-mod reopen;
-mod resize;
-mod snapshot;
-mod space;
+mod plan;
+mod srcu;
 mod state;
-mod status;
-mod stored;
-mod tables;
 mod task;
-mod units;
-mod write;
-mod zero;
+mod write_state;
 
 use bds_core::driver::{
     BoxFuture, Category, CreateContext, CreateFacts, Driver, DriverType, MeasureReport,
@@ -69,7 +44,7 @@ use bds_core::driver::{
 use bds_core::error::Result;
 use bds_core::options::{OptionSpec, Options};
 
-pub use check::check_image;
+pub use check::compare::check_image;
 
 /// The qcow2 format.
 #[derive(Clone, Copy, Debug, Default)]
@@ -103,22 +78,22 @@ impl DriverType for Qcow2Format {
     }
 
     fn probe(&self, head: &[u8], _file_len: u64) -> u8 {
-        if header::is_qcow2(head) { 100 } else { 0 }
+        if layout::cluster0::is_qcow2(head) { 100 } else { 0 }
     }
 
     fn create_options(&self) -> &'static [OptionSpec] {
-        create::CREATE_OPTIONS
+        manage::create_options::CREATE_OPTIONS
     }
 
     fn create<'a>(&'a self, context: CreateContext<'a>) -> BoxFuture<'a, Result<()>> {
-        Box::pin(create::create(context))
+        Box::pin(manage::create::create(context))
     }
 
     fn check_create(&self, options: &mut Options, backing_len: Option<u64>) -> Result<CreateFacts> {
-        create::check(options, backing_len)
+        manage::create::check(options, backing_len)
     }
 
     fn measure(&self, options: &mut Options, source: &MeasureSource) -> Result<MeasureReport> {
-        measure::measure(options, source)
+        manage::measure::measure(options, source)
     }
 }

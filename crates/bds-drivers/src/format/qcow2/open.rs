@@ -1,6 +1,7 @@
-//! Opening: header, children, tables, and for writers the set of metadata clusters.
+//! Opens an image: header, children, tables, and for writers the set of metadata clusters.
 //!
-//! Nothing is written here, whatever fails. What a writer must do first (clear autoclear bits) waits for the first write.
+//! Nothing is written here, whatever fails. What a writer must do first (clear autoclear bits) waits for the first
+//! write.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -12,20 +13,22 @@ use bds_core::driver::{Child, OpenContext, OpenFlags, Reference, ReferenceKind, 
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::BufPool;
 
-use super::backing::Backing;
-use super::budget::Levels;
-use super::config::{Asked, Config};
-use super::contents::Contents;
-use super::entry::EntryRules;
-use super::fetch::read_cluster0;
-use super::grace::Grace;
-use super::header::{Cluster0, CryptMethod, Incompatible, Strictness};
-use super::inflated::Inflated;
-use super::overlap::MetadataMap;
-use super::space::MetaNode;
-use super::state::{Charge, Image, Meta, Wish};
-use super::tables::Tables;
-use super::task::Busy;
+use super::alloc::overlap::MetadataMap;
+use super::config::{Config, RequestedMode, RequestedOptions};
+use super::file_read::read_cluster0;
+use super::io::backing::Backing;
+use super::io::decompressed_cache::DecompressedCache;
+use super::layout::cluster0::{Cluster0, Strictness};
+use super::layout::entry::EntryRules;
+use super::layout::header::{CryptMethod, Incompatible};
+use super::meta::budget::DirtyLevels;
+use super::meta::tables::Tables;
+use super::metadata_load::LoadedMetadata;
+use super::nodes::MetaNode;
+use super::srcu::Srcu;
+use super::state::{Image, Meta};
+use super::task::TaskCount;
+use super::write_state::WriteState;
 
 /// Idle buffers kept for decompression and copying.
 const POOL_BYTES: usize = 4 << 20;
@@ -34,9 +37,9 @@ const POOL_BYTES: usize = 4 << 20;
 pub(crate) async fn open(context: &mut OpenContext<'_>) -> Result<Image> {
     let node_name = context.node_name.to_owned();
     let flags = context.flags;
-    let asked = Asked::take(&mut context.options)?;
+    let options = RequestedOptions::take(&mut context.options)?;
     let mut file = context.child("file", Role::DATA | Role::METADATA | Role::PRIMARY).await?;
-    let opened = open_file(context, &node_name, flags, asked, &mut file).await;
+    let opened = open_file(context, &node_name, flags, options, &mut file).await;
     let parts = opened.map_err(|error| {
         let error = error.node(&node_name);
         match file.filename() {
@@ -47,9 +50,9 @@ pub(crate) async fn open(context: &mut OpenContext<'_>) -> Result<Image> {
     let image = parts.build(node_name, file);
     if image.serves_io {
         let cluster0 = Cluster0::clone(&image.cluster0.load());
-        let for_writing = image.is_writable().then(|| image.for_writing(&image.config.load()));
-        let contents = Contents::read(image.file.port(), cluster0, for_writing).await;
-        image.install(contents.map_err(|error| image.name_file(error))?);
+        let writer = image.is_writable().then(|| image.writer(&image.config.load()));
+        let loaded = LoadedMetadata::read(image.file.port(), cluster0, writer).await;
+        image.install(loaded.map_err(|error| image.name_file(error))?);
     }
     Ok(image)
 }
@@ -59,7 +62,7 @@ struct Parts {
     flags: OpenFlags,
     cluster0: Cluster0,
     config: Config,
-    asked: Asked,
+    options: RequestedOptions,
     data_file: Option<Child>,
     backing: Option<Child>,
     named_backing: Option<String>,
@@ -70,7 +73,7 @@ async fn open_file(
     context: &mut OpenContext<'_>,
     node_name: &str,
     flags: OpenFlags,
-    asked: Asked,
+    options: RequestedOptions,
     file: &mut Child,
 ) -> Result<Parts> {
     let mode = match flags.for_check || flags.info_only {
@@ -81,11 +84,11 @@ async fn open_file(
     let is_writable = !flags.read_only && !flags.info_only && !flags.for_check;
     let is_inspected = mode == Strictness::Inspect;
     check_features(&cluster0, node_name, is_inspected, is_writable, file.len())?;
-    let config = asked.settle(&cluster0, &flags)?;
+    let config = options.config_at_open(&cluster0, &flags)?;
     let is_named = cluster0.backing_name.is_some() && !context.options.contains("backing");
     let data_file = open_data_file(context, &cluster0, &flags).await?;
     let backing = match flags.info_only {
-        // Named, and not looked at.
+        // Named, and not opened.
         true => {
             context.options.take("backing");
             None
@@ -102,7 +105,7 @@ async fn open_file(
         }
     }
     let named_backing = backing.as_ref().filter(|_| is_named).map(|b| b.node_name());
-    Ok(Parts { flags, cluster0, config, asked, data_file, backing, named_backing, is_writable })
+    Ok(Parts { flags, cluster0, config, options, data_file, backing, named_backing, is_writable })
 }
 
 /// Refuses what we must not or cannot use.
@@ -195,8 +198,16 @@ async fn open_backing(context: &mut OpenContext<'_>, cluster0: &Cluster0) -> Res
 
 impl Parts {
     fn build(self, node_name: String, file: Child) -> Image {
-        let Self { flags, cluster0, config, asked, data_file, backing, named_backing, is_writable } =
-            self;
+        let Self {
+            flags,
+            cluster0,
+            config,
+            options,
+            data_file,
+            backing,
+            named_backing,
+            is_writable,
+        } = self;
         let header = &cluster0.header;
         let geometry = header.geometry;
         let rules = EntryRules {
@@ -205,28 +216,29 @@ impl Parts {
             has_data_file: data_file.is_some(),
         };
         let meta = Meta::new(&cluster0, &config, Vec::new(), file.len());
-        let inflated = Inflated::new(geometry.cluster_len(), config.decompressed_cache_bytes);
+        let decompressed =
+            DecompressedCache::new(geometry.cluster_len(), config.decompressed_cache_bytes);
         let serves_io = !flags.info_only && !flags.for_check;
         Image {
             len: AtomicU64::new(header.size),
             tables: Tables::new(&geometry, config.slice_len),
             metadata: MetadataMap::new(&geometry),
-            grace: Arc::new(Grace::default()),
-            inflated: Arc::new(inflated),
+            srcu: Arc::new(Srcu::default()),
+            decompressed: Arc::new(decompressed),
             pool: BufPool::new(POOL_BYTES),
             zeros: OnceLock::new(),
             meta: Mutex::new(meta),
-            levels: Levels::default(),
-            turn: bds_io::sync::Mutex::new(()),
-            releasing: bds_io::sync::Mutex::new(()),
-            busy: Arc::new(Busy::default()),
-            charge: Charge::new(is_writable),
-            preparing: bds_io::sync::Mutex::new(()),
+            levels: DirtyLevels::default(),
+            write_back_lock: bds_io::sync::Mutex::new(()),
+            release_lock: bds_io::sync::Mutex::new(()),
+            tasks: Arc::new(TaskCount::default()),
+            write_state: WriteState::new(is_writable),
+            prepare_lock: bds_io::sync::Mutex::new(()),
             broken: OnceLock::new(),
             is_sparse: AtomicU8::new(0),
             data_end: AtomicU64::new(0),
             serves_io,
-            wish: Mutex::new(Wish { asked, flags }),
+            requested: Mutex::new(RequestedMode { options, flags }),
             node_name,
             file: MetaNode::new(file),
             data_file,

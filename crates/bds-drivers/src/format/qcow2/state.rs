@@ -1,94 +1,58 @@
-//! An open image: what never changes, what is read without a lock, and what is changed under one.
+//! An open image ([`Image`]), and the metadata that changes under its lock ([`Meta`]).
 //!
 //! ```text
-//! Image      children, geometry                   never change
-//!            backing, options, charge             change with nobody inside
-//!            tables, metadata, grace, inflated    read without a lock (or with a short one of their own)
-//!            meta: Mutex<Meta>                    everything that is changed to allocate, free, link
+//! Image      children, geometry                    never change
+//!            backing, options, write_state         change only while no request is in flight
+//!            tables, metadata, srcu, decompressed  read without a lock (or with a short one of their own)
+//!            meta: Mutex<Meta>                     everything that is changed to allocate, free, link
 //! ```
 //!
-//! The lock of `Meta` is a plain mutex held for computation only, never across an await and never during I/O. An operation that
-//! needs something that is not in memory gives up with a [`Stop`], before it has changed anything that must not stand alone;
-//! [`Image::plan`] fetches what is missing and begins again. What was fetched is held until the operation
-//! succeeds, so it gets on even with the smallest cache.
+//! The lock of `Meta` is a plain mutex held for computation only, never across an await and never during I/O. An
+//! operation that needs something that is not in memory returns [`NeedMeta`] before it has changed anything that must
+//! not stand alone; [`Image::plan`] loads what is missing and runs the operation again. What was loaded stays pinned
+//! until the operation succeeds, so it makes progress even with the smallest cache.
 //!
-//! Lock order: `releasing`, `turn` (one write-back at a time), `meta`; inside `meta` only those of `inflated`.
+//! Lock order: `release_lock`, `write_back_lock`, `meta`; inside `meta` only those of `decompressed`.
 
 use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use arc_swap::ArcSwap;
-use bds_core::driver::{Attempt, Child, OpenFlags};
+use bds_core::driver::{Attempt, Child};
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::{Buf, BufPool, IoVec};
 
-use super::backing::Backing;
-use super::budget::{Levels, WriteBackTask};
-use super::cache::{L1State, Owed, SliceCache};
-use super::config::{Asked, Config};
-use super::entry::{BadEntry, EntryRules};
-use super::grace::Grace;
-use super::header::{AUTOCLEAR_AT, Autoclear, Cluster0, INCOMPATIBLE_AT, Incompatible};
-use super::inflated::Inflated;
-use super::load::{Flight, Hold};
-use super::overlap::MetadataMap;
-use super::refcount::Counts;
-use super::release::Freed;
-use super::space::{DataNode, MetaNode, MetaOffset, Space};
-use super::tables::{SliceId, Tables};
-use super::task::Busy;
-use super::units::Geometry;
-use super::write::InFlight;
-
-/// Something an operation found missing in memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum What {
-    /// A slice of an L2 table.
-    Slice(SliceId),
-    /// All slices of an L2 table.
-    Table(u32),
-    /// A refcount block.
-    Block(u64),
-}
-
-/// Why an operation under the lock could not go on.
-#[derive(Debug)]
-pub(crate) enum Stop {
-    /// Load this, and begin again.
-    Load(What),
-    /// An allocation in flight touches the same clusters: wait for it, and begin again.
-    Wait(Arc<InFlight>),
-    /// Too much metadata is dirty: wait until some is written back, and begin again.
-    Room,
-    /// It cannot be done.
-    Fail(Error),
-    /// The image contradicts itself at this byte of the file.
-    Corrupt { what: String, at: u64 },
-}
-
-/// What operations under the lock return.
-pub(crate) type Plan<T> = std::result::Result<T, Stop>;
-
-impl From<Error> for Stop {
-    fn from(error: Error) -> Self {
-        Self::Fail(error)
-    }
-}
-
-impl Stop {
-    pub(crate) fn too_large(message: &str) -> Self {
-        Self::Fail(Error::new(ErrorKind::LimitExceeded, message))
-    }
-}
+use super::alloc::freed::FreedRun;
+use super::alloc::in_flight::InFlight;
+use super::alloc::overlap::MetadataMap;
+use super::config::{Config, RequestedMode};
+use super::io::backing::Backing;
+use super::io::decompressed_cache::DecompressedCache;
+use super::layout::cluster0::Cluster0;
+use super::layout::entry::{BadEntry, EntryRules};
+use super::layout::header::{AUTOCLEAR_AT, Autoclear, INCOMPATIBLE_AT, Incompatible};
+use super::layout::space::{MetaOffset, Space};
+use super::layout::units::Geometry;
+use super::meta::budget::{DirtyLevels, WriteBackTask};
+use super::meta::pending_flush::PendingFlush;
+use super::meta::refcounts::Refcounts;
+use super::meta::shared_load::{Load, Pinned};
+use super::meta::slice_cache::SliceCache;
+use super::meta::tables::{L1State, Tables};
+use super::nodes::{DataNode, MetaNode};
+use super::plan::{MetaKey, MetaResult, NeedMeta};
+use super::srcu::Srcu;
+use super::task::TaskCount;
+use super::write_state::WriteState;
 
 /// Header fields that change while the image is open.
 #[derive(Debug)]
 pub(crate) struct HeaderState {
     pub incompatible: Incompatible,
     pub autoclear: Autoclear,
-    /// The dirty bit was set by us (lazy refcounts).
+    /// The dirty bit was set by this open image (lazy refcounts).
     pub is_dirty_marked: bool,
 }
 
@@ -97,33 +61,45 @@ pub(crate) struct HeaderState {
 pub(crate) struct Meta {
     pub l1: L1State,
     pub slices: SliceCache,
-    pub counts: Counts,
-    pub owed: Owed,
+    pub counts: Refcounts,
+    pub pending_flush: PendingFlush,
     pub header: HeaderState,
-    /// References that are gone in memory, by how far the removal has come: not written, written, durable.
-    pub frees: Vec<Freed>,
-    pub frees_written: Vec<Freed>,
-    pub frees_durable: Vec<Freed>,
+    /// Freed references, by the state of the removal of the pointer: not written, written, durable.
+    pub frees: Vec<FreedRun>,
+    pub frees_written: Vec<FreedRun>,
+    pub frees_durable: Vec<FreedRun>,
     pub in_flight: Vec<Arc<InFlight>>,
-    pub flights: HashMap<What, Arc<Flight>>,
+    pub loads: HashMap<MetaKey, Arc<Load>>,
     /// The write-back in the background, if one is under way.
     pub write_back_task: Option<Arc<WriteBackTask>>,
-    /// What one failed with that no flush has reported yet.
+    /// The error of a background write-back that no flush has reported yet.
     pub write_back_error: Option<Error>,
-    /// From this byte on the file has never held anything: it reads as zeros.
+    /// From this byte on the file was never written: it reads as zeros.
     pub zero_from: u64,
-    /// Where the next compressed bytes go; on a cluster boundary: nowhere yet.
+    /// Where the next compressed bytes are written; on a cluster boundary: not decided yet.
     pub compressed_at: u64,
-    /// A length the header does not know yet.
+    /// A length that is not in the header yet.
     pub new_size: Option<u64>,
-    /// When unused slices were last let go, in seconds.
+    /// When unused slices were last evicted, in seconds.
     pub cleaned_at_s: u64,
+}
+
+impl Meta {
+    /// Ends an allocation in flight and wakes the requests that wait for it.
+    pub(crate) fn end_allocation(&mut self, item: &Arc<InFlight>) {
+        item.leave(&mut self.in_flight, &mut self.slices);
+    }
+
+    /// Bytes of metadata that cannot be evicted.
+    pub(crate) fn pinned_bytes(&self) -> usize {
+        self.slices.pinned_bytes() + self.counts.pinned_bytes()
+    }
 }
 
 /// The lock of [`Meta`], held. Publishes the levels of `budget.rs` when it is released.
 pub(crate) struct MetaGuard<'a> {
     meta: MutexGuard<'a, Meta>,
-    levels: &'a Levels,
+    levels: &'a DirtyLevels,
 }
 
 impl Deref for MetaGuard<'_> {
@@ -142,76 +118,9 @@ impl DerefMut for MetaGuard<'_> {
 
 impl Drop for MetaGuard<'_> {
     fn drop(&mut self) {
-        self.levels.publish(&self.meta);
-    }
-}
-
-/// What an image was opened, or reopened, with.
-#[derive(Clone, Debug)]
-pub(crate) struct Wish {
-    pub asked: Asked,
-    pub flags: OpenFlags,
-}
-
-/// Who may change the image. Changes with nobody inside.
-#[derive(Debug)]
-pub(crate) struct Charge {
-    /// Opened for writing.
-    is_writable: AtomicBool,
-    /// False: another process is in charge of the bytes.
-    is_active: AtomicBool,
-    /// Both of these.
-    is_ours: AtomicBool,
-    /// Rules O10 and O13 are met as well: guest writes may begin.
-    may_write: AtomicBool,
-}
-
-impl Charge {
-    pub(crate) fn new(is_writable: bool) -> Self {
-        Self {
-            is_writable: AtomicBool::new(is_writable),
-            is_active: AtomicBool::new(true),
-            is_ours: AtomicBool::new(is_writable),
-            may_write: AtomicBool::new(false),
-        }
-    }
-
-    /// Enters another state. Whatever a writer must do first must be done again.
-    pub(crate) fn set(&self, is_writable: bool, is_active: bool) {
-        self.may_write.store(false, Ordering::Release);
-        self.is_writable.store(is_writable, Ordering::Release);
-        self.is_active.store(is_active, Ordering::Release);
-        self.is_ours.store(is_writable && is_active, Ordering::Release);
-    }
-
-    pub(crate) fn is_writable(&self) -> bool {
-        self.is_writable.load(Ordering::Acquire)
-    }
-
-    pub(crate) fn is_active(&self) -> bool {
-        self.is_active.load(Ordering::Acquire)
-    }
-
-    #[inline]
-    pub(crate) fn may_write(&self) -> bool {
-        self.may_write.load(Ordering::Acquire)
-    }
-
-    fn writes_may_begin(&self) {
-        self.may_write.store(true, Ordering::Release);
-    }
-
-    /// Refuses changes.
-    fn check(&self) -> Result<()> {
-        if !self.is_active() {
-            let words =
-                "the image is inactive: another process may be writing to it; activate it first";
-            return Err(Error::new(ErrorKind::Inactive, words));
-        }
-        if !self.is_writable() {
-            return Err(Error::new(ErrorKind::ReadOnly, "the image is open read-only"));
-        }
-        Ok(())
+        let meta = &self.meta;
+        let frees = meta.frees.len() + meta.frees_written.len();
+        self.levels.publish(meta.pinned_bytes(), frees, meta.frees_durable.len());
     }
 }
 
@@ -227,32 +136,32 @@ pub(crate) struct Image {
     pub cluster0: ArcSwap<Cluster0>,
     pub rules: EntryRules,
     pub config: ArcSwap<Config>,
-    /// What was asked for.
-    pub wish: Mutex<Wish>,
-    pub charge: Charge,
-    /// False: opened to be looked at or checked only; there are no tables in memory.
+    /// Options and flags of the last open or reopen.
+    pub requested: Mutex<RequestedMode>,
+    pub write_state: WriteState,
+    /// False: opened for inspection or check only; no tables are in memory.
     pub serves_io: bool,
     pub len: AtomicU64,
     pub tables: Tables,
     pub metadata: MetadataMap,
-    pub grace: Arc<Grace>,
-    pub inflated: Arc<Inflated>,
+    pub srcu: Arc<Srcu>,
+    pub decompressed: Arc<DecompressedCache>,
     pub pool: BufPool,
-    /// A cluster of zeros, once somebody needs it. Never written to.
+    /// A cluster of zeros, made when first needed. Never written to.
     pub zeros: OnceLock<Buf>,
     pub meta: Mutex<Meta>,
-    pub levels: Levels,
+    pub levels: DirtyLevels,
     /// One write-back at a time.
-    pub turn: bds_io::sync::Mutex<()>,
-    pub releasing: bds_io::sync::Mutex<()>,
+    pub write_back_lock: bds_io::sync::Mutex<()>,
+    pub release_lock: bds_io::sync::Mutex<()>,
     /// Tasks that may outlive their callers.
-    pub busy: Arc<Busy>,
-    pub preparing: bds_io::sync::Mutex<()>,
-    /// End of the file that holds data when last asked, rounded up to a cluster (`place.rs`).
+    pub tasks: Arc<TaskCount>,
+    pub prepare_lock: bds_io::sync::Mutex<()>,
+    /// Cached end of the file that holds data, rounded up to a cluster (`offset_check.rs`).
     pub data_end: AtomicU64,
     /// Does the file hold less than its length? Looked up once.
     pub is_sparse: AtomicU8,
-    /// Set once: the image contradicted itself, nothing more is done with it.
+    /// Set once: metadata contradicted itself; all later requests fail.
     pub broken: OnceLock<Error>,
 }
 
@@ -278,14 +187,14 @@ impl Image {
         self.len.store(len, Ordering::Release);
     }
 
-    /// May we change the image: opened for writing, and in charge?
+    /// True if the image is open for writing and active.
     #[inline]
     pub(crate) fn is_writable(&self) -> bool {
-        self.charge.is_ours.load(Ordering::Acquire)
+        self.write_state.allows_changes()
     }
 
-    pub(crate) fn wish(&self) -> MutexGuard<'_, Wish> {
-        self.wish.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn requested(&self) -> MutexGuard<'_, RequestedMode> {
+        self.requested.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The node that holds guest data.
@@ -301,7 +210,7 @@ impl Image {
     }
 
     pub(crate) fn meta(&self) -> MetaGuard<'_> {
-        // A panic under the lock is a bug that surfaces by itself; what is inside may be used to report it.
+        // A panic under the lock is a bug that is reported by itself; the data may be used to report it.
         let meta = self.meta.lock().unwrap_or_else(PoisonError::into_inner);
         MetaGuard { meta, levels: &self.levels }
     }
@@ -325,7 +234,7 @@ impl Image {
         }
     }
 
-    /// Refuses requests to an image that turned out broken.
+    /// An error if metadata of the image contradicted itself before.
     #[inline]
     pub(crate) fn check_usable(&self) -> Result<()> {
         match self.broken.get() {
@@ -334,38 +243,38 @@ impl Image {
         }
     }
 
-    /// Does `step` under the lock until it succeeds, fetching what it finds missing.
+    /// Runs `step` under the lock until it succeeds, loading what it finds missing.
     pub(crate) async fn plan<T: Send>(
         self: &Arc<Self>,
-        mut step: impl FnMut(&Image, &mut Meta) -> Plan<T> + Send,
+        mut step: impl FnMut(&Image, &mut Meta) -> MetaResult<T> + Send,
     ) -> Result<T> {
-        let mut held: Vec<Hold> = Vec::new();
+        let mut held: Vec<Pinned> = Vec::new();
         loop {
-            let stop = {
+            let need = {
                 let mut meta = self.meta();
                 match step(self, &mut meta) {
                     Ok(value) => return Ok(value),
-                    Err(stop) => stop,
+                    Err(need) => need,
                 }
             };
-            held.extend(self.resolve(stop).await?);
+            held.extend(self.resolve(need).await?);
         }
     }
 
-    /// Does what lets a stopped operation go on. What was loaded must be held until it succeeds.
-    pub(crate) async fn resolve(self: &Arc<Self>, stop: Stop) -> Result<Option<Hold>> {
-        match stop {
-            Stop::Load(what) => self.load(what).await.map(Some),
-            Stop::Wait(item) => {
+    /// Provides what a stopped operation needs. What was loaded must be held until it succeeds.
+    pub(crate) async fn resolve(self: &Arc<Self>, need: NeedMeta) -> Result<Option<Pinned>> {
+        match need {
+            NeedMeta::Load(what) => self.load(what).await.map(Some),
+            NeedMeta::Wait(item) => {
                 item.done.wait().await;
                 Ok(None)
             }
-            Stop::Room => {
+            NeedMeta::WriteBack => {
                 self.wait_for_write_back().await?;
                 Ok(None)
             }
-            Stop::Fail(error) => Err(self.name_error(error)),
-            Stop::Corrupt { what, at } => Err(self.fatal(&what, at)),
+            NeedMeta::Fail(error) => Err(self.name_error(error)),
+            NeedMeta::Corrupt { what, at } => Err(self.fatal(&what, at)),
         }
     }
 
@@ -374,7 +283,8 @@ impl Image {
         self.fatal(&format!("{bad}, for guest offset {guest:#x}"), guest)
     }
 
-    /// The image contradicts itself. A writable one is marked corrupt and not used again; a read-only one only fails this request.
+    /// The error of metadata that contradicts itself. A writable image is marked corrupt and fails all later requests;
+    /// a read-only one only fails this request.
     pub(crate) fn fatal(self: &Arc<Self>, what: &str, at: u64) -> Error {
         let mut error = Error::new(
             ErrorKind::Corrupt,
@@ -388,10 +298,10 @@ impl Image {
         if self.is_writable() && self.broken.set(error.duplicate()).is_ok() {
             tracing::error!(node = self.node_name, at, "qcow2: {what}; the image is out of use");
             let image = Arc::clone(self);
-            let working = self.busy.begin();
+            let task_guard = self.tasks.begin();
             bds_io::spawn(async move {
                 image.mark_corrupt().await;
-                drop(working);
+                drop(task_guard);
             })
             .detach();
         }
@@ -437,16 +347,16 @@ impl Image {
         }
     }
 
-    /// Before the first change, durably: marks bitmaps that become stale (O10), and clears the autoclear bits of features that are
-    /// not maintained (O13).
+    /// Before the first change, durably: marks bitmaps that become stale (O10), and clears the autoclear bits of
+    /// features that are not maintained (O13).
     pub(crate) async fn prepare_to_write(&self) -> Result<()> {
         self.check_usable()?;
-        if self.charge.may_write() {
+        if self.write_state.may_write() {
             return Ok(());
         }
-        self.charge.check().map_err(|e| e.node(&self.node_name))?;
-        let _turn = self.preparing.lock().await;
-        if self.charge.may_write() {
+        self.write_state.check().map_err(|e| e.node(&self.node_name))?;
+        let _lock = self.prepare_lock.lock().await;
+        if self.write_state.may_write() {
             return Ok(());
         }
         let old = self.meta().header.autoclear;
@@ -465,17 +375,17 @@ impl Image {
             self.file.flush().await.map_err(|e| self.name_error(e))?;
             self.meta().header.autoclear = kept;
         }
-        self.charge.writes_may_begin();
+        self.write_state.writes_may_begin();
         Ok(())
     }
 
-    /// Lets go what was not used for a while (cache-clean-interval).
-    pub(crate) fn clean_now_and_then(&self, meta: &mut Meta) {
+    /// Evicts slices that were not used for a while (cache-clean-interval).
+    pub(crate) fn evict_unused_slices(&self, meta: &mut Meta) {
         let now_s = bds_io::now().as_secs();
         let interval_s = self.config.load().clean_interval_s;
         if interval_s > 0 && now_s >= meta.cleaned_at_s.saturating_add(interval_s) {
             meta.cleaned_at_s = now_s;
-            self.evict_slices(meta, true);
+            meta.slices.evict(&self.tables, true);
         }
     }
 }

@@ -1,10 +1,13 @@
-//! Work that must run to its end, whatever becomes of the future that asked for it.
+//! Tasks that run to completion although the future that started them is dropped.
 //!
-//! A request's future may be dropped at any await. It is polled until then: it is part of a task, not of the caller's future
-//! (`bds_core::request`), so a guard of `grace` in it does not depend on the caller. Whatever must not end with the request, because others wait for it
-//! (an allocation in flight, a table being loaded, metadata on its way to the disk), runs in a task of its own: [`finish`]. An
-//! in-place write, which nobody waits for but whose bytes are on their way to a place that must not be reused meanwhile, is polled by its
-//! request and only moves into a task if it is dropped half-way: [`Unstoppable`].
+//! A request's future may be dropped at any await. It is polled until then: it is part of a task, not of the caller's
+//! future (`bds_core::request`), so a guard of `srcu` in it does not depend on the caller. Work that must not end with
+//! the request, because other requests wait for it (an allocation in flight, a table being loaded, metadata on its way
+//! to the disk), runs in a task of its own: [`detach_on_drop`]. An in-place write has no such waiters, but its bytes
+//! are on their way to clusters that must not be reused meanwhile; it is polled by its request and moves into a task
+//! only if it is dropped half-way: [`SpawnOnDrop`].
+//!
+//! `bds_io::spawn_now` replaces neither: dropping its handle drops the future.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -16,18 +19,18 @@ use bds_io::Task;
 use bds_io::sync::{Notify, Semaphore};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
-/// Spawns `work` and waits for it. Dropping the result lets the work run on.
-pub(crate) fn finish<T: Send + 'static>(
+/// Spawns `work` and waits for it. Dropping the future detaches the task, which runs to completion.
+pub(crate) fn detach_on_drop<T: Send + 'static>(
     work: impl Future<Output = T> + Send + 'static,
-) -> Finish<T> {
-    Finish(Some(bds_io::spawn(work)))
+) -> DetachOnDrop<T> {
+    DetachOnDrop(Some(bds_io::spawn(work)))
 }
 
-/// See [`finish`].
+/// The future of [`detach_on_drop`].
 #[derive(Debug)]
-pub(crate) struct Finish<T>(Option<Task<T>>);
+pub(crate) struct DetachOnDrop<T>(Option<Task<T>>);
 
-impl<T> Future for Finish<T> {
+impl<T> Future for DetachOnDrop<T> {
     type Output = T;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
@@ -40,7 +43,7 @@ impl<T> Future for Finish<T> {
     }
 }
 
-impl<T> Drop for Finish<T> {
+impl<T> Drop for DetachOnDrop<T> {
     fn drop(&mut self) {
         if let Some(task) = self.0.take() {
             task.detach();
@@ -50,19 +53,19 @@ impl<T> Drop for Finish<T> {
 
 type Boxed<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
-/// A future that goes on in a task of its own if it is dropped after it began.
-pub(crate) struct Unstoppable<T: Send + 'static> {
+/// A future that moves into a task of its own if it is dropped after its first poll.
+pub(crate) struct SpawnOnDrop<T: Send + 'static> {
     work: Option<Boxed<T>>,
     has_begun: bool,
 }
 
-impl<T: Send + 'static> Unstoppable<T> {
+impl<T: Send + 'static> SpawnOnDrop<T> {
     pub(crate) fn new(work: impl Future<Output = T> + Send + 'static) -> Self {
         Self { work: Some(Box::pin(work)), has_begun: false }
     }
 }
 
-impl<T: Send + 'static> Future for Unstoppable<T> {
+impl<T: Send + 'static> Future for SpawnOnDrop<T> {
     type Output = T;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
@@ -76,7 +79,7 @@ impl<T: Send + 'static> Future for Unstoppable<T> {
     }
 }
 
-impl<T: Send + 'static> Drop for Unstoppable<T> {
+impl<T: Send + 'static> Drop for SpawnOnDrop<T> {
     fn drop(&mut self) {
         if let Some(work) = self.work.take().filter(|_| self.has_begun) {
             bds_io::spawn(work).detach();
@@ -84,11 +87,12 @@ impl<T: Send + 'static> Drop for Unstoppable<T> {
     }
 }
 
-/// Futures polled side by side. Allocates nothing before the first is pushed: most requests have one part, which needs no set.
+/// Futures polled concurrently. Allocates nothing before the first push: most requests have one part, which needs no
+/// set.
 #[derive(Debug)]
-pub(crate) struct Abreast<F>(Option<FuturesUnordered<F>>);
+pub(crate) struct LazyUnordered<F>(Option<FuturesUnordered<F>>);
 
-impl<F: Future> Abreast<F> {
+impl<F: Future> LazyUnordered<F> {
     pub(crate) fn new() -> Self {
         Self(None)
     }
@@ -105,22 +109,22 @@ impl<F: Future> Abreast<F> {
         self.0.get_or_insert_default().push(future);
     }
 
-    /// What the next to end returns; `None` if there is none.
+    /// The result of the next future that completes; `None` if there is none.
     pub(crate) async fn next(&mut self) -> Option<F::Output> {
         self.0.as_mut()?.next().await
     }
 }
 
-/// Something many may wait for and that happens once.
+/// A one-time event with any number of waiters.
 #[derive(Debug)]
-pub(crate) struct Done(Semaphore);
+pub(crate) struct Completion(Semaphore);
 
-impl Done {
+impl Completion {
     pub(crate) fn new() -> Self {
         Self(Semaphore::new(0))
     }
 
-    /// It happened: everybody goes on, also those who come later.
+    /// Completes: wakes all waiters; later waits return at once.
     pub(crate) fn set(&self) {
         self.0.close();
     }
@@ -134,22 +138,22 @@ impl Done {
 
 /// Counts tasks that outlive their callers, so that closing can wait for them.
 #[derive(Debug, Default)]
-pub(crate) struct Busy {
+pub(crate) struct TaskCount {
     count: AtomicUsize,
     idle: Notify,
 }
 
-/// One task at work.
+/// Counts one running task until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Working(Arc<Busy>);
+pub(crate) struct TaskGuard(Arc<TaskCount>);
 
-impl Busy {
-    pub(crate) fn begin(self: &Arc<Self>) -> Working {
+impl TaskCount {
+    pub(crate) fn begin(self: &Arc<Self>) -> TaskGuard {
         self.count.fetch_add(1, Ordering::SeqCst);
-        Working(Arc::clone(self))
+        TaskGuard(Arc::clone(self))
     }
 
-    /// Waits until no task is at work. One waiter at a time.
+    /// Waits until no task is running. One waiter at a time.
     pub(crate) async fn wait_idle(&self) {
         while self.count.load(Ordering::SeqCst) > 0 {
             // A permit given between the look and the wait is kept.
@@ -158,7 +162,7 @@ impl Busy {
     }
 }
 
-impl Drop for Working {
+impl Drop for TaskGuard {
     fn drop(&mut self) {
         if self.0.count.fetch_sub(1, Ordering::SeqCst) == 1 {
             self.0.idle.notify_one();

@@ -1,7 +1,7 @@
-//! Entry points for fuzzers and for tests with bytes as images. Not part of the library's promise.
+//! Entry points for fuzzers, and for tests with bytes as images. Not part of the library's stable API.
 //!
-//! Each entry point takes any bytes and panics if a promise is broken; it never waits and does no real I/O. The fuzz targets, the
-//! replay of their corpus and the hostile-image tests all call these.
+//! Each entry point takes any bytes and panics if a guarantee is broken; it never waits and does no real I/O. The fuzz
+//! targets, the replay of their corpus and the hostile-image tests all call these.
 
 mod port;
 mod spec;
@@ -15,11 +15,13 @@ use bds_core::options::Options;
 use bds_io::Buf;
 use futures_util::FutureExt;
 
-use super::entry::{EntryRules, L2Entry};
-use super::extension::be64;
-use super::header::{Cluster0, Compression, Parsed, Strictness};
-pub use super::space::{DataNode, DataOffset, MetaNode, MetaOffset};
-use super::units::{Geometry, GuestOffset};
+use super::layout::cluster0::{Cluster0, Parsed, Strictness};
+use super::layout::entry::{EntryRules, L2Entry};
+use super::layout::extension::be64;
+use super::layout::header::Compression;
+pub use super::layout::space::{DataOffset, MetaOffset};
+use super::layout::units::{Geometry, GuestOffset};
+pub use super::nodes::{DataNode, MetaNode};
 pub use port::MemPort;
 
 /// Creates an image in `file`, as `create` does with these options.
@@ -31,15 +33,15 @@ pub fn create(options: Options, file: &MemPort, data_file: Option<&MemPort>) -> 
         backing_len: None,
         options: &mut options,
     };
-    super::create::create(context).now_or_never().expect("memory never waits")?;
+    super::manage::create::create(context).now_or_never().expect("memory never waits")?;
     options.finish("qcow2")
 }
 
 /// Facts about the image in `file`, as `info` gives them.
 pub fn info(file: &MemPort) -> Result<bds_core::driver::ImageInfo> {
     let work = async {
-        let image = super::fetch::read_cluster0(file, Strictness::Inspect).await?;
-        super::info::info(file, &image).await
+        let image = super::file_read::read_cluster0(file, Strictness::Inspect).await?;
+        super::manage::info::info(file, &image).await
     };
     work.now_or_never().expect("memory never waits")
 }
@@ -54,7 +56,7 @@ pub fn header(data: &[u8]) {
         let image = match Cluster0::parse(data, file_len, mode) {
             Ok(Parsed::Complete(image)) => image,
             Ok(Parsed::NeedMore(len)) => {
-                assert!(len > data.len(), "asks for {len} bytes and has {}", data.len());
+                assert!(len > data.len(), "needs {len} bytes and has {}", data.len());
                 continue;
             }
             Err(error) => {
@@ -95,18 +97,18 @@ pub fn l2(data: &[u8]) {
     }
 }
 
-/// Decoders: the output bound holds and an error is only an error. Encoders: what they accept comes back.
+/// Decoders: the output bound holds and an error is only an error. Encoders: what they accept round-trips.
 pub fn decompress(data: &[u8]) {
     let [choice, rest @ ..] = data else { return };
     let kind = if choice & 1 == 0 { Compression::Deflate } else { Compression::Zstd };
     let len = 1usize << (9 + (choice >> 1) % 8);
     let mut out = vec![0; len];
-    let _ = super::compress::decode(kind, rest, &mut out);
+    let _ = super::io::compress::decode(kind, rest, &mut out);
     let mut cluster = rest[..rest.len().min(len)].to_vec();
     cluster.resize(len, *choice);
     let mut packed = vec![0; len - 1];
-    if let Some(n) = super::compress::encode(kind, &cluster, &mut packed) {
-        super::compress::decode(kind, &packed[..n], &mut out).expect("own bytes");
+    if let Some(n) = super::io::compress::encode(kind, &cluster, &mut packed) {
+        super::io::compress::decode(kind, &packed[..n], &mut out).expect("own bytes");
         assert!(out == cluster, "own bytes come back changed");
     }
 }
@@ -125,14 +127,14 @@ pub fn check(data: &[u8]) {
     assert_eq!(file.writes(), 0);
 }
 
-/// Hands out files in memory, whatever an image names.
-struct Shelf<'a> {
+/// Opens files in memory as children, whatever name an image stores.
+struct MemOpener<'a> {
     file: &'a MemPort,
     data_file: Option<&'a MemPort>,
     backing: Option<&'a MemPort>,
 }
 
-impl ChildOpener for Shelf<'_> {
+impl ChildOpener for MemOpener<'_> {
     fn open_child<'b>(&'b mut self, request: ChildRequest) -> BoxFuture<'b, Result<Option<Child>>> {
         let port = match request.name {
             "file" => Some(self.file),
@@ -151,14 +153,14 @@ pub async fn open_image(
     backing: Option<&MemPort>,
     flags: OpenFlags,
 ) -> Result<Box<dyn Driver>> {
-    let mut shelf = Shelf { file, data_file, backing };
+    let mut opener = MemOpener { file, data_file, backing };
     let fs = bds_io::Fs::default();
-    let mut context = OpenContext::new("image", Options::new(), flags, &fs, &mut shelf);
+    let mut context = OpenContext::new("image", Options::new(), flags, &fs, &mut opener);
     super::Qcow2Format.open(&mut context).await
 }
 
-/// Open, status, read, and on a second copy write: nothing waits for ever, a read-only image stays as it is, zeros are zeros, and what
-/// was written is read.
+/// Open, status, read, and on a second copy write: no request waits for ever, a read-only image is not changed, zeros
+/// read as zeros, and what was written is read.
 pub fn open(data: &[u8]) {
     let sim = bds_io::Sim::new(1, bds_io::SimConfig::calm());
     let backing = MemPort::new(vec![0xb5; 3000]);
@@ -188,7 +190,7 @@ const MAX_RUNS: usize = 200;
 /// Bytes read of each part.
 const MAX_READ_LEN: u64 = 16 << 10;
 
-/// Walks the disk by its status and reads the beginning of each part.
+/// Steps through the disk by its block status and reads the beginning of each part.
 async fn look(image: &dyn Driver) {
     let mut at = 0;
     for _ in 0..MAX_RUNS {

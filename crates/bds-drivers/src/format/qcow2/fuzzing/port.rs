@@ -1,4 +1,5 @@
-//! A file in memory below a driver: every request is done at once, so a test needs no executor, except where it holds flushes.
+//! A file in memory as a child node: every request completes at once, so a test needs no executor, except where it
+//! holds flushes.
 
 use std::path::PathBuf;
 use std::pin::pin;

@@ -1,6 +1,6 @@
 //! A slow, literal reading of the specification's tables for L2 entries, to compare the real decoder with.
 
-use super::super::entry::{EntryRules, Kind, L2Entry};
+use crate::format::qcow2::layout::entry::{EntryRules, Kind, L2Entry};
 
 /// Bits `low..=high` of `word`.
 fn bits(word: u64, low: u32, high: u32) -> u64 {

@@ -1,0 +1,12 @@
+//! Operations on an image as a whole: create and measure, resize, reopen and inactivate, snapshots and bitmaps (read
+//! only), info.
+
+pub(super) mod bitmap;
+pub(super) mod create;
+pub(super) mod create_layout;
+pub(super) mod create_options;
+pub(super) mod info;
+pub(super) mod measure;
+pub(super) mod reopen;
+pub(super) mod resize;
+pub(super) mod snapshot;
