@@ -1,13 +1,17 @@
-//! `compress`: what is written through this node is stored compressed.
+//! The `compress` filter: stores what is written through this node as compressed clusters.
 //!
-//! The option is QEMU's `file`. The node asks for whole clusters of the image below (its request alignment), so the corridor
-//! completes smaller writes with what lies around; each then goes down as compressed clusters. Zero writes and discards stay what
-//! they are. What does not get smaller is stored as it is, by the format. If the image below is exchanged, the size of its clusters
-//! counts from then on; below one that has no compressed clusters, writes are stored as they are.
+//! The option is QEMU's `file`. The request alignment of the node is the cluster size (bytes) of the image below, so
+//! the request path completes smaller writes by read-modify-write; each then goes down as compressed clusters. Zero
+//! writes and discards pass through. Data that does not get smaller is stored uncompressed, by the format. If the image
+//! below is replaced, its cluster size counts from then on; above one without compressed clusters, writes are stored as
+//! they are.
 //!
-//! A write that was begun goes on to its end, whether or not the caller waits: compression takes a while, and it brings
-//! along the bytes around. Whoever comes later to the same clusters waits for one that was left behind, so that old bytes never
-//! land on newer ones.
+//! Errors: `NotSupported` at open if the image below has no compressed clusters; `OutOfRange` for data past the end of
+//! the node.
+//!
+//! A write that was started runs to completion even if its future is dropped: compression takes a while, and it
+//! includes the bytes around. Later requests to the same clusters wait for such a detached write, so that old bytes
+//! never land on newer ones.
 
 use std::any::Any;
 use std::ops::Range;
@@ -42,7 +46,7 @@ struct CompressNode {
     late: Arc<Late>,
 }
 
-/// Writes that go on though nobody waits for them.
+/// Ranges of writes whose futures were dropped and that still run.
 #[derive(Default)]
 struct Late {
     ranges: Mutex<Vec<Range<u64>>>,
@@ -54,7 +58,7 @@ impl Late {
         self.ranges.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until no write that was left behind touches the range.
+    /// Waits until no detached write overlaps the range.
     async fn wait(&self, range: &Range<u64>) {
         let is_touched = |other: &Range<u64>| other.start < range.end && range.start < other.end;
         loop {
@@ -76,7 +80,7 @@ async fn write_whole(file: &Child, offset: u64, mut iov: IoVec) -> Result<()> {
     let end = offset + iov.len() as u64;
     let reach = file.len();
     if end > reach && offset < reach {
-        // The corridor completed the last cluster; the node ends inside it.
+        // The request path completed the last cluster; the node ends inside it.
         let kept = usize::try_from(reach - offset).expect("shorter than the request");
         let rest = iov.split_off(kept);
         if !rest.is_zero(0..rest.len()) {
@@ -87,7 +91,7 @@ async fn write_whole(file: &Child, offset: u64, mut iov: IoVec) -> Result<()> {
     file.write_compressed(offset, iov).await
 }
 
-/// A write in a task of its own. Dropped before its end, it is left behind.
+/// A write in a task of its own. Dropped before completion, it is detached.
 struct Writing {
     late: Arc<Late>,
     range: Range<u64>,
@@ -108,12 +112,12 @@ impl Future for Writing {
 impl Drop for Writing {
     fn drop(&mut self) {
         let Some(task) = self.task.take() else { return };
-        // Without the child: once the write has ended, nothing of this may keep it open.
+        // Without the child: once the write has completed, nothing here may keep the child open.
         let (late, range) = (Arc::clone(&self.late), self.range.clone());
         late.ranges().push(range.clone());
         bds_io::spawn(async move {
             if let Err(error) = task.await {
-                tracing::debug!(%error, "a compressed write that nobody waits for failed");
+                tracing::debug!(%error, "a detached compressed write failed");
             }
             let mut ranges = late.ranges();
             if let Some(place) = ranges.iter().position(|other| *other == range) {
@@ -144,7 +148,7 @@ impl Driver for CompressNode {
     pass_on!(self.file => len, is_filter, zero_flags, try_read, read, block_status, allocated_len);
 
     fn limits(&self) -> Limits {
-        // Asked, not remembered: the child may lead to an image with other clusters by now.
+        // Not cached: the child may now be an image with another cluster size.
         let unit = self.file.compressed_unit().unwrap_or(1);
         Limits { request_alignment: unit, ..self.file.limits() }
     }
@@ -169,7 +173,7 @@ impl Driver for CompressNode {
     ) -> BoxFuture<'_, Result<Attempt>> {
         Box::pin(async move {
             self.late.wait(&(offset..offset + len)).await;
-            // The corridor may have rounded up to the last cluster's end, behind that of the node.
+            // The request path may have rounded up to the end of the last cluster, behind the end of the node.
             let reach = self.file.len();
             let len = if offset < reach { len.min(reach - offset) } else { len };
             self.file.write_zeroes(offset, len, flags).await
@@ -195,7 +199,7 @@ impl Driver for CompressNode {
         self.close()
     }
 
-    /// Any mode will do, once what was begun has ended.
+    /// Accepts any mode, once detached writes have completed.
     fn prepare_reopen<'n, 'c>(
         &'n self,
         _context: &'c mut ReopenContext<'_>,

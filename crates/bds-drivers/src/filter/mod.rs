@@ -1,4 +1,4 @@
-//! Filters change when or whether a request happens, never what is stored.
+//! Filters: drivers that change when or whether a request happens, never what is stored.
 
 #[cfg(feature = "blkdebug")]
 pub mod blkdebug;

@@ -1,18 +1,22 @@
-//! `preallocate`: grows the file ahead of the writes, so that the host's file system is asked once for many clusters.
+//! The `preallocate` filter: grows the file ahead of writes, so that the file system allocates many clusters in one
+//! call.
 //!
-//! Options are QEMU's: `file`, `prealloc-align` (default 1M) and `prealloc-size` (default 128M). The node stands between a format and
-//! its protocol. A write past the end of the file first takes space up to `prealloc-size` beyond its own end, as zeros, where
-//! that is cheap; closing the node gives the surplus back.
+//! Options are QEMU's: `file`, `prealloc-align` (bytes, a multiple of 512, default 1M) and `prealloc-size` (bytes,
+//! default 128M). The node lies between a format and its protocol. A write past the end of the file first allocates up
+//! to `prealloc-size` bytes beyond its own end, as zeros, where that is cheap; closing the node trims the surplus.
+//!
+//! Errors at open: `InvalidInput` for an alignment that is not a multiple of 512 bytes.
 //!
 //! ```text
-//! 0 ......... zero_from ........ file.len()      zero_from: from here on nobody ever wrote
-//! └─ data_end ┘                                   data_end: the length that others see
+//! 0 ......... zero_from ........ file.len()      zero_from: never written from here on
+//! └─ data_end ┘                                   data_end: the length that parents see
 //! ```
 //!
-//! A crash leaves surplus space, which reads as zeros, and nothing else: no byte is moved, and only what lies behind `data_end` is ever
-//! cut off. Taking space ahead is an attempt: if it fails, the write goes on without.
+//! A crash leaves surplus space, which reads as zeros, and nothing else: no byte is moved, and only what lies behind
+//! `data_end` is ever cut off. Allocating ahead is best effort: if it fails, the write goes on without.
 //!
-//! Nobody else may write to the file or resize it meanwhile. The surplus is given back when the node is closed or made inactive, and by any change of length; a driver is not told that the last writer has left.
+//! No other user may write to the file or resize it meanwhile. The surplus is trimmed when the node is closed or made
+//! inactive, and by any change of length; a driver is not notified when the last writer detaches.
 
 use std::any::Any;
 use std::pin::Pin;
@@ -64,25 +68,25 @@ struct Inner {
     align: u64,
     /// Bytes.
     ahead: u64,
-    /// False: the file cannot be written, so nothing here is used.
+    /// False: the file cannot be written, so preallocation is off.
     is_active: AtomicBool,
-    /// Length as others see it.
+    /// Length that parents see.
     data_end: AtomicU64,
-    /// From here to the end of the file all is zeros. Raised before anything is written there.
+    /// All bytes from here to the end of the file are zeros. Raised before anything is written there.
     zero_from: AtomicU64,
-    /// The file takes no space ahead.
+    /// The file does not support zero writes without fallback.
     is_unable: AtomicBool,
-    /// Which file the lengths are of.
+    /// Identity of the file that the lengths belong to.
     measured: sync::Mutex<Option<(u64, u64)>>,
-    /// Held by who changes the file's length.
+    /// Held while the length of the file changes.
     growing: Arc<Mutex<()>>,
 }
 
-/// A write that may reach past the data. However it ends, what it may have touched counts as data afterwards.
+/// A write that may reach past the data. Whatever its result, the range it may have touched counts as data afterwards.
 struct Growing<'a> {
     node: &'a Inner,
     end: u64,
-    /// There is no space ahead, so nobody else may try to take some while this write makes the file longer.
+    /// Held if there is no space ahead: no other write may allocate while this one makes the file longer.
     _alone: Option<OwnedMutexGuard<()>>,
 }
 
@@ -107,15 +111,17 @@ impl Inner {
                     drop(node);
                     (!has_space).then_some(lock)
                 };
-                // To its end, whoever waits: zeros that come late must not come after the next one's bytes.
+                // Runs to completion even if this future is dropped: zeros that come late must not overwrite bytes of a
+                // later write.
                 alone = ToTheEnd(Some(bds_io::spawn(take))).await;
             }
         }
         Growing { node: self, end, _alone: alone }
     }
 
-    /// Makes the file at least `end` long. What lies between its end and `offset` stays a hole. False: not this time, and the write
-    /// must go alone, because zeros taken meanwhile could come after its bytes. True also if it will never work.
+    /// Makes the file at least `end` bytes long. The range between its end and `offset` stays a hole. False: failed
+    /// this time, and the write must hold the length lock, because zeros allocated meanwhile could overwrite its bytes.
+    /// True also if allocation never works.
     async fn take_space(&self, offset: u64, end: u64) -> bool {
         let unit = u64::from(self.file.limits().request_alignment);
         // `align` need not be a power of two.
@@ -161,12 +167,12 @@ impl Inner {
         if is_zero && !flags.intersects(ZeroFlags::FUA | ZeroFlags::MAY_UNMAP) {
             return Ok(Attempt::Done);
         }
-        // Zeros after zeros: what was never written stays so. But a zero write may be many.
+        // Zeros after zeros: an unwritten range stays so. But a zero write may be many operations.
         self.zero_from.fetch_max(end, Ordering::SeqCst);
         self.file.write_zeroes(offset, len, flags).await
     }
 
-    /// Cuts off what lies behind the data. The caller holds `growing`.
+    /// Trims what lies behind the data. The caller holds the length lock.
     async fn give_back(&self) -> Result<()> {
         let data_end = self.data_end.load(Ordering::SeqCst);
         if self.file.len() <= data_end {
@@ -177,7 +183,7 @@ impl Inner {
         self.file.truncate(change).await
     }
 
-    /// The corridor keeps writes past the end out meanwhile.
+    /// Changes the length. The request path lets no write past the end run meanwhile.
     async fn resize(&self, change: Truncate) -> Result<()> {
         let _alone = self.growing.lock().await;
         let data_end = self.data_end.load(Ordering::SeqCst);
@@ -192,7 +198,7 @@ impl Inner {
         Ok(())
     }
 
-    /// The file as it is now holds no surplus.
+    /// Takes the current length of the file, without surplus.
     fn measure(&self) {
         *self.lock_measured() = self.file.identity();
         let len = self.file.len();
@@ -204,11 +210,12 @@ impl Inner {
         self.measured.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Measures anew if the bytes lie in another file by now. What was taken ahead in this one still counts: it is to be given back.
+    /// Measures again if the bytes now lie in another file. Space allocated ahead in this file still counts: it has to
+    /// be trimmed.
     fn children_changed(&self) {
         self.is_unable.store(false, Ordering::SeqCst);
         let is_same = *self.lock_measured() == self.file.identity();
-        // A file that got shorter than its data is another one, too (memory has no identity).
+        // A file that got shorter than its data counts as another one (memory has no identity).
         if !is_same || self.file.len() < self.data_end.load(Ordering::SeqCst) {
             self.measure();
         }
@@ -223,7 +230,7 @@ impl Inner {
     }
 }
 
-/// Waits for a task that goes on if nobody does.
+/// Waits for a task, and detaches it if dropped.
 struct ToTheEnd<T>(Option<Task<T>>);
 
 impl<T> Future for ToTheEnd<T> {
@@ -237,14 +244,14 @@ impl<T> Future for ToTheEnd<T> {
 
 impl<T> Drop for ToTheEnd<T> {
     fn drop(&mut self) {
-        // An ended one has nothing left to do.
+        // Detaching a completed task does nothing.
         if let Some(task) = self.0.take() {
             task.detach();
         }
     }
 }
 
-/// Another mode, prepared.
+/// A prepared change of mode.
 struct Mode<'n> {
     node: &'n Inner,
     will_write: bool,
@@ -305,8 +312,8 @@ impl Driver for PreallocateNode {
         Box::pin(self.0.resize(change))
     }
 
-    /// Nobody else may move the end of the file, nor write behind ours. Asked for also while no parent writes: what is taken must
-    /// be given back after the last one left.
+    /// Unshares resizing and writing behind the data. Requested also while no parent writes: the surplus must be
+    /// trimmed after the last writer left.
     fn child_access(&self, _name: &str, role: Role, node: &NodeUse) -> Access {
         let mut access = Access::of_child(role, node);
         if node.is_writable && node.is_active {

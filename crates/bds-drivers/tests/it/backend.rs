@@ -1,4 +1,4 @@
-//! The example of a drive's life runs, on real drivers.
+//! Runs bds-core's example of backend operations on real drivers.
 
 #[path = "../../../bds-cli/examples/backend.rs"]
 mod example;

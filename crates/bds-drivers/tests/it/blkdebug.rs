@@ -1,11 +1,11 @@
-//! Faults on demand, and the damage they must not do.
+//! Tests of injected errors, and that they damage no other data.
 
 use bds_core::driver::{Attempt, ZeroFlags};
 use serde_json::{Value, json};
 
 use crate::house::House;
 
-/// A 4-KiB-aligned view of a mem disk full of ones, with these rules.
+/// A view of a mem disk full of ones with 4 KiB alignment, with these rules.
 fn disk(house: &House, rules: Value) -> bds_core::request::Backend {
     let mem = house.backend(json!({"driver": "mem", "node-name": "disk", "size": 16384})).unwrap();
     house.write(&mem, 0, &[1; 16384]).unwrap();
@@ -16,8 +16,8 @@ fn disk(house: &House, rules: Value) -> bds_core::request::Backend {
     backend
 }
 
-/// The neighbours of a small write live in the same block; if they cannot be read they must not be overwritten.
-/// (QEMU 10.0.2 reports success and destroys them.)
+/// The neighbours of a small write lie in the same block; if they cannot be read they must not be overwritten. (QEMU
+/// 10.0.2 reports success and destroys them.)
 #[test]
 fn a_failed_read_of_the_neighbours_fails_the_write() {
     let house = House::new(1);

@@ -1,4 +1,4 @@
-//! Writes that become compressed clusters. The sweeps (`sweep/`) break them.
+//! Tests of the compress filter: writes become compressed clusters. The sweeps (`sweep/`) inject faults into it.
 
 use bds_core::driver::{Attempt, StatusFlags, WriteFlags, ZeroFlags};
 use bds_core::graph::NewImage;
@@ -105,7 +105,7 @@ fn a_child_that_cannot_compress_is_refused_by_name() {
     assert_eq!(error.kind(), ErrorKind::NotSupported);
 }
 
-/// A writer goes away, and at once somebody writes beside it in the same cluster: the late cluster must not undo that.
+/// A write is dropped, and another one starts in the same cluster at once: the detached cluster write must not undo it.
 #[test]
 fn a_write_that_nobody_waits_for_does_not_overwrite_its_neighbours() {
     for seed in 0..200 {

@@ -1,4 +1,5 @@
-//! Copy-on-read over qcow2 chains: what is kept where, and what `bottom` leaves alone. The sweeps (`sweep/`) break it.
+//! Tests of copy-on-read over qcow2 chains: what is copied to which layer, and what `bottom` excludes. The sweeps
+//! (`sweep/`) inject faults into it.
 
 use bds_core::driver::{Access, Perm, StatusFlags, WriteFlags};
 use bds_core::graph::walk;
@@ -11,7 +12,7 @@ use crate::sweep::rig::{Kind, World};
 
 const CLUSTER: u64 = 4096;
 
-/// A world with `base` (80 KiB), and `disk` on it.
+/// A disk with `base` (80 KiB), and the overlay `disk` on it.
 fn world() -> (World, House) {
     let sim = bds_io::Sim::new(1, bds_io::SimConfig::default());
     let world = World::Sim(sim.clone());
@@ -26,7 +27,7 @@ fn image() -> Value {
     })
 }
 
-/// Is all of the range held by the layer `node` itself?
+/// Is all of the range allocated in the layer `node` itself?
 fn is_held(house: &House, node: &str, offset: u64, len: u64) -> bool {
     let node = house.graph.find(node).unwrap();
     let options =
@@ -132,7 +133,7 @@ fn the_file_must_be_writable_and_the_filter_need_not_be() {
     assert!(is_held(&house, "disk", 0, CLUSTER));
 }
 
-/// The switch asks for its own permission, so nobody above has to write.
+/// The option takes its own permission, so no parent has to write.
 #[test]
 fn a_reader_may_switch_it_on_unless_somebody_minds() {
     let (_world, house) = world();
@@ -168,7 +169,7 @@ fn an_inactive_image_is_only_read() {
     assert!(is_held(&house, "disk", 0, CLUSTER));
 }
 
-/// A filter on a filter: the way down to the image is found through both.
+/// A filter on a filter: the status finds the image through both.
 #[test]
 fn filters_may_lie_in_between() {
     let (_world, house) = world();
@@ -181,7 +182,8 @@ fn filters_may_lie_in_between() {
     assert_eq!(below.name(), "disk");
 }
 
-/// A reader goes away while its copy is under way, and at once the guest writes there: the old bytes must not come back.
+/// A read is dropped while its copy runs, and a write to the same place starts at once: the old bytes must not
+/// overwrite it.
 #[test]
 fn a_copy_that_nobody_waits_for_does_not_overwrite_the_guest() {
     for seed in 0..300 {

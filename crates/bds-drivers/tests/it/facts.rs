@@ -1,7 +1,7 @@
-//! Facts that nodes and drivers remember of what they stand on, after each way of exchanging that.
+//! Tests that facts which nodes and drivers cache of their children follow every way of replacing a child.
 //!
-//! The oracle is a graph that was opened in the final shape: every node of the exchanged one must say of itself what
-//! its counterpart there says. So the table has a line for each way of exchanging, and each line checks all facts.
+//! The oracle is a graph that was opened in the final shape: every node of the changed one must report what its
+//! counterpart there reports. The table has a line for each way of replacing, and each line checks all facts.
 
 use std::fmt::Write as _;
 
@@ -17,7 +17,7 @@ use crate::house::House;
 const MIB: u64 = 1 << 20;
 const NO_CLUSTERS: &str = "no clusters";
 
-/// A disk on which direct files are hard to please, with the images that the table uses.
+/// A disk with large alignment for direct files, with the images of the table.
 fn house() -> House {
     let house =
         House::with(Sim::new(1, SimConfig { direct_align: (4096, 4096), ..SimConfig::calm() }));
@@ -71,7 +71,7 @@ fn narrow(child: Value) -> Value {
     })
 }
 
-/// What each node says of itself, from the top down, and what the backend sees.
+/// What each node reports, from the top down, and what the backend sees.
 fn facts(house: &House, backend: &Backend) -> String {
     fn node(house: &House, at: &NodeRef, out: &mut String) {
         let (driver, limits, len) = (at.driver_name(), at.limits(), at.len());
@@ -92,11 +92,11 @@ fn facts(house: &House, backend: &Backend) -> String {
     out
 }
 
-/// A way of exchanging: what stands before, what is done, what must have come of it.
+/// A way of replacing: the graph before, the change, and the graph it must equal.
 struct Way {
     name: String,
     before: Value,
-    /// Opened beside it, under the names that `exchange` uses.
+    /// Opened as well, under the names that `exchange` uses.
     beside: Vec<Value>,
     exchange: Exchange,
     after: Value,
@@ -155,7 +155,7 @@ fn way(
     Way { name: name.into(), before, beside, exchange, after }
 }
 
-/// Reopening, with every filter between the file and those who look at it.
+/// Reopens, with every filter between the file and its users.
 fn reopens() -> Vec<Way> {
     let on = || Exchange::Reopen("filea", "cache.direct=on");
     let mut ways = vec![way("reopen the file", file("/a"), vec![], on(), direct("/a"))];
@@ -221,7 +221,7 @@ fn reopens() -> Vec<Way> {
     ways
 }
 
-/// Edges that lead elsewhere.
+/// Changes of edges.
 fn moves() -> Vec<Way> {
     let layer = |backing: Value| json!({"driver": "qcow2", "node-name": "top", "file": file("/over"), "backing": backing});
     let raw = |file: Value| over("raw", over("throttle", file));
@@ -355,11 +355,11 @@ fn moves() -> Vec<Way> {
 
 fn open(house: &House, options: &Value) -> Backend {
     let node = house.node(options.clone()).unwrap();
-    // It changes nothing, so that every node can be exchanged for one that is only read.
+    // Changes nothing, so that every node can be replaced by a read-only one.
     Backend::new(&node, BackendOptions { name: "user".into(), ..Default::default() }).unwrap()
 }
 
-/// The same without names, which a shape may want twice.
+/// The same options without names, which a shape may need twice.
 fn unnamed(mut options: Value) -> Value {
     if let Value::Object(options) = &mut options {
         options.remove("node-name");
@@ -368,7 +368,7 @@ fn unnamed(mut options: Value) -> Value {
     options
 }
 
-/// What came of it, and what should have.
+/// The facts after the exchange, and the expected ones.
 fn compare(way: Way) -> (String, String) {
     let exchanged = house();
     let backend = open(&exchanged, &way.before);
@@ -402,8 +402,8 @@ fn facts_are_those_of_a_graph_that_was_opened_so() {
     assert!(stale.is_empty(), "{} of {}\n{}", stale.len(), ways().count(), stale.join("\n"));
 }
 
-/// Small writes after a reopen with `cache.direct=on` came unwidened to a file that takes whole blocks: EINVAL, failed flushes, and
-/// data lost at close.
+/// Regression: small writes after a reopen with `cache.direct=on` reached a file that takes whole blocks without
+/// widening: EINVAL, failed flushes, and data lost at close.
 #[test]
 fn writes_after_a_reopen_to_direct_access_are_widened() {
     let house = house();
@@ -434,8 +434,8 @@ fn writes_after_a_reopen_to_direct_access_are_widened() {
     assert!(house.read(&disk, 0, model.len()).unwrap() == model);
 }
 
-/// A user that writes and may not make the node longer cannot have its odd end written in whole blocks. An open says so, and so does a
-/// reopen, which leaves everything as it was.
+/// A user that writes without the resize permission cannot have its odd end written in whole blocks. An open fails with
+/// that error, and so does a reopen, which leaves everything as it was.
 #[test]
 fn a_reopen_that_a_user_cannot_live_with_is_refused() {
     let house = house();

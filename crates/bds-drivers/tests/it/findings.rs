@@ -1,4 +1,4 @@
-//! What others do wrong, by its number in formats.md: a named test each, that we do not.
+//! Regression tests for defects found in other qcow2 implementations.
 
 use bds_core::driver::{Attempt, OpenFlags, ZeroFlags};
 use bds_core::graph::NewImage;
@@ -127,7 +127,7 @@ fn periodic(period: usize) -> Vec<u8> {
     unit.iter().copied().cycle().take(65536).collect()
 }
 
-/// Deflate streams we write reach back 4 KiB at most, as QEMU's do.
+/// Deflate streams of ours have back-references of 4 KiB at most, as QEMU's do.
 #[test]
 fn f15_written_streams_need_no_window_above_four_kib() {
     for (period, is_compressed) in [(2048, 1), (8192, 0)] {
@@ -158,7 +158,7 @@ fn f15_written_streams_need_no_window_above_four_kib() {
     }
 }
 
-/// Streams that reach back 32 KiB are read.
+/// Streams with back-references of 32 KiB are read.
 #[test]
 fn f15_streams_with_a_large_window_are_read() {
     let kind = Kind::qcow2("f15", 65536);

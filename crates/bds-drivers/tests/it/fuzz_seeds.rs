@@ -1,6 +1,6 @@
-//! The committed fuzz seeds, replayed: a crash found once stays found.
+//! Replays the committed fuzz seeds: inputs that once crashed must not crash again.
 //!
-//! `BDS_WRITE_SEEDS=1` makes the seeds anew from images of every shape.
+//! `BDS_WRITE_SEEDS=1` writes the seeds anew, from images of every shape.
 
 use std::path::{Path, PathBuf};
 
@@ -31,7 +31,7 @@ fn every_seed_is_harmless() {
         for entry in std::fs::read_dir(seeds(name)).unwrap() {
             let bytes = std::fs::read(entry.unwrap().path()).unwrap();
             run(&bytes);
-            // What is cut or damaged is the common case of a fuzzer's input.
+            // Cut and damaged inputs are the common case of a fuzzer.
             for at in (0..bytes.len()).step_by(bytes.len() / 16 + 1) {
                 run(&bytes[..at]);
                 let mut changed = bytes.clone();

@@ -1,5 +1,6 @@
-//! Images made to hurt: whatever the bytes are, an error names file, field and value; nothing panics or hangs, and a refused open
-//! leaves the file as it was. (Limits of single header fields are tables in the units; memory has a test of its own.)
+//! Opens and checks hostile images: every error names file, field and value; nothing panics or hangs, and a refused
+//! open leaves the file unchanged. (Limits of single header fields are tables in the units; memory has a test of its
+//! own.)
 
 use bds_core::driver::{CheckReport, Driver, OpenFlags, ReadFlags, WriteFlags};
 use bds_core::options::Options;
@@ -68,7 +69,7 @@ fn extension(kind: u32, data: &[u8]) -> Vec<u8> {
     out
 }
 
-/// What is wrong, the bytes, and what the error must say.
+/// Description, bytes, and what the error must contain.
 fn refused() -> Vec<(&'static str, Vec<u8>, &'static str)> {
     let good = mapped();
     let with = |changes: &[(usize, Vec<u8>)]| {
@@ -162,7 +163,7 @@ fn images_cut_at_every_structure_never_do_worse_than_fail() {
     }
 }
 
-/// Finding F10: every byte is shown to a reader.
+/// Every byte of an odd length can be read.
 #[test]
 fn f10_odd_length_is_readable_to_its_last_byte() {
     let mut bytes = mapped();
@@ -175,7 +176,7 @@ fn f10_odd_length_is_readable_to_its_last_byte() {
     assert_eq!(shown, [0, 0, 0, 0, 0, 0, 0, 0, 0, 7]);
 }
 
-/// Finding F7: QEMU's check is silent, and its read fails.
+/// QEMU's check reports nothing, and its read fails.
 #[test]
 fn f7_data_file_offset_that_differs_is_found_and_refused() {
     let mut bytes = image(&[
@@ -202,7 +203,7 @@ fn f7_data_file_offset_that_differs_is_found_and_refused() {
 
 #[test]
 fn what_the_check_finds_beyond_qemus() {
-    // Two guest ranges show one cluster, and its refcount allows it.
+    // Two ranges of the disk map to one cluster, and its refcount allows it.
     let mut shared = mapped();
     put(&mut shared, L2, DATA);
     put(&mut shared, L2 + 8, DATA);
@@ -268,7 +269,7 @@ fn a_write_through_a_hostile_entry_never_reaches_metadata() {
     }
 }
 
-/// An L1 entry, an L2 entry, a refcount block that lead out of the file, or nowhere.
+/// An L1 entry, an L2 entry and a refcount block that point outside of the file.
 #[test]
 fn entries_that_lead_nowhere_are_errors_where_they_matter() {
     for (at, value) in [
@@ -294,7 +295,7 @@ fn entries_that_lead_nowhere_are_errors_where_they_matter() {
     }
 }
 
-/// Snapshot tables that lie about their size.
+/// Snapshot tables with a wrong size.
 #[test]
 fn snapshot_tables_that_lie_end_in_an_error() {
     let mut bytes = mapped();

@@ -1,5 +1,5 @@
-//! Entries that name places no writer gave them: behind the end of the file, or free by the counts. Nothing is read, written, zeroed or
-//! discarded there, the file keeps its length, and a writable image is marked corrupt.
+//! L2 entries that no writer made: clusters behind the end of the file, or with refcount zero. Nothing is read,
+//! written, zeroed or discarded there, the file keeps its length, and a writable image is marked corrupt.
 
 use bds_core::driver::{Attempt, Driver, OpenFlags, ReadFlags, WriteFlags, ZeroFlags};
 use bds_core::options::Options;
@@ -11,7 +11,8 @@ const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 const ZERO: u64 = 1;
 
-/// An image with all clusters mapped, and where its first L2 entry, first data cluster and that cluster's count are.
+/// An image with all clusters mapped, and the positions of its first L2 entry, first data cluster and that cluster's
+/// refcount.
 struct Shape {
     bytes: Vec<u8>,
     cluster: usize,
@@ -41,7 +42,7 @@ fn shapes() -> [Shape; 2] {
 }
 
 impl Shape {
-    /// The image with another first entry. For standard entries the bitmap says what flag they get.
+    /// The image with another first entry. For standard entries the bitmap gives the flag.
     fn with_entry(&self, word: u64, bitmap: u64) -> Vec<u8> {
         let mut bytes = self.bytes.clone();
         let is_zero = !self.is_extended && bitmap >> 32 != 0;
@@ -64,7 +65,7 @@ fn with_sim<T>(work: impl Future<Output = T>) -> T {
     Sim::new(1, SimConfig::calm()).block_on(work)
 }
 
-/// What is tried at the start of the disk.
+/// A request to the start of the disk.
 #[derive(Clone, Copy, Debug)]
 enum Try {
     Write,
@@ -92,7 +93,7 @@ fn expect_done(attempt: Attempt) {
     assert_eq!(attempt, Attempt::Done);
 }
 
-/// Opens `bytes` for writing, tries `what`, and closes. The file afterwards, and how it went.
+/// Opens `bytes` for writing, runs `what`, and closes. Returns the file afterwards and the result.
 fn tried(bytes: &[u8], what: Try, cluster: usize) -> (Vec<u8>, Result<()>) {
     let file = MemPort::new(bytes.to_vec());
     let outcome = with_sim(async {
@@ -106,7 +107,7 @@ fn tried(bytes: &[u8], what: Try, cluster: usize) -> (Vec<u8>, Result<()>) {
     (file.bytes(), outcome)
 }
 
-/// The corrupt bit may be set; nothing else.
+/// Only the corrupt bit may have changed.
 fn expect_untouched(before: &[u8], after: &[u8], what: &str) {
     assert_eq!(after.len(), before.len(), "{what}: the file changed its length");
     let mut after = after.to_vec();
@@ -158,7 +159,7 @@ fn what_the_counts_call_free_is_not_changed_in_place() {
     }
 }
 
-/// COPIED on a cluster that the counts give to two: a snapshot's bytes may be there.
+/// COPIED on a cluster with refcount two: it may hold bytes of a snapshot.
 #[test]
 fn what_is_counted_twice_is_copied_before_it_changes() {
     for shape in shapes() {
@@ -187,7 +188,7 @@ fn what_is_counted_twice_is_copied_before_it_changes() {
     }
 }
 
-/// A second write finds the entry checked, and a place that was given up is not checked any more.
+/// A second write uses an entry that was checked, and a new cluster at a place that was freed.
 #[test]
 fn checked_places_stay_good_and_new_ones_are_good() {
     for shape in shapes() {

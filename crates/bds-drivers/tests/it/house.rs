@@ -1,4 +1,4 @@
-//! A graph on a simulated disk, and the few words the tests of this crate need.
+//! A graph with all drivers on a simulated disk, for the tests of this crate.
 
 use std::sync::Arc;
 

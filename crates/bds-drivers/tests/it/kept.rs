@@ -1,7 +1,7 @@
-//! The programs that showed what a kept or forgotten future held up, on files of the host, from a plain thread.
+//! Requests that are polled once and then kept or forgotten block no other request, on files of the host.
 //!
-//! With clusters of 512 bytes a few requests leave more than 4,096 runs of freed clusters pending, and from there on every request that
-//! frees something waits until they are released; so what keeps them from being released stops all of those.
+//! With clusters of 512 bytes a few requests leave more than 4,096 runs of freed clusters pending, and from then on
+//! every request that frees something waits until they are released; whatever delays the release blocks all of those.
 
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
@@ -92,7 +92,7 @@ impl Stage {
         }
     }
 
-    /// More frees than may be pending, each a run of its own, and then what waits for those.
+    /// Frees more runs than may be pending, then sends requests that wait for those.
     async fn others_free_and_write(&self) -> Result<()> {
         let (other, c) = (&self.other, self.cluster);
         let base = c * 4096;
@@ -133,7 +133,7 @@ fn grown(len: u64) -> Truncate {
     Truncate { len, exact: true, prealloc: Prealloc::Off, zero_new: false }
 }
 
-/// Ends what would wait for ever.
+/// Panics if the work takes too long.
 async fn watched<T>(what: &str, work: impl Future<Output = Result<T>>) {
     match select(pin!(work), pin!(bds_io::sleep(Duration::from_secs(300)))).await {
         Either::Left((done, _)) => drop(done.unwrap_or_else(|error| panic!("{what}: {error}"))),
@@ -210,7 +210,7 @@ fn forgotten_requests_hold_up_no_other() {
     }
 }
 
-/// The thread that asked goes on to something else, and never drives its ring again.
+/// The thread that made the futures does other work, and never drives its ring again.
 #[test]
 fn a_future_that_a_plain_thread_keeps_after_its_block_on_holds_up_no_other_thread() {
     let stage = Arc::new(bds_io::block_on(Stage::set(512)));

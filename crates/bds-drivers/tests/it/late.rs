@@ -1,5 +1,5 @@
-//! Requests whose futures are dropped while their driver works: nothing of them lands after what came later, and nobody who
-//! waits for an empty node is told too early. Found when a dropped write of `file` overwrote one that was flushed after it.
+//! Requests whose futures are dropped while their driver works: their writes do not land after later ones, and a drain
+//! or close waits for them. Regression: a dropped write of `file` overwrote one that was flushed after it.
 
 use std::path::Path;
 use std::pin::Pin;
@@ -17,12 +17,12 @@ use crate::house::House;
 
 const LEN: u64 = 64 << 10;
 const FILE: &str = "/disks/late";
-/// Looks at a request that is going to be dropped lie this far apart.
+/// Time between two polls of a request that will be dropped.
 const STEP: Duration = Duration::from_micros(37);
-/// Longer than anything takes.
+/// Longer than any operation takes.
 const AGES: Duration = Duration::from_secs(60);
 
-/// What is dropped half-way.
+/// The request that is dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Victim {
     Write,
@@ -44,7 +44,7 @@ const VICTIMS: [Victim; 7] = [
     Victim::Shrink,
 ];
 
-/// What the requests go through.
+/// The node stack that requests go through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stack {
     File,
@@ -82,7 +82,7 @@ impl Stack {
         }
     }
 
-    /// Images that lose their end are not there yet.
+    /// qcow2 does not shrink images yet.
     fn can(self, victim: Victim) -> bool {
         match self {
             #[cfg(feature = "qcow2")]
@@ -91,7 +91,7 @@ impl Stack {
         }
     }
 
-    /// A world with such a disk, full of ones, all of it durable.
+    /// A simulated disk with this stack on it, full of ones, all durable.
     fn world(self) -> Sim {
         let house = House::new(3);
         let disk = match self {
@@ -144,7 +144,7 @@ async fn resize(disk: &Backend, len: u64) -> Result<()> {
 
 impl Victim {
     async fn run(self, disk: &Backend) {
-        // Nobody hears the answer of most of them.
+        // Most of these futures are dropped before they have a result.
         let none = WriteFlags::empty();
         let _ended = match self {
             Self::Write => disk.write(0, bytes(2, 4096), none).await,
@@ -157,7 +157,7 @@ impl Victim {
         };
     }
 
-    /// Where the next write goes, and how long it is.
+    /// Offset and length of the next write.
     fn next(self) -> (u64, usize) {
         match self {
             Self::Unaligned => (200, 100),
@@ -166,7 +166,7 @@ impl Victim {
         }
     }
 
-    /// Polls it so often and drops it. True if it had ended before.
+    /// Polls the request so many times and drops it. True if it completed before.
     async fn drop_after(self, disk: &Backend, polls: usize) -> bool {
         let mut request: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(self.run(disk));
         for poll in 0..polls {
@@ -181,7 +181,7 @@ impl Victim {
     }
 }
 
-/// Runs `check` with a disk whose request was dropped, at every look at it, in some worlds.
+/// Runs `check` with a disk whose request was dropped, for every number of polls and some seeds.
 fn sweep(check: impl Fn(House, Backend, Victim, &str)) {
     for &stack in STACKS {
         let base = stack.world();
@@ -202,7 +202,7 @@ fn sweep(check: impl Fn(House, Backend, Victim, &str)) {
     }
 }
 
-/// Writes where the dropped request was, and flushes.
+/// Writes to the range of the dropped request, and flushes.
 async fn write_after(disk: &Backend, victim: Victim) {
     if victim == Victim::Shrink {
         resize(disk, LEN).await.unwrap();
@@ -220,7 +220,7 @@ fn look(house: &House, disk: &Backend, victim: Victim, what: &str) {
         assert_eq!(house.read(disk, 100, 100).unwrap(), [1; 100], "{what}: its neighbour");
         assert_eq!(house.read(disk, 300, 3796).unwrap(), [1; 3796], "{what}: its neighbour");
     }
-    // Cut off and grown again, unless the cut came to nothing.
+    // Zeros: cut off and grown again. Ones: the resize was dropped before it began.
     let rest = house.read(disk, 40_960, 4096).unwrap();
     let was_cut = victim == Victim::Shrink && rest[0] == 0;
     assert_eq!(rest, [u8::from(!was_cut); 4096], "{what}");
@@ -255,7 +255,7 @@ fn a_flushed_write_after_a_dropped_request_survives_a_power_cut() {
     });
 }
 
-/// Nothing happens on the disk any more, but for the ends of reads that were dropped.
+/// Nothing happens on the disk any more, except completions of dropped reads.
 fn is_quiet(house: &House, what: &str) {
     let last = house.sim.trace().pop();
     house.sim.block_on(bds_io::sleep(AGES));
@@ -274,7 +274,7 @@ fn a_drain_waits_for_what_a_dropped_request_began() {
         drop(drained);
         house.write(&disk, 0, &[4; 512]).unwrap();
     });
-    // The same for who drains only what came in by his backend.
+    // The same for a drain of this backend's requests only.
     sweep(|house, disk, _, what| {
         let drained = house.sim.block_on(disk.drain());
         is_quiet(&house, what);
@@ -290,7 +290,7 @@ fn a_close_waits_for_what_a_dropped_request_began() {
         house.sim.block_on(node.close()).unwrap().into_result().unwrap();
         is_quiet(&house, what);
     });
-    // The same if the last reference goes in silence.
+    // The same if the last reference is dropped without `close`.
     sweep(|house, disk, _, what| {
         drop(disk);
         let reports = house.sim.block_on(house.graph.reap());

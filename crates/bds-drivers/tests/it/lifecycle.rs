@@ -1,4 +1,4 @@
-//! The graph with real drivers: reopened, handed over and taken back, changed under load, and closed again without a leak.
+//! Tests of the graph with real drivers: reopen, inactivate and activate, changes under load, and close without a leak.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +15,7 @@ use crate::house::House;
 const CLUSTER: u64 = 4096;
 const LEN: u64 = 64 * CLUSTER;
 
-/// A world with empty images of these names.
+/// A simulated disk with empty images of these names.
 fn house(names: &[&str]) -> House {
     let house = House::with(Sim::new(3, SimConfig::default()));
     for name in names {
@@ -94,7 +94,7 @@ fn a_node_that_becomes_read_only_has_made_durable_what_was_written() {
         let read_only = options(json!({"read-only": true}));
         house.sim.block_on(house.graph.reap());
         house.sim.block_on(house.graph.reopen(&disk, read_only)).unwrap();
-        // Nobody flushes it later.
+        // Nothing flushes it later.
         let sim = house.sim.after_cut_by(1, bds_io::sim::CutMode::LoseAll);
         let after = House::with(sim);
         let disk = after.backend(image("disk")).unwrap();
@@ -107,7 +107,7 @@ fn a_node_reopened_below_its_user_keeps_him() {
     let house = house(&["disk"]);
     let disk = house.node(image("disk")).unwrap();
     let file = house.graph.find("disk-file").unwrap();
-    // The format needs its file for writing, whoever asks.
+    // The format needs write permission on its file, whatever its parents do.
     let alone = house.sim.block_on(house.graph.reopen(&file, options(json!({"read-only": true}))));
     assert_eq!(alone.unwrap_err().kind(), ErrorKind::ReadOnly);
     for wrong in [
@@ -188,7 +188,7 @@ fn everything_is_given_away_before_the_end_of_a_migration_and_can_come_back() {
     house.sim.block_on(house.graph.set_backing(&disk, Some(&base))).unwrap();
     let before = house.graph.dump();
     let graph = &house.graph;
-    // An active node above keeps what is below.
+    // An active parent keeps its children active.
     assert_eq!(house.sim.block_on(graph.inactivate(&base)).unwrap_err().kind(), ErrorKind::InUse);
     house.sim.block_on(graph.inactivate_all()).unwrap();
     assert!(graph.nodes().iter().all(|node| !node.is_active()));
@@ -196,7 +196,7 @@ fn everything_is_given_away_before_the_end_of_a_migration_and_can_come_back() {
     assert_eq!(graph.dump(), before, "permissions are as before");
 }
 
-/// Writes a counter over and over, each time to the next block, and reads it back.
+/// Writes a counter repeatedly, each time to the next block, and reads it back.
 async fn keep_writing(backend: Arc<Backend>, first: u64, stop: Arc<AtomicBool>) -> Vec<u8> {
     let mut last = vec![0; 16];
     for round in (1..=u8::MAX).cycle() {
@@ -330,7 +330,7 @@ fn a_reopen_inside_ones_own_drained_section_reaches_what_that_has_drained() {
         drop(drained);
         let everything = graph.drain_all().await;
         graph.change().reopen(&disk, set(false)).within(&everything).commit().await.unwrap();
-        // Somebody else's section is waited for, and others may change the graph meanwhile.
+        // A section of another caller is waited for, and others may change the graph meanwhile.
         let mut waiting = Box::pin(graph.change().reopen(&disk, set(true)).commit());
         for _ in 0..50 {
             assert!(futures_util::poll!(&mut waiting).is_pending());

@@ -1,7 +1,7 @@
-//! QEMU's tools and this library at the same file: each refuses where the other would.
+//! Tests image locks against QEMU's tools: each side refuses a file that the other uses in a conflicting way.
 //!
-//! One side holds the file open, the other tries. What the user is to the file (raw or image, reading or writing) is all
-//! that matters, and the answer is the same whoever comes first.
+//! One side holds the file open, the other tries to. Only the kind of use matters (raw or image, reading or writing),
+//! and the result is the same whichever comes first.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -35,7 +35,7 @@ impl User {
         matches!(self, Self::RawWriter | Self::ImageWriter)
     }
 
-    /// A writer tolerates only raw readers; everybody tolerates readers.
+    /// A writer tolerates only raw readers; every user tolerates readers.
     fn tolerates(self, other: Self) -> bool {
         let minds = |a: Self, b: Self| a.is_writer() && b != Self::RawReader;
         !minds(self, other) && !minds(other, self)
@@ -166,7 +166,7 @@ fn reopen(node: &dyn Driver, from: OpenFlags, to: OpenFlags) -> Result<()> {
     Ok(())
 }
 
-/// After a reopen QEMU meets the new user, and only that one: the old descriptor and its locks are gone.
+/// After a reopen QEMU conflicts with the new mode only: the old descriptor and its locks are gone.
 #[test]
 fn a_reopened_file_has_the_locks_of_its_new_mode() {
     let Some((_scratch, path)) = image() else { return };
@@ -193,7 +193,7 @@ fn a_reopened_file_has_the_locks_of_its_new_mode() {
     }
 }
 
-/// Our descriptors of this file: may they write?
+/// Descriptors of this process for this file: are they writable?
 fn descriptors(path: &Path) -> Vec<bool> {
     let numbers = std::fs::read_dir("/proc/self/fd").expect("Linux");
     let numbers = numbers.filter_map(|entry| entry.ok().map(|entry| entry.file_name()));
@@ -210,7 +210,7 @@ fn descriptors(path: &Path) -> Vec<bool> {
         .collect()
 }
 
-/// A file given away: QEMU writes to it, and gets it back only when QEMU is gone.
+/// QEMU writes to an inactivated file; it can be activated again only after QEMU has closed it.
 #[test]
 fn qemu_writes_to_an_image_that_is_given_away() {
     let Some((_scratch, path)) = image() else { return };
@@ -232,7 +232,7 @@ fn qemu_writes_to_an_image_that_is_given_away() {
     }
 }
 
-/// The kernel names no owner of such a lock, so the words for a conflict must not guess another process.
+/// The kernel names no owner of such a lock, so the message must not guess another process.
 #[test]
 fn a_conflict_in_one_process_is_not_blamed_on_another() {
     let scratch = Scratch::new();

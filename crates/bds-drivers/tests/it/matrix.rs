@@ -1,4 +1,4 @@
-//! One cell of the matrix: an engine, a format and a cache mode (see `xtask/matrix.toml`).
+//! Runs one cell of the test matrix: an engine, a format and a cache mode (see `xtask/matrix.toml`).
 
 use std::cell::RefCell;
 
@@ -18,7 +18,7 @@ fn kind(format: Format) -> Kind {
     }
 }
 
-/// The world of this engine; `None` after a skip.
+/// The environment of this engine; `None` after a skip.
 fn world(engine: Engine) -> Option<World> {
     let wanted = match engine {
         Engine::Sim => return Some(World::Sim(Sim::new(11, SimConfig::default()))),
@@ -34,7 +34,7 @@ fn world(engine: Engine) -> Option<World> {
     }
 }
 
-/// Can images be opened so here? A file system without O_DIRECT cannot run the cells of cache=none.
+/// Can images be opened with this cache mode? A file system without O_DIRECT cannot run the cells of cache=none.
 fn is_possible(world: &World, kind: &Kind, cache: Cache) -> bool {
     let graph = world.graph();
     world.block_on(async {

@@ -1,4 +1,4 @@
-//! mem against a plain vector of bytes.
+//! Compares a mem disk with a vector of bytes.
 
 use bds_core::driver::{Attempt, Prealloc, StatusFlags, Truncate, ZeroFlags};
 use proptest::prelude::{Strategy, prop_assert_eq, prop_oneof, proptest};

@@ -1,4 +1,4 @@
-//! Random requests to an image, beside a plain list of sectors that says what must come out.
+//! Runs random requests on images and compares with a model that is a list of sectors.
 
 use std::cell::RefCell;
 
@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::sweep::rig::{Kind, World, play};
 use crate::sweep::seeds;
 
-/// The kinds of image that are tried.
+/// The kinds of image under test.
 fn kinds() -> Vec<Kind> {
     let q = Kind::qcow2;
     vec![
@@ -58,7 +58,7 @@ fn shape(kind: &Kind, steps: usize) -> Shape {
     Shape { reads: true, reopens: true, ..kind.shape(steps) }
 }
 
-/// Runs the workload in a fresh world; what the guest saw at the end.
+/// Runs the workload on a new image; returns the model at the end.
 fn run(world: &World, kind: &Kind, workload: &Workload) -> Result<DiskModel, String> {
     world.make(kind);
     let model = RefCell::new(kind.model());
@@ -66,7 +66,7 @@ fn run(world: &World, kind: &Kind, workload: &Workload) -> Result<DiskModel, Str
     Ok(model.into_inner())
 }
 
-/// QEMU's opinion of the image.
+/// `qemu-img check` of the image.
 fn ask_qemu(img: &Tool, world: &World, kind: &Kind) -> Result<(), String> {
     if kind.format != "qcow2" {
         return Ok(());
@@ -76,7 +76,7 @@ fn ask_qemu(img: &Tool, world: &World, kind: &Kind) -> Result<(), String> {
     if out.ok() { Ok(()) } else { Err(format!("qemu-img check: {out:?}")) }
 }
 
-/// The shortest prefix that fails, by bisection: prefixes of a failing workload mostly fail from some length on.
+/// Finds the shortest prefix that fails, by bisection: prefixes of a failing workload mostly fail from some length on.
 fn shrink(kind: &Kind, workload: &Workload, world: &dyn Fn() -> World) -> (Workload, String) {
     let fails = |count: usize| run(&world(), kind, &workload.prefix(count)).err();
     let (mut good, mut bad) = (0, workload.steps.len());

@@ -1,4 +1,4 @@
-//! null-co and null-aio.
+//! Tests of null-co and null-aio.
 
 use bds_core::driver::StatusFlags;
 use serde_json::json;

@@ -1,4 +1,4 @@
-//! `OPTIONS.md`, which the crate's documentation includes, holds the options that the drivers declare.
+//! Tests that `OPTIONS.md`, which is part of the crate's documentation, lists the options that the drivers declare.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -7,7 +7,7 @@ use bds_core::driver::{Category, DriverType};
 use bds_core::graph::COMMON_OPTIONS;
 use bds_core::options::OptionSpec;
 
-/// Writes the file anew instead of comparing it.
+/// Environment variable: write the file instead of comparing it.
 const UPDATE: &str = "BDS_UPDATE_OPTIONS";
 
 #[test]

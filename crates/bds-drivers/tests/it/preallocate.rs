@@ -1,4 +1,4 @@
-//! A file that grows ahead of its writes. The sweeps (`sweep/`) break it, under qcow2.
+//! Tests of the preallocate filter. The sweeps (`sweep/`) inject faults into it, under qcow2.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use crate::house::House;
 const ALIGN: u64 = 4096;
 const AHEAD: u64 = 50_000;
 
-/// An empty file below `ahead`, the filter, below a format that writes anywhere.
+/// An empty file below the filter `ahead`, below a format that writes anywhere.
 struct Rig {
     house: House,
     disk: Backend,
@@ -57,7 +57,7 @@ impl Rig {
         self.house.sim.block_on(self.disk.truncate(change))
     }
 
-    /// Closes all of it; the length and the bytes of the file.
+    /// Closes all nodes; returns the bytes of the file.
     fn close(self) -> Vec<u8> {
         let node = self.disk.node().unwrap();
         drop(self.disk);
@@ -69,7 +69,7 @@ impl Rig {
     }
 }
 
-/// Nothing but what is asked for happens, so that operations can be counted.
+/// No random delays or short transfers, so that operations can be counted.
 fn calm() -> Sim {
     Sim::new(1, SimConfig::calm())
 }
@@ -101,7 +101,7 @@ fn zeros_where_nobody_wrote_cost_nothing() {
     rig.zero(1000, 5000, ZeroFlags::empty());
     rig.zero(7000, 1000, ZeroFlags::empty());
     assert_eq!((rig.house.sim.writes(), rig.len("ahead")), (before, 8000));
-    // What must be durable, and what was written, is done.
+    // FUA and unmapping zero writes, and those over data, are done.
     rig.zero(8000, 100, ZeroFlags::FUA);
     assert!(rig.house.sim.writes() > before);
     rig.write(20_000, 3, 1000).unwrap();
@@ -120,7 +120,7 @@ fn what_is_cut_off_and_grown_again_reads_as_zeros() {
     assert_eq!((rig.len("ahead"), rig.len("f")), (10_000, 10_000));
     rig.resize(20_000).unwrap();
     rig.write(20_000, 2, 1).unwrap();
-    // Into the space that is there.
+    // A write into the space that was allocated.
     let before = rig.house.sim.writes();
     rig.resize(25_000).unwrap();
     assert_eq!((rig.house.sim.writes(), rig.len("ahead")), (before, 25_000));
@@ -130,7 +130,7 @@ fn what_is_cut_off_and_grown_again_reads_as_zeros() {
     assert!(bytes[10_000..20_000].iter().chain(&bytes[20_001..]).all(|byte| *byte == 0));
 }
 
-/// A write far out takes space around itself, not for all of the hole.
+/// A write far behind the end allocates space around itself, not for the whole hole.
 #[test]
 fn holes_stay_holes() {
     let rig = Rig::new(calm());
@@ -218,7 +218,8 @@ fn many_writers_past_the_end_lose_nothing() {
     }
 }
 
-/// A writer goes away while it takes space, and at once somebody writes there: late zeros must not come after his bytes.
+/// A write is dropped while it allocates space, and another one starts there at once: late zeros must not overwrite its
+/// bytes.
 #[test]
 fn space_that_nobody_waits_for_does_not_overwrite_the_next_writer() {
     for seed in 0..300 {
@@ -253,7 +254,7 @@ fn nobody_else_moves_the_end_of_the_file() {
     let error = Backend::new(&file, writer()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InUse);
     assert!(error.to_string().contains("ahead.file"), "{error}");
-    // Whoever takes over the bytes finds no surplus, and may leave another length behind.
+    // Inactive, the file has no surplus; on activation the filter measures its length again, which may have changed.
     let Rig { house, disk } = rig;
     let node = disk.node().unwrap();
     drop(disk);
@@ -293,7 +294,7 @@ fn a_file_that_becomes_read_only_has_no_surplus() {
         let filter = walk::child(&node, "file").unwrap().0;
         house.sim.block_on(house.graph.reopen(&filter, options))
     };
-    // The format above has not agreed to be read-only, so nothing changes but the surplus.
+    // The format above does not accept read-only, so only the surplus changes.
     let error = mode(true).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ReadOnly, "{error}");
     assert_eq!(file.len(), 2000);
@@ -345,7 +346,7 @@ fn wrong_options_are_refused_and_a_read_only_file_is_only_read() {
     assert_eq!(disk.len(), 1000);
 }
 
-/// A format that writes past the end of its file, as qcow2 does, but shows where.
+/// A format that writes past the end of its file, as qcow2 does, at the given offset.
 mod growing {
     use bds_core::driver::{
         BoxFuture, Category, Child, Driver, DriverType, OpenContext, ReadFlags, Role, StatusFlags,
@@ -355,7 +356,7 @@ mod growing {
     use bds_core::{Result, driver::Attempt};
     use bds_io::IoVec;
 
-    /// Shows 1 GiB, whatever the file's length.
+    /// A disk of 1 GiB, whatever the file's length.
     pub(super) struct Log;
 
     struct LogNode(Child);

@@ -1,4 +1,4 @@
-//! raw, with and without a window.
+//! Tests of the raw format, with and without a window.
 
 use bds_core::ErrorKind;
 use bds_core::driver::{Prealloc, StatusFlags, Truncate};

@@ -1,4 +1,5 @@
-//! Rates on the virtual clock: averages and bursts to the nanosecond, shares of members, requests given up in line.
+//! Tests of rates on the virtual clock: averages and bursts to the nanosecond, fairness between members, dropped
+//! requests.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +17,7 @@ use serde_json::{Value, json};
 
 use crate::house::House;
 
-/// A house in which only waiting takes time, and its groups.
+/// A simulated disk on which only waiting takes time, and its throttle groups.
 fn house(seed: u64) -> (House, ThrottleGroups) {
     let sim = Sim::new(seed, SimConfig { overtake_rate: 0.0, ..SimConfig::calm() });
     let groups = ThrottleGroups::new();
@@ -42,7 +43,7 @@ async fn write(disk: &Backend, len: usize) -> u128 {
     now().as_nanos()
 }
 
-/// When requests of these lengths go, one after the other, by searching all nanoseconds.
+/// Times at which requests of these lengths go, one after the other, by searching all nanoseconds.
 fn curve(rate: Rate, lens: &[usize]) -> Vec<u128> {
     let n = 1_000_000_000_u128;
     let Rate { avg, max, max_secs } = rate;
@@ -62,7 +63,7 @@ fn curve(rate: Rate, lens: &[usize]) -> Vec<u128> {
             let capacity = if max == 0 { avg * n / 10 } else { max * secs * n };
             level(avg, now) <= capacity && (secs == 1 || level(max, now) <= max * n / 10)
         };
-        // Levels only fall while nothing comes, so what may go may go later too.
+        // Levels only fall while no request comes, so a request that may go may go later too.
         let (mut low, mut high) = (at, at + 1_000_000 * n);
         while low < high {
             let middle = low.midpoint(high);
@@ -121,7 +122,7 @@ fn reads_and_writes_take_turns_at_a_common_rate() {
             for moment in (500..4000).step_by(500) {
                 let until = |ends: &[u128]| ends.iter().filter(|end| **end <= moment).count();
                 let (r, w) = (until(&reads), until(&writes));
-                // The two that went at once may both be of one kind.
+                // The two that went at once may both be of one direction.
                 assert!(r.abs_diff(w) <= 3, "seed {seed}: at {moment} ms {r} reads, {w} writes");
             }
             assert_eq!(now().as_millis(), 7800);
@@ -136,7 +137,7 @@ fn members_take_turns_and_each_serves_in_order() {
         groups.create("g", limits(json!({"iops-write": 100}))).unwrap();
         let disks = ["a", "b", "c"].map(|name| disk(&house, name, "g"));
         house.sim.block_on(async {
-            // One floods, one has some, one comes late.
+            // One sends many, one sends some, one comes late.
             let (busy, some, late) = futures_util::join!(
                 join_all((0..200).map(|_| write(&disks[0], 512))),
                 join_all((0..20).map(|_| write(&disks[1], 512))),
@@ -147,7 +148,7 @@ fn members_take_turns_and_each_serves_in_order() {
                 }
             );
             assert!(busy.is_sorted() && some.is_sorted(), "seed {seed}");
-            // The burst of ten is whoever's who came first; afterwards every second turn is the other one's.
+            // The burst of ten belongs to the first ones; afterwards every second request is the other member's.
             assert!(*some.last().unwrap() <= 410_000_000, "seed {seed}: {some:?}");
             let (before, after) = late;
             assert!(after - before <= 20_000_000, "seed {seed}: {}", after - before);
@@ -158,7 +159,7 @@ fn members_take_turns_and_each_serves_in_order() {
 
 #[test]
 fn requests_given_up_in_line_cost_nothing_and_hold_up_nobody() {
-    // Which of six requests is given up, and when: polled so often, 70 ms apart.
+    // Which of six requests is dropped, and when: after so many polls, 70 ms apart.
     for victim in 0..6 {
         for polls in 0..12 {
             let (house, groups) = house(polls);
@@ -190,7 +191,8 @@ fn requests_given_up_in_line_cost_nothing_and_hold_up_nobody() {
                 drop(given_up);
                 let mut ended = join_all(tasks).await;
                 ended.sort_unstable();
-                // 100 ms until the first, then one after the other; the victim's 500 bytes only if its turn came.
+                // 100 ms until the first, then one after the other; the dropped request's 500 bytes count only if it
+                // was granted.
                 let last = ended[4] / 1_000_000;
                 assert!(last == 500 || last == 1000, "victim {victim} polls {polls}: {last} ms");
                 assert!(last == 500 || was_done || polls > 1, "victim {victim} polls {polls}");
@@ -217,7 +219,7 @@ fn a_flood_dropped_at_every_await_leaves_a_group_that_works() {
             join_all((0..4).map(|_| write(&a, 512))).await;
             now() - before
         });
-        // At worst the buckets are as full as they can be, and each has its 50 ms.
+        // At worst the buckets are full, and each request takes 50 ms.
         assert!(ended <= Duration::from_millis(200), "polls {polls}: {ended:?}");
         drop((a, b));
         house.sim.block_on(house.graph.reap());
@@ -277,7 +279,7 @@ fn groups_know_their_members() {
     assert_eq!(groups.list(), []);
 }
 
-/// Real threads and a real clock, with requests given up in between: whatever the order, everybody's turn comes.
+/// Real threads and a real clock, with requests dropped in between: in any order, every request is granted.
 #[test]
 fn threads_share_a_group_and_nobody_is_forgotten() {
     let groups = ThrottleGroups::new();
@@ -316,7 +318,7 @@ fn threads_share_a_group_and_nobody_is_forgotten() {
     assert!(passed >= 4 * 30 * 40, "{passed}");
 }
 
-/// A drain waits for nobody's turn, and the limits hold again afterwards.
+/// A drain does not wait for the rates, and the limits hold again afterwards.
 #[test]
 fn a_drained_section_begins_at_once() {
     let (house, groups) = house(1);

@@ -1,13 +1,15 @@
-//! `blkdebug`: faults and odd limits on demand, between a node and whoever uses it.
+//! The `blkdebug` filter: injects errors and odd limits, for tests.
 //!
 //! Options are QEMU's (`image`, `config`, `inject-error`, `set-state`, `align`, `max-transfer`, …), except for suspended
-//! requests. Additions carry `x-`: `x-offset` (a byte instead of a sector) and `x-skip` (let the first
-//! matches pass).
+//! requests. Additions carry `x-`: `x-offset` (bytes instead of sectors) and `x-skip` (number of matches that pass first).
+//! Limits are bytes: `align` and `opt-*` powers of two up to 1G, `max-*` multiples of them below 2G, 0 for no limit.
 //!
-//! A reopen exchanges rules (the state begins anew) and limits. What is taken from the child beyond what the parents do
-//! (`take-child-perms`) and kept from others (`unshare-child-perms`) is decided at open.
+//! Errors at open: `InvalidInput` for wrong rules, events or limits, `LimitExceeded` for a file of rules above 1 MiB.
 //!
-//! Invariant: a request that a rule fails reaches nothing below.
+//! A reopen replaces rules (the state starts anew) and limits. Permissions taken on the child in addition
+//! (`take-child-perms`) and unshared with others (`unshare-child-perms`) are fixed at open.
+//!
+//! Invariant: a request that a rule fails does not reach the child.
 
 mod config;
 mod rules;
@@ -58,10 +60,10 @@ struct DebugNode {
     node_name: String,
     image: Child,
     rules: Mutex<Rules>,
-    /// Without rules the lock is never taken. Changes with nobody inside.
+    /// Without rules the lock is never taken. Changes while no request is in flight.
     has_rules: AtomicBool,
     asked: Mutex<Asked>,
-    /// Taken on the child in any case, and kept from others.
+    /// Permissions taken on the child in addition, and unshared.
     taken: Perm,
     unshared: Perm,
 }
@@ -69,7 +71,7 @@ struct DebugNode {
 /// The options that may change while the node is open.
 #[derive(Clone, Debug, Default)]
 struct Asked {
-    /// What the file of rules held when it was named.
+    /// Content of the file of rules when the option was given.
     file: FileRules,
     inject: Option<Value>,
     set_state: Option<Value>,
@@ -77,7 +79,7 @@ struct Asked {
 }
 
 impl Asked {
-    /// What is not given stays.
+    /// Takes options; an option that is missing keeps its value.
     async fn take(self, fs: &Fs, options: &mut Options) -> Result<Self> {
         let file = match options.take_str("config")? {
             Some(path) => FileRules::read(fs, &path).await?,
@@ -98,7 +100,7 @@ impl Asked {
     }
 }
 
-/// Other rules and limits.
+/// A prepared reopen: other rules and limits.
 struct Prepared<'a> {
     node: &'a DebugNode,
     asked: Asked,
@@ -120,7 +122,7 @@ impl Reopen for Prepared<'_> {
     }
 }
 
-/// Limits the user asked for; zero: as below.
+/// Limits from the options; zero: the child's.
 #[derive(Clone, Copy, Debug, Default)]
 struct OddLimits {
     align: u32,
@@ -146,7 +148,7 @@ impl DebugNode {
 
     async fn prepare(&self, context: &mut ReopenContext<'_>) -> Result<Prepared<'_>> {
         let options = &mut context.options;
-        // Rules that stay go on in the state they are in.
+        // Rules that stay keep their state.
         let has_new =
             ["config", "inject-error", "set-state"].iter().any(|key| options.contains(key));
         let asked = self.asked().clone();
@@ -155,7 +157,7 @@ impl DebugNode {
         Ok(Prepared { node: self, asked, rules })
     }
 
-    /// Raises `events`, then asks the rules.
+    /// Raises `events`, then matches the rules.
     fn check(&self, kind: Kind, range: Range<u64>, events: &[&str]) -> Result<(), (Error, bool)> {
         if !self.has_rules() {
             return Ok(());
@@ -175,7 +177,7 @@ impl DebugNode {
         }
     }
 
-    /// As `check`, for async callers: an error that is not immediate lets others run first.
+    /// As `check`, for async callers: an error that is not immediate yields first.
     async fn pass(&self, kind: Kind, offset: u64, len: u64, events: &[&str]) -> Result<()> {
         match self.check(kind, offset..offset.saturating_add(len), events) {
             Ok(()) => Ok(()),
@@ -219,7 +221,7 @@ impl Driver for DebugNode {
     }
 
     fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
-        // With rules a request is judged exactly once, on the slow path.
+        // With rules a request is matched exactly once, on the slow path.
         if self.has_rules() { None } else { self.image.try_read(offset, iov) }
     }
 
@@ -343,7 +345,7 @@ impl Blkdebug {
     }
 }
 
-/// A list of permissions, by QEMU's words.
+/// Takes a list of permissions, by QEMU's words.
 fn take_perms(options: &mut Options, key: &'static str) -> Result<Perm> {
     let words = match options.take(key) {
         None | Some(Value::Null) => return Ok(Perm::empty()),
@@ -367,7 +369,7 @@ fn take_perms(options: &mut Options, key: &'static str) -> Result<Perm> {
 }
 
 impl OddLimits {
-    /// What is not given stays; all of it must fit together.
+    /// Takes options; an option that is missing keeps its value; all of them must fit together.
     fn take(self, options: &mut Options) -> Result<Self> {
         let align = take_unit(options, "align")?.unwrap_or(self.align);
         let unit = u64::from(align.max(1));
@@ -387,7 +389,7 @@ impl OddLimits {
     }
 }
 
-/// A power of two up to 1 GiB, as the corridor wants alignments.
+/// Takes a power of two up to 1 GiB, as the request path requires of alignments.
 fn take_unit(options: &mut Options, key: &'static str) -> Result<Option<u32>> {
     let Some(value) = options.take_size(key)? else { return Ok(None) };
     match u32::try_from(value) {
@@ -400,7 +402,7 @@ fn take_unit(options: &mut Options, key: &'static str) -> Result<Option<u32>> {
     }
 }
 
-/// A multiple of `unit`; 0: no limit.
+/// Takes a multiple of `unit`; 0: no limit.
 fn take_longest(options: &mut Options, key: &'static str, unit: u64, current: u64) -> Result<u64> {
     let value = options.take_size(key)?.unwrap_or(current);
     if value % unit == 0 && value < 1 << 31 {

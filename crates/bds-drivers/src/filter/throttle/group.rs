@@ -1,17 +1,17 @@
-//! One group: buckets that its members share, and who waits for them.
+//! A throttle group: leaky buckets that its members share, and the queues of requests that wait for them.
 //!
-//! Per direction each member has a line, first come first served; the members' heads take turns, and where both directions
-//! want the same bucket, so do the directions. Whoever is due is *granted* its turn: it leaves the line and its cost is
-//! poured at that moment.
+//! Each member has one FIFO queue a direction. The members' heads are granted round robin, and where both directions
+//! use the same bucket, so are the directions. A *granted* request leaves its queue, and its cost is added to the
+//! buckets at that moment.
 //!
-//! There is no timer of the group that somebody could take away with him. Every request that waits has an alarm of its own, set
-//! to no later than it can be due, and whoever's alarm rings grants all turns that are due, not only its own. So a
-//! request that is never polled again, is dropped or forgotten, or belongs to a node that goes, holds up nobody.
+//! The group has no timer that could go away with a member. Every waiting request has an alarm of its own, set to no
+//! later than it can be due, and every alarm grants all requests that are due. So a request that is never polled again,
+//! is dropped or forgotten, or belongs to a node that is closed, blocks no other.
 //!
-//! When a turn can come earlier than its alarm says (the one in front is gone, other limits), the waiter is woken and
-//! sets its alarm again. Heads always are, so in the usual case each request waits for one alarm and polls twice.
+//! If a request can be due earlier than its alarm (the one in front is gone, other limits), it is woken and sets its
+//! alarm again. Heads always are, so usually each request waits for one alarm and polls twice.
 //!
-//! The group's lock is held for bookkeeping only; nobody is woken and nothing is awaited under it.
+//! The group's lock is held for bookkeeping only; nothing is woken or awaited under it.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -36,7 +36,7 @@ pub(super) struct Group {
 
 struct State {
     limiter: Limiter,
-    /// By number, in the order in which they came.
+    /// By number, in the order of joining.
     members: BTreeMap<u64, MemberState>,
     next_number: u64,
     reads: Side,
@@ -44,11 +44,11 @@ struct State {
     last_direction: Direction,
 }
 
-/// What all members together have to do with one direction.
+/// Totals of all members for one direction.
 #[derive(Default)]
 struct Side {
     waiting: usize,
-    /// Whose turn was the last one.
+    /// The member that was granted last.
     last_member: u64,
 }
 
@@ -59,22 +59,22 @@ struct MemberState {
     writes: Line,
 }
 
-/// Requests of one member and direction.
+/// Waiting requests of one member and direction, oldest first.
 #[derive(Default)]
 struct Line {
     turns: VecDeque<Arc<Turn>>,
-    /// What those in it cost together.
+    /// Total cost of the queue.
     cost: Cost,
 }
 
-/// A request that waits.
+/// A waiting request.
 struct Turn {
     cost: Cost,
     is_granted: AtomicBool,
     woken: Notify,
 }
 
-/// Who is to be woken once the lock is released.
+/// Requests to wake once the lock is released.
 type Wakes = Vec<Arc<Turn>>;
 
 fn wake(wakes: Wakes) {
@@ -100,7 +100,7 @@ impl Group {
         Ok(Arc::new(Self { name: name.to_owned(), state: Mutex::new(state) }))
     }
 
-    /// A place for a node.
+    /// Adds a node to the group.
     pub(super) fn join(self: &Arc<Self>, node_name: &str) -> Member {
         let mut state = self.lock();
         let number = state.next_number;
@@ -167,19 +167,19 @@ impl State {
         self.members.get(&member).is_some_and(|member| member.is_drained)
     }
 
-    /// Nobody waits, and a request of this direction may go now.
+    /// True if no request waits and one of this direction may go now.
     fn is_free(&mut self, now: Duration, direction: Direction) -> bool {
         self.reads.waiting + self.writes.waiting == 0 && self.limiter.wait(now, direction).is_zero()
     }
 
-    /// Grants all turns that are due.
+    /// Grants all requests that are due.
     fn grant_due(&mut self, now: Duration) -> Wakes {
         let mut wakes = Vec::new();
         while let Some((direction, member)) = self.next_due(now) {
             let Some(line) = self.line(member, direction) else { break };
             let Some(turn) = line.turns.pop_front() else { break };
             line.cost = line.cost.minus(turn.cost);
-            // The next one's alarm was set when somebody else stood in front.
+            // The alarm of the next one was set while another stood in front.
             wakes.extend(line.turns.front().cloned());
             self.limiter.take(now, direction, turn.cost);
             turn.is_granted.store(true, Ordering::Release);
@@ -192,7 +192,7 @@ impl State {
         wakes
     }
 
-    /// Whose turn it is, if anybody's: the other direction than last time first.
+    /// The next request to grant, if one is due: the other direction than last time first.
     fn next_due(&mut self, now: Duration) -> Option<(Direction, u64)> {
         let order = match self.last_direction {
             Direction::Read => [Direction::Write, Direction::Read],
@@ -204,7 +204,7 @@ impl State {
         Some((direction, self.next_member(direction)?))
     }
 
-    /// The first member behind the last one that has somebody waiting.
+    /// The first member behind the last one that has a request waiting.
     fn next_member(&mut self, direction: Direction) -> Option<u64> {
         let last = self.side(direction).last_member;
         let behind = (Bound::Excluded(last), Bound::Unbounded);
@@ -217,21 +217,21 @@ impl State {
         waiting(behind).or_else(|| waiting((Bound::Unbounded, Bound::Included(last))))
     }
 
-    /// The first of each line, to set their alarms again.
+    /// The head of each queue, to set its alarm again.
     fn heads(&self) -> Wakes {
         let lines = self.members.values().flat_map(|member| [&member.reads, &member.writes]);
         lines.filter_map(|line| line.turns.front().cloned()).collect()
     }
 
-    /// Lets all of a member go.
+    /// Grants all requests of a member.
     fn release(&mut self, member: u64) -> Wakes {
         let mut wakes = Vec::new();
         for direction in [Direction::Read, Direction::Write] {
             let Some(line) = self.line(member, direction) else { continue };
             let line = std::mem::take(line);
             self.side(direction).waiting -= line.turns.len();
-            // No moment is told: this may be called from outside of the world whose clock counts. What is poured
-            // leaks from the next request on.
+            // No time is given: this may be called from outside of the Context whose clock counts. The cost leaks from
+            // the next request on.
             self.limiter.take(Duration::ZERO, direction, line.cost);
             line.turns.iter().for_each(|turn| turn.is_granted.store(true, Ordering::Release));
             wakes.extend(line.turns);
@@ -240,7 +240,7 @@ impl State {
     }
 }
 
-/// A node's place in a group; dropping it leaves the group. Requests borrow it, so none of them outlives it.
+/// Membership of a node in a group; dropping it leaves the group. Requests borrow it, so none of them outlives it.
 pub(super) struct Member {
     group: Arc<Group>,
     number: u64,
@@ -249,7 +249,7 @@ pub(super) struct Member {
 impl Drop for Member {
     fn drop(&mut self) {
         let mut state = self.group.lock();
-        // Only requests that were forgotten can still stand in its lines.
+        // Only requests that were forgotten can still be in its queues.
         if let Some(member) = state.members.remove(&self.number) {
             state.reads.waiting -= member.reads.turns.len();
             state.writes.waiting -= member.writes.turns.len();
@@ -258,14 +258,14 @@ impl Drop for Member {
 }
 
 impl Member {
-    /// Waits for the turn of a request of `len` bytes. Dropped while it waits: it leaves the line and costs nothing.
+    /// Waits until a request of `len` bytes is granted. Dropped while it waits, it leaves the queue and costs nothing.
     pub(super) async fn pass(&self, direction: Direction, len: u64) {
         if let Some(waiting) = self.stand_in_line(direction, len) {
             waiting.wait().await;
         }
     }
 
-    /// The turn, if it comes at once. Unless [used up](Pass::use_up), it is given back.
+    /// Grants a request if it need not wait. Unless [consumed](Grant::consume), its cost is refunded.
     pub(super) fn try_pass(&self, direction: Direction, len: u64) -> Option<Pass<'_>> {
         let mut state = self.group.lock();
         let cost = state.limiter.limits().cost(len);
@@ -278,12 +278,12 @@ impl Member {
         Some(Pass { group: &self.group, direction, cost, is_used: false })
     }
 
-    /// Other limits for the whole group; checked before.
+    /// Sets the limits of the whole group; the caller has checked them.
     pub(super) fn set_limits(&self, limits: RateLimits) {
         self.group.set_limits(limits).expect("the limits were checked when they were parsed");
     }
 
-    /// From now on nobody of this member waits.
+    /// From now on no request of this member waits.
     pub(super) fn drain_begin(&self) {
         let mut state = self.group.lock();
         if let Some(member) = state.members.get_mut(&self.number) {
@@ -301,7 +301,7 @@ impl Member {
         }
     }
 
-    /// `None`: it may go.
+    /// Queues a request; `None` if it may go at once.
     pub(super) fn stand_in_line(&self, direction: Direction, len: u64) -> Option<Waiting<'_>> {
         let mut state = self.group.lock();
         let now = bds_io::now();
@@ -320,7 +320,7 @@ impl Member {
     }
 }
 
-/// A turn that came at once.
+/// A request that was granted at once.
 pub(super) struct Pass<'a> {
     group: &'a Group,
     direction: Direction,
@@ -329,7 +329,7 @@ pub(super) struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// The request was done.
+    /// The request was done, so it costs.
     pub(super) fn use_up(mut self) {
         self.is_used = true;
     }
@@ -342,14 +342,14 @@ impl Drop for Pass<'_> {
         }
         let mut state = self.group.lock();
         state.limiter.give_back(self.direction, self.cost);
-        // Who came meanwhile has set his alarm by a level that never was.
+        // Requests that queued meanwhile have set their alarms by a level that is gone.
         let wakes = state.heads();
         drop(state);
         wake(wakes);
     }
 }
 
-/// A request in line. Dropping it leaves the line.
+/// A request in its queue. Dropping it leaves the queue.
 pub(super) struct Waiting<'a> {
     member: &'a Member,
     direction: Direction,
@@ -359,14 +359,14 @@ pub(super) struct Waiting<'a> {
 impl Waiting<'_> {
     pub(super) async fn wait(self) {
         while let Some(alarm) = self.look() {
-            // A wake-up that came since is kept by `woken`.
+            // A wake-up since the lock was released is kept by `woken`.
             let woken = pin!(self.turn.woken.notified());
             let rung = pin!(bds_io::sleep(alarm));
             select(woken, rung).await;
         }
     }
 
-    /// Grants what is due. How long at most until this turn can be due; `None`: it was granted.
+    /// Grants what is due. Returns the longest time until this request can be due; `None`: it was granted.
     fn look(&self) -> Option<Duration> {
         let now = bds_io::now();
         let mut state = self.member.group.lock();

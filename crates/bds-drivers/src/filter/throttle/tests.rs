@@ -1,4 +1,4 @@
-//! What only the graph asks of a throttle node (draining), and who goes on when others are gone.
+//! Tests of throttle nodes without a graph: drain, dropped and unpolled requests, new limits.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,12 +15,12 @@ use super::{Throttle, ThrottleGroups};
 
 const MB: usize = 1 << 20;
 
-/// A world in which nothing but waiting takes time.
+/// A simulated disk on which only waiting takes time.
 fn world(seed: u64) -> Sim {
     Sim::new(seed, SimConfig { overtake_rate: 0.0, ..SimConfig::calm() })
 }
 
-/// 1 MiB a second, both ways together.
+/// 1 MiB a second, both directions together.
 fn group() -> ThrottleGroups {
     let groups = ThrottleGroups::new();
     let bps_total = Rate::per_second(MB as u64);
@@ -37,7 +37,7 @@ fn mega() -> IoVec {
     Buf::zeroed(MB, 1).iov()
 }
 
-/// Begins a write of 1 MiB; the task tells when it ended, in milliseconds.
+/// Starts a write of 1 MiB; the task returns when it completed, in milliseconds.
 fn write(node: &Arc<dyn Driver>) -> Task<u128> {
     let node = Arc::clone(node);
     spawn(async move {
@@ -46,7 +46,7 @@ fn write(node: &Arc<dyn Driver>) -> Task<u128> {
     })
 }
 
-/// As the corridor does it.
+/// Waits as the request path does.
 async fn paced_write(node: &dyn Driver) -> Result<()> {
     pace(node, MB as u64).await;
     node.write(0, mega(), WriteFlags::empty()).await
@@ -58,7 +58,7 @@ async fn pace(node: &dyn Driver, len: u64) {
     }
 }
 
-/// Lets tasks come to rest.
+/// Lets tasks run until they are idle.
 async fn settle() {
     sleep(Duration::from_nanos(1)).await;
 }
@@ -77,12 +77,12 @@ fn draining_lets_everybody_of_this_node_go_and_nobody_else() {
             a.drain_begin();
             let ended = join_all(ours).await;
             assert_eq!((first, ended), (0, vec![100; 5]), "seed {seed}");
-            // Whoever comes while it lasts does not wait either, whatever it is.
+            // A request that comes meanwhile does not wait either, whatever its kind.
             a.read(1 << 29, mega(), ReadFlags::empty()).await.unwrap();
             a.try_write(0, &mega()).unwrap().unwrap();
             assert_eq!(now().as_millis(), 100);
             a.drain_end();
-            // Eight MiB went, of which 0.1 + 0.1 may: the rest has to leak for the next one.
+            // Eight MiB went, of which 0.1 + 0.1 may: the rest has to leak before the next one.
             assert_eq!(other.await, 7900, "seed {seed}");
             assert_eq!(write(&a).await, 8900, "seed {seed}");
         });
@@ -106,8 +106,7 @@ fn drained_twice_it_waits_in_between() {
     });
 }
 
-/// Lifecycle 52: a member that had the group's timer went, and nobody woke the others.
-/// QEMU's 6fccbb475b: a member left its group while the group's timer was its own, and the others hung.
+/// QEMU's 6fccbb475b: a member left its group while it owned the group's timer, and the requests of the others hung.
 #[test]
 fn others_go_on_when_a_member_leaves() {
     for seed in 0..20 {
@@ -133,7 +132,7 @@ fn others_go_on_when_a_member_leaves() {
     }
 }
 
-/// A future that is neither polled nor dropped keeps its place, gets its turn, and holds up nobody.
+/// A future that is neither polled nor dropped keeps its place in the queue, is granted, and blocks no other.
 #[test]
 fn nobody_waits_for_a_request_that_is_not_polled() {
     for seed in 0..20 {
@@ -147,7 +146,7 @@ fn nobody_waits_for_a_request_that_is_not_polled() {
             assert!(futures_util::poll!(behind.as_mut()).is_pending());
             let other = write(&b);
             behind.await.unwrap();
-            // All three have their turns, one a second, whoever is asked.
+            // All three are granted, one a second, whichever is polled.
             assert!([1900, 2900].contains(&now().as_millis()), "seed {seed}");
             assert!([900, 1900, 2900].contains(&other.await), "seed {seed}");
             idle.await.unwrap();
@@ -161,7 +160,7 @@ fn the_inline_way_goes_only_where_nobody_waits_and_pays_only_if_it_goes() {
     world(1).block_on(async {
         let groups = group();
         let a = node(&groups, "a").await;
-        // Declined below: not paid for.
+        // Declined by the child: costs nothing.
         assert!(a.try_read(1 << 29, &mega()).is_none());
         a.try_read(0, &mega()).unwrap().unwrap();
         assert!(a.try_read(0, &mega()).is_none());
@@ -192,7 +191,7 @@ fn zero_writes_discards_and_compressed_writes_are_writes() {
         a.write_compressed(0, mega()).await.unwrap();
         assert_eq!(now().as_millis(), 1900);
         write(&a).await;
-        // What writes nothing does not wait.
+        // Operations that write nothing do not wait.
         a.read(0, mega(), ReadFlags::empty()).await.unwrap();
         a.flush_to_disk().await.unwrap();
         a.block_status(0, len, true).await.unwrap();

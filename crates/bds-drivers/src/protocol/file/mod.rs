@@ -1,13 +1,13 @@
-//! `file` and `host_device`: bytes of the host (or of the simulated disk), through one `bds_io::File`.
+//! The `file` and `host_device` protocols: read and write a file or device of the host (or of the simulated disk)
+//! through one `bds_io::File`.
 //!
-//! Both drivers are the same code; they differ in what kind of file they accept and in which calls give
-//! space back. What lies where:
+//! Both drivers share this code; they differ in the kind of file they accept and in the calls that free space. Files:
 //!
 //! ```text
 //! open    options, kinds, read-only, limits       zero    zero writes, discard, their fallback ladders
 //! create  claiming, making, emptying a file         status  holes and data, truncate
-//! lock    QEMU's image locks; users: who has them   io      reads, writes, flush, copy offload
-//! reopen  another mode, giving the file away and taking it back
+//! lock    QEMU's image locks; users: their holders  io      reads, writes, flush, copy offload
+//! reopen  other modes and options, inactivate and activate
 //! ```
 //!
 //! Invariants:
@@ -108,14 +108,15 @@ struct FileNode {
     flavour: Flavour,
     node_name: String,
     path: PathBuf,
-    /// As it was opened first.
+    /// State at the first open.
     first: Opened,
-    /// As it is open now, once it was reopened. Most files never are: for them finding what to use costs one load.
+    /// State since the last reopen, if there was one. Most files are never reopened: for them the lookup costs one
+    /// load.
     later: OnceLock<RcuCell<Opened>>,
-    /// False while another process is in charge of the file.
+    /// False while another process uses the file (after `inactivate`).
     is_active: AtomicBool,
-    /// Length at open or after a change of it, or as far as the file was seen to reach since. A read never lowers it: what a file
-    /// that became shorter has lost must not turn into zeros.
+    /// Length at open or after a resize, raised as far as the file was seen to reach since. A read never lowers it:
+    /// what a file that was cut short has lost must not turn into zeros.
     known_len: AtomicU64,
     /// errno of the flush that failed; 0 if none did.
     broken_flush: AtomicI32,
@@ -123,7 +124,7 @@ struct FileNode {
     data_run: Mutex<DataRun>,
 }
 
-/// What another mode brings with it: exchanged as a whole by a reopen, while nobody is inside the node.
+/// Everything that a reopen replaces as a whole, while no request is in flight.
 #[derive(Debug)]
 struct Opened {
     file: File,
@@ -134,7 +135,7 @@ struct Opened {
     limits: Limits,
 }
 
-/// A look at what is open now.
+/// A reference to the current state.
 enum Now<'a> {
     First(&'a Opened),
     Later(RcuGuard<'a, Opened>),
@@ -152,14 +153,14 @@ impl Deref for Now<'_> {
     }
 }
 
-/// The options of ours that decide about locks.
+/// Options that decide about locks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Mode {
     locking: LockMode,
     share_writers: bool,
 }
 
-/// What the file system turned out not to do. Set once, per node; asking again would only cost time.
+/// Calls that the file system turned out not to support. Set once a node, so that they are not tried again.
 #[derive(Debug, Default)]
 struct Features {
     no_zero_range: AtomicBool,
@@ -180,19 +181,19 @@ impl FileNode {
         }
     }
 
-    /// An error of the system, with the file, node and byte it happened at.
+    /// Makes an error of the system with file, node and byte offset.
     fn failed(&self, what: &str, offset: u64, error: sysio::Error) -> Error {
         Error::io(error, what).node(&self.node_name).file(&self.path).at(offset)
     }
 
-    /// The length now. Also refreshes what `len` answers.
+    /// Queries the length, and refreshes what `len` returns.
     fn current_len(&self) -> Result<u64> {
         let len = self.actual_len()?;
         self.known_len.store(len, Ordering::Relaxed);
         Ok(len)
     }
 
-    /// The length the system tells now.
+    /// Queries the length that the file system reports.
     fn actual_len(&self) -> Result<u64> {
         let len = self.now().file.len();
         len.map_err(|e| Error::io(e, "cannot ask for the length").file(&self.path))

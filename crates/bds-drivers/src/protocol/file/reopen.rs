@@ -1,13 +1,13 @@
-//! Another mode for an open file, and giving it away to another process and taking it back.
+//! Reopens a file in another mode, and inactivates and activates it for use by another process.
 //!
-//! A reopen opens the name once more, locks the new description beside the old one (`lock.rs`), and exchanges the two at
-//! commit. Until then everything goes through the old one.
+//! A reopen opens the name again, locks the new description beside the old one (`lock.rs`), and exchanges the two at
+//! commit. Until then all requests use the old one.
 //!
 //! Invariants:
 //! - The file stays the same file: another inode under the name is refused.
 //! - There is no moment at which neither description holds the locks.
-//! - A failed write-back is not forgotten. The kernel reports it once to each description, so the old one is asked before it
-//!   goes, and what it ever said stays with the node (`broken_flush`).
+//! - A failed write-back is not forgotten. The kernel reports it once to each description, so the old one is synced
+//! before it is closed, and a failure is kept in the node (`broken_flush`).
 
 use std::sync::atomic::Ordering;
 
@@ -18,12 +18,13 @@ use super::lock::{LockMode, Locks, Widened};
 use super::open::{strip_scheme, take_mode, wants_write};
 use super::{FileNode, Mode, Opened};
 
-/// A second description, ready to take over. Dropped, it closes, and the first one's locks are as before.
+/// A second description, prepared to replace the first. Dropped without commit it closes, and the first one's locks are
+/// restored.
 struct Prepared<'a> {
     node: &'a FileNode,
-    /// `None`: it took over.
+    /// `None` after the commit.
     new: Option<Opened>,
-    /// What the first one held before.
+    /// The locks of the first description before.
     before: Option<Widened>,
 }
 
@@ -33,16 +34,16 @@ impl Reopen for Prepared<'_> {
         let node = self.node;
         {
             let old = node.now();
-            // An operation whose caller is gone may keep the old description open for a while.
+            // An operation whose future was dropped may keep the old description open for a while.
             old.locks.release(&old.file);
         }
         let file = new.file.clone();
         match node.later.get() {
             Some(later) => later.replace(new),
-            // The one who commits is alone with the node, so it is empty still.
+            // No request is in flight at commit, so this is still empty.
             None => drop(node.later.set(RcuCell::new(new))),
         }
-        // The first one lives as long as the node, but its description must not.
+        // The first state lives as long as the node, but its description must be closed now.
         if let Err(error) = node.first.file.forward(&file) {
             let node = &node.node_name;
             tracing::warn!(%error, node, "a former descriptor stays open until the node is closed");
@@ -97,7 +98,7 @@ impl FileNode {
         take_mode(&mut context.options, self.now().mode)
     }
 
-    /// Is the file open like this already?
+    /// Is the file open in this mode already?
     fn is_like(&self, mode: Mode, flags: &OpenFlags) -> bool {
         let now = self.now();
         mode == now.mode
@@ -123,7 +124,7 @@ impl FileNode {
         let is_active = self.is_active.load(Ordering::Acquire);
         let needed = if is_active { wanted } else { wanted.idle() };
         let before = now.locks.widen(&now.file, needed, new.locking(&flags))?;
-        // From here on the locks go back if anything fails.
+        // From here on the locks are restored if anything fails.
         let is_locked = before.is_some();
         let mut prepared = Prepared { node: self, new: None, before };
         let beside = match is_locked {
@@ -143,14 +144,14 @@ impl FileNode {
         Ok(prepared)
     }
 
-    /// Lets another process take charge of the file.
+    /// Inactivates: lets another process use the file.
     pub(super) fn give_away(&self) {
         let now = self.now();
         now.locks.relax(&now.file);
         self.is_active.store(false, Ordering::Release);
     }
 
-    /// Takes charge of the file, which may be longer or shorter by now.
+    /// Activates: uses the file again, which may be longer or shorter now.
     pub(super) fn take_back(&self) -> Result<()> {
         let named = |e: Error| e.node(&self.node_name).file(&self.path);
         let now = self.now();

@@ -1,4 +1,4 @@
-//! The file protocol on a simulated disk, where every refusal of a file system can be had.
+//! Tests of the file protocol on a simulated disk, which can refuse every call of a file system.
 
 use std::io;
 use std::path::Path;
@@ -80,7 +80,7 @@ pub(super) fn write(
     sim.block_on(node.write(offset, Buf::from_slice(bytes).iov(), flags))
 }
 
-/// The image-lock bytes somebody holds.
+/// The image-lock bytes that are held.
 pub(super) fn held(sim: &Sim) -> Vec<u64> {
     let is_held = |byte: &u64| {
         let lock = ByteLock { offset: *byte, len: 1 };
@@ -287,18 +287,18 @@ fn a_file_cut_by_others_is_noticed() {
         assert_eq!(error.kind(), ErrorKind::Io);
         let text = error.to_string();
         assert!(text.contains(NAME) && text.contains("cut short"), "{text}");
-        // It does not become a hole, however often it is asked for.
+        // It does not become a hole, however often the status is queried.
         let run = sim.block_on(node.block_status(offset, len as u64, true)).unwrap();
         assert!(offset < 512 || run.flags.contains(StatusFlags::DATA), "{run:?}");
         assert_eq!(node.len(), 1024);
     }
     assert_eq!(read(&sim, &*node, 0, 512).unwrap(), [3; 512]);
-    // It grows again: what is behind the old end are zeros once more.
+    // It grows again: bytes behind the old end are zeros once more.
     sim.block_on(other.set_len(2048)).unwrap();
     assert_eq!(read(&sim, &*node, 1024, 1024).unwrap(), [0; 1024]);
 }
 
-/// Our own change of the length is no loss.
+/// A resize through this node is no loss.
 #[test]
 fn a_file_made_shorter_through_the_node_reads_zeros_behind_its_end() {
     let sim = calm(&[3; 4096]);

@@ -1,4 +1,4 @@
-//! Making ranges read as zeros and giving space back, by the first way the file system offers.
+//! Writes zeros and discards ranges, by the first method that the file system supports.
 //!
 //! ```text
 //!                 regular file                                   block device
@@ -8,11 +8,11 @@
 //! discard         punch hole                                     BLKDISCARD
 //! ```
 //!
-//! A way that turned out not to be supported is not tried again on this node. "Unsupported" means: write zeros
-//! yourself; an error means that the device failed.
+//! A method that turned out to be unsupported is not tried again on this node. "Unsupported" means that the caller
+//! writes zeros itself; an error means that the device failed.
 //!
-//! Growing by zeros never uses ftruncate: between asking for the length and setting it, another request may have
-//! grown the file further, and its bytes would be cut off.
+//! Growing by zeros never uses ftruncate: between querying the length and setting it, another request may have grown
+//! the file further, and its bytes would be cut off.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,7 +23,7 @@ use bds_io::{Buf, ZeroMode};
 
 use super::{FileNode, Flavour};
 
-/// What came of one way.
+/// Result of one method.
 enum Tried {
     Done,
     /// Not supported, or not for this range.
@@ -78,14 +78,14 @@ impl FileNode {
         Ok(Tried::Next)
     }
 
-    /// After a hole was punched: the file must still reach to `end`, for its length is part of what is read.
+    /// After a hole was punched: extends the file to `end`, because its length is part of what is read.
     async fn reach(&self, offset: u64, end: u64) -> io::Result<Tried> {
         let now = self.now();
         let len = now.file.len()?;
         if end <= len {
             return Ok(Tried::Done);
         }
-        // One block of zeros at the very end of our own range: it cannot cut or overwrite anybody else's bytes.
+        // One block of zeros at the end of this request's own range: it cannot cut off or overwrite bytes of others.
         let block_len = u64::from(now.limits.request_alignment).min(end - offset);
         let buf_len = usize::try_from(block_len).expect("an alignment fits into memory");
         let zeros = Buf::zeroed(buf_len, now.limits.memory_alignment as usize);
@@ -102,7 +102,7 @@ impl FileNode {
         {
             return Ok(Tried::Done);
         }
-        // BLKZEROOUT may write the zeros one by one, and does not tell the page cache.
+        // BLKZEROOUT may write the zeros one by one, and does not update the page cache.
         let may_be_slow = !flags.contains(ZeroFlags::NO_FALLBACK);
         let known_bad = self.features.no_zero_device.load(Ordering::Relaxed);
         let now = self.now();
@@ -133,7 +133,7 @@ impl FileNode {
         self.judge(self.now().file.zero_range(offset..offset + len, mode).await, known_bad)
     }
 
-    /// Sorts an answer: done, this way never works here, this way does not work for this range, or failed.
+    /// Classifies a result: done, never supported, not supported for this range, or failed.
     fn judge(&self, answer: io::Result<()>, known_bad: &AtomicBool) -> io::Result<Tried> {
         let Err(error) = answer else { return Ok(Tried::Done) };
         match error.raw_os_error() {

@@ -1,4 +1,4 @@
-//! Files that were cut short: what lies behind the end is an error that says so, never zeros; and what is there stays readable.
+//! Truncated files: clusters behind the end are errors, never zeros; the rest stays readable.
 
 use bds_core::driver::{Driver, OpenFlags, Prealloc, ReadFlags, StatusFlags, Truncate, WriteFlags};
 use bds_core::options::Options;
@@ -21,7 +21,7 @@ fn with_sim<T>(work: impl Future<Output = T>) -> T {
 /// A full disk; each cluster differs from the others and none is zeros.
 fn content() -> Vec<u8> {
     let mut bytes = pattern(3, 0, LEN);
-    // So that it compresses.
+    // Makes it compressible.
     for sector in bytes.chunks_mut(512) {
         let byte = sector[9] | 1;
         sector[64..].fill(byte);
@@ -63,7 +63,7 @@ fn read_only() -> OpenFlags {
     OpenFlags { read_only: true, ..OpenFlags::default() }
 }
 
-/// Reads every sector of an image cut to `len` bytes: each is right, or an error, or in the one cluster that the file ends in.
+/// Reads every sector of an image cut to `len` bytes: each is right, or an error, or in the one cluster that is cut.
 fn expect_right_or_failed(whole: &[u8], len: usize, cluster: usize, is_compressed: bool) -> usize {
     let file = MemPort::new(whole[..len].to_vec());
     let expected = content();
@@ -129,7 +129,7 @@ fn a_cut_image_reads_right_or_not_at_all() {
     }
 }
 
-/// The file may end inside its last cluster: that is how the last cluster of many images is.
+/// The file may end inside its last cluster, as many images do.
 #[test]
 fn a_last_cluster_that_the_file_ends_in_is_whole() {
     let whole = filled(Options::new().with("cluster_size", 4096_u64), false);
@@ -169,7 +169,7 @@ fn a_cut_image_is_not_opened_for_writing() {
     }
 }
 
-/// After a crash, counts may speak of clusters that the file never got. Nothing points there, so nothing is lost.
+/// After a crash, refcounts may exist for clusters that the file never got. Nothing points there, so nothing is lost.
 #[test]
 fn counts_behind_the_end_alone_are_leaks_and_no_obstacle() {
     let mut bytes = filled(Options::new().with("cluster_size", 4096_u64), false);
@@ -222,7 +222,7 @@ fn a_cut_data_file_is_an_error_and_is_not_written() {
         write(&backend, 0, &content()[..half]).await.unwrap();
         close(&graph, node, backend).await;
     });
-    // What nothing points at need not be there.
+    // Clusters that nothing points at need not exist.
     sim.put_file(DATA, &sim.snapshot_file(DATA)[..half]);
     sim.block_on(async {
         let (node, backend) = open(&graph, options()).await;
@@ -270,7 +270,7 @@ fn a_file_that_is_cut_while_it_is_open_does_not_become_zeros() {
     }
 }
 
-/// Preallocated clusters are in the file before anything points at them, wherever the power goes.
+/// Preallocated clusters are in the file before anything points at them, at every power cut.
 #[test]
 fn preallocated_clusters_are_in_the_file_before_they_are_linked() {
     let mut cuts = 0;

@@ -1,4 +1,4 @@
-//! External data files: what the image file frees is never taken from the data file.
+//! External data files: clusters freed in the image file are never discarded in the data file.
 
 use bds_core::driver::{Prealloc, Truncate, ZeroFlags};
 use bds_core::options::Options;
@@ -28,7 +28,7 @@ fn word(bytes: &[u8], at: usize) -> u64 {
     u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 
-/// Fills the start of the disk in `sim`, does `work`, and sees that no byte of it was lost.
+/// Fills the start of the disk in `sim`, does `work`, and checks that no byte of it was lost.
 fn keeps_data(sim: &Sim, work: impl AsyncFn(&bds_core::request::Backend)) {
     let filled = pattern(9, 0, FILLED);
     let graph = graph(sim);
@@ -95,7 +95,7 @@ fn a_copied_l2_table_is_discarded_in_the_image_file_only() {
     assert_ne!(word(&image, l1) & !(1 << 63), old_table, "the table was not copied");
 }
 
-/// The other way round: data that is discarded leaves the image file alone, and the data file gives up just that.
+/// The reverse: discarded data leaves the image file unchanged, and the data file frees only that range.
 #[test]
 fn discarded_data_is_discarded_in_the_data_file_only() {
     let sim = Sim::new(36, SimConfig::calm());

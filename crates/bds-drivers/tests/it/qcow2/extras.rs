@@ -1,4 +1,5 @@
-//! What this driver does not maintain and must not lose silently: persistent bitmaps, and the sizes of internal snapshots.
+//! Features that the driver does not maintain and must not lose silently: persistent bitmaps, and the sizes of internal
+//! snapshots.
 
 use bds_core::ErrorKind;
 use bds_core::driver::{Prealloc, Truncate};
@@ -31,7 +32,7 @@ fn empty(compat: &str) -> Vec<u8> {
     bytes
 }
 
-/// Appends clusters, counted once, and returns where they begin.
+/// Appends clusters with refcount one, and returns their offset.
 fn append(bytes: &mut Vec<u8>, content: &[u8]) -> u64 {
     let at = bytes.len();
     bytes.extend(content);
@@ -108,7 +109,7 @@ fn an_image_whose_bitmaps_would_go_stale_is_not_opened_for_writing() {
             assert!(text.contains(word), "'{word}' is missing: {text}");
         }
         assert!(!text.contains("'kept'") && !text.contains("'old'"), "{text}");
-        // Reading them does no harm, and a reader does not become a writer behind one's back.
+        // Reading them does no harm, and a reader does not become a writer by `auto-read-only`.
         let file = serde_json::json!({"driver": "file", "filename": IMAGE, "node-name": "f"});
         let _file = graph.open(Options::from_json(file).unwrap()).await.unwrap();
         let shown = || Options::new().with("driver", "qcow2").with("file", "f");
@@ -151,7 +152,8 @@ fn bitmaps_that_may_go_stale_are_marked_before_the_first_write() {
     tool.must(["check", &*path]);
 }
 
-/// A bitmap that records nothing stays right when the disk is written, but not when it grows; one in use is lost already.
+/// A bitmap that is not recording stays valid when the disk is written, but not when it grows; one in use is invalid
+/// already.
 #[test]
 fn growing_minds_every_bitmap_that_is_good() {
     for (flags, is_writable, is_growable) in
@@ -197,11 +199,11 @@ fn a_bitmap_directory_that_cannot_be_read_is_in_the_way_as_well() {
         write(&backend, 0, &[1; 512]).await.unwrap();
         close(&graph, node, backend).await;
     });
-    // They are given up, as a writer that knows nothing of them does.
+    // They are dropped, as by a writer that does not know the feature.
     assert_eq!(sim.snapshot_file(IMAGE)[95] & 1, 0);
 }
 
-/// An image with one internal snapshot whose entry has so much extra data.
+/// An image with one internal snapshot whose entry has so many bytes of extra data.
 fn with_snapshot(compat: &str, extra_len: u32) -> Vec<u8> {
     let mut bytes = empty(compat);
     let l1 = append(&mut bytes, &[0; 8]);

@@ -1,4 +1,4 @@
-//! qcow2 through the whole graph on the simulated disk, against a byte model and QEMU's tools.
+//! Tests qcow2 in a graph on the simulated disk, against a byte model and QEMU's tools.
 
 mod cut_short;
 mod data_file;

@@ -1,4 +1,4 @@
-//! Requests that meet: readers and freed clusters, writers and writers.
+//! Concurrent requests: reads of freed clusters, and writes to one cluster.
 
 use bds_core::driver::{WriteFlags, ZeroFlags};
 use bds_core::request::Backend;
@@ -8,8 +8,8 @@ use futures_util::future::join_all;
 use super::harness::{Shape, close, graph, make, open, options, read, write};
 use super::random::Dice;
 
-/// Every cluster is only ever written with its own number. Whoever reads it while it is freed, given to others
-/// and written by them sees its number or zeros, never theirs.
+/// Every cluster is only ever written with its own number. A read of a cluster that is freed, reallocated and rewritten
+/// meanwhile returns its number or zeros, never those of another.
 async fn write_and_free(backend: &Backend, shape: &Shape, seed: u64, ops: usize) {
     let mut dice = Dice::new(seed);
     let clusters = shape.size / shape.cluster;
@@ -29,7 +29,7 @@ async fn write_and_free(backend: &Backend, shape: &Shape, seed: u64, ops: usize)
                 let _ = backend.write_zeroes(at, shape.cluster, flags).await.unwrap();
             }
             6 => backend.discard(at, shape.cluster).await.unwrap(),
-            // Durable removals are what lets clusters be used again.
+            // Clusters are reused only after their removal is durable.
             _ => backend.flush().await.unwrap(),
         }
     }
@@ -72,7 +72,7 @@ fn readers_never_see_a_cluster_that_was_given_to_others() {
     }
 }
 
-/// Many small writes into one fresh cluster at once: each byte is what its only writer wrote.
+/// Many small writes into one fresh cluster at once: each byte is that of its only writer.
 #[test]
 fn writers_of_one_fresh_cluster_do_not_lose_each_others_bytes() {
     for (seed, backing) in [(1, false), (2, true), (3, false), (4, true)] {
@@ -98,7 +98,7 @@ fn writers_of_one_fresh_cluster_do_not_lose_each_others_bytes() {
     }
 }
 
-/// A future that is kept but not polled holds nothing that others need.
+/// A future that is kept but not polled holds nothing that other requests need.
 #[test]
 fn a_write_that_nobody_polls_does_not_hold_up_others() {
     use std::task::{Context, Poll, Waker};

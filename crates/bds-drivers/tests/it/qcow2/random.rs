@@ -1,4 +1,4 @@
-//! Random operations against a byte model; what is left must check clean.
+//! Random operations against a byte model; the image must check clean afterwards.
 
 use bds_core::driver::{Prealloc, Truncate, WriteFlags, ZeroFlags};
 use bds_core::request::Backend;
@@ -10,7 +10,7 @@ use super::harness::{
 };
 use crate::sweep::seeds;
 
-/// Numbers from a seed.
+/// Seeded random numbers.
 pub(crate) struct Dice(u64);
 
 impl Dice {
@@ -31,7 +31,7 @@ impl Dice {
     }
 }
 
-/// What the guest must see.
+/// The expected content of the disk.
 pub(crate) fn model_of(sim: &Sim, shape: &Shape) -> Vec<u8> {
     let mut model = vec![0; shape.size as usize];
     if shape.backing {
@@ -117,7 +117,7 @@ async fn one_op(dice: &mut Dice, backend: &Backend, model: &mut Vec<u8>, shape: 
     }
 }
 
-/// Several writes at once, side by side in the same clusters.
+/// Several concurrent writes, side by side in the same clusters.
 async fn at_once(dice: &mut Dice, backend: &Backend, model: &mut [u8], at: u64) {
     let count = 2 + dice.below(8);
     let step = 1 + dice.below(1500);
@@ -168,7 +168,7 @@ fn run(seed: u64, shape: &Shape, ops: usize) {
     }
 }
 
-/// The corners of the format, few operations each.
+/// Extreme parameters of the format, few operations each.
 #[test]
 fn random_operations_match_a_byte_model() {
     let shapes = [

@@ -1,7 +1,7 @@
 //! Power cuts, faults and dropped futures at every point of a workload.
 //!
-//! The promise: the image checks clean, leaks at most, and holds every byte that was flushed. A byte written since the last flush may
-//! be old or new, but never anything else.
+//! Promise under test: the image checks clean, leaks at most, and holds every flushed byte. A byte written since the
+//! last flush may be old or new, and nothing else.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -16,11 +16,11 @@ use super::harness::{Shape, close, graph, make, open, options, read, write};
 use super::random::{Dice, model_of};
 use crate::sweep::{is_full, seeds};
 
-/// What each byte may be now: the flushed value, and the values it may have got since.
+/// Possible values of each byte: the flushed value, and the values written since.
 #[derive(Clone)]
 pub(crate) struct Model {
     flushed: Vec<u8>,
-    /// Values of requests that failed or were dropped: they may be there or not, for good.
+    /// Values of requests that failed or were dropped: they may or may not be there, from now on.
     maybe: HashMap<usize, Vec<u8>>,
     /// Requests since the last flush, newest last.
     since: Vec<Request>,
@@ -38,7 +38,7 @@ impl Model {
         Self { flushed: bytes, maybe: HashMap::new(), since: Vec::new() }
     }
 
-    /// A request begins; the number is for `ended`.
+    /// Starts a request; returns its number for `ended`.
     fn begin(&mut self, at: u64, bytes: Vec<u8>) -> usize {
         self.since.push(Request { at: at as usize, bytes, succeeded: false });
         self.since.len() - 1
@@ -61,7 +61,7 @@ impl Model {
         }
     }
 
-    /// Is `now` what it may be?
+    /// Is every byte of `now` a possible value?
     fn check(&self, now: &[u8], what: &str) {
         let mut may: Vec<bool> = now.iter().zip(&self.flushed).map(|(a, b)| a == b).collect();
         for Request { at, bytes, .. } in &self.since {
@@ -77,7 +77,7 @@ impl Model {
     }
 }
 
-/// A workload that goes on until something fails. Values are never zero, so that lost data cannot look like old data.
+/// Runs a workload until something fails. Values are never zero, so that lost data cannot look like old data.
 async fn work(backend: &Backend, model: &RefCell<Model>, seed: u64, ops: usize, cluster: u64) {
     let mut dice = Dice::new(seed);
     let len = model.borrow().flushed.len() as u64;
@@ -137,7 +137,7 @@ async fn work(backend: &Backend, model: &RefCell<Model>, seed: u64, ops: usize, 
     }
 }
 
-/// Opens what is left, read-only, and compares; then asks our own check.
+/// Opens the image read-only, compares, and runs our own check.
 fn verify(sim: &Sim, model: &Model, shape: &Shape, what: &str) -> CheckReport {
     let graph = graph(sim);
     sim.block_on(async {
@@ -168,7 +168,7 @@ fn start(sim: &Sim, shape: &Shape, seed: u64, ops: usize) -> (Model, bool) {
     let ended = sim.run_until_cut(async {
         let mut how = options();
         if seed.is_multiple_of(2) {
-            // Small caches: metadata is written back and loaded again all the time.
+            // Small caches: metadata is written back and loaded again often.
             how.set("l2-cache-size", 1024);
             how.set("l2-cache-entry-size", 512);
             how.set("refcount-cache-size", 512);
@@ -265,7 +265,7 @@ fn a_fault_anywhere_leaves_the_image_whole() {
                         sim.fail_nth(n, Fault::once(errno));
                         work(&backend, &model, seed, 30, shape.cluster).await;
                         sim.clear_faults();
-                        // A failed flush is sticky in the file node: what matters is that nothing is lost or torn.
+                        // A failed flush is sticky in the file node: it matters that nothing is lost or torn.
                         if let Err(error) = backend.flush().await {
                             assert_eq!(error.errno(), errno, "{what}: {error}");
                         }
@@ -298,7 +298,7 @@ fn a_dropped_future_leaves_the_image_whole() {
                 let what = format!("shape {i} forget {forget} at {n}");
                 if !forget {
                     sim.block_on(async {
-                        // Everything else goes on as if nothing had happened.
+                        // Everything else goes on.
                         write(&backend, 0, &[77; 5000]).await.unwrap();
                         assert_eq!(read(&backend, 0, 5000).await.unwrap(), vec![77; 5000]);
                         let request = model.borrow_mut().begin(0, vec![77; 5000]);

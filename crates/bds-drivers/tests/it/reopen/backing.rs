@@ -1,4 +1,4 @@
-//! A backing node that comes, goes, and becomes another one while the overlay is open.
+//! Tests adding, removing and replacing the backing node of an open overlay.
 
 use std::sync::Arc;
 
@@ -17,13 +17,13 @@ use crate::sweep::rig::{Kind, World};
 
 const CLUSTER: u64 = 4096;
 
-/// A raw file below, by name.
+/// A raw file by name.
 async fn base(sim: &Sim, name: &str, bytes: &[u8]) -> Arc<dyn Driver> {
     sim.put_file(name, bytes);
     open_file(&sim.fs(), name.into(), read_only(writer())).await.unwrap()
 }
 
-/// A node that answers at once.
+/// A node whose reads complete at once.
 async fn memory(bytes: &[u8]) -> Arc<dyn Driver> {
     let mut none = Shelf::default();
     let fs = bds_io::Fs::Host;
@@ -102,7 +102,7 @@ fn the_first_backing_node_comes_and_the_only_one_goes() {
     });
 }
 
-/// What was copied up stays, what was not comes from below.
+/// Copied clusters stay, others come from the new backing node.
 #[test]
 fn writes_over_a_new_backing_node_keep_what_lies_around_them() {
     let kind = Kind::qcow2("overlay", CLUSTER);
@@ -125,7 +125,7 @@ fn writes_over_a_new_backing_node_keep_what_lies_around_them() {
     });
 }
 
-/// The child leads to a node of another length, and the driver is not told.
+/// The child leads to a node of another length, without notice to the driver.
 #[test]
 fn another_backing_node_of_another_length_is_shown_as_it_is() {
     let kind = Kind::qcow2("overlay", CLUSTER);
@@ -141,13 +141,13 @@ fn another_backing_node_of_another_length_is_shown_as_it_is() {
             *place.lock().unwrap() = memory(&below).await;
             let mut expected = below[..below.len().min(len)].to_vec();
             expected.resize(len, 0);
-            // By pieces, so that some end before the end, some on it and some behind it.
+            // In pieces, so that some end before the end, some at it and some behind it.
             for at in (8192..len).step_by(1000) {
                 let piece = 1000.min(len - at);
                 let got = read(&*node, at as u64, piece).await;
                 assert_eq!(got, expected[at..at + piece], "{below_len} bytes, at {at}");
             }
-            // Its length was learnt on the way: from now on the quick way answers up to the very end and past it.
+            // The length is known now: from here on the inline path serves reads up to the end and past it.
             for at in (8192..len).step_by(1000) {
                 let iov = Buf::zeroed(1000.min(len - at), 4096).iov();
                 assert!(node.try_read(at as u64, &iov).is_some(), "{below_len} bytes, at {at}");
@@ -170,7 +170,7 @@ fn a_raw_data_file_and_a_backing_node_exclude_each_other() {
     });
 }
 
-/// Taken back with another backing file's name in its header: refused until the node has another backing node.
+/// Activated with another backing file's name in its header: refused until the node has another backing node.
 #[test]
 fn a_backing_file_renamed_meanwhile_is_noticed() {
     let kind = Kind::qcow2("renamed", CLUSTER).backed(50_000);
@@ -199,7 +199,7 @@ async fn node(graph: &Graph, options: serde_json::Value) -> NodeRef {
     graph.open(Options::from_json(options).unwrap()).await.unwrap()
 }
 
-/// In a real graph: an overlay opened with nothing below goes on top of a disk in use, and later loses it again.
+/// In a graph: an overlay opened without a backing node is put on top of a disk in use, and later loses it again.
 #[test]
 fn an_overlay_opened_with_nothing_below_is_put_on_top() {
     let kind = Kind::qcow2("overlay", CLUSTER).sized(64 * CLUSTER, 64 * CLUSTER);
@@ -232,7 +232,7 @@ fn an_overlay_opened_with_nothing_below_is_put_on_top() {
         assert_eq!(sim.snapshot_file("/base"), pattern(7, 0, len));
         assert_eq!(read().await, shown(&pattern(7, 0, len), len));
 
-        // One of another length: the driver is not told.
+        // A backing node of another length, without notice to the driver.
         let before = bottom.count();
         graph.set_backing(&top, Some(&short)).await.unwrap();
         assert_eq!(bottom.count(), before - 1);

@@ -1,4 +1,5 @@
-//! A reopen, giving away and taking back that fail at every I/O, are dropped at every await, and lose the power at every write.
+//! Reopen, inactivate and activate with a failure at every I/O, a dropped future at every await, and a power cut at
+//! every write.
 
 use std::time::Duration;
 
@@ -23,14 +24,14 @@ fn kinds() -> Vec<Kind> {
     ]
 }
 
-/// What is done to an image.
+/// A change of the mode of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Act {
     ToReader,
     ToWriter,
     GiveAway,
     TakeBack,
-    /// Other classes of metadata are kept apart: all is read again.
+    /// Other metadata overlap checks are kept: everything is read again.
     Options,
 }
 
@@ -49,7 +50,7 @@ impl Act {
         }
     }
 
-    /// May it write afterwards, if it was done or not?
+    /// May the image be written afterwards, with this result?
     fn can_write(self, is_done: bool) -> bool {
         match self {
             Self::ToReader | Self::GiveAway => !is_done,
@@ -61,7 +62,7 @@ impl Act {
 
 const FLUSHED_LEN: usize = 9000;
 
-/// An image to which `act` can be done, with bytes in it: 9000 that are flushed, and some that are not.
+/// An image ready for `act`, with bytes in it: 9000 that are flushed, and some that are not.
 async fn begin(world: &World, kind: &Kind, act: Act) -> (Image, Vec<u8>) {
     let flags = if act == Act::ToWriter { read_only(writer()) } else { writer() };
     let first = Image::open(world, kind, writer()).await.unwrap();
@@ -80,7 +81,7 @@ async fn begin(world: &World, kind: &Kind, act: Act) -> (Image, Vec<u8>) {
     (image, bytes)
 }
 
-/// It does what it is there for: reads all, writes if it may, flushes, is sound.
+/// Checks an image in use: reads all, writes if it may, flushes, and passes `check`.
 async fn works(image: &Image, bytes: &mut [u8], can_write: bool, what: &str) {
     assert!(image.read(0, bytes.len()).await.unwrap() == bytes, "{what}: other bytes before");
     for at in [100, 35_000, 60_000] {
@@ -96,7 +97,7 @@ async fn works(image: &Image, bytes: &mut [u8], can_write: bool, what: &str) {
     assert_eq!(image.check().await, 0, "{what}");
 }
 
-/// After all, closed, it reads the same and is sound for others too.
+/// Closes it; a new open reads the same and `check` passes.
 async fn ends(world: &World, kind: &Kind, image: Image, bytes: &[u8], what: &str) {
     image.close().await.unwrap();
     let graph = world.graph();
@@ -124,7 +125,7 @@ fn one_that_fails_anywhere_changes_nothing_and_can_be_done_again() {
                 let world = World::Sim(sim.clone());
                 let what = format!("{} {act:?} fault {n}", kind.name);
                 let (mut image, mut bytes) = sim.block_on(begin(&world, &kind, act));
-                // Not a sync: a file whose flush failed stays broken, as it must.
+                // Not a sync: a file whose flush failed stays failed, as it must.
                 let steps = OpMask::READ | OpMask::WRITE | OpMask::ZERO | OpMask::OPEN;
                 let first = sim.ops_of(steps);
                 sim.fail_nth(n, Fault::once(libc::EIO).on(steps));
@@ -199,7 +200,7 @@ fn one_that_is_dropped_at_any_await_changes_nothing_and_can_be_done_again() {
                 let (mut image, mut bytes) = sim.block_on(begin(&world, &kind, act));
                 let is_dropped = sim.drop_at(act.run(&mut image), k);
                 sim.block_on(async {
-                    // Giving away and taking back are several steps here: the rest of them is undone or done by who asked.
+                    // Inactivate and activate are several steps here: the caller undoes or completes the rest.
                     match act {
                         Act::GiveAway if is_dropped => image.activate().await.unwrap(),
                         Act::TakeBack if is_dropped => image.inactivate().await.unwrap(),
@@ -218,8 +219,8 @@ fn one_that_is_dropped_at_any_await_changes_nothing_and_can_be_done_again() {
     }
 }
 
-/// Somebody drops the reopen and writes on while its tail still brings the image up to date: the dirty bit is never off while
-/// counts are behind.
+/// A reopen is dropped and writes go on while it still writes back the image: the dirty bit is never cleared while
+/// refcounts are behind.
 #[test]
 fn writes_beside_an_abandoned_reopen_stay_sound_after_a_cut() {
     let kind = Kind::qcow2("512-lazy", 512).sized(512 * 160, 512 * 240).lazy();
@@ -234,7 +235,7 @@ fn writes_beside_an_abandoned_reopen_stay_sound_after_a_cut() {
         let mut moment = |below_us: u64| Duration::from_micros(chance.draw() % below_us);
         let (dropped_at, cut_at) = (moment(2500), moment(3000));
         sim.cut_at(sim.now() + dropped_at + cut_at);
-        // The image may have been given away by then: a write is done or refused, and fails in no other way.
+        // The image may be inactive by then: a write succeeds or is refused, and fails in no other way.
         let is_fine = |done: Result<()>| match done {
             Ok(()) => true,
             Err(error) => error.kind() == ErrorKind::ReadOnly,
@@ -264,7 +265,7 @@ async fn drop_after(time: Duration, future: impl Future<Output = Result<()>>) {
     futures_util::future::select(future, sleep).await;
 }
 
-/// Ends an image in the dead world.
+/// Drops an image on a disk without power.
 fn abandon(sim: &Sim, image: Image) {
     sim.power_cut();
     let gone = sim.run_until_cut(async move {
@@ -274,7 +275,7 @@ fn abandon(sim: &Sim, image: Image) {
     assert!(gone.is_none(), "the power is gone");
 }
 
-/// After a cut: sound or leaking (or marked dirty), and what was flushed is there.
+/// Checks after a cut: sound or leaking (or marked dirty), and flushed bytes are there.
 fn look(after: &World, kind: &Kind, flushed: Option<&[u8]>, what: &str) {
     let graph = after.graph();
     after.block_on(async {
@@ -311,7 +312,7 @@ fn a_power_cut_at_any_write_leaves_the_image_sound() {
                 sim.cut_after_writes(Some(sim.writes() + n));
                 let ended = sim.run_until_cut(async {
                     act.run(&mut image).await.unwrap();
-                    // The other one, so that what the first left behind is built upon.
+                    // Then the other change, on top of what the first left behind.
                     match act {
                         Act::ToReader => Act::ToWriter.run(&mut image).await.unwrap(),
                         Act::GiveAway => Act::TakeBack.run(&mut image).await.unwrap(),

@@ -1,5 +1,5 @@
-//! Nodes in another mode, given away and taken back, by the driver contract alone: what a graph does with them is the graph's
-//! test. Drivers stand on each other through a port that is as thin as can be, on the simulated disk.
+//! Tests reopen, inactivate and activate at the driver contract, without a graph. Drivers stand on each other through a
+//! minimal port, on the simulated disk.
 
 mod backing;
 mod faults;

@@ -1,4 +1,4 @@
-//! raw, null, mem and blkdebug: what changes while they are open, what does not, and what they do with their children.
+//! Reopen of raw, null, mem and blkdebug: which options change, which do not, and the access to their children.
 
 use bds_core::driver::{
     Access, Driver, DriverType, NodeUse, OpenContext, OpenFlags, Perm, Reopen, Role,
@@ -143,7 +143,7 @@ fn a_disk_in_memory_only_grows() {
     assert_eq!(read(&*node, 0, 5000).unwrap(), expected);
 }
 
-/// Does a read fail by the rule that injects an error? In no other way.
+/// True if a read fails with the injected error; any other error is a failure of the test.
 fn fails(node: &dyn Driver) -> bool {
     let iov = bds_io::Buf::zeroed(512, 4096).iov();
     let read = bds_io::block_on(node.read(0, iov, bds_core::driver::ReadFlags::empty()));
@@ -165,7 +165,7 @@ fn rules_and_limits_are_exchanged() {
     assert!(!fails(&*node), "not before the commit");
     reopen(&*node, &once).unwrap();
     assert!(fails(&*node) && !fails(&*node));
-    // Used up it stays, whatever else changes; given again it begins anew.
+    // A rule that was used up stays so if other options change; given again it starts anew.
     reopen(&*node, &json!({"align": 4096})).unwrap();
     assert_eq!((node.limits().request_alignment, fails(&*node)), (4096, false));
     reopen(&*node, &once).unwrap();
@@ -185,7 +185,7 @@ fn rules_and_limits_are_exchanged() {
     }
     assert_eq!(node.limits(), limits);
     reopen(&*node, &json!({"inject-error": []})).unwrap();
-    assert!(read(&*node, 0, 512).is_some(), "without rules the quick way is open");
+    assert!(read(&*node, 0, 512).is_some(), "without rules the inline path is used");
     ready(&*node, read_only(writer()), &json!({})).unwrap().commit();
 }
 
@@ -197,7 +197,7 @@ fn rules_come_from_a_file_too() {
     let config = json!({"config": path});
     let node = open(&Blkdebug, &config, vec![("image", memory(&[7; 4096]))]).unwrap();
     assert!(fails(&*node));
-    // Read once: what becomes of the file is seen when it is named again.
+    // Read once: later content of the file counts only when it is named again.
     std::fs::write(&path, "[inject-error]\niotype = \"write\"\n").unwrap();
     reopen(&*node, &json!({"set-state": []})).unwrap();
     assert!(fails(&*node));
@@ -211,7 +211,7 @@ fn rules_come_from_a_file_too() {
     }
 }
 
-/// What a parent that reads and writes asks.
+/// The use by a parent that reads and writes.
 fn node_use(is_active: bool) -> NodeUse {
     let above = Access { perm: Perm::CONSISTENT_READ, shared: Perm::all() };
     NodeUse { above, is_writable: true, is_active, force_share: false }
@@ -240,7 +240,7 @@ fn permissions_are_taken_and_kept_from_others_on_demand() {
     }
 }
 
-/// Beside an external data file the image file holds metadata only, so the guest's own way of writing does not reach it.
+/// Beside an external data file the image file holds metadata only, so data writes do not reach it.
 #[test]
 fn an_image_file_beside_a_data_file_holds_metadata_only() {
     let role = Role::DATA | Role::METADATA | Role::PRIMARY;
@@ -260,7 +260,7 @@ fn an_image_file_beside_a_data_file_holds_metadata_only() {
     }
 }
 
-/// A driver that says nothing about it takes what the graph sees to, and no other mode.
+/// A driver without reopen support of its own accepts options that the graph handles, and no other mode.
 #[test]
 fn every_driver_takes_what_the_graph_sees_to() {
     let kind = Kind::qcow2("flags", 4096);

@@ -1,4 +1,4 @@
-//! qcow2 read-only and writable, with other options, and in other hands in between.
+//! Reopen of qcow2: read-only and writable, other options, and inactivation while another instance writes.
 
 use bds_core::driver::{OpenFlags, Prealloc, Truncate, ZeroFlags};
 use bds_core::{ErrorKind, Options};
@@ -33,7 +33,7 @@ fn put(sim: &Sim, world: &World, at: usize, bytes: &[u8]) {
     let path = world.path("disk");
     let mut image = sim.snapshot_file(&path);
     image[at..at + bytes.len()].copy_from_slice(bytes);
-    // In place: it stays the same file.
+    // In place: it stays the same inode.
     sim.block_on(async {
         let options = bds_io::OpenOptions { write: true, ..Default::default() };
         let file = sim.fs().open(&path, &options).unwrap();
@@ -107,7 +107,7 @@ fn an_image_opened_read_only_becomes_writable() {
     }
 }
 
-/// What an open for writing refuses, a reopen refuses too, and the reader goes on.
+/// What an open for writing refuses, a reopen refuses too, and the node stays readable.
 #[test]
 fn an_image_nobody_may_write_stays_read_only() {
     let kind = Kind::qcow2("bad", CLUSTER);
@@ -193,7 +193,7 @@ fn options_change_while_the_image_is_open() {
                 assert_eq!(image.check().await, 0, "{step}");
             }
         }
-        // Discarded clusters keep their places now.
+        // Discarded clusters keep their allocation now.
         let used = |image: &Image| image.files[0].len();
         let before = used(&image);
         let _ = image.node.discard(0, CLUSTER).await.unwrap();
@@ -254,7 +254,7 @@ fn longer(len: u64) -> Truncate {
     Truncate { len, exact: true, prealloc: Prealloc::Off, zero_new: false }
 }
 
-/// Two instances take turns: each sees what the other did, none writes out of turn.
+/// Two instances alternate: each sees what the other wrote, and none writes while inactive.
 #[test]
 fn an_image_changes_hands() {
     for kind in kinds() {
@@ -265,7 +265,7 @@ fn an_image_changes_hands() {
             ours.write(0, &expected).await.unwrap();
             if kind.has_compression && kind.cluster == 4096 {
                 pack(&ours, 61_440, 0x11).await;
-                // Twice, so that it is kept.
+                // Twice, so that it is cached.
                 assert_eq!(ours.read(61_440, 4096).await.unwrap(), [0x11; 4096]);
                 assert_eq!(ours.read(61_440, 4096).await.unwrap(), [0x11; 4096]);
             }
@@ -311,7 +311,7 @@ fn an_image_changes_hands() {
     }
 }
 
-/// An image that became another one is not taken back; once that is undone, it is.
+/// An image whose header changed meanwhile is not activated; once the change is undone, it is.
 #[test]
 fn an_image_that_became_another_one_stays_inactive() {
     let kind = Kind::qcow2("other", CLUSTER);
@@ -377,7 +377,7 @@ fn the_mode_changes_while_the_image_is_in_other_hands() {
     });
 }
 
-/// A reader never marks an image, whatever it finds in it.
+/// A read-only image is never marked corrupt, whatever it contains.
 #[test]
 fn an_inactive_image_is_not_marked_corrupt() {
     let kind = Kind::qcow2("marks", CLUSTER);

@@ -1,4 +1,4 @@
-//! An image that goes back and forth between this library and QEMU's tools, on the host's disk.
+//! Alternates an image between this library and QEMU's tools, on files of the host.
 
 use bds_core::{ErrorKind, Options};
 use bds_io::EngineKind;
@@ -49,7 +49,7 @@ fn qemu_uses_an_image_that_was_given_away_and_we_see_what_it_wrote() {
             image.write((5 << 20) + 1000, &[0x44; 100_000]).await.unwrap();
             image.reopen(read_only(writer()), Options::new()).await.unwrap();
         });
-        // Readers get along, and find it clean; a writer does not come in.
+        // Readers are allowed, and find it clean; a writer is refused.
         let checked = img.run(["check", "-f", "qcow2", path]);
         assert_eq!(checked.code, 0, "{}: {checked:?}", kind.name);
         let read = io.run(["-r", "-f", "qcow2", "-c", "read -P 0x44 5243880 100000", path]);
@@ -68,7 +68,7 @@ fn qemu_uses_an_image_that_was_given_away_and_we_see_what_it_wrote() {
     }
 }
 
-/// QEMU gave the image another shape meanwhile: it is not taken back.
+/// QEMU changed the image's header meanwhile: it is not activated.
 #[test]
 fn an_image_qemu_made_into_another_one_is_not_taken_back() {
     let Some(img) = qemu_img() else { return };
@@ -86,7 +86,7 @@ fn an_image_qemu_made_into_another_one_is_not_taken_back() {
     let error = world.block_on(image.activate()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidImage);
     assert!(error.to_string().contains("version"), "{error}");
-    // QEMU may still have it: no lock of ours is left.
+    // QEMU may still open it: none of our locks is left.
     img.must(["amend", "-f", "qcow2", "-o", "compat=0.10", path]);
     world.block_on(async {
         image.activate().await.unwrap();

@@ -1,4 +1,4 @@
-//! Random requests, and between them random changes of mode, options and hands, beside a plain list of bytes.
+//! Random requests between random changes of mode, options and activity, compared with a list of bytes.
 
 use bds_core::Options;
 use bds_core::driver::{Attempt, ZeroFlags};
@@ -22,7 +22,7 @@ fn kinds() -> Vec<Kind> {
     ]
 }
 
-/// A few requests of a writer; every one is told to `model`.
+/// Sends a few random requests of a writer, and applies them to `model`.
 async fn requests(image: &Image, kind: &Kind, chance: &mut Chance, model: &mut [u8]) {
     for _ in 0..chance.between(1, 5) {
         let max = kind.cluster * 6;

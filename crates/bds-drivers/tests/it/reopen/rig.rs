@@ -1,4 +1,4 @@
-//! Drivers upon drivers without a graph.
+//! Stacks drivers on each other through minimal ports, without a graph.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,14 +15,14 @@ use bds_io::{Buf, Fs, IoVec, Sim, SimConfig};
 
 use crate::sweep::rig::{Kind, World};
 
-/// A node's place: what leads to it can be led elsewhere.
+/// A replaceable node: ports that lead to it follow when it is replaced.
 pub(crate) type Place = Arc<Mutex<Arc<dyn Driver>>>;
 
 pub(crate) fn place(node: Arc<dyn Driver>) -> Place {
     Arc::new(Mutex::new(node))
 }
 
-/// The door to whatever is in the place.
+/// A port to the current node of a cell.
 pub(crate) struct Port(pub(crate) Place);
 
 impl Port {
@@ -66,7 +66,7 @@ impl ChildPort for Port {
 
     fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
         let node = self.node();
-        // As the corridor does: past the end there are zeros to make up.
+        // As the request path does: bytes past the end must be filled with zeros.
         let is_inside = offset + iov.len() as u64 <= node.len();
         is_inside.then(|| node.try_read(offset, iov)).flatten()
     }
@@ -137,7 +137,7 @@ impl ChildPort for Port {
     }
 }
 
-/// Has the children ready by name.
+/// Opens children that were made before, by name.
 #[derive(Default)]
 pub(crate) struct Shelf(pub(crate) Vec<(&'static str, Place)>);
 
@@ -153,7 +153,7 @@ pub(crate) fn read_only(flags: OpenFlags) -> OpenFlags {
     OpenFlags { read_only: true, ..flags }
 }
 
-/// A writer of its own.
+/// Flags of a writer.
 pub(crate) fn writer() -> OpenFlags {
     OpenFlags { discard: true, ..OpenFlags::default() }
 }
@@ -182,7 +182,7 @@ pub(crate) async fn prepare<'a>(
     Ok(prepared)
 }
 
-/// A qcow2 image on its file (and data file).
+/// A qcow2 image with its file (and data file).
 pub(crate) struct Image {
     pub(crate) fs: Fs,
     pub(crate) files: Vec<Arc<dyn Driver>>,
@@ -244,16 +244,16 @@ impl Image {
         Ok(())
     }
 
-    /// No corruption; the leaks.
+    /// Fails on corruption; returns the leaks.
     pub(crate) async fn check(&self) -> u64 {
         let report = self.node.check(&|_, _| {}).await.expect("it can be checked");
         assert_eq!(report.corruptions + report.check_errors, 0, "{report:#?}");
         report.leaks
     }
 
-    /// All of them, in the order a graph keeps: prepare all, then commit all, children first.
+    /// Reopens all nodes in a graph's order: prepares all, then commits all, children first.
     pub(crate) async fn reopen(&mut self, flags: OpenFlags, options: Options) -> Result<()> {
-        // A child before its parent if both become writable, else after it.
+        // Children before parents if both become writable, else after them.
         let files_first = self.flags.read_only;
         self.reopen_in_order(flags, options, files_first).await
     }
@@ -302,7 +302,7 @@ impl Image {
         Ok(())
     }
 
-    /// Gives the image away, itself first.
+    /// Inactivates the image, then its files.
     pub(crate) async fn inactivate(&self) -> Result<()> {
         self.node.inactivate().await?;
         for file in &self.files {
@@ -311,7 +311,7 @@ impl Image {
         Ok(())
     }
 
-    /// Takes it back, its files first. What was taken goes back if the rest fails.
+    /// Activates the files, then the image. On a failure the files are inactivated again.
     pub(crate) async fn activate(&self) -> Result<()> {
         let result = self.activate_in_order().await;
         if result.is_err() {
@@ -341,7 +341,7 @@ impl Image {
     }
 }
 
-/// A simulated disk with an image of this kind.
+/// Makes a simulated disk with an image of this kind.
 pub(crate) fn made(seed: u64, kind: &Kind) -> (Sim, World) {
     let sim = Sim::new(seed, SimConfig::calm());
     let world = World::Sim(sim.clone());

@@ -1,4 +1,5 @@
-//! Futures dropped, kept without being polled, or forgotten, at every await: the image stays whole, others go on, bytes are old or new.
+//! Abandons futures (dropped, kept without polling, forgotten) at every await: the image stays consistent, other
+//! requests go on, bytes are old or new.
 
 use std::cell::{Cell, RefCell};
 
@@ -24,7 +25,7 @@ fn kinds() -> Vec<Kind> {
             json!({"driver": "preallocate", "prealloc-align": 8192, "prealloc-size": 20_000}),
         ),
         q("512-compress").through(json!({"driver": "compress"})),
-        // Refcount blocks that are nearly full: what is dropped may be making one.
+        // Refcount blocks that are nearly full: the abandoned request may be adding one.
         nearly_full::block("512-rc64-full-50", 50),
     ]
 }
@@ -57,7 +58,7 @@ fn victims(kind: &Kind) -> Vec<Vec<Op>> {
     all
 }
 
-/// A disk with some data, flushed, and some not.
+/// Writes some data that is flushed, and some that is not.
 async fn begin(disk: &Disk, kind: &Kind, model: &RefCell<DiskModel>) -> Result<(), String> {
     let c = kind.cluster;
     let len = usize::try_from(c).expect("small");
@@ -73,7 +74,7 @@ async fn begin(disk: &Disk, kind: &Kind, model: &RefCell<DiskModel>) -> Result<(
     Ok(())
 }
 
-/// How a future ends that is not finished.
+/// What happens to a future that is not complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Abandon {
     Drop,
@@ -81,7 +82,7 @@ enum Abandon {
     Forget,
 }
 
-/// Abandons the request at its `k`-th await; false if it had ended before.
+/// Abandons the request at its `k`-th await; false if it completed before.
 fn run(base: &Sim, kind: &Kind, ops: &[Op], k: usize, how: Abandon) -> Result<bool, String> {
     let sim = base.fork(k as u64);
     let world = World::Sim(sim.clone());
@@ -90,7 +91,7 @@ fn run(base: &Sim, kind: &Kind, ops: &[Op], k: usize, how: Abandon) -> Result<bo
     let disk = world.block_on(Disk::open(&world, kind, &graph)).map_err(|e| e.to_string())?;
     world.block_on(begin(&disk, kind, &model))?;
     model.borrow_mut().begin(ops);
-    // What comes to its turn first is the world's choice: the polls may all have been those of other tasks.
+    // The scheduler picks the first task: the polls may all have been those of other tasks.
     let is_begun = Cell::new(false);
     let work = async {
         is_begun.set(true);
@@ -108,7 +109,8 @@ fn run(base: &Sim, kind: &Kind, ops: &[Op], k: usize, how: Abandon) -> Result<bo
     model.borrow_mut().end(ops, &vec![Ended::Partly; ops.len()]);
     model.borrow_mut().set_len(disk.backend.len());
     world.block_on(others_go_on(&disk, kind, &model))?;
-    // What was begun ended while it was not polled; what was not is not to begin now.
+    // A request that was polled completed although it was not polled again; one that was never polled must not start
+    // now.
     if let Some(kept) = kept.filter(|_| is_begun.get()) {
         for result in world.block_on(kept) {
             result.map_err(|e| format!("the kept request: {e}"))?;
@@ -119,7 +121,7 @@ fn run(base: &Sim, kind: &Kind, ops: &[Op], k: usize, how: Abandon) -> Result<bo
     Ok(is_abandoned)
 }
 
-/// Others write to the same places and read them.
+/// Other requests write to the same places and read them.
 async fn others_go_on(disk: &Disk, kind: &Kind, model: &RefCell<DiskModel>) -> Result<(), String> {
     disk.compare(model).await.map_err(|e| format!("right afterwards: {e}"))?;
     let c = kind.cluster;
@@ -163,8 +165,8 @@ fn sweep(how: Abandon) {
     {
         println!("{runs} runs");
     }
-    // Every poll of a request is a poll of its task, and every poll of a task is a point: more than requests that were polled by
-    // their callers had.
+    // Every poll of a request is a poll of its task, and every poll of a task is a point: more than requests had that
+    // were polled by their callers.
     assert!(runs > 900, "the sweep met too few awaits: {runs}");
 }
 
@@ -183,7 +185,7 @@ fn requests_forgotten_at_every_await() {
     sweep(Abandon::Forget);
 }
 
-/// Steps of a workload are dropped somewhere on their way, one after the other.
+/// Drops the requests of each step of a workload at some await.
 #[test]
 fn a_workload_of_dropped_requests() {
     for kind in kinds() {

@@ -1,4 +1,4 @@
-//! The power goes at every write: afterwards the image checks, holds every flushed byte, and works on.
+//! Cuts the power at every write: afterwards the image checks, holds every flushed byte, and goes on working.
 
 use std::cell::RefCell;
 use std::ops::RangeInclusive;
@@ -14,10 +14,10 @@ use super::nearly_full::{self, Growth, Tables};
 use super::rig::{Disk, Kind, World};
 use super::{is_full, one_seed, seeds};
 
-/// Survivors of which QEMU is asked its opinion: one in so many.
+/// One of so many images after a cut is checked by QEMU.
 const ASK_QEMU_EVERY: u64 = 400;
 
-/// What may become of what was not flushed: extremes, and by chance.
+/// What happens to unflushed writes: the extremes, and at random.
 const MODES: [CutMode; 6] = [
     CutMode::Random,
     CutMode::Reorder,
@@ -27,10 +27,10 @@ const MODES: [CutMode; 6] = [
     CutMode::InOrder,
 ];
 
-/// How long a step without requests lasts: enough for what is under way in the background.
+/// How long a step without requests lasts: enough for background work.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// What sweeping came to.
+/// What a sweep covered.
 #[derive(Debug, Default)]
 struct Sum {
     workloads: u64,
@@ -43,7 +43,7 @@ struct Sum {
 }
 
 impl Sum {
-    /// A sweep that cuts next to nothing, never loses anything or never asks proves nothing.
+    /// Fails if the sweep cut almost nothing or never lost anything: it would prove nothing.
     fn check(&self) {
         if one_seed().is_some() {
             return;
@@ -65,7 +65,7 @@ fn sweep(kinds: &[Kind], seed_count: u64, steps: usize) -> Sum {
             sum.workloads += 1;
             let (first, all) = writes_of(&base, kind, &workload, &mut sum.growth);
             for n in first..=all {
-                // One after the other.
+                // The modes in turn.
                 let mode = &MODES[usize::try_from((seed + n) % 6).expect("below six")..][..1];
                 let case = Case { base: &base, kind, workload: &workload, n, modes: mode };
                 let after = match case.run(&mut sum) {
@@ -97,7 +97,7 @@ pub(crate) fn cut_at_every_write(kind: &Kind, workload: &Workload) {
     cut_between(&base, kind, workload, first..=all, &MODES[..1]);
 }
 
-/// Cuts the power at some writes of one workload, and looks at what each of these modes leaves.
+/// Cuts the power at some writes of one workload, and checks the result of each of these modes.
 fn cut_between(
     base: &Sim,
     kind: &Kind,
@@ -121,7 +121,8 @@ fn base_of(kind: &Kind) -> Sim {
     base
 }
 
-/// State-changing operations when the workload begins and when it has ended without any cut, and what grew in between.
+/// Numbers of state-changing operations when the workload begins and when it ended without a cut; adds the growth of
+/// tables.
 fn writes_of(base: &Sim, kind: &Kind, workload: &Workload, growth: &mut Growth) -> (u64, u64) {
     let sim = base.fork(workload.seed);
     let world = World::Sim(sim.clone());
@@ -140,7 +141,7 @@ fn writes_of(base: &Sim, kind: &Kind, workload: &Workload, growth: &mut Growth) 
     (first, sim.writes())
 }
 
-/// All steps; `reached` tells how far it came.
+/// Runs all steps; `reached` is the number of the last one that started.
 async fn run(
     disk: &Disk,
     workload: &Workload,
@@ -165,14 +166,14 @@ struct Case<'a> {
     base: &'a Sim,
     kind: &'a Kind,
     workload: &'a Workload,
-    /// The state-changing operation with which the power goes.
+    /// The state-changing operation at which the power is cut.
     n: u64,
-    /// What becomes of what was not flushed: each of these is looked at.
+    /// What happens to unflushed writes: each mode is checked.
     modes: &'a [CutMode],
 }
 
 impl Case<'_> {
-    /// Runs the workload, cuts, and looks at what is left; the last world in which it was looked at.
+    /// Runs the workload, cuts, and checks the image; returns the environment of the last check.
     fn run(&self, sum: &mut Sum) -> Result<World, String> {
         let Case { kind, n, .. } = *self;
         let seed = self.workload.seed;
@@ -185,7 +186,7 @@ impl Case<'_> {
         let disk = world.block_on(Disk::open(&world, kind, &graph)).map_err(|e| e.to_string())?;
         sim.cut_after_writes(Some(n));
         let ended = sim.run_until_cut(run(&disk, self.workload, &model, &reached));
-        // Inside the dead world: outside, the graph's end would look for another one to close its nodes in.
+        // On the disk without power: outside of it, dropping the graph would look for a Context to close its nodes in.
         sim.power_cut();
         let gone = sim.run_until_cut(async move {
             let _held = (disk, graph);
@@ -210,7 +211,7 @@ impl Case<'_> {
     }
 }
 
-/// The image after the cut: it checks, holds what it must, and goes on working.
+/// Checks the image after the cut: it checks, holds what it must, and goes on working.
 fn look_after(
     after: &World,
     kind: &Kind,
@@ -228,7 +229,7 @@ fn look_after(
         if info.is_corrupt {
             return Err("the corrupt bit is set".to_owned());
         }
-        // Behind the dirty bit refcounts may be anything: a repair settles them.
+        // Behind the dirty bit refcounts may be anything: a repair fixes them.
         if !info.is_dirty {
             sum.leaks += disk.check().await.map_err(|e| format!("after the cut: {e}"))?.1;
         }
@@ -318,7 +319,7 @@ fn flushed_bytes_survive_a_cut_at_every_write_with_subclusters() {
     sweep(&[q("16k-ext"), q("16k-ext-backed").backed(90_000).strict()], 3, 9);
 }
 
-/// Reads write here: what is copied up must be durable before anything points at it, because nobody flushes for a read.
+/// Reads write here: copied data must be durable before anything points at it, because no flush follows a read.
 #[test]
 fn flushed_bytes_survive_a_cut_at_every_write_of_a_copy_on_read() {
     let q = |kind: Kind| kind.backed(90_000).through(json!({"driver": "copy-on-read"}));
@@ -358,11 +359,11 @@ fn lazy_refcounts_say_that_they_are_not_to_be_trusted() {
     assert!(one_seed().is_some() || sum.dirty > 0, "{sum:?}");
 }
 
-/// New refcount blocks, and a moved L1 table: what the rules O5 and O6 order.
+/// New refcount blocks, and a moved L1 table: rules O5 and O6.
 #[test]
 fn flushed_bytes_survive_a_cut_at_every_write_of_a_nearly_full_image() {
     let kinds = nearly_full::blocks();
-    // The fullest grow for certain; all of them take too long for every day.
+    // The fullest grow for certain; all of them take too long for the default run.
     let kinds = if is_full() { &kinds[..] } else { &kinds[4..] };
     let sum = sweep(kinds, 4, 9);
     let grown = sweep(&[nearly_full::l1("512-l1")], 4, 2);
@@ -372,7 +373,7 @@ fn flushed_bytes_survive_a_cut_at_every_write_of_a_nearly_full_image() {
     }
 }
 
-/// A moved refcount table: O7.
+/// A moved refcount table: rule O7.
 #[test]
 fn flushed_bytes_survive_a_cut_at_every_write_that_moves_the_refcount_table() {
     let kind = nearly_full::table("512-rc64-table");
@@ -390,7 +391,8 @@ fn write(stamp: u64, at: u64, len: usize) -> Op {
     Op::Write { at, bytes: pattern(stamp, at, len).into(), fua: false }
 }
 
-/// So many freed runs that they are given back before the guest flushes are not given back before *we* did: O2.
+/// Rule O2: so many freed runs that they are released before a flush request still wait for a flush of the driver's
+/// own.
 #[test]
 fn clusters_given_back_without_the_guest_s_flush_survive_a_cut() {
     let kind = nearly_full::in_pieces("512-in-pieces");
@@ -412,7 +414,7 @@ fn clusters_given_back_without_the_guest_s_flush_survive_a_cut() {
     }
 }
 
-/// Do most writes after the first step go where the first has given up clusters, in a workload without a flush?
+/// Do most writes after the first step go to clusters that the first has freed, in a workload without a flush?
 fn reuses_before_a_flush(base: &Sim, kind: &Kind, workload: &Workload) -> bool {
     let sim = base.fork(workload.seed);
     let world = World::Sim(sim.clone());
@@ -429,7 +431,7 @@ fn reuses_before_a_flush(base: &Sim, kind: &Kind, workload: &Workload) -> bool {
     (grown as u64) < written / 2
 }
 
-/// A new L2 table that lies at the end of the file is there before the L1 entry that names it: O4.
+/// Rule O4: a new L2 table at the end of the file is in the file before the L1 entry that points at it.
 #[test]
 fn a_table_of_zeros_at_the_end_of_the_file_survives_a_cut() {
     let kind = Kind::qcow2("512-tables-of-zeros", 512).sized(512 * 64 * 4, 512 * 64 * 4);
@@ -443,7 +445,7 @@ fn a_table_of_zeros_at_the_end_of_the_file_survives_a_cut() {
     }
 }
 
-/// A flush covers what was written before it began, and not what a growth writes back beside it: O1, O5.
+/// Rules O1, O5: a flush covers what was written before it began, and not what a concurrent growth writes back.
 #[test]
 fn growth_beside_a_flush_survives_a_cut() {
     let kind = nearly_full::l1("512-l1-beside-a-flush");

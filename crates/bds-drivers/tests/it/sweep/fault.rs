@@ -1,4 +1,4 @@
-//! Every n-th I/O fails: the error reaches the caller as it is, later requests work, nothing flushed is lost.
+//! Fails every n-th I/O: the error reaches the caller unchanged, later requests work, nothing flushed is lost.
 
 use std::cell::RefCell;
 
@@ -11,7 +11,7 @@ use super::nearly_full::{self, Growth, Tables};
 use super::rig::{Disk, Kind, World};
 use super::{is_full, one_seed, seeds};
 
-/// One failing operation, or all from there on.
+/// One failing operation, or all from that one on.
 #[derive(Clone, Copy, Debug)]
 struct Case {
     n: u64,
@@ -19,12 +19,12 @@ struct Case {
     is_sticky: bool,
 }
 
-/// How a run with a fault went.
+/// Result of a run with a fault.
 #[derive(Default)]
 struct Told {
     /// Requests that failed, with their errno.
     errors: Vec<String>,
-    /// A flush or close failed: what was not flushed before may be lost.
+    /// A flush or close failed: bytes that were not flushed before may be lost.
     has_lost_flush: bool,
 }
 
@@ -51,7 +51,7 @@ fn base_of(kind: &Kind) -> Sim {
     base
 }
 
-/// Does the workload whatever fails.
+/// Runs the workload whatever fails.
 async fn endure(
     disk: &Disk,
     workload: &Workload,
@@ -87,15 +87,15 @@ fn run(base: &Sim, kind: &Kind, workload: &Workload, case: Case) -> Result<Told,
     let model = RefCell::new(kind.model());
     let mut told = Told::default();
     let disk = world.block_on(Disk::open(&world, kind, &graph)).map_err(|e| e.to_string())?;
-    // A failed write may stop inside an entry. That is put right by writing it again, so only where the disk comes back.
+    // A failed write may stop inside an entry. Writing it again repairs that, so only where the disk works again.
     let fault = if case.is_sticky { Fault::sticky(case.errno) } else { Fault::once(case.errno) };
     let is_cut = case.n % 2 == 1;
     sim.fail_nth(case.n, if case.is_sticky || is_cut { fault } else { fault.partially() });
     world.block_on(endure(&disk, workload, &model, case, &mut told))?;
     sim.clear_faults();
-    // The disk works again: so do reads, and all that was written is there.
+    // The disk works again: so do reads, and everything written is there.
     match world.block_on(disk.compare(&model)) {
-        // A read that must keep what it read does not go on where nothing can be kept any more.
+        // A read that must copy does not go on where nothing can be written any more.
         Err(e) if kind.above.is_some() && e.contains("an earlier flush failed") => {
             told.has_lost_flush = true;
         }
@@ -139,7 +139,7 @@ fn look(
     })
 }
 
-/// Awaited operations of the workload without any fault, and what grows then.
+/// Number of awaited operations of the workload without any fault; adds the growth of tables.
 fn ops_of(base: &Sim, kind: &Kind, workload: &Workload, growth: &mut Growth) -> u64 {
     let sim = base.fork(workload.seed);
     let world = World::Sim(sim.clone());
@@ -155,7 +155,7 @@ fn ops_of(base: &Sim, kind: &Kind, workload: &Workload, growth: &mut Growth) -> 
     sim.ops() - before
 }
 
-/// What a sweep does to each kind.
+/// Parameters of a sweep.
 struct Plan<'a> {
     errnos: &'a [i32],
     is_sticky: bool,
@@ -167,7 +167,7 @@ struct Plan<'a> {
 }
 
 fn sweep(kinds: &[Kind], plan: &Plan<'_>) -> Growth {
-    let (mut runs, mut told, mut silent) = (0, 0, 0);
+    let (mut runs, mut reported, mut silent) = (0, 0, 0);
     let mut growth = Growth::default();
     for kind in kinds {
         let base = base_of(kind);
@@ -179,7 +179,7 @@ fn sweep(kinds: &[Kind], plan: &Plan<'_>) -> Growth {
                     runs += 1;
                     match run(&base, kind, &workload, case) {
                         Ok(run) if run.errors.is_empty() => silent += 1,
-                        Ok(_) => told += 1,
+                        Ok(_) => reported += 1,
                         Err(e) => panic!("{} seed {seed} {case:?}: {e}\n{workload}", kind.name),
                     }
                 }
@@ -188,10 +188,10 @@ fn sweep(kinds: &[Kind], plan: &Plan<'_>) -> Growth {
     }
     #[expect(clippy::print_stdout, reason = "what was covered belongs into the log")]
     {
-        println!("{runs} runs, in {told} somebody was told, in {silent} nobody had to be");
+        println!("{runs} runs: {reported} reported an error, {silent} did not");
     }
-    // Discards are advisory and metadata is written again; most failures are somebody's all the same.
-    assert!(told > silent, "told {told}, silent {silent}");
+    // Discards are advisory and metadata is written again; most failures must reach a caller all the same.
+    assert!(reported > silent, "reported {reported}, silent {silent}");
     growth
 }
 
@@ -215,7 +215,7 @@ fn everything_fails_from_some_operation_on() {
     check(sweep(&kinds(), &plan));
 }
 
-/// A table on its way to a new place is not forgotten when a step of the way fails.
+/// A table that is being moved is not lost when a step fails.
 #[test]
 fn operations_that_move_the_refcount_table_fail_once() {
     let stride = if is_full() { 1 } else { 3 };
@@ -224,7 +224,7 @@ fn operations_that_move_the_refcount_table_fail_once() {
     assert!(one_seed().is_some() || growth.moved_tables > 0, "{growth:?}");
 }
 
-/// A full disk refuses what grows, and takes the rest.
+/// A full disk refuses requests that allocate, and serves the others.
 #[test]
 fn a_full_disk_is_said_to_be_full() {
     for kind in kinds() {
@@ -240,7 +240,7 @@ fn a_full_disk_is_said_to_be_full() {
         let mut told = Told::default();
         let done = world.block_on(endure(&disk, &workload, &model, case, &mut told));
         assert_eq!(done, Ok(()), "{}", kind.name);
-        assert!(!told.errors.is_empty(), "{}: a write went nowhere and nobody was told", kind.name);
+        assert!(!told.errors.is_empty(), "{}: a failed write returned no error", kind.name);
         sim.clear_faults();
         world.block_on(disk.backend.flush()).expect("there is space again");
         world.block_on(disk.compare(&model)).expect("what was written is there");

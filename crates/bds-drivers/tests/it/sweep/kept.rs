@@ -1,7 +1,8 @@
-//! Futures of requests and of graph operations that are kept without being polled, or forgotten, at every await, on every engine:
-//! all other users go on, of the same node and of others, and what was begun ends.
+//! Futures of requests and of graph operations, kept without polling or forgotten at every await, on every engine: all
+//! other users go on, of the same node and of others, and operations that started complete.
 //!
-//! In the simulated world a wait for ever is a deadlock, which panics with the seed. On the host a watchdog ends the wait.
+//! On the simulated disk an endless wait is a deadlock, which panics with the seed. On the host a watchdog ends the
+//! wait.
 
 use std::cell::Cell;
 use std::pin::{Pin, pin};
@@ -23,7 +24,7 @@ const NONE: WriteFlags = WriteFlags::empty();
 const CLUSTERS: u64 = 256;
 const IMAGES: [&str; 4] = ["disk", "overlay", "beside", "extra"];
 
-/// What is kept or forgotten.
+/// The operation whose future is abandoned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Victim {
     Read,
@@ -55,14 +56,14 @@ const VICTIMS: [Victim; 12] = [
     Victim::Close,
 ];
 
-/// How a future ends that is not finished.
+/// What happens to a future that is not complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum How {
     Keep,
     Forget,
 }
 
-/// A future, and what it answers: the section, if it is a drain.
+/// A future; its result is the section, if it is a drain.
 type Begun<'a> = Pin<Box<dyn Future<Output = Result<Option<Drained>>> + 'a>>;
 
 /// Open images, and their users.
@@ -72,7 +73,7 @@ struct Stage {
     disk: NodeRef,
     overlay: NodeRef,
     beside: NodeRef,
-    /// Whose future is kept.
+    /// The user whose future is abandoned.
     one: Backend,
     other: Backend,
     unrelated: Backend,
@@ -143,14 +144,14 @@ impl Stage {
         stage.one.write(cluster * 130, iov(1, cluster), NONE).await?;
         stage.one.write(cluster * 200, iov(1, cluster), NONE).await?;
         stage.one.flush().await?;
-        // Something that is not in the files yet.
+        // Data that is not in the files yet.
         for guest in [&stage.one, &stage.unrelated, &writer] {
             guest.write(cluster * 40, iov(2, cluster * 2), NONE).await?;
         }
         stage.one.discard(cluster * 41, cluster).await?;
-        // The table of what is asked for later leaves the cache.
+        // The table that later requests need is evicted from the cache.
         stage.one.read(cluster * 200, iov(0, cluster)).await?;
-        // Something that a drain has to wait for.
+        // A request that a drain has to wait for.
         let busy = stage.one.clone();
         bds_io::spawn_now(async move {
             busy.write(cluster * 50, iov(4, cluster), NONE).await.expect("nothing fails");
@@ -202,7 +203,7 @@ impl Stage {
         }
     }
 
-    /// All that other users may want.
+    /// Does all operations of other users.
     async fn others_go_on(&self, is_drained: bool) -> Result<()> {
         let c = self.cluster;
         for guest in [&self.unrelated, &self.other] {
@@ -225,7 +226,7 @@ impl Stage {
         Ok(())
     }
 
-    /// The effect of a request that has ended.
+    /// Checks the effect of a completed request.
     async fn check_effect(&self, victim: Victim) -> Result<()> {
         let c = self.cluster;
         let (at, len, byte) = match victim {
@@ -245,7 +246,7 @@ impl Stage {
         Ok(())
     }
 
-    /// Everything ends: no node is held by what was forgotten.
+    /// Closes everything: no node is held by a forgotten future.
     async fn end(self) {
         let Stage { graph, disk, overlay, beside, one, other, unrelated, .. } = self;
         drop((disk, overlay, beside, one, other, unrelated));
@@ -255,7 +256,7 @@ impl Stage {
     }
 }
 
-/// Ends what would wait for ever.
+/// Panics if the work takes too long.
 async fn watched<T>(what: &str, work: impl Future<Output = T>) -> T {
     match select(pin!(work), pin!(bds_io::sleep(Duration::from_secs(120)))).await {
         Either::Left((done, _)) => done,
@@ -263,9 +264,9 @@ async fn watched<T>(what: &str, work: impl Future<Output = T>) -> T {
     }
 }
 
-/// Polls the future once, and lets its world go on for `k - 1` turns. `None`: it was done at once.
+/// Polls the future once, and turns its Context `k - 1` times. `None`: it completed at once.
 fn stop_on_host<F: Future>(world: &World, future: F, k: usize) -> Option<Pin<Box<F>>> {
-    let World::Host(context, _) = world else { unreachable!("the caller looked") };
+    let World::Host(context, _) = world else { unreachable!("the caller checked") };
     let mut future = Box::pin(future);
     let is_done = context.block_on(std::future::poll_fn(|cx| {
         std::task::Poll::Ready(future.as_mut().poll(cx).is_ready())
@@ -276,25 +277,25 @@ fn stop_on_host<F: Future>(world: &World, future: F, k: usize) -> Option<Pin<Box
     (!is_done).then_some(future)
 }
 
-/// What became of a victim that was to be abandoned.
+/// What happened to the victim.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Fate {
-    /// It had ended before.
+    /// It completed before.
     Ended,
     /// It was abandoned, and everything was closed afterwards.
     Closed,
-    /// It was forgotten as a drained section, or before its first poll with what it owns: its node stays open for ever.
+    /// It was forgotten as a drained section, or before its first poll with what it owns: its node stays open.
     StaysOpen,
 }
 
-/// Abandons the victim after `k` polls of its world.
+/// Abandons the victim after `k` polls of the tasks.
 fn run(world: &World, cluster: u64, victim: Victim, how: How, k: usize) -> Fate {
     let what = format!("{victim:?} {how:?} at {k}, clusters of {cluster}");
     let (stage, extra) = world.block_on(Stage::set(world, cluster)).expect("nothing fails");
     let mut extra = Some(extra);
     let is_begun = Cell::new(false);
     let victim_future = stage.begin(victim, &mut extra);
-    // Whose turn it is first is the world's choice: the polls may all have been others'.
+    // The scheduler picks the first task: the polls may all have been those of others.
     let future = async {
         is_begun.set(true);
         victim_future.await
@@ -322,7 +323,7 @@ fn run(world: &World, cluster: u64, victim: Victim, how: How, k: usize) -> Fate 
         }
     };
     if was_abandoned && how == How::Forget && (is_drained || !has_ended) {
-        // A forgotten section lasts for ever, like one whose guard is forgotten: its node stays, and its requests wait.
+        // A forgotten section never ends, like one whose guard is forgotten: its node stays, and its requests wait.
         let read = world.block_on(async { stage.other.try_read(0, &iov(0, cluster)) });
         assert!(!is_drained || read.is_none());
         std::mem::forget((stage, extra));
@@ -337,7 +338,7 @@ fn run(world: &World, cluster: u64, victim: Victim, how: How, k: usize) -> Fate 
     if was_abandoned { Fate::Closed } else { Fate::Ended }
 }
 
-/// The images are whole.
+/// Checks the images.
 fn look(world: &World, what: &str) {
     let graph = world.graph();
     world.block_on(async {
@@ -371,7 +372,7 @@ fn sweep(how: How) {
                     look(&world, &format!("{victim:?} {how:?} at {k}"));
                 }
             }
-            // Clusters of 4096 bytes have their tables in memory, and a status needs no more.
+            // Clusters of 4096 bytes have their tables in memory, and a status query needs no more.
             let may_be_at_once = victim == Victim::Status && cluster == 4096;
             assert!(points >= 2 || may_be_at_once, "{victim:?}: {points} awaits");
             let stays_open = (victim, how) == (Victim::Drain, How::Forget);
@@ -408,7 +409,7 @@ fn others_go_on_on_every_engine_of_the_host() {
                 continue;
             }
         };
-        // Once is enough: every run leaves images that the next can begin with.
+        // Once suffices: every run leaves images that the next can use.
         make(&world, 4096);
         for victim in VICTIMS {
             for (how, k) in [(How::Keep, 1), (How::Keep, 3), (How::Forget, 1), (How::Forget, 3)] {

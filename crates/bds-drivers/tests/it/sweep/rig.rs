@@ -1,4 +1,4 @@
-//! Disks to sweep: what kind of image, in which world, and how a workload's steps are done to it.
+//! Kinds of image, the environments they are stored in, and how a workload runs on them.
 
 use std::cell::RefCell;
 use std::path::PathBuf;
@@ -16,7 +16,7 @@ use bds_testkit::{
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 
-/// The seed of what backing files hold.
+/// The seed of the bytes in backing files.
 const BASE_STAMP: u64 = 0xba5e;
 
 /// A kind of image.
@@ -40,15 +40,16 @@ pub(crate) struct Kind {
     pub(crate) backing_len: Option<u64>,
     pub(crate) has_data_file: bool,
     pub(crate) has_compression: bool,
-    /// Bytes of unflushed writes to new places may be stale after a cut: links into a data file do not wait for their bytes.
+    /// Bytes of unflushed writes to new places may be stale after a cut: links into a data file do not wait for their
+    /// bytes.
     pub(crate) may_be_stale: bool,
-    /// After a cut the image may say that its refcounts are not to be trusted.
+    /// After a cut the dirty bit may say that refcounts are wrong.
     pub(crate) is_lazy: bool,
-    /// Bytes at the end of the disk that are written before the workload begins, to have the image's tables nearly full.
+    /// Bytes at the end of the disk that are written before the workload, so that the image's tables are nearly full.
     pub(crate) fill: u64,
-    /// They are written cluster by cluster, so that neighbours on the disk are no neighbours in the file.
+    /// They are written cluster by cluster, so that neighbours on the disk are not neighbours in the file.
     pub(crate) is_in_pieces: bool,
-    /// A workload grows the disk by so many bytes at its end, and writes there.
+    /// The workload grows the disk by so many bytes at its end, and writes there.
     pub(crate) grows_by: Option<u64>,
 }
 
@@ -87,29 +88,29 @@ impl Kind {
         }
     }
 
-    /// With one more option of create.
+    /// Adds an option of create.
     pub(crate) fn create(mut self, key: &str, value: impl Into<Value>) -> Kind {
         self.create[key] = value.into();
         self
     }
 
-    /// With one more option of open.
+    /// Adds an option of open.
     pub(crate) fn open(mut self, key: &str, value: impl Into<Value>) -> Kind {
         self.open[key] = value.into();
         self
     }
 
-    /// Written and read through a filter; the workload reads too.
+    /// Writes and reads through a filter; the workload reads too.
     pub(crate) fn through(self, filter: Value) -> Kind {
         Kind { above: Some(filter), ..self }
     }
 
-    /// The image's file is written through a filter.
+    /// Writes the image's file through a filter.
     pub(crate) fn upon(self, filter: Value) -> Kind {
         Kind { beneath: Some(filter), ..self }
     }
 
-    /// New clusters become visible only with their data: nothing stale is ever seen.
+    /// New clusters become visible only with their data: no stale bytes are ever seen.
     pub(crate) fn strict(self) -> Kind {
         Kind { may_be_stale: false, ..self.open("data-before-metadata", true) }
     }
@@ -127,7 +128,7 @@ impl Kind {
         Kind { is_lazy: true, ..self.create("lazy_refcounts", true) }
     }
 
-    /// A backing file of this length.
+    /// Adds a backing file of this length.
     pub(crate) fn backed(self, len: u64) -> Kind {
         Kind { backing_len: Some(len), ..self }
     }
@@ -140,12 +141,12 @@ impl Kind {
         Kind { len, max_len, ..self }
     }
 
-    /// So many bytes at the end of the disk are written beforehand.
+    /// Writes so many bytes at the end of the disk before the workload.
     pub(crate) fn filled(self, fill: u64) -> Kind {
         Kind { fill, ..self }
     }
 
-    /// The same in an order that leaves every cluster a run of its own.
+    /// The same in an order that leaves every cluster in a run of its own.
     pub(crate) fn filled_in_pieces(self, fill: u64) -> Kind {
         Kind { fill, is_in_pieces: true, ..self }
     }
@@ -155,7 +156,7 @@ impl Kind {
         Kind { grows_by: Some(by), ..self }
     }
 
-    /// The workload of this seed: `steps` by chance, and what this kind is there for.
+    /// The workload of this seed: `steps` random ones, and those that this kind requires.
     pub(crate) fn workload(&self, seed: u64, steps: usize) -> Workload {
         let mut workload = Workload::new(seed, &self.shape(steps));
         let Some(by) = self.grows_by else { return workload };
@@ -176,7 +177,7 @@ impl Kind {
         workload
     }
 
-    /// Zero writes of these units are a matter of metadata.
+    /// Parameters of workloads.
     pub(crate) fn shape(&self, steps: usize) -> Shape {
         Shape {
             len: self.len,
@@ -192,7 +193,7 @@ impl Kind {
         }
     }
 
-    /// The model of the image as it was made.
+    /// The model of the image before a workload.
     pub(crate) fn model(&self) -> DiskModel {
         let mut base = match self.backing_len {
             Some(len) => pattern(BASE_STAMP, 0, usize::try_from(len).expect("small")),
@@ -216,7 +217,7 @@ impl Kind {
     }
 }
 
-/// Where a disk lives.
+/// Where images are stored, and the Context that runs their I/O.
 pub(crate) enum World {
     Sim(Sim),
     Host(Context, Scratch),
@@ -244,7 +245,7 @@ impl World {
         }
     }
 
-    /// The image as a file of the host, for other tools.
+    /// The path of a file for other tools; exported from a simulated disk.
     pub(crate) fn on_host(&self, name: &str, scratch: &Scratch) -> PathBuf {
         match self {
             World::Sim(sim) => {
@@ -256,7 +257,7 @@ impl World {
         }
     }
 
-    /// `qemu-img check` of the image. QEMU looks for a stored data file in the working directory, so it is named.
+    /// Runs `qemu-img check`. QEMU looks for a stored data file in the working directory, so it is named.
     pub(crate) fn qemu_check(&self, img: &Tool, kind: &Kind, scratch: &Scratch) -> Output {
         let mut options = format!(
             "driver=qcow2,file.driver=file,file.filename={}",
@@ -282,7 +283,7 @@ impl World {
         Graph::new(GraphConfig { fs, gate, ..GraphConfig::new(registry) })
     }
 
-    /// Makes the image and what it refers to.
+    /// Makes the image and the files that it refers to.
     pub(crate) fn make(&self, kind: &Kind) {
         let graph = self.graph();
         self.block_on(async {
@@ -369,7 +370,7 @@ impl Disk {
         .await
     }
 
-    /// Opens it only to be read and checked.
+    /// Opens it for reading and checking.
     pub(crate) async fn look(world: &World, kind: &Kind, graph: &Graph) -> Result<Disk> {
         Self::open_as(world, kind, graph, OpenFlags { read_only: true, ..OpenFlags::default() })
             .await
@@ -409,7 +410,7 @@ impl Disk {
         self.backend.write(at, Buf::from_slice(bytes).iov(), WriteFlags::empty()).await
     }
 
-    /// Writes what is there before the workload: in one go, or every other cluster first.
+    /// Writes the bytes that precede the workload: in one go, or every other cluster first.
     async fn fill(&self, start: u64, bytes: &[u8], kind: &Kind) -> Result<()> {
         if !kind.is_in_pieces {
             return self.write(start, bytes).await;
@@ -431,7 +432,7 @@ impl Disk {
         Ok(iov.to_vec(0..len))
     }
 
-    /// Does one request; a read answers what it read.
+    /// Sends one request; returns the bytes of a read.
     pub(crate) async fn request(&self, op: &Op) -> Result<Option<Vec<u8>>> {
         let backend = &self.backend;
         match op {
@@ -461,13 +462,13 @@ impl Disk {
         Ok(None)
     }
 
-    /// Does requests together, tells the model, and returns those that failed.
+    /// Sends requests concurrently, updates the model, and returns those that failed.
     pub(crate) async fn requests(
         &self,
         ops: &[Op],
         model: &RefCell<DiskModel>,
     ) -> Result<Vec<Error>, String> {
-        // A flush among them covers what ended before they all began.
+        // A flush among them covers what completed before they all began.
         let mut before =
             ops.iter().any(|op| matches!(op, Op::Flush)).then(|| model.borrow().clone());
         model.borrow_mut().begin(ops);
@@ -501,7 +502,7 @@ impl Disk {
         Ok(errors)
     }
 
-    /// Reads all of it and compares.
+    /// Reads the whole disk and compares.
     pub(crate) async fn compare(&self, model: &RefCell<DiskModel>) -> Result<(), String> {
         let len = self.backend.len();
         let expected = model.borrow().len();
@@ -512,7 +513,7 @@ impl Disk {
         model.borrow_mut().check_read(0, &bytes)
     }
 
-    /// The content by sectors; what cannot be read is missing.
+    /// Content by sectors; `None` for sectors that cannot be read.
     pub(crate) async fn survivors(&self, cluster: u64) -> Vec<Option<[u8; 512]>> {
         let len = self.backend.len();
         let sectors = |bytes: &[u8]| -> Vec<Option<[u8; 512]>> {
@@ -534,7 +535,7 @@ impl Disk {
         all
     }
 
-    /// Checks the image: (corruptions, leaks), or what is wrong.
+    /// Checks the image: (corruptions, leaks), or a description of the errors.
     pub(crate) async fn check(&self) -> Result<(u64, u64), String> {
         let report = match self.backend.check(&|_, _| {}).await {
             Ok(report) => report,
@@ -548,7 +549,7 @@ impl Disk {
         Ok((report.corruptions, report.leaks))
     }
 
-    /// Flushes and closes; what could not be made durable is an error.
+    /// Flushes and closes; an error if something could not be made durable.
     pub(crate) async fn close(self) -> Result<(), Error> {
         let node = self.backend.node().expect("it has a medium");
         drop(self.backend);
@@ -568,7 +569,7 @@ impl Disk {
     }
 }
 
-/// Does a whole workload to a disk, without tolerance: every request succeeds and every read is right.
+/// Runs a whole workload: every request must succeed and every read must be right.
 pub(crate) async fn play(
     world: &World,
     kind: &Kind,

@@ -1,4 +1,5 @@
-//! Another mode, giving away and taking back, on a simulated disk: what is locked when, and that a failure changes nothing.
+//! Tests of reopen, inactivate and activate on a simulated disk: which locks are held when, and that a failure changes
+//! nothing.
 
 use std::path::Path;
 
@@ -16,7 +17,7 @@ use crate::protocol::file::tests::{
     NAME, calm, direct, foreign, held, metadata, open, open_as, read, with_config, write,
 };
 
-/// Asks the node to get ready for other flags and options.
+/// Prepares a reopen with other flags and options.
 fn prepare<'a>(
     sim: &Sim,
     node: &'a dyn Driver,
@@ -26,7 +27,7 @@ fn prepare<'a>(
 ) -> Result<Box<dyn Reopen + 'a>> {
     let fs = sim.fs();
     let mut context = ReopenContext { current, flags, options, fs: &fs };
-    // The context ends here, what was prepared goes on.
+    // The context ends here; the prepared reopen outlives it.
     let prepared = sim.block_on(async { prepare_in(node, &mut context).await })?;
     assert_eq!(context.options.keys().next(), None, "every option is taken");
     Ok(prepared)
@@ -51,7 +52,7 @@ fn plain(sim: &Sim, node: &dyn Driver, byte: u8) -> Result<()> {
     write(sim, node, 0, &[byte; 512], WriteFlags::empty())
 }
 
-/// It can do what it is opened for.
+/// Reads, and writes if it was opened for that.
 fn works(sim: &Sim, node: &dyn Driver, can_write: bool) {
     let before = read(sim, node, 0, 512).unwrap();
     let written = plain(sim, node, before[0].wrapping_add(1));
@@ -241,7 +242,7 @@ fn auto_read_only_falls_back_and_tries_again_next_time() {
     assert_eq!(held(&sim), IMAGE_RW);
 }
 
-/// Every step of every mode fails once: the node goes on as it was.
+/// Each operation of each change of mode fails once: the node stays as it was.
 #[test]
 fn a_prepare_that_fails_changes_nothing() {
     let raw = OpenFlags::default();
@@ -267,7 +268,7 @@ fn a_prepare_that_fails_changes_nothing() {
             let Err(error) = outcome else { continue };
             failed += 1;
             assert_eq!(held(&sim), before, "fault {n}: {error}");
-            // A flush that failed stays failed: that is not forgotten either.
+            // A flush that failed stays failed, here too.
             if sim.block_on(node.flush_to_disk()).is_ok() {
                 works(&sim, &*node, !from.read_only);
                 reopen(&sim, &*node, from, to).unwrap();
