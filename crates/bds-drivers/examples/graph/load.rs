@@ -122,7 +122,7 @@ async fn disk(graph: &Graph, name: &str) -> Result<(NodeRef, Backend), Failure> 
 }
 
 /// Adds an overlay or a filter, waits for some requests, and removes it. Returns how long requests were held.
-async fn come_and_go(
+async fn add_and_remove(
     graph: &Graph,
     node: &NodeRef,
     new: Value,
@@ -188,9 +188,9 @@ async fn change_until(
         let file = json!({"driver": "file", "filename": dir.join("layer1.qcow2")});
         let overlay =
             json!({"driver": "qcow2", "node-name": "over", "backing": "still", "file": file});
-        held.extend(come_and_go(graph, still, overlay, some()).await?);
+        held.extend(add_and_remove(graph, still, overlay, some()).await?);
         let filter = json!({"driver": "raw", "node-name": "filter", "file": "busy"});
-        held.extend(come_and_go(graph, busy, filter, some()).await?);
+        held.extend(add_and_remove(graph, busy, filter, some()).await?);
     }
     Ok(held)
 }

@@ -18,7 +18,7 @@ use bds_core::options::{OptionKind, OptionSpec};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 
-use super::plain::{filter_type, pass_on};
+use super::pass_through::{filter_type, pass_on};
 
 /// The `copy-on-read` filter.
 #[derive(Clone, Copy, Debug)]
@@ -57,8 +57,8 @@ impl CopyOnReadNode {
         let mut done = 0;
         while done < end {
             let at = offset + done as u64;
-            let asked = (end - done) as u64;
-            let (len, is_copied) = match self.file.status_down_to(bottom, at, asked).await {
+            let requested = (end - done) as u64;
+            let (len, is_copied) = match self.file.status_down_to(bottom, at, requested).await {
                 Ok(run) => (run.len, run.flags.contains(StatusFlags::ALLOCATED)),
                 Err(error) if error.kind() == ErrorKind::NotFound => (0, false),
                 Err(error) => return Err(error),

@@ -33,7 +33,7 @@ use bds_core::{Error, ErrorKind, Result};
 use bds_io::sync::{Mutex, OwnedMutexGuard};
 use bds_io::{IoVec, Task};
 
-use super::plain::{filter_type, pass_on};
+use super::pass_through::{filter_type, pass_on};
 
 /// The `preallocate` filter.
 #[derive(Clone, Copy, Debug)]
@@ -75,22 +75,22 @@ struct Inner {
     /// All bytes from here to the end of the file are zeros. Raised before anything is written there.
     zero_from: AtomicU64,
     /// The file does not support zero writes without fallback.
-    is_unable: AtomicBool,
+    cannot_allocate: AtomicBool,
     /// Identity of the file that the lengths belong to.
     measured: sync::Mutex<Option<(u64, u64)>>,
     /// Held while the length of the file changes.
-    growing: Arc<Mutex<()>>,
+    length_lock: Arc<Mutex<()>>,
 }
 
 /// A write that may reach past the data. Whatever its result, the range it may have touched counts as data afterwards.
-struct Growing<'a> {
+struct GrowGuard<'a> {
     node: &'a Inner,
     end: u64,
     /// Held if there is no space ahead: no other write may allocate while this one makes the file longer.
-    _alone: Option<OwnedMutexGuard<()>>,
+    _length_lock: Option<OwnedMutexGuard<()>>,
 }
 
-impl Drop for Growing<'_> {
+impl Drop for GrowGuard<'_> {
     fn drop(&mut self) {
         let reached = self.end.min(self.node.file.len());
         self.node.data_end.fetch_max(reached, Ordering::SeqCst);
@@ -99,30 +99,30 @@ impl Drop for Growing<'_> {
 
 impl Inner {
     /// Prepares for a write of `offset..end`.
-    async fn grow(self: &Arc<Self>, offset: u64, end: u64) -> Growing<'_> {
-        let lacks_space = || end > self.file.len() && !self.is_unable.load(Ordering::SeqCst);
-        let mut alone = None;
+    async fn prepare_growth(self: &Arc<Self>, offset: u64, end: u64) -> GrowGuard<'_> {
+        let lacks_space = || end > self.file.len() && !self.cannot_allocate.load(Ordering::SeqCst);
+        let mut held_lock = None;
         if lacks_space() {
-            let lock = Arc::clone(&self.growing).lock_owned().await;
+            let lock = Arc::clone(&self.length_lock).lock_owned().await;
             if lacks_space() {
                 let node = Arc::clone(self);
                 let take = async move {
-                    let has_space = node.take_space(offset, end).await;
+                    let has_space = node.allocate_ahead(offset, end).await;
                     drop(node);
                     (!has_space).then_some(lock)
                 };
                 // Runs to completion even if this future is dropped: zeros that come late must not overwrite bytes of a
                 // later write.
-                alone = ToTheEnd(Some(bds_io::spawn(take))).await;
+                held_lock = DetachOnDrop(Some(bds_io::spawn(take))).await;
             }
         }
-        Growing { node: self, end, _alone: alone }
+        GrowGuard { node: self, end, _length_lock: held_lock }
     }
 
     /// Makes the file at least `end` bytes long. The range between its end and `offset` stays a hole. False: failed
     /// this time, and the write must hold the length lock, because zeros allocated meanwhile could overwrite its bytes.
     /// True also if allocation never works.
-    async fn take_space(&self, offset: u64, end: u64) -> bool {
+    async fn allocate_ahead(&self, offset: u64, end: u64) -> bool {
         let unit = u64::from(self.file.limits().request_alignment);
         // `align` need not be a power of two.
         let from = self.file.len().max(offset - offset % self.align).next_multiple_of(unit);
@@ -134,7 +134,7 @@ impl Inner {
         let Some(to) = to else { return false };
         match self.file.write_zeroes(from, to - from, ZeroFlags::NO_FALLBACK).await {
             Ok(Attempt::Done) => {}
-            Ok(Attempt::Unsupported) => self.is_unable.store(true, Ordering::SeqCst),
+            Ok(Attempt::Unsupported) => self.cannot_allocate.store(true, Ordering::SeqCst),
             Err(error) => {
                 tracing::debug!(%error, "no space taken ahead of a write");
                 return false;
@@ -150,7 +150,7 @@ impl Inner {
         flags: WriteFlags,
     ) -> Result<()> {
         let end = offset + iov.len() as u64;
-        let _growing = self.grow(offset, end).await;
+        let _guard = self.prepare_growth(offset, end).await;
         self.zero_from.fetch_max(end, Ordering::SeqCst);
         self.file.write(offset, iov, flags).await
     }
@@ -162,7 +162,7 @@ impl Inner {
         flags: ZeroFlags,
     ) -> Result<Attempt> {
         let end = offset + len;
-        let _growing = self.grow(offset, end).await;
+        let _guard = self.prepare_growth(offset, end).await;
         let is_zero = offset >= self.zero_from.load(Ordering::SeqCst) && end <= self.file.len();
         if is_zero && !flags.intersects(ZeroFlags::FUA | ZeroFlags::MAY_UNMAP) {
             return Ok(Attempt::Done);
@@ -173,7 +173,7 @@ impl Inner {
     }
 
     /// Trims what lies behind the data. The caller holds the length lock.
-    async fn give_back(&self) -> Result<()> {
+    async fn trim_surplus(&self) -> Result<()> {
         let data_end = self.data_end.load(Ordering::SeqCst);
         if self.file.len() <= data_end {
             return Ok(());
@@ -185,12 +185,12 @@ impl Inner {
 
     /// Changes the length. The request path lets no write past the end run meanwhile.
     async fn resize(&self, change: Truncate) -> Result<()> {
-        let _alone = self.growing.lock().await;
+        let _length_lock = self.length_lock.lock().await;
         let data_end = self.data_end.load(Ordering::SeqCst);
         let has_zeros = self.zero_from.load(Ordering::SeqCst) <= data_end;
         let is_there = change.len >= data_end && change.len <= self.file.len() && has_zeros;
         if !is_there || change.prealloc == Prealloc::Full {
-            self.give_back().await?;
+            self.trim_surplus().await?;
             self.file.truncate(change).await?;
             self.zero_from.store(self.file.len(), Ordering::SeqCst);
         }
@@ -213,7 +213,7 @@ impl Inner {
     /// Measures again if the bytes now lie in another file. Space allocated ahead in this file still counts: it has to
     /// be trimmed.
     fn children_changed(&self) {
-        self.is_unable.store(false, Ordering::SeqCst);
+        self.cannot_allocate.store(false, Ordering::SeqCst);
         let is_same = *self.lock_measured() == self.file.identity();
         // A file that got shorter than its data counts as another one (memory has no identity).
         if !is_same || self.file.len() < self.data_end.load(Ordering::SeqCst) {
@@ -231,9 +231,9 @@ impl Inner {
 }
 
 /// Waits for a task, and detaches it if dropped.
-struct ToTheEnd<T>(Option<Task<T>>);
+struct DetachOnDrop<T>(Option<Task<T>>);
 
-impl<T> Future for ToTheEnd<T> {
+impl<T> Future for DetachOnDrop<T> {
     type Output = T;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
@@ -242,7 +242,7 @@ impl<T> Future for ToTheEnd<T> {
     }
 }
 
-impl<T> Drop for ToTheEnd<T> {
+impl<T> Drop for DetachOnDrop<T> {
     fn drop(&mut self) {
         // Detaching a completed task does nothing.
         if let Some(task) = self.0.take() {
@@ -252,12 +252,12 @@ impl<T> Drop for ToTheEnd<T> {
 }
 
 /// A prepared change of mode.
-struct Mode<'n> {
+struct PreparedReopen<'n> {
     node: &'n Inner,
     will_write: bool,
 }
 
-impl Reopen for Mode<'_> {
+impl Reopen for PreparedReopen<'_> {
     fn commit(self: Box<Self>) {
         let was_active = self.node.is_active.swap(self.will_write, Ordering::SeqCst);
         if self.will_write && !was_active {
@@ -349,7 +349,7 @@ impl Driver for PreallocateNode {
             if !will_write {
                 self.close().await?;
             }
-            Ok(Box::new(Mode { node: &self.0, will_write }) as Box<dyn Reopen>)
+            Ok(Box::new(PreparedReopen { node: &self.0, will_write }) as Box<dyn Reopen>)
         })
     }
 
@@ -362,8 +362,8 @@ impl Driver for PreallocateNode {
             if !self.0.is_active() {
                 return Ok(());
             }
-            let _alone = self.0.growing.lock().await;
-            let given = self.0.give_back().await;
+            let _length_lock = self.0.length_lock.lock().await;
+            let given = self.0.trim_surplus().await;
             given.map_err(|e| e.context("cannot give back space taken ahead; no data is lost"))
         })
     }
@@ -384,8 +384,8 @@ impl Preallocate {
             ahead,
             data_end: AtomicU64::new(len),
             zero_from: AtomicU64::new(len),
-            is_unable: AtomicBool::new(false),
-            growing: Arc::default(),
+            cannot_allocate: AtomicBool::new(false),
+            length_lock: Arc::default(),
         })))
     }
 }

@@ -93,9 +93,9 @@ struct RawNode {
     size: AtomicU64,
 }
 
-struct Moved<'a>(&'a RawNode, Window);
+struct PreparedWindow<'a>(&'a RawNode, Window);
 
-impl Reopen for Moved<'_> {
+impl Reopen for PreparedWindow<'_> {
     fn commit(self: Box<Self>) {
         let Self(node, window) = *self;
         node.offset.store(window.offset, Ordering::Release);
@@ -111,7 +111,7 @@ impl RawNode {
         Window { offset, size: (size != NO_SIZE).then_some(size) }
     }
 
-    fn prepare(&self, context: &mut ReopenContext<'_>) -> Result<Moved<'_>> {
+    fn prepare(&self, context: &mut ReopenContext<'_>) -> Result<PreparedWindow<'_>> {
         let window = self.window().take(&mut context.options)?;
         if window.is_part() != self.is_window {
             return Err(Error::new(
@@ -121,7 +121,7 @@ impl RawNode {
             ));
         }
         window.check(self.file.len())?;
-        Ok(Moved(self, window))
+        Ok(PreparedWindow(self, window))
     }
 
     /// Offset in the file of `offset..offset + len`. A range past a fixed size is an error of kind `beyond`.

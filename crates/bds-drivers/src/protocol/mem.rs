@@ -42,9 +42,9 @@ struct MemNode {
 }
 
 /// A prepared reopen: the new length holds from the commit on.
-struct Longer<'a>(&'a MemNode, u64);
+struct PreparedGrowth<'a>(&'a MemNode, u64);
 
-impl Reopen for Longer<'_> {
+impl Reopen for PreparedGrowth<'_> {
     fn commit(self: Box<Self>) {
         self.0.len.fetch_max(self.1, Ordering::Relaxed);
     }
@@ -258,7 +258,7 @@ impl Driver for MemNode {
                 )
                 .field("size", size));
             }
-            Ok(Box::new(Longer(self, size)) as Box<dyn Reopen>)
+            Ok(Box::new(PreparedGrowth(self, size)) as Box<dyn Reopen>)
         })
     }
 

@@ -29,7 +29,7 @@ use bds_core::{Error, ErrorKind, Result};
 use bds_io::{Fs, IoVec};
 use serde_json::Value;
 
-use super::plain::{self, filter_type, pass_on};
+use super::pass_through::{self, filter_type, pass_on};
 use config::FileRules;
 use rules::{Kind, Rules};
 
@@ -62,7 +62,7 @@ struct DebugNode {
     rules: Mutex<Rules>,
     /// Without rules the lock is never taken. Changes while no request is in flight.
     has_rules: AtomicBool,
-    asked: Mutex<Asked>,
+    settings: Mutex<Settings>,
     /// Permissions taken on the child in addition, and unshared.
     taken: Perm,
     unshared: Perm,
@@ -70,15 +70,15 @@ struct DebugNode {
 
 /// The options that may change while the node is open.
 #[derive(Clone, Debug, Default)]
-struct Asked {
+struct Settings {
     /// Content of the file of rules when the option was given.
     file: FileRules,
     inject: Option<Value>,
     set_state: Option<Value>,
-    odd: OddLimits,
+    odd: LimitOverrides,
 }
 
-impl Asked {
+impl Settings {
     /// Takes options; an option that is missing keeps its value.
     async fn take(self, fs: &Fs, options: &mut Options) -> Result<Self> {
         let file = match options.take_str("config")? {
@@ -103,14 +103,14 @@ impl Asked {
 /// A prepared reopen: other rules and limits.
 struct Prepared<'a> {
     node: &'a DebugNode,
-    asked: Asked,
+    settings: Settings,
     rules: Option<Rules>,
 }
 
 impl Reopen for Prepared<'_> {
     fn commit(self: Box<Self>) {
-        let Self { node, asked, rules } = *self;
-        *node.asked() = asked;
+        let Self { node, settings, rules } = *self;
+        *node.settings() = settings;
         if let Some(rules) = rules {
             node.has_rules.store(!rules.is_empty(), Ordering::Release);
             *node.rules() = rules;
@@ -118,13 +118,13 @@ impl Reopen for Prepared<'_> {
     }
 
     fn request_alignment(&self) -> Option<u32> {
-        Some(self.asked.odd.align.max(1))
+        Some(self.settings.odd.align.max(1))
     }
 }
 
 /// Limits from the options; zero: the child's.
 #[derive(Clone, Copy, Debug, Default)]
-struct OddLimits {
+struct LimitOverrides {
     align: u32,
     max_transfer: u64,
     zero_alignment: u32,
@@ -142,8 +142,8 @@ impl DebugNode {
         self.rules.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn asked(&self) -> MutexGuard<'_, Asked> {
-        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    fn settings(&self) -> MutexGuard<'_, Settings> {
+        self.settings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn prepare(&self, context: &mut ReopenContext<'_>) -> Result<Prepared<'_>> {
@@ -151,10 +151,10 @@ impl DebugNode {
         // Rules that stay keep their state.
         let has_new =
             ["config", "inject-error", "set-state"].iter().any(|key| options.contains(key));
-        let asked = self.asked().clone();
-        let asked = asked.take(context.fs, options).await?;
-        let rules = if has_new { Some(asked.rules()?) } else { None };
-        Ok(Prepared { node: self, asked, rules })
+        let settings = self.settings().clone();
+        let settings = settings.take(context.fs, options).await?;
+        let rules = if has_new { Some(settings.rules()?) } else { None };
+        Ok(Prepared { node: self, settings, rules })
     }
 
     /// Raises `events`, then matches the rules.
@@ -166,7 +166,7 @@ impl DebugNode {
         for event in events {
             rules.event(event);
         }
-        match rules.judge(kind, range.clone(), events) {
+        match rules.match_request(kind, range.clone(), events) {
             None => Ok(()),
             Some(fault) => {
                 let error = io::Error::from_raw_os_error(fault.errno);
@@ -200,7 +200,7 @@ impl Driver for DebugNode {
 
     fn limits(&self) -> Limits {
         let mut limits = Limits { request_alignment: 1, ..self.image.limits() };
-        let odd = self.asked().odd;
+        let odd = self.settings().odd;
         limits.request_alignment = odd.align.max(1);
         if odd.max_transfer != 0 {
             limits.max_transfer = odd.max_transfer;
@@ -291,7 +291,7 @@ impl Driver for DebugNode {
     ) -> BoxFuture<'_, Result<StatusRun>> {
         Box::pin(async move {
             self.pass(Kind::Status, offset, len, &[]).await?;
-            Ok(plain::status(&self.image, self.len(), offset, len))
+            Ok(pass_through::status(&self.image, self.len(), offset, len))
         })
     }
 
@@ -328,8 +328,8 @@ filter_type!(Blkdebug, "blkdebug", "faults and limits on demand, for tests");
 impl Blkdebug {
     async fn open_node(&self, context: &mut OpenContext<'_>) -> Result<DebugNode> {
         let (fs, options) = (context.fs, &mut context.options);
-        let asked = Asked::default().take(fs, options).await?;
-        let rules = asked.rules()?;
+        let settings = Settings::default().take(fs, options).await?;
+        let rules = settings.rules()?;
         let taken = take_perms(options, "take-child-perms")?;
         let unshared = take_perms(options, "unshare-child-perms")?;
         let image = context.child("image", Role::FILTERED | Role::PRIMARY).await?;
@@ -338,7 +338,7 @@ impl Blkdebug {
             image,
             has_rules: AtomicBool::new(!rules.is_empty()),
             rules: Mutex::new(rules),
-            asked: Mutex::new(asked),
+            settings: Mutex::new(settings),
             taken,
             unshared,
         })
@@ -368,7 +368,7 @@ fn take_perms(options: &mut Options, key: &'static str) -> Result<Perm> {
     Ok(perms)
 }
 
-impl OddLimits {
+impl LimitOverrides {
     /// Takes options; an option that is missing keeps its value; all of them must fit together.
     fn take(self, options: &mut Options) -> Result<Self> {
         let align = take_unit(options, "align")?.unwrap_or(self.align);

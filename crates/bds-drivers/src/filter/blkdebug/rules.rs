@@ -120,7 +120,7 @@ impl Rules {
     }
 
     /// Returns the failure if this request must fail. `events` are those that it raises itself.
-    pub(super) fn judge(
+    pub(super) fn match_request(
         &mut self,
         kind: Kind,
         range: Range<u64>,
@@ -252,7 +252,7 @@ mod tests {
     }
 
     fn errno(rules: &mut Rules, kind: Kind, range: Range<u64>) -> Option<i32> {
-        rules.judge(kind, range, &[]).map(|f| f.errno)
+        rules.match_request(kind, range, &[]).map(|f| f.errno)
     }
 
     #[test]

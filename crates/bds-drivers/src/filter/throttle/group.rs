@@ -39,14 +39,14 @@ struct State {
     /// By number, in the order of joining.
     members: BTreeMap<u64, MemberState>,
     next_number: u64,
-    reads: Side,
-    writes: Side,
+    reads: DirectionTotals,
+    writes: DirectionTotals,
     last_direction: Direction,
 }
 
 /// Totals of all members for one direction.
 #[derive(Default)]
-struct Side {
+struct DirectionTotals {
     waiting: usize,
     /// The member that was granted last.
     last_member: u64,
@@ -55,30 +55,30 @@ struct Side {
 struct MemberState {
     node_name: String,
     is_drained: bool,
-    reads: Line,
-    writes: Line,
+    reads: Queue,
+    writes: Queue,
 }
 
 /// Waiting requests of one member and direction, oldest first.
 #[derive(Default)]
-struct Line {
-    turns: VecDeque<Arc<Turn>>,
+struct Queue {
+    waiters: VecDeque<Arc<Waiter>>,
     /// Total cost of the queue.
     cost: Cost,
 }
 
 /// A waiting request.
-struct Turn {
+struct Waiter {
     cost: Cost,
     is_granted: AtomicBool,
     woken: Notify,
 }
 
 /// Requests to wake once the lock is released.
-type Wakes = Vec<Arc<Turn>>;
+type ToWake = Vec<Arc<Waiter>>;
 
-fn wake(wakes: Wakes) {
-    wakes.iter().for_each(|turn| turn.woken.notify_one());
+fn wake(to_wake: ToWake) {
+    to_wake.iter().for_each(|waiter| waiter.woken.notify_one());
 }
 
 impl fmt::Debug for Group {
@@ -93,8 +93,8 @@ impl Group {
             limiter: Limiter::new(limits)?,
             members: BTreeMap::new(),
             next_number: 0,
-            reads: Side::default(),
-            writes: Side::default(),
+            reads: DirectionTotals::default(),
+            writes: DirectionTotals::default(),
             last_direction: Direction::Write,
         };
         Ok(Arc::new(Self { name: name.to_owned(), state: Mutex::new(state) }))
@@ -110,8 +110,8 @@ impl Group {
             MemberState {
                 node_name: node_name.to_owned(),
                 is_drained: false,
-                reads: Line::default(),
-                writes: Line::default(),
+                reads: Queue::default(),
+                writes: Queue::default(),
             },
         );
         Member { group: Arc::clone(self), number }
@@ -131,9 +131,9 @@ impl Group {
         let mut state = self.lock();
         state.limiter = limiter;
         let all = state.members.values().flat_map(|member| [&member.reads, &member.writes]);
-        let wakes = all.flat_map(|line| line.turns.iter().cloned()).collect();
+        let to_wake = all.flat_map(|queue| queue.waiters.iter().cloned()).collect();
         drop(state);
-        wake(wakes);
+        wake(to_wake);
         Ok(())
     }
 
@@ -143,7 +143,7 @@ impl Group {
 }
 
 impl MemberState {
-    fn line(&mut self, direction: Direction) -> &mut Line {
+    fn queue(&mut self, direction: Direction) -> &mut Queue {
         match direction {
             Direction::Read => &mut self.reads,
             Direction::Write => &mut self.writes,
@@ -152,15 +152,15 @@ impl MemberState {
 }
 
 impl State {
-    fn side(&mut self, direction: Direction) -> &mut Side {
+    fn totals(&mut self, direction: Direction) -> &mut DirectionTotals {
         match direction {
             Direction::Read => &mut self.reads,
             Direction::Write => &mut self.writes,
         }
     }
 
-    fn line(&mut self, member: u64, direction: Direction) -> Option<&mut Line> {
-        self.members.get_mut(&member).map(|member| member.line(direction))
+    fn queue(&mut self, member: u64, direction: Direction) -> Option<&mut Queue> {
+        self.members.get_mut(&member).map(|member| member.queue(direction))
     }
 
     fn is_drained(&self, member: u64) -> bool {
@@ -173,23 +173,23 @@ impl State {
     }
 
     /// Grants all requests that are due.
-    fn grant_due(&mut self, now: Duration) -> Wakes {
-        let mut wakes = Vec::new();
+    fn grant_due(&mut self, now: Duration) -> ToWake {
+        let mut to_wake = Vec::new();
         while let Some((direction, member)) = self.next_due(now) {
-            let Some(line) = self.line(member, direction) else { break };
-            let Some(turn) = line.turns.pop_front() else { break };
-            line.cost = line.cost.minus(turn.cost);
+            let Some(queue) = self.queue(member, direction) else { break };
+            let Some(waiter) = queue.waiters.pop_front() else { break };
+            queue.cost = queue.cost.minus(waiter.cost);
             // The alarm of the next one was set while another stood in front.
-            wakes.extend(line.turns.front().cloned());
-            self.limiter.take(now, direction, turn.cost);
-            turn.is_granted.store(true, Ordering::Release);
-            wakes.push(turn);
-            let side = self.side(direction);
-            side.waiting -= 1;
-            side.last_member = member;
+            to_wake.extend(queue.waiters.front().cloned());
+            self.limiter.take(now, direction, waiter.cost);
+            waiter.is_granted.store(true, Ordering::Release);
+            to_wake.push(waiter);
+            let totals = self.totals(direction);
+            totals.waiting -= 1;
+            totals.last_member = member;
             self.last_direction = direction;
         }
-        wakes
+        to_wake
     }
 
     /// The next request to grant, if one is due: the other direction than last time first.
@@ -199,44 +199,47 @@ impl State {
             Direction::Write => [Direction::Read, Direction::Write],
         };
         let direction = order.into_iter().find(|direction| {
-            self.side(*direction).waiting > 0 && self.limiter.wait(now, *direction).is_zero()
+            self.totals(*direction).waiting > 0 && self.limiter.wait(now, *direction).is_zero()
         })?;
         Some((direction, self.next_member(direction)?))
     }
 
     /// The first member behind the last one that has a request waiting.
     fn next_member(&mut self, direction: Direction) -> Option<u64> {
-        let last = self.side(direction).last_member;
+        let last = self.totals(direction).last_member;
         let behind = (Bound::Excluded(last), Bound::Unbounded);
         let mut waiting = |range: (Bound<u64>, Bound<u64>)| {
             let mut members = self.members.range_mut(range);
             members.find_map(|(number, member)| {
-                (!member.line(direction).turns.is_empty()).then_some(*number)
+                (!member.queue(direction).waiters.is_empty()).then_some(*number)
             })
         };
         waiting(behind).or_else(|| waiting((Bound::Unbounded, Bound::Included(last))))
     }
 
     /// The head of each queue, to set its alarm again.
-    fn heads(&self) -> Wakes {
-        let lines = self.members.values().flat_map(|member| [&member.reads, &member.writes]);
-        lines.filter_map(|line| line.turns.front().cloned()).collect()
+    fn heads(&self) -> ToWake {
+        let queues = self.members.values().flat_map(|member| [&member.reads, &member.writes]);
+        queues.filter_map(|queue| queue.waiters.front().cloned()).collect()
     }
 
     /// Grants all requests of a member.
-    fn release(&mut self, member: u64) -> Wakes {
-        let mut wakes = Vec::new();
+    fn release(&mut self, member: u64) -> ToWake {
+        let mut to_wake = Vec::new();
         for direction in [Direction::Read, Direction::Write] {
-            let Some(line) = self.line(member, direction) else { continue };
-            let line = std::mem::take(line);
-            self.side(direction).waiting -= line.turns.len();
+            let Some(queue) = self.queue(member, direction) else { continue };
+            let queue = std::mem::take(queue);
+            self.totals(direction).waiting -= queue.waiters.len();
             // No time is given: this may be called from outside of the Context whose clock counts. The cost leaks from
             // the next request on.
-            self.limiter.take(Duration::ZERO, direction, line.cost);
-            line.turns.iter().for_each(|turn| turn.is_granted.store(true, Ordering::Release));
-            wakes.extend(line.turns);
+            self.limiter.take(Duration::ZERO, direction, queue.cost);
+            queue
+                .waiters
+                .iter()
+                .for_each(|waiter| waiter.is_granted.store(true, Ordering::Release));
+            to_wake.extend(queue.waiters);
         }
-        wakes
+        to_wake
     }
 }
 
@@ -251,22 +254,22 @@ impl Drop for Member {
         let mut state = self.group.lock();
         // Only requests that were forgotten can still be in its queues.
         if let Some(member) = state.members.remove(&self.number) {
-            state.reads.waiting -= member.reads.turns.len();
-            state.writes.waiting -= member.writes.turns.len();
+            state.reads.waiting -= member.reads.waiters.len();
+            state.writes.waiting -= member.writes.waiters.len();
         }
     }
 }
 
 impl Member {
     /// Waits until a request of `len` bytes is granted. Dropped while it waits, it leaves the queue and costs nothing.
-    pub(super) async fn pass(&self, direction: Direction, len: u64) {
-        if let Some(waiting) = self.stand_in_line(direction, len) {
+    pub(super) async fn acquire(&self, direction: Direction, len: u64) {
+        if let Some(waiting) = self.enqueue(direction, len) {
             waiting.wait().await;
         }
     }
 
     /// Grants a request if it need not wait. Unless [consumed](Grant::consume), its cost is refunded.
-    pub(super) fn try_pass(&self, direction: Direction, len: u64) -> Option<Pass<'_>> {
+    pub(super) fn try_acquire(&self, direction: Direction, len: u64) -> Option<Grant<'_>> {
         let mut state = self.group.lock();
         let cost = state.limiter.limits().cost(len);
         let now = bds_io::now();
@@ -275,7 +278,7 @@ impl Member {
             return None;
         }
         state.limiter.take(now, direction, cost);
-        Some(Pass { group: &self.group, direction, cost, is_used: false })
+        Some(Grant { group: &self.group, direction, cost, is_consumed: false })
     }
 
     /// Sets the limits of the whole group; the caller has checked them.
@@ -289,9 +292,9 @@ impl Member {
         if let Some(member) = state.members.get_mut(&self.number) {
             member.is_drained = true;
         }
-        let wakes = state.release(self.number);
+        let to_wake = state.release(self.number);
         drop(state);
-        wake(wakes);
+        wake(to_wake);
     }
 
     /// The limits hold again.
@@ -302,7 +305,7 @@ impl Member {
     }
 
     /// Queues a request; `None` if it may go at once.
-    pub(super) fn stand_in_line(&self, direction: Direction, len: u64) -> Option<Waiting<'_>> {
+    pub(super) fn enqueue(&self, direction: Direction, len: u64) -> Option<QueuedRequest<'_>> {
         let mut state = self.group.lock();
         let now = bds_io::now();
         let cost = state.limiter.limits().cost(len);
@@ -310,98 +313,98 @@ impl Member {
             state.limiter.take(now, direction, cost);
             return None;
         }
-        let turn =
-            Arc::new(Turn { cost, is_granted: AtomicBool::new(false), woken: Notify::new() });
-        let line = state.line(self.number, direction)?;
-        line.turns.push_back(Arc::clone(&turn));
-        line.cost = line.cost.plus(cost);
-        state.side(direction).waiting += 1;
-        Some(Waiting { member: self, direction, turn })
+        let waiter =
+            Arc::new(Waiter { cost, is_granted: AtomicBool::new(false), woken: Notify::new() });
+        let queue = state.queue(self.number, direction)?;
+        queue.waiters.push_back(Arc::clone(&waiter));
+        queue.cost = queue.cost.plus(cost);
+        state.totals(direction).waiting += 1;
+        Some(QueuedRequest { member: self, direction, waiter })
     }
 }
 
 /// A request that was granted at once.
-pub(super) struct Pass<'a> {
+pub(super) struct Grant<'a> {
     group: &'a Group,
     direction: Direction,
     cost: Cost,
-    is_used: bool,
+    is_consumed: bool,
 }
 
-impl Pass<'_> {
+impl Grant<'_> {
     /// The request was done, so it costs.
-    pub(super) fn use_up(mut self) {
-        self.is_used = true;
+    pub(super) fn consume(mut self) {
+        self.is_consumed = true;
     }
 }
 
-impl Drop for Pass<'_> {
+impl Drop for Grant<'_> {
     fn drop(&mut self) {
-        if self.is_used {
+        if self.is_consumed {
             return;
         }
         let mut state = self.group.lock();
         state.limiter.give_back(self.direction, self.cost);
         // Requests that queued meanwhile have set their alarms by a level that is gone.
-        let wakes = state.heads();
+        let to_wake = state.heads();
         drop(state);
-        wake(wakes);
+        wake(to_wake);
     }
 }
 
 /// A request in its queue. Dropping it leaves the queue.
-pub(super) struct Waiting<'a> {
+pub(super) struct QueuedRequest<'a> {
     member: &'a Member,
     direction: Direction,
-    turn: Arc<Turn>,
+    waiter: Arc<Waiter>,
 }
 
-impl Waiting<'_> {
+impl QueuedRequest<'_> {
     pub(super) async fn wait(self) {
-        while let Some(alarm) = self.look() {
+        while let Some(alarm) = self.grant_and_next_alarm() {
             // A wake-up since the lock was released is kept by `woken`.
-            let woken = pin!(self.turn.woken.notified());
+            let woken = pin!(self.waiter.woken.notified());
             let rung = pin!(bds_io::sleep(alarm));
             select(woken, rung).await;
         }
     }
 
     /// Grants what is due. Returns the longest time until this request can be due; `None`: it was granted.
-    fn look(&self) -> Option<Duration> {
+    fn grant_and_next_alarm(&self) -> Option<Duration> {
         let now = bds_io::now();
         let mut state = self.member.group.lock();
-        let wakes = state.grant_due(now);
+        let to_wake = state.grant_due(now);
         let alarm = self.alarm(&mut state, now);
         drop(state);
-        wake(wakes);
+        wake(to_wake);
         alarm
     }
 
     fn alarm(&self, state: &mut State, now: Duration) -> Option<Duration> {
-        if self.turn.is_granted.load(Ordering::Acquire) {
+        if self.waiter.is_granted.load(Ordering::Acquire) {
             return None;
         }
-        let turns = state.line(self.member.number, self.direction).map(|line| &line.turns);
-        let in_front = turns.into_iter().flatten().take_while(|t| !Arc::ptr_eq(t, &self.turn));
-        let ahead = in_front.fold(Cost::default(), |sum, turn| sum.plus(turn.cost));
+        let waiters = state.queue(self.member.number, self.direction).map(|queue| &queue.waiters);
+        let in_front = waiters.into_iter().flatten().take_while(|t| !Arc::ptr_eq(t, &self.waiter));
+        let ahead = in_front.fold(Cost::default(), |sum, waiter| sum.plus(waiter.cost));
         Some(state.limiter.wait_behind(now, self.direction, ahead))
     }
 }
 
-impl Drop for Waiting<'_> {
+impl Drop for QueuedRequest<'_> {
     fn drop(&mut self) {
         let mut state = self.member.group.lock();
-        if self.turn.is_granted.load(Ordering::Acquire) {
+        if self.waiter.is_granted.load(Ordering::Acquire) {
             return;
         }
         let mut next = None;
-        if let Some(line) = state.line(self.member.number, self.direction)
-            && let Some(place) = line.turns.iter().position(|t| Arc::ptr_eq(t, &self.turn))
+        if let Some(queue) = state.queue(self.member.number, self.direction)
+            && let Some(place) = queue.waiters.iter().position(|t| Arc::ptr_eq(t, &self.waiter))
         {
-            line.turns.remove(place);
-            line.cost = line.cost.minus(self.turn.cost);
-            next = line.turns.get(place).filter(|_| place == 0).cloned();
-            state.side(self.direction).waiting -= 1;
+            queue.waiters.remove(place);
+            queue.cost = queue.cost.minus(self.waiter.cost);
+            next = queue.waiters.get(place).filter(|_| place == 0).cloned();
+            state.totals(self.direction).waiting -= 1;
         }
         drop(state);
         wake(next.into_iter().collect());

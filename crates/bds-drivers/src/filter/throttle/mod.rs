@@ -32,7 +32,7 @@ use bds_core::rate::{Direction, RateLimits};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 
-use super::plain::{filter_type, pass_on};
+use super::pass_through::{filter_type, pass_on};
 use group::{Group, Member};
 
 pub use groups::{GroupInfo, ThrottleGroups};
@@ -99,27 +99,27 @@ impl Driver for ThrottleNode {
         write_compressed, write_zeroes, discard, block_status, truncate, allocated_len);
 
     fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
-        let pass = self.member.try_pass(Direction::Read, iov.len() as u64)?;
+        let pass = self.member.try_acquire(Direction::Read, iov.len() as u64)?;
         let result = self.file.try_read(offset, iov)?;
-        pass.use_up();
+        pass.consume();
         Some(result)
     }
 
     fn try_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
-        let pass = self.member.try_pass(Direction::Write, iov.len() as u64)?;
+        let pass = self.member.try_acquire(Direction::Write, iov.len() as u64)?;
         let result = self.file.try_write(offset, iov)?;
-        pass.use_up();
+        pass.consume();
         Some(result)
     }
 
     fn pace(&self, len: u64) -> Option<BoxFuture<'_, ()>> {
-        let waiting = self.member.stand_in_line(Direction::Write, len)?;
+        let waiting = self.member.enqueue(Direction::Write, len)?;
         Some(Box::pin(waiting.wait()))
     }
 
     fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
-            self.member.pass(Direction::Read, iov.len() as u64).await;
+            self.member.acquire(Direction::Read, iov.len() as u64).await;
             self.file.read(offset, iov, flags).await
         })
     }

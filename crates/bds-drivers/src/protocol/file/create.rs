@@ -47,14 +47,14 @@ pub(super) const DEVICE_OPTIONS: &[OptionSpec] = &[OptionSpec {
     default: None,
 }];
 
-struct Wanted {
+struct CreateSettings {
     size: u64,
     prealloc: Prealloc,
     nocow: bool,
     extent_size_hint: u32,
 }
 
-fn parse(options: &mut Options) -> Result<Wanted> {
+fn parse(options: &mut Options) -> Result<CreateSettings> {
     let size = options.take_size("size")?.unwrap_or(0);
     let prealloc = match options.take_str("preallocation")? {
         None => Prealloc::Off,
@@ -77,7 +77,7 @@ fn parse(options: &mut Options) -> Result<Wanted> {
                 .field("extent_size_hint", bytes)
         })?,
     };
-    Ok(Wanted { size, prealloc, nocow, extent_size_hint })
+    Ok(CreateSettings { size, prealloc, nocow, extent_size_hint })
 }
 
 pub(super) fn claim(fs: &Fs, path: &Path, options: &mut Options) -> Result<ClaimedFile> {
@@ -96,7 +96,7 @@ pub(super) fn claim(fs: &Fs, path: &Path, options: &mut Options) -> Result<Claim
 fn claim_open(
     file: File,
     path: &Path,
-    wanted: Wanted,
+    wanted: CreateSettings,
     made_path: Option<PathBuf>,
 ) -> Result<ClaimedFile> {
     if file.kind() != FileKind::Regular {
@@ -145,14 +145,14 @@ fn lock(file: &File) -> Result<Locks> {
     Locks::take(file, permissions, LockMode::Auto)
 }
 
-async fn make_empty(file: &File, wanted: &Wanted) -> Result<()> {
+async fn make_empty(file: &File, wanted: &CreateSettings) -> Result<()> {
     file.set_len(0).await.map_err(|e| Error::io(e, "could not empty the file"))?;
     hint(file, wanted);
     set_len(file, 0, wanted.size, wanted.prealloc).await
 }
 
 /// Hints only: many file systems support neither.
-fn hint(file: &File, wanted: &Wanted) {
+fn hint(file: &File, wanted: &CreateSettings) {
     if wanted.nocow
         && let Err(error) = file.set_no_cow()
     {
@@ -174,7 +174,7 @@ pub(super) fn claim_device(fs: &Fs, path: &Path, options: &mut Options) -> Resul
     if !matches!(file.kind(), FileKind::Block | FileKind::Char) {
         return Err(Error::new(ErrorKind::NotSupported, "is not a device").file(path));
     }
-    let len = file.len().map_err(|e| Error::io(e, "cannot ask for the length").file(path))?;
+    let len = file.len().map_err(|e| Error::io(e, "cannot query the length").file(path))?;
     if len < size {
         return Err(Error::new(ErrorKind::NoSpace, "the device is too small")
             .file(path)

@@ -20,7 +20,7 @@ impl FileNode {
         if end > self.known_len.load(Ordering::Relaxed) {
             return None;
         }
-        match self.now().file.try_read(offset, iov)? {
+        match self.opened().file.try_read(offset, iov)? {
             Ok(read_len) if read_len == iov.len() => Some(Ok(())),
             // The file is shorter than the known length; the slow path handles that.
             Ok(_) => None,
@@ -31,7 +31,7 @@ impl FileNode {
     /// Writes into the page cache, completely or not at all (a short write is repeated from its start).
     pub(super) fn quick_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
         let end = offset.checked_add(iov.len() as u64)?;
-        match self.now().file.try_write(offset, iov)? {
+        match self.opened().file.try_write(offset, iov)? {
             Ok(written_len) if written_len == iov.len() => {
                 self.grown_to(end);
                 Some(Ok(()))
@@ -42,7 +42,7 @@ impl FileNode {
     }
 
     pub(super) async fn read_all(&self, offset: u64, iov: IoVec) -> Result<()> {
-        let now = self.now();
+        let now = self.opened();
         if now.needs_bounce(&iov) {
             let buf = Buf::zeroed(iov.len(), now.limits.memory_alignment as usize);
             self.read_fitting(&now, offset, &buf.iov()).await?;
@@ -127,7 +127,7 @@ impl FileNode {
         if fua {
             self.refuse_if_flush_broke()?;
         }
-        let now = self.now();
+        let now = self.opened();
         let iov = if now.needs_bounce(&iov) {
             let buf = Buf::zeroed(iov.len(), now.limits.memory_alignment as usize);
             buf.iov().copy_from_iov(0, &iov);
@@ -138,7 +138,7 @@ impl FileNode {
         if fua && !self.features.no_dsync.load(Ordering::Relaxed) {
             match self.write_fitting(&now, offset, &iov, true).await {
                 Ok(()) => return Ok(()),
-                Err(e) => self.judge_dsync_failure(&now, offset, &iov, e).await?,
+                Err(e) => self.handle_dsync_failure(&now, offset, &iov, e).await?,
             }
         } else {
             self.write_fitting(&now, offset, &iov, false)
@@ -151,7 +151,7 @@ impl FileNode {
     /// Handles a failed durable write. A plain write tells whether durable writes are unsupported or space was missing;
     /// `Ok` means that it succeeded that way and a flush is owed. Any other failure is the kernel's one report of a
     /// lost page and must stick.
-    async fn judge_dsync_failure(
+    async fn handle_dsync_failure(
         &self,
         now: &Opened,
         offset: u64,
@@ -238,7 +238,7 @@ impl FileNode {
     /// fdatasync. Fails for good once it failed on a buffered file.
     pub(super) async fn flush(&self) -> Result<()> {
         self.refuse_if_flush_broke()?;
-        let now = self.now();
+        let now = self.opened();
         match now.file.sync_data().await {
             Ok(()) => Ok(()),
             Err(e) => {
@@ -282,7 +282,7 @@ impl FileNode {
         if !is_inside || self.features.no_copy_range.load(Ordering::Relaxed) {
             return Ok(Attempt::Unsupported);
         }
-        let (now, from_now) = (self.now(), source.now());
+        let (now, from_now) = (self.opened(), source.opened());
         let mut done = 0;
         while done < len {
             let (from, to) = (source_offset + done, offset + done);

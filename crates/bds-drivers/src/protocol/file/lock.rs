@@ -154,7 +154,11 @@ impl Locks {
     }
 
     /// Locks another description of a file whose locks were widened for it.
-    pub(super) fn beside(file: &File, now: Permissions, wanted: Permissions) -> Result<Self> {
+    pub(super) fn take_untested(
+        file: &File,
+        now: Permissions,
+        wanted: Permissions,
+    ) -> Result<Self> {
         take_bytes(file, Permissions::default(), now).map_err(|f| f.into_error(file, None))?;
         Ok(Self { held: Mutex::new(Some(now)), wanted, ..Self::none() })
     }

@@ -112,7 +112,7 @@ struct FileNode {
     first: Opened,
     /// State since the last reopen, if there was one. Most files are never reopened: for them the lookup costs one
     /// load.
-    later: OnceLock<RcuCell<Opened>>,
+    reopened: OnceLock<RcuCell<Opened>>,
     /// False while another process uses the file (after `inactivate`).
     is_active: AtomicBool,
     /// Length at open or after a resize, raised as far as the file was seen to reach since. A read never lowers it:
@@ -136,19 +136,19 @@ struct Opened {
 }
 
 /// A reference to the current state.
-enum Now<'a> {
+enum OpenedRef<'a> {
     First(&'a Opened),
-    Later(RcuGuard<'a, Opened>),
+    Reopened(RcuGuard<'a, Opened>),
 }
 
-impl Deref for Now<'_> {
+impl Deref for OpenedRef<'_> {
     type Target = Opened;
 
     #[inline]
     fn deref(&self) -> &Opened {
         match self {
             Self::First(opened) => opened,
-            Self::Later(reading) => reading,
+            Self::Reopened(reading) => reading,
         }
     }
 }
@@ -174,10 +174,10 @@ struct Features {
 
 impl FileNode {
     #[inline]
-    fn now(&self) -> Now<'_> {
-        match self.later.get() {
-            None => Now::First(&self.first),
-            Some(later) => Now::Later(later.read()),
+    fn opened(&self) -> OpenedRef<'_> {
+        match self.reopened.get() {
+            None => OpenedRef::First(&self.first),
+            Some(reopened) => OpenedRef::Reopened(reopened.read()),
         }
     }
 
@@ -195,8 +195,8 @@ impl FileNode {
 
     /// Queries the length that the file system reports.
     fn actual_len(&self) -> Result<u64> {
-        let len = self.now().file.len();
-        len.map_err(|e| Error::io(e, "cannot ask for the length").file(&self.path))
+        let len = self.opened().file.len();
+        len.map_err(|e| Error::io(e, "cannot query the length").file(&self.path))
     }
 }
 
@@ -210,11 +210,11 @@ impl Driver for FileNode {
     }
 
     fn limits(&self) -> Limits {
-        self.now().limits
+        self.opened().limits
     }
 
     fn is_read_only(&self) -> bool {
-        self.now().is_read_only
+        self.opened().is_read_only
     }
 
     fn write_flags(&self) -> WriteFlags {
@@ -230,7 +230,7 @@ impl Driver for FileNode {
     }
 
     fn identity(&self) -> Option<(u64, u64)> {
-        self.now().file.identity().ok()
+        self.opened().file.identity().ok()
     }
 
     fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
@@ -259,7 +259,7 @@ impl Driver for FileNode {
     }
 
     fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Attempt>> {
-        Box::pin(self.give_back(offset, len))
+        Box::pin(self.discard_range(offset, len))
     }
 
     fn flush_to_disk(&self) -> BoxFuture<'_, Result<()>> {
@@ -281,12 +281,12 @@ impl Driver for FileNode {
     }
 
     fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
-        let now = self.now();
+        let now = self.opened();
         let answer = now
             .file
             .allocated_len()
             .map(Some)
-            .map_err(|e| Error::io(e, "cannot ask for the space used").file(&self.path));
+            .map_err(|e| Error::io(e, "cannot query the allocated space").file(&self.path));
         Box::pin(async move { answer })
     }
 
@@ -316,12 +316,12 @@ impl Driver for FileNode {
     }
 
     fn inactivate(&self) -> BoxFuture<'_, Result<()>> {
-        self.give_away();
+        self.set_inactive();
         Box::pin(async { Ok(()) })
     }
 
     fn activate(&self) -> BoxFuture<'_, Result<()>> {
-        Box::pin(async { self.take_back() })
+        Box::pin(async { self.set_active() })
     }
 
     fn as_any(&self) -> &dyn Any {
@@ -330,7 +330,7 @@ impl Driver for FileNode {
 
     fn close(&self) -> BoxFuture<'_, Result<()>> {
         // The locks belong to the open file description, and an operation in flight may keep that alive.
-        let now = self.now();
+        let now = self.opened();
         now.locks.release(&now.file);
         Box::pin(async { Ok(()) })
     }

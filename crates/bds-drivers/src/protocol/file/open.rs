@@ -80,14 +80,13 @@ fn open_node(
     opened.locks = Locks::take(&opened.file, opened.permissions(&flags), opened.locking(&flags))
         .map_err(|e| e.file(&path))?
         .held_by(&opened.file, &node_name);
-    let len =
-        opened.file.len().map_err(|e| Error::io(e, "cannot ask for the length").file(&path))?;
+    let len = opened.file.len().map_err(|e| Error::io(e, "cannot query the length").file(&path))?;
     Ok(FileNode {
         flavour,
         node_name,
         path,
         first: opened,
-        later: OnceLock::new(),
+        reopened: OnceLock::new(),
         is_active: AtomicBool::new(true),
         known_len: AtomicU64::new(len),
         broken_flush: AtomicI32::new(0),

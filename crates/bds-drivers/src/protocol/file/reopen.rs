@@ -7,7 +7,7 @@
 //! - The file stays the same file: another inode under the name is refused.
 //! - There is no moment at which neither description holds the locks.
 //! - A failed write-back is not forgotten. The kernel reports it once to each description, so the old one is synced
-//! before it is closed, and a failure is kept in the node (`broken_flush`).
+//!   before it is closed, and a failure is kept in the node (`broken_flush`).
 
 use std::sync::atomic::Ordering;
 
@@ -33,15 +33,15 @@ impl Reopen for Prepared<'_> {
         let Some(new) = self.new.take() else { return };
         let node = self.node;
         {
-            let old = node.now();
+            let old = node.opened();
             // An operation whose future was dropped may keep the old description open for a while.
             old.locks.release(&old.file);
         }
         let file = new.file.clone();
-        match node.later.get() {
-            Some(later) => later.replace(new),
+        match node.reopened.get() {
+            Some(reopened) => reopened.replace(new),
             // No request is in flight at commit, so this is still empty.
-            None => drop(node.later.set(RcuCell::new(new))),
+            None => drop(node.reopened.set(RcuCell::new(new))),
         }
         // The first state lives as long as the node, but its description must be closed now.
         if let Err(error) = node.first.file.forward(&file) {
@@ -60,7 +60,7 @@ impl Drop for Prepared<'_> {
         if self.new.is_some()
             && let Some(before) = self.before.take()
         {
-            let old = self.node.now();
+            let old = self.node.opened();
             old.locks.narrow(&old.file, before);
         }
     }
@@ -78,7 +78,7 @@ impl FileNode {
             return Ok(Box::new(()));
         }
         let prepared = self.open_beside(mode, context).map_err(named)?;
-        let now = self.now();
+        let now = self.opened();
         let is_flushed = now.is_read_only || context.current.cache.no_flush;
         if !is_flushed && self.refuse_if_flush_broke().is_ok() {
             self.flush().await?;
@@ -95,12 +95,12 @@ impl FileNode {
             )
             .field("filename", name.display()));
         }
-        take_mode(&mut context.options, self.now().mode)
+        take_mode(&mut context.options, self.opened().mode)
     }
 
     /// Is the file open in this mode already?
     fn is_like(&self, mode: Mode, flags: &OpenFlags) -> bool {
-        let now = self.now();
+        let now = self.opened();
         mode == now.mode
             && wants_write(flags) != now.is_read_only
             && flags.cache.direct == now.is_direct
@@ -110,9 +110,9 @@ impl FileNode {
     fn open_beside(&self, mode: Mode, context: &ReopenContext<'_>) -> Result<Prepared<'_>> {
         let flags = context.flags;
         let mut new = Opened::new(self.flavour, context.fs, &self.path, mode, flags)?;
-        let now = self.now();
+        let now = self.opened();
         let identity = |opened: &Opened| {
-            opened.file.identity().map_err(|e| Error::io(e, "cannot ask which file it is"))
+            opened.file.identity().map_err(|e| Error::io(e, "cannot identify the file"))
         };
         if identity(&new)? != identity(&now)? {
             return Err(Error::new(
@@ -127,11 +127,11 @@ impl FileNode {
         // From here on the locks are restored if anything fails.
         let is_locked = before.is_some();
         let mut prepared = Prepared { node: self, new: None, before };
-        let beside = match is_locked {
-            true => Locks::beside(&new.file, needed, wanted),
+        let new_locks = match is_locked {
+            true => Locks::take_untested(&new.file, needed, wanted),
             false => Locks::take(&new.file, wanted, LockMode::Off),
         };
-        prepared.new = Some(match beside {
+        prepared.new = Some(match new_locks {
             Ok(locks) => {
                 new.locks = locks.held_by(&new.file, &self.node_name);
                 new
@@ -145,16 +145,16 @@ impl FileNode {
     }
 
     /// Inactivates: lets another process use the file.
-    pub(super) fn give_away(&self) {
-        let now = self.now();
+    pub(super) fn set_inactive(&self) {
+        let now = self.opened();
         now.locks.relax(&now.file);
         self.is_active.store(false, Ordering::Release);
     }
 
     /// Activates: uses the file again, which may be longer or shorter now.
-    pub(super) fn take_back(&self) -> Result<()> {
+    pub(super) fn set_active(&self) -> Result<()> {
         let named = |e: Error| e.node(&self.node_name).file(&self.path);
-        let now = self.now();
+        let now = self.opened();
         now.locks.restore(&now.file).map_err(named)?;
         if let Err(error) = self.current_len() {
             now.locks.relax(&now.file);

@@ -44,7 +44,7 @@ impl FileNode {
             return Ok(StatusRun { len: 0, flags: StatusFlags::EOF, map: None });
         }
         let len = len.min(file_len - offset);
-        let now = self.now();
+        let now = self.opened();
         let (is_data, run_len) = if precise && now.file.kind() == FileKind::Regular {
             self.run_at(&now, offset, len)?
         } else {
@@ -83,7 +83,7 @@ impl FileNode {
             // answers: data.
             Ok(None | Some(_)) => return Ok((true, len)),
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => return Ok((true, len)),
-            Err(e) => return Err(self.failed("cannot ask for holes", offset, e)),
+            Err(e) => return Err(self.failed("cannot query holes", offset, e)),
         };
         if extent.is_data {
             let mut run = self.data_run.lock().unwrap_or_else(PoisonError::into_inner);
@@ -133,7 +133,7 @@ impl FileNode {
                 "preallocation=metadata is for formats; a file takes off, falloc or full",
             ));
         }
-        let now = self.now();
+        let now = self.opened();
         let _resizing = now.locks.resizing(&now.file)?;
         self.forget_data_run();
         let outcome = set_len(&now.file, old_len, new_len, change.prealloc).await;

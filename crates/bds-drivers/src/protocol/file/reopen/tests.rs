@@ -69,7 +69,7 @@ const RAW_RW: &[u64] = &[100, 101, 201, 203];
 const RAW_RO: &[u64] = &[100];
 
 #[test]
-fn a_mode_is_taken_at_commit_and_forgotten_without() {
+fn the_mode_changes_at_commit_and_not_without_it() {
     let raw = OpenFlags::default();
     let shared = OpenFlags { force_share: true, ..read_only(raw) };
     let raw_direct = OpenFlags { cache: direct().cache, ..raw };
@@ -106,7 +106,7 @@ fn a_mode_is_taken_at_commit_and_forgotten_without() {
 }
 
 #[test]
-fn nothing_is_opened_for_a_mode_it_has() {
+fn reopen_to_the_same_mode_opens_nothing() {
     let sim = calm(&[7; 512]);
     let node = open(&sim, metadata()).unwrap();
     let before = sim.ops_of(OpMask::OPEN);
@@ -120,7 +120,7 @@ fn nothing_is_opened_for_a_mode_it_has() {
 }
 
 #[test]
-fn whoever_is_in_the_way_of_the_new_mode_is_respected() {
+fn conflicting_locks_refuse_a_reopen() {
     let raw = OpenFlags::default();
     for (what, from, to, byte, is_fine) in [
         ("a writer is not wanted", read_only(raw), raw, 201, false),
@@ -147,7 +147,7 @@ fn whoever_is_in_the_way_of_the_new_mode_is_respected() {
 }
 
 #[test]
-fn two_nodes_on_one_file_stand_in_each_others_way() {
+fn two_nodes_on_one_file_conflict() {
     let raw = OpenFlags::default();
     let sim = calm(&[7; 4096]);
     let writer = open(&sim, raw).unwrap();
@@ -162,7 +162,7 @@ fn two_nodes_on_one_file_stand_in_each_others_way() {
 }
 
 #[test]
-fn the_options_about_locks_change() {
+fn lock_options_change_by_reopen() {
     let raw = OpenFlags::default();
     let sim = calm(&[7; 4096]);
     let node = open(&sim, raw).unwrap();
@@ -196,7 +196,7 @@ fn missing_locks_matter_only_if_locking_is_on() {
 }
 
 #[test]
-fn what_cannot_change_is_refused_by_name() {
+fn unchangeable_options_are_refused_by_name() {
     let sim = calm(&[7; 4096]);
     let node = open(&sim, metadata()).unwrap();
     for (key, value) in
@@ -316,7 +316,7 @@ fn a_failed_flush_is_remembered_in_every_mode() {
 }
 
 #[test]
-fn what_the_old_description_has_to_tell_is_asked_before_it_goes() {
+fn write_back_error_of_the_old_description_is_kept() {
     let raw = OpenFlags::default();
     let sim = calm(&[0; 4096]);
     let node = open(&sim, raw).unwrap();
@@ -324,7 +324,7 @@ fn what_the_old_description_has_to_tell_is_asked_before_it_goes() {
     sim.fail_nth(0, Fault::once(libc::EIO).on(OpMask::SYNC));
     let error = reopen(&sim, &*node, raw, direct()).unwrap_err();
     assert_eq!(error.errno(), libc::EIO);
-    assert!(sim.block_on(node.flush_to_disk()).is_err(), "and it stays told");
+    assert!(sim.block_on(node.flush_to_disk()).is_err(), "and the failure is kept");
     assert_eq!(held(&sim), RAW_RW);
     let unsafe_cache = CacheMode { no_flush: true, ..CacheMode::default() };
     let current = OpenFlags { cache: unsafe_cache, ..raw };
@@ -335,7 +335,7 @@ fn what_the_old_description_has_to_tell_is_asked_before_it_goes() {
 }
 
 #[test]
-fn an_inactive_node_keeps_nobody_out() {
+fn an_inactive_node_locks_only_as_a_reader() {
     let sim = with_config(SimConfig { inline_rate: 1.0, ..SimConfig::calm() }, &[7; 4096]);
     let node = open(&sim, metadata()).unwrap();
     sim.block_on(node.inactivate()).unwrap();
@@ -358,7 +358,7 @@ fn an_inactive_node_keeps_nobody_out() {
 }
 
 #[test]
-fn what_was_remembered_of_the_file_is_forgotten_on_activation() {
+fn activation_drops_cached_facts_of_the_file() {
     let sim = calm(&[7; 65536]);
     let node = open(&sim, metadata()).unwrap();
     let run = |node: &dyn Driver| sim.block_on(node.block_status(32768, 4096, true)).unwrap();
@@ -372,7 +372,7 @@ fn what_was_remembered_of_the_file_is_forgotten_on_activation() {
 }
 
 #[test]
-fn the_mode_of_an_inactive_node_changes_without_taking_charge() {
+fn reopen_of_an_inactive_node_takes_no_locks() {
     let sim = calm(&[7; 4096]);
     let ro = read_only(metadata());
     let node = open(&sim, ro).unwrap();
@@ -389,7 +389,7 @@ fn the_mode_of_an_inactive_node_changes_without_taking_charge() {
 }
 
 #[test]
-fn a_node_without_locks_is_given_away_and_taken_back() {
+fn a_node_without_locks_is_inactivated_and_activated() {
     let sim = calm(&[7; 4096]);
     let off = Options::new().with("locking", "off");
     let node = open_as(&sim, &FileProtocol, metadata(), off).unwrap();

@@ -84,7 +84,7 @@ macro_rules! pass_on {
             len: u64,
             _precise: bool,
         ) -> bds_core::driver::BoxFuture<'_, bds_core::Result<bds_core::driver::StatusRun>> {
-            let run = $crate::filter::plain::status(&$child, $this.len(), offset, len);
+            let run = $crate::filter::pass_through::status(&$child, $this.len(), offset, len);
             Box::pin(async move { Ok(run) })
         }
     };
