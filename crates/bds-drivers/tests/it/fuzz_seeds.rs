@@ -4,8 +4,9 @@
 
 use std::path::{Path, PathBuf};
 
-use bds_core::options::Options;
-use bds_drivers::format::qcow2::fuzzing::{self, MemPort};
+use bds_drivers::format::qcow2::fuzzing;
+
+use crate::hostile_images::image;
 
 type Target = (&'static str, fn(&[u8]));
 
@@ -44,17 +45,6 @@ fn every_seed_is_harmless() {
     }
 }
 
-fn image(options: &[(&str, &str)]) -> Vec<u8> {
-    let mut tree = Options::new();
-    for (key, value) in options {
-        tree.set(key, *value);
-    }
-    let (file, data) = (MemPort::default(), MemPort::default());
-    let has_data_file = tree.contains("data_file");
-    fuzzing::create(tree, &file, has_data_file.then_some(&data)).unwrap();
-    file.bytes()
-}
-
 fn write_seeds() {
     let put = |target: &str, name: &str, bytes: &[u8]| {
         std::fs::create_dir_all(seeds(target)).unwrap();
@@ -80,7 +70,7 @@ fn write_seeds() {
             put("qcow2_open", name, &bytes);
         }
     }
-    // Entries that lead behind the end of the file, a cluster in use with refcount 0, an end mark with a length, snapshots nowhere.
+    // Entries that lead behind the end of the file, a cluster in use with refcount 0, an end mark with a length, a snapshot table outside of the file.
     let mapped = image(&[("size", "9k"), small, ("preallocation", "metadata")]);
     let with = |changes: &[(usize, u64, usize)]| {
         let mut bytes = mapped.clone();

@@ -10,7 +10,7 @@ use crate::load;
 
 /// `cargo xtask bench --only graph` runs a million requests.
 #[test]
-fn requests_go_on_and_bytes_stay_while_overlays_and_filters_come_and_go() {
+fn requests_survive_adding_and_removing_overlays_and_filters() {
     let scratch = Scratch::in_memory();
     let graph = Graph::new(GraphConfig::new(Arc::new(bds_drivers::registry())));
     let image = NewImage {

@@ -37,8 +37,8 @@ impl User {
 
     /// A writer tolerates only raw readers; every user tolerates readers.
     fn tolerates(self, other: Self) -> bool {
-        let minds = |a: Self, b: Self| a.is_writer() && b != Self::RawReader;
-        !minds(self, other) && !minds(other, self)
+        let conflicts = |a: Self, b: Self| a.is_writer() && b != Self::RawReader;
+        !conflicts(self, other) && !conflicts(other, self)
     }
 }
 
@@ -110,7 +110,7 @@ fn image() -> Option<(Scratch, std::path::PathBuf)> {
 }
 
 #[test]
-fn we_respect_qemu() {
+fn locks_of_qemu_refuse_our_open() {
     let Some((_scratch, path)) = image() else { return };
     for first in USERS {
         let _holder = Holder::new(&path, first);
@@ -125,10 +125,10 @@ fn we_respect_qemu() {
 }
 
 #[test]
-fn qemu_respects_us() {
+fn our_locks_refuse_qemus_open() {
     let Some((_scratch, path)) = image() else { return };
     for first in USERS {
-        let node = open(&path, first).expect("nobody else is there");
+        let node = open(&path, first).expect("the file is not in use");
         for second in USERS {
             let output =
                 qemu_io_command(&path, second).args(["-c", "length"]).output().expect("runs");
@@ -141,7 +141,7 @@ fn qemu_respects_us() {
 }
 
 #[test]
-fn nobody_creates_over_an_image_in_use() {
+fn create_refuses_an_image_in_use() {
     let Some((_scratch, path)) = image() else { return };
     let before = std::fs::read(&path).expect("readable");
     for user in [User::RawWriter, User::ImageReader, User::ImageWriter] {
@@ -172,10 +172,10 @@ fn a_reopened_file_has_the_locks_of_its_new_mode() {
     let Some((_scratch, path)) = image() else { return };
     for first in USERS {
         for then in USERS.into_iter().filter(|then| then.is_raw() == first.is_raw()) {
-            let node = open(&path, first).expect("nobody else is there");
-            reopen(&*node, flags(first), flags(then)).expect("nobody is in the way");
-            reopen(&*node, flags(then), flags(first)).expect("nobody is in the way");
-            reopen(&*node, flags(first), flags(then)).expect("nobody is in the way");
+            let node = open(&path, first).expect("the file is not in use");
+            reopen(&*node, flags(first), flags(then)).expect("no lock conflicts");
+            reopen(&*node, flags(then), flags(first)).expect("no lock conflicts");
+            reopen(&*node, flags(first), flags(then)).expect("no lock conflicts");
             for second in USERS {
                 let output =
                     qemu_io_command(&path, second).args(["-c", "length"]).output().expect("runs");
@@ -212,16 +212,16 @@ fn descriptors(path: &Path) -> Vec<bool> {
 
 /// QEMU writes to an inactivated file; it can be activated again only after QEMU has closed it.
 #[test]
-fn qemu_writes_to_an_image_that_is_given_away() {
+fn qemu_writes_to_an_inactivated_image() {
     let Some((_scratch, path)) = image() else { return };
     for user in [User::ImageWriter, User::ImageReader, User::RawWriter] {
-        let node = open(&path, user).expect("nobody else is there");
+        let node = open(&path, user).expect("the file is not in use");
         bds_io::block_on(node.inactivate()).expect("nothing fails");
         let holder = Holder::new(&path, User::ImageWriter);
         let error = bds_io::block_on(node.activate()).err();
         assert_eq!(error.map(|e| e.kind()), Some(ErrorKind::InUse), "{user:?}");
         drop(holder);
-        bds_io::block_on(node.activate()).expect("nobody is there any more");
+        bds_io::block_on(node.activate()).expect("the file is not in use any more");
         let output = qemu_io_command(&path, User::ImageWriter)
             .args(["-c", "length"])
             .output()
@@ -234,7 +234,7 @@ fn qemu_writes_to_an_image_that_is_given_away() {
 
 /// The kernel names no owner of such a lock, so the message must not guess another process.
 #[test]
-fn a_conflict_in_one_process_is_not_blamed_on_another() {
+fn a_conflict_within_one_process_names_the_node() {
     let scratch = Scratch::new();
     let path = scratch.path("a.raw");
     std::fs::write(&path, [0; 512]).expect("scratch is writable");

@@ -8,29 +8,27 @@
 )]
 
 #[cfg(all(feature = "mem", feature = "blkdebug"))]
-mod backend;
+mod backend_example;
 mod blkdebug;
+#[cfg(feature = "qcow2")]
+mod cached_facts;
 #[cfg(feature = "qcow2")]
 mod compress;
 #[cfg(feature = "qcow2")]
 mod copy_on_read;
 mod device;
-#[cfg(feature = "qcow2")]
-mod facts;
-#[cfg(feature = "qcow2")]
-mod findings;
+mod dropped_requests;
 #[cfg(feature = "qcow2")]
 mod fuzz_seeds;
 #[cfg(feature = "qcow2")]
 mod graph_load;
 #[cfg(feature = "qcow2")]
-mod hostile;
+mod hostile_entries;
 #[cfg(feature = "qcow2")]
-mod hostile_places;
-mod house;
+mod hostile_images;
+mod kit;
 #[cfg(feature = "qcow2")]
-mod kept;
-mod late;
+mod known_defects;
 #[cfg(feature = "qcow2")]
 mod lifecycle;
 #[cfg(feature = "qcow2")]
@@ -55,3 +53,5 @@ mod raw;
 mod reopen;
 mod sweep;
 mod throttle;
+#[cfg(feature = "qcow2")]
+mod unpolled_requests;

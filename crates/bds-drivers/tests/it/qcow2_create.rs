@@ -98,8 +98,9 @@ fn the_same_options_measure_the_same() {
     let Some(img) = qemu_img() else { return };
     for options in matrix().iter().filter(|o| !o.contains("backing")) {
         for size in [0u64, 1, 3 << 20, (5 << 30) + 512] {
-            let asked = size.to_string();
-            let args = ["measure", "--output=json", "-O", "qcow2", "-o", options, "--size", &asked];
+            let size_arg = size.to_string();
+            let args =
+                ["measure", "--output=json", "-O", "qcow2", "-o", options, "--size", &size_arg];
             let theirs = img.must(args).json();
             let source = MeasureSource { virtual_len: size, data: Some(Vec::new()) };
             let ours = Qcow2Format.measure(&mut tree(options), &source).unwrap();

@@ -1,10 +1,7 @@
 //! Makes qcow2 images of a given shape on a simulated disk, and opens them in a graph.
 
-use std::sync::Arc;
-
 use bds_core::driver::{CreateContext, DriverType};
-use bds_core::graph::gate::TrustAll;
-use bds_core::graph::{Graph, GraphConfig, NodeRef};
+use bds_core::graph::{Graph, NodeRef};
 use bds_core::options::Options;
 use bds_core::request::{Backend, BackendOptions};
 use bds_drivers::format::qcow2::Qcow2Format;
@@ -12,6 +9,8 @@ use bds_drivers::format::qcow2::fuzzing::MemPort;
 use bds_io::{Buf, Sim};
 use bds_testkit::Scratch;
 use bds_testkit::qemu_img;
+
+use crate::kit::trusting_graph;
 
 /// Path of the image.
 pub(crate) const IMAGE: &str = "/disk.qcow2";
@@ -95,10 +94,7 @@ pub(crate) fn make(sim: &Sim, shape: &Shape) {
 
 /// A graph on this disk that may open the files that images name.
 pub(crate) fn graph(sim: &Sim) -> Graph {
-    let mut config = GraphConfig::new(Arc::new(bds_drivers::registry()));
-    config.fs = sim.fs();
-    config.gate = Arc::new(TrustAll { may_probe: false });
-    Graph::new(config)
+    trusting_graph(sim.fs())
 }
 
 /// Options of open.

@@ -37,7 +37,7 @@ fn made_by_qemu(tool: &Tool, scratch: &Scratch, args: &[&str]) -> String {
 }
 
 #[test]
-fn what_qemu_writes_reads_the_same() {
+fn images_written_by_qemu_read_the_same() {
     let Some(tool) = qemu_img() else { return };
     for args in [
         &["-o", "cluster_size=512"][..],
@@ -78,7 +78,7 @@ fn what_qemu_writes_reads_the_same() {
 
 /// Clusters and tables that a snapshot shares are copied, never changed in place.
 #[test]
-fn snapshots_are_left_as_they_are() {
+fn writes_leave_snapshots_unchanged() {
     let Some(tool) = qemu_img() else { return };
     for args in [
         &["-o", "cluster_size=512"][..],
@@ -152,7 +152,7 @@ fn images_that_must_not_be_written_are_refused_and_left_alone() {
 
 /// Rule O13: unknown autoclear bits are cleared before the first write, not at open.
 #[test]
-fn unknown_autoclear_bits_go_with_the_first_write() {
+fn unknown_autoclear_bits_are_cleared_at_the_first_write() {
     let Some(tool) = qemu_img() else { return };
     let scratch = Scratch::new();
     let image = made_by_qemu(&tool, &scratch, &["-o", "cluster_size=4k"]);

@@ -13,7 +13,7 @@ use bds_io::{Buf, Sim, SimConfig};
 use futures_util::future::join_all;
 
 use super::harness::{Shape, close, graph, make, open, options, read, write};
-use super::random::{Dice, model_of};
+use super::random::{model_of, seeded};
 use crate::sweep::{is_full, seeds};
 
 /// Possible values of each byte: the flushed value, and the values written since.
@@ -79,17 +79,17 @@ impl Model {
 
 /// Runs a workload until something fails. Values are never zero, so that lost data cannot look like old data.
 async fn work(backend: &Backend, model: &RefCell<Model>, seed: u64, ops: usize, cluster: u64) {
-    let mut dice = Dice::new(seed);
+    let mut chance = seeded(seed);
     let len = model.borrow().flushed.len() as u64;
     for _ in 0..ops {
-        let at = dice.below(len / 512) * 512;
-        let n = (1 + dice.below(4 * cluster / 512).max(1)) * 512;
+        let at = chance.below(len / 512) * 512;
+        let n = (1 + chance.below(4 * cluster / 512).max(1)) * 512;
         let n = n.min(len - at);
         let begin = |at, bytes: &[u8]| model.borrow_mut().begin(at, bytes.to_vec());
         let ended = |request, ok| model.borrow_mut().ended(request, ok);
-        match dice.below(12) {
+        match chance.below(12) {
             0..6 => {
-                let bytes = vec![dice.next() as u8 | 1; n as usize];
+                let bytes = vec![chance.draw() as u8 | 1; n as usize];
                 let request = begin(at, &bytes);
                 ended(request, write(backend, at, &bytes).await.is_ok());
             }
@@ -97,7 +97,7 @@ async fn work(backend: &Backend, model: &RefCell<Model>, seed: u64, ops: usize, 
                 let mut writes = Vec::new();
                 for i in 0..4 {
                     let at = at.min(len - 2048) + i * 512;
-                    let bytes = vec![dice.next() as u8 | 1; 512];
+                    let bytes = vec![chance.draw() as u8 | 1; 512];
                     let request = begin(at, &bytes);
                     let iov = Buf::from_slice(&bytes).iov();
                     writes.push(async move {
@@ -122,7 +122,7 @@ async fn work(backend: &Backend, model: &RefCell<Model>, seed: u64, ops: usize, 
             9 => {
                 let at = at / cluster * cluster;
                 let n = cluster.min(len - at);
-                let bytes = vec![dice.next() as u8 | 1; n as usize];
+                let bytes = vec![chance.draw() as u8 | 1; n as usize];
                 let request = begin(at, &bytes);
                 let iov = Buf::from_slice(&bytes).iov();
                 ended(request, backend.write_compressed(at, iov).await.is_ok());

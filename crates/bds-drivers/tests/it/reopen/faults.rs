@@ -8,19 +8,19 @@ use bds_io::sim::{CutMode, Fault, OpMask};
 use bds_io::{Sim, SimConfig};
 use bds_testkit::{Chance, Scratch, pattern, qemu_img};
 
-use super::rig::{Image, read_only, writer};
-use crate::sweep::rig::{Disk, Kind, World};
+use super::driver_stack::{Image, read_only, writer};
+use crate::kit::{Disk, ImageKind, TestEnv};
 use crate::sweep::{one_seed, seeds};
 
-fn kinds() -> Vec<Kind> {
-    let q = |name| Kind::qcow2(name, 4096).sized(4096 * 24, 4096 * 40);
+fn kinds() -> Vec<ImageKind> {
+    let q = |name| ImageKind::qcow2(name, 4096).sized(4096 * 24, 4096 * 40);
     vec![
         q("plain"),
         q("lazy").lazy(),
         q("backed").backed(50_000),
         q("data").with_data_file(),
-        Kind::qcow2("512", 512).sized(512 * 160, 512 * 240),
-        Kind::qcow2("512-lazy", 512).sized(512 * 160, 512 * 240).lazy(),
+        ImageKind::qcow2("512", 512).sized(512 * 160, 512 * 240),
+        ImageKind::qcow2("512-lazy", 512).sized(512 * 160, 512 * 240).lazy(),
     ]
 }
 
@@ -63,12 +63,12 @@ impl Act {
 const FLUSHED_LEN: usize = 9000;
 
 /// An image ready for `act`, with bytes in it: 9000 that are flushed, and some that are not.
-async fn begin(world: &World, kind: &Kind, act: Act) -> (Image, Vec<u8>) {
+async fn begin(env: &TestEnv, kind: &ImageKind, act: Act) -> (Image, Vec<u8>) {
     let flags = if act == Act::ToWriter { read_only(writer()) } else { writer() };
-    let first = Image::open(world, kind, writer()).await.unwrap();
+    let first = Image::open(env, kind, writer()).await.unwrap();
     first.write(0, &pattern(1, 0, FLUSHED_LEN)).await.unwrap();
     first.close().await.unwrap();
-    let image = Image::open(world, kind, flags).await.unwrap();
+    let image = Image::open(env, kind, flags).await.unwrap();
     let mut bytes = image.read(0, usize::try_from(kind.len).unwrap()).await.unwrap();
     if act != Act::ToWriter {
         let later = pattern(2, 0, 20_000);
@@ -82,7 +82,7 @@ async fn begin(world: &World, kind: &Kind, act: Act) -> (Image, Vec<u8>) {
 }
 
 /// Checks an image in use: reads all, writes if it may, flushes, and passes `check`.
-async fn works(image: &Image, bytes: &mut [u8], can_write: bool, what: &str) {
+async fn check_in_use(image: &Image, bytes: &mut [u8], can_write: bool, what: &str) {
     assert!(image.read(0, bytes.len()).await.unwrap() == bytes, "{what}: other bytes before");
     for at in [100, 35_000, 60_000] {
         let written = image.write(at, &[0x77; 3000]).await;
@@ -98,33 +98,33 @@ async fn works(image: &Image, bytes: &mut [u8], can_write: bool, what: &str) {
 }
 
 /// Closes it; a new open reads the same and `check` passes.
-async fn ends(world: &World, kind: &Kind, image: Image, bytes: &[u8], what: &str) {
+async fn close_and_check(env: &TestEnv, kind: &ImageKind, image: Image, bytes: &[u8], what: &str) {
     image.close().await.unwrap();
-    let graph = world.graph();
-    let disk = Disk::look(world, kind, &graph).await.unwrap();
+    let graph = env.graph();
+    let disk = Disk::open_read_only(env, kind, &graph).await.unwrap();
     let read = disk.read(0, bytes.len() as u64).await.unwrap();
     assert!(read == bytes, "{what}: other bytes in the end");
     assert_eq!(disk.check().await.unwrap(), (0, 0), "{what}");
     disk.close().await.unwrap();
 }
 
-fn base(kind: &Kind) -> Sim {
+fn base(kind: &ImageKind) -> Sim {
     let base = Sim::new(3, SimConfig::calm());
-    World::Sim(base.clone()).make(kind);
+    TestEnv::Sim(base.clone()).make(kind);
     base
 }
 
 #[test]
-fn one_that_fails_anywhere_changes_nothing_and_can_be_done_again() {
+fn a_failed_mode_change_changes_nothing_and_can_be_repeated() {
     for kind in kinds() {
         let base = base(&kind);
         let mut failed = 0;
         for act in ACTS {
             for n in 0.. {
                 let sim = base.fork(n);
-                let world = World::Sim(sim.clone());
+                let env = TestEnv::Sim(sim.clone());
                 let what = format!("{} {act:?} fault {n}", kind.name);
-                let (mut image, mut bytes) = sim.block_on(begin(&world, &kind, act));
+                let (mut image, mut bytes) = sim.block_on(begin(&env, &kind, act));
                 // Not a sync: a file whose flush failed stays failed, as it must.
                 let steps = OpMask::READ | OpMask::WRITE | OpMask::ZERO | OpMask::OPEN;
                 let first = sim.ops_of(steps);
@@ -134,12 +134,12 @@ fn one_that_fails_anywhere_changes_nothing_and_can_be_done_again() {
                 sim.clear_faults();
                 failed += u64::from(done.is_err());
                 sim.block_on(async {
-                    works(&image, &mut bytes, act.can_write(done.is_ok()), &what).await;
+                    check_in_use(&image, &mut bytes, act.can_write(done.is_ok()), &what).await;
                     if done.is_err() {
                         act.run(&mut image).await.unwrap();
-                        works(&image, &mut bytes, act.can_write(true), &what).await;
+                        check_in_use(&image, &mut bytes, act.can_write(true), &what).await;
                     }
-                    ends(&world, &kind, image, &bytes, &what).await;
+                    close_and_check(&env, &kind, image, &bytes, &what).await;
                 });
                 if is_over {
                     assert!(done.is_ok(), "{what}: {done:?}");
@@ -158,8 +158,8 @@ fn a_failed_flush_keeps_a_writer_a_writer() {
         for act in [Act::ToReader, Act::GiveAway] {
             for n in 0.. {
                 let sim = base.fork(n);
-                let world = World::Sim(sim.clone());
-                let (mut image, bytes) = sim.block_on(begin(&world, &kind, act));
+                let env = TestEnv::Sim(sim.clone());
+                let (mut image, bytes) = sim.block_on(begin(&env, &kind, act));
                 let first = sim.ops_of(OpMask::SYNC);
                 sim.fail_nth(n, Fault::once(libc::EIO).on(OpMask::SYNC));
                 let done = sim.block_on(act.run(&mut image));
@@ -189,15 +189,15 @@ fn a_failed_flush_keeps_a_writer_a_writer() {
 }
 
 #[test]
-fn one_that_is_dropped_at_any_await_changes_nothing_and_can_be_done_again() {
+fn a_dropped_mode_change_changes_nothing_and_can_be_repeated() {
     for kind in kinds() {
         let base = base(&kind);
         for act in ACTS {
             for k in 0.. {
                 let sim = base.fork(k as u64);
-                let world = World::Sim(sim.clone());
+                let env = TestEnv::Sim(sim.clone());
                 let what = format!("{} {act:?} await {k}", kind.name);
-                let (mut image, mut bytes) = sim.block_on(begin(&world, &kind, act));
+                let (mut image, mut bytes) = sim.block_on(begin(&env, &kind, act));
                 let is_dropped = sim.drop_at(act.run(&mut image), k);
                 sim.block_on(async {
                     // Inactivate and activate are several steps here: the caller undoes or completes the rest.
@@ -206,10 +206,10 @@ fn one_that_is_dropped_at_any_await_changes_nothing_and_can_be_done_again() {
                         Act::TakeBack if is_dropped => image.inactivate().await.unwrap(),
                         _ => {}
                     }
-                    works(&image, &mut bytes, act.can_write(!is_dropped), &what).await;
+                    check_in_use(&image, &mut bytes, act.can_write(!is_dropped), &what).await;
                     act.run(&mut image).await.unwrap();
-                    works(&image, &mut bytes, act.can_write(true), &what).await;
-                    ends(&world, &kind, image, &bytes, &what).await;
+                    check_in_use(&image, &mut bytes, act.can_write(true), &what).await;
+                    close_and_check(&env, &kind, image, &bytes, &what).await;
                 });
                 if !is_dropped {
                     break;
@@ -223,14 +223,14 @@ fn one_that_is_dropped_at_any_await_changes_nothing_and_can_be_done_again() {
 /// refcounts are behind.
 #[test]
 fn writes_beside_an_abandoned_reopen_stay_sound_after_a_cut() {
-    let kind = Kind::qcow2("512-lazy", 512).sized(512 * 160, 512 * 240).lazy();
+    let kind = ImageKind::qcow2("512-lazy", 512).sized(512 * 160, 512 * 240).lazy();
     let base = Sim::new(7, SimConfig { short_io_rate: 0.0, ..SimConfig::default() });
-    World::Sim(base.clone()).make(&kind);
+    TestEnv::Sim(base.clone()).make(&kind);
     let mut cut_on_the_way = 0;
     for seed in seeds(700) {
         let sim = base.fork(seed);
-        let world = World::Sim(sim.clone());
-        let (image, _) = sim.block_on(begin(&world, &kind, Act::GiveAway));
+        let env = TestEnv::Sim(sim.clone());
+        let (image, _) = sim.block_on(begin(&env, &kind, Act::GiveAway));
         let mut chance = Chance::new(seed);
         let mut moment = |below_us: u64| Duration::from_micros(chance.draw() % below_us);
         let (dropped_at, cut_at) = (moment(2500), moment(3000));
@@ -253,8 +253,8 @@ fn writes_beside_an_abandoned_reopen_stay_sound_after_a_cut() {
         cut_on_the_way += u32::from(ended.is_none());
         abandon(&sim, image);
         let mode = if seed % 2 == 0 { CutMode::KeepAll } else { CutMode::Random };
-        let after = World::Sim(sim.after_cut_by(seed, mode));
-        look(&after, &kind, None, &format!("seed {seed}"));
+        let after = TestEnv::Sim(sim.after_cut_by(seed, mode));
+        check_disk(&after, &kind, None, &format!("seed {seed}"));
     }
     assert!(one_seed().is_some() || cut_on_the_way > 100, "{cut_on_the_way}");
 }
@@ -276,10 +276,12 @@ fn abandon(sim: &Sim, image: Image) {
 }
 
 /// Checks after a cut: sound or leaking (or marked dirty), and flushed bytes are there.
-fn look(after: &World, kind: &Kind, flushed: Option<&[u8]>, what: &str) {
+fn check_disk(after: &TestEnv, kind: &ImageKind, flushed: Option<&[u8]>, what: &str) {
     let graph = after.graph();
     after.block_on(async {
-        let disk = Disk::look(after, kind, &graph).await.unwrap_or_else(|e| panic!("{what}: {e}"));
+        let disk = Disk::open_read_only(after, kind, &graph)
+            .await
+            .unwrap_or_else(|e| panic!("{what}: {e}"));
         let info = disk.backend.info().await.unwrap();
         assert!(!info.is_corrupt, "{what}");
         assert!(!info.is_dirty || kind.is_lazy, "{what}");
@@ -302,12 +304,12 @@ fn a_power_cut_at_any_write_leaves_the_image_sound() {
     for kind in kinds() {
         // A short write may stop inside a sector; a power cut never does.
         let base = Sim::new(7, SimConfig { short_io_rate: 0.0, ..SimConfig::default() });
-        World::Sim(base.clone()).make(&kind);
+        TestEnv::Sim(base.clone()).make(&kind);
         for act in ACTS {
             for n in 0.. {
                 let sim = base.fork(n);
-                let world = World::Sim(sim.clone());
-                let (mut image, _) = sim.block_on(begin(&world, &kind, act));
+                let env = TestEnv::Sim(sim.clone());
+                let (mut image, _) = sim.block_on(begin(&env, &kind, act));
                 let flushed = pattern(1, 0, FLUSHED_LEN);
                 sim.cut_after_writes(Some(sim.writes() + n));
                 let ended = sim.run_until_cut(async {
@@ -326,9 +328,9 @@ fn a_power_cut_at_any_write_leaves_the_image_sound() {
                 abandon(&sim, image);
                 let modes = [CutMode::Random, CutMode::LoseAll, CutMode::Reorder, CutMode::Tear];
                 let mode = modes[usize::try_from(n % 4).unwrap()];
-                let after = World::Sim(sim.after_cut_by(n, mode));
+                let after = TestEnv::Sim(sim.after_cut_by(n, mode));
                 let what = format!("{} {act:?} cut {n} {mode:?}", kind.name);
-                look(&after, &kind, Some(&flushed), &what);
+                check_disk(&after, &kind, Some(&flushed), &what);
                 cuts += 1;
                 if let Some(img) = img.as_ref().filter(|_| cuts % 60 == 0) {
                     let out = after.qemu_check(img, &kind, &scratch);

@@ -1,10 +1,10 @@
-//! Tests reopen, inactivate and activate at the driver contract, without a graph. Drivers stand on each other through a
+//! Tests reopen, inactivate and activate at the driver contract, without a graph. Drivers are stacked through a
 //! minimal port, on the simulated disk.
 
 mod backing;
+pub(crate) mod driver_stack;
 mod faults;
-mod others;
+mod other_drivers;
 mod qcow2;
 mod qemu;
 mod random;
-pub(crate) mod rig;

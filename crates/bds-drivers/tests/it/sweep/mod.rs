@@ -6,10 +6,9 @@
 mod cancel;
 pub(crate) mod crash;
 mod fault;
-#[cfg(feature = "qcow2")]
-mod kept;
 mod nearly_full;
-pub(crate) mod rig;
+#[cfg(feature = "qcow2")]
+mod unpolled;
 
 /// Seeds to run: `usual` of them, ten times as many, or the one from the environment.
 pub(crate) fn seeds(usual: u64) -> std::ops::Range<u64> {

@@ -2,14 +2,14 @@
 
 use serde_json::json;
 
-use super::rig::{Kind, World};
+use crate::kit::{ImageKind, TestEnv};
 
 const CLUSTER: u64 = 512;
 /// Clusters that one L2 table of the kinds below maps.
 const REACH: u64 = 64;
 
 /// Nearly full refcount blocks: one of 64-bit counts covers 64 clusters, so that a workload adds some.
-pub(crate) fn blocks() -> Vec<Kind> {
+pub(crate) fn blocks() -> Vec<ImageKind> {
     vec![
         block("512-rc64-full-20", 20),
         block("512-rc64-full-26", 26),
@@ -22,30 +22,30 @@ pub(crate) fn blocks() -> Vec<Kind> {
 }
 
 /// One of [`blocks`], with so many clusters of data.
-pub(crate) fn block(name: &'static str, clusters: u64) -> Kind {
-    Kind::qcow2(name, CLUSTER)
+pub(crate) fn block(name: &'static str, clusters: u64) -> ImageKind {
+    ImageKind::qcow2(name, CLUSTER)
         .create("refcount_bits", 64)
         .sized(CLUSTER * 160, CLUSTER * 240)
         .filled(CLUSTER * clusters)
 }
 
 /// An L1 table without space for one more L2 table: each growth of the disk moves it.
-pub(crate) fn l1(name: &'static str) -> Kind {
-    Kind::qcow2(name, CLUSTER)
+pub(crate) fn l1(name: &'static str) -> ImageKind {
+    ImageKind::qcow2(name, CLUSTER)
         .sized(CLUSTER * (3 * REACH - 2), CLUSTER * (6 * REACH))
         .filled(CLUSTER * 100)
         .growing(CLUSTER * REACH)
 }
 
 /// Both: a nearly full refcount block, and an L1 table that moves.
-pub(crate) fn growing(name: &'static str) -> Kind {
+pub(crate) fn growing(name: &'static str) -> ImageKind {
     l1(name).create("refcount_bits", 64)
 }
 
 /// A refcount table without space for one more block: 64 slots of blocks that cover 64 clusters each, so 2 MiB. The L1
 /// table moves too.
-pub(crate) fn table(name: &'static str) -> Kind {
-    Kind::qcow2(name, CLUSTER)
+pub(crate) fn table(name: &'static str) -> ImageKind {
+    ImageKind::qcow2(name, CLUSTER)
         .create("refcount_bits", 64)
         .sized(CLUSTER * (65 * REACH - 2), CLUSTER * (68 * REACH))
         .filled(CLUSTER * 3962)
@@ -53,8 +53,8 @@ pub(crate) fn table(name: &'static str) -> Kind {
 }
 
 /// A fragmented disk: its discards free so many runs of clusters that they are released before a flush request.
-pub(crate) fn in_pieces(name: &'static str) -> Kind {
-    Kind::qcow2(name, CLUSTER)
+pub(crate) fn in_pieces(name: &'static str) -> ImageKind {
+    ImageKind::qcow2(name, CLUSTER)
         .sized(CLUSTER * 4224, CLUSTER * 4224)
         .filled_in_pieces(CLUSTER * 4200)
         .open("pass-discard-request", json!(false))
@@ -70,12 +70,12 @@ pub(crate) struct Tables {
 
 impl Tables {
     /// Reads the file of an image of any format; `None` if there are no tables.
-    pub(crate) fn of(world: &World, kind: &Kind) -> Option<Tables> {
-        let World::Sim(sim) = world else { return None };
+    pub(crate) fn of(env: &TestEnv, kind: &ImageKind) -> Option<Tables> {
+        let TestEnv::Sim(sim) = env else { return None };
         if kind.format != "qcow2" {
             return None;
         }
-        let bytes = sim.snapshot_file(world.path("disk"));
+        let bytes = sim.snapshot_file(env.path("disk"));
         let number = |at: u64, len: u64| {
             let at = usize::try_from(at).expect("images here are small");
             let len = usize::try_from(len).expect("small");

@@ -4,6 +4,6 @@
 mod example;
 
 #[test]
-fn the_example_runs() {
+fn the_backend_example_runs() {
     example::main().unwrap();
 }

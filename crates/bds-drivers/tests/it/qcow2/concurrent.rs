@@ -6,18 +6,18 @@ use bds_io::{Buf, Sim, SimConfig};
 use futures_util::future::join_all;
 
 use super::harness::{Shape, close, graph, make, open, options, read, write};
-use super::random::Dice;
+use super::random::seeded;
 
 /// Every cluster is only ever written with its own number. A read of a cluster that is freed, reallocated and rewritten
 /// meanwhile returns its number or zeros, never those of another.
 async fn write_and_free(backend: &Backend, shape: &Shape, seed: u64, ops: usize) {
-    let mut dice = Dice::new(seed);
+    let mut chance = seeded(seed);
     let clusters = shape.size / shape.cluster;
     for _ in 0..ops {
-        let number = dice.below(clusters);
+        let number = chance.below(clusters);
         let at = number * shape.cluster;
         let bytes = vec![number as u8 + 1; shape.cluster as usize];
-        match dice.below(8) {
+        match chance.below(8) {
             0..3 => write(backend, at, &bytes).await.unwrap(),
             3 => write(backend, at, &bytes[..512]).await.unwrap(),
             4 => {
@@ -36,11 +36,11 @@ async fn write_and_free(backend: &Backend, shape: &Shape, seed: u64, ops: usize)
 }
 
 async fn watch(backend: &Backend, shape: &Shape, seed: u64, ops: usize) {
-    let mut dice = Dice::new(seed);
+    let mut chance = seeded(seed);
     let clusters = shape.size / shape.cluster;
     for _ in 0..ops {
-        let first = dice.below(clusters);
-        let count = 1 + dice.below(3.min(clusters - first));
+        let first = chance.below(clusters);
+        let count = 1 + chance.below(3.min(clusters - first));
         let len = (count * shape.cluster) as usize;
         let bytes = read(backend, first * shape.cluster, len).await.unwrap();
         for (i, byte) in bytes.iter().enumerate() {
@@ -54,7 +54,7 @@ async fn watch(backend: &Backend, shape: &Shape, seed: u64, ops: usize) {
 }
 
 #[test]
-fn readers_never_see_a_cluster_that_was_given_to_others() {
+fn readers_never_see_a_reallocated_cluster() {
     let shape = Shape { cluster: 4096, size: 64 << 10, ..Shape::default() };
     for seed in 0..12 {
         let sim = Sim::new(seed, SimConfig { inline_rate: 0.3, ..SimConfig::default() });
@@ -100,7 +100,7 @@ fn writers_of_one_fresh_cluster_do_not_lose_each_others_bytes() {
 
 /// A future that is kept but not polled holds nothing that other requests need.
 #[test]
-fn a_write_that_nobody_polls_does_not_hold_up_others() {
+fn an_unpolled_write_blocks_no_other() {
     use std::task::{Context, Poll, Waker};
     let shape = Shape { cluster: 65536, ..Shape::default() };
     let sim = Sim::new(9, SimConfig::calm());

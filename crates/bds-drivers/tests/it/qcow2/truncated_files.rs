@@ -11,12 +11,9 @@ use bds_testkit::pattern;
 use super::harness::{
     DATA, IMAGE, Shape, close, graph, make, open, options, read as read_backend, write,
 };
+use crate::kit::block_on_sim;
 
 const LEN: usize = 256 << 10;
-
-fn with_sim<T>(work: impl Future<Output = T>) -> T {
-    Sim::new(1, SimConfig::calm()).block_on(work)
-}
 
 /// A full disk; each cluster differs from the others and none is zeros.
 fn content() -> Vec<u8> {
@@ -33,7 +30,7 @@ fn filled(options: Options, is_compressed: bool) -> Vec<u8> {
     let file = MemPort::default();
     let cluster = usize::try_from(options.peek("cluster_size").unwrap().as_u64().unwrap()).unwrap();
     fuzzing::create(options.with("size", LEN as u64), &file, None).unwrap();
-    with_sim(async {
+    block_on_sim(async {
         let image = open_image(&file, None, None, OpenFlags::default()).await.unwrap();
         for (i, piece) in content().chunks(cluster).enumerate() {
             let (at, iov) = ((i * cluster) as u64, Buf::from_slice(piece).iov());
@@ -69,7 +66,7 @@ fn expect_right_or_failed(whole: &[u8], len: usize, cluster: usize, is_compresse
     let expected = content();
     let mut failed = 0;
     let mut zeros_at = Vec::new();
-    with_sim(async {
+    block_on_sim(async {
         let Ok(image) = open_image(&file, None, None, read_only()).await else {
             failed = LEN / 512;
             return;
@@ -135,7 +132,7 @@ fn a_last_cluster_that_the_file_ends_in_is_whole() {
     let whole = filled(Options::new().with("cluster_size", 4096_u64), false);
     for short in [1, 511, 4095] {
         let file = MemPort::new(whole[..whole.len() - short].to_vec());
-        with_sim(async {
+        block_on_sim(async {
             let image = open_image(&file, None, None, OpenFlags::default()).await.unwrap();
             let mut expected = content();
             expected[LEN - short..].fill(0);
@@ -159,7 +156,7 @@ fn a_cut_image_is_not_opened_for_writing() {
         for clusters in 1..(whole.len() / 4096 - 6) {
             let len = whole.len() - clusters * 4096;
             let file = MemPort::new(whole[..len].to_vec());
-            let error = with_sim(open_image(&file, None, None, OpenFlags::default()))
+            let error = block_on_sim(open_image(&file, None, None, OpenFlags::default()))
                 .err()
                 .unwrap_or_else(|| panic!("cut to {len}, compressed: {is_compressed}: opened"));
             let text = error.to_string();
@@ -178,7 +175,7 @@ fn counts_behind_the_end_alone_are_leaks_and_no_obstacle() {
         bytes[0x2000 + 2 * cluster..][..2].copy_from_slice(&[0, 1]);
     }
     let file = MemPort::new(bytes);
-    with_sim(async {
+    block_on_sim(async {
         let image = open_image(&file, None, None, OpenFlags::default()).await.unwrap();
         assert!(read(&*image, 0, LEN).await.unwrap() == content());
         image.close().await.unwrap();
@@ -246,7 +243,7 @@ fn a_cut_data_file_is_an_error_and_is_not_written() {
 }
 
 #[test]
-fn a_file_that_is_cut_while_it_is_open_does_not_become_zeros() {
+fn a_file_cut_while_open_does_not_become_zeros() {
     for is_read_only in [false, true] {
         let sim = Sim::new(14, SimConfig::calm());
         let whole = filled(Options::new().with("cluster_size", 4096_u64), false);
@@ -296,7 +293,8 @@ fn preallocated_clusters_are_in_the_file_before_they_are_linked() {
         }
         cuts += 1;
         let after = MemPort::new(sim.after_cut(n).snapshot_file(IMAGE));
-        let report = with_sim(bds_drivers::format::qcow2::check_image(&after, None, &|_, _| {}));
+        let report =
+            block_on_sim(bds_drivers::format::qcow2::check_image(&after, None, &|_, _| {}));
         let report = report.unwrap();
         assert_eq!((report.corruptions, report.check_errors), (0, 0), "cut {n}: {report:?}");
     }

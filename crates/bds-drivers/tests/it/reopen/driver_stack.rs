@@ -13,29 +13,29 @@ use bds_drivers::format::qcow2::Qcow2Format;
 use bds_drivers::protocol::file::FileProtocol;
 use bds_io::{Buf, Fs, IoVec, Sim, SimConfig};
 
-use crate::sweep::rig::{Kind, World};
+use crate::kit::{ImageKind, TestEnv};
 
 /// A replaceable node: ports that lead to it follow when it is replaced.
-pub(crate) type Place = Arc<Mutex<Arc<dyn Driver>>>;
+pub(crate) type NodeCell = Arc<Mutex<Arc<dyn Driver>>>;
 
-pub(crate) fn place(node: Arc<dyn Driver>) -> Place {
+pub(crate) fn node_cell(node: Arc<dyn Driver>) -> NodeCell {
     Arc::new(Mutex::new(node))
 }
 
 /// A port to the current node of a cell.
-pub(crate) struct Port(pub(crate) Place);
+pub(crate) struct CellPort(pub(crate) NodeCell);
 
-impl Port {
+impl CellPort {
     fn node(&self) -> Arc<dyn Driver> {
         Arc::clone(&self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    pub(crate) fn child(place: &Place, name: &'static str) -> Child {
-        Child::new(name, Box::new(Self(Arc::clone(place))))
+    pub(crate) fn child(node_cell: &NodeCell, name: &'static str) -> Child {
+        Child::new(name, Box::new(Self(Arc::clone(node_cell))))
     }
 }
 
-impl ChildPort for Port {
+impl ChildPort for CellPort {
     fn len(&self) -> u64 {
         self.node().len()
     }
@@ -139,12 +139,12 @@ impl ChildPort for Port {
 
 /// Opens children that were made before, by name.
 #[derive(Default)]
-pub(crate) struct Shelf(pub(crate) Vec<(&'static str, Place)>);
+pub(crate) struct ReadyChildren(pub(crate) Vec<(&'static str, NodeCell)>);
 
-impl ChildOpener for Shelf {
+impl ChildOpener for ReadyChildren {
     fn open_child<'a>(&'a mut self, request: ChildRequest) -> BoxFuture<'a, Result<Option<Child>>> {
         let found = self.0.iter().find(|(name, _)| *name == request.name);
-        let child = found.map(|(_, place)| Port::child(place, request.name));
+        let child = found.map(|(_, node_cell)| CellPort::child(node_cell, request.name));
         Box::pin(async move { Ok(child) })
     }
 }
@@ -164,7 +164,7 @@ pub(crate) fn file_flags(flags: OpenFlags) -> OpenFlags {
 
 pub(crate) async fn open_file(fs: &Fs, path: PathBuf, flags: OpenFlags) -> Result<Arc<dyn Driver>> {
     let options = Options::new().with("filename", path.to_str().expect("plain"));
-    let mut none = Shelf::default();
+    let mut none = ReadyChildren::default();
     let mut context = OpenContext::new("file", options, flags, fs, &mut none);
     Ok(Arc::from(FileProtocol.open(&mut context).await?))
 }
@@ -191,26 +191,23 @@ pub(crate) struct Image {
 }
 
 impl Image {
-    pub(crate) async fn open(world: &World, kind: &Kind, flags: OpenFlags) -> Result<Self> {
-        let fs = match world {
-            World::Sim(sim) => sim.fs(),
-            World::Host(..) => Fs::Host,
-        };
-        let mut shelf = Shelf::default();
-        let file = open_file(&fs, world.path("disk"), file_flags(flags)).await?;
-        shelf.0.push(("file", place(Arc::clone(&file))));
+    pub(crate) async fn open(env: &TestEnv, kind: &ImageKind, flags: OpenFlags) -> Result<Self> {
+        let fs = env.fs();
+        let mut children = ReadyChildren::default();
+        let file = open_file(&fs, env.path("disk"), file_flags(flags)).await?;
+        children.0.push(("file", node_cell(Arc::clone(&file))));
         let mut files = vec![file];
         if kind.has_data_file {
-            let data = open_file(&fs, world.path("data"), flags).await?;
-            shelf.0.push(("data-file", place(Arc::clone(&data))));
+            let data = open_file(&fs, env.path("data"), flags).await?;
+            children.0.push(("data-file", node_cell(Arc::clone(&data))));
             files.push(data);
         }
         if kind.backing_len.is_some() {
-            let base = open_file(&fs, world.path("base"), read_only(flags)).await?;
-            shelf.0.push(("backing", place(base)));
+            let base = open_file(&fs, env.path("base"), read_only(flags)).await?;
+            children.0.push(("backing", node_cell(base)));
         }
         let options = Options::from_json(kind.open.clone())?;
-        let mut context = OpenContext::new("image", options, flags, &fs, &mut shelf);
+        let mut context = OpenContext::new("image", options, flags, &fs, &mut children);
         let node = Qcow2Format.open(&mut context).await?;
         Ok(Self { fs, files, node, flags })
     }
@@ -342,9 +339,9 @@ impl Image {
 }
 
 /// Makes a simulated disk with an image of this kind.
-pub(crate) fn made(seed: u64, kind: &Kind) -> (Sim, World) {
+pub(crate) fn made(seed: u64, kind: &ImageKind) -> (Sim, TestEnv) {
     let sim = Sim::new(seed, SimConfig::calm());
-    let world = World::Sim(sim.clone());
-    world.make(kind);
-    (sim, world)
+    let env = TestEnv::Sim(sim.clone());
+    env.make(kind);
+    (sim, env)
 }

@@ -5,21 +5,22 @@
 //! wait.
 
 use std::cell::Cell;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::time::Duration;
 
 use bds_core::Options;
-use bds_core::driver::{Prealloc, Truncate, WriteFlags, ZeroFlags};
+use bds_core::driver::{WriteFlags, ZeroFlags};
 use bds_core::graph::{Drained, Graph, NewImage, NodeRef};
-use bds_core::request::{Backend, BackendOptions};
+use bds_core::request::Backend;
 use bds_core::{Error, Result};
-use bds_io::{Buf, EngineKind, IoVec, Sim, SimConfig};
-use futures_util::future::{Either, select};
+use bds_io::{EngineKind, Sim, SimConfig};
 use serde_json::json;
 
-use super::rig::World;
+use crate::kit::{TestEnv, filled, resize_to, within, writer};
 
 const NONE: WriteFlags = WriteFlags::empty();
+/// Time after which a run counts as hanging.
+const LIMIT: Duration = Duration::from_secs(120);
 /// Clusters of the images.
 const CLUSTERS: u64 = 256;
 const IMAGES: [&str; 4] = ["disk", "overlay", "beside", "extra"];
@@ -58,16 +59,16 @@ const VICTIMS: [Victim; 12] = [
 
 /// What happens to a future that is not complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum How {
+enum Abandon {
     Keep,
     Forget,
 }
 
 /// A future; its result is the section, if it is a drain.
-type Begun<'a> = Pin<Box<dyn Future<Output = Result<Option<Drained>>> + 'a>>;
+type VictimFuture<'a> = Pin<Box<dyn Future<Output = Result<Option<Drained>>> + 'a>>;
 
 /// Open images, and their users.
-struct Stage {
+struct Setup {
     graph: Graph,
     cluster: u64,
     disk: NodeRef,
@@ -79,14 +80,14 @@ struct Stage {
     unrelated: Backend,
 }
 
-fn make(world: &World, cluster: u64) {
-    let graph = world.graph();
-    world.block_on(async {
+fn make(env: &TestEnv, cluster: u64) {
+    let graph = env.graph();
+    env.block_on(async {
         for name in IMAGES {
             let options = json!({"size": CLUSTERS * cluster, "cluster_size": cluster});
             let image = NewImage {
                 format: "qcow2".into(),
-                path: world.path(name),
+                path: env.path(name),
                 options: Options::from_json(options).unwrap(),
                 skip_backing: true,
             };
@@ -95,87 +96,70 @@ fn make(world: &World, cluster: u64) {
     });
 }
 
-async fn open(world: &World, graph: &Graph, name: &str) -> NodeRef {
+async fn open(env: &TestEnv, graph: &Graph, name: &str) -> NodeRef {
     // Direct, so that reads wait; the simulated disk makes them wait anyway.
-    let is_direct = matches!(world, World::Host(..));
+    let is_direct = matches!(env, TestEnv::Host(..));
     let options = json!({
         "driver": "qcow2", "discard": "unmap", "node-name": name,
         "cache": {"direct": is_direct}, "l2-cache-size": 1024, "refcount-cache-size": 2048,
-        "file": {"driver": "file", "filename": world.path(name)},
+        "file": {"driver": "file", "filename": env.path(name)},
     });
     graph.open(Options::from_json(options).unwrap()).await.unwrap()
-}
-
-fn backend(node: &NodeRef, name: &str) -> Backend {
-    let options = BackendOptions { name: name.into(), writable: true, ..Default::default() };
-    Backend::new(node, options).unwrap()
-}
-
-fn iov(byte: u8, len: u64) -> IoVec {
-    let len = usize::try_from(len).unwrap();
-    let iov = Buf::zeroed(len, 4096).iov();
-    iov.fill(0..len, byte);
-    iov
 }
 
 fn options(text: &str) -> Options {
     Options::parse(text).unwrap()
 }
 
-impl Stage {
-    async fn set(world: &World, cluster: u64) -> Result<(Stage, NodeRef)> {
-        let graph = world.graph();
-        let disk = open(world, &graph, "disk").await;
-        let beside = open(world, &graph, "beside").await;
-        let overlay = open(world, &graph, "overlay").await;
-        let extra = open(world, &graph, "extra").await;
-        let stage = Stage {
-            one: backend(&disk, "one"),
-            other: backend(&disk, "other"),
-            unrelated: backend(&beside, "unrelated"),
+impl Setup {
+    async fn open(env: &TestEnv, cluster: u64) -> Result<(Setup, NodeRef)> {
+        let graph = env.graph();
+        let disk = open(env, &graph, "disk").await;
+        let beside = open(env, &graph, "beside").await;
+        let overlay = open(env, &graph, "overlay").await;
+        let extra = open(env, &graph, "extra").await;
+        let setup = Setup {
+            one: writer(&disk, "one"),
+            other: writer(&disk, "other"),
+            unrelated: writer(&beside, "unrelated"),
             graph,
             cluster,
             disk,
             overlay,
             beside,
         };
-        let writer = backend(&extra, "writer");
-        stage.one.write(0, iov(1, cluster * 32), NONE).await?;
-        stage.one.write(cluster * 130, iov(1, cluster), NONE).await?;
-        stage.one.write(cluster * 200, iov(1, cluster), NONE).await?;
-        stage.one.flush().await?;
+        let writer = writer(&extra, "writer");
+        setup.one.write(0, filled(1, cluster * 32), NONE).await?;
+        setup.one.write(cluster * 130, filled(1, cluster), NONE).await?;
+        setup.one.write(cluster * 200, filled(1, cluster), NONE).await?;
+        setup.one.flush().await?;
         // Data that is not in the files yet.
-        for guest in [&stage.one, &stage.unrelated, &writer] {
-            guest.write(cluster * 40, iov(2, cluster * 2), NONE).await?;
+        for user in [&setup.one, &setup.unrelated, &writer] {
+            user.write(cluster * 40, filled(2, cluster * 2), NONE).await?;
         }
-        stage.one.discard(cluster * 41, cluster).await?;
+        setup.one.discard(cluster * 41, cluster).await?;
         // The table that later requests need is evicted from the cache.
-        stage.one.read(cluster * 200, iov(0, cluster)).await?;
+        setup.one.read(cluster * 200, filled(0, cluster)).await?;
         // A request that a drain has to wait for.
-        let busy = stage.one.clone();
+        let busy = setup.one.clone();
         bds_io::spawn_now(async move {
-            busy.write(cluster * 50, iov(4, cluster), NONE).await.expect("nothing fails");
+            busy.write(cluster * 50, filled(4, cluster), NONE).await.expect("nothing fails");
         })
         .detach();
-        Ok((stage, extra))
+        Ok((setup, extra))
     }
 
-    fn begin(&self, victim: Victim, extra: &mut Option<NodeRef>) -> Begun<'_> {
+    fn begin(&self, victim: Victim, extra: &mut Option<NodeRef>) -> VictimFuture<'_> {
         let (one, c) = (&self.one, self.cluster);
         let nothing = |done: Result<()>| done.map(|()| None);
-        let grown = Truncate {
-            len: c * (CLUSTERS + 2),
-            exact: true,
-            prealloc: Prealloc::Off,
-            zero_new: false,
-        };
+        let grown = resize_to(c * (CLUSTERS + 2));
         match victim {
-            Victim::Read => Box::pin(async move { nothing(one.read(0, iov(0, c * 8)).await) }),
+            Victim::Read => Box::pin(async move { nothing(one.read(0, filled(0, c * 8)).await) }),
             Victim::InPlace => {
-                Box::pin(async move { nothing(one.write(0, iov(7, c), NONE).await) })
+                Box::pin(async move { nothing(one.write(0, filled(7, c), NONE).await) })
             }
             Victim::Fresh => {
-                Box::pin(async move { nothing(one.write(c * 100, iov(7, c * 2), NONE).await) })
+                Box::pin(async move { nothing(one.write(c * 100, filled(7, c * 2), NONE).await) })
             }
             Victim::Zero => Box::pin(async move {
                 one.write_zeroes(c * 2, c * 2, ZeroFlags::MAY_UNMAP).await.map(|_| None)
@@ -204,21 +188,21 @@ impl Stage {
     }
 
     /// Does all operations of other users.
-    async fn others_go_on(&self, is_drained: bool) -> Result<()> {
+    async fn run_other_requests(&self, is_drained: bool) -> Result<()> {
         let c = self.cluster;
-        for guest in [&self.unrelated, &self.other] {
-            let is_own = guest.name() == "other";
+        for user in [&self.unrelated, &self.other] {
+            let is_own = user.name() == "other";
             if is_own && is_drained {
                 return Ok(());
             }
-            guest.write(c * 20, iov(3, c), NONE).await?;
-            guest.write(c * 120, iov(3, c * 2), NONE).await?;
-            guest.write(c * 125 + 100, iov(3, 50), WriteFlags::FUA).await?;
-            guest.read(c * 16, iov(0, c * 8)).await?;
-            guest.discard(c * 22, c * 3).await?;
-            let _done = guest.write_zeroes(c * 26, c, ZeroFlags::MAY_UNMAP).await?;
-            guest.flush().await?;
-            guest.block_status(0, c * CLUSTERS, true).await?;
+            user.write(c * 20, filled(3, c), NONE).await?;
+            user.write(c * 120, filled(3, c * 2), NONE).await?;
+            user.write(c * 125 + 100, filled(3, 50), WriteFlags::FUA).await?;
+            user.read(c * 16, filled(0, c * 8)).await?;
+            user.discard(c * 22, c * 3).await?;
+            let _done = user.write_zeroes(c * 26, c, ZeroFlags::MAY_UNMAP).await?;
+            user.flush().await?;
+            user.block_status(0, c * CLUSTERS, true).await?;
             let node = if is_own { &self.disk } else { &self.beside };
             drop(self.graph.drain(node).await);
             self.graph.reopen(node, options("lazy-refcounts=off")).await?;
@@ -236,7 +220,7 @@ impl Stage {
             Victim::Discard => (c * 4, c * 4, 0),
             _ => (c * 8, c * 8, 1),
         };
-        let seen = iov(0xee, len);
+        let seen = filled(0xee, len);
         self.other.read(at, seen.clone()).await?;
         assert_eq!(seen.to_vec(0..seen.len()), vec![byte; seen.len()], "{victim:?}");
         let grown = c * if victim == Victim::Truncate { CLUSTERS + 2 } else { CLUSTERS };
@@ -248,7 +232,7 @@ impl Stage {
 
     /// Closes everything: no node is held by a forgotten future.
     async fn end(self) {
-        let Stage { graph, disk, overlay, beside, one, other, unrelated, .. } = self;
+        let Setup { graph, disk, overlay, beside, one, other, unrelated, .. } = self;
         drop((disk, overlay, beside, one, other, unrelated));
         let reports = graph.reap().await;
         assert!(reports.iter().all(bds_core::graph::CloseReport::is_clean), "{reports:?}");
@@ -256,17 +240,9 @@ impl Stage {
     }
 }
 
-/// Panics if the work takes too long.
-async fn watched<T>(what: &str, work: impl Future<Output = T>) -> T {
-    match select(pin!(work), pin!(bds_io::sleep(Duration::from_secs(120)))).await {
-        Either::Left((done, _)) => done,
-        Either::Right(_) => panic!("{what}: hangs"),
-    }
-}
-
 /// Polls the future once, and turns its Context `k - 1` times. `None`: it completed at once.
-fn stop_on_host<F: Future>(world: &World, future: F, k: usize) -> Option<Pin<Box<F>>> {
-    let World::Host(context, _) = world else { unreachable!("the caller checked") };
+fn stop_on_host<F: Future>(env: &TestEnv, future: F, k: usize) -> Option<Pin<Box<F>>> {
+    let TestEnv::Host(context, _) = env else { unreachable!("the caller checked") };
     let mut future = Box::pin(future);
     let is_done = context.block_on(std::future::poll_fn(|cx| {
         std::task::Poll::Ready(future.as_mut().poll(cx).is_ready())
@@ -289,62 +265,63 @@ enum Fate {
 }
 
 /// Abandons the victim after `k` polls of the tasks.
-fn run(world: &World, cluster: u64, victim: Victim, how: How, k: usize) -> Fate {
+fn run(env: &TestEnv, cluster: u64, victim: Victim, how: Abandon, k: usize) -> Fate {
     let what = format!("{victim:?} {how:?} at {k}, clusters of {cluster}");
-    let (stage, extra) = world.block_on(Stage::set(world, cluster)).expect("nothing fails");
+    let (setup, extra) = env.block_on(Setup::open(env, cluster)).expect("nothing fails");
     let mut extra = Some(extra);
-    let is_begun = Cell::new(false);
-    let victim_future = stage.begin(victim, &mut extra);
+    let is_polled = Cell::new(false);
+    let victim_future = setup.begin(victim, &mut extra);
     // The scheduler picks the first task: the polls may all have been those of others.
     let future = async {
-        is_begun.set(true);
+        is_polled.set(true);
         victim_future.await
     };
-    let kept = match world {
-        World::Sim(sim) => sim.keep_at(future, k),
-        World::Host(..) => stop_on_host(world, future, k),
+    let kept = match env {
+        TestEnv::Sim(sim) => sim.keep_at(future, k),
+        TestEnv::Host(..) => stop_on_host(env, future, k),
     };
-    let is_drained = victim == Victim::Drain && is_begun.get();
+    let is_drained = victim == Victim::Drain && is_polled.get();
     let others = |is_drained| {
-        world.block_on(watched(&what, stage.others_go_on(is_drained))).expect("nothing fails");
+        env.block_on(within(LIMIT, &what, setup.run_other_requests(is_drained)))
+            .expect("nothing fails");
     };
     let (was_abandoned, has_ended) = match (kept, how) {
         (None, _) => (false, true),
-        (Some(kept), How::Keep) => {
+        (Some(kept), Abandon::Keep) => {
             others(is_drained);
-            let done = world.block_on(watched(&what, kept));
+            let done = env.block_on(within(LIMIT, &what, kept));
             drop(done.unwrap_or_else(|error| panic!("{what}: {error}")));
             (true, true)
         }
-        (Some(kept), How::Forget) => {
+        (Some(kept), Abandon::Forget) => {
             std::mem::forget(kept);
             others(is_drained);
-            (true, is_begun.get())
+            (true, is_polled.get())
         }
     };
-    if was_abandoned && how == How::Forget && (is_drained || !has_ended) {
+    if was_abandoned && how == Abandon::Forget && (is_drained || !has_ended) {
         // A forgotten section never ends, like one whose guard is forgotten: its node stays, and its requests wait.
-        let read = world.block_on(async { stage.other.try_read(0, &iov(0, cluster)) });
+        let read = env.block_on(async { setup.other.try_read(0, &filled(0, cluster)) });
         assert!(!is_drained || read.is_none());
-        std::mem::forget((stage, extra));
+        std::mem::forget((setup, extra));
         return Fate::StaysOpen;
     }
-    world.block_on(watched(&what, async {
-        stage.others_go_on(false).await.expect("nothing fails");
-        stage.check_effect(victim).await.expect("nothing fails");
+    env.block_on(within(LIMIT, &what, async {
+        setup.run_other_requests(false).await.expect("nothing fails");
+        setup.check_effect(victim).await.expect("nothing fails");
         drop(extra);
-        stage.end().await;
+        setup.end().await;
     }));
     if was_abandoned { Fate::Closed } else { Fate::Ended }
 }
 
 /// Checks the images.
-fn look(world: &World, what: &str) {
-    let graph = world.graph();
-    world.block_on(async {
+fn check_images(env: &TestEnv, what: &str) {
+    let graph = env.graph();
+    env.block_on(async {
         for name in IMAGES.into_iter().filter(|name| *name != "overlay") {
-            let node = open(world, &graph, name).await;
-            let report = backend(&node, "look").check(&|_, _| {}).await.unwrap();
+            let node = open(env, &graph, name).await;
+            let report = writer(&node, "look").check(&|_, _| {}).await.unwrap();
             let found = (report.corruptions, report.check_errors, report.leaks);
             assert_eq!(found, (0, 0, 0), "{what} {name}: {report:?}");
             drop(node);
@@ -353,32 +330,32 @@ fn look(world: &World, what: &str) {
     });
 }
 
-fn sweep(how: How) {
+fn sweep(how: Abandon) {
     let mut runs = Vec::new();
     for cluster in [512, 4096] {
         let base = Sim::new(cluster, SimConfig { inline_rate: 0.0, ..SimConfig::default() });
-        make(&World::Sim(base.clone()), cluster);
+        make(&TestEnv::Sim(base.clone()), cluster);
         for victim in VICTIMS {
-            let (mut points, mut looks) = (0, 0);
+            let (mut points, mut checks) = (0, 0);
             for k in 1.. {
-                let world = World::Sim(base.fork(k as u64));
-                let fate = run(&world, cluster, victim, how, k);
+                let env = TestEnv::Sim(base.fork(k as u64));
+                let fate = run(&env, cluster, victim, how, k);
                 if fate == Fate::Ended {
                     break;
                 }
                 points += 1;
                 if fate == Fate::Closed {
-                    looks += 1;
-                    look(&world, &format!("{victim:?} {how:?} at {k}"));
+                    checks += 1;
+                    check_images(&env, &format!("{victim:?} {how:?} at {k}"));
                 }
             }
             // Clusters of 4096 bytes have their tables in memory, and a status query needs no more.
             let may_be_at_once = victim == Victim::Status && cluster == 4096;
             assert!(points >= 2 || may_be_at_once, "{victim:?}: {points} awaits");
-            let stays_open = (victim, how) == (Victim::Drain, How::Forget);
+            let stays_open = (victim, how) == (Victim::Drain, Abandon::Forget);
             assert!(
-                looks * 2 >= points || stays_open || may_be_at_once,
-                "{victim:?}: {looks} looks at {points}"
+                checks * 2 >= points || stays_open || may_be_at_once,
+                "{victim:?}: {checks} looks at {points}"
             );
             runs.push((cluster, victim, points));
         }
@@ -391,44 +368,46 @@ fn sweep(how: How) {
 
 #[test]
 fn others_go_on_while_a_future_is_kept_at_every_await() {
-    sweep(How::Keep);
+    sweep(Abandon::Keep);
 }
 
 #[test]
 fn others_go_on_while_a_future_is_forgotten_at_every_await() {
-    sweep(How::Forget);
+    sweep(Abandon::Forget);
 }
 
 #[test]
 fn others_go_on_on_every_engine_of_the_host() {
     for engine in [EngineKind::Uring, EngineKind::Pool] {
-        let world = match World::host(engine) {
-            Ok(world) => world,
+        let env = match TestEnv::host(engine) {
+            Ok(env) => env,
             Err(error) => {
                 println!("skipped: no {engine:?} engine here: {error}");
                 continue;
             }
         };
         // Once suffices: every run leaves images that the next can use.
-        make(&world, 4096);
+        make(&env, 4096);
         for victim in VICTIMS {
-            for (how, k) in [(How::Keep, 1), (How::Keep, 3), (How::Forget, 1), (How::Forget, 3)] {
+            for (how, k) in
+                [(Abandon::Keep, 1), (Abandon::Keep, 3), (Abandon::Forget, 1), (Abandon::Forget, 3)]
+            {
                 // A forgotten section keeps its images open, and locked.
-                if (victim, how) == (Victim::Drain, How::Forget) {
+                if (victim, how) == (Victim::Drain, Abandon::Forget) {
                     continue;
                 }
                 assert!(
-                    run(&world, 4096, victim, how, k) != Fate::StaysOpen,
+                    run(&env, 4096, victim, how, k) != Fate::StaysOpen,
                     "its images stay locked"
                 );
                 if matches!(victim, Victim::Append | Victim::Truncate) {
                     for name in IMAGES {
-                        std::fs::remove_file(world.path(name)).unwrap();
+                        std::fs::remove_file(env.path(name)).unwrap();
                     }
-                    make(&world, 4096);
+                    make(&env, 4096);
                 }
             }
         }
-        look(&world, &format!("{engine:?}"));
+        check_images(&env, &format!("{engine:?}"));
     }
 }
