@@ -85,3 +85,8 @@ fn drivers() -> Vec<Arc<dyn DriverType>> {
         Arc::new(filter::copy_on_read::CopyOnRead),
     ]
 }
+
+/// The example of the crate's README, compiled and run.
+#[cfg(all(doctest, feature = "mem", feature = "throttle"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

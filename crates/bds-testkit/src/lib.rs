@@ -30,3 +30,8 @@ pub use workload::{Op, SECTOR, Shape, Step, Workload};
 pub fn skip(why: &str) {
     println!("skipped: {why}");
 }
+
+/// The example of the crate's README, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
