@@ -55,7 +55,7 @@ const OPEN_OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         name: "prealloc-size",
         kind: OptionKind::Size,
-        help: "bytes to take beyond a write that grows the file",
+        help: "bytes to allocate beyond a write that grows the file",
         default: Some("128M"),
     },
 ];

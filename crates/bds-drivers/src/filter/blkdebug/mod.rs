@@ -43,17 +43,37 @@ const fn spec(name: &'static str, kind: OptionKind, help: &'static str) -> Optio
 
 const OPEN_OPTIONS: &[OptionSpec] = &[
     spec("image", OptionKind::Child, "the node to pass requests to"),
-    spec("config", OptionKind::String, "file of further rules"),
+    spec("config", OptionKind::String, "file of further rules, at most 1 MiB"),
     spec("inject-error", OptionKind::String, "list of rules that fail requests"),
     spec("set-state", OptionKind::String, "list of rules that move the state on events"),
-    spec("align", OptionKind::Size, "required alignment in bytes"),
-    spec("max-transfer", OptionKind::Size, "longest data request in bytes"),
-    spec("opt-write-zero", OptionKind::Size, "best alignment of zero writes in bytes"),
-    spec("max-write-zero", OptionKind::Size, "longest zero write in bytes"),
-    spec("opt-discard", OptionKind::Size, "alignment of discards in bytes"),
-    spec("max-discard", OptionKind::Size, "longest discard in bytes"),
-    spec("take-child-perms", OptionKind::String, "permissions to take on the image in any case"),
-    spec("unshare-child-perms", OptionKind::String, "permissions to keep from others in any case"),
+    spec("align", OptionKind::Size, "required alignment in bytes, a power of two up to 1G"),
+    spec(
+        "max-transfer",
+        OptionKind::Size,
+        "longest data request in bytes, a multiple of align below 2G",
+    ),
+    spec(
+        "opt-write-zero",
+        OptionKind::Size,
+        "best alignment of zero writes in bytes, a power of two up to 1G",
+    ),
+    spec(
+        "max-write-zero",
+        OptionKind::Size,
+        "longest zero write in bytes, a multiple of opt-write-zero below 2G",
+    ),
+    spec(
+        "opt-discard",
+        OptionKind::Size,
+        "alignment of discards in bytes, a power of two up to 1G",
+    ),
+    spec(
+        "max-discard",
+        OptionKind::Size,
+        "longest discard in bytes, a multiple of opt-discard below 2G",
+    ),
+    spec("take-child-perms", OptionKind::String, "permissions to take on the image in addition"),
+    spec("unshare-child-perms", OptionKind::String, "permissions to unshare in addition"),
 ];
 
 struct DebugNode {

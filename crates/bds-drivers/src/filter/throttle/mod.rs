@@ -156,7 +156,11 @@ const fn spec(name: &'static str, kind: OptionKind, help: &'static str) -> Optio
 const OPEN_OPTIONS: &[OptionSpec] = &[
     spec("file", OptionKind::Child, "the node to pass requests to"),
     spec("throttle-group", OptionKind::String, "name of the group whose rates hold"),
-    spec("limits.bps-total", OptionKind::Size, "bytes a second; also -max and -max-length"),
+    spec(
+        "limits.bps-total",
+        OptionKind::Size,
+        "bytes a second; also -max (bytes a second) and -max-length (seconds), as for all rates",
+    ),
     spec("limits.bps-read", OptionKind::Size, "bytes read a second"),
     spec("limits.bps-write", OptionKind::Size, "bytes written a second"),
     spec("limits.iops-total", OptionKind::Number, "operations a second"),
