@@ -385,7 +385,7 @@ fn compare(way: Way) -> (String, String) {
         // The one shape that cannot be opened: the filter passes everything on, as raw does.
         expected = expected.replacen("raw:", "compress:", 1);
     }
-    assert_ne!(before, expected, "{}: the exchange shows", way.name);
+    assert_ne!(before, expected, "{}: the exchange changes facts", way.name);
     (facts(&exchanged, &backend), expected)
 }
 

@@ -244,8 +244,7 @@ fn a_write_through_a_hostile_entry_never_reaches_metadata() {
             let mut bytes = mapped();
             put(&mut bytes, L2 + 8 * guest_slot, target | COPIED);
             let (file, opened) = try_open(&bytes, false);
-            let image =
-                opened.unwrap_or_else(|e| panic!("{what}: an open looks at no L2 table: {e}"));
+            let image = opened.unwrap_or_else(|e| panic!("{what}: an open reads no L2 table: {e}"));
             let at = guest_slot as u64 * 4096;
             let evil = vec![0xff; 4096];
             let write = block_on_sim(async {

@@ -40,7 +40,8 @@ fn a_failed_read_of_neighbours_writes_nothing() {
     }
 }
 
-/// Bytes copied into a data file are durable before an entry points at them: a cut between the two shows the backing file.
+/// Bytes copied into a data file are durable before an entry points at them: a cut between the two shows the backing
+/// file.
 #[test]
 fn copied_bytes_of_a_data_file_are_durable_before_their_entry() {
     let kind =
@@ -76,13 +77,13 @@ fn a_backing_chain_with_a_loop_is_refused() {
                     options,
                     skip_backing: true,
                 };
-                graph.create_image(image).await.expect("the backing file is not looked at");
+                graph.create_image(image).await.expect("the backing file is not opened");
             }
             let file = json!({"driver": "file", "filename": env.path("disk0")});
             let options = Options::from_json(json!({"driver": "qcow2", "file": file}));
             let flags = OpenFlags { read_only: true, ..OpenFlags::default() };
             let opened = graph.open_with(options.expect("an object"), flags).await;
-            let error = opened.expect_err("there is no end to it");
+            let error = opened.expect_err("the chain has a loop");
             assert!(error.to_string().contains("disk"), "{error}");
         });
         let TestEnv::Sim(sim) = &env else { unreachable!("made above") };

@@ -67,7 +67,7 @@ fn a_tree_is_reopened_read_only_and_writable_again() {
 
     reopen(true).unwrap();
     let file = fixture.graph.find("disk-file").unwrap();
-    assert!(!disk.is_writable() && !file.is_writable(), "what was opened inline inherits");
+    assert!(!disk.is_writable() && !file.is_writable(), "inline children inherit the mode");
     let kind = backend_of(&disk, true).unwrap_err().kind();
     assert_eq!(kind, ErrorKind::ReadOnly);
 
@@ -284,7 +284,7 @@ fn two_disks_get_their_overlays_in_one_transaction() {
     let before = graph.dump();
     let both = || graph.change().append(&a, &oa).append(&b, &ob).commit();
     assert_eq!(fixture.sim.block_on(both()).unwrap_err().kind(), ErrorKind::ReadOnly);
-    assert_eq!(graph.dump(), before, "the first is off too");
+    assert_eq!(graph.dump(), before, "the first change was not applied either");
     assert_eq!(guest_a.node().unwrap().id(), a.id());
     fixture.sim.block_on(graph.reopen(&ob, options(json!({"read-only": false})))).unwrap();
     fixture.sim.block_on(both()).unwrap();
@@ -328,7 +328,7 @@ fn reopen_inside_the_callers_drained_section_does_not_wait() {
         let drained = graph.drain_subtree(&disk).await;
         graph.change().reopen(&disk, set(true)).within(&drained).commit().await.unwrap();
         assert_eq!(disk.in_flight(), 0);
-        assert!(disk.quiesce_count() > 0, "the section goes on");
+        assert!(disk.quiesce_count() > 0, "the section still holds");
         drop(drained);
         let everything = graph.drain_all().await;
         graph.change().reopen(&disk, set(false)).within(&everything).commit().await.unwrap();

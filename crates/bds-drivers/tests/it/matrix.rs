@@ -40,7 +40,7 @@ fn is_possible(env: &TestEnv, kind: &ImageKind, cache: Cache) -> bool {
     env.block_on(async {
         match Disk::open_cached(env, kind, &graph, cache).await {
             Ok(disk) => {
-                disk.close().await.expect("what opens closes");
+                disk.close().await.expect("an open image can be closed");
                 true
             }
             Err(error) if cache == Cache::None && error.errno() == libc::EINVAL => {

@@ -124,14 +124,14 @@ fn random_requests_on_the_simulated_disk() {
 #[test]
 fn random_requests_through_io_uring() {
     match TestEnv::host(EngineKind::Uring) {
-        Ok(_) => {
-            random(2, 60, |_| TestEnv::host(EngineKind::Uring).expect("it was there just now"))
-        }
+        Ok(_) => random(2, 60, |_| {
+            TestEnv::host(EngineKind::Uring).expect("the engine was available before")
+        }),
         Err(error) => bds_testkit::skip(&format!("no io_uring here: {error}")),
     }
 }
 
 #[test]
 fn random_requests_through_threads() {
-    random(2, 60, |_| TestEnv::host(EngineKind::Pool).expect("threads are always there"));
+    random(2, 60, |_| TestEnv::host(EngineKind::Pool).expect("threads are always available"));
 }

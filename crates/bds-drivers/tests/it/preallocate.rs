@@ -83,7 +83,7 @@ fn the_file_grows_ahead_and_parents_see_the_data_length() {
         setup.write(n * 1000, 1, 1000).unwrap();
     }
     assert_eq!((setup.len("ahead"), setup.len("f")), (50_000, 53_248));
-    assert_eq!(setup.fixture.sim.ops_of(OpMask::ZERO), zeros, "the space was there");
+    assert_eq!(setup.fixture.sim.ops_of(OpMask::ZERO), zeros, "the space was allocated before");
     setup.write(53_000, 2, 1000).unwrap();
     assert_eq!((setup.len("ahead"), setup.len("f")), (54_000, 106_496));
     assert_eq!(setup.fixture.read(&setup.disk, 50_000, 10_000).unwrap()[..3000], [0; 3000]);

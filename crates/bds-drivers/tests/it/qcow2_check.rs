@@ -23,7 +23,8 @@ fn ours(bytes: &[u8]) -> Result<CheckReport, String> {
     report
 }
 
-/// QEMU's counts: corruptions, leaks, check errors, allocated, fragmented, compressed, image end. `None` if it refuses the image.
+/// QEMU's counts: corruptions, leaks, check errors, allocated, fragmented, compressed, image end. `None` if it refuses
+/// the image.
 fn qemu(img: &Tool, path: &Path) -> Option<[u64; 7]> {
     let out = img.run([
         "check".as_ref(),

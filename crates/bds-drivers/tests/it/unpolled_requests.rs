@@ -109,7 +109,7 @@ impl Setup {
         drop((disk, one, other));
         let reports = graph.reap().await;
         assert!(reports.iter().all(bds_core::graph::CloseReport::is_clean), "{reports:?}");
-        assert_eq!(graph.nodes().len(), 0, "what was forgotten holds a node");
+        assert_eq!(graph.nodes().len(), 0, "a forgotten future holds a node");
     }
 }
 

@@ -17,8 +17,8 @@ const IOPS_SIZE: &str = "x-iops-size";
 /// bytes or operations a second, burst lengths are seconds; sizes and byte rates may have a suffix (`1M`).
 ///
 /// # Errors
-/// `InvalidInput`: an unknown name, a value of the wrong kind, the same rate in both spellings, or numbers that contradict each
-/// other.
+/// `InvalidInput`: an unknown name, a value of the wrong kind, the same rate in both spellings, or numbers that
+/// contradict each other.
 pub fn limits_from_options(mut options: Options) -> Result<RateLimits> {
     let limits = match take_limits(&mut options)? {
         Some(limits) if options.keys().next().is_none() => limits,

@@ -20,4 +20,4 @@ pub(crate) use fixture::{block_on_sim, trusting_graph};
 pub(crate) use image_kind::ImageKind;
 #[cfg(feature = "qcow2")]
 pub(crate) use requests::{filled, poll_once, within, writer};
-pub(crate) use test_env::TestEnv;
+pub(crate) use test_env::{TestEnv, sim_with_image};

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use bds_core::graph::{Graph, NewImage};
 use bds_core::options::Options;
-use bds_io::{Context, ContextOptions, EngineKind, Fs, Sim};
+use bds_io::{Context, ContextOptions, EngineKind, Fs, Sim, SimConfig};
 use bds_testkit::{Output, Scratch, Tool, pattern};
 use serde_json::json;
 
@@ -129,4 +129,11 @@ impl TestEnv {
             TestEnv::Host(..) => String::new(),
         }
     }
+}
+
+/// Makes a simulated disk with an image of this kind.
+pub(crate) fn sim_with_image(seed: u64, config: SimConfig, kind: &ImageKind) -> Sim {
+    let sim = Sim::new(seed, config);
+    TestEnv::Sim(sim.clone()).make(kind);
+    sim
 }

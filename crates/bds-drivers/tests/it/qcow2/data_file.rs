@@ -51,7 +51,7 @@ fn a_grown_l1_table_is_discarded_in_the_image_file_only() {
     });
     let image = sim.snapshot_file(IMAGE);
     assert_ne!(usize::try_from(word(&image, 40)).unwrap(), old_l1, "the table did not move");
-    assert!(image[old_l1..old_l1 + 512].iter().all(|b| *b == 0), "it was not discarded at all");
+    assert!(image[old_l1..old_l1 + 512].iter().all(|b| *b == 0), "it was not discarded");
 }
 
 #[test]

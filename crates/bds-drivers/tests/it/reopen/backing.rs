@@ -95,7 +95,7 @@ fn the_first_backing_node_is_added_and_the_only_one_removed() {
             assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
             assert_eq!(read(&*node, 0, len).await, expected, "it stays");
 
-            let given = node.set_backing(None).unwrap().expect("it is given back");
+            let given = node.set_backing(None).unwrap().expect("the old child is returned");
             assert_eq!(given.name(), "backing");
             drop(given);
             assert_eq!(Arc::strong_count(&base), users, "nothing holds it any more");

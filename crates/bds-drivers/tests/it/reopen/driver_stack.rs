@@ -13,7 +13,7 @@ use bds_drivers::format::qcow2::Qcow2Format;
 use bds_drivers::protocol::file::FileProtocol;
 use bds_io::{Buf, Fs, IoVec, Sim, SimConfig};
 
-use crate::kit::{ImageKind, TestEnv};
+use crate::kit::{ImageKind, TestEnv, sim_with_image};
 
 /// A replaceable node: ports that lead to it follow when it is replaced.
 pub(crate) type NodeCell = Arc<Mutex<Arc<dyn Driver>>>;
@@ -340,8 +340,6 @@ impl Image {
 
 /// Makes a simulated disk with an image of this kind.
 pub(crate) fn made(seed: u64, kind: &ImageKind) -> (Sim, TestEnv) {
-    let sim = Sim::new(seed, SimConfig::calm());
-    let env = TestEnv::Sim(sim.clone());
-    env.make(kind);
-    (sim, env)
+    let sim = sim_with_image(seed, SimConfig::calm(), kind);
+    (sim.clone(), TestEnv::Sim(sim))
 }

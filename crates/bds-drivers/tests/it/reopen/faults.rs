@@ -9,7 +9,7 @@ use bds_io::{Sim, SimConfig};
 use bds_testkit::{Chance, Scratch, pattern, qemu_img};
 
 use super::driver_stack::{Image, read_only, writer};
-use crate::kit::{Disk, ImageKind, TestEnv};
+use crate::kit::{Disk, ImageKind, TestEnv, sim_with_image};
 use crate::sweep::{one_seed, seeds};
 
 fn kinds() -> Vec<ImageKind> {
@@ -109,9 +109,7 @@ async fn close_and_check(env: &TestEnv, kind: &ImageKind, image: Image, bytes: &
 }
 
 fn base(kind: &ImageKind) -> Sim {
-    let base = Sim::new(3, SimConfig::calm());
-    TestEnv::Sim(base.clone()).make(kind);
-    base
+    sim_with_image(3, SimConfig::calm(), kind)
 }
 
 #[test]
@@ -224,8 +222,7 @@ fn a_dropped_mode_change_changes_nothing_and_can_be_repeated() {
 #[test]
 fn writes_beside_an_abandoned_reopen_stay_sound_after_a_cut() {
     let kind = ImageKind::qcow2("512-lazy", 512).sized(512 * 160, 512 * 240).lazy();
-    let base = Sim::new(7, SimConfig { short_io_rate: 0.0, ..SimConfig::default() });
-    TestEnv::Sim(base.clone()).make(&kind);
+    let base = sim_with_image(7, SimConfig { short_io_rate: 0.0, ..SimConfig::default() }, &kind);
     let mut cut_on_the_way = 0;
     for seed in seeds(700) {
         let sim = base.fork(seed);
@@ -303,8 +300,8 @@ fn a_power_cut_at_any_write_leaves_the_image_sound() {
     let mut cuts = 0;
     for kind in kinds() {
         // A short write may stop inside a sector; a power cut never does.
-        let base = Sim::new(7, SimConfig { short_io_rate: 0.0, ..SimConfig::default() });
-        TestEnv::Sim(base.clone()).make(&kind);
+        let base =
+            sim_with_image(7, SimConfig { short_io_rate: 0.0, ..SimConfig::default() }, &kind);
         for act in ACTS {
             for n in 0.. {
                 let sim = base.fork(n);

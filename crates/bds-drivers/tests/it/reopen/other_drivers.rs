@@ -117,7 +117,7 @@ fn null_settings_change_together() {
         reopen(&*node, &json!({"read-zeroes": false})).unwrap();
         assert_eq!((node.len(), read(&*node, 0, 512).unwrap()), (4096, vec![0xee; 512]));
         reopen(&*node, &json!({"latency-ns": 1000})).unwrap();
-        assert_eq!(read(&*node, 0, 512), None, "it waits now");
+        assert_eq!(read(&*node, 0, 512), None, "it does not complete at once");
         reopen(&*node, &json!({"latency-ns": 0})).unwrap();
         assert!(read(&*node, 0, 512).is_some());
         ready(&*node, read_only(writer()), &json!({"size": 1})).unwrap();

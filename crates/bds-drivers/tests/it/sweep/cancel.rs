@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::nearly_full;
 use super::seeds;
-use crate::kit::{Disk, ImageKind, TestEnv};
+use crate::kit::{Disk, ImageKind, TestEnv, sim_with_image};
 
 fn kinds() -> Vec<ImageKind> {
     let q = |name| ImageKind::qcow2(name, 512).sized(512 * 160, 512 * 240);
@@ -153,8 +153,7 @@ fn check_disk(env: &TestEnv, kind: &ImageKind, model: &RefCell<DiskModel>) -> Re
 fn sweep(how: Abandon) {
     let mut runs = 0;
     for kind in kinds() {
-        let base = Sim::new(5, SimConfig::default());
-        TestEnv::Sim(base.clone()).make(&kind);
+        let base = sim_with_image(5, SimConfig::default(), &kind);
         for ops in victims(&kind) {
             for k in 0.. {
                 runs += 1;
@@ -166,7 +165,7 @@ fn sweep(how: Abandon) {
             }
         }
     }
-    #[expect(clippy::print_stdout, reason = "what was covered belongs into the log")]
+    #[expect(clippy::print_stdout, reason = "the coverage is logged")]
     {
         println!("{runs} runs");
     }
@@ -194,8 +193,7 @@ fn requests_forgotten_at_every_await() {
 #[test]
 fn a_workload_of_dropped_requests() {
     for kind in kinds() {
-        let base = Sim::new(6, SimConfig::default());
-        TestEnv::Sim(base.clone()).make(&kind);
+        let base = sim_with_image(6, SimConfig::default(), &kind);
         for seed in seeds(8) {
             let workload = Workload::new(seed, &kind.shape(30));
             let env = TestEnv::Sim(base.fork(seed));

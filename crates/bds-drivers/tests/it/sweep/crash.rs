@@ -12,7 +12,7 @@ use serde_json::json;
 
 use super::nearly_full::{self, Growth, Tables};
 use super::{is_full, one_seed, seeds};
-use crate::kit::{Disk, ImageKind, TestEnv};
+use crate::kit::{Disk, ImageKind, TestEnv, sim_with_image};
 
 /// One of so many images after a cut is checked by QEMU.
 const ASK_QEMU_EVERY: u64 = 400;
@@ -49,7 +49,7 @@ impl Coverage {
             return;
         }
         assert!(self.cuts >= 8 * self.workloads, "{self:?}");
-        assert!(self.leaks + self.dirty > 0, "nothing was ever under way: {self:?}");
+        assert!(self.leaks + self.dirty > 0, "no cut interrupted anything: {self:?}");
     }
 }
 
@@ -82,7 +82,7 @@ fn sweep(kinds: &[ImageKind], seed_count: u64, steps: usize) -> Coverage {
             }
         }
     }
-    #[expect(clippy::print_stdout, reason = "what was covered belongs into the log")]
+    #[expect(clippy::print_stdout, reason = "the coverage is logged")]
     {
         println!("{coverage:?}");
     }
@@ -116,9 +116,7 @@ fn cut_between(
 /// A disk with this image on it.
 fn base_of(kind: &ImageKind) -> Sim {
     // A short write may stop inside a sector; a power cut never does.
-    let base = Sim::new(7, SimConfig { short_io_rate: 0.0, ..SimConfig::default() });
-    TestEnv::Sim(base.clone()).make(kind);
-    base
+    sim_with_image(7, SimConfig { short_io_rate: 0.0, ..SimConfig::default() }, kind)
 }
 
 /// Numbers of state-changing operations when the workload begins and when it ended without a cut; adds the growth of
@@ -412,7 +410,7 @@ fn clusters_freed_without_a_flush_request_survive_a_cut() {
         let (_, all) = writes_of(&base, &kind, &workload, &mut Growth::default());
         assert!(
             reuses_before_a_flush(&base, &kind, &workload),
-            "seed {seed}: nothing was given back"
+            "seed {seed}: no freed cluster was reused"
         );
         cut_between(&base, &kind, &workload, first..=all, &MODES[..3]);
     }

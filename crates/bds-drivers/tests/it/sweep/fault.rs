@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::nearly_full::{self, Growth, Tables};
 use super::{is_full, one_seed, seeds};
-use crate::kit::{Disk, ImageKind, TestEnv};
+use crate::kit::{Disk, ImageKind, TestEnv, sim_with_image};
 
 /// One failing operation, or all from that one on.
 #[derive(Clone, Copy, Debug)]
@@ -43,12 +43,6 @@ fn kinds() -> Vec<ImageKind> {
         ),
         q("512-compress").backed(50_000).through(json!({"driver": "compress"})),
     ]
-}
-
-fn base_of(kind: &ImageKind) -> Sim {
-    let base = Sim::new(3, SimConfig::calm());
-    TestEnv::Sim(base.clone()).make(kind);
-    base
 }
 
 /// Runs the workload whatever fails.
@@ -177,7 +171,7 @@ fn sweep(kinds: &[ImageKind], plan: &SweepPlan<'_>) -> Growth {
     let (mut runs, mut reported, mut silent) = (0, 0, 0);
     let mut growth = Growth::default();
     for kind in kinds {
-        let base = base_of(kind);
+        let base = sim_with_image(3, SimConfig::calm(), kind);
         for seed in seeds(plan.seeds) {
             let workload = kind.workload(seed, plan.steps);
             for n in (0..ops_of(&base, kind, &workload, &mut growth)).step_by(plan.stride) {
@@ -193,7 +187,7 @@ fn sweep(kinds: &[ImageKind], plan: &SweepPlan<'_>) -> Growth {
             }
         }
     }
-    #[expect(clippy::print_stdout, reason = "what was covered belongs into the log")]
+    #[expect(clippy::print_stdout, reason = "the coverage is logged")]
     {
         println!("{runs} runs: {reported} reported an error, {silent} did not");
     }
@@ -235,7 +229,7 @@ fn operations_that_move_the_refcount_table_fail_once() {
 #[test]
 fn a_full_disk_reports_enospc() {
     for kind in kinds() {
-        let base = base_of(&kind);
+        let base = sim_with_image(3, SimConfig::calm(), &kind);
         let sim = base.fork(1);
         let env = TestEnv::Sim(sim.clone());
         let graph = env.graph();

@@ -360,7 +360,7 @@ fn sweep(how: Abandon) {
             runs.push((cluster, victim, points));
         }
     }
-    #[expect(clippy::print_stdout, reason = "what was covered belongs into the log")]
+    #[expect(clippy::print_stdout, reason = "the coverage is logged")]
     {
         println!("{runs:?}");
     }
@@ -382,7 +382,7 @@ fn others_go_on_on_every_engine_of_the_host() {
         let env = match TestEnv::host(engine) {
             Ok(env) => env,
             Err(error) => {
-                println!("skipped: no {engine:?} engine here: {error}");
+                bds_testkit::skip(&format!("no {engine:?} engine: {error}"));
                 continue;
             }
         };
