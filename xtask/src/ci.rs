@@ -1,15 +1,15 @@
-//! `cargo xtask ci`: everything the server runs, runnable here. Cheap gates first.
+//! `cargo xtask ci`: runs what the server runs, cheap gates first.
 
 use crate::flags::Tier;
 use crate::outcome::Outcome;
-use crate::run::{cargo, complain, run, say};
-use crate::{test, tidy};
+use crate::run::{cargo, run, say, say_error};
+use crate::{cargo_test, outside, test, tidy};
 
 /// Runs the gates and the tests; a failed gate counts as a failed test and the rest still runs.
 pub(crate) fn ci() -> Result<(), String> {
     let mut sum = Outcome::default();
     gate(&mut sum, "fmt", run(cargo().args(["fmt", "--all", "--", "--check"])));
-    gate(&mut sum, "tidy", tidy::tidy());
+    gate(&mut sum, "tidy", tidy::tidy(tidy::Show::default()));
     gate(
         &mut sum,
         "clippy",
@@ -24,8 +24,11 @@ pub(crate) fn ci() -> Result<(), String> {
         ])),
     );
     gate(&mut sum, "features", features());
+    gate(&mut sum, "docs", docs());
+    gate(&mut sum, "packages", packages());
+    gate(&mut sum, "outside", outside::outside());
     sum.add(&test::all(Tier::Default, &[])?);
-    test::close(&sum)
+    cargo_test::report(&sum)
 }
 
 /// Each driver must build alone: a feature adds and never changes what is there.
@@ -45,6 +48,21 @@ fn features() -> Result<(), String> {
     Ok(())
 }
 
+/// The documentation has no broken link and no other warning.
+fn docs() -> Result<(), String> {
+    let mut command = cargo();
+    command.args(["doc", "--quiet", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings");
+    run(&mut command)
+}
+
+/// Each crate that is published can be packed: files, metadata, versions of its dependencies. Does
+/// not compile the packages: the workspace was compiled.
+fn packages() -> Result<(), String> {
+    let mut command = cargo();
+    command.args(["package", "--quiet", "--workspace", "--no-verify", "--allow-dirty"]);
+    run(command.args(["--exclude", "bds-testkit", "--exclude", "xtask"]))
+}
+
 fn gate(sum: &mut Outcome, name: &str, result: Result<(), String>) {
     match result {
         Ok(()) => {
@@ -52,7 +70,7 @@ fn gate(sum: &mut Outcome, name: &str, result: Result<(), String>) {
             sum.passed += 1;
         }
         Err(why) => {
-            complain(&format!("{name}: {why}"));
+            say_error(&format!("{name}: {why}"));
             sum.fail(name);
         }
     }

@@ -1,8 +1,9 @@
-//! `cargo xtask demo`: the main job, end to end, with no input.
+//! `cargo xtask demo`: shows and checks the main use end to end, without input.
 //!
-//! A base image with data one recognises, an overlay with changes, the graph with its references, the chain converted
-//! to a compressed image, compared; then a reference is taken, released, and a stale handle tried. Whatever the demo says is
-//! checked, bytes against bytes computed here; the first thing that does not match ends it with an error.
+//! A base image with data one recognises, an overlay with changes, the graph with its references,
+//! the chain converted to a compressed image, compared; then a reference is taken, released, and a
+//! stale handle tried. All output is checked, bytes against bytes computed here; the
+//! first thing that does not match ends it with an error.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,11 +16,12 @@ const DISK_LEN: usize = 64 << 20;
 /// The parts of the base that hold data: (offset, length).
 const BASE_DATA: [(usize, usize); 3] =
     [(0, 4 << 20), (17 << 20, 3 << 20), (DISK_LEN - (1 << 20), 1 << 20)];
-/// What the overlay changes, as `lifecycle` (the example of bds-cli) writes it: (offset, length, byte).
+/// What the overlay changes, as `lifecycle` (an example of bds) writes it: (offset, length,
+/// byte).
 const CHANGES: [(usize, usize, u8); 3] =
     [(1 << 20, 300_000, 0xa5), (20 << 20, 65_536, 0x5a), (40 << 20, 4096, 0x77)];
 
-/// What the example says of a node's life, a line each, from the left.
+/// How the example's lines begin.
 const LIFE: [&str; 7] = [
     "opened:   node 'disk', count 1",
     "acquired: a second reference by its handle, count 2",
@@ -50,7 +52,17 @@ fn build() -> Result<(), String> {
         "0. building the tool 'bds' and the example 'lifecycle', a debug build: minutes the first time, seconds afterwards",
     );
     let began = Instant::now();
-    run(cargo().args(["build", "--package", "bds-cli", "--bin", "bds", "--example", "lifecycle"]))?;
+    run(cargo().args([
+        "build",
+        "--package",
+        "bds-cli",
+        "--package",
+        "bds",
+        "--bin",
+        "bds",
+        "--example",
+        "lifecycle",
+    ]))?;
     say(&format!(
         "   built in {} s; the images go to {}",
         began.elapsed().as_secs(),
@@ -93,10 +105,10 @@ impl Scene {
         self.write("base.raw", &disk)?;
         self.bds(&["convert", "-f", "raw", "-O", "qcow2", "base.raw", "base.qcow2"])?;
         self.bds(&["create", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "overlay.qcow2"])?;
-        let told = self.lifecycle(&["write", "overlay.qcow2"])?;
+        let text = self.lifecycle(&["write", "overlay.qcow2"])?;
         let wrote = CHANGES
             .map(|(offset, len, byte)| format!("wrote {len} bytes of {byte:#04x} at {offset:#x}"));
-        expect_lines(&told, &wrote.each_ref().map(String::as_str))?;
+        expect_lines(&text, &wrote.each_ref().map(String::as_str))?;
         for (offset, len, byte) in CHANGES {
             disk[offset..offset + len].fill(byte);
         }
@@ -105,24 +117,25 @@ impl Scene {
 
     fn look(&self) -> Result<(), String> {
         say("\n2. what is in it");
-        let told = self.bds_told(&["info", "--backing-chain", "overlay.qcow2"])?;
+        let text = self.bds_output(&["info", "--backing-chain", "overlay.qcow2"])?;
         for line in ["image: overlay.qcow2", "backing file: base.qcow2", "image: base.qcow2"] {
-            expect_count(&told, line, 1)?;
+            expect_count(&text, line, 1)?;
         }
         say("\n3. the node graph, with reference counts and holders");
-        let told = self.bds_told(&["graph", "overlay.qcow2"])?;
-        // Two images and their files, each held once: the topmost by who opened it, the others by the edges from above.
-        expect_count(&told, " refs=1", 4)?;
-        expect_count(&told, "held by ", 1)?;
-        expect_count(&told, "used by edge ", 3)
+        let text = self.bds_output(&["graph", "overlay.qcow2"])?;
+        // Two images and their files, each held once: the topmost by the command that opened it,
+        // the others by the edges from above.
+        expect_count(&text, " refs=1", 4)?;
+        expect_count(&text, "held by ", 1)?;
+        expect_count(&text, "used by edge ", 3)
     }
 
     fn convert_and_compare(&self, expected: &[u8]) -> Result<(), String> {
         say("\n4. the chain becomes one compressed image");
         self.bds(&["convert", "-p", "-c", "-O", "qcow2", "overlay.qcow2", "flat.qcow2"])?;
         self.bds(&["compare", "overlay.qcow2", "flat.qcow2"])?;
-        let told = self.bds_told(&["check", "--output=json", "flat.qcow2"])?;
-        check_compressed(&told)?;
+        let text = self.bds_output(&["check", "--output=json", "flat.qcow2"])?;
+        check_compressed(&text)?;
         self.bds(&["convert", "-O", "raw", "flat.qcow2", "flat.raw"])?;
         let path = self.dir.join("flat.raw");
         let found = fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
@@ -134,7 +147,8 @@ impl Scene {
         }
     }
 
-    /// The example ends with an error if a stale handle is not refused, or if anything is left over.
+    /// The example ends with an error if a stale handle is not refused, or if anything is left
+    /// over.
     fn stale_handle(&self) -> Result<(), String> {
         say("\n5. a reference is taken, released, and the handle tried again");
         expect_lines(&self.lifecycle(&["stale", "flat.qcow2"])?, &LIFE)
@@ -147,15 +161,15 @@ impl Scene {
     }
 
     /// The same, and returns what it printed.
-    fn bds_told(&self, args: &[&str]) -> Result<String, String> {
-        self.told("bds", &self.bds, args)
+    fn bds_output(&self, args: &[&str]) -> Result<String, String> {
+        self.output_of("bds", &self.bds, args)
     }
 
     fn lifecycle(&self, args: &[&str]) -> Result<String, String> {
-        self.told("lifecycle", &self.lifecycle, args)
+        self.output_of("lifecycle", &self.lifecycle, args)
     }
 
-    fn told(&self, name: &str, program: &Path, args: &[&str]) -> Result<String, String> {
+    fn output_of(&self, name: &str, program: &Path, args: &[&str]) -> Result<String, String> {
         say(&format!("$ {name} {}", args.join(" ")));
         let text = output(Command::new(program).args(args).current_dir(&self.dir))?;
         say(text.trim_end());
@@ -168,7 +182,7 @@ impl Scene {
     }
 }
 
-/// A byte that tells where it stands: the sector's number, over and over, never zero.
+/// Returns the byte at an offset: the sector's number, repeated, never zero.
 fn sector_byte(at: usize) -> u8 {
     let sector = at / 512;
     let byte = sector.to_le_bytes()[at % 3];

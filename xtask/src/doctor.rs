@@ -1,4 +1,5 @@
-//! `cargo xtask doctor`: what is on this machine, what is missing, and the command that installs it. Installs nothing.
+//! `cargo xtask doctor`: prints which programs and kernel features are present, and the commands
+//! that install missing ones. Installs nothing.
 
 use std::fs;
 use std::process::Command;
@@ -64,7 +65,8 @@ fn io_uring() {
     }
 }
 
-/// Can a file of the scratch directory be opened with O_DIRECT? Asked with dd(1), which reports it by name.
+/// Can a file of the scratch directory be opened with O_DIRECT? Asked with dd(1), which reports it
+/// by name.
 fn direct_io() {
     let path = target_dir().join("doctor.tmp");
     let made = fs::create_dir_all(target_dir()).and_then(|()| fs::write(&path, [0u8; 4096]));

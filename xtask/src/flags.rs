@@ -1,4 +1,6 @@
-//! The commands and their options, parsed by hand: six commands need no parser library.
+//! Parses the command line of xtask, without a parser library.
+
+use crate::tidy::Show;
 
 /// What `cargo xtask` without a command prints.
 pub(crate) const HELP: &str = "\
@@ -9,12 +11,14 @@ cargo xtask COMMAND
                          all tests; quick leaves out the matrix, full adds long budgets, loom, sanitizers, mutants
   matrix [--list] [--only axis=value]...
                          crate x engine x format x cache mode; axes: crate, engine, format, cache
-  tidy                   the house rules that no compiler checks
+  tidy [--circles] [--words] [--wide]
+                         the project's rules that no compiler checks; lists import circles, words, wide comments in full
   bench [--quick] [--only NAME]
                          side by side with qemu-img: ratios, medians of interleaved runs
+  outside                a crate outside the workspace with the single dependency bds runs the README's lines
   dist                   the tool for packagers: stripped binary, manual pages, shell completions, licences
   doctor                 what is on this machine, what is missing, how to get it
-  ci                     what the server runs: fmt, clippy, tidy, test";
+  ci                     what the server runs: fmt, tidy, clippy, features, docs, packages, outside, test";
 
 /// How much is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +44,7 @@ pub(crate) enum Command {
         only: Vec<(String, String)>,
         list: bool,
     },
-    Tidy,
+    Tidy(Show),
     Bench {
         quick: bool,
         only: Option<String>,
@@ -50,6 +54,7 @@ pub(crate) enum Command {
         report: String,
         command: Vec<String>,
     },
+    Outside,
     Dist,
     Doctor,
     Ci,
@@ -66,7 +71,8 @@ pub(crate) fn parse(args: impl Iterator<Item = String>) -> Result<Command, Strin
         "bench" => parse_bench(rest),
         "measure" => parse_measure(rest),
         "demo" => bare(name, rest, Command::Demo),
-        "tidy" => bare(name, rest, Command::Tidy),
+        "tidy" => parse_tidy(rest),
+        "outside" => bare(name, rest, Command::Outside),
         "dist" => bare(name, rest, Command::Dist),
         "doctor" => bare(name, rest, Command::Doctor),
         "ci" => bare(name, rest, Command::Ci),
@@ -99,6 +105,19 @@ fn parse_test(args: &[String]) -> Result<Command, String> {
         }
     }
     Ok(Command::Test { tier, rest: Vec::new() })
+}
+
+fn parse_tidy(args: &[String]) -> Result<Command, String> {
+    let mut show = Show::default();
+    for arg in args {
+        match arg.as_str() {
+            "--circles" => show.circles = true,
+            "--words" => show.words = true,
+            "--wide" => show.wide = true,
+            other => return Err(format!("'tidy' does not know '{other}'")),
+        }
+    }
+    Ok(Command::Tidy(show))
 }
 
 fn parse_bench(args: &[String]) -> Result<Command, String> {
@@ -166,8 +185,10 @@ mod tests {
             of("matrix --only engine=sim"),
             Ok(Command::Matrix { only: vec![("engine".into(), "sim".into())], list: false })
         );
+        assert_eq!(of("tidy --words"), Ok(Command::Tidy(Show { words: true, ..Show::default() })));
         for wrong in [
             "nonsense",
+            "tidy --colours",
             "ci x",
             "test --tier huge",
             "matrix --only colour=red",

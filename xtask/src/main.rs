@@ -1,8 +1,10 @@
-//! What is done to the house: demo, test, matrix, tidy, bench, doctor, ci. Dispatch only.
+//! Development commands of the project: demo, test, matrix, tidy, bench, outside, dist, doctor, ci.
+//! Dispatch only.
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_macros)] // println! and its like: see run.rs
 
 mod bench;
+mod cargo_test;
 mod ci;
 mod demo;
 mod dist;
@@ -11,6 +13,7 @@ mod flags;
 mod matrix;
 mod mutants;
 mod outcome;
+mod outside;
 mod run;
 mod test;
 mod tidy;
@@ -23,7 +26,7 @@ fn main() -> ExitCode {
     let command = match flags::parse(std::env::args().skip(1)) {
         Ok(command) => command,
         Err(why) => {
-            run::complain(&format!("{why}\n\n{HELP}"));
+            run::say_error(&format!("{why}\n\n{HELP}"));
             return ExitCode::from(2);
         }
     };
@@ -35,9 +38,10 @@ fn main() -> ExitCode {
         Command::Demo => demo::demo(),
         Command::Test { tier, rest } => test::test(tier, &rest),
         Command::Matrix { only, list } => matrix::matrix(&only, list),
-        Command::Tidy => tidy::tidy(),
+        Command::Tidy(show) => tidy::tidy(show),
         Command::Bench { quick, only } => bench::bench(quick, only.as_deref()),
         Command::Measure { report, command } => bench::measure::run_child(&report, &command),
+        Command::Outside => outside::outside(),
         Command::Dist => dist::dist(),
         Command::Doctor => doctor::doctor(),
         Command::Ci => ci::ci(),
@@ -45,7 +49,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(why) => {
-            run::complain(&format!("xtask: {why}"));
+            run::say_error(&format!("xtask: {why}"));
             ExitCode::FAILURE
         }
     }

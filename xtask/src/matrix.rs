@@ -1,18 +1,21 @@
-//! `cargo xtask matrix`: crate × engine × format × cache mode, from `xtask/matrix.toml`, as one readable table.
+//! `cargo xtask matrix`: runs tests for each crate × engine × format × cache mode of
+//! `xtask/matrix.toml`, and prints the results as a table.
 //!
-//! The axes are environment variables that the tests read (`BDS_TEST_ENGINE`, …), so no cell rebuilds anything. A cell
-//! passes, fails, or is skipped with a reason; a cell in which no test ran fails.
+//! The axes are environment variables that the tests read (`BDS_TEST_ENGINE`, …), so no cell
+//! rebuilds anything. A cell passes, fails, or is skipped with a reason; a cell in which no test
+//! ran fails.
 
 use std::collections::BTreeMap;
 use std::fs;
 
 use serde::Deserialize;
 
+use crate::cargo_test;
 use crate::outcome::Outcome;
 use crate::run::{cargo, root, say};
-use crate::test;
 
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Matrix {
     group: Vec<Group>,
     #[serde(default)]
@@ -21,6 +24,7 @@ struct Matrix {
 
 /// Cells of one test binary.
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Group {
     #[serde(rename = "crate")]
     package: String,
@@ -33,6 +37,7 @@ struct Group {
 
 /// Cells that do not run. An axis left out matches every value.
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Skip {
     #[serde(rename = "crate")]
     package: Option<String>,
@@ -64,7 +69,7 @@ pub(crate) fn matrix(only: &[(String, String)], list: bool) -> Result<(), String
         return Ok(());
     }
     let outcome = cells(only)?;
-    test::close(&outcome)
+    cargo_test::report(&outcome)
 }
 
 /// Runs the chosen cells, prints the table and returns the sum.
@@ -82,7 +87,7 @@ pub(crate) fn cells(only: &[(String, String)]) -> Result<Outcome, String> {
             None => cell.run()?,
         };
         let row = (cell.group.package.clone(), cell.format.to_owned(), cell.cache.to_owned());
-        table.entry(row).or_default().insert(cell.engine.to_owned(), in_a_word(&outcome));
+        table.entry(row).or_default().insert(cell.engine.to_owned(), cell_text(&outcome));
         sum.add(&outcome);
     }
     print(&table);
@@ -92,7 +97,21 @@ pub(crate) fn cells(only: &[(String, String)]) -> Result<Outcome, String> {
 fn load() -> Result<Matrix, String> {
     let path = root().join("xtask/matrix.toml");
     let text = fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-    toml::from_str(&text).map_err(|e| format!("{}: {e}", path.display()))
+    parse(&text).map_err(|e| format!("{}: {e}", path.display()))
+}
+
+/// Fails on unknown keys, and on a skip without a reason or without a cell.
+fn parse(text: &str) -> Result<Matrix, String> {
+    let matrix: Matrix = toml::from_str(text).map_err(|e| e.to_string())?;
+    for (number, skip) in matrix.skip.iter().enumerate() {
+        if skip.reason.trim().is_empty() {
+            return Err(format!("skip {} has no reason", number + 1));
+        }
+        if !all_cells(&matrix).any(|cell| skip.matches(&cell)) {
+            return Err(format!("skip {} ('{}') matches no cell", number + 1, skip.reason));
+        }
+    }
+    Ok(matrix)
 }
 
 fn all_cells(matrix: &Matrix) -> impl Iterator<Item = Cell<'_>> {
@@ -128,7 +147,7 @@ impl Cell<'_> {
             .env("BDS_TEST_CACHE", self.cache);
         // `--quiet` is cargo's; the names of the tests are still needed to count them.
         let rest = ["--format=pretty".to_owned(), self.group.filter.clone()];
-        let mut outcome = test::quiet_cargo_test(&name, &mut command, &rest)?;
+        let mut outcome = cargo_test::quiet_cargo_test(&name, &mut command, &rest)?;
         if outcome.passed + outcome.failed + outcome.skipped == 0 {
             outcome.fail(&format!("{name}: no test ran"));
         }
@@ -147,7 +166,7 @@ impl Skip {
     }
 }
 
-fn in_a_word(outcome: &Outcome) -> String {
+fn cell_text(outcome: &Outcome) -> String {
     let Outcome { passed, failed, skipped, .. } = outcome;
     match (failed, passed) {
         (0, 0) => "skip".into(),
@@ -173,4 +192,31 @@ fn print(table: &BTreeMap<(String, String, String), BTreeMap<String, String>>) {
         ));
     }
     say("");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GROUP: &str = "[[group]]\ncrate='a'\ntest='it'\nfilter='f'\nengine=['sim']\n\
+                         format=['raw']\ncache=['none']\n";
+
+    #[test]
+    fn the_committed_matrix_is_valid() {
+        assert!(!load().expect("it is committed").group.is_empty());
+    }
+
+    #[test]
+    fn unknown_keys_and_skips_without_effect_are_errors() {
+        for (more, is_valid) in [
+            ("[[skip]]\nengine='sim'\nreason='why'", true),
+            ("[[skip]]\nengine='sim'\nreason=' '", false),
+            ("[[skip]]\nengine='uring'\nreason='why'", false),
+            ("[[skip]]\nengin='sim'\nreason='why'", false),
+            ("chaches=['none']", false),
+            ("[[skips]]\nreason='why'", false),
+        ] {
+            assert_eq!(parse(&format!("{GROUP}{more}")).is_ok(), is_valid, "{more}");
+        }
+    }
 }

@@ -1,7 +1,8 @@
-//! Mutation of the files that decide write order, life and permissions: each change of them must be noticed by a test.
+//! Runs cargo-mutants on the files that decide write order, lifetime and permissions: a test must
+//! fail for each mutant.
 //!
-//! `xtask/mutants.toml` names the files, the tests and the accepted survivors. cargo-mutants changes a copy of the sources, never the
-//! working tree.
+//! `xtask/mutants.toml` names the files, the tests and the accepted survivors. cargo-mutants
+//! changes a copy of the sources, never the working tree.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -47,7 +48,7 @@ pub(crate) fn mutants() -> Result<Outcome, String> {
     }
     for group in &wanted.group {
         let survivors = survivors_of(group)?;
-        judge(group, &survivors, &wanted.accepted, &mut outcome);
+        classify(group, &survivors, &wanted.accepted, &mut outcome);
     }
     Ok(outcome)
 }
@@ -73,7 +74,8 @@ fn is_installed() -> bool {
     ask.status().is_ok_and(|status| status.success())
 }
 
-/// Runs cargo-mutants on one group. The survivors as `file: change`, without line numbers, which move.
+/// Runs cargo-mutants on one group. The survivors as `file: change`, without line numbers, which
+/// move.
 fn survivors_of(group: &Group) -> Result<BTreeSet<String>, String> {
     let out = target_dir().join("xtask").join(format!("mutants-{}", group.package));
     fs::create_dir_all(&out).map_err(|e| format!("cannot make {}: {e}", out.display()))?;
@@ -112,12 +114,12 @@ fn without_place(line: &str) -> Result<String, String> {
         {
             Ok(format!("{file}: {}", change.trim()))
         }
-        _ => Err(format!("cargo mutants names a survivor in words that are not known: {line}")),
+        _ => Err(format!("cargo mutants printed a survivor in an unknown form: {line}")),
     }
 }
 
 /// Counts the group as one test that passed, or each new survivor as one that failed.
-fn judge(
+fn classify(
     group: &Group,
     survivors: &BTreeSet<String>,
     accepted: &[Accepted],
@@ -167,7 +169,12 @@ mod tests {
         let found = |lines: &[&str]| {
             let lines = lines.iter().map(|line| without_place(line)).collect::<Result<_, _>>();
             let mut outcome = Outcome::default();
-            judge(&wanted.group[0], &lines.expect("known words"), &wanted.accepted, &mut outcome);
+            classify(
+                &wanted.group[0],
+                &lines.expect("known words"),
+                &wanted.accepted,
+                &mut outcome,
+            );
             outcome
         };
         let old = "f:12:9: replace a with b in c";

@@ -1,6 +1,7 @@
-//! Counting what a test run said: passed, failed, skipped with its reason.
+//! Counts the tests of a `cargo test` run: passed, failed, skipped with the reason.
 //!
-//! A test that printed a line `skipped: why` did not test; it counts as skipped, not as passed. So does an ignored one.
+//! A test that printed a line `skipped: why` did not test; it counts as skipped, not as passed. So
+//! does an ignored one.
 
 use std::collections::BTreeMap;
 
@@ -50,6 +51,10 @@ impl Outcome {
 #[derive(Debug, Default)]
 pub(crate) struct Counter {
     outcome: Outcome,
+    /// Passed tests of the current binary that printed a skip.
+    skips_of_binary: u64,
+    /// Failures counted when the last binary ended.
+    failed_before: u64,
     /// In the list of passed tests' output?
     in_successes: bool,
     /// A passed test's captured output is being shown; has it been counted as skipped?
@@ -66,13 +71,15 @@ impl Counter {
         } else if line == "failures:" || line == "successes:" {
             self.in_successes = line == "successes:";
             self.showing = None;
+        } else if let Some((_, target)) = line.split_once("test failed, to rerun pass ") {
+            self.binary_failed(target);
         } else if let Some(name) = line.strip_prefix("test ") {
             self.test(name);
         } else if let Some(why) = line.strip_prefix("skipped: ")
             && self.showing == Some(false)
         {
             self.showing = Some(true);
-            self.outcome.passed = self.outcome.passed.saturating_sub(1);
+            self.skips_of_binary += 1;
             self.outcome.skip(why);
         }
     }
@@ -85,18 +92,33 @@ impl Counter {
     fn test(&mut self, rest: &str) {
         if let Some(name) = rest.strip_suffix(" ... FAILED") {
             self.outcome.failures.push(name.to_owned());
-        } else if rest.ends_with(" ... ok") {
-            self.outcome.passed += 1;
         } else if let Some((_, why)) = rest.split_once(" ... ignored") {
             self.outcome.skip(why.trim_start_matches(", "));
         }
     }
 
-    /// The summary of one binary. Passed tests were counted by their own lines, because skips are taken off again
-    /// before this line comes.
+    /// The summary of one binary: the only line that counts, because a test may print what looks
+    /// like another one (trybuild prints `test FILE ... ok`).
     fn result(&mut self, rest: &str) {
-        let failed = rest.split("; ").find_map(|part| part.trim().strip_suffix(" failed"));
-        self.outcome.failed += failed.and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
+        let rest = rest.split_once(". ").map_or(rest, |(_, rest)| rest);
+        let count = |what: &str| {
+            let part = rest.split("; ").find_map(|part| part.trim().strip_suffix(what));
+            part.and_then(|n| n.parse::<u64>().ok()).unwrap_or(0)
+        };
+        let passed = count(" passed");
+        self.outcome.passed += passed.saturating_sub(std::mem::take(&mut self.skips_of_binary));
+        self.outcome.failed += count(" failed");
+    }
+
+    /// Cargo's line after each binary that did not end with 0. Without a failed test since the last
+    /// one, the binary crashed or could not be run.
+    fn binary_failed(&mut self, target: &str) {
+        if self.outcome.failed == self.failed_before {
+            let target = target.trim_matches('`');
+            self.outcome.fail(&format!("{target}: ended without a result; see the log"));
+        }
+        self.failed_before = self.outcome.failed;
+        self.skips_of_binary = 0;
     }
 }
 
@@ -116,5 +138,35 @@ mod tests {
         assert_eq!(outcome.failures, ["c"]);
         assert_eq!(outcome.reasons.get("no qemu-img"), Some(&1));
         assert_eq!(outcome.reasons.get("too long"), Some(&1));
+    }
+
+    #[track_caller]
+    fn counted(text: &str) -> Outcome {
+        let mut counter = Counter::default();
+        text.lines().for_each(|line| counter.line(line));
+        counter.finish()
+    }
+
+    #[test]
+    fn a_crashed_binary_is_a_failure_beside_ordinary_ones() {
+        let failed = "running 1 test\ntest a ... FAILED\n\ntest result: FAILED. 0 passed; 1 failed; 0 ignored\n\
+                      error: test failed, to rerun pass `-p x --lib`\n";
+        let crashed = "running 2 tests\ntest b ... ok\nerror: test failed, to rerun pass `-p y --lib`\n\
+                       \nCaused by:\n  process didn't exit successfully (signal: 11, SIGSEGV)\n";
+        for text in [format!("{failed}{crashed}"), format!("{crashed}{failed}")] {
+            let outcome = counted(&text);
+            assert_eq!(outcome.line(), "0 passed, 2 failed, 0 skipped");
+            assert!(outcome.failures.iter().any(|name| name.starts_with("-p y --lib: ")));
+        }
+        assert_eq!(counted(failed).line(), "0 passed, 1 failed, 0 skipped");
+        let doctest = "error: doctest failed, to rerun pass `-p z --doc`\n";
+        assert_eq!(counted(doctest).line(), "0 passed, 1 failed, 0 skipped");
+    }
+
+    #[test]
+    fn lines_of_trybuild_are_no_tests() {
+        let text = "running 1 test\ntest tests/ui/a.rs ... ok\ntest tests/ui/b.rs ... ok\ntest ui ... ok\n\n\
+                    test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out\n";
+        assert_eq!(counted(text).line(), "1 passed, 0 failed, 0 skipped");
     }
 }

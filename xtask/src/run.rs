@@ -1,4 +1,4 @@
-//! Running programs, and the only place of xtask that prints.
+//! Runs programs, and prints: the only file of xtask that does.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -18,7 +18,7 @@ pub(crate) fn say(text: &str) {
 
 /// One line to standard error.
 #[expect(clippy::print_stderr, clippy::disallowed_macros, reason = "as `say`")]
-pub(crate) fn complain(text: &str) {
+pub(crate) fn say_error(text: &str) {
     eprintln!("{text}");
 }
 
@@ -64,7 +64,8 @@ pub(crate) fn output(command: &mut Command) -> Result<String, String> {
     }
 }
 
-/// Runs to the end, both streams merged, each line into the log and to `each`. True if it ended with 0.
+/// Runs to the end, both streams merged, each line into the log and to `each`. True if it ended
+/// with 0.
 pub(crate) fn stream(
     command: &mut Command,
     log: &mut File,
@@ -73,7 +74,7 @@ pub(crate) fn stream(
     let (reader, writer) = io::pipe()?;
     command.stdout(writer.try_clone()?).stderr(writer).stdin(std::process::Stdio::null());
     let mut child = command.spawn()?;
-    // The command keeps its ends of the pipe open until it is told otherwise; without this we never see the end.
+    // Closes the command's own ends of the pipe; with them open the reader never sees end of file.
     command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
     let mut lines = BufReader::new(reader);
     let mut line = Vec::new();

@@ -1,6 +1,7 @@
-//! The command line: qemu-img's verbs, letters and defaults, and a few of our own.
+//! Defines and parses the command line: qemu-img's verbs, letters and defaults, and a few of our
+//! own.
 //!
-//! Only shape is checked here; what a value means is decided where it is used.
+//! Only the shape is checked here; the verbs check what a value means.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -13,12 +14,13 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 #[command(
     name = "bds",
     version,
-    // As getopt_long: a long option may be cut short, and of an option that is given twice the last one counts.
+    // As getopt_long: a long option may be cut short, and of an option that is given twice the last
+    // one counts.
     infer_long_args = true,
     args_override_self = true,
     after_help = "\
 Formats: give -f whenever you know it. Without -f the format is guessed from the first bytes, as qemu-img does; \
-an image guessed to be raw is never opened for writing, because whoever filled it may have chosen those bytes.
+an image guessed to be raw is never opened for writing, because the VM that wrote it may have chosen those bytes.
 Files named inside an image (backing and data files) are opened, as with qemu-img. Use --image-opts to name them yourself.
 Exit codes are qemu-img's: 0 well, 1 failed; compare: 1 different, 2 and more failed; check: 2 corrupt, 3 leaks, 63 no checks."
 )]
@@ -195,7 +197,7 @@ pub(crate) struct Convert {
     /// Not supported: copy persistent bitmaps
     #[arg(long, hide = true)]
     pub(crate) bitmaps: bool,
-    /// Not supported: goes with --bitmaps
+    /// Not supported: belongs to --bitmaps
     #[arg(long, hide = true)]
     pub(crate) skip_broken_bitmaps: bool,
     /// Not supported: an internal snapshot as input
@@ -452,7 +454,8 @@ fn number<T: TryFrom<u64>>(text: &str) -> Result<T, &'static str> {
         .ok_or("use digits, or hexadecimal digits behind 0x, and a number in range")
 }
 
-/// `resize FILE -1G`: the last word of `resize` is a size, never an option.
+/// Inserts `--` before a negative size: the last word of `resize FILE -1G` is a size, never an
+/// option.
 pub(crate) fn with_last_size_protected(words: impl Iterator<Item = OsString>) -> Vec<OsString> {
     let mut words: Vec<_> = words.collect();
     let is_resize = words.get(1).is_some_and(|verb| verb == "resize");

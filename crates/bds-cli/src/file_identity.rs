@@ -1,8 +1,10 @@
-//! Refuses to write to a file that is read at the same time, by what the file is and not by its name.
+//! Refuses to write to a file that is read at the same time, comparing files by identity and not by
+//! name.
 //!
-//! Names lie: links, `/dev/fd/N`, two paths to one device, a loop device and its file. What is compared is (device, inode) of open
-//! files, and what stands behind devices ([`bds_io::shares_bytes`]). New images are compared by the library, which does it
-//! between opening a file and emptying it; here are the writes to what is there already.
+//! One file has many names: links, `/dev/fd/N`, two paths to one device, a loop device and its
+//! file. Compared are (device, inode) of open files, and the files behind devices
+//! ([`bds_io::shares_bytes`]). New images are checked by the library, between opening a file and
+//! truncating it; here are the checks for files that exist already.
 
 use std::path::Path;
 
@@ -10,8 +12,8 @@ use bds_core::graph::{Graph, NodeRef, walk};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::{Fs, OpenOptions, shares_bytes};
 
-/// An output image, of which `target` is a look before it is opened for writing: none of its files may be one of the sources', nor
-/// one of its own backing images'.
+/// Fails if a file of the output image `target`, opened read-only, belongs to a source or to one of
+/// its own backing images.
 pub(crate) fn refuse_read_files<'a>(
     target: &NodeRef,
     sources: impl IntoIterator<Item = &'a NodeRef>,
@@ -26,7 +28,7 @@ pub(crate) fn refuse_read_files<'a>(
     Ok(())
 }
 
-/// An image that is written: none of its files may belong to one of its backing images.
+/// Fails if a file of an image opened for writing belongs to one of its backing images.
 pub(crate) fn refuse_own_backing(image: &NodeRef) -> Result<()> {
     let below = walk::next_below(&walk::skip_filters(image));
     match below {
@@ -37,15 +39,15 @@ pub(crate) fn refuse_own_backing(image: &NodeRef) -> Result<()> {
     }
 }
 
-/// A plain file to be written over: it may not belong to any image of the graph.
+/// Fails if the plain file at `path`, which is to be overwritten, belongs to an image of the graph.
 pub(crate) fn refuse_image_file(graph: &Graph, path: &Path) -> Result<()> {
     let Ok(file) = Fs::Host.open(path, &OpenOptions::default()) else { return Ok(()) };
     let written: Vec<_> = file.identity().into_iter().collect();
     match graph.nodes().iter().find(|node| shares(&written, &walk::files_of_image(node))) {
         Some(_) => {
-            let words =
+            let message =
                 "is a file of the image itself: writing here would destroy it; name another file";
-            Err(Error::new(ErrorKind::InvalidInput, words).file(path))
+            Err(Error::new(ErrorKind::InvalidInput, message).file(path))
         }
         None => Ok(()),
     }
@@ -57,9 +59,9 @@ fn shares(written: &[(u64, u64)], read: &[(u64, u64)]) -> bool {
 
 fn both(written: &NodeRef, read: &NodeRef) -> Error {
     let name = |node: &NodeRef| walk::filename(node).unwrap_or_default();
-    let words = format!(
+    let message = format!(
         "would be written while it is read as a part of '{}', and so be destroyed; name another output",
         name(read).display()
     );
-    Error::new(ErrorKind::InvalidInput, words).file(name(written))
+    Error::new(ErrorKind::InvalidInput, message).file(name(written))
 }

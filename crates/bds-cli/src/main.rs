@@ -1,24 +1,26 @@
-//! `bds`: disk images from the shell, with qemu-img's words.
+//! Command line tool `bds`: creates, converts, compares and checks disk images with qemu-img's
+//! options.
 //!
-//! This crate translates: arguments into calls, results into text, errors into exit codes. It decides nothing that a program
-//! using the library could not decide for itself.
+//! Translates arguments into calls of the library, results into text, errors into exit codes.
+//! Contains no block layer code.
 #![forbid(unsafe_code)]
 // println! and its like: see printer.rs
 #![deny(clippy::disallowed_macros, clippy::disallowed_methods)]
 
 mod args;
 mod cmd;
-mod describe;
 mod file_identity;
+mod human_size;
 mod image;
+mod image_options;
+mod image_spec;
+mod interrupt;
 mod overlay;
-mod partial;
+mod partial_output;
 mod printer;
 mod progress;
 mod render;
 mod report;
-mod stop;
-mod text;
 
 use std::process::ExitCode;
 
@@ -54,12 +56,13 @@ fn main() -> ExitCode {
         Command::ManPages(args) => cmd::manual::man_pages(args),
     };
     match outcome {
-        Ok(()) => printer::failed_aside().map_or(ExitCode::SUCCESS, report::failure),
+        Ok(()) => printer::progress_failure().map_or(ExitCode::SUCCESS, report::failure),
         Err(error) => report::failure(&error),
     }
 }
 
-/// Help and version are answers, everything else is a mistake: 1, as qemu-img, except for `compare`, where 1 means
+/// Prints what the parser returned instead of arguments. Help and version are results; anything
+/// else is a usage error with exit code 1 as in qemu-img, except for `compare`, where 1 means
 /// "different".
 fn usage(error: &clap::Error) -> ExitCode {
     let words = error.render().to_string();

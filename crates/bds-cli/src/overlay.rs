@@ -1,7 +1,7 @@
-//! Works out what an overlay of a given image has to hold so that it shows what the source shows.
+//! Computes what an overlay of a given image must contain to read like the source.
 //!
-//! If the image is one of the source's own chain, that is what the layers above it decide. Any other image may differ anywhere:
-//! then source and image are compared, and what differs is copied.
+//! If the image is one of the source's own chain, that is what the layers above it decide. Any
+//! other image may differ anywhere: then source and image are compared, and what differs is copied.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,8 +12,8 @@ use bds_core::request::Backend;
 use bds_core::{Error, ErrorKind, Options, Result};
 use serde_json::Value;
 
-use crate::describe;
 use crate::image;
+use crate::image_options;
 
 /// The backing image of an output, as it will be opened from there.
 pub(crate) struct Base {
@@ -21,16 +21,17 @@ pub(crate) struct Base {
     node: NodeRef,
 }
 
-/// What of the source goes into the overlay.
+/// Which parts of the source are copied into the overlay.
 pub(crate) enum Content {
-    /// What the layers above this one of the source's decide.
+    /// What the layers of the source above this one decide.
     Above(NodeId),
-    /// What differs from what this one shows.
+    /// What differs from the data of this backend.
     UnlikeBase(Arc<Backend>),
 }
 
 impl Base {
-    /// Opens what `backing_file` and `backing_fmt` name, relative to the output's directory; `None` if nothing is named.
+    /// Opens what `backing_file` and `backing_fmt` name, relative to the output's directory; `None`
+    /// if nothing is named.
     pub(crate) async fn open(
         graph: &Graph,
         options: &Options,
@@ -43,7 +44,7 @@ impl Base {
         let name = stored.to_string_lossy().into_owned();
         graph.config().registry.format(&format)?;
         let path = gate::resolve(ReferenceKind::Backing, &stored, Some(output));
-        let file = describe::file(&path).into_json();
+        let file = image_options::file(&path).into_json();
         let tree = Options::new().with("driver", format).with("file", file);
         let flags = OpenFlags { read_only: true, ..OpenFlags::default() };
         let node = graph
@@ -66,13 +67,13 @@ impl Base {
             }
             at = walk::next_below(&layer);
         }
-        Ok(Content::UnlikeBase(Arc::new(image::enter(&self.node, false)?)))
+        Ok(Content::UnlikeBase(Arc::new(image::backend(&self.node, false)?)))
     }
 
     /// Refuses an existing output that is not an overlay of this image.
     pub(crate) fn refuse_other_overlay(&self, output: &NodeRef) -> Result<()> {
         let below = walk::next_below(&walk::skip_filters(output));
-        let words = match &below {
+        let message = match &below {
             Some(below) if is_same_chain(below, &self.node) => return Ok(()),
             Some(below) => {
                 let file = walk::filename(below).unwrap_or_default();
@@ -80,8 +81,9 @@ impl Base {
             }
             None => format!("is not an overlay of '{}'", self.name),
         };
-        let words = format!("{words}: leave out -B to copy everything, or -n to make a new output");
-        let error = Error::new(ErrorKind::InvalidInput, words);
+        let message =
+            format!("{message}: leave out -B to copy everything, or -n to make a new output");
+        let error = Error::new(ErrorKind::InvalidInput, message);
         Err(error.file(walk::filename(output).unwrap_or_default()))
     }
 

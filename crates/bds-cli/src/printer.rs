@@ -1,8 +1,10 @@
-//! Prints results to standard output and messages to standard error, and reports output that cannot be written.
+//! Prints results to standard output and messages to standard error, and reports output that cannot
+//! be written.
 //!
-//! `println!` panics on a full disk or a closed pipe, so nothing else in the tool prints. A reader that has gone
-//! (`bds map x | head -1`) is no fault of the command: the rest is left out and the exit code stays what it would have been. Any
-//! other failure is an error of the command, because its result did not arrive.
+//! `println!` panics on a full disk or a closed pipe, so nothing else in the tool prints. A reader
+//! that has gone (`bds map x | head -1`) is no fault of the command: the rest is left out and the
+//! exit code stays what it would have been. Any other failure is an error of the command, because
+//! its result did not arrive.
 
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -16,8 +18,8 @@ use serde_json::{Serializer, Value};
 
 /// Set once the reader of standard output has gone.
 static IS_READER_GONE: AtomicBool = AtomicBool::new(false);
-/// Why something could not be printed that nothing waited for.
-static ASIDE: OnceLock<Error> = OnceLock::new();
+/// The first failure of [`progress`].
+static PROGRESS_FAILURE: OnceLock<Error> = OnceLock::new();
 
 /// Writes text to standard output, at once.
 ///
@@ -59,16 +61,17 @@ pub(crate) fn json(value: &Value) -> Result<()> {
     line(String::from_utf8_lossy(&out))
 }
 
-/// Writes text to standard output beside work that goes on whatever becomes of it. A failure waits for [`failed_aside`].
-pub(crate) fn aside(words: &str) {
-    if let Err(error) = text(words) {
-        let _is_first = ASIDE.set(error);
+/// Writes text to standard output while work goes on that must not fail with it. [`progress_failure`]
+/// returns the failure later.
+pub(crate) fn progress(output: &str) {
+    if let Err(error) = text(output) {
+        let _is_first = PROGRESS_FAILURE.set(error);
     }
 }
 
-/// The first failure of [`aside`].
-pub(crate) fn failed_aside() -> Option<&'static Error> {
-    ASIDE.get()
+/// The first failure of [`progress`].
+pub(crate) fn progress_failure() -> Option<&'static Error> {
+    PROGRESS_FAILURE.get()
 }
 
 /// Whether what is printed is no longer read: a long listing can stop.

@@ -1,7 +1,7 @@
-//! How far a long command has come.
+//! Shows the progress of a long command.
 //!
-//! On a terminal a bar with rate and time left, on standard error; otherwise qemu-img's lines on standard output. SIGUSR1
-//! prints one line at once, also without `-p`.
+//! On a terminal a bar with rate and time left, on standard error; otherwise qemu-img's lines on
+//! standard output. SIGUSR1 prints one line at once, also without `-p`.
 
 use std::io::{self, IsTerminal};
 use std::sync::Arc;
@@ -18,13 +18,13 @@ const STEP_PERCENT: f64 = 1.0;
 /// Shows progress of one command.
 #[derive(Debug)]
 pub(crate) struct Progress {
-    look: Look,
-    asked: Arc<AtomicBool>,
+    style: Style,
+    line_requested: Arc<AtomicBool>,
     last_percent: f64,
 }
 
 #[derive(Debug)]
-enum Look {
+enum Style {
     Silent,
     Lines,
     Bar(ProgressBar),
@@ -33,45 +33,48 @@ enum Look {
 impl Progress {
     /// `is_wanted`: the user gave -p (and not -q).
     pub(crate) fn new(is_wanted: bool) -> Self {
-        let look = match (is_wanted, io::stderr().is_terminal()) {
-            (false, _) => Look::Silent,
-            (true, false) => Look::Lines,
-            (true, true) => Look::Bar(bar()),
+        let style = match (is_wanted, io::stderr().is_terminal()) {
+            (false, _) => Style::Silent,
+            (true, false) => Style::Lines,
+            (true, true) => Style::Bar(bar()),
         };
-        let asked = Arc::new(AtomicBool::new(false));
-        // Without the signal there is one way less to ask; nothing else depends on it.
-        let _ = signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&asked));
-        Self { look, asked, last_percent: -STEP_PERCENT }
+        let line_requested = Arc::new(AtomicBool::new(false));
+        // Without the signal a line cannot be requested; nothing else depends on it.
+        let _ =
+            signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&line_requested));
+        Self { style, line_requested, last_percent: -STEP_PERCENT }
     }
 
     /// `done` of `total` bytes.
     pub(crate) fn show(&mut self, done: u64, total: u64) {
         let percent = percent(done, total);
-        match &self.look {
-            Look::Bar(bar) => {
+        match &self.style {
+            Style::Bar(bar) => {
                 bar.set_length(total);
                 bar.set_position(done);
             }
-            Look::Lines if percent >= 100.0 || percent - self.last_percent >= STEP_PERCENT => {
+            Style::Lines if percent >= 100.0 || percent - self.last_percent >= STEP_PERCENT => {
                 self.last_percent = percent;
                 line(percent);
             }
             _ => {}
         }
-        if self.asked.swap(false, Ordering::Relaxed) && !matches!(self.look, Look::Bar(_)) {
+        if self.line_requested.swap(false, Ordering::Relaxed)
+            && !matches!(self.style, Style::Bar(_))
+        {
             line(percent);
         }
     }
 
-    /// The work is done: the last line, and a new one begun.
+    /// Shows the end of the work and begins a new line.
     pub(crate) fn finish(self, total: u64) {
-        match self.look {
-            Look::Silent => {}
-            Look::Lines => {
+        match self.style {
+            Style::Silent => {}
+            Style::Lines => {
                 line(100.0);
-                printer::aside("\n");
+                printer::progress("\n");
             }
-            Look::Bar(bar) => {
+            Style::Bar(bar) => {
                 bar.set_length(total);
                 bar.set_position(total);
                 bar.finish();
@@ -79,14 +82,14 @@ impl Progress {
         }
     }
 
-    /// The work broke off: what is on the line stays, what follows begins a new one.
+    /// Ends the display of work that failed: the line stays, and a new one begins.
     pub(crate) fn abandon(self) {
-        match self.look {
-            Look::Silent => {}
-            Look::Lines => {
-                printer::aside("\n");
+        match self.style {
+            Style::Silent => {}
+            Style::Lines => {
+                printer::progress("\n");
             }
-            Look::Bar(bar) => bar.abandon(),
+            Style::Bar(bar) => bar.abandon(),
         }
     }
 }
@@ -96,12 +99,12 @@ fn percent(done: u64, total: u64) -> f64 {
     if total == 0 { 100.0 } else { (done as f64 / total as f64 * 100.0).min(100.0) }
 }
 
-/// What cannot be printed must not stop the work.
+/// Prints a progress line. A failure must not stop the work.
 fn line(percent: f64) {
-    printer::aside(&format!("    ({percent:.2}/100%)\r"));
+    printer::progress(&format!("    ({percent:.2}/100%)\r"));
 }
 
-/// Says how long the work will still take, took, or that it broke off.
+/// Returns the time left, the time taken, or that the work was stopped.
 fn time(is_finished: bool, is_complete: bool, duration: Duration) -> String {
     let seconds = duration.as_secs();
     let clock = format!("{}:{:02}", seconds / 60, seconds % 60);
@@ -134,7 +137,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_abandoned_bar_promises_no_time() {
+    fn an_abandoned_bar_shows_no_time_left() {
         let time =
             |is_finished, is_complete| time(is_finished, is_complete, Duration::from_secs(65));
         assert_eq!(time(false, false), "1:05 left");

@@ -1,26 +1,26 @@
-//! Errors as a person wants to read them.
+//! Prints errors as short messages and maps them to exit codes.
 
 use std::process::ExitCode;
 
 use bds_core::{Error, ErrorKind};
 
-use crate::{printer, stop};
+use crate::{interrupt, printer};
 
-/// Prints an error and gives the exit code it deserves.
+/// Prints an error and returns the exit code.
 pub(crate) fn failure(error: &Error) -> ExitCode {
-    printer::message(format_args!("bds: {}", words(error)));
+    printer::message(format_args!("bds: {}", message(error)));
     // An operation can also be cancelled by the system; only a signal has an exit code of its own.
-    let of_signal = stop::exit_code().filter(|_| error.kind() == ErrorKind::Cancelled);
+    let of_signal = interrupt::exit_code().filter(|_| error.kind() == ErrorKind::Cancelled);
     ExitCode::from(of_signal.unwrap_or(1))
 }
 
-/// The error without what only means something inside the program: generated node names, numbers of errors that
-/// are also there in words.
-pub(crate) fn words(error: &Error) -> String {
+/// Returns the error's text without what has no meaning outside the program: generated node names,
+/// and errno values beside their descriptions.
+pub(crate) fn message(error: &Error) -> String {
     let text = without(&without(&error.to_string(), "node '#block", "': "), " (os error ", ")");
     let text = text.replace("cannot write the target: cannot write", "cannot write");
     let text = text.replace("cannot read the source: cannot read", "cannot read");
-    // A name that follows anyway is not said in front as well.
+    // A file name that follows anyway is not repeated in front.
     match text.split_once(": ") {
         Some((file, rest)) if rest.contains(&format!("'{file}'")) => {
             rest.replacen("': cannot open: ", "': ", 1)
@@ -29,7 +29,7 @@ pub(crate) fn words(error: &Error) -> String {
     }
 }
 
-/// `text` without every part that begins with `from` and ends with the next `to`.
+/// Returns `text` without every part that begins with `from` and ends with the next `to`.
 fn without(text: &str, from: &str, to: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
@@ -46,19 +46,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn inner_names_are_left_out() {
+    fn generated_node_names_are_left_out() {
         let error = Error::io(std::io::Error::from_raw_os_error(2), "cannot open")
             .node("#block000")
             .file("a.qcow2");
-        assert_eq!(words(&error), "a.qcow2: cannot open: No such file or directory");
+        assert_eq!(message(&error), "a.qcow2: cannot open: No such file or directory");
         let error = error.context("Could not open 'a.qcow2'");
-        assert_eq!(words(&error), "Could not open 'a.qcow2': No such file or directory");
+        assert_eq!(message(&error), "Could not open 'a.qcow2': No such file or directory");
         let error =
             Error::new(ErrorKind::Io, "cannot write the target: cannot write").file("a").at(512);
-        assert_eq!(words(&error), "a: cannot write at offset 0x200");
+        assert_eq!(message(&error), "a: cannot write at offset 0x200");
         let error = Error::new(ErrorKind::Io, "no").file("a").context("cannot open 'a'");
-        assert_eq!(words(&error), "cannot open 'a': no");
+        assert_eq!(message(&error), "cannot open 'a': no");
         let named = Error::new(ErrorKind::Io, "gone").node("disk0");
-        assert_eq!(words(&named), "node 'disk0': gone");
+        assert_eq!(message(&named), "node 'disk0': gone");
     }
 }

@@ -4,6 +4,7 @@
 //! (the request path and its backends).
 #![forbid(unsafe_code)]
 
+pub mod bitmap;
 pub mod copy;
 pub mod driver;
 pub mod error;
@@ -11,6 +12,7 @@ pub mod event;
 #[doc(hidden)]
 pub mod example;
 pub mod graph;
+mod holder_kind;
 pub mod options;
 pub mod rate;
 pub mod request;
@@ -20,3 +22,8 @@ mod tracker;
 pub use driver::{Driver, DriverType};
 pub use error::{Error, ErrorKind, Result};
 pub use options::Options;
+
+/// The lines of the README, compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -36,25 +36,22 @@
 mod detached;
 mod flush;
 
-use std::cell::Cell;
 use std::fmt;
 use std::ops::Range;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crossbeam::utils::CachePadded;
 use slab::Slab;
 
 use bds_io::sync::{Mutex as AsyncMutex, Notify};
+use bds_refcount::{own_shard, shard_count};
 
 use crate::error::Error;
 use flush::FlushState;
 
 pub(crate) use flush::Flushing;
-
-/// More shards than this cost memory for nothing.
-const MAX_SHARDS: usize = 16;
 
 /// Bookkeeping of one node.
 pub(crate) struct RequestTracker {
@@ -304,7 +301,7 @@ impl RequestTracker {
 
     #[inline]
     fn own_number(&self) -> usize {
-        thread_number() & (self.shards.len() - 1)
+        own_shard(self.shards.len())
     }
 
     fn watch(&self) -> Watching<'_> {
@@ -466,29 +463,6 @@ impl Drop for Tracked<'_> {
 
 fn lock_plain(shard: &Shard) -> MutexGuard<'_, Slab<Entry>> {
     shard.plain.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-pub(crate) fn shard_count() -> usize {
-    static COUNT: OnceLock<usize> = OnceLock::new();
-    *COUNT.get_or_init(|| {
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        threads.next_power_of_two().min(MAX_SHARDS)
-    })
-}
-
-/// A small number of this thread, dense over the process, so that threads spread over shards.
-#[inline]
-pub(crate) fn thread_number() -> usize {
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    thread_local! {
-        static NUMBER: Cell<usize> = const { Cell::new(usize::MAX) };
-    }
-    NUMBER.with(|n| {
-        if n.get() == usize::MAX {
-            n.set(NEXT.fetch_add(1, Ordering::Relaxed) & (usize::MAX >> 1));
-        }
-        n.get()
-    })
 }
 
 #[cfg(test)]

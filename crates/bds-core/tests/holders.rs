@@ -2,10 +2,10 @@
 //! behalf: nothing else finds a leak.
 
 use bds_core::example::run;
-use bds_core::graph::{Graph, NodeRef};
+use bds_core::graph::{Graph, HolderKind, NodeRef};
 use bds_core::request::{Backend, BackendOptions};
 use bds_core::{Options, Result};
-use bds_refcount::{Holder, HolderKind};
+use bds_refcount::Holder;
 
 fn options(text: &str) -> Options {
     Options::parse(text).expect("written here")

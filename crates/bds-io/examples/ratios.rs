@@ -1,10 +1,12 @@
-//! What does the cellar cost on top of the bare file? Interleaved medians, ns and CPU ns an operation.
+//! Measures the cost of bds-io on top of the bare system calls: interleaved medians, ns and CPU ns
+//! an operation.
 //!
 //! `cargo run --release -p bds-io --example ratios [directory] [rounds]`
 //!
-//! Expected on a virtual machine of 2025 with ext4: bare pread 0.8–1 µs, `try_read` within 5 %, a read through
-//! the ring at depth 32 within 1.5 × of the bare pread; small buffered writes inline 3 to 10 × cheaper than
-//! through the ring, which hands them to a kernel thread on file systems without non-blocking writes.
+//! Expected on a virtual machine of 2025 with ext4: bare pread 0.8–1 µs, `try_read` within 5 %, a
+//! read through the ring at depth 32 within 1.5 × of the bare pread; small buffered writes inline 3
+//! to 10 × cheaper than through the ring, which hands them to a kernel thread on file systems
+//! without non-blocking writes.
 
 #![expect(clippy::print_stdout, clippy::unwrap_used, reason = "a measurement for people")]
 
@@ -70,9 +72,9 @@ impl Subject {
     fn median(&mut self) -> (f64, f64) {
         let middle = self.samples.len() / 2;
         self.samples.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let wall = self.samples[middle].0;
+        let elapsed = self.samples[middle].0;
         self.samples.sort_by(|a, b| a.1.total_cmp(&b.1));
-        (wall, self.samples[middle].1)
+        (elapsed, self.samples[middle].1)
     }
 }
 
@@ -196,11 +198,11 @@ fn main() {
     println!("{:<26}{:>12}{:>12}{:>10}", "", "ns/op", "CPU ns/op", "x bare");
     let mut bare = 0.0;
     for subject in &mut subjects {
-        let (wall, cpu) = subject.median();
+        let (elapsed, cpu) = subject.median();
         if subject.name == "cached: bare pread" {
-            bare = wall;
+            bare = elapsed;
         }
-        println!("{:<26}{wall:>12.0}{cpu:>12.0}{:>10.2}", subject.name, wall / bare);
+        println!("{:<26}{elapsed:>12.0}{cpu:>12.0}{:>10.2}", subject.name, elapsed / bare);
     }
     let _ = std::fs::remove_file(&path);
 }

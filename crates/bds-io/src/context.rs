@@ -1,4 +1,4 @@
-//! A Context is one thread's executor, engine and clock; the free functions find the one that is meant.
+//! `Context`: one thread's executor, engine and clock; and functions that find the current one.
 //!
 //! ```text
 //! thread drives a Context (block_on, turn)  → that Context
@@ -7,9 +7,9 @@
 //! anything else (tokio, a VMM's loop)       → the background Context, one thread for the process
 //! ```
 //!
-//! Whatever begins an operation may be dropped or forgotten at any await: the engine owns the operation until
-//! it is over. A task is not bound to the life of its Context either: what a dropped Context leaves, and what is
-//! left when a plain thread's `block_on` returns, goes on in the background one.
+//! Any future may be dropped or forgotten at any await: the engine owns an operation until it is
+//! over. A task may outlive its Context: the tasks of a dropped Context, and those left when a
+//! plain thread's `block_on` returns, continue in the background one.
 
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -22,18 +22,20 @@ use std::task::{Context as PollContext, Poll, Wake, Waker};
 use std::thread;
 use std::time::Duration;
 
-use crate::cell::AnswerCell;
 use crate::clock::{self, Sleep};
+use crate::completion::Completion;
 use crate::current::{self, Current};
 use crate::executor::{self, Local, Shared};
-use crate::op::{Answer, Op};
+use crate::op::{Op, OpResult};
 use crate::task::{self, Task};
 use crate::workers;
 
-/// Which engine moves bytes.
+/// I/O engine of a [`Context`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum EngineKind {
-    /// io_uring where the kernel has it, else the pool. `BDS_ENGINE=uring|pool` decides instead if set.
+    /// io_uring where the kernel has it, else the pool. The environment variable `BDS_ENGINE`,
+    /// `uring` or `pool`, overrides this choice.
     #[default]
     Auto,
     /// io_uring only.
@@ -42,13 +44,13 @@ pub enum EngineKind {
     Pool,
 }
 
-/// How a Context is made.
+/// Options of a [`Context`]; make them with `..ContextOptions::default()`.
 #[derive(Clone, Debug)]
 pub struct ContextOptions {
-    /// Which engine.
+    /// I/O engine.
     pub engine: EngineKind,
-    /// Entries of the submission queue (8 to 4096, rounded up to a power of two). More operations than that
-    /// may be in flight; they then take more than one system call a turn.
+    /// Entries of the submission queue (8 to 4096, rounded up to a power of two). More operations
+    /// than that may be in flight; they then take more than one system call a turn.
     pub ring_entries: u32,
 }
 
@@ -60,30 +62,30 @@ impl Default for ContextOptions {
 
 /// One thread's executor, engine and clock. Not `Send`: make it where it runs.
 ///
-/// Tasks run only while the Context is driven, by `block_on` or `turn`. Other threads may wait for what they hold, so a
-/// thread that is not going to drive its Context for a while drops it. Dropping it waits for the operations
-/// in flight (after asking the kernel to give up what it can); unfinished tasks and sleeps move to the
-/// background Context and go on there.
+/// Tasks run only while the Context is driven, by `block_on` or `turn`. Other tasks may wait for
+/// locks that they hold, so drop a Context that will not be driven for a while. Dropping it waits
+/// for the operations in flight (after asking the kernel to cancel them); unfinished tasks and
+/// sleeps move to the background Context and continue there.
 #[derive(Debug)]
 pub struct Context {
     local: Rc<Local>,
 }
 
 impl Context {
-    /// A Context on the host.
+    /// Makes a Context of the host.
     pub fn new(options: ContextOptions) -> io::Result<Context> {
         Ok(Context { local: Rc::new(Local::new(&options)?) })
     }
 
-    /// Which engine it got: `Uring` or `Pool`.
+    /// The engine in use: `Uring` or `Pool`.
     pub fn engine(&self) -> EngineKind {
         self.local.engine().borrow().kind()
     }
 
-    /// Runs `future` to its end on this thread, driving this Context.
+    /// Runs `future` to completion on this thread, driving this Context.
     ///
-    /// May be called from inside a task of the same Context; other tasks then run inside it. Waiting so for
-    /// something that only the calling task can do is a deadlock, as with any lock.
+    /// May be called from inside a task of the same Context; other tasks then run inside it. To
+    /// wait so for something that only the calling task can do is a deadlock, as with any lock.
     pub fn block_on<F: Future>(&self, future: F) -> F::Output {
         let _entered = current::enter(Current::Host(self.local.clone()));
         self.local.block_on(future)
@@ -97,30 +99,34 @@ impl Context {
         self.local.shared.spawn(future)
     }
 
-    /// Lets other threads spawn onto this Context.
+    /// A handle with which other threads spawn onto this Context.
     pub fn handle(&self) -> ContextHandle {
         ContextHandle { shared: self.local.shared.clone() }
     }
 
-    /// Readable when `turn` has something to do: for foreign event loops.
+    /// A descriptor that is readable when `turn` has something to do: for foreign event loops.
     ///
-    /// Poll it for reading and call `turn(Some(Duration::ZERO))` when it is. From the first call on, every
-    /// turn ends with the descriptor telling the truth, which costs a little. Panics if the process has no
-    /// descriptors left.
+    /// Poll it for reading and call `turn(Some(Duration::ZERO))` when it is readable. From the
+    /// first call on, every turn ends with arming the descriptor, which costs a little.
+    /// `examples/event_loop.rs` shows a whole loop.
+    ///
+    /// # Panics
+    /// If the process has no descriptors left.
     pub fn fd(&self) -> RawFd {
         let _entered = current::enter(Current::Host(self.local.clone()));
         self.local.fd().expect("an epoll and a timer descriptor can be made")
     }
 
-    /// Runs what is ready, reaps completions, waits up to `timeout` (None: forever; zero: not at all). True
-    /// if anything ran.
+    /// Runs ready tasks, reaps completions, and waits up to `timeout` (`None`: for ever; zero: not
+    /// at all). True if a task ran or an operation completed.
     pub fn turn(&self, timeout: Option<Duration>) -> io::Result<bool> {
         let _entered = current::enter(Current::Host(self.local.clone()));
         self.local.turn(timeout)
     }
 }
 
-/// Spawns onto a Context from any thread. If the Context is gone, tasks go to the background one.
+/// Spawns onto a [`Context`] from any thread. If the Context is gone, tasks go to the background
+/// one.
 #[derive(Clone, Debug)]
 pub struct ContextHandle {
     pub(crate) shared: Arc<Shared>,
@@ -135,16 +141,17 @@ impl ContextHandle {
         self.shared.spawn(future)
     }
 
-    pub(crate) fn submit(&self, op: Op, cell: Arc<AnswerCell<Answer>>) {
-        self.shared.submit(op, cell);
+    pub(crate) fn submit(&self, op: Op, completion: Arc<Completion<OpResult>>) {
+        self.shared.submit(op, completion);
     }
 
-    pub(crate) fn add_timer(&self, deadline: Duration, cell: Arc<AnswerCell<()>>) {
-        self.shared.add_timer(deadline, cell);
+    pub(crate) fn add_timer(&self, deadline: Duration, completion: Arc<Completion<()>>) {
+        self.shared.add_timer(deadline, completion);
     }
 }
 
-/// The Context of a thread of its own, for whoever has none. Started on first use.
+/// The background Context: it has a thread of its own, started on first use, and serves threads
+/// that drive none.
 pub(crate) fn background() -> io::Result<ContextHandle> {
     static BACKGROUND: Mutex<Option<ContextHandle>> = Mutex::new(None);
     thread_local! {
@@ -163,37 +170,39 @@ pub(crate) fn background() -> io::Result<ContextHandle> {
 }
 
 fn start_background() -> io::Result<ContextHandle> {
-    let (tell, hear) = mpsc::channel();
+    let (sender, receiver) = mpsc::channel();
     workers::start_thread("bds-io", move || {
         let context = match Context::new(ContextOptions::default()) {
             Ok(context) => context,
-            Err(error) => return drop(tell.send(Err(error))),
+            Err(error) => return drop(sender.send(Err(error))),
         };
-        drop(tell.send(Ok(context.handle())));
+        drop(sender.send(Ok(context.handle())));
         context.block_on(std::future::pending::<()>());
     })?;
-    hear.recv().unwrap_or_else(|_| Err(io::Error::other("the background thread ended")))
+    receiver.recv().unwrap_or_else(|_| Err(io::Error::other("the background thread ended")))
 }
 
-/// Entries of a plain thread's own ring: it drives one future at a time, and what that spawns.
+/// Ring entries of a plain thread's cached Context: it drives one future at a time, and the tasks
+/// of that.
 const CACHED_RING_ENTRIES: u32 = 64;
-/// How long a plain thread waits for operations that its future left behind.
-const SETTLE_PATIENCE: Duration = Duration::from_secs(1);
+/// A plain thread's `block_on` waits so long for operations whose futures were dropped.
+const ABANDONED_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Runs `future` on this thread.
+/// Runs `future` to completion on this thread.
 ///
-/// If a Context (or a simulated world) is entered, it is driven meanwhile, also from inside one of its tasks.
-/// Else the thread gets a small Context of its own, kept until it ends, so that operations and tasks need no other
-/// thread; tasks that are not done when this returns go on in the background Context. Operations in flight that
-/// nothing waits for any more are waited for up to a second, so that files are let go when this returns; those that
-/// a task waits for are waited for, or go to a thread of the pool if the kernel can give them up.
+/// If a Context (or a simulated world) is entered, it is driven meanwhile, also from inside one of
+/// its tasks. Else the thread gets a small Context of its own, cached until the thread ends, so
+/// that operations and tasks need no other thread; tasks that are not done when this returns
+/// continue in the background Context. Operations in flight whose futures were dropped are waited
+/// for up to a second, so that files are released when this returns; those that a task waits for
+/// are waited for, or go to a thread of the pool if the kernel can cancel them.
 pub fn block_on<F: Future>(future: F) -> F::Output {
     match current::get() {
         Current::Host(local) => local.block_on(future),
         Current::Sim(sim) => sim.block_on(future),
         Current::None => match cached() {
             Some(context) => {
-                let _leaving = Leaving(&context);
+                let _leave = LeaveContext(&context);
                 context.block_on(future)
             }
             None => park_on(future),
@@ -201,23 +210,24 @@ pub fn block_on<F: Future>(future: F) -> F::Output {
     }
 }
 
-/// A plain thread's `block_on` ends, also by a panic: its Context is not driven until the next one.
-struct Leaving<'a>(&'a Context);
+/// Ends a plain thread's `block_on`, also on a panic: its Context is not driven until the next one.
+struct LeaveContext<'a>(&'a Context);
 
-impl Drop for Leaving<'_> {
+impl Drop for LeaveContext<'_> {
     fn drop(&mut self) {
         let local = &self.0.local;
         {
-            // What the future cancelled when it ended is dropped here and now, not on another thread later.
+            // Tasks that the future cancelled are dropped here, not on another thread later.
             let _entered = current::enter(Current::Host(local.clone()));
             local.run_ready();
         }
-        local.hand_over();
-        local.settle(SETTLE_PATIENCE);
+        local.move_to_background();
+        local.wait_in_flight(ABANDONED_TIMEOUT);
     }
 }
 
-/// This thread's own Context. None if it cannot have one (no descriptors left, or the thread is ending).
+/// This thread's cached Context. `None` if it cannot have one (no descriptors left, or the thread
+/// is ending).
 fn cached() -> Option<Rc<Context>> {
     thread_local! {
         static CACHED: Cell<Option<Rc<Context>>> = const { Cell::new(None) };
@@ -258,21 +268,22 @@ fn park_on<F: Future>(future: F) -> F::Output {
     }
 }
 
-/// Makes sure that tasks and operations of this thread have a Context: the one it drives, or the background one, whose
-/// thread is started if need be. To be asked early: without one, operations block the thread that begins them, and
-/// tasks are polled by the threads that wake them.
+/// Makes sure that tasks and operations of this thread have a Context: the one it drives, or the
+/// background one, whose thread is started if needed. Call it early: without one, operations block
+/// the thread that begins them, and tasks are polled by the threads that wake them.
 ///
 /// # Errors
-/// The machine gives no thread (RLIMIT_NPROC, memory), or no descriptors.
-pub fn ensure_home() -> io::Result<()> {
+/// No thread (RLIMIT_NPROC, memory) or no descriptors are left.
+pub fn ensure_context() -> io::Result<()> {
     match current::get() {
         Current::Sim(_) | Current::Host(_) => Ok(()),
         Current::None => background().map(drop),
     }
 }
 
-/// Spawns onto the current Context, or the shared background one. In a simulated Context: onto that. Without any (see
-/// [`ensure_home`]) the task is polled here, and later by the threads that wake it.
+/// Spawns onto the current Context, or the shared background one. In a simulated world: onto that.
+/// Without any (see [`ensure_context`]) the task is polled here, and later by the threads that wake
+/// it.
 #[track_caller]
 pub fn spawn<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static) -> Task<T> {
     match current::get() {
@@ -289,9 +300,10 @@ pub fn spawn<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static
     }
 }
 
-/// As [`spawn`], but polls the future once before it returns, on this thread and without a queue. From then on its
-/// executor polls it, whether or not the answer is polled: keeping the answer, or forgetting it, holds nothing up.
-/// Dropping it drops the future before the drop returns; if another thread polls the future just then, after that poll.
+/// As [`spawn`], but polls the future once before it returns, on this thread and without a queue.
+/// From then on its executor polls it, whether or not the handle is polled: a handle that is kept
+/// or forgotten delays nothing. Dropping the handle drops the future before the drop returns; if
+/// another thread polls the future just then, after that poll.
 #[track_caller]
 pub fn spawn_now<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static) -> Task<T> {
     match current::get() {
@@ -300,7 +312,8 @@ pub fn spawn_now<T: Send + 'static>(future: impl Future<Output = T> + Send + 'st
         Current::None => match background() {
             Ok(background) => background.shared.spawn_now(future),
             Err(_) => {
-                let (runnable, task) = task::create_gripped(future, executor::schedule_anywhere);
+                let (runnable, task) =
+                    task::create_dropped_with_handle(future, executor::schedule_anywhere);
                 runnable.run();
                 task
             }
@@ -308,39 +321,42 @@ pub fn spawn_now<T: Send + 'static>(future: impl Future<Output = T> + Send + 'st
     }
 }
 
-/// Runs CPU-heavy `work` on the worker pool (simulated: inline, finishing at a seeded moment). If the future
-/// is dropped, the work still runs to its end. A panic of the work is passed on.
-pub async fn offload<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+/// Runs CPU-heavy `work` on the CPU thread pool (simulated: inline, at a seeded moment). If the
+/// future is dropped, the work still runs to completion. A panic of the work is passed on to the
+/// future.
+pub async fn spawn_cpu<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     if let Some(sim) = simulation() {
-        return sim.offload(work).await;
+        return sim.spawn_cpu(work).await;
     }
     let mut work = Some(work);
-    let mut cell = None;
+    let mut completion = None;
     let outcome = std::future::poll_fn(move |cx| {
         if let Some(work) = work.take() {
-            let answer = AnswerCell::new(cx.waker().clone());
-            cell = Some(answer.clone());
-            let mut job = Some(move || answer.complete(catch_unwind(AssertUnwindSafe(work))));
+            let result = Completion::new(cx.waker().clone());
+            completion = Some(result.clone());
+            let mut job = Some(move || result.complete(catch_unwind(AssertUnwindSafe(work))));
             let is_taken = workers::cpu().submit(|| Box::new(job.take().expect("called once")));
             if !is_taken && let Some(job) = job {
                 job();
             }
         }
-        cell.as_ref().map_or(Poll::Pending, |cell: &Arc<AnswerCell<_>>| cell.poll(cx))
+        completion
+            .as_ref()
+            .map_or(Poll::Pending, |completion: &Arc<Completion<_>>| completion.poll(cx))
     })
     .await;
     outcome.unwrap_or_else(|panic| resume_unwind(panic))
 }
 
-/// Time since an arbitrary start; virtual in a simulated Context.
+/// Time since an arbitrary start; virtual in a simulated world.
 pub fn now() -> Duration {
-    current::with(|world| match world {
+    current::with(|current| match current {
         Current::Sim(sim) => sim.now(),
         _ => clock::now(),
     })
 }
 
-/// Waits; virtual in a simulated Context. On the host never less than `how_long`.
+/// Waits; in virtual time in a simulated world. On the host never less than `how_long`.
 pub async fn sleep(how_long: Duration) {
     match simulation() {
         Some(sim) => sim.sleep(how_long).await,
@@ -348,7 +364,7 @@ pub async fn sleep(how_long: Duration) {
     }
 }
 
-/// Lets others run.
+/// Lets other ready tasks run once.
 pub async fn yield_now() {
     if let Some(sim) = simulation() {
         return sim.yield_now().await;
@@ -365,7 +381,7 @@ pub async fn yield_now() {
 }
 
 fn simulation() -> Option<crate::Sim> {
-    current::with(|world| match world {
+    current::with(|current| match current {
         Current::Sim(sim) => Some(sim.clone()),
         _ => None,
     })

@@ -1,7 +1,7 @@
-//! Which world this thread is in: a host Context, a simulated one, or none.
+//! Tracks what drives the current thread: a Context of the host, a simulated world, or neither.
 //!
-//! `Context::block_on`, `Context::turn` and `Sim::block_on` enter their world for as long as they run;
-//! the free functions and the leaf operations ask here where they belong. Entering nests.
+//! `Context::block_on`, `Context::turn` and `Sim::block_on` enter theirs for as long as they run;
+//! the free functions and the leaf operations look here for the Context to use. Entering nests.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -9,10 +9,10 @@ use std::rc::Rc;
 use crate::executor::Local;
 use crate::sim::Sim;
 
-/// The world that drives this thread now.
+/// The driver of this thread.
 #[derive(Clone, Default)]
 pub(crate) enum Current {
-    /// Nobody of ours: a plain thread or a foreign executor.
+    /// Neither: a plain thread or a foreign executor.
     #[default]
     None,
     /// A host Context.
@@ -25,36 +25,37 @@ thread_local! {
     static CURRENT: RefCell<Current> = const { RefCell::new(Current::None) };
 }
 
-/// Restores the former world when dropped.
+/// Restores the former driver when dropped.
 pub(crate) struct Entered {
     former: Current,
 }
 
-/// Enters `world` until the guard is dropped. Guards must be dropped in reverse order (they are locals).
-pub(crate) fn enter(world: Current) -> Entered {
-    Entered { former: CURRENT.with(|current| current.replace(world)) }
+/// Makes `driver` the current one until the guard is dropped. Guards must be dropped in reverse
+/// order (they are locals).
+pub(crate) fn enter(driver: Current) -> Entered {
+    Entered { former: CURRENT.with(|current| current.replace(driver)) }
 }
 
 impl Drop for Entered {
     fn drop(&mut self) {
         let former = std::mem::take(&mut self.former);
-        // While the thread ends there is no world to restore.
+        // While the thread ends there is nothing to restore.
         let _ = CURRENT.try_with(|current| current.replace(former));
     }
 }
 
-/// Looks at the current world. `look` must not enter another one.
-pub(crate) fn with<R>(look: impl FnOnce(&Current) -> R) -> R {
-    let mut look = Some(look);
-    let answer = CURRENT.try_with(|current| look.take().map(|look| look(&current.borrow())));
-    match answer {
-        Ok(Some(answer)) => answer,
-        // The thread is ending and its locals are gone: nobody drives it.
-        _ => look.take().expect("try_with failed before calling the closure")(&Current::None),
+/// Calls `read` with the current driver. `read` must not enter another one.
+pub(crate) fn with<R>(read: impl FnOnce(&Current) -> R) -> R {
+    let mut read = Some(read);
+    let result = CURRENT.try_with(|current| read.take().map(|read| read(&current.borrow())));
+    match result {
+        Ok(Some(result)) => result,
+        // The thread is ending and its locals are gone: nothing drives it.
+        _ => read.take().expect("try_with failed before calling the closure")(&Current::None),
     }
 }
 
-/// A copy of the current world.
+/// A clone of the current driver.
 pub(crate) fn get() -> Current {
     with(Clone::clone)
 }

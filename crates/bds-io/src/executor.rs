@@ -1,14 +1,17 @@
-//! The run queue of one thread, and the door through which other threads reach it.
+//! Executor of one thread: run queue, timers and engine, and the inbox for other threads.
 //!
-//! `Local` is touched by its thread alone, `Shared` by everyone. Work from the own thread costs a push to a
-//! queue; work from elsewhere goes through the inbox, and a signal on the eventfd only if the thread sleeps.
+//! `Local` is used by its thread alone, `Shared` by all. A wake-up on the own thread costs a push
+//! to a queue; one from another thread goes through the inbox, and a signal on the eventfd only if
+//! the thread sleeps.
 //!
-//! Who sleeps and who wakes: the sleeper says `SLEEPING` and then looks at the inbox; the waker puts into the
-//! inbox and then looks for `SLEEPING`. With a sequentially consistent fence between the two steps on both
-//! sides, at least one sees the other. A Context that is not driven any more (`AWAY`: it was dropped, or it is a plain
-//! thread's between two calls of `block_on`) works the same way: what is sent to it goes to the background one.
+//! Sleep and wake-up: the sleeper stores `SLEEPING` and then checks the inbox; the waker pushes to
+//! the inbox and then checks for `SLEEPING`. With a sequentially consistent fence between the two
+//! steps on both sides, at least one sees the other. A Context that is not driven any more
+//! (`UNDRIVEN`: it was dropped, or it is a plain thread's between two calls of `block_on`) works
+//! the same way: what is sent to it goes to the background one.
 //!
-//! Invariant: no `RefCell` here is borrowed while foreign code runs (tasks, wakers, drops of anchors).
+//! Invariant: no `RefCell` here is borrowed while foreign code runs (tasks, wakers, drops of
+//! anchors).
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -24,69 +27,70 @@ use std::time::Duration;
 
 use crossbeam::queue::SegQueue;
 
-use crate::cell::AnswerCell;
 use crate::clock::{self, Timer, Timers};
+use crate::completion::Completion;
 use crate::context::{ContextOptions, background};
 use crate::current::{self, Current};
-use crate::engine::{Engine, Landed};
+use crate::engine::{Completed, Engine};
 use crate::inline;
-use crate::op::{Answer, Op};
+use crate::op::{Op, OpResult};
 use crate::sys;
 use crate::task::{self, Runnable, Task};
 
-/// Tasks that run between two looks at the engine.
+/// Tasks that run before the engine is polled again.
 const TURN_TASKS_MAX: usize = 256;
 
 const AWAKE: u8 = 0;
 const SLEEPING: u8 = 1;
-const AWAY: u8 = 2;
+const UNDRIVEN: u8 = 2;
 
-/// What other threads may ask of a Context.
+/// A message from another thread to a Context.
 #[derive(Debug)]
 enum Message {
     Run(Runnable),
-    Submit(Op, Arc<AnswerCell<Answer>>),
-    Timer(Duration, Arc<AnswerCell<()>>),
+    Submit(Op, Arc<Completion<OpResult>>),
+    Timer(Duration, Arc<Completion<()>>),
 }
 
 impl Message {
-    /// Does it on this thread. Blocks for an operation and for a timer.
-    fn carry_out(self) {
+    /// Executes it on this thread. Blocks for an operation and for a timer.
+    fn run(self) {
         inline::run(Box::new(move || match self {
             Message::Run(runnable) => drop(runnable.run()),
-            Message::Submit(op, cell) => {
-                let answer = op.run();
+            Message::Submit(op, completion) => {
+                let result = op.run();
                 drop(op);
-                cell.complete(answer);
+                completion.complete(result);
             }
-            Message::Timer(deadline, cell) => {
+            Message::Timer(deadline, completion) => {
                 thread::sleep(deadline.saturating_sub(clock::now()));
-                cell.complete(());
+                completion.complete(());
             }
         }));
     }
 }
 
-/// Sends to the background Context. If the machine gives no thread for that, the message is carried out here and now:
-/// a task is then polled by the threads that wake it.
+/// Sends to the background Context. If no thread can be started for that, the message is executed
+/// here: a task is then polled by the threads that wake it.
 fn send_to_background(message: Message) {
     match background() {
         Ok(background) => background.shared.send(message),
-        Err(_) => message.carry_out(),
+        Err(_) => message.run(),
     }
 }
 
-/// Schedules a task whose spawner found no Context.
+/// Schedules a task that was spawned without a Context.
 pub(crate) fn schedule_anywhere(runnable: Runnable) {
     send_to_background(Message::Run(runnable));
 }
 
-/// The side of a Context that every thread may use.
+/// The part of a Context that every thread may use.
 #[derive(Debug)]
 pub(crate) struct Shared {
     inbox: SegQueue<Message>,
     state: AtomicU8,
-    event: Arc<OwnedFd>,
+    /// Eventfd that wakes the sleeping thread.
+    wake_fd: Arc<OwnedFd>,
 }
 
 impl Shared {
@@ -94,8 +98,8 @@ impl Shared {
         self: &Arc<Shared>,
         future: impl Future<Output = T> + Send + 'static,
     ) -> Task<T> {
-        let home = self.clone();
-        let (runnable, task) = task::create(future, move |runnable| home.schedule(runnable));
+        let shared = self.clone();
+        let (runnable, task) = task::create(future, move |runnable| shared.schedule(runnable));
         runnable.schedule();
         task
     }
@@ -105,15 +109,15 @@ impl Shared {
         self: &Arc<Shared>,
         future: impl Future<Output = T> + Send + 'static,
     ) -> Task<T> {
-        let home = self.clone();
+        let shared = self.clone();
         let (runnable, task) =
-            task::create_gripped(future, move |runnable| home.schedule(runnable));
+            task::create_dropped_with_handle(future, move |runnable| shared.schedule(runnable));
         runnable.run();
         task
     }
 
     fn schedule(&self, runnable: Runnable) {
-        let rest = current::with(|world| match world {
+        let rest = current::with(|current| match current {
             Current::Host(local) if std::ptr::eq(&raw const *local.shared, self) => {
                 local.queue.borrow_mut().push_back(runnable);
                 None
@@ -125,12 +129,12 @@ impl Shared {
         }
     }
 
-    pub(crate) fn submit(&self, op: Op, cell: Arc<AnswerCell<Answer>>) {
-        self.send(Message::Submit(op, cell));
+    pub(crate) fn submit(&self, op: Op, completion: Arc<Completion<OpResult>>) {
+        self.send(Message::Submit(op, completion));
     }
 
-    pub(crate) fn add_timer(&self, deadline: Duration, cell: Arc<AnswerCell<()>>) {
-        self.send(Message::Timer(deadline, cell));
+    pub(crate) fn add_timer(&self, deadline: Duration, completion: Arc<Completion<()>>) {
+        self.send(Message::Timer(deadline, completion));
     }
 
     fn send(&self, message: Message) {
@@ -138,12 +142,12 @@ impl Shared {
         self.notify();
     }
 
-    /// To be called after something was put where the thread will look.
+    /// Wakes the thread if it sleeps. Call it after the push.
     fn notify(&self) {
         fence(Ordering::SeqCst);
         match self.state.load(Ordering::Relaxed) {
             AWAKE => {}
-            AWAY => self.forward(),
+            UNDRIVEN => self.forward_to_background(),
             _ => {
                 let woken = self.state.compare_exchange(
                     SLEEPING,
@@ -152,23 +156,23 @@ impl Shared {
                     Ordering::Relaxed,
                 );
                 match woken {
-                    Ok(_) => sys::signal(&self.event),
-                    Err(AWAY) => self.forward(),
+                    Ok(_) => sys::signal(&self.wake_fd),
+                    Err(UNDRIVEN) => self.forward_to_background(),
                     Err(_) => {}
                 }
             }
         }
     }
 
-    /// Nothing drives the Context: what arrives goes to the background one.
-    fn forward(&self) {
+    /// Moves the inbox to the background Context, because this one is not driven.
+    fn forward_to_background(&self) {
         while let Some(message) = self.inbox.pop() {
             send_to_background(message);
         }
     }
 }
 
-/// Wakes the future that `block_on` polls.
+/// Waker of the future that `block_on` polls.
 #[derive(Debug)]
 struct MainWaker {
     is_ready: AtomicBool,
@@ -183,7 +187,7 @@ impl Wake for MainWaker {
     fn wake_by_ref(self: &Arc<Self>) {
         self.is_ready.store(true, Ordering::Release);
         let is_own_thread = current::with(
-            |world| matches!(world, Current::Host(local) if Arc::ptr_eq(&local.shared, &self.shared)),
+            |current| matches!(current, Current::Host(local) if Arc::ptr_eq(&local.shared, &self.shared)),
         );
         if !is_own_thread {
             self.shared.notify();
@@ -191,40 +195,42 @@ impl Wake for MainWaker {
     }
 }
 
-/// For foreign loops: one descriptor over everything that may wake the Context.
+/// For foreign event loops: one epoll descriptor over everything that may wake the Context.
 #[derive(Debug)]
 struct Pollable {
     epoll: nix::sys::epoll::Epoll,
     timer: nix::sys::timerfd::TimerFd,
 }
 
-/// The side of a Context that only its thread uses.
+/// The part of a Context that only its thread uses.
 #[derive(Debug)]
 pub(crate) struct Local {
     pub(crate) shared: Arc<Shared>,
     queue: RefCell<VecDeque<Runnable>>,
     timers: RefCell<Timers>,
     engine: RefCell<Engine>,
-    landed: RefCell<Vec<Landed>>,
-    /// Operations that are over since they were submitted, because no thread could be had for them. Not told yet.
-    stranded: RefCell<Vec<Landed>>,
+    completed: RefCell<Vec<Completed>>,
+    /// Operations executed by `submit`, because no thread could be started for them; not delivered
+    /// yet.
+    completed_at_submit: RefCell<Vec<Completed>>,
     main: RefCell<Option<Arc<MainWaker>>>,
     pollable: RefCell<Option<Pollable>>,
+    /// Nested calls that drive this Context.
     depth: Cell<u32>,
 }
 
 impl Local {
     pub(crate) fn new(options: &ContextOptions) -> io::Result<Local> {
-        let event = Arc::new(sys::event()?);
-        let engine = RefCell::new(Engine::new(options, &event)?);
-        let shared = Shared { inbox: SegQueue::new(), state: AtomicU8::new(AWAKE), event };
+        let wake_fd = Arc::new(sys::eventfd()?);
+        let engine = RefCell::new(Engine::new(options, &wake_fd)?);
+        let shared = Shared { inbox: SegQueue::new(), state: AtomicU8::new(AWAKE), wake_fd };
         Ok(Local {
             shared: Arc::new(shared),
             queue: RefCell::default(),
             timers: RefCell::default(),
             engine,
-            landed: RefCell::default(),
-            stranded: RefCell::default(),
+            completed: RefCell::default(),
+            completed_at_submit: RefCell::default(),
             main: RefCell::default(),
             pollable: RefCell::default(),
             depth: Cell::new(0),
@@ -235,17 +241,22 @@ impl Local {
         &self.engine
     }
 
-    pub(crate) fn submit(&self, op: Op, cell: Arc<AnswerCell<Answer>>) {
-        let landed = self.engine.borrow_mut().submit(op, cell);
-        self.stranded.borrow_mut().extend(landed);
+    pub(crate) fn submit(&self, op: Op, completion: Arc<Completion<OpResult>>) {
+        let completed = self.engine.borrow_mut().submit(op, completion);
+        self.completed_at_submit.borrow_mut().extend(completed);
     }
 
-    /// Adds a timer; what is returned is for the caller to drop, with nothing borrowed.
-    pub(crate) fn add_timer(&self, deadline: Duration, cell: Arc<AnswerCell<()>>) -> Vec<Timer> {
-        self.timers.borrow_mut().add(deadline, cell)
+    /// Adds a timer; the caller drops what is returned, with nothing borrowed.
+    pub(crate) fn add_timer(
+        &self,
+        deadline: Duration,
+        completion: Arc<Completion<()>>,
+    ) -> Vec<Timer> {
+        self.timers.borrow_mut().add(deadline, completion)
     }
 
-    /// Runs `future` to its end, and everything else of this Context meanwhile. The Context must be entered.
+    /// Runs `future` to completion, and the tasks of this Context meanwhile. The Context must be
+    /// entered.
     pub(crate) fn block_on<F: Future>(&self, future: F) -> F::Output {
         let mut future = pin!(future);
         let main = self.main.take().unwrap_or_else(|| {
@@ -256,9 +267,10 @@ impl Local {
         let waker = Waker::from(main.clone());
         let mut cx = Context::from_waker(&waker);
         let driving = self.drive();
-        // A turn that is followed by another one at once leaves what it queued to that one: most often the next turn waits,
-        // and one system call does both. Never twice in a row, so that busy tasks do not keep operations from the kernel.
-        let mut was_put_off = false;
+        // A turn that is followed by another at once leaves its submissions to that one: most often
+        // the next turn waits, and one system call does both. Never twice in a row, so that busy
+        // tasks do not keep operations from the kernel.
+        let mut was_deferred = false;
         let output = loop {
             if main.is_ready.swap(false, Ordering::Acquire)
                 && let Poll::Ready(output) = future.as_mut().poll(&mut cx)
@@ -267,8 +279,8 @@ impl Local {
             }
             self.run_ready();
             let is_busy = main.is_ready.load(Ordering::Relaxed) || self.has_ready();
-            was_put_off = is_busy && !was_put_off;
-            let step = if was_put_off {
+            was_deferred = is_busy && !was_deferred;
+            let step = if was_deferred {
                 self.reap_done()
             } else if is_busy {
                 self.flush()
@@ -277,22 +289,23 @@ impl Local {
             };
             step.expect("the ring takes operations; its descriptor is ours and open");
         };
-        if was_put_off {
+        if was_deferred {
             self.flush().expect("the ring takes operations; its descriptor is ours and open");
         }
         drop(driving);
         drop(waker);
-        // Kept for the next time. Whoever still holds a clone of the old waker can only wake in vain.
+        // Kept for the next call. A clone of the waker that is still held can only cause a spurious
+        // wake-up.
         self.main.replace(Some(main));
         output
     }
 
-    /// One round for a foreign loop. True if a task ran or an operation or timer ended.
+    /// One turn for a foreign event loop. True if a task ran or an operation or timer completed.
     pub(crate) fn turn(&self, timeout: Option<Duration>) -> io::Result<bool> {
         let _driving = self.drive();
         let mut did = self.run_ready();
         if did || self.has_ready() {
-            // The flush below hands over what is queued.
+            // The flush below submits what is queued.
             did |= self.reap_done()?;
         } else {
             did |= self.sleep(timeout, || false)?;
@@ -306,7 +319,7 @@ impl Local {
     fn drive(&self) -> Driving<'_> {
         self.depth.set(self.depth.get() + 1);
         if self.pollable.borrow().is_some() {
-            self.engine.borrow_mut().set_bell(false);
+            self.engine.borrow_mut().disable_event_fd();
         }
         self.shared.state.store(AWAKE, Ordering::Relaxed);
         Driving(self)
@@ -316,8 +329,8 @@ impl Local {
         !self.queue.borrow().is_empty() || !self.shared.inbox.is_empty()
     }
 
-    /// Takes what other threads sent, fires timers, runs tasks: those that are ready now, not those that
-    /// become so meanwhile.
+    /// Takes the inbox, fires timers, runs the tasks that are ready now (not those that become
+    /// ready meanwhile).
     pub(crate) fn run_ready(&self) -> bool {
         let mut did = self.take_inbox();
         did |= self.fire_timers();
@@ -332,13 +345,15 @@ impl Local {
     }
 
     fn take_inbox(&self) -> bool {
-        // What arrives meanwhile waits for the next turn, so that a flood cannot hold this one.
+        // What arrives meanwhile waits for the next turn, so that a flood cannot prolong this one.
         let count = self.shared.inbox.len();
         for _ in 0..count {
             match self.shared.inbox.pop() {
                 Some(Message::Run(runnable)) => self.queue.borrow_mut().push_back(runnable),
-                Some(Message::Submit(op, cell)) => self.submit(op, cell),
-                Some(Message::Timer(deadline, cell)) => drop(self.add_timer(deadline, cell)),
+                Some(Message::Submit(op, completion)) => self.submit(op, completion),
+                Some(Message::Timer(deadline, completion)) => {
+                    drop(self.add_timer(deadline, completion))
+                }
                 None => break,
             }
         }
@@ -353,26 +368,26 @@ impl Local {
         let mut did = false;
         loop {
             let due = self.timers.borrow_mut().take_due(now);
-            let Some(cell) = due else { return did };
-            cell.complete(());
+            let Some(completion) = due else { return did };
+            completion.complete(());
             did = true;
         }
     }
 
-    /// Lets the engine go on without waiting. True if an operation ended.
+    /// Submits and reaps without waiting. True if an operation completed.
     fn flush(&self) -> io::Result<bool> {
         self.engine.borrow_mut().flush()?;
-        Ok(self.tell_landed())
+        Ok(self.deliver_completed())
     }
 
-    /// As `flush`, but does not hand over what is queued: a `flush` or `sleep` must follow.
+    /// Reaps only: a `flush` or `sleep` must follow, to submit what is queued.
     fn reap_done(&self) -> io::Result<bool> {
         self.engine.borrow_mut().reap_done()?;
-        Ok(self.tell_landed())
+        Ok(self.deliver_completed())
     }
 
-    /// Waits for a completion, a timer, another thread, or `timeout`. `is_woken` is asked once more after
-    /// the thread is known to sleep. True if an operation ended.
+    /// Waits for a completion, a timer, another thread, or `timeout`. `is_woken` is checked once
+    /// more after `SLEEPING` is stored. True if an operation completed.
     fn sleep(&self, timeout: Option<Duration>, is_woken: impl Fn() -> bool) -> io::Result<bool> {
         let timer = self.timers.borrow().next().map(|due| due.saturating_sub(clock::now()));
         let timeout = match (timeout, timer) {
@@ -384,81 +399,84 @@ impl Local {
         }
         self.shared.state.store(SLEEPING, Ordering::Relaxed);
         fence(Ordering::SeqCst);
-        let is_idle = self.shared.inbox.is_empty() && self.stranded.borrow().is_empty();
+        let is_idle = self.shared.inbox.is_empty() && self.completed_at_submit.borrow().is_empty();
         let waited = if is_idle && !is_woken() {
-            self.engine.borrow_mut().wait(timeout, &self.shared.event)
+            self.engine.borrow_mut().wait(timeout, &self.shared.wake_fd)
         } else {
             self.engine.borrow_mut().flush()
         };
         self.shared.state.store(AWAKE, Ordering::Relaxed);
         waited?;
-        Ok(self.tell_landed())
+        Ok(self.deliver_completed())
     }
 
-    fn tell_landed(&self) -> bool {
-        let mut landed = self.landed.take();
-        self.engine.borrow_mut().swap_landed(&mut landed);
-        let stranded = self.stranded.take();
-        let did = !landed.is_empty() || !stranded.is_empty();
-        landed.drain(..).for_each(Landed::tell);
-        self.landed.replace(landed);
-        stranded.into_iter().for_each(Landed::tell);
+    fn deliver_completed(&self) -> bool {
+        let mut completed = self.completed.take();
+        self.engine.borrow_mut().swap_completed(&mut completed);
+        let completed_at_submit = self.completed_at_submit.take();
+        let did = !completed.is_empty() || !completed_at_submit.is_empty();
+        completed.drain(..).for_each(Completed::deliver);
+        self.completed.replace(completed);
+        completed_at_submit.into_iter().for_each(Completed::deliver);
         did
     }
 
-    /// For a Context that is not driven for a while, or never again: tasks and timers go on in the background
-    /// Context, also those that are sent or woken from now on.
-    pub(crate) fn hand_over(&self) {
-        self.tell_landed();
-        self.shared.state.store(AWAY, Ordering::Relaxed);
+    /// For a Context that is not driven for a while, or never again: moves its tasks and timers to
+    /// the background Context, and those that are sent or woken from now on.
+    pub(crate) fn move_to_background(&self) {
+        self.deliver_completed();
+        self.shared.state.store(UNDRIVEN, Ordering::Relaxed);
         fence(Ordering::SeqCst);
         for runnable in self.queue.take() {
             self.shared.inbox.push(Message::Run(runnable));
         }
-        self.pass_on_timers();
-        self.shared.forward();
+        self.move_timers();
+        self.shared.forward_to_background();
     }
 
-    /// After [`Local::hand_over`]: waits for operations in flight, up to `patience`. Those that a task still waits
-    /// for are not left behind, because nothing would reap them: the kernel is asked to give them up, they go to a
-    /// thread then, and those that it cannot give up any more are waited for.
-    pub(crate) fn settle(&self, patience: Duration) {
+    /// After [`Local::move_to_background`]: waits for operations in flight, up to `timeout`. Those
+    /// that a task still waits for cannot stay, because nothing would reap them: the kernel is
+    /// asked to cancel them, they go to a thread then, and those that it cannot cancel are waited
+    /// for.
+    pub(crate) fn wait_in_flight(&self, timeout: Duration) {
         if self.engine.borrow().in_flight() == 0 {
             return;
         }
-        let until = clock::now() + patience;
+        let until = clock::now() + timeout;
         while self.engine.borrow().in_flight() > 0 && clock::now() < until {
             let left = until.saturating_sub(clock::now());
-            if self.wait_landed(Some(left)).is_err() {
+            if self.wait_completed(Some(left)).is_err() {
                 return;
             }
         }
-        self.engine.borrow_mut().withdraw_awaited();
+        self.engine.borrow_mut().cancel_awaited();
         while self.engine.borrow().has_awaited() {
-            // Not for ever at once: the future may be dropped meanwhile.
-            if self.wait_landed(Some(patience)).is_err() {
+            // With a timeout: the future may be dropped meanwhile.
+            if self.wait_completed(Some(timeout)).is_err() {
                 return;
             }
         }
     }
 
-    fn wait_landed(&self, timeout: Option<Duration>) -> io::Result<()> {
-        self.engine.borrow_mut().wait(timeout, &self.shared.event)?;
-        self.tell_landed();
+    fn wait_completed(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.engine.borrow_mut().wait(timeout, &self.shared.wake_fd)?;
+        self.deliver_completed();
         Ok(())
     }
 
-    fn pass_on_timers(&self) {
+    fn move_timers(&self) {
         if self.timers.borrow().next().is_none() {
             return;
         }
         let all = self.timers.borrow_mut().take_all();
-        // A cell that only we hold belongs to a sleep that was dropped.
-        for (deadline, cell) in all.into_iter().filter(|(_, cell)| Arc::strong_count(cell) > 1) {
+        // A completion that only we hold belongs to a sleep that was dropped.
+        for (deadline, completion) in
+            all.into_iter().filter(|(_, completion)| Arc::strong_count(completion) > 1)
+        {
             match background() {
-                Ok(background) => background.add_timer(deadline, cell),
-                // Without a thread to wait for the time, too early is better than never.
-                Err(_) => cell.complete(()),
+                Ok(background) => background.add_timer(deadline, completion),
+                // Without a thread that waits, too early is better than never.
+                Err(_) => completion.complete(()),
             }
         }
     }
@@ -469,7 +487,7 @@ impl Local {
             let pollable = self.make_pollable()?;
             self.pollable.replace(Some(pollable));
             if self.depth.get() == 0 {
-                self.rest()?;
+                self.arm_pollable()?;
             }
         }
         let pollable = self.pollable.borrow();
@@ -486,24 +504,24 @@ impl Local {
         )?;
         let readable = EpollEvent::new(EpollFlags::EPOLLIN, 0);
         epoll.add(timer.as_fd(), readable)?;
-        epoll.add(self.shared.event.as_fd(), readable)?;
-        if let Some(bell) = self.engine.borrow_mut().bell()? {
-            epoll.add(bell, readable)?;
+        epoll.add(self.shared.wake_fd.as_fd(), readable)?;
+        if let Some(event_fd) = self.engine.borrow_mut().event_fd()? {
+            epoll.add(event_fd, readable)?;
         }
         Ok(Pollable { epoll, timer })
     }
 
-    /// Before control goes back to a foreign loop: everything that may happen from now on must show on the
-    /// descriptor.
-    fn rest(&self) -> io::Result<()> {
+    /// Before control returns to a foreign event loop: makes everything that may happen from now on
+    /// visible on the descriptor.
+    fn arm_pollable(&self) -> io::Result<()> {
         use nix::sys::timerfd::{Expiration, TimerSetTimeFlags};
         let pollable = self.pollable.borrow();
         let Some(Pollable { timer, .. }) = pollable.as_ref() else { return Ok(()) };
         sys::clear(timer.as_fd());
-        sys::clear(&self.shared.event);
+        sys::clear(&self.shared.wake_fd);
         {
             let mut engine = self.engine.borrow_mut();
-            engine.set_bell(true);
+            engine.enable_event_fd();
             engine.flush()?;
         }
         match self.timers.borrow().next() {
@@ -516,7 +534,7 @@ impl Local {
         }
         self.shared.state.store(SLEEPING, Ordering::Relaxed);
         fence(Ordering::SeqCst);
-        let did = self.tell_landed();
+        let did = self.deliver_completed();
         if did || self.has_ready() {
             self.shared.notify();
         }
@@ -526,13 +544,13 @@ impl Local {
 
 impl Drop for Local {
     fn drop(&mut self) {
-        // Tasks and timers outlive their Context: they go on in the background one. Ops end here: dropping
-        // the engine waits for them, and their completions wake tasks, wherever those are by then.
-        self.hand_over();
+        // Tasks and timers continue in the background Context. Operations end here: dropping the
+        // engine waits for them, and their completions wake the tasks, wherever those are by then.
+        self.move_to_background();
     }
 }
 
-/// The thread drives the Context.
+/// Marks the Context as driven by its thread until dropped.
 struct Driving<'a>(&'a Local);
 
 impl Drop for Driving<'_> {
@@ -540,8 +558,9 @@ impl Drop for Driving<'_> {
         let local = self.0;
         local.depth.set(local.depth.get() - 1);
         if local.depth.get() == 0 && local.pollable.borrow().is_some() {
-            // Fails only if the ring or the timer descriptor is broken; the next turn meets and tells it.
-            let _ = local.rest();
+            // Fails only if the ring or the timer descriptor is broken; the next turn fails and
+            // reports it.
+            let _ = local.arm_pollable();
         }
     }
 }

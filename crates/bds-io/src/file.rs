@@ -1,4 +1,4 @@
-//! Files of the host or of the simulated disk, behind one type.
+//! `File` and `Fs`: open files and name look-up, on the host or on a simulated disk.
 
 use std::io;
 use std::ops::Range;
@@ -9,7 +9,7 @@ use crate::IoVec;
 use crate::host::HostFile;
 use crate::sim::{Sim, SimFile};
 
-/// Where names are looked up: the host, or a simulated disk.
+/// A name space of files: the host's, or a simulated disk's.
 #[derive(Clone, Debug, Default)]
 pub enum Fs {
     /// The host's file system.
@@ -19,7 +19,7 @@ pub enum Fs {
     Sim(Sim),
 }
 
-/// How a file is opened. Never truncates.
+/// Options of opening a file; make them with `..OpenOptions::default()`. Opening never truncates.
 #[derive(Clone, Debug, Default)]
 pub struct OpenOptions {
     /// Open for writing too.
@@ -31,12 +31,13 @@ pub struct OpenOptions {
     /// Bypass the page cache (O_DIRECT).
     pub direct: bool,
     /// Longest buffered write, in bytes, that is done at once on the calling thread (into the page
-    /// cache) where the file system cannot say whether it would wait. None: the measured default.
+    /// cache) where the file system cannot say whether it would wait. `None`: the measured default.
     pub inline_write_max_bytes: Option<u32>,
 }
 
-/// What an opened name turned out to be.
+/// Kind of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum FileKind {
     /// A regular file.
     Regular,
@@ -44,7 +45,7 @@ pub enum FileKind {
     Block,
     /// A character device, but no terminal.
     Char,
-    /// A terminal. Known of open files only: by name it is a character device.
+    /// A terminal. Detected on open files only: by name it is a character device.
     Terminal,
     /// A directory.
     Directory,
@@ -52,17 +53,17 @@ pub enum FileKind {
     Fifo,
     /// A socket.
     Socket,
-    /// Something else.
+    /// Any other.
     Other,
 }
 
 impl FileKind {
-    /// Whether bytes at any offset can be asked for.
+    /// Whether it can be read at any offset.
     pub fn is_seekable(self) -> bool {
         matches!(self, Self::Regular | Self::Block | Self::Char)
     }
 
-    /// What it is, for a sentence that begins with its name.
+    /// A predicate for a sentence that begins with the file's name.
     pub fn describe(self) -> &'static str {
         match self {
             Self::Regular => "is a regular file",
@@ -77,17 +78,18 @@ impl FileKind {
     }
 }
 
-/// What a name leads to, found out without opening it.
+/// Properties of a name, found without opening it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FileLook {
-    /// What it is.
+pub struct FileStat {
+    /// Kind of the file.
     pub kind: FileKind,
     /// As [`File::identity`].
     pub identity: (u64, u64),
 }
 
-/// How `File::zero_range` may do it.
+/// Method of [`File::zero_range`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ZeroMode {
     /// FALLOC_FL_ZERO_RANGE (keeps or allocates blocks); extends the file if past its end.
     Allocate,
@@ -97,7 +99,7 @@ pub enum ZeroMode {
     Extend,
 }
 
-/// One OFD byte lock.
+/// Byte range of an OFD lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ByteLock {
     /// Byte offset in the file.
@@ -106,31 +108,39 @@ pub struct ByteLock {
     pub len: u64,
 }
 
-/// Bytes of data or hole from a status question.
+/// A run of data or of a hole, as [`File::extent`] finds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
     /// True for data, false for a hole.
     pub is_data: bool,
-    /// Length in bytes from the asked offset.
+    /// Length in bytes from the given offset.
     pub len: u64,
 }
 
 impl Fs {
     /// Opens `path`. Blocks this thread for the open itself.
+    ///
+    /// # Errors
+    /// Those of open(2).
     pub fn open(&self, path: &Path, options: &OpenOptions) -> io::Result<File> {
         Ok(File(match self {
             Fs::Host => Inner::Host(HostFile::open(path, options)?),
             Fs::Sim(sim) => Inner::Sim(sim.open(path, options)?),
         }))
     }
-    /// Looks what a name leads to. Opens nothing: opening a FIFO or a terminal can disturb who uses it.
-    pub fn look(&self, path: &Path) -> io::Result<FileLook> {
+    /// Kind and identity of the file with this name. Opens nothing: opening a FIFO or a terminal
+    /// can disturb its users.
+    ///
+    /// # Errors
+    /// Those of stat(2).
+    pub fn stat(&self, path: &Path) -> io::Result<FileStat> {
         match self {
-            Fs::Host => crate::host::look(path),
-            // A simulated disk holds files and devices only, and its files have no descriptors to save.
+            Fs::Host => crate::host::stat(path),
+            // A simulated disk holds files and devices only, and its files have no descriptors to
+            // save.
             Fs::Sim(sim) => {
                 let file = sim.open(path, &OpenOptions::default())?;
-                Ok(FileLook { kind: file.kind(), identity: file.identity()? })
+                Ok(FileStat { kind: file.kind(), identity: file.identity()? })
             }
         }
     }
@@ -150,7 +160,8 @@ impl Fs {
     }
 }
 
-/// An open file. Clones share the description (and its locks). Every future may be dropped or forgotten at any await.
+/// An open file. Clones share the description (and its locks). Every future may be dropped or
+/// forgotten at any await.
 #[derive(Clone, Debug)]
 pub struct File(Inner);
 
@@ -161,8 +172,9 @@ enum Inner {
 }
 
 impl File {
-    /// A file of the host that somebody else opened (a sandbox's parent). Of `options`, `direct` must say how
-    /// it was opened and `inline_write_max_bytes` counts; the others were decided by the opener.
+    /// Makes a file of an open descriptor of the host (from a sandbox's parent process, for
+    /// instance). Of `options`, `direct` must say how it was opened and `inline_write_max_bytes` is
+    /// used; the others are ignored.
     pub fn from_fd(fd: OwnedFd, options: &OpenOptions) -> io::Result<File> {
         Ok(File(Inner::Host(HostFile::from_fd(fd, options)?)))
     }
@@ -170,20 +182,22 @@ impl File {
     pub fn is_simulated(&self) -> bool {
         matches!(self.0, Inner::Sim(_))
     }
-    /// What it is.
+    /// Kind of the file.
     pub fn kind(&self) -> FileKind {
         match &self.0 {
             Inner::Host(file) => file.kind(),
             Inner::Sim(file) => file.kind(),
         }
     }
-    /// Closes the description of this file and of its clones, whoever still holds them: from now on they name that of `to`. To get
-    /// rid of a description, not to go on with: what was learnt about the old one (alignment) stays. Operations
-    /// under way may use either. The locks of the old one go with it.
-    pub fn forward(&self, to: &File) -> io::Result<()> {
+    /// Redirects this file and its clones to the description of `to`, which closes their own
+    /// (dup2), with its locks.
+    ///
+    /// For closing a description while clones exist, not for further use: cached properties of the
+    /// old one (alignment) stay. Operations in flight may use either.
+    pub fn redirect(&self, to: &File) -> io::Result<()> {
         match (&self.0, &to.0) {
-            (Inner::Host(file), Inner::Host(to)) => file.forward(to),
-            // A simulated description costs nothing, so it may stay.
+            (Inner::Host(file), Inner::Host(to)) => file.redirect(to),
+            // A simulated description costs nothing, so it stays.
             _ => Ok(()),
         }
     }
@@ -212,42 +226,47 @@ impl File {
             Inner::Sim(file) => file.allocated_len(),
         }
     }
-    /// True for a block device that refuses writes although it may be opened for writing (BLKROGET).
+    /// True for a block device that refuses writes although it may be opened for writing
+    /// (BLKROGET).
     pub fn is_write_protected(&self) -> io::Result<bool> {
         match &self.0 {
             Inner::Host(file) => file.is_write_protected(),
             Inner::Sim(_) => Ok(false),
         }
     }
-    /// Turns copy-on-write off for an empty file. A wish: most file systems do not know it.
+    /// Turns copy-on-write off for an empty file. A hint: most file systems do not support it.
     pub fn set_no_cow(&self) -> io::Result<()> {
         match &self.0 {
             Inner::Host(file) => file.set_no_cow(),
             Inner::Sim(_) => Ok(()),
         }
     }
-    /// Asks for space in extents of this many bytes. A wish: most file systems do not know it.
+    /// Sets the size in bytes in which space is allocated. A hint: most file systems do not support
+    /// it.
     pub fn set_extent_size_hint(&self, bytes: u32) -> io::Result<()> {
         match &self.0 {
             Inner::Host(file) => file.set_extent_size_hint(bytes),
             Inner::Sim(_) => Ok(()),
         }
     }
-    /// (memory alignment, offset alignment) that reads and writes need; (1, 1) unless direct or a device demands more.
+    /// (memory alignment, offset alignment) that reads and writes need; (1, 1) unless O_DIRECT or a
+    /// device requires more.
     pub fn alignment(&self) -> io::Result<(usize, u32)> {
         match &self.0 {
             Inner::Host(file) => file.alignment(),
             Inner::Sim(file) => file.alignment(),
         }
     }
-    /// Reads what the page cache can answer without blocking. None: would block or not possible; ask `read`.
+    /// Reads from the page cache without blocking. `None`: it would block or is not possible; use
+    /// `read`.
     pub fn try_read(&self, offset: u64, iov: &IoVec) -> Option<io::Result<usize>> {
         match &self.0 {
             Inner::Host(file) => file.try_read(offset, iov),
             Inner::Sim(file) => file.try_read(offset, iov),
         }
     }
-    /// Writes to the page cache if that needs no waiting. None: ask `write`.
+    /// Writes to the page cache without waiting. `None`: it would wait or is not possible; use
+    /// `write`.
     pub fn try_write(&self, offset: u64, iov: &IoVec) -> Option<io::Result<usize>> {
         match &self.0 {
             Inner::Host(file) => file.try_write(offset, iov),
@@ -303,7 +322,7 @@ impl File {
             Inner::Sim(file) => file.set_len(len).await,
         }
     }
-    /// copy_file_range; 0 = give up.
+    /// copy_file_range; 0: not supported, copy with `read` and `write`.
     pub async fn copy_range_to(
         &self,
         offset: u64,
@@ -321,7 +340,8 @@ impl File {
             _ => Ok(0),
         }
     }
-    /// SEEK_DATA / SEEK_HOLE: what begins at `offset` and how long it is. None: at or past the end.
+    /// SEEK_DATA / SEEK_HOLE: the run of data or hole that begins at `offset`. `None`: at or past
+    /// the end.
     pub fn extent(&self, offset: u64) -> io::Result<Option<Extent>> {
         match &self.0 {
             Inner::Host(file) => file.extent(offset),
@@ -342,7 +362,8 @@ impl File {
             Inner::Sim(file) => file.unlock(lock),
         }
     }
-    /// True if another description holds a lock that an exclusive lock on the range would conflict with (F_OFD_GETLK).
+    /// True if another description holds a lock that an exclusive lock on the range would conflict
+    /// with (F_OFD_GETLK).
     pub fn is_locked_by_others(&self, lock: ByteLock) -> io::Result<bool> {
         match &self.0 {
             Inner::Host(file) => file.is_locked_by_others(lock),

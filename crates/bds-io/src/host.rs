@@ -1,6 +1,6 @@
-//! Files of the host.
+//! `HostFile`: a file of the host; operations run inline from the page cache or in an engine.
 //!
-//! What the page cache can answer is answered at once, on the caller's thread; the rest becomes an `Op` for
+//! What the page cache can do is done at once, on the caller's thread; the rest becomes an `Op` for
 //! an engine. What a file system cannot do is remembered per file, so that it is tried once.
 
 use std::io::{self, IsTerminal};
@@ -10,18 +10,19 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use crate::file::{ByteLock, Extent, FileKind, FileLook, OpenOptions, ZeroMode};
+use crate::file::{ByteLock, Extent, FileKind, FileStat, OpenOptions, ZeroMode};
 use crate::op::{OpFuture, OpKind};
 use crate::sys::{self, LockKind, Seek};
 use crate::{Buf, IoVec};
 
-/// Longest write that goes to the page cache on the caller's thread. Measured on ext4 (examples/ratios.rs): up to
-/// 256 KiB the ring, which hands such a write to a kernel thread, costs up to twice the CPU and time; at 2 MiB
-/// they are close, and the thread would be away from its other tasks too long. Under memory pressure the kernel
-/// may throttle such a write; a file that must never hold its thread sets the limit to 0.
+/// Longest write that goes to the page cache on the caller's thread. Measured on ext4
+/// (examples/ratios.rs): up to 256 KiB the ring, which hands such a write to a kernel thread, costs
+/// up to twice the CPU and time; at 2 MiB they are close, and the write would delay the thread's
+/// other tasks too long. Under memory pressure the kernel may throttle such a write; a file that
+/// must never block its thread sets the limit to 0.
 const INLINE_WRITE_MAX_BYTES: u32 = 256 << 10;
 
-/// An open description and what we learnt about it.
+/// An open file description and its cached properties.
 #[derive(Debug)]
 pub(crate) struct Descriptor {
     fd: OwnedFd,
@@ -49,7 +50,7 @@ impl HostFile {
         HostFile::from_fd(sys::open(path, options)?, options)
     }
 
-    /// Takes over a descriptor that somebody else opened, with `options.direct` saying how.
+    /// Takes over an open descriptor; `options.direct` says how it was opened.
     pub(crate) fn from_fd(fd: OwnedFd, options: &OpenOptions) -> io::Result<HostFile> {
         let kind = match kind(&sys::stat(fd.as_fd())?) {
             FileKind::Char if fd.is_terminal() => FileKind::Terminal,
@@ -91,8 +92,8 @@ impl HostFile {
         Ok(unsigned(sys::stat(self.0.as_fd())?.st_blocks)?.saturating_mul(512))
     }
 
-    pub(crate) fn forward(&self, to: &HostFile) -> io::Result<()> {
-        sys::forward(self.0.as_fd(), to.0.as_fd())
+    pub(crate) fn redirect(&self, to: &HostFile) -> io::Result<()> {
+        sys::redirect(self.0.as_fd(), to.0.as_fd())
     }
 
     pub(crate) fn is_write_protected(&self) -> io::Result<bool> {
@@ -121,7 +122,7 @@ impl HostFile {
         Ok(*self.0.alignment.get_or_init(|| found))
     }
 
-    /// What O_DIRECT demands: asked of statx, else of the device, else found by trial.
+    /// The alignment that O_DIRECT requires: from statx, else from the device, else found by trial.
     fn find_alignment(&self) -> io::Result<(usize, u32)> {
         let fd = self.0.as_fd();
         if let Some(dio) = sys::dio_align(fd)
@@ -134,8 +135,8 @@ impl HostFile {
             let size = sys::block_size(fd)?;
             return Ok((size as usize, size));
         }
-        // The end of file may hide an error (a hole or an empty file reads fine unaligned), so the verdict
-        // of a file that says yes to a single byte is not believed.
+        // The end of file may hide an error (a hole or an empty file reads fine unaligned), so a
+        // success at a single byte proves nothing.
         let buf = Buf::zeroed(8192, 4096);
         for len in [512u32, 1024, 2048, 4096] {
             match sys::read_at(fd, u64::from(len), &buf.slice(0..len as usize), 0) {
@@ -153,7 +154,7 @@ impl HostFile {
             return None;
         }
         let answer = sys::read_at(file.as_fd(), offset, iov, libc::RWF_NOWAIT);
-        without_waiting(answer, &file.read_may_wait)
+        answer_without_waiting(answer, &file.read_may_wait)
     }
 
     pub(crate) fn try_write(&self, offset: u64, iov: &IoVec) -> Option<io::Result<usize>> {
@@ -163,7 +164,7 @@ impl HostFile {
         }
         if !file.write_may_wait.load(Ordering::Relaxed) {
             let answer = sys::write_at(file.as_fd(), offset, iov, libc::RWF_NOWAIT);
-            match without_waiting(answer, &file.write_may_wait) {
+            match answer_without_waiting(answer, &file.write_may_wait) {
                 None if file.write_may_wait.load(Ordering::Relaxed) => {}
                 answer => return answer,
             }
@@ -184,7 +185,7 @@ impl HostFile {
     }
 
     pub(crate) async fn sync_data(&self) -> io::Result<()> {
-        self.nothing(OpKind::SyncData).await
+        self.run_without_result(OpKind::SyncData).await
     }
 
     pub(crate) async fn zero_range(&self, range: Range<u64>, mode: ZeroMode) -> io::Result<()> {
@@ -195,22 +196,24 @@ impl HostFile {
         };
         match length(&range)? {
             0 => Ok(()),
-            len => self.nothing(OpKind::Allocate { mode, offset: range.start, len }).await,
+            len => {
+                self.run_without_result(OpKind::Allocate { mode, offset: range.start, len }).await
+            }
         }
     }
 
     pub(crate) async fn discard_device(&self, range: Range<u64>) -> io::Result<()> {
         let len = length(&range)?;
-        self.nothing(OpKind::Discard { offset: range.start, len }).await
+        self.run_without_result(OpKind::Discard { offset: range.start, len }).await
     }
 
     pub(crate) async fn zero_device(&self, range: Range<u64>) -> io::Result<()> {
         let len = length(&range)?;
-        self.nothing(OpKind::ZeroOut { offset: range.start, len }).await
+        self.run_without_result(OpKind::ZeroOut { offset: range.start, len }).await
     }
 
     pub(crate) async fn set_len(&self, len: u64) -> io::Result<()> {
-        self.nothing(OpKind::SetLen { len }).await
+        self.run_without_result(OpKind::SetLen { len }).await
     }
 
     pub(crate) async fn copy_range_to(
@@ -226,7 +229,7 @@ impl HostFile {
         OpFuture::new(&self.0, kind).await.map(|count| count as u64)
     }
 
-    async fn nothing(&self, kind: OpKind) -> io::Result<()> {
+    async fn run_without_result(&self, kind: OpKind) -> io::Result<()> {
         OpFuture::new(&self.0, kind).await.map(drop)
     }
 
@@ -247,7 +250,7 @@ impl HostFile {
         }
         match sys::seek(fd, offset, Seek::Hole) {
             Ok(hole) if hole > offset => Ok(Some(Extent { is_data: true, len: hole - offset })),
-            // The file changed between the two questions.
+            // The file changed between the two calls.
             Ok(_) => Err(io::Error::from_raw_os_error(libc::EAGAIN)),
             Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
             Err(error) => Err(error),
@@ -267,10 +270,10 @@ impl HostFile {
     }
 }
 
-/// See [`crate::Fs::look`].
-pub(crate) fn look(path: &Path) -> io::Result<FileLook> {
+/// See [`crate::Fs::stat`].
+pub(crate) fn stat(path: &Path) -> io::Result<FileStat> {
     let stat = sys::stat_path(path)?;
-    Ok(FileLook { kind: kind(&stat), identity: identity(&stat) })
+    Ok(FileStat { kind: kind(&stat), identity: identity(&stat) })
 }
 
 fn kind(stat: &libc::stat) -> FileKind {
@@ -285,7 +288,7 @@ fn kind(stat: &libc::stat) -> FileKind {
     }
 }
 
-/// Two names of one device are two inodes; the device number is what they share.
+/// Two names of one device are two inodes with one device number.
 fn identity(stat: &libc::stat) -> (u64, u64) {
     match stat.st_mode & libc::S_IFMT {
         libc::S_IFBLK | libc::S_IFCHR => (stat.st_rdev, 0),
@@ -293,8 +296,12 @@ fn identity(stat: &libc::stat) -> (u64, u64) {
     }
 }
 
-/// What an attempt with RWF_NOWAIT says. None: it would have waited, or cannot be told (then remembered).
-fn without_waiting(answer: io::Result<usize>, may_wait: &AtomicBool) -> Option<io::Result<usize>> {
+/// Result of an attempt with RWF_NOWAIT. `None`: it would have waited, or the file system cannot
+/// say (then remembered).
+fn answer_without_waiting(
+    answer: io::Result<usize>,
+    may_wait: &AtomicBool,
+) -> Option<io::Result<usize>> {
     match answer.as_ref().err().and_then(io::Error::raw_os_error) {
         Some(libc::EAGAIN) => None,
         Some(libc::EOPNOTSUPP) => {

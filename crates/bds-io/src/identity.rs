@@ -1,26 +1,28 @@
-//! Tells whether two files share bytes, by what the host knows about devices.
+//! Detects whether two files share bytes, from what sysfs knows about block devices.
 //!
-//! A file is identified as (device, inode), a block or character device as (its number, 0), as [`crate::File::identity`] does.
-//! Links, `/dev/fd/N` and `/proc` names need nothing more. Behind a device other bytes may stand: the file of a loop device, the
-//! disk of a partition, the devices below a mapped one. sysfs tells which; what it does not tell counts as not shared.
+//! A file is identified as (device, inode), a block or character device as (its number, 0), as
+//! [`crate::File::identity`] does. Links, `/dev/fd/N` and `/proc` names need nothing more. A device
+//! may show bytes of others: the file of a loop device, the disk of a partition, the devices below
+//! a mapped one. sysfs lists them; what it does not list counts as not shared.
 
 use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-/// Layers of devices that are followed: a mapped device on a partition of a loop device, and some more.
+/// Layers of devices that are followed: a mapped device on a partition of a loop device, and some
+/// more.
 const MAX_LAYERS: usize = 16;
 
-/// Which file: (device, inode), or (device number, 0).
+/// Identity of a file: (device, inode), or (device number, 0).
 type Identity = (u64, u64);
 
-/// Does writing to one of two files change what is read from the other?
+/// True if writing to one of two files changes what is read from the other.
 ///
-/// Two partitions of a disk do not share bytes, a partition and its disk do. Two loop devices share bytes if they show
-/// overlapping parts of one file.
+/// Two partitions of a disk do not share bytes, a partition and its disk do. Two loop devices share
+/// bytes if they show overlapping parts of one file.
 pub fn shares_bytes(a: Identity, b: Identity) -> bool {
-    if a == b || stands_on(a, b, MAX_LAYERS) || stands_on(b, a, MAX_LAYERS) {
+    if a == b || is_above(a, b, MAX_LAYERS) || is_above(b, a, MAX_LAYERS) {
         return true;
     }
     match (loop_window(a), loop_window(b)) {
@@ -31,13 +33,13 @@ pub fn shares_bytes(a: Identity, b: Identity) -> bool {
     }
 }
 
-/// Is `bottom` below the device `top`?
-fn stands_on(top: Identity, bottom: Identity, layers: usize) -> bool {
+/// True if `bottom` is below the device `top`.
+fn is_above(top: Identity, bottom: Identity, layers: usize) -> bool {
     layers > 0
-        && below(top).into_iter().any(|next| next == bottom || stands_on(next, bottom, layers - 1))
+        && below(top).into_iter().any(|next| next == bottom || is_above(next, bottom, layers - 1))
 }
 
-/// What a device shows bytes of.
+/// Files and devices whose bytes a device shows.
 fn below(device: Identity) -> Vec<Identity> {
     let Some(dir) = sysfs_dir(device) else { return Vec::new() };
     let mut found: Vec<Identity> = loop_file(&dir).into_iter().collect();
@@ -76,7 +78,7 @@ fn loop_file(dir: &Path) -> Option<Identity> {
     Some(if is_device { (meta.rdev(), 0) } else { (meta.dev(), meta.ino()) })
 }
 
-/// The file of a loop device and which part of it is shown.
+/// The file of a loop device and the range of it that the device shows.
 fn loop_window(device: Identity) -> Option<(Identity, Range<u64>)> {
     let dir = sysfs_dir(device)?;
     let file = loop_file(&dir)?;
@@ -104,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn a_partition_stands_on_its_disk() {
+    fn a_partition_shares_bytes_with_its_disk() {
         let partitions = std::fs::read_dir("/sys/dev/block").into_iter().flatten().flatten();
         let partitions: Vec<PathBuf> =
             partitions.map(|e| e.path()).filter(|dir| dir.join("partition").exists()).collect();
@@ -115,7 +117,8 @@ mod tests {
         for dir in partitions {
             let part = number_in(&dir).expect("a partition has a number");
             let disk = std::fs::canonicalize(&dir).expect("it is there");
-            let disk = number_in(disk.parent().expect("it lies in its disk")).expect("a number");
+            let disk =
+                number_in(disk.parent().expect("it is in its disk's directory")).expect("a number");
             assert!(shares_bytes(part, disk) && shares_bytes(disk, part), "{}", dir.display());
         }
     }

@@ -1,20 +1,20 @@
-//! Runs work on the calling thread where no other thread can be had (RLIMIT_NPROC).
+//! Runs jobs on the calling thread where no other thread can be started (RLIMIT_NPROC).
 //!
-//! Work may make other work ready. That is queued and run by the outermost call, one after another, so neither the
-//! stack grows with it nor does work run inside other work.
+//! A job may make other jobs ready. Those are queued and run by the outermost call, one after
+//! another, so neither the stack grows with them nor does a job run inside another.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
 
-/// Something to do on some thread.
+/// A job for this thread.
 pub(crate) type Work = Box<dyn FnOnce()>;
 
 thread_local! {
-    /// `None` unless work runs on this thread.
+    /// `None` unless a job runs on this thread.
     static QUEUE: RefCell<Option<VecDeque<Work>>> = const { RefCell::new(None) };
 }
 
-/// Ends the outermost call, also if work panics; what is still queued then is run first.
+/// Ends the outermost call, also if a job panics; jobs that are still queued then are run first.
 struct Outermost;
 
 impl Drop for Outermost {
@@ -25,7 +25,7 @@ impl Drop for Outermost {
     }
 }
 
-/// The next work; none left: the outermost call is over.
+/// The next job. `None` ends the outermost call.
 fn next() -> Option<Work> {
     let next = QUEUE.try_with(|queue| {
         let mut queue = queue.borrow_mut();
@@ -38,7 +38,7 @@ fn next() -> Option<Work> {
     next.ok().flatten()
 }
 
-/// Runs `work` now, or after the work that is under way on this thread.
+/// Runs `work` now, or after the job that runs on this thread.
 pub(crate) fn run(work: Work) {
     let mut work = Some(work);
     let queued = QUEUE.try_with(|queue| match &mut *queue.borrow_mut() {
@@ -69,7 +69,7 @@ mod tests {
     use super::run;
 
     #[test]
-    fn work_that_becomes_ready_meanwhile_runs_afterwards() {
+    fn a_job_that_becomes_ready_in_another_runs_after_it() {
         let seen = Rc::new(RefCell::new(Vec::new()));
         let (outer, inner) = (Rc::clone(&seen), Rc::clone(&seen));
         run(Box::new(move || {
@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_leaves_nothing_undone() {
+    fn a_panic_does_not_lose_queued_jobs() {
         let seen = Rc::new(RefCell::new(Vec::new()));
         let inner = Rc::clone(&seen);
         let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {

@@ -1,7 +1,7 @@
-//! One operation on a file, as a value: what engines carry out, and the future that waits for it.
+//! `Op`: one operation on a file as a value that engines execute, and the future that waits for it.
 //!
-//! An `Op` owns the file and the memory it points at. Engines keep it until the operation is over, so the
-//! future may be dropped or forgotten at any time.
+//! An `Op` owns the file and the memory it points at. Engines keep it until the operation is over,
+//! so the future may be dropped or forgotten at any time.
 
 use std::future::Future;
 use std::io;
@@ -10,16 +10,16 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use crate::cell::AnswerCell;
+use crate::completion::Completion;
 use crate::context::background;
 use crate::current::{self, Current};
 use crate::host::Descriptor;
 use crate::{IoVec, sys};
 
-/// What an operation answers: a count of bytes, or 0.
-pub(crate) type Answer = io::Result<usize>;
+/// Result of an operation: a count of bytes, or 0.
+pub(crate) type OpResult = io::Result<usize>;
 
-/// What is to be done.
+/// Kind of an operation, with its arguments.
 #[derive(Debug)]
 pub(crate) enum OpKind {
     Read {
@@ -57,7 +57,7 @@ pub(crate) enum OpKind {
     },
 }
 
-/// An operation with all that it needs.
+/// An operation with its file and memory.
 #[derive(Debug)]
 pub(crate) struct Op {
     pub(crate) file: Arc<Descriptor>,
@@ -65,23 +65,23 @@ pub(crate) struct Op {
 }
 
 impl Op {
-    /// Does it here and now, blocking the thread.
-    pub(crate) fn run(&self) -> Answer {
+    /// Executes it on this thread, blocking.
+    pub(crate) fn run(&self) -> OpResult {
         let fd = self.file.as_fd();
-        let nothing = |()| 0;
+        let no_bytes = |()| 0;
         match &self.kind {
             OpKind::Read { offset, iov } => sys::read_at(fd, *offset, iov, 0),
             OpKind::Write { offset, iov, dsync } => {
                 let flags = if *dsync { libc::RWF_DSYNC } else { 0 };
                 sys::write_at(fd, *offset, iov, flags)
             }
-            OpKind::SyncData => sys::sync_data(fd).map(nothing),
+            OpKind::SyncData => sys::sync_data(fd).map(no_bytes),
             OpKind::Allocate { mode, offset, len } => {
-                sys::allocate_range(fd, *mode, *offset, *len).map(nothing)
+                sys::allocate_range(fd, *mode, *offset, *len).map(no_bytes)
             }
-            OpKind::SetLen { len } => sys::set_len(fd, *len).map(nothing),
-            OpKind::Discard { offset, len } => sys::discard(fd, *offset, *len).map(nothing),
-            OpKind::ZeroOut { offset, len } => sys::zero_out(fd, *offset, *len).map(nothing),
+            OpKind::SetLen { len } => sys::set_len(fd, *len).map(no_bytes),
+            OpKind::Discard { offset, len } => sys::discard(fd, *offset, *len).map(no_bytes),
+            OpKind::ZeroOut { offset, len } => sys::zero_out(fd, *offset, *len).map(no_bytes),
             OpKind::CopyRange { offset, target, target_offset, len } => {
                 sys::copy_range(fd, *offset, target.as_fd(), *target_offset, *len)
             }
@@ -89,13 +89,14 @@ impl Op {
     }
 }
 
-/// Waits for an operation. It begins when first polled, on the engine of the Context that polls, or on the
-/// background Context if none does; from then on it runs to its end, whatever happens to this future.
+/// Future of an operation. It begins when first polled, on the engine of the Context that polls, or
+/// on the background Context if none does; from then on it runs to completion, even if this future
+/// is dropped.
 #[derive(Debug)]
 #[must_use = "an operation begins when its future is polled"]
 pub(crate) enum OpFuture {
     New(Option<Op>),
-    Waiting(Arc<AnswerCell<Answer>>),
+    Waiting(Arc<Completion<OpResult>>),
 }
 
 impl OpFuture {
@@ -105,29 +106,29 @@ impl OpFuture {
 }
 
 impl Future for OpFuture {
-    type Output = Answer;
+    type Output = OpResult;
 
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Answer> {
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<OpResult> {
         match &mut *self {
-            OpFuture::Waiting(cell) => cell.poll(cx),
+            OpFuture::Waiting(completion) => completion.poll(cx),
             OpFuture::New(op) => {
-                let op = op.take().expect("a future is not polled after it ended");
-                let cell = AnswerCell::new(cx.waker().clone());
-                let rest = current::with(|world| match world {
+                let op = op.take().expect("a future is not polled after it is ready");
+                let completion = Completion::new(cx.waker().clone());
+                let rest = current::with(|current| match current {
                     Current::Host(local) => {
-                        local.submit(op, cell.clone());
+                        local.submit(op, completion.clone());
                         None
                     }
                     _ => Some(op),
                 });
                 if let Some(op) = rest {
                     match background() {
-                        Ok(background) => background.submit(op, cell.clone()),
-                        // No thread can be had: it is done here and now.
+                        Ok(background) => background.submit(op, completion.clone()),
+                        // No thread can be started: it is executed here.
                         Err(_) => return Poll::Ready(op.run()),
                     }
                 }
-                self.set(OpFuture::Waiting(cell));
+                self.set(OpFuture::Waiting(completion));
                 Poll::Pending
             }
         }

@@ -1,13 +1,15 @@
-//! Reads and sets how the process treats signals that concern files.
+//! Reads and sets the dispositions of signals that concern files.
 //!
-//! Dispositions belong to the program, so the library never changes one on its own account; a program calls this at its start.
+//! Dispositions belong to the program, so the library changes none by itself; a program calls this
+//! at its start.
 
 use std::io;
 
 use crate::sys;
 
-/// Ignores SIGXFSZ, so that a write past RLIMIT_FSIZE fails with EFBIG instead of ending the process. Engines hand
-/// operations to kernel threads, where a handler would not run; an ignored signal is dropped there too.
+/// Ignores SIGXFSZ, so that a write past RLIMIT_FSIZE fails with EFBIG instead of ending the
+/// process. Engines hand operations to kernel threads, where a handler would not run; an ignored
+/// signal is dropped there too.
 ///
 /// # Errors
 /// Those of signal(2).
@@ -15,7 +17,8 @@ pub fn ignore_file_size_limit() -> io::Result<()> {
     sys::ignore_signal(libc::SIGXFSZ)
 }
 
-/// Whether the process ignores a signal: if so at its start, its parent wants it to (`nohup`, `trap '' INT`).
+/// Whether the process ignores a signal. If it does at its start, the parent process asked for it
+/// (`nohup`, `trap '' INT`).
 ///
 /// # Errors
 /// EINVAL if there is no such signal.
@@ -28,7 +31,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_signal_is_ignored_once_it_was_asked_for() {
+    fn ignore_file_size_limit_ignores_sigxfsz() {
         assert!(!is_ignored(libc::SIGXFSZ).unwrap());
         ignore_file_size_limit().unwrap();
         assert!(is_ignored(libc::SIGXFSZ).unwrap());

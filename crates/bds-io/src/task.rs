@@ -1,13 +1,13 @@
-//! Spawned futures: the handle that waits for one, and how it takes the future back.
+//! `Task`: the handle of a spawned future, which awaits, cancels or detaches it.
 //!
 //! ```text
 //! spawn      queued; polled first by the executor
-//! spawn_now  polled first where it is called; later polls are the executor's, whether or not the handle is polled
+//! spawn_now  polled first where it is called, then by the executor, also if the handle is not polled
 //! ```
-//! Dropping the handle of a `spawn_now` task drops its future before it returns, as dropping a plain future would: a
-//! dropped write must exclude what overlaps it from then on, not from some later turn of its executor. The handle
-//! reaches the future through [`Grip`], whose lock is held while the future is polled; what is left of the task is
-//! freed by the executor.
+//! Dropping the handle of a `spawn_now` task drops its future before it returns, as dropping a
+//! plain future would: a dropped write must exclude requests that overlap it from then on, not from
+//! a later turn of its executor. The handle reaches the future through [`DropHandle`], whose lock
+//! is held while the future is polled; what is left of the task is freed by the executor.
 
 use std::cell::UnsafeCell;
 use std::fmt;
@@ -20,18 +20,19 @@ use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::task::{Context, Poll};
 
 /// A task that is ready to be polled.
-pub(crate) type Runnable = async_task::Runnable<Grip>;
+pub(crate) type Runnable = async_task::Runnable<DropHandle>;
 
-/// A spawned future. Dropping it cancels; `detach` lets it run on. If the future panics, so does awaiting it.
+/// Handle of a spawned future. Dropping it cancels the task; `detach` lets it continue. If the
+/// future panics, so does awaiting the handle.
 #[derive(Debug)]
 #[must_use = "dropping a Task cancels it; await or detach it"]
 pub struct Task<T> {
     /// `None` only while it is being dropped or detached.
-    task: Option<async_task::Task<T, Grip>>,
+    task: Option<async_task::Task<T, DropHandle>>,
 }
 
 impl<T> Task<T> {
-    /// Lets the task run to its end without anyone waiting.
+    /// Lets the task run to completion without a handle.
     pub fn detach(mut self) {
         if let Some(task) = self.task.take() {
             task.detach();
@@ -66,40 +67,42 @@ pub(crate) fn create<T: Send + 'static>(
     (runnable, Task { task: Some(task) })
 }
 
-/// As [`create`], but the future is dropped with the handle. To be run at once.
-pub(crate) fn create_gripped<T: Send + 'static>(
+/// As [`create`], but the future is dropped with the handle. The caller runs it at once.
+pub(crate) fn create_dropped_with_handle<T: Send + 'static>(
     future: impl Future<Output = T> + Send + 'static,
     schedule: impl Fn(Runnable) + Send + Sync + 'static,
 ) -> (Runnable, Task<T>) {
-    // SAFETY: `spawn_unchecked` asks that the future is `Send`, that what it borrows outlives it, and that `schedule`
-    // is `Send`, `Sync` and borrows nothing. `future` and `schedule` are bound so above, and `Gripped` is `Send` with its
-    // future. It borrows the metadata alone, which async-task keeps in the same allocation, in place, until after the
-    // future was dropped.
-    let (runnable, task) =
-        unsafe { builder().spawn_unchecked(|grip| Gripped::new(future, grip), schedule) };
+    // SAFETY: `spawn_unchecked` asks that the future is `Send`, that what it borrows outlives it,
+    // and that `schedule` is `Send`, `Sync` and borrows nothing. `future` and `schedule` are bound
+    // so above, and `DroppableFuture` is `Send` with its future. It borrows the metadata alone,
+    // which async-task keeps in the same allocation, in place, until after the future was dropped.
+    let (runnable, task) = unsafe {
+        builder().spawn_unchecked(|drop_handle| DroppableFuture::new(future, drop_handle), schedule)
+    };
     (runnable, Task { task: Some(task) })
 }
 
-fn builder() -> async_task::Builder<Grip> {
-    // A panic is passed on to the one who awaits the task instead of ending the thread that drives it.
-    async_task::Builder::new().propagate_panic(true).metadata(Grip::default())
+fn builder() -> async_task::Builder<DropHandle> {
+    // A panic is passed on to the code that awaits the task instead of ending the thread that
+    // drives it.
+    async_task::Builder::new().propagate_panic(true).metadata(DropHandle::default())
 }
 
-/// Where a handle finds the future of its task.
+/// Lets a task's handle drop the task's future.
 #[derive(Default)]
-pub(crate) struct Grip {
-    /// `None` before the first poll, after the end, and always for tasks of `spawn`.
-    place: Mutex<Option<Place>>,
-    /// The thread that holds the lock to poll, by a number that it has alone; 0: none.
+pub(crate) struct DropHandle {
+    /// `None` before the first poll, after completion, and always for tasks of `spawn`.
+    future: Mutex<Option<FuturePtr>>,
+    /// The thread that holds the lock to poll, by its unique number; 0: none.
     polled_by: AtomicUsize,
 }
 
-/// The future of a task, type and all forgotten.
-struct Place(NonNull<dyn Clear>);
+/// Type-erased pointer to the future of a task.
+struct FuturePtr(NonNull<dyn Clear>);
 
-// SAFETY: it leads to an `Option` of a future that is `Send` (`Gripped::poll` makes it so), and is followed only by
-// the thread that holds the lock around it.
-unsafe impl Send for Place {}
+// SAFETY: it leads to an `Option` of a future that is `Send` (`DroppableFuture::poll` makes it so),
+// and is dereferenced only by the thread that holds the lock around it.
+unsafe impl Send for FuturePtr {}
 
 /// Drops what is inside, in place.
 trait Clear {
@@ -112,22 +115,22 @@ impl<F> Clear for Option<F> {
     }
 }
 
-impl fmt::Debug for Grip {
+impl fmt::Debug for DropHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Grip").finish_non_exhaustive()
+        f.debug_struct("DropHandle").finish_non_exhaustive()
     }
 }
 
-impl Grip {
-    fn lock(&self) -> MutexGuard<'_, Option<Place>> {
+impl DropHandle {
+    fn lock(&self) -> MutexGuard<'_, Option<FuturePtr>> {
         // A future that panicked is not polled again, and is dropped like any other.
-        self.place.lock().unwrap_or_else(PoisonError::into_inner)
+        self.future.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Drops the future, after the end of a poll that is under way on another thread. One that drops the handle of its
-    /// own task while it is polled is dropped when that poll ends.
+    /// Drops the future; if another thread polls it, after that poll. A future that drops the
+    /// handle of its own task while it is polled is dropped when that poll ends.
     fn drop_future(&self) {
-        let mut place = match self.place.try_lock() {
+        let mut place = match self.future.try_lock() {
             Ok(place) => place,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => {
@@ -137,16 +140,17 @@ impl Grip {
                 self.lock()
             }
         };
-        if let Some(Place(mut future)) = place.take() {
-            // SAFETY: a place is there only between the first poll of the `Gripped` and the end of its future, so the
-            // future is, pinned in its task. Nothing else touches it: a poll and the drop of the `Gripped` hold the
-            // lock that is held here. It is dropped where it lies, as `Pin` demands.
+        if let Some(FuturePtr(mut future)) = place.take() {
+            // SAFETY: the pointer is set only between the first poll of the `DroppableFuture` and
+            // the end of its future, so the future is, pinned in its task. Nothing else touches it:
+            // a poll and the drop of the `DroppableFuture` hold the lock that is held here. It is
+            // dropped where it lies, as `Pin` demands.
             unsafe { future.as_mut() }.clear();
         }
     }
 }
 
-/// A number of this thread that no other has while it lives, and that is not 0.
+/// A number of this thread, unique while the thread lives, and not 0.
 fn this_thread() -> usize {
     thread_local! {
         static HERE: u8 = const { 0 };
@@ -156,48 +160,50 @@ fn this_thread() -> usize {
 }
 
 /// A future that its handle can drop.
-struct Gripped<'m, F> {
-    /// `None` once it is over or was dropped by the handle. Touched under `grip`'s lock only.
+struct DroppableFuture<'m, F> {
+    /// `None` once it completed or was dropped by the handle. Accessed under `drop_handle`'s lock
+    /// only.
     future: UnsafeCell<Option<F>>,
-    grip: &'m Grip,
+    drop_handle: &'m DropHandle,
     _pinned: PhantomPinned,
 }
 
-impl<'m, F> Gripped<'m, F> {
-    fn new(future: F, grip: &'m Grip) -> Self {
-        Self { future: UnsafeCell::new(Some(future)), grip, _pinned: PhantomPinned }
+impl<'m, F> DroppableFuture<'m, F> {
+    fn new(future: F, drop_handle: &'m DropHandle) -> Self {
+        Self { future: UnsafeCell::new(Some(future)), drop_handle, _pinned: PhantomPinned }
     }
 }
 
-impl<F: Future + Send + 'static> Future for Gripped<'_, F> {
+impl<F: Future + Send + 'static> Future for DroppableFuture<'_, F> {
     type Output = F::Output;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
         let this = self.as_ref().get_ref();
-        let mut place = this.grip.lock();
-        // SAFETY: the lock is held; the handle and `drop` touch the cell under it only.
+        let mut place = this.drop_handle.lock();
+        // SAFETY: the lock is held; the handle and `drop` access the cell under it only.
         let slot = unsafe { &mut *this.future.get() };
-        // Dropped by the handle a moment ago: the executor is about to learn of it.
+        // Dropped by the handle; the executor sees the cancellation next.
         let Some(future) = slot.as_mut() else { return Poll::Pending };
-        // SAFETY: the future lies in a pinned `Gripped`, is never moved out, and is dropped in place.
+        // SAFETY: the future lies in a pinned `DroppableFuture`, is never moved out, and is dropped
+        // in place.
         let future = unsafe { Pin::new_unchecked(future) };
-        this.grip.polled_by.store(this_thread(), Ordering::Relaxed);
+        this.drop_handle.polled_by.store(this_thread(), Ordering::Relaxed);
         let result = future.poll(cx);
-        this.grip.polled_by.store(0, Ordering::Relaxed);
+        this.drop_handle.polled_by.store(0, Ordering::Relaxed);
         *place = None;
         if result.is_ready() {
             *slot = None;
         } else {
-            *place = NonNull::new(this.future.get() as *mut dyn Clear).map(Place);
+            *place = NonNull::new(this.future.get() as *mut dyn Clear).map(FuturePtr);
         }
         result
     }
 }
 
-impl<F> Drop for Gripped<'_, F> {
+impl<F> Drop for DroppableFuture<'_, F> {
     fn drop(&mut self) {
-        // Also after a panic of the future: the handle must not find it any more.
-        let mut place = self.grip.lock();
+        // Also after a panic of the future: the handle must not use the pointer any more.
+        let mut place = self.drop_handle.lock();
         *place = None;
         *self.future.get_mut() = None;
     }
@@ -213,7 +219,7 @@ mod tests {
 
     type Queue = Arc<Mutex<Vec<Runnable>>>;
 
-    /// A task that is polled `polls` times; `sign` lives as long as its future.
+    /// A task that is polled `polls` times; its future holds a clone of `sign`.
     fn start(queue: &Queue, polls: usize, sign: &Arc<()>) -> Task<usize> {
         let (sign, queue) = (Arc::clone(sign), Arc::clone(queue));
         let mut left = polls;
@@ -227,7 +233,7 @@ mod tests {
             Arc::strong_count(&sign)
         };
         let (runnable, task) =
-            create_gripped(work, move |runnable| queue.lock().unwrap().push(runnable));
+            create_dropped_with_handle(work, move |runnable| queue.lock().unwrap().push(runnable));
         runnable.run();
         task
     }
@@ -241,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn a_handle_takes_its_future_with_it_whether_it_waits_is_queued_or_is_over() {
+    fn dropping_a_handle_drops_the_future_in_every_state() {
         for polls in 1..4 {
             for ran in 0..polls {
                 let (queue, sign) = (Queue::default(), Arc::new(()));
@@ -252,14 +258,14 @@ mod tests {
                 }
                 drop(task);
                 assert_eq!(Arc::strong_count(&sign), 1, "{polls} {ran}");
-                // What is left of the task finds nothing to poll.
+                // The rest of the task finds nothing to poll.
                 run_all(&queue);
             }
         }
     }
 
     #[test]
-    fn a_task_whose_executor_drops_it_has_nothing_left_for_its_handle() {
+    fn a_task_dropped_by_its_executor_leaves_its_handle_nothing_to_drop() {
         let (queue, sign) = (Queue::default(), Arc::new(()));
         let task = start(&queue, 3, &sign);
         queue.lock().unwrap().clear();
@@ -268,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_waits_in_the_handle_and_the_future_is_gone_by_then() {
+    fn the_future_is_dropped_before_its_output_is_taken() {
         let (queue, sign) = (Queue::default(), Arc::new(()));
         let mut task = start(&queue, 3, &sign);
         run_all(&queue);
@@ -285,7 +291,7 @@ mod tests {
             let _inside = inside;
             panic!("on purpose")
         };
-        let (runnable, task) = create_gripped::<()>(work, move |runnable| {
+        let (runnable, task) = create_dropped_with_handle::<()>(work, move |runnable| {
             schedules.lock().unwrap().push(runnable);
         });
         runnable.run();

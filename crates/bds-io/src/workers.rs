@@ -1,8 +1,8 @@
-//! Threads that block, so that Contexts need not: one set for system calls, one for computing.
+//! Two thread pools of the process: one for blocking system calls, one for computing.
 //!
-//! Threads start when there is more work than idle threads, and leave after a while without work. Both sets
-//! serve the whole process: their number bounds what the process asks of the machine. Where the machine gives no
-//! thread at all, the caller is asked to do the work itself.
+//! A thread starts when there are more jobs than idle threads, and ends after a while without work.
+//! The sizes bound the threads of the process. Where no thread can be started, `submit` refuses and
+//! the caller does the work itself.
 
 use std::collections::VecDeque;
 use std::io;
@@ -11,21 +11,21 @@ use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-/// Work for a thread.
+/// A job for a thread.
 pub(crate) type Job = Box<dyn FnOnce() + Send>;
 
 /// Blocking calls in parallel at most: enough to keep a device busy, few enough not to thrash.
 const IO_THREADS_MAX: usize = 16;
-/// How long a thread without work stays.
-const LINGER: Duration = Duration::from_secs(10);
+/// A thread ends after so long without work.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The threads for blocking system calls.
+/// The pool for blocking system calls.
 pub(crate) fn io() -> &'static Workers {
     static IO: LazyLock<Workers> = LazyLock::new(|| Workers::new("bds-io-pool", IO_THREADS_MAX));
     &IO
 }
 
-/// The threads for computing, one a core.
+/// The pool for computing, one thread a core.
 pub(crate) fn cpu() -> &'static Workers {
     static CPU: LazyLock<Workers> = LazyLock::new(|| {
         Workers::new("bds-cpu-pool", thread::available_parallelism().map_or(1, |cores| cores.get()))
@@ -33,7 +33,7 @@ pub(crate) fn cpu() -> &'static Workers {
     &CPU
 }
 
-/// Starts a thread, unless the machine gives none.
+/// Starts a thread, if one can be had.
 pub(crate) fn start_thread(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
     #[cfg(test)]
     if tests::NO_THREADS.get() {
@@ -62,8 +62,8 @@ impl Workers {
         Workers { name, threads_max, state: Mutex::default(), work: Condvar::new() }
     }
 
-    /// Queues the job that `make` gives, for a thread. False if there is none and none can be started; then `make` was
-    /// not called.
+    /// Queues the job that `make` gives. False if the pool has no thread and none can be started;
+    /// then `make` was not called.
     #[must_use = "if false, nothing does the work"]
     pub(crate) fn submit(&'static self, make: impl FnOnce() -> Job) -> bool {
         let state = self.lock();
@@ -75,7 +75,7 @@ impl Workers {
         drop(state);
         let is_started = start_thread(self.name, || self.serve()).is_ok();
         let state = self.lock();
-        // Without a new thread others will do the work, if there are any: none leaves while there is work.
+        // Without a new thread others do the work, if there are any: none ends while there is work.
         if !is_started && state.threads == 0 {
             return false;
         }
@@ -92,21 +92,22 @@ impl Workers {
     fn serve(&self) {
         let mut state = self.lock();
         if state.threads == self.threads_max {
-            // Others were quicker; they do the work.
+            // Others were started first; they do the work.
             return;
         }
         state.threads += 1;
         loop {
             if let Some(job) = state.queue.pop_front() {
                 drop(state);
-                // A job that must tell of its panic catches it itself; here it only must not cost a thread.
+                // A job that must report its panic catches it itself; here it only must not cost a
+                // thread.
                 let _ = catch_unwind(AssertUnwindSafe(job));
                 state = self.lock();
                 continue;
             }
             state.idle += 1;
             let (guard, waited) =
-                self.work.wait_timeout(state, LINGER).unwrap_or_else(PoisonError::into_inner);
+                self.work.wait_timeout(state, IDLE_TIMEOUT).unwrap_or_else(PoisonError::into_inner);
             state = guard;
             state.idle -= 1;
             if waited.timed_out() && state.queue.is_empty() {
@@ -117,7 +118,7 @@ impl Workers {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Jobs run outside the lock, and nothing under it panics half way.
+        // Jobs run outside the lock, and nothing under it panics.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -130,20 +131,20 @@ pub(crate) mod tests {
     use super::Workers;
 
     thread_local! {
-        /// Threads that this thread wants to start cannot be had.
+        /// Starting a thread from this one fails.
         pub(crate) static NO_THREADS: Cell<bool> = const { Cell::new(false) };
     }
 
-    /// Until the answer is dropped, this thread starts no other.
+    /// Until the guard is dropped, this thread can start no other.
     pub(crate) fn without_threads() -> impl Drop {
-        struct Back;
-        impl Drop for Back {
+        struct AllowThreads;
+        impl Drop for AllowThreads {
             fn drop(&mut self) {
                 NO_THREADS.set(false);
             }
         }
         NO_THREADS.set(true);
-        Back
+        AllowThreads
     }
 
     fn workers(threads_max: usize) -> &'static Workers {
@@ -156,30 +157,30 @@ pub(crate) mod tests {
         let none = without_threads();
         assert!(!workers.submit(|| unreachable!("there is no thread")));
         drop(none);
-        let (tell, hear) = mpsc::channel();
-        assert!(workers.submit(|| Box::new(move || tell.send(1).unwrap())));
-        assert_eq!(hear.recv(), Ok(1));
+        let (sender, receiver) = mpsc::channel();
+        assert!(workers.submit(|| Box::new(move || sender.send(1).unwrap())));
+        assert_eq!(receiver.recv(), Ok(1));
     }
 
-    /// A busy thread does what no other can be started for.
+    /// A busy thread takes the jobs for which no other can be started.
     #[test]
     fn one_thread_is_enough() {
         let workers = workers(2);
-        let (tell, hear) = mpsc::channel();
+        let (sender, receiver) = mpsc::channel();
         let (go, wait) = mpsc::channel::<()>();
-        let busy = tell.clone();
+        let busy = sender.clone();
         assert!(workers.submit(|| Box::new(move || {
             busy.send(0).unwrap();
             wait.recv().unwrap();
         })));
-        assert_eq!(hear.recv(), Ok(0));
+        assert_eq!(receiver.recv(), Ok(0));
         let none = without_threads();
         for number in 1..5 {
-            let tell = tell.clone();
-            assert!(workers.submit(|| Box::new(move || tell.send(number).unwrap())));
+            let sender = sender.clone();
+            assert!(workers.submit(|| Box::new(move || sender.send(number).unwrap())));
         }
         drop(none);
         go.send(()).unwrap();
-        assert_eq!(hear.iter().take(4).collect::<Vec<_>>(), [1, 2, 3, 4]);
+        assert_eq!(receiver.iter().take(4).collect::<Vec<_>>(), [1, 2, 3, 4]);
     }
 }

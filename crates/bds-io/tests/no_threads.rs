@@ -1,8 +1,8 @@
-//! A process whose user may have no further thread (RLIMIT_NPROC): nothing panics, no operation ends as cancelled,
-//! everything is done on the threads that there are.
+//! A process that can start no thread (RLIMIT_NPROC): nothing panics, no operation fails as
+//! cancelled, everything is done on the existing threads.
 //!
-//! Its own process and without a harness: the limit holds for the whole process and not for root, and a harness starts
-//! threads.
+//! Its own process and without a harness: the limit holds for the whole process and not for root,
+//! and a harness starts threads.
 
 #![expect(
     clippy::unwrap_used,
@@ -20,19 +20,20 @@ use std::time::Duration;
 
 use bds_io::{
     Buf, Context, ContextOptions, EngineKind, File, Fs, OpenOptions, ZeroMode, block_on,
-    ensure_home, offload, sleep, spawn,
+    ensure_context, sleep, spawn, spawn_cpu,
 };
 
-const NOBODY: libc::uid_t = 65534;
+const UNPRIVILEGED_UID: libc::uid_t = 65534;
 
-/// Lets this process start no further thread. False if that cannot be done here.
-fn give_up_threads() -> bool {
+/// Forbids this process to start threads. False if that cannot be done here.
+fn forbid_threads() -> bool {
     let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: three system calls with plain values; the process has one thread, so that all of it changes its user.
+    // SAFETY: three system calls with plain values; the process has one thread, so that all of it
+    // changes its user.
     unsafe {
         if libc::geteuid() == 0
-            && (libc::setresgid(NOBODY, NOBODY, NOBODY) != 0
-                || libc::setresuid(NOBODY, NOBODY, NOBODY) != 0)
+            && (libc::setresgid(UNPRIVILEGED_UID, UNPRIVILEGED_UID, UNPRIVILEGED_UID) != 0
+                || libc::setresuid(UNPRIVILEGED_UID, UNPRIVILEGED_UID, UNPRIVILEGED_UID) != 0)
         {
             return false;
         }
@@ -43,7 +44,7 @@ fn give_up_threads() -> bool {
     thread::Builder::new().spawn(|| ()).is_err()
 }
 
-/// An executor that knows nothing of ours: polls, and parks between.
+/// A foreign executor: polls, and parks between.
 fn foreign<F: Future>(future: F) -> F::Output {
     struct Unpark(Thread);
     impl Wake for Unpark {
@@ -61,12 +62,12 @@ fn foreign<F: Future>(future: F) -> F::Output {
     }
 }
 
-/// Every operation that the kernel's ring gives to a thread of its own, and those that ours do.
+/// Every operation that the kernel executes on a thread of its own, and those of our pool.
 async fn use_file(file: &File, round: u8) {
     let len = 1 << 20;
     let buf = Buf::zeroed(len, 4096);
     buf.iov().fill(0..len, round);
-    // Behind the page cache's back, and too long to be done inline.
+    // Durable, and too long to be done inline.
     assert_eq!(file.write(0, buf.iov(), true).await.unwrap(), len);
     file.sync_data().await.unwrap();
     file.zero_range(4096..8192, ZeroMode::Extend).await.unwrap();
@@ -92,13 +93,13 @@ async fn use_tasks(file: &File) {
             sleep(Duration::from_millis(1)).await;
             counted.fetch_add(1, Ordering::Relaxed);
         }
-        offload(|| 7).await
+        spawn_cpu(|| 7).await
     });
     assert_eq!(task.await, 7);
     assert_eq!(count.load(Ordering::Relaxed), 10);
 }
 
-/// Spawns from its drop, as what is left behind by a request does.
+/// Spawns from its drop, as an abandoned request does.
 struct SpawnsWhenDropped(Arc<AtomicU32>);
 
 impl Drop for SpawnsWhenDropped {
@@ -118,12 +119,12 @@ fn main() {
     let file = Fs::Host.open(&dir.path().join("file"), &open).unwrap();
     // Open descriptions stay; the name is not needed any more, and could not be removed later.
     drop(dir);
-    if !give_up_threads() {
+    if !forbid_threads() {
         println!("skipped: threads can be started in spite of RLIMIT_NPROC");
         return;
     }
-    assert!(ensure_home().is_err(), "early, and no panic");
-    block_on(async { ensure_home().unwrap() });
+    assert!(ensure_context().is_err(), "early, and no panic");
+    block_on(async { ensure_context().unwrap() });
 
     println!("foreign executor");
     foreign(use_file(&file, 1));

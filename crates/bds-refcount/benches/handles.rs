@@ -1,9 +1,9 @@
-//! Question: what does it cost to count a reference, to get one from a handle, and to check a handle, beside `Arc`, `Weak`,
-//! `slotmap` and `sharded-slab`?
-//! Expected: a pair (clone and drop, acquire and release) takes two atomic operations: 5 to 12 ns alone and on separate
-//! objects, 20 to 40 contended; a check below 2 ns.
+//! Measures clone and drop of a reference, acquire by handle and check of a handle, beside `Arc`,
+//! `Weak`, `slotmap` and `sharded-slab`. Expected: a pair (clone and drop, acquire and release)
+//! takes two atomic operations: 5 to 12 ns alone and on separate objects, 20 to 40 contended; a
+//! check below 2 ns.
 //!
-//! Ratios on a noisy machine: `examples/ratios.rs`, which interleaves.
+//! For ratios on a noisy machine use `examples/ratios.rs`, which interleaves.
 #![allow(
     clippy::unwrap_used,
     missing_docs,
@@ -39,7 +39,8 @@ const SETTINGS: [Setting; 3] = [
     Setting { name: "two_objects", threads: 2, spread: true },
 ];
 
-/// Time for `rounds` operations on each thread: the slowest thread's. `op` gets 0 or 1, the object to use.
+/// Time for `rounds` operations on each thread: the slowest thread's. `op` gets 0 or 1, the object
+/// to use.
 fn timed(setting: Setting, rounds: u64, op: impl Fn(usize) + Sync) -> Duration {
     let ready = AtomicUsize::new(0);
     let run = |thread: usize| {

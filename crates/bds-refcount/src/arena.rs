@@ -1,10 +1,10 @@
-//! `Arena<T>`: insert, look up, count. The state that all handles, references and slots of one arena share.
+//! `Arena<T>`: inserts objects, looks them up by handle, and holds the state of all its slots.
 //!
-//! Looking up takes no lock. Inserting, reaping and the diagnostics take the books' lock for a few instructions, never
-//! while foreign code runs. Lock order: books, then a slot's side.
+//! A look-up takes no lock. Inserts, reaps and diagnostics take the free list's lock for a few
+//! instructions, never while foreign code runs. Lock order: free list, then a slot's side.
 //!
-//! Who keeps the memory: every `Arena` clone, every watch, and every occupied slot through its occupant. So a `Strong`
-//! is a bare pointer, and cloning it is one atomic operation.
+//! The memory is kept by every `Arena` clone, every watch, and every occupied slot through its
+//! occupant. So a `Strong` is a bare pointer, and cloning it is one atomic operation.
 
 use std::{fmt, panic::Location};
 
@@ -25,15 +25,17 @@ use crate::{
     watch::Watch,
 };
 
-/// How an arena is made. Start from [`ArenaConfig::new`] and narrow what must be narrow.
+/// Options of an arena. Start from [`ArenaConfig::new`] and narrow what must be narrow.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ArenaConfig {
-    /// What the arena holds; part of every handle.
+    /// Kind of the objects; part of every handle.
     pub kind: Kind,
-    /// Width of the generation, 1 to 24: a slot serves at most 2ⁿ − 1 objects and is then retired. (Fewer only at full
-    /// width: what earlier arenas used under the same tag is never used again.)
+    /// Width of the generation, 1 to 24: a slot serves at most 2ⁿ − 1 objects and is then retired.
+    /// (Fewer only at full width: generations that earlier arenas used under the same tag are never
+    /// used again.)
     pub generation_bits: u32,
-    /// Width of the index, 0 to 24: the arena has at most 2ⁿ slots, and never more than 13.6 million.
+    /// Width of the index, 0 to 24: the arena has at most 2ⁿ slots, and never more than 13.6
+    /// million.
     pub index_bits: u32,
 }
 
@@ -59,19 +61,19 @@ pub struct ArenaStats {
     pub retired: usize,
 }
 
-/// What the free list keeps about a slot that is not free.
+/// The free list's entry of a slot that is not free.
 enum Entry {
     InUse,
     Retired,
 }
 
-/// The books: which slots are free, and which dead ones are out of the graveyard.
+/// The free list of slots, with the counts of those that are retired or being closed.
 // Inserts and reaps write here; on lines of its own for the same reason as the graveyard.
 #[repr(align(128))]
-pub(crate) struct Books {
+pub(crate) struct FreeList {
     slots: Slab<Entry>,
     retired: usize,
-    /// Dead objects in the hands of a reaper.
+    /// Dead objects that were reaped and not dropped yet.
     pub(crate) closing: usize,
 }
 
@@ -81,13 +83,13 @@ pub(crate) struct Shared<T> {
     pages: Pages<T>,
     pub(crate) graveyard: Graveyard,
     capacity: u32,
-    books: Mutex<Books>,
+    free_list: Mutex<FreeList>,
     /// Which generations the slots may have.
     tag: Tag,
 }
 
 impl<T> Shared<T> {
-    /// The slot that a handle points to, or why there is none. Says nothing about the generation.
+    /// The slot at a handle's index, or why there is none. Does not check the generation.
     #[inline]
     pub(crate) fn slot(&self, handle: Handle<T>) -> Result<&Slot<T>, Stale> {
         if handle.prefix() != self.prefix {
@@ -139,70 +141,71 @@ impl<T> Shared<T> {
         }
     }
 
-    pub(crate) fn books(&self) -> impl std::ops::DerefMut<Target = Books> + '_ {
-        self.books.lock()
+    pub(crate) fn free_list(&self) -> impl std::ops::DerefMut<Target = FreeList> + '_ {
+        self.free_list.lock()
     }
 
-    /// Books a slot's end: free again, or retired.
+    /// Ends a slot's generation: puts the slot back on the free list, or retires it.
     ///
     /// # Safety
     /// As for [`Slot::end`].
     pub(crate) unsafe fn end(&self, slot: &Slot<T>, was_dead: bool) {
         let key = pages::key(slot.place()) as usize;
-        let roll = std::mem::take(&mut slot.side.lock().holders);
-        let mut books = self.books.lock();
+        let holders = std::mem::take(&mut slot.side.lock().holders);
+        let mut free_list = self.free_list.lock();
         if was_dead {
-            books.closing -= 1;
+            free_list.closing -= 1;
         }
         // SAFETY: the caller's duty is the same.
         if unsafe { slot.end(&self.tag) } {
-            books.retired += 1;
-            books.slots[key] = Entry::Retired;
+            free_list.retired += 1;
+            free_list.slots[key] = Entry::Retired;
         } else {
-            books.slots.remove(key);
+            free_list.slots.remove(key);
         }
-        drop(books);
-        drop(roll); // records freed outside the locks
+        drop(free_list);
+        drop(holders); // records freed outside the locks
     }
 
     fn stats(&self) -> ArenaStats {
-        let books = self.books.lock();
+        let free_list = self.free_list.lock();
         let capacity = self.capacity as usize;
-        let taken = books.slots.len();
-        let retired = books.retired;
+        let taken = free_list.slots.len();
+        let retired = free_list.retired;
         let in_use = taken - retired;
-        let dead = (self.graveyard.len() + books.closing).min(in_use);
+        let dead = (self.graveyard.len() + free_list.closing).min(in_use);
         ArenaStats { capacity, live: in_use - dead, dead, free: capacity - taken, retired }
     }
 }
 
-/// A reserved slot. Given back when the maker of the value panics, with a new generation: the maker may have let its
-/// handle out.
+/// A slot reserved for one insert. Freed with a new generation if making the value panics: the
+/// handle may have been passed on by then.
 struct Reservation<'a, T> {
     shared: &'a Arc<Shared<T>>,
     slot: &'a Slot<T>,
 }
 
 impl<'a, T> Reservation<'a, T> {
-    /// A slot for one insert.
+    /// Reserves a free slot.
     fn take(shared: &'a Arc<Shared<T>>) -> Result<Self, Full> {
-        let mut books = shared.books.lock();
-        let key = u32::try_from(books.slots.vacant_key()).unwrap_or(u32::MAX);
+        let mut free_list = shared.free_list.lock();
+        let key = u32::try_from(free_list.slots.vacant_key()).unwrap_or(u32::MAX);
         if key >= shared.capacity {
-            return Err(Full { capacity: shared.capacity as usize, retired: books.retired });
+            return Err(Full { capacity: shared.capacity as usize, retired: free_list.retired });
         }
         let first =
             Handle::with_generation(shared.prefix << PREFIX_SHIFT, shared.tag.first_generation());
         let slot = shared.pages.slot_or_grow(key, shared.capacity, first);
         slot.reserve();
-        books.slots.insert(Entry::InUse);
+        free_list.slots.insert(Entry::InUse);
         Ok(Self { shared, slot })
     }
 
     fn publish(self, value: T) -> Strong<T> {
         let Self { shared, slot } = self;
         std::mem::forget(self);
-        // SAFETY: a Reservation exists only after `reserve`, and this consumes it without running its drop.
+        // SAFETY: a Reservation exists only after `reserve`, and this consumes it without running
+        // its drop.
         unsafe { slot.publish(Occupant { value, owner: Arc::clone(shared) }) };
         // SAFETY: `publish` made the one reference that this takes over.
         unsafe { Strong::from_owned(slot) }
@@ -211,12 +214,13 @@ impl<'a, T> Reservation<'a, T> {
 
 impl<T> Drop for Reservation<'_, T> {
     fn drop(&mut self) {
-        // SAFETY: a Reservation that is dropped was not published, so the slot is still reserved by us.
+        // SAFETY: a Reservation that is dropped was not published, so the slot is still reserved by
+        // us.
         unsafe { self.shared.end(self.slot, false) };
     }
 }
 
-/// The last arena handle's end: from then on nobody can reap, so releasers do.
+/// Orphans the arena when the last `Arena` is dropped: from then on releases reap.
 struct Owner<T>(Arc<Shared<T>>);
 
 impl<T> Drop for Owner<T> {
@@ -225,11 +229,12 @@ impl<T> Drop for Owner<T> {
     }
 }
 
-/// A place for objects of type `T` that are counted and reached through [`Handle`]s.
+/// Stores objects of type `T` that are counted and looked up through [`Handle`]s.
 ///
-/// Cloning gives another handle to the same place, from any thread. When the last clone goes, objects that are still
-/// referenced live on; see [`Strong`] for who then drops them. A value should not own a clone of the arena that it lives
-/// in: that would keep the arena waiting for a reaper that cannot come.
+/// A clone is the same arena, from any thread. When the last clone is dropped, objects that still
+/// have references live on; [`Strong`] states how they are dropped then. A value should not own a
+/// clone of the arena that stores it: the arena would never be orphaned, and a value whose only
+/// users are gone would wait for a reap that cannot come.
 pub struct Arena<T> {
     shared: Arc<Shared<T>>,
     _owner: Arc<Owner<T>>,
@@ -259,7 +264,7 @@ impl<T> Arena<T> {
             pages: Pages::new(),
             graveyard: Graveyard::new(),
             capacity,
-            books: Mutex::new(Books { slots: Slab::new(), retired: 0, closing: 0 }),
+            free_list: Mutex::new(FreeList { slots: Slab::new(), retired: 0, closing: 0 }),
             tag,
         });
         Self { _owner: Arc::new(Owner(Arc::clone(&shared))), shared }
@@ -273,8 +278,9 @@ impl<T> Arena<T> {
         Reservation::take(&self.shared).map(|slot| slot.publish(value))
     }
 
-    /// Like [`insert`](Self::insert), for a value that wants to know its own handle. The handle resolves only after
-    /// `make` has returned; if `make` panics it never will. No lock is held while `make` runs.
+    /// Like [`insert`](Self::insert), for a value that needs its own handle. The handle resolves
+    /// only after `make` has returned; if `make` panics it never will. No lock is held while `make`
+    /// runs.
     ///
     /// # Errors
     /// [`Full`] when no slot is free; `make` is not called.
@@ -284,9 +290,9 @@ impl<T> Arena<T> {
         Ok(slot.publish(value))
     }
 
-    /// A reference to the object that the handle names: the only way from a name to an object.
+    /// A reference to the object that the handle names: the only way from a handle to an object.
     ///
-    /// Lock-free, from any thread. An object whose last reference is gone is refused, always: nothing brings it back.
+    /// Lock-free, from any thread. An object whose last reference was released is refused for ever.
     ///
     /// # Errors
     /// [`Stale`] says why the handle leads nowhere.
@@ -300,7 +306,7 @@ impl<T> Arena<T> {
         }
     }
 
-    /// Like [`acquire`](Self::acquire), with the holder's name put down.
+    /// Like [`acquire`](Self::acquire), with a named holder.
     ///
     /// # Errors
     /// [`Stale`] says why the handle leads nowhere.
@@ -310,8 +316,8 @@ impl<T> Arena<T> {
         self.acquire(handle).map(|strong| Held::register(strong, holder, since))
     }
 
-    /// Whether the handle can be acquired. Advisory: a refusal is final, a success may be outdated on return.
-    /// Reads one word and writes nothing, so checking never slows others down.
+    /// Whether the handle can be acquired. Advisory: a refusal is final, a success may be outdated
+    /// on return. Reads one word and writes nothing, so checking never slows other threads down.
     ///
     /// # Errors
     /// [`Stale`] says why the handle leads nowhere.
@@ -321,7 +327,8 @@ impl<T> Arena<T> {
         if slot.word().admits(handle.generation()) { Ok(()) } else { self.shared.check(handle) }
     }
 
-    /// How many references an object has, 0 for a stale handle. For diagnostics: outdated on return.
+    /// Number of references of an object, 0 for a stale handle. For diagnostics: outdated on
+    /// return.
     pub fn count(&self, handle: Handle<T>) -> usize {
         match self.shared.slot(handle).map(Slot::word) {
             Ok(word) if word.admits(handle.generation()) => {
@@ -331,12 +338,13 @@ impl<T> Arena<T> {
         }
     }
 
-    /// Who holds the object by name, in order of registration; empty for a stale handle. Takes no reference, so asking
-    /// never becomes the last holder.
+    /// Lists the named holders of an object in order of registration; empty for a stale handle.
+    /// Takes no reference, so this call is never the last holder.
     pub fn holders(&self, handle: Handle<T>) -> Vec<HolderInfo> {
         let Ok(slot) = self.shared.slot(handle) else { return Vec::new() };
         let mut side = slot.side.lock();
-        // The roll is emptied before the generation moves on, so under the lock an equal generation means its own roll.
+        // The list is emptied before the generation moves on, so under the lock an equal generation
+        // means its own list.
         if slot.word().generation() != handle.generation() {
             return Vec::new();
         }
@@ -348,7 +356,8 @@ impl<T> Arena<T> {
         Watch::new(Arc::clone(&self.shared), handle)
     }
 
-    /// The handles of all objects that live now. Objects that come or go meanwhile may or may not be among them.
+    /// The handles of all objects that live now. Objects that come or go meanwhile may or may not
+    /// be among them.
     pub fn snapshot(&self) -> Vec<Handle<T>> {
         let live = |slot: &&Slot<T>| {
             let word = slot.word();
@@ -357,26 +366,27 @@ impl<T> Arena<T> {
         self.shared.pages.iter().filter(live).map(Slot::handle).collect()
     }
 
-    /// Whether dead objects wait to be reaped: one relaxed load. May be early by the moment that a releaser needs to
-    /// bury; never misses an object whose release has returned.
+    /// Whether dead objects wait to be reaped: one relaxed load. May be true shortly before the
+    /// object can be reaped; never misses an object whose release has returned.
     #[inline]
     pub fn has_dead(&self) -> bool {
         self.shared.graveyard.len() > 0
     }
 
-    /// How many dead objects wait to be reaped.
+    /// Number of dead objects that wait to be reaped.
     pub fn graveyard_len(&self) -> usize {
         self.shared.graveyard.len()
     }
 
-    /// Takes the dead object that has waited longest. Nobody else can reach it any more; close it, then drop the
-    /// [`Dead`] or take the value out, which frees the slot. Wakes the watchers of that object.
+    /// Takes the dead object that has waited longest. It is owned by the caller alone; close it,
+    /// then drop the [`Dead`] or take the value out, which frees the slot. Wakes the watchers of
+    /// that object.
     pub fn reap_one(&self) -> Option<(Handle<T>, Dead<T>)> {
         self.shared.reap_one()
     }
 
-    /// Takes dead objects until there are none, those included that die because of earlier ones. A chain of any length
-    /// needs no recursion.
+    /// Takes dead objects until there are none, including those whose last reference an earlier one
+    /// held. A chain of any length needs no recursion.
     pub fn reap(&self) -> Reap<'_, T> {
         Reap::new(self)
     }
@@ -416,7 +426,7 @@ impl<T> Arena<T> {
         self.shared.capacity as usize
     }
 
-    /// What the arena holds.
+    /// Kind of the objects.
     pub fn kind(&self) -> Kind {
         Handle::<T>::from_u64(self.shared.prefix << PREFIX_SHIFT)
             .kind()

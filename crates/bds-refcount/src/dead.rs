@@ -1,4 +1,4 @@
-//! `Dead<T>`: an object after its last reference, in the hands of the one who closes it.
+//! `Dead<T>`: owns an object that has lost its last reference, so that it can be closed.
 
 use std::{
     fmt, mem,
@@ -13,17 +13,19 @@ use crate::{
     sync::Arc,
 };
 
-/// Exclusive ownership of an object that has no references and can get none.
+/// Owns an object that has no references and can get none.
 ///
-/// The value can be used, also mutably, for instance to flush and close it. Its slot is freed (or retired) and its
-/// generation moves on only when this is dropped or the value is taken out; until then the handle is
-/// [`Dying`](crate::Stale::Dying). May be sent to another thread, kept across an await, and outlive the arena.
+/// The value can be used, also mutably, for instance to flush and close it. Its slot is freed (or
+/// retired) and its generation moves on only when this is dropped or the value is taken out; until
+/// then the handle is [`Dying`](crate::Stale::Dying). May be sent to another thread, kept across an
+/// await, and outlive the arena.
 #[must_use = "dropping it drops the value and frees the slot"]
 pub struct Dead<T> {
     slot: NonNull<Slot<T>>,
 }
 
-// SAFETY: owns a T and shares the arena (Arc<Shared<T>>), which is Send and Sync under these bounds.
+// SAFETY: owns a T and shares the arena (Arc<Shared<T>>), which is Send and Sync under these
+// bounds.
 unsafe impl<T: Send + Sync> Send for Dead<T> {}
 // SAFETY: a shared Dead gives out only `&T`.
 unsafe impl<T: Send + Sync> Sync for Dead<T> {}
@@ -38,7 +40,8 @@ impl<T> Drop for End<T> {
     fn drop(&mut self) {
         // SAFETY: `owner` keeps the slot's memory.
         let slot = unsafe { self.slot.as_ref() };
-        // SAFETY: an End is made by `Dead::open` alone, which has taken the occupant of a dead object out.
+        // SAFETY: an End is made by `Dead::open` alone, which has taken the occupant of a dead
+        // object out.
         unsafe { self.owner.end(slot, true) };
     }
 }
@@ -47,7 +50,7 @@ impl<T> Dead<T> {
     /// Takes a dead object over and wakes its watchers.
     ///
     /// # Safety
-    /// The object's count is 0, the caller owns the dead object, and it is booked as closing.
+    /// The object's count is 0, the caller owns the dead object, and it is counted as closing.
     pub(crate) unsafe fn new(slot: &Slot<T>) -> Self {
         let dead = Self { slot: NonNull::from(slot) };
         let watchers = mem::take(&mut slot.side.lock().watchers);
@@ -56,17 +59,17 @@ impl<T> Dead<T> {
     }
 
     fn slot(&self) -> &Slot<T> {
-        // SAFETY: the dead object's occupant owns an Arc of the arena, which keeps the slot's memory; it is taken out
-        // only by `open`, whose callers give `self` up.
+        // SAFETY: the dead object's occupant owns an Arc of the arena, which keeps the slot's
+        // memory; it is taken out only by `open`, whose callers give `self` up.
         unsafe { self.slot.as_ref() }
     }
 
-    /// The name that the object had.
+    /// The handle that the object had.
     pub fn handle(&self) -> Handle<T> {
         self.slot().handle()
     }
 
-    /// The value and the guard that ends the slot.
+    /// Takes the value out, with the guard that ends the slot.
     ///
     /// # Safety
     /// `self` is not used again, and its drop does not run after this.
@@ -90,7 +93,7 @@ impl<T> Deref for Dead<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
-        // SAFETY: we own the dead object and lend it shared for as long as `self` is borrowed.
+        // SAFETY: we own the dead object and borrow it shared for as long as `self` is borrowed.
         unsafe { &self.slot().occupant().value }
     }
 }
@@ -106,7 +109,8 @@ impl<T> Drop for Dead<T> {
     fn drop(&mut self) {
         // SAFETY: this is the drop; nothing follows.
         let (value, end) = unsafe { self.open() };
-        // The value first: its slot is not free while its drop runs. `end` follows, also on unwinding.
+        // The value first: its slot is not free while its drop runs. `end` follows, also on
+        // unwinding.
         drop(value);
         drop(end);
     }

@@ -1,15 +1,17 @@
-//! Where the dead wait: a lock-free stack that releasers push on, and a queue that reapers take from.
+//! Queues dead objects until they are reaped: a lock-free stack for releases, a queue for reaps.
 //!
-//! A release at zero does three things here: one increment, one store, one compare-exchange. It drops nothing, calls
-//! nothing and waits for nobody. Reapers empty the stack in one swap and append it, oldest first, to the queue, so
-//! objects are reaped in the order of their deaths: a parent before the children that only it held.
+//! A last release does three things here: one increment, one store, one compare-exchange. It drops
+//! nothing, calls nothing and does not wait. A reap empties the stack in one swap and appends it,
+//! oldest first, to the queue, so objects are reaped in the order of their deaths: a parent before
+//! the children that only it held.
 //!
-//! **After the last `Arena` handle.** Nobody can reap then, and values must neither leak nor be dropped recursively.
-//! The head carries two flags: ORPHAN, set by the last handle, and DRAINING. A releaser that pushes on an orphaned
-//! graveyard which nobody drains sets DRAINING with the same compare-exchange and becomes the drainer: it drops dead
-//! values one after another until the stack is empty and DRAINING is cleared by an exchange that proves it. Releases
-//! that happen inside those drops, or on other threads, see DRAINING and only push. So even then the stack depth is
-//! constant, and every value is dropped exactly once.
+//! **After the last `Arena` was dropped.** Nothing can reap then, and values must neither leak nor
+//! be dropped recursively. The head has two flags: ORPHAN, set when the last `Arena` is dropped,
+//! and DRAINING. A release that pushes on an orphaned graveyard without DRAINING sets it with the
+//! same compare-exchange and becomes the drainer: it drops dead values one after another until the
+//! stack is empty, which the exchange that clears DRAINING proves. Releases inside those drops, or
+//! on other threads, see DRAINING and only push. So even then the stack depth is constant, and
+//! every value is dropped exactly once.
 
 use std::ptr::NonNull;
 
@@ -33,14 +35,15 @@ struct Queue {
     back: u32,
 }
 
-// Releases and reaps write here; look-ups read the fields around it. On lines of its own, so that they do not meet.
+// Releases and reaps write here; look-ups read the fields around it. On lines of its own, so that
+// they do not meet.
 #[repr(align(128))]
 pub(crate) struct Graveyard {
     /// Top of the stack, and the flags. Pushed by compare-exchange, emptied as a whole: so no ABA.
     head: AtomicU32,
     /// Objects on the stack and in the queue. Raised before the push, so that it never falls short.
     waiting: AtomicUsize,
-    /// Lock order: queue, then books, then a slot's side.
+    /// Lock order: queue, then free list, then a slot's side.
     queue: Mutex<Queue>,
 }
 
@@ -59,19 +62,20 @@ impl Graveyard {
     }
 }
 
-/// Hands a dead object over to the reapers: the rest of a release that was the last.
+/// Puts a dead object into the graveyard: the second half of a last release.
 ///
 /// # Safety
 /// The caller made the decrement to 0 on the slot that this points to, and does this once.
 #[cold]
 pub(crate) unsafe fn bury<T>(slot: NonNull<Slot<T>>) {
-    // SAFETY: the slot stays occupied, hence allocated, at least until it is reaped, which cannot happen before the push
-    // below; and then `shared` keeps it. (A pointer and not a reference as the argument, because a reference would
-    // claim the slot until this function has returned, and so longer than `shared` does.)
+    // SAFETY: the slot stays occupied, hence allocated, at least until it is reaped, which cannot
+    // happen before the push below; and then `shared` keeps it. (A pointer and not a reference as
+    // the argument, because a reference would claim the slot until this function has returned, and
+    // so longer than `shared` does.)
     let slot = unsafe { slot.as_ref() };
-    // As soon as the slot is on the stack a reaper may free it, and with it the arena; our own Arc keeps the memory
-    // (not the occupant) until we are done.
-    // SAFETY: until the push below, the dead object is ours alone, so lending it shared is ours to do.
+    // As soon as the slot is on the stack a reaper may free it, and with it the arena; our own Arc
+    // keeps the memory (not the occupant) until we are done. SAFETY: until the push below, the dead
+    // object is ours alone, so we may borrow it shared.
     let shared = Arc::clone(unsafe { &slot.occupant().owner });
     let graveyard = &shared.graveyard;
     graveyard.waiting.fetch_add(1, Ordering::Relaxed);
@@ -79,8 +83,8 @@ pub(crate) unsafe fn bury<T>(slot: NonNull<Slot<T>>) {
     let drains = loop {
         slot.next.store(head & LINK, Ordering::Relaxed);
         let flags = if head & ORPHAN != 0 { ORPHAN | DRAINING } else { 0 };
-        // Release: the reaper sees the link and everything that any holder did to the object. The holders' release
-        // decrements reached us through the load in `strong::release`.
+        // Release: the reaper sees the link and everything that any holder did to the object. The
+        // holders' release decrements reached us through the load in `strong::release`.
         match graveyard.head.compare_exchange_weak(
             head,
             (slot.place() + 1) | flags,
@@ -135,13 +139,14 @@ impl<T> Shared<T> {
         if queue.front == 0 {
             queue.back = 0;
         }
-        // From waiting to closing in one step for whoever counts under the books' lock.
-        let mut books = self.books();
+        // From waiting to closing in one step for those that count under the free list's lock.
+        let mut free_list = self.free_list();
         self.graveyard.waiting.fetch_sub(1, Ordering::Relaxed);
-        books.closing += 1;
-        drop(books);
+        free_list.closing += 1;
+        drop(free_list);
         drop(queue);
-        // SAFETY: the slot was buried once by the one who made it dead, and we alone took it out.
+        // SAFETY: the slot was buried once, by the release that made it dead, and we alone took it
+        // out.
         Some((slot.handle(), unsafe { Dead::new(slot) }))
     }
 
@@ -161,7 +166,7 @@ impl<T> Shared<T> {
         woken
     }
 
-    /// The last arena handle is gone. Drops what is dead, and leaves the rest to the releasers.
+    /// Marks the arena as orphaned: drops what is dead, and leaves the rest to later releases.
     pub(crate) fn orphan(&self) {
         // DRAINING is not set yet: only orphaned graveyards are drained.
         self.graveyard.head.fetch_or(ORPHAN | DRAINING, Ordering::AcqRel);
@@ -169,8 +174,8 @@ impl<T> Shared<T> {
     }
 }
 
-/// The right and duty to drop the dead of an orphaned arena. If a value's drop panics, the drop of this guard goes on
-/// with the rest, as `Vec`'s does.
+/// Drops the dead objects of an orphaned arena. If a value's drop panics, the drop of this guard
+/// goes on with the rest, as `Vec`'s does.
 struct Drain<'a, T> {
     shared: &'a Shared<T>,
     done: bool,
@@ -182,7 +187,7 @@ impl<T> Drain<'_, T> {
             while let Some(dead) = self.shared.reap_one() {
                 drop(dead);
             }
-            // Succeeds only on an empty stack, so nobody who saw DRAINING is left behind.
+            // Succeeds only on an empty stack, so nothing pushed under DRAINING is left behind.
             let head = &self.shared.graveyard.head;
             self.done = head
                 .compare_exchange(ORPHAN | DRAINING, ORPHAN, Ordering::AcqRel, Ordering::Relaxed)
@@ -197,7 +202,7 @@ impl<T> Drop for Drain<'_, T> {
     }
 }
 
-/// Dead objects, one after another, until there are none. See [`Arena::reap`].
+/// Iterates over dead objects until there are none. See [`Arena::reap`].
 #[must_use = "nothing is reaped until the iterator is driven"]
 #[derive(Debug)]
 pub struct Reap<'a, T> {
@@ -223,7 +228,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_link_fits_beside_the_flags() {
+    fn links_and_flags_share_no_bit() {
         let largest = 1 << INDEX_BITS; // of the last place
         assert_eq!(LINK & largest, largest);
         assert_eq!(LINK, 0x01ff_ffff, "all bits below the largest link's");

@@ -1,4 +1,4 @@
-//! `Handle<T>`: a 64-bit name for an object in an arena. It keeps nothing alive and never dangles.
+//! `Handle<T>`: a 64-bit generational name of an object in an arena. It never dangles.
 //!
 //! ```text
 //!  63   60 59        48 47              24 23               0
@@ -6,8 +6,9 @@
 //! │ kind  │ arena tag  │ generation (≥ 1) │ index            │
 //! └───────┴────────────┴──────────────────┴──────────────────┘
 //! ```
-//! Any `u64` may become a handle; whether it names anything is decided by [`Arena::acquire`](crate::Arena::acquire)
-//! alone. This file does arithmetic only; it knows no slots. The order of the fields is not part of any promise.
+//! Any `u64` may become a handle; whether it names anything is decided by
+//! [`Arena::acquire`](crate::Arena::acquire) alone. This file does arithmetic only; it knows no
+//! slots. The order of the fields is not part of any promise.
 
 use std::{
     cmp::Ordering,
@@ -24,15 +25,15 @@ pub(crate) const INDEX_BITS: u32 = 24;
 pub(crate) const GENERATION_BITS: u32 = 24;
 /// Bits of the arena tag.
 pub(crate) const TAG_BITS: u32 = 12;
-/// Where kind and tag begin: above this bit a handle says which arena it belongs to.
+/// First bit of tag and kind, which identify the arena.
 pub(crate) const PREFIX_SHIFT: u32 = INDEX_BITS + GENERATION_BITS;
 
 const INDEX_MASK: u64 = (1 << INDEX_BITS) - 1;
 const GENERATION_MASK: u64 = (1 << GENERATION_BITS) - 1;
 const TAG_MASK: u64 = (1 << TAG_BITS) - 1;
 
-/// What sort of object an arena holds, 1 to 15. It is part of every handle, so that a node's handle
-/// is refused by name where an edge's is wanted.
+/// Kind of the objects in an arena, 1 to 15. It is part of every handle, so that a node's handle is
+/// refused with [`WrongKind`](crate::Stale::WrongKind) where an edge's is expected.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Kind(u8);
 
@@ -63,21 +64,21 @@ impl Kind {
     }
 }
 
-/// A name for an object of type `T` in an [`Arena<T>`](crate::Arena): `Copy`, 64 bits, never dangling.
+/// Names an object of type `T` in an [`Arena<T>`](crate::Arena): `Copy`, 64 bits, never dangling.
 ///
-/// A handle denotes one object for ever: after that object's end it is stale in every future lookup,
-/// also when its slot has been used again. Zero is never a valid handle.
+/// A handle denotes one object for ever: after that object's end it is stale in every future
+/// lookup, also when its slot has been used again. Zero is never a valid handle.
 pub struct Handle<T> {
     bits: u64,
-    // `fn() -> T`: a name owns no T, so it is Send and Sync whatever T is.
+    // `fn() -> T`: a handle owns no T, so it is Send and Sync for every T.
     _names: PhantomData<fn() -> T>,
 }
 
 impl<T> Handle<T> {
-    /// The handle that names nothing.
+    /// The null handle, which names no object.
     pub const NULL: Self = Self::from_u64(0);
 
-    /// Any number as a handle. Never fails; a number that no arena gave out resolves nowhere.
+    /// Makes a handle of any number. Never fails; a number that no arena gave out resolves nowhere.
     #[inline]
     pub const fn from_u64(bits: u64) -> Self {
         Self { bits, _names: PhantomData }
@@ -89,17 +90,17 @@ impl<T> Handle<T> {
         self.bits
     }
 
-    /// What the handle claims to name, or `None` for a number that no arena gave out.
+    /// Kind of the named object, or `None` for a number that no arena gave out.
     pub const fn kind(self) -> Option<Kind> {
         Kind::from_u8((self.bits >> (PREFIX_SHIFT + TAG_BITS)) as u8)
     }
 
-    /// The tag of the arena that the handle claims to come from.
+    /// Tag of the arena.
     pub const fn tag(self) -> u16 {
         ((self.bits >> PREFIX_SHIFT) & TAG_MASK) as u16
     }
 
-    /// Whether this is the handle that names nothing.
+    /// Whether this is the null handle.
     pub const fn is_null(self) -> bool {
         self.bits == 0
     }
@@ -115,7 +116,7 @@ impl<T> Handle<T> {
         ((self.bits >> INDEX_BITS) & GENERATION_MASK) as u32
     }
 
-    /// Where the slot lies; see `pages.rs`.
+    /// Position of the slot; see `pages.rs`.
     #[inline]
     pub(crate) const fn place(self) -> u32 {
         (self.bits & INDEX_MASK) as u32
@@ -127,13 +128,13 @@ impl<T> Handle<T> {
         Self::from_u64(self.bits & !INDEX_MASK | place as u64)
     }
 
-    /// Kind, tag and place in their places, with generation 0; see [`Handle::with_generation`].
+    /// The handle with generation 0; see [`Handle::with_generation`].
     #[inline]
     pub(crate) const fn base(self) -> u64 {
         self.bits & !(GENERATION_MASK << INDEX_BITS)
     }
 
-    /// A handle put together; `base` has everything in its place but the generation, which is 0.
+    /// Adds a generation to `base`, in which it is 0.
     #[inline]
     pub(crate) const fn with_generation(base: u64, generation: u32) -> Self {
         Self::from_u64(base | (generation as u64) << INDEX_BITS)
@@ -231,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn handles_need_nothing_of_what_they_name() {
+    fn handles_are_copy_and_send_for_every_type() {
         fn name<H: Copy + Ord + std::hash::Hash + fmt::Debug + Send + Sync>() {}
         name::<Handle<std::cell::Cell<*const u8>>>();
     }

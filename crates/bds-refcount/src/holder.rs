@@ -1,12 +1,14 @@
-//! Named holders: who refers to an object, what for, and since where.
+//! Named holders: records which references to an object have a name, and their call sites.
 //!
-//! Every holder that stays (an edge, a backend, a job) takes its reference as a [`Held`], so "node is in use" and leak
-//! reports can name it. Registering takes the slot's side lock and one allocation; giving up takes no lock: the record
-//! is owned by the `Held`, the roll knows it weakly, and whoever next registers or lists strikes it off.
+//! Every long-lived holder (an edge, a backend, a job) takes its reference as a [`Held`], so "node
+//! is in use" errors and leak reports can name it. Registering takes the slot's side lock and one
+//! allocation; release takes no lock: the record is owned by the `Held`, the list knows it weakly,
+//! and the next registration or listing removes dead entries.
 //!
-//! Anonymous references (plain `Strong`) are only counted, in debug builds too. Recording where each was cloned would
-//! put an allocation and a lock into every clone, make the reference larger, and have debug builds test another
-//! program than the one that ships. What matters is held by name.
+//! Anonymous references (plain `Strong`) are only counted, in debug builds too. Recording where
+//! each was cloned would put an allocation and a lock into every clone, make the reference larger,
+//! and have debug builds test another program than the one that ships. References that matter have
+//! names.
 
 use std::{
     fmt,
@@ -17,53 +19,38 @@ use std::{
 
 use crate::strong::{Release, Strong};
 
-/// What sort of holder.
+/// A kind of holder: a label that the user of the arena chooses ("edge", "backend", "job").
+///
+/// Two kinds are equal if their labels are. A user with a fixed set of kinds has an enum with
+/// `From` into this type.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-#[non_exhaustive]
-pub enum HolderKind {
-    /// The creator, or whoever it passed the object on to.
-    Owner,
-    /// A parent's edge to its child.
-    Edge,
-    /// The monitor's list of what the user made.
-    Monitor,
-    /// A backend's root.
-    Backend,
-    /// A job.
-    Job,
-    /// An export.
-    Export,
-    /// A drained section.
-    Drain,
-    /// An iteration that stands at this object.
-    Iterator,
-    /// A graph change being staged.
-    Change,
-    /// A user of the library.
-    User,
-    /// Anything else, in a word.
-    Other(&'static str),
+pub struct HolderKind(&'static str);
+
+impl HolderKind {
+    /// The kind with this label.
+    pub const fn new(label: &'static str) -> Self {
+        Self(label)
+    }
+
+    /// The label.
+    pub const fn as_str(self) -> &'static str {
+        self.0
+    }
+}
+
+impl From<&'static str> for HolderKind {
+    fn from(label: &'static str) -> Self {
+        Self(label)
+    }
 }
 
 impl fmt::Display for HolderKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Owner => "owner",
-            Self::Edge => "edge",
-            Self::Monitor => "monitor",
-            Self::Backend => "backend",
-            Self::Job => "job",
-            Self::Export => "export",
-            Self::Drain => "drain",
-            Self::Iterator => "iterator",
-            Self::Change => "change",
-            Self::User => "user",
-            Self::Other(word) => word,
-        })
+        f.write_str(self.0)
     }
 }
 
-/// Which one of its kind.
+/// Identifies a holder among those of its kind.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum HolderName {
     /// By name.
@@ -105,19 +92,19 @@ impl From<u64> for HolderName {
     }
 }
 
-/// The name under which a reference is held.
+/// Kind and name of a holder.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Holder {
-    /// What sort of holder.
+    /// Its kind.
     pub kind: HolderKind,
-    /// Which one.
+    /// Its name.
     pub name: HolderName,
 }
 
 impl Holder {
     /// A holder of this kind and name (text or number).
-    pub fn new(kind: HolderKind, name: impl Into<HolderName>) -> Self {
-        Self { kind, name: name.into() }
+    pub fn new(kind: impl Into<HolderKind>, name: impl Into<HolderName>) -> Self {
+        Self { kind: kind.into(), name: name.into() }
     }
 }
 
@@ -130,14 +117,14 @@ impl fmt::Display for Holder {
     }
 }
 
-/// One line of the answer to "who holds this?".
+/// A named reference as [`Arena::holders`](crate::Arena::holders) lists it.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct HolderInfo {
-    /// What sort of holder.
+    /// Its kind.
     pub kind: HolderKind,
-    /// Which one.
+    /// Its name.
     pub name: HolderName,
-    /// Where in the program the reference was taken.
+    /// Call site that took the reference.
     pub since: &'static Location<'static>,
 }
 
@@ -148,7 +135,7 @@ impl fmt::Display for HolderInfo {
     }
 }
 
-/// A record on a roll; on it for as long as its `Held` exists.
+/// A record in a holder list; listed for as long as its `Held` exists.
 pub(crate) struct Entry {
     holder: Holder,
     since: &'static Location<'static>,
@@ -156,11 +143,11 @@ pub(crate) struct Entry {
 
 /// The named holders of one object.
 #[derive(Default)]
-pub(crate) struct Roll(Vec<Weak<Entry>>);
+pub(crate) struct HolderList(Vec<Weak<Entry>>);
 
-impl Roll {
+impl HolderList {
     pub(crate) fn add(&mut self, entry: &Arc<Entry>) {
-        // Strike off those who left whenever the list would have to grow: constant time on average.
+        // Remove dead entries whenever the list would have to grow: constant time on average.
         if self.0.len() == self.0.capacity() {
             self.0.retain(|entry| entry.strong_count() > 0);
         }
@@ -178,9 +165,11 @@ impl Roll {
     }
 }
 
-/// A reference held by name. Gives the reference ([`Strong`]), and through it the object.
+/// A reference with a named holder. Derefs to the reference ([`Strong`]), and through it to the
+/// object.
 ///
-/// Its name is struck off before the reference is given up, so a listed holder always counts.
+/// Its name is removed from the list before the reference is released, so a listed holder is always
+/// counted.
 pub struct Held<T> {
     // Fields drop in this order: first the name, then the reference.
     entry: Arc<Entry>,
@@ -198,35 +187,36 @@ impl<T> Held<T> {
         Self { entry, strong }
     }
 
-    /// The name under which this is held.
+    /// Kind and name of the holder.
     pub fn holder(&self) -> &Holder {
         &self.entry.holder
     }
 
-    /// Where in the program it was taken.
+    /// Call site that took the reference.
     pub fn since(&self) -> &'static Location<'static> {
         self.entry.since
     }
 
-    /// Strikes the name off, gives the reference up and says whether it was the last.
+    /// Removes the name, releases the reference and says whether it was the last.
     pub fn release(self) -> Release {
         self.into_strong().release()
     }
 
-    /// Strikes the name off and leaves the reference.
+    /// Removes the name and keeps the reference.
     pub fn into_strong(self) -> Strong<T> {
         let Self { entry, strong } = self;
         drop(entry);
         strong
     }
 
-    /// Passes the reference on to another holder.
+    /// Renames the holder: the reference has this name from now on.
     #[track_caller]
     pub fn pass_to(self, holder: Holder) -> Self {
         self.pass_since(holder, Location::caller())
     }
 
-    /// As [`pass_to`](Self::pass_to), since another place in the program: for whoever does it on a caller's behalf.
+    /// As [`pass_to`](Self::pass_to), with the call site given: for a function that acts for its
+    /// caller.
     pub fn pass_since(self, holder: Holder, since: &'static Location<'static>) -> Self {
         // The new name first: the object is never without one.
         let Self { entry, strong } = self;
@@ -236,7 +226,7 @@ impl<T> Held<T> {
     }
 }
 
-/// Another reference under the same name, since here.
+/// Makes another reference with the same kind and name; its call site is that of `clone`.
 impl<T> Clone for Held<T> {
     #[track_caller]
     fn clone(&self) -> Self {

@@ -1,15 +1,18 @@
-//! The slots' memory: pages that never move and are never given back before the arena's end.
+//! Memory of the slots: pages that never move and are freed only with the arena.
 //!
-//! A look-up takes no lock; pages are added under the arena's books' lock. This file knows no lifecycles.
+//! A look-up takes no lock; pages are added under the free list's lock. This file knows no
+//! lifecycles.
 //!
-//! A slot has two numbers. Its *key* counts 0, 1, 2, … and is the free list's. Its *place* is the index field of handles:
+//! A slot has two numbers. Its *key* counts 0, 1, 2, … and is the free list's. Its *place* is the
+//! index field of handles:
 //! ```text
 //!  23       18 17                 0
 //! ┌───────────┬────────────────────┐
-//! │ page      │ slot in the page   │      pages 0 to 13 hold 32, 64, … 2¹⁸ slots, pages 14 to 63 hold 2¹⁸ each
-//! └───────────┴────────────────────┘
+//! │ page      │ slot in the page   │      pages 0 to 13 hold 32, 64, … 2¹⁸ slots,
+//! └───────────┴────────────────────┘      pages 14 to 63 hold 2¹⁸ each
 //! ```
-//! so that a look-up, which starts from a handle, finds page and slot by shifting; only inserting computes a logarithm.
+//! so that a look-up, which starts from a handle, finds page and slot by shifting; only inserting
+//! computes a logarithm.
 
 use std::sync::OnceLock;
 
@@ -67,8 +70,9 @@ impl<T> Pages<T> {
             .get((place & OFFSET_MASK) as usize)
     }
 
-    /// The slot with this key, whose page is made if need be, with no more than `capacity` slots in all pages.
-    /// `first` is the first handle of the first slot: kind, tag and generation in their places.
+    /// The slot with this key, after making its page if needed, with no more than `capacity` slots
+    /// in all pages. `first` is the first handle of the first slot: kind, tag and generation in
+    /// their places.
     pub(crate) fn slot_or_grow(&self, key: u32, capacity: u32, first: Handle<T>) -> &Slot<T> {
         let place = place(key);
         let (page, offset) = (place >> OFFSET_BITS, place & OFFSET_MASK);

@@ -1,15 +1,15 @@
-//! Why a lookup or an insert was refused. Facts only: each variant says what was known at that moment.
+//! Errors of look-ups and inserts: why a handle is stale, why no slot or reference is left.
 
 use std::{error, fmt};
 
-/// Why a handle does not lead to an object.
+/// Says why a handle does not resolve.
 ///
 /// Every variant except [`TooManyReferences`](Stale::TooManyReferences) and
 /// [`NeverIssued`](Stale::NeverIssued) is final: the handle will not resolve in this arena again.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 #[non_exhaustive]
 pub enum Stale {
-    /// The handle is 0, which never names anything.
+    /// The handle is 0, the null handle.
     Null,
     /// The last reference is gone; the object waits to be closed or is being closed.
     Dying,
@@ -47,7 +47,8 @@ impl error::Error for Stale {}
 /// The arena has no free slot: every index is in use, waiting to be reaped, or retired.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Full {
-    /// Slots that this arena can have in all. 0: it found no generation of its kind that was not used already.
+    /// Slots that this arena can have in all. 0: it found no generation of its kind that was not
+    /// used already.
     pub capacity: usize,
     /// How many of them are retired for good.
     pub retired: usize,

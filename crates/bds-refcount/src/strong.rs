@@ -1,6 +1,7 @@
-//! `Strong<T>`: a counted reference. Cloning counts up, dropping counts down, one atomic operation each.
+//! `Strong<T>`: a counted reference to an object in an arena; cloned and dropped by one atomic.
 //!
-//! A `Strong` is one pointer. It keeps its slot occupied, and an occupied slot keeps the arena's memory.
+//! A `Strong` is one pointer. It keeps its slot occupied, and an occupied slot keeps the arena's
+//! memory.
 
 use std::{fmt, mem::ManuallyDrop, ops::Deref, panic::Location, ptr::NonNull};
 
@@ -13,27 +14,30 @@ use crate::{
     stale::TooManyReferences,
 };
 
-/// What a release can truthfully say about itself.
+/// Result of a release: whether it was the last.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Release {
-    /// This call gave up the last reference. Final: the object is not acquirable any more and waits to be reaped.
-    /// Of any number of concurrent releases exactly one sees this.
+    /// This call released the last reference. Final: the object is not acquirable any more and
+    /// waits to be reaped. Of any number of concurrent releases exactly one sees this.
     Last,
     /// Another reference existed at that moment. This says nothing about the object now.
     NotLast,
 }
 
-/// A counted reference to an object in an [`Arena`](crate::Arena): while it exists, the object lives.
+/// A counted reference to an object in an [`Arena`](crate::Arena): while it exists, the object
+/// lives.
 ///
-/// Dropping or releasing it never blocks, takes no lock, does no I/O, calls nothing and drops no value: the object is
-/// left to whoever reaps the arena. The one exception is an arena whose last [`Arena`](crate::Arena) handle is gone.
-/// Nobody can reap it any more, so the last release drops the value, one after another without recursion for whatever
-/// dies with it, and wakes its watchers.
+/// Dropping or releasing it never blocks, takes no lock, does no I/O, calls nothing and drops no
+/// value: the object is left to the next reap. The one exception is an arena whose last
+/// [`Arena`](crate::Arena) was dropped: it cannot be reaped any more, so the last release drops the
+/// value, and those that lose their last reference with it, one after another without recursion,
+/// and wakes their watchers.
 pub struct Strong<T> {
     slot: NonNull<Slot<T>>,
 }
 
-// SAFETY: a Strong gives `&T` to its thread (T: Sync), and in an orphaned arena its release drops a T there (T: Send).
+// SAFETY: a Strong gives `&T` to its thread (T: Sync), and in an orphaned arena its release drops a
+// T there (T: Send).
 unsafe impl<T: Send + Sync> Send for Strong<T> {}
 // SAFETY: as above; a `&Strong` can be cloned into a Strong.
 unsafe impl<T: Send + Sync> Sync for Strong<T> {}
@@ -50,12 +54,12 @@ impl<T> Strong<T> {
 
     #[inline]
     fn slot(&self) -> &Slot<T> {
-        // SAFETY: our reference keeps the slot occupied; its occupant owns an Arc of the arena, whose pages hold the
-        // slot and do not move.
+        // SAFETY: our reference keeps the slot occupied; its occupant owns an Arc of the arena,
+        // whose pages hold the slot and do not move.
         unsafe { self.slot.as_ref() }
     }
 
-    /// Gives the reference up and says whether it was the last. What is true of drop is true here.
+    /// Releases the reference and says whether it was the last. Otherwise like drop.
     #[inline]
     pub fn release(self) -> Release {
         let this = ManuallyDrop::new(self);
@@ -63,9 +67,9 @@ impl<T> Strong<T> {
         unsafe { release(this.slot) }
     }
 
-    /// The object itself if nobody else refers to it, without a detour through the graveyard: for a close that wants
-    /// the result. Takes the arena's lock for a moment and wakes the object's watchers, so this is a reap, not a
-    /// release.
+    /// The dead object if this is the only reference, bypassing the graveyard: for a close that
+    /// needs the object at once. Takes the arena's lock for a moment and wakes the object's
+    /// watchers, so this is a reap, not a release.
     ///
     /// # Errors
     /// The reference, unchanged, if there are others.
@@ -74,16 +78,16 @@ impl<T> Strong<T> {
             return Err(self);
         }
         let this = ManuallyDrop::new(self);
-        // SAFETY: we made the count 0 and did not bury the slot: the dead object is ours, with its occupant, which
-        // keeps the slot's memory.
+        // SAFETY: we made the count 0 and did not bury the slot: the dead object is ours, with its
+        // occupant, which keeps the slot's memory.
         let slot = unsafe { this.slot.as_ref() };
         // SAFETY: as above.
-        unsafe { slot.occupant() }.owner.books().closing += 1;
-        // SAFETY: as above, and booked as closing.
+        unsafe { slot.occupant() }.owner.free_list().closing += 1;
+        // SAFETY: as above, and counted as closing.
         Ok(unsafe { Dead::new(slot) })
     }
 
-    /// The object's name.
+    /// The object's handle.
     pub fn handle(&self) -> Handle<T> {
         self.slot().handle()
     }
@@ -93,7 +97,7 @@ impl<T> Strong<T> {
         self.slot == other.slot
     }
 
-    /// How many references there are. For diagnostics: outdated on return.
+    /// Number of references. For diagnostics: outdated on return.
     pub fn count(&self) -> usize {
         usize::try_from(self.slot().word().count()).unwrap_or(usize::MAX)
     }
@@ -108,23 +112,24 @@ impl<T> Strong<T> {
         Ok(Self { slot: self.slot })
     }
 
-    /// The same reference, with the holder's name put down until the [`Held`] is dropped.
+    /// Gives the reference a named holder until the [`Held`] is dropped.
     #[track_caller]
     pub fn held_by(self, holder: Holder) -> Held<T> {
         Held::register(self, holder, Location::caller())
     }
 
-    /// As [`held_by`](Self::held_by), since another place in the program: for whoever took the reference on a caller's behalf.
+    /// As [`held_by`](Self::held_by), with the call site given: for a function that takes the
+    /// reference for its caller.
     pub fn held_since(self, holder: Holder, since: &'static Location<'static>) -> Held<T> {
         Held::register(self, holder, since)
     }
 
-    /// Who holds the object by name.
+    /// Lists the named holders.
     pub fn holders(&self) -> Vec<HolderInfo> {
         self.slot().side.lock().holders.list()
     }
 
-    /// How many references nobody has put a name to. For diagnostics.
+    /// Number of references without a named holder. For diagnostics.
     pub fn anonymous(&self) -> usize {
         let held = self.holders().len();
         self.count().saturating_sub(held)
@@ -135,7 +140,7 @@ impl<T> Strong<T> {
     }
 }
 
-/// Gives up a reference.
+/// Releases a reference.
 ///
 /// # Safety
 /// `slot` is one on which the caller owns a reference, which is not used again.
@@ -145,23 +150,23 @@ unsafe fn release<T>(slot: NonNull<Slot<T>>) -> Release {
     if !unsafe { Slot::release(slot.as_ptr()) } {
         return Release::NotLast;
     }
-    // SAFETY: ours was the last reference; the slot stays occupied, hence allocated, until it is reaped, which cannot
-    // happen before `bury`.
-    // Its load acquires, by reading our own decrement: that continues the release sequence of every earlier one, so all
-    // that any holder did happens before what the reaper does.
+    // SAFETY: ours was the last reference; the slot stays occupied, hence allocated, until it is
+    // reaped, which cannot happen before `bury`. Its load acquires, by reading our own decrement:
+    // that continues the release sequence of every earlier one, so all that any holder did happens
+    // before what the reaper does.
     unsafe { slot.as_ref() }.word();
     // SAFETY: we made the count 0, and do this once.
     unsafe { bury(slot) };
     Release::Last
 }
 
-/// One reference more: one atomic operation.
+/// Makes another reference: one atomic operation.
 ///
 /// # Panics
-/// If there are 2³⁷ references already, which takes leaking them or a tebibyte of them. The count is put right before
-/// the panic and the object is unharmed. Unwinding was chosen over aborting, which would take a whole VMM down, and over
-/// a saturated count, which would never close the object and so lose its last flush in silence.
-/// [`try_clone`](Strong::try_clone) does not panic.
+/// If there are 2³⁷ references already, which takes leaking them or a tebibyte of them. The count
+/// is put right before the panic and the object is unharmed. Unwinding was chosen over aborting,
+/// which would take a whole VMM down, and over a saturated count, which would never close the
+/// object and so lose its last flush silently. [`try_clone`](Strong::try_clone) does not panic.
 impl<T> Clone for Strong<T> {
     #[inline]
     fn clone(&self) -> Self {
@@ -219,7 +224,7 @@ mod tests {
         assert_eq!(strong.try_clone().err(), Some(TooManyReferences));
         assert!(catch_unwind(AssertUnwindSafe(|| strong.clone())).is_err());
         assert_eq!(arena.acquire(strong.handle()).err(), Some(Stale::TooManyReferences));
-        assert_eq!(arena.check(strong.handle()), Ok(()), "it lives, all the same");
+        assert_eq!(arena.check(strong.handle()), Ok(()), "it lives");
         assert_eq!(strong.count(), usize::try_from(limit).unwrap());
 
         strong.slot().force_count(limit - 1);

@@ -1,7 +1,8 @@
-//! The synchronisation primitives of this crate, chosen once: std's, or loom's under `--cfg loom`.
+//! Re-exports the synchronisation primitives of this crate: std's, or loom's under `--cfg loom`.
 //!
-//! Nothing else in `src` names `std::sync` for state that threads share, so the loom tests explore the same code that
-//! ships. Holder records and wakers are plain data behind these locks and stay with std.
+//! Nothing else in `src` names `std::sync` for state that threads share, so the loom tests explore
+//! the same code that ships. Holder records and wakers are plain data behind these locks and stay
+//! with std.
 
 #[cfg(loom)]
 pub(crate) use loom::{
@@ -27,7 +28,7 @@ use std::sync::PoisonError;
 #[cfg(not(loom))]
 pub(crate) use std::hint::spin_loop;
 
-/// A pause between two attempts that cannot fail for ever; loom need not be told to look at other threads.
+/// A pause between two attempts that cannot fail for ever, so that loom needs no yield here.
 #[cfg(loom)]
 pub(crate) fn spin_loop() {}
 
@@ -52,8 +53,9 @@ impl<T> UnsafeCell<T> {
     }
 }
 
-/// A mutex that ignores poison: our critical sections leave the data consistent at each point where they could panic
-/// (an allocation failing), and no `unsafe` argument leans on a lock's poison state.
+/// A mutex that ignores poison: our critical sections leave the data consistent at each point where
+/// they could panic (an allocation failing), and no `unsafe` argument leans on a lock's poison
+/// state.
 pub(crate) struct Mutex<T>(imp::Mutex<T>);
 
 impl<T> Mutex<T> {

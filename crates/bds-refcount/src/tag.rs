@@ -1,14 +1,16 @@
-//! Arena tags: the twelve bits of a handle that say which arena gave it out, and the generations that go with them.
+//! Leases arena tags and generations, so that no two arenas ever give out the same handle.
 //!
-//! A handle is (kind, tag, generation, index), and denotes one object for ever. So no (tag, generation) of a kind is
-//! ever used by two arenas: each arena has a *lease* of a range of generations under its tag. A lease that ends gives
-//! back the generations it did not begin; those it began are never leased again.
+//! The tag is the twelve bits of a handle that identify its arena. A handle is (kind, tag,
+//! generation, index), and denotes one object for ever. So no (tag, generation) of a kind is ever
+//! used by two arenas: each arena has a *lease* of a range of generations under its tag. A lease
+//! that ends returns the generations it did not begin; those it began are never leased again.
 //!
 //! A new arena gets the first of these that exists:
-//! * the largest free range of a tag that no live arena has. Tags are tried in turn, so that one comes back as late as
-//!   possible;
+//! * the largest free range of a tag that no live arena has. Tags are tried in turn, so that one is
+//!   used again as late as possible;
 //! * the largest free range of any tag;
-//! * the upper half of what the live arena with the most unused generations has left, under the same tag;
+//! * the upper half of what the live arena with the most unused generations has left, under the
+//!   same tag;
 //! * no lease, and so no slots.
 
 use std::sync::{
@@ -21,7 +23,7 @@ use crate::handle::{GENERATION_BITS, Kind, TAG_BITS};
 /// Tags of a kind: 1 to this. Tag 0 is never given out.
 const TAGS: usize = (1 << TAG_BITS) - 1;
 const LAST_GENERATION: u32 = (1 << GENERATION_BITS) - 1;
-/// A lease that would be smaller is not given out, unless so few were asked for: its slots would retire too soon.
+/// A smaller lease is not given out, unless so few were requested: its slots would retire too soon.
 const LEASE_MIN: u32 = 1 << 16;
 
 /// A range of generations under a tag, and how much of it was used.
@@ -29,9 +31,10 @@ pub(crate) struct Lease {
     kind: Kind,
     tag: u16,
     first: u32,
-    /// The highest generation begun (low half) and the last that may be (high half), which another arena may lower.
-    /// One word, so that neither passes the other.
-    // std's atomic also under loom: changed under the books' lock, and whoever halves it needs no other memory.
+    /// The highest generation begun (low half) and the last that may be (high half), which another
+    /// arena may lower. One word, so that neither passes the other.
+    // std's atomic also under loom: changed under the lock of `SPACES`, and halving it reads no
+    // other memory.
     bounds: AtomicU64,
 }
 
@@ -68,7 +71,7 @@ impl Lease {
         last - highest
     }
 
-    /// Gives away the upper half of what is left. `None` if that would be too little.
+    /// Splits off the upper half of the generations left. `None` if that would be too few.
     fn halve(&self) -> Option<Arc<Self>> {
         let give = |bounds| {
             let (highest, last) = unpack(bounds);
@@ -113,7 +116,7 @@ impl Entry {
     }
 
     /// Makes a range free again.
-    fn give_back(&mut self, first: u32, last: u32) {
+    fn add_free(&mut self, first: u32, last: u32) {
         if first > last {
             return;
         }
@@ -191,7 +194,7 @@ impl Space {
     }
 }
 
-/// An arena's tag and generations, given back when dropped.
+/// An arena's tag and generations, returned when dropped.
 pub(crate) struct Tag(Option<Arc<Lease>>);
 
 impl Tag {
@@ -233,7 +236,7 @@ impl Drop for Tag {
         let entry =
             &mut spaces[usize::from(lease.kind.to_u8())].entries[usize::from(lease.tag) - 1];
         let (highest, last) = lease.bounds();
-        entry.give_back(highest + 1, last);
+        entry.add_free(highest + 1, last);
         entry.leases.retain(|other| !Arc::ptr_eq(other, lease));
     }
 }
@@ -269,10 +272,11 @@ mod tests {
     fn live_arenas_of_a_kind_never_share_a_generation_of_a_tag() {
         let mut tags: Vec<Tag> = (0..TAGS).map(|_| Tag::take(CROWDED, LAST_GENERATION)).collect();
         let numbers: HashSet<u16> = tags.iter().map(Tag::number).collect();
-        assert_eq!(numbers.len(), TAGS, "as long as there are unused ones, each has its own");
+        assert_eq!(numbers.len(), TAGS, "each has its own while there are unused ones");
         assert!(!numbers.contains(&0));
 
-        // An arena that has used most of its generations goes on to what it may, and not beyond what it gave away.
+        // An arena that has used most of its generations goes on to what it may, and not beyond
+        // what it gave away.
         let busy = tags.swap_remove(7);
         assert!(busy.begin(LAST_GENERATION - 3 * LEASE_MIN));
         tags.extend((0..600).map(|_| Tag::take(CROWDED, LAST_GENERATION)));
@@ -297,15 +301,15 @@ mod tests {
         let again = (0..TAGS).map(|_| Tag::take(RECYCLED, 100)).find(|tag| tag.number() == number);
         let again = again.expect("the search goes round");
         assert_eq!(again.first_generation(), 42);
-        assert!(again.begin(141) && !again.begin(142), "as many as were asked for");
+        assert!(again.begin(141) && !again.begin(142), "as many as were requested");
         assert!(again.is_foreign(1) && again.is_foreign(41) && !again.is_foreign(42));
         assert!(!again.is_foreign(0), "no arena ever issues 0");
     }
 
-    /// More live arenas than tags, and new ones beside them for ever: the new ones use up what they begin, not what they
-    /// lease.
+    /// More live arenas than tags, and new ones beside them for ever: the new ones use up what they
+    /// begin, not what they lease.
     #[test]
-    fn beside_a_crowd_arenas_come_and_go_without_end() {
+    fn new_arenas_beside_more_than_all_tags_never_run_out() {
         let crowd: Vec<Tag> = (0..TAGS + 10).map(|_| Tag::take(BESIDE, LAST_GENERATION)).collect();
         for round in 0..40_000 {
             let tag = Tag::take(BESIDE, LAST_GENERATION);
@@ -320,18 +324,18 @@ mod tests {
     }
 
     #[test]
-    fn what_was_not_begun_is_free_again_and_joined() {
+    fn generations_not_begun_are_free_again_and_joined() {
         let mut entry = Entry::new(vec![(1, 100)]);
         assert_eq!((entry.take(30), entry.take(30)), ((1, 30), (31, 60)));
-        entry.give_back(11, 30);
+        entry.add_free(11, 30);
         assert_eq!(entry.free, [(11, 30), (61, 100)]);
-        entry.give_back(61, 60);
-        entry.give_back(31, 60);
+        entry.add_free(61, 60);
+        entry.add_free(31, 60);
         assert_eq!(entry.free, [(11, 100)]);
         assert_eq!((entry.take(1000), entry.largest().0), ((11, 100), 0));
-        entry.give_back(50, 60);
-        entry.give_back(20, 30);
-        entry.give_back(90, 100);
+        entry.add_free(50, 60);
+        entry.add_free(20, 30);
+        entry.add_free(90, 100);
         assert_eq!(entry.free, [(20, 30), (50, 60), (90, 100)]);
         assert_eq!(entry.take(5), (90, 94), "of several as long, the last");
     }

@@ -1,8 +1,8 @@
-//! `Watch<T>`: to learn of an object's end without keeping it alive.
+//! `Watch<T>`: a future that completes when an object has lost its last reference.
 //!
-//! That the object has ended is read from the lifecycle word, so it is known at once and stays true. What needs
-//! delivery is the wake-up of a task that waits: the watchers' wakers lie in the slot, and whoever reaps the object, or
-//! calls `deliver_watches`, takes them out and wakes them. Releases wake nobody.
+//! The state is read from the lifecycle word, so it is known at once and final. Only the wake-up of
+//! a waiting task needs delivery: the watchers' wakers are stored in the slot, and the reap of the
+//! object, or `deliver_watches`, takes them out and wakes them. A release wakes nothing.
 
 use std::{
     fmt,
@@ -13,18 +13,19 @@ use std::{
 
 use crate::{arena::Shared, handle::Handle, stale::Stale, sync::Arc};
 
-/// A weak watch on one object: fires exactly once, after the object has become unacquirable, and at once if it
-/// already was (or never lived).
+/// A weak watch on one object: fires exactly once, after the object has become unacquirable, and at
+/// once if it already was (or never lived).
 ///
 /// As a future it completes with that. A task that waits is woken once, by
-/// [`Arena::reap_one`](crate::Arena::reap_one), [`Arena::deliver_watches`](crate::Arena::deliver_watches) or
-/// [`Strong::into_dead`](crate::Strong::into_dead), never from inside a release. Dropping the watch cancels it. It keeps
-/// neither the object nor the arena's right to reap, only memory.
+/// [`Arena::reap_one`](crate::Arena::reap_one),
+/// [`Arena::deliver_watches`](crate::Arena::deliver_watches) or
+/// [`Strong::into_dead`](crate::Strong::into_dead), never from inside a release. Dropping the watch
+/// cancels it. It keeps neither the object alive nor the arena from being orphaned, only memory.
 pub struct Watch<T> {
     shared: Arc<Shared<T>>,
     handle: Handle<T>,
     fired: bool,
-    /// Where our waker lies in the slot's list, once it does.
+    /// Key of our waker in the slot's list, once it is there.
     key: Option<u64>,
 }
 
@@ -34,7 +35,7 @@ impl<T> Watch<T> {
         Self { shared, handle, fired, key: None }
     }
 
-    /// The watched object's name.
+    /// The watched object's handle.
     pub fn handle(&self) -> Handle<T> {
         self.handle
     }
@@ -49,17 +50,18 @@ impl<T> Watch<T> {
         self
     }
 
-    // A handle that once resolved is refused only finally.
+    // A handle that resolved once is refused only for ever.
     fn refusal(&self) -> Option<Stale> {
         self.shared.check(self.handle).err()
     }
 
-    /// Puts the waker down unless the object has ended. True if it has ended.
+    /// Registers the waker unless the object has ended. True if it has ended.
     fn register(&mut self, waker: &Waker) -> bool {
         let Ok(slot) = self.shared.slot(self.handle) else { return true };
         let waker = waker.clone();
         let mut side = slot.side.lock();
-        // Under the lock: if the object lives now, whoever takes the wakers out after its death comes after us.
+        // Under the lock: if the object lives now, the wakers are taken out after we have
+        // registered.
         if self.shared.check(self.handle).is_err() {
             return true;
         }

@@ -1,4 +1,5 @@
-//! What one caller after another may rely on, case by case. Sequences are in `properties.rs`, threads in `threads.rs`.
+//! Behaviour of the arena for one caller at a time, case by case. Sequences are in `properties.rs`,
+//! threads in `threads.rs`.
 #![cfg(not(loom))]
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails, in helpers too")]
 
@@ -12,7 +13,7 @@ use std::{
 };
 
 use bds_refcount::{
-    Arena, ArenaConfig, ArenaStats, Full, Handle, Holder, HolderKind, Kind, Release, Stale, Strong,
+    Arena, ArenaConfig, ArenaStats, Full, Handle, Holder, Kind, Release, Stale, Strong,
 };
 
 const NODE: Kind = Kind::new(1);
@@ -127,7 +128,7 @@ fn a_dead_value_can_be_changed_and_taken() {
 }
 
 #[test]
-fn the_dead_are_reaped_in_the_order_of_their_deaths() {
+fn dead_objects_are_reaped_in_the_order_of_their_last_releases() {
     let arena = Arena::new(NODE);
     let nodes: Vec<_> = (0..5).map(|n| arena.insert(n).unwrap()).collect();
     let mut nodes = nodes.into_iter();
@@ -153,7 +154,7 @@ fn into_dead_needs_the_only_reference() {
     let dead = node.into_dead().unwrap();
     assert_eq!(wakes.count(), 1);
     assert_eq!(arena.check(handle), Err(Stale::Dying));
-    assert!(!arena.has_dead(), "it went past the graveyard");
+    assert!(!arena.has_dead(), "it bypassed the graveyard");
     assert_eq!(arena.dead(), 1);
     assert_eq!(dead.into_inner(), 5);
     assert_eq!(arena.stats().free, arena.capacity());
@@ -179,7 +180,7 @@ fn exhausted_generations_retire_slots_until_the_arena_is_full() {
 }
 
 #[test]
-fn a_full_arena_has_room_again_after_reaping_not_after_release() {
+fn a_full_arena_has_a_free_slot_after_reap_not_after_release() {
     let arena = tiny(24, 1);
     let a = arena.insert(1).unwrap();
     let _b = arena.insert(2).unwrap();
@@ -191,7 +192,7 @@ fn a_full_arena_has_room_again_after_reaping_not_after_release() {
 }
 
 #[test]
-fn a_value_may_know_its_handle() {
+fn insert_with_gives_the_value_its_handle() {
     let arena: Arena<u64> = Arena::new(NODE);
     let node = arena
         .insert_with(|handle| {
@@ -203,7 +204,7 @@ fn a_value_may_know_its_handle() {
 }
 
 #[test]
-fn a_maker_that_panics_leaves_no_slot_taken_and_no_handle_valid() {
+fn insert_with_that_panics_frees_the_slot_and_its_handle_stays_stale() {
     let arena: Arena<u32> = tiny(24, 0);
     let leaked = Cell::new(Handle::NULL);
     let made = catch_unwind(AssertUnwindSafe(|| {
@@ -260,8 +261,8 @@ fn holders_are_listed_while_they_hold() {
     let node = arena.insert(()).unwrap();
     let handle = node.handle();
     let line = line!() + 1;
-    let edge = node.clone().held_by(Holder::new(HolderKind::Edge, "top"));
-    let job = arena.acquire_held(handle, Holder::new(HolderKind::Job, 7)).unwrap();
+    let edge = node.clone().held_by(Holder::new("edge", "top"));
+    let job = arena.acquire_held(handle, Holder::new("job", 7)).unwrap();
     let copy = job.clone();
     assert_eq!((copy.count(), copy.anonymous()), (4, 1));
     let texts = |arena: &Arena<()>| -> Vec<String> {
@@ -271,7 +272,7 @@ fn holders_are_listed_while_they_hold() {
     assert_eq!(texts(&arena), ["edge top", "job #7", "job #7"]);
     assert_eq!(arena.holders(handle)[0].since.line(), line);
     assert!(arena.holders(handle)[0].to_string().starts_with("edge 'top' (since "));
-    let job = job.pass_to(Holder::new(HolderKind::Other("test"), "x".to_string()));
+    let job = job.pass_to(Holder::new("test", "x".to_string()));
     drop(copy);
     assert_eq!(texts(&arena), ["edge top", "test x"]);
     let strong: Strong<()> = job.into_strong();
@@ -282,13 +283,13 @@ fn holders_are_listed_while_they_hold() {
 }
 
 #[test]
-fn holders_of_one_object_are_not_shown_for_the_next_in_its_slot() {
+fn holders_are_not_listed_for_the_next_object_in_the_slot() {
     let arena = tiny(24, 0);
-    let first = arena.insert(1).unwrap().held_by(Holder::new(HolderKind::Owner, "first"));
+    let first = arena.insert(1).unwrap().held_by(Holder::new("owner", "first"));
     let old = first.handle();
     drop(first);
     arena.reap_all();
-    let second = arena.insert(2).unwrap().held_by(Holder::new(HolderKind::Owner, "second"));
+    let second = arena.insert(2).unwrap().held_by(Holder::new("owner", "second"));
     assert!(arena.holders(old).is_empty());
     assert_eq!(second.holders().len(), 1);
     assert_eq!(second.anonymous(), 0);
@@ -321,7 +322,7 @@ impl Wakes {
 }
 
 #[test]
-fn a_watch_fires_at_zero_and_wakes_once_from_the_reaper() {
+fn a_watch_fires_at_the_last_release_and_wakes_once_from_the_reap() {
     let arena = Arena::new(NODE);
     let node = arena.insert(1).unwrap();
     let wakes = Wakes::default();
@@ -376,7 +377,7 @@ impl<T> FiredPinned for bds_refcount::Watch<T> {
     }
 }
 
-// ---- the arena's own end
+// ---- the arena is dropped
 
 #[test]
 fn values_outlive_the_arena_handle_and_are_dropped_by_their_last_release() {
@@ -391,7 +392,7 @@ fn values_outlive_the_arena_handle_and_are_dropped_by_their_last_release() {
     drop(dead);
     assert_eq!(drops.load(Ordering::Relaxed), 0);
     drop(arena);
-    assert_eq!(drops.load(Ordering::Relaxed), 1, "the graveyard went with the arena");
+    assert_eq!(drops.load(Ordering::Relaxed), 1, "the graveyard was emptied with the arena");
     assert_eq!(live.release(), Release::NotLast);
     assert_eq!(second.release(), Release::Last);
     assert_eq!(drops.load(Ordering::Relaxed), 2);
@@ -400,8 +401,8 @@ fn values_outlive_the_arena_handle_and_are_dropped_by_their_last_release() {
 }
 
 #[test]
-fn the_last_release_of_all_takes_the_arena_with_it() {
-    // Nothing to see but under AddressSanitizer: the releaser still drains when the arena's memory loses its last slot.
+fn the_last_release_of_an_orphaned_arena_frees_it() {
+    // For AddressSanitizer: the release still drains when the arena's memory loses its last slot.
     let drops = Arc::new(AtomicUsize::new(0));
     let arena = Arena::new(NODE);
     let only = arena.insert(Counted(Arc::clone(&drops))).unwrap();
@@ -454,7 +455,7 @@ fn a_chain_of_100_000_in_an_orphaned_arena_is_dropped_without_recursion() {
 }
 
 #[test]
-fn handles_of_another_arena_are_refused_also_after_its_end() {
+fn handles_of_another_arena_are_refused_also_after_its_drop() {
     let arena = Arena::new(NODE);
     let _node = arena.insert(1).unwrap();
     let gone = Arena::new(NODE);

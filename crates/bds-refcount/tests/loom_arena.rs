@@ -1,10 +1,11 @@
-//! Every interleaving of a few operations on few objects, explored by loom.
+//! Explores every interleaving of a few operations on few objects with loom.
 //!
-//! `CARGO_TARGET_DIR=target/loom RUSTFLAGS="--cfg loom" cargo test -p bds-refcount --test loom_arena --release`
+//! `CARGO_TARGET_DIR=target/loom RUSTFLAGS="--cfg loom" cargo test -p bds-refcount --test
+//! loom_arena --release`
 //!
-//! The value holds a loom cell, so loom also fails a test when someone reads the value without its being ordered after
-//! the write, or while a reaper changes it: the `unsafe` arguments of `slot.rs`, checked. Loom's `Arc` fails a test
-//! that leaks the arena.
+//! The value holds a loom cell, so loom also fails a test when the value is read without being
+//! ordered after the write, or while a reaper changes it: the `unsafe` arguments of `slot.rs`,
+//! checked. Loom's `Arc` fails a test that leaks the arena.
 #![cfg(loom)]
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails, in helpers too")]
 
@@ -17,7 +18,7 @@ use std::{
 };
 
 use bds_refcount::{
-    Arena, ArenaConfig, Handle, Holder, HolderKind, Kind, RcuCell, Release, Stale, Strong, Watch,
+    Arena, ArenaConfig, Handle, Holder, Kind, RcuCell, Release, Stale, Strong, WaitUnread, Watch,
 };
 use loom::{cell::UnsafeCell, thread};
 
@@ -27,7 +28,8 @@ struct Value {
     drops: StdArc<StdAtomicUsize>,
 }
 
-// SAFETY: for loom's eyes only: it reports unordered access to the cell, which is what these tests look for.
+// SAFETY: for loom's eyes only: it reports unordered access to the cell, which is what these tests
+// look for.
 unsafe impl Sync for Value {}
 
 impl Value {
@@ -37,7 +39,8 @@ impl Value {
     }
 
     fn write(&mut self, number: u32) {
-        // SAFETY: `&mut self`; and loom fails the test if any other access is not ordered before this.
+        // SAFETY: `&mut self`; and loom fails the test if any other access is not ordered before
+        // this.
         self.cell.with_mut(|cell| unsafe { *cell = number });
     }
 }
@@ -294,6 +297,11 @@ fn poll(watch: &mut Watch<Value>, wakes: &StdArc<Count>) -> bool {
     matches!(std::pin::Pin::new(watch).poll(&mut context), Poll::Ready(()))
 }
 
+fn poll_unread(wait: &mut WaitUnread<'_, Value>, wakes: &StdArc<Count>) -> bool {
+    let waker = Waker::from(StdArc::clone(wakes));
+    std::pin::Pin::new(wait).poll(&mut Context::from_waker(&waker)).is_ready()
+}
+
 #[test]
 fn a_watcher_that_waits_is_woken_exactly_once() {
     loom::model(|| {
@@ -322,13 +330,13 @@ fn an_old_handle_never_shows_the_holders_of_the_next_object_in_its_slot() {
         let drops = Drops::default();
         let old = arena.insert(drops.value(1)).unwrap();
         let handle = old.handle();
-        let old = old.held_by(Holder::new(HolderKind::Owner, 1));
+        let old = old.held_by(Holder::new("owner", 1));
         let theirs = arena.clone();
         let other = thread::spawn(move || theirs.holders(handle));
         drop(old);
         arena.reap_all();
         let next = arena.insert(drops.value(2)).unwrap();
-        let _next = next.held_by(Holder::new(HolderKind::Owner, 2));
+        let _next = next.held_by(Holder::new("owner", 2));
         let seen = other.join().unwrap();
         assert!(seen.iter().all(|holder| holder.name == 1.into()));
     });
@@ -353,10 +361,10 @@ fn two_inserts_get_two_slots() {
     });
 }
 
-/// A cell turned while it is read: the reader sees one of the values, alive, and the old one is dropped once nobody reads
-/// it, never forgotten, whoever leaves last.
+/// The reader sees one of the values, alive, and the replaced one is dropped with its last reader,
+/// whether that is the reader's thread or the replacer's.
 #[test]
-fn a_cell_is_replaced_under_its_readers() {
+fn a_cell_is_replaced_while_it_is_read() {
     loom::model(|| {
         let drops = Drops::default();
         let cell = loom::sync::Arc::new(RcuCell::new(drops.value(1)));
@@ -378,7 +386,7 @@ fn a_cell_is_replaced_under_its_readers() {
 
 /// Two readers that overlap on one counter, so that it may not be 0 when the replacer looks.
 #[test]
-fn overlapping_readers_leave_nothing_behind() {
+fn overlapping_readers_leave_no_retired_value() {
     let mut model = loom::model::Builder::new();
     model.preemption_bound = Some(3);
     model.check(|| {
@@ -398,9 +406,9 @@ fn overlapping_readers_leave_nothing_behind() {
     });
 }
 
-/// Two who turn the cell at once, and one who reads: each old value is dropped once, none is forgotten.
+/// Two replacements and a reader at once: each replaced value is dropped once, none is left.
 #[test]
-fn two_replacers_and_a_reader_leave_nothing_behind() {
+fn two_replacers_and_a_reader_leave_no_retired_value() {
     let mut model = loom::model::Builder::new();
     model.preemption_bound = Some(3);
     model.check(|| {
@@ -419,6 +427,64 @@ fn two_replacers_and_a_reader_leave_nothing_behind() {
         other.join().unwrap();
         assert!(matches!(cell.read().read(), 2 | 3));
         assert_eq!((drops.count(), cell.waiting()), (2, 0));
+    });
+}
+
+/// A wait beside the reader that holds up the drop: woken if it had to wait, complete once the
+/// value is dropped.
+#[test]
+fn wait_unread_is_woken_when_the_last_reader_leaves() {
+    loom::model(|| {
+        let drops = Drops::default();
+        let cell = loom::sync::Arc::new(RcuCell::new(drops.value(1)));
+        let reader = {
+            let cell = cell.clone();
+            thread::spawn(move || assert!(matches!(cell.read().read(), 1 | 2)))
+        };
+        cell.replace(drops.value(2));
+        let wakes = StdArc::new(Count(StdAtomicUsize::new(0)));
+        let mut wait = cell.wait_unread();
+        let is_ready = poll_unread(&mut wait, &wakes);
+        assert!(!is_ready || drops.count() == 1, "complete only after the drop");
+        reader.join().unwrap();
+        assert_eq!(wakes.0.load(Relaxed), usize::from(!is_ready), "woken if it had to wait");
+        assert!(poll_unread(&mut wait, &wakes) && drops.count() == 1);
+    });
+}
+
+/// Waits in two threads, one of which replaces the value: neither wake-up is lost.
+#[test]
+fn two_waits_are_both_woken() {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(3);
+    model.check(|| {
+        let drops = Drops::default();
+        let cell = loom::sync::Arc::new(RcuCell::new(drops.value(1)));
+        let reader = {
+            let cell = cell.clone();
+            thread::spawn(move || assert!(matches!(cell.read().read(), 1 | 2)))
+        };
+        cell.replace(drops.value(2));
+        let other = {
+            let cell = cell.clone();
+            thread::spawn(move || {
+                let wakes = StdArc::new(Count(StdAtomicUsize::new(0)));
+                let is_ready = poll_unread(&mut cell.wait_unread(), &wakes);
+                drop(cell);
+                is_ready
+            })
+        };
+        let wakes = StdArc::new(Count(StdAtomicUsize::new(0)));
+        let mut wait = cell.wait_unread();
+        let is_ready = poll_unread(&mut wait, &wakes);
+        other.join().unwrap();
+        reader.join().unwrap();
+        assert_eq!(
+            wakes.0.load(Relaxed),
+            usize::from(!is_ready),
+            "another wait's drop takes no waker of ours"
+        );
+        assert!(poll_unread(&mut wait, &wakes));
     });
 }
 
@@ -445,18 +511,18 @@ fn exactly_one_of_three_releases_is_last() {
     });
 }
 
-/// A watch given up while its object dies: nobody else's watch is lost with it.
+/// A watch dropped while its object dies: another watch of the object is still woken.
 #[test]
-fn a_watch_that_is_dropped_takes_no_other_with_it() {
+fn a_dropped_watch_removes_no_other() {
     loom::model(|| {
         let (arena, _drops, strong, handle) = one();
         let wakes = StdArc::new(Count(StdAtomicUsize::new(0)));
         let mut kept = arena.watch(handle);
         let is_ready = poll(&mut kept, &wakes);
-        let mut given_up = arena.watch(handle);
+        let mut dropped = arena.watch(handle);
         let other_wakes = StdArc::new(Count(StdAtomicUsize::new(0)));
-        poll(&mut given_up, &other_wakes);
-        let other = thread::spawn(move || drop(given_up));
+        poll(&mut dropped, &other_wakes);
+        let other = thread::spawn(move || drop(dropped));
         drop(strong);
         other.join().unwrap();
         assert_eq!(arena.reap_all(), 1);

@@ -1,8 +1,9 @@
-//! Random sequences of operations against a plain model: properties 1 to 15 of the lifecycle contract, as far as an arena
-//! without a graph has them. Each test and each check names the property it stands for.
+//! Random sequences of operations against a plain model: properties 1 to 15 of the lifecycle
+//! contract, as far as an arena without a graph has them. Each test and each check names the
+//! property it stands for.
 //!
-//! Widths are tiny (1 to 3 bits of generation, 0 to 4 of index), so slots are used again, retired and exhausted all the
-//! time.
+//! Widths are tiny (1 to 3 bits of generation, 0 to 4 of index), so slots are used again, retired
+//! and exhausted all the time.
 #![cfg(not(loom))]
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails, in helpers too")]
 
@@ -16,8 +17,8 @@ use std::{
 };
 
 use bds_refcount::{
-    Arena, ArenaConfig, ArenaStats, Dead, Handle, Held, Holder, HolderKind, HolderName, Kind,
-    Release, Stale, Strong, Watch,
+    Arena, ArenaConfig, ArenaStats, Dead, Handle, Held, Holder, HolderName, Kind, Release, Stale,
+    Strong, Watch,
 };
 use proptest::{collection::vec, prelude::*};
 
@@ -88,18 +89,18 @@ enum State {
     Live,
     /// In the graveyard.
     Dying,
-    /// In a reaper's hands.
+    /// Reaped, not dropped yet.
     Closing,
     Ended,
 }
 
-/// What the model knows of an object: a number of references and a state. Holders by name are counted apart.
+/// An object in the model: a number of references and a state. Named holders are counted apart.
 struct Object {
     state: State,
     count: usize,
     names: Vec<u64>,
     child: Option<u64>,
-    /// Watches with a waker down that has not been woken.
+    /// Watches with a registered waker that was not woken.
     waiting: usize,
 }
 
@@ -112,7 +113,7 @@ struct Model {
 }
 
 impl Model {
-    fn born(&mut self, handle: u64, child: Option<u64>) {
+    fn inserted(&mut self, handle: u64, child: Option<u64>) {
         let new = Object { state: State::Live, count: 1, names: Vec::new(), child, waiting: 0 };
         assert!(self.objects.insert(handle, new).is_none(), "property 1: a handle is issued once");
     }
@@ -150,7 +151,7 @@ impl Model {
     }
 }
 
-// ---- the thing itself
+// ---- the arena under test
 
 struct Value {
     handle: u64,
@@ -225,7 +226,7 @@ impl World {
             Ok(strong) => {
                 assert!(free > 0);
                 self.issued.push(strong.handle());
-                self.model.born(strong.handle().to_u64(), child_handle);
+                self.model.inserted(strong.handle().to_u64(), child_handle);
                 self.strongs.push(strong);
             }
             Err(full) => {
@@ -251,7 +252,7 @@ impl World {
         let made = std::panic::catch_unwind(quiet);
         assert_eq!(made.is_err(), before > 0);
         if made.is_err() {
-            // Property 13, failed creation: nothing is left but a generation fewer.
+            // Property 13, failed creation: one generation is used up, nothing else is left.
             let handle = self.issued.last().unwrap().to_u64();
             let gone = Object {
                 state: State::Ended,
@@ -268,14 +269,14 @@ impl World {
         use Command::*;
         match command {
             Insert => {
-                // `insert` proper, when there is room; `insert_with` sees the full arena.
+                // `insert` while a slot is free; `insert_with` meets the full arena.
                 if self.arena.stats().free == 0 {
                     return self.insert(None);
                 }
                 let strong = self.arena.insert(self.value(0, None)).unwrap();
                 let handle = strong.handle().to_u64();
                 self.issued.push(strong.handle());
-                self.model.born(handle, None);
+                self.model.inserted(handle, None);
                 self.strongs.push(strong);
             }
             InsertParent(n) => {
@@ -301,7 +302,7 @@ impl World {
                 let Some(n) = pick(&self.issued, n) else { return };
                 let handle = self.issued[n];
                 let name = self.new_name();
-                let holder = Holder::new(HolderKind::Job, name);
+                let holder = Holder::new("job", name);
                 if let Ok(held) = self.arena.acquire_held(handle, holder) {
                     self.held.push((name, held));
                     let object = self.model.at(handle.to_u64());
@@ -320,7 +321,7 @@ impl World {
                 let strong = self.strongs.swap_remove(n);
                 let name = self.new_name();
                 self.model.at(strong.handle().to_u64()).names.push(name);
-                self.held.push((name, strong.held_by(Holder::new(HolderKind::Edge, name))));
+                self.held.push((name, strong.held_by(Holder::new("edge", name))));
             }
             Unname(n) => {
                 let Some(n) = pick(&self.held, n) else { return };
@@ -413,7 +414,8 @@ impl World {
             DropWatch(n) => {
                 let Some(n) = pick(&self.watches, n) else { return };
                 let (watch, waited) = self.watches.swap_remove(n);
-                // Cancels the wake-up unless it was delivered; all of an object are delivered together.
+                // Cancels the wake-up unless it was delivered; all of an object are delivered
+                // together.
                 let object = self.model.at(watch.handle().to_u64());
                 if waited && object.waiting > 0 {
                     object.waiting -= 1;
@@ -546,7 +548,7 @@ impl World {
         assert_eq!(self.wakes.0.load(Ordering::Relaxed), self.model.wakes, "property 49");
     }
 
-    /// Property 13: when all holders are gone and all is reaped, nothing is left.
+    /// Property 13: when all references are released and all objects reaped, nothing is left.
     fn finish(mut self) {
         self.strongs.clear();
         self.held.clear();
@@ -586,7 +588,8 @@ proptest! {
         world.finish();
     }
 
-    /// Property 3: random numbers never resolve and never panic, near the truth or far from it.
+    /// Property 3: random numbers never resolve and never panic, near valid handles or far from
+    /// them.
     #[test]
     fn random_numbers_are_never_handles(far in any::<u64>(), flips in 1_u64..=u64::MAX) {
         let arena = Arena::with_config(ArenaConfig {
@@ -640,7 +643,7 @@ fn release_works_while_unwinding() {
     let arena = Arena::new(NODE);
     let strong = arena.insert(1).unwrap();
     let handle = strong.handle();
-    let held = strong.clone().held_by(Holder::new(HolderKind::User, "test"));
+    let held = strong.clone().held_by(Holder::new("user", "test"));
     let unwound = std::panic::catch_unwind(std::panic::AssertUnwindSafe(move || {
         let _owned = (strong, held);
         std::panic::resume_unwind(Box::new("unwinding"));

@@ -1,18 +1,17 @@
-//! References given up in any order and from anywhere: by call, by drop, while unwinding, on other threads, with a name or
-//! without. Properties 8, 9 and 10 of the lifecycle contract; that a reference cannot be given up twice is in its type.
+//! Releases references in any order: by call, by drop, while unwinding, on other threads, with a
+//! name or without. Properties 8, 9 and 10 of the lifecycle contract; the type system rules out a
+//! second release.
 #![cfg(not(loom))]
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails, in helpers too")]
 
 use std::{panic::AssertUnwindSafe, thread};
 
-use bds_refcount::{
-    Arena, ArenaConfig, Handle, Held, Holder, HolderKind, Kind, Release, Stale, Strong,
-};
+use bds_refcount::{Arena, ArenaConfig, Handle, Held, Holder, Kind, Release, Stale, Strong};
 use proptest::{collection::vec, prelude::*};
 
 const NODE: Kind = Kind::new(1);
 
-/// How a reference goes. `true`: it had a name.
+/// How a reference is released. `true`: it has a named holder.
 #[derive(Clone, Copy, Debug)]
 enum Way {
     Call(bool),
@@ -31,7 +30,7 @@ fn way() -> impl Strategy<Value = Way> {
 }
 
 fn named(strong: Strong<u8>) -> Held<u8> {
-    strong.held_by(Holder::new(HolderKind::User, "test"))
+    strong.held_by(Holder::new("user", "test"))
 }
 
 fn unwind(reference: impl Sized) {
@@ -42,8 +41,8 @@ fn unwind(reference: impl Sized) {
     assert!(unwound.is_err());
 }
 
-/// Gives it up; what was answered, if there is an answer.
-fn give_up(strong: Strong<u8>, way: Way) -> Option<Release> {
+/// Releases it; the result, if the way has one.
+fn release(strong: Strong<u8>, way: Way) -> Option<Release> {
     match way {
         Way::Call(false) => return Some(strong.release()),
         Way::Call(true) => return Some(named(strong).release()),
@@ -72,11 +71,11 @@ proptest! {
         references.extend((1..ways.len()).map(|_| arena.acquire(handle).unwrap()));
         for (way, place) in ways {
             let strong = references.swap_remove(place % references.len());
-            let answer = give_up(strong, way);
+            let answer = release(strong, way);
             let left = references.len();
             let wanted = if left == 0 { Release::Last } else { Release::NotLast };
             prop_assert_eq!(answer.unwrap_or(wanted), wanted, "P9");
-            prop_assert_eq!(arena.count(handle), left, "P8, P10: nobody else's was taken");
+            prop_assert_eq!(arena.count(handle), left, "P8, P10: no other reference was released");
             prop_assert_eq!(arena.graveyard_len(), usize::from(left == 0), "P10: nothing is closed");
             prop_assert_eq!(arena.check(handle).is_ok(), left > 0, "P9");
         }

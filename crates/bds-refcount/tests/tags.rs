@@ -1,4 +1,4 @@
-//! "A handle denotes one object for ever", across arenas: of dropped ones whose tag is used again, and of more live
+//! Handles stay unique across arenas: of dropped ones whose tag is used again, and of more live
 //! ones than there are tags.
 
 #![forbid(unsafe_code)]
@@ -9,7 +9,7 @@ use bds_refcount::{Arena, Handle, Kind, Stale};
 /// Arenas one after another, more than twice as many as there are tags.
 const ARENAS: usize = 10_000;
 /// Arenas at once, more than there are tags.
-const CROWD: usize = 4500;
+const LIVE_ARENAS: usize = 4500;
 
 #[test]
 fn a_handle_of_a_dropped_arena_is_stale_in_every_later_one() {
@@ -39,19 +39,19 @@ fn a_handle_of_a_dropped_arena_is_stale_in_every_later_one() {
 #[test]
 fn handles_of_more_live_arenas_than_there_are_tags_are_different() {
     let kind = Kind::new(2);
-    let arenas: Vec<Arena<usize>> = (0..CROWD).map(|_| Arena::new(kind)).collect();
+    let arenas: Vec<Arena<usize>> = (0..LIVE_ARENAS).map(|_| Arena::new(kind)).collect();
     let objects: Vec<_> =
         arenas.iter().enumerate().map(|(n, arena)| arena.insert(n).unwrap()).collect();
     let mut handles: Vec<Handle<usize>> = objects.iter().map(|object| object.handle()).collect();
     for (number, object) in objects.iter().enumerate() {
         assert_eq!(arenas[number].acquire(object.handle()).map(|found| *found), Ok(number));
-        let other = &arenas[(number + 4095) % CROWD];
+        let other = &arenas[(number + 4095) % LIVE_ARENAS];
         let refused = other.acquire(object.handle()).err();
         assert!(matches!(refused, Some(Stale::WrongArena | Stale::NeverIssued)), "{refused:?}");
     }
     handles.sort_unstable();
     handles.dedup();
-    assert_eq!(handles.len(), CROWD);
+    assert_eq!(handles.len(), LIVE_ARENAS);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Many threads at once, for what loom's small worlds cannot hold. Nothing here depends on timing; a race that does not
+//! Races of many threads, too large for loom. Nothing here depends on timing; a race that does not
 //! happen just proves less.
 #![cfg(not(loom))]
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails, in helpers too")]
@@ -43,7 +43,7 @@ fn of_n_concurrent_releases_exactly_one_is_last() {
         let releases = together(|n| {
             let release = shares[n].lock().unwrap().take().unwrap().release();
             if release == Release::Last {
-                // Property 9: from the one who was last on, nobody acquires.
+                // Property 9: after the last release no acquire succeeds.
                 assert_eq!(arena.acquire(handle).err(), Some(Stale::Dying));
             }
             release
@@ -83,7 +83,7 @@ fn acquire_against_release_never_resurrects() {
     }
 }
 
-/// A value that must be what its handle says.
+/// A value that knows its handle.
 struct Named(u64, Arc<AtomicUsize>);
 
 impl Drop for Named {
@@ -93,7 +93,7 @@ impl Drop for Named {
 }
 
 #[test]
-fn a_handle_gives_its_own_object_or_an_error_while_slots_are_used_again() {
+fn a_handle_resolves_to_its_own_object_or_an_error_while_slots_are_reused() {
     const ROUNDS: usize = 3_000;
     let arena: Arena<Named> = Arena::with_config(ArenaConfig {
         generation_bits: 12,
@@ -122,11 +122,14 @@ fn a_handle_gives_its_own_object_or_an_error_while_slots_are_used_again() {
                         seen.get(seen.len().wrapping_sub(1 + round % 9)).copied()
                     };
                     let Some(handle) = handle else { continue };
-                    let holder = Holder::new(HolderKind::Iterator, 1);
+                    let holder = Holder::new("iterator", 1);
                     if let Ok(held) = arena.acquire_held(handle, holder) {
                         assert_eq!(held.0, handle.to_u64());
                         assert!(
-                            arena.holders(handle).iter().any(|h| h.kind == HolderKind::Iterator)
+                            arena
+                                .holders(handle)
+                                .iter()
+                                .any(|h| h.kind == HolderKind::new("iterator"))
                         );
                         own = Some(held.into_strong());
                     }
@@ -169,7 +172,7 @@ impl Drop for Link {
 }
 
 #[test]
-fn an_orphaned_arena_is_emptied_by_its_releasers_together() {
+fn concurrent_releases_empty_an_orphaned_arena() {
     const CHAIN: usize = 200;
     for _ in 0..50 {
         let arena = Arena::new(NODE);
@@ -190,7 +193,7 @@ fn an_orphaned_arena_is_emptied_by_its_releasers_together() {
             }
             chains[n].lock().unwrap().take();
         });
-        // Whoever drained has returned, so all are gone.
+        // The draining thread has returned, so all are dropped.
         assert_eq!(drops.load(Ordering::Relaxed), THREADS * CHAIN);
         assert_eq!(Arc::strong_count(&drops), 1);
     }

@@ -1,7 +1,8 @@
-//! QEMU's block layer as a library: opens disk images as a graph of counted nodes, reads, writes and changes them while they
-//! are in use.
+//! QEMU's block layer as a library: opens disk images as a graph of counted nodes, reads, writes
+//! and changes them while they are in use.
 //!
-//! This crate holds no code of its own. It re-exports the crates that do the work, so that one dependency is enough:
+//! This crate holds no code of its own. It re-exports the crates that do the work, so that one
+//! dependency is enough:
 //!
 //! | module | crate | what it holds |
 //! |---|---|---|
@@ -14,8 +15,9 @@
 //!
 //! # Open an image, read and write it
 //!
-//! A [`Graph`](prelude::Graph) owns all nodes. Options are QEMU's (`blockdev-add`), as `key=value,…` or JSON. A
-//! [`Backend`](prelude::Backend) is what a device, a job or a program does its I/O through.
+//! A [`Graph`](prelude::Graph) owns all nodes. Options are QEMU's (`blockdev-add`), as
+//! `key=value,…` or JSON. A [`Backend`](prelude::Backend) is what a device, a job or a program does
+//! its I/O through.
 //!
 //! ```
 //! use bds::prelude::*;
@@ -36,7 +38,7 @@
 //!     let disk = graph.open(Options::parse(&options)?).await?;
 //!     let backend = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
 //!     backend.write(4096, vec![0xa5; 512].into(), WriteFlags::empty()).await?;
-//!     backend.flush().await?; // what ended before is durable now
+//!     backend.flush().await?; // writes that completed before are durable now
 //!
 //!     let buf = Buf::zeroed(512, 512);
 //!     backend.read(4096, buf.iov()).await?;
@@ -51,8 +53,9 @@
 //!
 //! # References and handles
 //!
-//! [`NodeRef`](prelude::NodeRef) is a counted reference; [`NodeId`](prelude::NodeId) is 64 bits that keep nothing alive. After
-//! the last reference is released, the id is stale for ever and every use of it is an error.
+//! [`NodeRef`](prelude::NodeRef) is a counted reference; [`NodeId`](prelude::NodeId) is 64 bits
+//! that keep nothing alive. After the last reference is released, the id is stale for ever and
+//! every use of it is an error.
 //!
 //! ```
 //! use bds::prelude::*;
@@ -72,11 +75,11 @@
 //! # }
 //! ```
 //!
-//! # An overlay, and a live snapshot
+//! # An overlay
 //!
-//! Names stored inside an image (backing files) are opened only if the graph's
-//! [`ReferenceGate`](core::graph::ReferenceGate) allows it; the default refuses. Here the backing node is named by the program. A
-//! live snapshot is a graph change: all users of the node use the new overlay from one moment on, with requests in flight.
+//! An overlay stores what differs from its backing image. Names stored inside an image (backing
+//! files) are opened only if the graph's [`ReferenceGate`](core::graph::ReferenceGate) allows it;
+//! the default refuses. Here the program itself names the backing node.
 //!
 //! ```
 //! use bds::prelude::*;
@@ -86,18 +89,55 @@
 //! # let file = |name: &str| dir.path().join(name).display().to_string();
 //! # let (base_path, top_path) = (file("base.qcow2"), file("top.qcow2"));
 //! # let graph = Graph::new(GraphConfig::new(std::sync::Arc::new(bds::drivers::registry())));
-//! # let image = |path: &str, options: &str| -> Result<NewImage, bds::core::Error> {
-//! #     Ok(NewImage { format: "qcow2".into(), path: path.into(), options: Options::parse(options)?, skip_backing: true })
+//! bds::io::block_on(async {
+//!     let base = format!("driver=qcow2,node-name=base,file.driver=file,file.filename={base_path}");
+//!     let top = format!("driver=qcow2,backing=base,file.driver=file,file.filename={top_path}");
+//!     for (path, options) in [
+//!         (&base_path, "size=1M".to_owned()),
+//!         (&top_path, format!("size=1M,backing_file={base_path},backing_fmt=qcow2")),
+//!     ] {
+//!         let (format, path) = ("qcow2".into(), path.into());
+//!         let options = Options::parse(&options)?;
+//!         graph.create_image(NewImage { format, path, options, skip_backing: true }).await?;
+//!     }
+//!     let base = graph.open(Options::parse(&base)?).await?;
+//!     let top = graph.open(Options::parse(&top)?).await?;
+//!     drop(base); // the edge from 'top' holds it now
+//!
+//!     let backend = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
+//!     backend.write(0, vec![1; 512].into(), WriteFlags::empty()).await?; // stored in 'top'
+//!     assert_eq!(graph.nodes().len(), 4); // two images, two files
+//!     Ok(())
+//! })
+//! # }
+//! ```
+//!
+//! # A live snapshot
+//!
+//! A snapshot is a graph change: all users of the node use the new overlay from one moment on, with
+//! requests in flight. A list of edits takes effect as a whole or not at all.
+//!
+//! ```
+//! use bds::prelude::*;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let dir = tempfile::tempdir()?;
+//! # let file = |name: &str| dir.path().join(name).display().to_string();
+//! # let (base_path, top_path) = (file("base.qcow2"), file("top.qcow2"));
+//! # let graph = Graph::new(GraphConfig::new(std::sync::Arc::new(bds::drivers::registry())));
+//! # let image = |path: &str| -> Result<NewImage, bds::core::Error> {
+//! #     let (format, path) = ("qcow2".into(), path.into());
+//! #     Ok(NewImage { format, path, options: Options::parse("size=1M")?, skip_backing: true })
 //! # };
 //! bds::io::block_on(async {
-//!     graph.create_image(image(&base_path, "size=1M")?).await?;
+//!     graph.create_image(image(&base_path)?).await?;
 //!     let open = format!("driver=qcow2,node-name=base,file.driver=file,file.filename={base_path}");
 //!     let base = graph.open(Options::parse(&open)?).await?;
 //!     let backend = Backend::new(&base, BackendOptions { writable: true, ..Default::default() })?;
 //!     backend.write(0, vec![1; 4096].into(), WriteFlags::empty()).await?;
 //!
-//!     // The snapshot: 'base' keeps what it holds, writes go to 'top'.
-//!     graph.create_image(image(&top_path, "size=1M")?).await?;
+//!     // The snapshot: 'base' keeps its data, writes go to 'top'.
+//!     graph.create_image(image(&top_path)?).await?;
 //!     let open = format!("driver=qcow2,node-name=top,file.driver=file,file.filename={top_path}");
 //!     let top = graph.open(Options::parse(&open)?).await?;
 //!     graph.change().append(&base, &top).commit().await?;
@@ -114,8 +154,8 @@
 //!
 //! # Convert
 //!
-//! [`copy`](core::copy::copy) is the engine of `bds convert`: holes are not read, zeros are not written where the target reads as
-//! zeros, several pieces are in flight.
+//! [`copy`](core::copy::copy) is the engine of `bds convert`: holes are not read, zeros are not
+//! written where the target reads as zeros, several pieces are in flight.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -143,8 +183,8 @@
 //!
 //! # In an event loop
 //!
-//! A [`Context`](io::Context) is one thread's executor, engine and clock. Its descriptor is readable when it has something to do,
-//! so it fits any loop around `poll` or `epoll`.
+//! A [`Context`](io::Context) is one thread's executor, engine and clock. Its descriptor is
+//! readable when it has something to do, so it fits any loop around `poll` or `epoll`.
 //!
 //! ```
 //! use std::os::fd::BorrowedFd;
@@ -159,12 +199,12 @@
 //! # let graph = Graph::new(GraphConfig::new(Arc::new(bds::drivers::registry())));
 //! let context = Context::new(ContextOptions::default())?;
 //! let done = Arc::new(AtomicBool::new(false));
-//! let tell = Arc::clone(&done);
+//! let set_done = Arc::clone(&done);
 //! let work = context.spawn(async move {
 //!     let disk = graph.open(Options::parse("driver=mem,size=1M")?).await?;
 //!     let backend = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
 //!     backend.write(0, vec![1; 512].into(), WriteFlags::empty()).await?;
-//!     tell.store(true, Ordering::Release);
+//!     set_done.store(true, Ordering::Release);
 //!     Ok::<(), bds::core::Error>(())
 //! });
 //!
@@ -181,8 +221,8 @@
 //!
 //! # Under tokio
 //!
-//! The futures run on any executor. Where the polling thread has no Context, operations go to one background Context that all
-//! such threads share.
+//! The futures run on any executor. Where the polling thread has no Context, operations go to one
+//! background Context that all such threads share.
 //!
 //! ```
 //! use bds::prelude::*;
@@ -205,9 +245,10 @@
 //!
 //! # Share buffers with a VM's guest
 //!
-//! An operation in flight owns its [`IoVec`](prelude::IoVec): a list of segments, each with an anchor that keeps the memory
-//! mapped. A VMM makes its segments out of guest memory and hands over the mapping as the anchor; nothing is copied, and dropping
-//! or forgetting a request's future at any await is sound.
+//! An operation in flight owns its [`IoVec`](prelude::IoVec): a list of segments, each with an
+//! anchor that keeps the memory mapped. A VMM makes its segments out of guest memory and hands over
+//! the mapping as the anchor; nothing is copied, and dropping or forgetting a request's future at
+//! any await is sound.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -222,8 +263,9 @@
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let graph = Graph::new(GraphConfig::new(Arc::new(bds::drivers::registry())));
 //! let memory = Arc::new(GuestMemory((0..65536).map(|_| 0.into()).collect()));
-//! let descriptor = (4096, 512); // as the guest's queue says it; check it against the memory's length
-//! // SAFETY: the range lies inside the memory, which lives as long as the anchor; no references to it exist.
+//! let descriptor = (4096, 512); // from the guest's queue; check it against the memory's length
+//! // SAFETY: the range lies inside the memory, which lives as long as the anchor; no references to
+//! // it exist.
 //! let iov = unsafe {
 //!     IoVec::from_raw(memory.clone(), memory.0[descriptor.0].get(), descriptor.1)
 //! };
@@ -259,3 +301,8 @@ pub mod prelude {
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]
 struct ReadmeOfTheProject;
+
+/// The lines of the crate's README, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct ReadmeOfTheCrate;

@@ -1,7 +1,7 @@
-//! The cases: what is run, by whom, and what we aim at.
+//! Defines the benchmark cases: commands, contestants and targets.
 
-use super::Stage;
 use super::images::{CHAINS, Prepare};
+use super::stage::Stage;
 
 /// How the cost is read.
 #[derive(Clone, Copy, Debug)]
@@ -12,15 +12,15 @@ pub(crate) enum Measured {
     Seconds,
 }
 
-/// One who runs.
+/// One program under measurement.
 #[derive(Debug)]
 pub(crate) struct Contestant {
-    pub(crate) who: String,
+    pub(crate) name: String,
     pub(crate) before: Vec<Prepare>,
     pub(crate) command: Vec<String>,
 }
 
-/// One question.
+/// One comparison: a row of the table.
 #[derive(Debug)]
 pub(crate) struct Case {
     pub(crate) name: String,
@@ -57,9 +57,9 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    fn words(&self, tool: &str, more: &[&str]) -> Vec<String> {
+    fn arguments(&self, tool: &str, more: &[&str]) -> Vec<String> {
         let (count, depth) = (self.count.to_string(), self.depth.to_string());
-        let mut words = vec![
+        let mut arguments = vec![
             tool,
             "bench",
             "-c",
@@ -73,17 +73,17 @@ impl Bench<'_> {
             "-f",
             self.format,
         ];
-        words.extend(more);
-        words.extend(self.extra);
-        words.push(self.image);
-        words.into_iter().map(str::to_owned).collect()
+        arguments.extend(more);
+        arguments.extend(self.extra);
+        arguments.push(self.image);
+        arguments.into_iter().map(str::to_owned).collect()
     }
 
-    fn bds(&self, stage: &Stage, who: &str, more: &[&str]) -> Contestant {
+    fn bds(&self, stage: &Stage, name: &str, more: &[&str]) -> Contestant {
         Contestant {
-            who: who.to_owned(),
+            name: name.to_owned(),
             before: Vec::new(),
-            command: self.words(&stage.bds, more),
+            command: self.arguments(&stage.bds, more),
         }
     }
 
@@ -95,9 +95,9 @@ impl Bench<'_> {
             &["threads", "io_uring"]
         };
         let contestant = |mode: &&str| Contestant {
-            who: (*mode).to_owned(),
+            name: (*mode).to_owned(),
             before: Vec::new(),
-            command: self.words("qemu-img", &["-i", mode]),
+            command: self.arguments("qemu-img", &["-i", mode]),
         };
         modes.iter().map(contestant).collect()
     }
@@ -110,10 +110,10 @@ impl Bench<'_> {
     }
 }
 
-/// Both tools' words for the same work; ours first.
+/// The same command for both tools, ours first.
 fn both(stage: &Stage, args: &[&str], before: &[Prepare]) -> Vec<Contestant> {
-    let contestant = |who: &str, tool: &str| Contestant {
-        who: who.to_owned(),
+    let contestant = |name: &str, tool: &str| Contestant {
+        name: name.to_owned(),
         before: before.to_vec(),
         command: std::iter::once(tool).chain(args.iter().copied()).map(str::to_owned).collect(),
     };
@@ -153,7 +153,7 @@ fn cached_reads(stage: &Stage, cases: &mut Vec<Case>) {
     };
     let mut case = bench.case(stage, "read 4k cached depth 32, two threads".into(), "speed >= 2.5");
     case.contestants.insert(0, bench.bds(stage, "bds", &["--threads", "2"]));
-    case.contestants[1].who = "bds one thread".into();
+    case.contestants[1].name = "bds one thread".into();
     cases.push(case);
 }
 
@@ -183,18 +183,18 @@ fn direct_reads(stage: &Stage, cases: &mut Vec<Case>) {
     };
     let mut case = bench.case(stage, "read 4k O_DIRECT depth 32, two threads".into(), "not behind");
     case.contestants.insert(0, bench.bds(stage, "bds", &["--threads", "2"]));
-    case.contestants[1].who = "bds one thread".into();
+    case.contestants[1].name = "bds one thread".into();
     cases.push(case);
 }
 
 /// A fresh "w.qcow2".
 fn create(stage: &Stage, more: &[&str], size: &str) -> Vec<Prepare> {
-    let mut words = vec![stage.bds.as_str(), "create", "-q", "-f", "qcow2"];
-    words.extend(more);
-    words.extend(["w.qcow2", size]);
+    let mut arguments = vec![stage.bds.as_str(), "create", "-q", "-f", "qcow2"];
+    arguments.extend(more);
+    arguments.extend(["w.qcow2", size]);
     vec![
         Prepare::Remove("w.qcow2".into()),
-        Prepare::Run(words.into_iter().map(str::to_owned).collect()),
+        Prepare::Run(arguments.into_iter().map(str::to_owned).collect()),
     ]
 }
 
@@ -228,7 +228,8 @@ fn writes(stage: &Stage, cases: &mut Vec<Case>) {
     );
 }
 
-/// Allocating writes all over an image whose tables are few: each changes another table than the one before.
+/// Allocating writes all over an image whose tables are few: each changes another table than the
+/// one before.
 fn scattered_writes(stage: &Stage, cases: &mut Vec<Case>) {
     let mut push = |name: &str, target, before: Vec<Prepare>| {
         // An odd number of clusters, 0.38 of the image: no cluster twice.
@@ -267,7 +268,8 @@ fn compressed_reads(stage: &Stage, cases: &mut Vec<Case>) {
             image: &image,
         };
         cases.push(sequential.case(stage, format!("read 4k {codec} sequential"), "speed >= 5"));
-        // A prime number of clusters and one block further: no cluster is asked twice before all were.
+        // A prime number of clusters and one block further: no cluster is asked twice before all
+        // were.
         let random =
             Bench { count: scaled(stage, 20_000), extra: &["-S", "87494656"], ..sequential };
         cases.push(random.case(stage, format!("read 4k {codec} scattered"), "<= 0.65 of the CPU"));

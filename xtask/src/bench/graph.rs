@@ -1,7 +1,9 @@
-//! The graph with many nodes, long chains, and changes under load; beside qemu-storage-daemon where that can do the same.
+//! Measures the graph: many nodes, long chains, changes under load; beside qemu-storage-daemon
+//! where it has the same operation.
 //!
-//! Both run in turn, again and again; medians with minimum and maximum. The daemon is asked over QMP, which costs it and its
-//! client about 0.05 ms a command on an idle machine: part of its figures, not of ours.
+//! Both run in turn, again and again; medians with minimum and maximum. The daemon is asked over
+//! QMP, which costs it and its client about 0.05 ms a command on an idle machine: part of its
+//! figures, not of ours.
 
 use std::path::Path;
 use std::process::Command;
@@ -9,11 +11,11 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use super::Stage;
 use super::qmp::Daemon;
+use super::stage::Stage;
 use crate::run::{cargo, output, run, say, which};
 
-/// One row: what is measured, in which unit, and who was how good in each round.
+/// One row: what is measured, in which unit, and both results of each round.
 struct Row {
     name: String,
     unit: &'static str,
@@ -43,7 +45,7 @@ impl Table {
                 true => "-".into(),
                 false => format!("{:.0}", spread(theirs).0 / spread(ours).0),
             };
-            let (ours, theirs) = (words(ours, unit), words(theirs, unit));
+            let (ours, theirs) = (summary(ours, unit), summary(theirs, unit));
             text.push_str(&format!("| {name} | {ours} | {theirs} | {ratio} |\n"));
         }
         text
@@ -58,7 +60,7 @@ fn spread(values: &[f64]) -> (f64, f64, f64) {
     (at(values.len() / 2), at(0), at(values.len().saturating_sub(1)))
 }
 
-fn words(values: &[f64], unit: &str) -> String {
+fn summary(values: &[f64], unit: &str) -> String {
     if values.is_empty() {
         return "-".into();
     }

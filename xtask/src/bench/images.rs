@@ -1,10 +1,11 @@
-//! The images the benches read, made once a run with bds itself (so that the benches also run where qemu-img is missing).
+//! Makes the images that the benches read, once a run and with bds itself, so that the benches also
+//! run where qemu-img is missing.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::process::Command;
 
-use super::Stage;
+use super::stage::Stage;
 use crate::run::output;
 
 /// Length of the dense disk.

@@ -1,7 +1,7 @@
 //! Touches free memory before a case.
 //!
-//! A virtual machine gets its pages from the host when they are first written to, which costs up to four times the work itself. Without
-//! this the contestant that runs first pays for all of them.
+//! A virtual machine gets its pages from the host when they are first written to, which costs up to
+//! four times the work itself. Without this the contestant that runs first pays for all of them.
 
 use std::hint::black_box;
 

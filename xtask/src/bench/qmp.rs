@@ -1,4 +1,4 @@
-//! qemu-storage-daemon over its QMP socket: just enough to ask it what our graph is asked.
+//! Sends commands to qemu-storage-daemon over its QMP socket: those that the graph benches need.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;

@@ -1,6 +1,7 @@
 //! Counts the flushes of a command.
 //!
-//! A sync by io_uring is no system call, so `strace` does not see it. The file system's tracepoint does, through `perf stat`.
+//! A sync by io_uring is no system call, so `strace` does not see it. The file system's tracepoint
+//! does, through `perf stat`.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -11,7 +12,8 @@ use crate::run::which;
 const EVENTS: [(&str, &str); 3] =
     [("ext4", "ext4_sync_file_enter"), ("xfs", "xfs_file_fsync"), ("btrfs", "btrfs_sync_file")];
 
-/// Runs `command` in `dir` once; how often it synced a file. `None`: it failed, or this machine cannot count.
+/// Runs `command` in `dir` once; how often it synced a file. `None`: it failed, or this machine
+/// cannot count.
 pub(super) fn count(command: &[String], dir: &Path) -> Option<u64> {
     which("perf")?;
     let has = |event: &(&str, &str)| {

@@ -1,7 +1,7 @@
-//! One row a case: medians, spread, ratios.
+//! Formats results as a table, one row a case: medians, spread, ratios.
 
-use super::Runs;
 use super::cases::{Case, Measured};
+use super::stage::Runs;
 
 /// The table's head.
 pub(crate) const HEAD: &str = "\
@@ -9,18 +9,19 @@ pub(crate) const HEAD: &str = "\
 |---|---|---|---|---|---|---|---|---|---|
 ";
 
-/// The row of one case. The first contestant is ours; extra ones whose name starts with "bds" follow in the first column.
+/// The row of one case. The first contestant is ours; extra ones whose name starts with "bds"
+/// follow in the first column.
 pub(crate) fn row(case: &Case, runs: &[Runs]) -> String {
     let Some((ours, others)) = runs.split_first() else { return String::new() };
-    let own: Vec<&Runs> = others.iter().filter(|r| r.who.starts_with("bds")).collect();
+    let own: Vec<&Runs> = others.iter().filter(|r| r.name.starts_with("bds")).collect();
     let theirs = others
         .iter()
-        .filter(|r| !r.who.starts_with("bds") && !r.costs.is_empty())
+        .filter(|r| !r.name.starts_with("bds") && !r.costs.is_empty())
         .min_by(|a, b| seconds(a).total_cmp(&seconds(b)));
     let mut first = speed(case, ours);
     for extra in own {
         let ratio = seconds(extra) / seconds(ours);
-        first = format!("{first}; {}: {} (ratio {ratio:.2})", extra.who, speed(case, extra));
+        first = format!("{first}; {}: {} (ratio {ratio:.2})", extra.name, speed(case, extra));
     }
     let Some(theirs) = theirs else {
         return format!(
@@ -36,7 +37,7 @@ pub(crate) fn row(case: &Case, runs: &[Runs]) -> String {
         "| {} | {first} | {} {} | {:.2} | {} | {} | {:.2} | {} / {} | {} | {} |",
         case.name,
         speed(case, theirs),
-        theirs.who,
+        theirs.name,
         seconds(theirs) / seconds(ours),
         cpu(case, ours),
         cpu(case, theirs),

@@ -1,18 +1,26 @@
-//! `cargo xtask tidy`: the house rules that no compiler checks.
+//! `cargo xtask tidy`: checks the project's rules that no compiler checks.
 //!
-//! Crate arrows as ARCHITECTURE.md draws them, `//!` openings, where unsafe lives, lengths (a ratchet: what is too long
-//! today may only shrink), and words that mean "unfinished". What a file contains is read by [`source`].
+//! Files: `//!` openings, where unsafe lives, lengths, words that mean "unfinished", listed words
+//! and wide comments. Crates: arrows as ARCHITECTURE.md draws them, dependencies, what publishing
+//! needs, circles of imports. What is over a limit today stands in `xtask/ratchet.toml` and may
+//! only shrink.
 
+mod circles;
+mod modules;
+mod packages;
 mod source;
+mod words;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use self::circles::Imports;
 use self::source::Source;
-use crate::run::{cargo, output, root, say};
+use self::words::WordList;
+use crate::run::{root, say};
 
 /// Code and docs of a file, without its tests.
 const MAX_FILE_LINES: usize = 700;
@@ -20,8 +28,21 @@ const MAX_FILE_LINES: usize = 700;
 const MAX_FN_LINES: usize = 70;
 /// The crates that may contain unsafe code.
 const UNSAFE_CRATES: [&str; 2] = ["bds-refcount", "bds-io"];
+/// How many findings of one kind are printed when there are more than the ratchet allows.
+const MAX_SHOWN: usize = 20;
 
-/// What is longer than the limit today, and how long. Numbers here may shrink, never grow.
+/// What is printed although it is allowed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Show {
+    /// The files of the largest circle of each crate.
+    pub(crate) circles: bool,
+    /// All listed words.
+    pub(crate) words: bool,
+    /// All wide comments.
+    pub(crate) wide: bool,
+}
+
+/// What is over a limit today, and by how much. Numbers here may shrink, never grow.
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Ratchet {
@@ -29,16 +50,37 @@ struct Ratchet {
     files: BTreeMap<String, usize>,
     #[serde(default)]
     functions: BTreeMap<String, usize>,
+    /// Files in the largest circle of imports, for a crate or a folder of one.
+    #[serde(default)]
+    circles: BTreeMap<String, usize>,
+    /// Listed words, for a crate.
+    #[serde(default)]
+    words: BTreeMap<String, usize>,
+    /// Wide comments, for a crate.
+    #[serde(default)]
+    wide_comments: BTreeMap<String, usize>,
+}
+
+/// A file of the workspace.
+#[derive(Debug)]
+struct Text {
+    /// Its path from the root.
+    name: String,
+    text: String,
 }
 
 /// Checks everything and lists all findings.
-pub(crate) fn tidy() -> Result<(), String> {
+pub(crate) fn tidy(show: Show) -> Result<(), String> {
     let mut findings = Vec::new();
-    arrows(&mut findings)?;
     let ratchet = load_ratchet()?;
-    for file in sources()? {
-        check_file(&file, &ratchet, &mut findings)?;
+    let (code, others): (Vec<Text>, Vec<Text>) =
+        files()?.into_iter().partition(|file| is_code(&file.name));
+    packages::check(&code, &mut findings)?;
+    for file in &code {
+        check_text(&file.name, &file.text, &ratchet, &mut findings);
     }
+    check_circles(&code, &ratchet, show.circles, &mut findings)?;
+    check_words(&code, &others, &ratchet, show, &mut findings)?;
     if findings.is_empty() {
         return Ok(());
     }
@@ -48,39 +90,106 @@ pub(crate) fn tidy() -> Result<(), String> {
     Err(format!("{} findings", findings.len()))
 }
 
-/// Fails on a dependency between our crates that ARCHITECTURE.md does not draw.
-fn arrows(findings: &mut Vec<String>) -> Result<(), String> {
-    let drawn = drawn_arrows(&read(&root().join("ARCHITECTURE.md"))?);
-    let metadata = output(cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?;
-    let metadata: serde_json::Value = serde_json::from_str(&metadata).map_err(|e| e.to_string())?;
-    let packages = metadata["packages"].as_array().cloned().unwrap_or_default();
-    let names: BTreeSet<&str> = packages.iter().filter_map(|p| p["name"].as_str()).collect();
-    for package in &packages {
-        let from = package["name"].as_str().unwrap_or_default();
-        for dependency in package["dependencies"].as_array().into_iter().flatten() {
-            let to = dependency["name"].as_str().unwrap_or_default();
-            let is_dev = dependency["kind"].as_str() == Some("dev");
-            if names.contains(to) && !is_dev && !drawn.contains(&(from.to_owned(), to.to_owned())) {
-                findings.push(format!("{from} -> {to}: ARCHITECTURE.md draws no such arrow"));
+/// Rust files that the workspace compiles.
+fn is_code(name: &str) -> bool {
+    name.ends_with(".rs") && (name.starts_with("crates/") || name.starts_with("xtask/"))
+}
+
+/// Compares the largest circle of imports of each crate, and of each folder that the ratchet names,
+/// with the ratchet.
+fn check_circles(
+    code: &[Text],
+    ratchet: &Ratchet,
+    is_shown: bool,
+    findings: &mut Vec<String>,
+) -> Result<(), String> {
+    let mut texts: BTreeMap<&str, BTreeMap<String, String>> = BTreeMap::new();
+    for file in code {
+        let of_crate = texts.entry(crate_of(&file.name)).or_default();
+        of_crate.insert(file.name.clone(), file.text.clone());
+    }
+    for (name, texts) in &texts {
+        let folder = if *name == "xtask" { "xtask".to_owned() } else { format!("crates/{name}") };
+        let roots = ["lib.rs", "main.rs"].map(|root| format!("{folder}/src/{root}"));
+        let Some(root) = roots.iter().find(|root| texts.contains_key(*root)) else { continue };
+        let imports = Imports::read(root, texts)?;
+        let parts = ratchet.circles.keys().filter_map(|key| key.split_once('/'));
+        let parts = parts.filter(|(of, _)| of == name).map(|(_, part)| part);
+        for part in std::iter::once("src").chain(parts) {
+            let key = if part == "src" { (*name).to_owned() } else { format!("{name}/{part}") };
+            let circle = imports.largest_circle(&format!("{folder}/{part}/"));
+            let allowed = ratchet.circles.get(&key).copied().unwrap_or(0);
+            let line =
+                format!("{key}: {} files import each other, at most {allowed}", circle.len());
+            if circle.len() > allowed {
+                findings.push(line);
+                findings.extend(circle.lines());
+            } else {
+                say(&line);
+                circle.lines().filter(|_| is_shown).for_each(|line| say(&line));
             }
         }
     }
     Ok(())
 }
 
-/// Lines `a -> b, c` of the block fenced as "```arrows".
-fn drawn_arrows(text: &str) -> BTreeSet<(String, String)> {
-    let block = text
-        .split("```arrows")
-        .nth(1)
-        .and_then(|rest| rest.split("```").next())
-        .unwrap_or_default();
-    let lines = block.lines().filter_map(|line| line.split_once("->"));
-    lines
-        .flat_map(|(from, to)| {
-            to.split(',').map(move |to| (from.trim().to_owned(), to.trim().to_owned()))
-        })
-        .collect()
+/// Compares the numbers of listed words and of wide comments of each crate with the ratchet.
+fn check_words(
+    code: &[Text],
+    others: &[Text],
+    ratchet: &Ratchet,
+    show: Show,
+    findings: &mut Vec<String>,
+) -> Result<(), String> {
+    let path = root().join("xtask/words.toml");
+    let mut list: WordList =
+        toml::from_str(&read(&path)?).map_err(|e| format!("{}: {e}", path.display()))?;
+    let mut listed: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    let mut wide: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    for file in code.iter().chain(others) {
+        let key = crate_of(&file.name);
+        listed.entry(key).or_default().extend(list.findings(&file.name, &file.text));
+        if file.name.ends_with(".rs") {
+            wide.entry(key).or_default().extend(words::wide_comments(&file.name, &file.text));
+        }
+    }
+    findings.extend(list.faults());
+    counted("listed words", &listed, &ratchet.words, show.words, findings);
+    counted("wide comments", &wide, &ratchet.wide_comments, show.wide, findings);
+    Ok(())
+}
+
+/// Adds what is more than the ratchet allows to the findings.
+fn counted(
+    what: &str,
+    found: &BTreeMap<&str, Vec<String>>,
+    ratchet: &BTreeMap<String, usize>,
+    is_shown: bool,
+    findings: &mut Vec<String>,
+) {
+    for (key, places) in found {
+        let allowed = ratchet.get(*key).copied().unwrap_or(0);
+        let line = format!("{key}: {} {what}, at most {allowed}", places.len());
+        if is_shown {
+            places.iter().for_each(|place| say(place));
+        }
+        if places.len() > allowed {
+            findings.extend(places.iter().take(MAX_SHOWN).filter(|_| !is_shown).cloned());
+            findings.push(line);
+        } else if allowed > 0 || is_shown {
+            say(&line);
+        }
+    }
+}
+
+/// The crate of a file; `docs` for what belongs to none.
+fn crate_of(name: &str) -> &str {
+    let mut parts = name.split('/');
+    match (parts.next(), parts.next()) {
+        (Some("crates"), Some(name)) => name,
+        (Some(name @ ("xtask" | "fuzz")), _) => name,
+        _ => "docs",
+    }
 }
 
 fn load_ratchet() -> Result<Ratchet, String> {
@@ -91,37 +200,36 @@ fn load_ratchet() -> Result<Ratchet, String> {
     toml::from_str(&read(&path)?).map_err(|e| format!("{}: {e}", path.display()))
 }
 
-/// Every Rust file below `crates/` and `xtask/`.
-fn sources() -> Result<Vec<PathBuf>, String> {
+/// Rust code, manifests and documents of the project, by name.
+fn files() -> Result<Vec<Text>, String> {
     let mut found = Vec::new();
-    let mut todo = vec![root().join("crates"), root().join("xtask")];
-    while let Some(dir) = todo.pop() {
-        for entry in fs::read_dir(&dir).map_err(|e| format!("{}: {e}", dir.display()))? {
+    let mut todo: Vec<PathBuf> =
+        ["crates", "docs", "fuzz", "xtask"].map(|name| root().join(name)).into();
+    todo.push(root());
+    while let Some(folder) = todo.pop() {
+        for entry in fs::read_dir(&folder).map_err(|e| format!("{}: {e}", folder.display()))? {
             let path = entry.map_err(|e| e.to_string())?.path();
-            if path.is_dir() {
+            let is_text =
+                path.extension().is_some_and(|e| ["rs", "md", "toml"].iter().any(|t| e == *t));
+            let name = path.strip_prefix(root()).unwrap_or(&path).display().to_string();
+            if path.is_dir() && folder != root() && !path.ends_with("target") {
                 todo.push(path);
-            } else if path.extension().is_some_and(|e| e == "rs") {
-                found.push(path);
+            } else if is_text && name != "xtask/words.toml" {
+                let text = read(&path)?;
+                found.push(Text { name, text });
             }
         }
     }
-    found.sort();
+    found.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(found)
-}
-
-fn check_file(path: &Path, ratchet: &Ratchet, findings: &mut Vec<String>) -> Result<(), String> {
-    let text = read(path)?;
-    let name = path.strip_prefix(root()).unwrap_or(path).display().to_string();
-    check_text(&name, &text, ratchet, findings);
-    Ok(())
 }
 
 /// The rules for one file of this name.
 fn check_text(name: &str, text: &str, ratchet: &Ratchet, findings: &mut Vec<String>) {
     if !text.starts_with("//!") {
-        findings.push(format!("{name}: does not open with //! (what is this room for?)"));
+        findings.push(format!("{name}: does not open with //! (what is this file for?)"));
     }
-    words(name, text, findings);
+    unfinished(name, text, findings);
     let source = match Source::parse(text) {
         Ok(source) => source,
         Err(why) => return findings.push(format!("{name}:{why}")),
@@ -151,7 +259,7 @@ fn length(
     }
 }
 
-fn words(name: &str, text: &str, findings: &mut Vec<String>) {
+fn unfinished(name: &str, text: &str, findings: &mut Vec<String>) {
     if name == "xtask/src/tidy/mod.rs" {
         return; // it names them
     }
@@ -186,13 +294,6 @@ fn read(path: &Path) -> Result<String, String> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn arrows_are_read_from_the_fenced_block() {
-        let drawn = drawn_arrows("x\n```arrows\na -> b, c\nb -> c\n```\nz -> a");
-        let arrow = |a: &str, b: &str| (a.to_owned(), b.to_owned());
-        assert_eq!(drawn, BTreeSet::from([arrow("a", "b"), arrow("a", "c"), arrow("b", "c")]));
-    }
-
     fn findings(name: &str, text: &str) -> Vec<String> {
         let mut findings = Vec::new();
         check_text(name, text, &Ratchet::default(), &mut findings);
@@ -200,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn unsafe_is_found_outside_its_rooms_only() {
+    fn unsafe_is_found_outside_its_crates_only() {
         let text = "//! A file.\nfn f() {\n    g(\"x\", unsafe { h() });\n}\n";
         let wanted = "unsafe outside [\"bds-refcount\", \"bds-io\"]";
         for name in ["bds-core/src/a.rs", "bds-core/tests/a.rs", "bds-drivers/benches/a.rs"] {
@@ -215,8 +316,8 @@ mod tests {
 
     #[test]
     fn a_crates_root_forbids_unsafe_code() {
-        let told = findings("crates/bds-core/src/lib.rs", "//! A crate.\n");
-        assert_eq!(told, ["crates/bds-core/src/lib.rs: needs #![forbid(unsafe_code)]"]);
+        let found = findings("crates/bds-core/src/lib.rs", "//! A crate.\n");
+        assert_eq!(found, ["crates/bds-core/src/lib.rs: needs #![forbid(unsafe_code)]"]);
         let text = "//! A crate.\n#![forbid(unsafe_code)]\n";
         assert!(findings("crates/bds-core/src/lib.rs", text).is_empty());
     }
@@ -227,8 +328,8 @@ mod tests {
         let long = format!("pub(in crate::a) const extern \"C\" fn long() {{\n{body}}}\n");
         let tests = format!("#[cfg(test)]\nuse a::b;\n\n#[cfg(test)]\nmod tests {{\n{long}}}\n");
         let name = "crates/bds-core/src/a.rs";
-        let told = findings(name, &format!("//! A file.\n{tests}{long}"));
-        assert_eq!(told, [format!("{name}::long: 71 lines, at most 70")]);
+        let found = findings(name, &format!("//! A file.\n{tests}{long}"));
+        assert_eq!(found, [format!("{name}::long: 71 lines, at most 70")]);
         assert!(findings(name, &format!("//! A file.\n{tests}")).is_empty());
         assert!(findings("crates/bds-core/tests/a.rs", &format!("//! A file.\n{long}")).is_empty());
         let filler = "// a line\n".repeat(699);
@@ -236,28 +337,28 @@ mod tests {
             findings(name, &format!("//! A file.\n{filler}{tests}\n").replace("\n\n", "\n"))
                 .is_empty()
         );
-        let told = findings(
+        let found = findings(
             name,
             &format!("//! A file.\n{filler}{tests}fn f() {{}}\n").replace("\n\n", "\n"),
         );
-        assert_eq!(told, [format!("{name}: 701 lines, at most 700")]);
+        assert_eq!(found, [format!("{name}: 701 lines, at most 700")]);
     }
 
     #[test]
     fn a_file_that_is_no_rust_is_a_finding() {
-        let told = findings("crates/bds-core/src/a.rs", "//! A file.\nfn {}\n");
-        assert_eq!(told, ["crates/bds-core/src/a.rs:2:4: expected identifier"]);
+        let found = findings("crates/bds-core/src/a.rs", "//! A file.\nfn {}\n");
+        assert_eq!(found, ["crates/bds-core/src/a.rs:2:4: expected identifier"]);
     }
 
     #[test]
     fn unfinished_work_and_a_missing_opening_are_findings() {
-        let told = findings("crates/bds-core/src/a.rs", "fn f() {\n    todo!()\n}\n");
+        let found = findings("crates/bds-core/src/a.rs", "fn f() {\n    todo!()\n}\n");
         let name = "crates/bds-core/src/a.rs";
         let wanted = [
-            format!("{name}: does not open with //! (what is this room for?)"),
+            format!("{name}: does not open with //! (what is this file for?)"),
             format!("{name}:2: 'todo!(' means unfinished"),
         ];
-        assert_eq!(told, wanted);
+        assert_eq!(found, wanted);
     }
 
     #[test]
@@ -268,5 +369,30 @@ mod tests {
         length("old", 91, 70, &ratchet, &mut findings);
         length("new", 71, 70, &ratchet, &mut findings);
         assert_eq!(findings.len(), 2);
+    }
+
+    #[test]
+    fn more_than_the_ratchet_allows_is_a_finding() {
+        let found = BTreeMap::from([
+            ("a", vec!["x".to_owned(), "y".to_owned()]),
+            ("b", vec!["z".to_owned()]),
+        ]);
+        let ratchet = BTreeMap::from([("a".to_owned(), 2)]);
+        let mut findings = Vec::new();
+        counted("things", &found, &ratchet, false, &mut findings);
+        assert_eq!(findings, ["z", "b: 1 things, at most 0"]);
+    }
+
+    #[test]
+    fn files_belong_to_crates() {
+        for (name, of) in [
+            ("crates/bds-io/src/lib.rs", "bds-io"),
+            ("xtask/src/main.rs", "xtask"),
+            ("fuzz/Cargo.toml", "fuzz"),
+            ("docs/graph.md", "docs"),
+            ("README.md", "docs"),
+        ] {
+            assert_eq!(crate_of(name), of, "{name}");
+        }
     }
 }

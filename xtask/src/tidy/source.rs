@@ -1,8 +1,10 @@
-//! Parses one Rust file and finds what the rules are about: functions and their lengths, lines of test code, uses of `unsafe`.
+//! Parses one Rust file and returns what the rules need: functions and their lengths, lines of test
+//! code, uses of `unsafe`, identifiers.
 //!
-//! Functions and test code are read from the syntax tree, whatever stands before `fn` and wherever in the file it lies.
-//! `unsafe` is looked for among the tokens, so that macros are searched and strings and comments are not.
-//! Does not look into other files: `mod x;` below `#[cfg(test)]` is one line of test code here.
+//! Functions and test code are read from the syntax tree, whatever stands before `fn` and wherever
+//! in the file it lies. `unsafe` is looked for among the tokens, so that macros are searched and
+//! strings and comments are not. Does not look into other files: `mod x;` below `#[cfg(test)]` is
+//! one line of test code here.
 
 use proc_macro2::{Delimiter, Spacing, TokenStream, TokenTree};
 use syn::parse::{ParseStream, Parser};
@@ -13,7 +15,8 @@ use syn::{Attribute, Block, Meta, Signature};
 /// A file as far as the rules look at it.
 #[derive(Debug, Default)]
 pub(super) struct Source {
-    /// All functions with a body that are not test code, in the order of their beginnings: name and lines.
+    /// All functions with a body that are not test code, in the order of their beginnings: name and
+    /// lines.
     pub(super) functions: Vec<(String, usize)>,
     /// How many lines belong to items that are only compiled for tests.
     pub(super) test_lines: usize,
@@ -24,13 +27,13 @@ pub(super) struct Source {
 impl Source {
     /// Reads a file's text.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
-        let told = |error: syn::Error| {
+        let located = |error: syn::Error| {
             let at = error.span().start();
             format!("{}:{}: {error}", at.line, at.column + 1)
         };
         let mut found = Self::default();
-        found.visit_file(&syn::parse_file(text).map_err(told)?);
-        let tokens: TokenStream = text.parse().map_err(|error| told(syn::Error::from(error)))?;
+        found.visit_file(&syn::parse_file(text).map_err(located)?);
+        let tokens: TokenStream = text.parse().map_err(|error| located(syn::Error::from(error)))?;
         found.find_unsafe(tokens);
         found.unsafe_lines.dedup();
         Ok(found)
@@ -96,6 +99,24 @@ impl Source {
     }
 }
 
+/// All identifiers among the tokens of a file, with their lines. None if it is no Rust.
+pub(super) fn identifiers(text: &str) -> Vec<(usize, String)> {
+    fn collect(tokens: TokenStream, found: &mut Vec<(usize, String)>) {
+        for token in tokens {
+            match token {
+                TokenTree::Ident(name) => {
+                    found.push((name.span().start().line, name.to_string()));
+                }
+                TokenTree::Group(group) => collect(group.stream(), found),
+                _ => {}
+            }
+        }
+    }
+    let mut found = Vec::new();
+    collect(text.parse().unwrap_or_default(), &mut found);
+    found
+}
+
 impl<'ast> Visit<'ast> for Source {
     fn visit_item(&mut self, item: &'ast syn::Item) {
         self.enter(item, |this| visit::visit_item(this, item));
@@ -136,7 +157,7 @@ impl<'ast> Visit<'ast> for Source {
 }
 
 /// Do the attributes in front of a piece of code say that only tests compile it?
-fn is_test_only(tokens: TokenStream) -> bool {
+pub(super) fn is_test_only(tokens: TokenStream) -> bool {
     let attributes = |input: ParseStream<'_>| {
         let attributes = input.call(Attribute::parse_outer)?;
         input.parse::<TokenStream>()?; // the rest, which the parser must not leave

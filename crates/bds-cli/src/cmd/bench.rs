@@ -1,7 +1,8 @@
-//! `bench`: how fast an image is read or written.
+//! `bench`: measures how fast an image is read or written.
 //!
-//! `depth` workers on one thread each keep one request in flight, with one buffer each for the whole run. A worker asks for the
-//! inline answer first and loops over it; only what has to wait becomes a future. Threads share the requests.
+//! `depth` workers a thread keep one request each in flight, with one buffer each for the whole
+//! run. A worker tries the inline request first; only a request that has to wait becomes a future.
+//! The threads share the requests.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -17,13 +18,14 @@ use futures_util::stream::FuturesUnordered;
 use serde_json::json;
 
 use crate::args::Bench;
-use crate::image::{self, Spec};
+use crate::image;
+use crate::image_spec::{self, Spec};
 use crate::printer;
 
 /// Inline answers after which a worker lets the others run.
 const TURN_LEN: u32 = 64;
 
-/// What is to be done, in numbers.
+/// The checked arguments.
 #[derive(Clone, Debug)]
 struct Plan {
     count: u64,
@@ -49,14 +51,14 @@ pub(crate) fn run(args: &Bench) -> Result<()> {
         Context::new(ContextOptions::default()).map_err(|e| Error::io(e, "cannot start"))?;
     let graph = image::trusting_graph();
     let node = context.block_on(image::open(&graph, &spec))?;
-    let backend = Arc::new(image::enter(&node, plan.is_write)?);
+    let backend = Arc::new(image::backend(&node, plan.is_write)?);
     check_size(&plan, backend.len())?;
     if !args.quiet && !args.json {
         announce(&plan)?;
     }
     let took = if plan.threads == 1 {
         let began = Instant::now();
-        context.block_on(share(&backend, &plan, 0))?;
+        context.block_on(run_share(&backend, &plan, 0))?;
         began.elapsed()
     } else {
         on_threads(&backend, &plan)?
@@ -81,7 +83,7 @@ fn plan(args: &Bench) -> Result<Plan> {
         .field("aio", aio));
     }
     let len = super::size("buffer size", &args.buffer_size)?;
-    // A step of 0 is none of one's own, as in qemu-img.
+    // 0 means the default, as in qemu-img.
     let step = args.step_size.as_deref().map_or(Ok(len), |text| super::size("step size", text))?;
     let refuse = |words: &str| Err(Error::new(ErrorKind::InvalidInput, words));
     if args.count == 0 || args.depth == 0 || args.threads == 0 || len == 0 || len > 1 << 30 {
@@ -109,7 +111,7 @@ fn plan(args: &Bench) -> Result<Plan> {
         flush_interval: args.flush_interval,
         drains: !args.no_drain,
         threads: args.threads,
-        cache: image::cache_mode("-t", &args.cache)?,
+        cache: image_spec::cache_mode("-t", &args.cache)?,
     })
 }
 
@@ -149,7 +151,7 @@ fn print_result(plan: &Plan, took: Duration) -> Result<()> {
     }))
 }
 
-/// One Context a thread; all begin at the same moment.
+/// Runs the requests on several threads with a Context each, which begin at the same moment.
 fn on_threads(backend: &Arc<Backend>, plan: &Plan) -> Result<Duration> {
     let barrier = Arc::new(Barrier::new(plan.threads as usize + 1));
     let threads: Vec<_> = (0..plan.threads)
@@ -159,7 +161,7 @@ fn on_threads(backend: &Arc<Backend>, plan: &Plan) -> Result<Duration> {
                 let context = Context::new(ContextOptions::default());
                 barrier.wait();
                 let context = context.map_err(|e| Error::io(e, "cannot start a thread"))?;
-                context.block_on(share(&backend, &plan, number))
+                context.block_on(run_share(&backend, &plan, number))
             })
         })
         .collect();
@@ -175,8 +177,8 @@ fn on_threads(backend: &Arc<Backend>, plan: &Plan) -> Result<Duration> {
     outcome.map(|()| began.elapsed())
 }
 
-/// Where the next request goes, for the workers of one thread.
-struct Course {
+/// Generates the offsets of requests, for the workers of one thread.
+struct RequestOffsets {
     left: Cell<u64>,
     next: Cell<u64>,
     step: u64,
@@ -184,7 +186,7 @@ struct Course {
     image_len: u64,
 }
 
-impl Course {
+impl RequestOffsets {
     #[inline]
     fn next(&self) -> Option<u64> {
         let left = self.left.get().checked_sub(1)?;
@@ -202,19 +204,20 @@ impl Course {
     }
 }
 
-/// One thread's share of the requests.
-async fn share(backend: &Backend, plan: &Plan, number: u32) -> Result<()> {
+/// Runs one thread's share of the requests.
+async fn run_share(backend: &Backend, plan: &Plan, number: u32) -> Result<()> {
     let threads = u64::from(plan.threads);
     let each = plan.count / threads;
     let extra = u64::from(u64::from(number) < plan.count % threads);
     let image_len = backend.len();
-    // Shares begin as far apart as one share reaches, so that threads do not walk in each other's steps.
+    // Each share begins where the one before it ends, so that threads do not access the same
+    // blocks.
     let ahead = u128::from(number) * u128::from(each) * u128::from(plan.step);
-    let room = u128::from((image_len - plan.len).max(1));
-    let begin = (u128::from(plan.offset) + ahead) % room;
+    let span = u128::from((image_len - plan.len).max(1));
+    let begin = (u128::from(plan.offset) + ahead) % span;
     let begin = u64::try_from(begin).expect("below the image's length");
     let begin = if number == 0 { plan.offset } else { begin / plan.len * plan.len };
-    let course = Course {
+    let offsets = RequestOffsets {
         left: Cell::new(each + extra),
         next: Cell::new(begin),
         step: plan.step,
@@ -222,10 +225,10 @@ async fn share(backend: &Backend, plan: &Plan, number: u32) -> Result<()> {
         image_len,
     };
     if plan.flush_interval > 0 {
-        return flushing(backend, plan, &course).await;
+        return flushing(backend, plan, &offsets).await;
     }
     let mut workers: FuturesUnordered<_> =
-        (0..plan.depth).map(|_| work(backend, plan, &course)).collect();
+        (0..plan.depth).map(|_| work(backend, plan, &offsets)).collect();
     while let Some(ended) = workers.next().await {
         ended?;
     }
@@ -239,10 +242,10 @@ fn buffer(plan: &Plan) -> IoVec {
     iov
 }
 
-async fn work(backend: &Backend, plan: &Plan, course: &Course) -> Result<()> {
+async fn work(backend: &Backend, plan: &Plan, offsets: &RequestOffsets) -> Result<()> {
     let iov = buffer(plan);
     let mut inline_run = 0;
-    while let Some(at) = course.next() {
+    while let Some(at) = offsets.next() {
         let at_once =
             if plan.is_write { backend.try_write(at, &iov) } else { backend.try_read(at, &iov) };
         match at_once {
@@ -261,8 +264,9 @@ async fn work(backend: &Backend, plan: &Plan, course: &Course) -> Result<()> {
     Ok(())
 }
 
-/// Writes with a flush after every interval: after those before it have ended, or beside them.
-async fn flushing(backend: &Backend, plan: &Plan, course: &Course) -> Result<()> {
+/// Writes with a flush after every interval: once earlier writes have completed, or (`--no-drain`)
+/// at once.
+async fn flushing(backend: &Backend, plan: &Plan, offsets: &RequestOffsets) -> Result<()> {
     let buffers = Rc::new(std::cell::RefCell::new(vec![buffer(plan); plan.depth as usize]));
     let mut in_flight = FuturesUnordered::new();
     let mut since_flush = 0;
@@ -274,7 +278,7 @@ async fn flushing(backend: &Backend, plan: &Plan, course: &Course) -> Result<()>
             continue;
         }
         let spare = if is_due { None } else { buffers.borrow_mut().pop() };
-        let next = spare.and_then(|iov| course.next().map(|at| (at, iov)));
+        let next = spare.and_then(|iov| offsets.next().map(|at| (at, iov)));
         match next {
             Some((at, iov)) => {
                 since_flush += 1;
@@ -298,15 +302,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_course_wraps_inside_the_image() {
-        let course = Course {
+    fn request_offsets_wrap_inside_the_image() {
+        let offsets = RequestOffsets {
             left: Cell::new(6),
             next: Cell::new(0),
             step: 4096,
             len: 4096,
             image_len: 3 * 4096 + 100,
         };
-        let offsets: Vec<u64> = std::iter::from_fn(|| course.next()).collect();
+        let offsets: Vec<u64> = std::iter::from_fn(|| offsets.next()).collect();
         assert_eq!(offsets, [0, 4096, 8192, 0, 4096, 8192]);
     }
 }

@@ -1,4 +1,4 @@
-//! `check`: leaks and corruption, looked for and never repaired.
+//! `check`: reports leaks and corruption of an image; repairs nothing.
 
 use std::process::ExitCode;
 
@@ -7,7 +7,8 @@ use bds_core::{Error, ErrorKind, Result};
 use serde_json::{Map, Value, json};
 
 use crate::args::{Check, Output};
-use crate::image::{self, Spec};
+use crate::image;
+use crate::image_spec::{self, Spec};
 use crate::{printer, report};
 
 const NO_CHECKS: u8 = 63;
@@ -20,7 +21,7 @@ pub(crate) fn run(args: &Check) -> ExitCode {
         },
         Err(error) if error.kind() == ErrorKind::NotSupported && args.repair.is_none() => {
             if !args.quiet {
-                printer::message(format_args!("bds: {}", report::words(&error)));
+                printer::message(format_args!("bds: {}", report::message(&error)));
             }
             ExitCode::from(NO_CHECKS)
         }
@@ -34,18 +35,18 @@ fn check(args: &Check) -> Result<(&'static str, CheckReport)> {
         "-r",
         "bds check only looks; repair with qemu-img check -r, on a copy if the image matters",
     )?;
-    let cache = image::cache_mode("-T", &args.cache)?;
+    let cache = image_spec::cache_mode("-T", &args.cache)?;
     let mut spec = Spec::read(&args.filename, &args.source)?.cache(cache);
     spec.flags.for_check = true;
     image::block_on(async {
         let graph = image::trusting_graph();
-        // Only this image is checked, so a missing backing file must not be in the way.
+        // Only this image is checked, so a missing backing file is no error.
         let node = image::open(&graph, &spec).await.map_err(|error| match error.kind() {
-            // 63 is kept for "cannot be checked at all".
+            // 63 means only "this format has no check".
             ErrorKind::NotSupported => error.with_kind(ErrorKind::InvalidImage),
             _ => error,
         })?;
-        let backend = image::enter(&node, false)?;
+        let backend = image::backend(&node, false)?;
         let format = node.driver_name();
         let report = backend.check(&|_, _| {}).await.map_err(|error| match error.kind() {
             ErrorKind::NotSupported => {
@@ -152,7 +153,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counts_become_sentences() {
+    fn check_counts_are_printed() {
         let report = CheckReport {
             corruptions: 2,
             leaks: 1,

@@ -1,7 +1,7 @@
-//! `compare`: do two images show the same bytes?
+//! `compare`: compares the contents of two images.
 //!
-//! Zeros need not be stored alike: only where one side has data is anything read. Exit codes are qemu-img's: 0 the same, 1
-//! different, 2 cannot be opened, 3 status cannot be asked, 4 cannot be read.
+//! Zeros may be stored differently: only ranges where one side has data are read. Exit codes are
+//! qemu-img's: 0 same, 1 different, 2 cannot open, 3 cannot query block status, 4 cannot read.
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -14,12 +14,14 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesOrdered;
 
 use crate::args::Compare;
-use crate::image::{self, Spec};
+use crate::image;
+use crate::image_spec::{self, Spec};
+use crate::interrupt::{self, Interrupt};
 use crate::progress::Progress;
-use crate::stop::{self, Stop};
 use crate::{printer, report};
 
-/// Bytes compared at once: both sides of a piece stay in a core's cache between reading and comparing.
+/// Bytes compared at once: both sides of a piece stay in a core's cache between reading and
+/// comparing.
 const PIECE_LEN: u64 = 256 << 10;
 /// Idle buffers kept for the next pieces.
 const POOL_BYTES: usize = 4 << 20;
@@ -28,17 +30,17 @@ const DEPTH: usize = 8;
 /// Differences are reported at the begin of their sector, as qemu-img does.
 const SECTOR_LEN: usize = 512;
 
-/// Exit code when the verdict could not be printed; 1 would say "different".
+/// Exit code when the result could not be printed; 1 would mean "different".
 const NOT_PRINTED: u8 = 2;
 
-/// How a comparison ended.
+/// The result of a comparison.
 #[derive(Debug, PartialEq, Eq)]
 enum Verdict {
     Same,
     Different(String),
 }
 
-/// What went wrong, by when.
+/// An error, by the step that failed: each has an exit code.
 enum Failure {
     Open(Error),
     Print(Error),
@@ -56,11 +58,11 @@ pub(crate) fn run(args: &Compare) -> ExitCode {
     };
     match context.block_on(compare(args)) {
         Ok(verdict) => {
-            let (words, code) = match verdict {
+            let (message, code) = match verdict {
                 Verdict::Same => ("Images are identical.".to_owned(), 0),
-                Verdict::Different(words) => (words, 1),
+                Verdict::Different(message) => (message, 1),
             };
-            let printed = if args.quiet { Ok(()) } else { printer::line(words) };
+            let printed = if args.quiet { Ok(()) } else { printer::line(message) };
             match printed {
                 Ok(()) => ExitCode::from(code),
                 Err(error) => {
@@ -77,7 +79,7 @@ pub(crate) fn run(args: &Compare) -> ExitCode {
                 Failure::Read(error) => (error, 4),
             };
             report::failure(error);
-            let of_signal = stop::exit_code().filter(|_| error.kind() == ErrorKind::Cancelled);
+            let of_signal = interrupt::exit_code().filter(|_| error.kind() == ErrorKind::Cancelled);
             ExitCode::from(of_signal.unwrap_or(code))
         }
     }
@@ -88,17 +90,18 @@ async fn compare(args: &Compare) -> Result<Verdict, Failure> {
     let graph = image::trusting_graph();
     let first = image::open(&graph, &first).await.map_err(Failure::Open)?;
     let second = image::open(&graph, &second).await.map_err(Failure::Open)?;
-    let a = Arc::new(image::enter(&first, false).map_err(Failure::Open)?);
-    let b = Arc::new(image::enter(&second, false).map_err(Failure::Open)?);
+    let a = Arc::new(image::backend(&first, false).map_err(Failure::Open)?);
+    let b = Arc::new(image::backend(&second, false).map_err(Failure::Open)?);
     if args.strict && a.len() != b.len() {
         return Ok(Verdict::Different("Strict mode: Image size mismatch!".to_owned()));
     }
-    let stop = Stop::watch().map_err(Failure::Open)?;
+    let interrupt = Interrupt::watch().map_err(Failure::Open)?;
     let mut progress = Progress::new(args.progress && !args.quiet);
     let total = a.len().max(b.len());
     let pool = BufPool::new(POOL_BYTES);
-    let mut walk = Walk { a, b, at: 0, total, is_strict: args.strict, pool, known: [None, None] };
-    let verdict = walk.run(args.quiet, &stop, &mut progress).await;
+    let mut comparison =
+        Comparison { a, b, at: 0, total, is_strict: args.strict, pool, known: [None, None] };
+    let verdict = comparison.run(args.quiet, &interrupt, &mut progress).await;
     match &verdict {
         Ok(Verdict::Same) => progress.finish(total),
         _ => progress.abandon(),
@@ -107,31 +110,31 @@ async fn compare(args: &Compare) -> Result<Verdict, Failure> {
 }
 
 fn specs(args: &Compare) -> Result<(Spec<'_>, Spec<'_>)> {
-    let cache = image::cache_mode("-T", &args.cache)?;
+    let cache = image_spec::cache_mode("-T", &args.cache)?;
     let first = Spec::read(&args.first, &args.source)?.cache(cache);
     let mut second = Spec::read(&args.second, &args.source)?.cache(cache);
     second.format = args.second_format.as_deref();
     Ok((first, second))
 }
 
-/// One way through both images.
-struct Walk {
+/// Compares two images from start to end.
+struct Comparison {
     a: Arc<Backend>,
     b: Arc<Backend>,
     at: u64,
     total: u64,
     is_strict: bool,
     pool: BufPool,
-    /// The last answers about what each image holds, good up to their end.
+    /// The last block status of each image, valid up to its end.
     known: [Option<Side>; 2],
 }
 
-/// What one step finds out without reading data.
+/// The result of one step, found without reading data.
 enum Step {
     /// Nothing to read up to here.
     Skip(u64),
-    /// To be read.
-    Look(Piece),
+    /// Read and compare this.
+    Read(Piece),
     /// Already different.
     Different(String),
 }
@@ -145,11 +148,11 @@ struct Piece {
     pool: BufPool,
 }
 
-impl Walk {
+impl Comparison {
     async fn run(
         &mut self,
         is_quiet: bool,
-        stop: &Stop,
+        interrupt: &Interrupt,
         progress: &mut Progress,
     ) -> Result<Verdict, Failure> {
         let common = self.a.len().min(self.b.len());
@@ -158,10 +161,10 @@ impl Walk {
         progress.show(0, self.total);
         loop {
             while self.at < self.total && pieces.len() < DEPTH {
-                if stop.is_wanted() {
-                    let words =
+                if interrupt.has_arrived() {
+                    let message =
                         format!("interrupted: {} of {} bytes compared", self.at, self.total);
-                    return Err(Failure::Read(Error::new(ErrorKind::Cancelled, words)));
+                    return Err(Failure::Read(Error::new(ErrorKind::Cancelled, message)));
                 }
                 if self.at >= common && !is_warned && pieces.is_empty() {
                     is_warned = true;
@@ -169,23 +172,23 @@ impl Walk {
                         printer::line("Warning: Image size mismatch!").map_err(Failure::Print)?;
                     }
                 } else if self.at >= common && !is_warned {
-                    // What comes before must be known first.
+                    // The common part must be compared first.
                     break;
                 }
                 match self.step(common).await.map_err(Failure::Status)? {
                     Step::Skip(end) => self.at = end,
-                    Step::Look(piece) => {
+                    Step::Read(piece) => {
                         self.at = piece.offset + piece.len;
                         pieces.push_back(piece.compare());
                     }
-                    // Pieces in front of this may differ as well; they come first.
-                    Step::Different(words) => {
+                    // Earlier pieces may differ as well and are reported first.
+                    Step::Different(message) => {
                         while let Some(found) = pieces.next().await {
                             if let Some(at) = found.map_err(Failure::Read)? {
                                 return Ok(mismatch(at));
                             }
                         }
-                        return Ok(Verdict::Different(words));
+                        return Ok(Verdict::Different(message));
                     }
                 }
             }
@@ -202,7 +205,8 @@ impl Walk {
         }
     }
 
-    /// What image `number` holds here; asked once a run, because a long run is cut into many pieces.
+    /// Returns the block status of image `number` at the current offset; cached, because a long run
+    /// is cut into many pieces.
     async fn side(&mut self, number: usize, end: u64) -> Result<Side> {
         if let Some(side) = self.known[number]
             && side.end > self.at
@@ -230,15 +234,15 @@ impl Walk {
         let end = if self.at < common { common } else { self.total };
         let (a, b) = (self.side(0, end).await?, self.side(1, end).await?);
         if self.is_strict && a.facts != b.facts {
-            let words = format!("Strict mode: Offset {} block status mismatch!", self.at);
-            return Ok(Step::Different(words));
+            let message = format!("Strict mode: Offset {} block status mismatch!", self.at);
+            return Ok(Step::Different(message));
         }
         let len = a.end.min(b.end) - self.at;
         if a.is_zero && b.is_zero {
             return Ok(Step::Skip(self.at + len));
         }
         let data = |side: &Side, backend: &Arc<Backend>| (!side.is_zero).then(|| backend.clone());
-        Ok(Step::Look(Piece {
+        Ok(Step::Read(Piece {
             offset: self.at,
             len: len.min(PIECE_LEN),
             a: data(&a, &self.a),
@@ -248,7 +252,7 @@ impl Walk {
     }
 }
 
-/// What one image holds from a place on.
+/// The block status of one image at an offset.
 #[derive(Clone, Copy)]
 struct Side {
     end: u64,

@@ -1,7 +1,7 @@
-//! `convert`: one or more images into a new one.
+//! `convert`: copies one or more images into a new one.
 //!
-//! The copy itself is the library's; here it is decided what is opened how, and what to say when it is over or broken off. What
-//! the arguments mean is in `convert_plan`, what is done to the output beside the copy in `convert_target`.
+//! The library copies; this file opens the images, and reports progress, success and failure.
+//! `convert_plan` checks the arguments, `convert_target` creates and closes the output.
 
 use std::ffi::{OsStr, OsString};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,11 +17,12 @@ use super::convert_plan::Plan;
 use super::convert_target::Target;
 use crate::args::Convert;
 use crate::cmd::create;
-use crate::image::{self, Spec};
-use crate::partial::Partial;
+use crate::image;
+use crate::image_spec::Spec;
+use crate::interrupt::{self, Interrupt};
+use crate::partial_output::PartialOutput;
 use crate::printer;
 use crate::progress::Progress;
-use crate::stop::{self, Stop};
 
 pub(crate) fn run(args: &Convert) -> Result<()> {
     if create::wants_help(&args.options) {
@@ -35,18 +36,19 @@ pub(crate) fn run(args: &Convert) -> Result<()> {
 }
 
 async fn convert(plan: &Plan<'_>) -> Result<()> {
-    let stop = Stop::watch()?;
+    let interrupt = Interrupt::watch()?;
     let graph = image::trusting_graph();
-    let sources = stop.or_drop(open_sources(&graph, plan)).await?;
+    let sources = interrupt.run_or_drop(open_sources(&graph, plan)).await?;
     let total = total_len(&sources)?;
     let mut partial = match plan.args.no_create {
-        true => Partial::of_existing(),
+        true => PartialOutput::of_existing(),
         false => create::partial(create::path(plan.output)?, &plan.options, plan.args.keep_partial),
     };
-    let opened = stop.or_drop(Target::open(&graph, plan, &sources, total, &mut partial)).await;
+    let opened =
+        interrupt.run_or_drop(Target::open(&graph, plan, &sources, total, &mut partial)).await;
     let outcome = match opened {
         Err(error) => Err(Failure { error, done: None, closing: None }),
-        Ok(target) => fill(plan, &stop, &sources, target).await,
+        Ok(target) => fill(plan, &interrupt, &sources, target).await,
     };
     let outcome = match outcome {
         Ok(()) => {
@@ -61,14 +63,14 @@ async fn convert(plan: &Plan<'_>) -> Result<()> {
     outcome
 }
 
-/// Copies, and closes the output.
+/// Copies into the output and closes it.
 async fn fill(
     plan: &Plan<'_>,
-    stop: &Stop,
+    interrupt: &Interrupt,
     sources: &[NodeRef],
     target: Target,
 ) -> Result<(), Failure> {
-    let copied = copy_all(plan, stop, sources, &target).await;
+    let copied = copy_all(plan, interrupt, sources, &target).await;
     let closed = target.close().await;
     match copied {
         Ok(report) => {
@@ -89,8 +91,8 @@ struct Failure {
 }
 
 impl Failure {
-    /// Decides about the output, and says it behind the cause.
-    fn into_error(self, output: &OsStr, total: u64, partial: Partial) -> Error {
+    /// Removes or keeps the output, and returns an error with the cause and what was done.
+    fn into_error(self, output: &OsStr, total: u64, partial: PartialOutput) -> Error {
         let Self { error, done, closing } = self;
         let is_kept = partial.is_kept();
         let state = match done {
@@ -99,19 +101,19 @@ impl Failure {
             // Nothing of it was written.
             None => return error,
         };
-        let fate = partial.give_up();
+        let outcome = partial.discard();
         let cause = match error.kind() {
-            ErrorKind::Cancelled if stop::exit_code().is_some() => "interrupted".to_owned(),
-            _ => crate::report::words(&error),
+            ErrorKind::Cancelled if interrupt::exit_code().is_some() => "interrupted".to_owned(),
+            _ => crate::report::message(&error),
         };
         let output = output.to_string_lossy();
         let name = if cause.contains(&*output) { String::new() } else { format!(" '{output}'") };
-        let mut words = format!("{cause}; the output{name} {state}; {fate}");
-        // Of no interest for what was removed.
+        let mut message = format!("{cause}; the output{name} {state}; {outcome}");
+        // Irrelevant for an output that was removed.
         if let Some(closing) = closing.filter(|_| is_kept) {
-            words += &format!("; closing it failed too ({})", crate::report::words(&closing));
+            message += &format!("; closing it failed too ({})", crate::report::message(&closing));
         }
-        Error::new(error.kind(), words)
+        Error::new(error.kind(), message)
     }
 }
 
@@ -122,7 +124,7 @@ async fn open_sources(graph: &Graph, plan: &Plan<'_>) -> Result<Vec<NodeRef>> {
         let flags = OpenFlags {
             read_only: true,
             force_share: args.force_share,
-            // A copy of what is written meanwhile is of no moment.
+            // A copy of an image that is being written would be inconsistent.
             refuse_writers: !args.force_share,
             cache: plan.source_cache,
             ..OpenFlags::default()
@@ -141,10 +143,10 @@ fn total_len(sources: &[NodeRef]) -> Result<u64> {
     })
 }
 
-/// Copies. A failure comes with how many bytes were done by then.
+/// Copies all sources. A failure is returned with the number of bytes copied before it.
 async fn copy_all(
     plan: &Plan<'_>,
-    stop: &Stop,
+    interrupt: &Interrupt,
     sources: &[NodeRef],
     target: &Target,
 ) -> Result<CopyReport, (Error, u64)> {
@@ -153,7 +155,7 @@ async fn copy_all(
     let sources = sources
         .iter()
         .map(|node| {
-            let backend = Arc::new(image::enter(node, false)?);
+            let backend = Arc::new(image::backend(node, false)?);
             Ok(CopySource { backend, above: target.above })
         })
         .collect::<Result<Vec<CopySource>>>()
@@ -163,9 +165,9 @@ async fn copy_all(
         done: 0,
         total: 0,
     }));
-    let told = Arc::clone(&shown);
+    let for_callback = Arc::clone(&shown);
     let progress = move |done, total| {
-        told.lock().unwrap_or_else(PoisonError::into_inner).show(done, total);
+        for_callback.lock().unwrap_or_else(PoisonError::into_inner).show(done, total);
     };
     let unit = target.backend.compressed_unit().map(u64::from);
     let options = CopyOptions {
@@ -180,7 +182,7 @@ async fn copy_all(
         salvage: args.salvage.then(|| Arc::new(warn_of_salvage) as copy::OnSalvage),
         progress: Some(Arc::new(progress)),
         rate_limit: plan.rate.map(rate_limit),
-        cancel: Some(stop.flag()),
+        cancel: Some(interrupt.flag()),
         ..CopyOptions::default()
     };
     let copied = copy::copy(&sources, &target.backend, &options).await;
@@ -195,6 +197,7 @@ async fn copy_all(
     copied.map_err(|error| (error, done))
 }
 
+/// Progress that the copy reports, for the bar and for the error message.
 struct Shown {
     progress: Progress,
     done: u64,
@@ -209,7 +212,7 @@ impl Shown {
     }
 }
 
-/// Bytes a second, counted from the first piece.
+/// Returns a limiter that delays each piece so that the rate since the first piece is not exceeded.
 fn rate_limit(bytes_per_second: u64) -> copy::RateLimit {
     let spent = Mutex::new((None, 0_u64));
     Arc::new(move |len| {
@@ -224,7 +227,7 @@ fn rate_limit(bytes_per_second: u64) -> copy::RateLimit {
 }
 
 fn warn_of_salvage(offset: u64, len: u64, error: &Error) {
-    let why = crate::report::words(error);
+    let why = crate::report::message(error);
     printer::message(format_args!(
         "bds: warning: error while reading offset {offset} ({len} bytes become zeros): {why}"
     ));

@@ -1,4 +1,4 @@
-//! Checks the arguments of `convert` as far as that is possible before any file is opened.
+//! Checks the arguments of `convert` before any file is opened.
 
 use std::ffi::{OsStr, OsString};
 
@@ -8,12 +8,12 @@ use bds_core::{Error, ErrorKind, Options, Result};
 
 use crate::args::Convert;
 use crate::cmd::create;
-use crate::image;
+use crate::image_spec;
 
-/// Largest -S: more zeros than a buffer holds are never seen together.
+/// Largest -S: zeros are only detected within one buffer.
 const MAX_SPARSE_LEN: u64 = 1 << 30;
 
-/// What the arguments ask for.
+/// The checked arguments of `convert`.
 pub(crate) struct Plan<'a> {
     pub(crate) args: &'a Convert,
     pub(crate) inputs: &'a [OsString],
@@ -28,9 +28,9 @@ pub(crate) struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    /// Refuses combinations that make no sense, and what is not there.
+    /// Refuses contradictory combinations and options that are not supported.
     pub(crate) fn new(args: &'a Convert) -> Result<Self> {
-        image::refuse_objects(&args.object)?;
+        image_spec::refuse_objects(&args.object)?;
         super::refuse(
             args.snapshot.is_some(),
             "-l",
@@ -50,8 +50,8 @@ impl<'a> Plan<'a> {
             inputs,
             output,
             options,
-            source_cache: image::cache_mode("-T", &args.source_cache)?,
-            target_cache: image::cache_mode("-t", &args.target_cache)?,
+            source_cache: image_spec::cache_mode("-T", &args.source_cache)?,
+            target_cache: image_spec::cache_mode("-t", &args.target_cache)?,
             sparse_len: sparse_len(&args.sparse_size)?,
             rate: args.rate.as_deref().map(rate).transpose()?,
         };
@@ -59,7 +59,7 @@ impl<'a> Plan<'a> {
         Ok(plan)
     }
 
-    /// Is the output an overlay, which shows its backing image where it holds nothing?
+    /// Whether the output has a backing image.
     pub(crate) fn is_overlay(&self) -> bool {
         self.options.contains("backing_file")
     }
@@ -71,7 +71,7 @@ impl<'a> Plan<'a> {
     fn refuse_combinations(&self) -> Result<()> {
         let Self { args, inputs, .. } = self;
         let preallocation = self.options.peek("preallocation");
-        for (is_wrong, words) in [
+        for (is_wrong, message) in [
             (
                 args.target_image_opts && !args.no_create,
                 "--target-image-opts requires use of -n flag",
@@ -101,15 +101,15 @@ impl<'a> Plan<'a> {
             ),
         ] {
             if is_wrong {
-                return Err(wrong(words));
+                return Err(wrong(message));
             }
         }
         Ok(())
     }
 }
 
-fn wrong(words: &str) -> Error {
-    Error::new(ErrorKind::InvalidInput, words)
+fn wrong(message: &str) -> Error {
+    Error::new(ErrorKind::InvalidInput, message)
 }
 
 fn sparse_len(text: &str) -> Result<u64> {
@@ -117,9 +117,9 @@ fn sparse_len(text: &str) -> Result<u64> {
     if len.is_multiple_of(512) && len <= MAX_SPARSE_LEN {
         return Ok(len);
     }
-    let words =
+    let message =
         "Invalid buffer size for sparse output specified: use 0 or a multiple of 512 up to 1G";
-    Err(wrong(words).field("sparse size", text))
+    Err(wrong(message).field("sparse size", text))
 }
 
 fn rate(text: &str) -> Result<u64> {

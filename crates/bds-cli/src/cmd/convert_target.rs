@@ -1,4 +1,5 @@
-//! The output of `convert`: a new image, or one that is there (`-n`), with everything checked before a byte of it is changed.
+//! Creates or opens (`-n`) the output of `convert`, after all checks that need no change of it, and
+//! closes it.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,23 +11,25 @@ use bds_core::{Error, ErrorKind, Result};
 
 use super::convert_plan::Plan;
 use crate::cmd::create;
-use crate::describe;
 use crate::file_identity;
-use crate::image::{self, Spec};
+use crate::image;
+use crate::image_options;
+use crate::image_spec::Spec;
 use crate::overlay::{Base, Content};
-use crate::partial::Partial;
+use crate::partial_output::PartialOutput;
 
-/// An output that is ready to be written, and how.
+/// The open output and what is known about it.
 pub(crate) struct Target {
     node: NodeRef,
     pub(crate) backend: Arc<Backend>,
-    /// Length before the copy. A write around a cache moves whole blocks and may reach past the end of a file.
+    /// Length before the copy. A write with O_DIRECT is rounded up to whole blocks and may extend
+    /// the file.
     len: u64,
     /// Reads as zeros everywhere.
     pub(crate) is_zero: bool,
-    /// Zeros may give space back.
+    /// Zero writes may deallocate.
     pub(crate) may_unmap: bool,
-    /// Only what is decided above this layer of the source is copied.
+    /// Only data of the source's layers above this one is copied.
     pub(crate) above: Option<NodeId>,
     /// Only what differs from this is copied.
     pub(crate) shows: Option<Arc<Backend>>,
@@ -34,13 +37,13 @@ pub(crate) struct Target {
 }
 
 impl Target {
-    /// Makes the output, or opens it. `total`: bytes of all sources.
+    /// Creates or opens the output. `total`: bytes of all sources.
     pub(crate) async fn open(
         graph: &Graph,
         plan: &Plan<'_>,
         sources: &[NodeRef],
         total: u64,
-        partial: &mut Partial,
+        partial: &mut PartialOutput,
     ) -> Result<Self> {
         match plan.args.no_create {
             true => Self::existing(graph, plan, sources, total).await,
@@ -53,14 +56,14 @@ impl Target {
         plan: &Plan<'_>,
         sources: &[NodeRef],
         total: u64,
-        partial: &mut Partial,
+        partial: &mut PartialOutput,
     ) -> Result<Self> {
         let path = create::path(plan.output)?;
         let mut options = plan.options.clone();
         let size = match options.take_size("size")? {
             Some(size) if size < total => {
-                let words = "the option 'size' is smaller than the input";
-                return Err(Error::new(ErrorKind::InvalidInput, words).field("size", size));
+                let message = "the option 'size' is smaller than the input";
+                return Err(Error::new(ErrorKind::InvalidInput, message).field("size", size));
             }
             size => size.unwrap_or(total),
         };
@@ -82,11 +85,11 @@ impl Target {
         create::create(graph, plan.format(), path, options, false).await?;
         partial.set_created();
         let (node, backend) = open(graph, plan).await?;
-        // A new image reads as zeros; a device keeps what it held.
+        // A new image reads as zeros; a device keeps its old data.
         let is_zero = base.is_none() && plan.sparse_len != 0 && !image::shows_old_bytes(&node);
         let len = backend.len();
         if base.as_ref().is_some_and(|base| base.len() > total) && len > total {
-            // Behind the source's end are zeros, not what a longer backing image holds there.
+            // Behind the source's end the output reads as zeros, not as the longer backing image.
             let zeroed = backend.write_zeroes(total, len - total, ZeroFlags::empty()).await;
             // Without NO_FALLBACK it is always done.
             let (Attempt::Done | Attempt::Unsupported) =
@@ -101,19 +104,20 @@ impl Target {
         sources: &[NodeRef],
         total: u64,
     ) -> Result<Self> {
-        let base = look(graph, plan, sources, total).await?;
+        let base = check_existing(graph, plan, sources, total).await?;
         let (node, backend) = open(graph, plan).await?;
         let len = backend.len();
         let is_zero = plan.args.target_is_zero;
-        // Whoever preallocated the output wants to keep the space.
+        // A preallocated output keeps its space.
         let allocated_len = backend.allocated_len().await?;
         let may_unmap = allocated_len.is_none_or(|allocated| allocated < len);
-        // What lies in an overlay already may hide its backing image, so what it shows itself is compared.
+        // Data in the overlay may hide the backing image, so the overlay itself is compared.
         let shows = base.is_some().then(|| Arc::clone(&backend));
         Ok(Self { node, backend, len, is_zero, may_unmap, above: None, shows, base })
     }
 
-    /// Gives the output back the length it had, and ends its use: what was written becomes durable, and what fails is reported.
+    /// Restores the output's length and closes it: flushes what was written, and reports what
+    /// fails.
     pub(crate) async fn close(self) -> Result<()> {
         let Self { node, backend, len, shows, base, .. } = self;
         drop(shows);
@@ -137,8 +141,8 @@ async fn trim(backend: &Backend, len: u64) -> Result<()> {
     backend.truncate(change).await
 }
 
-/// Looks at an existing output before it is opened for writing, and changes nothing.
-async fn look(
+/// Checks an existing output before it is opened for writing; changes nothing.
+async fn check_existing(
     graph: &Graph,
     plan: &Plan<'_>,
     sources: &[NodeRef],
@@ -148,11 +152,11 @@ async fn look(
     let node = image::open(graph, &spec(plan, flags)).await?;
     file_identity::refuse_read_files(&node, sources)?;
     if node.len() < total {
-        let words = format!("the output is smaller than the input, which has {total} bytes");
-        let error = Error::new(ErrorKind::InvalidInput, words).field("output size", node.len());
+        let message = format!("the output is smaller than the input, which has {total} bytes");
+        let error = Error::new(ErrorKind::InvalidInput, message).field("output size", node.len());
         return Err(error.file(plan.output));
     }
-    if plan.args.compress && image::enter(&node, false)?.compressed_unit().is_none() {
+    if plan.args.compress && image::backend(&node, false)?.compressed_unit().is_none() {
         return Err(incompressible());
     }
     let path = walk::filename(&node).unwrap_or_default();
@@ -174,16 +178,16 @@ fn spec<'a>(plan: &'a Plan<'a>, flags: OpenFlags) -> Spec<'a> {
 async fn open(graph: &Graph, plan: &Plan<'_>) -> Result<(NodeRef, Arc<Backend>)> {
     let flags = OpenFlags { cache: plan.target_cache, discard: true, ..OpenFlags::default() };
     let node = image::open(graph, &spec(plan, flags)).await?;
-    let backend = Arc::new(image::enter(&node, true)?);
+    let backend = Arc::new(image::backend(&node, true)?);
     Ok((node, backend))
 }
 
-/// A file that is there must bear the cache mode before it is emptied.
+/// Checks that an existing file supports the cache mode before it is truncated.
 async fn check_cache(graph: &Graph, path: &Path, cache: CacheMode) -> Result<()> {
     if !cache.direct || !path.exists() {
         return Ok(());
     }
-    let file = describe::file(path);
+    let file = image_options::file(path);
     let flags = OpenFlags { read_only: true, info_only: true, cache, ..OpenFlags::default() };
     graph.open_with(file, flags).await?.close().await?.into_result()
 }

@@ -1,4 +1,4 @@
-//! `create`: a new image.
+//! `create`: creates an image, and prints its options as qemu-img does.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -11,14 +11,15 @@ use bds_core::{Error, ErrorKind, Options, Result};
 use serde_json::Value;
 
 use crate::args::Create;
-use crate::describe;
 use crate::image;
-use crate::partial::Partial;
+use crate::image_options;
+use crate::image_spec;
+use crate::interrupt::Interrupt;
+use crate::partial_output::PartialOutput;
 use crate::printer;
-use crate::stop::Stop;
 
 pub(crate) fn run(args: &Create) -> Result<()> {
-    image::refuse_objects(&args.object)?;
+    image_spec::refuse_objects(&args.object)?;
     if wants_help(&args.options) {
         return help(&args.format, args.filename.as_deref());
     }
@@ -31,8 +32,8 @@ pub(crate) fn run(args: &Create) -> Result<()> {
     set_backing(&mut options, args.backing.as_deref(), args.backing_format.as_deref())?;
     if let Some(text) = &args.size {
         if options.contains("size") {
-            let words = "The image size must be specified only once";
-            return Err(Error::new(ErrorKind::InvalidInput, words).file(path));
+            let message = "The image size must be specified only once";
+            return Err(Error::new(ErrorKind::InvalidInput, message).file(path));
         }
         options.set("size", super::size("image size", text)?);
     }
@@ -43,14 +44,14 @@ pub(crate) fn run(args: &Create) -> Result<()> {
     }
     let graph = image::trusting_graph();
     image::block_on(async {
-        // What is dropped half-way is removed again.
-        let stop = Stop::watch()?;
+        // A dropped creation removes what it made.
+        let interrupt = Interrupt::watch()?;
         let made = make(&graph, &args.format, path, options, args.backing_unsafe, args.quiet);
-        stop.or_drop(made).await
+        interrupt.run_or_drop(made).await
     })
 }
 
-/// Makes an image and says so as qemu-img does.
+/// Creates an image and prints qemu-img's "Formatting …" line.
 async fn make(
     graph: &Graph,
     format: &str,
@@ -65,12 +66,12 @@ async fn make(
     if is_quiet {
         return Ok(());
     }
-    // As it was asked for: the image's own length may be rounded up.
+    // The requested size: the image's own length may be rounded up.
     let len = given.clone().take_size("size")?.unwrap_or(len);
     printer::line(formatting(graph, format, &shown, &given, len)?)
 }
 
-/// Makes an image; answers its virtual size.
+/// Creates an image and returns its virtual size.
 pub(crate) async fn create(
     graph: &Graph,
     format: &str,
@@ -83,56 +84,57 @@ pub(crate) async fn create(
     Ok(graph.create_image(image).await?.len)
 }
 
-/// A protocol as a format, as in `-O file`, stores nothing but the bytes: that is raw.
+/// Maps a protocol that is given as a format (`-O file`) to raw: it stores nothing but the bytes.
 pub(crate) fn stored_format(format: &str) -> &str {
     if matches!(format, "file" | "host_device") { "raw" } else { format }
 }
 
-/// The file that an output's name stands for: only files and devices are made.
+/// Returns the path of an output; only files and devices can be created.
 pub(crate) fn path(name: &OsStr) -> Result<PathBuf> {
     if name.as_bytes().starts_with(b"json:") {
-        let words = "a new image is made in a file: name the file, and with -n what exists already";
-        return Err(Error::new(ErrorKind::NotSupported, words).field("name", name.display()));
+        let message =
+            "a new image is made in a file: name the file, and with -n what exists already";
+        return Err(Error::new(ErrorKind::NotSupported, message).field("name", name.display()));
     }
-    match describe::protocol(name)?.contains("filename") {
-        true => Ok(describe::path_of(name)),
+    match image_options::protocol(name)?.contains("filename") {
+        true => Ok(image_options::path_of(name)),
         false => {
-            let words = "nothing can be created there: name a file";
-            Err(Error::new(ErrorKind::NotSupported, words).field("name", name.display()))
+            let message = "nothing can be created there: name a file";
+            Err(Error::new(ErrorKind::NotSupported, message).field("name", name.display()))
         }
     }
 }
 
-/// The files that creating an image may make, before it does.
-pub(crate) fn partial(path: PathBuf, options: &Options, keeps: bool) -> Partial {
+/// Tracks the files that creating an image may make; called before it does.
+pub(crate) fn partial(path: PathBuf, options: &Options, keep: bool) -> PartialOutput {
     let data_file = options
         .peek_path("data_file")
         .map(|name| gate::resolve(ReferenceKind::DataFile, name, Some(&path)));
-    Partial::before_creation(std::iter::once(path).chain(data_file), keeps)
+    PartialOutput::before_creation(std::iter::once(path).chain(data_file), keep)
 }
 
-/// All -o together.
+/// Joins and parses all `-o` options.
 pub(crate) fn format_options(texts: &[OsString]) -> Result<Options> {
     Options::parse_os(&texts.join(OsStr::new(",")))
 }
 
 pub(crate) fn wants_help(texts: &[OsString]) -> bool {
-    let words = texts.iter().flat_map(|text| text.as_bytes().split(|byte| *byte == b','));
-    words.into_iter().any(|word| word == b"help" || word == b"?")
+    let parts = texts.iter().flat_map(|text| text.as_bytes().split(|byte| *byte == b','));
+    parts.into_iter().any(|word| word == b"help" || word == b"?")
 }
 
-/// A format without backing files takes no -b, whatever its format.
+/// Refuses `-b` for a format without backing files.
 fn refuse_backing(format: &str, has_backing: bool) -> Result<()> {
     let registry = bds_drivers::registry();
     let options = registry.format(stored_format(format))?.create_options();
     if !has_backing || options.iter().any(|option| option.name == "backing_file") {
         return Ok(());
     }
-    let words = format!("Backing file not supported for file format '{format}'");
-    Err(Error::new(ErrorKind::InvalidInput, words))
+    let message = format!("Backing file not supported for file format '{format}'");
+    Err(Error::new(ErrorKind::InvalidInput, message))
 }
 
-/// -b and -F are other words for two options.
+/// Sets the options `backing_file` and `backing_fmt` from `-b` and `-F`.
 pub(crate) fn set_backing(
     options: &mut Options,
     file: Option<&OsStr>,
@@ -161,11 +163,12 @@ pub(crate) fn set_backing(
     Ok(())
 }
 
-/// Formats of QEMU that are not read here: an overlay of one can still be made for QEMU, with -u.
+/// QEMU's formats that are not supported here: an overlay of one can still be created for QEMU,
+/// with -u.
 const QEMU_FORMATS: [&str; 11] =
     ["bochs", "cloop", "dmg", "luks", "parallels", "qcow", "qed", "vdi", "vhdx", "vmdk", "vpc"];
 
-/// qemu-img's order of qcow2's options; what is not here comes first.
+/// qemu-img's order of qcow2's options; others come first.
 const ORDER: [&str; 12] = [
     "cluster_size",
     "extended_l2",
@@ -181,7 +184,8 @@ const ORDER: [&str; 12] = [
     "refcount_bits",
 ];
 
-/// "Formatting 'x', fmt=qcow2 cluster_size=65536 …": what was asked for and the defaults, as qemu-img prints them.
+/// Returns "Formatting 'x', fmt=qcow2 cluster_size=65536 …": the given options and the defaults, as
+/// qemu-img prints them.
 fn formatting(
     graph: &Graph,
     format: &str,
@@ -196,7 +200,7 @@ fn formatting(
     if specs.iter().any(|spec| spec.name == ORDER[0]) {
         specs.sort_by_key(|spec| ORDER.iter().position(|name| *name == spec.name));
     }
-    // What only the file takes is shown if it was given.
+    // Options of the protocol alone are shown if they were given.
     let of_file = registry.driver("file")?.create_options();
     let is_new = |spec: &&OptionSpec| !specs.iter().any(|known| known.name == spec.name);
     let of_file: Vec<OptionSpec> = of_file.iter().filter(is_new).copied().collect();
@@ -215,7 +219,7 @@ fn formatting(
     Ok(out)
 }
 
-/// The default, unless qemu-img keeps it to itself.
+/// Returns the default, unless qemu-img does not print it.
 fn default_of(spec: &OptionSpec) -> Option<String> {
     let is_silent = matches!(spec.name, "compat" | "preallocation" | "nocow" | "extent_size_hint");
     spec.default.filter(|_| !is_silent).map(str::to_owned)
@@ -233,7 +237,7 @@ fn printed(spec: &OptionSpec, given: &Options) -> Option<String> {
     })
 }
 
-/// What -o understands.
+/// Prints the options that `-o` takes.
 pub(crate) fn help(format: &str, filename: Option<&OsStr>) -> Result<()> {
     let registry = bds_drivers::registry();
     let driver = registry.format(stored_format(format))?;
@@ -243,8 +247,8 @@ pub(crate) fn help(format: &str, filename: Option<&OsStr>) -> Result<()> {
     };
     let mut specs: Vec<OptionSpec> = driver.create_options().to_vec();
     if let Some(filename) = filename {
-        let path = describe::path_of(filename);
-        let protocol = registry.driver(describe::protocol_of_file(&path))?;
+        let path = image_options::path_of(filename);
+        let protocol = registry.driver(image_options::protocol_of_file(&path))?;
         let is_new =
             |spec: &&OptionSpec| !driver.create_options().iter().any(|s| s.name == spec.name);
         specs.extend(protocol.create_options().iter().filter(is_new));

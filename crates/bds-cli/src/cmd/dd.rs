@@ -1,4 +1,4 @@
-//! `dd`: a range of blocks of one image as a new image.
+//! `dd`: copies a range of blocks of an image into a new image.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -12,10 +12,11 @@ use serde_json::json;
 
 use crate::args::Dd;
 use crate::cmd::create;
-use crate::image::{self, Spec};
-use crate::stop::Stop;
+use crate::image;
+use crate::image_spec::Spec;
+use crate::interrupt::Interrupt;
 
-/// What the operands say.
+/// The parsed operands.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Operands {
     input: OsString,
@@ -56,11 +57,11 @@ impl Operands {
         Ok(found)
     }
 
-    /// Which bytes of an input of `len` bytes are copied: offset and length.
+    /// Returns the offset and length of the bytes to copy from an input of `len` bytes.
     fn range(&self, len: u64) -> (u64, u64) {
         let offset = self.skip.saturating_mul(self.block_len).min(len);
         let wanted = self.count.map_or(u64::MAX, |count| count.saturating_mul(self.block_len));
-        // `count` is counted from the begin of the input, as in qemu-img.
+        // `count` is counted from the start of the input, as in qemu-img.
         (offset, wanted.min(len).saturating_sub(offset))
     }
 }
@@ -81,11 +82,11 @@ pub(crate) fn run(args: &Dd) -> Result<()> {
 
 async fn copy_range(spec: &Spec<'_>, operands: &Operands, args: &Dd) -> Result<()> {
     let format = create::stored_format(&args.output_format);
-    let stop = Stop::watch()?;
+    let interrupt = Interrupt::watch()?;
     let graph = image::trusting_graph();
-    let source = stop.or_drop(image::open(&graph, spec)).await?;
+    let source = interrupt.run_or_drop(image::open(&graph, spec)).await?;
     let (offset, len) = operands.range(source.len());
-    // A window of the source is a node like any other.
+    // A range of the source is opened as a raw node with an offset.
     let window = json!({"driver": "raw", "file": source.name(), "offset": offset, "size": len});
     let is_whole = offset == 0 && len == source.len();
     let part = if is_whole {
@@ -98,23 +99,23 @@ async fn copy_range(spec: &Spec<'_>, operands: &Operands, args: &Dd) -> Result<(
     let path = create::path(output)?;
     let options = Options::new().with("size", len);
     let mut partial = create::partial(path.clone(), &options, args.keep_partial);
-    stop.or_drop(create::create(&graph, format, path, options, false)).await?;
+    interrupt.run_or_drop(create::create(&graph, format, path, options, false)).await?;
     partial.set_created();
     let flags = OpenFlags { discard: true, ..OpenFlags::default() };
     let target = Spec { name: output, is_options: false, format: Some(format), flags };
     let target = image::open(&graph, &target).await?;
-    let backend = image::enter(&target, true)?;
-    let reader = Arc::new(image::enter(&part, false)?);
+    let backend = image::backend(&target, true)?;
+    let reader = Arc::new(image::backend(&part, false)?);
     let target_is_zero = !image::shows_old_bytes(&target);
     let options =
-        CopyOptions { target_is_zero, cancel: Some(stop.flag()), ..CopyOptions::default() };
+        CopyOptions { target_is_zero, cancel: Some(interrupt.flag()), ..CopyOptions::default() };
     let copied = copy::copy(&[CopySource::from(reader)], &backend, &options).await;
     let closed = image::close(backend, target).await;
     drop((part, source));
     if let Err(error) = copied.map(drop).and(closed) {
-        let cause = crate::report::words(&error);
-        let words = format!("{cause}; the output is incomplete; {}", partial.give_up());
-        return Err(Error::new(error.kind(), words));
+        let cause = crate::report::message(&error);
+        let message = format!("{cause}; the output is incomplete; {}", partial.discard());
+        return Err(Error::new(error.kind(), message));
     }
     partial.complete();
     Ok(())
@@ -129,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn operands_choose_a_range() {
+    fn operands_select_a_range() {
         for (words, len, range) in [
             (vec![], 1000, (0, 1000)),
             (vec!["count=1"], 1000, (0, 512)),

@@ -1,4 +1,4 @@
-//! `graph`: the nodes behind an image, who holds them, and what they hold.
+//! `graph`: draws the nodes of an image, their holders and their edges.
 
 use std::ffi::OsStr;
 use std::fmt::Write as _;
@@ -8,7 +8,8 @@ use bds_core::graph::{Access, Graph, Holder, HolderKind, NodeRef, walk};
 use bds_core::{Error, Result};
 
 use crate::args::{self, Drawing};
-use crate::image::{self, Spec};
+use crate::image;
+use crate::image_spec::Spec;
 use crate::printer;
 use crate::render::{self, Link, Shape};
 
@@ -81,7 +82,7 @@ fn shape(node: &NodeRef) -> Shape {
     let state = if node.is_writable() { "read-write" } else { "read-only" };
     let mut details = vec![
         format!("{} {}", node.driver_name(), node.name()),
-        format!("{}, {state}", crate::text::human_size(node.len())),
+        format!("{}, {state}", crate::human_size::human_size(node.len())),
     ];
     let holders: Vec<String> = holders(node).into_iter().map(|h| format!("held by {h}")).collect();
     details.extend(holders.iter().cloned());
@@ -103,13 +104,13 @@ fn shape(node: &NodeRef) -> Shape {
     Shape { title, details, tooltip, fill }
 }
 
-/// Names who holds a node, except edges, which are drawn, and the tool's own references.
+/// Returns the holders of a node, except edges, which are drawn, and the tool's own references.
 fn holders(node: &NodeRef) -> Vec<String> {
     let is_drawn =
         |kind| matches!(kind, HolderKind::Edge | HolderKind::Iterator | HolderKind::Owner);
     let holders = node.graph().holders(node.id()).into_iter();
     holders
-        .filter(|holder| !is_drawn(holder.kind))
+        .filter(|holder| !is_drawn(holder.kind.into()))
         .map(|holder| Holder { kind: holder.kind, name: holder.name }.to_string())
         .collect()
 }

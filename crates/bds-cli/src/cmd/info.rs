@@ -1,4 +1,4 @@
-//! `info`: what is known about an image, without opening what it names.
+//! `info`: prints what is known about an image, without opening the files it names.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -9,25 +9,26 @@ use bds_core::{Error, ErrorKind, Result};
 use serde_json::{Map, Value, json};
 
 use crate::args::{Info, Output};
-use crate::describe;
-use crate::image::{self, Spec};
+use crate::human_size::human_size;
+use crate::image;
+use crate::image_options;
+use crate::image_spec::Spec;
 use crate::printer;
-use crate::text::human_size;
 
-/// What one image tells.
+/// Facts about one image.
 struct Facts {
     filename: String,
     format: &'static str,
     virtual_len: u64,
     allocated: Option<u64>,
     info: ImageInfo,
-    /// Where the backing file is, as opposed to how the image spells it.
+    /// The resolved path of the backing file; `info` has it as the image stores it.
     backing_path: Option<PathBuf>,
     file: Option<FileFacts>,
     identity: Option<(u64, u64)>,
 }
 
-/// What is known about the file that holds it.
+/// Facts about the file of an image.
 struct FileFacts {
     filename: String,
     driver: &'static str,
@@ -50,21 +51,21 @@ pub(crate) fn run(args: &Info) -> Result<()> {
     }
 }
 
-/// The image, and the chain below if wanted. At least one.
+/// Collects the facts of the image, and of its backing chain if `with_chain`. At least one.
 async fn gather(top: &Spec<'_>, with_chain: bool) -> Result<Vec<Facts>> {
     let graph = image::trusting_graph();
-    let mut images = vec![look(image::open(&graph, top).await?, top).await?];
+    let mut images = vec![inspect(image::open(&graph, top).await?, top).await?];
     let mut seen: HashSet<(u64, u64)> = images[0].identity.into_iter().collect();
     if !with_chain {
         return Ok(images);
     }
     while let Some(path) = images.last().and_then(|last| last.backing_path.clone()) {
         // Prefixed, because a stored name is a file name, whatever it looks like.
-        let typed = describe::file_name(&path);
+        let typed = image_options::file_name(&path);
         let format = images.last().and_then(|last| last.info.backing_format.clone());
         let spec =
             Spec { name: &typed, is_options: false, format: format.as_deref(), flags: top.flags };
-        let image = look(image::open(&graph, &spec).await?, &spec).await?;
+        let image = inspect(image::open(&graph, &spec).await?, &spec).await?;
         if image.identity.is_some_and(|id| !seen.insert(id)) {
             return Err(Error::new(
                 ErrorKind::InvalidImage,
@@ -76,15 +77,15 @@ async fn gather(top: &Spec<'_>, with_chain: bool) -> Result<Vec<Facts>> {
     Ok(images)
 }
 
-/// Looks at an image and closes it.
-async fn look(node: NodeRef, spec: &Spec<'_>) -> Result<Facts> {
+/// Collects the facts of an image and closes it.
+async fn inspect(node: NodeRef, spec: &Spec<'_>) -> Result<Facts> {
     let facts = facts(&node, spec).await;
     node.close().await?.into_result()?;
     facts
 }
 
 async fn facts(node: &NodeRef, spec: &Spec<'_>) -> Result<Facts> {
-    let backend = image::enter(node, false)?;
+    let backend = image::backend(node, false)?;
     let info = backend.info().await?;
     let own_path = walk::filename(node);
     let backing_path = info
@@ -94,7 +95,7 @@ async fn facts(node: &NodeRef, spec: &Spec<'_>) -> Result<Facts> {
     let file = match walk::child(node, "file") {
         None => None,
         Some((file, _)) => {
-            let below = image::enter(&file, false)?;
+            let below = image::backend(&file, false)?;
             Some(FileFacts {
                 filename: match walk::filename(&file) {
                     Some(path) => path.to_string_lossy().into_owned(),
@@ -118,8 +119,8 @@ async fn facts(node: &NodeRef, spec: &Spec<'_>) -> Result<Facts> {
     })
 }
 
-/// The name as QEMU shows it: the file's, if it lies in one, with a directory where it would look like a protocol. JSON has no
-/// bytes that are not UTF-8, so there they become U+FFFD.
+/// The name as QEMU shows it: the file's, if it lies in one, with a directory where it would look
+/// like a protocol. JSON has no bytes that are not UTF-8, so there they become U+FFFD.
 fn shown_name(file: Option<&Path>, spec: &Spec<'_>) -> String {
     let name = file.map_or(spec.name, Path::as_os_str).to_string_lossy();
     let begin = name.split('/').next().unwrap_or_default();
@@ -299,8 +300,8 @@ fn utc(seconds: u64) -> String {
     format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}")
 }
 
-/// Year, month and day of a day number since 1970-01-01, counted in years that begin in March, so that the leap day is
-/// the last.
+/// Year, month and day of a day number since 1970-01-01, counted in years that begin in March, so
+/// that the leap day is the last.
 fn civil(days: u64) -> (u64, u64, u64) {
     let shifted = days + 719_468;
     let era = shifted / 146_097;
@@ -319,7 +320,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn days_have_dates() {
+    fn seconds_are_converted_to_dates() {
         for (seconds, text) in [
             (0, "1970-01-01 00:00:00"),
             (951_782_400, "2000-02-29 00:00:00"),

@@ -1,4 +1,5 @@
-//! `completions` and `man-pages`: texts made out of the definition of the command line.
+//! `completions` and `man-pages`: generate shell completions and manual pages from the command
+//! line's definition.
 
 use bds_core::{Error, Result};
 use clap::CommandFactory;

@@ -1,4 +1,4 @@
-//! `map`: which ranges hold data, at which depth of the chain, and where.
+//! `map`: lists which ranges hold data, at which depth of the chain, and at which offset.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -9,7 +9,8 @@ use bds_core::request::{Backend, ChainRun};
 use bds_core::{Error, ErrorKind, Result};
 
 use crate::args::{Map, Output};
-use crate::image::{self, Spec};
+use crate::image;
+use crate::image_spec::Spec;
 use crate::printer;
 
 /// Text that is collected before it is printed, in bytes.
@@ -49,13 +50,14 @@ impl Entry {
         }
     }
 
-    /// Zeros behind the end of a short backing file belong to no layer. As in qemu-img they are shown at the layer above it, as not
-    /// present, with the place that layer may have for them. `None`: these bytes are not of that kind.
+    /// Zeros behind the end of a short backing file belong to no layer. As in qemu-img they are
+    /// shown at the layer above it, as not present, with the place that layer may have for them.
+    /// `None`: these bytes are not of that kind.
     async fn behind_end(layers: &[NodeRef], start: u64, run: &ChainRun) -> Result<Option<Self>> {
         let mut below = layers.iter().skip(1).take(run.depth);
         let Some(depth) = below.position(|below| below.len() <= start) else { return Ok(None) };
         let layer = &layers[depth];
-        let own = image::enter(layer, false)?.layer_status(start, run.len, true).await?;
+        let own = image::backend(layer, false)?.layer_status(start, run.len, true).await?;
         let place = own.map.filter(|_| own.flags.contains(StatusFlags::OFFSET_VALID));
         let file = place.and_then(|place| walk::child(layer, place.child));
         Ok(Some(Self {
@@ -71,15 +73,15 @@ impl Entry {
         }))
     }
 
-    /// Takes `next` in if it goes on where this one ends.
+    /// Extends this entry by `next` if that continues it.
     fn merge(&mut self, next: &Self) -> bool {
-        let goes_on = Self {
+        let continued = Self {
             start: next.start,
             len: next.len,
             offset: self.offset.and_then(|offset| offset.checked_add(self.len)),
             ..self.clone()
         };
-        let is_same = *next == goes_on;
+        let is_same = *next == continued;
         if is_same {
             self.len += next.len;
         }
@@ -94,14 +96,14 @@ pub(crate) fn run(args: &Map) -> Result<()> {
     image::block_on(async {
         let graph = image::trusting_graph();
         let node = image::open(&graph, &spec).await?;
-        let backend = image::enter(&node, false)?;
+        let backend = image::backend(&node, false)?;
         let end = match limit {
             Some(limit) => start.saturating_add(limit).min(backend.len()),
             None => backend.len(),
         };
         let mut out = Listing::new(args.output);
         let listed = list(&backend, &walk::backing_chain(&node), start..end, &mut out).await;
-        // What was found before a failure is shown all the same.
+        // Entries found before a failure are printed too.
         out.print()?;
         listed?;
         image::close(backend, node).await
@@ -197,7 +199,7 @@ impl Listing {
         self.text.push('}');
     }
 
-    /// What belongs behind the last entry.
+    /// Appends the end of the list.
     fn end(&mut self) {
         match (self.format, self.is_first) {
             (Output::Json, true) => self.text += "[]\n",
@@ -239,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_goes_on_is_merged() {
+    fn only_contiguous_entries_are_merged() {
         for (next, is_merged) in [
             (entry(10, 5, Some(110)), true),
             (entry(10, 5, Some(111)), false),

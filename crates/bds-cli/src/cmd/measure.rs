@@ -1,4 +1,4 @@
-//! `measure`: how large an image would become.
+//! `measure`: computes how large a new image would be.
 
 use std::ffi::OsStr;
 
@@ -9,7 +9,8 @@ use serde_json::json;
 
 use crate::args::{Measure, Output};
 use crate::cmd::create::{format_options, stored_format};
-use crate::image::{self, Spec};
+use crate::image;
+use crate::image_spec::Spec;
 use crate::printer;
 
 pub(crate) fn run(args: &Measure) -> Result<()> {
@@ -48,7 +49,7 @@ async fn inspect(args: &Measure, name: &OsStr) -> Result<MeasureSource> {
     let spec = Spec::read(name, &args.source)?;
     let graph = image::trusting_graph();
     let node = image::open(&graph, &spec).await?;
-    let backend = image::enter(&node, false)?;
+    let backend = image::backend(&node, false)?;
     let source = MeasureSource { virtual_len: backend.len(), data: Some(data(&backend).await?) };
     image::close(backend, node).await?;
     Ok(source)

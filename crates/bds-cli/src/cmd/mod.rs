@@ -1,4 +1,4 @@
-//! One file a verb. Each turns arguments into calls of the library and results into text.
+//! The verbs, one a file: each calls the library with its arguments and prints the result.
 
 pub(crate) mod bench;
 pub(crate) mod check;
@@ -19,20 +19,20 @@ pub(crate) mod resize;
 use bds_core::options::parse_size;
 use bds_core::{Error, ErrorKind, Result};
 
-/// A size the user typed; `what` names it in the error.
+/// Parses a size; `what` names it in the error.
 pub(crate) fn size(what: &'static str, text: &str) -> Result<u64> {
     parse_size(text).ok_or_else(|| invalid_size(what, text))
 }
 
 pub(crate) fn invalid_size(what: &'static str, text: &str) -> Error {
-    let words = format!(
+    let message = format!(
         "Invalid {what} specified: use digits and an optional suffix k, M, G, T, P, E, so that it is a \
          whole number of bytes"
     );
-    Error::new(ErrorKind::InvalidInput, words).field(what, text)
+    Error::new(ErrorKind::InvalidInput, message).field(what, text)
 }
 
-/// An option of qemu-img that this build does not do.
+/// Fails if an option is given that qemu-img has and this tool does not support.
 pub(crate) fn refuse(is_given: bool, option: &str, remedy: &str) -> Result<()> {
     if !is_given {
         return Ok(());

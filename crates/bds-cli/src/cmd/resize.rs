@@ -1,26 +1,27 @@
-//! `resize`: another length for an image.
+//! `resize`: changes the length of an image.
 
 use bds_core::driver::{Prealloc, Truncate};
 use bds_core::options::parse_size;
 use bds_core::{Error, ErrorKind, Result};
 
 use crate::args::Resize;
-use crate::image::{self, Spec};
+use crate::image;
+use crate::image_spec::Spec;
 use crate::printer;
 
-/// What the user asked for.
+/// A new size, absolute or relative.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wish {
+enum SizeChange {
     To(u64),
-    By(u64),
-    Less(u64),
+    Grow(u64),
+    Shrink(u64),
 }
 
-impl Wish {
+impl SizeChange {
     fn parse(text: &str) -> Result<Self> {
         let (make, digits): (fn(u64) -> Self, &str) = match text.split_at_checked(1) {
-            Some(("+", rest)) => (Self::By, rest),
-            Some(("-", rest)) => (Self::Less, rest),
+            Some(("+", rest)) => (Self::Grow, rest),
+            Some(("-", rest)) => (Self::Shrink, rest),
             _ => (Self::To, text),
         };
         parse_size(digits).map(make).ok_or_else(|| super::invalid_size("image size", text))
@@ -30,8 +31,8 @@ impl Wish {
     fn apply(self, old: u64) -> Result<u64> {
         let new = match self {
             Self::To(len) => Some(len),
-            Self::By(more) => old.checked_add(more),
-            Self::Less(less) => old.checked_sub(less),
+            Self::Grow(more) => old.checked_add(more),
+            Self::Shrink(less) => old.checked_sub(less),
         };
         new.filter(|len| *len > 0).ok_or_else(|| {
             Error::new(ErrorKind::InvalidInput, "New image size must be positive")
@@ -41,7 +42,7 @@ impl Wish {
 }
 
 pub(crate) fn run(args: &Resize) -> Result<()> {
-    let wish = Wish::parse(&args.size)?;
+    let size_change = SizeChange::parse(&args.size)?;
     let prealloc = Prealloc::parse(&args.preallocation).ok_or_else(|| {
         Error::new(
             ErrorKind::InvalidInput,
@@ -53,9 +54,9 @@ pub(crate) fn run(args: &Resize) -> Result<()> {
     image::block_on(async {
         let graph = image::trusting_graph();
         let node = image::open(&graph, &spec).await?;
-        let backend = image::enter(&node, true)?;
+        let backend = image::backend(&node, true)?;
         let old = backend.len();
-        let len = wish.apply(old)?;
+        let len = size_change.apply(old)?;
         check_shrink(args, old, len, prealloc)?;
         let change = Truncate { len, exact: true, prealloc, zero_new: false };
         backend.truncate(change).await?;
@@ -93,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn wishes_are_absolute_or_relative() {
+    fn sizes_are_absolute_or_relative() {
         for (text, old, new) in [
             ("2G", 1 << 30, Some(2 << 30)),
             ("+1k", 1024, Some(2048)),
@@ -103,10 +104,10 @@ mod tests {
             ("+8E", 1 << 63, None),
             ("0", 1024, None),
         ] {
-            assert_eq!(Wish::parse(text).unwrap().apply(old).ok(), new, "{text}");
+            assert_eq!(SizeChange::parse(text).unwrap().apply(old).ok(), new, "{text}");
         }
         for text in ["", "+", "ten", "--1", "1q", "+-1"] {
-            assert!(Wish::parse(text).is_err(), "{text}");
+            assert!(SizeChange::parse(text).is_err(), "{text}");
         }
     }
 }

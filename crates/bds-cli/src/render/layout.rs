@@ -3,15 +3,16 @@
 //! ```text
 //!   ┌─ throttle ─┐
 //!         │ file
-//!   ┌─ top.qcow2 ┐ ─file─ ┌ top.qcow2 ┐      a cell: a box and, beside it, its children that have none
+//!   ┌─ top.qcow2 ┐ ─file─ ┌ top.qcow2 ┐    a cell: a box, and beside it its childless children
 //!         │ backing
 //!   ┌─ base.raw ─┐ ─file─ ┌ base.raw ─┐
 //! ```
 //!
-//! Cells stand in layers by their longest distance from a root, so every line of a chain points down. All boxes are equally
-//! wide, which keeps chains vertical. A line that skips a layer runs in a lane left of all cells.
+//! Cells stand in layers by their longest distance from a root, so every line of a chain points
+//! down. All boxes are equally wide, which keeps chains vertical. A line that skips a layer runs in
+//! a lane left of all cells.
 
-use super::{Drawing, LINE_MAX, Shape, shortened};
+use super::drawing::{Drawing, LINE_MAX, Shape, shortened};
 
 pub(super) const CHAR_WIDTH: usize = 8;
 pub(super) const LINE_HEIGHT: usize = 18;
@@ -21,7 +22,7 @@ const GAP_ACROSS: usize = 40;
 const GAP_DOWN: usize = 52;
 const GAP_STACKED: usize = 14;
 const LANE_WIDTH: usize = 16;
-/// Room for the ends of a line beside its label.
+/// Space for the ends of a line beside its label.
 const LINE_ENDS: usize = 32;
 
 /// One box's place.
@@ -56,8 +57,9 @@ impl Rect {
 pub(super) enum Route {
     /// From the parent's right side to the child beside it.
     Beside,
-    /// From the parent's bottom to the top of a child one layer below. `row`: which of the labels at the parent's bottom this
-    /// one is; `None`: the label stands at the child, which no other line reaches from above.
+    /// From the parent's bottom to the top of a child one layer below. `row`: which of the labels
+    /// at the parent's bottom this one is; `None`: the label stands at the child, which no other
+    /// line reaches from above.
     Down { row: Option<usize> },
     /// Past a layer, at this x coordinate.
     Lane(usize),
@@ -91,7 +93,7 @@ struct Cells {
     /// The parent a box stands beside; `None`: it has a cell of its own.
     beside: Vec<Option<usize>>,
     box_width: usize,
-    /// Between a box and those beside it: room for the longest label.
+    /// Between a box and those beside it: space for the longest label.
     gap: usize,
 }
 
@@ -159,8 +161,8 @@ impl Cells {
         boxes
     }
 
-    /// Sets the x coordinates of a layer: below the middle of the parents, without overlap. Children of the same parents are
-    /// centred together.
+    /// Sets the x coordinates of a layer: below the middle of the parents, without overlap.
+    /// Children of the same parents are centred together.
     fn place_layer(&self, drawing: &Drawing, members: &[usize], left: usize, boxes: &mut [Rect]) {
         let mut wanted: Vec<(usize, usize)> =
             members.iter().map(|shape| (wanted_middle(drawing, *shape, boxes), *shape)).collect();
@@ -180,7 +182,8 @@ impl Cells {
         }
     }
 
-    /// Sets the y coordinate of a box and the places of those beside it; the shorter side is centred.
+    /// Sets the y coordinate of a box and the places of those beside it; the shorter side is
+    /// centred.
     fn place_cell(&self, drawing: &Drawing, shape: usize, y: usize, boxes: &mut [Rect]) {
         let height = self.cell_height(drawing, shape);
         boxes[shape].y = y + (height - boxes[shape].height) / 2;
@@ -196,7 +199,8 @@ impl Cells {
     }
 }
 
-/// Returns the parent that `shape` may stand beside: its only one, if it is an end and does not continue the chain.
+/// Returns the parent that `shape` may stand beside: its only one, if it is an end and does not
+/// continue the chain.
 fn parent_beside(drawing: &Drawing, shape: usize) -> Option<usize> {
     if drawing.links.iter().any(|link| link.from == shape) {
         return None;
@@ -208,7 +212,8 @@ fn parent_beside(drawing: &Drawing, shape: usize) -> Option<usize> {
     }
 }
 
-/// Returns the layer of each box: one below the deepest parent; boxes beside another are in its layer.
+/// Returns the layer of each box: one below the deepest parent; boxes beside another are in its
+/// layer.
 fn layers(drawing: &Drawing, cells: &Cells) -> Vec<usize> {
     let mut layers = vec![0; drawing.shapes.len()];
     // A path has fewer links than there are boxes, so this many rounds reach every end.
@@ -250,7 +255,8 @@ fn routes(drawing: &Drawing, cells: &Cells, layers: &[usize]) -> Vec<Route> {
     routes
 }
 
-/// Turns lane numbers into x coordinates, the labels left of them, and returns where the first cell may begin.
+/// Turns lane numbers into x coordinates, the labels left of them, and returns where the first cell
+/// may begin.
 fn leave_lanes(drawing: &Drawing, routes: &mut [Route]) -> usize {
     let mut labels = 0;
     let mut count = 0;
@@ -323,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_is_vertical_and_its_files_stand_beside() {
+    fn a_chain_is_vertical_with_its_files_beside_it() {
         // Twelve images, each with its file: image n is box 2n, its file 2n + 1.
         let mut links = Vec::new();
         for n in 0..12 {
@@ -361,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn labels_at_one_parent_have_rows_of_their_own() {
+    fn labels_at_one_parent_are_in_separate_rows() {
         let both = [(0, 2, true), (0, 3, true), (1, 2, true), (1, 3, true)];
         let layout = place(&drawing(4, &both));
         let of_first: Vec<Route> = layout.routes[..2].to_vec();
@@ -370,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_a_drawing_too() {
+    fn an_empty_graph_is_drawn() {
         assert!(place(&Drawing::default()).boxes.is_empty());
     }
 }

@@ -1,71 +1,19 @@
 //! Renders a graph as SVG: boxes with a title and details, lines from each parent to its children.
 //!
-//! `layout` places the boxes, `svg` writes the document. Chains run straight down; a child without children of its own (the
-//! file of an image) is placed to the right of its parent. Long texts are shortened; the whole text is in the element's
-//! `<title>`, which viewers show as a tooltip.
+//! `drawing` holds the boxes and lines, `layout` places them, `svg` writes the document. Chains run
+//! straight down; a child without children of its own (the file of an image) is placed to the right
+//! of its parent. Long texts are shortened; the whole text is in the element's `<title>`, which
+//! viewers show as a tooltip.
 
+mod drawing;
 mod layout;
 mod svg;
 
-/// Longest text of a line in a box, in characters.
-const LINE_MAX: usize = 34;
-
-/// One box: a title in bold, lines of details, and a tooltip.
-#[derive(Clone, Debug)]
-pub(crate) struct Shape {
-    pub(crate) title: String,
-    pub(crate) details: Vec<String>,
-    pub(crate) tooltip: String,
-    /// Colour of the box, as SVG spells it.
-    pub(crate) fill: &'static str,
-}
-
-/// One line between boxes, from parent to child; indices into [`Drawing::shapes`].
-#[derive(Clone, Debug)]
-pub(crate) struct Link {
-    pub(crate) from: usize,
-    pub(crate) to: usize,
-    pub(crate) label: String,
-    pub(crate) tooltip: String,
-    /// The child continues the chain (a backing or filtered child), so it is placed below its parent.
-    pub(crate) is_chain: bool,
-}
-
-/// Boxes and lines to be drawn. The lines make no cycle.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Drawing {
-    pub(crate) shapes: Vec<Shape>,
-    pub(crate) links: Vec<Link>,
-}
+pub(crate) use self::drawing::{Drawing, Link, Shape};
 
 impl Drawing {
     /// Returns the drawing as an SVG document.
     pub(crate) fn svg(&self) -> String {
         svg::document(self, &layout::place(self))
-    }
-}
-
-/// Returns at most `max` characters of `text`, with an ellipsis for what is left out of its middle: names differ at their ends.
-fn shortened(text: &str, max: usize) -> String {
-    let chars: Vec<char> = text.chars().collect();
-    if chars.len() <= max {
-        return text.to_owned();
-    }
-    let kept = max - 1;
-    let head = kept / 2;
-    let tail = kept - head;
-    let (front, back) = (&chars[..head], &chars[chars.len() - tail..]);
-    front.iter().chain(&['…']).chain(back).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn long_names_keep_both_ends() {
-        assert_eq!(shortened("disk.qcow2", 10), "disk.qcow2");
-        assert_eq!(shortened("a-very-long-name.qcow2", 11), "a-ver…qcow2");
-        assert_eq!(shortened("ääääääääää", 5), "ää…ää");
     }
 }

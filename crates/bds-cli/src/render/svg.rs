@@ -2,8 +2,8 @@
 
 use std::fmt::Write as _;
 
+use super::drawing::{Drawing, LINE_MAX, Link, Shape, shortened};
 use super::layout::{LINE_HEIGHT, Layout, PADDING, Rect, Route};
-use super::{Drawing, LINE_MAX, Link, Shape, shortened};
 
 const STROKE: &str = "#555";
 /// Fonts whose characters are as wide as the layout assumes.
@@ -107,7 +107,8 @@ fn line(route: Route, from: Rect, to: Rect) -> (String, Label) {
     }
 }
 
-/// Returns `text` as XML character data. What XML 1.0 cannot carry becomes the replacement character.
+/// Returns `text` as XML character data. What XML 1.0 cannot carry becomes the replacement
+/// character.
 fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -129,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_cannot_break_the_document() {
+    fn names_are_escaped_in_the_document() {
         let shape = Shape {
             title: "<a & \"b\">\u{1}".into(),
             details: Vec::new(),

@@ -1,13 +1,13 @@
-//! `graph`: what the drawings show.
+//! Tests `bds graph`: text, Graphviz and SVG output.
 
-use crate::tool::Desk;
+use crate::workdir::Workdir;
 
 /// An overlay over an image.
-fn overlay() -> Desk {
-    let desk = Desk::new();
-    desk.must("create -q -f qcow2 a.qcow2 1M");
-    desk.must("create -q -f qcow2 -b a.qcow2 -F qcow2 b.qcow2");
-    desk
+fn overlay() -> Workdir {
+    let workdir = Workdir::new();
+    workdir.must("create -q -f qcow2 a.qcow2 1M");
+    workdir.must("create -q -f qcow2 -b a.qcow2 -F qcow2 b.qcow2");
+    workdir
 }
 
 #[test]
@@ -26,9 +26,9 @@ fn dot_shows_file_names() {
 
 #[test]
 fn svg_has_files_as_titles_short_labels_and_long_tooltips() {
-    let desk = overlay();
-    desk.must("graph --output svg --write-to b.svg b.qcow2");
-    let svg = String::from_utf8(desk.read("b.svg")).expect("text");
+    let workdir = overlay();
+    workdir.must("graph --output svg --write-to b.svg b.qcow2");
+    let svg = String::from_utf8(workdir.read("b.svg")).expect("text");
     assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
     // Two images, each with its file, and three edges.
     assert_eq!(svg.matches("rx=\"6\"").count(), 4, "{svg}");
@@ -45,9 +45,9 @@ fn svg_has_files_as_titles_short_labels_and_long_tooltips() {
 
 #[test]
 fn a_filter_is_drawn_above_its_image_under_its_own_name() {
-    let desk = overlay();
+    let workdir = overlay();
     let options = "driver=throttle,limits.bps-total=1M,file.driver=qcow2,file.file.driver=file,file.file.filename=a.qcow2";
-    let svg = desk.must(&format!("graph --output svg --image-opts {options}")).stdout;
+    let svg = workdir.must(&format!("graph --output svg --image-opts {options}")).stdout;
     assert!(svg.contains(r#"font-weight="bold">throttle</text>"#), "{svg}");
     assert_eq!(svg.matches(r#"font-weight="bold">a.qcow2</text>"#).count(), 2, "{svg}");
 }

@@ -1,23 +1,24 @@
-//! The same words, the same answer as qemu-img's.
+//! Compares the output of each verb with qemu-img's, for the same arguments.
 //!
-//! Known differences, each on purpose: file lengths are exact here and rounded up to 512 there; `measure` says nothing of
-//! bitmaps; `map` of a data file tells its holes; options of encryption are not offered.
+//! Known differences, each on purpose: file lengths are exact here and rounded up to 512 there;
+//! `measure` does not print bitmaps; `map` of a data file shows its holes; options of encryption
+//! are not offered.
 
 use bds_testkit::{pattern, qemu_img};
 use serde_json::Value;
 
-use crate::tool::Desk;
+use crate::workdir::Workdir;
 
 /// A chain, a compressed image, a data file, an old version, odd features; all made by qemu-img.
-fn images() -> Option<Desk> {
+fn images() -> Option<Workdir> {
     qemu_img()?;
-    let desk = Desk::new();
+    let workdir = Workdir::new();
     let mut disk = vec![0; 10 << 20];
     disk[1 << 20..2 << 20].copy_from_slice(&pattern(1, 0, 1 << 20));
     disk[5_000_000..5_100_000].copy_from_slice(&pattern(2, 0, 100_000));
-    desk.write("base.raw", &disk);
+    workdir.write("base.raw", &disk);
     disk[2 << 20..(2 << 20) + 65536].copy_from_slice(&pattern(3, 0, 65536));
-    desk.write("top.raw", &disk);
+    workdir.write("top.raw", &disk);
     for words in [
         "convert -O qcow2 base.raw base.qcow2",
         "convert -O qcow2 -B base.qcow2 -F qcow2 top.raw top.qcow2",
@@ -29,14 +30,14 @@ fn images() -> Option<Desk> {
         "create -q -f qcow2 -o extended_l2=on,preallocation=metadata,lazy_refcounts=on odd.qcow2 3M",
         "create -q -f qcow2 empty.qcow2 1G",
     ] {
-        desk.must_qemu(words);
+        workdir.must_qemu(words);
     }
-    Some(desk)
+    Some(workdir)
 }
 
 const IMAGES: [&str; 9] = ["base", "top", "zlib", "zstd", "old", "small", "data", "odd", "empty"];
 
-/// Lengths of files, told exactly by bds and rounded up to sectors by qemu-img.
+/// Rounds file lengths up to sectors as qemu-img does; bds prints them exactly.
 fn rounded(mut info: Value) -> Value {
     let images = match &mut info {
         Value::Array(images) => images.as_mut_slice(),
@@ -56,10 +57,10 @@ fn without_file_lengths(text: &str) -> String {
         .collect()
 }
 
-/// Runs both; the answers must be equal.
+/// Runs both; output and exit code must be equal.
 #[track_caller]
-fn same(desk: &Desk, words: &str) {
-    let (theirs, ours) = (desk.qemu_img(words), desk.bds(words));
+fn same(workdir: &Workdir, words: &str) {
+    let (theirs, ours) = (workdir.qemu_img(words), workdir.bds(words));
     assert_eq!(ours.code, theirs.code, "{words}\n{ours:?}\n{theirs:?}");
     if words.contains("--output=json") && theirs.ok() {
         assert_eq!(rounded(ours.json()), rounded(theirs.json()), "{words}");
@@ -72,44 +73,44 @@ fn same(desk: &Desk, words: &str) {
 
 #[test]
 fn info_and_check_print_the_same() {
-    let Some(desk) = images() else { return };
+    let Some(workdir) = images() else { return };
     for image in IMAGES {
-        same(&desk, &format!("info {image}.qcow2"));
-        same(&desk, &format!("info --output=json {image}.qcow2"));
-        same(&desk, &format!("info --output=json --backing-chain {image}.qcow2"));
-        same(&desk, &format!("check {image}.qcow2"));
-        same(&desk, &format!("check --output=json {image}.qcow2"));
+        same(&workdir, &format!("info {image}.qcow2"));
+        same(&workdir, &format!("info --output=json {image}.qcow2"));
+        same(&workdir, &format!("info --output=json --backing-chain {image}.qcow2"));
+        same(&workdir, &format!("check {image}.qcow2"));
+        same(&workdir, &format!("check --output=json {image}.qcow2"));
     }
-    same(&desk, "info --backing-chain top.qcow2");
-    same(&desk, "info base.raw");
-    same(&desk, "info -f raw --output=json base.raw");
-    same(&desk, "check base.raw");
+    same(&workdir, "info --backing-chain top.qcow2");
+    same(&workdir, "info base.raw");
+    same(&workdir, "info -f raw --output=json base.raw");
+    same(&workdir, "check base.raw");
 }
 
 #[test]
 fn map_and_measure_print_the_same() {
-    let Some(desk) = images() else { return };
+    let Some(workdir) = images() else { return };
     for image in IMAGES {
-        same(&desk, &format!("map --output=json {image}.qcow2"));
-        same(&desk, &format!("map {image}.qcow2"));
-        same(&desk, &format!("measure {image}.qcow2"));
+        same(&workdir, &format!("map --output=json {image}.qcow2"));
+        same(&workdir, &format!("map {image}.qcow2"));
+        same(&workdir, &format!("measure {image}.qcow2"));
         let measure = format!("measure -O qcow2 {image}.qcow2");
-        let theirs = desk.must_qemu(&measure).stdout;
+        let theirs = workdir.must_qemu(&measure).stdout;
         let theirs: String = theirs
             .lines()
             .filter(|line| !line.starts_with("bitmaps"))
             .map(|l| l.to_owned() + "\n")
             .collect();
-        assert_eq!(desk.must(&measure).stdout, theirs, "{measure}");
+        assert_eq!(workdir.must(&measure).stdout, theirs, "{measure}");
     }
-    same(&desk, "map -s 1M -l 2M --output=json top.qcow2");
-    same(&desk, "measure -O qcow2 --size 1G");
-    same(&desk, "measure -O qcow2 -o cluster_size=2M,refcount_bits=64 --size 1T");
+    same(&workdir, "map -s 1M -l 2M --output=json top.qcow2");
+    same(&workdir, "measure -O qcow2 --size 1G");
+    same(&workdir, "measure -O qcow2 -o cluster_size=2M,refcount_bits=64 --size 1T");
 }
 
 #[test]
-fn compare_judges_the_same() {
-    let Some(desk) = images() else { return };
+fn compare_prints_and_exits_the_same() {
+    let Some(workdir) = images() else { return };
     for (a, b) in [
         ("base", "top"),
         ("top", "zlib"),
@@ -120,16 +121,16 @@ fn compare_judges_the_same() {
         ("data", "base"),
         ("data", "empty"),
     ] {
-        same(&desk, &format!("compare {a}.qcow2 {b}.qcow2"));
-        same(&desk, &format!("compare -s {a}.qcow2 {b}.qcow2"));
-        same(&desk, &format!("compare -q {a}.qcow2 {b}.qcow2"));
+        same(&workdir, &format!("compare {a}.qcow2 {b}.qcow2"));
+        same(&workdir, &format!("compare -s {a}.qcow2 {b}.qcow2"));
+        same(&workdir, &format!("compare -q {a}.qcow2 {b}.qcow2"));
     }
-    assert_eq!(desk.bds("compare nothing.qcow2 top.qcow2").code, 2);
+    assert_eq!(workdir.bds("compare nothing.qcow2 top.qcow2").code, 2);
 }
 
 #[test]
-fn create_says_and_makes_the_same() {
-    let Some(desk) = images() else { return };
+fn create_prints_and_makes_the_same() {
+    let Some(workdir) = images() else { return };
     for words in [
         "create -f qcow2 new.qcow2 3M",
         "create -f qcow2 -o compat=0.10,cluster_size=4k new.qcow2 3M",
@@ -140,21 +141,21 @@ fn create_says_and_makes_the_same() {
         "create new.raw 1M",
         "create -q -f qcow2 new.qcow2 3M",
     ] {
-        same(&desk, words);
+        same(&workdir, words);
         if words.contains("qcow2") {
-            desk.must_qemu("check new.qcow2");
+            workdir.must_qemu("check new.qcow2");
         }
     }
     for words in
         ["create -f qcow2 new.qcow2", "create -f foo new 1M", "create -f qcow2 -o foo=1 new 1M"]
     {
-        assert_eq!(desk.bds(words).code, desk.qemu_img(words).code, "{words}");
+        assert_eq!(workdir.bds(words).code, workdir.qemu_img(words).code, "{words}");
     }
 }
 
 #[test]
 fn converted_images_are_the_same_to_qemu() {
-    let Some(desk) = images() else { return };
+    let Some(workdir) = images() else { return };
     for options in [
         "-O qcow2",
         "-O raw",
@@ -167,43 +168,43 @@ fn converted_images_are_the_same_to_qemu() {
         "-O raw -C",
         "-O qcow2 -B base.qcow2 -F qcow2",
     ] {
-        desk.must(&format!("convert {options} top.qcow2 new"));
+        workdir.must(&format!("convert {options} top.qcow2 new"));
         let format = if options.contains("raw") { "raw" } else { "qcow2" };
-        desk.must_qemu(&format!("compare -f qcow2 -F {format} top.qcow2 new"));
+        workdir.must_qemu(&format!("compare -f qcow2 -F {format} top.qcow2 new"));
         if format == "qcow2" {
-            desk.must_qemu("check new");
+            workdir.must_qemu("check new");
         }
-        std::fs::remove_file(desk.dir().join("new")).expect("it was made");
+        std::fs::remove_file(workdir.dir().join("new")).expect("it was made");
     }
 }
 
 #[test]
 fn several_inputs_follow_one_another() {
-    let Some(desk) = images() else { return };
-    desk.must("convert base.qcow2 top.qcow2 ours.raw");
-    desk.must_qemu("convert base.qcow2 top.qcow2 theirs.raw");
-    assert!(desk.read("ours.raw") == desk.read("theirs.raw"));
+    let Some(workdir) = images() else { return };
+    workdir.must("convert base.qcow2 top.qcow2 ours.raw");
+    workdir.must_qemu("convert base.qcow2 top.qcow2 theirs.raw");
+    assert!(workdir.read("ours.raw") == workdir.read("theirs.raw"));
 }
 
 #[test]
 fn resized_images_are_the_same_to_qemu() {
-    let Some(desk) = images() else { return };
+    let Some(workdir) = images() else { return };
     for size in ["12M", "+1M", "+512"] {
-        desk.must(&format!("resize top.qcow2 {size}"));
-        desk.must_qemu("check top.qcow2");
+        workdir.must(&format!("resize top.qcow2 {size}"));
+        workdir.must_qemu("check top.qcow2");
     }
-    let info = desk.must_qemu("info --output=json top.qcow2").json();
+    let info = workdir.must_qemu("info --output=json top.qcow2").json();
     assert_eq!(info["virtual-size"], (13 << 20) + 512);
-    desk.must("resize -f raw base.raw +1M");
-    assert_eq!(desk.read("base.raw").len(), 11 << 20);
-    same(&desk, "resize -f raw base.raw 1M");
-    same(&desk, "resize -f raw --shrink base.raw -1M");
-    same(&desk, "resize -f raw --shrink base.raw -100M");
+    workdir.must("resize -f raw base.raw +1M");
+    assert_eq!(workdir.read("base.raw").len(), 11 << 20);
+    same(&workdir, "resize -f raw base.raw 1M");
+    same(&workdir, "resize -f raw --shrink base.raw -1M");
+    same(&workdir, "resize -f raw --shrink base.raw -100M");
 }
 
 #[test]
 fn dd_copies_the_same_blocks() {
-    let Some(desk) = images() else { return };
+    let Some(workdir) = images() else { return };
     for operands in [
         "bs=1M",
         "bs=1M count=2",
@@ -212,15 +213,15 @@ fn dd_copies_the_same_blocks() {
         "bs=64k skip=1000",
         "bs=4k skip=2",
     ] {
-        desk.must_qemu(&format!("dd {operands} if=top.qcow2 of=theirs.raw"));
-        desk.must(&format!("dd {operands} if=top.qcow2 of=ours.raw"));
-        assert!(desk.read("ours.raw") == desk.read("theirs.raw"), "{operands}");
+        workdir.must_qemu(&format!("dd {operands} if=top.qcow2 of=theirs.raw"));
+        workdir.must(&format!("dd {operands} if=top.qcow2 of=ours.raw"));
+        assert!(workdir.read("ours.raw") == workdir.read("theirs.raw"), "{operands}");
     }
 }
 
 #[test]
 fn bench_announces_the_same() {
-    let Some(desk) = images() else { return };
+    let Some(workdir) = images() else { return };
     for words in [
         "bench -c 100 -f qcow2 top.qcow2",
         "bench -c 100 -d 8 -s 512 -S 1024 -o 4k -f qcow2 top.qcow2",
@@ -229,8 +230,8 @@ fn bench_announces_the_same() {
         let announced = |text: &str| -> Vec<String> {
             text.lines().filter(|line| !line.starts_with("Run")).map(str::to_owned).collect()
         };
-        let (ours, theirs) = (desk.must(words), desk.must_qemu(words));
+        let (ours, theirs) = (workdir.must(words), workdir.must_qemu(words));
         assert_eq!(announced(&ours.stdout), announced(&theirs.stdout), "{words}");
     }
-    desk.must_qemu("check top.qcow2");
+    workdir.must_qemu("check top.qcow2");
 }

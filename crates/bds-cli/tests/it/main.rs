@@ -1,21 +1,21 @@
-//! The tool from outside: what it prints, what it returns, what it leaves behind, and how all that compares with QEMU's
-//! tools over the matrix of formats.
+//! Tests of the `bds` binary: output, exit codes, files left behind, and comparison with QEMU's
+//! tools over all formats.
 
+mod command_lines;
+mod convert_errors;
+mod copied_content;
 mod drawing;
+mod existing_output;
 mod file_names;
-mod kept_content;
 mod like_qemu;
-mod manners;
 mod manual;
 mod matrix;
+mod messages;
+mod process;
+mod programs;
 mod qemu_cells;
 mod qemu_check;
 mod qemu_convert;
 mod qemu_measure;
-mod right_data;
 mod same_file;
-mod spelling;
-mod stopped;
-mod tool;
-mod tools;
-mod words;
+mod workdir;

@@ -1,15 +1,15 @@
-//! What the tool says of itself: drivers and their options, completion scripts, manual pages.
+//! Tests the built-in documentation: drivers and their options, completion scripts, manual pages.
 
 use serde_json::Value;
 
-use crate::tool::Desk;
+use crate::workdir::Workdir;
 
 #[test]
 fn drivers_are_listed_with_what_they_are_for() {
-    let desk = Desk::new();
-    let text = desk.must("drivers").stdout;
+    let workdir = Workdir::new();
+    let text = workdir.must("drivers").stdout;
     let all: Value =
-        serde_json::from_str(&desk.must("drivers --output json").stdout).expect("JSON");
+        serde_json::from_str(&workdir.must("drivers --output json").stdout).expect("JSON");
     let all = all.as_array().expect("a list");
     assert!(all.len() >= 12, "{text}");
     for driver in all {
@@ -21,15 +21,15 @@ fn drivers_are_listed_with_what_they_are_for() {
 
 #[test]
 fn the_options_of_a_driver_are_shown() {
-    let desk = Desk::new();
-    let text = desk.must("drivers qcow2").stdout;
+    let workdir = Workdir::new();
+    let text = workdir.must("drivers qcow2").stdout;
     for part in
         ["To open:", "To create:", "Every node takes:", "cluster_size=size", "l2-cache-size=size"]
     {
         assert!(text.contains(part), "{part}: {text}");
     }
     let one: Value =
-        serde_json::from_str(&desk.must("drivers --output json qcow2").stdout).expect("JSON");
+        serde_json::from_str(&workdir.must("drivers --output json qcow2").stdout).expect("JSON");
     let names: Vec<&str> = one["create-options"]
         .as_array()
         .expect("a list")
@@ -39,34 +39,34 @@ fn the_options_of_a_driver_are_shown() {
     for name in names {
         assert!(text.contains(&format!("  {name}=")), "{name}: {text}");
     }
-    let unknown = desk.bds("drivers nosuch");
+    let unknown = workdir.bds("drivers nosuch");
     assert_eq!(unknown.code, 1);
     assert!(unknown.stderr.contains("nosuch") && unknown.stderr.contains("qcow2"), "{unknown:?}");
 }
 
 #[test]
 fn every_shell_gets_a_completion_script_with_every_verb() {
-    let desk = Desk::new();
+    let workdir = Workdir::new();
     for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
-        let script = desk.must(&format!("completions {shell}")).stdout;
+        let script = workdir.must(&format!("completions {shell}")).stdout;
         for verb in ["create", "convert", "compare", "drivers", "completions"] {
             assert!(script.contains(verb), "{shell}: {verb}");
         }
         assert!(!script.contains("man-pages"), "{shell} shows a hidden verb");
     }
-    assert_eq!(desk.bds("completions tcsh").code, 1);
+    assert_eq!(workdir.bds("completions tcsh").code, 1);
 }
 
 #[test]
 fn there_is_a_manual_page_for_every_verb() {
-    let desk = Desk::new();
-    std::fs::create_dir(desk.dir().join("man")).expect("scratch is writable");
-    desk.must("man-pages man");
+    let workdir = Workdir::new();
+    std::fs::create_dir(workdir.dir().join("man")).expect("scratch is writable");
+    workdir.must("man-pages man");
     for page in ["bds.1", "bds-convert.1", "bds-graph.1", "bds-drivers.1"] {
-        let text = String::from_utf8(desk.read(&format!("man/{page}"))).expect("text");
+        let text = String::from_utf8(workdir.read(&format!("man/{page}"))).expect("text");
         assert!(text.contains(".TH"), "{page}: {text}");
     }
-    let missing = desk.bds("man-pages nowhere");
+    let missing = workdir.bds("man-pages nowhere");
     assert_eq!(missing.code, 1);
     assert!(missing.stderr.contains("nowhere"), "{missing:?}");
 }

@@ -1,10 +1,11 @@
-//! One cell of the test matrix (engine × format × cache mode, from the environment): a round trip through the binary.
+//! One cell of the test matrix (engine × format × cache mode, from the environment): a round trip
+//! through the binary.
 
 use std::path::Path;
 
 use bds_testkit::{Cache, Engine, Format, Scratch, Tool, axes, pattern, skip};
 
-use crate::tools::{bds, text};
+use crate::programs::{bds, text};
 
 /// What the formats of the matrix are made with.
 fn options(format: Format, data_file: &str) -> (&'static str, String) {
@@ -48,7 +49,7 @@ fn source(path: &Path) -> Vec<u8> {
 }
 
 #[test]
-fn an_image_survives_the_way_there_and_back() {
+fn convert_round_trip_keeps_the_data() {
     let (engine, format, cache) = axes();
     let Some(bds) = tool(engine) else { return };
     let scratch = Scratch::new();
@@ -70,7 +71,7 @@ fn an_image_survives_the_way_there_and_back() {
 }
 
 #[test]
-fn a_compressed_image_survives_too() {
+fn compressed_round_trip_keeps_the_data() {
     let (engine, format, cache) = axes();
     let Some(bds) = tool(engine) else { return };
     if matches!(format, Format::Raw | Format::Qcow2Data) {

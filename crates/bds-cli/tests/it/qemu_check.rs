@@ -1,11 +1,11 @@
-//! `check` beside qemu-img's on images that something has damaged: the same verdict, the same counts.
+//! Compares `check` with qemu-img's on damaged images: same exit code, same counts.
 
 use std::path::Path;
 
 use bds_testkit::{Output, Scratch};
 use serde_json::Value;
 
-use crate::tools::{Tools, count, said, text};
+use crate::programs::{Tools, count, outcome_line, text};
 
 /// Where an undamaged image of ours keeps things.
 struct Image {
@@ -93,7 +93,7 @@ const DAMAGES: [(&str, Damage); 19] = [
 ];
 
 #[test]
-fn damaged_images_get_the_same_verdict() {
+fn damaged_images_get_the_same_check_result() {
     let Some(tools) = Tools::find() else { return };
     let mut problems = Vec::new();
     for cluster in [4096, 65536] {
@@ -132,15 +132,15 @@ fn make(tools: &Tools, path: &Path, cluster: usize) -> Vec<u8> {
 
 /// Nothing: both say the same.
 fn judge(tools: &Tools, path: &Path) -> Option<String> {
-    let ask = ["check", "-f", "qcow2", "--output=json", text(path)];
-    let (theirs, ours) = (tools.img.run(ask), tools.bds.run(ask));
+    let arguments = ["check", "-f", "qcow2", "--output=json", text(path)];
+    let (theirs, ours) = (tools.img.run(arguments), tools.bds.run(arguments));
     let (ours_counts, theirs_counts) = (counts(&ours), counts(&theirs));
     let is_same = ours.code == theirs.code && ours_counts.is_ok() && ours_counts == theirs_counts;
     (!is_same).then(|| {
         format!(
             "corruptions, leaks, errors: ours {ours_counts:?}, theirs {theirs_counts:?}\n    ours {}\n    theirs {}",
-            said(&ours),
-            said(&theirs)
+            outcome_line(&ours),
+            outcome_line(&theirs)
         )
     })
 }
@@ -152,7 +152,7 @@ fn counts(output: &Output) -> Result<[u64; 3], String> {
 }
 
 #[test]
-fn what_is_no_report_is_no_clean_check() {
+fn output_that_is_no_report_does_not_pass_as_a_clean_check() {
     let output = |stdout: &str| Output { code: 0, stdout: stdout.into(), stderr: String::new() };
     assert_eq!(counts(&output(r#"{"check-errors": 0, "leaks": 2}"#)), Ok([0, 2, 0]));
     for text in ["", "No errors were found", "[1"] {

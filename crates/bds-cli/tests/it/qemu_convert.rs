@@ -1,10 +1,11 @@
-//! `convert` with its switches, `resize` and `compare` beside qemu-img's: whatever is asked for, the bytes stay the same.
+//! Compares `convert` with all its options, `resize` and `compare` with qemu-img's: the same
+//! contents result.
 
 use std::path::Path;
 
 use bds_testkit::{Scratch, Tool};
 
-use crate::tools::{Tools, said, text};
+use crate::programs::{Tools, outcome_line, text};
 
 /// A chain of two images with data, zeros and unaligned ends, and the same as one raw file.
 struct Sources {
@@ -79,7 +80,7 @@ fn every_way_to_convert_keeps_the_bytes() {
             let problem = if output.ok() {
                 judge(&tools, [(&out, format), (&raw, "raw")])
             } else {
-                Some(said(&output))
+                Some(outcome_line(&output))
             };
             problems.extend(problem.map(|p| format!("{}: {p}", args.join(" "))));
             std::fs::remove_file(&out).expect("it was made");
@@ -88,7 +89,7 @@ fn every_way_to_convert_keeps_the_bytes() {
     assert!(problems.is_empty(), "{}", problems.join("\n"));
 }
 
-/// Output that exists: full of other bytes, or said to be zero.
+/// Output that exists: full of other bytes, or declared to be zero.
 #[test]
 fn existing_outputs_are_overwritten() {
     let Some(tools) = Tools::find() else { return };
@@ -112,7 +113,7 @@ fn existing_outputs_are_overwritten() {
             let problem = if output.ok() {
                 judge(&tools, [(&out, format), (&raw, "raw")])
             } else {
-                Some(said(&output))
+                Some(outcome_line(&output))
             };
             problems.extend(problem.map(|p| format!("{}: {p}", args.join(" "))));
         }
@@ -125,16 +126,16 @@ fn judge(tools: &Tools, [image, other]: [(&Path, &str); 2]) -> Option<String> {
     let names = ["-f", image.1, "-F", other.1, text(image.0), text(other.0)];
     let plain = tools.img.run(["compare"].iter().chain(&names));
     if !plain.ok() {
-        return Some(said(&plain));
+        return Some(outcome_line(&plain));
     }
     // Strict only about the length: allocation may differ.
     let strict = tools.img.run(["compare", "-s"].iter().chain(&names));
     if strict.stdout.contains("size") {
-        return Some(said(&strict));
+        return Some(outcome_line(&strict));
     }
     if image.1 == "qcow2" {
         let check = tools.img.run(["check", "-f", "qcow2", text(image.0)]);
-        return (!check.ok()).then(|| said(&check));
+        return (!check.ok()).then(|| outcome_line(&check));
     }
     None
 }
@@ -177,7 +178,11 @@ fn resizing_ends_the_same() {
             let (ours, theirs) = (run(&tools.bds, &images[0]), run(&tools.img, &images[1]));
             let what = format!("{format} {switches} {size}");
             if ours.code != theirs.code {
-                problems.push(format!("{what}: ours {}, theirs {}", said(&ours), said(&theirs)));
+                problems.push(format!(
+                    "{what}: ours {}, theirs {}",
+                    outcome_line(&ours),
+                    outcome_line(&theirs)
+                ));
             }
             let problem = judge(&tools, [(&images[0], format), (&images[1], format)]);
             problems.extend(problem.map(|problem| format!("{what}: {problem}")));
@@ -239,7 +244,11 @@ fn compare_ends_with_the_same_code() {
         let is_same = ours.code == theirs.code || failed(ours.code) && failed(theirs.code);
         if !is_same || !failed(ours.code) && ours.stdout != theirs.stdout {
             let what = args[1..].join(" ");
-            problems.push(format!("{what}: ours {}, theirs {}", said(&ours), said(&theirs)));
+            problems.push(format!(
+                "{what}: ours {}, theirs {}",
+                outcome_line(&ours),
+                outcome_line(&theirs)
+            ));
         }
     }
     assert!(problems.is_empty(), "{}", problems.join("\n"));

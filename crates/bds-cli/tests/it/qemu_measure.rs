@@ -1,9 +1,10 @@
-//! `measure` beside qemu-img's: the same numbers for every kind of image the matrix has, empty and with contents.
+//! Compares `measure` with qemu-img's: the same numbers for every kind of image the matrix has,
+//! empty and with data.
 
 use bds_testkit::Scratch;
 
+use crate::programs::{Tools, is_full, outcome_line, text};
 use crate::qemu_cells::cell::{Cell, pairwise};
-use crate::tools::{Tools, is_full, said, text};
 
 #[test]
 fn empty_images_measure_the_same() {
@@ -19,7 +20,8 @@ fn empty_images_measure_the_same() {
             options += ",backing_file=base,backing_fmt=raw";
         }
         for size in ["0", "1", "1000000", "3G"] {
-            // With a backing file only subclusters can be preallocated; what cannot be made, bds does not measure.
+            // With a backing file only subclusters can be preallocated; what cannot be made, bds
+            // does not measure.
             let modes: &[&str] = match cell.backing && !cell.extended {
                 true => &[""],
                 false => &["", ",preallocation=metadata"],
@@ -53,11 +55,12 @@ fn contents_measure_the_same() {
             problems.extend(differ(&tools, &["-o", options, "-f", "qcow2", text(image)]));
         }
         for format in ["raw", "qcow2"] {
-            let ask = ["measure", "-O", format, "-f", "qcow2", "--output=json", text(image)];
-            let (ours, theirs) = (tools.bds.must(ask).json(), tools.img.must(ask).json());
+            let arguments = ["measure", "-O", format, "-f", "qcow2", "--output=json", text(image)];
+            let (ours, theirs) =
+                (tools.bds.must(arguments).json(), tools.img.must(arguments).json());
             for key in ["required", "fully-allocated"] {
                 if ours[key] != theirs[key] {
-                    problems.push(format!("{ask:?}: {key} ours {ours}, theirs {theirs}"));
+                    problems.push(format!("{arguments:?}: {key} ours {ours}, theirs {theirs}"));
                 }
             }
         }
@@ -76,6 +79,11 @@ fn differ(tools: &Tools, args: &[&str]) -> Option<String> {
     };
     let is_same = ours.code == theirs.code && numbers(&ours) == numbers(&theirs);
     (!is_same).then(|| {
-        format!("{}:\n    ours {}\n    theirs {}", args.join(" "), said(&ours), said(&theirs))
+        format!(
+            "{}:\n    ours {}\n    theirs {}",
+            args.join(" "),
+            outcome_line(&ours),
+            outcome_line(&theirs)
+        )
     })
 }

@@ -29,7 +29,7 @@ use bds_io::IoVec;
 
 pub use access::{Access, NodeUse, Perm};
 // For what a driver exchanges while requests read it: children that come and go, descriptors, options.
-pub use bds_refcount::{RcuCell, RcuGuard};
+pub use bds_refcount::{RcuCell, RcuGuard, own_shard};
 pub use child::{Child, ChildPort};
 pub use foreign::{TAIL_LEN, foreign_format};
 pub use limits::Limits;

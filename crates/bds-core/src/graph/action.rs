@@ -3,7 +3,8 @@
 use std::panic::Location;
 use std::sync::Arc;
 
-use bds_refcount::{Holder, HolderKind};
+use crate::holder_kind::HolderKind;
+use bds_refcount::Holder;
 
 use super::NodeRef;
 use super::edge::Edge;

@@ -7,7 +7,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bds_refcount::{Holder, HolderKind, Strong};
+use crate::holder_kind::HolderKind;
+use bds_refcount::{Holder, Strong};
 
 use super::edge::{Edge, EdgeParts};
 use super::flags::inherited;
@@ -147,7 +148,7 @@ impl Opener {
         let beside = file.as_deref().and_then(Path::parent).map(|dir| dir.join(stored_name));
         let file = Inspected::new(&config.fs, path).map_err(|error| {
             let is_there = *kind == ReferenceKind::DataFile
-                && beside.is_some_and(|file| config.fs.look(&file).is_ok());
+                && beside.is_some_and(|file| config.fs.stat(&file).is_ok());
             if is_there { beside_only(error) } else { error }
         })?;
         if self.files().contains(&file.identity()) {

@@ -17,8 +17,9 @@ use std::panic::Location;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::holder_kind::HolderKind;
 use bds_io::sync::Mutex as AsyncMutex;
-use bds_refcount::{Arena, Dead, Handle, Holder, HolderInfo, HolderKind, Release, Strong};
+use bds_refcount::{Arena, Dead, Handle, Holder, HolderInfo, Release, Strong};
 
 use super::detached::to_the_end;
 use super::edge::{Edge, EdgeParts, Parent};

@@ -13,7 +13,8 @@ use std::panic::Location;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bds_refcount::{Holder, HolderKind};
+use crate::holder_kind::HolderKind;
+use bds_refcount::Holder;
 
 use super::create_target::{Target, protocol_of};
 use super::gate::{self, GateDecision, GateQuestion, ReferenceFormat};

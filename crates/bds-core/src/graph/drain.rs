@@ -24,7 +24,8 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use bds_refcount::{Held, Holder, HolderKind, HolderName, Strong};
+use crate::holder_kind::HolderKind;
+use bds_refcount::{Held, Holder, HolderName, Strong};
 use futures_util::future::{Either, select};
 
 use super::edge::Edge;

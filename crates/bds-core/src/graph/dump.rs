@@ -5,7 +5,8 @@
 
 use std::fmt::Write as _;
 
-use bds_refcount::{HolderInfo, HolderKind};
+use crate::holder_kind::HolderKind;
+use bds_refcount::HolderInfo;
 use serde_json::{Value, json};
 
 use super::Graph;

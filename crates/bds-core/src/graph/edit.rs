@@ -1,6 +1,7 @@
 //! Edits applied to a stage, in the order given, each to what the ones before have led to.
 
-use bds_refcount::{Holder, HolderKind, Strong};
+use crate::holder_kind::HolderKind;
+use bds_refcount::{Holder, Strong};
 
 use super::action::Action;
 use super::claims::Operations;
@@ -224,7 +225,7 @@ impl Editor<'_, '_> {
         let Action::Remove { node } = action else { return Ok(()) };
         let mut holders = self.graph.holders(node.id());
         let is_owned = self.graph.is_owned(node.id());
-        holders.retain(|info| match info.kind {
+        holders.retain(|info| match HolderKind::from(info.kind) {
             // The change's own references go (it has its turn alone), and the monitor's; edges are looked at where they lead in the end.
             HolderKind::Change | HolderKind::Edge | HolderKind::Backend => false,
             HolderKind::Drain => !drain::is_by_change(&info.name),

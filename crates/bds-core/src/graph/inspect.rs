@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use bds_io::{File, FileKind, FileLook, Fs, IoVec, OpenOptions};
+use bds_io::{File, FileKind, FileStat, Fs, IoVec, OpenOptions};
 
 use super::Graph;
 use crate::driver::{Candidate, PROBE_LEN, Registry, TAIL_LEN, foreign_format, probe};
@@ -78,8 +78,8 @@ pub(super) struct Inspected {
 
 impl Inspected {
     pub(super) fn new(fs: &Fs, path: PathBuf) -> Result<Self> {
-        match fs.look(&path) {
-            Ok(FileLook { kind, identity }) => Ok(Self { fs: fs.clone(), path, kind, identity }),
+        match fs.stat(&path) {
+            Ok(FileStat { kind, identity }) => Ok(Self { fs: fs.clone(), path, kind, identity }),
             Err(error) => Err(Error::io(error, "cannot open").file(path)),
         }
     }

@@ -56,7 +56,9 @@ use std::sync::{Arc, MutexGuard, Weak};
 
 use bds_io::Fs;
 use bds_refcount::{Arena, Kind};
-pub use bds_refcount::{Holder, HolderInfo, HolderKind, HolderName, Release, Stale, Watch};
+pub use bds_refcount::{Holder, HolderInfo, HolderName, Release, Stale, Watch};
+
+pub use crate::holder_kind::HolderKind;
 
 pub use activity::Handover;
 pub(crate) use backends::{BackendEntry, no_backend};

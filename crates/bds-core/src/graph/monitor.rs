@@ -6,7 +6,8 @@
 use std::future::Future;
 use std::panic::Location;
 
-use bds_refcount::{Held, Holder, HolderKind};
+use crate::holder_kind::HolderKind;
+use bds_refcount::{Held, Holder};
 
 use super::claims::Operations;
 use super::core::CloseReport;
@@ -193,7 +194,7 @@ impl Graph {
         for node in self.0.core.live() {
             for edge in node.parents() {
                 if let (Some(Parent::Root(name)), HolderKind::Backend) =
-                    (edge.parent(), edge.holder().kind)
+                    (edge.parent(), HolderKind::from(edge.holder().kind))
                 {
                     roots.push((name.to_string(), node.id()));
                 }

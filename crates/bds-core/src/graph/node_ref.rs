@@ -4,7 +4,8 @@ use std::fmt;
 use std::ops::Deref;
 use std::panic::Location;
 
-use bds_refcount::{Held, Holder, HolderKind, Release, Strong};
+use crate::holder_kind::HolderKind;
+use bds_refcount::{Held, Holder, Release, Strong};
 
 use super::Graph;
 use super::node::{Node, NodeId};

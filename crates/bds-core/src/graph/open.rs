@@ -14,7 +14,8 @@ use std::panic::Location;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use bds_refcount::{Holder, HolderKind, Strong};
+use crate::holder_kind::HolderKind;
+use bds_refcount::{Holder, Strong};
 
 use super::child::Opener;
 use super::edge::{Edge, Parent};
@@ -154,7 +155,7 @@ impl Graph {
 
 /// Checks, before anything is touched, that what the caller's thread begins has an executor to go on in.
 pub(super) fn ensure_home() -> Result<()> {
-    bds_io::ensure_home().map_err(|error| {
+    bds_io::ensure_context().map_err(|error| {
         let words = "no thread can be started for requests and closings; let the user have more processes \
                      (ulimit -u, RLIMIT_NPROC), or call this inside bds_io::block_on";
         Error::io(error, words)

@@ -4,7 +4,8 @@ use std::fmt;
 use std::panic::Location;
 use std::sync::Arc;
 
-use bds_refcount::{Holder, HolderKind, Strong};
+use crate::holder_kind::HolderKind;
+use bds_refcount::{Holder, Strong};
 
 use super::claims::Operations;
 use super::edge::{Edge, EdgeParts, Parent};

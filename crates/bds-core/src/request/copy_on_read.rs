@@ -17,8 +17,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use crate::holder_kind::HolderKind;
 use bds_io::{Buf, IoVec};
-use bds_refcount::HolderKind;
 
 use super::begun::Inside;
 use super::dispatch::{bounce_align, read_aligned, read_inside, write_aligned};

@@ -14,10 +14,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
+use bds_refcount::{own_shard, shard_count};
 use crossbeam::utils::CachePadded;
 
 use crate::error::Result;
-use crate::tracker::{shard_count, thread_number};
 use histogram::Bins;
 pub use histogram::Histogram;
 use interval::Interval;
@@ -224,7 +224,7 @@ impl Stats {
 
     #[inline]
     fn own(&self) -> &Shard {
-        &self.shards[thread_number() & (self.shards.len() - 1)]
+        &self.shards[own_shard(self.shards.len())]
     }
 
     /// When a request begins, if anybody wants to know.

@@ -7,8 +7,6 @@
     reason = "helpers of tests: a panic is their way to fail"
 )]
 
-#[cfg(all(feature = "mem", feature = "blkdebug"))]
-mod backend_example;
 mod blkdebug;
 #[cfg(feature = "qcow2")]
 mod cached_facts;

@@ -1,7 +1,7 @@
-//! Scatter lists: what an operation reads into or writes from.
+//! `IoVec`: scatter lists, the memory that an operation reads into or writes from.
 //!
-//! A list is cheap to clone, cut and join: it copies addresses and counts, never bytes. Guest memory enters
-//! through `IoVec::from_raw`, everything else through `Buf`.
+//! A list is cheap to clone, cut and join: it copies addresses and counts, never bytes. Guest
+//! memory enters through `IoVec::from_raw`, everything else through `Buf`.
 //!
 //! Invariant: no segment is empty, so an empty list has no segments and names no memory.
 
@@ -13,7 +13,7 @@ use smallvec::SmallVec;
 
 use super::{Anchor, Buf, raw};
 
-/// One piece of a scatter list.
+/// One contiguous piece of a scatter list.
 #[derive(Clone)]
 pub struct Segment {
     anchor: Anchor,
@@ -21,17 +21,17 @@ pub struct Segment {
     len: usize,
 }
 
-// SAFETY: the anchor is Send and keeps the memory alive wherever the segment goes; the address itself may be
-// used on any thread (`Segment::new`'s contract).
+// SAFETY: the anchor is Send and keeps the memory alive wherever the segment goes; the address
+// itself may be used on any thread (`Segment::new`'s contract).
 unsafe impl Send for Segment {}
-// SAFETY: `&Segment` gives an address and a length; bytes are reached through `raw` only, which forms no
-// references and makes atomic accesses only, so that two threads may do it at once.
+// SAFETY: `&Segment` gives an address and a length; bytes are reached through `raw` only, which
+// forms no references and makes atomic accesses only, so that two threads may do it at once.
 unsafe impl Sync for Segment {}
 
 impl Segment {
     /// # Safety
-    /// While `anchor` lives, `len` bytes at `ptr` must be valid for reads and writes from any thread, and
-    /// no reference to them may be used while the segment or a copy of it is.
+    /// While `anchor` lives, `len` bytes at `ptr` must be valid for reads and writes from any
+    /// thread, and no reference to them may be used while the segment or a copy of it is.
     pub(super) unsafe fn new(anchor: Anchor, ptr: *mut u8, len: usize) -> Segment {
         Segment { anchor, ptr, len }
     }
@@ -53,7 +53,8 @@ impl Segment {
 
     fn part(&self, range: Range<usize>) -> Segment {
         debug_assert!(range.start <= range.end && range.end <= self.len);
-        // SAFETY: start <= len, so the address stays inside (or one past) the memory this segment names.
+        // SAFETY: start <= len, so the address stays inside (or one past) the memory this segment
+        // names.
         let ptr = unsafe { self.ptr.add(range.start) };
         Segment { anchor: self.anchor.clone(), ptr, len: range.len() }
     }
@@ -71,7 +72,8 @@ impl fmt::Debug for Segment {
     }
 }
 
-/// A scatter list whose segments keep their memory alive. Clone, slice and split are cheap and copy no data.
+/// A scatter list whose segments keep their memory alive. Clone, slice and split are cheap and copy
+/// no data.
 #[derive(Clone, Default)]
 pub struct IoVec {
     segs: SmallVec<[Segment; 1]>,
@@ -92,9 +94,9 @@ impl IoVec {
     /// `len` bytes of foreign memory (a guest's) at `ptr`, kept alive by `anchor`.
     ///
     /// # Safety
-    /// While `anchor` or a clone of it lives, the bytes must stay mapped, readable and writable, from any
-    /// thread. Others (the guest, a device) may change them at any time; Rust references to them must not be
-    /// used while the list, a part of it or an operation on it lives.
+    /// While `anchor` or a clone of it lives, the bytes must stay mapped, readable and writable,
+    /// from any thread. Others (the guest, a device) may change them at any time; Rust references
+    /// to them must not be used while the list, a part of it or an operation on it lives.
     pub unsafe fn from_raw(anchor: Anchor, ptr: *mut u8, len: usize) -> IoVec {
         // SAFETY: the caller's promise is the one `Segment::new` asks for.
         IoVec::from(unsafe { Segment::new(anchor, ptr, len) })
@@ -115,14 +117,16 @@ impl IoVec {
         &self.segs
     }
 
-    /// The bytes `range` of this list, sharing memory. Panics if out of range (caller's arithmetic).
+    /// The bytes `range` of this list, sharing memory. Panics if out of range (caller's
+    /// arithmetic).
     pub fn slice(&self, range: Range<usize>) -> IoVec {
         let mut part = IoVec::default();
         self.for_pieces(range, |seg, piece, _| part.segs.push(seg.part(piece)));
         part
     }
 
-    /// Cuts the list in two at `at`: keeps the first bytes, returns the rest. Panics if out of range.
+    /// Cuts the list in two at `at`: keeps the first bytes, returns the rest. Panics if out of
+    /// range.
     pub fn split_off(&mut self, at: usize) -> IoVec {
         let tail = self.slice(at..self.len());
         *self = self.slice(0..at);
@@ -139,13 +143,14 @@ impl IoVec {
         }
     }
 
-    /// Copies bytes out, starting at `offset` of the list; fills `out` completely. Panics if out of range.
+    /// Copies bytes out, starting at `offset` of the list; fills `out` completely. Panics if out of
+    /// range.
     pub fn copy_to(&self, offset: usize, out: &mut [u8]) {
         let range = range_at(offset, out.len());
         self.for_pieces(range, |seg, piece, at| {
             let out = &mut out[at..at + piece.len()];
-            // SAFETY: the piece lies in the segment, whose memory is valid while `self` holds its anchor;
-            // `out` is exclusive, so nothing of it is shared memory.
+            // SAFETY: the piece lies in the segment, whose memory is valid while `self` holds its
+            // anchor; `out` is exclusive, so nothing of it is shared memory.
             unsafe { raw::read(seg.ptr.add(piece.start), out) }
         });
     }
@@ -162,19 +167,21 @@ impl IoVec {
         let range = range_at(offset, bytes.len());
         self.for_pieces(range, |seg, piece, at| {
             let bytes = &bytes[at..at + piece.len()];
-            // SAFETY: the piece lies in the segment, whose memory is valid while `self` holds its anchor.
+            // SAFETY: the piece lies in the segment, whose memory is valid while `self` holds its
+            // anchor.
             unsafe { raw::write(seg.ptr.add(piece.start), bytes) }
         });
     }
 
-    /// Copies all of `src` to `offset` of this list. Panics if out of range. If the two share memory at
-    /// different places, the result is that of copying piece by piece in the order of `src`.
+    /// Copies all of `src` to `offset` of this list. Panics if out of range. If the two share
+    /// memory at different places, the result is that of copying piece by piece in the order of
+    /// `src`.
     pub fn copy_from_iov(&self, offset: usize, src: &IoVec) {
         let mut at = offset;
         for from in &src.segs {
             self.for_pieces(range_at(at, from.len), |to, piece, done| {
-                // SAFETY: `done + piece.len() <= from.len` and the piece lies in `to`; both anchors are held
-                // by the borrowed lists. Overlap is allowed.
+                // SAFETY: `done + piece.len() <= from.len` and the piece lies in `to`; both anchors
+                // are held by the borrowed lists. Overlap is allowed.
                 unsafe {
                     raw::transfer(from.ptr.add(done), to.ptr.add(piece.start), piece.len());
                 }
@@ -186,23 +193,25 @@ impl IoVec {
     /// Sets `range` to `byte`. Panics if out of range.
     pub fn fill(&self, range: Range<usize>, byte: u8) {
         self.for_pieces(range, |seg, piece, _| {
-            // SAFETY: the piece lies in the segment, whose memory is valid while `self` holds its anchor.
+            // SAFETY: the piece lies in the segment, whose memory is valid while `self` holds its
+            // anchor.
             unsafe { raw::fill(seg.ptr.add(piece.start), byte, piece.len()) }
         });
     }
 
-    /// True if every byte of `range` was zero when looked at. Panics if out of range.
+    /// True if every byte of `range` was zero when it was read. Panics if out of range.
     pub fn is_zero(&self, range: Range<usize>) -> bool {
         let mut zero = true;
         self.for_pieces(range, |seg, piece, _| {
-            // SAFETY: the piece lies in the segment, whose memory is valid while `self` holds its anchor.
+            // SAFETY: the piece lies in the segment, whose memory is valid while `self` holds its
+            // anchor.
             zero = zero && unsafe { raw::is_zero(seg.ptr.add(piece.start), piece.len()) };
         });
         zero
     }
 
-    /// Calls `visit(segment, part of that segment, its place in the range)` for each piece of `range`, in
-    /// order, never with an empty part. Panics if the range does not lie in the list.
+    /// Calls `visit(segment, part of that segment, its place in the range)` for each piece of
+    /// `range`, in order, never with an empty part. Panics if the range does not lie in the list.
     fn for_pieces(
         &self,
         range: Range<usize>,

@@ -1,4 +1,4 @@
-//! Scatter lists against a plain `Vec<u8>`.
+//! Compares scatter lists with a plain `Vec<u8>`.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -128,13 +128,16 @@ fn a_vector_becomes_a_list_without_copying() {
 /// The anchor is anything: here a page that stands for guest memory.
 #[test]
 fn foreign_memory_lives_as_long_as_its_list() {
-    struct Guest(std::cell::UnsafeCell<[u8; 64]>, #[expect(dead_code, reason = "counts")] Arc<()>);
+    struct GuestPage(
+        std::cell::UnsafeCell<[u8; 64]>,
+        #[expect(dead_code, reason = "counts")] Arc<()>,
+    );
     // SAFETY: the test reaches the bytes through lists only.
-    unsafe impl Send for Guest {}
+    unsafe impl Send for GuestPage {}
     // SAFETY: as above.
-    unsafe impl Sync for Guest {}
+    unsafe impl Sync for GuestPage {}
     let alive = Arc::new(());
-    let guest = Arc::new(Guest(std::cell::UnsafeCell::new([9; 64]), alive.clone()));
+    let guest = Arc::new(GuestPage(std::cell::UnsafeCell::new([9; 64]), alive.clone()));
     let ptr = guest.0.get().cast::<u8>();
     // SAFETY: 64 bytes live in `guest`, which is the anchor; no references to them are made.
     let list = unsafe { IoVec::from_raw(guest, ptr, 64) };

@@ -1,8 +1,8 @@
-//! Buffers that are used again.
+//! `BufPool`: reuses buffers, by size class and under a budget of idle bytes.
 //!
-//! Fresh memory costs page faults and zeroing, more than many a request itself. The pool keeps idle memory
-//! in shelves by size class (powers of two from a page to 4 MiB); larger buffers are not kept.
-//! It bounds what lies idle, not what is in use.
+//! Fresh memory costs page faults and zeroing, often more than the request itself. The pool keeps
+//! idle memory by size class (powers of two from a page to 4 MiB); larger buffers are not kept. It
+//! bounds idle memory, not memory in use.
 
 use std::alloc::Layout;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,39 +13,39 @@ use crossbeam::queue::ArrayQueue;
 use super::region::{Buf, Idle, Region};
 use super::{IoVec, PAGE_LEN};
 
-/// Shelves hold 4 KiB << 0 … 4 KiB << 10 = 4 MiB.
+/// Number of size classes: 4 KiB << 0 … 4 KiB << 10 = 4 MiB.
 const CLASSES: usize = 11;
-/// Buffers that one shelf holds at most; small ones are taken by the hundred at high queue depths.
-const SHELF_SLOTS: usize = 256;
+/// Buffers that one class keeps at most; small ones are taken by the hundred at high queue depths.
+const CLASS_SLOTS: usize = 256;
 
 /// Reuses buffers under a budget in bytes. Cheap to clone: clones share the pool. Thread-safe.
 #[derive(Clone, Debug)]
 pub struct BufPool {
-    shelves: Arc<Shelves>,
+    classes: Arc<SizeClasses>,
 }
 
 impl BufPool {
     /// A pool that keeps at most `budget_bytes` of idle memory.
     pub fn new(budget_bytes: usize) -> BufPool {
-        let shelves = Shelves {
+        let classes = SizeClasses {
             budget_bytes,
             idle_bytes: AtomicUsize::new(0),
-            by_class: std::array::from_fn(|_| ArrayQueue::new(SHELF_SLOTS)),
+            by_class: std::array::from_fn(|_| ArrayQueue::new(CLASS_SLOTS)),
         };
-        BufPool { shelves: Arc::new(shelves) }
+        BufPool { classes: Arc::new(classes) }
     }
 
-    /// A buffer of `len` bytes (content undefined but initialised), aligned to 4096; its memory returns to
-    /// the pool when its last user is gone. Old content is that of earlier users of this pool: share a pool
-    /// only among those who may see each other's bytes.
+    /// A buffer of `len` bytes (content undefined but initialised), aligned to 4096; its memory
+    /// returns to the pool when its last owner is dropped. The content is that of earlier users of
+    /// the pool: share a pool only among code that may see each other's bytes.
     pub fn take(&self, len: usize) -> Buf {
         let Some(class) = class_of(len) else {
             return Buf::zeroed(len, PAGE_LEN);
         };
-        let home = Arc::downgrade(&self.shelves);
-        let region = match self.shelves.take(class) {
-            Some(idle) => Region::reused(idle, home),
-            None => fresh(class, home),
+        let pool = Arc::downgrade(&self.classes);
+        let region = match self.classes.take(class) {
+            Some(idle) => Region::reused(idle, pool),
+            None => fresh(class, pool),
         };
         Buf::of(region, len)
     }
@@ -55,16 +55,16 @@ impl BufPool {
         self.take(len).iov()
     }
 
-    /// Bytes that lie idle now.
+    /// Bytes of idle memory now.
     pub fn idle_bytes(&self) -> usize {
-        self.shelves.idle_bytes.load(Ordering::Relaxed)
+        self.classes.idle_bytes.load(Ordering::Relaxed)
     }
 }
 
-fn fresh(class: usize, home: Weak<Shelves>) -> Region {
+fn fresh(class: usize, pool: Weak<SizeClasses>) -> Region {
     let layout = Layout::from_size_align(PAGE_LEN << class, PAGE_LEN)
         .expect("classes are small powers of two");
-    Region::zeroed(layout, home)
+    Region::zeroed(layout, pool)
 }
 
 /// The smallest class that holds `len` bytes.
@@ -76,24 +76,25 @@ fn class_of(len: usize) -> Option<usize> {
 
 /// Idle memory by size class.
 #[derive(Debug)]
-pub(super) struct Shelves {
+pub(super) struct SizeClasses {
     budget_bytes: usize,
     idle_bytes: AtomicUsize,
     by_class: [ArrayQueue<Idle>; CLASSES],
 }
 
-impl Shelves {
+impl SizeClasses {
     fn take(&self, class: usize) -> Option<Idle> {
         let idle = self.by_class[class].pop()?;
         self.idle_bytes.fetch_sub(idle.len(), Ordering::Relaxed);
         Some(idle)
     }
 
-    /// Keeps the memory if budget and shelf allow, else frees it.
+    /// Keeps the memory if the budget and the class allow, else frees it.
     pub(super) fn put(&self, idle: Idle) {
         let len = idle.len();
         let Some(class) = class_of(len) else { return };
-        // Counted before it is shelved, so that the budget also holds while many threads put at once.
+        // Counted before it is pushed, so that the budget also holds while many threads put at
+        // once.
         let before = self.idle_bytes.fetch_add(len, Ordering::Relaxed);
         let fits = before.checked_add(len).is_some_and(|sum| sum <= self.budget_bytes);
         if !fits || self.by_class[class].push(idle).is_err() {
@@ -124,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_returns_when_its_last_user_is_gone() {
+    fn memory_returns_when_its_last_owner_is_dropped() {
         let pool = BufPool::new(1 << 20);
         let buf = pool.take(5000);
         assert_eq!(buf.len(), 5000);

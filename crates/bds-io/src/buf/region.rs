@@ -1,7 +1,7 @@
-//! Owned, aligned memory.
+//! `Buf`: owned, aligned, reference-counted memory.
 //!
-//! A `Buf` is a counted pointer to a `Region`; the region goes back to its pool, or to the allocator, when
-//! the last `Buf`, `IoVec` or operation that names it is gone.
+//! A `Buf` is a counted pointer to a `Region`; the region returns to its pool, or to the allocator,
+//! when the last `Buf`, `IoVec` or operation that names it is dropped.
 //!
 //! Invariant: a region's bytes are always initialised.
 
@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::{Arc, Weak};
 
-use super::pool::Shelves;
+use super::pool::SizeClasses;
 use super::{IoVec, PAGE_LEN, Segment, raw};
 
 /// One allocation. Reached by raw pointer only; see the module `buf` for why.
@@ -18,53 +18,54 @@ use super::{IoVec, PAGE_LEN, Segment, raw};
 pub(super) struct Region {
     ptr: NonNull<u8>,
     layout: Layout,
-    /// Where the memory goes when nobody uses it any more.
-    home: Weak<Shelves>,
+    /// The pool that the memory returns to.
+    pool: Weak<SizeClasses>,
 }
 
-// SAFETY: a Region owns its memory and hands out nothing but addresses; whoever dereferences them (the
-// functions of `raw`) copies bytes and forms no reference. Moving or sharing the struct between threads moves
-// or shares three plain values.
+// SAFETY: a Region owns its memory and hands out nothing but addresses; the code that dereferences
+// them (the functions of `raw`) copies bytes and forms no reference. Moving or sharing the struct
+// between threads moves or shares three plain values.
 unsafe impl Send for Region {}
-// SAFETY: as above; `&Region` gives access to no byte without going through `raw`, whose accesses are atomic.
+// SAFETY: as above; `&Region` gives access to no byte without going through `raw`, whose accesses
+// are atomic.
 unsafe impl Sync for Region {}
 
 impl Region {
     /// Fresh zero bytes. Aborts the process (as `Vec` does) if there is no memory.
-    pub(super) fn zeroed(layout: Layout, home: Weak<Shelves>) -> Region {
+    pub(super) fn zeroed(layout: Layout, pool: Weak<SizeClasses>) -> Region {
         if layout.size() == 0 {
-            return Region { ptr: NonNull::dangling(), layout, home };
+            return Region { ptr: NonNull::dangling(), layout, pool };
         }
         // SAFETY: the layout's size is not zero.
         let ptr = unsafe { alloc::alloc_zeroed(layout) };
         let Some(ptr) = NonNull::new(ptr) else { alloc::handle_alloc_error(layout) };
-        Region { ptr, layout, home }
+        Region { ptr, layout, pool }
     }
 
-    /// Memory that came back from a pool: initialised, with old content.
-    pub(super) fn reused(idle: Idle, home: Weak<Shelves>) -> Region {
+    /// Memory from a pool: initialised, with old content.
+    pub(super) fn reused(idle: Idle, pool: Weak<SizeClasses>) -> Region {
         let idle = std::mem::ManuallyDrop::new(idle);
-        Region { ptr: idle.ptr, layout: idle.layout, home }
+        Region { ptr: idle.ptr, layout: idle.layout, pool }
     }
 
     fn from_vec(bytes: Vec<u8>) -> (Region, usize) {
         let mut bytes = std::mem::ManuallyDrop::new(bytes);
         let layout = Layout::array::<u8>(bytes.capacity()).expect("a Vec of this capacity exists");
         let ptr = NonNull::new(bytes.as_mut_ptr()).expect("a Vec's pointer is never null");
-        (Region { ptr, layout, home: Weak::new() }, bytes.len())
+        (Region { ptr, layout, pool: Weak::new() }, bytes.len())
     }
 }
 
 impl Drop for Region {
     fn drop(&mut self) {
         let idle = Idle { ptr: self.ptr, layout: self.layout };
-        if let Some(home) = self.home.upgrade() {
-            home.put(idle);
+        if let Some(pool) = self.pool.upgrade() {
+            pool.put(idle);
         }
     }
 }
 
-/// Memory between two uses; freed when dropped.
+/// Idle memory of a pool; freed when dropped.
 #[derive(Debug)]
 pub(super) struct Idle {
     ptr: NonNull<u8>,
@@ -85,8 +86,8 @@ impl Idle {
 impl Drop for Idle {
     fn drop(&mut self) {
         if self.layout.size() > 0 {
-            // SAFETY: `ptr` came from the global allocator with this layout (`zeroed`, or a Vec<u8>, whose
-            // layout is an array of its capacity) and the one owner frees it once.
+            // SAFETY: `ptr` came from the global allocator with this layout (`zeroed`, or a
+            // Vec<u8>, whose layout is an array of its capacity) and the one owner frees it once.
             unsafe { alloc::dealloc(self.ptr.as_ptr(), self.layout) }
         }
     }
@@ -102,8 +103,8 @@ pub struct Buf {
 impl Buf {
     /// `len` zero bytes at an address that is a multiple of `align` (a power of two).
     ///
-    /// Panics if `align` is no power of two or `len` rounded up to it overflows `isize`: check sizes that
-    /// come from an image before asking for memory.
+    /// Panics if `align` is no power of two or `len` rounded up to it overflows `isize`: check
+    /// sizes that come from an image before asking for memory.
     pub fn zeroed(len: usize, align: usize) -> Buf {
         let layout =
             Layout::from_size_align(len, align).expect("length and alignment were checked");
@@ -113,7 +114,7 @@ impl Buf {
     /// A copy of `bytes`, aligned to 4096.
     pub fn from_slice(bytes: &[u8]) -> Buf {
         let mut buf = Buf::zeroed(bytes.len(), PAGE_LEN);
-        buf.get_mut().expect("nobody else knows it yet").copy_from_slice(bytes);
+        buf.get_mut().expect("it has no clone yet").copy_from_slice(bytes);
         buf
     }
 
@@ -132,20 +133,22 @@ impl Buf {
         self.len == 0
     }
 
-    /// The bytes, if nobody else (clone, `IoVec`, operation in flight) can reach them now.
+    /// The bytes, if this is the sole owner: no clone, `IoVec` or operation in flight can reach
+    /// them.
     pub fn get_mut(&mut self) -> Option<&mut [u8]> {
         let region = Arc::get_mut(&mut self.region)?;
-        // SAFETY: the region has at least `len` initialised bytes (`of`, and regions are born zeroed, from a
-        // Vec's initialised part, or reused). `Arc::get_mut` shows that no clone and no segment exists, and
-        // the borrow of `self` keeps it so while the slice lives.
+        // SAFETY: the region has at least `len` initialised bytes (`of`, and regions are born
+        // zeroed, from a Vec's initialised part, or reused). `Arc::get_mut` shows that no clone and
+        // no segment exists, and the borrow of `self` keeps it so while the slice lives.
         Some(unsafe { std::slice::from_raw_parts_mut(region.ptr.as_ptr(), self.len) })
     }
 
     /// Copies bytes out, starting at `offset`; fills `out` completely. Panics if out of range.
     pub fn copy_to(&self, offset: usize, out: &mut [u8]) {
         let at = self.at(offset..offset + out.len());
-        // SAFETY: `at` checked that the range lies in the region, which lives as long as `self`; `out` is
-        // exclusive, so it is not part of the region (slices of it exist only under `get_mut`'s borrow).
+        // SAFETY: `at` checked that the range lies in the region, which lives as long as `self`;
+        // `out` is exclusive, so it is not part of the region (slices of it exist only under
+        // `get_mut`'s borrow).
         unsafe { raw::read(at, out) }
     }
 
@@ -175,7 +178,8 @@ impl Buf {
             "range {range:?} outside a buffer of {} bytes",
             self.len
         );
-        // SAFETY: start <= len <= the allocation's size, so the address stays inside (or one past) it.
+        // SAFETY: start <= len <= the allocation's size, so the address stays inside (or one past)
+        // it.
         unsafe { self.region.ptr.as_ptr().add(range.start) }
     }
 }

@@ -1,7 +1,7 @@
-//! Who carries operations out: the kernel's ring, or threads that block.
+//! I/O engines: execute operations through io_uring or on threads that block.
 //!
-//! An engine belongs to one thread's Context. It owns every operation from `submit` to its completion and
-//! puts the answer in the operation's cell, which wakes the task.
+//! An engine belongs to one thread's Context. It owns every operation from `submit` on, and stores
+//! the result in its `Completion`, which wakes the task.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::cell::AnswerCell;
+use crate::completion::Completion;
 use crate::context::{ContextOptions, EngineKind};
-use crate::op::{Answer, Op};
+use crate::op::{Op, OpResult};
 use crate::sys;
 use crate::workers;
 
@@ -20,7 +20,7 @@ mod uring;
 
 use uring::Uring;
 
-/// An engine, by kind.
+/// An I/O engine, by kind.
 #[derive(Debug)]
 pub(crate) enum Engine {
     Uring(Box<Uring>),
@@ -57,16 +57,21 @@ impl Engine {
         }
     }
 
-    /// Takes the operation over. It may reach the kernel only with the next `flush` or `wait`. One that is over already,
-    /// because no thread could be had for it, is returned: to be told when nothing is borrowed.
-    pub(crate) fn submit(&mut self, op: Op, cell: Arc<AnswerCell<Answer>>) -> Option<Landed> {
+    /// Takes the operation over. It may reach the kernel only with the next `flush` or `wait`. One
+    /// that is done already, because no thread could be started for it, is returned: to be
+    /// delivered when nothing is borrowed.
+    pub(crate) fn submit(
+        &mut self,
+        op: Op,
+        completion: Arc<Completion<OpResult>>,
+    ) -> Option<Completed> {
         match self {
-            Engine::Uring(uring) => uring.submit(op, cell),
-            Engine::Pool => run_on_worker(op, cell),
+            Engine::Uring(uring) => uring.submit(op, completion),
+            Engine::Pool => run_on_worker(op, completion),
         }
     }
 
-    /// Hands over what is queued and reaps what is done, without waiting.
+    /// Submits what is queued and reaps what is done, without waiting.
     pub(crate) fn flush(&mut self) -> io::Result<()> {
         match self {
             Engine::Uring(uring) => uring.flush(),
@@ -74,7 +79,8 @@ impl Engine {
         }
     }
 
-    /// Reaps what is done. What is queued stays so until the next `flush` or `wait`, which the caller owes.
+    /// Reaps what is done. What is queued stays so until the next `flush` or `wait`, which must
+    /// follow.
     pub(crate) fn reap_done(&mut self) -> io::Result<()> {
         match self {
             Engine::Uring(uring) => uring.reap_done(),
@@ -82,7 +88,8 @@ impl Engine {
         }
     }
 
-    /// As `flush`, but waits up to `timeout` (None: forever) for a completion or a signal on the eventfd.
+    /// As `flush`, but waits up to `timeout` (`None`: for ever) for a completion or a signal on the
+    /// eventfd.
     pub(crate) fn wait(&mut self, timeout: Option<Duration>, wake: &OwnedFd) -> io::Result<()> {
         match self {
             Engine::Uring(uring) => uring.wait(timeout),
@@ -95,37 +102,47 @@ impl Engine {
         }
     }
 
-    /// What becomes readable when `flush` would reap something; None: only the Context's eventfd does.
-    pub(crate) fn bell(&mut self) -> io::Result<Option<BorrowedFd<'_>>> {
+    /// An eventfd that becomes readable when `flush` would reap something; `None`: only the
+    /// Context's eventfd does.
+    pub(crate) fn event_fd(&mut self) -> io::Result<Option<BorrowedFd<'_>>> {
         match self {
-            Engine::Uring(uring) => uring.bell().map(Some),
+            Engine::Uring(uring) => uring.event_fd().map(Some),
             Engine::Pool => Ok(None),
         }
     }
 
-    /// Silences the bell, or clears it and lets it ring again. Whoever lets it ring must flush afterwards:
-    /// what came meanwhile did not ring.
-    pub(crate) fn set_bell(&mut self, is_on: bool) {
+    /// Stops signals on the eventfd while the engine is driven.
+    pub(crate) fn disable_event_fd(&mut self) {
         if let Engine::Uring(uring) = self {
-            uring.set_bell(is_on);
+            uring.disable_event_fd();
         }
     }
 
-    /// Exchanges the list of finished operations for an empty one.
-    pub(crate) fn swap_landed(&mut self, other: &mut Vec<Landed>) {
+    /// Clears the eventfd and allows signals again. A `flush` must follow: completions until now
+    /// did not signal.
+    pub(crate) fn enable_event_fd(&mut self) {
         if let Engine::Uring(uring) = self {
-            uring.swap_landed(other);
+            uring.enable_event_fd();
         }
     }
 
-    /// Asks the kernel to give up what a future waits for; what it gives up goes to a thread.
-    pub(crate) fn withdraw_awaited(&mut self) {
+    /// Swaps the list of completed operations with `other`, which is empty.
+    pub(crate) fn swap_completed(&mut self, other: &mut Vec<Completed>) {
         if let Engine::Uring(uring) = self {
-            uring.withdraw_awaited();
+            uring.swap_completed(other);
         }
     }
 
-    /// Is an operation in flight that only its own thread can reap and that a future waits for?
+    /// Asks the kernel to cancel the operations that a future waits for; those that it cancels go
+    /// to a thread.
+    pub(crate) fn cancel_awaited(&mut self) {
+        if let Engine::Uring(uring) = self {
+            uring.cancel_awaited();
+        }
+    }
+
+    /// True if an operation is in flight that only its own thread can reap and that a future waits
+    /// for.
     pub(crate) fn has_awaited(&self) -> bool {
         match self {
             Engine::Uring(uring) => uring.has_awaited(),
@@ -133,7 +150,7 @@ impl Engine {
         }
     }
 
-    /// Operations that this engine has not finished and that only its own thread can reap.
+    /// Number of operations in flight that only its own thread can reap.
     pub(crate) fn in_flight(&self) -> usize {
         match self {
             Engine::Uring(uring) => uring.in_flight(),
@@ -142,44 +159,46 @@ impl Engine {
     }
 }
 
-/// A finished operation, not yet told.
+/// A completed operation whose result is not delivered yet.
 #[derive(Debug)]
-pub(crate) struct Landed {
+pub(crate) struct Completed {
     op: Op,
-    cell: Arc<AnswerCell<Answer>>,
-    answer: Answer,
+    completion: Arc<Completion<OpResult>>,
+    result: OpResult,
 }
 
-impl Landed {
-    /// Lets go of file and memory, then wakes the waiter. Both may run foreign code (the drop of an anchor,
-    /// an executor's waker), so nothing may be borrowed here.
-    pub(crate) fn tell(self) {
-        let Landed { op, cell, answer } = self;
-        // First: whoever saw the end may rely on file and memory being let go.
+impl Completed {
+    /// Releases file and memory, then stores the result and wakes the task. Both may run foreign
+    /// code (the drop of an anchor, an executor's waker), so nothing may be borrowed here.
+    pub(crate) fn deliver(self) {
+        let Completed { op, completion, result } = self;
+        // First: code that saw the result may rely on file and memory being released.
         drop(op);
-        cell.complete(answer);
+        completion.complete(result);
     }
 }
 
-/// Lets a thread of the I/O pool do a blocking operation. Without a thread it is done here and now, and returned.
-fn run_on_worker(op: Op, cell: Arc<AnswerCell<Answer>>) -> Option<Landed> {
-    let mut parts = Some((op, cell));
-    let run = |(op, cell): (Op, Arc<AnswerCell<Answer>>)| {
-        let answer = op.run();
-        Landed { op, cell, answer }
+/// Executes an operation on a thread of the I/O pool. Without a thread it is executed here, and
+/// returned.
+fn run_on_worker(op: Op, completion: Arc<Completion<OpResult>>) -> Option<Completed> {
+    let mut parts = Some((op, completion));
+    let run = |(op, completion): (Op, Arc<Completion<OpResult>>)| {
+        let result = op.run();
+        Completed { op, completion, result }
     };
     let is_taken = workers::io().submit(|| {
         let parts = parts.take();
         Box::new(move || {
             if let Some(parts) = parts {
-                run(parts).tell();
+                run(parts).deliver();
             }
         })
     });
     if is_taken { None } else { parts.map(run) }
 }
 
-/// Waits until `fd` is readable. Rounds up to whole milliseconds, so that a timer is due when it returns.
+/// Waits until `fd` is readable. Rounds up to whole milliseconds, so that a timer is due when it
+/// returns.
 fn wait_readable(fd: BorrowedFd<'_>, timeout: Option<Duration>) -> io::Result<bool> {
     let timeout = match timeout {
         None => PollTimeout::NONE,

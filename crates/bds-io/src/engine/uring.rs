@@ -1,10 +1,11 @@
-//! The kernel's ring.
+//! The io_uring engine: submits and reaps the operations of one Context through a ring.
 //!
-//! Operations are queued as they come and go to the kernel with one `io_uring_enter` a turn, which also
-//! reaps. Each sits in a slab with everything it points at until its completion is seen.
+//! Operations are queued as they come and go to the kernel with one `io_uring_enter` a turn, which
+//! also reaps. Each stays in a slab with everything it points at until its completion is seen.
 //!
-//! Drop order: `drop` waits until the slab is empty, and only then the ring and the memory go. Should waiting
-//! itself fail, the slab is leaked: memory that the kernel may still write to is never freed.
+//! Drop order: `drop` waits until the slab is empty, and only then the ring and the memory go.
+//! Should waiting itself fail, the slab is leaked: memory that the kernel may still write to is
+//! never freed.
 
 use std::collections::VecDeque;
 use std::io;
@@ -17,43 +18,44 @@ use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, Probe, opcode, squeue};
 use slab::Slab;
 
-use super::{Landed, run_on_worker};
-use crate::cell::AnswerCell;
+use super::{Completed, run_on_worker};
+use crate::completion::Completion;
 use crate::context::ContextOptions;
-use crate::op::{Answer, Op, OpKind};
+use crate::op::{Op, OpKind, OpResult};
 use crate::sys;
 
 /// Completion of the read of the eventfd.
 const WAKE: u64 = u64::MAX;
 /// Completion of a cancellation.
 const CANCEL: u64 = u64::MAX - 1;
-/// Bytes that one transfer may have (MAX_RW_COUNT); longer ones come back short, as from the system calls.
+/// Bytes that one transfer may have (MAX_RW_COUNT); longer ones come back short, as from the system
+/// calls.
 const TRANSFER_LEN_MAX: usize = 0x7fff_f000;
 
-/// An operation in the kernel's hands, or on its way there.
+/// An operation that the kernel has, or that waits to be submitted.
 #[derive(Debug)]
-struct Flight {
+struct PendingOp {
     op: Op,
-    cell: Arc<AnswerCell<Answer>>,
-    /// What a vectored transfer points at.
+    completion: Arc<Completion<OpResult>>,
+    /// The iovec array that a vectored transfer points at.
     vectors: Option<Vectors>,
-    /// Nothing waits for it, and the kernel was asked to cancel it.
-    is_given_up: bool,
+    /// No future waits for it, and the kernel was asked to cancel it.
+    is_cancelled: bool,
 }
 
-impl Flight {
-    /// Does a future wait for its end?
+impl PendingOp {
+    /// True if a future waits for it.
     fn is_awaited(&self) -> bool {
-        Arc::strong_count(&self.cell) > 1
+        Arc::strong_count(&self.completion) > 1
     }
 }
 
 #[derive(Debug)]
 struct Vectors(Box<[libc::iovec]>);
 
-/// Which operations this kernel's ring knows; the others go to threads.
+/// Operations that this kernel's ring supports; the others go to threads.
 #[derive(Debug, Clone, Copy)]
-struct Known {
+struct Supported {
     allocate: bool,
     set_len: bool,
 }
@@ -61,22 +63,23 @@ struct Known {
 /// A ring with the operations in flight on it.
 pub(crate) struct Uring {
     ring: ManuallyDrop<IoUring>,
-    flights: ManuallyDrop<Slab<Flight>>,
-    /// Keys of flights that found the submission queue full.
+    ops: ManuallyDrop<Slab<PendingOp>>,
+    /// Keys of operations that found the submission queue full.
     backlog: VecDeque<usize>,
     wake: Arc<OwnedFd>,
-    /// Where the kernel puts the eventfd's count.
+    /// Target of the kernel's read of the eventfd.
     wake_count: ManuallyDrop<Box<u64>>,
+    /// A read of the eventfd is in the ring.
     is_armed: bool,
-    known: Known,
-    landed: Vec<Landed>,
-    /// Signalled by the kernel when there is something to reap, for foreign loops.
-    bell: Option<OwnedFd>,
+    supported: Supported,
+    completed: Vec<Completed>,
+    /// Signalled by the kernel when there is something to reap, for foreign event loops.
+    event_fd: Option<OwnedFd>,
 }
 
 impl std::fmt::Debug for Uring {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Uring").field("in_flight", &self.flights.len()).finish_non_exhaustive()
+        f.debug_struct("Uring").field("in_flight", &self.ops.len()).finish_non_exhaustive()
     }
 }
 
@@ -93,36 +96,40 @@ impl Uring {
         }
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
-        let known = Known {
+        let supported = Supported {
             allocate: probe.is_supported(opcode::Fallocate::CODE),
             set_len: probe.is_supported(opcode::Ftruncate::CODE),
         };
         Ok(Uring {
             ring: ManuallyDrop::new(ring),
-            flights: ManuallyDrop::new(Slab::new()),
+            ops: ManuallyDrop::new(Slab::new()),
             backlog: VecDeque::new(),
             wake: wake.clone(),
             wake_count: ManuallyDrop::new(Box::new(0)),
             is_armed: false,
-            known,
-            landed: Vec::new(),
-            bell: None,
+            supported,
+            completed: Vec::new(),
+            event_fd: None,
         })
     }
 
     pub(crate) fn in_flight(&self) -> usize {
-        self.flights.len()
+        self.ops.len()
     }
 
-    pub(crate) fn submit(&mut self, op: Op, cell: Arc<AnswerCell<Answer>>) -> Option<Landed> {
-        let is_known = match op.kind {
+    pub(crate) fn submit(
+        &mut self,
+        op: Op,
+        completion: Arc<Completion<OpResult>>,
+    ) -> Option<Completed> {
+        let is_supported = match op.kind {
             OpKind::Read { .. } | OpKind::Write { .. } | OpKind::SyncData => true,
-            OpKind::Allocate { .. } => self.known.allocate,
-            OpKind::SetLen { .. } => self.known.set_len,
+            OpKind::Allocate { .. } => self.supported.allocate,
+            OpKind::SetLen { .. } => self.supported.set_len,
             OpKind::Discard { .. } | OpKind::ZeroOut { .. } | OpKind::CopyRange { .. } => false,
         };
-        if !is_known {
-            return run_on_worker(op, cell);
+        if !is_supported {
+            return run_on_worker(op, completion);
         }
         let vectors = match &op.kind {
             OpKind::Read { iov, .. } | OpKind::Write { iov, .. } if iov.segments().len() > 1 => {
@@ -130,38 +137,39 @@ impl Uring {
             }
             _ => None,
         };
-        let key = self.flights.insert(Flight { op, cell, vectors, is_given_up: false });
+        let key = self.ops.insert(PendingOp { op, completion, vectors, is_cancelled: false });
         self.start(key);
         None
     }
 
-    /// Queues the flight for the kernel, making room if the queue is full.
+    /// Queues the operation for the kernel, freeing queue entries if there are none.
     fn start(&mut self, key: usize) {
-        let entry = match entry(&self.flights[key]) {
+        let entry = match entry(&self.ops[key]) {
             Ok(entry) => entry.user_data(key as u64),
-            Err(error) => return self.land(key, Err(error)),
+            Err(error) => return self.complete(key, Err(error)),
         };
         if !self.backlog.is_empty() || !self.push(&entry) {
             self.backlog.push_back(key);
         }
     }
 
-    /// False if there is no room and the kernel does not make any now.
+    /// False if the queue is full and the kernel takes nothing now.
     fn push(&mut self, entry: &squeue::Entry) -> bool {
         for _ in 0..2 {
-            // SAFETY: an entry names memory and a descriptor owned by its flight (or by `self`: the eventfd
-            // and its count), which stay until the completion is reaped or, at the end, are leaked. Slab
-            // growth moves a Flight, not what it points at: segments are anchored, vectors are boxed.
+            // SAFETY: an entry names memory and a descriptor owned by its `PendingOp` (or by
+            // `self`: the eventfd and its count), which stay until the completion is reaped or, at
+            // the end, are leaked. Slab growth moves a `PendingOp`, not what it points at: segments
+            // are anchored, vectors are boxed.
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
                 return true;
             }
-            // Errors (EBUSY: too many completions unreaped) pass; whoever flushes next meets them.
+            // Errors (EBUSY: too many completions unreaped) are ignored; the next flush meets them.
             let _ = self.ring.submit();
         }
         false
     }
 
-    /// Hands queued operations to the kernel and reaps, without waiting. No system call if there is neither.
+    /// Submits queued operations and reaps, without waiting. No system call if there is neither.
     pub(crate) fn flush(&mut self) -> io::Result<()> {
         self.push_backlog();
         if !self.ring.submission().is_empty() {
@@ -170,7 +178,8 @@ impl Uring {
         self.reap_done()
     }
 
-    /// Reaps without handing over what is queued: that goes with the next `flush` or `wait`, which the caller owes.
+    /// Reaps without submitting what is queued: that goes with the next `flush` or `wait`, which
+    /// must follow.
     pub(crate) fn reap_done(&mut self) -> io::Result<()> {
         let queue = self.ring.submission();
         let is_needed = queue.taskrun() || queue.cq_overflow();
@@ -182,18 +191,20 @@ impl Uring {
         Ok(())
     }
 
-    /// As `flush`, but waits for a completion or an eventfd signal, up to `timeout` (None: forever).
+    /// As `flush`, but waits for a completion or an eventfd signal, up to `timeout` (`None`: for
+    /// ever).
     pub(crate) fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         self.arm();
         self.push_backlog();
-        // What was refused before it reached the kernel is an end too; no completion will come for it.
-        let want = usize::from(self.landed.is_empty());
+        // An operation that was refused before it reached the kernel has completed too, without a
+        // completion entry.
+        let want = usize::from(self.completed.is_empty());
         self.enter(want, timeout)?;
         self.reap();
         Ok(())
     }
 
-    /// Lets a signal on the eventfd arrive as a completion.
+    /// Queues a read of the eventfd, so that a signal on it arrives as a completion.
     fn arm(&mut self) {
         if !self.is_armed {
             let to: *mut u64 = &raw mut **self.wake_count;
@@ -202,38 +213,41 @@ impl Uring {
         }
     }
 
-    /// An eventfd that the kernel signals when `flush` would reap something. The ring's own descriptor does
-    /// not serve: it cannot be silenced while the ring is driven.
-    pub(crate) fn bell(&mut self) -> io::Result<BorrowedFd<'_>> {
-        if self.bell.is_none() {
-            let bell = sys::event()?;
-            self.ring.submitter().register_eventfd(bell.as_raw_fd())?;
-            self.bell = Some(bell);
+    /// An eventfd that the kernel signals when `flush` would reap something. Not the ring's own
+    /// descriptor, whose signals cannot be stopped while the ring is driven.
+    pub(crate) fn event_fd(&mut self) -> io::Result<BorrowedFd<'_>> {
+        if self.event_fd.is_none() {
+            let event_fd = sys::eventfd()?;
+            self.ring.submitter().register_eventfd(event_fd.as_raw_fd())?;
+            self.event_fd = Some(event_fd);
         }
-        Ok(self.bell.as_ref().expect("made above").as_fd())
+        Ok(self.event_fd.as_ref().expect("made above").as_fd())
     }
 
-    /// Silences the bell while the ring is driven, or clears it and lets it ring again.
-    pub(crate) fn set_bell(&mut self, is_on: bool) {
-        let Some(bell) = &self.bell else { return };
-        let queue = self.ring.completion();
-        if is_on {
-            queue.enable_eventfd();
-            sys::clear(bell);
-        } else {
-            queue.disable_eventfd();
+    /// Stops signals on the eventfd.
+    pub(crate) fn disable_event_fd(&mut self) {
+        if self.event_fd.is_some() {
+            self.ring.completion().disable_eventfd();
+        }
+    }
+
+    /// Clears the eventfd and allows signals again.
+    pub(crate) fn enable_event_fd(&mut self) {
+        if let Some(event_fd) = &self.event_fd {
+            self.ring.completion().enable_eventfd();
+            sys::clear(event_fd);
         }
     }
 
     fn push_backlog(&mut self) {
         while let Some(key) = self.backlog.pop_front() {
-            match entry(&self.flights[key]) {
+            match entry(&self.ops[key]) {
                 Ok(entry) => {
                     if !self.push(&entry.user_data(key as u64)) {
                         return self.backlog.push_front(key);
                     }
                 }
-                Err(error) => self.land(key, Err(error)),
+                Err(error) => self.complete(key, Err(error)),
             }
         }
     }
@@ -249,7 +263,8 @@ impl Uring {
         tests::count_enter(want);
         match self.ring.submitter().submit_with_args(want, &args) {
             Ok(_) => Ok(()),
-            // ETIME: the timeout. EINTR: a signal. EBUSY, EAGAIN: reap first. The caller goes round again.
+            // ETIME: the timeout. EINTR: a signal. EBUSY, EAGAIN: reap first. The caller tries
+            // again.
             Err(error) => match error.raw_os_error() {
                 Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
                 _ => Err(error),
@@ -257,7 +272,7 @@ impl Uring {
         }
     }
 
-    /// Lands every flight whose completion is there.
+    /// Completes every operation whose completion entry is there.
     fn reap(&mut self) {
         loop {
             let Some(done) = self.ring.completion().next() else { return };
@@ -275,40 +290,42 @@ impl Uring {
             libc::EINTR => self.start(key),
             // The ring cannot wait for this file; a thread can.
             libc::EAGAIN => self.pass_to_worker(key),
-            // Not asked for: the kernel got no thread of its own for it (RLIMIT_NPROC). It has not begun it.
-            libc::ECANCELED if !self.flights[key].is_given_up => self.pass_to_worker(key),
+            // Not requested: the kernel could start no thread for it (RLIMIT_NPROC) and has not
+            // begun it.
+            libc::ECANCELED if !self.ops[key].is_cancelled => self.pass_to_worker(key),
             errno => {
-                let answer =
+                let result =
                     usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(errno));
-                self.land(key, answer);
+                self.complete(key, result);
             }
         }
     }
 
     fn pass_to_worker(&mut self, key: usize) {
-        let Flight { op, cell, .. } = self.flights.remove(key);
-        self.landed.extend(run_on_worker(op, cell));
+        let PendingOp { op, completion, .. } = self.ops.remove(key);
+        self.completed.extend(run_on_worker(op, completion));
     }
 
-    fn land(&mut self, key: usize, answer: Answer) {
-        let Flight { op, cell, .. } = self.flights.remove(key);
-        self.landed.push(Landed { op, cell, answer });
+    fn complete(&mut self, key: usize, result: OpResult) {
+        let PendingOp { op, completion, .. } = self.ops.remove(key);
+        self.completed.push(Completed { op, completion, result });
     }
 
-    /// What has been finished since the last time, to be told once the engine is no longer borrowed.
-    pub(crate) fn swap_landed(&mut self, other: &mut Vec<Landed>) {
-        std::mem::swap(&mut self.landed, other);
+    /// Takes the operations completed since the last call, to be delivered once the engine is no
+    /// longer borrowed.
+    pub(crate) fn swap_completed(&mut self, other: &mut Vec<Completed>) {
+        std::mem::swap(&mut self.completed, other);
     }
 
-    /// Is there an operation that a future waits for?
+    /// True if a future waits for an operation.
     pub(crate) fn has_awaited(&self) -> bool {
-        self.flights.iter().any(|(_, flight)| flight.is_awaited())
+        self.ops.iter().any(|(_, pending)| pending.is_awaited())
     }
 
-    /// Asks the kernel to give up what futures wait for. What it gives up (it has not begun it, or it may wait for
-    /// ever) goes to a thread; what it cannot give up any more ends in the ring.
-    pub(crate) fn withdraw_awaited(&mut self) {
-        let awaited = self.flights.iter().filter(|(_, flight)| flight.is_awaited());
+    /// Asks the kernel to cancel the operations that futures wait for. Those that it cancels (not
+    /// begun, or waiting) go to a thread; the others complete in the ring.
+    pub(crate) fn cancel_awaited(&mut self) {
+        let awaited = self.ops.iter().filter(|(_, pending)| pending.is_awaited());
         let awaited = awaited.map(|(key, _)| key).collect();
         self.cancel(awaited);
     }
@@ -320,20 +337,21 @@ impl Uring {
         }
     }
 
-    /// Asks the kernel to give up everything, and waits for all ends. What a future still waits for (that of a task
-    /// that outlives the Context) goes on in a thread if the kernel gives it up.
+    /// Asks the kernel to cancel everything, and waits until nothing is in flight. An operation
+    /// that a future still waits for (in a task that outlives the Context) continues on a thread if
+    /// the kernel cancels it.
     fn drain(&mut self) -> io::Result<()> {
         if self.is_armed {
             sys::signal(&self.wake);
         }
-        self.withdraw_awaited();
+        self.cancel_awaited();
         let mut abandoned = Vec::new();
-        for (key, flight) in self.flights.iter_mut().filter(|(_, flight)| !flight.is_awaited()) {
-            flight.is_given_up = true;
+        for (key, pending) in self.ops.iter_mut().filter(|(_, pending)| !pending.is_awaited()) {
+            pending.is_cancelled = true;
             abandoned.push(key);
         }
         self.cancel(abandoned);
-        while !self.flights.is_empty() || self.is_armed {
+        while !self.ops.is_empty() || self.is_armed {
             self.push_backlog();
             self.enter(1, None)?;
             self.reap();
@@ -345,24 +363,26 @@ impl Uring {
 impl Drop for Uring {
     fn drop(&mut self) {
         if self.drain().is_err() {
-            // Nothing is known about what the kernel still does; see the module's drop order.
+            // What the kernel still does is unknown; see the module's drop order.
             return;
         }
-        self.landed.drain(..).for_each(Landed::tell);
-        // SAFETY: dropped once, here, and not used afterwards; nothing is in flight, so the kernel does not
-        // know any of the memory any more.
+        self.completed.drain(..).for_each(Completed::deliver);
+        // SAFETY: dropped once, here, and not used afterwards; nothing is in flight, so the kernel
+        // does not use any of the memory any more.
         unsafe {
             ManuallyDrop::drop(&mut self.ring);
-            ManuallyDrop::drop(&mut self.flights);
+            ManuallyDrop::drop(&mut self.ops);
             ManuallyDrop::drop(&mut self.wake_count);
         }
     }
 }
 
-/// The best ring this kernel gives: only one thread enters, and completions do not interrupt it.
+/// Sets up the ring with the best flags this kernel has: only one thread enters, and completions do
+/// not interrupt it.
 ///
-/// Not IORING_SETUP_DEFER_TASKRUN: a wait for one completion then returns with the first few of many (8,400 enters for
-/// 100,000 reads instead of 3,400), and waiting for more than one may hang if the others wait for us.
+/// Not IORING_SETUP_DEFER_TASKRUN: a wait for one completion then returns with the first few of
+/// many (8,400 enters for 100,000 reads instead of 3,400), and waiting for more than one may hang
+/// if the others depend on this thread.
 fn build(entries: u32) -> io::Result<IoUring> {
     let mut best = IoUring::builder();
     best.setup_clamp()
@@ -376,13 +396,13 @@ fn build(entries: u32) -> io::Result<IoUring> {
     best.build(entries).or_else(|_| plain.build(entries))
 }
 
-/// The flight as the kernel takes it. Errors: an offset past what the kernel knows.
-fn entry(flight: &Flight) -> io::Result<squeue::Entry> {
-    let fd = Fd(flight.op.file.as_fd().as_raw_fd());
-    Ok(match &flight.op.kind {
+/// The submission queue entry of an operation. Errors: an offset past what the kernel takes.
+fn entry(pending: &PendingOp) -> io::Result<squeue::Entry> {
+    let fd = Fd(pending.op.file.as_fd().as_raw_fd());
+    Ok(match &pending.op.kind {
         OpKind::Read { offset, iov } => {
             let offset = sys::to_off(*offset)?.cast_unsigned();
-            match (&flight.vectors, iov.segments().first()) {
+            match (&pending.vectors, iov.segments().first()) {
                 (Some(Vectors(vectors)), _) => {
                     let count = u32::try_from(vectors.len()).unwrap_or(u32::MAX);
                     opcode::Readv::new(fd, vectors.as_ptr(), count).offset(offset).build()
@@ -396,7 +416,7 @@ fn entry(flight: &Flight) -> io::Result<squeue::Entry> {
         OpKind::Write { offset, iov, dsync } => {
             let offset = sys::to_off(*offset)?.cast_unsigned();
             let flags = if *dsync { libc::RWF_DSYNC } else { 0 };
-            match (&flight.vectors, iov.segments().first()) {
+            match (&pending.vectors, iov.segments().first()) {
                 (Some(Vectors(vectors)), _) => {
                     let count = u32::try_from(vectors.len()).unwrap_or(u32::MAX);
                     let write = opcode::Writev::new(fd, vectors.as_ptr(), count);
@@ -450,7 +470,8 @@ mod tests {
         }
     }
 
-    /// A `FuturesUnordered` yields after 32 polls by waking itself. What it queued goes to the kernel with the wait that follows.
+    /// A `FuturesUnordered` yields after 32 polls by waking itself. Its operations go to the kernel
+    /// with the wait that follows.
     #[test]
     fn a_turn_enters_the_kernel_once() {
         let options = ContextOptions { engine: EngineKind::Uring, ..ContextOptions::default() };
@@ -467,13 +488,13 @@ mod tests {
         context.block_on(async {
             ENTERS.set(0);
             ENTERS_WITHOUT_WAIT.set(0);
-            // The kernel never answers a sync while it is handed over.
+            // The kernel never completes a sync while it is submitted.
             let mut syncs: FuturesUnordered<_> = (0..32).map(|_| file.sync_data()).collect();
             while let Some(done) = syncs.next().await {
                 done.expect("a sync of a temporary file");
             }
         });
-        assert_eq!(ENTERS_WITHOUT_WAIT.get(), 0, "something was handed over without waiting");
+        assert_eq!(ENTERS_WITHOUT_WAIT.get(), 0, "something was submitted without waiting");
         assert!(ENTERS.get() >= 1, "the syncs went through the ring");
     }
 }

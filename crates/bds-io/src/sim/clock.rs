@@ -1,7 +1,7 @@
-//! Virtual time: what is due when.
+//! `Clock`: virtual time and the events to come.
 //!
-//! Time only moves when an event is taken, so waiting costs nothing. Events of the same moment come
-//! in seeded order.
+//! Time advances only when an event is taken, so waiting costs nothing. Events of the same moment
+//! come in seeded order.
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
@@ -13,7 +13,7 @@ use super::Sim;
 /// Names a pending event: moment, seeded tie-break, number.
 pub(super) type EventKey = (u64, u64, u64);
 
-/// Something that will happen.
+/// A future event.
 pub(super) enum Event {
     /// A sleeper wakes.
     Wake(Waker),
@@ -21,11 +21,11 @@ pub(super) enum Event {
     Effect { slot: usize, upto: u64 },
     /// The operation in this slot completes.
     Complete { slot: usize },
-    /// The power goes.
+    /// The power is cut.
     Cut,
 }
 
-/// The moment and what is still to come.
+/// The current moment and the events to come.
 #[derive(Default)]
 pub(super) struct Clock {
     now_ns: u64,
@@ -39,7 +39,7 @@ impl Clock {
         self.now_ns
     }
 
-    /// Plans an event.
+    /// Schedules an event.
     pub(super) fn push(&mut self, at_ns: u64, tie: u64, event: Event) -> EventKey {
         let key = (at_ns.max(self.now_ns), tie, self.next);
         self.next += 1;
@@ -59,7 +59,7 @@ impl Clock {
         self.events.first_key_value().map(|((at_ns, _, _), _)| *at_ns)
     }
 
-    /// Forgets an event; `None` if it came already.
+    /// Removes an event; `None` if it came already.
     pub(super) fn cancel(&mut self, key: EventKey) -> Option<Event> {
         self.events.remove(&key)
     }
@@ -75,13 +75,13 @@ impl Clock {
         }
     }
 
-    /// Takes everything that is to come.
+    /// Takes all events to come.
     pub(super) fn drain(&mut self) -> BTreeMap<EventKey, Event> {
         std::mem::take(&mut self.events)
     }
 }
 
-/// Waits until a virtual moment.
+/// Future of a sleep in virtual time.
 pub(super) struct Sleep {
     sim: Sim,
     how_long: Duration,
@@ -111,7 +111,7 @@ impl Future for Sleep {
         let how_long_ns = u64::try_from(self.how_long.as_nanos()).unwrap_or(u64::MAX);
         let at_ns = world.clock.now_ns().saturating_add(how_long_ns);
         if !world.is_cut {
-            let tie = world.chance.any();
+            let tie = world.rng.any();
             self.key = Some(world.clock.push(at_ns, tie, Event::Wake(waker)));
         }
         Poll::Pending

@@ -1,10 +1,10 @@
-//! What stands on the medium after the power went.
+//! Decides the content of a file after a power cut.
 //!
 //! A page cache and a drive write back sectors in any order and at any time, so of the changes that
 //! are not durable each sector keeps *some version since the durable one*: none, a few or all of
 //! what was written to it, and its neighbours may have kept another. Versions build on each other
 //! (a sector is written as a whole), and so do lengths and cuts, which a file system journals in
-//! order. What is durable is never chosen about.
+//! order. Durable changes always survive.
 //!
 //! Coin flips for every sector almost never keep a long write whole and lose the next one whole,
 //! which is what catches a forgotten flush. So a cut follows one of several [`CutMode`]s.
@@ -12,12 +12,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
-use super::chance::Chance;
 use super::image::Image;
-use super::journal::{Change, Effect, Fate, Journal};
+use super::journal::{Change, Durability, Effect, Journal};
+use super::rng::Rng;
 
-/// How a power cut treats what is not durable.
+/// How a power cut treats changes that are not durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum CutMode {
     /// One of the others, by seed.
     #[default]
@@ -37,10 +38,10 @@ pub enum CutMode {
 /// Sectors of a zeroed range up to which it is torn; longer ones are one journal entry.
 const TORN_ZERO_SECTORS: u64 = 256;
 
-/// One cut of one file, with its style settled.
+/// One cut of one file, with its mode chosen.
 struct Cut<'a> {
     mode: CutMode,
-    chance: &'a mut Chance,
+    rng: &'a mut Rng,
     /// `InOrder`: last change that survives.
     until: u64,
     /// `Reorder`: changes that survive.
@@ -48,34 +49,34 @@ struct Cut<'a> {
 }
 
 impl Cut<'_> {
-    /// How many of the versions made by `changes` (in order) one sector keeps.
+    /// Number of the versions made by `changes` (in order) that one sector keeps.
     fn versions_kept(&mut self, changes: &[u64]) -> usize {
         let last = |is_kept: &dyn Fn(u64) -> bool| {
             changes.iter().rposition(|seq| is_kept(*seq)).map_or(0, |at| at + 1)
         };
         match self.mode {
-            CutMode::Random => unreachable!("settled before"),
+            CutMode::Random => unreachable!("chosen before"),
             CutMode::LoseAll => 0,
             CutMode::KeepAll => changes.len(),
             CutMode::InOrder => last(&|seq| seq <= self.until),
             CutMode::Reorder => last(&|seq| self.kept.contains(&seq)),
-            CutMode::Tear => self.chance.index(changes.len() + 1),
+            CutMode::Tear => self.rng.index(changes.len() + 1),
         }
     }
 
-    /// The length that a surviving change of it left: a torn append may have grown the file by a part.
+    /// The length after a surviving change of it: a torn append may have grown the file by a part.
     fn grown_len(&mut self, change: &Change, sector_len: u64) -> u64 {
         let (before, after) = (change.len_before, change.len_after);
         let is_append = matches!(change.effect, Effect::Write { .. }) && before < after;
-        if self.mode == CutMode::Tear && is_append && self.chance.coin() {
-            let sectors = self.chance.between(before / sector_len, after / sector_len);
+        if self.mode == CutMode::Tear && is_append && self.rng.coin() {
+            let sectors = self.rng.between(before / sector_len, after / sector_len);
             return (sectors * sector_len).clamp(before, after);
         }
         after
     }
 }
 
-/// A sector's versions: what it has for sure, and what may be on top.
+/// Versions of a sector: the last durable change, and the changes since.
 #[derive(Default)]
 struct Sector {
     floor: u64,
@@ -83,19 +84,14 @@ struct Sector {
 }
 
 impl Sector {
-    fn settle(&mut self, seq: u64) {
+    fn set_durable(&mut self, seq: u64) {
         self.floor = seq;
         self.open.clear();
     }
 }
 
-/// The image that `mode` and `chance` leave of a file.
-pub(super) fn survivors(
-    journal: &Journal,
-    mode: CutMode,
-    sector_len: u64,
-    chance: &mut Chance,
-) -> Image {
+/// The image of a file after a cut, by `mode` and `rng`.
+pub(super) fn survivors(journal: &Journal, mode: CutMode, sector_len: u64, rng: &mut Rng) -> Image {
     let mut image = journal.base.clone();
     let Some(last) = journal.changes.last().map(|change| change.seq) else {
         return image;
@@ -109,18 +105,18 @@ pub(super) fn survivors(
             CutMode::Tear,
             CutMode::Tear,
             CutMode::InOrder,
-        ][chance.index(7)],
-        settled => settled,
+        ][rng.index(7)],
+        chosen => chosen,
     };
     let first = journal.changes[0].seq;
-    let until = if mode == CutMode::InOrder { chance.between(first - 1, last) } else { 0 };
+    let until = if mode == CutMode::InOrder { rng.between(first - 1, last) } else { 0 };
     let kept = match mode {
         CutMode::Reorder => {
-            journal.changes.iter().map(|change| change.seq).filter(|_| chance.coin()).collect()
+            journal.changes.iter().map(|change| change.seq).filter(|_| rng.coin()).collect()
         }
         _ => BTreeSet::new(),
     };
-    let mut cut = Cut { mode, chance, until, kept };
+    let mut cut = Cut { mode, rng, until, kept };
     let (len_until, len) = surviving_len(journal, &mut cut, sector_len);
     let plan = Plan::new(journal, &mut cut, sector_len, len_until);
     for change in &journal.changes {
@@ -130,12 +126,12 @@ pub(super) fn survivors(
     image
 }
 
-/// Up to which change the length follows, and the length that is left.
+/// The last change whose length survives, and the surviving length.
 ///
-/// A sync writes the inode as it stands, so the length up to the last durable change is durable.
+/// A sync writes the current inode, so the length up to the last durable change is durable.
 fn surviving_len(journal: &Journal, cut: &mut Cut<'_>, sector_len: u64) -> (u64, u64) {
     let changes = &journal.changes;
-    let durable = changes.iter().rposition(|change| change.fate == Fate::Durable);
+    let durable = changes.iter().rposition(|change| change.durability == Durability::Durable);
     let floor = durable.map_or(0, |at| changes[at].seq);
     let open: Vec<&Change> = changes
         .iter()
@@ -148,7 +144,7 @@ fn surviving_len(journal: &Journal, cut: &mut Cut<'_>, sector_len: u64) -> (u64,
     }
 }
 
-/// Which change each touched sector goes up to.
+/// The last surviving change of each touched sector.
 struct Plan {
     sector_len: u64,
     sectors: BTreeMap<u64, u64>,
@@ -160,18 +156,19 @@ impl Plan {
     fn new(journal: &Journal, cut: &mut Cut<'_>, sector_len: u64, len_until: u64) -> Plan {
         let mut sectors: BTreeMap<u64, Sector> = BTreeMap::new();
         let mut whole = BTreeSet::new();
-        // What a cut of the file took off and that did not survive: newer bytes there cannot either.
+        // Start of a truncated range whose truncation did not survive: newer bytes there cannot
+        // survive either.
         let mut barrier = u64::MAX;
         for change in &journal.changes {
             let seq = change.seq;
             let range = change.effect.range();
             let touched = range.start / sector_len..range.end.div_ceil(sector_len);
-            let is_durable = change.fate == Fate::Durable;
+            let is_durable = change.durability == Durability::Durable;
             if is_torn(&change.effect, &touched) {
                 for number in touched {
                     let sector = sectors.entry(number).or_default();
                     if is_durable {
-                        sector.settle(seq);
+                        sector.set_durable(seq);
                     } else if number < barrier {
                         sector.open.push(seq);
                     }
@@ -190,7 +187,7 @@ impl Plan {
                     continue;
                 }
                 for (_, sector) in sectors.range_mut(touched) {
-                    sector.settle(seq);
+                    sector.set_durable(seq);
                 }
             } else if is_cut {
                 barrier = barrier.min(touched.start);
@@ -247,7 +244,7 @@ fn apply_part(effect: &Effect, part: Range<u64>, image: &mut Image) {
         }
         Effect::Zero { allocate: true, .. } => image.zero_allocate(part),
         Effect::Zero { allocate: false, .. } => image.punch(part),
-        // Not torn; a sector that goes beyond them has them in it, and no other sector does.
+        // Not torn; only a sector that continues beyond them contains them.
         Effect::Cut { .. } => image.punch(part),
         Effect::Allocate { .. } | Effect::Grow => {}
     }

@@ -1,4 +1,4 @@
-//! Files as a test sees them: put in place, looked at, handed to other tools.
+//! Access to simulated files for tests: create, inspect, import, export, lock.
 //!
 //! None of this is I/O of the simulated world: no time passes, nothing is counted, nothing fails.
 
@@ -8,15 +8,15 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::Sim;
-use super::chance::Chance;
 use super::clock::Event;
 use super::crash::{CutMode, survivors};
 use super::image::Image;
 use super::lock::LockKind;
+use super::rng::Rng;
 use super::world::{Inode, World, normal};
 use crate::file::{ByteLock, FileKind};
 
-/// A byte lock held by somebody outside the program under test. Dropping it releases.
+/// A byte lock held by another process than the one under test. Dropping it releases.
 #[derive(Debug)]
 pub struct ForeignLock {
     sim: Sim,
@@ -41,19 +41,19 @@ impl World {
 }
 
 impl Sim {
-    /// Puts a file in place, durable at once, instead of what had this name. Zeros become holes.
+    /// Creates or replaces a file, durable at once. Zeros become holes.
     pub fn put_file(&self, path: impl AsRef<Path>, bytes: &[u8]) {
         let path = normal(path.as_ref());
         self.world().add(Inode::new(path, FileKind::Regular, Image::from_bytes(bytes)));
     }
 
-    /// Puts a block device in place whose content is `bytes`; its length never changes.
+    /// Creates or replaces a block device with this content; its length never changes.
     pub fn put_device(&self, path: impl AsRef<Path>, bytes: &[u8]) {
         let path = normal(path.as_ref());
         self.world().add(Inode::new(path, FileKind::Block, Image::from_bytes(bytes)));
     }
 
-    /// Puts a file of the host in place, as [`Sim::put_file`] does.
+    /// Copies a file of the host into the world, as [`Sim::put_file`] does.
     pub fn import(&self, host_path: impl AsRef<Path>, path: impl AsRef<Path>) -> io::Result<()> {
         self.put_file(path, &fs::read(host_path)?);
         Ok(())
@@ -73,25 +73,25 @@ impl Sim {
         Ok(())
     }
 
-    /// Another name for a file.
+    /// Adds another name for a file.
     pub fn link(&self, path: impl AsRef<Path>, new_path: impl AsRef<Path>) {
         let mut world = self.world();
         let file = world.named(path.as_ref());
         world.link(new_path.as_ref(), file);
     }
 
-    /// What reads see now. Panics if there is no such file.
+    /// The visible content. Panics if there is no such file.
     pub fn snapshot_file(&self, path: impl AsRef<Path>) -> Vec<u8> {
         let world = self.world();
         world.files[world.named(path.as_ref())].visible.to_vec()
     }
 
-    /// What survives any power cut now. Panics if there is no such file.
+    /// The content that survives every power cut now. Panics if there is no such file.
     pub fn durable_file(&self, path: impl AsRef<Path>) -> Vec<u8> {
         let world = self.world();
         let inode = &world.files[world.named(path.as_ref())];
         let sector_len = u64::from(world.config.sector_len);
-        survivors(&inode.journal, CutMode::LoseAll, sector_len, &mut Chance::new(0)).to_vec()
+        survivors(&inode.journal, CutMode::LoseAll, sector_len, &mut Rng::new(0)).to_vec()
     }
 
     /// True if there is a file of this name.
@@ -122,7 +122,7 @@ impl Sim {
         Ok(ForeignLock { sim: self.clone(), file, owner })
     }
 
-    /// Lets the power go at a virtual moment.
+    /// Cuts the power at a virtual moment.
     pub fn cut_at(&self, moment: std::time::Duration) {
         let at_ns = u64::try_from(moment.as_nanos()).unwrap_or(u64::MAX);
         self.world().clock.push(at_ns, 0, Event::Cut);

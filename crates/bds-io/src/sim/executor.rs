@@ -1,8 +1,8 @@
-//! Who runs next: tasks, the future a caller waits for, and the next event, chosen by seed.
+//! Scheduler of a simulated world: runs tasks, the caller's future and events in seeded order.
 //!
-//! A world comes to rest when no task is ready and nothing is to come. If the caller's future is not
-//! done then, it never will be: a deadlock, which panics with the seed, the unfinished tasks and the
-//! last operations.
+//! A world is idle when no task is ready and no event is to come. If the caller's future is not
+//! done then, it never will be: a deadlock, which panics with the seed, the unfinished tasks and
+//! the last operations.
 
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -11,25 +11,25 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use super::Sim;
-use super::op::Aftermath;
+use super::op::Deferred;
 use super::world::World;
 use crate::current::{self, Current};
 
-/// Virtual time that [`Sim::run_until_idle`] gives periodic tasks, which never come to rest.
-const IDLE_PATIENCE: Duration = Duration::from_secs(3600);
+/// Virtual time after which [`Sim::run_until_idle`] stops although periodic tasks never end.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(3600);
 
-/// Wakes the future a caller waits for.
-struct Main(AtomicBool);
+/// Waker of the caller's future.
+struct MainWaker(AtomicBool);
 
-impl Wake for Main {
+impl Wake for MainWaker {
     fn wake(self: Arc<Self>) {
         self.0.store(true, Ordering::Relaxed);
     }
 }
 
-/// What a turn of the loop did.
+/// Result of one turn of the loop.
 enum Turn {
-    /// It is the caller's future's turn.
+    /// The caller's future is to be polled.
     Main,
     /// A task was polled.
     Task,
@@ -37,22 +37,22 @@ enum Turn {
     Event,
     /// Nothing is left to do.
     Idle,
-    /// The power is gone.
+    /// The power is off.
     Cut,
 }
 
-/// How a run ended.
+/// End of a run.
 enum End<T> {
     Done(T),
-    /// It and the tasks were polled as often as they were allowed to.
+    /// The future and the tasks were polled the allowed number of times.
     Stopped,
     Cut,
 }
 
-/// Names the seed when a test fails inside the world.
-struct Blame<'a>(&'a Sim);
+/// Prints seed and last operations when a test panics inside the world.
+struct PrintSeedOnPanic<'a>(&'a Sim);
 
-impl Drop for Blame<'_> {
+impl Drop for PrintSeedOnPanic<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             #[expect(clippy::print_stderr, reason = "a failing test must name its seed")]
@@ -68,18 +68,18 @@ impl Drop for Blame<'_> {
 }
 
 impl World {
-    /// True if the next event is to come although tasks are ready: they are slow, but not by more
-    /// than a latency, or else every timeout would strike.
+    /// True if the next event comes before ready tasks run: those are slow, but not by more than a
+    /// latency, or else every timeout would fire.
     fn overtakes(&mut self) -> bool {
         let Some(at_ns) = self.clock.next_ns() else { return false };
         let wait_ns = u128::from(at_ns - self.clock.now_ns());
-        wait_ns <= self.config.latency_max.as_nanos() && self.chance.hit(self.config.overtake_rate)
+        wait_ns <= self.config.latency_max.as_nanos() && self.rng.hit(self.config.overtake_rate)
     }
 }
 
 impl Sim {
-    /// Runs a future to its end under the virtual clock and seeded scheduler, and the spawned tasks
-    /// with it; what is unfinished then goes on in the next call. May be called from inside itself.
+    /// Runs a future to completion under the virtual clock and seeded scheduler, with the spawned
+    /// tasks; unfinished tasks continue in the next call. May be called from inside itself.
     ///
     /// # Panics
     /// If nothing can ever run again (deadlock, naming the seed), or if the power is cut: a future
@@ -91,22 +91,23 @@ impl Sim {
         }
     }
 
-    /// As [`Sim::block_on`], but `None` when the power is cut: the future and all tasks are dropped
-    /// where they stood, unfinished.
+    /// As [`Sim::block_on`], but `None` when the power is cut: the future and all tasks are
+    /// dropped, unfinished.
     pub fn run_until_cut<F: Future>(&self, future: F) -> Option<F::Output> {
         let _entered = current::enter(Current::Sim(self.clone()));
-        let _blame = Blame(self);
+        let _print_seed = PrintSeedOnPanic(self);
         match self.run(pin!(future), usize::MAX) {
             End::Done(output) => Some(output),
             End::Stopped | End::Cut => None,
         }
     }
 
-    /// Runs `future` until it, and the tasks of the world with it, have been polled `n` times in all (0: it is never
-    /// polled), drops it, and runs the world until idle. False if it finished before: the end of a cancel sweep.
+    /// Runs `future` until it, and the tasks of the world with it, have been polled `n` times in
+    /// all (0: it is never polled), drops it, and runs the world until idle. False if it finished
+    /// before: the end of a cancel sweep.
     ///
-    /// Tasks count because work that others wait for is done by them: every await of such a task is a point of its
-    /// own at which the future that asked for it may be dropped.
+    /// Polls of tasks count because tasks do work that the future waits for: at each of their
+    /// awaits the future may be dropped.
     pub fn drop_at<F: Future>(&self, future: F, n: usize) -> bool {
         self.abandon_at(future, n, drop)
     }
@@ -116,7 +117,7 @@ impl Sim {
         self.abandon_at(future, n, std::mem::forget)
     }
 
-    /// As [`Sim::drop_at`], but the future is given back instead: kept, and not polled any more. `None` if it
+    /// As [`Sim::drop_at`], but returns the future, which was not polled any more. `None` if it
     /// finished before.
     pub fn keep_at<F: Future>(&self, future: F, n: usize) -> Option<Pin<Box<F>>> {
         let kept = self.stop_at(future, n)?;
@@ -135,7 +136,7 @@ impl Sim {
 
     fn stop_at<F: Future>(&self, future: F, n: usize) -> Option<Pin<Box<F>>> {
         let _entered = current::enter(Current::Sim(self.clone()));
-        let _blame = Blame(self);
+        let _print_seed = PrintSeedOnPanic(self);
         let mut future = Box::pin(future);
         let end = if n == 0 { End::Stopped } else { self.run(future.as_mut(), n) };
         match end {
@@ -144,24 +145,24 @@ impl Sim {
         }
     }
 
-    /// Runs tasks and events until nothing is left to do, the power is cut, or an hour of virtual
-    /// time has passed with no task ready.
+    /// Runs tasks and events until the world is idle, the power is cut, or an hour of virtual time
+    /// has passed with no task ready.
     pub fn run_until_idle(&self) {
         let _entered = current::enter(Current::Sim(self.clone()));
-        let _blame = Blame(self);
-        let patience = self.now() + IDLE_PATIENCE;
+        let _print_seed = PrintSeedOnPanic(self);
+        let deadline = self.now() + IDLE_TIMEOUT;
         for _ in 0..self.max_turns() {
-            match self.turn(false, Some(patience)) {
+            match self.turn(false, Some(deadline)) {
                 Turn::Main | Turn::Task | Turn::Event => {}
                 Turn::Idle => return,
                 Turn::Cut => return self.drop_tasks(),
             }
         }
-        self.give_up("livelock");
+        self.panic_with_trace("livelock");
     }
 
     fn run<F: Future>(&self, mut future: Pin<&mut F>, polls: usize) -> End<F::Output> {
-        let main = Arc::new(Main(AtomicBool::new(true)));
+        let main = Arc::new(MainWaker(AtomicBool::new(true)));
         let waker = Waker::from(main.clone());
         let mut polled = 0;
         for _ in 0..self.max_turns() {
@@ -177,7 +178,7 @@ impl Sim {
                 }
                 Turn::Task => polled += 1,
                 Turn::Event => {}
-                Turn::Idle => self.give_up("deadlock: nothing can ever run again"),
+                Turn::Idle => self.panic_with_trace("deadlock: nothing can ever run again"),
                 Turn::Cut => {
                     self.drop_tasks();
                     return End::Cut;
@@ -187,7 +188,7 @@ impl Sim {
                 return End::Stopped;
             }
         }
-        self.give_up("livelock")
+        self.panic_with_trace("livelock")
     }
 
     fn max_turns(&self) -> u64 {
@@ -198,7 +199,7 @@ impl Sim {
     fn turn(&self, is_main_ready: bool, until: Option<Duration>) -> Turn {
         let ready = self.tasks().ready.len();
         let choices = ready + usize::from(is_main_ready);
-        let mut aftermath = Aftermath::default();
+        let mut deferred = Deferred::default();
         let pick = {
             let mut world = self.world();
             if world.is_cut {
@@ -212,15 +213,15 @@ impl Sim {
                 if choices == 0 && !is_due {
                     return Turn::Idle;
                 }
-                world.fire(&mut aftermath);
+                world.fire(&mut deferred);
                 None
             } else {
-                Some(world.chance.index(choices))
+                Some(world.rng.index(choices))
             }
         };
         match pick {
             None => {
-                aftermath.finish();
+                deferred.finish();
                 Turn::Event
             }
             Some(task) if task < ready => {
@@ -232,7 +233,7 @@ impl Sim {
         }
     }
 
-    fn give_up(&self, why: &str) -> ! {
+    fn panic_with_trace(&self, why: &str) -> ! {
         let tasks: Vec<String> =
             self.tasks().active.iter().map(|(_, task)| task.spawned_at.to_string()).collect();
         panic!(

@@ -1,16 +1,16 @@
-//! Which operations fail, and how.
+//! Fault injection: decides which operations fail, and how.
 //!
 //! Faults are armed by number (the n-th matching operation from now), or drawn at a rate. This file
-//! only decides; the engine carries the decision out.
+//! only decides; the engine applies the decision.
 
 use std::path::Path;
 
 use bitflags::bitflags;
 
-use super::chance::Chance;
+use super::rng::Rng;
 
 bitflags! {
-    /// Kinds of operation, as a set.
+    /// A set of kinds of operations.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct OpMask: u16 {
         /// Reads.
@@ -34,9 +34,10 @@ bitflags! {
         /// SEEK_DATA / SEEK_HOLE.
         const EXTENT = 1 << 9;
 
-        /// What `Sim::ops` counts: every awaited operation.
+        /// Every awaited operation, which `Sim::ops` counts.
         const IO = 0x7f;
-        /// What `Sim::writes` counts: every operation after which a power cut may find another disk.
+        /// Every operation that may change the content after a power cut, which `Sim::writes`
+        /// counts.
         const CHANGE = 0x7e;
     }
 }
@@ -79,7 +80,7 @@ impl Fault {
         Fault { path: part.to_owned(), ..self }
     }
 
-    /// A failing write leaves a seeded part of its bytes behind.
+    /// A failing write writes a seeded part of its bytes.
     #[must_use]
     pub fn partially(self) -> Fault {
         Fault { partial: true, ..self }
@@ -102,7 +103,7 @@ struct Armed {
 /// All faults of a world.
 pub(super) struct FaultPlan {
     armed: Vec<Armed>,
-    /// Chance that an operation of `rate_ops` fails with `rate_errno`.
+    /// Probability that an operation of `rate_ops` fails with `rate_errno`.
     pub rate: f64,
     pub rate_ops: OpMask,
     pub rate_errno: i32,
@@ -126,12 +127,7 @@ impl FaultPlan {
     }
 
     /// Decides about one operation on `path`.
-    pub(super) fn decide(
-        &mut self,
-        op: OpMask,
-        path: &Path,
-        chance: &mut Chance,
-    ) -> Option<Failure> {
+    pub(super) fn decide(&mut self, op: OpMask, path: &Path, rng: &mut Rng) -> Option<Failure> {
         let mut failure = None;
         self.armed.retain_mut(|armed| {
             let fault = &armed.fault;
@@ -147,8 +143,8 @@ impl FaultPlan {
             failure = failure.or(Some(Failure { errno: fault.errno, partial: fault.partial }));
             fault.sticky
         });
-        if failure.is_none() && self.rate_ops.contains(op) && chance.hit(self.rate) {
-            failure = Some(Failure { errno: self.rate_errno, partial: chance.coin() });
+        if failure.is_none() && self.rate_ops.contains(op) && rng.hit(self.rate) {
+            failure = Some(Failure { errno: self.rate_errno, partial: rng.coin() });
         }
         failure
     }

@@ -1,7 +1,7 @@
-//! Files of a simulated disk as [`crate::File`] sees them.
+//! `SimFile`: an open file of a simulated disk, behind [`crate::File`].
 //!
-//! Checks arguments as Linux does and hands operations to the engine. A description holds its locks
-//! until its last clone is dropped.
+//! Checks arguments as Linux does and submits operations to the simulated engine. A description
+//! holds its locks until its last clone is dropped.
 
 use std::io;
 use std::ops::Range;
@@ -139,7 +139,7 @@ impl SimFile {
         self.try_inline(offset, iov, |iov| Request::Write { offset, iov, unit: 1, is_dsync: false })
     }
 
-    /// Sometimes the page cache can, sometimes it cannot: both corridors are to be walked.
+    /// Succeeds at the configured rate, so that tests cover the inline and the waiting path.
     fn try_inline(
         &self,
         offset: u64,
@@ -152,12 +152,12 @@ impl SimFile {
         }
         let mut world = self.sim().world();
         let rate = world.config.inline_rate;
-        if world.is_cut || !world.chance.hit(rate) {
+        if world.is_cut || !world.rng.hit(rate) {
             return None;
         }
-        let (result, aftermath) = world.run_inline(self.0.file, request(iov.clone()));
+        let (result, deferred) = world.run_inline(self.0.file, request(iov.clone()));
         drop(world);
-        aftermath.finish();
+        deferred.finish();
         result.map(|result| to_len(result.map_err(io::Error::from_raw_os_error)))
     }
 

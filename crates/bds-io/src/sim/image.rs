@@ -1,6 +1,6 @@
-//! The bytes of one simulated file: sparse pages and a length.
+//! `Image`: the bytes of one simulated file, as sparse pages and a length.
 //!
-//! Arithmetic over a map only; no time, no chance, no durability (that is [`super::journal`]).
+//! Arithmetic over a map only; no time, no randomness, no durability (that is [`super::journal`]).
 //! A clone shares its pages until one side writes.
 //!
 //! Invariant: no page begins at or past the length unless a fallocate reserved it there on purpose;
@@ -114,7 +114,7 @@ impl Image {
         }
     }
 
-    /// Fills `out` with what stands at `offset`; zeros past the end.
+    /// Fills `out` with the bytes at `offset`; zeros past the end.
     pub(super) fn read(&self, offset: u64, out: &mut [u8]) {
         out.fill(0);
         self.scan(offset..offset + out.len() as u64, |at, data, _| {
@@ -166,9 +166,9 @@ impl Image {
         }
         parts(range.start..first_whole * PAGE_LEN).for_each(|part| self.clear(part));
         parts(end_whole * PAGE_LEN..range.end).for_each(|part| self.clear(part));
-        let doomed: Vec<u64> =
+        let punched: Vec<u64> =
             self.pages.range(first_whole..end_whole).map(|(at, _)| *at).collect();
-        for page in doomed {
+        for page in punched {
             self.pages.remove(&page);
         }
     }
@@ -183,17 +183,17 @@ impl Image {
 
     /// Drops all content from `offset` on but keeps the length.
     pub(super) fn cut(&mut self, offset: u64) {
-        let _gone = self.pages.split_off(&offset.div_ceil(PAGE_LEN));
+        let _cut_off = self.pages.split_off(&offset.div_ceil(PAGE_LEN));
         let tail = in_page(offset);
         if tail != 0 {
             self.clear(Part { page: offset / PAGE_LEN, bytes: tail..PAGE_BYTES });
         }
     }
 
-    /// Bytes a write or allocation of `range` may cover, from its start, before more than `room`
+    /// Bytes a write or allocation of `range` may cover, from its start, before more than `free`
     /// bytes of new pages are needed.
-    pub(super) fn fits(&self, range: Range<u64>, room: u64) -> u64 {
-        let mut pages_left = room / PAGE_LEN;
+    pub(super) fn fits(&self, range: Range<u64>, free: u64) -> u64 {
+        let mut pages_left = free / PAGE_LEN;
         let mut covered = 0;
         for part in parts(range) {
             if !self.pages.contains_key(&part.page) {

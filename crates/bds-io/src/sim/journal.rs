@@ -1,4 +1,4 @@
-//! What of a file is durable, and what a power cut may still take away.
+//! `Journal`: the changes of a file since its durable image, and how durable each of them is.
 //!
 //! ```text
 //!   base ──► change, change, change, …            ──► the visible image
@@ -7,9 +7,9 @@
 //!
 //! Changes stand in the order of their effect on the visible image. An operation's changes *race*
 //! until it completes, are *acked* from then on, and *durable* once a sync that was submitted after
-//! that completes. A change that a failed sync gave up on is *lost*: no later sync brings it back,
-//! as on Linux, where a failed fsync marks the pages clean. Choosing what survives is
-//! [`super::crash`]'s.
+//! that completes. A change whose sync failed is *lost*: no later sync makes it durable, as on
+//! Linux, where a failed fsync marks the pages clean. Which changes survive a cut is decided in
+//! [`super::crash`].
 //!
 //! Invariant: replaying all changes over the base gives the visible image.
 
@@ -17,9 +17,9 @@ use std::ops::Range;
 
 use super::image::Image;
 
-/// How far a change is on its way to the medium.
+/// Progress of a change towards the medium.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fate {
+pub(super) enum Durability {
     /// Its operation is in flight.
     Racing,
     /// Its operation completed as the n-th of this file.
@@ -30,12 +30,12 @@ pub(super) enum Fate {
     Lost,
 }
 
-/// What a change does to the bytes.
+/// Effect of a change on the bytes.
 #[derive(Clone, Debug)]
 pub(super) enum Effect {
     /// Bytes replaced.
     Write { offset: u64, data: Vec<u8> },
-    /// Bytes zeroed, and their pages kept or made (`allocate`) or given back.
+    /// Bytes zeroed, and their pages kept or allocated (`allocate`) or freed.
     Zero { range: Range<u64>, allocate: bool },
     /// Missing pages allocated; no byte changes.
     Allocate { range: Range<u64> },
@@ -46,7 +46,7 @@ pub(super) enum Effect {
 }
 
 impl Effect {
-    /// Applies the whole effect; the length is the caller's matter where it only grew.
+    /// Applies the whole effect; where only the length grew, the caller sets it.
     pub(super) fn apply(&self, image: &mut Image) {
         match self {
             Effect::Write { offset, data } => image.write(*offset, data),
@@ -80,7 +80,7 @@ pub(super) struct Change {
     /// Length of the file before and after.
     pub len_before: u64,
     pub len_after: u64,
-    pub fate: Fate,
+    pub durability: Durability,
 }
 
 /// The durable image of a file and everything since.
@@ -98,52 +98,59 @@ impl Journal {
         Journal { base, changes: Vec::new(), next_seq: 1, acks: 0 }
     }
 
-    /// Notes an effect of operation `op`, which has just taken place on the visible image.
+    /// Records an effect of operation `op`, which was just applied to the visible image.
     pub(super) fn record(&mut self, op: u64, effect: Effect, len_before: u64, len_after: u64) {
         let seq = self.next_seq;
         self.next_seq += 1;
-        self.changes.push(Change { seq, op, effect, len_before, len_after, fate: Fate::Racing });
+        self.changes.push(Change {
+            seq,
+            op,
+            effect,
+            len_before,
+            len_after,
+            durability: Durability::Racing,
+        });
     }
 
     /// Operation `op` completed. `durable`: it was a write that is durable on return.
     pub(super) fn acknowledge(&mut self, op: u64, durable: bool) {
         self.acks += 1;
-        let fate = if durable { Fate::Durable } else { Fate::Acked(self.acks) };
+        let durability = if durable { Durability::Durable } else { Durability::Acked(self.acks) };
         for change in self.changes.iter_mut().filter(|change| change.op == op) {
-            change.fate = fate;
+            change.durability = durability;
         }
         if durable {
             self.fold();
         }
     }
 
-    /// Number of completed operations: what a sync submitted now answers for.
+    /// Number of completed operations, which a sync submitted now covers.
     pub(super) fn acks(&self) -> u64 {
         self.acks
     }
 
-    /// A sync that answers for the first `acks` completed operations succeeded.
+    /// A sync that covers the first `acks` completed operations succeeded.
     pub(super) fn synced(&mut self, acks: u64) {
-        self.settle(acks, Fate::Durable);
+        self.set_acked(acks, Durability::Durable);
         self.fold();
     }
 
-    /// A sync that answers for the first `acks` completed operations failed for good.
+    /// A sync that covers the first `acks` completed operations failed for good.
     pub(super) fn lost(&mut self, acks: u64) {
-        self.settle(acks, Fate::Lost);
+        self.set_acked(acks, Durability::Lost);
     }
 
-    fn settle(&mut self, acks: u64, fate: Fate) {
+    fn set_acked(&mut self, acks: u64, durability: Durability) {
         for change in &mut self.changes {
-            if matches!(change.fate, Fate::Acked(ack) if ack <= acks) {
-                change.fate = fate;
+            if matches!(change.durability, Durability::Acked(ack) if ack <= acks) {
+                change.durability = durability;
             }
         }
     }
 
     /// Moves the durable head of the journal into the base.
     fn fold(&mut self) {
-        let is_open = |change: &Change| change.fate != Fate::Durable;
+        let is_open = |change: &Change| change.durability != Durability::Durable;
         let head = self.changes.iter().position(is_open).unwrap_or(self.changes.len());
         for change in self.changes.drain(..head) {
             change.effect.apply(&mut self.base);

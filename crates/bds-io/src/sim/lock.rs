@@ -1,20 +1,20 @@
-//! Byte locks of one file, owned by open descriptions, with Linux' rules for OFD locks.
+//! `LockTable`: byte locks of one file, owned by open descriptions, with the rules of OFD locks.
 //!
-//! A description never conflicts with itself: what it takes replaces what it had on those bytes,
-//! what it drops may leave two pieces. Nothing waits here; a conflict is an answer.
+//! A description never conflicts with itself: a lock it takes replaces its locks on those bytes,
+//! one it drops may leave two pieces. Nothing waits here; a conflict is a result.
 
 use crate::file::ByteLock;
 
-/// How a range is locked.
+/// Mode of a byte lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LockKind {
-    /// Others may share it (F_RDLCK).
+    /// Other owners may share it (F_RDLCK).
     Shared,
-    /// Nobody else may hold anything on it (F_WRLCK).
+    /// No other owner may hold a lock on it (F_WRLCK).
     Exclusive,
 }
 
-/// Held bytes, both ends included, so that the last byte of the number range can be named.
+/// A held range, both ends included, so that the last byte of the number range can be named.
 #[derive(Clone, Copy, Debug)]
 struct Held {
     owner: u64,
@@ -38,7 +38,7 @@ fn span(lock: ByteLock) -> (u64, u64) {
 }
 
 impl LockTable {
-    /// True if another owner holds what a lock of `kind` here would conflict with.
+    /// True if a lock of this kind would conflict with one of another owner.
     pub(super) fn conflicts(&self, owner: u64, lock: ByteLock, kind: LockKind) -> bool {
         let (first, last) = span(lock);
         self.held.iter().any(|held| {
@@ -49,7 +49,7 @@ impl LockTable {
         })
     }
 
-    /// Takes a lock; false (and nothing changed) if somebody else is in the way.
+    /// Takes a lock; false (and nothing changed) if it conflicts.
     pub(super) fn lock(&mut self, owner: u64, lock: ByteLock, kind: LockKind) -> bool {
         if self.conflicts(owner, lock, kind) {
             return false;
@@ -60,7 +60,7 @@ impl LockTable {
         true
     }
 
-    /// Drops what `owner` holds on these bytes.
+    /// Drops the locks of `owner` on these bytes.
     pub(super) fn unlock(&mut self, owner: u64, lock: ByteLock) {
         let (first, last) = span(lock);
         let mut rest = Vec::with_capacity(self.held.len() + 1);
@@ -79,7 +79,7 @@ impl LockTable {
         self.held = rest;
     }
 
-    /// Drops everything of `owner` (its description was closed).
+    /// Drops all locks of `owner` (its description was closed).
     pub(super) fn release(&mut self, owner: u64) {
         self.held.retain(|held| held.owner != owner);
     }

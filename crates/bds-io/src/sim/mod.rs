@@ -1,23 +1,23 @@
-//! The simulated world: a seeded scheduler, a virtual clock and a disk with a volatile cache.
+//! `Sim`: a simulated world with a seeded scheduler, a virtual clock and disks that lose power.
 //!
 //! One seed replays a run exactly: which task runs next, when an operation takes effect and when it
 //! completes, which of two racing writes wins, what is short, what fails, what a power cut leaves.
 //!
 //! ```text
-//!   executor, tasks   who runs next                    fault   what fails
-//!   clock             what is due when                 lock    byte locks
-//!   op, engine        operations in flight             crash   what survives a cut
+//!   executor, tasks   choice of the next task          fault   injected failures
+//!   clock             events in virtual time           lock    byte locks
+//!   op, engine        operations in flight             crash   content after a power cut
 //!   world             files and names                  power   cutting, and the worlds after
-//!   image, journal    bytes: visible; durable or not   trace   what happened lately
-//!   file              files as `crate::File` sees them
+//!   image, journal    bytes: visible; durable or not   trace   recent operations
+//!   file              files as `crate::File` sees them   rng   the seeded generator
 //!   disk              files as a test sees them
 //! ```
 //!
 //! What it deliberately does not do: real threads (everything runs on the thread in
 //! [`Sim::block_on`]; waking its tasks from other threads ends the replay), directories, links by
-//! path, time of day. Nothing outside the world may be waited for inside it: that is a deadlock here.
-//! The world replays what it decides; a map with random hashing iterated by the code under test, or
-//! the host's clock read by it, is chance from elsewhere.
+//! path, time of day. Nothing outside the world may be waited for inside it: that is a deadlock
+//! here. A world replays its own decisions only: code under test that iterates a map with random
+//! hashing, or reads the host's clock, does not replay.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,7 +25,6 @@ use std::time::Duration;
 
 use crate::file::Fs;
 
-mod chance;
 mod clock;
 mod crash;
 mod disk;
@@ -38,6 +37,7 @@ mod journal;
 mod lock;
 mod op;
 mod power;
+mod rng;
 mod tasks;
 mod trace;
 mod world;
@@ -51,49 +51,52 @@ pub use lock::LockKind;
 use tasks::Tasks;
 use world::World;
 
-/// What becomes of dirty data when a sync fails.
+/// State of dirty data after a failed sync.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum SyncFailure {
-    /// It is marked clean and no later sync brings it to the medium, as on Linux. Reads still see it.
+    /// It is marked clean and no later sync brings it to the medium, as on Linux. Reads still see
+    /// it.
     #[default]
     DropDirty,
     /// The next sync tries again.
     KeepDirty,
 }
 
-/// What the simulated disk may do. The default is unruly but never fails: latencies vary, effects
-/// are split and reordered, transfers are short now and then, half of what could be inline is.
+/// Options of a simulated world; make them with `..SimConfig::default()`. By default nothing fails,
+/// but latencies vary, effects are split and reordered, some transfers are short, and half of the
+/// inline attempts succeed.
 #[derive(Clone, Debug)]
 pub struct SimConfig {
     /// Shortest time from submission to completion.
     pub latency_min: Duration,
     /// Longest time from submission to completion; one in sixteen takes sixteen times as long.
     pub latency_max: Duration,
-    /// Chance that a read, write or copy does less than was asked for.
+    /// Probability that a read, write or copy does less than was requested.
     pub short_io_rate: f64,
-    /// Chance that a transfer takes effect in two pieces at two moments.
+    /// Probability that a transfer takes effect in two pieces at two moments.
     pub split_rate: f64,
-    /// Chance that an operation whose future is dropped before it took effect never does, as when
-    /// an engine cancels what it can. Syncs are always carried out.
+    /// Probability that an operation whose future is dropped before it took effect never does, as
+    /// when an engine cancels what it can. Syncs are always carried out.
     pub cancel_rate: f64,
-    /// Chance that `try_read` and `try_write` answer at once.
+    /// Probability that `try_read` and `try_write` succeed.
     pub inline_rate: f64,
-    /// Chance that an event less than `latency_max` away overtakes tasks that are ready to run: slow
-    /// processors.
+    /// Probability that an event less than `latency_max` away overtakes tasks that are ready to
+    /// run: slow processors.
     pub overtake_rate: f64,
-    /// What the medium writes as a whole, in bytes: 512 or 4096.
+    /// Sector size of the medium in bytes, which it writes as a whole: 512 or 4096.
     pub sector_len: u32,
-    /// How [`Sim::after_cut`] treats what is not durable.
+    /// How [`Sim::after_cut`] treats changes that are not durable.
     pub cut_mode: CutMode,
     /// Cut with this state-changing operation (see [`Sim::cut_after_writes`]).
     pub cut_after_writes: Option<u64>,
     /// Created names survive a cut only once the file was synced. Removals always survive.
     pub volatile_names: bool,
-    /// What a failed sync does to dirty data.
+    /// Effect of a failed sync on dirty data.
     pub sync_failure: SyncFailure,
-    /// Chance that an operation of `fault_ops` fails with `fault_errno`.
+    /// Probability that an operation of `fault_ops` fails with `fault_errno`.
     pub fault_rate: f64,
-    /// Which operations fail at `fault_rate`.
+    /// Operations that fail at `fault_rate`.
     pub fault_ops: OpMask,
     /// The errno they fail with.
     pub fault_errno: i32,
@@ -105,7 +108,7 @@ pub struct SimConfig {
     pub direct_align: (usize, u32),
     /// Operations that [`Sim::trace`] remembers.
     pub trace_len: usize,
-    /// Turns after which a world that never comes to rest is a livelock.
+    /// Turns after which a world that is never idle counts as a livelock.
     pub max_turns: u64,
 }
 
@@ -137,7 +140,7 @@ impl Default for SimConfig {
 }
 
 impl SimConfig {
-    /// A disk without whims: nothing is short, split, cancelled or inline, so that operations can be
+    /// A predictable disk: nothing is short, split, cancelled or inline, so that operations can be
     /// counted. Order and latency still vary with the seed.
     pub fn calm() -> SimConfig {
         SimConfig {
@@ -152,7 +155,7 @@ impl SimConfig {
 
 /// A simulated disk, its clock and its tasks. Cheap to clone: clones are the same world.
 ///
-/// A world lives as long as somebody holds it or one of its files. Detached tasks that never end and
+/// A world lives as long as a clone of it or one of its files. Detached tasks that never end and
 /// hold such a file keep it alive for ever; a power cut followed by [`Sim::run_until_idle`] or
 /// [`Sim::after_cut`] drops them.
 #[derive(Clone)]
@@ -172,7 +175,7 @@ impl fmt::Debug for Sim {
 }
 
 impl Sim {
-    /// A fresh, empty disk.
+    /// A world with an empty disk.
     pub fn new(seed: u64, config: SimConfig) -> Sim {
         Sim(Arc::new(Shared {
             seed,
@@ -206,7 +209,7 @@ impl Sim {
         self.ops_of(OpMask::CHANGE)
     }
 
-    /// Lets the matching operation number `n` fail, counted from now (0: the next one).
+    /// Makes the matching operation number `n` fail, counted from now (0: the next one).
     pub fn fail_nth(&self, n: u64, fault: Fault) {
         self.world().faults.arm(n, fault);
     }

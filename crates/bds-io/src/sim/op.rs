@@ -1,11 +1,11 @@
-//! An operation as a value, and the future that waits for it.
+//! A simulated operation as a value, and the future that waits for it.
 //!
-//! An operation owns its memory from submission to completion, whatever becomes of the future that
-//! waits for it: dropped futures leave the operation running (or have it cancelled, by seed, if it
-//! took no effect yet), forgotten ones leave an empty slot.
+//! An operation owns its memory from submission to completion, also if its future is dropped: a
+//! dropped future leaves the operation running (or has it cancelled, by seed, if it took no effect
+//! yet), a forgotten one leaves an empty slot.
 //!
-//! Lock rule: wakers and buffers may run foreign code when woken or dropped, so both leave the world
-//! in an [`Aftermath`], which is used after the lock is released.
+//! Lock rule: wakers and buffers may run foreign code when woken or dropped, so both are returned
+//! in a [`Deferred`], which is used after the lock is released.
 
 use std::io;
 use std::pin::Pin;
@@ -18,7 +18,7 @@ use super::fault::OpMask;
 use super::journal::Effect;
 use crate::IoVec;
 
-/// What to do.
+/// Kind of an operation, with its arguments.
 pub(super) enum Request {
     /// A short one still ends on a multiple of `unit` bytes.
     Read {
@@ -47,7 +47,7 @@ pub(super) enum Request {
     },
 }
 
-/// What a change does to the length.
+/// Effect of a change on the file's length.
 #[derive(Clone, Copy)]
 pub(super) enum NewLen {
     Same,
@@ -102,10 +102,10 @@ impl Request {
 }
 
 /// An operation between submission and completion, or waiting for its result to be fetched.
-pub(super) struct Flight {
+pub(super) struct PendingOp {
     pub op: u64,
     pub file: usize,
-    /// `None` once completed: the memory is let go.
+    /// `None` once completed: the memory is released.
     pub request: Option<Request>,
     pub kind: OpMask,
     pub place: (u64, u64),
@@ -115,51 +115,51 @@ pub(super) struct Flight {
     pub done: u64,
     pub is_begun: bool,
     pub errno: Option<i32>,
-    /// Completed operations of the file when it was submitted: what a sync answers for.
+    /// Completed operations of the file when it was submitted, which a sync covers.
     pub acks: u64,
     pub waker: Option<Waker>,
     pub result: Option<Result<u64, i32>>,
     pub is_abandoned: bool,
 }
 
-/// What has to be woken and dropped once the world's lock is released.
+/// Wakers to wake and values to drop once the world's lock is released.
 #[derive(Default)]
-pub(super) struct Aftermath {
+pub(super) struct Deferred {
     pub wakers: Vec<Waker>,
     pub requests: Vec<Request>,
-    pub flights: Slab<Flight>,
+    pub ops: Slab<PendingOp>,
 }
 
-impl Aftermath {
-    /// Wakes; everything else is dropped.
+impl Deferred {
+    /// Wakes the wakers and drops the rest.
     pub(super) fn finish(self) {
         self.wakers.into_iter().for_each(Waker::wake);
     }
 }
 
-impl Flight {
+impl PendingOp {
     /// True if nothing of it has taken effect.
     pub(super) fn is_untouched(&self) -> bool {
         !self.is_begun && self.errno.is_none()
     }
 }
 
-/// Waits for an operation.
-pub(super) struct InFlight {
+/// Future of an operation.
+pub(super) struct OpFuture {
     sim: Sim,
     slot: Option<usize>,
 }
 
 impl Sim {
     /// Submits now; the future only waits.
-    pub(super) fn submit(&self, file: usize, request: Request, refused: Option<i32>) -> InFlight {
-        let (slot, aftermath) = self.world().submit(file, request, refused);
-        aftermath.finish();
-        InFlight { sim: self.clone(), slot }
+    pub(super) fn submit(&self, file: usize, request: Request, refused: Option<i32>) -> OpFuture {
+        let (slot, deferred) = self.world().submit(file, request, refused);
+        deferred.finish();
+        OpFuture { sim: self.clone(), slot }
     }
 }
 
-impl Future for InFlight {
+impl Future for OpFuture {
     type Output = io::Result<u64>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<u64>> {
@@ -167,31 +167,31 @@ impl Future for InFlight {
         // Wakers may run foreign code when cloned and dropped: never under the world's lock.
         let waker = cx.waker().clone();
         let mut world = self.sim.world();
-        // The power went: the slots are gone and nothing completes any more.
-        let Some(flight) = world.flights.get_mut(slot) else { return Poll::Pending };
-        if let Some(result) = flight.result {
-            let _ = world.flights.remove(slot);
+        // The power was cut: the slots are gone and nothing completes any more.
+        let Some(pending) = world.ops.get_mut(slot) else { return Poll::Pending };
+        if let Some(result) = pending.result {
+            let _ = world.ops.remove(slot);
             drop(world);
             self.slot = None;
             return Poll::Ready(result.map_err(io::Error::from_raw_os_error));
         }
-        let old = flight.waker.replace(waker);
+        let old = pending.waker.replace(waker);
         drop(world);
         drop(old);
         Poll::Pending
     }
 }
 
-impl Drop for InFlight {
+impl Drop for OpFuture {
     fn drop(&mut self) {
         let Some(slot) = self.slot else { return };
         let mut world = self.sim.world();
-        let Some(flight) = world.flights.get_mut(slot) else { return };
-        let waker = flight.waker.take();
-        if flight.result.is_some() {
-            let _ = world.flights.remove(slot);
+        let Some(pending) = world.ops.get_mut(slot) else { return };
+        let waker = pending.waker.take();
+        if pending.result.is_some() {
+            let _ = world.ops.remove(slot);
         } else {
-            flight.is_abandoned = true;
+            pending.is_abandoned = true;
             world.maybe_cancel(slot);
         }
         drop(world);

@@ -1,41 +1,42 @@
-//! Power cuts: stopping a world, and the worlds that come after.
+//! Power cuts: stop a world, and make the worlds that follow it.
 //!
-//! A cut ends all I/O: nothing completes any more, tasks are dropped, and what every file then has
-//! is settled only when the next world is made, so one cut can be followed by many.
+//! A cut ends all I/O: nothing completes any more and tasks are dropped. The content that each file
+//! keeps is decided when the next world is made, so one cut can be followed by many.
 
-use super::chance::Chance;
 use super::crash::{CutMode, survivors};
 use super::journal::Effect;
-use super::op::{Aftermath, NewLen, Request};
+use super::op::{Deferred, NewLen, Request};
+use super::rng::Rng;
 use super::world::{Inode, World, to_index};
 use super::{Sim, SimConfig};
 
 impl World {
-    /// The power goes. What is in flight may have reached the medium in part, in any order.
-    pub(super) fn cut(&mut self, aftermath: &mut Aftermath) {
+    /// Cuts the power. Operations in flight may have reached the medium in part, in any order.
+    pub(super) fn cut(&mut self, deferred: &mut Deferred) {
         if std::mem::replace(&mut self.is_cut, true) {
             return;
         }
-        let mut slots: Vec<usize> = self.flights.iter().map(|(slot, _)| slot).collect();
+        let mut slots: Vec<usize> = self.ops.iter().map(|(slot, _)| slot).collect();
         while !slots.is_empty() {
-            let slot = slots.swap_remove(self.chance.index(slots.len()));
-            self.strand(slot);
+            let slot = slots.swap_remove(self.rng.index(slots.len()));
+            self.record_unfinished(slot);
         }
-        aftermath.flights = std::mem::take(&mut self.flights);
+        deferred.ops = std::mem::take(&mut self.ops);
         for event in self.clock.drain().into_values() {
             if let super::clock::Event::Wake(waker) = event {
                 // Woken tasks find a world without power, in which they are dropped.
-                aftermath.wakers.push(waker);
+                deferred.wakers.push(waker);
             }
         }
     }
 
-    /// Notes what an operation would still have done as a change that may or may not survive.
-    fn strand(&mut self, slot: usize) {
-        let flight = &self.flights[slot];
-        let Some(request) = &flight.request else { return };
-        let (op, file) = (flight.op, flight.file);
-        let (from, upto) = (flight.done, flight.limit);
+    /// Records the effect that an operation had not taken yet as a change that may or may not
+    /// survive.
+    fn record_unfinished(&mut self, slot: usize) {
+        let pending = &self.ops[slot];
+        let Some(request) = &pending.request else { return };
+        let (op, file) = (pending.op, pending.file);
+        let (from, upto) = (pending.done, pending.limit);
         let (effect, len) = match request {
             Request::Write { offset, iov, .. } if from < upto => {
                 let mut data = vec![0; to_index(upto - from)];
@@ -43,8 +44,8 @@ impl World {
                 let end = offset + upto;
                 (Effect::Write { offset: offset + from, data }, NewLen::AtLeast(end))
             }
-            Request::Change { effect, len, .. } if flight.is_untouched() => (effect.clone(), *len),
-            Request::Copy { source, offset, target_offset, .. } if flight.is_untouched() => {
+            Request::Change { effect, len, .. } if pending.is_untouched() => (effect.clone(), *len),
+            Request::Copy { source, offset, target_offset, .. } if pending.is_untouched() => {
                 let source = &self.files[*source].visible;
                 let len = upto.min(source.len().saturating_sub(*offset));
                 let mut data = vec![0; to_index(len)];
@@ -67,46 +68,48 @@ impl World {
 }
 
 impl Sim {
-    /// Cuts the power now: no I/O completes any more and sleepers never wake. Tasks are dropped when
-    /// `run_until_cut` notices or the next world is made, not here: the caller may be one of them.
+    /// Cuts the power now: no I/O completes any more and sleepers never wake. Tasks are dropped
+    /// when `run_until_cut` notices or the next world is made, not here: the caller may be one of
+    /// them.
     pub fn power_cut(&self) {
-        let mut aftermath = Aftermath::default();
-        self.world().cut(&mut aftermath);
-        aftermath.finish();
+        let mut deferred = Deferred::default();
+        self.world().cut(&mut deferred);
+        deferred.finish();
     }
 
-    /// True once the power is gone.
+    /// True once the power was cut.
     pub fn is_cut(&self) -> bool {
         self.world().is_cut
     }
 
-    /// Lets the power go with the state-changing operation number `n` (see [`Sim::writes`], counted
+    /// Cuts the power with the state-changing operation number `n` (see [`Sim::writes`], counted
     /// from the beginning of the world): that one is in flight when it happens. `None`: never.
     pub fn cut_after_writes(&self, n: Option<u64>) {
         self.world().cut_after_writes = n;
     }
 
-    /// Cuts the power (if it is still there) and answers the world after the reboot: each file as
-    /// the medium has it, where what was not durable survived or not by `seed` and the configured
-    /// [`CutMode`]. Faults and scheduled cuts do not carry over. May be called again with other seeds.
+    /// Cuts the power (if it was not cut) and returns the world after the reboot: each file as on
+    /// the medium, where changes that were not durable survived or not by `seed` and the configured
+    /// [`CutMode`]. Faults and scheduled cuts do not carry over. May be called again with other
+    /// seeds.
     pub fn after_cut(&self, seed: u64) -> Sim {
         let mode = self.world().config.cut_mode;
         self.after_cut_by(seed, mode)
     }
 
-    /// [`Sim::after_cut`] with a mode of its own.
+    /// [`Sim::after_cut`] with this mode.
     pub fn after_cut_by(&self, seed: u64, mode: CutMode) -> Sim {
         self.power_cut();
         self.drop_tasks();
-        let mut chance = Chance::new(seed);
+        let mut rng = Rng::new(seed);
         self.next_world(seed, |inode, config| {
             let sector_len = u64::from(config.sector_len);
-            let image = survivors(&inode.journal, mode, sector_len, &mut chance);
+            let image = survivors(&inode.journal, mode, sector_len, &mut rng);
             let is_kept = inode.is_name_durable
                 || match mode {
                     CutMode::LoseAll => false,
                     CutMode::KeepAll => true,
-                    _ => chance.coin(),
+                    _ => rng.coin(),
                 };
             is_kept.then(|| Inode::new(inode.path.clone(), inode.kind, image))
         })
@@ -114,7 +117,7 @@ impl Sim {
 
     /// A new world with the same configuration and the same visible files, all of it durable. Cheap
     /// (content is shared until written), so one prepared image can start many worlds. The former
-    /// world runs on unchanged.
+    /// world continues unchanged.
     pub fn fork(&self, seed: u64) -> Sim {
         self.next_world(seed, |inode, _| {
             Some(Inode::new(inode.path.clone(), inode.kind, inode.visible.clone()))

@@ -1,7 +1,8 @@
-//! Spawned tasks of a world: the queue of those that are ready, and the list of the unfinished.
+//! Spawned tasks of a world: the queue of ready tasks, and the list of unfinished ones.
 //!
-//! The list lets a world name who waits in a deadlock, and drop its tasks at a power cut, which would
-//! otherwise keep each other alive. Choosing who runs is [`super::executor`]'s.
+//! The list lets a world name the waiting tasks in a deadlock, and drop its tasks at a power cut,
+//! which would otherwise keep each other alive. The choice of the next task is in
+//! [`super::executor`].
 
 use std::future::poll_fn;
 use std::panic::Location;
@@ -9,8 +10,8 @@ use std::sync::{Arc, Weak};
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
+use crate::sync::oneshot;
 use slab::Slab;
-use tokio::sync::oneshot;
 
 use super::clock::Sleep;
 use super::{Shared, Sim};
@@ -28,30 +29,30 @@ pub(super) struct Tasks {
 
 /// A task that has not finished.
 pub(super) struct Active {
-    /// `None` for a moment, while it is being made.
+    /// `None` only while the task is made.
     waker: Option<Waker>,
     pub spawned_at: &'static Location<'static>,
 }
 
-/// Takes a task off the list when its future is dropped, finished or not.
-struct Leave {
+/// Removes a task from the list when its future is dropped, finished or not.
+struct RemoveFromActive {
     shared: Weak<Shared>,
     key: usize,
 }
 
-impl Drop for Leave {
+impl Drop for RemoveFromActive {
     fn drop(&mut self) {
         if let Some(shared) = self.shared.upgrade() {
-            let gone = Sim(shared).tasks().active.try_remove(self.key);
-            drop(gone);
+            let removed = Sim(shared).tasks().active.try_remove(self.key);
+            drop(removed);
         }
     }
 }
 
 impl Sim {
-    /// Drops all tasks where they stand.
+    /// Drops all tasks, unfinished.
     pub(super) fn drop_tasks(&self) {
-        // What spawns when it is dropped spawns here, and is dropped too.
+        // Tasks that destructors spawn are spawned here, and dropped too.
         let _entered = current::enter(Current::Sim(self.clone()));
         let (ready, wakers) = {
             let mut tasks = self.tasks();
@@ -71,7 +72,7 @@ impl Sim {
         &self,
         future: impl Future<Output = T> + Send + 'static,
     ) -> Task<T> {
-        let (future, key) = self.enlist(future, Location::caller());
+        let (future, key) = self.register(future, Location::caller());
         let (runnable, task) = task::create(future, self.schedule_here());
         self.tasks().active[key].waker = Some(runnable.waker());
         runnable.schedule();
@@ -84,23 +85,23 @@ impl Sim {
         &self,
         future: impl Future<Output = T> + Send + 'static,
     ) -> Task<T> {
-        let (future, key) = self.enlist(future, Location::caller());
-        let (runnable, task) = task::create_gripped(future, self.schedule_here());
+        let (future, key) = self.register(future, Location::caller());
+        let (runnable, task) = task::create_dropped_with_handle(future, self.schedule_here());
         self.tasks().active[key].waker = Some(runnable.waker());
         runnable.run();
         task
     }
 
-    /// Puts a task on the list; it leaves with its future.
-    fn enlist<T>(
+    /// Adds a task to the list; it is removed when its future is dropped.
+    fn register<T>(
         &self,
         future: impl Future<Output = T> + Send + 'static,
         spawned_at: &'static Location<'static>,
     ) -> (impl Future<Output = T> + Send + 'static, usize) {
         let key = self.tasks().active.insert(Active { waker: None, spawned_at });
-        let leave = Leave { shared: Arc::downgrade(&self.0), key };
+        let remove = RemoveFromActive { shared: Arc::downgrade(&self.0), key };
         let future = async move {
-            let _leave = leave;
+            let _remove = remove;
             future.await
         };
         (future, key)
@@ -136,32 +137,35 @@ impl Sim {
         Sleep::new(self.clone(), how_long).await;
     }
 
-    /// Runs `work` at a seeded moment and answers at a later one. Once begun it goes on even if
-    /// nobody waits any more, as work on a thread does.
-    pub async fn offload<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+    /// Runs `work` at a seeded moment and completes at a later one. It runs even if the future is
+    /// dropped, as work on a thread does.
+    pub async fn spawn_cpu<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> T {
         let (before, after) = {
             let mut world = self.world();
             let longest = u64::try_from(world.config.latency_max.as_nanos()).unwrap_or(u64::MAX);
-            (world.chance.between(0, longest), world.chance.between(0, longest))
+            (world.rng.between(0, longest), world.rng.between(0, longest))
         };
         let (sender, receiver) = oneshot::channel();
         let sim = self.clone();
         let work = async move {
             sim.sleep(Duration::from_nanos(before)).await;
-            let answer = work();
+            let result = work();
             sim.sleep(Duration::from_nanos(after)).await;
-            // Nobody waits any more: the work was done all the same.
-            let _ = sender.send(answer);
+            // Fails if the future was dropped.
+            let _ = sender.send(result);
         };
         self.spawn(work).detach();
         match receiver.await {
-            Ok(answer) => answer,
-            // Only a power cut drops the task: nothing goes on after it.
+            Ok(result) => result,
+            // Only a power cut drops the task, and nothing completes after it.
             Err(_) => std::future::pending().await,
         }
     }
 
-    /// Lets others run.
+    /// Lets other ready tasks run once.
     pub async fn yield_now(&self) {
         let mut is_yielded = false;
         poll_fn(|cx| {

@@ -1,4 +1,4 @@
-//! What happened lately, for the message of a failing test.
+//! `Trace`: the recent operations of a world, for failure messages, and a fingerprint of all.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use super::fault::OpMask;
 
-/// One thing that happened.
+/// One event of an operation.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Note {
+pub(super) struct TraceEntry {
     pub at_ns: u64,
     pub op: u64,
     pub kind: OpMask,
@@ -18,7 +18,7 @@ pub(super) struct Note {
     pub len: u64,
 }
 
-/// Where in its life an operation was.
+/// Stage of an operation.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Stage {
     Submitted,
@@ -26,13 +26,13 @@ pub(super) enum Stage {
     Done(u64),
     /// Failed with this errno.
     Failed(i32),
-    /// The power went while it was submitted.
+    /// The power was cut while it was submitted.
     Cut,
 }
 
-impl fmt::Display for Note {
+impl fmt::Display for TraceEntry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Note { at_ns, op, kind, stage, offset, len, .. } = self;
+        let TraceEntry { at_ns, op, kind, stage, offset, len, .. } = self;
         let at = Duration::from_nanos(*at_ns);
         write!(f, "{at:>12?} op {op:>5} {:<7} {offset}+{len} ", name(*kind))?;
         match stage {
@@ -50,43 +50,43 @@ fn name(kind: OpMask) -> &'static str {
 
 /// The last operations and a hash over all.
 pub(super) struct Trace {
-    ring: VecDeque<Note>,
+    ring: VecDeque<TraceEntry>,
     capacity: usize,
     hash: u64,
 }
 
 impl Trace {
-    /// Keeps the last `capacity` notes.
+    /// Keeps the last `capacity` entries.
     pub(super) fn new(capacity: usize) -> Trace {
         Trace { ring: VecDeque::new(), capacity, hash: 0xcbf2_9ce4_8422_2325 }
     }
 
-    /// Adds a note.
-    pub(super) fn push(&mut self, note: Note) {
-        let (stage, value) = match note.stage {
+    /// Adds an entry.
+    pub(super) fn push(&mut self, entry: TraceEntry) {
+        let (stage, value) = match entry.stage {
             Stage::Submitted => (0, 0),
             Stage::Done(bytes) => (1, bytes),
             Stage::Failed(errno) => (2, u64::from(errno.unsigned_abs())),
             Stage::Cut => (3, 0),
         };
-        let fields = [note.at_ns, note.op, u64::from(note.kind.bits()), stage, value];
-        for field in fields.into_iter().chain([note.file as u64, note.offset, note.len]) {
+        let fields = [entry.at_ns, entry.op, u64::from(entry.kind.bits()), stage, value];
+        for field in fields.into_iter().chain([entry.file as u64, entry.offset, entry.len]) {
             self.hash = (self.hash ^ field).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(23);
         }
         if self.capacity > 0 {
             if self.ring.len() == self.capacity {
                 self.ring.pop_front();
             }
-            self.ring.push_back(note);
+            self.ring.push_back(entry);
         }
     }
 
-    /// The last notes, oldest first; `path` names a file.
+    /// The last entries, oldest first; `path` names a file.
     pub(super) fn lines(&self, path: impl Fn(usize) -> String) -> Vec<String> {
-        self.ring.iter().map(|note| format!("{note} ({})", path(note.file))).collect()
+        self.ring.iter().map(|entry| format!("{entry} ({})", path(entry.file))).collect()
     }
 
-    /// Equal for equal histories, also where the ring has forgotten them.
+    /// Equal for equal histories, also of entries that the ring no longer has.
     pub(super) fn fingerprint(&self) -> u64 {
         self.hash
     }

@@ -1,7 +1,7 @@
-//! The state of a simulated world: files, names, operations in flight, time and chance.
+//! `World`: state of a simulated world: files, names, operations in flight, clock and generator.
 //!
-//! One lock around all of it; nothing here calls out (wakers and buffers leave in an
-//! [`super::op::Aftermath`]).
+//! One lock around all of it; nothing here calls foreign code (wakers and buffers are returned in a
+//! [`super::op::Deferred`]).
 
 use std::collections::BTreeMap;
 use std::io;
@@ -10,13 +10,13 @@ use std::path::{Component, Path, PathBuf};
 use slab::Slab;
 
 use super::SimConfig;
-use super::chance::Chance;
 use super::clock::Clock;
 use super::fault::{FaultPlan, OpMask};
 use super::image::Image;
 use super::journal::{Effect, Journal};
 use super::lock::LockTable;
-use super::op::{Flight, NewLen};
+use super::op::{NewLen, PendingOp};
+use super::rng::Rng;
 use super::trace::Trace;
 use crate::IoVec;
 use crate::file::FileKind;
@@ -24,14 +24,14 @@ use crate::file::FileKind;
 /// Kinds that are counted one by one: as many as [`OpMask`] has bits.
 const KINDS: usize = 10;
 
-/// Everything about a simulated world but its tasks.
+/// State of a simulated world, except its tasks.
 pub(super) struct World {
     pub config: SimConfig,
-    pub chance: Chance,
+    pub rng: Rng,
     pub clock: Clock,
     pub files: Vec<Inode>,
     pub names: BTreeMap<PathBuf, usize>,
-    pub flights: Slab<Flight>,
+    pub ops: Slab<PendingOp>,
     pub faults: FaultPlan,
     pub trace: Trace,
     pub next_op: u64,
@@ -71,7 +71,8 @@ impl Inode {
         }
     }
 
-    /// Fills bytes `from..upto` of `iov` with what is visible now; the answer is where it ended.
+    /// Fills bytes `from..upto` of `iov` with what is visible now; returns the end of what was
+    /// read.
     pub(super) fn read(&self, offset: u64, iov: &IoVec, from: u64, upto: u64) -> u64 {
         let left = self.visible.len().saturating_sub(offset);
         let upto = upto.min(left);
@@ -86,7 +87,7 @@ impl Inode {
         upto
     }
 
-    /// A sync answering for the first `acks` completed operations succeeded.
+    /// A sync that covers the first `acks` completed operations succeeded.
     pub(super) fn sync_succeeded(&mut self, acks: u64) {
         self.journal.synced(acks);
         self.is_name_durable = true;
@@ -110,11 +111,11 @@ impl World {
     /// An empty world.
     pub(super) fn new(seed: u64, config: SimConfig) -> World {
         World {
-            chance: Chance::new(seed),
+            rng: Rng::new(seed),
             clock: Clock::default(),
             files: Vec::new(),
             names: BTreeMap::new(),
-            flights: Slab::new(),
+            ops: Slab::new(),
             faults: FaultPlan::new(config.fault_rate, config.fault_ops, config.fault_errno),
             trace: Trace::new(config.trace_len),
             next_op: 0,
@@ -127,7 +128,7 @@ impl World {
         }
     }
 
-    /// Counts an operation; true if the power goes with it.
+    /// Counts an operation; true if the power is cut with it.
     pub(super) fn count(&mut self, kind: OpMask) -> bool {
         let is_last = OpMask::CHANGE.contains(kind)
             && self.cut_after_writes == Some(self.counted(OpMask::CHANGE));
@@ -160,25 +161,25 @@ impl World {
         }
     }
 
-    /// Counts a call by name or of a lock, and lets it fail where a fault says so.
+    /// Counts an open, remove or lock call, and fails it if a fault matches.
     pub(super) fn admit(&mut self, kind: OpMask, path: &Path) -> io::Result<()> {
         if self.is_cut {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         self.count(kind);
-        match self.faults.decide(kind, path, &mut self.chance) {
+        match self.faults.decide(kind, path, &mut self.rng) {
             Some(failure) => Err(io::Error::from_raw_os_error(failure.errno)),
             None => Ok(()),
         }
     }
 
-    /// A name of this file is gone.
+    /// Removes a name of this file.
     pub(super) fn unlink(&mut self, file: usize) {
         self.files[file].links -= 1;
         self.free_if_unused(file);
     }
 
-    /// Gives back the space of a file that nobody can reach any more.
+    /// Frees the space of a file without names and descriptions.
     pub(super) fn free_if_unused(&mut self, file: usize) {
         let inode = &mut self.files[file];
         if inode.links == 0 && inode.descriptions == 0 {
@@ -188,7 +189,7 @@ impl World {
         }
     }
 
-    /// Writes bytes `from..upto` of `iov`; the answer is where it ended.
+    /// Writes bytes `from..upto` of `iov`; returns the end of what was written.
     pub(super) fn write(
         &mut self,
         op: u64,
@@ -209,13 +210,13 @@ impl World {
         if data.is_empty() {
             return Ok(0);
         }
-        let room = self.room();
+        let free = self.free_bytes();
         let inode = &mut self.files[file];
         let mut range = offset..offset + data.len() as u64;
         if inode.kind == FileKind::Block {
             range.end = range.end.min(inode.visible.len());
         }
-        let fit = if range.is_empty() { 0 } else { inode.visible.fits(range, room) };
+        let fit = if range.is_empty() { 0 } else { inode.visible.fits(range, free) };
         if fit == 0 {
             return Err(libc::ENOSPC);
         }
@@ -224,7 +225,7 @@ impl World {
         Ok(fit)
     }
 
-    /// Does a change whole, or answers an errno and does nothing.
+    /// Applies a change as a whole, or returns an errno and does nothing.
     pub(super) fn change(
         &mut self,
         op: u64,
@@ -233,7 +234,7 @@ impl World {
         len: NewLen,
     ) -> Result<(), i32> {
         if let Effect::Zero { range, allocate: true } | Effect::Allocate { range } = effect {
-            let fit = self.files[file].visible.fits(range.clone(), self.room());
+            let fit = self.files[file].visible.fits(range.clone(), self.free_bytes());
             if fit < range.end - range.start {
                 return Err(libc::ENOSPC);
             }
@@ -271,7 +272,7 @@ impl World {
         self.allocated_len = self.allocated_len - before + inode.visible.allocated_len();
     }
 
-    fn room(&self) -> u64 {
+    fn free_bytes(&self) -> u64 {
         self.config.capacity_bytes.saturating_sub(self.allocated_len)
     }
 }

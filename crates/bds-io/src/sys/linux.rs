@@ -1,6 +1,6 @@
-//! Linux: one call, one function, one SAFETY.
+//! System calls of Linux: one call, one function, one SAFETY.
 //!
-//! `nix` serves where it has a safe wrapper; the rest is `libc`. Nothing here keeps state.
+//! Through `nix` where it has a safe wrapper, else through `libc`. Nothing here keeps state.
 
 use std::fs;
 use std::io;
@@ -55,7 +55,7 @@ pub(crate) fn open(path: &Path, options: &OpenOptions) -> io::Result<OwnedFd> {
         .custom_flags(libc::O_CLOEXEC | libc::O_NOCTTY | libc::O_NONBLOCK | direct)
         .open(path)?;
     let fd = OwnedFd::from(file);
-    // Only the opening itself must not wait (for a fifo's other end); operations may.
+    // Only the open itself must not wait (for a fifo's other end); operations may.
     let flags = OFlag::from_bits_retain(retry(|| fcntl(&fd, FcntlArg::F_GETFL))?);
     retry(|| fcntl(&fd, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK)))?;
     Ok(fd)
@@ -64,7 +64,8 @@ pub(crate) fn open(path: &Path, options: &OpenOptions) -> io::Result<OwnedFd> {
 /// Whether the process ignores `number` (sigaction without a new action).
 pub(crate) fn is_signal_ignored(number: libc::c_int) -> io::Result<bool> {
     let mut action = std::mem::MaybeUninit::<libc::sigaction>::uninit();
-    // SAFETY: the new action is null, so nothing changes; the old one goes to memory of its type that lives in this frame.
+    // SAFETY: the new action is null, so nothing changes; the old one goes to memory of its type
+    // that lives in this frame.
     let mut call = || unsafe { libc::sigaction(number, std::ptr::null(), action.as_mut_ptr()) };
     Errno::result(call())?;
     // SAFETY: the call succeeded, so the kernel and libc have filled in the whole struct.
@@ -74,15 +75,16 @@ pub(crate) fn is_signal_ignored(number: libc::c_int) -> io::Result<bool> {
 
 /// Ignores `number` in the whole process.
 pub(crate) fn ignore_signal(number: libc::c_int) -> io::Result<()> {
-    // SAFETY: SIG_IGN is no function, so none is called with a wrong signature or where only async-signal-safe code may run.
+    // SAFETY: SIG_IGN is no function, so none is called with a wrong signature or where only
+    // async-signal-safe code may run.
     let old = unsafe { libc::signal(number, libc::SIG_IGN) };
     if old == libc::SIG_ERR { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// dup3: `from` names the description of `to` from now on, and its own goes.
-pub(crate) fn forward(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: plain integers. Both descriptors are borrowed, so open; `from` stays open (its number never becomes free), so
-    // its owner goes on owning an open descriptor.
+/// dup3: `from` names the description of `to` from now on; its own is closed.
+pub(crate) fn redirect(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: plain integers. Both descriptors are borrowed, so open; `from` stays open (its number
+    // never becomes free), so its owner goes on owning an open descriptor.
     let call = || unsafe { libc::dup3(to.as_raw_fd(), from.as_raw_fd(), libc::O_CLOEXEC) };
     retry(|| Errno::result(call())).map(drop)
 }
@@ -97,8 +99,9 @@ pub(crate) fn read_at(
     let offset = to_off(offset)?;
     let vectors = vectors(iov);
     let count = vectors.len().try_into().unwrap_or(libc::c_int::MAX);
-    // SAFETY: the descriptor is borrowed, so open; `vectors` has `count` entries, each naming memory that is
-    // valid for writes while the borrowed list holds its anchors, which is longer than this call.
+    // SAFETY: the descriptor is borrowed, so open; `vectors` has `count` entries, each naming
+    // memory that is valid for writes while the borrowed list holds its anchors, which is longer
+    // than this call.
     retry_count(|| unsafe { libc::preadv2(fd.as_raw_fd(), vectors.as_ptr(), count, offset, flags) })
 }
 
@@ -152,7 +155,7 @@ pub(crate) fn copy_range(
     })
 }
 
-/// Where `seek` looks.
+/// Target of `seek`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Seek {
     Data,
@@ -180,7 +183,7 @@ pub(crate) fn stat(fd: BorrowedFd<'_>) -> io::Result<libc::stat> {
     retry(|| nix::sys::stat::fstat(fd))
 }
 
-/// What statx says about O_DIRECT.
+/// Alignment for O_DIRECT from statx.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct DioAlign {
     /// Alignment of memory, bytes; 0: no O_DIRECT on this file.
@@ -198,11 +201,12 @@ const STATX_DIOALIGN: u32 = 0x2000;
 const DIO_MEM_WORD: usize = 38;
 const DIO_OFFSET_WORD: usize = 39;
 
-/// None: the kernel or the file system does not say.
+/// `None`: the kernel or the file system does not say.
 pub(crate) fn dio_align(fd: BorrowedFd<'_>) -> Option<DioAlign> {
     let mut words = StatxWords([0; 64]);
-    // SAFETY: the path is a NUL-terminated literal (empty, with AT_EMPTY_PATH: the descriptor itself); the
-    // kernel writes at most 256 bytes, the size of `words`, whose every bit pattern is valid.
+    // SAFETY: the path is a NUL-terminated literal (empty, with AT_EMPTY_PATH: the descriptor
+    // itself); the kernel writes at most 256 bytes, the size of `words`, whose every bit pattern is
+    // valid.
     let done = unsafe {
         libc::syscall(
             libc::SYS_statx,
@@ -234,8 +238,8 @@ pub(crate) fn block_size(fd: BorrowedFd<'_>) -> io::Result<u32> {
 /// BLKGETSIZE64: a block device's length in bytes.
 pub(crate) fn device_len(fd: BorrowedFd<'_>) -> io::Result<u64> {
     let mut len = 0;
-    // SAFETY: the kernel writes one 64-bit number, to a live local of that size (usize is 64 bits on the
-    // hosts we serve; on 32-bit ones the ioctl number, which contains the size, is refused).
+    // SAFETY: the kernel writes one 64-bit number, to a live local of that size (usize is 64 bits
+    // on the hosts we serve; on 32-bit ones the ioctl number, which contains the size, is refused).
     retry(|| unsafe { blk_size64(fd.as_raw_fd(), &raw mut len) })?;
     Ok(len as u64)
 }
@@ -294,11 +298,11 @@ pub(crate) fn set_no_cow(fd: BorrowedFd<'_>) -> io::Result<()> {
     retry(|| unsafe { fs_set_flags(fd.as_raw_fd(), &raw const flags) }).map(drop)
 }
 
-/// Asks for space in extents of this many bytes (XFS).
+/// Sets the extent size hint in bytes (XFS).
 pub(crate) fn set_extent_size_hint(fd: BorrowedFd<'_>, bytes: u32) -> io::Result<()> {
     let mut xattr = FsXattr::default();
-    // SAFETY: the kernel writes one struct fsxattr, whose layout `FsXattr` has, to a live local; every bit pattern
-    // of it is valid.
+    // SAFETY: the kernel writes one struct fsxattr, whose layout `FsXattr` has, to a live local;
+    // every bit pattern of it is valid.
     retry(|| unsafe { fs_xattr(fd.as_raw_fd(), &raw mut xattr) })?;
     xattr.xflags |= FS_XFLAG_EXTSIZE;
     xattr.extent_size = bytes;
@@ -306,7 +310,7 @@ pub(crate) fn set_extent_size_hint(fd: BorrowedFd<'_>, bytes: u32) -> io::Result
     retry(|| unsafe { fs_set_xattr(fd.as_raw_fd(), &raw const xattr) }).map(drop)
 }
 
-/// What an OFD lock is.
+/// Kind of an OFD lock.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum LockKind {
     Shared,
@@ -339,7 +343,7 @@ pub(crate) fn lock(fd: BorrowedFd<'_>, lock: ByteLock, kind: LockKind) -> io::Re
     .map(drop)
 }
 
-/// True if an exclusive lock on the range would meet somebody else's.
+/// True if an exclusive lock on the range would conflict with that of another description.
 pub(crate) fn is_locked_by_others(fd: BorrowedFd<'_>, lock: ByteLock) -> io::Result<bool> {
     let mut flock = flock(lock, LockKind::Exclusive)?;
     // SAFETY: the kernel reads and writes one flock, a live local.
@@ -349,8 +353,8 @@ pub(crate) fn is_locked_by_others(fd: BorrowedFd<'_>, lock: ByteLock) -> io::Res
     Ok(libc::c_int::from(flock.l_type) != libc::F_UNLCK)
 }
 
-/// An eventfd, nonblocking: what wakes a sleeping Context.
-pub(crate) fn event() -> io::Result<OwnedFd> {
+/// A nonblocking eventfd.
+pub(crate) fn eventfd() -> io::Result<OwnedFd> {
     use nix::sys::eventfd::{EfdFlags, EventFd};
     let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
     Ok(OwnedFd::from(event))
@@ -359,7 +363,7 @@ pub(crate) fn event() -> io::Result<OwnedFd> {
 /// Adds one to an eventfd.
 #[expect(clippy::host_endian_bytes, reason = "the kernel reads a number of this machine")]
 pub(crate) fn signal(event: &OwnedFd) {
-    // Fails only when the counter is full (EAGAIN), and then the sleeper is woken already.
+    // Fails only when the counter is full (EAGAIN), and then the fd is readable already.
     let _ = retry(|| unistd::write(event, &1u64.to_ne_bytes()));
 }
 

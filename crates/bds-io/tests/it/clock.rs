@@ -1,4 +1,4 @@
-//! Timers end in order and never early.
+//! Timers complete in order and never early.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -42,7 +42,7 @@ fn no_sleep_ends_early() {
 }
 
 #[test]
-fn abandoned_sleeps_cost_nothing_for_long() {
+fn abandoned_sleeps_are_removed() {
     on_every_engine(|context| {
         context.block_on(async {
             for _ in 0..10_000 {
@@ -56,7 +56,7 @@ fn abandoned_sleeps_cost_nothing_for_long() {
 
 /// The timer was set on one thread's own ring; that thread then never drives it again.
 #[test]
-fn a_sleep_may_end_on_another_thread_than_it_began() {
+fn a_sleep_may_complete_on_another_thread_than_it_began() {
     let mut nap = Box::pin(sleep(Duration::from_millis(10)));
     block_on(async { assert!(futures_util::poll!(nap.as_mut()).is_pending()) });
     std::thread::spawn(move || block_on(nap)).join().unwrap();

@@ -1,16 +1,16 @@
-//! Tasks: spawning, waking and ending them, within a thread and across threads.
+//! Tasks: spawn, wake, cancel and detach, within a thread and across threads.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bds_io::sync::{Notify, Semaphore};
-use bds_io::{Buf, Context, ContextOptions, EngineKind, block_on, offload, spawn, yield_now};
+use bds_io::{Buf, Context, ContextOptions, EngineKind, block_on, spawn, spawn_cpu, yield_now};
 
 use crate::support::{bytes, on_every_engine, pattern, scratch};
 
 #[test]
-fn tasks_answer_and_run_in_turns() {
+fn tasks_run_in_turns_and_return_values() {
     on_every_engine(|context| {
         let sum = context.block_on(async {
             let tasks: Vec<_> = (0..100u64)
@@ -32,7 +32,7 @@ fn tasks_answer_and_run_in_turns() {
 }
 
 #[test]
-fn a_dropped_task_is_cancelled_and_a_detached_one_runs_on() {
+fn a_dropped_task_is_cancelled_and_a_detached_one_continues() {
     on_every_engine(|context| {
         let ran = Arc::new(AtomicUsize::new(0));
         context.block_on(async {
@@ -56,7 +56,7 @@ fn a_dropped_task_is_cancelled_and_a_detached_one_runs_on() {
 }
 
 #[test]
-fn a_panic_of_a_task_reaches_who_awaits_it() {
+fn a_panic_of_a_task_is_passed_to_the_awaiting_task() {
     on_every_engine(|context| {
         let task = context.spawn(async { panic!("on purpose") });
         let caught =
@@ -64,7 +64,7 @@ fn a_panic_of_a_task_reaches_who_awaits_it() {
         assert_eq!(*caught.unwrap_err().downcast_ref::<&str>().unwrap(), "on purpose");
         assert_eq!(context.block_on(async { 1 }), 1, "the Context lives on");
         let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            context.block_on(offload(|| panic!("of the work")))
+            context.block_on(spawn_cpu(|| panic!("of the work")))
         }));
         assert_eq!(*caught.unwrap_err().downcast_ref::<&str>().unwrap(), "of the work");
     });
@@ -106,7 +106,7 @@ fn no_wake_from_another_thread_is_lost() {
     });
 }
 
-/// Two Contexts play ping-pong; each move must wake a sleeping thread.
+/// Two Contexts wake each other in turns; each wake-up must reach a sleeping thread.
 #[test]
 fn contexts_wake_each_other() {
     let (ping, pong) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
@@ -176,7 +176,7 @@ fn tasks_outlive_their_context() {
 }
 
 #[test]
-fn many_operations_at_once_all_end() {
+fn more_operations_than_ring_entries_all_complete() {
     on_every_engine(|context| {
         let options = ContextOptions { engine: context.engine(), ring_entries: 8 };
         let small = Context::new(options).unwrap();
@@ -220,7 +220,7 @@ fn a_busy_task_does_not_starve_operations() {
 }
 
 #[test]
-fn the_environment_chooses_among_auto() {
+fn the_environment_variable_chooses_the_engine_of_auto() {
     let context = Context::new(ContextOptions::default()).unwrap();
     match std::env::var("BDS_ENGINE").as_deref() {
         Ok("pool") => assert_eq!(context.engine(), EngineKind::Pool),

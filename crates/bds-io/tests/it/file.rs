@@ -1,4 +1,4 @@
-//! What files of the host do, on every engine.
+//! Files of the host, on every engine.
 
 use std::io::ErrorKind;
 use std::path::Path;
@@ -9,7 +9,7 @@ use bds_io::{Buf, ByteLock, FileKind, Fs, IoVec, OpenOptions, ZeroMode};
 use crate::support::{bytes, on_every_engine, pattern, scratch, scratch_with};
 
 #[test]
-fn what_is_written_is_read() {
+fn reads_return_what_was_written() {
     on_every_engine(|context| {
         let (_dir, file) = scratch();
         let data = pattern(100_000, 1);
@@ -126,7 +126,7 @@ fn ranges_are_zeroed_and_punched() {
 }
 
 #[test]
-fn extents_tell_data_from_holes() {
+fn extents_distinguish_data_from_holes() {
     on_every_engine(|context| {
         let (_dir, file) = scratch();
         context.block_on(async {
@@ -193,7 +193,7 @@ fn locks_of_another_description_are_seen() {
 }
 
 #[test]
-fn locks_go_when_the_last_clone_and_operation_are_gone() {
+fn locks_are_released_with_the_last_clone_and_operation() {
     on_every_engine(|context| {
         let (dir, file) = scratch();
         let lock = ByteLock { offset: 7, len: 1 };
@@ -212,7 +212,7 @@ fn locks_go_when_the_last_clone_and_operation_are_gone() {
 }
 
 #[test]
-fn a_forwarded_description_is_closed_whoever_holds_it() {
+fn redirect_closes_the_description_of_all_clones() {
     on_every_engine(|context| {
         let (dir, file) = scratch();
         let path = dir.path().join("disk");
@@ -223,7 +223,7 @@ fn a_forwarded_description_is_closed_whoever_holds_it() {
         let reader = Fs::Host.open(&path, &OpenOptions::default()).unwrap();
         assert!(reader.is_locked_by_others(lock).unwrap());
 
-        file.forward(&reader).unwrap();
+        file.redirect(&reader).unwrap();
         assert!(!reader.is_locked_by_others(lock).unwrap(), "its locks went with it");
         assert_eq!(clone.identity().unwrap(), reader.identity().unwrap());
         let (written, read) = context.block_on(async {
@@ -255,7 +255,7 @@ fn kinds_and_identities() {
 }
 
 #[test]
-fn opening_creates_only_when_asked() {
+fn open_creates_only_with_the_option() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("new");
     let open = |write, create, exclusive| {

@@ -1,16 +1,16 @@
-//! Use without a Context of one's own: from plain threads, from tokio, from a loop around poll(2).
+//! Use without an own Context: from plain threads, from tokio, from an event loop around poll(2).
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use bds_io::{Buf, File, block_on, offload, sleep, spawn};
+use bds_io::{Buf, File, block_on, sleep, spawn, spawn_cpu};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::support::{bytes, on_every_engine, pattern, scratch};
 
-/// Something of everything.
+/// Uses a file, a task, a sleep and CPU work.
 async fn exercise(file: File, seed: u8) {
     let data = pattern(50_000, seed);
     let offset = u64::from(seed) << 20;
@@ -22,7 +22,7 @@ async fn exercise(file: File, seed: u8) {
         file.sync_data().await.unwrap();
         bytes(&buf.iov())
     });
-    let (read, sum) = futures_util::join!(reader, offload(|| (0..100u32).sum::<u32>()));
+    let (read, sum) = futures_util::join!(reader, spawn_cpu(|| (0..100u32).sum::<u32>()));
     assert_eq!((read, sum), (data, 4950));
 }
 
@@ -44,16 +44,16 @@ fn plain_threads_need_no_context() {
 }
 
 #[test]
-fn tasks_spawned_by_a_plain_thread_run_on_without_it() {
-    let (tell, hear) = std::sync::mpsc::channel();
+fn tasks_spawned_by_a_plain_thread_continue_after_it() {
+    let (sender, receiver) = std::sync::mpsc::channel();
     block_on(async move {
         spawn(async move {
             sleep(Duration::from_millis(5)).await;
-            tell.send(7).unwrap();
+            sender.send(7).unwrap();
         })
         .detach();
     });
-    assert_eq!(hear.recv().unwrap(), 7);
+    assert_eq!(receiver.recv().unwrap(), 7);
 }
 
 #[test]
@@ -93,7 +93,7 @@ fn a_foreign_loop_polls_the_descriptor_and_turns() {
         let fd = context.fd();
         let (_dir, file) = scratch();
         let done = Arc::new(AtomicBool::new(false));
-        let told = done.clone();
+        let is_done = done.clone();
         let handle = context.handle();
         let inner = handle.clone();
         handle
@@ -102,7 +102,7 @@ fn a_foreign_loop_polls_the_descriptor_and_turns() {
                 // A task from another thread, while the loop sleeps in poll.
                 let from_outside = std::thread::spawn(move || inner.spawn(exercise(file, 2)));
                 from_outside.join().unwrap().await;
-                told.store(true, Ordering::Relaxed);
+                is_done.store(true, Ordering::Relaxed);
             })
             .detach();
         while !done.load(Ordering::Relaxed) {
@@ -113,7 +113,7 @@ fn a_foreign_loop_polls_the_descriptor_and_turns() {
 }
 
 #[test]
-fn the_descriptor_is_silent_when_there_is_nothing_to_do() {
+fn the_descriptor_is_not_readable_when_there_is_nothing_to_do() {
     on_every_engine(|context| {
         let fd = context.fd();
         for _ in 0..3 {

@@ -1,4 +1,4 @@
-//! bds-io from outside: one binary, modules named after what they prove.
+//! Integration tests of bds-io: one binary, a module for each subject.
 
 #![expect(
     clippy::unwrap_used,

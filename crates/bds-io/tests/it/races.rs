@@ -1,7 +1,8 @@
-//! Clones of a buffer used by several threads at once, by safe code alone.
+//! Races on a buffer: clones used by several threads at once, by safe code alone.
 //!
-//! The bytes of a race are unspecified; the program's behaviour is not. What shows a mistake here is Miri
-//! (`cargo +nightly miri test -p bds-io --test it races`) or ThreadSanitizer (`cargo xtask test --tier full`).
+//! The bytes of a race are unspecified; the program's behaviour is not. What shows a mistake here
+//! is Miri (`cargo +nightly miri test -p bds-io --test it races`) or ThreadSanitizer (`cargo xtask
+//! test --tier full`). Miri takes the copies written in Rust by itself; it also runs `--lib buf`.
 
 #![forbid(unsafe_code)]
 
@@ -21,7 +22,8 @@ fn clones_of_a_buffer_may_be_read_and_written_at_once() {
             let byte = u8::from(round % 2 == 1);
             other.copy_from(0, &[byte; 512]);
             other.iov().fill(512..1024, byte);
-            // Other places and sizes than the reader's: a race of accesses of different sizes is one too.
+            // Other places and sizes than the reader's: a race of accesses of different sizes is
+            // one too.
             other.copy_from(3, &[byte; 13]);
             other.slice(1024..1536).copy_from_iov(0, &other.slice(0..512));
         }

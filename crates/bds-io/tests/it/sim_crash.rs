@@ -1,4 +1,4 @@
-//! What survives a power cut: all that was flushed, and some of the rest.
+//! Power cuts: flushed changes survive, of the others some.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -23,7 +23,7 @@ async fn put(file: &File, offset: u64, byte: u8, len: usize) {
 }
 
 #[test]
-fn what_was_flushed_survives_and_what_was_not_may_vanish() {
+fn flushed_writes_survive_a_cut_and_others_may_be_lost() {
     let (mut lost, mut kept, mut torn) = (0, 0, 0);
     for seed in 0..1000 {
         // Nothing short or split, so that each sector is written once.
@@ -106,7 +106,7 @@ fn versions_of_a_sector_build_on_each_other() {
 }
 
 #[test]
-fn a_write_that_raced_with_a_sync_may_be_lost() {
+fn a_write_that_races_with_a_sync_may_be_lost() {
     let mut survived = BTreeSet::new();
     for seed in 0..300 {
         let sim = Sim::new(seed, SimConfig::calm());
@@ -138,7 +138,7 @@ fn a_dsync_write_is_durable_when_it_returns() {
 }
 
 #[test]
-fn lengths_zeros_and_holes_are_volatile_too() {
+fn lengths_zeros_and_holes_are_volatile_until_synced() {
     let mut seen = BTreeSet::new();
     for seed in 0..600 {
         let sim = Sim::new(seed, SimConfig::default());
@@ -157,7 +157,7 @@ fn lengths_zeros_and_holes_are_volatile_too() {
 }
 
 #[test]
-fn a_cut_file_does_not_come_back_with_old_bytes() {
+fn a_truncated_file_does_not_get_old_bytes_back() {
     for seed in 0..500 {
         let sim = Sim::new(seed, SimConfig::default());
         sim.put_file("a", &[9; 8192]);
@@ -169,7 +169,7 @@ fn a_cut_file_does_not_come_back_with_old_bytes() {
         });
         let content = sim.after_cut(seed).snapshot_file("a");
         let old = content.iter().filter(|byte| **byte == 9).count();
-        // The cut happened or it did not, with everything that came after it.
+        // The truncation survived or not, with everything after it.
         assert!(
             old == 8192 || (old == 0 && (content.is_empty() || content.len() == 8192)),
             "seed {seed}"
@@ -178,7 +178,7 @@ fn a_cut_file_does_not_come_back_with_old_bytes() {
 }
 
 #[test]
-fn a_sweep_meets_every_state_changing_operation() {
+fn a_crash_sweep_covers_every_state_changing_operation() {
     let work = |file: File| async move {
         put(&file, 0, 1, 2048).await;
         file.sync_data().await.expect("no fault is armed");
@@ -208,7 +208,7 @@ fn a_sweep_meets_every_state_changing_operation() {
 }
 
 #[test]
-fn one_cut_is_followed_by_many_worlds_each_by_its_seed() {
+fn one_cut_is_followed_by_a_world_for_each_seed() {
     let sim = Sim::new(1, SimConfig::default());
     sim.put_file("a", &[9; 65536]);
     let file = open(&sim, "a");
@@ -221,7 +221,7 @@ fn one_cut_is_followed_by_many_worlds_each_by_its_seed() {
 }
 
 #[test]
-fn the_world_after_works_and_can_be_cut_again() {
+fn a_world_after_a_cut_works_and_can_be_cut_again() {
     let sim = Sim::new(1, SimConfig::default());
     let file = open(&sim, "a");
     sim.block_on(async {
@@ -240,7 +240,7 @@ fn the_world_after_works_and_can_be_cut_again() {
 }
 
 #[test]
-fn an_unsynced_name_may_vanish_if_names_are_volatile() {
+fn an_unsynced_name_may_be_lost_if_names_are_volatile() {
     let config = SimConfig { volatile_names: true, ..SimConfig::default() };
     let mut seen = BTreeSet::new();
     for seed in 0..100 {
@@ -258,7 +258,7 @@ fn an_unsynced_name_may_vanish_if_names_are_volatile() {
 }
 
 #[test]
-fn a_fork_starts_from_what_is_visible_and_goes_its_own_way() {
+fn a_fork_starts_from_the_visible_content_and_is_independent() {
     let sim = Sim::new(1, SimConfig::default());
     let file = open(&sim, "a");
     sim.block_on(put(&file, 0, 1, 4096));

@@ -1,4 +1,4 @@
-//! Injected failures, short transfers, a full disk.
+//! Fault injection: failing operations, short transfers, a full disk.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -85,7 +85,7 @@ fn a_failed_write_does_nothing_or_a_part() {
 }
 
 #[test]
-fn a_failed_sync_loses_what_it_should_have_made_durable() {
+fn a_failed_sync_loses_the_writes_it_covers() {
     for (policy, survives) in [(SyncFailure::DropDirty, 0), (SyncFailure::KeepDirty, 1)] {
         let config = SimConfig { sync_failure: policy, ..SimConfig::calm() };
         let sim = Sim::new(1, config);
@@ -134,7 +134,7 @@ fn transfers_are_short_by_seed_but_never_empty() {
 }
 
 #[test]
-fn a_full_disk_writes_what_fits_and_then_nothing() {
+fn a_full_disk_writes_what_fits_then_fails() {
     let config = SimConfig { capacity_bytes: 3 * 4096, ..SimConfig::calm() };
     let sim = Sim::new(1, config);
     let file = open(&sim, "a");
@@ -144,7 +144,7 @@ fn a_full_disk_writes_what_fits_and_then_nothing() {
         assert_eq!(errno(write(0, 1).await), Some(libc::ENOSPC));
         assert_eq!(write(4096, 4096).await.expect("no new space"), 4096);
         assert_eq!(errno(file.zero_range(0..4096, ZeroMode::Extend).await), Some(libc::ENOSPC));
-        file.zero_range(4096..8192, ZeroMode::PunchHole).await.expect("gives back");
+        file.zero_range(4096..8192, ZeroMode::PunchHole).await.expect("frees space");
         assert_eq!(write(0, 1).await.expect("a page is free"), 1);
     });
     assert_eq!(file.allocated_len().expect("regular"), 3 * 4096);
@@ -156,7 +156,7 @@ fn a_full_disk_writes_what_fits_and_then_nothing() {
 }
 
 #[test]
-fn what_a_file_system_lacks_is_said_so() {
+fn unsupported_operations_report_so() {
     let unsupported = OpMask::ZERO | OpMask::COPY | OpMask::EXTENT;
     let sim = Sim::new(1, SimConfig { unsupported, ..SimConfig::calm() });
     let (file, other) = (open(&sim, "a"), open(&sim, "b"));
@@ -164,7 +164,10 @@ fn what_a_file_system_lacks_is_said_so() {
         file.set_len(8192).await.expect("supported");
         let zero = file.zero_range(0..4096, ZeroMode::Allocate).await;
         assert_eq!(errno(zero), Some(libc::EOPNOTSUPP));
-        assert_eq!(file.copy_range_to(0, &other, 0, 4096).await.expect("gives up"), 0);
+        assert_eq!(
+            file.copy_range_to(0, &other, 0, 4096).await.expect("not supported, no error"),
+            0
+        );
     });
     let extent = file.extent(0).expect("answers").expect("not at the end");
     assert!(extent.is_data && extent.len == 8192);

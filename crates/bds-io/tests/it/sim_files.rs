@@ -1,4 +1,4 @@
-//! Names, content, holes, alignment and locks of simulated files.
+//! Simulated files: names, content, holes, alignment and locks.
 
 use std::path::Path;
 
@@ -35,7 +35,7 @@ fn opening_follows_the_options() {
 }
 
 #[test]
-fn a_removed_file_lives_on_until_it_is_closed() {
+fn a_removed_file_exists_until_it_is_closed() {
     let sim = Sim::new(1, SimConfig::calm());
     let old = open(&sim, "a");
     sim.block_on(old.write(0, IoVec::from(vec![1; 10]), false)).expect("no fault");
@@ -47,7 +47,7 @@ fn a_removed_file_lives_on_until_it_is_closed() {
 }
 
 #[test]
-fn two_names_of_one_file_agree() {
+fn two_names_of_one_file_have_one_identity_and_content() {
     let sim = Sim::new(1, SimConfig::calm());
     sim.put_file("/a", &[1; 10]);
     sim.link("/a", "/b");
@@ -84,7 +84,7 @@ fn holes_are_where_nothing_was_written() {
 }
 
 #[test]
-fn copies_stay_inside_the_world() {
+fn copies_between_worlds_are_not_supported() {
     let sim = Sim::new(1, SimConfig::calm());
     sim.put_file("a", &(0..=255).collect::<Vec<u8>>());
     let (from, to) = (open(&sim, "a"), open(&sim, "b"));
@@ -94,7 +94,10 @@ fn copies_stay_inside_the_world() {
     let overlap = sim.block_on(from.copy_range_to(0, &from, 10, 100));
     assert_eq!(errno(overlap), Some(libc::EINVAL));
     let elsewhere = open(&Sim::new(2, SimConfig::calm()), "c");
-    assert_eq!(sim.block_on(from.copy_range_to(0, &elsewhere, 0, 8)).expect("gives up"), 0);
+    assert_eq!(
+        sim.block_on(from.copy_range_to(0, &elsewhere, 0, 8)).expect("not supported, no error"),
+        0
+    );
 }
 
 #[test]
@@ -194,7 +197,7 @@ fn exclusive_locks_of_others_conflict_and_ranges_split() {
 }
 
 #[test]
-fn an_image_goes_to_the_host_and_back() {
+fn import_and_export_keep_the_content() {
     let dir = tempfile::tempdir().expect("a writable temporary directory");
     let sim = Sim::new(1, SimConfig::calm());
     let mut content = vec![0; 300_001];

@@ -1,4 +1,4 @@
-//! One seed replays a run: scheduling, time, cancellation, deadlock.
+//! Replay by seed: scheduling, time, cancellation, deadlock.
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -18,8 +18,8 @@ fn bytes(byte: u8, len: usize) -> IoVec {
     IoVec::from(vec![byte; len])
 }
 
-/// Eight tasks that write over each other, sync and read back; which byte wins is the seed's.
-async fn brawl(sim: Sim) -> Vec<u8> {
+/// Eight tasks that overwrite each other, sync and read back; the seed decides which byte stays.
+async fn racing_writes(sim: Sim) -> Vec<u8> {
     let file = open(&sim, "ring");
     let tasks: Vec<_> = (0..8u8)
         .map(|number| {
@@ -52,12 +52,12 @@ async fn brawl(sim: Sim) -> Vec<u8> {
 
 fn run(seed: u64) -> (Vec<u8>, u64, Vec<String>, Duration) {
     let sim = Sim::new(seed, SimConfig::default());
-    let content = sim.block_on(brawl(sim.clone()));
+    let content = sim.block_on(racing_writes(sim.clone()));
     (content, sim.fingerprint(), sim.trace(), sim.now())
 }
 
 #[test]
-fn one_seed_is_one_run() {
+fn one_seed_replays_a_run() {
     for seed in 0..50 {
         assert_eq!(run(seed), run(seed), "seed {seed}");
     }
@@ -73,7 +73,7 @@ fn seeds_differ_in_order_and_in_outcome() {
 }
 
 #[test]
-fn racing_writes_land_in_any_order_and_reads_see_either_side() {
+fn racing_writes_take_effect_in_any_order_and_reads_see_either() {
     let (mut winners, mut seen) = (BTreeSet::new(), BTreeSet::new());
     for seed in 0..400 {
         let sim = Sim::new(seed, SimConfig { short_io_rate: 0.0, ..SimConfig::default() });
@@ -102,7 +102,7 @@ fn racing_writes_land_in_any_order_and_reads_see_either_side() {
 }
 
 #[test]
-fn idling_ends_though_a_task_ticks_for_ever() {
+fn run_until_idle_ends_although_a_task_never_does() {
     let sim = Sim::new(2, SimConfig::default());
     sim.spawn(async {
         loop {
@@ -128,7 +128,9 @@ fn sleepers_wake_in_the_order_of_their_moments() {
                     let log = log.clone();
                     bds_io::spawn(async move {
                         bds_io::sleep(Duration::from_secs(hours * 3600)).await;
-                        log.lock().expect("nobody panicked").push((hours, bds_io::now().as_secs()));
+                        log.lock()
+                            .expect("no holder panicked")
+                            .push((hours, bds_io::now().as_secs()));
                     })
                 })
                 .collect();
@@ -138,7 +140,7 @@ fn sleepers_wake_in_the_order_of_their_moments() {
         });
         let hours = |hours: u64| (hours, hours * 3600);
         let expected = [hours(10), hours(20), hours(30), hours(40)];
-        assert_eq!(*log.lock().expect("nobody panicked"), expected, "seed {seed}");
+        assert_eq!(*log.lock().expect("no holder panicked"), expected, "seed {seed}");
     }
 }
 
@@ -170,13 +172,13 @@ fn ready_tasks_run_in_an_order_of_the_seed() {
         sim.block_on(async {
             let task = |number: u8| {
                 let log = log.clone();
-                bds_io::spawn(async move { log.lock().expect("nobody panicked").push(number) })
+                bds_io::spawn(async move { log.lock().expect("no holder panicked").push(number) })
             };
             for task in (0..4).map(task).collect::<Vec<_>>() {
                 task.await;
             }
         });
-        Arc::into_inner(log).expect("all tasks are gone").into_inner().expect("nobody panicked")
+        Arc::into_inner(log).expect("all tasks are gone").into_inner().expect("no holder panicked")
     };
     let orders: BTreeSet<Vec<u8>> = (0..500).map(order).collect();
     assert_eq!(orders.len(), 24, "every order of four tasks occurs");
@@ -228,13 +230,13 @@ fn a_block_on_inside_drives_the_same_world() {
 }
 
 #[test]
-fn offloaded_work_is_done_even_if_nobody_waits() {
+fn cpu_work_is_done_even_if_its_future_is_dropped() {
     let sim = Sim::new(4, SimConfig::default());
-    assert_eq!(sim.block_on(bds_io::offload(|| 6 * 7)), 42);
+    assert_eq!(sim.block_on(bds_io::spawn_cpu(|| 6 * 7)), 42);
     let done = Arc::new(AtomicUsize::new(0));
     let work = done.clone();
-    let offload = bds_io::offload(move || work.fetch_add(1, Ordering::Relaxed));
-    assert!(sim.drop_at(offload, 1), "an answer takes time");
+    let spawn_cpu = bds_io::spawn_cpu(move || work.fetch_add(1, Ordering::Relaxed));
+    assert!(sim.drop_at(spawn_cpu, 1), "an answer takes time");
     assert_eq!(done.load(Ordering::Relaxed), 1);
 }
 
@@ -312,7 +314,7 @@ fn an_operation_in_flight_keeps_its_buffer() {
 }
 
 #[test]
-fn a_cut_world_frees_its_tasks() {
+fn a_cut_drops_the_tasks_of_a_world() {
     let sim = Sim::new(11, SimConfig::default());
     let witness = Arc::new(());
     let file = open(&sim, "a");

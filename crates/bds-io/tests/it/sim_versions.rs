@@ -1,5 +1,5 @@
-//! The rule behind every cut, on random workloads: a sector is as it was at one moment, and not
-//! older than what a finished sync answered for.
+//! Crash consistency on random workloads: after a cut a sector has its content of one moment, not
+//! older than the last completed sync.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -80,7 +80,7 @@ async fn play(file: &File, step: &Step) {
 /// After a cut anywhere in a sequential workload each sector is as it was at one moment since the
 /// last sync, and the length is too.
 #[test]
-fn each_sector_is_one_of_its_versions() {
+fn each_sector_has_one_of_its_versions_after_a_cut() {
     for seed in 0..400u64 {
         let steps = steps(seed);
         let cut = seed % (steps.len() as u64 + 1);
@@ -99,7 +99,7 @@ fn each_sector_is_one_of_its_versions() {
         for (number, step) in (0u64..).zip(&steps).take(index(cut) + 1) {
             let mut next = versions.last().expect("never empty").clone();
             model(&mut next, step);
-            // The step the power went with was in flight: it settles nothing.
+            // The step in flight at the cut makes nothing durable.
             if matches!(step, Step::Sync) && number < cut {
                 versions.clear();
             }
@@ -131,7 +131,7 @@ fn check_versions(content: &[u8], versions: &[Vec<u8>], seed: u64) {
     }
 }
 
-/// What four writers, each in a region of its own, know of their versions.
+/// Versions written by four writers, each in a region of its own.
 #[derive(Default)]
 struct Known {
     submitted: [u8; 4],
@@ -142,7 +142,8 @@ struct Known {
 const REGION_LEN: usize = 4096;
 
 async fn writer(file: File, region: usize, known: Arc<Mutex<Known>>) {
-    let with = |look: &mut dyn FnMut(&mut Known)| look(&mut known.lock().expect("nobody panicked"));
+    let with =
+        |look: &mut dyn FnMut(&mut Known)| look(&mut known.lock().expect("no holder panicked"));
     for version in 1..=12 {
         with(&mut |known| known.submitted[region] = version);
         let mut done = 0;
@@ -153,7 +154,7 @@ async fn writer(file: File, region: usize, known: Arc<Mutex<Known>>) {
         }
         with(&mut |known| known.acked[region] = version);
         if usize::from(version) % 4 == region {
-            // A sync answers for everybody's finished writes, not only for those of its caller.
+            // A sync covers all completed writes, not only those of its caller.
             let mut acked = [0; 4];
             with(&mut |known| acked = known.acked);
             file.sync_data().await.expect("no fault is armed");
@@ -167,7 +168,7 @@ async fn writer(file: File, region: usize, known: Arc<Mutex<Known>>) {
 }
 
 #[test]
-fn a_sync_answers_for_all_writes_finished_before_it() {
+fn a_sync_covers_all_writes_completed_before_it() {
     for seed in 0..400 {
         let sim = Sim::new(seed, SimConfig::default());
         sim.put_file("a", &[0; 4 * REGION_LEN]);
@@ -181,7 +182,7 @@ fn a_sync_answers_for_all_writes_finished_before_it() {
                 task.await;
             }
         });
-        let known = known.lock().expect("nobody panicked");
+        let known = known.lock().expect("no holder panicked");
         for again in 0..4 {
             let content = sim.after_cut(again).snapshot_file("a");
             for (region, bytes) in content.chunks(REGION_LEN).enumerate() {

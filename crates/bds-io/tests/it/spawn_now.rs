@@ -1,4 +1,5 @@
-//! Tasks that are polled first where they are spawned, and whose handle may be kept, forgotten or dropped.
+//! `spawn_now`: tasks polled first by the spawning thread, whose handle may be kept, forgotten or
+//! dropped.
 #![expect(clippy::async_yields_async, reason = "the tasks are awaited, kept or dropped later")]
 
 use std::future::{pending, poll_fn};
@@ -18,7 +19,7 @@ use bds_io::{
 use crate::support::{on_every_engine, pattern, scratch_with};
 
 /// Against hangs only.
-const AGES: Duration = Duration::from_secs(60);
+const HANG_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Runs `test` in the simulated world, on every engine's Context, and on a plain thread.
 fn everywhere<F: Future<Output = ()>>(test: impl Fn() -> F) {
@@ -34,7 +35,7 @@ async fn poll_once<T>(task: &mut Task<T>) -> Poll<T> {
 }
 
 #[test]
-fn the_first_poll_happens_here_and_an_answer_at_once_needs_no_turn() {
+fn the_first_poll_is_on_this_thread_and_a_ready_result_needs_no_turn() {
     everywhere(|| async {
         let here = thread::current().id();
         let mut task = spawn_now(async move { thread::current().id() == here });
@@ -43,7 +44,7 @@ fn the_first_poll_happens_here_and_an_answer_at_once_needs_no_turn() {
 }
 
 #[test]
-fn a_kept_handle_and_a_forgotten_one_hold_nothing_up() {
+fn a_kept_or_forgotten_handle_delays_nothing() {
     everywhere(|| async {
         let (steps, ended) = (Arc::new(AtomicUsize::new(0)), Arc::new(Semaphore::new(0)));
         let work = || {
@@ -66,10 +67,10 @@ fn a_kept_handle_and_a_forgotten_one_hold_nothing_up() {
     });
 }
 
-/// Tells of its end.
-struct Tell(Arc<AtomicBool>);
+/// Sets its flag when dropped.
+struct SetOnDrop(Arc<AtomicBool>);
 
-impl Drop for Tell {
+impl Drop for SetOnDrop {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -79,9 +80,9 @@ impl Drop for Tell {
 fn dropping_the_handle_drops_the_future_before_it_returns() {
     everywhere(|| async {
         let gone = Arc::new(AtomicBool::new(false));
-        let tell = Tell(gone.clone());
+        let set_on_drop = SetOnDrop(gone.clone());
         let task = spawn_now(async move {
-            let _tell = tell;
+            let _set_on_drop = set_on_drop;
             pending::<()>().await;
         });
         yield_now().await;
@@ -92,14 +93,14 @@ fn dropping_the_handle_drops_the_future_before_it_returns() {
 }
 
 #[test]
-fn a_handle_dropped_while_its_task_is_queued_drops_the_future_too() {
+fn dropping_the_handle_of_a_queued_task_drops_the_future() {
     everywhere(|| async {
         let (gone, ran) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-        let (tell, told) = (Tell(gone.clone()), ran.clone());
+        let (set_on_drop, flag) = (SetOnDrop(gone.clone()), ran.clone());
         let task = spawn_now(async move {
-            let _tell = tell;
+            let _set_on_drop = set_on_drop;
             yield_now().await;
-            told.store(true, Ordering::Relaxed);
+            flag.store(true, Ordering::Relaxed);
         });
         drop(task);
         assert!(gone.load(Ordering::Relaxed));
@@ -111,25 +112,25 @@ fn a_handle_dropped_while_its_task_is_queued_drops_the_future_too() {
 }
 
 #[test]
-fn a_handle_dropped_while_another_thread_polls_waits_for_the_end_of_that_poll() {
+fn dropping_a_handle_waits_for_a_poll_on_another_thread() {
     let gate = Arc::new(Notify::new());
     let (gone, polled) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
     let (begins, begun) = mpsc::channel();
-    let (tell, opened, told) = (Tell(gone.clone()), gate.clone(), polled.clone());
+    let (set_on_drop, opened, flag) = (SetOnDrop(gone.clone()), gate.clone(), polled.clone());
     let tokio = tokio::runtime::Builder::new_current_thread().build().unwrap();
     // Its executor is the background thread: this one has no Context.
     let task = tokio.block_on(async move {
         spawn_now(async move {
-            let _tell = tell;
+            let _set_on_drop = set_on_drop;
             opened.notified().await;
             begins.send(()).unwrap();
             thread::sleep(Duration::from_millis(50));
-            told.store(true, Ordering::Relaxed);
+            flag.store(true, Ordering::Relaxed);
             pending::<()>().await;
         })
     });
     gate.notify_one();
-    begun.recv_timeout(AGES).unwrap();
+    begun.recv_timeout(HANG_TIMEOUT).unwrap();
     drop(task);
     assert!(polled.load(Ordering::Relaxed) && gone.load(Ordering::Relaxed));
 }
@@ -139,9 +140,9 @@ fn a_task_may_drop_its_own_handle() {
     everywhere(|| async {
         let own: Arc<Mutex<Option<Task<()>>>> = Arc::default();
         let gone = Arc::new(AtomicBool::new(false));
-        let (tell, slot) = (Tell(gone.clone()), own.clone());
+        let (set_on_drop, slot) = (SetOnDrop(gone.clone()), own.clone());
         let task = spawn_now(async move {
-            let _tell = tell;
+            let _set_on_drop = set_on_drop;
             yield_now().await;
             drop(slot.lock().unwrap().take());
             pending::<()>().await;
@@ -155,7 +156,7 @@ fn a_task_may_drop_its_own_handle() {
 }
 
 #[test]
-fn a_panic_reaches_the_one_who_awaits_it() {
+fn a_panic_is_passed_to_the_awaiting_task() {
     everywhere(|| async {
         let task = spawn_now(async {
             yield_now().await;
@@ -168,7 +169,7 @@ fn a_panic_reaches_the_one_who_awaits_it() {
 }
 
 #[test]
-fn a_plain_thread_runs_its_tasks_itself_while_it_is_driven() {
+fn a_plain_thread_in_block_on_runs_its_tasks_itself() {
     block_on(async {
         let here = thread::current().id();
         let is_here = move || thread::current().id() == here;
@@ -182,112 +183,115 @@ fn a_plain_thread_runs_its_tasks_itself_while_it_is_driven() {
 }
 
 #[test]
-fn what_a_plain_thread_leaves_goes_on_without_it() {
+fn tasks_left_by_block_on_continue_in_the_background() {
     let options = OpenOptions { inline_write_max_bytes: Some(0), ..OpenOptions::default() };
     let (_dir, file) = scratch_with(&options);
-    let (tell, hear) = mpsc::channel();
+    let (sender, receiver) = mpsc::channel();
     let gate = Arc::new(Notify::new());
-    let (tell_of_gate, opened) = (tell.clone(), gate.clone());
+    let (gate_sender, opened) = (sender.clone(), gate.clone());
     // One waits for operations and timers, one is ready, one is woken from elsewhere later.
     let kept = block_on(async move {
-        let tell_ready = tell.clone();
+        let ready_sender = sender.clone();
         let work = spawn_now(async move {
             for round in 0..3 {
                 file.write(round << 16, pattern(65_536, 1).into(), true).await.unwrap();
                 sleep(Duration::from_millis(2)).await;
             }
-            tell.send("operations").unwrap();
+            sender.send("operations").unwrap();
         });
-        spawn(async move { tell_ready.send("ready").unwrap() }).detach();
+        spawn(async move { ready_sender.send("ready").unwrap() }).detach();
         spawn_now(async move {
             opened.notified().await;
-            tell_of_gate.send("woken").unwrap();
+            gate_sender.send("woken").unwrap();
         })
         .detach();
         work
     });
     gate.notify_one();
-    let mut heard: Vec<&str> = (0..3).map(|_| hear.recv_timeout(AGES).unwrap()).collect();
-    heard.sort_unstable();
-    assert_eq!(heard, ["operations", "ready", "woken"]);
+    let mut received: Vec<&str> =
+        (0..3).map(|_| receiver.recv_timeout(HANG_TIMEOUT).unwrap()).collect();
+    received.sort_unstable();
+    assert_eq!(received, ["operations", "ready", "woken"]);
     block_on(kept);
 }
 
 #[test]
-fn what_is_left_by_a_block_on_that_panics_goes_on_too() {
-    let (tell, hear) = mpsc::channel();
+fn tasks_left_by_a_block_on_that_panics_continue_too() {
+    let (sender, receiver) = mpsc::channel();
     let caught = std::panic::catch_unwind(|| {
         block_on(async move {
             spawn_now(async move {
                 sleep(Duration::from_millis(1)).await;
-                tell.send(()).unwrap();
+                sender.send(()).unwrap();
             })
             .detach();
             panic!("on purpose")
         })
     });
     assert!(caught.is_err());
-    hear.recv_timeout(AGES).unwrap();
+    receiver.recv_timeout(HANG_TIMEOUT).unwrap();
 }
 
-/// A read of a pipe that is silent until `writer` writes; the task tells what it got.
+/// A read of a pipe that is empty until `writer` writes; the task sends whether it succeeded.
 fn read_of_a_pipe(
-    tell: mpsc::Sender<bool>,
+    sender: mpsc::Sender<bool>,
 ) -> (impl Future<Output = ()> + Send, std::io::PipeWriter) {
     let (reader, writer) = std::io::pipe().unwrap();
     let file = File::from_fd(reader.into(), &OpenOptions::default()).unwrap();
     let read = async move {
-        // Pipes have no offsets: a thread gets ESPIPE, the ring waits for data. What counts is that it ends.
+        // Pipes have no offsets: a thread gets ESPIPE, the ring waits for data. What counts is that
+        // it ends.
         let answer = file.read(0, vec![0u8; 16].into()).await;
-        tell.send(answer.is_ok()).unwrap();
+        sender.send(answer.is_ok()).unwrap();
     };
     (read, writer)
 }
 
 #[test]
-fn an_operation_that_a_task_waits_for_does_not_stay_in_a_ring_that_is_not_driven() {
-    let (tell, hear) = mpsc::channel();
-    let (read, _writer) = read_of_a_pipe(tell);
-    // The call returns although the operation never ends by itself, and the task learns of its end all the same.
+fn an_awaited_operation_does_not_stay_in_an_undriven_ring() {
+    let (sender, receiver) = mpsc::channel();
+    let (read, _writer) = read_of_a_pipe(sender);
+    // The call returns although the operation never completes by itself, and the task still gets
+    // its result.
     block_on(async move { spawn_now(read).detach() });
-    hear.recv_timeout(AGES).unwrap();
+    receiver.recv_timeout(HANG_TIMEOUT).unwrap();
 }
 
 #[test]
-fn a_dropped_context_leaves_no_operation_behind_that_a_task_waits_for() {
+fn a_dropped_context_leaves_no_awaited_operation() {
     let options = ContextOptions { engine: EngineKind::Uring, ..ContextOptions::default() };
     let context = match Context::new(options) {
         Ok(context) => context,
         Err(error) => return println!("skipped: no io_uring here: {error}"),
     };
-    let (tell, hear) = mpsc::channel();
-    let (read, _writer) = read_of_a_pipe(tell);
+    let (sender, receiver) = mpsc::channel();
+    let (read, _writer) = read_of_a_pipe(sender);
     context.block_on(async { spawn_now(read).detach() });
     drop(context);
-    hear.recv_timeout(AGES).unwrap();
+    receiver.recv_timeout(HANG_TIMEOUT).unwrap();
 }
 
 #[test]
-fn a_foreign_executor_need_not_poll_again() {
+fn a_spawned_task_runs_without_polls_of_a_foreign_executor() {
     let options = OpenOptions { inline_write_max_bytes: Some(0), ..OpenOptions::default() };
     let (_dir, file) = scratch_with(&options);
     let tokio = tokio::runtime::Builder::new_current_thread().build().unwrap();
-    let (tell, hear) = mpsc::channel();
+    let (sender, receiver) = mpsc::channel();
     let kept = tokio.block_on(async move {
         let mut task = spawn_now(async move {
             file.write(0, pattern(4096, 1).into(), true).await.unwrap();
             file.sync_data().await.unwrap();
-            tell.send(()).unwrap();
+            sender.send(()).unwrap();
         });
         assert!(poll_once(&mut task).await.is_pending());
         task
     });
-    hear.recv_timeout(AGES).unwrap();
+    receiver.recv_timeout(HANG_TIMEOUT).unwrap();
     tokio.block_on(kept);
 }
 
 #[test]
-fn one_seed_is_one_run_with_tasks_that_are_polled_here() {
+fn one_seed_replays_a_run_with_spawn_now() {
     let run = |seed| {
         let sim = Sim::new(seed, SimConfig::default());
         let file = sim.fs().open(
@@ -317,7 +321,7 @@ fn one_seed_is_one_run_with_tasks_that_are_polled_here() {
 }
 
 #[test]
-fn a_cancel_sweep_stops_at_every_poll_of_the_tasks_too() {
+fn a_cancel_sweep_stops_at_polls_of_tasks_too() {
     let work = |sim: &Sim| {
         let sim = sim.clone();
         async move {

@@ -1,9 +1,9 @@
-//! Every engine in turn, and files to work on.
+//! Helpers: runs a test on every engine, and makes scratch files.
 
 use bds_io::{Context, ContextOptions, EngineKind, File, Fs, IoVec, OpenOptions};
 use tempfile::TempDir;
 
-/// Runs `test` once with each engine; says which one is not to be had here.
+/// Runs `test` once with each engine; prints which one is not available here.
 pub(crate) fn on_every_engine(test: impl Fn(&Context)) {
     for engine in [EngineKind::Uring, EngineKind::Pool] {
         let options = ContextOptions { engine, ..ContextOptions::default() };
@@ -27,7 +27,7 @@ pub(crate) fn scratch_with(options: &OpenOptions) -> (TempDir, File) {
     (dir, file)
 }
 
-/// Bytes that tell their place.
+/// Bytes that differ by position and seed.
 pub(crate) fn pattern(len: usize, seed: u8) -> Vec<u8> {
     (0..=u16::MAX).cycle().take(len).map(|at| mix(at.to_le_bytes(), seed)).collect()
 }

@@ -1,4 +1,5 @@
-//! The cells of the matrix: which exist, which the format forbids, and a sample in which every pair of values occurs.
+//! Defines the cells of the matrix: all, those the format forbids, and a sample in which every pair
+//! of values occurs.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -111,8 +112,9 @@ impl Cell {
         }
         if self.data_file {
             out += &format!(",data_file={data_file}");
-            // A backing file and a raw data file exclude each other. With 2-MiB clusters the disk is so long that qemu-img
-            // would read a raw data file, of which it believes every byte to be data, for minutes.
+            // A backing file and a raw data file exclude each other. With 2-MiB clusters the disk
+            // is so long that qemu-img would read a raw data file, of which it believes every byte
+            // to be data, for minutes.
             if !self.backing && self.refcount_bits == 64 && self.cluster < 2 << 20 {
                 out += ",data_file_raw=on";
             }
@@ -180,7 +182,8 @@ impl fmt::Display for Cell {
     }
 }
 
-/// Cells among which every pair of values occurs that occurs in `cells` at all: each time the one that brings most new pairs.
+/// Cells among which every pair of values occurs that occurs in `cells` at all: each time the one
+/// that brings most new pairs.
 pub(crate) fn pairwise(cells: &[Cell]) -> Vec<Cell> {
     let mut open: BTreeSet<_> = cells.iter().flat_map(Cell::pairs).collect();
     let mut chosen = Vec::new();

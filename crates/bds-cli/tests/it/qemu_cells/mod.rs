@@ -1,14 +1,16 @@
-//! qemu-img beside `bds` over the matrix {v2, v3} × cluster size × refcount width × {standard, extended L2} × codec ×
-//! {backing file or not} × {data file or not}.
+//! Compares qemu-img and `bds` over the matrix {v2, v3} × cluster size × refcount width ×
+//! {standard, extended L2} × codec × {backing file or not} × {data file or not}.
 //!
-//! In every cell two images are made with the same words and get the same requests: one by QEMU's tools, one by ours. Then
-//! each tool looks at both, each side goes on writing into the other's image, and both look again. The bytes are
-//! compared with a model that neither has seen. By default a sample of the cells in which every pair of values occurs;
-//! `BDS_TEST_BUDGET=full` runs all, `BDS_TEST_CELL="v3 65536 rc16 None"` (as a failure names it) those whose name has that part.
+//! In every cell two images are made with the same words and get the same requests: one by QEMU's
+//! tools, one by ours. Then each tool looks at both, each side goes on writing into the other's
+//! image, and both look again. The bytes are compared with a model that neither has seen. By
+//! default a sample of the cells in which every pair of values occurs; `BDS_TEST_BUDGET=full` runs
+//! all, `BDS_TEST_CELL="v3 65536 rc16 None"` (as a failure names it) those whose name has that
+//! part.
 
 pub(crate) mod cell;
-mod facts;
-mod ours;
+mod library;
+mod reports;
 mod script;
 
 use std::path::{Path, PathBuf};
@@ -17,9 +19,9 @@ use std::sync::{Mutex, PoisonError};
 
 use bds_testkit::{Output, Scratch, Tool};
 
-use crate::tools::{Tools, is_full, said, text};
+use crate::programs::{Tools, is_full, outcome_line, text};
 use cell::{Cell, Codec};
-use facts::{Facts, difference};
+use reports::{Facts, difference};
 use script::{Act, Bytes};
 
 #[test]
@@ -34,7 +36,7 @@ fn images_of_either_side_are_read_and_written_by_the_other() {
     }
     println!("{} of {} cells", cells.len(), valid.len());
     assert!(valid.len() > 200, "{} cells", valid.len());
-    report(each(&cells, |cell| Room::new(&tools, cell).run()));
+    report(each(&cells, |cell| CellRun::new(&tools, cell).run()));
 }
 
 #[test]
@@ -45,7 +47,7 @@ fn what_the_format_forbids_is_refused_by_both() {
     let cells = if is_full() { forbidden.clone() } else { cell::one_of_each_kind(&forbidden) };
     println!("{} of {} forbidden cells", cells.len(), forbidden.len());
     assert!(cells.len() >= 5, "each reason for itself");
-    report(each(&cells, |cell| Room::new(&tools, cell).refuse()));
+    report(each(&cells, |cell| CellRun::new(&tools, cell).refuse()));
 }
 
 #[test]
@@ -58,7 +60,7 @@ fn compressed_clusters_in_a_data_file_are_refused_by_both() {
         .filter(|cell| cell.refcount_bits == 16 && !cell.backing)
         .collect();
     assert!(!cells.is_empty());
-    report(each(&cells, |cell| Room::new(&tools, cell).refuse_compression()));
+    report(each(&cells, |cell| CellRun::new(&tools, cell).refuse_compression()));
 }
 
 /// Runs the cells on two threads; what went wrong, by cell.
@@ -87,7 +89,7 @@ fn report(found: Vec<(Cell, Vec<String>)>) {
     assert!(text.is_empty(), "{} cells differ:\n{}", text.len(), text.join("\n"));
 }
 
-/// Who made an image.
+/// Which tool made an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Side {
     Qemu,
@@ -95,14 +97,14 @@ enum Side {
 }
 
 /// One cell, its tools and its files.
-struct Room<'a> {
+struct CellRun<'a> {
     tools: &'a Tools,
     cell: Cell,
     scratch: Scratch,
     problems: Vec<String>,
 }
 
-impl<'a> Room<'a> {
+impl<'a> CellRun<'a> {
     fn new(tools: &'a Tools, cell: Cell) -> Self {
         Self { tools, cell, scratch: Scratch::in_memory(), problems: Vec::new() }
     }
@@ -111,7 +113,7 @@ impl<'a> Room<'a> {
         self.scratch.path(&format!("{side:?}.{what}").to_lowercase())
     }
 
-    fn blame(&mut self, what: &str, problems: impl IntoIterator<Item = String>) {
+    fn add_problems(&mut self, what: &str, problems: impl IntoIterator<Item = String>) {
         self.problems.extend(problems.into_iter().map(|problem| format!("{what}: {problem}")));
     }
 
@@ -135,7 +137,7 @@ impl<'a> Room<'a> {
         for side in [Side::Qemu, Side::Bds] {
             let output = self.create(side);
             if !output.ok() {
-                return vec![format!("create by {side:?}: {}", said(&output))];
+                return vec![format!("create by {side:?}: {}", outcome_line(&output))];
             }
         }
         for (round, (acts, writers)) in steps.into_iter().enumerate() {
@@ -143,19 +145,20 @@ impl<'a> Room<'a> {
             for (side, writer) in [Side::Qemu, Side::Bds].into_iter().zip(writers) {
                 let image = self.path(side, "qcow2");
                 if let Err(e) = self.write(writer, &image, &acts) {
-                    self.blame(&format!("round {round}, {writer:?} into {side:?}'s"), [e]);
+                    self.add_problems(&format!("round {round}, {writer:?} into {side:?}'s"), [e]);
                     return self.problems;
                 }
             }
             if let Err(e) = self.look(round, &model) {
-                self.blame(&format!("round {round}"), [e]);
+                self.add_problems(&format!("round {round}"), [e]);
                 return self.problems;
             }
         }
         self.problems
     }
 
-    /// The same base twice, made by either side: shorter than the disk, and not ending with a cluster.
+    /// The same base twice, made by either side: shorter than the disk, and not ending with a
+    /// cluster.
     fn make_bases(&self) -> Result<Bytes, String> {
         let c = self.cell.cluster;
         let mut model = Bytes::new(7 * c + 1536);
@@ -173,7 +176,7 @@ impl<'a> Room<'a> {
             let output =
                 tool.run(["create", "-q", "-f", "qcow2", "-o", options, text(&base), &size]);
             if !output.ok() {
-                return Err(format!("base of {side:?}: {}", said(&output)));
+                return Err(format!("base of {side:?}: {}", outcome_line(&output)));
             }
             self.write(side, &base, &acts)?;
         }
@@ -202,15 +205,15 @@ impl<'a> Room<'a> {
 
     fn write(&self, writer: Side, image: &Path, acts: &[Act]) -> Result<(), String> {
         match writer {
-            Side::Bds => ours::apply(image, acts).map_err(|e| e.to_string()),
+            Side::Bds => library::apply(image, acts).map_err(|e| e.to_string()),
             Side::Qemu => {
                 let commands: Vec<String> = acts.iter().map(Act::command).collect();
                 let mut args = vec!["-f", "qcow2", "-d", "unmap"];
                 args.extend(commands.iter().flat_map(|command| ["-c", command]));
                 args.push(text(image));
                 let output = self.tools.io.run(&args);
-                let is_done = output.ok() && !said(&output).contains("failed");
-                if is_done { Ok(()) } else { Err(format!("qemu-io: {}", said(&output))) }
+                let is_done = output.ok() && !outcome_line(&output).contains("failed");
+                if is_done { Ok(()) } else { Err(format!("qemu-io: {}", outcome_line(&output))) }
             }
         }
     }
@@ -224,13 +227,16 @@ impl<'a> Room<'a> {
             let image = self.path(side, "qcow2");
             let what = format!("round {round}, {side:?}'s image");
             let (facts, differences) = Facts::compare(self.tools, &image, model)?;
-            self.blame(&what, facts.faults());
-            self.blame(&what, differences);
+            self.add_problems(&what, facts.faults());
+            self.add_problems(&what, differences);
             for tool in [&self.tools.img, &self.tools.bds] {
                 let args = ["compare", "-f", "qcow2", "-F", "raw", text(&image), text(&raw)];
                 let output = tool.run(args);
                 if !output.ok() {
-                    self.blame(&what, [format!("compare by {tool:?}: {}", said(&output))]);
+                    self.add_problems(
+                        &what,
+                        [format!("compare by {tool:?}: {}", outcome_line(&output))],
+                    );
                 }
             }
             seen.push(facts);
@@ -240,7 +246,7 @@ impl<'a> Room<'a> {
             .into_iter()
             .chain(difference("nature", &bds.nature(), &qemu.nature()));
         let differences: Vec<String> = differences.collect();
-        self.blame(&format!("round {round}, between the images"), differences);
+        self.add_problems(&format!("round {round}, between the images"), differences);
         Ok(())
     }
 
@@ -287,7 +293,8 @@ impl<'a> Room<'a> {
     }
 }
 
-/// What is wrong with a refusal: exit code 1 and one of these reasons, by name. A panic, a signal or another error is none.
+/// What is wrong with a refusal: exit code 1 and one of these reasons, by name. A panic, a signal
+/// or another error is none.
 fn not_refused(
     side: Side,
     output: &Output,
@@ -295,11 +302,12 @@ fn not_refused(
 ) -> Option<String> {
     let is_refused =
         output.code == 1 && words.into_iter().any(|words| output.stderr.contains(words));
-    (!is_refused).then(|| format!("{side:?} does not refuse it for its reason: {}", said(output)))
+    (!is_refused)
+        .then(|| format!("{side:?} does not refuse it for its reason: {}", outcome_line(output)))
 }
 
 #[test]
-fn a_panic_or_another_error_is_no_refusal() {
+fn a_panic_or_another_error_does_not_count_as_refusal() {
     let output = |code, stderr: &str| Output { code, stdout: String::new(), stderr: stderr.into() };
     let judge = |code, stderr| not_refused(Side::Bds, &output(code, stderr), ["too small", "no"]);
     assert_eq!(judge(1, "bds: x: clusters are too small"), None);

@@ -1,4 +1,5 @@
-//! What is done to the disk of a cell, for qemu-io as text and for the library as requests, and what it must hold afterwards.
+//! Generates the requests of a cell, as text for qemu-io and as values for the library, and
+//! computes the contents they must result in.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -45,7 +46,7 @@ pub(crate) fn first(cell: &Cell, seed: u64) -> Vec<Act> {
         zero(6 * c, 2 * c, false),
         zero(4 * c, c, true),
         Act::Discard { at: 3 * c, len: c },
-        // Half a cluster cannot be given back.
+        // Half a cluster cannot be deallocated.
         Act::Discard { at: 5 * c, len: c / 2 },
         write(reach - c - 300, 2 * c + 600, 0x14),
         zero(reach + 2 * c, c, true),
@@ -91,7 +92,7 @@ pub(crate) fn random(cell: &Cell, seed: u64, count: usize) -> Vec<Act> {
 const PAGE: u64 = 4096;
 const ZEROS: [u8; 4096] = [0; 4096];
 
-/// A disk's bytes; pages that nobody wrote are zeros.
+/// A disk's bytes; pages that were not written are zeros.
 #[derive(Clone, Debug)]
 pub(crate) struct Bytes {
     pub(crate) len: u64,
@@ -114,7 +115,8 @@ impl Bytes {
         out
     }
 
-    /// What the acts leave. `discards_zero`: whole clusters that are discarded read as zeros, else as before.
+    /// What the acts leave. `discards_zero`: whole clusters that are discarded read as zeros, else
+    /// as before.
     pub(crate) fn apply(&mut self, acts: &[Act], cluster: u64, discards_zero: bool) {
         for act in acts {
             match *act {

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
+use crate::holder_kind::HolderKind;
 use bds_io::{File, Fs, IoVec, OpenOptions, Sim, SimConfig};
-use bds_refcount::HolderKind;
 
 use crate::driver::{
     Attempt, BoxFuture, Category, Child, ChildPort, ClaimedFile, CreateContext, CreateFacts,

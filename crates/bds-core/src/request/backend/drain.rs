@@ -3,7 +3,8 @@
 use std::fmt;
 use std::pin::pin;
 
-use bds_refcount::{Holder, HolderKind, Strong};
+use crate::holder_kind::HolderKind;
+use bds_refcount::{Holder, Strong};
 use futures_util::future::select;
 
 use super::Backend;

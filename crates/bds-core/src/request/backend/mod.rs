@@ -27,7 +27,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bds_refcount::HolderKind;
+use crate::holder_kind::HolderKind;
 
 pub use self::device::Device;
 pub use self::drain::BackendDrained;

@@ -126,7 +126,7 @@ pub(crate) async fn decode_buf(kind: Compression, input: Buf, out: Buf) -> Resul
         decode(kind, from, to)?;
         Ok(out)
     };
-    if is_long { bds_io::offload(work).await } else { work() }
+    if is_long { bds_io::spawn_cpu(work).await } else { work() }
 }
 
 /// [`encode`] on a worker thread if the cluster is long. Gives back both buffers and the length in `out`; nobody else may hold
@@ -145,7 +145,7 @@ pub(crate) async fn encode_buf(
         let len = encode(kind, from, to);
         Ok((cluster, out, len))
     };
-    if is_long { bds_io::offload(work).await } else { work() }
+    if is_long { bds_io::spawn_cpu(work).await } else { work() }
 }
 
 fn shared() -> Error {

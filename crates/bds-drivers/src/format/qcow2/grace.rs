@@ -14,11 +14,11 @@
 //! first, the entering one reads a value written by it (or later in its release sequence), so everything the freer did before,
 //! the removal of the entry included, is visible to it. If the entering comes first, the freer sees it and waits.
 
-use std::cell::Cell;
 use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use bds_core::driver::own_shard;
 use bds_io::sync::{Mutex, Notify};
 
 /// Threads spread over this many counters, so that they do not fight for one cache line.
@@ -66,7 +66,7 @@ impl Grace {
 
     #[inline]
     fn count_in(&self) -> (usize, usize) {
-        let shard = shard_of_this_thread();
+        let shard = own_shard(SHARDS);
         let phase = self.phase.load(Ordering::Acquire) & 1;
         self.shards[shard].inside[phase].fetch_add(1, Ordering::SeqCst);
         (shard, phase)
@@ -110,19 +110,6 @@ impl<G: Deref<Target = Grace>> Drop for Inside<G> {
             self.grace.left.notify_one();
         }
     }
-}
-
-fn shard_of_this_thread() -> usize {
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    thread_local! {
-        static SHARD: Cell<usize> = const { Cell::new(usize::MAX) };
-    }
-    SHARD.with(|shard| {
-        if shard.get() == usize::MAX {
-            shard.set(NEXT.fetch_add(1, Ordering::Relaxed) % SHARDS);
-        }
-        shard.get()
-    })
 }
 
 #[cfg(test)]

@@ -44,7 +44,7 @@ impl Reopen for Prepared<'_> {
             None => drop(node.reopened.set(RcuCell::new(new))),
         }
         // The first state lives as long as the node, but its description must be closed now.
-        if let Err(error) = node.first.file.forward(&file) {
+        if let Err(error) = node.first.file.redirect(&file) {
             let node = &node.node_name;
             tracing::warn!(%error, node, "a former descriptor stays open until the node is closed");
         }

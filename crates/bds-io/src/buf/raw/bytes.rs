@@ -1,13 +1,13 @@
-//! Byte-wise relaxed atomic copies in plain Rust: the reference form of `raw`, see there.
+//! Copies by relaxed atomic bytes in plain Rust: the reference form of `raw`, see there.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
 /// # Safety
 /// `at` must be valid for an access of one byte.
 unsafe fn load(at: *const u8) -> u8 {
-    // SAFETY: valid by the caller's promise, every address is aligned for a byte, and all accesses that race
-    // with this one are atomic accesses of a byte (the module's rule). Only loaded from, so that a pointer to
-    // memory that is only readable will do.
+    // SAFETY: valid by the caller's promise, every address is aligned for a byte, and all accesses
+    // that race with this one are atomic accesses of a byte (the module's rule). Only loaded from,
+    // so that a pointer to memory that is only readable will do.
     unsafe { AtomicU8::from_ptr(at.cast_mut()) }.load(Ordering::Relaxed)
 }
 
@@ -51,7 +51,7 @@ pub(super) unsafe fn fill(to: *mut u8, byte: u8, len: usize) {
     }
 }
 
-/// True if all of `len` bytes were zero when looked at.
+/// True if all of `len` bytes were zero when they were read.
 ///
 /// # Safety
 /// `from` must be valid for reads of `len` bytes.

@@ -1,4 +1,4 @@
-//! Both forms of the copies against plain slices, over lengths, alignments and overlaps.
+//! Compares both forms of the copies with plain slices, over lengths, alignments and overlaps.
 
 use super::{bytes, fill, is_zero, read, transfer, write};
 

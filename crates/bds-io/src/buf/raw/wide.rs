@@ -1,12 +1,12 @@
-//! Byte-wise relaxed atomic copies by wide moves of x86-64; see `raw` for what that means.
+//! Copies by wide moves of x86-64, with the meaning of relaxed atomic bytes; see `raw`.
 //!
-//! Relaxed atomics in Rust are not joined to wide moves by the compiler (a byte at a time is 20 times slower
-//! than memcpy at 4 KiB, a word at a time 2.5 times). Assembly is opaque to it, so it may move many bytes at
-//! once: here 64 by four SSE registers, which every x86-64 has, and long runs by the string instructions
-//! where the processor says that they are fast.
+//! Relaxed atomics in Rust are not joined to wide moves by the compiler (a byte at a time is 20
+//! times slower than memcpy at 4 KiB, a word at a time 2.5 times). Assembly is opaque to it, so it
+//! may move many bytes at once: here 64 by four SSE registers, which every x86-64 has, and long
+//! runs by the string instructions where the processor says that they are fast.
 //!
-//! Invariant of all kernels: a block is loaded whole before any byte of it is stored. So a copy upwards is
-//! right for a target in front of its source, and one downwards for a target behind it.
+//! Invariant of all kernels: a block is loaded whole before any byte of it is stored. So a copy
+//! upwards is right for a target in front of its source, and one downwards for a target behind it.
 
 use std::arch::{asm, is_x86_feature_detected};
 
@@ -27,8 +27,8 @@ fn has_fast_strings() -> bool {
 /// `from` must be valid for reads and `to` for writes of `len` bytes.
 pub(super) unsafe fn copy_up(from: *const u8, to: *mut u8, len: usize) {
     if len >= STRING_LEN_MIN && has_fast_strings() {
-        // SAFETY: reads and writes exactly `len` bytes that the caller vouches for, each as a relaxed atomic
-        // access would; the direction flag is clear by the ABI.
+        // SAFETY: reads and writes exactly `len` bytes that the caller vouches for, each as a
+        // relaxed atomic access would; the direction flag is clear by the ABI.
         unsafe {
             asm!(
                 "rep movsb",
@@ -40,7 +40,8 @@ pub(super) unsafe fn copy_up(from: *const u8, to: *mut u8, len: usize) {
     }
     let blocks_len = len - len % BLOCK_LEN;
     if blocks_len > 0 {
-        // SAFETY: `blocks_len` is a multiple of the block, not zero, and within what the caller vouches for.
+        // SAFETY: `blocks_len` is a multiple of the block, not zero, and within what the caller
+        // vouches for.
         unsafe { copy_blocks(from, to, blocks_len) }
     }
     let words_end = len - len % WORD_LEN;
@@ -71,10 +72,11 @@ pub(super) unsafe fn copy_down(from: *const u8, to: *mut u8, len: usize) {
 }
 
 /// # Safety
-/// `from` must be valid for reads and `to` for writes of `len` bytes, a multiple of the block that is not 0.
+/// `from` must be valid for reads and `to` for writes of `len` bytes, a multiple of the block that
+/// is not 0.
 unsafe fn copy_blocks(from: *const u8, to: *mut u8, len: usize) {
-    // SAFETY: the loop reads and writes `len` bytes in whole blocks, each byte as a relaxed atomic access
-    // would; it ends because `len` is a multiple of the block and not zero.
+    // SAFETY: the loop reads and writes `len` bytes in whole blocks, each byte as a relaxed atomic
+    // access would; it ends because `len` is a multiple of the block and not zero.
     unsafe {
         asm!(
             "2:",
@@ -131,8 +133,8 @@ unsafe fn copy_byte(from: *const u8, to: *mut u8) {
 /// `to` must be valid for writes of `len` bytes.
 pub(super) unsafe fn fill(to: *mut u8, byte: u8, len: usize) {
     if len >= STRING_LEN_MIN && has_fast_strings() {
-        // SAFETY: writes exactly `len` bytes that the caller vouches for, each as a relaxed atomic access
-        // would; the direction flag is clear by the ABI.
+        // SAFETY: writes exactly `len` bytes that the caller vouches for, each as a relaxed atomic
+        // access would; the direction flag is clear by the ABI.
         unsafe {
             asm!(
                 "rep stosb",
@@ -145,12 +147,14 @@ pub(super) unsafe fn fill(to: *mut u8, byte: u8, len: usize) {
     let word = u64::from(byte) * (u64::MAX / 0xff);
     let blocks_len = len - len % BLOCK_LEN;
     if blocks_len > 0 {
-        // SAFETY: `blocks_len` is a multiple of the block, not zero, and within what the caller vouches for.
+        // SAFETY: `blocks_len` is a multiple of the block, not zero, and within what the caller
+        // vouches for.
         unsafe { fill_blocks(to, word, blocks_len) }
     }
     let words_end = len - len % WORD_LEN;
     for at in (blocks_len..words_end).step_by(WORD_LEN) {
-        // SAFETY: at + WORD_LEN <= len, valid by the caller's promise; each byte as a relaxed atomic access.
+        // SAFETY: at + WORD_LEN <= len, valid by the caller's promise; each byte as a relaxed
+        // atomic access.
         unsafe {
             asm!(
                 "mov [{to}], {word}",
@@ -174,8 +178,8 @@ pub(super) unsafe fn fill(to: *mut u8, byte: u8, len: usize) {
 /// # Safety
 /// `to` must be valid for writes of `len` bytes, a multiple of the block that is not 0.
 unsafe fn fill_blocks(to: *mut u8, word: u64, len: usize) {
-    // SAFETY: the loop writes `len` bytes in whole blocks, each byte as a relaxed atomic access would; it
-    // ends because `len` is a multiple of the block and not zero.
+    // SAFETY: the loop writes `len` bytes in whole blocks, each byte as a relaxed atomic access
+    // would; it ends because `len` is a multiple of the block and not zero.
     unsafe {
         asm!(
             "movq {a}, {word}",
@@ -195,17 +199,18 @@ unsafe fn fill_blocks(to: *mut u8, word: u64, len: usize) {
     }
 }
 
-/// Bytes examined between two chances to leave early: two cache lines.
+/// Bytes examined before an early exit is possible: two cache lines.
 const STRIDE_LEN: usize = 128;
 
-/// True if all of `len` bytes were zero when looked at.
+/// True if all of `len` bytes were zero when they were read.
 ///
 /// # Safety
 /// `from` must be valid for reads of `len` bytes.
 pub(super) unsafe fn is_zero(from: *const u8, len: usize) -> bool {
     let strides_len = len - len % STRIDE_LEN;
     if strides_len > 0 {
-        // SAFETY: `strides_len` is a multiple of the stride, not zero, and within what the caller vouches for.
+        // SAFETY: `strides_len` is a multiple of the stride, not zero, and within what the caller
+        // vouches for.
         if !unsafe { are_strides_zero(from, strides_len) } {
             return false;
         }
@@ -214,7 +219,8 @@ pub(super) unsafe fn is_zero(from: *const u8, len: usize) -> bool {
     let mut seen = 0;
     for at in (strides_len..words_end).step_by(WORD_LEN) {
         let word: u64;
-        // SAFETY: at + WORD_LEN <= len, valid by the caller's promise; each byte as a relaxed atomic access.
+        // SAFETY: at + WORD_LEN <= len, valid by the caller's promise; each byte as a relaxed
+        // atomic access.
         unsafe {
             asm!(
                 "mov {word}, [{from}]",
@@ -243,8 +249,8 @@ pub(super) unsafe fn is_zero(from: *const u8, len: usize) -> bool {
 /// `from` must be valid for reads of `len` bytes, a multiple of the stride that is not 0.
 unsafe fn are_strides_zero(from: *const u8, len: usize) -> bool {
     let left: usize;
-    // SAFETY: the loop reads at most `len` bytes in whole strides, each byte as a relaxed atomic access would;
-    // it ends because `len` is a multiple of the stride and not zero.
+    // SAFETY: the loop reads at most `len` bytes in whole strides, each byte as a relaxed atomic
+    // access would; it ends because `len` is a multiple of the stride and not zero.
     unsafe {
         asm!(
             "pxor {zero}, {zero}",

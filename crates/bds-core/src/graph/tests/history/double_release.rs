@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use bds_refcount::{Holder, HolderKind, Release};
+use crate::holder_kind::HolderKind;
+use bds_refcount::{Holder, Release};
 
 use super::super::fakes::{read, root};
 use super::world::{Point, World, commit, options, run, run_schedules};

@@ -4,7 +4,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use bds_refcount::{Holder, HolderKind, Release, Stale};
+use crate::holder_kind::HolderKind;
+use bds_refcount::{Holder, Release, Stale};
 
 use super::super::fakes::{read, root};
 use super::world::{Point, World, commit, options, run};

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use crate::holder_kind::HolderKind;
 use bds_io::{Sim, SimConfig};
-use bds_refcount::{HolderKind, Release, Watch};
+use bds_refcount::{Release, Watch};
 use futures_util::future::poll_immediate;
 
 use super::commands::{Command, Tree};

@@ -5,7 +5,8 @@
 
 use std::sync::Arc;
 
-use bds_refcount::{HolderKind, Strong};
+use crate::holder_kind::HolderKind;
+use bds_refcount::Strong;
 use proptest::prelude::{Just, Strategy, any, prop_oneof};
 
 use super::fake::{self, Floor};

@@ -1,0 +1,98 @@
+//! Runs `bds` and qemu-img in a scratch directory.
+
+use std::ffi::OsStr;
+use std::path::Path;
+use std::process::Command;
+
+use bds_testkit::{Output, Scratch};
+
+/// A scratch directory in which the tools are run.
+pub(crate) struct Workdir {
+    scratch: Scratch,
+}
+
+impl Workdir {
+    pub(crate) fn new() -> Self {
+        Self { scratch: Scratch::new() }
+    }
+
+    pub(crate) fn dir(&self) -> &Path {
+        self.scratch.dir()
+    }
+
+    pub(crate) fn command<S: AsRef<OsStr>>(&self, args: &[S]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bds"));
+        command.args(args).current_dir(self.dir());
+        command
+    }
+
+    /// Runs bds with arguments separated by blanks.
+    pub(crate) fn bds(&self, words: &str) -> Output {
+        let args: Vec<&str> = words.split(' ').filter(|w| !w.is_empty()).collect();
+        finish(self.command(&args))
+    }
+
+    /// Runs bds, which must succeed.
+    #[track_caller]
+    pub(crate) fn must(&self, words: &str) -> Output {
+        let output = self.bds(words);
+        assert!(output.ok(), "bds {words}: {output:?}");
+        output
+    }
+
+    /// Runs qemu-img in the same directory.
+    pub(crate) fn qemu_img(&self, words: &str) -> Output {
+        let mut command = Command::new("timeout");
+        command.args(["60", "qemu-img"]).args(words.split(' ')).current_dir(self.dir());
+        finish(command)
+    }
+
+    #[track_caller]
+    pub(crate) fn must_qemu(&self, words: &str) -> Output {
+        let output = self.qemu_img(words);
+        assert!(output.ok(), "qemu-img {words}: {output:?}");
+        output
+    }
+
+    pub(crate) fn write(&self, name: &str, bytes: &[u8]) {
+        std::fs::write(self.dir().join(name), bytes).expect("scratch is writable");
+    }
+
+    pub(crate) fn read(&self, name: &str) -> Vec<u8> {
+        std::fs::read(self.dir().join(name)).expect("the file was made")
+    }
+}
+
+/// A loop device for a file, until it is dropped.
+pub(crate) struct LoopDevice(String);
+
+impl LoopDevice {
+    /// `None` where there are no loop devices, or none that we may make.
+    pub(crate) fn new(workdir: &Workdir, file: &str, options: &[&str]) -> Option<Self> {
+        let path = workdir.dir().join(file);
+        let output =
+            Command::new("losetup").args(options).args(["--show", "-f"]).arg(path).output().ok()?;
+        let name = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+        (output.status.success() && !name.is_empty()).then_some(Self(name))
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let detached = Command::new("losetup").args(["-d", &self.0]).status();
+        assert!(detached.is_ok_and(|status| status.success()), "cannot detach {}", self.0);
+    }
+}
+
+fn finish(mut command: Command) -> Output {
+    let output = command.output().expect("runs");
+    Output {
+        code: output.status.code().unwrap_or(-1),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
