@@ -1,17 +1,18 @@
-//! The rooms: image formats, protocols and filters. Each sees only its own children.
+//! Block drivers: image formats, protocols and filters, and the registry that holds them. A driver sees only its own
+//! children.
 //!
 //! | feature | drivers | what they do |
 //! |---|---|---|
-//! | `file` | `file`, `host_device` | bytes of the host |
-//! | `null` | `null-co`, `null-aio` | bytes of nowhere |
-//! | `mem` | `mem` | bytes in memory |
-//! | `raw` | `raw` | bytes as they are, or a window of them |
-//! | `qcow2` | `qcow2` | QEMU's image format |
-//! | `blkdebug` | `blkdebug` | faults and limits on demand |
-//! | `copy-on-read` | `copy-on-read` | what is read is kept in the node below |
-//! | `compress` | `compress` | writes become compressed clusters of the image below |
-//! | `preallocate` | `preallocate` | the file grows ahead of writes |
-//! | `throttle` | `throttle` | requests wait until rates allow them |
+//! | `file` | `file`, `host_device` | reads and writes files and devices of the host |
+//! | `null` | `null-co`, `null-aio` | discards writes and reads zeros or nothing, for measurements |
+//! | `mem` | `mem` | holds a sparse disk in memory |
+//! | `raw` | `raw` | passes bytes through, or shows a window of its file |
+//! | `qcow2` | `qcow2` | reads and writes QEMU's image format |
+//! | `blkdebug` | `blkdebug` | injects errors and odd limits, for tests |
+//! | `copy-on-read` | `copy-on-read` | copies what is read into the node below |
+//! | `compress` | `compress` | writes compressed clusters to the image below |
+//! | `preallocate` | `preallocate` | grows the file ahead of writes |
+//! | `throttle` | `throttle` | delays requests to the rates of a group |
 #![doc = include_str!("../OPTIONS.md")]
 #![forbid(unsafe_code)]
 
@@ -24,14 +25,15 @@ use std::sync::Arc;
 use bds_core::Result;
 use bds_core::driver::{DriverType, Registry};
 
-/// All drivers this build has.
+/// Makes a registry with all drivers of this build.
 pub fn registry() -> Registry {
     let mut registry = Registry::new();
     register_all(&mut registry).expect("every driver here has a name of its own");
     registry
 }
 
-/// As [`registry`], with the groups that throttle nodes may join. In the other ones there are none: a node's limits are then its own.
+/// Makes a registry as [`registry`] does, whose throttle nodes may join `groups`. With [`registry`] there are no
+/// groups: a throttle node then has limits of its own.
 #[cfg(feature = "throttle")]
 pub fn registry_with_groups(groups: &filter::throttle::ThrottleGroups) -> Registry {
     let mut registry = Registry::new();
@@ -56,7 +58,7 @@ pub fn register_all(registry: &mut Registry) -> Result<()> {
     Ok(())
 }
 
-/// All but those that share something with the program.
+/// All drivers except those that share state with the program (throttle groups).
 fn drivers() -> Vec<Arc<dyn DriverType>> {
     vec![
         #[cfg(feature = "file")]
@@ -83,3 +85,8 @@ fn drivers() -> Vec<Arc<dyn DriverType>> {
         Arc::new(filter::copy_on_read::CopyOnRead),
     ]
 }
+
+/// The example of the crate's README, compiled and run.
+#[cfg(all(doctest, feature = "mem", feature = "throttle"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

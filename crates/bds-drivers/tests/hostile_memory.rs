@@ -1,11 +1,12 @@
-//! Memory that hostile images can take: a test program of its own, because it measures the whole process.
+//! Measures the memory that hostile images make a process use; a test program of its own, because it measures the whole
+//! process.
 
 #![cfg(feature = "qcow2")]
 
 use bds_core::options::Options;
 use bds_drivers::format::qcow2::fuzzing::{self, MemPort};
 
-/// The most memory this process has had, in KiB (Linux).
+/// Peak memory of this process, in KiB (Linux).
 fn peak_kib() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;

@@ -1,9 +1,9 @@
-//! The axes of the test matrix that need no rebuild, as the environment gives them.
+//! Reads the cell of the test matrix from the environment: engine, format and cache mode.
 //!
-//! `BDS_TEST_ENGINE`, `BDS_TEST_FORMAT` and `BDS_TEST_CACHE` choose one value each; without them a test runs the
-//! cheap default. `xtask/matrix.toml` lists the cells.
+//! `BDS_TEST_ENGINE`, `BDS_TEST_FORMAT` and `BDS_TEST_CACHE` select one value each, without a rebuild; unset, a test
+//! runs the cheap default. `xtask/matrix.toml` lists the cells.
 
-/// Which engine moves bytes.
+/// I/O engine under test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Engine {
     /// io_uring.
@@ -14,7 +14,7 @@ pub enum Engine {
     Sim,
 }
 
-/// Which kind of image the test makes.
+/// Kind of image under test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     /// Raw bytes.
@@ -29,7 +29,7 @@ pub enum Format {
     Qcow2Data,
 }
 
-/// Which cache mode the image is opened with.
+/// Cache mode under test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cache {
     /// Page cache, flushes honoured.
@@ -42,7 +42,7 @@ pub enum Cache {
     Unsafe,
 }
 
-/// The cell this process runs.
+/// Returns the cell that this process runs.
 pub fn axes() -> (Engine, Format, Cache) {
     let engine = match var("BDS_TEST_ENGINE").as_str() {
         "pool" => Engine::Pool,

@@ -1,33 +1,33 @@
-//! A disk as a plain list of sectors, each with the set of contents it may show.
+//! Models a disk as a list of sectors, each with the set of contents that a read may return.
 //!
-//! What a finished write left is one content. After a failed, cancelled or interrupted request it is one of several; a
-//! read settles which. For a power cut every sector also knows what it held at the last flush and what came since: any
-//! of these may be there afterwards, and nothing else.
+//! A completed write leaves one content. After a failed, cancelled or interrupted request it is one of several; a read
+//! decides which. For a power cut every sector also has its content at the last flush and all contents since: any of
+//! these may remain afterwards, and nothing else.
 //!
-//! One exception, which a format may document: bytes of an unflushed write *to a new place* may show whatever was at that
-//! place before. [`DiskModel::expect_stale`] allows it, for sectors that such a write covers and only for these.
+//! One exception, which a format may document: bytes of an unflushed write *to a new place* may show the old content of
+//! that place. [`DiskModel::expect_stale`] allows it, for sectors that such a write covers and only for these.
 
 use std::sync::Arc;
 
 use crate::workload::{Op, SECTOR};
 
 const LEN: usize = 512;
-/// More contents than this for one sector: the workload races too much to say anything.
+/// More contents than this for one sector: the workload races too much to be modelled.
 const MAX_CONTENTS: usize = 256;
 
 type Content = Arc<[u8; LEN]>;
 
 #[derive(Clone, Debug)]
 struct Sector {
-    /// What a read may see now; nothing: not known.
+    /// Contents that a read may return now; empty: not known.
     visible: Vec<Content>,
-    /// What was there at the last flush.
+    /// Content at the last flush.
     flushed: Vec<Content>,
-    /// What was put there since.
+    /// Contents written since.
     since: Vec<Content>,
-    /// A request ended half-way: bytes may be mixed.
+    /// A request was interrupted: bytes may be mixed.
     is_mixed: bool,
-    /// Written in full as data before the last flush, and only written since: it has a place that is not given up.
+    /// Written in full as data before the last flush, and only written since: its place in the image is not freed.
     is_settled: bool,
     /// Written in full as data since the last change of another kind.
     is_data: bool,
@@ -49,7 +49,7 @@ impl Sector {
     }
 }
 
-/// The disk.
+/// A model of a disk and its possible contents.
 #[derive(Clone, Debug)]
 pub struct DiskModel {
     sectors: Vec<Sector>,
@@ -63,17 +63,18 @@ pub struct DiskModel {
     zero: Content,
 }
 
-/// How a request ended.
+/// Result of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
-    /// It was done.
+    /// It succeeded.
     Done,
-    /// It failed or was given up: nothing, all or a part of it may have happened.
+    /// It failed or was dropped: none, all or a part of it may have happened.
     Partly,
 }
 
 impl DiskModel {
-    /// A disk of `len` bytes that may grow to `max_len`, showing `base` and then zeros (`base` is not shown past `len`).
+    /// Makes a model of `len` bytes that may grow to `max_len`, showing `base` and then zeros (`base` is not shown past
+    /// `len`).
     pub fn new(len: u64, max_len: u64, base: &[u8]) -> Self {
         let zero: Content = Arc::new([0; LEN]);
         let count = usize::try_from(max_len.max(len).div_ceil(SECTOR)).unwrap_or(usize::MAX);
@@ -93,32 +94,32 @@ impl DiskModel {
         }
     }
 
-    /// Zero writes of whole units are a matter of metadata; any other zero write may be a write of bytes.
+    /// Zero writes of whole units change metadata only; any other zero write may write bytes.
     pub fn zeroes_by(&mut self, unit: u64) {
         self.zero_unit = Some(unit);
     }
 
-    /// After a power cut, sectors that an unflushed write covered may show what was at their new place before.
+    /// After a power cut, sectors that an unflushed write covered may show the old content of their new place.
     pub fn expect_stale(&mut self) {
         self.allows_stale = true;
     }
 
-    /// How many sectors did, so far.
+    /// Number of sectors that did, so far.
     pub fn stale_seen(&self) -> u64 {
         self.stale_seen
     }
 
-    /// Length in bytes now.
+    /// Length in bytes.
     pub fn len(&self) -> u64 {
         self.len
     }
 
-    /// True if there is no byte.
+    /// True if the disk has no bytes.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// The disk is about to see these requests, together. From now on a power cut may leave any of their effects.
+    /// Starts these requests, together. From now on a power cut may leave any of their effects.
     pub fn begin(&mut self, ops: &[Op]) {
         for index in touched(ops) {
             let mine = ops_on(ops, index);
@@ -131,7 +132,7 @@ impl DiskModel {
         }
     }
 
-    /// They have ended. The order in which overlapping ones happened is not known.
+    /// Ends these requests. The order in which overlapping ones happened is not known.
     pub fn end(&mut self, ops: &[Op], ended: &[Ended]) {
         for index in touched(ops) {
             let mine: Vec<(&Op, Ended)> = ops
@@ -164,10 +165,10 @@ impl DiskModel {
         }
     }
 
-    /// A request that ended is durable where it wrote.
+    /// Makes a completed request durable where it wrote.
     fn made_durable(&mut self, op: &Op, all: &[Op]) {
         for index in touched(std::slice::from_ref(op)) {
-            // What raced with it may have come first or last.
+            // Requests that raced with it may have come first or last.
             if ops_on(all, index).len() > 1 {
                 continue;
             }
@@ -184,7 +185,7 @@ impl DiskModel {
         }
     }
 
-    /// A flush that began when everything up to now had ended has succeeded.
+    /// A flush succeeded that began after everything up to now had completed.
     pub fn flushed(&mut self) {
         self.flushed_len = self.len;
         for sector in &mut self.sectors {
@@ -196,15 +197,15 @@ impl DiskModel {
         }
     }
 
-    /// The disk has this length now.
+    /// Sets the length.
     pub fn set_len(&mut self, len: u64) {
         self.len = len;
     }
 
-    /// Compares what a read at `at` returned, and settles what was open.
+    /// Compares the result of a read at `at`, and narrows what was ambiguous.
     ///
     /// # Errors
-    /// Says which byte is what instead of what.
+    /// Names the byte, its value and the expected one.
     pub fn check_read(&mut self, at: u64, bytes: &[u8]) -> Result<(), String> {
         let end = at + bytes.len() as u64;
         for index in range_of(at, bytes.len() as u64) {
@@ -220,19 +221,19 @@ impl DiskModel {
             if sector.visible.iter().any(fits) {
                 sector.visible.retain(fits);
             } else if sector.is_mixed && is_mix(&sector.visible, first, found) {
-                settle_mix(sector, first, found);
+                apply_mix(sector, first, found);
             } else {
-                return Err(self.complain(index, first, found, &self.sectors[index].visible));
+                return Err(self.mismatch(index, first, found, &self.sectors[index].visible));
             }
         }
         Ok(())
     }
 
-    /// The power was cut and the disk has come back with this length and content: is it one it may have?
-    /// From now on this is what is there, durably. `None`: that part could not be read.
+    /// Checks length and content after a power cut, and takes them as durable content from now on. `None`: that sector
+    /// could not be read.
     ///
     /// # Errors
-    /// Says which byte is what instead of what.
+    /// Names the byte, its value and the expected one.
     pub fn check_crash(&mut self, len: u64, bytes: &[Option<[u8; LEN]>]) -> Result<(), String> {
         if len < self.flushed_len {
             return Err(format!("the disk is {len} bytes long, {} were flushed", self.flushed_len));
@@ -266,7 +267,7 @@ impl DiskModel {
         if !is_allowed {
             if !(self.allows_stale && sector.may_be_stale) {
                 return Err(match found {
-                    Some(found) => self.complain(index, 0, &found, &allowed),
+                    Some(found) => self.mismatch(index, 0, &found, &allowed),
                     None => {
                         format!("sector {index} (byte {:#x}) cannot be read", index as u64 * SECTOR)
                     }
@@ -278,7 +279,7 @@ impl DiskModel {
         Ok(())
     }
 
-    /// What a request makes of one content of a sector.
+    /// The content of a sector after a request.
     fn apply(&self, content: &Content, index: usize, op: &Op) -> Content {
         let Some((at, len)) = op.range() else { return Arc::clone(content) };
         let (first, last) = part(index, at, at + len);
@@ -301,7 +302,7 @@ impl DiskModel {
         }
     }
 
-    /// Everything that some of these requests, in some order, make of a sector.
+    /// All contents that some of these requests, in some order, can leave in a sector.
     fn reachable(&self, starts: &[Content], index: usize, ops: &[&Op]) -> Vec<Content> {
         let mut found = starts.to_vec();
         let mut next = 0;
@@ -314,7 +315,7 @@ impl DiskModel {
         found
     }
 
-    /// Every order of the requests; those that ended half-way, and discards, may be left out.
+    /// Applies every order of the requests; interrupted ones, and discards, may be left out.
     fn outcomes(&self, from: Content, index: usize, ops: &[(&Op, Ended)], out: &mut Vec<Content>) {
         if ops.is_empty() {
             add(out, from);
@@ -333,7 +334,7 @@ impl DiskModel {
         }
     }
 
-    /// Does the request put bytes of this sector somewhere new, without a flush in between?
+    /// Does the request write bytes of this sector to a new place, without a flush in between?
     fn needs_place(&self, op: &Op, index: usize) -> bool {
         match op {
             Op::Write { .. } => !self.sectors[index].is_settled,
@@ -349,7 +350,7 @@ impl DiskModel {
         }
     }
 
-    fn complain(&self, index: usize, first: usize, found: &[u8], allowed: &[Content]) -> String {
+    fn mismatch(&self, index: usize, first: usize, found: &[u8], allowed: &[Content]) -> String {
         let wrong =
             |content: &Content| content[first..].iter().zip(found).position(|(a, b)| a != b);
         let at = allowed.iter().filter_map(wrong).max().unwrap_or(0);
@@ -368,7 +369,7 @@ impl DiskModel {
     }
 }
 
-/// Nothing is known about the place it has, and of one that cannot be read nothing at all.
+/// State of a sector after a power cut: its place is not known, and of an unreadable one nothing is.
 fn after_crash(found: Option<[u8; LEN]>, zero: &Content) -> Sector {
     match found {
         Some(found) => Sector::holding(Arc::new(found)),
@@ -388,7 +389,7 @@ fn add(set: &mut Vec<Content>, content: Content) {
     }
 }
 
-/// What a sector may hold after a power cut.
+/// Contents that a sector may have after a power cut.
 fn all_of(sector: &Sector) -> Vec<Content> {
     let mut all = sector.flushed.clone();
     sector.visible.iter().chain(&sector.since).for_each(|c| add(&mut all, Arc::clone(c)));
@@ -433,7 +434,7 @@ fn ops_on(ops: &[Op], index: usize) -> Vec<&Op> {
     ops.iter().filter(|op| touches(op, index)).collect()
 }
 
-/// Requests without a common byte come to the same in any order.
+/// Do the requests share no byte, so that their order does not matter?
 fn commute<'a>(ops: impl Iterator<Item = &'a Op>) -> bool {
     let mut ranges: Vec<(u64, u64)> = ops.filter_map(Op::range).collect();
     ranges.sort_unstable();
@@ -446,8 +447,8 @@ fn is_mix(allowed: &[Content], first: usize, found: &[u8]) -> bool {
     bytes.all(|(i, byte)| allowed.iter().any(|content| content[first + i] == *byte))
 }
 
-/// A mix that was seen is what is there.
-fn settle_mix(sector: &mut Sector, first: usize, found: &[u8]) {
+/// Takes a mix that was read as the content.
+fn apply_mix(sector: &mut Sector, first: usize, found: &[u8]) {
     let mut new = Vec::new();
     for content in &sector.visible {
         let mut bytes = **content;
@@ -530,7 +531,7 @@ mod tests {
             bytes.resize(1024, 0);
             assert_eq!(disk.clone().check_crash(1024, &sectors(&bytes)).is_ok(), is_stale_fine);
             bytes[600] = 9;
-            assert!(disk.check_crash(1024, &sectors(&bytes)).is_err(), "nobody wrote there");
+            assert!(disk.check_crash(1024, &sectors(&bytes)).is_err(), "no write went there");
         }
     }
 

@@ -1,6 +1,7 @@
-//! What the tests of the other crates share: QEMU's tools as an oracle, scratch files, axes of the test matrix.
+//! Test fixtures and oracles shared by the other crates: QEMU's tools, scratch files, workloads, a disk model, axes of
+//! the test matrix.
 //!
-//! Used from `tests/it` only; never a dependency of what we ship.
+//! A dev-dependency only, used from `tests/it`; no shipped crate depends on it.
 #![forbid(unsafe_code)]
 
 mod axes;
@@ -17,7 +18,7 @@ pub use oracle::{Output, Tool, qemu_img, qemu_io, tool};
 pub use scratch::{Scratch, pattern};
 pub use workload::{Op, SECTOR, Shape, Step, Workload};
 
-/// Prints the line by which the test runner counts a skip. Return from the test after it.
+/// Prints the line that the test runner counts as a skip. Return from the test after it.
 ///
 /// ```
 /// fn needs_a_tool() {
@@ -29,3 +30,8 @@ pub use workload::{Op, SECTOR, Shape, Step, Workload};
 pub fn skip(why: &str) {
     println!("skipped: {why}");
 }
+
+/// The example of the crate's README, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,6 +1,6 @@
-//! QEMU's tools as an oracle: found on PATH or the test is skipped with its reason.
+//! Runs QEMU's tools as an oracle: found on PATH, or the test is skipped with a reason.
 //!
-//! Every call runs under a time limit (`timeout(1)`), because a hang of the oracle must not hang the tests.
+//! Every call has a time limit (`timeout(1)`), so that a hang of the oracle does not hang the tests.
 
 use std::ffi::OsStr;
 use std::path::PathBuf;
@@ -8,14 +8,14 @@ use std::process::Command;
 
 use crate::skip;
 
-/// A tool that exists here.
+/// An installed tool.
 #[derive(Clone, Debug)]
 pub struct Tool {
     path: PathBuf,
     env: Vec<(String, String)>,
 }
 
-/// What a call printed and how it ended.
+/// Result of a run of a tool.
 #[derive(Clone, Debug)]
 pub struct Output {
     /// Exit code; 124 if it was stopped for taking too long, -1 if a signal ended it.
@@ -27,12 +27,12 @@ pub struct Output {
 }
 
 impl Output {
-    /// Ended with 0?
+    /// True if the exit code is 0.
     pub fn ok(&self) -> bool {
         self.code == 0
     }
 
-    /// Standard output as JSON; fails the test if it is not.
+    /// Parses standard output as JSON; fails the test if it is not.
     #[track_caller]
     pub fn json(&self) -> serde_json::Value {
         match serde_json::from_str(&self.stdout) {
@@ -42,7 +42,7 @@ impl Output {
     }
 }
 
-/// Finds `name` on PATH; where it is missing says so as a skip and returns `None`.
+/// Finds `name` on PATH; prints a skip and returns `None` if it is missing.
 pub fn tool(name: &str) -> Option<Tool> {
     let found = std::env::var_os("PATH")
         .and_then(|path| std::env::split_paths(&path).map(|d| d.join(name)).find(|p| p.is_file()));
@@ -52,23 +52,23 @@ pub fn tool(name: &str) -> Option<Tool> {
     found.map(Tool::at)
 }
 
-/// `qemu-img`, or a skip.
+/// Finds `qemu-img`; prints a skip if it is missing.
 pub fn qemu_img() -> Option<Tool> {
     tool("qemu-img")
 }
 
-/// `qemu-io`, or a skip.
+/// Finds `qemu-io`; prints a skip if it is missing.
 pub fn qemu_io() -> Option<Tool> {
     tool("qemu-io")
 }
 
 impl Tool {
-    /// The program at `path`, which is taken to exist: one that the build made.
+    /// Names the program at `path`, which must exist (one that the build made).
     pub fn at(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into(), env: Vec::new() }
     }
 
-    /// The same with one more environment variable.
+    /// Adds an environment variable.
     #[must_use]
     pub fn with_env(mut self, key: &str, value: &str) -> Self {
         self.env.push((key.to_owned(), value.to_owned()));
@@ -93,7 +93,7 @@ impl Tool {
         }
     }
 
-    /// Runs it and fails the test unless it ends with 0.
+    /// Runs it and fails the test unless the exit code is 0.
     #[track_caller]
     pub fn must<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Output {
         let args: Vec<S> = args.into_iter().collect();

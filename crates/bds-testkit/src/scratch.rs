@@ -1,4 +1,4 @@
-//! A directory that goes away, and bytes one recognises.
+//! Scratch directories, and byte patterns that identify their position.
 
 use std::path::{Path, PathBuf};
 
@@ -15,7 +15,7 @@ impl Default for Scratch {
 }
 
 impl Scratch {
-    /// A fresh directory.
+    /// Makes a directory.
     #[track_caller]
     pub fn new() -> Self {
         let base =
@@ -26,7 +26,7 @@ impl Scratch {
         }
     }
 
-    /// A fresh directory in memory where the machine has one (`/dev/shm`), else as [`Scratch::new`]. Not for O_DIRECT.
+    /// Makes a directory in memory where the machine has one (`/dev/shm`), else as [`Scratch::new`]. Not for O_DIRECT.
     #[track_caller]
     pub fn in_memory() -> Self {
         match tempfile::Builder::new().prefix("bds-").tempdir_in("/dev/shm") {
@@ -35,19 +35,19 @@ impl Scratch {
         }
     }
 
-    /// The path of `name` in it.
+    /// The path of `name` in the directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    /// The directory itself.
+    /// The path of the directory.
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 }
 
-/// `len` bytes that name their own position: every 512-byte sector starts with its seed and number, the rest is a
-/// mix of both, so that a sector at a wrong place is recognised. Never all zeros.
+/// Returns `len` bytes that identify their position: every 512-byte sector starts with its seed and number, the rest is
+/// a mix of both, so that a misplaced sector is recognised. Never all zeros.
 pub fn pattern(seed: u64, offset: u64, len: usize) -> Vec<u8> {
     let mut out = Vec::with_capacity(len);
     let mut at = offset;

@@ -1,7 +1,7 @@
-//! Seeded sequences of what a guest may do to a disk.
+//! Generates seeded sequences of disk requests.
 //!
-//! A workload is data: it can be printed, cut short, and run again. Bytes written carry their place and the number of
-//! the operation that wrote them (see [`crate::pattern`]), so that a byte at a wrong place, or an old one, is recognised.
+//! A workload is data: it can be printed, cut short, and run again. Bytes written carry their position and the number
+//! of the operation that wrote them (see [`crate::pattern`]), so that a misplaced or old byte is recognised.
 
 use std::fmt;
 use std::sync::Arc;
@@ -14,34 +14,34 @@ pub const SECTOR: u64 = 512;
 /// One request.
 #[derive(Clone)]
 pub enum Op {
-    /// Bytes at a place.
+    /// Writes bytes.
     Write {
         /// Offset in bytes.
         at: u64,
-        /// What is written.
+        /// The bytes.
         bytes: Arc<[u8]>,
         /// Durable when it ends.
         fua: bool,
     },
-    /// One cluster (or the disk's tail), to be stored compressed.
+    /// Writes one cluster (or the disk's tail) compressed.
     Compressed {
         /// Offset in bytes.
         at: u64,
-        /// What is written.
+        /// The bytes.
         bytes: Arc<[u8]>,
     },
-    /// Zeros.
+    /// Writes zeros.
     Zero {
         /// Offset in bytes.
         at: u64,
         /// Length in bytes.
         len: u64,
-        /// May give the space back.
+        /// May free the space.
         may_unmap: bool,
         /// Durable when it ends.
         fua: bool,
     },
-    /// Not needed any more: reads as before or as zeros afterwards.
+    /// Discards: reads as before or as zeros afterwards.
     Discard {
         /// Offset in bytes.
         at: u64,
@@ -55,7 +55,7 @@ pub enum Op {
         /// Length in bytes.
         len: u64,
     },
-    /// Makes what ended before durable.
+    /// Flushes: makes durable what completed before.
     Flush,
     /// Grows the disk to this many bytes.
     Grow {
@@ -65,7 +65,7 @@ pub enum Op {
 }
 
 impl Op {
-    /// The bytes it touches: offset and length; nothing for a flush or a growth.
+    /// The bytes it touches: offset and length; `None` for a flush or a growth.
     pub fn range(&self) -> Option<(u64, u64)> {
         match self {
             Self::Write { at, bytes, .. } | Self::Compressed { at, bytes } => {
@@ -102,13 +102,13 @@ impl fmt::Debug for Op {
 /// One step of a workload.
 #[derive(Clone, Debug)]
 pub enum Step {
-    /// Requests that are under way together; one most of the time.
+    /// Requests that run concurrently; mostly one.
     Requests(Vec<Op>),
-    /// The image is closed and opened again.
+    /// Closes the image and opens it again.
     Reopen,
 }
 
-/// What a workload may ask for.
+/// Parameters of a workload.
 #[derive(Clone, Debug)]
 pub struct Shape {
     /// Length of the disk in bytes, a multiple of 512.
@@ -119,7 +119,7 @@ pub struct Shape {
     pub cluster: u64,
     /// Number of steps.
     pub steps: usize,
-    /// Requests go to the first so many bytes half of the time, so that they meet.
+    /// Half of the requests go to the first `hot_len` bytes, so that they overlap.
     pub hot_len: u64,
     /// Longest write in bytes.
     pub max_write: u64,
@@ -127,23 +127,23 @@ pub struct Shape {
     pub has_compression: bool,
     /// The image may be closed and opened in between.
     pub reopens: bool,
-    /// More than one request at a time.
+    /// More than one request at a time is possible.
     pub batches: bool,
-    /// Reads are wanted (a crash sweep has no use for them).
+    /// Reads are included (a crash sweep does not need them).
     pub reads: bool,
 }
 
-/// A sequence of steps and the seed it came from.
+/// A sequence of steps and its seed.
 #[derive(Clone, Debug)]
 pub struct Workload {
     /// The seed.
     pub seed: u64,
-    /// What is done.
+    /// The steps.
     pub steps: Vec<Step>,
 }
 
 impl Workload {
-    /// The workload of this seed.
+    /// Generates the workload of this seed.
     pub fn new(seed: u64, shape: &Shape) -> Self {
         let mut maker =
             Maker { chance: Chance::new(seed), shape, len: shape.len, stamp: seed << 12 };
@@ -151,7 +151,7 @@ impl Workload {
         Self { seed, steps }
     }
 
-    /// Its first `count` steps.
+    /// Returns its first `count` steps.
     #[must_use]
     pub fn prefix(&self, count: usize) -> Self {
         Self { seed: self.seed, steps: self.steps[..count.min(self.steps.len())].to_vec() }
@@ -204,7 +204,7 @@ impl Maker<'_> {
         (self.shape.cluster * 3 + SECTOR).next_multiple_of(SECTOR)
     }
 
-    /// Anything but growing, which is done alone: who may write where would depend on the order.
+    /// Any request but a growth, which runs alone: valid ranges would depend on the order.
     fn op_of_fixed_len(&mut self) -> Op {
         let shape = self.shape;
         match self.chance.below(24) {
@@ -244,7 +244,7 @@ impl Maker<'_> {
         let stamp = self.next_stamp();
         let mut bytes = Vec::with_capacity(to_usize(len));
         while (bytes.len() as u64) < len {
-            // A short identity, and then what any codec makes small.
+            // A short identity, and then bytes that every codec compresses.
             let mut sector = pattern(stamp, at + bytes.len() as u64, 512);
             let fill = sector[17];
             sector[24..].fill(fill);
@@ -263,7 +263,7 @@ impl Maker<'_> {
         self.shape.hot_len.clamp(SECTOR, self.len)
     }
 
-    /// A range of bytes inside the disk: whole clusters, sectors, a few odd bytes, or across a boundary.
+    /// A range inside the disk: whole clusters, sectors, a few odd bytes, or across a boundary.
     fn range(&mut self) -> (u64, u64) {
         let Shape { cluster, max_write, .. } = *self.shape;
         let area = if self.chance.one_in(2) { self.hot_len() } else { self.len };
@@ -286,8 +286,8 @@ impl Maker<'_> {
     }
 }
 
-/// May these run at once? The model must be able to say what may come out: either they do not share a byte, or both are
-/// whole sectors (then each sector is one's or the other's).
+/// May these run concurrently? The model must know the possible results: either they share no byte, or both are whole
+/// sectors (then each sector is that of one of them).
 fn may_race(a: &Op, b: &Op) -> bool {
     let (Some((a_at, a_len)), Some((b_at, b_len))) = (a.range(), b.range()) else {
         return true;
@@ -295,7 +295,7 @@ fn may_race(a: &Op, b: &Op) -> bool {
     if a_at + a_len <= b_at || b_at + b_len <= a_at {
         return true;
     }
-    // A read, or a discard of which nobody knows how far it went, beside a change of the same bytes says nothing.
+    // A read, or a discard, which may be partial, beside a change of the same bytes has no defined result.
     let is_plain =
         |op: &Op| matches!(op, Op::Write { .. } | Op::Zero { .. } | Op::Compressed { .. });
     is_plain(a)

@@ -1,4 +1,4 @@
-//! A change under load: two threads read and write without a pause while overlays and filters are put under them and taken away.
+//! Changes the graph under load: two threads read and write while overlays and filters are added and removed.
 //!
 //! ```text
 //! reader ──► [overlay] ──► still disk       each block holds its number, for ever
@@ -23,12 +23,12 @@ const BLOCKS: usize = 256;
 
 pub(crate) type Failure = Box<dyn Error + Send + Sync>;
 
-/// What happened.
+/// Counts and times of a run.
 #[derive(Debug, Default)]
 pub(crate) struct Report {
     pub(crate) requests: usize,
     pub(crate) changes: usize,
-    /// How long a change held requests: the longest, and the one in the middle.
+    /// How long a change held requests: maximum and median.
     pub(crate) longest: Duration,
     pub(crate) middle: Duration,
     seconds: f64,
@@ -51,7 +51,7 @@ fn number_of(block: usize, round: u64) -> u64 {
     block as u64 | round << 32
 }
 
-/// A block that is full of one number.
+/// Fills a block with one number.
 fn fill(iov: &IoVec, number: u64) {
     let bytes: Vec<u8> = number.to_le_bytes().repeat(BLOCK / 8);
     iov.copy_from(0, &bytes);
@@ -69,7 +69,7 @@ fn offset(block: usize) -> u64 {
     (block * BLOCK) as u64
 }
 
-/// Reads every block over and over; each must hold its number.
+/// Reads every block repeatedly; each must hold its number.
 fn read_all(disk: &Backend, until: &AtomicBool, count: &AtomicUsize) -> Result<(), Failure> {
     let buf = Buf::zeroed(BLOCK, BLOCK);
     bds_io::block_on(async {
@@ -85,7 +85,7 @@ fn read_all(disk: &Backend, until: &AtomicBool, count: &AtomicUsize) -> Result<(
     })
 }
 
-/// Reads every block, which must hold what was written last, and writes the next.
+/// Reads every block, which must hold what was written last, and writes the next number.
 fn write_all(disk: &Backend, until: &AtomicBool, count: &AtomicUsize) -> Result<(), Failure> {
     let buf = Buf::zeroed(BLOCK, BLOCK);
     bds_io::block_on(async {
@@ -121,8 +121,8 @@ async fn disk(graph: &Graph, name: &str) -> Result<(NodeRef, Backend), Failure> 
     Ok((node, backend))
 }
 
-/// An overlay or a filter comes, stays for some requests, and goes. Returns how long requests were held.
-async fn come_and_go(
+/// Adds an overlay or a filter, waits for some requests, and removes it. Returns how long requests were held.
+async fn add_and_remove(
     graph: &Graph,
     node: &NodeRef,
     new: Value,
@@ -138,13 +138,13 @@ async fn come_and_go(
     Ok([came.held, gone.held])
 }
 
-/// Sends at least so many requests and changes the graph all the while. `dir` holds an empty `layer1.qcow2` of a megabyte.
+/// Sends at least `requests` requests and changes the graph meanwhile. `dir` holds an empty `layer1.qcow2` of 1 MiB.
 pub(crate) fn run(dir: &Path, requests: usize) -> Result<Report, Failure> {
     let graph = Graph::new(GraphConfig::new(Arc::new(bds_drivers::registry())));
     let (still, reader) = bds_io::block_on(disk(&graph, "still"))?;
     let (busy, writer) = bds_io::block_on(disk(&graph, "busy"))?;
     let (until, count) = (AtomicBool::new(false), AtomicUsize::new(0));
-    let begun = bds_io::now();
+    let start = bds_io::now();
     let changes = std::thread::scope(|scope| {
         let readers = scope.spawn(|| read_all(&reader, &until, &count));
         let writers = scope.spawn(|| write_all(&writer, &until, &count));
@@ -157,7 +157,7 @@ pub(crate) fn run(dir: &Path, requests: usize) -> Result<Report, Failure> {
         writers.join().map_err(|_| "the writer panicked")??;
         changes
     })?;
-    let seconds = (bds_io::now() - begun).as_secs_f64();
+    let seconds = (bds_io::now() - start).as_secs_f64();
     drop((reader, writer));
     bds_io::block_on(async {
         still.close().await?.into_result()?;
@@ -188,9 +188,9 @@ async fn change_until(
         let file = json!({"driver": "file", "filename": dir.join("layer1.qcow2")});
         let overlay =
             json!({"driver": "qcow2", "node-name": "over", "backing": "still", "file": file});
-        held.extend(come_and_go(graph, still, overlay, some()).await?);
+        held.extend(add_and_remove(graph, still, overlay, some()).await?);
         let filter = json!({"driver": "raw", "node-name": "filter", "file": "busy"});
-        held.extend(come_and_go(graph, busy, filter, some()).await?);
+        held.extend(add_and_remove(graph, busy, filter, some()).await?);
     }
     Ok(held)
 }

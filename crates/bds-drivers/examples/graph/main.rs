@@ -1,7 +1,8 @@
-//! How the graph fares with many nodes, long chains and changes under load: one line of JSON a question, for `cargo xtask bench --only graph`.
+//! Measures the graph with many nodes, long chains and changes under load: one line of JSON for each measurement, for
+//! `cargo xtask bench --only graph`.
 //!
 //! ```text
-//! graph pairs N            raw over null-co, N times: added by name, asked about, deleted
+//! graph pairs N            raw over null-co, N times: added by name, queried, deleted
 //! graph snapshots DIR N    N live snapshots on one disk; DIR holds the images layer1.qcow2 and so on
 //! graph reap N             a chain of N nodes in memory, released at the top, closed in one sweep
 //! graph load DIR N         N requests from two threads while the graph is changed; DIR holds layer1.qcow2
@@ -52,33 +53,33 @@ fn resident() -> Result<f64> {
     Ok(kib * 1024.0)
 }
 
-/// Microseconds of `work`, a piece.
-fn each_us(begun: Instant, count: usize) -> f64 {
-    begun.elapsed().as_secs_f64() * 1e6 / count.max(1) as f64
+/// Microseconds of `work` for each item.
+fn each_us(start: Instant, count: usize) -> f64 {
+    start.elapsed().as_secs_f64() * 1e6 / count.max(1) as f64
 }
 
 async fn pairs(count: usize) -> Result<Value> {
     let graph = graph();
     let before = resident()?;
-    let begun = Instant::now();
+    let start = Instant::now();
     for i in 0..count {
         let null = json!({"driver": "null-co", "node-name": format!("n{i}"), "size": 1 << 20});
         graph.add(options(null)?).await?;
         let raw = json!({"driver": "raw", "node-name": format!("r{i}"), "file": format!("n{i}")});
         graph.add(options(raw)?).await?;
     }
-    let add_us = each_us(begun, count);
+    let add_us = each_us(start, count);
     let bytes = (resident()? - before) / count.max(1) as f64;
-    let begun = Instant::now();
+    let start = Instant::now();
     let seen = graph.nodes().iter().map(|node| node.len()).filter(|len| *len == 1 << 20).count();
-    let query_us = each_us(begun, count);
+    let query_us = each_us(start, count);
     assert_eq!((seen, graph.top_level().count()), (2 * count, 2 * count));
-    let begun = Instant::now();
+    let start = Instant::now();
     for i in 0..count {
         graph.del(&format!("r{i}")).await?.into_result()?;
         graph.del(&format!("n{i}")).await?.into_result()?;
     }
-    let del_us = each_us(begun, count);
+    let del_us = each_us(start, count);
     Ok(json!({"add_us": add_us, "query_us": query_us, "del_us": del_us, "bytes": bytes}))
 }
 
@@ -102,21 +103,21 @@ async fn snapshots(dir: &Path, count: usize) -> Result<Value> {
     )?;
     let (mut open_us, mut change_us) = (Vec::new(), Vec::new());
     for number in 1..=count {
-        let begun = Instant::now();
+        let start = Instant::now();
         let next = overlay(&graph, dir, number, top.name()).await?;
-        open_us.push(each_us(begun, 1));
-        let begun = Instant::now();
+        open_us.push(each_us(start, 1));
+        let start = Instant::now();
         graph.append(&top, &next).await?;
-        change_us.push(each_us(begun, 1));
+        change_us.push(each_us(start, 1));
         top = next;
     }
     assert_eq!(disk.node().expect("it has a medium").name(), format!("layer{count}"));
     disk.read_at(0, &mut [0; 4096])?;
-    let begun = Instant::now();
+    let start = Instant::now();
     drop(disk);
     let report = top.close().await?;
-    let teardown_us = each_us(begun, count);
-    assert_eq!(report.below.len(), 2 * count, "all that only the top held");
+    let teardown_us = each_us(start, count);
+    assert_eq!(report.below.len(), 2 * count, "all nodes that only the top node held");
     report.into_result()?;
     let ends = |all: &[f64]| {
         let some = (all.len() / 10).max(1);
@@ -136,17 +137,17 @@ async fn reap(count: usize) -> Result<Value> {
     let graph = graph();
     let before = resident()?;
     let mut at = graph.open(options(json!({"driver": "mem", "node-name": "n0"}))?).await?;
-    let begun = Instant::now();
+    let start = Instant::now();
     for i in 1..count {
         let raw = json!({"driver": "raw", "node-name": format!("n{i}"), "file": at.name()});
         at = graph.open(options(raw)?).await?;
     }
-    let open_us = each_us(begun, count);
+    let open_us = each_us(start, count);
     let bytes = (resident()? - before) / count.max(1) as f64;
     drop(at);
-    let begun = Instant::now();
+    let start = Instant::now();
     let reports = graph.reap().await;
-    let reap_us = each_us(begun, count);
+    let reap_us = each_us(start, count);
     assert!(reports.len() == count && reports.iter().all(|report| report.is_clean()));
     Ok(json!({"open_us": open_us, "reap_us": reap_us, "bytes": bytes}))
 }

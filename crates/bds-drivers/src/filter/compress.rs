@@ -1,13 +1,17 @@
-//! `compress`: what is written through this node is stored compressed.
+//! The `compress` filter: stores what is written through this node as compressed clusters.
 //!
-//! The option is QEMU's `file`. The node asks for whole clusters of the image below (its request alignment), so the corridor
-//! completes smaller writes with what lies around; each then goes down as compressed clusters. Zero writes and discards stay what
-//! they are. What does not get smaller is stored as it is, by the format. If the image below is exchanged, the size of its clusters
-//! counts from then on; below one that has no compressed clusters, writes are stored as they are.
+//! The option is QEMU's `file`. The request alignment of the node is the cluster size (bytes) of the image below, so
+//! the request path completes smaller writes by read-modify-write; each then goes down as compressed clusters. Zero
+//! writes and discards pass through. Data that does not get smaller is stored uncompressed, by the format. If the image
+//! below is replaced, its cluster size counts from then on; above one without compressed clusters, writes are stored as
+//! they are.
 //!
-//! A write that was begun goes on to its end, whether or not the caller waits: compression takes a while, and it brings
-//! along the bytes around. Whoever comes later to the same clusters waits for one that was left behind, so that old bytes never
-//! land on newer ones.
+//! Errors: `NotSupported` at open if the image below has no compressed clusters; `OutOfRange` for data past the end of
+//! the node.
+//!
+//! A write that was started runs to completion even if its future is dropped: compression takes a while, and it
+//! includes the bytes around. Later requests to the same clusters wait for such a detached write, so that old bytes
+//! never land on newer ones.
 
 use std::any::Any;
 use std::ops::Range;
@@ -24,7 +28,7 @@ use bds_core::{Error, ErrorKind, Result};
 use bds_io::sync::Notify;
 use bds_io::{IoVec, Task};
 
-use super::plain::{filter_type, pass_on};
+use super::pass_through::{filter_type, pass_on};
 
 /// The `compress` filter.
 #[derive(Clone, Copy, Debug)]
@@ -39,28 +43,28 @@ const OPEN_OPTIONS: &[OptionSpec] = &[OptionSpec {
 
 struct CompressNode {
     file: Arc<Child>,
-    late: Arc<Late>,
+    detached: Arc<DetachedWrites>,
 }
 
-/// Writes that go on though nobody waits for them.
+/// Ranges of writes whose futures were dropped and that still run.
 #[derive(Default)]
-struct Late {
+struct DetachedWrites {
     ranges: Mutex<Vec<Range<u64>>>,
     ended: Notify,
 }
 
-impl Late {
+impl DetachedWrites {
     fn ranges(&self) -> MutexGuard<'_, Vec<Range<u64>>> {
         self.ranges.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until no write that was left behind touches the range.
+    /// Waits until no detached write overlaps the range.
     async fn wait(&self, range: &Range<u64>) {
-        let is_touched = |other: &Range<u64>| other.start < range.end && range.start < other.end;
+        let overlaps = |other: &Range<u64>| other.start < range.end && range.start < other.end;
         loop {
             let mut ended = pin!(self.ended.notified());
             ended.as_mut().enable();
-            if !self.ranges().iter().any(is_touched) {
+            if !self.ranges().iter().any(overlaps) {
                 return;
             }
             ended.await;
@@ -76,9 +80,9 @@ async fn write_whole(file: &Child, offset: u64, mut iov: IoVec) -> Result<()> {
     let end = offset + iov.len() as u64;
     let reach = file.len();
     if end > reach && offset < reach {
-        // The corridor completed the last cluster; the node ends inside it.
-        let kept = usize::try_from(reach - offset).expect("shorter than the request");
-        let rest = iov.split_off(kept);
+        // The request path completed the last cluster; the node ends inside it.
+        let inside_len = usize::try_from(reach - offset).expect("shorter than the request");
+        let rest = iov.split_off(inside_len);
         if !rest.is_zero(0..rest.len()) {
             let words = "compressed clusters cannot be written past the end of the node";
             return Err(Error::new(ErrorKind::OutOfRange, words).at(reach));
@@ -87,14 +91,14 @@ async fn write_whole(file: &Child, offset: u64, mut iov: IoVec) -> Result<()> {
     file.write_compressed(offset, iov).await
 }
 
-/// A write in a task of its own. Dropped before its end, it is left behind.
-struct Writing {
-    late: Arc<Late>,
+/// A write in a task of its own. Dropped before completion, it is detached.
+struct WriteTask {
+    detached: Arc<DetachedWrites>,
     range: Range<u64>,
     task: Option<Task<Result<()>>>,
 }
 
-impl Future for Writing {
+impl Future for WriteTask {
     type Output = Result<()>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<()>> {
@@ -105,34 +109,34 @@ impl Future for Writing {
     }
 }
 
-impl Drop for Writing {
+impl Drop for WriteTask {
     fn drop(&mut self) {
         let Some(task) = self.task.take() else { return };
-        // Without the child: once the write has ended, nothing of this may keep it open.
-        let (late, range) = (Arc::clone(&self.late), self.range.clone());
-        late.ranges().push(range.clone());
+        // Without the child: once the write has completed, nothing here may keep the child open.
+        let (detached, range) = (Arc::clone(&self.detached), self.range.clone());
+        detached.ranges().push(range.clone());
         bds_io::spawn(async move {
             if let Err(error) = task.await {
-                tracing::debug!(%error, "a compressed write that nobody waits for failed");
+                tracing::debug!(%error, "a detached compressed write failed");
             }
-            let mut ranges = late.ranges();
+            let mut ranges = detached.ranges();
             if let Some(place) = ranges.iter().position(|other| *other == range) {
                 ranges.swap_remove(place);
             }
             drop(ranges);
-            late.ended.notify_waiters();
+            detached.ended.notify_waiters();
         })
         .detach();
     }
 }
 
 impl CompressNode {
-    async fn write_to_the_end(&self, offset: u64, iov: IoVec) -> Result<()> {
+    async fn write_in_task(&self, offset: u64, iov: IoVec) -> Result<()> {
         let range = offset..offset + iov.len() as u64;
-        self.late.wait(&range).await;
+        self.detached.wait(&range).await;
         let file = Arc::clone(&self.file);
         let task = bds_io::spawn(async move { write_whole(&file, offset, iov).await });
-        Writing { late: Arc::clone(&self.late), range, task: Some(task) }.await
+        WriteTask { detached: Arc::clone(&self.detached), range, task: Some(task) }.await
     }
 }
 
@@ -144,13 +148,13 @@ impl Driver for CompressNode {
     pass_on!(self.file => len, is_filter, zero_flags, try_read, read, block_status, allocated_len);
 
     fn limits(&self) -> Limits {
-        // Asked, not remembered: the child may lead to an image with other clusters by now.
+        // Not cached: the child may now be an image with another cluster size.
         let unit = self.file.compressed_unit().unwrap_or(1);
         Limits { request_alignment: unit, ..self.file.limits() }
     }
 
     fn write(&self, offset: u64, iov: IoVec, _flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
-        Box::pin(self.write_to_the_end(offset, iov))
+        Box::pin(self.write_in_task(offset, iov))
     }
 
     fn compressed_unit(&self) -> Option<u32> {
@@ -158,7 +162,7 @@ impl Driver for CompressNode {
     }
 
     fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
-        Box::pin(self.write_to_the_end(offset, iov))
+        Box::pin(self.write_in_task(offset, iov))
     }
 
     fn write_zeroes(
@@ -168,8 +172,8 @@ impl Driver for CompressNode {
         flags: ZeroFlags,
     ) -> BoxFuture<'_, Result<Attempt>> {
         Box::pin(async move {
-            self.late.wait(&(offset..offset + len)).await;
-            // The corridor may have rounded up to the last cluster's end, behind that of the node.
+            self.detached.wait(&(offset..offset + len)).await;
+            // The request path may have rounded up to the end of the last cluster, behind the end of the node.
             let reach = self.file.len();
             let len = if offset < reach { len.min(reach - offset) } else { len };
             self.file.write_zeroes(offset, len, flags).await
@@ -178,7 +182,7 @@ impl Driver for CompressNode {
 
     fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Attempt>> {
         Box::pin(async move {
-            self.late.wait(&(offset..offset + len)).await;
+            self.detached.wait(&(offset..offset + len)).await;
             self.file.discard(offset, len).await?;
             Ok(Attempt::Done)
         })
@@ -186,7 +190,7 @@ impl Driver for CompressNode {
 
     fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
-            self.late.wait(&(0..u64::MAX)).await;
+            self.detached.wait(&(0..u64::MAX)).await;
             self.file.truncate(change).await
         })
     }
@@ -195,7 +199,7 @@ impl Driver for CompressNode {
         self.close()
     }
 
-    /// Any mode will do, once what was begun has ended.
+    /// Accepts any mode, once detached writes have completed.
     fn prepare_reopen<'n, 'c>(
         &'n self,
         _context: &'c mut ReopenContext<'_>,
@@ -204,7 +208,7 @@ impl Driver for CompressNode {
         'n: 'c,
     {
         Box::pin(async {
-            self.late.wait(&(0..u64::MAX)).await;
+            self.detached.wait(&(0..u64::MAX)).await;
             Ok(Box::new(()) as Box<dyn Reopen>)
         })
     }
@@ -215,7 +219,7 @@ impl Driver for CompressNode {
 
     fn close(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async {
-            self.late.wait(&(0..u64::MAX)).await;
+            self.detached.wait(&(0..u64::MAX)).await;
             Ok(())
         })
     }
@@ -235,7 +239,7 @@ impl Compress {
             );
             return Err(Error::new(ErrorKind::NotSupported, words));
         }
-        let late = Arc::default();
-        Ok(CompressNode { file: Arc::new(file), late })
+        let detached = Arc::default();
+        Ok(CompressNode { file: Arc::new(file), detached })
     }
 }

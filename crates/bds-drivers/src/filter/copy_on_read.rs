@@ -1,10 +1,12 @@
-//! `copy-on-read`: what is read through this node is kept in the node below, so that it need not come from far a second time.
+//! The `copy-on-read` filter: copies what is read into the node below, so that the next read finds it there.
 //!
-//! Options are QEMU's `file` and `bottom`. The copying is the corridor's: reads go down with the flag that asks for it. With
-//! `bottom`, only what is held by the layers from `file` down to that node is copied; what lies further below is read and
-//! left there. If a change of the graph takes `bottom` out of the chain, nothing is copied any more.
+//! Options are QEMU's `file` and `bottom`. The request path does the copying: reads go down with the flag
+//! `COPY_ON_READ`. With `bottom`, only data of the layers from `file` down to that node is copied; data further below
+//! is read and not copied. If a change of the graph takes `bottom` out of the chain, nothing is copied any more.
 //!
-//! The node writes to its file without changing what is read there, so the file must be writable; the node itself need not be.
+//! Errors at open: `ReadOnly` if the file is not writable; `InvalidInput` if `bottom` is not a node of the chain.
+//!
+//! Copies do not change what is read from the file, so the file must be writable; the node itself need not be.
 
 use std::any::Any;
 
@@ -16,7 +18,7 @@ use bds_core::options::{OptionKind, OptionSpec};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 
-use super::plain::{filter_type, pass_on};
+use super::pass_through::{filter_type, pass_on};
 
 /// The `copy-on-read` filter.
 #[derive(Clone, Copy, Debug)]
@@ -43,7 +45,7 @@ struct CopyOnReadNode {
 }
 
 impl CopyOnReadNode {
-    /// Reads part after part: each is copied or not, as `bottom` says.
+    /// Reads in parts: each is copied or not, as `bottom` requires.
     async fn read_above(
         &self,
         bottom: &str,
@@ -55,8 +57,8 @@ impl CopyOnReadNode {
         let mut done = 0;
         while done < end {
             let at = offset + done as u64;
-            let asked = (end - done) as u64;
-            let (len, is_copied) = match self.file.status_down_to(bottom, at, asked).await {
+            let requested = (end - done) as u64;
+            let (len, is_copied) = match self.file.status_down_to(bottom, at, requested).await {
                 Ok(run) => (run.len, run.flags.contains(StatusFlags::ALLOCATED)),
                 Err(error) if error.kind() == ErrorKind::NotFound => (0, false),
                 Err(error) => return Err(error),
@@ -88,7 +90,7 @@ impl Driver for CopyOnReadNode {
         }
     }
 
-    /// Copies are written whatever the parents do, also below a node that is itself read-only.
+    /// Copies are written whatever the parents do, also below a read-only node.
     fn child_access(&self, _name: &str, role: Role, node: &NodeUse) -> Access {
         let mut access = Access::of_child(role, node);
         if node.is_active {
@@ -97,7 +99,7 @@ impl Driver for CopyOnReadNode {
         access
     }
 
-    /// Any mode will do here; whether the file may be written is for the permissions to say.
+    /// Accepts any mode; whether the file may be written is decided by the permissions.
     fn prepare_reopen<'n, 'c>(
         &'n self,
         _context: &'c mut ReopenContext<'_>,

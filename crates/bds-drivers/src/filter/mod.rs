@@ -1,4 +1,4 @@
-//! Filters change when or whether a request happens, never what is stored.
+//! Filters: drivers that change when or whether a request happens, never what is stored.
 
 #[cfg(feature = "blkdebug")]
 pub mod blkdebug;
@@ -6,8 +6,6 @@ pub mod blkdebug;
 pub mod compress;
 #[cfg(feature = "copy-on-read")]
 pub mod copy_on_read;
-#[cfg(all(test, feature = "throttle"))]
-mod harness;
 #[cfg(any(
     feature = "blkdebug",
     feature = "compress",
@@ -15,8 +13,10 @@ mod harness;
     feature = "preallocate",
     feature = "throttle"
 ))]
-mod plain;
+mod pass_through;
 #[cfg(feature = "preallocate")]
 pub mod preallocate;
+#[cfg(all(test, feature = "throttle"))]
+mod test_node;
 #[cfg(feature = "throttle")]
 pub mod throttle;

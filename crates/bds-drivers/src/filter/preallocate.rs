@@ -1,18 +1,22 @@
-//! `preallocate`: grows the file ahead of the writes, so that the host's file system is asked once for many clusters.
+//! The `preallocate` filter: grows the file ahead of writes, so that the file system allocates many clusters in one
+//! call.
 //!
-//! Options are QEMU's: `file`, `prealloc-align` (default 1M) and `prealloc-size` (default 128M). The node stands between a format and
-//! its protocol. A write past the end of the file first takes space up to `prealloc-size` beyond its own end, as zeros, where
-//! that is cheap; closing the node gives the surplus back.
+//! Options are QEMU's: `file`, `prealloc-align` (bytes, a multiple of 512, default 1M) and `prealloc-size` (bytes,
+//! default 128M). The node lies between a format and its protocol. A write past the end of the file first allocates up
+//! to `prealloc-size` bytes beyond its own end, as zeros, where that is cheap; closing the node trims the surplus.
+//!
+//! Errors at open: `InvalidInput` for an alignment that is not a multiple of 512 bytes.
 //!
 //! ```text
-//! 0 ......... zero_from ........ file.len()      zero_from: from here on nobody ever wrote
-//! └─ data_end ┘                                   data_end: the length that others see
+//! 0 ......... zero_from ........ file.len()      zero_from: never written from here on
+//! └─ data_end ┘                                   data_end: the length that parents see
 //! ```
 //!
-//! A crash leaves surplus space, which reads as zeros, and nothing else: no byte is moved, and only what lies behind `data_end` is ever
-//! cut off. Taking space ahead is an attempt: if it fails, the write goes on without.
+//! A crash leaves surplus space, which reads as zeros, and nothing else: no byte is moved, and only what lies behind
+//! `data_end` is ever cut off. Allocating ahead is best effort: if it fails, the write goes on without.
 //!
-//! Nobody else may write to the file or resize it meanwhile. The surplus is given back when the node is closed or made inactive, and by any change of length; a driver is not told that the last writer has left.
+//! No other user may write to the file or resize it meanwhile. The surplus is trimmed when the node is closed or made
+//! inactive, and by any change of length; a driver is not notified when the last writer detaches.
 
 use std::any::Any;
 use std::pin::Pin;
@@ -29,7 +33,7 @@ use bds_core::{Error, ErrorKind, Result};
 use bds_io::sync::{Mutex, OwnedMutexGuard};
 use bds_io::{IoVec, Task};
 
-use super::plain::{filter_type, pass_on};
+use super::pass_through::{filter_type, pass_on};
 
 /// The `preallocate` filter.
 #[derive(Clone, Copy, Debug)]
@@ -51,7 +55,7 @@ const OPEN_OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         name: "prealloc-size",
         kind: OptionKind::Size,
-        help: "bytes to take beyond a write that grows the file",
+        help: "bytes to allocate beyond a write that grows the file",
         default: Some("128M"),
     },
 ];
@@ -64,29 +68,29 @@ struct Inner {
     align: u64,
     /// Bytes.
     ahead: u64,
-    /// False: the file cannot be written, so nothing here is used.
+    /// False: the file cannot be written, so preallocation is off.
     is_active: AtomicBool,
-    /// Length as others see it.
+    /// Length that parents see.
     data_end: AtomicU64,
-    /// From here to the end of the file all is zeros. Raised before anything is written there.
+    /// All bytes from here to the end of the file are zeros. Raised before anything is written there.
     zero_from: AtomicU64,
-    /// The file takes no space ahead.
-    is_unable: AtomicBool,
-    /// Which file the lengths are of.
+    /// The file does not support zero writes without fallback.
+    cannot_allocate: AtomicBool,
+    /// Identity of the file that the lengths belong to.
     measured: sync::Mutex<Option<(u64, u64)>>,
-    /// Held by who changes the file's length.
-    growing: Arc<Mutex<()>>,
+    /// Held while the length of the file changes.
+    length_lock: Arc<Mutex<()>>,
 }
 
-/// A write that may reach past the data. However it ends, what it may have touched counts as data afterwards.
-struct Growing<'a> {
+/// A write that may reach past the data. Whatever its result, the range it may have touched counts as data afterwards.
+struct GrowGuard<'a> {
     node: &'a Inner,
     end: u64,
-    /// There is no space ahead, so nobody else may try to take some while this write makes the file longer.
-    _alone: Option<OwnedMutexGuard<()>>,
+    /// Held if there is no space ahead: no other write may allocate while this one makes the file longer.
+    _length_lock: Option<OwnedMutexGuard<()>>,
 }
 
-impl Drop for Growing<'_> {
+impl Drop for GrowGuard<'_> {
     fn drop(&mut self) {
         let reached = self.end.min(self.node.file.len());
         self.node.data_end.fetch_max(reached, Ordering::SeqCst);
@@ -95,28 +99,30 @@ impl Drop for Growing<'_> {
 
 impl Inner {
     /// Prepares for a write of `offset..end`.
-    async fn grow(self: &Arc<Self>, offset: u64, end: u64) -> Growing<'_> {
-        let lacks_space = || end > self.file.len() && !self.is_unable.load(Ordering::SeqCst);
-        let mut alone = None;
+    async fn prepare_growth(self: &Arc<Self>, offset: u64, end: u64) -> GrowGuard<'_> {
+        let lacks_space = || end > self.file.len() && !self.cannot_allocate.load(Ordering::SeqCst);
+        let mut held_lock = None;
         if lacks_space() {
-            let lock = Arc::clone(&self.growing).lock_owned().await;
+            let lock = Arc::clone(&self.length_lock).lock_owned().await;
             if lacks_space() {
                 let node = Arc::clone(self);
                 let take = async move {
-                    let has_space = node.take_space(offset, end).await;
+                    let has_space = node.allocate_ahead(offset, end).await;
                     drop(node);
                     (!has_space).then_some(lock)
                 };
-                // To its end, whoever waits: zeros that come late must not come after the next one's bytes.
-                alone = ToTheEnd(Some(bds_io::spawn(take))).await;
+                // Runs to completion even if this future is dropped: zeros that come late must not overwrite bytes of a
+                // later write.
+                held_lock = DetachOnDrop(Some(bds_io::spawn(take))).await;
             }
         }
-        Growing { node: self, end, _alone: alone }
+        GrowGuard { node: self, end, _length_lock: held_lock }
     }
 
-    /// Makes the file at least `end` long. What lies between its end and `offset` stays a hole. False: not this time, and the write
-    /// must go alone, because zeros taken meanwhile could come after its bytes. True also if it will never work.
-    async fn take_space(&self, offset: u64, end: u64) -> bool {
+    /// Makes the file at least `end` bytes long. The range between its end and `offset` stays a hole. False: failed
+    /// this time, and the write must hold the length lock, because zeros allocated meanwhile could overwrite its bytes.
+    /// True also if allocation never works.
+    async fn allocate_ahead(&self, offset: u64, end: u64) -> bool {
         let unit = u64::from(self.file.limits().request_alignment);
         // `align` need not be a power of two.
         let from = self.file.len().max(offset - offset % self.align).next_multiple_of(unit);
@@ -128,7 +134,7 @@ impl Inner {
         let Some(to) = to else { return false };
         match self.file.write_zeroes(from, to - from, ZeroFlags::NO_FALLBACK).await {
             Ok(Attempt::Done) => {}
-            Ok(Attempt::Unsupported) => self.is_unable.store(true, Ordering::SeqCst),
+            Ok(Attempt::Unsupported) => self.cannot_allocate.store(true, Ordering::SeqCst),
             Err(error) => {
                 tracing::debug!(%error, "no space taken ahead of a write");
                 return false;
@@ -144,7 +150,7 @@ impl Inner {
         flags: WriteFlags,
     ) -> Result<()> {
         let end = offset + iov.len() as u64;
-        let _growing = self.grow(offset, end).await;
+        let _guard = self.prepare_growth(offset, end).await;
         self.zero_from.fetch_max(end, Ordering::SeqCst);
         self.file.write(offset, iov, flags).await
     }
@@ -156,18 +162,18 @@ impl Inner {
         flags: ZeroFlags,
     ) -> Result<Attempt> {
         let end = offset + len;
-        let _growing = self.grow(offset, end).await;
+        let _guard = self.prepare_growth(offset, end).await;
         let is_zero = offset >= self.zero_from.load(Ordering::SeqCst) && end <= self.file.len();
         if is_zero && !flags.intersects(ZeroFlags::FUA | ZeroFlags::MAY_UNMAP) {
             return Ok(Attempt::Done);
         }
-        // Zeros after zeros: what was never written stays so. But a zero write may be many.
+        // Zeros after zeros: an unwritten range stays so. But a zero write may be many operations.
         self.zero_from.fetch_max(end, Ordering::SeqCst);
         self.file.write_zeroes(offset, len, flags).await
     }
 
-    /// Cuts off what lies behind the data. The caller holds `growing`.
-    async fn give_back(&self) -> Result<()> {
+    /// Trims what lies behind the data. The caller holds the length lock.
+    async fn trim_surplus(&self) -> Result<()> {
         let data_end = self.data_end.load(Ordering::SeqCst);
         if self.file.len() <= data_end {
             return Ok(());
@@ -177,14 +183,14 @@ impl Inner {
         self.file.truncate(change).await
     }
 
-    /// The corridor keeps writes past the end out meanwhile.
+    /// Changes the length. The request path lets no write past the end run meanwhile.
     async fn resize(&self, change: Truncate) -> Result<()> {
-        let _alone = self.growing.lock().await;
+        let _length_lock = self.length_lock.lock().await;
         let data_end = self.data_end.load(Ordering::SeqCst);
         let has_zeros = self.zero_from.load(Ordering::SeqCst) <= data_end;
         let is_there = change.len >= data_end && change.len <= self.file.len() && has_zeros;
         if !is_there || change.prealloc == Prealloc::Full {
-            self.give_back().await?;
+            self.trim_surplus().await?;
             self.file.truncate(change).await?;
             self.zero_from.store(self.file.len(), Ordering::SeqCst);
         }
@@ -192,7 +198,7 @@ impl Inner {
         Ok(())
     }
 
-    /// The file as it is now holds no surplus.
+    /// Takes the current length of the file, without surplus.
     fn measure(&self) {
         *self.lock_measured() = self.file.identity();
         let len = self.file.len();
@@ -204,11 +210,12 @@ impl Inner {
         self.measured.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Measures anew if the bytes lie in another file by now. What was taken ahead in this one still counts: it is to be given back.
+    /// Measures again if the bytes now lie in another file. Space allocated ahead in this file still counts: it has to
+    /// be trimmed.
     fn children_changed(&self) {
-        self.is_unable.store(false, Ordering::SeqCst);
+        self.cannot_allocate.store(false, Ordering::SeqCst);
         let is_same = *self.lock_measured() == self.file.identity();
-        // A file that got shorter than its data is another one, too (memory has no identity).
+        // A file that got shorter than its data counts as another one (memory has no identity).
         if !is_same || self.file.len() < self.data_end.load(Ordering::SeqCst) {
             self.measure();
         }
@@ -223,10 +230,10 @@ impl Inner {
     }
 }
 
-/// Waits for a task that goes on if nobody does.
-struct ToTheEnd<T>(Option<Task<T>>);
+/// Waits for a task, and detaches it if dropped.
+struct DetachOnDrop<T>(Option<Task<T>>);
 
-impl<T> Future for ToTheEnd<T> {
+impl<T> Future for DetachOnDrop<T> {
     type Output = T;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
@@ -235,22 +242,22 @@ impl<T> Future for ToTheEnd<T> {
     }
 }
 
-impl<T> Drop for ToTheEnd<T> {
+impl<T> Drop for DetachOnDrop<T> {
     fn drop(&mut self) {
-        // An ended one has nothing left to do.
+        // Detaching a completed task does nothing.
         if let Some(task) = self.0.take() {
             task.detach();
         }
     }
 }
 
-/// Another mode, prepared.
-struct Mode<'n> {
+/// A prepared change of mode.
+struct PreparedReopen<'n> {
     node: &'n Inner,
     will_write: bool,
 }
 
-impl Reopen for Mode<'_> {
+impl Reopen for PreparedReopen<'_> {
     fn commit(self: Box<Self>) {
         let was_active = self.node.is_active.swap(self.will_write, Ordering::SeqCst);
         if self.will_write && !was_active {
@@ -305,8 +312,8 @@ impl Driver for PreallocateNode {
         Box::pin(self.0.resize(change))
     }
 
-    /// Nobody else may move the end of the file, nor write behind ours. Asked for also while no parent writes: what is taken must
-    /// be given back after the last one left.
+    /// Unshares resizing and writing behind the data. Requested also while no parent writes: the surplus must be
+    /// trimmed after the last writer left.
     fn child_access(&self, _name: &str, role: Role, node: &NodeUse) -> Access {
         let mut access = Access::of_child(role, node);
         if node.is_writable && node.is_active {
@@ -342,7 +349,7 @@ impl Driver for PreallocateNode {
             if !will_write {
                 self.close().await?;
             }
-            Ok(Box::new(Mode { node: &self.0, will_write }) as Box<dyn Reopen>)
+            Ok(Box::new(PreparedReopen { node: &self.0, will_write }) as Box<dyn Reopen>)
         })
     }
 
@@ -355,8 +362,8 @@ impl Driver for PreallocateNode {
             if !self.0.is_active() {
                 return Ok(());
             }
-            let _alone = self.0.growing.lock().await;
-            let given = self.0.give_back().await;
+            let _length_lock = self.0.length_lock.lock().await;
+            let given = self.0.trim_surplus().await;
             given.map_err(|e| e.context("cannot give back space taken ahead; no data is lost"))
         })
     }
@@ -377,8 +384,8 @@ impl Preallocate {
             ahead,
             data_end: AtomicU64::new(len),
             zero_from: AtomicU64::new(len),
-            is_unable: AtomicBool::new(false),
-            growing: Arc::default(),
+            cannot_allocate: AtomicBool::new(false),
+            length_lock: Arc::default(),
         })))
     }
 }

@@ -1,4 +1,4 @@
-//! Formats give bytes a shape.
+//! Image formats: drivers that lay out a disk in the bytes of a file node.
 
 #[cfg(feature = "qcow2")]
 pub mod qcow2;

@@ -1,8 +1,8 @@
-//! raw: the bytes as they are, or a window of them.
+//! The `raw` format: passes the bytes of its file through, or shows a window of them.
 //!
-//! Without options raw is a filter: length, limits, status and every flag pass through. With `offset` or `size` it is a
-//! format that shows a part of its file. A fixed `size` cannot be resized. A reopen may move a window, but what is a filter stays
-//! one: its edge has the role of a filter's.
+//! Without options raw is a filter: length, limits, status and every flag pass through. With `offset` or `size` (bytes)
+//! it is a format that shows a part of its file. A fixed `size` cannot be resized. A reopen may move a window, but a
+//! filter stays a filter: its edge has a filter's role.
 //!
 //! Invariant: no request leaves the window. Odd lengths stay odd; nothing is rounded up to a sector.
 
@@ -19,7 +19,8 @@ use bds_core::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 use serde_json::Value;
 
-/// The `raw` format.
+/// The `raw` format. Errors: `InvalidInput` if the window reaches past the file's end, `NotSupported` for a resize with
+/// a fixed size.
 #[derive(Clone, Copy, Debug)]
 pub struct Raw;
 
@@ -60,7 +61,7 @@ struct Window {
 impl Window {
     const ALL: Self = Self { offset: 0, size: None };
 
-    /// What is not given stays; `size` null takes the fixed length away.
+    /// Takes options; an option that is missing keeps its value, `size` null removes the fixed length.
     fn take(self, options: &mut Options) -> Result<Self> {
         let offset = options.take_size("offset")?.unwrap_or(self.offset);
         if options.peek("size").is_some_and(Value::is_null) {
@@ -80,21 +81,21 @@ impl Window {
     }
 }
 
-/// A size that no file has: none is fixed.
+/// Stored instead of a fixed size if there is none. No file is this long.
 const NO_SIZE: u64 = u64::MAX;
 
 struct RawNode {
     node_name: String,
     file: Child,
     is_window: bool,
-    // Changed by a reopen, with nobody inside.
+    // Changed by a reopen, while no request is in flight.
     offset: AtomicU64,
     size: AtomicU64,
 }
 
-struct Moved<'a>(&'a RawNode, Window);
+struct PreparedWindow<'a>(&'a RawNode, Window);
 
-impl Reopen for Moved<'_> {
+impl Reopen for PreparedWindow<'_> {
     fn commit(self: Box<Self>) {
         let Self(node, window) = *self;
         node.offset.store(window.offset, Ordering::Release);
@@ -110,7 +111,7 @@ impl RawNode {
         Window { offset, size: (size != NO_SIZE).then_some(size) }
     }
 
-    fn prepare(&self, context: &mut ReopenContext<'_>) -> Result<Moved<'_>> {
+    fn prepare(&self, context: &mut ReopenContext<'_>) -> Result<PreparedWindow<'_>> {
         let window = self.window().take(&mut context.options)?;
         if window.is_part() != self.is_window {
             return Err(Error::new(
@@ -120,10 +121,10 @@ impl RawNode {
             ));
         }
         window.check(self.file.len())?;
-        Ok(Moved(self, window))
+        Ok(PreparedWindow(self, window))
     }
 
-    /// Where `offset..offset + len` lies in the file. Past a fixed size: `beyond`.
+    /// Offset in the file of `offset..offset + len`. A range past a fixed size is an error of kind `beyond`.
     fn place(&self, offset: u64, len: u64, beyond: ErrorKind) -> Result<u64> {
         let end = offset.checked_add(len);
         let window = self.window();
@@ -142,7 +143,7 @@ impl RawNode {
     }
 }
 
-/// An error as a ready future.
+/// Wraps an error into a ready future.
 fn refuse<'a, T: Send + 'a>(error: Error) -> BoxFuture<'a, Result<T>> {
     Box::pin(async move { Err(error) })
 }
@@ -162,7 +163,7 @@ impl Driver for RawNode {
         if self.window().offset == 0 {
             return Limits { request_alignment: 1, ..below };
         }
-        // A shifted window does not keep the file's units; the file's own corridor widens what needs it.
+        // A shifted window does not keep the file's units; the request path of the file node widens what needs it.
         Limits {
             request_alignment: 1,
             zero_alignment: 1,
@@ -323,7 +324,7 @@ impl DriverType for Raw {
         })
     }
 
-    /// Anything may be raw, so it is the answer only if nobody else knows better.
+    /// Any content may be raw, so this is the lowest score: it wins only if no other driver recognises the image.
     fn probe(&self, _head: &[u8], _file_len: u64) -> u8 {
         1
     }

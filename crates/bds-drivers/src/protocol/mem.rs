@@ -1,7 +1,7 @@
-//! `mem`: a sparse disk in memory, gone when its node is.
+//! The `mem` protocol: a sparse disk in memory, lost when its node is closed.
 //!
-//! For tests and for scratch images. Space is taken page by page as it is written; zero writes and discards give
-//! whole pages back. The node's memory is bounded by its length.
+//! For tests and scratch images. Pages are allocated as they are written; zero writes and discards free whole pages.
+//! The node's memory is bounded by its length (`size`, bytes).
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -29,28 +29,28 @@ const OPEN_OPTIONS: &[OptionSpec] = &[OptionSpec {
 }];
 
 const PAGE_BYTES: usize = 4096;
-/// Same ceiling as any node's length.
+/// The largest length that any node can have.
 const MAX_SIZE_BYTES: u64 = (1 << 63) - (1 << 30);
 
 type Page = Box<[u8; PAGE_BYTES]>;
 
 #[derive(Default)]
 struct MemNode {
-    /// Pages by number; a missing page is zeros. Short critical sections: a copy of what one request moves.
+    /// Pages by number; a missing page reads as zeros. Held only while one request copies its bytes.
     pages: RwLock<BTreeMap<u64, Page>>,
     len: AtomicU64,
 }
 
-/// A longer disk, from the commit on.
-struct Longer<'a>(&'a MemNode, u64);
+/// A prepared reopen: the new length holds from the commit on.
+struct PreparedGrowth<'a>(&'a MemNode, u64);
 
-impl Reopen for Longer<'_> {
+impl Reopen for PreparedGrowth<'_> {
     fn commit(self: Box<Self>) {
         self.0.len.fetch_max(self.1, Ordering::Relaxed);
     }
 }
 
-/// One request's part of one page.
+/// The part of one request that lies in one page.
 struct Piece {
     page: u64,
     within: Range<usize>,
@@ -104,7 +104,7 @@ impl MemNode {
         })
     }
 
-    /// Forgets `range`: whole pages are freed, partial ones cleared.
+    /// Clears `range`: frees whole pages, zeroes partial ones.
     fn clear(&self, range: Range<u64>) {
         let mut pages = self.pages.write().unwrap_or_else(PoisonError::into_inner);
         let size = PAGE_BYTES as u64;
@@ -258,7 +258,7 @@ impl Driver for MemNode {
                 )
                 .field("size", size));
             }
-            Ok(Box::new(Longer(self, size)) as Box<dyn Reopen>)
+            Ok(Box::new(PreparedGrowth(self, size)) as Box<dyn Reopen>)
         })
     }
 

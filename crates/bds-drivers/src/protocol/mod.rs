@@ -1,4 +1,4 @@
-//! Protocols hold the bytes; only they see a descriptor or socket.
+//! Protocols: drivers that store bytes in a file, a device or memory. Only they see a descriptor.
 
 #[cfg(feature = "file")]
 pub mod file;

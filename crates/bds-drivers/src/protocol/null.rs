@@ -1,7 +1,7 @@
-//! `null-co` and `null-aio`: a disk that swallows writes and reads as anything, or as zeros.
+//! The `null-co` and `null-aio` protocols: discard writes, and read zeros or leave the buffer as it is.
 //!
-//! For measuring everything above it. Both names are the same driver here; QEMU's differ only in the kind of
-//! completion. Reads leave the buffer as it is unless `read-zeroes` is on.
+//! For measuring the layers above. Both names are the same driver here; QEMU's differ only in the kind of completion.
+//! Reads leave the buffer unchanged unless `read-zeroes` is on. Options: `size` in bytes, `latency-ns` in nanoseconds.
 
 use std::any::Any;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,7 +15,7 @@ use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 
-/// `null-co` or `null-aio`.
+/// The `null-co` or `null-aio` protocol.
 #[derive(Clone, Copy, Debug)]
 pub struct Null {
     name: &'static str,
@@ -29,7 +29,7 @@ impl Null {
 }
 
 const DEFAULT_SIZE_BYTES: u64 = 1 << 30;
-/// Same ceiling as any node's length.
+/// The largest length that any node can have.
 const MAX_SIZE_BYTES: u64 = (1 << 63) - (1 << 30);
 
 const OPEN_OPTIONS: &[OptionSpec] = &[
@@ -53,7 +53,7 @@ const OPEN_OPTIONS: &[OptionSpec] = &[
     },
 ];
 
-/// What the options say.
+/// Values of the options.
 #[derive(Clone, Copy)]
 struct Settings {
     size: u64,
@@ -64,7 +64,7 @@ struct Settings {
 impl Settings {
     const DEFAULT: Self = Self { size: DEFAULT_SIZE_BYTES, latency_ns: 0, read_zeroes: false };
 
-    /// What is not given stays.
+    /// Takes options; an option that is missing keeps its value.
     fn take(self, options: &mut Options) -> Result<Self> {
         let size = options.take_size("size")?.unwrap_or(self.size);
         if size > MAX_SIZE_BYTES {
@@ -77,7 +77,7 @@ impl Settings {
     }
 }
 
-/// A reopen changes the settings, with nobody inside.
+/// An open null disk. A reopen changes the settings while no request is in flight.
 struct NullNode {
     name: &'static str,
     size: AtomicU64,

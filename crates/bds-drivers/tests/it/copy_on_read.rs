@@ -1,4 +1,5 @@
-//! Copy-on-read over qcow2 chains: what is kept where, and what `bottom` leaves alone. The sweeps (`sweep/`) break it.
+//! Tests of copy-on-read over qcow2 chains: what is copied to which layer, and what `bottom` excludes. The sweeps
+//! (`sweep/`) inject faults into it.
 
 use bds_core::driver::{Access, Perm, Precision, StatusFlags, WriteFlags};
 use bds_core::graph::walk;
@@ -6,18 +7,17 @@ use bds_core::request::{Backend, BackendOptions};
 use bds_core::{ErrorKind, Result};
 use serde_json::{Value, json};
 
-use crate::house::House;
-use crate::sweep::rig::{Kind, World};
+use crate::kit::{Fixture, ImageKind, TestEnv};
 
 const CLUSTER: u64 = 4096;
 
-/// A world with `base` (80 KiB), and `disk` on it.
-fn world() -> (World, House) {
+/// A disk with `base` (80 KiB), and the overlay `disk` on it.
+fn env() -> (TestEnv, Fixture) {
     let sim = bds_io::Sim::new(1, bds_io::SimConfig::default());
-    let world = World::Sim(sim.clone());
-    world.make(&Kind::qcow2("disk", CLUSTER).sized(CLUSTER * 32, CLUSTER * 32).backed(80 << 10));
-    let graph = world.graph();
-    (world, House { sim, graph })
+    let env = TestEnv::Sim(sim.clone());
+    env.make(&ImageKind::qcow2("disk", CLUSTER).sized(CLUSTER * 32, CLUSTER * 32).backed(80 << 10));
+    let graph = env.graph();
+    (env, Fixture { sim, graph })
 }
 
 fn image() -> Value {
@@ -26,15 +26,15 @@ fn image() -> Value {
     })
 }
 
-/// Is all of the range held by the layer `node` itself?
-fn is_held(house: &House, node: &str, offset: u64, len: u64) -> bool {
-    let node = house.graph.find(node).unwrap();
+/// Is all of the range allocated in the layer `node` itself?
+fn is_allocated(fixture: &Fixture, node: &str, offset: u64, len: u64) -> bool {
+    let node = fixture.graph.find(node).unwrap();
     let options =
         BackendOptions { name: "look".into(), writable: false, ..BackendOptions::default() };
     let layer = Backend::new(&node, options).unwrap();
     let (mut at, end) = (offset, offset + len);
     while at < end {
-        let run = house.sim.block_on(layer.layer_status(at, end - at, Precision::Cheap)).unwrap();
+        let run = fixture.sim.block_on(layer.layer_status(at, end - at, Precision::Cheap)).unwrap();
         if !run.flags.contains(StatusFlags::ALLOCATED) {
             return false;
         }
@@ -44,40 +44,42 @@ fn is_held(house: &House, node: &str, offset: u64, len: u64) -> bool {
 }
 
 #[test]
-fn what_is_read_is_kept_in_whole_clusters() {
-    let (_world, house) = world();
-    let plain = house.backend(image()).unwrap();
-    let expected = house.read(&plain, 0, 32 * 4096).unwrap();
+fn reads_copy_whole_clusters() {
+    let (_env, fixture) = env();
+    let plain = fixture.backend(image()).unwrap();
+    let expected = fixture.read(&plain, 0, 32 * 4096).unwrap();
     drop(plain);
-    house.sim.block_on(house.graph.reap());
-    let disk = house.backend(json!({"driver": "copy-on-read", "file": image()})).unwrap();
-    assert_eq!(house.read(&disk, 5000, 100).unwrap(), expected[5000..5100]);
-    assert!(is_held(&house, "disk", CLUSTER, CLUSTER));
-    assert!(!is_held(&house, "disk", 0, 1) && !is_held(&house, "disk", 2 * CLUSTER, 1));
-    house.sim.block_on(disk.copy_up(0, 32 * CLUSTER)).unwrap();
-    assert!(is_held(&house, "disk", 0, 80 << 10));
-    assert_eq!(house.read(&disk, 0, 32 * 4096).unwrap(), expected);
-    house.write(&disk, 100, &[7; 50]).unwrap();
-    assert_eq!(house.read(&disk, 100, 50).unwrap(), [7; 50]);
+    fixture.sim.block_on(fixture.graph.reap());
+    let disk = fixture.backend(json!({"driver": "copy-on-read", "file": image()})).unwrap();
+    assert_eq!(fixture.read(&disk, 5000, 100).unwrap(), expected[5000..5100]);
+    assert!(is_allocated(&fixture, "disk", CLUSTER, CLUSTER));
+    assert!(
+        !is_allocated(&fixture, "disk", 0, 1) && !is_allocated(&fixture, "disk", 2 * CLUSTER, 1)
+    );
+    fixture.sim.block_on(disk.copy_up(0, 32 * CLUSTER)).unwrap();
+    assert!(is_allocated(&fixture, "disk", 0, 80 << 10));
+    assert_eq!(fixture.read(&disk, 0, 32 * 4096).unwrap(), expected);
+    fixture.write(&disk, 100, &[7; 50]).unwrap();
+    assert_eq!(fixture.read(&disk, 100, 50).unwrap(), [7; 50]);
 }
 
 #[test]
-fn the_switch_of_a_node_does_the_same_without_a_filter() {
-    let (_world, house) = world();
-    let disk = house.backend(image()).unwrap();
-    house.read(&disk, 0, 4096).unwrap();
-    assert!(!is_held(&house, "disk", 0, CLUSTER));
+fn enable_copy_on_read_copies_without_a_filter() {
+    let (_env, fixture) = env();
+    let disk = fixture.backend(image()).unwrap();
+    fixture.read(&disk, 0, 4096).unwrap();
+    assert!(!is_allocated(&fixture, "disk", 0, CLUSTER));
     let guard = disk.node().unwrap().enable_copy_on_read().unwrap();
-    house.read(&disk, 0, 4096).unwrap();
-    assert!(is_held(&house, "disk", 0, CLUSTER));
+    fixture.read(&disk, 0, 4096).unwrap();
+    assert!(is_allocated(&fixture, "disk", 0, CLUSTER));
     drop(guard);
-    house.read(&disk, CLUSTER, 4096).unwrap();
-    assert!(!is_held(&house, "disk", CLUSTER, CLUSTER));
+    fixture.read(&disk, CLUSTER, 4096).unwrap();
+    assert!(!is_allocated(&fixture, "disk", CLUSTER, CLUSTER));
 }
 
 #[test]
-fn below_bottom_nothing_is_taken() {
-    let (world, house) = world();
+fn data_below_bottom_is_not_copied() {
+    let (env, fixture) = env();
     // disk becomes the middle of three.
     let top = bds_core::graph::NewImage {
         format: "qcow2".into(),
@@ -88,110 +90,114 @@ fn below_bottom_nothing_is_taken() {
         .unwrap(),
         skip_backing: false,
     };
-    world.block_on(house.graph.create_image(top)).unwrap();
-    let middle = house.backend(image()).unwrap();
-    house.write(&middle, 3 * CLUSTER, &[9; 8192]).unwrap();
-    let expected = house.read(&middle, 0, 32 * 4096).unwrap();
+    env.block_on(fixture.graph.create_image(top)).unwrap();
+    let middle = fixture.backend(image()).unwrap();
+    fixture.write(&middle, 3 * CLUSTER, &[9; 8192]).unwrap();
+    let expected = fixture.read(&middle, 0, 32 * 4096).unwrap();
     drop(middle);
-    house.sim.block_on(house.graph.reap());
+    fixture.sim.block_on(fixture.graph.reap());
     let open = |bottom: &str| -> Result<Backend> {
         let mut backing = image();
         backing["read-only"] = json!(true);
         let file = json!({"driver": "file", "filename": "/disks/top"});
-        house.backend(json!({
+        fixture.backend(json!({
             "driver": "copy-on-read", "bottom": bottom,
             "file": {"driver": "qcow2", "node-name": "top", "file": file, "backing": backing},
         }))
     };
     let disk = open("disk").unwrap();
-    assert_eq!(house.read(&disk, 0, 32 * 4096).unwrap(), expected);
-    assert!(is_held(&house, "top", 3 * CLUSTER, 2 * CLUSTER));
-    assert!(!is_held(&house, "top", 2 * CLUSTER, 1) && !is_held(&house, "top", 5 * CLUSTER, 1));
+    assert_eq!(fixture.read(&disk, 0, 32 * 4096).unwrap(), expected);
+    assert!(is_allocated(&fixture, "top", 3 * CLUSTER, 2 * CLUSTER));
+    assert!(
+        !is_allocated(&fixture, "top", 2 * CLUSTER, 1)
+            && !is_allocated(&fixture, "top", 5 * CLUSTER, 1)
+    );
     drop(disk);
-    house.sim.block_on(house.graph.reap());
+    fixture.sim.block_on(fixture.graph.reap());
     let error = open("elsewhere").unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
     let text = error.to_string();
     assert!(text.contains("'bottom'") && text.contains("'elsewhere'"), "{text}");
-    assert_eq!(house.graph.nodes().len(), 0);
+    assert_eq!(fixture.graph.nodes().len(), 0);
 }
 
 #[test]
-fn the_file_must_be_writable_and_the_filter_need_not_be() {
-    let (_world, house) = world();
+fn the_file_must_be_writable_but_the_filter_may_be_read_only() {
+    let (_env, fixture) = env();
     let options = json!({"driver": "copy-on-read", "read-only": true, "file": image()});
-    let error = house.node(options).unwrap_err();
+    let error = fixture.node(options).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ReadOnly);
     assert!(error.to_string().contains("read-only=off"), "{error}");
     let mut file = image();
     file["read-only"] = json!(false);
     let options = json!({"driver": "copy-on-read", "read-only": true, "file": file});
-    let disk = house.backend(options).unwrap();
+    let disk = fixture.backend(options).unwrap();
     assert!(!disk.node().unwrap().is_writable());
-    house.read(&disk, 0, 100).unwrap();
-    assert!(is_held(&house, "disk", 0, CLUSTER));
+    fixture.read(&disk, 0, 100).unwrap();
+    assert!(is_allocated(&fixture, "disk", 0, CLUSTER));
 }
 
-/// The switch asks for its own permission, so nobody above has to write.
+/// The option takes its own permission, so no parent has to write.
 #[test]
-fn a_reader_may_switch_it_on_unless_somebody_minds() {
-    let (_world, house) = world();
-    let node = house.node(image()).unwrap();
+fn a_reader_may_enable_copy_on_read_unless_writes_are_unshared() {
+    let (_env, fixture) = env();
+    let node = fixture.node(image()).unwrap();
     let options =
         BackendOptions { name: "reader".into(), writable: false, ..BackendOptions::default() };
     let disk = Backend::new(&node, options).unwrap();
     let guard = node.enable_copy_on_read().unwrap();
-    house.read(&disk, 0, 100).unwrap();
-    assert!(is_held(&house, "disk", 0, CLUSTER));
+    fixture.read(&disk, 0, 100).unwrap();
+    assert!(is_allocated(&fixture, "disk", 0, CLUSTER));
     drop(guard);
     let alone = Access { perm: Perm::CONSISTENT_READ, shared: Perm::CONSISTENT_READ };
-    let _job = house.graph.attach_job(&node, "snapshot", alone).unwrap();
+    let _job = fixture.graph.attach_job(&node, "snapshot", alone).unwrap();
     let error = node.enable_copy_on_read().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InUse);
     assert!(error.to_string().contains("snapshot") && !node.copies_on_read(), "{error}");
 }
 
 #[test]
-fn an_inactive_image_is_only_read() {
-    let (_world, house) = world();
-    let disk = house.backend(json!({"driver": "copy-on-read", "file": image()})).unwrap();
+fn nothing_is_copied_into_an_inactive_image() {
+    let (_env, fixture) = env();
+    let disk = fixture.backend(json!({"driver": "copy-on-read", "file": image()})).unwrap();
     let node = disk.node().unwrap();
     drop(disk);
     let reader =
         BackendOptions { name: "reader".into(), writable: false, ..BackendOptions::default() };
     let disk = Backend::new(&node, reader).unwrap();
-    house.sim.block_on(house.graph.inactivate(&node)).unwrap();
-    house.read(&disk, 0, 100).unwrap();
-    assert!(!is_held(&house, "disk", 0, 1));
-    house.sim.block_on(house.graph.activate(&node)).unwrap();
-    house.read(&disk, 0, 100).unwrap();
-    assert!(is_held(&house, "disk", 0, CLUSTER));
+    fixture.sim.block_on(fixture.graph.inactivate(&node)).unwrap();
+    fixture.read(&disk, 0, 100).unwrap();
+    assert!(!is_allocated(&fixture, "disk", 0, 1));
+    fixture.sim.block_on(fixture.graph.activate(&node)).unwrap();
+    fixture.read(&disk, 0, 100).unwrap();
+    assert!(is_allocated(&fixture, "disk", 0, CLUSTER));
 }
 
-/// A filter on a filter: the way down to the image is found through both.
+/// A filter on a filter: the status finds the image through both.
 #[test]
-fn filters_may_lie_in_between() {
-    let (_world, house) = world();
+fn copy_on_read_works_through_other_filters() {
+    let (_env, fixture) = env();
     let debug = json!({"driver": "blkdebug", "image": image()});
-    let disk = house.backend(json!({"driver": "copy-on-read", "file": debug})).unwrap();
-    house.read(&disk, 0, 4096).unwrap();
-    assert!(is_held(&house, "disk", 0, CLUSTER));
-    assert!(!is_held(&house, "disk", CLUSTER, 1));
+    let disk = fixture.backend(json!({"driver": "copy-on-read", "file": debug})).unwrap();
+    fixture.read(&disk, 0, 4096).unwrap();
+    assert!(is_allocated(&fixture, "disk", 0, CLUSTER));
+    assert!(!is_allocated(&fixture, "disk", CLUSTER, 1));
     let below = walk::skip_filters(&disk.node().unwrap());
     assert_eq!(below.name(), "disk");
 }
 
-/// A reader goes away while its copy is under way, and at once the guest writes there: the old bytes must not come back.
+/// A read is dropped while its copy runs, and a write to the same place starts at once: the old bytes must not
+/// overwrite it.
 #[test]
-fn a_copy_that_nobody_waits_for_does_not_overwrite_the_guest() {
+fn a_dropped_copy_does_not_overwrite_a_later_write() {
     for seed in 0..300 {
-        let (world, _) = world();
-        let World::Sim(base) = &world else { unreachable!("made above") };
+        let (env, _) = env();
+        let TestEnv::Sim(base) = &env else { unreachable!("made above") };
         let sim = base.fork(seed);
-        let graph = World::Sim(sim.clone()).graph();
-        let house = House { sim, graph };
-        let disk = house.backend(json!({"driver": "copy-on-read", "file": image()})).unwrap();
-        house.sim.block_on(async {
+        let graph = TestEnv::Sim(sim.clone()).graph();
+        let fixture = Fixture { sim, graph };
+        let disk = fixture.backend(json!({"driver": "copy-on-read", "file": image()})).unwrap();
+        fixture.sim.block_on(async {
             let mut reading = Box::pin(disk.read(CLUSTER, bds_io::Buf::zeroed(12288, 1).iov()));
             for _ in 0..seed % 60 {
                 if futures_util::poll!(reading.as_mut()).is_ready() {
@@ -203,7 +209,7 @@ fn a_copy_that_nobody_waits_for_does_not_overwrite_the_guest() {
             let bytes = vec![0xaa; 12288];
             disk.write(CLUSTER, bytes.into(), WriteFlags::empty()).await.unwrap();
         });
-        house.sim.run_until_idle();
-        assert!(house.read(&disk, CLUSTER, 12288).unwrap() == [0xaa; 12288], "seed {seed}");
+        fixture.sim.run_until_idle();
+        assert!(fixture.read(&disk, CLUSTER, 12288).unwrap() == [0xaa; 12288], "seed {seed}");
     }
 }

@@ -1,4 +1,4 @@
-//! `host_device` on a loop device, where one can be made.
+//! Tests `host_device` on a loop device, where the host allows one.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -20,7 +20,7 @@ struct Loop {
 }
 
 impl Loop {
-    /// `None`, and a skip, where the host does not let us.
+    /// Makes the device; prints a skip and returns `None` where the host forbids it.
     fn new(options: &[&str]) -> Option<Self> {
         let scratch = Scratch::new();
         let file = scratch.path("backing");

@@ -1,11 +1,12 @@
-//! The committed fuzz seeds, replayed: a crash found once stays found.
+//! Replays the committed fuzz seeds: inputs that once crashed must not crash again.
 //!
-//! `BDS_WRITE_SEEDS=1` makes the seeds anew from images of every shape.
+//! `BDS_WRITE_SEEDS=1` writes the seeds anew, from images of every shape.
 
 use std::path::{Path, PathBuf};
 
-use bds_core::options::Options;
-use bds_drivers::format::qcow2::fuzzing::{self, MemPort};
+use bds_drivers::format::qcow2::fuzzing;
+
+use crate::hostile_images::image;
 
 type Target = (&'static str, fn(&[u8]));
 
@@ -31,7 +32,7 @@ fn every_seed_is_harmless() {
         for entry in std::fs::read_dir(seeds(name)).unwrap() {
             let bytes = std::fs::read(entry.unwrap().path()).unwrap();
             run(&bytes);
-            // What is cut or damaged is the common case of a fuzzer's input.
+            // Cut and damaged inputs are the common case of a fuzzer.
             for at in (0..bytes.len()).step_by(bytes.len() / 16 + 1) {
                 run(&bytes[..at]);
                 let mut changed = bytes.clone();
@@ -42,17 +43,6 @@ fn every_seed_is_harmless() {
         }
         assert!(count > 0, "no seeds for {name}");
     }
-}
-
-fn image(options: &[(&str, &str)]) -> Vec<u8> {
-    let mut tree = Options::new();
-    for (key, value) in options {
-        tree.set(key, *value);
-    }
-    let (file, data) = (MemPort::default(), MemPort::default());
-    let has_data_file = tree.contains("data_file");
-    fuzzing::create(tree, &file, has_data_file.then_some(&data)).unwrap();
-    file.bytes()
 }
 
 fn write_seeds() {
@@ -80,7 +70,8 @@ fn write_seeds() {
             put("qcow2_open", name, &bytes);
         }
     }
-    // Entries that lead behind the end of the file, a cluster in use with refcount 0, an end mark with a length, snapshots nowhere.
+    // Entries that lead behind the end of the file, a cluster in use with refcount 0, an end mark with a length, a
+    // snapshot table outside of the file.
     let mapped = image(&[("size", "9k"), small, ("preallocation", "metadata")]);
     let with = |changes: &[(usize, u64, usize)]| {
         let mut bytes = mapped.clone();

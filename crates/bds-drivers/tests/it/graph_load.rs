@@ -1,4 +1,4 @@
-//! The graph is changed while two threads read and write: no request fails, no byte is lost.
+//! Changes the graph while two threads read and write: no request fails, no byte is lost.
 
 use std::sync::Arc;
 
@@ -8,9 +8,9 @@ use bds_testkit::Scratch;
 
 use crate::load;
 
-/// `cargo xtask bench --only graph` does the same a million times.
+/// `cargo xtask bench --only graph` runs a million requests.
 #[test]
-fn requests_go_on_and_bytes_stay_while_overlays_and_filters_come_and_go() {
+fn requests_survive_adding_and_removing_overlays_and_filters() {
     let scratch = Scratch::in_memory();
     let graph = Graph::new(GraphConfig::new(Arc::new(bds_drivers::registry())));
     let image = NewImage {

@@ -1,4 +1,4 @@
-//! The graph with real drivers: reopened, handed over and taken back, changed under load, and closed again without a leak.
+//! Tests of the graph with real drivers: reopen, inactivate and activate, changes under load, and close without a leak.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,14 +10,14 @@ use bds_core::{ErrorKind, Options, Result};
 use bds_io::{Buf, Sim, SimConfig};
 use serde_json::{Value, json};
 
-use crate::house::House;
+use crate::kit::Fixture;
 
 const CLUSTER: u64 = 4096;
 const LEN: u64 = 64 * CLUSTER;
 
-/// A world with empty images of these names.
-fn house(names: &[&str]) -> House {
-    let house = House::with(Sim::new(3, SimConfig::default()));
+/// A simulated disk with empty images of these names.
+fn fixture(names: &[&str]) -> Fixture {
+    let fixture = Fixture::with(Sim::new(3, SimConfig::default()));
     for name in names {
         let image = NewImage {
             format: "qcow2".into(),
@@ -25,9 +25,9 @@ fn house(names: &[&str]) -> House {
             options: options(json!({"size": LEN, "cluster_size": CLUSTER})),
             skip_backing: true,
         };
-        house.sim.block_on(house.graph.create_image(image)).unwrap();
+        fixture.sim.block_on(fixture.graph.create_image(image)).unwrap();
     }
-    house
+    fixture
 }
 
 fn image(name: &str) -> Value {
@@ -41,7 +41,7 @@ fn options(value: Value) -> Options {
     Options::from_json(value).unwrap()
 }
 
-fn guest(node: &NodeRef, writable: bool) -> Result<Backend> {
+fn backend_of(node: &NodeRef, writable: bool) -> Result<Backend> {
     Backend::new(
         node,
         BackendOptions { name: "guest".into(), writable, ..BackendOptions::default() },
@@ -50,65 +50,67 @@ fn guest(node: &NodeRef, writable: bool) -> Result<Backend> {
 
 #[test]
 fn a_tree_is_reopened_read_only_and_writable_again() {
-    let house = house(&["disk"]);
-    let disk = house.node(image("disk")).unwrap();
-    let backend = guest(&disk, true).unwrap();
-    house.write(&backend, 0, &[7; 100]).unwrap();
-    let reopen =
-        |on: bool| house.sim.block_on(house.graph.reopen(&disk, options(json!({"read-only": on}))));
-    let before = house.graph.dump();
+    let fixture = fixture(&["disk"]);
+    let disk = fixture.node(image("disk")).unwrap();
+    let backend = backend_of(&disk, true).unwrap();
+    fixture.write(&backend, 0, &[7; 100]).unwrap();
+    let reopen = |on: bool| {
+        fixture.sim.block_on(fixture.graph.reopen(&disk, options(json!({"read-only": on}))))
+    };
+    let before = fixture.graph.dump();
     let error = reopen(true).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ReadOnly, "the guest still writes: {error}");
     assert!(error.to_string().contains("guest"), "{error}");
-    assert_eq!(house.graph.dump(), before, "a refused reopen changes nothing");
-    house.write(&backend, 100, &[8; 100]).unwrap();
+    assert_eq!(fixture.graph.dump(), before, "a refused reopen changes nothing");
+    fixture.write(&backend, 100, &[8; 100]).unwrap();
     drop(backend);
 
     reopen(true).unwrap();
-    let file = house.graph.find("disk-file").unwrap();
-    assert!(!disk.is_writable() && !file.is_writable(), "what was opened inline inherits");
-    let kind = guest(&disk, true).unwrap_err().kind();
+    let file = fixture.graph.find("disk-file").unwrap();
+    assert!(!disk.is_writable() && !file.is_writable(), "inline children inherit the mode");
+    let kind = backend_of(&disk, true).unwrap_err().kind();
     assert_eq!(kind, ErrorKind::ReadOnly);
 
     reopen(false).unwrap();
     assert!(disk.is_writable() && file.is_writable());
-    let backend = guest(&disk, true).unwrap();
-    house.write(&backend, 200, &[9; 100]).unwrap();
-    let read = house.read(&backend, 0, 300).unwrap();
+    let backend = backend_of(&disk, true).unwrap();
+    fixture.write(&backend, 200, &[9; 100]).unwrap();
+    let read = fixture.read(&backend, 0, 300).unwrap();
     assert_eq!(read, [vec![7; 100], vec![8; 100], vec![9; 100]].concat());
 }
 
 #[test]
-fn a_node_that_becomes_read_only_has_made_durable_what_was_written() {
+fn reopen_read_only_makes_written_data_durable() {
     for through_raw in [false, true] {
-        let sim = house(&["disk"]).sim.fork(5);
-        let house = House::with(sim);
-        let disk = house.node(image("disk")).unwrap();
+        let sim = fixture(&["disk"]).sim.fork(5);
+        let fixture = Fixture::with(sim);
+        let disk = fixture.node(image("disk")).unwrap();
         let top = match through_raw {
-            true => house.node(json!({"driver": "raw", "file": "disk"})).unwrap(),
+            true => fixture.node(json!({"driver": "raw", "file": "disk"})).unwrap(),
             false => disk.clone(),
         };
-        let backend = guest(&top, true).unwrap();
-        house.write(&backend, 0, &[7; 4096]).unwrap();
+        let backend = backend_of(&top, true).unwrap();
+        fixture.write(&backend, 0, &[7; 4096]).unwrap();
         drop((backend, top));
         let read_only = options(json!({"read-only": true}));
-        house.sim.block_on(house.graph.reap());
-        house.sim.block_on(house.graph.reopen(&disk, read_only)).unwrap();
-        // Nobody flushes it later.
-        let sim = house.sim.after_cut_by(1, bds_io::sim::CutMode::LoseAll);
-        let after = House::with(sim);
+        fixture.sim.block_on(fixture.graph.reap());
+        fixture.sim.block_on(fixture.graph.reopen(&disk, read_only)).unwrap();
+        // Nothing flushes it later.
+        let sim = fixture.sim.after_cut_by(1, bds_io::sim::CutMode::LoseAll);
+        let after = Fixture::with(sim);
         let disk = after.backend(image("disk")).unwrap();
         assert_eq!(after.read(&disk, 0, 4).unwrap(), [7; 4], "through raw: {through_raw}");
     }
 }
 
 #[test]
-fn a_node_reopened_below_its_user_keeps_him() {
-    let house = house(&["disk"]);
-    let disk = house.node(image("disk")).unwrap();
-    let file = house.graph.find("disk-file").unwrap();
-    // The format needs its file for writing, whoever asks.
-    let alone = house.sim.block_on(house.graph.reopen(&file, options(json!({"read-only": true}))));
+fn reopen_keeps_the_permissions_that_parents_need() {
+    let fixture = fixture(&["disk"]);
+    let disk = fixture.node(image("disk")).unwrap();
+    let file = fixture.graph.find("disk-file").unwrap();
+    // The format needs write permission on its file, whatever its parents do.
+    let alone =
+        fixture.sim.block_on(fixture.graph.reopen(&file, options(json!({"read-only": true}))));
     assert_eq!(alone.unwrap_err().kind(), ErrorKind::ReadOnly);
     for wrong in [
         json!({"driver": "raw"}),
@@ -116,87 +118,87 @@ fn a_node_reopened_below_its_user_keeps_him() {
         json!({"cluster-size": 1}),
         json!({"read-only": "perhaps"}),
     ] {
-        let refused = house.sim.block_on(house.graph.reopen(&disk, options(wrong.clone())));
+        let refused = fixture.sim.block_on(fixture.graph.reopen(&disk, options(wrong.clone())));
         assert_eq!(refused.unwrap_err().kind(), ErrorKind::InvalidInput, "{wrong}");
     }
     let detect = options(json!({"detect-zeroes": "on", "discard": "unmap"}));
-    house.sim.block_on(house.graph.reopen(&disk, detect)).unwrap();
+    fixture.sim.block_on(fixture.graph.reopen(&disk, detect)).unwrap();
     assert!(disk.flags().discard);
 }
 
 #[test]
-fn a_reopen_gives_another_backing_node_by_name_and_takes_it() {
-    let house = house(&["disk", "base"]);
-    let base = house.node(image("base")).unwrap();
-    let writer = guest(&base, true).unwrap();
-    house.write(&writer, 0, &[5; 4096]).unwrap();
+fn reopen_sets_and_removes_the_backing_node_by_name() {
+    let fixture = fixture(&["disk", "base"]);
+    let base = fixture.node(image("base")).unwrap();
+    let writer = backend_of(&base, true).unwrap();
+    fixture.write(&writer, 0, &[5; 4096]).unwrap();
     drop(writer);
-    let disk = house.node(image("disk")).unwrap();
-    let backend = guest(&disk, false).unwrap();
-    let reopen = |value: Value| house.sim.block_on(house.graph.reopen(&disk, options(value)));
-    assert_eq!(house.read(&backend, 0, 4).unwrap(), [0; 4]);
+    let disk = fixture.node(image("disk")).unwrap();
+    let backend = backend_of(&disk, false).unwrap();
+    let reopen = |value: Value| fixture.sim.block_on(fixture.graph.reopen(&disk, options(value)));
+    assert_eq!(fixture.read(&backend, 0, 4).unwrap(), [0; 4]);
     reopen(json!({"backing": "base"})).unwrap();
     assert_eq!(walk::next_below(&disk).unwrap().id(), base.id());
-    assert_eq!(house.read(&backend, 0, 4).unwrap(), [5; 4]);
+    assert_eq!(fixture.read(&backend, 0, 4).unwrap(), [5; 4]);
     reopen(json!({"backing": null})).unwrap();
-    assert_eq!(house.read(&backend, 0, 4).unwrap(), [0; 4]);
-    assert_eq!(reopen(json!({"backing": "nobody"})).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(fixture.read(&backend, 0, 4).unwrap(), [0; 4]);
+    assert_eq!(reopen(json!({"backing": "missing"})).unwrap_err().kind(), ErrorKind::NotFound);
 }
 
 #[test]
-fn an_image_is_handed_over_to_another_process_and_taken_back() {
-    let house = house(&["disk"]);
-    let disk = house.node(image("disk")).unwrap();
-    let backend = guest(&disk, true).unwrap();
-    house.write(&backend, 0, &[1; 4096]).unwrap();
-    let other = House::with(house.sim.clone());
+fn an_image_is_inactivated_for_another_process_and_activated_again() {
+    let fixture = fixture(&["disk"]);
+    let disk = fixture.node(image("disk")).unwrap();
+    let backend = backend_of(&disk, true).unwrap();
+    fixture.write(&backend, 0, &[1; 4096]).unwrap();
+    let other = Fixture::with(fixture.sim.clone());
     assert_eq!(other.node(image("disk")).unwrap_err().kind(), ErrorKind::InUse, "locked");
-    let refused = house.sim.block_on(house.graph.inactivate(&disk)).unwrap_err();
+    let refused = fixture.sim.block_on(fixture.graph.inactivate(&disk)).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Inactive, "{refused}");
     assert!(refused.to_string().contains("guest"), "{refused}");
     drop(backend);
-    let reader = guest(&disk, false).unwrap();
-    house.sim.block_on(house.graph.inactivate(&disk)).unwrap();
+    let reader = backend_of(&disk, false).unwrap();
+    fixture.sim.block_on(fixture.graph.inactivate(&disk)).unwrap();
     assert!(!disk.is_active() && disk.could_write() && !disk.is_writable());
-    assert!(!house.graph.find("disk-file").unwrap().is_active(), "and all below");
-    assert_eq!(guest(&disk, true).unwrap_err().kind(), ErrorKind::Inactive);
+    assert!(!fixture.graph.find("disk-file").unwrap().is_active(), "and all below");
+    assert_eq!(backend_of(&disk, true).unwrap_err().kind(), ErrorKind::Inactive);
 
     let theirs = other.node(image("disk")).unwrap();
-    let writer = guest(&theirs, true).unwrap();
+    let writer = backend_of(&theirs, true).unwrap();
     other.write(&writer, 0, &[2; 4096]).unwrap();
     other.write(&writer, 10 * CLUSTER, &[3; 4096]).unwrap();
-    let locked = house.sim.block_on(house.graph.activate(&disk)).unwrap_err();
+    let locked = fixture.sim.block_on(fixture.graph.activate(&disk)).unwrap_err();
     assert_eq!(locked.kind(), ErrorKind::InUse, "{locked}");
     assert!(!disk.is_active());
     drop(writer);
     assert!(other.sim.block_on(theirs.close()).unwrap().is_clean());
 
-    house.sim.block_on(house.graph.activate(&disk)).unwrap();
-    assert_eq!(house.read(&reader, 0, 1).unwrap(), [2]);
-    assert_eq!(house.read(&reader, 10 * CLUSTER, 1).unwrap(), [3]);
-    let backend = guest(&disk, true).unwrap();
-    house.write(&backend, 20 * CLUSTER, &[4; 4096]).unwrap();
-    let check = house.sim.block_on(backend.check(&|_, _| {})).unwrap();
+    fixture.sim.block_on(fixture.graph.activate(&disk)).unwrap();
+    assert_eq!(fixture.read(&reader, 0, 1).unwrap(), [2]);
+    assert_eq!(fixture.read(&reader, 10 * CLUSTER, 1).unwrap(), [3]);
+    let backend = backend_of(&disk, true).unwrap();
+    fixture.write(&backend, 20 * CLUSTER, &[4; 4096]).unwrap();
+    let check = fixture.sim.block_on(backend.check(&|_, _| {})).unwrap();
     assert!(check.is_clean(), "{check:?}");
 }
 
 #[test]
-fn everything_is_given_away_before_the_end_of_a_migration_and_can_come_back() {
-    let house = house(&["disk", "base"]);
-    let base = house.node(image("base")).unwrap();
-    let disk = house.node(image("disk")).unwrap();
-    house.sim.block_on(house.graph.set_backing(&disk, Some(&base))).unwrap();
-    let before = house.graph.dump();
-    let graph = &house.graph;
-    // An active node above keeps what is below.
-    assert_eq!(house.sim.block_on(graph.inactivate(&base)).unwrap_err().kind(), ErrorKind::InUse);
-    house.sim.block_on(graph.inactivate_all()).unwrap();
+fn all_nodes_are_inactivated_and_activated_together() {
+    let fixture = fixture(&["disk", "base"]);
+    let base = fixture.node(image("base")).unwrap();
+    let disk = fixture.node(image("disk")).unwrap();
+    fixture.sim.block_on(fixture.graph.set_backing(&disk, Some(&base))).unwrap();
+    let before = fixture.graph.dump();
+    let graph = &fixture.graph;
+    // An active parent keeps its children active.
+    assert_eq!(fixture.sim.block_on(graph.inactivate(&base)).unwrap_err().kind(), ErrorKind::InUse);
+    fixture.sim.block_on(graph.inactivate_all()).unwrap();
     assert!(graph.nodes().iter().all(|node| !node.is_active()));
-    house.sim.block_on(graph.activate_all()).unwrap();
+    fixture.sim.block_on(graph.activate_all()).unwrap();
     assert_eq!(graph.dump(), before, "permissions are as before");
 }
 
-/// Writes a counter over and over, each time to the next block, and reads it back.
+/// Writes a counter repeatedly, each time to the next block, and reads it back.
 async fn keep_writing(backend: Arc<Backend>, first: u64, stop: Arc<AtomicBool>) -> Vec<u8> {
     let mut last = vec![0; 16];
     for round in (1..=u8::MAX).cycle() {
@@ -222,12 +224,12 @@ async fn keep_writing(backend: Arc<Backend>, first: u64, stop: Arc<AtomicBool>) 
 #[test]
 fn overlays_come_and_go_under_load_and_no_byte_is_lost() {
     const OVERLAYS: [&str; 5] = ["o1", "o2", "o3", "o4", "o5"];
-    let house = house(&["disk", "o1", "o2", "o3", "o4", "o5"]);
-    let disk = house.node(image("disk")).unwrap();
-    let backend = Arc::new(guest(&disk, true).unwrap());
+    let fixture = fixture(&["disk", "o1", "o2", "o3", "o4", "o5"]);
+    let disk = fixture.node(image("disk")).unwrap();
+    let backend = Arc::new(backend_of(&disk, true).unwrap());
     let stop = Arc::new(AtomicBool::new(false));
-    let graph = house.graph.clone();
-    let (written, held) = house.sim.block_on(async {
+    let graph = fixture.graph.clone();
+    let (written, held) = fixture.sim.block_on(async {
         let writers: Vec<_> = (0..3)
             .map(|n| {
                 let (backend, stop) = (Arc::clone(&backend), Arc::clone(&stop));
@@ -256,81 +258,81 @@ fn overlays_come_and_go_under_load_and_no_byte_is_lost() {
         }
         (written, held)
     });
-    assert!(held > std::time::Duration::ZERO, "somebody was inside");
+    assert!(held > std::time::Duration::ZERO, "requests were in flight");
     assert_eq!(walk::backing_chain(&backend.node().unwrap()).len(), 6);
     for (n, blocks) in written.iter().enumerate() {
         for (at, byte) in blocks.iter().enumerate() {
             let offset = (n * 16 + at) as u64 * CLUSTER;
-            assert_eq!(house.read(&backend, offset, 1).unwrap(), [*byte], "block {at} of {n}");
+            assert_eq!(fixture.read(&backend, offset, 1).unwrap(), [*byte], "block {at} of {n}");
         }
     }
-    let check = house.sim.block_on(backend.check(&|_, _| {})).unwrap();
+    let check = fixture.sim.block_on(backend.check(&|_, _| {})).unwrap();
     assert!(check.is_clean());
     drop((backend, disk));
-    let report = house.sim.block_on(house.graph.shutdown());
+    let report = fixture.sim.block_on(fixture.graph.shutdown());
     assert!(report.leaked.is_empty(), "{report:?}");
     assert!(report.closed.iter().all(|report| report.is_clean()), "{report:?}");
 }
 
 #[test]
-fn two_disks_get_their_overlays_at_the_same_moment_or_not_at_all() {
-    let house = house(&["a", "b", "oa", "ob"]);
-    let [a, b, oa, ob] = ["a", "b", "oa", "ob"].map(|name| house.node(image(name)).unwrap());
-    let (guest_a, guest_b) = (guest(&a, true).unwrap(), guest(&b, true).unwrap());
-    let graph = &house.graph;
-    house.sim.block_on(graph.reopen(&ob, options(json!({"read-only": true})))).unwrap();
+fn two_disks_get_their_overlays_in_one_transaction() {
+    let fixture = fixture(&["a", "b", "oa", "ob"]);
+    let [a, b, oa, ob] = ["a", "b", "oa", "ob"].map(|name| fixture.node(image(name)).unwrap());
+    let (guest_a, guest_b) = (backend_of(&a, true).unwrap(), backend_of(&b, true).unwrap());
+    let graph = &fixture.graph;
+    fixture.sim.block_on(graph.reopen(&ob, options(json!({"read-only": true})))).unwrap();
     let before = graph.dump();
     let both = || graph.change().append(&a, &oa).append(&b, &ob).commit();
-    assert_eq!(house.sim.block_on(both()).unwrap_err().kind(), ErrorKind::ReadOnly);
-    assert_eq!(graph.dump(), before, "the first is off too");
+    assert_eq!(fixture.sim.block_on(both()).unwrap_err().kind(), ErrorKind::ReadOnly);
+    assert_eq!(graph.dump(), before, "the first change was not applied either");
     assert_eq!(guest_a.node().unwrap().id(), a.id());
-    house.sim.block_on(graph.reopen(&ob, options(json!({"read-only": false})))).unwrap();
-    house.sim.block_on(both()).unwrap();
+    fixture.sim.block_on(graph.reopen(&ob, options(json!({"read-only": false})))).unwrap();
+    fixture.sim.block_on(both()).unwrap();
     assert_eq!((guest_a.node().unwrap().id(), guest_b.node().unwrap().id()), (oa.id(), ob.id()));
 }
 
 #[test]
 fn reading_is_enough_to_copy_on_read() {
-    let house = house(&["disk", "base"]);
-    let base = house.node(image("base")).unwrap();
-    let writer = guest(&base, true).unwrap();
-    house.write(&writer, 0, &[5; 4096]).unwrap();
+    let fixture = fixture(&["disk", "base"]);
+    let base = fixture.node(image("base")).unwrap();
+    let writer = backend_of(&base, true).unwrap();
+    fixture.write(&writer, 0, &[5; 4096]).unwrap();
     drop(writer);
-    let disk = house.node(image("disk")).unwrap();
-    house.sim.block_on(house.graph.set_backing(&disk, Some(&base))).unwrap();
-    let filter = house.node(json!({"driver": "copy-on-read", "file": "disk"})).unwrap();
-    let backend = guest(&filter, false).unwrap();
-    assert_eq!(house.read(&backend, 0, 4).unwrap(), [5; 4]);
-    house.sim.block_on(house.graph.set_backing(&disk, None)).unwrap();
-    assert_eq!(house.read(&backend, 0, 4).unwrap(), [5; 4], "kept");
+    let disk = fixture.node(image("disk")).unwrap();
+    fixture.sim.block_on(fixture.graph.set_backing(&disk, Some(&base))).unwrap();
+    let filter = fixture.node(json!({"driver": "copy-on-read", "file": "disk"})).unwrap();
+    let backend = backend_of(&filter, false).unwrap();
+    assert_eq!(fixture.read(&backend, 0, 4).unwrap(), [5; 4]);
+    fixture.sim.block_on(fixture.graph.set_backing(&disk, None)).unwrap();
+    assert_eq!(fixture.read(&backend, 0, 4).unwrap(), [5; 4], "kept");
     let switch = disk.enable_copy_on_read().unwrap();
     let read_only = options(json!({"read-only": true}));
     drop((backend, filter));
-    house.sim.block_on(house.graph.reap());
-    let refused = house.sim.block_on(house.graph.reopen(&disk, read_only.clone())).unwrap_err();
+    fixture.sim.block_on(fixture.graph.reap());
+    let refused = fixture.sim.block_on(fixture.graph.reopen(&disk, read_only.clone())).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::InUse, "{refused}");
     drop(switch);
-    house.sim.block_on(house.graph.reopen(&disk, read_only)).unwrap();
+    fixture.sim.block_on(fixture.graph.reopen(&disk, read_only)).unwrap();
 }
 
 #[test]
-fn a_reopen_inside_ones_own_drained_section_reaches_what_that_has_drained() {
-    let house = house(&["disk"]);
-    let disk = house.node(image("disk")).unwrap();
-    let backend = guest(&disk, true).unwrap();
-    house.write(&backend, 0, &[7; 4096]).unwrap();
+fn reopen_inside_the_callers_drained_section_does_not_wait() {
+    let fixture = fixture(&["disk"]);
+    let disk = fixture.node(image("disk")).unwrap();
+    let backend = backend_of(&disk, true).unwrap();
+    fixture.write(&backend, 0, &[7; 4096]).unwrap();
     drop(backend);
-    let graph = house.graph.clone();
+    let graph = fixture.graph.clone();
     let set = |on: bool| options(json!({"read-only": on}));
-    house.sim.block_on(async {
+    fixture.sim.block_on(async {
         let drained = graph.drain_subtree(&disk).await;
         graph.change().reopen(&disk, set(true)).within(&drained).commit().await.unwrap();
         assert_eq!(disk.in_flight(), 0);
-        assert!(disk.quiesce_count() > 0, "the section goes on");
+        assert!(disk.quiesce_count() > 0, "the section still holds");
         drop(drained);
         let everything = graph.drain_all().await;
         graph.change().reopen(&disk, set(false)).within(&everything).commit().await.unwrap();
-        // Somebody else's section is waited for, and others may change the graph meanwhile.
+        // A section of another caller is waited for, and others may change the graph meanwhile.
         let mut waiting = Box::pin(graph.change().reopen(&disk, set(true)).commit());
         for _ in 0..50 {
             assert!(futures_util::poll!(&mut waiting).is_pending());
@@ -341,6 +343,6 @@ fn a_reopen_inside_ones_own_drained_section_reaches_what_that_has_drained() {
         waiting.await.unwrap();
     });
     assert!(!disk.is_writable());
-    let left: Vec<u32> = house.graph.nodes().iter().map(|node| node.quiesce_count()).collect();
+    let left: Vec<u32> = fixture.graph.nodes().iter().map(|node| node.quiesce_count()).collect();
     assert_eq!(left, [0, 0]);
 }

@@ -1,7 +1,7 @@
-//! QEMU's tools and this library at the same file: each refuses where the other would.
+//! Tests image locks against QEMU's tools: each side refuses a file that the other uses in a conflicting way.
 //!
-//! One side holds the file open, the other tries. What the user is to the file (raw or image, reading or writing) is all
-//! that matters, and the answer is the same whoever comes first.
+//! One side holds the file open, the other tries to. Only the kind of use matters (raw or image, reading or writing),
+//! and the result is the same whichever comes first.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -35,10 +35,10 @@ impl User {
         matches!(self, Self::RawWriter | Self::ImageWriter)
     }
 
-    /// A writer tolerates only raw readers; everybody tolerates readers.
+    /// A writer tolerates only raw readers; every user tolerates readers.
     fn tolerates(self, other: Self) -> bool {
-        let minds = |a: Self, b: Self| a.is_writer() && b != Self::RawReader;
-        !minds(self, other) && !minds(other, self)
+        let conflicts = |a: Self, b: Self| a.is_writer() && b != Self::RawReader;
+        !conflicts(self, other) && !conflicts(other, self)
     }
 }
 
@@ -110,7 +110,7 @@ fn image() -> Option<(Scratch, std::path::PathBuf)> {
 }
 
 #[test]
-fn we_respect_qemu() {
+fn locks_of_qemu_refuse_our_open() {
     let Some((_scratch, path)) = image() else { return };
     for first in USERS {
         let _holder = Holder::new(&path, first);
@@ -125,10 +125,10 @@ fn we_respect_qemu() {
 }
 
 #[test]
-fn qemu_respects_us() {
+fn our_locks_refuse_qemus_open() {
     let Some((_scratch, path)) = image() else { return };
     for first in USERS {
-        let node = open(&path, first).expect("nobody else is there");
+        let node = open(&path, first).expect("the file is not in use");
         for second in USERS {
             let output =
                 qemu_io_command(&path, second).args(["-c", "length"]).output().expect("runs");
@@ -141,7 +141,7 @@ fn qemu_respects_us() {
 }
 
 #[test]
-fn nobody_creates_over_an_image_in_use() {
+fn create_refuses_an_image_in_use() {
     let Some((_scratch, path)) = image() else { return };
     let before = std::fs::read(&path).expect("readable");
     for user in [User::RawWriter, User::ImageReader, User::ImageWriter] {
@@ -166,16 +166,16 @@ fn reopen(node: &dyn Driver, from: OpenFlags, to: OpenFlags) -> Result<()> {
     Ok(())
 }
 
-/// After a reopen QEMU meets the new user, and only that one: the old descriptor and its locks are gone.
+/// After a reopen QEMU conflicts with the new mode only: the old descriptor and its locks are gone.
 #[test]
 fn a_reopened_file_has_the_locks_of_its_new_mode() {
     let Some((_scratch, path)) = image() else { return };
     for first in USERS {
         for then in USERS.into_iter().filter(|then| then.is_raw() == first.is_raw()) {
-            let node = open(&path, first).expect("nobody else is there");
-            reopen(&*node, flags(first), flags(then)).expect("nobody is in the way");
-            reopen(&*node, flags(then), flags(first)).expect("nobody is in the way");
-            reopen(&*node, flags(first), flags(then)).expect("nobody is in the way");
+            let node = open(&path, first).expect("the file is not in use");
+            reopen(&*node, flags(first), flags(then)).expect("no lock conflicts");
+            reopen(&*node, flags(then), flags(first)).expect("no lock conflicts");
+            reopen(&*node, flags(first), flags(then)).expect("no lock conflicts");
             for second in USERS {
                 let output =
                     qemu_io_command(&path, second).args(["-c", "length"]).output().expect("runs");
@@ -193,7 +193,7 @@ fn a_reopened_file_has_the_locks_of_its_new_mode() {
     }
 }
 
-/// Our descriptors of this file: may they write?
+/// Descriptors of this process for this file: are they writable?
 fn descriptors(path: &Path) -> Vec<bool> {
     let numbers = std::fs::read_dir("/proc/self/fd").expect("Linux");
     let numbers = numbers.filter_map(|entry| entry.ok().map(|entry| entry.file_name()));
@@ -210,18 +210,18 @@ fn descriptors(path: &Path) -> Vec<bool> {
         .collect()
 }
 
-/// A file given away: QEMU writes to it, and gets it back only when QEMU is gone.
+/// QEMU writes to an inactivated file; it can be activated again only after QEMU has closed it.
 #[test]
-fn qemu_writes_to_an_image_that_is_given_away() {
+fn qemu_writes_to_an_inactivated_image() {
     let Some((_scratch, path)) = image() else { return };
     for user in [User::ImageWriter, User::ImageReader, User::RawWriter] {
-        let node = open(&path, user).expect("nobody else is there");
+        let node = open(&path, user).expect("the file is not in use");
         bds_io::block_on(node.inactivate()).expect("nothing fails");
         let holder = Holder::new(&path, User::ImageWriter);
         let error = bds_io::block_on(node.activate()).err();
         assert_eq!(error.map(|e| e.kind()), Some(ErrorKind::InUse), "{user:?}");
         drop(holder);
-        bds_io::block_on(node.activate()).expect("nobody is there any more");
+        bds_io::block_on(node.activate()).expect("the file is not in use any more");
         let output = qemu_io_command(&path, User::ImageWriter)
             .args(["-c", "length"])
             .output()
@@ -232,9 +232,9 @@ fn qemu_writes_to_an_image_that_is_given_away() {
     }
 }
 
-/// The kernel names no owner of such a lock, so the words for a conflict must not guess another process.
+/// The kernel names no owner of such a lock, so the message must not guess another process.
 #[test]
-fn a_conflict_in_one_process_is_not_blamed_on_another() {
+fn a_conflict_within_one_process_names_the_node() {
     let scratch = Scratch::new();
     let path = scratch.path("a.raw");
     std::fs::write(&path, [0; 512]).expect("scratch is writable");

@@ -1,5 +1,5 @@
-//! The drivers from outside: in a graph on the simulated disk, formats against QEMU's tools, hostile images, replayed fuzz
-//! corpora.
+//! Integration tests of the drivers: in a graph on the simulated disk, formats against QEMU's tools, hostile images,
+//! replayed fuzz corpora.
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
@@ -7,29 +7,26 @@
     reason = "helpers of tests: a panic is their way to fail"
 )]
 
-#[cfg(all(feature = "mem", feature = "blkdebug"))]
 mod blkdebug;
+#[cfg(feature = "qcow2")]
+mod cached_facts;
 #[cfg(feature = "qcow2")]
 mod compress;
 #[cfg(feature = "qcow2")]
 mod copy_on_read;
 mod device;
-#[cfg(feature = "qcow2")]
-mod facts;
-#[cfg(feature = "qcow2")]
-mod findings;
+mod dropped_requests;
 #[cfg(feature = "qcow2")]
 mod fuzz_seeds;
 #[cfg(feature = "qcow2")]
 mod graph_load;
 #[cfg(feature = "qcow2")]
-mod hostile;
+mod hostile_entries;
 #[cfg(feature = "qcow2")]
-mod hostile_places;
-mod house;
+mod hostile_images;
+mod kit;
 #[cfg(feature = "qcow2")]
-mod kept;
-mod late;
+mod known_defects;
 #[cfg(feature = "qcow2")]
 mod lifecycle;
 #[cfg(feature = "qcow2")]
@@ -54,3 +51,5 @@ mod raw;
 mod reopen;
 mod sweep;
 mod throttle;
+#[cfg(feature = "qcow2")]
+mod unpolled_requests;

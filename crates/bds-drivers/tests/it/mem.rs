@@ -1,10 +1,10 @@
-//! mem against a plain vector of bytes.
+//! Compares a mem disk with a vector of bytes.
 
 use bds_core::driver::{Attempt, Prealloc, Precision, StatusFlags, Truncate, ZeroFlags};
 use proptest::prelude::{Strategy, prop_assert_eq, prop_oneof, proptest};
 use serde_json::json;
 
-use crate::house::House;
+use crate::kit::Fixture;
 
 const LEN: usize = 20_000;
 
@@ -29,44 +29,44 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 
 proptest! {
     #[test]
-    fn it_holds_what_a_vector_holds(steps in steps()) {
-        let house = House::new(1);
+    fn mem_matches_a_vector_of_bytes(steps in steps()) {
+        let fixture = Fixture::new(1);
         let options = json!({"driver": "mem", "size": LEN, "discard": "unmap"});
-        let backend = house.backend(options).unwrap();
+        let backend = fixture.backend(options).unwrap();
         let mut model = vec![0; LEN];
         for step in steps {
             let cut = |at: usize, len: usize, all: usize| (at.min(all), len.min(all - at.min(all)));
             match step {
                 Step::Write(at, len, byte) => {
                     let (at, len) = cut(at, len, model.len());
-                    house.write(&backend, at as u64, &vec![byte; len]).unwrap();
+                    fixture.write(&backend, at as u64, &vec![byte; len]).unwrap();
                     model[at..at + len].fill(byte);
                 }
                 Step::Zero(at, len) => {
                     let (at, len) = cut(at, len, model.len());
                     let zero = backend.write_zeroes(at as u64, len as u64, ZeroFlags::empty());
-                    prop_assert_eq!(house.sim.block_on(zero).unwrap(), Attempt::Done);
+                    prop_assert_eq!(fixture.sim.block_on(zero).unwrap(), Attempt::Done);
                     model[at..at + len].fill(0);
                 }
                 Step::Discard(at, len) => {
                     let (at, len) = cut(at, len, model.len());
-                    house.sim.block_on(backend.discard(at as u64, len as u64)).unwrap();
+                    fixture.sim.block_on(backend.discard(at as u64, len as u64)).unwrap();
                     model[at..at + len].fill(0);
                 }
                 Step::Resize(len) => {
                     let prealloc = Prealloc::Off;
                     let change = Truncate { len: len as u64, exact: true, prealloc, zero_new: false };
-                    house.sim.block_on(backend.truncate(change)).unwrap();
+                    fixture.sim.block_on(backend.truncate(change)).unwrap();
                     model.resize(len, 0);
                 }
             }
         }
         prop_assert_eq!(backend.len(), model.len() as u64);
-        prop_assert_eq!(&house.read(&backend, 0, model.len()).unwrap(), &model);
+        prop_assert_eq!(&fixture.read(&backend, 0, model.len()).unwrap(), &model);
         let mut at = 0;
         while at < model.len() {
             let status = backend.block_status(at as u64, (model.len() - at) as u64, Precision::Exact);
-            let run = house.sim.block_on(status).unwrap();
+            let run = fixture.sim.block_on(status).unwrap();
             let end = at + run.len as usize;
             if run.flags.contains(StatusFlags::ZERO) {
                 prop_assert_eq!(model[at..end].iter().position(|b| *b != 0), None);

@@ -1,4 +1,4 @@
-//! Random requests to an image, beside a plain list of sectors that says what must come out.
+//! Runs random requests on images and compares with a model that is a list of sectors.
 
 use std::cell::RefCell;
 
@@ -6,12 +6,12 @@ use bds_io::{EngineKind, Sim, SimConfig};
 use bds_testkit::{Cache, DiskModel, Scratch, Shape, Tool, Workload, qemu_img};
 use serde_json::json;
 
-use crate::sweep::rig::{Kind, World, play};
+use crate::kit::{ImageKind, TestEnv, play};
 use crate::sweep::seeds;
 
-/// The kinds of image that are tried.
-fn kinds() -> Vec<Kind> {
-    let q = Kind::qcow2;
+/// The kinds of image under test.
+fn kinds() -> Vec<ImageKind> {
+    let q = ImageKind::qcow2;
     vec![
         q("512", 512),
         q("512-rc64", 512).create("refcount_bits", 64).open("cache-size", 4096),
@@ -30,7 +30,7 @@ fn kinds() -> Vec<Kind> {
         q("16k-ext-data", 16384).extended().with_data_file().sized(16384 * 24, 16384 * 40),
         q("64k", 65536).sized(65536 * 20, 65536 * 30),
         q("64k-ext-rc1", 65536).extended().create("refcount_bits", 1).sized(65536 * 20, 65536 * 30),
-        Kind::raw("raw"),
+        ImageKind::raw("raw"),
         q("4k-cor", 4096).backed(200_000).through(json!({"driver": "copy-on-read"})),
         q("4k-data-cor", 4096)
             .with_data_file()
@@ -49,36 +49,36 @@ fn kinds() -> Vec<Kind> {
         q("4k-throttle", 4096)
             .through(json!({"driver": "throttle", "limits": {"iops-total": 1_000_000}})),
         q("4k-preallocate", 4096).upon(json!({"driver": "preallocate", "prealloc-size": 100_000})),
-        Kind::raw("raw-preallocate")
+        ImageKind::raw("raw-preallocate")
             .upon(json!({"driver": "preallocate", "prealloc-align": 512, "prealloc-size": 0})),
     ]
 }
 
-fn shape(kind: &Kind, steps: usize) -> Shape {
+fn shape(kind: &ImageKind, steps: usize) -> Shape {
     Shape { reads: true, reopens: true, ..kind.shape(steps) }
 }
 
-/// Runs the workload in a fresh world; what the guest saw at the end.
-fn run(world: &World, kind: &Kind, workload: &Workload) -> Result<DiskModel, String> {
-    world.make(kind);
+/// Runs the workload on a new image; returns the model at the end.
+fn run(env: &TestEnv, kind: &ImageKind, workload: &Workload) -> Result<DiskModel, String> {
+    env.make(kind);
     let model = RefCell::new(kind.model());
-    world.block_on(play(world, kind, Cache::Writeback, workload, &model))?;
+    env.block_on(play(env, kind, Cache::Writeback, workload, &model))?;
     Ok(model.into_inner())
 }
 
-/// QEMU's opinion of the image.
-fn ask_qemu(img: &Tool, world: &World, kind: &Kind) -> Result<(), String> {
+/// `qemu-img check` of the image.
+fn qemu_check(img: &Tool, env: &TestEnv, kind: &ImageKind) -> Result<(), String> {
     if kind.format != "qcow2" {
         return Ok(());
     }
     let scratch = Scratch::new();
-    let out = world.qemu_check(img, kind, &scratch);
+    let out = env.qemu_check(img, kind, &scratch);
     if out.ok() { Ok(()) } else { Err(format!("qemu-img check: {out:?}")) }
 }
 
-/// The shortest prefix that fails, by bisection: prefixes of a failing workload mostly fail from some length on.
-fn shrink(kind: &Kind, workload: &Workload, world: &dyn Fn() -> World) -> (Workload, String) {
-    let fails = |count: usize| run(&world(), kind, &workload.prefix(count)).err();
+/// Finds the shortest prefix that fails, by bisection: prefixes of a failing workload mostly fail from some length on.
+fn shrink(kind: &ImageKind, workload: &Workload, env: &dyn Fn() -> TestEnv) -> (Workload, String) {
+    let fails = |count: usize| run(&env(), kind, &workload.prefix(count)).err();
     let (mut good, mut bad) = (0, workload.steps.len());
     let mut why = String::from("it does not fail again");
     while good + 1 < bad {
@@ -94,22 +94,22 @@ fn shrink(kind: &Kind, workload: &Workload, world: &dyn Fn() -> World) -> (Workl
     (workload.prefix(bad), why)
 }
 
-fn random(seed_count: u64, steps: usize, world: impl Fn(u64) -> World) {
+fn random(seed_count: u64, steps: usize, env: impl Fn(u64) -> TestEnv) {
     let img = qemu_img();
     for kind in kinds() {
         for seed in seeds(seed_count) {
             let workload = Workload::new(seed, &shape(&kind, steps));
-            let here = world(seed);
+            let here = env(seed);
             if let Err(error) = run(&here, &kind, &workload) {
                 let trace = here.trace();
-                let (short, why) = shrink(&kind, &workload, &|| world(seed));
+                let (short, why) = shrink(&kind, &workload, &|| env(seed));
                 panic!("{} seed {seed}: {error}\n{trace}\nshortest: {short}{why}", kind.name);
             }
-            let asked = img
+            let checked = img
                 .as_ref()
                 .filter(|_| seed == 0)
-                .map_or(Ok(()), |img| ask_qemu(img, &here, &kind));
-            if let Err(error) = asked {
+                .map_or(Ok(()), |img| qemu_check(img, &here, &kind));
+            if let Err(error) = checked {
                 panic!("{} seed {seed}: {error}\n{workload}", kind.name);
             }
         }
@@ -118,18 +118,20 @@ fn random(seed_count: u64, steps: usize, world: impl Fn(u64) -> World) {
 
 #[test]
 fn random_requests_on_the_simulated_disk() {
-    random(6, 60, |seed| World::Sim(Sim::new(seed, SimConfig::default())));
+    random(6, 60, |seed| TestEnv::Sim(Sim::new(seed, SimConfig::default())));
 }
 
 #[test]
 fn random_requests_through_io_uring() {
-    match World::host(EngineKind::Uring) {
-        Ok(_) => random(2, 60, |_| World::host(EngineKind::Uring).expect("it was there just now")),
+    match TestEnv::host(EngineKind::Uring) {
+        Ok(_) => random(2, 60, |_| {
+            TestEnv::host(EngineKind::Uring).expect("the engine was available before")
+        }),
         Err(error) => bds_testkit::skip(&format!("no io_uring here: {error}")),
     }
 }
 
 #[test]
 fn random_requests_through_threads() {
-    random(2, 60, |_| World::host(EngineKind::Pool).expect("threads are always there"));
+    random(2, 60, |_| TestEnv::host(EngineKind::Pool).expect("threads are always available"));
 }

@@ -1,4 +1,4 @@
-//! `OPTIONS.md`, which the crate's documentation includes, holds the options that the drivers declare.
+//! Tests that `OPTIONS.md`, which is part of the crate's documentation, lists the options that the drivers declare.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -7,11 +7,11 @@ use bds_core::driver::{Category, DriverType};
 use bds_core::graph::COMMON_OPTIONS;
 use bds_core::options::OptionSpec;
 
-/// Writes the file anew instead of comparing it.
+/// Environment variable: write the file instead of comparing it.
 const UPDATE: &str = "BDS_UPDATE_OPTIONS";
 
 #[test]
-fn the_table_of_options_is_what_the_drivers_declare() {
+fn options_md_lists_the_declared_options() {
     let table = table();
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("OPTIONS.md");
     if std::env::var_os(UPDATE).is_some() {
@@ -22,7 +22,7 @@ fn the_table_of_options_is_what_the_drivers_declare() {
 }
 
 #[test]
-fn every_driver_and_every_option_says_what_it_is_for() {
+fn every_driver_and_option_has_a_help_text() {
     for driver in bds_drivers::registry().iter() {
         assert!(!driver.help().is_empty(), "{}", driver.name());
         for option in driver.open_options().iter().chain(driver.create_options()) {

@@ -1,7 +1,8 @@
-//! `create`, `measure` and `info` against qemu-img: the same options give the same image.
+//! Compares `create`, `measure` and `info` with qemu-img: the same options give the same image.
 //!
-//! Wanted differences: with preallocation our tables come first and the data behind them in one piece, so bytes differ and length
-//! agrees; with many refcount blocks their place differs, so only small plain images are compared byte by byte.
+//! Intended differences: with preallocation our tables come first and the data behind them in one piece, so bytes
+//! differ and length agrees; with many refcount blocks their place differs, so only small plain images are compared
+//! byte by byte.
 
 use bds_core::driver::{DriverType, MeasureSource};
 use bds_core::options::Options;
@@ -97,8 +98,9 @@ fn the_same_options_measure_the_same() {
     let Some(img) = qemu_img() else { return };
     for options in matrix().iter().filter(|o| !o.contains("backing")) {
         for size in [0u64, 1, 3 << 20, (5 << 30) + 512] {
-            let asked = size.to_string();
-            let args = ["measure", "--output=json", "-O", "qcow2", "-o", options, "--size", &asked];
+            let size_arg = size.to_string();
+            let args =
+                ["measure", "--output=json", "-O", "qcow2", "-o", options, "--size", &size_arg];
             let theirs = img.must(args).json();
             let source = MeasureSource { virtual_len: size, data: Some(Vec::new()) };
             let ours = Qcow2Format.measure(&mut tree(options), &source).unwrap();

@@ -1,4 +1,5 @@
-//! Rates on the virtual clock: averages and bursts to the nanosecond, shares of members, requests given up in line.
+//! Tests of rates on the virtual clock: averages and bursts to the nanosecond, fairness between members, dropped
+//! requests.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,27 +15,26 @@ use bds_io::{Buf, Sim, SimConfig, now, sleep};
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 
-use crate::house::House;
+use crate::kit::Fixture;
 
-/// A house in which only waiting takes time, and its groups.
-fn house(seed: u64) -> (House, ThrottleGroups) {
+/// A simulated disk on which only waiting takes time, and its throttle groups.
+fn fixture(seed: u64) -> (Fixture, ThrottleGroups) {
     let sim = Sim::new(seed, SimConfig { overtake_rate: 0.0, ..SimConfig::calm() });
     let groups = ThrottleGroups::new();
-    let registry = Arc::new(bds_drivers::registry_with_groups(&groups));
-    let graph = Graph::new(GraphConfig { fs: sim.fs(), ..GraphConfig::new(registry) });
-    (House { sim, graph }, groups)
+    let registry = bds_drivers::registry_with_groups(&groups);
+    (Fixture::with_registry(sim, registry), groups)
 }
 
 fn limits(options: Value) -> RateLimits {
     limits_from_options(Options::from_json(json!({ "limits": options })).unwrap()).unwrap()
 }
 
-fn disk(house: &House, name: &str, group: &str) -> Backend {
+fn disk(fixture: &Fixture, name: &str, group: &str) -> Backend {
     let options = json!({
         "driver": "throttle", "node-name": name, "throttle-group": group,
         "file": {"driver": "mem", "size": 1 << 24},
     });
-    house.backend(options).unwrap()
+    fixture.backend(options).unwrap()
 }
 
 async fn write(disk: &Backend, len: usize) -> u128 {
@@ -42,7 +42,7 @@ async fn write(disk: &Backend, len: usize) -> u128 {
     now().as_nanos()
 }
 
-/// When requests of these lengths go, one after the other, by searching all nanoseconds.
+/// Times at which requests of these lengths go, one after the other, by searching all nanoseconds.
 fn curve(rate: Rate, lens: &[usize]) -> Vec<u128> {
     let n = 1_000_000_000_u128;
     let Rate { avg, max, max_secs } = rate;
@@ -62,7 +62,7 @@ fn curve(rate: Rate, lens: &[usize]) -> Vec<u128> {
             let capacity = if max == 0 { avg * n / 10 } else { max * secs * n };
             level(avg, now) <= capacity && (secs == 1 || level(max, now) <= max * n / 10)
         };
-        // Levels only fall while nothing comes, so what may go may go later too.
+        // Levels only fall while no request comes, so a request that may go may go later too.
         let (mut low, mut high) = (at, at + 1_000_000 * n);
         while low < high {
             let middle = low.midpoint(high);
@@ -75,7 +75,7 @@ fn curve(rate: Rate, lens: &[usize]) -> Vec<u128> {
 }
 
 #[test]
-fn averages_and_bursts_are_those_of_the_model() {
+fn averages_and_bursts_match_the_model() {
     let lens: Vec<usize> = (0..120).map(|n| 1000 + n * 7919 % 90_000).collect();
     for rate in [
         json!({"bps-total": 1_000_000}),
@@ -84,11 +84,11 @@ fn averages_and_bursts_are_those_of_the_model() {
         json!({"bps-total": 100_000, "bps-total-max": 700_000, "bps-total-max-length": 4}),
         json!({"bps-total": 1_000_000, "bps-total-max": 1_000_001, "bps-total-max-length": 2}),
     ] {
-        let (house, groups) = house(3);
+        let (fixture, groups) = fixture(3);
         let limits = limits(rate);
         groups.create("g", limits).unwrap();
-        let disk = disk(&house, "a", "g");
-        let seen = house.sim.block_on(async {
+        let disk = disk(&fixture, "a", "g");
+        let seen = fixture.sim.block_on(async {
             let mut seen = Vec::new();
             for len in &lens {
                 seen.push(write(&disk, *len).await);
@@ -106,12 +106,12 @@ fn averages_and_bursts_are_those_of_the_model() {
 }
 
 #[test]
-fn reads_and_writes_take_turns_at_a_common_rate() {
+fn reads_and_writes_alternate_at_a_total_rate() {
     for seed in 0..10 {
-        let (house, groups) = house(seed);
+        let (fixture, groups) = fixture(seed);
         groups.create("g", limits(json!({"iops-total": 10}))).unwrap();
-        let disk = disk(&house, "a", "g");
-        house.sim.block_on(async {
+        let disk = disk(&fixture, "a", "g");
+        fixture.sim.block_on(async {
             let reads = (0..40).map(|_| async {
                 disk.read(0, Buf::zeroed(512, 1).iov()).await.unwrap();
                 now().as_millis()
@@ -121,7 +121,7 @@ fn reads_and_writes_take_turns_at_a_common_rate() {
             for moment in (500..4000).step_by(500) {
                 let until = |ends: &[u128]| ends.iter().filter(|end| **end <= moment).count();
                 let (r, w) = (until(&reads), until(&writes));
-                // The two that went at once may both be of one kind.
+                // The two that went at once may both be of one direction.
                 assert!(r.abs_diff(w) <= 3, "seed {seed}: at {moment} ms {r} reads, {w} writes");
             }
             assert_eq!(now().as_millis(), 7800);
@@ -130,13 +130,13 @@ fn reads_and_writes_take_turns_at_a_common_rate() {
 }
 
 #[test]
-fn members_take_turns_and_each_serves_in_order() {
+fn members_alternate_and_each_is_fifo() {
     for seed in 0..10 {
-        let (house, groups) = house(seed);
+        let (fixture, groups) = fixture(seed);
         groups.create("g", limits(json!({"iops-write": 100}))).unwrap();
-        let disks = ["a", "b", "c"].map(|name| disk(&house, name, "g"));
-        house.sim.block_on(async {
-            // One floods, one has some, one comes late.
+        let disks = ["a", "b", "c"].map(|name| disk(&fixture, name, "g"));
+        fixture.sim.block_on(async {
+            // One sends many, one sends some, one comes late.
             let (busy, some, late) = futures_util::join!(
                 join_all((0..200).map(|_| write(&disks[0], 512))),
                 join_all((0..20).map(|_| write(&disks[1], 512))),
@@ -147,7 +147,7 @@ fn members_take_turns_and_each_serves_in_order() {
                 }
             );
             assert!(busy.is_sorted() && some.is_sorted(), "seed {seed}");
-            // The burst of ten is whoever's who came first; afterwards every second turn is the other one's.
+            // The burst of ten belongs to the first ones; afterwards every second request is the other member's.
             assert!(*some.last().unwrap() <= 410_000_000, "seed {seed}: {some:?}");
             let (before, after) = late;
             assert!(after - before <= 20_000_000, "seed {seed}: {}", after - before);
@@ -157,21 +157,21 @@ fn members_take_turns_and_each_serves_in_order() {
 }
 
 #[test]
-fn requests_given_up_in_line_cost_nothing_and_hold_up_nobody() {
-    // Which of six requests is given up, and when: polled so often, 70 ms apart.
+fn dropped_queued_requests_cost_nothing_and_block_no_other() {
+    // Which of six requests is dropped, and when: after so many polls, 70 ms apart.
     for victim in 0..6 {
         for polls in 0..12 {
-            let (house, groups) = house(polls);
+            let (fixture, groups) = fixture(polls);
             groups.create("g", limits(json!({"bps-total": 1000}))).unwrap();
-            let (disk, other) = (Arc::new(disk(&house, "a", "g")), disk(&house, "b", "g"));
-            house.sim.block_on(async {
+            let (disk, other) = (Arc::new(disk(&fixture, "a", "g")), disk(&fixture, "b", "g"));
+            fixture.sim.block_on(async {
                 write(&disk, 200).await;
                 let mut tasks = Vec::new();
-                let mut given_up = Box::pin(write(&disk, 500));
+                let mut dropped = Box::pin(write(&disk, 500));
                 for number in 0..6 {
                     if number == victim {
                         if polls > 0 {
-                            assert!(futures_util::poll!(given_up.as_mut()).is_pending());
+                            assert!(futures_util::poll!(dropped.as_mut()).is_pending());
                         }
                     } else {
                         let disk = Arc::clone(&disk);
@@ -182,15 +182,16 @@ fn requests_given_up_in_line_cost_nothing_and_hold_up_nobody() {
                 let mut was_done = false;
                 for _ in 1..polls {
                     sleep(Duration::from_millis(70)).await;
-                    was_done = was_done || futures_util::poll!(given_up.as_mut()).is_ready();
+                    was_done = was_done || futures_util::poll!(dropped.as_mut()).is_ready();
                     if was_done {
                         break;
                     }
                 }
-                drop(given_up);
+                drop(dropped);
                 let mut ended = join_all(tasks).await;
                 ended.sort_unstable();
-                // 100 ms until the first, then one after the other; the victim's 500 bytes only if its turn came.
+                // 100 ms until the first, then one after the other; the dropped request's 500 bytes count only if it
+                // was granted.
                 let last = ended[4] / 1_000_000;
                 assert!(last == 500 || last == 1000, "victim {victim} polls {polls}: {last} ms");
                 assert!(last == 500 || was_done || polls > 1, "victim {victim} polls {polls}");
@@ -205,22 +206,22 @@ fn requests_given_up_in_line_cost_nothing_and_hold_up_nobody() {
 fn a_flood_dropped_at_every_await_leaves_a_group_that_works() {
     // Polls of the requests' own tasks count.
     for polls in 0..1000 {
-        let (house, groups) = house(polls as u64);
+        let (fixture, groups) = fixture(polls as u64);
         groups.create("g", limits(json!({"iops-total": 20}))).unwrap();
-        let (a, b) = (disk(&house, "a", "g"), disk(&house, "b", "g"));
+        let (a, b) = (disk(&fixture, "a", "g"), disk(&fixture, "b", "g"));
         let flood = async {
             join_all((0..10).flat_map(|_| [write(&a, 512), write(&b, 512)])).await;
         };
-        let was_dropped = house.sim.drop_at(flood, polls);
-        let ended = house.sim.block_on(async {
+        let was_dropped = fixture.sim.drop_at(flood, polls);
+        let ended = fixture.sim.block_on(async {
             let before = now();
             join_all((0..4).map(|_| write(&a, 512))).await;
             now() - before
         });
-        // At worst the buckets are as full as they can be, and each has its 50 ms.
+        // At worst the buckets are full, and each request takes 50 ms.
         assert!(ended <= Duration::from_millis(200), "polls {polls}: {ended:?}");
         drop((a, b));
-        house.sim.block_on(house.graph.reap());
+        fixture.sim.block_on(fixture.graph.reap());
         groups.remove("g").unwrap();
         if !was_dropped {
             return;
@@ -231,12 +232,13 @@ fn a_flood_dropped_at_every_await_leaves_a_group_that_works() {
 
 #[test]
 fn a_node_may_have_limits_of_its_own() {
-    let house = House::with(Sim::new(1, SimConfig { overtake_rate: 0.0, ..SimConfig::calm() }));
+    let fixture = Fixture::with(Sim::new(1, SimConfig { overtake_rate: 0.0, ..SimConfig::calm() }));
     let file = json!({"driver": "mem", "size": 1 << 20});
     let options = "driver=throttle,limits.bps-total=1M,limits.iops-size=4k,limits.iops-read=7,file.driver=mem,\
          file.size=1M";
-    let disk = house.backend(Options::parse(options).unwrap().into_json()).unwrap();
-    let times = house.sim.block_on(async { [write(&disk, 1 << 20).await, write(&disk, 1).await] });
+    let disk = fixture.backend(Options::parse(options).unwrap().into_json()).unwrap();
+    let times =
+        fixture.sim.block_on(async { [write(&disk, 1 << 20).await, write(&disk, 1).await] });
     assert_eq!(times, [0, 900_000_000]);
     for (options, word) in [
         (json!({}), "'throttle-group' is missing"),
@@ -249,19 +251,19 @@ fn a_node_may_have_limits_of_its_own() {
         let mut options = options;
         options["driver"] = json!("throttle");
         options["file"] = file.clone();
-        let text = house.node(options).unwrap_err().to_string();
+        let text = fixture.node(options).unwrap_err().to_string();
         assert!(text.contains(word), "{text}");
     }
 }
 
 #[test]
-fn groups_know_their_members() {
-    let (house, groups) = house(1);
+fn groups_list_their_members() {
+    let (fixture, groups) = fixture(1);
     let two = limits(json!({"iops-total": 2}));
     groups.create("g", two).unwrap();
     assert_eq!(groups.create("g", two).unwrap_err().kind(), ErrorKind::AlreadyExists);
     assert_eq!(groups.create("", two).unwrap_err().kind(), ErrorKind::InvalidInput);
-    let (a, b) = (disk(&house, "a", "g"), disk(&house, "b", "g"));
+    let (a, b) = (disk(&fixture, "a", "g"), disk(&fixture, "b", "g"));
     let list = groups.list();
     assert_eq!((list[0].name.as_str(), list[0].limits), ("g", two));
     assert_eq!(list[0].members, ["a", "b"]);
@@ -272,14 +274,14 @@ fn groups_know_their_members() {
     drop((a, b));
     // Its nodes are dead but not closed yet.
     assert_eq!(groups.remove("g").unwrap_err().kind(), ErrorKind::InUse);
-    house.sim.block_on(house.graph.reap());
+    fixture.sim.block_on(fixture.graph.reap());
     groups.remove("g").unwrap();
     assert_eq!(groups.list(), []);
 }
 
-/// Real threads and a real clock, with requests given up in between: whatever the order, everybody's turn comes.
+/// Real threads and a real clock, with requests dropped in between: in any order, every request is granted.
 #[test]
-fn threads_share_a_group_and_nobody_is_forgotten() {
+fn threads_share_a_group_and_every_request_is_granted() {
     let groups = ThrottleGroups::new();
     groups.create("g", limits(json!({"iops-total": 20_000}))).unwrap();
     let registry = Arc::new(bds_drivers::registry_with_groups(&groups));
@@ -316,13 +318,13 @@ fn threads_share_a_group_and_nobody_is_forgotten() {
     assert!(passed >= 4 * 30 * 40, "{passed}");
 }
 
-/// A drain waits for nobody's turn, and the limits hold again afterwards.
+/// A drain does not wait for the rates, and the limits hold again afterwards.
 #[test]
-fn a_drained_section_begins_at_once() {
-    let (house, groups) = house(1);
+fn a_drain_does_not_wait_for_rates() {
+    let (fixture, groups) = fixture(1);
     groups.create("g", limits(json!({"bps-total": 1000}))).unwrap();
-    let disk = Arc::new(disk(&house, "a", "g"));
-    house.sim.block_on(async {
+    let disk = Arc::new(disk(&fixture, "a", "g"));
+    fixture.sim.block_on(async {
         write(&disk, 100_000).await;
         let queued: Vec<_> = (0..5)
             .map(|_| {
@@ -331,7 +333,7 @@ fn a_drained_section_begins_at_once() {
             })
             .collect();
         sleep(Duration::from_secs(1)).await;
-        let drained = house.graph.drain(&disk.node().unwrap()).await;
+        let drained = fixture.graph.drain(&disk.node().unwrap()).await;
         assert_eq!(join_all(queued).await, [1_000_000_000; 5]);
         drop(drained);
         // 105,000 bytes went; all but the burst of 100 must leak.
@@ -340,14 +342,14 @@ fn a_drained_section_begins_at_once() {
 }
 
 #[test]
-fn a_node_takes_other_limits_and_modes_while_it_is_open() {
-    let (house, groups) = house(1);
+fn reopen_changes_limits_and_mode() {
+    let (fixture, groups) = fixture(1);
     let options = json!({
         "driver": "throttle", "node-name": "a", "limits": {"bps-total": 1000},
         "file": {"driver": "mem", "size": 65536},
     });
-    let node = house.node(options).unwrap();
-    let reopen = |node, options| house.sim.block_on(house.graph.reopen(node, options));
+    let node = fixture.node(options).unwrap();
+    let reopen = |node, options| fixture.sim.block_on(fixture.graph.reopen(node, options));
     let read_only = |is_on: bool| Options::new().with("read-only", is_on);
     reopen(&node, read_only(true)).unwrap();
     assert!(!node.is_writable());
@@ -356,9 +358,9 @@ fn a_node_takes_other_limits_and_modes_while_it_is_open() {
         || BackendOptions { name: "test".into(), writable: true, ..BackendOptions::default() };
     let disk = Backend::new(&node, writable()).unwrap();
     let fast = Options::from_json(json!({"limits": {"bps-total": 10_000}})).unwrap();
-    let times = house.sim.block_on(async {
+    let times = fixture.sim.block_on(async {
         write(&disk, 1100).await;
-        house.graph.reopen(&node, fast.clone()).await.unwrap();
+        fixture.graph.reopen(&node, fast.clone()).await.unwrap();
         [write(&disk, 2000).await, write(&disk, 1).await]
     });
     // The new buckets are empty.
@@ -366,6 +368,6 @@ fn a_node_takes_other_limits_and_modes_while_it_is_open() {
     let wrong = Options::from_json(json!({"limits": {"bps-read-max": 10}})).unwrap();
     assert_eq!(reopen(&node, wrong).unwrap_err().kind(), ErrorKind::InvalidInput);
     groups.create("g", RateLimits::default()).unwrap();
-    let member = self::disk(&house, "b", "g").node().unwrap();
+    let member = self::disk(&fixture, "b", "g").node().unwrap();
     assert_eq!(reopen(&member, fast).unwrap_err().kind(), ErrorKind::InvalidInput);
 }

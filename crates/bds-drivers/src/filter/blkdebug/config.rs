@@ -1,7 +1,8 @@
-//! Rules in a file: QEMU's `config` option.
+//! Parses a file of rules: QEMU's `config` option.
 //!
-//! Sections `[inject-error]` and `[set-state]`, one rule each, of lines `key = "value"`. Comments begin with `#`. A section
-//! becomes the same tree that the options of that name take, so both mean the same and fail the same.
+//! Sections `[inject-error]` and `[set-state]`, one rule each, of lines `key = "value"`. Comments begin with `#`. A
+//! section becomes the same tree as the option of that name, so both mean the same and fail the same. A file has at
+//! most 1 MiB.
 
 use std::path::Path;
 
@@ -9,7 +10,7 @@ use bds_core::{Error, ErrorKind, Result};
 use bds_io::{Buf, Fs, OpenOptions};
 use serde_json::{Map, Value};
 
-/// Longest file that is read.
+/// Longest file that is read, in bytes.
 const MAX_LEN: usize = 1 << 20;
 
 /// The rules of a file, by section.

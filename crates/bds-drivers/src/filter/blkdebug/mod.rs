@@ -1,13 +1,16 @@
-//! `blkdebug`: faults and odd limits on demand, between a node and whoever uses it.
+//! The `blkdebug` filter: injects errors and odd limits, for tests.
 //!
-//! Options are QEMU's (`image`, `config`, `inject-error`, `set-state`, `align`, `max-transfer`, …), except for suspended
-//! requests. Additions carry `x-`: `x-offset` (a byte instead of a sector) and `x-skip` (let the first
-//! matches pass).
+//! Options are QEMU's (`image`, `config`, `inject-error`, `set-state`, `align`, `max-transfer`, …), except for
+//! suspended requests. Additions carry `x-`: `x-offset` (bytes instead of sectors) and `x-skip` (number of matches that
+//! pass first). Limits are bytes: `align` and `opt-*` powers of two up to 1G, `max-*` multiples of them below 2G, 0 for
+//! no limit.
 //!
-//! A reopen exchanges rules (the state begins anew) and limits. What is taken from the child beyond what the parents do
-//! (`take-child-perms`) and kept from others (`unshare-child-perms`) is decided at open.
+//! Errors at open: `InvalidInput` for wrong rules, events or limits, `LimitExceeded` for a file of rules above 1 MiB.
 //!
-//! Invariant: a request that a rule fails reaches nothing below.
+//! A reopen replaces rules (the state starts anew) and limits. Permissions taken on the child in addition
+//! (`take-child-perms`) and unshared with others (`unshare-child-perms`) are fixed at open.
+//!
+//! Invariant: a request that a rule fails does not reach the child.
 
 mod config;
 mod rules;
@@ -27,7 +30,7 @@ use bds_core::{Error, ErrorKind, Result};
 use bds_io::{Fs, IoVec};
 use serde_json::Value;
 
-use super::plain::{self, filter_type, pass_on};
+use super::pass_through::{self, filter_type, pass_on};
 use config::FileRules;
 use rules::{Kind, Rules};
 
@@ -41,43 +44,63 @@ const fn spec(name: &'static str, kind: OptionKind, help: &'static str) -> Optio
 
 const OPEN_OPTIONS: &[OptionSpec] = &[
     spec("image", OptionKind::Child, "the node to pass requests to"),
-    spec("config", OptionKind::String, "file of further rules"),
+    spec("config", OptionKind::String, "file of further rules, at most 1 MiB"),
     spec("inject-error", OptionKind::String, "list of rules that fail requests"),
     spec("set-state", OptionKind::String, "list of rules that move the state on events"),
-    spec("align", OptionKind::Size, "required alignment in bytes"),
-    spec("max-transfer", OptionKind::Size, "longest data request in bytes"),
-    spec("opt-write-zero", OptionKind::Size, "best alignment of zero writes in bytes"),
-    spec("max-write-zero", OptionKind::Size, "longest zero write in bytes"),
-    spec("opt-discard", OptionKind::Size, "alignment of discards in bytes"),
-    spec("max-discard", OptionKind::Size, "longest discard in bytes"),
-    spec("take-child-perms", OptionKind::String, "permissions to take on the image in any case"),
-    spec("unshare-child-perms", OptionKind::String, "permissions to keep from others in any case"),
+    spec("align", OptionKind::Size, "required alignment in bytes, a power of two up to 1G"),
+    spec(
+        "max-transfer",
+        OptionKind::Size,
+        "longest data request in bytes, a multiple of align below 2G",
+    ),
+    spec(
+        "opt-write-zero",
+        OptionKind::Size,
+        "best alignment of zero writes in bytes, a power of two up to 1G",
+    ),
+    spec(
+        "max-write-zero",
+        OptionKind::Size,
+        "longest zero write in bytes, a multiple of opt-write-zero below 2G",
+    ),
+    spec(
+        "opt-discard",
+        OptionKind::Size,
+        "alignment of discards in bytes, a power of two up to 1G",
+    ),
+    spec(
+        "max-discard",
+        OptionKind::Size,
+        "longest discard in bytes, a multiple of opt-discard below 2G",
+    ),
+    spec("take-child-perms", OptionKind::String, "permissions to take on the image in addition"),
+    spec("unshare-child-perms", OptionKind::String, "permissions to unshare in addition"),
 ];
 
 struct DebugNode {
     node_name: String,
     image: Child,
     rules: Mutex<Rules>,
-    /// Without rules the lock is never taken. Changes with nobody inside.
+    /// Without rules the lock is never taken. Changes while no request is in flight.
     has_rules: AtomicBool,
-    asked: Mutex<Asked>,
-    /// Taken on the child in any case, and kept from others.
+    settings: Mutex<Settings>,
+    /// Permissions taken on the child in addition, and unshared.
     taken: Perm,
     unshared: Perm,
 }
 
 /// The options that may change while the node is open.
 #[derive(Clone, Debug, Default)]
-struct Asked {
-    /// What the file of rules held when it was named.
+struct Settings {
+    /// Content of the file of rules when the option was given.
     file: FileRules,
     inject: Option<Value>,
     set_state: Option<Value>,
-    odd: OddLimits,
+    odd: LimitOverrides,
 }
 
-impl Asked {
-    /// What is not given stays.
+impl Settings {
+    /// Takes options; an option that is missing keeps its value.
     async fn take(self, fs: &Fs, options: &mut Options) -> Result<Self> {
         let file = match options.take_str("config")? {
             Some(path) => FileRules::read(fs, &path).await?,
@@ -98,17 +121,17 @@ impl Asked {
     }
 }
 
-/// Other rules and limits.
+/// A prepared reopen: other rules and limits.
 struct Prepared<'a> {
     node: &'a DebugNode,
-    asked: Asked,
+    settings: Settings,
     rules: Option<Rules>,
 }
 
 impl Reopen for Prepared<'_> {
     fn commit(self: Box<Self>) {
-        let Self { node, asked, rules } = *self;
-        *node.asked() = asked;
+        let Self { node, settings, rules } = *self;
+        *node.settings() = settings;
         if let Some(rules) = rules {
             node.has_rules.store(!rules.is_empty(), Ordering::Release);
             *node.rules() = rules;
@@ -116,13 +139,13 @@ impl Reopen for Prepared<'_> {
     }
 
     fn request_alignment(&self) -> Option<u32> {
-        Some(self.asked.odd.align.max(1))
+        Some(self.settings.odd.align.max(1))
     }
 }
 
-/// Limits the user asked for; zero: as below.
+/// Limits from the options; zero: the child's.
 #[derive(Clone, Copy, Debug, Default)]
-struct OddLimits {
+struct LimitOverrides {
     align: u32,
     max_transfer: u64,
     zero_alignment: u32,
@@ -140,22 +163,22 @@ impl DebugNode {
         self.rules.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn asked(&self) -> MutexGuard<'_, Asked> {
-        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    fn settings(&self) -> MutexGuard<'_, Settings> {
+        self.settings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn prepare(&self, context: &mut ReopenContext<'_>) -> Result<Prepared<'_>> {
         let options = &mut context.options;
-        // Rules that stay go on in the state they are in.
+        // Rules that stay keep their state.
         let has_new =
             ["config", "inject-error", "set-state"].iter().any(|key| options.contains(key));
-        let asked = self.asked().clone();
-        let asked = asked.take(context.fs, options).await?;
-        let rules = if has_new { Some(asked.rules()?) } else { None };
-        Ok(Prepared { node: self, asked, rules })
+        let settings = self.settings().clone();
+        let settings = settings.take(context.fs, options).await?;
+        let rules = if has_new { Some(settings.rules()?) } else { None };
+        Ok(Prepared { node: self, settings, rules })
     }
 
-    /// Raises `events`, then asks the rules.
+    /// Raises `events`, then matches the rules.
     fn check(&self, kind: Kind, range: Range<u64>, events: &[&str]) -> Result<(), (Error, bool)> {
         if !self.has_rules() {
             return Ok(());
@@ -164,7 +187,7 @@ impl DebugNode {
         for event in events {
             rules.event(event);
         }
-        match rules.judge(kind, range.clone(), events) {
+        match rules.match_request(kind, range.clone(), events) {
             None => Ok(()),
             Some(fault) => {
                 let error = io::Error::from_raw_os_error(fault.errno);
@@ -175,7 +198,7 @@ impl DebugNode {
         }
     }
 
-    /// As `check`, for async callers: an error that is not immediate lets others run first.
+    /// As `check`, for async callers: an error that is not immediate yields first.
     async fn pass(&self, kind: Kind, offset: u64, len: u64, events: &[&str]) -> Result<()> {
         match self.check(kind, offset..offset.saturating_add(len), events) {
             Ok(()) => Ok(()),
@@ -198,7 +221,7 @@ impl Driver for DebugNode {
 
     fn limits(&self) -> Limits {
         let mut limits = Limits { request_alignment: 1, ..self.image.limits() };
-        let odd = self.asked().odd;
+        let odd = self.settings().odd;
         limits.request_alignment = odd.align.max(1);
         if odd.max_transfer != 0 {
             limits.max_transfer = odd.max_transfer;
@@ -219,7 +242,7 @@ impl Driver for DebugNode {
     }
 
     fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
-        // With rules a request is judged exactly once, on the slow path.
+        // With rules a request is matched exactly once, on the slow path.
         if self.has_rules() { None } else { self.image.try_read(offset, iov) }
     }
 
@@ -289,7 +312,7 @@ impl Driver for DebugNode {
     ) -> BoxFuture<'_, Result<StatusRun>> {
         Box::pin(async move {
             self.pass(Kind::Status, offset, len, &[]).await?;
-            Ok(plain::status(&self.image, self.len(), offset, len))
+            Ok(pass_through::status(&self.image, self.len(), offset, len))
         })
     }
 
@@ -326,8 +349,8 @@ filter_type!(Blkdebug, "blkdebug", "faults and limits on demand, for tests");
 impl Blkdebug {
     async fn open_node(&self, context: &mut OpenContext<'_>) -> Result<DebugNode> {
         let (fs, options) = (context.fs, &mut context.options);
-        let asked = Asked::default().take(fs, options).await?;
-        let rules = asked.rules()?;
+        let settings = Settings::default().take(fs, options).await?;
+        let rules = settings.rules()?;
         let taken = take_perms(options, "take-child-perms")?;
         let unshared = take_perms(options, "unshare-child-perms")?;
         let image = context.child("image", Role::FILTERED | Role::PRIMARY).await?;
@@ -336,14 +359,14 @@ impl Blkdebug {
             image,
             has_rules: AtomicBool::new(!rules.is_empty()),
             rules: Mutex::new(rules),
-            asked: Mutex::new(asked),
+            settings: Mutex::new(settings),
             taken,
             unshared,
         })
     }
 }
 
-/// A list of permissions, by QEMU's words.
+/// Takes a list of permissions, by QEMU's words.
 fn take_perms(options: &mut Options, key: &'static str) -> Result<Perm> {
     let words = match options.take(key) {
         None | Some(Value::Null) => return Ok(Perm::empty()),
@@ -366,8 +389,8 @@ fn take_perms(options: &mut Options, key: &'static str) -> Result<Perm> {
     Ok(perms)
 }
 
-impl OddLimits {
-    /// What is not given stays; all of it must fit together.
+impl LimitOverrides {
+    /// Takes options; an option that is missing keeps its value; all of them must fit together.
     fn take(self, options: &mut Options) -> Result<Self> {
         let align = take_unit(options, "align")?.unwrap_or(self.align);
         let unit = u64::from(align.max(1));
@@ -387,7 +410,7 @@ impl OddLimits {
     }
 }
 
-/// A power of two up to 1 GiB, as the corridor wants alignments.
+/// Takes a power of two up to 1 GiB, as the request path requires of alignments.
 fn take_unit(options: &mut Options, key: &'static str) -> Result<Option<u32>> {
     let Some(value) = options.take_size(key)? else { return Ok(None) };
     match u32::try_from(value) {
@@ -400,7 +423,7 @@ fn take_unit(options: &mut Options, key: &'static str) -> Result<Option<u32>> {
     }
 }
 
-/// A multiple of `unit`; 0: no limit.
+/// Takes a multiple of `unit`; 0: no limit.
 fn take_longest(options: &mut Options, key: &'static str, unit: u64, current: u64) -> Result<u64> {
     let value = options.take_size(key)?.unwrap_or(current);
     if value % unit == 0 && value < 1 << 31 {

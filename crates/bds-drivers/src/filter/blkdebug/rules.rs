@@ -1,7 +1,7 @@
-//! Which request fails, and how: rules as data and the state that events move.
+//! Error rules and the state that events move: decides which requests fail, and how.
 //!
-//! A rule matches by kind of request, byte range, event and state. It may fire once or always, at once or after its first
-//! `x-skip` matches. Pure: no I/O here, so every case is a table.
+//! A rule matches by kind of request, byte range, event and state. It fires once or always, at once or after its first
+//! `x-skip` matches. No I/O here, so every case is a table.
 
 use std::ops::Range;
 
@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::config::FileRules;
 
-/// What a request is to a rule.
+/// Kind of a request, as rules see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Read,
@@ -39,15 +39,15 @@ impl Kind {
     }
 }
 
-/// What this filter can see happening. QEMU's further events are raised inside its formats, where a filter below
+/// The events that this filter can see. QEMU's further events are raised inside its formats, where a filter below
 /// cannot see them.
 const EVENTS: [&str; 5] = ["none", "pwritev", "pwritev_zero", "flush_to_os", "flush_to_disk"];
 
-/// A failure that a rule orders.
+/// A failure that a rule demands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Fault {
     pub(super) errno: i32,
-    /// Fail before anything waits.
+    /// Fail before the first await.
     pub(super) is_immediate: bool,
 }
 
@@ -73,7 +73,7 @@ struct SetState {
     new_state: u64,
 }
 
-/// All rules of one filter and the state they are in.
+/// All rules of one filter and their state.
 #[derive(Clone, Debug)]
 pub(super) struct Rules {
     injects: Vec<Inject>,
@@ -82,7 +82,7 @@ pub(super) struct Rules {
 }
 
 impl Rules {
-    /// From the options `inject-error` and `set-state`.
+    /// Parses the options `inject-error` and `set-state`.
     pub(super) fn parse(inject: Option<Value>, set_state: Option<Value>) -> Result<Self> {
         let injects =
             list("inject-error", inject)?.into_iter().map(parse_inject).collect::<Result<_>>()?;
@@ -93,7 +93,7 @@ impl Rules {
         Ok(Self { injects, set_states, state: 1 })
     }
 
-    /// Further rules, from a file.
+    /// Adds the rules of a file.
     pub(super) fn add(&mut self, file: &FileRules) -> Result<()> {
         let list = |rules: &[Value]| Some(Value::Array(rules.to_vec()));
         let more = Self::parse(list(&file.inject), list(&file.set_state))?;
@@ -102,15 +102,15 @@ impl Rules {
         Ok(())
     }
 
-    /// Nothing can ever fire.
+    /// True if nothing can ever fire.
     pub(super) fn is_empty(&self) -> bool {
         self.injects.is_empty()
     }
 
-    /// An event happened: the state may change.
+    /// Raises an event: the state may change.
     pub(super) fn event(&mut self, name: &str) {
         let Some(event) = EVENTS.iter().position(|e| *e == name) else { return };
-        // All rules look at the state before the event, so their order does not matter.
+        // All rules match the state before the event, so their order does not matter.
         let before = self.state;
         for rule in &self.set_states {
             if rule.event == event && (rule.state == 0 || rule.state == before) {
@@ -119,8 +119,8 @@ impl Rules {
         }
     }
 
-    /// Must this request fail? `events` are those it raises itself.
-    pub(super) fn judge(
+    /// Returns the failure if this request must fail. `events` are those that it raises itself.
+    pub(super) fn match_request(
         &mut self,
         kind: Kind,
         range: Range<u64>,
@@ -145,7 +145,7 @@ impl Rules {
     }
 }
 
-/// A list of trees; from `key=value` options it comes as an object with the keys "0", "1", ….
+/// Parses a list of trees; from `key=value` options it comes as an object with the keys "0", "1", ….
 fn list(name: &'static str, value: Option<Value>) -> Result<Vec<Options>> {
     let items = match value {
         None | Some(Value::Null) => Vec::new(),
@@ -176,7 +176,7 @@ fn parse_event(options: &mut Options) -> Result<usize> {
 fn parse_inject(mut options: Options) -> Result<Inject> {
     let event = parse_event(&mut options)?;
     let kinds = match options.take_str("iotype")? {
-        // QEMU's default leaves status questions alone.
+        // By default status queries do not fail, as in QEMU.
         None => [Kind::Read, Kind::Write, Kind::Zero, Kind::Discard, Kind::Flush]
             .into_iter()
             .fold(0, |mask, kind| mask | kind.bit()),
@@ -217,7 +217,7 @@ fn parse_inject(mut options: Options) -> Result<Inject> {
     Ok(rule)
 }
 
-/// A number, or -1 for anywhere.
+/// Takes a number, or -1 for anywhere.
 fn take_place(options: &mut Options, key: &'static str) -> Result<Option<u64>> {
     let is_anywhere = match options.peek(key) {
         Some(Value::Number(n)) => n.as_i64() == Some(-1),
@@ -252,7 +252,7 @@ mod tests {
     }
 
     fn errno(rules: &mut Rules, kind: Kind, range: Range<u64>) -> Option<i32> {
-        rules.judge(kind, range, &[]).map(|f| f.errno)
+        rules.match_request(kind, range, &[]).map(|f| f.errno)
     }
 
     #[test]

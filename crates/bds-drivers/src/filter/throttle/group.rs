@@ -1,17 +1,17 @@
-//! One group: buckets that its members share, and who waits for them.
+//! A throttle group: leaky buckets that its members share, and the queues of requests that wait for them.
 //!
-//! Per direction each member has a line, first come first served; the members' heads take turns, and where both directions
-//! want the same bucket, so do the directions. Whoever is due is *granted* its turn: it leaves the line and its cost is
-//! poured at that moment.
+//! Each member has one FIFO queue a direction. The members' heads are granted round robin, and where both directions
+//! use the same bucket, so are the directions. A *granted* request leaves its queue, and its cost is added to the
+//! buckets at that moment.
 //!
-//! There is no timer of the group that somebody could take away with him. Every request that waits has an alarm of its own, set
-//! to no later than it can be due, and whoever's alarm rings grants all turns that are due, not only its own. So a
-//! request that is never polled again, is dropped or forgotten, or belongs to a node that goes, holds up nobody.
+//! The group has no timer that could go away with a member. Every waiting request has an alarm of its own, set to no
+//! later than it can be due, and every alarm grants all requests that are due. So a request that is never polled again,
+//! is dropped or forgotten, or belongs to a node that is closed, blocks no other.
 //!
-//! When a turn can come earlier than its alarm says (the one in front is gone, other limits), the waiter is woken and
-//! sets its alarm again. Heads always are, so in the usual case each request waits for one alarm and polls twice.
+//! If a request can be due earlier than its alarm (the one in front is gone, other limits), it is woken and sets its
+//! alarm again. Heads always are, so usually each request waits for one alarm and polls twice.
 //!
-//! The group's lock is held for bookkeeping only; nobody is woken and nothing is awaited under it.
+//! The group's lock is held for bookkeeping only; nothing is woken or awaited under it.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -36,49 +36,49 @@ pub(super) struct Group {
 
 struct State {
     limiter: Limiter,
-    /// By number, in the order in which they came.
+    /// By number, in the order of joining.
     members: BTreeMap<u64, MemberState>,
     next_number: u64,
-    reads: Side,
-    writes: Side,
+    reads: DirectionTotals,
+    writes: DirectionTotals,
     last_direction: Direction,
 }
 
-/// What all members together have to do with one direction.
+/// Totals of all members for one direction.
 #[derive(Default)]
-struct Side {
+struct DirectionTotals {
     waiting: usize,
-    /// Whose turn was the last one.
+    /// The member that was granted last.
     last_member: u64,
 }
 
 struct MemberState {
     node_name: String,
     is_drained: bool,
-    reads: Line,
-    writes: Line,
+    reads: Queue,
+    writes: Queue,
 }
 
-/// Requests of one member and direction.
+/// Waiting requests of one member and direction, oldest first.
 #[derive(Default)]
-struct Line {
-    turns: VecDeque<Arc<Turn>>,
-    /// What those in it cost together.
+struct Queue {
+    waiters: VecDeque<Arc<Waiter>>,
+    /// Total cost of the queue.
     cost: Cost,
 }
 
-/// A request that waits.
-struct Turn {
+/// A waiting request.
+struct Waiter {
     cost: Cost,
     is_granted: AtomicBool,
     woken: Notify,
 }
 
-/// Who is to be woken once the lock is released.
-type Wakes = Vec<Arc<Turn>>;
+/// Requests to wake once the lock is released.
+type ToWake = Vec<Arc<Waiter>>;
 
-fn wake(wakes: Wakes) {
-    wakes.iter().for_each(|turn| turn.woken.notify_one());
+fn wake(to_wake: ToWake) {
+    to_wake.iter().for_each(|waiter| waiter.woken.notify_one());
 }
 
 impl fmt::Debug for Group {
@@ -93,14 +93,14 @@ impl Group {
             limiter: Limiter::new(limits)?,
             members: BTreeMap::new(),
             next_number: 0,
-            reads: Side::default(),
-            writes: Side::default(),
+            reads: DirectionTotals::default(),
+            writes: DirectionTotals::default(),
             last_direction: Direction::Write,
         };
         Ok(Arc::new(Self { name: name.to_owned(), state: Mutex::new(state) }))
     }
 
-    /// A place for a node.
+    /// Adds a node to the group.
     pub(super) fn join(self: &Arc<Self>, node_name: &str) -> Member {
         let mut state = self.lock();
         let number = state.next_number;
@@ -110,8 +110,8 @@ impl Group {
             MemberState {
                 node_name: node_name.to_owned(),
                 is_drained: false,
-                reads: Line::default(),
-                writes: Line::default(),
+                reads: Queue::default(),
+                writes: Queue::default(),
             },
         );
         Member { group: Arc::clone(self), number }
@@ -131,9 +131,9 @@ impl Group {
         let mut state = self.lock();
         state.limiter = limiter;
         let all = state.members.values().flat_map(|member| [&member.reads, &member.writes]);
-        let wakes = all.flat_map(|line| line.turns.iter().cloned()).collect();
+        let to_wake = all.flat_map(|queue| queue.waiters.iter().cloned()).collect();
         drop(state);
-        wake(wakes);
+        wake(to_wake);
         Ok(())
     }
 
@@ -143,7 +143,7 @@ impl Group {
 }
 
 impl MemberState {
-    fn line(&mut self, direction: Direction) -> &mut Line {
+    fn queue(&mut self, direction: Direction) -> &mut Queue {
         match direction {
             Direction::Read => &mut self.reads,
             Direction::Write => &mut self.writes,
@@ -152,95 +152,98 @@ impl MemberState {
 }
 
 impl State {
-    fn side(&mut self, direction: Direction) -> &mut Side {
+    fn totals(&mut self, direction: Direction) -> &mut DirectionTotals {
         match direction {
             Direction::Read => &mut self.reads,
             Direction::Write => &mut self.writes,
         }
     }
 
-    fn line(&mut self, member: u64, direction: Direction) -> Option<&mut Line> {
-        self.members.get_mut(&member).map(|member| member.line(direction))
+    fn queue(&mut self, member: u64, direction: Direction) -> Option<&mut Queue> {
+        self.members.get_mut(&member).map(|member| member.queue(direction))
     }
 
     fn is_drained(&self, member: u64) -> bool {
         self.members.get(&member).is_some_and(|member| member.is_drained)
     }
 
-    /// Nobody waits, and a request of this direction may go now.
+    /// True if no request waits and one of this direction may go now.
     fn is_free(&mut self, now: Duration, direction: Direction) -> bool {
         self.reads.waiting + self.writes.waiting == 0 && self.limiter.wait(now, direction).is_zero()
     }
 
-    /// Grants all turns that are due.
-    fn grant_due(&mut self, now: Duration) -> Wakes {
-        let mut wakes = Vec::new();
+    /// Grants all requests that are due.
+    fn grant_due(&mut self, now: Duration) -> ToWake {
+        let mut to_wake = Vec::new();
         while let Some((direction, member)) = self.next_due(now) {
-            let Some(line) = self.line(member, direction) else { break };
-            let Some(turn) = line.turns.pop_front() else { break };
-            line.cost = line.cost.minus(turn.cost);
-            // The next one's alarm was set when somebody else stood in front.
-            wakes.extend(line.turns.front().cloned());
-            self.limiter.take(now, direction, turn.cost);
-            turn.is_granted.store(true, Ordering::Release);
-            wakes.push(turn);
-            let side = self.side(direction);
-            side.waiting -= 1;
-            side.last_member = member;
+            let Some(queue) = self.queue(member, direction) else { break };
+            let Some(waiter) = queue.waiters.pop_front() else { break };
+            queue.cost = queue.cost.minus(waiter.cost);
+            // The alarm of the next one was set while another stood in front.
+            to_wake.extend(queue.waiters.front().cloned());
+            self.limiter.take(now, direction, waiter.cost);
+            waiter.is_granted.store(true, Ordering::Release);
+            to_wake.push(waiter);
+            let totals = self.totals(direction);
+            totals.waiting -= 1;
+            totals.last_member = member;
             self.last_direction = direction;
         }
-        wakes
+        to_wake
     }
 
-    /// Whose turn it is, if anybody's: the other direction than last time first.
+    /// The next request to grant, if one is due: the other direction than last time first.
     fn next_due(&mut self, now: Duration) -> Option<(Direction, u64)> {
         let order = match self.last_direction {
             Direction::Read => [Direction::Write, Direction::Read],
             Direction::Write => [Direction::Read, Direction::Write],
         };
         let direction = order.into_iter().find(|direction| {
-            self.side(*direction).waiting > 0 && self.limiter.wait(now, *direction).is_zero()
+            self.totals(*direction).waiting > 0 && self.limiter.wait(now, *direction).is_zero()
         })?;
         Some((direction, self.next_member(direction)?))
     }
 
-    /// The first member behind the last one that has somebody waiting.
+    /// The first member behind the last one that has a request waiting.
     fn next_member(&mut self, direction: Direction) -> Option<u64> {
-        let last = self.side(direction).last_member;
+        let last = self.totals(direction).last_member;
         let behind = (Bound::Excluded(last), Bound::Unbounded);
         let mut waiting = |range: (Bound<u64>, Bound<u64>)| {
             let mut members = self.members.range_mut(range);
             members.find_map(|(number, member)| {
-                (!member.line(direction).turns.is_empty()).then_some(*number)
+                (!member.queue(direction).waiters.is_empty()).then_some(*number)
             })
         };
         waiting(behind).or_else(|| waiting((Bound::Unbounded, Bound::Included(last))))
     }
 
-    /// The first of each line, to set their alarms again.
-    fn heads(&self) -> Wakes {
-        let lines = self.members.values().flat_map(|member| [&member.reads, &member.writes]);
-        lines.filter_map(|line| line.turns.front().cloned()).collect()
+    /// The head of each queue, to set its alarm again.
+    fn heads(&self) -> ToWake {
+        let queues = self.members.values().flat_map(|member| [&member.reads, &member.writes]);
+        queues.filter_map(|queue| queue.waiters.front().cloned()).collect()
     }
 
-    /// Lets all of a member go.
-    fn release(&mut self, member: u64) -> Wakes {
-        let mut wakes = Vec::new();
+    /// Grants all requests of a member.
+    fn release(&mut self, member: u64) -> ToWake {
+        let mut to_wake = Vec::new();
         for direction in [Direction::Read, Direction::Write] {
-            let Some(line) = self.line(member, direction) else { continue };
-            let line = std::mem::take(line);
-            self.side(direction).waiting -= line.turns.len();
-            // No moment is told: this may be called from outside of the world whose clock counts. What is poured
-            // leaks from the next request on.
-            self.limiter.take(Duration::ZERO, direction, line.cost);
-            line.turns.iter().for_each(|turn| turn.is_granted.store(true, Ordering::Release));
-            wakes.extend(line.turns);
+            let Some(queue) = self.queue(member, direction) else { continue };
+            let queue = std::mem::take(queue);
+            self.totals(direction).waiting -= queue.waiters.len();
+            // No time is given: this may be called from outside of the Context whose clock counts. The cost leaks from
+            // the next request on.
+            self.limiter.take(Duration::ZERO, direction, queue.cost);
+            queue
+                .waiters
+                .iter()
+                .for_each(|waiter| waiter.is_granted.store(true, Ordering::Release));
+            to_wake.extend(queue.waiters);
         }
-        wakes
+        to_wake
     }
 }
 
-/// A node's place in a group; dropping it leaves the group. Requests borrow it, so none of them outlives it.
+/// Membership of a node in a group; dropping it leaves the group. Requests borrow it, so none of them outlives it.
 pub(super) struct Member {
     group: Arc<Group>,
     number: u64,
@@ -249,24 +252,24 @@ pub(super) struct Member {
 impl Drop for Member {
     fn drop(&mut self) {
         let mut state = self.group.lock();
-        // Only requests that were forgotten can still stand in its lines.
+        // Only requests that were forgotten can still be in its queues.
         if let Some(member) = state.members.remove(&self.number) {
-            state.reads.waiting -= member.reads.turns.len();
-            state.writes.waiting -= member.writes.turns.len();
+            state.reads.waiting -= member.reads.waiters.len();
+            state.writes.waiting -= member.writes.waiters.len();
         }
     }
 }
 
 impl Member {
-    /// Waits for the turn of a request of `len` bytes. Dropped while it waits: it leaves the line and costs nothing.
-    pub(super) async fn pass(&self, direction: Direction, len: u64) {
-        if let Some(waiting) = self.stand_in_line(direction, len) {
+    /// Waits until a request of `len` bytes is granted. Dropped while it waits, it leaves the queue and costs nothing.
+    pub(super) async fn acquire(&self, direction: Direction, len: u64) {
+        if let Some(waiting) = self.enqueue(direction, len) {
             waiting.wait().await;
         }
     }
 
-    /// The turn, if it comes at once. Unless [used up](Pass::use_up), it is given back.
-    pub(super) fn try_pass(&self, direction: Direction, len: u64) -> Option<Pass<'_>> {
+    /// Grants a request if it need not wait. Unless [consumed](Grant::consume), its cost is refunded.
+    pub(super) fn try_acquire(&self, direction: Direction, len: u64) -> Option<Grant<'_>> {
         let mut state = self.group.lock();
         let cost = state.limiter.limits().cost(len);
         let now = bds_io::now();
@@ -275,23 +278,23 @@ impl Member {
             return None;
         }
         state.limiter.take(now, direction, cost);
-        Some(Pass { group: &self.group, direction, cost, is_used: false })
+        Some(Grant { group: &self.group, direction, cost, is_consumed: false })
     }
 
-    /// Other limits for the whole group; checked before.
+    /// Sets the limits of the whole group; the caller has checked them.
     pub(super) fn set_limits(&self, limits: RateLimits) {
         self.group.set_limits(limits).expect("the limits were checked when they were parsed");
     }
 
-    /// From now on nobody of this member waits.
+    /// From now on no request of this member waits.
     pub(super) fn drain_begin(&self) {
         let mut state = self.group.lock();
         if let Some(member) = state.members.get_mut(&self.number) {
             member.is_drained = true;
         }
-        let wakes = state.release(self.number);
+        let to_wake = state.release(self.number);
         drop(state);
-        wake(wakes);
+        wake(to_wake);
     }
 
     /// The limits hold again.
@@ -301,8 +304,8 @@ impl Member {
         }
     }
 
-    /// `None`: it may go.
-    pub(super) fn stand_in_line(&self, direction: Direction, len: u64) -> Option<Waiting<'_>> {
+    /// Queues a request; `None` if it may go at once.
+    pub(super) fn enqueue(&self, direction: Direction, len: u64) -> Option<QueuedRequest<'_>> {
         let mut state = self.group.lock();
         let now = bds_io::now();
         let cost = state.limiter.limits().cost(len);
@@ -310,98 +313,98 @@ impl Member {
             state.limiter.take(now, direction, cost);
             return None;
         }
-        let turn =
-            Arc::new(Turn { cost, is_granted: AtomicBool::new(false), woken: Notify::new() });
-        let line = state.line(self.number, direction)?;
-        line.turns.push_back(Arc::clone(&turn));
-        line.cost = line.cost.plus(cost);
-        state.side(direction).waiting += 1;
-        Some(Waiting { member: self, direction, turn })
+        let waiter =
+            Arc::new(Waiter { cost, is_granted: AtomicBool::new(false), woken: Notify::new() });
+        let queue = state.queue(self.number, direction)?;
+        queue.waiters.push_back(Arc::clone(&waiter));
+        queue.cost = queue.cost.plus(cost);
+        state.totals(direction).waiting += 1;
+        Some(QueuedRequest { member: self, direction, waiter })
     }
 }
 
-/// A turn that came at once.
-pub(super) struct Pass<'a> {
+/// A request that was granted at once.
+pub(super) struct Grant<'a> {
     group: &'a Group,
     direction: Direction,
     cost: Cost,
-    is_used: bool,
+    is_consumed: bool,
 }
 
-impl Pass<'_> {
-    /// The request was done.
-    pub(super) fn use_up(mut self) {
-        self.is_used = true;
+impl Grant<'_> {
+    /// The request was done, so it costs.
+    pub(super) fn consume(mut self) {
+        self.is_consumed = true;
     }
 }
 
-impl Drop for Pass<'_> {
+impl Drop for Grant<'_> {
     fn drop(&mut self) {
-        if self.is_used {
+        if self.is_consumed {
             return;
         }
         let mut state = self.group.lock();
         state.limiter.refund(self.direction, self.cost);
-        // Who came meanwhile has set his alarm by a level that never was.
-        let wakes = state.heads();
+        // Requests that queued meanwhile have set their alarms by a level that is gone.
+        let to_wake = state.heads();
         drop(state);
-        wake(wakes);
+        wake(to_wake);
     }
 }
 
-/// A request in line. Dropping it leaves the line.
-pub(super) struct Waiting<'a> {
+/// A request in its queue. Dropping it leaves the queue.
+pub(super) struct QueuedRequest<'a> {
     member: &'a Member,
     direction: Direction,
-    turn: Arc<Turn>,
+    waiter: Arc<Waiter>,
 }
 
-impl Waiting<'_> {
+impl QueuedRequest<'_> {
     pub(super) async fn wait(self) {
-        while let Some(alarm) = self.look() {
-            // A wake-up that came since is kept by `woken`.
-            let woken = pin!(self.turn.woken.notified());
+        while let Some(alarm) = self.grant_and_next_alarm() {
+            // A wake-up since the lock was released is kept by `woken`.
+            let woken = pin!(self.waiter.woken.notified());
             let rung = pin!(bds_io::sleep(alarm));
             select(woken, rung).await;
         }
     }
 
-    /// Grants what is due. How long at most until this turn can be due; `None`: it was granted.
-    fn look(&self) -> Option<Duration> {
+    /// Grants what is due. Returns the longest time until this request can be due; `None`: it was granted.
+    fn grant_and_next_alarm(&self) -> Option<Duration> {
         let now = bds_io::now();
         let mut state = self.member.group.lock();
-        let wakes = state.grant_due(now);
+        let to_wake = state.grant_due(now);
         let alarm = self.alarm(&mut state, now);
         drop(state);
-        wake(wakes);
+        wake(to_wake);
         alarm
     }
 
     fn alarm(&self, state: &mut State, now: Duration) -> Option<Duration> {
-        if self.turn.is_granted.load(Ordering::Acquire) {
+        if self.waiter.is_granted.load(Ordering::Acquire) {
             return None;
         }
-        let turns = state.line(self.member.number, self.direction).map(|line| &line.turns);
-        let in_front = turns.into_iter().flatten().take_while(|t| !Arc::ptr_eq(t, &self.turn));
-        let ahead = in_front.fold(Cost::default(), |sum, turn| sum.plus(turn.cost));
+        let waiters = state.queue(self.member.number, self.direction).map(|queue| &queue.waiters);
+        let in_front = waiters.into_iter().flatten().take_while(|t| !Arc::ptr_eq(t, &self.waiter));
+        let ahead = in_front.fold(Cost::default(), |sum, waiter| sum.plus(waiter.cost));
         Some(state.limiter.wait_behind(now, self.direction, ahead))
     }
 }
 
-impl Drop for Waiting<'_> {
+impl Drop for QueuedRequest<'_> {
     fn drop(&mut self) {
         let mut state = self.member.group.lock();
-        if self.turn.is_granted.load(Ordering::Acquire) {
+        if self.waiter.is_granted.load(Ordering::Acquire) {
             return;
         }
         let mut next = None;
-        if let Some(line) = state.line(self.member.number, self.direction)
-            && let Some(place) = line.turns.iter().position(|t| Arc::ptr_eq(t, &self.turn))
+        if let Some(queue) = state.queue(self.member.number, self.direction)
+            && let Some(place) = queue.waiters.iter().position(|t| Arc::ptr_eq(t, &self.waiter))
         {
-            line.turns.remove(place);
-            line.cost = line.cost.minus(self.turn.cost);
-            next = line.turns.get(place).filter(|_| place == 0).cloned();
-            state.side(self.direction).waiting -= 1;
+            queue.waiters.remove(place);
+            queue.cost = queue.cost.minus(self.waiter.cost);
+            next = queue.waiters.get(place).filter(|_| place == 0).cloned();
+            state.totals(self.direction).waiting -= 1;
         }
         drop(state);
         wake(next.into_iter().collect());

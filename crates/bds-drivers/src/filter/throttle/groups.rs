@@ -1,4 +1,4 @@
-//! The groups a program has made, by name.
+//! Registry of throttle groups by name.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,14 +8,14 @@ use bds_core::{Error, ErrorKind, Result};
 
 use super::group::{Group, Member};
 
-/// A group as [`ThrottleGroups::list`] tells of it.
+/// Description of a group, as [`ThrottleGroups::list`] returns it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GroupInfo {
-    /// Its name.
+    /// Name of the group.
     pub name: String,
-    /// What it keeps now.
+    /// Its current limits.
     pub limits: RateLimits,
-    /// The names of the nodes in it, in the order in which they came.
+    /// Names of the member nodes, in the order of joining.
     pub members: Vec<String>,
 }
 
@@ -23,17 +23,17 @@ pub struct GroupInfo {
 /// never wait.
 #[derive(Clone, Debug, Default)]
 pub struct ThrottleGroups(
-    // Taken before a group's own lock, so that nobody joins a group that is being removed.
+    // Locked before a group's own lock, so that no node joins a group that is being removed.
     Arc<Mutex<BTreeMap<String, Arc<Group>>>>,
 );
 
 impl ThrottleGroups {
-    /// No groups.
+    /// Makes an empty registry.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Makes a group.
+    /// Creates a group.
     ///
     /// # Errors
     /// `AlreadyExists`; `InvalidInput` if the name is empty or the limits contradict each other.
@@ -51,7 +51,7 @@ impl ThrottleGroups {
         Ok(())
     }
 
-    /// Gives a group other limits. Its buckets are empty then, and whoever waits looks again.
+    /// Replaces the limits of a group. Its buckets are empty then, and waiting requests are scheduled anew.
     ///
     /// # Errors
     /// `NotFound`; `InvalidInput` if the limits contradict each other. Nothing has changed then.
@@ -59,7 +59,7 @@ impl ThrottleGroups {
         self.find(name)?.set_limits(limits)
     }
 
-    /// Forgets a group.
+    /// Removes a group.
     ///
     /// # Errors
     /// `NotFound`; `InUse` while it has members, naming their nodes.
@@ -74,12 +74,12 @@ impl ThrottleGroups {
         Ok(())
     }
 
-    /// All groups, by name.
+    /// Lists all groups, sorted by name.
     pub fn list(&self) -> Vec<GroupInfo> {
         self.lock().values().map(|group| group.info()).collect()
     }
 
-    /// Lets a node join.
+    /// Adds a node to a group.
     pub(super) fn join(&self, name: &str, node_name: &str) -> Result<Member> {
         let groups = self.lock();
         Ok(groups.get(name).ok_or_else(|| not_found(name))?.join(node_name))

@@ -1,16 +1,20 @@
-//! `throttle`: requests wait until the rates of a group allow them.
+//! The `throttle` filter: delays requests until the rates of a group allow them.
 //!
 //! ```text
-//! groups  the groups a program has made, by name      limits  rates from options
-//! group   one group: buckets, members, who waits
+//! groups  registry of groups by name                  limits  rates from options
+//! group   one group: buckets, members, queues of waiting requests
 //! ```
 //!
-//! Options are QEMU's `file` and `throttle-group`; the group is made before, with [`ThrottleGroups::create`]. Instead of a group the
-//! node may have rates of its own (`limits.bps-total=1M`, …), which QEMU does not know.
+//! Options are QEMU's `file` and `throttle-group`; the group is created before, with [`ThrottleGroups::create`].
+//! Instead of a group the node may have rates of its own (`limits.bps-total=1M`, …), which QEMU does not support. Rates
+//! are bytes (`bps-*`) or operations (`iops-*`) a second, burst lengths are seconds.
 //!
-//! Reads count as reads; writes, compressed writes, zero writes and discards as writes. Flushes, status questions and
-//! changes of the length never wait. A request that was let go and then fails, or is given up, has used its turn.
-//! While the node is drained nobody waits.
+//! Errors at open: `NotFound` for an unknown group; `InvalidInput` for contradictory limits, or for both a group and
+//! limits.
+//!
+//! Reads count as reads; writes, compressed writes, zero writes and discards as writes. Flushes, status queries and
+//! changes of the length never wait. A request that was granted and then fails or is dropped has used its share. While
+//! the node is drained no request waits.
 
 mod group;
 mod groups;
@@ -28,7 +32,7 @@ use bds_core::rate::{Direction, RateLimits};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 
-use super::plain::{filter_type, pass_on};
+use super::pass_through::{filter_type, pass_on};
 use group::{Group, Member};
 
 pub use groups::{GroupInfo, ThrottleGroups};
@@ -41,12 +45,12 @@ pub struct Throttle {
 }
 
 impl Throttle {
-    /// The filter whose nodes join these groups.
+    /// Makes the filter whose nodes may join `groups`.
     pub fn new(groups: ThrottleGroups) -> Self {
         Self { groups }
     }
 
-    /// The groups its nodes may join.
+    /// The groups that its nodes may join.
     pub fn groups(&self) -> &ThrottleGroups {
         &self.groups
     }
@@ -54,13 +58,13 @@ impl Throttle {
 
 struct ThrottleNode {
     file: Child,
-    /// Leaves the group when the node goes.
+    /// Dropped with the node, which leaves the group.
     member: Member,
-    /// The group is this node's own.
+    /// The group belongs to this node alone.
     is_alone: bool,
 }
 
-/// Other limits for a node that has its own.
+/// A prepared reopen: new limits for a node with a group of its own.
 struct NewLimits<'n>(Option<(&'n Member, RateLimits)>);
 
 impl Reopen for NewLimits<'_> {
@@ -95,27 +99,27 @@ impl Driver for ThrottleNode {
         write_compressed, write_zeroes, discard, block_status, truncate, allocated_len);
 
     fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
-        let pass = self.member.try_pass(Direction::Read, iov.len() as u64)?;
+        let pass = self.member.try_acquire(Direction::Read, iov.len() as u64)?;
         let result = self.file.try_read(offset, iov)?;
-        pass.use_up();
+        pass.consume();
         Some(result)
     }
 
     fn try_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
-        let pass = self.member.try_pass(Direction::Write, iov.len() as u64)?;
+        let pass = self.member.try_acquire(Direction::Write, iov.len() as u64)?;
         let result = self.file.try_write(offset, iov)?;
-        pass.use_up();
+        pass.consume();
         Some(result)
     }
 
     fn pace(&self, len: u64) -> Option<BoxFuture<'_, ()>> {
-        let waiting = self.member.stand_in_line(Direction::Write, len)?;
+        let waiting = self.member.enqueue(Direction::Write, len)?;
         Some(Box::pin(waiting.wait()))
     }
 
     fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
-            self.member.pass(Direction::Read, iov.len() as u64).await;
+            self.member.acquire(Direction::Read, iov.len() as u64).await;
             self.file.read(offset, iov, flags).await
         })
     }
@@ -128,7 +132,7 @@ impl Driver for ThrottleNode {
         self.member.drain_end();
     }
 
-    /// Any mode will do. Limits of the node's own may be changed; another group needs another node.
+    /// Accepts any mode. Limits of the node's own may change; another group needs another node.
     fn prepare_reopen<'n, 'c>(
         &'n self,
         context: &'c mut ReopenContext<'_>,
@@ -152,7 +156,11 @@ const fn spec(name: &'static str, kind: OptionKind, help: &'static str) -> Optio
 const OPEN_OPTIONS: &[OptionSpec] = &[
     spec("file", OptionKind::Child, "the node to pass requests to"),
     spec("throttle-group", OptionKind::String, "name of the group whose rates hold"),
-    spec("limits.bps-total", OptionKind::Size, "bytes a second; also -max and -max-length"),
+    spec(
+        "limits.bps-total",
+        OptionKind::Size,
+        "bytes a second; also -max (bytes a second) and -max-length (seconds), as for all rates",
+    ),
     spec("limits.bps-read", OptionKind::Size, "bytes read a second"),
     spec("limits.bps-write", OptionKind::Size, "bytes written a second"),
     spec("limits.iops-total", OptionKind::Number, "operations a second"),
@@ -171,7 +179,7 @@ impl Throttle {
         Ok(ThrottleNode { file, member, is_alone })
     }
 
-    /// A place in the group that the options name, or in one of the node's own.
+    /// Joins the group that the options name, or a new one for this node alone.
     fn join(&self, options: &mut Options, node_name: &str) -> Result<Member> {
         let group = options.take_str("throttle-group")?;
         let limits = limits::take_limits(options)?;

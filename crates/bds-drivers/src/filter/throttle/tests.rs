@@ -1,4 +1,4 @@
-//! What only the graph asks of a throttle node (draining), and who goes on when others are gone.
+//! Tests of throttle nodes without a graph: drain, dropped and unpolled requests, new limits.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,17 +10,17 @@ use bds_io::{Buf, IoVec, Sim, SimConfig, Task, now, sleep, spawn};
 use futures_util::future::join_all;
 use serde_json::json;
 
-use super::super::harness;
+use super::super::test_node;
 use super::{Throttle, ThrottleGroups};
 
 const MB: usize = 1 << 20;
 
-/// A world in which nothing but waiting takes time.
-fn world(seed: u64) -> Sim {
+/// A simulated disk on which only waiting takes time.
+fn sim(seed: u64) -> Sim {
     Sim::new(seed, SimConfig { overtake_rate: 0.0, ..SimConfig::calm() })
 }
 
-/// 1 MiB a second, both ways together.
+/// 1 MiB a second, both directions together.
 fn group() -> ThrottleGroups {
     let groups = ThrottleGroups::new();
     let bps_total = Rate::per_second(MB as u64);
@@ -30,14 +30,14 @@ fn group() -> ThrottleGroups {
 
 async fn node(groups: &ThrottleGroups, name: &str) -> Arc<dyn Driver> {
     let throttle = Throttle::new(groups.clone());
-    harness::open(&throttle, name, json!({"throttle-group": "g"})).await.unwrap()
+    test_node::open(&throttle, name, json!({"throttle-group": "g"})).await.unwrap()
 }
 
-fn mega() -> IoVec {
+fn one_mib() -> IoVec {
     Buf::zeroed(MB, 1).iov()
 }
 
-/// Begins a write of 1 MiB; the task tells when it ended, in milliseconds.
+/// Starts a write of 1 MiB; the task returns when it completed, in milliseconds.
 fn write(node: &Arc<dyn Driver>) -> Task<u128> {
     let node = Arc::clone(node);
     spawn(async move {
@@ -46,10 +46,10 @@ fn write(node: &Arc<dyn Driver>) -> Task<u128> {
     })
 }
 
-/// As the corridor does it.
+/// Waits as the request path does.
 async fn paced_write(node: &dyn Driver) -> Result<()> {
     pace(node, MB as u64).await;
-    node.write(0, mega(), WriteFlags::empty()).await
+    node.write(0, one_mib(), WriteFlags::empty()).await
 }
 
 async fn pace(node: &dyn Driver, len: u64) {
@@ -58,31 +58,31 @@ async fn pace(node: &dyn Driver, len: u64) {
     }
 }
 
-/// Lets tasks come to rest.
-async fn settle() {
+/// Lets tasks run until they are idle.
+async fn run_until_idle() {
     sleep(Duration::from_nanos(1)).await;
 }
 
 #[test]
-fn draining_lets_everybody_of_this_node_go_and_nobody_else() {
+fn drain_releases_requests_of_this_node_only() {
     for seed in 0..20 {
-        world(seed).block_on(async {
+        sim(seed).block_on(async {
             let groups = group();
             let (a, b) = (node(&groups, "a").await, node(&groups, "b").await);
             let first = write(&a).await;
             let ours: Vec<_> = (0..5).map(|_| write(&a)).collect();
-            settle().await;
+            run_until_idle().await;
             let other = write(&b);
             sleep(Duration::from_millis(100)).await;
             a.drain_begin();
             let ended = join_all(ours).await;
             assert_eq!((first, ended), (0, vec![100; 5]), "seed {seed}");
-            // Whoever comes while it lasts does not wait either, whatever it is.
-            a.read(1 << 29, mega(), ReadFlags::empty()).await.unwrap();
-            a.try_write(0, &mega()).unwrap().unwrap();
+            // A request that comes meanwhile does not wait either, whatever its kind.
+            a.read(1 << 29, one_mib(), ReadFlags::empty()).await.unwrap();
+            a.try_write(0, &one_mib()).unwrap().unwrap();
             assert_eq!(now().as_millis(), 100);
             a.drain_end();
-            // Eight MiB went, of which 0.1 + 0.1 may: the rest has to leak for the next one.
+            // Eight MiB went, of which 0.1 + 0.1 may: the rest has to leak before the next one.
             assert_eq!(other.await, 7900, "seed {seed}");
             assert_eq!(write(&a).await, 8900, "seed {seed}");
         });
@@ -90,15 +90,15 @@ fn draining_lets_everybody_of_this_node_go_and_nobody_else() {
 }
 
 #[test]
-fn drained_twice_it_waits_in_between() {
-    world(1).block_on(async {
+fn limits_hold_between_two_drains() {
+    sim(1).block_on(async {
         let groups = group();
         let a = node(&groups, "a").await;
         a.drain_begin();
         a.drain_end();
         write(&a).await;
         let waits = write(&a);
-        settle().await;
+        run_until_idle().await;
         a.drain_begin();
         assert_eq!(waits.await, 0);
         a.drain_end();
@@ -106,21 +106,20 @@ fn drained_twice_it_waits_in_between() {
     });
 }
 
-/// Lifecycle 52: a member that had the group's timer went, and nobody woke the others.
-/// QEMU's 6fccbb475b: a member left its group while the group's timer was its own, and the others hung.
+/// QEMU's 6fccbb475b: a member left its group while it owned the group's timer, and the requests of the others hung.
 #[test]
 fn others_go_on_when_a_member_leaves() {
     for seed in 0..20 {
-        world(seed).block_on(async {
+        sim(seed).block_on(async {
             let groups = group();
             let (a, b) = (node(&groups, "a").await, node(&groups, "b").await);
             write(&a).await;
             let ours: Vec<_> = (0..3).map(|_| write(&a)).collect();
-            settle().await;
+            run_until_idle().await;
             let others: Vec<_> = (0..2).map(|_| write(&b)).collect();
             sleep(Duration::from_millis(500)).await;
             drop(ours);
-            settle().await;
+            run_until_idle().await;
             assert_eq!(Arc::strong_count(&a), 1);
             drop(a);
             assert_eq!(groups.list()[0].members, ["b"]);
@@ -133,11 +132,11 @@ fn others_go_on_when_a_member_leaves() {
     }
 }
 
-/// A future that is neither polled nor dropped keeps its place, gets its turn, and holds up nobody.
+/// A future that is neither polled nor dropped keeps its place in the queue, is granted, and blocks no other.
 #[test]
-fn nobody_waits_for_a_request_that_is_not_polled() {
+fn an_unpolled_request_blocks_no_other() {
     for seed in 0..20 {
-        world(seed).block_on(async {
+        sim(seed).block_on(async {
             let groups = group();
             let (a, b) = (node(&groups, "a").await, node(&groups, "b").await);
             write(&a).await;
@@ -147,7 +146,7 @@ fn nobody_waits_for_a_request_that_is_not_polled() {
             assert!(futures_util::poll!(behind.as_mut()).is_pending());
             let other = write(&b);
             behind.await.unwrap();
-            // All three have their turns, one a second, whoever is asked.
+            // All three are granted, one a second, whichever is polled.
             assert!([1900, 2900].contains(&now().as_millis()), "seed {seed}");
             assert!([900, 1900, 2900].contains(&other.await), "seed {seed}");
             idle.await.unwrap();
@@ -157,27 +156,27 @@ fn nobody_waits_for_a_request_that_is_not_polled() {
 }
 
 #[test]
-fn the_inline_way_goes_only_where_nobody_waits_and_pays_only_if_it_goes() {
-    world(1).block_on(async {
+fn inline_requests_need_an_empty_queue_and_cost_only_if_done() {
+    sim(1).block_on(async {
         let groups = group();
         let a = node(&groups, "a").await;
-        // Declined below: not paid for.
-        assert!(a.try_read(1 << 29, &mega()).is_none());
-        a.try_read(0, &mega()).unwrap().unwrap();
-        assert!(a.try_read(0, &mega()).is_none());
+        // Declined by the child: costs nothing.
+        assert!(a.try_read(1 << 29, &one_mib()).is_none());
+        a.try_read(0, &one_mib()).unwrap().unwrap();
+        assert!(a.try_read(0, &one_mib()).is_none());
         let waits = write(&a);
-        settle().await;
+        run_until_idle().await;
         assert!(a.try_read(0, &Buf::zeroed(1, 1).iov()).is_none());
         assert_eq!(waits.await, 900);
         sleep(Duration::from_secs(5)).await;
-        a.try_write(0, &mega()).unwrap().unwrap();
+        a.try_write(0, &one_mib()).unwrap().unwrap();
         assert_eq!(write(&a).await, 900 + 5000 + 900);
     });
 }
 
 #[test]
 fn zero_writes_discards_and_compressed_writes_are_writes() {
-    world(1).block_on(async {
+    sim(1).block_on(async {
         let groups = ThrottleGroups::new();
         let bps_write = Rate::per_second(MB as u64);
         groups.create("g", RateLimits { bps_write, ..RateLimits::default() }).unwrap();
@@ -189,11 +188,11 @@ fn zero_writes_discards_and_compressed_writes_are_writes() {
         let _done = a.discard(0, len).await.unwrap();
         assert_eq!(now().as_millis(), 900);
         pace(&*a, len).await;
-        a.write_compressed(0, mega()).await.unwrap();
+        a.write_compressed(0, one_mib()).await.unwrap();
         assert_eq!(now().as_millis(), 1900);
         write(&a).await;
-        // What writes nothing does not wait.
-        a.read(0, mega(), ReadFlags::empty()).await.unwrap();
+        // Operations that write nothing do not wait.
+        a.read(0, one_mib(), ReadFlags::empty()).await.unwrap();
         a.flush_to_disk().await.unwrap();
         a.block_status(0, len, Precision::Exact).await.unwrap();
         assert_eq!(now().as_millis(), 2900);
@@ -201,8 +200,8 @@ fn zero_writes_discards_and_compressed_writes_are_writes() {
 }
 
 #[test]
-fn new_limits_hold_for_those_who_wait() {
-    world(1).block_on(async {
+fn new_limits_apply_to_queued_requests() {
+    sim(1).block_on(async {
         let groups = group();
         let a = node(&groups, "a").await;
         write(&a).await;

@@ -1,8 +1,8 @@
-//! Claims a file for a new image, and empties it when everything else is known to be right.
+//! Claims a file for a new image, and empties it once everything else was checked.
 //!
-//! An existing file is opened without truncation and locked; its bytes stay until the claim's `empty` runs. A file that is
-//! not there is made, also at the far end of a symbolic link, as open(O_CREAT) does. A failed claim removes the file
-//! again, but only if it was made here; after that the owner of the claim does.
+//! An existing file is opened without truncation and locked; its bytes stay until the claim's `empty` runs. A missing
+//! file is created, also at the target of a symbolic link, as open(O_CREAT) does. A failed claim removes a file that it
+//! created; later that is the duty of the claim's owner.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use bds_io::{File, FileKind, Fs, OpenOptions};
 use super::lock::{LockMode, Locks, Permissions};
 use super::status::set_len;
 
-/// Fragmentation of a growing image is kept down by allocating in pieces of this size, where the file system can be told.
+/// Extent size hint: limits the fragmentation of a growing image, where the file system takes hints.
 const DEFAULT_EXTENT_SIZE_HINT: u32 = 1 << 20;
 
 pub(super) const CREATE_OPTIONS: &[OptionSpec] = &[
@@ -47,14 +47,14 @@ pub(super) const DEVICE_OPTIONS: &[OptionSpec] = &[OptionSpec {
     default: None,
 }];
 
-struct Wanted {
+struct CreateSettings {
     size: u64,
     prealloc: Prealloc,
     nocow: bool,
     extent_size_hint: u32,
 }
 
-fn parse(options: &mut Options) -> Result<Wanted> {
+fn parse(options: &mut Options) -> Result<CreateSettings> {
     let size = options.take_size("size")?.unwrap_or(0);
     let prealloc = match options.take_str("preallocation")? {
         None => Prealloc::Off,
@@ -77,7 +77,7 @@ fn parse(options: &mut Options) -> Result<Wanted> {
                 .field("extent_size_hint", bytes)
         })?,
     };
-    Ok(Wanted { size, prealloc, nocow, extent_size_hint })
+    Ok(CreateSettings { size, prealloc, nocow, extent_size_hint })
 }
 
 pub(super) fn claim(fs: &Fs, path: &Path, options: &mut Options) -> Result<ClaimedFile> {
@@ -96,7 +96,7 @@ pub(super) fn claim(fs: &Fs, path: &Path, options: &mut Options) -> Result<Claim
 fn claim_open(
     file: File,
     path: &Path,
-    wanted: Wanted,
+    wanted: CreateSettings,
     made_path: Option<PathBuf>,
 ) -> Result<ClaimedFile> {
     if file.kind() != FileKind::Regular {
@@ -116,7 +116,7 @@ fn claim_open(
     Ok(ClaimedFile { made_path, identity, max_len: None, empty })
 }
 
-/// Opens the file, or makes it; says under which name if it was not there before.
+/// Opens the file or creates it; returns the path if it was created.
 fn open_or_make(fs: &Fs, path: &Path) -> io::Result<(File, Option<PathBuf>)> {
     let existing = OpenOptions { write: true, ..OpenOptions::default() };
     let fresh = OpenOptions { create: true, exclusive: true, ..existing.clone() };
@@ -126,7 +126,7 @@ fn open_or_make(fs: &Fs, path: &Path) -> io::Result<(File, Option<PathBuf>)> {
         Err(e) => return Err(e),
     }
     match fs.open(path, &existing) {
-        // The name is there and the file is not: a link that leads nowhere yet. The kernel follows it, under its own rules.
+        // The name exists and the file does not: a dangling symbolic link. The kernel follows it, under its own rules.
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             let file = fs.open(path, &OpenOptions { create: true, ..existing })?;
             Ok((file, fs.canonicalize(path).ok()))
@@ -135,7 +135,7 @@ fn open_or_make(fs: &Fs, path: &Path) -> io::Result<(File, Option<PathBuf>)> {
     }
 }
 
-/// As one that writes all of the file and bears no other writer.
+/// Locks as a writer of the whole file that tolerates no other writer.
 fn lock(file: &File) -> Result<Locks> {
     let permissions = Permissions {
         used: Permissions::WRITE | Permissions::RESIZE,
@@ -145,14 +145,14 @@ fn lock(file: &File) -> Result<Locks> {
     Locks::take(file, permissions, LockMode::Auto)
 }
 
-async fn make_empty(file: &File, wanted: &Wanted) -> Result<()> {
+async fn make_empty(file: &File, wanted: &CreateSettings) -> Result<()> {
     file.set_len(0).await.map_err(|e| Error::io(e, "could not empty the file"))?;
     hint(file, wanted);
     set_len(file, 0, wanted.size, wanted.prealloc).await
 }
 
-/// Both are wishes: many file systems know neither.
-fn hint(file: &File, wanted: &Wanted) {
+/// Hints only: many file systems support neither.
+fn hint(file: &File, wanted: &CreateSettings) {
     if wanted.nocow
         && let Err(error) = file.set_no_cow()
     {
@@ -165,7 +165,7 @@ fn hint(file: &File, wanted: &Wanted) {
     }
 }
 
-/// A device is not made; it must be there, be one, and be large enough.
+/// A device is not created; it must exist, be a device, and be large enough.
 pub(super) fn claim_device(fs: &Fs, path: &Path, options: &mut Options) -> Result<ClaimedFile> {
     let size = options.take_size("size")?.unwrap_or(0);
     let writable = OpenOptions { write: true, ..OpenOptions::default() };
@@ -174,7 +174,7 @@ pub(super) fn claim_device(fs: &Fs, path: &Path, options: &mut Options) -> Resul
     if !matches!(file.kind(), FileKind::Block | FileKind::Char) {
         return Err(Error::new(ErrorKind::NotSupported, "is not a device").file(path));
     }
-    let len = file.len().map_err(|e| Error::io(e, "cannot ask for the length").file(path))?;
+    let len = file.len().map_err(|e| Error::io(e, "cannot query the length").file(path))?;
     if len < size {
         return Err(Error::new(ErrorKind::NoSpace, "the device is too small")
             .file(path)

@@ -1,7 +1,8 @@
-//! Moving bytes: reads that end at the end of the file, writes that go on until all is written, flush, copy offload.
+//! Transfers bytes: reads, complete writes, flush and copy offload.
 //!
-//! A read past the end yields zeros; where the file once reached and does not any more, it fails. A write is complete or an error; it is never short. With O_DIRECT a buffer
-//! that the device cannot take goes through an aligned copy, only that one.
+//! A read past the end yields zeros; where the file once reached and does not any more, it fails. A write is complete
+//! or an error, never short. With O_DIRECT a buffer that the device cannot take, and only that one, goes through an
+//! aligned copy.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -13,25 +14,24 @@ use bds_io::{Buf, IoVec};
 use super::{FileNode, Opened};
 
 impl FileNode {
-    /// Answers a read from the page cache, completely or not at all.
+    /// Serves a read from the page cache, completely or not at all.
     pub(super) fn quick_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
         let end = offset.checked_add(iov.len() as u64)?;
         if end > self.known_len.load(Ordering::Relaxed) {
             return None;
         }
-        match self.now().file.try_read(offset, iov)? {
+        match self.opened().file.try_read(offset, iov)? {
             Ok(read_len) if read_len == iov.len() => Some(Ok(())),
-            // The file is shorter than we knew; the slow path finds out.
+            // The file is shorter than the known length; the slow path handles that.
             Ok(_) => None,
             Err(e) => Some(Err(self.failed("cannot read", offset, e))),
         }
     }
 
-    /// Writes into the page cache, completely or not at all (as far as the caller needs to care: a short
-    /// write is done again from its start).
+    /// Writes into the page cache, completely or not at all (a short write is repeated from its start).
     pub(super) fn quick_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
         let end = offset.checked_add(iov.len() as u64)?;
-        match self.now().file.try_write(offset, iov)? {
+        match self.opened().file.try_write(offset, iov)? {
             Ok(written_len) if written_len == iov.len() => {
                 self.grown_to(end);
                 Some(Ok(()))
@@ -42,7 +42,7 @@ impl FileNode {
     }
 
     pub(super) async fn read_all(&self, offset: u64, iov: IoVec) -> Result<()> {
-        let now = self.now();
+        let now = self.opened();
         if now.needs_bounce(&iov) {
             let buf = Buf::zeroed(iov.len(), now.limits.memory_alignment as usize);
             self.read_fitting(&now, offset, &buf.iov()).await?;
@@ -54,7 +54,7 @@ impl FileNode {
 
     async fn read_fitting(&self, now: &Opened, offset: u64, iov: &IoVec) -> Result<()> {
         let total = iov.len();
-        // Before the read: a write that ends meanwhile may make the file longer.
+        // Before the read: a write that completes meanwhile may make the file longer.
         let known = self.known_len.load(Ordering::Relaxed);
         let mut done = 0;
         while done < total {
@@ -83,11 +83,12 @@ impl FileNode {
         Ok(())
     }
 
-    /// The file ended at `end`: fine if it was not `known` to reach further. One that others made shorter has lost something.
+    /// The file ended at `end`: fine if it was not `known` to reach further. A file that others made shorter has lost
+    /// data.
     fn check_end(&self, end: u64, known: u64) -> Result<()> {
         let actual = self.actual_len()?;
         self.grown_to(actual);
-        // We may have made it shorter ourselves meanwhile.
+        // It may have been shrunk through this node meanwhile.
         if end >= known.min(self.known_len.load(Ordering::Relaxed)) {
             return Ok(());
         }
@@ -97,7 +98,7 @@ impl FileNode {
         Err(Error::new(ErrorKind::Io, words).node(&self.node_name).file(&self.path).at(end))
     }
 
-    /// Where to go on after a short direct transfer: only whole blocks count, for offsets must stay aligned.
+    /// Where a short direct transfer continues: only whole blocks count, because offsets must stay aligned.
     fn last_block_begin(
         &self,
         now: &Opened,
@@ -126,7 +127,7 @@ impl FileNode {
         if fua {
             self.refuse_if_flush_broke()?;
         }
-        let now = self.now();
+        let now = self.opened();
         let iov = if now.needs_bounce(&iov) {
             let buf = Buf::zeroed(iov.len(), now.limits.memory_alignment as usize);
             buf.iov().copy_from_iov(0, &iov);
@@ -137,7 +138,7 @@ impl FileNode {
         if fua && !self.features.no_dsync.load(Ordering::Relaxed) {
             match self.write_fitting(&now, offset, &iov, true).await {
                 Ok(()) => return Ok(()),
-                Err(e) => self.judge_dsync_failure(&now, offset, &iov, e).await?,
+                Err(e) => self.handle_dsync_failure(&now, offset, &iov, e).await?,
             }
         } else {
             self.write_fitting(&now, offset, &iov, false)
@@ -147,10 +148,10 @@ impl FileNode {
         if fua { self.flush().await } else { Ok(()) }
     }
 
-    /// A durable write failed. If durable writes are not supported, or only the space was missing, a plain write tells;
-    /// `Ok` means it was done that way and a flush is owed. Else the failure was the kernel's report of a lost
-    /// page, which it makes only once: it must stick.
-    async fn judge_dsync_failure(
+    /// Handles a failed durable write. A plain write tells whether durable writes are unsupported or space was missing;
+    /// `Ok` means that it succeeded that way and a flush is owed. Any other failure is the kernel's one report of a
+    /// lost page and must stick.
+    async fn handle_dsync_failure(
         &self,
         now: &Opened,
         offset: u64,
@@ -162,7 +163,7 @@ impl FileNode {
                 self.write_fitting(now, offset, iov, false)
                     .await
                     .map_err(|e| self.failed("cannot write", offset, e))?;
-                // Only now is it known that the flag was to blame.
+                // Only now is it known that the flag was the cause.
                 self.features.no_dsync.store(true, Ordering::Relaxed);
                 Ok(())
             }
@@ -189,7 +190,7 @@ impl FileNode {
     ) -> io::Result<()> {
         let written = self.write_pieces(now, offset, iov, dsync).await;
         if written.is_err() {
-            // A part of it may be there, past what was the end: who asks must not be told that nothing is.
+            // Part of it may be in the file past the old end, so the known length must include it.
             if let Ok(len) = now.file.len() {
                 self.grown_to(len);
             }
@@ -237,7 +238,7 @@ impl FileNode {
     /// fdatasync. Fails for good once it failed on a buffered file.
     pub(super) async fn flush(&self) -> Result<()> {
         self.refuse_if_flush_broke()?;
-        let now = self.now();
+        let now = self.opened();
         match now.file.sync_data().await {
             Ok(()) => Ok(()),
             Err(e) => {
@@ -266,7 +267,8 @@ impl FileNode {
         }
     }
 
-    /// copy_file_range between two nodes. Declines where that cannot finish the range; what it copied by then is right.
+    /// Copies a range between two nodes with copy_file_range. Declines if that cannot finish the range; bytes copied
+    /// until then are right.
     pub(super) async fn copy_from(
         &self,
         source: &Self,
@@ -280,7 +282,7 @@ impl FileNode {
         if !is_inside || self.features.no_copy_range.load(Ordering::Relaxed) {
             return Ok(Attempt::Unsupported);
         }
-        let (now, from_now) = (self.now(), source.now());
+        let (now, from_now) = (self.opened(), source.opened());
         let mut done = 0;
         while done < len {
             let (from, to) = (source_offset + done, offset + done);
@@ -293,7 +295,7 @@ impl FileNode {
                         self.features.no_copy_range.store(true, Ordering::Relaxed);
                         return Ok(Attempt::Unsupported);
                     }
-                    // These depend on the pair or the range, so they are not remembered.
+                    // These errors depend on the pair of files or the range, so they are not remembered.
                     Some(libc::EXDEV | libc::EINVAL | libc::ETXTBSY) => {
                         return Ok(Attempt::Unsupported);
                     }

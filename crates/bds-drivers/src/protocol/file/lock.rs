@@ -1,20 +1,20 @@
-//! QEMU's image locks: who uses a file for what, in bytes that every process on the host can see.
+//! QEMU's image locks: byte locks that tell every process of the host how a file is used.
 //!
 //! ```text
-//! permission        I use it   others must not
+//! permission          in use     unshared
 //! consistent read     100          200
 //! write               101          201
 //! write unchanged     102          202
 //! resize              103          203
 //! ```
 //!
-//! All locks are shared OFD locks of one byte, so taking one never fails because of another; conflicts are found
-//! by *testing* the opposite byte of each. Taking all of ours before the first test means that of two who come
-//! at the same moment at least one sees the other.
+//! All locks are shared OFD locks of one byte, so taking one never fails because of another; conflicts are found by
+//! *testing* the opposite byte of each. A node takes all of its locks before the first test, so that of two
+//! simultaneous opens at least one sees the other.
 //!
-//! Two descriptions of one node (a reopen) would find each other's locks and refuse. So the *old* description takes what either
-//! needs and tests; from then on nobody can come in who does not get along with the new one, which takes its own
-//! bytes beside it without a test. After that the old one may go.
+//! Two descriptions of one node (a reopen) would conflict with each other. So the *old* description takes what either
+//! needs and tests; from then on no user that conflicts with the new one can open the file. The new one takes its bytes
+//! without a test. Then the old one may be closed.
 //!
 //! Invariant: the bytes recorded as held are locked by this file description. Order: take new, test, then drop old.
 
@@ -30,25 +30,25 @@ const USED_BASE: u64 = 100;
 const UNSHARED_BASE: u64 = 200;
 const NAMES: [&str; 4] = ["consistent read", "write", "write unchanged", "resize"];
 
-/// What a missing lock means.
+/// How missing lock support is handled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum LockMode {
     /// Locks must work.
     On,
     /// None are taken.
     Off,
-    /// Used where the file system has them.
+    /// Used if the file system supports them.
     Auto,
 }
 
-/// What one user of a file does, and does not want others to do.
+/// What one user of a file does, and what it does not share with others.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Permissions {
-    /// What we do, one bit a permission.
+    /// Permissions in use, one bit each.
     pub(super) used: u8,
-    /// What others must not do.
+    /// Permissions that others must not use.
     pub(super) unshared: u8,
-    /// Do not mind that others object to readers.
+    /// Ignore that others do not share reading.
     pub(super) force_share: bool,
 }
 
@@ -58,7 +58,7 @@ impl Permissions {
     pub(super) const WRITE: u8 = 2;
     pub(super) const RESIZE: u8 = 8;
 
-    /// What is left while another process is in charge: reading, and whatever others do is borne.
+    /// What remains while another process uses the file: reading, with everything shared.
     pub(super) fn idle(self) -> Self {
         Self { used: self.used & Self::READ, unshared: Self::NONE, ..self }
     }
@@ -74,19 +74,19 @@ pub(super) struct Widened(Option<Permissions>);
 pub(super) struct Locks {
     /// What is held; `None` if locks are off or do not work here.
     held: Mutex<Option<Permissions>>,
-    /// What is held while the node is in charge of the file.
+    /// What is held while the node is active.
     wanted: Permissions,
-    /// Shows this process that the file is in use.
+    /// Entry in this process's list of lock holders.
     user: Mutex<Option<User>>,
 }
 
 impl Locks {
-    /// Holds nothing and never will.
+    /// Makes an object that holds nothing and never will.
     pub(super) fn none() -> Self {
         Self { held: Mutex::new(None), wanted: Permissions::default(), user: Mutex::new(None) }
     }
 
-    /// Locks `file` for `wanted`, or says who is in the way.
+    /// Locks `file` for `wanted`. The error names the conflicting lock.
     pub(super) fn take(file: &File, wanted: Permissions, mode: LockMode) -> Result<Self> {
         if mode == LockMode::Off {
             return Ok(Self { wanted, ..Self::none() });
@@ -100,7 +100,7 @@ impl Locks {
         }
     }
 
-    /// Names the node that holds them, for the words of a conflict in this process.
+    /// Records the node's name, for messages about a conflict within this process.
     pub(super) fn held_by(mut self, file: &File, node_name: &str) -> Self {
         if self.lock().is_some() {
             self.user = Mutex::new(User::enter(file, node_name));
@@ -108,13 +108,13 @@ impl Locks {
         self
     }
 
-    /// What is held while the node is in charge of the file.
+    /// What is held while the node is active.
     pub(super) fn wanted(&self) -> Permissions {
         self.wanted
     }
 
-    /// Holds what `other` shall hold too, if nobody objects. The answer is what [`Locks::narrow`] goes back to; `None` if locks
-    /// do not work here and need not.
+    /// Takes what `other` needs in addition, if no other user conflicts. Returns what [`Locks::narrow`] restores;
+    /// `None` if locks are unsupported and not required.
     pub(super) fn widen(
         &self,
         file: &File,
@@ -154,12 +154,16 @@ impl Locks {
     }
 
     /// Locks another description of a file whose locks were widened for it.
-    pub(super) fn beside(file: &File, now: Permissions, wanted: Permissions) -> Result<Self> {
+    pub(super) fn take_untested(
+        file: &File,
+        now: Permissions,
+        wanted: Permissions,
+    ) -> Result<Self> {
         take_bytes(file, Permissions::default(), now).map_err(|f| f.into_error(file, None))?;
         Ok(Self { held: Mutex::new(Some(now)), wanted, ..Self::none() })
     }
 
-    /// Somebody else takes charge of the file: keeps only what a reader keeps that nobody minds.
+    /// Inactivates: keeps only what a reader holds that shares everything.
     pub(super) fn relax(&self, file: &File) {
         let mut held = self.lock();
         if let Some(old) = *held {
@@ -169,7 +173,7 @@ impl Locks {
         }
     }
 
-    /// Takes charge again, or says who is in the way (then nothing has changed).
+    /// Activates: takes the locks again. On a conflict nothing has changed.
     pub(super) fn restore(&self, file: &File) -> Result<()> {
         let mut held = self.lock();
         let Some(old) = *held else { return Ok(()) };
@@ -187,7 +191,7 @@ impl Locks {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Holds the resize permission while `guard` lives, if it is not held anyway.
+    /// Holds the resize permission while `guard` lives, unless it is held anyway.
     pub(super) fn resizing<'a>(&'a self, file: &'a File) -> Result<ResizeGuard<'a>> {
         let mut held = self.lock();
         let Some(old) = *held else { return Ok(ResizeGuard { locks: self, file, added: false }) };
@@ -200,7 +204,7 @@ impl Locks {
         Ok(ResizeGuard { locks: self, file, added: true })
     }
 
-    /// Drops everything. Failure to unlock is no error: closing the file unlocks as well.
+    /// Drops all locks. A failure to unlock is ignored: closing the file unlocks as well.
     pub(super) fn release(&self, file: &File) {
         let mut held = self.lock();
         if let Some(old) = held.take() {
@@ -210,7 +214,7 @@ impl Locks {
     }
 }
 
-/// Gives the resize permission back when dropped.
+/// Drops the resize permission when dropped.
 #[derive(Debug)]
 pub(super) struct ResizeGuard<'a> {
     locks: &'a Locks,
@@ -233,11 +237,11 @@ impl Drop for ResizeGuard<'_> {
 }
 
 enum Failure {
-    /// The file system has no such locks.
+    /// The file system supports no such locks.
     NoLocks(io::Error),
-    /// Somebody is in the way.
+    /// Another user conflicts.
     InUse(String),
-    /// The system said something else.
+    /// Any other error of the system.
     System(io::Error),
 }
 
@@ -249,9 +253,9 @@ impl Failure {
                     .with_kind(ErrorKind::NotSupported)
             }
             Self::InUse(lock) => {
-                let who = match other_user(file, own) {
+                let holder = match other_user(file, own) {
                     None => "is another process using the image?".to_owned(),
-                    // Generated names mean nothing to a person.
+                    // A generated node name means nothing to the user.
                     Some(name) if name.starts_with('#') => {
                         "this process has the file open already".to_owned()
                     }
@@ -259,7 +263,7 @@ impl Failure {
                         format!("this process has the file open already, as node '{name}'")
                     }
                 };
-                Error::new(ErrorKind::InUse, format!("Failed to get {lock} lock: {who}"))
+                Error::new(ErrorKind::InUse, format!("Failed to get {lock} lock: {holder}"))
             }
             Self::System(e) => Error::io(e, "cannot lock the file"),
         }
@@ -274,7 +278,7 @@ fn bits(mask: u8) -> impl Iterator<Item = usize> {
     (0..NAMES.len()).filter(move |bit| mask & (1 << bit) != 0)
 }
 
-/// Goes from `old` to `new`: takes what is new, tests, drops what is old. On failure `old` is what is held.
+/// Changes what is held from `old` to `new`: takes new locks, tests, drops old ones. On failure `old` is held.
 fn change(file: &File, old: Permissions, new: Permissions) -> Result<(), Failure> {
     let both = Permissions {
         used: old.used | new.used,
@@ -306,7 +310,7 @@ fn take_bytes(file: &File, old: Permissions, new: Permissions) -> Result<(), Fai
 fn classify(error: io::Error) -> Failure {
     match error.raw_os_error() {
         Some(libc::ENOTSUP | libc::ENOSYS | libc::ENOLCK | libc::EINVAL) => Failure::NoLocks(error),
-        // Only an exclusive lock can refuse a shared one: not QEMU's way, but somebody's claim all the same.
+        // Only an exclusive lock can refuse a shared one: not QEMU's way, but a claim of another user all the same.
         Some(libc::EAGAIN | libc::EACCES) => Failure::InUse("shared".to_owned()),
         _ => Failure::System(error),
     }
@@ -327,7 +331,7 @@ fn test(file: &File, new: Permissions) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Drops what is in `have` and not in `keep`.
+/// Drops the locks of `have` that `keep` does not contain.
 fn drop_bytes(file: &File, have: Permissions, keep: Permissions) {
     let used = bits(have.used & !keep.used).map(|bit| byte(USED_BASE, bit));
     let unshared = bits(have.unshared & !keep.unshared).map(|bit| byte(UNSHARED_BASE, bit));

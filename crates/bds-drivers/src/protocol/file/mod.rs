@@ -1,13 +1,13 @@
-//! `file` and `host_device`: bytes of the host (or of the simulated disk), through one `bds_io::File`.
+//! The `file` and `host_device` protocols: read and write a file or device of the host (or of the simulated disk)
+//! through one `bds_io::File`.
 //!
-//! Both drivers are the same code; they differ in what kind of file they accept and in which calls give
-//! space back. What lies where:
+//! Both drivers share this code; they differ in the kind of file they accept and in the calls that free space. Files:
 //!
 //! ```text
 //! open    options, kinds, read-only, limits       zero    zero writes, discard, their fallback ladders
 //! create  claiming, making, emptying a file         status  holes and data, truncate
-//! lock    QEMU's image locks; users: who has them   io      reads, writes, flush, copy offload
-//! reopen  another mode, giving the file away and taking it back
+//! lock    QEMU's image locks; users: their holders  io      reads, writes, flush, copy offload
+//! reopen  other modes and options, inactivate and activate
 //! ```
 //!
 //! Invariants:
@@ -109,14 +109,15 @@ struct FileNode {
     flavour: Flavour,
     node_name: String,
     path: PathBuf,
-    /// As it was opened first.
+    /// State at the first open.
     first: Opened,
-    /// As it is open now, once it was reopened. Most files never are: for them finding what to use costs one load.
-    later: OnceLock<RcuCell<Opened>>,
-    /// False while another process is in charge of the file.
+    /// State since the last reopen, if there was one. Most files are never reopened: for them the lookup costs one
+    /// load.
+    reopened: OnceLock<RcuCell<Opened>>,
+    /// False while another process uses the file (after `inactivate`).
     is_active: AtomicBool,
-    /// Length at open or after a change of it, or as far as the file was seen to reach since. A read never lowers it: what a file
-    /// that became shorter has lost must not turn into zeros.
+    /// Length at open or after a resize, raised as far as the file was seen to reach since. A read never lowers it:
+    /// what a file that was cut short has lost must not turn into zeros.
     known_len: AtomicU64,
     /// errno of the flush that failed; 0 if none did.
     broken_flush: AtomicI32,
@@ -124,7 +125,7 @@ struct FileNode {
     data_run: Mutex<DataRun>,
 }
 
-/// What another mode brings with it: exchanged as a whole by a reopen, while nobody is inside the node.
+/// Everything that a reopen replaces as a whole, while no request is in flight.
 #[derive(Debug)]
 struct Opened {
     file: File,
@@ -135,32 +136,32 @@ struct Opened {
     limits: Limits,
 }
 
-/// A look at what is open now.
-enum Now<'a> {
+/// A reference to the current state.
+enum OpenedRef<'a> {
     First(&'a Opened),
-    Later(RcuGuard<'a, Opened>),
+    Reopened(RcuGuard<'a, Opened>),
 }
 
-impl Deref for Now<'_> {
+impl Deref for OpenedRef<'_> {
     type Target = Opened;
 
     #[inline]
     fn deref(&self) -> &Opened {
         match self {
             Self::First(opened) => opened,
-            Self::Later(reading) => reading,
+            Self::Reopened(reading) => reading,
         }
     }
 }
 
-/// The options of ours that decide about locks.
+/// Options that decide about locks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Mode {
     locking: LockMode,
     share_writers: bool,
 }
 
-/// What the file system turned out not to do. Set once, per node; asking again would only cost time.
+/// Calls that the file system turned out not to support. Set once a node, so that they are not tried again.
 #[derive(Debug, Default)]
 struct Features {
     no_zero_range: AtomicBool,
@@ -174,29 +175,29 @@ struct Features {
 
 impl FileNode {
     #[inline]
-    fn now(&self) -> Now<'_> {
-        match self.later.get() {
-            None => Now::First(&self.first),
-            Some(later) => Now::Later(later.read()),
+    fn opened(&self) -> OpenedRef<'_> {
+        match self.reopened.get() {
+            None => OpenedRef::First(&self.first),
+            Some(reopened) => OpenedRef::Reopened(reopened.read()),
         }
     }
 
-    /// An error of the system, with the file, node and byte it happened at.
+    /// Makes an error of the system with file, node and byte offset.
     fn failed(&self, what: &str, offset: u64, error: sysio::Error) -> Error {
         Error::io(error, what).node(&self.node_name).file(&self.path).at(offset)
     }
 
-    /// The length now. Also refreshes what `len` answers.
+    /// Queries the length, and refreshes what `len` returns.
     fn current_len(&self) -> Result<u64> {
         let len = self.actual_len()?;
         self.known_len.store(len, Ordering::Relaxed);
         Ok(len)
     }
 
-    /// The length the system tells now.
+    /// Queries the length that the file system reports.
     fn actual_len(&self) -> Result<u64> {
-        let len = self.now().file.len();
-        len.map_err(|e| Error::io(e, "cannot ask for the length").file(&self.path))
+        let len = self.opened().file.len();
+        len.map_err(|e| Error::io(e, "cannot query the length").file(&self.path))
     }
 }
 
@@ -210,11 +211,11 @@ impl Driver for FileNode {
     }
 
     fn limits(&self) -> Limits {
-        self.now().limits
+        self.opened().limits
     }
 
     fn is_read_only(&self) -> bool {
-        self.now().is_read_only
+        self.opened().is_read_only
     }
 
     fn write_flags(&self) -> WriteFlags {
@@ -230,7 +231,7 @@ impl Driver for FileNode {
     }
 
     fn identity(&self) -> Option<(u64, u64)> {
-        self.now().file.identity().ok()
+        self.opened().file.identity().ok()
     }
 
     fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
@@ -259,7 +260,7 @@ impl Driver for FileNode {
     }
 
     fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Attempt>> {
-        Box::pin(self.give_back(offset, len))
+        Box::pin(self.discard_range(offset, len))
     }
 
     fn flush_to_disk(&self) -> BoxFuture<'_, Result<()>> {
@@ -281,12 +282,12 @@ impl Driver for FileNode {
     }
 
     fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
-        let now = self.now();
+        let now = self.opened();
         let answer = now
             .file
             .allocated_len()
             .map(Some)
-            .map_err(|e| Error::io(e, "cannot ask for the space used").file(&self.path));
+            .map_err(|e| Error::io(e, "cannot query the allocated space").file(&self.path));
         Box::pin(async move { answer })
     }
 
@@ -316,12 +317,12 @@ impl Driver for FileNode {
     }
 
     fn inactivate(&self) -> BoxFuture<'_, Result<()>> {
-        self.give_away();
+        self.set_inactive();
         Box::pin(async { Ok(()) })
     }
 
     fn activate(&self) -> BoxFuture<'_, Result<()>> {
-        Box::pin(async { self.take_back() })
+        Box::pin(async { self.set_active() })
     }
 
     fn as_any(&self) -> &dyn Any {
@@ -330,7 +331,7 @@ impl Driver for FileNode {
 
     fn close(&self) -> BoxFuture<'_, Result<()>> {
         // The locks belong to the open file description, and an operation in flight may keep that alive.
-        let now = self.now();
+        let now = self.opened();
         now.locks.release(&now.file);
         Box::pin(async { Ok(()) })
     }

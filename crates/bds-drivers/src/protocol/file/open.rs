@@ -1,6 +1,6 @@
-//! Opening a file or device: options, kinds, read-only rules, limits and locks.
+//! Opens a file or device: options, kinds, read-only rules, limits and locks.
 //!
-//! Nothing here truncates or writes. Whatever fails, the descriptor is closed again and its locks go with it.
+//! Nothing here truncates or writes. On any failure the descriptor is closed, which drops its locks.
 
 use std::ffi::OsStr;
 use std::io;
@@ -37,7 +37,7 @@ pub(super) fn open(flavour: Flavour, context: &mut OpenContext<'_>) -> Result<Bo
         .map_err(|e| e.node(node_name))
 }
 
-/// Takes the options that may change while the file is open; what is not given stays as in `mode`.
+/// Takes the options that may change while the file is open; one that is missing stays as in `mode`.
 pub(super) fn take_mode(options: &mut Options, mode: Mode) -> Result<Mode> {
     let locking = match options.take_str("locking")?.as_deref() {
         None => mode.locking,
@@ -55,7 +55,7 @@ pub(super) fn take_mode(options: &mut Options, mode: Mode) -> Result<Mode> {
     Ok(Mode { locking, share_writers })
 }
 
-/// `file:name` is how QEMU's users spell a name that contains a colon.
+/// `file:name` is how users of QEMU spell a name that contains a colon.
 pub(super) fn strip_scheme(name: PathBuf) -> PathBuf {
     match name.as_os_str().as_bytes().strip_prefix(b"file:") {
         Some(rest) => PathBuf::from(OsStr::from_bytes(rest)),
@@ -80,14 +80,13 @@ fn open_node(
     opened.locks = Locks::take(&opened.file, opened.permissions(&flags), opened.locking(&flags))
         .map_err(|e| e.file(&path))?
         .held_by(&opened.file, &node_name);
-    let len =
-        opened.file.len().map_err(|e| Error::io(e, "cannot ask for the length").file(&path))?;
+    let len = opened.file.len().map_err(|e| Error::io(e, "cannot query the length").file(&path))?;
     Ok(FileNode {
         flavour,
         node_name,
         path,
         first: opened,
-        later: OnceLock::new(),
+        reopened: OnceLock::new(),
         is_active: AtomicBool::new(true),
         known_len: AtomicU64::new(len),
         broken_flush: AtomicI32::new(0),
@@ -120,12 +119,12 @@ impl Opened {
         Ok(Self { file, locks: Locks::none(), mode, is_read_only, is_direct: direct, limits })
     }
 
-    /// What its user does to the file, opened like this, and what it lets others do meanwhile.
+    /// What this node does to the file if opened with `flags`, and what it lets others do meanwhile.
     pub(super) fn permissions(&self, flags: &OpenFlags) -> Permissions {
         permissions(flags, self.is_read_only, self.mode.share_writers)
     }
 
-    /// Who only looks takes no locks.
+    /// An open for inspection takes no locks.
     pub(super) fn locking(&self, flags: &OpenFlags) -> LockMode {
         if flags.info_only { LockMode::Off } else { self.mode.locking }
     }
@@ -135,7 +134,7 @@ pub(super) fn wants_write(flags: &OpenFlags) -> bool {
     !(flags.read_only || flags.info_only)
 }
 
-/// Opens for writing, or for reading if that is all there is and the caller can live with it.
+/// Opens for writing, or for reading if only that is allowed and the caller accepts it.
 fn open_file(
     fs: &Fs,
     path: &Path,
@@ -145,7 +144,7 @@ fn open_file(
 ) -> io::Result<(File, bool)> {
     let options = OpenOptions { write: want_write, direct, ..OpenOptions::default() };
     let opened = fs.open(path, &options).and_then(|file| match want_write {
-        // A device opens for writing also when its switch says no.
+        // A block device opens for writing even if it is write-protected.
         true if file.is_write_protected()? => Err(io::Error::from_raw_os_error(libc::EROFS)),
         _ => Ok(file),
     });
@@ -172,7 +171,7 @@ fn open_failed(error: io::Error, path: &Path, direct: bool) -> Error {
         "cannot open"
     };
     let error = Error::io(error, words).file(path);
-    // Callers test for "not allowed"; that the whole file system is read-only is only its reason.
+    // Callers test for "not allowed"; a read-only file system is only the reason.
     if is_read_only_fs { error.with_kind(ErrorKind::PermissionDenied) } else { error }
 }
 

@@ -1,13 +1,13 @@
-//! Another mode for an open file, and giving it away to another process and taking it back.
+//! Reopens a file in another mode, and inactivates and activates it for use by another process.
 //!
-//! A reopen opens the name once more, locks the new description beside the old one (`lock.rs`), and exchanges the two at
-//! commit. Until then everything goes through the old one.
+//! A reopen opens the name again, locks the new description beside the old one (`lock.rs`), and exchanges the two at
+//! commit. Until then all requests use the old one.
 //!
 //! Invariants:
 //! - The file stays the same file: another inode under the name is refused.
 //! - There is no moment at which neither description holds the locks.
-//! - A failed write-back is not forgotten. The kernel reports it once to each description, so the old one is asked before it
-//!   goes, and what it ever said stays with the node (`broken_flush`).
+//! - A failed write-back is not forgotten. The kernel reports it once to each description, so the old one is synced
+//!   before it is closed, and a failure is kept in the node (`broken_flush`).
 
 use std::sync::atomic::Ordering;
 
@@ -18,12 +18,13 @@ use super::lock::{LockMode, Locks, Widened};
 use super::open::{strip_scheme, take_mode, wants_write};
 use super::{FileNode, Mode, Opened};
 
-/// A second description, ready to take over. Dropped, it closes, and the first one's locks are as before.
+/// A second description, prepared to replace the first. Dropped without commit it closes, and the first one's locks are
+/// restored.
 struct Prepared<'a> {
     node: &'a FileNode,
-    /// `None`: it took over.
+    /// `None` after the commit.
     new: Option<Opened>,
-    /// What the first one held before.
+    /// The locks of the first description before.
     before: Option<Widened>,
 }
 
@@ -32,17 +33,17 @@ impl Reopen for Prepared<'_> {
         let Some(new) = self.new.take() else { return };
         let node = self.node;
         {
-            let old = node.now();
-            // An operation whose caller is gone may keep the old description open for a while.
+            let old = node.opened();
+            // An operation whose future was dropped may keep the old description open for a while.
             old.locks.release(&old.file);
         }
         let file = new.file.clone();
-        match node.later.get() {
-            Some(later) => later.replace(new),
-            // The one who commits is alone with the node, so it is empty still.
-            None => drop(node.later.set(RcuCell::new(new))),
+        match node.reopened.get() {
+            Some(reopened) => reopened.replace(new),
+            // No request is in flight at commit, so this is still empty.
+            None => drop(node.reopened.set(RcuCell::new(new))),
         }
-        // The first one lives as long as the node, but its description must not.
+        // The first state lives as long as the node, but its description must be closed now.
         if let Err(error) = node.first.file.redirect(&file) {
             let node = &node.node_name;
             tracing::warn!(%error, node, "a former descriptor stays open until the node is closed");
@@ -59,7 +60,7 @@ impl Drop for Prepared<'_> {
         if self.new.is_some()
             && let Some(before) = self.before.take()
         {
-            let old = self.node.now();
+            let old = self.node.opened();
             old.locks.narrow(&old.file, before);
         }
     }
@@ -77,7 +78,7 @@ impl FileNode {
             return Ok(Box::new(()));
         }
         let prepared = self.open_beside(mode, context).map_err(named)?;
-        let now = self.now();
+        let now = self.opened();
         let is_flushed = now.is_read_only || context.current.cache.no_flush;
         if !is_flushed && self.refuse_if_flush_broke().is_ok() {
             self.flush().await?;
@@ -94,12 +95,12 @@ impl FileNode {
             )
             .field("filename", name.display()));
         }
-        take_mode(&mut context.options, self.now().mode)
+        take_mode(&mut context.options, self.opened().mode)
     }
 
-    /// Is the file open like this already?
+    /// Is the file open in this mode already?
     fn is_like(&self, mode: Mode, flags: &OpenFlags) -> bool {
-        let now = self.now();
+        let now = self.opened();
         mode == now.mode
             && wants_write(flags) != now.is_read_only
             && flags.cache.direct == now.is_direct
@@ -109,9 +110,9 @@ impl FileNode {
     fn open_beside(&self, mode: Mode, context: &ReopenContext<'_>) -> Result<Prepared<'_>> {
         let flags = context.flags;
         let mut new = Opened::new(self.flavour, context.fs, &self.path, mode, flags)?;
-        let now = self.now();
+        let now = self.opened();
         let identity = |opened: &Opened| {
-            opened.file.identity().map_err(|e| Error::io(e, "cannot ask which file it is"))
+            opened.file.identity().map_err(|e| Error::io(e, "cannot identify the file"))
         };
         if identity(&new)? != identity(&now)? {
             return Err(Error::new(
@@ -123,14 +124,14 @@ impl FileNode {
         let is_active = self.is_active.load(Ordering::Acquire);
         let needed = if is_active { wanted } else { wanted.idle() };
         let before = now.locks.widen(&now.file, needed, new.locking(&flags))?;
-        // From here on the locks go back if anything fails.
+        // From here on the locks are restored if anything fails.
         let is_locked = before.is_some();
         let mut prepared = Prepared { node: self, new: None, before };
-        let beside = match is_locked {
-            true => Locks::beside(&new.file, needed, wanted),
+        let new_locks = match is_locked {
+            true => Locks::take_untested(&new.file, needed, wanted),
             false => Locks::take(&new.file, wanted, LockMode::Off),
         };
-        prepared.new = Some(match beside {
+        prepared.new = Some(match new_locks {
             Ok(locks) => {
                 new.locks = locks.held_by(&new.file, &self.node_name);
                 new
@@ -143,17 +144,17 @@ impl FileNode {
         Ok(prepared)
     }
 
-    /// Lets another process take charge of the file.
-    pub(super) fn give_away(&self) {
-        let now = self.now();
+    /// Inactivates: lets another process use the file.
+    pub(super) fn set_inactive(&self) {
+        let now = self.opened();
         now.locks.relax(&now.file);
         self.is_active.store(false, Ordering::Release);
     }
 
-    /// Takes charge of the file, which may be longer or shorter by now.
-    pub(super) fn take_back(&self) -> Result<()> {
+    /// Activates: uses the file again, which may be longer or shorter now.
+    pub(super) fn set_active(&self) -> Result<()> {
         let named = |e: Error| e.node(&self.node_name).file(&self.path);
-        let now = self.now();
+        let now = self.opened();
         now.locks.restore(&now.file).map_err(named)?;
         if let Err(error) = self.current_len() {
             now.locks.relax(&now.file);

@@ -1,8 +1,8 @@
-//! What a range of a file holds, and changing the file's length.
+//! Block status of a file by SEEK_DATA and SEEK_HOLE, and changes of its length.
 //!
-//! Asking the file system for holes costs a system call a question, and mapping a dense file asks for every piece
-//! of one long run. The last run of data is therefore remembered. Data that became a hole behind our back only
-//! makes an answer less precise, never wrong; holes are never remembered.
+//! A query for holes costs a system call, and mapping a dense file asks for every piece of one long run. The last run
+//! of data is therefore cached. Data that became a hole behind our back only makes an answer less precise, never wrong;
+//! holes are never cached.
 
 use std::ops::Range;
 use std::sync::PoisonError;
@@ -15,18 +15,18 @@ use bds_io::{Buf, FileKind};
 
 use super::{FileNode, Flavour, Opened};
 
-/// Step in which space is written with zeros.
+/// Bytes of zeros written at a time.
 const FILL_STEP_BYTES: u64 = 1 << 20;
 
-/// A new file gets its first block at once: whoever finds out a file's alignment by trial reads needs bytes there,
-/// for a hole accepts any.
+/// Length of the first block of a new file, which is allocated at once: programs that probe the alignment with trial
+/// reads need data there, because a hole accepts any alignment.
 const FIRST_BLOCK_BYTES: u64 = 4096;
 
-/// The last run of data the file system told us of.
+/// The last run of data that the file system reported.
 #[derive(Debug, Default)]
 pub(super) struct DataRun {
     range: Range<u64>,
-    /// Counts forgets, so that an answer older than a forget is not remembered.
+    /// Generation: incremented by each invalidation, so that an older answer is not cached.
     age: u64,
 }
 
@@ -37,14 +37,14 @@ impl FileNode {
         run.age += 1;
     }
 
-    /// Status of `len` bytes from `offset`. Unless exact, everything is called data.
+    /// Status of `len` bytes from `offset`. Unless exact, everything is reported as data.
     pub(super) fn status(&self, offset: u64, len: u64, precision: Precision) -> Result<StatusRun> {
         let file_len = self.status_len(offset, len)?;
         if offset >= file_len {
             return Ok(StatusRun { len: 0, flags: StatusFlags::EOF, map: None });
         }
         let len = len.min(file_len - offset);
-        let now = self.now();
+        let now = self.opened();
         let (is_data, run_len) =
             if precision == Precision::Exact && now.file.kind() == FileKind::Regular {
                 self.run_at(&now, offset, len)?
@@ -56,11 +56,11 @@ impl FileNode {
         if offset + run_len >= file_len {
             flags |= StatusFlags::EOF;
         }
-        // A protocol has no child to point at: the offset is one of its own.
+        // A protocol has no child: the offset is one of its own file.
         Ok(StatusRun { len: run_len, flags, map: Some(HostMap { child: "", offset }) })
     }
 
-    /// The known length, unless the question reaches past it: then the file may have grown.
+    /// The known length, unless the query reaches past it: the file may have grown.
     fn status_len(&self, offset: u64, len: u64) -> Result<u64> {
         let known = self.known_len.load(Ordering::Relaxed);
         if offset.checked_add(len).is_some_and(|end| end < known) {
@@ -80,10 +80,11 @@ impl FileNode {
         };
         let extent = match now.file.extent(offset) {
             Ok(Some(extent)) if extent.len > 0 => extent,
-            // The file became shorter: a read will tell. A file system without holes, or one that gives odd answers: data.
+            // The file became shorter: a read will report that. A file system without holes, or with inconsistent
+            // answers: data.
             Ok(None | Some(_)) => return Ok((true, len)),
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => return Ok((true, len)),
-            Err(e) => return Err(self.failed("cannot ask for holes", offset, e)),
+            Err(e) => return Err(self.failed("cannot query holes", offset, e)),
         };
         if extent.is_data {
             let mut run = self.data_run.lock().unwrap_or_else(PoisonError::into_inner);
@@ -133,7 +134,7 @@ impl FileNode {
                 "preallocation=metadata is for formats; a file takes off, falloc or full",
             ));
         }
-        let now = self.now();
+        let now = self.opened();
         let _resizing = now.locks.resizing(&now.file)?;
         self.forget_data_run();
         let outcome = set_len(&now.file, old_len, new_len, change.prealloc).await;
@@ -144,7 +145,7 @@ impl FileNode {
 }
 
 impl Opened {
-    /// A run ends on a block: data is rounded up, a hole down (and is data if nothing is left).
+    /// Rounds a run to blocks: data up, a hole down (and it is data if nothing is left).
     fn whole_blocks(&self, is_data: bool, extent_len: u64, len: u64) -> (bool, u64) {
         let align = u64::from(self.limits.request_alignment);
         if extent_len >= len {
@@ -160,7 +161,7 @@ impl Opened {
     }
 }
 
-/// Gives `file` its new length; on failure the old one.
+/// Sets the length of `file`; restores the old one on failure.
 pub(super) async fn set_len(
     file: &bds_io::File,
     old_len: u64,

@@ -1,4 +1,4 @@
-//! The file protocol on a simulated disk, where every refusal of a file system can be had.
+//! Tests of the file protocol on a simulated disk, which can refuse every call of a file system.
 
 use std::io;
 use std::path::Path;
@@ -80,7 +80,7 @@ pub(super) fn write(
     sim.block_on(node.write(offset, Buf::from_slice(bytes).iov(), flags))
 }
 
-/// The image-lock bytes somebody holds.
+/// The image-lock bytes that are held.
 pub(super) fn held(sim: &Sim) -> Vec<u64> {
     let is_held = |byte: &u64| {
         let lock = ByteLock { offset: *byte, len: 1 };
@@ -114,7 +114,7 @@ fn each_user_locks_its_bytes() {
 }
 
 #[test]
-fn whoever_is_in_the_way_is_respected() {
+fn conflicting_locks_refuse_an_open() {
     let ro = OpenFlags { read_only: true, ..metadata() };
     let shared = OpenFlags { force_share: true, ..ro };
     for (what, flags, byte, lock_name) in [
@@ -157,7 +157,7 @@ fn missing_locks_matter_only_if_locking_is_on() {
 }
 
 #[test]
-fn resizing_a_raw_file_asks_for_the_permission_only_meanwhile() {
+fn resize_lock_is_held_only_during_a_resize() {
     let change = Truncate { len: 4096, exact: true, prealloc: Prealloc::Off, zero_new: false };
     let sim = calm(&[7; 512]);
     let node = open(&sim, OpenFlags::default()).unwrap();
@@ -287,18 +287,18 @@ fn a_file_cut_by_others_is_noticed() {
         assert_eq!(error.kind(), ErrorKind::Io);
         let text = error.to_string();
         assert!(text.contains(NAME) && text.contains("cut short"), "{text}");
-        // It does not become a hole, however often it is asked for.
+        // It does not become a hole, however often the status is queried.
         let run = sim.block_on(node.block_status(offset, len as u64, Precision::Exact)).unwrap();
         assert!(offset < 512 || run.flags.contains(StatusFlags::DATA), "{run:?}");
         assert_eq!(node.len(), 1024);
     }
     assert_eq!(read(&sim, &*node, 0, 512).unwrap(), [3; 512]);
-    // It grows again: what is behind the old end are zeros once more.
+    // It grows again: bytes behind the old end are zeros once more.
     sim.block_on(other.set_len(2048)).unwrap();
     assert_eq!(read(&sim, &*node, 1024, 1024).unwrap(), [0; 1024]);
 }
 
-/// Our own change of the length is no loss.
+/// A resize through this node is no loss.
 #[test]
 fn a_file_made_shorter_through_the_node_reads_zeros_behind_its_end() {
     let sim = calm(&[3; 4096]);
@@ -358,7 +358,7 @@ fn unsupported_durable_writes_become_a_write_and_a_flush() {
 }
 
 #[test]
-fn zeroing_works_or_declines_and_reads_as_zeros() {
+fn zeroing_succeeds_or_declines_and_reads_as_zeros() {
     for unsupported in [OpMask::empty(), OpMask::ZERO] {
         for flags in [ZeroFlags::empty(), ZeroFlags::MAY_UNMAP, ZeroFlags::all()] {
             for (offset, len) in [(512, 1024), (3584, 1024), (4096, 4096), (8192, 512)] {
@@ -387,7 +387,7 @@ fn zeroing_works_or_declines_and_reads_as_zeros() {
 }
 
 #[test]
-fn what_the_file_system_does_not_have_is_asked_for_once() {
+fn unsupported_calls_are_tried_once() {
     let config = SimConfig { unsupported: OpMask::ZERO, ..SimConfig::calm() };
     let sim = with_config(config, &[7; 4096]);
     let node = open(&sim, OpenFlags::default()).unwrap();
@@ -437,7 +437,7 @@ fn map(sim: &Sim, node: &dyn Driver) -> String {
 }
 
 #[test]
-fn status_tells_holes_and_forgets_data_that_went_away() {
+fn status_reports_holes_and_drops_cached_data_runs() {
     let mut bytes = vec![7; 65536];
     bytes[16384..32768].fill(0);
     let sim = calm(&bytes);
@@ -452,7 +452,7 @@ fn status_tells_holes_and_forgets_data_that_went_away() {
 }
 
 #[test]
-fn a_long_run_of_data_is_asked_for_once() {
+fn a_long_run_of_data_is_queried_once() {
     let sim = calm(&[7; 1 << 20]);
     let node = open(&sim, OpenFlags::default()).unwrap();
     let before = sim.ops_of(OpMask::EXTENT);
@@ -533,7 +533,7 @@ fn create(sim: &Sim, options: &mut Options) -> Result<()> {
 }
 
 #[test]
-fn create_makes_or_empties_but_never_a_file_in_use() {
+fn create_makes_or_empties_but_refuses_a_file_in_use() {
     let sim = Sim::new(1, SimConfig::calm());
     create(&sim, &mut Options::new().with("size", "1M")).unwrap();
     assert_eq!(sim.snapshot_file(NAME).len(), 1 << 20);
@@ -579,7 +579,7 @@ fn a_failed_create_removes_only_what_it_made() {
 }
 
 #[test]
-fn wrong_create_options_make_nothing() {
+fn wrong_create_options_create_no_file() {
     for (key, value) in
         [("preallocation", "metadata"), ("size", "big"), ("nocow", "2"), ("extent_size_hint", "9G")]
     {
@@ -591,7 +591,7 @@ fn wrong_create_options_make_nothing() {
 }
 
 #[test]
-fn ranges_are_copied_without_passing_through_us() {
+fn copy_range_is_offloaded_to_the_file_system() {
     let sim = calm(&[7; 8192]);
     let source = open(&sim, OpenFlags { read_only: true, ..OpenFlags::default() }).unwrap();
     sim.put_file("/target", &[]);
@@ -620,7 +620,7 @@ fn an_error_names_file_node_and_offset() {
 }
 
 #[test]
-fn an_empty_list_moves_nothing() {
+fn an_empty_iovec_transfers_nothing() {
     let sim = calm(&[1; 512]);
     let node = open(&sim, OpenFlags::default()).unwrap();
     sim.block_on(node.write(0, IoVec::default(), WriteFlags::empty())).unwrap();

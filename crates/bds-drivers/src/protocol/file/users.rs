@@ -1,7 +1,7 @@
-//! Lists the files that nodes of this process have locked, so that a lock conflict can say who is in the way.
+//! Lists the nodes of this process that hold image locks, so that a conflict can name the node.
 //!
-//! A lock of an open file description does not tell its owner: the kernel answers "no process" for all of them, and the user
-//! would look for another process that does not exist. Only used for words; what conflicts is decided by the locks.
+//! A lock of an open file description does not name its owner: the kernel reports "no process" for all of them, and the
+//! user would look for another process that does not exist. Used for messages only; conflicts are decided by the locks.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,7 +11,7 @@ use bds_io::File;
 /// Device and inode.
 type Identity = (u64, u64);
 
-/// Who has locked which file.
+/// Lock holders of this process by file.
 static USERS: Mutex<Option<Users>> = Mutex::new(None);
 
 #[derive(Default)]
@@ -20,7 +20,7 @@ struct Users {
     by_file: HashMap<Identity, Vec<(u64, String)>>,
 }
 
-/// One entry of the list; gone when dropped.
+/// One entry of the list, removed when dropped.
 #[derive(Debug)]
 pub(super) struct User {
     identity: Identity,
@@ -28,7 +28,7 @@ pub(super) struct User {
 }
 
 impl User {
-    /// Enters a node. `None` if the file cannot be identified: then the words of a conflict stay general.
+    /// Adds a node. `None` if the file cannot be identified: messages then stay general.
     pub(super) fn enter(file: &File, node_name: &str) -> Option<Self> {
         let identity = identity(file)?;
         let mut users = users();
@@ -62,7 +62,7 @@ pub(super) fn other_user(file: &File, own: Option<&User>) -> Option<String> {
     of_file.iter().find(|(number, _)| is_other(*number)).map(|(_, name)| name.clone())
 }
 
-/// Which file of the host. Files of different simulated worlds may be numbered alike.
+/// Identity of a file of the host. Files of different simulated disks may share numbers.
 fn identity(file: &File) -> Option<Identity> {
     if file.is_simulated() { None } else { file.identity().ok() }
 }

@@ -1,11 +1,12 @@
-//! External data files: what the image file frees is never taken from the data file.
+//! External data files: clusters freed in the image file are never discarded in the data file.
 
-use bds_core::driver::{Prealloc, Truncate, ZeroFlags};
+use bds_core::driver::ZeroFlags;
 use bds_core::options::Options;
 use bds_io::{Sim, SimConfig};
 use bds_testkit::pattern;
 
 use super::harness::{DATA, IMAGE, Shape, close, graph, make, open, options, read, write};
+use crate::kit::resize_to;
 
 /// Bytes of data at the start of the disk; every table that the tests free lies below this offset in the image file.
 const FILLED: usize = 1 << 20;
@@ -20,15 +21,11 @@ fn all_discards() -> Options {
     options().with("pass-discard-other", true).with("data-file", data)
 }
 
-fn grow(len: u64) -> Truncate {
-    Truncate { len, exact: true, prealloc: Prealloc::Off, zero_new: false }
-}
-
 fn word(bytes: &[u8], at: usize) -> u64 {
     u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 
-/// Fills the start of the disk in `sim`, does `work`, and sees that no byte of it was lost.
+/// Fills the start of the disk in `sim`, does `work`, and checks that no byte of it was lost.
 fn keeps_data(sim: &Sim, work: impl AsyncFn(&bds_core::request::Backend)) {
     let filled = pattern(9, 0, FILLED);
     let graph = graph(sim);
@@ -50,11 +47,11 @@ fn a_grown_l1_table_is_discarded_in_the_image_file_only() {
     make(&sim, &shape(8 << 20));
     let old_l1 = usize::try_from(word(&sim.snapshot_file(IMAGE), 40)).unwrap();
     keeps_data(&sim, async |backend| {
-        backend.truncate(grow(64 << 20)).await.unwrap();
+        backend.truncate(resize_to(64 << 20)).await.unwrap();
     });
     let image = sim.snapshot_file(IMAGE);
     assert_ne!(usize::try_from(word(&image, 40)).unwrap(), old_l1, "the table did not move");
-    assert!(image[old_l1..old_l1 + 512].iter().all(|b| *b == 0), "it was not discarded at all");
+    assert!(image[old_l1..old_l1 + 512].iter().all(|b| *b == 0), "it was not discarded");
 }
 
 #[test]
@@ -63,7 +60,7 @@ fn a_moved_refcount_table_is_discarded_in_the_image_file_only() {
     make(&sim, &shape(8 << 20));
     let old_table = word(&sim.snapshot_file(IMAGE), 48);
     keeps_data(&sim, async |backend| {
-        backend.truncate(grow(160 << 20)).await.unwrap();
+        backend.truncate(resize_to(160 << 20)).await.unwrap();
         // Zeros need tables and no data: enough of them that the refcount table, one cluster long, is too small.
         let zero = backend.write_zeroes(8 << 20, 140 << 20, ZeroFlags::empty());
         let _ = zero.await.unwrap();
@@ -95,7 +92,7 @@ fn a_copied_l2_table_is_discarded_in_the_image_file_only() {
     assert_ne!(word(&image, l1) & !(1 << 63), old_table, "the table was not copied");
 }
 
-/// The other way round: data that is discarded leaves the image file alone, and the data file gives up just that.
+/// The reverse: discarded data leaves the image file unchanged, and the data file frees only that range.
 #[test]
 fn discarded_data_is_discarded_in_the_data_file_only() {
     let sim = Sim::new(36, SimConfig::calm());

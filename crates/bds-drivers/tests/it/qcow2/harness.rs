@@ -1,10 +1,7 @@
-//! A disk, a graph and an image on it.
-
-use std::sync::Arc;
+//! Makes qcow2 images of a given shape on a simulated disk, and opens them in a graph.
 
 use bds_core::driver::{CreateContext, DriverType};
-use bds_core::graph::reference_gate::TrustAll;
-use bds_core::graph::{Graph, GraphConfig, NodeRef};
+use bds_core::graph::{Graph, NodeRef};
 use bds_core::options::Options;
 use bds_core::request::{Backend, BackendOptions};
 use bds_drivers::format::qcow2::Qcow2Format;
@@ -13,12 +10,14 @@ use bds_io::{Buf, Sim};
 use bds_testkit::Scratch;
 use bds_testkit::qemu_img;
 
-/// Where the image lies.
+use crate::kit::trusting_graph;
+
+/// Path of the image.
 pub(crate) const IMAGE: &str = "/disk.qcow2";
 pub(crate) const BASE: &str = "/base.raw";
 pub(crate) const DATA: &str = "/disk.data";
 
-/// What an image is made with.
+/// Options of create.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
     pub size: u64,
@@ -93,15 +92,12 @@ pub(crate) fn make(sim: &Sim, shape: &Shape) {
     }
 }
 
-/// A graph on this disk that opens what images name.
+/// A graph on this disk that may open the files that images name.
 pub(crate) fn graph(sim: &Sim) -> Graph {
-    let mut config = GraphConfig::new(Arc::new(bds_drivers::registry()));
-    config.fs = sim.fs();
-    config.gate = Arc::new(TrustAll { may_probe: false });
-    Graph::new(config)
+    trusting_graph(sim.fs())
 }
 
-/// What the image is opened with.
+/// Options of open.
 pub(crate) fn options() -> Options {
     Options::new()
         .with("driver", "qcow2")
@@ -120,7 +116,7 @@ pub(crate) async fn open(graph: &Graph, options: Options) -> (NodeRef, Backend) 
     (node, backend)
 }
 
-/// Closes it; what fails then fails the test.
+/// Closes it; an error fails the test.
 pub(crate) async fn close(graph: &Graph, node: NodeRef, backend: Backend) {
     drop(backend);
     drop(node);
@@ -147,7 +143,7 @@ pub(crate) async fn write(backend: &Backend, offset: u64, bytes: &[u8]) -> bds_c
     backend.write(offset, iov, bds_core::driver::WriteFlags::empty()).await
 }
 
-/// Asks qemu-img about the image as the disk shows it: exit code of `check` (0: clean, 3: leaks), and its output.
+/// Runs `qemu-img check` on the image as it is on the disk: exit code (0: clean, 3: leaks) and output.
 pub(crate) fn qemu_check(sim: &Sim) -> Option<(i32, String)> {
     let tool = qemu_img()?;
     let scratch = Scratch::new();

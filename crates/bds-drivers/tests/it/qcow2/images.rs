@@ -1,4 +1,4 @@
-//! Images of QEMU's tools: read as they read them, written so that they find nothing wrong.
+//! Images of QEMU's tools: read the same bytes, and written so that QEMU finds no error.
 
 use bds_core::driver::ZeroFlags;
 use bds_core::options::Options;
@@ -37,7 +37,7 @@ fn made_by_qemu(tool: &Tool, scratch: &Scratch, args: &[&str]) -> String {
 }
 
 #[test]
-fn what_qemu_writes_reads_the_same() {
+fn images_written_by_qemu_read_the_same() {
     let Some(tool) = qemu_img() else { return };
     for args in [
         &["-o", "cluster_size=512"][..],
@@ -76,9 +76,9 @@ fn what_qemu_writes_reads_the_same() {
     }
 }
 
-/// Clusters that a snapshot shares are copied, never touched; its tables too.
+/// Clusters and tables that a snapshot shares are copied, never changed in place.
 #[test]
-fn snapshots_are_left_as_they_are() {
+fn writes_leave_snapshots_unchanged() {
     let Some(tool) = qemu_img() else { return };
     for args in [
         &["-o", "cluster_size=512"][..],
@@ -121,7 +121,7 @@ fn snapshots_are_left_as_they_are() {
     }
 }
 
-/// What a refused open leaves behind, and what it says.
+/// Image, what a refused open must say, and that it leaves the file unchanged.
 #[test]
 fn images_that_must_not_be_written_are_refused_and_left_alone() {
     let Some(tool) = qemu_img() else { return };
@@ -150,9 +150,9 @@ fn images_that_must_not_be_written_are_refused_and_left_alone() {
     }
 }
 
-/// Rule O13: bits of features nobody here knows go before the first write, not at open.
+/// Rule O13: unknown autoclear bits are cleared before the first write, not at open.
 #[test]
-fn unknown_autoclear_bits_go_with_the_first_write() {
+fn unknown_autoclear_bits_are_cleared_at_the_first_write() {
     let Some(tool) = qemu_img() else { return };
     let scratch = Scratch::new();
     let image = made_by_qemu(&tool, &scratch, &["-o", "cluster_size=4k"]);
@@ -172,7 +172,7 @@ fn unknown_autoclear_bits_go_with_the_first_write() {
     });
 }
 
-/// A cluster that data and metadata claim: the write is refused, the bit set, the node out of use.
+/// A cluster that both data and metadata use: the write is refused, the corrupt bit set, the node unusable.
 #[test]
 fn a_write_over_metadata_is_refused_and_marks_the_image() {
     let Some(tool) = qemu_img() else { return };
@@ -182,7 +182,7 @@ fn a_write_over_metadata_is_refused_and_marks_the_image() {
     let be = |bytes: &[u8], at: usize| {
         u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize
     };
-    // The first data cluster is said to lie where the refcount table is.
+    // The first data cluster is mapped onto the refcount table.
     let l2 = be(&bytes, be(&bytes, 40)) & 0x00ff_ffff_ffff_fe00;
     let reftable = be(&bytes, 48) as u64;
     bytes[l2..l2 + 8].copy_from_slice(&(reftable | 1 << 63).to_be_bytes());

@@ -1,11 +1,11 @@
-//! qcow2 through the whole graph on the simulated disk, against a byte model and QEMU's tools.
+//! Tests qcow2 in a graph on the simulated disk, against a byte model and QEMU's tools.
 
-mod cut_short;
+mod concurrent;
 mod data_file;
-mod extras;
 mod harness;
 mod images;
-mod races;
 mod random;
 mod sweeps;
+mod truncated_files;
+mod unmaintained;
 mod write_back;

@@ -1,8 +1,9 @@
-//! Random operations against a byte model; what is left must check clean.
+//! Random operations against a byte model; the image must check clean afterwards.
 
 use bds_core::driver::{Prealloc, Truncate, WriteFlags, ZeroFlags};
 use bds_core::request::Backend;
 use bds_io::{Buf, Sim, SimConfig};
+use bds_testkit::Chance;
 use futures_util::future::join_all;
 
 use super::harness::{
@@ -10,28 +11,12 @@ use super::harness::{
 };
 use crate::sweep::seeds;
 
-/// Numbers from a seed.
-pub(crate) struct Dice(u64);
-
-impl Dice {
-    pub(crate) fn new(seed: u64) -> Self {
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x5bd1_e995)
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    pub(crate) fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
+/// A random number generator for this seed.
+pub(crate) fn seeded(seed: u64) -> Chance {
+    Chance::new(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x5bd1_e995)
 }
 
-/// What the guest must see.
+/// The expected content of the disk.
 pub(crate) fn model_of(sim: &Sim, shape: &Shape) -> Vec<u8> {
     let mut model = vec![0; shape.size as usize];
     if shape.backing {
@@ -43,15 +28,15 @@ pub(crate) fn model_of(sim: &Sim, shape: &Shape) -> Vec<u8> {
     model
 }
 
-fn some_range(dice: &mut Dice, len: u64, cluster: u64) -> (u64, u64) {
-    let offset = dice.below(len);
-    let most = match dice.below(4) {
+fn some_range(chance: &mut Chance, len: u64, cluster: u64) -> (u64, u64) {
+    let offset = chance.below(len);
+    let most = match chance.below(4) {
         0 => 512,
         1 => cluster,
         _ => cluster * 5,
     };
-    let n = 1 + dice.below(most.min(len - offset));
-    match dice.below(3) {
+    let n = 1 + chance.below(most.min(len - offset));
+    match chance.below(3) {
         0 => (offset, n),
         1 => {
             let start = offset / 512 * 512;
@@ -74,13 +59,13 @@ async fn discard(backend: &Backend, model: &mut [u8], at: u64, n: u64) {
     model[range].copy_from_slice(&now);
 }
 
-async fn one_op(dice: &mut Dice, backend: &Backend, model: &mut Vec<u8>, shape: &Shape) {
+async fn one_op(chance: &mut Chance, backend: &Backend, model: &mut Vec<u8>, shape: &Shape) {
     let len = model.len() as u64;
-    let (at, n) = some_range(dice, len, shape.cluster);
+    let (at, n) = some_range(chance, len, shape.cluster);
     let range = at as usize..(at + n) as usize;
-    match dice.below(20) {
+    match chance.below(20) {
         0..8 => {
-            let bytes = vec![dice.next() as u8 | 1; n as usize];
+            let bytes = vec![chance.draw() as u8 | 1; n as usize];
             write(backend, at, &bytes).await.unwrap();
             model[range].copy_from_slice(&bytes);
         }
@@ -89,15 +74,16 @@ async fn one_op(dice: &mut Dice, backend: &Backend, model: &mut Vec<u8>, shape: 
             assert_eq!(now, &model[range], "read {n} bytes at {at}");
         }
         11..13 => {
-            let flags = if dice.below(2) == 0 { ZeroFlags::MAY_UNMAP } else { ZeroFlags::empty() };
+            let flags =
+                if chance.below(2) == 0 { ZeroFlags::MAY_UNMAP } else { ZeroFlags::empty() };
             let _ = backend.write_zeroes(at, n, flags).await.unwrap();
             model[range].fill(0);
         }
         13..15 => discard(backend, model, at, n).await,
         15 => backend.flush().await.unwrap(),
         16 => {
-            let new = (len + dice.below(4) * 512 * (1 + dice.below(40))).min(shape.size * 2);
-            let prealloc = match dice.below(4) {
+            let new = (len + chance.below(4) * 512 * (1 + chance.below(40))).min(shape.size * 2);
+            let prealloc = match chance.below(4) {
                 0 if !shape.backing => Prealloc::Metadata,
                 1 if !shape.backing => Prealloc::Falloc,
                 _ => Prealloc::Off,
@@ -109,18 +95,19 @@ async fn one_op(dice: &mut Dice, backend: &Backend, model: &mut Vec<u8>, shape: 
         17 if !shape.data_file => {
             let at = at / shape.cluster * shape.cluster;
             let n = shape.cluster.min(len - at);
-            let bytes: Vec<u8> = (0..n).map(|i| (i / 300) as u8 ^ dice.0 as u8).collect();
+            let stamp = chance.clone().draw() as u8;
+            let bytes: Vec<u8> = (0..n).map(|i| (i / 300) as u8 ^ stamp).collect();
             backend.write_compressed(at, Buf::from_slice(&bytes).iov()).await.unwrap();
             model[at as usize..(at + n) as usize].copy_from_slice(&bytes);
         }
-        _ => at_once(dice, backend, model, at).await,
+        _ => at_once(chance, backend, model, at).await,
     }
 }
 
-/// Several writes at once, side by side in the same clusters.
-async fn at_once(dice: &mut Dice, backend: &Backend, model: &mut [u8], at: u64) {
-    let count = 2 + dice.below(8);
-    let step = 1 + dice.below(1500);
+/// Several concurrent writes, side by side in the same clusters.
+async fn at_once(chance: &mut Chance, backend: &Backend, model: &mut [u8], at: u64) {
+    let count = 2 + chance.below(8);
+    let step = 1 + chance.below(1500);
     let mut writes = Vec::new();
     for i in 0..count {
         let start = at + i * step;
@@ -128,7 +115,7 @@ async fn at_once(dice: &mut Dice, backend: &Backend, model: &mut [u8], at: u64) 
         if start >= end {
             break;
         }
-        let bytes = vec![dice.next() as u8 | 1; (end - start) as usize];
+        let bytes = vec![chance.draw() as u8 | 1; (end - start) as usize];
         model[start as usize..end as usize].copy_from_slice(&bytes);
         let iov = Buf::from_slice(&bytes).iov();
         writes.push(backend.write(start, iov, WriteFlags::empty()));
@@ -142,19 +129,19 @@ fn run(seed: u64, shape: &Shape, ops: usize) {
     let sim = Sim::new(seed, SimConfig::default());
     make(&sim, shape);
     let mut model = model_of(&sim, shape);
-    let mut dice = Dice::new(seed);
+    let mut chance = seeded(seed);
     for round in 0..3 {
         let graph = graph(&sim);
         sim.block_on(async {
             let mut how = options();
-            if dice.below(2) == 0 {
+            if chance.below(2) == 0 {
                 how.set("l2-cache-size", 1024);
                 how.set("l2-cache-entry-size", 512);
                 how.set("refcount-cache-size", 512);
             }
             let (node, backend) = open(&graph, how).await;
             for _ in 0..ops {
-                one_op(&mut dice, &backend, &mut model, shape).await;
+                one_op(&mut chance, &backend, &mut model, shape).await;
             }
             let now = read(&backend, 0, model.len()).await.unwrap();
             let wrong = now.iter().zip(&model).position(|(a, b)| a != b);
@@ -168,7 +155,7 @@ fn run(seed: u64, shape: &Shape, ops: usize) {
     }
 }
 
-/// The corners of the format, few operations each.
+/// Extreme parameters of the format, few operations each.
 #[test]
 fn random_operations_match_a_byte_model() {
     let shapes = [

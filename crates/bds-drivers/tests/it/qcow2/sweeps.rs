@@ -1,7 +1,7 @@
 //! Power cuts, faults and dropped futures at every point of a workload.
 //!
-//! The promise: the image checks clean, leaks at most, and holds every byte that was flushed. A byte written since the last flush may
-//! be old or new, but never anything else.
+//! Promise under test: the image checks clean, leaks at most, and holds every flushed byte. A byte written since the
+//! last flush may be old or new, and nothing else.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -13,14 +13,14 @@ use bds_io::{Buf, Sim, SimConfig};
 use futures_util::future::join_all;
 
 use super::harness::{Shape, close, graph, make, open, options, read, write};
-use super::random::{Dice, model_of};
+use super::random::{model_of, seeded};
 use crate::sweep::{is_full, seeds};
 
-/// What each byte may be now: the flushed value, and the values it may have got since.
+/// Possible values of each byte: the flushed value, and the values written since.
 #[derive(Clone)]
 pub(crate) struct Model {
     flushed: Vec<u8>,
-    /// Values of requests that failed or were dropped: they may be there or not, for good.
+    /// Values of requests that failed or were dropped: they may or may not be there, from now on.
     maybe: HashMap<usize, Vec<u8>>,
     /// Requests since the last flush, newest last.
     since: Vec<Request>,
@@ -38,7 +38,7 @@ impl Model {
         Self { flushed: bytes, maybe: HashMap::new(), since: Vec::new() }
     }
 
-    /// A request begins; the number is for `ended`.
+    /// Starts a request; returns its number for `ended`.
     fn begin(&mut self, at: u64, bytes: Vec<u8>) -> usize {
         self.since.push(Request { at: at as usize, bytes, succeeded: false });
         self.since.len() - 1
@@ -61,7 +61,7 @@ impl Model {
         }
     }
 
-    /// Is `now` what it may be?
+    /// Is every byte of `now` a possible value?
     fn check(&self, now: &[u8], what: &str) {
         let mut may: Vec<bool> = now.iter().zip(&self.flushed).map(|(a, b)| a == b).collect();
         for Request { at, bytes, .. } in &self.since {
@@ -77,19 +77,19 @@ impl Model {
     }
 }
 
-/// A workload that goes on until something fails. Values are never zero, so that lost data cannot look like old data.
+/// Runs a workload until something fails. Values are never zero, so that lost data cannot look like old data.
 async fn work(backend: &Backend, model: &RefCell<Model>, seed: u64, ops: usize, cluster: u64) {
-    let mut dice = Dice::new(seed);
+    let mut chance = seeded(seed);
     let len = model.borrow().flushed.len() as u64;
     for _ in 0..ops {
-        let at = dice.below(len / 512) * 512;
-        let n = (1 + dice.below(4 * cluster / 512).max(1)) * 512;
+        let at = chance.below(len / 512) * 512;
+        let n = (1 + chance.below(4 * cluster / 512).max(1)) * 512;
         let n = n.min(len - at);
         let begin = |at, bytes: &[u8]| model.borrow_mut().begin(at, bytes.to_vec());
         let ended = |request, ok| model.borrow_mut().ended(request, ok);
-        match dice.below(12) {
+        match chance.below(12) {
             0..6 => {
-                let bytes = vec![dice.next() as u8 | 1; n as usize];
+                let bytes = vec![chance.draw() as u8 | 1; n as usize];
                 let request = begin(at, &bytes);
                 ended(request, write(backend, at, &bytes).await.is_ok());
             }
@@ -97,7 +97,7 @@ async fn work(backend: &Backend, model: &RefCell<Model>, seed: u64, ops: usize, 
                 let mut writes = Vec::new();
                 for i in 0..4 {
                     let at = at.min(len - 2048) + i * 512;
-                    let bytes = vec![dice.next() as u8 | 1; 512];
+                    let bytes = vec![chance.draw() as u8 | 1; 512];
                     let request = begin(at, &bytes);
                     let iov = Buf::from_slice(&bytes).iov();
                     writes.push(async move {
@@ -122,7 +122,7 @@ async fn work(backend: &Backend, model: &RefCell<Model>, seed: u64, ops: usize, 
             9 => {
                 let at = at / cluster * cluster;
                 let n = cluster.min(len - at);
-                let bytes = vec![dice.next() as u8 | 1; n as usize];
+                let bytes = vec![chance.draw() as u8 | 1; n as usize];
                 let request = begin(at, &bytes);
                 let iov = Buf::from_slice(&bytes).iov();
                 ended(request, backend.write_compressed(at, iov).await.is_ok());
@@ -137,7 +137,7 @@ async fn work(backend: &Backend, model: &RefCell<Model>, seed: u64, ops: usize, 
     }
 }
 
-/// Opens what is left, read-only, and compares; then asks our own check.
+/// Opens the image read-only, compares, and runs our own check.
 fn verify(sim: &Sim, model: &Model, shape: &Shape, what: &str) -> CheckReport {
     let graph = graph(sim);
     sim.block_on(async {
@@ -168,7 +168,7 @@ fn start(sim: &Sim, shape: &Shape, seed: u64, ops: usize) -> (Model, bool) {
     let ended = sim.run_until_cut(async {
         let mut how = options();
         if seed.is_multiple_of(2) {
-            // Small caches: metadata is written back and loaded again all the time.
+            // Small caches: metadata is written back and loaded again often.
             how.set("l2-cache-size", 1024);
             how.set("l2-cache-entry-size", 512);
             how.set("refcount-cache-size", 512);
@@ -265,7 +265,7 @@ fn a_fault_anywhere_leaves_the_image_whole() {
                         sim.fail_nth(n, Fault::once(errno));
                         work(&backend, &model, seed, 30, shape.cluster).await;
                         sim.clear_faults();
-                        // A failed flush is sticky in the file node: what matters is that nothing is lost or torn.
+                        // A failed flush is sticky in the file node: it matters that nothing is lost or torn.
                         if let Err(error) = backend.flush().await {
                             assert_eq!(error.errno(), errno, "{what}: {error}");
                         }
@@ -298,7 +298,7 @@ fn a_dropped_future_leaves_the_image_whole() {
                 let what = format!("shape {i} forget {forget} at {n}");
                 if !forget {
                     sim.block_on(async {
-                        // Everything else goes on as if nothing had happened.
+                        // Everything else goes on.
                         write(&backend, 0, &[77; 5000]).await.unwrap();
                         assert_eq!(read(&backend, 0, 5000).await.unwrap(), vec![77; 5000]);
                         let request = model.borrow_mut().begin(0, vec![77; 5000]);

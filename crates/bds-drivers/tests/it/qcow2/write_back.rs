@@ -1,4 +1,4 @@
-//! Flushes of scattered allocating writes on small images, counted on the simulated disk.
+//! Counts flushes of scattered allocating writes on small images, on the simulated disk.
 
 use bds_core::driver::WriteFlags;
 use bds_io::sim::OpMask;
@@ -7,7 +7,7 @@ use futures_util::future::join_all;
 
 use super::harness::{Shape, close, graph, make, open, options, read};
 
-/// Writes `count` sectors, a different cluster each, eight at once; then flushes. Syncs meanwhile.
+/// Writes `count` sectors, each in a different cluster, eight at once; then flushes. Returns the syncs meanwhile.
 fn syncs_of(shape: &Shape, count: u64) -> u64 {
     let sim = Sim::new(1, SimConfig::calm());
     make(&sim, shape);
@@ -38,7 +38,7 @@ fn syncs_of(shape: &Shape, count: u64) -> u64 {
     })
 }
 
-/// The final flush takes two or three: before the directory, before the links, and of the whole.
+/// The final flush takes two or three syncs: before the directory, before the links, and of everything.
 const OF_ONE_FLUSH: u64 = 4;
 
 #[test]

@@ -1,4 +1,4 @@
-//! A backing node that comes, goes, and becomes another one while the overlay is open.
+//! Tests adding, removing and replacing the backing node of an open overlay.
 
 use std::sync::Arc;
 
@@ -12,20 +12,22 @@ use bds_io::{Buf, Sim};
 use bds_testkit::pattern;
 use serde_json::json;
 
-use super::rig::{Image, Place, Port, Shelf, made, open_file, place, read_only, writer};
-use crate::sweep::rig::{Kind, World};
+use super::driver_stack::{
+    CellPort, Image, NodeCell, ReadyChildren, made, node_cell, open_file, read_only, writer,
+};
+use crate::kit::{ImageKind, TestEnv};
 
 const CLUSTER: u64 = 4096;
 
-/// A raw file below, by name.
+/// A raw file by name.
 async fn base(sim: &Sim, name: &str, bytes: &[u8]) -> Arc<dyn Driver> {
     sim.put_file(name, bytes);
     open_file(&sim.fs(), name.into(), read_only(writer())).await.unwrap()
 }
 
-/// A node that answers at once.
+/// A node whose reads complete at once.
 async fn memory(bytes: &[u8]) -> Arc<dyn Driver> {
-    let mut none = Shelf::default();
+    let mut none = ReadyChildren::default();
     let fs = bds_io::Fs::Host;
     let options = Options::new().with("size", bytes.len());
     let mut context = OpenContext::new("mem", options, writer(), &fs, &mut none);
@@ -34,12 +36,12 @@ async fn memory(bytes: &[u8]) -> Arc<dyn Driver> {
     Arc::from(node)
 }
 
-async fn overlay(sim: &Sim, world: &World, backing: Option<&Place>) -> Box<dyn Driver> {
+async fn overlay(sim: &Sim, env: &TestEnv, backing: Option<&NodeCell>) -> Box<dyn Driver> {
     let fs = sim.fs();
-    let file = open_file(&fs, world.path("disk"), writer()).await.unwrap();
-    let mut shelf = Shelf(vec![("file", place(file))]);
-    shelf.0.extend(backing.map(|place| ("backing", Arc::clone(place))));
-    let mut context = OpenContext::new("image", Options::new(), writer(), &fs, &mut shelf);
+    let file = open_file(&fs, env.path("disk"), writer()).await.unwrap();
+    let mut children = ReadyChildren(vec![("file", node_cell(file))]);
+    children.0.extend(backing.map(|node_cell| ("backing", Arc::clone(node_cell))));
+    let mut context = OpenContext::new("image", Options::new(), writer(), &fs, &mut children);
     Qcow2Format.open(&mut context).await.unwrap()
 }
 
@@ -67,32 +69,33 @@ async fn write_some(node: &dyn Driver) {
 }
 
 #[test]
-fn the_first_backing_node_comes_and_the_only_one_goes() {
-    let kind = Kind::qcow2("overlay", CLUSTER);
+fn the_first_backing_node_is_added_and_the_only_one_removed() {
+    let kind = ImageKind::qcow2("overlay", CLUSTER);
     let len = usize::try_from(kind.len).unwrap();
-    let (sim, world) = made(1, &kind);
+    let (sim, env) = made(1, &kind);
     sim.block_on(async {
-        let node = overlay(&sim, &world, None).await;
+        let node = overlay(&sim, &env, None).await;
         assert_eq!(read(&*node, 0, len).await, vec![0; len]);
         assert!(node.set_backing(None).unwrap().is_none());
         for below in [pattern(1, 0, 50_001), pattern(2, 0, len + 10_000), Vec::new()] {
             let base = base(&sim, "/below", &below).await;
             let users = Arc::strong_count(&base);
-            let place = place(Arc::clone(&base));
-            let child = Port::child(&place, "backing");
-            drop(place);
+            let node_cell = node_cell(Arc::clone(&base));
+            let child = CellPort::child(&node_cell, "backing");
+            drop(node_cell);
             assert!(node.set_backing(Some(child)).unwrap().is_none());
             let visible = &below[..below.len().min(len)];
             let mut expected = visible.to_vec();
             expected.resize(len, 0);
             assert_eq!(read(&*node, 0, len).await, expected);
 
-            let second = Port::child(&super::rig::place(Arc::clone(&base)), "backing");
+            let second =
+                CellPort::child(&super::driver_stack::node_cell(Arc::clone(&base)), "backing");
             let error = node.set_backing(Some(second)).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
             assert_eq!(read(&*node, 0, len).await, expected, "it stays");
 
-            let given = node.set_backing(None).unwrap().expect("it is given back");
+            let given = node.set_backing(None).unwrap().expect("the old child is returned");
             assert_eq!(given.name(), "backing");
             drop(given);
             assert_eq!(Arc::strong_count(&base), users, "nothing holds it any more");
@@ -102,17 +105,17 @@ fn the_first_backing_node_comes_and_the_only_one_goes() {
     });
 }
 
-/// What was copied up stays, what was not comes from below.
+/// Copied clusters stay, others come from the new backing node.
 #[test]
-fn writes_over_a_new_backing_node_keep_what_lies_around_them() {
-    let kind = Kind::qcow2("overlay", CLUSTER);
+fn writes_over_a_new_backing_node_keep_the_bytes_around_them() {
+    let kind = ImageKind::qcow2("overlay", CLUSTER);
     let len = usize::try_from(kind.len).unwrap();
-    let (sim, world) = made(2, &kind);
+    let (sim, env) = made(2, &kind);
     sim.block_on(async {
-        let node = overlay(&sim, &world, None).await;
+        let node = overlay(&sim, &env, None).await;
         let below = pattern(3, 0, 90_000);
-        let place = place(base(&sim, "/below", &below).await);
-        node.set_backing(Some(Port::child(&place, "backing"))).unwrap();
+        let node_cell = node_cell(base(&sim, "/below", &below).await);
+        node.set_backing(Some(CellPort::child(&node_cell, "backing"))).unwrap();
         write_some(&*node).await;
         assert_eq!(read(&*node, 0, len).await, shown(&below, len));
         node.set_backing(None).unwrap();
@@ -125,29 +128,29 @@ fn writes_over_a_new_backing_node_keep_what_lies_around_them() {
     });
 }
 
-/// The child leads to a node of another length, and the driver is not told.
+/// The child leads to a node of another length, without notice to the driver.
 #[test]
-fn another_backing_node_of_another_length_is_shown_as_it_is() {
-    let kind = Kind::qcow2("overlay", CLUSTER);
+fn a_backing_node_of_another_length_reads_right() {
+    let kind = ImageKind::qcow2("overlay", CLUSTER);
     let len = usize::try_from(kind.len).unwrap();
-    let (sim, world) = made(3, &kind);
+    let (sim, env) = made(3, &kind);
     sim.block_on(async {
-        let place = place(base(&sim, "/first", &pattern(4, 0, 60_000)).await);
-        let node = overlay(&sim, &world, Some(&place)).await;
+        let node_cell = node_cell(base(&sim, "/first", &pattern(4, 0, 60_000)).await);
+        let node = overlay(&sim, &env, Some(&node_cell)).await;
         write_some(&*node).await;
         assert_eq!(read(&*node, 0, len).await[5000..5100], [9; 100]);
         for (i, below_len) in [20_000, 5_001, 300_000, 0, 70_003].into_iter().enumerate() {
             let below = pattern(10 + i as u64, 0, below_len);
-            *place.lock().unwrap() = memory(&below).await;
+            *node_cell.lock().unwrap() = memory(&below).await;
             let mut expected = below[..below.len().min(len)].to_vec();
             expected.resize(len, 0);
-            // By pieces, so that some end before the end, some on it and some behind it.
+            // In pieces, so that some end before the end, some at it and some behind it.
             for at in (8192..len).step_by(1000) {
                 let piece = 1000.min(len - at);
                 let got = read(&*node, at as u64, piece).await;
                 assert_eq!(got, expected[at..at + piece], "{below_len} bytes, at {at}");
             }
-            // Its length was learnt on the way: from now on the quick way answers up to the very end and past it.
+            // The length is known now: from here on the inline path serves reads up to the end and past it.
             for at in (8192..len).step_by(1000) {
                 let iov = Buf::zeroed(1000.min(len - at), 4096).iov();
                 assert!(node.try_read(at as u64, &iov).is_some(), "{below_len} bytes, at {at}");
@@ -159,26 +162,27 @@ fn another_backing_node_of_another_length_is_shown_as_it_is() {
 
 #[test]
 fn a_raw_data_file_and_a_backing_node_exclude_each_other() {
-    let kind = Kind::qcow2("raw", CLUSTER).with_data_file().create("data_file_raw", true);
-    let (sim, world) = made(4, &kind);
+    let kind = ImageKind::qcow2("raw", CLUSTER).with_data_file().create("data_file_raw", true);
+    let (sim, env) = made(4, &kind);
     sim.block_on(async {
-        let image = Image::open(&world, &kind, writer()).await.unwrap();
-        let place = place(base(&sim, "/below", &[1; 512]).await);
-        let error = image.node.set_backing(Some(Port::child(&place, "backing"))).unwrap_err();
+        let image = Image::open(&env, &kind, writer()).await.unwrap();
+        let node_cell = node_cell(base(&sim, "/below", &[1; 512]).await);
+        let error =
+            image.node.set_backing(Some(CellPort::child(&node_cell, "backing"))).unwrap_err();
         assert!(error.to_string().contains("raw data file"), "{error}");
         image.close().await.unwrap();
     });
 }
 
-/// Taken back with another backing file's name in its header: refused until the node has another backing node.
+/// Activated with another backing file's name in its header: refused until the node has another backing node.
 #[test]
-fn a_backing_file_renamed_meanwhile_is_noticed() {
-    let kind = Kind::qcow2("renamed", CLUSTER).backed(50_000);
-    let (sim, world) = made(5, &kind);
+fn activation_notices_a_changed_backing_file_name() {
+    let kind = ImageKind::qcow2("renamed", CLUSTER).backed(50_000);
+    let (sim, env) = made(5, &kind);
     sim.block_on(async {
-        let image = Image::open(&world, &kind, writer()).await.unwrap();
+        let image = Image::open(&env, &kind, writer()).await.unwrap();
         image.inactivate().await.unwrap();
-        let path = world.path("disk");
+        let path = env.path("disk");
         let bytes = sim.snapshot_file(&path);
         let name = bytes.windows(4).position(|w| w == b"base").unwrap();
         let options = bds_io::OpenOptions { write: true, ..Default::default() };
@@ -186,9 +190,9 @@ fn a_backing_file_renamed_meanwhile_is_noticed() {
         file.write(name as u64, Buf::from_slice(b"bass").iov(), true).await.unwrap();
         let error = image.activate().await.unwrap_err();
         assert!(error.to_string().contains("another backing file"), "{error}");
-        let place = place(base(&sim, "/below", &pattern(6, 0, 3000)).await);
+        let node_cell = node_cell(base(&sim, "/below", &pattern(6, 0, 3000)).await);
         drop(image.node.set_backing(None).unwrap());
-        image.node.set_backing(Some(Port::child(&place, "backing"))).unwrap();
+        image.node.set_backing(Some(CellPort::child(&node_cell, "backing"))).unwrap();
         image.activate().await.unwrap();
         assert_eq!(image.read(0, 3000).await.unwrap(), pattern(6, 0, 3000));
         image.close().await.unwrap();
@@ -199,15 +203,15 @@ async fn node(graph: &Graph, options: serde_json::Value) -> NodeRef {
     graph.open(Options::from_json(options).unwrap()).await.unwrap()
 }
 
-/// In a real graph: an overlay opened with nothing below goes on top of a disk in use, and later loses it again.
+/// In a graph: an overlay opened without a backing node is put on top of a disk in use, and later loses it again.
 #[test]
-fn an_overlay_opened_with_nothing_below_is_put_on_top() {
-    let kind = Kind::qcow2("overlay", CLUSTER).sized(64 * CLUSTER, 64 * CLUSTER);
-    let (sim, world) = made(6, &kind);
+fn an_overlay_opened_without_backing_is_appended() {
+    let kind = ImageKind::qcow2("overlay", CLUSTER).sized(64 * CLUSTER, 64 * CLUSTER);
+    let (sim, env) = made(6, &kind);
     let len = usize::try_from(kind.len).unwrap();
     sim.put_file("/base", &pattern(7, 0, len));
     sim.put_file("/short", &pattern(8, 0, 30_000));
-    let graph = world.graph();
+    let graph = env.graph();
     sim.block_on(async {
         let raw = |name: &str| {
             json!({"driver": "file", "node-name": name, "filename": format!("/{name}")})
@@ -216,7 +220,7 @@ fn an_overlay_opened_with_nothing_below_is_put_on_top() {
         let short = node(&graph, raw("short")).await;
         let user = BackendOptions { name: "guest".into(), writable: true, ..BackendOptions::default() };
         let guest = Backend::new(&bottom, user).unwrap();
-        let file = json!({"driver": "file", "filename": world.path("disk")});
+        let file = json!({"driver": "file", "filename": env.path("disk")});
         let options = json!({"driver": "qcow2", "file": file, "backing": null});
         let top = node(&graph, options).await;
 
@@ -232,7 +236,7 @@ fn an_overlay_opened_with_nothing_below_is_put_on_top() {
         assert_eq!(sim.snapshot_file("/base"), pattern(7, 0, len));
         assert_eq!(read().await, shown(&pattern(7, 0, len), len));
 
-        // One of another length: the driver is not told.
+        // A backing node of another length, without notice to the driver.
         let before = bottom.count();
         graph.set_backing(&top, Some(&short)).await.unwrap();
         assert_eq!(bottom.count(), before - 1);

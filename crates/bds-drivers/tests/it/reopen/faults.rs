@@ -1,4 +1,5 @@
-//! A reopen, giving away and taking back that fail at every I/O, are dropped at every await, and lose the power at every write.
+//! Reopen, inactivate and activate with a failure at every I/O, a dropped future at every await, and a power cut at
+//! every write.
 
 use std::time::Duration;
 
@@ -7,30 +8,30 @@ use bds_io::sim::{CutMode, Fault, OpMask};
 use bds_io::{Sim, SimConfig};
 use bds_testkit::{Chance, Scratch, pattern, qemu_img};
 
-use super::rig::{Image, read_only, writer};
-use crate::sweep::rig::{Disk, Kind, World};
+use super::driver_stack::{Image, read_only, writer};
+use crate::kit::{Disk, ImageKind, TestEnv, sim_with_image};
 use crate::sweep::{one_seed, seeds};
 
-fn kinds() -> Vec<Kind> {
-    let q = |name| Kind::qcow2(name, 4096).sized(4096 * 24, 4096 * 40);
+fn kinds() -> Vec<ImageKind> {
+    let q = |name| ImageKind::qcow2(name, 4096).sized(4096 * 24, 4096 * 40);
     vec![
         q("plain"),
         q("lazy").lazy(),
         q("backed").backed(50_000),
         q("data").with_data_file(),
-        Kind::qcow2("512", 512).sized(512 * 160, 512 * 240),
-        Kind::qcow2("512-lazy", 512).sized(512 * 160, 512 * 240).lazy(),
+        ImageKind::qcow2("512", 512).sized(512 * 160, 512 * 240),
+        ImageKind::qcow2("512-lazy", 512).sized(512 * 160, 512 * 240).lazy(),
     ]
 }
 
-/// What is done to an image.
+/// A change of the mode of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Act {
     ToReader,
     ToWriter,
     GiveAway,
     TakeBack,
-    /// Other classes of metadata are kept apart: all is read again.
+    /// Other metadata overlap checks are kept: everything is read again.
     Options,
 }
 
@@ -49,7 +50,7 @@ impl Act {
         }
     }
 
-    /// May it write afterwards, if it was done or not?
+    /// May the image be written afterwards, with this result?
     fn can_write(self, is_done: bool) -> bool {
         match self {
             Self::ToReader | Self::GiveAway => !is_done,
@@ -61,13 +62,13 @@ impl Act {
 
 const FLUSHED_LEN: usize = 9000;
 
-/// An image to which `act` can be done, with bytes in it: 9000 that are flushed, and some that are not.
-async fn begin(world: &World, kind: &Kind, act: Act) -> (Image, Vec<u8>) {
+/// An image ready for `act`, with bytes in it: 9000 that are flushed, and some that are not.
+async fn begin(env: &TestEnv, kind: &ImageKind, act: Act) -> (Image, Vec<u8>) {
     let flags = if act == Act::ToWriter { read_only(writer()) } else { writer() };
-    let first = Image::open(world, kind, writer()).await.unwrap();
+    let first = Image::open(env, kind, writer()).await.unwrap();
     first.write(0, &pattern(1, 0, FLUSHED_LEN)).await.unwrap();
     first.close().await.unwrap();
-    let image = Image::open(world, kind, flags).await.unwrap();
+    let image = Image::open(env, kind, flags).await.unwrap();
     let mut bytes = image.read(0, usize::try_from(kind.len).unwrap()).await.unwrap();
     if act != Act::ToWriter {
         let later = pattern(2, 0, 20_000);
@@ -80,8 +81,8 @@ async fn begin(world: &World, kind: &Kind, act: Act) -> (Image, Vec<u8>) {
     (image, bytes)
 }
 
-/// It does what it is there for: reads all, writes if it may, flushes, is sound.
-async fn works(image: &Image, bytes: &mut [u8], can_write: bool, what: &str) {
+/// Checks an image in use: reads all, writes if it may, flushes, and passes `check`.
+async fn check_in_use(image: &Image, bytes: &mut [u8], can_write: bool, what: &str) {
     assert!(image.read(0, bytes.len()).await.unwrap() == bytes, "{what}: other bytes before");
     for at in [100, 35_000, 60_000] {
         let written = image.write(at, &[0x77; 3000]).await;
@@ -96,35 +97,33 @@ async fn works(image: &Image, bytes: &mut [u8], can_write: bool, what: &str) {
     assert_eq!(image.check().await, 0, "{what}");
 }
 
-/// After all, closed, it reads the same and is sound for others too.
-async fn ends(world: &World, kind: &Kind, image: Image, bytes: &[u8], what: &str) {
+/// Closes it; a new open reads the same and `check` passes.
+async fn close_and_check(env: &TestEnv, kind: &ImageKind, image: Image, bytes: &[u8], what: &str) {
     image.close().await.unwrap();
-    let graph = world.graph();
-    let disk = Disk::look(world, kind, &graph).await.unwrap();
+    let graph = env.graph();
+    let disk = Disk::open_read_only(env, kind, &graph).await.unwrap();
     let read = disk.read(0, bytes.len() as u64).await.unwrap();
     assert!(read == bytes, "{what}: other bytes in the end");
     assert_eq!(disk.check().await.unwrap(), (0, 0), "{what}");
     disk.close().await.unwrap();
 }
 
-fn base(kind: &Kind) -> Sim {
-    let base = Sim::new(3, SimConfig::calm());
-    World::Sim(base.clone()).make(kind);
-    base
+fn base(kind: &ImageKind) -> Sim {
+    sim_with_image(3, SimConfig::calm(), kind)
 }
 
 #[test]
-fn one_that_fails_anywhere_changes_nothing_and_can_be_done_again() {
+fn a_failed_mode_change_changes_nothing_and_can_be_repeated() {
     for kind in kinds() {
         let base = base(&kind);
         let mut failed = 0;
         for act in ACTS {
             for n in 0.. {
                 let sim = base.fork(n);
-                let world = World::Sim(sim.clone());
+                let env = TestEnv::Sim(sim.clone());
                 let what = format!("{} {act:?} fault {n}", kind.name);
-                let (mut image, mut bytes) = sim.block_on(begin(&world, &kind, act));
-                // Not a sync: a file whose flush failed stays broken, as it must.
+                let (mut image, mut bytes) = sim.block_on(begin(&env, &kind, act));
+                // Not a sync: a file whose flush failed stays failed, as it must.
                 let steps = OpMask::READ | OpMask::WRITE | OpMask::ZERO | OpMask::OPEN;
                 let first = sim.ops_of(steps);
                 sim.fail_nth(n, Fault::once(libc::EIO).on(steps));
@@ -133,12 +132,12 @@ fn one_that_fails_anywhere_changes_nothing_and_can_be_done_again() {
                 sim.clear_faults();
                 failed += u64::from(done.is_err());
                 sim.block_on(async {
-                    works(&image, &mut bytes, act.can_write(done.is_ok()), &what).await;
+                    check_in_use(&image, &mut bytes, act.can_write(done.is_ok()), &what).await;
                     if done.is_err() {
                         act.run(&mut image).await.unwrap();
-                        works(&image, &mut bytes, act.can_write(true), &what).await;
+                        check_in_use(&image, &mut bytes, act.can_write(true), &what).await;
                     }
-                    ends(&world, &kind, image, &bytes, &what).await;
+                    close_and_check(&env, &kind, image, &bytes, &what).await;
                 });
                 if is_over {
                     assert!(done.is_ok(), "{what}: {done:?}");
@@ -157,8 +156,8 @@ fn a_failed_flush_keeps_a_writer_a_writer() {
         for act in [Act::ToReader, Act::GiveAway] {
             for n in 0.. {
                 let sim = base.fork(n);
-                let world = World::Sim(sim.clone());
-                let (mut image, bytes) = sim.block_on(begin(&world, &kind, act));
+                let env = TestEnv::Sim(sim.clone());
+                let (mut image, bytes) = sim.block_on(begin(&env, &kind, act));
                 let first = sim.ops_of(OpMask::SYNC);
                 sim.fail_nth(n, Fault::once(libc::EIO).on(OpMask::SYNC));
                 let done = sim.block_on(act.run(&mut image));
@@ -188,27 +187,27 @@ fn a_failed_flush_keeps_a_writer_a_writer() {
 }
 
 #[test]
-fn one_that_is_dropped_at_any_await_changes_nothing_and_can_be_done_again() {
+fn a_dropped_mode_change_changes_nothing_and_can_be_repeated() {
     for kind in kinds() {
         let base = base(&kind);
         for act in ACTS {
             for k in 0.. {
                 let sim = base.fork(k as u64);
-                let world = World::Sim(sim.clone());
+                let env = TestEnv::Sim(sim.clone());
                 let what = format!("{} {act:?} await {k}", kind.name);
-                let (mut image, mut bytes) = sim.block_on(begin(&world, &kind, act));
+                let (mut image, mut bytes) = sim.block_on(begin(&env, &kind, act));
                 let is_dropped = sim.drop_at(act.run(&mut image), k);
                 sim.block_on(async {
-                    // Giving away and taking back are several steps here: the rest of them is undone or done by who asked.
+                    // Inactivate and activate are several steps here: the caller undoes or completes the rest.
                     match act {
                         Act::GiveAway if is_dropped => image.activate().await.unwrap(),
                         Act::TakeBack if is_dropped => image.inactivate().await.unwrap(),
                         _ => {}
                     }
-                    works(&image, &mut bytes, act.can_write(!is_dropped), &what).await;
+                    check_in_use(&image, &mut bytes, act.can_write(!is_dropped), &what).await;
                     act.run(&mut image).await.unwrap();
-                    works(&image, &mut bytes, act.can_write(true), &what).await;
-                    ends(&world, &kind, image, &bytes, &what).await;
+                    check_in_use(&image, &mut bytes, act.can_write(true), &what).await;
+                    close_and_check(&env, &kind, image, &bytes, &what).await;
                 });
                 if !is_dropped {
                     break;
@@ -218,23 +217,22 @@ fn one_that_is_dropped_at_any_await_changes_nothing_and_can_be_done_again() {
     }
 }
 
-/// Somebody drops the reopen and writes on while its tail still brings the image up to date: the dirty bit is never off while
-/// counts are behind.
+/// A reopen is dropped and writes go on while it still writes back the image: the dirty bit is never cleared while
+/// refcounts are behind.
 #[test]
 fn writes_beside_an_abandoned_reopen_stay_sound_after_a_cut() {
-    let kind = Kind::qcow2("512-lazy", 512).sized(512 * 160, 512 * 240).lazy();
-    let base = Sim::new(7, SimConfig { short_io_rate: 0.0, ..SimConfig::default() });
-    World::Sim(base.clone()).make(&kind);
+    let kind = ImageKind::qcow2("512-lazy", 512).sized(512 * 160, 512 * 240).lazy();
+    let base = sim_with_image(7, SimConfig { short_io_rate: 0.0, ..SimConfig::default() }, &kind);
     let mut cut_on_the_way = 0;
     for seed in seeds(700) {
         let sim = base.fork(seed);
-        let world = World::Sim(sim.clone());
-        let (image, _) = sim.block_on(begin(&world, &kind, Act::GiveAway));
+        let env = TestEnv::Sim(sim.clone());
+        let (image, _) = sim.block_on(begin(&env, &kind, Act::GiveAway));
         let mut chance = Chance::new(seed);
         let mut moment = |below_us: u64| Duration::from_micros(chance.draw() % below_us);
         let (dropped_at, cut_at) = (moment(2500), moment(3000));
         sim.cut_at(sim.now() + dropped_at + cut_at);
-        // The image may have been given away by then: a write is done or refused, and fails in no other way.
+        // The image may be inactive by then: a write succeeds or is refused, and fails in no other way.
         let is_fine = |done: Result<()>| match done {
             Ok(()) => true,
             Err(error) => error.kind() == ErrorKind::Inactive,
@@ -252,8 +250,8 @@ fn writes_beside_an_abandoned_reopen_stay_sound_after_a_cut() {
         cut_on_the_way += u32::from(ended.is_none());
         abandon(&sim, image);
         let mode = if seed % 2 == 0 { CutMode::KeepAll } else { CutMode::Random };
-        let after = World::Sim(sim.after_cut_by(seed, mode));
-        look(&after, &kind, None, &format!("seed {seed}"));
+        let after = TestEnv::Sim(sim.after_cut_by(seed, mode));
+        check_disk(&after, &kind, None, &format!("seed {seed}"));
     }
     assert!(one_seed().is_some() || cut_on_the_way > 100, "{cut_on_the_way}");
 }
@@ -264,7 +262,7 @@ async fn drop_after(time: Duration, future: impl Future<Output = Result<()>>) {
     futures_util::future::select(future, sleep).await;
 }
 
-/// Ends an image in the dead world.
+/// Drops an image on a disk without power.
 fn abandon(sim: &Sim, image: Image) {
     sim.power_cut();
     let gone = sim.run_until_cut(async move {
@@ -274,11 +272,13 @@ fn abandon(sim: &Sim, image: Image) {
     assert!(gone.is_none(), "the power is gone");
 }
 
-/// After a cut: sound or leaking (or marked dirty), and what was flushed is there.
-fn look(after: &World, kind: &Kind, flushed: Option<&[u8]>, what: &str) {
+/// Checks after a cut: sound or leaking (or marked dirty), and flushed bytes are there.
+fn check_disk(after: &TestEnv, kind: &ImageKind, flushed: Option<&[u8]>, what: &str) {
     let graph = after.graph();
     after.block_on(async {
-        let disk = Disk::look(after, kind, &graph).await.unwrap_or_else(|e| panic!("{what}: {e}"));
+        let disk = Disk::open_read_only(after, kind, &graph)
+            .await
+            .unwrap_or_else(|e| panic!("{what}: {e}"));
         let info = disk.backend.info().await.unwrap();
         assert!(!info.is_corrupt, "{what}");
         assert!(!info.is_dirty || kind.is_lazy, "{what}");
@@ -300,18 +300,18 @@ fn a_power_cut_at_any_write_leaves_the_image_sound() {
     let mut cuts = 0;
     for kind in kinds() {
         // A short write may stop inside a sector; a power cut never does.
-        let base = Sim::new(7, SimConfig { short_io_rate: 0.0, ..SimConfig::default() });
-        World::Sim(base.clone()).make(&kind);
+        let base =
+            sim_with_image(7, SimConfig { short_io_rate: 0.0, ..SimConfig::default() }, &kind);
         for act in ACTS {
             for n in 0.. {
                 let sim = base.fork(n);
-                let world = World::Sim(sim.clone());
-                let (mut image, _) = sim.block_on(begin(&world, &kind, act));
+                let env = TestEnv::Sim(sim.clone());
+                let (mut image, _) = sim.block_on(begin(&env, &kind, act));
                 let flushed = pattern(1, 0, FLUSHED_LEN);
                 sim.cut_after_writes(Some(sim.writes() + n));
                 let ended = sim.run_until_cut(async {
                     act.run(&mut image).await.unwrap();
-                    // The other one, so that what the first left behind is built upon.
+                    // Then the other change, on top of what the first left behind.
                     match act {
                         Act::ToReader => Act::ToWriter.run(&mut image).await.unwrap(),
                         Act::GiveAway => Act::TakeBack.run(&mut image).await.unwrap(),
@@ -325,9 +325,9 @@ fn a_power_cut_at_any_write_leaves_the_image_sound() {
                 abandon(&sim, image);
                 let modes = [CutMode::Random, CutMode::LoseAll, CutMode::Reorder, CutMode::Tear];
                 let mode = modes[usize::try_from(n % 4).unwrap()];
-                let after = World::Sim(sim.after_cut_by(n, mode));
+                let after = TestEnv::Sim(sim.after_cut_by(n, mode));
                 let what = format!("{} {act:?} cut {n} {mode:?}", kind.name);
-                look(&after, &kind, Some(&flushed), &what);
+                check_disk(&after, &kind, Some(&flushed), &what);
                 cuts += 1;
                 if let Some(img) = img.as_ref().filter(|_| cuts % 60 == 0) {
                     let out = after.qemu_check(img, &kind, &scratch);

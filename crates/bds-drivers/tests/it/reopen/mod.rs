@@ -1,10 +1,10 @@
-//! Nodes in another mode, given away and taken back, by the driver contract alone: what a graph does with them is the graph's
-//! test. Drivers stand on each other through a port that is as thin as can be, on the simulated disk.
+//! Tests reopen, inactivate and activate at the driver contract, without a graph. Drivers are stacked through a
+//! minimal port, on the simulated disk.
 
 mod backing;
+pub(crate) mod driver_stack;
 mod faults;
-mod others;
+mod other_drivers;
 mod qcow2;
 mod qemu;
 mod random;
-pub(crate) mod rig;

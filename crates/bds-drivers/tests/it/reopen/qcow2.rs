@@ -1,39 +1,39 @@
-//! qcow2 read-only and writable, with other options, and in other hands in between.
+//! Reopen of qcow2: read-only and writable, other options, and inactivation while another instance writes.
 
-use bds_core::driver::{OpenFlags, Prealloc, Truncate, ZeroFlags};
+use bds_core::driver::{OpenFlags, ZeroFlags};
 use bds_core::{ErrorKind, Options};
 use bds_io::sim::OpMask;
 use bds_io::{Buf, Sim};
 use bds_testkit::pattern;
 use serde_json::json;
 
-use super::rig::{Image, made, read_only, writer};
-use crate::sweep::rig::{Kind, World};
+use super::driver_stack::{Image, made, read_only, writer};
+use crate::kit::{ImageKind, TestEnv, resize_to};
 
 const CLUSTER: u64 = 4096;
 
-fn kinds() -> Vec<Kind> {
-    let q = |name| Kind::qcow2(name, CLUSTER);
+fn kinds() -> Vec<ImageKind> {
+    let q = |name| ImageKind::qcow2(name, CLUSTER);
     vec![
         q("plain"),
         q("lazy").lazy(),
         q("v2").version_2(),
         q("backed").backed(100_000),
         q("data").with_data_file(),
-        Kind::qcow2("extended", 16384).extended(),
+        ImageKind::qcow2("extended", 16384).extended(),
     ]
 }
 
 /// Bytes at an offset of the image's file.
-fn header(sim: &Sim, world: &World, at: usize, len: usize) -> Vec<u8> {
-    sim.snapshot_file(world.path("disk"))[at..at + len].to_vec()
+fn header(sim: &Sim, env: &TestEnv, at: usize, len: usize) -> Vec<u8> {
+    sim.snapshot_file(env.path("disk"))[at..at + len].to_vec()
 }
 
-fn put(sim: &Sim, world: &World, at: usize, bytes: &[u8]) {
-    let path = world.path("disk");
+fn put(sim: &Sim, env: &TestEnv, at: usize, bytes: &[u8]) {
+    let path = env.path("disk");
     let mut image = sim.snapshot_file(&path);
     image[at..at + bytes.len()].copy_from_slice(bytes);
-    // In place: it stays the same file.
+    // In place: it stays the same inode.
     sim.block_on(async {
         let options = bds_io::OpenOptions { write: true, ..Default::default() };
         let file = sim.fs().open(&path, &options).unwrap();
@@ -41,28 +41,28 @@ fn put(sim: &Sim, world: &World, at: usize, bytes: &[u8]) {
     });
 }
 
-fn is_dirty(sim: &Sim, world: &World) -> bool {
-    header(sim, world, 79, 1)[0] & 1 != 0
+fn is_dirty(sim: &Sim, env: &TestEnv) -> bool {
+    header(sim, env, 79, 1)[0] & 1 != 0
 }
 
 #[test]
 fn a_writer_becomes_a_reader_and_a_writer_again() {
     for kind in kinds() {
-        let (sim, world) = made(1, &kind);
+        let (sim, env) = made(1, &kind);
         sim.block_on(async {
-            let mut image = Image::open(&world, &kind, writer()).await.unwrap();
+            let mut image = Image::open(&env, &kind, writer()).await.unwrap();
             let bytes = pattern(7, 0, 20_000);
             image.write(1000, &bytes).await.unwrap();
             if kind.is_lazy {
                 image.flush().await.unwrap();
-                assert!(is_dirty(&sim, &world));
+                assert!(is_dirty(&sim, &env));
             }
             image.reopen(read_only(writer()), Options::new()).await.unwrap();
 
-            assert!(!is_dirty(&sim, &world), "{}", kind.name);
+            assert!(!is_dirty(&sim, &env), "{}", kind.name);
             assert_eq!(image.check().await, 0, "{}", kind.name);
-            let durable = sim.durable_file(world.path("disk"));
-            assert_eq!(durable, sim.snapshot_file(world.path("disk")), "{}", kind.name);
+            let durable = sim.durable_file(env.path("disk"));
+            assert_eq!(durable, sim.snapshot_file(env.path("disk")), "{}", kind.name);
             let before = sim.ops_of(OpMask::CHANGE);
             let error = image.write(0, &[1; 512]).await.unwrap_err();
             assert_eq!(error.kind(), ErrorKind::ReadOnly, "{error}");
@@ -81,7 +81,7 @@ fn a_writer_becomes_a_reader_and_a_writer_again() {
             assert!(image.read(50_000, 20_000).await.unwrap() == bytes, "{}", kind.name);
             assert_eq!(image.check().await, 0, "{}", kind.name);
             image.close().await.unwrap();
-            assert!(!is_dirty(&sim, &world), "{}", kind.name);
+            assert!(!is_dirty(&sim, &env), "{}", kind.name);
         });
     }
 }
@@ -89,12 +89,12 @@ fn a_writer_becomes_a_reader_and_a_writer_again() {
 #[test]
 fn an_image_opened_read_only_becomes_writable() {
     for kind in kinds() {
-        let (sim, world) = made(2, &kind);
+        let (sim, env) = made(2, &kind);
         sim.block_on(async {
-            let first = Image::open(&world, &kind, writer()).await.unwrap();
+            let first = Image::open(&env, &kind, writer()).await.unwrap();
             first.write(0, &pattern(1, 0, 30_000)).await.unwrap();
             first.close().await.unwrap();
-            let mut image = Image::open(&world, &kind, read_only(writer())).await.unwrap();
+            let mut image = Image::open(&env, &kind, read_only(writer())).await.unwrap();
             image.read(0, 30_000).await.unwrap();
             image.reopen(writer(), Options::new()).await.unwrap();
             image.write(5000, &[7; 9000]).await.unwrap();
@@ -107,10 +107,10 @@ fn an_image_opened_read_only_becomes_writable() {
     }
 }
 
-/// What an open for writing refuses, a reopen refuses too, and the reader goes on.
+/// What an open for writing refuses, a reopen refuses too, and the node stays readable.
 #[test]
-fn an_image_nobody_may_write_stays_read_only() {
-    let kind = Kind::qcow2("bad", CLUSTER);
+fn a_reopen_refuses_to_write_what_an_open_refuses() {
+    let kind = ImageKind::qcow2("bad", CLUSTER);
     for (what, at, byte, word) in [
         ("the dirty bit", 79, 1, "not closed properly"),
         ("the corrupt bit", 79, 2, "corrupt"),
@@ -118,15 +118,15 @@ fn an_image_nobody_may_write_stays_read_only() {
         ("an odd length", 31, 1, "512"),
         ("a table beyond the file", 51, 200, "refcount table"),
     ] {
-        let (sim, world) = made(3, &kind);
+        let (sim, env) = made(3, &kind);
         sim.block_on(async {
-            let first = Image::open(&world, &kind, writer()).await.unwrap();
+            let first = Image::open(&env, &kind, writer()).await.unwrap();
             first.write(0, &[5; 5000]).await.unwrap();
             first.close().await.unwrap();
         });
-        let mut image = sim.block_on(Image::open(&world, &kind, read_only(writer()))).unwrap();
-        let old = header(&sim, &world, at, 1)[0];
-        put(&sim, &world, at, &[byte]);
+        let mut image = sim.block_on(Image::open(&env, &kind, read_only(writer()))).unwrap();
+        let old = header(&sim, &env, at, 1)[0];
+        put(&sim, &env, at, &[byte]);
         sim.block_on(async {
             let error = image.reopen(writer(), Options::new()).await.unwrap_err();
             assert!(error.to_string().contains(word), "{what}: {error}");
@@ -135,7 +135,7 @@ fn an_image_nobody_may_write_stays_read_only() {
             let write = image.write(0, &[1]).await;
             assert_eq!(write.unwrap_err().kind(), ErrorKind::ReadOnly, "{what}");
         });
-        put(&sim, &world, at, &[old]);
+        put(&sim, &env, at, &[old]);
         sim.block_on(async {
             image.reopen(writer(), Options::new()).await.unwrap();
             image.write(100, &[1; 100]).await.unwrap();
@@ -145,30 +145,30 @@ fn an_image_nobody_may_write_stays_read_only() {
 }
 
 #[test]
-fn what_a_writer_does_not_keep_up_is_cleared_with_the_first_write_and_not_before() {
-    let kind = Kind::qcow2("autoclear", CLUSTER);
-    let (sim, world) = made(4, &kind);
-    put(&sim, &world, 95, &[0x80]);
+fn unmaintained_features_are_cleared_at_the_first_write_after_a_reopen() {
+    let kind = ImageKind::qcow2("autoclear", CLUSTER);
+    let (sim, env) = made(4, &kind);
+    put(&sim, &env, 95, &[0x80]);
     sim.block_on(async {
-        let mut image = Image::open(&world, &kind, read_only(writer())).await.unwrap();
+        let mut image = Image::open(&env, &kind, read_only(writer())).await.unwrap();
         for _ in 0..2 {
             image.reopen(writer(), Options::new()).await.unwrap();
-            assert_eq!(header(&sim, &world, 95, 1), [0x80]);
+            assert_eq!(header(&sim, &env, 95, 1), [0x80]);
             image.reopen(read_only(writer()), Options::new()).await.unwrap();
         }
         image.reopen(writer(), Options::new()).await.unwrap();
         image.write(0, &[1; 512]).await.unwrap();
-        assert_eq!(header(&sim, &world, 95, 1), [0]);
+        assert_eq!(header(&sim, &env, 95, 1), [0]);
         image.close().await.unwrap();
     });
 }
 
 #[test]
 fn options_change_while_the_image_is_open() {
-    let kind = Kind::qcow2("options", CLUSTER);
-    let (sim, world) = made(5, &kind);
+    let kind = ImageKind::qcow2("options", CLUSTER);
+    let (sim, env) = made(5, &kind);
     sim.block_on(async {
-        let mut image = Image::open(&world, &kind, writer()).await.unwrap();
+        let mut image = Image::open(&env, &kind, writer()).await.unwrap();
         let mut expected = vec![0; 40_000];
         let steps = [
             json!({"lazy-refcounts": true}),
@@ -187,13 +187,13 @@ fn options_change_while_the_image_is_open() {
             expected[at..at + 6000].fill(byte);
             image.flush().await.unwrap();
             let is_lazy = i < 5;
-            assert_eq!(is_dirty(&sim, &world), is_lazy, "{step}");
+            assert_eq!(is_dirty(&sim, &env), is_lazy, "{step}");
             assert_eq!(image.read(0, 40_000).await.unwrap(), expected, "{step}");
             if !is_lazy {
                 assert_eq!(image.check().await, 0, "{step}");
             }
         }
-        // Discarded clusters keep their places now.
+        // Discarded clusters keep their allocation now.
         let used = |image: &Image| image.files[0].len();
         let before = used(&image);
         let _ = image.node.discard(0, CLUSTER).await.unwrap();
@@ -206,8 +206,8 @@ fn options_change_while_the_image_is_open() {
 
 #[test]
 fn options_that_cannot_change_are_refused_by_name() {
-    let kind = Kind::qcow2("options", CLUSTER);
-    let v2 = Kind::qcow2("v2", CLUSTER).version_2();
+    let kind = ImageKind::qcow2("options", CLUSTER);
+    let v2 = ImageKind::qcow2("v2", CLUSTER).version_2();
     for (kind, options, word) in [
         (&kind, json!({"l2-cache-entry-size": 512}), "l2-cache-entry-size"),
         (&kind, json!({"overlap-check": "some"}), "overlap-check"),
@@ -215,9 +215,9 @@ fn options_that_cannot_change_are_refused_by_name() {
         (&kind, json!({"lazy-refcounts": "perhaps"}), "lazy-refcounts"),
         (&v2, json!({"lazy-refcounts": true}), "version 3"),
     ] {
-        let (sim, world) = made(6, kind);
+        let (sim, env) = made(6, kind);
         sim.block_on(async {
-            let mut image = Image::open(&world, kind, writer()).await.unwrap();
+            let mut image = Image::open(&env, kind, writer()).await.unwrap();
             image.write(0, &[1; 5000]).await.unwrap();
             let options = Options::from_json(options).unwrap();
             let error = image.reopen(read_only(writer()), options).await.unwrap_err();
@@ -230,12 +230,12 @@ fn options_that_cannot_change_are_refused_by_name() {
 }
 
 #[test]
-fn an_image_opened_to_be_looked_at_serves_nothing_else() {
-    let kind = Kind::qcow2("look", CLUSTER);
-    let (sim, world) = made(7, &kind);
+fn an_image_opened_for_inspection_refuses_requests() {
+    let kind = ImageKind::qcow2("look", CLUSTER);
+    let (sim, env) = made(7, &kind);
     let look = OpenFlags { for_check: true, ..read_only(writer()) };
     sim.block_on(async {
-        let mut image = Image::open(&world, &kind, look).await.unwrap();
+        let mut image = Image::open(&env, &kind, look).await.unwrap();
         for flags in [writer(), read_only(writer()), OpenFlags { read_only: false, ..look }] {
             let error = image.reopen(flags, Options::new()).await.unwrap_err();
             assert_eq!(error.kind(), ErrorKind::NotSupported, "{error}");
@@ -250,27 +250,23 @@ async fn pack(image: &Image, at: u64, byte: u8) {
     image.node.write_compressed(at, iov).await.unwrap();
 }
 
-fn longer(len: u64) -> Truncate {
-    Truncate { len, exact: true, prealloc: Prealloc::Off, zero_new: false }
-}
-
-/// Two instances take turns: each sees what the other did, none writes out of turn.
+/// Two instances alternate: each sees what the other wrote, and none writes while inactive.
 #[test]
-fn an_image_changes_hands() {
+fn two_instances_alternate_by_inactivation() {
     for kind in kinds() {
-        let (sim, world) = made(8, &kind);
+        let (sim, env) = made(8, &kind);
         sim.block_on(async {
-            let ours = Image::open(&world, &kind, writer()).await.unwrap();
+            let ours = Image::open(&env, &kind, writer()).await.unwrap();
             let mut expected = pattern(1, 0, 60_000);
             ours.write(0, &expected).await.unwrap();
             if kind.has_compression && kind.cluster == 4096 {
                 pack(&ours, 61_440, 0x11).await;
-                // Twice, so that it is kept.
+                // Twice, so that it is cached.
                 assert_eq!(ours.read(61_440, 4096).await.unwrap(), [0x11; 4096]);
                 assert_eq!(ours.read(61_440, 4096).await.unwrap(), [0x11; 4096]);
             }
             ours.inactivate().await.unwrap();
-            assert!(!is_dirty(&sim, &world), "{}", kind.name);
+            assert!(!is_dirty(&sim, &env), "{}", kind.name);
             let changes = OpMask::CHANGE - OpMask::SYNC;
             let before = sim.ops_of(changes);
             let error = ours.write(0, &[1; 512]).await.unwrap_err();
@@ -278,7 +274,7 @@ fn an_image_changes_hands() {
             ours.flush().await.unwrap();
             assert_eq!(sim.ops_of(changes), before, "{}", kind.name);
 
-            let theirs = Image::open(&world, &kind, writer()).await.unwrap();
+            let theirs = Image::open(&env, &kind, writer()).await.unwrap();
             assert_eq!(theirs.check().await, 0, "{}", kind.name);
             assert!(theirs.read(0, 60_000).await.unwrap() == expected, "{}", kind.name);
             theirs.write(10_000, &[9; 30_000]).await.unwrap();
@@ -289,7 +285,7 @@ fn an_image_changes_hands() {
                 pack(&theirs, 61_440, 0x22).await;
             }
             let len = kind.len + 65536;
-            theirs.node.truncate(longer(len)).await.unwrap();
+            theirs.node.truncate(resize_to(len)).await.unwrap();
             theirs.write(len - 5000, &[4; 5000]).await.unwrap();
             assert_eq!(ours.activate().await.unwrap_err().kind(), ErrorKind::InUse);
             let start = theirs.read(0, 4096).await.unwrap();
@@ -311,10 +307,10 @@ fn an_image_changes_hands() {
     }
 }
 
-/// An image that became another one is not taken back; once that is undone, it is.
+/// An image whose header changed meanwhile is not activated; once the change is undone, it is.
 #[test]
-fn an_image_that_became_another_one_stays_inactive() {
-    let kind = Kind::qcow2("other", CLUSTER);
+fn activation_refuses_a_changed_image() {
+    let kind = ImageKind::qcow2("other", CLUSTER);
     for (what, at, bytes, word) in [
         ("narrower refcounts", 96, &3u32.to_be_bytes()[..], "refcount width"),
         ("a data file", 79, &[4], "data file"),
@@ -322,22 +318,22 @@ fn an_image_that_became_another_one_stays_inactive() {
         ("the corrupt bit", 79, &[2], "corrupt"),
         ("another format", 0, b"LOOK", "qcow2"),
     ] {
-        let (sim, world) = made(9, &kind);
-        let image = sim.block_on(Image::open(&world, &kind, writer())).unwrap();
+        let (sim, env) = made(9, &kind);
+        let image = sim.block_on(Image::open(&env, &kind, writer())).unwrap();
         sim.block_on(async {
             image.write(0, &[5; 5000]).await.unwrap();
             image.inactivate().await.unwrap();
         });
-        let old = header(&sim, &world, at, bytes.len());
-        put(&sim, &world, at, bytes);
+        let old = header(&sim, &env, at, bytes.len());
+        put(&sim, &env, at, bytes);
         sim.block_on(async {
             let error = image.activate().await.unwrap_err();
             assert!(error.to_string().contains(word), "{what}: {error}");
             let write = image.write(0, &[1; 512]).await;
             assert_eq!(write.unwrap_err().kind(), ErrorKind::Inactive, "{what}");
         });
-        assert_eq!(header(&sim, &world, at, bytes.len()), bytes, "{what}");
-        put(&sim, &world, at, &old);
+        assert_eq!(header(&sim, &env, at, bytes.len()), bytes, "{what}");
+        put(&sim, &env, at, &old);
         sim.block_on(async {
             image.activate().await.unwrap();
             image.write(4000, &[6; 5000]).await.unwrap();
@@ -349,13 +345,13 @@ fn an_image_that_became_another_one_stays_inactive() {
 }
 
 #[test]
-fn the_mode_changes_while_the_image_is_in_other_hands() {
-    let kind = Kind::qcow2("mode", CLUSTER);
-    let (sim, world) = made(10, &kind);
+fn the_mode_changes_while_the_image_is_inactive() {
+    let kind = ImageKind::qcow2("mode", CLUSTER);
+    let (sim, env) = made(10, &kind);
     sim.block_on(async {
-        let mut ours = Image::open(&world, &kind, read_only(writer())).await.unwrap();
+        let mut ours = Image::open(&env, &kind, read_only(writer())).await.unwrap();
         ours.inactivate().await.unwrap();
-        let theirs = Image::open(&world, &kind, writer()).await.unwrap();
+        let theirs = Image::open(&env, &kind, writer()).await.unwrap();
         theirs.write(0, &[3; 5000]).await.unwrap();
         ours.reopen(writer(), Options::new().with("lazy-refcounts", true)).await.unwrap();
         let write = ours.write(0, &[1; 512]).await;
@@ -365,9 +361,9 @@ fn the_mode_changes_while_the_image_is_in_other_hands() {
         assert_eq!(ours.read(0, 5000).await.unwrap(), [3; 5000]);
         ours.write(8000, &[4; 5000]).await.unwrap();
         ours.flush().await.unwrap();
-        assert!(is_dirty(&sim, &world));
+        assert!(is_dirty(&sim, &env));
         ours.inactivate().await.unwrap();
-        assert!(!is_dirty(&sim, &world));
+        assert!(!is_dirty(&sim, &env));
         ours.reopen(read_only(writer()), Options::new()).await.unwrap();
         ours.activate().await.unwrap();
         let write = ours.write(0, &[1; 512]).await;
@@ -377,12 +373,12 @@ fn the_mode_changes_while_the_image_is_in_other_hands() {
     });
 }
 
-/// A reader never marks an image, whatever it finds in it.
+/// A read-only image is never marked corrupt, whatever it contains.
 #[test]
 fn an_inactive_image_is_not_marked_corrupt() {
-    let kind = Kind::qcow2("marks", CLUSTER);
-    let (sim, world) = made(11, &kind);
-    let image = sim.block_on(Image::open(&world, &kind, writer())).unwrap();
+    let kind = ImageKind::qcow2("marks", CLUSTER);
+    let (sim, env) = made(11, &kind);
+    let image = sim.block_on(Image::open(&env, &kind, writer())).unwrap();
     sim.block_on(async {
         for at in [0, 512 * CLUSTER] {
             if at < kind.len {
@@ -394,19 +390,19 @@ fn an_inactive_image_is_not_marked_corrupt() {
         image.inactivate().await.unwrap();
     });
     // The L2 table's first entry points into the middle of a cluster.
-    let l1_at = u64::from_be_bytes(header(&sim, &world, 40, 8).try_into().unwrap());
+    let l1_at = u64::from_be_bytes(header(&sim, &env, 40, 8).try_into().unwrap());
     let index = |n: u64| usize::try_from(n & 0x00ff_ffff_ffff_fe00).unwrap();
-    let entry = header(&sim, &world, index(l1_at), 8);
+    let entry = header(&sim, &env, index(l1_at), 8);
     let l2_at = index(u64::from_be_bytes(entry.try_into().unwrap()));
-    let old = header(&sim, &world, l2_at, 8);
-    put(&sim, &world, l2_at, &(1 << 63 | 0x5200_u64).to_be_bytes());
+    let old = header(&sim, &env, l2_at, 8);
+    put(&sim, &env, l2_at, &(1 << 63 | 0x5200_u64).to_be_bytes());
     sim.block_on(async {
         let error = image.read(0, 512).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
         sim.run_until_idle();
-        assert_eq!(header(&sim, &world, 79, 1), [0]);
+        assert_eq!(header(&sim, &env, 79, 1), [0]);
     });
-    put(&sim, &world, l2_at, &old);
+    put(&sim, &env, l2_at, &old);
     sim.block_on(async {
         image.activate().await.unwrap();
         assert_eq!(image.read(0, 5000).await.unwrap(), [5; 5000]);

@@ -1,4 +1,4 @@
-//! Random requests, and between them random changes of mode, options and hands, beside a plain list of bytes.
+//! Random requests between random changes of mode, options and activity, compared with a list of bytes.
 
 use bds_core::Options;
 use bds_core::driver::{Attempt, ZeroFlags};
@@ -6,24 +6,24 @@ use bds_io::{Buf, Sim, SimConfig};
 use bds_testkit::{Chance, Scratch, pattern, qemu_img};
 use serde_json::json;
 
-use super::rig::{Image, read_only, writer};
-use crate::sweep::rig::{Kind, World};
+use super::driver_stack::{Image, read_only, writer};
+use crate::kit::{ImageKind, TestEnv};
 use crate::sweep::seeds;
 
-fn kinds() -> Vec<Kind> {
-    let q = |name| Kind::qcow2(name, 512).sized(512 * 160, 512 * 160);
+fn kinds() -> Vec<ImageKind> {
+    let q = |name| ImageKind::qcow2(name, 512).sized(512 * 160, 512 * 160);
     vec![
         q("512"),
         q("512-lazy").lazy(),
         q("512-tiny-cache").open("l2-cache-size", 1024).open("refcount-cache-size", 2048),
         q("512-backed").backed(50_000),
-        Kind::qcow2("4k-data", 4096).with_data_file().sized(4096 * 24, 4096 * 24),
-        Kind::qcow2("16k-ext", 16384).extended().sized(16384 * 8, 16384 * 8),
+        ImageKind::qcow2("4k-data", 4096).with_data_file().sized(4096 * 24, 4096 * 24),
+        ImageKind::qcow2("16k-ext", 16384).extended().sized(16384 * 8, 16384 * 8),
     ]
 }
 
-/// A few requests of a writer; every one is told to `model`.
-async fn requests(image: &Image, kind: &Kind, chance: &mut Chance, model: &mut [u8]) {
+/// Sends a few random requests of a writer, and applies them to `model`.
+async fn requests(image: &Image, kind: &ImageKind, chance: &mut Chance, model: &mut [u8]) {
     for _ in 0..chance.between(1, 5) {
         let max = kind.cluster * 6;
         let at = chance.below(kind.len - max);
@@ -74,9 +74,9 @@ async fn same(image: &Image, model: &[u8], what: &str) {
     assert_eq!(differs, None, "{what}: the first byte that differs");
 }
 
-async fn play(world: &World, kind: &Kind, seed: u64) {
+async fn play(env: &TestEnv, kind: &ImageKind, seed: u64) {
     let mut chance = Chance::new(seed);
-    let mut image = Image::open(world, kind, writer()).await.unwrap();
+    let mut image = Image::open(env, kind, writer()).await.unwrap();
     let mut model = image.read(0, usize::try_from(kind.len).unwrap()).await.unwrap();
     for step in 0..14 {
         let what = format!("{} seed {seed} step {step}", kind.name);
@@ -92,7 +92,7 @@ async fn play(world: &World, kind: &Kind, seed: u64) {
             }
             1 => {
                 image.inactivate().await.unwrap();
-                let other = Image::open(world, kind, writer()).await.unwrap();
+                let other = Image::open(env, kind, writer()).await.unwrap();
                 same(&other, &model, &what).await;
                 requests(&other, kind, &mut chance, &mut model).await;
                 other.close().await.unwrap();
@@ -114,11 +114,11 @@ fn random_changes_between_random_requests_lose_no_byte() {
     for kind in kinds() {
         for seed in seeds(12) {
             let sim = Sim::new(seed, SimConfig::default());
-            let world = World::Sim(sim.clone());
-            world.make(&kind);
-            sim.block_on(play(&world, &kind, seed));
+            let env = TestEnv::Sim(sim.clone());
+            env.make(&kind);
+            sim.block_on(play(&env, &kind, seed));
             if let Some(img) = img.as_ref().filter(|_| seed % 8 == 0) {
-                let out = world.qemu_check(img, &kind, &scratch);
+                let out = env.qemu_check(img, &kind, &scratch);
                 assert_eq!(out.code, 0, "{} seed {seed}: {out:?}", kind.name);
             }
         }

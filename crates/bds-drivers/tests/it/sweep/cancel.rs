@@ -1,4 +1,5 @@
-//! Futures dropped, kept without being polled, or forgotten, at every await: the image stays whole, others go on, bytes are old or new.
+//! Abandons futures (dropped, kept without polling, forgotten) at every await: the image stays consistent, other
+//! requests go on, bytes are old or new.
 
 use std::cell::{Cell, RefCell};
 
@@ -8,23 +9,23 @@ use futures_util::future::join_all;
 use serde_json::json;
 
 use super::nearly_full;
-use super::rig::{Disk, Kind, World};
 use super::seeds;
+use crate::kit::{Disk, ImageKind, TestEnv, sim_with_image};
 
-fn kinds() -> Vec<Kind> {
-    let q = |name| Kind::qcow2(name, 512).sized(512 * 160, 512 * 240);
+fn kinds() -> Vec<ImageKind> {
+    let q = |name| ImageKind::qcow2(name, 512).sized(512 * 160, 512 * 240);
     vec![
         q("512"),
         q("512-backed").backed(50_000),
         q("512-tiny-cache").open("l2-cache-size", 1024).open("refcount-cache-size", 2048),
-        Kind::qcow2("4k-data", 4096).with_data_file().sized(4096 * 24, 4096 * 40),
-        Kind::qcow2("16k-ext", 16384).extended().sized(16384 * 24, 16384 * 28),
+        ImageKind::qcow2("4k-data", 4096).with_data_file().sized(4096 * 24, 4096 * 40),
+        ImageKind::qcow2("16k-ext", 16384).extended().sized(16384 * 24, 16384 * 28),
         q("512-copy-on-read").backed(50_000).through(json!({"driver": "copy-on-read"})),
         q("512-preallocate").upon(
             json!({"driver": "preallocate", "prealloc-align": 8192, "prealloc-size": 20_000}),
         ),
         q("512-compress").through(json!({"driver": "compress"})),
-        // Refcount blocks that are nearly full: what is dropped may be making one.
+        // Refcount blocks that are nearly full: the abandoned request may be adding one.
         nearly_full::block("512-rc64-full-50", 50),
     ]
 }
@@ -34,7 +35,7 @@ fn write(seed: u64, at: u64, len: usize) -> Op {
 }
 
 /// One of each request, on clusters that hold data, on others and on both.
-fn victims(kind: &Kind) -> Vec<Vec<Op>> {
+fn victims(kind: &ImageKind) -> Vec<Vec<Op>> {
     let c = kind.cluster;
     let len = usize::try_from(c).expect("small");
     let mut all = vec![
@@ -57,8 +58,8 @@ fn victims(kind: &Kind) -> Vec<Vec<Op>> {
     all
 }
 
-/// A disk with some data, flushed, and some not.
-async fn begin(disk: &Disk, kind: &Kind, model: &RefCell<DiskModel>) -> Result<(), String> {
+/// Writes some data that is flushed, and some that is not.
+async fn begin(disk: &Disk, kind: &ImageKind, model: &RefCell<DiskModel>) -> Result<(), String> {
     let c = kind.cluster;
     let len = usize::try_from(c).expect("small");
     for ops in [
@@ -73,7 +74,7 @@ async fn begin(disk: &Disk, kind: &Kind, model: &RefCell<DiskModel>) -> Result<(
     Ok(())
 }
 
-/// How a future ends that is not finished.
+/// What happens to a future that is not complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Abandon {
     Drop,
@@ -81,19 +82,19 @@ enum Abandon {
     Forget,
 }
 
-/// Abandons the request at its `k`-th await; false if it had ended before.
-fn run(base: &Sim, kind: &Kind, ops: &[Op], k: usize, how: Abandon) -> Result<bool, String> {
+/// Abandons the request at its `k`-th await; false if it completed before.
+fn run(base: &Sim, kind: &ImageKind, ops: &[Op], k: usize, how: Abandon) -> Result<bool, String> {
     let sim = base.fork(k as u64);
-    let world = World::Sim(sim.clone());
-    let graph = world.graph();
+    let env = TestEnv::Sim(sim.clone());
+    let graph = env.graph();
     let model = RefCell::new(kind.model());
-    let disk = world.block_on(Disk::open(&world, kind, &graph)).map_err(|e| e.to_string())?;
-    world.block_on(begin(&disk, kind, &model))?;
+    let disk = env.block_on(Disk::open(&env, kind, &graph)).map_err(|e| e.to_string())?;
+    env.block_on(begin(&disk, kind, &model))?;
     model.borrow_mut().begin(ops);
-    // What comes to its turn first is the world's choice: the polls may all have been those of other tasks.
-    let is_begun = Cell::new(false);
+    // The scheduler picks the first task: the polls may all have been those of other tasks.
+    let is_polled = Cell::new(false);
     let work = async {
-        is_begun.set(true);
+        is_polled.set(true);
         join_all(ops.iter().map(|op| disk.request(op))).await
     };
     let mut kept = None;
@@ -107,20 +108,25 @@ fn run(base: &Sim, kind: &Kind, ops: &[Op], k: usize, how: Abandon) -> Result<bo
     };
     model.borrow_mut().end(ops, &vec![Ended::Partly; ops.len()]);
     model.borrow_mut().set_len(disk.backend.len());
-    world.block_on(others_go_on(&disk, kind, &model))?;
-    // What was begun ended while it was not polled; what was not is not to begin now.
-    if let Some(kept) = kept.filter(|_| is_begun.get()) {
-        for result in world.block_on(kept) {
+    env.block_on(run_other_requests(&disk, kind, &model))?;
+    // A request that was polled completed although it was not polled again; one that was never polled must not start
+    // now.
+    if let Some(kept) = kept.filter(|_| is_polled.get()) {
+        for result in env.block_on(kept) {
             result.map_err(|e| format!("the kept request: {e}"))?;
         }
     }
-    world.block_on(disk.close()).map_err(|e| format!("close: {e}"))?;
-    look(&world, kind, &model)?;
+    env.block_on(disk.close()).map_err(|e| format!("close: {e}"))?;
+    check_disk(&env, kind, &model)?;
     Ok(is_abandoned)
 }
 
-/// Others write to the same places and read them.
-async fn others_go_on(disk: &Disk, kind: &Kind, model: &RefCell<DiskModel>) -> Result<(), String> {
+/// Other requests write to the same places and read them.
+async fn run_other_requests(
+    disk: &Disk,
+    kind: &ImageKind,
+    model: &RefCell<DiskModel>,
+) -> Result<(), String> {
     disk.compare(model).await.map_err(|e| format!("right afterwards: {e}"))?;
     let c = kind.cluster;
     let ops = [write(50, c + 100, 200), write(51, c * 4 + 7, 900), write(52, c * 7, 512)];
@@ -133,10 +139,11 @@ async fn others_go_on(disk: &Disk, kind: &Kind, model: &RefCell<DiskModel>) -> R
     disk.compare(model).await.map_err(|e| format!("after others: {e}"))
 }
 
-fn look(world: &World, kind: &Kind, model: &RefCell<DiskModel>) -> Result<(), String> {
-    let graph = world.graph();
-    world.block_on(async {
-        let disk = Disk::look(world, kind, &graph).await.map_err(|e| format!("open: {e}"))?;
+fn check_disk(env: &TestEnv, kind: &ImageKind, model: &RefCell<DiskModel>) -> Result<(), String> {
+    let graph = env.graph();
+    env.block_on(async {
+        let disk =
+            Disk::open_read_only(env, kind, &graph).await.map_err(|e| format!("open: {e}"))?;
         disk.check().await?;
         disk.compare(model).await?;
         disk.close().await.map_err(|e| format!("close: {e}"))
@@ -146,8 +153,7 @@ fn look(world: &World, kind: &Kind, model: &RefCell<DiskModel>) -> Result<(), St
 fn sweep(how: Abandon) {
     let mut runs = 0;
     for kind in kinds() {
-        let base = Sim::new(5, SimConfig::default());
-        World::Sim(base.clone()).make(&kind);
+        let base = sim_with_image(5, SimConfig::default(), &kind);
         for ops in victims(&kind) {
             for k in 0.. {
                 runs += 1;
@@ -159,12 +165,12 @@ fn sweep(how: Abandon) {
             }
         }
     }
-    #[expect(clippy::print_stdout, reason = "what was covered belongs into the log")]
+    #[expect(clippy::print_stdout, reason = "the coverage is logged")]
     {
         println!("{runs} runs");
     }
-    // Every poll of a request is a poll of its task, and every poll of a task is a point: more than requests that were polled by
-    // their callers had.
+    // Every poll of a request is a poll of its task, and every poll of a task is a point: more than requests had that
+    // were polled by their callers.
     assert!(runs > 900, "the sweep met too few awaits: {runs}");
 }
 
@@ -183,19 +189,18 @@ fn requests_forgotten_at_every_await() {
     sweep(Abandon::Forget);
 }
 
-/// Steps of a workload are dropped somewhere on their way, one after the other.
+/// Drops the requests of each step of a workload at some await.
 #[test]
 fn a_workload_of_dropped_requests() {
     for kind in kinds() {
-        let base = Sim::new(6, SimConfig::default());
-        World::Sim(base.clone()).make(&kind);
+        let base = sim_with_image(6, SimConfig::default(), &kind);
         for seed in seeds(8) {
             let workload = Workload::new(seed, &kind.shape(30));
-            let world = World::Sim(base.fork(seed));
-            let World::Sim(sim) = &world else { unreachable!("made above") };
-            let graph = world.graph();
+            let env = TestEnv::Sim(base.fork(seed));
+            let TestEnv::Sim(sim) = &env else { unreachable!("made above") };
+            let graph = env.graph();
             let model = RefCell::new(kind.model());
-            let disk = world.block_on(Disk::open(&world, &kind, &graph)).expect("just made");
+            let disk = env.block_on(Disk::open(&env, &kind, &graph)).expect("just made");
             for (number, step) in workload.steps.iter().enumerate() {
                 let Step::Requests(ops) = step else { continue };
                 model.borrow_mut().begin(ops);
@@ -203,11 +208,11 @@ fn a_workload_of_dropped_requests() {
                 sim.drop_at(async { join_all(ops.iter().map(|op| disk.request(op))).await }, k);
                 model.borrow_mut().end(ops, &vec![Ended::Partly; ops.len()]);
                 model.borrow_mut().set_len(disk.backend.len());
-                let seen = world.block_on(disk.compare(&model));
+                let seen = env.block_on(disk.compare(&model));
                 assert_eq!(seen, Ok(()), "{} seed {seed} step {number}\n{workload}", kind.name);
             }
-            world.block_on(disk.close()).expect("nothing fails");
-            assert_eq!(look(&world, &kind, &model), Ok(()), "{} seed {seed}", kind.name);
+            env.block_on(disk.close()).expect("nothing fails");
+            assert_eq!(check_disk(&env, &kind, &model), Ok(()), "{} seed {seed}", kind.name);
         }
     }
 }

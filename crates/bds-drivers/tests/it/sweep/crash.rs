@@ -1,4 +1,4 @@
-//! The power goes at every write: afterwards the image checks, holds every flushed byte, and works on.
+//! Cuts the power at every write: afterwards the image checks, holds every flushed byte, and goes on working.
 
 use std::cell::RefCell;
 use std::ops::RangeInclusive;
@@ -11,13 +11,13 @@ use bds_testkit::{DiskModel, Op, Scratch, Shape, Step, Workload, pattern, qemu_i
 use serde_json::json;
 
 use super::nearly_full::{self, Growth, Tables};
-use super::rig::{Disk, Kind, World};
 use super::{is_full, one_seed, seeds};
+use crate::kit::{Disk, ImageKind, TestEnv, sim_with_image};
 
-/// Survivors of which QEMU is asked its opinion: one in so many.
+/// One of so many images after a cut is checked by QEMU.
 const ASK_QEMU_EVERY: u64 = 400;
 
-/// What may become of what was not flushed: extremes, and by chance.
+/// What happens to unflushed writes: the extremes, and at random.
 const MODES: [CutMode; 6] = [
     CutMode::Random,
     CutMode::Reorder,
@@ -27,120 +27,119 @@ const MODES: [CutMode; 6] = [
     CutMode::InOrder,
 ];
 
-/// How long a step without requests lasts: enough for what is under way in the background.
+/// How long a step without requests lasts: enough for background work.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// What sweeping came to.
+/// What a sweep covered.
 #[derive(Debug, Default)]
-struct Sum {
+struct Coverage {
     workloads: u64,
     cuts: u64,
     leaks: u64,
     stale_sectors: u64,
     dirty: u64,
-    asked_qemu: u64,
+    qemu_checks: u64,
     growth: Growth,
 }
 
-impl Sum {
-    /// A sweep that cuts next to nothing, never loses anything or never asks proves nothing.
+impl Coverage {
+    /// Fails if the sweep cut almost nothing or never lost anything: it would prove nothing.
     fn check(&self) {
         if one_seed().is_some() {
             return;
         }
         assert!(self.cuts >= 8 * self.workloads, "{self:?}");
-        assert!(self.leaks + self.dirty > 0, "nothing was ever under way: {self:?}");
+        assert!(self.leaks + self.dirty > 0, "no cut interrupted anything: {self:?}");
     }
 }
 
 /// Cuts the power at every write of `seed_count` workloads on each kind of image.
-fn sweep(kinds: &[Kind], seed_count: u64, steps: usize) -> Sum {
+fn sweep(kinds: &[ImageKind], seed_count: u64, steps: usize) -> Coverage {
     let img = qemu_img();
     let scratch = Scratch::new();
-    let mut sum = Sum::default();
+    let mut coverage = Coverage::default();
     for kind in kinds {
         let base = base_of(kind);
         for seed in seeds(seed_count) {
             let workload = kind.workload(seed, steps);
-            sum.workloads += 1;
-            let (first, all) = writes_of(&base, kind, &workload, &mut sum.growth);
+            coverage.workloads += 1;
+            let (first, all) = writes_of(&base, kind, &workload, &mut coverage.growth);
             for n in first..=all {
-                // One after the other.
+                // The modes in turn.
                 let mode = &MODES[usize::try_from((seed + n) % 6).expect("below six")..][..1];
                 let case = Case { base: &base, kind, workload: &workload, n, modes: mode };
-                let after = match case.run(&mut sum) {
+                let after = match case.run(&mut coverage) {
                     Ok(after) => after,
                     Err(error) => panic!("{error}"),
                 };
-                let Some(img) = img.as_ref().filter(|_| sum.cuts % ASK_QEMU_EVERY == 0) else {
+                let Some(img) = img.as_ref().filter(|_| coverage.cuts % ASK_QEMU_EVERY == 0) else {
                     continue;
                 };
-                sum.asked_qemu += 1;
+                coverage.qemu_checks += 1;
                 let out = after.qemu_check(img, kind, &scratch);
                 let is_fine = out.code == 0 || out.code == 3 || kind.is_lazy;
                 assert!(is_fine, "{} seed {seed} cut {n}: {out:?}", kind.name);
             }
         }
     }
-    #[expect(clippy::print_stdout, reason = "what was covered belongs into the log")]
+    #[expect(clippy::print_stdout, reason = "the coverage is logged")]
     {
-        println!("{sum:?}");
+        println!("{coverage:?}");
     }
-    sum.check();
-    sum
+    coverage.check();
+    coverage
 }
 
 /// Cuts the power at every write of one workload.
-pub(crate) fn cut_at_every_write(kind: &Kind, workload: &Workload) {
+pub(crate) fn cut_at_every_write(kind: &ImageKind, workload: &Workload) {
     let base = base_of(kind);
     let (first, all) = writes_of(&base, kind, workload, &mut Growth::default());
     cut_between(&base, kind, workload, first..=all, &MODES[..1]);
 }
 
-/// Cuts the power at some writes of one workload, and looks at what each of these modes leaves.
+/// Cuts the power at some writes of one workload, and checks the result of each of these modes.
 fn cut_between(
     base: &Sim,
-    kind: &Kind,
+    kind: &ImageKind,
     workload: &Workload,
     cuts: RangeInclusive<u64>,
     modes: &[CutMode],
 ) {
     for n in cuts {
         let case = Case { base, kind, workload, n, modes };
-        if let Err(error) = case.run(&mut Sum::default()) {
+        if let Err(error) = case.run(&mut Coverage::default()) {
             panic!("{error}");
         }
     }
 }
 
 /// A disk with this image on it.
-fn base_of(kind: &Kind) -> Sim {
+fn base_of(kind: &ImageKind) -> Sim {
     // A short write may stop inside a sector; a power cut never does.
-    let base = Sim::new(7, SimConfig { short_io_rate: 0.0, ..SimConfig::default() });
-    World::Sim(base.clone()).make(kind);
-    base
+    sim_with_image(7, SimConfig { short_io_rate: 0.0, ..SimConfig::default() }, kind)
 }
 
-/// State-changing operations when the workload begins and when it has ended without any cut, and what grew in between.
-fn writes_of(base: &Sim, kind: &Kind, workload: &Workload, growth: &mut Growth) -> (u64, u64) {
+/// Numbers of state-changing operations when the workload begins and when it ended without a cut; adds the growth of
+/// tables.
+fn writes_of(base: &Sim, kind: &ImageKind, workload: &Workload, growth: &mut Growth) -> (u64, u64) {
     let sim = base.fork(workload.seed);
-    let world = World::Sim(sim.clone());
-    let graph = world.graph();
+    let env = TestEnv::Sim(sim.clone());
+    let graph = env.graph();
     let model = RefCell::new(kind.model());
-    let disk = world.block_on(Disk::open(&world, kind, &graph)).expect("it was just made");
+    let disk = env.block_on(Disk::open(&env, kind, &graph)).expect("it was just made");
     let first = sim.writes();
-    let mut tables = Tables::of(&world, kind);
+    let mut tables = Tables::of(&env, kind);
     for step in &workload.steps {
         let step = Workload { seed: workload.seed, steps: vec![step.clone()] };
-        let done = world.block_on(run(&disk, &step, &model, &RefCell::new(0)));
+        let done = env.block_on(run(&disk, &step, &model, &RefCell::new(0)));
         assert_eq!(done, Ok(()), "{} without any cut\n{workload}", kind.name);
-        let now = Tables::of(&world, kind);
+        let now = Tables::of(&env, kind);
         growth.add(std::mem::replace(&mut tables, now), now);
     }
     (first, sim.writes())
 }
 
-/// All steps; `reached` tells how far it came.
+/// Runs all steps; `reached` is the number of the last one that started.
 async fn run(
     disk: &Disk,
     workload: &Workload,
@@ -163,29 +162,29 @@ async fn run(
 /// One cut.
 struct Case<'a> {
     base: &'a Sim,
-    kind: &'a Kind,
+    kind: &'a ImageKind,
     workload: &'a Workload,
-    /// The state-changing operation with which the power goes.
+    /// The state-changing operation at which the power is cut.
     n: u64,
-    /// What becomes of what was not flushed: each of these is looked at.
+    /// What happens to unflushed writes: each mode is checked.
     modes: &'a [CutMode],
 }
 
 impl Case<'_> {
-    /// Runs the workload, cuts, and looks at what is left; the last world in which it was looked at.
-    fn run(&self, sum: &mut Sum) -> Result<World, String> {
+    /// Runs the workload, cuts, and checks the image; returns the environment of the last check.
+    fn run(&self, coverage: &mut Coverage) -> Result<TestEnv, String> {
         let Case { kind, n, .. } = *self;
         let seed = self.workload.seed;
-        sum.cuts += 1;
+        coverage.cuts += 1;
         let sim = self.base.fork(seed);
-        let world = World::Sim(sim.clone());
-        let graph = world.graph();
+        let env = TestEnv::Sim(sim.clone());
+        let graph = env.graph();
         let model = RefCell::new(kind.model());
         let reached = RefCell::new(0);
-        let disk = world.block_on(Disk::open(&world, kind, &graph)).map_err(|e| e.to_string())?;
+        let disk = env.block_on(Disk::open(&env, kind, &graph)).map_err(|e| e.to_string())?;
         sim.cut_after_writes(Some(n));
         let ended = sim.run_until_cut(run(&disk, self.workload, &model, &reached));
-        // Inside the dead world: outside, the graph's end would look for another one to close its nodes in.
+        // On the disk without power: outside of it, dropping the graph would look for a Context to close its nodes in.
         sim.power_cut();
         let gone = sim.run_until_cut(async move {
             let _held = (disk, graph);
@@ -194,15 +193,15 @@ impl Case<'_> {
         assert!(gone.is_none(), "the power is gone");
         let blame = |error: String| {
             let steps = self.workload.prefix(*reached.borrow());
-            format!("{} seed {seed} cut {n} {error}\n{}\n{steps}", kind.name, world.trace())
+            format!("{} seed {seed} cut {n} {error}\n{}\n{steps}", kind.name, env.trace())
         };
         if let Some(Err(error)) = ended {
             return Err(blame(error));
         }
         let mut last = None;
         for mode in self.modes {
-            let after = World::Sim(sim.after_cut_by(seed ^ (n << 20), *mode));
-            look_after(&after, kind, model.clone(), seed ^ n, sum)
+            let after = TestEnv::Sim(sim.after_cut_by(seed ^ (n << 20), *mode));
+            check_after_cut(&after, kind, model.clone(), seed ^ n, coverage)
                 .map_err(|error| blame(format!("{mode:?}: {error}")))?;
             last = Some(after);
         }
@@ -210,17 +209,18 @@ impl Case<'_> {
     }
 }
 
-/// The image after the cut: it checks, holds what it must, and goes on working.
-fn look_after(
-    after: &World,
-    kind: &Kind,
+/// Checks the image after the cut: it checks, holds what it must, and goes on working.
+fn check_after_cut(
+    after: &TestEnv,
+    kind: &ImageKind,
     model: RefCell<DiskModel>,
     seed: u64,
-    sum: &mut Sum,
+    coverage: &mut Coverage,
 ) -> Result<(), String> {
     let graph = after.graph();
     let is_dirty = after.block_on(async {
-        let disk = Disk::look(after, kind, &graph).await.map_err(|e| format!("open: {e}"))?;
+        let disk =
+            Disk::open_read_only(after, kind, &graph).await.map_err(|e| format!("open: {e}"))?;
         let info = disk.backend.info().await.map_err(|e| format!("info: {e}"))?;
         if info.is_dirty && !kind.is_lazy {
             return Err("the dirty bit is set".to_owned());
@@ -228,21 +228,21 @@ fn look_after(
         if info.is_corrupt {
             return Err("the corrupt bit is set".to_owned());
         }
-        // Behind the dirty bit refcounts may be anything: a repair settles them.
+        // Behind the dirty bit refcounts may be anything: a repair fixes them.
         if !info.is_dirty {
-            sum.leaks += disk.check().await.map_err(|e| format!("after the cut: {e}"))?.1;
+            coverage.leaks += disk.check().await.map_err(|e| format!("after the cut: {e}"))?.1;
         }
         let survivors = disk.survivors(kind.cluster).await;
         {
             let mut model = model.borrow_mut();
             model.check_crash(disk.backend.len(), &survivors)?;
-            sum.stale_sectors += model.stale_seen();
+            coverage.stale_sectors += model.stale_seen();
         }
         disk.close().await.map_err(|e| format!("close: {e}"))?;
         Ok(info.is_dirty)
     })?;
     if is_dirty {
-        sum.dirty += 1;
+        coverage.dirty += 1;
         return Ok(());
     }
     let goes_on = after.block_on(go_on(after, kind, &graph, &model, seed));
@@ -251,8 +251,8 @@ fn look_after(
 
 /// A few more requests, a clean close, and another check.
 async fn go_on(
-    after: &World,
-    kind: &Kind,
+    after: &TestEnv,
+    kind: &ImageKind,
     graph: &Graph,
     model: &RefCell<DiskModel>,
     seed: u64,
@@ -261,7 +261,7 @@ async fn go_on(
     let shape = Shape { len: model.borrow().len(), batches: false, ..kind.shape(3) };
     run(&disk, &Workload::new(!seed, &shape), model, &RefCell::new(0)).await?;
     disk.close().await.map_err(|e| format!("close: {e}"))?;
-    let disk = Disk::look(after, kind, graph).await.map_err(|e| format!("open: {e}"))?;
+    let disk = Disk::open_read_only(after, kind, graph).await.map_err(|e| format!("open: {e}"))?;
     disk.check().await?;
     let survivors = disk.survivors(kind.cluster).await;
     {
@@ -273,8 +273,8 @@ async fn go_on(
 }
 
 /// Small clusters: a few tables within kilobytes. For tables that grow see `nearly_full.rs`.
-fn small() -> Vec<Kind> {
-    let q = |name| Kind::qcow2(name, 512).sized(512 * 160, 512 * 240);
+fn small() -> Vec<ImageKind> {
+    let q = |name| ImageKind::qcow2(name, 512).sized(512 * 160, 512 * 240);
     vec![
         q("512"),
         q("512-strict").strict(),
@@ -288,8 +288,8 @@ fn small() -> Vec<Kind> {
     ]
 }
 
-fn larger() -> Vec<Kind> {
-    let q = |name| Kind::qcow2(name, 4096).sized(4096 * 24, 4096 * 40);
+fn larger() -> Vec<ImageKind> {
+    let q = |name| ImageKind::qcow2(name, 4096).sized(4096 * 24, 4096 * 40);
     vec![
         q("4k"),
         q("4k-strict").strict(),
@@ -314,29 +314,29 @@ fn flushed_bytes_survive_a_cut_at_every_write_4k() {
 
 #[test]
 fn flushed_bytes_survive_a_cut_at_every_write_with_subclusters() {
-    let q = |name| Kind::qcow2(name, 16384).extended().sized(16384 * 8, 16384 * 12);
+    let q = |name| ImageKind::qcow2(name, 16384).extended().sized(16384 * 8, 16384 * 12);
     sweep(&[q("16k-ext"), q("16k-ext-backed").backed(90_000).strict()], 3, 9);
 }
 
-/// Reads write here: what is copied up must be durable before anything points at it, because nobody flushes for a read.
+/// Reads write here: copied data must be durable before anything points at it, because no flush follows a read.
 #[test]
 fn flushed_bytes_survive_a_cut_at_every_write_of_a_copy_on_read() {
-    let q = |kind: Kind| kind.backed(90_000).through(json!({"driver": "copy-on-read"}));
+    let q = |kind: ImageKind| kind.backed(90_000).through(json!({"driver": "copy-on-read"}));
     let kinds = [
-        q(Kind::qcow2("512-cor", 512).sized(512 * 160, 512 * 240)),
-        q(Kind::qcow2("4k-v2-cor", 4096).version_2().sized(4096 * 24, 4096 * 40)),
-        q(Kind::qcow2("4k-data-cor", 4096).with_data_file().sized(4096 * 24, 4096 * 40)),
-        q(Kind::qcow2("16k-ext-cor", 16384).extended().sized(16384 * 8, 16384 * 12)),
+        q(ImageKind::qcow2("512-cor", 512).sized(512 * 160, 512 * 240)),
+        q(ImageKind::qcow2("4k-v2-cor", 4096).version_2().sized(4096 * 24, 4096 * 40)),
+        q(ImageKind::qcow2("4k-data-cor", 4096).with_data_file().sized(4096 * 24, 4096 * 40)),
+        q(ImageKind::qcow2("16k-ext-cor", 16384).extended().sized(16384 * 8, 16384 * 12)),
     ];
     sweep(&kinds, 6, 9);
 }
 
 #[test]
 fn flushed_bytes_survive_a_cut_at_every_write_through_compress() {
-    let q = |kind: Kind| kind.through(json!({"driver": "compress"}));
+    let q = |kind: ImageKind| kind.through(json!({"driver": "compress"}));
     let kinds = [
-        q(Kind::qcow2("512-compress", 512).sized(512 * 160, 512 * 240)),
-        q(Kind::qcow2("4k-compress", 4096).backed(70_000).sized(4096 * 24, 4096 * 40)),
+        q(ImageKind::qcow2("512-compress", 512).sized(512 * 160, 512 * 240)),
+        q(ImageKind::qcow2("4k-compress", 4096).backed(70_000).sized(4096 * 24, 4096 * 40)),
     ];
     sweep(&kinds, 6, 9);
 }
@@ -345,34 +345,37 @@ fn flushed_bytes_survive_a_cut_at_every_write_through_compress() {
 fn flushed_bytes_survive_a_cut_at_every_write_upon_preallocate() {
     let filter = json!({"driver": "preallocate", "prealloc-align": 8192, "prealloc-size": 20_000});
     let kinds = [
-        Kind::qcow2("512-prealloc", 512).sized(512 * 160, 512 * 240).upon(filter.clone()),
-        Kind::qcow2("4k-prealloc", 4096).sized(4096 * 24, 4096 * 40).upon(filter),
+        ImageKind::qcow2("512-prealloc", 512).sized(512 * 160, 512 * 240).upon(filter.clone()),
+        ImageKind::qcow2("4k-prealloc", 4096).sized(4096 * 24, 4096 * 40).upon(filter),
     ];
     sweep(&kinds, 6, 9);
 }
 
 #[test]
-fn lazy_refcounts_say_that_they_are_not_to_be_trusted() {
-    let kinds = [Kind::qcow2("512-lazy", 512).lazy(), Kind::qcow2("4k-lazy", 4096).lazy().strict()];
-    let sum = sweep(&kinds, 6, 12);
-    assert!(one_seed().is_some() || sum.dirty > 0, "{sum:?}");
+fn lazy_refcounts_leave_the_dirty_bit_after_a_cut() {
+    let kinds = [
+        ImageKind::qcow2("512-lazy", 512).lazy(),
+        ImageKind::qcow2("4k-lazy", 4096).lazy().strict(),
+    ];
+    let coverage = sweep(&kinds, 6, 12);
+    assert!(one_seed().is_some() || coverage.dirty > 0, "{coverage:?}");
 }
 
-/// New refcount blocks, and a moved L1 table: what the rules O5 and O6 order.
+/// New refcount blocks, and a moved L1 table: rules O5 and O6.
 #[test]
 fn flushed_bytes_survive_a_cut_at_every_write_of_a_nearly_full_image() {
     let kinds = nearly_full::blocks();
-    // The fullest grow for certain; all of them take too long for every day.
+    // The fullest grow for certain; all of them take too long for the default run.
     let kinds = if is_full() { &kinds[..] } else { &kinds[4..] };
-    let sum = sweep(kinds, 4, 9);
+    let coverage = sweep(kinds, 4, 9);
     let grown = sweep(&[nearly_full::l1("512-l1")], 4, 2);
     if one_seed().is_none() {
-        assert!(sum.growth.new_blocks >= 4, "{sum:?}");
+        assert!(coverage.growth.new_blocks >= 4, "{coverage:?}");
         assert!(grown.growth.moved_l1 >= 4, "{grown:?}");
     }
 }
 
-/// A moved refcount table: O7.
+/// A moved refcount table: rule O7.
 #[test]
 fn flushed_bytes_survive_a_cut_at_every_write_that_moves_the_refcount_table() {
     let kind = nearly_full::table("512-rc64-table");
@@ -390,9 +393,10 @@ fn write(stamp: u64, at: u64, len: usize) -> Op {
     Op::Write { at, bytes: pattern(stamp, at, len).into(), fua: false }
 }
 
-/// So many freed runs that they are given back before the guest flushes are not given back before *we* did: O2.
+/// Rule O2: so many freed runs that they are released before a flush request still wait for a flush of the driver's
+/// own.
 #[test]
-fn clusters_given_back_without_the_guest_s_flush_survive_a_cut() {
+fn clusters_freed_without_a_flush_request_survive_a_cut() {
     let kind = nearly_full::in_pieces("512-in-pieces");
     let base = base_of(&kind);
     let start = kind.len - kind.fill;
@@ -406,33 +410,33 @@ fn clusters_given_back_without_the_guest_s_flush_survive_a_cut() {
         let (_, all) = writes_of(&base, &kind, &workload, &mut Growth::default());
         assert!(
             reuses_before_a_flush(&base, &kind, &workload),
-            "seed {seed}: nothing was given back"
+            "seed {seed}: no freed cluster was reused"
         );
         cut_between(&base, &kind, &workload, first..=all, &MODES[..3]);
     }
 }
 
-/// Do most writes after the first step go where the first has given up clusters, in a workload without a flush?
-fn reuses_before_a_flush(base: &Sim, kind: &Kind, workload: &Workload) -> bool {
+/// Do most writes after the first step go to clusters that the first has freed, in a workload without a flush?
+fn reuses_before_a_flush(base: &Sim, kind: &ImageKind, workload: &Workload) -> bool {
     let sim = base.fork(workload.seed);
-    let world = World::Sim(sim.clone());
-    let graph = world.graph();
+    let env = TestEnv::Sim(sim.clone());
+    let graph = env.graph();
     let model = RefCell::new(kind.model());
-    let before = sim.snapshot_file(world.path("disk")).len();
-    let done = world.block_on(async {
-        let disk = Disk::open(&world, kind, &graph).await.map_err(|e| e.to_string())?;
+    let before = sim.snapshot_file(env.path("disk")).len();
+    let done = env.block_on(async {
+        let disk = Disk::open(&env, kind, &graph).await.map_err(|e| e.to_string())?;
         run(&disk, workload, &model, &RefCell::new(0)).await
     });
     assert_eq!(done, Ok(()), "{workload}");
-    let grown = sim.snapshot_file(world.path("disk")).len() - before;
+    let grown = sim.snapshot_file(env.path("disk")).len() - before;
     let written = kind.len - kind.fill;
     (grown as u64) < written / 2
 }
 
-/// A new L2 table that lies at the end of the file is there before the L1 entry that names it: O4.
+/// Rule O4: a new L2 table at the end of the file is in the file before the L1 entry that points at it.
 #[test]
 fn a_table_of_zeros_at_the_end_of_the_file_survives_a_cut() {
-    let kind = Kind::qcow2("512-tables-of-zeros", 512).sized(512 * 64 * 4, 512 * 64 * 4);
+    let kind = ImageKind::qcow2("512-tables-of-zeros", 512).sized(512 * 64 * 4, 512 * 64 * 4);
     for seed in seeds(4) {
         let steps = (0..4).flat_map(|table| {
             let zero =
@@ -443,9 +447,9 @@ fn a_table_of_zeros_at_the_end_of_the_file_survives_a_cut() {
     }
 }
 
-/// A flush covers what was written before it began, and not what a growth writes back beside it: O1, O5.
+/// Rules O1, O5: a flush covers what was written before it began, and not what a concurrent growth writes back.
 #[test]
-fn growth_beside_a_flush_survives_a_cut() {
+fn growth_concurrent_with_a_flush_survives_a_cut() {
     let kind = nearly_full::l1("512-l1-beside-a-flush");
     let base = base_of(&kind);
     let mut growth = Growth::default();

@@ -1,4 +1,4 @@
-//! Every n-th I/O fails: the error reaches the caller as it is, later requests work, nothing flushed is lost.
+//! Fails every n-th I/O: the error reaches the caller unchanged, later requests work, nothing flushed is lost.
 
 use std::cell::RefCell;
 
@@ -8,10 +8,10 @@ use bds_testkit::{DiskModel, Op, Step, Workload};
 use serde_json::json;
 
 use super::nearly_full::{self, Growth, Tables};
-use super::rig::{Disk, Kind, World};
 use super::{is_full, one_seed, seeds};
+use crate::kit::{Disk, ImageKind, TestEnv, sim_with_image};
 
-/// One failing operation, or all from there on.
+/// One failing operation, or all from that one on.
 #[derive(Clone, Copy, Debug)]
 struct Case {
     n: u64,
@@ -19,24 +19,24 @@ struct Case {
     is_sticky: bool,
 }
 
-/// How a run with a fault went.
+/// Result of a run with a fault.
 #[derive(Default)]
-struct Told {
+struct FaultOutcome {
     /// Requests that failed, with their errno.
     errors: Vec<String>,
-    /// A flush or close failed: what was not flushed before may be lost.
+    /// A flush or close failed: bytes that were not flushed before may be lost.
     has_lost_flush: bool,
 }
 
-fn kinds() -> Vec<Kind> {
-    let q = |name| Kind::qcow2(name, 512).sized(512 * 160, 512 * 240);
+fn kinds() -> Vec<ImageKind> {
+    let q = |name| ImageKind::qcow2(name, 512).sized(512 * 160, 512 * 240);
     vec![
         nearly_full::growing("512-rc64-full-growing"),
         q("512"),
         q("512-rc64-backed").create("refcount_bits", 64).backed(50_000).strict(),
         q("512-tiny-cache").open("l2-cache-size", 1024).open("refcount-cache-size", 2048),
-        Kind::qcow2("4k-data", 4096).with_data_file().sized(4096 * 24, 4096 * 40),
-        Kind::qcow2("16k-ext", 16384).extended().sized(16384 * 8, 16384 * 12),
+        ImageKind::qcow2("4k-data", 4096).with_data_file().sized(4096 * 24, 4096 * 40),
+        ImageKind::qcow2("16k-ext", 16384).extended().sized(16384 * 8, 16384 * 12),
         q("512-copy-on-read").backed(50_000).through(json!({"driver": "copy-on-read"})),
         q("512-preallocate").upon(
             json!({"driver": "preallocate", "prealloc-align": 8192, "prealloc-size": 20_000}),
@@ -45,19 +45,13 @@ fn kinds() -> Vec<Kind> {
     ]
 }
 
-fn base_of(kind: &Kind) -> Sim {
-    let base = Sim::new(3, SimConfig::calm());
-    World::Sim(base.clone()).make(kind);
-    base
-}
-
-/// Does the workload whatever fails.
-async fn endure(
+/// Runs the workload whatever fails.
+async fn run_with_faults(
     disk: &Disk,
     workload: &Workload,
     model: &RefCell<DiskModel>,
     case: Case,
-    told: &mut Told,
+    outcome: &mut FaultOutcome,
 ) -> Result<(), String> {
     for (number, step) in workload.steps.iter().enumerate() {
         let Step::Requests(ops) = step else { continue };
@@ -69,65 +63,71 @@ async fn endure(
             if error.errno() != case.errno {
                 return Err(format!("step {number}: errno {} became {error}", case.errno));
             }
-            told.has_lost_flush |= ops.iter().any(|op| {
+            outcome.has_lost_flush |= ops.iter().any(|op| {
                 // Growing flushes too.
                 let is_fua = matches!(op, Op::Write { fua: true, .. } | Op::Zero { fua: true, .. });
                 is_fua || matches!(op, Op::Flush | Op::Grow { .. })
             });
-            told.errors.push(format!("step {number}: {error}"));
+            outcome.errors.push(format!("step {number}: {error}"));
         }
     }
     Ok(())
 }
 
-fn run(base: &Sim, kind: &Kind, workload: &Workload, case: Case) -> Result<Told, String> {
+fn run(
+    base: &Sim,
+    kind: &ImageKind,
+    workload: &Workload,
+    case: Case,
+) -> Result<FaultOutcome, String> {
     let sim = base.fork(workload.seed);
-    let world = World::Sim(sim.clone());
-    let graph = world.graph();
+    let env = TestEnv::Sim(sim.clone());
+    let graph = env.graph();
     let model = RefCell::new(kind.model());
-    let mut told = Told::default();
-    let disk = world.block_on(Disk::open(&world, kind, &graph)).map_err(|e| e.to_string())?;
-    // A failed write may stop inside an entry. That is put right by writing it again, so only where the disk comes back.
+    let mut outcome = FaultOutcome::default();
+    let disk = env.block_on(Disk::open(&env, kind, &graph)).map_err(|e| e.to_string())?;
+    // A failed write may stop inside an entry. Writing it again repairs that, so only where the disk works again.
     let fault = if case.is_sticky { Fault::sticky(case.errno) } else { Fault::once(case.errno) };
     let is_cut = case.n % 2 == 1;
     sim.fail_nth(case.n, if case.is_sticky || is_cut { fault } else { fault.partially() });
-    world.block_on(endure(&disk, workload, &model, case, &mut told))?;
+    env.block_on(run_with_faults(&disk, workload, &model, case, &mut outcome))?;
     sim.clear_faults();
-    // The disk works again: so do reads, and all that was written is there.
-    match world.block_on(disk.compare(&model)) {
-        // A read that must keep what it read does not go on where nothing can be kept any more.
+    // The disk works again: so do reads, and everything written is there.
+    match env.block_on(disk.compare(&model)) {
+        // A read that must copy does not go on where nothing can be written any more.
         Err(e) if kind.above.is_some() && e.contains("an earlier flush failed") => {
-            told.has_lost_flush = true;
+            outcome.has_lost_flush = true;
         }
         seen => seen.map_err(|e| format!("afterwards: {e}"))?,
     }
     if is_cut {
-        let after = World::Sim(sim.after_cut_by(case.n, CutMode::Random));
-        look(&after, kind, &model, true).map_err(|e| format!("after a cut: {e}"))?;
-        return Ok(told);
+        let after = TestEnv::Sim(sim.after_cut_by(case.n, CutMode::Random));
+        check_disk(&after, kind, &model, true).map_err(|e| format!("after a cut: {e}"))?;
+        return Ok(outcome);
     }
-    if let Err(error) = world.block_on(disk.close()) {
-        told.has_lost_flush = true;
+    if let Err(error) = env.block_on(disk.close()) {
+        outcome.has_lost_flush = true;
         if error.errno() != case.errno {
             return Err(format!("close: errno {} became {error}", case.errno));
         }
-        told.errors.push(format!("close: {error}"));
+        outcome.errors.push(format!("close: {error}"));
     }
-    let lost = told.has_lost_flush;
-    look(&world, kind, &model, lost).map_err(|e| format!("opened again: {e}"))?;
-    Ok(told)
+    let lost = outcome.has_lost_flush;
+    check_disk(&env, kind, &model, lost).map_err(|e| format!("opened again: {e}"))?;
+    Ok(outcome)
 }
 
 /// Checks the image, and compares it: after a cut, or a flush that failed, only with what was flushed before.
-fn look(
-    world: &World,
-    kind: &Kind,
+fn check_disk(
+    env: &TestEnv,
+    kind: &ImageKind,
     model: &RefCell<DiskModel>,
     is_cut: bool,
 ) -> Result<(), String> {
-    let graph = world.graph();
-    world.block_on(async {
-        let disk = Disk::look(world, kind, &graph).await.map_err(|e| format!("open: {e}"))?;
+    let graph = env.graph();
+    env.block_on(async {
+        let disk =
+            Disk::open_read_only(env, kind, &graph).await.map_err(|e| format!("open: {e}"))?;
         disk.check().await?;
         if is_cut {
             let survivors = disk.survivors(kind.cluster).await;
@@ -139,24 +139,25 @@ fn look(
     })
 }
 
-/// Awaited operations of the workload without any fault, and what grows then.
-fn ops_of(base: &Sim, kind: &Kind, workload: &Workload, growth: &mut Growth) -> u64 {
+/// Number of awaited operations of the workload without any fault; adds the growth of tables.
+fn ops_of(base: &Sim, kind: &ImageKind, workload: &Workload, growth: &mut Growth) -> u64 {
     let sim = base.fork(workload.seed);
-    let world = World::Sim(sim.clone());
-    let graph = world.graph();
+    let env = TestEnv::Sim(sim.clone());
+    let graph = env.graph();
     let model = RefCell::new(kind.model());
-    let disk = world.block_on(Disk::open(&world, kind, &graph)).expect("it was just made");
-    let (before, tables) = (sim.ops(), Tables::of(&world, kind));
+    let disk = env.block_on(Disk::open(&env, kind, &graph)).expect("it was just made");
+    let (before, tables) = (sim.ops(), Tables::of(&env, kind));
     let case = Case { n: 0, errno: 0, is_sticky: false };
-    let done = world.block_on(endure(&disk, workload, &model, case, &mut Told::default()));
+    let done =
+        env.block_on(run_with_faults(&disk, workload, &model, case, &mut FaultOutcome::default()));
     assert_eq!(done, Ok(()), "{workload}");
-    world.block_on(disk.close()).expect("nothing fails");
-    growth.add(tables, Tables::of(&world, kind));
+    env.block_on(disk.close()).expect("nothing fails");
+    growth.add(tables, Tables::of(&env, kind));
     sim.ops() - before
 }
 
-/// What a sweep does to each kind.
-struct Plan<'a> {
+/// Parameters of a sweep.
+struct SweepPlan<'a> {
     errnos: &'a [i32],
     is_sticky: bool,
     seeds: u64,
@@ -166,11 +167,11 @@ struct Plan<'a> {
     stride: usize,
 }
 
-fn sweep(kinds: &[Kind], plan: &Plan<'_>) -> Growth {
-    let (mut runs, mut told, mut silent) = (0, 0, 0);
+fn sweep(kinds: &[ImageKind], plan: &SweepPlan<'_>) -> Growth {
+    let (mut runs, mut reported, mut silent) = (0, 0, 0);
     let mut growth = Growth::default();
     for kind in kinds {
-        let base = base_of(kind);
+        let base = sim_with_image(3, SimConfig::calm(), kind);
         for seed in seeds(plan.seeds) {
             let workload = kind.workload(seed, plan.steps);
             for n in (0..ops_of(&base, kind, &workload, &mut growth)).step_by(plan.stride) {
@@ -179,19 +180,19 @@ fn sweep(kinds: &[Kind], plan: &Plan<'_>) -> Growth {
                     runs += 1;
                     match run(&base, kind, &workload, case) {
                         Ok(run) if run.errors.is_empty() => silent += 1,
-                        Ok(_) => told += 1,
+                        Ok(_) => reported += 1,
                         Err(e) => panic!("{} seed {seed} {case:?}: {e}\n{workload}", kind.name),
                     }
                 }
             }
         }
     }
-    #[expect(clippy::print_stdout, reason = "what was covered belongs into the log")]
+    #[expect(clippy::print_stdout, reason = "the coverage is logged")]
     {
-        println!("{runs} runs, in {told} somebody was told, in {silent} nobody had to be");
+        println!("{runs} runs: {reported} reported an error, {silent} did not");
     }
-    // Discards are advisory and metadata is written again; most failures are somebody's all the same.
-    assert!(told > silent, "told {told}, silent {silent}");
+    // Discards are advisory and metadata is written again; most failures must reach a caller all the same.
+    assert!(reported > silent, "reported {reported}, silent {silent}");
     growth
 }
 
@@ -205,46 +206,46 @@ const BOTH: [i32; 2] = [libc::EIO, libc::ENOSPC];
 
 #[test]
 fn each_operation_fails_once() {
-    let plan = Plan { errnos: &BOTH, is_sticky: false, seeds: 2, steps: 8, stride: 1 };
+    let plan = SweepPlan { errnos: &BOTH, is_sticky: false, seeds: 2, steps: 8, stride: 1 };
     check(sweep(&kinds(), &plan));
 }
 
 #[test]
-fn everything_fails_from_some_operation_on() {
-    let plan = Plan { errnos: &BOTH, is_sticky: true, seeds: 1, steps: 8, stride: 1 };
+fn all_operations_fail_from_some_point_on() {
+    let plan = SweepPlan { errnos: &BOTH, is_sticky: true, seeds: 1, steps: 8, stride: 1 };
     check(sweep(&kinds(), &plan));
 }
 
-/// A table on its way to a new place is not forgotten when a step of the way fails.
+/// A table that is being moved is not lost when a step fails.
 #[test]
 fn operations_that_move_the_refcount_table_fail_once() {
     let stride = if is_full() { 1 } else { 3 };
-    let plan = Plan { errnos: &[libc::EIO], is_sticky: false, seeds: 1, steps: 0, stride };
+    let plan = SweepPlan { errnos: &[libc::EIO], is_sticky: false, seeds: 1, steps: 0, stride };
     let growth = sweep(&[nearly_full::table("512-rc64-table")], &plan);
     assert!(one_seed().is_some() || growth.moved_tables > 0, "{growth:?}");
 }
 
-/// A full disk refuses what grows, and takes the rest.
+/// A full disk refuses requests that allocate, and serves the others.
 #[test]
-fn a_full_disk_is_said_to_be_full() {
+fn a_full_disk_reports_enospc() {
     for kind in kinds() {
-        let base = base_of(&kind);
+        let base = sim_with_image(3, SimConfig::calm(), &kind);
         let sim = base.fork(1);
-        let world = World::Sim(sim.clone());
-        let graph = world.graph();
+        let env = TestEnv::Sim(sim.clone());
+        let graph = env.graph();
         let model = RefCell::new(kind.model());
-        let disk = world.block_on(Disk::open(&world, &kind, &graph)).expect("it was just made");
+        let disk = env.block_on(Disk::open(&env, &kind, &graph)).expect("it was just made");
         sim.fail_nth(0, Fault::sticky(libc::ENOSPC).on(OpMask::WRITE));
         let workload = kind.workload(1, 6);
         let case = Case { n: 0, errno: libc::ENOSPC, is_sticky: true };
-        let mut told = Told::default();
-        let done = world.block_on(endure(&disk, &workload, &model, case, &mut told));
+        let mut outcome = FaultOutcome::default();
+        let done = env.block_on(run_with_faults(&disk, &workload, &model, case, &mut outcome));
         assert_eq!(done, Ok(()), "{}", kind.name);
-        assert!(!told.errors.is_empty(), "{}: a write went nowhere and nobody was told", kind.name);
+        assert!(!outcome.errors.is_empty(), "{}: a failed write returned no error", kind.name);
         sim.clear_faults();
-        world.block_on(disk.backend.flush()).expect("there is space again");
-        world.block_on(disk.compare(&model)).expect("what was written is there");
-        world.block_on(disk.close()).expect("there is space again");
-        look(&world, &kind, &model, false).expect("nothing is lost");
+        env.block_on(disk.backend.flush()).expect("there is space again");
+        env.block_on(disk.compare(&model)).expect("what was written is there");
+        env.block_on(disk.close()).expect("there is space again");
+        check_disk(&env, &kind, &model, false).expect("nothing is lost");
     }
 }

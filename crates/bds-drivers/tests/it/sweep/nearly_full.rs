@@ -1,15 +1,15 @@
-//! Kinds of image whose tables are nearly full, and what grew in a run: counted in the image file, so that a sweep can require it.
+//! Kinds of image whose tables are nearly full, and counters of the growth of tables, read from the image file.
 
 use serde_json::json;
 
-use super::rig::{Kind, World};
+use crate::kit::{ImageKind, TestEnv};
 
 const CLUSTER: u64 = 512;
-/// Clusters that one L2 table of the kinds below describes.
+/// Clusters that one L2 table of the kinds below maps.
 const REACH: u64 = 64;
 
-/// Refcount blocks that are nearly full: one of 64-bit counts describes 64 clusters, so that a workload adds some.
-pub(crate) fn blocks() -> Vec<Kind> {
+/// Nearly full refcount blocks: one of 64-bit counts covers 64 clusters, so that a workload adds some.
+pub(crate) fn blocks() -> Vec<ImageKind> {
     vec![
         block("512-rc64-full-20", 20),
         block("512-rc64-full-26", 26),
@@ -22,44 +22,45 @@ pub(crate) fn blocks() -> Vec<Kind> {
 }
 
 /// One of [`blocks`], with so many clusters of data.
-pub(crate) fn block(name: &'static str, clusters: u64) -> Kind {
-    Kind::qcow2(name, CLUSTER)
+pub(crate) fn block(name: &'static str, clusters: u64) -> ImageKind {
+    ImageKind::qcow2(name, CLUSTER)
         .create("refcount_bits", 64)
         .sized(CLUSTER * 160, CLUSTER * 240)
         .filled(CLUSTER * clusters)
 }
 
-/// An L1 table without room for one more L2 table: each growth of the disk moves it.
-pub(crate) fn l1(name: &'static str) -> Kind {
-    Kind::qcow2(name, CLUSTER)
+/// An L1 table without space for one more L2 table: each growth of the disk moves it.
+pub(crate) fn l1(name: &'static str) -> ImageKind {
+    ImageKind::qcow2(name, CLUSTER)
         .sized(CLUSTER * (3 * REACH - 2), CLUSTER * (6 * REACH))
         .filled(CLUSTER * 100)
         .growing(CLUSTER * REACH)
 }
 
 /// Both: a nearly full refcount block, and an L1 table that moves.
-pub(crate) fn growing(name: &'static str) -> Kind {
+pub(crate) fn growing(name: &'static str) -> ImageKind {
     l1(name).create("refcount_bits", 64)
 }
 
-/// A refcount table without room for one more block: 64 slots of blocks that describe 64 clusters each, so 2 MiB. The L1 table moves too.
-pub(crate) fn table(name: &'static str) -> Kind {
-    Kind::qcow2(name, CLUSTER)
+/// A refcount table without space for one more block: 64 slots of blocks that cover 64 clusters each, so 2 MiB. The L1
+/// table moves too.
+pub(crate) fn table(name: &'static str) -> ImageKind {
+    ImageKind::qcow2(name, CLUSTER)
         .create("refcount_bits", 64)
         .sized(CLUSTER * (65 * REACH - 2), CLUSTER * (68 * REACH))
         .filled(CLUSTER * 3962)
         .growing(CLUSTER * REACH)
 }
 
-/// A disk in pieces: what it discards is so many runs of clusters that they are given back before the guest flushes.
-pub(crate) fn in_pieces(name: &'static str) -> Kind {
-    Kind::qcow2(name, CLUSTER)
+/// A fragmented disk: its discards free so many runs of clusters that they are released before a flush request.
+pub(crate) fn in_pieces(name: &'static str) -> ImageKind {
+    ImageKind::qcow2(name, CLUSTER)
         .sized(CLUSTER * 4224, CLUSTER * 4224)
         .filled_in_pieces(CLUSTER * 4200)
         .open("pass-discard-request", json!(false))
 }
 
-/// Where an image has its tables, and how much of them is in use.
+/// Positions of an image's tables, and how much of them is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Tables {
     l1_at: u64,
@@ -68,13 +69,13 @@ pub(crate) struct Tables {
 }
 
 impl Tables {
-    /// Looks into the file of an image of any format; `None` where there are no tables.
-    pub(crate) fn of(world: &World, kind: &Kind) -> Option<Tables> {
-        let World::Sim(sim) = world else { return None };
+    /// Reads the file of an image of any format; `None` if there are no tables.
+    pub(crate) fn of(env: &TestEnv, kind: &ImageKind) -> Option<Tables> {
+        let TestEnv::Sim(sim) = env else { return None };
         if kind.format != "qcow2" {
             return None;
         }
-        let bytes = sim.snapshot_file(world.path("disk"));
+        let bytes = sim.snapshot_file(env.path("disk"));
         let number = |at: u64, len: u64| {
             let at = usize::try_from(at).expect("images here are small");
             let len = usize::try_from(len).expect("small");
@@ -89,7 +90,7 @@ impl Tables {
     }
 }
 
-/// What grew.
+/// Growth of tables.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Growth {
     /// New refcount blocks: each is a write of rank Directory.
@@ -99,7 +100,7 @@ pub(crate) struct Growth {
 }
 
 impl Growth {
-    /// Takes in what became of the tables since `before`.
+    /// Adds the growth between `before` and `after`.
     pub(crate) fn add(&mut self, before: Option<Tables>, after: Option<Tables>) {
         let (Some(before), Some(after)) = (before, after) else { return };
         self.new_blocks += after.blocks.saturating_sub(before.blocks);

@@ -1,4 +1,5 @@
-//! Another mode, giving away and taking back, on a simulated disk: what is locked when, and that a failure changes nothing.
+//! Tests of reopen, inactivate and activate on a simulated disk: which locks are held when, and that a failure changes
+//! nothing.
 
 use std::path::Path;
 
@@ -16,7 +17,7 @@ use crate::protocol::file::tests::{
     NAME, calm, direct, foreign, held, metadata, open, open_as, read, with_config, write,
 };
 
-/// Asks the node to get ready for other flags and options.
+/// Prepares a reopen with other flags and options.
 fn prepare<'a>(
     sim: &Sim,
     node: &'a dyn Driver,
@@ -26,7 +27,7 @@ fn prepare<'a>(
 ) -> Result<Box<dyn Reopen + 'a>> {
     let fs = sim.fs();
     let mut context = ReopenContext { current, flags, options, fs: &fs };
-    // The context ends here, what was prepared goes on.
+    // The context ends here; the prepared reopen outlives it.
     let prepared = sim.block_on(async { prepare_in(node, &mut context).await })?;
     assert_eq!(context.options.keys().next(), None, "every option is taken");
     Ok(prepared)
@@ -51,7 +52,7 @@ fn plain(sim: &Sim, node: &dyn Driver, byte: u8) -> Result<()> {
     write(sim, node, 0, &[byte; 512], WriteFlags::empty())
 }
 
-/// It can do what it is opened for.
+/// Reads, and writes if it was opened for that.
 fn works(sim: &Sim, node: &dyn Driver, can_write: bool) {
     let before = read(sim, node, 0, 512).unwrap();
     let written = plain(sim, node, before[0].wrapping_add(1));
@@ -68,7 +69,7 @@ const RAW_RW: &[u64] = &[100, 101, 201, 203];
 const RAW_RO: &[u64] = &[100];
 
 #[test]
-fn a_mode_is_taken_at_commit_and_forgotten_without() {
+fn the_mode_changes_at_commit_and_not_without_it() {
     let raw = OpenFlags::default();
     let shared = OpenFlags { force_share: true, ..read_only(raw) };
     let raw_direct = OpenFlags { cache: direct().cache, ..raw };
@@ -105,7 +106,7 @@ fn a_mode_is_taken_at_commit_and_forgotten_without() {
 }
 
 #[test]
-fn nothing_is_opened_for_a_mode_it_has() {
+fn reopen_to_the_same_mode_opens_nothing() {
     let sim = calm(&[7; 512]);
     let node = open(&sim, metadata()).unwrap();
     let before = sim.ops_of(OpMask::OPEN);
@@ -119,7 +120,7 @@ fn nothing_is_opened_for_a_mode_it_has() {
 }
 
 #[test]
-fn whoever_is_in_the_way_of_the_new_mode_is_respected() {
+fn conflicting_locks_refuse_a_reopen() {
     let raw = OpenFlags::default();
     for (what, from, to, byte, is_fine) in [
         ("a writer is not wanted", read_only(raw), raw, 201, false),
@@ -146,7 +147,7 @@ fn whoever_is_in_the_way_of_the_new_mode_is_respected() {
 }
 
 #[test]
-fn two_nodes_on_one_file_stand_in_each_others_way() {
+fn two_nodes_on_one_file_conflict() {
     let raw = OpenFlags::default();
     let sim = calm(&[7; 4096]);
     let writer = open(&sim, raw).unwrap();
@@ -161,7 +162,7 @@ fn two_nodes_on_one_file_stand_in_each_others_way() {
 }
 
 #[test]
-fn the_options_about_locks_change() {
+fn lock_options_change_by_reopen() {
     let raw = OpenFlags::default();
     let sim = calm(&[7; 4096]);
     let node = open(&sim, raw).unwrap();
@@ -195,7 +196,7 @@ fn missing_locks_matter_only_if_locking_is_on() {
 }
 
 #[test]
-fn what_cannot_change_is_refused_by_name() {
+fn unchangeable_options_are_refused_by_name() {
     let sim = calm(&[7; 4096]);
     let node = open(&sim, metadata()).unwrap();
     for (key, value) in
@@ -241,7 +242,7 @@ fn auto_read_only_falls_back_and_tries_again_next_time() {
     assert_eq!(held(&sim), IMAGE_RW);
 }
 
-/// Every step of every mode fails once: the node goes on as it was.
+/// Each operation of each change of mode fails once: the node stays as it was.
 #[test]
 fn a_prepare_that_fails_changes_nothing() {
     let raw = OpenFlags::default();
@@ -267,7 +268,7 @@ fn a_prepare_that_fails_changes_nothing() {
             let Err(error) = outcome else { continue };
             failed += 1;
             assert_eq!(held(&sim), before, "fault {n}: {error}");
-            // A flush that failed stays failed: that is not forgotten either.
+            // A flush that failed stays failed, here too.
             if sim.block_on(node.flush_to_disk()).is_ok() {
                 works(&sim, &*node, !from.read_only);
                 reopen(&sim, &*node, from, to).unwrap();
@@ -315,7 +316,7 @@ fn a_failed_flush_is_remembered_in_every_mode() {
 }
 
 #[test]
-fn what_the_old_description_has_to_tell_is_asked_before_it_goes() {
+fn write_back_error_of_the_old_description_is_kept() {
     let raw = OpenFlags::default();
     let sim = calm(&[0; 4096]);
     let node = open(&sim, raw).unwrap();
@@ -323,7 +324,7 @@ fn what_the_old_description_has_to_tell_is_asked_before_it_goes() {
     sim.fail_nth(0, Fault::once(libc::EIO).on(OpMask::SYNC));
     let error = reopen(&sim, &*node, raw, direct()).unwrap_err();
     assert_eq!(error.errno(), libc::EIO);
-    assert!(sim.block_on(node.flush_to_disk()).is_err(), "and it stays told");
+    assert!(sim.block_on(node.flush_to_disk()).is_err(), "and the failure is kept");
     assert_eq!(held(&sim), RAW_RW);
     let unsafe_cache = CacheMode { no_flush: true, ..CacheMode::default() };
     let current = OpenFlags { cache: unsafe_cache, ..raw };
@@ -334,7 +335,7 @@ fn what_the_old_description_has_to_tell_is_asked_before_it_goes() {
 }
 
 #[test]
-fn an_inactive_node_keeps_nobody_out() {
+fn an_inactive_node_locks_only_as_a_reader() {
     let sim = with_config(SimConfig { inline_rate: 1.0, ..SimConfig::calm() }, &[7; 4096]);
     let node = open(&sim, metadata()).unwrap();
     sim.block_on(node.inactivate()).unwrap();
@@ -357,7 +358,7 @@ fn an_inactive_node_keeps_nobody_out() {
 }
 
 #[test]
-fn what_was_remembered_of_the_file_is_forgotten_on_activation() {
+fn activation_drops_cached_facts_of_the_file() {
     let sim = calm(&[7; 65536]);
     let node = open(&sim, metadata()).unwrap();
     let run =
@@ -372,7 +373,7 @@ fn what_was_remembered_of_the_file_is_forgotten_on_activation() {
 }
 
 #[test]
-fn the_mode_of_an_inactive_node_changes_without_taking_charge() {
+fn reopen_of_an_inactive_node_takes_no_locks() {
     let sim = calm(&[7; 4096]);
     let ro = read_only(metadata());
     let node = open(&sim, ro).unwrap();
@@ -389,7 +390,7 @@ fn the_mode_of_an_inactive_node_changes_without_taking_charge() {
 }
 
 #[test]
-fn a_node_without_locks_is_given_away_and_taken_back() {
+fn a_node_without_locks_is_inactivated_and_activated() {
     let sim = calm(&[7; 4096]);
     let off = Options::new().with("locking", "off");
     let node = open_as(&sim, &FileProtocol, metadata(), off).unwrap();

@@ -1,29 +1,33 @@
-//! A graph on a simulated disk, and the few words the tests of this crate need.
+//! A graph with all drivers on a simulated disk, for the tests of this crate.
 
 use std::sync::Arc;
 
-use bds_core::driver::WriteFlags;
+use bds_core::driver::{Registry, WriteFlags};
+use bds_core::graph::reference_gate::TrustAll;
 use bds_core::graph::{Graph, GraphConfig, NodeRef};
 use bds_core::request::{Backend, BackendOptions};
 use bds_core::{Options, Result};
-use bds_io::{Buf, Sim, SimConfig};
+use bds_io::{Buf, Fs, Sim, SimConfig};
 use serde_json::Value;
 
 /// A graph with all drivers on a simulated disk.
-pub(crate) struct House {
+pub(crate) struct Fixture {
     pub(crate) sim: Sim,
     pub(crate) graph: Graph,
 }
 
-impl House {
+impl Fixture {
     pub(crate) fn new(seed: u64) -> Self {
         Self::with(Sim::new(seed, SimConfig::default()))
     }
 
     pub(crate) fn with(sim: Sim) -> Self {
-        let registry = Arc::new(bds_drivers::registry());
-        let graph = Graph::new(GraphConfig { fs: sim.fs(), ..GraphConfig::new(registry) });
-        Self { sim, graph }
+        Self::with_registry(sim, bds_drivers::registry())
+    }
+
+    pub(crate) fn with_registry(sim: Sim, registry: Registry) -> Self {
+        let config = GraphConfig { fs: sim.fs(), ..GraphConfig::new(Arc::new(registry)) };
+        Self { graph: Graph::new(config), sim }
     }
 
     pub(crate) fn node(&self, options: Value) -> Result<NodeRef> {
@@ -57,4 +61,17 @@ impl House {
         let iov = Buf::from_slice(bytes).iov();
         self.sim.block_on(backend.write(offset, iov, WriteFlags::empty()))
     }
+}
+
+/// A graph with all drivers that opens the files which images name, without probing their formats.
+pub(crate) fn trusting_graph(fs: Fs) -> Graph {
+    let registry = Arc::new(bds_drivers::registry());
+    let gate = Arc::new(TrustAll { may_probe: false });
+    Graph::new(GraphConfig { fs, gate, ..GraphConfig::new(registry) })
+}
+
+/// Runs a future on a new simulated disk without delays.
+#[cfg(feature = "qcow2")]
+pub(crate) fn block_on_sim<T>(work: impl Future<Output = T>) -> T {
+    Sim::new(1, SimConfig::calm()).block_on(work)
 }

@@ -1,18 +1,17 @@
-//! The plain parts of a filter: what it passes on to its one child, and what it says of itself.
+//! Macros for the parts that all filters share: passing calls on to the child, and `DriverType`.
 //!
-//! Leaves to each filter whatever is its own, so that its `impl Driver` shows what the filter is there for.
+//! Each filter writes out only what it changes, so that its `impl Driver` shows its purpose.
 
 use bds_core::driver::{Child, HostMap, StatusFlags, StatusRun};
 
-/// Stands in an `impl Driver`: each method named does what it does in the child, as in `pass_on!(self.file => len, read);`.
-/// What the filter changes is written out beside it.
+/// Used inside `impl Driver`: each method named does what the child does, as in `pass_on!(self.file => len, read);`.
 macro_rules! pass_on {
     ($this:ident.$($child:tt).+ => $($method:ident),+ $(,)?) => {
         pass_on!(@each $this ($this.$($child).+) $($method)+);
     };
     (@each $this:ident $child:tt $($method:ident)+) => { $(pass_on!(@$method $this $child);)+ };
 
-    // What a method is called with and what it answers: at once (`@same`), or as a future of a result (`@late`).
+    // Arguments and result of each method: returned at once (`@same`), or as a future of a result (`@late`).
     (@len $($at:tt)+) => { pass_on!(@same $($at)+ len() -> u64); };
     (@compressed_unit $($at:tt)+) => { pass_on!(@same $($at)+ compressed_unit() -> Option<u32>); };
     (@try_read $($at:tt)+) => {
@@ -44,8 +43,8 @@ macro_rules! pass_on {
     };
     (@allocated_len $($at:tt)+) => { pass_on!(@late $($at)+ allocated_len() -> Option<u64>); };
 
-    // Where the filter's answer is not the child's: any flag is honoured by passing it on, and any request will do, because
-    // the child's own corridor mends what does not fit it.
+    // Where the filter's answer is not the child's: any flag is honoured by passing it on, and any request is accepted,
+    // because the request path of the child adapts what does not fit.
     (@is_filter $($at:tt)+) => {
         fn is_filter(&self) -> bool {
             true
@@ -85,7 +84,7 @@ macro_rules! pass_on {
             len: u64,
             _precision: bds_core::driver::Precision,
         ) -> bds_core::driver::BoxFuture<'_, bds_core::Result<bds_core::driver::StatusRun>> {
-            let run = $crate::filter::plain::status(&$child, $this.len(), offset, len);
+            let run = $crate::filter::pass_through::status(&$child, $this.len(), offset, len);
             Box::pin(async move { Ok(run) })
         }
     };
@@ -101,8 +100,8 @@ macro_rules! pass_on {
     };
 }
 
-/// Implements `DriverType` for a filter with the options `OPEN_OPTIONS`: `open_node` of the type makes the node, which is boxed
-/// here.
+/// Implements `DriverType` for a filter with the options `OPEN_OPTIONS`; `open_node` of the type makes the node, which
+/// is boxed here.
 macro_rules! filter_type {
     ($type:ty, $name:literal, $help:literal) => {
         impl bds_core::driver::DriverType for $type {
@@ -137,7 +136,7 @@ macro_rules! filter_type {
 
 pub(super) use {filter_type, pass_on};
 
-/// What a filter of length `end` answers to a status question: ask the child.
+/// The status that a filter of length `end` returns: the child's.
 pub(super) fn status(child: &Child, end: u64, offset: u64, len: u64) -> StatusRun {
     if offset >= end {
         return StatusRun { len: 0, flags: StatusFlags::EOF, map: None };

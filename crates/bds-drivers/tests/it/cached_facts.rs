@@ -1,7 +1,7 @@
-//! Facts that nodes and drivers remember of what they stand on, after each way of exchanging that.
+//! Tests that facts which nodes and drivers cache of their children follow every way of replacing a child.
 //!
-//! The oracle is a graph that was opened in the final shape: every node of the exchanged one must say of itself what
-//! its counterpart there says. So the table has a line for each way of exchanging, and each line checks all facts.
+//! The oracle is a graph that was opened in the final shape: every node of the changed one must report what its
+//! counterpart there reports. The table has a line for each way of replacing, and each line checks all facts.
 
 use std::fmt::Write as _;
 
@@ -12,15 +12,15 @@ use bds_core::request::{Backend, BackendOptions};
 use bds_io::{Buf, Sim, SimConfig};
 use serde_json::{Value, json};
 
-use crate::house::House;
+use crate::kit::Fixture;
 
 const MIB: u64 = 1 << 20;
 const NO_CLUSTERS: &str = "no clusters";
 
-/// A disk on which direct files are hard to please, with the images that the table uses.
-fn house() -> House {
-    let house =
-        House::with(Sim::new(1, SimConfig { direct_align: (4096, 4096), ..SimConfig::calm() }));
+/// A disk with large alignment for direct files, with the images of the table.
+fn fixture() -> Fixture {
+    let fixture =
+        Fixture::with(Sim::new(1, SimConfig { direct_align: (4096, 4096), ..SimConfig::calm() }));
     for (path, format, options) in [
         ("/a", "raw", json!({"size": MIB})),
         ("/b", "raw", json!({"size": 2 * MIB})),
@@ -36,9 +36,9 @@ fn house() -> House {
             options: Options::from_json(options).unwrap(),
             skip_backing: false,
         };
-        house.sim.block_on(house.graph.create_image(image)).unwrap();
+        fixture.sim.block_on(fixture.graph.create_image(image)).unwrap();
     }
-    house
+    fixture
 }
 
 fn file(path: &str) -> Value {
@@ -71,32 +71,32 @@ fn narrow(child: Value) -> Value {
     })
 }
 
-/// What each node says of itself, from the top down, and what the backend sees.
-fn facts(house: &House, backend: &Backend) -> String {
-    fn node(house: &House, at: &NodeRef, out: &mut String) {
+/// What each node reports, from the top down, and what the backend sees.
+fn facts(fixture: &Fixture, backend: &Backend) -> String {
+    fn node(fixture: &Fixture, at: &NodeRef, out: &mut String) {
         let (driver, limits, len) = (at.driver_name(), at.limits(), at.len());
         writeln!(out, "{driver}: {len} bytes, {limits:?}").unwrap();
         for edge in at.edges_below() {
-            node(house, &house.graph.acquire(edge.child).unwrap(), out);
+            node(fixture, &fixture.graph.acquire(edge.child).unwrap(), out);
         }
     }
     let mut out = String::new();
     let top = backend.node().unwrap();
-    let run = house.sim.block_on(backend.block_status(0, 65536, Precision::Exact)).unwrap();
+    let run = fixture.sim.block_on(backend.block_status(0, 65536, Precision::Exact)).unwrap();
     let is_zero = run.flags.contains(StatusFlags::ZERO);
     let (len, writethrough, writable) =
         (backend.len(), backend.is_writethrough(), top.is_writable());
     writeln!(out, "{len} bytes, writethrough {writethrough}, writable {writable}, zero {is_zero}")
         .unwrap();
-    node(house, &top, &mut out);
+    node(fixture, &top, &mut out);
     out
 }
 
-/// A way of exchanging: what stands before, what is done, what must have come of it.
+/// A way of replacing: the graph before, the change, and the graph it must equal.
 struct Way {
     name: String,
     before: Value,
-    /// Opened beside it, under the names that `exchange` uses.
+    /// Opened as well, under the names that `exchange` uses.
     beside: Vec<Value>,
     exchange: Exchange,
     after: Value,
@@ -115,8 +115,8 @@ enum Exchange {
 }
 
 impl Exchange {
-    async fn carry_out(&self, house: &House, backend: &Backend) -> bds_core::Result<()> {
-        let graph = &house.graph;
+    async fn carry_out(&self, fixture: &Fixture, backend: &Backend) -> bds_core::Result<()> {
+        let graph = &fixture.graph;
         let find = |name: &str| graph.find(name).unwrap();
         match *self {
             Exchange::Reopen(node, options) => {
@@ -155,7 +155,7 @@ fn way(
     Way { name: name.into(), before, beside, exchange, after }
 }
 
-/// Reopening, with every filter between the file and those who look at it.
+/// Reopens, with every filter between the file and its users.
 fn reopens() -> Vec<Way> {
     let on = || Exchange::Reopen("filea", "cache.direct=on");
     let mut ways = vec![way("reopen the file", file("/a"), vec![], on(), direct("/a"))];
@@ -221,7 +221,7 @@ fn reopens() -> Vec<Way> {
     ways
 }
 
-/// Edges that lead elsewhere.
+/// Changes of edges.
 fn moves() -> Vec<Way> {
     let layer = |backing: Value| json!({"driver": "qcow2", "node-name": "top", "file": file("/over"), "backing": backing});
     let raw = |file: Value| over("raw", over("throttle", file));
@@ -353,13 +353,13 @@ fn moves() -> Vec<Way> {
     ]
 }
 
-fn open(house: &House, options: &Value) -> Backend {
-    let node = house.node(options.clone()).unwrap();
-    // It changes nothing, so that every node can be exchanged for one that is only read.
+fn open(fixture: &Fixture, options: &Value) -> Backend {
+    let node = fixture.node(options.clone()).unwrap();
+    // Changes nothing, so that every node can be replaced by a read-only one.
     Backend::new(&node, BackendOptions { name: "user".into(), ..Default::default() }).unwrap()
 }
 
-/// The same without names, which a shape may want twice.
+/// The same options without names, which a shape may need twice.
 fn unnamed(mut options: Value) -> Value {
     if let Value::Object(options) = &mut options {
         options.remove("node-name");
@@ -368,9 +368,9 @@ fn unnamed(mut options: Value) -> Value {
     options
 }
 
-/// What came of it, and what should have.
+/// The facts after the exchange, and the expected ones.
 fn compare(way: Way) -> (String, String) {
-    let exchanged = house();
+    let exchanged = fixture();
     let backend = open(&exchanged, &way.before);
     let before = facts(&exchanged, &backend);
     let _beside: Vec<NodeRef> =
@@ -379,18 +379,18 @@ fn compare(way: Way) -> (String, String) {
         .sim
         .block_on(way.exchange.carry_out(&exchanged, &backend))
         .unwrap_or_else(|error| panic!("{}: {error}", way.name));
-    let fresh = house();
+    let fresh = fixture();
     let mut expected = facts(&fresh, &open(&fresh, &unnamed(way.after)));
     if way.name == NO_CLUSTERS {
         // The one shape that cannot be opened: the filter passes everything on, as raw does.
         expected = expected.replacen("raw:", "compress:", 1);
     }
-    assert_ne!(before, expected, "{}: the exchange shows", way.name);
+    assert_ne!(before, expected, "{}: the exchange changes facts", way.name);
     (facts(&exchanged, &backend), expected)
 }
 
 #[test]
-fn facts_are_those_of_a_graph_that_was_opened_so() {
+fn facts_after_an_exchange_equal_those_of_a_fresh_open() {
     let ways = || reopens().into_iter().chain(moves());
     let stale: Vec<String> = ways()
         .filter_map(|way| {
@@ -402,58 +402,58 @@ fn facts_are_those_of_a_graph_that_was_opened_so() {
     assert!(stale.is_empty(), "{} of {}\n{}", stale.len(), ways().count(), stale.join("\n"));
 }
 
-/// Small writes after a reopen with `cache.direct=on` came unwidened to a file that takes whole blocks: EINVAL, failed flushes, and
-/// data lost at close.
+/// Regression: small writes after a reopen with `cache.direct=on` reached a file that takes whole blocks without
+/// widening: EINVAL, failed flushes, and data lost at close.
 #[test]
 fn writes_after_a_reopen_to_direct_access_are_widened() {
-    let house = house();
+    let fixture = fixture();
     let image = json!({"driver": "qcow2", "node-name": "top", "file": file("/q64")});
-    let disk = house.backend(image.clone()).unwrap();
+    let disk = fixture.backend(image.clone()).unwrap();
     let mut model = vec![0; usize::try_from(MIB).unwrap()];
     let mut write = |disk: &Backend, at: usize, len: usize, byte: u8| {
-        house.write(disk, at as u64, &vec![byte; len]).unwrap();
+        fixture.write(disk, at as u64, &vec![byte; len]).unwrap();
         model[at..at + len].fill(byte);
     };
     write(&disk, 0, 128, 1);
-    let top = house.graph.find("top").unwrap();
+    let top = fixture.graph.find("top").unwrap();
     for (round, mode) in ["on", "off", "on"].into_iter().enumerate() {
         let options = Options::parse(&format!("cache.direct={mode}")).unwrap();
-        house.sim.block_on(house.graph.reopen(&top, options)).unwrap();
-        let align = house.graph.find("fileq64").unwrap().limits().request_alignment;
+        fixture.sim.block_on(fixture.graph.reopen(&top, options)).unwrap();
+        let align = fixture.graph.find("fileq64").unwrap().limits().request_alignment;
         assert_eq!(align, if mode == "on" { 4096 } else { 1 });
         let byte = u8::try_from(round).unwrap() + 2;
         for (at, len) in [(128, 128), (200_000 + round, 77), (1_000_000, 4096)] {
             write(&disk, at, len, byte);
         }
-        house.sim.block_on(disk.flush()).unwrap();
+        fixture.sim.block_on(disk.flush()).unwrap();
     }
     drop(disk);
-    let report = house.sim.block_on(top.close()).unwrap();
+    let report = fixture.sim.block_on(top.close()).unwrap();
     report.into_result().unwrap();
-    let disk = house.backend(image).unwrap();
-    assert!(house.read(&disk, 0, model.len()).unwrap() == model);
+    let disk = fixture.backend(image).unwrap();
+    assert!(fixture.read(&disk, 0, model.len()).unwrap() == model);
 }
 
-/// A user that writes and may not make the node longer cannot have its odd end written in whole blocks. An open says so, and so does a
-/// reopen, which leaves everything as it was.
+/// A user that writes without the resize permission cannot have its odd end written in whole blocks. An open fails with
+/// that error, and so does a reopen, which leaves everything as it was.
 #[test]
-fn a_reopen_that_a_user_cannot_live_with_is_refused() {
-    let house = house();
-    house.sim.put_file("/odd", &[7; 5000]);
-    let disk = house.backend(over("raw", file("/odd"))).unwrap();
-    let top = house.graph.find("raw").unwrap();
+fn a_reopen_to_an_alignment_that_a_user_cannot_keep_is_refused() {
+    let fixture = fixture();
+    fixture.sim.put_file("/odd", &[7; 5000]);
+    let disk = fixture.backend(over("raw", file("/odd"))).unwrap();
+    let top = fixture.graph.find("raw").unwrap();
     let access = disk.set_access(Perm::CONSISTENT_READ | Perm::WRITE, Perm::all());
-    house.sim.block_on(access).unwrap();
+    fixture.sim.block_on(access).unwrap();
     let reopen = || {
         let options = Options::parse("cache.direct=on").unwrap();
-        house.sim.block_on(house.graph.reopen(&house.graph.find("fileodd").unwrap(), options))
+        fixture.sim.block_on(fixture.graph.reopen(&fixture.graph.find("fileodd").unwrap(), options))
     };
     let error = reopen().unwrap_err().to_string();
     assert!(error.contains("not a multiple of 4096 bytes"), "{error}");
-    assert_eq!(house.graph.find("fileodd").unwrap().limits().request_alignment, 1);
+    assert_eq!(fixture.graph.find("fileodd").unwrap().limits().request_alignment, 1);
     let iov = Buf::from_slice(&[1; 100]).iov();
-    house.sim.block_on(disk.write(4900, iov, WriteFlags::empty())).unwrap();
-    assert_eq!((top.len(), house.read(&disk, 4900, 100).unwrap()), (5000, vec![1; 100]));
+    fixture.sim.block_on(disk.write(4900, iov, WriteFlags::empty())).unwrap();
+    assert_eq!((top.len(), fixture.read(&disk, 4900, 100).unwrap()), (5000, vec![1; 100]));
     drop(disk);
     reopen().unwrap();
 }

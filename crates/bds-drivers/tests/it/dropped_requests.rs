@@ -1,11 +1,11 @@
-//! Requests whose futures are dropped while their driver works: nothing of them lands after what came later, and nobody who
-//! waits for an empty node is told too early. Found when a dropped write of `file` overwrote one that was flushed after it.
+//! Requests whose futures are dropped while their driver works: their writes do not land after later ones, and a drain
+//! or close waits for them. Regression: a dropped write of `file` overwrote one that was flushed after it.
 
 use std::path::Path;
 use std::pin::Pin;
 use std::time::Duration;
 
-use bds_core::driver::{Prealloc, Truncate, WriteFlags, ZeroFlags};
+use bds_core::driver::{WriteFlags, ZeroFlags};
 use bds_core::graph::NewImage;
 use bds_core::request::Backend;
 use bds_core::{Options, Result};
@@ -13,16 +13,16 @@ use bds_io::sim::CutMode;
 use bds_io::{Buf, IoVec, OpenOptions, Sim};
 use serde_json::{Value, json};
 
-use crate::house::House;
+use crate::kit::{Fixture, resize_to};
 
 const LEN: u64 = 64 << 10;
 const FILE: &str = "/disks/late";
-/// Looks at a request that is going to be dropped lie this far apart.
+/// Time between two polls of a request that will be dropped.
 const STEP: Duration = Duration::from_micros(37);
-/// Longer than anything takes.
+/// Longer than any operation takes.
 const AGES: Duration = Duration::from_secs(60);
 
-/// What is dropped half-way.
+/// The request that is dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Victim {
     Write,
@@ -44,7 +44,7 @@ const VICTIMS: [Victim; 7] = [
     Victim::Shrink,
 ];
 
-/// What the requests go through.
+/// The node stack that requests go through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stack {
     File,
@@ -82,7 +82,7 @@ impl Stack {
         }
     }
 
-    /// Images that lose their end are not there yet.
+    /// qcow2 does not shrink images yet.
     fn can(self, victim: Victim) -> bool {
         match self {
             #[cfg(feature = "qcow2")]
@@ -91,9 +91,9 @@ impl Stack {
         }
     }
 
-    /// A world with such a disk, full of ones, all of it durable.
-    fn world(self) -> Sim {
-        let house = House::new(3);
+    /// A simulated disk with this stack on it, full of ones, all durable.
+    fn env(self) -> Sim {
+        let fixture = Fixture::new(3);
         let disk = match self {
             #[cfg(feature = "qcow2")]
             Self::Qcow2 => {
@@ -103,23 +103,23 @@ impl Stack {
                     options: Options::new().with("size", LEN).with("cluster_size", 4096_u64),
                     skip_backing: true,
                 };
-                house.sim.block_on(house.graph.create_image(image)).unwrap();
-                house.backend(self.options()).unwrap()
+                fixture.sim.block_on(fixture.graph.create_image(image)).unwrap();
+                fixture.backend(self.options()).unwrap()
             }
             _ => {
                 let create = OpenOptions { create: true, write: true, ..OpenOptions::default() };
-                let file = house.sim.fs().open(Path::new(FILE), &create).unwrap();
-                house.sim.block_on(file.set_len(LEN)).unwrap();
-                house.backend(self.options()).unwrap()
+                let file = fixture.sim.fs().open(Path::new(FILE), &create).unwrap();
+                fixture.sim.block_on(file.set_len(LEN)).unwrap();
+                fixture.backend(self.options()).unwrap()
             }
         };
-        house.sim.block_on(resize(&disk, LEN)).unwrap();
-        house.write(&disk, 0, &[1; LEN as usize]).unwrap();
-        house.sim.block_on(disk.flush()).unwrap();
+        fixture.sim.block_on(resize(&disk, LEN)).unwrap();
+        fixture.write(&disk, 0, &[1; LEN as usize]).unwrap();
+        fixture.sim.block_on(disk.flush()).unwrap();
         let node = disk.node().unwrap();
         drop(disk);
-        house.sim.block_on(node.close()).unwrap().into_result().unwrap();
-        house.sim
+        fixture.sim.block_on(node.close()).unwrap().into_result().unwrap();
+        fixture.sim
     }
 }
 
@@ -139,12 +139,12 @@ fn bytes(value: u8, len: usize) -> IoVec {
 }
 
 async fn resize(disk: &Backend, len: u64) -> Result<()> {
-    disk.truncate(Truncate { len, exact: true, prealloc: Prealloc::Off, zero_new: false }).await
+    disk.truncate(resize_to(len)).await
 }
 
 impl Victim {
     async fn run(self, disk: &Backend) {
-        // Nobody hears the answer of most of them.
+        // Most of these futures are dropped before they have a result.
         let none = WriteFlags::empty();
         let _ended = match self {
             Self::Write => disk.write(0, bytes(2, 4096), none).await,
@@ -157,7 +157,7 @@ impl Victim {
         };
     }
 
-    /// Where the next write goes, and how long it is.
+    /// Offset and length of the next write.
     fn next(self) -> (u64, usize) {
         match self {
             Self::Unaligned => (200, 100),
@@ -166,7 +166,7 @@ impl Victim {
         }
     }
 
-    /// Polls it so often and drops it. True if it had ended before.
+    /// Polls the request so many times and drops it. True if it completed before.
     async fn drop_after(self, disk: &Backend, polls: usize) -> bool {
         let mut request: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(self.run(disk));
         for poll in 0..polls {
@@ -181,18 +181,18 @@ impl Victim {
     }
 }
 
-/// Runs `check` with a disk whose request was dropped, at every look at it, in some worlds.
-fn sweep(check: impl Fn(House, Backend, Victim, &str)) {
+/// Runs `check` with a disk whose request was dropped, for every number of polls and some seeds.
+fn sweep(check: impl Fn(Fixture, Backend, Victim, &str)) {
     for &stack in STACKS {
-        let base = stack.world();
+        let base = stack.env();
         for victim in VICTIMS.into_iter().filter(|&victim| stack.can(victim)) {
             for seed in 0..6 {
                 for polls in 1.. {
-                    let house = House::with(base.fork(seed));
-                    let disk = house.backend(stack.options()).unwrap();
-                    let has_ended = house.sim.block_on(victim.drop_after(&disk, polls));
+                    let fixture = Fixture::with(base.fork(seed));
+                    let disk = fixture.backend(stack.options()).unwrap();
+                    let has_ended = fixture.sim.block_on(victim.drop_after(&disk, polls));
                     let what = format!("{stack:?} {victim:?} seed {seed} polled {polls} times");
-                    check(house, disk, victim, &what);
+                    check(fixture, disk, victim, &what);
                     if has_ended {
                         break;
                     }
@@ -202,7 +202,7 @@ fn sweep(check: impl Fn(House, Backend, Victim, &str)) {
     }
 }
 
-/// Writes where the dropped request was, and flushes.
+/// Writes to the range of the dropped request, and flushes.
 async fn write_after(disk: &Backend, victim: Victim) {
     if victim == Victim::Shrink {
         resize(disk, LEN).await.unwrap();
@@ -212,111 +212,111 @@ async fn write_after(disk: &Backend, victim: Victim) {
     disk.flush().await.unwrap();
 }
 
-fn look(house: &House, disk: &Backend, victim: Victim, what: &str) {
+fn check_disk(fixture: &Fixture, disk: &Backend, victim: Victim, what: &str) {
     let (at, len) = victim.next();
     assert_eq!(disk.len(), LEN, "{what}");
-    assert_eq!(house.read(disk, at, len).unwrap(), vec![3; len], "{what}");
+    assert_eq!(fixture.read(disk, at, len).unwrap(), vec![3; len], "{what}");
     if victim == Victim::Unaligned {
-        assert_eq!(house.read(disk, 100, 100).unwrap(), [1; 100], "{what}: its neighbour");
-        assert_eq!(house.read(disk, 300, 3796).unwrap(), [1; 3796], "{what}: its neighbour");
+        assert_eq!(fixture.read(disk, 100, 100).unwrap(), [1; 100], "{what}: its neighbour");
+        assert_eq!(fixture.read(disk, 300, 3796).unwrap(), [1; 3796], "{what}: its neighbour");
     }
-    // Cut off and grown again, unless the cut came to nothing.
-    let rest = house.read(disk, 40_960, 4096).unwrap();
+    // Zeros: cut off and grown again. Ones: the resize was dropped before it began.
+    let rest = fixture.read(disk, 40_960, 4096).unwrap();
     let was_cut = victim == Victim::Shrink && rest[0] == 0;
     assert_eq!(rest, [u8::from(!was_cut); 4096], "{what}");
 }
 
 #[test]
-fn a_write_after_a_dropped_request_stays() {
-    sweep(|house, disk, victim, what| {
-        house.sim.block_on(write_after(&disk, victim));
-        house.sim.run_until_idle();
-        look(&house, &disk, victim, what);
+fn a_write_after_a_dropped_request_is_not_overwritten() {
+    sweep(|fixture, disk, victim, what| {
+        fixture.sim.block_on(write_after(&disk, victim));
+        fixture.sim.run_until_idle();
+        check_disk(&fixture, &disk, victim, what);
         let node = disk.node().unwrap();
         drop(disk);
-        house.sim.block_on(node.close()).unwrap().into_result().unwrap();
+        fixture.sim.block_on(node.close()).unwrap().into_result().unwrap();
     });
 }
 
 #[test]
 fn a_flushed_write_after_a_dropped_request_survives_a_power_cut() {
-    sweep(|house, disk, victim, what| {
-        house.sim.block_on(write_after(&disk, victim));
+    sweep(|fixture, disk, victim, what| {
+        fixture.sim.block_on(write_after(&disk, victim));
         let options = {
             let stack = STACKS.iter().find(|stack| what.starts_with(&format!("{stack:?} ")));
             stack.unwrap().options()
         };
         for mode in [CutMode::LoseAll, CutMode::KeepAll] {
-            let after = House::with(house.sim.after_cut_by(7, mode));
+            let after = Fixture::with(fixture.sim.after_cut_by(7, mode));
             let disk = after.backend(options.clone()).unwrap();
-            look(&after, &disk, victim, what);
+            check_disk(&after, &disk, victim, what);
         }
         drop(disk);
     });
 }
 
-/// Nothing happens on the disk any more, but for the ends of reads that were dropped.
-fn is_quiet(house: &House, what: &str) {
-    let last = house.sim.trace().pop();
-    house.sim.block_on(bds_io::sleep(AGES));
-    let lines = house.sim.trace();
+/// Nothing happens on the disk any more, except completions of dropped reads.
+fn is_quiet(fixture: &Fixture, what: &str) {
+    let last = fixture.sim.trace().pop();
+    fixture.sim.block_on(bds_io::sleep(AGES));
+    let lines = fixture.sim.trace();
     let known = lines.iter().position(|line| Some(line) == last.as_ref());
     let news = &lines[known.map_or(0, |at| at + 1)..];
     assert!(news.iter().all(|line| line.contains(" READ ")), "{what}: {news:#?}");
 }
 
 #[test]
-fn a_drain_waits_for_what_a_dropped_request_began() {
-    sweep(|house, disk, _, what| {
-        let drained = house.sim.block_on(house.graph.drain(&disk.node().unwrap()));
+fn a_drain_waits_for_the_operation_of_a_dropped_request() {
+    sweep(|fixture, disk, _, what| {
+        let drained = fixture.sim.block_on(fixture.graph.drain(&disk.node().unwrap()));
         assert_eq!(disk.node().unwrap().in_flight(), 0, "{what}");
-        is_quiet(&house, what);
+        is_quiet(&fixture, what);
         drop(drained);
-        house.write(&disk, 0, &[4; 512]).unwrap();
+        fixture.write(&disk, 0, &[4; 512]).unwrap();
     });
-    // The same for who drains only what came in by his backend.
-    sweep(|house, disk, _, what| {
-        let drained = house.sim.block_on(disk.drain());
-        is_quiet(&house, what);
+    // The same for a drain of this backend's requests only.
+    sweep(|fixture, disk, _, what| {
+        let drained = fixture.sim.block_on(disk.drain());
+        is_quiet(&fixture, what);
         drop(drained);
     });
 }
 
 #[test]
-fn a_close_waits_for_what_a_dropped_request_began() {
-    sweep(|house, disk, _, what| {
+fn a_close_waits_for_the_operation_of_a_dropped_request() {
+    sweep(|fixture, disk, _, what| {
         let node = disk.node().unwrap();
         drop(disk);
-        house.sim.block_on(node.close()).unwrap().into_result().unwrap();
-        is_quiet(&house, what);
+        fixture.sim.block_on(node.close()).unwrap().into_result().unwrap();
+        is_quiet(&fixture, what);
     });
-    // The same if the last reference goes in silence.
-    sweep(|house, disk, _, what| {
+    // The same if the last reference is dropped without `close`.
+    sweep(|fixture, disk, _, what| {
         drop(disk);
-        let reports = house.sim.block_on(house.graph.reap());
+        let reports = fixture.sim.block_on(fixture.graph.reap());
         let are_clean = !reports.is_empty() && reports.iter().all(|report| report.is_clean());
-        assert!(are_clean, "{what}: {reports:?} {:?}", house.graph.nodes());
-        is_quiet(&house, what);
-        assert!(house.graph.nodes().is_empty(), "{what}");
+        assert!(are_clean, "{what}: {reports:?} {:?}", fixture.graph.nodes());
+        is_quiet(&fixture, what);
+        assert!(fixture.graph.nodes().is_empty(), "{what}");
     });
 }
 
 #[test]
-fn a_change_waits_for_what_a_dropped_request_began() {
-    sweep(|house, disk, victim, what| {
+fn a_change_waits_for_the_operation_of_a_dropped_request() {
+    sweep(|fixture, disk, victim, what| {
         let node = disk.node().unwrap();
         let options = Options::new().with("detect-zeroes", "on");
         let below = Options::new().with("detect-zeroes", "on");
-        house.sim.block_on(async {
-            house.graph.reopen(&node, options).await.unwrap();
-            for child in house.graph.nodes() {
+        fixture.sim.block_on(async {
+            fixture.graph.reopen(&node, options).await.unwrap();
+            for child in fixture.graph.nodes() {
                 if child.id() != node.id() {
-                    house.graph.reopen(&child, below.clone()).await.unwrap();
+                    fixture.graph.reopen(&child, below.clone()).await.unwrap();
                 }
             }
         });
-        is_quiet(&house, what);
-        house.sim.block_on(write_after(&disk, victim));
-        look(&house, &disk, victim, what);
+        is_quiet(&fixture, what);
+        fixture.sim.block_on(write_after(&disk, victim));
+        check_disk(&fixture, &disk, victim, what);
     });
 }

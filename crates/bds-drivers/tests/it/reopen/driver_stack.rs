@@ -1,4 +1,4 @@
-//! Drivers upon drivers without a graph.
+//! Stacks drivers on each other through minimal ports, without a graph.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,29 +13,29 @@ use bds_drivers::format::qcow2::Qcow2Format;
 use bds_drivers::protocol::file::FileProtocol;
 use bds_io::{Buf, Fs, IoVec, Sim, SimConfig};
 
-use crate::sweep::rig::{Kind, World};
+use crate::kit::{ImageKind, TestEnv, sim_with_image};
 
-/// A node's place: what leads to it can be led elsewhere.
-pub(crate) type Place = Arc<Mutex<Arc<dyn Driver>>>;
+/// A replaceable node: ports that lead to it follow when it is replaced.
+pub(crate) type NodeCell = Arc<Mutex<Arc<dyn Driver>>>;
 
-pub(crate) fn place(node: Arc<dyn Driver>) -> Place {
+pub(crate) fn node_cell(node: Arc<dyn Driver>) -> NodeCell {
     Arc::new(Mutex::new(node))
 }
 
-/// The door to whatever is in the place.
-pub(crate) struct Port(pub(crate) Place);
+/// A port to the current node of a cell.
+pub(crate) struct CellPort(pub(crate) NodeCell);
 
-impl Port {
+impl CellPort {
     fn node(&self) -> Arc<dyn Driver> {
         Arc::clone(&self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    pub(crate) fn child(place: &Place, name: &'static str) -> Child {
-        Child::new(name, Box::new(Self(Arc::clone(place))))
+    pub(crate) fn child(node_cell: &NodeCell, name: &'static str) -> Child {
+        Child::new(name, Box::new(Self(Arc::clone(node_cell))))
     }
 }
 
-impl ChildPort for Port {
+impl ChildPort for CellPort {
     fn len(&self) -> u64 {
         self.node().len()
     }
@@ -66,7 +66,7 @@ impl ChildPort for Port {
 
     fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
         let node = self.node();
-        // As the corridor does: past the end there are zeros to make up.
+        // As the request path does: bytes past the end must be filled with zeros.
         let is_inside = offset + iov.len() as u64 <= node.len();
         is_inside.then(|| node.try_read(offset, iov)).flatten()
     }
@@ -137,14 +137,14 @@ impl ChildPort for Port {
     }
 }
 
-/// Has the children ready by name.
+/// Opens children that were made before, by name.
 #[derive(Default)]
-pub(crate) struct Shelf(pub(crate) Vec<(&'static str, Place)>);
+pub(crate) struct ReadyChildren(pub(crate) Vec<(&'static str, NodeCell)>);
 
-impl ChildOpener for Shelf {
+impl ChildOpener for ReadyChildren {
     fn open_child<'a>(&'a mut self, request: ChildRequest) -> BoxFuture<'a, Result<Option<Child>>> {
         let found = self.0.iter().find(|(name, _)| *name == request.name);
-        let child = found.map(|(_, place)| Port::child(place, request.name));
+        let child = found.map(|(_, node_cell)| CellPort::child(node_cell, request.name));
         Box::pin(async move { Ok(child) })
     }
 }
@@ -153,7 +153,7 @@ pub(crate) fn read_only(flags: OpenFlags) -> OpenFlags {
     OpenFlags { read_only: true, ..flags }
 }
 
-/// A writer of its own.
+/// Flags of a writer.
 pub(crate) fn writer() -> OpenFlags {
     OpenFlags { discard: true, ..OpenFlags::default() }
 }
@@ -164,7 +164,7 @@ pub(crate) fn file_flags(flags: OpenFlags) -> OpenFlags {
 
 pub(crate) async fn open_file(fs: &Fs, path: PathBuf, flags: OpenFlags) -> Result<Arc<dyn Driver>> {
     let options = Options::new().with("filename", path.to_str().expect("plain"));
-    let mut none = Shelf::default();
+    let mut none = ReadyChildren::default();
     let mut context = OpenContext::new("file", options, flags, fs, &mut none);
     Ok(Arc::from(FileProtocol.open(&mut context).await?))
 }
@@ -182,7 +182,7 @@ pub(crate) async fn prepare<'a>(
     Ok(prepared)
 }
 
-/// A qcow2 image on its file (and data file).
+/// A qcow2 image with its file (and data file).
 pub(crate) struct Image {
     pub(crate) fs: Fs,
     pub(crate) files: Vec<Arc<dyn Driver>>,
@@ -191,26 +191,23 @@ pub(crate) struct Image {
 }
 
 impl Image {
-    pub(crate) async fn open(world: &World, kind: &Kind, flags: OpenFlags) -> Result<Self> {
-        let fs = match world {
-            World::Sim(sim) => sim.fs(),
-            World::Host(..) => Fs::Host,
-        };
-        let mut shelf = Shelf::default();
-        let file = open_file(&fs, world.path("disk"), file_flags(flags)).await?;
-        shelf.0.push(("file", place(Arc::clone(&file))));
+    pub(crate) async fn open(env: &TestEnv, kind: &ImageKind, flags: OpenFlags) -> Result<Self> {
+        let fs = env.fs();
+        let mut children = ReadyChildren::default();
+        let file = open_file(&fs, env.path("disk"), file_flags(flags)).await?;
+        children.0.push(("file", node_cell(Arc::clone(&file))));
         let mut files = vec![file];
         if kind.has_data_file {
-            let data = open_file(&fs, world.path("data"), flags).await?;
-            shelf.0.push(("data-file", place(Arc::clone(&data))));
+            let data = open_file(&fs, env.path("data"), flags).await?;
+            children.0.push(("data-file", node_cell(Arc::clone(&data))));
             files.push(data);
         }
         if kind.backing_len.is_some() {
-            let base = open_file(&fs, world.path("base"), read_only(flags)).await?;
-            shelf.0.push(("backing", place(base)));
+            let base = open_file(&fs, env.path("base"), read_only(flags)).await?;
+            children.0.push(("backing", node_cell(base)));
         }
         let options = Options::from_json(kind.open.clone())?;
-        let mut context = OpenContext::new("image", options, flags, &fs, &mut shelf);
+        let mut context = OpenContext::new("image", options, flags, &fs, &mut children);
         let node = Qcow2Format.open(&mut context).await?;
         Ok(Self { fs, files, node, flags })
     }
@@ -244,16 +241,16 @@ impl Image {
         Ok(())
     }
 
-    /// No corruption; the leaks.
+    /// Fails on corruption; returns the leaks.
     pub(crate) async fn check(&self) -> u64 {
         let report = self.node.check(&|_, _| {}).await.expect("it can be checked");
         assert_eq!(report.corruptions + report.check_errors, 0, "{report:#?}");
         report.leaks
     }
 
-    /// All of them, in the order a graph keeps: prepare all, then commit all, children first.
+    /// Reopens all nodes in a graph's order: prepares all, then commits all, children first.
     pub(crate) async fn reopen(&mut self, flags: OpenFlags, options: Options) -> Result<()> {
-        // A child before its parent if both become writable, else after it.
+        // Children before parents if both become writable, else after them.
         let files_first = self.flags.read_only;
         self.reopen_in_order(flags, options, files_first).await
     }
@@ -302,7 +299,7 @@ impl Image {
         Ok(())
     }
 
-    /// Gives the image away, itself first.
+    /// Inactivates the image, then its files.
     pub(crate) async fn inactivate(&self) -> Result<()> {
         self.node.inactivate().await?;
         for file in &self.files {
@@ -311,7 +308,7 @@ impl Image {
         Ok(())
     }
 
-    /// Takes it back, its files first. What was taken goes back if the rest fails.
+    /// Activates the files, then the image. On a failure the files are inactivated again.
     pub(crate) async fn activate(&self) -> Result<()> {
         let result = self.activate_in_order().await;
         if result.is_err() {
@@ -341,10 +338,8 @@ impl Image {
     }
 }
 
-/// A simulated disk with an image of this kind.
-pub(crate) fn made(seed: u64, kind: &Kind) -> (Sim, World) {
-    let sim = Sim::new(seed, SimConfig::calm());
-    let world = World::Sim(sim.clone());
-    world.make(kind);
-    (sim, world)
+/// Makes a simulated disk with an image of this kind.
+pub(crate) fn made(seed: u64, kind: &ImageKind) -> (Sim, TestEnv) {
+    let sim = sim_with_image(seed, SimConfig::calm(), kind);
+    (sim.clone(), TestEnv::Sim(sim))
 }

@@ -1,4 +1,4 @@
-//! Requests that meet: readers and freed clusters, writers and writers.
+//! Concurrent requests: reads of freed clusters, and writes to one cluster.
 
 use bds_core::driver::{WriteFlags, ZeroFlags};
 use bds_core::request::Backend;
@@ -6,18 +6,18 @@ use bds_io::{Buf, Sim, SimConfig};
 use futures_util::future::join_all;
 
 use super::harness::{Shape, close, graph, make, open, options, read, write};
-use super::random::Dice;
+use super::random::seeded;
 
-/// Every cluster is only ever written with its own number. Whoever reads it while it is freed, given to others
-/// and written by them sees its number or zeros, never theirs.
+/// Every cluster is only ever written with its own number. A read of a cluster that is freed, reallocated and rewritten
+/// meanwhile returns its number or zeros, never those of another.
 async fn write_and_free(backend: &Backend, shape: &Shape, seed: u64, ops: usize) {
-    let mut dice = Dice::new(seed);
+    let mut chance = seeded(seed);
     let clusters = shape.size / shape.cluster;
     for _ in 0..ops {
-        let number = dice.below(clusters);
+        let number = chance.below(clusters);
         let at = number * shape.cluster;
         let bytes = vec![number as u8 + 1; shape.cluster as usize];
-        match dice.below(8) {
+        match chance.below(8) {
             0..3 => write(backend, at, &bytes).await.unwrap(),
             3 => write(backend, at, &bytes[..512]).await.unwrap(),
             4 => {
@@ -29,18 +29,18 @@ async fn write_and_free(backend: &Backend, shape: &Shape, seed: u64, ops: usize)
                 let _ = backend.write_zeroes(at, shape.cluster, flags).await.unwrap();
             }
             6 => backend.discard(at, shape.cluster).await.unwrap(),
-            // Durable removals are what lets clusters be used again.
+            // Clusters are reused only after their removal is durable.
             _ => backend.flush().await.unwrap(),
         }
     }
 }
 
 async fn watch(backend: &Backend, shape: &Shape, seed: u64, ops: usize) {
-    let mut dice = Dice::new(seed);
+    let mut chance = seeded(seed);
     let clusters = shape.size / shape.cluster;
     for _ in 0..ops {
-        let first = dice.below(clusters);
-        let count = 1 + dice.below(3.min(clusters - first));
+        let first = chance.below(clusters);
+        let count = 1 + chance.below(3.min(clusters - first));
         let len = (count * shape.cluster) as usize;
         let bytes = read(backend, first * shape.cluster, len).await.unwrap();
         for (i, byte) in bytes.iter().enumerate() {
@@ -54,7 +54,7 @@ async fn watch(backend: &Backend, shape: &Shape, seed: u64, ops: usize) {
 }
 
 #[test]
-fn readers_never_see_a_cluster_that_was_given_to_others() {
+fn readers_never_see_a_reallocated_cluster() {
     let shape = Shape { cluster: 4096, size: 64 << 10, ..Shape::default() };
     for seed in 0..12 {
         let sim = Sim::new(seed, SimConfig { inline_rate: 0.3, ..SimConfig::default() });
@@ -72,7 +72,7 @@ fn readers_never_see_a_cluster_that_was_given_to_others() {
     }
 }
 
-/// Many small writes into one fresh cluster at once: each byte is what its only writer wrote.
+/// Many small writes into one fresh cluster at once: each byte is that of its only writer.
 #[test]
 fn writers_of_one_fresh_cluster_do_not_lose_each_others_bytes() {
     for (seed, backing) in [(1, false), (2, true), (3, false), (4, true)] {
@@ -98,9 +98,9 @@ fn writers_of_one_fresh_cluster_do_not_lose_each_others_bytes() {
     }
 }
 
-/// A future that is kept but not polled holds nothing that others need.
+/// A future that is kept but not polled holds nothing that other requests need.
 #[test]
-fn a_write_that_nobody_polls_does_not_hold_up_others() {
+fn an_unpolled_write_blocks_no_other() {
     use std::task::{Context, Poll, Waker};
     let shape = Shape { cluster: 65536, ..Shape::default() };
     let sim = Sim::new(9, SimConfig::calm());

@@ -1,4 +1,4 @@
-//! raw, null, mem and blkdebug: what changes while they are open, what does not, and what they do with their children.
+//! Reopen of raw, null, mem and blkdebug: which options change, which do not, and the access to their children.
 
 use bds_core::driver::{
     Access, Driver, DriverType, NodeUse, OpenContext, OpenFlags, Perm, Reopen, Role,
@@ -13,17 +13,19 @@ use bds_io::{Fs, IoVec};
 use bds_testkit::{Scratch, pattern};
 use serde_json::{Value, json};
 
-use super::rig::{Image, Place, Shelf, made, open_file, place, prepare, read_only, writer};
-use crate::sweep::rig::Kind;
+use super::driver_stack::{
+    Image, NodeCell, ReadyChildren, made, node_cell, open_file, prepare, read_only, writer,
+};
+use crate::kit::ImageKind;
 
 fn open(
     driver: &dyn DriverType,
     options: &Value,
-    children: Vec<(&'static str, Place)>,
+    children: Vec<(&'static str, NodeCell)>,
 ) -> Result<Box<dyn Driver>> {
     let options = Options::from_json(options.clone())?;
-    let (fs, mut shelf) = (Fs::Host, Shelf(children));
-    let mut context = OpenContext::new("node", options, writer(), &fs, &mut shelf);
+    let (fs, mut children) = (Fs::Host, ReadyChildren(children));
+    let mut context = OpenContext::new("node", options, writer(), &fs, &mut children);
     bds_io::block_on(driver.open(&mut context))
 }
 
@@ -41,10 +43,10 @@ fn reopen(node: &dyn Driver, options: &Value) -> Result<()> {
 }
 
 /// A disk in memory with these bytes.
-fn memory(bytes: &[u8]) -> Place {
+fn memory(bytes: &[u8]) -> NodeCell {
     let node = open(&Mem, &json!({"size": bytes.len()}), Vec::new()).unwrap();
     assert!(node.try_write(0, &bds_io::Buf::from_slice(bytes).iov()).unwrap().is_ok());
-    place(std::sync::Arc::from(node))
+    node_cell(std::sync::Arc::from(node))
 }
 
 fn read(node: &dyn Driver, at: u64, len: usize) -> Option<Vec<u8>> {
@@ -57,7 +59,7 @@ fn read(node: &dyn Driver, at: u64, len: usize) -> Option<Vec<u8>> {
 }
 
 #[test]
-fn a_window_moves() {
+fn a_raw_window_moves_by_reopen() {
     let bytes = pattern(1, 0, 10_000);
     let start = json!({"offset": 1000, "size": 2000});
     let node = open(&Raw, &start, vec![("file", memory(&bytes))]).unwrap();
@@ -107,7 +109,7 @@ fn a_raw_filter_stays_a_filter_in_every_mode() {
 }
 
 #[test]
-fn a_disk_of_nowhere_changes_as_a_whole() {
+fn null_settings_change_together() {
     for driver in [Null::CO, Null::AIO] {
         let node = open(&driver, &json!({"size": 1000}), Vec::new()).unwrap();
         reopen(&*node, &json!({"size": 4096, "read-zeroes": true})).unwrap();
@@ -115,7 +117,7 @@ fn a_disk_of_nowhere_changes_as_a_whole() {
         reopen(&*node, &json!({"read-zeroes": false})).unwrap();
         assert_eq!((node.len(), read(&*node, 0, 512).unwrap()), (4096, vec![0xee; 512]));
         reopen(&*node, &json!({"latency-ns": 1000})).unwrap();
-        assert_eq!(read(&*node, 0, 512), None, "it waits now");
+        assert_eq!(read(&*node, 0, 512), None, "it does not complete at once");
         reopen(&*node, &json!({"latency-ns": 0})).unwrap();
         assert!(read(&*node, 0, 512).is_some());
         ready(&*node, read_only(writer()), &json!({"size": 1})).unwrap();
@@ -128,7 +130,7 @@ fn a_disk_of_nowhere_changes_as_a_whole() {
 }
 
 #[test]
-fn a_disk_in_memory_only_grows() {
+fn the_size_of_a_mem_disk_only_grows() {
     let node = open(&Mem, &json!({"size": 1000}), Vec::new()).unwrap();
     assert!(node.try_write(0, &bds_io::Buf::from_slice(&[7; 1000]).iov()).unwrap().is_ok());
     drop(ready(&*node, writer(), &json!({"size": 5000})).unwrap());
@@ -143,7 +145,7 @@ fn a_disk_in_memory_only_grows() {
     assert_eq!(read(&*node, 0, 5000).unwrap(), expected);
 }
 
-/// Does a read fail by the rule that injects an error? In no other way.
+/// True if a read fails with the injected error; any other error is a failure of the test.
 fn fails(node: &dyn Driver) -> bool {
     let iov = bds_io::Buf::zeroed(512, 4096).iov();
     let read = bds_io::block_on(node.read(0, iov, bds_core::driver::ReadFlags::empty()));
@@ -157,7 +159,7 @@ fn fails(node: &dyn Driver) -> bool {
 }
 
 #[test]
-fn rules_and_limits_are_exchanged() {
+fn blkdebug_rules_and_limits_change_by_reopen() {
     let node = open(&Blkdebug, &json!({}), vec![("image", memory(&[7; 65536]))]).unwrap();
     assert!(read(&*node, 0, 512).is_some() && !fails(&*node));
     let once = json!({"inject-error": [{"iotype": "read", "once": true}]});
@@ -165,7 +167,7 @@ fn rules_and_limits_are_exchanged() {
     assert!(!fails(&*node), "not before the commit");
     reopen(&*node, &once).unwrap();
     assert!(fails(&*node) && !fails(&*node));
-    // Used up it stays, whatever else changes; given again it begins anew.
+    // A rule that was used up stays so if other options change; given again it starts anew.
     reopen(&*node, &json!({"align": 4096})).unwrap();
     assert_eq!((node.limits().request_alignment, fails(&*node)), (4096, false));
     reopen(&*node, &once).unwrap();
@@ -185,19 +187,19 @@ fn rules_and_limits_are_exchanged() {
     }
     assert_eq!(node.limits(), limits);
     reopen(&*node, &json!({"inject-error": []})).unwrap();
-    assert!(read(&*node, 0, 512).is_some(), "without rules the quick way is open");
+    assert!(read(&*node, 0, 512).is_some(), "without rules the inline path is used");
     ready(&*node, read_only(writer()), &json!({})).unwrap().commit();
 }
 
 #[test]
-fn rules_come_from_a_file_too() {
+fn blkdebug_rules_are_read_from_a_file() {
     let scratch = Scratch::new();
     let path = scratch.path("rules");
     std::fs::write(&path, "[inject-error]\niotype = \"read\"\nerrno = \"28\"\n").unwrap();
     let config = json!({"config": path});
     let node = open(&Blkdebug, &config, vec![("image", memory(&[7; 4096]))]).unwrap();
     assert!(fails(&*node));
-    // Read once: what becomes of the file is seen when it is named again.
+    // Read once: later content of the file counts only when it is named again.
     std::fs::write(&path, "[inject-error]\niotype = \"write\"\n").unwrap();
     reopen(&*node, &json!({"set-state": []})).unwrap();
     assert!(fails(&*node));
@@ -211,14 +213,14 @@ fn rules_come_from_a_file_too() {
     }
 }
 
-/// What a parent that reads and writes asks.
+/// The use by a parent that reads and writes.
 fn node_use(is_active: bool) -> NodeUse {
     let above = Access { perm: Perm::CONSISTENT_READ, shared: Perm::all() };
     NodeUse { above, is_writable: true, is_active, force_share: false }
 }
 
 #[test]
-fn permissions_are_taken_and_kept_from_others_on_demand() {
+fn blkdebug_takes_and_unshares_permissions() {
     let image = || vec![("image", memory(&[7; 512]))];
     let role = Role::FILTERED | Role::PRIMARY;
     let options = json!({
@@ -240,16 +242,16 @@ fn permissions_are_taken_and_kept_from_others_on_demand() {
     }
 }
 
-/// Beside an external data file the image file holds metadata only, so the guest's own way of writing does not reach it.
+/// Beside an external data file the image file holds metadata only, so data writes do not reach it.
 #[test]
 fn an_image_file_beside_a_data_file_holds_metadata_only() {
     let role = Role::DATA | Role::METADATA | Role::PRIMARY;
     for (kind, expected) in [
-        (Kind::qcow2("one", 4096), role),
-        (Kind::qcow2("two", 4096).with_data_file(), Role::METADATA | Role::PRIMARY),
+        (ImageKind::qcow2("one", 4096), role),
+        (ImageKind::qcow2("two", 4096).with_data_file(), Role::METADATA | Role::PRIMARY),
     ] {
-        let (sim, world) = made(1, &kind);
-        let image = sim.block_on(Image::open(&world, &kind, writer())).unwrap();
+        let (sim, env) = made(1, &kind);
+        let image = sim.block_on(Image::open(&env, &kind, writer())).unwrap();
         let above = Access { perm: Perm::all(), shared: Perm::all() };
         let node = NodeUse { above, ..node_use(true) };
         assert_eq!(image.node.child_access("file", role, &node), Access::of_child(expected, &node));
@@ -260,20 +262,20 @@ fn an_image_file_beside_a_data_file_holds_metadata_only() {
     }
 }
 
-/// A driver that says nothing about it takes what the graph sees to, and no other mode.
+/// A driver without reopen support of its own accepts options that the graph handles, and no other mode.
 #[test]
-fn every_driver_takes_what_the_graph_sees_to() {
-    let kind = Kind::qcow2("flags", 4096);
-    let (sim, world) = made(2, &kind);
+fn every_driver_accepts_a_reopen_with_graph_options() {
+    let kind = ImageKind::qcow2("flags", 4096);
+    let (sim, env) = made(2, &kind);
     let fs = sim.fs();
     let flags = OpenFlags { discard: !writer().discard, ..writer() };
     sim.block_on(async {
-        let file = open_file(&fs, world.path("disk"), writer()).await.unwrap();
-        let below = place(std::sync::Arc::clone(&file));
-        let mut shelf = Shelf(vec![("file", below.clone()), ("image", below)]);
+        let file = open_file(&fs, env.path("disk"), writer()).await.unwrap();
+        let below = node_cell(std::sync::Arc::clone(&file));
+        let mut children = ReadyChildren(vec![("file", below.clone()), ("image", below)]);
         for driver in [&Qcow2Format as &dyn DriverType, &Raw, &Blkdebug, &Mem, &Null::CO] {
             let options = Options::new();
-            let mut context = OpenContext::new("node", options, writer(), &fs, &mut shelf);
+            let mut context = OpenContext::new("node", options, writer(), &fs, &mut children);
             let node = driver.open(&mut context).await.unwrap();
             for flags in [flags, read_only(flags)] {
                 prepare(&*node, &fs, writer(), flags, Options::new()).await.unwrap().commit();

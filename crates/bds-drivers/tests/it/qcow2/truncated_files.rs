@@ -1,4 +1,4 @@
-//! Files that were cut short: what lies behind the end is an error that says so, never zeros; and what is there stays readable.
+//! Truncated files: clusters behind the end are errors, never zeros; the rest stays readable.
 
 use bds_core::driver::{
     Driver, OpenFlags, Prealloc, Precision, ReadFlags, StatusFlags, Truncate, WriteFlags,
@@ -13,17 +13,14 @@ use bds_testkit::pattern;
 use super::harness::{
     DATA, IMAGE, Shape, close, graph, make, open, options, read as read_backend, write,
 };
+use crate::kit::block_on_sim;
 
 const LEN: usize = 256 << 10;
-
-fn with_sim<T>(work: impl Future<Output = T>) -> T {
-    Sim::new(1, SimConfig::calm()).block_on(work)
-}
 
 /// A full disk; each cluster differs from the others and none is zeros.
 fn content() -> Vec<u8> {
     let mut bytes = pattern(3, 0, LEN);
-    // So that it compresses.
+    // Makes it compressible.
     for sector in bytes.chunks_mut(512) {
         let byte = sector[9] | 1;
         sector[64..].fill(byte);
@@ -35,7 +32,7 @@ fn filled(options: Options, is_compressed: bool) -> Vec<u8> {
     let file = MemPort::default();
     let cluster = usize::try_from(options.peek("cluster_size").unwrap().as_u64().unwrap()).unwrap();
     fuzzing::create(options.with("size", LEN as u64), &file, None).unwrap();
-    with_sim(async {
+    block_on_sim(async {
         let image = open_image(&file, None, None, OpenFlags::default()).await.unwrap();
         for (i, piece) in content().chunks(cluster).enumerate() {
             let (at, iov) = ((i * cluster) as u64, Buf::from_slice(piece).iov());
@@ -65,13 +62,13 @@ fn read_only() -> OpenFlags {
     OpenFlags { read_only: true, ..OpenFlags::default() }
 }
 
-/// Reads every sector of an image cut to `len` bytes: each is right, or an error, or in the one cluster that the file ends in.
+/// Reads every sector of an image cut to `len` bytes: each is right, or an error, or in the one cluster that is cut.
 fn expect_right_or_failed(whole: &[u8], len: usize, cluster: usize, is_compressed: bool) -> usize {
     let file = MemPort::new(whole[..len].to_vec());
     let expected = content();
     let mut failed = 0;
     let mut zeros_at = Vec::new();
-    with_sim(async {
+    block_on_sim(async {
         let Ok(image) = open_image(&file, None, None, read_only()).await else {
             failed = LEN / 512;
             return;
@@ -131,13 +128,13 @@ fn a_cut_image_reads_right_or_not_at_all() {
     }
 }
 
-/// The file may end inside its last cluster: that is how the last cluster of many images is.
+/// The file may end inside its last cluster, as many images do.
 #[test]
 fn a_last_cluster_that_the_file_ends_in_is_whole() {
     let whole = filled(Options::new().with("cluster_size", 4096_u64), false);
     for short in [1, 511, 4095] {
         let file = MemPort::new(whole[..whole.len() - short].to_vec());
-        with_sim(async {
+        block_on_sim(async {
             let image = open_image(&file, None, None, OpenFlags::default()).await.unwrap();
             let mut expected = content();
             expected[LEN - short..].fill(0);
@@ -161,7 +158,7 @@ fn a_cut_image_is_not_opened_for_writing() {
         for clusters in 1..(whole.len() / 4096 - 6) {
             let len = whole.len() - clusters * 4096;
             let file = MemPort::new(whole[..len].to_vec());
-            let error = with_sim(open_image(&file, None, None, OpenFlags::default()))
+            let error = block_on_sim(open_image(&file, None, None, OpenFlags::default()))
                 .err()
                 .unwrap_or_else(|| panic!("cut to {len}, compressed: {is_compressed}: opened"));
             let text = error.to_string();
@@ -171,7 +168,7 @@ fn a_cut_image_is_not_opened_for_writing() {
     }
 }
 
-/// After a crash, counts may speak of clusters that the file never got. Nothing points there, so nothing is lost.
+/// After a crash, refcounts may exist for clusters that the file never got. Nothing points there, so nothing is lost.
 #[test]
 fn counts_behind_the_end_alone_are_leaks_and_no_obstacle() {
     let mut bytes = filled(Options::new().with("cluster_size", 4096_u64), false);
@@ -180,7 +177,7 @@ fn counts_behind_the_end_alone_are_leaks_and_no_obstacle() {
         bytes[0x2000 + 2 * cluster..][..2].copy_from_slice(&[0, 1]);
     }
     let file = MemPort::new(bytes);
-    with_sim(async {
+    block_on_sim(async {
         let image = open_image(&file, None, None, OpenFlags::default()).await.unwrap();
         assert!(read(&*image, 0, LEN).await.unwrap() == content());
         image.close().await.unwrap();
@@ -224,7 +221,7 @@ fn a_cut_data_file_is_an_error_and_is_not_written() {
         write(&backend, 0, &content()[..half]).await.unwrap();
         close(&graph, node, backend).await;
     });
-    // What nothing points at need not be there.
+    // Clusters that nothing points at need not exist.
     sim.put_file(DATA, &sim.snapshot_file(DATA)[..half]);
     sim.block_on(async {
         let (node, backend) = open(&graph, options()).await;
@@ -248,7 +245,7 @@ fn a_cut_data_file_is_an_error_and_is_not_written() {
 }
 
 #[test]
-fn a_file_that_is_cut_while_it_is_open_does_not_become_zeros() {
+fn a_file_cut_while_open_does_not_become_zeros() {
     for is_read_only in [false, true] {
         let sim = Sim::new(14, SimConfig::calm());
         let whole = filled(Options::new().with("cluster_size", 4096_u64), false);
@@ -272,7 +269,7 @@ fn a_file_that_is_cut_while_it_is_open_does_not_become_zeros() {
     }
 }
 
-/// Preallocated clusters are in the file before anything points at them, wherever the power goes.
+/// Preallocated clusters are in the file before anything points at them, at every power cut.
 #[test]
 fn preallocated_clusters_are_in_the_file_before_they_are_linked() {
     let mut cuts = 0;
@@ -298,7 +295,8 @@ fn preallocated_clusters_are_in_the_file_before_they_are_linked() {
         }
         cuts += 1;
         let after = MemPort::new(sim.after_cut(n).snapshot_file(IMAGE));
-        let report = with_sim(bds_drivers::format::qcow2::check_image(&after, None, &|_, _| {}));
+        let report =
+            block_on_sim(bds_drivers::format::qcow2::check_image(&after, None, &|_, _| {}));
         let report = report.unwrap();
         assert_eq!((report.corruptions, report.check_errors), (0, 0), "cut {n}: {report:?}");
     }

@@ -1,4 +1,4 @@
-//! A node without a graph, for tests of what only the graph calls.
+//! Opens a filter node without a graph, for tests of calls that only the graph makes.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -32,7 +32,7 @@ impl ChildOpener for Opener {
     }
 }
 
-/// A disk that takes everything at once and holds nothing.
+/// A disk that completes every request at once and stores nothing.
 struct Blank;
 
 impl ChildPort for Blank {
@@ -64,7 +64,7 @@ impl ChildPort for Blank {
         true
     }
 
-    /// Declines what lies in the upper half.
+    /// Declines ranges in the upper half.
     fn try_read(&self, offset: u64, _iov: &IoVec) -> Option<Result<()>> {
         (offset < 1 << 29).then_some(Ok(()))
     }

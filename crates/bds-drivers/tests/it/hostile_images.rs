@@ -1,19 +1,21 @@
-//! Images made to hurt: whatever the bytes are, an error names file, field and value; nothing panics or hangs, and a refused open
-//! leaves the file as it was. (Limits of single header fields are tables in the units; memory has a test of its own.)
+//! Opens and checks hostile images: every error names file, field and value; nothing panics or hangs, and a refused
+//! open leaves the file unchanged. (Limits of single header fields are tables in the units; memory has a test of its
+//! own.)
 
 use bds_core::driver::{CheckReport, Driver, OpenFlags, ReadFlags, WriteFlags};
 use bds_core::options::Options;
 use bds_core::{ErrorKind, Result};
 use bds_drivers::format::qcow2::check_image;
 use bds_drivers::format::qcow2::fuzzing::{self, MemPort, open_image};
-use bds_io::{Buf, Sim, SimConfig};
+use bds_io::Buf;
 use serde_json::json;
 
-use crate::house::House;
+use crate::kit::{Fixture, block_on_sim};
 
 const COPIED: u64 = 1 << 63;
 
-fn image(options: &[(&str, &str)]) -> Vec<u8> {
+/// The bytes of an image made with these options.
+pub(crate) fn image(options: &[(&str, &str)]) -> Vec<u8> {
     let mut tree = Options::new();
     for (key, value) in options {
         tree.set(key, *value);
@@ -37,20 +39,16 @@ fn put(bytes: &mut [u8], at: usize, value: u64) {
     bytes[at..at + 8].copy_from_slice(&value.to_be_bytes());
 }
 
-fn with_sim<T>(work: impl Future<Output = T>) -> T {
-    Sim::new(1, SimConfig::calm()).block_on(work)
-}
-
 fn try_open(bytes: &[u8], read_only: bool) -> (MemPort, Result<Box<dyn Driver>>) {
     let file = MemPort::new(bytes.to_vec());
     let flags = OpenFlags { read_only, ..OpenFlags::default() };
-    let opened = with_sim(open_image(&file, None, None, flags));
+    let opened = block_on_sim(open_image(&file, None, None, flags));
     (file, opened)
 }
 
 fn check(bytes: &[u8]) -> CheckReport {
     let file = MemPort::new(bytes.to_vec());
-    with_sim(check_image(&file, None, &|_, _| {})).unwrap()
+    block_on_sim(check_image(&file, None, &|_, _| {})).unwrap()
 }
 
 async fn read(image: &dyn Driver, offset: u64, len: usize) -> Result<Vec<u8>> {
@@ -68,7 +66,7 @@ fn extension(kind: u32, data: &[u8]) -> Vec<u8> {
     out
 }
 
-/// What is wrong, the bytes, and what the error must say.
+/// Description, bytes, and what the error must contain.
 fn refused() -> Vec<(&'static str, Vec<u8>, &'static str)> {
     let good = mapped();
     let with = |changes: &[(usize, Vec<u8>)]| {
@@ -129,18 +127,18 @@ fn a_refused_open_says_why_and_leaves_the_file_as_it_was() {
 #[test]
 fn the_error_names_the_file() {
     for (what, bytes, word) in refused() {
-        let house = House::new(3);
-        house.sim.put_file("/evil.qcow2", &bytes);
+        let fixture = Fixture::new(3);
+        fixture.sim.put_file("/evil.qcow2", &bytes);
         let options =
             json!({"driver": "qcow2", "file": {"driver": "file", "filename": "/evil.qcow2"}});
-        let text = house.node(options).unwrap_err().to_string();
+        let text = fixture.node(options).unwrap_err().to_string();
         assert!(text.contains("/evil.qcow2") && text.contains(word), "{what}: {text}");
-        assert!(house.sim.snapshot_file("/evil.qcow2") == bytes, "{what}");
+        assert!(fixture.sim.snapshot_file("/evil.qcow2") == bytes, "{what}");
     }
 }
 
 #[test]
-fn images_cut_at_every_structure_never_do_worse_than_fail() {
+fn images_cut_at_every_structure_fail_cleanly() {
     for options in [
         &[("size", "40k"), ("cluster_size", "512"), ("preallocation", "metadata")][..],
         &[
@@ -162,22 +160,22 @@ fn images_cut_at_every_structure_never_do_worse_than_fail() {
     }
 }
 
-/// Finding F10: every byte is shown to a reader.
+/// Every byte of an odd length can be read.
 #[test]
-fn f10_odd_length_is_readable_to_its_last_byte() {
+fn an_odd_length_is_readable_to_its_last_byte() {
     let mut bytes = mapped();
     put(&mut bytes, 24, 1000);
     bytes[DATA as usize + 999] = 7;
     let (_, opened) = try_open(&bytes, true);
     let image = opened.unwrap();
     assert_eq!(image.len(), 1000);
-    let shown = with_sim(read(&*image, 990, 10)).unwrap();
+    let shown = block_on_sim(read(&*image, 990, 10)).unwrap();
     assert_eq!(shown, [0, 0, 0, 0, 0, 0, 0, 0, 0, 7]);
 }
 
-/// Finding F7: QEMU's check is silent, and its read fails.
+/// QEMU's check reports nothing, and its read fails.
 #[test]
-fn f7_data_file_offset_that_differs_is_found_and_refused() {
+fn a_data_file_offset_that_differs_is_found_and_refused() {
     let mut bytes = image(&[
         ("size", "64k"),
         ("cluster_size", "4k"),
@@ -192,7 +190,7 @@ fn f7_data_file_offset_that_differs_is_found_and_refused() {
     assert!(report.messages[0].contains("data file offset 0x5000"), "{report:?}");
     let (file, data) = (MemPort::new(bytes), MemPort::new(vec![1; 65536]));
     let flags = OpenFlags { read_only: true, ..OpenFlags::default() };
-    with_sim(async {
+    block_on_sim(async {
         let image = open_image(&file, Some(&data), None, flags).await.unwrap();
         assert!(read(&*image, 0x2000, 512).await.is_ok());
         let error = read(&*image, 0x3000, 512).await.unwrap_err();
@@ -201,8 +199,8 @@ fn f7_data_file_offset_that_differs_is_found_and_refused() {
 }
 
 #[test]
-fn what_the_check_finds_beyond_qemus() {
-    // Two guest ranges show one cluster, and its refcount allows it.
+fn check_reports_errors_that_qemu_does_not() {
+    // Two ranges of the disk map to one cluster, and its refcount allows it.
     let mut shared = mapped();
     put(&mut shared, L2, DATA);
     put(&mut shared, L2 + 8, DATA);
@@ -246,11 +244,10 @@ fn a_write_through_a_hostile_entry_never_reaches_metadata() {
             let mut bytes = mapped();
             put(&mut bytes, L2 + 8 * guest_slot, target | COPIED);
             let (file, opened) = try_open(&bytes, false);
-            let image =
-                opened.unwrap_or_else(|e| panic!("{what}: an open looks at no L2 table: {e}"));
+            let image = opened.unwrap_or_else(|e| panic!("{what}: an open reads no L2 table: {e}"));
             let at = guest_slot as u64 * 4096;
             let evil = vec![0xff; 4096];
-            let write = with_sim(async {
+            let write = block_on_sim(async {
                 let write =
                     image.write(at, Buf::from_slice(&evil).iov(), WriteFlags::empty()).await;
                 let _ = image.flush_to_os().await;
@@ -268,9 +265,9 @@ fn a_write_through_a_hostile_entry_never_reaches_metadata() {
     }
 }
 
-/// An L1 entry, an L2 entry, a refcount block that lead out of the file, or nowhere.
+/// An L1 entry, an L2 entry and a refcount block that point outside of the file.
 #[test]
-fn entries_that_lead_nowhere_are_errors_where_they_matter() {
+fn entries_outside_the_file_are_errors_when_used() {
     for (at, value) in [
         (L1, 0x0080_0000_0000_0000 | COPIED),
         (L1, 0x3200 | COPIED),
@@ -287,16 +284,16 @@ fn entries_that_lead_nowhere_are_errors_where_they_matter() {
         fuzzing::open(&bytes);
         if at == L2 || at == L1 && value == (0x3200 | COPIED) {
             let (_, opened) = try_open(&bytes, true);
-            let outcome = opened.and_then(|image| with_sim(read(&*image, 0, 512)));
-            let error = outcome.expect_err("an entry that leads nowhere");
+            let outcome = opened.and_then(|image| block_on_sim(read(&*image, 0, 512)));
+            let error = outcome.expect_err("an entry outside of the file");
             assert_eq!(error.kind(), ErrorKind::Corrupt, "{at:#x} {value:#x}: {error}");
         }
     }
 }
 
-/// Snapshot tables that lie about their size.
+/// Snapshot tables with a wrong size.
 #[test]
-fn snapshot_tables_that_lie_end_in_an_error() {
+fn snapshot_tables_of_a_wrong_size_are_refused() {
     let mut bytes = mapped();
     bytes[60..64].copy_from_slice(&65_536u32.to_be_bytes());
     put(&mut bytes, 64, 0x5000);

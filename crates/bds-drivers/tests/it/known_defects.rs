@@ -1,4 +1,4 @@
-//! What others do wrong, by its number in formats.md: a named test each, that we do not.
+//! Regression tests for defects found in other qcow2 implementations.
 
 use bds_core::driver::{Attempt, OpenFlags, ZeroFlags};
 use bds_core::graph::NewImage;
@@ -7,44 +7,45 @@ use bds_io::{Sim, SimConfig};
 use bds_testkit::{Chance, Op, Scratch, Step, Workload, pattern, qemu_img};
 use serde_json::json;
 
-use crate::house::House;
+use crate::kit::Fixture;
+use crate::kit::{Disk, ImageKind, TestEnv};
 use crate::sweep::crash;
-use crate::sweep::rig::{Disk, Kind, World};
 
-fn sim(seed: u64) -> World {
-    World::Sim(Sim::new(seed, SimConfig::default()))
+fn sim(seed: u64) -> TestEnv {
+    TestEnv::Sim(Sim::new(seed, SimConfig::default()))
 }
 
 /// A small write to a block that cannot be read must not overwrite the rest of the block.
 #[test]
-fn f1_a_failed_read_of_neighbours_writes_nothing() {
-    let house = House::new(1);
+fn a_failed_read_of_neighbours_writes_nothing() {
+    let fixture = Fixture::new(1);
     for is_zero in [false, true] {
-        let mem = house
+        let mem = fixture
             .backend(json!({"driver": "mem", "node-name": format!("d{is_zero}"), "size": 16384}));
         let mem = mem.expect("mem opens");
-        house.write(&mem, 0, &[1; 16384]).expect("memory does not fail");
+        fixture.write(&mem, 0, &[1; 16384]).expect("memory does not fail");
         let rules = json!([{"iotype": "read", "errno": 5, "once": true}]);
         let options = json!({
             "driver": "blkdebug", "image": format!("d{is_zero}"), "align": 4096, "inject-error": rules,
         });
-        let disk = house.backend(options).expect("blkdebug opens");
+        let disk = fixture.backend(options).expect("blkdebug opens");
         let outcome = if is_zero {
             let zero = disk.write_zeroes(512, 512, ZeroFlags::empty());
-            house.sim.block_on(zero).map(|done| assert_eq!(done, Attempt::Done))
+            fixture.sim.block_on(zero).map(|done| assert_eq!(done, Attempt::Done))
         } else {
-            house.write(&disk, 512, &[7; 512])
+            fixture.write(&disk, 512, &[7; 512])
         };
         assert_eq!(outcome.map_err(|e| e.errno()), Err(libc::EIO));
-        assert_eq!(house.read(&mem, 0, 16384).expect("memory does not fail"), [1; 16384]);
+        assert_eq!(fixture.read(&mem, 0, 16384).expect("memory does not fail"), [1; 16384]);
     }
 }
 
-/// Bytes copied into a data file are durable before an entry points at them: a cut between the two shows the backing file.
+/// Bytes copied into a data file are durable before an entry points at them: a cut between the two shows the backing
+/// file.
 #[test]
-fn f5_copied_bytes_of_a_data_file_come_before_their_entry() {
+fn copied_bytes_of_a_data_file_are_durable_before_their_entry() {
     let kind =
-        Kind::qcow2("f5", 4096).with_data_file().backed(4096 * 16).sized(4096 * 16, 4096 * 16);
+        ImageKind::qcow2("f5", 4096).with_data_file().backed(4096 * 16).sized(4096 * 16, 4096 * 16);
     let small =
         |stamp, at: u64, len| Op::Write { at, bytes: pattern(stamp, at, len).into(), fua: false };
     for seed in 0..24 {
@@ -59,11 +60,11 @@ fn f5_copied_bytes_of_a_data_file_come_before_their_entry() {
 
 /// Images that are each other's backing file are refused, at once and by name.
 #[test]
-fn f8_a_chain_that_loops_is_refused() {
+fn a_backing_chain_with_a_loop_is_refused() {
     for count in [1, 2, 3] {
-        let world = sim(8);
-        let graph = world.graph();
-        world.block_on(async {
+        let env = sim(8);
+        let graph = env.graph();
+        env.block_on(async {
             for i in 0..count {
                 let backing = format!("disk{}", (i + 1) % count);
                 let options = Options::new()
@@ -72,51 +73,51 @@ fn f8_a_chain_that_loops_is_refused() {
                     .with("backing_fmt", "qcow2");
                 let image = NewImage {
                     format: "qcow2".into(),
-                    path: world.path(&format!("disk{i}")),
+                    path: env.path(&format!("disk{i}")),
                     options,
                     skip_backing: true,
                 };
-                graph.create_image(image).await.expect("the backing file is not looked at");
+                graph.create_image(image).await.expect("the backing file is not opened");
             }
-            let file = json!({"driver": "file", "filename": world.path("disk0")});
+            let file = json!({"driver": "file", "filename": env.path("disk0")});
             let options = Options::from_json(json!({"driver": "qcow2", "file": file}));
             let flags = OpenFlags { read_only: true, ..OpenFlags::default() };
             let opened = graph.open_with(options.expect("an object"), flags).await;
-            let error = opened.expect_err("there is no end to it");
+            let error = opened.expect_err("the chain has a loop");
             assert!(error.to_string().contains("disk"), "{error}");
         });
-        let World::Sim(sim) = &world else { unreachable!("made above") };
+        let TestEnv::Sim(sim) = &env else { unreachable!("made above") };
         assert!(sim.ops() < 1000, "it took {} operations to notice", sim.ops());
     }
 }
 
 /// A disk size that is not whole sectors is not cut to whole sectors and written back so.
 #[test]
-fn f10_an_odd_size_is_kept_or_refused() {
-    let kind = Kind::qcow2("f10", 65536);
+fn an_odd_size_is_kept_or_refused() {
+    let kind = ImageKind::qcow2("f10", 65536);
     for (at, bytes, is_readable) in
         [(24, 1000u64.to_be_bytes().to_vec(), true), (100, 109u32.to_be_bytes().to_vec(), false)]
     {
-        let world = sim(10);
-        world.make(&kind);
-        let World::Sim(sim) = &world else { unreachable!("made above") };
-        let mut image = sim.snapshot_file(world.path("disk"));
+        let env = sim(10);
+        env.make(&kind);
+        let TestEnv::Sim(sim) = &env else { unreachable!("made above") };
+        let mut image = sim.snapshot_file(env.path("disk"));
         image[at..at + bytes.len()].copy_from_slice(&bytes);
-        sim.put_file(world.path("disk"), &image);
-        let graph = world.graph();
+        sim.put_file(env.path("disk"), &image);
+        let graph = env.graph();
         let error =
-            world.block_on(Disk::open(&world, &kind, &graph)).expect_err("writing it is refused");
+            env.block_on(Disk::open(&env, &kind, &graph)).expect_err("writing it is refused");
         assert_eq!(error.kind(), ErrorKind::InvalidImage, "{error}");
-        let looked = world.block_on(Disk::look(&world, &kind, &graph));
+        let looked = env.block_on(Disk::open_read_only(&env, &kind, &graph));
         match looked {
             Ok(disk) => {
                 assert!(is_readable);
                 assert_eq!(disk.backend.len(), 1000);
-                world.block_on(disk.close()).expect("nothing fails");
+                env.block_on(disk.close()).expect("nothing fails");
             }
             Err(error) => assert_eq!(error.kind(), ErrorKind::InvalidImage, "{error}"),
         }
-        assert_eq!(sim.snapshot_file(world.path("disk")), image, "a refused image stays as it is");
+        assert_eq!(sim.snapshot_file(env.path("disk")), image, "a refused image stays as it is");
     }
 }
 
@@ -127,21 +128,22 @@ fn periodic(period: usize) -> Vec<u8> {
     unit.iter().copied().cycle().take(65536).collect()
 }
 
-/// Deflate streams we write reach back 4 KiB at most, as QEMU's do.
+/// Deflate streams of ours have back-references of 4 KiB at most, as QEMU's do.
 #[test]
-fn f15_written_streams_need_no_window_above_four_kib() {
+fn written_streams_need_no_window_above_four_kib() {
     for (period, is_compressed) in [(2048, 1), (8192, 0)] {
-        let kind = Kind::qcow2("f15", 65536);
-        let world = sim(15);
-        world.make(&kind);
-        let graph = world.graph();
+        let kind = ImageKind::qcow2("f15", 65536);
+        let env = sim(15);
+        env.make(&kind);
+        let graph = env.graph();
         let bytes = periodic(period);
-        world.block_on(async {
-            let disk = Disk::open(&world, &kind, &graph).await.expect("it was just made");
+        env.block_on(async {
+            let disk = Disk::open(&env, &kind, &graph).await.expect("it was just made");
             let op = Op::Compressed { at: 0, bytes: bytes.clone().into() };
             disk.request(&op).await.expect("nothing fails");
             disk.close().await.expect("nothing fails");
-            let disk = Disk::look(&world, &kind, &graph).await.expect("it was just written");
+            let disk =
+                Disk::open_read_only(&env, &kind, &graph).await.expect("it was just written");
             let report = disk.backend.check(&|_, _| {}).await.expect("it can be checked");
             assert_eq!(report.compressed_clusters, is_compressed, "period {period}");
             assert_eq!(disk.read(0, 65536).await.expect("nothing fails"), bytes);
@@ -149,7 +151,7 @@ fn f15_written_streams_need_no_window_above_four_kib() {
         let Some(img) = qemu_img() else { continue };
         let scratch = Scratch::new();
         let raw = scratch.path("raw");
-        let path = world.on_host("disk", &scratch);
+        let path = env.on_host("disk", &scratch);
         let args =
             ["convert".as_ref(), "-O".as_ref(), "raw".as_ref(), path.as_os_str(), raw.as_os_str()];
         img.must(args);
@@ -158,21 +160,21 @@ fn f15_written_streams_need_no_window_above_four_kib() {
     }
 }
 
-/// Streams that reach back 32 KiB are read.
+/// Streams with back-references of 32 KiB are read.
 #[test]
-fn f15_streams_with_a_large_window_are_read() {
-    let kind = Kind::qcow2("f15", 65536);
-    let world = sim(16);
-    world.make(&kind);
-    let graph = world.graph();
-    world.block_on(async {
-        let disk = Disk::open(&world, &kind, &graph).await.expect("it was just made");
+fn streams_with_a_large_window_are_read() {
+    let kind = ImageKind::qcow2("f15", 65536);
+    let env = sim(16);
+    env.make(&kind);
+    let graph = env.graph();
+    env.block_on(async {
+        let disk = Disk::open(&env, &kind, &graph).await.expect("it was just made");
         let op = Op::Compressed { at: 0, bytes: periodic(2048).into() };
         disk.request(&op).await.expect("nothing fails");
         disk.close().await.expect("nothing fails");
     });
-    let World::Sim(sim) = &world else { unreachable!("made above") };
-    let mut image = sim.snapshot_file(world.path("disk"));
+    let TestEnv::Sim(sim) = &env else { unreachable!("made above") };
+    let mut image = sim.snapshot_file(env.path("disk"));
     let at = |image: &[u8], at: u64| {
         let at = usize::try_from(at).expect("small");
         u64::from_be_bytes(image[at..at + 8].try_into().expect("eight bytes"))
@@ -196,9 +198,9 @@ fn f15_streams_with_a_large_window_are_read() {
     image[table..table + 8].copy_from_slice(&entry.to_be_bytes());
     image.resize(image.len().max(offset + stream.len()).next_multiple_of(512), 0);
     image[offset..offset + stream.len()].copy_from_slice(&stream);
-    sim.put_file(world.path("disk"), &image);
-    world.block_on(async {
-        let disk = Disk::look(&world, &kind, &graph).await.expect("it opens");
+    sim.put_file(env.path("disk"), &image);
+    env.block_on(async {
+        let disk = Disk::open_read_only(&env, &kind, &graph).await.expect("it opens");
         assert_eq!(disk.read(0, 65536).await.expect("the stream is whole"), bytes);
     });
 }

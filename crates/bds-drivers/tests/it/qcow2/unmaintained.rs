@@ -1,7 +1,7 @@
-//! What this driver does not maintain and must not lose silently: persistent bitmaps, and the sizes of internal snapshots.
+//! Features that the driver does not maintain and must not lose silently: persistent bitmaps, and the sizes of internal
+//! snapshots.
 
 use bds_core::ErrorKind;
-use bds_core::driver::{Prealloc, Truncate};
 use bds_core::options::Options;
 use bds_drivers::format::qcow2::check_image;
 use bds_drivers::format::qcow2::fuzzing::{self, MemPort};
@@ -9,6 +9,7 @@ use bds_io::{Sim, SimConfig};
 use bds_testkit::{Scratch, qemu_img};
 
 use super::harness::{IMAGE, close, graph, open, options, read, write};
+use crate::kit::resize_to;
 
 const CLUSTER: usize = 4096;
 const LEN: u64 = 1 << 20;
@@ -31,7 +32,7 @@ fn empty(compat: &str) -> Vec<u8> {
     bytes
 }
 
-/// Appends clusters, counted once, and returns where they begin.
+/// Appends clusters with refcount one, and returns their offset.
 fn append(bytes: &mut Vec<u8>, content: &[u8]) -> u64 {
     let at = bytes.len();
     bytes.extend(content);
@@ -85,10 +86,6 @@ fn shown(bytes: &[u8]) -> Vec<String> {
     list.iter().map(|b| format!("{} {}", b["name"], b["flags"])).collect()
 }
 
-fn grow() -> Truncate {
-    Truncate { len: 2 * LEN, exact: true, prealloc: Prealloc::Off, zero_new: false }
-}
-
 fn on_disk(bytes: &[u8]) -> Sim {
     let sim = Sim::new(9, SimConfig::calm());
     sim.put_file(IMAGE, bytes);
@@ -108,7 +105,7 @@ fn an_image_whose_bitmaps_would_go_stale_is_not_opened_for_writing() {
             assert!(text.contains(word), "'{word}' is missing: {text}");
         }
         assert!(!text.contains("'kept'") && !text.contains("'old'"), "{text}");
-        // Reading them does no harm, and a reader does not become a writer behind one's back.
+        // Reading them does no harm, and a reader does not become a writer by `auto-read-only`.
         let file = serde_json::json!({"driver": "file", "filename": IMAGE, "node-name": "f"});
         let _file = graph.open(Options::from_json(file).unwrap()).await.unwrap();
         let shown = || Options::new().with("driver", "qcow2").with("file", "f");
@@ -151,9 +148,10 @@ fn bitmaps_that_may_go_stale_are_marked_before_the_first_write() {
     tool.must(["check", &*path]);
 }
 
-/// A bitmap that records nothing stays right when the disk is written, but not when it grows; one in use is lost already.
+/// A bitmap that is not recording stays valid when the disk is written, but not when it grows; one in use is invalid
+/// already.
 #[test]
-fn growing_minds_every_bitmap_that_is_good() {
+fn growing_is_refused_by_every_consistent_bitmap() {
     for (flags, is_writable, is_growable) in
         [(0, true, false), (AUTO | IN_USE, true, true), (IN_USE, true, true)]
     {
@@ -163,7 +161,7 @@ fn growing_minds_every_bitmap_that_is_good() {
         sim.block_on(async {
             let (node, backend) = open(&graph, options()).await;
             assert_eq!(write(&backend, 0, &[1; 512]).await.is_ok(), is_writable, "{flags}");
-            let grown = backend.truncate(grow()).await;
+            let grown = backend.truncate(resize_to(2 * LEN)).await;
             assert_eq!(grown.is_ok(), is_growable, "{flags}: {grown:?}");
             if let Err(error) = grown {
                 assert!(error.to_string().contains("growing the disk"), "{error}");
@@ -174,7 +172,7 @@ fn growing_minds_every_bitmap_that_is_good() {
         assert_eq!(shown(&sim.snapshot_file(IMAGE)), before, "{flags}");
         sim.block_on(async {
             let (node, backend) = open(&graph, options().with("invalidate-bitmaps", true)).await;
-            backend.truncate(grow()).await.unwrap();
+            backend.truncate(resize_to(2 * LEN)).await.unwrap();
             close(&graph, node, backend).await;
         });
         let after = sim.snapshot_file(IMAGE);
@@ -184,7 +182,7 @@ fn growing_minds_every_bitmap_that_is_good() {
 }
 
 #[test]
-fn a_bitmap_directory_that_cannot_be_read_is_in_the_way_as_well() {
+fn an_unreadable_bitmap_directory_refuses_writing() {
     let mut bytes = with_bitmaps(&[("b", AUTO)]);
     let directory = bytes.len() - CLUSTER;
     put(&mut bytes, directory, &1_u64.to_be_bytes());
@@ -197,11 +195,11 @@ fn a_bitmap_directory_that_cannot_be_read_is_in_the_way_as_well() {
         write(&backend, 0, &[1; 512]).await.unwrap();
         close(&graph, node, backend).await;
     });
-    // They are given up, as a writer that knows nothing of them does.
+    // They are dropped, as by a writer that does not know the feature.
     assert_eq!(sim.snapshot_file(IMAGE)[95] & 1, 0);
 }
 
-/// An image with one internal snapshot whose entry has so much extra data.
+/// An image with one internal snapshot whose entry has so many bytes of extra data.
 fn with_snapshot(compat: &str, extra_len: u32) -> Vec<u8> {
     let mut bytes = empty(compat);
     let l1 = append(&mut bytes, &[0; 8]);
@@ -234,7 +232,7 @@ fn a_snapshot_keeps_the_size_it_was_taken_at() {
         let graph = graph(&sim);
         sim.block_on(async {
             let (node, backend) = open(&graph, options()).await;
-            let grown = backend.truncate(grow()).await;
+            let grown = backend.truncate(resize_to(2 * LEN)).await;
             match word {
                 None => grown.unwrap(),
                 Some(word) => {
