@@ -5,17 +5,16 @@ mod change;
 mod close;
 mod close_reports;
 mod create;
-mod door;
 mod fakes;
+mod gate_interleavings;
 mod gates;
 mod history;
-mod history_backend;
-mod kept;
 mod open;
 mod properties;
 mod schedules;
 mod tally;
 mod threads;
+mod unpolled_futures;
 
 use std::sync::Mutex;
 

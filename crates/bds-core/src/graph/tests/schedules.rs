@@ -10,8 +10,8 @@
 mod audit;
 mod probe;
 mod program;
+mod qemu_deadlocks;
 mod regressions;
-mod rows;
 
 use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};

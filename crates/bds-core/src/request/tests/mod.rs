@@ -1,20 +1,20 @@
 //! The corridor's promises, on fakes under the seeded scheduler.
 
-mod begun;
 mod copy_on_read;
+mod detach_on_drop;
+mod detached_ops;
 mod device;
 mod drain;
 mod durable;
+mod events;
 pub(crate) mod fake;
 mod flags;
-mod in_flight;
-mod kept;
-mod left_behind;
 mod medium;
 mod model;
 mod overlap;
 mod policy;
 mod status;
+mod unpolled_futures;
 mod waiting;
 
 use bds_io::{Buf, IoVec, Sim, SimConfig};

@@ -6,7 +6,7 @@ use std::time::Duration;
 use bds_refcount::Release;
 
 use super::super::fakes::{read, root};
-use super::world::{Point, World, commit, run, run_schedules};
+use super::scripted_graph::{Point, World, commit, run, run_schedules};
 use crate::ErrorKind;
 use crate::graph::{Access, Operations, ShutdownStage, Stoppable};
 
@@ -92,7 +92,7 @@ async fn everybody(world: World) {
     tasks.push(bds_io::spawn(async move {
         for _ in 0..3 {
             let text = "driver=sieve,node-name=guest-of-base,file=base";
-            let short = graph.open(super::world::options(text)).await.unwrap();
+            let short = graph.open(super::scripted_graph::options(text)).await.unwrap();
             short.close().await.unwrap();
         }
     }));

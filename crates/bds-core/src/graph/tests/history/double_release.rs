@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bds_refcount::{Holder, HolderKind, Release};
 
 use super::super::fakes::{read, root};
-use super::world::{Point, World, commit, options, run, run_schedules};
+use super::scripted_graph::{Point, World, commit, options, run, run_schedules};
 use crate::ErrorKind;
 use crate::driver::BoxFuture;
 use crate::graph::{

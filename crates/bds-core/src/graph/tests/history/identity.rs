@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bds_refcount::Release;
 
 use super::super::fakes::{read, root};
-use super::world::{Point, commit, names_below, options, run, run_schedules};
+use super::scripted_graph::{Point, commit, names_below, options, run, run_schedules};
 use crate::ErrorKind;
 use crate::graph::{Access, JobSlot, Operations, Perm};
 
@@ -41,7 +41,7 @@ fn blockers_end_by_their_own_verb() {
 }
 
 /// Row 56 (3b78420bb1). The replication filter copied another node's pointers to edges and wrote through them without having asked for permission. Here an edge
-/// has one parent, a door cannot be copied (`compile_fail/copied_door.rs`), and each edge has its own permissions.
+/// has one parent, a door cannot be copied (`compile_fail/copied_child.rs`), and each edge has its own permissions.
 #[test]
 fn permissions_belong_to_an_edge_and_its_parent() {
     run(|world| async move {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bds_refcount::{Release, Stale};
 
 use super::super::fakes::{read, root};
-use super::world::{Point, commit, names_below, options, run, run_schedules};
+use super::scripted_graph::{Point, commit, names_below, options, run, run_schedules};
 use crate::ErrorKind;
 use crate::graph::{Access, walk};
 

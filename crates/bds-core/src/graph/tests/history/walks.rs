@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use bds_refcount::Stale;
 
 use super::super::fakes::{read, root};
-use super::world::{World, commit, names_below, options, run, run_schedules};
+use super::scripted_graph::{World, commit, names_below, options, run, run_schedules};
 use crate::driver::BoxFuture;
 use crate::graph::{Access, Graph, NodeRef, Operations, ShutdownStage, Stoppable, walk};
 use crate::{ErrorKind, Result};

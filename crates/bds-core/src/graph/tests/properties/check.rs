@@ -3,15 +3,15 @@
 use std::sync::atomic::Ordering;
 
 use super::commands::NAMES;
-use super::picture;
 use super::run::{Held, World, idle};
+use super::snapshot;
 
 impl World {
     /// Everything that can be seen agrees with the model.
     pub(super) fn check(&mut self, what: &str) {
         // P6 (counts), P16 (both ends of every edge), P18 (one child a role, by name), P25 (permissions from scratch), P35
         // (quiesce counts), P23 (inheritance), P29 and P38 (nothing else moved).
-        let (found, wanted) = (picture::of_graph(&self.graph), picture::of_model(&self.model));
+        let (found, wanted) = (snapshot::of_graph(&self.graph), snapshot::of_model(&self.model));
         for (name, node) in &found.nodes {
             assert_eq!(Some(node), wanted.nodes.get(name), "{name} after {what}");
         }

@@ -59,20 +59,20 @@
 //! | P49 watches | `check` (lists), `run` (post mortem); wake-ups: bds-refcount |
 //! | P50 C ABI | not here: there is none yet |
 
-mod beside;
-mod changing;
+mod changes;
 mod check;
+mod claims;
+mod closing;
 mod commands;
 mod edits;
-mod ends;
 mod fake;
 mod model;
-mod opening;
-mod picture;
+mod open;
 mod regressions;
+mod requests;
 mod run;
 mod schedules;
-mod traffic;
+mod snapshot;
 
 use std::sync::Arc;
 
@@ -83,10 +83,10 @@ use proptest::test_runner::TestRunner;
 
 use super::tally::Tally;
 use commands::{Command, Script, script};
+use requests::{Traffic, action, ground};
 use run::{Widths, run};
 use schedules::act;
 pub(super) use schedules::check_permissions;
-use traffic::{Traffic, action, ground};
 
 /// So many cases, or ten times that when everything is asked for.
 fn cases(count: u32) -> ProptestConfig {

@@ -13,8 +13,8 @@ use futures_util::future::poll_immediate;
 use super::commands::{Command, Tree};
 use super::fake::{FakeType, Floor};
 use super::model::{Access, Edge, Key, Model};
-use super::opening::{self, pick};
-use super::picture;
+use super::open::{self, pick};
+use super::snapshot;
 use crate::driver::{Category, Registry};
 use crate::graph::tests::fakes;
 use crate::graph::tests::tally::Tally;
@@ -291,8 +291,8 @@ impl World {
     pub(super) async fn open(&mut self, tree: &Tree) {
         self.prepare_open().await;
         let mut after = self.model.swept();
-        let Some(text) = opening::options(tree, &after) else { return };
-        let is_room = self.graph.0.core.arena.stats().free >= opening::len(tree);
+        let Some(text) = open::options(tree, &after) else { return };
+        let is_room = self.graph.0.core.arena.stats().free >= open::len(tree);
         let root = if is_room { after.open(tree) } else { None };
         if root.is_none() && !after.drains.is_empty() {
             return; // What it leaves is closed after the section.
@@ -318,9 +318,9 @@ impl World {
         }
         self.floor.is_frail.store(true, Ordering::Relaxed);
         self.reap().await;
-        let Some(text) = opening::options(tree, &self.model) else { return };
+        let Some(text) = open::options(tree, &self.model) else { return };
         for step in 0.. {
-            let before = picture::of_graph(&self.graph);
+            let before = snapshot::of_graph(&self.graph);
             self.graph.0.faults.set(Some(step));
             let opened = self.graph.open(Options::parse(&text).unwrap()).await;
             let has_struck = self.graph.0.faults.has_struck();
@@ -333,7 +333,7 @@ impl World {
             assert!(opened.is_err(), "P29: {text} at {step}");
             self.tally.count("faults of opens");
             self.forgive().await;
-            assert_eq!(picture::of_graph(&self.graph), before, "P29: {text} at {step}");
+            assert_eq!(snapshot::of_graph(&self.graph), before, "P29: {text} at {step}");
         }
     }
 

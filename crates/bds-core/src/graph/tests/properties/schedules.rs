@@ -10,8 +10,8 @@ use proptest::prelude::{Just, Strategy, any, prop_oneof};
 
 use super::fake::{self, Floor};
 use super::model::{ALL, Access, Edge, Kind, Model, Node};
-use super::picture;
 use super::run::{idle, real_access, world};
+use super::snapshot;
 use crate::driver::Role;
 use crate::error::Result;
 use crate::graph::tests::fakes;
@@ -275,12 +275,12 @@ async fn ground(graph: &Graph) -> Vec<NodeRef> {
 
 /// P16, P17, P24, P25, P35 after all is over: the graph is what the model computes from its edges.
 fn check(graph: &Graph) {
-    let found = picture::of_graph(graph);
+    let found = snapshot::of_graph(graph);
     let mut model = read(&graph.0.core.live());
     model.recompute();
     assert!(model.is_legal(), "P24");
-    let wanted = picture::of_model(&model);
-    assert_eq!(picture::edges(&found), picture::edges(&wanted), "P25, P35");
+    let wanted = snapshot::of_model(&model);
+    assert_eq!(snapshot::edges(&found), snapshot::edges(&wanted), "P25, P35");
 }
 
 /// P24, P25: what edges do is what the model computes from the roots down, and it is allowed. For whoever holds the graph's lock.

@@ -5,9 +5,9 @@ use std::sync::atomic::Ordering;
 use super::commands::{Fate, Step};
 use super::edits::{Edit, Reopen};
 use super::model::{Access, Key, Model};
-use super::opening::pick;
-use super::picture;
+use super::open::pick;
 use super::run::{Held, World, idle, real_access};
+use super::snapshot;
 use crate::error::Result;
 use crate::graph::{Change, ChangeReport, Drained, Handover, NodeRef, RootMove};
 use crate::options::Options;
@@ -283,7 +283,7 @@ impl World {
         self.reap().await;
         let mut after = self.model.clone();
         let is_fine = after.change(&edits).is_ok();
-        let before = picture::of_graph(&self.graph);
+        let before = snapshot::of_graph(&self.graph);
         let removes = edits.iter().any(|edit| matches!(edit, Edit::Remove { .. }));
         self.graph.0.faults.set(Some(step));
         let change = self.build(planned);
@@ -297,7 +297,7 @@ impl World {
         assert!(answer.is_err(), "P29: {edits:?} at {step}");
         self.tally.count("faults of changes");
         if !removes {
-            assert_eq!(picture::of_graph(&self.graph), before, "P29: {edits:?} at {step}");
+            assert_eq!(snapshot::of_graph(&self.graph), before, "P29: {edits:?} at {step}");
         }
         true
     }
@@ -326,8 +326,8 @@ impl World {
         after.sweep();
         self.model.settle();
         self.reap().await;
-        let found = picture::of_graph(&self.graph);
-        if found != picture::of_model(&self.model) && found == picture::of_model(&after) {
+        let found = snapshot::of_graph(&self.graph);
+        if found != snapshot::of_model(&self.model) && found == snapshot::of_model(&after) {
             self.tally.count("cancelled or not, done");
             self.model = after;
         }
@@ -346,7 +346,7 @@ impl World {
             return;
         }
         self.reap().await;
-        let mut before = picture::of_graph(&self.graph);
+        let mut before = snapshot::of_graph(&self.graph);
         let (node, backing) = (self.refs[node].clone(), self.refs[backing].clone());
         self.graph.set_backing(&node, Some(&backing)).await.unwrap();
         self.graph.set_backing(&node, None).await.unwrap();
@@ -354,7 +354,7 @@ impl World {
         self.tally.count("there and back");
         before.epoch += 2;
         self.model.epoch += 2;
-        assert_eq!(picture::of_graph(&self.graph), before, "P20");
+        assert_eq!(snapshot::of_graph(&self.graph), before, "P20");
     }
 
     pub(super) async fn job_access(&mut self, n: usize, access: Access) {
@@ -401,7 +401,7 @@ impl World {
         };
         for step in steps {
             self.reap().await;
-            let before = picture::of_graph(&self.graph);
+            let before = snapshot::of_graph(&self.graph);
             self.graph.0.faults.set(Some(step));
             let answer = self.set_active_once(node, on).await;
             if !self.graph.0.faults.has_struck() {
@@ -411,7 +411,7 @@ impl World {
             self.forget_faults();
             assert!(answer.is_err(), "P29: at {step}");
             self.tally.count("faults of handovers");
-            assert_eq!(picture::of_graph(&self.graph), before, "P29: at {step}");
+            assert_eq!(snapshot::of_graph(&self.graph), before, "P29: at {step}");
         }
         if matches!(fate, Fate::Sweep | Fate::FailAt(_)) {
             return;

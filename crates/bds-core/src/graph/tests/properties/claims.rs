@@ -2,7 +2,7 @@
 
 use super::commands::{Body, Child, Command, Tree, Trouble};
 use super::model::{Bitmap, Key, Kind};
-use super::opening::pick;
+use super::open::pick;
 use super::run::World;
 use crate::graph::NodeRef;
 

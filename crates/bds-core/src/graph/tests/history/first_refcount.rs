@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bds_refcount::{Holder, HolderKind, Release, Stale};
 
 use super::super::fakes::{read, root};
-use super::world::{Point, World, commit, options, run};
+use super::scripted_graph::{Point, World, commit, options, run};
 use crate::graph::{
     Access, CloseError, JobEdge, JobSlot, NodeRef, Operations, Perm, ShutdownStage, Stoppable,
 };

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bds_io::{IoVec, Task};
 use bds_refcount::Release;
 
-use super::fakes::{Fixture, run};
+use super::super::fakes::{Fixture, run};
 use crate::driver::{BoxFuture, WriteFlags};
 use crate::error::{ErrorKind, Result};
 use crate::event::Event;

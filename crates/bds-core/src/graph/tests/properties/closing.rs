@@ -2,7 +2,7 @@
 
 use super::commands::Command;
 use super::model::Drain;
-use super::opening::pick;
+use super::open::pick;
 use super::run::World;
 use crate::graph::CloseError;
 

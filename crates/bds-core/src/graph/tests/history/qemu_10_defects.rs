@@ -3,7 +3,7 @@
 use bds_refcount::Release;
 
 use super::super::fakes::{read, root};
-use super::world::{Point, commit, options, run, run_schedules};
+use super::scripted_graph::{Point, commit, options, run, run_schedules};
 use crate::ErrorKind;
 use crate::graph::{Access, CloseError, Operations, Perm};
 
