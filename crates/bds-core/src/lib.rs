@@ -15,6 +15,8 @@ pub mod options;
 pub mod rate;
 pub mod request;
 pub mod stats;
+#[cfg(test)]
+mod test_kit;
 mod tracker;
 
 pub use driver::{Driver, DriverType};

@@ -1,5 +1,5 @@
-//! `holders()` names the place in the user's program where each reference was taken, whatever took it on the user's
-//! behalf: nothing else finds a leak.
+//! Tests that `holders()` has the source location in the caller's program of each reference, whatever took it on the
+//! caller's behalf.
 
 use bds_core::example::run;
 use bds_core::graph::{Graph, NodeRef};
@@ -11,7 +11,7 @@ fn options(text: &str) -> Options {
     Options::parse(text).expect("written here")
 }
 
-/// Asserts that the holder of this name was registered in this file, in this line.
+/// Asserts that the holder of this name was registered in this file and line.
 #[track_caller]
 fn assert_since(graph: &Graph, node: &NodeRef, holder: &str, line: u32) {
     let all = graph.holders(node.id());
@@ -58,7 +58,7 @@ fn references(graph: &Graph, base: &NodeRef) -> Result<()> {
 }
 
 #[test]
-fn holders_show_the_users_own_place() {
+fn holders_have_the_callers_source_location() {
     run(async |graph| {
         let (base, top, over) = open(&graph).await?;
         references(&graph, &base)?;
@@ -68,7 +68,7 @@ fn holders_show_the_users_own_place() {
         let backend = Backend::new(&top, named("b"))?;
         assert_since(&graph, &top, "backend 'b'", line);
 
-        // What holds nothing changes no place.
+        // Frozen links and watches hold no reference and change no location.
         let frozen = graph.freeze_chain(&top, &base, "job 'commit0'")?;
         let watch = graph.watch(base.id());
         let holders = graph.holders(base.id()).len();

@@ -1,8 +1,8 @@
-//! A driver's way to its child has one owner (row 56: another node's was copied).
+//! A child handle has one owner (row 56: another node's was copied).
 
 use bds_core::driver::Child;
 
-fn story(child: &Child) -> Child {
+fn check(child: &Child) -> Child {
     child.clone()
 }
 
