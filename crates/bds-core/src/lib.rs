@@ -8,6 +8,7 @@ pub mod copy;
 pub mod driver;
 pub mod error;
 pub mod event;
+#[cfg(feature = "doc-examples")]
 #[doc(hidden)]
 pub mod example;
 pub mod graph;
