@@ -15,9 +15,9 @@ mod regressions;
 use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
-use program::{Tally, run, run_on_threads};
+use super::tally::Tally;
+use program::{run, run_on_threads};
 
 /// The panic's message.
 fn reason(panic: &(dyn std::any::Any + Send)) -> String {
@@ -56,26 +56,14 @@ fn no_schedule_deadlocks_or_enters_a_drained_node() {
         }
     }
     assert!(failed.is_empty(), "{}", failed.join("\n"));
-    assert_least(
-        &tally,
-        [
-            ("changes", &tally.changes, seeds / 4),
-            ("refusals", &tally.refusals, seeds / 4),
-            ("drains", &tally.drains, seeds),
-            ("dropped", &tally.dropped, seeds / 2),
-            ("requests", &tally.requests, seeds * 2),
-            ("closes", &tally.closes, seeds / 50),
-        ],
-    );
-}
-
-/// Fails if the search reached too little to find anything.
-#[track_caller]
-fn assert_least<const N: usize>(tally: &Tally, wanted: [(&str, &AtomicUsize, u64); N]) {
-    for (what, counter, least) in wanted {
-        let found = counter.load(Ordering::Relaxed) as u64;
-        assert!(found >= least, "{what}: {found}, at least {least} wanted, of {tally:?}");
-    }
+    tally.assert_least(&[
+        ("changes", seeds / 4),
+        ("refusals", seeds / 4),
+        ("drains", seeds),
+        ("dropped", seeds / 2),
+        ("requests", seeds * 2),
+        ("closes", seeds / 50),
+    ]);
 }
 
 /// The same tasks on real threads: not replayable by seed, but checked by a thread sanitizer (`cargo xtask test --tier
@@ -87,15 +75,12 @@ fn real_threads_run_the_same_programs() {
     for seed in 0..seeds {
         run_on_threads(seed, &tally);
     }
-    assert_least(
-        &tally,
-        [
-            ("changes", &tally.changes, seeds / 4),
-            ("drains", &tally.drains, seeds),
-            ("dropped", &tally.dropped, seeds / 4),
-            ("requests", &tally.requests, seeds * 4),
-        ],
-    );
+    tally.assert_least(&[
+        ("changes", seeds / 4),
+        ("drains", seeds),
+        ("dropped", seeds / 4),
+        ("requests", seeds * 4),
+    ]);
 }
 
 #[test]

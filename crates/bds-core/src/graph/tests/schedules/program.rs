@@ -13,6 +13,7 @@ use bds_io::{Fs, Sim, SimConfig};
 use super::audit::{DumpOnPanic, audit, check_at_rest};
 use crate::driver::{BoxFuture, Registry, WriteFlags};
 use crate::error::{Error, ErrorKind};
+use crate::graph::tests::tally::Tally;
 use crate::graph::{CloseError, Graph, GraphConfig, NodeId, NodeRef, walk};
 use crate::options::Options;
 use crate::request::{Backend, BackendOptions};
@@ -46,21 +47,6 @@ impl Rng {
     fn one_in(&mut self, n: usize) -> bool {
         self.below(n) == 0
     }
-}
-
-/// Counts what the search reached, over many runs.
-#[derive(Debug, Default)]
-pub(super) struct Tally {
-    pub(super) changes: AtomicUsize,
-    pub(super) refusals: AtomicUsize,
-    pub(super) drains: AtomicUsize,
-    pub(super) dropped: AtomicUsize,
-    pub(super) requests: AtomicUsize,
-    pub(super) closes: AtomicUsize,
-}
-
-fn count(counter: &AtomicUsize) {
-    counter.fetch_add(1, Ordering::Relaxed);
 }
 
 /// The graph of one run, and what its tasks share.
@@ -171,7 +157,7 @@ impl Scenario {
         }
         let done = drop_after(future, 1 + rng.below(8)).await;
         if done.is_none() {
-            count(&self.tally.dropped);
+            self.tally.count("dropped");
         }
         done
     }
@@ -181,7 +167,7 @@ impl Scenario {
         use ErrorKind::{AlreadyExists, InUse, InvalidInput, NotFound, NotSupported, Stale};
         let may_be = [AlreadyExists, InUse, InvalidInput, NotFound, NotSupported, Stale];
         assert!(may_be.contains(&error.kind()), "{error}");
-        count(&self.tally.refusals);
+        self.tally.count("refusals");
     }
 
     // ---- operations of tasks
@@ -195,7 +181,7 @@ impl Scenario {
         };
         if let Some(result) = done {
             result.unwrap();
-            count(&self.tally.requests);
+            self.tally.count("requests");
         }
     }
 
@@ -217,7 +203,7 @@ impl Scenario {
         match self.maybe_drop(rng, change.commit()).await {
             Some(Ok(report)) => {
                 assert!(report.closed.iter().all(|report| report.is_clean()));
-                count(&self.tally.changes);
+                self.tally.count("changes");
             }
             Some(Err(error)) => self.check_refusal(&error),
             None => {}
@@ -232,7 +218,7 @@ impl Scenario {
         let opened = self.graph.open(options.with("file", node.name())).await;
         let Ok(filter) = opened.map_err(|error| self.check_refusal(&error)) else { return };
         match self.maybe_drop(rng, self.graph.insert_filter(&node, &filter)).await {
-            Some(Ok(())) => count(&self.tally.changes),
+            Some(Ok(())) => self.tally.count("changes"),
             Some(Err(error)) => self.check_refusal(&error),
             None => {}
         }
@@ -267,7 +253,7 @@ impl Scenario {
                 }
             };
             let Some(drained) = drained else { return };
-            count(&self.tally.drains);
+            self.tally.count("drains");
             // No request can have entered above since the last of the nodes was seen to be empty.
             // (With threads a request may be counted for a moment until it finds the gate closed.)
             let is_idle = |node: NodeRef| self.is_threaded || node.in_flight() == 0;
@@ -309,7 +295,7 @@ impl Scenario {
                 match self.maybe_drop(rng, node.close()).await {
                     Some(Ok(report)) => {
                         assert!(report.is_clean());
-                        count(&self.tally.closes);
+                        self.tally.count("closes");
                     }
                     Some(Err(CloseError::InUse { node, .. })) => {
                         self.pool.lock().unwrap().push(node);
@@ -344,7 +330,7 @@ impl Scenario {
             _ => match self.maybe_drop(rng, self.graph.del(name)).await {
                 Some(Ok(report)) => {
                     assert!(report.is_clean());
-                    count(&self.tally.closes);
+                    self.tally.count("closes");
                 }
                 Some(Err(error)) => self.check_refusal(&error),
                 None => {}
