@@ -21,8 +21,8 @@ fn run(test: impl AsyncFnOnce(Graph) -> Result<()>) {
         }
         test(graph.clone()).await
     })
-    .unwrap();
-    sim.block_on(graph.shutdown()).check_leaks().unwrap();
+    .expect("the test succeeds");
+    sim.block_on(graph.shutdown()).check_leaks().expect("no node leaks");
 }
 
 fn options(text: &str) -> Options {
