@@ -266,13 +266,19 @@ impl Events {
     /// Dropping the future loses no event.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
+    /// use bds_core::Options;
+    /// use bds_core::graph::{Graph, GraphConfig};
+    ///
+    /// let graph = Graph::new(GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
     /// let mut events = graph.events();
-    /// let disk = open(&graph, "driver=memory,node-name=disk").await?;
-    /// let event = events.next().await.expect("the graph is there");
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk")?).await?;
+    /// let event = events.next().await.expect("the graph exists");
     /// assert_eq!(event.to_json()["data"]["node-name"], "disk");
-    /// # Ok(()) });
+    /// # disk.close().await?;
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn next(&mut self) -> Option<Event> {
         match self.0.recv().await {
@@ -285,16 +291,20 @@ impl Events {
     /// The next event, if there is one now.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
+    /// use bds_core::Options;
     /// use bds_core::event::{Event, QUEUE_LEN};
+    /// use bds_core::graph::{Graph, GraphConfig};
     ///
+    /// let graph = Graph::new(GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
     /// let mut events = graph.events();
     /// for _ in 0..=QUEUE_LEN / 2 {
-    ///     open(&graph, "driver=memory").await?.close().await?; // two events each
+    ///     graph.open(Options::parse("driver=mem")?).await?.close().await?; // two events each
     /// }
-    /// assert_eq!(events.try_next(), Some(Event::EventsLost { count: 2 }), "the oldest went");
-    /// # Ok(()) });
+    /// assert_eq!(events.try_next(), Some(Event::EventsLost { count: 2 }), "the oldest are dropped");
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn try_next(&mut self) -> Option<Event> {
         match self.0.try_recv() {

@@ -11,6 +11,7 @@ pub mod copy;
 pub mod driver;
 pub mod error;
 pub mod event;
+#[cfg(feature = "doc-examples")]
 #[doc(hidden)]
 pub mod example;
 pub mod graph;
@@ -19,6 +20,8 @@ pub mod options;
 pub mod rate;
 pub mod request;
 pub mod stats;
+#[cfg(test)]
+mod test_kit;
 mod tracker;
 
 pub use driver::{Driver, DriverType};

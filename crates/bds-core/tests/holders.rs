@@ -1,17 +1,35 @@
-//! `holders()` names the place in the user's program where each reference was taken, whatever took it on the user's
-//! behalf: nothing else finds a leak.
+//! Tests that `holders()` has the source location in the caller's program of each reference, whatever took it on the
+//! caller's behalf.
 
-use bds_core::example::run;
-use bds_core::graph::{Graph, HolderKind, NodeRef};
+use bds_core::graph::{Graph, GraphConfig, HolderKind, NewImage, NodeRef};
 use bds_core::request::{Backend, BackendOptions};
 use bds_core::{Options, Result};
+use bds_io::{Sim, SimConfig};
 use bds_refcount::Holder;
+
+/// Runs a test on a graph with two images, `top.qcow2` and `over.qcow2`, on a simulated disk. The test must not leak a node.
+fn run(test: impl AsyncFnOnce(Graph) -> Result<()>) {
+    let sim = Sim::new(0, SimConfig::calm());
+    let mut config = GraphConfig::new(bds_drivers::registry().into());
+    config.fs = sim.fs();
+    let graph = Graph::new(config);
+    sim.block_on(async {
+        for path in ["top.qcow2", "over.qcow2"] {
+            let (format, path) = ("qcow2".into(), path.into());
+            let image = NewImage { format, path, options: options("size=1M"), skip_backing: false };
+            graph.create_image(image).await?;
+        }
+        test(graph.clone()).await
+    })
+    .expect("the test succeeds");
+    sim.block_on(graph.shutdown()).check_leaks().expect("no node leaks");
+}
 
 fn options(text: &str) -> Options {
     Options::parse(text).expect("written here")
 }
 
-/// Asserts that the holder of this name was registered in this file, in this line.
+/// Asserts that the holder of this name was registered in this file and line.
 #[track_caller]
 fn assert_since(graph: &Graph, node: &NodeRef, holder: &str, line: u32) {
     let all = graph.holders(node.id());
@@ -24,18 +42,19 @@ fn assert_since(graph: &Graph, node: &NodeRef, holder: &str, line: u32) {
 
 async fn open(graph: &Graph) -> Result<(NodeRef, NodeRef, NodeRef)> {
     let line = line!() + 1;
-    let base = graph.open(options("driver=memory,node-name=base,size=1M")).await?;
+    let base = graph.open(options("driver=mem,node-name=base,size=1M")).await?;
     assert_since(graph, &base, "owner 'open'", line);
 
-    let layer = "driver=layer,node-name=top,file.driver=memory,file.node-name=f,file.size=1M";
+    let image =
+        "driver=qcow2,node-name=top,file.driver=file,file.node-name=f,file.filename=top.qcow2";
     let line = line!() + 1;
-    let top = graph.open(options(&format!("{layer},backing=base"))).await?;
+    let top = graph.open(options(&format!("{image},backing=base"))).await?;
     assert_since(graph, &top, "owner 'open'", line);
     assert_since(graph, &base, "edge 'top.backing'", line);
     assert_since(graph, &graph.find("f")?, "edge 'top.file'", line);
 
-    let layer = "driver=layer,node-name=over,file.driver=memory,file.size=1M";
-    let over = graph.open(options(layer)).await?;
+    let image = "driver=qcow2,node-name=over,file.driver=file,file.filename=over.qcow2";
+    let over = graph.open(options(image)).await?;
     Ok((base, top, over))
 }
 
@@ -58,7 +77,7 @@ fn references(graph: &Graph, base: &NodeRef) -> Result<()> {
 }
 
 #[test]
-fn holders_show_the_users_own_place() {
+fn holders_have_the_callers_source_location() {
     run(async |graph| {
         let (base, top, over) = open(&graph).await?;
         references(&graph, &base)?;
@@ -68,7 +87,7 @@ fn holders_show_the_users_own_place() {
         let backend = Backend::new(&top, named("b"))?;
         assert_since(&graph, &top, "backend 'b'", line);
 
-        // What holds nothing changes no place.
+        // Frozen links and watches hold no reference and change no location.
         let frozen = graph.freeze_chain(&top, &base, "job 'commit0'")?;
         let watch = graph.watch(base.id());
         let holders = graph.holders(base.id()).len();

@@ -1,6 +1,6 @@
-//! What the types forbid: each file of `compile_fail/` is a mistake that QEMU once made, or could make, and that does not compile here.
+//! Tests mistakes that must not compile: each file of `compile_fail/` is one that QEMU made, or could make.
 //!
-//! The compiler's words are kept beside each; `TRYBUILD=overwrite cargo test -p bds-core --test types` writes them anew.
+//! The compiler's messages are kept beside each; `TRYBUILD=overwrite cargo test -p bds-core --test types` updates them.
 
 #[test]
 fn mistakes_that_do_not_compile() {

@@ -276,12 +276,10 @@ impl HBitmap {
     }
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "there are at most 2^17 pages")]
 fn page_of(granule: u64) -> usize {
     (granule / PAGE) as usize
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "below 512")]
 pub(super) fn word_of(granule: u64) -> usize {
     (granule % PAGE / WORD) as usize
 }

@@ -1,4 +1,4 @@
-//! What arrives, what is asked on the way, and what is said when it fails.
+//! Tests the copier: copied bytes, requests on the way, errors.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -10,18 +10,18 @@ use crate::driver::{HostMap, Limits, StatusFlags, WriteFlags, ZeroFlags};
 use crate::error::{Error, ErrorKind};
 use crate::options::Options;
 use crate::request::Backend;
-use crate::request::tests::fake::{Config, House, On, Op, State, backend};
-use crate::request::tests::run;
+use crate::test_kit::disk::{Config, DiskGraph, On, Op, State, backend};
+use crate::test_kit::run;
 
 const ZERO: StatusFlags = StatusFlags::ZERO;
 
-/// Bytes with this in every grain: zeros for 0.
+/// One grain for each value.
 fn grains(values: &[u8]) -> Vec<u8> {
     values.iter().flat_map(|value| vec![*value; GRAIN]).collect()
 }
 
 struct Pair {
-    house: House,
+    disks: DiskGraph,
     source: Arc<Backend>,
     source_state: Arc<State>,
     target: Backend,
@@ -29,11 +29,11 @@ struct Pair {
 }
 
 async fn pair(bytes: Vec<u8>, source: Config, target_len: usize, target: Config) -> Pair {
-    let house = House::new();
-    let (node, source_state) = house.node("source", bytes, source).await;
+    let disks = DiskGraph::new();
+    let (node, source_state) = disks.node("source", bytes, source).await;
     let source = Arc::new(backend(&node));
-    let (node, target_state) = house.node("target", vec![0xAA; target_len], target).await;
-    Pair { house, source, source_state, target: backend(&node), target_state }
+    let (node, target_state) = disks.node("target", vec![0xAA; target_len], target).await;
+    Pair { disks, source, source_state, target: backend(&node), target_state }
 }
 
 impl Pair {
@@ -47,7 +47,7 @@ fn small() -> CopyOptions {
 }
 
 #[test]
-fn zeros_are_not_read_if_known_and_not_written_if_found() {
+fn known_zeros_are_not_read_and_found_zeros_not_written() {
     run(1, async {
         let bytes = grains(&[1, 0, 0, 2, 0, 0, 0, 0]);
         let end = bytes.len() as u64;
@@ -76,7 +76,7 @@ fn on_a_target_of_zeros_only_data_is_written() {
     });
 }
 
-/// In order means that writes begin in order: the next one does not wait until the last has ended.
+/// In order means that writes begin in order: the next one does not wait until the last has completed.
 #[test]
 fn writes_begin_in_order_and_overlap() {
     run(3, async {
@@ -109,13 +109,13 @@ fn without_sparse_detection_everything_is_written() {
 }
 
 #[test]
-fn above_a_base_the_rest_of_the_target_is_left_alone() {
+fn above_a_base_the_rest_of_the_target_is_unchanged() {
     run(1, async {
-        let house = House::new();
+        let disks = DiskGraph::new();
         let ro = || Options::new().with("read-only", true);
         let options = ro();
         let (base, _) =
-            house.node("base", grains(&[9; 4]), Config { options, ..Config::default() }).await;
+            disks.node("base", grains(&[9; 4]), Config { options, ..Config::default() }).await;
         let grain = GRAIN as u64;
         let none = StatusFlags::empty();
         let statuses = vec![
@@ -124,9 +124,9 @@ fn above_a_base_the_rest_of_the_target_is_left_alone() {
             (3 * grain..4 * grain, none, None),
         ];
         let options = ro().with("backing", "base");
-        let config = Config { backs: true, statuses, options, ..Config::default() };
-        let (top, _) = house.node("top", grains(&[1, 0, 2, 3]), config).await;
-        let (node, state) = house.node("target", vec![0xAA; 4 * GRAIN], Config::default()).await;
+        let config = Config { supports_backing: true, statuses, options, ..Config::default() };
+        let (top, _) = disks.node("top", grains(&[1, 0, 2, 3]), config).await;
+        let (node, state) = disks.node("target", vec![0xAA; 4 * GRAIN], Config::default()).await;
         let source = CopySource { backend: Arc::new(backend(&top)), above: Some(base.id()) };
         let report = copy(&[source], &backend(&node), &small()).await.unwrap();
         assert_eq!((report.skipped, report.zeroed, report.written), (2 * grain, grain, grain));
@@ -158,7 +158,7 @@ fn compressed_clusters_are_whole_and_zeros_are_left_out() {
 #[test]
 fn compressed_clusters_lie_across_the_ends_of_sources() {
     run(1, async {
-        let house = House::new();
+        let disks = DiskGraph::new();
         let cluster = 4 * GRAIN as u64;
         // Ends inside a cluster, a source without bytes, one that lies inside one cluster, zeros across an end.
         let lens = [4 * GRAIN + 700, 0, 100, GRAIN, 9 * GRAIN];
@@ -171,14 +171,14 @@ fn compressed_clusters_lie_across_the_ends_of_sources() {
             expected.extend_from_slice(&bytes);
             let statuses = vec![(zeros.start as u64..zeros.end as u64, ZERO, None)];
             let config = Config { statuses, turns: 1, ..Config::default() };
-            let (node, _) = house.node(&format!("source{number}"), bytes, config).await;
+            let (node, _) = disks.node(&format!("source{number}"), bytes, config).await;
             sources.push(CopySource::from(Arc::new(backend(&node))));
         }
-        // The target is longer, and keeps what lies there.
+        // The target is longer, and keeps the bytes there.
         let total = expected.len();
         expected.resize(total + 700, 0xAA);
         let fill = vec![0xAA; expected.len()];
-        let (node, state) = house.node("target", fill, Config::default()).await;
+        let (node, state) = disks.node("target", fill, Config::default()).await;
         let options = CopyOptions { compress: Some(cluster), ..small() };
         copy(&sources, &backend(&node), &options).await.unwrap();
         assert!(state.bytes() == expected);
@@ -195,24 +195,24 @@ fn compressed_clusters_lie_across_the_ends_of_sources() {
 }
 
 #[test]
-fn what_the_target_shows_already_is_not_written() {
+fn equal_data_in_the_target_is_not_written() {
     for compress in [None, Some(2 * GRAIN as u64)] {
         run(1, async {
-            let house = House::new();
+            let disks = DiskGraph::new();
             let bytes = grains(&[1, 2, 0, 0, 5, 6, 0, 0, 9]);
             let grain = GRAIN as u64;
             let statuses =
                 vec![(2 * grain..4 * grain, ZERO, None), (6 * grain..8 * grain, ZERO, None)];
             let config = Config { statuses, ..Config::default() };
-            let (source, _) = house.node("source", bytes.clone(), config).await;
+            let (source, _) = disks.node("source", bytes.clone(), config).await;
             // Equal, different, zeros above data, zeros above zeros; and it is shorter than the source.
             let shown = grains(&[1, 7, 0, 3, 5, 6, 0, 0]);
             let statuses = vec![(6 * grain..8 * grain, ZERO, None)];
             let config = Config { statuses, ..Config::default() };
-            let (shows, _) = house.node("shows", shown.clone(), config).await;
+            let (shows, _) = disks.node("shows", shown.clone(), config).await;
             let mut old = shown;
             old.resize(bytes.len(), 0);
-            let (node, state) = house.node("target", old, Config::default()).await;
+            let (node, state) = disks.node("target", old, Config::default()).await;
             let options =
                 CopyOptions { compress, target_shows: Some(Arc::new(backend(&shows))), ..small() };
             let sources = [CopySource::from(Arc::new(backend(&source)))];
@@ -252,21 +252,21 @@ fn errors_say_which_side_failed_and_where() {
 }
 
 #[test]
-fn salvaging_copies_zeros_for_what_cannot_be_read() {
+fn salvage_writes_zeros_for_unreadable_ranges() {
     run(1, async {
         let bytes = grains(&[1; 8]);
         let pair = pair(bytes.clone(), Config::default(), bytes.len(), Config::default()).await;
         pair.source_state.fail_always(On::Read, Some(5000..5600));
         pair.source_state.fail_once(On::Status, None);
-        let told: Arc<Mutex<Vec<(u64, u64)>>> = Arc::default();
-        let tell = Arc::clone(&told);
+        let reported: Arc<Mutex<Vec<(u64, u64)>>> = Arc::default();
+        let list = Arc::clone(&reported);
         let salvage = Arc::new(move |offset: u64, len: u64, error: &Error| {
             assert_eq!(error.kind(), ErrorKind::Io);
-            tell.lock().unwrap().push((offset, len));
+            list.lock().unwrap().push((offset, len));
         });
         let options = CopyOptions { salvage: Some(salvage), ..small() };
         let report = pair.copy(&options).await.unwrap();
-        assert_eq!(*told.lock().unwrap(), [(4608, 1024)], "reported once, as one piece");
+        assert_eq!(*reported.lock().unwrap(), [(4608, 1024)], "reported once, as one piece");
         assert_eq!(report.salvaged, 1024);
         let mut expected = bytes;
         expected[4608..5632].fill(0);
@@ -275,7 +275,7 @@ fn salvaging_copies_zeros_for_what_cannot_be_read() {
 }
 
 #[test]
-fn a_copy_can_be_cancelled_and_reports_its_progress() {
+fn a_copy_is_cancelled_and_reports_progress() {
     run(1, async {
         let bytes = grains(&[1; 64]);
         let config = || Config { turns: 2, ..Config::default() };
@@ -303,24 +303,24 @@ fn a_copy_can_be_cancelled_and_reports_its_progress() {
 }
 
 #[test]
-fn the_host_copies_where_both_sides_hold_bytes_one_to_one() {
+fn copy_offload_is_used_between_raw_files() {
     run(1, async {
-        let house = House::new();
+        let disks = DiskGraph::new();
         let bytes = grains(&[1, 2, 3, 4]);
         let len = bytes.len() as u64;
         let raw = |to: &'static str| {
             let map = Some(HostMap { child: "file", offset: 0 });
             Config {
                 statuses: vec![(0..len, StatusFlags::RAW, map)],
-                passes: true,
+                forwards: true,
                 options: Options::new().with("file", to),
                 ..Config::default()
             }
         };
-        let (_a, _) = house.node("a", bytes.clone(), Config::default()).await;
-        let (_b, b_state) = house.node("b", vec![0; bytes.len()], Config::default()).await;
-        let (source, _) = house.node("raw-a", vec![], raw("a")).await;
-        let (target, _) = house.node("raw-b", vec![], raw("b")).await;
+        let (_a, _) = disks.node("a", bytes.clone(), Config::default()).await;
+        let (_b, b_state) = disks.node("b", vec![0; bytes.len()], Config::default()).await;
+        let (source, _) = disks.node("raw-a", vec![], raw("a")).await;
+        let (target, _) = disks.node("raw-b", vec![], raw("b")).await;
         let options = CopyOptions { offload: true, ..small() };
         let source = [CopySource::from(Arc::new(backend(&source)))];
         let target = backend(&target);
@@ -348,7 +348,7 @@ fn options_and_lengths_are_checked() {
             assert_eq!(error.kind(), ErrorKind::InvalidInput, "{options:?}");
         }
         assert_eq!(pair.target_state.take_log(), []);
-        let _house = &pair.house;
+        let _disks = &pair.disks;
     });
 }
 
@@ -390,9 +390,9 @@ proptest! {
     #![proptest_config(proptest::test_runner::Config::with_cases(200))]
 
     #[test]
-    fn the_target_holds_what_the_sources_held(case in case(), seed in any::<u64>()) {
+    fn the_target_equals_the_sources(case in case(), seed in any::<u64>()) {
         run(seed, async {
-            let house = House::new();
+            let disks = DiskGraph::new();
             let mut expected = Vec::new();
             let mut sources = Vec::new();
             for (i, (values, cut)) in case.sources.iter().enumerate() {
@@ -409,14 +409,14 @@ proptest! {
                     })
                     .collect();
                 let config = Config { statuses, turns: 1, ..Config::default() };
-                let (node, _) = house.node(&format!("source{i}"), bytes, config).await;
+                let (node, _) = disks.node(&format!("source{i}"), bytes, config).await;
                 sources.push(CopySource::from(Arc::new(backend(&node))));
             }
             let limits = Limits { request_alignment: case.request_alignment, ..Limits::default() };
             let zero_flags = case.can_zero.then_some(ZeroFlags::MAY_UNMAP);
             let config = Config { limits, zero_flags, turns: 1, ..Config::default() };
             let fill = vec![0xAA; expected.len()];
-            let (node, state) = house.node("target", fill, config).await;
+            let (node, state) = disks.node("target", fill, config).await;
             copy(&sources, &backend(&node), &case.options).await.unwrap();
             assert_eq!(state.bytes()[..expected.len()], expected);
         });

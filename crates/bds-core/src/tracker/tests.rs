@@ -1,4 +1,4 @@
-//! Order, exclusion and wake-ups, on futures polled by hand.
+//! Tests order, exclusion and wake-ups of the request tracker, on futures polled by hand.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -22,8 +22,8 @@ fn poll<F: Future>(future: Pin<&mut F>, wakes: &Arc<CountWakes>) -> Poll<F::Outp
     future.poll(&mut Context::from_waker(&Waker::from(wakes.clone())))
 }
 
-/// Tracks a range and says whether it may go at once.
-fn goes(
+/// Tracks a range; the flag says whether the request may proceed at once.
+fn track(
     tracker: &RequestTracker,
     range: std::ops::Range<u64>,
     serialising: bool,
@@ -36,7 +36,7 @@ fn goes(
 
 #[test]
 fn conflicts_need_an_overlap_and_a_serialising_side() {
-    // (first range, serialising), (second range, serialising), may the second go?
+    // (first range, serialising), (second range, serialising), may the second proceed?
     let table = [
         ((0..10, false), (5..15, false), true),
         ((0..10, true), (5..15, false), false),
@@ -48,22 +48,22 @@ fn conflicts_need_an_overlap_and_a_serialising_side() {
     ];
     for ((a, a_serialising), (b, b_serialising), expected) in table {
         let tracker = RequestTracker::new();
-        let (_first, ready) = goes(&tracker, a.clone(), a_serialising);
+        let (_first, ready) = track(&tracker, a.clone(), a_serialising);
         assert!(ready);
-        let (_second, ready) = goes(&tracker, b.clone(), b_serialising);
+        let (_second, ready) = track(&tracker, b.clone(), b_serialising);
         assert_eq!(ready, expected, "{a:?} {a_serialising} then {b:?} {b_serialising}");
     }
 }
 
 #[test]
-fn a_waiting_request_is_not_overtaken_and_its_cancelling_lets_others_in() {
+fn a_waiting_request_is_not_overtaken_and_dropping_it_unblocks_others() {
     let tracker = RequestTracker::new();
     let inside = tracker.enter();
-    let (_plain, ready) = goes(&tracker, 0..10, false);
+    let (_plain, ready) = track(&tracker, 0..10, false);
     assert!(ready);
     let mut serialising = tracker.track(inside, 5..20, true);
-    let (mut later, ready) = goes(&tracker, 15..25, false);
-    assert!(!ready, "the newcomer overlaps one that waits already");
+    let (mut later, ready) = track(&tracker, 15..25, false);
+    assert!(!ready, "the later request overlaps a waiting one");
 
     let wakes = Arc::<CountWakes>::default();
     let mut later = Box::pin(later.wait_turn());
@@ -78,7 +78,7 @@ fn a_waiting_request_is_not_overtaken_and_its_cancelling_lets_others_in() {
 }
 
 #[test]
-fn a_plain_request_met_by_a_serialising_one_goes_first() {
+fn a_plain_request_precedes_a_later_serialising_one() {
     let tracker = RequestTracker::new();
     let inside = tracker.enter();
     let mut plain = tracker.track(inside, 0..10, false);
@@ -94,9 +94,9 @@ fn a_plain_request_met_by_a_serialising_one_goes_first() {
 }
 
 #[test]
-fn a_serialising_request_closes_the_inline_way_and_waits_for_those_on_it() {
+fn a_serialising_request_waits_for_inline_requests_and_blocks_new_ones() {
     let tracker = RequestTracker::new();
-    let inline = tracker.try_inline().expect("nobody serialises");
+    let inline = tracker.try_inline().expect("no serialising request");
     let inside = tracker.enter();
     let mut serialising = tracker.track(inside, 0..1, true);
     assert!(tracker.try_inline().is_none());
@@ -112,7 +112,7 @@ fn a_serialising_request_closes_the_inline_way_and_waits_for_those_on_it() {
 }
 
 #[test]
-fn idle_means_nobody_of_any_kind() {
+fn wait_idle_waits_for_tracked_and_inline_requests() {
     let tracker = RequestTracker::new();
     let wakes = Arc::<CountWakes>::default();
     let inside = tracker.enter();
@@ -133,7 +133,7 @@ fn a_flush_covers_writes_that_ended_before_it_began() {
     let wakes = Arc::<CountWakes>::default();
     let begin = || match poll(Box::pin(tracker.begin_flush()).as_mut(), &wakes) {
         Poll::Ready(flushing) => flushing,
-        Poll::Pending => panic!("nobody flushes"),
+        Poll::Pending => panic!("no flush in progress"),
     };
     assert!(begin().is_clean());
     let inside = tracker.enter();
@@ -150,7 +150,7 @@ fn a_flush_covers_writes_that_ended_before_it_began() {
 }
 
 #[test]
-fn the_first_failure_of_a_flush_sticks() {
+fn the_first_flush_failure_is_kept() {
     let tracker = RequestTracker::new();
     tracker.flush_failed(&Error::new(ErrorKind::Io, "first"));
     tracker.flush_failed(&Error::new(ErrorKind::NoSpace, "second"));
@@ -158,18 +158,21 @@ fn the_first_failure_of_a_flush_sticks() {
 }
 
 #[test]
-fn a_range_left_behind_keeps_its_place_in_the_order() {
+fn a_detached_range_keeps_its_place_in_the_order() {
     for is_serialising in [false, true] {
         let tracker = RequestTracker::new();
         let inside = tracker.enter();
         let gone = tracker.track(inside, 0..10, is_serialising);
-        let (mut waits, ready) = goes(&tracker, 5..15, true);
+        let (mut waits, ready) = track(&tracker, 5..15, true);
         assert!(!ready);
         let kept = gone.detach();
         drop(gone);
         let wakes = Arc::<CountWakes>::default();
         let mut waiting = Box::pin(waits.wait_turn());
-        assert!(poll(waiting.as_mut(), &wakes).is_pending(), "who waited for the request waits on");
+        assert!(
+            poll(waiting.as_mut(), &wakes).is_pending(),
+            "a request that waited for the dropped one still waits"
+        );
         tracker.release_detached(kept);
         assert!(wakes.0.load(Ordering::SeqCst) > 0);
         assert!(poll(waiting.as_mut(), &wakes).is_ready());
@@ -177,24 +180,24 @@ fn a_range_left_behind_keeps_its_place_in_the_order() {
 }
 
 #[test]
-fn a_range_left_behind_holds_up_newcomers_that_overlap_it_and_nobody_else() {
+fn a_detached_range_blocks_only_overlapping_requests() {
     let tracker = RequestTracker::new();
     let inside = tracker.enter();
-    let (gone, _) = goes(&tracker, 0..10, false);
-    let (_beside, _) = goes(&tracker, 0..10, false);
+    let (gone, _) = track(&tracker, 0..10, false);
+    let (_beside, _) = track(&tracker, 0..10, false);
     let kept = gone.detach();
     drop(gone);
     assert!(tracker.try_inline().is_none());
-    let (_elsewhere, ready) = goes(&tracker, 10..20, false);
+    let (_elsewhere, ready) = track(&tracker, 10..20, false);
     assert!(ready);
-    let mut newcomer = tracker.track(inside, 9..11, false);
-    assert!(newcomer.has_conflict() && !newcomer.may_go());
+    let mut later = tracker.track(inside, 9..11, false);
+    assert!(later.has_conflict() && !later.may_go());
     tracker.release_detached(kept);
-    assert!(newcomer.may_go() && tracker.try_inline().is_some());
+    assert!(later.may_go() && tracker.try_inline().is_some());
 }
 
 #[test]
-fn lodgers_are_waited_for_unless_they_are_given_up() {
+fn detached_ops_are_waited_for_unless_given_up() {
     let tracker = RequestTracker::new();
     let wakes = Arc::<CountWakes>::default();
     let first = tracker.inc_detached();

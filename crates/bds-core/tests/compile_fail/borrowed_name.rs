@@ -1,8 +1,8 @@
-//! What is borrowed of a node does not outlive the reference (row 8: a job used nodes it had given up).
+//! A borrow of a node does not outlive the reference (row 8: a job used nodes it had released).
 
 use bds_core::graph::NodeRef;
 
-fn story(node: NodeRef) -> usize {
+fn check(node: NodeRef) -> usize {
     let name = node.name();
     drop(node);
     name.len()

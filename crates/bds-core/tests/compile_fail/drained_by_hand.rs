@@ -1,8 +1,8 @@
-//! A drained section is had by draining only (2.11, number 1).
+//! A drained section comes only from draining (row 46).
 
 use bds_core::graph::Drained;
 
-fn story() -> Drained {
+fn check() -> Drained {
     Drained { is_all: true }
 }
 

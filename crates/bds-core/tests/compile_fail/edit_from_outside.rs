@@ -1,7 +1,7 @@
-//! The lock, and the right to move edges, are the graph's own (2.11, number 1).
+//! The graph's lock and the right to move edges are private (row 46).
 
 use bds_core::graph::drain::set::DrainedEdit;
 
-fn story(_edit: DrainedEdit<'_>) {}
+fn check(_edit: Edit<'_>) {}
 
 fn main() {}

@@ -1,8 +1,8 @@
-//! An id of one kind is none of another.
+//! An id of one kind is not an id of another (row 26).
 
 use bds_core::graph::{BitmapId, Graph};
 
-fn story(graph: Graph, bitmap: BitmapId) -> bool {
+fn check(graph: Graph, bitmap: BitmapId) -> bool {
     graph.acquire(bitmap).is_ok()
 }
 

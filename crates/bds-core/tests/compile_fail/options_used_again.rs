@@ -1,9 +1,9 @@
-//! Options are given away, whether the open succeeds or not (row 28: they were freed twice).
+//! An open consumes the options, also when it fails (row 28: they were freed twice).
 
 use bds_core::graph::Graph;
 use bds_core::Options;
 
-async fn story(graph: Graph, options: Options) -> bool {
+async fn check(graph: Graph, options: Options) -> bool {
     let _node = graph.open(options).await;
     options.contains("driver")
 }

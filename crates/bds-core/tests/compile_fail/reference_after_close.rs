@@ -1,8 +1,8 @@
-//! A reference is used up by closing its node.
+//! Closing consumes the reference.
 
 use bds_core::graph::NodeRef;
 
-async fn story(node: NodeRef) -> usize {
+async fn check(node: NodeRef) -> usize {
     let _report = node.close().await;
     node.count()
 }

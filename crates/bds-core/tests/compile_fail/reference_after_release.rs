@@ -1,8 +1,8 @@
-//! A reference is used up by its release.
+//! Releasing consumes the reference (row 30).
 
 use bds_core::graph::NodeRef;
 
-fn story(node: NodeRef) -> usize {
+fn check(node: NodeRef) -> usize {
     node.release();
     node.count()
 }

@@ -1,96 +1,97 @@
-//! Changing edges: what points where afterwards, what is refused, and that requests in flight notice nothing.
+//! Tests changes of edges: the resulting graph, refusals, and requests in flight during a change.
 
 use std::sync::Arc;
 
-use super::fakes::{Fixture, read, root, run};
 use crate::driver::Role;
 use crate::graph::{Access, Edge, NodeRef, walk};
+use crate::test_kit::gate_port::{read, root};
+use crate::test_kit::logging::{Fixture, run};
 use crate::{ErrorKind, Options};
 
 const READ: Access = Access::READ;
 const WRITE: Access = Access::ALL;
 
 /// Edges as `parent.child -> target`, sorted.
-fn wires(world: &Fixture) -> Vec<String> {
-    let mut wires = Vec::new();
-    for node in world.graph.nodes() {
+fn edges(fixture: &Fixture) -> Vec<String> {
+    let mut edges = Vec::new();
+    for node in fixture.graph.nodes() {
         for (child, _, target) in walk::children(&node) {
-            wires.push(format!("{}.{child} -> {}", node.name(), target.name()));
+            edges.push(format!("{}.{child} -> {}", node.name(), target.name()));
         }
     }
-    wires
+    edges
 }
 
-async fn file(world: &Fixture, name: &'static str) -> NodeRef {
-    world.plain(name);
-    world.open(&format!("driver=file,filename={name},node-name={name}")).await
+async fn file(fixture: &Fixture, name: &'static str) -> NodeRef {
+    fixture.plain(name);
+    fixture.open(&format!("driver=file,filename={name},node-name={name}")).await
 }
 
 /// A format node `name` on a file of its own.
-async fn image(world: &Fixture, name: &'static str) -> NodeRef {
+async fn image(fixture: &Fixture, name: &'static str) -> NodeRef {
     let path: &'static str = Box::leak(format!("{name}.img").into_boxed_str());
-    world.plain(path);
+    fixture.plain(path);
     let text = format!("driver=cow,node-name={name},file.driver=file,file.filename={path}");
     let options = Options::parse(&text).unwrap();
-    world.graph.open(options).await.unwrap()
+    fixture.graph.open(options).await.unwrap()
 }
 
 #[test]
 fn append_moves_all_users_to_the_overlay() {
-    run(|world| async move {
-        let top = image(&world, "top").await;
-        let overlay = image(&world, "over").await;
-        let user = world.open("driver=pass,node-name=user,file=top").await;
+    run(|fixture| async move {
+        let top = image(&fixture, "top").await;
+        let overlay = image(&fixture, "over").await;
+        let user = fixture.open("driver=pass,node-name=user,file=top").await;
         let root = root(&top, "guest", WRITE);
         let counts = (top.count(), overlay.count());
-        world.graph.append(&top, &overlay).await.unwrap();
-        let wires = wires(&world);
-        assert!(wires.contains(&"over.backing -> top".to_owned()), "{wires:?}");
-        assert!(wires.contains(&"user.file -> over".to_owned()), "{wires:?}");
+        fixture.graph.append(&top, &overlay).await.unwrap();
+        let edges = edges(&fixture);
+        assert!(edges.contains(&"over.backing -> top".to_owned()), "{edges:?}");
+        assert!(edges.contains(&"user.file -> over".to_owned()), "{edges:?}");
         assert_eq!(root.target().name(), "over");
-        // Two users moved, one edge came; the references of the caller are as before.
+        // Two users moved and one edge was added; the caller's references are as before.
         assert_eq!((top.count(), overlay.count()), (counts.0 - 2 + 1, counts.1 + 2));
         assert_eq!(top.name(), "top", "a reference denotes the node it did before");
         assert_eq!(walk::backing_chain(&user).len(), 2, "filters are left out");
         drop((root, user, overlay, top));
-        assert_eq!(world.graph.reap().await.iter().filter(|report| report.is_clean()).count(), 5);
-        assert_eq!(world.graph.dump(), "");
+        assert_eq!(fixture.graph.reap().await.iter().filter(|report| report.is_clean()).count(), 5);
+        assert_eq!(fixture.graph.dump(), "");
     });
 }
 
 #[test]
 fn append_of_an_overlay_opened_on_the_top_keeps_its_edge() {
-    run(|world| async move {
-        let top = image(&world, "top").await;
-        world.plain("o");
+    run(|fixture| async move {
+        let top = image(&fixture, "top").await;
+        fixture.plain("o");
         let text = "driver=cow,node-name=over,file.driver=file,file.filename=o,backing=top";
-        let overlay = world.open(text).await;
+        let overlay = fixture.open(text).await;
         let root = root(&top, "guest", READ);
-        world.graph.append(&top, &overlay).await.unwrap();
+        fixture.graph.append(&top, &overlay).await.unwrap();
         assert_eq!(root.target().name(), "over");
         assert_eq!(walk::next_below(&overlay).unwrap().id(), top.id());
-        // Once more changes nothing.
-        let before = world.graph.dump();
-        world.graph.append(&top, &overlay).await.unwrap();
-        assert_eq!(world.graph.dump(), before);
+        // Appending again changes nothing.
+        let before = fixture.graph.dump();
+        fixture.graph.append(&top, &overlay).await.unwrap();
+        assert_eq!(fixture.graph.dump(), before);
     });
 }
 
 #[test]
-fn refused_changes_leave_everything_as_it_was() {
-    run(|world| async move {
-        let top = image(&world, "top").await;
-        let base = image(&world, "base").await;
-        let other = image(&world, "other").await;
-        let plain = file(&world, "plain").await;
-        let ro = world.open("driver=pass,node-name=ro,file=other,read-only=on").await;
-        world.plain("s");
-        let stubborn =
-            "driver=cow,node-name=stubborn,file.driver=file,file.filename=s,fail-close=on";
-        let stubborn = world.open(stubborn).await;
-        world.graph.set_backing(&top, Some(&base)).await.unwrap();
+fn refused_changes_change_nothing() {
+    run(|fixture| async move {
+        let top = image(&fixture, "top").await;
+        let base = image(&fixture, "base").await;
+        let other = image(&fixture, "other").await;
+        let plain = file(&fixture, "plain").await;
+        let ro = fixture.open("driver=pass,node-name=ro,file=other,read-only=on").await;
+        fixture.plain("s");
+        let refusing =
+            "driver=cow,node-name=refusing,file.driver=file,file.filename=s,fail-close=on";
+        let refusing = fixture.open(refusing).await;
+        fixture.graph.set_backing(&top, Some(&base)).await.unwrap();
         let _root = root(&top, "guest", WRITE);
-        let graph = &world.graph;
+        let graph = &fixture.graph;
         let before = graph.dump();
         use ErrorKind::{InvalidInput, NotSupported, ReadOnly};
         let check = async |what: &str, change: crate::Result<()>, kind| {
@@ -103,9 +104,9 @@ fn refused_changes_leave_everything_as_it_was() {
         check("append self", graph.append(&other, &other).await, InvalidInput).await;
         check("backed elsewhere", graph.append(&other, &top).await, InvalidInput).await;
         check("no backing", graph.set_backing(&plain, Some(&other)).await, NotSupported).await;
-        check("driver refuses", graph.set_backing(&stubborn, Some(&other)).await, NotSupported)
+        check("driver refuses", graph.set_backing(&refusing, Some(&other)).await, NotSupported)
             .await;
-        check("driver refuses", graph.append(&other, &stubborn).await, NotSupported).await;
+        check("driver refuses", graph.append(&other, &refusing).await, NotSupported).await;
         check("read-only", graph.replace(&top, &ro).await, ReadOnly).await;
         check("no filter", graph.insert_filter(&top, &ro).await, InvalidInput).await;
         check("no filter", graph.drop_filter(&top).await, InvalidInput).await;
@@ -114,9 +115,9 @@ fn refused_changes_leave_everything_as_it_was() {
 
 #[test]
 fn nodes_of_another_graph_are_refused() {
-    run(|world| async move {
-        let ours = image(&world, "ours").await;
-        let other = crate::graph::Graph::with_ports(world.graph.config().clone(), |_| {
+    run(|fixture| async move {
+        let ours = image(&fixture, "ours").await;
+        let other = crate::graph::Graph::with_ports(fixture.graph.config().clone(), |_| {
             unreachable!("no edge is made")
         });
         let error = other.set_backing(&ours, None).await.unwrap_err();
@@ -126,110 +127,110 @@ fn nodes_of_another_graph_are_refused() {
 
 #[test]
 fn set_backing_attaches_exchanges_and_detaches() {
-    run(|world| async move {
-        let top = image(&world, "top").await;
-        let one = image(&world, "one").await;
-        let two = image(&world, "two").await;
+    run(|fixture| async move {
+        let top = image(&fixture, "top").await;
+        let one = image(&fixture, "one").await;
+        let two = image(&fixture, "two").await;
         let backing = || walk::next_below(&top).map(|node| node.name().to_owned());
-        world.graph.set_backing(&top, None).await.unwrap();
+        fixture.graph.set_backing(&top, None).await.unwrap();
         for (to, name) in [(&one, "one"), (&two, "two"), (&two, "two")] {
-            world.graph.set_backing(&top, Some(to)).await.unwrap();
+            fixture.graph.set_backing(&top, Some(to)).await.unwrap();
             assert_eq!(backing().as_deref(), Some(name));
         }
         assert_eq!((one.count(), two.count()), (1, 2));
-        world.graph.set_backing(&top, None).await.unwrap();
+        fixture.graph.set_backing(&top, None).await.unwrap();
         assert_eq!((backing(), two.count()), (None, 1));
         assert_eq!(walk::children(&top).len(), 1);
     });
 }
 
 #[test]
-fn a_filter_comes_and_goes() {
-    run(|world| async move {
-        let node = image(&world, "node").await;
-        let user = world.open("driver=pass,node-name=user,file=node").await;
-        let before = wires(&world);
-        let filter = world.open("driver=pass,node-name=filter,file=node").await;
-        world.graph.insert_filter(&node, &filter).await.unwrap();
+fn a_filter_is_inserted_and_dropped() {
+    run(|fixture| async move {
+        let node = image(&fixture, "node").await;
+        let user = fixture.open("driver=pass,node-name=user,file=node").await;
+        let before = edges(&fixture);
+        let filter = fixture.open("driver=pass,node-name=filter,file=node").await;
+        fixture.graph.insert_filter(&node, &filter).await.unwrap();
         assert_eq!(walk::next_below(&user).unwrap().name(), "filter");
         assert_eq!(walk::next_below(&filter).unwrap().name(), "node");
         assert_eq!(walk::skip_filters(&user).name(), "node");
-        world.graph.drop_filter(&filter).await.unwrap();
+        fixture.graph.drop_filter(&filter).await.unwrap();
         drop(filter);
-        world.graph.reap().await;
-        assert_eq!(wires(&world), before);
+        fixture.graph.reap().await;
+        assert_eq!(edges(&fixture), before);
     });
 }
 
 #[test]
-fn a_filter_is_dropped_and_ended_in_one_change() {
-    run(|world| async move {
-        let node = image(&world, "node").await;
-        let user = world.open("driver=pass,node-name=user,file=node").await;
-        let before = world.graph.dump();
-        let filter = world.open("driver=pass,node-name=filter,file=node").await;
-        world.graph.insert_filter(&node, &filter).await.unwrap();
-        // The edits of one change refer to the filter too; that is not in the way. Somebody else's reference is.
+fn a_filter_is_dropped_and_closed_in_one_change() {
+    run(|fixture| async move {
+        let node = image(&fixture, "node").await;
+        let user = fixture.open("driver=pass,node-name=user,file=node").await;
+        let before = fixture.graph.dump();
+        let filter = fixture.open("driver=pass,node-name=filter,file=node").await;
+        fixture.graph.insert_filter(&node, &filter).await.unwrap();
+        // References held by edits of the same change do not block the removal; another holder's does.
         let mine = filter.clone();
-        let change = world.graph.change().drop_filter(&filter).remove(filter);
+        let change = fixture.graph.change().drop_filter(&filter).remove(filter);
         let error = change.commit().await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InUse, "{error}");
         assert_eq!(walk::next_below(&user).unwrap().name(), "filter");
-        let change = world.graph.change().drop_filter(&mine).remove(mine);
+        let change = fixture.graph.change().drop_filter(&mine).remove(mine);
         let report = change.commit().await.unwrap();
         let closed: Vec<&str> = report.closed.iter().map(|report| &*report.name).collect();
         assert_eq!(closed, ["filter"]);
-        assert_eq!(world.graph.dump(), before);
+        assert_eq!(fixture.graph.dump(), before);
     });
 }
 
 #[test]
 fn a_node_that_a_waiting_change_refers_to_is_not_removed() {
-    run(|world| async move {
-        let node = image(&world, "node").await;
-        let other = image(&world, "other").await;
-        let waiting = world.graph.change().set_backing(&other, Some(&node));
-        let error = world.graph.change().remove(node).commit().await.unwrap_err();
+    run(|fixture| async move {
+        let node = image(&fixture, "node").await;
+        let other = image(&fixture, "other").await;
+        let waiting = fixture.graph.change().set_backing(&other, Some(&node));
+        let error = fixture.graph.change().remove(node).commit().await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InUse, "{error}");
         waiting.commit().await.unwrap();
-        let second = world.graph.find("node").unwrap();
-        world.graph.set_backing(&other, None).await.unwrap();
-        let report = world.graph.change().remove(second).commit().await.unwrap();
+        let second = fixture.graph.find("node").unwrap();
+        fixture.graph.set_backing(&other, None).await.unwrap();
+        let report = fixture.graph.change().remove(second).commit().await.unwrap();
         assert_eq!(report.closed[0].name, "node");
     });
 }
 
 #[test]
 fn limits_follow_the_graph() {
-    run(|world| async move {
-        let top = image(&world, "top").await;
-        let user = world.open("driver=pass,node-name=user,file=top").await;
+    run(|fixture| async move {
+        let top = image(&fixture, "top").await;
+        let user = fixture.open("driver=pass,node-name=user,file=top").await;
         assert_eq!(user.limits().max_transfer, 4096, "the file's, two levels up");
-        world.plain("n");
-        let narrow = world.open("driver=file,node-name=narrow,filename=n,max-transfer=512").await;
-        world.graph.set_backing(&top, Some(&narrow)).await.unwrap();
+        fixture.plain("n");
+        let narrow = fixture.open("driver=file,node-name=narrow,filename=n,max-transfer=512").await;
+        fixture.graph.set_backing(&top, Some(&narrow)).await.unwrap();
         assert_eq!(user.limits().max_transfer, 512, "the new backing node's");
-        world.graph.set_backing(&top, None).await.unwrap();
+        fixture.graph.set_backing(&top, None).await.unwrap();
         assert_eq!(user.limits().max_transfer, 4096);
     });
 }
 
 #[test]
 fn common_backing_is_the_first_shared_image() {
-    run(|world| async move {
-        let base = image(&world, "base").await;
-        let a = image(&world, "a").await;
-        let b = image(&world, "b").await;
+    run(|fixture| async move {
+        let base = image(&fixture, "base").await;
+        let a = image(&fixture, "a").await;
+        let b = image(&fixture, "b").await;
         assert!(walk::common_backing(&a, &b).is_none());
-        world.graph.set_backing(&a, Some(&base)).await.unwrap();
-        world.graph.set_backing(&b, Some(&base)).await.unwrap();
+        fixture.graph.set_backing(&a, Some(&base)).await.unwrap();
+        fixture.graph.set_backing(&b, Some(&base)).await.unwrap();
         assert_eq!(walk::common_backing(&a, &b).unwrap().id(), base.id());
-        world.graph.set_backing(&b, Some(&a)).await.unwrap();
+        fixture.graph.set_backing(&b, Some(&a)).await.unwrap();
         assert_eq!(walk::common_backing(&b, &a).unwrap().id(), a.id());
     });
 }
 
-/// Reads through an edge until told to stop. Returns how many reads there were.
+/// Reads through an edge until `stop` is set. Returns the number of reads.
 async fn keep_reading(edge: Arc<Edge>, stop: Arc<std::sync::atomic::AtomicBool>) -> usize {
     let mut count = 0;
     while !stop.load(std::sync::atomic::Ordering::Relaxed) {
@@ -241,11 +242,11 @@ async fn keep_reading(edge: Arc<Edge>, stop: Arc<std::sync::atomic::AtomicBool>)
 }
 
 #[test]
-fn requests_in_flight_notice_nothing_of_changes() {
-    run(|world| async move {
-        let a = image(&world, "a").await;
-        let b = image(&world, "b").await;
-        let base = image(&world, "base").await;
+fn requests_in_flight_succeed_during_changes() {
+    run(|fixture| async move {
+        let a = image(&fixture, "a").await;
+        let b = image(&fixture, "b").await;
+        let base = image(&fixture, "base").await;
         let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
         let root = root(&a, "guest", READ);
         let readers: Vec<_> = (0..6)
@@ -253,42 +254,42 @@ fn requests_in_flight_notice_nothing_of_changes() {
             .collect();
         for round in 0..50 {
             let (from, to) = if round % 2 == 0 { (&a, &b) } else { (&b, &a) };
-            world.graph.replace(from, to).await.unwrap();
+            fixture.graph.replace(from, to).await.unwrap();
             assert_eq!(root.target().id(), to.id());
-            assert_eq!(from.node().tracker().in_flight(), 0, "nobody stayed with the old node");
-            // The fake asserts that nobody is inside while its child comes and goes.
-            world.graph.set_backing(to, Some(&base)).await.unwrap();
+            assert_eq!(from.node().tracker().in_flight(), 0, "no request stayed in the old node");
+            // The fake driver asserts that no request is inside while its child is exchanged.
+            fixture.graph.set_backing(to, Some(&base)).await.unwrap();
             bds_io::yield_now().await;
-            world.graph.set_backing(to, None).await.unwrap();
+            fixture.graph.set_backing(to, None).await.unwrap();
         }
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
         let mut total = 0;
         for reader in readers {
             total += reader.await;
         }
-        assert!(total >= 6, "nobody starved: {total}");
-        let log = world.shared.log();
+        assert!(total >= 6, "no reader starved: {total}");
+        let log = fixture.drivers.log();
         assert!(log.contains(&"read a".into()) && log.contains(&"read b".into()));
     });
 }
 
 #[test]
 fn a_change_that_is_dropped_while_it_drains_changes_nothing() {
-    run(|world| async move {
-        let a = image(&world, "a").await;
-        let b = image(&world, "b").await;
+    run(|fixture| async move {
+        let a = image(&fixture, "a").await;
+        let b = image(&fixture, "b").await;
         let root = root(&a, "guest", READ);
-        let before = world.graph.dump();
+        let before = fixture.graph.dump();
         let mut busy = Box::pin(read(&root));
         assert!(futures_util::poll!(&mut busy).is_pending());
-        let mut change = Box::pin(world.graph.replace(&a, &b));
+        let mut change = Box::pin(fixture.graph.replace(&a, &b));
         for _ in 0..3 {
             assert!(futures_util::poll!(&mut change).is_pending());
             bds_io::yield_now().await;
         }
         assert!(root.gate_blocked());
-        // Whoever comes now waits, also through an edge that is new.
-        let late = super::fakes::root(&a, "late", READ);
+        // A new request waits, also through a new edge.
+        let late = crate::test_kit::gate_port::root(&a, "late", READ);
         let mut queued = Box::pin(read(&late));
         assert!(futures_util::poll!(&mut queued).is_pending());
         drop(late.clone());
@@ -297,8 +298,8 @@ fn a_change_that_is_dropped_while_it_drains_changes_nothing() {
         busy.await.unwrap();
         queued.await.unwrap();
         drop(late);
-        assert_eq!(world.graph.dump(), before);
-        world.graph.replace(&a, &b).await.unwrap();
+        assert_eq!(fixture.graph.dump(), before);
+        fixture.graph.replace(&a, &b).await.unwrap();
         assert_eq!(root.target().id(), b.id());
     });
 }
@@ -323,11 +324,11 @@ fn roles_exclude_each_other() {
 }
 
 #[test]
-fn nodes_trade_names_in_one_change_and_references_stay_with_their_nodes() {
-    run(|world| async move {
-        let top = image(&world, "disk").await;
-        let overlay = image(&world, "new").await;
-        let graph = &world.graph;
+fn nodes_swap_names_in_one_change_and_references_keep_their_nodes() {
+    run(|fixture| async move {
+        let top = image(&fixture, "disk").await;
+        let overlay = image(&fixture, "new").await;
+        let graph = &fixture.graph;
         let change = graph.change().append(&top, &overlay);
         change.rename(&top, "old").rename(&overlay, "disk").commit().await.unwrap();
         assert_eq!((top.name(), overlay.name()), ("old", "disk"));
@@ -340,29 +341,29 @@ fn nodes_trade_names_in_one_change_and_references_stay_with_their_nodes() {
         {
             let refused = graph.change().rename(node, name).set_backing(&overlay, None).commit();
             assert_eq!(refused.await.unwrap_err().kind(), kind);
-            assert_eq!(graph.dump(), before, "the whole change is off");
+            assert_eq!(graph.dump(), before, "the whole change is refused");
         }
         let both = graph.change().rename(&top, "x").rename(&overlay, "x").commit().await;
         assert_eq!(both.unwrap_err().kind(), ErrorKind::AlreadyExists);
-        // A name goes with its node.
+        // A name is freed with its node.
         drop((top, overlay));
         graph.reap().await;
         assert!(graph.find("disk").is_err() && graph.find("old").is_err());
-        drop(image(&world, "old").await);
+        drop(image(&fixture, "old").await);
     });
 }
 
 #[test]
-fn what_somebody_else_has_drained_is_not_removed() {
-    run(|world| async move {
-        let below = image(&world, "below").await;
-        let filter = world.open("driver=pass,node-name=filter,file=below").await;
-        let drained = world.graph.drain(&filter).await;
-        let refused = world.graph.change().remove(filter.clone()).commit().await.unwrap_err();
+fn a_node_in_another_drained_section_is_not_removed() {
+    run(|fixture| async move {
+        let below = image(&fixture, "below").await;
+        let filter = fixture.open("driver=pass,node-name=filter,file=below").await;
+        let drained = fixture.graph.drain(&filter).await;
+        let refused = fixture.graph.change().remove(filter.clone()).commit().await.unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::InUse);
         assert!(refused.to_string().contains("drained section"), "{refused}");
         drop(drained);
-        let report = world.graph.change().remove(filter).commit().await.unwrap();
+        let report = fixture.graph.change().remove(filter).commit().await.unwrap();
         assert_eq!(report.closed.len(), 1);
         drop(below);
     });

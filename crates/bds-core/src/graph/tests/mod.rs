@@ -1,21 +1,19 @@
-//! The graph with small fake drivers.
+//! Tests of the graph on the fake drivers of the test kit.
 
 mod bitmaps;
 mod change;
 mod close;
 mod close_reports;
 mod create;
-mod door;
-mod fakes;
-mod gates;
+mod gate_interleavings;
 mod history;
-mod history_backend;
-mod kept;
 mod open;
 mod properties;
+mod reference_gate;
 mod schedules;
 mod tally;
 mod threads;
+mod unpolled_futures;
 
 use std::sync::Mutex;
 
@@ -26,12 +24,12 @@ use crate::error::{Error, ErrorKind, Result};
 pub(super) struct Faults(Mutex<Option<usize>>);
 
 impl Faults {
-    /// Fails the n-th step from here, counted from 0. `None`: none.
+    /// Fails the n-th step from now, counted from 0; `None` fails none.
     fn set(&self, step: Option<usize>) {
         *self.0.lock().unwrap() = step;
     }
 
-    /// Has it failed?
+    /// True if the step has failed.
     fn has_struck(&self) -> bool {
         self.0.lock().unwrap().is_none()
     }
@@ -42,7 +40,7 @@ impl Faults {
             None => Ok(()),
             Some(0) => {
                 *left = None;
-                Err(Error::new(ErrorKind::Io, "a step was told to fail"))
+                Err(Error::new(ErrorKind::Io, "injected failure of a step"))
             }
             Some(n) => {
                 *left = Some(n - 1);

@@ -1,8 +1,8 @@
-//! Opening trees: what a success makes, and that a failure leaves nothing.
+//! Tests opening trees of nodes: the resulting graph, and that a failure leaves no node.
 
-use super::fakes::{Fixture, run, run_with};
 use crate::driver::OpenFlags;
 use crate::graph::NodeId;
+use crate::test_kit::logging::{Fixture, run, run_with};
 use crate::{ErrorKind, Options};
 
 const TREE: &str = "driver=cow,node-name=top,file.driver=file,file.node-name=f,file.filename=a,\
@@ -10,17 +10,17 @@ const TREE: &str = "driver=cow,node-name=top,file.driver=file,file.node-name=f,f
                     backing.file.node-name=base,backing.file.file.driver=file,\
                     backing.file.file.filename=b,backing.file.file.node-name=g";
 
-fn with_files(world: &Fixture) {
-    world.plain("a");
-    world.plain("b");
+fn with_files(fixture: &Fixture) {
+    fixture.plain("a");
+    fixture.plain("b");
 }
 
 #[test]
 fn a_tree_of_options_becomes_a_tree_of_nodes() {
-    run(|world| async move {
-        with_files(&world);
-        let top = world.open(TREE).await;
-        insta::assert_snapshot!(world.graph.dump(), @r"
+    run(|fixture| async move {
+        with_files(&fixture);
+        let top = fixture.open(TREE).await;
+        insta::assert_snapshot!(fixture.graph.dump(), @r"
         base cow len=512 ro,discard refs=1
           used by edge 'p.file' does=---- lets=rwus
           file -> g (data|metadata|primary) does=r--- lets=r-u-
@@ -39,21 +39,25 @@ fn a_tree_of_options_becomes_a_tree_of_nodes() {
           backing -> p (cow) does=---- lets=rwus
         ");
         assert_eq!(top.count(), 1, "the creator holds the only reference");
-        assert_eq!(world.graph.find("base").unwrap().limits().max_transfer, 4096, "from its file");
+        assert_eq!(
+            fixture.graph.find("base").unwrap().limits().max_transfer,
+            4096,
+            "from its file"
+        );
     });
 }
 
 #[test]
-fn the_same_tree_as_json_draws_the_same_graph() {
-    run(|world| async move {
-        with_files(&world);
+fn a_tree_in_json_opens_the_same_graph() {
+    run(|fixture| async move {
+        with_files(&fixture);
         let json = serde_json::json!({
             "driver": "cow", "node-name": "top", "cache": {"direct": true}, "read-only": true,
             "file": {"driver": "file", "node-name": "f", "filename": "a"},
             "backing": null,
         });
-        let _top = world.graph.open(Options::from_json(json).unwrap()).await.unwrap();
-        insta::assert_snapshot!(world.graph.dump(), @r"
+        let _top = fixture.graph.open(Options::from_json(json).unwrap()).await.unwrap();
+        insta::assert_snapshot!(fixture.graph.dump(), @r"
         f file len=512 ro,direct,discard refs=1
           filename a
           used by edge 'top.file' does=r--- lets=r-u-
@@ -61,7 +65,7 @@ fn the_same_tree_as_json_draws_the_same_graph() {
           held by owner 'open'
           file -> f (data|metadata|primary) does=r--- lets=r-u-
         ");
-        insta::assert_snapshot!(world.graph.dot(), @r#"
+        insta::assert_snapshot!(fixture.graph.dot(), @r#"
         digraph bds {
           node [shape=box, fontname=monospace];
           "f" [label="a\nf\nfile ro\n512 bytes, 1 refs"];
@@ -71,7 +75,7 @@ fn the_same_tree_as_json_draws_the_same_graph() {
           "owner 'open' of top" -> "top" [style=dotted];
         }
         "#);
-        insta::assert_snapshot!(format!("{:#}", world.graph.query()), @r#"
+        insta::assert_snapshot!(format!("{:#}", fixture.graph.query()), @r#"
         [
           {
             "node-name": "f",
@@ -112,48 +116,48 @@ fn the_same_tree_as_json_draws_the_same_graph() {
 }
 
 #[test]
-fn a_failure_at_any_child_leaves_nothing() {
-    run(|world| async move {
-        with_files(&world);
+fn a_failure_at_any_child_leaves_no_node() {
+    run(|fixture| async move {
+        with_files(&fixture);
         for place in ["", "file.", "backing.", "backing.file.", "backing.file.file."] {
-            let error = world.refusal(&format!("{TREE},{place}fail-open=on")).await;
-            assert!(error.to_string().contains("told to fail"), "{place}: {error}");
-            assert_eq!(world.graph.dump(), "", "{place}");
-            let log = world.shared.log();
+            let error = fixture.open_error(&format!("{TREE},{place}fail-open=on")).await;
+            assert!(error.to_string().contains("injected failure to open"), "{place}: {error}");
+            assert_eq!(fixture.graph.dump(), "", "{place}");
+            let log = fixture.drivers.log();
             let count = |what: &str| log.iter().filter(|line| line.starts_with(what)).count();
             assert_eq!(count("close"), count("open"), "{place}: closed once each: {log:?}");
             let opened = |name: &str| log.contains(&format!("open {name}"));
             let abandoned = |line: &String| line.strip_prefix("abandon ").is_some_and(opened);
-            assert!(!log.iter().any(abandoned), "{place}: what opened well is closed: {log:?}");
-            assert!(world.graph.reports().is_empty());
+            assert!(!log.iter().any(abandoned), "{place}: opened nodes are closed: {log:?}");
+            assert!(fixture.graph.reports().is_empty());
         }
-        let _top = world.open(TREE).await; // all names are free again
+        let _top = fixture.open(TREE).await; // all names are free again
     });
 }
 
 #[test]
-fn options_that_nobody_knows_are_refused_by_name_before_anything_is_opened() {
-    run(|world| async move {
-        with_files(&world);
-        let error = world.refusal(&format!("{TREE},frob=1")).await;
+fn unknown_options_are_refused_by_name_before_any_open() {
+    run(|fixture| async move {
+        with_files(&fixture);
+        let error = fixture.open_error(&format!("{TREE},frob=1")).await;
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
         let text = error.to_string();
         assert!(text.contains("'cow' does not know the option 'frob'"), "{text}");
         assert!(text.contains("file, backing, data-file"), "{text}");
-        let error = world.refusal(&format!("{TREE},backing.file.file.frob.x=1")).await;
+        let error = fixture.open_error(&format!("{TREE},backing.file.file.frob.x=1")).await;
         assert!(error.to_string().contains("'file' does not know the option 'frob'"), "{error}");
-        assert!(world.shared.log().iter().all(|line| !line.starts_with("open top")));
-        // Known, but left behind by the driver: the driver had opened well and is closed.
-        let error = world.refusal(&format!("{TREE},ignored=on")).await;
+        assert!(fixture.drivers.log().iter().all(|line| !line.starts_with("open top")));
+        // Known, but not taken by the driver: the driver had opened and is closed.
+        let error = fixture.open_error(&format!("{TREE},ignored=on")).await;
         assert!(error.to_string().contains("'ignored'"), "{error}");
-        assert_eq!(world.graph.dump(), "");
+        assert_eq!(fixture.graph.dump(), "");
     });
 }
 
 #[test]
 fn wrong_common_options_are_refused() {
-    run(|world| async move {
-        with_files(&world);
+    run(|fixture| async move {
+        with_files(&fixture);
         for (text, wanted) in [
             ("node-name=x", "option 'driver' is missing"),
             ("driver=nope", "unknown driver 'nope' (there are: cow, file, pass)"),
@@ -163,49 +167,49 @@ fn wrong_common_options_are_refused() {
             ("driver=file,filename=a,detect-zeroes=unmap", "needs discard=unmap"),
             ("driver=file,filename=a,force-share=on", "needs read-only=on"),
             ("driver=cow", "option 'file' is missing"),
-            ("driver=cow,file=nobody", "there is no node 'nobody'"),
+            ("driver=cow,file=missing", "there is no node 'missing'"),
             ("driver=cow,file.filename=a", "cannot open 'file': option 'driver' is missing"),
             ("driver=file,filename=missing", "missing: "),
         ] {
-            let error = world.refusal(text).await.to_string();
+            let error = fixture.open_error(text).await.to_string();
             assert!(error.contains(wanted), "{text}: {error}");
         }
-        assert_eq!(world.graph.dump(), "");
+        assert_eq!(fixture.graph.dump(), "");
     });
 }
 
 #[test]
-fn names_are_unique_and_free_when_the_last_reference_goes() {
-    run(|world| async move {
-        with_files(&world);
-        let first = world.open("driver=file,filename=a,node-name=x").await;
-        let error = world.refusal("driver=file,filename=b,node-name=x").await;
+fn names_are_unique_and_freed_by_the_last_release() {
+    run(|fixture| async move {
+        with_files(&fixture);
+        let first = fixture.open("driver=file,filename=a,node-name=x").await;
+        let error = fixture.open_error("driver=file,filename=b,node-name=x").await;
         assert_eq!(error.kind(), ErrorKind::AlreadyExists);
-        let auto = world.open("driver=file,filename=b").await;
+        let auto = fixture.open("driver=file,filename=b").await;
         assert_eq!(auto.name(), "#block000");
         drop(first);
-        // Not reaped yet, all the same the name is nobody's.
-        assert_eq!(world.graph.find("x").unwrap_err().kind(), ErrorKind::NotFound);
-        let second = world.open("driver=file,filename=b,node-name=x").await;
-        world.graph.reap().await;
-        assert_eq!(world.graph.find("x").unwrap().id(), second.id());
+        // Not reaped yet, but the name is free.
+        assert_eq!(fixture.graph.find("x").unwrap_err().kind(), ErrorKind::NotFound);
+        let second = fixture.open("driver=file,filename=b,node-name=x").await;
+        fixture.graph.reap().await;
+        assert_eq!(fixture.graph.find("x").unwrap().id(), second.id());
     });
 }
 
 #[test]
-fn a_name_is_not_found_while_its_node_is_being_opened_and_is_taken_all_the_same() {
-    run(|world| async move {
-        with_files(&world);
-        let error = world
-            .refusal(
+fn a_name_is_reserved_but_not_found_during_open() {
+    run(|fixture| async move {
+        with_files(&fixture);
+        let error = fixture
+            .open_error(
                 "driver=cow,node-name=x,file.driver=file,file.filename=a,\
                  backing.driver=cow,backing.node-name=x,backing.file.driver=file,\
                  backing.file.filename=b",
             )
             .await;
         assert!(error.to_string().contains("'x' is taken"), "{error}");
-        let error = world
-            .refusal("driver=cow,node-name=x,file.driver=file,file.filename=a,backing=x")
+        let error = fixture
+            .open_error("driver=cow,node-name=x,file.driver=file,file.filename=a,backing=x")
             .await;
         assert!(error.to_string().contains("there is no node 'x'"), "{error}");
     });
@@ -213,17 +217,17 @@ fn a_name_is_not_found_while_its_node_is_being_opened_and_is_taken_all_the_same(
 
 #[test]
 fn a_child_by_name_is_shared_and_counted() {
-    run(|world| async move {
-        with_files(&world);
-        let base = world.open("driver=file,filename=b,node-name=base,read-only=on").await;
-        let _one = world.open("driver=pass,node-name=one,file=base,read-only=on").await;
-        let _two = world.open("driver=pass,node-name=two,file=base,read-only=on").await;
+    run(|fixture| async move {
+        with_files(&fixture);
+        let base = fixture.open("driver=file,filename=b,node-name=base,read-only=on").await;
+        let _one = fixture.open("driver=pass,node-name=one,file=base,read-only=on").await;
+        let _two = fixture.open("driver=pass,node-name=two,file=base,read-only=on").await;
         assert_eq!(base.count(), 3);
-        let error = world.refusal("driver=pass,file=base").await;
+        let error = fixture.open_error("driver=pass,file=base").await;
         assert_eq!(error.kind(), ErrorKind::ReadOnly);
         assert!(error.to_string().contains("'base', which is read-only"), "{error}");
         let holders: Vec<String> =
-            world.graph.holders(base.id()).iter().map(|holder| holder.name.to_string()).collect();
+            fixture.graph.holders(base.id()).iter().map(|holder| holder.name.to_string()).collect();
         assert_eq!(holders, ["open", "one.file", "two.file"]);
     });
 }
@@ -232,44 +236,46 @@ fn a_child_by_name_is_shared_and_counted() {
 fn one_call_opens_a_bounded_number_of_nodes() {
     run_with(
         |config| config.max_nodes_per_image = 4,
-        |world| async move {
-            with_files(&world);
-            let error = world.refusal(TREE).await;
+        |fixture| async move {
+            with_files(&fixture);
+            let error = fixture.open_error(TREE).await;
             assert_eq!(error.kind(), ErrorKind::LimitExceeded);
-            assert_eq!(world.graph.dump(), "");
-            let _four = world.open("driver=pass,file.driver=pass,file.file.driver=pass,file.file.file.driver=file,file.file.file.filename=a").await;
+            assert_eq!(fixture.graph.dump(), "");
+            let four = "driver=pass,file.driver=pass,file.file.driver=pass,\
+                        file.file.file.driver=file,file.file.file.filename=a";
+            let _four = fixture.open(four).await;
         },
     );
 }
 
 #[test]
-fn an_open_that_is_dropped_leaves_nothing() {
-    run(|world| async move {
-        with_files(&world);
-        // Dropped after every number of polls until it ends.
+fn a_dropped_open_leaves_no_node() {
+    run(|fixture| async move {
+        with_files(&fixture);
+        // Dropped after every number of polls until it completes.
         for polls in 0.. {
-            let graph = world.graph.clone();
+            let graph = fixture.graph.clone();
             let text = format!("{TREE},fail-close=off");
             let future = graph.open(Options::parse(&text).unwrap());
             let ended = poll_some(future, polls).await;
             if ended {
-                world.graph.reap().await;
+                fixture.graph.reap().await;
             }
-            while world.graph.0.core.arena.stats().dead > 0 {
+            while fixture.graph.0.core.arena.stats().dead > 0 {
                 bds_io::yield_now().await;
             }
-            assert_eq!(world.graph.dump(), "", "after {polls} polls");
+            assert_eq!(fixture.graph.dump(), "", "after {polls} polls");
             if ended {
                 break;
             }
         }
-        let log = world.shared.log();
+        let log = fixture.drivers.log();
         let count = |what: &str| log.iter().filter(|line| line.starts_with(what)).count();
         assert_eq!(count("open"), count("close"));
     });
 }
 
-/// Polls so many times, then drops. True if it ended before.
+/// Polls `polls` times, then drops. True if the future completed.
 async fn poll_some<T>(future: impl Future<Output = T>, polls: usize) -> bool {
     let mut future = Box::pin(future);
     for _ in 0..polls {
@@ -282,28 +288,31 @@ async fn poll_some<T>(future: impl Future<Output = T>, polls: usize) -> bool {
 }
 
 #[test]
-fn ids_of_nowhere_resolve_nowhere() {
-    run(|world| async move {
-        with_files(&world);
-        let node = world.open("driver=file,filename=a").await;
+fn foreign_and_stale_ids_are_not_found() {
+    run(|fixture| async move {
+        with_files(&fixture);
+        let node = fixture.open("driver=file,filename=a").await;
         let id = node.id();
         assert_eq!(NodeId::from_u64(id.to_u64()), id);
-        assert!(world.graph.acquire(id).is_ok());
+        assert!(fixture.graph.acquire(id).is_ok());
         for bits in [0, 1, u64::MAX, id.to_u64() ^ (1 << 63), id.to_u64() + 1] {
-            assert!(world.graph.acquire(NodeId::from_u64(bits)).is_err(), "{bits:#x}");
+            assert!(fixture.graph.acquire(NodeId::from_u64(bits)).is_err(), "{bits:#x}");
         }
         drop(node);
-        assert!(world.graph.acquire(id).is_err());
+        assert!(fixture.graph.acquire(id).is_err());
     });
 }
 
 #[test]
 fn info_only_opens_no_reference() {
-    run(|world| async move {
-        world.image("a", super::fakes::Header { backing: Some("gone"), ..Default::default() });
+    run(|fixture| async move {
+        fixture.image(
+            "a",
+            crate::test_kit::logging::Header { backing: Some("gone"), ..Default::default() },
+        );
         let options = Options::parse("driver=cow,file.driver=file,file.filename=a").unwrap();
         let flags = OpenFlags { info_only: true, read_only: true, ..OpenFlags::default() };
-        let node = world.graph.open_with(options, flags).await.unwrap();
+        let node = fixture.graph.open_with(options, flags).await.unwrap();
         assert_eq!(crate::graph::walk::children(&node).len(), 1);
     });
 }

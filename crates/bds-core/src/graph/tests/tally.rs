@@ -3,25 +3,25 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
-/// How often each thing happened, over all cases of a search.
+/// Counts by name, over all cases of a search.
 #[derive(Debug, Default)]
 pub(super) struct Tally(Mutex<BTreeMap<&'static str, u64>>);
 
 impl Tally {
-    /// It happened once more.
+    /// Adds one.
     pub(super) fn count(&self, what: &'static str) {
         let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         *counts.entry(what).or_default() += 1;
     }
 
-    /// Counts it if it happened.
+    /// Adds one if the condition holds.
     pub(super) fn count_if(&self, has_happened: bool, what: &'static str) {
         if has_happened {
             self.count(what);
         }
     }
 
-    /// Fails unless each of these happened so often.
+    /// Fails unless each count reaches its minimum.
     #[track_caller]
     pub(super) fn assert_least(&self, wanted: &[(&'static str, u64)]) {
         let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);

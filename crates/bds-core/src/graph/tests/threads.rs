@@ -1,4 +1,4 @@
-//! Real threads: the gate's promise under contention.
+//! Tests the gate on real threads, under contention.
 
 use std::future::Future;
 use std::pin::pin;
@@ -9,12 +9,13 @@ use std::thread::{self, Thread};
 
 use bds_refcount::Strong;
 
-use super::fakes::{root, run};
 use crate::graph::change::commit::Moved;
 use crate::graph::change::stage::Move;
 use crate::graph::drain::set::DrainSet;
 use crate::graph::drain::set::DrainedEdit;
 use crate::graph::{Access, Edge, NodeRef};
+use crate::test_kit::gate_port::root;
+use crate::test_kit::logging::run;
 
 struct Unpark(Thread);
 
@@ -24,7 +25,7 @@ impl Wake for Unpark {
     }
 }
 
-/// Runs a future that needs nobody but other threads.
+/// Runs a future that only other threads wake.
 fn block_on<T>(future: impl Future<Output = T>) -> T {
     let waker = Waker::from(Arc::new(Unpark(thread::current())));
     let mut context = Context::from_waker(&waker);
@@ -37,7 +38,7 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
     }
 }
 
-/// Enters and leaves until told to stop; asserts that a node that is said to be empty is.
+/// Enters and leaves until `stop` is set; asserts that a node marked empty is not entered.
 fn keep_entering(edge: &Edge, empty: &[(NodeRef, AtomicBool); 2], stop: &AtomicBool) -> usize {
     let mut count = 0;
     while !stop.load(Ordering::Relaxed) {
@@ -47,7 +48,7 @@ fn keep_entering(edge: &Edge, empty: &[(NodeRef, AtomicBool); 2], stop: &AtomicB
         };
         let target = edge.target();
         if count % 3 == 0 {
-            thread::yield_now(); // a change may pass in between
+            thread::yield_now(); // a change may happen in between
         }
         let number = target.tracker().enter();
         if edge.admits(ticket) {
@@ -64,14 +65,14 @@ fn keep_entering(edge: &Edge, empty: &[(NodeRef, AtomicBool); 2], stop: &AtomicB
 }
 
 #[test]
-fn nobody_is_inside_a_drained_node_nor_stays_with_one_the_edge_has_left() {
-    run(|world| async move {
-        world.plain("a");
-        world.plain("b");
-        let a = world.open("driver=file,filename=a,node-name=a").await;
-        let b = world.open("driver=file,filename=b,node-name=b").await;
+fn no_request_is_inside_a_drained_or_left_node() {
+    run(|fixture| async move {
+        fixture.plain("a");
+        fixture.plain("b");
+        let a = fixture.open("driver=file,filename=a,node-name=a").await;
+        let b = fixture.open("driver=file,filename=b,node-name=b").await;
         let edge = root(&a, "guest", Access::READ);
-        let graph = world.graph.clone();
+        let graph = fixture.graph.clone();
         let nodes = [(a, AtomicBool::new(false)), (b, AtomicBool::new(false))];
         let stop = AtomicBool::new(false);
         let total = AtomicUsize::new(0);
@@ -89,7 +90,7 @@ fn nobody_is_inside_a_drained_node_nor_stays_with_one_the_edge_has_left() {
                 let drained = block_on(DrainSet::begin(&graph, vec![strong.clone()], "test"));
                 is_empty.store(true, Ordering::SeqCst);
                 thread::yield_now();
-                // The count may be up for a moment: someone counts in, sees the gate closed, and leaves.
+                // The count may be up for a moment: a thread counts itself, finds the gate closed, and leaves.
                 let to = Some(to.strong().clone());
                 let mut moved = Moved::default();
                 let lock = graph.0.core.lock();

@@ -1,27 +1,27 @@
-//! Copy on read: what is copied, in which pieces, and what keeps its place meanwhile.
+//! Tests copy on read: what is copied, in which pieces, and which requests it excludes.
 
 use std::sync::Arc;
 
 use bds_io::{Buf, Sim, SimConfig};
 
-use super::fake::{Config, House, On, Op, State, backend};
-use super::run;
 use crate::driver::{Limits, StatusFlags, WriteFlags, ZeroFlags};
 use crate::error::ErrorKind;
 use crate::graph::NodeRef;
 use crate::options::Options;
 use crate::request::Backend;
+use crate::test_kit::disk::{Config, DiskGraph, On, Op, State, backend};
+use crate::test_kit::run;
 
 const KIB: u64 = 1024;
 
-/// 64 KiB in units of 4 KiB; of 8 to 40 KiB nothing is held. The last 8 KiB of them are zeros.
-async fn disk(house: &House, config: Config) -> (NodeRef, Arc<State>) {
+/// 64 KiB in units of 4 KiB; 8 to 40 KiB are unallocated, and the last 8 KiB of them are zeros.
+async fn disk(disks: &DiskGraph, config: Config) -> (NodeRef, Arc<State>) {
     let read_only = Options::new().with("read-only", true);
     let base = Config { options: read_only, ..Config::default() };
-    let (_base, _) = house.node("base", vec![1; 65536], base).await;
+    let (_base, _) = disks.node("base", vec![1; 65536], base).await;
     let limits = Limits { zero_alignment: 4096, request_alignment: 512, ..Limits::default() };
     let config = Config {
-        backs: true,
+        supports_backing: true,
         limits,
         write_flags: WriteFlags::UNCHANGED,
         zero_flags: Some(ZeroFlags::UNCHANGED),
@@ -31,7 +31,7 @@ async fn disk(house: &House, config: Config) -> (NodeRef, Arc<State>) {
     };
     let mut bytes: Vec<u8> = (0..65536_u32).map(|n| u8::try_from(n % 251).unwrap()).collect();
     bytes[32 << 10..40 << 10].fill(0);
-    house.node("disk", bytes, config).await
+    disks.node("disk", bytes, config).await
 }
 
 async fn read(disk: &Backend, offset: u64, len: usize) -> crate::Result<Vec<u8>> {
@@ -40,14 +40,14 @@ async fn read(disk: &Backend, offset: u64, len: usize) -> crate::Result<Vec<u8>>
     Ok(iov.to_vec(0..len))
 }
 
-/// What a read writes, and with which flags.
+/// The writes of a read, with their flags.
 fn writes(state: &State) -> Vec<Op> {
     let log = state.take_log();
     log.into_iter().filter(|op| matches!(op, Op::Write(..) | Op::Zero(..))).collect()
 }
 
 #[test]
-fn whole_units_that_are_not_held_are_copied() {
+fn unallocated_units_are_copied_whole() {
     let unchanged = |range| Op::Write(range, WriteFlags::UNCHANGED);
     let zero = |range| Op::Zero(range, ZeroFlags::UNCHANGED);
     // offset, length: what is written
@@ -63,8 +63,8 @@ fn whole_units_that_are_not_held_are_copied() {
     ];
     for (offset, len, expected) in table {
         run(1, async {
-            let house = House::new();
-            let (node, state) = disk(&house, Config::default()).await;
+            let disks = DiskGraph::new();
+            let (node, state) = disk(&disks, Config::default()).await;
             let disk = backend(&node);
             let guard = node.enable_copy_on_read().unwrap();
             let (from, len) = (usize::try_from(offset).unwrap(), usize::try_from(len).unwrap());
@@ -72,7 +72,7 @@ fn whole_units_that_are_not_held_are_copied() {
             assert_eq!(read(&disk, offset, len).await.unwrap(), before[from..from + len]);
             assert_eq!(writes(&state), expected, "{offset}+{len}");
             assert_eq!(state.bytes(), before, "{offset}+{len}");
-            // Without the guard nothing is copied, and by hand no data comes back.
+            // Without the guard nothing is copied; `copy_up` copies without returning data.
             drop(guard);
             read(&disk, offset, len).await.unwrap();
             assert_eq!(writes(&state), []);
@@ -85,18 +85,18 @@ fn whole_units_that_are_not_held_are_copied() {
 #[test]
 fn a_long_read_is_copied_in_bounded_pieces() {
     run(1, async {
-        let house = House::new();
-        let (_base, _) = house.node("base", vec![], Config::default()).await;
+        let disks = DiskGraph::new();
+        let (_base, _) = disks.node("base", vec![], Config::default()).await;
         let len = 40 << 20;
         let config = Config {
-            backs: true,
+            supports_backing: true,
             // However large its units.
             limits: Limits { zero_alignment: 1 << 30, ..Limits::default() },
             statuses: vec![(0..len, StatusFlags::empty(), None)],
             options: Options::new().with("backing", "base"),
             ..Config::default()
         };
-        let (disk, state) = house.disk(vec![5; 40 << 20], config).await;
+        let (disk, state) = disks.disk(vec![5; 40 << 20], config).await;
         disk.copy_up(0, len).await.unwrap();
         let piece = 16 << 20;
         let expected = [0..piece, piece..2 * piece, 2 * piece..len];
@@ -105,10 +105,10 @@ fn a_long_read_is_copied_in_bounded_pieces() {
 }
 
 #[test]
-fn the_inline_way_declines_while_reads_copy() {
+fn inline_reads_decline_while_copy_on_read_is_on() {
     run(1, async {
-        let house = House::new();
-        let (node, _) = disk(&house, Config { inline: true, ..Config::default() }).await;
+        let disks = DiskGraph::new();
+        let (node, _) = disk(&disks, Config { inline: true, ..Config::default() }).await;
         let disk = backend(&node);
         let iov = Buf::zeroed(512, 1).iov();
         assert!(disk.try_read(0, &iov).is_some());
@@ -124,9 +124,9 @@ fn the_inline_way_declines_while_reads_copy() {
 #[test]
 fn a_read_only_node_cannot_copy() {
     run(1, async {
-        let house = House::new();
+        let disks = DiskGraph::new();
         let options = Options::new().with("read-only", true);
-        let (node, _) = disk(&house, Config { options, ..Config::default() }).await;
+        let (node, _) = disk(&disks, Config { options, ..Config::default() }).await;
         let error = node.enable_copy_on_read().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ReadOnly);
         assert!(error.to_string().contains("'disk'"), "{error}");
@@ -135,30 +135,30 @@ fn a_read_only_node_cannot_copy() {
 }
 
 #[test]
-fn a_read_whose_copy_cannot_be_kept_fails() {
+fn a_read_fails_if_its_copy_cannot_be_written() {
     run(1, async {
-        let house = House::new();
-        let (node, state) = disk(&house, Config::default()).await;
+        let disks = DiskGraph::new();
+        let (node, state) = disk(&disks, Config::default()).await;
         let disk = backend(&node);
         let _guard = node.enable_copy_on_read().unwrap();
         state.fail_once(On::Write, None);
         let error = read(&disk, 10 * KIB, 512).await.unwrap_err();
         assert!(error.to_string().contains("cannot keep"), "{error}");
-        // What is held does not depend on it.
+        // Allocated data is read all the same.
         state.fail_always(On::Write, None);
         read(&disk, 0, 4096).await.unwrap();
         assert!(read(&disk, 10 * KIB, 512).await.is_err());
     });
 }
 
-/// The guest writes what is being copied; whether the reader waits or is gone, its old bytes never come back.
+/// The guest writes what is being copied; whether the reader waits or was dropped, the old bytes never come back.
 #[test]
-fn a_write_beside_a_copy_wins() {
+fn a_concurrent_write_is_not_overwritten_by_the_copy() {
     for seed in 0..200 {
         let sim = Sim::new(seed, SimConfig::calm());
-        let house = House::new();
+        let disks = DiskGraph::new();
         let config = Config { turns: 3, ..Config::default() };
-        let (node, state) = sim.block_on(disk(&house, config));
+        let (node, state) = sim.block_on(disk(&disks, config));
         let disk = Arc::new(backend(&node));
         let guard = sim.block_on(async { node.enable_copy_on_read().unwrap() });
         let before = state.bytes();

@@ -1,15 +1,15 @@
-//! Devices, names, the monitor's list.
+//! Tests attached devices, names of backends, and the monitor's list.
 
 use bds_refcount::Release;
 
-use super::fake::{Config, House, On};
-use super::{ended, iov, run};
 use crate::driver::WriteFlags;
 use crate::error::ErrorKind;
 use crate::event::Event;
 use crate::graph::{Access, BlockOps, Perm};
 use crate::options::Options;
 use crate::request::{Backend, BackendOptions, ErrorPolicies, ErrorPolicy, IoStatus};
+use crate::test_kit::disk::{Config, DiskGraph, On};
+use crate::test_kit::{ended, iov, run};
 
 const NONE: WriteFlags = WriteFlags::empty();
 const STOP: ErrorPolicies = ErrorPolicies { read: ErrorPolicy::Stop, write: ErrorPolicy::Stop };
@@ -21,9 +21,9 @@ fn writer(name: &str) -> BackendOptions {
 #[test]
 fn a_device_holds_the_backend_from_attach_to_detach() {
     run(1, async {
-        let house = House::new();
-        let (node, _) = house.node("disk", vec![0; 1024], Config::default()).await;
-        let mut events = house.graph().events();
+        let disks = DiskGraph::new();
+        let (node, _) = disks.node("disk", vec![0; 1024], Config::default()).await;
+        let mut events = disks.graph().events();
         let drive = Backend::new(&node, BackendOptions { claims_name: true, ..writer("d0") });
         let drive = drive.unwrap();
         let device = drive.attach_device("virtio0").unwrap();
@@ -32,9 +32,9 @@ fn a_device_holds_the_backend_from_attach_to_detach() {
         assert!(refused.to_string().contains("virtio0"), "{refused}");
         drop(drive);
         device.backend().write(0, iov(&[1; 16], 1), NONE).await.unwrap();
-        assert_eq!(house.graph().backend("d0").unwrap().device().as_deref(), Some("virtio0"));
+        assert_eq!(disks.graph().backend("d0").unwrap().device().as_deref(), Some("virtio0"));
         device.detach();
-        assert!(house.graph().backend("d0").is_err(), "the device's was the last handle");
+        assert!(disks.graph().backend("d0").is_err(), "the device's was the last handle");
         assert_eq!(node.release(), Release::Last);
         let (backend, device) = ("d0".to_owned(), "virtio0".to_owned());
         let attached = Event::DeviceAttached { backend: backend.clone(), device: device.clone() };
@@ -44,12 +44,13 @@ fn a_device_holds_the_backend_from_attach_to_detach() {
 }
 
 #[test]
-fn detaching_gives_permissions_up_and_resets_policies() {
+fn detach_drops_permissions_and_resets_policies() {
     run(2, async {
-        let house = House::new();
-        let (node, _) = house.node("disk", vec![0; 1024], Config::default()).await;
-        let selfish = BackendOptions { shared: Perm::empty(), policy: Some(STOP), ..writer("d0") };
-        let drive = Backend::new(&node, selfish).unwrap();
+        let disks = DiskGraph::new();
+        let (node, _) = disks.node("disk", vec![0; 1024], Config::default()).await;
+        let exclusive =
+            BackendOptions { shared: Perm::empty(), policy: Some(STOP), ..writer("d0") };
+        let drive = Backend::new(&node, exclusive).unwrap();
         assert!(Backend::new(&node, writer("other")).is_err());
         let device = drive.attach_device("virtio0").unwrap();
         assert_eq!(drive.policies(), STOP);
@@ -67,10 +68,10 @@ fn detaching_gives_permissions_up_and_resets_policies() {
 }
 
 #[test]
-fn attaching_forgets_former_errors_and_detaching_leaves_nobody_waiting() {
+fn attach_clears_errors_and_detach_ends_stopped_requests() {
     run(3, async {
-        let house = House::new();
-        let (node, state) = house.node("disk", vec![0; 1024], Config::default()).await;
+        let disks = DiskGraph::new();
+        let (node, state) = disks.node("disk", vec![0; 1024], Config::default()).await;
         let drive =
             Backend::new(&node, BackendOptions { policy: Some(STOP), ..writer("d0") }).unwrap();
         state.fail_with(On::Write, ErrorKind::NoSpace);
@@ -80,7 +81,7 @@ fn attaching_forgets_former_errors_and_detaching_leaves_nobody_waiting() {
         let mut first = stopped(drive.clone());
         assert!(ended(&mut first).await.is_none());
         assert_eq!(drive.io_status(), IoStatus::NoSpace);
-        state.heal();
+        state.clear_faults();
         let device = drive.attach_device("virtio0").unwrap();
         assert_eq!(drive.io_status(), IoStatus::Ok);
         ended(&mut first).await.unwrap().unwrap();
@@ -96,11 +97,11 @@ fn attaching_forgets_former_errors_and_detaching_leaves_nobody_waiting() {
 }
 
 #[test]
-fn names_of_nodes_and_backends_are_one_namespace_from_both_sides() {
+fn nodes_and_backends_share_one_namespace() {
     run(4, async {
-        let house = House::new();
-        let (node, _) = house.node("disk", vec![0; 1024], Config::default()).await;
-        let graph = house.graph();
+        let disks = DiskGraph::new();
+        let (node, _) = disks.node("disk", vec![0; 1024], Config::default()).await;
+        let graph = disks.graph();
         let named = |name: &str| Backend::empty(graph, BackendOptions::registered(name));
         assert_eq!(named("disk").unwrap_err().kind(), ErrorKind::AlreadyExists);
         assert_eq!(named("").unwrap_err().kind(), ErrorKind::InvalidInput);
@@ -112,7 +113,7 @@ fn names_of_nodes_and_backends_are_one_namespace_from_both_sides() {
         assert_eq!(open("drive").await.unwrap_err().kind(), ErrorKind::AlreadyExists);
         assert!(graph.find("drive").is_err(), "a backend is no node");
         assert!(graph.backend("disk").is_err(), "a node is no backend");
-        // Names that are not claimed say who it is, and may be equal.
+        // Unclaimed names only describe the backend, and may be equal.
         let _two = [Backend::new(&node, writer("cli")), Backend::new(&node, writer("cli"))];
         assert!(graph.backend("cli").is_err());
         assert_eq!(graph.backends().len(), 3);
@@ -122,29 +123,29 @@ fn names_of_nodes_and_backends_are_one_namespace_from_both_sides() {
         assert!(named("drive").is_err(), "a handle is left");
         drop(again);
         named("drive").unwrap();
-        house.node("drive", vec![0; 16], Config::default()).await;
+        disks.node("drive", vec![0; 16], Config::default()).await;
     });
 }
 
 #[test]
 fn a_refused_backend_leaves_its_name_free() {
     run(5, async {
-        let house = House::new();
-        let (node, _) = house.node("disk", vec![0; 1024], Config::default()).await;
+        let disks = DiskGraph::new();
+        let (node, _) = disks.node("disk", vec![0; 1024], Config::default()).await;
         let _other = Backend::new(&node, BackendOptions { shared: Perm::empty(), ..writer("a") });
         let wanted = BackendOptions { claims_name: true, ..writer("drive") };
         assert_eq!(Backend::new(&node, wanted.clone()).unwrap_err().kind(), ErrorKind::InUse);
         assert_eq!(node.count(), 2, "no reference is left behind");
-        Backend::empty(house.graph(), wanted).unwrap();
+        Backend::empty(disks.graph(), wanted).unwrap();
     });
 }
 
 #[test]
 fn the_monitors_backend_is_deleted_unless_used_or_blocked() {
     run(6, async {
-        let house = House::new();
-        let (node, _) = house.node("disk", vec![0; 1024], Config::default()).await;
-        let graph = house.graph();
+        let disks = DiskGraph::new();
+        let (node, _) = disks.node("disk", vec![0; 1024], Config::default()).await;
+        let graph = disks.graph();
         let make = |claims_name| BackendOptions { claims_name, ..writer("d0") };
         let unnamed = graph.own_backend(Backend::new(&node, make(false)).unwrap());
         assert_eq!(unnamed.unwrap_err().kind(), ErrorKind::InvalidInput);
@@ -173,32 +174,32 @@ fn the_monitors_backend_is_deleted_unless_used_or_blocked() {
     });
 }
 
-/// A graph with a backend on the monitor's list ends when its users have gone.
+/// A graph with a backend on the monitor's list ends with its last user.
 #[test]
 fn the_monitors_list_does_not_keep_the_graph() {
     run(7, async {
-        let house = House::new();
-        let (node, state) = house.node("disk", vec![0; 1024], Config::default()).await;
+        let disks = DiskGraph::new();
+        let (node, state) = disks.node("disk", vec![0; 1024], Config::default()).await;
         let drive = Backend::new(&node, BackendOptions { claims_name: true, ..writer("d0") });
-        house.graph().own_backend(drive.unwrap()).unwrap();
+        disks.graph().own_backend(drive.unwrap()).unwrap();
         drop(node);
-        assert_eq!(house.graph().nodes().len(), 1, "the monitor's backend holds it");
+        assert_eq!(disks.graph().nodes().len(), 1, "the monitor's backend holds it");
         let watch = std::sync::Arc::downgrade(&state);
-        drop((house, state));
-        super::settle().await;
+        drop((disks, state));
+        crate::test_kit::let_tasks_run().await;
         assert!(watch.upgrade().is_none(), "the driver is closed and gone");
     });
 }
 
 #[test]
-fn queries_show_what_a_user_knows() {
+fn query_backends_shows_names_device_and_medium() {
     run(8, async {
-        let house = House::new();
-        let (node, _) = house.node("disk", vec![0; 1024], Config::default()).await;
+        let disks = DiskGraph::new();
+        let (node, _) = disks.node("disk", vec![0; 1024], Config::default()).await;
         let drive = Backend::new(&node, writer("d0")).unwrap();
         let _device = drive.attach_device("virtio0").unwrap();
-        let _empty = Backend::empty(house.graph(), BackendOptions::default()).unwrap();
-        let shown = house.graph().query_backends();
+        let _empty = Backend::empty(disks.graph(), BackendOptions::default()).unwrap();
+        let shown = disks.graph().query_backends();
         assert_eq!(shown[0]["device"], "d0");
         assert_eq!(shown[0]["qdev"], "virtio0");
         assert_eq!(shown[0]["io-status"], "ok");
@@ -207,12 +208,12 @@ fn queries_show_what_a_user_knows() {
         assert_eq!(shown[0]["inserted"]["write_threshold"], 0);
         assert!(shown[1].get("inserted").is_none());
         node.set_write_threshold(Some(512));
-        let shown = house.graph().query_backends();
+        let shown = disks.graph().query_backends();
         assert_eq!(shown[0]["inserted"]["write_threshold"], 512);
         let options = Options::new().with("read-only", true);
         let (only_read, _) =
-            house.node("rom", vec![0; 512], Config { options, ..Config::default() }).await;
+            disks.node("rom", vec![0; 512], Config { options, ..Config::default() }).await;
         let _reader = Backend::new(&only_read, BackendOptions::default()).unwrap();
-        assert_eq!(house.graph().query_backends()[2]["inserted"]["ro"], true);
+        assert_eq!(disks.graph().query_backends()[2]["inserted"]["ro"], true);
     });
 }

@@ -1,16 +1,16 @@
-//! A backend's own drain: who is waited for, who waits.
+//! Tests the drain of a backend: what it waits for, and what waits for it.
 
 use std::sync::{Arc, Barrier};
 
 use bds_io::{Sim, SimConfig};
 use futures_util::FutureExt;
 
-use super::fake::{Config, House, On};
-use super::{ended, iov, run, settle};
 use crate::driver::WriteFlags;
 use crate::error::ErrorKind;
 use crate::request::{Backend, BackendOptions, ErrorPolicies, ErrorPolicy};
 use crate::stats::Operation;
+use crate::test_kit::disk::{Config, DiskGraph, On};
+use crate::test_kit::{ended, iov, let_tasks_run, run};
 
 const NONE: WriteFlags = WriteFlags::empty();
 
@@ -24,10 +24,10 @@ fn writing(disk: &Backend, offset: u64) -> bds_io::Task<crate::Result<()>> {
 }
 
 #[test]
-fn a_drained_backend_has_nobody_inside_and_all_in_the_books() {
+fn a_drained_backend_is_empty_and_its_requests_are_counted() {
     for seed in 0..20 {
         run(seed, async {
-            let (disk, state) = House::new().disk(vec![0; 1024], slow()).await;
+            let (disk, state) = DiskGraph::new().disk(vec![0; 1024], slow()).await;
             let tasks: Vec<_> = (0..4).map(|i| writing(&disk, i * 32)).collect();
             while disk.in_flight() < 4 {
                 bds_io::yield_now().await;
@@ -54,29 +54,29 @@ fn a_drained_backend_has_nobody_inside_and_all_in_the_books() {
 }
 
 #[test]
-fn a_backends_drain_leaves_the_nodes_other_users_alone() {
+fn draining_a_backend_does_not_drain_other_backends_of_the_node() {
     run(1, async {
-        let house = House::new();
-        let (disk, _state) = house.disk(vec![0; 1024], slow()).await;
+        let disks = DiskGraph::new();
+        let (disk, _state) = disks.disk(vec![0; 1024], slow()).await;
         let node = disk.node().unwrap();
         let options = BackendOptions { writable: true, ..Default::default() };
         let other = Backend::new(&node, options).unwrap();
-        let mut theirs = writing(&other, 0);
+        let mut other_write = writing(&other, 0);
         let drained = disk.drain().await;
-        assert!(ended(&mut theirs).await.is_some(), "it went on meanwhile");
+        assert!(ended(&mut other_write).await.is_some(), "it completed meanwhile");
         other.write(0, iov(&[1; 16], 1), NONE).await.unwrap();
         drop(drained);
     });
 }
 
-/// In one task: the request that waits for the end of the one section is not waited for by the other.
+/// In one task: a request queued by one section is not waited for by the other.
 #[test]
-fn a_backends_drain_inside_a_drained_node_does_not_wait_for_the_queue() {
+fn draining_a_backend_does_not_wait_for_queued_requests() {
     run(2, async {
-        let house = House::new();
-        let (disk, _state) = house.disk(vec![0; 1024], slow()).await;
+        let disks = DiskGraph::new();
+        let (disk, _state) = disks.disk(vec![0; 1024], slow()).await;
         let node = disk.node().unwrap();
-        let of_node = house.graph().drain(&node).await;
+        let of_node = disks.graph().drain(&node).await;
         let mut queued = writing(&disk, 0);
         assert!(ended(&mut queued).await.is_none());
         let of_backend = disk.drain().await;
@@ -88,15 +88,15 @@ fn a_backends_drain_inside_a_drained_node_does_not_wait_for_the_queue() {
 }
 
 #[test]
-fn a_drain_works_without_a_medium_and_a_medium_may_come_meanwhile() {
+fn an_empty_drive_can_be_drained_and_gets_a_medium_meanwhile() {
     run(3, async {
-        let house = House::new();
-        let (node, state) = house.node("disk", vec![0; 1024], Config::default()).await;
+        let disks = DiskGraph::new();
+        let (node, state) = disks.node("disk", vec![0; 1024], Config::default()).await;
         let options = BackendOptions { writable: true, ..Default::default() };
-        let drive = Backend::empty(house.graph(), options).unwrap();
+        let drive = Backend::empty(disks.graph(), options).unwrap();
         let drained = drive.drain().await;
         let mut queued = writing(&drive, 0);
-        assert!(ended(&mut queued).await.is_none(), "not even told that there is no medium");
+        assert!(ended(&mut queued).await.is_none(), "not failed with NoMedium either");
         drive.insert(&node).await.unwrap();
         assert!(ended(&mut queued).await.is_none());
         drop(drained);
@@ -106,10 +106,10 @@ fn a_drain_works_without_a_medium_and_a_medium_may_come_meanwhile() {
 }
 
 #[test]
-fn stopped_requests_are_not_waited_for() {
+fn drain_does_not_wait_for_stopped_requests() {
     run(4, async {
-        let house = House::new();
-        let (node, state) = house.node("disk", vec![0; 1024], Config::default()).await;
+        let disks = DiskGraph::new();
+        let (node, state) = disks.node("disk", vec![0; 1024], Config::default()).await;
         let policy = ErrorPolicies { read: ErrorPolicy::Stop, write: ErrorPolicy::Stop };
         let options = BackendOptions { writable: true, policy: Some(policy), ..Default::default() };
         let disk = Backend::new(&node, options).unwrap();
@@ -118,8 +118,8 @@ fn stopped_requests_are_not_waited_for() {
         assert!(ended(&mut stopped).await.is_none());
         assert_eq!((disk.in_flight(), node.in_flight()), (0, 0));
         let of_backend = disk.drain().await;
-        let of_node = house.graph().drain(&node).await;
-        state.heal();
+        let of_node = disks.graph().drain(&node).await;
+        state.clear_faults();
         disk.resume();
         assert!(ended(&mut stopped).await.is_none(), "drained all the same");
         drop((of_backend, of_node));
@@ -128,10 +128,10 @@ fn stopped_requests_are_not_waited_for() {
 }
 
 #[test]
-fn a_given_up_medium_is_not_waited_for() {
+fn drain_does_not_wait_for_a_poisoned_medium() {
     run(5, async {
         let (disk, _state) =
-            House::new().disk(vec![0; 1024], Config { turns: 5000, ..Config::default() }).await;
+            DiskGraph::new().disk(vec![0; 1024], Config { turns: 5000, ..Config::default() }).await;
         let _stuck = writing(&disk, 0);
         while disk.in_flight() == 0 {
             bds_io::yield_now().await;
@@ -144,21 +144,22 @@ fn a_given_up_medium_is_not_waited_for() {
     });
 }
 
-/// A thread is in the middle of an inline write, which never counts as in flight; the drain waits for it all the same.
+/// Another thread is in the middle of an inline write, which is not counted as in flight; the drain waits for it all
+/// the same.
 #[test]
 fn a_drain_waits_for_inline_requests_of_other_threads() {
     bds_io::block_on(async {
-        let meet = Arc::new(Barrier::new(2));
-        let config = Config { inline: true, meet: Some(meet.clone()), ..Config::default() };
-        let (disk, state) = House::new().disk(vec![0; 1024], config).await;
+        let barrier = Arc::new(Barrier::new(2));
+        let config = Config { inline: true, barrier: Some(barrier.clone()), ..Config::default() };
+        let (disk, state) = DiskGraph::new().disk(vec![0; 1024], config).await;
         let guest = disk.clone();
         let thread = std::thread::spawn(move || {
             guest.try_write(0, &iov(&[1; 16], 1)).expect("nothing to wait for").unwrap();
         });
-        meet.wait();
+        barrier.wait();
         let mut drain = Box::pin(disk.drain());
         assert!((&mut drain).now_or_never().is_none(), "the write is inside");
-        meet.wait();
+        barrier.wait();
         let drained = drain.await;
         assert_eq!(state.bytes()[0], 1);
         assert_eq!(disk.stats().totals(Operation::Write).ops, 1, "counted while inside");
@@ -171,7 +172,7 @@ fn a_drain_waits_for_inline_requests_of_other_threads() {
 fn a_drain_dropped_at_any_await_opens_the_gate_again() {
     for n in 0..200 {
         let sim = Sim::new(8, SimConfig::calm());
-        let (disk, _state) = sim.block_on(House::new().disk(vec![0; 1024], slow()));
+        let (disk, _state) = sim.block_on(DiskGraph::new().disk(vec![0; 1024], slow()));
         let busy = disk.clone();
         let busy = sim.spawn(async move { busy.write(0, iov(&[1; 16], 1), NONE).await });
         let drain = disk.clone();
@@ -180,7 +181,7 @@ fn a_drain_dropped_at_any_await_opens_the_gate_again() {
         sim.block_on(async {
             busy.await.unwrap();
             disk.write(0, iov(&[2; 16], 1), NONE).await.unwrap();
-            settle().await;
+            let_tasks_run().await;
             assert_eq!(disk.in_flight(), 0);
             drop(disk);
         });
@@ -191,13 +192,13 @@ fn a_drain_dropped_at_any_await_opens_the_gate_again() {
     panic!("the drain never ends");
 }
 
-/// A medium that was taken away from under its requests: the drain of the empty drive waits for them all the same.
+/// Requests wait in a drive without a medium; its drain waits for them.
 #[test]
 fn a_drain_of_an_empty_drive_waits_for_requests_that_find_no_medium() {
     for seed in 0..20 {
         run(seed, async {
-            let house = House::new();
-            let drive = Backend::empty(house.graph(), BackendOptions::default()).unwrap();
+            let disks = DiskGraph::new();
+            let drive = Backend::empty(disks.graph(), BackendOptions::default()).unwrap();
             let reads: Vec<_> = (0..4)
                 .map(|_| {
                     let drive = drive.clone();
@@ -208,7 +209,7 @@ fn a_drain_of_an_empty_drive_waits_for_requests_that_find_no_medium() {
             let drained = drive.drain().await;
             assert_eq!(drive.in_flight(), 0);
             let before = drive.stats().totals(Operation::Read).failed;
-            settle().await;
+            let_tasks_run().await;
             let after = drive.stats().totals(Operation::Read).failed;
             assert_eq!(before, after, "seed {seed}: nothing ends inside a drained section");
             drop(drained);

@@ -1,12 +1,12 @@
-//! What is durable when: writes through a backend that wants none of them volatile, and closings after writes and failed flushes.
+//! Tests what is durable: writes through a writethrough backend, and closes after writes and failed flushes.
 
-use super::fake::{Config, House, On, Op, State, backend};
-use super::{iov, run};
 use crate::driver::{Attempt, WriteFlags, ZeroFlags};
 use crate::error::ErrorKind;
 use crate::options::Options;
 use crate::request::{Backend, BackendOptions};
 use crate::stats::Operation;
+use crate::test_kit::disk::{Config, DiskGraph, On, Op, State, backend};
+use crate::test_kit::{iov, run};
 
 const NONE: WriteFlags = WriteFlags::empty();
 
@@ -19,14 +19,14 @@ fn inline() -> Config {
 }
 
 #[test]
-fn every_way_to_write_is_durable_through_a_writethrough_backend() {
+fn every_write_is_durable_through_a_writethrough_backend() {
     for inline in [false, true] {
         run(1, async {
-            let house = House::new();
+            let disks = DiskGraph::new();
             let options = Options::new().with("cache.writeback", false);
             let config = Config { inline, options, ..Config::default() };
-            let (node, state) = house.node("disk", vec![0; 1024], config).await;
-            let (source, other) = house.node("other", vec![3; 1024], Config::default()).await;
+            let (node, state) = disks.node("disk", vec![0; 1024], config).await;
+            let (source, other) = disks.node("other", vec![3; 1024], Config::default()).await;
             let source = backend(&source);
             let disk = backend(&node);
             assert!(disk.is_writethrough(), "as the node was opened");
@@ -43,16 +43,16 @@ fn every_way_to_write_is_durable_through_a_writethrough_backend() {
             disk.write(0, iov(&[1; 16], 1), NONE).await.unwrap();
             let copied = disk.copy_range_from(&source, 0, 512, 16).await.unwrap();
             assert_eq!(copied, Attempt::Done);
-            assert_eq!(flushes(&state), 0, "not asked for, inline {inline}");
+            assert_eq!(flushes(&state), 0, "not requested, inline {inline}");
             assert_eq!(flushes(&other), 0);
         });
     }
 }
 
 #[test]
-fn a_write_with_fua_is_not_done_inline_without_it() {
+fn a_write_with_fua_is_not_done_inline() {
     run(2, async {
-        let (disk, state) = House::new().disk(vec![0; 1024], inline()).await;
+        let (disk, state) = DiskGraph::new().disk(vec![0; 1024], inline()).await;
         disk.write(0, iov(&[1; 16], 1), WriteFlags::FUA).await.unwrap();
         assert_eq!(flushes(&state), 1);
     });
@@ -61,9 +61,9 @@ fn a_write_with_fua_is_not_done_inline_without_it() {
 #[test]
 fn a_copy_past_an_end_is_refused_on_either_side() {
     run(3, async {
-        let house = House::new();
-        let (disk, state) = house.disk(vec![0; 1024], Config::default()).await;
-        let (short, _) = house.node("short", vec![1; 512], Config::default()).await;
+        let disks = DiskGraph::new();
+        let (disk, state) = disks.disk(vec![0; 1024], Config::default()).await;
+        let (short, _) = disks.node("short", vec![1; 512], Config::default()).await;
         let short = backend(&short);
         let refused = disk.copy_range_from(&short, 504, 0, 16).await.unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::OutOfRange, "past the source's");
@@ -74,9 +74,9 @@ fn a_copy_past_an_end_is_refused_on_either_side() {
 }
 
 #[test]
-fn inline_requests_are_in_the_books() {
+fn inline_requests_are_counted() {
     run(4, async {
-        let (disk, _state) = House::new().disk(vec![0; 1024], inline()).await;
+        let (disk, _state) = DiskGraph::new().disk(vec![0; 1024], inline()).await;
         disk.try_read(0, &iov(&[0; 16], 1)).expect("nothing to wait for").unwrap();
         disk.try_write(0, &iov(&[1; 32], 1)).expect("nothing to wait for").unwrap();
         let of = |operation| {
@@ -88,12 +88,12 @@ fn inline_requests_are_in_the_books() {
 }
 
 #[test]
-fn a_backend_that_writes_is_refused_by_a_node_that_is_only_read() {
+fn a_writable_backend_is_refused_on_a_read_only_node() {
     run(5, async {
-        let house = House::new();
+        let disks = DiskGraph::new();
         let options = Options::new().with("read-only", true);
         let config = Config { options, ..Config::default() };
-        let (node, _) = house.node("disk", vec![0; 1024], config).await;
+        let (node, _) = disks.node("disk", vec![0; 1024], config).await;
         let options = BackendOptions { writable: true, ..Default::default() };
         let refused = Backend::new(&node, options).unwrap_err();
         let words = "node 'disk': the node is read-only; open it for writing";
@@ -101,19 +101,19 @@ fn a_backend_that_writes_is_refused_by_a_node_that_is_only_read() {
     });
 }
 
-// ---- closings
+// ---- closes
 
-/// The medium may have lost what was written before: the flush of the close, which finds nothing to do, does not say so.
+/// The medium may have lost earlier writes although the close itself has nothing to flush.
 #[test]
 fn a_close_reports_a_flush_that_failed_before() {
     run(6, async {
-        let house = House::new();
-        let (disk, state) = house.disk(vec![0; 1024], Config::default()).await;
+        let disks = DiskGraph::new();
+        let (disk, state) = disks.disk(vec![0; 1024], Config::default()).await;
         let node = disk.node().unwrap();
         disk.write(0, iov(&[1; 16], 1), NONE).await.unwrap();
         state.fail_once(On::FlushToDisk, None);
         assert_eq!(disk.flush().await.unwrap_err().kind(), ErrorKind::Io);
-        state.heal();
+        state.clear_faults();
         drop(disk);
         let report = node.close().await.unwrap();
         let error = report.flush_error.as_ref().expect("it is not forgotten");
@@ -125,10 +125,10 @@ fn a_close_reports_a_flush_that_failed_before() {
 }
 
 #[test]
-fn a_close_makes_durable_what_was_written_and_only_that() {
+fn close_flushes_only_after_writes() {
     run(7, async {
-        let house = House::new();
-        let (disk, state) = house.disk(vec![0; 1024], Config::default()).await;
+        let disks = DiskGraph::new();
+        let (disk, state) = disks.disk(vec![0; 1024], Config::default()).await;
         let node = disk.node().unwrap();
         disk.write(0, iov(&[1; 16], 1), NONE).await.unwrap();
         drop(disk);
@@ -136,7 +136,7 @@ fn a_close_makes_durable_what_was_written_and_only_that() {
         assert!(node.close().await.unwrap().is_clean());
         assert_eq!(state.take_log(), [Op::FlushToOs, Op::FlushToDisk]);
 
-        let (disk, state) = house.disk(vec![0; 1024], Config::default()).await;
+        let (disk, state) = disks.disk(vec![0; 1024], Config::default()).await;
         let node = disk.node().unwrap();
         disk.write(0, iov(&[1; 16], 1), NONE).await.unwrap();
         disk.flush().await.unwrap();
@@ -150,8 +150,8 @@ fn a_close_makes_durable_what_was_written_and_only_that() {
 #[test]
 fn a_failed_flush_of_a_close_is_in_its_report() {
     run(8, async {
-        let house = House::new();
-        let (disk, state) = house.disk(vec![0; 1024], Config::default()).await;
+        let disks = DiskGraph::new();
+        let (disk, state) = disks.disk(vec![0; 1024], Config::default()).await;
         let node = disk.node().unwrap();
         disk.write(0, iov(&[1; 16], 1), NONE).await.unwrap();
         drop(disk);
@@ -162,12 +162,12 @@ fn a_failed_flush_of_a_close_is_in_its_report() {
 }
 
 #[test]
-fn a_close_of_a_node_that_ignores_flushes_writes_out_and_flushes_nothing() {
+fn close_with_no_flush_writes_back_without_flushing() {
     run(9, async {
-        let house = House::new();
+        let disks = DiskGraph::new();
         let options = Options::new().with("cache.no-flush", true);
         let config = Config { options, ..Config::default() };
-        let (disk, state) = house.disk(vec![0; 1024], config).await;
+        let (disk, state) = disks.disk(vec![0; 1024], config).await;
         let node = disk.node().unwrap();
         disk.write(0, iov(&[1; 16], 1), NONE).await.unwrap();
         drop(disk);

@@ -1,13 +1,13 @@
 //! Checks the table of [`ErrorKind`] on real calls: which refusal has which kind.
 
-use super::fake::{Config, House};
-use super::{iov, run};
 use crate::driver::{Prealloc, Truncate, WriteFlags, ZeroFlags};
 use crate::error::{Error, ErrorKind};
 use crate::event::ErrorAction;
 use crate::graph::{Access, Perm};
 use crate::options::Options;
 use crate::request::{Backend, BackendOptions, ErrorPolicies, ErrorPolicy, IoStatus};
+use crate::test_kit::disk::{Config, DiskGraph};
+use crate::test_kit::{iov, run};
 
 const GROW: Truncate =
     Truncate { len: 2048, exact: true, prealloc: Prealloc::Off, zero_new: false };
@@ -36,10 +36,10 @@ fn kinds(errors: &[Error]) -> Vec<ErrorKind> {
 #[test]
 fn a_read_only_node_refuses_every_change_as_read_only() {
     run(1, async {
-        let house = House::new();
+        let disks = DiskGraph::new();
         let options = Options::new().with("read-only", true);
         let (node, _) =
-            house.node("disk", vec![0; 1024], Config { options, ..Config::default() }).await;
+            disks.node("disk", vec![0; 1024], Config { options, ..Config::default() }).await;
         let reader = Backend::new(&node, BackendOptions::default()).unwrap();
         assert_eq!(kinds(&changes(&reader).await), [ErrorKind::ReadOnly; 6]);
         assert_eq!(Backend::new(&node, writer()).unwrap_err().kind(), ErrorKind::ReadOnly);
@@ -52,8 +52,8 @@ fn a_read_only_node_refuses_every_change_as_read_only() {
 #[test]
 fn a_missing_permission_is_permission_denied_and_names_the_user() {
     run(2, async {
-        let house = House::new();
-        let (node, _) = house.node("disk", vec![0; 1024], Config::default()).await;
+        let disks = DiskGraph::new();
+        let (node, _) = disks.node("disk", vec![0; 1024], Config::default()).await;
         let options = BackendOptions { name: "reader".into(), ..BackendOptions::default() };
         let reader = Backend::new(&node, options).unwrap();
         let errors = changes(&reader).await;
@@ -73,8 +73,8 @@ fn a_missing_permission_is_permission_denied_and_names_the_user() {
 #[test]
 fn a_missing_permission_is_reported_whatever_the_error_policy() {
     run(3, async {
-        let house = House::new();
-        let (node, _) = house.node("disk", vec![0; 1024], Config::default()).await;
+        let disks = DiskGraph::new();
+        let (node, _) = disks.node("disk", vec![0; 1024], Config::default()).await;
         let reader = Backend::new(&node, BackendOptions::default()).unwrap();
         let stop = ErrorPolicies { read: ErrorPolicy::Stop, write: ErrorPolicy::Stop };
         reader.set_policies(stop);
@@ -87,10 +87,10 @@ fn a_missing_permission_is_reported_whatever_the_error_policy() {
 #[test]
 fn an_inactive_node_refuses_every_change_as_inactive() {
     run(4, async {
-        let house = House::new();
-        let (node, _) = house.node("disk", vec![0; 1024], Config::default()).await;
+        let disks = DiskGraph::new();
+        let (node, _) = disks.node("disk", vec![0; 1024], Config::default()).await;
         let reader = Backend::new(&node, BackendOptions::default()).unwrap();
-        house.graph().inactivate(&node).await.unwrap();
+        disks.graph().inactivate(&node).await.unwrap();
         assert_eq!(kinds(&changes(&reader).await), [ErrorKind::Inactive; 6]);
         assert_eq!(Backend::new(&node, writer()).unwrap_err().kind(), ErrorKind::Inactive);
     });
@@ -99,8 +99,8 @@ fn an_inactive_node_refuses_every_change_as_inactive() {
 #[test]
 fn conflicts_blockers_ranges_and_missing_media_have_kinds_of_their_own() {
     run(5, async {
-        let house = House::new();
-        let (node, _) = house.node("disk", vec![0; 1024], Config::default()).await;
+        let disks = DiskGraph::new();
+        let (node, _) = disks.node("disk", vec![0; 1024], Config::default()).await;
         let alone = BackendOptions { shared: Perm::CONSISTENT_READ, ..writer() };
         let backend = Backend::new(&node, alone).unwrap();
         assert_eq!(Backend::new(&node, writer()).unwrap_err().kind(), ErrorKind::InUse);
@@ -111,6 +111,6 @@ fn conflicts_blockers_ranges_and_missing_media_have_kinds_of_their_own() {
         backend.eject().await.unwrap();
         assert_eq!(backend.write_at(0, &[1]).unwrap_err().kind(), ErrorKind::NoMedium);
         assert_eq!(backend.truncate(GROW).await.unwrap_err().kind(), ErrorKind::NoMedium);
-        assert_eq!(house.graph().find("nothing").unwrap_err().kind(), ErrorKind::NotFound);
+        assert_eq!(disks.graph().find("nothing").unwrap_err().kind(), ErrorKind::NotFound);
     });
 }

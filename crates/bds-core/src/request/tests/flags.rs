@@ -1,12 +1,12 @@
-//! Durability, zero writes, discards, refusals: what reaches the driver, by table.
+//! Tests, by table, which operations reach the driver: durability, zero writes, discards, refusals.
 
 use bds_io::IoVec;
 
-use super::fake::{Config, House, On, Op, backend};
-use super::{iov, run};
 use crate::driver::{Attempt, Limits, Prealloc, Truncate, WriteFlags, ZeroFlags};
 use crate::error::ErrorKind;
 use crate::options::Options;
+use crate::test_kit::disk::{Config, DiskGraph, On, Op, backend};
+use crate::test_kit::{iov, run};
 
 fn aligned(align: u32) -> Config {
     Config { limits: Limits { request_alignment: align, ..Limits::default() }, ..Config::default() }
@@ -16,8 +16,8 @@ fn aligned(align: u32) -> Config {
 fn failed_rmw_read_fails_the_write() {
     for zero in [false, true] {
         run(1, async {
-            let house = House::new();
-            let (disk, state) = house.disk(vec![0x55; 16384], aligned(4096)).await;
+            let disks = DiskGraph::new();
+            let (disk, state) = disks.disk(vec![0x55; 16384], aligned(4096)).await;
             for bad in [0..4096, 12288..16384] {
                 state.fail_once(On::Read, Some(bad));
                 let error = if zero {
@@ -38,7 +38,7 @@ fn failed_rmw_read_fails_the_write() {
 fn durable_writes_are_flushed_once_after_the_last_fragment() {
     let write = |range, flags| Op::Write(range, flags);
     let (none, fua) = (WriteFlags::empty(), WriteFlags::FUA);
-    // the driver's own flags: what it is asked
+    // the driver's own flags: the operations
     let table = [
         (none, vec![write(0..512, none), write(512..1024, none), Op::FlushToOs, Op::FlushToDisk]),
         (fua, vec![write(0..512, fua), write(512..1024, fua)]),
@@ -47,7 +47,7 @@ fn durable_writes_are_flushed_once_after_the_last_fragment() {
         run(2, async {
             let limits = Limits { max_transfer: 512, ..Limits::default() };
             let config = Config { limits, write_flags: native, ..Config::default() };
-            let (disk, state) = House::new().disk(vec![0; 4096], config).await;
+            let (disk, state) = DiskGraph::new().disk(vec![0; 4096], config).await;
             disk.write(0, iov(&[1; 1024], 1), WriteFlags::FUA).await.unwrap();
             assert_eq!(state.take_log(), expected, "{native:?}");
         });
@@ -57,7 +57,7 @@ fn durable_writes_are_flushed_once_after_the_last_fragment() {
 #[test]
 fn a_flush_is_skipped_only_when_nothing_was_written() {
     run(3, async {
-        let (disk, state) = House::new().disk(vec![0; 4096], Config::default()).await;
+        let (disk, state) = DiskGraph::new().disk(vec![0; 4096], Config::default()).await;
         disk.flush().await.unwrap();
         assert_eq!(state.take_log(), [Op::FlushToOs]);
         disk.write(0, iov(&[1], 1), WriteFlags::empty()).await.unwrap();
@@ -72,7 +72,7 @@ fn a_flush_is_skipped_only_when_nothing_was_written() {
 fn an_inline_write_makes_the_node_dirty() {
     run(3, async {
         let config = Config { inline: true, ..Config::default() };
-        let (disk, state) = House::new().disk(vec![0; 4096], config).await;
+        let (disk, state) = DiskGraph::new().disk(vec![0; 4096], config).await;
         assert!(disk.try_write(0, &iov(&[1; 512], 1)).unwrap().is_ok());
         assert_eq!(state.take_log(), []);
         disk.flush().await.unwrap();
@@ -81,9 +81,9 @@ fn an_inline_write_makes_the_node_dirty() {
 }
 
 #[test]
-fn a_failed_flush_of_the_medium_sticks() {
+fn a_failed_flush_fails_all_later_flushes() {
     run(4, async {
-        let (disk, state) = House::new().disk(vec![0; 4096], Config::default()).await;
+        let (disk, state) = DiskGraph::new().disk(vec![0; 4096], Config::default()).await;
         disk.write(0, iov(&[1], 1), WriteFlags::empty()).await.unwrap();
         state.fail_once(On::FlushToDisk, None);
         assert_eq!(disk.flush().await.unwrap_err().kind(), ErrorKind::Io);
@@ -101,7 +101,7 @@ fn a_cancelled_flush_still_reports_its_failure_to_the_next() {
         let config = Config { turns: 2, ..Config::default() };
         let sim = bds_io::Sim::new(n, bds_io::SimConfig::calm());
         let (disk, state) = sim.block_on(async {
-            let (disk, state) = House::new().disk(vec![0; 64], config).await;
+            let (disk, state) = DiskGraph::new().disk(vec![0; 64], config).await;
             disk.write(0, iov(&[1], 1), WriteFlags::empty()).await.unwrap();
             state.fail_always(On::FlushToDisk, None);
             (disk, state)
@@ -116,19 +116,19 @@ fn a_cancelled_flush_still_reports_its_failure_to_the_next() {
 }
 
 #[test]
-fn unsafe_caches_and_writethrough() {
+fn no_flush_and_writethrough_modes() {
     run(5, async {
-        let house = House::new();
+        let disks = DiskGraph::new();
         let cache = Options::new().with("no-flush", true);
         let options = Options::new().with("cache", cache.into_json());
-        let (disk, state) = house.disk(vec![0; 64], Config { options, ..Config::default() }).await;
+        let (disk, state) = disks.disk(vec![0; 64], Config { options, ..Config::default() }).await;
         disk.write(0, iov(&[1], 1), WriteFlags::FUA).await.unwrap();
         disk.flush().await.unwrap();
         let none = WriteFlags::empty();
         assert_eq!(state.take_log(), [Op::Write(0..1, none), Op::FlushToOs]);
 
         disk.set_writethrough(true);
-        let (node, state) = house.node("other", vec![0; 64], Config::default()).await;
+        let (node, state) = disks.node("other", vec![0; 64], Config::default()).await;
         let disk = backend(&node);
         disk.set_writethrough(true);
         disk.write(0, iov(&[1], 1), none).await.unwrap();
@@ -146,7 +146,7 @@ fn zeroing(zero_alignment: u32, max_zero: u64, flags: ZeroFlags) -> Config {
 fn zero_writes_are_cut_at_units() {
     run(6, async {
         let config = zeroing(4096, 8192, ZeroFlags::MAY_UNMAP);
-        let (disk, state) = House::new().disk(vec![7; 1 << 16], config).await;
+        let (disk, state) = DiskGraph::new().disk(vec![7; 1 << 16], config).await;
         let done = disk.write_zeroes(512, 30208, ZeroFlags::MAY_UNMAP).await.unwrap();
         assert_eq!(done, Attempt::Done);
         let unmap = ZeroFlags::MAY_UNMAP;
@@ -168,7 +168,7 @@ fn zero_writes_fall_back_to_bounded_buffers() {
         let limits = Limits { max_transfer: 1 << 20, max_iov: 8, ..Limits::default() };
         let config = Config { limits, ..Config::default() };
         let len = (3 << 20) + 17;
-        let (disk, state) = House::new().disk(vec![7; len], config).await;
+        let (disk, state) = DiskGraph::new().disk(vec![7; len], config).await;
         let flags = ZeroFlags::NO_FALLBACK;
         let answer = disk.write_zeroes(0, len as u64, flags).await.unwrap();
         assert_eq!(answer, Attempt::Unsupported);
@@ -182,7 +182,7 @@ fn zero_writes_fall_back_to_bounded_buffers() {
 }
 
 #[test]
-fn no_fallback_needs_a_fast_and_aligned_way() {
+fn no_fallback_needs_a_fast_aligned_zero_write() {
     // the driver's flags, range: answer
     let fast = ZeroFlags::NO_FALLBACK;
     let table = [
@@ -192,7 +192,7 @@ fn no_fallback_needs_a_fast_and_aligned_way() {
     ];
     for (flags, range, expected) in table {
         run(8, async {
-            let (disk, state) = House::new().disk(vec![7; 4096], zeroing(512, 0, flags)).await;
+            let (disk, state) = DiskGraph::new().disk(vec![7; 4096], zeroing(512, 0, flags)).await;
             let len = range.end - range.start;
             let answer = disk.write_zeroes(range.start, len, ZeroFlags::NO_FALLBACK).await;
             assert_eq!(answer.unwrap(), expected, "{flags:?} {range:?}");
@@ -202,12 +202,12 @@ fn no_fallback_needs_a_fast_and_aligned_way() {
 }
 
 #[test]
-fn unmapping_needs_the_nodes_consent() {
+fn unmapping_needs_discard_unmap() {
     for discard in ["ignore", "unmap"] {
         run(9, async {
             let mut config = zeroing(512, 0, ZeroFlags::MAY_UNMAP);
             config.options = Options::new().with("discard", discard);
-            let (disk, state) = House::new().disk(vec![7; 4096], config).await;
+            let (disk, state) = DiskGraph::new().disk(vec![7; 4096], config).await;
             let _ = disk.write_zeroes(0, 512, ZeroFlags::MAY_UNMAP).await.unwrap();
             disk.discard(0, 1024).await.unwrap();
             let is_on = discard == "unmap";
@@ -230,7 +230,7 @@ fn discards_stay_inside_the_range() {
         };
         let options = Options::new().with("discard", "unmap");
         let config = Config { limits, options, ..Config::default() };
-        let (disk, state) = House::new().disk(vec![7; 20100], config).await;
+        let (disk, state) = DiskGraph::new().disk(vec![7; 20100], config).await;
         disk.discard(100, 20000).await.unwrap();
         let expected =
             [512..4096, 4096..12288, 12288..16384, 16384..20100].map(Op::Discard).to_vec();
@@ -242,7 +242,7 @@ fn discards_stay_inside_the_range() {
 
 #[test]
 fn detected_zeroes_become_zero_writes() {
-    // the option: what the driver is asked
+    // the option: the operation
     let unmap = ZeroFlags::MAY_UNMAP;
     let table = [
         ("off", Op::Write(0..512, WriteFlags::empty())),
@@ -253,7 +253,7 @@ fn detected_zeroes_become_zero_writes() {
         run(11, async {
             let mut config = zeroing(512, 0, unmap);
             config.options.set("detect-zeroes", word);
-            let (disk, state) = House::new().disk(vec![7; 4096], config).await;
+            let (disk, state) = DiskGraph::new().disk(vec![7; 4096], config).await;
             disk.write(0, iov(&[0; 512], 2), WriteFlags::empty()).await.unwrap();
             assert_eq!(state.take_log(), [expected], "{word}");
             let mut almost = [0; 512];
@@ -265,10 +265,10 @@ fn detected_zeroes_become_zero_writes() {
 }
 
 #[test]
-fn users_stay_inside_the_node_and_read_only_is_read_only() {
+fn requests_past_the_end_or_on_read_only_nodes_fail() {
     run(12, async {
-        let house = House::new();
-        let (disk, state) = house.disk(vec![7; 1000], Config::default()).await;
+        let disks = DiskGraph::new();
+        let (disk, state) = disks.disk(vec![7; 1000], Config::default()).await;
         let none = WriteFlags::empty();
         for (offset, len) in [(999, 2), (1000, 1), (u64::MAX, 2), (1 << 63, 1)] {
             let buffer = iov(&vec![0; len], 1);
@@ -285,7 +285,7 @@ fn users_stay_inside_the_node_and_read_only_is_read_only() {
 
         let options = Options::new().with("read-only", true);
         let (node, _) =
-            house.node("ro", vec![7; 1000], Config { options, ..Config::default() }).await;
+            disks.node("ro", vec![7; 1000], Config { options, ..Config::default() }).await;
         let disk = backend(&node);
         let error = disk.write(0, iov(&[1], 1), none).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ReadOnly);
@@ -294,15 +294,15 @@ fn users_stay_inside_the_node_and_read_only_is_read_only() {
 }
 
 #[test]
-fn growing_over_a_longer_backing_node_asks_for_zeros() {
+fn growing_over_a_longer_backing_node_zeroes() {
     run(13, async {
-        let house = House::new();
+        let disks = DiskGraph::new();
         let options = Options::new().with("read-only", true);
         let (_base, _) =
-            house.node("base", vec![7; 2000], Config { options, ..Config::default() }).await;
+            disks.node("base", vec![7; 2000], Config { options, ..Config::default() }).await;
         let options = Options::new().with("backing", "base");
-        let config = Config { backs: true, options, ..Config::default() };
-        let (disk, state) = house.disk(vec![0; 1000], config).await;
+        let config = Config { supports_backing: true, options, ..Config::default() };
+        let (disk, state) = disks.disk(vec![0; 1000], config).await;
         let grow = |len| Truncate { len, exact: true, prealloc: Prealloc::Off, zero_new: false };
         disk.truncate(grow(1500)).await.unwrap();
         disk.truncate(grow(2000)).await.unwrap();

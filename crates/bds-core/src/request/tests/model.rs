@@ -2,10 +2,10 @@
 
 use proptest::prelude::{Just, Strategy, any, prop, prop_oneof, proptest};
 
-use super::fake::{Config, House};
-use super::{iov, run};
 use crate::driver::{Limits, WriteFlags, ZeroFlags};
 use crate::options::Options;
+use crate::test_kit::disk::{Config, DiskGraph};
+use crate::test_kit::{iov, run};
 
 const LEN: usize = 40_000;
 
@@ -46,7 +46,7 @@ proptest! {
     #![proptest_config(proptest::test_runner::Config::with_cases(150))]
 
     #[test]
-    fn requests_do_what_a_vector_of_bytes_does(
+    fn requests_match_a_vector_of_bytes(
         limits in limits(),
         inline in any::<bool>(),
         can_zero in any::<bool>(),
@@ -64,7 +64,7 @@ proptest! {
         run(1, async {
             let mut model: Vec<u8> = (0..LEN).map(|i| u8::try_from(i % 251).unwrap()).collect();
             // A node's last block is a whole one here: only files end inside a block.
-            let (disk, state) = House::new().disk(model.clone(), config).await;
+            let (disk, state) = DiskGraph::new().disk(model.clone(), config).await;
             for step in &steps {
                 match *step {
                     Step::Read(at, len, parts) => {

@@ -1,15 +1,15 @@
-//! Requests that overlap, over thousands of schedules: no byte is lost, nobody waits for ever, nobody is left behind.
+//! Tests overlapping requests over thousands of schedules: no byte is lost, no request hangs or stays registered.
 
 use std::sync::Arc;
 
 use bds_io::{Sim, SimConfig};
 use futures_util::future::join_all;
 
-use super::fake::{Config, House, On, Op, State};
-use super::{iov, run};
 use crate::driver::{Limits, Prealloc, Truncate, WriteFlags, ZeroFlags};
 use crate::error::ErrorKind;
 use crate::request::Backend;
+use crate::test_kit::disk::{Config, DiskGraph, On, Op, State};
+use crate::test_kit::{iov, run};
 
 fn slow(align: u32) -> Config {
     Config {
@@ -24,7 +24,7 @@ fn slow(align: u32) -> Config {
 fn overlapping_widened_writes_never_lose_bytes() {
     for seed in 0..1000 {
         run(seed, async {
-            let (disk, state) = House::new().disk(vec![0; 1024], slow(512)).await;
+            let (disk, state) = DiskGraph::new().disk(vec![0; 1024], slow(512)).await;
             let disk = Arc::new(disk);
             let writes = (0..16u8).map(|i| {
                 let disk = Arc::clone(&disk);
@@ -53,12 +53,12 @@ fn overlapping_widened_writes_never_lose_bytes() {
     }
 }
 
-/// Some of the requests are dropped half-way; the others must not notice.
+/// Some of the requests are dropped half-way; the others complete.
 #[test]
-fn cancelled_requests_let_the_others_in() {
+fn dropped_requests_unblock_others() {
     for seed in 0..500 {
         run(seed, async {
-            let (disk, state) = House::new().disk(vec![0; 512], slow(512)).await;
+            let (disk, state) = DiskGraph::new().disk(vec![0; 512], slow(512)).await;
             let disk = Arc::new(disk);
             let mut kept = Vec::new();
             for i in 0..12u8 {
@@ -89,7 +89,7 @@ fn cancelled_requests_let_the_others_in() {
 
 /// Dropped at the n-th poll, for all n: nothing stays registered.
 #[test]
-fn a_request_dropped_at_any_await_leaves_nothing_behind() {
+fn a_request_dropped_at_any_await_is_unregistered() {
     type Request = fn(Arc<Backend>) -> crate::driver::BoxFuture<'static, ()>;
     let requests: [Request; 5] = [
         |disk| Box::pin(async move { drop(disk.read(3, iov(&[0; 600], 1)).await) }),
@@ -107,7 +107,7 @@ fn a_request_dropped_at_any_await_leaves_nothing_behind() {
     for (which, request) in requests.iter().enumerate() {
         for n in 0..200 {
             let sim = Sim::new(7, SimConfig::calm());
-            let (disk, _state) = sim.block_on(House::new().disk(vec![0; 1024], slow(512)));
+            let (disk, _state) = sim.block_on(DiskGraph::new().disk(vec![0; 1024], slow(512)));
             let disk = Arc::new(disk);
             let dropped = sim.drop_at(request(Arc::clone(&disk)), n);
             sim.run_until_idle();
@@ -133,7 +133,7 @@ fn a_request_dropped_at_any_await_leaves_nothing_behind() {
 #[test]
 fn no_wait_fails_rather_than_wait() {
     run(3, async {
-        let (disk, state) = House::new().disk(vec![0; 1024], slow(512)).await;
+        let (disk, state) = DiskGraph::new().disk(vec![0; 1024], slow(512)).await;
         let mut widened = Box::pin(disk.write(1, iov(&[1], 1), WriteFlags::empty()));
         futures_util::future::select(&mut widened, Box::pin(bds_io::yield_now())).await;
         let error = disk.write(0, iov(&[2; 512], 1), WriteFlags::NO_WAIT).await.unwrap_err();
@@ -144,13 +144,13 @@ fn no_wait_fails_rather_than_wait() {
     });
 }
 
-/// While a widened write is under way, the inline way is closed for its node.
+/// While a widened write is in flight, inline requests of its node are declined.
 #[test]
-fn inline_requests_do_not_slip_past_a_widened_write() {
+fn inline_requests_wait_for_a_widened_write() {
     for seed in 0..300 {
         run(seed, async {
             let config = Config { inline: true, ..slow(512) };
-            let (disk, state) = House::new().disk(vec![0; 1024], config).await;
+            let (disk, state) = DiskGraph::new().disk(vec![0; 1024], config).await;
             let disk = Arc::new(disk);
             let widened = bds_io::spawn({
                 let disk = Arc::clone(&disk);
@@ -179,16 +179,16 @@ fn inline_requests_do_not_slip_past_a_widened_write() {
 #[test]
 fn a_write_that_ends_during_a_flush_is_not_covered() {
     run(5, async {
-        let (disk, state) = House::new().disk(vec![0; 1024], slow(1)).await;
+        let (disk, state) = DiskGraph::new().disk(vec![0; 1024], slow(1)).await;
         disk.write(0, iov(&[1], 1), WriteFlags::empty()).await.unwrap();
         let mut flush = Box::pin(disk.flush());
         // The medium is being flushed…
         while !state_has(&state, &Op::FlushToDisk) {
             futures_util::future::select(&mut flush, Box::pin(bds_io::yield_now())).await;
         }
-        // … when another write ends.
-        let config_write = disk.write(1, iov(&[2], 1), WriteFlags::empty());
-        config_write.await.unwrap();
+        // … when another write completes.
+        let other_write = disk.write(1, iov(&[2], 1), WriteFlags::empty());
+        other_write.await.unwrap();
         flush.await.unwrap();
         state.take_log();
         disk.flush().await.unwrap();
@@ -204,13 +204,13 @@ fn state_has(state: &Arc<State>, wanted: &Op) -> bool {
 #[test]
 fn a_failed_write_leaves_the_node_usable_and_dirty() {
     run(6, async {
-        let (disk, state) = House::new().disk(vec![0; 1024], slow(512)).await;
+        let (disk, state) = DiskGraph::new().disk(vec![0; 1024], slow(512)).await;
         state.fail_once(On::Write, None);
         let error = disk.write(1, iov(&[1], 1), WriteFlags::empty()).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Io);
         state.take_log();
         disk.flush().await.unwrap();
-        assert!(state.take_log().contains(&Op::FlushToDisk), "nobody knows what it wrote");
+        assert!(state.take_log().contains(&Op::FlushToDisk), "it may have written a part");
         disk.write(1, iov(&[1], 1), WriteFlags::empty()).await.unwrap();
     });
 }
@@ -234,21 +234,21 @@ fn park_on<F: Future>(future: F) -> F::Output {
     }
 }
 
-/// Real threads: widened writes, inline and waiting ones and reads of one block, each thread with bytes of its own.
+/// Real threads: widened writes, inline and waiting ones, and reads of one block, each thread with its own bytes.
 #[test]
 fn threads_never_lose_bytes_to_each_other() {
     const THREADS: u8 = 4;
     const ROUNDS: u8 = 250;
     let config = Config { inline: true, ..slow(512) };
     let config = Config { turns: 0, ..config };
-    let (disk, _state) = run(1, House::new().disk(vec![0; 2048], config));
+    let (disk, _state) = run(1, DiskGraph::new().disk(vec![0; 2048], config));
     std::thread::scope(|scope| {
         for thread in 0..THREADS {
             let disk = &disk;
             scope.spawn(move || {
                 let own = u64::from(thread);
                 for round in 1..=ROUNDS {
-                    // One byte in a block that all share, then a block of one's own, inline if possible.
+                    // One byte in a block that all share, then an own block, inline if possible.
                     park_on(disk.write(own, iov(&[round], 1), WriteFlags::empty())).unwrap();
                     let block = 512 + 512 * (own % 3);
                     let buffer = iov(&[0; 512], 1);

@@ -1,23 +1,23 @@
-//! What a failing medium means.
+//! Tests error policies: report, ignore, stop, and stop on ENOSPC.
 
-use super::fake::{Config, House, On, State};
-use super::{ended, iov, run, settle};
 use crate::driver::{Attempt, WriteFlags, ZeroFlags};
 use crate::error::ErrorKind;
 use crate::event::{ErrorAction, Event};
 use crate::request::{Backend, BackendOptions, ErrorPolicies, ErrorPolicy, IoStatus};
 use crate::stats::Operation;
+use crate::test_kit::disk::{Config, DiskGraph, On, State};
+use crate::test_kit::{ended, iov, let_tasks_run, run};
 
 const NONE: WriteFlags = WriteFlags::empty();
 
 async fn disk(
-    house: &House,
+    disks: &DiskGraph,
     inline: bool,
     read: ErrorPolicy,
     write: ErrorPolicy,
 ) -> (Backend, std::sync::Arc<State>) {
     let config = Config { inline, ..Config::default() };
-    let (node, state) = house.node("disk", vec![0; 1024], config).await;
+    let (node, state) = disks.node("disk", vec![0; 1024], config).await;
     let policy = ErrorPolicies { read, write };
     let name = "d0".to_owned();
     let options =
@@ -30,17 +30,17 @@ fn writing(disk: &Backend, offset: u64) -> bds_io::Task<crate::Result<()>> {
     bds_io::spawn(async move { disk.write(offset, iov(&[1; 16], 1), NONE).await })
 }
 
-/// A device gets QEMU's defaults; a tool, which could not decide, is told and never held.
+/// A device gets QEMU's defaults; a tool, which could not decide, gets every error and is never stopped.
 #[test]
 fn defaults_depend_on_whether_there_is_a_device() {
     run(8, async {
-        let house = House::new();
-        let (node, state) = house.node("disk", vec![0; 1024], Config::default()).await;
+        let disks = DiskGraph::new();
+        let (node, state) = disks.node("disk", vec![0; 1024], Config::default()).await;
         let options = BackendOptions { writable: true, ..Default::default() };
         let disk = Backend::new(&node, options).unwrap();
         state.fail_with(On::Write, ErrorKind::NoSpace);
-        let mut told = writing(&disk, 0);
-        assert_eq!(ended(&mut told).await.unwrap().unwrap_err().kind(), ErrorKind::NoSpace);
+        let mut reported = writing(&disk, 0);
+        assert_eq!(ended(&mut reported).await.unwrap().unwrap_err().kind(), ErrorKind::NoSpace);
         let device = disk.attach_device("virtio0").unwrap();
         let policies = disk.policies();
         assert_eq!((policies.read, policies.write), (ErrorPolicy::Report, ErrorPolicy::Enospc));
@@ -48,15 +48,15 @@ fn defaults_depend_on_whether_there_is_a_device() {
         assert!(ended(&mut held).await.is_none());
         disk.set_policies(ErrorPolicies::REPORT);
         disk.resume();
-        assert!(ended(&mut held).await.unwrap().is_err(), "what was set counts");
+        assert!(ended(&mut held).await.unwrap().is_err(), "the policy set last applies");
         drop(device);
         let device = disk.attach_device("virtio0").unwrap();
-        assert_eq!(disk.policies(), policies, "and is forgotten when the device goes");
+        assert_eq!(disk.policies(), policies, "and is reset when the device is detached");
         drop(device);
     });
 }
 
-/// Policy, kind of failure, what comes of it: told, success, or waiting.
+/// Policy, kind of failure, outcome: reported (false), success (true), or waiting (`None`).
 #[test]
 fn policies_by_table() {
     use ErrorKind::{Io, NoSpace, NotSupported};
@@ -70,7 +70,7 @@ fn policies_by_table() {
         (Stop, NoSpace, None),
         (Enospc, Io, Some(false)),
         (Enospc, NoSpace, None),
-        // Not the medium's fault.
+        // Not an error of the medium.
         (Stop, NotSupported, Some(false)),
         (Ignore, NotSupported, Some(false)),
     ];
@@ -78,9 +78,9 @@ fn policies_by_table() {
         for (policy, kind, expected) in table {
             for is_read in [true, false] {
                 run(1, async {
-                    let house = House::new();
+                    let disks = DiskGraph::new();
                     let (read, write) = if is_read { (policy, Report) } else { (Report, policy) };
-                    let (disk, state) = disk(&house, inline, read, write).await;
+                    let (disk, state) = disk(&disks, inline, read, write).await;
                     state.fail_with(if is_read { On::Read } else { On::Write }, kind);
                     let guest = disk.clone();
                     let mut task = bds_io::spawn(async move {
@@ -90,8 +90,8 @@ fn policies_by_table() {
                         }
                     });
                     let what = format!("{policy:?} {kind:?} read {is_read} inline {inline}");
-                    let told = ended(&mut task).await.map(|result| result.is_ok());
-                    assert_eq!(told, expected, "{what}");
+                    let outcome = ended(&mut task).await.map(|result| result.is_ok());
+                    assert_eq!(outcome, expected, "{what}");
                     let operation = if is_read { Operation::Read } else { Operation::Write };
                     let totals = disk.stats().totals(operation);
                     let failed = u64::from(expected.is_some());
@@ -110,28 +110,28 @@ fn policies_by_table() {
 }
 
 #[test]
-fn a_stop_holds_later_requests_until_resume_and_tries_the_failed_ones_again() {
+fn stop_holds_requests_until_resume_and_retries_failed_ones() {
     for inline in [false, true] {
         run(2, async {
-            let house = House::new();
+            let disks = DiskGraph::new();
             let (disk, state) =
-                disk(&house, inline, ErrorPolicy::Report, ErrorPolicy::Enospc).await;
-            let mut events = house.graph().events();
+                disk(&disks, inline, ErrorPolicy::Report, ErrorPolicy::Enospc).await;
+            let mut events = disks.graph().events();
             state.fail_with(On::Write, ErrorKind::NoSpace);
             let mut first = writing(&disk, 0);
             assert!(ended(&mut first).await.is_none());
-            let told = events.try_next().unwrap();
-            let Event::BlockIoError { backend, node, is_read, action, nospace, reason } = &told
+            let event = events.try_next().unwrap();
+            let Event::BlockIoError { backend, node, is_read, action, nospace, reason } = &event
             else {
-                panic!("{told:?}")
+                panic!("{event:?}")
             };
             assert_eq!((backend.as_str(), node.as_deref()), ("d0", Some("disk")));
             assert_eq!((*is_read, *action, *nospace), (false, ErrorAction::Stop, true));
             assert!(reason.contains("injected"), "{reason}");
-            assert_eq!(told.to_json()["event"], "BLOCK_IO_ERROR");
-            assert_eq!(told.to_json()["data"]["operation"], "write");
+            assert_eq!(event.to_json()["event"], "BLOCK_IO_ERROR");
+            assert_eq!(event.to_json()["data"]["operation"], "write");
 
-            state.heal();
+            state.clear_faults();
             let mut second = writing(&disk, 32);
             let reader = disk.clone();
             let mut third = bds_io::spawn(async move { reader.read(0, iov(&[0; 16], 1)).await });
@@ -156,8 +156,8 @@ fn a_stop_holds_later_requests_until_resume_and_tries_the_failed_ones_again() {
 #[test]
 fn a_request_that_fails_again_stops_again() {
     run(3, async {
-        let house = House::new();
-        let (disk, state) = disk(&house, false, ErrorPolicy::Stop, ErrorPolicy::Stop).await;
+        let disks = DiskGraph::new();
+        let (disk, state) = disk(&disks, false, ErrorPolicy::Stop, ErrorPolicy::Stop).await;
         state.fail_with(On::Write, ErrorKind::Io);
         let mut tasks = [writing(&disk, 0), writing(&disk, 32), writing(&disk, 64)];
         for round in 0..3 {
@@ -167,8 +167,8 @@ fn a_request_that_fails_again_stops_again() {
             assert_eq!(disk.io_status(), IoStatus::Failed);
             disk.resume();
         }
-        settle().await;
-        state.heal();
+        let_tasks_run().await;
+        state.clear_faults();
         disk.resume();
         for task in tasks {
             task.await.unwrap();
@@ -176,13 +176,13 @@ fn a_request_that_fails_again_stops_again() {
     });
 }
 
-/// All are inside when the first fails: the gate is closed once, and one decision opens it. Of several failures the first is shown.
+/// All are inside when the first fails: the gate is closed once, and one decision opens it. The first failure is shown.
 #[test]
 fn requests_that_fail_at_once_wait_for_one_decision() {
     run(9, async {
-        let house = House::new();
+        let disks = DiskGraph::new();
         let config = Config { turns: 20, ..Config::default() };
-        let (node, state) = house.node("disk", vec![0; 1024], config).await;
+        let (node, state) = disks.node("disk", vec![0; 1024], config).await;
         let policy = ErrorPolicies { read: ErrorPolicy::Stop, write: ErrorPolicy::Stop };
         let options = BackendOptions { writable: true, policy: Some(policy), ..Default::default() };
         let disk = Backend::new(&node, options).unwrap();
@@ -192,7 +192,7 @@ fn requests_that_fail_at_once_wait_for_one_decision() {
             bds_io::yield_now().await;
         }
         for _ in 0..8 {
-            bds_io::yield_now().await; // well behind the first
+            bds_io::yield_now().await; // after the first has begun
         }
         tasks.extend([writing(&disk, 32), writing(&disk, 64)]);
         while disk.in_flight() < 3 {
@@ -203,10 +203,10 @@ fn requests_that_fail_at_once_wait_for_one_decision() {
         }
         assert_eq!((disk.io_status(), disk.in_flight()), (IoStatus::Failed, 2), "the first alone");
         state.fail_with(On::Write, ErrorKind::NoSpace);
-        settle().await;
+        let_tasks_run().await;
         assert_eq!(disk.io_status(), IoStatus::Failed, "the first failure since the last decision");
         assert_eq!(disk.in_flight(), 0);
-        state.heal();
+        state.clear_faults();
         disk.resume();
         for task in tasks {
             task.await.unwrap();
@@ -217,13 +217,13 @@ fn requests_that_fail_at_once_wait_for_one_decision() {
     });
 }
 
-/// A request that fails after the graph's end has nobody to decide for it.
+/// A request that fails after the shutdown is reported, since nothing decides any more.
 #[test]
-fn a_request_that_fails_after_the_end_is_told() {
+fn a_failure_after_shutdown_is_reported() {
     run(10, async {
-        let house = House::new();
+        let disks = DiskGraph::new();
         let config = Config { turns: 20, ..Config::default() };
-        let (node, state) = house.node("disk", vec![0; 1024], config).await;
+        let (node, state) = disks.node("disk", vec![0; 1024], config).await;
         let policy = ErrorPolicies { read: ErrorPolicy::Stop, write: ErrorPolicy::Stop };
         let options = BackendOptions { writable: true, policy: Some(policy), ..Default::default() };
         let disk = Backend::new(&node, options).unwrap();
@@ -233,16 +233,16 @@ fn a_request_that_fails_after_the_end_is_told() {
             bds_io::yield_now().await;
         }
         drop(node);
-        let report = house.graph().shutdown().await;
+        let report = disks.graph().shutdown().await;
         assert!(report.failed.is_empty() && report.check_leaks().is_ok());
         assert_eq!(inside.await.unwrap_err().kind(), ErrorKind::NoSpace, "its own failure");
         assert_eq!(disk.io_status(), IoStatus::Ok, "nothing waits for a decision");
     });
 }
 
-/// Every kind of failure that a medium is not to blame for, whatever the policy.
+/// Every kind of error that is not the medium's, under any policy.
 #[test]
-fn what_is_not_the_mediums_fault_is_always_told() {
+fn errors_not_of_the_medium_are_always_reported() {
     use ErrorKind::{
         Cancelled, Inactive, InvalidInput, NoMedium, NotSupported, OutOfRange, ReadOnly, WouldWait,
     };
@@ -251,30 +251,30 @@ fn what_is_not_the_mediums_fault_is_always_told() {
     {
         for policy in [ErrorPolicy::Stop, ErrorPolicy::Ignore] {
             run(11, async {
-                let house = House::new();
-                let (disk, state) = disk(&house, false, policy, policy).await;
-                let mut events = house.graph().events();
+                let disks = DiskGraph::new();
+                let (disk, state) = disk(&disks, false, policy, policy).await;
+                let mut events = disks.graph().events();
                 state.fail_with(On::Write, kind);
                 let mut task = writing(&disk, 0);
-                let told = ended(&mut task).await.expect("nothing waits").unwrap_err();
-                assert_eq!((told.kind(), disk.io_status()), (kind, IoStatus::Ok), "{policy:?}");
-                assert_eq!(events.try_next(), None, "{kind:?} is no event of the medium's");
+                let error = ended(&mut task).await.expect("nothing waits").unwrap_err();
+                assert_eq!((error.kind(), disk.io_status()), (kind, IoStatus::Ok), "{policy:?}");
+                assert_eq!(events.try_next(), None, "{kind:?} emits no event");
             });
         }
     }
 }
 
 #[test]
-fn dropping_a_stopped_request_is_its_end() {
+fn a_stopped_request_can_be_dropped() {
     run(4, async {
-        let house = House::new();
-        let (disk, state) = disk(&house, false, ErrorPolicy::Stop, ErrorPolicy::Stop).await;
+        let disks = DiskGraph::new();
+        let (disk, state) = disk(&disks, false, ErrorPolicy::Stop, ErrorPolicy::Stop).await;
         state.fail_with(On::Write, ErrorKind::Io);
         let mut stopped = writing(&disk, 0);
         assert!(ended(&mut stopped).await.is_none());
         drop(stopped);
-        settle().await;
-        state.heal();
+        let_tasks_run().await;
+        state.clear_faults();
         assert_eq!(disk.io_status(), IoStatus::Failed, "the decision is still to come");
         disk.resume();
         disk.write(32, iov(&[1; 16], 1), NONE).await.unwrap();
@@ -286,8 +286,8 @@ fn dropping_a_stopped_request_is_its_end() {
 #[test]
 fn flushes_and_zero_writes_obey_the_write_policy() {
     run(5, async {
-        let house = House::new();
-        let (disk, state) = disk(&house, false, ErrorPolicy::Report, ErrorPolicy::Ignore).await;
+        let disks = DiskGraph::new();
+        let (disk, state) = disk(&disks, false, ErrorPolicy::Report, ErrorPolicy::Ignore).await;
         disk.write(0, iov(&[1; 16], 1), NONE).await.unwrap();
         state.fail_with(On::FlushToDisk, ErrorKind::Io);
         disk.flush().await.unwrap();
@@ -300,11 +300,11 @@ fn flushes_and_zero_writes_obey_the_write_policy() {
 }
 
 #[test]
-fn nonsense_and_a_missing_medium_are_told_whatever_the_policy() {
+fn invalid_requests_and_no_medium_are_reported_under_any_policy() {
     run(6, async {
-        let house = House::new();
-        let (disk, _state) = disk(&house, false, ErrorPolicy::Stop, ErrorPolicy::Stop).await;
-        let mut events = house.graph().events();
+        let disks = DiskGraph::new();
+        let (disk, _state) = disk(&disks, false, ErrorPolicy::Stop, ErrorPolicy::Stop).await;
+        let mut events = disks.graph().events();
         let past = disk.write(1020, iov(&[1; 16], 1), NONE).await.unwrap_err();
         assert_eq!(past.kind(), ErrorKind::OutOfRange);
         let totals = disk.stats().totals(Operation::Write);
@@ -323,14 +323,14 @@ fn nonsense_and_a_missing_medium_are_told_whatever_the_policy() {
 fn shutdown_fails_stopped_requests_and_does_not_wait_for_them() {
     for inline in [false, true] {
         run(7, async {
-            let house = House::new();
-            let (disk, state) = disk(&house, inline, ErrorPolicy::Stop, ErrorPolicy::Stop).await;
+            let disks = DiskGraph::new();
+            let (disk, state) = disk(&disks, inline, ErrorPolicy::Stop, ErrorPolicy::Stop).await;
             state.fail_with(On::Write, ErrorKind::Io);
             let mut stopped = writing(&disk, 0);
             assert!(ended(&mut stopped).await.is_none());
             let mut later = writing(&disk, 32);
             assert!(ended(&mut later).await.is_none());
-            let report = house.graph().shutdown().await;
+            let report = disks.graph().shutdown().await;
             assert!(report.failed.is_empty() && report.check_leaks().is_ok());
             for task in [stopped, later] {
                 assert_eq!(task.await.unwrap_err().kind(), ErrorKind::Cancelled);

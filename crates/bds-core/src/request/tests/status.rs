@@ -1,12 +1,12 @@
-//! Status of layers and chains, by table.
+//! Tests block status of layers and chains, by table.
 
 use std::ops::Range;
 
-use super::fake::{Answer, Config, House, On, backend};
-use super::run;
 use crate::driver::{HostMap, Limits, Precision, StatusFlags};
 use crate::error::ErrorKind;
 use crate::options::Options;
+use crate::test_kit::disk::{Answer, Config, DiskGraph, On, backend};
+use crate::test_kit::run;
 
 const DATA: StatusFlags = StatusFlags::DATA;
 const ZERO: StatusFlags = StatusFlags::ZERO;
@@ -23,25 +23,30 @@ fn at(child: &'static str, offset: u64) -> Option<HostMap> {
 
 /// base (1000 bytes) <- mid (600 bytes) <- top (2000 bytes), all of them can have a backing node.
 async fn chain(
-    house: &House,
+    disks: &DiskGraph,
     top: Vec<Answer>,
     mid: Vec<Answer>,
     base: Vec<Answer>,
 ) -> crate::request::Backend {
     let ro = |options: Options| options.with("read-only", true);
-    let backs = |statuses, options| Config { backs: true, statuses, options, ..Config::default() };
-    let (_b, _) = house.node("base", vec![1; 1000], backs(base, ro(Options::new()))).await;
+    let backs = |statuses, options| Config {
+        supports_backing: true,
+        statuses,
+        options,
+        ..Config::default()
+    };
+    let (_b, _) = disks.node("base", vec![1; 1000], backs(base, ro(Options::new()))).await;
     let options = ro(Options::new().with("backing", "base"));
-    let (_m, _) = house.node("mid", vec![2; 600], backs(mid, options)).await;
+    let (_m, _) = disks.node("mid", vec![2; 600], backs(mid, options)).await;
     let options = ro(Options::new().with("backing", "mid"));
-    let (t, _) = house.node("top", vec![3; 2000], backs(top, options)).await;
+    let (t, _) = disks.node("top", vec![3; 2000], backs(top, options)).await;
     backend(&t)
 }
 
 #[test]
-fn chains_by_table() {
+fn chain_status_by_table() {
     let unallocated = |range: Range<u64>| vec![(range, NONE, None)];
-    // (top, mid, base), question: length, flags, depth
+    // (top, mid, base), query: length, flags, depth
     type Case = (Vec<Answer>, Vec<Answer>, Vec<Answer>, Range<u64>, u64, StatusFlags, usize);
     let table: Vec<Case> = vec![
         // The top decides.
@@ -54,20 +59,20 @@ fn chains_by_table() {
         (unallocated(0..2000), vec![(0..50, ZERO, None)], vec![], 0..2000, 50, ZERO | ALLOCATED, 1),
         // Two below.
         (unallocated(0..2000), unallocated(0..600), vec![], 100..2000, 500, DATA | ALLOCATED, 2),
-        // Nobody decides, and there is no more backing: zeros.
+        // No layer decides, and there is no more backing: zeros.
         (unallocated(0..2000), unallocated(0..600), unallocated(0..1000), 100..2000, 500, ZERO, 2),
-        // Behind the end of the middle one, which is shorter: zeros, decided there.
+        // Past the end of the middle one, which is shorter: zeros, decided there.
         (unallocated(0..2000), vec![], vec![], 700..2000, 1300, ZERO | ALLOCATED | EOF, 1),
         // At and past the end of the top.
         (vec![], vec![], vec![], 2000..2100, 0, EOF, 0),
     ];
-    for (top, mid, base, question, len, flags, depth) in table {
+    for (top, mid, base, query, len, flags, depth) in table {
         run(1, async {
-            let text = format!("{top:?} {mid:?} {base:?} {question:?}");
-            let house = House::new();
-            let disk = chain(&house, top, mid, base).await;
-            let asked = question.end - question.start;
-            let run = disk.block_status(question.start, asked, Precision::Exact).await.unwrap();
+            let text = format!("{top:?} {mid:?} {base:?} {query:?}");
+            let disks = DiskGraph::new();
+            let disk = chain(&disks, top, mid, base).await;
+            let query_len = query.end - query.start;
+            let run = disk.block_status(query.start, query_len, Precision::Exact).await.unwrap();
             assert_eq!((run.len, run.flags, run.depth), (len, flags, depth), "{text}");
         });
     }
@@ -76,11 +81,11 @@ fn chains_by_table() {
 #[test]
 fn above_a_base_only_the_layers_above_decide() {
     run(1, async {
-        let house = House::new();
+        let disks = DiskGraph::new();
         let disk =
-            chain(&house, vec![(0..100, NONE, None), (100..2000, ZERO, None)], vec![], vec![])
+            chain(&disks, vec![(0..100, NONE, None), (100..2000, ZERO, None)], vec![], vec![])
                 .await;
-        let mid = house.find("mid").id();
+        let mid = disks.find("mid").id();
         let run = disk.status_above(mid, 0, 2000, Precision::Exact).await.unwrap();
         assert_eq!((run.len, run.flags), (100, NONE));
         let run = disk.status_above(mid, 100, 50, Precision::Exact).await.unwrap();
@@ -92,11 +97,11 @@ fn above_a_base_only_the_layers_above_decide() {
 }
 
 #[test]
-fn zeros_through_a_chain_are_known_cheaply() {
+fn is_zero_looks_through_the_chain() {
     run(1, async {
-        let house = House::new();
+        let disks = DiskGraph::new();
         let disk = chain(
-            &house,
+            &disks,
             vec![(0..2000, NONE, None)],
             vec![(0..50, ZERO, None), (100..600, NONE, None)],
             vec![(100..200, ZERO, None)],
@@ -118,18 +123,18 @@ fn zeros_through_a_chain_are_known_cheaply() {
 }
 
 #[test]
-fn pointers_are_followed() {
-    // the format's answer, the file's (4096 bytes, data but for 1024..2048): what comes out, where
+fn raw_and_recurse_mappings_are_followed() {
+    // the format's answer, the file's (4096 bytes, data but for 1024..2048): length, flags, host offset
     let zeros = vec![(1024..2048, ZERO, None)];
     let file_of = |answer: Answer| {
         let zeros = zeros.clone();
         run(1, async move {
-            let house = House::new();
+            let disks = DiskGraph::new();
             let config = Config { statuses: zeros, ..Config::default() };
-            let (_file, _) = house.node("file", vec![1; 4096], config).await;
+            let (_file, _) = disks.node("file", vec![1; 4096], config).await;
             let options = Options::new().with("file", "file");
             let config = Config { statuses: vec![answer], options, ..Config::default() };
-            let (node, _) = house.node("format", vec![1; 8192], config).await;
+            let (node, _) = disks.node("format", vec![1; 8192], config).await;
             let disk = backend(&node);
             let run = disk.block_status(0, 1000, Precision::Exact).await.unwrap();
             (run.len, run.flags, run.host.map(|host| host.offset))
@@ -157,12 +162,12 @@ fn pointers_are_followed() {
 }
 
 #[test]
-fn questions_are_widened_and_answers_cut_back() {
+fn status_queries_are_aligned_and_answers_trimmed() {
     run(1, async {
         let limits = Limits { request_alignment: 512, ..Limits::default() };
         let statuses = vec![(0..1024, ZERO, None), (1024..4096, DATA | VALID, at("self", 10240))];
         let config = Config { limits, statuses, ..Config::default() };
-        let (disk, _) = House::new().disk(vec![0; 4096], config).await;
+        let (disk, _) = DiskGraph::new().disk(vec![0; 4096], config).await;
         let run = disk.block_status(700, 2000, Precision::Exact).await.unwrap();
         assert_eq!((run.len, run.flags), (324, ZERO | ALLOCATED));
         let run = disk.layer_status(1100, 20, Precision::Exact).await.unwrap();
@@ -171,9 +176,9 @@ fn questions_are_widened_and_answers_cut_back() {
 }
 
 #[test]
-fn a_failed_question_is_an_error_not_a_hole() {
+fn a_failed_status_query_is_an_error() {
     run(1, async {
-        let (disk, state) = House::new().disk(vec![0; 4096], Config::default()).await;
+        let (disk, state) = DiskGraph::new().disk(vec![0; 4096], Config::default()).await;
         state.fail_always(On::Status, None);
         assert_eq!(
             disk.block_status(0, 10, Precision::Exact).await.unwrap_err().kind(),

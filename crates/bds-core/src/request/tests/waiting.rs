@@ -1,15 +1,15 @@
-//! Requests of callers that have tried the inline way themselves.
+//! Tests the request variants for callers that have tried `try_read` or `try_write` themselves.
 
 use std::sync::atomic::Ordering;
 
-use super::fake::{Config, House};
-use super::{iov, run};
 use crate::driver::WriteFlags;
+use crate::test_kit::disk::{Config, DiskGraph};
+use crate::test_kit::{iov, run};
 
 #[test]
-fn what_was_just_tried_inline_is_not_tried_again() {
+fn waiting_variants_do_not_retry_inline() {
     run(1, async {
-        let (disk, state) = House::new().disk(vec![0; 4096], Config::default()).await;
+        let (disk, state) = DiskGraph::new().disk(vec![0; 4096], Config::default()).await;
         let attempts = || state.attempts.swap(0, Ordering::SeqCst);
         let buffer = iov(&[7; 512], 1);
         assert!(disk.try_write(0, &buffer).is_none(), "the driver has no inline way");

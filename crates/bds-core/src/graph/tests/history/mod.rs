@@ -1,15 +1,16 @@
-//! Bugs that block layers really had, as tests: each tells a story of QEMU's history in our own words and shows what prevents it here.
+//! Tests built from lifetime bugs of QEMU: each shows what prevents the bug here.
 //!
-//! `docs/lifecycle-bugs.md` is the table: number, commit, what happened, what prevents it, which test. The numbers in the comments are
-//! its rows. Where a story is about something that is not part of this crate (a job, an export), its pattern of ownership is re-created
-//! with what is there, and the comment says what stands for what. Sorted by what went wrong: [`series`] is the first reference count's own
-//! five defects.
+//! `docs/lifecycle-bugs.md` is the table: row, commit, what happened, what prevents it, which test. Where a bug
+//! involves something that is not part of this crate (a job, an export), a small stand-in re-creates its ownership, and
+//! its comment says what it stands for. Sorted by kind of failure; [`first_refcount`] has the five defects of the first
+//! reference count.
 
+mod backend;
 mod deadlock;
 mod double_release;
+mod first_refcount;
 mod identity;
-mod not_like_qemu;
-mod series;
+mod qemu_10_defects;
+mod scripted_graph;
 mod use_after_free;
 mod walks;
-mod world;

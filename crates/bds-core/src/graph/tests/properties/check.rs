@@ -1,22 +1,22 @@
-//! The "always" group: what is compared after every command, and what must be left at the end.
+//! Compares graph and model after every command, and asserts that nothing is left at the end.
 
 use std::sync::atomic::Ordering;
 
 use super::commands::NAMES;
-use super::picture;
-use super::run::{Held, World, idle};
+use super::run::{Comparison, Held, idle};
+use super::snapshot;
 
-impl World {
-    /// Everything that can be seen agrees with the model.
+impl Comparison {
+    /// Everything visible agrees with the model.
     pub(super) fn check(&mut self, what: &str) {
-        // P6 (counts), P16 (both ends of every edge), P18 (one child a role, by name), P25 (permissions from scratch), P35
-        // (quiesce counts), P23 (inheritance), P29 and P38 (nothing else moved).
-        let (found, wanted) = (picture::of_graph(&self.graph), picture::of_model(&self.model));
+        // P6 (counts), P16 (both ends of every edge), P18 (one child per name), P25 (permissions from scratch), P35
+        // (quiesce counts), P23 (inheritance), P29 and P38 (nothing else changed).
+        let (found, wanted) = (snapshot::of_graph(&self.graph), snapshot::of_model(&self.model));
         for (name, node) in &found.nodes {
             assert_eq!(Some(node), wanted.nodes.get(name), "{name} after {what}");
         }
         assert_eq!(found, wanted, "after {what}");
-        // P24, P27, P47: what there is is allowed.
+        // P24, P27, P47: the graph is legal.
         assert!(self.model.is_legal(), "P24, P27, P47: after {what}");
         self.check_ids(what);
         self.check_lists(what);
@@ -78,28 +78,28 @@ impl World {
     }
 
     fn check_ends(&mut self, what: &str) {
-        self.graph.reports().iter().for_each(|report| self.hear(report));
+        self.graph.reports().iter().for_each(|report| self.collect_failures(report));
         let sorted = |mut names: Vec<String>| {
             names.sort();
             names
         };
         // P11: each once; P14: each failure in exactly one report.
-        let closed = std::mem::take(&mut *self.floor.closed.lock().unwrap());
+        let closed = std::mem::take(&mut *self.drivers.closed.lock().unwrap());
         let wanted = std::mem::take(&mut self.model.closed);
         assert_eq!(sorted(closed), sorted(wanted), "P11: after {what}");
         let unclean = std::mem::take(&mut self.unclean);
         let wanted = std::mem::take(&mut self.model.unclean);
         assert_eq!(sorted(unclean), sorted(wanted), "P14: after {what}");
         let count = |count: &std::sync::atomic::AtomicUsize| count.load(Ordering::Relaxed);
-        let floor = &self.floor;
-        let open = count(&floor.opened) - count(&floor.closings);
+        let drivers = &self.drivers;
+        let open = count(&drivers.opens) - count(&drivers.closes);
         assert_eq!(open, self.model.nodes.len(), "P11: one close an open, after {what}");
-        // P28, P30: what was prepared was committed or dropped.
-        let done = count(&floor.committed) + count(&floor.dropped);
-        assert_eq!(count(&floor.prepared), done, "P28, P30: after {what}");
+        // P28, P30: every prepared reopen was committed or dropped.
+        let done = count(&drivers.committed) + count(&drivers.dropped);
+        assert_eq!(count(&drivers.prepared), done, "P28, P30: after {what}");
     }
 
-    /// P13: when all holders are gone and all is reaped, nothing is left.
+    /// P13: when all holders are gone and all nodes are reaped, nothing is left.
     pub(super) async fn end(mut self) {
         self.walk = None;
         self.roots.clear();
@@ -121,7 +121,7 @@ impl World {
         assert!(self.ids.iter().all(|(id, _)| self.graph.acquire(*id).is_err()), "P1, P48");
         assert!(self.watches.iter().all(|(watch, _)| watch.has_fired()), "P49");
         let count = |count: &std::sync::atomic::AtomicUsize| count.load(Ordering::Relaxed);
-        assert_eq!(count(&self.floor.opened), count(&self.floor.closings), "P11, P13");
+        assert_eq!(count(&self.drivers.opens), count(&self.drivers.closes), "P11, P13");
         assert!(self.graph.0.core.lock_names().claims.is_empty(), "P13: no name is left");
     }
 }

@@ -1,5 +1,5 @@
-//! Commands, and how they are drawn. Numbers choose among what there is when a command's turn comes, modulo how many there are: so a
-//! sequence stays meaningful while it shrinks.
+//! Commands of the property tests and their strategies. Numbers select among what exists when the command runs, modulo
+//! its count, so that a sequence stays meaningful while it shrinks.
 
 use std::fmt;
 
@@ -9,7 +9,7 @@ use proptest::prelude::{Just, Strategy, any, prop_oneof};
 
 use super::model::{ALL, Access, READ, WRITE};
 
-/// Names in play; few, so that they are fought over.
+/// Number of names in use; few, so that they collide.
 pub(super) const NAMES: usize = 6;
 
 /// A node to be opened.
@@ -20,18 +20,18 @@ pub(super) struct Tree {
     pub(super) ro: Option<bool>,
     pub(super) discard: bool,
     pub(super) transfer: u64,
-    pub(super) trouble: Trouble,
+    pub(super) fault: Fault,
     pub(super) body: Body,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Trouble {
+pub(super) enum Fault {
     None,
     FailOpen,
     FailFlush,
     FailClose,
-    Stubborn,
-    Odd,
+    RefuseBacking,
+    OddLen,
 }
 
 #[derive(Clone, Debug)]
@@ -68,24 +68,24 @@ pub(super) enum Step {
     Access(usize, Access),
 }
 
-/// What becomes of a change.
+/// How a change is committed.
 #[derive(Clone, Debug)]
-pub(super) enum Fate {
+pub(super) enum CommitMode {
     Commit,
-    /// Fails at every step there is, one after the other, and is committed then.
+    /// Fails at every step, one after the other, and is committed then.
     Sweep,
-    /// Fails at this step, if there are so many.
+    /// Fails at this step, if there are that many.
     FailAt(usize),
     /// Dropped without a commit.
     Drop,
-    /// The commit's future is dropped after so many polls.
+    /// The commit's future is dropped after this many polls.
     CancelAt(usize),
 }
 
 #[derive(Clone, Debug)]
 pub(super) enum Command {
     Open(Tree),
-    /// Fails at every step of its drivers, and goes well then.
+    /// Fails at every step of its drivers, then succeeds.
     OpenSweep(Tree),
     Acquire(usize),
     Find(usize),
@@ -94,15 +94,15 @@ pub(super) enum Command {
     Release(usize),
     Close(usize),
     UseStale(usize),
-    Change(Vec<Step>, Fate),
-    /// Sets a backing node and takes it away again.
-    ThereAndBack(usize, usize),
-    /// A root: a job's or a backend's, with a node or without.
+    Change(Vec<Step>, CommitMode),
+    /// Sets a backing node and removes it again.
+    AttachAndDetach(usize, usize),
+    /// A root edge of a job or a backend, with a node or without.
     Attach(Option<usize>, Access, bool),
     Detach(usize),
     JobAccess(usize, Access),
     Freeze(usize, usize),
-    /// Links that there are: of the chain below a node, so many.
+    /// Freezes this many links of the chain below a node.
     FreezeChain(usize, usize),
     Thaw(usize),
     Drain(usize),
@@ -120,8 +120,8 @@ pub(super) enum Command {
     EndLease(usize),
     RemoveBitmap(usize),
     DropAnonymous(usize),
-    Activate(Option<usize>, Fate),
-    Inactivate(Option<usize>, Fate),
+    Activate(Option<usize>, CommitMode),
+    Inactivate(Option<usize>, CommitMode),
     Own(usize),
     Del(usize),
     Walk,
@@ -163,35 +163,28 @@ pub(super) fn access() -> impl Strategy<Value = Access> {
     ]
 }
 
-fn trouble() -> impl Strategy<Value = Trouble> {
+fn fault() -> impl Strategy<Value = Fault> {
     prop_oneof![
-        20 => Just(Trouble::None),
-        1 => Just(Trouble::FailOpen),
-        1 => Just(Trouble::FailFlush),
-        1 => Just(Trouble::FailClose),
-        1 => Just(Trouble::Stubborn),
-        1 => Just(Trouble::Odd),
+        20 => Just(Fault::None),
+        1 => Just(Fault::FailOpen),
+        1 => Just(Fault::FailFlush),
+        1 => Just(Fault::FailClose),
+        1 => Just(Fault::RefuseBacking),
+        1 => Just(Fault::OddLen),
     ]
 }
 
-fn leaf() -> impl Strategy<Value = Tree> {
+fn file_tree() -> impl Strategy<Value = Tree> {
     let name = prop_oneof![3 => option::of(0..NAMES), 2 => (0..NAMES).prop_map(Some)];
     let ro = prop_oneof![3 => Just(None), 1 => any::<bool>().prop_map(Some)];
     let transfer = prop_oneof![2 => Just(0u64), 1 => (1..4u64).prop_map(|n| n * 512)];
-    (name, ro, any::<bool>(), transfer, trouble()).prop_map(
-        |(name, ro, discard, transfer, trouble)| Tree {
-            name,
-            ro,
-            discard,
-            transfer,
-            trouble,
-            body: Body::File,
-        },
-    )
+    (name, ro, any::<bool>(), transfer, fault()).prop_map(|(name, ro, discard, transfer, fault)| {
+        Tree { name, ro, discard, transfer, fault, body: Body::File }
+    })
 }
 
 fn tree() -> impl Strategy<Value = Tree> {
-    leaf().prop_recursive(2, 4, 2, |inner| {
+    file_tree().prop_recursive(2, 4, 2, |inner| {
         let child = prop_oneof![
             2 => n().prop_map(Child::Node),
             2 => inner.prop_map(Child::Inline),
@@ -202,7 +195,7 @@ fn tree() -> impl Strategy<Value = Tree> {
             1 => child.clone().prop_map(Body::Filter),
             2 => (child, backing).prop_map(|(file, backing)| Body::Image(file, backing)),
         ];
-        (leaf(), body).prop_map(|(leaf, body)| Tree { body, ..leaf })
+        (file_tree(), body).prop_map(|(leaf, body)| Tree { body, ..leaf })
     })
 }
 
@@ -229,23 +222,23 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-fn fate() -> impl Strategy<Value = Fate> {
+fn mode() -> impl Strategy<Value = CommitMode> {
     prop_oneof![
-        6 => Just(Fate::Commit),
-        3 => Just(Fate::Sweep),
-        1 => (0..8usize).prop_map(Fate::FailAt),
-        1 => Just(Fate::Drop),
-        1 => (0..30usize).prop_map(Fate::CancelAt),
+        6 => Just(CommitMode::Commit),
+        3 => Just(CommitMode::Sweep),
+        1 => (0..8usize).prop_map(CommitMode::FailAt),
+        1 => Just(CommitMode::Drop),
+        1 => (0..30usize).prop_map(CommitMode::CancelAt),
     ]
 }
 
 fn changes() -> impl Strategy<Value = Command> {
     let steps = prop_oneof![3 => vec(step(), 1..2), 2 => vec(step(), 2..4), 1 => vec(step(), 0..7)];
-    (steps, fate()).prop_map(|(steps, fate)| Command::Change(steps, fate))
+    (steps, mode()).prop_map(|(steps, mode)| Command::Change(steps, mode))
 }
 
-/// Opening, and what is done with references.
-fn lives() -> impl Strategy<Value = Command> {
+/// Opens, and uses of references.
+fn node_commands() -> impl Strategy<Value = Command> {
     use Command as C;
     prop_oneof![
         12 => tree().prop_map(C::Open),
@@ -267,7 +260,7 @@ fn lives() -> impl Strategy<Value = Command> {
     ]
 }
 
-/// What lies beside the graph's shape.
+/// Claims beside the graph's shape.
 fn claims() -> impl Strategy<Value = Command> {
     use Command as C;
     prop_oneof![
@@ -296,8 +289,8 @@ fn sections() -> impl Strategy<Value = Command> {
         1 => n().prop_map(C::DrainSubtree),
         1 => Just(C::DrainAll),
         5 => n().prop_map(C::EndDrain),
-        2 => (some(), fate()).prop_map(|(a, b)| C::Inactivate(a, b)),
-        3 => (some(), fate()).prop_map(|(a, b)| C::Activate(a, b)),
+        2 => (some(), mode()).prop_map(|(a, b)| C::Inactivate(a, b)),
+        3 => (some(), mode()).prop_map(|(a, b)| C::Activate(a, b)),
     ]
 }
 
@@ -308,13 +301,13 @@ fn roots() -> impl Strategy<Value = Command> {
         4 => (some(), access(), any::<bool>()).prop_map(|(a, b, c)| C::Attach(a, b, c)),
         2 => n().prop_map(C::Detach),
         1 => (n(), access()).prop_map(|(a, b)| C::JobAccess(a, b)),
-        1 => (n(), n()).prop_map(|(a, b)| C::ThereAndBack(a, b)),
+        1 => (n(), n()).prop_map(|(a, b)| C::AttachAndDetach(a, b)),
     ]
 }
 
 fn command() -> impl Strategy<Value = Command> {
     prop_oneof![
-        120 => lives(),
+        120 => node_commands(),
         110 => changes(),
         30 => roots(),
         40 => sections(),

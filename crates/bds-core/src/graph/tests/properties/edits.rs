@@ -1,4 +1,4 @@
-//! The model of changes: each edit applied to what the ones before have led to; only the outcome must be allowed.
+//! The model of changes: applies each edit to the result of those before; only the final state must be legal.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,11 +6,11 @@ use super::model::{Access, Edge, Key, Kind, Model};
 
 /// Refused.
 #[derive(Debug)]
-pub(super) struct No;
+pub(super) struct Refused;
 
-type Answer<T = ()> = Result<T, No>;
+type Answer<T = ()> = Result<T, Refused>;
 
-/// An edit, with what it is about.
+/// An edit and its nodes.
 #[derive(Clone, Debug)]
 pub(super) enum Edit {
     Append { top: Key, overlay: Key },
@@ -38,7 +38,7 @@ pub(super) enum Reopen {
 }
 
 fn check(is_fine: bool) -> Answer {
-    if is_fine { Ok(()) } else { Err(No) }
+    if is_fine { Ok(()) } else { Err(Refused) }
 }
 
 /// Bits of operations that can be blocked, as the product numbers them.
@@ -52,7 +52,7 @@ impl Model {
         self.nodes[&key].blocks.iter().any(|(_, blocked)| blocked & operation != 0)
     }
 
-    /// The whole change: all or nothing. The references of removed nodes are the caller's to take away.
+    /// Applies the whole change or nothing. The caller removes the references of removed nodes.
     pub(super) fn change(&mut self, edits: &[Edit]) -> Answer {
         let before = self.clone();
         let outcome = self.change_in_place(edits, &before);
@@ -65,7 +65,7 @@ impl Model {
     fn change_in_place(&mut self, edits: &[Edit], before: &Self) -> Answer {
         for edit in edits {
             if let Edit::Root { edge, .. } = edit {
-                // What is ejected is what was in before the change.
+                // An eject applies to the medium before the change.
                 let now = before.edges[edge].child;
                 check(!now.is_some_and(|now| self.is_blocked(now, EJECT)))?;
             }
@@ -83,7 +83,7 @@ impl Model {
                 self.monitor.retain(|owned| owned != node);
             }
         }
-        self.forget_heirs();
+        self.clear_stale_inheritance();
         Ok(())
     }
 
@@ -102,7 +102,7 @@ impl Model {
                 self.move_parents(from, to)
             }
             Edit::ReplaceChild { parent, name, to } => {
-                let edge = self.child(parent, name).ok_or(No)?;
+                let edge = self.child(parent, name).ok_or(Refused)?;
                 self.repoint(edge, Some(to))
             }
             Edit::InsertFilter { node, filter } => {
@@ -116,7 +116,7 @@ impl Model {
             Edit::SetBacking { node, backing } => self.set_backing(node, backing),
             Edit::Reopen { node, what: Reopen::Backing(to) } => self.set_backing(node, to),
             Edit::Reopen { node, what: Reopen::File(to) } => {
-                let edge = self.child(node, "file").ok_or(No)?;
+                let edge = self.child(node, "file").ok_or(Refused)?;
                 self.repoint(edge, Some(to))
             }
             Edit::Reopen { .. } | Edit::Rename { .. } => Ok(()),
@@ -141,7 +141,7 @@ impl Model {
 
     fn filtered(&self, filter: Key) -> Answer<Key> {
         check(self.nodes[&filter].kind == Kind::Filter)?;
-        self.child(filter, "file").and_then(|edge| self.edges[&edge].child).ok_or(No)
+        self.child(filter, "file").and_then(|edge| self.edges[&edge].child).ok_or(Refused)
     }
 
     fn set_backing(&mut self, node: Key, backing: Option<Key>) -> Answer {
@@ -196,7 +196,7 @@ impl Model {
         Ok(())
     }
 
-    /// P22: all that can move moves, what stays stays.
+    /// P22: all edges move but those that stay.
     fn move_parents(&mut self, from: Key, to: Key) -> Answer {
         if from == to {
             return Ok(());
@@ -211,7 +211,7 @@ impl Model {
         Ok(())
     }
 
-    /// Who goes is used by nobody in the end, and held by nobody but the change and the monitor.
+    /// A removed node has no user at the end, and no holder but the change and the monitor.
     fn check_removals(&self, edits: &[Edit]) -> Answer<BTreeSet<Key>> {
         let mut taken: BTreeMap<Key, usize> = BTreeMap::new();
         for edit in edits {
@@ -227,7 +227,7 @@ impl Model {
         Ok(taken.into_keys().collect())
     }
 
-    /// What filters that go do below does not count.
+    /// Permissions as if the filters that are removed used nothing below them.
     fn recompute_without(&mut self, leaving: &BTreeSet<Key>) {
         let is_idle = |key: &Key, this: &Self| this.nodes[key].kind == Kind::Filter;
         let idle: Vec<Key> = leaving.iter().copied().filter(|key| is_idle(key, self)).collect();
@@ -236,7 +236,7 @@ impl Model {
             .flat_map(|key| self.children(*key))
             .map(|edge| (edge, self.edges[&edge].clone()))
             .collect();
-        // A filter that goes is as good as gone: its edges are there, and do nothing.
+        // The edges of a removed filter exist without permissions.
         for (edge, _) in &hidden {
             self.edges.remove(edge);
         }
@@ -271,7 +271,8 @@ impl Model {
         check(!touched.iter().any(is_lost))
     }
 
-    /// Heirs get `read-only` from above unless it was given to them, as they hung before the change.
+    /// Nodes get `read-only` from the node they inherit from unless it was set explicitly, along the edges before the
+    /// change.
     fn pass_down(&mut self, node: Key, before: &Self) -> Vec<Key> {
         let mut touched = Vec::new();
         let mut todo = vec![node];
@@ -279,13 +280,13 @@ impl Model {
             for edge in before.children(parent) {
                 let edge = &before.edges[&edge];
                 let ro = self.nodes[&parent].ro || edge.is_backing();
-                for heir in before.through_filters(edge.child.unwrap()) {
-                    let is_heir = before.nodes[&heir].heir_of == Some(parent);
-                    let node = self.nodes.get_mut(&heir).unwrap();
-                    if is_heir && !node.is_ro_given && node.ro != ro {
+                for child in before.through_filters(edge.child.unwrap()) {
+                    let inherits = before.nodes[&child].inherits_from == Some(parent);
+                    let node = self.nodes.get_mut(&child).unwrap();
+                    if inherits && !node.is_ro_given && node.ro != ro {
                         node.ro = ro;
-                        touched.push(heir);
-                        todo.push(heir);
+                        touched.push(child);
+                        todo.push(child);
                     }
                 }
             }
@@ -293,7 +294,7 @@ impl Model {
         touched
     }
 
-    /// P42: all at once, so that names can be traded; in the end each is somebody's alone.
+    /// P42: all at once, so that names can be swapped; at the end they are unique.
     fn rename(&mut self, edits: &[Edit]) -> Answer {
         for edit in edits {
             if let Edit::Rename { node, name } = edit {
@@ -306,33 +307,33 @@ impl Model {
     }
 
     fn through_filters(&self, key: Key) -> Vec<Key> {
-        let mut way = vec![key];
-        while let Ok(next) = self.filtered(*way.last().unwrap()) {
-            way.push(next);
+        let mut path = vec![key];
+        while let Ok(next) = self.filtered(*path.last().unwrap()) {
+            path.push(next);
         }
-        way
+        path
     }
 
-    /// Drivers are told of a backing node that comes or goes, and some do not want that.
+    /// Drivers may refuse that a backing node is added or removed.
     fn check_drivers(&self, before: &Self) -> Answer {
         let is_content = |key: Key| {
             let was = if before.is_live(key) { before.child(key, "backing") } else { None };
-            was == self.child(key, "backing") || !self.nodes[&key].is_stubborn
+            was == self.child(key, "backing") || !self.nodes[&key].refuses_backing
         };
         check(self.live().into_iter().all(is_content))
     }
 
-    /// Whose testator is not above it any more inherits no more, also if that comes back.
-    pub(super) fn forget_heirs(&mut self) {
+    /// Inheritance ends for good when the node inherited from is no longer above.
+    pub(super) fn clear_stale_inheritance(&mut self) {
         for key in self.live() {
-            let heir_of = self.heir_of(key);
-            self.nodes.get_mut(&key).unwrap().heir_of = heir_of;
+            let inherits_from = self.inherits_from(key);
+            self.nodes.get_mut(&key).unwrap().inherits_from = inherits_from;
         }
     }
 
-    // ---- charge of bytes
+    // ---- activation
 
-    /// Gives charge away, of this and of all below that no active node uses.
+    /// Inactivates these nodes and all below that no active node uses.
     pub(super) fn inactivate(&mut self, tops: &[Key]) -> Answer {
         let before = self.clone();
         let set = self.to_inactivate(tops)?;
@@ -382,7 +383,7 @@ impl Model {
         self.recompute();
         if !self.is_legal() {
             *self = before;
-            return Err(No);
+            return Err(Refused);
         }
         self.epoch += 1;
         Ok(())

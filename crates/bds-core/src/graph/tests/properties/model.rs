@@ -1,11 +1,11 @@
-//! The plain model: what a graph is, written down as maps, and what follows from it, computed from scratch each time.
+//! The model: a graph as maps, with everything else computed from scratch each time.
 //!
-//! It shares no code with the product. Counts, permissions, quiesce counts, limits and names are never kept, but asked of the
-//! edges; the one exception is what a dying node does below, which stays as it was when it died.
+//! It shares no code with the product. Counts, permissions, quiesce counts, limits and names are derived from the
+//! edges; the one exception is the permissions of a dead node, which stay as they were when it died.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A node, for ever.
+/// Identifies a node; never reused.
 pub(super) type Key = u32;
 
 /// Permissions as bits: consistent read, write, write unchanged, resize.
@@ -31,8 +31,8 @@ pub(super) enum Kind {
 #[derive(Clone, Debug)]
 pub(super) struct Node {
     pub(super) name: String,
-    /// Its first name.
-    pub(super) born_as: String,
+    /// The name it was opened with.
+    pub(super) first_name: String,
     pub(super) kind: Kind,
     pub(super) ro: bool,
     pub(super) is_ro_given: bool,
@@ -40,28 +40,28 @@ pub(super) struct Node {
     pub(super) level: u64,
     pub(super) is_active: bool,
     pub(super) is_poisoned: bool,
-    pub(super) heir_of: Option<Key>,
+    pub(super) inherits_from: Option<Key>,
     pub(super) fail_flush: bool,
     pub(super) fail_close: bool,
-    pub(super) is_stubborn: bool,
-    pub(super) is_odd: bool,
+    pub(super) refuses_backing: bool,
+    pub(super) has_odd_len: bool,
     pub(super) transfer: u64,
     pub(super) is_dead: bool,
-    /// A sweep met it and left it for the end of a drained section.
+    /// A sweep deferred it to the end of a drained section.
     pub(super) is_deferred: bool,
     pub(super) bitmaps: Vec<Bitmap>,
     pub(super) last_bitmap: u64,
-    /// Guards' numbers and the operations they refuse, as bits.
+    /// Numbers of blocker guards, and the operations they refuse, as bits.
     pub(super) blocks: Vec<(u32, u32)>,
     pub(super) job: Option<u32>,
 }
 
 impl Node {
-    /// Writable, active, and nothing special.
+    /// Writable, active, without faults.
     pub(super) fn new(name: &str, kind: Kind) -> Self {
         Self {
             name: name.to_owned(),
-            born_as: name.to_owned(),
+            first_name: name.to_owned(),
             kind,
             ro: false,
             is_ro_given: false,
@@ -69,11 +69,11 @@ impl Node {
             level: 0,
             is_active: true,
             is_poisoned: false,
-            heir_of: None,
+            inherits_from: None,
             fail_flush: false,
             fail_close: false,
-            is_stubborn: false,
-            is_odd: false,
+            refuses_backing: false,
+            has_odd_len: false,
             transfer: 0,
             is_dead: false,
             is_deferred: false,
@@ -119,7 +119,7 @@ pub(super) struct Drain {
 
 #[derive(Clone, Default, Debug)]
 pub(super) struct Model {
-    /// Live ones and dead ones that were not closed yet.
+    /// Live nodes, and dead ones that are not closed yet.
     pub(super) nodes: BTreeMap<Key, Node>,
     pub(super) edges: BTreeMap<u32, Edge>,
     /// References of the test, in step with the real ones.
@@ -130,7 +130,7 @@ pub(super) struct Model {
     pub(super) graveyard: Vec<Key>,
     pub(super) epoch: u64,
     pub(super) is_shut: bool,
-    /// Closings since the last look: names, and those that fail.
+    /// Names of nodes closed since the last look, and of those that failed.
     pub(super) closed: Vec<String>,
     pub(super) unclean: Vec<String>,
     pub(super) last: u32,
@@ -142,7 +142,7 @@ impl Model {
         self.last
     }
 
-    // ---- what follows
+    // ---- derived values
 
     pub(super) fn is_live(&self, key: Key) -> bool {
         self.nodes.get(&key).is_some_and(|node| !node.is_dead)
@@ -165,7 +165,7 @@ impl Model {
         refs + monitor + drains + edges
     }
 
-    /// Edges to the node. One that was frozen when its parent was closed holds the node still, and is nobody's.
+    /// Edges to the node, without frozen edges of closed parents, which hold the node but are no parents.
     pub(super) fn parents(&self, key: Key) -> Vec<u32> {
         let is_used =
             |edge: &Edge| edge.parent.is_none_or(|parent| self.nodes.contains_key(&parent));
@@ -219,13 +219,13 @@ impl Model {
         all.filter(|len| *len > 0).min().unwrap_or(0)
     }
 
-    /// The node by whose options it was opened, if that is above it.
-    pub(super) fn heir_of(&self, key: Key) -> Option<Key> {
-        let parent = self.nodes[&key].heir_of?;
+    /// The node whose options it inherited, if that is above it.
+    pub(super) fn inherits_from(&self, key: Key) -> Option<Key> {
+        let parent = self.nodes[&key].inherits_from?;
         (self.is_live(parent) && self.below(parent).contains(&key)).then_some(parent)
     }
 
-    /// P2 of the contracts: what all parents do, and what all bear.
+    /// The union of the parents' permissions, and the intersection of what they share.
     fn above(&self, key: Key) -> Access {
         let parents = self.parents(key);
         let all = parents.iter().map(|edge| self.edges[edge].access);
@@ -235,7 +235,7 @@ impl Model {
         })
     }
 
-    /// What live nodes do with their children, parents before children.
+    /// Recomputes permissions of live nodes on their children, parents before children.
     pub(super) fn recompute(&mut self) {
         let mut done = BTreeSet::new();
         let live = self.live();
@@ -253,7 +253,7 @@ impl Model {
         }
     }
 
-    /// Would this be allowed (P24, P27, P47)?
+    /// True if this state is allowed (P24, P27, P47).
     pub(super) fn is_legal(&self) -> bool {
         self.live().into_iter().all(|key| self.is_legal_at(key))
     }
@@ -268,7 +268,7 @@ impl Model {
         let may_write = !node.ro && node.is_active;
         let is_within = |user: &Access| {
             (user.perm & (WRITE | SAME | RESIZE) == 0 || may_write)
-                && (user.perm & (WRITE | RESIZE) != WRITE || !node.is_odd)
+                && (user.perm & (WRITE | RESIZE) != WRITE || !node.has_odd_len)
         };
         let children = self.children(key);
         let are_children_fit = children.iter().all(|edge| {
@@ -281,8 +281,8 @@ impl Model {
 
     // ---- life and death
 
-    /// Whoever has lost his last reference is dead; what he does below stays as it is until he is closed.
-    pub(super) fn bury(&mut self) {
+    /// Marks nodes without references as dead; their permissions below stay until they are closed.
+    pub(super) fn mark_dead(&mut self) {
         for key in self.live() {
             if self.count(key) == 0 {
                 self.nodes.get_mut(&key).unwrap().is_dead = true;
@@ -291,9 +291,9 @@ impl Model {
         }
     }
 
-    /// The graph is as it is: the dead are dead, permissions follow.
-    pub(super) fn settle(&mut self) {
-        self.bury();
+    /// Brings deaths and permissions up to date.
+    pub(super) fn update(&mut self) {
+        self.mark_dead();
         self.recompute();
     }
 
@@ -306,16 +306,16 @@ impl Model {
         self.nodes.values().any(|node| node.is_deferred)
     }
 
-    /// As it is after a sweep.
+    /// The model after a sweep.
     pub(super) fn swept(&self) -> Self {
         let mut swept = self.clone();
         swept.sweep();
         swept
     }
 
-    /// Closes what is dead, but for what writes to drained nodes.
+    /// Closes dead nodes, except those that write to drained nodes.
     pub(super) fn sweep(&mut self) {
-        self.settle();
+        self.update();
         let (deferred, fresh) = std::mem::take(&mut self.graveyard)
             .into_iter()
             .partition(|key| self.nodes[key].is_deferred);
@@ -338,7 +338,7 @@ impl Model {
         self.graveyard = waiting;
     }
 
-    /// One node's end.
+    /// Closes one node.
     pub(super) fn close(&mut self, key: Key) {
         let is_clean = self.closes_clean(key);
         self.graveyard.retain(|dead| *dead != key);
@@ -346,10 +346,10 @@ impl Model {
         if !is_clean {
             self.unclean.push(node.name);
         }
-        self.closed.push(node.born_as);
-        // A frozen edge is kept by whoever froze it.
+        self.closed.push(node.first_name);
+        // A frozen edge is kept by its freeze guard.
         self.edges.retain(|_, edge| edge.parent != Some(key) || edge.frozen.is_some());
-        self.settle();
+        self.update();
     }
 
     fn closes_clean(&self, key: Key) -> bool {
@@ -364,7 +364,7 @@ impl Model {
         let is_lost = |edge: &u32| {
             let edge = &self.edges[edge];
             let child = edge.child.unwrap();
-            // A child that dies too is flushed by its own closing.
+            // A child that dies too is flushed by its own close.
             let is_flushed = !edge.is_backing() && !self.nodes[&child].ro && self.count(child) > 1;
             is_flushed && self.nodes[&child].fail_flush
         };
@@ -372,7 +372,7 @@ impl Model {
     }
 }
 
-/// What a node does with a child, by the table of the contract (P5 of the contracts).
+/// A node's use of a child, by the table of the contract.
 fn of_child(node: &Node, edge: &Edge, above: Access) -> Access {
     let may_write = !node.ro && node.is_active;
     let harmless = READ | SAME;
@@ -382,7 +382,7 @@ fn of_child(node: &Node, edge: &Edge, above: Access) -> Access {
             Access { perm: above.perm & READ, shared: borne | harmless }
         }
         (Kind::Image, false) => {
-            // Data and metadata: reads always, writes and resizes if it can, bears nothing but what is harmless.
+            // Data and metadata: always reads, writes and resizes if it can, shares only reading and unchanged writes.
             let perm = above.perm | READ | if may_write { WRITE | RESIZE } else { 0 };
             Access { perm, shared: harmless }
         }

@@ -1,13 +1,13 @@
-//! Sequences that found something, by what they found.
+//! Sequences that found a defect, named after it.
 
 use std::sync::Arc;
 
 use super::commands::Command::{self, Activate, Change, Inactivate, Open};
-use super::commands::Fate::{Commit, Sweep};
+use super::commands::CommitMode::{Commit, Sweep};
 use super::commands::Step::{
     Append, Disown, DropFilter, Own, ReadOnly, Remove, Replace, SetBacking,
 };
-use super::commands::{Body, Child, Tree, Trouble};
+use super::commands::{Body, Child, Fault, Tree};
 use super::play;
 
 fn replay(script: &[Command]) {
@@ -15,7 +15,7 @@ fn replay(script: &[Command]) {
 }
 
 fn tree(body: Body) -> Tree {
-    Tree { name: None, ro: None, discard: false, transfer: 0, trouble: Trouble::None, body }
+    Tree { name: None, ro: None, discard: false, transfer: 0, fault: Fault::None, body }
 }
 
 fn file() -> Command {
@@ -34,13 +34,13 @@ fn image() -> Command {
 }
 
 #[test]
-fn a_short_life_agrees_with_the_model() {
+fn open_drain_and_release_agree_with_the_model() {
     replay(&[file(), filter(Some(0)), Command::Drain(1), Command::Release(0), Command::Reap]);
 }
 
 #[test]
-fn a_change_does_not_stand_in_the_way_of_its_own_removals() {
-    // The change's other edits hold the node too, under the name of whoever made it.
+fn a_change_does_not_block_its_own_removals() {
+    // The change's other edits hold the node too, under the name of the change's owner.
     replay(&[filter(None), Change(vec![DropFilter(0), Remove(0)], Commit)]);
     replay(&[filter(None), Change(vec![ReadOnly(0, false), Remove(0)], Commit)]);
 }
@@ -56,19 +56,19 @@ fn reopens_of_one_change_build_on_each_other() {
 }
 
 #[test]
-fn an_activation_that_fails_at_its_last_step_is_taken_back() {
+fn an_activation_that_fails_at_its_last_step_is_undone() {
     replay(&[file(), Inactivate(None, Commit), Activate(None, Sweep)]);
 }
 
 #[test]
-fn a_change_sees_what_its_own_edits_made_of_the_monitors_list() {
+fn a_change_sees_its_own_edits_of_the_monitors_list() {
     replay(&[file(), Change(vec![Own(0), Own(0)], Commit)]);
     replay(&[file(), Change(vec![Own(0), Disown(0), Own(0)], Commit)]);
     replay(&[file(), Change(vec![Own(0), Disown(0), Disown(0)], Commit)]);
 }
 
 #[test]
-fn a_frozen_link_of_a_closed_node_is_in_nobodys_way() {
+fn a_frozen_link_of_a_closed_node_blocks_no_drain() {
     let freeze = Command::Freeze(1, 0);
     replay(&[
         file(),
@@ -81,14 +81,14 @@ fn a_frozen_link_of_a_closed_node_is_in_nobodys_way() {
 }
 
 #[test]
-fn a_change_that_fails_leaves_shut_what_somebody_else_drains() {
-    // The drivers' doors are opened while they prepare; below, a section goes on.
+fn a_failed_change_keeps_gates_closed_for_other_sections() {
+    // The drivers' gates are opened while they prepare; below, another section goes on.
     let change = Change(vec![ReadOnly(1, true)], Sweep);
     replay(&[file(), filter(Some(0)), filter(Some(1)), Command::Drain(0), change]);
 }
 
 #[test]
-fn an_edge_that_comes_in_a_change_can_be_moved_and_dropped_in_it() {
+fn an_edge_added_by_a_change_can_be_moved_and_dropped_in_it() {
     let opened = [image(), file(), file()];
     for last in [SetBacking(0, Some(2)), SetBacking(0, None), Replace(1, 2)] {
         let change = Change(
@@ -100,8 +100,8 @@ fn an_edge_that_comes_in_a_change_can_be_moved_and_dropped_in_it() {
 }
 
 #[test]
-fn inheritance_ends_wherever_the_way_is_cut() {
-    // The filter's file gets an overlay, and is then cut off from that: it is not below the filter any more.
+fn inheritance_ends_wherever_the_path_is_cut() {
+    // The filter's file gets an overlay, and is then detached from it: it is not below the filter any more.
     let cut = [Change(vec![Append(1, 2)], Commit), Change(vec![SetBacking(2, None)], Commit)];
     replay(&[&[filter(None), Command::Acquire(1), image()], cut.as_slice()].concat());
 }

@@ -1,4 +1,4 @@
-//! Commands done to both: to the graph, and to the model; and what they answer is compared.
+//! Runs commands on the graph and on the model, and compares the results.
 
 use std::future::Future;
 use std::pin::pin;
@@ -12,12 +12,10 @@ use bds_refcount::{Release, Watch};
 use futures_util::future::poll_immediate;
 
 use super::commands::{Command, Tree};
-use super::fake::{FakeType, Floor};
 use super::model::{Access, Edge, Key, Model};
-use super::opening::{self, pick};
-use super::picture;
-use crate::driver::{Category, Registry};
-use crate::graph::tests::fakes;
+use super::open::{self, pick};
+use super::snapshot;
+use crate::driver::Registry;
 use crate::graph::tests::tally::Tally;
 use crate::graph::{
     Access as RealAccess, AnonymousBitmap, BitmapId, BitmapLease, BlockOps, Blocker, CloseReport,
@@ -25,6 +23,8 @@ use crate::graph::{
     TopLevel, walk,
 };
 use crate::options::Options;
+use crate::test_kit::gate_port;
+use crate::test_kit::stepwise::Stepwise;
 
 /// A root as its owner holds it.
 pub(super) enum Held {
@@ -32,15 +32,15 @@ pub(super) enum Held {
     Job(JobEdge),
 }
 
-/// Both worlds, side by side.
-pub(super) struct World {
+/// The graph and its model, side by side.
+pub(super) struct Comparison {
     pub(super) graph: Graph,
-    pub(super) floor: Arc<Floor>,
+    pub(super) drivers: Arc<Stepwise>,
     pub(super) model: Model,
     pub(super) is_narrow: bool,
     /// In step with the model's.
     pub(super) refs: Vec<NodeRef>,
-    /// Every id ever given out.
+    /// Every id ever issued.
     pub(super) ids: Vec<(NodeId, Key)>,
     pub(super) roots: Vec<(Held, u32)>,
     pub(super) frozen: Vec<(Frozen, u32)>,
@@ -52,27 +52,27 @@ pub(super) struct World {
     pub(super) leases: Vec<(BitmapLease, Key, u64)>,
     pub(super) walk: Option<(TopLevel, Vec<Key>)>,
     pub(super) watches: Vec<(Watch<Node>, Key)>,
-    /// What the search reached.
+    /// Counts of what the search reached.
     pub(super) tally: Arc<Tally>,
-    /// Names in reports of closings that failed.
+    /// Names in reports of closes that failed.
     pub(super) unclean: Vec<String>,
 }
 
 /// Widths of generation and index in ids.
 pub(super) type Widths = (u32, u32);
 
-/// Runs a story in a fresh world.
+/// Runs a test on a new graph and an empty model.
 pub(super) fn run<F: Future<Output = ()>>(
     seed: u64,
     widths: Option<Widths>,
     tally: &Arc<Tally>,
-    story: impl FnOnce(World) -> F,
+    test: impl FnOnce(Comparison) -> F,
 ) {
     let sim = Sim::new(seed, SimConfig::calm());
-    let (graph, floor) = world(&sim, widths);
-    let world = World {
+    let (graph, drivers) = graph_of_fakes(&sim, widths);
+    let both = Comparison {
         graph,
-        floor,
+        drivers,
         model: Model::default(),
         is_narrow: widths.is_some(),
         refs: Vec::new(),
@@ -90,31 +90,30 @@ pub(super) fn run<F: Future<Output = ()>>(
         tally: Arc::clone(tally),
         unclean: Vec::new(),
     };
-    sim.block_on(story(world));
+    sim.block_on(test(both));
     sim.run_until_idle();
 }
 
-/// A graph of fakes.
-pub(super) fn world(sim: &Sim, widths: Option<Widths>) -> (Graph, Arc<Floor>) {
-    let floor = Floor::new();
+/// A graph of stepwise fake drivers.
+pub(super) fn graph_of_fakes(sim: &Sim, widths: Option<Widths>) -> (Graph, Arc<Stepwise>) {
     let mut registry = Registry::new();
-    for (name, category) in
-        [("file", Category::Protocol), ("cow", Category::Format), ("pass", Category::Filter)]
-    {
-        let floor = Arc::clone(&floor);
-        registry.register(Arc::new(FakeType { name, category, floor })).unwrap();
-    }
+    let drivers = Stepwise::register(&mut registry);
     let mut config = GraphConfig::new(Arc::new(registry));
     config.fs = sim.fs();
     let graph = match widths {
-        None => Graph::with_ports(config, fakes::port),
-        Some((generation, index)) => Graph::with_narrow_ids(config, fakes::port, generation, index),
+        None => Graph::with_ports(config, gate_port::port),
+        Some((generation, index)) => {
+            Graph::with_narrow_ids(config, gate_port::port, generation, index)
+        }
     };
-    floor.belongs_to(&graph);
-    (graph, floor)
+    let weak = Arc::downgrade(&graph.0);
+    drivers.set_fail_step(Box::new(move || {
+        weak.upgrade().map_or(Ok(()), |graph| graph.faults.step())
+    }));
+    (graph, drivers)
 }
 
-/// Lets everything run that can run.
+/// Lets every task run that can run.
 pub(super) async fn idle() {
     bds_io::sleep(Duration::from_secs(1)).await;
 }
@@ -124,7 +123,7 @@ pub(super) fn real_access(access: Access) -> RealAccess {
     RealAccess { perm: perm(access.perm), shared: perm(access.shared) }
 }
 
-impl World {
+impl Comparison {
     pub(super) fn pick_ref(&self, n: usize) -> Option<usize> {
         (!self.refs.is_empty()).then(|| n % self.refs.len())
     }
@@ -144,37 +143,39 @@ impl World {
         self.ids.iter().find(|(id, _)| *id == node.id()).expect("P5: an id is a node for ever").1
     }
 
-    /// Remembers what could not be closed in order (P14).
-    pub(super) fn hear(&mut self, report: &CloseReport) {
+    /// Collects the names of nodes whose close failed (P14).
+    pub(super) fn collect_failures(&mut self, report: &CloseReport) {
         if report.flush_error.is_some() || report.close_error.is_some() {
             self.unclean.push(report.name.clone());
         }
-        report.below.iter().for_each(|below| self.hear(below));
+        report.below.iter().for_each(|below| self.collect_failures(below));
     }
 
     pub(super) async fn reap(&mut self) {
         let reports = self.graph.reap().await;
-        reports.iter().for_each(|report| self.hear(report));
+        reports.iter().for_each(|report| self.collect_failures(report));
         self.model.sweep();
     }
 
-    /// Would two nodes or more die at once while something is drained? Then their order is nobody's business.
-    pub(super) fn is_obscure(&self, after: &Model) -> bool {
+    /// True if two nodes or more would die at once while something is drained: their order is not defined.
+    pub(super) fn close_order_is_ambiguous(&self, after: &Model) -> bool {
         let mut after = after.clone();
         let before = after.graveyard.len();
-        after.bury();
+        after.mark_dead();
         !after.drains.is_empty() && after.graveyard.len() > before + 1
     }
 
-    /// One command. Nothing happens if there is nothing to do it to.
+    /// Runs one command; does nothing if its object does not exist.
     pub(super) async fn step(&mut self, command: &Command) {
         match command {
             Command::Open(tree) => self.open(tree).await,
             Command::OpenSweep(tree) => self.open_sweep(tree).await,
-            Command::Change(steps, fate) => self.change(steps, fate).await,
-            Command::ThereAndBack(node, backing) => self.there_and_back(*node, *backing).await,
-            Command::Activate(node, fate) => self.set_active(*node, true, fate).await,
-            Command::Inactivate(node, fate) => self.set_active(*node, false, fate).await,
+            Command::Change(steps, mode) => self.change(steps, mode).await,
+            Command::AttachAndDetach(node, backing) => {
+                self.attach_and_detach(*node, *backing).await
+            }
+            Command::Activate(node, mode) => self.set_active(*node, true, mode).await,
+            Command::Inactivate(node, mode) => self.set_active(*node, false, mode).await,
             Command::Close(n) => self.close(*n).await,
             Command::Del(n) => self.del(*n).await,
             Command::Reap => self.reap().await,
@@ -186,14 +187,14 @@ impl World {
             Command::FreezeChain(n, len) => self.freeze_chain(*n, *len).await,
             _ => self.step_at_once(command),
         }
-        self.model.settle();
+        self.model.update();
         idle().await;
         if self.model.has_deferred() {
             self.reap().await;
         }
     }
 
-    /// Commands that wait for nothing.
+    /// Commands without an await.
     fn step_at_once(&mut self, command: &Command) {
         match *command {
             Command::Acquire(n) => self.acquire(n),
@@ -210,7 +211,7 @@ impl World {
             }
             Command::CloneAndRelease(n) => {
                 let Some(n) = self.pick_ref(n) else { return };
-                // P15: clone, then release, is nothing; the picture is compared afterwards.
+                // P15: clone, then release, leaves no trace; the snapshots are compared afterwards.
                 assert_eq!(self.refs[n].clone().release(), Release::NotLast, "P15");
             }
             Command::Release(n) => {
@@ -218,7 +219,7 @@ impl World {
                 let key = self.model.refs[n];
                 let node = self.take_ref(n);
                 let is_last = self.model.count(key) == 0;
-                // P9: who gives up the last one is told so.
+                // P9: the release of the last reference says so.
                 assert_eq!(node.release() == Release::Last, is_last, "P9");
             }
             Command::UseStale(n) => self.use_stale(n),
@@ -255,7 +256,7 @@ impl World {
         }
     }
 
-    /// P4: an id leads to its node exactly as long as that lives, and an acquired reference is one more.
+    /// P4: an id resolves exactly while its node lives, and an acquired reference is one more.
     fn acquire(&mut self, n: usize) {
         let Some((id, key)) = pick(&self.ids, n) else { return };
         let found = self.graph.acquire(id);
@@ -265,7 +266,7 @@ impl World {
         }
     }
 
-    /// P1: nothing can be done with a stale id, and it never means another node.
+    /// P1: a stale id resolves to nothing, and never to another node.
     fn use_stale(&self, n: usize) {
         let stale: Vec<NodeId> = self
             .ids
@@ -292,9 +293,9 @@ impl World {
     pub(super) async fn open(&mut self, tree: &Tree) {
         self.prepare_open().await;
         let mut after = self.model.swept();
-        let Some(text) = opening::options(tree, &after) else { return };
-        let is_room = self.graph.0.core.arena.stats().free >= opening::len(tree);
-        let root = if is_room { after.open(tree) } else { None };
+        let Some(text) = open::options(tree, &after) else { return };
+        let has_room = self.graph.0.core.arena.stats().free >= open::len(tree);
+        let root = if has_room { after.open(tree) } else { None };
         if root.is_none() && !after.drains.is_empty() {
             return; // What it leaves is closed after the section.
         }
@@ -302,13 +303,13 @@ impl World {
         let opened = self.graph.open(Options::parse(&text).unwrap()).await;
         assert_eq!(opened.is_ok(), root.is_some(), "{text}: {:?}", opened.err());
         self.tally.count(if root.is_some() { "opened" } else { "not opened" });
-        self.tally.count_if(!is_room, "no room");
+        self.tally.count_if(!has_room, "graph is full");
         match (opened, root) {
             (Ok(node), Some(root)) => {
-                self.adopt(root, &node);
+                self.learn_ids(root, &node);
                 self.push_ref(node);
             }
-            _ => self.forgive().await,
+            _ => self.accept_closes_of_failed_open().await,
         }
     }
 
@@ -317,11 +318,11 @@ impl World {
         if !self.model.drains.is_empty() {
             return; // What it leaves is closed after the section.
         }
-        self.floor.is_frail.store(true, Ordering::Relaxed);
+        self.drivers.drivers_fail.store(true, Ordering::Relaxed);
         self.reap().await;
-        let Some(text) = opening::options(tree, &self.model) else { return };
+        let Some(text) = open::options(tree, &self.model) else { return };
         for step in 0.. {
-            let before = picture::of_graph(&self.graph);
+            let before = snapshot::of_graph(&self.graph);
             self.graph.0.faults.set(Some(step));
             let opened = self.graph.open(Options::parse(&text).unwrap()).await;
             let has_struck = self.graph.0.faults.has_struck();
@@ -329,20 +330,20 @@ impl World {
             if !has_struck {
                 drop(opened);
                 self.graph.reap().await;
-                return self.forgive().await;
+                return self.accept_closes_of_failed_open().await;
             }
             assert!(opened.is_err(), "P29: {text} at {step}");
             self.tally.count("faults of opens");
-            self.forgive().await;
-            assert_eq!(picture::of_graph(&self.graph), before, "P29: {text} at {step}");
+            self.accept_closes_of_failed_open().await;
+            assert_eq!(snapshot::of_graph(&self.graph), before, "P29: {text} at {step}");
         }
     }
 
-    /// What a failed open closed again is its own business; what the model closed is among it.
-    async fn forgive(&mut self) {
+    /// Drops closes that a failed open made itself; those of the model must be among them.
+    async fn accept_closes_of_failed_open(&mut self) {
         idle().await;
-        self.graph.reports().iter().for_each(|report| self.hear(report));
-        let mut closed = self.floor.closed.lock().unwrap();
+        self.graph.reports().iter().for_each(|report| self.collect_failures(report));
+        let mut closed = self.drivers.closed.lock().unwrap();
         for (found, ours) in
             [(&mut *closed, &self.model.closed), (&mut self.unclean, &self.model.unclean)]
         {
@@ -352,8 +353,8 @@ impl World {
         }
     }
 
-    /// Learns names and ids of what was opened.
-    fn adopt(&mut self, key: Key, node: &NodeRef) {
+    /// Records names and ids of the opened nodes.
+    fn learn_ids(&mut self, key: Key, node: &NodeRef) {
         let wanted = self.model.nodes[&key].name.clone();
         if wanted.is_empty() {
             assert!(node.name().starts_with('#'), "P42: no user can type a generated name");
@@ -368,7 +369,7 @@ impl World {
             let child = child.unwrap();
             if self.ids.iter().all(|(_, known)| *known != child) {
                 let (node, _) = walk::child(node, name).unwrap();
-                self.adopt(child, &node);
+                self.learn_ids(child, &node);
             }
         }
     }
@@ -435,7 +436,7 @@ impl World {
         seen
     }
 
-    /// P44: what was at the top when the walk began and lives still, in order.
+    /// P44: top-level nodes of the walk's beginning that still live, in order.
     fn walk_on(&mut self) {
         let Some((mut walk, mut left)) = self.walk.take() else { return };
         left.retain(|key| self.model.is_live(*key));
@@ -450,7 +451,7 @@ impl World {
         }
     }
 
-    /// Has a future run for so many turns and drops it. What it came to, if it came to an end.
+    /// Polls a future for this many turns and drops it. Its output, if it completed.
     pub(super) async fn run_for<T>(turns: usize, future: impl Future<Output = T>) -> Option<T> {
         let mut future = pin!(future);
         for _ in 0..turns {

@@ -1,7 +1,7 @@
-//! Several tasks at once, in the order a seed chooses: requests, sections, changes, births and deaths, each at its own pace.
+//! Several tasks at once, in the order that a seed chooses: requests, sections, changes, opens and releases.
 //!
-//! What each change comes to depends on the order, so it is not foretold. What holds in any order is asserted on the way (by the
-//! drivers and by each task); and in the end the graph is read into a model, which must find everything as it would have computed it.
+//! The result of each change depends on the order and is not predicted. Invariants are asserted meanwhile, by the
+//! drivers and by each task; at the end the graph is read into a model, which must compute the same state.
 
 use std::sync::Arc;
 
@@ -9,20 +9,20 @@ use crate::holder_kind::HolderKind;
 use bds_refcount::Strong;
 use proptest::prelude::{Just, Strategy, any, prop_oneof};
 
-use super::fake::{self, Floor};
 use super::model::{ALL, Access, Edge, Kind, Model, Node};
-use super::picture;
-use super::run::{idle, real_access, world};
+use super::run::{graph_of_fakes, idle, real_access};
+use super::snapshot;
 use crate::driver::Role;
 use crate::error::Result;
-use crate::graph::tests::fakes;
 use crate::graph::tests::tally::Tally;
 use crate::graph::{Graph, Node as RealNode, NodeId, NodeRef, Parent, Root, RootMove};
 use crate::options::Options;
+use crate::test_kit::gate_port;
+use crate::test_kit::stepwise::{self, Stepwise};
 
-/// What a task does next. Numbers choose among the nodes of the start.
+/// One operation of a task. Numbers select among the initial nodes.
 #[derive(Clone, Debug)]
-pub(super) enum Act {
+pub(super) enum TaskOp {
     Read,
     Drain(usize),
     DrainAll,
@@ -34,102 +34,104 @@ pub(super) enum Act {
     SetBacking(usize, Option<usize>),
     PointRoot(usize),
     ReadOnly(usize, bool),
-    /// A filter comes, stays for a while and goes.
-    Live(usize),
+    /// A filter is opened, used and released.
+    ShortLivedFilter(usize),
     Freeze(usize, usize),
     Inactivate(usize),
     Cancelled(usize, usize, usize),
     Reap,
 }
 
-pub(super) fn act() -> impl Strategy<Value = Act> {
+pub(super) fn op() -> impl Strategy<Value = TaskOp> {
     let n = || 0..16usize;
     prop_oneof![
-        8 => n().prop_map(|_| Act::Read),
-        3 => n().prop_map(Act::Drain),
-        1 => n().prop_map(|_| Act::DrainAll),
-        1 => (n(), n()).prop_map(|(a, b)| Act::Nested(a, b)),
-        2 => (n(), n()).prop_map(|(a, b)| Act::Append(a, b)),
-        3 => (n(), n()).prop_map(|(a, b)| Act::Replace(a, b)),
-        1 => (n(), n()).prop_map(|(a, b)| Act::InsertFilter(a, b)),
-        2 => n().prop_map(Act::DropFilter),
-        2 => (n(), proptest::option::of(n())).prop_map(|(a, b)| Act::SetBacking(a, b)),
-        2 => n().prop_map(Act::PointRoot),
-        1 => (n(), any::<bool>()).prop_map(|(a, b)| Act::ReadOnly(a, b)),
-        3 => n().prop_map(Act::Live),
-        1 => (n(), n()).prop_map(|(a, b)| Act::Freeze(a, b)),
-        // What is a chain at the start.
-        2 => prop_oneof![Just((3, 2)), Just((4, 3)), Just((4, 2))].prop_map(|(a, b)| Act::Freeze(a, b)),
-        1 => n().prop_map(Act::Inactivate),
-        1 => (n(), n(), 0..12usize).prop_map(|(a, b, c)| Act::Cancelled(a, b, c)),
-        1 => n().prop_map(|_| Act::Reap),
+        8 => n().prop_map(|_| TaskOp::Read),
+        3 => n().prop_map(TaskOp::Drain),
+        1 => n().prop_map(|_| TaskOp::DrainAll),
+        1 => (n(), n()).prop_map(|(a, b)| TaskOp::Nested(a, b)),
+        2 => (n(), n()).prop_map(|(a, b)| TaskOp::Append(a, b)),
+        3 => (n(), n()).prop_map(|(a, b)| TaskOp::Replace(a, b)),
+        1 => (n(), n()).prop_map(|(a, b)| TaskOp::InsertFilter(a, b)),
+        2 => n().prop_map(TaskOp::DropFilter),
+        2 => (n(), proptest::option::of(n())).prop_map(|(a, b)| TaskOp::SetBacking(a, b)),
+        2 => n().prop_map(TaskOp::PointRoot),
+        1 => (n(), any::<bool>()).prop_map(|(a, b)| TaskOp::ReadOnly(a, b)),
+        3 => n().prop_map(TaskOp::ShortLivedFilter),
+        1 => (n(), n()).prop_map(|(a, b)| TaskOp::Freeze(a, b)),
+        // Links of the initial chain.
+        2 => prop_oneof![Just((3, 2)), Just((4, 3)), Just((4, 2))].prop_map(|(a, b)| TaskOp::Freeze(a, b)),
+        1 => n().prop_map(TaskOp::Inactivate),
+        1 => (n(), n(), 0..12usize).prop_map(|(a, b, c)| TaskOp::Cancelled(a, b, c)),
+        1 => n().prop_map(|_| TaskOp::Reap),
     ]
 }
 
-/// The nodes from `top` down to `base`, by the links that a chain is made of.
-fn way(top: &NodeRef, base: &NodeRef) -> Vec<NodeId> {
-    let mut way = vec![top.id()];
+/// The nodes from `top` down to `base`, along the links of a chain.
+fn path(top: &NodeRef, base: &NodeRef) -> Vec<NodeId> {
+    let mut path = vec![top.id()];
     let mut at = top.strong().clone();
     while at.id() != base.id() {
         let role = if at.driver().is_filter() { Role::FILTERED } else { Role::COW };
         let edge = at.child_in_role(role).expect("P21: the chain leads down to its end");
         at = edge.target().strong().clone();
-        way.push(at.id());
+        path.push(at.id());
     }
-    way
+    path
 }
 
 fn is_empty(node: &NodeRef) -> bool {
-    fake::requests(node.node().driver()) == 0
+    stepwise::requests(node.node().driver()) == 0
 }
 
-/// One task's tools.
-struct Actor {
+/// What one task uses.
+struct TaskContext {
     graph: Graph,
-    floor: Arc<Floor>,
+    drivers: Arc<Stepwise>,
     nodes: Vec<NodeRef>,
     root: Arc<crate::graph::Edge>,
     tally: Arc<Tally>,
 }
 
-impl Actor {
+impl TaskContext {
     fn node(&self, n: usize) -> &NodeRef {
         &self.nodes[n % self.nodes.len()]
     }
 
-    async fn act(&mut self, act: &Act) {
-        // What is refused is refused: that nothing has changed then is asserted by the others.
-        let outcome = match act {
-            Act::Drain(n) => return self.drain(self.node(*n)).await,
-            Act::Nested(a, b) => {
+    async fn op(&mut self, op: &TaskOp) {
+        // Refusals are expected; the drivers and the other tasks assert that they change nothing.
+        let outcome = match op {
+            TaskOp::Drain(n) => return self.drain(self.node(*n)).await,
+            TaskOp::Nested(a, b) => {
                 let outer = self.graph.drain(self.node(*a)).await;
                 self.drain(self.node(*b)).await;
                 return drop(outer);
             }
-            Act::DrainAll => {
+            TaskOp::DrainAll => {
                 let guard = self.graph.drain_all().await;
                 assert!(self.nodes.iter().all(is_empty), "P34");
                 bds_io::yield_now().await;
                 assert!(self.nodes.iter().all(is_empty), "P34");
                 return drop(guard);
             }
-            Act::Read => {
+            TaskOp::Read => {
                 if self.root.medium().is_some() {
-                    fakes::read(&self.root).await.unwrap();
+                    gate_port::read(&self.root).await.unwrap();
                     self.tally.count("read");
                 }
                 return;
             }
-            Act::Live(n) => return self.live(*n).await,
-            Act::Reap => return drop(self.graph.reap().await),
-            Act::Append(a, b) => self.graph.append(self.node(*a), self.node(*b)).await,
-            Act::Replace(a, b) => self.graph.replace(self.node(*a), self.node(*b)).await,
-            Act::InsertFilter(a, b) => self.graph.insert_filter(self.node(*a), self.node(*b)).await,
-            Act::DropFilter(a) => self.graph.drop_filter(self.node(*a)).await,
-            Act::SetBacking(a, b) => {
+            TaskOp::ShortLivedFilter(n) => return self.short_lived_filter(*n).await,
+            TaskOp::Reap => return drop(self.graph.reap().await),
+            TaskOp::Append(a, b) => self.graph.append(self.node(*a), self.node(*b)).await,
+            TaskOp::Replace(a, b) => self.graph.replace(self.node(*a), self.node(*b)).await,
+            TaskOp::InsertFilter(a, b) => {
+                self.graph.insert_filter(self.node(*a), self.node(*b)).await
+            }
+            TaskOp::DropFilter(a) => self.graph.drop_filter(self.node(*a)).await,
+            TaskOp::SetBacking(a, b) => {
                 self.graph.set_backing(self.node(*a), b.map(|b| self.node(b))).await
             }
-            Act::PointRoot(n) => {
+            TaskOp::PointRoot(n) => {
                 let change = self.graph.change().move_root(RootMove::new(
                     &self.graph,
                     &self.root,
@@ -137,19 +139,19 @@ impl Actor {
                 ));
                 change.commit().await.map(drop)
             }
-            Act::ReadOnly(n, on) => {
+            TaskOp::ReadOnly(n, on) => {
                 let word = if *on { "on" } else { "off" };
                 let options = Options::new().with("read-only", word);
                 self.graph.reopen(self.node(*n), options).await
             }
-            Act::Freeze(a, b) => self.freeze(*a, *b).await,
-            Act::Inactivate(n) => match self.graph.inactivate(self.node(*n)).await {
+            TaskOp::Freeze(a, b) => self.freeze(*a, *b).await,
+            TaskOp::Inactivate(n) => match self.graph.inactivate(self.node(*n)).await {
                 Ok(()) => self.graph.activate(self.node(*n)).await,
                 Err(error) => Err(error),
             },
-            Act::Cancelled(a, b, turns) => {
+            TaskOp::Cancelled(a, b, turns) => {
                 let change = self.graph.replace(self.node(*a), self.node(*b));
-                let Some(outcome) = super::run::World::run_for(*turns, change).await else {
+                let Some(outcome) = super::run::Comparison::run_for(*turns, change).await else {
                     return self.tally.count("cancelled");
                 };
                 outcome
@@ -158,36 +160,36 @@ impl Actor {
         self.tally.count(if outcome.is_ok() { "changed" } else { "refused" });
     }
 
-    /// P34: nobody is inside, and nobody comes; P38: what is drained lives.
+    /// P34: no request is inside or enters; P38: the drained node lives.
     async fn drain(&self, node: &NodeRef) {
         let guard = self.graph.drain(node).await;
-        self.floor.seal(node.name());
+        self.drivers.seal(node.name());
         for _ in 0..3 {
             assert!(is_empty(node), "P34");
             assert!(node.quiesce_count() > 0, "P35");
             bds_io::yield_now().await;
         }
-        self.floor.unseal(node.name());
+        self.drivers.unseal(node.name());
         self.tally.count("drained");
         drop(guard);
     }
 
-    /// P21: links that are frozen stay where they are, and are not frozen by others.
+    /// P21: frozen links keep their target, and are not frozen twice.
     async fn freeze(&self, a: usize, b: usize) -> Result<()> {
         let (top, base) = (self.node(a), self.node(b));
         let frozen = self.graph.freeze_chain(top, base, "it")?;
         self.tally.count_if(!frozen.is_empty(), "frozen");
-        let before = way(top, base);
+        let before = path(top, base);
         for _ in 0..4 {
             bds_io::yield_now().await;
-            assert_eq!(way(top, base), before, "P21");
+            assert_eq!(path(top, base), before, "P21");
             let is_again = self.graph.freeze_chain(top, base, "another").is_ok();
             assert_eq!(is_again, frozen.is_empty(), "P21: by one at a time");
         }
         Ok(())
     }
 
-    async fn live(&mut self, n: usize) {
+    async fn short_lived_filter(&mut self, n: usize) {
         let text = format!("driver=pass,read-only=on,file={}", self.node(n).name());
         let Ok(node) = self.graph.open(Options::parse(&text).unwrap()).await else { return };
         let id = node.id();
@@ -201,21 +203,21 @@ impl Actor {
         };
         if let Ok(edge) = self.graph.attach_root(Some(&node), &root) {
             drop(node);
-            fakes::read(&edge).await.unwrap();
+            gate_port::read(&edge).await.unwrap();
             self.tally.count("read");
         }
-        // Others may have moved what pointed there, and hold nothing of it.
+        // Others may have moved the edge to another node.
         bds_io::yield_now().await;
         drop(self.graph.acquire(id));
     }
 }
 
-/// Plays the tasks' acts in the order that the seed chooses.
-pub(super) async fn play(sim: &bds_io::Sim, tasks: Vec<Vec<Act>>, tally: &Arc<Tally>) {
-    let (graph, floor) = world(sim, None);
-    let nodes = ground(&graph).await;
+/// Runs the tasks' operations in the order that the seed chooses.
+pub(super) async fn play(sim: &bds_io::Sim, tasks: Vec<Vec<TaskOp>>, tally: &Arc<Tally>) {
+    let (graph, drivers) = graph_of_fakes(sim, None);
+    let nodes = initial_nodes(&graph).await;
     let mut running = Vec::new();
-    for (place, acts) in tasks.into_iter().enumerate() {
+    for (place, ops) in tasks.into_iter().enumerate() {
         let access = real_access(Access { perm: 1, shared: ALL });
         let name = format!("r{place}");
         let root = Root {
@@ -226,21 +228,21 @@ pub(super) async fn play(sim: &bds_io::Sim, tasks: Vec<Vec<Act>>, tally: &Arc<Ta
             is_backend: false,
         };
         let root = graph.attach_root(Some(&nodes[place % nodes.len()]), &root).unwrap();
-        let mut actor = Actor {
+        let mut context = TaskContext {
             graph: graph.clone(),
-            floor: Arc::clone(&floor),
+            drivers: Arc::clone(&drivers),
             nodes: nodes.clone(),
             root,
             tally: Arc::clone(tally),
         };
         running.push(bds_io::spawn(async move {
-            for act in &acts {
-                actor.act(act).await;
+            for op in &ops {
+                context.op(op).await;
             }
-            actor.root
+            context.root
         }));
     }
-    // P40: all come to their end; the simulated world says so if nothing can ever run again.
+    // P40: all tasks complete; the simulation panics if none can ever run again.
     let mut roots = Vec::new();
     for task in running {
         roots.push(task.await);
@@ -256,8 +258,8 @@ pub(super) async fn play(sim: &bds_io::Sim, tasks: Vec<Vec<Act>>, tally: &Arc<Ta
     graph.reap().await;
 }
 
-/// Two images on each other, a filter, and some to spare; all read-only, so that edges can go anywhere.
-async fn ground(graph: &Graph) -> Vec<NodeRef> {
+/// Two images on each other, a filter, and some spare nodes; all read-only, so that edges can point anywhere.
+async fn initial_nodes(graph: &Graph) -> Vec<NodeRef> {
     let mut nodes = Vec::new();
     for text in [
         "driver=file,node-name=f0",
@@ -274,17 +276,18 @@ async fn ground(graph: &Graph) -> Vec<NodeRef> {
     nodes
 }
 
-/// P16, P17, P24, P25, P35 after all is over: the graph is what the model computes from its edges.
+/// P16, P17, P24, P25, P35 at the end: the graph is what the model computes from its edges.
 fn check(graph: &Graph) {
-    let found = picture::of_graph(graph);
+    let found = snapshot::of_graph(graph);
     let mut model = read(&graph.0.core.live());
     model.recompute();
     assert!(model.is_legal(), "P24");
-    let wanted = picture::of_model(&model);
-    assert_eq!(picture::edges(&found), picture::edges(&wanted), "P25, P35");
+    let wanted = snapshot::of_model(&model);
+    assert_eq!(snapshot::edges(&found), snapshot::edges(&wanted), "P25, P35");
 }
 
-/// P24, P25: what edges do is what the model computes from the roots down, and it is allowed. For whoever holds the graph's lock.
+/// P24, P25: permissions of edges equal those computed from the roots down, and are legal. The caller holds the graph's
+/// lock.
 pub(in crate::graph::tests) fn check_permissions(nodes: &[Strong<RealNode>]) {
     let found = read(nodes);
     let mut wanted = found.clone();
@@ -296,7 +299,7 @@ pub(in crate::graph::tests) fn check_permissions(nodes: &[Strong<RealNode>]) {
     assert!(found.is_legal(), "P24");
 }
 
-/// Live nodes and their edges as a model, without anything that follows from them. An edge of a node that is dead does what it did.
+/// Live nodes and their edges as a model, without derived values. The edges of dead nodes keep their permissions.
 fn read(nodes: &[Strong<RealNode>]) -> Model {
     let mut model = Model::default();
     let key =

@@ -1,16 +1,16 @@
-//! What always holds, and what holds at the end.
+//! Asserts the invariants that hold between any two steps, and those that hold at rest.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::probe::{Probe, block};
-use super::program::Stage;
+use super::program::Scenario;
 use crate::graph::model::edge::Parent;
 use crate::graph::tests::properties::check_permissions;
 use crate::graph::{Graph, NodeId, NodeRef};
+use crate::test_kit::forwarding::{Forwarder, block};
 
-/// At any moment between two steps: why nodes are drained, who is where, and who may do what agree with each other.
+/// Asserts between two steps that the reasons for being drained, the gates and the permissions agree.
 pub(super) fn audit(graph: &Graph, is_threaded: bool) {
     let core = &graph.0.core;
     let lock = core.lock();
@@ -24,43 +24,48 @@ pub(super) fn audit(graph: &Graph, is_threaded: bool) {
             node.name()
         );
         let is_drained = reasons > 0;
-        assert_eq!(Probe::of(&node).is_drained(), is_drained, "{}: driver told", node.name());
+        assert_eq!(
+            Forwarder::of_node(&node).is_drained(),
+            is_drained,
+            "{}: the driver's state",
+            node.name()
+        );
         for edge in node.parents() {
-            assert_eq!(edge.is_quiesced(), is_drained, "{} knows", edge.holder());
+            assert_eq!(edge.is_quiesced(), is_drained, "{}: state of the edge", edge.holder());
             if is_drained && matches!(edge.parent(), Some(Parent::Root(_)) | None) {
-                assert!(edge.gate_blocked(), "{}: a root waits", edge.holder());
+                assert!(edge.gate_blocked(), "{}: gate of a root", edge.holder());
             }
         }
         for edge in node.children().iter() {
             let parents = edge.target().parents();
             let found = parents.iter().filter(|parent| Arc::ptr_eq(parent, edge)).count();
-            assert_eq!(found, 1, "{}: known to its target once", edge.holder());
+            assert_eq!(found, 1, "{}: once among its target's parents", edge.holder());
         }
     }
     if is_threaded {
-        return; // an edge may go just now, and what it did is loosened later
+        return; // an edge may be dropped just now; permissions are loosened later
     }
-    // The same graph has the same permissions, whatever led to it: a model that shares no code with the product computes them.
+    // A model that shares no code with the product computes the permissions.
     check_permissions(&core.live());
     drop(lock);
 }
 
-/// Nobody does anything any more: nobody is drained, all gates are open, all counts are right; and everything can be closed.
-pub(super) async fn check_at_rest(stage: &Stage) {
-    let graph = &stage.graph;
+/// Asserts at rest that nothing is drained, all gates are open and all counts are right; then closes everything.
+pub(super) async fn check_at_rest(scenario: &Scenario) {
+    let graph = &scenario.graph;
     assert!(graph.reap().await.iter().all(|report| report.is_clean()));
-    if stage.is_threaded {
+    if scenario.is_threaded {
         until(|| graph.nodes().iter().all(is_idle)).await;
     }
     audit(graph, false);
     let mut in_pool: HashMap<NodeId, usize> = HashMap::new();
-    for node in stage.pool.lock().unwrap().iter() {
+    for node in scenario.pool.lock().unwrap().iter() {
         *in_pool.entry(node.id()).or_default() += 1;
     }
     for node in graph.nodes() {
         let name = node.name().to_owned();
         assert_eq!((node.quiesce_count(), node.sections()), (0, 0), "{name}: drained at rest");
-        assert_eq!(node.in_flight(), 0, "{name}: somebody is inside at rest");
+        assert_eq!(node.in_flight(), 0, "{name}: a request is inside at rest");
         let parents = node.parents();
         assert!(
             parents.iter().all(|edge| !edge.gate_blocked()),
@@ -70,19 +75,19 @@ pub(super) async fn check_at_rest(stage: &Stage) {
         let expected = parents.len() + users + usize::from(graph.is_owned(node.id()));
         assert_eq!(node.count() - 1, expected, "{name}: count of holders");
     }
-    let backends = std::mem::take(&mut *stage.backends.lock().unwrap());
+    let backends = std::mem::take(&mut *scenario.backends.lock().unwrap());
     for backend in backends {
         backend.read(0, block()).await.unwrap();
     }
-    stage.pool.lock().unwrap().clear();
+    scenario.pool.lock().unwrap().clear();
     let report = graph.shutdown().await;
     assert!(report.closed.iter().all(|report| report.is_clean()));
     assert!(report.leaked.is_empty(), "{:?}", report.leaked);
     assert_eq!(graph.dump(), "");
     assert!(graph.reports().is_empty());
-    let census = &stage.census;
-    let balance = || census.opened.load(Ordering::Relaxed) - census.closed.load(Ordering::Relaxed);
-    if stage.is_threaded {
+    let drivers = &scenario.drivers;
+    let balance = || drivers.opens.load(Ordering::Relaxed) - drivers.closes.load(Ordering::Relaxed);
+    if scenario.is_threaded {
         until(|| balance() == 0).await;
     }
     assert_eq!(balance(), 0, "drivers closed");
@@ -94,7 +99,7 @@ fn is_idle(node: &NodeRef) -> bool {
         && !node.parents().iter().any(|e| e.parent_closing())
 }
 
-/// Lets what runs in the background end. Whoever never ends it fails what is asserted next.
+/// Waits for background tasks. If they never end, the next assertion fails.
 async fn until(is_over: impl Fn() -> bool) {
     for _ in 0..20_000 {
         if is_over() {
@@ -104,10 +109,10 @@ async fn until(is_over: impl Fn() -> bool) {
     }
 }
 
-/// Says, when a world fails, who is where.
-pub(super) struct Blame<'a>(pub(super) &'a Stage);
+/// Prints the state of every gate when a run fails.
+pub(super) struct DumpOnPanic<'a>(pub(super) &'a Scenario);
 
-impl Drop for Blame<'_> {
+impl Drop for DumpOnPanic<'_> {
     fn drop(&mut self) {
         if !std::thread::panicking() {
             return;

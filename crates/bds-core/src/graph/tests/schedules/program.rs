@@ -1,5 +1,6 @@
-//! Small random programs: a chain of images, two backends, and tasks that read, write, drain, change, open, close and give up
-//! half-way. What a task does follows from its dice; who runs next follows from the world's.
+//! Small random programs: a chain of images, two backends, and tasks that read, write, drain, change, open, close and
+//! drop futures half-way. A task's operations follow from its random numbers; the order of tasks follows from the
+//! simulation's.
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;
@@ -9,21 +10,23 @@ use std::task::Poll;
 
 use bds_io::{Fs, Sim, SimConfig};
 
-use super::audit::{Blame, audit, check_at_rest};
-use super::probe::{Census, Probe, ProbeType, block};
-use crate::driver::{BoxFuture, Category, Registry, WriteFlags};
+use super::audit::{DumpOnPanic, audit, check_at_rest};
+use crate::driver::{BoxFuture, Registry, WriteFlags};
 use crate::error::{Error, ErrorKind};
+use crate::graph::tests::tally::Tally;
 use crate::graph::{CloseError, Graph, GraphConfig, NodeId, NodeRef, walk};
 use crate::options::Options;
 use crate::request::{Backend, BackendOptions};
+use crate::test_kit::forwarding::{Forwarder, Forwarding, block};
+use crate::test_kit::yield_times;
 
-/// Names in play; few, so that they are fought over.
+/// Names in use; few, so that they collide.
 const NAMES: [&str; 5] = ["base", "mid", "top", "one", "two"];
 
-/// A stream of numbers that follows from a seed (splitmix64).
-pub(super) struct Dice(u64);
+/// Random numbers from a seed (splitmix64).
+pub(super) struct Rng(u64);
 
-impl Dice {
+impl Rng {
     pub(super) fn new(seed: u64) -> Self {
         Self(seed)
     }
@@ -46,48 +49,27 @@ impl Dice {
     }
 }
 
-/// What came to pass, over many worlds: a search in which nothing happens finds nothing.
-#[derive(Debug, Default)]
-pub(super) struct Tally {
-    pub(super) changes: AtomicUsize,
-    pub(super) refusals: AtomicUsize,
-    pub(super) drains: AtomicUsize,
-    pub(super) given_up: AtomicUsize,
-    pub(super) requests: AtomicUsize,
-    pub(super) closings: AtomicUsize,
-}
-
-fn count(counter: &AtomicUsize) {
-    counter.fetch_add(1, Ordering::Relaxed);
-}
-
-/// A world's graph and what its tasks share.
-pub(super) struct Stage {
+/// The graph of one run, and what its tasks share.
+pub(super) struct Scenario {
     pub(super) graph: Graph,
-    pub(super) census: Arc<Census>,
+    pub(super) drivers: Arc<Forwarding>,
     pub(super) backends: Mutex<Vec<Arc<Backend>>>,
-    /// References that no task has in hand now.
+    /// References that no task uses now.
     pub(super) pool: Mutex<Vec<NodeRef>>,
     ids: Vec<NodeId>,
     tally: Arc<Tally>,
     filters: AtomicUsize,
-    /// Other threads go on between any two instructions: then some facts cannot be asked for exactly.
+    /// Tasks run on real threads: some facts are not exact then.
     pub(super) is_threaded: bool,
 }
 
-/// An empty graph of probes.
-pub(super) fn graph(fs: Fs) -> (Graph, Arc<Census>) {
-    let census = Arc::new(Census::default());
+/// An empty graph of forwarding drivers.
+pub(super) fn graph(fs: Fs) -> (Graph, Arc<Forwarding>) {
     let mut registry = Registry::new();
-    for (name, category) in
-        [("leaf", Category::Protocol), ("image", Category::Format), ("filter", Category::Filter)]
-    {
-        let census = Arc::clone(&census);
-        registry.register(Arc::new(ProbeType { name, category, census })).unwrap();
-    }
+    let drivers = Forwarding::register(&mut registry);
     let mut config = GraphConfig::new(Arc::new(registry));
     config.fs = fs;
-    (Graph::new(config), census)
+    (Graph::new(config), drivers)
 }
 
 /// An image on a leaf of its own.
@@ -110,9 +92,9 @@ pub(super) fn backend(node: &NodeRef, name: &str, writable: bool) -> Arc<Backend
     )
 }
 
-/// Drops `future` after so many turns, unless it has ended. It is work in a task that goes on in between, so it is not the polls of
-/// `future` itself that count.
-pub(super) async fn give_up_after<T>(future: impl Future<Output = T>, turns: usize) -> Option<T> {
+/// Drops `future` after this many turns unless it has completed. It runs inside a task that is woken in between, so
+/// polls of `future` itself do not count.
+pub(super) async fn drop_after<T>(future: impl Future<Output = T>, turns: usize) -> Option<T> {
     let mut future = pin!(future);
     let mut left = turns;
     poll_fn(|context| {
@@ -132,9 +114,9 @@ pub(super) async fn give_up_after<T>(future: impl Future<Output = T>, turns: usi
     .await
 }
 
-impl Stage {
+impl Scenario {
     async fn build(fs: Fs, tally: Arc<Tally>, is_threaded: bool) -> Self {
-        let (graph, census) = graph(fs);
+        let (graph, drivers) = graph(fs);
         let mut pool = Vec::new();
         for (name, backing) in [("base", None), ("mid", Some("base")), ("top", Some("mid"))] {
             pool.push(graph.open(image(name, backing)).await.unwrap());
@@ -146,7 +128,7 @@ impl Stage {
         let backends = vec![backend(&pool[2], "guest", true), backend(&pool[1], "reader", false)];
         Self {
             graph,
-            census,
+            drivers,
             backends: Mutex::new(backends),
             pool: Mutex::new(pool),
             ids,
@@ -156,58 +138,58 @@ impl Stage {
         }
     }
 
-    fn name(dice: &mut Dice) -> &'static str {
-        NAMES[dice.below(NAMES.len())]
+    fn name(rng: &mut Rng) -> &'static str {
+        NAMES[rng.below(NAMES.len())]
     }
 
-    fn pick(&self, dice: &mut Dice) -> Option<NodeRef> {
-        self.graph.find(Self::name(dice)).ok()
+    fn pick(&self, rng: &mut Rng) -> Option<NodeRef> {
+        self.graph.find(Self::name(rng)).ok()
     }
 
     fn backend(&self, index: usize) -> Arc<Backend> {
         Arc::clone(&self.backends.lock().unwrap()[index])
     }
 
-    /// Now and then the future is dropped half-way.
-    async fn perhaps<T>(&self, dice: &mut Dice, future: impl Future<Output = T>) -> Option<T> {
-        if !dice.one_in(5) {
+    /// Drops the future half-way, once in five times.
+    async fn maybe_drop<T>(&self, rng: &mut Rng, future: impl Future<Output = T>) -> Option<T> {
+        if !rng.one_in(5) {
             return Some(future.await);
         }
-        let done = give_up_after(future, 1 + dice.below(8)).await;
+        let done = drop_after(future, 1 + rng.below(8)).await;
         if done.is_none() {
-            count(&self.tally.given_up);
+            self.tally.count("dropped");
         }
         done
     }
 
-    /// Refusals that can come of others' doings; anything else is a failure.
-    fn refused(&self, error: &Error) {
+    /// Asserts that the error is a refusal that other tasks can cause.
+    fn check_refusal(&self, error: &Error) {
         use ErrorKind::{AlreadyExists, InUse, InvalidInput, NotFound, NotSupported, Stale};
         let may_be = [AlreadyExists, InUse, InvalidInput, NotFound, NotSupported, Stale];
         assert!(may_be.contains(&error.kind()), "{error}");
-        count(&self.tally.refusals);
+        self.tally.count("refusals");
     }
 
-    // ---- what tasks do
+    // ---- operations of tasks
 
-    async fn request(&self, dice: &mut Dice, index: usize) {
+    async fn request(&self, rng: &mut Rng, index: usize) {
         let backend = self.backend(index);
-        let done = match dice.below(if index == 0 { 6 } else { 4 }) {
-            0..=3 => self.perhaps(dice, backend.read(0, block())).await,
-            4 => self.perhaps(dice, backend.write(0, block(), WriteFlags::empty())).await,
-            _ => self.perhaps(dice, backend.flush()).await,
+        let done = match rng.below(if index == 0 { 6 } else { 4 }) {
+            0..=3 => self.maybe_drop(rng, backend.read(0, block())).await,
+            4 => self.maybe_drop(rng, backend.write(0, block(), WriteFlags::empty())).await,
+            _ => self.maybe_drop(rng, backend.flush()).await,
         };
         if let Some(result) = done {
             result.unwrap();
-            count(&self.tally.requests);
+            self.tally.count("requests");
         }
     }
 
-    async fn change(&self, dice: &mut Dice, may_wait_for_drains: bool) {
+    async fn change(&self, rng: &mut Rng, may_wait_for_drains: bool) {
         let mut change = self.graph.change();
-        for _ in 0..1 + dice.below(3) {
-            let (Some(a), Some(b)) = (self.pick(dice), self.pick(dice)) else { return };
-            change = match dice.below(if may_wait_for_drains { 9 } else { 7 }) {
+        for _ in 0..1 + rng.below(3) {
+            let (Some(a), Some(b)) = (self.pick(rng), self.pick(rng)) else { return };
+            change = match rng.below(if may_wait_for_drains { 9 } else { 7 }) {
                 0 => change.append(&a, &b),
                 1 => change.replace(&a, &b),
                 2 | 3 => change.set_backing(&a, Some(&b)),
@@ -218,102 +200,102 @@ impl Stage {
                 _ => change.reopen(&a, Options::parse("discard=unmap").unwrap()),
             };
         }
-        match self.perhaps(dice, change.commit()).await {
+        match self.maybe_drop(rng, change.commit()).await {
             Some(Ok(report)) => {
                 assert!(report.closed.iter().all(|report| report.is_clean()));
-                count(&self.tally.changes);
+                self.tally.count("changes");
             }
-            Some(Err(error)) => self.refused(&error),
+            Some(Err(error)) => self.check_refusal(&error),
             None => {}
         }
     }
 
-    /// A filter comes, stays a while and goes.
-    async fn filter(&self, dice: &mut Dice) {
-        let Some(node) = self.pick(dice) else { return };
+    /// A filter is inserted, stays for a while and is dropped.
+    async fn filter(&self, rng: &mut Rng) {
+        let Some(node) = self.pick(rng) else { return };
         let name = format!("filter{}", self.filters.fetch_add(1, Ordering::Relaxed));
         let options = Options::new().with("driver", "filter").with("node-name", name);
         let opened = self.graph.open(options.with("file", node.name())).await;
-        let Ok(filter) = opened.map_err(|error| self.refused(&error)) else { return };
-        match self.perhaps(dice, self.graph.insert_filter(&node, &filter)).await {
-            Some(Ok(())) => count(&self.tally.changes),
-            Some(Err(error)) => self.refused(&error),
+        let Ok(filter) = opened.map_err(|error| self.check_refusal(&error)) else { return };
+        match self.maybe_drop(rng, self.graph.insert_filter(&node, &filter)).await {
+            Some(Ok(())) => self.tally.count("changes"),
+            Some(Err(error)) => self.check_refusal(&error),
             None => {}
         }
         drop(node);
-        wait(dice.below(4)).await;
+        yield_times(rng.below(4)).await;
         let change = self.graph.change().drop_filter(&filter).remove(filter);
-        match self.perhaps(dice, change.commit()).await {
+        match self.maybe_drop(rng, change.commit()).await {
             Some(Ok(report)) => assert!(report.closed.iter().all(|report| report.is_clean())),
-            Some(Err(error)) => self.refused(&error),
+            Some(Err(error)) => self.check_refusal(&error),
             None => {}
         }
     }
 
-    /// Some nodes are drained for a while; others are drained, and the graph changed, within.
-    fn drain<'a>(&'a self, dice: &'a mut Dice, depth: usize) -> BoxFuture<'a, ()> {
+    /// Drains some nodes for a while; inside, drains others or changes the graph.
+    fn drain<'a>(&'a self, rng: &'a mut Rng, depth: usize) -> BoxFuture<'a, ()> {
         Box::pin(async move {
-            let Some(node) = self.pick(dice) else { return };
+            let Some(node) = self.pick(rng) else { return };
             let mut quiet = vec![node.clone()];
-            let drained = match dice.below(4) {
-                0 | 1 => self.perhaps(dice, self.graph.drain(&node)).await,
+            let drained = match rng.below(4) {
+                0 | 1 => self.maybe_drop(rng, self.graph.drain(&node)).await,
                 2 => {
                     let mut below = Vec::new();
                     walk::each_below_strong(node.strong(), &mut |node| below.push(node.clone()));
                     let below = below.into_iter().map(|s| NodeRef::iterator(&self.graph, s));
                     quiet = below.collect();
-                    self.perhaps(dice, self.graph.drain_subtree(&node)).await
+                    self.maybe_drop(rng, self.graph.drain_subtree(&node)).await
                 }
                 _ => {
-                    let all = self.perhaps(dice, self.graph.drain_all()).await;
+                    let all = self.maybe_drop(rng, self.graph.drain_all()).await;
                     quiet = self.graph.nodes();
                     all
                 }
             };
             let Some(drained) = drained else { return };
-            count(&self.tally.drains);
-            // Nobody can have got in above since the last of them was seen to be empty.
-            // (With threads one may be counted in for a moment until he sees that the gate is shut.)
+            self.tally.count("drains");
+            // No request can have entered above since the last of the nodes was seen to be empty.
+            // (With threads a request may be counted for a moment until it finds the gate closed.)
             let is_idle = |node: NodeRef| self.is_threaded || node.in_flight() == 0;
             assert!(quiet.iter().flat_map(above).all(is_idle), "inside a drained node");
-            quiet.iter().for_each(|node| Probe::of(node).forbid());
+            quiet.iter().for_each(|node| Forwarder::of_node(node).forbid());
             audit(&self.graph, self.is_threaded);
-            wait(dice.below(4)).await;
-            match dice.below(4) {
-                0 if depth < 2 => self.drain(dice, depth + 1).await,
-                1 => self.change(dice, false).await,
+            yield_times(rng.below(4)).await;
+            match rng.below(4) {
+                0 if depth < 2 => self.drain(rng, depth + 1).await,
+                1 => self.change(rng, false).await,
                 2 => assert!(self.graph.reap().await.iter().all(|report| report.is_clean())),
                 _ => {}
             }
-            wait(dice.below(3)).await;
-            quiet.iter().for_each(|node| Probe::of(node).allow());
+            yield_times(rng.below(3)).await;
+            quiet.iter().for_each(|node| Forwarder::of_node(node).allow());
             drop(quiet);
             drop(drained);
         })
     }
 
-    async fn hold(&self, dice: &mut Dice) {
-        match dice.below(5) {
+    async fn hold(&self, rng: &mut Rng) {
+        match rng.below(5) {
             0 => {
-                let Some(node) = self.pick(dice) else { return };
+                let Some(node) = self.pick(rng) else { return };
                 let other = node.clone();
-                wait(dice.below(3)).await;
+                yield_times(rng.below(3)).await;
                 drop(node);
                 other.release();
             }
             1 => {
-                let id = self.ids[dice.below(self.ids.len())];
+                let id = self.ids[rng.below(self.ids.len())];
                 let Ok(node) = self.graph.acquire(id) else { return };
-                wait(dice.below(3)).await;
+                yield_times(rng.below(3)).await;
                 self.pool.lock().unwrap().push(node);
             }
-            2 => drop(self.take(dice)),
+            2 => drop(self.take(rng)),
             _ => {
-                let Some(node) = self.take(dice) else { return };
-                match self.perhaps(dice, node.close()).await {
+                let Some(node) = self.take(rng) else { return };
+                match self.maybe_drop(rng, node.close()).await {
                     Some(Ok(report)) => {
                         assert!(report.is_clean());
-                        count(&self.tally.closings);
+                        self.tally.count("closes");
                     }
                     Some(Err(CloseError::InUse { node, .. })) => {
                         self.pool.lock().unwrap().push(node);
@@ -324,58 +306,52 @@ impl Stage {
         }
     }
 
-    fn take(&self, dice: &mut Dice) -> Option<NodeRef> {
+    fn take(&self, rng: &mut Rng) -> Option<NodeRef> {
         let mut pool = self.pool.lock().unwrap();
-        let index = dice.below(pool.len().max(1));
+        let index = rng.below(pool.len().max(1));
         (index < pool.len()).then(|| pool.swap_remove(index))
     }
 
-    async fn open(&self, dice: &mut Dice) {
-        let name = Self::name(dice);
-        let backing = dice.one_in(2).then(|| Self::name(dice));
+    async fn open(&self, rng: &mut Rng) {
+        let name = Self::name(rng);
+        let backing = rng.one_in(2).then(|| Self::name(rng));
         let options = image(name, backing);
-        match dice.below(3) {
+        match rng.below(3) {
             0 => {
-                if let Some(Err(error)) = self.perhaps(dice, self.graph.add(options)).await {
-                    self.refused(&error);
+                if let Some(Err(error)) = self.maybe_drop(rng, self.graph.add(options)).await {
+                    self.check_refusal(&error);
                 }
             }
-            1 => match self.perhaps(dice, self.graph.open(options)).await {
+            1 => match self.maybe_drop(rng, self.graph.open(options)).await {
                 Some(Ok(node)) => self.pool.lock().unwrap().push(node),
-                Some(Err(error)) => self.refused(&error),
+                Some(Err(error)) => self.check_refusal(&error),
                 None => {}
             },
-            _ => match self.perhaps(dice, self.graph.del(name)).await {
+            _ => match self.maybe_drop(rng, self.graph.del(name)).await {
                 Some(Ok(report)) => {
                     assert!(report.is_clean());
-                    count(&self.tally.closings);
+                    self.tally.count("closes");
                 }
-                Some(Err(error)) => self.refused(&error),
+                Some(Err(error)) => self.check_refusal(&error),
                 None => {}
             },
         }
     }
 
-    async fn task(self: Arc<Self>, kind: usize, mut dice: Dice) {
-        for _ in 0..2 + dice.below(4) {
+    async fn task(self: Arc<Self>, kind: usize, mut rng: Rng) {
+        for _ in 0..2 + rng.below(4) {
             match kind {
-                0 => self.request(&mut dice, 0).await,
-                1 => self.request(&mut dice, 1).await,
-                2 | 3 => self.change(&mut dice, true).await,
-                4 | 5 => self.drain(&mut dice, 0).await,
-                6 => self.filter(&mut dice).await,
-                7 => self.hold(&mut dice).await,
-                8 => self.open(&mut dice).await,
+                0 => self.request(&mut rng, 0).await,
+                1 => self.request(&mut rng, 1).await,
+                2 | 3 => self.change(&mut rng, true).await,
+                4 | 5 => self.drain(&mut rng, 0).await,
+                6 => self.filter(&mut rng).await,
+                7 => self.hold(&mut rng).await,
+                8 => self.open(&mut rng).await,
                 _ => assert!(self.graph.reap().await.iter().all(|report| report.is_clean())),
             }
             audit(&self.graph, self.is_threaded);
         }
-    }
-}
-
-pub(super) async fn wait(turns: usize) {
-    for _ in 0..turns {
-        bds_io::yield_now().await;
     }
 }
 
@@ -393,50 +369,50 @@ fn above(node: &NodeRef) -> Vec<NodeRef> {
     found.into_iter().map(|strong| NodeRef::iterator(graph, strong)).collect()
 }
 
-/// The same on real threads, a task a thread, again and again.
+/// Runs the program on real threads, one per task, several times.
 pub(super) fn run_on_threads(seed: u64, tally: &Arc<Tally>) {
-    let stage = Stage::build(Fs::Host, Arc::clone(tally), true);
-    let stage = Arc::new(bds_io::block_on(stage));
-    let mut dice = Dice::new(seed);
+    let scenario = Scenario::build(Fs::Host, Arc::clone(tally), true);
+    let scenario = Arc::new(bds_io::block_on(scenario));
+    let mut rng = Rng::new(seed);
     std::thread::scope(|scope| {
         let mut kinds = vec![0, 1, 4];
-        kinds.extend((0..2).map(|_| dice.below(10)));
+        kinds.extend((0..2).map(|_| rng.below(10)));
         for kind in kinds {
-            let mut dice = Dice::new(dice.next());
-            let stage = Arc::clone(&stage);
+            let mut rng = Rng::new(rng.next());
+            let scenario = Arc::clone(&scenario);
             scope.spawn(move || {
                 for _ in 0..8 {
-                    let task = Arc::clone(&stage).task(kind, Dice::new(dice.next()));
+                    let task = Arc::clone(&scenario).task(kind, Rng::new(rng.next()));
                     bds_io::block_on(task);
                 }
             });
         }
     });
-    bds_io::block_on(check_at_rest(&stage));
+    bds_io::block_on(check_at_rest(&scenario));
 }
 
-/// One world from start to end. Panics if anything goes wrong. The answer is the same whenever the run was the same.
+/// Runs one seed. Panics if anything goes wrong. Returns a hash that is equal for equal runs.
 pub(super) fn run(seed: u64, lock_first: bool, tally: &Arc<Tally>) -> u64 {
     let sim = Sim::new(seed, SimConfig { max_turns: 200_000, ..SimConfig::calm() });
-    let mut dice = Dice::new(seed);
-    let stage = Arc::new(sim.block_on(Stage::build(sim.fs(), Arc::clone(tally), false)));
-    stage.graph.0.core.topology.lock_first.store(lock_first, Ordering::Relaxed);
-    let _blame = Blame(&stage);
+    let mut rng = Rng::new(seed);
+    let scenario = Arc::new(sim.block_on(Scenario::build(sim.fs(), Arc::clone(tally), false)));
+    scenario.graph.0.core.topology.lock_first.store(lock_first, Ordering::Relaxed);
+    let _dump = DumpOnPanic(&scenario);
     sim.block_on(async {
         let mut kinds = vec![0, 1, 4];
-        kinds.extend((0..dice.below(4)).map(|_| dice.below(10)));
+        kinds.extend((0..rng.below(4)).map(|_| rng.below(10)));
         let tasks: Vec<_> = kinds
             .into_iter()
             .map(|kind| {
-                let dice = Dice::new(dice.next());
-                bds_io::spawn(Arc::clone(&stage).task(kind, dice))
+                let rng = Rng::new(rng.next());
+                bds_io::spawn(Arc::clone(&scenario).task(kind, rng))
             })
             .collect();
         for task in tasks {
             task.await;
         }
     });
-    sim.run_until_idle(); // what was left to run in the background
-    sim.block_on(check_at_rest(&stage));
-    stage.census.fingerprint()
+    sim.run_until_idle(); // background tasks
+    sim.block_on(check_at_rest(&scenario));
+    scenario.drivers.fingerprint()
 }

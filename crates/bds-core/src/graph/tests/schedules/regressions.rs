@@ -1,23 +1,24 @@
-//! What the search has found, each as a small test of its own.
+//! Defects that the search has found, each as a small test.
 
 use std::sync::atomic::Ordering;
 
 use bds_io::{Sim, SimConfig};
 
 use super::audit::audit;
-use super::probe::block;
-use super::program::{backend, graph, image, wait};
+use super::program::{backend, graph, image};
 use crate::ErrorKind;
 use crate::driver::WriteFlags;
 use crate::graph::{Graph, walk};
 use crate::options::Options;
+use crate::test_kit::forwarding::block;
+use crate::test_kit::yield_times;
 
-/// Runs a story under many schedules.
-pub(super) fn under_schedules<F: Future<Output = ()>>(count: u64, story: impl Fn(Graph) -> F) {
+/// Runs a test under many schedules.
+pub(super) fn under_schedules<F: Future<Output = ()>>(count: u64, test: impl Fn(Graph) -> F) {
     for seed in 0..count {
         let sim = Sim::new(seed, SimConfig { max_turns: 100_000, ..SimConfig::calm() });
         let (graph, _) = graph(sim.fs());
-        sim.block_on(story(graph.clone()));
+        sim.block_on(test(graph.clone()));
         sim.run_until_idle();
         sim.block_on(async {
             audit(&graph, false);
@@ -32,7 +33,7 @@ pub(super) fn discard() -> Options {
 }
 
 #[test]
-fn an_edge_made_and_moved_on_in_one_change_is_only_where_the_last_edit_put_it() {
+fn an_edge_added_and_moved_in_one_change_has_one_target() {
     under_schedules(1, |graph| async move {
         let a = graph.open(image("a", None)).await.unwrap();
         let b = graph.open(image("b", None)).await.unwrap();
@@ -46,7 +47,7 @@ fn an_edge_made_and_moved_on_in_one_change_is_only_where_the_last_edit_put_it() 
         let drained = graph.drain(&b).await;
         assert_eq!(a.quiesce_count(), 0);
         drop(drained);
-        // Made, moved on and taken away again.
+        // Added, moved and removed again.
         let other = graph.open(image("d", None)).await.unwrap();
         let change = graph.change().set_backing(&other, Some(&b)).set_backing(&other, Some(&c));
         change.set_backing(&other, None).commit().await.unwrap();
@@ -67,8 +68,8 @@ fn a_change_that_owns_a_node_twice_is_refused() {
     });
 }
 
-/// A node is being closed; its child looks as if it would die with it and is not flushed yet; somebody finds the child just then and
-/// drains it. The late flush used to wait at the child's gate with the core in hand, and whoever reaped (or opened, or changed)
+/// A node is being closed, and its child seems to die with it and is not flushed yet; just then the child is acquired
+/// and drained. The late flush used to wait at the child's gate while it held the core, and a reap (or open, or change)
 /// inside the drained section waited for the core.
 #[test]
 fn reaping_inside_a_drained_section_does_not_wait_for_its_end() {
@@ -84,12 +85,12 @@ fn reaping_inside_a_drained_section_does_not_wait_for_its_end() {
                 let graph = graph.clone();
                 bds_io::spawn(async move { graph.reap().await })
             };
-            wait(turns).await;
+            yield_times(turns).await;
             if let Ok(leaf) = graph.acquire(leaf) {
                 let drained = graph.drain(&leaf).await;
                 assert_eq!(leaf.in_flight(), 0);
                 assert!(graph.reap().await.iter().all(|report| report.is_clean()));
-                wait(2).await;
+                yield_times(2).await;
                 assert_eq!(leaf.in_flight(), 0);
                 drop(drained);
             }
@@ -99,24 +100,24 @@ fn reaping_inside_a_drained_section_does_not_wait_for_its_end() {
 }
 
 #[test]
-fn what_dies_while_everything_is_drained_is_closed_afterwards() {
+fn a_node_that_dies_in_drain_all_is_closed_afterwards() {
     under_schedules(20, |graph| async move {
         let options = Options::new().with("driver", "leaf").with("node-name", "leaf");
         let leaf = graph.open(options).await.unwrap();
         let drained = graph.drain_all().await;
         drop(leaf);
         assert!(graph.reap().await.is_empty(), "closed in a section of everything");
-        wait(3).await;
+        yield_times(3).await;
         drop(drained);
-        wait(20).await;
+        yield_times(20).await;
         assert_eq!(graph.dump(), "");
     });
 }
 
-/// A reopen has its turn and its driver must write to a node that somebody else has drained, who wants a change of his own before he
-/// ends the section. Each used to wait for the other.
+/// A reopen holds the turn of changes, and its driver must write to a node that another task has drained, which commits
+/// a change before it ends the section. Each used to wait for the other.
 #[test]
-fn a_reopen_lets_the_change_of_those_pass_who_drain_below_it() {
+fn a_reopen_does_not_block_changes_inside_a_section_below_it() {
     under_schedules(200, |graph| async move {
         let node = graph.open(image("node", None)).await.unwrap();
         let guest = backend(&node, "guest", true);
@@ -127,9 +128,9 @@ fn a_reopen_lets_the_change_of_those_pass_who_drain_below_it() {
             bds_io::spawn(async move { graph.reopen(&node, discard()).await })
         };
         let drained = graph.drain(&leaf).await;
-        wait(3).await;
+        yield_times(3).await;
         graph.change().own(&node).commit().await.unwrap();
-        wait(3).await;
+        yield_times(3).await;
         assert_eq!(leaf.in_flight(), 0);
         drop(drained);
         reopening.await.unwrap();
@@ -137,9 +138,9 @@ fn a_reopen_lets_the_change_of_those_pass_who_drain_below_it() {
     });
 }
 
-/// The same for a handover, which writes everything out.
+/// The same for a handover, which writes everything back.
 #[test]
-fn a_handover_lets_the_change_of_those_pass_who_drain_below_it() {
+fn a_handover_does_not_block_changes_inside_a_section_below_it() {
     under_schedules(200, |graph| async move {
         let node = graph.open(image("node", None)).await.unwrap();
         let guest = backend(&node, "guest", true);
@@ -157,7 +158,7 @@ fn a_handover_lets_the_change_of_those_pass_who_drain_below_it() {
                 })
             };
             let drained = graph.drain(&leaf).await;
-            wait(3).await;
+            yield_times(3).await;
             let change = graph.change();
             let change = if is_active { change.disown(&node) } else { change.own(&node) };
             change.commit().await.unwrap();
@@ -168,7 +169,8 @@ fn a_handover_lets_the_change_of_those_pass_who_drain_below_it() {
     });
 }
 
-/// An edge that the change had in hand while it closed what it removed was waited for by a drain that the closing waited for.
+/// A change held an edge while it closed what it removed; a drain waited for that edge, and the close waited for the
+/// drain.
 #[test]
 fn a_removed_node_whose_own_edge_was_moved_is_closed_under_drains() {
     under_schedules(200, |graph| async move {
@@ -182,12 +184,12 @@ fn a_removed_node_whose_own_edge_was_moved_is_closed_under_drains() {
             bds_io::spawn(async move {
                 for _ in 0..3 {
                     let drained = graph.drain(&leaf).await;
-                    wait(2).await;
+                    yield_times(2).await;
                     drop(drained);
                 }
             })
         };
-        wait(2).await;
+        yield_times(2).await;
         let change = graph.change().replace_child(&filter, "file", &other).remove(filter);
         assert_eq!(change.commit().await.unwrap().closed.len(), 1);
         draining.await;
@@ -195,7 +197,7 @@ fn a_removed_node_whose_own_edge_was_moved_is_closed_under_drains() {
     });
 }
 
-/// The doors to a node that lies above another node that the same change drains used to stay shut for the driver that prepares.
+/// Gates to a node above another one that the same change drains used to stay closed for the driver that prepares.
 #[test]
 fn a_reopen_may_write_through_a_child_that_the_same_change_drains() {
     under_schedules(20, |graph| async move {
@@ -213,7 +215,7 @@ fn a_reopen_may_write_through_a_child_that_the_same_change_drains() {
     });
 }
 
-/// The change's other edits of the same node used to count as somebody else's use of it.
+/// The change's other edits of the same node used to count as another user.
 #[test]
 fn a_node_may_be_replaced_and_removed_in_one_change() {
     under_schedules(5, |graph| async move {
@@ -228,19 +230,22 @@ fn a_node_may_be_replaced_and_removed_in_one_change() {
         graph.append(&node, &overlay).await.unwrap();
         let change = graph.change().replace(&overlay, &node).remove(overlay.clone());
         let refused = change.commit().await.unwrap_err();
-        assert!(refused.to_string().contains("in use by owner"), "ours is left: {refused}");
+        assert!(
+            refused.to_string().contains("in use by owner"),
+            "our reference is left: {refused}"
+        );
         let change = graph.change().replace(&overlay, &node).remove(overlay);
         assert!(change.commit().await.unwrap().closed.iter().all(|report| report.is_clean()));
         assert_eq!(guest.node().unwrap().name(), "node");
     });
 }
 
-/// A chain of 100,000 nodes (20,000 in an ordinary run), released at the top: closed in a loop, a node before what only it held, on a stack
-/// that would not bear one frame a node.
+/// A chain of 100,000 nodes (20,000 in an ordinary run), released at the top: closed in a loop, parents first, on a
+/// stack too small for one frame per node.
 #[test]
 fn a_chain_of_any_length_is_closed_without_recursion() {
     let nodes = usize::try_from(super::budget()).unwrap().max(20_000);
-    let story = move || {
+    let test = move || {
         let sim = Sim::new(1, SimConfig::calm());
         let (graph, _) = graph(sim.fs());
         sim.block_on(async {
@@ -258,14 +263,14 @@ fn a_chain_of_any_length_is_closed_without_recursion() {
             assert_eq!(graph.dump(), "");
         });
     };
-    std::thread::Builder::new().stack_size(512 << 10).spawn(story).unwrap().join().unwrap();
+    std::thread::Builder::new().stack_size(512 << 10).spawn(test).unwrap().join().unwrap();
 }
 
-/// Permissions of a child used to be computed with its parents' old use first, which rippled down the chain and back.
+/// A child's permissions used to be computed with its parents' old use first, which went down the chain and back.
 #[test]
-fn an_overlay_costs_the_same_on_a_short_chain_and_on_a_long_one() {
+fn append_cost_does_not_depend_on_the_chain_length() {
     let sim = Sim::new(1, SimConfig::calm());
-    let (graph, census) = graph(sim.fs());
+    let (graph, drivers) = graph(sim.fs());
     sim.block_on(async {
         let mut top = graph.open(image("n0", None)).await.unwrap();
         let _guest = backend(&top, "guest", true);
@@ -273,9 +278,9 @@ fn an_overlay_costs_the_same_on_a_short_chain_and_on_a_long_one() {
         for number in 1..100 {
             let overlay = image(&format!("n{number}"), Some(top.name()));
             let overlay = graph.open(overlay).await.unwrap();
-            let before = census.asked.load(Ordering::Relaxed);
+            let before = drivers.access_queries.load(Ordering::Relaxed);
             graph.append(&top, &overlay).await.unwrap();
-            costs.push(census.asked.load(Ordering::Relaxed) - before);
+            costs.push(drivers.access_queries.load(Ordering::Relaxed) - before);
             top = overlay;
         }
         assert_eq!(costs[10], costs[98], "{costs:?}");

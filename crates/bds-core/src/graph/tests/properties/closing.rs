@@ -1,12 +1,12 @@
-//! Ends: of nodes, by reference, by name and by shutdown; and of drained sections, with their beginnings.
+//! Runs commands that end nodes (by reference, by name, by shutdown) and that begin and end drained sections.
 
 use super::commands::Command;
 use super::model::Drain;
-use super::opening::pick;
-use super::run::World;
+use super::open::pick;
+use super::run::Comparison;
 use crate::graph::CloseError;
 
-impl World {
+impl Comparison {
     pub(super) async fn close(&mut self, n: usize) {
         let Some(n) = self.pick_ref(n) else { return };
         let key = self.model.refs[n];
@@ -22,8 +22,8 @@ impl World {
                 self.tally.count("closed");
                 self.tally.count_if(!report.is_clean(), "closed, with failures");
                 assert_eq!(report.node, id);
-                self.hear(&report);
-                self.model.bury();
+                self.collect_failures(&report);
+                self.model.mark_dead();
                 self.model.close(key);
                 self.model.sweep();
             }
@@ -37,7 +37,7 @@ impl World {
         }
     }
 
-    /// P43: by name, if the monitor owns it, nobody else holds it and nothing forbids it.
+    /// P43: by name, if the monitor owns the node, no other holder has it and no blocker forbids it.
     pub(super) async fn del(&mut self, n: usize) {
         let swept = self.model.swept();
         let Some(key) = pick(&swept.live(), n) else { return };
@@ -52,18 +52,18 @@ impl World {
         assert_eq!(deleted.is_ok(), may, "P43: {name} {:?}", deleted.err());
         self.tally.count_if(may, "deleted");
         if let Ok(report) = deleted {
-            self.hear(&report);
+            self.collect_failures(&report);
             self.model.monitor.retain(|owned| *owned != key);
-            self.model.bury();
+            self.model.mark_dead();
             self.model.close(key);
             self.model.sweep();
         }
     }
 
-    /// P48: everything that can go goes, the rest is named, and a second time finds nothing more to do.
+    /// P48: every unused node is closed, the others are named, and a second shutdown finds nothing more to do.
     pub(super) async fn shutdown(&mut self) {
         let report = self.graph.shutdown().await;
-        report.closed.iter().for_each(|report| self.hear(report));
+        report.closed.iter().for_each(|report| self.collect_failures(report));
         self.model.is_shut = true;
         self.model.monitor.clear();
         self.model.sweep();
@@ -104,7 +104,7 @@ impl World {
         self.drains.push((guard, number));
     }
 
-    /// P38: ending a section changes nothing of the graph; the picture is compared afterwards.
+    /// P38: ending a section changes nothing of the graph; the snapshots are compared afterwards.
     pub(super) fn end_drain(&mut self, n: usize) {
         if self.drains.is_empty() {
             return;
@@ -113,7 +113,7 @@ impl World {
         let number = self.drains[index].1;
         let mut after = self.model.clone();
         after.drains.retain(|drain| drain.number != number);
-        if !self.is_obscure(&after) {
+        if !self.close_order_is_ambiguous(&after) {
             self.model = after;
             drop(self.drains.swap_remove(index));
         }

@@ -1,17 +1,16 @@
-//! QEMU's old mistakes around backends, as stories that must end well. Row numbers are those of the catalogue of lifecycle bugs
-//! (section 3 of the lifecycle notes).
+//! Bugs of QEMU around backends. Row numbers are those of `docs/lifecycle-bugs.md`.
 
 use std::sync::Arc;
 
 use bds_io::{IoVec, Task};
 use bds_refcount::Release;
 
-use super::fakes::{Fixture, run};
 use crate::driver::{BoxFuture, WriteFlags};
 use crate::error::{ErrorKind, Result};
 use crate::event::Event;
 use crate::graph::{Access, BlockOps, NodeRef, Perm, ShutdownStage, Stoppable};
 use crate::request::{Backend, BackendOptions, ErrorPolicies, ErrorPolicy, IoStatus};
+use crate::test_kit::logging::{Fixture, run};
 
 const READ: Access = Access::READ;
 
@@ -19,13 +18,13 @@ fn options(name: &str) -> BackendOptions {
     BackendOptions { name: name.into(), writable: true, ..Default::default() }
 }
 
-async fn file(world: &Fixture, name: &'static str) -> NodeRef {
-    world.plain(name);
-    world.open(&format!("driver=file,filename={name},node-name={name}")).await
+async fn file(fixture: &Fixture, name: &'static str) -> NodeRef {
+    fixture.plain(name);
+    fixture.open(&format!("driver=file,filename={name},node-name={name}")).await
 }
 
-async fn filter(world: &Fixture, name: &str, below: &str) -> NodeRef {
-    world.open(&format!("driver=pass,node-name={name},file={below}")).await
+async fn filter(fixture: &Fixture, name: &str, below: &str) -> NodeRef {
+    fixture.open(&format!("driver=pass,node-name={name},file={below}")).await
 }
 
 fn reading(backend: &Backend) -> Task<Result<()>> {
@@ -43,11 +42,11 @@ fn kind(result: Result<()>) -> ErrorKind {
     result.expect_err("there is no medium").kind()
 }
 
-/// Row 1: `drive_del` destroyed the root node under the device's raw pointer.
+/// Row 1: `drive_del` destroyed the root node while the device held a raw pointer to it.
 #[test]
 fn uaf_drive_del_under_device() {
-    run(|world| async move {
-        let node = file(&world, "disk").await;
+    run(|fixture| async move {
+        let node = file(&fixture, "disk").await;
         let id = node.id();
         let device = Backend::new(&node, options("d0")).unwrap().attach_device("ide0").unwrap();
         drop(node);
@@ -55,61 +54,61 @@ fn uaf_drive_del_under_device() {
         until_inside(device.backend()).await;
         device.backend().revoke().await.unwrap();
         inside.await.unwrap();
-        world.graph.reap().await;
-        assert!(world.graph.acquire(id).is_err(), "the node is gone, and its id is stale");
+        fixture.graph.reap().await;
+        assert!(fixture.graph.acquire(id).is_err(), "the node is closed, and its id is stale");
         let write = device.backend().write(0, IoVec::default(), WriteFlags::empty());
         assert_eq!(kind(write.await), ErrorKind::NoMedium);
         assert_eq!(kind(device.backend().flush().await), ErrorKind::NoMedium);
         assert_eq!(device.backend().device().as_deref(), Some("ide0"));
-        // The drive is as good as new.
-        let other = file(&world, "other").await;
+        // The drive works with a new medium.
+        let other = file(&fixture, "other").await;
         device.backend().insert(&other).await.unwrap();
         reading(device.backend()).await.unwrap();
     });
 }
 
-/// Row 2: the drive's own record died before the node that others still held.
+/// Row 2: the drive's record was freed while its node was still held.
 #[test]
 fn record_of_a_drive_lives_as_long_as_the_drive() {
-    run(|world| async move {
-        let node = file(&world, "disk").await;
+    run(|fixture| async move {
+        let node = file(&fixture, "disk").await;
         let drive = Backend::new(&node, BackendOptions { claims_name: true, ..options("d0") });
         let device = drive.unwrap().attach_device("ide0").unwrap();
         reading(device.backend()).await.unwrap();
         let medium = device.backend().eject().await.unwrap().unwrap();
-        // Name, device, counts and policies are the drive's and need no node; the node needs no drive.
-        let drive = world.graph.backend("d0").unwrap();
+        // Name, device, counts and policies belong to the drive and need no node; the node needs no drive.
+        let drive = fixture.graph.backend("d0").unwrap();
         assert_eq!(drive.device().as_deref(), Some("ide0"));
         assert_eq!(drive.stats().totals(crate::stats::Operation::Read).ops, 1);
         drop((device, drive));
-        assert!(world.graph.backend("d0").is_err());
+        assert!(fixture.graph.backend("d0").is_err());
         assert_eq!(medium.id(), node.id());
         assert_eq!((medium.release(), node.release()), (Release::NotLast, Release::Last));
     });
 }
 
-/// Row 3: an export gave its node up at "close" while clients still used the export.
+/// Row 3: an export released its node at "close" while clients still used the export.
 #[test]
-fn node_stays_until_the_last_user_of_the_export_has_gone() {
-    run(|world| async move {
-        let node = file(&world, "disk").await;
+fn node_stays_until_the_last_user_of_the_export_leaves() {
+    run(|fixture| async move {
+        let node = file(&fixture, "disk").await;
         let export = Backend::new(&node, options("export")).unwrap();
         let client = export.clone();
-        drop(export); // closed, as far as the server is concerned
+        drop(export); // the server has closed it
         drop(node);
         reading(&client).await.unwrap();
-        assert_eq!(world.graph.nodes().len(), 1);
+        assert_eq!(fixture.graph.nodes().len(), 1);
         drop(client);
-        world.graph.reap().await;
-        assert_eq!(world.graph.dump(), "");
+        fixture.graph.reap().await;
+        assert_eq!(fixture.graph.dump(), "");
     });
 }
 
-/// Row 4: the root was freed while a flush had yielded; its completion looked at the root.
+/// Row 4: the root was freed while a flush had yielded; the flush's completion read the root.
 #[test]
-fn uaf_eject_while_a_flush_is_under_way() {
-    run(|world| async move {
-        let node = file(&world, "disk").await;
+fn uaf_eject_during_a_flush() {
+    run(|fixture| async move {
+        let node = file(&fixture, "disk").await;
         let drive = Backend::new(&node, options("d0")).unwrap();
         let guest = drive.clone();
         let flush = bds_io::spawn(async move { guest.flush().await });
@@ -121,41 +120,42 @@ fn uaf_eject_while_a_flush_is_under_way() {
     });
 }
 
-/// Row 5: the edge was freed first and the field cleared later; who drained everything in between read it.
+/// Row 5: the edge was freed first and the field cleared later; a drain of everything in between read it.
 #[test]
-fn uaf_drain_all_while_a_medium_goes() {
-    run(|world| async move {
-        let node = file(&world, "disk").await;
+fn uaf_drain_all_during_an_eject() {
+    run(|fixture| async move {
+        let node = file(&fixture, "disk").await;
         let drive = Backend::new(&node, options("d0")).unwrap();
         drop(node);
         let inside = reading(&drive);
         until_inside(&drive).await;
-        let (graph, ejecting) = (world.graph.clone(), drive.clone());
+        let (graph, ejecting) = (fixture.graph.clone(), drive.clone());
         let all = bds_io::spawn(async move { drop(graph.drain_all().await) });
         let out = bds_io::spawn(async move { ejecting.eject().await.map(drop) });
         all.await;
         out.await.unwrap();
         inside.await.unwrap();
         assert!(drive.node().is_none());
-        drop(world.graph.drain_all().await);
-        world.graph.reap().await;
-        assert_eq!(world.graph.dump(), "");
+        drop(fixture.graph.drain_all().await);
+        fixture.graph.reap().await;
+        assert_eq!(fixture.graph.dump(), "");
     });
 }
 
-/// Row 7: a drain remembered the node at its root; a filter there was removed meanwhile, and the end of the drain went to a dead node.
+/// Row 7: a drain remembered the node at its root; a filter there was removed meanwhile, and the end of the drain went
+/// to a freed node.
 #[test]
 fn uaf_filter_removed_during_a_backends_drain() {
-    run(|world| async move {
-        let node = file(&world, "disk").await;
-        let top = filter(&world, "top", "disk").await;
+    run(|fixture| async move {
+        let node = file(&fixture, "disk").await;
+        let top = filter(&fixture, "top", "disk").await;
         let drive = Backend::new(&top, options("d0")).unwrap();
         let inside = reading(&drive);
         until_inside(&drive).await;
         let draining = drive.clone();
         let drain = bds_io::spawn(async move { draining.drain().await });
         bds_io::yield_now().await;
-        world.graph.drop_filter(&top).await.unwrap();
+        fixture.graph.drop_filter(&top).await.unwrap();
         let drained = drain.await;
         inside.await.unwrap();
         top.close().await.unwrap();
@@ -167,42 +167,43 @@ fn uaf_filter_removed_during_a_backends_drain() {
     });
 }
 
-/// Row 29: the count went to zero, a drain ran a callback that took and gave a reference, and the second zero deleted again.
+/// Row 29: at refcount zero a drain ran a callback that took and released a reference; the second zero deleted the
+/// object again.
 #[test]
 fn resurrection_is_impossible_after_the_last_handle() {
-    run(|world| async move {
-        let node = file(&world, "disk").await;
+    run(|fixture| async move {
+        let node = file(&fixture, "disk").await;
         let named = BackendOptions { claims_name: true, ..options("d0") };
         let drive = Backend::new(&node, named.clone()).unwrap();
-        let mut events = world.graph.events();
+        let mut events = fixture.graph.events();
         let inside = reading(&drive);
         until_inside(&drive).await;
-        // The request in flight is a user like others: the drain happens while the count is still positive.
-        world.graph.own_backend(drive).unwrap();
-        assert_eq!(world.graph.del_backend("d0").unwrap(), Release::NotLast);
+        // The request in flight holds the backend: the drain happens while the count is positive.
+        fixture.graph.own_backend(drive).unwrap();
+        assert_eq!(fixture.graph.del_backend("d0").unwrap(), Release::NotLast);
         inside.await.unwrap();
-        assert!(world.graph.backend("d0").is_err(), "no way back to it");
-        assert!(world.graph.backends().is_empty());
+        assert!(fixture.graph.backend("d0").is_err(), "it cannot be acquired again");
+        assert!(fixture.graph.backends().is_empty());
         assert_eq!(node.release(), Release::Last);
-        world.graph.reap().await;
+        fixture.graph.reap().await;
         let closings = std::iter::from_fn(|| events.try_next())
             .filter(|event| matches!(event, Event::NodeClosed { .. }));
         assert_eq!(closings.count(), 1);
-        Backend::empty(&world.graph, named).unwrap();
+        Backend::empty(&fixture.graph, named).unwrap();
     });
 }
 
-/// Row 37: an error path forgot to count the request out, and the next drain waited for ever.
+/// Row 37: an error path did not decrement the in-flight count, and the next drain hung.
 #[test]
 fn hang_failed_requests_are_counted_out() {
-    run(|world| async move {
-        let node = file(&world, "disk").await;
+    run(|fixture| async move {
+        let node = file(&fixture, "disk").await;
         let drive = Backend::new(&node, options("d0")).unwrap();
         let past = drive.read(510, bds_io::Buf::zeroed(16, 16).iov()).await;
         assert_eq!(past.unwrap_err().kind(), ErrorKind::OutOfRange);
         let reader = Backend::new(&node, BackendOptions::default()).unwrap();
         let denied = reader.write(0, bds_io::Buf::zeroed(16, 16).iov(), WriteFlags::empty()).await;
-        assert_eq!(denied.unwrap_err().kind(), ErrorKind::PermissionDenied);
+        assert_eq!(denied.unwrap_err().kind(), ErrorKind::ReadOnly);
         node.poison();
         assert!(reader.flush().await.is_err());
         let medium = drive.eject().await.unwrap();
@@ -216,19 +217,20 @@ fn hang_failed_requests_are_counted_out() {
     });
 }
 
-/// Row 48: a queued request counted as in flight, so the drain waited for a request that waited for the end of the drain.
+/// Row 48: a queued request counted as in flight, so the drain waited for a request that waited for the end of the
+/// drain.
 #[test]
 fn hang_queued_is_not_in_flight() {
-    run(|world| async move {
-        let node = file(&world, "disk").await;
+    run(|fixture| async move {
+        let node = file(&fixture, "disk").await;
         let drive = Backend::new(&node, options("d0")).unwrap();
-        let outer = world.graph.drain(&node).await;
+        let outer = fixture.graph.drain(&node).await;
         let queued = reading(&drive);
         for _ in 0..20 {
             bds_io::yield_now().await;
         }
         assert_eq!((drive.in_flight(), node.in_flight()), (0, 0));
-        let inner = world.graph.drain_all().await;
+        let inner = fixture.graph.drain_all().await;
         let own = drive.drain().await;
         let medium = drive.eject().await.unwrap().unwrap();
         drive.insert(&medium).await.unwrap();
@@ -237,15 +239,15 @@ fn hang_queued_is_not_in_flight() {
     });
 }
 
-/// Somebody at a stage of the shutdown, who writes down what he finds there.
-struct Witness {
+/// Records, at its stage of the shutdown, whether the drive still has its medium.
+struct MediumRecorder {
     drive: Backend,
     seen: std::sync::Mutex<Option<bool>>,
 }
 
-impl Stoppable for Witness {
+impl Stoppable for MediumRecorder {
     fn name(&self) -> String {
-        "witness".into()
+        "recorder".into()
     }
 
     fn stop(&self) -> BoxFuture<'_, Result<()>> {
@@ -256,67 +258,71 @@ impl Stoppable for Witness {
 
 /// Row 51: exports were closed after the drain, and hung in the drained queue.
 #[test]
-fn hang_shutdown_ejects_after_exports_and_jobs_and_twice_does_no_harm() {
-    run(|world| async move {
-        let node = file(&world, "disk").await;
-        world.graph.own(node.clone()).unwrap();
+fn hang_shutdown_ejects_after_exports_and_jobs_and_is_idempotent() {
+    run(|fixture| async move {
+        let node = file(&fixture, "disk").await;
+        fixture.graph.own(node.clone()).unwrap();
         let drive = Backend::new(&node, BackendOptions { claims_name: true, ..options("d0") });
         let drive = drive.unwrap();
-        world.graph.own_backend(drive.clone()).unwrap();
-        let blocked = file(&world, "blocked").await;
-        let _blocker = blocked.block(BlockOps::all(), "a job that forgot itself");
+        fixture.graph.own_backend(drive.clone()).unwrap();
+        let blocked = file(&fixture, "blocked").await;
+        let _blocker = blocked.block(BlockOps::all(), "a job that never ends");
         let other = Backend::new(&blocked, options("d1")).unwrap();
         drop((node, blocked));
-        let witness = || Arc::new(Witness { drive: drive.clone(), seen: Default::default() });
-        let (export, job) = (witness(), witness());
+        let recorder =
+            || Arc::new(MediumRecorder { drive: drive.clone(), seen: Default::default() });
+        let (export, job) = (recorder(), recorder());
         let export_dyn: Arc<dyn Stoppable> = export.clone();
         let job_dyn: Arc<dyn Stoppable> = job.clone();
-        world.graph.on_shutdown(ShutdownStage::Jobs, &job_dyn);
-        world.graph.on_shutdown(ShutdownStage::Exports, &export_dyn);
-        // A request waits in the queue of a drained section that the shutdown does not know of.
+        fixture.graph.on_shutdown(ShutdownStage::Jobs, &job_dyn);
+        fixture.graph.on_shutdown(ShutdownStage::Exports, &export_dyn);
+        // A request is queued in a drained section that the shutdown does not own.
         let section = other.drain().await;
         let queued = reading(&other);
         let inside = reading(&drive);
         until_inside(&drive).await;
-        let mut events = world.graph.events();
+        let mut events = fixture.graph.events();
 
-        let report = world.graph.shutdown().await;
+        let report = fixture.graph.shutdown().await;
         assert!(report.failed.is_empty(), "{:?}", report.failed);
         report.check_leaks().unwrap();
         assert_eq!(report.closed.len(), 2);
         inside.await.unwrap();
         assert_eq!(*export.seen.lock().unwrap(), Some(true), "exports stop before the eject");
         assert_eq!(*job.seen.lock().unwrap(), Some(true), "jobs too");
-        let told: Vec<Event> = std::iter::from_fn(|| events.try_next()).collect();
-        let place = |wanted: fn(&Event) -> bool| told.iter().position(wanted).unwrap();
+        let seen: Vec<Event> = std::iter::from_fn(|| events.try_next()).collect();
+        let place = |wanted: fn(&Event) -> bool| seen.iter().position(wanted).unwrap();
         let ejected = place(|event| matches!(event, Event::MediumEjected { .. }));
         let closed = place(|event| matches!(event, Event::NodeClosed { .. }));
-        assert!(ejected < closed, "media go before the monitor's nodes: {told:?}");
-        assert_eq!(told.last(), Some(&Event::GraphShutdown));
+        assert!(
+            ejected < closed,
+            "media are ejected before the monitor's nodes are closed: {seen:?}"
+        );
+        assert_eq!(seen.last(), Some(&Event::GraphShutdown));
         assert!(drive.node().is_none() && other.node().is_none());
         drop(section);
         assert_eq!(kind(queued.await), ErrorKind::Cancelled);
 
-        let again = world.graph.shutdown().await;
+        let again = fixture.graph.shutdown().await;
         assert!(again.failed.is_empty() && again.closed.is_empty());
         assert_eq!(
-            world.graph.backends().len(),
+            fixture.graph.backends().len(),
             2,
             "the monitor's list is empty, users' handles live"
         );
         drop((export, job, export_dyn, job_dyn, drive));
-        assert!(world.graph.backend("d0").is_err());
+        assert!(fixture.graph.backend("d0").is_err());
     });
 }
 
-/// Row 53: somebody relied on a release destroying the backend now, to get rid of its permissions; an outer drain held it a
-/// little longer, and they stayed.
+/// Row 53: code relied on a release destroying the backend at once to drop its permissions; an outer drain held it a
+/// little longer.
 #[test]
-fn permissions_go_by_a_verb_and_not_by_a_release() {
-    run(|world| async move {
-        let node = file(&world, "disk").await;
-        let selfish = BackendOptions { shared: Perm::CONSISTENT_READ, ..options("target") };
-        let target = Backend::new(&node, selfish).unwrap();
+fn permissions_are_dropped_without_a_release() {
+    run(|fixture| async move {
+        let node = file(&fixture, "disk").await;
+        let exclusive = BackendOptions { shared: Perm::CONSISTENT_READ, ..options("target") };
+        let target = Backend::new(&node, exclusive).unwrap();
         let held = target.drain().await;
         assert!(Backend::new(&node, options("other")).is_err());
         target.set_access(READ.perm, Perm::all()).await.unwrap();
@@ -329,16 +335,16 @@ fn permissions_go_by_a_verb_and_not_by_a_release() {
     });
 }
 
-/// Row 55: who subscribed through a backend ended up subscribed at one node and unsubscribed at another, after an append.
+/// Row 55: after an append, a subscriber of a backend was subscribed at one node and unsubscribed at another.
 #[test]
 fn subscriptions_follow_the_backend_and_not_the_node() {
-    run(|world| async move {
-        let node = file(&world, "disk").await;
+    run(|fixture| async move {
+        let node = file(&fixture, "disk").await;
         let drive = Backend::new(&node, options("d0")).unwrap();
-        let mut events = world.graph.events();
-        let top = filter(&world, "top", "disk").await;
-        world.graph.insert_filter(&node, &top).await.unwrap();
-        world.graph.drop_filter(&top).await.unwrap();
+        let mut events = fixture.graph.events();
+        let top = filter(&fixture, "top", "disk").await;
+        fixture.graph.insert_filter(&node, &top).await.unwrap();
+        fixture.graph.drop_filter(&top).await.unwrap();
         let mut moves = Vec::new();
         while let Some(event) = events.try_next() {
             if let Event::MediumReplaced { backend, from, node } = event {
@@ -346,18 +352,18 @@ fn subscriptions_follow_the_backend_and_not_the_node() {
             }
         }
         assert_eq!(moves, ["d0: disk -> top", "d0: top -> disk"]);
-        let (count, drives) = (node.count(), world.graph.backends().len());
+        let (count, drives) = (node.count(), fixture.graph.backends().len());
         drop(events);
         assert_eq!((node.count(), drives), (count, 1), "a subscription holds nothing");
         drop(drive);
     });
 }
 
-/// Every numbered step of a move fails once: nothing has changed, and the next try succeeds.
+/// Every numbered step of a move fails once: nothing changes, and the next attempt succeeds.
 #[test]
 fn a_move_that_fails_at_any_step_changes_nothing() {
-    run(|world| async move {
-        let (a, b) = (file(&world, "a").await, file(&world, "b").await);
+    run(|fixture| async move {
+        let (a, b) = (file(&fixture, "a").await, file(&fixture, "b").await);
         let drive = Backend::new(&a, options("d0")).unwrap();
         type Verb = for<'a> fn(&'a Backend, &'a NodeRef) -> BoxFuture<'a, Result<()>>;
         let verbs: [Verb; 3] = [
@@ -367,16 +373,16 @@ fn a_move_that_fails_at_any_step_changes_nothing() {
         ];
         for verb in verbs {
             for step in 0..20 {
-                let before = (world.graph.dump(), world.graph.epoch());
-                world.graph.0.faults.set(Some(step));
+                let before = (fixture.graph.dump(), fixture.graph.epoch());
+                fixture.graph.0.faults.set(Some(step));
                 let done = verb(&drive, &b).await;
-                let struck = world.graph.0.faults.has_struck();
-                world.graph.0.faults.set(None);
+                let struck = fixture.graph.0.faults.has_struck();
+                fixture.graph.0.faults.set(None);
                 assert_eq!(struck, done.is_err(), "step {step}: {done:?}");
                 if done.is_ok() {
                     break;
                 }
-                assert_eq!((world.graph.dump(), world.graph.epoch()), before, "step {step}");
+                assert_eq!((fixture.graph.dump(), fixture.graph.epoch()), before, "step {step}");
                 assert_eq!((a.quiesce_count(), b.quiesce_count(), drive.in_flight()), (0, 0, 0));
                 assert!(step < 19, "it never succeeds");
             }
@@ -384,36 +390,36 @@ fn a_move_that_fails_at_any_step_changes_nothing() {
     });
 }
 
-/// Filters that a job put in are the job's business: a drive's user is shown the medium he knows.
+/// Queries of a drive hide the filters that jobs inserted.
 #[test]
 fn implicit_filters_are_hidden_in_queries_of_backends() {
-    run(|world| async move {
-        let node = file(&world, "disk").await;
+    run(|fixture| async move {
+        let node = file(&fixture, "disk").await;
         let text = "driver=pass,node-name=hidden,file=disk";
         let flags = crate::driver::OpenFlags { is_implicit: true, ..Default::default() };
-        let opened = world.graph.open_with(crate::Options::parse(text).unwrap(), flags).await;
+        let opened = fixture.graph.open_with(crate::Options::parse(text).unwrap(), flags).await;
         let hidden = opened.unwrap();
         let drive = Backend::new(&hidden, options("d0")).unwrap();
         assert_eq!(drive.node().unwrap().name(), "hidden");
         assert_eq!(drive.shown_node().unwrap().id(), node.id());
-        let shown = world.graph.query_backends();
+        let shown = fixture.graph.query_backends();
         assert_eq!(shown[0]["inserted"]["node-name"], "disk");
-        // Any number of them.
+        // Any number of filters.
         let text = "driver=pass,node-name=hidden2,file=hidden";
-        let opened = world.graph.open_with(crate::Options::parse(text).unwrap(), flags).await;
+        let opened = fixture.graph.open_with(crate::Options::parse(text).unwrap(), flags).await;
         drive.replace_medium(&opened.unwrap()).await.unwrap();
         assert_eq!(drive.node().unwrap().name(), "hidden2");
         assert_eq!(drive.shown_node().unwrap().id(), node.id());
-        assert_eq!(world.graph.query_backends()[0]["inserted"]["node-name"], "disk");
+        assert_eq!(fixture.graph.query_backends()[0]["inserted"]["node-name"], "disk");
     });
 }
 
-/// A user takes the medium away for good while the device's requests wait for a decision: nobody else would ever make it.
+/// A medium is revoked while requests of its device wait for a decision that nothing else would make.
 #[test]
 fn hang_revoked_while_requests_are_stopped() {
-    run(|world| async move {
-        world.plain("disk");
-        let node = world.open("driver=file,filename=disk,node-name=disk,fail-flush=on").await;
+    run(|fixture| async move {
+        fixture.plain("disk");
+        let node = fixture.open("driver=file,filename=disk,node-name=disk,fail-flush=on").await;
         let stop = ErrorPolicies { read: ErrorPolicy::Stop, write: ErrorPolicy::Stop };
         let options = BackendOptions { policy: Some(stop), ..options("d0") };
         let device = Backend::new(&node, options).unwrap().attach_device("ide0").unwrap();
@@ -432,11 +438,11 @@ fn hang_revoked_while_requests_are_stopped() {
         assert_eq!(kind(queued.await), ErrorKind::NoMedium);
         assert_eq!(device.backend().io_status(), IoStatus::Ok);
         assert_eq!(device.backend().in_flight(), 0);
-        let told = world.graph.reap().await;
-        assert_eq!(told.len(), 1, "its medium ended with it, and says what it lost");
-        assert!(told[0].flush_error.is_some());
-        // The device is as good as new.
-        let other = file(&world, "other").await;
+        let reports = fixture.graph.reap().await;
+        assert_eq!(reports.len(), 1, "the medium is closed and reports the loss");
+        assert!(reports[0].flush_error.is_some());
+        // The device works with a new medium.
+        let other = file(&fixture, "other").await;
         device.backend().insert(&other).await.unwrap();
         reading(device.backend()).await.unwrap();
     });

@@ -1,21 +1,21 @@
-//! Requests that are dropped while their driver works.
+//! Tests requests that are dropped while their driver works.
 
 use bds_io::yield_now;
 use futures_util::poll;
 
-use super::fake::{Config, House, Op};
-use super::{iov, run};
 use crate::driver::{Prealloc, Truncate, WriteFlags};
+use crate::test_kit::disk::{Config, DiskGraph, Op};
+use crate::test_kit::{iov, run};
 
 fn slow(turns: usize) -> Config {
     Config { turns, ..Config::default() }
 }
 
 #[test]
-fn a_write_that_began_ends_and_one_that_did_not_never_was() {
+fn a_dropped_write_completes_if_its_driver_was_polled() {
     for seed in 0..200 {
         run(seed, async {
-            let (disk, state) = House::new().disk(vec![0; 512], slow(5)).await;
+            let (disk, state) = DiskGraph::new().disk(vec![0; 512], slow(5)).await;
             drop(disk.write(0, iov(&[1; 512], 1), WriteFlags::empty()));
             assert_eq!(disk.node().unwrap().in_flight(), 0);
             let mut write = Box::pin(disk.write(0, iov(&[2; 512], 1), WriteFlags::empty()));
@@ -33,10 +33,10 @@ fn a_write_that_began_ends_and_one_that_did_not_never_was() {
 }
 
 #[test]
-fn what_a_poisoned_node_never_ends_keeps_nobody() {
+fn a_stuck_write_does_not_block_a_poisoned_node() {
     for seed in 0..10 {
         run(seed, async {
-            let (disk, _state) = House::new().disk(vec![0; 512], slow(5000)).await;
+            let (disk, _state) = DiskGraph::new().disk(vec![0; 512], slow(5000)).await;
             let node = disk.node().unwrap();
             let mut write = Box::pin(disk.write(0, iov(&[2; 512], 1), WriteFlags::empty()));
             assert!(poll!(write.as_mut()).is_pending());
@@ -51,16 +51,16 @@ fn what_a_poisoned_node_never_ends_keeps_nobody() {
                 yield_now().await;
             }
             assert_eq!(node.in_flight(), 0);
-            let _report = node.close().await.expect("nobody else holds it");
+            let _report = node.close().await.expect("no other holder");
         });
     }
 }
 
 #[test]
-fn a_dropped_resize_holds_up_what_lies_behind_the_end() {
+fn a_dropped_resize_blocks_requests_past_the_new_end() {
     for seed in 0..200 {
         run(seed, async {
-            let (disk, state) = House::new().disk(vec![1; 1024], slow(5)).await;
+            let (disk, state) = DiskGraph::new().disk(vec![1; 1024], slow(5)).await;
             let change =
                 Truncate { len: 512, exact: true, prealloc: Prealloc::Off, zero_new: false };
             let mut cut = Box::pin(disk.truncate(change));

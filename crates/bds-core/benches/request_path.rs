@@ -1,8 +1,8 @@
-//! What does the corridor cost per layer, on the inline way and on the waiting one?
+//! What does the request path cost per layer, inline and waiting?
 //!
-//! Expected: below 40 ns a layer inline for short chains, below 100 ns for 200 layers; a few hundred waiting (two
-//! boxed futures a layer). Subtract the row for 1 layer for the cost of the ends.
-//! `cargo bench -p bds-core --bench corridor`
+//! Expected: below 40 ns a layer inline for short chains, below 100 ns for 200 layers; a few hundred waiting (two boxed
+//! futures a layer). Subtract the row for 1 layer for the cost of the ends.
+//! `cargo bench -p bds-core --bench request_path`
 
 use std::any::Any;
 use std::hint::black_box;
@@ -21,10 +21,10 @@ use criterion::{Criterion, criterion_group, criterion_main};
 
 const LEN: u64 = 1 << 20;
 
-/// Passes on if it has a child, does nothing otherwise.
-struct Pass(Option<Child>);
+/// Forwards to its child, or does nothing.
+struct Forward(Option<Child>);
 
-impl Driver for Pass {
+impl Driver for Forward {
     fn name(&self) -> &'static str {
         "pass"
     }
@@ -70,9 +70,9 @@ impl Driver for Pass {
     }
 }
 
-struct PassType;
+struct ForwardType;
 
-impl DriverType for PassType {
+impl DriverType for ForwardType {
     fn name(&self) -> &'static str {
         "pass"
     }
@@ -94,7 +94,7 @@ impl DriverType for PassType {
                 true => Some(context.child("file", role).await?),
                 false => None,
             };
-            let driver: Box<dyn Driver> = Box::new(Pass(child));
+            let driver: Box<dyn Driver> = Box::new(Forward(child));
             Ok(driver)
         })
     }
@@ -102,7 +102,7 @@ impl DriverType for PassType {
 
 async fn stack(layers: usize) -> (Backend, Vec<NodeRef>) {
     let mut registry = Registry::new();
-    registry.register(Arc::new(PassType)).expect("the first");
+    registry.register(Arc::new(ForwardType)).expect("the first");
     let graph = Graph::new(GraphConfig::new(Arc::new(registry)));
     let mut nodes: Vec<NodeRef> = Vec::new();
     for i in 0..layers {
@@ -120,7 +120,7 @@ async fn stack(layers: usize) -> (Backend, Vec<NodeRef>) {
     (backend.expect("writable"), nodes)
 }
 
-fn corridor(c: &mut Criterion) {
+fn request_path(c: &mut Criterion) {
     for layers in [1, 2, 5, 10, 50, 200] {
         let sim = Sim::new(1, SimConfig::calm());
         sim.block_on(async {
@@ -132,7 +132,7 @@ fn corridor(c: &mut Criterion) {
             c.bench_function(&format!("try_write/{layers}"), |b| {
                 b.iter(|| black_box(disk.try_write(4096, &iov)));
             });
-            // A flag keeps the write off the inline way.
+            // A flag keeps the write from completing inline.
             c.bench_function(&format!("write_waiting/{layers}"), |b| {
                 b.iter(|| {
                     let write = disk.write(4096, iov.clone(), WriteFlags::UNCHANGED);
@@ -148,6 +148,6 @@ criterion_group! {
     config = Criterion::default()
         .warm_up_time(std::time::Duration::from_millis(300))
         .measurement_time(std::time::Duration::from_millis(1000));
-    targets = corridor
+    targets = request_path
 }
 criterion_main!(benches);

@@ -1,29 +1,30 @@
-//! Every order in which two requests and a change can pass one door: the real gate and the real counters, step by step.
+//! Tests every interleaving of two requests and a change at one edge, on the real gate and the real in-flight count.
 //!
-//! Each step is one call; all of them are single sequentially consistent operations, so orders of calls are orders of memory. (Loom
-//! does not get this far: the locks below it are of other crates. What the counts and RCU cells themselves do is modelled with
-//! loom in bds-refcount.)
+//! Each step is one call, and all of them are single sequentially consistent operations, so orders of calls are orders
+//! of memory accesses. (Loom cannot model this: the locks involved come from other crates. The counts and RCU cells
+//! themselves are modelled with loom in bds-refcount.)
 
-use super::fakes::{root, run};
 use crate::graph::model::gate::Ticket;
 use crate::graph::{Access, Edge, NodeRef};
+use crate::test_kit::gate_port::root;
+use crate::test_kit::logging::run;
 use crate::tracker::ShardNumber;
 
-/// How far a request is.
+/// Progress of one request.
 #[derive(Default)]
 struct Request {
     step: usize,
     ticket: Option<Ticket>,
     number: Option<ShardNumber>,
     is_inside: bool,
-    /// It found the gate shut and will come again later.
+    /// Found the gate closed; would wait for it to open.
     is_turned_away: bool,
 }
 
 impl Request {
     const STEPS: usize = 4;
 
-    fn go_on(&mut self, edge: &Edge, node: &NodeRef) {
+    fn advance(&mut self, edge: &Edge, node: &NodeRef) {
         match self.step {
             0 => self.ticket = edge.ticket(),
             1 if self.ticket.is_some() => self.number = Some(node.node().tracker().enter()),
@@ -41,24 +42,24 @@ impl Request {
     }
 }
 
-/// How far the change is.
+/// Progress of the change.
 #[derive(Default)]
 struct Change {
     step: usize,
-    is_alone: bool,
+    is_changing: bool,
 }
 
 impl Change {
     const STEPS: usize = 3;
 
-    /// False: it has to wait, so this is not the next step.
-    fn go_on(&mut self, edge: &Edge, node: &NodeRef) -> bool {
+    /// False if the change has to wait, so that this cannot be the next step.
+    fn advance(&mut self, edge: &Edge, node: &NodeRef) -> bool {
         match self.step {
             0 => edge.close_gate(),
             1 if node.in_flight() > 0 => return false,
-            1 => self.is_alone = true,
+            1 => self.is_changing = true,
             _ => {
-                self.is_alone = false;
+                self.is_changing = false;
                 edge.open_gate();
             }
         }
@@ -67,36 +68,37 @@ impl Change {
     }
 }
 
-/// Plays one order. `None`: it cannot be, because somebody would have had to wait. Else: was a request turned away?
-fn play(order: &[usize], edge: &Edge, node: &NodeRef) -> Option<bool> {
+/// Runs one interleaving. `None` if it is impossible because the change would have to wait; else whether a request was
+/// turned away.
+fn run_order(order: &[usize], edge: &Edge, node: &NodeRef) -> Option<bool> {
     let mut requests = [Request::default(), Request::default()];
     let mut change = Change::default();
     let mut is_possible = true;
-    for who in order {
-        match requests.get_mut(*who) {
-            Some(request) => request.go_on(edge, node),
-            None => is_possible &= change.go_on(edge, node),
+    for actor in order {
+        match requests.get_mut(*actor) {
+            Some(request) => request.advance(edge, node),
+            None => is_possible &= change.advance(edge, node),
         }
         let inside = requests.iter().any(|request| request.is_inside);
-        assert!(!(change.is_alone && inside), "inside while a change goes on: {order:?}");
+        assert!(!(change.is_changing && inside), "inside during a change: {order:?}");
     }
     while change.step < Change::STEPS {
-        change.go_on(edge, node);
+        change.advance(edge, node);
     }
     assert!(!edge.gate_blocked() && node.in_flight() == 0);
     is_possible.then(|| requests.iter().any(|request| request.is_turned_away))
 }
 
-/// All ways to lay these three sequences into one.
+/// Enumerates all interleavings of the three sequences.
 fn orders(left: [usize; 3], order: &mut Vec<usize>, visit: &mut dyn FnMut(&[usize])) {
     if left == [0; 3] {
         return visit(order);
     }
-    for who in 0..3 {
-        if left[who] > 0 {
+    for actor in 0..3 {
+        if left[actor] > 0 {
             let mut rest = left;
-            rest[who] -= 1;
-            order.push(who);
+            rest[actor] -= 1;
+            order.push(actor);
             orders(rest, order, visit);
             order.pop();
         }
@@ -104,15 +106,15 @@ fn orders(left: [usize; 3], order: &mut Vec<usize>, visit: &mut dyn FnMut(&[usiz
 }
 
 #[test]
-fn in_no_order_is_a_request_inside_while_the_edge_is_changed() {
-    run(|world| async move {
-        world.plain("a");
-        let node = world.open("driver=file,filename=a,node-name=a").await;
+fn no_interleaving_lets_a_request_in_during_a_change() {
+    run(|fixture| async move {
+        fixture.plain("a");
+        let node = fixture.open("driver=file,filename=a,node-name=a").await;
         let edge = root(&node, "guest", Access::READ);
         let (mut possible, mut turned_away) = (0, 0);
         let left = [Request::STEPS, Request::STEPS, Change::STEPS];
         orders(left, &mut Vec::new(), &mut |order| {
-            if let Some(was_turned_away) = play(order, &edge, &node) {
+            if let Some(was_turned_away) = run_order(order, &edge, &node) {
                 possible += 1;
                 turned_away += usize::from(was_turned_away);
             }

@@ -1,23 +1,23 @@
-//! Requests whose futures are kept without being polled, as `select!` keeps them, or forgotten: every other user goes on.
+//! Tests requests whose futures are not polled again, as `select!` keeps them, or leaked: all other users go on.
 //!
-//! A simulated world in which something waits for ever is a deadlock, and panics.
+//! A simulation in which a task waits for ever is a deadlock, and panics.
 
 use bds_io::{Sim, SimConfig};
 use futures_util::{FutureExt, poll};
 
-use super::fake::{Config, House, backend};
-use super::iov;
 use crate::driver::{
     BoxFuture, Limits, Prealloc, Precision, StatusFlags, Truncate, WriteFlags, ZeroFlags,
 };
 use crate::error::Result;
 use crate::graph::{NodeRef, Release};
 use crate::request::Backend;
+use crate::test_kit::disk::{Config, DiskGraph, backend};
+use crate::test_kit::iov;
 
-type Victim = fn(&Backend) -> BoxFuture<'_, Result<()>>;
+type Request = fn(&Backend) -> BoxFuture<'_, Result<()>>;
 
-/// One of each request. None asks for the last 512 bytes.
-const VICTIMS: [(&str, Victim); 12] = [
+/// One of each request. None touches the last 512 bytes.
+const REQUESTS: [(&str, Request); 12] = [
     ("read", |disk| Box::pin(async { disk.read(3, iov(&[0; 600], 1)).await })),
     ("write", |disk| Box::pin(async { disk.write(512, iov(&[1; 512], 1), NONE).await })),
     ("unaligned", |disk| {
@@ -49,7 +49,7 @@ fn grow(len: u64) -> Truncate {
     Truncate { len, exact: true, prealloc: Prealloc::Off, zero_new: false }
 }
 
-/// At how many awaits a request can be abandoned at least. The fake answers some at once.
+/// The least number of awaits at which a request can be abandoned. The fake completes some at once.
 fn least(name: &str) -> usize {
     match name {
         "discard" | "status" | "is_zero" | "copy_range" | "drain" => 1,
@@ -57,15 +57,15 @@ fn least(name: &str) -> usize {
     }
 }
 
-struct World {
+struct Setup {
     sim: Sim,
-    house: House,
+    disks: DiskGraph,
     disk: Backend,
     other: Backend,
     beside: Backend,
 }
 
-fn world(seed: u64) -> World {
+fn setup(seed: u64) -> Setup {
     let slow = || Config {
         turns: 3,
         limits: Limits { request_alignment: 512, ..Limits::default() },
@@ -75,33 +75,33 @@ fn world(seed: u64) -> World {
         ..Config::default()
     };
     let sim = Sim::new(seed, SimConfig::calm());
-    let (house, disk, beside) = sim.block_on(async {
-        let house = House::new();
-        let (disk, _) = house.node("disk", vec![1; 2048], slow()).await;
-        let (beside, _) = house.node("beside", vec![1; 2048], slow()).await;
-        (house, disk, beside)
+    let (disks, disk, beside) = sim.block_on(async {
+        let disks = DiskGraph::new();
+        let (disk, _) = disks.node("disk", vec![1; 2048], slow()).await;
+        let (beside, _) = disks.node("beside", vec![1; 2048], slow()).await;
+        (disks, disk, beside)
     });
-    let world = World {
+    let setup = Setup {
         disk: backend(&disk),
         other: backend(&disk),
         beside: backend(&beside),
         sim: sim.clone(),
-        house,
+        disks,
     };
     sim.block_on(async {
-        world.other.write(0, iov(&[2; 512], 1), NONE).await.unwrap();
+        setup.other.write(0, iov(&[2; 512], 1), NONE).await.unwrap();
         drop((disk, beside));
     });
-    world
+    setup
 }
 
-impl World {
+impl Setup {
     fn node(&self) -> NodeRef {
         self.disk.node().expect("it has a medium")
     }
 
-    /// All that others may want, of the same node and of another one.
-    async fn others_go_on(&self) {
+    /// Runs every kind of request of other users, on the same node and on another one.
+    async fn check_other_users(&self) {
         for guest in [&self.beside, &self.other] {
             guest.write(1536, iov(&[9; 512], 1), NONE).await.unwrap();
             guest.flush().await.unwrap();
@@ -112,7 +112,7 @@ impl World {
             guest.read(0, iov(&[0; 2048], 1)).await.unwrap();
             guest.truncate(grow(guest.len() + 512)).await.unwrap();
             let node = guest.node().unwrap();
-            drop(self.house.graph().drain(&node).await);
+            drop(self.disks.graph().drain(&node).await);
             drop(guest.drain().await);
             guest.eject().await.unwrap();
             guest.insert(&node).await.unwrap();
@@ -120,82 +120,82 @@ impl World {
         assert_eq!(self.node().in_flight(), 0);
     }
 
-    /// No node is held any more by what was kept or forgotten.
-    async fn ends(self) {
+    /// Asserts that the abandoned futures hold no node.
+    async fn check_released(self) {
         let nodes = [self.node(), self.beside.node().unwrap()];
-        let Self { house, disk, other, beside, .. } = self;
+        let Self { disks, disk, other, beside, .. } = self;
         drop((disk, other, beside));
         for node in nodes {
             assert_eq!(node.release(), Release::Last);
         }
-        house.graph().reap().await;
-        assert_eq!(house.graph().dump(), "");
+        disks.graph().reap().await;
+        assert_eq!(disks.graph().dump(), "");
     }
 }
 
 #[test]
-fn a_request_kept_at_any_await_holds_up_no_other_and_has_ended_when_it_is_polled_again() {
-    for (name, victim) in VICTIMS {
+fn an_unpolled_request_blocks_no_other_and_completes() {
+    for (name, request) in REQUESTS {
         let mut points = 0;
         for n in 0..400 {
-            let world = world(n);
+            let setup = setup(n);
             let at = usize::try_from(n).unwrap();
-            let Some(kept) = world.sim.keep_at(victim(&world.disk), at) else { break };
+            let Some(kept) = setup.sim.keep_at(request(&setup.disk), at) else { break };
             points += 1;
-            world.sim.block_on(world.others_go_on());
+            setup.sim.block_on(setup.check_other_users());
             if n == 0 {
                 drop(kept);
             } else {
-                let ended = world.sim.block_on(async { kept.now_or_never() });
+                let ended = setup.sim.block_on(async { kept.now_or_never() });
                 assert!(matches!(ended, Some(Ok(()))), "{name} kept at {n}: {ended:?}");
             }
-            world.sim.clone().block_on(world.ends());
+            setup.sim.clone().block_on(setup.check_released());
         }
         assert!((least(name)..400).contains(&points), "{name}: {points} points");
     }
 }
 
 #[test]
-fn a_request_forgotten_at_any_await_holds_up_no_other_and_ends() {
-    // A forgotten section is one that lasts for ever: that is not a request.
-    for (name, victim) in VICTIMS.into_iter().filter(|(name, _)| *name != "drain") {
+fn a_leaked_request_blocks_no_other_and_completes() {
+    // A leaked section lasts for ever: it is not a request.
+    for (name, request) in REQUESTS.into_iter().filter(|(name, _)| *name != "drain") {
         let mut points = 0;
         for n in 0..400 {
-            let world = world(n);
+            let setup = setup(n);
             let at = usize::try_from(n).unwrap();
-            if !world.sim.forget_at(victim(&world.disk), at) {
+            if !setup.sim.forget_at(request(&setup.disk), at) {
                 break;
             }
             points += 1;
-            world.sim.block_on(world.others_go_on());
-            world.sim.clone().block_on(world.ends());
+            setup.sim.block_on(setup.check_other_users());
+            setup.sim.clone().block_on(setup.check_released());
         }
         assert!((least(name)..400).contains(&points), "{name}: {points} points");
     }
 }
 
-/// A section that is being taken and not polled is taken all the same. The node's own requests wait, and nothing else.
+/// A drain that is not polled takes its section all the same. Only requests of the node itself wait.
 #[test]
-fn a_drain_kept_while_it_waits_takes_its_section_and_lets_others_change_the_graph() {
+fn an_unpolled_drain_takes_its_section_and_blocks_no_change() {
     let mut waited = 0;
     for seed in 0..50 {
-        let world = world(seed);
-        let graph = world.house.graph().clone();
-        let busy = world.disk.clone();
+        let setup = setup(seed);
+        let graph = setup.disks.graph().clone();
+        let busy = setup.disk.clone();
         #[expect(clippy::async_yields_async, reason = "the task is awaited later")]
-        let busy = world.sim.block_on(async {
+        let busy = setup.sim.block_on(async {
             bds_io::spawn_now(async move { busy.write(0, iov(&[3; 512], 1), NONE).await })
         });
-        let node = world.node();
+        let node = setup.node();
         let mut kept = Box::pin(graph.drain(&node));
-        if world.sim.block_on(async { poll!(kept.as_mut()).is_ready() }) {
-            // The write was over before: there was nothing to wait for.
+        if setup.sim.block_on(async { poll!(kept.as_mut()).is_ready() }) {
+            // The write had completed: there was nothing to wait for.
             continue;
         }
         waited += 1;
-        world.sim.block_on(async {
+        setup.sim.block_on(async {
             busy.await.unwrap();
-            // The section's task goes on without being polled by its owner.
+            // The section's task runs without being polled by its owner.
             for _ in 0..1000 {
                 if node.quiesce_count() == 1 {
                     break;
@@ -203,26 +203,26 @@ fn a_drain_kept_while_it_waits_takes_its_section_and_lets_others_change_the_grap
                 bds_io::yield_now().await;
             }
             assert_eq!((node.in_flight(), node.quiesce_count()), (0, 1));
-            let medium = world.beside.node().unwrap();
-            world.beside.write(1, iov(&[8; 1200], 1), WriteFlags::FUA).await.unwrap();
-            world.beside.eject().await.unwrap();
-            world.beside.insert(&medium).await.unwrap();
-            assert!(world.other.try_read(0, &iov(&[0; 512], 1)).is_none());
+            let medium = setup.beside.node().unwrap();
+            setup.beside.write(1, iov(&[8; 1200], 1), WriteFlags::FUA).await.unwrap();
+            setup.beside.eject().await.unwrap();
+            setup.beside.insert(&medium).await.unwrap();
+            assert!(setup.other.try_read(0, &iov(&[0; 512], 1)).is_none());
         });
         drop(kept);
         assert_eq!(node.quiesce_count(), 0, "dropped: the section is over");
         drop(node);
-        world.sim.block_on(world.others_go_on());
-        world.sim.clone().block_on(world.ends());
+        setup.sim.block_on(setup.check_other_users());
+        setup.sim.clone().block_on(setup.check_released());
     }
-    assert!(waited >= 10, "a write was inside in {waited} of 50 worlds");
+    assert!(waited >= 10, "a write was inside in {waited} of 50 runs");
 }
 
 /// The task and the future in it are one allocation, which async-task makes of less than 2048 bytes.
 #[test]
 fn requests_are_small_enough_for_one_allocation() {
-    let world = world(1);
-    let len = world.disk.task_len();
+    let setup = setup(1);
+    let len = setup.disk.task_len();
     assert!(len < 2048 - 64, "{len} bytes");
-    world.sim.clone().block_on(world.ends());
+    setup.sim.clone().block_on(setup.check_released());
 }

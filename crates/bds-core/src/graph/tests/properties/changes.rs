@@ -1,26 +1,26 @@
-//! Changes done to both, in every way a change can end.
+//! Runs changes on graph and model, with every [`CommitMode`].
 
 use std::sync::atomic::Ordering;
 
-use super::commands::{Fate, Step};
+use super::commands::{CommitMode, Step};
 use super::edits::{Edit, Reopen};
 use super::model::{Access, Key, Model};
-use super::opening::pick;
-use super::picture;
-use super::run::{Held, World, idle, real_access};
+use super::open::pick;
+use super::run::{Comparison, Held, idle, real_access};
+use super::snapshot;
 use crate::error::Result;
 use crate::graph::{Change, ChangeReport, Drained, Handover, NodeRef, RootMove};
 use crate::options::Options;
 
-/// A step with its numbers made indices into the references and roots there are, and what it means in the model.
+/// A step with its numbers resolved to indices of references and roots, and the model's edit for it.
 #[derive(Clone, Debug)]
 struct Planned {
     step: Step,
     edit: Edit,
 }
 
-impl World {
-    /// What the steps mean now. Steps that find nothing to act on are left out.
+impl Comparison {
+    /// Resolves the steps. Steps without anything to act on are left out.
     fn plan(&self, steps: &[Step]) -> Vec<Planned> {
         let mut planned: Vec<Planned> = Vec::new();
         for step in steps {
@@ -117,7 +117,7 @@ impl World {
         pick(&backends, n).map(|place| (place, self.roots[place].1))
     }
 
-    /// The real change. References of what is removed are taken from both sides.
+    /// Builds the graph's change. References of removed nodes are taken from graph and model.
     fn build(&mut self, planned: &[Planned]) -> Change {
         let handles = self.refs.clone();
         let mut removed: Vec<usize> = planned
@@ -130,7 +130,7 @@ impl World {
         removed.sort_unstable();
         let mut taken: Vec<(usize, NodeRef)> =
             removed.into_iter().rev().map(|index| (index, self.take_ref(index))).collect();
-        // What is drained is drained by whoever changes.
+        // The change runs inside the sections that this test holds.
         let within = |change: Change, (drained, _): &(Drained, u32)| change.within(drained);
         let mut change = self.drains.iter().fold(self.graph.change(), within);
         for Planned { step, .. } in planned {
@@ -190,8 +190,8 @@ impl World {
         }
     }
 
-    /// P29 to P33: all of it or nothing of it.
-    pub(super) async fn change(&mut self, steps: &[Step], fate: &Fate) {
+    /// P29 to P33: a change takes effect whole or not at all.
+    pub(super) async fn change(&mut self, steps: &[Step], mode: &CommitMode) {
         let planned = self.plan(steps);
         let edits: Vec<Edit> = planned.iter().map(|planned| planned.edit.clone()).collect();
         let removes = edits.iter().any(|edit| matches!(edit, Edit::Remove { .. }));
@@ -201,39 +201,39 @@ impl World {
         if self.is_waiting(&edits, &after) {
             return;
         }
-        if !matches!(fate, Fate::Drop) {
+        if !matches!(mode, CommitMode::Drop) {
             self.model = swept;
         }
-        self.floor.is_frail.store(is_fine, Ordering::Relaxed);
-        match fate {
-            Fate::Drop => {
-                // P31: a change that is dropped was none.
+        self.drivers.drivers_fail.store(is_fine, Ordering::Relaxed);
+        match mode {
+            CommitMode::Drop => {
+                // P31: a dropped change has no effect.
                 drop(self.build(&planned));
             }
-            Fate::CancelAt(turns) => self.cancel(&planned, after, *turns).await,
-            Fate::FailAt(step) => {
+            CommitMode::CancelAt(turns) => self.cancel(&planned, after, *turns).await,
+            CommitMode::FailAt(step) => {
                 if !self.fail_at(&planned, *step).await {
                     self.reap().await;
                     self.forget_faults();
                 }
             }
-            Fate::Sweep if !removes => {
+            CommitMode::Sweep if !removes => {
                 for step in 0.. {
                     if !self.fail_at(&planned, step).await {
                         break;
                     }
                 }
                 self.forget_faults();
-                // The last one went through.
+                // The last attempt succeeded.
             }
-            Fate::Commit | Fate::Sweep => {
+            CommitMode::Commit | CommitMode::Sweep => {
                 let change = self.build(&planned);
                 self.finish(change.commit().await, after, is_fine, &edits).await;
             }
         }
     }
 
-    /// Would closing what is removed wait for the end of a drained section, or be in no order?
+    /// True if closing the removed nodes would wait for the end of a drained section, or has no defined order.
     fn is_waiting(&self, edits: &[Edit], after: &Model) -> bool {
         let mut after = after.clone();
         let removed: Vec<Key> = edits
@@ -244,13 +244,13 @@ impl World {
             })
             .collect();
         after.refs.retain(|key| !removed.contains(key));
-        let is_obscure = self.is_obscure(&after);
-        after.bury();
+        let close_order_is_ambiguous = self.close_order_is_ambiguous(&after);
+        after.mark_dead();
         let waits = |key: &Key| !after.is_live(*key) && !after.can_close(*key);
-        is_obscure || removed.iter().any(waits)
+        close_order_is_ambiguous || removed.iter().any(waits)
     }
 
-    /// Compares the answer, and puts the model where the graph is.
+    /// Compares the result, and updates the model.
     async fn finish(
         &mut self,
         answer: Result<ChangeReport>,
@@ -266,24 +266,24 @@ impl World {
             after.refs.clone_from(&self.model.refs);
             self.model = after;
         }
-        self.model.settle();
+        self.model.update();
         if let Ok(report) = answer {
             self.tally.count_if(!report.closed.is_empty(), "removed");
-            report.closed.iter().for_each(|report| self.hear(report));
+            report.closed.iter().for_each(|report| self.collect_failures(report));
             if edits.iter().any(|edit| matches!(edit, Edit::Remove { .. })) {
                 self.model.sweep();
             }
         }
     }
 
-    /// P29: fails at this step, of the graph or of a driver, and changes nothing. False if there is no such
-    /// step any more: then it was committed.
+    /// P29: fails at this step, of the graph or of a driver, and changes nothing. False if there is no such step any
+    /// more: then the change was committed.
     async fn fail_at(&mut self, planned: &[Planned], step: usize) -> bool {
         let edits: Vec<Edit> = planned.iter().map(|planned| planned.edit.clone()).collect();
         self.reap().await;
         let mut after = self.model.clone();
         let is_fine = after.change(&edits).is_ok();
-        let before = picture::of_graph(&self.graph);
+        let before = snapshot::of_graph(&self.graph);
         let removes = edits.iter().any(|edit| matches!(edit, Edit::Remove { .. }));
         self.graph.0.faults.set(Some(step));
         let change = self.build(planned);
@@ -297,7 +297,7 @@ impl World {
         assert!(answer.is_err(), "P29: {edits:?} at {step}");
         self.tally.count("faults of changes");
         if !removes {
-            assert_eq!(picture::of_graph(&self.graph), before, "P29: {edits:?} at {step}");
+            assert_eq!(snapshot::of_graph(&self.graph), before, "P29: {edits:?} at {step}");
         }
         true
     }
@@ -306,7 +306,7 @@ impl World {
         self.graph.0.faults.set(None);
     }
 
-    /// A commit whose future is dropped has taken place or not; there is nothing in between (P29, P31).
+    /// A commit whose future is dropped has taken effect whole or not at all (P29, P31).
     async fn cancel(&mut self, planned: &[Planned], after: Model, turns: usize) {
         let change = self.build(planned);
         let mut after = Model {
@@ -315,26 +315,26 @@ impl World {
             unclean: self.model.unclean.clone(),
             ..after
         };
-        // A report that nobody was told of is kept by the graph.
+        // The graph keeps a report whose future was dropped.
         let answer = Self::run_for(turns, change.commit()).await;
         self.tally.count_if(answer.is_none(), "cancelled");
         if let Some(Ok(report)) = answer {
-            report.closed.iter().for_each(|report| self.hear(report));
+            report.closed.iter().for_each(|report| self.collect_failures(report));
         }
         idle().await;
-        after.settle();
+        after.update();
         after.sweep();
-        self.model.settle();
+        self.model.update();
         self.reap().await;
-        let found = picture::of_graph(&self.graph);
-        if found != picture::of_model(&self.model) && found == picture::of_model(&after) {
+        let found = snapshot::of_graph(&self.graph);
+        if found != snapshot::of_model(&self.model) && found == snapshot::of_model(&after) {
             self.tally.count("cancelled or not, done");
             self.model = after;
         }
     }
 
-    /// P20: what was attached and detached again was never there.
-    pub(super) async fn there_and_back(&mut self, node: usize, backing: usize) {
+    /// P20: attaching and detaching leaves no trace.
+    pub(super) async fn attach_and_detach(&mut self, node: usize, backing: usize) {
         let (Some(node), Some(backing)) = (self.pick_ref(node), self.pick_ref(backing)) else {
             return;
         };
@@ -346,15 +346,15 @@ impl World {
             return;
         }
         self.reap().await;
-        let mut before = picture::of_graph(&self.graph);
+        let mut before = snapshot::of_graph(&self.graph);
         let (node, backing) = (self.refs[node].clone(), self.refs[backing].clone());
         self.graph.set_backing(&node, Some(&backing)).await.unwrap();
         self.graph.set_backing(&node, None).await.unwrap();
         drop((node, backing));
-        self.tally.count("there and back");
+        self.tally.count("attached and detached");
         before.epoch += 2;
         self.model.epoch += 2;
-        assert_eq!(picture::of_graph(&self.graph), before, "P20");
+        assert_eq!(snapshot::of_graph(&self.graph), before, "P20");
     }
 
     pub(super) async fn job_access(&mut self, n: usize, access: Access) {
@@ -372,10 +372,10 @@ impl World {
         assert_eq!(job.access(), real_access(if is_fine { access } else { was }), "P26");
     }
 
-    // ---- charge of bytes
+    // ---- activation
 
-    /// P47, and P29 for it: all or nothing.
-    pub(super) async fn set_active(&mut self, node: Option<usize>, on: bool, fate: &Fate) {
+    /// P47, and P29 for it: all nodes or none.
+    pub(super) async fn set_active(&mut self, node: Option<usize>, on: bool, mode: &CommitMode) {
         let node = match node.map(|n| self.pick_ref(n)) {
             Some(None) => return,
             Some(index) => index,
@@ -393,15 +393,15 @@ impl World {
         };
         let mut after = self.model.clone();
         let is_fine = if on { after.activate(&tops) } else { after.inactivate(&tops) }.is_ok();
-        self.floor.is_frail.store(is_fine, Ordering::Relaxed);
-        let steps = match fate {
-            Fate::Sweep => 0..usize::MAX,
-            Fate::FailAt(step) => *step..*step + 1,
+        self.drivers.drivers_fail.store(is_fine, Ordering::Relaxed);
+        let steps = match mode {
+            CommitMode::Sweep => 0..usize::MAX,
+            CommitMode::FailAt(step) => *step..*step + 1,
             _ => 0..0,
         };
         for step in steps {
             self.reap().await;
-            let before = picture::of_graph(&self.graph);
+            let before = snapshot::of_graph(&self.graph);
             self.graph.0.faults.set(Some(step));
             let answer = self.set_active_once(node, on).await;
             if !self.graph.0.faults.has_struck() {
@@ -411,9 +411,9 @@ impl World {
             self.forget_faults();
             assert!(answer.is_err(), "P29: at {step}");
             self.tally.count("faults of handovers");
-            assert_eq!(picture::of_graph(&self.graph), before, "P29: at {step}");
+            assert_eq!(snapshot::of_graph(&self.graph), before, "P29: at {step}");
         }
-        if matches!(fate, Fate::Sweep | Fate::FailAt(_)) {
+        if matches!(mode, CommitMode::Sweep | CommitMode::FailAt(_)) {
             return;
         }
         let answer = self.set_active_once(node, on).await;

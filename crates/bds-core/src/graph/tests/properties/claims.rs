@@ -1,12 +1,12 @@
-//! What lies beside the graph's shape: frozen links, blockers, job slots, bitmaps and their leases.
+//! Runs commands on claims: frozen links, blockers, job slots, bitmaps and their leases.
 
-use super::commands::{Body, Child, Command, Tree, Trouble};
+use super::commands::{Body, Child, Command, Fault, Tree};
 use super::model::{Bitmap, Key, Kind};
-use super::opening::pick;
-use super::run::World;
+use super::open::pick;
+use super::run::Comparison;
 use crate::graph::NodeRef;
 
-impl World {
+impl Comparison {
     pub(super) fn claim(&mut self, command: &Command) {
         match *command {
             Command::Freeze(top, base) => self.freeze(top, base),
@@ -71,31 +71,32 @@ impl World {
     fn freeze(&mut self, top: usize, base: usize) {
         let (Some(top), Some(base)) = (self.pick_ref(top), self.pick_ref(base)) else { return };
         let (base, key) = (self.refs[base].clone(), self.model.refs[base]);
-        self.freeze_down_to(top, base, key);
+        self.freeze_path(top, base, key);
     }
 
-    /// Freezes links of the longest chain there is, or of any. Filters make it longer first, where it is short.
+    /// Freezes links of the longest chain, or of any. If the chain is short, inserts filters first.
     pub(super) async fn freeze_chain(&mut self, n: usize, len: usize) {
         for _ in 0..2 {
-            let ways = self.model.refs.iter().map(|key| (self.way(*key).len(), *key));
-            let Some((links, top)) = ways.max() else { return };
+            let paths = self.model.refs.iter().map(|key| (self.path(*key).len(), *key));
+            let Some((links, top)) = paths.max() else { return };
             if links < 3 {
                 self.open_filter_on(top).await;
             }
         }
-        let ways = (0..self.refs.len()).map(|top| (top, self.way(self.model.refs[top])));
-        let mut ways: Vec<(usize, Vec<Key>)> = ways.filter(|(_, way)| !way.is_empty()).collect();
-        ways.sort_by_key(|(_, way)| std::cmp::Reverse(way.len()));
-        let Some((top, way)) =
-            ways.get(if n.is_multiple_of(2) { 0 } else { n % ways.len().max(1) })
+        let paths = (0..self.refs.len()).map(|top| (top, self.path(self.model.refs[top])));
+        let mut paths: Vec<(usize, Vec<Key>)> =
+            paths.filter(|(_, path)| !path.is_empty()).collect();
+        paths.sort_by_key(|(_, path)| std::cmp::Reverse(path.len()));
+        let Some((top, path)) =
+            paths.get(if n.is_multiple_of(2) { 0 } else { n % paths.len().max(1) })
         else {
             return;
         };
-        // Rather all of it than a part.
-        let key = way[way.len() - 1 - len % 4 % way.len()];
+        // The whole chain with higher probability than a part.
+        let key = path[path.len() - 1 - len % 4 % path.len()];
         let (id, _) = self.ids.iter().find(|(_, known)| *known == key).unwrap();
         let base = self.graph.acquire(*id).unwrap();
-        self.freeze_down_to(*top, base, key);
+        self.freeze_path(*top, base, key);
     }
 
     async fn open_filter_on(&mut self, key: Key) {
@@ -104,11 +105,11 @@ impl World {
         };
         let body = Body::Filter(Box::new(Child::Node(at)));
         let ro = Some(self.model.nodes[&key].ro);
-        let trouble = Trouble::None;
-        self.open(&Tree { name: None, ro, discard: false, transfer: 0, trouble, body }).await;
+        let fault = Fault::None;
+        self.open(&Tree { name: None, ro, discard: false, transfer: 0, fault, body }).await;
     }
 
-    fn freeze_down_to(&mut self, top: usize, base: NodeRef, key: Key) {
+    fn freeze_path(&mut self, top: usize, base: NodeRef, key: Key) {
         let chain = self.chain(self.model.refs[top], key);
         let is_free =
             |edges: &Vec<u32>| edges.iter().all(|edge| self.model.edges[edge].frozen.is_none());
@@ -128,16 +129,16 @@ impl World {
     }
 
     /// The nodes of the chain below a node, from the top down.
-    fn way(&self, top: Key) -> Vec<Key> {
-        let mut way = Vec::new();
+    fn path(&self, top: Key) -> Vec<Key> {
+        let mut path = Vec::new();
         let mut at = Some(top);
         while let Some(key) = at {
             let is_filter = self.model.nodes[&key].kind == Kind::Filter;
             let edge = self.model.child(key, if is_filter { "file" } else { "backing" });
             at = edge.and_then(|edge| self.model.edges[&edge].child);
-            way.extend(at);
+            path.extend(at);
         }
-        way
+        path
     }
 
     fn chain(&self, top: Key, base: Key) -> Option<Vec<u32>> {
@@ -158,14 +159,14 @@ impl World {
                 edge.frozen = None;
             }
         }
-        // Links of nodes that are closed by now end with whoever kept them.
+        // Links of closed nodes end with their freeze guard.
         let nodes = &self.model.nodes;
         self.model.edges.retain(|_, edge| {
             edge.parent.is_none_or(|parent| nodes.contains_key(&parent) || edge.frozen.is_some())
         });
     }
 
-    /// P46: an id is good as long as its node lives and the bitmap was not given back.
+    /// P46: an id is valid while its node lives and the bitmap was not removed.
     fn bitmap(&mut self, command: &Command) {
         match *command {
             Command::AddBitmap(n, name) => {
@@ -176,14 +177,14 @@ impl World {
                 let is_new = node.bitmaps.iter().all(|it| it.name.as_ref() != Some(&name));
                 assert_eq!(added.is_ok(), is_new, "P46");
                 let Ok(id) = added else { return };
-                let number = Self::shelve(self.node(key), Some(name));
+                let number = Self::push_bitmap(self.node(key), Some(name));
                 self.bitmaps.push((id, key, number));
             }
             Command::AddAnonymous(n) => {
                 let Some(n) = self.pick_ref(n) else { return };
                 let key = self.model.refs[n];
                 let bitmap = self.refs[n].add_anonymous_bitmap("a test");
-                let number = Self::shelve(self.node(key), None);
+                let number = Self::push_bitmap(self.node(key), None);
                 self.bitmaps.push((bitmap.id(), key, number));
                 self.anonymous.push((bitmap, key, number));
             }
@@ -230,7 +231,7 @@ impl World {
         }
     }
 
-    fn shelve(node: &mut super::model::Node, name: Option<String>) -> u64 {
+    fn push_bitmap(node: &mut super::model::Node, name: Option<String>) -> u64 {
         node.last_bitmap += 1;
         node.bitmaps.push(Bitmap { number: node.last_bitmap, name, leased: false });
         node.last_bitmap

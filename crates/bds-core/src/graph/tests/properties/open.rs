@@ -1,11 +1,11 @@
-//! The model of opening: a tree of nodes, all of it or nothing; and the options that describe it to the graph.
+//! The model of opening: a tree of nodes opens whole or not at all; and the options that describe it to the graph.
 
 use std::fmt::Write as _;
 
-use super::commands::{Body, Child, Tree, Trouble};
+use super::commands::{Body, Child, Fault, Tree};
 use super::model::{Access, Edge, Key, Kind, Model, Node};
 
-/// How many nodes the tree opens.
+/// Number of nodes that the tree opens.
 pub(super) fn len(tree: &Tree) -> usize {
     let of_child = |child: &Child| match child {
         Child::Node(_) => 0,
@@ -22,7 +22,7 @@ fn named(name: usize) -> String {
     format!("n{name}")
 }
 
-/// The tree as `blockdev-add` options. `None`: it names a node, and there is none.
+/// The tree as `blockdev-add` options. `None` if it names a node and there is none.
 pub(super) fn options(tree: &Tree, model: &Model) -> Option<String> {
     let mut text = String::new();
     write_tree(&mut text, "", tree, model)?;
@@ -52,13 +52,13 @@ fn write_tree(text: &mut String, prefix: &str, tree: &Tree, model: &Model) -> Op
     if tree.transfer > 0 {
         add("transfer", &tree.transfer.to_string());
     }
-    match tree.trouble {
-        Trouble::None => {}
-        Trouble::FailOpen => add("fail-open", "on"),
-        Trouble::FailFlush => add("fail-flush", "on"),
-        Trouble::FailClose => add("fail-close", "on"),
-        Trouble::Stubborn => add("stubborn", "on"),
-        Trouble::Odd => add("odd", "on"),
+    match tree.fault {
+        Fault::None => {}
+        Fault::FailOpen => add("fail-open", "on"),
+        Fault::FailFlush => add("fail-flush", "on"),
+        Fault::FailClose => add("fail-close", "on"),
+        Fault::RefuseBacking => add("refuse-backing", "on"),
+        Fault::OddLen => add("odd-len", "on"),
     }
     let (file, backing) = match &tree.body {
         Body::File => (None, None),
@@ -85,7 +85,7 @@ pub(super) fn pick<T: Copy>(from: &[T], n: usize) -> Option<T> {
 }
 
 impl Model {
-    /// The root of what was opened, without names where they are generated.
+    /// The root of the opened tree; generated names are still empty.
     pub(super) fn open(&mut self, tree: &Tree) -> Option<Key> {
         if self.is_shut {
             return None;
@@ -131,7 +131,7 @@ impl Model {
                 Child::Inline(tree) => {
                     let ro = is_ro || name == "backing";
                     let child = self.open_tree(tree, (ro, true), live, reserved)?;
-                    self.nodes.get_mut(&child).unwrap().heir_of = Some(key);
+                    self.nodes.get_mut(&child).unwrap().inherits_from = Some(key);
                     child
                 }
             };
@@ -148,13 +148,13 @@ impl Model {
             self.edges.insert(number, edge);
         }
         self.nodes.insert(key, node(tree, kind, is_ro, discard));
-        (tree.trouble != Trouble::FailOpen).then_some(key)
+        (tree.fault != Fault::FailOpen).then_some(key)
     }
 
-    /// A node has got its name.
+    /// Sets the name that a node got.
     pub(super) fn set_name(&mut self, key: Key, name: &str) {
         let node = self.nodes.get_mut(&key).unwrap();
-        (node.name, node.born_as) = (name.to_owned(), name.to_owned());
+        (node.name, node.first_name) = (name.to_owned(), name.to_owned());
         for edge in self.children(key) {
             let edge = self.edges.get_mut(&edge).unwrap();
             edge.holder = format!("edge '{name}.{}'", edge.name);
@@ -168,10 +168,10 @@ fn node(tree: &Tree, kind: Kind, ro: bool, discard: bool) -> Node {
         ro,
         is_ro_given: tree.ro.is_some(),
         discard: discard || tree.discard,
-        fail_flush: tree.trouble == Trouble::FailFlush,
-        fail_close: tree.trouble == Trouble::FailClose,
-        is_stubborn: tree.trouble == Trouble::Stubborn,
-        is_odd: tree.trouble == Trouble::Odd,
+        fail_flush: tree.fault == Fault::FailFlush,
+        fail_close: tree.fault == Fault::FailClose,
+        refuses_backing: tree.fault == Fault::RefuseBacking,
+        has_odd_len: tree.fault == Fault::OddLen,
         transfer: tree.transfer,
         ..Node::new(&name, kind)
     }

@@ -1,14 +1,17 @@
-//! A driver over a vector of bytes that checks what the corridor promises to drivers, remembers what it was asked,
-//! dawdles by the seeded scheduler, fails and answers as told.
+//! A fake driver over bytes in memory, and a graph of such nodes.
+//!
+//! It asserts what the request path promises to drivers (alignment, limits, declared flags), logs its operations,
+//! yields to the seeded scheduler, fails, and answers status queries as configured.
 
 use std::any::Any;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Barrier, Mutex};
 
 use bds_io::IoVec;
 
+use super::{lock, option, yield_times};
 use crate::driver::{
     Attempt, BoxFuture, Category, Child, Driver, DriverType, HostMap, Limits, OpenContext,
     Precision, ReadFlags, Registry, Role, StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
@@ -18,7 +21,7 @@ use crate::graph::{Graph, GraphConfig, NodeRef};
 use crate::options::{OptionKind, OptionSpec, Options};
 use crate::request::{Backend, BackendOptions};
 
-/// What a fake was asked.
+/// An operation that reached the driver.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Op {
     Read(Range<u64>),
@@ -32,7 +35,7 @@ pub(crate) enum Op {
     CopyRange(Range<u64>),
 }
 
-/// Which operation a fault hits.
+/// The operation that a fault hits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum On {
     Read,
@@ -42,23 +45,24 @@ pub(crate) enum On {
     Status,
 }
 
-/// How a fake behaves.
+/// Configuration of a fake disk.
 #[derive(Clone)]
 pub(crate) struct Config {
     pub(crate) limits: Limits,
     pub(crate) write_flags: WriteFlags,
     pub(crate) zero_flags: Option<ZeroFlags>,
-    pub(crate) backs: bool,
+    /// Supports a backing child.
+    pub(crate) supports_backing: bool,
     pub(crate) is_filter: bool,
-    /// Everything goes to the child "file".
-    pub(crate) passes: bool,
-    /// Answers the inline way.
+    /// Forwards every request to the child "file".
+    pub(crate) forwards: bool,
+    /// Completes `try_read` and `try_write`.
     pub(crate) inline: bool,
-    /// An inline write meets the test here, when it is inside and before it leaves.
-    pub(crate) meet: Option<Arc<Barrier>>,
+    /// An inline write waits for the test here, once inside and once before it returns.
+    pub(crate) barrier: Option<Arc<Barrier>>,
     /// Scheduler turns before and after an effect.
     pub(crate) turns: usize,
-    /// Status answers by range; what is not covered is data.
+    /// Status answers by range; ranges not covered are data.
     pub(crate) statuses: Vec<Answer>,
     pub(crate) options: Options,
 }
@@ -69,11 +73,11 @@ impl Default for Config {
             limits: Limits::default(),
             write_flags: WriteFlags::empty(),
             zero_flags: None,
-            backs: false,
+            supports_backing: false,
             is_filter: false,
-            passes: false,
+            forwards: false,
             inline: false,
-            meet: None,
+            barrier: None,
             turns: 0,
             statuses: Vec::new(),
             options: Options::new(),
@@ -81,7 +85,7 @@ impl Default for Config {
     }
 }
 
-/// What fails, where (anywhere if `None`), and how.
+/// A fault: the operation, its range (any if `None`), and the error.
 struct Fault {
     on: On,
     range: Option<Range<u64>>,
@@ -89,24 +93,20 @@ struct Fault {
     kind: ErrorKind,
 }
 
-/// A status answer: the range, what holds, where.
+/// A status answer: range, flags, mapping.
 pub(crate) type Answer = (Range<u64>, StatusFlags, Option<HostMap>);
 
-/// What tests see of a fake.
+/// State of a fake disk, as tests see it.
 pub(crate) struct State {
     pub(crate) bytes: Mutex<Vec<u8>>,
     log: Mutex<Vec<Op>>,
     faults: Mutex<Vec<Fault>>,
-    /// Inline attempts.
+    /// Calls of `try_read` and `try_write`.
     pub(crate) attempts: AtomicUsize,
-    /// Writes under way now, and the most there were at once.
+    /// Writes in flight, and their maximum.
     writes: AtomicUsize,
     pub(crate) most_writes: AtomicUsize,
     config: Config,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl State {
@@ -126,33 +126,33 @@ impl State {
         lock(&self.bytes).clone()
     }
 
-    /// What it was asked since the last call.
+    /// Takes the operations since the last call.
     pub(crate) fn take_log(&self) -> Vec<Op> {
         std::mem::take(&mut *lock(&self.log))
     }
 
-    /// What it was asked so far.
+    /// The operations so far.
     pub(crate) fn peek_log(&self) -> Vec<Op> {
         lock(&self.log).clone()
     }
 
-    /// The next such operation (touching the range, if one is given) fails with EIO.
+    /// Makes the next such operation (overlapping the range, if one is given) fail with EIO.
     pub(crate) fn fail_once(&self, on: On, range: Option<Range<u64>>) {
         self.add_fault(on, range, true, ErrorKind::Io);
     }
 
-    /// All such operations fail from now on.
+    /// Makes all such operations fail with EIO.
     pub(crate) fn fail_always(&self, on: On, range: Option<Range<u64>>) {
         self.add_fault(on, range, false, ErrorKind::Io);
     }
 
-    /// All such operations fail like this until [`State::heal`].
+    /// Makes all such operations fail with this kind until [`State::clear_faults`].
     pub(crate) fn fail_with(&self, on: On, kind: ErrorKind) {
         self.add_fault(on, None, false, kind);
     }
 
-    /// Nothing fails any more.
-    pub(crate) fn heal(&self) {
+    /// Removes all faults.
+    pub(crate) fn clear_faults(&self) {
         lock(&self.faults).clear();
     }
 
@@ -209,31 +209,30 @@ fn range(offset: u64, iov: &IoVec) -> Range<u64> {
     offset..offset + iov.len() as u64
 }
 
-pub(crate) struct Fake {
+/// The driver.
+pub(crate) struct FakeDisk {
     state: Arc<State>,
     file: Option<Child>,
     _backing: Option<Child>,
 }
 
-impl Fake {
-    async fn dawdle(&self) {
-        for _ in 0..self.state.config.turns {
-            bds_io::yield_now().await;
-        }
+impl FakeDisk {
+    async fn wait_turns(&self) {
+        yield_times(self.state.config.turns).await;
     }
 
-    fn passing(&self) -> Option<&Child> {
-        self.file.as_ref().filter(|_| self.state.config.passes)
+    fn forward_to(&self) -> Option<&Child> {
+        self.file.as_ref().filter(|_| self.state.config.forwards)
     }
 }
 
-impl Driver for Fake {
+impl Driver for FakeDisk {
     fn name(&self) -> &'static str {
         "fake"
     }
 
     fn len(&self) -> u64 {
-        match self.passing() {
+        match self.forward_to() {
             Some(file) => file.len(),
             None => lock(&self.state.bytes).len() as u64,
         }
@@ -248,7 +247,7 @@ impl Driver for Fake {
     }
 
     fn supports_backing(&self) -> bool {
-        self.state.config.backs
+        self.state.config.supports_backing
     }
 
     fn write_flags(&self) -> WriteFlags {
@@ -260,7 +259,7 @@ impl Driver for Fake {
     }
 
     fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
-        if let Some(file) = self.passing() {
+        if let Some(file) = self.forward_to() {
             return file.try_read(offset, iov);
         }
         self.state.attempts.fetch_add(1, Ordering::SeqCst);
@@ -276,7 +275,7 @@ impl Driver for Fake {
     }
 
     fn try_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
-        if let Some(file) = self.passing() {
+        if let Some(file) = self.forward_to() {
             return file.try_write(offset, iov);
         }
         self.state.attempts.fetch_add(1, Ordering::SeqCst);
@@ -287,30 +286,30 @@ impl Driver for Fake {
         if let Err(error) = self.state.check_fault(On::Write, &range(offset, iov)) {
             return Some(Err(error));
         }
-        let meet = || self.state.config.meet.as_ref().map(|test| test.wait());
-        meet();
+        let wait = || self.state.config.barrier.as_ref().map(|test| test.wait());
+        wait();
         self.state.store(offset, &iov.to_vec(0..iov.len()));
-        meet();
+        wait();
         Some(Ok(()))
     }
 
     fn read(&self, offset: u64, iov: IoVec, flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
-        if let Some(file) = self.passing() {
+        if let Some(file) = self.forward_to() {
             return file.read(offset, iov, flags);
         }
         Box::pin(async move {
             self.state.check_contract(offset, &iov);
             self.state.note(Op::Read(range(offset, &iov)));
-            self.dawdle().await;
+            self.wait_turns().await;
             self.state.check_fault(On::Read, &range(offset, &iov))?;
             self.state.load(offset, &iov);
-            self.dawdle().await;
+            self.wait_turns().await;
             Ok(())
         })
     }
 
     fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
-        if let Some(file) = self.passing() {
+        if let Some(file) = self.forward_to() {
             return file.write(offset, iov, flags);
         }
         Box::pin(async move {
@@ -318,13 +317,13 @@ impl Driver for Fake {
             self.state.note(Op::Write(range(offset, &iov), flags));
             assert!(self.state.config.write_flags.contains(flags), "undeclared flags {flags:?}");
             let data = iov.to_vec(0..iov.len());
-            let under_way = self.state.writes.fetch_add(1, Ordering::SeqCst) + 1;
-            self.state.most_writes.fetch_max(under_way, Ordering::SeqCst);
-            self.dawdle().await;
+            let in_flight = self.state.writes.fetch_add(1, Ordering::SeqCst) + 1;
+            self.state.most_writes.fetch_max(in_flight, Ordering::SeqCst);
+            self.wait_turns().await;
             self.state.writes.fetch_sub(1, Ordering::SeqCst);
             self.state.check_fault(On::Write, &range(offset, &iov))?;
             self.state.store(offset, &data);
-            self.dawdle().await;
+            self.wait_turns().await;
             Ok(())
         })
     }
@@ -332,7 +331,7 @@ impl Driver for Fake {
     fn write_compressed(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
             self.state.note(Op::Compressed(range(offset, &iov)));
-            self.dawdle().await;
+            self.wait_turns().await;
             if !iov.is_empty() {
                 self.state.store(offset, &iov.to_vec(0..iov.len()));
             }
@@ -357,12 +356,12 @@ impl Driver for Fake {
             assert!(limits.max_zero == 0 || len <= limits.max_zero.max(unit));
             assert!(self.state.config.zero_flags.is_some_and(|known| known.contains(flags)));
             self.state.note(Op::Zero(offset..offset + len, flags));
-            self.dawdle().await;
+            self.wait_turns().await;
             if self.state.check_fault(On::Zero, &(offset..offset + len)).is_err() {
                 return Ok(Attempt::Unsupported);
             }
             self.state.store(offset, &vec![0; usize::try_from(len).unwrap()]);
-            self.dawdle().await;
+            self.wait_turns().await;
             Ok(Attempt::Done)
         })
     }
@@ -380,7 +379,7 @@ impl Driver for Fake {
     fn flush_to_disk(&self) -> BoxFuture<'_, Result<()>> {
         self.state.note(Op::FlushToDisk);
         Box::pin(async {
-            self.dawdle().await;
+            self.wait_turns().await;
             self.state.check_fault(On::FlushToDisk, &(0..u64::MAX))
         })
     }
@@ -410,7 +409,7 @@ impl Driver for Fake {
 
     fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
-            self.dawdle().await;
+            self.wait_turns().await;
             self.state.note(Op::Truncate(change.len, change.zero_new));
             lock(&self.state.bytes).resize(usize::try_from(change.len).unwrap(), 0);
             Ok(())
@@ -425,7 +424,7 @@ impl Driver for Fake {
         len: u64,
     ) -> BoxFuture<'a, Result<Attempt>> {
         Box::pin(async move {
-            let Some(source) = source.as_any().downcast_ref::<Fake>() else {
+            let Some(source) = source.as_any().downcast_ref::<FakeDisk>() else {
                 return Ok(Attempt::Unsupported);
             };
             self.state.note(Op::CopyRange(offset..offset + len));
@@ -441,10 +440,10 @@ impl Driver for Fake {
     }
 }
 
-/// Opens fakes by their node's name.
-struct FakeType(Mutex<HashMap<String, Arc<State>>>);
+/// Opens fake disks by their node's name.
+struct FakeDiskType(Mutex<HashMap<String, Arc<State>>>);
 
-impl DriverType for FakeType {
+impl DriverType for FakeDiskType {
     fn name(&self) -> &'static str {
         "fake"
     }
@@ -454,10 +453,9 @@ impl DriverType for FakeType {
     }
 
     fn open_options(&self) -> &'static [OptionSpec] {
-        const fn child(name: &'static str) -> OptionSpec {
-            OptionSpec { name, kind: OptionKind::Child, help: "a child", default: None }
-        }
-        &[const { child("file") }, const { child("backing") }]
+        const CHILDREN: &[OptionSpec] =
+            &[option("file", OptionKind::Child), option("backing", OptionKind::Child)];
+        CHILDREN
     }
 
     fn open<'a>(
@@ -466,7 +464,7 @@ impl DriverType for FakeType {
     ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
         Box::pin(async move {
             let state = lock(&self.0).get(context.node_name).cloned();
-            let state = state.expect("the test described this node");
+            let state = state.expect("the test configured this node");
             let role = if state.config.is_filter {
                 Role::FILTERED | Role::PRIMARY
             } else {
@@ -480,21 +478,21 @@ impl DriverType for FakeType {
                 true => Some(context.child("backing", Role::COW).await?),
                 false => None,
             };
-            let fake: Box<dyn Driver> = Box::new(Fake { state, file, _backing: backing });
+            let fake: Box<dyn Driver> = Box::new(FakeDisk { state, file, _backing: backing });
             Ok(fake)
         })
     }
 }
 
-/// A graph of fakes.
-pub(crate) struct House {
+/// A graph of fake disks.
+pub(crate) struct DiskGraph {
     graph: Graph,
-    kind: Arc<FakeType>,
+    kind: Arc<FakeDiskType>,
 }
 
-impl House {
+impl DiskGraph {
     pub(crate) fn new() -> Self {
-        let kind = Arc::new(FakeType(Mutex::default()));
+        let kind = Arc::new(FakeDiskType(Mutex::default()));
         let mut registry = Registry::new();
         registry.register(kind.clone()).unwrap();
         Self { graph: Graph::new(GraphConfig::new(Arc::new(registry))), kind }
@@ -507,16 +505,28 @@ impl House {
         bytes: Vec<u8>,
         config: Config,
     ) -> (NodeRef, Arc<State>) {
+        self.open_node(name, bytes, config).await.unwrap()
+    }
+
+    /// As [`DiskGraph::node`], with the error of the open.
+    pub(crate) async fn open_node(
+        &self,
+        name: &str,
+        bytes: Vec<u8>,
+        config: Config,
+    ) -> Result<(NodeRef, Arc<State>)> {
         let options = config.options.clone().with("driver", "fake").with("node-name", name);
         let state = State::new(bytes, config);
         lock(&self.kind.0).insert(name.to_owned(), state.clone());
-        (self.graph.open(options).await.unwrap(), state)
+        Ok((self.graph.open(options).await?, state))
     }
 
+    /// The graph.
     pub(crate) fn graph(&self) -> &Graph {
         &self.graph
     }
 
+    /// The open node of this name.
     pub(crate) fn find(&self, name: &str) -> NodeRef {
         self.graph.find(name).unwrap()
     }
@@ -528,6 +538,7 @@ impl House {
     }
 }
 
+/// A backend on the node, writable if the node is.
 pub(crate) fn backend(node: &NodeRef) -> Backend {
     let writable = node.is_writable();
     Backend::new(node, BackendOptions { name: "test".into(), writable, ..Default::default() })

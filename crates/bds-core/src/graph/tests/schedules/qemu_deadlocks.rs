@@ -1,24 +1,25 @@
-//! Other people's deadlocks, retold for this graph and run under many schedules. The numbers are rows of our catalogue of lifecycle
-//! bugs (QEMU's, 2013 to 2025).
+//! Deadlocks of QEMU (2013 to 2025), re-created on this graph and run under many schedules. Row numbers are those of
+//! `docs/lifecycle-bugs.md`.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bds_io::{Sim, SimConfig};
 
-use super::probe::{Probe, block};
-use super::program::{backend, graph, image, wait};
+use super::program::{backend, graph, image};
 use super::regressions::{discard, under_schedules};
 use crate::ErrorKind;
 use crate::driver::WriteFlags;
 use crate::graph::{Graph, NodeRef, walk};
 use crate::request::Backend;
+use crate::test_kit::forwarding::{Forwarder, block};
+use crate::test_kit::yield_times;
 
 async fn open(graph: &Graph, name: &str, backing: Option<&str>) -> NodeRef {
     graph.open(image(name, backing)).await.unwrap()
 }
 
-/// Reads until the backend is only ours.
+/// Reads until the other handles are dropped.
 async fn keep_reading(backend: Arc<Backend>) -> usize {
     let mut count = 0;
     while Arc::strong_count(&backend) > 1 {
@@ -29,10 +30,10 @@ async fn keep_reading(backend: Arc<Backend>) -> usize {
     count
 }
 
-/// Row 45. Whoever took the graph's lock for writing had to wait for others, and did so while he kept something else that these others
-/// needed. What one keeps here is a drained section; two keep one on the same nodes, and both change the graph inside.
+/// Row 45. The taker of the graph's write lock waited for others while it held something that they needed. Here it is a
+/// drained section: two tasks hold one on the same nodes, and both change the graph inside.
 #[test]
-fn two_who_change_the_graph_inside_their_own_drained_sections_do_not_block_each_other() {
+fn changes_inside_two_drained_sections_do_not_block_each_other() {
     under_schedules(200, |graph| async move {
         let base = open(&graph, "base", None).await;
         let top = open(&graph, "top", Some("base")).await;
@@ -44,7 +45,7 @@ fn two_who_change_the_graph_inside_their_own_drained_sections_do_not_block_each_
             async move {
                 let drained = graph.drain(&base).await;
                 graph.set_backing(&top, to.as_ref()).await.unwrap();
-                wait(2).await;
+                yield_times(2).await;
                 drop(drained);
             }
         };
@@ -57,34 +58,35 @@ fn two_who_change_the_graph_inside_their_own_drained_sections_do_not_block_each_
     });
 }
 
-/// Row 46. One thread takes the lock and then waits until a parent is empty; in another a request is inside that parent and wants
-/// the lock to go on. Here: the inner door of a chain is drained and re-pointed while requests are on their way to it.
+/// Row 46. One thread takes the lock and then waits until a parent is empty; a request inside that parent needs the
+/// lock to go on. Here the inner gate of a chain is drained and re-pointed while requests are on their way to it.
 #[test]
-fn a_request_on_its_way_to_an_inner_door_gets_through_before_the_door_is_shut() {
+fn a_request_passes_an_inner_gate_before_it_is_closed() {
     under_schedules(300, |graph| async move {
         let base = open(&graph, "base", None).await;
         let mid = open(&graph, "mid", Some("base")).await;
         let top = open(&graph, "top", Some("mid")).await;
         let other = open(&graph, "other", None).await;
-        let guests = ["one", "two"].map(|name| backend(&top, name, false));
-        let readers = guests.each_ref().map(|guest| bds_io::spawn(keep_reading(Arc::clone(guest))));
-        wait(3).await;
+        let backends = ["one", "two"].map(|name| backend(&top, name, false));
+        let readers =
+            backends.each_ref().map(|guest| bds_io::spawn(keep_reading(Arc::clone(guest))));
+        yield_times(3).await;
         graph.set_backing(&mid, Some(&other)).await.unwrap();
         let drained = graph.drain(&other).await;
         assert_eq!((top.in_flight(), mid.in_flight(), other.in_flight()), (0, 0, 0));
         drop(drained);
         graph.replace(&other, &base).await.unwrap();
-        drop(guests);
+        drop(backends);
         for reader in readers {
             reader.await;
         }
     });
 }
 
-/// The same story in the order that deadlocks is found within a few schedules.
+/// The same in the order that deadlocks: found within a few schedules.
 #[test]
 #[should_panic(expected = "deadlock")]
-fn shutting_the_inner_door_first_is_found_as_a_deadlock() {
+fn closing_the_inner_gate_first_deadlocks() {
     for seed in 0..20 {
         let sim = Sim::new(seed, SimConfig::calm());
         let (graph, _) = graph(sim.fs());
@@ -94,7 +96,7 @@ fn shutting_the_inner_door_first_is_found_as_a_deadlock() {
             let top = open(&graph, "top", Some("base")).await;
             let guest = backend(&top, "guest", false);
             let reader = bds_io::spawn(keep_reading(Arc::clone(&guest)));
-            wait(4).await;
+            yield_times(4).await;
             drop(graph.drain(&base).await);
             drop(guest);
             reader.await;
@@ -102,24 +104,24 @@ fn shutting_the_inner_door_first_is_found_as_a_deadlock() {
     }
 }
 
-/// Row 47. When a child had been taken from its parent, the wait that followed asked the child's side, which had been cleared already,
-/// and not the parent's. Here: while the child goes and comes nobody is inside the parent (the driver asserts it), and a drain of the
-/// parent waits for the parent's own requests whatever has become of the child.
+/// Row 47. When a child had been detached, the wait that followed used the child's side, which had been cleared
+/// already, and not the parent's. Here no request is inside the parent while its child is exchanged (the driver asserts
+/// it), and a drain of the parent waits for the parent's own requests.
 #[test]
-fn a_drain_waits_for_the_parent_although_its_child_is_gone() {
+fn a_drain_waits_for_the_parent_after_its_child_is_detached() {
     under_schedules(200, |graph| async move {
         let base = open(&graph, "base", None).await;
         let top = open(&graph, "top", Some("base")).await;
         let guest = backend(&top, "guest", false);
         let reader = bds_io::spawn(keep_reading(Arc::clone(&guest)));
         for to in [None, Some(&base), None] {
-            wait(2).await;
+            yield_times(2).await;
             graph.set_backing(&top, to).await.unwrap();
             let drained = graph.drain(&top).await;
             assert_eq!(top.in_flight(), 0);
-            Probe::of(&top).forbid();
-            wait(2).await;
-            Probe::of(&top).allow();
+            Forwarder::of_node(&top).forbid();
+            yield_times(2).await;
+            Forwarder::of_node(&top).allow();
             drop(drained);
         }
         drop(guest);
@@ -127,8 +129,9 @@ fn a_drain_waits_for_the_parent_although_its_child_is_gone() {
     });
 }
 
-/// Row 49. The last release of a node, deep inside the end of a job, closed and flushed it on the spot, while another thread waited for
-/// a lock that the first one held. Here a release does nothing but count: what follows is awaited by whoever reaps.
+/// Row 49. The last release of a node, deep inside the end of a job, closed and flushed it on the spot, while another
+/// thread waited for a lock that the first one held. Here a release only decrements a count; closing is awaited by the
+/// caller of reap.
 #[test]
 fn the_last_release_does_no_io_where_it_happens() {
     under_schedules(200, |graph| async move {
@@ -136,7 +139,7 @@ fn the_last_release_does_no_io_where_it_happens() {
         let top = open(&graph, "top", Some("base")).await;
         let guest = backend(&top, "guest", true);
         guest.write(0, block(), WriteFlags::empty()).await.unwrap();
-        let changing = {
+        let changing_task = {
             let (graph, base) = (graph.clone(), base.clone());
             bds_io::spawn(async move { graph.reopen(&base, discard()).await })
         };
@@ -147,19 +150,19 @@ fn the_last_release_does_no_io_where_it_happens() {
         drop(top);
         assert!(graph.acquire(top_id).is_err(), "gone at once");
         assert_eq!(leaf.in_flight(), 0);
-        wait(3).await;
-        // Its last words would go below a drained section: they wait, and nobody waits for them.
+        yield_times(3).await;
+        // Its last writes would go below a drained section: they are deferred, and reap does not wait for them.
         assert!(graph.reap().await.is_empty());
         drop(drained);
-        changing.await.unwrap();
+        changing_task.await.unwrap();
         drop(leaf);
-        // In the background or here; not before the section ended.
+        // In the background or here, but not before the section has ended.
         assert!(graph.reap().await.iter().all(|report| report.is_clean()));
     });
 }
 
-/// Row 50. A drain inside a coroutine blocked the very coroutine that it waited for. Here a drain is a future: one task may wait for its
-/// own request and for the drain at once.
+/// Row 50. A drain inside a coroutine blocked the coroutine it waited for. Here a drain is a future: one task may wait
+/// for its own request and for the drain at once.
 #[test]
 fn a_task_may_drain_a_node_that_its_own_request_is_in() {
     under_schedules(200, |graph| async move {
@@ -176,8 +179,8 @@ fn a_task_may_drain_a_node_that_its_own_request_is_in() {
     });
 }
 
-/// Row 60. A job froze its chain only after it had reopened a node, which let others run; one of them removed the base. Here the chain
-/// is frozen before the first await, and whoever comes then is refused; whoever was quicker is seen.
+/// Row 60. A job froze its chain only after it had reopened a node, which let others run; one of them removed the base.
+/// Here the chain is frozen before the first await: later changes are refused, earlier ones are seen.
 #[test]
 fn a_chain_frozen_before_the_first_await_keeps_its_base() {
     under_schedules(300, |graph| async move {
@@ -188,18 +191,18 @@ fn a_chain_frozen_before_the_first_await_keeps_its_base() {
             let (graph, mid) = (graph.clone(), mid.clone());
             bds_io::spawn(async move { graph.set_backing(&mid, None).await })
         };
-        wait(1).await;
+        yield_times(1).await;
         let job = async {
             let frozen = graph.freeze_chain(&top, &base, "job 'stream0'")?;
             graph.reopen(&top, discard()).await?;
-            wait(3).await;
+            yield_times(3).await;
             assert_eq!(walk::next_below(&mid).unwrap().id(), base.id(), "the base stayed");
             drop(frozen);
             Ok::<(), crate::Error>(())
         };
         match (job.await, other.await) {
             (Ok(()), Err(refused)) => assert_eq!(refused.kind(), ErrorKind::InUse),
-            // It came when the job was done.
+            // The change came after the job.
             (Ok(()), Ok(())) => {}
             (Err(error), Ok(())) => assert_eq!(error.kind(), ErrorKind::InvalidInput),
             (Err(one), Err(two)) => panic!("one of the two goes through: {one}; {two}"),

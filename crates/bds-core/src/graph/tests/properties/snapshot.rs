@@ -1,10 +1,10 @@
-//! Everything that can be seen of a graph, as values that compare: drawn once from the graph and once from the model.
+//! Snapshots: everything visible of a graph as comparable values, taken from the graph and from the model.
 
 use std::collections::BTreeMap;
 
-use super::fake;
 use super::model::{Key, Kind, Model};
 use crate::graph::{Edge, Graph, NodeRef, Parent};
+use crate::test_kit::stepwise;
 
 /// An edge, from either end.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -17,7 +17,7 @@ pub(super) struct EdgeView {
     is_frozen: bool,
     is_quiesced: bool,
     stays: bool,
-    /// Is the gate closed? Not said of edges whose parent is dead.
+    /// True if the gate is closed. `None` for edges of dead parents.
     is_closed: Option<bool>,
 }
 
@@ -33,7 +33,7 @@ pub(super) struct NodeView {
     is_active: bool,
     is_poisoned: bool,
     is_owned: bool,
-    heir_of: Option<String>,
+    inherits_from: Option<String>,
     transfer: u64,
     children: Vec<EdgeView>,
     parents: Vec<EdgeView>,
@@ -42,22 +42,22 @@ pub(super) struct NodeView {
     bitmaps: Vec<(Option<String>, bool)>,
 }
 
-/// All nodes by name, and the monitor's list.
+/// All nodes by name, and the epoch.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub(super) struct Picture {
+pub(super) struct GraphSnapshot {
     pub(super) nodes: BTreeMap<String, NodeView>,
     pub(super) epoch: u64,
 }
 
-/// The graph.
-pub(super) fn of_graph(graph: &Graph) -> Picture {
-    // Permissions are exact once the lock was taken.
+/// Takes a snapshot of the graph.
+pub(super) fn of_graph(graph: &Graph) -> GraphSnapshot {
+    // Taking the lock recomputes stale permissions.
     drop(graph.0.core.lock());
     let nodes = graph.nodes();
     let view = |node: &NodeRef| (node.name().to_owned(), node_view(graph, node));
-    let picture = Picture { nodes: nodes.iter().map(view).collect(), epoch: graph.epoch() };
-    assert_eq!(picture.nodes.len(), nodes.len(), "P42: names are unique");
-    picture
+    let snapshot = GraphSnapshot { nodes: nodes.iter().map(view).collect(), epoch: graph.epoch() };
+    assert_eq!(snapshot.nodes.len(), nodes.len(), "P42: names are unique");
+    snapshot
 }
 
 fn node_view(graph: &Graph, node: &NodeRef) -> NodeView {
@@ -73,20 +73,20 @@ fn node_view(graph: &Graph, node: &NodeRef) -> NodeView {
     parents.sort();
     let all = crate::graph::BlockOps::all();
     let blocked = all.iter().filter(|operation| node.check_allowed(*operation).is_err());
-    let heir_of = node.inherits_from().and_then(|id| graph.acquire(id).ok());
+    let inherits_from = node.inherits_from().and_then(|id| graph.acquire(id).ok());
     NodeView {
         driver: node.driver_name(),
-        // Not counting the reference that looks.
+        // Without the reference that looks.
         count: node.count() - 1,
         quiesce: node.quiesce_count() as usize,
         sections: node.node().sections() as usize,
         ro: node.flags().read_only,
         discard: node.flags().discard,
-        level: fake::level(node.node().driver()),
+        level: stepwise::level(node.node().driver()),
         is_active: node.is_active(),
         is_poisoned: node.is_poisoned(),
         is_owned: graph.is_owned(node.id()),
-        heir_of: heir_of.map(|heir_of| heir_of.name().to_owned()),
+        inherits_from: inherits_from.map(|inherits_from| inherits_from.name().to_owned()),
         transfer: node.limits().max_transfer,
         children,
         parents,
@@ -119,16 +119,16 @@ fn edge_view(graph: &Graph, edge: &Edge) -> EdgeView {
     }
 }
 
-/// Only the edges, from both ends, and who is drained.
-pub(super) fn edges(picture: &Picture) -> Vec<(&str, usize, &[EdgeView], &[EdgeView])> {
-    let nodes = picture.nodes.iter();
+/// Only the edges, from both ends, and the quiesce counts.
+pub(super) fn edges(snapshot: &GraphSnapshot) -> Vec<(&str, usize, &[EdgeView], &[EdgeView])> {
+    let nodes = snapshot.nodes.iter();
     nodes.map(|(name, node)| (&**name, node.quiesce, &*node.children, &*node.parents)).collect()
 }
 
-/// The model.
-pub(super) fn of_model(model: &Model) -> Picture {
+/// Takes a snapshot of the model.
+pub(super) fn of_model(model: &Model) -> GraphSnapshot {
     let view = |key: Key| (model.nodes[&key].name.clone(), model_node(model, key));
-    Picture { nodes: model.live().into_iter().map(view).collect(), epoch: model.epoch }
+    GraphSnapshot { nodes: model.live().into_iter().map(view).collect(), epoch: model.epoch }
 }
 
 fn model_node(model: &Model, key: Key) -> NodeView {
@@ -154,7 +154,7 @@ fn model_node(model: &Model, key: Key) -> NodeView {
         is_active: node.is_active,
         is_poisoned: node.is_poisoned,
         is_owned: model.monitor.contains(&key),
-        heir_of: model.heir_of(key).map(|key| model.nodes[&key].name.clone()),
+        inherits_from: model.inherits_from(key).map(|key| model.nodes[&key].name.clone()),
         transfer: model.transfer(key),
         children: views(model.children(key)),
         parents: views(model.parents(key)),
@@ -178,7 +178,7 @@ fn model_edge(model: &Model, edge: u32) -> EdgeView {
         is_frozen: edge.frozen.is_some(),
         is_quiesced,
         stays: edge.stays,
-        // P34: behind a drained node's edge nobody comes in.
+        // P34: the gate of a drained node's edge is closed.
         is_closed: (!is_parent_gone).then_some(is_quiesced),
     }
 }
