@@ -1,5 +1,5 @@
-//! Measures the graph with many nodes, long chains and changes under load: one line of JSON for each measurement, for
-//! `cargo xtask bench --only graph`.
+//! Measures the graph with many nodes, long chains and changes under load: one line of JSON for
+//! each measurement, for `cargo xtask bench --only graph`.
 //!
 //! ```text
 //! graph pairs N            raw over null-co, N times: added by name, queried, deleted

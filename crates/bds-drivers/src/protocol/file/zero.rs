@@ -8,11 +8,11 @@
 //! discard         punch hole                                     BLKDISCARD
 //! ```
 //!
-//! A method that turned out to be unsupported is not tried again on this node. "Unsupported" means that the caller
-//! writes zeros itself; an error means that the device failed.
+//! A method that turned out to be unsupported is not tried again on this node. "Unsupported" means
+//! that the caller writes zeros itself; an error means that the device failed.
 //!
-//! Growing by zeros never uses ftruncate: between querying the length and setting it, another request may have grown
-//! the file further, and its bytes would be cut off.
+//! Growing by zeros never uses ftruncate: between querying the length and setting it, another
+//! request may have grown the file further, and its bytes would be cut off.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -78,14 +78,16 @@ impl FileNode {
         Ok(Outcome::Next)
     }
 
-    /// After a hole was punched: extends the file to `end`, because its length is part of what is read.
+    /// After a hole was punched: extends the file to `end`, because its length is part of what is
+    /// read.
     async fn extend_to(&self, offset: u64, end: u64) -> io::Result<Outcome> {
         let now = self.opened();
         let len = now.file.len()?;
         if end <= len {
             return Ok(Outcome::Done);
         }
-        // One block of zeros at the end of this request's own range: it cannot cut off or overwrite bytes of others.
+        // One block of zeros at the end of this request's own range: it cannot cut off or overwrite
+        // bytes of others.
         let block_len = u64::from(now.limits.request_alignment).min(end - offset);
         let buf_len = usize::try_from(block_len).expect("an alignment fits into memory");
         let zeros = Buf::zeroed(buf_len, now.limits.memory_alignment as usize);
