@@ -5,10 +5,10 @@
 //! free space. Files:
 //!
 //! ```text
-//! open    options, kinds, read-only, limits       zero    zero writes, discard, their fallback ladders
-//! create  claiming, making, emptying a file         status  holes and data, truncate
-//! lock    QEMU's image locks; users: their holders  io      reads, writes, flush, copy offload
-//! reopen  other modes and options, inactivate and activate
+//! open    options, kinds, read-only, limits    zero    zero writes, discard, their fallbacks
+//! create  claims, makes, empties a file        status  holes and data, truncate
+//! lock    QEMU's image locks                   io      reads, writes, flush, copy offload
+//! users   lock holders of this process         reopen  other modes, inactivate and activate
 //! ```
 //!
 //! Invariants:

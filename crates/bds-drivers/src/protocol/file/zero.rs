@@ -1,11 +1,11 @@
 //! Writes zeros and discards ranges, by the first method that the file system supports.
 //!
 //! ```text
-//!                 regular file                                   block device
-//! zero            zero range, else punch + allocate, else        BLKZEROOUT (direct, and only if writing
-//!                 allocate (past the end)                        zeros would do as well)
-//! zero + unmap    punch hole, then as above                      punch hole, then as above
-//! discard         punch hole                                     BLKDISCARD
+//!               regular file                       block device
+//! zero          zero range, else punch + allocate  BLKZEROOUT (direct, and only if
+//!               else allocate (past the end)       writing zeros would do as well)
+//! zero + unmap  punch hole, then as above          punch hole, then as above
+//! discard       punch hole                         BLKDISCARD
 //! ```
 //!
 //! A method that turned out to be unsupported is not tried again on this node. "Unsupported" means
