@@ -1,5 +1,5 @@
-//! Block drivers: image formats, protocols and filters, and the registry that holds them. A driver sees only its own
-//! children.
+//! Block drivers: image formats, protocols and filters, and the registry that holds them. A driver
+//! sees only its own children.
 //!
 //! | feature | drivers | what they do |
 //! |---|---|---|
@@ -32,8 +32,8 @@ pub fn registry() -> Registry {
     registry
 }
 
-/// Makes a registry as [`registry`] does, whose throttle nodes may join `groups`. With [`registry`] there are no
-/// groups: a throttle node then has limits of its own.
+/// Makes a registry as [`registry`] does, whose throttle nodes may join `groups`. With [`registry`]
+/// there are no groups: a throttle node then has limits of its own.
 #[cfg(feature = "throttle")]
 pub fn registry_with_groups(groups: &filter::throttle::ThrottleGroups) -> Registry {
     let mut registry = Registry::new();

@@ -1,5 +1,5 @@
-//! Measures the memory that hostile images make a process use; a test program of its own, because it measures the whole
-//! process.
+//! Measures the memory that hostile images make a process use; a test program of its own, because
+//! it measures the whole process.
 
 #![cfg(feature = "qcow2")]
 

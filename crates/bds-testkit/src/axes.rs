@@ -1,7 +1,7 @@
 //! Reads the cell of the test matrix from the environment: engine, format and cache mode.
 //!
-//! `BDS_TEST_ENGINE`, `BDS_TEST_FORMAT` and `BDS_TEST_CACHE` select one value each, without a rebuild; unset, a test
-//! runs the cheap default. `xtask/matrix.toml` lists the cells.
+//! `BDS_TEST_ENGINE`, `BDS_TEST_FORMAT` and `BDS_TEST_CACHE` select one value each, without a
+//! rebuild; unset, a test runs the cheap default. `xtask/matrix.toml` lists the cells.
 
 /// I/O engine under test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,11 +1,12 @@
 //! Models a disk as a list of sectors, each with the set of contents that a read may return.
 //!
-//! A completed write leaves one content. After a failed, cancelled or interrupted request it is one of several; a read
-//! decides which. For a power cut every sector also has its content at the last flush and all contents since: any of
-//! these may remain afterwards, and nothing else.
+//! A completed write leaves one content. After a failed, cancelled or interrupted request it is one
+//! of several; a read decides which. For a power cut every sector also has its content at the last
+//! flush and all contents since: any of these may remain afterwards, and nothing else.
 //!
-//! One exception, which a format may document: bytes of an unflushed write *to a new place* may show the old content of
-//! that place. [`DiskModel::expect_stale`] allows it, for sectors that such a write covers and only for these.
+//! One exception, which a format may document: bytes of an unflushed write *to a new place* may
+//! show the old content of that place. [`DiskModel::expect_stale`] allows it, for sectors that such
+//! a write covers and only for these.
 
 use std::sync::Arc;
 
@@ -27,7 +28,8 @@ struct Sector {
     since: Vec<Content>,
     /// A request was interrupted: bytes may be mixed.
     is_mixed: bool,
-    /// Written in full as data before the last flush, and only written since: its place in the image is not freed.
+    /// Written in full as data before the last flush, and only written since: its place in the
+    /// image is not freed.
     is_settled: bool,
     /// Written in full as data since the last change of another kind.
     is_data: bool,
@@ -73,8 +75,8 @@ pub enum Ended {
 }
 
 impl DiskModel {
-    /// Makes a model of `len` bytes that may grow to `max_len`, showing `base` and then zeros (`base` is not shown past
-    /// `len`).
+    /// Makes a model of `len` bytes that may grow to `max_len`, showing `base` and then zeros
+    /// (`base` is not shown past `len`).
     pub fn new(len: u64, max_len: u64, base: &[u8]) -> Self {
         let zero: Content = Arc::new([0; LEN]);
         let count = usize::try_from(max_len.max(len).div_ceil(SECTOR)).unwrap_or(usize::MAX);
@@ -99,7 +101,8 @@ impl DiskModel {
         self.zero_unit = Some(unit);
     }
 
-    /// After a power cut, sectors that an unflushed write covered may show the old content of their new place.
+    /// After a power cut, sectors that an unflushed write covered may show the old content of their
+    /// new place.
     pub fn expect_stale(&mut self) {
         self.allows_stale = true;
     }
@@ -229,8 +232,8 @@ impl DiskModel {
         Ok(())
     }
 
-    /// Checks length and content after a power cut, and takes them as durable content from now on. `None`: that sector
-    /// could not be read.
+    /// Checks length and content after a power cut, and takes them as durable content from now on.
+    /// `None`: that sector could not be read.
     ///
     /// # Errors
     /// Names the byte, its value and the expected one.
@@ -369,7 +372,8 @@ impl DiskModel {
     }
 }
 
-/// State of a sector after a power cut: its place is not known, and of an unreadable one nothing is.
+/// State of a sector after a power cut: its place is not known, and of an unreadable one nothing
+/// is.
 fn after_crash(found: Option<[u8; LEN]>, zero: &Content) -> Sector {
     match found {
         Some(found) => Sector::holding(Arc::new(found)),

@@ -1,5 +1,5 @@
-//! Test fixtures and oracles shared by the other crates: QEMU's tools, scratch files, workloads, a disk model, axes of
-//! the test matrix.
+//! Test fixtures and oracles shared by the other crates: QEMU's tools, scratch files, workloads, a
+//! disk model, axes of the test matrix.
 //!
 //! A dev-dependency only, used from `tests/it`; no shipped crate depends on it.
 #![forbid(unsafe_code)]

@@ -1,6 +1,7 @@
 //! Runs QEMU's tools as an oracle: found on PATH, or the test is skipped with a reason.
 //!
-//! Every call has a time limit (`timeout(1)`), so that a hang of the oracle does not hang the tests.
+//! Every call has a time limit (`timeout(1)`), so that a hang of the oracle does not hang the
+//! tests.
 
 use std::ffi::OsStr;
 use std::path::PathBuf;

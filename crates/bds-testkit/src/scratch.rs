@@ -26,7 +26,8 @@ impl Scratch {
         }
     }
 
-    /// Makes a directory in memory where the machine has one (`/dev/shm`), else as [`Scratch::new`]. Not for O_DIRECT.
+    /// Makes a directory in memory where the machine has one (`/dev/shm`), else as
+    /// [`Scratch::new`]. Not for O_DIRECT.
     #[track_caller]
     pub fn in_memory() -> Self {
         match tempfile::Builder::new().prefix("bds-").tempdir_in("/dev/shm") {
@@ -46,8 +47,8 @@ impl Scratch {
     }
 }
 
-/// Returns `len` bytes that identify their position: every 512-byte sector starts with its seed and number, the rest is
-/// a mix of both, so that a misplaced sector is recognised. Never all zeros.
+/// Returns `len` bytes that identify their position: every 512-byte sector starts with its seed and
+/// number, the rest is a mix of both, so that a misplaced sector is recognised. Never all zeros.
 pub fn pattern(seed: u64, offset: u64, len: usize) -> Vec<u8> {
     let mut out = Vec::with_capacity(len);
     let mut at = offset;

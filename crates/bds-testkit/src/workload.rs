@@ -1,7 +1,8 @@
 //! Generates seeded sequences of disk requests.
 //!
-//! A workload is data: it can be printed, cut short, and run again. Bytes written carry their position and the number
-//! of the operation that wrote them (see [`crate::pattern`]), so that a misplaced or old byte is recognised.
+//! A workload is data: it can be printed, cut short, and run again. Bytes written carry their
+//! position and the number of the operation that wrote them (see [`crate::pattern`]), so that a
+//! misplaced or old byte is recognised.
 
 use std::fmt;
 use std::sync::Arc;
@@ -286,8 +287,8 @@ impl Maker<'_> {
     }
 }
 
-/// May these run concurrently? The model must know the possible results: either they share no byte, or both are whole
-/// sectors (then each sector is that of one of them).
+/// May these run concurrently? The model must know the possible results: either they share no byte,
+/// or both are whole sectors (then each sector is that of one of them).
 fn may_race(a: &Op, b: &Op) -> bool {
     let (Some((a_at, a_len)), Some((b_at, b_len))) = (a.range(), b.range()) else {
         return true;
@@ -295,7 +296,8 @@ fn may_race(a: &Op, b: &Op) -> bool {
     if a_at + a_len <= b_at || b_at + b_len <= a_at {
         return true;
     }
-    // A read, or a discard, which may be partial, beside a change of the same bytes has no defined result.
+    // A read, or a discard, which may be partial, beside a change of the same bytes has no defined
+    // result.
     let is_plain =
         |op: &Op| matches!(op, Op::Write { .. } | Op::Zero { .. } | Op::Compressed { .. });
     is_plain(a)

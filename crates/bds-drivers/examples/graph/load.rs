@@ -1,4 +1,5 @@
-//! Changes the graph under load: two threads read and write while overlays and filters are added and removed.
+//! Changes the graph under load: two threads read and write while overlays and filters are added
+//! and removed.
 //!
 //! ```text
 //! reader ──► [overlay] ──► still disk       each block holds its number, for ever
@@ -121,7 +122,8 @@ async fn disk(graph: &Graph, name: &str) -> Result<(NodeRef, Backend), Failure> 
     Ok((node, backend))
 }
 
-/// Adds an overlay or a filter, waits for some requests, and removes it. Returns how long requests were held.
+/// Adds an overlay or a filter, waits for some requests, and removes it. Returns how long requests
+/// were held.
 async fn add_and_remove(
     graph: &Graph,
     node: &NodeRef,
@@ -138,7 +140,8 @@ async fn add_and_remove(
     Ok([came.held, gone.held])
 }
 
-/// Sends at least `requests` requests and changes the graph meanwhile. `dir` holds an empty `layer1.qcow2` of 1 MiB.
+/// Sends at least `requests` requests and changes the graph meanwhile. `dir` holds an empty
+/// `layer1.qcow2` of 1 MiB.
 pub(crate) fn run(dir: &Path, requests: usize) -> Result<Report, Failure> {
     let graph = Graph::new(GraphConfig::new(Arc::new(bds_drivers::registry())));
     let (still, reader) = bds_io::block_on(disk(&graph, "still"))?;

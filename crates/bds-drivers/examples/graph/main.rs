@@ -1,11 +1,11 @@
-//! Measures the graph with many nodes, long chains and changes under load: one line of JSON for each measurement, for
-//! `cargo xtask bench --only graph`.
+//! Measures the graph with many nodes, long chains and changes under load: one line of JSON for
+//! each measurement, for `cargo xtask bench --only graph`.
 //!
 //! ```text
-//! graph pairs N            raw over null-co, N times: added by name, queried, deleted
-//! graph snapshots DIR N    N live snapshots on one disk; DIR holds the images layer1.qcow2 and so on
-//! graph reap N             a chain of N nodes in memory, released at the top, closed in one sweep
-//! graph load DIR N         N requests from two threads while the graph is changed; DIR holds layer1.qcow2
+//! graph pairs N          raw over null-co, N times: added by name, queried, deleted
+//! graph snapshots DIR N  N live snapshots on one disk; DIR holds the images layer1.qcow2 and so on
+//! graph reap N           a chain of N nodes in memory, released at the top, closed in one sweep
+//! graph load DIR N       N requests of two threads during changes; DIR holds layer1.qcow2
 //! ```
 #![expect(clippy::print_stdout, reason = "an example shows what happens")]
 #![expect(clippy::cast_precision_loss, reason = "counts of a bench fit a double")]

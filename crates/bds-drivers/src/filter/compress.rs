@@ -1,17 +1,17 @@
 //! The `compress` filter: stores what is written through this node as compressed clusters.
 //!
-//! The option is QEMU's `file`. The request alignment of the node is the cluster size (bytes) of the image below, so
-//! the request path completes smaller writes by read-modify-write; each then goes down as compressed clusters. Zero
-//! writes and discards pass through. Data that does not get smaller is stored uncompressed, by the format. If the image
-//! below is replaced, its cluster size counts from then on; above one without compressed clusters, writes are stored as
-//! they are.
+//! The option is QEMU's `file`. The request alignment of the node is the cluster size (bytes) of
+//! the image below, so the request path completes smaller writes by read-modify-write; each then
+//! goes down as compressed clusters. Zero writes and discards pass through. Data that does not get
+//! smaller is stored uncompressed, by the format. If the image below is replaced, its cluster size
+//! counts from then on; above one without compressed clusters, writes are stored as they are.
 //!
-//! Errors: `NotSupported` at open if the image below has no compressed clusters; `OutOfRange` for data past the end of
-//! the node.
+//! Errors: `NotSupported` at open if the image below has no compressed clusters; `OutOfRange` for
+//! data past the end of the node.
 //!
-//! A write that was started runs to completion even if its future is dropped: compression takes a while, and it
-//! includes the bytes around. Later requests to the same clusters wait for such a detached write, so that old bytes
-//! never land on newer ones.
+//! A write that was started runs to completion even if its future is dropped: compression takes a
+//! while, and it includes the bytes around. Later requests to the same clusters wait for such a
+//! detached write, so that old bytes never land on newer ones.
 
 use std::any::Any;
 use std::ops::Range;
@@ -173,7 +173,8 @@ impl Driver for CompressNode {
     ) -> BoxFuture<'_, Result<Attempt>> {
         Box::pin(async move {
             self.detached.wait(&(offset..offset + len)).await;
-            // The request path may have rounded up to the end of the last cluster, behind the end of the node.
+            // The request path may have rounded up to the end of the last cluster, behind the end
+            // of the node.
             let reach = self.file.len();
             let len = if offset < reach { len.min(reach - offset) } else { len };
             self.file.write_zeroes(offset, len, flags).await

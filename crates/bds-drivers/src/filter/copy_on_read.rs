@@ -1,12 +1,16 @@
-//! The `copy-on-read` filter: copies what is read into the node below, so that the next read finds it there.
+//! The `copy-on-read` filter: copies what is read into the node below, so that the next read finds
+//! it there.
 //!
-//! Options are QEMU's `file` and `bottom`. The request path does the copying: reads go down with the flag
-//! `COPY_ON_READ`. With `bottom`, only data of the layers from `file` down to that node is copied; data further below
-//! is read and not copied. If a change of the graph takes `bottom` out of the chain, nothing is copied any more.
+//! Options are QEMU's `file` and `bottom`. The request path does the copying: reads go down with
+//! the flag `COPY_ON_READ`. With `bottom`, only data of the layers from `file` down to that node is
+//! copied; data further below is read and not copied. If a change of the graph takes `bottom` out
+//! of the chain, nothing is copied any more.
 //!
-//! Errors at open: `ReadOnly` if the file is not writable; `InvalidInput` if `bottom` is not a node of the chain.
+//! Errors at open: `ReadOnly` if the file is not writable; `InvalidInput` if `bottom` is not a node
+//! of the chain.
 //!
-//! Copies do not change what is read from the file, so the file must be writable; the node itself need not be.
+//! Copies do not change what is read from the file, so the file must be writable; the node itself
+//! need not be.
 
 use std::any::Any;
 

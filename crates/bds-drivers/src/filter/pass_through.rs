@@ -4,14 +4,16 @@
 
 use bds_core::driver::{Child, HostMap, StatusFlags, StatusRun};
 
-/// Used inside `impl Driver`: each method named does what the child does, as in `pass_on!(self.file => len, read);`.
+/// Used inside `impl Driver`: each method named does what the child does, as in `pass_on!(self.file
+/// => len, read);`.
 macro_rules! pass_on {
     ($this:ident.$($child:tt).+ => $($method:ident),+ $(,)?) => {
         pass_on!(@each $this ($this.$($child).+) $($method)+);
     };
     (@each $this:ident $child:tt $($method:ident)+) => { $(pass_on!(@$method $this $child);)+ };
 
-    // Arguments and result of each method: returned at once (`@same`), or as a future of a result (`@late`).
+    // Arguments and result of each method: returned at once (`@same`), or as a future of a result
+    // (`@late`).
     (@len $($at:tt)+) => { pass_on!(@same $($at)+ len() -> u64); };
     (@compressed_unit $($at:tt)+) => { pass_on!(@same $($at)+ compressed_unit() -> Option<u32>); };
     (@try_read $($at:tt)+) => {
@@ -43,8 +45,8 @@ macro_rules! pass_on {
     };
     (@allocated_len $($at:tt)+) => { pass_on!(@late $($at)+ allocated_len() -> Option<u64>); };
 
-    // Where the filter's answer is not the child's: any flag is honoured by passing it on, and any request is accepted,
-    // because the request path of the child adapts what does not fit.
+    // Where the filter's answer is not the child's: any flag is honoured by passing it on, and any
+    // request is accepted, because the request path of the child adapts what does not fit.
     (@is_filter $($at:tt)+) => {
         fn is_filter(&self) -> bool {
             true
@@ -100,8 +102,8 @@ macro_rules! pass_on {
     };
 }
 
-/// Implements `DriverType` for a filter with the options `OPEN_OPTIONS`; `open_node` of the type makes the node, which
-/// is boxed here.
+/// Implements `DriverType` for a filter with the options `OPEN_OPTIONS`; `open_node` of the type
+/// makes the node, which is boxed here.
 macro_rules! filter_type {
     ($type:ty, $name:literal, $help:literal) => {
         impl bds_core::driver::DriverType for $type {

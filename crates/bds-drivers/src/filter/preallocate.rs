@@ -1,9 +1,10 @@
-//! The `preallocate` filter: grows the file ahead of writes, so that the file system allocates many clusters in one
-//! call.
+//! The `preallocate` filter: grows the file ahead of writes, so that the file system allocates many
+//! clusters in one call.
 //!
-//! Options are QEMU's: `file`, `prealloc-align` (bytes, a multiple of 512, default 1M) and `prealloc-size` (bytes,
-//! default 128M). The node lies between a format and its protocol. A write past the end of the file first allocates up
-//! to `prealloc-size` bytes beyond its own end, as zeros, where that is cheap; closing the node trims the surplus.
+//! Options are QEMU's: `file`, `prealloc-align` (bytes, a multiple of 512, default 1M) and
+//! `prealloc-size` (bytes, default 128M). The node lies between a format and its protocol. A write
+//! past the end of the file first allocates up to `prealloc-size` bytes beyond its own end, as
+//! zeros, where that is cheap; closing the node trims the surplus.
 //!
 //! Errors at open: `InvalidInput` for an alignment that is not a multiple of 512 bytes.
 //!
@@ -12,11 +13,13 @@
 //! └─ data_end ┘                                   data_end: the length that parents see
 //! ```
 //!
-//! A crash leaves surplus space, which reads as zeros, and nothing else: no byte is moved, and only what lies behind
-//! `data_end` is ever cut off. Allocating ahead is best effort: if it fails, the write goes on without.
+//! A crash leaves surplus space, which reads as zeros, and nothing else: no byte is moved, and only
+//! what lies behind `data_end` is ever cut off. Allocating ahead is best effort: if it fails, the
+//! write goes on without.
 //!
-//! No other user may write to the file or resize it meanwhile. The surplus is trimmed when the node is closed or made
-//! inactive, and by any change of length; a driver is not notified when the last writer detaches.
+//! No other user may write to the file or resize it meanwhile. The surplus is trimmed when the node
+//! is closed or made inactive, and by any change of length; a driver is not notified when the last
+//! writer detaches.
 
 use std::any::Any;
 use std::pin::Pin;
@@ -72,7 +75,8 @@ struct Inner {
     is_active: AtomicBool,
     /// Length that parents see.
     data_end: AtomicU64,
-    /// All bytes from here to the end of the file are zeros. Raised before anything is written there.
+    /// All bytes from here to the end of the file are zeros. Raised before anything is written
+    /// there.
     zero_from: AtomicU64,
     /// The file does not support zero writes without fallback.
     cannot_allocate: AtomicBool,
@@ -82,11 +86,13 @@ struct Inner {
     length_lock: Arc<Mutex<()>>,
 }
 
-/// A write that may reach past the data. Whatever its result, the range it may have touched counts as data afterwards.
+/// A write that may reach past the data. Whatever its result, the range it may have touched counts
+/// as data afterwards.
 struct GrowGuard<'a> {
     node: &'a Inner,
     end: u64,
-    /// Held if there is no space ahead: no other write may allocate while this one makes the file longer.
+    /// Held if there is no space ahead: no other write may allocate while this one makes the file
+    /// longer.
     _length_lock: Option<OwnedMutexGuard<()>>,
 }
 
@@ -111,17 +117,17 @@ impl Inner {
                     drop(node);
                     (!has_space).then_some(lock)
                 };
-                // Runs to completion even if this future is dropped: zeros that come late must not overwrite bytes of a
-                // later write.
+                // Runs to completion even if this future is dropped: zeros that come late must not
+                // overwrite bytes of a later write.
                 held_lock = DetachOnDrop(Some(bds_io::spawn(take))).await;
             }
         }
         GrowGuard { node: self, end, _length_lock: held_lock }
     }
 
-    /// Makes the file at least `end` bytes long. The range between its end and `offset` stays a hole. False: failed
-    /// this time, and the write must hold the length lock, because zeros allocated meanwhile could overwrite its bytes.
-    /// True also if allocation never works.
+    /// Makes the file at least `end` bytes long. The range between its end and `offset` stays a
+    /// hole. False: failed this time, and the write must hold the length lock, because zeros
+    /// allocated meanwhile could overwrite its bytes. True also if allocation never works.
     async fn allocate_ahead(&self, offset: u64, end: u64) -> bool {
         let unit = u64::from(self.file.limits().request_alignment);
         // `align` need not be a power of two.
@@ -210,8 +216,8 @@ impl Inner {
         self.measured.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Measures again if the bytes now lie in another file. Space allocated ahead in this file still counts: it has to
-    /// be trimmed.
+    /// Measures again if the bytes now lie in another file. Space allocated ahead in this file
+    /// still counts: it has to be trimmed.
     fn children_changed(&self) {
         self.cannot_allocate.store(false, Ordering::SeqCst);
         let is_same = *self.lock_measured() == self.file.identity();
@@ -312,8 +318,8 @@ impl Driver for PreallocateNode {
         Box::pin(self.0.resize(change))
     }
 
-    /// Unshares resizing and writing behind the data. Requested also while no parent writes: the surplus must be
-    /// trimmed after the last writer left.
+    /// Unshares resizing and writing behind the data. Requested also while no parent writes: the
+    /// surplus must be trimmed after the last writer left.
     fn child_access(&self, _name: &str, role: Role, node: &NodeUse) -> Access {
         let mut access = Access::of_child(role, node);
         if node.is_writable && node.is_active {

@@ -1,10 +1,12 @@
 //! The `raw` format: passes the bytes of its file through, or shows a window of them.
 //!
-//! Without options raw is a filter: length, limits, status and every flag pass through. With `offset` or `size` (bytes)
-//! it is a format that shows a part of its file. A fixed `size` cannot be resized. A reopen may move a window, but a
-//! filter stays a filter: its edge has a filter's role.
+//! Without options raw is a filter: length, limits, status and every flag pass through. With
+//! `offset` or `size` (bytes) it is a format that shows a part of its file. A fixed `size` cannot
+//! be resized. A reopen may move a window, but a filter stays a filter: its edge has a filter's
+//! role.
 //!
-//! Invariant: no request leaves the window. Odd lengths stay odd; nothing is rounded up to a sector.
+//! Invariant: no request leaves the window. Odd lengths stay odd; nothing is rounded up to a
+//! sector.
 
 use std::any::Any;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,8 +21,8 @@ use bds_core::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 use serde_json::Value;
 
-/// The `raw` format. Errors: `InvalidInput` if the window reaches past the file's end, `NotSupported` for a resize with
-/// a fixed size.
+/// The `raw` format. Errors: `InvalidInput` if the window reaches past the file's end,
+/// `NotSupported` for a resize with a fixed size.
 #[derive(Clone, Copy, Debug)]
 pub struct Raw;
 
@@ -61,7 +63,8 @@ struct Window {
 impl Window {
     const ALL: Self = Self { offset: 0, size: None };
 
-    /// Takes options; an option that is missing keeps its value, `size` null removes the fixed length.
+    /// Takes options; an option that is missing keeps its value, `size` null removes the fixed
+    /// length.
     fn take(self, options: &mut Options) -> Result<Self> {
         let offset = options.take_size("offset")?.unwrap_or(self.offset);
         if options.peek("size").is_some_and(Value::is_null) {
@@ -124,7 +127,8 @@ impl RawNode {
         Ok(PreparedWindow(self, window))
     }
 
-    /// Offset in the file of `offset..offset + len`. A range past a fixed size is an error of kind `beyond`.
+    /// Offset in the file of `offset..offset + len`. A range past a fixed size is an error of kind
+    /// `beyond`.
     fn place(&self, offset: u64, len: u64, beyond: ErrorKind) -> Result<u64> {
         let end = offset.checked_add(len);
         let window = self.window();
@@ -163,7 +167,8 @@ impl Driver for RawNode {
         if self.window().offset == 0 {
             return Limits { request_alignment: 1, ..below };
         }
-        // A shifted window does not keep the file's units; the request path of the file node widens what needs it.
+        // A shifted window does not keep the file's units; the request path of the file node widens
+        // what needs it.
         Limits {
             request_alignment: 1,
             zero_alignment: 1,
@@ -324,7 +329,8 @@ impl DriverType for Raw {
         })
     }
 
-    /// Any content may be raw, so this is the lowest score: it wins only if no other driver recognises the image.
+    /// Any content may be raw, so this is the lowest score: it wins only if no other driver
+    /// recognises the image.
     fn probe(&self, _head: &[u8], _file_len: u64) -> u8 {
         1
     }

@@ -1,7 +1,7 @@
 //! The `mem` protocol: a sparse disk in memory, lost when its node is closed.
 //!
-//! For tests and scratch images. Pages are allocated as they are written; zero writes and discards free whole pages.
-//! The node's memory is bounded by its length (`size`, bytes).
+//! For tests and scratch images. Pages are allocated as they are written; zero writes and discards
+//! free whole pages. The node's memory is bounded by its length (`size`, bytes).
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -36,7 +36,8 @@ type Page = Box<[u8; PAGE_BYTES]>;
 
 #[derive(Default)]
 struct MemNode {
-    /// Pages by number; a missing page reads as zeros. Held only while one request copies its bytes.
+    /// Pages by number; a missing page reads as zeros. Held only while one request copies its
+    /// bytes.
     pages: RwLock<BTreeMap<u64, Page>>,
     len: AtomicU64,
 }

@@ -1,7 +1,9 @@
-//! The `null-co` and `null-aio` protocols: discard writes, and read zeros or leave the buffer as it is.
+//! The `null-co` and `null-aio` protocols: discard writes, and read zeros or leave the buffer as it
+//! is.
 //!
-//! For measuring the layers above. Both names are the same driver here; QEMU's differ only in the kind of completion.
-//! Reads leave the buffer unchanged unless `read-zeroes` is on. Options: `size` in bytes, `latency-ns` in nanoseconds.
+//! For measuring the layers above. Both names are the same driver here; QEMU's differ only in the
+//! kind of completion. Reads leave the buffer unchanged unless `read-zeroes` is on. Options: `size`
+//! in bytes, `latency-ns` in nanoseconds.
 
 use std::any::Any;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -17,8 +17,8 @@ fn disk(fixture: &Fixture, rules: Value) -> bds_core::request::Backend {
     backend
 }
 
-/// The neighbours of a small write lie in the same block; if they cannot be read they must not be overwritten. (QEMU
-/// 10.0.2 reports success and destroys them.)
+/// The neighbours of a small write lie in the same block; if they cannot be read they must not be
+/// overwritten. (QEMU 10.0.2 reports success and destroys them.)
 #[test]
 fn a_failed_read_of_the_neighbours_fails_the_write() {
     let fixture = Fixture::new(1);

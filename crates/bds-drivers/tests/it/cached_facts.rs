@@ -1,7 +1,9 @@
-//! Tests that facts which nodes and drivers cache of their children follow every way of replacing a child.
+//! Tests that facts which nodes and drivers cache of their children follow every way of replacing a
+//! child.
 //!
-//! The oracle is a graph that was opened in the final shape: every node of the changed one must report what its
-//! counterpart there reports. The table has a line for each way of replacing, and each line checks all facts.
+//! The oracle is a graph that was opened in the final shape: every node of the changed one must
+//! report what its counterpart there reports. The table has a line for each way of replacing, and
+//! each line checks all facts.
 
 use std::fmt::Write as _;
 
@@ -402,8 +404,8 @@ fn facts_after_an_exchange_equal_those_of_a_fresh_open() {
     assert!(stale.is_empty(), "{} of {}\n{}", stale.len(), ways().count(), stale.join("\n"));
 }
 
-/// Regression: small writes after a reopen with `cache.direct=on` reached a file that takes whole blocks without
-/// widening: EINVAL, failed flushes, and data lost at close.
+/// Regression: small writes after a reopen with `cache.direct=on` reached a file that takes whole
+/// blocks without widening: EINVAL, failed flushes, and data lost at close.
 #[test]
 fn writes_after_a_reopen_to_direct_access_are_widened() {
     let fixture = fixture();
@@ -434,8 +436,8 @@ fn writes_after_a_reopen_to_direct_access_are_widened() {
     assert!(fixture.read(&disk, 0, model.len()).unwrap() == model);
 }
 
-/// A user that writes without the resize permission cannot have its odd end written in whole blocks. An open fails with
-/// that error, and so does a reopen, which leaves everything as it was.
+/// A user that writes without the resize permission cannot have its odd end written in whole
+/// blocks. An open fails with that error, and so does a reopen, which leaves everything as it was.
 #[test]
 fn a_reopen_to_an_alignment_that_a_user_cannot_keep_is_refused() {
     let fixture = fixture();

@@ -1,4 +1,5 @@
-//! Tests of the compress filter: writes become compressed clusters. The sweeps (`sweep/`) inject faults into it.
+//! Tests of the compress filter: writes become compressed clusters. The sweeps (`sweep/`) inject
+//! faults into it.
 
 use bds_core::driver::{Attempt, Precision, StatusFlags, WriteFlags, ZeroFlags};
 use bds_core::graph::NewImage;
@@ -105,7 +106,8 @@ fn a_child_that_cannot_compress_is_refused_by_name() {
     assert_eq!(error.kind(), ErrorKind::NotSupported);
 }
 
-/// A write is dropped, and another one starts in the same cluster at once: the detached cluster write must not undo it.
+/// A write is dropped, and another one starts in the same cluster at once: the detached cluster
+/// write must not undo it.
 #[test]
 fn a_dropped_write_does_not_overwrite_later_neighbours() {
     for seed in 0..200 {

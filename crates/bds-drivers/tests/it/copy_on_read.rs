@@ -1,5 +1,5 @@
-//! Tests of copy-on-read over qcow2 chains: what is copied to which layer, and what `bottom` excludes. The sweeps
-//! (`sweep/`) inject faults into it.
+//! Tests of copy-on-read over qcow2 chains: what is copied to which layer, and what `bottom`
+//! excludes. The sweeps (`sweep/`) inject faults into it.
 
 use bds_core::driver::{Access, Perm, Precision, StatusFlags, WriteFlags};
 use bds_core::graph::walk;
@@ -186,8 +186,8 @@ fn copy_on_read_works_through_other_filters() {
     assert_eq!(below.name(), "disk");
 }
 
-/// A read is dropped while its copy runs, and a write to the same place starts at once: the old bytes must not
-/// overwrite it.
+/// A read is dropped while its copy runs, and a write to the same place starts at once: the old
+/// bytes must not overwrite it.
 #[test]
 fn a_dropped_copy_does_not_overwrite_a_later_write() {
     for seed in 0..300 {

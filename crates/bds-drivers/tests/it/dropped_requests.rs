@@ -1,5 +1,6 @@
-//! Requests whose futures are dropped while their driver works: their writes do not land after later ones, and a drain
-//! or close waits for them. Regression: a dropped write of `file` overwrote one that was flushed after it.
+//! Requests whose futures are dropped while their driver works: their writes do not land after
+//! later ones, and a drain or close waits for them. Regression: a dropped write of `file` overwrote
+//! one that was flushed after it.
 
 use std::path::Path;
 use std::pin::Pin;

@@ -70,8 +70,8 @@ fn write_seeds() {
             put("qcow2_open", name, &bytes);
         }
     }
-    // Entries that lead behind the end of the file, a cluster in use with refcount 0, an end mark with a length, a
-    // snapshot table outside of the file.
+    // Entries that lead behind the end of the file, a cluster in use with refcount 0, an end mark
+    // with a length, a snapshot table outside of the file.
     let mapped = image(&[("size", "9k"), small, ("preallocation", "metadata")]);
     let with = |changes: &[(usize, u64, usize)]| {
         let mut bytes = mapped.clone();

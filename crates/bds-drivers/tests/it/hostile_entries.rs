@@ -1,5 +1,6 @@
-//! L2 entries that no writer made: clusters behind the end of the file, or with refcount zero. Nothing is read,
-//! written, zeroed or discarded there, the file keeps its length, and a writable image is marked corrupt.
+//! L2 entries that no writer made: clusters behind the end of the file, or with refcount zero.
+//! Nothing is read, written, zeroed or discarded there, the file keeps its length, and a writable
+//! image is marked corrupt.
 
 use bds_core::driver::{Attempt, Driver, OpenFlags, ReadFlags, WriteFlags, ZeroFlags};
 use bds_core::options::Options;
@@ -13,8 +14,8 @@ const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 const ZERO: u64 = 1;
 
-/// An image with all clusters mapped, and the positions of its first L2 entry, first data cluster and that cluster's
-/// refcount.
+/// An image with all clusters mapped, and the positions of its first L2 entry, first data cluster
+/// and that cluster's refcount.
 struct Shape {
     bytes: Vec<u8>,
     cluster: usize,

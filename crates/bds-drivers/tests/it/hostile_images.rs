@@ -1,6 +1,6 @@
-//! Opens and checks hostile images: every error names file, field and value; nothing panics or hangs, and a refused
-//! open leaves the file unchanged. (Limits of single header fields are tables in the units; memory has a test of its
-//! own.)
+//! Opens and checks hostile images: every error names file, field and value; nothing panics or
+//! hangs, and a refused open leaves the file unchanged. (Limits of single header fields are tables
+//! in the units; memory has a test of its own.)
 
 use bds_core::driver::{CheckReport, Driver, OpenFlags, ReadFlags, WriteFlags};
 use bds_core::options::Options;
@@ -26,7 +26,8 @@ pub(crate) fn image(options: &[(&str, &str)]) -> Vec<u8> {
     file.bytes()
 }
 
-/// A disk of 256 KiB with every cluster mapped; clusters of 4 KiB: header, reftable, refblock, L1, L2, data.
+/// A disk of 256 KiB with every cluster mapped; clusters of 4 KiB: header, reftable, refblock, L1,
+/// L2, data.
 fn mapped() -> Vec<u8> {
     image(&[("size", "256k"), ("cluster_size", "4k"), ("preallocation", "metadata")])
 }

@@ -40,8 +40,8 @@ fn a_failed_read_of_neighbours_writes_nothing() {
     }
 }
 
-/// Bytes copied into a data file are durable before an entry points at them: a cut between the two shows the backing
-/// file.
+/// Bytes copied into a data file are durable before an entry points at them: a cut between the two
+/// shows the backing file.
 #[test]
 fn copied_bytes_of_a_data_file_are_durable_before_their_entry() {
     let kind =

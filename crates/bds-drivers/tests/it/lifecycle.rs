@@ -1,4 +1,5 @@
-//! Tests of the graph with real drivers: reopen, inactivate and activate, changes under load, and close without a leak.
+//! Tests of the graph with real drivers: reopen, inactivate and activate, changes under load, and
+//! close without a leak.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

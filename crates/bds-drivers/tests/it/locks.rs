@@ -1,7 +1,8 @@
-//! Tests image locks against QEMU's tools: each side refuses a file that the other uses in a conflicting way.
+//! Tests image locks against QEMU's tools: each side refuses a file that the other uses in a
+//! conflicting way.
 //!
-//! One side holds the file open, the other tries to. Only the kind of use matters (raw or image, reading or writing),
-//! and the result is the same whichever comes first.
+//! One side holds the file open, the other tries to. Only the kind of use matters (raw or image,
+//! reading or writing), and the result is the same whichever comes first.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;

@@ -1,5 +1,5 @@
-//! Integration tests of the drivers: in a graph on the simulated disk, formats against QEMU's tools, hostile images,
-//! replayed fuzz corpora.
+//! Integration tests of the drivers: in a graph on the simulated disk, formats against QEMU's
+//! tools, hostile images, replayed fuzz corpora.
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,

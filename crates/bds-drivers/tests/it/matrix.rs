@@ -1,4 +1,5 @@
-//! Runs one cell of the test matrix: an engine, a format and a cache mode (see `xtask/matrix.toml`).
+//! Runs one cell of the test matrix: an engine, a format and a cache mode (see
+//! `xtask/matrix.toml`).
 
 use std::cell::RefCell;
 
@@ -34,7 +35,8 @@ fn env(engine: Engine) -> Option<TestEnv> {
     }
 }
 
-/// Can images be opened with this cache mode? A file system without O_DIRECT cannot run the cells of cache=none.
+/// Can images be opened with this cache mode? A file system without O_DIRECT cannot run the cells
+/// of cache=none.
 fn is_possible(env: &TestEnv, kind: &ImageKind, cache: Cache) -> bool {
     let graph = env.graph();
     env.block_on(async {

@@ -76,7 +76,8 @@ fn qemu_check(img: &Tool, env: &TestEnv, kind: &ImageKind) -> Result<(), String>
     if out.ok() { Ok(()) } else { Err(format!("qemu-img check: {out:?}")) }
 }
 
-/// Finds the shortest prefix that fails, by bisection: prefixes of a failing workload mostly fail from some length on.
+/// Finds the shortest prefix that fails, by bisection: prefixes of a failing workload mostly fail
+/// from some length on.
 fn shrink(kind: &ImageKind, workload: &Workload, env: &dyn Fn() -> TestEnv) -> (Workload, String) {
     let fails = |count: usize| run(&env(), kind, &workload.prefix(count)).err();
     let (mut good, mut bad) = (0, workload.steps.len());

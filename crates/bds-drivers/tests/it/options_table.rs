@@ -1,4 +1,5 @@
-//! Tests that `OPTIONS.md`, which is part of the crate's documentation, lists the options that the drivers declare.
+//! Tests that `OPTIONS.md`, which is part of the crate's documentation, lists the options that the
+//! drivers declare.
 
 use std::fmt::Write as _;
 use std::path::Path;

@@ -218,8 +218,8 @@ fn many_writers_past_the_end_lose_nothing() {
     }
 }
 
-/// A write is dropped while it allocates space, and another one starts there at once: late zeros must not overwrite its
-/// bytes.
+/// A write is dropped while it allocates space, and another one starts there at once: late zeros
+/// must not overwrite its bytes.
 #[test]
 fn a_dropped_preallocation_does_not_overwrite_a_later_write() {
     for seed in 0..300 {
@@ -254,7 +254,8 @@ fn other_users_cannot_resize_the_file() {
     let error = Backend::new(&file, writer()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InUse);
     assert!(error.to_string().contains("ahead.file"), "{error}");
-    // Inactive, the file has no surplus; on activation the filter measures its length again, which may have changed.
+    // Inactive, the file has no surplus; on activation the filter measures its length again, which
+    // may have changed.
     let Setup { fixture, disk } = setup;
     let node = disk.node().unwrap();
     drop(disk);

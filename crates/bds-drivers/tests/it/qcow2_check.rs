@@ -1,7 +1,8 @@
-//! Compares `check` with `qemu-img check`: good images of every shape, then images with bytes changed one place at a
-//! time.
+//! Compares `check` with `qemu-img check`: good images of every shape, then images with bytes
+//! changed one place at a time.
 //!
-//! Known, wanted differences are the table in [`more_than_qemu`]; everything else must give QEMU's counts.
+//! Known, wanted differences are the table in [`more_than_qemu`]; everything else must give QEMU's
+//! counts.
 
 use std::path::Path;
 
@@ -23,8 +24,8 @@ fn ours(bytes: &[u8]) -> Result<CheckReport, String> {
     report
 }
 
-/// QEMU's counts: corruptions, leaks, check errors, allocated, fragmented, compressed, image end. `None` if it refuses
-/// the image.
+/// QEMU's counts: corruptions, leaks, check errors, allocated, fragmented, compressed, image end.
+/// `None` if it refuses the image.
 fn qemu(img: &Tool, path: &Path) -> Option<[u64; 7]> {
     let out = img.run([
         "check".as_ref(),
@@ -121,7 +122,8 @@ fn be64(bytes: &[u8], at: usize) -> u64 {
     u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 
-/// Positions whose change matters: entries of tables, by following them, and header fields for tables.
+/// Positions whose change matters: entries of tables, by following them, and header fields for
+/// tables.
 fn places(bytes: &[u8]) -> Vec<usize> {
     let cluster = 1usize << bytes[23];
     let off = |at: usize| usize::try_from(be64(bytes, at) & 0x00ff_ffff_ffff_fe00).unwrap();
@@ -144,8 +146,8 @@ fn places(bytes: &[u8]) -> Vec<usize> {
     found
 }
 
-/// Intended differences: what QEMU does not report, and an L1 entry without an offset, for which QEMU takes the header
-/// for an L2 table and counts what it finds there.
+/// Intended differences: what QEMU does not report, and an L1 entry without an offset, for which
+/// QEMU takes the header for an L2 table and counts what it finds there.
 fn more_than_qemu(report: &CheckReport, qemu: &[u64; 7]) -> bool {
     let says = |word: &str| report.messages.iter().any(|m| m.contains(word));
     if says("points at no table") {

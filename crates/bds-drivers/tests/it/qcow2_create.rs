@@ -1,8 +1,8 @@
 //! Compares `create`, `measure` and `info` with qemu-img: the same options give the same image.
 //!
-//! Intended differences: with preallocation our tables come first and the data behind them in one piece, so bytes
-//! differ and length agrees; with many refcount blocks their place differs, so only small plain images are compared
-//! byte by byte.
+//! Intended differences: with preallocation our tables come first and the data behind them in one
+//! piece, so bytes differ and length agrees; with many refcount blocks their place differs, so only
+//! small plain images are compared byte by byte.
 
 use bds_core::driver::{DriverType, MeasureSource};
 use bds_core::options::Options;

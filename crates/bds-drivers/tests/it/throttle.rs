@@ -1,5 +1,5 @@
-//! Tests of rates on the virtual clock: averages and bursts to the nanosecond, fairness between members, dropped
-//! requests.
+//! Tests of rates on the virtual clock: averages and bursts to the nanosecond, fairness between
+//! members, dropped requests.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -147,7 +147,8 @@ fn members_alternate_and_each_is_fifo() {
                 }
             );
             assert!(busy.is_sorted() && some.is_sorted(), "seed {seed}");
-            // The burst of ten belongs to the first ones; afterwards every second request is the other member's.
+            // The burst of ten belongs to the first ones; afterwards every second request is the
+            // other member's.
             assert!(*some.last().unwrap() <= 410_000_000, "seed {seed}: {some:?}");
             let (before, after) = late;
             assert!(after - before <= 20_000_000, "seed {seed}: {}", after - before);
@@ -190,8 +191,8 @@ fn dropped_queued_requests_cost_nothing_and_block_no_other() {
                 drop(dropped);
                 let mut ended = join_all(tasks).await;
                 ended.sort_unstable();
-                // 100 ms until the first, then one after the other; the dropped request's 500 bytes count only if it
-                // was granted.
+                // 100 ms until the first, then one after the other; the dropped request's 500 bytes
+                // count only if it was granted.
                 let last = ended[4] / 1_000_000;
                 assert!(last == 500 || last == 1000, "victim {victim} polls {polls}: {last} ms");
                 assert!(last == 500 || was_done || polls > 1, "victim {victim} polls {polls}");
@@ -279,7 +280,8 @@ fn groups_list_their_members() {
     assert_eq!(groups.list(), []);
 }
 
-/// Real threads and a real clock, with requests dropped in between: in any order, every request is granted.
+/// Real threads and a real clock, with requests dropped in between: in any order, every request is
+/// granted.
 #[test]
 fn threads_share_a_group_and_every_request_is_granted() {
     let groups = ThrottleGroups::new();

@@ -1,7 +1,9 @@
-//! Requests that are polled once and then kept or forgotten block no other request, on files of the host.
+//! Requests that are polled once and then kept or forgotten block no other request, on files of the
+//! host.
 //!
-//! With clusters of 512 bytes a few requests leave more than 4,096 runs of freed clusters pending, and from then on
-//! every request that frees something waits until they are released; whatever delays the release blocks all of those.
+//! With clusters of 512 bytes a few requests leave more than 4,096 runs of freed clusters pending,
+//! and from then on every request that frees something waits until they are released; whatever
+//! delays the release blocks all of those.
 
 use std::pin::Pin;
 use std::sync::Arc;

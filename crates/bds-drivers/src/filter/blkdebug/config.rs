@@ -1,8 +1,8 @@
 //! Parses a file of rules: QEMU's `config` option.
 //!
-//! Sections `[inject-error]` and `[set-state]`, one rule each, of lines `key = "value"`. Comments begin with `#`. A
-//! section becomes the same tree as the option of that name, so both mean the same and fail the same. A file has at
-//! most 1 MiB.
+//! Sections `[inject-error]` and `[set-state]`, one rule each, of lines `key = "value"`. Comments
+//! begin with `#`. A section becomes the same tree as the option of that name, so both mean the
+//! same and fail the same. A file has at most 1 MiB.
 
 use std::path::Path;
 

@@ -1,14 +1,16 @@
 //! The `blkdebug` filter: injects errors and odd limits, for tests.
 //!
-//! Options are QEMU's (`image`, `config`, `inject-error`, `set-state`, `align`, `max-transfer`, …), except for
-//! suspended requests. Additions carry `x-`: `x-offset` (bytes instead of sectors) and `x-skip` (number of matches that
-//! pass first). Limits are bytes: `align` and `opt-*` powers of two up to 1G, `max-*` multiples of them below 2G, 0 for
-//! no limit.
+//! Options are QEMU's (`image`, `config`, `inject-error`, `set-state`, `align`, `max-transfer`, …),
+//! except for suspended requests. Additions carry `x-`: `x-offset` (bytes instead of sectors) and
+//! `x-skip` (number of matches that pass first). Limits are bytes: `align` and `opt-*` powers of
+//! two up to 1G, `max-*` multiples of them below 2G, 0 for no limit.
 //!
-//! Errors at open: `InvalidInput` for wrong rules, events or limits, `LimitExceeded` for a file of rules above 1 MiB.
+//! Errors at open: `InvalidInput` for wrong rules, events or limits, `LimitExceeded` for a file of
+//! rules above 1 MiB.
 //!
-//! A reopen replaces rules (the state starts anew) and limits. Permissions taken on the child in addition
-//! (`take-child-perms`) and unshared with others (`unshare-child-perms`) are fixed at open.
+//! A reopen replaces rules (the state starts anew) and limits. Permissions taken on the child in
+//! addition (`take-child-perms`) and unshared with others (`unshare-child-perms`) are fixed at
+//! open.
 //!
 //! Invariant: a request that a rule fails does not reach the child.
 

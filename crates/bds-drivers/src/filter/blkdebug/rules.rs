@@ -1,7 +1,7 @@
 //! Error rules and the state that events move: decides which requests fail, and how.
 //!
-//! A rule matches by kind of request, byte range, event and state. It fires once or always, at once or after its first
-//! `x-skip` matches. No I/O here, so every case is a table.
+//! A rule matches by kind of request, byte range, event and state. It fires once or always, at once
+//! or after its first `x-skip` matches. No I/O here, so every case is a table.
 
 use std::ops::Range;
 
@@ -39,8 +39,8 @@ impl Kind {
     }
 }
 
-/// The events that this filter can see. QEMU's further events are raised inside its formats, where a filter below
-/// cannot see them.
+/// The events that this filter can see. QEMU's further events are raised inside its formats, where
+/// a filter below cannot see them.
 const EVENTS: [&str; 5] = ["none", "pwritev", "pwritev_zero", "flush_to_os", "flush_to_disk"];
 
 /// A failure that a rule demands.
@@ -145,7 +145,8 @@ impl Rules {
     }
 }
 
-/// Parses a list of trees; from `key=value` options it comes as an object with the keys "0", "1", ….
+/// Parses a list of trees; from `key=value` options it comes as an object with the keys "0", "1",
+/// ….
 fn list(name: &'static str, value: Option<Value>) -> Result<Vec<Options>> {
     let items = match value {
         None | Some(Value::Null) => Vec::new(),

@@ -1,15 +1,18 @@
-//! A throttle group: leaky buckets that its members share, and the queues of requests that wait for them.
+//! A throttle group: leaky buckets that its members share, and the queues of requests that wait for
+//! them.
 //!
-//! Each member has one FIFO queue a direction. The members' heads are granted round robin, and where both directions
-//! use the same bucket, so are the directions. A *granted* request leaves its queue, and its cost is added to the
-//! buckets at that moment.
+//! Each member has one FIFO queue a direction. The members' heads are granted round robin, and
+//! where both directions use the same bucket, so are the directions. A *granted* request leaves its
+//! queue, and its cost is added to the buckets at that moment.
 //!
-//! The group has no timer that could go away with a member. Every waiting request has an alarm of its own, set to no
-//! later than it can be due, and every alarm grants all requests that are due. So a request that is never polled again,
-//! is dropped or forgotten, or belongs to a node that is closed, blocks no other.
+//! The group has no timer that could go away with a member. Every waiting request has an alarm of
+//! its own, set to no later than it can be due, and every alarm grants all requests that are due.
+//! So a request that is never polled again, is dropped or forgotten, or belongs to a node that is
+//! closed, blocks no other.
 //!
-//! If a request can be due earlier than its alarm (the one in front is gone, other limits), it is woken and sets its
-//! alarm again. Heads always are, so usually each request waits for one alarm and polls twice.
+//! If a request can be due earlier than its alarm (the one in front is gone, other limits), it is
+//! woken and sets its alarm again. Heads always are, so usually each request waits for one alarm
+//! and polls twice.
 //!
 //! The group's lock is held for bookkeeping only; nothing is woken or awaited under it.
 
@@ -230,8 +233,8 @@ impl State {
             let Some(queue) = self.queue(member, direction) else { continue };
             let queue = std::mem::take(queue);
             self.totals(direction).waiting -= queue.waiters.len();
-            // No time is given: this may be called from outside of the Context whose clock counts. The cost leaks from
-            // the next request on.
+            // No time is given: this may be called from outside of the Context whose clock counts.
+            // The cost leaks from the next request on.
             self.limiter.take(Duration::ZERO, direction, queue.cost);
             queue
                 .waiters
@@ -243,7 +246,8 @@ impl State {
     }
 }
 
-/// Membership of a node in a group; dropping it leaves the group. Requests borrow it, so none of them outlives it.
+/// Membership of a node in a group; dropping it leaves the group. Requests borrow it, so none of
+/// them outlives it.
 pub(super) struct Member {
     group: Arc<Group>,
     number: u64,
@@ -261,14 +265,16 @@ impl Drop for Member {
 }
 
 impl Member {
-    /// Waits until a request of `len` bytes is granted. Dropped while it waits, it leaves the queue and costs nothing.
+    /// Waits until a request of `len` bytes is granted. Dropped while it waits, it leaves the queue
+    /// and costs nothing.
     pub(super) async fn acquire(&self, direction: Direction, len: u64) {
         if let Some(waiting) = self.enqueue(direction, len) {
             waiting.wait().await;
         }
     }
 
-    /// Grants a request if it need not wait. Unless [consumed](Grant::consume), its cost is refunded.
+    /// Grants a request if it need not wait. Unless [consumed](Grant::consume), its cost is
+    /// refunded.
     pub(super) fn try_acquire(&self, direction: Direction, len: u64) -> Option<Grant<'_>> {
         let mut state = self.group.lock();
         let cost = state.limiter.limits().cost(len);
@@ -369,7 +375,8 @@ impl QueuedRequest<'_> {
         }
     }
 
-    /// Grants what is due. Returns the longest time until this request can be due; `None`: it was granted.
+    /// Grants what is due. Returns the longest time until this request can be due; `None`: it was
+    /// granted.
     fn grant_and_next_alarm(&self) -> Option<Duration> {
         let now = bds_io::now();
         let mut state = self.member.group.lock();

@@ -19,8 +19,8 @@ pub struct GroupInfo {
     pub members: Vec<String>,
 }
 
-/// Groups of nodes that share rates, by name. Clones are the same groups; methods may be called from any thread and
-/// never wait.
+/// Groups of nodes that share rates, by name. Clones are the same groups; methods may be called
+/// from any thread and never wait.
 #[derive(Clone, Debug, Default)]
 pub struct ThrottleGroups(
     // Locked before a group's own lock, so that no node joins a group that is being removed.
@@ -51,7 +51,8 @@ impl ThrottleGroups {
         Ok(())
     }
 
-    /// Replaces the limits of a group. Its buckets are empty then, and waiting requests are scheduled anew.
+    /// Replaces the limits of a group. Its buckets are empty then, and waiting requests are
+    /// scheduled anew.
     ///
     /// # Errors
     /// `NotFound`; `InvalidInput` if the limits contradict each other. Nothing has changed then.

@@ -4,7 +4,8 @@ use bds_core::options::Options;
 use bds_core::rate::{Rate, RateLimits};
 use bds_core::{Error, ErrorKind, Result};
 
-/// QEMU's names of rate, burst and burst length as properties of the object; inside `limits` without "x-".
+/// QEMU's names of rate, burst and burst length as properties of the object; inside `limits`
+/// without "x-".
 const BPS_TOTAL: [&str; 3] = ["x-bps-total", "x-bps-total-max", "x-bps-total-max-length"];
 const BPS_READ: [&str; 3] = ["x-bps-read", "x-bps-read-max", "x-bps-read-max-length"];
 const BPS_WRITE: [&str; 3] = ["x-bps-write", "x-bps-write-max", "x-bps-write-max-length"];
@@ -13,12 +14,13 @@ const IOPS_READ: [&str; 3] = ["x-iops-read", "x-iops-read-max", "x-iops-read-max
 const IOPS_WRITE: [&str; 3] = ["x-iops-write", "x-iops-write-max", "x-iops-write-max-length"];
 const IOPS_SIZE: &str = "x-iops-size";
 
-/// Parses the options of a `throttle-group` object: a tree `limits`, or the older `x-bps-total` and so on. Rates are
-/// bytes or operations a second, burst lengths are seconds; sizes and byte rates may have a suffix (`1M`).
+/// Parses the options of a `throttle-group` object: a tree `limits`, or the older `x-bps-total` and
+/// so on. Rates are bytes or operations a second, burst lengths are seconds; sizes and byte rates
+/// may have a suffix (`1M`).
 ///
 /// # Errors
-/// `InvalidInput`: an unknown name, a value of the wrong kind, the same rate in both spellings, or numbers that
-/// contradict each other.
+/// `InvalidInput`: an unknown name, a value of the wrong kind, the same rate in both spellings, or
+/// numbers that contradict each other.
 pub fn limits_from_options(mut options: Options) -> Result<RateLimits> {
     let limits = match take_limits(&mut options)? {
         Some(limits) if options.keys().next().is_none() => limits,

@@ -5,16 +5,17 @@
 //! group   one group: buckets, members, queues of waiting requests
 //! ```
 //!
-//! Options are QEMU's `file` and `throttle-group`; the group is created before, with [`ThrottleGroups::create`].
-//! Instead of a group the node may have rates of its own (`limits.bps-total=1M`, …), which QEMU does not support. Rates
-//! are bytes (`bps-*`) or operations (`iops-*`) a second, burst lengths are seconds.
+//! Options are QEMU's `file` and `throttle-group`; the group is created before, with
+//! [`ThrottleGroups::create`]. Instead of a group the node may have rates of its own
+//! (`limits.bps-total=1M`, …), which QEMU does not support. Rates are bytes (`bps-*`) or operations
+//! (`iops-*`) a second, burst lengths are seconds.
 //!
-//! Errors at open: `NotFound` for an unknown group; `InvalidInput` for contradictory limits, or for both a group and
-//! limits.
+//! Errors at open: `NotFound` for an unknown group; `InvalidInput` for contradictory limits, or for
+//! both a group and limits.
 //!
-//! Reads count as reads; writes, compressed writes, zero writes and discards as writes. Flushes, status queries and
-//! changes of the length never wait. A request that was granted and then fails or is dropped has used its share. While
-//! the node is drained no request waits.
+//! Reads count as reads; writes, compressed writes, zero writes and discards as writes. Flushes,
+//! status queries and changes of the length never wait. A request that was granted and then fails
+//! or is dropped has used its share. While the node is drained no request waits.
 
 mod group;
 mod groups;

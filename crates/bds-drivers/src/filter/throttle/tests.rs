@@ -106,7 +106,8 @@ fn limits_hold_between_two_drains() {
     });
 }
 
-/// QEMU's 6fccbb475b: a member left its group while it owned the group's timer, and the requests of the others hung.
+/// QEMU's 6fccbb475b: a member left its group while it owned the group's timer, and the requests of
+/// the others hung.
 #[test]
 fn others_go_on_when_a_member_leaves() {
     for seed in 0..20 {
@@ -132,7 +133,8 @@ fn others_go_on_when_a_member_leaves() {
     }
 }
 
-/// A future that is neither polled nor dropped keeps its place in the queue, is granted, and blocks no other.
+/// A future that is neither polled nor dropped keeps its place in the queue, is granted, and blocks
+/// no other.
 #[test]
 fn an_unpolled_request_blocks_no_other() {
     for seed in 0..20 {

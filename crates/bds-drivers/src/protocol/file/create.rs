@@ -1,8 +1,9 @@
 //! Claims a file for a new image, and empties it once everything else was checked.
 //!
-//! An existing file is opened without truncation and locked; its bytes stay until the claim's `empty` runs. A missing
-//! file is created, also at the target of a symbolic link, as open(O_CREAT) does. A failed claim removes a file that it
-//! created; later that is the duty of the claim's owner.
+//! An existing file is opened without truncation and locked; its bytes stay until the claim's
+//! `empty` runs. A missing file is created, also at the target of a symbolic link, as open(O_CREAT)
+//! does. A failed claim removes a file that it created; later that is the duty of the claim's
+//! owner.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -15,7 +16,8 @@ use bds_io::{File, FileKind, Fs, OpenOptions};
 use super::lock::{LockMode, Locks, Permissions};
 use super::status::set_len;
 
-/// Extent size hint: limits the fragmentation of a growing image, where the file system takes hints.
+/// Extent size hint: limits the fragmentation of a growing image, where the file system takes
+/// hints.
 const DEFAULT_EXTENT_SIZE_HINT: u32 = 1 << 20;
 
 pub(super) const CREATE_OPTIONS: &[OptionSpec] = &[
@@ -126,7 +128,8 @@ fn open_or_make(fs: &Fs, path: &Path) -> io::Result<(File, Option<PathBuf>)> {
         Err(e) => return Err(e),
     }
     match fs.open(path, &existing) {
-        // The name exists and the file does not: a dangling symbolic link. The kernel follows it, under its own rules.
+        // The name exists and the file does not: a dangling symbolic link. The kernel follows it,
+        // under its own rules.
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             let file = fs.open(path, &OpenOptions { create: true, ..existing })?;
             Ok((file, fs.canonicalize(path).ok()))

@@ -1,8 +1,8 @@
 //! Transfers bytes: reads, complete writes, flush and copy offload.
 //!
-//! A read past the end yields zeros; where the file once reached and does not any more, it fails. A write is complete
-//! or an error, never short. With O_DIRECT a buffer that the device cannot take, and only that one, goes through an
-//! aligned copy.
+//! A read past the end yields zeros; where the file once reached and does not any more, it fails. A
+//! write is complete or an error, never short. With O_DIRECT a buffer that the device cannot take,
+//! and only that one, goes through an aligned copy.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -28,7 +28,8 @@ impl FileNode {
         }
     }
 
-    /// Writes into the page cache, completely or not at all (a short write is repeated from its start).
+    /// Writes into the page cache, completely or not at all (a short write is repeated from its
+    /// start).
     pub(super) fn quick_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
         let end = offset.checked_add(iov.len() as u64)?;
         match self.opened().file.try_write(offset, iov)? {
@@ -83,8 +84,8 @@ impl FileNode {
         Ok(())
     }
 
-    /// The file ended at `end`: fine if it was not `known` to reach further. A file that others made shorter has lost
-    /// data.
+    /// The file ended at `end`: fine if it was not `known` to reach further. A file that others
+    /// made shorter has lost data.
     fn check_end(&self, end: u64, known: u64) -> Result<()> {
         let actual = self.actual_len()?;
         self.grown_to(actual);
@@ -98,7 +99,8 @@ impl FileNode {
         Err(Error::new(ErrorKind::Io, words).node(&self.node_name).file(&self.path).at(end))
     }
 
-    /// Where a short direct transfer continues: only whole blocks count, because offsets must stay aligned.
+    /// Where a short direct transfer continues: only whole blocks count, because offsets must stay
+    /// aligned.
     fn last_block_begin(
         &self,
         now: &Opened,
@@ -148,9 +150,9 @@ impl FileNode {
         if fua { self.flush().await } else { Ok(()) }
     }
 
-    /// Handles a failed durable write. A plain write tells whether durable writes are unsupported or space was missing;
-    /// `Ok` means that it succeeded that way and a flush is owed. Any other failure is the kernel's one report of a
-    /// lost page and must stick.
+    /// Handles a failed durable write. A plain write tells whether durable writes are unsupported
+    /// or space was missing; `Ok` means that it succeeded that way and a flush is owed. Any other
+    /// failure is the kernel's one report of a lost page and must stick.
     async fn handle_dsync_failure(
         &self,
         now: &Opened,
@@ -267,8 +269,8 @@ impl FileNode {
         }
     }
 
-    /// Copies a range between two nodes with copy_file_range. Declines if that cannot finish the range; bytes copied
-    /// until then are right.
+    /// Copies a range between two nodes with copy_file_range. Declines if that cannot finish the
+    /// range; bytes copied until then are right.
     pub(super) async fn copy_from(
         &self,
         source: &Self,
@@ -295,7 +297,8 @@ impl FileNode {
                         self.features.no_copy_range.store(true, Ordering::Relaxed);
                         return Ok(Attempt::Unsupported);
                     }
-                    // These errors depend on the pair of files or the range, so they are not remembered.
+                    // These errors depend on the pair of files or the range, so they are not
+                    // remembered.
                     Some(libc::EXDEV | libc::EINVAL | libc::ETXTBSY) => {
                         return Ok(Attempt::Unsupported);
                     }

@@ -8,15 +8,16 @@
 //! resize              103          203
 //! ```
 //!
-//! All locks are shared OFD locks of one byte, so taking one never fails because of another; conflicts are found by
-//! *testing* the opposite byte of each. A node takes all of its locks before the first test, so that of two
-//! simultaneous opens at least one sees the other.
+//! All locks are shared OFD locks of one byte, so taking one never fails because of another;
+//! conflicts are found by *testing* the opposite byte of each. A node takes all of its locks before
+//! the first test, so that of two simultaneous opens at least one sees the other.
 //!
-//! Two descriptions of one node (a reopen) would conflict with each other. So the *old* description takes what either
-//! needs and tests; from then on no user that conflicts with the new one can open the file. The new one takes its bytes
-//! without a test. Then the old one may be closed.
+//! Two descriptions of one node (a reopen) would conflict with each other. So the *old* description
+//! takes what either needs and tests; from then on no user that conflicts with the new one can open
+//! the file. The new one takes its bytes without a test. Then the old one may be closed.
 //!
-//! Invariant: the bytes recorded as held are locked by this file description. Order: take new, test, then drop old.
+//! Invariant: the bytes recorded as held are locked by this file description. Order: take new,
+//! test, then drop old.
 
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -113,8 +114,8 @@ impl Locks {
         self.wanted
     }
 
-    /// Takes what `other` needs in addition, if no other user conflicts. Returns what [`Locks::narrow`] restores;
-    /// `None` if locks are unsupported and not required.
+    /// Takes what `other` needs in addition, if no other user conflicts. Returns what
+    /// [`Locks::narrow`] restores; `None` if locks are unsupported and not required.
     pub(super) fn widen(
         &self,
         file: &File,
@@ -278,7 +279,8 @@ fn bits(mask: u8) -> impl Iterator<Item = usize> {
     (0..NAMES.len()).filter(move |bit| mask & (1 << bit) != 0)
 }
 
-/// Changes what is held from `old` to `new`: takes new locks, tests, drops old ones. On failure `old` is held.
+/// Changes what is held from `old` to `new`: takes new locks, tests, drops old ones. On failure
+/// `old` is held.
 fn change(file: &File, old: Permissions, new: Permissions) -> Result<(), Failure> {
     let both = Permissions {
         used: old.used | new.used,
@@ -310,7 +312,8 @@ fn take_bytes(file: &File, old: Permissions, new: Permissions) -> Result<(), Fai
 fn classify(error: io::Error) -> Failure {
     match error.raw_os_error() {
         Some(libc::ENOTSUP | libc::ENOSYS | libc::ENOLCK | libc::EINVAL) => Failure::NoLocks(error),
-        // Only an exclusive lock can refuse a shared one: not QEMU's way, but a claim of another user all the same.
+        // Only an exclusive lock can refuse a shared one: not QEMU's way, but a claim of another
+        // user all the same.
         Some(libc::EAGAIN | libc::EACCES) => Failure::InUse("shared".to_owned()),
         _ => Failure::System(error),
     }

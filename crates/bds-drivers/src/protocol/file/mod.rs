@@ -1,21 +1,22 @@
-//! The `file` and `host_device` protocols: read and write a file or device of the host (or of the simulated disk)
-//! through one `bds_io::File`.
+//! The `file` and `host_device` protocols: read and write a file or device of the host (or of the
+//! simulated disk) through one `bds_io::File`.
 //!
-//! Both drivers share this code; they differ in the kind of file they accept and in the calls that free space. Files:
+//! Both drivers share this code; they differ in the kind of file they accept and in the calls that
+//! free space. Files:
 //!
 //! ```text
-//! open    options, kinds, read-only, limits       zero    zero writes, discard, their fallback ladders
-//! create  claiming, making, emptying a file         status  holes and data, truncate
-//! lock    QEMU's image locks; users: their holders  io      reads, writes, flush, copy offload
-//! reopen  other modes and options, inactivate and activate
+//! open    options, kinds, read-only, limits    zero    zero writes, discard, their fallbacks
+//! create  claims, makes, empties a file        status  holes and data, truncate
+//! lock    QEMU's image locks                   io      reads, writes, flush, copy offload
+//! users   lock holders of this process         reopen  other modes, inactivate and activate
 //! ```
 //!
 //! Invariants:
 //! - Nothing is written through a node opened read-only; the descriptor itself is read-only then.
-//! - After `fdatasync` failed on a buffered file, every later flush fails too: the kernel has dropped the dirty
-//!   pages or marked them clean, so a later success would prove nothing.
-//! - The known length is a hint about a file that others may change: it decides whether the quick path is tried, never
-//!   which bytes a read returns.
+//! - After `fdatasync` failed on a buffered file, every later flush fails too: the kernel has
+//!   dropped the dirty pages or marked them clean, so a later success would prove nothing.
+//! - The known length is a hint about a file that others may change: it decides whether the quick
+//!   path is tried, never which bytes a read returns.
 
 mod create;
 mod io;
@@ -111,13 +112,13 @@ struct FileNode {
     path: PathBuf,
     /// State at the first open.
     first: Opened,
-    /// State since the last reopen, if there was one. Most files are never reopened: for them the lookup costs one
-    /// load.
+    /// State since the last reopen, if there was one. Most files are never reopened: for them the
+    /// lookup costs one load.
     reopened: OnceLock<RcuCell<Opened>>,
     /// False while another process uses the file (after `inactivate`).
     is_active: AtomicBool,
-    /// Length at open or after a resize, raised as far as the file was seen to reach since. A read never lowers it:
-    /// what a file that was cut short has lost must not turn into zeros.
+    /// Length at open or after a resize, raised as far as the file was seen to reach since. A read
+    /// never lowers it: what a file that was cut short has lost must not turn into zeros.
     known_len: AtomicU64,
     /// errno of the flush that failed; 0 if none did.
     broken_flush: AtomicI32,
@@ -161,7 +162,8 @@ struct Mode {
     share_writers: bool,
 }
 
-/// Calls that the file system turned out not to support. Set once a node, so that they are not tried again.
+/// Calls that the file system turned out not to support. Set once a node, so that they are not
+/// tried again.
 #[derive(Debug, Default)]
 struct Features {
     no_zero_range: AtomicBool,
@@ -330,7 +332,8 @@ impl Driver for FileNode {
     }
 
     fn close(&self) -> BoxFuture<'_, Result<()>> {
-        // The locks belong to the open file description, and an operation in flight may keep that alive.
+        // The locks belong to the open file description, and an operation in flight may keep that
+        // alive.
         let now = self.opened();
         now.locks.release(&now.file);
         Box::pin(async { Ok(()) })

@@ -1,6 +1,7 @@
 //! Opens a file or device: options, kinds, read-only rules, limits and locks.
 //!
-//! Nothing here truncates or writes. On any failure the descriptor is closed, which drops its locks.
+//! Nothing here truncates or writes. On any failure the descriptor is closed, which drops its
+//! locks.
 
 use std::ffi::OsStr;
 use std::io;
@@ -18,7 +19,8 @@ use super::lock::{LockMode, Locks, Permissions};
 use super::status::DataRun;
 use super::{Features, FileNode, Flavour, Mode, Opened};
 
-/// Longest single data request, as everywhere in the block layer: a 31-bit length rounded down to a sector.
+/// Longest single data request, as everywhere in the block layer: a 31-bit length rounded down to a
+/// sector.
 const MAX_TRANSFER_BYTES: u64 = 0x7fff_fe00;
 
 /// Devices take discards and zero writes in units of their logical block, which is never larger.
@@ -37,7 +39,8 @@ pub(super) fn open(flavour: Flavour, context: &mut OpenContext<'_>) -> Result<Bo
         .map_err(|e| e.node(node_name))
 }
 
-/// Takes the options that may change while the file is open; one that is missing stays as in `mode`.
+/// Takes the options that may change while the file is open; one that is missing stays as in
+/// `mode`.
 pub(super) fn take_mode(options: &mut Options, mode: Mode) -> Result<Mode> {
     let locking = match options.take_str("locking")?.as_deref() {
         None => mode.locking,
@@ -119,7 +122,8 @@ impl Opened {
         Ok(Self { file, locks: Locks::none(), mode, is_read_only, is_direct: direct, limits })
     }
 
-    /// What this node does to the file if opened with `flags`, and what it lets others do meanwhile.
+    /// What this node does to the file if opened with `flags`, and what it lets others do
+    /// meanwhile.
     pub(super) fn permissions(&self, flags: &OpenFlags) -> Permissions {
         permissions(flags, self.is_read_only, self.mode.share_writers)
     }

@@ -1,13 +1,13 @@
 //! Reopens a file in another mode, and inactivates and activates it for use by another process.
 //!
-//! A reopen opens the name again, locks the new description beside the old one (`lock.rs`), and exchanges the two at
-//! commit. Until then all requests use the old one.
+//! A reopen opens the name again, locks the new description beside the old one (`lock.rs`), and
+//! exchanges the two at commit. Until then all requests use the old one.
 //!
 //! Invariants:
 //! - The file stays the same file: another inode under the name is refused.
 //! - There is no moment at which neither description holds the locks.
-//! - A failed write-back is not forgotten. The kernel reports it once to each description, so the old one is synced
-//!   before it is closed, and a failure is kept in the node (`broken_flush`).
+//! - A failed write-back is not forgotten. The kernel reports it once to each description, so the
+//!   old one is synced before it is closed, and a failure is kept in the node (`broken_flush`).
 
 use std::sync::atomic::Ordering;
 
@@ -18,8 +18,8 @@ use super::lock::{LockMode, Locks, Widened};
 use super::open::{strip_scheme, take_mode, wants_write};
 use super::{FileNode, Mode, Opened};
 
-/// A second description, prepared to replace the first. Dropped without commit it closes, and the first one's locks are
-/// restored.
+/// A second description, prepared to replace the first. Dropped without commit it closes, and the
+/// first one's locks are restored.
 struct Prepared<'a> {
     node: &'a FileNode,
     /// `None` after the commit.

@@ -1,8 +1,8 @@
 //! Block status of a file by SEEK_DATA and SEEK_HOLE, and changes of its length.
 //!
-//! A query for holes costs a system call, and mapping a dense file asks for every piece of one long run. The last run
-//! of data is therefore cached. Data that became a hole behind our back only makes an answer less precise, never wrong;
-//! holes are never cached.
+//! A query for holes costs a system call, and mapping a dense file asks for every piece of one long
+//! run. The last run of data is therefore cached. Data that became a hole behind our back only
+//! makes an answer less precise, never wrong; holes are never cached.
 
 use std::ops::Range;
 use std::sync::PoisonError;
@@ -18,8 +18,8 @@ use super::{FileNode, Flavour, Opened};
 /// Bytes of zeros written at a time.
 const FILL_STEP_BYTES: u64 = 1 << 20;
 
-/// Length of the first block of a new file, which is allocated at once: programs that probe the alignment with trial
-/// reads need data there, because a hole accepts any alignment.
+/// Length of the first block of a new file, which is allocated at once: programs that probe the
+/// alignment with trial reads need data there, because a hole accepts any alignment.
 const FIRST_BLOCK_BYTES: u64 = 4096;
 
 /// The last run of data that the file system reported.
@@ -80,8 +80,8 @@ impl FileNode {
         };
         let extent = match now.file.extent(offset) {
             Ok(Some(extent)) if extent.len > 0 => extent,
-            // The file became shorter: a read will report that. A file system without holes, or with inconsistent
-            // answers: data.
+            // The file became shorter: a read will report that. A file system without holes, or
+            // with inconsistent answers: data.
             Ok(None | Some(_)) => return Ok((true, len)),
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => return Ok((true, len)),
             Err(e) => return Err(self.failed("cannot query holes", offset, e)),

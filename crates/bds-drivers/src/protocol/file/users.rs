@@ -1,7 +1,8 @@
 //! Lists the nodes of this process that hold image locks, so that a conflict can name the node.
 //!
-//! A lock of an open file description does not name its owner: the kernel reports "no process" for all of them, and the
-//! user would look for another process that does not exist. Used for messages only; conflicts are decided by the locks.
+//! A lock of an open file description does not name its owner: the kernel reports "no process" for
+//! all of them, and the user would look for another process that does not exist. Used for messages
+//! only; conflicts are decided by the locks.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -1,18 +1,18 @@
 //! Writes zeros and discards ranges, by the first method that the file system supports.
 //!
 //! ```text
-//!                 regular file                                   block device
-//! zero            zero range, else punch + allocate, else        BLKZEROOUT (direct, and only if writing
-//!                 allocate (past the end)                        zeros would do as well)
-//! zero + unmap    punch hole, then as above                      punch hole, then as above
-//! discard         punch hole                                     BLKDISCARD
+//!               regular file                       block device
+//! zero          zero range, else punch + allocate  BLKZEROOUT (direct, and only if
+//!               else allocate (past the end)       writing zeros would do as well)
+//! zero + unmap  punch hole, then as above          punch hole, then as above
+//! discard       punch hole                         BLKDISCARD
 //! ```
 //!
-//! A method that turned out to be unsupported is not tried again on this node. "Unsupported" means that the caller
-//! writes zeros itself; an error means that the device failed.
+//! A method that turned out to be unsupported is not tried again on this node. "Unsupported" means
+//! that the caller writes zeros itself; an error means that the device failed.
 //!
-//! Growing by zeros never uses ftruncate: between querying the length and setting it, another request may have grown
-//! the file further, and its bytes would be cut off.
+//! Growing by zeros never uses ftruncate: between querying the length and setting it, another
+//! request may have grown the file further, and its bytes would be cut off.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -78,14 +78,16 @@ impl FileNode {
         Ok(Outcome::Next)
     }
 
-    /// After a hole was punched: extends the file to `end`, because its length is part of what is read.
+    /// After a hole was punched: extends the file to `end`, because its length is part of what is
+    /// read.
     async fn extend_to(&self, offset: u64, end: u64) -> io::Result<Outcome> {
         let now = self.opened();
         let len = now.file.len()?;
         if end <= len {
             return Ok(Outcome::Done);
         }
-        // One block of zeros at the end of this request's own range: it cannot cut off or overwrite bytes of others.
+        // One block of zeros at the end of this request's own range: it cannot cut off or overwrite
+        // bytes of others.
         let block_len = u64::from(now.limits.request_alignment).min(end - offset);
         let buf_len = usize::try_from(block_len).expect("an alignment fits into memory");
         let zeros = Buf::zeroed(buf_len, now.limits.memory_alignment as usize);

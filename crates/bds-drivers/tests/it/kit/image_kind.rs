@@ -1,4 +1,5 @@
-//! Kinds of image: options of create and open, filters, content before a workload, and the model of it.
+//! Kinds of image: options of create and open, filters, content before a workload, and the model of
+//! it.
 
 use bds_testkit::{DiskModel, Op, Shape, Step, Workload, pattern};
 use serde_json::{Value, json};
@@ -27,14 +28,16 @@ pub(crate) struct ImageKind {
     pub(crate) backing_len: Option<u64>,
     pub(crate) has_data_file: bool,
     pub(crate) has_compression: bool,
-    /// Bytes of unflushed writes to new places may be stale after a cut: links into a data file do not wait for their
-    /// bytes.
+    /// Bytes of unflushed writes to new places may be stale after a cut: links into a data file do
+    /// not wait for their bytes.
     pub(crate) may_be_stale: bool,
     /// After a cut the dirty bit may say that refcounts are wrong.
     pub(crate) is_lazy: bool,
-    /// Bytes at the end of the disk that are written before the workload, so that the image's tables are nearly full.
+    /// Bytes at the end of the disk that are written before the workload, so that the image's
+    /// tables are nearly full.
     pub(crate) fill: u64,
-    /// They are written cluster by cluster, so that neighbours on the disk are not neighbours in the file.
+    /// They are written cluster by cluster, so that neighbours on the disk are not neighbours in
+    /// the file.
     pub(crate) is_in_pieces: bool,
     /// The workload grows the disk by so many bytes at its end, and writes there.
     pub(crate) grows_by: Option<u64>,

@@ -1,8 +1,10 @@
 //! Fixtures that the integration tests share.
 //!
 //! ```text
-//! fixture     a graph on a simulated disk             test_env    where images are made: simulated disk or host
-//! image_kind  kinds of image with their models        disk        an open image, workloads, comparison with a model
+//! fixture     a graph on a simulated disk
+//! test_env    where images are made: simulated disk or host
+//! image_kind  kinds of image with their models
+//! disk        an open image, workloads, comparison with a model
 //! requests    polling requests by hand
 //! ```
 

@@ -1,4 +1,5 @@
-//! Environments of tests: a simulated disk, or a directory of the host with an I/O engine; images are made in them.
+//! Environments of tests: a simulated disk, or a directory of the host with an I/O engine; images
+//! are made in them.
 
 use std::path::PathBuf;
 
@@ -52,7 +53,8 @@ impl TestEnv {
         }
     }
 
-    /// Runs `qemu-img check`. QEMU looks for a stored data file in the working directory, so it is named.
+    /// Runs `qemu-img check`. QEMU looks for a stored data file in the working directory, so it is
+    /// named.
     pub(crate) fn qemu_check(&self, img: &Tool, kind: &ImageKind, scratch: &Scratch) -> Output {
         let mut options = format!(
             "driver=qcow2,file.driver=file,file.filename={}",

@@ -8,8 +8,8 @@ use futures_util::future::join_all;
 use super::harness::{Shape, close, graph, make, open, options, read, write};
 use super::random::seeded;
 
-/// Every cluster is only ever written with its own number. A read of a cluster that is freed, reallocated and rewritten
-/// meanwhile returns its number or zeros, never those of another.
+/// Every cluster is only ever written with its own number. A read of a cluster that is freed,
+/// reallocated and rewritten meanwhile returns its number or zeros, never those of another.
 async fn write_and_free(backend: &Backend, shape: &Shape, seed: u64, ops: usize) {
     let mut chance = seeded(seed);
     let clusters = shape.size / shape.cluster;

@@ -8,7 +8,8 @@ use bds_testkit::pattern;
 use super::harness::{DATA, IMAGE, Shape, close, graph, make, open, options, read, write};
 use crate::kit::resize_to;
 
-/// Bytes of data at the start of the disk; every table that the tests free lies below this offset in the image file.
+/// Bytes of data at the start of the disk; every table that the tests free lies below this offset
+/// in the image file.
 const FILLED: usize = 1 << 20;
 
 fn shape(size: u64) -> Shape {
@@ -61,7 +62,8 @@ fn a_moved_refcount_table_is_discarded_in_the_image_file_only() {
     let old_table = word(&sim.snapshot_file(IMAGE), 48);
     keeps_data(&sim, async |backend| {
         backend.truncate(resize_to(160 << 20)).await.unwrap();
-        // Zeros need tables and no data: enough of them that the refcount table, one cluster long, is too small.
+        // Zeros need tables and no data: enough of them that the refcount table, one cluster long,
+        // is too small.
         let zero = backend.write_zeroes(8 << 20, 140 << 20, ZeroFlags::empty());
         let _ = zero.await.unwrap();
     });
@@ -92,7 +94,8 @@ fn a_copied_l2_table_is_discarded_in_the_image_file_only() {
     assert_ne!(word(&image, l1) & !(1 << 63), old_table, "the table was not copied");
 }
 
-/// The reverse: discarded data leaves the image file unchanged, and the data file frees only that range.
+/// The reverse: discarded data leaves the image file unchanged, and the data file frees only that
+/// range.
 #[test]
 fn discarded_data_is_discarded_in_the_data_file_only() {
     let sim = Sim::new(36, SimConfig::calm());

@@ -143,7 +143,8 @@ pub(crate) async fn write(backend: &Backend, offset: u64, bytes: &[u8]) -> bds_c
     backend.write(offset, iov, bds_core::driver::WriteFlags::empty()).await
 }
 
-/// Runs `qemu-img check` on the image as it is on the disk: exit code (0: clean, 3: leaks) and output.
+/// Runs `qemu-img check` on the image as it is on the disk: exit code (0: clean, 3: leaks) and
+/// output.
 pub(crate) fn qemu_check(sim: &Sim) -> Option<(i32, String)> {
     let tool = qemu_img()?;
     let scratch = Scratch::new();

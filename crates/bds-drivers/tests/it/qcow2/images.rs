@@ -172,7 +172,8 @@ fn unknown_autoclear_bits_are_cleared_at_the_first_write() {
     });
 }
 
-/// A cluster that both data and metadata use: the write is refused, the corrupt bit set, the node unusable.
+/// A cluster that both data and metadata use: the write is refused, the corrupt bit set, the node
+/// unusable.
 #[test]
 fn a_write_over_metadata_is_refused_and_marks_the_image() {
     let Some(tool) = qemu_img() else { return };

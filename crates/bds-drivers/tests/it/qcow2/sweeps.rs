@@ -1,7 +1,7 @@
 //! Power cuts, faults and dropped futures at every point of a workload.
 //!
-//! Promise under test: the image checks clean, leaks at most, and holds every flushed byte. A byte written since the
-//! last flush may be old or new, and nothing else.
+//! Promise under test: the image checks clean, leaks at most, and holds every flushed byte. A byte
+//! written since the last flush may be old or new, and nothing else.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -77,7 +77,8 @@ impl Model {
     }
 }
 
-/// Runs a workload until something fails. Values are never zero, so that lost data cannot look like old data.
+/// Runs a workload until something fails. Values are never zero, so that lost data cannot look like
+/// old data.
 async fn work(backend: &Backend, model: &RefCell<Model>, seed: u64, ops: usize, cluster: u64) {
     let mut chance = seeded(seed);
     let len = model.borrow().flushed.len() as u64;
@@ -212,7 +213,8 @@ fn shapes() -> Vec<Shape> {
     ]
 }
 
-/// The default run visits every shape at some points; `BDS_TEST_BUDGET=full` visits every point, with ten seeds.
+/// The default run visits every shape at some points; `BDS_TEST_BUDGET=full` visits every point,
+/// with ten seeds.
 fn step(usual: usize) -> usize {
     if is_full() { 1 } else { usual }
 }
@@ -265,7 +267,8 @@ fn a_fault_anywhere_leaves_the_image_whole() {
                         sim.fail_nth(n, Fault::once(errno));
                         work(&backend, &model, seed, 30, shape.cluster).await;
                         sim.clear_faults();
-                        // A failed flush is sticky in the file node: it matters that nothing is lost or torn.
+                        // A failed flush is sticky in the file node: it matters that nothing is
+                        // lost or torn.
                         if let Err(error) = backend.flush().await {
                             assert_eq!(error.errno(), errno, "{what}: {error}");
                         }

@@ -62,7 +62,8 @@ fn read_only() -> OpenFlags {
     OpenFlags { read_only: true, ..OpenFlags::default() }
 }
 
-/// Reads every sector of an image cut to `len` bytes: each is right, or an error, or in the one cluster that is cut.
+/// Reads every sector of an image cut to `len` bytes: each is right, or an error, or in the one
+/// cluster that is cut.
 fn expect_right_or_failed(whole: &[u8], len: usize, cluster: usize, is_compressed: bool) -> usize {
     let file = MemPort::new(whole[..len].to_vec());
     let expected = content();
@@ -168,7 +169,8 @@ fn a_cut_image_is_not_opened_for_writing() {
     }
 }
 
-/// After a crash, refcounts may exist for clusters that the file never got. Nothing points there, so nothing is lost.
+/// After a crash, refcounts may exist for clusters that the file never got. Nothing points there,
+/// so nothing is lost.
 #[test]
 fn counts_behind_the_end_alone_are_leaks_and_no_obstacle() {
     let mut bytes = filled(Options::new().with("cluster_size", 4096_u64), false);

@@ -1,5 +1,5 @@
-//! Features that the driver does not maintain and must not lose silently: persistent bitmaps, and the sizes of internal
-//! snapshots.
+//! Features that the driver does not maintain and must not lose silently: persistent bitmaps, and
+//! the sizes of internal snapshots.
 
 use bds_core::ErrorKind;
 use bds_core::options::Options;
@@ -148,8 +148,8 @@ fn bitmaps_that_may_go_stale_are_marked_before_the_first_write() {
     tool.must(["check", &*path]);
 }
 
-/// A bitmap that is not recording stays valid when the disk is written, but not when it grows; one in use is invalid
-/// already.
+/// A bitmap that is not recording stays valid when the disk is written, but not when it grows; one
+/// in use is invalid already.
 #[test]
 fn growing_is_refused_by_every_consistent_bitmap() {
     for (flags, is_writable, is_growable) in

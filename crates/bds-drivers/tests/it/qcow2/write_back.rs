@@ -7,7 +7,8 @@ use futures_util::future::join_all;
 
 use super::harness::{Shape, close, graph, make, open, options, read};
 
-/// Writes `count` sectors, each in a different cluster, eight at once; then flushes. Returns the syncs meanwhile.
+/// Writes `count` sectors, each in a different cluster, eight at once; then flushes. Returns the
+/// syncs meanwhile.
 fn syncs_of(shape: &Shape, count: u64) -> u64 {
     let sim = Sim::new(1, SimConfig::calm());
     make(&sim, shape);
@@ -38,7 +39,8 @@ fn syncs_of(shape: &Shape, count: u64) -> u64 {
     })
 }
 
-/// The final flush takes two or three syncs: before the directory, before the links, and of everything.
+/// The final flush takes two or three syncs: before the directory, before the links, and of
+/// everything.
 const OF_ONE_FLUSH: u64 = 4;
 
 #[test]
@@ -55,7 +57,8 @@ fn scattered_copies_on_a_small_overlay_are_not_flushed_one_by_one() {
     assert!(syncs <= OF_ONE_FLUSH, "{syncs} syncs for 1000 writes");
 }
 
-/// 512-byte clusters: four refcount blocks, the smallest cache there is, count 512 KiB of file only.
+/// 512-byte clusters: four refcount blocks, the smallest cache there is, count 512 KiB of file
+/// only.
 #[test]
 fn refcount_blocks_of_small_clusters_are_not_flushed_one_by_one() {
     let shape = Shape { size: 8 << 20, cluster: 512, ..Shape::default() };

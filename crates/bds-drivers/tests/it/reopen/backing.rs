@@ -150,7 +150,8 @@ fn a_backing_node_of_another_length_reads_right() {
                 let got = read(&*node, at as u64, piece).await;
                 assert_eq!(got, expected[at..at + piece], "{below_len} bytes, at {at}");
             }
-            // The length is known now: from here on the inline path serves reads up to the end and past it.
+            // The length is known now: from here on the inline path serves reads up to the end and
+            // past it.
             for at in (8192..len).step_by(1000) {
                 let iov = Buf::zeroed(1000.min(len - at), 4096).iov();
                 assert!(node.try_read(at as u64, &iov).is_some(), "{below_len} bytes, at {at}");
@@ -174,7 +175,8 @@ fn a_raw_data_file_and_a_backing_node_exclude_each_other() {
     });
 }
 
-/// Activated with another backing file's name in its header: refused until the node has another backing node.
+/// Activated with another backing file's name in its header: refused until the node has another
+/// backing node.
 #[test]
 fn activation_notices_a_changed_backing_file_name() {
     let kind = ImageKind::qcow2("renamed", CLUSTER).backed(50_000);
@@ -203,7 +205,8 @@ async fn node(graph: &Graph, options: serde_json::Value) -> NodeRef {
     graph.open(Options::from_json(options).unwrap()).await.unwrap()
 }
 
-/// In a graph: an overlay opened without a backing node is put on top of a disk in use, and later loses it again.
+/// In a graph: an overlay opened without a backing node is put on top of a disk in use, and later
+/// loses it again.
 #[test]
 fn an_overlay_opened_without_backing_is_appended() {
     let kind = ImageKind::qcow2("overlay", CLUSTER).sized(64 * CLUSTER, 64 * CLUSTER);

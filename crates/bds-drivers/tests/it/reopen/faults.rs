@@ -1,5 +1,5 @@
-//! Reopen, inactivate and activate with a failure at every I/O, a dropped future at every await, and a power cut at
-//! every write.
+//! Reopen, inactivate and activate with a failure at every I/O, a dropped future at every await,
+//! and a power cut at every write.
 
 use std::time::Duration;
 
@@ -198,7 +198,8 @@ fn a_dropped_mode_change_changes_nothing_and_can_be_repeated() {
                 let (mut image, mut bytes) = sim.block_on(begin(&env, &kind, act));
                 let is_dropped = sim.drop_at(act.run(&mut image), k);
                 sim.block_on(async {
-                    // Inactivate and activate are several steps here: the caller undoes or completes the rest.
+                    // Inactivate and activate are several steps here: the caller undoes or
+                    // completes the rest.
                     match act {
                         Act::GiveAway if is_dropped => image.activate().await.unwrap(),
                         Act::TakeBack if is_dropped => image.inactivate().await.unwrap(),
@@ -217,8 +218,8 @@ fn a_dropped_mode_change_changes_nothing_and_can_be_repeated() {
     }
 }
 
-/// A reopen is dropped and writes go on while it still writes back the image: the dirty bit is never cleared while
-/// refcounts are behind.
+/// A reopen is dropped and writes go on while it still writes back the image: the dirty bit is
+/// never cleared while refcounts are behind.
 #[test]
 fn writes_beside_an_abandoned_reopen_stay_sound_after_a_cut() {
     let kind = ImageKind::qcow2("512-lazy", 512).sized(512 * 160, 512 * 240).lazy();
@@ -232,7 +233,8 @@ fn writes_beside_an_abandoned_reopen_stay_sound_after_a_cut() {
         let mut moment = |below_us: u64| Duration::from_micros(chance.draw() % below_us);
         let (dropped_at, cut_at) = (moment(2500), moment(3000));
         sim.cut_at(sim.now() + dropped_at + cut_at);
-        // The image may be inactive by then: a write succeeds or is refused, and fails in no other way.
+        // The image may be inactive by then: a write succeeds or is refused, and fails in no other
+        // way.
         let is_fine = |done: Result<()>| match done {
             Ok(()) => true,
             Err(error) => error.kind() == ErrorKind::Inactive,

@@ -1,4 +1,5 @@
-//! Reopen of raw, null, mem and blkdebug: which options change, which do not, and the access to their children.
+//! Reopen of raw, null, mem and blkdebug: which options change, which do not, and the access to
+//! their children.
 
 use bds_core::driver::{
     Access, Driver, DriverType, NodeUse, OpenContext, OpenFlags, Perm, Reopen, Role,
@@ -262,7 +263,8 @@ fn an_image_file_beside_a_data_file_holds_metadata_only() {
     }
 }
 
-/// A driver without reopen support of its own accepts options that the graph handles, and no other mode.
+/// A driver without reopen support of its own accepts options that the graph handles, and no other
+/// mode.
 #[test]
 fn every_driver_accepts_a_reopen_with_graph_options() {
     let kind = ImageKind::qcow2("flags", 4096);

@@ -1,4 +1,5 @@
-//! Reopen of qcow2: read-only and writable, other options, and inactivation while another instance writes.
+//! Reopen of qcow2: read-only and writable, other options, and inactivation while another instance
+//! writes.
 
 use bds_core::driver::{OpenFlags, ZeroFlags};
 use bds_core::{ErrorKind, Options};

@@ -1,4 +1,5 @@
-//! Random requests between random changes of mode, options and activity, compared with a list of bytes.
+//! Random requests between random changes of mode, options and activity, compared with a list of
+//! bytes.
 
 use bds_core::Options;
 use bds_core::driver::{Attempt, ZeroFlags};

@@ -1,5 +1,5 @@
-//! Abandons futures (dropped, kept without polling, forgotten) at every await: the image stays consistent, other
-//! requests go on, bytes are old or new.
+//! Abandons futures (dropped, kept without polling, forgotten) at every await: the image stays
+//! consistent, other requests go on, bytes are old or new.
 
 use std::cell::{Cell, RefCell};
 
@@ -109,8 +109,8 @@ fn run(base: &Sim, kind: &ImageKind, ops: &[Op], k: usize, how: Abandon) -> Resu
     model.borrow_mut().end(ops, &vec![Ended::Partly; ops.len()]);
     model.borrow_mut().set_len(disk.backend.len());
     env.block_on(run_other_requests(&disk, kind, &model))?;
-    // A request that was polled completed although it was not polled again; one that was never polled must not start
-    // now.
+    // A request that was polled completed although it was not polled again; one that was never
+    // polled must not start now.
     if let Some(kept) = kept.filter(|_| is_polled.get()) {
         for result in env.block_on(kept) {
             result.map_err(|e| format!("the kept request: {e}"))?;
@@ -169,8 +169,8 @@ fn sweep(how: Abandon) {
     {
         println!("{runs} runs");
     }
-    // Every poll of a request is a poll of its task, and every poll of a task is a point: more than requests had that
-    // were polled by their callers.
+    // Every poll of a request is a poll of its task, and every poll of a task is a point: more than
+    // requests had that were polled by their callers.
     assert!(runs > 900, "the sweep met too few awaits: {runs}");
 }
 

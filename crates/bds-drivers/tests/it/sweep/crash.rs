@@ -1,4 +1,5 @@
-//! Cuts the power at every write: afterwards the image checks, holds every flushed byte, and goes on working.
+//! Cuts the power at every write: afterwards the image checks, holds every flushed byte, and goes
+//! on working.
 
 use std::cell::RefCell;
 use std::ops::RangeInclusive;
@@ -119,8 +120,8 @@ fn base_of(kind: &ImageKind) -> Sim {
     sim_with_image(7, SimConfig { short_io_rate: 0.0, ..SimConfig::default() }, kind)
 }
 
-/// Numbers of state-changing operations when the workload begins and when it ended without a cut; adds the growth of
-/// tables.
+/// Numbers of state-changing operations when the workload begins and when it ended without a cut;
+/// adds the growth of tables.
 fn writes_of(base: &Sim, kind: &ImageKind, workload: &Workload, growth: &mut Growth) -> (u64, u64) {
     let sim = base.fork(workload.seed);
     let env = TestEnv::Sim(sim.clone());
@@ -184,7 +185,8 @@ impl Case<'_> {
         let disk = env.block_on(Disk::open(&env, kind, &graph)).map_err(|e| e.to_string())?;
         sim.cut_after_writes(Some(n));
         let ended = sim.run_until_cut(run(&disk, self.workload, &model, &reached));
-        // On the disk without power: outside of it, dropping the graph would look for a Context to close its nodes in.
+        // On the disk without power: outside of it, dropping the graph would look for a Context to
+        // close its nodes in.
         sim.power_cut();
         let gone = sim.run_until_cut(async move {
             let _held = (disk, graph);
@@ -318,7 +320,8 @@ fn flushed_bytes_survive_a_cut_at_every_write_with_subclusters() {
     sweep(&[q("16k-ext"), q("16k-ext-backed").backed(90_000).strict()], 3, 9);
 }
 
-/// Reads write here: copied data must be durable before anything points at it, because no flush follows a read.
+/// Reads write here: copied data must be durable before anything points at it, because no flush
+/// follows a read.
 #[test]
 fn flushed_bytes_survive_a_cut_at_every_write_of_a_copy_on_read() {
     let q = |kind: ImageKind| kind.backed(90_000).through(json!({"driver": "copy-on-read"}));
@@ -393,8 +396,8 @@ fn write(stamp: u64, at: u64, len: usize) -> Op {
     Op::Write { at, bytes: pattern(stamp, at, len).into(), fua: false }
 }
 
-/// Rule O2: so many freed runs that they are released before a flush request still wait for a flush of the driver's
-/// own.
+/// Rule O2: so many freed runs that they are released before a flush request still wait for a flush
+/// of the driver's own.
 #[test]
 fn clusters_freed_without_a_flush_request_survive_a_cut() {
     let kind = nearly_full::in_pieces("512-in-pieces");
@@ -416,7 +419,8 @@ fn clusters_freed_without_a_flush_request_survive_a_cut() {
     }
 }
 
-/// Do most writes after the first step go to clusters that the first has freed, in a workload without a flush?
+/// Do most writes after the first step go to clusters that the first has freed, in a workload
+/// without a flush?
 fn reuses_before_a_flush(base: &Sim, kind: &ImageKind, workload: &Workload) -> bool {
     let sim = base.fork(workload.seed);
     let env = TestEnv::Sim(sim.clone());
@@ -433,7 +437,8 @@ fn reuses_before_a_flush(base: &Sim, kind: &ImageKind, workload: &Workload) -> b
     (grown as u64) < written / 2
 }
 
-/// Rule O4: a new L2 table at the end of the file is in the file before the L1 entry that points at it.
+/// Rule O4: a new L2 table at the end of the file is in the file before the L1 entry that points at
+/// it.
 #[test]
 fn a_table_of_zeros_at_the_end_of_the_file_survives_a_cut() {
     let kind = ImageKind::qcow2("512-tables-of-zeros", 512).sized(512 * 64 * 4, 512 * 64 * 4);
@@ -447,7 +452,8 @@ fn a_table_of_zeros_at_the_end_of_the_file_survives_a_cut() {
     }
 }
 
-/// Rules O1, O5: a flush covers what was written before it began, and not what a concurrent growth writes back.
+/// Rules O1, O5: a flush covers what was written before it began, and not what a concurrent growth
+/// writes back.
 #[test]
 fn growth_concurrent_with_a_flush_survives_a_cut() {
     let kind = nearly_full::l1("512-l1-beside-a-flush");
@@ -455,7 +461,8 @@ fn growth_concurrent_with_a_flush_survives_a_cut() {
     let mut growth = Growth::default();
     for seed in seeds(4) {
         let rounds = (0..3).flat_map(|round| {
-            // Freed clusters are what a flush flushes for; nothing here has data that links would wait for.
+            // Freed clusters are what a flush flushes for; nothing here has data that links would
+            // wait for.
             let discard = Op::Discard { at: kind.len - 512 * 20 * (round + 1), len: 512 * 3 };
             [vec![discard], vec![Op::Flush, Op::Grow { len: kind.len + 512 * 64 * (round + 1) }]]
         });

@@ -1,4 +1,5 @@
-//! Fails every n-th I/O: the error reaches the caller unchanged, later requests work, nothing flushed is lost.
+//! Fails every n-th I/O: the error reaches the caller unchanged, later requests work, nothing
+//! flushed is lost.
 
 use std::cell::RefCell;
 
@@ -86,7 +87,8 @@ fn run(
     let model = RefCell::new(kind.model());
     let mut outcome = FaultOutcome::default();
     let disk = env.block_on(Disk::open(&env, kind, &graph)).map_err(|e| e.to_string())?;
-    // A failed write may stop inside an entry. Writing it again repairs that, so only where the disk works again.
+    // A failed write may stop inside an entry. Writing it again repairs that, so only where the
+    // disk works again.
     let fault = if case.is_sticky { Fault::sticky(case.errno) } else { Fault::once(case.errno) };
     let is_cut = case.n % 2 == 1;
     sim.fail_nth(case.n, if case.is_sticky || is_cut { fault } else { fault.partially() });
@@ -117,7 +119,8 @@ fn run(
     Ok(outcome)
 }
 
-/// Checks the image, and compares it: after a cut, or a flush that failed, only with what was flushed before.
+/// Checks the image, and compares it: after a cut, or a flush that failed, only with what was
+/// flushed before.
 fn check_disk(
     env: &TestEnv,
     kind: &ImageKind,
@@ -191,7 +194,8 @@ fn sweep(kinds: &[ImageKind], plan: &SweepPlan<'_>) -> Growth {
     {
         println!("{runs} runs: {reported} reported an error, {silent} did not");
     }
-    // Discards are advisory and metadata is written again; most failures must reach a caller all the same.
+    // Discards are advisory and metadata is written again; most failures must reach a caller all
+    // the same.
     assert!(reported > silent, "reported {reported}, silent {silent}");
     growth
 }

@@ -1,7 +1,7 @@
 //! Sweeps of power cuts, failing I/O and abandoned requests over every point of seeded workloads.
 //!
-//! A failing sweep names the kind of image, the seed and the point; `BDS_TEST_SEED=n` runs that seed alone, and
-//! `BDS_TEST_BUDGET=full` runs many more.
+//! A failing sweep names the kind of image, the seed and the point; `BDS_TEST_SEED=n` runs that
+//! seed alone, and `BDS_TEST_BUDGET=full` runs many more.
 
 mod cancel;
 pub(crate) mod crash;
@@ -18,7 +18,8 @@ pub(crate) fn seeds(usual: u64) -> std::ops::Range<u64> {
     0..if is_full() { usual * 10 } else { usual }
 }
 
-/// The one seed from the environment. Requirements that only all seeds together meet are not checked then.
+/// The one seed from the environment. Requirements that only all seeds together meet are not
+/// checked then.
 pub(crate) fn one_seed() -> Option<u64> {
     let seed = std::env::var("BDS_TEST_SEED").ok()?;
     Some(seed.parse().expect("BDS_TEST_SEED is a number"))

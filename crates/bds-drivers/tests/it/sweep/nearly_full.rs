@@ -1,4 +1,5 @@
-//! Kinds of image whose tables are nearly full, and counters of the growth of tables, read from the image file.
+//! Kinds of image whose tables are nearly full, and counters of the growth of tables, read from the
+//! image file.
 
 use serde_json::json;
 
@@ -8,7 +9,8 @@ const CLUSTER: u64 = 512;
 /// Clusters that one L2 table of the kinds below maps.
 const REACH: u64 = 64;
 
-/// Nearly full refcount blocks: one of 64-bit counts covers 64 clusters, so that a workload adds some.
+/// Nearly full refcount blocks: one of 64-bit counts covers 64 clusters, so that a workload adds
+/// some.
 pub(crate) fn blocks() -> Vec<ImageKind> {
     vec![
         block("512-rc64-full-20", 20),
@@ -42,8 +44,8 @@ pub(crate) fn growing(name: &'static str) -> ImageKind {
     l1(name).create("refcount_bits", 64)
 }
 
-/// A refcount table without space for one more block: 64 slots of blocks that cover 64 clusters each, so 2 MiB. The L1
-/// table moves too.
+/// A refcount table without space for one more block: 64 slots of blocks that cover 64 clusters
+/// each, so 2 MiB. The L1 table moves too.
 pub(crate) fn table(name: &'static str) -> ImageKind {
     ImageKind::qcow2(name, CLUSTER)
         .create("refcount_bits", 64)
@@ -52,7 +54,8 @@ pub(crate) fn table(name: &'static str) -> ImageKind {
         .growing(CLUSTER * REACH)
 }
 
-/// A fragmented disk: its discards free so many runs of clusters that they are released before a flush request.
+/// A fragmented disk: its discards free so many runs of clusters that they are released before a
+/// flush request.
 pub(crate) fn in_pieces(name: &'static str) -> ImageKind {
     ImageKind::qcow2(name, CLUSTER)
         .sized(CLUSTER * 4224, CLUSTER * 4224)

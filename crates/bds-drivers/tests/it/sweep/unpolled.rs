@@ -1,8 +1,9 @@
-//! Futures of requests and of graph operations, kept without polling or forgotten at every await, on every engine: all
-//! other users go on, of the same node and of others, and operations that started complete.
+//! Futures of requests and of graph operations, kept without polling or forgotten at every await,
+//! on every engine: all other users go on, of the same node and of others, and operations that
+//! started complete.
 //!
-//! On the simulated disk an endless wait is a deadlock, which panics with the seed. On the host a watchdog ends the
-//! wait.
+//! On the simulated disk an endless wait is a deadlock, which panics with the seed. On the host a
+//! watchdog ends the wait.
 
 use std::cell::Cell;
 use std::pin::Pin;
@@ -260,7 +261,8 @@ enum Fate {
     Ended,
     /// It was abandoned, and everything was closed afterwards.
     Closed,
-    /// It was forgotten as a drained section, or before its first poll with what it owns: its node stays open.
+    /// It was forgotten as a drained section, or before its first poll with what it owns: its node
+    /// stays open.
     StaysOpen,
 }
 
@@ -300,7 +302,8 @@ fn run(env: &TestEnv, cluster: u64, victim: Victim, how: Abandon, k: usize) -> F
         }
     };
     if was_abandoned && how == Abandon::Forget && (is_drained || !has_ended) {
-        // A forgotten section never ends, like one whose guard is forgotten: its node stays, and its requests wait.
+        // A forgotten section never ends, like one whose guard is forgotten: its node stays, and
+        // its requests wait.
         let read = env.block_on(async { setup.other.try_read(0, &filled(0, cluster)) });
         assert!(!is_drained || read.is_none());
         std::mem::forget((setup, extra));

@@ -1,5 +1,5 @@
-//! Tests of reopen, inactivate and activate on a simulated disk: which locks are held when, and that a failure changes
-//! nothing.
+//! Tests of reopen, inactivate and activate on a simulated disk: which locks are held when, and
+//! that a failure changes nothing.
 
 use std::path::Path;
 
