@@ -203,7 +203,7 @@ fn hang_failed_requests_are_counted_out() {
         assert_eq!(past.unwrap_err().kind(), ErrorKind::OutOfRange);
         let reader = Backend::new(&node, BackendOptions::default()).unwrap();
         let denied = reader.write(0, bds_io::Buf::zeroed(16, 16).iov(), WriteFlags::empty()).await;
-        assert_eq!(denied.unwrap_err().kind(), ErrorKind::ReadOnly);
+        assert_eq!(denied.unwrap_err().kind(), ErrorKind::PermissionDenied);
         node.poison();
         assert!(reader.flush().await.is_err());
         let medium = drive.eject().await.unwrap();
