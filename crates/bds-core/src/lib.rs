@@ -11,9 +11,6 @@ pub mod copy;
 pub mod driver;
 pub mod error;
 pub mod event;
-#[cfg(feature = "doc-examples")]
-#[doc(hidden)]
-pub mod example;
 pub mod graph;
 mod holder_kind;
 pub mod options;

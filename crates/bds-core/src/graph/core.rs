@@ -118,15 +118,21 @@ impl Graph {
     /// How often edges were moved: equal answers mean the same graph in between, as far as changes go.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;
-    /// let filter = open(&graph, "driver=pass,node-name=filter,file=disk").await?;
+    /// let filter = graph.open(Options::parse("driver=raw,node-name=filter,file=disk")?).await?;
     /// let before = graph.epoch();
     /// graph.insert_filter(&disk, &filter).await?;
     /// assert_ne!(graph.epoch(), before);
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn epoch(&self) -> u64 {
         self.0.epoch.load(Ordering::SeqCst)

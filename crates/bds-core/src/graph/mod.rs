@@ -71,9 +71,12 @@ impl Graph {
     /// A reference to the node of this id: the only way from an id to a node.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk").await?;
+    /// use bds_core::graph::Stale;
+    /// use bds_core::{Error, ErrorKind, Options};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk")?).await?;
     /// let id = disk.id();
     /// assert_eq!(graph.acquire(id)?.name(), "disk");
     ///
@@ -83,7 +86,10 @@ impl Graph {
     /// graph.reap().await;
     /// assert_eq!(graph.acquire(id).unwrap_err(), Stale::Released);
     /// assert_eq!(Error::from(stale).kind(), ErrorKind::Stale);
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -98,15 +104,21 @@ impl Graph {
     /// The holders of the node that have a name; empty for a stale id.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;
     ///
     /// let holders: Vec<String> = graph.holders(disk.id()).iter().map(ToString::to_string).collect();
     /// assert!(holders[0].starts_with("owner 'open' (since "), "and a place in the program");
     /// assert!(holders[1].starts_with("backend 'guest' (since "));
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn holders(&self, id: NodeId) -> Vec<HolderInfo> {
         self.0.core.arena.holders(id.0)
@@ -115,16 +127,22 @@ impl Graph {
     /// The number of references to the node; 0 for a stale id. For diagnostics: outdated on return.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;
     /// assert_eq!(graph.count(disk.id()), 2);
     ///
     /// let id = disk.id();
     /// drop((disk, guest));
     /// assert_eq!(graph.count(id), 0);
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn count(&self, id: NodeId) -> usize {
         self.0.core.arena.count(id.0)
@@ -133,9 +151,12 @@ impl Graph {
     /// Fires once the node cannot be acquired any more; at once for a stale id.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk").await?;
+    /// use bds_core::Options;
+    /// use bds_core::graph::Release;
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk")?).await?;
     /// let id = disk.id();
     /// let mut watch = graph.watch(id);
     /// assert!(!watch.has_fired(), "and the watch does not keep the node");
@@ -143,7 +164,10 @@ impl Graph {
     /// assert_eq!(disk.release(), Release::Last);
     /// watch.fired().await;
     /// assert!(graph.acquire(id).is_err());
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn watch(&self, id: NodeId) -> Watch<Node> {
         self.0.core.arena.watch(id.0)

@@ -32,15 +32,20 @@ impl Graph {
     /// [`Graph::activate`] are shorter.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let drained = graph.drain(&disk).await; // no request enters from before to after
     /// graph.handover().within(&drained).inactivate(&disk).await?;
     /// assert!(!disk.is_active());
     /// graph.handover().within(&drained).activate_all().await?;
     /// assert!(disk.is_active());
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn handover(&self) -> Handover {
         Handover { graph: self.clone(), within: Vec::new() }
@@ -49,9 +54,12 @@ impl Graph {
     /// [`Handover::inactivate`] outside of drained sections.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::request::{Backend, BackendOptions};
+    /// use bds_core::{ErrorKind, Options};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let writer = BackendOptions { writable: true, ..BackendOptions::registered("guest") };
     /// let guest = Backend::new(&disk, writer.clone())?;
     /// let error = graph.inactivate(&disk).await.unwrap_err();
@@ -61,7 +69,10 @@ impl Graph {
     /// graph.inactivate(&disk).await?;
     /// assert!(!disk.is_writable() && disk.could_write());
     /// assert_eq!(Backend::new(&disk, writer).unwrap_err().kind(), ErrorKind::Inactive);
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -73,14 +84,28 @@ impl Graph {
     /// [`Handover::inactivate_all`] outside of drained sections.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
-    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
-    /// let top = open(&graph, layer).await?;
+    /// use bds_core::Options;
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let top = graph.open(Options::parse(layer)?).await?;
     /// graph.inactivate_all().await?;
     /// assert!(graph.nodes().iter().all(|node| !node.is_active()));
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -92,17 +117,31 @@ impl Graph {
     /// [`Handover::activate`] outside of drained sections.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
-    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
-    /// let top = open(&graph, layer).await?;
+    /// use bds_core::Options;
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let top = graph.open(Options::parse(layer)?).await?;
     /// graph.inactivate_all().await?;
     /// graph.activate(&base).await?;
     /// assert!(base.is_active() && !top.is_active(), "only what lies below it");
     /// graph.activate(&top).await?;
     /// assert!(top.is_active());
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -114,15 +153,29 @@ impl Graph {
     /// [`Handover::activate_all`] outside of drained sections.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
-    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
-    /// let top = open(&graph, layer).await?;
+    /// use bds_core::Options;
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let top = graph.open(Options::parse(layer)?).await?;
     /// graph.inactivate_all().await?;
     /// graph.activate_all().await?;
     /// assert!(graph.nodes().iter().all(|node| node.is_active()));
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -137,15 +190,29 @@ impl Handover {
     /// for.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
-    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
-    /// let top = open(&graph, layer).await?;
+    /// use bds_core::Options;
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let top = graph.open(Options::parse(layer)?).await?;
     /// let drained = graph.drain_subtree(&top).await;
     /// graph.handover().within(&drained).inactivate_all().await?;
     /// assert!(!base.is_active());
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     #[must_use]
     pub fn within(mut self, drained: &Drained) -> Self {
@@ -157,16 +224,30 @@ impl Handover {
     /// written until [`Handover::activate`]. No user may have permission to write. Runs to its end once begun.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
-    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
-    /// let top = open(&graph, layer).await?;
+    /// use bds_core::Options;
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let top = graph.open(Options::parse(layer)?).await?;
     /// let error = graph.handover().inactivate(&base).await.unwrap_err();
     /// assert_eq!(error.message(), "node 'top' above it is active: inactivate that first");
     /// graph.handover().inactivate(&top).await?;
     /// assert!(!base.is_active(), "it went along: no active node uses it");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors

@@ -258,9 +258,13 @@ impl NodeRef {
     /// were dropped, and for drained sections of the nodes below to end.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M,fail-flush=on").await?;
+    /// use bds_core::Options;
+    /// use bds_core::graph::{CloseError, Holder, HolderKind};
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=blkdebug,node-name=disk,image.driver=mem,image.size=1M,inject-error.0.iotype=flush")?).await?;
     /// let writer = BackendOptions { writable: true, ..Default::default() };
     /// Backend::new(&disk, writer)?.write_at(0, b"x")?;
     /// let second = disk.clone().held_as(Holder::new(HolderKind::User, "my list"));
@@ -269,8 +273,11 @@ impl NodeRef {
     /// assert_eq!(holders[0].to_string().split(" (").next(), Some("user 'my list'"));
     /// drop(second);
     /// let report = disk.close().await?;
-    /// assert_eq!(report.into_result().unwrap_err().message(), "told to fail flushing");
-    /// # Ok(()) });
+    /// assert_eq!(report.into_result().unwrap_err().message(), "injected error");
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors

@@ -25,16 +25,22 @@ impl CloseReport {
     /// True if nothing failed, here or below.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let layer = "driver=layer,file.driver=memory,file.size=1M,file.fail-flush=on";
-    /// let disk = open(&graph, layer).await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let layer = "driver=raw,file.driver=blkdebug,file.image.driver=mem,file.image.size=1M,file.inject-error.0.iotype=flush";
+    /// let disk = graph.open(Options::parse(layer)?).await?;
     /// # let writer = BackendOptions { writable: true, ..Default::default() };
     /// # Backend::new(&disk, writer)?.write_at(0, b"x")?;
     /// let report = disk.close().await?;
     /// assert!(!report.is_clean(), "its file ended with it, and could not be flushed");
-    /// assert_eq!((report.errors().count(), report.below.len()), (1, 1));
-    /// # Ok(()) });
+    /// assert_eq!((report.errors().count(), report.below.len()), (1, 2));
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn is_clean(&self) -> bool {
         self.errors().next().is_none()

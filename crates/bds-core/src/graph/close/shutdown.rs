@@ -44,14 +44,19 @@ impl ShutdownReport {
     /// `Err` if nodes are left over.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let forgotten = open(&graph, "driver=memory,node-name=disk").await?;
+    /// use bds_core::Options;
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let forgotten = graph.open(Options::parse("driver=mem,node-name=disk")?).await?;
     /// let error = graph.shutdown().await.check_leaks().unwrap_err();
     /// assert!(error.to_string().starts_with(
     ///     "still referenced: node 'disk' (1 references) by owner 'open' (since "
     /// ));
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -77,9 +82,13 @@ impl Graph {
     /// is skipped.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// # let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::driver::BoxFuture;
+    /// use bds_core::graph::{NodeRef, ShutdownStage, Stoppable};
+    /// use bds_core::{Options, Result};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// # let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// # use std::sync::{Arc, Mutex};
     /// struct Export(Mutex<Option<NodeRef>>);
     /// impl Stoppable for Export {
@@ -93,7 +102,10 @@ impl Graph {
     /// let export: Arc<dyn Stoppable> = Arc::new(Export(Mutex::new(Some(disk))));
     /// graph.on_shutdown(ShutdownStage::Exports, &export);
     /// graph.shutdown().await.check_leaks()?;
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn on_shutdown(&self, stage: ShutdownStage, user: &Arc<dyn Stoppable>) {
         let mut names = self.lock_names();
@@ -107,17 +119,23 @@ impl Graph {
     /// requests under way, not for queued ones.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// graph.add(Options::parse("driver=memory,node-name=disk,size=1M")?).await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// graph.add(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&graph.find("disk")?, BackendOptions::registered("guest"))?;
     /// let report = graph.shutdown().await;
     /// assert_eq!((report.closed.len(), report.leaked.len()), (1, 0));
     ///
     /// assert!(guest.node().is_none(), "the handle is valid, its medium is gone");
-    /// assert!(open(&graph, "driver=memory").await.is_err(), "the graph has been shut down");
+    /// assert!(graph.open(Options::parse("driver=mem")?).await.is_err(), "the graph has been shut down");
     /// assert!(graph.shutdown().await.closed.is_empty());
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn shutdown(&self) -> ShutdownReport {
         let graph = self.clone();

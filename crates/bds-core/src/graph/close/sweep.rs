@@ -143,15 +143,29 @@ impl Graph {
     /// keeps their node open.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.node-name=file";
-    /// let top = open(&graph, layer).await?;
+    /// use bds_core::Options;
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,file.node-name=file";
+    /// let top = graph.open(Options::parse(layer)?).await?;
     /// drop(top); // neither waits nor does I/O
     /// let names: Vec<String> = graph.reap().await.into_iter().map(|report| report.name).collect();
     /// assert_eq!(names, ["top", "file"]);
     /// assert!(graph.reap().await.is_empty(), "each is reported once");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn reap(&self) -> Vec<CloseReport> {
         let core = self.0.core.clone();
@@ -169,19 +183,25 @@ impl Graph {
     /// the caller's future was dropped. Each is returned once.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M,fail-flush=on").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=blkdebug,node-name=disk,image.driver=mem,image.size=1M,inject-error.0.iotype=flush")?).await?;
     /// let writer = BackendOptions { writable: true, ..Default::default() };
     /// Backend::new(&disk, writer)?.write_at(0, b"x")?;
     /// drop(disk); // something was written to it, and it will fail to flush
-    /// let other = open(&graph, "driver=memory").await?; // closes what is dead, in passing
+    /// let other = graph.open(Options::parse("driver=mem")?).await?; // closes what is dead, in passing
     ///
     /// let reports = graph.reports();
     /// let error = reports[0].flush_error.as_ref().expect("fail-flush=on");
-    /// assert_eq!(error.to_string(), "node 'disk': told to fail flushing");
+    /// assert_eq!(error.message(), "injected error");
     /// assert!(graph.reports().is_empty());
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn reports(&self) -> Vec<CloseReport> {
         self.0.core.take_kept_reports()

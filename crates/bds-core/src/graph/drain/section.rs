@@ -24,11 +24,23 @@ impl Graph {
     /// kept without being polled becomes a section all the same: requests for the node wait, everything else goes on.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
-    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
-    /// let top = open(&graph, layer).await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let top = graph.open(Options::parse(layer)?).await?;
     /// let guest = Backend::new(&top, BackendOptions::registered("guest"))?;
     /// let drained = graph.drain(&base).await;
     /// assert_eq!(top.in_flight(), 0, "what lies above is drained too");
@@ -38,7 +50,10 @@ impl Graph {
     /// assert_eq!(guest.in_flight(), 0, "it waits at the gate: queued is not in flight");
     /// drop(drained);
     /// read.await?; // and was not failed
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn drain(&self, node: &NodeRef) -> Drained {
         self.drain_nodes(vec![Strong::clone(node.strong())]).await
@@ -57,11 +72,23 @@ impl Graph {
     /// As [`Graph::drain`], for the node and everything below it.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
-    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
-    /// let top = open(&graph, layer).await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let top = graph.open(Options::parse(layer)?).await?;
     /// let beside = Backend::new(&base, BackendOptions::registered("beside"))?;
     /// let drained = graph.drain_subtree(&top).await;
     /// assert_eq!((top.quiesce_count() > 0, base.quiesce_count() > 0), (true, true));
@@ -69,7 +96,10 @@ impl Graph {
     /// assert!(beside.try_read(0, &iov).is_none(), "'drain(&top)' would admit it");
     /// drop(drained);
     /// assert!(beside.try_read(0, &iov).is_some());
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn drain_subtree(&self, node: &NodeRef) -> Drained {
         let mut nodes = Vec::new();
@@ -81,14 +111,19 @@ impl Graph {
     /// section are closed after it.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
+    /// use bds_core::Options;
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
     /// let drained = graph.drain_all().await;
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// assert_eq!(disk.quiesce_count(), 1, "drained from the start");
     /// drop(drained);
     /// assert_eq!(disk.quiesce_count(), 0);
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn drain_all(&self) -> Drained {
         let graph = self.clone();
@@ -98,9 +133,12 @@ impl Graph {
     /// As [`Graph::drain`], but stops waiting after `timeout`; the gates are open again then.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M,stuck=on").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=null-co,node-name=disk,size=1M,latency-ns=1000000000000")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;
     /// let iov = bds_io::Buf::zeroed(512, 512).iov();
     /// let read = bds_io::spawn(async move { guest.read(0, iov).await });
@@ -108,7 +146,10 @@ impl Graph {
     /// let error = graph.drain_within(&disk, std::time::Duration::from_millis(5)).await.unwrap_err();
     /// assert!(error.to_string().contains("1 requests are still inside after 5 ms"), "{error}");
     /// assert_eq!(disk.quiesce_count(), 0, "the gates are open again");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -156,9 +197,12 @@ impl NodeRef {
     /// theirs.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M,stuck=on").await?;
+    /// use bds_core::request::{Backend, BackendOptions};
+    /// use bds_core::{ErrorKind, Options};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=null-co,node-name=disk,size=1M,latency-ns=1000000000000")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;
     /// let iov = bds_io::Buf::zeroed(512, 512).iov();
     /// let read = bds_io::spawn(async move { guest.read(0, iov).await });
@@ -168,7 +212,10 @@ impl NodeRef {
     /// let late = Backend::new(&disk, BackendOptions::registered("late"))?;
     /// let error = late.read_at(0, &mut [0; 512]).unwrap_err();
     /// assert_eq!(error.kind(), ErrorKind::Io);
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn poison(&self) {
         self.node().set_poisoned();
@@ -177,16 +224,30 @@ impl NodeRef {
     /// The number of reasons for the node to be drained. For diagnostics: outdated on return.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
-    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
-    /// let top = open(&graph, layer).await?;
+    /// use bds_core::Options;
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let top = graph.open(Options::parse(layer)?).await?;
     /// let (first, second) = (graph.drain(&base).await, graph.drain(&base).await);
     /// assert_eq!((base.quiesce_count(), top.quiesce_count()), (2, 1), "once per edge");
     /// drop((first, second));
     /// assert_eq!((base.quiesce_count(), top.quiesce_count()), (0, 0));
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn quiesce_count(&self) -> u32 {
         self.node().quiesce_count()

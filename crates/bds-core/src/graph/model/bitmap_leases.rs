@@ -47,14 +47,19 @@ impl NodeRef {
     /// Adds a bitmap of this name. It belongs to the node.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let id = disk.add_bitmap("daily")?;
     /// assert_eq!(disk.find_bitmap("daily"), Some(id));
     /// let error = disk.add_bitmap("daily").unwrap_err();
     /// assert_eq!(error.to_string(), "node 'disk': there is a bitmap 'daily' already");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -73,9 +78,11 @@ impl NodeRef {
     /// Adds a bitmap without a name. It belongs to `owner` and is removed when the returned guard is dropped.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let bitmap = disk.add_anonymous_bitmap("job 'mirror0'");
     /// let error = graph.remove_bitmap(bitmap.id()).unwrap_err();
     /// assert!(error.to_string().contains("belongs to its owner alone"), "{error}");
@@ -83,7 +90,10 @@ impl NodeRef {
     /// let report = disk.close().await?; // before the owner has given it back
     /// let error = report.into_result().unwrap_err().to_string();
     /// assert!(error.contains("an anonymous bitmap of job 'mirror0' was not removed by its owner"), "{error}");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn add_anonymous_bitmap(&self, owner: &str) -> AnonymousBitmap {
         let id = self.insert(None, Some(owner.into())).expect("no name is taken by nameless ones");
@@ -104,15 +114,20 @@ impl NodeRef {
     /// All bitmaps, oldest first.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// disk.add_bitmap("daily")?;
     /// let lease = graph.lease_bitmap(disk.add_bitmap("weekly")?, "job 'backup0'")?;
     /// let all = disk.bitmaps();
     /// assert_eq!(all[0].name.as_deref(), Some("daily"));
     /// assert_eq!(all[1].leased_by.as_deref(), Some("job 'backup0'"));
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn bitmaps(&self) -> Vec<BitmapInfo> {
         let Some(list) = self.node().bitmaps.get() else { return Vec::new() };
@@ -132,9 +147,11 @@ impl Graph {
     /// Leases a bitmap to `holder`, exclusively, until the returned guard is dropped.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::{ErrorKind, Options};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let id = disk.add_bitmap("daily")?;
     /// let lease = graph.lease_bitmap(id, "job 'backup0'")?;
     /// let error = graph.lease_bitmap(id, "export 'nbd0'").unwrap_err();
@@ -143,7 +160,10 @@ impl Graph {
     /// drop(disk.close().await?);
     /// assert!(!lease.is_valid(), "the lease keeps no node open");
     /// assert_eq!(graph.lease_bitmap(id, "export 'nbd0'").unwrap_err().kind(), ErrorKind::Stale);
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -165,16 +185,21 @@ impl Graph {
     /// Removes a named bitmap.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::{ErrorKind, Options};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let id = disk.add_bitmap("daily")?;
     /// let lease = graph.lease_bitmap(id, "job 'backup0'")?;
     /// assert_eq!(graph.remove_bitmap(id).unwrap_err().kind(), ErrorKind::InUse);
     /// drop(lease);
     /// graph.remove_bitmap(id)?;
     /// assert_eq!(graph.remove_bitmap(id).unwrap_err().kind(), ErrorKind::NotFound);
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors

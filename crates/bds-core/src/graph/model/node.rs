@@ -34,13 +34,19 @@ impl NodeId {
     /// The id as an opaque number, never 0.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::graph::NodeId;
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let number = disk.id().to_u64(); // for a C program, or a log
     /// assert_eq!(graph.acquire(NodeId::from_u64(number))?.name(), "disk");
     /// assert!(graph.acquire(NodeId::from_u64(12345)).is_err());
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn to_u64(self) -> u64 {
         self.0.to_u64()
@@ -231,15 +237,29 @@ impl Node {
     /// The node whose options it inherited, while that is still above it.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
-    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
-    /// let top = open(&graph, layer).await?;
-    /// let file = graph.find("#block000")?;
+    /// use bds_core::Options;
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let top = graph.open(Options::parse(layer)?).await?;
+    /// let file = graph.find("#block001")?;
     /// assert_eq!(file.inherits_from(), Some(top.id()));
     /// assert_eq!(base.inherits_from(), None, "it was opened for itself");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn inherits_from(&self) -> Option<NodeId> {
         let bits = self.inherits_from.load(Ordering::Relaxed);
@@ -385,14 +405,20 @@ impl Node {
     /// Checks that no [`crate::graph::Blocker`] blocks this operation.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::graph::BlockOps;
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let blocker = disk.block(BlockOps::RESIZE, "a backup runs");
     /// disk.check_allowed(BlockOps::EJECT)?;
     /// let error = disk.check_allowed(BlockOps::RESIZE).unwrap_err();
     /// assert_eq!(error.to_string(), "node 'disk': resize is not possible now: a backup runs");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -410,14 +436,20 @@ impl Node {
     /// The reasons why any of these operations is blocked.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::graph::BlockOps;
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let one = disk.block(BlockOps::RESIZE, "a backup runs");
     /// let two = disk.block(BlockOps::RESIZE | BlockOps::DELETE, "it is exported");
     /// let reasons = disk.blocked(BlockOps::all());
     /// assert_eq!((reasons.len(), &*reasons[1]), (2, "it is exported"));
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn blocked(&self, operations: BlockOps) -> Vec<Arc<str>> {
         self.blockers.reasons(operations)

@@ -15,15 +15,20 @@ use crate::graph::Graph;
 /// Keeps a node open. Clone takes another reference, drop gives it up; neither does I/O nor blocks.
 ///
 /// ```
-/// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-/// # run(async |graph| {
-/// let disk = open(&graph, "driver=memory,node-name=disk").await?;
+/// use bds_core::Options;
+///
+/// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+/// # bds_io::block_on(async {
+/// let disk = graph.open(Options::parse("driver=mem,node-name=disk")?).await?;
 /// let second = disk.clone();
 /// drop(disk);
 /// assert_eq!(graph.find("disk")?.id(), second.id(), "still open");
 /// drop(second);
 /// assert!(graph.find("disk").is_err(), "ended by its last reference");
-/// # Ok(()) });
+/// # Ok::<(), bds_core::Error>(())
+/// # })?;
+/// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+/// # Ok::<(), bds_core::Error>(())
 /// ```
 pub struct NodeRef {
     held: Held<Node>,
@@ -55,15 +60,21 @@ impl NodeRef {
     /// Gives the reference another holder name, for "in use" messages and leak reports.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk").await?;
+    /// use bds_core::Options;
+    /// use bds_core::graph::{Holder, HolderKind};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk")?).await?;
     /// let disk = disk.held_as(Holder::new(HolderKind::User, "snapshot tool"));
     /// assert_eq!(disk.count(), 1, "the same reference");
     ///
     /// let error = graph.change().remove(disk.clone()).commit().await.unwrap_err();
     /// assert!(error.to_string().contains("in use by user 'snapshot tool'"), "{error}");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     #[must_use]
     #[track_caller]
@@ -97,14 +108,19 @@ impl NodeRef {
     /// How many references the node has, this one included. For diagnostics: outdated on return.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk").await?;
+    /// use bds_core::Options;
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk")?).await?;
     /// let second = disk.clone();
     /// assert_eq!(disk.count(), 2);
     /// drop(second);
     /// assert_eq!(disk.count(), 1);
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn count(&self) -> usize {
         self.held.count()
@@ -118,9 +134,12 @@ impl NodeRef {
     /// Drops the reference. [`Release::Last`]: it was the last one; the node is unpublished and waits to be closed.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk").await?;
+    /// use bds_core::Options;
+    /// use bds_core::graph::Release;
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk")?).await?;
     /// let (id, second) = (disk.id(), disk.clone());
     /// assert_eq!(second.release(), Release::NotLast);
     /// assert!(graph.acquire(id).is_ok());
@@ -128,7 +147,10 @@ impl NodeRef {
     /// assert_eq!(disk.release(), Release::Last);
     /// assert!(graph.acquire(id).is_err(), "at once, though it is closed later");
     /// assert!(graph.find("disk").is_err());
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn release(self) -> Release {
         self.held.release()
@@ -138,15 +160,21 @@ impl NodeRef {
     /// operation.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// graph.add(Options::parse("driver=memory,node-name=disk")?).await?;
+    /// use bds_core::Options;
+    /// use bds_core::graph::BlockOps;
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// graph.add(Options::parse("driver=mem,node-name=disk")?).await?;
     /// let blocker = graph.find("disk")?.block(BlockOps::DELETE, "a backup runs");
     /// let error = graph.del("disk").await.unwrap_err();
     /// assert_eq!(error.to_string(), "node 'disk': delete is not possible now: a backup runs");
     /// drop(blocker); // allowed again, and it kept no reference
     /// graph.del("disk").await?;
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn block(&self, operations: BlockOps, reason: &str) -> Blocker {
         self.node().blockers.block(operations, reason)
@@ -155,16 +183,21 @@ impl NodeRef {
     /// Takes the slot for the one job on this node.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let slot = disk.claim_job("backup0")?;
     /// assert_eq!(disk.job().as_deref(), Some("backup0"));
     /// let error = disk.claim_job("mirror0").unwrap_err();
     /// assert_eq!(error.message(), "job 'backup0' works on it: wait for it, or cancel it");
     /// drop(slot);
     /// disk.claim_job("mirror0")?;
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -181,14 +214,19 @@ impl NodeRef {
     /// zero writes and writes of parents inside the graph count, a change of length does not.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// disk.set_write_threshold(Some(512 << 10));
     /// assert_eq!(disk.write_threshold(), Some(512 << 10));
     /// disk.set_write_threshold(None);
     /// assert_eq!(disk.write_threshold(), None);
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn set_write_threshold(&self, bytes: Option<u64>) {
         self.node().threshold.set(bytes, self.graph().event_hub());
@@ -197,9 +235,13 @@ impl NodeRef {
     /// The write threshold, if one is set and was not passed yet: QEMU's `write_threshold`.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::driver::WriteFlags;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
     /// let mut events = graph.events();
     /// disk.set_write_threshold(Some(4096));
@@ -208,7 +250,10 @@ impl NodeRef {
     /// let event = events.try_next().expect("it went 416 bytes past it");
     /// assert_eq!(event.to_json()["data"]["amount-exceeded"], 416);
     /// assert_eq!(disk.write_threshold(), None, "one event");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn write_threshold(&self) -> Option<u64> {
         self.node().threshold.get()

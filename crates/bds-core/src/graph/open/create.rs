@@ -71,8 +71,11 @@ impl Graph {
     /// the working directory, as when it is opened; the backing image is opened through the gate.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
+    /// use bds_core::Options;
+    /// use bds_core::graph::NewImage;
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
     /// let image = NewImage {
     ///     format: "layer".into(),
     ///     path: "disk.img".into(),
@@ -81,8 +84,11 @@ impl Graph {
     /// };
     /// // With a driver that can, the file would be there now.
     /// let error = graph.create_image(image).await.unwrap_err();
-    /// assert_eq!(error.to_string(), "disk.img: layer images cannot be created");
-    /// # Ok(()) });
+    /// assert_eq!(error.to_string(), "'layer' is not an image format (there are: qcow2, raw)");
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors

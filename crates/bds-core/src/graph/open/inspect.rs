@@ -49,18 +49,21 @@ impl Graph {
     /// Guesses protocol and format of a file.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
     /// # let path = std::env::temp_dir().join(format!("bds-guess-{}", std::process::id()));
     /// std::fs::write(&path, "hello").expect("there is room");
     /// let guess = graph.guess_file(&path).await?;
     /// assert_eq!(guess.protocol, "file");
-    /// assert!(guess.formats.is_empty(), "no driver here knows the bytes again");
+    /// assert_eq!(guess.formats[0].driver, "raw", "no other driver knows these bytes");
     /// assert_eq!(guess.best()?, "raw");
     /// std::fs::write(&path, "vhdxfile").expect("there is room");
     /// assert!(graph.guess_file(&path).await?.best().is_err(), "a container is no raw disk");
     /// # std::fs::remove_file(&path).expect("it is ours");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn guess_file(&self, path: &Path) -> Result<FileGuess> {
         let file = Inspected::new(&self.config().fs, path.to_owned())?;

@@ -55,16 +55,21 @@ impl Graph {
     /// A reference to the node of this name.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk").await?;
+    /// use bds_core::Options;
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk")?).await?;
     /// assert_eq!(graph.find("disk")?.id(), disk.id());
     ///
     /// drop(disk);
     /// let error = graph.find("disk").unwrap_err();
     /// assert_eq!(error.to_string(), "there is no node 'disk'");
-    /// let again = open(&graph, "driver=memory,node-name=disk").await?; // the name was free at once
-    /// # Ok(()) });
+    /// let again = graph.open(Options::parse("driver=mem,node-name=disk")?).await?; // the name was free at once
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors

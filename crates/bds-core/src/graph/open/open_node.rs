@@ -40,18 +40,32 @@ impl Graph {
     /// only one.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let options = Options::parse("driver=layer,node-name=top,file.driver=memory,file.size=1M")?;
+    /// use bds_core::Options;
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let options = Options::parse("driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2")?;
     /// let top = graph.open(options.clone()).await?;
     /// assert_eq!(top.len(), 1 << 20);
     ///
     /// let error = graph.open(options).await.unwrap_err();
     /// assert_eq!(error.to_string(), "the name 'top' is taken by another node or backend");
-    /// let error = graph.open(Options::parse("driver=memory,colour=red")?).await.unwrap_err();
+    /// let error = graph.open(Options::parse("driver=mem,colour=red")?).await.unwrap_err();
     /// assert!(error.to_string().contains("does not know the option 'colour'"), "{error}");
     /// assert_eq!(graph.nodes().len(), 2, "'top' and its file: what failed left nothing");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -65,13 +79,19 @@ impl Graph {
     /// (`info_only`, `for_check`). `flags.role` is ignored.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
+    /// use bds_core::Options;
+    /// use bds_core::driver::OpenFlags;
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
     /// let flags = OpenFlags { read_only: true, ..OpenFlags::default() };
-    /// let one = graph.open_with(Options::parse("driver=memory")?, flags).await?;
-    /// let other = graph.open_with(Options::parse("driver=memory,read-only=off")?, flags).await?;
+    /// let one = graph.open_with(Options::parse("driver=mem")?, flags).await?;
+    /// let other = graph.open_with(Options::parse("driver=mem,read-only=off")?, flags).await?;
     /// assert_eq!((one.is_writable(), other.is_writable()), (false, true), "options go first");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     #[track_caller]
     pub fn open_with(

@@ -19,14 +19,28 @@ impl Graph {
     /// All nodes that are open now, sorted by name.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
-    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
-    /// let top = open(&graph, layer).await?;
+    /// use bds_core::Options;
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let top = graph.open(Options::parse(layer)?).await?;
     /// let names: Vec<String> = graph.nodes().iter().map(|node| node.name().to_owned()).collect();
-    /// assert_eq!(names, ["#block000", "base", "top"], "the file of 'top' has a generated name");
-    /// # Ok(()) });
+    /// assert_eq!(names, ["#block001", "base", "top"], "the file of 'top' has a generated name");
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn nodes(&self) -> Vec<NodeRef> {
         let ids = self.0.core.arena.snapshot();
@@ -52,17 +66,23 @@ impl Graph {
     /// Letters: `r` consistent read, `w` write, `u` write unchanged, `s` resize.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;
     /// assert_eq!(
     ///     graph.dump(),
-    ///     "disk memory len=1048576 rw refs=2\n  \
+    ///     "disk mem len=1048576 rw refs=2\n  \
     ///        held by owner 'open'\n  \
     ///        used by backend 'guest' does=r--- lets=rwus\n"
     /// );
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn dump(&self) -> String {
         let mut out = String::new();
@@ -76,15 +96,29 @@ impl Graph {
     /// holders as ellipses.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
-    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
-    /// let top = open(&graph, layer).await?;
+    /// use bds_core::Options;
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let top = graph.open(Options::parse(layer)?).await?;
     /// let dot = graph.dot(); // for `dot -Tsvg`
     /// assert!(dot.starts_with("digraph bds {"));
     /// assert!(dot.contains(r#""top" -> "base" [label="backing\n"#), "{dot}");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn dot(&self) -> String {
         let mut out = String::from("digraph bds {\n  node [shape=box, fontname=monospace];\n");
@@ -122,13 +156,18 @@ impl Graph {
     /// The answer of QEMU's `query-named-block-nodes`, reduced to what is known here.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M,read-only=on").await?;
+    /// use bds_core::Options;
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M,read-only=on")?).await?;
     /// let all = graph.query();
     /// assert_eq!(all[0]["virtual-size"], 1 << 20);
     /// assert_eq!((&all[0]["node-name"], &all[0]["ro"]), (&"disk".into(), &true.into()));
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn query(&self) -> Value {
         self.nodes().iter().map(describe).collect()

@@ -26,14 +26,20 @@ fn as_ref(beside: &NodeRef, strong: Strong<Node>) -> NodeRef {
 /// The first node from here down that is not a filter.
 ///
 /// ```
-/// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-/// # run(async |graph| {
-/// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
-/// let filter = open(&graph, "driver=pass,node-name=filter,file=disk").await?;
-/// let two = open(&graph, "driver=pass,node-name=two,file=filter").await?;
+/// use bds_core::Options;
+/// use bds_core::graph::walk;
+///
+/// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+/// # bds_io::block_on(async {
+/// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
+/// let filter = graph.open(Options::parse("driver=raw,node-name=filter,file=disk")?).await?;
+/// let two = graph.open(Options::parse("driver=raw,node-name=two,file=filter")?).await?;
 /// assert_eq!(walk::skip_filters(&two).name(), "disk");
 /// assert_eq!(walk::skip_filters(&disk).name(), "disk");
-/// # Ok(()) });
+/// # Ok::<(), bds_core::Error>(())
+/// # })?;
+/// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+/// # Ok::<(), bds_core::Error>(())
 /// ```
 pub fn skip_filters(node: &NodeRef) -> NodeRef {
     let mut at = Strong::clone(node.strong());
@@ -46,14 +52,21 @@ pub fn skip_filters(node: &NodeRef) -> NodeRef {
 /// The first node from here down that a job did not insert for itself: a device's images are listed from there.
 ///
 /// ```
-/// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-/// # run(async |graph| {
-/// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
-/// let filter = open(&graph, "driver=pass,node-name=filter,file=disk").await?;
+/// use bds_core::Options;
+/// use bds_core::driver::OpenFlags;
+/// use bds_core::graph::walk;
+///
+/// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+/// # bds_io::block_on(async {
+/// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
+/// let filter = graph.open(Options::parse("driver=raw,node-name=filter,file=disk")?).await?;
 /// let flags = OpenFlags { is_implicit: true, ..OpenFlags::default() };
-/// let jobs = graph.open_with(Options::parse("driver=pass,file=filter")?, flags).await?;
+/// let jobs = graph.open_with(Options::parse("driver=raw,file=filter")?, flags).await?;
 /// assert_eq!(walk::skip_implicit(&jobs).name(), "filter", "which is a filter, but a user's");
-/// # Ok(()) });
+/// # Ok::<(), bds_core::Error>(())
+/// # })?;
+/// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+/// # Ok::<(), bds_core::Error>(())
 /// ```
 pub fn skip_implicit(node: &NodeRef) -> NodeRef {
     let mut at = Strong::clone(node.strong());
@@ -75,14 +88,29 @@ fn below(node: &Node) -> Option<Strong<Node>> {
 /// The node directly below in the chain: the backing node, or the filtered one.
 ///
 /// ```
-/// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-/// # run(async |graph| {
-/// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
-/// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
-/// let top = open(&graph, layer).await?;
+/// use bds_core::Options;
+/// use bds_core::graph::walk;
+///
+/// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+/// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+/// # config.fs = sim.fs();
+/// # let graph = bds_core::graph::Graph::new(config);
+/// # sim.block_on(async {
+/// # for path in ["top.qcow2"] {
+/// #     let options = bds_core::Options::parse("size=1M")?;
+/// #     let (format, path) = ("qcow2".into(), path.into());
+/// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+/// #     graph.create_image(image).await?;
+/// # }
+/// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+/// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+/// let top = graph.open(Options::parse(layer)?).await?;
 /// assert_eq!(walk::next_below(&top).map(|node| node.id()), Some(base.id()));
 /// assert!(walk::next_below(&base).is_none());
-/// # Ok(()) });
+/// # Ok::<(), bds_core::Error>(())
+/// # })?;
+/// # sim.block_on(graph.shutdown()).check_leaks()?;
+/// # Ok::<(), bds_core::Error>(())
 /// ```
 pub fn next_below(node: &NodeRef) -> Option<NodeRef> {
     below(node).map(|strong| as_ref(node, strong))
@@ -91,16 +119,31 @@ pub fn next_below(node: &NodeRef) -> Option<NodeRef> {
 /// The images of a chain from here down, filters left out.
 ///
 /// ```
-/// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-/// # run(async |graph| {
-/// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
-/// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
-/// let top = open(&graph, layer).await?;
-/// let filter = open(&graph, "driver=pass,node-name=filter,file=top").await?;
+/// use bds_core::Options;
+/// use bds_core::graph::walk;
+///
+/// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+/// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+/// # config.fs = sim.fs();
+/// # let graph = bds_core::graph::Graph::new(config);
+/// # sim.block_on(async {
+/// # for path in ["top.qcow2"] {
+/// #     let options = bds_core::Options::parse("size=1M")?;
+/// #     let (format, path) = ("qcow2".into(), path.into());
+/// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+/// #     graph.create_image(image).await?;
+/// # }
+/// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+/// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+/// let top = graph.open(Options::parse(layer)?).await?;
+/// let filter = graph.open(Options::parse("driver=raw,node-name=filter,file=top")?).await?;
 /// let names: Vec<String> =
 ///     walk::backing_chain(&filter).iter().map(|node| node.name().to_owned()).collect();
 /// assert_eq!(names, ["top", "base"]);
-/// # Ok(()) });
+/// # Ok::<(), bds_core::Error>(())
+/// # })?;
+/// # sim.block_on(graph.shutdown()).check_leaks()?;
+/// # Ok::<(), bds_core::Error>(())
 /// ```
 pub fn backing_chain(node: &NodeRef) -> Vec<NodeRef> {
     let mut chain = Vec::new();
@@ -117,17 +160,32 @@ pub fn backing_chain(node: &NodeRef) -> Vec<NodeRef> {
 /// The first image that lies in both chains.
 ///
 /// ```
-/// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-/// # run(async |graph| {
-/// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
-/// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
-/// let top = open(&graph, layer).await?;
-/// let other = open(&graph, "driver=layer,file.driver=memory,file.size=1M,backing=base").await?;
+/// use bds_core::Options;
+/// use bds_core::graph::walk;
+///
+/// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+/// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+/// # config.fs = sim.fs();
+/// # let graph = bds_core::graph::Graph::new(config);
+/// # sim.block_on(async {
+/// # for path in ["top.qcow2", "image1.qcow2"] {
+/// #     let options = bds_core::Options::parse("size=1M")?;
+/// #     let (format, path) = ("qcow2".into(), path.into());
+/// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+/// #     graph.create_image(image).await?;
+/// # }
+/// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+/// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+/// let top = graph.open(Options::parse(layer)?).await?;
+/// let other = graph.open(Options::parse("driver=qcow2,file.driver=file,file.filename=image1.qcow2,backing=base")?).await?;
 /// let common = walk::common_backing(&top, &other);
 /// assert_eq!(common.map(|node| node.id()), Some(base.id()));
-/// let alone = open(&graph, "driver=memory").await?;
+/// let alone = graph.open(Options::parse("driver=mem")?).await?;
 /// assert!(walk::common_backing(&top, &alone).is_none());
-/// # Ok(()) });
+/// # Ok::<(), bds_core::Error>(())
+/// # })?;
+/// # sim.block_on(graph.shutdown()).check_leaks()?;
+/// # Ok::<(), bds_core::Error>(())
 /// ```
 pub fn common_backing(a: &NodeRef, b: &NodeRef) -> Option<NodeRef> {
     let in_b: HashSet<NodeId> = backing_chain(b).iter().map(|node| node.id()).collect();
@@ -137,15 +195,31 @@ pub fn common_backing(a: &NodeRef, b: &NodeRef) -> Option<NodeRef> {
 /// The node's child of this name ("file", "backing"), and its role.
 ///
 /// ```
-/// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-/// # run(async |graph| {
-/// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
-/// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
-/// let top = open(&graph, layer).await?;
+/// use bds_core::Options;
+/// use bds_core::driver::Role;
+/// use bds_core::graph::walk;
+///
+/// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+/// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+/// # config.fs = sim.fs();
+/// # let graph = bds_core::graph::Graph::new(config);
+/// # sim.block_on(async {
+/// # for path in ["top.qcow2"] {
+/// #     let options = bds_core::Options::parse("size=1M")?;
+/// #     let (format, path) = ("qcow2".into(), path.into());
+/// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+/// #     graph.create_image(image).await?;
+/// # }
+/// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+/// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+/// let top = graph.open(Options::parse(layer)?).await?;
 /// let (child, role) = walk::child(&top, "backing").expect("it was opened with one");
 /// assert_eq!((child.id(), role), (base.id(), Role::COW));
 /// assert!(walk::child(&top, "data-file").is_none());
-/// # Ok(()) });
+/// # Ok::<(), bds_core::Error>(())
+/// # })?;
+/// # sim.block_on(graph.shutdown()).check_leaks()?;
+/// # Ok::<(), bds_core::Error>(())
 /// ```
 pub fn child(node: &NodeRef, name: &str) -> Option<(NodeRef, Role)> {
     let edge = node.node().child(name)?;
@@ -155,14 +229,29 @@ pub fn child(node: &NodeRef, name: &str) -> Option<(NodeRef, Role)> {
 /// All children with their names and roles, in the order in which the driver opened them.
 ///
 /// ```
-/// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-/// # run(async |graph| {
-/// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
-/// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
-/// let top = open(&graph, layer).await?;
+/// use bds_core::Options;
+/// use bds_core::graph::walk;
+///
+/// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+/// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+/// # config.fs = sim.fs();
+/// # let graph = bds_core::graph::Graph::new(config);
+/// # sim.block_on(async {
+/// # for path in ["top.qcow2"] {
+/// #     let options = bds_core::Options::parse("size=1M")?;
+/// #     let (format, path) = ("qcow2".into(), path.into());
+/// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+/// #     graph.create_image(image).await?;
+/// # }
+/// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+/// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+/// let top = graph.open(Options::parse(layer)?).await?;
 /// let names: Vec<&str> = walk::children(&top).into_iter().map(|(name, _, _)| name).collect();
 /// assert_eq!(names, ["file", "backing"]);
-/// # Ok(()) });
+/// # Ok::<(), bds_core::Error>(())
+/// # })?;
+/// # sim.block_on(graph.shutdown()).check_leaks()?;
+/// # Ok::<(), bds_core::Error>(())
 /// ```
 pub fn children(node: &NodeRef) -> Vec<(&'static str, Role, NodeRef)> {
     let edges = node.node().children();

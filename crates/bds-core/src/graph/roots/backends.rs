@@ -39,7 +39,7 @@ impl Graph {
     pub(crate) fn own_backend_entry(&self, backend: Arc<dyn BackendEntry>) -> Result<()> {
         let known = self.backend_entry(backend.name());
         if !known.is_some_and(|known| Arc::ptr_eq(&known, &backend)) {
-            let message = "the backend has not claimed a name: it could not be deleted by one";
+            let message = "the backend has not claimed a name, so it could not be deleted by name";
             return Err(
                 Error::new(ErrorKind::InvalidInput, message).field("backend", backend.name())
             );

@@ -26,15 +26,20 @@ impl Graph {
     /// Opens a node and lets the monitor own it: QEMU's `blockdev-add`. It lives until [`Graph::del`].
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let id = graph.add(Options::parse("driver=memory,node-name=disk")?).await?;
+    /// use bds_core::Options;
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let id = graph.add(Options::parse("driver=mem,node-name=disk")?).await?;
     /// assert!(graph.is_owned(id), "it stays open although we hold nothing");
     /// assert_eq!(graph.find("disk")?.id(), id);
     ///
-    /// let error = graph.add(Options::parse("driver=memory")?).await.unwrap_err();
+    /// let error = graph.add(Options::parse("driver=mem")?).await.unwrap_err();
     /// assert!(error.to_string().starts_with("'node-name' must be given"), "{error}");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -57,14 +62,19 @@ impl Graph {
     /// Lets the monitor own a node that is open already.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk").await?;
+    /// use bds_core::Options;
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk")?).await?;
     /// graph.own(disk)?; // the list has the reference now
     /// let error = graph.own(graph.find("disk")?).unwrap_err();
     /// assert_eq!(error.to_string(), "node 'disk': the monitor owns the node already");
     /// graph.del("disk").await?;
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -93,9 +103,12 @@ impl Graph {
     /// Closes a node that the monitor owns: QEMU's `blockdev-del`. A failed flush is in the report.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// graph.add(Options::parse("driver=memory,node-name=disk,size=1M")?).await?;
+    /// use bds_core::request::{Backend, BackendOptions};
+    /// use bds_core::{ErrorKind, Options};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// graph.add(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&graph.find("disk")?, BackendOptions::registered("guest"))?;
     /// let error = graph.del("disk").await.unwrap_err();
     /// assert!(error.to_string().starts_with("node 'disk': node is in use by backend 'guest'"));
@@ -103,7 +116,10 @@ impl Graph {
     /// drop(guest);
     /// assert!(graph.del("disk").await?.is_clean());
     /// assert_eq!(graph.del("disk").await.unwrap_err().kind(), ErrorKind::NotFound);
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -158,14 +174,19 @@ impl Graph {
     /// Does the monitor own the node?
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk").await?;
+    /// use bds_core::Options;
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk")?).await?;
     /// let id = disk.id();
     /// assert!(!graph.is_owned(id));
     /// graph.own(disk)?;
     /// assert!(graph.is_owned(id));
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn is_owned(&self, id: NodeId) -> bool {
         self.lock_names().monitor.contains_key(&id)
@@ -176,15 +197,30 @@ impl Graph {
     /// the current node only.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// graph.add(Options::parse("driver=memory,node-name=spare")?).await?;
-    /// let top = open(&graph, "driver=layer,node-name=top,file.driver=memory,file.size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// graph.add(Options::parse("driver=mem,node-name=spare")?).await?;
+    /// let top = graph.open(Options::parse("driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2")?).await?;
     /// let guest = Backend::new(&top, BackendOptions::registered("guest"))?;
     ///
     /// let names: Vec<String> = graph.top_level().map(|node| node.name().to_owned()).collect();
     /// assert_eq!(names, ["top", "spare"], "not the file of 'top'");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn top_level(&self) -> TopLevel {
         let lock = self.0.core.lock();

@@ -138,9 +138,13 @@ impl Graph {
     /// write, the job uses a [`crate::request`] backend.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::graph::{Access, Perm};
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let read = Access { perm: Perm::CONSISTENT_READ, shared: Perm::CONSISTENT_READ };
     /// let job = graph.attach_job(&disk, "backup0", read)?;
     ///
@@ -149,7 +153,10 @@ impl Graph {
     /// assert!(error.to_string().contains("which job 'backup0' does not allow"), "{error}");
     /// drop(job);
     /// Backend::new(&disk, writer)?;
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -179,13 +186,19 @@ impl JobEdge {
     /// The node.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::graph::Access;
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let job = graph.attach_job(&disk, "backup0", Access::READ)?;
     /// drop(disk);
     /// assert_eq!(job.node().name(), "disk", "the job keeps it open");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     #[track_caller]
     pub fn node(&self) -> NodeRef {
@@ -200,9 +213,13 @@ impl JobEdge {
     /// Changes the permissions.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::graph::{Access, Perm};
+    /// use bds_core::request::{Backend, BackendOptions};
+    /// use bds_core::{ErrorKind, Options};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let job = graph.attach_job(&disk, "commit0", Access::READ)?;
     /// let picky = BackendOptions { shared: Perm::CONSISTENT_READ, ..Default::default() };
     /// let guest = Backend::new(&disk, picky)?;
@@ -212,7 +229,10 @@ impl JobEdge {
     /// assert_eq!(job.access(), Access::READ, "nothing has changed");
     /// drop(guest);
     /// job.set_access(Access::ALL).await?;
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors

@@ -46,9 +46,12 @@ impl Backend {
     /// For diagnostics: exact only while it is drained.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M,stuck=on").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=null-co,node-name=disk,size=1M,latency-ns=1000000000000")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;
     /// let (asks, iov) = (guest.clone(), bds_io::Buf::zeroed(512, 512).iov());
     /// let read = bds_io::spawn(async move { asks.read(0, iov).await });
@@ -56,7 +59,10 @@ impl Backend {
     /// assert_eq!(guest.in_flight(), 1);
     /// drop(read); // cancelled
     /// # while guest.in_flight() == 1 { bds_io::yield_now().await }
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn in_flight(&self) -> usize {
         self.inner.edge.backend_in_flight().map_or(0, |in_flight| in_flight.in_flight())

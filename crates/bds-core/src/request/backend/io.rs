@@ -25,15 +25,21 @@ impl Backend {
     /// may be partly filled.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
     /// let iov = bds_io::Buf::zeroed(512, 512).iov();
     /// assert!(guest.try_read(0, &iov).is_some(), "memory has nothing to wait for");
     /// let drained = graph.drain(&disk).await;
     /// assert!(guest.try_read(0, &iov).is_none(), "the gate is closed: 'read' would wait");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     #[inline]
     pub fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
@@ -52,16 +58,23 @@ impl Backend {
     /// [`Backend::write_waiting`].
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::driver::WriteFlags;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
     /// let iov = bds_io::Buf::from_slice(b"hello").iov();
     /// match guest.try_write(0, &iov) {
     ///     Some(written) => written?,
     ///     None => guest.write_waiting(0, iov, WriteFlags::empty()).await?,
     /// }
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     #[inline]
     pub fn try_write(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
@@ -82,9 +95,12 @@ impl Backend {
     /// Fills `iov` from `offset`.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::request::{Backend, BackendOptions};
+    /// use bds_core::{ErrorKind, Options};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
     /// let iov = bds_io::Buf::zeroed(512, 512).iov();
     /// guest.read(0, iov.clone()).await?;
@@ -92,7 +108,10 @@ impl Backend {
     ///
     /// let error = guest.read(guest.len() - 1, iov).await.unwrap_err();
     /// assert_eq!(error.kind(), ErrorKind::OutOfRange);
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -108,16 +127,22 @@ impl Backend {
     /// As [`Backend::read`], but does not try [`Backend::try_read`] first: for a caller that just did.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
     /// let iov = bds_io::Buf::zeroed(512, 512).iov();
     /// match guest.try_read(0, &iov) {
     ///     Some(read) => read?,
     ///     None => guest.read_waiting(0, iov).await?,
     /// }
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn read_waiting(&self, offset: u64, iov: IoVec) -> Result<()> {
         self.execute(Request::read(offset, iov)).await.map(drop)
@@ -127,16 +152,32 @@ impl Backend {
     /// bytes. Needs a writable backend, although reads give the same bytes before and after.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
-    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
-    /// let top = open(&graph, layer).await?;
+    /// use bds_core::Options;
+    /// use bds_core::driver::{Precision, StatusFlags};
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let top = graph.open(Options::parse(layer)?).await?;
     /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
     /// assert!(!guest.layer_status(0, 8192, Precision::Exact).await?.flags.contains(StatusFlags::ALLOCATED));
     /// guest.copy_up(0, 8192).await?;
     /// assert!(guest.layer_status(0, 8192, Precision::Exact).await?.flags.contains(StatusFlags::ALLOCATED));
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn copy_up(&self, offset: u64, len: u64) -> Result<()> {
         self.execute(Request::copy_up(offset, len)).await.map(drop)
@@ -145,9 +186,13 @@ impl Backend {
     /// Writes `iov` at `offset`.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::driver::WriteFlags;
+    /// use bds_core::request::{Backend, BackendOptions};
+    /// use bds_core::{ErrorKind, Options};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
     /// let hello = bds_io::Buf::from_slice(b"hello").iov();
     /// guest.write(4096, hello.clone(), WriteFlags::FUA).await?; // durable when it returns
@@ -155,7 +200,10 @@ impl Backend {
     /// let reader = Backend::new(&disk, BackendOptions::default())?;
     /// let error = reader.write(4096, hello, WriteFlags::empty()).await.unwrap_err();
     /// assert_eq!(error.kind(), ErrorKind::PermissionDenied, "it is not writable");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> Result<()> {
         if flags.is_empty()
@@ -169,16 +217,23 @@ impl Backend {
     /// As [`Backend::write`], but does not try [`Backend::try_write`] first: for a caller that just did.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::driver::WriteFlags;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
     /// let iov = bds_io::Buf::from_slice(b"hello").iov();
     /// match guest.try_write(0, &iov) {
     ///     Some(written) => written?,
     ///     None => guest.write_waiting(0, iov, WriteFlags::empty()).await?,
     /// }
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn write_waiting(
         &self,
@@ -193,14 +248,20 @@ impl Backend {
     /// Writes one compressed cluster (or the image's tail); an empty `iov` at the end pads the file.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::request::{Backend, BackendOptions};
+    /// use bds_core::{ErrorKind, Options};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
     /// let cluster = bds_io::Buf::zeroed(4096, 4096).iov();
     /// let error = guest.write_compressed(0, cluster).await.unwrap_err();
     /// assert_eq!(error.kind(), ErrorKind::NotSupported, "memory has no clusters");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn write_compressed(&self, offset: u64, iov: IoVec) -> Result<()> {
         self.execute(Request::write_compressed(offset, iov)).await.map(drop)
@@ -209,16 +270,23 @@ impl Backend {
     /// Makes the range read as zeros. `Unsupported` only with `NO_FALLBACK`.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::driver::{Attempt, ZeroFlags};
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
     /// guest.write_at(0, b"hello")?;
     /// let done = guest.write_zeroes(0, 4096, ZeroFlags::empty()).await?;
-    /// assert_eq!(done, Attempt::Done, "by writing zeros: the driver knows no other way");
+    /// assert_eq!(done, Attempt::Done, "mem frees whole pages");
     /// let done = guest.write_zeroes(0, 4096, ZeroFlags::NO_FALLBACK).await?;
-    /// assert_eq!(done, Attempt::Unsupported);
-    /// # Ok(()) });
+    /// assert_eq!(done, Attempt::Done, "no zeros were written from a buffer");
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn write_zeroes(
         &self,
@@ -234,16 +302,22 @@ impl Backend {
     /// `discard=unmap`.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
     /// guest.write_at(0, b"hello")?;
     /// guest.discard(0, 4096).await?;
     /// let mut bytes = [0; 5];
     /// guest.read_at(0, &mut bytes)?;
     /// assert_eq!(&bytes, b"hello", "the disk was opened without 'discard=unmap'");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn discard(&self, offset: u64, len: u64) -> Result<()> {
         self.execute(Request::discard(offset, len)).await.map(drop)
@@ -252,17 +326,23 @@ impl Backend {
     /// Makes every write durable that ended before.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M,fail-flush=on").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=blkdebug,node-name=disk,image.driver=mem,image.size=1M,inject-error.0.iotype=flush")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
     /// guest.flush().await?; // nothing was written: nothing to do
     /// guest.write_at(0, b"hello")?;
     /// let error = guest.flush().await.unwrap_err();
-    /// assert_eq!(error.to_string(), "node 'disk': told to fail flushing");
+    /// assert_eq!(error.message(), "injected error");
     /// let error = guest.flush().await.unwrap_err();
     /// assert!(error.to_string().contains("an earlier flush failed"), "it stays so");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn flush(&self) -> Result<()> {
         self.execute(Request::flush()).await.map(drop)
@@ -273,16 +353,32 @@ impl Backend {
     /// when the bytes go through buffers.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
-    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
-    /// let top = open(&graph, layer).await?;
+    /// use bds_core::Options;
+    /// use bds_core::driver::Attempt;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let top = graph.open(Options::parse(layer)?).await?;
     /// let source = Backend::new(&base, BackendOptions::default())?;
     /// let target = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
     /// let copied = target.copy_range_from(&source, 0, 0, 4096).await?;
     /// assert_eq!(copied, Attempt::Unsupported, "only files can");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn copy_range_from(
         &self,
@@ -309,9 +405,14 @@ impl Backend {
     /// Changes the length.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::driver::{Prealloc, Truncate};
+    /// use bds_core::graph::BlockOps;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
     /// let change = Truncate { len: 2 << 20, exact: true, prealloc: Prealloc::Off, zero_new: false };
     /// let blocker = disk.block(BlockOps::RESIZE, "a backup runs");
@@ -321,7 +422,10 @@ impl Backend {
     /// drop(blocker);
     /// guest.truncate(change).await?;
     /// assert_eq!(guest.len(), 2 << 20);
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -335,18 +439,34 @@ impl Backend {
     /// Block status of `offset..` at the top layer alone. The run's `map` names a child of that layer.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
-    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
-    /// let top = open(&graph, layer).await?;
+    /// use bds_core::Options;
+    /// use bds_core::driver::{Precision, StatusFlags};
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let top = graph.open(Options::parse(layer)?).await?;
     /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
-    /// guest.write_at(4096, b"hello")?;
+    /// guest.write_at(65536, b"hello")?;
     /// let run = guest.layer_status(0, 1 << 20, Precision::Exact).await?;
-    /// assert_eq!((run.len, run.flags), (4096, StatusFlags::empty()), "shows what lies below");
-    /// let run = guest.layer_status(4096, 1 << 20, Precision::Exact).await?;
-    /// assert_eq!(run.map, Some(HostMap { child: "file", offset: 4096 }));
-    /// # Ok(()) });
+    /// assert_eq!((run.len, run.flags), (65536, StatusFlags::empty()), "shows what lies below");
+    /// let run = guest.layer_status(65536, 1 << 20, Precision::Exact).await?;
+    /// assert_eq!(run.map.map(|map| map.child), Some("file"));
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn layer_status(
         &self,
@@ -362,18 +482,34 @@ impl Backend {
     /// Block status of `offset..`, through the whole chain.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
-    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
-    /// let top = open(&graph, layer).await?;
+    /// use bds_core::Options;
+    /// use bds_core::driver::Precision;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let top = graph.open(Options::parse(layer)?).await?;
     /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
-    /// guest.write_at(4096, b"hello")?;
+    /// guest.write_at(65536, b"hello")?;
     /// let run = guest.block_status(0, 1 << 20, Precision::Exact).await?;
-    /// assert_eq!((run.len, run.depth, run.node), (4096, 1, base.id()));
-    /// let run = guest.block_status(4096, 1 << 20, Precision::Exact).await?;
-    /// assert_eq!((run.len, run.depth, run.node), (4096, 0, top.id()));
-    /// # Ok(()) });
+    /// assert_eq!((run.len, run.depth, run.node), (65536, 1, base.id()));
+    /// let run = guest.block_status(65536, 1 << 20, Precision::Exact).await?;
+    /// assert_eq!((run.len, run.depth, run.node), (512, 0, top.id()));
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn block_status(
         &self,
@@ -388,16 +524,32 @@ impl Backend {
     /// decides it.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
-    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
-    /// let top = open(&graph, layer).await?;
+    /// use bds_core::Options;
+    /// use bds_core::driver::{Precision, StatusFlags};
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let top = graph.open(Options::parse(layer)?).await?;
     /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
     /// let run = guest.status_above(base.id(), 0, 1 << 20, Precision::Exact).await?;
     /// assert_eq!(run.len, 1 << 20);
     /// assert!(!run.flags.contains(StatusFlags::ALLOCATED), "all of it lies in 'base'");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn status_above(
         &self,
@@ -426,14 +578,29 @@ impl Backend {
     /// True if the range is known to read as zeros. A cheap answer: false if unknown.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let empty = open(&graph, "driver=layer,file.driver=memory,file.size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["image0.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let empty = graph.open(Options::parse("driver=qcow2,file.driver=file,file.filename=image0.qcow2")?).await?;
     /// let guest = Backend::new(&empty, BackendOptions { writable: true, ..Default::default() })?;
     /// assert!(guest.is_zero(0, 1 << 20).await?, "nothing was written");
     /// guest.write_at(0, &[0; 512])?;
     /// assert!(!guest.is_zero(0, 1 << 20).await?, "bytes are not looked at");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn is_zero(&self, offset: u64, len: u64) -> Result<bool> {
         let this = self.clone();
@@ -444,14 +611,29 @@ impl Backend {
     /// Facts about the image.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
-    /// let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
-    /// let top = open(&graph, layer).await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let top = graph.open(Options::parse(layer)?).await?;
     /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
     /// assert_eq!(guest.info().await?.backing_file, None, "no image names 'base': we did");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn info(&self) -> Result<ImageInfo> {
         let this = self.clone();
@@ -465,12 +647,18 @@ impl Backend {
     /// Bytes the node occupies on its host, where that is known.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
-    /// assert_eq!(guest.allocated_len().await?, None, "memory lies on no host");
-    /// # Ok(()) });
+    /// assert_eq!(guest.allocated_len().await?, Some(0), "no page is written");
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn allocated_len(&self) -> Result<Option<u64>> {
         let this = self.clone();
@@ -484,13 +672,19 @@ impl Backend {
     /// Checks the image for leaks and corruption; changes nothing. `progress` gets (done, total) bytes of metadata.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
     /// let error = guest.check(&|done, total| println!("{done} of {total}")).await.unwrap_err();
-    /// assert_eq!(error.to_string(), "node 'disk': memory has nothing to check");
-    /// # Ok(()) });
+    /// assert_eq!(error.to_string(), "node 'disk': mem has nothing to check");
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn check(&self, progress: &(dyn Fn(u64, u64) + Send + Sync)) -> Result<CheckReport> {
         let this = self.clone();
@@ -505,14 +699,20 @@ impl Backend {
     /// Reads into `out`, through a copy. Blocks this thread.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
     /// let mut bytes = [1; 4];
     /// guest.read_at(0, &mut bytes)?;
     /// assert_eq!(bytes, [0; 4]);
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {
         let iov = Buf::zeroed(out.len(), 4096).iov();
@@ -524,15 +724,21 @@ impl Backend {
     /// Writes `bytes`, through a copy. Blocks this thread.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
     /// guest.write_at(4096, b"hello")?;
     /// let mut bytes = [0; 7];
     /// guest.read_at(4095, &mut bytes)?;
     /// assert_eq!(&bytes, b"\0hello\0");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         bds_io::block_on(self.write(offset, Buf::from_slice(bytes).iov(), WriteFlags::empty()))
@@ -541,13 +747,19 @@ impl Backend {
     /// Makes every write durable that ended before. Blocks this thread.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
     /// guest.write_at(0, b"hello")?;
     /// guest.flush_blocking()?;
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn flush_blocking(&self) -> Result<()> {
         bds_io::block_on(self.flush())

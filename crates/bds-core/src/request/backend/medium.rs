@@ -12,9 +12,12 @@ impl Backend {
     /// `cache.writeback` is off, and never turns it off.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
     /// drive.insert(&disk).await?;
     /// let error = drive.insert(&disk).await.unwrap_err();
@@ -22,7 +25,10 @@ impl Backend {
     ///     error.to_string(),
     ///     "backend 'cd0' has the medium 'disk': eject it first, or replace it"
     /// );
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -38,17 +44,23 @@ impl Backend {
     /// Inserts a medium, in place of the present one if there is one.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
     /// drive.insert(&disk).await?;
-    /// let other = open(&graph, "driver=memory,node-name=other,size=2M").await?;
+    /// let other = graph.open(Options::parse("driver=mem,node-name=other,size=2M")?).await?;
     /// let mut events = graph.events();
     /// drive.replace_medium(&other).await?;
     /// assert_eq!(drive.len(), 2 << 20);
     /// assert_eq!(events.try_next().map(|event| event.name()), Some("BLOCK_MEDIUM_REPLACED"));
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -79,9 +91,13 @@ impl Backend {
     /// those that wait at the gate fail with `NoMedium`.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::graph::BlockOps;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
     /// drive.insert(&disk).await?;
     /// let blocker = disk.block(BlockOps::EJECT, "a backup runs");
@@ -91,7 +107,10 @@ impl Backend {
     /// drop(blocker);
     /// assert_eq!(drive.eject().await?.map(|node| node.id()), Some(disk.id()));
     /// assert!(drive.eject().await?.is_none());
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -106,16 +125,22 @@ impl Backend {
     /// then fail. Without a medium it does only that.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::request::{Backend, BackendOptions};
+    /// use bds_core::{ErrorKind, Options};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
     /// drive.insert(&disk).await?;
     /// let device = drive.attach_device("virtio0")?;
     /// drive.revoke().await?; // the guest still has its device, and the device its backend
     /// let error = device.backend().read_at(0, &mut [0; 512]).unwrap_err();
     /// assert_eq!(error.kind(), ErrorKind::NoMedium);
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -157,14 +182,20 @@ impl Change {
     /// writethrough mode as it is.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
-    /// let filter = open(&graph, "driver=pass,node-name=filter,file=disk").await?;
+    /// let filter = graph.open(Options::parse("driver=raw,node-name=filter,file=disk")?).await?;
     /// graph.change().insert_filter(&disk, &filter).insert(&drive, &filter).commit().await?;
     /// assert_eq!(drive.node().map(|node| node.id()), Some(filter.id()));
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     #[track_caller]
     pub fn insert(self, backend: &Backend, node: &NodeRef) -> Self {
@@ -175,14 +206,20 @@ impl Change {
     /// Takes the medium out of a backend, if it has one.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
     /// drive.insert(&disk).await?;
     /// let report = graph.change().eject(&drive).remove(disk).commit().await?;
     /// assert_eq!(report.closed[0].name, "disk");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn eject(self, backend: &Backend) -> Self {
         self.move_root(RootMove::new(&backend.graph, &backend.inner.edge, None))

@@ -138,9 +138,12 @@ impl Backend {
     /// Makes a backend of `node`. It is in writethrough mode if the node's `cache.writeback` is off.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M,read-only=on").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M,read-only=on")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { name: "guest".into(), ..Default::default() })?;
     /// drop(disk);
     /// assert_eq!(guest.len(), 1 << 20, "the backend keeps the node");
@@ -148,7 +151,10 @@ impl Backend {
     /// let writer = BackendOptions { writable: true, ..Default::default() };
     /// let error = Backend::new(&graph.find("disk")?, writer).unwrap_err();
     /// assert_eq!(error.to_string(), "node 'disk': the node is read-only; open it for writing");
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -245,14 +251,20 @@ impl Backend {
     /// A reference to the medium: the node at its root now.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
     /// assert_eq!(guest.node().map(|node| node.id()), Some(disk.id()));
     /// guest.eject().await?;
     /// assert!(guest.node().is_none());
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     #[track_caller]
     pub fn node(&self) -> Option<NodeRef> {
@@ -263,15 +275,21 @@ impl Backend {
     /// Its statistics. They last as long as the backend, across media.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
     /// use bds_core::stats::Operation;
     ///
     /// guest.write_at(0, b"hello")?;
     /// assert_eq!(guest.stats().totals(Operation::Write).bytes, 5);
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn stats(&self) -> &Stats {
         &self.inner.stats
@@ -280,11 +298,24 @@ impl Backend {
     /// Its permissions on its medium, and what it lets other users do.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// # let base = open(&graph, "driver=memory,node-name=base,size=1M").await?;
-    /// # let layer = "driver=layer,node-name=top,file.driver=memory,file.size=1M,backing=base";
-    /// # let top = open(&graph, layer).await?;
+    /// use bds_core::Options;
+    /// use bds_core::graph::{Access, Perm};
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// # let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+    /// # let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// # let top = graph.open(Options::parse(layer)?).await?;
     /// let shared = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED; // others may not write below 'top'
     /// let reader = Backend::new(&top, BackendOptions { shared, ..Default::default() })?;
     /// assert_eq!(reader.access(), Access { perm: Perm::CONSISTENT_READ, shared });
@@ -296,7 +327,10 @@ impl Backend {
     ///      allow (it allows: consistent-read, write-unchanged); let one of them go, or let the second \
     ///      share more"
     /// );
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn access(&self) -> Access {
         self.inner.edge.access()
@@ -305,9 +339,13 @@ impl Backend {
     /// Changes its permissions.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::graph::Perm;
+    /// use bds_core::request::{Backend, BackendOptions};
+    /// use bds_core::{ErrorKind, Options};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let picky = BackendOptions { shared: Perm::CONSISTENT_READ, ..Default::default() };
     /// let reader = Backend::new(&disk, picky)?;
     /// let other = Backend::new(&disk, BackendOptions::registered("guest"))?;
@@ -316,7 +354,10 @@ impl Backend {
     ///
     /// reader.set_access(Perm::empty(), Perm::all()).await?; // less: cannot fail
     /// other.set_access(Perm::WRITE, Perm::all()).await?;
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -336,15 +377,21 @@ impl Backend {
     /// Turns writethrough mode (a flush after every write) on or off, for writes that begin later.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,size=1M,cache.writeback=off").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,size=1M,cache.writeback=off")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
     /// assert!(guest.is_writethrough(), "as the node was opened");
     /// guest.set_writethrough(false); // faster; flush when it matters
     /// guest.write_at(0, b"hello")?;
     /// guest.flush().await?;
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn set_writethrough(&self, is_on: bool) {
         self.inner.is_writethrough.store(is_on, Ordering::Relaxed);

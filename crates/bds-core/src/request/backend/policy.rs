@@ -103,9 +103,12 @@ impl Backend {
     /// go.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M,fail-flush=on").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions, ErrorPolicies, ErrorPolicy, IoStatus};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=blkdebug,node-name=disk,image.driver=mem,image.size=1M,inject-error.0.iotype=flush")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
     /// guest.set_policies(ErrorPolicies { write: ErrorPolicy::Stop, ..ErrorPolicies::REPORT });
     /// guest.write_at(0, b"hello")?;
@@ -117,7 +120,10 @@ impl Backend {
     /// guest.set_policies(ErrorPolicies::REPORT);
     /// guest.resume(); // tried again, and told this time
     /// assert!(flush.await.is_err());
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn resume(&self) {
         self.inner.resume();

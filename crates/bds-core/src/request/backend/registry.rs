@@ -62,15 +62,22 @@ impl Backend {
     /// The medium as the user knows it: below implicit filters, which jobs insert.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::driver::OpenFlags;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
     /// let flags = OpenFlags { is_implicit: true, ..OpenFlags::default() };
-    /// let jobs = graph.open_with(Options::parse("driver=pass,file=disk")?, flags).await?;
+    /// let jobs = graph.open_with(Options::parse("driver=raw,file=disk")?, flags).await?;
     /// drive.insert(&jobs).await?;
     /// assert_eq!(drive.shown_node().map(|node| node.id()), Some(disk.id()));
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn shown_node(&self) -> Option<NodeRef> {
         let mut node = self.node()?;
@@ -115,13 +122,18 @@ impl Graph {
     /// Returns a handle to every backend, with or without a name, in order of their creation.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
     /// let one = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
     /// let two = Backend::empty(&graph, BackendOptions::default())?;
     /// let names: Vec<String> = graph.backends().iter().map(|b| b.name().to_owned()).collect();
     /// assert_eq!(names, ["cd0", ""]);
-    /// # Ok(()) });
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn backends(&self) -> Vec<Backend> {
         self.backend_entries().into_iter().filter_map(|entry| backend(self, entry)).collect()
@@ -130,15 +142,20 @@ impl Graph {
     /// Moves a handle to the monitor's list: the backend lives at least until [`Graph::del_backend`].
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
     /// graph.own_backend(Backend::empty(&graph, BackendOptions::registered("cd0"))?)?;
     /// assert_eq!(graph.backend("cd0")?.name(), "cd0", "we hold nothing, the monitor does");
     ///
     /// let nameless = Backend::empty(&graph, BackendOptions::default())?;
     /// let error = graph.own_backend(nameless).unwrap_err();
-    /// assert!(error.to_string().contains("nobody could delete it"), "{error}");
-    /// # Ok(()) });
+    /// assert!(error.to_string().contains("has not claimed a name"), "{error}");
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     ///
     /// # Errors
@@ -184,14 +201,20 @@ impl Graph {
     /// shown.
     ///
     /// ```
-    /// # use bds_core::{*, driver::*, example::*, graph::*, request::*};
-    /// # run(async |graph| {
-    /// let disk = open(&graph, "driver=memory,node-name=disk,size=1M").await?;
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
     /// drive.insert(&disk).await?;
     /// let all = graph.query_backends();
-    /// assert_eq!((&all[0]["device"], &all[0]["inserted"]["drv"]), (&"cd0".into(), &"memory".into()));
-    /// # Ok(()) });
+    /// assert_eq!((&all[0]["device"], &all[0]["inserted"]["drv"]), (&"cd0".into(), &"mem".into()));
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn query_backends(&self) -> Value {
         let describe = |backend: Backend| {
