@@ -1,4 +1,5 @@
-//! What marking a write in a dirty bitmap costs: single-digit nanoseconds, whether the granule is dirty already or not.
+//! What marking a write in a dirty bitmap costs: single-digit nanoseconds, whether the granule is
+//! dirty already or not.
 
 use std::hint::black_box;
 

@@ -1,8 +1,8 @@
 //! What does the request path cost per layer, inline and waiting?
 //!
-//! Expected: below 40 ns a layer inline for short chains, below 100 ns for 200 layers; a few hundred waiting (two boxed
-//! futures a layer). Subtract the row for 1 layer for the cost of the ends.
-//! `cargo bench -p bds-core --bench request_path`
+//! Expected: below 40 ns a layer inline for short chains, below 100 ns for 200 layers; a few
+//! hundred waiting (two boxed futures a layer). Subtract the row for 1 layer for the cost of the
+//! ends. `cargo bench -p bds-core --bench request_path`
 
 use std::any::Any;
 use std::hint::black_box;

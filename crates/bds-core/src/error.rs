@@ -1,8 +1,8 @@
 //! The error type of the library: a kind, an errno, and where it happened.
 //!
-//! Kinds are few and stable; [`ErrorKind`] says what each means and maps it to one errno. An errno that came from the
-//! system is kept as it was (ENOSPC stays ENOSPC). "Not supported, use the fallback" is not an error here: see
-//! [`crate::driver::Attempt`].
+//! Kinds are few and stable; [`ErrorKind`] says what each means and maps it to one errno. An errno
+//! that came from the system is kept as it was (ENOSPC stays ENOSPC). "Not supported, use the
+//! fallback" is not an error here: see [`crate::driver::Attempt`].
 
 use std::fmt;
 use std::io;
@@ -36,8 +36,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// | `ReferenceRefused` | EACCES | the reference gate refused a file named inside an image |
 /// | `NoMemory` | ENOMEM | not enough memory, or the memory budget is exhausted |
 ///
-/// A request that is refused for several reasons gets the first of `NoMedium`, `OutOfRange` (of the backend),
-/// `ReadOnly` or `Inactive`, `PermissionDenied`.
+/// A request that is refused for several reasons gets the first of `NoMedium`, `OutOfRange` (of the
+/// backend), `ReadOnly` or `Inactive`, `PermissionDenied`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -127,9 +127,9 @@ impl ErrorKind {
 
 /// An error: its kind, a message, and where it happened. One pointer wide.
 ///
-/// `Display` is one line with everything, the cause included; so [`std::error::Error::source`] goes on behind the
-/// cause, and a report of the whole chain says nothing twice. [`Error::cause`] is the cause itself. `Debug` is the same
-/// line with kind and errno; `{:#?}` shows the fields.
+/// `Display` is one line with everything, the cause included; so [`std::error::Error::source`] goes
+/// on behind the cause, and a report of the whole chain says nothing twice. [`Error::cause`] is the
+/// cause itself. `Debug` is the same line with kind and errno; `{:#?}` shows the fields.
 pub struct Error(Box<Inner>);
 
 struct Inner {
@@ -144,7 +144,8 @@ struct Inner {
 }
 
 impl Error {
-    /// A new error. The message is lower case, without a final stop, and says what to do if anything can be done.
+    /// A new error. The message is lower case, without a final stop, and says what to do if
+    /// anything can be done.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self(Box::new(Inner {
             kind,
@@ -168,7 +169,8 @@ impl Error {
         this
     }
 
-    /// Replaces the kind (for example: EINVAL from a file that is really a bad image). Drops the errno of the system.
+    /// Replaces the kind (for example: EINVAL from a file that is really a bad image). Drops the
+    /// errno of the system.
     #[must_use]
     pub fn with_kind(mut self, kind: ErrorKind) -> Self {
         self.0.kind = kind;
@@ -256,7 +258,8 @@ impl Error {
         self.0.errno.is_some()
     }
 
-    /// Copies the error for another receiver (several waiters of one failed operation). The cause is kept as text.
+    /// Copies the error for another receiver (several waiters of one failed operation). The cause
+    /// is kept as text.
     #[must_use]
     pub fn duplicate(&self) -> Self {
         Self(Box::new(Inner {

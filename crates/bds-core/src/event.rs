@@ -1,8 +1,9 @@
 //! Events of a graph: I/O errors, media, devices, nodes and graph changes, queued per subscriber.
 //!
-//! Emitting an event puts it into queues; it neither waits nor runs a subscriber's code, so it is safe under a lock, in
-//! a release or in a graph change. Every subscriber has a queue of [`QUEUE_LEN`]; a full queue drops its oldest event,
-//! and the reader gets the number of lost ones ([`Event::EventsLost`]). Without subscribers events are not even built.
+//! Emitting an event puts it into queues; it neither waits nor runs a subscriber's code, so it is
+//! safe under a lock, in a release or in a graph change. Every subscriber has a queue of
+//! [`QUEUE_LEN`]; a full queue drops its oldest event, and the reader gets the number of lost ones
+//! ([`Event::EventsLost`]). Without subscribers events are not even built.
 //!
 //! Names and fields of [`Event::to_json`] are QEMU's where QEMU has such an event.
 
@@ -14,7 +15,8 @@ use serde_json::{Value, json};
 
 use crate::error::Error;
 
-/// Length of a subscriber's queue, in events. A reader that is further behind loses the oldest ones.
+/// Length of a subscriber's queue, in events. A reader that is further behind loses the oldest
+/// ones.
 pub const QUEUE_LEN: usize = 256;
 
 /// What the error policy does with a failed request.
@@ -301,7 +303,11 @@ impl Events {
     /// for _ in 0..=QUEUE_LEN / 2 {
     ///     graph.open(Options::parse("driver=mem")?).await?.close().await?; // two events each
     /// }
-    /// assert_eq!(events.try_next(), Some(Event::EventsLost { count: 2 }), "the oldest are dropped");
+    /// assert_eq!(
+    ///     events.try_next(),
+    ///     Some(Event::EventsLost { count: 2 }),
+    ///     "the oldest are dropped"
+    /// );
     /// # Ok::<(), bds_core::Error>(())
     /// # })?;
     /// # Ok::<(), bds_core::Error>(())

@@ -1,7 +1,8 @@
 //! QAPI-style options: a tree of names and values, from JSON or from `key=value,…`.
 //!
-//! Each layer takes out the keys it knows; keys left at the end are refused by name, so that no option is silently
-//! ignored. A key can be taken by path (`cache.direct`) whether it was given flat or nested.
+//! Each layer takes out the keys it knows; keys left at the end are refused by name, so that no
+//! option is silently ignored. A key can be taken by path (`cache.direct`) whether it was given
+//! flat or nested.
 //!
 //! Invariant: a tree is at most [`MAX_DEPTH`] levels deep, whatever it was made from.
 
@@ -47,7 +48,8 @@ pub enum OptionKind {
 }
 
 impl fmt::Display for OptionKind {
-    /// The placeholder in help texts: "text", "on|off", "number", "size", "node", or the words of a choice.
+    /// The placeholder in help texts: "text", "on|off", "number", "size", "node", or the words of a
+    /// choice.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::String => f.write_str("text"),
@@ -79,7 +81,8 @@ impl Options {
         Self::default()
     }
 
-    /// From a JSON object. Keys with dots are nested (`{"file.driver": …}` is `{"file": {"driver": …}}`).
+    /// From a JSON object. Keys with dots are nested (`{"file.driver": …}` is `{"file": {"driver":
+    /// …}}`).
     pub fn from_json(value: Value) -> Result<Self> {
         match value {
             Value::Object(map) => Ok(Self { map: text::nest(map)? }),
@@ -88,21 +91,21 @@ impl Options {
         }
     }
 
-    /// From `key=value,key.sub=value,…` (a comma in a value is written twice, `list.0=…` makes a list, a key
-    /// without a value is `on`), from `json:{…}` or from `{…}`, where as in QEMU strings may stand in single quotes.
-    /// Values from the first form are text; takers convert.
+    /// From `key=value,key.sub=value,…` (a comma in a value is written twice, `list.0=…` makes a
+    /// list, a key without a value is `on`), from `json:{…}` or from `{…}`, where as in QEMU
+    /// strings may stand in single quotes. Values from the first form are text; takers convert.
     pub fn parse(text: &str) -> Result<Self> {
         text::parse(text.as_bytes())
     }
 
-    /// As [`Options::parse`], from a text that may name files that are not UTF-8. Only values in the form `key=value`
-    /// can be such names.
+    /// As [`Options::parse`], from a text that may name files that are not UTF-8. Only values in
+    /// the form `key=value` can be such names.
     pub fn parse_os(text: &OsStr) -> Result<Self> {
         text::parse(text.as_encoded_bytes())
     }
 
-    /// As `key=value,…`, which [`Options::parse`] reads back, except that every value becomes text there and that empty
-    /// groups, empty lists and nulls, which the form cannot say, are left out.
+    /// As `key=value,…`, which [`Options::parse`] reads back, except that every value becomes text
+    /// there and that empty groups, empty lists and nulls, which the form cannot say, are left out.
     pub fn to_text(&self) -> String {
         text::print(&self.map)
     }
@@ -212,7 +215,8 @@ impl Options {
         }
     }
 
-    /// Takes a size in bytes: a number, or text with an optional suffix b, k, M, G, T, P, E (powers of 1024).
+    /// Takes a size in bytes: a number, or text with an optional suffix b, k, M, G, T, P, E (powers
+    /// of 1024).
     pub fn take_size(&mut self, key: &'static str) -> Result<Option<u64>> {
         match self.take(key) {
             None => Ok(None),
@@ -274,7 +278,8 @@ impl ChildOption {
 }
 
 fn take_path(map: &mut Map<String, Value>, key: &str) -> Option<Value> {
-    // `shift_remove` keeps the order of the rest, so that errors name the first key in the user's order.
+    // `shift_remove` keeps the order of the rest, so that errors name the first key in the user's
+    // order.
     if let Some(value) = map.shift_remove(key) {
         return Some(value);
     }
@@ -297,9 +302,9 @@ pub fn parse_number(text: &str) -> Option<u64> {
     }
 }
 
-/// Bytes from text: hexadecimal digits behind `0x`, or digits, an optional fraction, an optional suffix b, k, M, G, T,
-/// P, E (either case; powers of 1024). `None` as well for what is no whole number of bytes: "93.1" was meant as
-/// something larger.
+/// Bytes from text: hexadecimal digits behind `0x`, or digits, an optional fraction, an optional
+/// suffix b, k, M, G, T, P, E (either case; powers of 1024). `None` as well for what is no whole
+/// number of bytes: "93.1" was meant as something larger.
 pub fn parse_size(text: &str) -> Option<u64> {
     if text.starts_with("0x") || text.starts_with("0X") {
         return parse_number(text);

@@ -1,7 +1,8 @@
 //! Leaky buckets: compute how long the next request must wait so that a rate is kept.
 //!
-//! A request adds its cost to a bucket, and the bucket leaks at the allowed rate. As long as the level is not above the
-//! bucket's capacity the next request may go, whatever its size; else it waits until enough has leaked.
+//! A request adds its cost to a bucket, and the bucket leaks at the allowed rate. As long as the
+//! level is not above the bucket's capacity the next request may go, whatever its size; else it
+//! waits until enough has leaked.
 //!
 //! ```text
 //! without `max`   capacity avg/10: a tenth of a second of the rate may come at once
@@ -9,8 +10,9 @@
 //!                 so that the burst itself is not faster than `max`
 //! ```
 //!
-//! Arithmetic only: the caller passes the time. Levels are whole billionths of a unit, so that a rate in units a second
-//! times nanoseconds is exact: no drift, and a wait ends at the first moment at which the request may go.
+//! Arithmetic only: the caller passes the time. Levels are whole billionths of a unit, so that a
+//! rate in units a second times nanoseconds is exact: no drift, and a wait ends at the first moment
+//! at which the request may go.
 
 use std::time::Duration;
 
@@ -53,7 +55,8 @@ impl Rate {
     }
 
     /// # Errors
-    /// `InvalidInput` if the numbers contradict each other; `name` (as in "bps-total") says which they are.
+    /// `InvalidInput` if the numbers contradict each other; `name` (as in "bps-total") says which
+    /// they are.
     pub fn check(&self, name: &str) -> Result<()> {
         let wrong = |words: String| Err(Error::new(ErrorKind::InvalidInput, words));
         let Rate { avg, max, max_secs } = *self;
@@ -102,7 +105,8 @@ impl Bucket {
         self.rate
     }
 
-    /// Time from `now` until the next request may go; zero: at once. `now` is from any clock that does not go back.
+    /// Time from `now` until the next request may go; zero: at once. `now` is from any clock that
+    /// does not go back.
     pub fn wait(&mut self, now: Duration) -> Duration {
         self.wait_behind(now, 0)
     }
@@ -187,7 +191,8 @@ pub struct RateLimits {
     pub iops_read: Rate,
     /// Writes.
     pub iops_write: Rate,
-    /// A request longer than so many bytes counts as several operations (length / `iops_size`); 0: as one.
+    /// A request longer than so many bytes counts as several operations (length / `iops_size`); 0:
+    /// as one.
     pub iops_size: u64,
 }
 

@@ -1,7 +1,8 @@
-//! Tracks the requests in flight at one node, orders those that overlap, and records what has been flushed.
+//! Tracks the requests in flight at one node, orders those that overlap, and records what has been
+//! flushed.
 //!
-//! Bookkeeping only: no I/O, no graph, no policy. The request path (`request/`) registers requests here; a drain
-//! (`graph/`) waits here until none is in flight.
+//! Bookkeeping only: no I/O, no graph, no policy. The request path (`request/`) registers requests
+//! here; a drain (`graph/`) waits here until none is in flight.
 //!
 //! Four kinds of requests, from cheap to expensive:
 //!
@@ -12,26 +13,29 @@
 //! DetachedRange  remains of a Tracked whose request was dropped while its driver still works
 //! ```
 //!
-//! Two requests conflict only if they overlap and one of them is serialising. They are ordered by ticket; the later one
-//! waits for the earlier one. A serialising request draws its ticket when it registers, in one critical section of
-//! `central` in which it also visits all shards and gives each plain request that it overlaps an earlier ticket. A
-//! plain request without a ticket either was never met, or draws its own (later) one when it sees the flag. Tickets are
-//! a total order, so there is no cycle of waiters, and later requests cannot starve one that waits. A `DetachedRange`
-//! is a serialising entry that waits for nothing. It has the ticket of its request: requests that waited for that one
-//! wait for the range, and so do all later requests that overlap it.
+//! Two requests conflict only if they overlap and one of them is serialising. They are ordered by
+//! ticket; the later one waits for the earlier one. A serialising request draws its ticket when it
+//! registers, in one critical section of `central` in which it also visits all shards and gives
+//! each plain request that it overlaps an earlier ticket. A plain request without a ticket either
+//! was never met, or draws its own (later) one when it sees the flag. Tickets are a total order, so
+//! there is no cycle of waiters, and later requests cannot starve one that waits. A `DetachedRange`
+//! is a serialising entry that waits for nothing. It has the ticket of its request: requests that
+//! waited for that one wait for the range, and so do all later requests that overlap it.
 //!
 //! Why no conflict is missed:
-//! * plain against serialising: the plain one enters its shard under the shard's lock and *then* looks at
-//!   `serialising`; the serialising one raises `serialising` and *then* locks the shard. Whichever held the
-//!   shard's lock second sees the other.
-//! * inline against serialising: the inline one increments `inline` and then loads `serialising`; the
-//!   serialising one increments `serialising` and then loads `inline`, all `SeqCst`. In the total order of
-//!   `SeqCst` operations one of the two loads comes last and sees the other's increment (Dekker).
-//! * wake-ups: a waiter increments `waiters`, arms its listener and then looks; a request that ends removes itself and
-//!   then loads `waiters`. By the same two arguments either the waiter sees it removed or it sees the waiter.
+//! * plain against serialising: the plain one enters its shard under the shard's lock and *then*
+//!   looks at `serialising`; the serialising one raises `serialising` and *then* locks the shard.
+//!   Whichever held the shard's lock second sees the other.
+//! * inline against serialising: the inline one increments `inline` and then loads `serialising`;
+//!   the serialising one increments `serialising` and then loads `inline`, all `SeqCst`. In the
+//!   total order of `SeqCst` operations one of the two loads comes last and sees the other's
+//!   increment (Dekker).
+//! * wake-ups: a waiter increments `waiters`, arms its listener and then looks; a request that ends
+//!   removes itself and then loads `waiters`. By the same two arguments either the waiter sees it
+//!   removed or it sees the waiter.
 //!
-//! Lock order: `central` before a shard's `plain`. Neither is held across an await. `flush` (waiting without
-//! blocking a thread) is taken before both and held while a flush runs.
+//! Lock order: `central` before a shard's `plain`. Neither is held across an await. `flush`
+//! (waiting without blocking a thread) is taken before both and held while a flush runs.
 
 mod detached;
 mod flush;
@@ -113,7 +117,8 @@ impl Entry {
     }
 }
 
-/// The shard a request was counted in at; it is counted out there, on whichever thread that happens.
+/// The shard a request was counted in at; it is counted out there, on whichever thread that
+/// happens.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ShardNumber(usize);
 
@@ -155,8 +160,8 @@ impl RequestTracker {
             .sum()
     }
 
-    /// Waits until no request is in flight. The caller has closed the gates before; otherwise the answer is
-    /// outdated when it arrives.
+    /// Waits until no request is in flight. The caller has closed the gates before; otherwise the
+    /// answer is outdated when it arrives.
     pub(crate) async fn wait_idle(&self) {
         self.wait_until(|| self.in_flight() == 0 || self.is_given_up()).await;
     }
@@ -178,8 +183,8 @@ impl RequestTracker {
         }
     }
 
-    /// Waits until every inline request has ended that was in flight when this was called. Later ones are not waited
-    /// for.
+    /// Waits until every inline request has ended that was in flight when this was called. Later
+    /// ones are not waited for.
     pub(crate) async fn wait_inline_passed(&self) {
         let mut pending: Vec<&Shard> = self.shards.iter().map(|shard| &**shard).collect();
         self.wait_until(|| {
@@ -189,7 +194,8 @@ impl RequestTracker {
         .await;
     }
 
-    /// Waits until [`RequestTracker::give_up`]: for ever, unless that happens. Requests that end do not wake it.
+    /// Waits until [`RequestTracker::give_up`]: for ever, unless that happens. Requests that end do
+    /// not wake it.
     pub(crate) async fn wait_given_up(&self) {
         loop {
             let mut ended = pin!(self.ended.notified());
@@ -207,8 +213,9 @@ impl RequestTracker {
         self.ended.notify_waiters();
     }
 
-    /// Counts in a request that ends before this thread does anything else. `None` while a serialising request
-    /// exists. The caller must look at the edge's gate *after* this (see `request::admit`).
+    /// Counts in a request that ends before this thread does anything else. `None` while a
+    /// serialising request exists. The caller must look at the edge's gate *after* this (see
+    /// `request::admit`).
     #[inline]
     pub(crate) fn try_inline(&self) -> Option<Inline<'_>> {
         let shard = &*self.shards[self.own_number()];
@@ -218,8 +225,8 @@ impl RequestTracker {
         (self.serialising.load(Ordering::SeqCst) == 0).then_some(guard)
     }
 
-    /// Counts in a request that may wait; each call is paired with one [`RequestTracker::leave`] of its shard number.
-    /// The caller must look at the edge's gate *after* this.
+    /// Counts in a request that may wait; each call is paired with one [`RequestTracker::leave`] of
+    /// its shard number. The caller must look at the edge's gate *after* this.
     #[inline]
     pub(crate) fn enter(&self) -> ShardNumber {
         let number = self.own_number();
@@ -330,7 +337,8 @@ impl RequestTracker {
         self.central.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Writes that ended so far, over all shards. Shards only grow, so two equal sums mean the same writes.
+    /// Writes that ended so far, over all shards. Shards only grow, so two equal sums mean the same
+    /// writes.
     fn writes(&self) -> u64 {
         self.shards
             .iter()
@@ -353,7 +361,8 @@ pub(crate) struct Inline<'a> {
 }
 
 impl Inline<'_> {
-    /// Records that a write ended, successfully or not: the next flush has work. Called after the driver returned.
+    /// Records that a write ended, successfully or not: the next flush has work. Called after the
+    /// driver returned.
     #[inline]
     pub(crate) fn wrote(&self) {
         self.shard.writes.fetch_add(1, Ordering::Release);
@@ -412,7 +421,8 @@ impl Tracked<'_> {
         tracker.wait_until(|| self.may_go()).await;
     }
 
-    /// True if an earlier request overlaps and conflicts. (Inline requests end by themselves and do not count.)
+    /// True if an earlier request overlaps and conflicts. (Inline requests end by themselves and do
+    /// not count.)
     pub(crate) fn has_conflict(&self) -> bool {
         if self.ticket == 0 {
             return false;
@@ -427,11 +437,12 @@ impl Tracked<'_> {
             && self.tracker.shards.iter().any(|s| lock_plain(s).iter().any(|(_, e)| blocks(e)))
     }
 
-    /// Keeps the range for an operation that goes on without its request: requests that overlap it wait until
-    /// [`RequestTracker::release_detached`]. The request may end before the operation, but not before its own turn
-    /// came.
+    /// Keeps the range for an operation that goes on without its request: requests that overlap it
+    /// wait until [`RequestTracker::release_detached`]. The request may end before the operation,
+    /// but not before its own turn came.
     pub(crate) fn detach(&self) -> DetachedRange {
-        // As in `track_serialising`: raised first, so that plain and inline ones from here on see it.
+        // As in `track_serialising`: raised first, so that plain and inline ones from here on see
+        // it.
         self.tracker.serialising.fetch_add(1, Ordering::SeqCst);
         let mut central = self.tracker.lock_central();
         let ticket = match self.place {

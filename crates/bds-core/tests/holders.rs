@@ -1,5 +1,5 @@
-//! Tests that `holders()` has the source location in the caller's program of each reference, whatever took it on the
-//! caller's behalf.
+//! Tests that `holders()` has the source location in the caller's program of each reference,
+//! whatever took it on the caller's behalf.
 
 use bds_core::graph::{Graph, GraphConfig, HolderKind, NewImage, NodeRef};
 use bds_core::request::{Backend, BackendOptions};
@@ -7,7 +7,8 @@ use bds_core::{Options, Result};
 use bds_io::{Sim, SimConfig};
 use bds_refcount::Holder;
 
-/// Runs a test on a graph with two images, `top.qcow2` and `over.qcow2`, on a simulated disk. The test must not leak a node.
+/// Runs a test on a graph with two images, `top.qcow2` and `over.qcow2`, on a simulated disk. The
+/// test must not leak a node.
 fn run(test: impl AsyncFnOnce(Graph) -> Result<()>) {
     let sim = Sim::new(0, SimConfig::calm());
     let mut config = GraphConfig::new(bds_drivers::registry().into());

@@ -41,13 +41,15 @@ impl<T> Task<T> {
 }
 
 impl<T> Task<T> {
-    /// Makes a handle that detaches the task instead of cancelling it when it is dropped: the task runs to completion.
+    /// Makes a handle that detaches the task instead of cancelling it when it is dropped: the task
+    /// runs to completion.
     pub fn detach_on_drop(self) -> DetachOnDrop<T> {
         DetachOnDrop { task: Some(self) }
     }
 }
 
-/// The handle of a task that runs to completion even if the handle is dropped. Awaiting it gives the task's output.
+/// The handle of a task that runs to completion even if the handle is dropped. Awaiting it gives
+/// the task's output.
 #[derive(Debug)]
 pub struct DetachOnDrop<T> {
     /// `None` only after the task's end.

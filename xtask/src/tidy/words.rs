@@ -11,6 +11,8 @@ use super::source::identifiers;
 
 /// Columns of a comment line; code is rustfmt's.
 const MAX_COMMENT_WIDTH: usize = 100;
+/// The same for drawings.
+const MAX_DRAWING_WIDTH: usize = 125;
 
 /// The words that may not appear, and where they may.
 #[derive(Debug, Deserialize)]
@@ -117,15 +119,19 @@ fn split(line: &str) -> Vec<String> {
 }
 
 /// Comment lines of Rust code wider than the limit: `name:line: N columns`. URLs and tables cannot
-/// be broken.
+/// be broken; drawings, fenced as `text`, have a limit of their own.
 pub(super) fn wide_comments(name: &str, text: &str) -> Vec<String> {
     let mut found = Vec::new();
+    let mut is_drawing = false;
     for (number, line) in text.lines().enumerate() {
         let width = line.chars().count();
-        if width <= MAX_COMMENT_WIDTH {
+        let Some((code, comment)) = line.split_once("//") else { continue };
+        if let Some((_, fence)) = comment.split_once("```") {
+            is_drawing = fence == "text";
+        }
+        if width <= if is_drawing { MAX_DRAWING_WIDTH } else { MAX_COMMENT_WIDTH } {
             continue;
         }
-        let Some((code, comment)) = line.split_once("//") else { continue };
         // An odd quote before it: the slashes are inside a string.
         let is_text = !code.matches('"').count().is_multiple_of(2);
         let is_table = comment.trim_start_matches(['/', '!']).trim_start().starts_with('|');
@@ -189,6 +195,16 @@ mod tests {
     }
 
     #[test]
+    fn a_drawing_ends_with_its_fence_and_has_a_limit() {
+        let line = "-".repeat(130);
+        let found = wide_comments("a.rs", &format!("//! ```text\n//! {line}\n//! ```\n"));
+        assert_eq!(found, ["a.rs:2: comment of 134 columns"]);
+        let line = "-".repeat(110);
+        let found = wide_comments("a.rs", &format!("//! ```text\n//! x\n//! ```\n//! {line}\n"));
+        assert_eq!(found, ["a.rs:4: comment of 114 columns"]);
+    }
+
+    #[test]
     fn comments_are_measured_and_code_is_not() {
         let long = "word ".repeat(25);
         for line in [format!("// {long}"), format!("    //! {long}"), format!("f(); // {long}")] {
@@ -203,6 +219,7 @@ mod tests {
             format!("// see https://{long}"),
             format!("/// | {long} |"),
             "// short".to_owned(),
+            format!("//! ```text\n//! {}\n//! ```", "-".repeat(120)),
         ] {
             assert!(wide_comments("a.rs", &line).is_empty(), "{line}");
         }

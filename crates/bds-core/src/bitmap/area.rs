@@ -1,7 +1,8 @@
 //! Searches a bitmap for runs of dirty or clean granules, and claims runs for copying.
 //!
-//! Searches see every bit that was set before they began and is not cleared meanwhile; bits that are set meanwhile may or may
-//! not be seen. Positions are bytes; runs begin and end at granule boundaries, or at the end of the bitmap.
+//! Searches see every bit that was set before they began and is not cleared meanwhile; bits that
+//! are set meanwhile may or may not be seen. Positions are bytes; runs begin and end at granule
+//! boundaries, or at the end of the bitmap.
 
 use std::iter;
 use std::ops::Range;
@@ -9,7 +10,8 @@ use std::ops::Range;
 use super::hbitmap::{HBitmap, PAGE, WORD, word_of};
 
 impl HBitmap {
-    /// The first dirty byte in the range: `range.start` if its granule is dirty, else the start of a granule.
+    /// The first dirty byte in the range: `range.start` if its granule is dirty, else the start of
+    /// a granule.
     pub fn next_dirty(&self, range: Range<u64>) -> Option<u64> {
         let granules = self.granules_of(&range);
         let found = self.find(granules, true)?;
@@ -41,8 +43,8 @@ impl HBitmap {
         })
     }
 
-    /// Whether the granule of `offset` is dirty, and for how many bytes from there on that holds, up to `end`. Length 0 at or
-    /// beyond the end.
+    /// Whether the granule of `offset` is dirty, and for how many bytes from there on that holds,
+    /// up to `end`. Length 0 at or beyond the end.
     pub fn status(&self, offset: u64, end: u64) -> (bool, u64) {
         let end = end.min(self.len());
         if offset >= end {
@@ -56,10 +58,12 @@ impl HBitmap {
         (is_dirty, change.unwrap_or(end) - offset)
     }
 
-    /// Cleans the first run of dirty granules that touches the range, of at most `max_len` bytes (at least a granule), and returns
-    /// it: the caller has the duty to copy these bytes, or to [`HBitmap::set`] them again. A write that ends after this call marks its
-    /// granules anew, a write that ended before is visible to the caller; no two callers get the same granule. The run may begin
-    /// before `range.start`, at the start of its granule, and ends at the end of a granule.
+    /// Cleans the first run of dirty granules that touches the range, of at most `max_len` bytes
+    /// (at least a granule), and returns it: the caller has the duty to copy these bytes, or to
+    /// [`HBitmap::set`] them again. A write that ends after this call marks its granules anew, a
+    /// write that ended before is visible to the caller; no two callers get the same granule. The
+    /// run may begin before `range.start`, at the start of its granule, and ends at the end of a
+    /// granule.
     pub fn claim(&self, range: Range<u64>, max_len: u64) -> Option<Range<u64>> {
         let granules = self.granules_of(&range);
         let most = (max_len >> self.shift()).max(1);

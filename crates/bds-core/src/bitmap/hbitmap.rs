@@ -6,9 +6,10 @@
 //!           └─ count               set bits of the page: pages without any are skipped by searches
 //! ```
 //!
-//! Setting a bit is one atomic read-modify-write, also where the bit is set already: a plain load could be answered before the
-//! bytes that were written become visible, while a job that claims the bit reads the old bytes, and that write would never be
-//! copied. For the same reason a job must claim bits (see [`HBitmap::claim`]) before it reads the bytes.
+//! Setting a bit is one atomic read-modify-write, also where the bit is set already: a plain load
+//! could be answered before the bytes that were written become visible, while a job that claims the
+//! bit reads the old bytes, and that write would never be copied. For the same reason a job must
+//! claim bits (see [`HBitmap::claim`]) before it reads the bytes.
 //!
 //! The counts follow the bits and are exact whenever no other thread changes the bitmap.
 
@@ -73,8 +74,9 @@ impl Page {
     }
 }
 
-/// Tracks which granules of `len` bytes are dirty. All methods but the constructors take `&self` and may be called from any
-/// thread at any time; none blocks, and only setting the first bit of a page allocates (4 KiB for each 32,768 granules).
+/// Tracks which granules of `len` bytes are dirty. All methods but the constructors take `&self`
+/// and may be called from any thread at any time; none blocks, and only setting the first bit of a
+/// page allocates (4 KiB for each 32,768 granules).
 ///
 /// ```
 /// use bds_core::bitmap::HBitmap;
@@ -98,8 +100,8 @@ impl HBitmap {
     /// A clean bitmap for `len` bytes, of which each `granularity` bytes share a bit.
     ///
     /// # Errors
-    /// `InvalidInput`: the granularity is no power of two from [`MIN_GRANULARITY`] to [`MAX_GRANULARITY`]. `LimitExceeded`: there
-    /// would be more than [`MAX_GRANULES`] granules.
+    /// `InvalidInput`: the granularity is no power of two from [`MIN_GRANULARITY`] to
+    /// [`MAX_GRANULARITY`]. `LimitExceeded`: there would be more than [`MAX_GRANULES`] granules.
     pub fn new(len: u64, granularity: u32) -> Result<Self> {
         if !granularity.is_power_of_two() || granularity < MIN_GRANULARITY {
             let text = "a granularity is a power of two from 512 to 2147483648 bytes";
@@ -143,7 +145,8 @@ impl HBitmap {
         self.present_pages().map(|(_, page)| u64::from(page.count())).sum()
     }
 
-    /// Dirty granules times the granularity, in bytes; a short last granule counts as a whole one, as in QEMU's `count`.
+    /// Dirty granules times the granularity, in bytes; a short last granule counts as a whole one,
+    /// as in QEMU's `count`.
     pub fn dirty_bytes(&self) -> u64 {
         self.dirty_granules() << self.shift
     }
@@ -167,7 +170,8 @@ impl HBitmap {
         self.set_granules(0..self.granules());
     }
 
-    /// Cleans every granule that lies wholly in the byte range; a short last granule does if the range reaches the end.
+    /// Cleans every granule that lies wholly in the byte range; a short last granule does if the
+    /// range reaches the end.
     pub fn clear(&self, range: Range<u64>) {
         let end = if range.end >= self.len { self.granules() } else { range.end >> self.shift };
         let start = range.start.div_ceil(1 << self.shift);
@@ -185,8 +189,8 @@ impl HBitmap {
         self.present(granule).is_some_and(|page| page.word(word_of(granule)) & bit_of(granule) != 0)
     }
 
-    /// Marks what is dirty in `from`. Granularities may differ: a dirty granule of `from` marks every granule that it touches.
-    /// Bits set in `from` meanwhile may or may not be taken along.
+    /// Marks what is dirty in `from`. Granularities may differ: a dirty granule of `from` marks
+    /// every granule that it touches. Bits set in `from` meanwhile may or may not be taken along.
     ///
     /// # Errors
     /// `InvalidInput`: the lengths differ. Nothing has changed.
@@ -202,7 +206,8 @@ impl HBitmap {
         Ok(())
     }
 
-    /// A copy for `len` bytes: what lies beyond is dropped, what is new is clean. Meant for a moment at which no thread sets bits.
+    /// A copy for `len` bytes: what lies beyond is dropped, what is new is clean. Meant for a
+    /// moment at which no thread sets bits.
     ///
     /// # Errors
     /// As [`HBitmap::new`].
@@ -246,7 +251,8 @@ impl HBitmap {
         }
     }
 
-    /// Calls `f` for each word of the granules whose page exists, with the mask of the bits in question.
+    /// Calls `f` for each word of the granules whose page exists, with the mask of the bits in
+    /// question.
     pub(super) fn each_word(&self, range: Range<u64>, mut f: impl FnMut(&Page, usize, u64)) {
         let mut at = range.start;
         while at < range.end {

@@ -4,7 +4,8 @@
 //! * `area`: searching and claiming runs of dirty granules.
 //! * `wire`: the bits as bytes, in the order that qcow2 and QEMU use.
 //!
-//! This folder knows neither nodes nor images. Names, owners and leases of a node's bitmaps are in [`crate::graph`].
+//! This folder knows neither nodes nor images. Names, owners and leases of a node's bitmaps are in
+//! [`crate::graph`].
 
 mod area;
 mod hbitmap;

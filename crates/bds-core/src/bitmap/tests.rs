@@ -252,8 +252,9 @@ fn all_of_a_bitmap_is_set_and_cleared() {
     assert_eq!((empty.claim(0..100, 100), empty.stream_len()), (None, 0));
 }
 
-/// Stamps beside bits: a write stores its stamp and then marks; a copier claims and then reads. At the end no stamp is missing
-/// in the copy, though bits are set, found set already, and claimed all the time.
+/// Stamps beside bits: a write stores its stamp and then marks; a copier claims and then reads. At
+/// the end no stamp is missing in the copy, though bits are set, found set already, and claimed all
+/// the time.
 #[test]
 fn no_write_is_lost_between_claim_and_mark() {
     const GRANULES: u64 = 200;

@@ -1,5 +1,6 @@
-//! A bitmap as bytes: bit n of the stream, counted from the lowest bit of the first byte, is granule n. This is how qcow2 stores
-//! bitmaps (qcow2.txt, "Bitmap data") and how QEMU migrates them. Bits behind the last granule are zero.
+//! A bitmap as bytes: bit n of the stream, counted from the lowest bit of the first byte, is
+//! granule n. This is how qcow2 stores bitmaps (qcow2.txt, "Bitmap data") and how QEMU migrates
+//! them. Bits behind the last granule are zero.
 
 use std::ops::Range;
 
@@ -22,7 +23,8 @@ impl HBitmap {
         self.granules().div_ceil(8)
     }
 
-    /// What `len` bytes of the stream from byte `at` on hold. Bytes behind the end count as clean, and do not count beside others.
+    /// What `len` bytes of the stream from byte `at` on hold. Bytes behind the end count as clean,
+    /// and do not count beside others.
     pub fn stream_state(&self, at: u64, len: u64) -> StreamState {
         let granules = self.stream_granules(at, len);
         let total = granules.end - granules.start;
@@ -54,7 +56,8 @@ impl HBitmap {
         }
     }
 
-    /// Marks what is dirty in the stream from byte `at` on. Granules are never cleaned. Bits behind the last granule are ignored.
+    /// Marks what is dirty in the stream from byte `at` on. Granules are never cleaned. Bits behind
+    /// the last granule are ignored.
     pub fn merge_stream(&self, at: u64, bytes: &[u8]) {
         let granules = self.stream_granules(at, bytes.len() as u64);
         let bits = (granules.start..granules.end)

@@ -68,8 +68,9 @@ impl Counts {
     }
 }
 
-/// Orders the beginnings of writes by the pieces' numbers. A piece passes its turn as soon as its last write has begun:
-/// writes overlap, and a driver that allocates as they come still places them in order.
+/// Orders the beginnings of writes by the pieces' numbers. A piece passes its turn as soon as its
+/// last write has begun: writes overlap, and a driver that allocates as they come still places them
+/// in order.
 #[derive(Default)]
 pub(super) struct Turns {
     now: AtomicU64,

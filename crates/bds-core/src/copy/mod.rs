@@ -1,16 +1,16 @@
 //! Copies ranges from one or several backends to another: the engine of `convert` and of jobs.
 //!
-//! A planner queries the block status of the sources and hands out pieces; up to `workers` workers copy one piece each
-//! through one buffer each, so memory is bounded by `workers * buffer_len`. Holes are not read; zeros are not written
-//! where the target reads as zeros anyway.
+//! A planner queries the block status of the sources and hands out pieces; up to `workers` workers
+//! copy one piece each through one buffer each, so memory is bounded by `workers * buffer_len`.
+//! Holes are not read; zeros are not written where the target reads as zeros anyway.
 //!
 //! ```text
 //! planner ─► piece: nothing to do │ zeros │ data
 //! worker      read ─► (wait for its turn) ─► split into zeros and data ─► write
 //! ```
 //!
-//! It does not decide whether the target reads as zeros, resize it, or flush it at the end.
-//! The copy runs in the caller's future: dropping it stops the copy, with the target partly written.
+//! It does not decide whether the target reads as zeros, resize it, or flush it at the end. The
+//! copy runs in the caller's future: dropping it stops the copy, with the target partly written.
 
 mod job;
 mod options;
@@ -38,8 +38,8 @@ use worker::Worker;
 /// Copies the concatenated sources to the beginning of `target`.
 ///
 /// # Errors
-/// The first failure, which says whether the source or the target failed and where; pieces in flight end before this
-/// returns. `InvalidInput`: a wrong option, or the target is too short.
+/// The first failure, which says whether the source or the target failed and where; pieces in
+/// flight end before this returns. `InvalidInput`: a wrong option, or the target is too short.
 pub async fn copy(
     sources: &[CopySource],
     target: &Backend,

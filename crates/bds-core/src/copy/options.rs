@@ -13,8 +13,9 @@ use crate::request::Backend;
 pub const MAX_WORKERS: usize = 16;
 /// Longest buffer of a worker, in bytes.
 pub const MAX_BUFFER_LEN: usize = 2 << 20;
-/// Default buffer of a worker, in bytes. Short enough that data is written while it is in the processor's caches: with
-/// buffers of 2 MiB a cached gigabyte took three times the processor time that it takes with 512 KiB or 1 MiB.
+/// Default buffer of a worker, in bytes. Short enough that data is written while it is in the
+/// processor's caches: with buffers of 2 MiB a cached gigabyte took three times the processor time
+/// that it takes with 512 KiB or 1 MiB.
 pub const BUFFER_LEN: usize = 512 << 10;
 /// Granularity of zero detection, in bytes.
 pub const GRAIN: usize = 4096;
@@ -24,7 +25,8 @@ pub const GRAIN: usize = 4096;
 pub struct CopySource {
     /// The backend to read.
     pub backend: Arc<Backend>,
-    /// If set, copies only what the layers above this one decide; the rest of the target is left alone.
+    /// If set, copies only what the layers above this one decide; the rest of the target is left
+    /// alone.
     pub above: Option<NodeId>,
 }
 
@@ -50,12 +52,14 @@ pub struct CopyOptions {
     pub buffer_len: usize,
     /// True if later pieces may be written before earlier ones.
     pub out_of_order: bool,
-    /// Zeros of at least this many bytes in data become zero writes; 0: no zero detection, holes are written as data.
+    /// Zeros of at least this many bytes in data become zero writes; 0: no zero detection, holes
+    /// are written as data.
     pub sparse_len: u64,
     /// The target reads as zeros where nothing was written: zeros need not be written.
     pub target_is_zero: bool,
-    /// A backend that reads as the target does before the copy (an overlay's backing image, or the target itself):
-    /// bytes that are equal there are not written. Addressed by offsets of the target; behind its end are zeros.
+    /// A backend that reads as the target does before the copy (an overlay's backing image, or the
+    /// target itself): bytes that are equal there are not written. Addressed by offsets of the
+    /// target; behind its end are zeros.
     pub target_shows: Option<Arc<Backend>>,
     /// Zero writes may deallocate.
     pub may_unmap: bool,

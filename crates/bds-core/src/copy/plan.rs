@@ -1,15 +1,16 @@
 //! Plans a copy: queries block status and cuts the runs into pieces of a buffer's length.
 //!
-//! Adjacent runs of one kind are joined, so a source of many small clusters is still read in long pieces; a long
-//! run is queried once and cut. A failed query is an error, unless salvaging: then the run counts as data, and reading
-//! it shows which part is bad.
+//! Adjacent runs of one kind are joined, so a source of many small clusters is still read in long
+//! pieces; a long run is queried once and cut. A failed query is an error, unless salvaging: then
+//! the run counts as data, and reading it shows which part is bad.
 
 use super::options::{CopyOptions, CopySource};
 use crate::driver::{Precision, StatusFlags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::request::Backend;
 
-/// Joining stops after this many queries for one piece, to bound how long a worker holds the planner.
+/// Joining stops after this many queries for one piece, to bound how long a worker holds the
+/// planner.
 const MAX_JOINED: usize = 64;
 
 /// What is done with a piece.
@@ -134,8 +135,8 @@ impl<'a> Planner<'a> {
         (self.known, self.next) = (None, None);
     }
 
-    /// At the end of a source inside a compressed cluster: takes bytes of the next ones, because clusters are written
-    /// whole.
+    /// At the end of a source inside a compressed cluster: takes bytes of the next ones, because
+    /// clusters are written whole.
     fn fill_cluster(&mut self, taken_len: u64) -> Vec<Segment> {
         let mut rest = Vec::new();
         let Some(cluster_len) = self.options.compress else { return rest };

@@ -1,7 +1,7 @@
 //! Finds zeros, and differences from old contents, in data that was read.
 //!
-//! In grains aligned in the target, so that the target can make holes of them. The buffer belongs to the worker, so it
-//! does not change between the comparison and the write.
+//! In grains aligned in the target, so that the target can make holes of them. The buffer belongs
+//! to the worker, so it does not change between the comparison and the write.
 
 use std::ops::Range;
 
@@ -18,8 +18,8 @@ pub(super) struct Part {
     pub(super) range: Range<usize>,
 }
 
-/// Cuts a buffer that goes to `target_offset` into parts of zeros, each at least `sparse_len` bytes (or the whole
-/// buffer), and parts of data.
+/// Cuts a buffer that goes to `target_offset` into parts of zeros, each at least `sparse_len` bytes
+/// (or the whole buffer), and parts of data.
 pub(super) fn parts(iov: &IoVec, target_offset: u64, sparse_len: u64) -> Vec<Part> {
     let len = iov.len();
     let sparse_len = usize::try_from(sparse_len).unwrap_or(usize::MAX);
@@ -82,7 +82,8 @@ mod tests {
 
     #[test]
     fn parts_by_table() {
-        // which grains are zero, first grain's offset in the target, sparse_len: parts as (zero?, grains)
+        // which grains are zero, first grain's offset in the target, sparse_len: parts as (zero?,
+        // grains)
         type Case = (&'static [bool], u64, &'static [(bool, usize)]);
         let table: [Case; 6] = [
             (&[true, true, false], 4096, &[(true, 2), (false, 1)]),

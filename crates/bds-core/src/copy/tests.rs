@@ -76,7 +76,8 @@ fn on_a_target_of_zeros_only_data_is_written() {
     });
 }
 
-/// In order means that writes begin in order: the next one does not wait until the last has completed.
+/// In order means that writes begin in order: the next one does not wait until the last has
+/// completed.
 #[test]
 fn writes_begin_in_order_and_overlap() {
     run(3, async {
@@ -160,7 +161,8 @@ fn compressed_clusters_lie_across_the_ends_of_sources() {
     run(1, async {
         let disks = DiskGraph::new();
         let cluster = 4 * GRAIN as u64;
-        // Ends inside a cluster, a source without bytes, one that lies inside one cluster, zeros across an end.
+        // Ends inside a cluster, a source without bytes, one that lies inside one cluster, zeros
+        // across an end.
         let lens = [4 * GRAIN + 700, 0, 100, GRAIN, 9 * GRAIN];
         let mut expected = Vec::new();
         let mut sources = Vec::new();
@@ -205,7 +207,8 @@ fn equal_data_in_the_target_is_not_written() {
                 vec![(2 * grain..4 * grain, ZERO, None), (6 * grain..8 * grain, ZERO, None)];
             let config = Config { statuses, ..Config::default() };
             let (source, _) = disks.node("source", bytes.clone(), config).await;
-            // Equal, different, zeros above data, zeros above zeros; and it is shorter than the source.
+            // Equal, different, zeros above data, zeros above zeros; and it is shorter than the
+            // source.
             let shown = grains(&[1, 7, 0, 3, 5, 6, 0, 0]);
             let statuses = vec![(6 * grain..8 * grain, ZERO, None)];
             let config = Config { statuses, ..Config::default() };

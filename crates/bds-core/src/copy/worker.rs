@@ -1,4 +1,5 @@
-//! Copies pieces: a worker takes them from the planner and copies them through its buffer, in order of their writes.
+//! Copies pieces: a worker takes them from the planner and copies them through its buffer, in order
+//! of their writes.
 
 use std::future::poll_fn;
 use std::ops::Range;
@@ -19,7 +20,8 @@ use crate::request::Backend;
 /// When a read fails while salvaging, the piece is read again in steps of this size.
 const SALVAGE_STEP: u64 = 512;
 
-/// Length of a step of a pause: a low rate can require minutes, and setting the cancel flag wakes no sleeper.
+/// Length of a step of a pause: a low rate can require minutes, and setting the cancel flag wakes
+/// no sleeper.
 const PAUSE_STEP: Duration = Duration::from_millis(50);
 
 /// Copies pieces until there are none.
@@ -272,7 +274,8 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
-    /// Writes the bytes of a piece from `start` on. `is_last`: no bytes of the piece are written after them.
+    /// Writes the bytes of a piece from `start` on. `is_last`: no bytes of the piece are written
+    /// after them.
     async fn write_parts(
         &self,
         piece: &Piece,

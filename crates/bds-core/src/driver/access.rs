@@ -1,7 +1,7 @@
 //! Permissions of an edge: what a parent does with a node and what it shares with other parents.
 //!
-//! Arithmetic on small sets. The graph cumulates and checks them; a driver computes those on its children
-//! ([`super::Driver::child_access`]).
+//! Arithmetic on small sets. The graph cumulates and checks them; a driver computes those on its
+//! children ([`super::Driver::child_access`]).
 
 use std::fmt;
 

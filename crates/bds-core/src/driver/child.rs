@@ -58,10 +58,12 @@ pub trait ChildPort: Send + Sync + 'static {
         len: u64,
         precision: Precision,
     ) -> BoxFuture<'_, Result<StatusRun>>;
-    /// True if `len` bytes at `offset` are known to read as zeros through the whole chain below (a cheap answer).
+    /// True if `len` bytes at `offset` are known to read as zeros through the whole chain below (a
+    /// cheap answer).
     fn is_zero(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<bool>>;
-    /// Status of `offset..` in the layers from the node below down to the one named `bottom`, both included: a run that
-    /// one of them decides (`ALLOCATED`) or none does; no `map`. `NotFound` if there is no such node in the chain.
+    /// Status of `offset..` in the layers from the node below down to the one named `bottom`, both
+    /// included: a run that one of them decides (`ALLOCATED`) or none does; no `map`. `NotFound` if
+    /// there is no such node in the chain.
     fn status_down_to<'a>(
         &'a self,
         bottom: &'a str,

@@ -1,4 +1,5 @@
-//! The trait `Driver`: what an open driver implements. The rules that hold for all methods are in the parent module.
+//! The trait `Driver`: what an open driver implements. The rules that hold for all methods are in
+//! the parent module.
 
 use std::path::PathBuf;
 
@@ -12,8 +13,9 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// A driver instance: an open image, protocol or filter.
 ///
-/// Ranges given to a driver are inside the node (writes past the end only from parents that may resize), aligned to
-/// [`Limits::request_alignment`], and split by its limits. Methods may be called from many threads at once.
+/// Ranges given to a driver are inside the node (writes past the end only from parents that may
+/// resize), aligned to [`Limits::request_alignment`], and split by its limits. Methods may be
+/// called from many threads at once.
 #[expect(clippy::len_without_is_empty, reason = "an empty disk is not a special case")]
 pub trait Driver: Send + Sync + 'static {
     /// The driver's name as QEMU spells it ("qcow2").
@@ -22,8 +24,8 @@ pub trait Driver: Send + Sync + 'static {
     /// Length in bytes as the guest sees it.
     fn len(&self) -> u64;
 
-    /// Limits that requests must keep. Read when the node is opened, when it is reopened and when anything below
-    /// changes.
+    /// Limits that requests must keep. Read when the node is opened, when it is reopened and when
+    /// anything below changes.
     fn limits(&self) -> Limits {
         Limits::default()
     }
@@ -48,8 +50,8 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
-    /// True if it can only be read although writing was asked for (`auto_read_only`, or a medium that is
-    /// write-protected).
+    /// True if it can only be read although writing was asked for (`auto_read_only`, or a medium
+    /// that is write-protected).
     fn is_read_only(&self) -> bool {
         false
     }
@@ -59,24 +61,28 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
-    /// Which file it is, as (device, inode), for protocols that have one: two names of one file agree.
+    /// Which file it is, as (device, inode), for protocols that have one: two names of one file
+    /// agree.
     fn identity(&self) -> Option<(u64, u64)> {
         None
     }
 
-    /// Reads at once if that needs no waiting (caches hold all of it). `None`: the caller calls [`Driver::read`].
-    /// Must not block, and leaves nothing behind when it declines (the buffer may be partly filled).
+    /// Reads at once if that needs no waiting (caches hold all of it). `None`: the caller calls
+    /// [`Driver::read`]. Must not block, and leaves nothing behind when it declines (the buffer may
+    /// be partly filled).
     fn try_read(&self, _offset: u64, _iov: &IoVec) -> Option<Result<()>> {
         None
     }
 
-    /// Writes at once if that needs no waiting. `None`: nothing was changed, the caller calls [`Driver::write`].
+    /// Writes at once if that needs no waiting. `None`: nothing was changed, the caller calls
+    /// [`Driver::write`].
     fn try_write(&self, _offset: u64, _iov: &IoVec) -> Option<Result<()>> {
         None
     }
 
-    /// Called before every write, compressed write, zero write and discard of `len` bytes: a driver that limits their
-    /// rate makes them wait here. A request that waits here has not begun: dropped, it has no effect. `None`: go.
+    /// Called before every write, compressed write, zero write and discard of `len` bytes: a driver
+    /// that limits their rate makes them wait here. A request that waits here has not begun:
+    /// dropped, it has no effect. `None`: go.
     fn pace(&self, _len: u64) -> Option<BoxFuture<'_, ()>> {
         None
     }
@@ -87,12 +93,14 @@ pub trait Driver: Send + Sync + 'static {
     /// Writes `iov` at `offset`.
     fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> BoxFuture<'_, Result<()>>;
 
-    /// Bytes of one compressed cluster; `None` if the node writes none. A filter returns its child's.
+    /// Bytes of one compressed cluster; `None` if the node writes none. A filter returns its
+    /// child's.
     fn compressed_unit(&self) -> Option<u32> {
         None
     }
 
-    /// Writes one compressed cluster (or the tail of the image). An empty `iov` at the end pads the file.
+    /// Writes one compressed cluster (or the tail of the image). An empty `iov` at the end pads the
+    /// file.
     fn write_compressed(&self, _offset: u64, _iov: IoVec) -> BoxFuture<'_, Result<()>> {
         let name = self.name();
         Box::pin(async move {
@@ -115,7 +123,8 @@ pub trait Driver: Send + Sync + 'static {
         Box::pin(async { Ok(Attempt::Unsupported) })
     }
 
-    /// Writes cached metadata to the children (not necessarily to the medium). Called before `flush_to_disk`.
+    /// Writes cached metadata to the children (not necessarily to the medium). Called before
+    /// `flush_to_disk`.
     fn flush_to_os(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async { Ok(()) })
     }
@@ -151,8 +160,8 @@ pub trait Driver: Send + Sync + 'static {
         Box::pin(async { Ok(None) })
     }
 
-    /// Checks the image for leaks and corruption; changes nothing. `progress` is called with (done, total) bytes of
-    /// metadata.
+    /// Checks the image for leaks and corruption; changes nothing. `progress` is called with (done,
+    /// total) bytes of metadata.
     fn check<'a>(
         &'a self,
         _progress: &'a (dyn Fn(u64, u64) + Send + Sync),
@@ -163,7 +172,8 @@ pub trait Driver: Send + Sync + 'static {
         })
     }
 
-    /// Copies bytes from `source` (a child-level offload such as copy_file_range). `Unsupported`: copy by buffers.
+    /// Copies bytes from `source` (a child-level offload such as copy_file_range). `Unsupported`:
+    /// copy by buffers.
     fn copy_range_from<'a>(
         &'a self,
         _source: &'a dyn Driver,
@@ -174,8 +184,9 @@ pub trait Driver: Send + Sync + 'static {
         Box::pin(async { Ok(Attempt::Unsupported) })
     }
 
-    /// Sets the first backing child, or removes and returns the only one (`None`). No request is in flight meanwhile.
-    /// Exchanging one backing node for another does not involve the driver: the graph re-points the child.
+    /// Sets the first backing child, or removes and returns the only one (`None`). No request is in
+    /// flight meanwhile. Exchanging one backing node for another does not involve the driver: the
+    /// graph re-points the child.
     ///
     /// # Errors
     /// Nothing has changed.
@@ -185,30 +196,33 @@ pub trait Driver: Send + Sync + 'static {
         Err(Error::new(ErrorKind::NotSupported, words))
     }
 
-    /// Invalidates cached facts about children (a length, an alignment, abilities of the file): a child was re-pointed,
-    /// or a node below or this one was exchanged or reopened. Called with no request in flight, before
-    /// [`Driver::limits`] is read again, and also if nothing has changed. Must not block or call into the graph.
+    /// Invalidates cached facts about children (a length, an alignment, abilities of the file): a
+    /// child was re-pointed, or a node below or this one was exchanged or reopened. Called with no
+    /// request in flight, before [`Driver::limits`] is read again, and also if nothing has changed.
+    /// Must not block or call into the graph.
     fn children_changed(&self) {}
 
-    /// Permissions this node needs on one of its children and shares with the child's other parents, given what its own
-    /// parents do with it (`node`). A pure function of its arguments and of options: it is called often, also for
-    /// changes that are not committed. The default follows from the child's role, see [`Access::of_child`].
+    /// Permissions this node needs on one of its children and shares with the child's other
+    /// parents, given what its own parents do with it (`node`). A pure function of its arguments
+    /// and of options: it is called often, also for changes that are not committed. The default
+    /// follows from the child's role, see [`Access::of_child`].
     fn child_access(&self, _name: &str, role: Role, node: &NodeUse) -> Access {
         Access::of_child(role, node)
     }
 
-    /// Begins a drained section: no request enters from now on, and requests that the driver delays (throttled ones)
-    /// must go. Called before the wait for requests in flight, once until [`Driver::drain_end`]. Must not block or call
-    /// into the graph.
+    /// Begins a drained section: no request enters from now on, and requests that the driver delays
+    /// (throttled ones) must go. Called before the wait for requests in flight, once until
+    /// [`Driver::drain_end`]. Must not block or call into the graph.
     fn drain_begin(&self) {}
 
     /// Ends a drained section. Alternates strictly with [`Driver::drain_begin`], which comes first.
     fn drain_end(&self) {}
 
-    /// Prepares other flags or options, with no request in flight. All that can fail happens here; the result takes
-    /// effect in [`Reopen::commit`], or not at all. The default takes any flags that the graph itself implements
-    /// (discard, zero detection, flush switches) and refuses a change of `read_only` or `cache.direct`. The result does
-    /// not borrow the context, so that the caller can see which options were not taken.
+    /// Prepares other flags or options, with no request in flight. All that can fail happens here;
+    /// the result takes effect in [`Reopen::commit`], or not at all. The default takes any flags
+    /// that the graph itself implements (discard, zero detection, flush switches) and refuses a
+    /// change of `read_only` or `cache.direct`. The result does not borrow the context, so that the
+    /// caller can see which options were not taken.
     ///
     /// # Errors
     /// Nothing has changed.
@@ -222,8 +236,8 @@ pub trait Driver: Send + Sync + 'static {
         Box::pin(std::future::ready(super::reopen::by_default(self.name(), context)))
     }
 
-    /// Writes back caches and releases locks that keep other processes from writing. Nothing is written until
-    /// [`Driver::activate`]. Called with no request in flight.
+    /// Writes back caches and releases locks that keep other processes from writing. Nothing is
+    /// written until [`Driver::activate`]. Called with no request in flight.
     ///
     /// # Errors
     /// The node is as active as before.
@@ -243,7 +257,8 @@ pub trait Driver: Send + Sync + 'static {
     /// For copy offload between two drivers of one kind.
     fn as_any(&self) -> &dyn std::any::Any;
 
-    /// Closes the driver, once: writes back what is left, reports failures. Children are still open.
+    /// Closes the driver, once: writes back what is left, reports failures. Children are still
+    /// open.
     fn close(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async { Ok(()) })
     }

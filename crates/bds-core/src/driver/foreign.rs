@@ -1,7 +1,9 @@
-//! Recognises image formats that no driver here reads, so that such files are not taken for raw disks.
+//! Recognises image formats that no driver here reads, so that such files are not taken for raw
+//! disks.
 //!
-//! By the magic numbers of their specifications, at the beginning or end of the file. A raw disk may hold such bytes
-//! too, because a guest writes what it likes: a user that knows better names the format.
+//! By the magic numbers of their specifications, at the beginning or end of the file. A raw disk
+//! may hold such bytes too, because a guest writes what it likes: a user that knows better names
+//! the format.
 
 /// How many trailing bytes of a file are examined.
 pub const TAIL_LEN: usize = 512;

@@ -3,7 +3,8 @@
 /// Limits of a node, in bytes. Zero means: no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Offsets and lengths are multiples of this power of two (1 to 1 GiB). The request path widens requests to it.
+    /// Offsets and lengths are multiples of this power of two (1 to 1 GiB). The request path widens
+    /// requests to it.
     pub request_alignment: u32,
     /// Buffers' addresses and lengths should be multiples of this.
     pub memory_alignment: u32,

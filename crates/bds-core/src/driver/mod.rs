@@ -1,12 +1,14 @@
 //! The driver contract: what a driver implements, what it is given, and what it may rely on.
 //!
-//! A driver sees its own state and its children, nothing else: it cannot name its parents or siblings. When a driver
-//! method is called, the request path (`request/`) has checked range, permission and alignment and registered the
-//! request. A driver sends its own I/O through its [`Child`]ren, which is the same request path one node further down.
+//! A driver sees its own state and its children, nothing else: it cannot name its parents or
+//! siblings. When a driver method is called, the request path (`request/`) has checked range,
+//! permission and alignment and registered the request. A driver sends its own I/O through its
+//! [`Child`]ren, which is the same request path one node further down.
 //!
-//! Every future may be dropped at any await, or kept without being polled. A change, a flush or a resize that was
-//! polled once runs to completion: if its request is dropped, the request path moves it to a task and keeps it in
-//! flight until it ends. A driver runs what others may wait for in tasks of its own.
+//! Every future may be dropped at any await, or kept without being polled. A change, a flush or a
+//! resize that was polled once runs to completion: if its request is dropped, the request path
+//! moves it to a task and keeps it in flight until it ends. A driver runs what others may wait for
+//! in tasks of its own.
 
 mod access;
 mod child;

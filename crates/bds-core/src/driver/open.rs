@@ -1,4 +1,5 @@
-//! Contexts that a driver gets to open a node or to create an image, with the options common to all drivers.
+//! Contexts that a driver gets to open a node or to create an image, with the options common to all
+//! drivers.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -84,8 +85,8 @@ pub struct OpenFlags {
     pub for_check: bool,
     /// Do not take "others must not" locks, and share everything (qemu-img -U).
     pub force_share: bool,
-    /// Lets no other program write to any of the files meanwhile, not even to pure data files, which a reader otherwise
-    /// shares (qemu-img convert). No effect with `force_share`.
+    /// Lets no other program write to any of the files meanwhile, not even to pure data files,
+    /// which a reader otherwise shares (qemu-img convert). No effect with `force_share`.
     pub refuse_writers: bool,
     /// Caches.
     pub cache: CacheMode,
@@ -95,8 +96,9 @@ pub struct OpenFlags {
     pub detect_zeroes: DetectZeroes,
     /// Inserted by a job: left out where a device's images are listed.
     pub is_implicit: bool,
-    /// Role in the parent it is opened for; empty when it is opened on its own. A protocol derives its image locks from
-    /// it: a format that keeps metadata in a file shares it with no other writer.
+    /// Role in the parent it is opened for; empty when it is opened on its own. A protocol derives
+    /// its image locks from it: a format that keeps metadata in a file shares it with no other
+    /// writer.
     pub role: Role,
 }
 
@@ -205,6 +207,7 @@ pub struct CreateContext<'a> {
     pub data_file: Option<Child>,
     /// Length of the backing image in bytes, if one is named and could be opened.
     pub backing_len: Option<u64>,
-    /// The format's create options (`size` among them); it takes what it knows, the caller refuses the rest.
+    /// The format's create options (`size` among them); it takes what it knows, the caller refuses
+    /// the rest.
     pub options: &'a mut Options,
 }

@@ -1,11 +1,13 @@
-//! RCU cell for drivers: holds what requests read while a reopen exchanges it (children, descriptors, options).
+//! RCU cell for drivers: holds what requests read while a reopen exchanges it (children,
+//! descriptors, options).
 //!
 //! A type of the contract, so that drivers do not depend on `bds_refcount`, which implements it.
 
 use std::fmt;
 use std::ops::Deref;
 
-/// A value that many threads read at once and that is exchanged seldom. Reading is one atomic add and takes no lock.
+/// A value that many threads read at once and that is exchanged seldom. Reading is one atomic add
+/// and takes no lock.
 pub struct RcuCell<V>(bds_refcount::RcuCell<V>);
 
 impl<V> RcuCell<V> {
@@ -14,13 +16,15 @@ impl<V> RcuCell<V> {
         Self(bds_refcount::RcuCell::new(value))
     }
 
-    /// The present value. It stays valid as long as the guard lives, also if it is replaced meanwhile.
+    /// The present value. It stays valid as long as the guard lives, also if it is replaced
+    /// meanwhile.
     #[inline]
     pub fn read(&self) -> RcuGuard<'_, V> {
         RcuGuard(self.0.read())
     }
 
-    /// Replaces the value. The old one is dropped when its last reader has left, or at once if there is none.
+    /// Replaces the value. The old one is dropped when its last reader has left, or at once if
+    /// there is none.
     pub fn replace(&self, value: V) {
         self.0.replace(value);
     }

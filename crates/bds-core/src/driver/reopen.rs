@@ -19,8 +19,8 @@ pub struct ReopenContext<'a> {
     pub current: OpenFlags,
     /// The new flags.
     pub flags: OpenFlags,
-    /// The driver's own options that get another value; the others stay. It takes those it can change while it is open,
-    /// the graph refuses the rest.
+    /// The driver's own options that get another value; the others stay. It takes those it can
+    /// change while it is open, the graph refuses the rest.
     pub options: Options,
     /// Resolves file names.
     pub fs: &'a Fs,
@@ -44,8 +44,8 @@ pub trait Reopen: Send {
         false
     }
 
-    /// The new [`super::Limits::request_alignment`], if it will differ. The reopen is refused if a user does not
-    /// support it.
+    /// The new [`super::Limits::request_alignment`], if it will differ. The reopen is refused if a
+    /// user does not support it.
     fn request_alignment(&self) -> Option<u32> {
         None
     }

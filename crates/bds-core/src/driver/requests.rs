@@ -22,14 +22,16 @@ bitflags::bitflags! {
     /// Modifiers of a read.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub struct ReadFlags: u32 {
-        /// Only load the data into caches: the buffer says how much, and its bytes may be left as they were.
+        /// Only load the data into caches: the buffer says how much, and its bytes may be left as
+        /// they were.
         const PREFETCH = 1;
-        /// Copy what is read from layers below into the node that is read. The request path does that; drivers never
-        /// see it unless they set it.
+        /// Copy what is read from layers below into the node that is read. The request path does
+        /// that; drivers never see it unless they set it.
         const COPY_ON_READ = 2;
     }
 
-    /// Modifiers of a write. The request path removes flags that a driver does not declare and emulates them.
+    /// Modifiers of a write. The request path removes flags that a driver does not declare and
+    /// emulates them.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub struct WriteFlags: u32 {
         /// Durable when it returns.
@@ -85,7 +87,8 @@ impl Prealloc {
     }
 }
 
-/// A change of length. `Truncate { zero_new: true, ..Truncate::to(len) }` keeps the defaults of the other fields.
+/// A change of length. `Truncate { zero_new: true, ..Truncate::to(len) }` keeps the defaults of the
+/// other fields.
 #[derive(Clone, Copy, Debug)]
 pub struct Truncate {
     /// The new length in bytes.

@@ -1,4 +1,5 @@
-//! Driver types: name and options of a driver, and how it opens, creates, probes and measures images.
+//! Driver types: name and options of a driver, and how it opens, creates, probes and measures
+//! images.
 
 use std::fmt;
 use std::ops::Range;
@@ -52,7 +53,8 @@ pub struct CreateFacts {
     pub compressed_unit: Option<u32>,
 }
 
-/// A file opened or made for a new image, and locked. Its old contents are still there; dropping the claim leaves them.
+/// A file opened or made for a new image, and locked. Its old contents are still there; dropping
+/// the claim leaves them.
 pub struct ClaimedFile {
     /// Its name, links followed, if the claim made it: to be removed if creation fails.
     pub made_path: Option<PathBuf>,
@@ -60,7 +62,8 @@ pub struct ClaimedFile {
     pub identity: (u64, u64),
     /// Its maximal length, if it cannot grow.
     pub max_len: Option<u64>,
-    /// Empties the file and applies the options, from the first poll on. Releases the locks when done.
+    /// Empties the file and applies the options, from the first poll on. Releases the locks when
+    /// done.
     pub empty: BoxFuture<'static, Result<()>>,
 }
 
@@ -95,7 +98,8 @@ pub trait DriverType: Send + Sync + 'static {
         context: &'a mut OpenContext<'_>,
     ) -> BoxFuture<'a, Result<Box<dyn Driver>>>;
 
-    /// Confidence that `head` (the first bytes, up to 64 KiB) begins one of its images: 0 = no, 100 = certain.
+    /// Confidence that `head` (the first bytes, up to 64 KiB) begins one of its images: 0 = no, 100
+    /// = certain.
     fn probe(&self, _head: &[u8], _file_len: u64) -> u8 {
         0
     }
@@ -113,8 +117,9 @@ pub trait DriverType: Send + Sync + 'static {
         })
     }
 
-    /// Formats: checks create options as far as possible before a file is touched, and takes them as `create` does.
-    /// `backing_len`: length of the backing image, if one is named and was opened.
+    /// Formats: checks create options as far as possible before a file is touched, and takes them
+    /// as `create` does. `backing_len`: length of the backing image, if one is named and was
+    /// opened.
     fn check_create(
         &self,
         _options: &mut Options,
@@ -124,8 +129,8 @@ pub trait DriverType: Send + Sync + 'static {
         Err(Error::new(ErrorKind::NotSupported, words))
     }
 
-    /// Protocols: opens or makes the file for a new image, takes the options it knows and locks the file. Its contents
-    /// stay until [`ClaimedFile::empty`] runs (then it has the length `size`).
+    /// Protocols: opens or makes the file for a new image, takes the options it knows and locks the
+    /// file. Its contents stay until [`ClaimedFile::empty`] runs (then it has the length `size`).
     fn claim_file(&self, _fs: &Fs, _path: &Path, _options: &mut Options) -> Result<ClaimedFile> {
         let words = format!("{} cannot create files", self.name());
         Err(Error::new(ErrorKind::NotSupported, words))

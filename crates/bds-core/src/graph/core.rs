@@ -1,8 +1,8 @@
-//! The graph's core: the arena of nodes, the name table, the topology lock, the queue of stale permissions, and
-//! events.
+//! The graph's core: the arena of nodes, the name table, the topology lock, the queue of stale
+//! permissions, and events.
 //!
-//! [`Graph`] is the handle that users hold. [`GraphCore`] is the part that closing needs, without the graph itself:
-//! nodes are still closed when the last handle to their graph is gone.
+//! [`Graph`] is the handle that users hold. [`GraphCore`] is the part that closing needs, without
+//! the graph itself: nodes are still closed when the last handle to their graph is gone.
 
 use std::any::Any;
 use std::fmt;
@@ -42,8 +42,8 @@ pub struct GraphConfig {
 }
 
 impl GraphConfig {
-    /// These drivers on the host's files; no file named inside an image is opened; chains of at most 64 images, 128
-    /// nodes in one call.
+    /// These drivers on the host's files; no file named inside an image is opened; chains of at
+    /// most 64 images, 128 nodes in one call.
     pub fn new(registry: Arc<Registry>) -> Self {
         Self {
             fs: Fs::Host,
@@ -81,8 +81,9 @@ impl fmt::Debug for Graph {
 }
 
 impl Graph {
-    /// A graph whose drivers send requests through ports made by `make_port`. The public `Graph::new` is in `request`, which
-    /// makes the ports: the graph does not import the request path.
+    /// A graph whose drivers send requests through ports made by `make_port`. The public
+    /// `Graph::new` is in `request`, which makes the ports: the graph does not import the request
+    /// path.
     pub(crate) fn with_ports(config: GraphConfig, make_port: MakePort) -> Self {
         Self::in_arena(config, make_port, Arena::new(NODE))
     }
@@ -115,13 +116,15 @@ impl Graph {
         &self.0.config
     }
 
-    /// How often edges were moved: equal answers mean the same graph in between, as far as changes go.
+    /// How often edges were moved: equal answers mean the same graph in between, as far as changes
+    /// go.
     ///
     /// ```
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;
@@ -218,8 +221,8 @@ impl GraphCore {
         self.names.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the topology lock without recomputing stale permissions: `GraphCore::lock` (in `change::perm`) does
-    /// both.
+    /// Takes the topology lock without recomputing stale permissions: `GraphCore::lock` (in
+    /// `change::perm`) does both.
     pub(super) fn lock_stale(&self) -> LockedGraph<'_> {
         LockedGraph { core: self, guard: self.topology.lock.lock() }
     }

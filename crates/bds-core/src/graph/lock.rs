@@ -1,10 +1,11 @@
 //! The topology lock as a token: proof that the caller alone may change which edge points where.
 //!
-//! A plain mutex, held for computation only: never across an await, and never while driver code runs that could call
-//! back into the graph. No request takes it. It is taken with `GraphCore::lock`.
+//! A plain mutex, held for computation only: never across an await, and never while driver code
+//! runs that could call back into the graph. No request takes it. It is taken with
+//! `GraphCore::lock`.
 //!
-//! Lock order: the turn of graph changes (`Graph::begin_change`), this lock, the name table, a node's parents, a
-//! slot's side.
+//! Lock order: the turn of graph changes (`Graph::begin_change`), this lock, the name table, a
+//! node's parents, a slot's side.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

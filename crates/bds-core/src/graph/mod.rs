@@ -1,20 +1,21 @@
 //! The block graph: nodes, edges, their holders, and the operations that change them.
 //!
-//! Control plane only: nothing here does guest I/O. Opening, closing and changing the graph never run inside a
-//! release; a release only counts down.
+//! Control plane only: nothing here does guest I/O. Opening, closing and changing the graph never
+//! run inside a release; a release only counts down.
 //!
 //! ```text
 //! lock, model ──► core, name_table ──► close, query ──► drain, roots ──► change ──► open
 //! ```
-//! Files further right use those further left. Reading order: `model::node`, `model::edge`, `model::node_ref`,
-//! `core`.
+//! Files further right use those further left. Reading order: `model::node`, `model::edge`,
+//! `model::node_ref`, `core`.
 //!
-//! **Count of a node = number of its live holders.** Every edge owns its target; every [`NodeRef`] owns its node; names
-//! own nothing. **A name is free exactly when no reference to its node is left.**
+//! **Count of a node = number of its live holders.** Every edge owns its target; every [`NodeRef`]
+//! owns its node; names own nothing. **A name is free exactly when no reference to its node is
+//! left.**
 //!
-//! A node whose last reference went is dead: it is unpublished and waits to be closed. [`Graph::open`],
-//! [`NodeRef::close`], [`Graph::reap`] and [`Graph::shutdown`] close dead nodes; the drop of the last [`Graph`]
-//! handle closes the rest.
+//! A node whose last reference went is dead: it is unpublished and waits to be closed.
+//! [`Graph::open`], [`NodeRef::close`], [`Graph::reap`] and [`Graph::shutdown`] close dead nodes;
+//! the drop of the last [`Graph`] handle closes the rest.
 
 mod change;
 mod close;
@@ -74,7 +75,8 @@ impl Graph {
     /// use bds_core::graph::Stale;
     /// use bds_core::{Error, ErrorKind, Options};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk")?).await?;
     /// let id = disk.id();
@@ -107,12 +109,14 @@ impl Graph {
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;
     ///
-    /// let holders: Vec<String> = graph.holders(disk.id()).iter().map(ToString::to_string).collect();
+    /// let holders = graph.holders(disk.id());
+    /// let holders: Vec<String> = holders.iter().map(ToString::to_string).collect();
     /// assert!(holders[0].starts_with("owner 'open' (since "), "and a place in the program");
     /// assert!(holders[1].starts_with("backend 'guest' (since "));
     /// # Ok::<(), bds_core::Error>(())
@@ -130,7 +134,8 @@ impl Graph {
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;
@@ -154,7 +159,8 @@ impl Graph {
     /// use bds_core::Options;
     /// use bds_core::graph::Release;
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk")?).await?;
     /// let id = disk.id();

@@ -1,8 +1,8 @@
-//! The name table: claims of node and backend names, and the lists of nodes, backends and stoppables that the graph
-//! knows.
+//! The name table: claims of node and backend names, and the lists of nodes, backends and
+//! stoppables that the graph knows.
 //!
-//! Locked for a few instructions, after the topology lock. A claim holds nothing open: a node's is an id, a backend's
-//! a weak reference. Only the monitor's lists own what they list.
+//! Locked for a few instructions, after the topology lock. A claim holds nothing open: a node's is
+//! an id, a backend's a weak reference. Only the monitor's lists own what they list.
 
 use std::any::Any;
 use std::collections::{BTreeMap, HashMap};
@@ -72,7 +72,8 @@ pub(crate) trait BackendEntry: Send + Sync + 'static {
 }
 
 impl NameTable {
-    /// Removes backends that are gone, whenever the list would have to grow: constant time on average.
+    /// Removes backends that are gone, whenever the list would have to grow: constant time on
+    /// average.
     pub(super) fn prune_backends(&mut self) {
         if self.backends.len() == self.backends.capacity() {
             self.backends.retain(|backend| backend.strong_count() > 0);

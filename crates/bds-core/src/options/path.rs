@@ -1,7 +1,7 @@
 //! Encodes file names in option trees.
 //!
-//! A name that is UTF-8 is a string. Linux allows any bytes but NUL and JSON does not, so any other name is the list of
-//! its bytes.
+//! A name that is UTF-8 is a string. Linux allows any bytes but NUL and JSON does not, so any other
+//! name is the list of its bytes.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};

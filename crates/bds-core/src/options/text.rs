@@ -1,7 +1,7 @@
 //! Parses and prints options as text: `key=value,…` and `json:{…}`; nests flat keys into trees.
 //!
-//! All sizes are bounded: the text by [`MAX_TEXT_LEN`], the tree by [`MAX_DEPTH`] (which JSON's own limit of 128
-//! already keeps from exhausting the stack while it is parsed).
+//! All sizes are bounded: the text by [`MAX_TEXT_LEN`], the tree by [`MAX_DEPTH`] (which JSON's own
+//! limit of 128 already keeps from exhausting the stack while it is parsed).
 
 use serde_json::{Map, Value};
 

@@ -12,7 +12,8 @@ use super::{Bucket, Cost, Direction, Limiter, MAX_VALUE, Rate, RateLimits};
 struct Model(Vec<(u128, u128)>);
 
 impl Model {
-    /// The level at `at`: of all spans that end now, the one in which most came beyond what leaks in it.
+    /// The level at `at`: of all spans that end now, the one in which most came beyond what leaks
+    /// in it.
     fn level(&self, rate: u64, at: u128) -> u128 {
         let mut sum = 0;
         let mut level = 0;
@@ -64,8 +65,8 @@ proptest! {
             let wait = bucket.wait(Duration::from_nanos(now));
             let wait_ns = u64::try_from(wait.as_nanos()).unwrap();
             // Centuries are not counted out.
-            let is_told = wait_ns == u64::MAX;
-            prop_assert!(is_told || model.admits(rate, u128::from(now) + u128::from(wait_ns)));
+            let is_never = wait_ns == u64::MAX;
+            prop_assert!(is_never || model.admits(rate, u128::from(now) + u128::from(wait_ns)));
             if wait_ns > 0 {
                 prop_assert!(!model.admits(rate, u128::from(now) + u128::from(wait_ns) - 1));
             }

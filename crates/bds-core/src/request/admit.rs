@@ -1,15 +1,17 @@
-//! Admits requests: waits at the edge's gate, counts a request in flight, orders it against requests that overlap.
+//! Admits requests: waits at the edge's gate, counts a request in flight, orders it against
+//! requests that overlap.
 //!
 //! ```text
 //! enter(edge)            ─► Entered        counted in flight at the node and at the backend it came in by
 //! Entered::admit(range)  ─► RequestScope   range registered, its turn has come; a write marks the node as written
 //! ```
 //!
-//! A request that waits at the gate is queued, not in flight, so a drain does not wait for it. It is counted first and
-//! looks at the gate after that: either a drain sees the count or the request sees the closed gate.
+//! A request that waits at the gate is queued, not in flight, so a drain does not wait for it. It
+//! is counted first and looks at the gate after that: either a drain sees the count or the request
+//! sees the closed gate.
 //!
-//! Dropping a scope, then its `Entered`, undoes each step in reverse. Driver operations run in a scope
-//! (`detach_on_drop`), which is what they keep if their request is dropped.
+//! Dropping a scope, then its `Entered`, undoes each step in reverse. Driver operations run in a
+//! scope (`detach_on_drop`), which is what they keep if their request is dropped.
 
 use std::ops::{Deref, Range};
 
@@ -19,11 +21,13 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Edge, InFlightGuard, Node, Target};
 use crate::tracker::{ShardNumber, Tracked, Writing};
 
-/// The node an edge led to, with this request counted in flight at the node and at its backend. Dropping counts it out.
+/// The node an edge led to, with this request counted in flight at the node and at its backend.
+/// Dropping counts it out.
 pub(super) struct Entered<'e> {
     target: Target<'e>,
     number: ShardNumber,
-    /// Dropped after the node's count: while a backend's drain waits, the node's count must not outlast this one.
+    /// Dropped after the node's count: while a backend's drain waits, the node's count must not
+    /// outlast this one.
     backend_guard: Option<InFlightGuard<'e>>,
 }
 
@@ -122,8 +126,8 @@ impl Entered<'_> {
         self.target.strong()
     }
 
-    /// Counts a second time, for work that outlives this request. Passes the closed gate: the drain that closed it
-    /// waits for both.
+    /// Counts a second time, for work that outlives this request. Passes the closed gate: the drain
+    /// that closed it waits for both.
     pub(super) fn detached_guard(&self) -> DetachedGuard {
         DetachedGuard::new(self.strong())
     }
@@ -163,7 +167,8 @@ impl Admission {
         Self { range, is_write: false, is_serialising: false, no_wait: false }
     }
 
-    /// May change bytes in `range`, so the next flush has work once the request ends, however it ends.
+    /// May change bytes in `range`, so the next flush has work once the request ends, however it
+    /// ends.
     pub(super) fn write(range: Range<u64>) -> Self {
         Self { is_write: true, ..Self::read(range) }
     }
@@ -178,13 +183,15 @@ impl Admission {
         Self { is_serialising, ..self }
     }
 
-    /// If the flag says so: fails with `WouldWait` instead of waiting for a request that overlaps it.
+    /// If the flag says so: fails with `WouldWait` instead of waiting for a request that overlaps
+    /// it.
     pub(super) fn no_wait_if(self, no_wait: bool) -> Self {
         Self { no_wait, ..self }
     }
 }
 
-/// An admitted request: in flight at its node, with its range registered. Driver operations run in it.
+/// An admitted request: in flight at its node, with its range registered. Driver operations run in
+/// it.
 pub(super) struct RequestScope<'a> {
     pub(super) node: &'a Strong<Node>,
     /// The count at the backend the request came in by.
@@ -198,7 +205,8 @@ pub(super) struct RequestScope<'a> {
 }
 
 impl<'a> RequestScope<'a> {
-    /// Puts it below the scope of the same request at the node above, which a detached operation keeps too.
+    /// Puts it below the scope of the same request at the node above, which a detached operation
+    /// keeps too.
     pub(super) fn below(self, above: Option<&'a RequestScope<'a>>) -> Self {
         Self { above, ..self }
     }

@@ -1,7 +1,8 @@
 //! Widens a request to the alignment of the node below.
 //!
-//! A guest may ask for any byte range; a disk moves whole blocks. This module finds the blocks that cover a request and
-//! makes the buffers for the bytes around it. Arithmetic and buffers only; `block_io` does the reads.
+//! A guest may ask for any byte range; a disk moves whole blocks. This module finds the blocks that
+//! cover a request and makes the buffers for the bytes around it. Arithmetic and buffers only;
+//! `block_io` does the reads.
 //!
 //! Invariant: the outer range contains the request and is less than two blocks longer.
 
@@ -24,7 +25,8 @@ pub(super) struct Padded {
 }
 
 impl Padded {
-    /// `None` if the range is aligned already. The range is sane and not empty, `align` a power of two.
+    /// `None` if the range is aligned already. The range is sane and not empty, `align` a power of
+    /// two.
     #[inline]
     pub(super) fn new(range: &Range<u64>, align: u32) -> Option<Self> {
         let block = u64::from(align);
@@ -87,7 +89,8 @@ impl Padded {
     }
 }
 
-/// What surrounds a request: the first block at the front, the last one at the end; both in one if they are the same.
+/// What surrounds a request: the first block at the front, the last one at the end; both in one if
+/// they are the same.
 pub(super) struct PadBuf {
     buf: Buf,
 }

@@ -1,7 +1,9 @@
-//! Reads and writes whole blocks of one node: widens reads, splits at the node's limits, calls the driver.
+//! Reads and writes whole blocks of one node: widens reads, splits at the node's limits, calls the
+//! driver.
 //!
-//! A request that is longer than the node takes at once goes down in pieces; a vector with too many segments goes
-//! through a copy. Neither knows about permissions or copy-on-read: `dispatch` and `copy_on_read` do.
+//! A request that is longer than the node takes at once goes down in pieces; a vector with too many
+//! segments goes through a copy. Neither knows about permissions or copy-on-read: `dispatch` and
+//! `copy_on_read` do.
 
 use bds_io::{Buf, IoVec};
 
@@ -12,7 +14,8 @@ use crate::driver::{Limits, ReadFlags, WriteFlags};
 use crate::error::Result;
 use crate::graph::Node;
 
-/// A vector with more segments than the node takes goes down in pieces of this size, through a copy.
+/// A vector with more segments than the node takes goes down in pieces of this size, through a
+/// copy.
 const BOUNCE_LEN: u64 = 1 << 20;
 
 /// Reads a range of any alignment, without copy-on-read; bytes past the end of the node are zeros.

@@ -1,16 +1,17 @@
 //! Copy on read: a read writes what it finds below into the node it reads.
 //!
-//! Requested by [`ReadFlags::COPY_ON_READ`] or by a [`CopyOnReadGuard`] of the node. What the node itself holds is read
-//! as usual. The rest is copied in pieces of whole units (those in which the node's zero writes work best: its clusters
-//! or subclusters):
+//! Requested by [`ReadFlags::COPY_ON_READ`] or by a [`CopyOnReadGuard`] of the node. What the node
+//! itself holds is read as usual. The rest is copied in pieces of whole units (those in which the
+//! node's zero writes work best: its clusters or subclusters):
 //!
 //! ```text
 //! piece registered as serialising ─► status again ─► read through the driver ─► written back, unchanged ─► caller gets a copy
 //! ```
 //!
-//! A task copies a piece, is in flight at the node, and holds the piece's range: a late write of what was read before
-//! must not overwrite what the guest writes next, so it ends before the range is free, even if the reader is gone. It
-//! calls only the driver, never this node's request path, so it cannot wait for its own range.
+//! A task copies a piece, is in flight at the node, and holds the piece's range: a late write of
+//! what was read before must not overwrite what the guest writes next, so it ends before the range
+//! is free, even if the reader is gone. It calls only the driver, never this node's request path,
+//! so it cannot wait for its own range.
 //!
 //! What is read is the same before, during and after; a read fails if its copy cannot be written.
 
@@ -31,7 +32,8 @@ use crate::graph::{Access, Edge, NodeRef, Perm, Root};
 
 /// Longest piece, in bytes (longer only if a single block of the node is). A power of two.
 const PIECE_LEN: u64 = 16 << 20;
-/// Length of the buffer that a prefetch repeats to say how many bytes it wants: their values are not used.
+/// Length of the buffer that a prefetch repeats to say how many bytes it wants: their values are
+/// not used.
 const BLIND_LEN: usize = 64 << 10;
 
 /// Makes reads of its node copy what they find below into the node while it lives. Guards add up.
@@ -44,8 +46,8 @@ pub struct CopyOnReadGuard {
 }
 
 impl NodeRef {
-    /// Makes reads of this node copy what they find below into it, as long as the guard lives. The guard keeps the node
-    /// open.
+    /// Makes reads of this node copy what they find below into it, as long as the guard lives. The
+    /// guard keeps the node open.
     ///
     /// ```
     /// use bds_core::Options;
@@ -64,7 +66,8 @@ impl NodeRef {
     /// #     graph.create_image(image).await?;
     /// # }
     /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
-    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
     /// let top = graph.open(Options::parse(layer)?).await?;
     /// let guard = top.enable_copy_on_read()?;
     /// let guest = Backend::new(&top, BackendOptions::registered("guest"))?;
@@ -81,7 +84,8 @@ impl NodeRef {
     /// ```
     ///
     /// # Errors
-    /// `ReadOnly` or `Inactive` if the node is, `InUse` if a user of the node does not share writing.
+    /// `ReadOnly` or `Inactive` if the node is, `InUse` if a user of the node does not share
+    /// writing.
     #[track_caller]
     pub fn enable_copy_on_read(&self) -> Result<CopyOnReadGuard> {
         if !self.could_write() {
@@ -196,13 +200,14 @@ pub(super) async fn read(
     Ok(())
 }
 
-/// True if there is nothing to copy. Zeros that no layer holds are zeros because nothing lies below.
+/// True if there is nothing to copy. Zeros that no layer holds are zeros because nothing lies
+/// below.
 fn is_held(flags: StatusFlags) -> bool {
     flags.intersects(StatusFlags::ALLOCATED | StatusFlags::ZERO)
 }
 
-/// Copies what the node does not hold of `piece` (whole units, or up to the node's end). Returns all of its bytes as
-/// the node shows them.
+/// Copies what the node does not hold of `piece` (whole units, or up to the node's end). Returns
+/// all of its bytes as the node shows them.
 async fn copy_piece(node: &Entered<'_>, limits: Limits, piece: Range<u64>) -> Result<IoVec> {
     let guard = node.detached_guard();
     let copy = async move { copy_detached(&guard, &limits, piece).await };

@@ -1,8 +1,10 @@
-//! Runs driver operations to completion: one that was polled once goes on in a task if its request is dropped.
+//! Runs driver operations to completion: one that was polled once goes on in a task if its request
+//! is dropped.
 //!
-//! An operation that changes the medium cannot be cancelled: the engine or the host's kernel may carry it out at any
-//! later time. If it were forgotten with its request, a late write would land on top of a later one that was flushed,
-//! and a drain, a graph change or a close would not wait for it.
+//! An operation that changes the medium cannot be cancelled: the engine or the host's kernel may
+//! carry it out at any later time. If it were forgotten with its request, a late write would land
+//! on top of a later one that was flushed, and a drain, a graph change or a close would not wait
+//! for it.
 //!
 //! ```text
 //! request ── gate, range, turn ── pace ──┬── driver's future, polled in place ── done
@@ -10,12 +12,14 @@
 //!                                            flight at this node and those above, and keeps the ranges
 //! ```
 //!
-//! The driver's future borrows from the node. As long as the request exists it borrows through the request, which costs
-//! nothing; only a detached one takes a reference of its own (`bds_refcount::BorrowedFuture`).
+//! The driver's future borrows from the node. As long as the request exists it borrows through the
+//! request, which costs nothing; only a detached one takes a reference of its own
+//! (`bds_refcount::BorrowedFuture`).
 //!
-//! Reads are simply dropped: their memory and file belong to the engine until it is done, and they change nothing. A
-//! request's future that is kept without being polled, or forgotten, is not dropped: it is the handle of a task
-//! (`backend::io`). A poisoned node drops its detached operations.
+//! Reads are simply dropped: their memory and file belong to the engine until it is done, and they
+//! change nothing. A request's future that is kept without being polled, or forgotten, is not
+//! dropped: it is the handle of a task (`backend::io`). A poisoned node drops its detached
+//! operations.
 
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
@@ -29,8 +33,8 @@ use crate::graph::{InFlightGuard, Node, OwnedInFlight};
 use crate::tracker::{DetachedRange, Tracked};
 
 impl RequestScope<'_> {
-    /// As [`RequestScope::run`], for a change of `len` bytes that the driver may pace. Dropped during the pause: no
-    /// effect.
+    /// As [`RequestScope::run`], for a change of `len` bytes that the driver may pace. Dropped
+    /// during the pause: no effect.
     pub(super) async fn run_paced<R: Send + 'static>(
         &self,
         len: u64,
@@ -126,7 +130,8 @@ struct DetachedOp {
 impl Drop for DetachedOp {
     fn drop(&mut self) {
         if let Some(range) = self.range.take() {
-            // First the next flush has work, then the range is free, then the node (with the guard).
+            // First the next flush has work, then the range is free, then the node (with the
+            // guard).
             drop(self.guard.writing());
             self.guard.tracker().release_detached(range);
         }

@@ -1,9 +1,11 @@
-//! Dispatches reads and writes: inline where possible, else through copy-on-read, zero detection and alignment.
+//! Dispatches reads and writes: inline where possible, else through copy-on-read, zero detection
+//! and alignment.
 //!
-//! A write that must be widened excludes everything that overlaps the widened range from before its reads until its
-//! write is done; if one of its reads fails, nothing is written.
+//! A write that must be widened excludes everything that overlaps the widened range from before its
+//! reads until its write is done; if one of its reads fails, nothing is written.
 //!
-//! Rare branches are boxed: every layer's future contains the next one's, and most requests are plain.
+//! Rare branches are boxed: every layer's future contains the next one's, and most requests are
+//! plain.
 
 use std::sync::Arc;
 
@@ -18,8 +20,8 @@ use crate::driver::{DetectZeroes, ReadFlags, WriteFlags, ZeroFlags};
 use crate::error::Result;
 use crate::graph::{Edge, Node, Perm};
 
-/// Reads at once, or declines. Takes no lock, allocates nothing, never waits. `done` gets the result while the request
-/// still counts as in flight.
+/// Reads at once, or declines. Takes no lock, allocates nothing, never waits. `done` gets the
+/// result while the request still counts as in flight.
 #[inline]
 pub(super) fn try_read<T>(
     edge: &Edge,

@@ -1,13 +1,13 @@
 //! Flushes a node: makes its completed writes durable, once and in order.
 //!
-//! Order: metadata to the children, the node's own medium, then the children this node writes to. The medium is skipped
-//! if no write ended since the last successful flush began; a write that ends during a flush is not covered by it.
-//! After a medium failed to flush it is unknown which of its bytes are durable: every later flush of the node fails
-//! too.
+//! Order: metadata to the children, the node's own medium, then the children this node writes to.
+//! The medium is skipped if no write ended since the last successful flush began; a write that ends
+//! during a flush is not covered by it. After a medium failed to flush it is unknown which of its
+//! bytes are durable: every later flush of the node fails too.
 //!
-//! Flushing the medium runs to completion even if its caller is dropped, because the host reports a failure only once;
-//! the next flush waits for that. The turn of a flush is held by its request's task, so a caller that keeps its future
-//! without polling it does not hold up later flushes.
+//! Flushing the medium runs to completion even if its caller is dropped, because the host reports a
+//! failure only once; the next flush waits for that. The turn of a flush is held by its request's
+//! task, so a caller that keeps its future without polling it does not hold up later flushes.
 
 use super::admit::{Entered, RequestScope, enter, named};
 use crate::driver::BoxFuture;
@@ -65,7 +65,8 @@ async fn flush_node(node: &Entered<'_>, above: Option<&RequestScope<'_>>) -> Res
     Ok(())
 }
 
-/// Flushes the driver's medium and records a failure in the tracker even if the caller is gone. Excludes other flushes.
+/// Flushes the driver's medium and records a failure in the tracker even if the caller is gone.
+/// Excludes other flushes.
 async fn flush_medium(scope: &RequestScope<'_>, flushing: Flushing) -> (Flushing, Result<()>) {
     let flushed = scope.run(move |node| {
         Box::pin(async move {

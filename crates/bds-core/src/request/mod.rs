@@ -1,4 +1,5 @@
-//! The request path: the steps of every request from a backend or a driver to the driver of the node below.
+//! The request path: the steps of every request from a backend or a driver to the driver of the
+//! node below.
 //!
 //! ```text
 //! Backend                       Port (a driver's child)
@@ -12,14 +13,15 @@
 //!   flush     once, after the last piece, if durability was requested and the driver cannot do it itself
 //! ```
 //!
-//! The inline path (`dispatch::try_read`, `try_write`) takes the same steps without waiting, allocating or locking, and
-//! declines whatever does not fit.
+//! The inline path (`dispatch::try_read`, `try_write`) takes the same steps without waiting,
+//! allocating or locking, and declines whatever does not fit.
 //!
-//! A backend's request runs in a task from its first poll on: a future that is kept without being polled, or forgotten,
-//! holds up no other request (`backend::io`).
+//! A backend's request runs in a task from its first poll on: a future that is kept without being
+//! polled, or forgotten, holds up no other request (`backend::io`).
 //!
-//! This module never changes the graph. Dropping a future at any await counts the request out, deregisters it and wakes
-//! waiters; if the driver has begun to change something by then, all of that happens when the driver is done.
+//! This module never changes the graph. Dropping a future at any await counts the request out,
+//! deregisters it and wakes waiters; if the driver has begun to change something by then, all of
+//! that happens when the driver is done.
 
 mod admit;
 mod align;

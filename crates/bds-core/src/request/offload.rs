@@ -1,9 +1,10 @@
 //! Copies bytes between two files on the host, without reading them here (copy offload).
 //!
-//! Both sides are followed down to the nodes that hold the bytes one to one: the source through every layer that
-//! points to where its data lies, the target only through layers that merely pass on, since every other driver must
-//! see each write. Where that fails the answer is `Unsupported`, and the caller uses buffers. Encrypted and compressed
-//! runs point nowhere, so they are never copied here.
+//! Both sides are followed down to the nodes that hold the bytes one to one: the source through
+//! every layer that points to where its data lies, the target only through layers that merely pass
+//! on, since every other driver must see each write. Where that fails the answer is `Unsupported`,
+//! and the caller uses buffers. Encrypted and compressed runs point nowhere, so they are never
+//! copied here.
 
 use bds_refcount::Strong;
 

@@ -1,12 +1,14 @@
-//! Checks ranges and permissions: whether a range may be touched at all, and whether this parent may write it.
+//! Checks ranges and permissions: whether a range may be touched at all, and whether this parent
+//! may write it.
 //!
-//! Arithmetic and answers only. A range is checked once, where a request enters; the steps after that take a
-//! [`CheckedRange`] and add offsets and lengths without overflow, because its end is at most `MAX_LEN`.
+//! Arithmetic and answers only. A range is checked once, where a request enters; the steps after
+//! that take a [`CheckedRange`] and add offsets and lengths without overflow, because its end is at
+//! most `MAX_LEN`.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Edge, Node, Perm};
 
-/// Longest node: leaves room for rounding up to any alignment.
+/// Longest node: its length can be rounded up to any alignment.
 pub(crate) const MAX_LEN: u64 = (1 << 63) - (1 << 30);
 /// Longest data request.
 pub(crate) const MAX_REQUEST: u64 = 2_147_483_136;
@@ -30,8 +32,8 @@ impl CheckedRange {
         Self::new(offset, len)
     }
 
-    /// As [`CheckedRange::new`], for a backend's request: those end inside the node. Only parents inside the graph
-    /// may read or write past the end.
+    /// As [`CheckedRange::new`], for a backend's request: those end inside the node. Only parents
+    /// inside the graph may read or write past the end.
     pub(super) fn inside(node: &Node, offset: u64, len: u64) -> Result<Self> {
         let reach = node.len();
         let range = Self::new(offset, len)?;
@@ -78,8 +80,8 @@ pub(super) fn write_perms(is_unchanged: bool) -> Perm {
     if is_unchanged { Perm::WRITE | Perm::WRITE_UNCHANGED } else { Perm::WRITE }
 }
 
-/// Checks that this parent may write up to `end`, having one of the permissions `any_of`, and reports a write past the
-/// node's write threshold.
+/// Checks that this parent may write up to `end`, having one of the permissions `any_of`, and
+/// reports a write past the node's write threshold.
 #[inline]
 pub(super) fn check_write(edge: &Edge, node: &Node, end: u64, any_of: Perm) -> Result<()> {
     may_write(edge, node, end, any_of)?;

@@ -1,8 +1,9 @@
 //! Answers block status: what a range holds, for one layer and through a chain.
 //!
-//! A driver answers for its own layer, roughly or precisely, and may refer to a child ("the status of my file there").
-//! This module cuts its answer to the question, follows references and adds facts that follow from the graph. A wrong
-//! "zero" or "not allocated" loses data, so anything unclear counts as data; an error is an error.
+//! A driver answers for its own layer, roughly or precisely, and may refer to a child ("the status
+//! of my file there"). This module cuts its answer to the question, follows references and adds
+//! facts that follow from the graph. A wrong "zero" or "not allocated" loses data, so anything
+//! unclear counts as data; an error is an error.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -83,7 +84,8 @@ fn layer(edge: &Edge, offset: u64, len: u64, precision: Precision) -> BoxFuture<
     })
 }
 
-/// What one layer decides, for a request that has entered: length of the run (0 at the end) and its flags.
+/// What one layer decides, for a request that has entered: length of the run (0 at the end) and its
+/// flags.
 pub(super) async fn run_entered(node: &Node, offset: u64, len: u64) -> Result<(u64, StatusFlags)> {
     let layer = layer_entered(node, offset, len, Precision::Cheap).await?;
     Ok((layer.len, layer.flags))
@@ -123,8 +125,9 @@ async fn layer_entered(node: &Node, offset: u64, len: u64, precision: Precision)
     Ok(layer)
 }
 
-/// `RAW`: the child's answer is this node's. What a filter shows may lie further down the chain, which the walk goes on
-/// to; for any other node the child with all that is below it is its own content.
+/// `RAW`: the child's answer is this node's. What a filter shows may lie further down the chain,
+/// which the walk goes on to; for any other node the child with all that is below it is its own
+/// content.
 async fn pass_on(
     node: &Node,
     map: Option<HostMap>,
@@ -258,7 +261,8 @@ async fn walk_chain(
                 return Ok(run);
             }
         } else if run.len == 0 {
-            // This layer is shorter than those above: what is behind its end is zeros that it decides.
+            // This layer is shorter than those above: what is behind its end is zeros that it
+            // decides.
             run.len = len;
             run.flags = StatusFlags::ZERO | StatusFlags::ALLOCATED;
             return Ok(finish(run, offset, end));
@@ -321,8 +325,8 @@ struct Step {
     next: Option<Arc<Edge>>,
 }
 
-/// Gets the status of the node behind the edge and the edge to the next layer from the same node: the edge may be moved
-/// a moment later. `None`: the node is the one to stop at.
+/// Gets the status of the node behind the edge and the edge to the next layer from the same node:
+/// the edge may be moved a moment later. `None`: the node is the one to stop at.
 fn step(
     edge: &Edge,
     depth: Depth,
@@ -346,7 +350,8 @@ fn finish(mut run: ChainRun, offset: u64, end: Option<u64>) -> ChainRun {
     run
 }
 
-/// True if the range is known to read as zeros through the whole chain. A cheap answer. Past the end is zeros.
+/// True if the range is known to read as zeros through the whole chain. A cheap answer. Past the
+/// end is zeros.
 pub(super) async fn is_zero(edge: &Arc<Edge>, offset: u64, len: u64) -> Result<bool> {
     let end = range::check(offset, len)?;
     let mut at = offset;

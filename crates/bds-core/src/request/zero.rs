@@ -1,4 +1,5 @@
-//! Writes zeros and discards ranges: split at the driver's units, from a buffer of zeros where the driver declines.
+//! Writes zeros and discards ranges: split at the driver's units, from a buffer of zeros where the
+//! driver declines.
 
 use std::sync::OnceLock;
 
@@ -110,7 +111,8 @@ pub(super) async fn keep_zeroes(
     pieces.zero(start, end).await.map(drop)
 }
 
-/// Head and tail blocks are read, zeroed in part and written; whole blocks between them are zeroed as such.
+/// Head and tail blocks are read, zeroed in part and written; whole blocks between them are zeroed
+/// as such.
 async fn zero_padded(
     pieces: &Pieces<'_>,
     padded: &Padded,
@@ -236,7 +238,8 @@ fn zeros(len: u64) -> IoVec {
     list
 }
 
-/// Discards a range that is no longer needed; advisory. Only whole blocks inside the range are discarded.
+/// Discards a range that is no longer needed; advisory. Only whole blocks inside the range are
+/// discarded.
 pub(super) async fn discard(edge: &Edge, offset: u64, len: u64) -> Result<()> {
     let node = enter(edge).await?;
     let range = named(&node, CheckedRange::new(offset, len))?;

@@ -1,7 +1,8 @@
 //! Latencies of the recent past: minimum, maximum, average over intervals.
 //!
-//! Two windows of the interval's length run half a length apart, and the older one answers; so an answer covers at
-//! least half an interval and at most a whole one, and no answer is empty because a window just ended.
+//! Two windows of the interval's length run half a length apart, and the older one answers; so an
+//! answer covers at least half an interval and at most a whole one, and no answer is empty because
+//! a window just ended.
 
 use std::time::Duration;
 

@@ -15,9 +15,9 @@ const GROUPS: [(&str, &[Operation]); 4] = [
 ];
 
 impl Stats {
-    /// The counts as `query-blockstats` names them, times in nanoseconds. A zero write counts as a write.
-    /// `idle_time_ns` and the histograms are there only if measured. There is no `wr_highest_offset`, which is a node's
-    /// in QEMU.
+    /// The counts as `query-blockstats` names them, times in nanoseconds. A zero write counts as a
+    /// write. `idle_time_ns` and the histograms are there only if measured. There is no
+    /// `wr_highest_offset`, which is a node's in QEMU.
     ///
     /// ```
     /// # use std::sync::Arc;
@@ -28,7 +28,8 @@ impl Stats {
     /// let drive = Backend::empty(&graph, BackendOptions::default())?;
     /// assert!(drive.read_at(0, &mut [0; 512]).is_err(), "there is no medium");
     /// let stats = drive.stats().to_json();
-    /// assert_eq!((&stats["rd_operations"], &stats["failed_rd_operations"]), (&0.into(), &1.into()));
+    /// let counts = (&stats["rd_operations"], &stats["failed_rd_operations"]);
+    /// assert_eq!(counts, (&0.into(), &1.into()));
     /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub fn to_json(&self) -> Value {

@@ -1,10 +1,11 @@
 //! Statistics of a backend: requests, bytes, failures; latencies if enabled.
 //!
-//! Every request on every thread writes them, so counters are spread over shards; reading sums the shards.
+//! Every request on every thread writes them, so counters are spread over shards; reading sums the
+//! shards.
 //!
-//! **The clock is read only if latencies are enabled** ([`Stats::enable_latencies`], [`Stats::set_histogram`],
-//! [`Stats::add_interval`]): two readings take longer than a request that the page cache answers. Until then total
-//! times are zero and there is no idle time.
+//! **The clock is read only if latencies are enabled** ([`Stats::enable_latencies`],
+//! [`Stats::set_histogram`], [`Stats::add_interval`]): two readings take longer than a request that
+//! the page cache answers. Until then total times are zero and there is no idle time.
 
 mod histogram;
 mod interval;
@@ -54,8 +55,8 @@ pub struct Totals {
     pub invalid: u64,
     /// Requests that a device merged into others before they came here.
     pub merged: u64,
-    /// Time of those that succeeded, and of failed ones if [`Stats::account_failed`] is on. Includes waiting at gates
-    /// and for `resume`.
+    /// Time of those that succeeded, and of failed ones if [`Stats::account_failed`] is on.
+    /// Includes waiting at gates and for `resume`.
     pub total_time: Duration,
 }
 
@@ -141,25 +142,29 @@ impl Stats {
         self.is_timed.store(true, Ordering::Relaxed);
     }
 
-    /// Sets whether failed requests count for times and end an idle time: QEMU's `stats-account-failed`. On by default.
+    /// Sets whether failed requests count for times and end an idle time: QEMU's
+    /// `stats-account-failed`. On by default.
     pub fn account_failed(&self, is_on: bool) {
         self.counts_failed.store(is_on, Ordering::Relaxed);
     }
 
-    /// Sets whether refused requests end an idle time: QEMU's `stats-account-invalid`. On by default.
+    /// Sets whether refused requests end an idle time: QEMU's `stats-account-invalid`. On by
+    /// default.
     pub fn account_invalid(&self, is_on: bool) {
         self.counts_invalid.store(is_on, Ordering::Relaxed);
     }
 
-    /// Number of requests that took less than 1, 2, 4 … microseconds (each bucket without the ones before).
+    /// Number of requests that took less than 1, 2, 4 … microseconds (each bucket without the ones
+    /// before).
     pub fn latencies(&self, operation: Operation) -> [u64; BUCKETS] {
         let of = &self.latencies[operation as usize];
         std::array::from_fn(|i| of[i].load(Ordering::Relaxed))
     }
 
     /// Sets a histogram of this operation's latencies with these boundaries, in nanoseconds: QEMU's
-    /// `block-latency-histogram-set`. The first bin ends below the first boundary, the last begins at the last one.
-    /// Starts from zero, and enables latencies. An empty list removes the histogram.
+    /// `block-latency-histogram-set`. The first bin ends below the first boundary, the last begins
+    /// at the last one. Starts from zero, and enables latencies. An empty list removes the
+    /// histogram.
     ///
     /// # Errors
     /// `InvalidInput`: the boundaries do not rise, or the first is zero. Nothing has changed.
@@ -180,8 +185,8 @@ impl Stats {
         self.histograms[operation as usize].load().as_ref().map(|bins| bins.view())
     }
 
-    /// Adds an interval: minimal, maximal and average latency over windows of this length: QEMU's `stats-intervals`.
-    /// Enables latencies. The same length twice is one interval.
+    /// Adds an interval: minimal, maximal and average latency over windows of this length: QEMU's
+    /// `stats-intervals`. Enables latencies. The same length twice is one interval.
     ///
     /// # Errors
     /// `InvalidInput`: zero.

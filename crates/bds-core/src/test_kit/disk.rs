@@ -1,7 +1,7 @@
 //! A fake driver over bytes in memory, and a graph of such nodes.
 //!
-//! It asserts what the request path promises to drivers (alignment, limits, declared flags), logs its operations,
-//! yields to the seeded scheduler, fails, and answers status queries as configured.
+//! It asserts what the request path promises to drivers (alignment, limits, declared flags), logs
+//! its operations, yields to the seeded scheduler, fails, and answers status queries as configured.
 
 use std::any::Any;
 use std::collections::HashMap;

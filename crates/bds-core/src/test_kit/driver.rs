@@ -1,8 +1,8 @@
 //! A fake driver that asserts the driver contract; its behaviour is a type parameter.
 //!
-//! Asserted for every behaviour: no request after close, no close under a request that returns, one close, no child
-//! exchanged under a request or outside a drained section, `drain_begin` and `drain_end` alternate, so do `inactivate`
-//! and `activate`.
+//! Asserted for every behaviour: no request after close, no close under a request that returns, one
+//! close, no child exchanged under a request or outside a drained section, `drain_begin` and
+//! `drain_end` alternate, so do `inactivate` and `activate`.
 
 use std::any::Any;
 use std::path::PathBuf;
@@ -19,7 +19,8 @@ use crate::driver::{
 use crate::error::Result;
 use crate::options::OptionSpec;
 
-/// What a set of fake drivers does beyond the contract. The value is shared by all nodes of a graph.
+/// What a set of fake drivers does beyond the contract. The value is shared by all nodes of a
+/// graph.
 pub(crate) trait Behaviour: Send + Sync + Sized + 'static {
     /// State of one node.
     type Node: Send + Sync;
@@ -122,7 +123,8 @@ pub(crate) trait Behaviour: Send + Sync + Sized + 'static {
     fn dropped(_driver: &FakeDriver<Self>) {}
 }
 
-/// Children of a fake driver. Requests clone the `Arc`, so that an exchange under a request is seen.
+/// Children of a fake driver. Requests clone the `Arc`, so that an exchange under a request is
+/// seen.
 #[derive(Default)]
 pub(crate) struct Children {
     pub(crate) list: Mutex<Vec<Arc<Child>>>,
@@ -130,7 +132,8 @@ pub(crate) struct Children {
 }
 
 impl Children {
-    /// Opens the child "file" in the role that a driver of this category gives it; protocols have none.
+    /// Opens the child "file" in the role that a driver of this category gives it; protocols have
+    /// none.
     pub(crate) async fn open(context: &mut OpenContext<'_>, category: Category) -> Result<Self> {
         let children = Self::default();
         if category != Category::Protocol {

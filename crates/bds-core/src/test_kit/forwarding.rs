@@ -1,7 +1,8 @@
-//! Forwarding fake drivers: `leaf` at the bottom, `image` with a file and perhaps a backing node, `filter`.
+//! Forwarding fake drivers: `leaf` at the bottom, `image` with a file and perhaps a backing node,
+//! `filter`.
 //!
-//! They send requests on through their children over the real request path, yielding in between. A test forbids entry
-//! to a node while it relies on a drained section.
+//! They send requests on through their children over the real request path, yielding in between. A
+//! test forbids entry to a node while it relies on a drained section.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};

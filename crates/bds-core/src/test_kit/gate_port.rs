@@ -1,4 +1,5 @@
-//! A request path of one step for graph tests: passes the gate, counts the request in flight, calls the driver.
+//! A request path of one step for graph tests: passes the gate, counts the request in flight, calls
+//! the driver.
 
 use std::path::PathBuf;
 use std::sync::Arc;

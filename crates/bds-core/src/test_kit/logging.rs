@@ -1,7 +1,7 @@
 //! Logging fake drivers and the fixture of most graph tests.
 //!
-//! `file` opens a file of the simulated disk, `cow` is an image format whose headers lie in a table, `pass` is a
-//! filter. Each logs what the graph does to it and fails as its options say.
+//! `file` opens a file of the simulated disk, `cow` is an image format whose headers lie in a
+//! table, `pass` is a filter. Each logs what the graph does to it and fails as its options say.
 
 use std::collections::HashMap;
 use std::future::Future;

@@ -8,8 +8,9 @@
 //! | [`stepwise`] | `file`, `cow`, `pass` | `graph` `properties` | fails at numbered steps, counts opens and closes |
 //! | [`forwarding`] | `leaf`, `image`, `filter` | `graph` `schedules` | sends requests on, forbids entry on demand |
 //!
-//! The last four share one driver, [`driver::FakeDriver`], which asserts the driver contract; each supplies a
-//! [`driver::Behaviour`]. They enter nodes through [`gate_port`], a request path of one step, or through the real one.
+//! The last four share one driver, [`driver::FakeDriver`], which asserts the driver contract; each
+//! supplies a [`driver::Behaviour`]. They enter nodes through [`gate_port`], a request path of one
+//! step, or through the real one.
 
 pub(crate) mod disk;
 pub(crate) mod driver;

@@ -1,7 +1,8 @@
-//! Scripted fake drivers: a test may place a hook at any [`Point`] of any node, and it runs inside the driver.
+//! Scripted fake drivers: a test may place a hook at any [`Point`] of any node, and it runs inside
+//! the driver.
 //!
-//! `part` nodes are images with up to three children (`file`, `other`, `backing`), `sieve` nodes are filters on `file`.
-//! Both log what the graph does to them.
+//! `part` nodes are images with up to three children (`file`, `other`, `backing`), `sieve` nodes
+//! are filters on `file`. Both log what the graph does to them.
 
 use std::collections::HashMap;
 use std::future::Future;

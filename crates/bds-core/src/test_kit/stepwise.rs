@@ -1,7 +1,9 @@
-//! Fake drivers of the model-driven property tests: they fail at numbered steps and count what must balance.
+//! Fake drivers of the model-driven property tests: they fail at numbered steps and count what must
+//! balance.
 //!
-//! `file` is a protocol without a file, `cow` an image format, `pass` a filter. Reads go down through all children and
-//! can be held at the `file` nodes. "P1" to "P50" are the properties listed in `graph/tests/properties`.
+//! `file` is a protocol without a file, `cow` an image format, `pass` a filter. Reads go down
+//! through all children and can be held at the `file` nodes. "P1" to "P50" are the properties
+//! listed in `graph/tests/properties`.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -18,14 +20,15 @@ use crate::driver::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::{OptionKind, OptionSpec};
 
-/// The graph's source of numbered faults, so that steps of drivers and of the graph have one numbering.
+/// The graph's source of numbered faults, so that steps of drivers and of the graph have one
+/// numbering.
 type FailStep = Box<dyn Fn() -> Result<()> + Send + Sync>;
 
 /// Counters and switches of the drivers of one graph.
 pub(crate) struct Stepwise {
     fail_step: OnceLock<FailStep>,
-    /// Driver steps fail too. Off where an operation is already being undone: a second fault would leave nothing to
-    /// assert.
+    /// Driver steps fail too. Off where an operation is already being undone: a second fault would
+    /// leave nothing to assert.
     pub(crate) drivers_fail: AtomicBool,
     /// Names of nodes that were closed, in order.
     pub(crate) closed: Mutex<Vec<String>>,

@@ -5,7 +5,8 @@ use std::sync::atomic::Ordering;
 use super::{RequestTracker, ShardNumber};
 
 impl RequestTracker {
-    /// As [`RequestTracker::enter`], for an operation that keeps its node open until [`RequestTracker::dec_detached`].
+    /// As [`RequestTracker::enter`], for an operation that keeps its node open until
+    /// [`RequestTracker::dec_detached`].
     pub(crate) fn inc_detached(&self) -> ShardNumber {
         self.detached.fetch_add(1, Ordering::SeqCst);
         self.enter()

@@ -1,4 +1,5 @@
-//! Records flushes of a node: one at a time, which writes each covers, and a failure that later ones repeat.
+//! Records flushes of a node: one at a time, which writes each covers, and a failure that later
+//! ones repeat.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -20,7 +21,8 @@ struct FlushState {
 }
 
 impl FlushLog {
-    /// Begins a flush; one at a time, in order of arrival. `writes` counts the writes that ended, once its turn has come.
+    /// Begins a flush; one at a time, in order of arrival. `writes` counts the writes that ended,
+    /// once its turn has come.
     pub(super) async fn begin(&self, writes: impl FnOnce() -> u64) -> Flushing {
         let state = Arc::clone(&self.state).lock_owned().await;
         Flushing { state, covers: writes() }

@@ -1,4 +1,5 @@
-//! Removing a node in a change consumes the reference (row 11: backup's filter was used afterwards).
+//! Removing a node in a change consumes the reference (row 11: backup's filter was used
+//! afterwards).
 
 use bds_core::graph::{Graph, NodeRef};
 

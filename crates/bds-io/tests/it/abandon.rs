@@ -4,8 +4,8 @@
 //! own code does wrong but not what the kernel writes, so the tests also check whether the memory
 //! still has an owner, and whether memory allocated anew stays untouched.
 //!
-//! With AddressSanitizer (nightly; forgotten futures are leaks on purpose; `bds_byte_copies` chooses
-//! the copies in Rust, because sanitizers do not see the assembly of `buf/raw/wide.rs`):
+//! With AddressSanitizer (nightly; forgotten futures are leaks on purpose; `bds_byte_copies`
+//! chooses the copies in Rust, because sanitizers do not see the assembly of `buf/raw/wide.rs`):
 //! ```sh
 //! ASAN_OPTIONS=detect_leaks=0 RUSTFLAGS="-Zsanitizer=address --cfg bds_byte_copies" \
 //!     cargo +nightly test -p bds-io --test it \

@@ -12,7 +12,8 @@ use crate::graph::model::edge::Edge;
 use crate::graph::roots::root::RootMove;
 use crate::options::Options;
 
-/// The holder of a change's references while it has its turn, and while it waits for the turn again.
+/// The holder of a change's references while it has its turn, and while it waits for the turn
+/// again.
 pub(in crate::graph) const TURN: (HolderKind, &str) = (HolderKind::Change, "change");
 pub(in crate::graph) const WAITING: (HolderKind, &str) = (HolderKind::User, "change that waits");
 
@@ -60,8 +61,8 @@ impl Action {
         nodes.map_or_else(Location::caller, NodeRef::since)
     }
 
-    /// Changes the holder of its references. Those of the change that has its turn ([`TURN`]) do not prevent a
-    /// removal; those of a change that waits for its turn ([`WAITING`]) do.
+    /// Changes the holder of its references. Those of the change that has its turn ([`TURN`]) do
+    /// not prevent a removal; those of a change that waits for its turn ([`WAITING`]) do.
     pub(in crate::graph) fn held_by(self, (kind, name): (HolderKind, &str)) -> Self {
         let take = |node: NodeRef| node.reheld_as(Holder::new(kind, name));
         match self {

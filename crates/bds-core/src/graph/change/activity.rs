@@ -1,8 +1,9 @@
 //! Activates and inactivates nodes: hands images over to another process, and takes them back.
 //!
-//! An inactive node is only read: no user has permission to write to it or through it, and no inactive node lies
-//! below an active one. Nodes are inactivated from the top down and activated from the bottom up. Either happens to
-//! all nodes in question, or to none: what was done before a failure is undone.
+//! An inactive node is only read: no user has permission to write to it or through it, and no
+//! inactive node lies below an active one. Nodes are inactivated from the top down and activated
+//! from the bottom up. Either happens to all nodes in question, or to none: what was done before a
+//! failure is undone.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -28,13 +29,14 @@ pub struct Handover {
 }
 
 impl Graph {
-    /// Begins a hand-over, possibly inside the caller's drained sections. Without such, [`Graph::inactivate`] and
-    /// [`Graph::activate`] are shorter.
+    /// Begins a hand-over, possibly inside the caller's drained sections. Without such,
+    /// [`Graph::inactivate`] and [`Graph::activate`] are shorter.
     ///
     /// ```
     /// use bds_core::Options;
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let drained = graph.drain(&disk).await; // no request enters from before to after
@@ -57,7 +59,8 @@ impl Graph {
     /// use bds_core::request::{Backend, BackendOptions};
     /// use bds_core::{ErrorKind, Options};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let writer = BackendOptions { writable: true, ..BackendOptions::registered("guest") };
@@ -98,7 +101,8 @@ impl Graph {
     /// #     graph.create_image(image).await?;
     /// # }
     /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
-    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
     /// let top = graph.open(Options::parse(layer)?).await?;
     /// graph.inactivate_all().await?;
     /// assert!(graph.nodes().iter().all(|node| !node.is_active()));
@@ -131,7 +135,8 @@ impl Graph {
     /// #     graph.create_image(image).await?;
     /// # }
     /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
-    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
     /// let top = graph.open(Options::parse(layer)?).await?;
     /// graph.inactivate_all().await?;
     /// graph.activate(&base).await?;
@@ -167,7 +172,8 @@ impl Graph {
     /// #     graph.create_image(image).await?;
     /// # }
     /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
-    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
     /// let top = graph.open(Options::parse(layer)?).await?;
     /// graph.inactivate_all().await?;
     /// graph.activate_all().await?;
@@ -186,8 +192,8 @@ impl Graph {
 }
 
 impl Handover {
-    /// Works inside this drained section, and may reach nodes that the section has drained. Other sections are waited
-    /// for.
+    /// Works inside this drained section, and may reach nodes that the section has drained. Other
+    /// sections are waited for.
     ///
     /// ```
     /// use bds_core::Options;
@@ -204,7 +210,8 @@ impl Handover {
     /// #     graph.create_image(image).await?;
     /// # }
     /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
-    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
     /// let top = graph.open(Options::parse(layer)?).await?;
     /// let drained = graph.drain_subtree(&top).await;
     /// graph.handover().within(&drained).inactivate_all().await?;
@@ -220,8 +227,9 @@ impl Handover {
         self
     }
 
-    /// Inactivates the node, and all below it that no active node uses: everything is written out, and nothing is
-    /// written until [`Handover::activate`]. No user may have permission to write. Runs to its end once begun.
+    /// Inactivates the node, and all below it that no active node uses: everything is written out,
+    /// and nothing is written until [`Handover::activate`]. No user may have permission to write.
+    /// Runs to its end once begun.
     ///
     /// ```
     /// use bds_core::Options;
@@ -238,7 +246,8 @@ impl Handover {
     /// #     graph.create_image(image).await?;
     /// # }
     /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
-    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
     /// let top = graph.open(Options::parse(layer)?).await?;
     /// let error = graph.handover().inactivate(&base).await.unwrap_err();
     /// assert_eq!(error.message(), "node 'top' above it is active: inactivate that first");
@@ -251,8 +260,8 @@ impl Handover {
     /// ```
     ///
     /// # Errors
-    /// Everything is as active as before. `InUse`: an active node lies above; `Inactive`: a user has permission to
-    /// write (it is named); or the driver's error when it wrote out.
+    /// Everything is as active as before. `InUse`: an active node lies above; `Inactive`: a user
+    /// has permission to write (it is named); or the driver's error when it wrote out.
     pub async fn inactivate(self, node: &NodeRef) -> Result<()> {
         let tops = vec![Strong::clone(node.strong())];
         self.run(move |graph| graph.nodes_to_inactivate(tops.clone()), false).await
@@ -271,8 +280,8 @@ impl Handover {
         self.run(tops, false).await
     }
 
-    /// Activates the node and all below it: bytes are read anew, because other processes may have changed them. Runs
-    /// to its end once begun.
+    /// Activates the node and all below it: bytes are read anew, because other processes may have
+    /// changed them. Runs to its end once begun.
     ///
     /// # Errors
     /// Everything is as inactive as before: a driver could not read or lock.
@@ -289,8 +298,8 @@ impl Handover {
         self.run(|graph| Ok(nodes_to_activate(&graph.0.core.live())), true).await
     }
 
-    /// Runs to its end even if the caller's future is dropped: drivers that were inactivated must not stay so while
-    /// their nodes are marked active.
+    /// Runs to its end even if the caller's future is dropped: drivers that were inactivated must
+    /// not stay so while their nodes are marked active.
     async fn run(
         self,
         choose: impl Fn(&Graph) -> Result<Vec<Strong<Node>>> + Send + 'static,
@@ -304,7 +313,8 @@ impl Handover {
                 let Some(blocked) = graph.hand_over_set(set, is_active, &within).await? else {
                     return Ok(());
                 };
-                // The holder of the section below may need a change of its own to end it: that change gets its turn.
+                // The holder of the section below may need a change of its own to end it: that
+                // change gets its turn.
                 drop(turn);
                 wait_undrained_below(&graph, &blocked).await;
                 bds_io::yield_now().await;
@@ -322,7 +332,8 @@ impl Handover {
 }
 
 impl Graph {
-    /// Switches a set of nodes in this order. `Some`: nothing was done, because another section drains a node below.
+    /// Switches a set of nodes in this order. `Some`: nothing was done, because another section
+    /// drains a node below.
     async fn hand_over_set(
         &self,
         set: Vec<Strong<Node>>,
@@ -369,7 +380,8 @@ impl Graph {
         node.driver().inactivate().await
     }
 
-    /// The nodes to inactivate, top down: active, reachable, and used by no active node outside the set.
+    /// The nodes to inactivate, top down: active, reachable, and used by no active node outside the
+    /// set.
     fn nodes_to_inactivate(&self, tops: Vec<Strong<Node>>) -> Result<Vec<Strong<Node>>> {
         let lock = self.0.core.lock();
         let requested: HashSet<NodeId> = tops.iter().map(|node| node.id()).collect();

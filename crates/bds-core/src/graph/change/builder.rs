@@ -4,10 +4,10 @@
 //! actions ─► staged ─► nodes drained ─► driver steps prepared
 //!                                            └─► staged again ─► checked ─► edges swapped in ─► gates open
 //! ```
-//! Nothing is changed until everything has been checked, and from there on nothing can fail. A change that fails, or
-//! whose future is dropped, leaves everything as it was. Ids and references keep denoting the same nodes, and the
-//! caller's references are neither taken nor given. One change at a time; requests wait only while the nodes on their
-//! way are changed.
+//! Nothing is changed until everything has been checked, and from there on nothing can fail. A
+//! change that fails, or whose future is dropped, leaves everything as it was. Ids and references
+//! keep denoting the same nodes, and the caller's references are neither taken nor given. One
+//! change at a time; requests wait only while the nodes on their way are changed.
 //!
 //! The examples of the edits are in `examples/`, one file a verb.
 
@@ -39,11 +39,11 @@ use crate::graph::roots::root::RootMove;
 use crate::graph::{Graph, NodeRef};
 use crate::options::Options;
 
-/// Edits of the graph that take effect together or not at all. Made by [`Graph::change`], applied by
-/// [`Change::commit`].
+/// Edits of the graph that take effect together or not at all. Made by [`Graph::change`], applied
+/// by [`Change::commit`].
 ///
-/// Each edit is applied to the outcome of those before it; only the final outcome must be allowed. A change that is
-/// dropped does nothing, and the compiler warns:
+/// Each edit is applied to the outcome of those before it; only the final outcome must be allowed.
+/// A change that is dropped does nothing, and the compiler warns:
 ///
 /// ```compile_fail
 /// #![deny(unused_must_use)]
@@ -63,7 +63,8 @@ pub struct Change {
 /// The outcome of a change.
 #[derive(Debug)]
 pub struct ChangeReport {
-    /// How long requests had to wait at the gates: from the first gate closed to the last one opened.
+    /// How long requests had to wait at the gates: from the first gate closed to the last one
+    /// opened.
     pub held: Duration,
     /// Reports of the nodes that were removed, and of those that died with them.
     pub closed: Vec<CloseReport>,
@@ -77,7 +78,6 @@ impl Graph {
     }
 
     /// [`Change::append`] alone.
-    ///
     #[doc = include_str!("examples/graph_append.md")]
     /// # Errors
     /// As [`Change::commit`].
@@ -92,7 +92,6 @@ impl Graph {
     }
 
     /// [`Change::replace`] alone.
-    ///
     #[doc = include_str!("examples/graph_replace.md")]
     /// # Errors
     /// As [`Change::commit`].
@@ -107,7 +106,6 @@ impl Graph {
     }
 
     /// [`Change::set_backing`] alone.
-    ///
     #[doc = include_str!("examples/graph_set_backing.md")]
     /// # Errors
     /// As [`Change::commit`].
@@ -122,7 +120,6 @@ impl Graph {
     }
 
     /// [`Change::insert_filter`] alone.
-    ///
     #[doc = include_str!("examples/graph_insert_filter.md")]
     /// # Errors
     /// As [`Change::commit`].
@@ -137,7 +134,6 @@ impl Graph {
     }
 
     /// [`Change::drop_filter`] alone.
-    ///
     #[doc = include_str!("examples/graph_drop_filter.md")]
     /// # Errors
     /// As [`Change::commit`].
@@ -148,7 +144,6 @@ impl Graph {
     }
 
     /// [`Change::reopen`] alone.
-    ///
     #[doc = include_str!("examples/graph_reopen.md")]
     /// # Errors
     /// As [`Change::commit`].
@@ -175,25 +170,28 @@ impl Change {
         self
     }
 
-    /// Puts `overlay` on top: all users of `top` use `overlay` from then on, and `overlay` has `top` as its backing
-    /// node. The overlay was opened either on `top` already, or without a backing node (then its driver must be able
-    /// to take one while it is open). Fixed edges (a job's) are left.
+    /// Puts `overlay` on top: all users of `top` use `overlay` from then on, and `overlay` has
+    /// `top` as its backing node. The overlay was opened either on `top` already, or without a
+    /// backing node (then its driver must be able to take one while it is open). Fixed edges (a
+    /// job's) are left.
     #[doc = include_str!("examples/append.md")]
     #[track_caller]
     pub fn append(self, top: &NodeRef, overlay: &NodeRef) -> Self {
         self.with(Action::Append { top: top.clone(), overlay: overlay.clone() })
     }
 
-    /// All users of `from` use `to` from then on, except those at or below `to`, whose edges would close a loop, and
-    /// fixed edges. So a filter opened on `from` stays there and takes over its users. Fails at a frozen edge.
+    /// All users of `from` use `to` from then on, except those at or below `to`, whose edges would
+    /// close a loop, and fixed edges. So a filter opened on `from` stays there and takes over its
+    /// users. Fails at a frozen edge.
     #[doc = include_str!("examples/replace.md")]
     #[track_caller]
     pub fn replace(self, from: &NodeRef, to: &NodeRef) -> Self {
         self.with(Action::Replace { from: from.clone(), to: to.clone() })
     }
 
-    /// `parent`'s child of this name ("file", "backing") is `to` from then on. A child that a job inserted for itself
-    /// cannot be replaced; replacing it by the node directly below it does nothing.
+    /// `parent`'s child of this name ("file", "backing") is `to` from then on. A child that a job
+    /// inserted for itself cannot be replaced; replacing it by the node directly below it does
+    /// nothing.
     #[doc = include_str!("examples/replace_child.md")]
     #[track_caller]
     pub fn replace_child(self, parent: &NodeRef, child: &str, to: &NodeRef) -> Self {
@@ -208,8 +206,8 @@ impl Change {
         self.with(Action::InsertFilter { node: node.clone(), filter: filter.clone() })
     }
 
-    /// Lets all users of `filter` use the node it filters. The filter itself lives until its last reference goes;
-    /// with [`Change::remove`] in the same change it goes at once.
+    /// Lets all users of `filter` use the node it filters. The filter itself lives until its last
+    /// reference goes; with [`Change::remove`] in the same change it goes at once.
     #[doc = include_str!("examples/drop_filter.md")]
     #[track_caller]
     pub fn drop_filter(self, filter: &NodeRef) -> Self {
@@ -223,38 +221,40 @@ impl Change {
         self.with(Action::SetBacking { node: node.clone(), backing: NodeRef::clone_of(backing) })
     }
 
-    /// Removes a node. Takes the reference, even if the change fails; the monitor's too, if it has one and the change
-    /// succeeds. What a filter does to its child does not count any more when the change is checked; what a format
-    /// still has to write does. The reports are in [`ChangeReport::closed`]. Closing waits for drained sections of
-    /// the nodes below, the caller's own included.
+    /// Removes a node. Takes the reference, even if the change fails; the monitor's too, if it has
+    /// one and the change succeeds. What a filter does to its child does not count any more when
+    /// the change is checked; what a format still has to write does. The reports are in
+    /// [`ChangeReport::closed`]. Closing waits for drained sections of the nodes below, the
+    /// caller's own included.
     #[doc = include_str!("examples/remove.md")]
     pub fn remove(self, node: NodeRef) -> Self {
         self.with(Action::Remove { node })
     }
 
-    /// Gives a node other options; those that are not named stay. The common ones (`read-only`, `cache.*`, `discard`,
-    /// `detect-zeroes`), `backing` and other children by node name, and those of its driver that can change while it
-    /// is open. Nodes below that were opened inline inherit the new values as they did when they were opened. A
-    /// driver that has to write to a node below that another section drains waits for the end of that section, while
-    /// other changes have their turns; for the caller's own sections, see [`Change::within`].
+    /// Gives a node other options; those that are not named stay. The common ones (`read-only`,
+    /// `cache.*`, `discard`, `detect-zeroes`), `backing` and other children by node name, and those
+    /// of its driver that can change while it is open. Nodes below that were opened inline inherit
+    /// the new values as they did when they were opened. A driver that has to write to a node below
+    /// that another section drains waits for the end of that section, while other changes have
+    /// their turns; for the caller's own sections, see [`Change::within`].
     #[doc = include_str!("examples/reopen.md")]
     #[track_caller]
     pub fn reopen(self, node: &NodeRef, options: Options) -> Self {
         self.with(Action::Reopen { node: node.clone(), options })
     }
 
-    /// Gives a node another name. Nodes may swap names in one change: an overlay can take over the name of its
-    /// backing node. Ids, references and edges do not change; a [`Graph::find`] of the old name finds the node that
-    /// has it then.
+    /// Gives a node another name. Nodes may swap names in one change: an overlay can take over the
+    /// name of its backing node. Ids, references and edges do not change; a [`Graph::find`] of the
+    /// old name finds the node that has it then.
     #[doc = include_str!("examples/rename.md")]
     #[track_caller]
     pub fn rename(self, node: &NodeRef, name: &str) -> Self {
         self.with(Action::Rename { node: node.clone(), name: name.into() })
     }
 
-    /// Makes the change inside this drained section: it may reach nodes that the section has drained. A reopen that
-    /// has to write below drained nodes waits for the end of such sections, except those named here. The section
-    /// lasts at least as long as the change.
+    /// Makes the change inside this drained section: it may reach nodes that the section has
+    /// drained. A reopen that has to write below drained nodes waits for the end of such sections,
+    /// except those named here. The section lasts at least as long as the change.
     #[doc = include_str!("examples/within.md")]
     pub fn within(mut self, drained: &Drained) -> Self {
         self.within.push(drained.section());
@@ -294,24 +294,24 @@ impl Change {
     ///     let _second = change.commit().await;
     /// }
     /// ```
-    /// Waits for requests inside the nodes that are changed, for other changes, and for drivers that prepare. Goes on
-    /// if its future is kept without being polled; dropping the future before the change has taken effect ends it,
-    /// and nothing has changed.
-    ///
+    /// Waits for requests inside the nodes that are changed, for other changes, and for drivers
+    /// that prepare. Goes on if its future is kept without being polled; dropping the future before
+    /// the change has taken effect ends it, and nothing has changed.
     #[doc = include_str!("examples/commit.md")]
     /// # Errors
-    /// Nothing has changed. `InvalidInput`: an edit is impossible (a loop, another graph's node, no filter); `InUse`:
-    /// a permission conflict, a frozen edge, a blocker, a node with other holders, or one on which a node is just
-    /// being opened (both sides are named); `ReadOnly`, `Inactive`: a user would write where that is not possible;
-    /// `NotSupported`: a driver cannot do it while it is open; `AlreadyExists`: a name is taken; and any error of a
-    /// driver that prepares.
+    /// Nothing has changed. `InvalidInput`: an edit is impossible (a loop, another graph's node, no
+    /// filter); `InUse`: a permission conflict, a frozen edge, a blocker, a node with other
+    /// holders, or one on which a node is just being opened (both sides are named); `ReadOnly`,
+    /// `Inactive`: a user would write where that is not possible; `NotSupported`: a driver cannot
+    /// do it while it is open; `AlreadyExists`: a name is taken; and any error of a driver that
+    /// prepares.
     pub async fn commit(self) -> Result<ChangeReport> {
         check_same_graph(&self.graph, &self.actions)?;
         if self.actions.is_empty() {
             return Ok(ChangeReport { held: Duration::ZERO, closed: Vec::new() });
         }
-        // Other changes wait for the turn, and requests at the gates: a task ends that wait even if the caller keeps
-        // its future without polling it.
+        // Other changes wait for the turn, and requests at the gates: a task ends that wait even if
+        // the caller keeps its future without polling it.
         let (held, closed) = bds_io::spawn_now(self.run()).await?;
         Ok(ChangeReport { held, closed: closed.deliver() })
     }
@@ -325,8 +325,8 @@ impl Change {
             match try_once(&graph, &actions, &within).await? {
                 Ok(outcome) => break (turn, begun, outcome),
                 Err(blocked) => {
-                    // The holder of the section below may need a change of its own to end it: that change gets its
-                    // turn.
+                    // The holder of the section below may need a change of its own to end it: that
+                    // change gets its turn.
                     actions = actions.into_iter().map(|action| action.held_by(WAITING)).collect();
                     drop(turn);
                     wait_undrained_below(&graph, &blocked).await;
@@ -363,7 +363,8 @@ struct Outcome {
 /// Nodes whose drivers have to wait for the end of drained sections below them.
 type Blocked = Vec<Strong<Node>>;
 
-/// Drains, prepares, stages, checks, and applies. `Err` inside: a driver would have to wait for another section.
+/// Drains, prepares, stages, checks, and applies. `Err` inside: a driver would have to wait for
+/// another section.
 async fn try_once(
     graph: &Graph,
     actions: &[Action],
@@ -404,8 +405,8 @@ async fn try_once(
     }
 }
 
-/// Lets drivers prepare; they may write out what they hold back. `None`: one would have to wait for another drained
-/// section, which must not happen during the turn.
+/// Lets drivers prepare; they may write out what they hold back. `None`: one would have to wait for
+/// another drained section, which must not happen during the turn.
 async fn prepare<'w>(
     graph: &Graph,
     drained: &DrainSet,

@@ -1,4 +1,5 @@
-//! Applies a checked stage. The few driver calls that can fail come first and are undone; the rest cannot fail.
+//! Applies a checked stage. The few driver calls that can fail come first and are undone; the rest
+//! cannot fail.
 
 use std::collections::HashSet;
 use std::panic::Location;
@@ -21,7 +22,8 @@ use crate::graph::query::walk;
 use crate::graph::roots::backends;
 use crate::graph::{Graph, NodeRef};
 
-/// How long a removal waits for requests that are stuck in a poisoned node. They may end late or never.
+/// How long a removal waits for requests that are stuck in a poisoned node. They may end late or
+/// never.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What is left to do after the lock is released.
@@ -202,7 +204,8 @@ impl Moved {
         let mut seen = HashSet::new();
         while let Some(node) = todo.pop() {
             node.driver().children_changed();
-            // To the top in any case: a driver may look through nodes whose own limits stay the same.
+            // To the top in any case: a driver may look through nodes whose own limits stay the
+            // same.
             if node.refresh_limits() | seen.insert(node.id()) {
                 todo.extend(node.parents().iter().filter_map(|edge| edit.lock.parent_node(edge)));
             }
@@ -233,7 +236,8 @@ impl Graph {
     fn apply_ownership(&self, actions: &[Action]) {
         for action in actions {
             match action {
-                // Checked when it was staged. If another call was quicker, the monitor owns it all the same.
+                // Checked when it was staged. If another call was quicker, the monitor owns it all
+                // the same.
                 Action::Own { node } => drop(self.own(node.clone())),
                 Action::Disown { node } => drop(self.take_owned(node.id(), node.name())),
                 _ => {}
@@ -256,8 +260,8 @@ impl Graph {
     }
 }
 
-/// Closes the removed nodes and reports them. A node that was acquired by its id meanwhile lives on, and is reported
-/// when it is closed later.
+/// Closes the removed nodes and reports them. A node that was acquired by its id meanwhile lives
+/// on, and is reported when it is closed later.
 pub(in crate::graph) async fn close_removed(
     graph: &Graph,
     removed: Vec<NodeRef>,

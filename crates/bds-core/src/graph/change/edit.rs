@@ -124,7 +124,8 @@ impl Editor<'_, '_> {
         self.move_parents(top, overlay)
     }
 
-    /// Moves all users of `from` to `to`, except those whose edge would close a loop and fixed edges.
+    /// Moves all users of `from` to `to`, except those whose edge would close a loop and fixed
+    /// edges.
     fn move_parents(&mut self, from: &NodeRef, to: &NodeRef) -> Result<()> {
         if from.id() == to.id() {
             return Ok(());
@@ -226,8 +227,8 @@ impl Editor<'_, '_> {
         let mut holders = self.graph.holders(node.id());
         let is_owned = self.graph.is_owned(node.id());
         holders.retain(|info| match HolderKind::from(info.kind) {
-            // The change's own references end with it (it has its turn alone), and the monitor's too; edges are
-            // checked where they lead in the end.
+            // The change's own references end with it (it has its turn alone), and the monitor's
+            // too; edges are checked where they lead in the end.
             HolderKind::Change | HolderKind::Edge | HolderKind::Backend => false,
             HolderKind::Drain => !set::is_by_change(&info.name),
             HolderKind::Monitor => !is_owned,

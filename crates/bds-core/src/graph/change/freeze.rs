@@ -34,8 +34,8 @@ impl Frozen {
 }
 
 impl Graph {
-    /// Freezes the links from `top` down to `base` (backing and filtered children): all of them or none. `holder` is
-    /// named in the errors of changes that meet a frozen link ("job 'commit0'").
+    /// Freezes the links from `top` down to `base` (backing and filtered children): all of them or
+    /// none. `holder` is named in the errors of changes that meet a frozen link ("job 'commit0'").
     ///
     /// ```
     /// use bds_core::Options;
@@ -52,7 +52,8 @@ impl Graph {
     /// #     graph.create_image(image).await?;
     /// # }
     /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
-    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
     /// let top = graph.open(Options::parse(layer)?).await?;
     /// let frozen = graph.freeze_chain(&top, &base, "job 'commit0'")?;
     /// assert_eq!(frozen.len(), 1);

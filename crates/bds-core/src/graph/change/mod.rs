@@ -1,8 +1,9 @@
-//! Graph changes: edits are staged over the graph, permissions computed, nodes drained, and all take effect at once.
+//! Graph changes: edits are staged over the graph, permissions computed, nodes drained, and all
+//! take effect at once.
 //!
-//! Offers [`builder::Change`] and its verbs, hand-over between processes, frozen links, renames. `stage` and `perm`
-//! are also used where single edges are attached (`open`, `roots`). Needs the model, drains, roots and closing.
-//! Nothing here opens nodes.
+//! Offers [`builder::Change`] and its verbs, hand-over between processes, frozen links, renames.
+//! `stage` and `perm` are also used where single edges are attached (`open`, `roots`). Needs the
+//! model, drains, roots and closing. Nothing here opens nodes.
 
 pub(super) mod action;
 pub(super) mod activity;

@@ -1,11 +1,14 @@
-//! Computes permissions over the graph: what each edge uses and shares, and which conflicts that makes.
+//! Computes permissions over the graph: what each edge uses and shares, and which conflicts that
+//! makes.
 //!
-//! A parent's permissions on a child follow from those of its own parents (`Driver::child_access`), from roots down.
-//! They are never patched, always computed anew, parents before children, over the part of the (staged) graph that
-//! can differ: so the same graph has the same permissions, however it was reached.
+//! A parent's permissions on a child follow from those of its own parents (`Driver::child_access`),
+//! from roots down. They are never patched, always computed anew, parents before children, over the
+//! part of the (staged) graph that can differ: so the same graph has the same permissions, however
+//! it was reached.
 //!
-//! Rules: of two edges to one node, each shares what the other uses; a read-only or inactive node has no writers; a
-//! writer without resize permission needs an aligned end. Taking fewer permissions is not checked and cannot fail.
+//! Rules: of two edges to one node, each shares what the other uses; a read-only or inactive node
+//! has no writers; a writer without resize permission needs an aligned end. Taking fewer
+//! permissions is not checked and cannot fail.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -72,8 +75,8 @@ pub(in crate::graph) fn compute(
     Ok(found)
 }
 
-/// Sorts a few nodes, those above others first: a child's access is then computed once, and not first with its
-/// parents' old access, which could ripple down a long chain and back.
+/// Sorts a few nodes, those above others first: a child's access is then computed once, and not
+/// first with its parents' old access, which could ripple down a long chain and back.
 fn parents_first(stage: &Stage<'_>, mut left: Vec<Strong<Node>>) -> VecDeque<Strong<Node>> {
     const FEW: usize = 8;
     let mut sorted = VecDeque::new();
@@ -169,7 +172,8 @@ fn check_children_are_active(stage: &Stage<'_>, node: &Node) -> Result<()> {
     Ok(())
 }
 
-/// Finds two parents of which the first uses what the second does not share. Looks at each parent once or twice.
+/// Finds two parents of which the first uses what the second does not share. Looks at each parent
+/// once or twice.
 fn find_clash(uses: &[Access]) -> Option<(usize, usize)> {
     let together = cumulate(uses.iter().copied());
     if (together.perm - together.shared).is_empty() {
@@ -178,7 +182,8 @@ fn find_clash(uses: &[Access]) -> Option<(usize, usize)> {
     let clashes = |user: usize, objector: usize| {
         user != objector && !uses[user].clash(uses[objector]).is_empty()
     };
-    // First an objector to anything that is used: there are few, and most clash with a particular user.
+    // First an objector to anything that is used: there are few, and most clash with a particular
+    // user.
     (0..uses.len()).filter(|&objector| !together.clash(uses[objector]).is_empty()).find_map(
         |objector| {
             (0..uses.len()).find(|&user| clashes(user, objector)).map(|user| (user, objector))
@@ -199,8 +204,8 @@ fn conflict(node: &Node, user: (&Arc<Edge>, Access), objector: (&Arc<Edge>, Acce
 }
 
 impl GraphCore {
-    /// Takes the topology lock. Permissions are exact from here on: those of nodes that lost an edge are recomputed
-    /// first.
+    /// Takes the topology lock. Permissions are exact from here on: those of nodes that lost an
+    /// edge are recomputed first.
     pub(in crate::graph) fn lock(&self) -> LockedGraph<'_> {
         let lock = self.lock_stale();
         recompute_stale(&lock);
@@ -208,7 +213,8 @@ impl GraphCore {
     }
 }
 
-/// Recomputes permissions of nodes that lost a parent edge, and of all nodes below: they may be used for less now.
+/// Recomputes permissions of nodes that lost a parent edge, and of all nodes below: they may be
+/// used for less now.
 pub(in crate::graph) fn recompute_stale(lock: &LockedGraph<'_>) {
     let mut starts = BTreeMap::new();
     while let Some(id) = lock.core.topology.stale_perms.pop() {

@@ -1,6 +1,7 @@
 //! Renames open nodes: several at once, so that two can swap names.
 //!
-//! Ids, references and edges do not change. Holder names keep the node name under which the reference was taken.
+//! Ids, references and edges do not change. Holder names keep the node name under which the
+//! reference was taken.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -36,7 +37,8 @@ impl Graph {
     /// Reserves the names that the actions give to nodes.
     ///
     /// # Errors
-    /// `InvalidInput`: not a name; `AlreadyExists`: taken by what keeps it; `LimitExceeded`: renamed too often.
+    /// `InvalidInput`: not a name; `AlreadyExists`: taken by what keeps it; `LimitExceeded`:
+    /// renamed too often.
     pub(in crate::graph) fn reserve_renames<'a>(
         &'a self,
         actions: &'a [Action],

@@ -1,7 +1,8 @@
 //! Reopens nodes with other options: which nodes, which flags, and what their drivers prepare.
 //!
-//! A node's options are inherited by the nodes below that were opened inline with it (`Node::inherits_from`), except
-//! options of their own. All drivers prepare while their nodes are drained; then all take effect, children first.
+//! A node's options are inherited by the nodes below that were opened inline with it
+//! (`Node::inherits_from`), except options of their own. All drivers prepare while their nodes are
+//! drained; then all take effect, children first.
 
 use bds_refcount::Strong;
 
@@ -66,8 +67,8 @@ pub(in crate::graph) struct Reopened {
 }
 
 impl Reopened {
-    /// Makes the backends at the node follow its `cache.writeback`, as if they had been made now. Not under the
-    /// topology lock: the last handle to a backend may be dropped meanwhile.
+    /// Makes the backends at the node follow its `cache.writeback`, as if they had been made now.
+    /// Not under the topology lock: the last handle to a backend may be dropped meanwhile.
     pub(in crate::graph) fn update_backends(&self, graph: &Graph) {
         if !self.is_changed {
             return;
@@ -117,7 +118,8 @@ fn child_options(graph: &Graph, node: &Node) -> Result<Vec<&'static str>> {
     Ok(children.map(|spec| spec.name).collect())
 }
 
-/// All nodes that the actions reopen, each once with the sum of its options, children before their parents.
+/// All nodes that the actions reopen, each once with the sum of its options, children before their
+/// parents.
 pub(in crate::graph) fn collect(graph: &Graph, actions: &[Action]) -> Result<Vec<Wanted>> {
     let mut all = Vec::new();
     for action in actions {
@@ -177,8 +179,8 @@ async fn prepare_driver<'w>(graph: &Graph, wanted: &'w Wanted) -> Result<Box<dyn
     Ok(prepared)
 }
 
-/// Adds the node with its new flags, and the nodes below that inherit them, to what earlier reopens of the change
-/// want.
+/// Adds the node with its new flags, and the nodes below that inherit them, to what earlier reopens
+/// of the change want.
 fn want(graph: &Graph, all: &mut Vec<Wanted>, node: &NodeRef, options: &Options) -> Result<()> {
     let mut options = Options::from_json(options.clone().into_json())?;
     for name in child_options(graph, node)? {

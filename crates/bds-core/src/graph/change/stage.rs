@@ -1,7 +1,8 @@
 //! A stage: changes of edges and nodes laid over the graph, which stays as it is.
 //!
-//! A stage is used under the topology lock, read like the graph itself, and dropped without a trace: there is no
-//! rollback. `commit` applies a checked stage by swapping the staged edges in, in one step that cannot fail.
+//! A stage is used under the topology lock, read like the graph itself, and dropped without a
+//! trace: there is no rollback. `commit` applies a checked stage by swapping the staged edges in,
+//! in one step that cannot fail.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -161,7 +162,8 @@ impl<'g> Stage<'g> {
         self.leaving.contains_key(&node.id()) && node.driver().is_filter()
     }
 
-    /// Is `goal` the node itself, or below it? Searches from both ends, so it is as quick as the shorter search.
+    /// Is `goal` the node itself, or below it? Searches from both ends, so it is as quick as the
+    /// shorter search.
     pub(in crate::graph) fn reaches(&self, start: &Strong<Node>, goal: &Strong<Node>) -> bool {
         if start.id() == goal.id() {
             return true;
@@ -210,7 +212,8 @@ impl<'g> Stage<'g> {
 
     // ---- change
 
-    /// Moves the edge to `to`. Refused for frozen edges; a loop is refused where the parent is a node.
+    /// Moves the edge to `to`. Refused for frozen edges; a loop is refused where the parent is a
+    /// node.
     pub(in crate::graph) fn repoint(
         &mut self,
         edge: &Arc<Edge>,
@@ -360,7 +363,8 @@ impl<'g> Stage<'g> {
         self.starts.values().cloned().collect()
     }
 
-    /// Nodes that must be drained before this is applied: those that edges leave, and those whose children change.
+    /// Nodes that must be drained before this is applied: those that edges leave, and those whose
+    /// children change.
     pub(in crate::graph) fn to_drain(&self) -> Vec<Strong<Node>> {
         let left = self
             .moves

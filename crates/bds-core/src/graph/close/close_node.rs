@@ -5,11 +5,12 @@
 //!                                                                                      └─► dead ones are closed in turn
 //! ```
 //!
-//! No closing begins while a node that it could write to is drained: the dead node is put aside until that section
-//! ends. A drain waits for closings under way. A node is closed before the children that only it held, and never
-//! inside the closing of another: a chain of any length is a loop. A child that dies too is flushed by its own
-//! closing, so a failed flush is in exactly one report. Once begun, closing runs to its end even if the caller's
-//! future is dropped (`run_to_end`); a failed report without a waiter is kept for [`Graph::reports`], and traced.
+//! No closing begins while a node that it could write to is drained: the dead node is put aside
+//! until that section ends. A drain waits for closings under way. A node is closed before the
+//! children that only it held, and never inside the closing of another: a chain of any length is a
+//! loop. A child that dies too is flushed by its own closing, so a failed flush is in exactly one
+//! report. Once begun, closing runs to its end even if the caller's future is dropped
+//! (`run_to_end`); a failed report without a waiter is kept for [`Graph::reports`], and traced.
 
 use std::fmt;
 use std::panic::Location;
@@ -75,13 +76,13 @@ enum Released {
 }
 
 impl GraphCore {
-    /// Marks the edges to the children, so that drains of them wait for the closing. `Err`: one of the children is
-    /// drained.
+    /// Marks the edges to the children, so that drains of them wait for the closing. `Err`: one of
+    /// the children is drained.
     pub(super) fn begin_node_close(&self, dead: Dead<Node>) -> Result<Closing, Dead<Node>> {
         let lock = self.lock();
         let children = dead.children().to_vec();
-        // Without children it writes to its own medium at most: that waits for the end of a drained section of all
-        // nodes.
+        // Without children it writes to its own medium at most: that waits for the end of a drained
+        // section of all nodes.
         if lock.state.drain_alls > 0 || children.iter().any(|edge| edge.is_quiesced()) {
             return Err(dead);
         }
@@ -89,7 +90,8 @@ impl GraphCore {
         Ok(Closing(dead))
     }
 
-    /// As [`GraphCore::begin_node_close`], after the drained sections that are in the way have ended.
+    /// As [`GraphCore::begin_node_close`], after the drained sections that are in the way have
+    /// ended.
     pub(super) async fn begin_node_close_when_undrained(&self, mut dead: Dead<Node>) -> Closing {
         loop {
             let mut progress = pin!(self.topology.drain_progress.notified());
@@ -139,15 +141,16 @@ impl GraphCore {
         (CloseReport { node, name, driver, flush_error, close_error, below }, died)
     }
 
-    /// Detaches an edge that is still referenced, by a freeze or a reader: that holder keeps the edge and its target,
-    /// the graph does not see it any more, and no drain waits for it.
+    /// Detaches an edge that is still referenced, by a freeze or a reader: that holder keeps the
+    /// edge and its target, the graph does not see it any more, and no drain waits for it.
     fn detach_kept_edge(&self, edge: &Arc<Edge>) {
         let target = edge.target();
         self.lock().detach(&target, edge);
         self.topology.stale_perms.push(target.id());
     }
 
-    /// Makes writes through this node durable, but for those to children that die next: these are returned.
+    /// Makes writes through this node durable, but for those to children that die next: these are
+    /// returned.
     async fn flush_dead(&self, node: &Node) -> (Result<()>, Vec<Handle<Node>>) {
         if !node.is_writable() {
             return (Ok(()), Vec::new());
@@ -201,9 +204,9 @@ impl GraphCore {
         Released::Survived
     }
 
-    /// Releases the edge. A child that was not flushed because the parent seemed its last holder, but that has
-    /// another one, is flushed after all: through a new edge, attached under the same lock, so that no drain ends in
-    /// between.
+    /// Releases the edge. A child that was not flushed because the parent seemed its last holder,
+    /// but that has another one, is flushed after all: through a new edge, attached under the same
+    /// lock, so that no drain ends in between.
     fn try_release_child(
         &self,
         edge: Arc<Edge>,
@@ -223,7 +226,8 @@ impl GraphCore {
         Ok(Released::Unflushed(edge))
     }
 
-    /// Makes all writes through the node durable. For a caller that has it drained: no gate is passed.
+    /// Makes all writes through the node durable. For a caller that has it drained: no gate is
+    /// passed.
     pub(in crate::graph) async fn flush_node(&self, node: &Strong<Node>) -> Result<()> {
         (self.make_port)(self.flush_edge(node, Parent::Root("flush".into()))).flush().await
     }
@@ -253,18 +257,22 @@ impl GraphCore {
 }
 
 impl NodeRef {
-    /// Closes the node, if this is the only reference to it: flushes, closes, and closes what only it held. A failed
-    /// flush is in the report. Runs to its end even if the future is dropped. Waits for operations whose requests
-    /// were dropped, and for drained sections of the nodes below to end.
+    /// Closes the node, if this is the only reference to it: flushes, closes, and closes what only
+    /// it held. A failed flush is in the report. Runs to its end even if the future is dropped.
+    /// Waits for operations whose requests were dropped, and for drained sections of the nodes
+    /// below to end.
     ///
     /// ```
     /// use bds_core::Options;
     /// use bds_core::graph::{CloseError, Holder, HolderKind};
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
-    /// let disk = graph.open(Options::parse("driver=blkdebug,node-name=disk,image.driver=mem,image.size=1M,inject-error.0.iotype=flush")?).await?;
+    /// let text = "driver=blkdebug,node-name=disk,image.driver=mem,image.size=1M,\
+    ///     inject-error.0.iotype=flush";
+    /// let disk = graph.open(Options::parse(text)?).await?;
     /// let writer = BackendOptions { writable: true, ..Default::default() };
     /// Backend::new(&disk, writer)?.write_at(0, b"x")?;
     /// let second = disk.clone().held_as(Holder::new(HolderKind::User, "my list"));
@@ -298,7 +306,8 @@ impl NodeRef {
         run_to_end(work, orphaned).await.unwrap_or_else(|| Ok(lost.report()))
     }
 
-    /// As [`NodeRef::try_end`], after detached operations have ended, if nothing else keeps the node open.
+    /// As [`NodeRef::try_end`], after detached operations have ended, if nothing else keeps the
+    /// node open.
     pub(in crate::graph) async fn end_after_detached_ops(
         self,
     ) -> Result<DeadNode, (NodeRef, Vec<HolderInfo>)> {
@@ -317,8 +326,8 @@ impl NodeRef {
         }
     }
 
-    /// Takes the node out of the graph if this is the only reference; it cannot be acquired any more then. Does not
-    /// wait.
+    /// Takes the node out of the graph if this is the only reference; it cannot be acquired any
+    /// more then. Does not wait.
     pub(in crate::graph) fn try_end(self) -> Result<DeadNode, (NodeRef, Vec<HolderInfo>)> {
         let (graph, held) = self.into_parts();
         let holder = held.holder().clone();

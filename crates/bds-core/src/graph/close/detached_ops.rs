@@ -1,7 +1,7 @@
 //! Waits for detached operations: driver operations that go on after their requests were dropped.
 //!
-//! Such an operation keeps its node open until it ends, without a holder name. Closing waits for it instead of
-//! reporting the node as in use.
+//! Such an operation keeps its node open until it ends, without a holder name. Closing waits for it
+//! instead of reporting the node as in use.
 
 use bds_refcount::Strong;
 
@@ -20,14 +20,16 @@ impl GraphCore {
     }
 }
 
-/// As [`wait_detached_ops`], unless the node has more than `named` holders: those keep it open anyway.
+/// As [`wait_detached_ops`], unless the node has more than `named` holders: those keep it open
+/// anyway.
 pub(in crate::graph) async fn wait_detached_ops_unless_held(node: &Strong<Node>, named: usize) {
     if node.tracker().detached() > 0 && node.holders().len() <= named {
         wait_detached_ops(node).await;
     }
 }
 
-/// Waits until no detached operation keeps the node open. Their references go right after their counts.
+/// Waits until no detached operation keeps the node open. Their references go right after their
+/// counts.
 pub(super) async fn wait_detached_ops(node: &Strong<Node>) {
     node.tracker().wait_no_detached().await;
     for _ in 0..1000 {

@@ -16,8 +16,8 @@ pub struct CloseReport {
     pub flush_error: Option<Error>,
     /// Why its driver could not close in order.
     pub close_error: Option<Error>,
-    /// From [`NodeRef::close`](crate::graph::NodeRef::close): nodes that ended because only this one held them, in
-    /// closing order.
+    /// From [`NodeRef::close`](crate::graph::NodeRef::close): nodes that ended because only this
+    /// one held them, in closing order.
     pub below: Vec<CloseReport>,
 }
 
@@ -28,9 +28,11 @@ impl CloseReport {
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
-    /// let layer = "driver=raw,file.driver=blkdebug,file.image.driver=mem,file.image.size=1M,file.inject-error.0.iotype=flush";
+    /// let layer = "driver=raw,file.driver=blkdebug,file.image.driver=mem,\
+    ///     file.image.size=1M,file.inject-error.0.iotype=flush";
     /// let disk = graph.open(Options::parse(layer)?).await?;
     /// # let writer = BackendOptions { writable: true, ..Default::default() };
     /// # Backend::new(&disk, writer)?.write_at(0, b"x")?;

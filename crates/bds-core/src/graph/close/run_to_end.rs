@@ -1,7 +1,7 @@
 //! Runs work to its end even if the caller's future is dropped.
 //!
-//! Closing a node, once begun, must not stop half-way. The work is a task of its own; its result goes to the waiter,
-//! or to `orphaned` if the waiter is gone, and never to both.
+//! Closing a node, once begun, must not stop half-way. The work is a task of its own; its result
+//! goes to the waiter, or to `orphaned` if the waiter is gone, and never to both.
 
 use std::future::Future;
 use std::pin::pin;
@@ -39,8 +39,8 @@ impl<T> Oneshot<T> {
     }
 }
 
-/// Runs `work` to its end. `None` only if the executor went away before that. If the returned future is dropped,
-/// `orphaned` gets the result.
+/// Runs `work` to its end. `None` only if the executor went away before that. If the returned
+/// future is dropped, `orphaned` gets the result.
 pub(in crate::graph) async fn run_to_end<T, O>(
     work: impl Future<Output = T> + Send + 'static,
     orphaned: O,

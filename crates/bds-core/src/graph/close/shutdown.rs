@@ -1,8 +1,9 @@
 //! Shuts a graph down: exports, jobs, backends, monitor; then reports every node that is left over.
 //!
-//! The order is fixed. Exports first, because their clients' requests would wait at gates for ever; jobs next,
-//! because they hold nodes and write; then backends lose their media, and the monitor its nodes. A node that lives
-//! after that is a leak, and the report names its holders. A second shutdown does no harm.
+//! The order is fixed. Exports first, because their clients' requests would wait at gates for ever;
+//! jobs next, because they hold nodes and write; then backends lose their media, and the monitor
+//! its nodes. A node that lives after that is a leak, and the report names its holders. A second
+//! shutdown does no harm.
 
 use std::sync::Arc;
 
@@ -46,7 +47,8 @@ impl ShutdownReport {
     /// ```
     /// use bds_core::Options;
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let forgotten = graph.open(Options::parse("driver=mem,node-name=disk")?).await?;
     /// let error = graph.shutdown().await.check_leaks().unwrap_err();
@@ -78,15 +80,16 @@ impl Leak {
 }
 
 impl Graph {
-    /// Registers a user of nodes that is stopped when the graph shuts down. Kept weakly: a user that is gone by then
-    /// is skipped.
+    /// Registers a user of nodes that is stopped when the graph shuts down. Kept weakly: a user
+    /// that is gone by then is skipped.
     ///
     /// ```
     /// use bds_core::driver::BoxFuture;
     /// use bds_core::graph::{NodeRef, ShutdownStage, Stoppable};
     /// use bds_core::{Options, Result};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// # let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// # use std::sync::{Arc, Mutex};
@@ -113,16 +116,17 @@ impl Graph {
         names.stoppable.push((stage, Arc::downgrade(user)));
     }
 
-    /// Stops all users in the fixed order, closes what can be closed, and names the holders of the rest. Every
-    /// backend loses its medium, whatever blocks that; a request that waits for a decision after an error fails with
-    /// `Cancelled`. No node can be opened afterwards; a second call reports what has become of the rest. Waits for
-    /// requests under way, not for queued ones.
+    /// Stops all users in the fixed order, closes what can be closed, and names the holders of the
+    /// rest. Every backend loses its medium, whatever blocks that; a request that waits for a
+    /// decision after an error fails with `Cancelled`. No node can be opened afterwards; a second
+    /// call reports what has become of the rest. Waits for requests under way, not for queued ones.
     ///
     /// ```
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// graph.add(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&graph.find("disk")?, BackendOptions::registered("guest"))?;
@@ -130,7 +134,8 @@ impl Graph {
     /// assert_eq!((report.closed.len(), report.leaked.len()), (1, 0));
     ///
     /// assert!(guest.node().is_none(), "the handle is valid, its medium is gone");
-    /// assert!(graph.open(Options::parse("driver=mem")?).await.is_err(), "the graph has been shut down");
+    /// let late = graph.open(Options::parse("driver=mem")?).await;
+    /// assert!(late.is_err(), "the graph has been shut down");
     /// assert!(graph.shutdown().await.closed.is_empty());
     /// # Ok::<(), bds_core::Error>(())
     /// # })?;

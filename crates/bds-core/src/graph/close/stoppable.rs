@@ -10,11 +10,13 @@ pub enum ShutdownStage {
     Exports,
     /// Jobs: they work on nodes on their own account.
     Jobs,
-    /// Front ends of devices and tools. The graph's own backends belong here without being registered.
+    /// Front ends of devices and tools. The graph's own backends belong here without being
+    /// registered.
     Backends,
 }
 
-/// A user of nodes that can be stopped. Registered with [`Graph::on_shutdown`](crate::graph::Graph::on_shutdown).
+/// A user of nodes that can be stopped. Registered with
+/// [`Graph::on_shutdown`](crate::graph::Graph::on_shutdown).
 pub trait Stoppable: Send + Sync + 'static {
     /// Its name, for the report.
     fn name(&self) -> String;

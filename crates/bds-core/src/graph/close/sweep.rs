@@ -1,4 +1,5 @@
-//! Sweeps: closing all dead nodes, one after the other, and keeping the reports that no caller waits for.
+//! Sweeps: closing all dead nodes, one after the other, and keeping the reports that no caller
+//! waits for.
 
 use std::collections::HashSet;
 use std::sync::{MutexGuard, PoisonError};
@@ -27,7 +28,8 @@ impl GraphCore {
         reports
     }
 
-    /// Closes one dead node and what dies of it. Other dead nodes are closed too, but reported apart.
+    /// Closes one dead node and what dies of it. Other dead nodes are closed too, but reported
+    /// apart.
     pub(super) async fn close_with_dependents(self, dead: Dead<Node>) -> CloseReport {
         let closing = self.begin_node_close_when_undrained(dead).await;
         let _one_at_a_time = self.sweeping.lock().await;
@@ -113,7 +115,8 @@ impl GraphCore {
         .detach();
     }
 
-    /// The graph is gone: closes dead nodes, and those that die when the last detached operation ends.
+    /// The graph is gone: closes dead nodes, and those that die when the last detached operation
+    /// ends.
     pub(in crate::graph) fn close_remaining(&self) {
         let is_held = self.live().iter().any(|node| node.tracker().detached() > 0);
         if !is_held {
@@ -138,9 +141,9 @@ impl GraphCore {
 }
 
 impl Graph {
-    /// Closes all dead nodes and reports them, a node before the children that only it held. Also returns reports of
-    /// earlier failures that were not returned yet. Waits for operations whose requests were dropped, if nothing else
-    /// keeps their node open.
+    /// Closes all dead nodes and reports them, a node before the children that only it held. Also
+    /// returns reports of earlier failures that were not returned yet. Waits for operations whose
+    /// requests were dropped, if nothing else keeps their node open.
     ///
     /// ```
     /// use bds_core::Options;
@@ -156,7 +159,8 @@ impl Graph {
     /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
     /// #     graph.create_image(image).await?;
     /// # }
-    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,file.node-name=file";
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     file.node-name=file";
     /// let top = graph.open(Options::parse(layer)?).await?;
     /// drop(top); // neither waits nor does I/O
     /// let names: Vec<String> = graph.reap().await.into_iter().map(|report| report.name).collect();
@@ -179,20 +183,24 @@ impl Graph {
         reports
     }
 
-    /// Reports of closings that failed while no caller waited for them: as a side effect of another call, or after
-    /// the caller's future was dropped. Each is returned once.
+    /// Reports of closings that failed while no caller waited for them: as a side effect of another
+    /// call, or after the caller's future was dropped. Each is returned once.
     ///
     /// ```
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
-    /// let disk = graph.open(Options::parse("driver=blkdebug,node-name=disk,image.driver=mem,image.size=1M,inject-error.0.iotype=flush")?).await?;
+    /// let text = "driver=blkdebug,node-name=disk,image.driver=mem,image.size=1M,\
+    ///     inject-error.0.iotype=flush";
+    /// let disk = graph.open(Options::parse(text)?).await?;
     /// let writer = BackendOptions { writable: true, ..Default::default() };
     /// Backend::new(&disk, writer)?.write_at(0, b"x")?;
     /// drop(disk); // something was written to it, and it will fail to flush
-    /// let other = graph.open(Options::parse("driver=mem")?).await?; // closes what is dead, in passing
+    /// let options = "driver=mem";
+    /// let other = graph.open(Options::parse(options)?).await?; // closes what is dead, in passing
     ///
     /// let reports = graph.reports();
     /// let error = reports[0].flush_error.as_ref().expect("fail-flush=on");
@@ -208,7 +216,8 @@ impl Graph {
     }
 }
 
-/// Reports on their way to a caller. Dropped before they are delivered: kept for [`Graph::reports`].
+/// Reports on their way to a caller. Dropped before they are delivered: kept for
+/// [`Graph::reports`].
 pub(in crate::graph) struct Undelivered {
     core: GraphCore,
     reports: Vec<CloseReport>,
@@ -240,8 +249,8 @@ impl Drop for Undelivered {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // Only the monitor's list and detached operations can still hold nodes; what is dead and not yet closed must
-        // still be flushed.
+        // Only the monitor's list and detached operations can still hold nodes; what is dead and
+        // not yet closed must still be flushed.
         let (owned, backends) = {
             let mut names = self.core.lock_names();
             (std::mem::take(&mut names.monitor), std::mem::take(&mut names.owned_backends))

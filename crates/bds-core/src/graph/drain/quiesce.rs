@@ -1,5 +1,5 @@
-//! Counts reasons to be drained and propagates them to parents, under the topology lock. Waiting for nodes to be
-//! empty is in [`super::set`].
+//! Counts reasons to be drained and propagates them to parents, under the topology lock. Waiting
+//! for nodes to be empty is in [`super::set`].
 
 use std::sync::Arc;
 
@@ -42,7 +42,8 @@ impl LockedGraph<'_> {
         begun.iter().rev().for_each(|node| node.driver().drain_begin());
     }
 
-    /// The wrong order, for a test: closes the inner gate before the requests on their way to it have passed.
+    /// The wrong order, for a test: closes the inner gate before the requests on their way to it
+    /// have passed.
     #[cfg(test)]
     fn lock_first(&self, edge: &Edge) {
         if self.core.topology.lock_first.load(std::sync::atomic::Ordering::Relaxed) {
@@ -66,8 +67,8 @@ impl LockedGraph<'_> {
         }
     }
 
-    /// Closes the gate of an edge without a parent node. Not if the parent is a node that is being closed: a drain
-    /// waits for that one.
+    /// Closes the gate of an edge without a parent node. Not if the parent is a node that is being
+    /// closed: a drain waits for that one.
     fn close_root_gate(&self, edge: &Arc<Edge>) {
         let is_dying = matches!(edge.parent(), Some(Parent::Node(_)));
         if !is_dying {
@@ -87,8 +88,9 @@ impl LockedGraph<'_> {
         self.leave_drain(edge);
     }
 
-    /// An edge points to another node from now on. If both are drained, the parent stays drained throughout: were it
-    /// let go in between, a request could enter it and then wait at a closed gate below.
+    /// An edge points to another node from now on. If both are drained, the parent stays drained
+    /// throughout: were it let go in between, a request could enter it and then wait at a closed
+    /// gate below.
     pub(in crate::graph) fn reattach(
         &self,
         from: Option<&Node>,
@@ -117,7 +119,8 @@ impl LockedGraph<'_> {
         }
     }
 
-    /// Adds an edge of a node that is being closed. A drain of `node` waits for that node, so the gate stays open.
+    /// Adds an edge of a node that is being closed. A drain of `node` waits for that node, so the
+    /// gate stays open.
     pub(in crate::graph) fn attach_closing(&self, node: &Node, edge: &Arc<Edge>) {
         edge.set_parent_closing(self);
         node.add_parent(edge);

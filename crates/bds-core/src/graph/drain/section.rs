@@ -1,5 +1,5 @@
-//! Drained sections for callers: a node, a subtree or all nodes, kept drained while a guard lives; and giving up on a
-//! node.
+//! Drained sections for callers: a node, a subtree or all nodes, kept drained while a guard lives;
+//! and giving up on a node.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -14,14 +14,15 @@ use crate::graph::query::walk;
 use crate::graph::{Graph, NodeRef};
 
 impl Graph {
-    /// Waits until no request is inside `node` nor above it, and keeps new ones waiting at the gates until the guard
-    /// is dropped. Waiting requests do not fail; they go on afterwards.
+    /// Waits until no request is inside `node` nor above it, and keeps new ones waiting at the
+    /// gates until the guard is dropped. Waiting requests do not fail; they go on afterwards.
     ///
-    /// Never blocks the thread. Waits as long as the slowest request inside: see [`Graph::drain_within`] and
-    /// [`NodeRef::poison`].
+    /// Never blocks the thread. Waits as long as the slowest request inside: see
+    /// [`Graph::drain_within`] and [`NodeRef::poison`].
     ///
-    /// The section begins with the first poll and lasts until the future, or its guard, is dropped. A future that is
-    /// kept without being polled becomes a section all the same: requests for the node wait, everything else goes on.
+    /// The section begins with the first poll and lasts until the future, or its guard, is dropped.
+    /// A future that is kept without being polled becomes a section all the same: requests for the
+    /// node wait, everything else goes on.
     ///
     /// ```
     /// use bds_core::Options;
@@ -39,7 +40,8 @@ impl Graph {
     /// #     graph.create_image(image).await?;
     /// # }
     /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
-    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
     /// let top = graph.open(Options::parse(layer)?).await?;
     /// let guest = Backend::new(&top, BackendOptions::registered("guest"))?;
     /// let drained = graph.drain(&base).await;
@@ -59,8 +61,8 @@ impl Graph {
         self.drain_nodes(vec![Strong::clone(node.strong())]).await
     }
 
-    /// In a task, so that the references and queue places it holds on its way are released even if its future is not
-    /// polled.
+    /// In a task, so that the references and queue places it holds on its way are released even if
+    /// its future is not polled.
     async fn drain_nodes(&self, nodes: Vec<Strong<Node>>) -> Drained {
         let graph = self.clone();
         let drain = async move {
@@ -87,7 +89,8 @@ impl Graph {
     /// #     graph.create_image(image).await?;
     /// # }
     /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
-    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
     /// let top = graph.open(Options::parse(layer)?).await?;
     /// let beside = Backend::new(&base, BackendOptions::registered("beside"))?;
     /// let drained = graph.drain_subtree(&top).await;
@@ -107,13 +110,14 @@ impl Graph {
         self.drain_nodes(nodes).await
     }
 
-    /// As [`Graph::drain`], for all nodes, also those opened meanwhile. Keeps no node open: nodes that die during the
-    /// section are closed after it.
+    /// As [`Graph::drain`], for all nodes, also those opened meanwhile. Keeps no node open: nodes
+    /// that die during the section are closed after it.
     ///
     /// ```
     /// use bds_core::Options;
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let drained = graph.drain_all().await;
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
@@ -136,14 +140,17 @@ impl Graph {
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
-    /// let disk = graph.open(Options::parse("driver=null-co,node-name=disk,size=1M,latency-ns=1000000000000")?).await?;
+    /// let options = "driver=null-co,node-name=disk,size=1M,latency-ns=1000000000000";
+    /// let disk = graph.open(Options::parse(options)?).await?;
     /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;
     /// let iov = bds_io::Buf::zeroed(512, 512).iov();
     /// let read = bds_io::spawn(async move { guest.read(0, iov).await });
     /// # while disk.in_flight() == 0 { bds_io::yield_now().await }
-    /// let error = graph.drain_within(&disk, std::time::Duration::from_millis(5)).await.unwrap_err();
+    /// let limit = std::time::Duration::from_millis(5);
+    /// let error = graph.drain_within(&disk, limit).await.unwrap_err();
     /// assert!(error.to_string().contains("1 requests are still inside after 5 ms"), "{error}");
     /// assert_eq!(disk.quiesce_count(), 0, "the gates are open again");
     /// # Ok::<(), bds_core::Error>(())
@@ -192,17 +199,19 @@ async fn drain_within(graph: &Graph, node: &Strong<Node>, timeout: Duration) -> 
 }
 
 impl NodeRef {
-    /// Poisons the node, because requests inside it never end (a device that is gone): no drain waits for them any
-    /// more, and new requests fail. A poisoned node can only be replaced and closed. Memory of stuck requests stays
-    /// theirs.
+    /// Poisons the node, because requests inside it never end (a device that is gone): no drain
+    /// waits for them any more, and new requests fail. A poisoned node can only be replaced and
+    /// closed. Memory of stuck requests stays theirs.
     ///
     /// ```
     /// use bds_core::request::{Backend, BackendOptions};
     /// use bds_core::{ErrorKind, Options};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
-    /// let disk = graph.open(Options::parse("driver=null-co,node-name=disk,size=1M,latency-ns=1000000000000")?).await?;
+    /// let options = "driver=null-co,node-name=disk,size=1M,latency-ns=1000000000000";
+    /// let disk = graph.open(Options::parse(options)?).await?;
     /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;
     /// let iov = bds_io::Buf::zeroed(512, 512).iov();
     /// let read = bds_io::spawn(async move { guest.read(0, iov).await });
@@ -238,7 +247,8 @@ impl NodeRef {
     /// #     graph.create_image(image).await?;
     /// # }
     /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
-    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
     /// let top = graph.open(Options::parse(layer)?).await?;
     /// let (first, second) = (graph.drain(&base).await, graph.drain(&base).await);
     /// assert_eq!((base.quiesce_count(), top.quiesce_count()), (2, 1), "once per edge");
@@ -253,8 +263,9 @@ impl NodeRef {
         self.node().quiesce_count()
     }
 
-    /// Requests inside the node. For diagnostics: outdated on return. For a drained node it is 0, but for moments in
-    /// which a request on another thread counts in and out again because it finds the gate closed.
+    /// Requests inside the node. For diagnostics: outdated on return. For a drained node it is 0,
+    /// but for moments in which a request on another thread counts in and out again because it
+    /// finds the gate closed.
     pub fn in_flight(&self) -> usize {
         self.node().tracker().in_flight()
     }

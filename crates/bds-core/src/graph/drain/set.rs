@@ -1,8 +1,9 @@
 //! Sets of drained nodes: no request is inside them nor above them, and none can enter.
 //!
-//! A drain of a node reaches everything above it, because requests inside a parent would still arrive. It acts on
-//! gates: new requests wait at the roots (backends, jobs, exports), those under way finish and find every gate on
-//! their way open, and only when a node is empty are the gates of its children's edges closed.
+//! A drain of a node reaches everything above it, because requests inside a parent would still
+//! arrive. It acts on gates: new requests wait at the roots (backends, jobs, exports), those under
+//! way finish and find every gate on their way open, and only when a node is empty are the gates of
+//! its children's edges closed.
 //!
 //! ```text
 //!   backend ─┤gate├─► filter ──► qcow2 ──► file        drain(file): 1 close the backend's gate
@@ -10,13 +11,13 @@
 //!                                                                  3 wait until qcow2 is empty, close its inner gates
 //!                                                                  4 wait until file is empty
 //! ```
-//! `quiesce(node)` = sections on the node + sections of all nodes + edges to drained children. An edge drains its
-//! parent at most once. Sections nest and keep their node alive; an edge that is attached during one finds the gate
-//! closed. Ending a section neither waits nor changes the graph.
+//! `quiesce(node)` = sections on the node + sections of all nodes + edges to drained children. An
+//! edge drains its parent at most once. Sections nest and keep their node alive; an edge that is
+//! attached during one finds the gate closed. Ending a section neither waits nor changes the graph.
 //!
-//! **Queued is not in flight**: a drain does not wait for requests that wait at a gate. **A closing is**: a drain
-//! waits for closings that write to its nodes, and none begins while it lasts (`close`). **A poisoned node is not
-//! waited for.**
+//! **Queued is not in flight**: a drain does not wait for requests that wait at a gate. **A closing
+//! is**: a drain waits for closings that write to its nodes, and none begins while it lasts
+//! (`close`). **A poisoned node is not waited for.**
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashSet};
@@ -57,8 +58,8 @@ pub(in crate::graph) struct DrainSet {
 }
 
 impl DrainSet {
-    /// Closes the gates in front of these nodes and waits until no request is inside them nor above them. Dropped
-    /// while it waits: the gates open again.
+    /// Closes the gates in front of these nodes and waits until no request is inside them nor above
+    /// them. Dropped while it waits: the gates open again.
     pub(in crate::graph) async fn begin(
         graph: &Graph,
         nodes: Vec<Strong<Node>>,
@@ -132,10 +133,11 @@ impl DrainSet {
         u32::from(self.covers(id)) + self.within.iter().map(around).sum::<u32>()
     }
 
-    /// Opens the gates between these nodes and their drained children, so that drivers can write out or read anew;
-    /// roots stay closed. [`DrainSet::wait_drained`] closes them again, as does the drop of this set where a section
-    /// goes on. While the drivers work, drains of nodes below wait for them as for a request. `Err`: another section
-    /// drains a node below, and the driver could have to wait for its end.
+    /// Opens the gates between these nodes and their drained children, so that drivers can write
+    /// out or read anew; roots stay closed. [`DrainSet::wait_drained`] closes them again, as does
+    /// the drop of this set where a section goes on. While the drivers work, drains of nodes below
+    /// wait for them as for a request. `Err`: another section drains a node below, and the driver
+    /// could have to wait for its end.
     pub(in crate::graph) fn open_gates_for(
         &self,
         nodes: &[Strong<Node>],
@@ -206,11 +208,12 @@ impl Drop for DrainSet {
     }
 }
 
-/// Waits until no request is inside these drained nodes nor above them, closing gates on the way down. Holds only the
-/// node that it waits for just now, so other nodes can be closed.
+/// Waits until no request is inside these drained nodes nor above them, closing gates on the way
+/// down. Holds only the node that it waits for just now, so other nodes can be closed.
 pub(super) async fn wait_idle(graph: &Graph, nodes: &[NodeId]) {
     let core = &graph.0.core;
-    // New parents may be attached meanwhile: checked again at the end. Their gates are closed, so this ends.
+    // New parents may be attached meanwhile: checked again at the end. Their gates are closed, so
+    // this ends.
     let mut visited: HashSet<NodeId> = HashSet::new();
     loop {
         let mut pending = above(&core.lock(), nodes);
@@ -219,7 +222,8 @@ pub(super) async fn wait_idle(graph: &Graph, nodes: &[NodeId]) {
             return;
         }
         for id in pending {
-            // A node that died meanwhile is closed outside of the section, or waited for at its children.
+            // A node that died meanwhile is closed outside of the section, or waited for at its
+            // children.
             if let Ok(node) = core.arena.acquire(id.0) {
                 wait_empty(graph, &node).await;
             }
@@ -287,8 +291,8 @@ async fn wait_node(graph: &Graph, node: &Strong<Node>) {
     }
 }
 
-/// Does a node that is being closed still use this one? Read under the lock, under which such a node exchanges its
-/// edges.
+/// Does a node that is being closed still use this one? Read under the lock, under which such a
+/// node exchanges its edges.
 fn has_closing(graph: &Graph, node: &Strong<Node>) -> bool {
     let _lock = graph.0.core.lock();
     node.parents().iter().any(|edge| edge.parent_closing())
@@ -313,14 +317,16 @@ fn above(lock: &LockedGraph<'_>, nodes: &[NodeId]) -> Vec<NodeId> {
     order
 }
 
-/// Guard of a drained section: no request is inside the nodes, nor above them, until this is dropped.
+/// Guard of a drained section: no request is inside the nodes, nor above them, until this is
+/// dropped.
 ///
-/// Keeps the node open. Nests: the gates open when the last section ends. Closing a node that writes to a drained one
-/// waits for the end of the section.
+/// Keeps the node open. Nests: the gates open when the last section ends. Closing a node that
+/// writes to a drained one waits for the end of the section.
 #[must_use = "the gates open when this is dropped"]
 pub struct Drained(Arc<Section>);
 
-/// The state behind a [`Drained`]. A change made within the section keeps it until the change is done.
+/// The state behind a [`Drained`]. A change made within the section keeps it until the change is
+/// done.
 pub(in crate::graph) struct Section {
     set: DrainSet,
     /// Of [`Graph::drain_all`].
@@ -361,12 +367,12 @@ impl Drop for Section {
     }
 }
 
-/// Proof that edges at some nodes may be re-pointed, and children changed: the nodes are drained and the lock is
-/// held.
+/// Proof that edges at some nodes may be re-pointed, and children changed: the nodes are drained
+/// and the lock is held.
 ///
-/// Drain first, then lock. QEMU 10.0 locks first and drains then, and deadlocks: a reader that is inside waits for
-/// the lock, and the drain waits for the reader. Here the other order cannot be written, because the proof is made of
-/// a [`DrainSet`].
+/// Drain first, then lock. QEMU 10.0 locks first and drains then, and deadlocks: a reader that is
+/// inside waits for the lock, and the drain waits for the reader. Here the other order cannot be
+/// written, because the proof is made of a [`DrainSet`].
 pub(in crate::graph) struct DrainedEdit<'a> {
     pub(in crate::graph) lock: &'a LockedGraph<'a>,
     _drained: &'a DrainSet,

@@ -1,9 +1,11 @@
-//! Dirty bitmaps of a node as owned objects: ids, leases, guards. Their contents are not part of this file.
+//! Dirty bitmaps of a node as owned objects: ids, leases, guards. Their contents are not part of
+//! this file.
 //!
-//! A bitmap belongs to one node and no graph change moves it. A *named* one belongs to the node: it lives until it is
-//! removed or the node ends. An *anonymous* one belongs to its creator, which must drop it before the node ends. A
-//! user takes a lease; there is one at a time. A node that ends while a bitmap is leased, or while an anonymous one
-//! is left, reports that as a failed close, and closes all the same.
+//! A bitmap belongs to one node and no graph change moves it. A *named* one belongs to the node: it
+//! lives until it is removed or the node ends. An *anonymous* one belongs to its creator, which
+//! must drop it before the node ends. A user takes a lease; there is one at a time. A node that
+//! ends while a bitmap is leased, or while an anonymous one is left, reports that as a failed
+//! close, and closes all the same.
 
 use std::fmt;
 use std::sync::{Arc, Mutex};
@@ -49,7 +51,8 @@ impl NodeRef {
     /// ```
     /// use bds_core::Options;
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let id = disk.add_bitmap("daily")?;
@@ -63,7 +66,8 @@ impl NodeRef {
     /// ```
     ///
     /// # Errors
-    /// `AlreadyExists`; `InvalidInput` for a name that is empty or longer than [`MAX_BITMAP_NAME_LEN`].
+    /// `AlreadyExists`; `InvalidInput` for a name that is empty or longer than
+    /// [`MAX_BITMAP_NAME_LEN`].
     pub fn add_bitmap(&self, name: &str) -> Result<BitmapId> {
         if name.is_empty() || name.len() > MAX_BITMAP_NAME_LEN {
             let message = format!("a bitmap's name is 1 to {MAX_BITMAP_NAME_LEN} bytes long");
@@ -75,12 +79,14 @@ impl NodeRef {
         })
     }
 
-    /// Adds a bitmap without a name. It belongs to `owner` and is removed when the returned guard is dropped.
+    /// Adds a bitmap without a name. It belongs to `owner` and is removed when the returned guard
+    /// is dropped.
     ///
     /// ```
     /// use bds_core::Options;
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let bitmap = disk.add_anonymous_bitmap("job 'mirror0'");
@@ -89,7 +95,8 @@ impl NodeRef {
     ///
     /// let report = disk.close().await?; // before the owner has given it back
     /// let error = report.into_result().unwrap_err().to_string();
-    /// assert!(error.contains("an anonymous bitmap of job 'mirror0' was not removed by its owner"), "{error}");
+    /// let text = "an anonymous bitmap of job 'mirror0' was not removed by its owner";
+    /// assert!(error.contains(text), "{error}");
     /// # Ok::<(), bds_core::Error>(())
     /// # })?;
     /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
@@ -116,7 +123,8 @@ impl NodeRef {
     /// ```
     /// use bds_core::Options;
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// disk.add_bitmap("daily")?;
@@ -149,7 +157,8 @@ impl Graph {
     /// ```
     /// use bds_core::{ErrorKind, Options};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let id = disk.add_bitmap("daily")?;
@@ -187,7 +196,8 @@ impl Graph {
     /// ```
     /// use bds_core::{ErrorKind, Options};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let id = disk.add_bitmap("daily")?;
@@ -203,7 +213,8 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// As [`Graph::lease_bitmap`]; `InvalidInput` for an anonymous one, which only its owner removes.
+    /// As [`Graph::lease_bitmap`]; `InvalidInput` for an anonymous one, which only its owner
+    /// removes.
     pub fn remove_bitmap(&self, id: BitmapId) -> Result<()> {
         let node = self.acquire(id.node)?;
         let list = node.node().bitmaps.state();

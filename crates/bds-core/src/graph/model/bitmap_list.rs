@@ -71,8 +71,8 @@ impl BitmapList {
         self.0.get().map(|state| lock(state))
     }
 
-    /// The node ends, and its bitmaps with it. `Err` names those that are leased, and anonymous ones that their owner
-    /// still has.
+    /// The node ends, and its bitmaps with it. `Err` names those that are leased, and anonymous
+    /// ones that their owner still has.
     pub(in crate::graph) fn close(&self) -> Result<()> {
         let Some(mut state) = self.get() else { return Ok(()) };
         state.is_closed = true;

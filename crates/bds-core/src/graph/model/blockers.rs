@@ -1,8 +1,8 @@
 //! BlockOps blocked on a node, with reasons, and the slot for the one job that works on it.
 //!
-//! A reference keeps a node open, it never means "busy". A user that needs a node left alone blocks operations, with
-//! a reason that the next user reads. Guards end their block when dropped, so none can be forgotten; they hold no
-//! reference, so none keeps the node open.
+//! A reference keeps a node open, it never means "busy". A user that needs a node left alone blocks
+//! operations, with a reason that the next user reads. Guards end their block when dropped, so none
+//! can be forgotten; they hold no reference, so none keeps the node open.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};

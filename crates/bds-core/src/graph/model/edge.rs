@@ -1,17 +1,18 @@
 //! Edges: one parent's use of one node, with permissions and a gate in front.
 //!
-//! The edge owns its target (a counted reference with a holder name), the parent owns the edge. The request path
-//! reads the target without a lock; a graph change re-points the edge only while the gate is closed and no request is
-//! inside the target.
+//! The edge owns its target (a counted reference with a holder name), the parent owns the edge. The
+//! request path reads the target without a lock; a graph change re-points the edge only while the
+//! gate is closed and no request is inside the target.
 //!
 //! ```text
 //! request:  read gate word ── load target ── count in at the target ── read gate word again: changed? leave, wait
 //! change:   close gate ── wait until the target is empty ── swap target ── open gate
 //! ```
 //!
-//! Both sides write first and read then, all `SeqCst`, so at least one of them sees the other: either the request
-//! sees the closed gate, or the change sees the request inside. The word also counts closings, so a request that was
-//! not scheduled during a whole close, swap and open sees that too and does not go on with the old target.
+//! Both sides write first and read then, all `SeqCst`, so at least one of them sees the other:
+//! either the request sees the closed gate, or the change sees the request inside. The word also
+//! counts closings, so a request that was not scheduled during a whole close, swap and open sees
+//! that too and does not go on with the old target.
 
 use std::any::Any;
 use std::fmt;
@@ -35,8 +36,8 @@ use crate::driver::{Access, Perm};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::lock::{GraphLockGuard, RepointProof};
 
-/// Nodes that lost a parent edge. Edges push here when they are dropped, without a lock; the next holder of the
-/// topology lock recomputes the permissions of these nodes.
+/// Nodes that lost a parent edge. Edges push here when they are dropped, without a lock; the next
+/// holder of the topology lock recomputes the permissions of these nodes.
 pub(in crate::graph) type StalePerms = Arc<SegQueue<NodeId>>;
 
 /// The user of a node through an edge.
@@ -65,7 +66,8 @@ pub(crate) struct EdgeParts {
     pub(crate) backend_in_flight: Option<Arc<BackendInFlight>>,
 }
 
-/// One parent's use of one node. Not `Clone`: a second user needs a second edge, with permissions of its own.
+/// One parent's use of one node. Not `Clone`: a second user needs a second edge, with permissions
+/// of its own.
 pub(crate) struct Edge {
     name: &'static str,
     role: Role,
@@ -75,7 +77,8 @@ pub(crate) struct Edge {
     holder: Holder,
     /// `None` only for a root whose medium is out.
     target: RcuCell<Slot>,
-    /// For a root edge: its node must not outlive the graph, which closes it. After `target`: dropped in this order.
+    /// For a root edge: its node must not outlive the graph, which closes it. After `target`:
+    /// dropped in this order.
     _keep_alive: Option<Arc<dyn Any + Send + Sync>>,
     /// Requests in flight through it, for a backend's edge.
     backend_in_flight: Option<Arc<BackendInFlight>>,
@@ -189,8 +192,8 @@ impl Edge {
         debug_assert!(first, "an edge gets its parent once");
     }
 
-    /// The target now. Lock-free, a few nanoseconds. For facts (length, name); a request uses [`Edge::ticket`] and
-    /// [`Edge::medium`].
+    /// The target now. Lock-free, a few nanoseconds. For facts (length, name); a request uses
+    /// [`Edge::ticket`] and [`Edge::medium`].
     ///
     /// # Panics
     /// For a root without a medium. A node's edge always has a target.
@@ -328,8 +331,8 @@ impl Edge {
 
     // ---- re-pointed
 
-    /// Re-points the edge. The old reference goes as soon as no reader looks at the old node through the edge any
-    /// more; [`OldTarget::wait_released`] waits for that.
+    /// Re-points the edge. The old reference goes as soon as no reader looks at the old node
+    /// through the edge any more; [`OldTarget::wait_released`] waits for that.
     pub(in crate::graph) fn repoint(
         &self,
         _proof: &impl RepointProof,
@@ -349,7 +352,8 @@ impl Edge {
     }
 }
 
-/// The value in an edge's RCU cell: a counted reference, or none, and a notification for when readers have left it.
+/// The value in an edge's RCU cell: a counted reference, or none, and a notification for when
+/// readers have left it.
 struct Slot {
     held: Option<Held<Node>>,
     /// After `held`: dropped in this order.
@@ -385,9 +389,9 @@ pub(in crate::graph) struct OldTarget {
 }
 
 impl OldTarget {
-    /// Waits until the edge's reference to the old target is gone. Requests have left before the edge was re-pointed;
-    /// readers that are left look at facts and wait for nothing, so this ends soon. Returns at once for a poisoned
-    /// node: requests that are stuck in it may read for ever.
+    /// Waits until the edge's reference to the old target is gone. Requests have left before the
+    /// edge was re-pointed; readers that are left look at facts and wait for nothing, so this ends
+    /// soon. Returns at once for a poisoned node: requests that are stuck in it may read for ever.
     pub(in crate::graph) async fn wait_released(&self) {
         if self.is_poisoned {
             return;
@@ -434,7 +438,8 @@ impl AccessCell {
     }
 }
 
-/// Queues the target for a recomputation of its permissions when the edge is dropped or re-pointed. Takes no lock.
+/// Queues the target for a recomputation of its permissions when the edge is dropped or re-pointed.
+/// Takes no lock.
 struct DropNotifier {
     stale_perms: StalePerms,
     /// The target's id, 0 for none.
@@ -462,7 +467,8 @@ impl Drop for DropNotifier {
     }
 }
 
-/// The node an edge points to, kept alive by the edge's own reference: reading it counts nothing on the node.
+/// The node an edge points to, kept alive by the edge's own reference: reading it counts nothing on
+/// the node.
 pub(crate) struct Target<'a>(RcuGuard<'a, Slot>);
 
 impl Target<'_> {
@@ -503,8 +509,8 @@ impl fmt::Display for Freeze {
     }
 }
 
-/// Checks a child's role beside its siblings': one child at most is the primary, the backing or the filtered one
-/// each, and a filtered one has no other role.
+/// Checks a child's role beside its siblings': one child at most is the primary, the backing or the
+/// filtered one each, and a filtered one has no other role.
 pub(in crate::graph) fn check_role(
     mut others: impl Iterator<Item = Role>,
     name: &str,

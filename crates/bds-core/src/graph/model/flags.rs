@@ -1,4 +1,5 @@
-//! Common node options (`read-only`, `cache.*`, `discard`, ...): parsing, storage, and inheritance by children.
+//! Common node options (`read-only`, `cache.*`, `discard`, ...): parsing, storage, and inheritance
+//! by children.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -156,8 +157,8 @@ impl FlagsCell {
     }
 }
 
-/// The flags of a child of this role after its parent's flags have changed; what was given for the child itself
-/// stays.
+/// The flags of a child of this role after its parent's flags have changed; what was given for the
+/// child itself stays.
 pub(in crate::graph) fn inherited_again(
     now: OpenFlags,
     given: Given,

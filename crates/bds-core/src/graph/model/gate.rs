@@ -1,4 +1,5 @@
-//! The gate of an edge: open or closed in one word, with tickets that tell whether it was closed in between.
+//! The gate of an edge: open or closed in one word, with tickets that tell whether it was closed in
+//! between.
 
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};

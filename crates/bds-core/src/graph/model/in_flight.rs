@@ -1,6 +1,7 @@
 //! In-flight count of a backend, apart from the node's count, because a backend may have no node.
 //!
-//! **Queued is not in flight**: requests that wait at the gate, or are held after an error, are not counted here.
+//! **Queued is not in flight**: requests that wait at the gate, or are held after an error, are not
+//! counted here.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,8 +1,8 @@
 //! A node's limits in atomics, which every request reads.
 //!
-//! They change only with the graph below, which is rare. No field has a meaning only together with another, so a
-//! reader that sees old and new fields together is as right as one that read a moment earlier. A request reads them
-//! once.
+//! They change only with the graph below, which is rare. No field has a meaning only together with
+//! another, so a reader that sees old and new fields together is as right as one that read a moment
+//! earlier. A request reads them once.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -56,9 +56,9 @@ impl LimitsCell {
     }
 }
 
-/// Narrows a driver's own limits by a child's: a request that the child would split need not be longer.
-/// `request_alignment` is not merged, because every node aligns for itself; nor are the limits of zero writes and
-/// discards.
+/// Narrows a driver's own limits by a child's: a request that the child would split need not be
+/// longer. `request_alignment` is not merged, because every node aligns for itself; nor are the
+/// limits of zero writes and discards.
 pub(crate) fn merge(own: Limits, child: Limits) -> Limits {
     Limits {
         memory_alignment: own.memory_alignment.max(child.memory_alignment),
@@ -80,7 +80,8 @@ fn min_non_zero(a: u64, b: u64) -> u64 {
     }
 }
 
-/// Makes a driver's limits safe to compute with: alignments are powers of two, `request_alignment` at most 1 GiB.
+/// Makes a driver's limits safe to compute with: alignments are powers of two, `request_alignment`
+/// at most 1 GiB.
 pub(crate) fn sane(limits: Limits) -> Limits {
     let power = |n: u32| n.clamp(1, 1 << 30).next_power_of_two();
     Limits {

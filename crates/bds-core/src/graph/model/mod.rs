@@ -1,6 +1,8 @@
-//! The graph's elements: nodes, edges, counted references, and the small state that nodes and edges carry.
+//! The graph's elements: nodes, edges, counted references, and the small state that nodes and edges
+//! carry.
 //!
-//! Needs the driver contract, the request tracker, events and options; knows nothing of changes, drains or opening.
+//! Needs the driver contract, the request tracker, events and options; knows nothing of changes,
+//! drains or opening.
 
 pub(super) mod bitmap_leases;
 mod bitmap_list;

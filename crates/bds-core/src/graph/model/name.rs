@@ -1,14 +1,15 @@
 //! A node's name, and the names it had before.
 //!
-//! `Node::name` returns `&str` from a shared node, so a name that was read may be in use as long as the node: a
-//! rename adds a name and frees none.
+//! `Node::name` returns `&str` from a shared node, so a name that was read may be in use as long as
+//! the node: a rename adds a name and frees none.
 
 use std::sync::{Arc, OnceLock};
 
 /// How many names a node can have in its life.
 pub(in crate::graph) const MAX_NAMES: usize = 1000;
 
-/// A node's names, oldest first; the last one is in force. Earlier names stay, because readers may still borrow them.
+/// A node's names, oldest first; the last one is in force. Earlier names stay, because readers may
+/// still borrow them.
 pub(in crate::graph) struct NodeName {
     text: Arc<str>,
     next: OnceLock<Box<NodeName>>,

@@ -1,10 +1,11 @@
 //! Nodes: identity, a driver instance, children and parents, limits, flags and the request tracker.
 //!
-//! Identity (id, name, edges, count) belongs to the arena's slot and never moves. A node never owns a handle to its
-//! graph, so only users keep the graph alive.
+//! Identity (id, name, edges, count) belongs to the arena's slot and never moves. A node never owns
+//! a handle to its graph, so only users keep the graph alive.
 //!
-//! Children change only in a graph change, of which there is one at a time. Parents change with the edges of others,
-//! under a lock of the node's own, which is taken last of all and never held across an await.
+//! Children change only in a graph change, of which there is one at a time. Parents change with the
+//! edges of others, under a lock of the node's own, which is taken last of all and never held
+//! across an await.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -37,7 +38,8 @@ impl NodeId {
     /// use bds_core::Options;
     /// use bds_core::graph::NodeId;
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let number = disk.id().to_u64(); // for a C program, or a log
@@ -73,7 +75,8 @@ impl fmt::Display for NodeId {
 /// The edges to a node's children, in the order in which its driver opened them.
 pub(crate) type Children = Vec<Arc<Edge>>;
 
-/// A node of the graph. Reached through a [`crate::graph::NodeRef`] or, on the I/O path, through an edge.
+/// A node of the graph. Reached through a [`crate::graph::NodeRef`] or, on the I/O path, through an
+/// edge.
 pub struct Node {
     id: NodeId,
     name: NodeName,
@@ -125,7 +128,8 @@ pub(crate) struct NodeParts {
 impl Node {
     pub(crate) fn new(parts: NodeParts) -> Self {
         let NodeParts { id, name, driver, mut flags, given, identity, children } = parts;
-        // With auto-read-only a file may have been opened read-only; then the node is read-only too.
+        // With auto-read-only a file may have been opened read-only; then the node is read-only
+        // too.
         let is_stuck = |edge: &Arc<Edge>| edge.holds_bytes() && !edge.target().could_write();
         flags.read_only |= children.iter().any(is_stuck);
         let node = Self {
@@ -251,7 +255,8 @@ impl Node {
     /// #     graph.create_image(image).await?;
     /// # }
     /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
-    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
     /// let top = graph.open(Options::parse(layer)?).await?;
     /// let file = graph.find("#block001")?;
     /// assert_eq!(file.inherits_from(), Some(top.id()));
@@ -408,7 +413,8 @@ impl Node {
     /// use bds_core::Options;
     /// use bds_core::graph::BlockOps;
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let blocker = disk.block(BlockOps::RESIZE, "a backup runs");
@@ -439,7 +445,8 @@ impl Node {
     /// use bds_core::Options;
     /// use bds_core::graph::BlockOps;
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let one = disk.block(BlockOps::RESIZE, "a backup runs");

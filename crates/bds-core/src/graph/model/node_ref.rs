@@ -17,7 +17,8 @@ use crate::graph::Graph;
 /// ```
 /// use bds_core::Options;
 ///
-/// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+/// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+/// # let graph = bds_core::graph::Graph::new(config);
 /// # bds_io::block_on(async {
 /// let disk = graph.open(Options::parse("driver=mem,node-name=disk")?).await?;
 /// let second = disk.clone();
@@ -63,7 +64,8 @@ impl NodeRef {
     /// use bds_core::Options;
     /// use bds_core::graph::{Holder, HolderKind};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk")?).await?;
     /// let disk = disk.held_as(Holder::new(HolderKind::User, "snapshot tool"));
@@ -93,7 +95,8 @@ impl NodeRef {
         self.held.since()
     }
 
-    /// Clones an optional reference. (`Option::cloned` would be recorded as the place that took it.)
+    /// Clones an optional reference. (`Option::cloned` would be recorded as the place that took
+    /// it.)
     #[track_caller]
     pub(in crate::graph) fn clone_of(node: Option<&Self>) -> Option<Self> {
         let node = node?;
@@ -110,7 +113,8 @@ impl NodeRef {
     /// ```
     /// use bds_core::Options;
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk")?).await?;
     /// let second = disk.clone();
@@ -131,13 +135,15 @@ impl NodeRef {
         &self.graph
     }
 
-    /// Drops the reference. [`Release::Last`]: it was the last one; the node is unpublished and waits to be closed.
+    /// Drops the reference. [`Release::Last`]: it was the last one; the node is unpublished and
+    /// waits to be closed.
     ///
     /// ```
     /// use bds_core::Options;
     /// use bds_core::graph::Release;
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk")?).await?;
     /// let (id, second) = (disk.id(), disk.clone());
@@ -156,14 +162,15 @@ impl NodeRef {
         self.held.release()
     }
 
-    /// Blocks these operations, with a reason, until the guard is dropped. Several guards may block the same
-    /// operation.
+    /// Blocks these operations, with a reason, until the guard is dropped. Several guards may block
+    /// the same operation.
     ///
     /// ```
     /// use bds_core::Options;
     /// use bds_core::graph::BlockOps;
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// graph.add(Options::parse("driver=mem,node-name=disk")?).await?;
     /// let blocker = graph.find("disk")?.block(BlockOps::DELETE, "a backup runs");
@@ -185,7 +192,8 @@ impl NodeRef {
     /// ```
     /// use bds_core::Options;
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let slot = disk.claim_job("backup0")?;
@@ -209,14 +217,16 @@ impl NodeRef {
         })
     }
 
-    /// Sets the write threshold: the first write that ends beyond this many bytes emits [`Event::WriteThreshold`] and
-    /// turns the threshold off. `None` or zero turns it off. It is checked when the write arrives, before it is done;
-    /// zero writes and writes of parents inside the graph count, a change of length does not.
+    /// Sets the write threshold: the first write that ends beyond this many bytes emits
+    /// [`Event::WriteThreshold`] and turns the threshold off. `None` or zero turns it off. It is
+    /// checked when the write arrives, before it is done; zero writes and writes of parents inside
+    /// the graph count, a change of length does not.
     ///
     /// ```
     /// use bds_core::Options;
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// disk.set_write_threshold(Some(512 << 10));
@@ -239,7 +249,8 @@ impl NodeRef {
     /// use bds_core::driver::WriteFlags;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;

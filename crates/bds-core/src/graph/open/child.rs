@@ -1,7 +1,8 @@
 //! Opens a node's children for its driver.
 //!
-//! A child comes from an option (a node's name, or a tree that describes one) or, if there is none, from a name
-//! stored in the image, and then only through the reference gate. The driver gets a child handle.
+//! A child comes from an option (a node's name, or a tree that describes one) or, if there is none,
+//! from a name stored in the image, and then only through the reference gate. The driver gets a
+//! child handle.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -166,7 +167,8 @@ impl Opener {
         self.open_tree(tree, role).await
     }
 
-    /// The format of a backing file: from the gate, the image, or, where the gate allows it, the bytes.
+    /// The format of a backing file: from the gate, the image, or, where the gate allows it, the
+    /// bytes.
     async fn format(
         &self,
         reference: &Reference,

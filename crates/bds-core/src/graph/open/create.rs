@@ -6,8 +6,8 @@
 //!   ─► emptied ─► opened for writing ─► format writes the image ─► flushed, closed
 //! ```
 //!
-//! A failure, or dropping the future, removes the files that were created here, and only those. Up to the step
-//! "emptied" a file that existed before keeps its bytes.
+//! A failure, or dropping the future, removes the files that were created here, and only those. Up
+//! to the step "emptied" a file that existed before keeps its bytes.
 
 use std::panic::Location;
 use std::path::{Path, PathBuf};
@@ -31,11 +31,11 @@ use crate::options::Options;
 pub struct NewImage {
     /// The format's name.
     pub format: String,
-    /// The file to hold it. Emptied if it exists, unless it belongs to an image that is open in this graph: that is
-    /// refused.
+    /// The file to hold it. Emptied if it exists, unless it belongs to an image that is open in
+    /// this graph: that is refused.
     pub path: PathBuf,
-    /// The format's create options (`size`, `backing_file`, `backing_fmt`, `data_file` and so on) and those of the
-    /// protocol, if it knows them and the format does not.
+    /// The format's create options (`size`, `backing_file`, `backing_fmt`, `data_file` and so on)
+    /// and those of the protocol, if it knows them and the format does not.
     pub options: Options,
     /// Do without the backing image: it may be missing or unreadable. Then `size` must be given.
     pub skip_backing: bool,
@@ -51,7 +51,8 @@ pub struct NewImageReport {
 /// The backing image of a new image.
 #[derive(Default)]
 struct NewBacking {
-    /// The image, open until the new one is done: its files are refused as targets like those of any open image.
+    /// The image, open until the new one is done: its files are refused as targets like those of
+    /// any open image.
     node: Option<NodeRef>,
     len: Option<u64>,
     /// Its file, where it could not be opened and need not be.
@@ -67,14 +68,16 @@ struct ResolvedImage<'a> {
 }
 
 impl Graph {
-    /// Creates an image file. A relative `backing_file` starts at the image's directory, a relative `data_file` at
-    /// the working directory, as when it is opened; the backing image is opened through the gate.
+    /// Creates an image file. A relative `backing_file` starts at the image's directory, a relative
+    /// `data_file` at the working directory, as when it is opened; the backing image is opened
+    /// through the gate.
     ///
     /// ```
     /// use bds_core::Options;
     /// use bds_core::graph::NewImage;
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let image = NewImage {
     ///     format: "layer".into(),
@@ -92,7 +95,8 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// No new file remains. Whatever can be checked is checked first; if that fails, an existing file is as it was.
+    /// No new file remains. Whatever can be checked is checked first; if that fails, an existing
+    /// file is as it was.
     pub async fn create_image(&self, image: NewImage) -> Result<NewImageReport> {
         super::open_node::ensure_executor()?;
         let graph = self.clone();
@@ -217,7 +221,8 @@ impl Graph {
         Ok(Child::new(name, (self.0.core.make_port)(edge)))
     }
 
-    /// Opens the backing image, if one is named. If it is to be skipped, its files are found as far as possible.
+    /// Opens the backing image, if one is named. If it is to be skipped, its files are found as far
+    /// as possible.
     async fn find_backing(&self, path: &Path, options: &Options, skip: bool) -> Result<NewBacking> {
         let Some(stored) = options.peek_path("backing_file") else {
             return Ok(NewBacking::default());
@@ -293,7 +298,8 @@ fn text<'a>(options: &'a Options, key: &str) -> Option<&'a str> {
     options.peek(key).and_then(|value| value.as_str())
 }
 
-/// Takes the options that only the protocol knows. The rest is the format's; unknown ones are refused.
+/// Takes the options that only the protocol knows. The rest is the format's; unknown ones are
+/// refused.
 fn split_options(
     format: &dyn DriverType,
     protocol: &dyn DriverType,

@@ -1,7 +1,7 @@
 //! Target files of a new image: claimed, compared with all open files, and then emptied.
 //!
-//! A claim does not change an existing file. Dropping a target that was not kept removes the file if the claim
-//! created it.
+//! A claim does not change an existing file. Dropping a target that was not kept removes the file
+//! if the claim created it.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -21,15 +21,15 @@ pub(in crate::graph) struct Target {
     protocol: &'static str,
     identity: (u64, u64),
     max_len: Option<u64>,
-    /// Empties it; taken once that is done. The mutex is never waited for: it makes a target `Sync`, so that a task
-    /// may hold one by reference.
+    /// Empties it; taken once that is done. The mutex is never waited for: it makes a target
+    /// `Sync`, so that a task may hold one by reference.
     empty: Mutex<Option<BoxFuture<'static, Result<()>>>>,
     made: CreatedFile,
 }
 
 impl Target {
-    /// Opens or creates the file and locks it. Refuses one that an open node shows, or that shares bytes with
-    /// `others`: emptying it would destroy what is read from there.
+    /// Opens or creates the file and locks it. Refuses one that an open node shows, or that shares
+    /// bytes with `others`: emptying it would destroy what is read from there.
     pub(in crate::graph) fn claim(
         graph: &Graph,
         path: &Path,
@@ -37,7 +37,8 @@ impl Target {
         others: &[(u64, u64)],
     ) -> Result<Self> {
         let config = graph.config();
-        // Before it is locked: the locks of our own nodes would only report that the file is locked.
+        // Before it is locked: the locks of our own nodes would only report that the file is
+        // locked.
         refuse_shared(graph, path, others)?;
         let protocol = protocol_of(&config.fs, path);
         let driver = config.registry.driver(protocol)?;

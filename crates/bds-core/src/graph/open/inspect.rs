@@ -1,4 +1,5 @@
-//! Inspects a file before a driver opens it: its kind, its identity, and the formats that its first bytes resemble.
+//! Inspects a file before a driver opens it: its kind, its identity, and the formats that its first
+//! bytes resemble.
 //!
 //! Reads only, takes no lock, and is over before anything is opened.
 
@@ -11,18 +12,21 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::graph::Graph;
 use crate::options::Options;
 
-/// The guessed protocol and format of a file. See [`crate::driver::probe`] for what it must not be used for.
+/// The guessed protocol and format of a file. See [`crate::driver::probe`] for what it must not be
+/// used for.
 #[derive(Clone, Debug)]
 pub struct FileGuess {
     /// The protocol that opens it: `file` or `host_device`.
     pub protocol: &'static str,
     /// The formats it may hold, the surest first.
     pub formats: Vec<Candidate>,
-    /// A format that no driver here reads, if the file is marked as one and no driver is sure that it is its own.
+    /// A format that no driver here reads, if the file is marked as one and no driver is sure that
+    /// it is its own.
     pub foreign: Option<&'static str>,
 }
 
-/// From this score on a driver has seen a mark of its format, and not just found nothing against it.
+/// From this score on a driver has seen a mark of its format, and not just found nothing against
+/// it.
 const SURE_SCORE: u8 = 2;
 
 impl FileGuess {
@@ -49,15 +53,16 @@ impl Graph {
     /// Guesses protocol and format of a file.
     ///
     /// ```
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// # let path = std::env::temp_dir().join(format!("bds-guess-{}", std::process::id()));
-    /// std::fs::write(&path, "hello").expect("there is room");
+    /// std::fs::write(&path, "hello").expect("a writable directory");
     /// let guess = graph.guess_file(&path).await?;
     /// assert_eq!(guess.protocol, "file");
     /// assert_eq!(guess.formats[0].driver, "raw", "no other driver knows these bytes");
     /// assert_eq!(guess.best()?, "raw");
-    /// std::fs::write(&path, "vhdxfile").expect("there is room");
+    /// std::fs::write(&path, "vhdxfile").expect("a writable directory");
     /// assert!(graph.guess_file(&path).await?.best().is_err(), "a container is no raw disk");
     /// # std::fs::remove_file(&path).expect("it is ours");
     /// # Ok::<(), bds_core::Error>(())
@@ -121,7 +126,8 @@ impl Inspected {
         Ok(FileGuess { protocol: self.protocol(), formats, foreign })
     }
 
-    /// Opens a seekable file. Any other kind, a FIFO for example, could make a reader wait for ever.
+    /// Opens a seekable file. Any other kind, a FIFO for example, could make a reader wait for
+    /// ever.
     fn open(&self) -> Result<File> {
         let no_image = |kind: FileKind| {
             let message = format!(

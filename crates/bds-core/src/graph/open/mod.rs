@@ -1,7 +1,7 @@
 //! Opening: from options to a node with its children; names; creating image files.
 //!
-//! A name stored in an image is followed only through a [`reference_gate`]. Needs the model, the core, permissions
-//! and roots.
+//! A name stored in an image is followed only through a [`reference_gate`]. Needs the model, the
+//! core, permissions and roots.
 
 mod call;
 pub(super) mod child;

@@ -1,8 +1,8 @@
-//! Names of nodes and backends: one namespace. A name is claimed before its node is opened, and free from the moment
-//! the last reference is gone.
+//! Names of nodes and backends: one namespace. A name is claimed before its node is opened, and
+//! free from the moment the last reference is gone.
 //!
-//! A claim by a node is only an id, a claim by a backend a weak reference. Each lookup checks the id or the
-//! reference, so no release has to free the name.
+//! A claim by a node is only an id, a claim by a backend a weak reference. Each lookup checks the
+//! id or the reference, so no release has to free the name.
 
 use std::sync::{Arc, Weak};
 
@@ -15,7 +15,8 @@ use crate::graph::name_table::{BackendEntry, Claim, NameTable};
 /// Longest node name, in bytes.
 pub const MAX_NAME_LEN: usize = 31;
 
-/// A name claimed for a node that is being opened, or a backend that is being made. Dropped: the name is free again.
+/// A name claimed for a node that is being opened, or a backend that is being made. Dropped: the
+/// name is free again.
 pub(crate) struct Reservation {
     graph: Graph,
     name: Arc<str>,
@@ -57,7 +58,8 @@ impl Graph {
     /// ```
     /// use bds_core::Options;
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk")?).await?;
     /// assert_eq!(graph.find("disk")?.id(), disk.id());
@@ -65,7 +67,8 @@ impl Graph {
     /// drop(disk);
     /// let error = graph.find("disk").unwrap_err();
     /// assert_eq!(error.to_string(), "there is no node 'disk'");
-    /// let again = graph.open(Options::parse("driver=mem,node-name=disk")?).await?; // the name was free at once
+    /// let options = "driver=mem,node-name=disk";
+    /// let again = graph.open(Options::parse(options)?).await?; // the name was free at once
     /// # Ok::<(), bds_core::Error>(())
     /// # })?;
     /// # bds_io::block_on(graph.shutdown()).check_leaks()?;

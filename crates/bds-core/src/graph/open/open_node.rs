@@ -6,9 +6,9 @@
 //!         ─► node into the arena, edges get their parent ─► name published
 //! ```
 //!
-//! A failed open leaves nothing: the name's claim, the driver and the children end with the values that hold them,
-//! and nodes that die of that are closed before the error is returned. A dropped open does the same in the
-//! background.
+//! A failed open leaves nothing: the name's claim, the driver and the children end with the values
+//! that hold them, and nodes that die of that are closed before the error is returned. A dropped
+//! open does the same in the background.
 
 use std::future::Future;
 use std::panic::Location;
@@ -35,9 +35,9 @@ use crate::options::Options;
 const LEVELS_PER_STACK: usize = 8;
 
 impl Graph {
-    /// Opens a node as `blockdev-add` describes it: `driver`, `node-name`, the common options, the driver's own, and
-    /// children inline or by node name. Without `node-name` it gets a generated one. The reference returned is the
-    /// only one.
+    /// Opens a node as `blockdev-add` describes it: `driver`, `node-name`, the common options, the
+    /// driver's own, and children inline or by node name. Without `node-name` it gets a generated
+    /// one. The reference returned is the only one.
     ///
     /// ```
     /// use bds_core::Options;
@@ -53,7 +53,8 @@ impl Graph {
     /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
     /// #     graph.create_image(image).await?;
     /// # }
-    /// let options = Options::parse("driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2")?;
+    /// let text = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2";
+    /// let options = Options::parse(text)?;
     /// let top = graph.open(options.clone()).await?;
     /// assert_eq!(top.len(), 1 << 20);
     ///
@@ -75,14 +76,15 @@ impl Graph {
         self.open_with(options, OpenFlags::default())
     }
 
-    /// As [`Graph::open`], with other defaults for the common options, and flags that only a program can set
-    /// (`info_only`, `for_check`). `flags.role` is ignored.
+    /// As [`Graph::open`], with other defaults for the common options, and flags that only a
+    /// program can set (`info_only`, `for_check`). `flags.role` is ignored.
     ///
     /// ```
     /// use bds_core::Options;
     /// use bds_core::driver::OpenFlags;
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let flags = OpenFlags { read_only: true, ..OpenFlags::default() };
     /// let one = graph.open_with(Options::parse("driver=mem")?, flags).await?;
@@ -240,11 +242,12 @@ async fn publish(
 /// The error, and the driver if it is still to be closed.
 type InsertError = (Error, Option<Box<dyn Driver>>);
 
-/// Inserts the node into the graph: its edges get their parent, and permissions on its children are computed.
+/// Inserts the node into the graph: its edges get their parent, and permissions on its children are
+/// computed.
 ///
 /// # Errors
-/// If the permissions are refused, the node ends with its one reference and is closed like any other. If the arena is
-/// full, the driver is returned.
+/// If the permissions are refused, the node ends with its one reference and is closed like any
+/// other. If the arena is full, the driver is returned.
 fn insert_node(
     graph: &Graph,
     driver: Box<dyn Driver>,

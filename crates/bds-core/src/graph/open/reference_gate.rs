@@ -1,9 +1,10 @@
 //! Reference gates: decide whether a file named inside an image may be opened.
 //!
-//! An image may be hostile, so a name in it must be allowed before it is followed. Every such name goes through the
-//! graph's one gate, and stays a file name there: it is never read as a URL, as `json:` or as options. The gates here
-//! refuse what QEMU would read so (`nbd:…`); a caller's own gate may name a file or node for it. The format comes
-//! from the image or from the gate; it is guessed only if the gate says so.
+//! An image may be hostile, so a name in it must be allowed before it is followed. Every such name
+//! goes through the graph's one gate, and stays a file name there: it is never read as a URL, as
+//! `json:` or as options. The gates here refuse what QEMU would read so (`nbd:…`); a caller's own
+//! gate may name a file or node for it. The format comes from the image or from the gate; it is
+//! guessed only if the gate says so.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -24,8 +25,8 @@ pub struct GateQuestion<'a> {
     pub stored_name: &'a OsStr,
     /// The format as stored, if any.
     pub stored_format: Option<&'a str>,
-    /// The number of such references between the node the user opened and the image that holds the name; 0: that node
-    /// itself.
+    /// The number of such references between the node the user opened and the image that holds the
+    /// name; 0: that node itself.
     pub depth: usize,
     /// The node whose image holds the name.
     pub parent_node: &'a str,
@@ -38,8 +39,8 @@ pub struct GateQuestion<'a> {
 }
 
 impl GateQuestion<'_> {
-    /// The part in front of a colon that QEMU would read as a protocol (`nbd`, `json`): then the stored name is no
-    /// file name. `file` does not count.
+    /// The part in front of a colon that QEMU would read as a protocol (`nbd`, `json`): then the
+    /// stored name is no file name. `file` does not count.
     pub fn scheme(&self) -> Option<String> {
         let name = self.stored_name.as_bytes();
         let end = name.iter().position(|byte| matches!(byte, b':' | b'/'))?;
@@ -64,8 +65,8 @@ pub enum ReferenceFormat {
     Stored,
     /// This one, whatever the image says.
     Named(String),
-    /// As the image says, else guessed from the bytes. A writer of the referenced file can then choose how it is
-    /// read.
+    /// As the image says, else guessed from the bytes. A writer of the referenced file can then
+    /// choose how it is read.
     StoredOrProbed,
 }
 
@@ -119,7 +120,8 @@ impl Explicit {
         Self::default()
     }
 
-    /// A stored name stands for this file, in this format (for a data file the format does not matter).
+    /// A stored name stands for this file, in this format (for a data file the format does not
+    /// matter).
     #[must_use]
     pub fn file(
         mut self,
@@ -184,8 +186,8 @@ impl ReferenceGate for SameDirectory {
     }
 }
 
-/// Allows files below given directories, after links are resolved. A process that can change those directories while
-/// an image is opened can redirect it: the roots must belong to the caller.
+/// Allows files below given directories, after links are resolved. A process that can change those
+/// directories while an image is opened can redirect it: the roots must belong to the caller.
 #[derive(Clone, Debug, Default)]
 pub struct UnderRoots {
     roots: Vec<PathBuf>,
@@ -235,8 +237,8 @@ impl ReferenceGate for TrustAll {
     }
 }
 
-/// A directory with its links resolved; one that does not exist as itself, which no real file is below (a simulated
-/// disk has no directories, only names).
+/// A directory with its links resolved; one that does not exist as itself, which no real file is
+/// below (a simulated disk has no directories, only names).
 fn real_directory(fs: &Fs, directory: &Path) -> PathBuf {
     fs.canonicalize(directory).unwrap_or_else(|_| directory.to_owned())
 }
@@ -249,9 +251,9 @@ fn directory_of(file: &Path) -> PathBuf {
     }
 }
 
-/// The path a stored name means to QEMU. A relative name of a backing file starts at the directory of the image that
-/// holds it. That of a data file, and one with `file:` in front, starts at the working directory of the process, as
-/// on a command line.
+/// The path a stored name means to QEMU. A relative name of a backing file starts at the directory
+/// of the image that holds it. That of a data file, and one with `file:` in front, starts at the
+/// working directory of the process, as on a command line.
 pub fn resolve(
     kind: ReferenceKind,
     stored_name: impl AsRef<OsStr>,

@@ -1,7 +1,7 @@
 //! Dumps the graph as text, as a Graphviz drawing and as JSON; for tests, the tool and bug reports.
 //!
-//! Nodes are sorted by name and ids are left out, so equal graphs give equal texts. Taken node by node while others
-//! may change the graph: each line was true at some moment.
+//! Nodes are sorted by name and ids are left out, so equal graphs give equal texts. Taken node by
+//! node while others may change the graph: each line was true at some moment.
 
 use std::fmt::Write as _;
 
@@ -33,7 +33,8 @@ impl Graph {
     /// #     graph.create_image(image).await?;
     /// # }
     /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
-    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
     /// let top = graph.open(Options::parse(layer)?).await?;
     /// let names: Vec<String> = graph.nodes().iter().map(|node| node.name().to_owned()).collect();
     /// assert_eq!(names, ["#block001", "base", "top"], "the file of 'top' has a generated name");
@@ -54,8 +55,8 @@ impl Graph {
         nodes
     }
 
-    /// One paragraph a node: driver, length, state, count; its file, if it opened one; then its holders, its users
-    /// with their permissions, and its children.
+    /// One paragraph a node: driver, length, state, count; its file, if it opened one; then its
+    /// holders, its users with their permissions, and its children.
     ///
     /// ```text
     /// disk0 qcow2 len=1048576 rw refs=2
@@ -69,7 +70,8 @@ impl Graph {
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;
@@ -92,8 +94,8 @@ impl Graph {
         out
     }
 
-    /// For Graphviz: nodes as boxes with the file's name, driver, length and count; edges with name and role; other
-    /// holders as ellipses.
+    /// For Graphviz: nodes as boxes with the file's name, driver, length and count; edges with name
+    /// and role; other holders as ellipses.
     ///
     /// ```
     /// use bds_core::Options;
@@ -110,7 +112,8 @@ impl Graph {
     /// #     graph.create_image(image).await?;
     /// # }
     /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
-    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
     /// let top = graph.open(Options::parse(layer)?).await?;
     /// let dot = graph.dot(); // for `dot -Tsvg`
     /// assert!(dot.starts_with("digraph bds {"));
@@ -158,9 +161,11 @@ impl Graph {
     /// ```
     /// use bds_core::Options;
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
-    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M,read-only=on")?).await?;
+    /// let options = "driver=mem,node-name=disk,size=1M,read-only=on";
+    /// let disk = graph.open(Options::parse(options)?).await?;
     /// let all = graph.query();
     /// assert_eq!(all[0]["virtual-size"], 1 << 20);
     /// assert_eq!((&all[0]["node-name"], &all[0]["ro"]), (&"disk".into(), &true.into()));

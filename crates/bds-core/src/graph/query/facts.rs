@@ -13,7 +13,8 @@ use crate::graph::{Graph, NodeRef};
 /// A snapshot of an edge.
 #[derive(Clone, Debug)]
 pub struct EdgeFacts {
-    /// The child's name in its parent ("file", "backing"); "root" for one whose parent is not a node.
+    /// The child's name in its parent ("file", "backing"); "root" for one whose parent is not a
+    /// node.
     pub name: &'static str,
     /// The child's role for its parent; empty for a root.
     pub role: Role,
@@ -70,7 +71,8 @@ impl NodeRef {
     /// #     graph.create_image(image).await?;
     /// # }
     /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
-    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
     /// let top = graph.open(Options::parse(layer)?).await?;
     /// let edges = top.edges_below();
     /// assert_eq!(edges[1].holder, "edge 'top.backing'");
@@ -104,7 +106,8 @@ impl NodeRef {
     /// #     graph.create_image(image).await?;
     /// # }
     /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
-    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
     /// let top = graph.open(Options::parse(layer)?).await?;
     /// let guest = Backend::new(&base, BackendOptions::registered("guest"))?;
     /// let holders: Vec<String> = base.edges_above().into_iter().map(|edge| edge.holder).collect();
@@ -128,7 +131,8 @@ impl NodeRef {
     /// use bds_core::request::{Backend, BackendOptions};
     /// use bds_core::{ErrorKind, Options};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let one = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
@@ -158,14 +162,15 @@ pub(in crate::graph) fn letters(perm: Perm) -> String {
 }
 
 impl Graph {
-    /// Nodes and edges with permissions, in the manner of QEMU's `x-debug-query-block-graph`. The numbers hold within
-    /// one answer only.
+    /// Nodes and edges with permissions, in the manner of QEMU's `x-debug-query-block-graph`. The
+    /// numbers hold within one answer only.
     ///
     /// ```
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;

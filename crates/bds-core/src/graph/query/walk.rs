@@ -1,7 +1,7 @@
 //! Walks through the graph: down a chain, past filters, to the file.
 //!
-//! Every walk is a loop, never a recursion, and returns counted references. The graph may change during a walk; each
-//! node on it was part of it at some moment.
+//! Every walk is a loop, never a recursion, and returns counted references. The graph may change
+//! during a walk; each node on it was part of it at some moment.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -29,7 +29,8 @@ fn as_ref(beside: &NodeRef, strong: Strong<Node>) -> NodeRef {
 /// use bds_core::Options;
 /// use bds_core::graph::walk;
 ///
-/// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+/// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+/// # let graph = bds_core::graph::Graph::new(config);
 /// # bds_io::block_on(async {
 /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
 /// let filter = graph.open(Options::parse("driver=raw,node-name=filter,file=disk")?).await?;
@@ -49,14 +50,16 @@ pub fn skip_filters(node: &NodeRef) -> NodeRef {
     as_ref(node, at)
 }
 
-/// The first node from here down that a job did not insert for itself: a device's images are listed from there.
+/// The first node from here down that a job did not insert for itself: a device's images are listed
+/// from there.
 ///
 /// ```
 /// use bds_core::Options;
 /// use bds_core::driver::OpenFlags;
 /// use bds_core::graph::walk;
 ///
-/// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+/// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+/// # let graph = bds_core::graph::Graph::new(config);
 /// # bds_io::block_on(async {
 /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
 /// let filter = graph.open(Options::parse("driver=raw,node-name=filter,file=disk")?).await?;
@@ -177,7 +180,8 @@ pub fn backing_chain(node: &NodeRef) -> Vec<NodeRef> {
 /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
 /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
 /// let top = graph.open(Options::parse(layer)?).await?;
-/// let other = graph.open(Options::parse("driver=qcow2,file.driver=file,file.filename=image1.qcow2,backing=base")?).await?;
+/// let options = "driver=qcow2,file.driver=file,file.filename=image1.qcow2,backing=base";
+/// let other = graph.open(Options::parse(options)?).await?;
 /// let common = walk::common_backing(&top, &other);
 /// assert_eq!(common.map(|node| node.id()), Some(base.id()));
 /// let alone = graph.open(Options::parse("driver=mem")?).await?;
@@ -296,7 +300,8 @@ pub fn files_of_chain(node: &NodeRef) -> Vec<(u64, u64)> {
     files
 }
 
-/// (device, inode) of all files that make up this one image: its own and its data file's, not its backing's.
+/// (device, inode) of all files that make up this one image: its own and its data file's, not its
+/// backing's.
 pub fn files_of_image(node: &Node) -> Vec<(u64, u64)> {
     let mut files: Vec<(u64, u64)> = node.own_identity().into_iter().collect();
     let mut todo: Vec<Strong<Node>> = parts(node);

@@ -1,7 +1,8 @@
 //! Registry of backends: by name, in order of creation, and their detachment at shutdown.
 //!
-//! The graph keeps them weakly: a backend lives as long as a handle to it exists, and its name is free from then on.
-//! Only the monitor's list owns backends. Their names are claimed in the same namespace as node names.
+//! The graph keeps them weakly: a backend lives as long as a handle to it exists, and its name is
+//! free from then on. Only the monitor's list owns backends. Their names are claimed in the same
+//! namespace as node names.
 
 use std::sync::{Arc, Weak};
 
@@ -82,8 +83,8 @@ impl Graph {
         }
     }
 
-    /// Removes the medium of every backend, whatever blocks that but a frozen edge, and the backends from the
-    /// monitor's list. Returns what could not be done.
+    /// Removes the medium of every backend, whatever blocks that but a frozen edge, and the
+    /// backends from the monitor's list. Returns what could not be done.
     pub(in crate::graph) async fn detach_backends(&self) -> Vec<(String, Error)> {
         let mut failed = Vec::new();
         for backend in self.backend_entries() {

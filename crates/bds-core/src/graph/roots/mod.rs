@@ -1,4 +1,5 @@
-//! Roots: users of nodes that are not nodes (backends, jobs, exports), and the monitor's list of nodes.
+//! Roots: users of nodes that are not nodes (backends, jobs, exports), and the monitor's list of
+//! nodes.
 //!
 //! Needs the model, the names and changes.
 

@@ -1,7 +1,8 @@
-//! Nodes that the monitor owns (`blockdev-add`, `blockdev-del`), and a walk over all top-level nodes.
+//! Nodes that the monitor owns (`blockdev-add`, `blockdev-del`), and a walk over all top-level
+//! nodes.
 //!
-//! The list holds the reference: taking a node off the list releases it. There is no second record that could
-//! disagree.
+//! The list holds the reference: taking a node off the list releases it. There is no second record
+//! that could disagree.
 
 use std::future::Future;
 use std::panic::Location;
@@ -23,12 +24,14 @@ fn holder() -> Holder {
 }
 
 impl Graph {
-    /// Opens a node and lets the monitor own it: QEMU's `blockdev-add`. It lives until [`Graph::del`].
+    /// Opens a node and lets the monitor own it: QEMU's `blockdev-add`. It lives until
+    /// [`Graph::del`].
     ///
     /// ```
     /// use bds_core::Options;
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let id = graph.add(Options::parse("driver=mem,node-name=disk")?).await?;
     /// assert!(graph.is_owned(id), "it stays open although we hold nothing");
@@ -43,7 +46,8 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// As [`Graph::open`]; `InvalidInput` if `node-name` is missing, because the node could not be deleted then.
+    /// As [`Graph::open`]; `InvalidInput` if `node-name` is missing, because the node could not be
+    /// deleted then.
     #[track_caller]
     pub fn add(&self, options: Options) -> impl Future<Output = Result<NodeId>> + Send + '_ {
         let since = Location::caller();
@@ -64,7 +68,8 @@ impl Graph {
     /// ```
     /// use bds_core::Options;
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk")?).await?;
     /// graph.own(disk)?; // the list has the reference now
@@ -106,7 +111,8 @@ impl Graph {
     /// use bds_core::request::{Backend, BackendOptions};
     /// use bds_core::{ErrorKind, Options};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// graph.add(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&graph.find("disk")?, BackendOptions::registered("guest"))?;
@@ -123,8 +129,8 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// Nothing has changed. `NotFound`: no such node; `InvalidInput`: the monitor does not own it; `InUse`: there are
-    /// other references (the holders are named), or a [`crate::graph::Blocker`].
+    /// Nothing has changed. `NotFound`: no such node; `InvalidInput`: the monitor does not own it;
+    /// `InUse`: there are other references (the holders are named), or a [`crate::graph::Blocker`].
     pub async fn del(&self, name: &str) -> Result<CloseReport> {
         // A dead node must not count as a holder.
         self.0.core.sweep_and_keep().await;
@@ -176,7 +182,8 @@ impl Graph {
     /// ```
     /// use bds_core::Options;
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk")?).await?;
     /// let id = disk.id();
@@ -192,9 +199,9 @@ impl Graph {
         self.lock_names().monitor.contains_key(&id)
     }
 
-    /// Top-level nodes: the node of every backend with a medium, then the monitor's nodes that are no backend's
-    /// medium. Each once. Nodes that end during the walk are left out, new ones are not seen. Holds a reference to
-    /// the current node only.
+    /// Top-level nodes: the node of every backend with a medium, then the monitor's nodes that are
+    /// no backend's medium. Each once. Nodes that end during the walk are left out, new ones are
+    /// not seen. Holds a reference to the current node only.
     ///
     /// ```
     /// use bds_core::Options;
@@ -212,7 +219,8 @@ impl Graph {
     /// #     graph.create_image(image).await?;
     /// # }
     /// graph.add(Options::parse("driver=mem,node-name=spare")?).await?;
-    /// let top = graph.open(Options::parse("driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2")?).await?;
+    /// let options = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2";
+    /// let top = graph.open(Options::parse(options)?).await?;
     /// let guest = Backend::new(&top, BackendOptions::registered("guest"))?;
     ///
     /// let names: Vec<String> = graph.top_level().map(|node| node.name().to_owned()).collect();

@@ -1,4 +1,5 @@
-//! Root edges: nodes used by backends, jobs and exports. A backend's edge moves with graph changes, a job's is fixed.
+//! Root edges: nodes used by backends, jobs and exports. A backend's edge moves with graph changes,
+//! a job's is fixed.
 
 use std::fmt;
 use std::panic::Location;
@@ -97,7 +98,8 @@ impl Graph {
     /// Makes a root edge to `node`, or to nothing yet. It ends when its last owner drops it.
     ///
     /// # Errors
-    /// Nothing has changed: the permissions clash with others' (both are named), or the node cannot be written.
+    /// Nothing has changed: the permissions clash with others' (both are named), or the node cannot
+    /// be written.
     #[track_caller]
     pub(crate) fn attach_root(&self, node: Option<&NodeRef>, root: &Root<'_>) -> Result<Arc<Edge>> {
         let parts = EdgeParts {
@@ -134,15 +136,16 @@ impl Graph {
         }
     }
 
-    /// Lets a job use a node: keeps it open, with permissions; graph changes leave the edge in place. To read and
-    /// write, the job uses a [`crate::request`] backend.
+    /// Lets a job use a node: keeps it open, with permissions; graph changes leave the edge in
+    /// place. To read and write, the job uses a [`crate::request`] backend.
     ///
     /// ```
     /// use bds_core::Options;
     /// use bds_core::graph::{Access, Perm};
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let read = Access { perm: Perm::CONSISTENT_READ, shared: Perm::CONSISTENT_READ };
@@ -160,7 +163,8 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// Nothing has changed: the permissions clash with others' (both are named), or the node cannot be written.
+    /// Nothing has changed: the permissions clash with others' (both are named), or the node cannot
+    /// be written.
     #[track_caller]
     pub fn attach_job(&self, node: &NodeRef, job: &str, access: Access) -> Result<JobEdge> {
         let root =
@@ -189,7 +193,8 @@ impl JobEdge {
     /// use bds_core::Options;
     /// use bds_core::graph::Access;
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let job = graph.attach_job(&disk, "backup0", Access::READ)?;
@@ -217,7 +222,8 @@ impl JobEdge {
     /// use bds_core::request::{Backend, BackendOptions};
     /// use bds_core::{ErrorKind, Options};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let job = graph.attach_job(&disk, "commit0", Access::READ)?;

@@ -170,7 +170,8 @@ fn a_filter_is_dropped_and_closed_in_one_change() {
         let before = fixture.graph.dump();
         let filter = fixture.open("driver=pass,node-name=filter,file=node").await;
         fixture.graph.insert_filter(&node, &filter).await.unwrap();
-        // References held by edits of the same change do not block the removal; another holder's does.
+        // References held by edits of the same change do not block the removal; another holder's
+        // does.
         let mine = filter.clone();
         let change = fixture.graph.change().drop_filter(&filter).remove(filter);
         let error = change.commit().await.unwrap_err();

@@ -1,5 +1,5 @@
-//! Tests flushes and reports of closes beside other users: dead nodes, children acquired meanwhile, frozen links,
-//! drained sections.
+//! Tests flushes and reports of closes beside other users: dead nodes, children acquired meanwhile,
+//! frozen links, drained sections.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -61,8 +61,8 @@ fn close_does_not_report_dead_nodes_of_other_holders() {
     });
 }
 
-/// Closes [`PAIR`] while `low` gets another holder between the look at its count and its release: `low` is then flushed
-/// after all.
+/// Closes [`PAIR`] while `low` gets another holder between the look at its count and its release:
+/// `low` is then flushed after all.
 async fn close_while_the_child_is_acquired(fixture: &Fixture, options: &str) -> Option<NodeRef> {
     fixture.plain("a");
     let top = fixture.open(options).await;
@@ -139,7 +139,8 @@ fn a_drain_of_a_child_waits_for_its_late_flush() {
                     bds_io::yield_now().await;
                 }
                 if let Ok(low) = fixture.graph.find("low") {
-                    // At any point: also when the parent's edge is gone and the edge of the late flush exists.
+                    // At any point: also when the parent's edge is gone and the edge of the late
+                    // flush exists.
                     for _ in 0..seed % 6 {
                         bds_io::yield_now().await;
                     }
@@ -337,8 +338,8 @@ fn closing_frees_the_name_unless_a_successor_took_it() {
     });
 }
 
-/// A close inside a drained section, of everything or of a node that it writes to, is deferred to the end of the
-/// section.
+/// A close inside a drained section, of everything or of a node that it writes to, is deferred to
+/// the end of the section.
 #[test]
 fn closes_wait_for_drained_sections() {
     run(|fixture| async move {
@@ -414,7 +415,8 @@ fn reap_returns_earlier_kept_failures_first() {
         fixture.plain("a");
         fixture.plain("b");
         drop(fixture.open("driver=file,node-name=first,filename=a,fail-close=on").await);
-        let second = fixture.open("driver=file,node-name=second,filename=b").await; // reaps in passing
+        // reaps in passing
+        let second = fixture.open("driver=file,node-name=second,filename=b").await;
         drop(second);
         assert_eq!(names(&fixture.graph.reap().await), ["first", "second"]);
         assert!(fixture.graph.reap().await.is_empty());

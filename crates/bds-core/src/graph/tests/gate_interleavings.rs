@@ -1,8 +1,9 @@
-//! Tests every interleaving of two requests and a change at one edge, on the real gate and the real in-flight count.
+//! Tests every interleaving of two requests and a change at one edge, on the real gate and the real
+//! in-flight count.
 //!
-//! Each step is one call, and all of them are single sequentially consistent operations, so orders of calls are orders
-//! of memory accesses. (Loom cannot model this: the locks involved come from other crates. The counts and RCU cells
-//! themselves are modelled with loom in bds-refcount.)
+//! Each step is one call, and all of them are single sequentially consistent operations, so orders
+//! of calls are orders of memory accesses. (Loom cannot model this: the locks involved come from
+//! other crates. The counts and RCU cells themselves are modelled with loom in bds-refcount.)
 
 use crate::graph::model::gate::Ticket;
 use crate::graph::{Access, Edge, NodeRef};
@@ -68,8 +69,8 @@ impl Change {
     }
 }
 
-/// Runs one interleaving. `None` if it is impossible because the change would have to wait; else whether a request was
-/// turned away.
+/// Runs one interleaving. `None` if it is impossible because the change would have to wait; else
+/// whether a request was turned away.
 fn run_order(order: &[usize], edge: &Edge, node: &NodeRef) -> Option<bool> {
     let mut requests = [Request::default(), Request::default()];
     let mut change = Change::default();

@@ -1,4 +1,5 @@
-//! Tests references stored in images: the reference gate's decision, and what is refused whatever it decides.
+//! Tests references stored in images: the reference gate's decision, and what is refused whatever
+//! it decides.
 
 use std::sync::Arc;
 
@@ -13,8 +14,8 @@ fn backed_by(stored: &'static str) -> Header {
     Header { backing: Some(stored), backing_format: Some("cow"), data_file: None }
 }
 
-/// Opens `dir/top`, whose header stores `stored` as backing file, through this gate. The files are dir/base,
-/// other/base, and dir/alias (a second name, not a link in the path).
+/// Opens `dir/top`, whose header stores `stored` as backing file, through this gate. The files are
+/// dir/base, other/base, and dir/alias (a second name, not a link in the path).
 fn check(gate: impl ReferenceGate, stored: &'static str, wanted: &str) {
     run_with(
         |config| config.gate = Arc::new(gate),

@@ -1,11 +1,11 @@
 //! Searches schedules: many small simulations, each with a random program and a seeded scheduler.
 //!
-//! It looks for deadlocks (tasks left when nothing can run), lost wake-ups (the same), requests inside a drained node,
-//! failed requests, gates that stay closed, wrong counts, and nodes that cannot be closed. A seed that fails is
-//! printed, and becomes a named test in `regressions`.
+//! It looks for deadlocks (tasks left when nothing can run), lost wake-ups (the same), requests
+//! inside a drained node, failed requests, gates that stay closed, wrong counts, and nodes that
+//! cannot be closed. A seed that fails is printed, and becomes a named test in `regressions`.
 //!
-//! `cargo xtask test --tier full` searches 100,000 schedules, in a release build; the ordinary run a few thousand.
-//! `BDS_TEST_SEED=n` runs one.
+//! `cargo xtask test --tier full` searches 100,000 schedules, in a release build; the ordinary run
+//! a few thousand. `BDS_TEST_SEED=n` runs one.
 
 mod audit;
 mod program;
@@ -66,8 +66,8 @@ fn no_schedule_deadlocks_or_enters_a_drained_node() {
     ]);
 }
 
-/// The same tasks on real threads: not replayable by seed, but checked by a thread sanitizer (`cargo xtask test --tier
-/// full`).
+/// The same tasks on real threads: not replayable by seed, but checked by a thread sanitizer
+/// (`cargo xtask test --tier full`).
 #[test]
 fn real_threads_run_the_same_programs() {
     let tally = Arc::new(Tally::default());
@@ -95,8 +95,9 @@ fn one_seed_is_one_schedule() {
     assert!(histories.len() > 40, "another seed is another history: {}", histories.len());
 }
 
-/// QEMU 10.0 takes the lock first and then drains: a request inside the parent that still has to pass the inner gate
-/// waits for the lock, and the drain waits for the request. The same programs and scheduler find that.
+/// QEMU 10.0 takes the lock first and then drains: a request inside the parent that still has to
+/// pass the inner gate waits for the lock, and the drain waits for the request. The same programs
+/// and scheduler find that.
 #[test]
 fn the_search_finds_the_deadlock_of_locking_before_draining() {
     let tally = Arc::default();

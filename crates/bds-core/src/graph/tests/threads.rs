@@ -90,7 +90,8 @@ fn no_request_is_inside_a_drained_or_left_node() {
                 let drained = block_on(DrainSet::begin(&graph, vec![strong.clone()], "test"));
                 is_empty.store(true, Ordering::SeqCst);
                 thread::yield_now();
-                // The count may be up for a moment: a thread counts itself, finds the gate closed, and leaves.
+                // The count may be up for a moment: a thread counts itself, finds the gate closed,
+                // and leaves.
                 let to = Some(to.strong().clone());
                 let mut moved = Moved::default();
                 let lock = graph.0.core.lock();

@@ -1,5 +1,5 @@
-//! Tests graph operations whose futures are not polled again, or dropped when they have completed: nothing waits for
-//! them, and no report is lost.
+//! Tests graph operations whose futures are not polled again, or dropped when they have completed:
+//! nothing waits for them, and no report is lost.
 
 use bds_io::{Sim, SimConfig};
 
@@ -23,8 +23,8 @@ fn setup(seed: u64) -> (Sim, DiskGraph, NodeRef) {
     (sim, disks, node)
 }
 
-/// Stops polling the operation after `n` polls until everything has come to rest, and then drops it. False if it had
-/// completed.
+/// Stops polling the operation after `n` polls until everything has come to rest, and then drops
+/// it. False if it had completed.
 fn completes_unpolled<F: Future>(
     n: usize,
     operation: impl FnOnce(Graph, NodeRef) -> F,

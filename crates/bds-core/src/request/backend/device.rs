@@ -1,4 +1,5 @@
-//! Attaches a device to a backend: at most one at a time, which references the backend as long as it is attached.
+//! Attaches a device to a backend: at most one at a time, which references the backend as long as
+//! it is attached.
 
 use std::sync::Arc;
 
@@ -8,8 +9,8 @@ use crate::event::Event;
 
 /// An attached device. Dropping it detaches the device.
 ///
-/// The device reads and writes through [`Device::backend`]. Ejecting the medium does not detach it: its requests fail
-/// with `NoMedium` until another medium is inserted.
+/// The device reads and writes through [`Device::backend`]. Ejecting the medium does not detach it:
+/// its requests fail with `NoMedium` until another medium is inserted.
 #[must_use = "the device is detached when this is dropped"]
 #[derive(Debug)]
 pub struct Device {
@@ -48,11 +49,12 @@ impl Drop for Device {
 }
 
 impl Backend {
-    /// Attaches a device, until the returned handle is dropped. One at a time. Resets [`Backend::io_status`] and
-    /// repeats stopped requests.
+    /// Attaches a device, until the returned handle is dropped. One at a time. Resets
+    /// [`Backend::io_status`] and repeats stopped requests.
     ///
-    /// When it detaches, the backend keeps its medium but drops all permissions on it and shares everything; the next
-    /// user sets its own with [`Backend::set_access`]. Error policies are reset.
+    /// When it detaches, the backend keeps its medium but drops all permissions on it and shares
+    /// everything; the next user sets its own with [`Backend::set_access`]. Error policies are
+    /// reset.
     ///
     /// ```
     /// # use std::sync::Arc;

@@ -15,8 +15,8 @@ fn holder() -> Holder {
     Holder::new(HolderKind::Drain, "backend's drained section")
 }
 
-/// A drained section of a backend: none of its requests is in flight or enters until this is dropped. Keeps the
-/// backend.
+/// A drained section of a backend: none of its requests is in flight or enters until this is
+/// dropped. Keeps the backend.
 #[must_use = "the backend's gate opens when this is dropped"]
 pub struct BackendDrained {
     backend: Backend,
@@ -42,16 +42,18 @@ impl Drop for BackendDrained {
 }
 
 impl Backend {
-    /// Number of its requests in flight, without inline ones and those that wait at its gate (stopped ones among them).
-    /// For diagnostics: exact only while it is drained.
+    /// Number of its requests in flight, without inline ones and those that wait at its gate
+    /// (stopped ones among them). For diagnostics: exact only while it is drained.
     ///
     /// ```
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
-    /// let disk = graph.open(Options::parse("driver=null-co,node-name=disk,size=1M,latency-ns=1000000000000")?).await?;
+    /// let options = "driver=null-co,node-name=disk,size=1M,latency-ns=1000000000000";
+    /// let disk = graph.open(Options::parse(options)?).await?;
     /// let guest = Backend::new(&disk, BackendOptions::registered("guest"))?;
     /// let (asks, iov) = (guest.clone(), bds_io::Buf::zeroed(512, 512).iov());
     /// let read = bds_io::spawn(async move { asks.read(0, iov).await });
@@ -68,10 +70,11 @@ impl Backend {
         self.inner.edge.backend_in_flight().map_or(0, |in_flight| in_flight.in_flight())
     }
 
-    /// Waits until all of its requests in flight have ended and are accounted, and keeps new ones waiting at its gate
-    /// until the returned guard is dropped. Nests. Other users of the node go on; to stop those too, drain the node.
-    /// Requests that wait at the gate, or for [`Backend::resume`], are not waited for, nor are those of a poisoned
-    /// medium ([`crate::graph::NodeRef::poison`]).
+    /// Waits until all of its requests in flight have ended and are accounted, and keeps new ones
+    /// waiting at its gate until the returned guard is dropped. Nests. Other users of the node go
+    /// on; to stop those too, drain the node. Requests that wait at the gate, or for
+    /// [`Backend::resume`], are not waited for, nor are those of a poisoned medium
+    /// ([`crate::graph::NodeRef::poison`]).
     ///
     /// ```
     /// # use std::sync::Arc;

@@ -1,12 +1,14 @@
-//! Executes a backend's requests: admits each one, runs it, accounts it, applies the error policy, perhaps repeats it.
+//! Executes a backend's requests: admits each one, runs it, accounts it, applies the error policy,
+//! perhaps repeats it.
 //!
 //! ```text
 //!   gate ──► in flight: run ──► statistics, error policy ──► counted out ──► result
 //!    ▲                                  │ stop
 //!    └──── gate closed until resume ◄───┘
 //! ```
-//! Statistics and policy are applied while the request is still in flight, so that a drained backend has accounted all
-//! of them. A stopped request is counted out and waits at the gate like a later one: it is queued, not in flight.
+//! Statistics and policy are applied while the request is still in flight, so that a drained
+//! backend has accounted all of them. A stopped request is counted out and waits at the gate like a
+//! later one: it is queued, not in flight.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -147,7 +149,8 @@ impl Backend {
 }
 
 impl Inner {
-    /// Counts a request that ended and returns what its caller gets; `None`: nothing yet, the request is stopped.
+    /// Counts a request that ended and returns what its caller gets; `None`: nothing yet, the
+    /// request is stopped.
     fn account(
         &self,
         pending: &mut Pending<'_>,
@@ -174,8 +177,8 @@ impl Inner {
         }
     }
 
-    /// As [`Inner::account`], for a failed inline request. `None`, stopped: the caller repeats it as a waiting request,
-    /// which waits at the gate.
+    /// As [`Inner::account`], for a failed inline request. `None`, stopped: the caller repeats it
+    /// as a waiting request, which waits at the gate.
     #[cold]
     pub(super) fn account_inline_failure(
         &self,

@@ -1,9 +1,10 @@
 //! The public requests of a backend: read, write, zero, discard, flush, copy, resize, status.
 //!
-//! A request that the inline path declines runs in a task from its first poll on (`bds_io::spawn_now`), and the
-//! caller's future is the handle of that task. A request in flight holds what others wait for: its in-flight counts,
-//! its range, the turn of a flush, a driver's guards. Because a task polls it, keeping the future without polling it
-//! (as `select!` does) or forgetting it holds up no other request; dropping it cancels the request.
+//! A request that the inline path declines runs in a task from its first poll on
+//! (`bds_io::spawn_now`), and the caller's future is the handle of that task. A request in flight
+//! holds what others wait for: its in-flight counts, its range, the turn of a flush, a driver's
+//! guards. Because a task polls it, keeping the future without polling it (as `select!` does) or
+//! forgetting it holds up no other request; dropping it cancels the request.
 
 use bds_io::{Buf, IoVec};
 
@@ -21,14 +22,15 @@ use crate::request::{dispatch, offload, truncate};
 use crate::stats::{Operation, Outcome};
 
 impl Backend {
-    /// Reads at once if that needs no waiting, without allocating. `None`: call [`Backend::read_waiting`]; the buffer
-    /// may be partly filled.
+    /// Reads at once if that needs no waiting, without allocating. `None`: call
+    /// [`Backend::read_waiting`]; the buffer may be partly filled.
     ///
     /// ```
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
@@ -54,15 +56,16 @@ impl Backend {
         })?
     }
 
-    /// Writes in place at once if that needs no waiting, without allocating. `None`: nothing was changed for good, call
-    /// [`Backend::write_waiting`].
+    /// Writes in place at once if that needs no waiting, without allocating. `None`: nothing was
+    /// changed for good, call [`Backend::write_waiting`].
     ///
     /// ```
     /// use bds_core::Options;
     /// use bds_core::driver::WriteFlags;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
@@ -98,7 +101,8 @@ impl Backend {
     /// use bds_core::request::{Backend, BackendOptions};
     /// use bds_core::{ErrorKind, Options};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
@@ -115,8 +119,9 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// `NoMedium`, `OutOfRange`, the medium's error if [`super::ErrorPolicies`] reports it, `Cancelled` if the graph
-    /// was shut down while the request waited for its turn. The same for every request here.
+    /// `NoMedium`, `OutOfRange`, the medium's error if [`super::ErrorPolicies`] reports it,
+    /// `Cancelled` if the graph was shut down while the request waited for its turn. The same for
+    /// every request here.
     pub async fn read(&self, offset: u64, iov: IoVec) -> Result<()> {
         if let Some(result) = self.try_read(offset, &iov) {
             return result;
@@ -124,13 +129,15 @@ impl Backend {
         self.read_waiting(offset, iov).await
     }
 
-    /// As [`Backend::read`], but does not try [`Backend::try_read`] first: for a caller that just did.
+    /// As [`Backend::read`], but does not try [`Backend::try_read`] first: for a caller that just
+    /// did.
     ///
     /// ```
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
@@ -148,8 +155,9 @@ impl Backend {
         self.execute(Request::read(offset, iov)).await.map(drop)
     }
 
-    /// Copies what the node shows of `offset..` but does not hold itself from the layers below into it; returns no
-    /// bytes. Needs a writable backend, although reads give the same bytes before and after.
+    /// Copies what the node shows of `offset..` but does not hold itself from the layers below into
+    /// it; returns no bytes. Needs a writable backend, although reads give the same bytes before
+    /// and after.
     ///
     /// ```
     /// use bds_core::Options;
@@ -168,12 +176,15 @@ impl Backend {
     /// #     graph.create_image(image).await?;
     /// # }
     /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
-    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
     /// let top = graph.open(Options::parse(layer)?).await?;
     /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
-    /// assert!(!guest.layer_status(0, 8192, Precision::Exact).await?.flags.contains(StatusFlags::ALLOCATED));
+    /// let run = guest.layer_status(0, 8192, Precision::Exact).await?;
+    /// assert!(!run.flags.contains(StatusFlags::ALLOCATED));
     /// guest.copy_up(0, 8192).await?;
-    /// assert!(guest.layer_status(0, 8192, Precision::Exact).await?.flags.contains(StatusFlags::ALLOCATED));
+    /// let run = guest.layer_status(0, 8192, Precision::Exact).await?;
+    /// assert!(run.flags.contains(StatusFlags::ALLOCATED));
     /// # Ok::<(), bds_core::Error>(())
     /// # })?;
     /// # sim.block_on(graph.shutdown()).check_leaks()?;
@@ -190,7 +201,8 @@ impl Backend {
     /// use bds_core::request::{Backend, BackendOptions};
     /// use bds_core::{ErrorKind, Options};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
@@ -214,14 +226,16 @@ impl Backend {
         self.write_waiting(offset, iov, flags).await
     }
 
-    /// As [`Backend::write`], but does not try [`Backend::try_write`] first: for a caller that just did.
+    /// As [`Backend::write`], but does not try [`Backend::try_write`] first: for a caller that just
+    /// did.
     ///
     /// ```
     /// use bds_core::Options;
     /// use bds_core::driver::WriteFlags;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
@@ -245,13 +259,15 @@ impl Backend {
         self.execute(Request::write(offset, iov, flags)).await.map(drop)
     }
 
-    /// Writes one compressed cluster (or the image's tail); an empty `iov` at the end pads the file.
+    /// Writes one compressed cluster (or the image's tail); an empty `iov` at the end pads the
+    /// file.
     ///
     /// ```
     /// use bds_core::request::{Backend, BackendOptions};
     /// use bds_core::{ErrorKind, Options};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
@@ -274,7 +290,8 @@ impl Backend {
     /// use bds_core::driver::{Attempt, ZeroFlags};
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
@@ -298,14 +315,15 @@ impl Backend {
         self.execute(Request::write_zeroes(offset, len, flags)).await
     }
 
-    /// Discards a range that is no longer needed; advisory, and ignored unless the node was opened with
-    /// `discard=unmap`.
+    /// Discards a range that is no longer needed; advisory, and ignored unless the node was opened
+    /// with `discard=unmap`.
     ///
     /// ```
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
@@ -329,9 +347,12 @@ impl Backend {
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
-    /// let disk = graph.open(Options::parse("driver=blkdebug,node-name=disk,image.driver=mem,image.size=1M,inject-error.0.iotype=flush")?).await?;
+    /// let text = "driver=blkdebug,node-name=disk,image.driver=mem,image.size=1M,\
+    ///     inject-error.0.iotype=flush";
+    /// let disk = graph.open(Options::parse(text)?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
     /// guest.flush().await?; // nothing was written: nothing to do
     /// guest.write_at(0, b"hello")?;
@@ -348,9 +369,9 @@ impl Backend {
         self.execute(Request::flush()).await.map(drop)
     }
 
-    /// Copies `len` bytes from `source` at `source_offset` to `offset` here on the host (copy offload). `Unsupported`:
-    /// use buffers; part of the bytes may have been copied. Failures are reported whatever the error policy: it applies
-    /// when the bytes go through buffers.
+    /// Copies `len` bytes from `source` at `source_offset` to `offset` here on the host (copy
+    /// offload). `Unsupported`: use buffers; part of the bytes may have been copied. Failures are
+    /// reported whatever the error policy: it applies when the bytes go through buffers.
     ///
     /// ```
     /// use bds_core::Options;
@@ -369,7 +390,8 @@ impl Backend {
     /// #     graph.create_image(image).await?;
     /// # }
     /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
-    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
     /// let top = graph.open(Options::parse(layer)?).await?;
     /// let source = Backend::new(&base, BackendOptions::default())?;
     /// let target = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
@@ -410,11 +432,12 @@ impl Backend {
     /// use bds_core::graph::BlockOps;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
-    /// let change = Truncate { len: 2 << 20, exact: true, prealloc: Prealloc::Off, zero_new: false };
+    /// let change = Truncate::to(2 << 20);
     /// let blocker = disk.block(BlockOps::RESIZE, "a backup runs");
     /// let error = guest.truncate(change).await.unwrap_err();
     /// assert_eq!(error.to_string(), "node 'disk': resize is not possible now: a backup runs");
@@ -436,7 +459,8 @@ impl Backend {
         bds_io::spawn_now(work).await
     }
 
-    /// Block status of `offset..` at the top layer alone. The run's `map` names a child of that layer.
+    /// Block status of `offset..` at the top layer alone. The run's `map` names a child of that
+    /// layer.
     ///
     /// ```
     /// use bds_core::Options;
@@ -455,7 +479,8 @@ impl Backend {
     /// #     graph.create_image(image).await?;
     /// # }
     /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
-    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
     /// let top = graph.open(Options::parse(layer)?).await?;
     /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
     /// guest.write_at(65536, b"hello")?;
@@ -498,7 +523,8 @@ impl Backend {
     /// #     graph.create_image(image).await?;
     /// # }
     /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
-    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
     /// let top = graph.open(Options::parse(layer)?).await?;
     /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
     /// guest.write_at(65536, b"hello")?;
@@ -520,8 +546,8 @@ impl Backend {
         self.status_to(Depth::All, offset, len, precision).await
     }
 
-    /// Block status of `offset..` in the layers above `base`, which is in the chain. Without `ALLOCATED`: none of them
-    /// decides it.
+    /// Block status of `offset..` in the layers above `base`, which is in the chain. Without
+    /// `ALLOCATED`: none of them decides it.
     ///
     /// ```
     /// use bds_core::Options;
@@ -540,7 +566,8 @@ impl Backend {
     /// #     graph.create_image(image).await?;
     /// # }
     /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
-    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
     /// let top = graph.open(Options::parse(layer)?).await?;
     /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
     /// let run = guest.status_above(base.id(), 0, 1 << 20, Precision::Exact).await?;
@@ -592,7 +619,8 @@ impl Backend {
     /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
     /// #     graph.create_image(image).await?;
     /// # }
-    /// let empty = graph.open(Options::parse("driver=qcow2,file.driver=file,file.filename=image0.qcow2")?).await?;
+    /// let options = "driver=qcow2,file.driver=file,file.filename=image0.qcow2";
+    /// let empty = graph.open(Options::parse(options)?).await?;
     /// let guest = Backend::new(&empty, BackendOptions { writable: true, ..Default::default() })?;
     /// assert!(guest.is_zero(0, 1 << 20).await?, "nothing was written");
     /// guest.write_at(0, &[0; 512])?;
@@ -626,7 +654,8 @@ impl Backend {
     /// #     graph.create_image(image).await?;
     /// # }
     /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
-    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
     /// let top = graph.open(Options::parse(layer)?).await?;
     /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
     /// assert_eq!(guest.info().await?.backing_file, None, "no image names 'base': we did");
@@ -650,7 +679,8 @@ impl Backend {
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
@@ -669,13 +699,15 @@ impl Backend {
         .await
     }
 
-    /// Checks the image for leaks and corruption; changes nothing. `progress` gets (done, total) bytes of metadata.
+    /// Checks the image for leaks and corruption; changes nothing. `progress` gets (done, total)
+    /// bytes of metadata.
     ///
     /// ```
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
@@ -702,7 +734,8 @@ impl Backend {
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
@@ -727,7 +760,8 @@ impl Backend {
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
@@ -750,7 +784,8 @@ impl Backend {
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;

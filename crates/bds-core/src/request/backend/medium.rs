@@ -8,14 +8,15 @@ use crate::error::Result;
 use crate::graph::{BlockOps, Change, Expected, NodeRef, RootMove};
 
 impl Backend {
-    /// Inserts a medium. The backend takes a reference of its own. Turns writethrough mode on if the node's
-    /// `cache.writeback` is off, and never turns it off.
+    /// Inserts a medium. The backend takes a reference of its own. Turns writethrough mode on if
+    /// the node's `cache.writeback` is off, and never turns it off.
     ///
     /// ```
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
@@ -32,9 +33,9 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// Nothing has changed. `InUse`: there is a medium, or the permissions conflict with another user's (which is
-    /// named); `ReadOnly`, `Inactive`: the backend writes and the node cannot be written; `InvalidInput`: it belongs to
-    /// another graph.
+    /// Nothing has changed. `InUse`: there is a medium, or the permissions conflict with another
+    /// user's (which is named); `ReadOnly`, `Inactive`: the backend writes and the node cannot be
+    /// written; `InvalidInput`: it belongs to another graph.
     #[track_caller]
     pub fn insert(&self, node: &NodeRef) -> impl Future<Output = Result<()>> + Send + '_ {
         let root = RootMove::new(&self.graph, &self.inner.edge, Some(node));
@@ -47,7 +48,8 @@ impl Backend {
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
@@ -87,15 +89,16 @@ impl Backend {
         done.map(drop)
     }
 
-    /// Takes the medium out and returns a reference to it; `None` if there was none. Waits for requests in flight;
-    /// those that wait at the gate fail with `NoMedium`.
+    /// Takes the medium out and returns a reference to it; `None` if there was none. Waits for
+    /// requests in flight; those that wait at the gate fail with `NoMedium`.
     ///
     /// ```
     /// use bds_core::Options;
     /// use bds_core::graph::BlockOps;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
@@ -114,21 +117,23 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// Nothing has changed. `InUse`: [`BlockOps::EJECT`] is blocked, or the edge is frozen (the message says by what
-    /// and why).
+    /// Nothing has changed. `InUse`: [`BlockOps::EJECT`] is blocked, or the edge is frozen (the
+    /// message says by what and why).
     pub async fn eject(&self) -> Result<Option<NodeRef>> {
         self.take_out(BlockOps::EJECT).await
     }
 
-    /// Takes the medium away from the user of the backend: QEMU's `drive_del`. A device stays attached: its handle is
-    /// valid, and its requests fail with `NoMedium`. Sets [`ErrorPolicies::REPORT`] and resumes stopped requests, which
-    /// then fail. Without a medium it does only that.
+    /// Takes the medium away from the user of the backend: QEMU's `drive_del`. A device stays
+    /// attached: its handle is valid, and its requests fail with `NoMedium`. Sets
+    /// [`ErrorPolicies::REPORT`] and resumes stopped requests, which then fail. Without a medium it
+    /// does only that.
     ///
     /// ```
     /// use bds_core::request::{Backend, BackendOptions};
     /// use bds_core::{ErrorKind, Options};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
@@ -144,7 +149,8 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// Nothing has changed. `InUse`: [`BlockOps::DELETE`] is blocked on the medium, or the edge is frozen.
+    /// Nothing has changed. `InUse`: [`BlockOps::DELETE`] is blocked on the medium, or the edge is
+    /// frozen.
     pub async fn revoke(&self) -> Result<()> {
         let this = self.clone();
         bds_io::spawn_now(async move { this.revoke_here().await }).await
@@ -158,7 +164,8 @@ impl Backend {
         Ok(())
     }
 
-    /// Returns a reference to the node that was taken out, also if the medium is changed concurrently.
+    /// Returns a reference to the node that was taken out, also if the medium is changed
+    /// concurrently.
     async fn take_out(&self, blockers: BlockOps) -> Result<Option<NodeRef>> {
         loop {
             let Some(medium) = self.node() else { return Ok(None) };
@@ -178,14 +185,15 @@ impl Backend {
 }
 
 impl Change {
-    /// Inserts a medium into a backend that has none by then. [`Backend::insert`] as part of a larger change; leaves
-    /// writethrough mode as it is.
+    /// Inserts a medium into a backend that has none by then. [`Backend::insert`] as part of a
+    /// larger change; leaves writethrough mode as it is.
     ///
     /// ```
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
@@ -209,7 +217,8 @@ impl Change {
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;

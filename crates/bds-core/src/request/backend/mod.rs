@@ -1,8 +1,8 @@
 //! Backends: the entry of a device, a job, an export or a tool into the graph.
 //!
-//! A backend has a medium, the node at its root, or none. It references that node through an edge, refuses requests
-//! past the end, counts requests, applies the user's policy to failures, and flushes after every write in writethrough
-//! mode. Many threads may use one at once.
+//! A backend has a medium, the node at its root, or none. It references that node through an edge,
+//! refuses requests past the end, counts requests, applies the user's policy to failures, and
+//! flushes after every write in writethrough mode. Many threads may use one at once.
 //!
 //! ```text
 //! registry   names, the monitor's list         medium    insert, eject, replace, revoke
@@ -11,9 +11,9 @@
 //! drain      waits until none is in flight     progress  passes progress from a request's task to its caller
 //! ```
 //!
-//! **A handle is a reference**: the backend, and its reference to the node, end with the last one, at once. A request
-//! in flight has one of its own, so it does not depend on its caller. A handle stays valid whatever happens to the
-//! medium: without one, requests fail with `NoMedium`.
+//! **A handle is a reference**: the backend, and its reference to the node, end with the last one,
+//! at once. A request in flight has one of its own, so it does not depend on its caller. A handle
+//! stays valid whatever happens to the medium: without one, requests fail with `NoMedium`.
 
 mod device;
 mod drain;
@@ -47,11 +47,12 @@ pub struct BackendOptions {
     pub writable: bool,
     /// What other users may do with the node meanwhile. Everything by default.
     pub shared: Perm,
-    /// The policy when the medium fails. `None`: [`ErrorPolicies::default`] while a device is attached,
-    /// [`ErrorPolicies::REPORT`] otherwise, because a tool does not resume stopped requests.
+    /// The policy when the medium fails. `None`: [`ErrorPolicies::default`] while a device is
+    /// attached, [`ErrorPolicies::REPORT`] otherwise, because a tool does not resume stopped
+    /// requests.
     pub policy: Option<ErrorPolicies>,
-    /// True if [`Graph::backend`] finds it by its name. Such a name shares the namespace of node names: it must be
-    /// free, and is taken as long as the backend lives.
+    /// True if [`Graph::backend`] finds it by its name. Such a name shares the namespace of node
+    /// names: it must be free, and is taken as long as the backend lives.
     pub claims_name: bool,
 }
 
@@ -82,8 +83,9 @@ impl BackendOptions {
     }
 }
 
-/// A handle to a backend, through which a user reads and writes a node. A clone is another reference to the same
-/// backend. Dropping the last one releases the node at once, without I/O; flush first.
+/// A handle to a backend, through which a user reads and writes a node. A clone is another
+/// reference to the same backend. Dropping the last one releases the node at once, without I/O;
+/// flush first.
 #[derive(Clone)]
 pub struct Backend {
     inner: Arc<Inner>,
@@ -91,7 +93,8 @@ pub struct Backend {
     graph: Graph,
 }
 
-/// The backend behind its handles. Has no reference to its graph, whose list of backends may hold it.
+/// The backend behind its handles. Has no reference to its graph, whose list of backends may hold
+/// it.
 struct Inner {
     edge: Arc<Edge>,
     stats: Stats,
@@ -102,8 +105,8 @@ struct Inner {
     events: EventHub,
 }
 
-/// The backend's state apart from the request path. Its lock is held for a few instructions and no other lock is taken
-/// under it.
+/// The backend's state apart from the request path. Its lock is held for a few instructions and no
+/// other lock is taken under it.
 struct State {
     /// `None`: depends on whether a device is attached.
     policies: Option<ErrorPolicies>,
@@ -135,16 +138,20 @@ impl Inner {
 }
 
 impl Backend {
-    /// Makes a backend of `node`. It is in writethrough mode if the node's `cache.writeback` is off.
+    /// Makes a backend of `node`. It is in writethrough mode if the node's `cache.writeback` is
+    /// off.
     ///
     /// ```
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
-    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M,read-only=on")?).await?;
-    /// let guest = Backend::new(&disk, BackendOptions { name: "guest".into(), ..Default::default() })?;
+    /// let options = "driver=mem,node-name=disk,size=1M,read-only=on";
+    /// let disk = graph.open(Options::parse(options)?).await?;
+    /// let options = BackendOptions { name: "guest".into(), ..Default::default() };
+    /// let guest = Backend::new(&disk, options)?;
     /// drop(disk);
     /// assert_eq!(guest.len(), 1 << 20, "the backend keeps the node");
     ///
@@ -158,8 +165,9 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// Nothing has changed. `ReadOnly`, `Inactive`: it is to write and the node cannot be written; `InUse`: its
-    /// permissions conflict with another user's (both are named); `AlreadyExists`, `InvalidInput`: the name it claims.
+    /// Nothing has changed. `ReadOnly`, `Inactive`: it is to write and the node cannot be written;
+    /// `InUse`: its permissions conflict with another user's (both are named); `AlreadyExists`,
+    /// `InvalidInput`: the name it claims.
     #[track_caller]
     pub fn new(node: &NodeRef, options: BackendOptions) -> Result<Backend> {
         if options.writable && !node.could_write() {
@@ -169,7 +177,8 @@ impl Backend {
         Self::make(node.graph(), Some(node), options)
     }
 
-    /// Makes a backend without a medium: an empty drive. Its permissions are checked when a medium is inserted.
+    /// Makes a backend without a medium: an empty drive. Its permissions are checked when a medium
+    /// is inserted.
     ///
     /// ```
     /// # use std::sync::Arc;
@@ -254,7 +263,8 @@ impl Backend {
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
@@ -278,7 +288,8 @@ impl Backend {
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
@@ -314,17 +325,20 @@ impl Backend {
     /// #     graph.create_image(image).await?;
     /// # }
     /// # let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
-    /// # let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,backing=base";
+    /// # let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    /// #     backing=base";
     /// # let top = graph.open(Options::parse(layer)?).await?;
-    /// let shared = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED; // others may not write below 'top'
+    /// // Others may not write below 'top'.
+    /// let shared = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED;
     /// let reader = Backend::new(&top, BackendOptions { shared, ..Default::default() })?;
     /// assert_eq!(reader.access(), Access { perm: Perm::CONSISTENT_READ, shared });
     ///
     /// let writer = BackendOptions { writable: true, ..BackendOptions::registered("guest") };
     /// assert_eq!(
     ///     Backend::new(&base, writer).unwrap_err().to_string(),
-    ///     "node 'base': backend 'guest' uses it for 'write, resize', which edge 'top.backing' does not \
-    ///      allow (it allows: consistent-read, write-unchanged); let one of them go, or let the second \
+    ///     "node 'base': backend 'guest' uses it for 'write, resize', which edge 'top.backing' \
+    ///      does not allow (it allows: consistent-read, write-unchanged); let one of them go, or \
+    ///      let the second \
     ///      share more"
     /// );
     /// # Ok::<(), bds_core::Error>(())
@@ -343,7 +357,8 @@ impl Backend {
     /// use bds_core::request::{Backend, BackendOptions};
     /// use bds_core::{ErrorKind, Options};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let picky = BackendOptions { shared: Perm::CONSISTENT_READ, ..Default::default() };
@@ -361,8 +376,8 @@ impl Backend {
     /// ```
     ///
     /// # Errors
-    /// Nothing has changed. `InUse`, `ReadOnly`, `Inactive`, as [`Backend::new`]. Fewer permissions cannot fail, nor
-    /// any without a medium.
+    /// Nothing has changed. `InUse`, `ReadOnly`, `Inactive`, as [`Backend::new`]. Fewer permissions
+    /// cannot fail, nor any without a medium.
     pub async fn set_access(&self, perm: Perm, shared: Perm) -> Result<()> {
         let access = Access { perm, shared };
         self.graph.change().set_access(&self.inner.edge, access).commit().await.map(drop)
@@ -380,7 +395,8 @@ impl Backend {
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,size=1M,cache.writeback=off")?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;

@@ -2,8 +2,8 @@
 //!
 //! `report` returns the error, `ignore` pretends success, `stop` holds requests until `resume`.
 //!
-//! Only failures of the medium are subject to this. A missing medium, and a request that was invalid or not permitted,
-//! are always reported.
+//! Only failures of the medium are subject to this. A missing medium, and a request that was
+//! invalid or not permitted, are always reported.
 
 use super::{Backend, Inner};
 use crate::error::{Error, ErrorKind};
@@ -24,8 +24,8 @@ pub enum ErrorPolicy {
     Enospc,
 }
 
-/// Error policies of a backend: one for reads, one for writes and flushes. The default is that of QEMU's drives: reads
-/// report, writes stop when space runs out.
+/// Error policies of a backend: one for reads, one for writes and flushes. The default is that of
+/// QEMU's drives: reads report, writes stop when space runs out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ErrorPolicies {
     /// `rerror`.
@@ -75,8 +75,8 @@ impl Backend {
         self.inner.state().policies()
     }
 
-    /// Sets the error policies, with or without a device, until a device detaches. Stopped requests go on waiting for
-    /// [`Backend::resume`]: a caller that sets `Stop` has to provide for that.
+    /// Sets the error policies, with or without a device, until a device detaches. Stopped requests
+    /// go on waiting for [`Backend::resume`]: a caller that sets `Stop` has to provide for that.
     ///
     /// ```
     /// # use std::sync::Arc;
@@ -99,16 +99,19 @@ impl Backend {
         self.inner.state().io_status
     }
 
-    /// Resumes stopped requests: resets [`Backend::io_status`], repeats the requests that failed and lets later ones
-    /// go.
+    /// Resumes stopped requests: resets [`Backend::io_status`], repeats the requests that failed
+    /// and lets later ones go.
     ///
     /// ```
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions, ErrorPolicies, ErrorPolicy, IoStatus};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
-    /// let disk = graph.open(Options::parse("driver=blkdebug,node-name=disk,image.driver=mem,image.size=1M,inject-error.0.iotype=flush")?).await?;
+    /// let text = "driver=blkdebug,node-name=disk,image.driver=mem,image.size=1M,\
+    ///     inject-error.0.iotype=flush";
+    /// let disk = graph.open(Options::parse(text)?).await?;
     /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
     /// guest.set_policies(ErrorPolicies { write: ErrorPolicy::Stop, ..ErrorPolicies::REPORT });
     /// guest.write_at(0, b"hello")?;
@@ -118,7 +121,7 @@ impl Backend {
     /// assert_eq!(guest.io_status(), IoStatus::Failed, "the request waits for us");
     ///
     /// guest.set_policies(ErrorPolicies::REPORT);
-    /// guest.resume(); // tried again, and told this time
+    /// guest.resume(); // tried again, and reported this time
     /// assert!(flush.await.is_err());
     /// # Ok::<(), bds_core::Error>(())
     /// # })?;
@@ -137,14 +140,15 @@ impl Inner {
             state.io_status = IoStatus::Ok;
             std::mem::take(&mut state.is_stopped)
         };
-        // Outside the lock, because this wakes waiters. A stop in between has closed the gate once more.
+        // Outside the lock, because this wakes waiters. A stop in between has closed the gate once
+        // more.
         if was_stopped {
             self.edge.open_gate();
         }
     }
 
-    /// Decides what happens to a failed request, emits the event and closes the gate for `Stop`. The request is still
-    /// in flight.
+    /// Decides what happens to a failed request, emits the event and closes the gate for `Stop`.
+    /// The request is still in flight.
     #[cold]
     pub(super) fn apply_policy(&self, operation: Operation, error: &Error) -> ErrorAction {
         if !is_medium_failure(error) {
@@ -189,7 +193,8 @@ fn action_for(policy: ErrorPolicy, nospace: bool) -> ErrorAction {
     }
 }
 
-/// True if the medium failed. False if there is none, or if the request was invalid, refused or cancelled.
+/// True if the medium failed. False if there is none, or if the request was invalid, refused or
+/// cancelled.
 fn is_medium_failure(error: &Error) -> bool {
     use ErrorKind::{
         Cancelled, Inactive, InvalidInput, NoMedium, NotSupported, OutOfRange, PermissionDenied,

@@ -1,7 +1,8 @@
 //! Passes progress from a request's task to its caller's callback.
 //!
-//! The callback borrows from the caller, so the task cannot call it. The task stores its latest figures here, and the
-//! caller's future passes them on when it is polled. Figures in between may be skipped, the last ones never.
+//! The callback borrows from the caller, so the task cannot call it. The task stores its latest
+//! figures here, and the caller's future passes them on when it is polled. Figures in between may
+//! be skipped, the last ones never.
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;

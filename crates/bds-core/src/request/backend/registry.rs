@@ -1,8 +1,10 @@
-//! Registers backends with the graph: finds them by name, lists them, and lets the monitor own some.
+//! Registers backends with the graph: finds them by name, lists them, and lets the monitor own
+//! some.
 //!
-//! A backend's name is informative only, unless it was made with [`super::BackendOptions::claims_name`]: a tool may
-//! open ten backends "cli" at once, or some without a name. A claimed name shares the namespace of node names, checked
-//! from both sides, and is free again once the last handle is dropped.
+//! A backend's name is informative only, unless it was made with
+//! [`super::BackendOptions::claims_name`]: a tool may open ten backends "cli" at once, or some
+//! without a name. A claimed name shares the namespace of node names, checked from both sides, and
+//! is free again once the last handle is dropped.
 
 use std::any::Any;
 use std::sync::atomic::Ordering;
@@ -66,7 +68,8 @@ impl Backend {
     /// use bds_core::driver::OpenFlags;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
@@ -124,7 +127,8 @@ impl Graph {
     /// ```
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let one = Backend::empty(&graph, BackendOptions::registered("cd0"))?;
     /// let two = Backend::empty(&graph, BackendOptions::default())?;
@@ -139,12 +143,14 @@ impl Graph {
         self.backend_entries().into_iter().filter_map(|entry| backend(self, entry)).collect()
     }
 
-    /// Moves a handle to the monitor's list: the backend lives at least until [`Graph::del_backend`].
+    /// Moves a handle to the monitor's list: the backend lives at least until
+    /// [`Graph::del_backend`].
     ///
     /// ```
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// graph.own_backend(Backend::empty(&graph, BackendOptions::registered("cd0"))?)?;
     /// assert_eq!(graph.backend("cd0")?.name(), "cd0", "we hold nothing, the monitor does");
@@ -159,8 +165,8 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// `AlreadyExists`: it is on the list; `InvalidInput`: the backend does not claim a name, or is another graph's.
-    /// The handle is dropped.
+    /// `AlreadyExists`: it is on the list; `InvalidInput`: the backend does not claim a name, or is
+    /// another graph's. The handle is dropped.
     pub fn own_backend(&self, backend: Backend) -> Result<()> {
         let Backend { inner, graph } = backend;
         let owned = self.own_backend_entry(inner);
@@ -168,9 +174,9 @@ impl Graph {
         owned
     }
 
-    /// Removes a backend from the monitor's list. [`Release::Last`]: that was its last handle, so it is gone and its
-    /// reference to the medium with it. Otherwise other handles keep it and its name; [`Backend::revoke`] takes their
-    /// medium away.
+    /// Removes a backend from the monitor's list. [`Release::Last`]: that was its last handle, so
+    /// it is gone and its reference to the medium with it. Otherwise other handles keep it and its
+    /// name; [`Backend::revoke`] takes their medium away.
     ///
     /// ```
     /// # use std::sync::Arc;
@@ -188,8 +194,8 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// Nothing has changed. `NotFound`; `InvalidInput`: it is not on the list; `InUse`: a device is attached (it is
-    /// named), or [`crate::graph::BlockOps::DELETE`] is blocked on its medium.
+    /// Nothing has changed. `NotFound`; `InvalidInput`: it is not on the list; `InUse`: a device is
+    /// attached (it is named), or [`crate::graph::BlockOps::DELETE`] is blocked on its medium.
     pub fn del_backend(&self, name: &str) -> Result<Release> {
         let owned = self.disown_backend_entry(name)?;
         // Of handles that are dropped at the same time, exactly one gets the backend itself.
@@ -197,14 +203,15 @@ impl Graph {
         Ok(if inner.is_some() { Release::Last } else { Release::NotLast })
     }
 
-    /// Describes all backends as `query-block` does, as far as the facts are known here. Implicit filters are not
-    /// shown.
+    /// Describes all backends as `query-block` does, as far as the facts are known here. Implicit
+    /// filters are not shown.
     ///
     /// ```
     /// use bds_core::Options;
     /// use bds_core::request::{Backend, BackendOptions};
     ///
-    /// # let graph = bds_core::graph::Graph::new(bds_core::graph::GraphConfig::new(bds_drivers::registry().into()));
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
     /// # bds_io::block_on(async {
     /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
     /// let drive = Backend::empty(&graph, BackendOptions::registered("cd0"))?;

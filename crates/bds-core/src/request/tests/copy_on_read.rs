@@ -151,7 +151,8 @@ fn a_read_fails_if_its_copy_cannot_be_written() {
     });
 }
 
-/// The guest writes what is being copied; whether the reader waits or was dropped, the old bytes never come back.
+/// The guest writes what is being copied; whether the reader waits or was dropped, the old bytes
+/// never come back.
 #[test]
 fn a_concurrent_write_is_not_overwritten_by_the_copy() {
     for seed in 0..200 {

@@ -1,4 +1,5 @@
-//! Tests that closes, reaps and the end of a graph wait for detached operations, whose requests were dropped.
+//! Tests that closes, reaps and the end of a graph wait for detached operations, whose requests
+//! were dropped.
 
 use std::sync::Arc;
 
@@ -110,7 +111,8 @@ fn dropping_the_graph_waits_for_a_detached_write() {
     });
 }
 
-/// The child has a detached write; the parent's close waits for it, and the child is closed with its parent.
+/// The child has a detached write; the parent's close waits for it, and the child is closed with
+/// its parent.
 #[test]
 fn close_waits_for_a_detached_write_of_a_child() {
     for seed in 0..20 {

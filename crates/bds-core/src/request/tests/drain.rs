@@ -144,8 +144,8 @@ fn drain_does_not_wait_for_a_poisoned_medium() {
     });
 }
 
-/// Another thread is in the middle of an inline write, which is not counted as in flight; the drain waits for it all
-/// the same.
+/// Another thread is in the middle of an inline write, which is not counted as in flight; the drain
+/// waits for it all the same.
 #[test]
 fn a_drain_waits_for_inline_requests_of_other_threads() {
     bds_io::block_on(async {

@@ -1,4 +1,5 @@
-//! Tests what is durable: writes through a writethrough backend, and closes after writes and failed flushes.
+//! Tests what is durable: writes through a writethrough backend, and closes after writes and failed
+//! flushes.
 
 use crate::driver::{Attempt, WriteFlags, ZeroFlags};
 use crate::error::ErrorKind;

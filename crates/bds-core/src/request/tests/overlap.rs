@@ -1,4 +1,5 @@
-//! Tests overlapping requests over thousands of schedules: no byte is lost, no request hangs or stays registered.
+//! Tests overlapping requests over thousands of schedules: no byte is lost, no request hangs or
+//! stays registered.
 
 use std::sync::Arc;
 
@@ -19,7 +20,8 @@ fn slow(align: u32) -> Config {
     }
 }
 
-/// Each of 16 tasks writes its own byte of one or two blocks, which all must be read and written back.
+/// Each of 16 tasks writes its own byte of one or two blocks, which all must be read and written
+/// back.
 #[test]
 fn overlapping_widened_writes_never_lose_bytes() {
     for seed in 0..1000 {
@@ -234,7 +236,8 @@ fn park_on<F: Future>(future: F) -> F::Output {
     }
 }
 
-/// Real threads: widened writes, inline and waiting ones, and reads of one block, each thread with its own bytes.
+/// Real threads: widened writes, inline and waiting ones, and reads of one block, each thread with
+/// its own bytes.
 #[test]
 fn threads_never_lose_bytes_to_each_other() {
     const THREADS: u8 = 4;

@@ -30,7 +30,8 @@ fn writing(disk: &Backend, offset: u64) -> bds_io::Task<crate::Result<()>> {
     bds_io::spawn(async move { disk.write(offset, iov(&[1; 16], 1), NONE).await })
 }
 
-/// A device gets QEMU's defaults; a tool, which could not decide, gets every error and is never stopped.
+/// A device gets QEMU's defaults; a tool, which could not decide, gets every error and is never
+/// stopped.
 #[test]
 fn defaults_depend_on_whether_there_is_a_device() {
     run(8, async {
@@ -176,7 +177,8 @@ fn a_request_that_fails_again_stops_again() {
     });
 }
 
-/// All are inside when the first fails: the gate is closed once, and one decision opens it. The first failure is shown.
+/// All are inside when the first fails: the gate is closed once, and one decision opens it. The
+/// first failure is shown.
 #[test]
 fn requests_that_fail_at_once_wait_for_one_decision() {
     run(9, async {

@@ -124,7 +124,8 @@ fn is_zero_looks_through_the_chain() {
 
 #[test]
 fn raw_and_recurse_mappings_are_followed() {
-    // the format's answer, the file's (4096 bytes, data but for 1024..2048): length, flags, host offset
+    // the format's answer, the file's (4096 bytes, data but for 1024..2048): length, flags, host
+    // offset
     let zeros = vec![(1024..2048, ZERO, None)];
     let file_of = |answer: Answer| {
         let zeros = zeros.clone();

@@ -1,4 +1,5 @@
-//! Tests requests whose futures are not polled again, as `select!` keeps them, or leaked: all other users go on.
+//! Tests requests whose futures are not polled again, as `select!` keeps them, or leaked: all other
+//! users go on.
 //!
 //! A simulation in which a task waits for ever is a deadlock, and panics.
 
@@ -174,7 +175,8 @@ fn a_leaked_request_blocks_no_other_and_completes() {
     }
 }
 
-/// A drain that is not polled takes its section all the same. Only requests of the node itself wait.
+/// A drain that is not polled takes its section all the same. Only requests of the node itself
+/// wait.
 #[test]
 fn an_unpolled_drain_takes_its_section_and_blocks_no_change() {
     let mut waited = 0;
@@ -218,7 +220,8 @@ fn an_unpolled_drain_takes_its_section_and_blocks_no_change() {
     assert!(waited >= 10, "a write was inside in {waited} of 50 runs");
 }
 
-/// The task and the future in it are one allocation, which async-task makes of less than 2048 bytes.
+/// The task and the future in it are one allocation, which async-task makes of less than 2048
+/// bytes.
 #[test]
 fn requests_are_small_enough_for_one_allocation() {
     let setup = setup(1);

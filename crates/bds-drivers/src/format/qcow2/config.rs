@@ -1,4 +1,5 @@
-//! The open options of an image, as QEMU names them and some of ours, and the configuration they result in.
+//! The open options of an image, as QEMU names them and some of ours, and the configuration they
+//! result in.
 
 use bds_core::driver::OpenFlags;
 use bds_core::error::{Error, ErrorKind, Result};
@@ -12,7 +13,8 @@ use super::meta::budget::DirtyBudget;
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const DEFAULT_L2_CACHE_MAX: u64 = 32 * MIB;
-/// L2 tables that may be dirty before changes wait if no cache size was chosen, however small the image and its tables.
+/// L2 tables that may be dirty before changes wait if no cache size was chosen, however small the
+/// image and its tables.
 const MIN_DIRTY_L2: u64 = 16 * MIB;
 const DEFAULT_DECOMPRESSED_CACHE: u64 = 16 * MIB;
 /// When the L2 cache cannot hold all tables, small slices waste less of it.
@@ -204,7 +206,8 @@ pub(crate) struct Config {
 impl RequestedOptions {
     /// Takes the known options out of `options`.
     pub(crate) fn take(options: &mut Options) -> Result<Self> {
-        // Decides whether deleted snapshots' space is discarded; none are deleted here, so both values are accepted.
+        // Decides whether deleted snapshots' space is discarded; none are deleted here, so both
+        // values are accepted.
         options.take_bool("pass-discard-snapshot")?;
         Ok(Self {
             lazy_refcounts: options.take_bool("lazy-refcounts")?,
@@ -327,15 +330,15 @@ impl RequestedOptions {
         Ok((l2, refcount))
     }
 
-    /// How much may be dirty. A chosen size is kept. Without one small images get more than their tables take, so that
-    /// they are not written back one by one.
+    /// How much may be dirty. A chosen size is kept. Without one small images get more than their
+    /// tables take, so that they are not written back one by one.
     fn dirty_budget(&self, cluster0: &Cluster0, l2: u64, refcount: u64) -> DirtyBudget {
         let is_chosen = self.total.or(self.l2).or(self.refcount).is_some();
-        let room = if is_chosen { l2 } else { l2.max(MIN_DIRTY_L2) };
+        let space = if is_chosen { l2 } else { l2.max(MIN_DIRTY_L2) };
         // Tables that all fit never have to go: to write them early gains nothing.
         let covers = l2 >= all_l2(cluster0);
-        let spare = if covers { (room + refcount / 2).min(MIN_DIRTY_L2 / 2) } else { 0 };
-        DirtyBudget { begin: bytes(spare.max(room / 2)), full: bytes(room + refcount) }
+        let spare = if covers { (space + refcount / 2).min(MIN_DIRTY_L2 / 2) } else { 0 };
+        DirtyBudget { begin: bytes(spare.max(space / 2)), full: bytes(space + refcount) }
     }
 
     fn slice_len(&self, cluster0: &Cluster0, l2_bytes: u64) -> Result<usize> {

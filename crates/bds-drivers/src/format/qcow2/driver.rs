@@ -1,4 +1,5 @@
-//! Implements the driver contract for qcow2 by delegation to [`Image`], and writes back everything at flush and close.
+//! Implements the driver contract for qcow2 by delegation to [`Image`], and writes back everything
+//! at flush and close.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -198,8 +199,8 @@ impl Driver for Qcow2 {
         let mut access =
             Access::of_child(if is_metadata_only { role - Role::DATA } else { role }, node);
         if name == "data-file" && node.is_writable && node.is_active {
-            // Freed clusters are discarded there once no request can read them any more, also after the last user has
-            // left.
+            // Freed clusters are discarded there once no request can read them any more, also after
+            // the last user has left.
             access.perm |= Perm::changes();
         }
         access
@@ -316,8 +317,9 @@ impl Image {
         Ok(())
     }
 
-    /// Writes back everything, releases freed clusters and clears the dirty bit, as a clean close leaves an image. Also
-    /// reports an earlier write-back that failed, if no flush has reported it.
+    /// Writes back everything, releases freed clusters and clears the dirty bit, as a clean close
+    /// leaves an image. Also reports an earlier write-back that failed, if no flush has reported
+    /// it.
     pub(super) async fn write_back_all(self: &Arc<Self>) -> Result<()> {
         let finished = self.write_all_and_clear_dirty_bit().await;
         finished.and(self.take_write_back_error())

@@ -1,7 +1,8 @@
-//! Reads bytes of the image file for parsers (open, check, info): single ranges, tables of words, cluster 0.
+//! Reads bytes of the image file for parsers (open, check, info): single ranges, tables of words,
+//! cluster 0.
 //!
-//! Nothing is cached between calls of [`read_bytes`]; a [`Window`] keeps the last range, so that small records of a
-//! table cost one read for many.
+//! Nothing is cached between calls of [`read_bytes`]; a [`Window`] keeps the last range, so that
+//! small records of a table cost one read for many.
 
 use bds_core::driver::{ChildPort, ReadFlags};
 use bds_core::error::{Error, ErrorKind, Result};

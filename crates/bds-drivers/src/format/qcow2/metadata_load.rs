@@ -1,8 +1,9 @@
-//! Reads the metadata that an open image keeps in memory: the L1 table; for writers also the refcount table and the set
-//! of metadata clusters.
+//! Reads the metadata that an open image keeps in memory: the L1 table; for writers also the
+//! refcount table and the set of metadata clusters.
 //!
-//! It is read as a whole beside what is in memory, and replaces it in one step that cannot fail ([`Image::install`]):
-//! at open, when an image becomes writable, and when it is activated again. Nothing is written here.
+//! It is read as a whole beside what is in memory, and replaces it in one step that cannot fail
+//! ([`Image::install`]): at open, when an image becomes writable, and when it is activated again.
+//! Nothing is written here.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -48,7 +49,8 @@ pub(crate) struct LoadedMetadata {
 }
 
 impl LoadedMetadata {
-    /// Reads the metadata. For a writer also what only it needs, and refuses an image that must not be written.
+    /// Reads the metadata. For a writer also what only it needs, and refuses an image that must not
+    /// be written.
     pub(crate) async fn read(
         file: &dyn ChildPort,
         cluster0: Cluster0,
@@ -133,8 +135,8 @@ impl Meta {
 }
 
 impl Image {
-    /// Replaces all metadata in memory by `loaded`. No request is in flight, no task is running, and nothing
-    /// is waiting to be written.
+    /// Replaces all metadata in memory by `loaded`. No request is in flight, no task is running,
+    /// and nothing is waiting to be written.
     pub(crate) fn install(&self, loaded: LoadedMetadata) {
         let LoadedMetadata { cluster0, l1, reftable, metadata, file_len } = loaded;
         let mut meta = self.meta();

@@ -14,8 +14,8 @@
 //! manage/   create, measure, resize, reopen, snapshots, bitmaps, info
 //! ```
 //!
-//! **Only `meta/write_back.rs` decides the order of metadata writes. No lock is held across I/O.** Why a crash leaves at most leaks:
-//! docs/qcow2.md.
+//! **Only `meta/write_back.rs` decides the order of metadata writes. No lock is held across I/O.**
+//! Why a crash leaves at most leaks: docs/qcow2.md.
 
 mod alloc;
 mod check;

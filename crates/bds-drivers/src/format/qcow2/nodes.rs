@@ -1,10 +1,10 @@
 //! The child nodes of an image, each wrapped so that it takes offsets of its own address space only
 //! (`layout/space.rs`).
 //!
-//! A number in one space means nothing in the other: a table freed in the image file and discarded at the same offset of
-//! the data file would destroy guest data. So [`MetaNode`] takes only the one type, [`DataNode`] only the other, and
-//! [`Space`](super::layout::space::Space) alone converts between them, where that is possible. A data cluster cannot be
-//! discarded where metadata was:
+//! A number in one space means nothing in the other: a table freed in the image file and discarded
+//! at the same offset of the data file would destroy guest data. So [`MetaNode`] takes only the one
+//! type, [`DataNode`] only the other, and [`Space`](super::layout::space::Space) alone converts
+//! between them, where that is possible. A data cluster cannot be discarded where metadata was:
 //!
 //! ```compile_fail,E0308
 //! use bds_drivers::format::qcow2::fuzzing::{DataNode, MetaOffset};
@@ -29,7 +29,12 @@
 //! ```
 //! use bds_drivers::format::qcow2::fuzzing::{DataNode, DataOffset, MetaNode, MetaOffset};
 //!
-//! fn discard(file: &MetaNode, freed_table: MetaOffset, data: DataNode<'_>, freed_cluster: DataOffset) {
+//! fn discard(
+//!     file: &MetaNode,
+//!     freed_table: MetaOffset,
+//!     data: DataNode<'_>,
+//!     freed_cluster: DataOffset,
+//! ) {
 //!     let _ = file.discard(freed_table, 512);
 //!     let _ = data.discard(freed_cluster, 512);
 //! }
@@ -98,7 +103,8 @@ impl MetaNode {
     }
 }
 
-/// The node that holds data clusters: the image file, or its external data file. Takes offsets of data only.
+/// The node that holds data clusters: the image file, or its external data file. Takes offsets of
+/// data only.
 #[derive(Clone, Copy, Debug)]
 pub struct DataNode<'a> {
     child: &'a Child,

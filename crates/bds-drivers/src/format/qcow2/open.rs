@@ -1,7 +1,7 @@
 //! Opens an image: header, children, tables, and for writers the set of metadata clusters.
 //!
-//! Nothing is written here, whatever fails. What a writer must do first (clear autoclear bits) waits for the first
-//! write.
+//! Nothing is written here, whatever fails. What a writer must do first (clear autoclear bits)
+//! waits for the first write.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;

@@ -1,5 +1,5 @@
-//! The result of an operation under the lock of `Meta`: a value, or what must be loaded or awaited before it can run
-//! again.
+//! The result of an operation under the lock of `Meta`: a value, or what must be loaded or awaited
+//! before it can run again.
 
 use std::sync::Arc;
 

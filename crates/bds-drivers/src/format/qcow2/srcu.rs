@@ -1,20 +1,22 @@
-//! Sleepable RCU: lets a freed cluster be reused only after all readers that may still know its offset have finished.
+//! Sleepable RCU: lets a freed cluster be reused only after all readers that may still know its
+//! offset have finished.
 //!
-//! Readers and in-place writers follow L2 entries without a lock. One of them may hold the offset of a cluster while a
-//! discard or an overwrite removes the entry. If the cluster were reused at once, the reader would see other data, and
-//! the in-place writer would destroy it. So each of them takes a read lock ([`SrcuGuard`]) before it loads the entry
-//! and keeps it until its I/O at that offset is over; the task that frees removes the entry and then calls
-//! [`Srcu::synchronize`].
+//! Readers and in-place writers follow L2 entries without a lock. One of them may hold the offset
+//! of a cluster while a discard or an overwrite removes the entry. If the cluster were reused at
+//! once, the reader would see other data, and the in-place writer would destroy it. So each of them
+//! takes a read lock ([`SrcuGuard`]) before it loads the entry and keeps it until its I/O at that
+//! offset is over; the task that frees removes the entry and then calls [`Srcu::synchronize`].
 //!
-//! Readers are counted in two phases, so that a stream of new readers cannot hold up `synchronize`: new readers enter
-//! the current phase, `synchronize` switches the phase and waits for the other one to become empty. A reader may have
-//! read the phase before the switch and enter the old phase after `synchronize` looked; the *next* `synchronize` would
-//! then wait for the wrong phase. Switching twice, so that both phases are seen empty, closes that gap.
+//! Readers are counted in two phases, so that a stream of new readers cannot hold up `synchronize`:
+//! new readers enter the current phase, `synchronize` switches the phase and waits for the other
+//! one to become empty. A reader may have read the phase before the switch and enter the old phase
+//! after `synchronize` looked; the *next* `synchronize` would then wait for the wrong phase.
+//! Switching twice, so that both phases are seen empty, closes that gap.
 //!
-//! Why a reader that enters late is harmless: entering and looking are both read-modify-writes of the same counter. If
-//! the look comes first, the reader reads a value written by it (or later in its release sequence), so everything that
-//! preceded `synchronize`, the removal of the entry included, is visible to it. If the reader comes first,
-//! `synchronize` sees it and waits.
+//! Why a reader that enters late is harmless: entering and looking are both read-modify-writes of
+//! the same counter. If the look comes first, the reader reads a value written by it (or later in
+//! its release sequence), so everything that preceded `synchronize`, the removal of the entry
+//! included, is visible to it. If the reader comes first, `synchronize` sees it and waits.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -88,7 +90,8 @@ impl Srcu {
             if self.is_empty(phase) {
                 return;
             }
-            // Announce, then look again: a reader that leaves after this look sees the announcement.
+            // Announce, then look again: a reader that leaves after this look sees the
+            // announcement.
             self.is_waited_for.store(true, Ordering::SeqCst);
             if !self.is_empty(phase) {
                 // The one waiter; a permit given before we wait is kept.

@@ -7,12 +7,14 @@
 //!            meta: Mutex<Meta>                     everything that is changed to allocate, free, link
 //! ```
 //!
-//! The lock of `Meta` is a plain mutex held for computation only, never across an await and never during I/O. An
-//! operation that needs something that is not in memory returns [`NeedMeta`] before it has changed anything that must
-//! not stand alone; [`Image::plan`] loads what is missing and runs the operation again. What was loaded stays pinned
-//! until the operation succeeds, so it makes progress even with the smallest cache.
+//! The lock of `Meta` is a plain mutex held for computation only, never across an await and never
+//! during I/O. An operation that needs something that is not in memory returns [`NeedMeta`] before
+//! it has changed anything that must not stand alone; [`Image::plan`] loads what is missing and
+//! runs the operation again. What was loaded stays pinned until the operation succeeds, so it makes
+//! progress even with the smallest cache.
 //!
-//! Lock order: `release_lock`, `write_back_lock`, `meta`; inside `meta` only those of `decompressed`.
+//! Lock order: `release_lock`, `write_back_lock`, `meta`; inside `meta` only those of
+//! `decompressed`.
 
 use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
@@ -210,7 +212,8 @@ impl Image {
     }
 
     pub(crate) fn meta(&self) -> MetaGuard<'_> {
-        // A panic under the lock is a bug that is reported by itself; the data may be used to report it.
+        // A panic under the lock is a bug that is reported by itself; the data may be used to
+        // report it.
         let meta = self.meta.lock().unwrap_or_else(PoisonError::into_inner);
         MetaGuard { meta, levels: &self.levels }
     }
@@ -283,8 +286,8 @@ impl Image {
         self.fatal(&format!("{bad}, for guest offset {guest:#x}"), guest)
     }
 
-    /// The error of metadata that contradicts itself. A writable image is marked corrupt and fails all later requests;
-    /// a read-only one only fails this request.
+    /// The error of metadata that contradicts itself. A writable image is marked corrupt and fails
+    /// all later requests; a read-only one only fails this request.
     pub(crate) fn fatal(self: &Arc<Self>, what: &str, at: u64) -> Error {
         let mut error = Error::new(
             ErrorKind::Corrupt,
@@ -347,8 +350,8 @@ impl Image {
         }
     }
 
-    /// Before the first change, durably: marks bitmaps that become stale (O10), and clears the autoclear bits of
-    /// features that are not maintained (O13).
+    /// Before the first change, durably: marks bitmaps that become stale (O10), and clears the
+    /// autoclear bits of features that are not maintained (O13).
     pub(crate) async fn prepare_to_write(&self) -> Result<()> {
         self.check_usable()?;
         if self.write_state.may_write() {

@@ -1,11 +1,12 @@
 //! Tasks that run to completion although the future that started them is dropped.
 //!
-//! A request's future may be dropped at any await. It is polled until then: it is part of a task, not of the caller's
-//! future (`bds_core::request`), so a guard of `srcu` in it does not depend on the caller. Work that must not end with
-//! the request, because other requests wait for it (an allocation in flight, a table being loaded, metadata on its way
-//! to the disk), runs in a task of its own: [`detach_on_drop`]. An in-place write has no such waiters, but its bytes
-//! are on their way to clusters that must not be reused meanwhile; it is polled by its request and moves into a task
-//! only if it is dropped half-way: [`SpawnOnDrop`].
+//! A request's future may be dropped at any await. It is polled until then: it is part of a task,
+//! not of the caller's future (`bds_core::request`), so a guard of `srcu` in it does not depend on
+//! the caller. Work that must not end with the request, because other requests wait for it (an
+//! allocation in flight, a table being loaded, metadata on its way to the disk), runs in a task of
+//! its own: [`detach_on_drop`]. An in-place write has no such waiters, but its bytes are on their
+//! way to clusters that must not be reused meanwhile; it is polled by its request and moves into a
+//! task only if it is dropped half-way: [`SpawnOnDrop`].
 //!
 //! `bds_io::spawn_now` replaces neither: dropping its handle drops the future.
 
@@ -87,8 +88,8 @@ impl<T: Send + 'static> Drop for SpawnOnDrop<T> {
     }
 }
 
-/// Futures polled concurrently. Allocates nothing before the first push: most requests have one part, which needs no
-/// set.
+/// Futures polled concurrently. Allocates nothing before the first push: most requests have one
+/// part, which needs no set.
 #[derive(Debug)]
 pub(crate) struct LazyUnordered<F>(Option<FuturesUnordered<F>>);
 

@@ -1,4 +1,5 @@
-//! Whether an open image may be written: opened for writing, in use by this process, and prepared for the first write.
+//! Whether an open image may be written: opened for writing, in use by this process, and prepared
+//! for the first write.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

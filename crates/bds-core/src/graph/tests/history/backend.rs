@@ -76,7 +76,8 @@ fn record_of_a_drive_lives_as_long_as_the_drive() {
         let device = drive.unwrap().attach_device("ide0").unwrap();
         reading(device.backend()).await.unwrap();
         let medium = device.backend().eject().await.unwrap().unwrap();
-        // Name, device, counts and policies belong to the drive and need no node; the node needs no drive.
+        // Name, device, counts and policies belong to the drive and need no node; the node needs no
+        // drive.
         let drive = fixture.graph.backend("d0").unwrap();
         assert_eq!(drive.device().as_deref(), Some("ide0"));
         assert_eq!(drive.stats().totals(crate::stats::Operation::Read).ops, 1);
@@ -120,7 +121,8 @@ fn uaf_eject_during_a_flush() {
     });
 }
 
-/// Row 5: the edge was freed first and the field cleared later; a drain of everything in between read it.
+/// Row 5: the edge was freed first and the field cleared later; a drain of everything in between
+/// read it.
 #[test]
 fn uaf_drain_all_during_an_eject() {
     run(|fixture| async move {
@@ -142,8 +144,8 @@ fn uaf_drain_all_during_an_eject() {
     });
 }
 
-/// Row 7: a drain remembered the node at its root; a filter there was removed meanwhile, and the end of the drain went
-/// to a freed node.
+/// Row 7: a drain remembered the node at its root; a filter there was removed meanwhile, and the
+/// end of the drain went to a freed node.
 #[test]
 fn uaf_filter_removed_during_a_backends_drain() {
     run(|fixture| async move {
@@ -167,8 +169,8 @@ fn uaf_filter_removed_during_a_backends_drain() {
     });
 }
 
-/// Row 29: at refcount zero a drain ran a callback that took and released a reference; the second zero deleted the
-/// object again.
+/// Row 29: at refcount zero a drain ran a callback that took and released a reference; the second
+/// zero deleted the object again.
 #[test]
 fn resurrection_is_impossible_after_the_last_handle() {
     run(|fixture| async move {
@@ -217,8 +219,8 @@ fn hang_failed_requests_are_counted_out() {
     });
 }
 
-/// Row 48: a queued request counted as in flight, so the drain waited for a request that waited for the end of the
-/// drain.
+/// Row 48: a queued request counted as in flight, so the drain waited for a request that waited for
+/// the end of the drain.
 #[test]
 fn hang_queued_is_not_in_flight() {
     run(|fixture| async move {
@@ -315,8 +317,8 @@ fn hang_shutdown_ejects_after_exports_and_jobs_and_is_idempotent() {
     });
 }
 
-/// Row 53: code relied on a release destroying the backend at once to drop its permissions; an outer drain held it a
-/// little longer.
+/// Row 53: code relied on a release destroying the backend at once to drop its permissions; an
+/// outer drain held it a little longer.
 #[test]
 fn permissions_are_dropped_without_a_release() {
     run(|fixture| async move {
@@ -335,7 +337,8 @@ fn permissions_are_dropped_without_a_release() {
     });
 }
 
-/// Row 55: after an append, a subscriber of a backend was subscribed at one node and unsubscribed at another.
+/// Row 55: after an append, a subscriber of a backend was subscribed at one node and unsubscribed
+/// at another.
 #[test]
 fn subscriptions_follow_the_backend_and_not_the_node() {
     run(|fixture| async move {
@@ -414,7 +417,8 @@ fn implicit_filters_are_hidden_in_queries_of_backends() {
     });
 }
 
-/// A medium is revoked while requests of its device wait for a decision that nothing else would make.
+/// A medium is revoked while requests of its device wait for a decision that nothing else would
+/// make.
 #[test]
 fn hang_revoked_while_requests_are_stopped() {
     run(|fixture| async move {

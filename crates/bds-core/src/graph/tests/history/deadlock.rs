@@ -11,8 +11,9 @@ use crate::graph::{Access, BlockOps, ShutdownStage, Stoppable};
 use crate::test_kit::gate_port::{read, root};
 use crate::test_kit::scripted::Point;
 
-/// Row 43 (ac2ae233a0). Releasing a node under the graph's write lock closed it, closing polled, and polling took the
-/// lock again. Here a release decrements a count and takes no lock; neither does the drop of any guard.
+/// Row 43 (ac2ae233a0). Releasing a node under the graph's write lock closed it, closing polled,
+/// and polling took the lock again. Here a release decrements a count and takes no lock; neither
+/// does the drop of any guard.
 #[test]
 fn deadlock_release_under_the_graphs_lock() {
     run(|test| async move {
@@ -33,8 +34,9 @@ fn deadlock_release_under_the_graphs_lock() {
     });
 }
 
-/// Row 44 (b2ab5f545f). A coroutine could not release a node, because that took the write lock, for which a coroutine
-/// may not wait. Here a driver in the middle of a request releases the last reference to another node at once.
+/// Row 44 (b2ab5f545f). A coroutine could not release a node, because that took the write lock, for
+/// which a coroutine may not wait. Here a driver in the middle of a request releases the last
+/// reference to another node at once.
 #[test]
 fn deadlock_release_inside_a_request() {
     run(|test| async move {
@@ -105,17 +107,19 @@ async fn all_operations(test: ScriptedGraph) {
     test.graph.shutdown().await.check_leaks().unwrap();
 }
 
-/// Row 45 (80fc5d2600, 31b2ddfea3, 6bc0bcc89f, bb092d6d8f, e462c6d27d, 67446e605d, 1dbc7d3442). The graph's lock polled
-/// while its holder had locked a thread's context that a polled coroutine needed. Here there is one lock, never held
-/// across a wait: drains, changes, opens, closes and requests all complete under each schedule.
+/// Row 45 (80fc5d2600, 31b2ddfea3, 6bc0bcc89f, bb092d6d8f, e462c6d27d, 67446e605d, 1dbc7d3442). The
+/// graph's lock polled while its holder had locked a thread's context that a polled coroutine
+/// needed. Here there is one lock, never held across a wait: drains, changes, opens, closes and
+/// requests all complete under each schedule.
 #[test]
 fn deadlock_of_all_operations_at_once() {
     run_schedules(60, all_operations);
 }
 
-/// Row 46 (f1bf3be14b to 91ba0e1c38 and fc1d2f3eac; 10.0.2 still has it). The main thread took the write lock and then
-/// drained; a request inside wanted the lock for reading, and each waited for the other. Here a change drains without
-/// the lock: the request takes it and completes. `graph/tests/schedules` searches all schedules for the deadlock.
+/// Row 46 (f1bf3be14b to 91ba0e1c38 and fc1d2f3eac; 10.0.2 still has it). The main thread took the
+/// write lock and then drained; a request inside wanted the lock for reading, and each waited for
+/// the other. Here a change drains without the lock: the request takes it and completes.
+/// `graph/tests/schedules` searches all schedules for the deadlock.
 #[test]
 fn deadlock_change_against_a_request_that_takes_the_lock() {
     run_schedules(60, |test| async move {
@@ -141,9 +145,9 @@ fn deadlock_change_against_a_request_that_takes_the_lock() {
     });
 }
 
-/// Row 47 (ace5a161ea). After an edge had been removed, the drain looked up the thread to wait in at the child's end of
-/// the edge, which was empty by then. Here a drain waits for the node that is drained, whatever happens to edges
-/// meanwhile.
+/// Row 47 (ace5a161ea). After an edge had been removed, the drain looked up the thread to wait in
+/// at the child's end of the edge, which was empty by then. Here a drain waits for the node that is
+/// drained, whatever happens to edges meanwhile.
 #[test]
 fn deadlock_drain_of_a_child_that_is_detached() {
     run_schedules(40, |test| async move {
@@ -183,9 +187,9 @@ impl Stoppable for Exit {
     }
 }
 
-/// Row 49 (794f01414f; GitLab 780). A job's exit released a node, which deleted, closed and flushed it, all nested
-/// inside the exit, while another thread waited for the lock that the exit held. Here a release does no I/O; closing is
-/// a separate, awaited step, one node after the other.
+/// Row 49 (794f01414f; GitLab 780). A job's exit released a node, which deleted, closed and flushed
+/// it, all nested inside the exit, while another thread waited for the lock that the exit held.
+/// Here a release does no I/O; closing is a separate, awaited step, one node after the other.
 #[test]
 fn deadlock_close_and_flush_inside_a_jobs_exit() {
     run(|test| async move {
@@ -216,9 +220,9 @@ fn deadlock_close_and_flush_inside_a_jobs_exit() {
     });
 }
 
-/// Row 50 (a77fd4bb29, 960d5fb3e8). A drain that looped inside a coroutine blocked the coroutine it waited for. Here a
-/// drain inside a request waits as any other: other tasks run, the timeout expires, and when the request completes, the
-/// node is drained.
+/// Row 50 (a77fd4bb29, 960d5fb3e8). A drain that looped inside a coroutine blocked the coroutine it
+/// waited for. Here a drain inside a request waits as any other: other tasks run, the timeout
+/// expires, and when the request completes, the node is drained.
 #[test]
 fn deadlock_drain_started_inside_a_request() {
     run(|test| async move {

@@ -14,8 +14,9 @@ use crate::graph::{
 use crate::test_kit::gate_port::{read, root};
 use crate::test_kit::scripted::Point;
 
-/// Row 30 (review of dd4118c792). Closing a node began to release all of its children, while drivers and tests still
-/// did that themselves. Here a driver has child handles, not references: dropping them early changes nothing.
+/// Row 30 (review of dd4118c792). Closing a node began to release all of its children, while
+/// drivers and tests still did that themselves. Here a driver has child handles, not references:
+/// dropping them early changes nothing.
 #[test]
 fn double_unref_by_driver_and_close() {
     run(|test| async move {
@@ -33,8 +34,9 @@ fn double_unref_by_driver_and_close() {
     });
 }
 
-/// Row 31 (b441dc71c0, 7a26df203c). Attaching a child took over the caller's reference on one failure path and not on
-/// another. Here no call takes over a caller's reference: whatever step fails, the counts are as before.
+/// Row 31 (b441dc71c0, 7a26df203c). Attaching a child took over the caller's reference on one
+/// failure path and not on another. Here no call takes over a caller's reference: whatever step
+/// fails, the counts are as before.
 #[test]
 fn double_unref_when_attaching_fails() {
     run(|test| async move {
@@ -81,8 +83,8 @@ async fn backup(test: &ScriptedGraph) -> crate::Result<Vec<crate::graph::JobEdge
     Ok(edges)
 }
 
-/// Row 33 (4da26f138d). A refused backup kept its reference to the target; the process aborted at exit. Here nothing
-/// leaks, and the shutdown would name a leak instead of aborting.
+/// Row 33 (4da26f138d). A refused backup kept its reference to the target; the process aborted at
+/// exit. Here nothing leaks, and the shutdown would name a leak instead of aborting.
 #[test]
 fn leak_of_the_target_of_a_refused_backup() {
     run(|test| async move {
@@ -105,8 +107,9 @@ fn leak_of_the_target_of_a_refused_backup() {
     });
 }
 
-/// Row 34 (mail by Max Reitz, 29 June 2020). After a failed migration of bitmaps the migration's references remained,
-/// and quitting hit an assertion. Here the shutdown names each holder and can be repeated after the release.
+/// Row 34 (mail by Max Reitz, 29 June 2020). After a failed migration of bitmaps the migration's
+/// references remained, and quitting hit an assertion. Here the shutdown names each holder and can
+/// be repeated after the release.
 #[test]
 fn leak_of_a_failed_migration_is_named_at_shutdown() {
     run(|test| async move {
@@ -127,9 +130,9 @@ fn leak_of_a_failed_migration_is_named_at_shutdown() {
     });
 }
 
-/// Row 35 (804db8ea00, 5cb2737e92, e037c09c78). Ending a drained section ran callbacks that changed the graph, so that
-/// a parent was undrained twice or never. Here an edge is drained or not; nothing is counted twice, whatever moves
-/// while sections overlap.
+/// Row 35 (804db8ea00, 5cb2737e92, e037c09c78). Ending a drained section ran callbacks that changed
+/// the graph, so that a parent was undrained twice or never. Here an edge is drained or not;
+/// nothing is counted twice, whatever moves while sections overlap.
 #[test]
 fn undrained_once_when_edges_move_between_sections() {
     run_schedules(30, |test| async move {
@@ -162,9 +165,9 @@ fn undrained_once_when_edges_move_between_sections() {
     });
 }
 
-/// Row 36 (1a6d3bd229). A node that died inside a section of everything never got its end, so its parents stayed
-/// paused. Here the section ends for all live nodes, dead ones are closed after it, and nodes drained only through dead
-/// ones are undrained.
+/// Row 36 (1a6d3bd229). A node that died inside a section of everything never got its end, so its
+/// parents stayed paused. Here the section ends for all live nodes, dead ones are closed after it,
+/// and nodes drained only through dead ones are undrained.
 #[test]
 fn drain_all_while_a_node_dies() {
     run_schedules(20, |test| async move {
@@ -187,8 +190,8 @@ fn drain_all_while_a_node_dies() {
     });
 }
 
-/// Row 38 (2842ff2d81). A failed transaction did not end its drained section, and the guest's disk hung. Here each step
-/// fails once, and the guest's requests complete each time.
+/// Row 38 (2842ff2d81). A failed transaction did not end its drained section, and the guest's disk
+/// hung. Here each step fails once, and the guest's requests complete each time.
 #[test]
 fn undrained_after_a_change_failed_at_any_step() {
     run(|test| async move {
@@ -217,9 +220,9 @@ fn undrained_after_a_change_failed_at_any_step() {
     });
 }
 
-/// Row 39 (50a3efb0f0, d470ad42ac). A corrupt image lost its driver; closing it then skipped its children, which
-/// leaked, and others called the missing driver. Here the driver stays, and closing does not depend on the node's
-/// state.
+/// Row 39 (50a3efb0f0, d470ad42ac). A corrupt image lost its driver; closing it then skipped its
+/// children, which leaked, and others called the missing driver. Here the driver stays, and closing
+/// does not depend on the node's state.
 #[test]
 fn leak_of_the_children_of_a_corrupt_image() {
     run(|test| async move {
@@ -246,9 +249,9 @@ fn leak_of_the_children_of_a_corrupt_image() {
     });
 }
 
-/// Row 40 (e878bb1293, e3fc91aaaa). An early return left a transaction neither committed nor aborted. Here an
-/// uncommitted change does nothing (the compiler warns, see the example at `Change`), and one dropped at any await
-/// leaves no trace.
+/// Row 40 (e878bb1293, e3fc91aaaa). An early return left a transaction neither committed nor
+/// aborted. Here an uncommitted change does nothing (the compiler warns, see the example at
+/// `Change`), and one dropped at any await leaves no trace.
 #[test]
 fn change_dropped_at_any_await_leaves_no_trace() {
     run(|test| async move {
@@ -313,8 +316,9 @@ fn join(test: &ScriptedGraph, node: &NodeRef) -> crate::Result<Arc<Member>> {
     Ok(member)
 }
 
-/// Row 41 (a865cebb82, 1e93b9fba2). A job that failed to start stayed in the list of its transaction, and was aborted
-/// with the others after it had been freed. Here a place on a list is a guard or a weak link.
+/// Row 41 (a865cebb82, 1e93b9fba2). A job that failed to start stayed in the list of its
+/// transaction, and was aborted with the others after it had been freed. Here a place on a list is
+/// a guard or a weak link.
 #[test]
 fn failed_job_leaves_every_list() {
     run(|test| async move {
@@ -332,9 +336,9 @@ fn failed_job_leaves_every_list() {
     });
 }
 
-/// Row 42 (377410f6fb). Undoing a change pointed parents back at a node whose context the change had moved, and did not
-/// move the context back. There are no contexts here; the state derived from a node's place (limits, permissions,
-/// flags, inheritance) is restored.
+/// Row 42 (377410f6fb). Undoing a change pointed parents back at a node whose context the change
+/// had moved, and did not move the context back. There are no contexts here; the state derived from
+/// a node's place (limits, permissions, flags, inheritance) is restored.
 #[test]
 fn undone_change_restores_derived_state() {
     run(|test| async move {

@@ -1,5 +1,5 @@
-//! The five defects of the first reference count of QEMU's nodes (2013 to 2016). The count was right from the start;
-//! owners, the time of the release, and state attached to the node were not.
+//! The five defects of the first reference count of QEMU's nodes (2013 to 2016). The count was
+//! right from the start; owners, the time of the release, and state attached to the node were not.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,8 +15,8 @@ use crate::test_kit::gate_port::{read, root};
 use crate::test_kit::scripted::Point;
 use crate::{Error, ErrorKind, Result};
 
-/// 4f6fd3491c, repaired by f95c625ce4 and 64dff52019. Deleting had become "release my reference", but the mirror job
-/// still closed its target by force before that, under all other users.
+/// 4f6fd3491c, repaired by f95c625ce4 and 64dff52019. Deleting had become "release my reference",
+/// but the mirror job still closed its target by force before that, under all other users.
 #[test]
 fn shared_node_is_not_closed_by_force() {
     run(|test| async move {
@@ -77,8 +77,9 @@ impl Stoppable for Export {
     }
 }
 
-/// 38b54b6dc1, repaired by d626834849; row 3 seen from the graph. The export released its node when it was closed,
-/// although connected clients still sent requests through it: they met a null pointer.
+/// 38b54b6dc1, repaired by d626834849; row 3 seen from the graph. The export released its node when
+/// it was closed, although connected clients still sent requests through it: they met a null
+/// pointer.
 #[test]
 fn export_keeps_its_node_until_its_last_client_leaves() {
     run(|test| async move {
@@ -117,7 +118,8 @@ struct Job {
     filter: NodeRef,
 }
 
-/// Takes everything a mirror job takes, then checks its parameters. A later failure releases what was taken before.
+/// Takes everything a mirror job takes, then checks its parameters. A later failure releases what
+/// was taken before.
 async fn create_job(test: &ScriptedGraph, speed: i64) -> Result<Job> {
     let source = test.graph.find("source")?;
     let target = test.graph.find("target")?;
@@ -137,8 +139,9 @@ async fn create_job(test: &ScriptedGraph, speed: i64) -> Result<Job> {
     Ok(Job { _slot: slot, _blocker: blocker, _edges: edges, filter })
 }
 
-/// Defect A of fa510ebffa, repaired by 18930ba3d1; row 32. Creating a job took a reference and then checked the speed;
-/// with a bad one it returned and leaked the reference. Here every step fails once, a bad speed included.
+/// Defect A of fa510ebffa, repaired by 18930ba3d1; row 32. Creating a job took a reference and then
+/// checked the speed; with a bad one it returned and leaked the reference. Here every step fails
+/// once, a bad speed included.
 #[test]
 fn job_that_cannot_be_created_keeps_nothing() {
     run(|test| async move {
@@ -168,9 +171,9 @@ fn job_that_cannot_be_created_keeps_nothing() {
     });
 }
 
-/// Defect B of fa510ebffa, repaired by 18930ba3d1; row 32. The job took the reference, but its release was left to each
-/// user's completion callback, and all callbacks but one omitted it. Here the end of the job releases what it took,
-/// whatever its user does.
+/// Defect B of fa510ebffa, repaired by 18930ba3d1; row 32. The job took the reference, but its
+/// release was left to each user's completion callback, and all callbacks but one omitted it. Here
+/// the end of the job releases what it took, whatever its user does.
 #[test]
 fn job_releases_its_claims_whatever_its_user_does() {
     type Callback = fn(&NodeRef, Result<()>);
@@ -198,9 +201,10 @@ fn job_releases_its_claims_whatever_its_user_does() {
     }
 }
 
-/// Defect C of a94a3fa..fa510eb, repaired by 3ae59580a0; row 2 seen from the graph. A drive's record was freed when the
-/// drive was unplugged, while the node it described lived on through the job's reference, and the job's end read the
-/// record. Here claims and bitmaps are part of the node and end with it.
+/// Defect C of a94a3fa..fa510eb, repaired by 3ae59580a0; row 2 seen from the graph. A drive's
+/// record was freed when the drive was unplugged, while the node it described lived on through the
+/// job's reference, and the job's end read the record. Here claims and bitmaps are part of the node
+/// and end with it.
 #[test]
 fn node_state_lives_as_long_as_the_node() {
     run(|test| async move {

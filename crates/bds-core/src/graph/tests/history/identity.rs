@@ -11,8 +11,9 @@ use crate::graph::{Access, BlockOps, JobSlot, Perm};
 use crate::test_kit::gate_port::{read, root};
 use crate::test_kit::scripted::Point;
 
-/// Row 54 (4f78a16fee). A commit relied on the end of its job freeing the job and with it the job's blockers; another
-/// holder kept the job, and the next step met the blockers. Here blockers end with their guard; the object may live on.
+/// Row 54 (4f78a16fee). A commit relied on the end of its job freeing the job and with it the job's
+/// blockers; another holder kept the job, and the next step met the blockers. Here blockers end
+/// with their guard; the object may live on.
 #[test]
 fn blockers_end_with_their_guard() {
     struct Job {
@@ -41,9 +42,9 @@ fn blockers_end_with_their_guard() {
     });
 }
 
-/// Row 56 (3b78420bb1). The replication filter copied another node's pointers to edges and wrote through them without
-/// permissions. Here an edge has one parent, a child handle cannot be copied (`compile_fail/copied_child.rs`), and each
-/// edge has its own permissions.
+/// Row 56 (3b78420bb1). The replication filter copied another node's pointers to edges and wrote
+/// through them without permissions. Here an edge has one parent, a child handle cannot be copied
+/// (`compile_fail/copied_child.rs`), and each edge has its own permissions.
 #[test]
 fn permissions_belong_to_an_edge_and_its_parent() {
     run(|test| async move {
@@ -62,8 +63,8 @@ fn permissions_belong_to_an_edge_and_its_parent() {
     });
 }
 
-/// Row 57 (bfb8aa6d58). A snapshot's overlay was the node itself: the graph had a loop, and the process crashed. Here
-/// every edge that is added or moved passes one check, in either direction.
+/// Row 57 (bfb8aa6d58). A snapshot's overlay was the node itself: the graph had a loop, and the
+/// process crashed. Here every edge that is added or moved passes one check, in either direction.
 #[test]
 fn overlay_is_not_the_node_itself() {
     run(|test| async move {
@@ -94,8 +95,9 @@ fn overlay_is_not_the_node_itself() {
     });
 }
 
-/// Row 58 (b503de619e). Replacing a node merged the moved parents' shared permissions bit by bit instead of computing
-/// them; a later change met the wrong sum and crashed. Here permissions are always recomputed from the graph.
+/// Row 58 (b503de619e). Replacing a node merged the moved parents' shared permissions bit by bit
+/// instead of computing them; a later change met the wrong sum and crashed. Here permissions are
+/// always recomputed from the graph.
 #[test]
 fn permissions_after_a_replacement_are_recomputed() {
     run(|test| async move {
@@ -130,9 +132,9 @@ fn permissions_after_a_replacement_are_recomputed() {
     });
 }
 
-/// Row 59 (a13de40a05, d3007d348a). A child was handed to another process although a filter above it still wrote, and a
-/// snapshot was loaded into a node that had been handed over. Here inactivation checks all users above, and every
-/// writer checks that the node is active.
+/// Row 59 (a13de40a05, d3007d348a). A child was handed to another process although a filter above
+/// it still wrote, and a snapshot was loaded into a node that had been handed over. Here
+/// inactivation checks all users above, and every writer checks that the node is active.
 #[test]
 fn nodes_in_use_are_not_inactivated_and_inactive_nodes_are_not_written() {
     run(|test| async move {
@@ -160,8 +162,9 @@ fn nodes_in_use_are_not_inactivated_and_inactive_nodes_are_not_written() {
     });
 }
 
-/// Row 60 (20509c4b8b). A stream froze its chain only after a reopen that polled; meanwhile another job had removed the
-/// base. Here the links are frozen before the first await, and a change that is draining finds them frozen afterwards.
+/// Row 60 (20509c4b8b). A stream froze its chain only after a reopen that polled; meanwhile another
+/// job had removed the base. Here the links are frozen before the first await, and a change that is
+/// draining finds them frozen afterwards.
 #[test]
 fn chain_is_frozen_before_the_first_await() {
     run_schedules(40, |test| async move {
@@ -196,8 +199,9 @@ fn chain_is_frozen_before_the_first_await() {
     });
 }
 
-/// Row 61 (592203e7cf). The migration of bitmaps visited the top nodes of backends and missed nodes added by name and
-/// nodes further down. Here one walk visits all nodes, and another all top-level ones.
+/// Row 61 (592203e7cf). The migration of bitmaps visited the top nodes of backends and missed nodes
+/// added by name and nodes further down. Here one walk visits all nodes, and another all top-level
+/// ones.
 #[test]
 fn every_node_with_a_bitmap_is_found() {
     run(|test| async move {

@@ -1,4 +1,5 @@
-//! Nine places where QEMU 10.0.2 must not be copied; numbers are those of the last table of `docs/lifecycle-bugs.md`.
+//! Nine places where QEMU 10.0.2 must not be copied; numbers are those of the last table of
+//! `docs/lifecycle-bugs.md`.
 
 use bds_refcount::Release;
 
@@ -8,8 +9,9 @@ use crate::graph::{Access, BlockOps, CloseError, Perm};
 use crate::test_kit::gate_port::{read, root};
 use crate::test_kit::scripted::Point;
 
-/// Number 1. QEMU 10.0.2 takes the lock and then drains. Here the right to move an edge is made of a drained set, which
-/// only draining without the lock yields (`compile_fail/drained_by_hand.rs`). While a change waits, the lock is free.
+/// Number 1. QEMU 10.0.2 takes the lock and then drains. Here the right to move an edge is made of
+/// a drained set, which only draining without the lock yields (`compile_fail/drained_by_hand.rs`).
+/// While a change waits, the lock is free.
 #[test]
 fn changes_drain_without_the_lock() {
     run_schedules(20, |test| async move {
@@ -31,8 +33,8 @@ fn changes_drain_without_the_lock() {
     });
 }
 
-/// Number 2. At exit the monitor's references are released and its list stays. Here an entry of the list is the
-/// reference; after shutdown the list is empty (row 16 has the late migration).
+/// Number 2. At exit the monitor's references are released and its list stays. Here an entry of the
+/// list is the reference; after shutdown the list is empty (row 16 has the late migration).
 #[test]
 fn monitor_list_holds_what_it_lists() {
     run(|test| async move {
@@ -51,9 +53,9 @@ fn monitor_list_holds_what_it_lists() {
     });
 }
 
-/// Number 3. QEMU's walk visits backends first and the monitor's nodes second, but starts the second part where the
-/// first has stopped: with a backend present, nodes are skipped and not flushed. Here the walk is complete for every
-/// mixture.
+/// Number 3. QEMU's walk visits backends first and the monitor's nodes second, but starts the
+/// second part where the first has stopped: with a backend present, nodes are skipped and not
+/// flushed. Here the walk is complete for every mixture.
 #[test]
 fn top_level_walk_skips_no_node() {
     for (backends, owned) in [(0, 3), (1, 3), (3, 1), (3, 0), (2, 2)] {
@@ -81,8 +83,9 @@ fn top_level_walk_skips_no_node() {
     }
 }
 
-/// Number 4. QEMU's `bdrv_ref` is an unchecked addition: a node that is being deleted can be acquired and deleted
-/// twice. Here zero is final, by id, by name, through a parent or a walk, and a clone is made only of a live reference.
+/// Number 4. QEMU's `bdrv_ref` is an unchecked addition: a node that is being deleted can be
+/// acquired and deleted twice. Here zero is final, by id, by name, through a parent or a walk, and
+/// a clone is made only of a live reference.
 #[test]
 fn node_at_refcount_zero_is_not_acquired() {
     run(|test| async move {
@@ -110,8 +113,9 @@ fn node_at_refcount_zero_is_not_acquired() {
     });
 }
 
-/// Number 5. Undoing a change in QEMU releases references under the write lock, which is safe only while none is the
-/// last. Here any may be the last, at each step: the node is closed afterwards, once.
+/// Number 5. Undoing a change in QEMU releases references under the write lock, which is safe only
+/// while none is the last. Here any may be the last, at each step: the node is closed afterwards,
+/// once.
 #[test]
 fn undo_may_release_the_last_reference() {
     run(|test| async move {
@@ -139,8 +143,9 @@ fn undo_may_release_the_last_reference() {
     });
 }
 
-/// Number 6. A QEMU job without references stays on the list of jobs while its teardown polls, so that a walk finds a
-/// job with a count of zero. Here an object leaves every list before its teardown begins. Nodes stand for jobs.
+/// Number 6. A QEMU job without references stays on the list of jobs while its teardown polls, so
+/// that a walk finds a job with a count of zero. Here an object leaves every list before its
+/// teardown begins. Nodes stand for jobs.
 #[test]
 fn closing_node_is_on_no_list() {
     run(|test| async move {
@@ -170,8 +175,9 @@ fn closing_node_is_on_no_list() {
     });
 }
 
-/// Number 7. In QEMU a node opened inside two sections gets two drain callbacks and one end, so a throttled disk would
-/// stay unthrottled. Here a driver gets both in turn (the fake driver asserts it), however many sections there are.
+/// Number 7. In QEMU a node opened inside two sections gets two drain callbacks and one end, so a
+/// throttled disk would stay unthrottled. Here a driver gets both in turn (the fake driver asserts
+/// it), however many sections there are.
 #[test]
 fn node_opened_in_two_sections_is_drained_once() {
     run(|test| async move {
@@ -194,8 +200,8 @@ fn node_opened_in_two_sections_is_drained_once() {
     });
 }
 
-/// Number 8. QEMU loses the error of the flush at the last release, and does not undo half an inactivation. Here the
-/// error is reported once, and inactivation is undone at each step.
+/// Number 8. QEMU loses the error of the flush at the last release, and does not undo half an
+/// inactivation. Here the error is reported once, and inactivation is undone at each step.
 #[test]
 fn flush_errors_are_reported_and_failed_inactivation_is_undone() {
     run(|test| async move {
@@ -231,8 +237,9 @@ fn flush_errors_are_reported_and_failed_inactivation_is_undone() {
     });
 }
 
-/// Number 9. QEMU has permissions and, beside them, blockers, each checked and removed by hand. Here every claim is a
-/// guard: each kind alone blocks, names itself, keeps no node open, and ends with its guard.
+/// Number 9. QEMU has permissions and, beside them, blockers, each checked and removed by hand.
+/// Here every claim is a guard: each kind alone blocks, names itself, keeps no node open, and ends
+/// with its guard.
 #[test]
 fn claims_of_every_kind_are_guards_and_name_themselves() {
     type Guard = Box<dyn std::any::Any>;

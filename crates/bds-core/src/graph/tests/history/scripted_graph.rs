@@ -1,5 +1,5 @@
-//! The fixture of the history tests: a graph of logging and scripted drivers, snapshots of it, and faults at every
-//! step.
+//! The fixture of the history tests: a graph of logging and scripted drivers, snapshots of it, and
+//! faults at every step.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -85,7 +85,8 @@ impl ScriptedGraph {
         nodes.try_into().unwrap()
     }
 
-    /// Everything visible of the graph, as text, without the references that the snapshot itself takes.
+    /// Everything visible of the graph, as text, without the references that the snapshot itself
+    /// takes.
     pub(super) fn snapshot(&self) -> String {
         // Taking the lock recomputes stale permissions.
         drop(self.graph.0.core.lock());
@@ -115,8 +116,8 @@ impl ScriptedGraph {
         snapshot
     }
 
-    /// Runs `act` once for every step that can fail, with that step failing: it must fail and change nothing. The last
-    /// run has no fault and must succeed.
+    /// Runs `act` once for every step that can fail, with that step failing: it must fail and
+    /// change nothing. The last run has no fault and must succeed.
     pub(super) async fn fail_every_step<T, F: Future<Output = Result<T>>>(
         &self,
         act: impl Fn() -> F,
@@ -150,7 +151,8 @@ impl ScriptedGraph {
         assert_eq!((arena.live(), arena.dead()), (0, 0));
     }
 
-    /// Asserts that nothing is drained and that every `drain_begin` of a driver had its `drain_end`.
+    /// Asserts that nothing is drained and that every `drain_begin` of a driver had its
+    /// `drain_end`.
     pub(super) fn assert_undrained(&self) {
         for node in self.graph.nodes() {
             assert_eq!(node.quiesce_count(), 0, "{} is still drained", node.name());

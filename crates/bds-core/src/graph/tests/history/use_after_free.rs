@@ -1,4 +1,5 @@
-//! Uses after free in QEMU. Here ids go stale, edges own their target, and a change holds what it needs.
+//! Uses after free in QEMU. Here ids go stale, edges own their target, and a change holds what it
+//! needs.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,8 +12,8 @@ use crate::graph::{Access, walk};
 use crate::test_kit::gate_port::{read, root};
 use crate::test_kit::scripted::Point;
 
-/// Row 6 (6e57963a77). A node's pointer to its backing node was freed first and cleared later; attaching the next one
-/// polled in between, and a coroutine read the old pointer.
+/// Row 6 (6e57963a77). A node's pointer to its backing node was freed first and cleared later;
+/// attaching the next one polled in between, and a coroutine read the old pointer.
 #[test]
 fn uaf_backing_link_is_never_half_exchanged() {
     run_schedules(20, |test| async move {
@@ -46,9 +47,9 @@ fn uaf_backing_link_is_never_half_exchanged() {
     });
 }
 
-/// Row 8 (19ebd13ed4). A commit job released the backends that kept its nodes alive and then used the bare pointers.
-/// Here the job's edges are its only access to its nodes; a name cannot outlive its reference
-/// (`compile_fail/borrowed_name.rs`).
+/// Row 8 (19ebd13ed4). A commit job released the backends that kept its nodes alive and then used
+/// the bare pointers. Here the job's edges are its only access to its nodes; a name cannot outlive
+/// its reference (`compile_fail/borrowed_name.rs`).
 #[test]
 fn uaf_commit_completion_uses_nodes_it_holds() {
     run(|test| async move {
@@ -72,9 +73,9 @@ fn uaf_commit_completion_uses_nodes_it_holds() {
     });
 }
 
-/// Row 9 (b1e1af394d). A stream looked up its base, and while it drained, a concurrent commit removed the base from the
-/// chain. A reference alone would have kept the wrong base alive. Frozen links refuse the commit; without freezing, the
-/// epoch shows that the graph has changed.
+/// Row 9 (b1e1af394d). A stream looked up its base, and while it drained, a concurrent commit
+/// removed the base from the chain. A reference alone would have kept the wrong base alive. Frozen
+/// links refuse the commit; without freezing, the epoch shows that the graph has changed.
 #[test]
 fn uaf_stream_does_not_install_a_base_that_left_the_chain() {
     run(|test| async move {
@@ -97,8 +98,8 @@ fn uaf_stream_does_not_install_a_base_that_left_the_chain() {
     });
 }
 
-/// Row 10 (7a25fcd056). When a mirror job could not start, deleting it released the last reference to its filter, and
-/// the next two lines used the filter.
+/// Row 10 (7a25fcd056). When a mirror job could not start, deleting it released the last reference
+/// to its filter, and the next two lines used the filter.
 #[test]
 fn uaf_filter_of_a_mirror_that_does_not_start() {
     run(|test| async move {
@@ -124,8 +125,9 @@ fn uaf_filter_of_a_mirror_that_does_not_start() {
     });
 }
 
-/// Row 11 (0df62f45c1). The function that dropped backup's filter freed it, and its caller went on using it. Here the
-/// reference is moved into the change (`compile_fail/removed_filter.rs`), and ids of it are stale.
+/// Row 11 (0df62f45c1). The function that dropped backup's filter freed it, and its caller went on
+/// using it. Here the reference is moved into the change (`compile_fail/removed_filter.rs`), and
+/// ids of it are stale.
 #[test]
 fn uaf_filter_after_it_was_dropped() {
     run(|test| async move {
@@ -142,9 +144,10 @@ fn uaf_filter_after_it_was_dropped() {
     });
 }
 
-/// Row 12 (f93c3add3a). Completing a mirror job failed half-way; aborting then ran the same function on what the first
-/// run had freed. Here a commit consumes the change (the example at `Change::commit`), and after a failed one the job
-/// still has what it had, so that aborting or retrying is an ordinary change.
+/// Row 12 (f93c3add3a). Completing a mirror job failed half-way; aborting then ran the same
+/// function on what the first run had freed. Here a commit consumes the change (the example at
+/// `Change::commit`), and after a failed one the job still has what it had, so that aborting or
+/// retrying is an ordinary change.
 #[test]
 fn uaf_job_exit_after_a_failed_completion() {
     run(|test| async move {
@@ -165,8 +168,9 @@ fn uaf_job_exit_after_a_failed_completion() {
     });
 }
 
-/// Row 18 (bcfd86d6a6, 6d17e28798). A driver kept a copy of the pointer to its data file's edge; a reopen installed
-/// another edge, and the driver used the freed one. Here a driver's child handle stays and leads to the new node.
+/// Row 18 (bcfd86d6a6, 6d17e28798). A driver kept a copy of the pointer to its data file's edge; a
+/// reopen installed another edge, and the driver used the freed one. Here a driver's child handle
+/// stays and leads to the new node.
 #[test]
 fn uaf_driver_follows_its_child_through_a_reopen() {
     run(|test| async move {
@@ -187,9 +191,9 @@ fn uaf_driver_follows_its_child_through_a_reopen() {
     });
 }
 
-/// Row 21 (3d5d319e12). A job that was only paused finished while nodes were being reopened, and released nodes in the
-/// reopen's queue. Here the queue holds references. The hook that releases the node while a driver prepares stands for
-/// the job.
+/// Row 21 (3d5d319e12). A job that was only paused finished while nodes were being reopened, and
+/// released nodes in the reopen's queue. Here the queue holds references. The hook that releases
+/// the node while a driver prepares stands for the job.
 #[test]
 fn uaf_reopen_holds_the_nodes_in_its_queue() {
     run_schedules(20, |test| async move {
@@ -223,8 +227,9 @@ fn uaf_reopen_holds_the_nodes_in_its_queue() {
     });
 }
 
-/// Row 25 (0267101af6). The thread that connects to a server was detached and freed while a coroutine still used it.
-/// Here a driver's helper task outlives an open dropped at any await; it owns what it uses, and nothing else remains.
+/// Row 25 (0267101af6). The thread that connects to a server was detached and freed while a
+/// coroutine still used it. Here a driver's helper task outlives an open dropped at any await; it
+/// owns what it uses, and nothing else remains.
 #[test]
 fn uaf_helper_of_a_dropped_open() {
     run(|test| async move {
@@ -265,8 +270,9 @@ fn uaf_helper_of_a_dropped_open() {
     });
 }
 
-/// Row 27 (CVE-2017-9524). A client that failed its first handshake was removed from a list it had never been on. Here
-/// an open that fails at any point leaves no name, no monitor entry and no child, and only opened drivers are closed.
+/// Row 27 (CVE-2017-9524). A client that failed its first handshake was removed from a list it had
+/// never been on. Here an open that fails at any point leaves no name, no monitor entry and no
+/// child, and only opened drivers are closed.
 #[test]
 fn uaf_half_built_nodes_are_on_no_list() {
     run(|test| async move {
@@ -288,9 +294,9 @@ fn uaf_half_built_nodes_are_on_no_list() {
     });
 }
 
-/// Row 28 (998cbd6a44, 8961be33e8, 57b6bdf37c). Opening took over its options even when it failed; error paths freed
-/// them again. Here they are moved (`compile_fail/options_used_again.rs`); a failure at any point leaves the same
-/// state.
+/// Row 28 (998cbd6a44, 8961be33e8, 57b6bdf37c). Opening took over its options even when it failed;
+/// error paths freed them again. Here they are moved (`compile_fail/options_used_again.rs`); a
+/// failure at any point leaves the same state.
 #[test]
 fn uaf_options_of_an_open_that_fails() {
     run(|test| async move {

@@ -1,5 +1,5 @@
-//! Uses after free in QEMU, continued: walks over lists that changed, lists with released entries, and names and ids of
-//! nodes that are gone.
+//! Uses after free in QEMU, continued: walks over lists that changed, lists with released entries,
+//! and names and ids of nodes that are gone.
 
 use std::sync::{Arc, Mutex};
 
@@ -15,8 +15,9 @@ fn top_names(graph: &Graph) -> Vec<String> {
     graph.top_level().map(|node| node.name().to_owned()).collect()
 }
 
-/// Row 13 (178bd438af). A drain descended through the children by pointer while the completion of a request removed
-/// nodes. Here a drain holds what it drains, and a node is closed only after the section.
+/// Row 13 (178bd438af). A drain descended through the children by pointer while the completion of a
+/// request removed nodes. Here a drain holds what it drains, and a node is closed only after the
+/// section.
 #[test]
 fn uaf_drain_of_children_detached_meanwhile() {
     run_schedules(30, |test| async move {
@@ -44,8 +45,8 @@ fn uaf_drain_of_children_detached_meanwhile() {
     });
 }
 
-/// Row 14 (5e003f17ec). The walk over all nodes kept its position as a bare pointer, and the next step read a deleted
-/// node. Here the walk is a list of ids, looked up one by one.
+/// Row 14 (5e003f17ec). The walk over all nodes kept its position as a bare pointer, and the next
+/// step read a deleted node. Here the walk is a list of ids, looked up one by one.
 #[test]
 fn uaf_walk_over_nodes_that_are_deleted_meanwhile() {
     run(|test| async move {
@@ -68,9 +69,9 @@ fn uaf_walk_over_nodes_that_are_deleted_meanwhile() {
     });
 }
 
-/// Row 15 (RHBZ 2058457; f6d38c9f6d, bac09b093e). A walk recomputed which node it held a reference to; a mirror job had
-/// inserted a filter meanwhile, so the walk released a reference that was not its own. Here the reference is a value,
-/// wherever the walk stops.
+/// Row 15 (RHBZ 2058457; f6d38c9f6d, bac09b093e). A walk recomputed which node it held a reference
+/// to; a mirror job had inserted a filter meanwhile, so the walk released a reference that was not
+/// its own. Here the reference is a value, wherever the walk stops.
 #[test]
 fn uaf_walk_releases_the_reference_it_took() {
     run(|test| async move {
@@ -91,8 +92,8 @@ fn uaf_walk_releases_the_reference_it_took() {
     });
 }
 
-/// Row 16 (307bc43095). At exit the monitor's references were dropped but its list was kept, so that a late
-/// inactivation walked over freed nodes. Here the list is the references.
+/// Row 16 (307bc43095). At exit the monitor's references were dropped but its list was kept, so
+/// that a late inactivation walked over freed nodes. Here the list is the references.
 #[test]
 fn uaf_monitor_list_after_shutdown() {
     run(|test| async move {
@@ -112,8 +113,8 @@ fn uaf_monitor_list_after_shutdown() {
     });
 }
 
-/// Row 17 (3cf746b3f1). A node kept a pointer to the node whose options it had inherited; that one was deleted, and the
-/// next reopen read it. Here it is an id, cleared when the link ends.
+/// Row 17 (3cf746b3f1). A node kept a pointer to the node whose options it had inherited; that one
+/// was deleted, and the next reopen read it. Here it is an id, cleared when the link ends.
 #[test]
 fn uaf_parent_whose_options_were_inherited() {
     run(|test| async move {
@@ -138,8 +139,8 @@ fn uaf_parent_whose_options_were_inherited() {
     });
 }
 
-/// Row 19 (d876bf676f). A job's list of edges was walked while the job's end freed its entries one by one. Here a drain
-/// that walks over a node's parents holds each of them.
+/// Row 19 (d876bf676f). A job's list of edges was walked while the job's end freed its entries one
+/// by one. Here a drain that walks over a node's parents holds each of them.
 #[test]
 fn uaf_job_edges_detached_while_their_nodes_are_drained() {
     run_schedules(30, |test| async move {
@@ -198,8 +199,8 @@ fn linked_job(graph: &Graph, stopped: &Arc<Mutex<Vec<&'static str>>>) -> LinkedJ
     LinkedJob { graph, name: "b", other: Mutex::default(), stopped }
 }
 
-/// Row 20 (e2626874a3). The loop that cancels all jobs went on at a job that the cancelled one had freed. Here the loop
-/// holds every job it is going to stop.
+/// Row 20 (e2626874a3). The loop that cancels all jobs went on at a job that the cancelled one had
+/// freed. Here the loop holds every job it is going to stop.
 #[test]
 fn uaf_loop_over_jobs_of_which_one_ends_another() {
     run(|test| async move {
@@ -217,8 +218,9 @@ fn uaf_loop_over_jobs_of_which_one_ends_another() {
     });
 }
 
-/// Row 24 (90ce8a061b). Swapping the contents of two nodes gave a name to a node that was on no list of names; removing
-/// it crashed. Here contents are not swapped: a name leads to the same node, wherever that node is in the graph.
+/// Row 24 (90ce8a061b). Swapping the contents of two nodes gave a name to a node that was on no
+/// list of names; removing it crashed. Here contents are not swapped: a name leads to the same
+/// node, wherever that node is in the graph.
 #[test]
 fn uaf_name_of_a_node_that_was_replaced() {
     for first_to_go in ["old", "new"] {
@@ -252,8 +254,9 @@ fn slot(id: crate::graph::NodeId) -> u64 {
     id.to_u64() & 0xFF_FFFF
 }
 
-/// Row 26 (CVE-2024-7409: 3e7ef738c8, 3874f5f73c). Clients outlived their NBD server and, when they left, were removed
-/// from the lists of the next server. Here the next one even has the same name and the same slot.
+/// Row 26 (CVE-2024-7409: 3e7ef738c8, 3874f5f73c). Clients outlived their NBD server and, when they
+/// left, were removed from the lists of the next server. Here the next one even has the same name
+/// and the same slot.
 #[test]
 fn uaf_late_clients_do_not_touch_the_successor() {
     run(|test| async move {

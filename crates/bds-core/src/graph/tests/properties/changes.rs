@@ -12,7 +12,8 @@ use crate::error::Result;
 use crate::graph::{Change, ChangeReport, Drained, Handover, NodeRef, RootMove};
 use crate::options::Options;
 
-/// A step with its numbers resolved to indices of references and roots, and the model's edit for it.
+/// A step with its numbers resolved to indices of references and roots, and the model's edit for
+/// it.
 #[derive(Clone, Debug)]
 struct Planned {
     step: Step,
@@ -233,7 +234,8 @@ impl Comparison {
         }
     }
 
-    /// True if closing the removed nodes would wait for the end of a drained section, or has no defined order.
+    /// True if closing the removed nodes would wait for the end of a drained section, or has no
+    /// defined order.
     fn is_waiting(&self, edits: &[Edit], after: &Model) -> bool {
         let mut after = after.clone();
         let removed: Vec<Key> = edits
@@ -276,8 +278,8 @@ impl Comparison {
         }
     }
 
-    /// P29: fails at this step, of the graph or of a driver, and changes nothing. False if there is no such step any
-    /// more: then the change was committed.
+    /// P29: fails at this step, of the graph or of a driver, and changes nothing. False if there is
+    /// no such step any more: then the change was committed.
     async fn fail_at(&mut self, planned: &[Planned], step: usize) -> bool {
         let edits: Vec<Edit> = planned.iter().map(|planned| planned.edit.clone()).collect();
         self.reap().await;

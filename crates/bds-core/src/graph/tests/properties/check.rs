@@ -9,8 +9,9 @@ use super::snapshot;
 impl Comparison {
     /// Everything visible agrees with the model.
     pub(super) fn check(&mut self, what: &str) {
-        // P6 (counts), P16 (both ends of every edge), P18 (one child per name), P25 (permissions from scratch), P35
-        // (quiesce counts), P23 (inheritance), P29 and P38 (nothing else changed).
+        // P6 (counts), P16 (both ends of every edge), P18 (one child per name), P25 (permissions
+        // from scratch), P35 (quiesce counts), P23 (inheritance), P29 and P38 (nothing else
+        // changed).
         let (found, wanted) = (snapshot::of_graph(&self.graph), snapshot::of_model(&self.model));
         for (name, node) in &found.nodes {
             assert_eq!(Some(node), wanted.nodes.get(name), "{name} after {what}");

@@ -1,4 +1,5 @@
-//! Runs commands that end nodes (by reference, by name, by shutdown) and that begin and end drained sections.
+//! Runs commands that end nodes (by reference, by name, by shutdown) and that begin and end drained
+//! sections.
 
 use super::commands::Command;
 use super::model::Drain;
@@ -37,7 +38,8 @@ impl Comparison {
         }
     }
 
-    /// P43: by name, if the monitor owns the node, no other holder has it and no blocker forbids it.
+    /// P43: by name, if the monitor owns the node, no other holder has it and no blocker forbids
+    /// it.
     pub(super) async fn del(&mut self, n: usize) {
         let swept = self.model.swept();
         let Some(key) = pick(&swept.live(), n) else { return };
@@ -60,7 +62,8 @@ impl Comparison {
         }
     }
 
-    /// P48: every unused node is closed, the others are named, and a second shutdown finds nothing more to do.
+    /// P48: every unused node is closed, the others are named, and a second shutdown finds nothing
+    /// more to do.
     pub(super) async fn shutdown(&mut self) {
         let report = self.graph.shutdown().await;
         report.closed.iter().for_each(|report| self.collect_failures(report));

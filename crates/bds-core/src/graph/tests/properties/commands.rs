@@ -1,5 +1,5 @@
-//! Commands of the property tests and their strategies. Numbers select among what exists when the command runs, modulo
-//! its count, so that a sequence stays meaningful while it shrinks.
+//! Commands of the property tests and their strategies. Numbers select among what exists when the
+//! command runs, modulo its count, so that a sequence stays meaningful while it shrinks.
 
 use std::fmt;
 

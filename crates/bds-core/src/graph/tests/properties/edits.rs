@@ -1,4 +1,5 @@
-//! The model of changes: applies each edit to the result of those before; only the final state must be legal.
+//! The model of changes: applies each edit to the result of those before; only the final state must
+//! be legal.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -271,8 +272,8 @@ impl Model {
         check(!touched.iter().any(is_lost))
     }
 
-    /// Nodes get `read-only` from the node they inherit from unless it was set explicitly, along the edges before the
-    /// change.
+    /// Nodes get `read-only` from the node they inherit from unless it was set explicitly, along
+    /// the edges before the change.
     fn pass_down(&mut self, node: Key, before: &Self) -> Vec<Key> {
         let mut touched = Vec::new();
         let mut todo = vec![node];

@@ -1,4 +1,5 @@
-//! Checks the properties of the lifecycle contract on random sequences of commands, against a model.
+//! Checks the properties of the lifecycle contract on random sequences of commands, against a
+//! model.
 //!
 //! ```text
 //! commands ──► run, closing, changes, claims ──┬─► the graph, on fake drivers that assert (test_kit::stepwise)
@@ -186,7 +187,8 @@ fn concurrent_tasks_keep_the_invariants() {
     ]);
 }
 
-/// Ids run out: slots are reused and retired, and the graph is full. BlockOps refused for that leave no trace.
+/// Ids run out: slots are reused and retired, and the graph is full. BlockOps refused for that
+/// leave no trace.
 #[test]
 fn a_graph_whose_ids_run_out_agrees_with_the_model() {
     let tally = Arc::default();

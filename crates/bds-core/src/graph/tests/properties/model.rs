@@ -1,7 +1,8 @@
 //! The model: a graph as maps, with everything else computed from scratch each time.
 //!
-//! It shares no code with the product. Counts, permissions, quiesce counts, limits and names are derived from the
-//! edges; the one exception is the permissions of a dead node, which stay as they were when it died.
+//! It shares no code with the product. Counts, permissions, quiesce counts, limits and names are
+//! derived from the edges; the one exception is the permissions of a dead node, which stay as they
+//! were when it died.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -165,7 +166,8 @@ impl Model {
         refs + monitor + drains + edges
     }
 
-    /// Edges to the node, without frozen edges of closed parents, which hold the node but are no parents.
+    /// Edges to the node, without frozen edges of closed parents, which hold the node but are no
+    /// parents.
     pub(super) fn parents(&self, key: Key) -> Vec<u32> {
         let is_used =
             |edge: &Edge| edge.parent.is_none_or(|parent| self.nodes.contains_key(&parent));
@@ -382,7 +384,8 @@ fn of_child(node: &Node, edge: &Edge, above: Access) -> Access {
             Access { perm: above.perm & READ, shared: borne | harmless }
         }
         (Kind::Image, false) => {
-            // Data and metadata: always reads, writes and resizes if it can, shares only reading and unchanged writes.
+            // Data and metadata: always reads, writes and resizes if it can, shares only reading
+            // and unchanged writes.
             let perm = above.perm | READ | if may_write { WRITE | RESIZE } else { 0 };
             Access { perm, shared: harmless }
         }

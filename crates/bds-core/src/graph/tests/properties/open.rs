@@ -1,4 +1,5 @@
-//! The model of opening: a tree of nodes opens whole or not at all; and the options that describe it to the graph.
+//! The model of opening: a tree of nodes opens whole or not at all; and the options that describe
+//! it to the graph.
 
 use std::fmt::Write as _;
 

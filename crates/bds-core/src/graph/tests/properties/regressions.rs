@@ -101,7 +101,8 @@ fn an_edge_added_by_a_change_can_be_moved_and_dropped_in_it() {
 
 #[test]
 fn inheritance_ends_wherever_the_path_is_cut() {
-    // The filter's file gets an overlay, and is then detached from it: it is not below the filter any more.
+    // The filter's file gets an overlay, and is then detached from it: it is not below the filter
+    // any more.
     let cut = [Change(vec![Append(1, 2)], Commit), Change(vec![SetBacking(2, None)], Commit)];
     replay(&[&[filter(None), Command::Acquire(1), image()], cut.as_slice()].concat());
 }

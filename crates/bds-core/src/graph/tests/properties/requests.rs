@@ -1,7 +1,8 @@
 //! Requests under drained sections: the model says which request waits and which section has begun.
 //!
-//! Requests are held at the files until they get a permit. After every command every task runs that can run; then the
-//! model says exactly which requests are inside, which wait at a gate, and which sections have begun.
+//! Requests are held at the files until they get a permit. After every command every task runs that
+//! can run; then the model says exactly which requests are inside, which wait at a gate, and which
+//! sections have begun.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -203,7 +204,8 @@ impl RequestTest {
         self.both.model.drains.retain(|drain| drain.number != section.number);
     }
 
-    /// Names of the nodes and of all above them, which no request may enter while the nodes are drained.
+    /// Names of the nodes and of all above them, which no request may enter while the nodes are
+    /// drained.
     fn above(&self, nodes: &[Key], is_all: bool) -> Vec<String> {
         let model = &self.both.model;
         let is_above =
@@ -251,7 +253,8 @@ impl RequestTest {
             assert_eq!(node.quiesce_count() as usize, model.quiesce(key), "P35: after {what}");
         }
         for section in &self.sections {
-            // P34: it has begun exactly if no request is inside, there or above; poisoned nodes are not waited for.
+            // P34: it has begun exactly if no request is inside, there or above; poisoned nodes are
+            // not waited for.
             let is_all = section.nodes.is_empty();
             let is_busy = |key: &Key| {
                 let is_above =

@@ -157,7 +157,8 @@ impl Comparison {
         self.model.sweep();
     }
 
-    /// True if two nodes or more would die at once while something is drained: their order is not defined.
+    /// True if two nodes or more would die at once while something is drained: their order is not
+    /// defined.
     pub(super) fn close_order_is_ambiguous(&self, after: &Model) -> bool {
         let mut after = after.clone();
         let before = after.graveyard.len();
@@ -294,8 +295,8 @@ impl Comparison {
         self.prepare_open().await;
         let mut after = self.model.swept();
         let Some(text) = open::options(tree, &after) else { return };
-        let has_room = self.graph.0.core.arena.stats().free >= open::len(tree);
-        let root = if has_room { after.open(tree) } else { None };
+        let fits = self.graph.0.core.arena.stats().free >= open::len(tree);
+        let root = if fits { after.open(tree) } else { None };
         if root.is_none() && !after.drains.is_empty() {
             return; // What it leaves is closed after the section.
         }
@@ -303,7 +304,7 @@ impl Comparison {
         let opened = self.graph.open(Options::parse(&text).unwrap()).await;
         assert_eq!(opened.is_ok(), root.is_some(), "{text}: {:?}", opened.err());
         self.tally.count(if root.is_some() { "opened" } else { "not opened" });
-        self.tally.count_if(!has_room, "graph is full");
+        self.tally.count_if(!fits, "graph is full");
         match (opened, root) {
             (Ok(node), Some(root)) => {
                 self.learn_ids(root, &node);

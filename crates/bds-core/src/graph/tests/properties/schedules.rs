@@ -1,7 +1,9 @@
-//! Several tasks at once, in the order that a seed chooses: requests, sections, changes, opens and releases.
+//! Several tasks at once, in the order that a seed chooses: requests, sections, changes, opens and
+//! releases.
 //!
-//! The result of each change depends on the order and is not predicted. Invariants are asserted meanwhile, by the
-//! drivers and by each task; at the end the graph is read into a model, which must compute the same state.
+//! The result of each change depends on the order and is not predicted. Invariants are asserted
+//! meanwhile, by the drivers and by each task; at the end the graph is read into a model, which
+//! must compute the same state.
 
 use std::sync::Arc;
 
@@ -258,7 +260,8 @@ pub(super) async fn play(sim: &bds_io::Sim, tasks: Vec<Vec<TaskOp>>, tally: &Arc
     graph.reap().await;
 }
 
-/// Two images on each other, a filter, and some spare nodes; all read-only, so that edges can point anywhere.
+/// Two images on each other, a filter, and some spare nodes; all read-only, so that edges can point
+/// anywhere.
 async fn initial_nodes(graph: &Graph) -> Vec<NodeRef> {
     let mut nodes = Vec::new();
     for text in [
@@ -286,8 +289,8 @@ fn check(graph: &Graph) {
     assert_eq!(snapshot::edges(&found), snapshot::edges(&wanted), "P25, P35");
 }
 
-/// P24, P25: permissions of edges equal those computed from the roots down, and are legal. The caller holds the graph's
-/// lock.
+/// P24, P25: permissions of edges equal those computed from the roots down, and are legal. The
+/// caller holds the graph's lock.
 pub(in crate::graph::tests) fn check_permissions(nodes: &[Strong<RealNode>]) {
     let found = read(nodes);
     let mut wanted = found.clone();
@@ -299,7 +302,8 @@ pub(in crate::graph::tests) fn check_permissions(nodes: &[Strong<RealNode>]) {
     assert!(found.is_legal(), "P24");
 }
 
-/// Live nodes and their edges as a model, without derived values. The edges of dead nodes keep their permissions.
+/// Live nodes and their edges as a model, without derived values. The edges of dead nodes keep
+/// their permissions.
 fn read(nodes: &[Strong<RealNode>]) -> Model {
     let mut model = Model::default();
     let key =

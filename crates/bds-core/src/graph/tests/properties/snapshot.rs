@@ -1,4 +1,5 @@
-//! Snapshots: everything visible of a graph as comparable values, taken from the graph and from the model.
+//! Snapshots: everything visible of a graph as comparable values, taken from the graph and from the
+//! model.
 
 use std::collections::BTreeMap;
 

@@ -10,7 +10,8 @@ use crate::graph::tests::properties::check_permissions;
 use crate::graph::{Graph, NodeId, NodeRef};
 use crate::test_kit::forwarding::{Forwarder, block};
 
-/// Asserts between two steps that the reasons for being drained, the gates and the permissions agree.
+/// Asserts between two steps that the reasons for being drained, the gates and the permissions
+/// agree.
 pub(super) fn audit(graph: &Graph, is_threaded: bool) {
     let core = &graph.0.core;
     let lock = core.lock();
@@ -50,7 +51,8 @@ pub(super) fn audit(graph: &Graph, is_threaded: bool) {
     drop(lock);
 }
 
-/// Asserts at rest that nothing is drained, all gates are open and all counts are right; then closes everything.
+/// Asserts at rest that nothing is drained, all gates are open and all counts are right; then
+/// closes everything.
 pub(super) async fn check_at_rest(scenario: &Scenario) {
     let graph = &scenario.graph;
     assert!(graph.reap().await.iter().all(|report| report.is_clean()));

@@ -1,6 +1,6 @@
-//! Small random programs: a chain of images, two backends, and tasks that read, write, drain, change, open, close and
-//! drop futures half-way. A task's operations follow from its random numbers; the order of tasks follows from the
-//! simulation's.
+//! Small random programs: a chain of images, two backends, and tasks that read, write, drain,
+//! change, open, close and drop futures half-way. A task's operations follow from its random
+//! numbers; the order of tasks follows from the simulation's.
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;
@@ -92,8 +92,8 @@ pub(super) fn backend(node: &NodeRef, name: &str, writable: bool) -> Arc<Backend
     )
 }
 
-/// Drops `future` after this many turns unless it has completed. It runs inside a task that is woken in between, so
-/// polls of `future` itself do not count.
+/// Drops `future` after this many turns unless it has completed. It runs inside a task that is
+/// woken in between, so polls of `future` itself do not count.
 pub(super) async fn drop_after<T>(future: impl Future<Output = T>, turns: usize) -> Option<T> {
     let mut future = pin!(future);
     let mut left = turns;

@@ -1,5 +1,5 @@
-//! Deadlocks of QEMU (2013 to 2025), re-created on this graph and run under many schedules. Row numbers are those of
-//! `docs/lifecycle-bugs.md`.
+//! Deadlocks of QEMU (2013 to 2025), re-created on this graph and run under many schedules. Row
+//! numbers are those of `docs/lifecycle-bugs.md`.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -30,8 +30,9 @@ async fn keep_reading(backend: Arc<Backend>) -> usize {
     count
 }
 
-/// Row 45. The taker of the graph's write lock waited for others while it held something that they needed. Here it is a
-/// drained section: two tasks hold one on the same nodes, and both change the graph inside.
+/// Row 45. The taker of the graph's write lock waited for others while it held something that they
+/// needed. Here it is a drained section: two tasks hold one on the same nodes, and both change the
+/// graph inside.
 #[test]
 fn changes_inside_two_drained_sections_do_not_block_each_other() {
     under_schedules(200, |graph| async move {
@@ -58,8 +59,9 @@ fn changes_inside_two_drained_sections_do_not_block_each_other() {
     });
 }
 
-/// Row 46. One thread takes the lock and then waits until a parent is empty; a request inside that parent needs the
-/// lock to go on. Here the inner gate of a chain is drained and re-pointed while requests are on their way to it.
+/// Row 46. One thread takes the lock and then waits until a parent is empty; a request inside that
+/// parent needs the lock to go on. Here the inner gate of a chain is drained and re-pointed while
+/// requests are on their way to it.
 #[test]
 fn a_request_passes_an_inner_gate_before_it_is_closed() {
     under_schedules(300, |graph| async move {
@@ -104,9 +106,10 @@ fn closing_the_inner_gate_first_deadlocks() {
     }
 }
 
-/// Row 47. When a child had been detached, the wait that followed used the child's side, which had been cleared
-/// already, and not the parent's. Here no request is inside the parent while its child is exchanged (the driver asserts
-/// it), and a drain of the parent waits for the parent's own requests.
+/// Row 47. When a child had been detached, the wait that followed used the child's side, which had
+/// been cleared already, and not the parent's. Here no request is inside the parent while its child
+/// is exchanged (the driver asserts it), and a drain of the parent waits for the parent's own
+/// requests.
 #[test]
 fn a_drain_waits_for_the_parent_after_its_child_is_detached() {
     under_schedules(200, |graph| async move {
@@ -129,9 +132,9 @@ fn a_drain_waits_for_the_parent_after_its_child_is_detached() {
     });
 }
 
-/// Row 49. The last release of a node, deep inside the end of a job, closed and flushed it on the spot, while another
-/// thread waited for a lock that the first one held. Here a release only decrements a count; closing is awaited by the
-/// caller of reap.
+/// Row 49. The last release of a node, deep inside the end of a job, closed and flushed it on the
+/// spot, while another thread waited for a lock that the first one held. Here a release only
+/// decrements a count; closing is awaited by the caller of reap.
 #[test]
 fn the_last_release_does_no_io_where_it_happens() {
     under_schedules(200, |graph| async move {
@@ -151,7 +154,8 @@ fn the_last_release_does_no_io_where_it_happens() {
         assert!(graph.acquire(top_id).is_err(), "gone at once");
         assert_eq!(leaf.in_flight(), 0);
         yield_times(3).await;
-        // Its last writes would go below a drained section: they are deferred, and reap does not wait for them.
+        // Its last writes would go below a drained section: they are deferred, and reap does not
+        // wait for them.
         assert!(graph.reap().await.is_empty());
         drop(drained);
         changing_task.await.unwrap();
@@ -161,8 +165,8 @@ fn the_last_release_does_no_io_where_it_happens() {
     });
 }
 
-/// Row 50. A drain inside a coroutine blocked the coroutine it waited for. Here a drain is a future: one task may wait
-/// for its own request and for the drain at once.
+/// Row 50. A drain inside a coroutine blocked the coroutine it waited for. Here a drain is a
+/// future: one task may wait for its own request and for the drain at once.
 #[test]
 fn a_task_may_drain_a_node_that_its_own_request_is_in() {
     under_schedules(200, |graph| async move {
@@ -179,8 +183,9 @@ fn a_task_may_drain_a_node_that_its_own_request_is_in() {
     });
 }
 
-/// Row 60. A job froze its chain only after it had reopened a node, which let others run; one of them removed the base.
-/// Here the chain is frozen before the first await: later changes are refused, earlier ones are seen.
+/// Row 60. A job froze its chain only after it had reopened a node, which let others run; one of
+/// them removed the base. Here the chain is frozen before the first await: later changes are
+/// refused, earlier ones are seen.
 #[test]
 fn a_chain_frozen_before_the_first_await_keeps_its_base() {
     under_schedules(300, |graph| async move {

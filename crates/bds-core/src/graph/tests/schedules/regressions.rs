@@ -68,9 +68,9 @@ fn a_change_that_owns_a_node_twice_is_refused() {
     });
 }
 
-/// A node is being closed, and its child seems to die with it and is not flushed yet; just then the child is acquired
-/// and drained. The late flush used to wait at the child's gate while it held the core, and a reap (or open, or change)
-/// inside the drained section waited for the core.
+/// A node is being closed, and its child seems to die with it and is not flushed yet; just then the
+/// child is acquired and drained. The late flush used to wait at the child's gate while it held the
+/// core, and a reap (or open, or change) inside the drained section waited for the core.
 #[test]
 fn reaping_inside_a_drained_section_does_not_wait_for_its_end() {
     for turns in 0..24 {
@@ -114,8 +114,8 @@ fn a_node_that_dies_in_drain_all_is_closed_afterwards() {
     });
 }
 
-/// A reopen holds the turn of changes, and its driver must write to a node that another task has drained, which commits
-/// a change before it ends the section. Each used to wait for the other.
+/// A reopen holds the turn of changes, and its driver must write to a node that another task has
+/// drained, which commits a change before it ends the section. Each used to wait for the other.
 #[test]
 fn a_reopen_does_not_block_changes_inside_a_section_below_it() {
     under_schedules(200, |graph| async move {
@@ -169,8 +169,8 @@ fn a_handover_does_not_block_changes_inside_a_section_below_it() {
     });
 }
 
-/// A change held an edge while it closed what it removed; a drain waited for that edge, and the close waited for the
-/// drain.
+/// A change held an edge while it closed what it removed; a drain waited for that edge, and the
+/// close waited for the drain.
 #[test]
 fn a_removed_node_whose_own_edge_was_moved_is_closed_under_drains() {
     under_schedules(200, |graph| async move {
@@ -197,7 +197,8 @@ fn a_removed_node_whose_own_edge_was_moved_is_closed_under_drains() {
     });
 }
 
-/// Gates to a node above another one that the same change drains used to stay closed for the driver that prepares.
+/// Gates to a node above another one that the same change drains used to stay closed for the driver
+/// that prepares.
 #[test]
 fn a_reopen_may_write_through_a_child_that_the_same_change_drains() {
     under_schedules(20, |graph| async move {
@@ -240,8 +241,8 @@ fn a_node_may_be_replaced_and_removed_in_one_change() {
     });
 }
 
-/// A chain of 100,000 nodes (20,000 in an ordinary run), released at the top: closed in a loop, parents first, on a
-/// stack too small for one frame per node.
+/// A chain of 100,000 nodes (20,000 in an ordinary run), released at the top: closed in a loop,
+/// parents first, on a stack too small for one frame per node.
 #[test]
 fn a_chain_of_any_length_is_closed_without_recursion() {
     let nodes = usize::try_from(super::budget()).unwrap().max(20_000);
@@ -266,7 +267,8 @@ fn a_chain_of_any_length_is_closed_without_recursion() {
     std::thread::Builder::new().stack_size(512 << 10).spawn(test).unwrap().join().unwrap();
 }
 
-/// A child's permissions used to be computed with its parents' old use first, which went down the chain and back.
+/// A child's permissions used to be computed with its parents' old use first, which went down the
+/// chain and back.
 #[test]
 fn append_cost_does_not_depend_on_the_chain_length() {
     let sim = Sim::new(1, SimConfig::calm());

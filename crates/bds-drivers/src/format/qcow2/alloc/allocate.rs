@@ -1,10 +1,11 @@
 //! Allocates host clusters for data, metadata and compressed bytes.
 //!
-//! Next fit: nothing below the cursor is free, and a cluster that becomes free moves the cursor back. A missing
-//! refcount block is placed in front of the clusters it counts, so it describes itself; the refcount table moves when
-//! it has outgrown its place: new clusters, counted by blocks that the new table lists, so that the new structure
-//! describes itself too. Nothing here does I/O; `write_back.rs` decides the order in which all this reaches the file
-//! (O6, O7: blocks and table, flush, header; the old clusters are released after that).
+//! Next fit: nothing below the cursor is free, and a cluster that becomes free moves the cursor
+//! back. A missing refcount block is placed in front of the clusters it counts, so it describes
+//! itself; the refcount table moves when it has outgrown its place: new clusters, counted by blocks
+//! that the new table lists, so that the new structure describes itself too. Nothing here does I/O;
+//! `write_back.rs` decides the order in which all this reaches the file (O6, O7: blocks and table,
+//! flush, header; the old clusters are released after that).
 
 use super::freed::FreedRun;
 use super::overlap::{Class, Refused};
@@ -96,7 +97,8 @@ impl Image {
         Ok(first)
     }
 
-    /// Adds missing refcount blocks for the clusters of a hole, behind the hole. True if any was added.
+    /// Adds missing refcount blocks for the clusters of a hole, behind the hole. True if any was
+    /// added.
     fn add_missing_blocks(&self, meta: &mut Meta, first: u64, clusters: u64) -> MetaResult<bool> {
         let geometry = *self.geometry();
         let last_index = geometry.reftable_index(first + clusters - 1);
@@ -186,21 +188,22 @@ impl Image {
         }
     }
 
-    /// Space for `len` compressed bytes: where they begin. They may share their first cluster with other compressed
-    /// clusters.
+    /// Space for `len` compressed bytes: where they begin. They may share their first cluster with
+    /// other compressed clusters.
     pub(crate) fn alloc_bytes(&self, meta: &mut Meta, len: u64) -> MetaResult<MetaOffset> {
         let geometry = *self.geometry();
         let at = meta.compressed_at;
-        let room = geometry.cluster_size() - geometry.offset_in_cluster(at);
+        let left = geometry.cluster_size() - geometry.offset_in_cluster(at);
         let is_inside = !geometry.is_cluster_aligned(at);
-        if is_inside && len <= room && self.may_share(meta, at)? {
+        if is_inside && len <= left && self.may_share(meta, at)? {
             meta.counts.raise(geometry.cluster_index(at))?;
             return Ok(self.advance(meta, at, len));
         }
         let next = self.alloc_data(meta, 1)?;
-        let old_end = at + room;
-        // The datum may run into the new cluster if that is the next one and the old one can be shared.
-        // `raise` comes last and its block was just found in memory, so nothing is half-done.
+        let old_end = at + left;
+        // The datum may run into the new cluster if that is the next one and the old one can be
+        // shared. `raise` comes last and its block was just found in memory, so nothing is
+        // half-done.
         if is_inside && next.offset.0 == old_end {
             let shared = self.may_share(meta, at).unwrap_or(false)
                 && meta.counts.raise(geometry.cluster_index(at)).is_ok();
@@ -221,8 +224,8 @@ impl Image {
         MetaOffset(from)
     }
 
-    /// Moves the refcount table to a larger range. Allocating it may make the table grow again, hence the loop; the
-    /// range is half as large again as needed, so it ends soon.
+    /// Moves the refcount table to a larger range. Allocating it may make the table grow again,
+    /// hence the loop; the range is half as large again as needed, so it ends soon.
     pub(crate) fn move_table(&self, meta: &mut Meta) -> MetaResult<()> {
         while meta.counts.table_needs_space() {
             let wanted = meta.counts.wanted_table_clusters();

@@ -1,4 +1,5 @@
-//! Tracks allocations in flight: guest clusters whose L2 entries will change as soon as their data is written.
+//! Tracks allocations in flight: guest clusters whose L2 entries will change as soon as their data
+//! is written.
 
 use std::sync::Arc;
 
@@ -32,7 +33,8 @@ impl InFlight {
     }
 }
 
-/// Guest clusters whose entries will point at new clusters, or at data in clusters they have, once the data is written.
+/// Guest clusters whose entries will point at new clusters, or at data in clusters they have, once
+/// the data is written.
 pub(crate) struct PendingLink {
     pub item: Arc<InFlight>,
     pub id: SliceId,

@@ -1,7 +1,8 @@
-//! Host clusters: allocates them, checks offsets that entries name, and releases clusters after their last reference is
-//! removed.
+//! Host clusters: allocates them, checks offsets that entries name, and releases clusters after
+//! their last reference is removed.
 //!
-//! `allocate` → `in_flight` (until linked) → `freed` → `release`. `overlap` is the set of clusters that hold metadata.
+//! `allocate` → `in_flight` (until linked) → `freed` → `release`. `overlap` is the set of clusters
+//! that hold metadata.
 
 pub(super) mod allocate;
 pub(super) mod freed;

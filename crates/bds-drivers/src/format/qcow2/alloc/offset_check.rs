@@ -1,16 +1,17 @@
 //! Checks that a host offset named by an entry lies inside its file and has a refcount.
 //!
-//! An entry is only a number in a file that may be truncated, damaged or crafted. What begins behind the end of the
-//! file was never written, or is lost: reading zeros there would be silent data loss, writing there would let a file of
-//! some kilobytes grow to 2^56 bytes. A cluster with refcount 0 may be allocated again at any time, so it must not be
-//! written in place. Both are errors.
+//! An entry is only a number in a file that may be truncated, damaged or crafted. What begins
+//! behind the end of the file was never written, or is lost: reading zeros there would be silent
+//! data loss, writing there would let a file of some kilobytes grow to 2^56 bytes. A cluster with
+//! refcount 0 may be allocated again at any time, so it must not be written in place. Both are
+//! errors.
 //!
-//! A cluster of data that begins inside the file and ends behind it is fine: the last one often does, and reads as
-//! zeros there.
+//! A cluster of data that begins inside the file and ends behind it is fine: the last one often
+//! does, and reads as zeros there.
 //!
-//! The file's end is cached, rounded up to a cluster, so that the common case costs one load; the node's length is read
-//! again only where that does not suffice. An entry's count is looked up once, before the first write in place: the
-//! slice remembers it.
+//! The file's end is cached, rounded up to a cluster, so that the common case costs one load; the
+//! node's length is read again only where that does not suffice. An entry's count is looked up
+//! once, before the first write in place: the slice remembers it.
 
 use std::sync::atomic::Ordering;
 
@@ -59,15 +60,15 @@ impl Image {
         self.name_file(Error::new(ErrorKind::Corrupt, words).at(place.0))
     }
 
-    /// Is the table at `place`, a cluster long, all in the image file? Every writer writes whole tables, so one that
-    /// the file ends in has lost entries.
+    /// Is the table at `place`, a cluster long, all in the image file? Every writer writes whole
+    /// tables, so one that the file ends in has lost entries.
     pub(crate) fn is_whole_table(&self, place: MetaOffset) -> bool {
         place.0.saturating_add(self.geometry().cluster_size()) <= self.file.len()
     }
 
-    /// May the cluster of `run` (entry number `index` of `slice`) be changed where it is? It may if the entry says that
-    /// its refcount is one and the count agrees. An entry with an offset that no writer can have stored makes the image
-    /// unusable.
+    /// May the cluster of `run` (entry number `index` of `slice`) be changed where it is? It may if
+    /// the entry says that its refcount is one and the count agrees. An entry with an offset that
+    /// no writer can have stored makes the image unusable.
     pub(crate) fn may_write_in_place(
         &self,
         meta: &mut Meta,
@@ -98,7 +99,8 @@ impl Image {
         Ok(is_alone)
     }
 
-    /// Refuses to free or keep the clusters of `old` at `guest` if no writer can have put them there.
+    /// Refuses to free or keep the clusters of `old` at `guest` if no writer can have put them
+    /// there.
     pub(crate) fn check_old(&self, meta: &mut Meta, old: L2Entry, guest: u64) -> MetaResult<()> {
         let geometry = *self.geometry();
         let clusters =
@@ -117,7 +119,8 @@ impl Image {
         self.check_counted(meta, clusters, guest).map(|_| ())
     }
 
-    /// The lowest count of clusters that an entry for `guest` names. They must be counted, and begin inside the file.
+    /// The lowest count of clusters that an entry for `guest` names. They must be counted, and
+    /// begin inside the file.
     fn check_counted(
         &self,
         meta: &mut Meta,

@@ -1,9 +1,11 @@
 //! The set of host clusters that hold metadata ([`MetadataMap`]), which no data may overwrite.
 //!
-//! The set is a bitmap in pages, read without a lock by every write and changed under the lock of `Meta`. A
-//! hit means that the image's structures contradict each other: writing would make it worse.
+//! The set is a bitmap in pages, read without a lock by every write and changed under the lock of
+//! `Meta`. A hit means that the image's structures contradict each other: writing would make it
+//! worse.
 //!
-//! Invariant: a cluster is in the set from before its first use as metadata until its reference is removed.
+//! Invariant: a cluster is in the set from before its first use as metadata until its reference is
+//! removed.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -15,7 +17,8 @@ use crate::format::qcow2::layout::units::Geometry;
 const PAGE_BITS: u32 = 15;
 const DIR_BITS: u32 = 11;
 const DIRS: usize = 4096;
-/// Memory for pages: metadata scattered over more than this (32 TiB of file at 64 KiB clusters) is refused.
+/// Memory for pages: metadata scattered over more than this (32 TiB of file at 64 KiB clusters) is
+/// refused.
 const MAX_PAGES: usize = 16_384;
 
 type Page = Box<[AtomicU64]>;

@@ -9,7 +9,8 @@
 //! free           the count is lowered: the allocator sees it
 //! ```
 //!
-//! Lowering the count comes last, so no step can race with the cluster's next use. A crash on the way leaves a leak.
+//! Lowering the count comes last, so no step can race with the cluster's next use. A crash on the
+//! way leaves a leak.
 
 use std::sync::Arc;
 
@@ -49,7 +50,8 @@ impl Image {
         }
     }
 
-    /// Lowers the count of the cluster at `at`, which is not in use any more. At zero it may be allocated at once.
+    /// Lowers the count of the cluster at `at`, which is not in use any more. At zero it may be
+    /// allocated at once.
     pub(crate) fn lower(&self, meta: &mut Meta, at: MetaOffset) -> MetaResult<()> {
         if meta.counts.lower(self.geometry().cluster_index(at.0))? == 0 {
             self.metadata.remove(at);
@@ -58,8 +60,8 @@ impl Image {
         Ok(())
     }
 
-    /// Releases clusters that were allocated and never linked. If the count cannot be lowered now, they are released
-    /// later.
+    /// Releases clusters that were allocated and never linked. If the count cannot be lowered now,
+    /// they are released later.
     pub(crate) fn release_unused(&self, meta: &mut Meta, clusters: Clusters<MetaOffset>) {
         for i in 0..clusters.count {
             let start = clusters.start.plus(i << self.geometry().cluster_bits());
@@ -147,8 +149,9 @@ impl Image {
         self.discard_and_lower(last, frees).await
     }
 
-    /// A data file has no counts: a cluster keeps its offset whether it is used or not. It may have data again by now,
-    /// so each is looked up once more, and writes to it wait until the host discard is over.
+    /// A data file has no counts: a cluster keeps its offset whether it is used or not. It may have
+    /// data again by now, so each is looked up once more, and writes to it wait until the host
+    /// discard is over.
     async fn release_in_data_file(
         self: &Arc<Self>,
         freed: &mut Clusters<DataOffset>,
@@ -186,7 +189,8 @@ impl Image {
         Ok(())
     }
 
-    /// Lowers counts, but puts those that would reach zero and are to be discarded on the host into `last`.
+    /// Lowers counts, but puts those that would reach zero and are to be discarded on the host into
+    /// `last`.
     async fn lower_some(
         self: &Arc<Self>,
         freed: &mut Clusters<MetaOffset>,

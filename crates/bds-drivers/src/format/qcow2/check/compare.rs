@@ -1,12 +1,13 @@
 //! Finds leaks and corruption: compares stored refcounts with counted references.
 //!
-//! [`ref_walk`](super::ref_walk) counts what refers to each cluster; here the counts are compared with the refcount
-//! blocks. Corruptions, leaks and statistics are those of `qemu-img check`, so verdicts can be compared; beyond it we
-//! find: data of a data file at the wrong offset (F7), clusters that two guest ranges or two kinds of owner share
-//! although the refcount allows it, and zero flags in version 2.
+//! [`ref_walk`](super::ref_walk) counts what refers to each cluster; here the counts are compared
+//! with the refcount blocks. Corruptions, leaks and statistics are those of `qemu-img check`, so
+//! verdicts can be compared; beyond it we find: data of a data file at the wrong offset (F7),
+//! clusters that two guest ranges or two kinds of owner share although the refcount allows it, and
+//! zero flags in version 2.
 //!
-//! Memory is budgeted ([`MEMORY_BUDGET_LEN`]); what exceeds it is an error, never a guess. Works on the raw file with a
-//! header parse of its own, so it can look at an image that does not open.
+//! Memory is budgeted ([`MEMORY_BUDGET_LEN`]); what exceeds it is an error, never a guess. Works on
+//! the raw file with a header parse of its own, so it can look at an image that does not open.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -30,8 +31,9 @@ const MAX_EXTRAS: usize = 4096;
 
 /// Checks the image in `file`. `progress` is called with (done, total) bytes of L2 tables.
 ///
-/// Of `data_file` only the presence and the length are used: its clusters have no counts. Fails if the header cannot be
-/// parsed, the file cannot be read, or a limit is reached; everything else is in the report.
+/// Of `data_file` only the presence and the length are used: its clusters have no counts. Fails if
+/// the header cannot be parsed, the file cannot be read, or a limit is reached; everything else is
+/// in the report.
 pub async fn check_image(
     file: &dyn ChildPort,
     data_file: Option<&dyn ChildPort>,
@@ -239,8 +241,8 @@ fn report_runs(walk: &mut RefWalk<'_>, runs: Runs) {
     }
 }
 
-/// Reports sharing that the stored counts allow but no valid image has. What they do not allow, the comparison has
-/// counted already.
+/// Reports sharing that the stored counts allow but no valid image has. What they do not allow, the
+/// comparison has counted already.
 fn report_extras(walk: &mut RefWalk<'_>, shared: &[u64]) {
     let bits = walk.rules().geometry.cluster_bits();
     for cluster in shared {

@@ -1,7 +1,7 @@
 //! Counts references to each host cluster, and what refers to it: the memory of a check.
 //!
-//! Sparse by page and bounded by a budget, so neither a huge file nor a lying table takes more memory than the caller
-//! allows. Counts saturate at `u32::MAX`.
+//! Sparse by page and bounded by a budget, so neither a huge file nor a lying table takes more
+//! memory than the caller allows. Counts saturate at `u32::MAX`.
 
 use std::collections::BTreeMap;
 use std::ops::{Range, RangeInclusive};

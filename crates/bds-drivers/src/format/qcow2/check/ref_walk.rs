@@ -1,8 +1,10 @@
-//! Walks everything that refers to host clusters and counts the references: the first half of a check.
+//! Walks everything that refers to host clusters and counts the references: the first half of a
+//! check.
 //!
-//! Every L2 table is read once, however many L1 entries point at it, and counts as often as it is referred to: so the
-//! work is bounded by the size of the file, not by what a hostile image claims. Counts and what counts as a corruption
-//! follow `qemu-img check`; what we find beyond it is an *extra*, counted apart by [`Findings`].
+//! Every L2 table is read once, however many L1 entries point at it, and counts as often as it is
+//! referred to: so the work is bounded by the size of the file, not by what a hostile image
+//! claims. Counts and what counts as a corruption follow `qemu-img check`; what we find beyond it
+//! is an *extra*, counted apart by [`Findings`].
 
 use std::collections::BTreeMap;
 
@@ -107,8 +109,8 @@ impl<'a> RefWalk<'a> {
         self.refblocks()
     }
 
-    /// Counts the clusters of `len` bytes at `offset`, `times` over. A range that ends a cluster or more past the end
-    /// of the file is a corruption and not counted.
+    /// Counts the clusters of `len` bytes at `offset`, `times` over. A range that ends a cluster or
+    /// more past the end of the file is a corruption and not counted.
     pub(super) fn count(
         &mut self,
         offset: u64,
@@ -282,7 +284,8 @@ impl<'a> RefWalk<'a> {
         }
     }
 
-    /// Reads every L2 table once: those of the active tree in its order, then those only snapshots have.
+    /// Reads every L2 table once: those of the active tree in its order, then those only snapshots
+    /// have.
     async fn walk_tables(&mut self, active: &[u8]) -> Result<()> {
         let tables = std::mem::take(&mut self.tables);
         let cluster = self.rules.geometry.cluster_size();

@@ -68,7 +68,8 @@ impl<'a> RefcountReader<'a> {
         Ok(self.kept.last().map(|(_, block)| block.as_slice()))
     }
 
-    /// The count of a cluster; `None` if it cannot be known (its block's entry is bad, or the block cannot be read).
+    /// The count of a cluster; `None` if it cannot be known (its block's entry is bad, or the block
+    /// cannot be read).
     pub(crate) async fn count(&mut self, cluster: u64) -> Option<u64> {
         let slot = self.geometry.reftable_index(cluster);
         self.slot(slot).ok()?;

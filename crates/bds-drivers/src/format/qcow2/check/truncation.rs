@@ -1,9 +1,10 @@
 //! Finds what an image lost that was truncated, before it is opened for writing.
 //!
-//! A file that was truncated must not be written: it would grow again, and what was lost would then read as zeros,
-//! silently and for ever. Tables behind the end are found at once. Lost data is looked for only if refcounts count
-//! clusters behind the end (after a crash they may, harmlessly: new clusters are counted before the file has them), or
-//! if a data file is shorter than the disk; then every L2 table is read, each of them once.
+//! A file that was truncated must not be written: it would grow again, and what was lost would then
+//! read as zeros, silently and for ever. Tables behind the end are found at once. Lost data is
+//! looked for only if refcounts count clusters behind the end (after a crash they may, harmlessly:
+//! new clusters are counted before the file has them), or if a data file is shorter than the disk;
+//! then every L2 table is read, each of them once.
 
 use bds_core::driver::ChildPort;
 use bds_core::error::{Error, ErrorKind, Result};

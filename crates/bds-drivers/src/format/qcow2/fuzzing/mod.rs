@@ -1,7 +1,9 @@
-//! Entry points for fuzzers, and for tests with bytes as images. Not part of the library's stable API.
+//! Entry points for fuzzers, and for tests with bytes as images. Not part of the library's stable
+//! API.
 //!
-//! Each entry point takes any bytes and panics if a guarantee is broken; it never waits and does no real I/O. The fuzz
-//! targets, the replay of their corpus and the hostile-image tests all call these.
+//! Each entry point takes any bytes and panics if a guarantee is broken; it never waits and does no
+//! real I/O. The fuzz targets, the replay of their corpus and the hostile-image tests all call
+//! these.
 
 mod port;
 mod spec;
@@ -97,7 +99,8 @@ pub fn l2(data: &[u8]) {
     }
 }
 
-/// Decoders: the output bound holds and an error is only an error. Encoders: what they accept round-trips.
+/// Decoders: the output bound holds and an error is only an error. Encoders: what they accept
+/// round-trips.
 pub fn decompress(data: &[u8]) {
     let [choice, rest @ ..] = data else { return };
     let kind = if choice & 1 == 0 { Compression::Deflate } else { Compression::Zstd };
@@ -159,8 +162,8 @@ pub async fn open_image(
     super::Qcow2Format.open(&mut context).await
 }
 
-/// Open, status, read, and on a second copy write: no request waits for ever, a read-only image is not changed, zeros
-/// read as zeros, and what was written is read.
+/// Open, status, read, and on a second copy write: no request waits for ever, a read-only image is
+/// not changed, zeros read as zeros, and what was written is read.
 pub fn open(data: &[u8]) {
     let sim = bds_io::Sim::new(1, bds_io::SimConfig::calm());
     let backing = MemPort::new(vec![0xb5; 3000]);
@@ -216,8 +219,8 @@ async fn look(image: &dyn Driver) {
 async fn scribble(image: &dyn Driver, data: &[u8]) {
     for (step, chunk) in data.rchunks_exact(8).take(6).enumerate() {
         let len = u64::from(chunk[0]) * 37 + 1;
-        let Some(room) = image.len().checked_sub(len).filter(|room| *room > 0) else { return };
-        let at = be64(chunk, 0).rotate_left(17) % room;
+        let Some(left) = image.len().checked_sub(len).filter(|left| *left > 0) else { return };
+        let at = be64(chunk, 0).rotate_left(17) % left;
         let done = match step % 3 {
             0 | 1 => {
                 let bytes = vec![0x5a; usize::try_from(len).expect("10 KiB")];

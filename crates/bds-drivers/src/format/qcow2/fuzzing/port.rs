@@ -1,5 +1,5 @@
-//! A file in memory as a child node: every request completes at once, so a test needs no executor, except where it
-//! holds flushes.
+//! A file in memory as a child node: every request completes at once, so a test needs no executor,
+//! except where it holds flushes.
 
 use std::path::PathBuf;
 use std::pin::pin;
@@ -14,7 +14,8 @@ use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 use bds_io::sync::Notify;
 
-/// A file in memory that stands below a driver: every request is done at once. Clones share the bytes.
+/// A file in memory that stands below a driver: every request is done at once. Clones share the
+/// bytes.
 #[derive(Clone, Debug, Default)]
 pub struct MemPort {
     bytes: Arc<Mutex<Vec<u8>>>,

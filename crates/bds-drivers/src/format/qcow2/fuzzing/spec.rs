@@ -1,4 +1,5 @@
-//! A slow, literal reading of the specification's tables for L2 entries, to compare the real decoder with.
+//! A slow, literal reading of the specification's tables for L2 entries, to compare the real
+//! decoder with.
 
 use crate::format::qcow2::layout::entry::{EntryRules, Kind, L2Entry};
 

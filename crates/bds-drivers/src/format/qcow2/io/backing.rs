@@ -1,8 +1,8 @@
 //! The backing node: reads what unallocated clusters show.
 //!
-//! Past its end there are zeros. The node may be replaced without a call into this driver (the child then leads
-//! elsewhere), and a node may grow; so its length is read where it matters, and the cached length only saves a call per
-//! layer.
+//! Past its end there are zeros. The node may be replaced without a call into this driver (the
+//! child then leads elsewhere), and a node may grow; so its length is read where it matters, and
+//! the cached length only saves a call per layer.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -1,16 +1,17 @@
 //! The codecs of compressed clusters: raw deflate and zstd.
 //!
-//! Decoding fills exactly the buffer it is given and never more; what follows in the input is ignored, because the
-//! length in a descriptor is rounded up to sectors. Encoding gives at most a cluster less one byte, or says that the
-//! cluster is better stored as it is. Contexts are kept by thread, so a cluster costs no allocation. Nothing here does
-//! I/O.
+//! Decoding fills exactly the buffer it is given and never more; what follows in the input is
+//! ignored, because the length in a descriptor is rounded up to sectors. Encoding gives at most a
+//! cluster less one byte, or says that the cluster is better stored as it is. Contexts are kept by
+//! thread, so a cluster costs no allocation. Nothing here does I/O.
 //!
-//! **Deflate** is written with a window of 2^12, which is all that QEMU's decoder promises, and read with 2^15, which is what
-//! other writers use (finding F15). **zstd** may come in several frames; a frame's window is bounded, so a small input
-//! cannot ask for much memory.
+//! **Deflate** is written with a window of 2^12, which is all that QEMU's decoder promises, and
+//! read with 2^15, which is what other writers use (finding F15). **zstd** may come in several
+//! frames; a frame's window is bounded, so a small input cannot ask for much memory.
 //!
-//! Levels, by 64-KiB clusters of a mixed 48 MiB sample (programs, text, sources, a few archives; MB of input a second
-//! of CPU; size against zlib 1.2.13 at its default level and zstd at level 3, which are what QEMU uses):
+//! Levels, by 64-KiB clusters of a mixed 48 MiB sample (programs, text, sources, a few archives; MB
+//! of input a second of CPU; size against zlib 1.2.13 at its default level and zstd at level 3,
+//! which are what QEMU uses):
 //!
 //! ```text
 //! deflate  zlib       default 34 MB/s 100 %          zstd  3  234 MB/s 100.0 %
@@ -22,14 +23,14 @@
 //!
 //! Level 4 is 2.9 times as fast as QEMU's choice for 2.9 % of size; zstd takes level 2.
 //!
-//! zlib-rs 0.6.8 panics, at several levels, when the output buffer is too short for data that does not compress. So
-//! deflate always gets a buffer of its own that holds any result ([`deflate_bound`]). Whatever makes a codec panic,
-//! the panic ends here: an encoder's means "store it as it is", a decoder's fails the request, and the codec's state is
-//! thrown away.
+//! zlib-rs 0.6.8 panics, at several levels, when the output buffer is too short for data that does
+//! not compress. So deflate always gets a buffer of its own that holds any result
+//! ([`deflate_bound`]). Whatever makes a codec panic, the panic ends here: an encoder's means
+//! "store it as it is", a decoder's fails the request, and the codec's state is thrown away.
 //!
-//! Reading, same sample: zlib 350 MB/s, zlib-rs 560, libdeflate 730. libdeflate would save another quarter but is C
-//! code, which this crate keeps to zstd alone, and it cannot stop early: [`decode`] into a part of a cluster inflates
-//! only up to that part, which saves half on average.
+//! Reading, same sample: zlib 350 MB/s, zlib-rs 560, libdeflate 730. libdeflate would save another
+//! quarter but is C code, which this crate keeps to zstd alone, and it cannot stop early:
+//! [`decode`] into a part of a cluster inflates only up to that part, which saves half on average.
 
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -72,7 +73,8 @@ thread_local! {
     static DECODERS: RefCell<Decoders> = const { RefCell::new(Decoders { deflate: None, zstd: None }) };
 }
 
-/// Fills `out` from the start of a compressed cluster. `out` may be shorter than the cluster: the rest is not decoded.
+/// Fills `out` from the start of a compressed cluster. `out` may be shorter than the cluster: the
+/// rest is not decoded.
 ///
 /// Fails with `Corrupt` if the input ends or breaks before `out` is full.
 pub(crate) fn decode(kind: Compression, input: &[u8], out: &mut [u8]) -> Result<()> {
@@ -86,7 +88,8 @@ pub(crate) fn decode(kind: Compression, input: &[u8], out: &mut [u8]) -> Result<
     decoded.unwrap_or_else(|| Err(corrupt("the decoder broke down over it", 0, wanted)))
 }
 
-/// Compresses a cluster into `out`, which must be one byte shorter than `cluster` (longer is not used).
+/// Compresses a cluster into `out`, which must be one byte shorter than `cluster` (longer is not
+/// used).
 ///
 /// `None`: it does not get smaller, store it as it is.
 pub(crate) fn encode(kind: Compression, cluster: &[u8], out: &mut [u8]) -> Option<usize> {
@@ -106,8 +109,8 @@ pub(crate) fn encode(kind: Compression, cluster: &[u8], out: &mut [u8]) -> Optio
     encoded.flatten()
 }
 
-/// Runs `work` on the codecs. If it panics: `None`, and the codecs, which may be in any state, are replaced by new
-/// ones.
+/// Runs `work` on the codecs. If it panics: `None`, and the codecs, which may be in any state, are
+/// replaced by new ones.
 fn contain<C: Default, T>(codecs: &mut C, work: impl FnOnce(&mut C) -> T) -> Option<T> {
     match catch_unwind(AssertUnwindSafe(|| work(codecs))) {
         Ok(result) => Some(result),
@@ -120,8 +123,8 @@ fn contain<C: Default, T>(codecs: &mut C, work: impl FnOnce(&mut C) -> T) -> Opt
     }
 }
 
-/// [`decode`] on a worker thread if the input is long. Gives `out` back, filled; both buffers must have no other
-/// holder.
+/// [`decode`] on a worker thread if the input is long. Gives `out` back, filled; both buffers must
+/// have no other holder.
 pub(crate) async fn decode_buf(kind: Compression, input: Buf, out: Buf) -> Result<Buf> {
     let is_long = out.len() >= OFFLOAD_FROM_LEN;
     let work = move || {
@@ -133,8 +136,8 @@ pub(crate) async fn decode_buf(kind: Compression, input: Buf, out: Buf) -> Resul
     if is_long { bds_io::spawn_cpu(work).await } else { work() }
 }
 
-/// [`encode`] on a worker thread if the cluster is long. Gives back both buffers and the length in `out`; both buffers
-/// must have no other holder.
+/// [`encode`] on a worker thread if the cluster is long. Gives back both buffers and the length in
+/// `out`; both buffers must have no other holder.
 pub(crate) async fn encode_buf(
     kind: Compression,
     cluster: Buf,
@@ -213,8 +216,8 @@ fn new_decoder() -> Result<DCtx<'static>> {
     Ok(codec)
 }
 
-/// The most bytes that deflate makes of `len` bytes: zlib's own conservative bound for any window and memory level, and
-/// room for the empty block that a flush may add.
+/// The most bytes that deflate makes of `len` bytes: zlib's own conservative bound for any window
+/// and memory level, and space for the empty block that a flush may add.
 fn deflate_bound(len: usize) -> usize {
     len + len.div_ceil(8) + len.div_ceil(64) + 64
 }
@@ -252,8 +255,9 @@ fn zstd(slot: &mut Option<CCtx<'static>>, cluster: &[u8], out: &mut [u8]) -> Opt
     codec.compress2(out, cluster).ok()
 }
 
-/// Is a sample of the bytes spread as evenly as chance would? Then it may be compressed or encrypted already, and zstd,
-/// which gives up on such data forty times as fast as deflate, is tried first.
+/// Is a sample of the bytes spread as evenly as chance would? Then it may be compressed or
+/// encrypted already, and zstd, which gives up on such data forty times as fast as deflate, is
+/// tried first.
 fn looks_random(cluster: &[u8]) -> bool {
     const PIECES: usize = 16;
     const PIECE_LEN: usize = 256;

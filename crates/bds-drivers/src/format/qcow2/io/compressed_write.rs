@@ -1,8 +1,8 @@
 //! Compressed writes: one cluster at a time, packed behind each other in the file.
 //!
-//! Compress without a lock, allocate space for the bytes under it, write them, link. The entry becomes visible only
-//! after the bytes are written; if that fails the space is released. A cluster that does not get smaller is written as
-//! a normal cluster.
+//! Compress without a lock, allocate space for the bytes under it, write them, link. The entry
+//! becomes visible only after the bytes are written; if that fails the space is released. A cluster
+//! that does not get smaller is written as a normal cluster.
 
 use std::sync::Arc;
 
@@ -22,7 +22,8 @@ use crate::format::qcow2::state::Image;
 
 const SECTOR_LEN: u64 = 512;
 
-/// Space for compressed bytes whose entry is not linked yet. If dropped before that, the space is released.
+/// Space for compressed bytes whose entry is not linked yet. If dropped before that, the space is
+/// released.
 struct CompressedAlloc {
     image: Arc<Image>,
     item: Arc<InFlight>,
@@ -37,8 +38,8 @@ struct CompressedAlloc {
 }
 
 impl Image {
-    /// Writes whole clusters (the last one may end with the disk) compressed. Without bytes: pads the file to whole
-    /// sectors.
+    /// Writes whole clusters (the last one may end with the disk) compressed. Without bytes: pads
+    /// the file to whole sectors.
     pub(crate) async fn write_compressed(self: &Arc<Self>, offset: u64, iov: IoVec) -> Result<()> {
         self.prepare_to_write().await?;
         if self.data_file.is_some() {
@@ -172,7 +173,8 @@ impl CompressedAlloc {
         let geometry = self.image.geometry();
         let first = geometry.cluster_index(self.offset.0);
         let last = geometry.cluster_index(self.offset.0 + self.len - 1);
-        // If bytes may still be on their way (the executor was dropped), the clusters stay counted: a leak is harmless.
+        // If bytes may still be on their way (the executor was dropped), the clusters stay counted:
+        // a leak is harmless.
         if !self.is_writing {
             let start = MetaOffset(first << geometry.cluster_bits());
             self.image.release_unused(meta, Clusters { start, count: last - first + 1 });

@@ -1,9 +1,9 @@
-//! Copy on write: adds to a write the bytes around it in newly allocated clusters, the rest of the first and of the
-//! last one.
+//! Copy on write: adds to a write the bytes around it in newly allocated clusters, the rest of the
+//! first and of the last one.
 //!
-//! A new cluster shows what the guest saw before wherever the write does not reach. Where that is zeros and the cluster
-//! reads as zeros already, nothing is done. Else head, data and tail become one write, and the link waits for a flush
-//! of the data node (rule O3).
+//! A new cluster shows what the guest saw before wherever the write does not reach. Where that is
+//! zeros and the cluster reads as zeros already, nothing is done. Else head, data and tail become
+//! one write, and the link waits for a flush of the data node (rule O3).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -71,8 +71,9 @@ impl Image {
             all.push(tail_iov);
             is_copy = true;
         } else if work.is_fresh {
-            // The file may end here. If it ended inside a sector, a later write of this sector that is cut short by a
-            // power cut could leave its first half in front of the old end, and neither old nor new behind it.
+            // The file may end here. If it ended inside a sector, a later write of this sector that
+            // is cut short by a power cut could leave its first half in front of the old end, and
+            // neither old nor new behind it.
             let rest = work.end.next_multiple_of(SECTOR_LEN) - work.end;
             all.push(tail_iov.slice(0..mem_len(rest).min(tail_iov.len())));
         }

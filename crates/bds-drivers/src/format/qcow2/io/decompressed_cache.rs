@@ -1,13 +1,15 @@
-//! A cache of decompressed clusters, so that a sequence of small reads decompresses each cluster once.
+//! A cache of decompressed clusters, so that a sequence of small reads decompresses each cluster
+//! once.
 //!
-//! Keyed by the L2 entry, which names the bytes in the file. Freed bytes may be reused, so `release.rs` removes their
-//! entry here first, after all readers that may still insert it have finished (`srcu.rs`).
+//! Keyed by the L2 entry, which names the bytes in the file. Freed bytes may be reused, so
+//! `release.rs` removes their entry here first, after all readers that may still insert it have
+//! finished (`srcu.rs`).
 //!
-//! The first read of a part of a cluster decompresses up to there, and nothing is kept: scattered reads seldom repeat.
-//! A second read soon after decompresses all of it.
+//! The first read of a part of a cluster decompresses up to there, and nothing is kept: scattered
+//! reads seldom repeat. A second read soon after decompresses all of it.
 //!
-//! Split into shards with a lock each, held for a lookup or a copy of a pointer. The budget is in bytes, counting
-//! clusters only.
+//! Split into shards with a lock each, held for a lookup or a copy of a pointer. The budget is in
+//! bytes, counting clusters only.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
@@ -61,7 +63,8 @@ pub(crate) enum CacheLookup {
     Once,
 }
 
-/// The right to decompress a cluster and insert it. If dropped without a result, the next request gets it.
+/// The right to decompress a cluster and insert it. If dropped without a result, the next request
+/// gets it.
 pub(crate) struct FillGuard {
     cache: Arc<DecompressedCache>,
     key: u64,
@@ -80,7 +83,8 @@ impl DecompressedCache {
     }
 
     fn shard(&self, key: u64) -> MutexGuard<'_, Shard> {
-        // Neighbours in the file differ in the low bits at a distance of a compressed cluster: mix them.
+        // Neighbours in the file differ in the low bits at a distance of a compressed cluster: mix
+        // them.
         let mixed = key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
         let index = usize::try_from(mixed).unwrap_or(0) % self.shards.len();
         self.shards[index].lock().unwrap_or_else(PoisonError::into_inner)

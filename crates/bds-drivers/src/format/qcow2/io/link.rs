@@ -1,7 +1,8 @@
-//! The last step of an allocating write: links new clusters into the L2 table, or releases them if the write failed.
+//! The last step of an allocating write: links new clusters into the L2 table, or releases them if
+//! the write failed.
 //!
-//! Linking is one synchronous section under the lock of `Meta`: it happens as a whole or not at all. The table it
-//! changes has been held since the plan, so it needs no I/O and cannot fail.
+//! Linking is one synchronous section under the lock of `Meta`: it happens as a whole or not at
+//! all. The table it changes has been held since the plan, so it needs no I/O and cannot fail.
 
 use std::sync::Arc;
 
@@ -18,7 +19,8 @@ use crate::format::qcow2::plan::{MetaResult, NeedMeta};
 use crate::format::qcow2::state::{Image, Meta};
 use crate::format::qcow2::task::Completion;
 
-/// Owns a [`PendingLink`] until it is linked. If dropped before, releases its clusters and wakes its waiters.
+/// Owns a [`PendingLink`] until it is linked. If dropped before, releases its clusters and wakes
+/// its waiters.
 pub(crate) struct AllocGuard {
     image: Arc<Image>,
     pub work: PendingLink,
@@ -50,7 +52,8 @@ impl Image {
         item
     }
 
-    /// How many of the `max` bytes at `guest` lie before the next allocation in flight. Stops if one is at the start.
+    /// How many of the `max` bytes at `guest` lie before the next allocation in flight. Stops if
+    /// one is at the start.
     pub(crate) fn before_in_flight(&self, meta: &Meta, guest: u64, max: u64) -> MetaResult<u64> {
         let geometry = self.geometry();
         let first = geometry.cluster_index(guest);
@@ -99,8 +102,8 @@ impl AllocGuard {
         meta.end_allocation(&self.work.item);
     }
 
-    /// Links clusters that read as zeros already. Extended entries get their host offset only: their subclusters stay
-    /// what they are.
+    /// Links clusters that read as zeros already. Extended entries get their host offset only:
+    /// their subclusters stay what they are.
     pub(crate) fn link_empty(self) {
         let is_extended = self.image.geometry().has_extended_l2();
         let covers = if is_extended {
@@ -122,7 +125,8 @@ impl Drop for AllocGuard {
         }
         let image = Arc::clone(&self.image);
         let mut meta = image.meta();
-        // If bytes may still be on their way (the executor was dropped), the clusters stay counted: a leak is harmless.
+        // If bytes may still be on their way (the executor was dropped), the clusters stay counted:
+        // a leak is harmless.
         let unused = image.space().counted(self.work.host);
         if let Some(first) = unused.filter(|_| self.work.is_new && !self.is_writing) {
             image.release_unused(&mut meta, Clusters { start: first, count: self.work.clusters });
@@ -131,7 +135,8 @@ impl Drop for AllocGuard {
     }
 }
 
-/// The subclusters of a cluster after a write: what was written is data, the rest stays what it was.
+/// The subclusters of a cluster after a write: what was written is data, the rest stays what it
+/// was.
 fn new_bitmap(image: &Image, old: L2Entry, guest: u64, copy: &CopyPlan, keeps: bool) -> u64 {
     let geometry = image.geometry();
     let bits = geometry.subcluster_bits();

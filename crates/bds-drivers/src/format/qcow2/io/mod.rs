@@ -1,7 +1,7 @@
 //! Guest I/O: reads, writes, compressed writes, zero writes and discards, block status.
 //!
-//! `write` → `cow` (the bytes around the write) → `link` (the new entries). `backing`, `compress` and
-//! `decompressed_cache` serve reads.
+//! `write` → `cow` (the bytes around the write) → `link` (the new entries). `backing`, `compress`
+//! and `decompressed_cache` serve reads.
 
 pub(super) mod backing;
 pub(super) mod compress;

@@ -1,8 +1,8 @@
 //! Guest reads.
 //!
-//! The fast path ([`Image::try_read`]) takes no lock and allocates nothing as long as the L2 slices are in memory: look
-//! up, and read from the child at the offset found. Where it cannot go on it declines, and the slow path loads what is
-//! missing and reads the parts concurrently.
+//! The fast path ([`Image::try_read`]) takes no lock and allocates nothing as long as the L2 slices
+//! are in memory: look up, and read from the child at the offset found. Where it cannot go on it
+//! declines, and the slow path loads what is missing and reads the parts concurrently.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -171,7 +171,8 @@ impl Image {
                 CacheLookup::Ready(cluster) => return Ok(cluster),
                 CacheLookup::Wait(done) => done.wait().await,
                 CacheLookup::Fill(fill) => {
-                    // Other requests may wait for it, so it runs in a task of its own, with its own guard of `srcu`.
+                    // Other requests may wait for it, so it runs in a task of its own, with its own
+                    // guard of `srcu`.
                     let srcu = self.is_writable().then(|| self.srcu.read_lock_owned());
                     let image = Arc::clone(self);
                     let len = self.geometry().cluster_len();
@@ -190,7 +191,8 @@ impl Image {
 
     async fn decompress(&self, entry: L2Entry, guest: u64, len: usize) -> Result<Buf> {
         let range = entry.compressed_range(self.geometry());
-        // Bytes behind the end of the file must not be taken for zeros: zeros may decode to something.
+        // Bytes behind the end of the file must not be taken for zeros: zeros may decode to
+        // something.
         let there = self.file.len().saturating_sub(range.offset.0).min(range.len);
         if there == 0 {
             return Err(self.truncated_meta_error("a compressed cluster", range.offset).at(guest));

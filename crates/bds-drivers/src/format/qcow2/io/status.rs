@@ -54,7 +54,8 @@ impl Image {
         Ok(StatusRun { len: run.len, flags, map })
     }
 
-    /// Does the file hold noticeably less than its length, so that clusters may be allocated and empty? Looked up once.
+    /// Does the file hold noticeably less than its length, so that clusters may be allocated and
+    /// empty? Looked up once.
     async fn may_be_preallocated(&self) -> bool {
         match self.is_sparse.load(Ordering::Relaxed) {
             SPARSE => return true,

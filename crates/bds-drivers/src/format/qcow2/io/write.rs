@@ -1,12 +1,13 @@
 //! Guest writes.
 //!
-//! A write to clusters that are allocated and not shared goes straight to their offset; if the child can take it at
-//! once, without a lock and without allocating ([`Image::try_write`]). All other writes are split into steps: plan
-//! under the lock (find or allocate clusters, enter the allocation among those in flight), write without it, link under
-//! it (`link.rs`).
+//! A write to clusters that are allocated and not shared goes straight to their offset; if the
+//! child can take it at once, without a lock and without allocating ([`Image::try_write`]). All
+//! other writes are split into steps: plan under the lock (find or allocate clusters, enter the
+//! allocation among those in flight), write without it, link under it (`link.rs`).
 //!
-//! Two writes to one unallocated cluster: the later one waits for the earlier one and then finds a cluster to write in
-//! place. Allocating writes run in tasks of their own, because other requests may wait for them.
+//! Two writes to one unallocated cluster: the later one waits for the earlier one and then finds a
+//! cluster to write in place. Allocating writes run in tasks of their own, because other requests
+//! may wait for them.
 
 use std::sync::Arc;
 
@@ -48,7 +49,8 @@ impl Image {
         self.data().try_write(host, iov)
     }
 
-    /// Where `len` bytes at `offset` may be written in place. The caller must hold a guard of `srcu`.
+    /// Where `len` bytes at `offset` may be written in place. The caller must hold a guard of
+    /// `srcu`.
     #[inline]
     fn in_place_offset(&self, offset: u64, len: u64) -> Option<DataOffset> {
         if offset.checked_add(len)? > self.disk_len() {
@@ -62,8 +64,8 @@ impl Image {
         (is_owned && is_safe && self.is_in_file(run.host, len)).then_some(run.host)
     }
 
-    /// Writes; `is_copy` if the guest sees the same bytes already, which then must be durable before the link (rule
-    /// O3).
+    /// Writes; `is_copy` if the guest sees the same bytes already, which then must be durable
+    /// before the link (rule O3).
     pub(crate) async fn write(
         self: &Arc<Self>,
         offset: u64,
@@ -96,8 +98,9 @@ impl Image {
         .await
     }
 
-    /// Writes step by step, several at once. Runs in a task of its own. When it returns no step is in flight any
-    /// more, also after a failure: a late step must not overwrite what the guest writes next.
+    /// Writes step by step, several at once. Runs in a task of its own. When it returns no step is
+    /// in flight any more, also after a failure: a late step must not overwrite what the guest
+    /// writes next.
     pub(crate) async fn write_all(self: &Arc<Self>, offset: u64, iov: &IoVec) -> Result<()> {
         self.write_steps(offset, iov, false).await
     }
@@ -150,7 +153,8 @@ impl Image {
         Ok(())
     }
 
-    /// Creates the guard of a planned step. Under the same lock as the plan: nothing may come in between.
+    /// Creates the guard of a planned step. Under the same lock as the plan: nothing may come in
+    /// between.
     fn guard(self: &Arc<Self>, step: Step) -> (GuardedStep, u64) {
         match step {
             Step::InPlace { host, len } => {
@@ -256,8 +260,8 @@ impl Image {
         }))
     }
 
-    /// How many bytes from `guest` on (at most `max`) may be written in their clusters, as long as `goes_on` returns
-    /// true for the next run and the length so far.
+    /// How many bytes from `guest` on (at most `max`) may be written in their clusters, as long as
+    /// `goes_on` returns true for the next run and the length so far.
     fn in_place_run(
         &self,
         meta: &mut Meta,
@@ -324,7 +328,8 @@ enum GuardedStep {
 }
 
 impl Image {
-    /// Plans the allocation of whole unallocated clusters at `guest`. `None`: the one at `guest` is allocated already.
+    /// Plans the allocation of whole unallocated clusters at `guest`. `None`: the one at `guest` is
+    /// allocated already.
     pub(crate) fn plan_prealloc(
         &self,
         meta: &mut Meta,

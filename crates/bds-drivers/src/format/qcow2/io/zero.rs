@@ -1,8 +1,8 @@
 //! Zero writes and discards: changes of L2 entries, without data.
 //!
-//! Whole clusters (with extended L2: whole subclusters) become zeros by their entry. A discard leaves zeros too where
-//! the cluster was allocated or a backing node would show through. Clusters that the entries no longer need are
-//! released (`release.rs`).
+//! Whole clusters (with extended L2: whole subclusters) become zeros by their entry. A discard
+//! leaves zeros too where the cluster was allocated or a backing node would show through. Clusters
+//! that the entries no longer need are released (`release.rs`).
 
 use std::sync::Arc;
 
@@ -137,8 +137,8 @@ impl Image {
         Ok(true)
     }
 
-    /// Changes whole units, slice by slice. Nothing was changed if it is not supported: only the first slice can find
-    /// that.
+    /// Changes whole units, slice by slice. Nothing was changed if it is not supported: only the
+    /// first slice can find that.
     async fn zero_units(self: &Arc<Self>, start: u64, end: u64, change: Change) -> Result<Attempt> {
         let mut at = start;
         while at < end {
@@ -153,14 +153,14 @@ impl Image {
         Ok(Attempt::Done)
     }
 
-    /// Makes the rest of a cluster that the disk did not reach so far read as zeros, and whole clusters up to `end`.
-    /// For growing: the backing node must not show through.
+    /// Makes the rest of a cluster that the disk did not reach so far read as zeros, and whole
+    /// clusters up to `end`. For growing: the backing node must not show through.
     pub(crate) async fn zero_clusters(self: &Arc<Self>, start: u64, end: u64) -> Result<Attempt> {
         self.zero_units(start, end, Change::Unmap).await
     }
 
-    /// Changes units from `start` on, up to the end of the slice. Returns how many bytes that were; `None`: not
-    /// supported.
+    /// Changes units from `start` on, up to the end of the slice. Returns how many bytes that were;
+    /// `None`: not supported.
     fn zero_in_slice(
         &self,
         meta: &mut Meta,

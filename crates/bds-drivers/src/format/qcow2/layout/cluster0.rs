@@ -1,11 +1,11 @@
 //! Cluster 0: parses and encodes the header, its extensions and the backing file's name together.
 //!
-//! Parsing checks every field against the format's rules and our limits before anything is allocated or followed; what
-//! is accepted here may be used as it stands. No I/O.
+//! Parsing checks every field against the format's rules and our limits before anything is
+//! allocated or followed; what is accepted here may be used as it stands. No I/O.
 //!
-//! Sizes that are no multiple of 512 (finding F10: QEMU shows such a disk rounded down): a read-only open shows every
-//! byte, a writable open is refused by [`Cluster0::check_writable`], because a writer must not choose between losing
-//! the tail and inventing one.
+//! Sizes that are no multiple of 512 (finding F10: QEMU shows such a disk rounded down): a
+//! read-only open shows every byte, a writable open is refused by [`Cluster0::check_writable`],
+//! because a writer must not choose between losing the tail and inventing one.
 //!
 //! Invariant: cluster 0 is written as one write, and only if all of it fits.
 
@@ -25,7 +25,8 @@ const SECTOR_LEN: u64 = 512;
 pub(crate) enum Strictness {
     /// For use: everything must be right.
     Use,
-    /// For `check` and `info`: fields that a check repairs (snapshots, refcount table) may be wrong.
+    /// For `check` and `info`: fields that a check repairs (snapshots, refcount table) may be
+    /// wrong.
     Inspect,
 }
 
@@ -43,12 +44,13 @@ pub(crate) struct Cluster0 {
 pub(crate) enum Parsed {
     /// All of it.
     Complete(Box<Cluster0>),
-    /// More bytes are needed: call again with at least this many (never more than a cluster or the file).
+    /// More bytes are needed: call again with at least this many (never more than a cluster or the
+    /// file).
     NeedMore(usize),
 }
 
-/// Is this the beginning of a qcow2 image of any version? Versions we cannot open are included so that their error can
-/// name them.
+/// Is this the beginning of a qcow2 image of any version? Versions we cannot open are included so
+/// that their error can name them.
 pub(crate) fn is_qcow2(head: &[u8]) -> bool {
     head.starts_with(&MAGIC) && head.len() >= 8 && be32(head, 4) >= 2
 }
@@ -57,7 +59,8 @@ impl Cluster0 {
     /// How many bytes to read first: enough for all but unusual images.
     pub(crate) const FIRST_READ_LEN: usize = 4096;
 
-    /// Parses the beginning of a file of `file_len` bytes. `bytes` is what was read so far, from offset 0.
+    /// Parses the beginning of a file of `file_len` bytes. `bytes` is what was read so far, from
+    /// offset 0.
     pub(crate) fn parse(bytes: &[u8], file_len: u64, mode: Strictness) -> Result<Parsed> {
         if !bytes.starts_with(&MAGIC) && bytes.len() >= MAGIC.len() {
             return Err(invalid("image is not in qcow2 format")
@@ -230,7 +233,8 @@ impl Cluster0 {
         Ok(())
     }
 
-    /// Rules for writing beyond those for reading: the disk's length, and a refcount table inside the file.
+    /// Rules for writing beyond those for reading: the disk's length, and a refcount table inside
+    /// the file.
     pub(crate) fn check_writable(&self, file_len: u64) -> Result<()> {
         let h = &self.header;
         if !h.size.is_multiple_of(SECTOR_LEN) {

@@ -1,8 +1,9 @@
 //! Parses and encodes entries of the L1, L2 and refcount tables.
 //!
-//! Decoding follows the tables of qcow2.txt ("Standard Cluster Descriptor", "Extended L2 Entries", "Compressed Clusters
-//! Descriptor"). An entry that a reader must not follow is a [`BadEntry`]; reserved bits that a reader ignores but a
-//! check reports are available beside the decoded value. No I/O, no allocation, no panic on any bits.
+//! Decoding follows the tables of qcow2.txt ("Standard Cluster Descriptor", "Extended L2 Entries",
+//! "Compressed Clusters Descriptor"). An entry that a reader must not follow is a [`BadEntry`];
+//! reserved bits that a reader ignores but a check reports are available beside the decoded value.
+//! No I/O, no allocation, no panic on any bits.
 
 use std::fmt;
 
@@ -171,7 +172,8 @@ pub(crate) enum Place {
     Compressed(CompressedRange),
 }
 
-/// The bytes a compressed cluster is read from: up to the end of its last sector, so possibly more than it needs.
+/// The bytes a compressed cluster is read from: up to the end of its last sector, so possibly more
+/// than it needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct CompressedRange {
     pub offset: MetaOffset,
@@ -206,7 +208,8 @@ impl L2Entry {
         Self { word: place.0 | if is_copied { COPIED } else { 0 }, bitmap }
     }
 
-    /// A compressed cluster; `None` if the descriptor cannot hold it (offset too high, longer than a cluster can be).
+    /// A compressed cluster; `None` if the descriptor cannot hold it (offset too high, longer than
+    /// a cluster can be).
     pub(crate) fn compressed(geometry: &Geometry, offset: MetaOffset, len: u64) -> Option<Self> {
         if len == 0 || offset.0 > geometry.max_compressed_offset() {
             return None;
@@ -264,7 +267,8 @@ impl L2Entry {
         CompressedRange { offset: MetaOffset(offset), len }
     }
 
-    /// Where the bytes are. Refuses what no reader may follow, except wrong subcluster bits (see [`Self::kind`]).
+    /// Where the bytes are. Refuses what no reader may follow, except wrong subcluster bits (see
+    /// [`Self::kind`]).
     #[inline]
     pub(crate) fn place(self, rules: &EntryRules) -> Result<Place, BadEntry> {
         if self.is_compressed() {
@@ -281,8 +285,8 @@ impl L2Entry {
         if !rules.geometry.is_cluster_aligned(offset) {
             return Err(BadEntry::UnalignedData(offset));
         }
-        // In a data file, byte 0 of the guest is at byte 0 of the file: only COPIED distinguishes it from an
-        // unallocated cluster.
+        // In a data file, byte 0 of the guest is at byte 0 of the file: only COPIED distinguishes
+        // it from an unallocated cluster.
         let is_at_0 = rules.has_data_file
             && self.is_copied()
             && (rules.geometry.has_extended_l2() || self.word & ZERO == 0);
@@ -293,7 +297,8 @@ impl L2Entry {
         }
     }
 
-    /// What subcluster `index` is, and how many from `index` on are the same (1 without extended L2).
+    /// What subcluster `index` is, and how many from `index` on are the same (1 without extended
+    /// L2).
     #[inline]
     pub(crate) fn kind(self, index: u32, rules: &EntryRules) -> Result<(Kind, u32), BadEntry> {
         let place = self.place(rules)?;
@@ -375,7 +380,8 @@ pub(crate) fn read_refcount(block: &[u8], order: u32, index: usize) -> Option<u6
     })
 }
 
-/// Stores refcount number `index`; false (and nothing changed) past the end of the block or if `count` does not fit.
+/// Stores refcount number `index`; false (and nothing changed) past the end of the block or if
+/// `count` does not fit.
 #[inline]
 pub(crate) fn write_refcount(block: &mut [u8], order: u32, index: usize, count: u64) -> bool {
     fn put<const N: usize>(block: &mut [u8], index: usize, bytes: Option<[u8; N]>) -> bool {

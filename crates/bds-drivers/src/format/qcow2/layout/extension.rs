@@ -1,9 +1,10 @@
 //! Parses and encodes header extensions: the bytes between the header and the backing file's name.
 //!
-//! Each is `type u32, length u32, data, padding to 8`; type 0 ends the list, and so does the end of the area.
-//! QEMU lets a later extension of one type win and cuts names at a NUL byte, so that two readers can see two
-//! different files: duplicates of a known type and NUL bytes in names are refused here. Unknown types are kept and
-//! written back in their order. Bytes only: names are opaque, no offset is followed.
+//! Each is `type u32, length u32, data, padding to 8`; type 0 ends the list, and so does the end of
+//! the area. QEMU lets a later extension of one type win and cuts names at a NUL byte, so that two
+//! readers can see two different files: duplicates of a known type and NUL bytes in names are
+//! refused here. Unknown types are kept and written back in their order. Bytes only: names are
+//! opaque, no offset is followed.
 
 use bds_core::error::{Error, ErrorKind, Result};
 
@@ -118,8 +119,8 @@ pub(crate) enum Scan {
 }
 
 impl Extensions {
-    /// Reads the extensions in `bytes[start..end]`. `bytes` may be shorter than `end` when not all of the cluster has
-    /// been read yet.
+    /// Reads the extensions in `bytes[start..end]`. `bytes` may be shorter than `end` when not all
+    /// of the cluster has been read yet.
     pub(crate) fn parse(bytes: &[u8], start: usize, end: usize) -> Result<Scan> {
         let mut found = Self::default();
         let mut at = start;
@@ -132,7 +133,8 @@ impl Extensions {
                 break;
             }
             if kind == END {
-                // Readers that skip by lengths would go on behind it, and see extensions that other readers do not.
+                // Readers that skip by lengths would go on behind it, and see extensions that other
+                // readers do not.
                 return Err(invalid("the end mark of the header extensions has a length")
                     .field("extension length", len)
                     .at(offset(at)));
@@ -190,7 +192,8 @@ impl Extensions {
         }
     }
 
-    /// Appends all extensions and the end mark, in QEMU's order: known ones first, then unknown ones as found.
+    /// Appends all extensions and the end mark, in QEMU's order: known ones first, then unknown
+    /// ones as found.
     pub(crate) fn encode(&self, out: &mut Vec<u8>) {
         if let Some(name) = &self.backing_format {
             put(out, BACKING_FORMAT, name);

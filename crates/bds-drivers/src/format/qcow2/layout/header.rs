@@ -1,8 +1,8 @@
 //! The header of an image: its fields as typed values, parsed, checked against limits, and encoded.
 //!
-//! Nothing is allocated or followed before a field is checked; what is accepted here may be used as it stands. Bytes of
-//! the header that are not known are kept and written back. What else lies in cluster 0, and rules that join it to the
-//! header: `cluster0.rs`.
+//! Nothing is allocated or followed before a field is checked; what is accepted here may be used as
+//! it stands. Bytes of the header that are not known are kept and written back. What else lies in
+//! cluster 0, and rules that join it to the header: `cluster0.rs`.
 
 use bds_core::error::{Error, ErrorKind, Result};
 
@@ -84,7 +84,8 @@ impl Incompatible {
 }
 
 impl Autoclear {
-    /// The bits a writer keeps: the raw data file is maintained, unknown bits are cleared. Bitmaps are handled apart.
+    /// The bits a writer keeps: the raw data file is maintained, unknown bits are cleared. Bitmaps
+    /// are handled apart.
     pub(crate) fn kept_by_writer(self) -> Self {
         self & (Self::RAW_DATA_FILE | Self::BITMAPS)
     }
@@ -143,7 +144,8 @@ pub(crate) struct Header {
     pub compatible: Compatible,
     pub autoclear: Autoclear,
     pub compression: Compression,
-    /// Bytes from 105 to the header's length, or those after byte 104 we have no name for; kept as they are.
+    /// Bytes from 105 to the header's length, or those after byte 104 we have no name for; kept as
+    /// they are.
     pub tail: Vec<u8>,
     /// Bytes of the header as stored: 72 for version 2.
     pub header_len: u32,
@@ -219,7 +221,8 @@ impl Header {
         out
     }
 
-    /// `bytes` holds at least `header_len` bytes. Limits are checked once it is clear that all features are known.
+    /// `bytes` holds at least `header_len` bytes. Limits are checked once it is clear that all
+    /// features are known.
     pub(super) fn parse(bytes: &[u8], header_len: u32) -> Result<Self> {
         let version = be32(bytes, 4);
         let cluster_bits = be32(bytes, 20);

@@ -1,4 +1,5 @@
-//! Host offsets as one type for each address space: the image file, and the node that holds data clusters.
+//! Host offsets as one type for each address space: the image file, and the node that holds data
+//! clusters.
 //!
 //! ```text
 //! MetaOffset   a byte of the image file: header, tables, compressed bytes. Its clusters have refcounts.
@@ -6,7 +7,8 @@
 //!              data cluster has a refcount; with one, a cluster lies at its guest offset there and has none.
 //! ```
 //!
-//! A number in one space means nothing in the other, so each is a type. The nodes that take them: `nodes.rs`.
+//! A number in one space means nothing in the other, so each is a type. The nodes that take them:
+//! `nodes.rs`.
 
 use std::fmt;
 

@@ -1,8 +1,9 @@
 //! Guest offsets and the arithmetic of clusters ([`Geometry`]).
 //!
-//! A guest offset and a host offset are both byte counts and must never be mixed: each is its own type (host offsets:
-//! `space.rs`). A [`Geometry`] holds the three numbers of a header that decide every index; it exists only with values
-//! the format allows, so its shifts cannot overflow. Nothing here does I/O.
+//! A guest offset and a host offset are both byte counts and must never be mixed: each is its own
+//! type (host offsets: `space.rs`). A [`Geometry`] holds the three numbers of a header that decide
+//! every index; it exists only with values the format allows, so its shifts cannot overflow.
+//! Nothing here does I/O.
 //!
 //! ```text
 //! guest offset   | l1_index | l2_index | subcluster | byte |
@@ -118,14 +119,16 @@ impl Geometry {
         usize::try_from(index).expect("an L2 table has at most 2^18 entries")
     }
 
-    /// The first guest byte that entry `l2_index` of table `l1_index` maps; saturates for tables no disk has.
+    /// The first guest byte that entry `l2_index` of table `l1_index` maps; saturates for tables no
+    /// disk has.
     pub(crate) fn guest_offset(&self, l1_index: u64, l2_index: usize) -> GuestOffset {
         let table = l1_index.saturating_mul(self.l2_span());
         let entry = u64::try_from(l2_index).unwrap_or(u64::MAX) << self.cluster_bits;
         GuestOffset(table.saturating_add(entry))
     }
 
-    /// log2 of the unit that an entry can describe by itself: the subcluster, or the cluster without extended L2.
+    /// log2 of the unit that an entry can describe by itself: the subcluster, or the cluster
+    /// without extended L2.
     #[inline]
     pub(crate) fn subcluster_bits(&self) -> u32 {
         self.cluster_bits - if self.extended_l2 { 5 } else { 0 }
@@ -232,7 +235,8 @@ impl Geometry {
         usize::try_from(index).expect("a refcount block has at most 2^24 entries")
     }
 
-    /// Bits of a compressed descriptor that hold the host offset (qcow2.txt, "Compressed Clusters Descriptor").
+    /// Bits of a compressed descriptor that hold the host offset (qcow2.txt, "Compressed Clusters
+    /// Descriptor").
     #[inline]
     pub(crate) fn compressed_offset_bits(&self) -> u32 {
         62 - (self.cluster_bits - 8)

@@ -1,10 +1,11 @@
 //! Persistent dirty bitmaps: reads their directory, and marks bitmaps that a write makes stale.
 //!
-//! Entries are shown by `info` and counted by `check`; bitmaps are not loaded and not kept in step. So a writer makes
-//! stale those that record every write (flag "auto"), and growing the disk makes all too short: an image that has such
-//! bitmaps is not opened for writing (not grown), unless the user allows it. Then they are marked "in use", durably and
-//! before the first write, as a crashed writer leaves them: every reader sees that they are inconsistent, and their
-//! clusters are not leaked.
+//! Entries are shown by `info` and counted by `check`; bitmaps are not loaded and not kept in step.
+//! So a writer makes stale those that record every write (flag "auto"), and growing the disk makes
+//! all too short: an image that has such bitmaps is not opened for writing (not grown), unless the
+//! user allows it. Then they are marked "in use", durably and before the first write, as a crashed
+//! writer leaves them: every reader sees that they are inconsistent, and their clusters are not
+//! leaked.
 
 use bds_core::driver::ChildPort;
 use bds_core::error::{Error, ErrorKind, Result};
@@ -22,7 +23,8 @@ use crate::format::qcow2::state::Image;
 const FLAGS_AT: u64 = 12;
 /// Bitmaps that an error names.
 const MAX_NAMED: usize = 4;
-/// Reads and checks the directory. Only for a pointer that was validated and is marked valid by the header.
+/// Reads and checks the directory. Only for a pointer that was validated and is marked valid by the
+/// header.
 pub(crate) async fn read_directory(
     file: &dyn ChildPort,
     pointer: &BitmapsPointer,
@@ -98,7 +100,8 @@ fn refuse_stale(list: &[BitmapEntry], grows: bool) -> Result<()> {
 }
 
 impl Image {
-    /// Before the first write: marks bitmaps that it makes stale, durably. False if they cannot be kept at all.
+    /// Before the first write: marks bitmaps that it makes stale, durably. False if they cannot be
+    /// kept at all.
     pub(crate) async fn mark_bitmaps(&self, autoclear: Autoclear, grows: bool) -> Result<bool> {
         let image = self.cluster0.load_full();
         let (pointer, list) = match valid_bitmaps(self.file.port(), &image, autoclear).await {

@@ -1,11 +1,13 @@
 //! Creates an image, written in an order that leaves no half image after a crash.
 //!
-//! A [`Layout`] is planned first, as numbers: header, refcount table, refcount blocks, L1 table and, with
-//! preallocation, L2 tables and data, one after the other, all with a refcount of one. For a plain image these are the
-//! bytes that `qemu-img create` writes. The header is written last, behind a flush (rule O14 and its like): after a
-//! crash there is either a whole image or a file that is none.
+//! A [`Layout`] is planned first, as numbers: header, refcount table, refcount blocks, L1 table
+//! and, with preallocation, L2 tables and data, one after the other, all with a refcount of one.
+//! For a plain image these are the bytes that `qemu-img create` writes. The header is written last,
+//! behind a flush (rule O14 and its like): after a crash there is either a whole image or a file
+//! that is none.
 //!
-//! Does not open references: the caller has opened the data file and found the backing image's length.
+//! Does not open references: the caller has opened the data file and found the backing image's
+//! length.
 
 use bds_core::driver::{
     Child, CreateContext, CreateFacts, Prealloc, Truncate, WriteFlags, ZeroFlags,

@@ -1,4 +1,5 @@
-//! Computes where the parts of a new image are placed, before any file is touched. Used by create and measure.
+//! Computes where the parts of a new image are placed, before any file is touched. Used by create
+//! and measure.
 
 use bds_core::error::{Error, ErrorKind, Result};
 
@@ -25,8 +26,8 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
-    /// Plans an image of `size` bytes. `mapped`: L2 tables exist. `with_data`: so do the clusters they point at, in
-    /// this file.
+    /// Plans an image of `size` bytes. `mapped`: L2 tables exist. `with_data`: so do the clusters
+    /// they point at, in this file.
     pub(crate) fn plan(
         geometry: &Geometry,
         size: u64,

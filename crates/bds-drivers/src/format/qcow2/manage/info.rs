@@ -1,4 +1,5 @@
-//! Collects the facts that `info` reports, under QEMU's names, from the header and the tables it points at.
+//! Collects the facts that `info` reports, under QEMU's names, from the header and the tables it
+//! points at.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -15,7 +16,8 @@ use crate::format::qcow2::layout::header::{
     Autoclear, Compatible, CryptMethod, Incompatible, MAX_SNAPSHOTS,
 };
 
-/// Collects the facts. Reads the snapshot table and the bitmap directory, follows no reference, writes nothing.
+/// Collects the facts. Reads the snapshot table and the bitmap directory, follows no reference,
+/// writes nothing.
 pub(crate) async fn info(file: &dyn ChildPort, image: &Cluster0) -> Result<ImageInfo> {
     let header = &image.header;
     let text = |bytes: &Vec<u8>| String::from_utf8_lossy(bytes).into_owned();

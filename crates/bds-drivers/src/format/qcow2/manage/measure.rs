@@ -1,7 +1,8 @@
-//! Measures how large an image would be: the same plan as [`create`](super::create), without a file.
+//! Measures how large an image would be: the same plan as [`create`](super::create), without a
+//! file.
 //!
-//! Numbers agree with `qemu-img measure`: whole clusters, refcounts planned for the fully written image in both
-//! answers.
+//! Numbers agree with `qemu-img measure`: whole clusters, refcounts planned for the fully written
+//! image in both answers.
 
 use bds_core::driver::{MeasureReport, MeasureSource, Prealloc};
 use bds_core::error::{Error, ErrorKind, Result};

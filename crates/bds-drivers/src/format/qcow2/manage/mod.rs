@@ -1,5 +1,5 @@
-//! Operations on an image as a whole: create and measure, resize, reopen and inactivate, snapshots and bitmaps (read
-//! only), info.
+//! Operations on an image as a whole: create and measure, resize, reopen and inactivate, snapshots
+//! and bitmaps (read only), info.
 
 pub(super) mod bitmap;
 pub(super) mod create;

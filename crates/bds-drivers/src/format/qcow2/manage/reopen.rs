@@ -1,12 +1,13 @@
-//! Changes options and mode of an open image, inactivates it for another process, and activates it again.
+//! Changes options and mode of an open image, inactivates it for another process, and activates it
+//! again.
 //!
-//! Before anything changes, all metadata is written back durably, as by a clean close (`write_back_all_durably`). So a
-//! prepared change may be dropped without loss, and the writer continues. An image that becomes writable, or is
-//! activated, is read afresh beside what is in memory (`metadata_load.rs`), with all checks of an open; only the commit
-//! replaces the old state.
+//! Before anything changes, all metadata is written back durably, as by a clean close
+//! (`write_back_all_durably`). So a prepared change may be dropped without loss, and the writer
+//! continues. An image that becomes writable, or is activated, is read afresh beside what is in
+//! memory (`metadata_load.rs`), with all checks of an open; only the commit replaces the old state.
 //!
-//! Nothing is written in order to become a writer: the file may not be writable yet, and O10 and O13 wait for the first
-//! write, as after an open.
+//! Nothing is written in order to become a writer: the file may not be writable yet, and O10 and
+//! O13 wait for the first write, as after an open.
 
 use std::sync::Arc;
 
@@ -69,7 +70,8 @@ impl Image {
         }
         self.tasks.wait_idle().await;
         self.write_back_all_durably().await?;
-        // A reader has not loaded what only a writer needs, and it may have changed since the image was last writable.
+        // A reader has not loaded what only a writer needs, and it may have changed since the image
+        // was last writable.
         let is_known = self.is_writable() && config.overlap == old.overlap;
         let loaded = match is_writable && self.write_state.is_active() && !is_known {
             true => Some(self.reload(&config, true).await?),
@@ -116,8 +118,8 @@ impl Image {
             .map_err(|error| self.name_error(error))
     }
 
-    /// Brings the file into the state in which a clean close leaves it, durably. Runs to completion even if the caller
-    /// is dropped.
+    /// Brings the file into the state in which a clean close leaves it, durably. Runs to completion
+    /// even if the caller is dropped.
     async fn write_back_all_durably(self: &Arc<Self>) -> Result<()> {
         if !self.is_writable() || !self.serves_io {
             return Ok(());

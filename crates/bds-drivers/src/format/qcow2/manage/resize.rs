@@ -1,8 +1,9 @@
 //! Grows the disk of an image.
 //!
-//! In order: space in the L1 table (a longer one is moved: rule O5), what must read as zeros, preallocation; then all
-//! of that durably, and only then the header's size (O14). Whatever fails on the way, the disk keeps its old length;
-//! what was allocated beyond it is a longer L1 table, and clusters behind the end of the disk.
+//! In order: space in the L1 table (a longer one is moved: rule O5), what must read as zeros,
+//! preallocation; then all of that durably, and only then the header's size (O14). Whatever fails
+//! on the way, the disk keeps its old length; what was allocated beyond it is a longer L1 table,
+//! and clusters behind the end of the disk.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -56,7 +57,8 @@ impl Image {
             Err(error) => Err(error),
         };
         if let Err(error) = written {
-            // The old length stays. The header may have the new one already: the next write-back corrects that.
+            // The old length stays. The header may have the new one already: the next write-back
+            // corrects that.
             self.meta().new_size = Some(old);
             return Err(error);
         }
@@ -84,7 +86,8 @@ impl Image {
         Ok(())
     }
 
-    /// Refuses to leave a snapshot without a size of its own: going back to it would give the longer disk.
+    /// Refuses to leave a snapshot without a size of its own: going back to it would give the
+    /// longer disk.
     async fn check_snapshots(&self) -> Result<()> {
         let header = &self.cluster0.load_full().header;
         if header.snapshot_count == 0 {
@@ -192,7 +195,8 @@ impl Image {
         Ok(())
     }
 
-    /// Metadata only: the file must have the clusters all the same, and before anything points there.
+    /// Metadata only: the file must have the clusters all the same, and before anything points
+    /// there.
     async fn lengthen_file(&self, host: DataOffset, len: u64) -> Result<()> {
         let end = self.space().counted(host).map_or(0, |start| start.0 + len);
         if self.file.len() >= end {

@@ -1,6 +1,7 @@
 //! Reads the table of internal snapshots.
 //!
-//! Entries are shown by `info` and counted by `check`; nothing here applies, makes or deletes a snapshot.
+//! Entries are shown by `info` and counted by `check`; nothing here applies, makes or deletes a
+//! snapshot.
 
 use bds_core::driver::ChildPort;
 use bds_core::error::{Error, ErrorKind, Result};
@@ -44,8 +45,8 @@ pub(crate) struct SnapshotTable {
 }
 
 impl SnapshotTable {
-    /// Reads `count` entries at `offset`. Extra data longer than allowed is skipped; callers that refuse it look at
-    /// `extra_len`.
+    /// Reads `count` entries at `offset`. Extra data longer than allowed is skipped; callers that
+    /// refuse it look at `extra_len`.
     pub(crate) async fn read(file: &dyn ChildPort, offset: u64, count: u32) -> Result<Self> {
         let mut table = Self::default();
         let mut window = Window::new(file);

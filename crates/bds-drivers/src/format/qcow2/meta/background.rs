@@ -1,7 +1,8 @@
-//! Starts write-backs of dirty metadata in the background, and makes changes wait while too much of it is dirty.
+//! Starts write-backs of dirty metadata in the background, and makes changes wait while too much of
+//! it is dirty.
 //!
-//! *Pinned* are L2 slices and refcount blocks that cannot be evicted: dirty, being written, or about to be changed by an allocation in
-//! flight.
+//! *Pinned* are L2 slices and refcount blocks that cannot be evicted: dirty, being written, or
+//! about to be changed by an allocation in flight.
 //!
 //! ```text
 //! pinned bytes  0 ............. DirtyBudget::begin ............. DirtyBudget::full
@@ -9,10 +10,11 @@
 //!                                   changes go on                    waits for that task
 //! ```
 //!
-//! The levels are published in atomics whenever the lock of `Meta` is released, so a request that finds them low takes
-//! no lock. There is at most one task an image ([`WriteBackTask`]); close, reopen and inactivation wait for it. If it
-//! fails, everything is dirty as before; the error is kept and reported once, by the next flush (or close). Until then
-//! only a change that has to wait starts another task.
+//! The levels are published in atomics whenever the lock of `Meta` is released, so a request that
+//! finds them low takes no lock. There is at most one task an image ([`WriteBackTask`]); close,
+//! reopen and inactivation wait for it. If it fails, everything is dirty as before; the error is
+//! kept and reported once, by the next flush (or close). Until then only a change that has to wait
+//! starts another task.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
@@ -24,7 +26,8 @@ use crate::format::qcow2::plan::{MetaResult, NeedMeta};
 use crate::format::qcow2::state::{Image, Meta};
 use crate::format::qcow2::task::Completion;
 
-/// Freed runs that start a write-back: enough to share a flush, few enough to have the space back soon.
+/// Freed runs that start a write-back: enough to share a flush, few enough to have the space back
+/// soon.
 const MAX_FREES: usize = 4096;
 /// Freed runs at which requests that free more wait until they are released.
 const FULL_FREES: usize = 4 * MAX_FREES;
@@ -54,8 +57,8 @@ impl Drop for WriteBackGuard {
 }
 
 impl Image {
-    /// Stops a change that would pin `more` bytes than the budget allows. A change that finds nothing pinned goes on,
-    /// however much it needs.
+    /// Stops a change that would pin `more` bytes than the budget allows. A change that finds
+    /// nothing pinned goes on, however much it needs.
     pub(crate) fn check_dirty_budget(&self, meta: &Meta, more: usize) -> MetaResult<()> {
         let pinned = meta.pinned_bytes();
         if pinned == 0 || pinned + more <= self.config.load().dirty.full {
@@ -68,8 +71,8 @@ impl Image {
         meta.in_flight.first().map_or(Ok(()), |item| Err(NeedMeta::Wait(Arc::clone(item))))
     }
 
-    /// Keeps pinned metadata and freed clusters within their budgets after a change: begins a write-back if they call
-    /// for it, and waits only if too many freed clusters are pending.
+    /// Keeps pinned metadata and freed clusters within their budgets after a change: begins a
+    /// write-back if they call for it, and waits only if too many freed clusters are pending.
     pub(crate) async fn keep_within_budgets(self: &Arc<Self>) -> Result<()> {
         let pinned_bytes = self.levels.pinned_bytes.load(Ordering::Relaxed);
         let frees = self.levels.frees.load(Ordering::Relaxed);
@@ -89,8 +92,8 @@ impl Image {
         Ok(())
     }
 
-    /// Waits for the write-back under way, or for one that begins now. The caller holds nothing that a write-back waits
-    /// for.
+    /// Waits for the write-back under way, or for one that begins now. The caller holds nothing
+    /// that a write-back waits for.
     pub(crate) async fn wait_for_write_back(self: &Arc<Self>) -> Result<()> {
         let task = self.begin_write_back();
         task.done.wait().await;
@@ -124,7 +127,8 @@ impl Image {
         task
     }
 
-    /// Writes dirty metadata back; with many freed clusters also makes their removal durable and gives them back.
+    /// Writes dirty metadata back; with many freed clusters also makes their removal durable and
+    /// gives them back.
     async fn write_back_and_release(self: &Arc<Self>) -> Result<()> {
         self.check_usable()?;
         self.write_back(true).await?;

@@ -1,4 +1,5 @@
-//! Limits of dirty metadata ([`DirtyBudget`]), the current levels, and the handle of the task that writes it back.
+//! Limits of dirty metadata ([`DirtyBudget`]), the current levels, and the handle of the task that
+//! writes it back.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,7 +13,8 @@ use crate::format::qcow2::task::Completion;
 pub(crate) struct DirtyBudget {
     /// From here on metadata is written back in the background.
     pub begin: usize,
-    /// From here on changes wait. A single change may exceed it by four clusters: the refcount blocks it may touch.
+    /// From here on changes wait. A single change may exceed it by four clusters: the refcount
+    /// blocks it may touch.
     pub full: usize,
 }
 

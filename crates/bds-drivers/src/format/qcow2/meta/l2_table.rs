@@ -1,5 +1,5 @@
-//! Provides the L2 table that a change of entries needs: allocates it, or copies it if a snapshot shares it, and
-//! returns the slice to change.
+//! Provides the L2 table that a change of entries needs: allocates it, or copies it if a snapshot
+//! shares it, and returns the slice to change.
 
 use std::sync::Arc;
 
@@ -56,7 +56,8 @@ impl Image {
         meta.l1.mark(table);
     }
 
-    /// Replaces a table that a snapshot shares by a copy. All of it is in memory, so only its host offset changes.
+    /// Replaces a table that a snapshot shares by a copy. All of it is in memory, so only its host
+    /// offset changes.
     fn copy_table(&self, meta: &mut Meta, table: u32, old: MetaOffset) -> MetaResult<()> {
         let pieces = u32::try_from(self.tables.slices_per_table()).expect("at most 4096");
         let ids = (0..pieces).map(|piece| SliceId { table, piece });

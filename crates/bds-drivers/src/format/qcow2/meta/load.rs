@@ -1,7 +1,7 @@
 //! Loads L2 slices and refcount blocks into memory, each once however many requests wait for it.
 //!
-//! A load runs in a task of its own, so it does not end when the request that started it is dropped. The result is
-//! returned *pinned*: it cannot be evicted before the request has used it.
+//! A load runs in a task of its own, so it does not end when the request that started it is
+//! dropped. The result is returned *pinned*: it cannot be evicted before the request has used it.
 
 use std::sync::{Arc, OnceLock};
 
@@ -15,7 +15,8 @@ use crate::format::qcow2::plan::MetaKey;
 use crate::format::qcow2::state::Image;
 use crate::format::qcow2::task::{Completion, detach_on_drop};
 
-/// Removes a load from the list and wakes its waiters, also if its task was dropped with its executor.
+/// Removes a load from the list and wakes its waiters, also if its task was dropped with its
+/// executor.
 struct LoadGuard {
     image: Arc<Image>,
     what: MetaKey,
@@ -71,7 +72,8 @@ impl Image {
         }
     }
 
-    /// As [`Self::load`], boxed: loading a table loads its slices, so the future would contain itself.
+    /// As [`Self::load`], boxed: loading a table loads its slices, so the future would contain
+    /// itself.
     fn load_boxed(self: &Arc<Self>, what: MetaKey) -> BoxFuture<'_, Result<Pinned>> {
         Box::pin(self.load(what))
     }

@@ -10,7 +10,8 @@ use crate::format::qcow2::state::Image;
 pub(crate) struct Run {
     pub kind: Kind,
     pub len: u64,
-    /// Where the first byte is, for kinds that have a place. Runs with a place are contiguous there.
+    /// Where the first byte is, for kinds that have a place. Runs with a place are contiguous
+    /// there.
     pub host: DataOffset,
     /// All of it may be written in place: the entries say so, and were checked.
     pub is_copied: bool,
@@ -27,9 +28,9 @@ pub(crate) enum Found {
 }
 
 impl Image {
-    /// Looks up the kind and host offset of `guest`, and how far (at most `max` bytes, at least one) the run goes. A
-    /// run ends at the latest with its slice. A caller that uses the offset must hold a guard of `srcu`, from before
-    /// the lookup.
+    /// Looks up the kind and host offset of `guest`, and how far (at most `max` bytes, at least
+    /// one) the run goes. A run ends at the latest with its slice. A caller that uses the offset
+    /// must hold a guard of `srcu`, from before the lookup.
     #[inline]
     pub(crate) fn lookup(&self, guest: u64, max: u64) -> Result<Found, BadEntry> {
         let geometry = self.geometry();

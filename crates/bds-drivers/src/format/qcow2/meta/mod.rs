@@ -1,8 +1,10 @@
-//! Metadata in memory: L1 table, L2 slices and refcounts; how they are found, loaded, changed and written back.
+//! Metadata in memory: L1 table, L2 slices and refcounts; how they are found, loaded, changed and
+//! written back.
 //!
-//! `tables`, `slice_cache`, `refcounts` hold it; `lookup` reads it without a lock; `load` (with `shared_load`) fills
-//! it; `l2_table` provides the table to change; `write_back` (with `pending_flush`) orders the writes; `background`
-//! (with `budget`) starts them and limits how much is dirty.
+//! `tables`, `slice_cache`, `refcounts` hold it; `lookup` reads it without a lock; `load` (with
+//! `shared_load`) fills it; `l2_table` provides the table to change; `write_back` (with
+//! `pending_flush`) orders the writes; `background` (with `budget`) starts them and limits how much
+//! is dirty.
 
 pub(super) mod background;
 pub(super) mod budget;

@@ -1,4 +1,5 @@
-//! Tracks which flushes (of the image file, of the data node) must succeed before certain metadata may be written.
+//! Tracks which flushes (of the image file, of the data node) must succeed before certain metadata
+//! may be written.
 
 /// Which flushes must succeed before something may be written.
 #[derive(Debug, Default)]

@@ -1,12 +1,14 @@
-//! The refcounts of host clusters, as they will be in the file: a table of blocks, some of them in memory.
+//! The refcounts of host clusters, as they will be in the file: a table of blocks, some of them in
+//! memory.
 //!
-//! Everything here is memory only and happens under the lock of `Meta`. A block that is not in memory stops the
-//! operation with [`NeedMeta::Load`]; the caller loads it without the lock and runs the operation again. Each function
-//! changes all or nothing before it can stop, so running it again is always right.
+//! Everything here is memory only and happens under the lock of `Meta`. A block that is not in
+//! memory stops the operation with [`NeedMeta::Load`]; the caller loads it without the lock and
+//! runs the operation again. Each function changes all or nothing before it can stop, so running it
+//! again is always right.
 //!
-//! Refcounts in memory run ahead of the file. Raised counts reach the file before any pointer to the cluster
-//! (`write_back.rs`, rule O1); lowered ones are entered here only after the pointer's removal is durable (`release.rs`,
-//! O2).
+//! Refcounts in memory run ahead of the file. Raised counts reach the file before any pointer to
+//! the cluster (`write_back.rs`, rule O1); lowered ones are entered here only after the pointer's
+//! removal is durable (`release.rs`, O2).
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -221,7 +223,8 @@ impl Refcounts {
         }
     }
 
-    /// Evicts clean blocks that are not held until the budget is kept, or only pinned ones are left.
+    /// Evicts clean blocks that are not held until the budget is kept, or only pinned ones are
+    /// left.
     pub(crate) fn evict(&mut self) {
         let cluster_len = self.geometry.cluster_len();
         let allowed = (self.budget_bytes / cluster_len).max(4);
@@ -297,8 +300,8 @@ impl Refcounts {
         Ok(left)
     }
 
-    /// The first free cluster from `from` on that lies in a block that exists, or the first of a block that does not.
-    /// The flag says which.
+    /// The first free cluster from `from` on that lies in a block that exists, or the first of a
+    /// block that does not. The flag says which.
     pub(crate) fn next_free(&mut self, from: u64) -> MetaResult<(u64, bool)> {
         let geometry = self.geometry;
         let mut at = from;
@@ -338,7 +341,8 @@ impl Refcounts {
         Ok(())
     }
 
-    /// Adds a new block number `index` at cluster `place`, which is free and which the block may describe itself.
+    /// Adds a new block number `index` at cluster `place`, which is free and which the block may
+    /// describe itself.
     pub(crate) fn add_block(&mut self, index: u64, place: u64) -> MetaResult<()> {
         let geometry = self.geometry;
         let slot = usize::try_from(index).map_err(|_| table_full(&geometry))?;
@@ -374,7 +378,8 @@ impl Refcounts {
         self.table.len() as u64 * 8 > self.table_clusters * self.geometry.cluster_size()
     }
 
-    /// Clusters to allocate for the table: half as much again as it needs, within the format's limit.
+    /// Clusters to allocate for the table: half as much again as it needs, within the format's
+    /// limit.
     pub(crate) fn wanted_table_clusters(&self) -> u64 {
         let need = self.table.len() as u64 * 8;
         let roomy = (need + need / 2).min(MAX_REFTABLE_LEN).max(need);

@@ -1,5 +1,5 @@
-//! A load of metadata that several requests wait for ([`Load`]), and its result, which keeps the metadata in memory
-//! ([`Pinned`]).
+//! A load of metadata that several requests wait for ([`Load`]), and its result, which keeps the
+//! metadata in memory ([`Pinned`]).
 
 use std::sync::{Arc, OnceLock};
 

@@ -1,4 +1,5 @@
-//! Cached slices of L2 tables ([`SliceCache`]): which are dirty, which are pinned, and which are evicted.
+//! Cached slices of L2 tables ([`SliceCache`]): which are dirty, which are pinned, and which are
+//! evicted.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
@@ -111,7 +112,8 @@ impl SliceCache {
         self.dirty_count > 0
     }
 
-    /// Takes the dirty pieces of all slices, in the order of the file. They stay pinned until [`Self::end_batch`].
+    /// Takes the dirty pieces of all slices, in the order of the file. They stay pinned until
+    /// [`Self::end_batch`].
     pub(super) fn take_dirty(&mut self) -> Vec<(SliceId, u64)> {
         let mut taken = Vec::with_capacity(self.dirty_count);
         for (id, pinned) in self.pinned.iter_mut().filter(|(_, pinned)| pinned.dirty != 0) {
@@ -146,7 +148,8 @@ impl SliceCache {
         self.unlinked.contains_key(&table)
     }
 
-    /// Puts a slice in its slot and counts it. Returns the slice that is there already if another load was faster.
+    /// Puts a slice in its slot and counts it. Returns the slice that is there already if another
+    /// load was faster.
     pub(crate) fn add(&mut self, tables: &Tables, id: SliceId, slice: Arc<Slice>) -> Arc<Slice> {
         if let Some(there) = tables.hold(id) {
             return there;
@@ -157,8 +160,8 @@ impl SliceCache {
         slice
     }
 
-    /// Evicts clean slices until the budget is kept. Pinned and held ones stay. `only_unused`: all that were not used
-    /// lately, whatever the budget.
+    /// Evicts clean slices until the budget is kept. Pinned and held ones stay. `only_unused`: all
+    /// that were not used lately, whatever the budget.
     pub(crate) fn evict(&mut self, tables: &Tables, only_unused: bool) {
         let mut left = self.ring.len() * if only_unused { 1 } else { 2 };
         while only_unused || self.is_over_budget() {

@@ -1,14 +1,17 @@
 //! The L1 table and the cached slices of L2 tables in memory, found and read without a lock.
 //!
-//! An L2 table is cached in *slices* (a power of two of bytes, at most a cluster). Words are kept in host order as
-//! atomics, so that a reader loads an entry while a writer changes another one. A reader never stores anything here but
-//! the "used" mark; words and slots are changed only under the lock of `Meta`.
+//! An L2 table is cached in *slices* (a power of two of bytes, at most a cluster). Words are kept
+//! in host order as atomics, so that a reader loads an entry while a writer changes another one. A
+//! reader never stores anything here but the "used" mark; words and slots are changed only under
+//! the lock of `Meta`.
 //!
-//! An extended entry is two words. A writer makes the slice's sequence odd while it changes one; a reader that saw an
-//! odd or a changed sequence reads again. Writers do nothing else meanwhile, so the wait is a few instructions.
+//! An extended entry is two words. A writer makes the slice's sequence odd while it changes one; a
+//! reader that saw an odd or a changed sequence reads again. Writers do nothing else meanwhile, so
+//! the wait is a few instructions.
 //!
-//! A slice that was evicted and loaded again exists twice for a moment: a reader may go on with the old copy. That is
-//! the same as having loaded the entry earlier, and covered by the same argument (`srcu.rs`).
+//! A slice that was evicted and loaded again exists twice for a moment: a reader may go on with the
+//! old copy. That is the same as having loaded the entry earlier, and covered by the same argument
+//! (`srcu.rs`).
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
@@ -20,7 +23,8 @@ use crate::format::qcow2::layout::entry::{L1Entry, L2Entry};
 use crate::format::qcow2::layout::space::MetaOffset;
 use crate::format::qcow2::layout::units::Geometry;
 
-/// L1 entries of one page, pages of one directory, directories: together the largest L1 table there is (32 MiB).
+/// L1 entries of one page, pages of one directory, directories: together the largest L1 table there
+/// is (32 MiB).
 const PAGE_LEN: usize = 512;
 const DIR_LEN: usize = 128;
 const DIRS: usize = 64;
@@ -38,7 +42,8 @@ pub(crate) struct SliceId {
 #[derive(Debug)]
 pub(crate) struct Slice {
     words: Box<[AtomicU64]>,
-    /// Bit i: entry i was checked against the counts, or came from a write through this image (`offset_check.rs`).
+    /// Bit i: entry i was checked against the counts, or came from a write through this image
+    /// (`offset_check.rs`).
     checked: Box<[AtomicU64]>,
     is_extended: bool,
     sequence: AtomicU32,
@@ -64,8 +69,8 @@ impl Slice {
         Self { words, checked, is_extended, sequence, used }
     }
 
-    /// Was the entry checked? To be read before the entry is loaded: an entry that replaces it later comes from a write
-    /// through this image.
+    /// Was the entry checked? To be read before the entry is loaded: an entry that replaces it
+    /// later comes from a write through this image.
     #[inline]
     pub(crate) fn is_checked(&self, index: usize) -> bool {
         self.checked[index / 64].load(Ordering::Acquire) >> (index % 64) & 1 == 1
@@ -253,7 +258,8 @@ impl Tables {
     }
 }
 
-/// The active L1 table's place and which pieces of it differ from the file. The entries are in `Tables`.
+/// The active L1 table's place and which pieces of it differ from the file. The entries are in
+/// `Tables`.
 #[derive(Debug)]
 pub(crate) struct L1State {
     pub offset: MetaOffset,

@@ -1,8 +1,8 @@
 //! Writes back dirty metadata in an order that keeps the image consistent after a crash.
 //!
-//! This is the only place that decides the order of metadata writes. All dirty metadata is taken at once, as it is at
-//! one moment (a [`Batch`]), and written rank by rank; between two ranks stands a flush if anything of a lower rank has
-//! been written since the last one:
+//! This is the only place that decides the order of metadata writes. All dirty metadata is taken at
+//! once, as it is at one moment (a [`Batch`]), and written rank by rank; between two ranks stands a
+//! flush if anything of a lower rank has been written since the last one:
 //!
 //! ```text
 //! rank       what                                                       rules (docs/qcow2.md)
@@ -16,15 +16,16 @@
 //! Size       the disk's length in the header                            O14
 //! ```
 //!
-//! Before rank Link the *data* node is flushed too if a link points at copied bytes (O3; finding F5), or at a new
-//! cluster of the image file itself: its count needs that flush anyway, and without it the file may end before the
-//! cluster, or compressed bytes be missing, after a power cut. O2 needs no place in this table: a count is lowered in
-//! memory only after the removal of the pointer is durable (`release.rs`), so lowered counts depend on nothing. A batch
-//! that fails puts back what was not written *and flushed*; dirty metadata is never dropped, and later batches write
-//! the newest version.
+//! Before rank Link the *data* node is flushed too if a link points at copied bytes (O3; finding
+//! F5), or at a new cluster of the image file itself: its count needs that flush anyway, and
+//! without it the file may end before the cluster, or compressed bytes be missing, after a power
+//! cut. O2 needs no place in this table: a count is lowered in memory only after the removal of the
+//! pointer is durable (`release.rs`), so lowered counts depend on nothing. A batch that fails puts
+//! back what was not written *and flushed*; dirty metadata is never dropped, and later batches
+//! write the newest version.
 //!
-//! One batch at a time (`Image::write_back_lock`); the lock of `Meta` is held while a batch is taken, never while it is
-//! written.
+//! One batch at a time (`Image::write_back_lock`); the lock of `Meta` is held while a batch is
+//! taken, never while it is written.
 
 use std::sync::Arc;
 
@@ -94,7 +95,8 @@ pub(crate) struct Batch {
     linked: Vec<u32>,
     /// Freed references whose pointers are removed once rank Link is durable.
     frees: Vec<FreedRun>,
-    /// Links point at bytes that must be durable first, written since the last flush of the data node.
+    /// Links point at bytes that must be durable first, written since the last flush of the data
+    /// node.
     needs_data_flush: bool,
 }
 
@@ -117,8 +119,9 @@ impl Image {
         !self.config.load().lazy_refcounts
     }
 
-    /// Writes all dirty metadata in order. Not necessarily durable when it returns, but ordered behind all it depends
-    /// on. Must run to completion: callers put it in a task (`task::detach_on_drop`).
+    /// Writes all dirty metadata in order. Not necessarily durable when it returns, but ordered
+    /// behind all it depends on. Must run to completion: callers put it in a task
+    /// (`task::detach_on_drop`).
     pub(crate) async fn write_back(self: &Arc<Self>, with_counts: bool) -> Result<()> {
         let _lock = self.write_back_lock.lock().await;
         // The table's new place must be counted before the blocks are taken.
@@ -183,8 +186,8 @@ impl Image {
         for (table, unlinked) in &cache.unlinked {
             let offset = self.table_offset(*table);
             let len = self.geometry().cluster_size();
-            // The file must hold all of it, even if little of it is written: a table that the file ends in has lost
-            // entries.
+            // The file must hold all of it, even if little of it is written: a table that the file
+            // ends in has lost entries.
             if unlinked.needs_zeros || self.file.len() < offset + len {
                 let action = Action::Zero(len);
                 let source = Source::Clear;
@@ -286,7 +289,8 @@ impl Image {
                     meta.slices.unlinked.remove(table);
                 }
             }
-            // Once before, in case it fails half-way; once after, so that a flush that began meanwhile does not count.
+            // Once before, in case it fails half-way; once after, so that a flush that began
+            // meanwhile does not count.
             self.note_rank_written(rank);
             self.write_rank(rank, batch).await.map_err(|e| (not_done, e))?;
             self.note_rank_written(rank);

@@ -68,8 +68,8 @@ fn biased(len: usize, seed: u64, below: u32) -> Vec<u8> {
     noise(len, seed).into_iter().map(scaled).collect()
 }
 
-/// zlib-rs panics over a short buffer when the data hardly shrinks, mostly in small clusters: every size, from no gain
-/// to much.
+/// zlib-rs panics over a short buffer when the data hardly shrinks, mostly in small clusters: every
+/// size, from no gain to much.
 #[test]
 fn no_cluster_of_any_size_makes_a_codec_panic() {
     for kind in KINDS {
@@ -116,12 +116,12 @@ fn codec_panic_resets_codec_state() {
 fn encode_never_overruns_a_short_buffer() {
     for kind in KINDS {
         for data in [text(65536), noise(65536, 5), [text(32768), noise(32768, 5)].concat()] {
-            for room in [0, 1, 2, 100, 5000, 40000] {
+            for space in [0, 1, 2, 100, 5000, 40000] {
                 let mut out = vec![0x77; 65535];
-                if let Some(len) = encode(kind, &data, &mut out[..room]) {
-                    assert!(len <= room);
+                if let Some(len) = encode(kind, &data, &mut out[..space]) {
+                    assert!(len <= space);
                 }
-                assert!(out[room..].iter().all(|b| *b == 0x77));
+                assert!(out[space..].iter().all(|b| *b == 0x77));
             }
         }
     }

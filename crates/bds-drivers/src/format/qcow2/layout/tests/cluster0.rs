@@ -212,7 +212,8 @@ fn unknown_features_are_refused_by_the_images_own_name() {
     table[1] = 40; // what was the dirty bit's name is now that of bit 40
     image.extensions.feature_names = Some(table);
     image.header.incompatible = Incompatible::from_bits_retain(1 << 40 | 1 << 41);
-    image.header.l1_size = 0; // a feature may change what this means: it must not be looked at first
+    // a feature may change what this means: it must not be looked at first
+    image.header.l1_size = 0;
     let error = parse(&image.encode().unwrap(), Strictness::Use).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotSupported);
     let text = error.to_string();

@@ -9,7 +9,8 @@ use futures_util::poll;
 use crate::format::qcow2::driver::Qcow2;
 use crate::format::qcow2::fuzzing::{self, MemPort};
 
-/// Metadata written while a flush is under way is not durable when it ends: what depends on it needs another one.
+/// Metadata written while a flush is under way is not durable when it ends: what depends on it
+/// needs another one.
 #[test]
 fn a_flush_is_not_credited_with_writes_made_during_it() {
     let file = MemPort::default();
