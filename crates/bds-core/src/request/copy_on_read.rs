@@ -5,7 +5,8 @@
 //! node's zero writes work best: its clusters or subclusters):
 //!
 //! ```text
-//! piece registered as serialising ─► status again ─► read through the driver ─► written back, unchanged ─► caller gets a copy
+//! piece registered as serialising ─► status again ─► read through the driver
+//!   ─► written back, unchanged ─► caller gets a copy
 //! ```
 //!
 //! A task copies a piece, is in flight at the node, and holds the piece's range: a late write of

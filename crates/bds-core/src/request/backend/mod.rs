@@ -8,7 +8,8 @@
 //! registry   names, the monitor's list         medium    insert, eject, replace, revoke
 //! device     the one device that uses it       policy    what happens when a medium fails
 //! io         the public requests               execute   one request: admit, run, account, perhaps repeat
-//! drain      waits until none is in flight     progress  passes progress from a request's task to its caller
+//! drain      waits until none is in flight     inspect   requests that change nothing: status, info, check
+//! progress   passes progress from a request's task to its caller
 //! ```
 //!
 //! **A handle is a reference**: the backend, and its reference to the node, end with the last one,
@@ -18,6 +19,7 @@
 mod device;
 mod drain;
 mod execute;
+mod inspect;
 mod io;
 mod medium;
 mod policy;

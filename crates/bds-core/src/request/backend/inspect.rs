@@ -1,0 +1,279 @@
+//! Requests that inspect a node and change nothing: block status, image information, check.
+
+use super::{Backend, progress};
+use crate::driver::{CheckReport, ImageInfo, Precision, StatusRun};
+use crate::error::Result;
+use crate::graph::NodeId;
+use crate::request::admit::{enter, named};
+use crate::request::status::{self, ChainRun, Depth};
+
+impl Backend {
+    /// Block status of `offset..` at the top layer alone. The run's `map` names a child of that
+    /// layer.
+    ///
+    /// ```
+    /// use bds_core::Options;
+    /// use bds_core::driver::{Precision, StatusFlags};
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
+    /// let top = graph.open(Options::parse(layer)?).await?;
+    /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
+    /// guest.write_at(65536, b"hello")?;
+    /// let run = guest.layer_status(0, 1 << 20, Precision::Exact).await?;
+    /// assert_eq!((run.len, run.flags), (65536, StatusFlags::empty()), "shows what lies below");
+    /// let run = guest.layer_status(65536, 1 << 20, Precision::Exact).await?;
+    /// assert_eq!(run.map.map(|map| map.child), Some("file"));
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
+    /// ```
+    pub async fn layer_status(
+        &self,
+        offset: u64,
+        len: u64,
+        precision: Precision,
+    ) -> Result<StatusRun> {
+        let this = self.clone();
+        let work = async move { status::of_layer(&this.inner.edge, offset, len, precision).await };
+        bds_io::spawn_now(work).await
+    }
+
+    /// Block status of `offset..`, through the whole chain.
+    ///
+    /// ```
+    /// use bds_core::Options;
+    /// use bds_core::driver::Precision;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
+    /// let top = graph.open(Options::parse(layer)?).await?;
+    /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
+    /// guest.write_at(65536, b"hello")?;
+    /// let run = guest.block_status(0, 1 << 20, Precision::Exact).await?;
+    /// assert_eq!((run.len, run.depth, run.node), (65536, 1, base.id()));
+    /// let run = guest.block_status(65536, 1 << 20, Precision::Exact).await?;
+    /// assert_eq!((run.len, run.depth, run.node), (512, 0, top.id()));
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
+    /// ```
+    pub async fn block_status(
+        &self,
+        offset: u64,
+        len: u64,
+        precision: Precision,
+    ) -> Result<ChainRun> {
+        self.status_to(Depth::All, offset, len, precision).await
+    }
+
+    /// Block status of `offset..` in the layers above `base`, which is in the chain. Without
+    /// `ALLOCATED`: none of them decides it.
+    ///
+    /// ```
+    /// use bds_core::Options;
+    /// use bds_core::driver::{Precision, StatusFlags};
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
+    /// let top = graph.open(Options::parse(layer)?).await?;
+    /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
+    /// let run = guest.status_above(base.id(), 0, 1 << 20, Precision::Exact).await?;
+    /// assert_eq!(run.len, 1 << 20);
+    /// assert!(!run.flags.contains(StatusFlags::ALLOCATED), "all of it lies in 'base'");
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
+    /// ```
+    pub async fn status_above(
+        &self,
+        base: NodeId,
+        offset: u64,
+        len: u64,
+        precision: Precision,
+    ) -> Result<ChainRun> {
+        self.status_to(Depth::Above(base), offset, len, precision).await
+    }
+
+    async fn status_to(
+        &self,
+        depth: Depth,
+        offset: u64,
+        len: u64,
+        precision: Precision,
+    ) -> Result<ChainRun> {
+        let this = self.clone();
+        bds_io::spawn_now(async move {
+            status::of_chain(&this.inner.edge, depth, offset, len, precision).await
+        })
+        .await
+    }
+
+    /// True if the range is known to read as zeros. A cheap answer: false if unknown.
+    ///
+    /// ```
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["image0.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let options = "driver=qcow2,file.driver=file,file.filename=image0.qcow2";
+    /// let empty = graph.open(Options::parse(options)?).await?;
+    /// let guest = Backend::new(&empty, BackendOptions { writable: true, ..Default::default() })?;
+    /// assert!(guest.is_zero(0, 1 << 20).await?, "nothing was written");
+    /// guest.write_at(0, &[0; 512])?;
+    /// assert!(!guest.is_zero(0, 1 << 20).await?, "bytes are not looked at");
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
+    /// ```
+    pub async fn is_zero(&self, offset: u64, len: u64) -> Result<bool> {
+        let this = self.clone();
+        let work = async move { status::is_zero(&this.inner.edge, offset, len).await };
+        bds_io::spawn_now(work).await
+    }
+
+    /// Facts about the image.
+    ///
+    /// ```
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
+    /// let top = graph.open(Options::parse(layer)?).await?;
+    /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
+    /// assert_eq!(guest.info().await?.backing_file, None, "no image names 'base': we did");
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
+    /// ```
+    pub async fn info(&self) -> Result<ImageInfo> {
+        let this = self.clone();
+        bds_io::spawn_now(async move {
+            let node = enter(&this.inner.edge).await?;
+            named(&node, node.driver().info().await)
+        })
+        .await
+    }
+
+    /// Bytes the node occupies on its host, where that is known.
+    ///
+    /// ```
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// assert_eq!(guest.allocated_len().await?, Some(0), "no page is written");
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
+    /// ```
+    pub async fn allocated_len(&self) -> Result<Option<u64>> {
+        let this = self.clone();
+        bds_io::spawn_now(async move {
+            let node = enter(&this.inner.edge).await?;
+            named(&node, node.driver().allocated_len().await)
+        })
+        .await
+    }
+
+    /// Checks the image for leaks and corruption; changes nothing. `progress` gets (done, total)
+    /// bytes of metadata.
+    ///
+    /// ```
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// let error = guest.check(&|done, total| println!("{done} of {total}")).await.unwrap_err();
+    /// assert_eq!(error.to_string(), "node 'disk': mem has nothing to check");
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
+    /// ```
+    pub async fn check(&self, progress: &(dyn Fn(u64, u64) + Send + Sync)) -> Result<CheckReport> {
+        let this = self.clone();
+        let (reporter, mut reported) = progress::channel();
+        let check = bds_io::spawn_now(async move {
+            let node = enter(&this.inner.edge).await?;
+            named(&node, node.driver().check(&|done, total| reporter.report(done, total)).await)
+        });
+        reported.pass_on_until(check, progress).await
+    }
+}
