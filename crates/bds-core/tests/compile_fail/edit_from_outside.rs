@@ -2,6 +2,6 @@
 
 use bds_core::graph::drain::set::DrainedEdit;
 
-fn check(_edit: Edit<'_>) {}
+fn check(_edit: DrainedEdit<'_>) {}
 
 fn main() {}
