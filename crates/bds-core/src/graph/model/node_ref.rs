@@ -218,9 +218,9 @@ impl NodeRef {
     }
 
     /// Sets the write threshold: the first write that ends beyond this many bytes emits
-    /// [`Event::WriteThreshold`] and turns the threshold off. `None` or zero turns it off. It is
-    /// checked when the write arrives, before it is done; zero writes and writes of parents inside
-    /// the graph count, a change of length does not.
+    /// [`Event::WriteThreshold`](crate::event::Event::WriteThreshold) and turns the threshold off.
+    /// `None` or zero turns it off. It is checked when the write arrives, before it is done; zero
+    /// writes and writes of parents inside the graph count, a change of length does not.
     ///
     /// ```
     /// use bds_core::Options;
