@@ -42,7 +42,6 @@ mod flush;
 
 use std::fmt;
 use std::ops::Range;
-use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -171,16 +170,9 @@ impl RequestTracker {
     }
 
     /// Waits until `is_so`, which is evaluated again whenever a request ends.
-    async fn wait_until(&self, mut is_so: impl FnMut() -> bool) {
+    async fn wait_until(&self, is_so: impl FnMut() -> bool) {
         let _waiter = self.add_waiter();
-        loop {
-            let mut ended = pin!(self.ended.notified());
-            ended.as_mut().enable();
-            if is_so() {
-                return;
-            }
-            ended.await;
-        }
+        self.ended.wait_until(is_so).await;
     }
 
     /// Waits until every inline request has ended that was in flight when this was called. Later
@@ -197,14 +189,7 @@ impl RequestTracker {
     /// Waits until [`RequestTracker::give_up`]: for ever, unless that happens. Requests that end do
     /// not wake it.
     pub(crate) async fn wait_given_up(&self) {
-        loop {
-            let mut ended = pin!(self.ended.notified());
-            ended.as_mut().enable();
-            if self.is_given_up.load(Ordering::SeqCst) {
-                return;
-            }
-            ended.await;
-        }
+        self.ended.wait_until(|| self.is_given_up.load(Ordering::SeqCst)).await;
     }
 
     /// Stops all waits for requests in flight, which may never end.

@@ -1,6 +1,5 @@
 //! State that the workers of one copy share: planner, order of writes, counts, cancellation.
 
-use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use bds_io::BufPool;
@@ -79,14 +78,7 @@ pub(super) struct Turns {
 
 impl Turns {
     pub(super) async fn wait(&self, number: u64) {
-        loop {
-            let mut passed = pin!(self.passed.notified());
-            passed.as_mut().enable();
-            if self.now.load(Ordering::SeqCst) >= number {
-                return;
-            }
-            passed.await;
-        }
+        self.passed.wait_until(|| self.now.load(Ordering::SeqCst) >= number).await;
     }
 
     pub(super) fn pass(&self, number: u64) {

@@ -15,7 +15,7 @@
 
 use std::any::Any;
 use std::ops::Range;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
@@ -61,14 +61,7 @@ impl DetachedWrites {
     /// Waits until no detached write overlaps the range.
     async fn wait(&self, range: &Range<u64>) {
         let overlaps = |other: &Range<u64>| other.start < range.end && range.start < other.end;
-        loop {
-            let mut ended = pin!(self.ended.notified());
-            ended.as_mut().enable();
-            if !self.ranges().iter().any(overlaps) {
-                return;
-            }
-            ended.await;
-        }
+        self.ended.wait_until(|| !self.ranges().iter().any(overlaps)).await;
     }
 }
 

@@ -14,7 +14,6 @@
 
 use std::fmt;
 use std::panic::Location;
-use std::pin::pin;
 use std::sync::Arc;
 
 use crate::holder_kind::HolderKind;
@@ -92,16 +91,16 @@ impl GraphCore {
 
     /// As [`GraphCore::begin_node_close`], after the drained sections that are in the way have
     /// ended.
-    pub(super) async fn begin_node_close_when_undrained(&self, mut dead: Dead<Node>) -> Closing {
-        loop {
-            let mut progress = pin!(self.topology.drain_progress.notified());
-            progress.as_mut().enable();
-            match self.begin_node_close(dead) {
-                Ok(closing) => return closing,
-                Err(back) => dead = back,
+    pub(super) async fn begin_node_close_when_undrained(&self, dead: Dead<Node>) -> Closing {
+        let mut waiting = Some(dead);
+        let begin = || match self.begin_node_close(waiting.take()?) {
+            Ok(closing) => Some(closing),
+            Err(dead) => {
+                waiting = Some(dead);
+                None
             }
-            progress.await;
-        }
+        };
+        self.topology.drain_progress.wait_for(begin).await
     }
 
     /// Closes one node. Also returns the children that died with it.

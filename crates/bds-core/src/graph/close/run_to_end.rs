@@ -4,7 +4,6 @@
 //! goes to the waiter, or to `orphaned` if the waiter is gone, and never to both.
 
 use std::future::Future;
-use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bds_io::sync::Notify;
@@ -91,15 +90,12 @@ struct Waiter<T, O: Fn(T)> {
 
 impl<T, O: Fn(T)> Waiter<T, O> {
     async fn wait(&mut self) -> Option<T> {
-        loop {
-            let mut changed = pin!(self.oneshot.changed.notified());
-            changed.as_mut().enable();
-            match self.oneshot.take() {
-                State::Done(value) => return Some(value),
-                State::Lost | State::Abandoned => return None,
-                State::Running => changed.await,
-            }
-        }
+        let result = || match self.oneshot.take() {
+            State::Done(value) => Some(Some(value)),
+            State::Lost | State::Abandoned => Some(None),
+            State::Running => None,
+        };
+        self.oneshot.changed.wait_for(result).await
     }
 }
 

@@ -22,7 +22,6 @@
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
-use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::holder_kind::HolderKind;
@@ -251,16 +250,8 @@ async fn wait_empty(graph: &Graph, node: &Strong<Node>) {
 /// Waits until no child of these nodes is drained.
 pub(in crate::graph) async fn wait_undrained_below(graph: &Graph, nodes: &[Strong<Node>]) {
     let topology = &graph.0.core.topology;
-    loop {
-        let mut progress = pin!(topology.drain_progress.notified());
-        progress.as_mut().enable();
-        let is_drained =
-            |node: &Strong<Node>| node.children().iter().any(|edge| edge.is_quiesced());
-        if !nodes.iter().any(is_drained) {
-            return;
-        }
-        progress.await;
-    }
+    let is_drained = |node: &Strong<Node>| node.children().iter().any(|edge| edge.is_quiesced());
+    topology.drain_progress.wait_until(|| !nodes.iter().any(is_drained)).await;
 }
 
 /// Another section drains a node below.
@@ -281,14 +272,13 @@ impl Drop for DriverWork {
 /// Waits until no request is inside one node whose parents are empty, and no closing writes to it.
 async fn wait_node(graph: &Graph, node: &Strong<Node>) {
     node.tracker().wait_idle().await;
-    loop {
-        let mut progress = pin!(graph.0.core.topology.drain_progress.notified());
-        progress.as_mut().enable();
-        if node.is_poisoned() || !has_closing(graph, node) {
-            return;
-        }
-        progress.await;
-    }
+    graph
+        .0
+        .core
+        .topology
+        .drain_progress
+        .wait_until(|| node.is_poisoned() || !has_closing(graph, node))
+        .await;
 }
 
 /// Does a node that is being closed still use this one? Read under the lock, under which such a

@@ -405,14 +405,7 @@ impl OldTarget {
     }
 
     async fn wait(&self) {
-        loop {
-            let mut changed = pin!(self.released.changed.notified());
-            changed.as_mut().enable();
-            if self.released.is_released.load(Ordering::SeqCst) {
-                return;
-            }
-            changed.await;
-        }
+        self.released.changed.wait_until(|| self.released.is_released.load(Ordering::SeqCst)).await;
     }
 }
 

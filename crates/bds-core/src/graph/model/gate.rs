@@ -1,7 +1,6 @@
 //! The gate of an edge: open or closed in one word, with tickets that tell whether it was closed in
 //! between.
 
-use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bds_io::sync::Notify;
@@ -40,14 +39,7 @@ impl Gate {
     }
 
     pub(super) async fn wait_open(&self) {
-        loop {
-            let mut opened = pin!(self.opened.notified());
-            opened.as_mut().enable();
-            if self.ticket().is_some() {
-                return;
-            }
-            opened.await;
-        }
+        self.opened.wait_until(|| self.ticket().is_some()).await;
     }
 }
 

@@ -2,7 +2,6 @@
 //! except where it holds flushes.
 
 use std::path::PathBuf;
-use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -169,14 +168,7 @@ impl ChildPort for MemPort {
 
     fn flush(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async {
-            loop {
-                let mut changed = pin!(self.flushes.changed.notified());
-                changed.as_mut().enable();
-                if !self.flushes.is_held.load(Ordering::SeqCst) {
-                    break;
-                }
-                changed.await;
-            }
+            self.flushes.changed.wait_until(|| !self.flushes.is_held.load(Ordering::SeqCst)).await;
             match self.flushes.fails.load(Ordering::SeqCst) {
                 true => Err(Error::new(ErrorKind::Io, "a test's flush fails")),
                 false => Ok(()),
