@@ -22,10 +22,8 @@
 //! writer detaches.
 
 use std::any::Any;
-use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{self, Arc, PoisonError};
-use std::task::{Context, Poll};
 
 use bds_core::driver::{
     Access, Attempt, BoxFuture, Child, Driver, NodeUse, OpenContext, Perm, Prealloc, Reopen,
@@ -33,8 +31,8 @@ use bds_core::driver::{
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, ErrorKind, Result};
+use bds_io::IoVec;
 use bds_io::sync::{Mutex, OwnedMutexGuard};
-use bds_io::{IoVec, Task};
 
 use super::pass_through::{filter_type, pass_on};
 
@@ -119,7 +117,7 @@ impl Inner {
                 };
                 // Runs to completion even if this future is dropped: zeros that come late must not
                 // overwrite bytes of a later write.
-                held_lock = DetachOnDrop(Some(bds_io::spawn(take))).await;
+                held_lock = bds_io::spawn(take).detach_on_drop().await;
             }
         }
         GrowGuard { node: self, end, _length_lock: held_lock }
@@ -233,27 +231,6 @@ impl Inner {
 
     fn is_past(&self, end: u64) -> bool {
         self.is_active() && end > self.data_end.load(Ordering::SeqCst)
-    }
-}
-
-/// Waits for a task, and detaches it if dropped.
-struct DetachOnDrop<T>(Option<Task<T>>);
-
-impl<T> Future for DetachOnDrop<T> {
-    type Output = T;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
-        let task = self.0.as_mut().expect("only `drop` takes it");
-        Pin::new(task).poll(cx)
-    }
-}
-
-impl<T> Drop for DetachOnDrop<T> {
-    fn drop(&mut self) {
-        // Detaching a completed task does nothing.
-        if let Some(task) = self.0.take() {
-            task.detach();
-        }
     }
 }
 

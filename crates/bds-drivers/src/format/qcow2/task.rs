@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 
-use bds_io::Task;
+use bds_io::DetachOnDrop;
 use bds_io::sync::{Notify, Semaphore};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
@@ -24,32 +24,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 pub(crate) fn detach_on_drop<T: Send + 'static>(
     work: impl Future<Output = T> + Send + 'static,
 ) -> DetachOnDrop<T> {
-    DetachOnDrop(Some(bds_io::spawn(work)))
-}
-
-/// The future of [`detach_on_drop`].
-#[derive(Debug)]
-pub(crate) struct DetachOnDrop<T>(Option<Task<T>>);
-
-impl<T> Future for DetachOnDrop<T> {
-    type Output = T;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
-        let task = self.0.as_mut().expect("not polled again after it was ready");
-        let result = Pin::new(task).poll(cx);
-        if result.is_ready() {
-            self.0 = None;
-        }
-        result
-    }
-}
-
-impl<T> Drop for DetachOnDrop<T> {
-    fn drop(&mut self) {
-        if let Some(task) = self.0.take() {
-            task.detach();
-        }
-    }
+    bds_io::spawn(work).detach_on_drop()
 }
 
 type Boxed<T> = Pin<Box<dyn Future<Output = T> + Send>>;
