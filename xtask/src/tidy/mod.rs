@@ -9,6 +9,7 @@ mod circles;
 mod files;
 mod modules;
 mod packages;
+mod paths;
 mod source;
 mod words;
 
@@ -68,6 +69,7 @@ pub(crate) fn tidy(show: Show) -> Result<(), String> {
     let (code, others): (Vec<Text>, Vec<Text>) =
         files()?.into_iter().partition(|file| is_code(&file.name));
     packages::check(&code, &mut findings)?;
+    paths::check(&others, &mut findings);
     for file in &code {
         check_text(&file.name, &file.text, &ratchet, &mut findings);
     }
@@ -167,6 +169,8 @@ fn counted(
             say(&line);
         }
     }
+    let total: usize = found.values().map(Vec::len).sum();
+    say(&format!("{total} {what} in all"));
 }
 
 fn load_ratchet() -> Result<Ratchet, String> {
