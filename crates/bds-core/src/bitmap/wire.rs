@@ -1,6 +1,6 @@
-//! A bitmap as bytes: bit n of the stream, counted from the lowest bit of the first byte, is
-//! granule n. This is how qcow2 stores bitmaps (qcow2.txt, "Bitmap data") and how QEMU migrates
-//! them. Bits behind the last granule are zero.
+//! Serialises a bitmap: bit n of the stream, counted from the lowest bit of the first byte, is
+//! granule n. qcow2 stores bitmaps so (qcow2.txt, "Bitmap data"), and QEMU migrates them so. Bits
+//! behind the last granule are zero.
 
 use std::ops::Range;
 
