@@ -6,7 +6,7 @@
 //! thread, so a cluster costs no allocation. Nothing here does I/O.
 //!
 //! **Deflate** is written with a window of 2^12, which is all that QEMU's decoder promises, and
-//! read with 2^15, which is what other writers use (finding F15). **zstd** may come in several
+//! read with 2^15, which is what other writers use. **zstd** may come in several
 //! frames; a frame's window is bounded, so a small input cannot ask for much memory.
 //!
 //! Levels, by 64-KiB clusters of a mixed 48 MiB sample (programs, text, sources, a few archives; MB

@@ -3,7 +3,7 @@
 //! Parsing checks every field against the format's rules and our limits before anything is
 //! allocated or followed; what is accepted here may be used as it stands. No I/O.
 //!
-//! Sizes that are no multiple of 512 (finding F10: QEMU shows such a disk rounded down): a
+//! Sizes that are no multiple of 512 (QEMU shows such a disk rounded down): a
 //! read-only open shows every byte, a writable open is refused by [`Cluster0::check_writable`],
 //! because a writer must not choose between losing the tail and inventing one.
 //!

@@ -20,7 +20,7 @@ const V3_LEN: u32 = 112;
 
 /// Largest L1 table in bytes.
 pub(crate) const MAX_L1_LEN: u64 = 32 << 20;
-/// Largest refcount table in bytes, on every path (finding F9).
+/// Largest refcount table in bytes, on every path.
 pub(crate) const MAX_REFTABLE_LEN: u64 = 8 << 20;
 /// Most internal snapshots.
 pub(crate) const MAX_SNAPSHOTS: u32 = 65_536;
