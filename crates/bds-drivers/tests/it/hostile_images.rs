@@ -108,7 +108,7 @@ fn refused() -> Vec<(&'static str, Vec<u8>, &'static str)> {
         ("snapshots on the header", with(&[(60, w(1))]), "snapshots_offset = 0"),
         ("l2 behind the end", with(&[(L1, n(1 << 30 | COPIED))]), "an L2 table at host offset"),
         ("counts behind the end", with(&[(0x1000, n(1 << 30))]), "a refcount block at host offset"),
-        ("odd length (F10)", with(&[(24, n(1000))]), "size = 1000"),
+        ("odd length", with(&[(24, n(1000))]), "size = 1000"),
         ("backing name in the header", with(&[(8, n(16)), (16, w(8))]), "backing_file_offset = 16"),
     ]
 }

@@ -166,7 +166,7 @@ fn a_frame_that_asks_for_a_huge_window_is_refused() {
     assert!(error.contains("memory"), "{error}");
 }
 
-/// Finding F15: others write windows of 2^15, QEMU reads 2^12.
+/// Other writers use windows of 2^15, QEMU reads 2^12.
 #[test]
 fn f15_wide_windows_are_read_and_narrow_ones_written() {
     let far = noise(20_000, 2);

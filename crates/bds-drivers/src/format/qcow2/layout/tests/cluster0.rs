@@ -241,7 +241,7 @@ fn file_ending_inside_cluster_0() {
     }
 }
 
-/// Finding F10: read-only shows all bytes, writing is refused.
+/// Read-only shows all bytes, writing is refused.
 #[test]
 fn f10_odd_disk_length_is_shown_exactly_and_never_written() {
     let image = with(3, 24, &1000u64.to_be_bytes(), Strictness::Use).unwrap();
