@@ -83,7 +83,7 @@ impl Opener {
             }
         }
         call.files_above = self.files();
-        call.open_node(tree, inherited(self.flags, role)).await
+        call.open_node(None, tree, inherited(self.flags, role)).await
     }
 
     /// Files of this image and those above.

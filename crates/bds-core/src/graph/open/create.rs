@@ -204,7 +204,7 @@ impl Graph {
     async fn open_created(&self, made: &Target, role: Role) -> Result<NodeRef> {
         let flags = OpenFlags { role, ..OpenFlags::default() };
         let options = file_options(made.protocol(), made.path());
-        let node = self.open_as(options, flags, Location::caller()).await?;
+        let node = self.open_as(None, options, flags, Location::caller()).await?;
         Ok(node.held_as(Holder::new(HolderKind::Owner, "create")))
     }
 
@@ -285,7 +285,7 @@ impl Graph {
         };
         self.config().registry.format(&format)?;
         let tree = Options::new().with("driver", format).with("file", file.options().into_json());
-        self.open_as(tree, flags, Location::caller()).await
+        self.open_as(None, tree, flags, Location::caller()).await
     }
 }
 

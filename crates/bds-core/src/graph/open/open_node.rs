@@ -103,12 +103,46 @@ impl Graph {
     ) -> impl Future<Output = Result<NodeRef>> + Send + '_ {
         // An async fn would record itself as the place where the reference was taken.
         let since = Location::caller();
-        self.open_as(options, OpenFlags { role: Role::empty(), ..flags }, since)
+        self.open_as(None, options, OpenFlags { role: Role::empty(), ..flags }, since)
     }
 
-    /// As [`Graph::open_with`], with the role in `flags`.
+    /// As [`Graph::open`], with a driver type that need not be registered: how a block job opens
+    /// its filter, whose driver type carries the state that job and filter share. `options` has no
+    /// `driver`.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    ///
+    /// use bds_core::Options;
+    ///
+    /// # let config = bds_core::graph::GraphConfig::new(bds_core::driver::Registry::new().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # bds_io::block_on(async {
+    /// let own = Arc::new(bds_drivers::protocol::mem::Mem);
+    /// let node = graph.open_driver(own, Options::parse("node-name=scratch,size=1M")?).await?;
+    /// assert_eq!((node.name(), node.driver_name(), node.len()), ("scratch", "mem", 1 << 20));
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Graph::open`]; nothing remains.
+    #[track_caller]
+    pub fn open_driver(
+        &self,
+        driver: Arc<dyn DriverType>,
+        options: Options,
+    ) -> impl Future<Output = Result<NodeRef>> + Send + '_ {
+        let since = Location::caller();
+        self.open_as(Some(driver), options, OpenFlags::default(), since)
+    }
+
+    /// As [`Graph::open_with`], with the role in `flags`, and with this driver if there is one.
     pub(in crate::graph) async fn open_as(
         &self,
+        driver: Option<Arc<dyn DriverType>>,
         options: Options,
         flags: OpenFlags,
         since: &'static Location<'static>,
@@ -116,7 +150,8 @@ impl Graph {
         ensure_executor()?;
         let graph = self.clone();
         // A task, because it reads nodes that other users drain.
-        let open = bds_io::spawn_now(async move { graph.open_swept(options, flags, since).await });
+        let open =
+            bds_io::spawn_now(async move { graph.open_swept(driver, options, flags, since).await });
         let (node, mut guard) = open.await?;
         guard.is_over = true;
         let owner = Holder::new(HolderKind::Owner, "open");
@@ -126,6 +161,7 @@ impl Graph {
     /// The guard comes second: a node whose open is dropped late is closed.
     async fn open_swept(
         &self,
+        driver: Option<Arc<dyn DriverType>>,
         options: Options,
         flags: OpenFlags,
         since: &'static Location<'static>,
@@ -133,7 +169,7 @@ impl Graph {
         let mut guard = SweepIfDropped { graph: self.clone(), is_over: false };
         self.0.core.sweep_and_keep().await;
         let call = Call::new(self, since);
-        match call.open_node(options, flags).await {
+        match call.open_node(driver, options, flags).await {
             Ok(node) => Ok((node, guard)),
             Err(error) => {
                 self.0.core.sweep_and_keep().await;
@@ -171,26 +207,32 @@ impl Call {
     /// Opens one node and, through its driver, what lies below.
     pub(super) fn open_node(
         self,
+        driver: Option<Arc<dyn DriverType>>,
         options: Options,
         base: OpenFlags,
     ) -> BoxFuture<'static, Result<Strong<Node>>> {
         if self.depth % LEVELS_PER_STACK == LEVELS_PER_STACK - 1 {
             // A long chain must not exhaust the stack. Dropping the task cancels it.
-            return Box::pin(bds_io::spawn(open_here(self, options, base)));
+            return Box::pin(bds_io::spawn(open_here(self, driver, options, base)));
         }
-        Box::pin(open_here(self, options, base))
+        Box::pin(open_here(self, driver, options, base))
     }
 }
 
-async fn open_here(call: Call, options: Options, base: OpenFlags) -> Result<Strong<Node>> {
+async fn open_here(
+    call: Call,
+    driver: Option<Arc<dyn DriverType>>,
+    options: Options,
+    base: OpenFlags,
+) -> Result<Strong<Node>> {
     // Again, because options may have been built by hand with flat keys.
     let mut options = Options::from_json(options.into_json())?;
     call.count_node()?;
-    let Some(driver_name) = options.take_str("driver")? else {
-        return Err(Error::new(ErrorKind::InvalidInput, "option 'driver' is missing"));
-    };
     let graph = call.graph.clone();
-    let driver_type = Arc::clone(graph.config().registry.driver(&driver_name)?);
+    let driver_type = match driver {
+        Some(driver) => driver,
+        None => registered_driver(&graph, &mut options)?,
+    };
     let node_name = options.take_str("node-name")?;
     let given = Given::of(&options);
     let flags = flags::take_flags(&mut options, base)?;
@@ -199,6 +241,14 @@ async fn open_here(call: Call, options: Options, base: OpenFlags) -> Result<Stro
     let opened = open_driver(call, &*driver_type, options, flags, &name).await;
     let (driver, opener) = opened.map_err(|error| error.node(&**name.name()))?;
     publish(&graph, driver, opener, (flags, given), name).await
+}
+
+/// The registered driver type that the options name.
+fn registered_driver(graph: &Graph, options: &mut Options) -> Result<Arc<dyn DriverType>> {
+    let Some(name) = options.take_str("driver")? else {
+        return Err(Error::new(ErrorKind::InvalidInput, "option 'driver' is missing"));
+    };
+    Ok(Arc::clone(graph.config().registry.driver(&name)?))
 }
 
 /// Lets the driver open. Options that it did not take are refused.

@@ -47,8 +47,12 @@ pub struct BackendOptions {
     pub name: String,
     /// True if it may write and resize. Fails on a read-only node.
     pub writable: bool,
+    /// What it does with the node, instead of what `writable` says.
+    pub perm: Option<Perm>,
     /// What other users may do with the node meanwhile. Everything by default.
     pub shared: Perm,
+    /// True if it is a job's: graph changes leave its edge at the node, and it is listed as a job.
+    pub is_job: bool,
     /// The policy when the medium fails. `None`: [`ErrorPolicies::default`] while a device is
     /// attached, [`ErrorPolicies::REPORT`] otherwise, because a tool does not resume stopped
     /// requests.
@@ -63,7 +67,9 @@ impl Default for BackendOptions {
         Self {
             name: String::new(),
             writable: false,
+            perm: None,
             shared: Perm::all(),
+            is_job: false,
             policy: None,
             claims_name: false,
         }
@@ -76,7 +82,17 @@ impl BackendOptions {
         Self { name: name.into(), claims_name: true, ..Self::default() }
     }
 
+    /// A job's backend: it stays at its node when changes of the graph move other users, and has
+    /// these permissions.
+    pub fn job(name: impl Into<String>, access: Access) -> Self {
+        let Access { perm, shared } = access;
+        Self { name: name.into(), perm: Some(perm), shared, is_job: true, ..Self::default() }
+    }
+
     fn access(&self) -> Access {
+        if let Some(perm) = self.perm {
+            return Access { perm, shared: self.shared };
+        }
         let mut perm = Perm::CONSISTENT_READ;
         if self.writable {
             perm |= Perm::WRITE | Perm::WRITE_UNCHANGED | Perm::RESIZE;
@@ -209,10 +225,10 @@ impl Backend {
             false => None,
         };
         let root = Root {
-            kind: HolderKind::Backend,
+            kind: if options.is_job { HolderKind::Job } else { HolderKind::Backend },
             name: &options.name,
             access: options.access(),
-            is_fixed: false,
+            is_fixed: options.is_job,
             is_backend: true,
         };
         let edge = graph.attach_root(node, &root)?;

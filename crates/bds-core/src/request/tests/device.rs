@@ -217,3 +217,22 @@ fn query_backends_shows_names_device_and_medium() {
         assert_eq!(disks.graph().query_backends()[2]["inserted"]["ro"], true);
     });
 }
+
+#[test]
+fn a_jobs_backend_stays_at_its_node_when_others_move() {
+    run(3, async {
+        let disks = DiskGraph::new();
+        let (node, _) = disks.node("disk", vec![0; 1024], Config::default()).await;
+        let (other, _) = disks.node("other", vec![0; 1024], Config::default()).await;
+        let guest = Backend::new(&node, writer("guest")).unwrap();
+        let read = Access { perm: Perm::CONSISTENT_READ, shared: Perm::all() };
+        let job = Backend::new(&node, BackendOptions::job("backup0", read)).unwrap();
+        assert_eq!(job.access(), read);
+
+        disks.graph().replace(&node, &other).await.unwrap();
+        assert_eq!(guest.node().unwrap().id(), other.id());
+        assert_eq!(job.node().unwrap().id(), node.id());
+        let holders = disks.graph().holders(node.id());
+        assert!(holders.iter().any(|h| h.to_string().starts_with("job 'backup0'")), "{holders:?}");
+    });
+}
