@@ -11,6 +11,7 @@
 //! in tasks of its own.
 
 mod access;
+mod bitmap_store;
 mod child;
 mod contract;
 mod foreign;
@@ -26,6 +27,7 @@ mod status;
 mod types;
 
 pub use access::{Access, NodeUse, Perm};
+pub use bitmap_store::{BitmapSpec, BitmapStore, BitmapToStore, StoredBitmap};
 // For drivers that count per thread.
 pub use bds_refcount::own_shard;
 pub use child::{Child, ChildPort};
