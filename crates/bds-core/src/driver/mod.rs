@@ -11,6 +11,7 @@
 //! in tasks of its own.
 
 mod access;
+mod backing_record;
 mod child;
 mod contract;
 mod foreign;
@@ -26,6 +27,7 @@ mod status;
 mod types;
 
 pub use access::{Access, NodeUse, Perm};
+pub use backing_record::BackingRecord;
 // For drivers that count per thread.
 pub use bds_refcount::own_shard;
 pub use child::{Child, ChildPort};
