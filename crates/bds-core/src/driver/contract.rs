@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use bds_io::IoVec;
 
 use super::{
-    Access, Attempt, BackingRecord, BoxFuture, CheckReport, Child, ImageInfo, Limits, NodeUse,
-    Precision, ReadFlags, Reopen, ReopenContext, Role, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Access, Attempt, BackingRecord, BitmapStore, BoxFuture, CheckReport, Child, ImageInfo, Limits,
+    NodeUse, Precision, ReadFlags, Reopen, ReopenContext, Role, StatusRun, Truncate, WriteFlags,
+    ZeroFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
 
@@ -274,6 +275,12 @@ pub trait Driver: Send + Sync + 'static {
     /// The node stays inactive; it may be tried again.
     fn activate(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async { Ok(()) })
+    }
+
+    /// The place in the image where persistent bitmaps are stored; `None` if the format has none. A
+    /// filter has none: the bitmaps of a node are not those of its child.
+    fn bitmap_store(&self) -> Option<&dyn BitmapStore> {
+        None
     }
 
     /// For copy offload between two drivers of one kind.
