@@ -11,6 +11,7 @@
 //! in tasks of its own.
 
 mod access;
+mod backing_record;
 mod bitmap_store;
 mod child;
 mod contract;
@@ -27,6 +28,7 @@ mod status;
 mod types;
 
 pub use access::{Access, NodeUse, Perm};
+pub use backing_record::BackingRecord;
 pub use bitmap_store::{BitmapSpec, BitmapStore, BitmapToStore, StoredBitmap};
 // For drivers that count per thread.
 pub use bds_refcount::own_shard;
