@@ -22,6 +22,7 @@ mod handle;
 mod job;
 mod kinds;
 mod manager;
+pub mod mirror;
 mod options;
 mod policy;
 mod progress;
