@@ -11,12 +11,13 @@
 //! tracking  state of job and filter    filter    sees every write       synced   writes both sides
 //! pass      what the job does          scan      leaves out what need not be copied
 //! governor  keeps guest writes slower than copies
-//! pivot     the end of the job         active    the active commit
+//! pivot     the end of the job         bitmaps   handed over with it    active   the active commit
 //! ```
 //!
 //! Why no write is lost: [docs/jobs.md](../../../docs/jobs.md).
 
 mod active;
+mod bitmaps;
 mod filter;
 mod governor;
 mod options;

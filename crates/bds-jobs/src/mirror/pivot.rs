@@ -9,6 +9,7 @@ use bds_core::graph::{Change, EdgeFacts, Parent, Perm};
 use bds_core::{Error, ErrorKind, Result};
 
 use super::Mirror;
+use super::bitmaps;
 use super::filter::Flavour;
 use super::tracking::Mode;
 
@@ -29,6 +30,9 @@ impl Mirror {
             (true, None) => change.replace(filter, target).replace(source, target),
             (true, Some(replaced)) => change.drop_filter(filter).replace(replaced, target),
         };
+        if self.pivots {
+            change = bitmaps::hand_over(change, source, target, self.bitmaps)?;
+        }
         change = change.eject(&self.main).eject(&self.tracking.target).eject(&self.reader);
         Ok(self.between.iter().fold(change, |change, (edge, _)| change.eject(edge)))
     }

@@ -12,6 +12,7 @@ use bds_core::request::{Backend, BackendOptions};
 use bds_core::{Error, ErrorKind, Options, Result};
 
 use super::Mirror;
+use super::bitmaps;
 use super::filter::{Flavour, MirrorTop};
 use super::options::{DEFAULT_BUF_SIZE, Lookup, MirrorOptions, MirrorSync, find_replaced};
 use super::pass::{Initial, Limits};
@@ -54,6 +55,7 @@ impl Mirror {
     /// As [`Mirror::prepare`].
     pub async fn prepare_staged(options: MirrorOptions) -> Result<Self> {
         options.check()?;
+        bitmaps::check(&options.source, &options.target, options.bitmaps).await?;
         let above = match options.sync {
             MirrorSync::Top => walk::next_below(&walk::skip_filters(&options.source)),
             MirrorSync::Full | MirrorSync::None => None,
