@@ -81,7 +81,7 @@ impl ActiveCommit {
         match prepared {
             Err(error) if restores_read_only => match set_read_only(&base, true).await {
                 Ok(()) => Err(error),
-                Err(late) => Err(error.context(&format!("and the base stays writable: {late}"))),
+                Err(late) => Err(error.context(format!("and the base stays writable: {late}"))),
             },
             prepared => prepared,
         }

@@ -147,7 +147,7 @@ impl<'a> Watched<'a> {
         self.stop.notify_waiters();
     }
 
-    /// True if the job was told to end in order.
+    /// True if the job is to end in order.
     fn is_to_end(&self) -> bool {
         self.ctx.complete_requested() || self.ctx.soft_cancel_requested()
     }

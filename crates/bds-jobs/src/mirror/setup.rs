@@ -91,7 +91,7 @@ impl Mirror {
             Ok(()) => Ok(self),
             Err(error) => match self.give_back(false).await {
                 Ok(()) => Err(error),
-                Err(late) => Err(error.context(&format!("and the filter stays: {late}"))),
+                Err(late) => Err(error.context(format!("and the filter stays: {late}"))),
             },
         }
     }

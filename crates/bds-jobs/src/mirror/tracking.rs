@@ -37,7 +37,7 @@ pub(super) enum Mode {
     Off,
 }
 
-/// A failure of the target that a guest write met. The guest is not told.
+/// A failure of the target that a guest write met. The write succeeds all the same.
 #[derive(Debug)]
 pub(super) struct TargetFailure {
     pub(super) range: Range<u64>,

@@ -141,7 +141,7 @@ async fn finish(
     if chance.one_in(8) {
         pause(chance, 3000).await;
         job.cancel(true).expect("it can be cancelled");
-        job.wait().await.unwrap_err();
+        job.wait().await.expect_err("it was cancelled");
         return End::Kept;
     }
     job.wait_status(JobStatus::Ready).await.expect("it gets ready");
@@ -186,7 +186,7 @@ async fn finish_pending(
     assert_eq!(bytes_of(target).await, to, "a write was let through");
     if chance.one_in(4) {
         job.cancel(true).expect("it can be cancelled");
-        job.wait().await.unwrap_err();
+        job.wait().await.expect_err("it was cancelled");
         return End::Kept;
     }
     job.finalize().expect("it can be finalized");

@@ -210,7 +210,8 @@ impl Client {
             offset -= (offset - start) % 512;
             len = len.next_multiple_of(512).min(end - offset);
         }
-        let range = usize::try_from(offset).expect("small")..usize::try_from(offset + len).unwrap();
+        let index = |at: u64| usize::try_from(at).expect("small");
+        let range = index(offset)..index(offset + len);
         match chance.below(if unmaps { 10 } else { 7 }) {
             0 => self.backend.flush().await.expect("it can be flushed"),
             7 | 8 => {
@@ -249,7 +250,7 @@ impl Client {
             .enumerate()
         {
             if number as u64 % of == slot
-                && number as u64 + 1 <= LEN / cell
+                && (number as u64) < LEN / cell
                 && let Some(difference) = first_difference(found, expected)
             {
                 let at = number as u64 * cell;
