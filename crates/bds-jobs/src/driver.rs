@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
+use bds_core::copy::ErrorVerdict;
 use bds_core::driver::BoxFuture;
 use bds_core::graph::{Change, NodeId};
 use bds_core::{Error, Result};
 
 use crate::context::JobContext;
 use crate::kinds::{JobControl, JobType};
-use crate::policy::ErrorVerdict;
 
 /// How a job's group ended.
 #[derive(Clone, Copy, Debug)]

@@ -10,7 +10,7 @@ async fn start(jobs: &JobManager, members: Vec<(JobOptions, Fake)>) -> Vec<JobHa
         .into_iter()
         .map(|(options, fake)| (options, Box::new(fake) as Box<dyn JobDriver>))
         .collect();
-    jobs.start_group(boxed).await.unwrap()
+    jobs.start_group(boxed).await.expect("the ids are free")
 }
 
 /// Members of all types, each with its part, in one log.

@@ -31,12 +31,12 @@ async fn job_in(jobs: &JobManager, status: JobStatus) -> JobHandle {
     if status == JobStatus::Waiting {
         group.push((JobOptions::new("other"), Box::new(Fake::running(endless()))));
     }
-    let job = jobs.start_group(group).await.unwrap().remove(0);
+    let job = jobs.start_group(group).await.expect("the id is free").remove(0);
     if status != JobStatus::Created {
         settle().await;
     }
     if status.is_paused() {
-        job.pause().unwrap();
+        job.pause().expect("it works");
         settle().await;
     }
     assert_eq!(job.status(), status);
