@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bds_core::driver::Role;
-use bds_core::graph::{Change, CloseReport, Graph, NodeRef, walk};
+use bds_core::graph::{Change, ChangeReport, Graph, NodeRef, walk};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::Task;
 use futures_util::FutureExt;
@@ -65,10 +65,7 @@ pub(crate) async fn conduct(
     let mut members = join(&group, runs).await;
     let result = finish(&group, &registry.graph, &mut members).await;
     let mut cleanup = match result {
-        Ok(closed) => {
-            let failed = closed.into_iter().find_map(|report| report.into_result().err());
-            vec![failed]
-        }
+        Ok(left_over) => vec![left_over],
         Err(error) => {
             abort_all(&group, error.as_ref());
             settle_targets(&group).await
@@ -134,7 +131,7 @@ async fn finish(
     group: &Arc<Group>,
     graph: &Graph,
     members: &mut [Member],
-) -> Result<Vec<CloseReport>, Option<Error>> {
+) -> Result<Option<Error>, Option<Error>> {
     let is_pending = group.jobs.iter().rev().all(|job| {
         let is_waiting = job.status() == JobStatus::Waiting;
         is_waiting && job.enter_pending()
@@ -158,28 +155,34 @@ async fn finish(
             Either::Right((planned, _)) => planned.map_err(|_| None)?,
         }
     };
-    let closed = commit(group, planned).await?;
+    let left_over = commit(group, planned).await?;
     group.jobs.iter().for_each(|job| job.commit());
-    Ok(closed)
+    Ok(left_over)
 }
 
-/// Applies the change, unless a member is cancelled before it takes effect. Returns the reports of
-/// the nodes it removed.
-async fn commit(group: &Group, change: Change) -> Result<Vec<CloseReport>, Option<Error>> {
+/// Applies the change, unless a member is cancelled before it takes effect. Returns what
+/// its end could not do in order.
+async fn commit(group: &Group, change: Change) -> Result<Option<Error>, Option<Error>> {
     let effect = Arc::new(AtomicBool::new(false));
     let has_effect = || effect.load(Ordering::Acquire);
     let mut commit = Box::pin(change.marks_effect(&effect).commit());
     match future::select(pin!(group.wait_cancelled()), commit.as_mut()).await {
-        Either::Right((result, _)) => return result.map(|report| report.closed).map_err(Some),
+        Either::Right((result, _)) => return result.map(left_over).map_err(Some),
         // Too late: the edges are swapped, what is left of the commit is short.
         Either::Left(_) if has_effect() => {
-            return commit.await.map(|report| report.closed).map_err(Some);
+            return commit.await.map(left_over).map_err(Some);
         }
         Either::Left(_) => {}
     }
     // Another thread may be at work on it. When the drop returns, it is at rest.
     drop(commit);
-    if has_effect() { Ok(Vec::new()) } else { Err(None) }
+    if has_effect() { Ok(None) } else { Err(None) }
+}
+
+/// The first failure at the end of a change that took effect.
+fn left_over(report: ChangeReport) -> Option<Error> {
+    let closed = report.closed.into_iter().filter_map(|closed| closed.into_result().err());
+    closed.chain(report.stored_bitmaps_left).next()
 }
 
 /// Lets each member plan its part of one change.
