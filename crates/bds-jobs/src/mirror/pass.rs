@@ -114,7 +114,7 @@ impl<'a> Watched<'a> {
     /// and fails then, whatever the policy: it must not go on for ever.
     async fn verdict(&self, side: Side, site: ErrorSite, error: &Error) -> ErrorVerdict {
         if !self.ctx.soft_cancel_requested() {
-            return self.policy(side, site, error).await;
+            return self.ctx.on_error(side, site, error).await;
         }
         let failures = self.soft_failures.fetch_add(1, Relaxed);
         if failures + 1 >= MAX_SOFT_FAILURES {
@@ -122,19 +122,6 @@ impl<'a> Watched<'a> {
         }
         bds_io::sleep(FIRST_SOFT_WAIT * (1 << failures)).await;
         ErrorVerdict::Retry
-    }
-
-    async fn policy(&self, side: Side, site: ErrorSite, error: &Error) -> ErrorVerdict {
-        let side = match side {
-            Side::Source => crate::Side::Source,
-            Side::Target => crate::Side::Target,
-        };
-        let ErrorSite { offset, len, node } = site;
-        match self.ctx.on_error(side, crate::ErrorSite { offset, len, node }, error).await {
-            crate::ErrorVerdict::Retry => ErrorVerdict::Retry,
-            crate::ErrorVerdict::Skip => ErrorVerdict::Skip,
-            crate::ErrorVerdict::Fail => ErrorVerdict::Fail,
-        }
     }
 
     fn begin_copy(&self) {
@@ -159,7 +146,10 @@ impl CopyControl for Watched<'_> {
     }
 
     fn pause_requested(&self) -> BoxFuture<'_, ()> {
-        Box::pin(self.stop.wait_until(|| self.is_stopping.load(Relaxed)))
+        Box::pin(async {
+            let stopping = self.stop.wait_until(|| self.is_stopping.load(Relaxed));
+            select(pin!(stopping), pin!(self.ctx.wait_should_pause())).await;
+        })
     }
 
     /// A stop is a pause without an end: the copy is dropped in it, with nothing in flight.
@@ -175,7 +165,10 @@ impl CopyControl for Watched<'_> {
     }
 
     fn throttle(&self, bytes: u64) -> BoxFuture<'_, ()> {
-        Box::pin(self.ctx.throttle(bytes))
+        Box::pin(async move {
+            let stopping = self.stop.wait_until(|| self.is_stopping.load(Relaxed));
+            select(pin!(stopping), pin!(self.ctx.throttle(bytes))).await;
+        })
     }
 
     fn copied(&self, bytes: u64) {
