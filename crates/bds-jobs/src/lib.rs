@@ -34,6 +34,7 @@ mod speed;
 mod state;
 mod txn;
 
+pub use bds_core::copy::{ErrorSite, ErrorVerdict, Side};
 pub use context::JobContext;
 pub use driver::{JobDriver, Outcome};
 pub use event::{JobEvent, JobEvents, JobPoint, QUEUE_LEN};
@@ -41,7 +42,7 @@ pub use handle::JobHandle;
 pub use kinds::{CopyMode, JobChange, JobControl, JobType};
 pub use manager::{JobManager, NewJob};
 pub use options::{JobOptions, MAX_ID_LEN, speed_from_int};
-pub use policy::{ErrorSite, ErrorVerdict, IoStatus, JobErrorAction, OnError, RetryPolicy, Side};
+pub use policy::{IoStatus, JobErrorAction, OnError, RetryPolicy};
 pub use progress::Progress;
 pub use query::{HISTORY_LEN, History, JobInfo};
 pub use state::{JobStatus, JobVerb};
