@@ -1,4 +1,10 @@
 //! Tests of the crate's interface, on the simulated world.
 
+mod errors;
 mod fake;
+mod groups;
 mod life;
+mod mirror;
+mod shutdown;
+mod speed;
+mod verbs;
