@@ -191,7 +191,7 @@ pub trait Driver: Send + Sync + 'static {
         Box::pin(async { Ok(Attempt::Unsupported) })
     }
 
-    /// Fills `iov` from the snapshot of its child that this node keeps, as `copy-before-write` does.
+    /// Fills `iov` from the snapshot of its child that this node keeps (`copy-before-write`).
     ///
     /// # Errors
     /// `PermissionDenied`: the range is not part of the snapshot, or was discarded. Otherwise, also

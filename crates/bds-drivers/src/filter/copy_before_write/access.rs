@@ -97,7 +97,8 @@ impl DriverType for SnapshotAccess {
         context: &'a mut OpenContext<'_>,
     ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
         Box::pin(async move {
-            let file = context.child("file", Role::DATA | Role::PRIMARY).await?;
+            // Not its data: what it shows is only partly there, and it never writes it.
+            let file = context.child("file", Role::PRIMARY).await?;
             // An empty read tells whether the node keeps a snapshot.
             file.snapshot_read(0, IoVec::default()).await?;
             let len = file.len();

@@ -1,5 +1,5 @@
-//! Keeps old data: what a change of the node does before it goes on, and the task that writes staged
-//! data to the target.
+//! Keeps old data: what a change of the node does before it goes on, and the task that writes
+//! staged data to the target.
 
 use std::ops::Range;
 use std::pin::pin;
@@ -15,7 +15,7 @@ use futures_util::future::{Either, select};
 use futures_util::stream::FuturesUnordered;
 
 use super::snapshot::{OnCbwError, Snapshot};
-use super::stage::{Next, Room, ToWrite};
+use super::stage::{Next, Space, ToWrite};
 
 /// Longest run that is staged at once: bounds how long a write waits for the read of old data.
 const MAX_STAGED: u64 = 1 << 20;
@@ -106,22 +106,22 @@ impl Parts {
         snapshot.delay(snapshot.stage.delay(len)).await;
         let fails = snapshot.options.on_error == OnCbwError::BreakGuestWrite;
         match snapshot.stage.reserve(len, fails).await {
-            Room::Reserved => {}
-            Room::Full => {
+            Space::Reserved => {}
+            Space::Full => {
                 let words = "the staging area is full";
                 let error = Error::new(ErrorKind::NoMemory, words);
                 snapshot.break_off(range.start, &error);
                 return Ok(false);
             }
-            Room::Failing(error) => return Err(error),
+            Space::Failing(error) => return Err(error),
         }
-        let mut room = Reserved { parts: self, len, is_used: false };
+        let mut reserved = Reserved { parts: self, len, is_used: false };
         let Some(data) = self.old_data(&range).await? else {
             // Not part of the snapshot.
             claim.done();
             return Ok(true);
         };
-        room.is_used = true;
+        reserved.is_used = true;
         if snapshot.stage.put(claim, data) {
             bds_io::spawn(write_staged(Arc::clone(self))).detach();
         }
@@ -163,7 +163,7 @@ impl Parts {
     }
 }
 
-/// Room in the staging area that is given back unless it is used.
+/// Space in the staging area that is given back unless it is used.
 struct Reserved<'p> {
     parts: &'p Parts,
     len: u64,

@@ -17,8 +17,8 @@
 //!
 //! Errors at open: `InvalidInput`: the sizes differ, or an option is out of range.
 //!
-//! A flush of this node does not flush the target: whoever needs the copy to be durable flushes the
-//! target. Its event is `SNAPSHOT_BROKEN`.
+//! A flush of this node does not flush the target: a user that needs the copy to be durable flushes
+//! the target. Its event is `SNAPSHOT_BROKEN`.
 
 pub mod access;
 mod frozen;

@@ -66,7 +66,7 @@ struct Broken {
     error: Error,
 }
 
-/// The snapshot that a copy-before-write filter keeps, shared by the filter, its readers, and a job.
+/// The snapshot that a copy-before-write filter keeps: shared by filter, readers, and a job.
 pub struct Snapshot {
     pub(super) map: Arc<CopyMap>,
     /// What belongs to it.

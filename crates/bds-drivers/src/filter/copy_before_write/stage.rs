@@ -1,8 +1,8 @@
 //! The staging area: old data in memory, which a task writes to the target behind the guest.
 //!
 //! ```text
-//! guest write ─► reserve room ─► read old data ─► put ─► the write goes on
-//!                                                  └─► task: write to the target ─► claim done, room free
+//! guest write ─► reserve space ─► read old data ─► put ─► the write goes on
+//!                                                  └─► task: write to the target ─► claim done, space free
 //! ```
 //!
 //! An entry holds the claim of its range until the target has it: no other copy of the range begins
@@ -27,7 +27,7 @@ const LONGEST_BACK_OFF: Duration = Duration::from_secs(1);
 /// Policy at the limit of the staging area.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum AtLimit {
-    /// The guest's write waits for room.
+    /// The guest's write waits for space.
     #[default]
     Stall,
     /// The snapshot is given up, the write goes on.
@@ -68,7 +68,7 @@ pub(super) struct ToWrite {
 #[derive(Default)]
 struct State {
     entries: BTreeMap<u64, Entry>,
-    /// Bytes of the entries, and of those to come for which room is reserved.
+    /// Bytes of the entries, and of those to come for which space is reserved.
     bytes: u64,
     has_writer: bool,
     is_closed: bool,
@@ -76,6 +76,8 @@ struct State {
     failure: Option<StageFailure>,
     /// The last write failed.
     failing: Option<Error>,
+    /// Writes that failed so far.
+    failures: u64,
     written_bytes: u64,
     writing_time: Duration,
     writing_since: Duration,
@@ -96,16 +98,16 @@ pub(super) struct Stage {
     pub(super) limit: u64,
     pub(super) policy: AtLimit,
     state: Mutex<State>,
-    /// Notified when room, entries or the writer change.
+    /// Notified when space, entries or the writer change.
     changed: Notify,
 }
 
 /// What [`Stage::reserve`] found.
-pub(super) enum Room {
+pub(super) enum Space {
     Reserved,
     /// The policy breaks the snapshot.
     Full,
-    /// The target fails, so that waiting for room is of no use.
+    /// The target fails, so that waiting for space is of no use.
     Failing(Error),
 }
 
@@ -132,25 +134,32 @@ impl Stage {
         self.state().bytes
     }
 
-    /// Waits for room for `len` bytes. One entry may always go in, however long. `fails`: a target
-    /// that fails ends the wait.
-    pub(super) async fn reserve(&self, len: u64, fails: bool) -> Room {
+    /// Waits for space for `len` bytes. One entry may always go in, however long. `fails`: a target
+    /// that fails ends the wait, but not before what waits has been tried once more.
+    pub(super) async fn reserve(&self, len: u64, fails: bool) -> Space {
+        let mut failures_before = None;
         let try_reserve = || {
             let mut state = self.state();
             if state.bytes == 0 || state.bytes + len <= self.limit {
                 state.bytes += len;
-                return Some(Room::Reserved);
+                return Some(Space::Reserved);
             }
             if self.policy == AtLimit::BreakSnapshot {
-                return Some(Room::Full);
+                return Some(Space::Full);
             }
-            let failing = state.failing.as_ref().filter(|_| fails);
-            failing.map(|error| Room::Failing(error.duplicate()))
+            let failing = state.failing.as_ref().filter(|_| fails)?.duplicate();
+            let before = *failures_before.get_or_insert(state.failures);
+            if before < state.failures {
+                return Some(Space::Failing(failing));
+            }
+            drop(state);
+            self.retry_now();
+            None
         };
         self.changed.wait_for(try_reserve).await
     }
 
-    /// Gives back room that was not used.
+    /// Gives back space that was not used.
     pub(super) fn unreserve(&self, len: u64) {
         {
             let mut state = self.state();
@@ -159,7 +168,7 @@ impl Stage {
         self.changed.notify_waiters();
     }
 
-    /// The delay of a write that must be kept: from half of the limit on as long as the target needs
+    /// The delay of a write that must be kept: from half of the limit on the time the target needs
     /// for `len` bytes, times two at the limit.
     pub(super) fn delay(&self, len: u64) -> Duration {
         let state = self.state();
@@ -173,7 +182,7 @@ impl Stage {
         Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)).min(LONGEST_BACK_OFF)
     }
 
-    /// Puts in what room was reserved for. True: the caller starts the writer.
+    /// Puts in what space was reserved for. True: the caller starts the writer.
     pub(super) fn put(&self, claim: Claim<'static>, data: Option<IoVec>) -> bool {
         let mut state = self.state();
         if state.is_closed {
@@ -268,6 +277,7 @@ impl Stage {
                 entry.not_before = now + doubled.min(LONGEST_BACK_OFF);
                 let len = entry.claim.range().end - start;
                 state.failing = Some(error.duplicate());
+                state.failures += 1;
                 state.failure.get_or_insert(StageFailure { offset: start, len, error });
                 None
             }
@@ -286,8 +296,13 @@ impl Stage {
 
     /// Lets failed entries be tried at once.
     pub(super) fn retry_now(&self) {
-        self.state().entries.values_mut().for_each(|entry| entry.not_before = Duration::ZERO);
-        self.changed.notify_waiters();
+        let mut waited = false;
+        for entry in self.state().entries.values_mut() {
+            waited |= std::mem::take(&mut entry.not_before) != Duration::ZERO;
+        }
+        if waited {
+            self.changed.notify_waiters();
+        }
     }
 
     /// Drops all entries, and takes no more: their claims count as failed.
