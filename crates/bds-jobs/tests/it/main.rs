@@ -4,6 +4,7 @@ mod errors;
 mod fake;
 mod groups;
 mod life;
+mod load;
 mod shutdown;
 mod speed;
 mod verbs;
