@@ -9,6 +9,8 @@
 //! `event`, `errors`; `job`; `context`, `query`; `driver` (the contract), `registry`; `txn`;
 //! `handle`, `manager`.
 //!
+//! [`manifest`] proves what an image contained at a point in time.
+//!
 //! A job's effect on the graph is one [`Change`](bds_core::graph::Change) of its whole group:
 //! planned while everything can still fail, committed in one step that cannot. A job that failed or
 //! was cancelled has changed nothing; a job that is *concluded* holds nothing.
@@ -22,6 +24,8 @@ mod handle;
 mod job;
 mod kinds;
 mod manager;
+pub mod manifest;
+pub mod mirror;
 mod options;
 mod policy;
 mod progress;

@@ -5,6 +5,7 @@ mod fake;
 mod groups;
 mod life;
 mod load;
+mod mirror;
 mod shutdown;
 mod speed;
 mod verbs;
