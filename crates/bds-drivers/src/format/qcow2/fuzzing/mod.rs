@@ -24,7 +24,7 @@ use super::layout::header::Compression;
 pub use super::layout::space::{DataOffset, MetaOffset};
 use super::layout::units::{Geometry, GuestOffset};
 pub use super::nodes::{DataNode, MetaNode};
-pub use port::MemPort;
+pub use port::{MemPort, PortEvent};
 
 /// Creates an image in `file`, as `create` does with these options.
 pub fn create(options: Options, file: &MemPort, data_file: Option<&MemPort>) -> Result<()> {
