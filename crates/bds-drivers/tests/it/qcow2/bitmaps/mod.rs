@@ -3,6 +3,7 @@
 
 mod close_and_open;
 mod cuts;
+pub(crate) mod hostile;
 mod kit;
 mod limits;
 mod qemu;
