@@ -9,6 +9,8 @@
 //! `event`, `errors`; `job`; `context`, `query`; `driver` (the contract), `registry`; `txn`;
 //! `handle`, `manager`.
 //!
+//! [`manifest`] proves what an image contained at a point in time.
+//!
 //! A job's effect on the graph is one [`Change`](bds_core::graph::Change) of its whole group:
 //! planned while everything can still fail, committed in one step that cannot. A job that failed or
 //! was cancelled has changed nothing; a job that is *concluded* holds nothing.
@@ -22,6 +24,7 @@ mod handle;
 mod job;
 mod kinds;
 mod manager;
+pub mod manifest;
 mod options;
 mod policy;
 mod progress;
@@ -31,6 +34,7 @@ mod speed;
 mod state;
 mod txn;
 
+pub use bds_core::copy::{ErrorSite, ErrorVerdict, Side};
 pub use context::JobContext;
 pub use driver::{JobDriver, Outcome};
 pub use event::{JobEvent, JobEvents, JobPoint, QUEUE_LEN};
@@ -38,7 +42,7 @@ pub use handle::JobHandle;
 pub use kinds::{CopyMode, JobChange, JobControl, JobType};
 pub use manager::{JobManager, NewJob};
 pub use options::{JobOptions, MAX_ID_LEN, speed_from_int};
-pub use policy::{ErrorSite, ErrorVerdict, IoStatus, JobErrorAction, OnError, RetryPolicy, Side};
+pub use policy::{IoStatus, JobErrorAction, OnError, RetryPolicy};
 pub use progress::Progress;
 pub use query::{HISTORY_LEN, History, JobInfo};
 pub use state::{JobStatus, JobVerb};

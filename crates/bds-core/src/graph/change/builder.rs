@@ -13,6 +13,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bds_io::sync::MutexGuard;
@@ -64,6 +65,7 @@ pub struct Change {
     graph: Graph,
     pub(in crate::graph) actions: Vec<Action>,
     within: Vec<Arc<Section>>,
+    effect: Option<Arc<AtomicBool>>,
 }
 
 /// The outcome of a change.
@@ -83,7 +85,7 @@ impl Graph {
     /// An empty change.
     #[doc = include_str!("examples/change.md")]
     pub fn change(&self) -> Change {
-        Change { graph: self.clone(), actions: Vec::new(), within: Vec::new() }
+        Change { graph: self.clone(), actions: Vec::new(), within: Vec::new(), effect: None }
     }
 
     /// [`Change::append`] alone.
@@ -270,6 +272,35 @@ impl Change {
         self
     }
 
+    /// Sets the flag in the moment in which the change takes effect. So a caller that drops the
+    /// future of [`Change::commit`] can tell afterwards whether it was too late; once the flag is
+    /// set, the future ends soon and with success.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use std::sync::atomic::{AtomicBool, Ordering};
+    ///
+    /// use bds_core::Options;
+    ///
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk")?).await?;
+    /// let effect = Arc::new(AtomicBool::new(false));
+    /// let change = graph.change().rename(&disk, "vda").marks_effect(&effect);
+    /// assert!(!effect.load(Ordering::Acquire));
+    /// change.commit().await?;
+    /// assert!(effect.load(Ordering::Acquire));
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
+    /// ```
+    pub fn marks_effect(mut self, flag: &Arc<AtomicBool>) -> Self {
+        self.effect = Some(Arc::clone(flag));
+        self
+    }
+
     /// Lets the monitor own the node (its name then keeps it open).
     #[doc = include_str!("examples/own.md")]
     #[track_caller]
@@ -387,6 +418,7 @@ impl Change {
     pub async fn commit(self) -> Result<ChangeReport> {
         check_same_graph(&self.graph, &self.actions)?;
         if self.actions.is_empty() {
+            mark(self.effect.as_deref());
             let (closed, stored_bitmaps_left) = (Vec::new(), Vec::new());
             return Ok(ChangeReport { held: Duration::ZERO, closed, stored_bitmaps_left });
         }
@@ -397,7 +429,7 @@ impl Change {
     }
 
     async fn run(self) -> Result<(Duration, Undelivered, Vec<Error>)> {
-        let Self { graph, mut actions, within } = self;
+        let Self { graph, mut actions, within, effect } = self;
         for action in &mut actions {
             if let Action::Bitmap(edit) = action {
                 edit.resolve().await?;
@@ -407,7 +439,7 @@ impl Change {
             let turn = graph.begin_change().await;
             actions = actions.into_iter().map(|action| action.held_by(TURN)).collect();
             let begun = bds_io::now();
-            match try_once(&graph, &actions, &within).await? {
+            match try_once(&graph, &actions, &within, effect.as_deref()).await? {
                 Ok(outcome) => break (turn, begun, outcome),
                 Err(blocked) => {
                     // The holder of the section below may need a change of its own to end it: that
@@ -439,6 +471,12 @@ impl fmt::Display for ChangeReport {
     }
 }
 
+fn mark(effect: Option<&AtomicBool>) {
+    if let Some(effect) = effect {
+        effect.store(true, Ordering::Release);
+    }
+}
+
 /// What is left to do when the edges have been swapped.
 struct Outcome {
     moved: Moved,
@@ -456,6 +494,7 @@ async fn try_once(
     graph: &Graph,
     actions: &[Action],
     within: &[Arc<Section>],
+    effect: Option<&AtomicBool>,
 ) -> Result<Result<Outcome, Blocked>> {
     let wanted = reopen::collect(graph, actions)?;
     let nodes = {
@@ -488,6 +527,7 @@ async fn try_once(
                 graph.step()?;
                 let edit = DrainedEdit::new(&drained, &lock);
                 let done = commit::apply_staged(graph, &edit, staged, accesses, prepared, actions)?;
+                mark(effect);
                 let removed_bitmaps = bitmaps.commit();
                 for reopen::Reopened { node, .. } in &done.reopened {
                     node.bitmaps.set_readonly(!node.is_writable());
