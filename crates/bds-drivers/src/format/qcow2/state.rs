@@ -13,8 +13,8 @@
 //! runs the operation again. What was loaded stays pinned until the operation succeeds, so it makes
 //! progress even with the smallest cache.
 //!
-//! Lock order: `prepare_lock`, `release_lock`, `write_back_lock`, `meta`; inside `meta` only those of
-//! `decompressed`.
+//! Lock order: `prepare_lock`, `release_lock`, `write_back_lock`, `meta`; inside `meta` only those
+//! of `decompressed`.
 
 use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};

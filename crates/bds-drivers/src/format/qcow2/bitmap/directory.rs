@@ -72,6 +72,10 @@ pub(super) fn with_remedy(error: Error) -> Error {
 impl Image {
     /// The directory as the file has it now: also after a change that failed half-way.
     pub(super) async fn directory(&self) -> Result<Directory> {
+        let has_bitmaps = self.meta().header.autoclear.contains(Autoclear::BITMAPS);
+        if !has_bitmaps && !self.bitmaps.is_header_uncertain() {
+            return Ok(Directory::default());
+        }
         let cluster0 = read_cluster0(self.file.port(), Strictness::Use).await?;
         valid_bitmaps(self.file.port(), &cluster0).await
     }

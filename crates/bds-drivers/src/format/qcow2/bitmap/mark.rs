@@ -32,6 +32,8 @@ struct Known {
     marked: BTreeSet<Vec<u8>>,
     /// Marks were written that no flush has made durable yet.
     needs_flush: bool,
+    /// A change of the header's pointer has failed, or is under way.
+    is_header_uncertain: bool,
 }
 
 impl BitmapsInMemory {
@@ -42,7 +44,9 @@ impl BitmapsInMemory {
 
     /// All were loaded; the file has the same.
     pub(super) fn note_loaded(&self) {
-        *self.known() = Known { are_loaded: true, ..Known::default() };
+        let mut known = self.known();
+        known.are_loaded = true;
+        known.marked.clear();
     }
 
     /// All were stored.
@@ -53,6 +57,15 @@ impl BitmapsInMemory {
     /// Another process has the image: what is in memory does not count.
     pub(crate) fn forget(&self) {
         *self.known() = Known::default();
+    }
+
+    /// Says whether the header in the file may differ from what is in memory.
+    pub(super) fn set_header_uncertain(&self, is_uncertain: bool) {
+        self.known().is_header_uncertain = is_uncertain;
+    }
+
+    pub(super) fn is_header_uncertain(&self) -> bool {
+        self.known().is_header_uncertain
     }
 
     fn are_loaded(&self) -> bool {

@@ -8,9 +8,9 @@
 //! 4  the old directory, tables and clusters are freed  O2: their pointer is durably gone
 //! ```
 //!
-//! What fails before step 3 leaves the file's bitmaps as they were, and gives the new clusters back.
-//! If step 3 fails, the header may point at either directory: neither is freed, and the clusters of
-//! the one it does not point at are leaked.
+//! What fails before step 3 leaves the file's bitmaps as they were, and gives the new clusters
+//! back. If step 3 fails, the header may point at either directory: neither is freed, and the
+//! clusters of the one it does not point at are leaked.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -33,7 +33,7 @@ use crate::format::qcow2::layout::space::{Clusters, MetaOffset};
 use crate::format::qcow2::state::Image;
 
 /// Bytes of bits written at once.
-const WRITE_LEN: u64 = 1 << 20;
+const WRITE_LEN: usize = 1 << 20;
 
 impl Image {
     /// Makes the stored bitmaps exactly these. No write is in flight.
@@ -87,12 +87,12 @@ impl Image {
             let names = others.iter().chain([new]).map(|spec| spec.name.len());
             check_directory_len(names.map(entry_len).sum())
         };
-        check().map_err(|error: Error| self.name_error(error).field("bitmap", &new.name))
+        check().map_err(|error: Error| self.name_error(error))
     }
 
     fn check_version(&self) -> Result<()> {
         if self.cluster0.load().header.version < 3 {
-            let words = "cannot store dirty bitmaps in qcow2 v2 files";
+            let words = "Cannot store dirty bitmaps in qcow2 v2 files";
             return Err(Error::new(ErrorKind::NotSupported, words));
         }
         Ok(())
@@ -345,7 +345,7 @@ impl<'a> DirectoryWriter<'a> {
         }
         let mut mixed = &mixed[..];
         while !mixed.is_empty() {
-            let most = (mixed.len() as u64).min((WRITE_LEN / cluster).max(1));
+            let most = (mixed.len() as u64).min((WRITE_LEN as u64 / cluster).max(1));
             let run = self.allocate_some(most).await?;
             let count = usize::try_from(run.count).expect("at most what was asked for");
             let (now, later) = mixed.split_at(count);
@@ -407,8 +407,8 @@ impl<'a> DirectoryWriter<'a> {
         bytes.resize(bytes.len().next_multiple_of(self.image.geometry().cluster_len()), 0);
         let mut at = at.0;
         let mut left = IoVec::from(bytes);
-        while left.len() > 0 {
-            let len = left.len().min(WRITE_LEN as usize);
+        while !left.is_empty() {
+            let len = left.len().min(WRITE_LEN);
             let write = self.image.file.write(MetaOffset(at), left.slice(0..len));
             write.await.map_err(|e| self.image.name_error(e))?;
             left = left.slice(len..left.len());

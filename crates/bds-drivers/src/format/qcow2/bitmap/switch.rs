@@ -8,9 +8,9 @@
 //! the last bitmap goes                    bit cleared; then the extension goes      old or none
 //! ```
 //!
-//! "Bit" is the autoclear bit without which the extension means nothing. Each step is flushed before
-//! the next. The write-back lock is held, as by all that write the header, and what is in the file
-//! counts, not what is in memory: an earlier change may have failed half-way.
+//! "Bit" is the autoclear bit without which the extension means nothing. Each step is flushed
+//! before the next. The write-back lock is held, as by all that write the header, and what is in
+//! the file counts, not what is in memory: an earlier change may have failed half-way.
 
 use std::sync::Arc;
 
@@ -34,6 +34,7 @@ impl Image {
     /// The file has the old one, the new one, or none.
     pub(super) async fn switch_directory(&self, new: Option<BitmapsPointer>) -> Result<()> {
         let _lock = self.write_back_lock.lock().await;
+        self.bitmaps.set_header_uncertain(true);
         let old = read_cluster0(self.file.port(), Strictness::Use).await?;
         let bytes = read_bytes(self.file.port(), 0, self.geometry().cluster_len()).await?;
         let list_at = usize::try_from(old.header.header_len).expect("inside a cluster");
@@ -69,6 +70,7 @@ impl Image {
         let mut known = Cluster0::clone(&self.cluster0.load());
         known.extensions.bitmaps = new;
         self.cluster0.store(Arc::new(known));
+        self.bitmaps.set_header_uncertain(false);
         Ok(())
     }
 

@@ -12,9 +12,9 @@ use super::{MemPort, open_image};
 /// The name of a bitmap that is added to each image.
 const ADDED: &str = "added by a fuzzer";
 
-/// Loads, marks, stores and removes the bitmaps of any bytes: a reader changes nothing and sees what
-/// a writer sees, what was stored is loaded again, what was removed is gone, and the image still
-/// opens.
+/// Loads, marks, stores and removes the bitmaps of any bytes: a reader changes nothing and sees
+/// what a writer sees, what was stored is loaded again, what was removed is gone, and the image
+/// still opens.
 pub fn bitmaps(data: &[u8]) {
     bds_io::Sim::new(1, bds_io::SimConfig::calm()).block_on(async {
         let file = MemPort::new(data.to_vec());

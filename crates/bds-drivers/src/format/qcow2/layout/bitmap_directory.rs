@@ -119,14 +119,14 @@ pub(crate) fn entry_len(name_len: usize) -> u64 {
 pub(crate) fn check_count(count: usize) -> Result<()> {
     match u32::try_from(count) {
         Ok(count) if count <= MAX_BITMAPS => Ok(()),
-        _ => Err(limit("maximum number of persistent bitmaps is already reached")),
+        _ => Err(limit("Maximum number of persistent bitmaps is already reached")),
     }
 }
 
 /// Refuses a longer directory than an image can hold.
 pub(crate) fn check_directory_len(len: u64) -> Result<()> {
     match len > MAX_BITMAP_DIRECTORY_LEN {
-        true => Err(limit("not enough space in the bitmap directory")),
+        true => Err(limit("Not enough space in the bitmap directory")),
         false => Ok(()),
     }
 }
@@ -148,7 +148,7 @@ pub(crate) fn table_size(geometry: &Geometry, disk_size: u64, granularity: u32) 
         && clusters <= MAX_TABLE_ENTRIES
         && clusters << geometry.cluster_bits() <= MAX_BITMAP_LEN;
     if !is_storable {
-        let words = "too much space will be occupied by the bitmap: use a larger granularity";
+        let words = "Too much space will be occupied by the bitmap. Use larger granularity";
         return Err(limit(words).field("granularity", granularity));
     }
     Ok(u32::try_from(clusters).expect("at most 2^27"))

@@ -42,7 +42,7 @@ fn limits_are_checked_before_a_bitmap_becomes_persistent() {
         };
         can(spec("b", 512, 512), &many(65_534, 5)).unwrap();
         let error = can(spec("b", 512, 512), &many(65_535, 5)).unwrap_err();
-        assert!(error.contains("maximum number"), "{error}");
+        assert!(error.contains("Maximum number"), "{error}");
         let error = can(spec("b", 512, 512), &many(64_100, 1023)).unwrap_err();
         assert!(error.contains("bitmap directory"), "{error}");
         let old = open(&v2).await;

@@ -1,3 +1,5 @@
+//! Directories and tables of bitmaps: layout, limits, damage.
+
 use super::*;
 
 fn geometry() -> Geometry {
@@ -127,8 +129,8 @@ fn limits_are_those_of_the_format() {
     // 512 MiB of bits.
     assert_eq!(size(1 << 41, 512).unwrap(), 8192);
     for (disk, granularity, words) in [
-        ((1 << 41) + 1, 512, "larger granularity"),
-        (u64::MAX, 1 << 31, "larger granularity"),
+        ((1 << 41) + 1, 512, "Use larger granularity"),
+        (u64::MAX, 1 << 31, "Use larger granularity"),
         (1 << 30, 256, "512 to 2147483648"),
         (1 << 30, 0, "512 to 2147483648"),
         (1 << 30, 513, "512 to 2147483648"),
