@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use bds_io::IoVec;
 
 use super::{
-    Access, Attempt, BoxFuture, CheckReport, Child, ImageInfo, Limits, NodeUse, Precision,
-    ReadFlags, Reopen, ReopenContext, Role, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Access, Attempt, BackingRecord, BitmapStore, BoxFuture, CheckReport, Child, ImageInfo, Limits,
+    NodeUse, Precision, ReadFlags, Reopen, ReopenContext, Role, StatusRun, Truncate, WriteFlags,
+    ZeroFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
 
@@ -32,6 +33,12 @@ pub trait Driver: Send + Sync + 'static {
 
     /// True if the node shows its one child's data unchanged.
     fn is_filter(&self) -> bool {
+        false
+    }
+
+    /// True if every change of this node's bytes must pass through it: a job's filter that tracks
+    /// writes. Copies by the host (copy offload) then do not go to the node below around it.
+    fn must_see_writes(&self) -> bool {
         false
     }
 
@@ -196,6 +203,28 @@ pub trait Driver: Send + Sync + 'static {
         Err(Error::new(ErrorKind::NotSupported, words))
     }
 
+    /// Rewrites the backing file that the image itself records; `None`: it records none from then
+    /// on. Durable when it returns. A crash on the way leaves the old record or the new one. The
+    /// request path has flushed the node before.
+    ///
+    /// # Errors
+    /// `NotSupported`: the format records none. Otherwise what [`Driver::check_backing_record`]
+    /// refuses, before anything is written. After an I/O error the old record or the new one is
+    /// there.
+    fn set_backing_record(&self, _record: Option<BackingRecord>) -> BoxFuture<'_, Result<()>> {
+        Box::pin(std::future::ready(Err(no_backing_record(self.name()))))
+    }
+
+    /// Checks whether [`Driver::set_backing_record`] could be done now: limits, and space in the
+    /// header. Writes nothing.
+    ///
+    /// # Errors
+    /// `NotSupported`: the format records none; `InvalidInput`: the record breaks a rule of the
+    /// format; `NoSpace`: it does not fit.
+    fn check_backing_record(&self, _record: Option<BackingRecord>) -> BoxFuture<'_, Result<()>> {
+        Box::pin(std::future::ready(Err(no_backing_record(self.name()))))
+    }
+
     /// Invalidates cached facts about children (a length, an alignment, abilities of the file): a
     /// child was re-pointed, or a node below or this one was exchanged or reopened. Called with no
     /// request in flight, before [`Driver::limits`] is read again, and also if nothing has changed.
@@ -254,6 +283,12 @@ pub trait Driver: Send + Sync + 'static {
         Box::pin(async { Ok(()) })
     }
 
+    /// The place in the image where persistent bitmaps are stored; `None` if the format has none. A
+    /// filter has none: the bitmaps of a node are not those of its child.
+    fn bitmap_store(&self) -> Option<&dyn BitmapStore> {
+        None
+    }
+
     /// For copy offload between two drivers of one kind.
     fn as_any(&self) -> &dyn std::any::Any;
 
@@ -262,4 +297,8 @@ pub trait Driver: Send + Sync + 'static {
     fn close(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async { Ok(()) })
     }
+}
+
+fn no_backing_record(driver: &str) -> Error {
+    Error::new(ErrorKind::NotSupported, format!("{driver} images record no backing file"))
 }

@@ -11,6 +11,8 @@
 //! in tasks of its own.
 
 mod access;
+mod backing_record;
+mod bitmap_store;
 mod child;
 mod contract;
 mod foreign;
@@ -26,6 +28,8 @@ mod status;
 mod types;
 
 pub use access::{Access, NodeUse, Perm};
+pub use backing_record::BackingRecord;
+pub use bitmap_store::{BitmapSpec, BitmapStore, BitmapToStore, StoredBitmap};
 // For drivers that count per thread.
 pub use bds_refcount::own_shard;
 pub use child::{Child, ChildPort};

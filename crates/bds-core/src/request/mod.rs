@@ -26,6 +26,7 @@
 mod admit;
 mod align;
 mod backend;
+mod backing_record;
 mod block_io;
 mod copy_on_read;
 mod detach_on_drop;

@@ -7,6 +7,8 @@
     reason = "helpers of tests: a panic is their way to fail"
 )]
 
+#[cfg(feature = "qcow2")]
+mod backing_record;
 mod blkdebug;
 #[cfg(feature = "qcow2")]
 mod cached_facts;

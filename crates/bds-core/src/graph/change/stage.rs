@@ -79,6 +79,8 @@ pub(in crate::graph) struct Stage<'g> {
     /// Staged entries and removals of the monitor's list.
     owned: ById<bool>,
     starts: ById<Strong<Node>>,
+    /// Nodes of which something else changes than edges and permissions.
+    drained: ById<Strong<Node>>,
 }
 
 impl<'g> Stage<'g> {
@@ -95,6 +97,7 @@ impl<'g> Stage<'g> {
             leaving: ById::new(),
             owned: ById::new(),
             starts: ById::new(),
+            drained: ById::new(),
         }
     }
 
@@ -358,6 +361,11 @@ impl<'g> Stage<'g> {
 
     // ---- hand over
 
+    /// The node is to be drained, whatever else changes.
+    pub(in crate::graph) fn drain(&mut self, node: &Strong<Node>) {
+        self.drained.insert(node.id(), Strong::clone(node));
+    }
+
     /// Nodes at which permissions can differ.
     pub(in crate::graph) fn starts(&self) -> Vec<Strong<Node>> {
         self.starts.values().cloned().collect()
@@ -378,6 +386,7 @@ impl<'g> Stage<'g> {
         });
         let others = self.facts.keys().chain(self.leaving.keys());
         let others = others.filter_map(|id| self.starts.get(id).cloned());
+        let others = others.chain(self.drained.values().cloned());
         let all = left.chain(parents).chain(dropped).chain(others);
         all.map(|node| (node.id(), node)).collect::<ById<_>>().into_values().collect()
     }

@@ -1,10 +1,12 @@
-//! Requests that inspect a node and change nothing: block status, image information, check.
+//! Requests about the image as a whole or that change no byte of the disk: block status, image
+//! information, check, the recorded backing file.
 
 use super::{Backend, progress};
-use crate::driver::{CheckReport, ImageInfo, Precision, StatusRun};
+use crate::driver::{BackingRecord, CheckReport, ImageInfo, Precision, StatusRun};
 use crate::error::Result;
 use crate::graph::NodeId;
 use crate::request::admit::{enter, named};
+use crate::request::backing_record;
 use crate::request::status::{self, ChainRun, Depth};
 
 impl Backend {
@@ -220,6 +222,59 @@ impl Backend {
             named(&node, node.driver().info().await)
         })
         .await
+    }
+
+    /// Rewrites the backing file that the image itself records; `None`: it records none from then
+    /// on. The graph does not change: which node serves as backing node is decided there
+    /// ([`crate::graph::Change::set_backing`]). Flushes the node first, and is durable when it
+    /// returns; a crash on the way leaves the old record or the new one.
+    ///
+    /// ```
+    /// use bds_core::Options;
+    /// use bds_core::driver::BackingRecord;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2";
+    /// let top = graph.open(Options::parse(layer)?).await?;
+    /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
+    /// guest.set_backing_record(Some(BackingRecord::new("base.raw", Some("raw")))).await?;
+    /// assert_eq!(guest.info().await?.backing_file, Some("base.raw".into()));
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// `PermissionDenied`, `ReadOnly`, `Inactive`: this backend may not write, not even unchanged
+    /// bytes; `NotSupported`: the format records no backing file; `InvalidInput`, `NoSpace`: the
+    /// record breaks a rule of the format or does not fit, nothing was written; and what a flush
+    /// and writing the header can fail with.
+    pub async fn set_backing_record(&self, record: Option<BackingRecord>) -> Result<()> {
+        let this = self.clone();
+        bds_io::spawn_now(async move { backing_record::set(&this.inner.edge, record).await }).await
+    }
+
+    /// Checks whether [`Backend::set_backing_record`] could be done now, as far as that depends on
+    /// the record, the format and the space in the header. Writes nothing.
+    ///
+    /// # Errors
+    /// `NotSupported`, `InvalidInput`, `NoSpace`, as above; what reading the header can fail with.
+    pub async fn check_backing_record(&self, record: Option<BackingRecord>) -> Result<()> {
+        let this = self.clone();
+        let work = async move { backing_record::check(&this.inner.edge, record).await };
+        bds_io::spawn_now(work).await
     }
 
     /// Bytes the node occupies on its host, where that is known.

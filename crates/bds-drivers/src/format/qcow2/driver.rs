@@ -5,8 +5,9 @@ use std::any::Any;
 use std::sync::Arc;
 
 use bds_core::driver::{
-    Access, Attempt, BoxFuture, CheckReport, Child, Driver, ImageInfo, Limits, NodeUse, Perm,
-    Precision, ReadFlags, Reopen, ReopenContext, Role, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Access, Attempt, BackingRecord, BoxFuture, CheckReport, Child, Driver, ImageInfo, Limits,
+    NodeUse, Perm, Precision, ReadFlags, Reopen, ReopenContext, Role, StatusRun, Truncate,
+    WriteFlags, ZeroFlags,
 };
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
@@ -191,6 +192,14 @@ impl Driver for Qcow2 {
 
     fn set_backing(&self, backing: Option<Child>) -> Result<Option<Child>> {
         self.image.set_backing(backing)
+    }
+
+    fn set_backing_record(&self, record: Option<BackingRecord>) -> BoxFuture<'_, Result<()>> {
+        self.run(|image| async move { image.set_backing_record(record).await })
+    }
+
+    fn check_backing_record(&self, record: Option<BackingRecord>) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.image.check_backing_record(record))
     }
 
     fn child_access(&self, name: &str, role: Role, node: &NodeUse) -> Access {

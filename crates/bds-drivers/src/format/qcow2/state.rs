@@ -316,6 +316,8 @@ impl Image {
         if self.cluster0.load().header.version < 3 {
             return;
         }
+        // A rewrite of cluster 0 must not write back the bits it has read before.
+        let _lock = self.write_back_lock.lock().await;
         let bits = {
             let mut meta = self.meta();
             meta.header.incompatible |= Incompatible::CORRUPT;

@@ -255,6 +255,11 @@ impl Cluster0 {
         Ok(())
     }
 
+    /// Where the backing file's name lies in `bytes`, which this was parsed from.
+    pub(super) fn name_range(&self, bytes: &[u8]) -> Option<std::ops::Range<usize>> {
+        backing_range(bytes, &self.header).ok().flatten()
+    }
+
     /// All of cluster 0. `NoSpace` if header, extensions and name do not fit.
     pub(crate) fn encode(&self) -> Result<Vec<u8>> {
         let cluster_len = self.header.geometry.cluster_len();

@@ -16,6 +16,8 @@ const DATA_FILE: u32 = 0x4441_5441;
 const FEATURE_NAMES: u32 = 0x6803_f857;
 const CRYPTO: u32 = 0x0537_be77;
 const BITMAPS: u32 = 0x2385_2875;
+/// Says nothing: covers unused bytes for the time of a rewrite (`rewrite.rs`).
+pub(super) const PADDING: u32 = 0x6264_735f;
 
 /// Bytes of type and length.
 const HEAD_LEN: usize = 8;
@@ -195,7 +197,13 @@ impl Extensions {
     /// Appends all extensions and the end mark, in QEMU's order: known ones first, then unknown
     /// ones as found.
     pub(crate) fn encode(&self, out: &mut Vec<u8>) {
-        if let Some(name) = &self.backing_format {
+        self.encode_ordered(out, false);
+    }
+
+    /// As [`Extensions::encode`], the backing format first or last: readers take it anywhere.
+    pub(super) fn encode_ordered(&self, out: &mut Vec<u8>, format_last: bool) {
+        let format = self.backing_format.as_ref();
+        if let Some(name) = format.filter(|_| !format_last) {
             put(out, BACKING_FORMAT, name);
         }
         if let Some(name) = &self.data_file {
@@ -217,6 +225,9 @@ impl Extensions {
         }
         for UnknownExtension { kind, data } in &self.unknown {
             put(out, *kind, data);
+        }
+        if let Some(name) = format.filter(|_| format_last) {
+            put(out, BACKING_FORMAT, name);
         }
         put(out, END, &[]);
     }
@@ -244,6 +255,30 @@ impl Extensions {
             _ => None,
         })
     }
+}
+
+/// Type and length of an extension that covers the next `len` bytes and says nothing.
+pub(super) fn padding(len: usize) -> [u8; HEAD_LEN] {
+    let len = u32::try_from(len).expect("an extension fits a cluster");
+    let mut head = [0; HEAD_LEN];
+    head[..4].copy_from_slice(&PADDING.to_be_bytes());
+    head[4..].copy_from_slice(&len.to_be_bytes());
+    head
+}
+
+/// Where the list of extensions that begins at `start` ends, its end mark included. The list was
+/// parsed before.
+pub(super) fn end_of_list(bytes: &[u8], start: usize, area_end: usize) -> usize {
+    let mut at = start;
+    while area_end.saturating_sub(at) >= HEAD_LEN {
+        let (kind, len) = (be32(bytes, at), be32(bytes, at + 4));
+        at += HEAD_LEN;
+        if kind == END {
+            break;
+        }
+        at = at.saturating_add(len as usize).next_multiple_of(8);
+    }
+    at.min(area_end)
 }
 
 fn put(out: &mut Vec<u8>, kind: u32, data: &[u8]) {

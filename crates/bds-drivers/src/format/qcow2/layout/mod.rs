@@ -9,5 +9,6 @@ pub(super) mod cluster0;
 pub(super) mod entry;
 pub(super) mod extension;
 pub(super) mod header;
+pub(super) mod rewrite;
 pub(super) mod space;
 pub(super) mod units;

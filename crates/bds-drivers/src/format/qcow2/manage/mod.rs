@@ -1,6 +1,7 @@
-//! Operations on an image as a whole: create and measure, resize, reopen and inactivate, snapshots
-//! and bitmaps (read only), info.
+//! Operations on an image as a whole: create and measure, resize, reopen and inactivate, the
+//! recorded backing file, snapshots and bitmaps (read only), info.
 
+pub(super) mod backing_record;
 pub(super) mod bitmap;
 pub(super) mod create;
 pub(super) mod create_layout;

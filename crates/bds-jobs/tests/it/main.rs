@@ -1,0 +1,13 @@
+//! Tests of the crate's interface, on the simulated world.
+
+mod errors;
+mod fake;
+mod groups;
+mod life;
+mod load;
+mod mirror;
+mod races;
+mod shutdown;
+mod speed;
+mod stuck;
+mod verbs;
