@@ -25,6 +25,7 @@ mod job;
 mod kinds;
 mod manager;
 pub mod manifest;
+pub mod mirror;
 mod options;
 mod policy;
 mod progress;
