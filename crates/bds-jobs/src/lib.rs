@@ -17,6 +17,7 @@
 #![forbid(unsafe_code)]
 
 mod context;
+pub mod create;
 mod driver;
 mod errors;
 mod event;
