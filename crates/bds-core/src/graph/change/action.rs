@@ -8,7 +8,7 @@ use bds_refcount::Holder;
 
 use crate::driver::Access;
 use crate::graph::NodeRef;
-use crate::graph::model::edge::Edge;
+use crate::graph::model::edge::{Edge, Freeze};
 use crate::graph::roots::root::RootMove;
 use crate::options::Options;
 
@@ -33,6 +33,7 @@ pub(in crate::graph) enum Action {
     Disown { node: NodeRef },
     Root(RootMove),
     Access { edge: Arc<Edge>, access: Access },
+    Thaw(Arc<Freeze>),
 }
 
 impl Action {
@@ -51,7 +52,7 @@ impl Action {
             | Self::Own { node }
             | Self::Disown { node } => vec![node],
             Self::Root(RootMove { to, .. }) => to.iter().collect(),
-            Self::Access { .. } => Vec::new(),
+            Self::Access { .. } | Self::Thaw(_) => Vec::new(),
         }
     }
 
@@ -87,6 +88,7 @@ impl Action {
             Self::Disown { node } => Self::Disown { node: take(node) },
             Self::Root(root) => Self::Root(root.held_by(take)),
             Self::Access { edge, access } => Self::Access { edge, access },
+            Self::Thaw(freeze) => Self::Thaw(freeze),
         }
     }
 }
