@@ -8,6 +8,7 @@
 //! |---|---|---|
 //! | [`core`] | `bds-core` | the block graph, the driver contract, requests, options, errors |
 //! | [`drivers`] | `bds-drivers` | image formats, protocols and filters |
+//! | [`jobs`] | `bds-jobs` | block jobs: states, verbs, events, groups |
 //! | [`io`] | `bds-io` | buffers, executor, engines, the simulated disk |
 //! | [`refcount`] | `bds-refcount` | the arena, generational handles, counted references |
 //!
@@ -286,6 +287,7 @@
 pub use bds_core as core;
 pub use bds_drivers as drivers;
 pub use bds_io as io;
+pub use bds_jobs as jobs;
 pub use bds_refcount as refcount;
 
 /// The names that nearly every program needs: `use bds::prelude::*;`.

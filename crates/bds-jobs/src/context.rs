@@ -1,0 +1,179 @@
+//! What a job's work sees of its job: pauses, speed, progress, readiness, error policy.
+
+use std::pin::pin;
+
+use bds_core::Error;
+use bds_core::graph::Graph;
+use futures_util::future::{self, Either};
+use std::sync::Arc;
+
+use crate::event::JobEvent;
+use crate::job::{Cancel, Job};
+use crate::policy::{ErrorSite, ErrorVerdict, JobErrorAction, Side};
+use crate::progress::Progress;
+use crate::state::JobStatus;
+
+/// A job's view of itself. Clones are the same job.
+#[derive(Clone, Debug)]
+pub struct JobContext(pub(crate) Arc<Job>);
+
+impl JobContext {
+    /// The job's id.
+    pub fn id(&self) -> &str {
+        self.0.id()
+    }
+
+    /// The graph it works on.
+    pub fn graph(&self) -> &Graph {
+        &self.0.graph
+    }
+
+    /// True if it is to stop at its next pause point. One load.
+    pub fn should_pause(&self) -> bool {
+        self.0.should_pause()
+    }
+
+    /// Returns at once unless the job is to pause; else announces `paused` or `standby`, waits
+    /// until it is resumed, and announces `running` or `ready`. Call it with none of the job's own
+    /// requests in flight.
+    pub async fn pause_point(&self) {
+        if !self.should_pause() {
+            return;
+        }
+        let job = &self.0;
+        {
+            let mut state = job.lock();
+            if !state.user_paused {
+                return;
+            }
+            let stopped =
+                if state.status.is_ready() { JobStatus::Standby } else { JobStatus::Paused };
+            if !state.status.may_become(stopped) {
+                return;
+            }
+            job.transition(&mut state, stopped);
+        }
+        job.changed
+            .wait_until(|| {
+                let mut state = job.lock();
+                let is_over = !state.user_paused;
+                if is_over {
+                    job.leave_pause(&mut state);
+                }
+                is_over
+            })
+            .await;
+    }
+
+    /// Waits until `bytes` may go at the job's speed, and charges them. Wakes when the speed
+    /// changes. Returns early, with the bytes charged, if the job is to pause: check
+    /// [`should_pause`](Self::should_pause) before going on.
+    pub async fn throttle(&self, bytes: u64) {
+        let job = &self.0;
+        loop {
+            let mut changed = pin!(job.changed.notified());
+            changed.as_mut().enable();
+            let wait = match job.speed.try_charge(bds_io::now(), bytes) {
+                Ok(()) => return,
+                Err(wait) => wait,
+            };
+            if job.should_pause() {
+                job.speed.charge(bds_io::now(), bytes);
+                return;
+            }
+            future::select(pin!(bds_io::sleep(wait)), changed).await;
+        }
+    }
+
+    /// Its progress.
+    pub fn progress(&self) -> &Progress {
+        &self.0.progress
+    }
+
+    /// Announces that source and target are in sync: running → ready, and the event. Once.
+    pub async fn ready(&self) {
+        let mut state = self.0.lock();
+        if state.status != JobStatus::Running {
+            return;
+        }
+        self.0.transition(&mut state, JobStatus::Ready);
+        self.0.events.emit(JobEvent::Ready(self.0.point()));
+    }
+
+    /// True if a user completed it.
+    pub fn complete_requested(&self) -> bool {
+        self.0.lock().complete_requested
+    }
+
+    /// Waits until a user completes it, or cancels it without force.
+    pub async fn wait_complete(&self) {
+        let is_ending = || {
+            let state = self.0.lock();
+            state.complete_requested || state.cancel == Cancel::Soft
+        };
+        self.0.changed.wait_until(is_ending).await;
+    }
+
+    /// True if a user cancelled it without force: it is to end in order, without its effect on the
+    /// graph.
+    pub fn soft_cancel_requested(&self) -> bool {
+        self.0.lock().cancel == Cancel::Soft
+    }
+
+    /// Whether a mirror's target has every completed guest write; shown by queries.
+    pub fn set_actively_synced(&self, is_synced: bool) {
+        self.0.lock().actively_synced = Some(is_synced);
+    }
+
+    /// Applies the job's policy to a failed request: emits the event, and waits before a
+    /// repetition.
+    ///
+    /// After [`ErrorVerdict::Retry`] check [`should_pause`](Self::should_pause): the policy `stop`
+    /// has paused the job. The wait ends early if it is to pause.
+    pub async fn on_error(&self, side: Side, site: ErrorSite, error: &Error) -> ErrorVerdict {
+        let job = &self.0;
+        let policy = match side {
+            Side::Source => job.options.on_source_error,
+            Side::Target => job.options.on_target_error,
+        };
+        let (action, wait) = {
+            let mut state = job.lock();
+            let attempts = state.errors.count_attempt(side, site.offset);
+            let mut action = policy.action(error);
+            if action == JobErrorAction::Ignore && state.errors.retry.is_exhausted(attempts) {
+                action = JobErrorAction::Report;
+            }
+            let failed = (side, &site, error);
+            let event = state.errors.event(bds_io::now(), job.id(), failed, (action, attempts));
+            if let Some(event) = event {
+                job.events.emit(event);
+            }
+            if action == JobErrorAction::Stop {
+                state.io_status = state.io_status.after(error);
+                // A job that was cancelled does not stop for an error.
+                if state.cancel != Cancel::Forced {
+                    job.set_user_paused(&mut state, true);
+                }
+            }
+            (action, state.errors.retry.wait(attempts))
+        };
+        match action {
+            JobErrorAction::Report => ErrorVerdict::Fail,
+            JobErrorAction::Stop => ErrorVerdict::Retry,
+            JobErrorAction::Ignore if job.facts.ignored_error == ErrorVerdict::Skip => {
+                ErrorVerdict::Skip
+            }
+            JobErrorAction::Ignore => {
+                let pause = pin!(job.changed.wait_until(|| job.should_pause()));
+                match future::select(pause, pin!(bds_io::sleep(wait))).await {
+                    Either::Left(_) | Either::Right(_) => ErrorVerdict::Retry,
+                }
+            }
+        }
+    }
+
+    /// Emits an event of the job's own.
+    pub fn emit(&self, event: JobEvent) {
+        self.0.events.emit(event);
+    }
+}

@@ -1,0 +1,95 @@
+//! Failed requests of one job: attempts at each range, and which errors become events.
+//!
+//! A request that is tried again for ever would fill every queue: of errors that are ignored one a
+//! second becomes an event, with the number of those it stands for. An error that changes the
+//! job's state (`report`, `stop`) always does.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use bds_core::Error;
+
+use crate::event::JobEvent;
+use crate::policy::{ErrorSite, JobErrorAction, RetryPolicy, Side};
+
+/// Shortest time between two events of ignored errors.
+const EVENT_GAP: Duration = Duration::from_secs(1);
+/// Ranges whose attempts are counted; the oldest is forgotten.
+const SITES: usize = 256;
+
+/// Errors of one job.
+#[derive(Debug)]
+pub(crate) struct ErrorLog {
+    pub(crate) retry: RetryPolicy,
+    /// Side, offset and attempts of ranges that failed, oldest first.
+    sites: VecDeque<(Side, u64, u32)>,
+    reported_at: Option<Duration>,
+    /// Errors since the last event, and the event of the last one.
+    unreported: u64,
+    last: Option<JobEvent>,
+}
+
+impl ErrorLog {
+    pub(crate) fn new(retry: RetryPolicy) -> Self {
+        Self { retry, sites: VecDeque::new(), reported_at: None, unreported: 0, last: None }
+    }
+
+    /// Counts an attempt at the range: 1 for the first.
+    pub(crate) fn count_attempt(&mut self, side: Side, offset: u64) -> u32 {
+        let known = self.sites.iter_mut().find(|site| (site.0, site.1) == (side, offset));
+        if let Some(site) = known {
+            site.2 = site.2.saturating_add(1);
+            return site.2;
+        }
+        if self.sites.len() == SITES {
+            self.sites.pop_front();
+        }
+        self.sites.push_back((side, offset, 1));
+        1
+    }
+
+    /// Every range counts from the beginning: a user has resumed the job.
+    pub(crate) fn forget_attempts(&mut self) {
+        self.sites.clear();
+    }
+
+    /// The event of an error, unless it is held back.
+    pub(crate) fn event(
+        &mut self,
+        now: Duration,
+        id: &str,
+        failed: (Side, &ErrorSite, &Error),
+        (action, attempts): (JobErrorAction, u32),
+    ) -> Option<JobEvent> {
+        let (side, site, error) = failed;
+        self.unreported += 1;
+        let event = JobEvent::Error {
+            id: id.to_owned(),
+            side,
+            action,
+            offset: site.offset,
+            len: site.len,
+            errno: error.errno(),
+            node: site.node.clone(),
+            attempts,
+            count: self.unreported,
+        };
+        let is_due = self.reported_at.is_none_or(|at| now.saturating_sub(at) >= EVENT_GAP);
+        if action == JobErrorAction::Ignore && !is_due {
+            self.last = Some(event);
+            return None;
+        }
+        if action == JobErrorAction::Ignore {
+            self.reported_at = Some(now);
+        }
+        self.unreported = 0;
+        self.last = None;
+        Some(event)
+    }
+
+    /// The event of the errors that were held back, at the end of the job.
+    pub(crate) fn take_unreported(&mut self, _id: &str) -> Option<JobEvent> {
+        self.unreported = 0;
+        self.last.take()
+    }
+}

@@ -1,0 +1,213 @@
+//! Events of jobs: changes of state, readiness, errors and the end, queued per subscriber.
+//!
+//! Names and fields of [`JobEvent::to_json`] are QAPI's, with more fields where QEMU leaves out
+//! what a client needs. Events of one job are in the order in which they happened.
+
+use std::sync::Arc;
+
+use bds_io::sync::broadcast::{self, error::RecvError, error::TryRecvError};
+use serde_json::{Value, json};
+
+use crate::kinds::JobType;
+use crate::policy::{JobErrorAction, Side};
+use crate::state::JobStatus;
+
+/// Length of a subscriber's queue, in events. A reader that is further behind loses the oldest ones
+/// and gets [`JobEvent::EventsLost`].
+pub const QUEUE_LEN: usize = 1024;
+
+/// What a job has reached, for events that report it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobPoint {
+    /// Type of the job.
+    pub job_type: JobType,
+    /// Its id.
+    pub id: String,
+    /// Total progress.
+    pub len: u64,
+    /// Current progress.
+    pub offset: u64,
+    /// Its speed; 0: no limit.
+    pub speed: u64,
+}
+
+/// An event of a job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum JobEvent {
+    /// `JOB_STATUS_CHANGE`: every change of state.
+    StatusChange {
+        /// Its id.
+        id: String,
+        /// The new state.
+        status: JobStatus,
+    },
+    /// `BLOCK_JOB_READY`: source and target are in sync.
+    Ready(JobPoint),
+    /// `BLOCK_JOB_PENDING`: it waits to be finalized.
+    Pending {
+        /// Type of the job.
+        job_type: JobType,
+        /// Its id.
+        id: String,
+    },
+    /// `BLOCK_JOB_ERROR`: a request failed.
+    Error {
+        /// Its id.
+        id: String,
+        /// The side that failed.
+        side: Side,
+        /// What the job does.
+        action: JobErrorAction,
+        /// Offset of the request in bytes.
+        offset: u64,
+        /// Length of the request in bytes.
+        len: u64,
+        /// The errno, positive.
+        errno: i32,
+        /// The node.
+        node: String,
+        /// Attempts at this range so far.
+        attempts: u32,
+        /// Errors that this event stands for: 1, and those that were not reported before.
+        count: u64,
+    },
+    /// `BLOCK_JOB_CANCELLED`: it ends because it was cancelled.
+    Cancelled(JobPoint),
+    /// `BLOCK_JOB_COMPLETED`: it ends by itself.
+    Completed {
+        /// What it reached.
+        point: JobPoint,
+        /// Why it failed; `None`: it succeeded.
+        error: Option<String>,
+    },
+    /// The reader was too slow.
+    EventsLost {
+        /// How many events were lost here.
+        count: u64,
+    },
+}
+
+impl JobEvent {
+    /// The event's name, in QAPI's alphabet.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::StatusChange { .. } => "JOB_STATUS_CHANGE",
+            Self::Ready(_) => "BLOCK_JOB_READY",
+            Self::Pending { .. } => "BLOCK_JOB_PENDING",
+            Self::Error { .. } => "BLOCK_JOB_ERROR",
+            Self::Cancelled(_) => "BLOCK_JOB_CANCELLED",
+            Self::Completed { .. } => "BLOCK_JOB_COMPLETED",
+            Self::EventsLost { .. } => "BLOCK_EVENTS_LOST",
+        }
+    }
+
+    /// Id of the job.
+    pub fn id(&self) -> Option<&str> {
+        match self {
+            Self::StatusChange { id, .. } | Self::Pending { id, .. } | Self::Error { id, .. } => {
+                Some(id)
+            }
+            Self::Ready(point) | Self::Cancelled(point) | Self::Completed { point, .. } => {
+                Some(&point.id)
+            }
+            Self::EventsLost { .. } => None,
+        }
+    }
+
+    /// `{"event": …, "data": {…}}`; the time stamp is added where the event is sent.
+    ///
+    /// ```
+    /// use bds_jobs::{JobEvent, JobStatus};
+    ///
+    /// let event = JobEvent::StatusChange { id: "job0".into(), status: JobStatus::Running };
+    /// assert_eq!(
+    ///     event.to_json().to_string(),
+    ///     r#"{"event":"JOB_STATUS_CHANGE","data":{"id":"job0","status":"running"}}"#
+    /// );
+    /// ```
+    pub fn to_json(&self) -> Value {
+        let data = match self {
+            Self::StatusChange { id, status } => json!({"id": id, "status": status}),
+            Self::Ready(point) | Self::Cancelled(point) => point.to_json(),
+            Self::Pending { job_type, id } => json!({"type": job_type, "id": id}),
+            Self::Error { id, side, action, offset, len, errno, node, attempts, count } => json!({
+                "device": id,
+                "operation": side.operation(),
+                "action": action,
+                "offset": offset,
+                "length": len,
+                "errno": errno,
+                "node-name": node,
+                "attempts": attempts,
+                "count": count,
+            }),
+            Self::Completed { point, error } => {
+                let mut data = point.to_json();
+                if let Some(error) = error {
+                    data["error"] = json!(error);
+                }
+                data
+            }
+            Self::EventsLost { count } => json!({"count": count}),
+        };
+        json!({"event": self.name(), "data": data})
+    }
+}
+
+impl JobPoint {
+    fn to_json(&self) -> Value {
+        json!({
+            "type": self.job_type,
+            "device": self.id,
+            "len": self.len,
+            "offset": self.offset,
+            "speed": self.speed,
+        })
+    }
+}
+
+/// Sends events to subscribers. Clones share them.
+#[derive(Clone, Debug)]
+pub(crate) struct EventHub(Arc<broadcast::Sender<JobEvent>>);
+
+impl EventHub {
+    pub(crate) fn new() -> Self {
+        Self(Arc::new(broadcast::Sender::new(QUEUE_LEN)))
+    }
+
+    /// Puts an event into every subscriber's queue.
+    pub(crate) fn emit(&self, event: JobEvent) {
+        // Fails without subscribers: the event is not needed then.
+        let _unwanted = self.0.send(event);
+    }
+
+    pub(crate) fn subscribe(&self) -> JobEvents {
+        JobEvents(self.0.subscribe())
+    }
+}
+
+/// A subscriber's queue of events. Made by [`JobManager::events`](crate::JobManager::events).
+#[derive(Debug)]
+pub struct JobEvents(broadcast::Receiver<JobEvent>);
+
+impl JobEvents {
+    /// Waits for the next event. `None`: the manager and its jobs are gone and the queue is empty.
+    /// Dropping the future loses no event.
+    pub async fn next(&mut self) -> Option<JobEvent> {
+        match self.0.recv().await {
+            Ok(event) => Some(event),
+            Err(RecvError::Lagged(count)) => Some(JobEvent::EventsLost { count }),
+            Err(RecvError::Closed) => None,
+        }
+    }
+
+    /// The next event, if there is one now.
+    pub fn try_next(&mut self) -> Option<JobEvent> {
+        match self.0.try_recv() {
+            Ok(event) => Some(event),
+            Err(TryRecvError::Lagged(count)) => Some(JobEvent::EventsLost { count }),
+            Err(TryRecvError::Empty | TryRecvError::Closed) => None,
+        }
+    }
+}

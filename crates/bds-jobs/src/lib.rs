@@ -1,0 +1,49 @@
+//! Block jobs: long operations on the graph with a state, verbs, events and groups.
+//!
+//! A [`JobManager`] owns the jobs of a graph. A job is made by a constructor of its type, which
+//! does the set-up and may fail, and started with [`JobManager::start`]; jobs of any types that
+//! start as a group take effect together or not at all. The states are drawn in [`JobStatus`]'s
+//! file and in `docs/jobs.md`.
+//!
+//! Files need only what is above them: `state`, `kinds`, `policy`, `progress`, `speed`; `options`,
+//! `event`, `errors`; `job`; `context`, `query`; `driver` (the contract), `registry`; `txn`;
+//! `handle`, `manager`.
+//!
+//! A job's effect on the graph is one [`Change`](bds_core::graph::Change) of its whole group:
+//! planned while everything can still fail, committed in one step that cannot. A job that failed or
+//! was cancelled has changed nothing; a job that is *concluded* holds nothing.
+#![forbid(unsafe_code)]
+
+mod context;
+mod driver;
+mod errors;
+mod event;
+mod handle;
+mod job;
+mod kinds;
+mod manager;
+mod options;
+mod policy;
+mod progress;
+mod query;
+mod registry;
+mod speed;
+mod state;
+mod txn;
+
+pub use context::JobContext;
+pub use driver::{JobDriver, Outcome};
+pub use event::{JobEvent, JobEvents, JobPoint, QUEUE_LEN};
+pub use handle::JobHandle;
+pub use kinds::{CopyMode, JobChange, JobControl, JobType};
+pub use manager::{JobManager, NewJob};
+pub use options::{JobOptions, MAX_ID_LEN, speed_from_int};
+pub use policy::{ErrorSite, ErrorVerdict, IoStatus, JobErrorAction, OnError, RetryPolicy, Side};
+pub use progress::Progress;
+pub use query::{HISTORY_LEN, History, JobInfo};
+pub use state::{JobStatus, JobVerb};
+
+/// Runs the README's code as a doctest.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

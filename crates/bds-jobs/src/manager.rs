@@ -1,0 +1,209 @@
+//! `JobManager`: owns all jobs of a graph, starts them, and finds them for commands.
+
+use std::sync::Arc;
+
+use bds_core::graph::{Graph, ShutdownStage, Stoppable};
+use bds_core::{Error, ErrorKind, Result};
+
+use crate::context::JobContext;
+use crate::driver::{JobDriver, Outcome};
+use crate::event::JobEvents;
+use crate::handle::JobHandle;
+use crate::job::{Facts, GroupSignal, Job};
+use crate::kinds::JobChange;
+use crate::options::JobOptions;
+use crate::query::{History, JobInfo};
+use crate::registry::Registry;
+use crate::state::JobVerb;
+use crate::txn::{self, Group};
+
+/// The jobs of a graph. Clones are the same manager. [`Graph::shutdown`] ends all its jobs.
+#[derive(Clone, Debug)]
+pub struct JobManager(Arc<Registry>);
+
+/// A job to start: its options and its work.
+pub type NewJob = (JobOptions, Box<dyn JobDriver>);
+
+impl JobManager {
+    /// Makes the manager of a graph's jobs and registers it with the graph's shutdown.
+    pub fn new(graph: &Graph) -> Self {
+        let registry = Registry::new(graph);
+        let stoppable: Arc<dyn Stoppable> = registry.clone();
+        graph.on_shutdown(ShutdownStage::Jobs, &stoppable);
+        Self(registry)
+    }
+
+    /// The graph.
+    pub fn graph(&self) -> &Graph {
+        &self.0.graph
+    }
+
+    /// Checks that a job of this id could be started now, before its set-up.
+    ///
+    /// # Errors
+    /// `InvalidInput`: the id is not well-formed; `AlreadyExists`: it is in use.
+    pub fn check_id(&self, id: &str) -> Result<()> {
+        JobOptions::new(id).check()?;
+        self.0.lock().check_free(id)
+    }
+
+    /// Starts a job. It runs in a task of its own.
+    ///
+    /// # Errors
+    /// The job was retired as aborted and nothing remains. `InvalidInput`: its id is not
+    /// well-formed; `AlreadyExists`: it is in use; `Cancelled`: the graph was shut down.
+    pub async fn start(&self, options: JobOptions, job: Box<dyn JobDriver>) -> Result<JobHandle> {
+        let mut handles = self.start_group(vec![(options, job)]).await?;
+        Ok(handles.pop().expect("one for each job"))
+    }
+
+    /// Starts jobs that take effect together or not at all: if one fails or is cancelled, all end
+    /// as cancelled, and nothing has changed.
+    ///
+    /// # Errors
+    /// As [`JobManager::start`]: none was started, all were retired.
+    pub async fn start_group(&self, jobs: Vec<NewJob>) -> Result<Vec<JobHandle>> {
+        let signal = Arc::<GroupSignal>::default();
+        let (graph, events) = (&self.0.graph, &self.0.events);
+        let mut drivers = Vec::with_capacity(jobs.len());
+        let mut paired = Vec::with_capacity(jobs.len());
+        for (options, driver) in jobs {
+            paired.push(Job::new(graph, events, &signal, options, facts(driver.as_ref())));
+            drivers.push(driver);
+        }
+        if let Err(error) = self.0.register(&paired) {
+            let retire = async move {
+                for (job, driver) in paired.into_iter().zip(&mut drivers).rev() {
+                    let retired = driver.retire(&JobContext(job), Outcome::Aborted(&error)).await;
+                    if let Err(failed) = retired {
+                        return error.caused_by(failed);
+                    }
+                }
+                error
+            };
+            return Err(bds_io::spawn_now(retire).detach_on_drop().await);
+        }
+        let handles = paired.iter().map(|job| JobHandle(Arc::clone(job))).collect();
+        let group = Group { jobs: paired, signal };
+        bds_io::spawn(txn::conduct(Arc::clone(&self.0), group, drivers)).detach();
+        Ok(handles)
+    }
+
+    /// The job of this id, of any type: what the `job-…` commands find.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn job(&self, id: &str) -> Result<JobHandle> {
+        let job = self.0.lock().find(id);
+        job.map(JobHandle).ok_or_else(|| Error::new(ErrorKind::NotFound, "Job not found"))
+    }
+
+    /// The job of this id on nodes of the graph: what the `block-job-…` commands find.
+    ///
+    /// # Errors
+    /// `NotFound` (QMP class `DeviceNotActive`).
+    pub fn block_job(&self, id: &str) -> Result<JobHandle> {
+        let job = self.0.lock().find(id).filter(|job| job.facts.job_type.is_block_job());
+        job.map(JobHandle)
+            .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("Block job '{id}' not found")))
+    }
+
+    /// All jobs, newest first.
+    pub fn jobs(&self) -> Vec<JobHandle> {
+        self.0.lock().jobs.iter().rev().cloned().map(JobHandle).collect()
+    }
+
+    /// Pauses a job: see [`JobHandle::pause`].
+    ///
+    /// # Errors
+    /// As there, and `NotFound`.
+    pub fn pause(&self, id: &str) -> Result<()> {
+        self.job(id)?.pause()
+    }
+
+    /// Resumes a job: see [`JobHandle::resume`].
+    ///
+    /// # Errors
+    /// As there, and `NotFound`.
+    pub fn resume(&self, id: &str) -> Result<()> {
+        self.job(id)?.resume()
+    }
+
+    /// Cancels a job: see [`JobHandle::cancel`].
+    ///
+    /// # Errors
+    /// As there, and `NotFound`.
+    pub fn cancel(&self, id: &str, is_forced: bool) -> Result<()> {
+        self.job(id)?.cancel(is_forced)
+    }
+
+    /// Completes a job: see [`JobHandle::complete`].
+    ///
+    /// # Errors
+    /// As there, and `NotFound`.
+    pub fn complete(&self, id: &str) -> Result<()> {
+        self.job(id)?.complete()
+    }
+
+    /// Finalizes a job's group: see [`JobHandle::finalize`].
+    ///
+    /// # Errors
+    /// As there, and `NotFound`.
+    pub fn finalize(&self, id: &str) -> Result<()> {
+        self.job(id)?.finalize()
+    }
+
+    /// Sets a job's speed: see [`JobHandle::set_speed`].
+    ///
+    /// # Errors
+    /// As there, and `NotFound`.
+    pub fn set_speed(&self, id: &str, speed: u64) -> Result<()> {
+        self.job(id)?.set_speed(speed)
+    }
+
+    /// Changes an option of a job: see [`JobHandle::change`].
+    ///
+    /// # Errors
+    /// As there, and `NotFound`.
+    pub fn change(&self, id: &str, change: JobChange) -> Result<()> {
+        self.job(id)?.change(change)
+    }
+
+    /// Forgets a concluded job: its id is free, and its record goes to the history.
+    ///
+    /// # Errors
+    /// `NotFound`; `InvalidInput`: it is not concluded.
+    pub fn dismiss(&self, id: &str) -> Result<()> {
+        let mut list = self.0.lock();
+        let job = list.find(id).ok_or_else(|| Error::new(ErrorKind::NotFound, "Job not found"))?;
+        job.status().check(id, JobVerb::Dismiss)?;
+        list.dismiss(&job);
+        Ok(())
+    }
+
+    /// All jobs as queries show them, newest first.
+    pub fn query(&self) -> Vec<JobInfo> {
+        self.0.lock().jobs.iter().rev().map(|job| JobInfo::of(job)).collect()
+    }
+
+    /// Records of jobs that were dismissed, oldest first.
+    pub fn history(&self) -> History {
+        self.0.lock().history.clone()
+    }
+
+    /// Subscribes to events of all jobs, in order, from now on.
+    pub fn events(&self) -> JobEvents {
+        self.0.events.subscribe()
+    }
+}
+
+fn facts(driver: &dyn JobDriver) -> Facts {
+    Facts {
+        job_type: driver.job_type(),
+        targets: driver.target_nodes(),
+        ignored_error: driver.ignored_error(),
+        supports_complete: driver.supports_complete(),
+        supports_soft_cancel: driver.supports_soft_cancel(),
+        control: driver.control(),
+    }
+}

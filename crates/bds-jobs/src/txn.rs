@@ -1,0 +1,203 @@
+//! A group of jobs: they take effect together or not at all. A job that starts alone is a group of
+//! one.
+//!
+//! One task conducts a group: it waits for the work of all members, for the command to finalize if
+//! one of them asks for it, lets each plan its part of one change, commits that, and retires all.
+//! Whatever fails or is cancelled before the change takes effect aborts all members.
+
+use std::panic::AssertUnwindSafe;
+use std::pin::pin;
+use std::sync::Arc;
+
+use bds_core::graph::Graph;
+use bds_core::{Error, ErrorKind, Result};
+use futures_util::FutureExt;
+use futures_util::future::{self, Either};
+
+use crate::context::JobContext;
+use crate::driver::{JobDriver, Outcome};
+use crate::job::{GroupSignal, Job, cancelled};
+use crate::registry::Registry;
+use crate::state::JobStatus;
+
+/// Jobs that end together.
+#[derive(Debug)]
+pub(crate) struct Group {
+    /// In the order in which they were started.
+    pub(crate) jobs: Vec<Arc<Job>>,
+    pub(crate) signal: Arc<GroupSignal>,
+}
+
+impl Group {
+    /// Ends the other members.
+    fn force_cancel_others(&self, failed: &Arc<Job>) {
+        let others = self.jobs.iter().filter(|job| !Arc::ptr_eq(job, failed));
+        others.for_each(|job| job.force_cancel());
+    }
+
+    /// Completes when a member is cancelled by force.
+    async fn wait_cancelled(&self) {
+        let is_cancelled = || self.jobs.iter().any(|job| job.is_cancel_forced());
+        self.signal.changed.wait_until(is_cancelled).await;
+    }
+}
+
+/// A job and its work.
+struct Member {
+    job: Arc<Job>,
+    driver: Box<dyn JobDriver>,
+}
+
+/// Conducts a group from its start to its end.
+pub(crate) async fn conduct(
+    registry: Arc<Registry>,
+    group: Group,
+    drivers: Vec<Box<dyn JobDriver>>,
+) {
+    let group = Arc::new(group);
+    let members = group.jobs.iter().cloned().zip(drivers);
+    let runs: Vec<_> = members
+        .map(|(job, driver)| bds_io::spawn(run(Arc::clone(&group), Member { job, driver })))
+        .collect();
+    let mut members = Vec::with_capacity(runs.len());
+    for run in runs {
+        members.push(run.await);
+    }
+    let result = finish(&group, &registry.graph, &mut members).await;
+    let cleanup = match &result {
+        Ok(()) => retire_all(&mut members).await,
+        Err(error) => {
+            abort_all(&group, error.as_ref());
+            settle_targets(&group).await;
+            retire_all(&mut members).await
+        }
+    };
+    drop(members);
+    for (job, cleanup_error) in group.jobs.iter().zip(cleanup).rev() {
+        job.conclude(cleanup_error);
+        if job.options.auto_dismiss {
+            registry.dismiss_now(job);
+        }
+    }
+}
+
+/// Runs one member. A failure cancels the others.
+async fn run(group: Arc<Group>, mut member: Member) -> Member {
+    let Member { job, driver } = &mut member;
+    let is_ok = if job.begin() {
+        let ctx = JobContext(Arc::clone(job));
+        let result = {
+            let work = async {
+                ctx.pause_point().await;
+                driver.run(&ctx).await
+            };
+            let work = pin!(AssertUnwindSafe(work).catch_unwind());
+            match future::select(pin!(job.wait_cancel_forced()), work).await {
+                Either::Left(_) => Err(cancelled()),
+                Either::Right((result, _)) => result.unwrap_or_else(|panic| Err(panicked(&*panic))),
+            }
+        };
+        job.end_run(result)
+    } else {
+        job.abort(None);
+        false
+    };
+    if !is_ok {
+        group.force_cancel_others(&member.job);
+    }
+    member
+}
+
+/// From the end of all work until the change took effect.
+///
+/// # Errors
+/// The group is to be aborted, with this error; `None`: members without one of their own are
+/// cancelled.
+async fn finish(
+    group: &Arc<Group>,
+    graph: &Graph,
+    members: &mut [Member],
+) -> Result<(), Option<Error>> {
+    let is_pending = group.jobs.iter().rev().all(|job| {
+        let is_waiting = job.status() == JobStatus::Waiting;
+        is_waiting && job.enter_pending()
+    });
+    if !is_pending {
+        return Err(None);
+    }
+    if !group.jobs.iter().all(|job| job.options.auto_finalize) {
+        let signal = &group.signal;
+        let finalize = signal.changed.wait_until(|| signal.is_finalize_requested());
+        if let Either::Left(_) = future::select(pin!(group.wait_cancelled()), pin!(finalize)).await
+        {
+            return Err(None);
+        }
+    }
+    let planned = {
+        let plan = pin!(plan(graph, members));
+        match future::select(pin!(group.wait_cancelled()), plan).await {
+            Either::Left(_) => return Err(None),
+            // The member that failed has the error.
+            Either::Right((planned, _)) => planned.map_err(|_| None)?,
+        }
+    };
+    planned.commit().await.map_err(Some)?;
+    group.jobs.iter().for_each(|job| job.commit());
+    Ok(())
+}
+
+/// Lets each member plan its part of one change.
+async fn plan(graph: &Graph, members: &mut [Member]) -> Result<bds_core::graph::Change> {
+    let mut change = graph.change();
+    for Member { job, driver } in members {
+        let ctx = JobContext(Arc::clone(job));
+        change = match driver.plan(&ctx, change).await {
+            Ok(change) => change,
+            Err(error) => {
+                job.abort(Some(error.duplicate()));
+                return Err(error);
+            }
+        };
+    }
+    Ok(change)
+}
+
+/// Brings all members to `aborting`. Those without an error of their own get this one.
+fn abort_all(group: &Group, error: Option<&Error>) {
+    group.jobs.iter().rev().for_each(|job| job.abort(error.map(Error::duplicate)));
+}
+
+/// Waits for requests in the target nodes, each member no longer than its timeout; then poisons
+/// them.
+async fn settle_targets(group: &Group) {
+    future::join_all(group.jobs.iter().map(|job| settle(job))).await;
+}
+
+async fn settle(job: &Job) {
+    for id in &job.facts.targets {
+        let Ok(node) = job.graph.acquire(*id) else { continue };
+        if job.graph.drain_within(&node, job.options.cancel_timeout).await.is_err() {
+            node.poison();
+        }
+    }
+}
+
+/// Retires all, newest first. Returns what went wrong, in the order of the members.
+async fn retire_all(members: &mut [Member]) -> Vec<Option<Error>> {
+    let mut errors = Vec::with_capacity(members.len());
+    for Member { job, driver } in members.iter_mut().rev() {
+        let ctx = JobContext(Arc::clone(job));
+        let error = job.lock().error.as_ref().map(Error::duplicate);
+        let outcome = error.as_ref().map_or(Outcome::Committed, Outcome::Aborted);
+        errors.push(driver.retire(&ctx, outcome).await.err());
+    }
+    errors.reverse();
+    errors
+}
+
+fn panicked(panic: &(dyn std::any::Any + Send)) -> Error {
+    let words = panic.downcast_ref::<&str>().copied();
+    let words = words.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    let words = words.unwrap_or("no message");
+    Error::new(ErrorKind::Io, format!("the job's code panicked: {words}"))
+}
