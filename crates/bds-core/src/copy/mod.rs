@@ -1,6 +1,14 @@
-//! Copies ranges from one or several backends to another: the engine of `convert` and of jobs.
+//! Copies ranges between nodes: [`copy`] is the engine of `convert`, [`run`] the one of jobs and
+//! filters.
 //!
-//! A planner queries the block status of the sources and hands out pieces; up to `workers` workers
+//! | | [`copy`] | [`run`] |
+//! |---|---|---|
+//! | what | whole backends, concatenated | dirty granules of a [`CopyMap`] |
+//! | order | by offset, in turns of writes | none |
+//! | others that write | none | a guest, through a filter that shares the map |
+//! | errors, pauses, speed | the first error ends it | [`CopyControl`] decides |
+//!
+//! [`copy`]: a planner queries the block status of the sources and hands out pieces; up to `workers` workers
 //! copy one piece each through one buffer each, so memory is bounded by `workers * buffer_len`.
 //! Holes are not read; zeros are not written where the target reads as zeros anyway.
 //!
@@ -12,9 +20,13 @@
 //! It does not decide whether the target reads as zeros, resize it, or flush it at the end. The
 //! copy runs in the caller's future: dropping it stops the copy, with the target partly written.
 
+mod control;
 mod job;
+mod map;
 mod options;
 mod plan;
+mod run;
+mod sides;
 mod sparse;
 mod worker;
 
@@ -26,13 +38,17 @@ use futures_util::future::join_all;
 use crate::error::{Error, ErrorKind, Result};
 use crate::request::Backend;
 
+pub use control::{CopyControl, ErrorSite, ErrorVerdict, Side};
 use job::{Counts, Job, Turns};
+pub use map::{Claim, CopyMap, Exclusion};
 use options::check_options;
 pub use options::{
     BUFFER_LEN, CopyOptions, CopyReport, CopySource, GRAIN, MAX_BUFFER_LEN, MAX_WORKERS, OnSalvage,
     Progress, RateLimit,
 };
 use plan::Planner;
+pub use run::{MAX_CHUNK, MAX_OFFLOAD, MAX_REQUESTS, MEMORY, RunOptions, run, run_in_task};
+pub use sides::{CopyRead, CopyWrite, Found, FoundRun};
 use worker::Worker;
 
 /// Copies the concatenated sources to the beginning of `target`.
