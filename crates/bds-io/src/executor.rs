@@ -33,6 +33,7 @@ use crate::context::{ContextOptions, background};
 use crate::current::{self, Current};
 use crate::engine::{Completed, Engine};
 use crate::inline;
+use crate::long_write::LongWrites;
 use crate::op::{Op, OpResult};
 use crate::sys;
 use crate::task::{self, Runnable, Task};
@@ -217,6 +218,7 @@ pub(crate) struct Local {
     pollable: RefCell<Option<Pollable>>,
     /// Nested calls that drive this Context.
     depth: Cell<u32>,
+    pub(crate) long_writes: LongWrites,
 }
 
 impl Local {
@@ -234,6 +236,7 @@ impl Local {
             main: RefCell::default(),
             pollable: RefCell::default(),
             depth: Cell::new(0),
+            long_writes: LongWrites::default(),
         })
     }
 

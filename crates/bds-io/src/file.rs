@@ -31,7 +31,8 @@ pub struct OpenOptions {
     /// Bypass the page cache (O_DIRECT).
     pub direct: bool,
     /// Longest buffered write, in bytes, that is done at once on the calling thread (into the page
-    /// cache) where the file system cannot say whether it would wait. `None`: the measured default.
+    /// cache) where the file system cannot say whether it would wait. `None`: the measured
+    /// defaults, 256 KiB, or 32 KiB for a [`File::write`] while several such writes are under way.
     pub inline_write_max_bytes: Option<u32>,
 }
 

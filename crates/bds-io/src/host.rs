@@ -10,17 +10,13 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use crate::context::yield_now;
+use crate::current::{self, Current};
 use crate::file::{ByteLock, Extent, FileKind, FileStat, OpenOptions, ZeroMode};
+use crate::long_write::{ByLen, InEngine, InlineLimit, LongWrites};
 use crate::op::{OpFuture, OpKind};
 use crate::sys::{self, LockKind, Seek};
 use crate::{Buf, IoVec};
-
-/// Longest write that goes to the page cache on the caller's thread. Measured on ext4
-/// (examples/ratios.rs): up to 256 KiB the ring, which hands such a write to a kernel thread, costs
-/// up to twice the CPU and time; at 2 MiB they are close, and the write would delay the thread's
-/// other tasks too long. Under memory pressure the kernel may throttle such a write; a file that
-/// must never block its thread sets the limit to 0.
-const INLINE_WRITE_MAX_BYTES: u32 = 256 << 10;
 
 /// An open file description and its cached properties.
 #[derive(Debug)]
@@ -28,7 +24,9 @@ pub(crate) struct Descriptor {
     fd: OwnedFd,
     kind: FileKind,
     is_direct: bool,
-    inline_write_max_len: usize,
+    /// Of writes into the page cache. Under memory pressure the kernel may throttle such a write; a
+    /// file that must never block its thread sets the limit to 0.
+    inline_writes: InlineLimit,
     alignment: OnceLock<(usize, u32)>,
     /// The file system refused RWF_NOWAIT (EOPNOTSUPP).
     read_may_wait: AtomicBool,
@@ -39,6 +37,15 @@ impl AsFd for Descriptor {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// Outcome of a write to the page cache that may not wait.
+enum Cached {
+    Done(io::Result<usize>),
+    /// It would wait, or there is no page cache in between.
+    WouldWait,
+    /// The file system cannot say.
+    MayWait,
 }
 
 /// An open file of the host.
@@ -56,12 +63,14 @@ impl HostFile {
             FileKind::Char if fd.is_terminal() => FileKind::Terminal,
             kind => kind,
         };
-        let inline_max = options.inline_write_max_bytes.unwrap_or(INLINE_WRITE_MAX_BYTES);
+        let inline_writes = options.inline_write_max_bytes.map_or(InlineLimit::Measured, |max| {
+            InlineLimit::Fixed(usize::try_from(max).unwrap_or(usize::MAX))
+        });
         Ok(HostFile(Arc::new(Descriptor {
             fd,
             kind,
             is_direct: options.direct,
-            inline_write_max_len: usize::try_from(inline_max).unwrap_or(usize::MAX),
+            inline_writes,
             alignment: OnceLock::new(),
             read_may_wait: AtomicBool::new(
                 options.direct || kind != FileKind::Regular && kind != FileKind::Block,
@@ -158,19 +167,29 @@ impl HostFile {
     }
 
     pub(crate) fn try_write(&self, offset: u64, iov: &IoVec) -> Option<io::Result<usize>> {
+        let is_inline = iov.len() <= self.0.inline_writes.max_len();
+        match self.try_write_cached(offset, iov) {
+            Cached::Done(answer) => Some(answer),
+            Cached::MayWait if is_inline => Some(sys::write_at(self.0.as_fd(), offset, iov, 0)),
+            Cached::MayWait | Cached::WouldWait => None,
+        }
+    }
+
+    /// Writes to the page cache where the file system can say that this waits for nothing.
+    fn try_write_cached(&self, offset: u64, iov: &IoVec) -> Cached {
         let file = &*self.0;
         if file.is_direct || !matches!(file.kind, FileKind::Regular | FileKind::Block) {
-            return None;
+            return Cached::WouldWait;
         }
-        if !file.write_may_wait.load(Ordering::Relaxed) {
-            let answer = sys::write_at(file.as_fd(), offset, iov, libc::RWF_NOWAIT);
-            match answer_without_waiting(answer, &file.write_may_wait) {
-                None if file.write_may_wait.load(Ordering::Relaxed) => {}
-                answer => return answer,
-            }
+        if file.write_may_wait.load(Ordering::Relaxed) {
+            return Cached::MayWait;
         }
-        (iov.len() <= file.inline_write_max_len)
-            .then(|| sys::write_at(file.as_fd(), offset, iov, 0))
+        let answer = sys::write_at(file.as_fd(), offset, iov, libc::RWF_NOWAIT);
+        match answer_without_waiting(answer, &file.write_may_wait) {
+            Some(answer) => Cached::Done(answer),
+            None if file.write_may_wait.load(Ordering::Relaxed) => Cached::MayWait,
+            None => Cached::WouldWait,
+        }
     }
 
     pub(crate) async fn read(&self, offset: u64, iov: IoVec) -> io::Result<usize> {
@@ -178,10 +197,16 @@ impl HostFile {
     }
 
     pub(crate) async fn write(&self, offset: u64, iov: IoVec, dsync: bool) -> io::Result<usize> {
-        if !dsync && let Some(answer) = self.try_write(offset, &iov) {
-            return answer;
-        }
-        OpFuture::new(&self.0, OpKind::Write { offset, iov, dsync }).await
+        let tried = if dsync { Cached::WouldWait } else { self.try_write_cached(offset, &iov) };
+        let in_engine = match tried {
+            Cached::Done(answer) => return answer,
+            Cached::WouldWait => None,
+            Cached::MayWait => match place(self.0.inline_writes, iov.len()).await {
+                Place::Inline => return sys::write_at(self.0.as_fd(), offset, &iov, 0),
+                Place::Engine(in_engine) => in_engine,
+            },
+        };
+        OpFuture::counted(&self.0, OpKind::Write { offset, iov, dsync }, in_engine).await
     }
 
     pub(crate) async fn sync_data(&self) -> io::Result<()> {
@@ -270,6 +295,40 @@ impl HostFile {
     }
 }
 
+/// Where a buffered write is executed.
+#[derive(Debug)]
+enum Place {
+    Inline,
+    /// In the engine, which keeps the count (of a long write) until the write is over.
+    Engine(Option<InEngine>),
+}
+
+/// Decides for a write of `len` bytes that is about to start. May let other tasks run first.
+async fn place(limit: InlineLimit, len: usize) -> Place {
+    match limit.by_len(len) {
+        ByLen::Inline => return Place::Inline,
+        ByLen::Engine => return Place::Engine(with_long_writes(LongWrites::enter_engine)),
+        ByLen::InlineIfAlone => {}
+    }
+    // A thread that drives no Context has no engine of its own to keep busy.
+    let Some(arrival) = with_long_writes(LongWrites::arrive) else { return Place::Inline };
+    if arrival.finds_engine_idle() {
+        yield_now().await;
+        if with_long_writes(|writes| arrival.is_alone(writes)).unwrap_or(true) {
+            return Place::Inline;
+        }
+    }
+    Place::Engine(with_long_writes(LongWrites::enter_engine))
+}
+
+/// Calls `read` with the long writes of the Context that this thread drives, if any.
+fn with_long_writes<R>(read: impl FnOnce(&LongWrites) -> R) -> Option<R> {
+    current::with(|current| match current {
+        Current::Host(local) => Some(read(&local.long_writes)),
+        _ => None,
+    })
+}
+
 /// See [`crate::Fs::stat`].
 pub(crate) fn stat(path: &Path) -> io::Result<FileStat> {
     let stat = sys::stat_path(path)?;
@@ -320,3 +379,6 @@ fn length(range: &Range<u64>) -> io::Result<u64> {
     let len = range.end.checked_sub(range.start);
     len.ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))
 }
+
+#[cfg(test)]
+mod place_tests;

@@ -44,6 +44,7 @@ pub mod file;
 mod host;
 mod identity;
 mod inline;
+mod long_write;
 mod op;
 pub mod signals;
 pub mod sim;

@@ -14,6 +14,7 @@ use crate::completion::Completion;
 use crate::context::background;
 use crate::current::{self, Current};
 use crate::host::Descriptor;
+use crate::long_write::InEngine;
 use crate::{IoVec, sys};
 
 /// Result of an operation: a count of bytes, or 0.
@@ -62,6 +63,8 @@ pub(crate) enum OpKind {
 pub(crate) struct Op {
     pub(crate) file: Arc<Descriptor>,
     pub(crate) kind: OpKind,
+    /// A long buffered write is counted in the engine as long as that keeps it.
+    _in_engine: Option<InEngine>,
 }
 
 impl Op {
@@ -101,7 +104,16 @@ pub(crate) enum OpFuture {
 
 impl OpFuture {
     pub(crate) fn new(file: &Arc<Descriptor>, kind: OpKind) -> OpFuture {
-        OpFuture::New(Some(Op { file: file.clone(), kind }))
+        OpFuture::counted(file, kind, None)
+    }
+
+    /// As [`OpFuture::new`], for a write that counts while it is in the engine.
+    pub(crate) fn counted(
+        file: &Arc<Descriptor>,
+        kind: OpKind,
+        in_engine: Option<InEngine>,
+    ) -> OpFuture {
+        OpFuture::New(Some(Op { file: file.clone(), kind, _in_engine: in_engine }))
     }
 }
 

@@ -304,3 +304,30 @@ fn writes_above_the_inline_limit_go_to_the_engine() {
         });
     });
 }
+
+#[test]
+fn long_writes_that_start_together_reach_the_file() {
+    on_every_engine(|context| {
+        let (_dir, file) = scratch();
+        const LEN: usize = 64 << 10;
+        // Some start together, some while others are under way, some are alone.
+        for count in [1_u8, 2, 3, 16] {
+            let data: Vec<_> = (0..count).map(|n| pattern(LEN, n + 1)).collect();
+            context.block_on(async {
+                let writes = data.iter().enumerate().map(|(n, data)| {
+                    let file = &file;
+                    async move {
+                        let at = (n * LEN) as u64;
+                        assert_eq!(file.write(at, data.clone().into(), false).await.unwrap(), LEN);
+                    }
+                });
+                futures_util::future::join_all(writes).await;
+                for (n, data) in data.iter().enumerate() {
+                    let buf = Buf::zeroed(LEN, 1);
+                    file.read((n * LEN) as u64, buf.iov()).await.unwrap();
+                    assert!(bytes(&buf.iov()) == *data, "write {n} of {count}");
+                }
+            });
+        }
+    });
+}
