@@ -14,7 +14,10 @@
 //! was cancelled has changed nothing; a job that is *concluded* holds nothing.
 #![forbid(unsafe_code)]
 
+mod chain;
+mod commit;
 mod context;
+mod copy_control;
 mod driver;
 mod errors;
 mod event;
@@ -29,8 +32,10 @@ mod query;
 mod registry;
 mod speed;
 mod state;
+mod stream;
 mod txn;
 
+pub use commit::{Commit, CommitOptions};
 pub use context::JobContext;
 pub use driver::{JobDriver, Outcome};
 pub use event::{JobEvent, JobEvents, JobPoint, QUEUE_LEN};
@@ -42,6 +47,7 @@ pub use policy::{ErrorSite, ErrorVerdict, IoStatus, JobErrorAction, OnError, Ret
 pub use progress::Progress;
 pub use query::{HISTORY_LEN, History, JobInfo};
 pub use state::{JobStatus, JobVerb};
+pub use stream::{Stream, StreamOptions};
 
 /// Runs the README's code as a doctest.
 #[cfg(doctest)]

@@ -37,7 +37,9 @@ impl Headers {
         job: &str,
     ) -> Result<()> {
         let named = |error: Error| {
-            error.context("cannot rewrite the backing file that the image records").node(image.name())
+            error
+                .context("cannot rewrite the backing file that the image records")
+                .node(image.name())
         };
         let old = names::recorded(image).await.map_err(named)?;
         self.writable.make(image).await.map_err(named)?;

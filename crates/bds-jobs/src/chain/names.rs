@@ -55,7 +55,8 @@ impl BaseName {
             _ => match &self.file {
                 Some(file) => file.clone().into_os_string(),
                 None => {
-                    let words = "it has no file name that an image could record: give 'backing-file'";
+                    let words =
+                        "it has no file name that an image could record: give 'backing-file'";
                     return Err(Error::new(ErrorKind::NotSupported, words).node(&self.base));
                 }
             },
@@ -82,7 +83,8 @@ async fn recorded_relative(image: &NodeRef, file: &Path) -> Result<Option<(OsStr
 
 /// What the image records now.
 pub(crate) async fn recorded(image: &NodeRef) -> Result<Option<BackingRecord>> {
-    let options = BackendOptions { perm: Some(bds_core::graph::Perm::empty()), ..Default::default() };
+    let options =
+        BackendOptions { perm: Some(bds_core::graph::Perm::empty()), ..Default::default() };
     let info = Backend::new(image, options)?.info().await?;
     let format = info.backing_format;
     Ok(info.backing_file.map(|name| BackingRecord { name, format }))

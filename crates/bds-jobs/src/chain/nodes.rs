@@ -1,4 +1,7 @@
 //! Images of a chain, the overlays of an image, and the links between them.
+//!
+//! An image is a node that is no filter, or a `raw` node on a protocol node: for the graph that is
+//! a filter, for the user it is the format of a file.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -50,15 +53,43 @@ pub(crate) fn overlays(node: &NodeRef) -> Vec<Overlay> {
     found
 }
 
-/// The next image below, filters left out.
-pub(crate) fn image_below(image: &NodeRef) -> Option<NodeRef> {
-    walk::next_below(image).map(|below| walk::skip_filters(&below))
+/// The image that a node shows: the node itself, or what lies below filters.
+pub(crate) fn image_of(node: &NodeRef) -> NodeRef {
+    let bottom = walk::skip_filters(node);
+    if bottom.edges_below().is_empty() {
+        let mut at = node.clone();
+        let mut raw = None;
+        while at.id() != bottom.id() {
+            let next = walk::next_below(&at).expect("the bottom lies below");
+            if at.driver_name() == "raw" {
+                raw = Some(at);
+            }
+            at = next;
+        }
+        return raw.unwrap_or(bottom);
+    }
+    bottom
 }
 
-/// The images from `top` down to `bottom`, both included, filters left out; `None` if `bottom` is
-/// not among them.
+/// The node directly below an image in its chain: its backing node.
+pub(crate) fn node_below(image: &NodeRef) -> Option<NodeRef> {
+    let is_filter = walk::skip_filters(image).id() != image.id();
+    if is_filter { None } else { walk::next_below(image) }
+}
+
+/// The next image below.
+pub(crate) fn image_below(image: &NodeRef) -> Option<NodeRef> {
+    node_below(image).map(|below| image_of(&below))
+}
+
+/// The images of a node's chain.
+pub(crate) fn images_from(node: &NodeRef) -> Vec<NodeRef> {
+    std::iter::successors(Some(image_of(node)), image_below).collect()
+}
+
+/// The images from `top` down to `bottom`, both included; `None` if `bottom` is not among them.
 pub(crate) fn images_between(top: &NodeRef, bottom: &NodeRef) -> Option<Vec<NodeRef>> {
-    let mut chain = walk::backing_chain(top);
+    let mut chain = images_from(top);
     let end = chain.iter().position(|image| image.id() == bottom.id())?;
     chain.truncate(end + 1);
     Some(chain)
@@ -87,7 +118,7 @@ pub(crate) fn claim_all(images: &[NodeRef], job: &str) -> Result<Vec<JobSlot>> {
 pub(crate) async fn freeze_link(image: &NodeRef, holder: &str) -> Result<Option<Frozen>> {
     let began = bds_io::now();
     loop {
-        let Some(below) = walk::next_below(image) else { return Ok(None) };
+        let Some(below) = node_below(image) else { return Ok(None) };
         match image.graph().freeze_chain(image, &below, holder) {
             Ok(frozen) => return Ok(Some(frozen)),
             // `InvalidInput`: another node is below it by now.

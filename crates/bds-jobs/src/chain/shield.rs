@@ -24,8 +24,12 @@ use bds_io::IoVec;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shield(pub(crate) &'static str);
 
-const OPEN_OPTIONS: &[OptionSpec] =
-    &[OptionSpec { name: "file", kind: OptionKind::Child, help: "the node to show", default: None }];
+const OPEN_OPTIONS: &[OptionSpec] = &[OptionSpec {
+    name: "file",
+    kind: OptionKind::Child,
+    help: "the node to show",
+    default: None,
+}];
 
 impl DriverType for Shield {
     fn name(&self) -> &'static str {

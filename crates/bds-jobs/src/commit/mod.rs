@@ -23,7 +23,7 @@ use std::sync::Arc;
 use bds_core::copy::{self, CopyMap, RunOptions};
 use bds_core::driver::{BoxFuture, Truncate, ZeroFlags};
 use bds_core::graph::{
-    Access, BlockOps, Blocker, Change, Frozen, Graph, JobSlot, NodeId, NodeRef, Perm, walk,
+    Access, BlockOps, Blocker, Change, Frozen, Graph, JobSlot, NodeId, NodeRef, Perm,
 };
 use bds_core::request::{Backend, BackendOptions};
 use bds_core::{Options, Result};
@@ -58,6 +58,8 @@ pub struct Commit {
     /// Bytes of the base from its beginning that hold what they shall.
     covered: u64,
     held: Held,
+    /// It was dropped already, and a task undoes its set-up.
+    is_remnant: bool,
 }
 
 /// The job's users of the images.
@@ -101,6 +103,7 @@ impl Commit {
             users: None,
             covered: 0,
             held: Held::default(),
+            is_remnant: false,
         };
         match this.set_up(&plan).await {
             Ok(()) => Ok(Box::new(this)),
@@ -123,7 +126,8 @@ impl Commit {
         for overlay in overlays(top) {
             let record = name.record_in(&overlay.image)?;
             let access = Access { perm: Perm::empty(), shared: Perm::all() };
-            let user = Backend::new(&overlay.image, BackendOptions::job(self.job.as_str(), access))?;
+            let user =
+                Backend::new(&overlay.image, BackendOptions::job(self.job.as_str(), access))?;
             user.check_backing_record(Some(record)).await?;
         }
         self.writable.make(base).await?;
@@ -146,8 +150,8 @@ impl Commit {
     async fn insert_filters(&mut self, plan: &Plan) -> Result<()> {
         let (parent, child) =
             link_to(plan.lowest(), plan.base()).expect("the base lies below the lowest image");
-        let name = self.options.filter_node_name.as_deref();
-        let upper = self.open_filter("commit_top", plan.top(), name).await?;
+        let name = self.options.filter_node_name.clone();
+        let upper = self.open_filter("commit_top", plan.top(), name.as_deref()).await?;
         let lower = self.open_filter("commit_base", plan.base(), None).await?;
         let change = self.graph.change().insert_filter(plan.top(), &upper);
         change.replace_child(&parent, child, &lower).commit().await.map(drop)
@@ -252,10 +256,12 @@ impl Commit {
     }
 
     async fn remove_filters(&mut self) -> Result<()> {
-        self.filters.clear();
         let ids = std::mem::take(&mut self.filter_ids);
-        // The change that ends the job may have removed them.
-        let filters: Vec<NodeRef> = ids.iter().filter_map(|id| self.graph.acquire(*id).ok()).collect();
+        let mut filters = std::mem::take(&mut self.filters);
+        if filters.is_empty() {
+            // The change that ends the job took the references, and may have removed them.
+            filters.extend(ids.iter().filter_map(|id| self.graph.acquire(*id).ok()));
+        }
         if filters.is_empty() {
             return Ok(());
         }
@@ -335,7 +341,7 @@ impl JobDriver for Commit {
 
 impl Drop for Commit {
     fn drop(&mut self) {
-        if !self.holds_something() {
+        if self.is_remnant || !self.holds_something() {
             return;
         }
         let mut rest = Self {
@@ -350,6 +356,7 @@ impl Drop for Commit {
             users: self.users.take(),
             covered: 0,
             held: std::mem::take(&mut self.held),
+            is_remnant: true,
         };
         bds_io::spawn(async move {
             if let Err(error) = rest.give_back().await {

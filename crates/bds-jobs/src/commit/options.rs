@@ -2,11 +2,11 @@
 
 use std::ffi::OsString;
 
-use bds_core::graph::{NodeRef, Perm, walk};
+use bds_core::graph::{NodeRef, Perm};
 use bds_core::{Error, ErrorKind, Result};
 
 use crate::chain::names::GivenName;
-use crate::chain::nodes::{image_below, images_between, overlays};
+use crate::chain::nodes::{image_below, image_of, images_between, images_from, overlays};
 
 /// Options of a commit job (`block-commit`).
 #[derive(Clone, Debug)]
@@ -46,8 +46,8 @@ impl CommitOptions {
     /// True if this is an *active* commit: `top` is the device's own image, or is being written to.
     /// Such a job has to follow the writes and does not end by itself.
     pub fn is_active(&self) -> bool {
-        let device = walk::skip_filters(&self.device);
-        let top = self.top.as_ref().map_or_else(|| device.clone(), walk::skip_filters);
+        let device = image_of(&self.device);
+        let top = self.top.as_ref().map_or_else(|| device.clone(), image_of);
         top.id() == device.id() || has_writer(&top)
     }
 
@@ -70,10 +70,10 @@ pub(super) struct Plan {
 
 impl Plan {
     pub(super) fn of(options: &CommitOptions) -> Result<Self> {
-        let device = walk::skip_filters(&options.device);
-        let chain = walk::backing_chain(&device);
+        let device = image_of(&options.device);
+        let chain = images_from(&device);
         let member = |node: &NodeRef| {
-            let image = walk::skip_filters(node);
+            let image = image_of(node);
             match chain.iter().any(|known| known.id() == image.id()) {
                 true => Ok(image),
                 false => Err(wrong(format!("'{}' is not in this backing file chain", node.name()))),

@@ -18,28 +18,25 @@
 mod options;
 mod sides;
 
-use std::sync::Arc;
-
 use bds_core::copy::{self, CopyMap, RunOptions};
 use bds_core::driver::{BackingRecord, BoxFuture, OpenFlags};
-use bds_core::graph::{Access, BlockOps, Blocker, Change, Frozen, Graph, JobSlot, NodeId, NodeRef, Perm, walk};
+use bds_core::graph::{
+    Access, BlockOps, Blocker, Change, Frozen, Graph, JobSlot, NodeId, NodeRef, Perm,
+};
 use bds_core::request::{Backend, BackendOptions};
-use bds_core::{Error, Options, Result};
+use bds_core::{Options, Result};
 
 use self::options::Plan;
 pub use self::options::StreamOptions;
-use self::sides::{CopyUp, SkipErrors};
+use self::sides::{CHUNK, CopyUp, SkipErrors};
 use crate::chain::headers::Headers;
 use crate::chain::names::BaseName;
-use crate::chain::nodes::{claim_all, freeze_link, image_below};
+use crate::chain::nodes::{claim_all, freeze_link, image_below, node_below};
 use crate::chain::writable::MadeWritable;
 use crate::context::JobContext;
 use crate::driver::{JobDriver, Outcome};
 use crate::kinds::JobType;
 use crate::policy::ErrorVerdict;
-
-/// Bytes that one request copies at most.
-const CHUNK: u64 = 1 << 20;
 
 /// A stream job, set up and not started.
 pub struct Stream {
@@ -55,6 +52,8 @@ pub struct Stream {
     /// The job's user of `top`; `None` if there is nothing to do.
     top: Option<Backend>,
     held: Held,
+    /// It was dropped already, and a task undoes its set-up.
+    is_remnant: bool,
 }
 
 /// What the job holds while it runs.
@@ -88,6 +87,7 @@ impl Stream {
             filter_id: None,
             top: None,
             held: Held::default(),
+            is_remnant: false,
         };
         match this.set_up().await {
             Ok(()) => Ok(Box::new(this)),
@@ -113,7 +113,9 @@ impl Stream {
         self.top = Some(user);
         for image in &self.plan.images[1..] {
             let access = Access { perm: Perm::empty(), shared: unchanged };
-            self.held.edges.push(Backend::new(image, BackendOptions::job(self.job.as_str(), access))?);
+            self.held
+                .edges
+                .push(Backend::new(image, BackendOptions::job(self.job.as_str(), access))?);
         }
         let filter = self.open_filter(&top, &bottom).await?;
         self.filter_id = Some(filter.id());
@@ -121,10 +123,8 @@ impl Stream {
         self.graph.insert_filter(&top, &filter).await?;
         self.held.frozen.push(self.graph.freeze_chain(&filter, &top, &holder)?);
         let reason = format!("{holder} streams into it");
-        self.held.blockers = vec![
-            top.block(BlockOps::RESIZE, &reason),
-            filter.block(BlockOps::RESIZE, &reason),
-        ];
+        self.held.blockers =
+            vec![top.block(BlockOps::RESIZE, &reason), filter.block(BlockOps::RESIZE, &reason)];
         Ok(())
     }
 
@@ -178,7 +178,7 @@ impl Stream {
         let link = freeze_link(&bottom, &holder).await?;
         let record = self.record().await?;
         self.headers.rewrite(&self.plan.top, record, &self.job).await?;
-        let below = walk::next_below(&bottom);
+        let below = node_below(&bottom);
         self.held.frozen.extend(link);
         let mut change = self.held.frozen.iter().fold(change, Change::thaw);
         change = change.set_backing(&self.plan.top, below.as_ref());
@@ -203,15 +203,16 @@ impl Stream {
     }
 
     async fn remove_filter(&mut self) -> Result<()> {
-        drop(self.filter.take());
         let Some(id) = self.filter_id.take() else { return Ok(()) };
-        // The change that ends the job may have removed it.
-        let Ok(filter) = self.graph.acquire(id) else { return Ok(()) };
+        // The change that ends the job took the reference, and may have removed the filter.
+        let found = self.filter.take().or_else(|| self.graph.acquire(id).ok());
+        let Some(filter) = found else { return Ok(()) };
         let blockers = std::mem::take(&mut self.held.blockers);
         let change = self.held.frozen.iter().fold(self.graph.change(), Change::thaw);
         let removed = change.drop_filter(&filter).remove(filter).commit().await;
         drop(blockers);
-        let report = removed.map_err(|error| error.context("the job's filter cannot be removed"))?;
+        let report =
+            removed.map_err(|error| error.context("the job's filter cannot be removed"))?;
         drop(report);
         Ok(())
     }
@@ -265,7 +266,7 @@ impl JobDriver for Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if !self.holds_something() {
+        if self.is_remnant || !self.holds_something() {
             return;
         }
         let mut rest = Self {
@@ -279,6 +280,7 @@ impl Drop for Stream {
             filter_id: self.filter_id.take(),
             top: self.top.take(),
             held: std::mem::take(&mut self.held),
+            is_remnant: true,
         };
         bds_io::spawn(async move {
             if let Err(error) = rest.give_back().await {

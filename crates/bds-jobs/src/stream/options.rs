@@ -2,11 +2,11 @@
 
 use std::ffi::OsString;
 
-use bds_core::graph::{NodeRef, walk};
+use bds_core::graph::NodeRef;
 use bds_core::{Error, ErrorKind, Result};
 
 use crate::chain::names::GivenName;
-use crate::chain::nodes::{image_below, images_between};
+use crate::chain::nodes::{image_below, image_of, images_between, images_from};
 
 /// Options of a stream job (`block-stream`).
 #[derive(Clone, Debug)]
@@ -57,8 +57,8 @@ pub(super) struct Plan {
 impl Plan {
     pub(super) fn of(options: &StreamOptions) -> Result<Self> {
         let wrong = |message: String| Err(Error::new(ErrorKind::InvalidInput, message));
-        let top = walk::skip_filters(&options.device);
-        let (device, chain) = (options.device.name(), walk::backing_chain(&top));
+        let top = image_of(&options.device);
+        let (device, chain) = (options.device.name(), images_from(&top));
         let is_below = |node: &NodeRef| chain.iter().skip(1).any(|image| image.id() == node.id());
         let bottom = match (&options.base, &options.bottom) {
             (Some(_), Some(_)) => {
@@ -67,25 +67,27 @@ impl Plan {
                 );
             }
             (None, Some(bottom)) => {
-                if walk::skip_filters(bottom).id() != bottom.id() {
+                if image_of(bottom).id() != bottom.id() {
                     let name = bottom.name();
                     let words = "is a filter, use a non-filter node as 'bottom'";
                     return wrong(format!("Node '{name}' {words}"));
                 }
                 if bottom.id() != top.id() && !is_below(bottom) {
                     let name = bottom.name();
-                    return wrong(format!("Node '{name}' is not in a chain starting from '{device}'"));
+                    return wrong(format!(
+                        "Node '{name}' is not in a chain starting from '{device}'"
+                    ));
                 }
                 bottom.clone()
             }
             (Some(base), None) => {
-                let image = walk::skip_filters(base);
+                let image = image_of(base);
                 if !is_below(&image) {
                     let name = base.name();
                     return wrong(format!("Node '{name}' is not a backing image of '{device}'"));
                 }
-                let is_above = |image: &&NodeRef| {
-                    image_below(image).is_some_and(|below| below.id() == walk::skip_filters(base).id())
+                let is_above = |above: &&NodeRef| {
+                    image_below(above).is_some_and(|below| below.id() == image.id())
                 };
                 chain.iter().find(is_above).expect("the base lies below an image").clone()
             }

@@ -5,15 +5,20 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use bds_core::copy::{CopyControl, CopyRead, CopyWrite, ErrorSite, ErrorVerdict, Found, FoundRun, Side};
+use bds_core::copy::{
+    CopyControl, CopyRead, CopyWrite, ErrorSite, ErrorVerdict, Found, FoundRun, Side,
+};
 use bds_core::driver::{Attempt, BoxFuture, Precision, StatusFlags, WriteFlags, ZeroFlags};
-use bds_core::graph::{NodeId, NodeRef, walk};
+use bds_core::graph::{NodeId, NodeRef};
 use bds_core::request::Backend;
 use bds_core::{Error, Result};
 use bds_io::IoVec;
 
-use super::CHUNK;
+use crate::chain::nodes::node_below;
 use crate::context::JobContext;
+
+/// Bytes that one request copies at most.
+pub(super) const CHUNK: u64 = 1 << 20;
 
 /// `top` as source and target.
 pub(super) struct CopyUp {
@@ -27,7 +32,7 @@ impl CopyUp {
     async fn look(&self, offset: u64, len: u64) -> Result<FoundRun> {
         // Another job may have exchanged what lies below. Status that goes too deep copies too
         // much, which does no harm.
-        let base = walk::next_below(&self.bottom);
+        let base = node_below(&self.bottom);
         let run = match &base {
             Some(base) => self.top.status_above(base.id(), offset, len, Precision::Exact).await?,
             None => self.top.block_status(offset, len, Precision::Exact).await?,

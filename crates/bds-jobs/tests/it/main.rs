@@ -1,4 +1,5 @@
 //! Tests of the crate's interface, on the simulated world.
 
+mod chain;
 mod fake;
 mod life;

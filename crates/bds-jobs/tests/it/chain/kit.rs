@@ -13,7 +13,7 @@ use bds_io::{Buf, Fs, Sim, SimConfig};
 use bds_jobs::{JobDriver, JobManager, JobOptions};
 use bds_testkit::{Chance, DiskModel, Ended, Op, Shape, Step, Workload, pattern};
 use futures_util::future::join_all;
-use serde_json::{Value, json};
+use serde_json::json;
 
 /// One image of a chain.
 #[derive(Clone, Copy, Debug)]
@@ -238,13 +238,13 @@ impl Chain {
     }
 }
 
-/// A guest: a backend and a model of its disk.
-pub(crate) struct Guest<'a> {
+/// A user of the disk: a backend and a model of its disk.
+pub(crate) struct User<'a> {
     pub(crate) disk: &'a Backend,
     pub(crate) model: &'a RefCell<DiskModel>,
 }
 
-impl Guest<'_> {
+impl User<'_> {
     /// Runs a workload; every request must succeed and every read must be right.
     pub(crate) async fn play(&self, workload: &Workload) -> Result<(), String> {
         for step in &workload.steps {
@@ -328,7 +328,14 @@ pub(crate) fn seeds(usual: u64) -> std::ops::Range<u64> {
     0..if is_full() { usual * 10 } else { usual }
 }
 
-/// The graph without what differs from run to run: generated names.
-pub(crate) fn shape_of(graph: &Graph) -> Value {
-    json!(graph.dump())
+/// Names of the images of the chain, from the guest's down.
+pub(crate) fn names(top: &Backend) -> Vec<String> {
+    let mut names = Vec::new();
+    let mut at = top.node();
+    while let Some(node) = at {
+        names.push(node.name().to_owned());
+        let below = node.edges_below().into_iter().find(|edge| edge.name == "backing");
+        at = below.map(|edge| node.graph().acquire(edge.child).unwrap());
+    }
+    names
 }
