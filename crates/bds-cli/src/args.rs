@@ -44,6 +44,8 @@ pub(crate) enum Command {
     Map(Map),
     /// Looks for leaks and corruption; changes nothing
     Check(Check),
+    /// Proves an image against its manifest of content hashes, or writes that
+    Verify(Verify),
     /// Says how large an image would become
     Measure(Measure),
     /// Changes the size of an image
@@ -281,6 +283,41 @@ pub(crate) struct Check {
     /// Not supported: repair
     #[arg(short = 'r', long, hide = true, value_name = "leaks|all")]
     pub(crate) repair: Option<String>,
+    /// The image
+    pub(crate) filename: OsString,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Verify {
+    #[command(flatten)]
+    pub(crate) source: Source,
+    /// The manifest; the image's name with ".manifest" if not given
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) manifest: Option<PathBuf>,
+    /// Write the manifest instead of comparing with it
+    #[arg(short, long)]
+    pub(crate) write: bool,
+    /// With --write: replace an older manifest
+    #[arg(long, requires = "write")]
+    pub(crate) overwrite: bool,
+    /// With --write: a text to keep in the manifest
+    #[arg(long, requires = "write", value_name = "TEXT")]
+    pub(crate) note: Option<String>,
+    /// Manifest of the content that this image continues: noted with --write, checked without
+    #[arg(long, value_name = "FILE")]
+    pub(crate) parent: Option<PathBuf>,
+    /// Show progress
+    #[arg(short, long)]
+    pub(crate) progress: bool,
+    /// How to print
+    #[arg(long, value_enum, default_value = "human")]
+    pub(crate) output: Output,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Cache mode
+    #[arg(short = 'T', long, default_value = "writeback", value_name = "CACHE")]
+    pub(crate) cache: String,
     /// The image
     pub(crate) filename: OsString,
 }

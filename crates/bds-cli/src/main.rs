@@ -46,6 +46,7 @@ fn main() -> ExitCode {
         Command::Compare(args) => return cmd::compare::run(args),
         Command::Map(args) => cmd::map::run(args),
         Command::Check(args) => return cmd::check::run(args),
+        Command::Verify(args) => return cmd::verify::run(args),
         Command::Measure(args) => cmd::measure::run(args),
         Command::Resize(args) => cmd::resize::run(args),
         Command::Bench(args) => cmd::bench::run(args),

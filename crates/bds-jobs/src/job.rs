@@ -9,6 +9,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bds_core::copy::ErrorVerdict;
 use bds_core::graph::{Graph, NodeId};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::sync::Notify;
@@ -17,7 +18,7 @@ use crate::errors::ErrorLog;
 use crate::event::{EventHub, JobEvent, JobPoint};
 use crate::kinds::{JobChange, JobControl, JobType, unchangeable};
 use crate::options::JobOptions;
-use crate::policy::{ErrorVerdict, IoStatus};
+use crate::policy::IoStatus;
 use crate::progress::Progress;
 use crate::speed::Speed;
 use crate::state::{JobStatus, JobVerb};
@@ -389,7 +390,7 @@ impl Job {
     pub(crate) fn conclude(&self, cleanup_error: Option<Error>) {
         let mut state = self.lock();
         state.cleanup_error = cleanup_error;
-        if let Some(event) = state.errors.take_unreported(self.id()) {
+        if let Some(event) = state.errors.take_unreported() {
             self.events.emit(event);
         }
         if state.is_started && self.facts.job_type.is_block_job() {

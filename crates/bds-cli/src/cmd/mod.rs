@@ -15,6 +15,7 @@ pub(crate) mod manual;
 pub(crate) mod map;
 pub(crate) mod measure;
 pub(crate) mod resize;
+pub(crate) mod verify;
 
 use bds_core::options::parse_size;
 use bds_core::{Error, ErrorKind, Result};

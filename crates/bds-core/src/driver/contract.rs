@@ -36,6 +36,12 @@ pub trait Driver: Send + Sync + 'static {
         false
     }
 
+    /// True if every change of this node's bytes must pass through it: a job's filter that tracks
+    /// writes. Copies by the host (copy offload) then do not go to the node below around it.
+    fn must_see_writes(&self) -> bool {
+        false
+    }
+
     /// True if unallocated parts show the backing child.
     fn supports_backing(&self) -> bool {
         false

@@ -66,12 +66,14 @@ pub(super) fn try_write<T>(
         || end > node.write_threshold_or_max()
         || node.flags().detect_zeroes != DetectZeroes::Off
         || !node.is_writable()
+        || node.has_readonly_bitmap()
         || !edge.access().perm.contains(Perm::WRITE)
     {
         return None;
     }
     let result = node.driver().try_write(offset, iov)?;
     inline.wrote();
+    node.record_change(&(offset..end));
     Some(done(named(node, result)))
 }
 
@@ -151,6 +153,7 @@ pub(super) async fn write_entered(
         let outer = padded.as_ref().map_or(bytes, |p| p.outer.clone());
         let start = outer.start;
         let admission = Admission::write(outer)
+            .unchanged_if(flags.contains(WriteFlags::UNCHANGED))
             .serialising_if(padded.is_some() || flags.contains(WriteFlags::SERIALISING))
             .no_wait_if(flags.contains(WriteFlags::NO_WAIT));
         let scope = node.admit(admission).await?;

@@ -54,6 +54,7 @@ pub(crate) struct Config {
     /// Supports a backing child.
     pub(crate) supports_backing: bool,
     pub(crate) is_filter: bool,
+    pub(crate) must_see_writes: bool,
     /// Forwards every request to the child "file".
     pub(crate) forwards: bool,
     /// Completes `try_read` and `try_write`.
@@ -75,6 +76,7 @@ impl Default for Config {
             zero_flags: None,
             supports_backing: false,
             is_filter: false,
+            must_see_writes: false,
             forwards: false,
             inline: false,
             barrier: None,
@@ -244,6 +246,10 @@ impl Driver for FakeDisk {
 
     fn is_filter(&self) -> bool {
         self.state.config.is_filter
+    }
+
+    fn must_see_writes(&self) -> bool {
+        self.state.config.must_see_writes
     }
 
     fn supports_backing(&self) -> bool {

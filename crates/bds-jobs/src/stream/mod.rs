@@ -18,7 +18,7 @@
 mod options;
 mod sides;
 
-use bds_core::copy::{self, CopyMap, RunOptions};
+use bds_core::copy::{self, CopyMap, ErrorVerdict, RunOptions};
 use bds_core::driver::{BackingRecord, BoxFuture, OpenFlags};
 use bds_core::graph::{
     Access, BlockOps, Blocker, Change, Frozen, Graph, JobSlot, NodeId, NodeRef, Perm,
@@ -36,7 +36,6 @@ use crate::chain::writable::MadeWritable;
 use crate::context::JobContext;
 use crate::driver::{JobDriver, Outcome};
 use crate::kinds::JobType;
-use crate::policy::ErrorVerdict;
 
 /// A stream job, set up and not started.
 pub struct Stream {

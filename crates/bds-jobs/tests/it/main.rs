@@ -1,5 +1,12 @@
 //! Tests of the crate's interface, on the simulated world.
 
 mod chain;
+mod errors;
 mod fake;
+mod groups;
 mod life;
+mod load;
+mod mirror;
+mod shutdown;
+mod speed;
+mod verbs;

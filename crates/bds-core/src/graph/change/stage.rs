@@ -81,6 +81,8 @@ pub(in crate::graph) struct Stage<'g> {
     starts: ById<Strong<Node>>,
     /// Freezes that do not hold back this change.
     thawed: Vec<Arc<Freeze>>,
+    /// Nodes of which something else changes than edges and permissions.
+    drained: ById<Strong<Node>>,
 }
 
 impl<'g> Stage<'g> {
@@ -98,6 +100,7 @@ impl<'g> Stage<'g> {
             owned: ById::new(),
             starts: ById::new(),
             thawed: Vec::new(),
+            drained: ById::new(),
         }
     }
 
@@ -375,6 +378,11 @@ impl<'g> Stage<'g> {
 
     // ---- hand over
 
+    /// The node is to be drained, whatever else changes.
+    pub(in crate::graph) fn drain(&mut self, node: &Strong<Node>) {
+        self.drained.insert(node.id(), Strong::clone(node));
+    }
+
     /// Nodes at which permissions can differ.
     pub(in crate::graph) fn starts(&self) -> Vec<Strong<Node>> {
         self.starts.values().cloned().collect()
@@ -395,6 +403,7 @@ impl<'g> Stage<'g> {
         });
         let others = self.facts.keys().chain(self.leaving.keys());
         let others = others.filter_map(|id| self.starts.get(id).cloned());
+        let others = others.chain(self.drained.values().cloned());
         let all = left.chain(parents).chain(dropped).chain(others);
         all.map(|node| (node.id(), node)).collect::<ById<_>>().into_values().collect()
     }

@@ -8,6 +8,7 @@
 //! across an await.
 
 use std::fmt;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -15,7 +16,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use arc_swap::{ArcSwap, Guard};
 use bds_refcount::Handle;
 
-use super::bitmap_list::BitmapList;
 use super::blockers::{BlockOps, Blockers};
 use super::edge::Edge;
 use super::flags::{FlagsCell, Given};
@@ -24,6 +24,7 @@ use super::name::NodeName;
 use super::threshold::Threshold;
 use crate::driver::{Driver, Limits, OpenFlags, Role};
 use crate::error::{Error, ErrorKind, Result};
+use crate::graph::bitmaps::list::BitmapList;
 use crate::tracker::RequestTracker;
 
 /// Identifies a node: `Copy`, 64 bits, never reused. Keeps nothing alive and never dangles:
@@ -465,6 +466,37 @@ impl Node {
     /// The job whose main node this is.
     pub fn job(&self) -> Option<Arc<str>> {
         self.blockers.job()
+    }
+
+    /// Marks a range that a request has changed, or may have changed, in the node's bitmaps. Called
+    /// after the driver is done and the write was counted, before its completion is reported.
+    #[inline]
+    pub(crate) fn record_change(&self, range: &Range<u64>) {
+        self.bitmaps.record(range, || self.len());
+    }
+
+    /// Whether a bitmap of the node is read-only: then writes are refused.
+    #[inline]
+    pub(crate) fn has_readonly_bitmap(&self) -> bool {
+        self.bitmaps.is_readonly()
+    }
+
+    /// The error of such a write.
+    #[cold]
+    pub(crate) fn refuse_write_for_bitmap(&self) -> Result<()> {
+        self.bitmaps.refuse_write()
+    }
+
+    /// Checks that the bitmaps of this node, and of the filters above that show its length, can
+    /// follow it to this length.
+    pub(crate) fn check_bitmaps_resize(&self, len: u64) -> Result<()> {
+        self.bitmaps.check_resize(len)
+    }
+
+    /// The length has changed, or may have: bitmaps follow. No request to what lies behind the
+    /// shorter of both lengths is in flight.
+    pub(crate) fn follow_len(&self) {
+        self.bitmaps.set_len(self.len());
     }
 
     /// The write threshold in bytes; beyond every write if there is none.

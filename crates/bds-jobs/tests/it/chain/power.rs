@@ -127,7 +127,7 @@ fn cut(
         let case = format!("{what:?} seed {seed} cut {at:?} {mode:?}");
         let top = after.block_on(chain.found(after.fs(), "top")).0;
         let checked = model.borrow().clone().check_crash(top.len() as u64, &sectors(&top));
-        checked.unwrap_or_else(|error| panic!("{case}: {error}\n{}", chain.workload(seed, 6)));
+        checked.unwrap_or_else(|error| panic!("{case}: {error}\n{}", workload(chain, seed)));
         let (image, old, new) = what.records();
         let (bytes, found) = after.block_on(chain.found(after.fs(), image));
         let is_new = found.as_deref() == new;

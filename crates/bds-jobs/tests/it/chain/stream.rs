@@ -39,7 +39,7 @@ fn check(layers: &[Layer], base: Option<usize>, seed: u64) {
         let guest = User { disk: &disk, model: &model };
         let options = match base {
             None => StreamOptions::new(&nodes[last]),
-            Some(n) if seed % 2 == 0 => {
+            Some(n) if seed.is_multiple_of(2) => {
                 StreamOptions { base: Some(nodes[n].clone()), ..StreamOptions::new(&nodes[last]) }
             }
             Some(n) => {
