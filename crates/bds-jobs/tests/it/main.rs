@@ -7,6 +7,8 @@ mod groups;
 mod life;
 mod load;
 mod mirror;
+mod races;
 mod shutdown;
 mod speed;
+mod stuck;
 mod verbs;
