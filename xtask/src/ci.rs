@@ -33,7 +33,8 @@ pub(crate) fn ci() -> Result<(), String> {
 
 /// Each driver must build alone: a feature adds and never changes what is there.
 fn features() -> Result<(), String> {
-    let filters = ["blkdebug", "compress", "copy-on-read", "preallocate", "throttle"];
+    let filters =
+        ["blkdebug", "compress", "copy-before-write", "copy-on-read", "preallocate", "throttle"];
     for features in ["", "file", "file,raw", "file,qcow2"].into_iter().chain(filters) {
         run(cargo().args([
             "check",
