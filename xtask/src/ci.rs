@@ -3,13 +3,14 @@
 use crate::flags::Tier;
 use crate::outcome::Outcome;
 use crate::run::{cargo, run, say, say_error};
-use crate::{cargo_test, outside, test, tidy};
+use crate::{abi, cargo_test, header, outside, test, tidy};
 
 /// Runs the gates and the tests; a failed gate counts as a failed test and the rest still runs.
 pub(crate) fn ci() -> Result<(), String> {
     let mut sum = Outcome::default();
     gate(&mut sum, "fmt", run(cargo().args(["fmt", "--all", "--", "--check"])));
     gate(&mut sum, "tidy", tidy::tidy(tidy::Show::default()));
+    gate(&mut sum, "header", header::header(true));
     gate(
         &mut sum,
         "clippy",
@@ -23,6 +24,7 @@ pub(crate) fn ci() -> Result<(), String> {
             "warnings",
         ])),
     );
+    gate(&mut sum, "abi", abi::check());
     gate(&mut sum, "features", features());
     gate(&mut sum, "docs", docs());
     gate(&mut sum, "packages", packages());
@@ -33,7 +35,8 @@ pub(crate) fn ci() -> Result<(), String> {
 
 /// Each driver must build alone: a feature adds and never changes what is there.
 fn features() -> Result<(), String> {
-    let filters = ["blkdebug", "compress", "copy-on-read", "preallocate", "throttle"];
+    let filters =
+        ["blkdebug", "compress", "copy-before-write", "copy-on-read", "preallocate", "throttle"];
     for features in ["", "file", "file,raw", "file,qcow2"].into_iter().chain(filters) {
         run(cargo().args([
             "check",

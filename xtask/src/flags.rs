@@ -15,6 +15,8 @@ cargo xtask COMMAND
                          the project's rules that no compiler checks; lists import circles, words, wide comments in full
   bench [--quick] [--only NAME]
                          side by side with qemu-img: ratios, medians of interleaved runs
+  abi check              exports, versions, SONAME of the shared C library, with a control that must fail
+  header [--check]       the C header out of the sources of bds-ffi; --check: only says whether it is up to date
   outside                a crate outside the workspace with the single dependency bds runs the README's lines
   dist                   the tool for packagers: stripped binary, manual pages, shell completions, licences
   doctor                 what is on this machine, what is missing, how to get it
@@ -54,6 +56,10 @@ pub(crate) enum Command {
         report: String,
         command: Vec<String>,
     },
+    Abi,
+    Header {
+        check: bool,
+    },
     Outside,
     Dist,
     Doctor,
@@ -72,6 +78,15 @@ pub(crate) fn parse(args: impl Iterator<Item = String>) -> Result<Command, Strin
         "measure" => parse_measure(rest),
         "demo" => bare(name, rest, Command::Demo),
         "tidy" => parse_tidy(rest),
+        "abi" => match rest {
+            [what] if what == "check" => Ok(Command::Abi),
+            _ => Err("'abi' takes 'check'".into()),
+        },
+        "header" => match rest {
+            [] => Ok(Command::Header { check: false }),
+            [flag] if flag == "--check" => Ok(Command::Header { check: true }),
+            _ => Err("'header' takes --check or nothing".into()),
+        },
         "outside" => bare(name, rest, Command::Outside),
         "dist" => bare(name, rest, Command::Dist),
         "doctor" => bare(name, rest, Command::Doctor),

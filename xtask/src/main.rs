@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_macros)] // println! and its like: see run.rs
 
+mod abi;
 mod bench;
 mod cargo_test;
 mod ci;
@@ -10,6 +11,7 @@ mod demo;
 mod dist;
 mod doctor;
 mod flags;
+mod header;
 mod matrix;
 mod mutants;
 mod outcome;
@@ -43,6 +45,8 @@ fn main() -> ExitCode {
         Command::Measure { report, command } => bench::measure::run_child(&report, &command),
         Command::Outside => outside::outside(),
         Command::Dist => dist::dist(),
+        Command::Abi => abi::check(),
+        Command::Header { check } => header::header(check),
         Command::Doctor => doctor::doctor(),
         Command::Ci => ci::ci(),
     };

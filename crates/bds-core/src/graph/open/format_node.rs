@@ -34,8 +34,8 @@ impl Graph {
     /// # bds_io::block_on(async {
     /// let file = graph.open(Options::parse("driver=mem,node-name=file,size=0")?).await?;
     /// let (format, options) = ("qcow2".into(), Options::parse("size=1G")?);
-    /// let report = graph.format_node(&file, NodeFormat { format, options, data_file: None }).await?;
-    /// assert_eq!(report.len, 1 << 30);
+    /// let image = NodeFormat { format, options, data_file: None };
+    /// assert_eq!(graph.format_node(&file, image).await?.len, 1 << 30);
     /// let disk = graph.open(Options::parse("driver=qcow2,node-name=disk,file=file")?).await?;
     /// assert_eq!(disk.len(), 1 << 30);
     /// # Ok::<(), bds_core::Error>(())
