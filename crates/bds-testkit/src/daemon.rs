@@ -30,8 +30,8 @@ pub fn ask_daemon(commands: &[Value]) -> Vec<Value> {
     values.filter(is_answer).skip(1).take(commands.len()).collect()
 }
 
-/// The SHA-256 of each bitmap's bits as QEMU loads them: bytes in the order of qcow2, in whole words
-/// of 64 bits.
+/// The SHA-256 of each bitmap's bits as QEMU loads them: bytes in the order of qcow2, in whole
+/// words of 64 bits.
 #[track_caller]
 pub fn bitmap_sums(image: &Path, names: &[&str]) -> Vec<String> {
     let file = json!({"driver": "file", "filename": image, "read-only": true});

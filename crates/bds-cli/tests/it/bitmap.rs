@@ -43,7 +43,7 @@ fn bitmaps(workdir: &Workdir, image: &str) -> (Value, Vec<String>) {
     (list, sums)
 }
 
-/// An error without the program's name, the image's, and names of nodes that nobody chose.
+/// An error without the program's name, the image's, and generated names of nodes.
 fn plain(output: &Output) -> String {
     let text = output.stderr.trim().replace("theirs.qcow2", "ours.qcow2");
     let text = text.trim_start_matches("qemu-img: ").trim_start_matches("bds: ");
@@ -100,8 +100,8 @@ fn commands_have_the_effects_and_errors_of_qemu_img() {
         "--remove % b0",
         "--remove % b1",
     ] {
-        let theirs = workdir
-            .qemu_img(&format!("bitmap {}", words.replace('%', "theirs.qcow2")).trim().to_owned());
+        let theirs =
+            workdir.qemu_img(format!("bitmap {}", words.replace('%', "theirs.qcow2")).trim_end());
         let ours = workdir.bds(&format!("bitmap {}", words.replace('%', "ours.qcow2")));
         assert_eq!(ours.code, theirs.code, "{words}\n{ours:?}\n{theirs:?}");
         assert_eq!(plain(&ours), plain(&theirs), "{words}");
