@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bds_core::copy::{CopyMap, MAX_REQUESTS, RunOptions};
 use bds_core::driver::{Access, Perm, WriteFlags};
-use bds_core::graph::{BlockOps, Blocker, Change, JobSlot, NodeRef, walk};
+use bds_core::graph::{BlockOps, Blocker, Change, Frozen, JobSlot, NodeId, NodeRef, walk};
 use bds_core::request::{Backend, BackendOptions};
 use bds_core::{Error, ErrorKind, Options, Result};
 use bds_drivers::filter::copy_before_write::{

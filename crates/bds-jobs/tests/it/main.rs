@@ -1,6 +1,8 @@
 //! Tests of the crate's interface, on the simulated world.
 
 mod backup;
+mod chain;
+mod create;
 mod errors;
 mod fake;
 mod groups;
