@@ -3,7 +3,7 @@
 use crate::flags::Tier;
 use crate::outcome::Outcome;
 use crate::run::{cargo, run, say, say_error, target_dir};
-use crate::{abi, cargo_test, header, outside, test, tidy};
+use crate::{abi, cargo_test, dist, header, outside, test, tidy};
 
 /// Runs the gates and the tests; a failed gate counts as a failed test and the rest still runs.
 pub(crate) fn ci() -> Result<(), String> {
