@@ -214,7 +214,7 @@ mod tests {
     /// A thread keeps lists of several nodes; those of other nodes and older ones are not mistaken
     /// for the one that is asked for.
     #[test]
-    fn lists_of_many_nodes_are_told_apart() {
+    fn lists_of_many_nodes_are_distinguished() {
         let nodes: Vec<_> = (0..3 * KEPT).map(|_| (Recorder::default(), bits(4096))).collect();
         for round in 0..4_u64 {
             for (recorder, bits) in &nodes {
