@@ -23,6 +23,9 @@ use crate::job::{GroupSignal, Job, cancelled};
 use crate::registry::Registry;
 use crate::state::JobStatus;
 
+/// Turns that requests of a poisoned node get to leave it.
+const POISON_TURNS: usize = 100;
+
 /// Jobs that end together.
 #[derive(Debug)]
 pub(crate) struct Group {
@@ -221,11 +224,23 @@ async fn settle(job: &Job) -> Option<Error> {
         let Ok(node) = job.graph.acquire(*id) else { continue };
         if let Err(error) = job.graph.drain_within(&node, timeout).await {
             poison_storage(&node);
+            leave_poisoned(&node).await;
             tracing::warn!(job = job.id(), node = node.name(), "target poisoned: {error}");
             failed.get_or_insert(error.context("the target was poisoned"));
         }
     }
     failed
+}
+
+/// Lets the tasks of a poisoned node's detached requests end: they keep it open until their next
+/// turn. Requests of other users may stay for ever.
+async fn leave_poisoned(node: &NodeRef) {
+    for _ in 0..POISON_TURNS {
+        if node.in_flight() == 0 {
+            return;
+        }
+        bds_io::yield_now().await;
+    }
 }
 
 /// Poisons a node, and those that store for it and have requests inside. Not its backing chain,

@@ -147,7 +147,7 @@ pub(crate) fn manual(id: &str) -> JobOptions {
 
 /// Runs a test of one manager in a calm world, then all that is left, and checks that the jobs of
 /// the manager left nothing behind.
-pub(crate) fn run<F: Future<Output = ()> + Send + 'static>(test: impl FnOnce(JobManager) -> F) {
+pub(crate) fn run<F: Future<Output = ()>>(test: impl FnOnce(JobManager) -> F) {
     let sim = calm(1);
     let jobs = manager(&sim);
     sim.block_on(test(jobs.clone()));

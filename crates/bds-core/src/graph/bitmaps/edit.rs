@@ -136,7 +136,7 @@ impl Lists {
     ) -> Result<StagedBitmaps<'_>> {
         let lists = self.0.iter().map(|(id, (node, shared))| {
             let locked = shared.lock();
-            locked.grow(node.len());
+            locked.follow(&|| node.len());
             (*id, StagedList { node, state: locked.clone(), locked })
         });
         let mut staged =

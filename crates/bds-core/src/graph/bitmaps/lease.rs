@@ -79,7 +79,7 @@ impl NodeRef {
 
     fn lease_number(&self, number: u64, holder: &str, need: Need) -> Result<BitmapLease> {
         let shared = Arc::clone(self.bitmaps.shared());
-        let leased = self.bitmaps.lock(self.len()).lease(number, holder, need);
+        let leased = self.bitmaps.lock(|| self.len()).lease(number, holder, need);
         let (key, bits) = leased.map_err(|error| error.node(self.name()))?;
         Ok(BitmapLease { shared, node: self.id(), key, bits })
     }
@@ -122,7 +122,7 @@ impl NodeRef {
         let bits = HBitmap::new(len, granularity).map_err(|error| error.node(self.name()))?;
         let entry = Entry { owner: Some(owner.into()), ..Entry::new(bits) };
         let bits = Arc::clone(&entry.bits);
-        let mut locked = self.bitmaps.lock(len);
+        let mut locked = self.bitmaps.lock(|| self.len());
         let number = locked.insert(entry);
         locked.publish();
         drop(locked);

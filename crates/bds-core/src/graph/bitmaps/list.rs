@@ -15,7 +15,7 @@
 
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bds_io::sync::Mutex as AsyncMutex;
 
@@ -114,10 +114,23 @@ impl Entry {
         if self.is_readonly && need != Need::Use {
             return Err(self.readonly());
         }
-        if self.is_inconsistent && need != Need::Remove {
-            return Err(self.inconsistent());
+        match need {
+            Need::Remove => Ok(()),
+            Need::Use | Need::Modify => self.check_consistent(),
         }
-        Ok(())
+    }
+
+    /// # Errors
+    /// `InvalidInput`: it is inconsistent.
+    pub(super) fn check_consistent(&self) -> Result<()> {
+        if !self.is_inconsistent {
+            return Ok(());
+        }
+        let text = format!(
+            "{} is inconsistent and cannot be used; it can only be removed (block-dirty-bitmap-remove)",
+            self.subject()
+        );
+        Err(Error::new(ErrorKind::InvalidInput, text))
     }
 
     /// Checks that the node may be resized.
@@ -134,14 +147,6 @@ impl Entry {
     fn readonly(&self) -> Error {
         let text = format!("{} is readonly and cannot be modified", self.subject());
         Error::new(ErrorKind::ReadOnly, text)
-    }
-
-    fn inconsistent(&self) -> Error {
-        let text = format!(
-            "{} is inconsistent and cannot be used; it can only be removed (block-dirty-bitmap-remove)",
-            self.subject()
-        );
-        Error::new(ErrorKind::InvalidInput, text)
     }
 
     /// The bits that record writes now.
@@ -290,9 +295,22 @@ impl State {
         self.entries.retain(|entry| entry.number != number);
     }
 
-    /// Makes all bitmaps at least as long as the node, which may have grown by a write.
-    pub(super) fn grow(&self, len: u64) {
-        self.entries.iter().flat_map(Entry::all_bits).for_each(|bits| bits.grow(len));
+    /// Makes all bitmaps as long as the node, which may have grown by a write, or been resized from
+    /// below. Requests may record meanwhile.
+    pub(super) fn follow(&self, len: &impl Fn() -> u64) {
+        for bits in self.entries.iter().flat_map(Entry::all_bits) {
+            let wanted = len();
+            if bits.len() > wanted {
+                bits.set_len(wanted);
+                // A write behind the end may have made the node longer, and its mark may have been
+                // dropped just now. It came after the new length, which is seen here then.
+                let now = len();
+                bits.grow(now);
+                bits.set(wanted..now);
+            } else {
+                bits.grow(wanted);
+            }
+        }
     }
 }
 
@@ -360,32 +378,43 @@ impl DerefMut for Locked<'_> {
     }
 }
 
-/// A node's bitmaps. Allocates nothing before the first.
+/// A node's bitmaps.
 #[derive(Default)]
 pub(in crate::graph) struct BitmapList {
-    /// Set before the first bitmap comes, for ever.
+    /// Set before the first bitmap comes, for ever: requests to nodes without bitmaps look no
+    /// further.
     had_any: AtomicBool,
     /// A bitmap is read-only: the node must not be written.
     is_readonly: AtomicBool,
-    shared: OnceLock<Arc<Shared>>,
+    shared: Arc<Shared>,
+}
+
+/// A node's bitmaps as reached from below.
+pub(in crate::graph) struct BitmapSlot(Arc<Shared>);
+
+impl BitmapSlot {
+    /// Checks that all bitmaps can follow the node to this length: none is busy, read-only or
+    /// inconsistent.
+    pub(in crate::graph) fn check_resize(&self, len: u64) -> Result<()> {
+        self.0.lock().entries.iter().try_for_each(|entry| entry.check_resize(len))
+    }
 }
 
 impl BitmapList {
-    /// What is shared with guards, made now if need be.
+    /// What is shared with guards, for a bitmap that comes.
     pub(super) fn shared(&self) -> &Arc<Shared> {
-        let shared = self.shared.get_or_init(Arc::default);
         self.had_any.store(true, Ordering::SeqCst);
-        shared
+        &self.shared
     }
 
     /// What is shared with guards, if the node ever had a bitmap.
     pub(super) fn existing(&self) -> Option<&Arc<Shared>> {
-        self.shared.get()
+        self.had_any.load(Ordering::SeqCst).then_some(&self.shared)
     }
 
     /// The bitmaps, if the node ever had one.
     pub(super) fn get(&self) -> Option<Locked<'_>> {
-        self.shared.get().map(|shared| shared.lock())
+        self.existing().map(|shared| shared.lock())
     }
 
     /// The number of the bitmap of this name.
@@ -400,9 +429,9 @@ impl BitmapList {
     }
 
     /// Locks the bitmaps of a node of this length.
-    pub(super) fn lock(&self, len: u64) -> Locked<'_> {
+    pub(super) fn lock(&self, len: impl Fn() -> u64) -> Locked<'_> {
         let locked = self.shared().lock();
-        locked.grow(len);
+        locked.follow(&len);
         locked
     }
 
@@ -431,26 +460,23 @@ impl BitmapList {
         refused.map_or(Ok(()), |entry| Err(entry.readonly()))
     }
 
-    /// Changes the length of all bitmaps, as [`HBitmap::set_len`].
-    pub(in crate::graph) fn set_len(&self, len: u64) {
-        let Some(locked) = self.get() else { return };
-        locked.entries.iter().flat_map(Entry::all_bits).for_each(|bits| bits.set_len(len));
+    /// Makes all bitmaps as long as the node is.
+    pub(in crate::graph) fn follow(&self, len: impl Fn() -> u64) {
+        if let Some(locked) = self.get() {
+            locked.follow(&len);
+        }
     }
 
-    /// Checks that all bitmaps can follow the node to this length: none is busy, read-only or
-    /// inconsistent.
-    pub(in crate::graph) fn check_resize(&self, len: u64) -> Result<()> {
-        let Some(locked) = self.get() else { return Ok(()) };
-        locked.entries.iter().try_for_each(|entry| entry.check_resize(len))
+    /// A handle for those that reach the node from below.
+    pub(in crate::graph) fn slot(&self) -> BitmapSlot {
+        BitmapSlot(Arc::clone(&self.shared))
     }
 
     /// Marks what a request has changed. One load if the node never had a bitmap.
     #[inline]
     pub(in crate::graph) fn record(&self, range: &Range<u64>, len: impl Fn() -> u64) {
-        if self.had_any.load(Ordering::SeqCst)
-            && let Some(shared) = self.shared.get()
-        {
-            shared.recorder.record(range, len);
+        if self.had_any.load(Ordering::SeqCst) {
+            self.shared.recorder.record(range, len);
         }
     }
 

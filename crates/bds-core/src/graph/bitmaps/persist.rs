@@ -91,7 +91,7 @@ pub(super) async fn mark_edited(edits: &[&BitmapEdit]) -> Result<()> {
     for edit in edits {
         let node = &edit.node;
         let is_needed = {
-            let locked = node.bitmaps.lock(node.len());
+            let locked = node.bitmaps.lock(|| node.len());
             edit.is_about_stored(&locked)
         };
         if is_needed
@@ -122,7 +122,7 @@ impl<'a> ImageWork<'a> {
     ) -> Self {
         let marks = |edit: &&BitmapEdit| {
             let node = &edit.node;
-            store_of(node).is_some() && edit.is_about_stored(&node.bitmaps.lock(node.len()))
+            store_of(node).is_some() && edit.is_about_stored(&node.bitmaps.lock(|| node.len()))
         };
         Self { edits: edits.filter(marks).collect(), to_store: to_store.collect() }
     }
@@ -156,7 +156,7 @@ pub(in crate::graph) async fn remove_all_stored(removed: Vec<(NodeRef, Arc<str>)
         let Some(store) = store_of(&node) else { continue };
         // Another bitmap may have got the name meanwhile: the copy is its own then.
         let _turn = node.bitmaps.shared().store_turn.lock().await;
-        if node.bitmaps.lock(node.len()).has_name(&name) {
+        if node.bitmaps.lock(|| node.len()).has_name(&name) {
             continue;
         }
         if let Err(error) = store.remove(&name).await {
@@ -176,7 +176,7 @@ pub(in crate::graph) async fn store_all(node: &Node) -> Result<()> {
     let Some(shared) = node.bitmaps.existing() else { return Ok(()) };
     let _turn = shared.store_turn.lock().await;
     let (all, is_stale) = {
-        let locked = node.bitmaps.lock(node.len());
+        let locked = node.bitmaps.lock(|| node.len());
         if !locked.had_persistent {
             return Ok(());
         }
@@ -272,7 +272,7 @@ impl BitmapList {
         if loaded.is_empty() && self.existing().is_none() {
             return;
         }
-        let mut locked = self.lock(len);
+        let mut locked = self.lock(|| len);
         locked.entries.retain(|entry| !entry.is_persistent || entry.lease.is_some());
         locked.is_stale = false;
         for stored in loaded {

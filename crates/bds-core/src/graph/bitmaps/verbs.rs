@@ -6,6 +6,7 @@ use super::info::{BitmapId, BitmapInfo, BitmapOptions};
 use super::lease::{belongs_to_owner, gone};
 use super::list::Need;
 use super::persist;
+use crate::bitmap::HBitmap;
 use crate::error::{Error, Result};
 use crate::graph::{Graph, NodeRef};
 
@@ -86,6 +87,20 @@ impl NodeRef {
     pub fn bitmaps(&self) -> Vec<BitmapInfo> {
         let Some(locked) = self.bitmaps.get() else { return Vec::new() };
         locked.entries.iter().map(|entry| BitmapInfo::new(self.id(), entry)).collect()
+    }
+
+    /// A copy of what a bitmap has recorded: what its `count` counts.
+    ///
+    /// # Errors
+    /// `NotFound`; `InvalidInput`: it is inconsistent.
+    pub fn copy_bitmap(&self, name: &str) -> Result<HBitmap> {
+        let copy = || {
+            let locked = self.bitmaps.lock(|| self.len());
+            let entry = locked.named(name)?;
+            entry.check_consistent()?;
+            entry.bits.resized(entry.bits.len())
+        };
+        copy().map_err(|error| error.node(self.name()))
     }
 
     /// Removes a bitmap, from the image too if it is persistent.
@@ -209,7 +224,7 @@ impl Graph {
 async fn remove(node: &NodeRef, number: u64) -> Result<()> {
     let named = |error: Error| error.node(node.name());
     let stored = {
-        let locked = node.bitmaps.lock(node.len());
+        let locked = node.bitmaps.lock(|| node.len());
         let Some(entry) = locked.find(number) else { return Err(gone(node)) };
         if entry.owner.is_some() {
             entry.check(Need::Remove).map_err(named)?;
@@ -222,7 +237,7 @@ async fn remove(node: &NodeRef, number: u64) -> Result<()> {
     if let Some(name) = stored {
         persist::remove_stored(node, &name).await.map_err(named)?;
     }
-    let mut locked = node.bitmaps.lock(node.len());
+    let mut locked = node.bitmaps.lock(|| node.len());
     locked.remove(number);
     locked.publish();
     drop(locked);

@@ -22,7 +22,7 @@ use super::child::Opener;
 use super::names::Reservation;
 use crate::driver::{BoxFuture, Driver, DriverType, OpenContext, OpenFlags, Role};
 use crate::error::{Error, ErrorKind, Result};
-use crate::event::Event;
+use crate::event::{Event, EventSender};
 use crate::graph::bitmaps::persist::{self, LoadedBitmap};
 use crate::graph::change::perm::{self, Strictness};
 use crate::graph::change::stage::Stage;
@@ -268,8 +268,10 @@ async fn open_driver(
     name: &Reservation,
 ) -> Result<(Box<dyn Driver>, Opener)> {
     let fs = call.graph.config().fs.clone();
+    let events = EventSender(call.graph.event_hub().clone());
     let mut opener = Opener::new(call, Arc::clone(name.name()), flags);
     let mut context = OpenContext::new(name.name(), options, flags, &fs, &mut opener);
+    context.events = events;
     let driver = driver_type.open(&mut context).await?;
     let rest = context.options;
     if let Err(error) = flags::check_taken(driver_type, &rest) {

@@ -2,6 +2,7 @@
 
 use crate::ErrorKind;
 use crate::graph::{BitmapOptions, MAX_BITMAP_NAME_LEN};
+use crate::options::Options;
 use crate::test_kit::logging::run;
 
 #[test]
@@ -99,5 +100,43 @@ fn close_reports_leased_and_anonymous_bitmaps_and_ends_leases() {
         assert!(!lease.is_valid());
         assert_eq!(fixture.graph.lease_bitmap(id, "late").unwrap_err().kind(), ErrorKind::Stale);
         drop((lease, bitmap));
+    });
+}
+
+/// A change with a rename, a reopen and edits of bitmaps fails at each of its steps in turn.
+#[test]
+fn a_change_that_fails_at_any_step_leaves_bitmaps_alone() {
+    run(|fixture| async move {
+        fixture.plain("a");
+        let node = fixture.open("driver=file,node-name=n,filename=a").await;
+        node.add_bitmap(BitmapOptions::named("old")).await.unwrap();
+        let lease = node.lease_bitmap("old", "a job").unwrap();
+        let before = node.bitmaps();
+        let mut steps = 0;
+        loop {
+            let change = fixture
+                .graph
+                .change()
+                .add_bitmap(&node, BitmapOptions::named("new"))
+                .disable_bitmap(&node, "new")
+                .split_bitmap(&lease)
+                .rename(&node, "m")
+                .reopen(&node, Options::parse("discard=unmap").unwrap());
+            fixture.graph.0.faults.set(Some(steps));
+            let done = change.commit().await;
+            if fixture.graph.0.faults.has_struck() {
+                assert_eq!(done.unwrap_err().message(), "injected failure of a step");
+                assert_eq!((node.bitmaps(), node.name()), (before.clone(), "n"), "step {steps}");
+                assert!(lease.successor().is_none());
+                steps += 1;
+                continue;
+            }
+            fixture.graph.0.faults.set(None);
+            done.unwrap();
+            break;
+        }
+        assert!(steps > 5, "{steps} steps");
+        assert_eq!((node.bitmaps().len(), node.name()), (2, "m"));
+        assert!(lease.successor().is_some() && node.flags().discard);
     });
 }
