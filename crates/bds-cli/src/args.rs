@@ -342,6 +342,8 @@ pub(crate) enum BackupCommand {
     Restore(BackupRestore),
     /// Proves points against their manifests
     Verify(BackupVerify),
+    /// Removes the oldest points
+    Prune(BackupPrune),
 }
 
 #[derive(Args, Debug)]
@@ -405,6 +407,21 @@ pub(crate) struct BackupRestore {
     pub(crate) directory: PathBuf,
     /// The new image
     pub(crate) target: PathBuf,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct BackupPrune {
+    /// How many points to keep
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) keep: usize,
+    /// How to print
+    #[arg(long, value_enum, default_value = "human")]
+    pub(crate) output: Output,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// The directory of backups
+    pub(crate) directory: PathBuf,
 }
 
 #[derive(Args, Debug)]

@@ -3,6 +3,7 @@
 //! ```text
 //! 000001.qcow2  000001.manifest     a full backup
 //! 000002.qcow2  000002.manifest     an increment: its backing file is 000001.qcow2
+//! 000002.full                       that increment was made a full backup (prune)
 //! 000003.*.partial                  being made, or left by a run that was killed
 //! ```
 //! A point exists when its manifest does: the image is made durable first, then the manifest gets
@@ -122,7 +123,7 @@ impl BackupSet {
     /// `InvalidImage`: a link is missing, or has another content than the increment was made on.
     pub(crate) fn chain(&self, top: &Point) -> Result<Vec<&Point>> {
         let mut chain = vec![self.point(Some(top.number))?];
-        while let Some(point) = chain.last().filter(|point| point.note.kind != Kind::Full) {
+        while let Some(point) = chain.last().filter(|point| !self.is_full(point)) {
             let below = self.points.iter().rfind(|other| other.number < point.number);
             let Some(below) = below else {
                 let message = format!("the base of point {} is missing", point.number);
@@ -137,6 +138,22 @@ impl BackupSet {
             chain.push(below);
         }
         Ok(chain)
+    }
+
+    /// Whether its image needs no other.
+    pub(crate) fn is_full(&self, point: &Point) -> bool {
+        point.note.kind == Kind::Full || self.full_mark(point.number).exists()
+    }
+
+    /// Notes that the image of a point holds all of its content.
+    pub(crate) fn mark_full(&self, number: u32) -> Result<()> {
+        let path = self.full_mark(number);
+        let mark = || File::create(&path)?.sync_all().and_then(|()| self.sync());
+        mark().map_err(|error| Error::io(error, "cannot mark the backup").file(&path))
+    }
+
+    fn full_mark(&self, number: u32) -> PathBuf {
+        self.directory.join(format!("{number:06}.full"))
     }
 
     pub(crate) fn image(&self, number: u32) -> PathBuf {
@@ -187,6 +204,10 @@ impl BackupSet {
             fs::remove_file(self.manifest(number))?;
             self.sync()?;
             fs::remove_file(self.image(number))?;
+            match fs::remove_file(self.full_mark(number)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
             self.sync()
         };
         remove()

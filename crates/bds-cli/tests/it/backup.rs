@@ -26,7 +26,8 @@ impl Disk {
     /// Writes some places of the disk, through the tool.
     fn change(&mut self) {
         for _ in 0..3 {
-            let at = usize::try_from(self.chance.below(LEN as u64 / 512 - 64)).expect("small") * 512;
+            let at =
+                usize::try_from(self.chance.below(LEN as u64 / 512 - 64)).expect("small") * 512;
             let byte = u8::try_from(self.chance.below(256)).expect("below 256");
             self.content[at..at + 8192].fill(byte);
             let words = format!("bench -w -c 1 -s 8192 -o {at} --pattern {byte} disk.qcow2");
@@ -155,4 +156,30 @@ fn a_raw_disk_is_backed_up_in_full() {
     assert_eq!(output.code, 1);
     disk.workdir.must("backup run --full --no-bitmap -f raw base.raw set");
     assert!(disk.restored(2) == disk.content);
+}
+
+#[test]
+fn pruning_makes_the_oldest_point_that_is_kept_a_full_one() {
+    let mut disk = Disk::new(8);
+    let mut contents = vec![disk.content.clone()];
+    disk.workdir.must("backup run disk.qcow2 set");
+    for _ in 0..3 {
+        disk.change();
+        contents.push(disk.content.clone());
+        disk.workdir.must("backup run disk.qcow2 set");
+    }
+    assert_eq!(disk.workdir.bds("backup prune --keep 0 set").code, 1);
+    disk.workdir.must("backup prune --keep 2 set");
+    let listed = disk.workdir.must("backup list set").stdout;
+    assert!(listed.contains("000003  full") && !listed.contains("000002"), "{listed}");
+    assert!(!exists(&disk, "set/000001.qcow2"));
+    disk.workdir.must("backup verify set");
+    for point in [3, 4] {
+        assert!(disk.restored(point) == contents[point - 1], "point {point}");
+    }
+    disk.change();
+    disk.workdir.must("backup run disk.qcow2 set");
+    assert!(disk.restored(5) == disk.content);
+    disk.workdir.must("backup prune --keep 9 set");
+    assert_eq!(disk.workdir.must("backup list set").stdout.lines().count(), 4);
 }

@@ -6,7 +6,7 @@ use bds_core::Result;
 use serde_json::json;
 
 use crate::args::{BackupList, Output};
-use crate::backup_set::{BackupSet, Kind, Point};
+use crate::backup_set::{BackupSet, Point};
 use crate::human_size::human_size;
 use crate::printer;
 
@@ -18,10 +18,7 @@ pub(super) fn run(args: &BackupList) -> Result<()> {
     }
     let mut text = String::from("POINT   KIND         TIME (UTC)           STORED      CONTENT\n");
     for point in set.points() {
-        let kind = match point.note.kind {
-            Kind::Full => "full",
-            Kind::Incremental => "incremental",
-        };
+        let kind = kind(&set, point);
         text += &format!(
             "{:06}  {kind:<11}  {}  {:>10}  {}\n",
             point.number,
@@ -36,7 +33,7 @@ pub(super) fn run(args: &BackupList) -> Result<()> {
 fn as_json(set: &BackupSet, point: &Point) -> serde_json::Value {
     json!({
         "point": point.number,
-        "kind": point.note.kind,
+        "kind": kind(set, point),
         "time": point.note.time,
         "source": point.note.source,
         "filename": set.image(point.number).to_string_lossy(),
@@ -45,6 +42,10 @@ fn as_json(set: &BackupSet, point: &Point) -> serde_json::Value {
         "root": point.manifest.root().to_string(),
         "parent": point.manifest.parent().map(|parent| parent.to_string()),
     })
+}
+
+fn kind(set: &BackupSet, point: &Point) -> &'static str {
+    if set.is_full(point) { "full" } else { "incremental" }
 }
 
 /// Bytes of the point's image file; `None`: it is missing.

@@ -5,6 +5,7 @@
 
 mod copy;
 mod list;
+mod prune;
 mod restore;
 mod run;
 mod verify;
@@ -24,6 +25,7 @@ pub(crate) fn run(args: &Backup) -> ExitCode {
         BackupCommand::Run(args) => run::run(args).map(|()| true),
         BackupCommand::List(args) => list::run(args).map(|()| true),
         BackupCommand::Restore(args) => restore::run(args),
+        BackupCommand::Prune(args) => prune::run(args).map(|()| true),
         BackupCommand::Verify(args) => verify::run(args),
     };
     match outcome {
