@@ -7,8 +7,8 @@
 //! 000003.*.partial                  being made, or left by a run that was killed
 //! ```
 //! A point exists when its manifest does: the image is made durable first, then the manifest gets
-//! its name. The manifest's note says what the point is ([`Note`]), its root hash names the content,
-//! and its parent the content below it. One process at a time works on a directory.
+//! its name. The manifest's note says what the point is ([`Note`]), its root hash names the
+//! content, and its parent the content below it. One process at a time works on a directory.
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};

@@ -2,6 +2,7 @@
 //! tools over all formats.
 
 mod backup;
+mod bitmap;
 mod command_lines;
 mod convert_errors;
 mod copied_content;

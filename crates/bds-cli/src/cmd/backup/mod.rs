@@ -1,7 +1,7 @@
 //! `backup`: full and incremental backups of an image that no other process has open.
 //!
-//! A directory holds the points in time ([`crate::backup_set`]). The source's persistent bitmap says
-//! what has changed since the last point.
+//! A directory holds the points in time ([`crate::backup_set`]). The source's persistent bitmap
+//! says what has changed since the last point.
 
 mod copy;
 mod list;
