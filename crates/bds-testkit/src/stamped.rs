@@ -89,9 +89,8 @@ impl StampedDisk {
         let stamp = state.last_stamp;
         let (block, index) = state.begin(block, stamp);
         let offset = block as u64 * BLOCK;
-        let bytes = (0..BLOCK / SECTOR)
-            .flat_map(|sector| self.sector(stamp, offset + sector * SECTOR))
-            .collect();
+        let sectors = (0..BLOCK / SECTOR).map(|n| self.sector(stamp, offset + n * SECTOR));
+        let bytes = sectors.collect::<Vec<_>>().concat();
         StampedWrite { offset, bytes, block, index }
     }
 
@@ -146,6 +145,9 @@ impl StampedDisk {
             let offset = block * BLOCK + number as u64 * SECTOR;
             let legal: Vec<Vec<u8>> =
                 legal.iter().map(|stamp| self.value(*stamp, offset)).collect();
+            if legal.iter().any(|value| value == sector) {
+                continue;
+            }
             // A read beside a write may see it torn anywhere.
             let is_legal = |(place, byte): (usize, &u8)| {
                 legal.iter().any(|value| value.get(place) == Some(byte))
@@ -173,8 +175,7 @@ impl StampedDisk {
     fn sector(&self, stamp: u64, offset: u64) -> Vec<u8> {
         let check = (stamp ^ offset.rotate_left(17) ^ self.writer.rotate_left(41))
             .wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let line: Vec<u8> =
-            [self.writer, stamp, offset, check].into_iter().flat_map(u64::to_le_bytes).collect();
+        let line = [self.writer, stamp, offset, check].map(u64::to_le_bytes).concat();
         line.repeat(usize::try_from(SECTOR).expect("small") / LINE)
     }
 
