@@ -3,6 +3,7 @@
 pub(crate) mod bench;
 pub(crate) mod bitmap;
 pub(crate) mod check;
+pub(crate) mod commit;
 pub(crate) mod compare;
 pub(crate) mod convert;
 mod convert_plan;
@@ -12,10 +13,12 @@ pub(crate) mod dd;
 pub(crate) mod drivers;
 pub(crate) mod graph;
 pub(crate) mod info;
+mod job;
 pub(crate) mod manual;
 pub(crate) mod map;
 pub(crate) mod measure;
 pub(crate) mod resize;
+pub(crate) mod stream;
 pub(crate) mod verify;
 
 use bds_core::options::parse_size;
