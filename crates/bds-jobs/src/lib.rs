@@ -16,9 +16,11 @@
 //! was cancelled has changed nothing; a job that is *concluded* holds nothing.
 #![forbid(unsafe_code)]
 
+pub mod backup;
 mod chain;
 mod commit;
 mod context;
+pub mod create;
 mod driver;
 mod errors;
 mod event;
