@@ -1,5 +1,6 @@
 //! Tests of the crate's interface, on the simulated world.
 
+mod backup;
 mod chain;
 mod create;
 mod errors;
@@ -8,6 +9,7 @@ mod groups;
 mod life;
 mod load;
 mod mirror;
+mod query;
 mod races;
 mod shutdown;
 mod speed;
