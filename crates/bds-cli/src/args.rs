@@ -182,11 +182,11 @@ pub(crate) struct Convert {
     /// Do not mind other users of the input
     #[arg(short = 'U', long)]
     pub(crate) force_share: bool,
-    /// Not supported: copy persistent bitmaps
-    #[arg(long, hide = true)]
+    /// Copy persistent bitmaps, too
+    #[arg(long)]
     pub(crate) bitmaps: bool,
-    /// Not supported: belongs to --bitmaps
-    #[arg(long, hide = true)]
+    /// Leave out bitmaps that are inconsistent, instead of failing
+    #[arg(long)]
     pub(crate) skip_broken_bitmaps: bool,
     /// Not supported: an internal snapshot as input
     #[arg(
