@@ -7,6 +7,7 @@ pub(crate) mod check;
 pub(crate) mod commit;
 pub(crate) mod compare;
 pub(crate) mod convert;
+mod convert_bitmaps;
 mod convert_plan;
 mod convert_target;
 pub(crate) mod create;
