@@ -32,7 +32,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bds_core::copy::CopyMap;
-use bds_core::driver::{BoxFuture, Category, Child, Driver, DriverType, OpenContext, Role};
+use bds_core::driver::{
+    BoxFuture, Category, Child, Driver, DriverType, OpenContext, Role, WriteFlags,
+};
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, ErrorKind, Result};
 
@@ -92,9 +94,13 @@ filter_type!(CopyBeforeWrite, "copy-before-write", "old data is copied before it
 
 impl CopyBeforeWrite {
     async fn open_node(&self, context: &mut OpenContext<'_>) -> Result<CopyBeforeWriteNode> {
-        let options = take_options(&mut context.options)?;
+        let mut options = take_options(&mut context.options)?;
         let min_len = take_min_cluster(&mut context.options)?;
         let (file, target) = open_children(context).await?;
+        if target.status_down_to(&file.node_name(), 0, 0).await.is_ok() {
+            check_target_above(options.staging_len)?;
+            options.write_flags = WriteFlags::SERIALISING;
+        }
         let info = target.info().await?;
         let granule = granule(min_len, info.cluster_size)?;
         let map = Arc::new(CopyMap::new(file.len(), granule)?);
@@ -142,6 +148,22 @@ impl DriverType for SharedCopyBeforeWrite {
             Ok(Box::new(node) as Box<dyn Driver>)
         })
     }
+}
+
+/// Checks a snapshot whose target has the disk below it: readers of the target see the disk where
+/// nothing was copied. Each write to the target must wait for them
+/// ([`WriteFlags::SERIALISING`](bds_core::driver::WriteFlags)), and must be there before the disk
+/// changes.
+///
+/// # Errors
+/// `InvalidInput`: data would be staged.
+pub fn check_target_above(staging_len: u64) -> Result<()> {
+    if staging_len == 0 {
+        return Ok(());
+    }
+    let words = "readers of a target on top of the disk would miss staged data: use another target \
+                 and read through snapshot-access";
+    Err(Error::new(ErrorKind::InvalidInput, words).field("staging-size", staging_len))
 }
 
 /// Bytes that are kept together: at least [`MIN_GRANULE`], `min_len` and the target's clusters.
