@@ -10,7 +10,7 @@
 //! node      the driver
 //! ```
 //!
-//! Options are QEMU's `file`, `target`, `on-cbw-error`, `cbw-timeout` (seconds) and
+//! Options are QEMU's `file`, `target`, `bitmap`, `on-cbw-error`, `cbw-timeout` (seconds) and
 //! `min-cluster-size`, and `staging-size` (bytes) with `staging-policy`, which QEMU does not have:
 //! with them a write waits only until its old data is in memory, and a target that is slow or stuck
 //! holds up no guest until the area is full. The snapshot is read through `snapshot-access`.
@@ -31,6 +31,7 @@ mod view;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bds_core::bitmap::HBitmap;
 use bds_core::copy::CopyMap;
 use bds_core::driver::{
     BoxFuture, Category, Child, Driver, DriverType, OpenContext, Role, WriteFlags,
@@ -58,6 +59,8 @@ const fn spec(name: &'static str, kind: OptionKind, help: &'static str) -> Optio
 const OPEN_OPTIONS: &[OptionSpec] = &[
     spec("file", OptionKind::Child, "the node whose old data is kept"),
     spec("target", OptionKind::Child, "the node that old data is copied to"),
+    spec("bitmap.node", OptionKind::String, "the file's node, for a bitmap"),
+    spec("bitmap.name", OptionKind::String, "a bitmap: only what is dirty in it is kept"),
     OptionSpec {
         name: "on-cbw-error",
         kind: OptionKind::Choice(&["break-guest-write", "break-snapshot"]),
@@ -104,7 +107,10 @@ impl CopyBeforeWrite {
         let info = target.info().await?;
         let granule = granule(min_len, info.cluster_size)?;
         let map = Arc::new(CopyMap::new(file.len(), granule)?);
-        map.mark_all();
+        match take_bitmap(&mut context.options, &file)? {
+            Some(bits) => map.bitmap().merge(&bits)?,
+            None => map.mark_all(),
+        }
         make_node(context, (file, target), Snapshot::new(map, options)?, false)
     }
 }
@@ -201,6 +207,20 @@ fn make_node(
     }
     snapshot.attach(context.node_name, context.events.clone())?;
     Ok(CopyBeforeWriteNode(Arc::new(Parts { file, target, snapshot, shares_writes })))
+}
+
+/// The dirty bits of the bitmap that the options name.
+fn take_bitmap(options: &mut Options, file: &Child) -> Result<Option<HBitmap>> {
+    let (node, name) = (options.take_str("bitmap.node")?, options.take_str("bitmap.name")?);
+    let wrong = |words: &str| Error::new(ErrorKind::InvalidInput, words);
+    match (node, name) {
+        (None, None) => Ok(None),
+        (Some(node), Some(name)) if node == file.node_name() => file.copy_bitmap(&name).map(Some),
+        (Some(node), Some(_)) => {
+            Err(wrong("the bitmap must be one of the file's node").field("bitmap.node", node))
+        }
+        _ => Err(wrong("option 'bitmap' needs both 'node' and 'name'")),
+    }
 }
 
 fn take_min_cluster(options: &mut Options) -> Result<u64> {
