@@ -9,7 +9,7 @@ use std::{env, fs};
 use bds_testkit::Scratch;
 
 /// How a program is built.
-struct Cell {
+pub(crate) struct Cell {
     name: &'static str,
     compiler: &'static str,
     flags: &'static [&'static str],
@@ -22,6 +22,19 @@ const C11: Cell = Cell {
     flags: &["-std=c11", "-D_DEFAULT_SOURCE", "-Wstrict-prototypes"],
     is_static: false,
 };
+/// For generated programs, which do not use everything they declare.
+pub(crate) const SWEEP: Cell = Cell {
+    name: "sweep",
+    compiler: "gcc",
+    flags: &[
+        "-std=c11",
+        "-D_DEFAULT_SOURCE",
+        "-Wno-unused",
+        "-Wno-cast-align",
+        "-Wno-unused-result",
+    ],
+    is_static: false,
+};
 const CXX17: Cell = Cell {
     name: "g++-static-c++17",
     compiler: "g++",
@@ -29,7 +42,7 @@ const CXX17: Cell = Cell {
     is_static: true,
 };
 
-fn manifest_dir() -> PathBuf {
+pub(crate) fn manifest_dir() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
@@ -41,7 +54,7 @@ fn built() -> PathBuf {
     env::current_exe().unwrap().parent().unwrap().to_owned()
 }
 
-fn is_installed(compiler: &str) -> bool {
+pub(crate) fn is_installed(compiler: &str) -> bool {
     Command::new(compiler).arg("--version").output().is_ok_and(|output| output.status.success())
 }
 
@@ -55,7 +68,7 @@ fn sources(dir: &str) -> Vec<PathBuf> {
     files
 }
 
-fn must(what: &str, output: &Output) {
+pub(crate) fn must(what: &str, output: &Output) {
     assert!(output.status.success(), "{}", report(what, output));
 }
 
@@ -64,7 +77,7 @@ fn report(what: &str, output: &Output) -> String {
     format!("{what}: {}\n{}{}", output.status, text(&output.stdout), text(&output.stderr))
 }
 
-fn compile(cell: &Cell, source: &Path, program: &Path, libraries: &Path) {
+pub(crate) fn compile(cell: &Cell, source: &Path, program: &Path, libraries: &Path) {
     let mut compiler = Command::new(cell.compiler);
     compiler.args(["-Wall", "-Wextra", "-Werror", "-pedantic", "-g", "-O1", "-pthread"]);
     compiler.args(cell.flags).arg("-I").arg(manifest_dir().join("include"));
@@ -82,7 +95,7 @@ fn compile(cell: &Cell, source: &Path, program: &Path, libraries: &Path) {
 }
 
 /// The shared library under the names that linker and loader want.
-fn libraries(dir: &Path) {
+pub(crate) fn libraries(dir: &Path) {
     let shared = built().join("libbds_ffi.so");
     assert!(shared.exists(), "{} is missing", shared.display());
     for name in ["libbds.so", "libbds.so.0.1"] {
