@@ -49,6 +49,7 @@ fn main() -> ExitCode {
         Command::Verify(args) => return cmd::verify::run(args),
         Command::Measure(args) => cmd::measure::run(args),
         Command::Resize(args) => cmd::resize::run(args),
+        Command::Bitmap(args) => cmd::bitmap::run(args),
         Command::Bench(args) => cmd::bench::run(args),
         Command::Dd(args) => cmd::dd::run(args),
         Command::Graph(args) => cmd::graph::run(args),

@@ -16,7 +16,10 @@
 //! was cancelled has changed nothing; a job that is *concluded* holds nothing.
 #![forbid(unsafe_code)]
 
+mod chain;
+mod commit;
 mod context;
+pub mod create;
 mod driver;
 mod errors;
 mod event;
@@ -33,9 +36,11 @@ mod query;
 mod registry;
 mod speed;
 mod state;
+mod stream;
 mod txn;
 
 pub use bds_core::copy::{ErrorSite, ErrorVerdict, Side};
+pub use commit::{Commit, CommitOptions};
 pub use context::JobContext;
 pub use driver::{JobDriver, Outcome};
 pub use event::{JobEvent, JobEvents, JobPoint, QUEUE_LEN};
@@ -47,6 +52,7 @@ pub use policy::{IoStatus, JobErrorAction, OnError, RetryPolicy};
 pub use progress::Progress;
 pub use query::{HISTORY_LEN, History, JobInfo};
 pub use state::{JobStatus, JobVerb};
+pub use stream::{Stream, StreamOptions};
 
 /// Runs the README's code as a doctest.
 #[cfg(doctest)]

@@ -1,6 +1,7 @@
 //! The verbs, one a file: each calls the library with its arguments and prints the result.
 
 pub(crate) mod bench;
+pub(crate) mod bitmap;
 pub(crate) mod check;
 pub(crate) mod compare;
 pub(crate) mod convert;

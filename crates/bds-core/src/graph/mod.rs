@@ -51,6 +51,7 @@ pub use self::model::node::{Node, NodeId};
 pub use self::model::node_ref::NodeRef;
 pub(crate) use self::name_table::BackendEntry;
 pub use self::open::create::{NewImage, NewImageReport};
+pub use self::open::format_node::NodeFormat;
 pub use self::open::inspect::FileGuess;
 pub use self::open::names::MAX_NAME_LEN;
 pub(crate) use self::open::names::Reservation;

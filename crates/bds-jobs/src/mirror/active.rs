@@ -14,11 +14,12 @@ use std::time::Duration;
 use bds_core::driver::{Role, Truncate};
 use bds_core::graph::{Access, NodeRef, Perm, walk};
 use bds_core::request::{Backend, BackendOptions};
-use bds_core::{Error, ErrorKind, Options, Result};
+use bds_core::{Error, ErrorKind, Result};
 
 use super::Mirror;
 use super::filter::Flavour;
 use super::options::{MirrorOptions, MirrorSync, check_granularity};
+use super::pivot::set_read_only;
 use super::setup::Parts;
 use crate::CopyMode;
 
@@ -118,13 +119,6 @@ impl ActiveCommit {
     }
 }
 
-impl Mirror {
-    /// Makes the base of a commit read-only again.
-    pub(super) async fn make_read_only(&self) -> Result<()> {
-        set_read_only(&self.target, true).await
-    }
-}
-
 /// The base, and the nodes between the disk and the base.
 fn chain(options: &ActiveCommitOptions) -> Result<(NodeRef, Vec<NodeRef>)> {
     let refuse = |message: String| Err(Error::new(ErrorKind::InvalidInput, message));
@@ -157,11 +151,6 @@ fn chain(options: &ActiveCommitOptions) -> Result<(NodeRef, Vec<NodeRef>)> {
             Ok((base, between))
         }
     }
-}
-
-async fn set_read_only(node: &NodeRef, is_read_only: bool) -> Result<()> {
-    let options = Options::new().with("read-only", is_read_only);
-    node.graph().reopen(node, options).await
 }
 
 /// Grows the base to this length; what is new reads as zeros.

@@ -325,9 +325,7 @@ impl Mirror {
                 continue;
             }
             self.follow(governor.advise(&sample));
-            let is_close = governor.is_close(&sample, DEFAULT_STALL);
-            let is_wanted = watched.is_to_end() || self.limits.max_pivot_stall.is_some();
-            if may_end && is_wanted && is_close {
+            if may_end && governor.is_close(&sample, DEFAULT_STALL) {
                 return Round::Close;
             }
         }

@@ -5,8 +5,9 @@
 //! also points the filter itself to the target. So a write that reaches it later by whatever way
 //! goes where the disk is by then.
 
-use bds_core::graph::{Change, EdgeFacts, Parent, Perm};
-use bds_core::{Error, ErrorKind, Result};
+use bds_core::graph::{Blocker, Change, EdgeFacts, JobSlot, NodeRef, Parent, Perm};
+use bds_core::request::Backend;
+use bds_core::{Error, ErrorKind, Options, Result};
 
 use super::Mirror;
 use super::bitmaps;
@@ -59,29 +60,69 @@ impl Mirror {
 
     /// Gives back everything.
     pub(super) async fn give_back(&mut self, is_committed: bool) -> Result<()> {
+        match self.begin_giving_back(is_committed) {
+            Some(rest) => rest.finish().await,
+            None => Ok(()),
+        }
+    }
+
+    /// Gives back what takes no time; `None` if the rest was given back already.
+    fn begin_giving_back(&mut self, is_committed: bool) -> Option<Rest> {
         self.tracking.set_mode(Mode::Off);
         self.tracking.set_delay(std::time::Duration::ZERO);
         self.frozen = None;
-        let graph = self.source.graph().clone();
         // The filter can only be closed outside of drained sections of its own.
         self.drained = None;
-        let mut result = Ok(());
-        if let Some(filter) = self.filter.take() {
-            let mut change = graph.change().drop_filter(&filter);
-            for edge in [&self.main, &self.reader, &self.tracking.target] {
-                change = change.eject(edge);
+        let filter = self.filter.take()?;
+        let mut edges: Vec<Backend> = self.between.drain(..).map(|(edge, _)| edge).collect();
+        edges.extend([&self.main, &self.reader, &self.tracking.target].map(Clone::clone));
+        let is_read_only = self.restores_read_only && !(is_committed && self.pivots);
+        Some(Rest {
+            filter,
+            edges,
+            make_read_only: is_read_only.then(|| self.target.clone()),
+            _blockers: std::mem::take(&mut self.blockers),
+            _slots: std::mem::take(&mut self.slots),
+        })
+    }
+}
+
+/// A mirror that was never started, or whose set-up was dropped, is given back in the background.
+impl Drop for Mirror {
+    fn drop(&mut self) {
+        let job = self.job.clone();
+        let Some(rest) = self.begin_giving_back(false) else { return };
+        let work = async move {
+            if let Err(error) = rest.finish().await {
+                tracing::warn!(%job, %error, "the filter of a dropped mirror stays in the graph");
             }
-            change = self.between.iter().fold(change, |change, (edge, _)| change.eject(edge));
-            result = match change.commit().await {
-                Ok(_) => close_filter(graph.change().remove(filter)).await,
-                Err(error) => Err(error.context("the job's filter stays in the graph")),
-            };
-        }
-        self.between.clear();
-        self.blockers.clear();
-        self.slots.clear();
-        if self.restores_read_only && !(is_committed && self.pivots) {
-            result = result.and(self.make_read_only().await);
+        };
+        bds_io::spawn(work).detach();
+    }
+}
+
+/// What takes time to be given back.
+struct Rest {
+    filter: NodeRef,
+    edges: Vec<Backend>,
+    make_read_only: Option<NodeRef>,
+    _blockers: Vec<Blocker>,
+    _slots: Vec<JobSlot>,
+}
+
+impl Rest {
+    async fn finish(self) -> Result<()> {
+        let Self { filter, edges, make_read_only, .. } = self;
+        let graph = filter.graph().clone();
+        let change = graph.change().drop_filter(&filter);
+        let taken_out = edges.iter().fold(change, Change::eject).commit().await;
+        drop(edges);
+        let mut result = match taken_out {
+            Ok(_) => close_filter(graph.change().remove(filter)).await,
+            Err(error) => Err(error.context("the job's filter stays in the graph")),
+        };
+        if let Some(base) = make_read_only {
+            result = result.and(set_read_only(&base, true).await);
         }
         result
     }
@@ -90,4 +131,10 @@ impl Mirror {
 async fn close_filter(change: Change) -> Result<()> {
     let report = change.commit().await?;
     report.closed.into_iter().try_for_each(|closed| closed.into_result())
+}
+
+/// Makes a node read-only, or writable.
+pub(super) async fn set_read_only(node: &NodeRef, is_read_only: bool) -> Result<()> {
+    let options = Options::new().with("read-only", is_read_only);
+    node.graph().reopen(node, options).await
 }

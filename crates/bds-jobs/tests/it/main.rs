@@ -1,5 +1,7 @@
 //! Tests of the crate's interface, on the simulated world.
 
+mod chain;
+mod create;
 mod errors;
 mod fake;
 mod groups;

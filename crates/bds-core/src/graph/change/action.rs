@@ -9,7 +9,7 @@ use bds_refcount::{Holder, Stale};
 use crate::driver::Access;
 use crate::graph::NodeRef;
 use crate::graph::bitmaps::edit::BitmapEdit;
-use crate::graph::model::edge::Edge;
+use crate::graph::model::edge::{Edge, Freeze};
 use crate::graph::roots::root::RootMove;
 use crate::options::Options;
 
@@ -67,6 +67,7 @@ pub(in crate::graph) enum Action {
         edge: Arc<Edge>,
         access: Access,
     },
+    Thaw(Arc<Freeze>),
     Bitmap(BitmapEdit),
     /// Stores persistent bitmaps in the image.
     StoreBitmaps {
@@ -94,7 +95,7 @@ impl Action {
             Self::Root(RootMove { to, .. }) => to.iter().collect(),
             Self::Bitmap(edit) => edit.nodes().collect(),
             Self::StoreBitmaps { node } => vec![node],
-            Self::Access { .. } | Self::Refused(_) => Vec::new(),
+            Self::Access { .. } | Self::Thaw(_) | Self::Refused(_) => Vec::new(),
         }
     }
 
@@ -146,6 +147,7 @@ impl Action {
             Self::Disown { node } => Self::Disown { node: take(node) },
             Self::Root(root) => Self::Root(root.held_by(take)),
             Self::Access { edge, access } => Self::Access { edge, access },
+            Self::Thaw(freeze) => Self::Thaw(freeze),
             Self::Bitmap(edit) => Self::Bitmap(edit.map_nodes(take)),
             Self::StoreBitmaps { node } => Self::StoreBitmaps { node: take(node) },
             Self::Refused(stale) => Self::Refused(stale),

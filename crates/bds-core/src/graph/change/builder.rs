@@ -24,6 +24,7 @@ use super::action::{Action, TURN, WAITING};
 use super::commit;
 use super::commit::{Done, Moved};
 use super::edit::stage;
+use super::freeze::Frozen;
 use super::perm::{self, Strictness};
 use super::reopen::{self, Prepared, Wanted};
 use crate::bitmap::HBitmap;
@@ -261,6 +262,14 @@ impl Change {
     #[track_caller]
     pub fn rename(self, node: &NodeRef, name: &str) -> Self {
         self.with(Action::Rename { node: node.clone(), name: name.into() })
+    }
+
+    /// Lets the edits that follow move links which this guard keeps frozen: for the holder of the
+    /// guard, who ends what it was frozen for. The links stay frozen until the guard is dropped,
+    /// also where they lead then.
+    #[doc = include_str!("examples/thaw.md")]
+    pub fn thaw(self, frozen: &Frozen) -> Self {
+        self.with(Action::Thaw(frozen.freeze()))
     }
 
     /// Makes the change inside this drained section: it may reach nodes that the section has

@@ -97,6 +97,10 @@ impl Editor<'_, '_> {
                 self.stage.request_access(edge, *access);
                 Ok(())
             }
+            Action::Thaw(freeze) => {
+                self.stage.thaw(freeze);
+                Ok(())
+            }
         }
     }
 
