@@ -16,7 +16,9 @@
 
 mod abi;
 pub mod backend;
+pub mod bitmap;
 pub mod change;
+pub mod change_bitmap;
 pub mod context;
 mod entry;
 pub mod error;
@@ -26,6 +28,8 @@ mod failure;
 pub mod image;
 pub mod io;
 pub mod iothread;
+pub mod job;
+mod job_options;
 mod lease;
 pub mod memory;
 pub mod node;

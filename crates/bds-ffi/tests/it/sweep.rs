@@ -12,7 +12,7 @@ use bds_testkit::Scratch;
 use crate::c_suite;
 
 /// Kinds of handles.
-const KINDS: [&str; 9] =
+const KINDS: [&str; 10] =
     ["context", "options", "iothread", "node", "backend", "change", "section", "queue", "memory"];
 /// Handles that may be 0.
 const OPTIONAL_HANDLES: [(&str, &str); 3] = [
@@ -21,7 +21,8 @@ const OPTIONAL_HANDLES: [(&str, &str); 3] = [
     ("bds_image_measure", "source"),
 ];
 /// Pointers that may be NULL.
-const OPTIONAL_POINTERS: [(&str, &str); 14] = [
+const OPTIONAL_POINTERS: [(&str, &str); 15] = [
+    ("bds_job_wait", "state"),
     ("bds_context_create", "options"),
     ("bds_context_shutdown", "report_json_out"),
     ("bds_context_next_event", "json_out"),
@@ -166,7 +167,7 @@ fn cases(function: &Function) -> String {
             for other in KINDS.into_iter().filter(|other| *other != kind) {
                 expect("BDS_ERR_KIND", &format!("as_{kind}(w.{other}.raw)"));
             }
-            let has_context = !matches!(kind, "options" | "memory" | "iothread" | "queue");
+            let has_context = !matches!(kind, "options" | "memory" | "iothread" | "queue" | "job");
             if at > 0 && has_context && !NO_CONTEXT.contains(&name) {
                 expect("BDS_ERR_ARGUMENT", &format!("foreign_{kind}"));
             }
@@ -184,7 +185,7 @@ fn cases(function: &Function) -> String {
             }
         } else if param.name == "flags" {
             expect("BDS_ERR_VERSION", "~0u");
-        } else if matches!(param.name.as_str(), "active" | "is_on") {
+        } else if matches!(param.name.as_str(), "active" | "is_on" | "force") {
             expect("BDS_ERR_ARGUMENT", "-1");
         }
     }
@@ -206,7 +207,8 @@ struct world {
     bds_context context;
     bds_options options;
     bds_iothread iothread;
-    bds_node node, third;
+    bds_node node, third, from, to;
+    bds_job job;
     bds_backend backend;
     bds_change change;
     bds_section section;
@@ -229,12 +231,20 @@ static void make(struct world *one) {
     OK(bds_change_create(one->context, &one->change));
     OK(bds_queue_create(one->context, NULL, &one->queue));
     OK(bds_memory_register(bytes, sizeof bytes, &one->memory));
+    one->from = new_disk(one->context, "driver=mem,size=64k,node-name=from");
+    one->to = new_disk(one->context, "driver=mem,size=64k,node-name=to");
+    OK(bds_job_start(one->context, "mirror", "job-id=m,device=from,target=to", &one->job));
     memset(&one->request, 0, sizeof one->request);
     one->request.opcode = BDS_OP_FLUSH;
     one->request.backend = one->backend;
 }
 static void end(struct world *one) {
     (void)bds_graph_drain_end(one->section);
+    (void)bds_job_cancel(one->job, 1);
+    (void)bds_job_wait(one->job, NULL, -1);
+    (void)bds_job_unref(one->job);
+    (void)bds_node_unref(one->from);
+    (void)bds_node_unref(one->to);
     (void)bds_options_unref(one->options);
     (void)bds_iothread_unref(one->iothread);
     (void)bds_change_unref(one->change);
