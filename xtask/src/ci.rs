@@ -2,8 +2,8 @@
 
 use crate::flags::Tier;
 use crate::outcome::Outcome;
-use crate::run::{cargo, run, say, say_error};
-use crate::{abi, cargo_test, header, outside, test, tidy};
+use crate::run::{cargo, run, say, say_error, target_dir};
+use crate::{abi, cargo_test, dist, header, outside, test, tidy};
 
 /// Runs the gates and the tests; a failed gate counts as a failed test and the rest still runs.
 pub(crate) fn ci() -> Result<(), String> {
@@ -29,6 +29,7 @@ pub(crate) fn ci() -> Result<(), String> {
     gate(&mut sum, "docs", docs());
     gate(&mut sum, "packages", packages());
     gate(&mut sum, "outside", outside::outside());
+    gate(&mut sum, "library", dist::dist(Some(&target_dir().join("ci-library")), true));
     sum.add(&test::all(Tier::Default, &[])?);
     cargo_test::report(&sum)
 }

@@ -12,6 +12,7 @@ mod dist;
 mod doctor;
 mod flags;
 mod header;
+mod man3;
 mod matrix;
 mod mutants;
 mod outcome;
@@ -44,7 +45,7 @@ fn main() -> ExitCode {
         Command::Bench { quick, only } => bench::bench(quick, only.as_deref()),
         Command::Measure { report, command } => bench::measure::run_child(&report, &command),
         Command::Outside => outside::outside(),
-        Command::Dist => dist::dist(),
+        Command::Dist { prefix, library_only } => dist::dist(prefix.as_deref(), library_only),
         Command::Abi => abi::check(),
         Command::Header { check } => header::header(check),
         Command::Doctor => doctor::doctor(),

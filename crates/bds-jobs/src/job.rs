@@ -405,13 +405,17 @@ impl Job {
         self.transition(&mut state, JobStatus::Concluded);
     }
 
-    /// Completes when it holds nothing any more, with its result.
+    /// Completes when it holds nothing any more and its id is free, if it dismisses itself.
     pub(crate) async fn wait(&self) -> Result<()> {
         self.changed
             .wait_for(|| {
                 let state = self.lock();
                 let result = || state.error.as_ref().map_or(Ok(()), |e| Err(e.duplicate()));
-                state.status.is_over().then(result)
+                let is_over = match state.status {
+                    JobStatus::Concluded => !self.options.auto_dismiss,
+                    status => status == JobStatus::Null,
+                };
+                is_over.then(result)
             })
             .await
     }

@@ -9,8 +9,9 @@
 //! | errors, pauses | the first error ends it | [`CopyControl`] decides |
 //!
 //! [`copy`]: a planner queries the block status of the sources and hands out pieces; up to
-//! `workers` workers copy one piece each through one buffer each, so memory is bounded by `workers *
-//! buffer_len`. Holes are not read; zeros are not written where the target reads as zeros anyway.
+//! `workers` workers copy one piece each through one buffer each, so memory is bounded by
+//! `workers * buffer_len`. Holes are not read; zeros are not written where the target reads as
+//! zeros anyway.
 //!
 //! ```text
 //! planner ─► piece: nothing to do │ zeros │ data

@@ -12,8 +12,10 @@ use bds_testkit::Scratch;
 use crate::c_suite;
 
 /// Kinds of handles.
-const KINDS: [&str; 10] =
-    ["context", "options", "iothread", "node", "backend", "change", "section", "queue", "memory"];
+const KINDS: [&str; 10] = [
+    "context", "options", "iothread", "node", "backend", "change", "section", "queue", "memory",
+    "job",
+];
 /// Handles that may be 0.
 const OPTIONAL_HANDLES: [(&str, &str); 3] = [
     ("bds_change_set_backing", "backing"),

@@ -13,6 +13,8 @@ use std::time::Duration;
 
 /// Windows in which the copy does not win before the next step.
 const PATIENCE: u32 = 3;
+/// Windows in which little or nothing is left before a step back.
+const RELIEF: u32 = 10;
 const FIRST_DELAY: Duration = Duration::from_millis(1);
 
 /// What happened in one window.
@@ -42,6 +44,7 @@ pub(super) struct Governor {
     /// Bytes copied a second, over the last windows.
     rate: u64,
     lost_windows: u32,
+    won_windows: u32,
     delay: Duration,
     is_synced: bool,
 }
@@ -53,6 +56,7 @@ impl Governor {
             left_before: 0,
             rate: 0,
             lost_windows: 0,
+            won_windows: 0,
             delay: Duration::ZERO,
             is_synced: false,
         }
@@ -72,9 +76,12 @@ impl Governor {
         if self.is_synced {
             return Advice::Synced;
         }
+        if self.is_close(sample, max_stall) {
+            return self.won();
+        }
+        self.won_windows = 0;
         // At three quarters of the copy's speed the rest still shrinks, but it takes for ever.
-        let loses = marked / 3 > sample.copied / 4 && !self.is_close(sample, max_stall);
-        if !loses {
+        if marked / 3 <= sample.copied / 4 {
             self.lost_windows = 0;
             return Advice::Delay(self.delay);
         }
@@ -86,6 +93,22 @@ impl Governor {
         self.delay = (self.delay * 2).max(FIRST_DELAY);
         self.is_synced = self.delay > max_stall;
         if self.is_synced { Advice::Synced } else { Advice::Delay(self.delay) }
+    }
+
+    /// Takes a window into account at whose end little or nothing was left: after some of them the
+    /// delay is halved, and ends below a millisecond.
+    pub(super) fn won(&mut self) -> Advice {
+        self.lost_windows = 0;
+        if self.is_synced {
+            return Advice::Synced;
+        }
+        self.won_windows += 1;
+        if self.won_windows >= RELIEF {
+            self.won_windows = 0;
+            let half = self.delay / 2;
+            self.delay = if half < FIRST_DELAY { Duration::ZERO } else { half };
+        }
+        Advice::Delay(self.delay)
     }
 
     /// True if the rest is copied in half of the longest stall, which leaves the other half for the
@@ -154,6 +177,25 @@ mod tests {
                 converge(50, rate, depth, 100);
             }
         }
+    }
+
+    #[test]
+    fn the_delay_ends_once_it_is_not_needed() {
+        let mut governor = Governor::new(Some(Duration::from_millis(50)));
+        governor.begin(0);
+        let (mut left, mut last) = (0, Advice::Delay(Duration::ZERO));
+        for _ in 0..12 {
+            left += 64 << 20;
+            last = governor.advise(&Sample {
+                elapsed: Duration::from_millis(100),
+                copied: 1 << 20,
+                left,
+            });
+        }
+        assert_eq!(last, Advice::Delay(Duration::from_millis(8)));
+        let calm = (0..100).map(|_| governor.won()).collect::<Vec<_>>();
+        assert_eq!(calm[9], Advice::Delay(Duration::from_millis(4)));
+        assert_eq!(calm[99], Advice::Delay(Duration::ZERO));
     }
 
     #[test]

@@ -14,7 +14,7 @@
 //! pivot     the end of the job         bitmaps   handed over with it    active   the active commit
 //! ```
 //!
-//! Why no write is lost: [docs/jobs.md](../../../docs/jobs.md).
+//! Why no write is lost is argued in docs/jobs.md.
 
 mod active;
 mod bitmaps;

@@ -225,7 +225,7 @@ impl Mirror {
         watched.show_progress();
         ctx.pause_point().await;
         self.scan(&watched).await?;
-        let mut is_ready = false;
+        let (mut is_ready, mut is_flushed) = (false, false);
         loop {
             ctx.pause_point().await;
             self.deal_with_failure(&watched).await?;
@@ -243,15 +243,24 @@ impl Mirror {
                 is_ready = true;
             }
             if !ctx.should_pause() && watched.is_to_end() {
+                // Before guest writes are held back, so that the flush after it has little to do.
+                if !is_flushed {
+                    is_flushed = self.flush_target(&watched).await?;
+                    continue;
+                }
                 if let Some(drained) = self.finish(&watched).await? {
                     self.pivots = ctx.complete_requested() && !ctx.soft_cancel_requested();
                     self.drained = Some(drained);
                     watched.show_progress();
                     return Ok(());
                 }
+                is_flushed = false;
                 continue;
             }
             self.wait_for_work(&watched).await;
+            if self.tracking.map.is_clean() {
+                self.follow(governor.won());
+            }
         }
     }
 

@@ -5,6 +5,7 @@
 //! begin of tracking.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bds_core::copy::CopyMap;
 use bds_core::graph::{Access, BlockOps, Change, Graph, NodeRef, Perm, walk};
@@ -285,6 +286,7 @@ impl JobControl for Control {
             }
             (_, CopyMode::WriteBlocking) => {
                 self.tracking.set_mode(Mode::Synced);
+                self.tracking.set_delay(Duration::ZERO);
                 Ok(())
             }
             (_, CopyMode::Background) => Ok(()),

@@ -8,6 +8,7 @@ mod groups;
 mod life;
 mod load;
 mod mirror;
+mod query;
 mod races;
 mod shutdown;
 mod speed;

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bds_core::graph::{NodeRef, walk};
 use bds_core::request::Backend;
+use bds_io::Task;
 use bds_jobs::mirror::{ActiveCommit, ActiveCommitOptions, Mirror, MirrorOptions};
 use bds_jobs::{CopyMode, JobChange, JobHandle, JobOptions, JobStatus};
 use bds_testkit::Chance;
@@ -124,6 +125,33 @@ fn options(chance: &mut Chance, source: &NodeRef, target: &NodeRef) -> MirrorOpt
     }
 }
 
+/// Takes drained sections of the disks and of everything at random moments.
+fn drain_now_and_then(world: &World, seed: u64, disks: [&NodeRef; 2]) -> Task<()> {
+    let (graph, ids) = (world.graph.clone(), disks.map(NodeRef::id));
+    bds_io::spawn(async move {
+        let mut chance = Chance::new(seed);
+        for _ in 0..chance.below(8) {
+            pause(&mut chance, 2000).await;
+            let node = ids.get(usize::try_from(chance.below(3)).expect("small"));
+            let drained = match node.and_then(|id| graph.acquire(*id).ok()) {
+                Some(node) => graph.drain(&node).await,
+                None => graph.drain_all().await,
+            };
+            pause(&mut chance, 300).await;
+            drop(drained);
+        }
+    })
+}
+
+/// Checks the images of formats that can be checked: no cluster has two owners.
+async fn check_image(node: &NodeRef, seed: u64) {
+    if node.driver_name() == "qcow2" {
+        let reader = Backend::new(node, Default::default()).expect("it can be read");
+        let report = reader.check(&|_, _| ()).await.expect("it can be checked");
+        assert_eq!(report.corruptions, 0, "seed {seed}: '{}': {report:?}", node.name());
+    }
+}
+
 /// How the job ended.
 #[derive(Debug, PartialEq, Eq)]
 enum End {
@@ -224,6 +252,7 @@ fn mirror_cycle(seed: u64) -> End {
         clients.come_to(&mut chance, &source);
         pause(&mut chance, 2000).await;
         let before = shape(&world.graph);
+        let drains = drain_now_and_then(&world, chance.draw(), [&source, &target]);
         let options = options(&mut chance, &source, &target);
         let mirror = Mirror::prepare(options).await.expect("it can be prepared");
         let job_options = job_options(&mut chance);
@@ -234,6 +263,7 @@ fn mirror_cycle(seed: u64) -> End {
         }
         let sides = (&source, &target);
         let end = finish(&mut chance, &job, &mut clients, sides).await;
+        drains.await;
         pause(&mut chance, 2000).await;
         let disk = if end == End::Pivoted { &target } else { &source };
         if end == End::Kept && clients.running.len() == 1 {
@@ -241,6 +271,8 @@ fn mirror_cycle(seed: u64) -> End {
         }
         assert_eq!(job.info().cleanup_error, None, "seed {seed}");
         check(clients, disk, seed).await;
+        check_image(&source, seed).await;
+        check_image(&target, seed).await;
         end
     });
     world.end();
@@ -279,16 +311,19 @@ fn commit_cycle(seed: u64) -> End {
             copy_mode: if write_blocking { CopyMode::WriteBlocking } else { CopyMode::Background },
             ..ActiveCommitOptions::new(&top, "mirror0")
         };
+        let drains = drain_now_and_then(&world, chance.draw(), [&top, &base]);
         let commit = ActiveCommit::prepare(options).await.expect("it can be prepared");
         let job_options = job_options(&mut chance);
         let job = world.manager.start(job_options, Box::new(commit)).await.expect("it starts");
         pause(&mut chance, 2000).await;
         let end = finish(&mut chance, &job, &mut clients, (&top, &base)).await;
+        drains.await;
         let disk = if end == End::Pivoted { &base } else { &top };
         pause(&mut chance, 2000).await;
         assert_eq!(job.info().cleanup_error, None, "seed {seed}");
         check(clients, disk, seed).await;
         assert!(walk::next_below(&top).is_some(), "the layers are still there");
+        check_image(&top, seed).await;
         end
     });
     world.end();

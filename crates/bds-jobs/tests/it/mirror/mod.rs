@@ -10,4 +10,5 @@ mod kit;
 mod modes;
 mod options;
 mod pivot;
+mod threads;
 mod verbs;

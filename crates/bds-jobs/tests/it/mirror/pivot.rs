@@ -133,6 +133,74 @@ fn a_replaced_node_that_is_gone_is_an_error_of_the_command() {
     world.end();
 }
 
+/// Two mirrors of one group pivot together or not at all.
+#[test]
+fn a_group_pivots_together_or_not_at_all() {
+    for fails in [false, true] {
+        let world = World::new(1);
+        world.block_on(async {
+            let mut guests = Vec::new();
+            let mut group: Vec<(JobOptions, Box<dyn bds_jobs::JobDriver>)> = Vec::new();
+            let mut targets = Vec::new();
+            for name in ["one", "two"] {
+                let (from, to) = (format!("{name}-old"), format!("{name}-new"));
+                world.put(&from, &pattern(1, LEN));
+                world.put(&to, &pattern(2, LEN));
+                let (source, target) = (world.raw(&from).await, world.raw(&to).await);
+                guests.push(writer(&source, name));
+                let mirror = Mirror::prepare(MirrorOptions::new(&source, &target, name)).await;
+                let mirror = Box::new(mirror.expect("it can be prepared"));
+                group.push((JobOptions::new(name), mirror));
+                targets.push(target.id());
+            }
+            let jobs = world.manager.start_group(group).await.expect("it starts");
+            for job in &jobs {
+                job.wait_status(JobStatus::Ready).await.expect("it gets ready");
+            }
+            jobs[0].complete().expect("it completes");
+            jobs[0].wait_status(JobStatus::Waiting).await.expect("it waits for the other");
+            let used = |guest: &bds_core::request::Backend| guest.node().map(|node| node.id());
+            assert_ne!(used(&guests[0]), Some(targets[0]), "it waits for the other");
+            match fails {
+                true => jobs[1].cancel(true).expect("it can be cancelled"),
+                false => jobs[1].complete().expect("it completes"),
+            }
+            for (job, (guest, target)) in jobs.iter().zip(guests.iter().zip(&targets)) {
+                assert_eq!(job.wait().await.is_err(), fails);
+                assert_eq!(job.info().cleanup_error, None);
+                assert_eq!(used(guest) == Some(*target), !fails);
+                write(guest, 0, &[1; 512]).await.expect("it goes on");
+            }
+            assert!(!shape(&world.graph).contains("mirror_top"));
+        });
+        world.end();
+    }
+}
+
+/// A shutdown ends a mirror in whatever state it is, and nothing is left.
+#[test]
+fn a_shutdown_ends_a_mirror() {
+    for wait in [None, Some(JobStatus::Ready), Some(JobStatus::Pending)] {
+        let world = World::new(1);
+        world.block_on(async {
+            world.put("source", &pattern(1, LEN));
+            world.put("target", &pattern(2, LEN));
+            let (source, target) = (world.raw("source").await, world.raw("target").await);
+            let options = MirrorOptions::new(&source, &target, "mirror0");
+            let job = JobOptions { auto_finalize: false, ..JobOptions::new("mirror0") };
+            let job = start(&world, options, job).await;
+            if let Some(status) = wait {
+                job.wait_status(JobStatus::Ready).await.expect("it gets ready");
+                if status == JobStatus::Pending {
+                    job.complete().expect("it completes");
+                    job.wait_status(status).await.expect("it is pending");
+                }
+            }
+        });
+        world.end();
+    }
+}
+
 /// The job's failure, or its end, leaves the graph as it was before.
 #[test]
 fn the_graph_is_as_before_after_every_end_without_a_pivot() {
