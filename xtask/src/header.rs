@@ -28,6 +28,7 @@ const SOURCES: [&str; 18] = [
     "queue",
     "image",
     "bitmap",
+    "job",
 ];
 
 /// Types of `ptr.rs` and the C pointers they stand for. Generic ones come first.

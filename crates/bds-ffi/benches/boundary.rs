@@ -1,8 +1,8 @@
-//! What do the boundary and a handle look-up cost, and what is left of the Rust API's speed behind a
-//! queue?
+//! What do the boundary and a handle look-up cost, and what is left of the Rust API's speed behind
+//! a queue?
 //!
-//! Expected: a call with look-up below 30 ns; 4-KiB cached reads through a queue at depth 32 at least
-//! 0.95 of the Rust API's.
+//! Expected: a call with look-up below 30 ns; 4-KiB cached reads through a queue at depth 32 at
+//! least 0.95 of the Rust API's.
 #![allow(clippy::unwrap_used, reason = "a bench that cannot go on fails")]
 
 use std::ffi::CString;

@@ -41,8 +41,8 @@ fn give(job: JobHandle, context: Arc<Context>, out: Checked<bds_job>) -> Result<
 ///
 /// `type`: "stream", "commit" (active or not), "mirror", "create". `options`: JSON or
 /// `key=value,…` with QAPI's names: "job-id" (required), "speed", "auto-finalize", "auto-dismiss",
-/// "on-error" or "on-source-error" and "on-target-error", and those of the type: "device", "target",
-/// "base-node", "top-node", "sync", … Nodes are named by node or backend name.
+/// "on-error" or "on-source-error" and "on-target-error", and those of the type: "device",
+/// "target", "base-node", "top-node", "sync", … Nodes are named by node or backend name.
 ///
 /// The job runs whether or not the handle is released.
 ///
@@ -224,8 +224,8 @@ pub extern "C" fn bds_job_query(job: bds_job, json_out: Out<*mut c_char>) -> i32
 /// Waits for the job. [io]
 ///
 /// `state` NULL: until the job holds nothing any more; returns its result, any number of times.
-/// Otherwise until it is in this state ("ready", "pending", "paused", …). `timeout_ns`: -1: waits as
-/// long as it takes.
+/// Otherwise until it is in this state ("ready", "pending", "paused", …). `timeout_ns`: -1: waits
+/// as long as it takes.
 ///
 /// Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_UTF8; -ETIME; BDS_ERR_OPTION: an unknown state, or
 /// the job is over without having been in it; without a state: why the job failed, among these
@@ -234,9 +234,9 @@ pub extern "C" fn bds_job_query(job: bds_job, json_out: Out<*mut c_char>) -> i32
 #[unsafe(no_mangle)]
 pub extern "C" fn bds_job_wait(job: bds_job, state: Text, timeout_ns: i64) -> i32 {
     entry("bds_job_wait", || {
-        let wanted = state.optional("state")?.map(status).transpose()?;
         // Not the table's reference: the handle may be released meanwhile.
         let job = find(job)?.job.clone();
+        let wanted = state.optional("state")?.map(status).transpose()?;
         let done = async {
             match wanted {
                 None => job.wait().await,

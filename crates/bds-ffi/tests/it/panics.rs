@@ -1,5 +1,5 @@
-//! A driver that panics: the call returns `BDS_ERR_PANIC`, what it worked on is poisoned, requests of
-//! queues have their completions, and everything can be released.
+//! A driver that panics: the call returns `BDS_ERR_PANIC`, what it worked on is poisoned, requests
+//! of queues have their completions, and everything can be released.
 
 use std::any::Any;
 use std::ffi::c_void;
