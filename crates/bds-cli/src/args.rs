@@ -3,11 +3,17 @@
 //!
 //! Only the shape is checked here; the verbs check what a value means.
 
+mod backup;
+
 use std::ffi::OsString;
 use std::path::PathBuf;
 
 use bds_core::options::parse_number;
 use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
+
+pub(crate) use self::backup::{
+    Backup, BackupCommand, BackupList, BackupPrune, BackupRestore, BackupRun, BackupVerify,
+};
 
 /// Disk images from the shell: qemu-img's verbs and options on the bds block layer.
 #[derive(Debug, Parser)]
@@ -46,6 +52,8 @@ pub(crate) enum Command {
     Check(Check),
     /// Proves an image against its manifest of content hashes, or writes that
     Verify(Verify),
+    /// Makes, restores and verifies full and incremental backups
+    Backup(Backup),
     /// Says how large an image would become
     Measure(Measure),
     /// Changes the size of an image

@@ -1,9 +1,11 @@
 //! Tests of the crate's interface, on the simulated world.
 
+mod backup;
 mod chain;
 mod create;
 mod errors;
 mod fake;
+mod grouped;
 mod groups;
 mod life;
 mod load;
