@@ -89,6 +89,11 @@ impl NodeRef {
         locked.entries.iter().map(|entry| BitmapInfo::new(self.id(), entry)).collect()
     }
 
+    /// Whether the node's image can store persistent bitmaps.
+    pub fn stores_bitmaps(&self) -> bool {
+        persist::can_store_any(self)
+    }
+
     /// A copy of what a bitmap has recorded: what its `count` counts.
     ///
     /// # Errors

@@ -1,6 +1,6 @@
 //! Sessions of a graph on the simulated disk, with guest writes and all edits of persistent
-//! bitmaps; the power is cut at every write. A bitmap that is valid afterwards is exactly what it was in
-//! memory, and records every sector that differs from when it was clean.
+//! bitmaps; the power is cut at every write. A bitmap that is valid afterwards is exactly what it
+//! was in memory, and records every sector that differs from when it was clean.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
