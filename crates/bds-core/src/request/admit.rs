@@ -19,7 +19,7 @@ use bds_refcount::Strong;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Edge, InFlightGuard, Node, Target};
-use crate::tracker::{ShardNumber, Tracked, Writing};
+use crate::tracker::{RequestTracker, ShardNumber, Tracked, Writing};
 
 /// The node an edge led to, with this request counted in flight at the node and at its backend.
 /// Dropping counts it out.
@@ -137,8 +137,11 @@ impl Entered<'_> {
     /// # Errors
     /// `WouldWait`, see [`Admission::no_wait_if`].
     pub(super) async fn admit(&self, admission: Admission) -> Result<RequestScope<'_>> {
-        let scope = self.scope();
-        scope.admit(self.number, admission).await
+        let mut tracked = admission.register(self.tracker(), self.number);
+        if !tracked.may_go() {
+            Box::pin(admission.wait_turn(&mut tracked)).await?;
+        }
+        Ok(self.scope().admitted(self.number, &admission, tracked))
     }
 
     /// The scope of a request without a range: a flush.
@@ -188,6 +191,21 @@ impl Admission {
     pub(super) fn no_wait_if(self, no_wait: bool) -> Self {
         Self { no_wait, ..self }
     }
+
+    #[inline]
+    fn register<'a>(&self, tracker: &'a RequestTracker, number: ShardNumber) -> Tracked<'a> {
+        tracker.track(number, self.range.clone(), self.is_serialising)
+    }
+
+    /// Waits for the turn of its range. Boxed by its callers: few requests wait, and it would make
+    /// every layer's future larger.
+    async fn wait_turn(&self, tracked: &mut Tracked<'_>) -> Result<()> {
+        if self.no_wait && tracked.has_conflict() {
+            return Err(would_wait(self.range.start));
+        }
+        tracked.wait_turn().await;
+        Ok(())
+    }
 }
 
 /// An admitted request: in flight at its node, with its range registered. Driver operations run in
@@ -215,18 +233,11 @@ impl<'a> RequestScope<'a> {
         self.node
     }
 
-    async fn admit(self, number: ShardNumber, admission: Admission) -> Result<Self> {
-        let Admission { range, is_write, is_serialising, no_wait } = admission;
-        let (tracker, start) = (self.node.tracker(), range.start);
-        let mut tracked = tracker.track(number, range, is_serialising);
-        if !tracked.may_go() {
-            if no_wait && tracked.has_conflict() {
-                return Err(would_wait(start));
-            }
-            Box::pin(tracked.wait_turn()).await;
-        }
-        let _writing = is_write.then(|| tracker.writing(number));
-        Ok(Self { _writing, tracked: Some(tracked), ..self })
+    /// The scope once the turn of `tracked` has come.
+    #[inline]
+    fn admitted(self, number: ShardNumber, admission: &Admission, tracked: Tracked<'a>) -> Self {
+        let _writing = admission.is_write.then(|| self.node.tracker().writing(number));
+        Self { _writing, tracked: Some(tracked), ..self }
     }
 }
 
@@ -256,9 +267,13 @@ impl DetachedGuard {
     /// See [`Entered::admit`].
     pub(super) async fn admit(&self, admission: Admission) -> Result<RequestScope<'_>> {
         let node = &self.node;
+        let mut tracked = admission.register(node.tracker(), self.number);
+        if !tracked.may_go() {
+            Box::pin(admission.wait_turn(&mut tracked)).await?;
+        }
         let scope =
             RequestScope { node, backend_guard: None, _writing: None, tracked: None, above: None };
-        scope.admit(self.number, admission).await
+        Ok(scope.admitted(self.number, &admission, tracked))
     }
 }
 
