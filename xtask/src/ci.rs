@@ -2,14 +2,15 @@
 
 use crate::flags::Tier;
 use crate::outcome::Outcome;
-use crate::run::{cargo, run, say, say_error};
-use crate::{cargo_test, outside, test, tidy};
+use crate::run::{cargo, run, say, say_error, target_dir};
+use crate::{abi, cargo_test, dist, header, outside, test, tidy};
 
 /// Runs the gates and the tests; a failed gate counts as a failed test and the rest still runs.
 pub(crate) fn ci() -> Result<(), String> {
     let mut sum = Outcome::default();
     gate(&mut sum, "fmt", run(cargo().args(["fmt", "--all", "--", "--check"])));
     gate(&mut sum, "tidy", tidy::tidy(tidy::Show::default()));
+    gate(&mut sum, "header", header::header(true));
     gate(
         &mut sum,
         "clippy",
@@ -23,17 +24,20 @@ pub(crate) fn ci() -> Result<(), String> {
             "warnings",
         ])),
     );
+    gate(&mut sum, "abi", abi::check());
     gate(&mut sum, "features", features());
     gate(&mut sum, "docs", docs());
     gate(&mut sum, "packages", packages());
     gate(&mut sum, "outside", outside::outside());
+    gate(&mut sum, "library", dist::dist(Some(&target_dir().join("ci-library")), true));
     sum.add(&test::all(Tier::Default, &[])?);
     cargo_test::report(&sum)
 }
 
 /// Each driver must build alone: a feature adds and never changes what is there.
 fn features() -> Result<(), String> {
-    let filters = ["blkdebug", "compress", "copy-on-read", "preallocate", "throttle"];
+    let filters =
+        ["blkdebug", "compress", "copy-before-write", "copy-on-read", "preallocate", "throttle"];
     for features in ["", "file", "file,raw", "file,qcow2"].into_iter().chain(filters) {
         run(cargo().args([
             "check",

@@ -1,5 +1,7 @@
 //! Parses the command line of xtask, without a parser library.
 
+use std::path::PathBuf;
+
 use crate::tidy::Show;
 
 /// What `cargo xtask` without a command prints.
@@ -15,8 +17,12 @@ cargo xtask COMMAND
                          the project's rules that no compiler checks; lists import circles, words, wide comments in full
   bench [--quick] [--only NAME]
                          side by side with qemu-img: ratios, medians of interleaved runs
+  abi check              exports, versions, SONAME of the shared C library, with a control that must fail
+  header [--check]       the C header out of the sources of bds-ffi; --check: only says whether it is up to date
   outside                a crate outside the workspace with the single dependency bds runs the README's lines
-  dist                   the tool for packagers: stripped binary, manual pages, shell completions, licences
+  dist [--prefix DIR] [--library-only]
+                         tool and C library for packagers: binary, header, libraries, bds.pc, manual pages,
+                         shell completions, licences; an example is compiled against the result
   doctor                 what is on this machine, what is missing, how to get it
   ci                     what the server runs: fmt, tidy, clippy, features, docs, packages, outside, test";
 
@@ -54,8 +60,15 @@ pub(crate) enum Command {
         report: String,
         command: Vec<String>,
     },
+    Abi,
+    Header {
+        check: bool,
+    },
     Outside,
-    Dist,
+    Dist {
+        prefix: Option<PathBuf>,
+        library_only: bool,
+    },
     Doctor,
     Ci,
 }
@@ -72,8 +85,17 @@ pub(crate) fn parse(args: impl Iterator<Item = String>) -> Result<Command, Strin
         "measure" => parse_measure(rest),
         "demo" => bare(name, rest, Command::Demo),
         "tidy" => parse_tidy(rest),
+        "abi" => match rest {
+            [what] if what == "check" => Ok(Command::Abi),
+            _ => Err("'abi' takes 'check'".into()),
+        },
+        "header" => match rest {
+            [] => Ok(Command::Header { check: false }),
+            [flag] if flag == "--check" => Ok(Command::Header { check: true }),
+            _ => Err("'header' takes --check or nothing".into()),
+        },
         "outside" => bare(name, rest, Command::Outside),
-        "dist" => bare(name, rest, Command::Dist),
+        "dist" => parse_dist(rest),
         "doctor" => bare(name, rest, Command::Doctor),
         "ci" => bare(name, rest, Command::Ci),
         other => Err(format!("there is no command '{other}'")),
@@ -118,6 +140,19 @@ fn parse_tidy(args: &[String]) -> Result<Command, String> {
         }
     }
     Ok(Command::Tidy(show))
+}
+
+fn parse_dist(rest: &[String]) -> Result<Command, String> {
+    let (mut prefix, mut library_only) = (None, false);
+    let mut words = rest.iter();
+    while let Some(word) = words.next() {
+        match word.as_str() {
+            "--prefix" => prefix = Some(words.next().ok_or("--prefix needs a directory")?.into()),
+            "--library-only" => library_only = true,
+            other => return Err(format!("dist does not know '{other}'")),
+        }
+    }
+    Ok(Command::Dist { prefix, library_only })
 }
 
 fn parse_bench(args: &[String]) -> Result<Command, String> {

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_macros)] // println! and its like: see run.rs
 
+mod abi;
 mod bench;
 mod cargo_test;
 mod ci;
@@ -10,6 +11,8 @@ mod demo;
 mod dist;
 mod doctor;
 mod flags;
+mod header;
+mod man3;
 mod matrix;
 mod mutants;
 mod outcome;
@@ -42,7 +45,9 @@ fn main() -> ExitCode {
         Command::Bench { quick, only } => bench::bench(quick, only.as_deref()),
         Command::Measure { report, command } => bench::measure::run_child(&report, &command),
         Command::Outside => outside::outside(),
-        Command::Dist => dist::dist(),
+        Command::Dist { prefix, library_only } => dist::dist(prefix.as_deref(), library_only),
+        Command::Abi => abi::check(),
+        Command::Header { check } => header::header(check),
         Command::Doctor => doctor::doctor(),
         Command::Ci => ci::ci(),
     };

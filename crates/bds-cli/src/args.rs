@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use bds_core::options::parse_number;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 /// Disk images from the shell: qemu-img's verbs and options on the bds block layer.
 #[derive(Debug, Parser)]
@@ -44,10 +44,14 @@ pub(crate) enum Command {
     Map(Map),
     /// Looks for leaks and corruption; changes nothing
     Check(Check),
+    /// Proves an image against its manifest of content hashes, or writes that
+    Verify(Verify),
     /// Says how large an image would become
     Measure(Measure),
     /// Changes the size of an image
     Resize(Resize),
+    /// Changes persistent dirty bitmaps of an image
+    Bitmap(Bitmap),
     /// Measures how fast an image is read or written
     Bench(Bench),
     /// Copies a range of blocks
@@ -286,6 +290,41 @@ pub(crate) struct Check {
 }
 
 #[derive(Args, Debug)]
+pub(crate) struct Verify {
+    #[command(flatten)]
+    pub(crate) source: Source,
+    /// The manifest; the image's name with ".manifest" if not given
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) manifest: Option<PathBuf>,
+    /// Write the manifest instead of comparing with it
+    #[arg(short, long)]
+    pub(crate) write: bool,
+    /// With --write: replace an older manifest
+    #[arg(long, requires = "write")]
+    pub(crate) overwrite: bool,
+    /// With --write: a text to keep in the manifest
+    #[arg(long, requires = "write", value_name = "TEXT")]
+    pub(crate) note: Option<String>,
+    /// Manifest of the content that this image continues: noted with --write, checked without
+    #[arg(long, value_name = "FILE")]
+    pub(crate) parent: Option<PathBuf>,
+    /// Show progress
+    #[arg(short, long)]
+    pub(crate) progress: bool,
+    /// How to print
+    #[arg(long, value_enum, default_value = "human")]
+    pub(crate) output: Output,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Cache mode
+    #[arg(short = 'T', long, default_value = "writeback", value_name = "CACHE")]
+    pub(crate) cache: String,
+    /// The image
+    pub(crate) filename: OsString,
+}
+
+#[derive(Args, Debug)]
 pub(crate) struct Measure {
     #[command(flatten)]
     pub(crate) source: Source,
@@ -327,6 +366,105 @@ pub(crate) struct Resize {
     /// The new size, or a change if it begins with + or -
     #[arg(allow_hyphen_values = true)]
     pub(crate) size: String,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Bitmap {
+    #[command(flatten)]
+    pub(crate) actions: BitmapActions,
+    /// Bytes that share a bit of a new bitmap; chosen by the format if not given
+    #[arg(short, long, value_name = "SIZE")]
+    pub(crate) granularity: Option<String>,
+    /// Merge from a bitmap of this image
+    #[arg(short = 'b', long, value_name = "FILE")]
+    pub(crate) source_file: Option<OsString>,
+    /// Format of that image
+    #[arg(short = 'F', long, value_name = "FMT")]
+    pub(crate) source_format: Option<String>,
+    #[command(flatten)]
+    pub(crate) source: Source,
+    /// The image, and the name of the bitmap
+    #[arg(value_names = ["FILENAME", "BITMAP"])]
+    pub(crate) words: Vec<OsString>,
+}
+
+/// What is done to a bitmap.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum BitmapAction {
+    Add,
+    Remove,
+    Clear,
+    Enable,
+    Disable,
+    /// With the name of the other bitmap.
+    Merge(String),
+}
+
+impl BitmapAction {
+    /// As on the command line.
+    pub(crate) fn verb(&self) -> &'static str {
+        match self {
+            Self::Add => "add",
+            Self::Remove => "remove",
+            Self::Clear => "clear",
+            Self::Enable => "enable",
+            Self::Disable => "disable",
+            Self::Merge(_) => "merge",
+        }
+    }
+}
+
+/// The actions on a bitmap in the order of the command line, each as often as it is given.
+#[derive(Debug)]
+pub(crate) struct BitmapActions(pub(crate) Vec<BitmapAction>);
+
+/// Actions without a value, with their help.
+const PLAIN_ACTIONS: [(BitmapAction, &str); 5] = [
+    (BitmapAction::Add, "Add the bitmap; it records what changes from now on"),
+    (BitmapAction::Remove, "Remove it"),
+    (BitmapAction::Clear, "Forget what it has recorded"),
+    (BitmapAction::Enable, "Let it record"),
+    (BitmapAction::Disable, "Let it record no more"),
+];
+
+impl Args for BitmapActions {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        let plain = PLAIN_ACTIONS.map(|(action, help)| {
+            // A flag whose every occurrence counts.
+            let arg = Arg::new(action.verb()).long(action.verb()).help(help);
+            arg.action(ArgAction::Append).num_args(0).default_missing_value("true")
+        });
+        let merge = Arg::new("merge")
+            .long("merge")
+            .value_name("SOURCE")
+            .help("Mark in it what is marked in the bitmap SOURCE")
+            .action(ArgAction::Append);
+        command.args(plain).arg(merge)
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for BitmapActions {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let mut found: Vec<(usize, BitmapAction)> = Vec::new();
+        for (action, _) in PLAIN_ACTIONS {
+            let places = matches.indices_of(action.verb()).into_iter().flatten();
+            found.extend(places.map(|place| (place, action.clone())));
+        }
+        let places = matches.indices_of("merge").into_iter().flatten();
+        let sources = matches.get_many::<String>("merge").into_iter().flatten();
+        found.extend(places.zip(sources).map(|(at, name)| (at, BitmapAction::Merge(name.clone()))));
+        found.sort_by_key(|(place, _)| *place);
+        Ok(Self(found.into_iter().map(|(_, action)| action).collect()))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
 }
 
 #[derive(Args, Debug)]

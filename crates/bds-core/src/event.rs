@@ -125,6 +125,15 @@ pub enum Event {
         /// Why its driver failed to close.
         close_error: Option<String>,
     },
+    /// A snapshot that a filter kept of its node can no longer be read: `SNAPSHOT_BROKEN`.
+    SnapshotBroken {
+        /// The filter.
+        node: String,
+        /// First byte of the range that could not be kept.
+        offset: u64,
+        /// Why: an errno, positive.
+        errno: i32,
+    },
     /// The graph was changed.
     GraphChanged {
         /// [`crate::graph::Graph::epoch`] after that.
@@ -171,6 +180,7 @@ impl Event {
             Self::DeviceDetached { .. } => "BLOCK_DEVICE_DETACHED",
             Self::NodeOpened { .. } => "BLOCK_NODE_OPENED",
             Self::NodeClosed { .. } => "BLOCK_NODE_CLOSED",
+            Self::SnapshotBroken { .. } => "SNAPSHOT_BROKEN",
             Self::GraphChanged { .. } => "BLOCK_GRAPH_CHANGED",
             Self::GraphShutdown => "BLOCK_GRAPH_SHUTDOWN",
             Self::EventsLost { .. } => "BLOCK_EVENTS_LOST",
@@ -223,6 +233,9 @@ impl Event {
                 }
                 data
             }
+            Self::SnapshotBroken { node, offset, errno } => {
+                json!({"node-name": node, "offset": offset, "errno": errno})
+            }
             Self::GraphChanged { epoch } => json!({"epoch": epoch}),
             Self::EventsLost { count } => json!({"count": count}),
             Self::GraphShutdown => return json!({"event": self.name()}),
@@ -255,6 +268,18 @@ impl EventHub {
 
     pub(crate) fn subscribe(&self) -> Events {
         Events(self.0.get_or_init(|| broadcast::Sender::new(QUEUE_LEN)).subscribe())
+    }
+}
+
+/// Sends a driver's events. Made by the graph for [`crate::driver::OpenContext::events`]; the
+/// default has no subscribers.
+#[derive(Clone, Debug, Default)]
+pub struct EventSender(pub(crate) EventHub);
+
+impl EventSender {
+    /// Puts an event into every subscriber's queue. Neither waits nor runs a subscriber's code.
+    pub fn emit(&self, event: Event) {
+        self.0.emit(|| event);
     }
 }
 

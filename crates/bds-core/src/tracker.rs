@@ -301,6 +301,15 @@ impl RequestTracker {
         self.flush.record_failure(error);
     }
 
+    /// Synchronises with writes that ended: the bytes of a write that was counted before this, in
+    /// the order of all `SeqCst` operations, are visible to the caller afterwards.
+    pub(crate) fn observe_writes(&self) {
+        for shard in &self.shards {
+            // Only the order counts.
+            let _number = shard.writes.load(Ordering::SeqCst);
+        }
+    }
+
     #[inline]
     fn own_number(&self) -> usize {
         own_shard(self.shards.len())
@@ -350,7 +359,8 @@ impl Inline<'_> {
     /// driver returned.
     #[inline]
     pub(crate) fn wrote(&self) {
-        self.shard.writes.fetch_add(1, Ordering::Release);
+        // SeqCst: see `observe_writes`.
+        self.shard.writes.fetch_add(1, Ordering::SeqCst);
     }
 }
 
@@ -367,7 +377,7 @@ pub(crate) struct Writing<'a>(&'a Shard);
 
 impl Drop for Writing<'_> {
     fn drop(&mut self) {
-        self.0.writes.fetch_add(1, Ordering::Release);
+        self.0.writes.fetch_add(1, Ordering::SeqCst);
     }
 }
 
@@ -394,6 +404,11 @@ pub(crate) struct Tracked<'a> {
 }
 
 impl Tracked<'_> {
+    /// The range.
+    pub(crate) fn range(&self) -> &Range<u64> {
+        &self.range
+    }
+
     /// True if no earlier conflicting request is in flight.
     #[inline]
     pub(crate) fn may_go(&mut self) -> bool {

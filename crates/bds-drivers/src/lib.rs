@@ -9,6 +9,8 @@
 //! | `raw` | `raw` | passes bytes through, or shows a window of its file |
 //! | `qcow2` | `qcow2` | reads and writes QEMU's image format |
 //! | `blkdebug` | `blkdebug` | injects errors and odd limits, for tests |
+//! | `copy-before-write` | `copy-before-write` | keeps what a write is about to change |
+//! | `snapshot-access` | `copy-before-write` | shows what such a filter keeps |
 //! | `copy-on-read` | `copy-on-read` | copies what is read into the node below |
 //! | `compress` | `compress` | writes compressed clusters to the image below |
 //! | `preallocate` | `preallocate` | grows the file ahead of writes |
@@ -81,6 +83,10 @@ fn drivers() -> Vec<Arc<dyn DriverType>> {
         Arc::new(filter::preallocate::Preallocate),
         #[cfg(feature = "compress")]
         Arc::new(filter::compress::Compress),
+        #[cfg(feature = "copy-before-write")]
+        Arc::new(filter::copy_before_write::CopyBeforeWrite),
+        #[cfg(feature = "copy-before-write")]
+        Arc::new(filter::copy_before_write::access::SnapshotAccess),
         #[cfg(feature = "copy-on-read")]
         Arc::new(filter::copy_on_read::CopyOnRead),
     ]

@@ -1,15 +1,17 @@
 //! What a job's work sees of its job: pauses, speed, progress, readiness, error policy.
 
 use std::pin::pin;
+use std::sync::Arc;
 
 use bds_core::Error;
+use bds_core::copy::{CopyControl, ErrorSite, ErrorVerdict, Side};
+use bds_core::driver::BoxFuture;
 use bds_core::graph::Graph;
-use futures_util::future::{self, Either};
-use std::sync::Arc;
+use futures_util::future;
 
 use crate::event::JobEvent;
 use crate::job::{Cancel, Job};
-use crate::policy::{ErrorSite, ErrorVerdict, JobErrorAction, Side};
+use crate::policy::JobErrorAction;
 use crate::progress::Progress;
 use crate::state::JobStatus;
 
@@ -65,20 +67,27 @@ impl JobContext {
             .await;
     }
 
+    /// Completes when it is to pause.
+    pub async fn wait_should_pause(&self) {
+        self.0.changed.wait_until(|| self.should_pause()).await;
+    }
+
     /// Waits until `bytes` may go at the job's speed, and charges them. Wakes when the speed
     /// changes. Returns early, with the bytes charged, if the job is to pause: check
     /// [`should_pause`](Self::should_pause) before going on.
     pub async fn throttle(&self, bytes: u64) {
+        self.wait_speed().await;
+        self.0.speed.charge(bds_io::now(), bytes);
+    }
+
+    /// Waits until what was charged is paid for, or the job is to pause.
+    async fn wait_speed(&self) {
         let job = &self.0;
         loop {
             let mut changed = pin!(job.changed.notified());
             changed.as_mut().enable();
-            let wait = match job.speed.try_charge(bds_io::now(), bytes) {
-                Ok(()) => return,
-                Err(wait) => wait,
-            };
-            if job.should_pause() {
-                job.speed.charge(bds_io::now(), bytes);
+            let wait = job.speed.wait(bds_io::now());
+            if wait.is_zero() || job.should_pause() {
                 return;
             }
             future::select(pin!(bds_io::sleep(wait)), changed).await;
@@ -164,10 +173,9 @@ impl JobContext {
                 ErrorVerdict::Skip
             }
             JobErrorAction::Ignore => {
-                let pause = pin!(job.changed.wait_until(|| job.should_pause()));
-                match future::select(pause, pin!(bds_io::sleep(wait))).await {
-                    Either::Left(_) | Either::Right(_) => ErrorVerdict::Retry,
-                }
+                let pause = pin!(self.wait_should_pause());
+                future::select(pause, pin!(bds_io::sleep(wait))).await;
+                ErrorVerdict::Retry
             }
         }
     }
@@ -175,5 +183,38 @@ impl JobContext {
     /// Emits an event of the job's own.
     pub fn emit(&self, event: JobEvent) {
         self.0.events.emit(event);
+    }
+}
+
+/// The engine charges a request that has begun.
+impl CopyControl for JobContext {
+    fn should_pause(&self) -> bool {
+        self.should_pause()
+    }
+
+    fn pause_requested(&self) -> BoxFuture<'_, ()> {
+        Box::pin(self.wait_should_pause())
+    }
+
+    fn pause_point(&self) -> BoxFuture<'_, ()> {
+        Box::pin(self.pause_point())
+    }
+
+    fn throttle(&self, bytes: u64) -> BoxFuture<'_, ()> {
+        self.0.speed.charge(bds_io::now(), bytes);
+        Box::pin(self.wait_speed())
+    }
+
+    fn copied(&self, bytes: u64) {
+        self.progress().advance(bytes);
+    }
+
+    fn on_error<'a>(
+        &'a self,
+        side: Side,
+        site: ErrorSite,
+        error: &'a Error,
+    ) -> BoxFuture<'a, ErrorVerdict> {
+        Box::pin(self.on_error(side, site, error))
     }
 }

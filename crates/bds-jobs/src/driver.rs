@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
+use bds_core::copy::ErrorVerdict;
 use bds_core::driver::BoxFuture;
 use bds_core::graph::{Change, NodeId};
 use bds_core::{Error, Result};
 
 use crate::context::JobContext;
 use crate::kinds::{JobControl, JobType};
-use crate::policy::ErrorVerdict;
 
 /// How a job's group ended.
 #[derive(Clone, Copy, Debug)]
@@ -69,7 +69,8 @@ pub trait JobDriver: Send + 'static {
     ) -> BoxFuture<'a, Result<()>>;
 
     /// The nodes it writes to. If their requests do not end within the job's `cancel_timeout` after
-    /// a cancel or failure, they are poisoned.
+    /// a cancel or failure, they are poisoned, and with them the nodes that store for them. Not
+    /// those that belong to a guest's disk, to which a poisoned node would be a broken disk.
     fn target_nodes(&self) -> Vec<NodeId> {
         Vec::new()
     }

@@ -8,9 +8,10 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use bds_core::Error;
+use bds_core::copy::{ErrorSite, Side};
 
 use crate::event::JobEvent;
-use crate::policy::{ErrorSite, JobErrorAction, RetryPolicy, Side};
+use crate::policy::{JobErrorAction, RetryPolicy};
 
 /// Shortest time between two events of ignored errors.
 const EVENT_GAP: Duration = Duration::from_secs(1);
@@ -88,7 +89,7 @@ impl ErrorLog {
     }
 
     /// The event of the errors that were held back, at the end of the job.
-    pub(crate) fn take_unreported(&mut self, _id: &str) -> Option<JobEvent> {
+    pub(crate) fn take_unreported(&mut self) -> Option<JobEvent> {
         self.unreported = 0;
         self.last.take()
     }

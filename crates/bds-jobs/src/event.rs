@@ -5,11 +5,12 @@
 
 use std::sync::Arc;
 
+use bds_core::copy::Side;
 use bds_io::sync::broadcast::{self, error::RecvError, error::TryRecvError};
 use serde_json::{Value, json};
 
 use crate::kinds::JobType;
-use crate::policy::{JobErrorAction, Side};
+use crate::policy::{JobErrorAction, operation};
 use crate::state::JobStatus;
 
 /// Length of a subscriber's queue, in events. A reader that is further behind loses the oldest ones
@@ -133,7 +134,7 @@ impl JobEvent {
             Self::Pending { job_type, id } => json!({"type": job_type, "id": id}),
             Self::Error { id, side, action, offset, len, errno, node, attempts, count } => json!({
                 "device": id,
-                "operation": side.operation(),
+                "operation": operation(*side),
                 "action": action,
                 "offset": offset,
                 "length": len,

@@ -88,8 +88,8 @@ impl JobHandle {
         self.0.change(change)
     }
 
-    /// Waits until it holds nothing any more, and returns its result: any number of times, also
-    /// after it was dismissed.
+    /// Waits until it holds nothing any more (and its id is free, if it dismisses itself), and
+    /// returns its result: any number of times, also after it was dismissed.
     ///
     /// # Errors
     /// Why it failed; `Cancelled`: it, or another member of its group, was cancelled or failed.

@@ -9,6 +9,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bds_core::copy::ErrorVerdict;
 use bds_core::graph::{Graph, NodeId};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::sync::Notify;
@@ -17,7 +18,7 @@ use crate::errors::ErrorLog;
 use crate::event::{EventHub, JobEvent, JobPoint};
 use crate::kinds::{JobChange, JobControl, JobType, unchangeable};
 use crate::options::JobOptions;
-use crate::policy::{ErrorVerdict, IoStatus};
+use crate::policy::IoStatus;
 use crate::progress::Progress;
 use crate::speed::Speed;
 use crate::state::{JobStatus, JobVerb};
@@ -389,7 +390,7 @@ impl Job {
     pub(crate) fn conclude(&self, cleanup_error: Option<Error>) {
         let mut state = self.lock();
         state.cleanup_error = cleanup_error;
-        if let Some(event) = state.errors.take_unreported(self.id()) {
+        if let Some(event) = state.errors.take_unreported() {
             self.events.emit(event);
         }
         if state.is_started && self.facts.job_type.is_block_job() {
@@ -404,13 +405,17 @@ impl Job {
         self.transition(&mut state, JobStatus::Concluded);
     }
 
-    /// Completes when it holds nothing any more, with its result.
+    /// Completes when it holds nothing any more and its id is free, if it dismisses itself.
     pub(crate) async fn wait(&self) -> Result<()> {
         self.changed
             .wait_for(|| {
                 let state = self.lock();
                 let result = || state.error.as_ref().map_or(Ok(()), |e| Err(e.duplicate()));
-                state.status.is_over().then(result)
+                let is_over = match state.status {
+                    JobStatus::Concluded => !self.options.auto_dismiss,
+                    status => status == JobStatus::Null,
+                };
+                is_over.then(result)
             })
             .await
     }

@@ -9,12 +9,18 @@
 //! `event`, `errors`; `job`; `context`, `query`; `driver` (the contract), `registry`; `txn`;
 //! `handle`, `manager`.
 //!
+//! [`manifest`] proves what an image contained at a point in time.
+//!
 //! A job's effect on the graph is one [`Change`](bds_core::graph::Change) of its whole group:
 //! planned while everything can still fail, committed in one step that cannot. A job that failed or
 //! was cancelled has changed nothing; a job that is *concluded* holds nothing.
 #![forbid(unsafe_code)]
 
+pub mod backup;
+mod chain;
+mod commit;
 mod context;
+pub mod create;
 mod driver;
 mod errors;
 mod event;
@@ -22,6 +28,8 @@ mod handle;
 mod job;
 mod kinds;
 mod manager;
+pub mod manifest;
+pub mod mirror;
 mod options;
 mod policy;
 mod progress;
@@ -29,8 +37,11 @@ mod query;
 mod registry;
 mod speed;
 mod state;
+mod stream;
 mod txn;
 
+pub use bds_core::copy::{ErrorSite, ErrorVerdict, Side};
+pub use commit::{Commit, CommitOptions};
 pub use context::JobContext;
 pub use driver::{JobDriver, Outcome};
 pub use event::{JobEvent, JobEvents, JobPoint, QUEUE_LEN};
@@ -38,10 +49,11 @@ pub use handle::JobHandle;
 pub use kinds::{CopyMode, JobChange, JobControl, JobType};
 pub use manager::{JobManager, NewJob};
 pub use options::{JobOptions, MAX_ID_LEN, speed_from_int};
-pub use policy::{ErrorSite, ErrorVerdict, IoStatus, JobErrorAction, OnError, RetryPolicy, Side};
+pub use policy::{IoStatus, JobErrorAction, OnError, RetryPolicy};
 pub use progress::Progress;
 pub use query::{HISTORY_LEN, History, JobInfo};
 pub use state::{JobStatus, JobVerb};
+pub use stream::{Stream, StreamOptions};
 
 /// Runs the README's code as a doctest.
 #[cfg(doctest)]

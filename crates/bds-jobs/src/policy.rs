@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use bds_core::copy::Side;
 use bds_core::{Error, ErrorKind};
 use serde::{Deserialize, Serialize};
 
@@ -59,46 +60,12 @@ impl OnError {
     }
 }
 
-/// The side of a job that failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Side {
-    /// A read, or a status query, of the source.
-    Source,
-    /// A write, zero write, discard or flush of the target.
-    Target,
-}
-
-impl Side {
-    /// QAPI's name of the operation (`IoOperationType`).
-    pub fn operation(self) -> &'static str {
-        match self {
-            Self::Source => "read",
-            Self::Target => "write",
-        }
+/// QAPI's name of the operation of a side (`IoOperationType`).
+pub(crate) fn operation(side: Side) -> &'static str {
+    match side {
+        Side::Source => "read",
+        Side::Target => "write",
     }
-}
-
-/// The place of a failed request.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct ErrorSite {
-    /// Offset in bytes.
-    pub offset: u64,
-    /// Length in bytes.
-    pub len: u64,
-    /// Name of the node.
-    pub node: String,
-}
-
-/// What a job does after a failed request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ErrorVerdict {
-    /// Tries the same range again, after the next pause point if
-    /// [`should_pause`](crate::JobContext::should_pause).
-    Retry,
-    /// Leaves the range out, goes on, and fails at its end.
-    Skip,
-    /// Returns the error from its run.
-    Fail,
 }
 
 /// State of a job's I/O. Names are QAPI's (`BlockDeviceIoStatus`). The first error stays until a

@@ -26,18 +26,12 @@ impl Speed {
         *self.lock() = (speed, bucket(speed));
     }
 
-    /// Charges `bytes` if they may go now; else says how long to wait.
-    pub(crate) fn try_charge(&self, now: Duration, bytes: u64) -> Result<(), Duration> {
-        let mut speed = self.lock();
-        let wait = speed.1.wait(now);
-        if wait.is_zero() {
-            speed.1.take(now, bytes);
-            return Ok(());
-        }
-        Err(wait)
+    /// Time until what was charged is paid for.
+    pub(crate) fn wait(&self, now: Duration) -> Duration {
+        self.lock().1.wait(now)
     }
 
-    /// Charges `bytes` that go in any case.
+    /// Charges `bytes` that go now.
     pub(crate) fn charge(&self, now: Duration, bytes: u64) {
         self.lock().1.take(now, bytes);
     }
@@ -60,20 +54,21 @@ mod tests {
     #[test]
     fn the_first_piece_goes_and_the_next_waits_for_it() {
         let speed = Speed::new(1000);
-        assert_eq!(speed.try_charge(SECOND, 2100), Ok(()));
-        assert_eq!(speed.try_charge(SECOND, 1), Err(2 * SECOND));
-        assert_eq!(speed.try_charge(3 * SECOND, 1), Ok(()));
+        assert_eq!(speed.wait(SECOND), Duration::ZERO);
+        speed.charge(SECOND, 2100);
+        assert_eq!(speed.wait(SECOND), 2 * SECOND);
+        assert_eq!(speed.wait(3 * SECOND), Duration::ZERO);
     }
 
     #[test]
     fn a_new_speed_forgets_what_was_charged() {
         let speed = Speed::new(1);
         speed.charge(SECOND, 1 << 40);
-        assert!(speed.try_charge(SECOND, 1).is_err());
+        assert!(!speed.wait(SECOND).is_zero());
         speed.set(2);
-        assert_eq!((speed.try_charge(SECOND, 1), speed.get()), (Ok(()), 2));
+        assert_eq!((speed.wait(SECOND), speed.get()), (Duration::ZERO, 2));
         speed.set(0);
         speed.charge(SECOND, u64::MAX);
-        assert_eq!(speed.try_charge(SECOND, u64::MAX), Ok(()));
+        assert_eq!(speed.wait(SECOND), Duration::ZERO);
     }
 }

@@ -8,9 +8,12 @@
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use bds_core::graph::Graph;
+use bds_core::driver::Role;
+use bds_core::graph::{Change, ChangeReport, Graph, NodeRef, walk};
 use bds_core::{Error, ErrorKind, Result};
+use bds_io::Task;
 use futures_util::FutureExt;
 use futures_util::future::{self, Either};
 
@@ -19,6 +22,9 @@ use crate::driver::{JobDriver, Outcome};
 use crate::job::{GroupSignal, Job, cancelled};
 use crate::registry::Registry;
 use crate::state::JobStatus;
+
+/// Turns that requests of a poisoned node get to leave it.
+const POISON_TURNS: usize = 100;
 
 /// Jobs that end together.
 #[derive(Debug)]
@@ -59,25 +65,36 @@ pub(crate) async fn conduct(
     let runs: Vec<_> = members
         .map(|(job, driver)| bds_io::spawn(run(Arc::clone(&group), Member { job, driver })))
         .collect();
-    let mut members = Vec::with_capacity(runs.len());
-    for run in runs {
-        members.push(run.await);
-    }
+    let mut members = join(&group, runs).await;
     let result = finish(&group, &registry.graph, &mut members).await;
-    let cleanup = match &result {
-        Ok(()) => retire_all(&mut members).await,
+    let mut cleanup = match result {
+        Ok(left_over) => vec![left_over],
         Err(error) => {
             abort_all(&group, error.as_ref());
-            settle_targets(&group).await;
-            retire_all(&mut members).await
+            settle_targets(&group).await
         }
     };
+    cleanup.resize_with(members.len(), || None);
+    retire_all(&mut members, &mut cleanup).await;
     drop(members);
     for (job, cleanup_error) in group.jobs.iter().zip(cleanup).rev() {
         job.conclude(cleanup_error);
         if job.options.auto_dismiss {
             registry.dismiss_now(job);
         }
+    }
+}
+
+/// Waits for the work of all members. A cancel of one, also of one that waits for the others, ends
+/// all.
+async fn join(group: &Group, runs: Vec<Task<Member>>) -> Vec<Member> {
+    let joined = pin!(future::join_all(runs));
+    match future::select(pin!(group.wait_cancelled()), joined).await {
+        Either::Left(((), joined)) => {
+            group.jobs.iter().for_each(|job| job.force_cancel());
+            joined.await
+        }
+        Either::Right((members, _)) => members,
     }
 }
 
@@ -117,7 +134,7 @@ async fn finish(
     group: &Arc<Group>,
     graph: &Graph,
     members: &mut [Member],
-) -> Result<(), Option<Error>> {
+) -> Result<Option<Error>, Option<Error>> {
     let is_pending = group.jobs.iter().rev().all(|job| {
         let is_waiting = job.status() == JobStatus::Waiting;
         is_waiting && job.enter_pending()
@@ -141,17 +158,43 @@ async fn finish(
             Either::Right((planned, _)) => planned.map_err(|_| None)?,
         }
     };
-    planned.commit().await.map_err(Some)?;
+    let left_over = commit(group, planned).await?;
     group.jobs.iter().for_each(|job| job.commit());
-    Ok(())
+    Ok(left_over)
+}
+
+/// Applies the change, unless a member is cancelled before it takes effect. Returns what
+/// its end could not do in order.
+async fn commit(group: &Group, change: Change) -> Result<Option<Error>, Option<Error>> {
+    let effect = Arc::new(AtomicBool::new(false));
+    let has_effect = || effect.load(Ordering::Acquire);
+    let mut commit = Box::pin(change.marks_effect(&effect).commit());
+    match future::select(pin!(group.wait_cancelled()), commit.as_mut()).await {
+        Either::Right((result, _)) => return result.map(left_over).map_err(Some),
+        // Too late: the edges are swapped, what is left of the commit is short.
+        Either::Left(_) if has_effect() => {
+            return commit.await.map(left_over).map_err(Some);
+        }
+        Either::Left(_) => {}
+    }
+    // Another thread may be at work on it. When the drop returns, it is at rest.
+    drop(commit);
+    if has_effect() { Ok(None) } else { Err(None) }
+}
+
+/// The first failure at the end of a change that took effect.
+fn left_over(report: ChangeReport) -> Option<Error> {
+    let closed = report.closed.into_iter().filter_map(|closed| closed.into_result().err());
+    closed.chain(report.stored_bitmaps_left).next()
 }
 
 /// Lets each member plan its part of one change.
-async fn plan(graph: &Graph, members: &mut [Member]) -> Result<bds_core::graph::Change> {
+async fn plan(graph: &Graph, members: &mut [Member]) -> Result<Change> {
     let mut change = graph.change();
     for Member { job, driver } in members {
         let ctx = JobContext(Arc::clone(job));
-        change = match driver.plan(&ctx, change).await {
+        let planned = AssertUnwindSafe(driver.plan(&ctx, change)).catch_unwind().await;
+        change = match planned.unwrap_or_else(|panic| Err(panicked(&*panic))) {
             Ok(change) => change,
             Err(error) => {
                 job.abort(Some(error.duplicate()));
@@ -167,32 +210,61 @@ fn abort_all(group: &Group, error: Option<&Error>) {
     group.jobs.iter().rev().for_each(|job| job.abort(error.map(Error::duplicate)));
 }
 
-/// Waits for requests in the target nodes, each member no longer than its timeout; then poisons
-/// them.
-async fn settle_targets(group: &Group) {
-    future::join_all(group.jobs.iter().map(|job| settle(job))).await;
+/// Waits for requests in the target nodes, for each member no longer than its timeout; then poisons
+/// the nodes. Returns an error for each member whose target was poisoned.
+async fn settle_targets(group: &Group) -> Vec<Option<Error>> {
+    future::join_all(group.jobs.iter().map(|job| settle(job))).await
 }
 
-async fn settle(job: &Job) {
+async fn settle(job: &Job) -> Option<Error> {
+    let timeout = job.options.cancel_timeout;
+    let mut failed = None;
     for id in &job.facts.targets {
+        // Stale: the node is closed, so no request is inside.
         let Ok(node) = job.graph.acquire(*id) else { continue };
-        if job.graph.drain_within(&node, job.options.cancel_timeout).await.is_err() {
-            node.poison();
+        if let Err(error) = job.graph.drain_within(&node, timeout).await {
+            poison_storage(&node);
+            leave_poisoned(&node).await;
+            tracing::warn!(job = job.id(), node = node.name(), "target poisoned: {error}");
+            failed.get_or_insert(error.context("the target was poisoned"));
+        }
+    }
+    failed
+}
+
+/// Lets the tasks of a poisoned node's detached requests end: they keep it open until their next
+/// turn. Requests of other users may stay for ever.
+async fn leave_poisoned(node: &NodeRef) {
+    for _ in 0..POISON_TURNS {
+        if node.in_flight() == 0 {
+            return;
+        }
+        bds_io::yield_now().await;
+    }
+}
+
+/// Poisons a node, and those that store for it and have requests inside. Not its backing chain,
+/// which may be another disk's.
+fn poison_storage(node: &NodeRef) {
+    node.poison();
+    for (_, role, child) in walk::children(node) {
+        if !role.contains(Role::COW) && child.in_flight() > 0 && !child.is_poisoned() {
+            poison_storage(&child);
         }
     }
 }
 
-/// Retires all, newest first. Returns what went wrong, in the order of the members.
-async fn retire_all(members: &mut [Member]) -> Vec<Option<Error>> {
-    let mut errors = Vec::with_capacity(members.len());
-    for Member { job, driver } in members.iter_mut().rev() {
+/// Retires all, newest first, and adds what went wrong to `cleanup`, in the order of the members.
+async fn retire_all(members: &mut [Member], cleanup: &mut [Option<Error>]) {
+    for (Member { job, driver }, failed) in members.iter_mut().zip(cleanup).rev() {
         let ctx = JobContext(Arc::clone(job));
         let error = job.lock().error.as_ref().map(Error::duplicate);
         let outcome = error.as_ref().map_or(Outcome::Committed, Outcome::Aborted);
-        errors.push(driver.retire(&ctx, outcome).await.err());
+        let retire = AssertUnwindSafe(driver.retire(&ctx, outcome)).catch_unwind().await;
+        if let Err(error) = retire.unwrap_or_else(|panic| Err(panicked(&*panic))) {
+            failed.get_or_insert(error);
+        }
     }
-    errors.reverse();
-    errors
 }
 
 fn panicked(panic: &(dyn std::any::Any + Send)) -> Error {

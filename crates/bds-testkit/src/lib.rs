@@ -9,6 +9,7 @@ mod chance;
 mod disk_model;
 mod oracle;
 mod scratch;
+mod stamped;
 mod workload;
 
 pub use axes::{Cache, Engine, Format, axes};
@@ -16,6 +17,7 @@ pub use chance::Chance;
 pub use disk_model::{DiskModel, Ended};
 pub use oracle::{Output, Tool, qemu_img, qemu_io, tool};
 pub use scratch::{Scratch, pattern};
+pub use stamped::{BLOCK, StampedDisk, StampedWrite, Tick};
 pub use workload::{Op, SECTOR, Shape, Step, Workload};
 
 /// Prints the line that the test runner counts as a skip. Return from the test after it.

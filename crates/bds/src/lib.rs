@@ -299,6 +299,7 @@ pub mod prelude {
     pub use bds_core::request::{Backend, BackendOptions};
     pub use bds_core::{Error, ErrorKind, Options};
     pub use bds_io::{Buf, Context, ContextOptions, IoVec};
+    pub use bds_jobs::{JobHandle, JobManager, JobOptions, JobStatus};
 }
 
 /// The lines of the project's README, compiled and run.

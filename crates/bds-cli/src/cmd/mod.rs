@@ -1,6 +1,7 @@
 //! The verbs, one a file: each calls the library with its arguments and prints the result.
 
 pub(crate) mod bench;
+pub(crate) mod bitmap;
 pub(crate) mod check;
 pub(crate) mod compare;
 pub(crate) mod convert;
@@ -15,6 +16,7 @@ pub(crate) mod manual;
 pub(crate) mod map;
 pub(crate) mod measure;
 pub(crate) mod resize;
+pub(crate) mod verify;
 
 use bds_core::options::parse_size;
 use bds_core::{Error, ErrorKind, Result};

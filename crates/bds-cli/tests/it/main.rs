@@ -18,4 +18,5 @@ mod qemu_check;
 mod qemu_convert;
 mod qemu_measure;
 mod same_file;
+mod verify;
 mod workdir;

@@ -11,12 +11,21 @@
 //! bit reads the old bytes, and that write would never be copied. For the same reason a job must
 //! claim bits (see [`HBitmap::claim`]) before it reads the bytes.
 //!
-//! The counts follow the bits and are exact whenever no other thread changes the bitmap.
+//! All accesses to words are `SeqCst`, which costs nothing where the machine locks the bus anyway:
+//! a thread that sets a bit and then looks at another variable, and one that changes that variable
+//! and then looks at the bit, do not both miss the other (`graph::bitmaps::recorder` needs that).
+//!
+//! A page's count is raised before its bits are set and lowered after they are cleared, so a page
+//! with a dirty granule never counts as clean. It is exact whenever no other thread changes the
+//! bitmap.
+//!
+//! The length can change in place. Pages for the first length are one array; those of later growth
+//! are in segments, each twice as long as the one before, so that no page ever moves.
 
 use std::fmt;
 use std::ops::Range;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -46,19 +55,29 @@ impl Page {
     }
 
     /// Sets bits of a word.
+    #[inline]
     fn set(&self, word: usize, mask: u64) {
-        // Release: a thread that claims the bit afterwards sees the bytes that were written before.
-        let before = self.words[word].fetch_or(mask, Ordering::Release);
-        let new = mask & !before;
-        if new != 0 {
-            self.count.fetch_add(new.count_ones(), Ordering::Relaxed);
+        let bits = &self.words[word];
+        let known = bits.load(Ordering::Relaxed);
+        if mask & !known == 0
+            // They are set. The exchange of equal values is the read-modify-write that the module
+            // asks for.
+            && bits.compare_exchange(known, known, Ordering::SeqCst, Ordering::Relaxed).is_ok()
+        {
+            return;
+        }
+        self.count.fetch_add(mask.count_ones(), Ordering::Relaxed);
+        // Releases the bytes that were written before, for a thread that claims the bit afterwards.
+        let surplus = self.words[word].fetch_or(mask, Ordering::SeqCst) & mask;
+        if surplus != 0 {
+            self.count.fetch_sub(surplus.count_ones(), Ordering::Relaxed);
         }
     }
 
     /// Clears bits of a word and returns those that were set.
     pub(super) fn take(&self, word: usize, mask: u64) -> u64 {
-        // AcqRel: bytes written before the bits were set are visible to the caller afterwards.
-        let taken = self.words[word].fetch_and(!mask, Ordering::AcqRel) & mask;
+        // Acquires: bytes written before the bits were set are visible to the caller afterwards.
+        let taken = self.words[word].fetch_and(!mask, Ordering::SeqCst) & mask;
         if taken != 0 {
             self.count.fetch_sub(taken.count_ones(), Ordering::Relaxed);
         }
@@ -66,7 +85,7 @@ impl Page {
     }
 
     pub(super) fn word(&self, word: usize) -> u64 {
-        self.words[word].load(Ordering::Acquire)
+        self.words[word].load(Ordering::SeqCst)
     }
 
     pub(super) fn count(&self) -> u32 {
@@ -90,10 +109,31 @@ impl Page {
 /// # Ok::<(), bds_core::Error>(())
 /// ```
 pub struct HBitmap {
-    len: u64,
+    len: AtomicU64,
     /// log2 of the granularity.
     shift: u32,
-    pages: Box<[OnceLock<Box<Page>>]>,
+    /// Pages for the first length.
+    pages: Pages,
+    /// Pages of later growth: segment n has `GROWTH << n` of them.
+    grown: [OnceLock<Pages>; SEGMENTS],
+}
+
+type Pages = Box<[OnceLock<Box<Page>>]>;
+
+/// Pages of the first segment of growth.
+const GROWTH: usize = 16;
+/// Segments that suffice for a node of 2^63 bytes with the smallest granularity.
+const SEGMENTS: usize = 36;
+
+fn empty_pages(count: usize) -> Pages {
+    (0..count).map(|_| OnceLock::new()).collect()
+}
+
+/// The segment of growth that has page `number`, counted from the first page of growth, and the
+/// page's place in it.
+fn segment_of(number: usize) -> (usize, usize) {
+    let segment = (number / GROWTH + 1).ilog2() as usize;
+    (segment, number - GROWTH * ((1 << segment) - 1))
 }
 
 impl HBitmap {
@@ -116,18 +156,49 @@ impl HBitmap {
                 Error::new(ErrorKind::LimitExceeded, text).field("granularity", granularity)
             );
         }
-        let pages = (0..granules.div_ceil(PAGE)).map(|_| OnceLock::new()).collect();
-        Ok(Self { len, shift: granularity.trailing_zeros(), pages })
+        let pages = empty_pages(page_of(granules.next_multiple_of(PAGE)));
+        let grown = [const { OnceLock::new() }; SEGMENTS];
+        Ok(Self { len: AtomicU64::new(len), shift: granularity.trailing_zeros(), pages, grown })
     }
 
     /// Bytes that the bitmap covers.
+    #[inline]
     pub fn len(&self) -> u64 {
-        self.len
+        self.len.load(Ordering::Relaxed)
+    }
+
+    /// Changes the length in place: granules behind the shorter of both lengths are clean
+    /// afterwards. Meant for a moment at which no thread sets bits there. More than
+    /// [`MAX_GRANULES`] granules are possible: the directory of pages takes 16 bytes for each
+    /// 32,768.
+    ///
+    /// ```
+    /// use bds_core::bitmap::HBitmap;
+    ///
+    /// let bitmap = HBitmap::new(1 << 20, 65536)?;
+    /// bitmap.set_all();
+    /// bitmap.set_len(2 << 20);
+    /// assert_eq!((bitmap.len(), bitmap.dirty_bytes()), (2 << 20, 1 << 20));
+    /// bitmap.set_len(65536);
+    /// assert_eq!((bitmap.len(), bitmap.dirty_bytes()), (65536, 65536));
+    /// # Ok::<(), bds_core::Error>(())
+    /// ```
+    pub fn set_len(&self, len: u64) {
+        let before = self.granules();
+        self.len.store(len, Ordering::Relaxed);
+        self.each_word(self.granules()..before, |page, word, mask| {
+            page.take(word, mask);
+        });
+    }
+
+    /// As [`HBitmap::set_len`], unless it is as long already; from several threads at once.
+    pub(crate) fn grow(&self, len: u64) {
+        self.len.fetch_max(len, Ordering::Relaxed);
     }
 
     /// Whether it covers no bytes.
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.len() == 0
     }
 
     /// Bytes that share a bit: a power of two.
@@ -137,7 +208,7 @@ impl HBitmap {
 
     /// Granules, the last of which may be shorter than the others.
     pub fn granules(&self) -> u64 {
-        self.len.div_ceil(1 << self.shift)
+        self.len().div_ceil(1 << self.shift)
     }
 
     /// Number of dirty granules.
@@ -154,11 +225,12 @@ impl HBitmap {
     /// Marks every granule that the byte range touches. What lies beyond the end is ignored.
     #[inline]
     pub fn set(&self, range: Range<u64>) {
-        if range.start >= range.end || range.start >= self.len {
+        let len = self.len();
+        if range.start >= range.end || range.start >= len {
             return;
         }
         let first = range.start >> self.shift;
-        let last = (range.end.min(self.len) - 1) >> self.shift;
+        let last = (range.end.min(len) - 1) >> self.shift;
         if first == last {
             return self.page(first).set(word_of(first), bit_of(first));
         }
@@ -173,7 +245,7 @@ impl HBitmap {
     /// Cleans every granule that lies wholly in the byte range; a short last granule does if the
     /// range reaches the end.
     pub fn clear(&self, range: Range<u64>) {
-        let end = if range.end >= self.len { self.granules() } else { range.end >> self.shift };
+        let end = if range.end >= self.len() { self.granules() } else { range.end >> self.shift };
         let start = range.start.div_ceil(1 << self.shift);
         self.each_word(start..end, |page, word, mask| {
             page.take(word, mask);
@@ -182,7 +254,7 @@ impl HBitmap {
 
     /// Whether the granule that holds this byte is dirty. False beyond the end.
     pub fn is_dirty(&self, offset: u64) -> bool {
-        if offset >= self.len {
+        if offset >= self.len() {
             return false;
         }
         let granule = offset >> self.shift;
@@ -195,10 +267,10 @@ impl HBitmap {
     /// # Errors
     /// `InvalidInput`: the lengths differ. Nothing has changed.
     pub fn merge(&self, from: &Self) -> Result<()> {
-        if self.len != from.len {
+        let (len, other) = (self.len(), from.len());
+        if len != other {
             let text = format!(
-                "bitmaps are of different sizes (destination size is {}, source size is {}) and can't be merged",
-                self.len, from.len
+                "Bitmaps are of different sizes (destination size is {len}, source size is {other}) and can't be merged"
             );
             return Err(Error::new(ErrorKind::InvalidInput, text));
         }
@@ -217,13 +289,19 @@ impl HBitmap {
         Ok(other)
     }
 
-    fn take_over(&self, from: &Self) {
+    /// Marks what is dirty in `from`, as far as both reach.
+    pub(crate) fn take_over(&self, from: &Self) {
         if self.shift != from.shift {
-            return from.areas(0..from.len).for_each(|area| self.set(area));
+            return from.areas(0..from.len()).for_each(|area| self.set(area));
         }
+        // Pairs with the fence after a page was allocated.
+        fence(Ordering::SeqCst);
         let granules = self.granules();
         for (number, page) in from.present_pages().filter(|(_, page)| page.count() > 0) {
             let start = number as u64 * PAGE;
+            if start >= granules {
+                break;
+            }
             for word in 0..WORDS {
                 let first = start + word as u64 * WORD;
                 let mask = page.word(word) & mask_of(first, granules);
@@ -269,16 +347,48 @@ impl HBitmap {
     /// The page of a granule that exists, allocated if need be.
     #[inline]
     fn page(&self, granule: u64) -> &Page {
-        self.pages[page_of(granule)].get_or_init(Page::new)
+        match self.present(granule) {
+            Some(page) => page,
+            None => self.allocate(page_of(granule)),
+        }
+    }
+
+    #[cold]
+    fn allocate(&self, number: usize) -> &Page {
+        let place = match number.checked_sub(self.pages.len()) {
+            None => &self.pages[number],
+            Some(number) => {
+                let (segment, place) = segment_of(number);
+                &self.grown[segment].get_or_init(|| empty_pages(GROWTH << segment))[place]
+            }
+        };
+        let page = place.get_or_init(Page::new);
+        fence(Ordering::SeqCst);
+        page
     }
 
     /// The page of a granule, if any bit of it was ever set.
+    #[inline]
     pub(super) fn present(&self, granule: u64) -> Option<&Page> {
-        self.pages.get(page_of(granule))?.get().map(|page| &**page)
+        let number = page_of(granule);
+        let place = match self.pages.get(number) {
+            Some(place) => place,
+            None => {
+                let (segment, place) = segment_of(number - self.pages.len());
+                self.grown.get(segment)?.get()?.get(place)?
+            }
+        };
+        place.get().map(|page| &**page)
     }
 
+    /// The pages that exist, by number.
     fn present_pages(&self) -> impl Iterator<Item = (usize, &Page)> {
-        self.pages.iter().enumerate().filter_map(|(n, page)| Some((n, &**page.get()?)))
+        let grown = self.grown.iter().enumerate().flat_map(|(segment, pages)| {
+            let first = self.pages.len() + GROWTH * ((1 << segment) - 1);
+            pages.get().into_iter().flatten().enumerate().map(move |(n, page)| (first + n, page))
+        });
+        let all = self.pages.iter().enumerate().chain(grown);
+        all.filter_map(|(number, page)| Some((number, &**page.get()?)))
     }
 }
 
@@ -306,7 +416,7 @@ fn mask_of(first: u64, end: u64) -> u64 {
 impl fmt::Debug for HBitmap {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("HBitmap")
-            .field("len", &self.len)
+            .field("len", &self.len())
             .field("granularity", &self.granularity())
             .field("dirty_bytes", &self.dirty_bytes())
             .finish()

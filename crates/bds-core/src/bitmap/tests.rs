@@ -72,6 +72,7 @@ enum Step {
     Search(Range<u64>),
     Claim(Range<u64>, u64),
     Stream(u64, usize),
+    SetLen(u64),
 }
 
 fn range(len: u64) -> impl Strategy<Value = Range<u64>> {
@@ -87,6 +88,7 @@ fn step(len: u64) -> impl Strategy<Value = Step> {
         2 => range(len).prop_map(Step::Search),
         2 => (range(len), 0..100_000u64).prop_map(|(range, max)| Step::Claim(range, max)),
         1 => (0..len / 4096 + 10, 0..40usize).prop_map(|(at, count)| Step::Stream(at, count)),
+        1 => (0..=2 * len).prop_map(Step::SetLen),
     ]
 }
 
@@ -106,6 +108,12 @@ fn run(len: u64, granularity: u32, steps: Vec<Step>) {
             Step::Search(range) => search(&bitmap, &model, range),
             Step::Claim(range, max) => claim(&bitmap, &mut model, range, max),
             Step::Stream(at, count) => stream(&bitmap, &model, at, count),
+            Step::SetLen(len) => {
+                bitmap.set_len(len);
+                model.len = len;
+                let kept = model.granules();
+                model.dirty.retain(|n| *n < kept);
+            }
         }
         model.check(&bitmap);
     }
@@ -232,7 +240,7 @@ fn bad_shapes_are_refused() {
     assert!(HBitmap::new(u64::MAX, MAX_GRANULARITY).is_err());
     let one = HBitmap::new(1 << 20, 512).unwrap();
     let error = one.merge(&HBitmap::new(1 << 21, 512).unwrap()).unwrap_err();
-    assert!(error.to_string().contains("bitmaps are of different sizes"), "{error}");
+    assert!(error.to_string().contains("Bitmaps are of different sizes"), "{error}");
     assert_eq!(one.dirty_bytes(), 0);
 }
 
@@ -250,6 +258,53 @@ fn all_of_a_bitmap_is_set_and_cleared() {
     empty.set_all();
     assert!(empty.is_empty());
     assert_eq!((empty.claim(0..100, 100), empty.stream_len()), (None, 0));
+}
+
+/// A bitmap of no bytes that grows far: each segment of pages is reached, and none moves.
+#[test]
+fn a_bitmap_grows_far() {
+    let bitmap = HBitmap::new(0, 512).unwrap();
+    let mut wanted = Vec::new();
+    for shift in 20..43 {
+        let len = 1 << shift;
+        bitmap.grow(len);
+        bitmap.grow(len / 2);
+        assert_eq!(bitmap.len(), len);
+        let last = len - 512..len;
+        bitmap.set(last.clone());
+        assert!(bitmap.is_dirty(len - 1) && !bitmap.is_dirty(len));
+        wanted.push(last);
+    }
+    assert_eq!(bitmap.dirty_granules(), wanted.len() as u64);
+    bitmap.set_len((1 << 21) + 1);
+    assert_eq!(bitmap.areas(0..u64::MAX).collect::<Vec<_>>(), wanted[..2]);
+}
+
+/// One granule stays dirty while others of its page come and go: a search must find it at any time.
+#[test]
+fn searches_never_miss_a_granule_that_stays_dirty() {
+    let bitmap = HBitmap::new(1000 * 512, 512).unwrap();
+    bitmap.set(0..512);
+    let left = AtomicU64::new(2);
+    std::thread::scope(|scope| {
+        for thread in 1..3 {
+            let (bitmap, left) = (&bitmap, &left);
+            scope.spawn(move || {
+                for round in 0..20_000 {
+                    let at = (1 + (round * thread) % 3) * 512;
+                    bitmap.set(at..at + 512);
+                    bitmap.claim(512..1000 * 512, u64::MAX);
+                }
+                left.fetch_sub(1, Ordering::Release);
+            });
+        }
+        while left.load(Ordering::Acquire) > 0 {
+            assert_eq!(bitmap.next_dirty(0..512), Some(0));
+            assert!(bitmap.dirty_granules() > 0);
+        }
+    });
+    bitmap.claim(512..1000 * 512, u64::MAX);
+    assert_eq!(bitmap.dirty_granules(), 1, "the counts are exact in the end");
 }
 
 /// Stamps beside bits: a write stores its stamp and then marks; a copier claims and then reads. At

@@ -15,9 +15,9 @@
 //! ordered by the target's node: it excludes later requests that overlap it until it ends.
 
 use std::fmt;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bds_io::sync::Notify;
 
@@ -57,6 +57,8 @@ struct Busy {
 struct Entry {
     ticket: u64,
     range: Range<u64>,
+    /// False: an exclusion.
+    is_claim: bool,
 }
 
 impl Busy {
@@ -66,10 +68,14 @@ impl Busy {
         overlapping.min_by_key(|entry| entry.range.start)
     }
 
-    fn add(&mut self, range: Range<u64>) -> u64 {
+    fn add(&mut self, range: Range<u64>, is_claim: bool) -> u64 {
         self.last_ticket += 1;
-        self.ranges.push(Entry { ticket: self.last_ticket, range });
+        self.ranges.push(Entry { ticket: self.last_ticket, range, is_claim });
         self.last_ticket
+    }
+
+    fn has_claim(&self, range: &Range<u64>) -> bool {
+        self.ranges.iter().any(|entry| entry.is_claim && overlaps(&entry.range, range))
     }
 
     fn entry(&mut self, ticket: u64) -> &mut Entry {
@@ -155,15 +161,39 @@ impl CopyMap {
 
     /// True if nothing is to be copied and nothing is being copied.
     pub fn is_clean(&self) -> bool {
+        self.is_clean_in(&(0..self.len()))
+    }
+
+    /// As [`CopyMap::is_clean`], for the granules that the range touches.
+    pub fn is_clean_in(&self, range: &Range<u64>) -> bool {
         // A claim clears its bits with the lock held.
         let busy = self.busy();
-        busy.in_flight_bytes == 0 && self.dirty.dirty_granules() == 0
+        self.is_clean_here(&busy, &self.granules_around(range.clone()))
+    }
+
+    fn is_clean_here(&self, busy: &Busy, granules: &Range<u64>) -> bool {
+        !busy.has_claim(granules) && self.dirty.next_dirty(granules.clone()).is_none()
     }
 
     /// Claims the first run of dirty granules in the range that is not busy, of at most `max_len`
     /// bytes (at least a granule). The run may begin before `range.start` and end after
     /// `range.end`, at the bounds of granules. `None`: all of the range is clean or busy.
     pub fn claim(&self, range: Range<u64>, max_len: u64) -> Option<Claim<'_>> {
+        let (ticket, range) = self.try_claim(range, max_len)?;
+        Some(Claim { map: MapRef::Borrowed(self), ticket, range, is_done: false })
+    }
+
+    /// As [`CopyMap::claim`], for a claim that keeps the map.
+    pub fn claim_shared(
+        self: &Arc<Self>,
+        range: Range<u64>,
+        max_len: u64,
+    ) -> Option<Claim<'static>> {
+        let (ticket, range) = self.try_claim(range, max_len)?;
+        Some(Claim { map: MapRef::Shared(Arc::clone(self)), ticket, range, is_done: false })
+    }
+
+    fn try_claim(&self, range: Range<u64>, max_len: u64) -> Option<(u64, Range<u64>)> {
         let mut busy = self.busy();
         let mut rest = range;
         loop {
@@ -174,8 +204,7 @@ impl CopyMap {
                 continue;
             };
             busy.in_flight_bytes += range.end - range.start;
-            let ticket = busy.add(range.clone());
-            return Some(Claim { map: self, ticket, range, is_done: false });
+            return Some((busy.add(range.clone(), true), range));
         }
     }
 
@@ -211,7 +240,7 @@ impl CopyMap {
     /// in order. Bits are left as they are.
     pub async fn exclude(&self, range: Range<u64>) -> Exclusion<'_> {
         let range = self.granules_around(range);
-        let ticket = self.busy().add(range.clone());
+        let ticket = self.busy().add(range.clone(), false);
         let exclusion = Exclusion { map: self, ticket };
         self.wait_for_earlier(&range, ticket).await;
         exclusion
@@ -225,13 +254,14 @@ impl CopyMap {
         self.freed.wait_until(is_free).await;
     }
 
-    /// Waits until the map is clean or something in the range can be claimed. Woken by claims and
+    /// Waits until the range is clean or something in it can be claimed. Woken by claims and
     /// exclusions that end, not by marks.
-    pub(super) async fn wait_claimable(&self) {
+    pub async fn wait_claimable(&self, range: Range<u64>) {
+        let granules = self.granules_around(range);
         let can_go = || {
             let busy = self.busy();
-            let is_clean = busy.in_flight_bytes == 0 && self.dirty.dirty_granules() == 0;
-            is_clean || self.free_area(&busy, &mut (0..self.len()), 1).is_some()
+            self.is_clean_here(&busy, &granules)
+                || self.free_area(&busy, &mut granules.clone(), 1).is_some()
         };
         self.freed.wait_until(can_go).await;
     }
@@ -275,10 +305,27 @@ impl fmt::Debug for CopyMap {
     }
 }
 
+/// The map of a claim.
+enum MapRef<'m> {
+    Borrowed(&'m CopyMap),
+    Shared(Arc<CopyMap>),
+}
+
+impl Deref for MapRef<'_> {
+    type Target = CopyMap;
+
+    fn deref(&self) -> &CopyMap {
+        match self {
+            Self::Borrowed(map) => map,
+            Self::Shared(map) => map,
+        }
+    }
+}
+
 /// The duty to copy a range. Dropping it says that the copy failed, and sets its bits again.
 #[must_use = "dropping a claim says that the copy failed"]
 pub struct Claim<'m> {
-    map: &'m CopyMap,
+    map: MapRef<'m>,
     ticket: u64,
     range: Range<u64>,
     is_done: bool,
@@ -315,7 +362,7 @@ impl Claim<'_> {
     /// Claims dirty granules directly behind its end too, up to `len` bytes in all. Returns the
     /// number of bytes that were added.
     pub fn extend(&mut self, len: u64) -> u64 {
-        let map = self.map;
+        let map = &*self.map;
         let mut busy = map.busy();
         let end = self.range.end;
         let wanted = end..map.len().min(self.range.start.saturating_add(len));

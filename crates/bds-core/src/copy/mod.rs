@@ -5,12 +5,13 @@
 //! |---|---|---|
 //! | what | whole backends, concatenated | dirty granules of a [`CopyMap`] |
 //! | order | by offset, in turns of writes | none |
-//! | others that write | none | a guest, through a filter that shares the map |
-//! | errors, pauses, speed | the first error ends it | [`CopyControl`] decides |
+//! | others that write | none | a guest, through a filter |
+//! | errors, pauses | the first error ends it | [`CopyControl`] decides |
 //!
-//! [`copy`]: a planner queries the block status of the sources and hands out pieces; up to `workers` workers
-//! copy one piece each through one buffer each, so memory is bounded by `workers * buffer_len`.
-//! Holes are not read; zeros are not written where the target reads as zeros anyway.
+//! [`copy`]: a planner queries the block status of the sources and hands out pieces; up to
+//! `workers` workers copy one piece each through one buffer each, so memory is bounded by
+//! `workers * buffer_len`. Holes are not read; zeros are not written where the target reads as
+//! zeros anyway.
 //!
 //! ```text
 //! planner ─► piece: nothing to do │ zeros │ data

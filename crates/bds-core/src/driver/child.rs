@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use bds_io::IoVec;
 
 use super::{
-    Attempt, BoxFuture, Limits, Precision, ReadFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Attempt, BoxFuture, ImageInfo, Limits, Precision, ReadFlags, StatusRun, Truncate, WriteFlags,
+    ZeroFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
 
@@ -75,12 +76,37 @@ pub trait ChildPort: Send + Sync + 'static {
             Err(Error::new(ErrorKind::NotFound, words))
         })
     }
+    /// See [`super::Driver::snapshot_read`].
+    fn snapshot_read(&self, _offset: u64, _iov: IoVec) -> BoxFuture<'_, Result<()>> {
+        no_snapshot()
+    }
+    /// See [`super::Driver::snapshot_status`].
+    fn snapshot_status(
+        &self,
+        _offset: u64,
+        _len: u64,
+        _precision: Precision,
+    ) -> BoxFuture<'_, Result<StatusRun>> {
+        no_snapshot()
+    }
+    /// See [`super::Driver::snapshot_discard`].
+    fn snapshot_discard(&self, _offset: u64, _len: u64) -> BoxFuture<'_, Result<()>> {
+        no_snapshot()
+    }
     /// Changes the length.
     fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>>;
+    /// Facts about the image below.
+    fn info(&self) -> BoxFuture<'_, Result<ImageInfo>> {
+        Box::pin(async { Ok(ImageInfo::default()) })
+    }
     /// Bytes occupied on the host.
     fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>>;
     /// Identity of the file below for loop and same-file checks: (device, inode).
     fn identity(&self) -> Option<(u64, u64)>;
+}
+
+fn no_snapshot<T: Send + 'static>() -> BoxFuture<'static, Result<T>> {
+    Box::pin(async { Err(Error::new(ErrorKind::NotSupported, "the child keeps no snapshot")) })
 }
 
 /// A driver's handle to a node below it. Not `Clone`: a second user needs a second edge.

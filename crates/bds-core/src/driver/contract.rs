@@ -36,6 +36,12 @@ pub trait Driver: Send + Sync + 'static {
         false
     }
 
+    /// True if every change of this node's bytes must pass through it: a job's filter that tracks
+    /// writes. Copies by the host (copy offload) then do not go to the node below around it.
+    fn must_see_writes(&self) -> bool {
+        false
+    }
+
     /// True if unallocated parts show the backing child.
     fn supports_backing(&self) -> bool {
         false
@@ -185,6 +191,34 @@ pub trait Driver: Send + Sync + 'static {
         Box::pin(async { Ok(Attempt::Unsupported) })
     }
 
+    /// Fills `iov` from the snapshot of its child that this node keeps (`copy-before-write`).
+    ///
+    /// # Errors
+    /// `PermissionDenied`: the range is not part of the snapshot, or was discarded. Otherwise, also
+    /// if the snapshot is broken, an error of the kind that broke it.
+    fn snapshot_read(&self, _offset: u64, _iov: IoVec) -> BoxFuture<'_, Result<()>> {
+        no_snapshot(self.name())
+    }
+
+    /// Status of a run of the snapshot.
+    ///
+    /// # Errors
+    /// As [`Driver::snapshot_read`].
+    fn snapshot_status(
+        &self,
+        _offset: u64,
+        _len: u64,
+        _precision: Precision,
+    ) -> BoxFuture<'_, Result<StatusRun>> {
+        no_snapshot(self.name())
+    }
+
+    /// Gives up the part of the snapshot that lies wholly in the range: it need not be kept any
+    /// more, and reads of it fail.
+    fn snapshot_discard(&self, _offset: u64, _len: u64) -> BoxFuture<'_, Result<()>> {
+        no_snapshot(self.name())
+    }
+
     /// Sets the first backing child, or removes and returns the only one (`None`). No request is in
     /// flight meanwhile. Exchanging one backing node for another does not involve the driver: the
     /// graph re-points the child.
@@ -295,4 +329,10 @@ pub trait Driver: Send + Sync + 'static {
 
 fn no_backing_record(driver: &str) -> Error {
     Error::new(ErrorKind::NotSupported, format!("{driver} images record no backing file"))
+}
+
+fn no_snapshot<T: Send + 'static>(name: &'static str) -> BoxFuture<'static, Result<T>> {
+    Box::pin(async move {
+        Err(Error::new(ErrorKind::NotSupported, format!("{name} keeps no snapshot")))
+    })
 }

@@ -8,6 +8,7 @@ use bds_io::Fs;
 
 use super::{BoxFuture, Child};
 use crate::error::{Error, ErrorKind, Result};
+use crate::event::EventSender;
 use crate::options::Options;
 
 bitflags::bitflags! {
@@ -152,6 +153,8 @@ pub struct OpenContext<'a> {
     pub flags: OpenFlags,
     /// Resolves file names.
     pub fs: &'a Fs,
+    /// Sends events of the node.
+    pub events: EventSender,
     opener: &'a mut dyn ChildOpener,
 }
 
@@ -170,7 +173,7 @@ impl<'a> OpenContext<'a> {
         fs: &'a Fs,
         opener: &'a mut dyn ChildOpener,
     ) -> Self {
-        Self { node_name, options, flags, fs, opener }
+        Self { node_name, options, flags, fs, events: EventSender::default(), opener }
     }
 
     /// Opens the child that the option `name` describes; it must be given.

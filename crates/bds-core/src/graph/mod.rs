@@ -4,7 +4,7 @@
 //! run inside a release; a release only counts down.
 //!
 //! ```text
-//! lock, model ──► core, name_table ──► close, query ──► drain, roots ──► change ──► open
+//! lock, model ──► core, name_table ──► bitmaps ──► close, query ──► drain, roots ──► change ──► open
 //! ```
 //! Files further right use those further left. Reading order: `model::node`, `model::edge`,
 //! `model::node_ref`, `core`.
@@ -17,6 +17,7 @@
 //! [`Graph::open`], [`NodeRef::close`], [`Graph::reap`] and [`Graph::shutdown`] close dead nodes;
 //! the drop of the last [`Graph`] handle closes the rest.
 
+mod bitmaps;
 mod change;
 mod close;
 mod core;
@@ -30,6 +31,8 @@ mod roots;
 
 pub use bds_refcount::{Holder, HolderInfo, HolderName, Release, Stale, Watch};
 
+pub use self::bitmaps::info::{BitmapId, BitmapInfo, BitmapOptions, MAX_BITMAP_NAME_LEN};
+pub use self::bitmaps::lease::{AnonymousBitmap, BitmapLease};
 pub use self::change::activity::Handover;
 pub use self::change::builder::{Change, ChangeReport};
 pub use self::change::freeze::Frozen;
@@ -39,9 +42,6 @@ pub use self::close::shutdown::{Leak, ShutdownReport};
 pub use self::close::stoppable::{ShutdownStage, Stoppable};
 pub use self::core::{Graph, GraphConfig};
 pub use self::drain::set::Drained;
-pub use self::model::bitmap_leases::{
-    AnonymousBitmap, BitmapId, BitmapInfo, BitmapLease, MAX_BITMAP_NAME_LEN,
-};
 pub use self::model::blockers::{BlockOps, Blocker, JobSlot};
 pub use self::model::edge::Parent;
 pub(crate) use self::model::edge::{Edge, Target};
@@ -51,6 +51,7 @@ pub use self::model::node::{Node, NodeId};
 pub use self::model::node_ref::NodeRef;
 pub(crate) use self::name_table::BackendEntry;
 pub use self::open::create::{NewImage, NewImageReport};
+pub use self::open::format_node::NodeFormat;
 pub use self::open::inspect::FileGuess;
 pub use self::open::names::MAX_NAME_LEN;
 pub(crate) use self::open::names::Reservation;

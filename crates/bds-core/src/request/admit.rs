@@ -10,8 +10,10 @@
 //! is counted first and looks at the gate after that: either a drain sees the count or the request
 //! sees the closed gate.
 //!
-//! Dropping a scope, then its `Entered`, undoes each step in reverse. Driver operations run in a
-//! scope (`detach_on_drop`), which is what they keep if their request is dropped.
+//! Dropping a scope records what it may have changed in the node's dirty bitmaps, before its
+//! completion is reported. Dropping it, then its `Entered`, undoes each step in reverse. Driver
+//! operations run in a scope (`detach_on_drop`), which is what they keep if their request is
+//! dropped.
 
 use std::ops::{Deref, Range};
 
@@ -149,7 +151,8 @@ impl Entered<'_> {
         RequestScope {
             node: self.strong(),
             backend_guard: self.backend_guard.as_ref(),
-            _writing: None,
+            writing: None,
+            change: None,
             tracked: None,
             above: None,
         }
@@ -160,20 +163,41 @@ impl Entered<'_> {
 pub(super) struct Admission {
     range: Range<u64>,
     is_write: bool,
+    change: Option<Change>,
     is_serialising: bool,
     no_wait: bool,
+}
+
+/// What a request may have done to the bytes of its range.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Change {
+    /// Other bytes.
+    Bytes,
+    /// Another length: the range goes on behind the end.
+    Length,
 }
 
 impl Admission {
     /// Reads `range`.
     pub(super) fn read(range: Range<u64>) -> Self {
-        Self { range, is_write: false, is_serialising: false, no_wait: false }
+        Self { range, is_write: false, change: None, is_serialising: false, no_wait: false }
     }
 
     /// May change bytes in `range`, so the next flush has work once the request ends, however it
     /// ends.
     pub(super) fn write(range: Range<u64>) -> Self {
-        Self { is_write: true, ..Self::read(range) }
+        Self { is_write: true, change: Some(Change::Bytes), ..Self::read(range) }
+    }
+
+    /// Changes the length of the node; `range` begins at the shorter of both lengths.
+    pub(super) fn resize(range: Range<u64>) -> Self {
+        Self { change: Some(Change::Length), ..Self::write(range) }.serialising()
+    }
+
+    /// If the flag says so: the bytes that are written are those that are read already, which is no
+    /// change for bitmaps.
+    pub(super) fn unchanged_if(self, is_unchanged: bool) -> Self {
+        Self { change: self.change.filter(|_| !is_unchanged), ..self }
     }
 
     /// Excludes all requests that overlap it.
@@ -215,7 +239,9 @@ pub(super) struct RequestScope<'a> {
     /// The count at the backend the request came in by.
     pub(super) backend_guard: Option<&'a InFlightGuard<'a>>,
     /// Marks the node as written when dropped, before the range is free. `None`: a read or a flush.
-    _writing: Option<Writing<'a>>,
+    writing: Option<Writing<'a>>,
+    /// What is recorded in the node's bitmaps for the range when this is dropped.
+    pub(super) change: Option<Change>,
     /// `None`: a flush, which has no range.
     pub(super) tracked: Option<Tracked<'a>>,
     /// The scope of the same request at the node above, if the request path itself passed it on.
@@ -225,8 +251,9 @@ pub(super) struct RequestScope<'a> {
 impl<'a> RequestScope<'a> {
     /// Puts it below the scope of the same request at the node above, which a detached operation
     /// keeps too.
-    pub(super) fn below(self, above: Option<&'a RequestScope<'a>>) -> Self {
-        Self { above, ..self }
+    pub(super) fn below(mut self, above: Option<&'a RequestScope<'a>>) -> Self {
+        self.above = above;
+        self
     }
 
     pub(super) fn node(&self) -> &'a Node {
@@ -235,10 +262,43 @@ impl<'a> RequestScope<'a> {
 
     /// The scope once the turn of `tracked` has come.
     #[inline]
-    fn admitted(self, number: ShardNumber, admission: &Admission, tracked: Tracked<'a>) -> Self {
-        let _writing = admission.is_write.then(|| self.node.tracker().writing(number));
-        Self { _writing, tracked: Some(tracked), ..self }
+    fn admitted(
+        mut self,
+        number: ShardNumber,
+        admission: &Admission,
+        tracked: Tracked<'a>,
+    ) -> Self {
+        self.writing = admission.is_write.then(|| self.node.tracker().writing(number));
+        self.change = admission.change;
+        self.tracked = Some(tracked);
+        self
     }
+}
+
+impl Drop for RequestScope<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        // In this order: the write is counted, recorded, and only then is its range free.
+        drop(self.writing.take());
+        if let (Some(change), Some(tracked)) = (self.change, &self.tracked) {
+            record(self.node, change, tracked.range());
+        }
+    }
+}
+
+/// Records a change that has ended, whether or not it failed.
+#[inline]
+pub(super) fn record(node: &Node, change: Change, range: &Range<u64>) {
+    match change {
+        Change::Bytes => node.record_change(range),
+        Change::Length => record_length(node, range),
+    }
+}
+
+#[cold]
+fn record_length(node: &Node, range: &Range<u64>) {
+    node.follow_len();
+    node.record_change(range);
 }
 
 #[cold]
@@ -271,8 +331,14 @@ impl DetachedGuard {
         if !tracked.may_go() {
             Box::pin(admission.wait_turn(&mut tracked)).await?;
         }
-        let scope =
-            RequestScope { node, backend_guard: None, _writing: None, tracked: None, above: None };
+        let scope = RequestScope {
+            node,
+            backend_guard: None,
+            writing: None,
+            change: None,
+            tracked: None,
+            above: None,
+        };
         Ok(scope.admitted(self.number, &admission, tracked))
     }
 }

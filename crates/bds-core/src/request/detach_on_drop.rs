@@ -21,13 +21,14 @@
 //! dropped: it is the handle of a task (`backend::io`). A poisoned node drops its detached
 //! operations.
 
+use std::ops::Range;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 
 use bds_refcount::BorrowedFuture;
 use futures_util::future::select;
 
-use super::admit::{DetachedGuard, RequestScope};
+use super::admit::{Change, DetachedGuard, RequestScope, record};
 use crate::driver::BoxFuture;
 use crate::graph::{InFlightGuard, Node, OwnedInFlight};
 use crate::tracker::{DetachedRange, Tracked};
@@ -64,9 +65,11 @@ impl RequestScope<'_> {
         let mut next = Some(self);
         while let Some(scope) = next {
             let range = scope.tracked.as_ref().map(Tracked::detach);
+            let bytes = scope.tracked.as_ref().map(|tracked| tracked.range().clone());
+            let change = scope.change.zip(bytes);
             let guard = DetachedGuard::new(scope.node);
             let backend_guard = scope.backend_guard.map(InFlightGuard::again);
-            ops.push(DetachedOp { guard, range, _backend_guard: backend_guard });
+            ops.push(DetachedOp { guard, range, change, _backend_guard: backend_guard });
             next = scope.above;
         }
         ops
@@ -127,6 +130,9 @@ fn detach<R: Send + 'static>(future: BorrowedFuture<'_, Node, R>, scope: &Reques
 struct DetachedOp {
     guard: DetachedGuard,
     range: Option<DetachedRange>,
+    /// Recorded in the node's bitmaps at the end: a bitmap may have been cleared since the request
+    /// was dropped.
+    change: Option<(Change, Range<u64>)>,
     /// Dropped last, as in a request.
     _backend_guard: Option<OwnedInFlight>,
 }
@@ -134,9 +140,12 @@ struct DetachedOp {
 impl Drop for DetachedOp {
     fn drop(&mut self) {
         if let Some(range) = self.range.take() {
-            // First the next flush has work, then the range is free, then the node (with the
-            // guard).
+            // First the next flush has work, then bitmaps know, then the range is free, then the
+            // node (with the guard).
             drop(self.guard.writing());
+            if let Some((change, bytes)) = &self.change {
+                record(&self.guard, *change, bytes);
+            }
             self.guard.tracker().release_detached(range);
         }
     }

@@ -67,12 +67,14 @@ pub(super) fn try_write<T>(
         || end > node.write_threshold_or_max()
         || node.flags().detect_zeroes != DetectZeroes::Off
         || !node.is_writable()
+        || node.has_readonly_bitmap()
         || !edge.access().perm.contains(Perm::WRITE)
     {
         return None;
     }
     let result = node.driver().try_write(offset, iov)?;
     inline.wrote();
+    node.record_change(&(offset..end));
     Some(done(named(node, result)))
 }
 
@@ -188,6 +190,7 @@ async fn write_widened(
 /// How a write is admitted by its flags.
 fn admission(range: Range<u64>, flags: WriteFlags) -> Admission {
     Admission::write(range)
+        .unchanged_if(flags.contains(WriteFlags::UNCHANGED))
         .serialising_if(flags.contains(WriteFlags::SERIALISING))
         .no_wait_if(flags.contains(WriteFlags::NO_WAIT))
 }

@@ -82,7 +82,8 @@ fn follow_target<'a>(
         let Target { edge, offset, len } = target;
         let node = enter(edge).await?;
         named(&node, range::check_write(edge, &node, offset + len, Perm::WRITE))?;
-        if !fits(&node, offset, len) || node.strong().ptr_eq(reader.0) {
+        let must_see = node.driver().must_see_writes();
+        if must_see || !fits(&node, offset, len) || node.strong().ptr_eq(reader.0) {
             return Ok(Attempt::Unsupported);
         }
         // A write also where bytes only pass through: a flush must come down to where they are.

@@ -8,8 +8,8 @@ use bds_io::IoVec;
 use super::admit::{enter, named};
 use super::{dispatch, flush, status, truncate, zero};
 use crate::driver::{
-    Attempt, BoxFuture, ChildPort, Limits, Precision, ReadFlags, StatusRun, Truncate, WriteFlags,
-    ZeroFlags,
+    Attempt, BoxFuture, ChildPort, ImageInfo, Limits, Precision, ReadFlags, StatusRun, Truncate,
+    WriteFlags, ZeroFlags,
 };
 use crate::error::Result;
 use crate::graph::{Edge, walk};
@@ -115,8 +115,41 @@ impl ChildPort for Port {
         Box::pin(status::down_to(&self.0, bottom, offset, len))
     }
 
+    fn snapshot_read(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            let node = enter(&self.0).await?;
+            named(&node, node.driver().snapshot_read(offset, iov).await)
+        })
+    }
+
+    fn snapshot_status(
+        &self,
+        offset: u64,
+        len: u64,
+        precision: Precision,
+    ) -> BoxFuture<'_, Result<StatusRun>> {
+        Box::pin(async move {
+            let node = enter(&self.0).await?;
+            named(&node, node.driver().snapshot_status(offset, len, precision).await)
+        })
+    }
+
+    fn snapshot_discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            let node = enter(&self.0).await?;
+            named(&node, node.driver().snapshot_discard(offset, len).await)
+        })
+    }
+
     fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
         truncate::truncate(&self.0, change)
+    }
+
+    fn info(&self) -> BoxFuture<'_, Result<ImageInfo>> {
+        Box::pin(async {
+            let node = enter(&self.0).await?;
+            named(&node, node.driver().info().await)
+        })
     }
 
     fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {

@@ -129,7 +129,13 @@ fn no_permission(edge: &Edge, verb: &str) -> Error {
 
 #[inline]
 fn check_writable(node: &Node) -> Result<()> {
-    if node.is_writable() { Ok(()) } else { Err(cannot_write(node)) }
+    if !node.is_writable() {
+        return Err(cannot_write(node));
+    }
+    if node.has_readonly_bitmap() {
+        return node.refuse_write_for_bitmap();
+    }
+    Ok(())
 }
 
 #[cold]

@@ -38,8 +38,9 @@ async fn truncate_entered(
 ) -> Result<()> {
     range::check(0, change.len)?;
     range::check_resize(edge, node)?;
+    node.check_bitmaps_resize(change.len)?;
     let stable = node.len().min(change.len);
-    let scope = node.admit(Admission::write(stable..MAX_LEN).serialising()).await?.below(above);
+    let scope = node.admit(Admission::resize(stable..MAX_LEN)).await?.below(above);
     let old_len = node.len();
     if change.len > old_len {
         // Bytes of a longer backing node must not become visible in the grown part.

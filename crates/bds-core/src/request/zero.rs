@@ -59,6 +59,7 @@ pub(super) async fn write_zeroes_entered(
     let outer = padded.as_ref().map_or(offset..end, |p| p.outer.clone());
     let zeroed = {
         let admission = Admission::write(outer)
+            .unchanged_if(flags.contains(ZeroFlags::UNCHANGED))
             .serialising_if(padded.is_some())
             .no_wait_if(flags.contains(ZeroFlags::NO_WAIT));
         let scope = node.admit(admission).await?;

@@ -11,10 +11,12 @@ use std::sync::{Arc, Barrier, Mutex};
 
 use bds_io::IoVec;
 
+use super::bitmap_store::FakeStore;
 use super::{lock, option, yield_times};
 use crate::driver::{
-    Attempt, BoxFuture, Category, Child, Driver, DriverType, HostMap, Limits, OpenContext,
-    Precision, ReadFlags, Registry, Role, StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Attempt, BitmapStore, BoxFuture, Category, Child, Driver, DriverType, HostMap, ImageInfo,
+    Limits, OpenContext, Precision, ReadFlags, Registry, Reopen, ReopenContext, Role, StatusFlags,
+    StatusRun, Truncate, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Graph, GraphConfig, NodeRef};
@@ -43,6 +45,7 @@ pub(crate) enum On {
     Zero,
     FlushToDisk,
     Status,
+    Truncate,
 }
 
 /// Configuration of a fake disk.
@@ -54,6 +57,7 @@ pub(crate) struct Config {
     /// Supports a backing child.
     pub(crate) supports_backing: bool,
     pub(crate) is_filter: bool,
+    pub(crate) must_see_writes: bool,
     /// Forwards every request to the child "file".
     pub(crate) forwards: bool,
     /// Completes `try_read` and `try_write`.
@@ -64,6 +68,9 @@ pub(crate) struct Config {
     pub(crate) turns: usize,
     /// Status answers by range; ranges not covered are data.
     pub(crate) statuses: Vec<Answer>,
+    /// Where bitmaps are stored. Such a node can be reopened with any flags.
+    pub(crate) store: Option<Arc<FakeStore>>,
+    pub(crate) cluster_size: Option<u64>,
     pub(crate) options: Options,
 }
 
@@ -75,11 +82,14 @@ impl Default for Config {
             zero_flags: None,
             supports_backing: false,
             is_filter: false,
+            must_see_writes: false,
             forwards: false,
             inline: false,
             barrier: None,
             turns: 0,
             statuses: Vec::new(),
+            store: None,
+            cluster_size: None,
             options: Options::new(),
         }
     }
@@ -195,7 +205,15 @@ impl State {
         iov.fill(end - start..iov.len(), 0);
     }
 
+    /// The disk changes: bitmaps in the image are marked in use first.
+    fn touch(&self) {
+        if let Some(store) = &self.config.store {
+            store.touch();
+        }
+    }
+
     fn store(&self, offset: u64, data: &[u8]) {
+        self.touch();
         let mut bytes = lock(&self.bytes);
         let start = usize::try_from(offset).unwrap();
         if bytes.len() < start + data.len() {
@@ -244,6 +262,10 @@ impl Driver for FakeDisk {
 
     fn is_filter(&self) -> bool {
         self.state.config.is_filter
+    }
+
+    fn must_see_writes(&self) -> bool {
+        self.state.config.must_see_writes
     }
 
     fn supports_backing(&self) -> bool {
@@ -368,6 +390,7 @@ impl Driver for FakeDisk {
 
     fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Attempt>> {
         self.state.note(Op::Discard(offset..offset + len));
+        self.state.touch();
         Box::pin(async { Ok(Attempt::Done) })
     }
 
@@ -407,10 +430,38 @@ impl Driver for FakeDisk {
         Box::pin(async move { fault.map(|()| run) })
     }
 
+    fn info(&self) -> BoxFuture<'_, Result<ImageInfo>> {
+        let cluster_size = self.state.config.cluster_size;
+        Box::pin(async move { Ok(ImageInfo { cluster_size, ..ImageInfo::default() }) })
+    }
+
+    fn bitmap_store(&self) -> Option<&dyn BitmapStore> {
+        let store: &FakeStore = self.state.config.store.as_ref()?;
+        Some(store)
+    }
+
+    fn prepare_reopen<'n: 'c, 'c>(
+        &'n self,
+        context: &'c mut ReopenContext<'_>,
+    ) -> BoxFuture<'c, Result<Box<dyn Reopen + 'n>>> {
+        let is_same = context.current.read_only == context.flags.read_only;
+        let ready: Result<Box<dyn Reopen>> = match self.state.config.store.is_some() || is_same {
+            true => Ok(Box::new(())),
+            false => Err(Error::new(ErrorKind::NotSupported, "reopen")),
+        };
+        Box::pin(async { ready })
+    }
+
     fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
+        if self.state.config.is_filter {
+            let text = "a filter has no length";
+            return Box::pin(async move { Err(Error::new(ErrorKind::NotSupported, text)) });
+        }
         Box::pin(async move {
             self.wait_turns().await;
             self.state.note(Op::Truncate(change.len, change.zero_new));
+            self.state.check_fault(On::Truncate, &(0..u64::MAX))?;
+            self.state.touch();
             lock(&self.state.bytes).resize(usize::try_from(change.len).unwrap(), 0);
             Ok(())
         })

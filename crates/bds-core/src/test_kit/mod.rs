@@ -2,7 +2,7 @@
 //!
 //! | module | driver names | used by | what it does |
 //! |---|---|---|---|
-//! | [`disk`] | `fake` | `request`, `copy` | memory; asserts what the request path promises to drivers |
+//! | [`disk`], [`bitmap_store`] | `fake` | `request`, `copy` | memory; asserts what the request path promises to drivers |
 //! | [`logging`] | `file`, `cow`, `pass` | `graph` | logs opens, flushes, closes; stored headers, simulated files |
 //! | [`scripted`] | `part`, `sieve` | `graph` `history` | runs the test's hook at any point of any node |
 //! | [`stepwise`] | `file`, `cow`, `pass` | `graph` `properties` | fails at numbered steps, counts opens and closes |
@@ -12,6 +12,7 @@
 //! supplies a [`driver::Behaviour`]. They enter nodes through [`gate_port`], a request path of one
 //! step, or through the real one.
 
+pub(crate) mod bitmap_store;
 pub(crate) mod disk;
 pub(crate) mod driver;
 pub(crate) mod forwarding;

@@ -4,11 +4,14 @@
 pub mod blkdebug;
 #[cfg(feature = "compress")]
 pub mod compress;
+#[cfg(feature = "copy-before-write")]
+pub mod copy_before_write;
 #[cfg(feature = "copy-on-read")]
 pub mod copy_on_read;
 #[cfg(any(
     feature = "blkdebug",
     feature = "compress",
+    feature = "copy-before-write",
     feature = "copy-on-read",
     feature = "preallocate",
     feature = "throttle"

@@ -14,6 +14,8 @@ mod blkdebug;
 mod cached_facts;
 #[cfg(feature = "qcow2")]
 mod compress;
+#[cfg(feature = "copy-before-write")]
+mod copy_before_write;
 #[cfg(feature = "qcow2")]
 mod copy_on_read;
 mod device;

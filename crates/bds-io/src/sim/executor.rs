@@ -96,9 +96,17 @@ impl Sim {
     pub fn run_until_cut<F: Future>(&self, future: F) -> Option<F::Output> {
         let _entered = current::enter(Current::Sim(self.clone()));
         let _print_seed = PrintSeedOnPanic(self);
-        match self.run(pin!(future), usize::MAX) {
+        let end = {
+            // Dropped before the tasks that its destructors may schedule.
+            let future = pin!(future);
+            self.run(future, usize::MAX)
+        };
+        match end {
             End::Done(output) => Some(output),
-            End::Stopped | End::Cut => None,
+            End::Stopped | End::Cut => {
+                self.drop_tasks();
+                None
+            }
         }
     }
 

@@ -25,6 +25,8 @@ pub(super) struct Tasks {
     pub ready: Vec<Runnable>,
     pub active: Slab<Active>,
     is_dead: bool,
+    /// Tasks of a dead world, to be dropped when no destructor of another one is running.
+    doomed: Vec<Runnable>,
 }
 
 /// A task that has not finished.
@@ -62,8 +64,16 @@ impl Sim {
             (std::mem::take(&mut tasks.ready), wakers)
         };
         drop(ready);
-        // A woken task is scheduled, and a dead world drops what is scheduled.
+        // A woken task is scheduled, and a dead world drops what is scheduled: here, one after the
+        // other. A destructor that wakes another task may run inside of that one's destructor.
         wakers.into_iter().for_each(Waker::wake);
+        loop {
+            let doomed = self.tasks().doomed.pop();
+            match doomed {
+                Some(task) => drop(task),
+                None => return,
+            }
+        }
     }
 
     /// Spawns onto this world's seeded scheduler.
@@ -118,13 +128,8 @@ impl Sim {
 
     fn schedule(&self, runnable: Runnable) {
         let mut tasks = self.tasks();
-        if !tasks.is_dead {
-            tasks.ready.push(runnable);
-            return;
-        }
-        // Dropped only after the lock: the task's destructors may schedule others.
-        drop(tasks);
-        drop(runnable);
+        let list = if tasks.is_dead { &mut tasks.doomed } else { &mut tasks.ready };
+        list.push(runnable);
     }
 
     /// Virtual time since the world began.

@@ -1,12 +1,13 @@
 //! A graph in a simulated world, a job that does what a test says, and the trace of its events.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bds_core::driver::BoxFuture;
 use bds_core::graph::{Change, Graph, GraphConfig};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::{Sim, SimConfig};
-use bds_jobs::{JobContext, JobDriver, JobEvents, JobManager, JobType, Outcome};
+use bds_jobs::{JobContext, JobDriver, JobEvents, JobManager, JobOptions, JobType, Outcome};
 
 /// A graph without nodes in the world, and its jobs.
 pub(crate) fn manager(sim: &Sim) -> JobManager {
@@ -22,9 +23,46 @@ pub(crate) fn calm(seed: u64) -> Sim {
 /// A part of a fake job's life.
 pub(crate) type Part = Box<dyn for<'a> FnMut(&'a JobContext) -> BoxFuture<'a, Result<()>> + Send>;
 
+/// Lets the compiler see the signature of a closure.
+pub(crate) fn part<F>(part: F) -> Part
+where
+    F: for<'a> FnMut(&'a JobContext) -> BoxFuture<'a, Result<()>> + Send + 'static,
+{
+    Box::new(part)
+}
+
 /// A part that does nothing.
 pub(crate) fn nothing() -> Part {
-    Box::new(|_| Box::pin(async { Ok(()) }))
+    part(|_| Box::pin(async { Ok(()) }))
+}
+
+/// A part that stops at pause points until it is dropped.
+pub(crate) fn endless() -> Part {
+    part(|ctx| {
+        Box::pin(async {
+            loop {
+                ctx.pause_point().await;
+                bds_io::sleep(Duration::from_millis(1)).await;
+            }
+        })
+    })
+}
+
+/// A part that is ready and ends when it is completed or cancelled softly.
+pub(crate) fn mirror() -> Part {
+    part(|ctx| {
+        Box::pin(async {
+            ctx.pause_point().await;
+            ctx.ready().await;
+            loop {
+                ctx.pause_point().await;
+                if ctx.complete_requested() || ctx.soft_cancel_requested() {
+                    return Ok(());
+                }
+                bds_io::sleep(Duration::from_millis(1)).await;
+            }
+        })
+    })
 }
 
 /// A part that fails.
@@ -100,6 +138,26 @@ impl JobDriver for Fake {
     fn supports_soft_cancel(&self) -> bool {
         self.is_mirror
     }
+}
+
+/// Options of a job that waits to be finalized and dismissed.
+pub(crate) fn manual(id: &str) -> JobOptions {
+    JobOptions { auto_finalize: false, auto_dismiss: false, ..JobOptions::new(id) }
+}
+
+/// Runs a test of one manager in a calm world, then all that is left, and checks that the jobs of
+/// the manager left nothing behind.
+pub(crate) fn run<F: Future<Output = ()>>(test: impl FnOnce(JobManager) -> F) {
+    let sim = calm(1);
+    let jobs = manager(&sim);
+    sim.block_on(test(jobs.clone()));
+    sim.run_until_idle();
+    sim.block_on(async { jobs.graph().shutdown().await.check_leaks() }).expect("no leak");
+}
+
+/// Waits until all that is ready has run.
+pub(crate) async fn settle() {
+    bds_io::sleep(Duration::from_millis(10)).await;
 }
 
 /// The events so far in short: `id status`, and names in capitals.

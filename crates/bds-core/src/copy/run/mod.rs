@@ -33,8 +33,8 @@ use crate::error::Result;
 pub use options::{MAX_CHUNK, MAX_OFFLOAD, MAX_REQUESTS, MEMORY, RunOptions};
 use request::{Ended, Failure, Shared};
 
-/// Copies every granule that is dirty in the map, also those that are marked meanwhile. Returns
-/// when the map is clean and no claim of it is under way, also none of another user.
+/// Copies every granule that is dirty in the map (or in a range of it), also those that are marked
+/// meanwhile. Returns when it is clean and no claim in it is under way, also none of another user.
 ///
 /// The future must be polled until it ends or is dropped, as in a task of a job or in a driver's
 /// operation: claims that are not polled stay busy for ever. [`run_in_task`] has no such condition.
@@ -59,11 +59,11 @@ pub async fn run(
         control,
         requests: FuturesUnordered::new(),
         memory: 0,
-        cursor: 0,
+        cursor: shared.range.start,
         failure: None,
     };
     engine.work().await?;
-    if options.compress.is_some() {
+    if options.compress.is_some() && options.range.is_none() {
         let padded = target.write_compressed(map.len(), bds_io::IoVec::default()).await;
         padded.map_err(|e| e.context("cannot finish the compressed target"))?;
     }
@@ -114,11 +114,11 @@ impl<'s> Engine<'s, '_> {
                 self.begin(claim).await;
             } else if !self.requests.is_empty() {
                 self.wait_one().await;
-            } else if self.shared.map.is_clean() {
+            } else if self.shared.map.is_clean_in(&self.shared.range) {
                 return Ok(());
             } else {
                 // Others copy: what they fail to copy is dirty again.
-                let claimable = pin!(self.shared.map.wait_claimable());
+                let claimable = pin!(self.shared.map.wait_claimable(self.shared.range.clone()));
                 select(claimable, self.control.pause_requested()).await;
             }
         }
@@ -128,8 +128,8 @@ impl<'s> Engine<'s, '_> {
     fn claim(&mut self) -> Option<Claim<'s>> {
         let (shared, map) = (self.shared, self.shared.map);
         let chunk = shared.chunk();
-        let found = map.claim(self.cursor..map.len(), chunk);
-        let claim = found.or_else(|| map.claim(0..self.cursor, chunk))?;
+        let found = map.claim(self.cursor..shared.range.end, chunk);
+        let claim = found.or_else(|| map.claim(shared.range.start..self.cursor, chunk))?;
         self.cursor = claim.range().end;
         Some(claim)
     }

@@ -1,5 +1,7 @@
 //! Options of a copy by map.
 
+use std::ops::Range;
+
 use crate::copy::options::GRAIN;
 use crate::driver::WriteFlags;
 use crate::error::{Error, ErrorKind, Result};
@@ -19,6 +21,8 @@ pub const MEMORY: u64 = 64 << 20;
 /// Options of [`super::run`].
 #[derive(Clone, Debug)]
 pub struct RunOptions {
+    /// Copies only the granules that this range touches. `None`: the whole image.
+    pub range: Option<Range<u64>>,
     /// Requests in flight, 1 to [`MAX_REQUESTS`].
     pub max_requests: usize,
     /// Longest request in bytes; rounded down to granules, but at least one. [`MAX_CHUNK`] bounds
@@ -35,7 +39,7 @@ pub struct RunOptions {
     pub may_unmap: bool,
     /// The target reads as zeros wherever this copy has not written: zeros are not written.
     pub target_is_zero: bool,
-    /// Flags of data writes.
+    /// Flags of data writes. With any, zeros are written as data: a zero write has no such flags.
     pub write_flags: WriteFlags,
     /// Write compressed clusters of this many bytes, one a request.
     pub compress: Option<u64>,
@@ -50,6 +54,7 @@ pub struct RunOptions {
 impl Default for RunOptions {
     fn default() -> Self {
         Self {
+            range: None,
             max_requests: MAX_REQUESTS,
             max_chunk: MAX_CHUNK,
             memory: MEMORY,

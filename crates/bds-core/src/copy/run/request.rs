@@ -1,12 +1,13 @@
 //! One request of a copy: what its range holds, and how it is copied.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use bds_io::{BufPool, IoVec};
 
 use super::super::control::{ErrorSite, Side};
 use super::super::map::{Claim, CopyMap};
-use super::super::sides::{CopyRead, CopyWrite, Found};
+use super::super::sides::{CopyRead, CopyWrite, Found, FoundRun};
 use super::super::sparse;
 use super::options::RunOptions;
 use crate::driver::{Attempt, ZeroFlags};
@@ -34,6 +35,8 @@ pub(super) struct Shared<'a> {
     pub(super) source: &'a dyn CopyRead,
     pub(super) target: &'a dyn CopyWrite,
     pub(super) options: &'a RunOptions,
+    /// Whole granules.
+    pub(super) range: Range<u64>,
     pool: BufPool,
     offload: AtomicU8,
 }
@@ -64,7 +67,8 @@ impl<'a> Shared<'a> {
         // A few buffers of the usual size are kept between requests.
         let pool = BufPool::new(usize::try_from(options.memory / 4).unwrap_or(0));
         let offload = AtomicU8::new(offload as u8);
-        Self { map, source, target, options, pool, offload }
+        let range = map.granules_around(options.range.clone().unwrap_or(0..map.len()));
+        Self { map, source, target, options, range, pool, offload }
     }
 
     fn offloads(&self, state: Offload) -> bool {
@@ -93,7 +97,8 @@ impl<'a> Shared<'a> {
             len += found_len.min(rest);
             if is_empty_kind && found_len > rest {
                 // What is added is queried again: it may have changed before it was claimed.
-                claim.extend((len + found_len - rest).min(MAX_ZERO));
+                let most = MAX_ZERO.min(self.range.end - start);
+                claim.extend((len + found_len - rest).min(most));
             }
             let wanted = if is_empty_kind { MAX_ZERO } else { chunk };
             if len >= wanted || start + len >= claim.range().end {
@@ -113,6 +118,12 @@ impl<'a> Shared<'a> {
         let asked = (image_end - offset).min((end - offset).saturating_add(MAX_ZERO));
         let Ok(run) = self.source.found(offset, asked, self.options.above).await else {
             return one;
+        };
+        let run = match run.found {
+            Found::Zero if !self.options.write_flags.is_empty() => {
+                FoundRun { found: Found::Data, ..run }
+            }
+            _ => run,
         };
         let run_end = offset + run.len.min(asked);
         if run_end >= image_end {

@@ -4,11 +4,12 @@ use std::panic::Location;
 use std::sync::Arc;
 
 use crate::holder_kind::HolderKind;
-use bds_refcount::Holder;
+use bds_refcount::{Holder, Stale};
 
 use crate::driver::Access;
 use crate::graph::NodeRef;
-use crate::graph::model::edge::Edge;
+use crate::graph::bitmaps::edit::BitmapEdit;
+use crate::graph::model::edge::{Edge, Freeze};
 use crate::graph::roots::root::RootMove;
 use crate::options::Options;
 
@@ -20,19 +21,60 @@ pub(in crate::graph) const WAITING: (HolderKind, &str) = (HolderKind::User, "cha
 /// One edit.
 #[derive(Debug)]
 pub(in crate::graph) enum Action {
-    Append { top: NodeRef, overlay: NodeRef },
-    Replace { from: NodeRef, to: NodeRef },
-    ReplaceChild { parent: NodeRef, child: String, to: NodeRef },
-    InsertFilter { node: NodeRef, filter: NodeRef },
-    DropFilter { filter: NodeRef },
-    SetBacking { node: NodeRef, backing: Option<NodeRef> },
-    Remove { node: NodeRef },
-    Reopen { node: NodeRef, options: Options },
-    Rename { node: NodeRef, name: Arc<str> },
-    Own { node: NodeRef },
-    Disown { node: NodeRef },
+    Append {
+        top: NodeRef,
+        overlay: NodeRef,
+    },
+    Replace {
+        from: NodeRef,
+        to: NodeRef,
+    },
+    ReplaceChild {
+        parent: NodeRef,
+        child: String,
+        to: NodeRef,
+    },
+    InsertFilter {
+        node: NodeRef,
+        filter: NodeRef,
+    },
+    DropFilter {
+        filter: NodeRef,
+    },
+    SetBacking {
+        node: NodeRef,
+        backing: Option<NodeRef>,
+    },
+    Remove {
+        node: NodeRef,
+    },
+    Reopen {
+        node: NodeRef,
+        options: Options,
+    },
+    Rename {
+        node: NodeRef,
+        name: Arc<str>,
+    },
+    Own {
+        node: NodeRef,
+    },
+    Disown {
+        node: NodeRef,
+    },
     Root(RootMove),
-    Access { edge: Arc<Edge>, access: Access },
+    Access {
+        edge: Arc<Edge>,
+        access: Access,
+    },
+    Thaw(Arc<Freeze>),
+    Bitmap(BitmapEdit),
+    /// Stores persistent bitmaps in the image.
+    StoreBitmaps {
+        node: NodeRef,
+    },
+    /// An edit of what is gone.
+    Refused(Stale),
 }
 
 impl Action {
@@ -51,7 +93,25 @@ impl Action {
             | Self::Own { node }
             | Self::Disown { node } => vec![node],
             Self::Root(RootMove { to, .. }) => to.iter().collect(),
-            Self::Access { .. } => Vec::new(),
+            Self::Bitmap(edit) => edit.nodes().collect(),
+            Self::StoreBitmaps { node } => vec![node],
+            Self::Access { .. } | Self::Thaw(_) | Self::Refused(_) => Vec::new(),
+        }
+    }
+
+    /// The node whose bitmaps it stores.
+    pub(in crate::graph) fn node_to_store(&self) -> Option<&NodeRef> {
+        match self {
+            Self::StoreBitmaps { node } => Some(node),
+            _ => None,
+        }
+    }
+
+    /// The edit, if it is one of bitmaps.
+    pub(in crate::graph) fn bitmap_edit(&self) -> Option<&BitmapEdit> {
+        match self {
+            Self::Bitmap(edit) => Some(edit),
+            _ => None,
         }
     }
 
@@ -87,6 +147,10 @@ impl Action {
             Self::Disown { node } => Self::Disown { node: take(node) },
             Self::Root(root) => Self::Root(root.held_by(take)),
             Self::Access { edge, access } => Self::Access { edge, access },
+            Self::Thaw(freeze) => Self::Thaw(freeze),
+            Self::Bitmap(edit) => Self::Bitmap(edit.map_nodes(take)),
+            Self::StoreBitmaps { node } => Self::StoreBitmaps { node: take(node) },
+            Self::Refused(stale) => Self::Refused(stale),
         }
     }
 }

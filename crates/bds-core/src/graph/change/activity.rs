@@ -14,12 +14,16 @@ use super::commit::Moved;
 use super::perm::{self, Strictness};
 use super::stage::{Accesses, Facts, Stage};
 use crate::error::{Error, ErrorKind, Result};
+use crate::graph::bitmaps::persist::{self, LoadedBitmap};
 use crate::graph::close::run_to_end::run_to_end;
 use crate::graph::drain::set::DrainedEdit;
 use crate::graph::drain::set::{DrainSet, Drained, Section, wait_undrained_below};
 use crate::graph::model::node::{Node, NodeId};
 use crate::graph::query::walk;
 use crate::graph::{Graph, NodeRef};
+
+/// The bitmaps of an image that was activated.
+type Loaded = Vec<LoadedBitmap>;
 
 /// Inactivation or activation of nodes. Made by [`Graph::handover`].
 #[derive(Clone, Debug)]
@@ -349,16 +353,20 @@ impl Graph {
         drop(self.compute_activity(&set, is_active)?);
         let Ok(work) = drained.open_gates_for(&set) else { return Ok(Some(set)) };
         let mut done: Vec<&Strong<Node>> = Vec::new();
+        let mut bitmaps = Vec::new();
         for node in &set {
-            if let Err(error) = self.switch_driver(node, is_active).await {
-                undo_switch(&done, is_active).await;
-                return Err(error.node(node.name()));
+            match self.switch_driver(node, is_active).await {
+                Ok(loaded) => bitmaps.push(loaded),
+                Err(error) => {
+                    undo_switch(&done, is_active).await;
+                    return Err(error.node(node.name()));
+                }
             }
             done.push(node);
         }
         drop(work);
         drained.wait_drained().await;
-        let changed = self.apply_activity(&drained, &set, is_active);
+        let changed = self.apply_activity(&drained, &set, is_active, bitmaps);
         if changed.is_err() {
             // No other section can have drained the set in between without waiting for this.
             let work = drained.open_gates_for(&set);
@@ -368,16 +376,23 @@ impl Graph {
         changed.map(|()| None)
     }
 
-    /// Activates or inactivates one driver.
-    async fn switch_driver(&self, node: &Strong<Node>, is_active: bool) -> Result<()> {
+    /// Activates one driver and reads its bitmaps, or stores them and inactivates it.
+    async fn switch_driver(&self, node: &Strong<Node>, is_active: bool) -> Result<Loaded> {
         self.step()?;
+        let driver = node.driver();
         if is_active {
-            return node.driver().activate().await;
+            driver.activate().await?;
+            let loaded = persist::load(driver).await;
+            if loaded.is_err() {
+                undo_switch(&[node], is_active).await;
+            }
+            return loaded;
         }
         if node.could_write() {
             self.0.core.flush_node(node).await?;
         }
-        node.driver().inactivate().await
+        persist::store_all(node).await?;
+        driver.inactivate().await.map(|()| Loaded::new())
     }
 
     /// The nodes to inactivate, top down: active, reachable, and used by no active node outside the
@@ -429,13 +444,20 @@ impl Graph {
         drained: &DrainSet,
         set: &[Strong<Node>],
         is_active: bool,
+        bitmaps: Vec<Loaded>,
     ) -> Result<()> {
         let lock = self.0.core.lock();
         let stage = self.stage_activity(set, is_active);
         let accesses = perm::compute(&stage, stage.starts(), Strictness::Checked)?;
         self.step()?;
         let edit = DrainedEdit::new(drained, &lock);
-        set.iter().for_each(|node| node.set_active(is_active));
+        for (node, loaded) in set.iter().zip(bitmaps) {
+            node.set_active(is_active);
+            if is_active {
+                node.bitmaps.set_loaded(loaded, node.len());
+            }
+            node.bitmaps.set_readonly(!node.is_writable());
+        }
         perm::apply(&lock, accesses);
         // Lengths and limits may have changed below.
         Moved::of(set).refresh(self, &edit);

@@ -13,6 +13,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bds_io::sync::MutexGuard;
@@ -21,12 +22,19 @@ use futures_util::FutureExt;
 
 use super::action::{Action, TURN, WAITING};
 use super::commit;
-use super::commit::Moved;
+use super::commit::{Done, Moved};
 use super::edit::stage;
+use super::freeze::Frozen;
 use super::perm::{self, Strictness};
 use super::reopen::{self, Prepared, Wanted};
+use crate::bitmap::HBitmap;
 use crate::driver::Access;
 use crate::error::{Error, ErrorKind, Result};
+use crate::graph::bitmaps::edit::{BitmapEdit, Lists};
+use crate::graph::bitmaps::info::BitmapOptions;
+use crate::graph::bitmaps::lease::BitmapLease;
+use crate::graph::bitmaps::persist;
+use crate::graph::bitmaps::persist::ImageWork;
 use crate::graph::close::report::CloseReport;
 use crate::graph::close::sweep::Undelivered;
 use crate::graph::drain::set::DrainedEdit;
@@ -58,6 +66,7 @@ pub struct Change {
     graph: Graph,
     pub(in crate::graph) actions: Vec<Action>,
     within: Vec<Arc<Section>>,
+    effect: Option<Arc<AtomicBool>>,
 }
 
 /// The outcome of a change.
@@ -68,13 +77,16 @@ pub struct ChangeReport {
     pub held: Duration,
     /// Reports of the nodes that were removed, and of those that died with them.
     pub closed: Vec<CloseReport>,
+    /// Why copies of removed bitmaps are still in their images. They are marked in use there, or go
+    /// when the node's bitmaps are stored next.
+    pub stored_bitmaps_left: Vec<Error>,
 }
 
 impl Graph {
     /// An empty change.
     #[doc = include_str!("examples/change.md")]
     pub fn change(&self) -> Change {
-        Change { graph: self.clone(), actions: Vec::new(), within: Vec::new() }
+        Change { graph: self.clone(), actions: Vec::new(), within: Vec::new(), effect: None }
     }
 
     /// [`Change::append`] alone.
@@ -252,12 +264,49 @@ impl Change {
         self.with(Action::Rename { node: node.clone(), name: name.into() })
     }
 
+    /// Lets the edits that follow move links which this guard keeps frozen: for the holder of the
+    /// guard, who ends what it was frozen for. The links stay frozen until the guard is dropped,
+    /// also where they lead then.
+    #[doc = include_str!("examples/thaw.md")]
+    pub fn thaw(self, frozen: &Frozen) -> Self {
+        self.with(Action::Thaw(frozen.freeze()))
+    }
+
     /// Makes the change inside this drained section: it may reach nodes that the section has
     /// drained. A reopen that has to write below drained nodes waits for the end of such sections,
     /// except those named here. The section lasts at least as long as the change.
     #[doc = include_str!("examples/within.md")]
     pub fn within(mut self, drained: &Drained) -> Self {
         self.within.push(drained.section());
+        self
+    }
+
+    /// Sets the flag in the moment in which the change takes effect. So a caller that drops the
+    /// future of [`Change::commit`] can tell afterwards whether it was too late; once the flag is
+    /// set, the future ends soon and with success.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use std::sync::atomic::{AtomicBool, Ordering};
+    ///
+    /// use bds_core::Options;
+    ///
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk")?).await?;
+    /// let effect = Arc::new(AtomicBool::new(false));
+    /// let change = graph.change().rename(&disk, "vda").marks_effect(&effect);
+    /// assert!(!effect.load(Ordering::Acquire));
+    /// change.commit().await?;
+    /// assert!(effect.load(Ordering::Acquire));
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
+    /// ```
+    pub fn marks_effect(mut self, flag: &Arc<AtomicBool>) -> Self {
+        self.effect = Some(Arc::clone(flag));
         self
     }
 
@@ -273,6 +322,76 @@ impl Change {
     #[track_caller]
     pub fn disown(self, node: &NodeRef) -> Self {
         self.with(Action::Disown { node: node.clone() })
+    }
+
+    /// Adds a bitmap, as [`NodeRef::add_bitmap`]. The verbs of bitmaps in a change are made in
+    /// order, each on the outcome of those before it, while the nodes are drained: all bitmaps and
+    /// all other edits see one point in time.
+    #[doc = include_str!("examples/add_bitmap.md")]
+    #[track_caller]
+    pub fn add_bitmap(self, node: &NodeRef, options: BitmapOptions) -> Self {
+        self.with(Action::Bitmap(BitmapEdit::add(node, options)))
+    }
+
+    /// Removes a bitmap, as [`NodeRef::remove_bitmap`]. The copy in the image is removed after the
+    /// change took effect: see [`ChangeReport::stored_bitmaps_left`].
+    #[track_caller]
+    pub fn remove_bitmap(self, node: &NodeRef, name: &str) -> Self {
+        self.with(Action::Bitmap(BitmapEdit::remove(node, name)))
+    }
+
+    /// Forgets what a bitmap has recorded, as [`NodeRef::clear_bitmap`].
+    #[track_caller]
+    pub fn clear_bitmap(self, node: &NodeRef, name: &str) -> Self {
+        self.with(Action::Bitmap(BitmapEdit::clear(node, name)))
+    }
+
+    /// Lets a bitmap record, as [`NodeRef::enable_bitmap`].
+    #[track_caller]
+    pub fn enable_bitmap(self, node: &NodeRef, name: &str) -> Self {
+        self.with(Action::Bitmap(BitmapEdit::enable(node, name)))
+    }
+
+    /// Lets a bitmap record no more, as [`NodeRef::disable_bitmap`].
+    #[track_caller]
+    pub fn disable_bitmap(self, node: &NodeRef, name: &str) -> Self {
+        self.with(Action::Bitmap(BitmapEdit::disable(node, name)))
+    }
+
+    /// Marks in a bitmap what is dirty in others, as [`NodeRef::merge_bitmaps`].
+    #[track_caller]
+    pub fn merge_bitmaps(self, node: &NodeRef, target: &str, sources: &[(&NodeRef, &str)]) -> Self {
+        self.with(Action::Bitmap(BitmapEdit::merge(node, target, sources)))
+    }
+
+    /// Freezes a leased bitmap and lets a successor record, as [`BitmapLease::split`]: a job begins
+    /// at the same point in time as the other edits. Nothing is split if the change fails.
+    #[track_caller]
+    pub fn split_bitmap(self, lease: &BitmapLease) -> Self {
+        match self.graph.acquire(lease.id().node()) {
+            Ok(node) => self.with(Action::Bitmap(lease.split_edit(&node))),
+            Err(stale) => self.with(Action::Refused(stale)),
+        }
+    }
+
+    /// Ends a lease that was split, as [`BitmapLease::abdicate`], with what is dirty in `uncopied`
+    /// in addition. The lease does nothing when it is dropped afterwards; if the change fails, it
+    /// lasts.
+    #[track_caller]
+    pub fn abdicate_bitmap(self, lease: &BitmapLease, uncopied: Option<Arc<HBitmap>>) -> Self {
+        match self.graph.acquire(lease.id().node()) {
+            Ok(node) => self.with(Action::Bitmap(lease.abdicate_edit(&node, uncopied))),
+            Err(stale) => self.with(Action::Refused(stale)),
+        }
+    }
+
+    /// Stores the node's persistent bitmaps in its image now, as they are when the change takes
+    /// effect, not counting other edits of it. They are stored anyway when the node is closed,
+    /// inactivated or becomes read-only; a crash before that makes them inconsistent if anything
+    /// was written in between.
+    #[track_caller]
+    pub fn store_bitmaps(self, node: &NodeRef) -> Self {
+        self.with(Action::StoreBitmaps { node: node.clone() })
     }
 
     /// Moves a root to another node, or to none.
@@ -308,21 +427,28 @@ impl Change {
     pub async fn commit(self) -> Result<ChangeReport> {
         check_same_graph(&self.graph, &self.actions)?;
         if self.actions.is_empty() {
-            return Ok(ChangeReport { held: Duration::ZERO, closed: Vec::new() });
+            mark(self.effect.as_deref());
+            let (closed, stored_bitmaps_left) = (Vec::new(), Vec::new());
+            return Ok(ChangeReport { held: Duration::ZERO, closed, stored_bitmaps_left });
         }
         // Other changes wait for the turn, and requests at the gates: a task ends that wait even if
         // the caller keeps its future without polling it.
-        let (held, closed) = bds_io::spawn_now(self.run()).await?;
-        Ok(ChangeReport { held, closed: closed.deliver() })
+        let (held, closed, stored_bitmaps_left) = bds_io::spawn_now(self.run()).await?;
+        Ok(ChangeReport { held, closed: closed.deliver(), stored_bitmaps_left })
     }
 
-    async fn run(self) -> Result<(Duration, Undelivered)> {
-        let Self { graph, mut actions, within } = self;
+    async fn run(self) -> Result<(Duration, Undelivered, Vec<Error>)> {
+        let Self { graph, mut actions, within, effect } = self;
+        for action in &mut actions {
+            if let Action::Bitmap(edit) = action {
+                edit.resolve().await?;
+            }
+        }
         let (turn, begun, outcome) = loop {
             let turn = graph.begin_change().await;
             actions = actions.into_iter().map(|action| action.held_by(TURN)).collect();
             let begun = bds_io::now();
-            match try_once(&graph, &actions, &within).await? {
+            match try_once(&graph, &actions, &within, effect.as_deref()).await? {
                 Ok(outcome) => break (turn, begun, outcome),
                 Err(blocked) => {
                     // The holder of the section below may need a change of its own to end it: that
@@ -334,7 +460,7 @@ impl Change {
                 }
             }
         };
-        let Outcome { mut moved, removed, drained } = outcome;
+        let Outcome { mut moved, removed, removed_bitmaps, drained } = outcome;
         moved.wait_released().await;
         let old_targets = moved.take_old_targets();
         drop(moved);
@@ -342,8 +468,9 @@ impl Change {
         let held = bds_io::now().saturating_sub(begun);
         drop(turn);
         drop(actions);
+        let bitmaps_left = persist::remove_all_stored(removed_bitmaps).await;
         let closed = commit::close_removed(&graph, removed, old_targets).await;
-        Ok((held, closed))
+        Ok((held, closed, bitmaps_left))
     }
 }
 
@@ -353,10 +480,17 @@ impl fmt::Display for ChangeReport {
     }
 }
 
+fn mark(effect: Option<&AtomicBool>) {
+    if let Some(effect) = effect {
+        effect.store(true, Ordering::Release);
+    }
+}
+
 /// What is left to do when the edges have been swapped.
 struct Outcome {
     moved: Moved,
     removed: Vec<NodeRef>,
+    removed_bitmaps: Vec<(NodeRef, Arc<str>)>,
     drained: DrainSet,
 }
 
@@ -369,19 +503,26 @@ async fn try_once(
     graph: &Graph,
     actions: &[Action],
     within: &[Arc<Section>],
+    effect: Option<&AtomicBool>,
 ) -> Result<Result<Outcome, Blocked>> {
     let wanted = reopen::collect(graph, actions)?;
     let nodes = {
         let lock = graph.0.core.lock();
         let facts = wanted.iter().map(Wanted::facts).collect();
-        stage(graph, &lock, actions, facts)?.to_drain()
+        let nodes = stage(graph, &lock, actions, facts)?.to_drain();
+        // Refused before requests have to wait.
+        drop(Lists::of(bitmap_edits(actions)).stage(bitmap_edits(actions))?);
+        nodes
     };
     let mut drained = DrainSet::begin_within(graph, nodes, set::CHANGE, within).await;
     loop {
         graph.step()?;
-        let Some(prepared) = prepare(graph, &drained, &wanted).await? else {
-            return Ok(Err(wanted.iter().map(Wanted::node).collect()));
+        let to_store = actions.iter().filter_map(Action::node_to_store);
+        let images = ImageWork::new(bitmap_edits(actions), to_store);
+        let Some(prepared) = prepare(graph, &drained, &wanted, &images).await? else {
+            return Ok(Err(wanted.iter().map(Wanted::node).chain(images.nodes()).collect()));
         };
+        let lists = Lists::of(bitmap_edits(actions));
         let missing = {
             let lock = graph.0.core.lock();
             let facts = prepared.iter().map(Prepared::facts).collect();
@@ -391,12 +532,19 @@ async fn try_once(
                 staged.to_drain().into_iter().filter(|node| !drained.covers(node.id())).collect();
             if missing.is_empty() {
                 let accesses = perm::compute(&staged, staged.starts(), Strictness::Checked)?;
+                let bitmaps = lists.stage(bitmap_edits(actions))?;
                 graph.step()?;
                 let edit = DrainedEdit::new(&drained, &lock);
                 let done = commit::apply_staged(graph, &edit, staged, accesses, prepared, actions)?;
+                mark(effect);
+                let removed_bitmaps = bitmaps.commit();
+                for reopen::Reopened { node, .. } in &done.reopened {
+                    node.bitmaps.set_readonly(!node.is_writable());
+                }
                 drop(lock);
                 done.reopened.iter().for_each(|reopened| reopened.update_backends(graph));
-                return Ok(Ok(Outcome { moved: done.moved, removed: done.removed, drained }));
+                let Done { moved, removed, .. } = done;
+                return Ok(Ok(Outcome { moved, removed, removed_bitmaps, drained }));
             }
             missing
         };
@@ -411,24 +559,34 @@ async fn prepare<'w>(
     graph: &Graph,
     drained: &DrainSet,
     wanted: &'w [Wanted],
+    images: &ImageWork<'_>,
 ) -> Result<Option<Vec<Prepared<'w>>>> {
-    if wanted.is_empty() {
+    let nodes: Vec<_> = wanted.iter().map(Wanted::node).chain(images.nodes()).collect();
+    if nodes.is_empty() {
         return Ok(Some(Vec::new()));
     }
-    let nodes: Vec<_> = wanted.iter().map(Wanted::node).collect();
+    let prepare = async {
+        images.run().await?;
+        reopen::prepare(graph, wanted).await
+    };
     let prepared = match drained.open_gates_for(&nodes) {
         Ok(work) => {
-            let prepared = reopen::prepare(graph, wanted).await?;
+            let prepared = prepare.await?;
             drop(work);
             prepared
         }
-        Err(DrainedBelow) => match reopen::prepare(graph, wanted).now_or_never() {
+        Err(DrainedBelow) => match prepare.now_or_never() {
             Some(prepared) => prepared?,
             None => return Ok(None),
         },
     };
     drained.wait_drained().await;
     Ok(Some(prepared))
+}
+
+/// The edits of bitmaps among the actions.
+fn bitmap_edits(actions: &[Action]) -> impl Iterator<Item = &BitmapEdit> {
+    actions.iter().filter_map(Action::bitmap_edit)
 }
 
 fn check_same_graph(graph: &Graph, actions: &[Action]) -> Result<()> {

@@ -82,10 +82,23 @@ impl Editor<'_, '_> {
                 root.check(self.stage.target(&root.edge).as_deref())?;
                 self.stage.repoint(&root.edge, root.to.as_ref().map(NodeRef::strong))
             }
-            // All names are checked together, when everything else has been.
+            // All names are checked together, when everything else has been, and all bitmaps.
             Action::Rename { .. } => Ok(()),
+            Action::Bitmap(edit) => {
+                edit.nodes().for_each(|node| self.stage.drain(node.strong()));
+                Ok(())
+            }
+            Action::StoreBitmaps { node } => {
+                self.stage.drain(node.strong());
+                Ok(())
+            }
+            Action::Refused(stale) => Err(Error::from(*stale)),
             Action::Access { edge, access } => {
                 self.stage.request_access(edge, *access);
+                Ok(())
+            }
+            Action::Thaw(freeze) => {
+                self.stage.thaw(freeze);
                 Ok(())
             }
         }

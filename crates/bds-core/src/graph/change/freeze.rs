@@ -13,6 +13,7 @@ use crate::graph::{Graph, NodeRef};
 pub struct Frozen {
     graph: Graph,
     edges: Vec<Arc<Edge>>,
+    freeze: Arc<Freeze>,
 }
 
 impl fmt::Debug for Frozen {
@@ -22,6 +23,10 @@ impl fmt::Debug for Frozen {
 }
 
 impl Frozen {
+    pub(super) fn freeze(&self) -> Arc<Freeze> {
+        Arc::clone(&self.freeze)
+    }
+
     /// How many links it keeps.
     pub fn len(&self) -> usize {
         self.edges.len()
@@ -90,7 +95,7 @@ impl Graph {
         let freeze = Arc::new(Freeze::new(holder));
         edges.iter().for_each(|edge| edge.set_frozen(&lock, Some(Arc::clone(&freeze))));
         drop(lock);
-        Ok(Frozen { graph: self.clone(), edges })
+        Ok(Frozen { graph: self.clone(), edges, freeze })
     }
 }
 

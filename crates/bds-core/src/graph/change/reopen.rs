@@ -10,6 +10,7 @@ use super::action::Action;
 use super::stage::{Facts, NewFacts};
 use crate::driver::{OpenFlags, Reopen, ReopenContext};
 use crate::error::{Error, ErrorKind, Result};
+use crate::graph::bitmaps::persist;
 use crate::graph::model::flags;
 use crate::graph::model::node::{Node, NodeId};
 use crate::graph::query::walk;
@@ -168,6 +169,11 @@ async fn prepare_driver<'w>(graph: &Graph, wanted: &'w Wanted) -> Result<Box<dyn
     };
     if flags.read_only {
         check_may_lose_writing(node)?;
+    }
+    if flags.read_only {
+        // While it can still write. If the change fails after all, they are marked again before the
+        // next write.
+        persist::store_all(node).await?;
     }
     if node.could_write() && (flags.read_only || flags.cache.no_flush) {
         // Afterwards earlier writes would never be flushed.

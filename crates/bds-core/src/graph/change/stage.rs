@@ -11,7 +11,7 @@ use bds_refcount::{Arena, Strong};
 
 use crate::driver::{Access, NodeUse, OpenFlags, Role};
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::model::edge::{Edge, Parent, check_role};
+use crate::graph::model::edge::{Edge, Freeze, Parent, check_role};
 use crate::graph::model::node::{Node, NodeId};
 
 /// A map by node id. Walked in an order that a replay repeats.
@@ -79,6 +79,10 @@ pub(in crate::graph) struct Stage<'g> {
     /// Staged entries and removals of the monitor's list.
     owned: ById<bool>,
     starts: ById<Strong<Node>>,
+    /// Freezes that do not hold back this change.
+    thawed: Vec<Arc<Freeze>>,
+    /// Nodes of which something else changes than edges and permissions.
+    drained: ById<Strong<Node>>,
 }
 
 impl<'g> Stage<'g> {
@@ -95,6 +99,8 @@ impl<'g> Stage<'g> {
             leaving: ById::new(),
             owned: ById::new(),
             starts: ById::new(),
+            thawed: Vec::new(),
+            drained: ById::new(),
         }
     }
 
@@ -219,7 +225,7 @@ impl<'g> Stage<'g> {
         edge: &Arc<Edge>,
         to: Option<&Strong<Node>>,
     ) -> Result<()> {
-        check_frozen(edge)?;
+        self.check_frozen(edge)?;
         let now = self.target(edge);
         if now.as_ref().map(|node| node.id()) == to.map(|node| node.id()) {
             return Ok(());
@@ -276,7 +282,7 @@ impl<'g> Stage<'g> {
         parent: &Strong<Node>,
         edge: &Arc<Edge>,
     ) -> Result<()> {
-        check_frozen(edge)?;
+        self.check_frozen(edge)?;
         let now = self.target(edge);
         self.touch(now.as_ref());
         self.touch(Some(parent));
@@ -293,6 +299,20 @@ impl<'g> Stage<'g> {
             }
         }
         Ok(())
+    }
+
+    /// Lets later edits move edges that are frozen by this freeze.
+    pub(in crate::graph) fn thaw(&mut self, freeze: &Arc<Freeze>) {
+        self.thawed.push(Arc::clone(freeze));
+    }
+
+    fn check_frozen(&self, edge: &Arc<Edge>) -> Result<()> {
+        let Some(freeze) = edge.frozen() else { return Ok(()) };
+        if self.thawed.iter().any(|thawed| Arc::ptr_eq(thawed, &freeze)) {
+            return Ok(());
+        }
+        let message = format!("{} is frozen by {freeze}: it cannot be changed now", edge.holder());
+        Err(Error::new(ErrorKind::InUse, message))
     }
 
     /// Changes a root's access.
@@ -358,6 +378,11 @@ impl<'g> Stage<'g> {
 
     // ---- hand over
 
+    /// The node is to be drained, whatever else changes.
+    pub(in crate::graph) fn drain(&mut self, node: &Strong<Node>) {
+        self.drained.insert(node.id(), Strong::clone(node));
+    }
+
     /// Nodes at which permissions can differ.
     pub(in crate::graph) fn starts(&self) -> Vec<Strong<Node>> {
         self.starts.values().cloned().collect()
@@ -378,6 +403,7 @@ impl<'g> Stage<'g> {
         });
         let others = self.facts.keys().chain(self.leaving.keys());
         let others = others.filter_map(|id| self.starts.get(id).cloned());
+        let others = others.chain(self.drained.values().cloned());
         let all = left.chain(parents).chain(dropped).chain(others);
         all.map(|node| (node.id(), node)).collect::<ById<_>>().into_values().collect()
     }
@@ -412,12 +438,6 @@ pub(in crate::graph) struct Staged {
     pub(in crate::graph) dropped: Vec<(Strong<Node>, Arc<Edge>)>,
     pub(in crate::graph) facts: ById<Facts>,
     pub(in crate::graph) leaving: ById<Strong<Node>>,
-}
-
-fn check_frozen(edge: &Arc<Edge>) -> Result<()> {
-    let Some(freeze) = edge.frozen() else { return Ok(()) };
-    let message = format!("{} is frozen by {freeze}: it cannot be changed now", edge.holder());
-    Err(Error::new(ErrorKind::InUse, message))
 }
 
 /// A search in one direction, one node a step.

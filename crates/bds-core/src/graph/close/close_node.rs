@@ -26,6 +26,7 @@ use crate::driver::Access;
 use crate::driver::Role;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
+use crate::graph::bitmaps::persist;
 use crate::graph::core::{Graph, GraphCore};
 use crate::graph::model::edge::{Edge, EdgeParts, Parent};
 use crate::graph::model::node::{Node, NodeId};
@@ -110,8 +111,10 @@ impl GraphCore {
         let named = |error: Error| error.node(&*name);
         let (flushed, unflushed) = self.flush_dead(&dead).await;
         let mut flush_error = flushed.err().map(named);
+        let stored = persist::store_at_close(&dead).await;
         let bitmaps = dead.bitmaps.close();
-        let close_error = dead.driver().close().await.and(bitmaps).err().map(named);
+        let closed = dead.driver().close().await;
+        let close_error = first_error([stored, closed, bitmaps]).map(named);
         let driver = dead.driver_name();
         let node = dead.id();
         let children = dead.children().to_vec();
@@ -253,6 +256,15 @@ impl GraphCore {
             names.claims.remove(name);
         }
     }
+}
+
+/// The first error, caused by the others.
+fn first_error<const N: usize>(results: [Result<()>; N]) -> Option<Error> {
+    let errors = results.into_iter().filter_map(Result::err);
+    errors.reduce(|first, next| match first.cause() {
+        None => first.caused_by(next),
+        Some(_) => first.context(next),
+    })
 }
 
 impl NodeRef {

@@ -20,7 +20,7 @@ use std::ops::Deref;
 use std::panic::Location;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use bds_io::sync::Notify;
@@ -66,6 +66,12 @@ pub(crate) struct EdgeParts {
     pub(crate) backend_in_flight: Option<Arc<BackendInFlight>>,
 }
 
+/// A filter as seen from its child, whose length it shows.
+pub(super) trait ShowsLength: Send + Sync {
+    /// Checks that it, and what shows its length in turn, can follow to this length.
+    fn check_resize(&self, len: u64) -> Result<()>;
+}
+
 /// One parent's use of one node. Not `Clone`: a second user needs a second edge, with permissions
 /// of its own.
 pub(crate) struct Edge {
@@ -74,6 +80,8 @@ pub(crate) struct Edge {
     is_fixed: bool,
     /// Set once the parent exists: a node's children are opened before the node.
     parent: OnceLock<Parent>,
+    /// The parent's side that shows the target's length, if it is a filter.
+    shown_by: OnceLock<Weak<dyn ShowsLength>>,
     holder: Holder,
     /// `None` only for a root whose medium is out.
     target: RcuCell<Slot>,
@@ -127,6 +135,7 @@ impl Edge {
             role,
             is_fixed,
             parent: OnceLock::new(),
+            shown_by: OnceLock::new(),
             holder,
             target: RcuCell::new(Slot::new(held)),
             _keep_alive: keep_alive,
@@ -190,6 +199,17 @@ impl Edge {
         // A second call would be a bug; the first parent stays.
         let first = self.parent.set(parent).is_ok();
         debug_assert!(first, "an edge gets its parent once");
+    }
+
+    /// The parent is a filter, which shows the target's length.
+    pub(super) fn set_shown_by(&self, parent: &Arc<dyn ShowsLength>) {
+        let first = self.shown_by.set(Arc::downgrade(parent)).is_ok();
+        debug_assert!(first, "an edge gets its parent once");
+    }
+
+    /// The parent, if it is a filter that lives.
+    pub(super) fn shown_by(&self) -> Option<Arc<dyn ShowsLength>> {
+        self.shown_by.get()?.upgrade()
     }
 
     /// The target now. Lock-free, a few nanoseconds. For facts (length, name); a request uses

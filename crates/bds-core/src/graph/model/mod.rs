@@ -4,8 +4,6 @@
 //! Needs the driver contract, the request tracker, events and options; knows nothing of changes,
 //! drains or opening.
 
-pub(super) mod bitmap_leases;
-mod bitmap_list;
 pub(super) mod blockers;
 pub(super) mod edge;
 pub(super) mod flags;

@@ -8,6 +8,7 @@
 //! across an await.
 
 use std::fmt;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -15,15 +16,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use arc_swap::{ArcSwap, Guard};
 use bds_refcount::Handle;
 
-use super::bitmap_list::BitmapList;
 use super::blockers::{BlockOps, Blockers};
-use super::edge::Edge;
+use super::edge::{Edge, ShowsLength};
 use super::flags::{FlagsCell, Given};
 use super::limits::{self, LimitsCell};
 use super::name::NodeName;
 use super::threshold::Threshold;
 use crate::driver::{Driver, Limits, OpenFlags, Role};
 use crate::error::{Error, ErrorKind, Result};
+use crate::graph::bitmaps::list::{BitmapList, BitmapSlot};
 use crate::tracker::RequestTracker;
 
 /// Identifies a node: `Copy`, 64 bits, never reused. Keeps nothing alive and never dangles:
@@ -79,7 +80,6 @@ pub(crate) type Children = Vec<Arc<Edge>>;
 /// edge.
 pub struct Node {
     id: NodeId,
-    name: NodeName,
     driver: Box<dyn Driver>,
     driver_name: &'static str,
     flags: FlagsCell,
@@ -93,8 +93,7 @@ pub struct Node {
     identity: Option<(u64, u64)>,
     /// Read by requests, changed by graph changes only.
     children: ArcSwap<Children>,
-    /// Edges that point here. Owned by their parents, so dead entries are removed in passing.
-    parents: Mutex<Vec<Weak<Edge>>>,
+    above: Arc<Above>,
     /// Reasons to be drained. Changed under the topology lock only, as are the next fields.
     quiesce: AtomicU32,
     /// How many of them are drained sections of this node itself (the others come from below).
@@ -111,6 +110,37 @@ pub struct Node {
 impl fmt::Debug for Node {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Node({} {})", self.name(), self.driver_name)
+    }
+}
+
+/// The part of a node that is reached from below, by the edges to its children: who shows the
+/// length of a node that is going to be resized?
+struct Above {
+    name: NodeName,
+    /// Edges that point here. Owned by their parents, so dead entries are removed in passing.
+    parents: Mutex<Vec<Weak<Edge>>>,
+    bitmaps: BitmapSlot,
+}
+
+impl Above {
+    fn lock_parents(&self) -> MutexGuard<'_, Vec<Weak<Edge>>> {
+        self.parents.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn parents(&self) -> Vec<Arc<Edge>> {
+        self.lock_parents().iter().filter_map(Weak::upgrade).collect()
+    }
+}
+
+impl ShowsLength for Above {
+    fn check_resize(&self, len: u64) -> Result<()> {
+        self.bitmaps.check_resize(len).map_err(|error| error.node(self.name.as_str()))?;
+        for edge in self.parents() {
+            if let Some(shown) = edge.shown_by() {
+                shown.check_resize(len)?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -132,9 +162,18 @@ impl Node {
         // too.
         let is_stuck = |edge: &Arc<Edge>| edge.holds_bytes() && !edge.target().could_write();
         flags.read_only |= children.iter().any(is_stuck);
+        let bitmaps = BitmapList::default();
+        let above = Arc::new(Above {
+            name: NodeName::new(name),
+            parents: Mutex::default(),
+            bitmaps: bitmaps.slot(),
+        });
+        for edge in children.iter().filter(|edge| edge.role().contains(Role::FILTERED)) {
+            let above: Arc<dyn ShowsLength> = above.clone();
+            edge.set_shown_by(&above);
+        }
         let node = Self {
             id,
-            name: NodeName::new(name),
             driver_name: driver.name(),
             flags: FlagsCell::new(flags),
             given,
@@ -143,14 +182,14 @@ impl Node {
             copy_on_read: AtomicUsize::new(0),
             identity,
             children: ArcSwap::from_pointee(children),
-            parents: Mutex::default(),
+            above,
             quiesce: AtomicU32::new(0),
             sections: AtomicU32::new(0),
             is_active: AtomicBool::new(true),
             inherits_from: AtomicU64::new(0),
             is_poisoned: AtomicBool::new(false),
             blockers: Blockers::default(),
-            bitmaps: BitmapList::default(),
+            bitmaps,
             threshold: Threshold::default(),
             driver,
         };
@@ -165,15 +204,15 @@ impl Node {
 
     /// The node's name.
     pub fn name(&self) -> &str {
-        self.name.as_str()
+        self.above.name.as_str()
     }
 
     pub(in crate::graph) fn name_arc(&self) -> Arc<str> {
-        self.name.as_arc()
+        self.above.name.as_arc()
     }
 
     pub(in crate::graph) fn names(&self) -> &NodeName {
-        &self.name
+        &self.above.name
     }
 
     /// Its driver's name ("qcow2").
@@ -355,12 +394,12 @@ impl Node {
 
     /// The edges that point here now.
     pub(crate) fn parents(&self) -> Vec<Arc<Edge>> {
-        self.lock_parents().iter().filter_map(Weak::upgrade).collect()
+        self.above.parents()
     }
 
     /// Adds a parent edge. See `LockedGraph::attach`.
     pub(in crate::graph) fn add_parent(&self, edge: &Arc<Edge>) {
-        let mut parents = self.lock_parents();
+        let mut parents = self.above.lock_parents();
         // Dead entries are removed whenever the list would have to grow: constant time on average.
         if parents.len() == parents.capacity() {
             parents.retain(|known| known.strong_count() > 0);
@@ -370,7 +409,7 @@ impl Node {
 
     /// Removes a parent edge. See `LockedGraph::detach`.
     pub(in crate::graph) fn remove_parent(&self, edge: &Arc<Edge>) {
-        self.lock_parents().retain(|known| known.as_ptr() != Arc::as_ptr(edge));
+        self.above.lock_parents().retain(|known| known.as_ptr() != Arc::as_ptr(edge));
     }
 
     /// The number of reasons to be drained.
@@ -401,10 +440,6 @@ impl Node {
 
     pub(in crate::graph) fn end_section(&self) {
         self.sections.fetch_sub(1, Ordering::SeqCst);
-    }
-
-    fn lock_parents(&self) -> MutexGuard<'_, Vec<Weak<Edge>>> {
-        self.parents.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Checks that no [`crate::graph::Blocker`] blocks this operation.
@@ -465,6 +500,43 @@ impl Node {
     /// The job whose main node this is.
     pub fn job(&self) -> Option<Arc<str>> {
         self.blockers.job()
+    }
+
+    /// Marks a range that a request has changed, or may have changed, in the node's bitmaps. Called
+    /// after the driver is done and the write was counted, before its completion is reported.
+    #[inline]
+    pub(crate) fn record_change(&self, range: &Range<u64>) {
+        self.bitmaps.record(range, || self.len());
+    }
+
+    /// Whether a bitmap of the node is read-only: then writes are refused.
+    #[inline]
+    pub(crate) fn has_readonly_bitmap(&self) -> bool {
+        self.bitmaps.is_readonly()
+    }
+
+    /// The error of such a write.
+    #[cold]
+    pub(crate) fn refuse_write_for_bitmap(&self) -> Result<()> {
+        self.bitmaps.refuse_write()
+    }
+
+    /// Makes persistent bitmaps read-only, or not, whatever the node is.
+    #[cfg(test)]
+    pub(crate) fn set_bitmaps_readonly(&self, is_readonly: bool) {
+        self.bitmaps.set_readonly(is_readonly);
+    }
+
+    /// Checks that the bitmaps of this node, and of the filters above that show its length, can
+    /// follow it to this length.
+    pub(crate) fn check_bitmaps_resize(&self, len: u64) -> Result<()> {
+        self.above.check_resize(len)
+    }
+
+    /// The length has changed, or may have: bitmaps follow. No request to what lies behind the
+    /// shorter of both lengths is in flight.
+    pub(crate) fn follow_len(&self) {
+        self.bitmaps.follow(|| self.len());
     }
 
     /// The write threshold in bytes; beyond every write if there is none.

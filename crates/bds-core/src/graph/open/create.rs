@@ -208,7 +208,7 @@ impl Graph {
         Ok(node.held_as(Holder::new(HolderKind::Owner, "create")))
     }
 
-    fn child_for_create(&self, name: &'static str, node: &NodeRef) -> Result<Child> {
+    pub(super) fn child_for_create(&self, name: &'static str, node: &NodeRef) -> Result<Child> {
         let access = Access { perm: Perm::all(), shared: Perm::CONSISTENT_READ };
         let root = Root {
             kind: HolderKind::Owner,

@@ -7,6 +7,7 @@ mod call;
 pub(super) mod child;
 pub(super) mod create;
 pub(super) mod create_target;
+pub(super) mod format_node;
 pub(super) mod inspect;
 pub(super) mod names;
 pub(super) mod open_node;

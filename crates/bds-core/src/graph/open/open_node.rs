@@ -22,7 +22,8 @@ use super::child::Opener;
 use super::names::Reservation;
 use crate::driver::{BoxFuture, Driver, DriverType, OpenContext, OpenFlags, Role};
 use crate::error::{Error, ErrorKind, Result};
-use crate::event::Event;
+use crate::event::{Event, EventSender};
+use crate::graph::bitmaps::persist::{self, LoadedBitmap};
 use crate::graph::change::perm::{self, Strictness};
 use crate::graph::change::stage::Stage;
 use crate::graph::model::edge::{Edge, Parent};
@@ -240,7 +241,14 @@ async fn open_here(
     let name = graph.reserve_name(node_name.as_deref())?;
     let opened = open_driver(call, &*driver_type, options, flags, &name).await;
     let (driver, opener) = opened.map_err(|error| error.node(&**name.name()))?;
-    publish(&graph, driver, opener, (flags, given), name).await
+    let loaded = match flags.info_only || flags.for_check {
+        true => Ok(Vec::new()),
+        false => persist::load(&*driver).await,
+    };
+    match loaded {
+        Ok(bitmaps) => publish(&graph, driver, opener, (flags, given, bitmaps), name).await,
+        Err(error) => Err(close_unwanted(driver, error.node(&**name.name())).await),
+    }
 }
 
 /// The registered driver type that the options name.
@@ -260,8 +268,10 @@ async fn open_driver(
     name: &Reservation,
 ) -> Result<(Box<dyn Driver>, Opener)> {
     let fs = call.graph.config().fs.clone();
+    let events = EventSender(call.graph.event_hub().clone());
     let mut opener = Opener::new(call, Arc::clone(name.name()), flags);
     let mut context = OpenContext::new(name.name(), options, flags, &fs, &mut opener);
+    context.events = events;
     let driver = driver_type.open(&mut context).await?;
     let rest = context.options;
     if let Err(error) = flags::check_taken(driver_type, &rest) {
@@ -270,15 +280,18 @@ async fn open_driver(
     Ok((driver, opener))
 }
 
+/// Facts of a new node: its flags, which of them were given for it, the bitmaps of its image.
+type Facts = (OpenFlags, Given, Vec<LoadedBitmap>);
+
 /// Makes the node and publishes its name.
 async fn publish(
     graph: &Graph,
     driver: Box<dyn Driver>,
     opener: Opener,
-    flags: (OpenFlags, Given),
+    facts: Facts,
     name: Reservation,
 ) -> Result<Strong<Node>> {
-    match insert_node(graph, driver, opener.into_children(), flags, &name) {
+    match insert_node(graph, driver, opener.into_children(), facts, &name) {
         Ok(node) => {
             name.publish(node.id());
             graph.0.core.events.emit(|| Event::node_opened(node.name(), node.driver_name()));
@@ -302,7 +315,7 @@ fn insert_node(
     graph: &Graph,
     driver: Box<dyn Driver>,
     children: Vec<(Arc<Edge>, bool)>,
-    (flags, given): (OpenFlags, Given),
+    (flags, given, bitmaps): Facts,
     name: &Reservation,
 ) -> Result<Strong<Node>, InsertError> {
     let named = |error: Error| error.node(&**name.name());
@@ -334,6 +347,8 @@ fn insert_node(
         }
     }
     lock.node_added(&node);
+    node.bitmaps.set_loaded(bitmaps, node.len());
+    node.bitmaps.set_readonly(!node.is_writable());
     let stage = Stage::new(&graph.0.core.arena);
     let computed = perm::compute(&stage, [Strong::clone(&node)], Strictness::Checked);
     perm::apply(&lock, computed.map_err(|error| (named(error), None))?);

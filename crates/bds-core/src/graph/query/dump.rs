@@ -208,7 +208,14 @@ fn dump_node(out: &mut String, node: &NodeRef) {
         let name = bitmap.name.as_deref().unwrap_or("(anonymous)");
         let leased =
             bitmap.leased_by.map_or_else(String::new, |holder| format!(" leased by {holder}"));
-        let _ = writeln!(out, "  bitmap {name}{leased}");
+        let states = [
+            (!bitmap.recording, " disabled"),
+            (bitmap.persistent, " persistent"),
+            (bitmap.readonly, " readonly"),
+            (bitmap.inconsistent, " inconsistent"),
+        ];
+        let states: String = states.iter().filter(|it| it.0).map(|it| it.1).collect();
+        let _ = writeln!(out, "  bitmap {name}{states}{leased}");
     }
 }
 

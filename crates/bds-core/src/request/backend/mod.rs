@@ -37,7 +37,7 @@ pub use self::drain::BackendDrained;
 pub use self::policy::{ErrorPolicies, ErrorPolicy, IoStatus};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventHub;
-use crate::graph::{Access, Edge, Graph, NodeRef, Perm, Root};
+use crate::graph::{Access, Change, Edge, Graph, NodeRef, Perm, Root};
 use crate::stats::Stats;
 
 /// Options of a new backend.
@@ -399,6 +399,32 @@ impl Backend {
     pub async fn set_access(&self, perm: Perm, shared: Perm) -> Result<()> {
         let access = Access { perm, shared };
         self.graph.change().set_access(&self.inner.edge, access).commit().await.map(drop)
+    }
+
+    /// As [`Backend::set_access`], as an edit of a change that does more: a job gives up its
+    /// permissions in the change that ends it.
+    ///
+    /// ```
+    /// use bds_core::Options;
+    /// use bds_core::graph::Perm;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
+    /// let picky = BackendOptions { shared: Perm::CONSISTENT_READ, ..Default::default() };
+    /// let job = Backend::new(&disk, picky)?;
+    /// let change = graph.change().rename(&disk, "done");
+    /// job.stage_access(change, Perm::empty(), Perm::all()).commit().await?;
+    /// assert_eq!((disk.name(), job.access().shared), ("done", Perm::all()));
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
+    /// ```
+    pub fn stage_access(&self, change: Change, perm: Perm, shared: Perm) -> Change {
+        change.set_access(&self.inner.edge, Access { perm, shared })
     }
 
     /// True if every write is followed by a flush.

@@ -1,7 +1,7 @@
 //! Tests what is durable: writes through a writethrough backend, and closes after writes and failed
 //! flushes.
 
-use crate::driver::{Attempt, WriteFlags, ZeroFlags};
+use crate::driver::{Attempt, HostMap, StatusFlags, WriteFlags, ZeroFlags};
 use crate::error::ErrorKind;
 use crate::options::Options;
 use crate::request::{Backend, BackendOptions};
@@ -72,6 +72,31 @@ fn a_copy_past_an_end_is_refused_on_either_side() {
         assert_eq!(refused.kind(), ErrorKind::OutOfRange, "past the target's");
         assert_eq!(state.bytes(), [0; 1024]);
     });
+}
+
+#[test]
+fn copies_by_the_host_do_not_pass_a_node_that_must_see_writes() {
+    for must_see_writes in [false, true] {
+        run(3, async {
+            let disks = DiskGraph::new();
+            let (_disk, state) = disks.node("disk", vec![0; 1024], Config::default()).await;
+            let map = Some(HostMap { child: "file", offset: 0 });
+            let config = Config {
+                is_filter: true,
+                must_see_writes,
+                forwards: true,
+                statuses: vec![(0..1024, StatusFlags::RAW, map)],
+                options: Options::new().with("file", "disk"),
+                ..Config::default()
+            };
+            let (filter, _) = disks.node("filter", vec![], config).await;
+            let (source, _) = disks.node("source", vec![1; 1024], Config::default()).await;
+            let copied = backend(&filter).copy_range_from(&backend(&source), 0, 0, 512).await;
+            let expected = if must_see_writes { Attempt::Unsupported } else { Attempt::Done };
+            assert_eq!(copied.unwrap(), expected);
+            assert_eq!(state.bytes()[0] == 1, !must_see_writes);
+        });
+    }
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Tests of the request path on fake disks under the seeded scheduler.
 
+mod bitmaps;
 mod copy_on_read;
 mod detach_on_drop;
 mod detached_ops;

@@ -116,7 +116,7 @@ pub(crate) const OPEN_OPTIONS: &[OptionSpec] = &[
     spec(
         "invalidate-bitmaps",
         OptionKind::Bool,
-        "write though that makes persistent bitmaps inconsistent",
+        "write though persistent bitmaps cannot be read and are lost",
         Some("off"),
     ),
 ];

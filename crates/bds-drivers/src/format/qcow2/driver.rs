@@ -5,8 +5,8 @@ use std::any::Any;
 use std::sync::Arc;
 
 use bds_core::driver::{
-    Access, Attempt, BackingRecord, BoxFuture, CheckReport, Child, Driver, ImageInfo, Limits,
-    NodeUse, Perm, Precision, ReadFlags, Reopen, ReopenContext, Role, StatusRun, Truncate,
+    Access, Attempt, BackingRecord, BitmapStore, BoxFuture, CheckReport, Child, Driver, ImageInfo,
+    Limits, NodeUse, Perm, Precision, ReadFlags, Reopen, ReopenContext, Role, StatusRun, Truncate,
     WriteFlags, ZeroFlags,
 };
 use bds_core::error::{Error, ErrorKind, Result};
@@ -31,7 +31,7 @@ impl Qcow2 {
     }
 
     /// Runs `work` on the image to completion, even if the caller is dropped.
-    fn run<T, F>(&self, work: impl FnOnce(Arc<Image>) -> F) -> BoxFuture<'_, Result<T>>
+    pub(super) fn run<T, F>(&self, work: impl FnOnce(Arc<Image>) -> F) -> BoxFuture<'_, Result<T>>
     where
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,
@@ -165,6 +165,10 @@ impl Driver for Qcow2 {
             let image = &self.image;
             super::manage::info::info(image.file.port(), &image.cluster0_now()).await
         })
+    }
+
+    fn bitmap_store(&self) -> Option<&dyn BitmapStore> {
+        Some(self)
     }
 
     fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {

@@ -12,6 +12,7 @@ use bds_core::driver::ChildPort;
 use bds_core::error::{Error, ErrorKind, Result};
 
 use super::alloc::overlap::{Class, MetadataMap, Refused};
+use super::bitmap::directory;
 use super::check::truncation::TruncationCheck;
 use super::config::Config;
 use super::file_read::for_words;
@@ -19,7 +20,6 @@ use super::layout::cluster0::Cluster0;
 use super::layout::entry::{L1Entry, refblock_place};
 use super::layout::header::MAX_L1_LEN;
 use super::layout::space::MetaOffset;
-use super::manage::bitmap;
 use super::manage::snapshot::SnapshotTable;
 use super::meta::pending_flush::PendingFlush;
 use super::meta::refcounts::Refcounts;
@@ -31,7 +31,7 @@ use super::state::{HeaderState, Image, Meta};
 pub(crate) struct WriterOptions {
     /// Metadata that is protected against overlaps.
     pub classes: Class,
-    /// Bitmaps may become stale.
+    /// Bitmaps that cannot be read may be lost.
     pub invalidate_bitmaps: bool,
     /// Length of the external data file.
     pub data_len: Option<u64>,
@@ -83,7 +83,7 @@ impl LoadedMetadata {
             builder.blocks(&reftable)?;
             builder.l2(&l1)?;
             builder.snapshots().await?;
-            bitmap::check_writable(file, &cluster0, invalidate_bitmaps).await?;
+            directory::check_writable(file, &cluster0, invalidate_bitmaps).await?;
         }
         Ok(Self { cluster0, l1, reftable, metadata, file_len: file.len() })
     }

@@ -11,13 +11,15 @@
 //! alloc/    host clusters: allocated, checked, released
 //! io/       guest reads and writes, zeros, compression, backing file, block status
 //! check/    `check`, and what a truncated image lost
-//! manage/   create, measure, resize, reopen, snapshots, bitmaps, info
+//! bitmap/   persistent dirty bitmaps: load, mark "in use", store
+//! manage/   create, measure, resize, reopen, snapshots, info
 //! ```
 //!
 //! **Only `meta/write_back.rs` decides the order of metadata writes. No lock is held across I/O.**
 //! Why a crash leaves at most leaks: docs/qcow2.md.
 
 mod alloc;
+mod bitmap;
 mod check;
 mod config;
 mod driver;

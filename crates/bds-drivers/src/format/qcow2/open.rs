@@ -14,6 +14,7 @@ use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::BufPool;
 
 use super::alloc::overlap::MetadataMap;
+use super::bitmap::mark::BitmapsInMemory;
 use super::config::{Config, RequestedMode, RequestedOptions};
 use super::file_read::read_cluster0;
 use super::io::backing::Backing;
@@ -234,6 +235,7 @@ impl Parts {
             tasks: Arc::new(TaskCount::default()),
             write_state: WriteState::new(is_writable),
             prepare_lock: bds_io::sync::Mutex::new(()),
+            bitmaps: BitmapsInMemory::default(),
             broken: OnceLock::new(),
             is_sparse: AtomicU8::new(0),
             data_end: AtomicU64::new(0),

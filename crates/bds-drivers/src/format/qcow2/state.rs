@@ -13,8 +13,8 @@
 //! runs the operation again. What was loaded stays pinned until the operation succeeds, so it makes
 //! progress even with the smallest cache.
 //!
-//! Lock order: `release_lock`, `write_back_lock`, `meta`; inside `meta` only those of
-//! `decompressed`.
+//! Lock order: `prepare_lock`, `release_lock`, `write_back_lock`, `meta`; inside `meta` only those
+//! of `decompressed`.
 
 use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
@@ -29,6 +29,7 @@ use bds_io::{Buf, BufPool, IoVec};
 use super::alloc::freed::FreedRun;
 use super::alloc::in_flight::InFlight;
 use super::alloc::overlap::MetadataMap;
+use super::bitmap::mark::BitmapsInMemory;
 use super::config::{Config, RequestedMode};
 use super::io::backing::Backing;
 use super::io::decompressed_cache::DecompressedCache;
@@ -158,7 +159,9 @@ pub(crate) struct Image {
     pub release_lock: bds_io::sync::Mutex<()>,
     /// Tasks that may outlive their callers.
     pub tasks: Arc<TaskCount>,
+    /// Held to prepare for the first write, and to change what is stored of bitmaps.
     pub prepare_lock: bds_io::sync::Mutex<()>,
+    pub bitmaps: BitmapsInMemory,
     /// Cached end of the file that holds data, rounded up to a cluster (`offset_check.rs`).
     pub data_end: AtomicU64,
     /// Does the file hold less than its length? Looked up once.
@@ -364,23 +367,33 @@ impl Image {
         if self.write_state.may_write() {
             return Ok(());
         }
+        let loses_bitmaps = !self.mark_bitmaps().await?;
+        self.clear_unmaintained(loses_bitmaps).await?;
+        self.write_state.writes_may_begin();
+        Ok(())
+    }
+
+    /// Clears the autoclear bits of features that are not maintained, durably; also that of bitmaps
+    /// if they are lost.
+    pub(crate) async fn clear_unmaintained(&self, loses_bitmaps: bool) -> Result<()> {
+        let _lock = self.write_back_lock.lock().await;
         let old = self.meta().header.autoclear;
         let mut kept = old.kept_by_writer();
-        if !self.mark_bitmaps(old, false).await? {
+        if loses_bitmaps {
             kept -= Autoclear::BITMAPS;
         }
-        if kept != old {
-            let lost = format!("{:#x}", (old & !kept).bits());
-            tracing::warn!(
-                node = self.node_name,
-                bits = lost,
-                "qcow2: writing makes features that are not maintained stale; their bits are cleared"
-            );
-            self.write_file(MetaOffset(AUTOCLEAR_AT), kept.bits().to_be_bytes().to_vec()).await?;
-            self.file.flush().await.map_err(|e| self.name_error(e))?;
-            self.meta().header.autoclear = kept;
+        if kept == old {
+            return Ok(());
         }
-        self.write_state.writes_may_begin();
+        let lost = format!("{:#x}", (old & !kept).bits());
+        tracing::warn!(
+            node = self.node_name,
+            bits = lost,
+            "qcow2: writing makes features that are not maintained stale; their bits are cleared"
+        );
+        self.write_file(MetaOffset(AUTOCLEAR_AT), kept.bits().to_be_bytes().to_vec()).await?;
+        self.file.flush().await.map_err(|e| self.name_error(e))?;
+        self.meta().header.autoclear = kept;
         Ok(())
     }
 

@@ -59,6 +59,11 @@ impl WriteState {
         self.may_write.store(true, Ordering::Release);
     }
 
+    /// O10 is not met any more: a bitmap was stored.
+    pub(crate) fn writes_must_be_prepared(&self) {
+        self.may_write.store(false, Ordering::Release);
+    }
+
     /// An error if changes are not allowed.
     pub(crate) fn check(&self) -> Result<()> {
         if !self.is_active() {

@@ -107,13 +107,20 @@ pub(crate) fn options() -> Options {
 
 /// Opens the image for writing.
 pub(crate) async fn open(graph: &Graph, options: Options) -> (NodeRef, Backend) {
+    let is_read_only = options.peek("read-only") == Some(&true.into());
     let node = graph.open(options).await.unwrap();
-    let backend = Backend::new(
-        &node,
-        BackendOptions { name: "test".into(), writable: true, ..Default::default() },
-    )
-    .unwrap();
+    let backend = backend(&node, !is_read_only);
     (node, backend)
+}
+
+/// A backend that writes to the node.
+pub(crate) fn writer(node: &NodeRef) -> Backend {
+    backend(node, true)
+}
+
+fn backend(node: &NodeRef, writable: bool) -> Backend {
+    let options = BackendOptions { name: "test".into(), writable, ..Default::default() };
+    Backend::new(node, options).unwrap()
 }
 
 /// Closes it; an error fails the test.

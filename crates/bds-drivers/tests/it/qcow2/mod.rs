@@ -1,5 +1,6 @@
 //! Tests qcow2 in a graph on the simulated disk, against a byte model and QEMU's tools.
 
+pub(crate) mod bitmaps;
 mod concurrent;
 mod data_file;
 mod harness;

@@ -1,14 +1,13 @@
-//! Features that the driver does not maintain and must not lose silently: persistent bitmaps, and
-//! the sizes of internal snapshots.
+//! What a writer must not lose silently: persistent bitmaps, in a graph that records what changes,
+//! and the sizes of internal snapshots.
 
-use bds_core::ErrorKind;
 use bds_core::options::Options;
 use bds_drivers::format::qcow2::check_image;
 use bds_drivers::format::qcow2::fuzzing::{self, MemPort};
 use bds_io::{Sim, SimConfig};
 use bds_testkit::{Scratch, qemu_img};
 
-use super::harness::{IMAGE, close, graph, open, options, read, write};
+use super::harness::{IMAGE, close, graph, open, options, read, write, writer};
 use crate::kit::resize_to;
 
 const CLUSTER: usize = 4096;
@@ -93,91 +92,88 @@ fn on_disk(bytes: &[u8]) -> Sim {
 }
 
 #[test]
-fn an_image_whose_bitmaps_would_go_stale_is_not_opened_for_writing() {
+fn bitmaps_are_kept_in_step_and_marked_meanwhile() {
     let bytes = with_bitmaps(&[("backup0", AUTO), ("kept", 0), ("old", AUTO | IN_USE)]);
     let sim = on_disk(&bytes);
     let graph = graph(&sim);
+    let marked = [r#""backup0" ["in-use","auto"]"#, r#""kept" []"#, r#""old" ["in-use","auto"]"#];
+    let valid = [r#""backup0" ["auto"]"#, r#""kept" []"#, r#""old" ["in-use","auto"]"#];
     sim.block_on(async {
-        let error = graph.open(options()).await.map(|_| ()).unwrap_err();
-        let text = error.to_string();
-        assert_eq!(error.kind(), ErrorKind::NotSupported);
-        for word in ["'backup0'", IMAGE, "invalidate-bitmaps=on", "--remove"] {
-            assert!(text.contains(word), "'{word}' is missing: {text}");
-        }
-        assert!(!text.contains("'kept'") && !text.contains("'old'"), "{text}");
-        // Reading them does no harm, and a reader does not become a writer by `auto-read-only`.
-        let file = serde_json::json!({"driver": "file", "filename": IMAGE, "node-name": "f"});
-        let _file = graph.open(Options::from_json(file).unwrap()).await.unwrap();
-        let shown = || Options::new().with("driver", "qcow2").with("file", "f");
-        let node = graph.open(shown().with("read-only", true)).await.unwrap();
-        let error = graph.reopen(&node, shown().with("read-only", false)).await.unwrap_err();
-        assert!(error.to_string().contains("'backup0'"), "{error}");
-        drop((node, _file));
-        graph.reap().await;
-    });
-    assert!(sim.snapshot_file(IMAGE) == bytes);
-}
-
-#[test]
-fn bitmaps_that_may_go_stale_are_marked_before_the_first_write() {
-    let bytes = with_bitmaps(&[("backup0", AUTO), ("kept", 0), ("old", AUTO | IN_USE)]);
-    let sim = on_disk(&bytes);
-    let graph = graph(&sim);
-    sim.block_on(async {
-        let allowed = options().with("invalidate-bitmaps", true);
-        let (node, backend) = open(&graph, allowed.clone()).await;
+        let (node, backend) = open(&graph, options()).await;
         close(&graph, node, backend).await;
         assert!(sim.snapshot_file(IMAGE) == bytes, "nothing was written yet");
-        let (node, backend) = open(&graph, allowed).await;
+        let (node, backend) = open(&graph, options()).await;
+        assert!(node.bitmaps()[2].inconsistent && node.bitmaps()[0].recording);
         write(&backend, 0, &[7; 512]).await.unwrap();
-        let durable = sim.durable_file(IMAGE);
-        assert_eq!(shown(&durable)[0], r#""backup0" ["in-use","auto"]"#, "not before the write");
+        assert_eq!(shown(&sim.durable_file(IMAGE)), marked, "not before the write");
         close(&graph, node, backend).await;
+        assert_eq!(shown(&sim.durable_file(IMAGE)), valid, "stored at close");
+        // A reader that becomes a writer, and a reader again.
+        let file = serde_json::json!({"driver": "file", "filename": IMAGE, "node-name": "f"});
+        let file = graph.open(Options::from_json(file).unwrap()).await.unwrap();
+        let mode = |is_read_only: bool| {
+            Options::new().with("driver", "qcow2").with("file", "f").with("read-only", is_read_only)
+        };
+        let node = graph.open(mode(true)).await.unwrap();
+        let counts: Vec<u64> = node.bitmaps().iter().map(|bitmap| bitmap.count).collect();
+        assert_eq!(counts, [65536, 0, 0]);
+        assert!(node.bitmaps()[0].readonly);
+        graph.reopen(&node, mode(false)).await.unwrap();
+        assert_eq!(shown(&sim.durable_file(IMAGE)), valid);
+        assert!(!node.bitmaps()[0].readonly);
+        let backend = writer(&node);
+        write(&backend, 1 << 19, &[7; 512]).await.unwrap();
+        assert_eq!(shown(&sim.durable_file(IMAGE)), marked);
+        drop(backend);
+        graph.reopen(&node, mode(true)).await.unwrap();
+        assert_eq!(shown(&sim.durable_file(IMAGE)), valid);
+        assert_eq!(node.bitmaps()[0].count, 2 * 65536);
+        drop(file);
+        node.close().await.unwrap().into_result().unwrap();
+        graph.reap().await;
     });
     let after = sim.snapshot_file(IMAGE);
     expect_clean(&after);
-    let expected = [r#""backup0" ["in-use","auto"]"#, r#""kept" []"#, r#""old" ["in-use","auto"]"#];
-    assert_eq!(shown(&after), expected);
     let Some(tool) = qemu_img() else { return };
     let scratch = Scratch::new();
     let path = scratch.path("b.qcow2");
     std::fs::write(&path, &after).unwrap();
     let path = path.to_string_lossy();
     tool.must(["check", &*path]);
-    tool.must(["bitmap", "--remove", &*path, "backup0"]);
+    tool.must(["bitmap", "--remove", &*path, "old"]);
+    tool.must(["bitmap", "--clear", &*path, "backup0"]);
     tool.must(["check", &*path]);
 }
 
-/// A bitmap that is not recording stays valid when the disk is written, but not when it grows; one
-/// in use is invalid already.
+/// Bitmaps grow with the disk; one that is inconsistent would be left behind.
 #[test]
-fn growing_is_refused_by_every_consistent_bitmap() {
-    for (flags, is_writable, is_growable) in
-        [(0, true, false), (AUTO | IN_USE, true, true), (IN_USE, true, true)]
-    {
+fn growing_is_refused_by_inconsistent_bitmaps() {
+    for (flags, is_growable) in [(0, true), (AUTO, true), (AUTO | IN_USE, false), (IN_USE, false)] {
         let sim = on_disk(&with_bitmaps(&[("b", flags)]));
         let before = shown(&sim.snapshot_file(IMAGE));
         let graph = graph(&sim);
         sim.block_on(async {
             let (node, backend) = open(&graph, options()).await;
-            assert_eq!(write(&backend, 0, &[1; 512]).await.is_ok(), is_writable, "{flags}");
+            write(&backend, 0, &[1; 512]).await.unwrap();
             let grown = backend.truncate(resize_to(2 * LEN)).await;
             assert_eq!(grown.is_ok(), is_growable, "{flags}: {grown:?}");
             if let Err(error) = grown {
-                assert!(error.to_string().contains("growing the disk"), "{error}");
+                assert!(error.to_string().contains("'b'"), "{error}");
                 assert_eq!(backend.len(), LEN);
             }
             close(&graph, node, backend).await;
         });
-        assert_eq!(shown(&sim.snapshot_file(IMAGE)), before, "{flags}");
-        sim.block_on(async {
-            let (node, backend) = open(&graph, options().with("invalidate-bitmaps", true)).await;
-            backend.truncate(resize_to(2 * LEN)).await.unwrap();
-            close(&graph, node, backend).await;
-        });
         let after = sim.snapshot_file(IMAGE);
         expect_clean(&after);
-        assert!(shown(&after)[0].contains("in-use"), "{flags}");
+        assert_eq!(shown(&after), before, "{flags}");
+        sim.block_on(async {
+            let (node, backend) = open(&graph, options()).await;
+            let recorded = u64::from(flags == AUTO);
+            // Growing marks what is new.
+            let grown = if is_growable { recorded * LEN / 65536 } else { 0 };
+            assert_eq!(node.bitmaps()[0].count, (recorded + grown) * 65536);
+            close(&graph, node, backend).await;
+        });
     }
 }
 

@@ -21,7 +21,7 @@ fn deadlock_release_under_the_graphs_lock() {
         let guest = root(&top, "guest", Access::ALL);
         let job = test.graph.attach_job(&base, "job0", Access::READ).unwrap();
         let guards = (top.claim_job("job0").unwrap(), top.block(BlockOps::all(), "busy"));
-        let bitmap = top.add_anonymous_bitmap("job0");
+        let bitmap = top.add_anonymous_bitmap("job0", None).unwrap();
         test.script.log();
         {
             let _lock = test.graph.0.core.lock();

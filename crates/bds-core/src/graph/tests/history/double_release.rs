@@ -9,7 +9,7 @@ use super::scripted_graph::{ScriptedGraph, commit, options, run, run_schedules};
 use crate::ErrorKind;
 use crate::driver::BoxFuture;
 use crate::graph::{
-    Access, BlockOps, CloseError, JobSlot, NodeRef, Perm, ShutdownStage, Stoppable,
+    Access, BitmapOptions, BlockOps, CloseError, JobSlot, NodeRef, Perm, ShutdownStage, Stoppable,
 };
 use crate::test_kit::gate_port::{read, root};
 use crate::test_kit::scripted::Point;
@@ -114,7 +114,7 @@ fn leak_of_the_target_of_a_refused_backup() {
 fn leak_of_a_failed_migration_is_named_at_shutdown() {
     run(|test| async move {
         let node = test.part("disk").await;
-        let bitmap = node.add_bitmap("dirty").unwrap();
+        let bitmap = node.add_bitmap(BitmapOptions::named("dirty")).await.unwrap();
         let migration = node.held_as(Holder::new(HolderKind::Other("migration"), "of bitmaps"));
         let lease = test.graph.lease_bitmap(bitmap, "migration").unwrap();
         let report = test.graph.shutdown().await;

@@ -9,7 +9,8 @@ use bds_refcount::{Holder, Release, Stale};
 
 use super::scripted_graph::{ScriptedGraph, commit, options, run};
 use crate::graph::{
-    Access, BlockOps, CloseError, JobEdge, JobSlot, NodeRef, Perm, ShutdownStage, Stoppable,
+    Access, BitmapOptions, BlockOps, CloseError, JobEdge, JobSlot, NodeRef, Perm, ShutdownStage,
+    Stoppable,
 };
 use crate::test_kit::gate_port::{read, root};
 use crate::test_kit::scripted::Point;
@@ -210,7 +211,7 @@ fn node_state_lives_as_long_as_the_node() {
     run(|test| async move {
         let drive = test.part("drive").await;
         let id = drive.id();
-        let record = drive.add_bitmap("record").unwrap();
+        let record = drive.add_bitmap(BitmapOptions::named("record")).await.unwrap();
         let blocker = drive.block(BlockOps::RESIZE, "a job needs its length");
         let job = test.graph.attach_job(&drive, "backup0", Access::READ).unwrap();
         // Unplugged under the job.

@@ -7,7 +7,7 @@ use bds_refcount::Release;
 
 use super::scripted_graph::{commit, names_below, options, run, run_schedules};
 use crate::ErrorKind;
-use crate::graph::{Access, BlockOps, JobSlot, Perm};
+use crate::graph::{Access, BitmapOptions, BlockOps, JobSlot, Perm};
 use crate::test_kit::gate_port::{read, root};
 use crate::test_kit::scripted::Point;
 
@@ -214,7 +214,8 @@ fn every_node_with_a_bitmap_is_found() {
         test.graph.own(over).unwrap();
         let all = ["top", "mid", "by-name", "below", "over"];
         for name in all {
-            test.graph.find(name).unwrap().add_bitmap("dirty").unwrap();
+            let node = test.graph.find(name).unwrap();
+            node.add_bitmap(BitmapOptions::named("dirty")).await.unwrap();
         }
         let found: BTreeSet<String> = test
             .graph

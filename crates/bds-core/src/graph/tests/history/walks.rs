@@ -7,7 +7,9 @@ use bds_refcount::Stale;
 
 use super::scripted_graph::{ScriptedGraph, commit, names_below, options, run, run_schedules};
 use crate::driver::BoxFuture;
-use crate::graph::{Access, BlockOps, Graph, NodeRef, ShutdownStage, Stoppable, walk};
+use crate::graph::{
+    Access, BitmapOptions, BlockOps, Graph, NodeRef, ShutdownStage, Stoppable, walk,
+};
 use crate::test_kit::gate_port::{read, root};
 use crate::{ErrorKind, Result};
 
@@ -262,10 +264,10 @@ fn uaf_late_clients_do_not_touch_the_successor() {
     run(|test| async move {
         let first = test.part("server").await;
         let id = first.id();
-        let bitmap = first.add_bitmap("clients").unwrap();
+        let bitmap = first.add_bitmap(BitmapOptions::named("clients")).await.unwrap();
         let lease = test.graph.lease_bitmap(bitmap, "client").unwrap();
         let late = (first.claim_job("client").unwrap(), first.block(BlockOps::all(), "client"));
-        let own_bitmap = first.add_anonymous_bitmap("client");
+        let own_bitmap = first.add_anonymous_bitmap("client", None).unwrap();
         let closed = first.close().await.unwrap();
         assert!(!closed.is_clean(), "the report names the remaining clients");
 
@@ -274,13 +276,13 @@ fn uaf_late_clients_do_not_touch_the_successor() {
         assert_ne!(next.id(), id);
         let _job = next.claim_job("its own client").unwrap();
         let _block = next.block(BlockOps::DELETE, "its own client");
-        let bitmap_of_next = next.add_bitmap("clients").unwrap();
+        let bitmap_of_next = next.add_bitmap(BitmapOptions::named("clients")).await.unwrap();
         let _lease = test.graph.lease_bitmap(bitmap_of_next, "its own client").unwrap();
         let watch = test.graph.watch(id);
         assert!(watch.has_fired() && !lease.is_valid());
         drop((lease, late, own_bitmap));
         assert_eq!(test.graph.acquire(id).unwrap_err(), Stale::Released);
-        assert_eq!(test.graph.remove_bitmap(bitmap).unwrap_err().kind(), ErrorKind::Stale);
+        assert_eq!(test.graph.remove_bitmap(bitmap).await.unwrap_err().kind(), ErrorKind::Stale);
         assert_eq!(next.job().as_deref(), Some("its own client"));
         assert_eq!(next.blocked(BlockOps::DELETE).len(), 1);
         assert_eq!(next.bitmaps()[0].leased_by.as_deref(), Some("its own client"));

@@ -1,10 +1,12 @@
 //! Runs commands on claims: frozen links, blockers, job slots, bitmaps and their leases.
 
+use futures_util::FutureExt;
+
 use super::commands::{Body, Child, Command, Fault, Tree};
 use super::model::{Bitmap, Key, Kind};
 use super::open::pick;
 use super::run::Comparison;
-use crate::graph::NodeRef;
+use crate::graph::{BitmapOptions, NodeRef};
 
 impl Comparison {
     pub(super) fn claim(&mut self, command: &Command) {
@@ -172,7 +174,7 @@ impl Comparison {
             Command::AddBitmap(n, name) => {
                 let Some(n) = self.pick_ref(n) else { return };
                 let (key, name) = (self.model.refs[n], format!("b{name}"));
-                let added = self.refs[n].add_bitmap(&name);
+                let added = now(self.refs[n].add_bitmap(BitmapOptions::named(&*name)));
                 let node = self.node(key);
                 let is_new = node.bitmaps.iter().all(|it| it.name.as_ref() != Some(&name));
                 assert_eq!(added.is_ok(), is_new, "P46");
@@ -183,7 +185,7 @@ impl Comparison {
             Command::AddAnonymous(n) => {
                 let Some(n) = self.pick_ref(n) else { return };
                 let key = self.model.refs[n];
-                let bitmap = self.refs[n].add_anonymous_bitmap("a test");
+                let bitmap = self.refs[n].add_anonymous_bitmap("a test", None).unwrap();
                 let number = Self::push_bitmap(self.node(key), None);
                 self.bitmaps.push((bitmap.id(), key, number));
                 self.anonymous.push((bitmap, key, number));
@@ -222,7 +224,7 @@ impl Comparison {
                 let is_live = self.model.is_live(key);
                 let found = self.find(key, number);
                 let may = is_live && found.is_some_and(|it| !it.leased && it.name.is_some());
-                assert_eq!(self.graph.remove_bitmap(id).is_ok(), may, "P46");
+                assert_eq!(now(self.graph.remove_bitmap(id)).is_ok(), may, "P46");
                 if may {
                     self.forget(key, number);
                 }
@@ -247,4 +249,9 @@ impl Comparison {
             node.bitmaps.retain(|it| it.number != number);
         }
     }
+}
+
+/// The result of a verb that does not wait: the fake drivers store no bitmaps.
+fn now<T>(verb: impl Future<Output = T>) -> T {
+    verb.now_or_never().expect("nothing to wait for")
 }

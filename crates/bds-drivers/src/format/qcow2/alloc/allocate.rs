@@ -62,18 +62,22 @@ impl Image {
         clusters: u64,
         class: Class,
     ) -> MetaResult<Allocated> {
-        let got = loop {
-            let first = self.find_hole(meta, clusters)?;
-            if self.add_missing_blocks(meta, first, clusters)? {
-                // Blocks were added; they may have taken what was found.
-                continue;
-            }
-            break self.mark_used(meta, first, clusters)?;
-        };
+        let got = self.alloc_adjacent(meta, clusters)?;
         for i in 0..clusters {
             self.insert_metadata(got.offset.plus(i << self.geometry().cluster_bits()), class)?;
         }
         Ok(got)
+    }
+
+    /// Exactly `clusters` adjacent clusters.
+    pub(crate) fn alloc_adjacent(&self, meta: &mut Meta, clusters: u64) -> MetaResult<Allocated> {
+        loop {
+            let first = self.find_hole(meta, clusters)?;
+            if !self.add_missing_blocks(meta, first, clusters)? {
+                return self.mark_used(meta, first, clusters);
+            }
+            // Blocks were added; they may have taken what was found.
+        }
     }
 
     /// The first run of free clusters that is long enough. Clusters no block counts are free.

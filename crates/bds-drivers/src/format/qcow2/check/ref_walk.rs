@@ -14,13 +14,13 @@ use bds_core::error::{Error, ErrorKind, Result};
 use super::findings::Findings;
 use super::ref_map::{RefMap, Use};
 use super::refcount_reader::RefcountReader;
+use crate::format::qcow2::bitmap::directory::read_directory;
 use crate::format::qcow2::file_read::read_bytes;
-use crate::format::qcow2::layout::bitmap_directory::table_entry;
+use crate::format::qcow2::layout::bitmap_directory::BitsPlace;
 use crate::format::qcow2::layout::cluster0::Cluster0;
 use crate::format::qcow2::layout::entry::{EntryRules, L1Entry, L2Entry, OFFSET_MASK};
 use crate::format::qcow2::layout::header::{Autoclear, MAX_L1_LEN};
 use crate::format::qcow2::layout::units::GuestOffset;
-use crate::format::qcow2::manage::bitmap;
 use crate::format::qcow2::manage::snapshot::{MAX_EXTRA_LEN, MIN_V3_EXTRA_LEN, SnapshotTable};
 
 /// Bytes of L1 tables read in all: 65,536 snapshots of a 1 TiB disk with 64-KiB clusters fit.
@@ -349,7 +349,7 @@ impl<'a> RefWalk<'a> {
         let Some(pointer) = self.image.extensions.bitmaps.filter(|_| valid) else { return Ok(()) };
         let geometry = header.geometry;
         self.count(pointer.directory_offset, pointer.directory_len, 1, Use::Other, false)?;
-        let list = match bitmap::read_directory(self.file, &pointer, &geometry, header.size).await {
+        let list = match read_directory(self.file, &pointer, &geometry, header.size).await {
             Ok(list) => list,
             Err(error) => {
                 self.findings.corruption(1, format!("cannot use the bitmap directory: {error}"));
@@ -357,7 +357,7 @@ impl<'a> RefWalk<'a> {
             }
         };
         for entry in list {
-            let len = u64::from(entry.table_size) * 8;
+            let len = entry.table_len();
             self.count(entry.table_offset, len, 1, Use::Other, false)?;
             if entry.table_offset + len > self.file_len.next_multiple_of(geometry.cluster_size()) {
                 continue; // reported by the count
@@ -369,10 +369,10 @@ impl<'a> RefWalk<'a> {
                 let size = usize::try_from(step).expect("at most 1 MiB");
                 let table = read_bytes(self.file, entry.table_offset + at, size).await?;
                 for word in entries(&table) {
-                    match table_entry(word, &geometry) {
-                        Ok(None) => {}
-                        Ok(Some(place)) => {
-                            self.count(place, geometry.cluster_size(), 1, Use::Other, false)?;
+                    match BitsPlace::parse(word, &geometry) {
+                        Ok(BitsPlace::Zeros | BitsPlace::Ones) => {}
+                        Ok(BitsPlace::Cluster(place)) => {
+                            self.count(place.0, geometry.cluster_size(), 1, Use::Other, false)?;
                         }
                         Err(error) => self.findings.corruption(1, error.to_string()),
                     }

@@ -5,6 +5,7 @@
 //! real I/O. The fuzz targets, the replay of their corpus and the hostile-image tests all call
 //! these.
 
+mod bitmaps;
 mod port;
 mod spec;
 
@@ -24,7 +25,8 @@ use super::layout::header::Compression;
 pub use super::layout::space::{DataOffset, MetaOffset};
 use super::layout::units::{Geometry, GuestOffset};
 pub use super::nodes::{DataNode, MetaNode};
-pub use port::MemPort;
+pub use bitmaps::bitmaps;
+pub use port::{MemPort, PortEvent};
 
 /// Creates an image in `file`, as `create` does with these options.
 pub fn create(options: Options, file: &MemPort, data_file: Option<&MemPort>) -> Result<()> {

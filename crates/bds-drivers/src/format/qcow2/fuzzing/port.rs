@@ -20,6 +20,24 @@ pub struct MemPort {
     bytes: Arc<Mutex<Vec<u8>>>,
     writes: Arc<Mutex<u64>>,
     flushes: Arc<Flushes>,
+    journal: Arc<Mutex<Journal>>,
+}
+
+/// A request that changed a [`MemPort`], or made changes durable.
+#[derive(Clone, Debug)]
+pub enum PortEvent {
+    /// These bytes were written at this offset.
+    Write(u64, Vec<u8>),
+    /// All that was written before is durable.
+    Flush,
+}
+
+#[derive(Debug, Default)]
+struct Journal {
+    /// What happened, if that is recorded.
+    events: Option<Vec<PortEvent>>,
+    /// So many more requests succeed; the one after that fails.
+    fails_after: Option<u64>,
 }
 
 /// How flushes of a [`MemPort`] behave.
@@ -36,7 +54,7 @@ const MAX_LEN: u64 = 128 << 20;
 impl MemPort {
     /// A file that holds `bytes`.
     pub fn new(bytes: Vec<u8>) -> Self {
-        Self { bytes: Arc::new(Mutex::new(bytes)), writes: Arc::default(), flushes: Arc::default() }
+        Self { bytes: Arc::new(Mutex::new(bytes)), ..Self::default() }
     }
 
     /// A copy of what it holds now.
@@ -58,6 +76,42 @@ impl MemPort {
     /// From now on flushes fail, or succeed again.
     pub fn fail_flushes(&self, fails: bool) {
         self.flushes.fails.store(fails, Ordering::SeqCst);
+    }
+
+    /// Returns what was recorded since the last call, and records what happens from now on.
+    pub fn take_journal(&self) -> Vec<PortEvent> {
+        self.journal().events.replace(Vec::new()).unwrap_or_default()
+    }
+
+    /// After so many more writes and flushes one fails, or none (`None`).
+    pub fn fail_one_after(&self, requests: Option<u64>) {
+        self.journal().fails_after = requests;
+    }
+
+    /// Did the failure that was asked for happen?
+    pub fn has_failed(&self) -> bool {
+        self.journal().fails_after.is_none()
+    }
+
+    fn journal(&self) -> MutexGuard<'_, Journal> {
+        self.journal.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Fails if it is time to; else records what `event` returns.
+    fn note(&self, event: impl FnOnce() -> PortEvent) -> Result<()> {
+        let mut journal = self.journal();
+        match journal.fails_after {
+            Some(0) => {
+                journal.fails_after = None;
+                return Err(Error::new(ErrorKind::Io, "a test's request fails"));
+            }
+            Some(more) => journal.fails_after = Some(more - 1),
+            None => {}
+        }
+        if let Some(events) = &mut journal.events {
+            events.push(event());
+        }
+        Ok(())
     }
 
     /// The edge a driver would be given.
@@ -82,10 +136,13 @@ impl MemPort {
         let end = offset.checked_add(len).filter(|e| *e <= MAX_LEN).ok_or_else(too_long)?;
         let mut bytes = self.lock();
         let (start, end) = (index(offset), index(end));
+        let mut changed = vec![0; end - start];
+        with(&mut changed);
+        self.note(|| PortEvent::Write(offset, changed.clone()))?;
         if bytes.len() < end {
             bytes.resize(end, 0);
         }
-        with(&mut bytes[start..end]);
+        bytes[start..end].copy_from_slice(&changed);
         Ok(())
     }
 }
@@ -171,7 +228,7 @@ impl ChildPort for MemPort {
             self.flushes.changed.wait_until(|| !self.flushes.is_held.load(Ordering::SeqCst)).await;
             match self.flushes.fails.load(Ordering::SeqCst) {
                 true => Err(Error::new(ErrorKind::Io, "a test's flush fails")),
-                false => Ok(()),
+                false => self.note(|| PortEvent::Flush),
             }
         })
     }

@@ -89,6 +89,33 @@ impl BitmapsPointer {
     }
 }
 
+impl BitmapsPointer {
+    /// The data of the extension.
+    pub(crate) fn encode(&self) -> [u8; 24] {
+        let mut data = [0; 24];
+        data[..4].copy_from_slice(&self.count.to_be_bytes());
+        data[4..8].copy_from_slice(&self.reserved.to_be_bytes());
+        data[8..16].copy_from_slice(&self.directory_len.to_be_bytes());
+        data[16..].copy_from_slice(&self.directory_offset.to_be_bytes());
+        data
+    }
+
+    /// Where the extension's data lies in cluster 0, whose list of extensions begins at `start`.
+    pub(crate) fn find(bytes: &[u8], start: usize) -> Option<usize> {
+        let mut at = start;
+        loop {
+            let data_at = at.checked_add(HEAD_LEN)?;
+            let head = bytes.get(at..data_at)?;
+            match be32(head, 0) {
+                END => return None,
+                BITMAPS => return Some(data_at),
+                _ => at = data_at.checked_add(usize::try_from(be32(head, 4)).ok()?)?,
+            }
+            at = at.checked_next_multiple_of(8)?;
+        }
+    }
+}
+
 /// An extension of an unknown type.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct UnknownExtension {
@@ -215,13 +242,8 @@ impl Extensions {
         if let Some(table) = &self.feature_names {
             put(out, FEATURE_NAMES, table);
         }
-        if let Some(b) = self.bitmaps {
-            let mut data = Vec::with_capacity(24);
-            data.extend(b.count.to_be_bytes());
-            data.extend(b.reserved.to_be_bytes());
-            data.extend(b.directory_len.to_be_bytes());
-            data.extend(b.directory_offset.to_be_bytes());
-            put(out, BITMAPS, &data);
+        if let Some(pointer) = self.bitmaps {
+            put(out, BITMAPS, &pointer.encode());
         }
         for UnknownExtension { kind, data } in &self.unknown {
             put(out, *kind, data);

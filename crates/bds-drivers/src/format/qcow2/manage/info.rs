@@ -8,8 +8,8 @@ use bds_core::driver::{ChildPort, ImageInfo};
 use bds_core::error::Result;
 use serde_json::{Map, Value, json};
 
-use super::bitmap;
 use super::snapshot::SnapshotTable;
+use crate::format::qcow2::bitmap::directory::valid_bitmaps;
 use crate::format::qcow2::layout::bitmap_directory::BitmapEntry;
 use crate::format::qcow2::layout::cluster0::Cluster0;
 use crate::format::qcow2::layout::header::{
@@ -49,12 +49,9 @@ async fn format_specific(file: &dyn ChildPort, image: &Cluster0) -> Result<Value
     put("compression-type", header.compression.name().into());
     if is_v3 {
         put("lazy-refcounts", header.compatible.contains(Compatible::LAZY_REFCOUNTS).into());
-        let bitmaps =
-            image.extensions.bitmaps.filter(|_| header.autoclear.contains(Autoclear::BITMAPS));
-        if let Some(pointer) = bitmaps {
-            let list =
-                bitmap::read_directory(file, &pointer, &header.geometry, header.size).await?;
-            put("bitmaps", list.iter().map(BitmapEntry::to_json).collect());
+        let bitmaps = valid_bitmaps(file, image).await?;
+        if bitmaps.pointer.is_some() {
+            put("bitmaps", bitmaps.entries.iter().map(BitmapEntry::to_json).collect());
         }
     }
     put("refcount-bits", header.geometry.refcount_bits().into());

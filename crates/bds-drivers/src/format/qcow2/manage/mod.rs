@@ -1,8 +1,7 @@
 //! Operations on an image as a whole: create and measure, resize, reopen and inactivate, the
-//! recorded backing file, snapshots and bitmaps (read only), info.
+//! recorded backing file, snapshots (read only), info.
 
 pub(super) mod backing_record;
-pub(super) mod bitmap;
 pub(super) mod create;
 pub(super) mod create_layout;
 pub(super) mod create_options;

@@ -87,6 +87,7 @@ impl Image {
         self.tasks.wait_idle().await;
         self.write_back_all_durably().await?;
         self.write_state.set(self.write_state.is_writable(), false);
+        self.bitmaps.forget();
         Ok(())
     }
 

@@ -1,0 +1,258 @@
+//! Contexts: a graph with its events, log sink and closings in the background.
+
+use std::ffi::{CString, c_char};
+use std::sync::{Arc, Once};
+
+use bds_core::graph::reference_gate::{SameDirectory, TrustAll};
+use bds_core::graph::{CloseReport, Graph, GraphConfig, ShutdownReport};
+use serde_json::{Value, json};
+
+use crate::abi::bds_status::{BDS_ERR_IN_USE, BDS_ERR_VERSION, BDS_OK, BDS_STILL_REFERENCED};
+use crate::abi::{
+    BDS_CONTEXT_PROBE_REFERENCES, BDS_CONTEXT_SAME_DIRECTORY, BDS_CONTEXT_TRUST_REFERENCES,
+    bds_context, bds_context_options, bds_log_fn,
+};
+use crate::entry::{self, entry};
+use crate::event_source::EventSource;
+use crate::failure::Failure;
+use crate::ptr::{self, In, Out};
+use crate::table::{Object, Removed, Table};
+
+pub(crate) static CONTEXTS: Table<ContextObject> = Table::new(2);
+
+/// What all objects of one context share.
+pub(crate) struct Context {
+    pub(crate) graph: Graph,
+    pub(crate) events: EventSource,
+    log: Log,
+}
+
+/// C's reference to a context.
+pub(crate) struct ContextObject(pub(crate) Arc<Context>);
+
+impl Object for ContextObject {}
+
+/// Where messages go that no call can return.
+#[derive(Clone, Copy)]
+pub(crate) struct Log {
+    sink: bds_log_fn,
+    user_data: u64,
+}
+
+impl Log {
+    pub(crate) fn error(self, target: &str, message: &str) {
+        let Some(sink) = self.sink else { return };
+        let text = |text: &str| CString::new(text.replace('\0', "")).unwrap_or_default();
+        sink(self.user_data, 1, text(target).as_ptr(), text(message).as_ptr());
+    }
+
+    fn closed(self, reports: &[CloseReport]) {
+        for report in reports {
+            for error in report.errors() {
+                self.error("close", &format!("node '{}': {error}", report.name));
+            }
+        }
+    }
+}
+
+impl Context {
+    pub(crate) fn new(graph: Graph, log: Log) -> Arc<Self> {
+        Arc::new(Self { events: EventSource::new(&graph), graph, log })
+    }
+
+    pub(crate) fn log(&self) -> Log {
+        self.log
+    }
+
+    /// Closes dead nodes in the background: after a call that may have released the last reference
+    /// to one. What fails is logged, and is in the event of the closing.
+    pub(crate) fn reap_later(&self) {
+        let (graph, log) = (self.graph.clone(), self.log);
+        bds_io::spawn(async move { log.closed(&graph.reap().await) }).detach();
+    }
+}
+
+/// The context of a handle.
+pub(crate) fn find(context: bds_context) -> Result<Arc<Context>, Failure> {
+    let found = CONTEXTS.get(context.raw).map_err(|failure| failure.of("context"))?;
+    Ok(Arc::clone(&found.0))
+}
+
+/// Refuses flags that are not among `known`.
+pub(crate) fn check_flags(flags: u32, known: u32) -> Result<(), Failure> {
+    match flags & !known {
+        0 => Ok(()),
+        unknown => Err(Failure::new(BDS_ERR_VERSION, format!("unknown flags {unknown:#x}"))),
+    }
+}
+
+/// Refuses objects of two contexts in one call.
+pub(crate) fn check_same(one: &Arc<Context>, other: &Arc<Context>) -> Result<(), Failure> {
+    match Arc::ptr_eq(one, other) {
+        true => Ok(()),
+        false => Err(Failure::argument("the handles belong to different contexts")),
+    }
+}
+
+/// Makes a context: an empty graph. [any]
+///
+/// `options` may be NULL. Release the handle with bds_context_unref; every object made in the
+/// context keeps it alive. The first call of the process registers a fork handler: a child that was
+/// forked off gets BDS_ERR_FORKED from every function.
+///
+/// Errors: BDS_ERR_ARGUMENT, BDS_ERR_VERSION; -EAGAIN or -ENOMEM: the process can have no more
+/// threads or descriptors.
+#[must_use]
+#[unsafe(no_mangle)]
+pub extern "C" fn bds_context_create(
+    options: In<bds_context_options>,
+    out: Out<bds_context>,
+) -> i32 {
+    entry("bds_context_create", || {
+        let out = out.check("out")?;
+        let options = options.read("options")?;
+        let flags = options.map_or(0, |options| options.flags);
+        if options.is_some_and(|options| options.reserved != 0) {
+            return Err(Failure::new(BDS_ERR_VERSION, "a reserved word is not 0"));
+        }
+        let mut config = GraphConfig::new(Arc::new(bds_drivers::registry()));
+        set_gate(&mut config, flags)?;
+        bds_io::ensure_context()?;
+        mark_forks()?;
+        let log = Log {
+            sink: options.and_then(|options| options.log),
+            user_data: options.map_or(0, |options| options.log_user_data),
+        };
+        let context = Context::new(Graph::new(config), log);
+        out.set(bds_context { raw: CONTEXTS.insert(ContextObject(context))? });
+        Ok(0)
+    })
+}
+
+fn set_gate(config: &mut GraphConfig, flags: u32) -> Result<(), Failure> {
+    let known =
+        BDS_CONTEXT_SAME_DIRECTORY | BDS_CONTEXT_TRUST_REFERENCES | BDS_CONTEXT_PROBE_REFERENCES;
+    check_flags(flags, known)?;
+    let may_probe = flags & BDS_CONTEXT_PROBE_REFERENCES != 0;
+    match flags & !BDS_CONTEXT_PROBE_REFERENCES {
+        0 if !may_probe => Ok(()),
+        BDS_CONTEXT_SAME_DIRECTORY if !may_probe => {
+            config.gate = Arc::new(SameDirectory);
+            Ok(())
+        }
+        BDS_CONTEXT_TRUST_REFERENCES => {
+            config.gate = Arc::new(TrustAll { may_probe });
+            Ok(())
+        }
+        _ => Err(Failure::argument("these flags exclude each other")),
+    }
+}
+
+/// Registers the fork handler, once in a process.
+fn mark_forks() -> Result<(), Failure> {
+    static REGISTERED: Once = Once::new();
+    let mut is_done = true;
+    REGISTERED.call_once(|| is_done = ptr::at_fork(entry::mark_forked));
+    if is_done { Ok(()) } else { Err(Failure::errno(libc::ENOMEM, "no fork handler")) }
+}
+
+/// Another reference to the context: a new handle. [any]
+///
+/// Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT.
+#[must_use]
+#[unsafe(no_mangle)]
+pub extern "C" fn bds_context_ref(context: bds_context, out: Out<bds_context>) -> i32 {
+    entry("bds_context_ref", || {
+        let out = out.check("out")?;
+        let context = find(context)?;
+        out.set(bds_context { raw: CONTEXTS.insert(ContextObject(context))? });
+        Ok(0)
+    })
+}
+
+/// Releases a handle. [any]
+///
+/// BDS_OK: nothing holds the context any more; its nodes are closed in the background.
+/// BDS_STILL_REFERENCED: other handles, or objects of the context, do. Call bds_context_shutdown
+/// first to close everything now and to see errors.
+///
+/// Errors: BDS_ERR_STALE, BDS_ERR_KIND.
+#[unsafe(no_mangle)]
+pub extern "C" fn bds_context_unref(context: bds_context) -> i32 {
+    entry("bds_context_unref", || match CONTEXTS.remove(context.raw)? {
+        Removed::Taken(ContextObject(context)) => Ok(match Arc::into_inner(context) {
+            Some(_) => BDS_OK as i32,
+            None => BDS_STILL_REFERENCED as i32,
+        }),
+        Removed::InUse => Ok(BDS_STILL_REFERENCED as i32),
+    })
+}
+
+/// Ends all use of the context: backends lose their media, nodes are closed. [graph]
+///
+/// Every handle stays what it is: it still has to be released, and its node cannot be used. No
+/// node can be opened afterwards. A second call reports what has become of the rest.
+/// `report_json_out` may be NULL; it is written also if the call fails with BDS_ERR_IN_USE or an
+/// errno, and then has to be freed.
+///
+/// Errors: BDS_ERR_IN_USE: nodes are still held; the message names their holders. Otherwise the
+/// first error of a closing, as -EIO or -ENOSPC: written data may be lost.
+#[must_use]
+#[unsafe(no_mangle)]
+pub extern "C" fn bds_context_shutdown(
+    context: bds_context,
+    report_json_out: Out<*mut c_char>,
+) -> i32 {
+    entry("bds_context_shutdown", || {
+        let out = report_json_out.check_optional("report_json_out")?;
+        let context = find(context)?;
+        let report = bds_io::block_on(context.graph.shutdown());
+        context.log.closed(&report.closed);
+        if let Some(out) = out {
+            out.set(ptr::give_text(&shutdown_json(&report).to_string())?);
+        }
+        finish_shutdown(report)
+    })
+}
+
+fn finish_shutdown(report: ShutdownReport) -> Result<i32, Failure> {
+    let closing = report.closed.iter().flat_map(CloseReport::errors).map(|e| e.duplicate()).next();
+    if let Some(error) = closing {
+        return Err(error.into());
+    }
+    if let Some((user, error)) = report.failed.first() {
+        return Err(Failure::from(error.duplicate()).of(user));
+    }
+    report.check_leaks().map_err(|error| Failure::new(BDS_ERR_IN_USE, error.to_string()))?;
+    Ok(0)
+}
+
+fn shutdown_json(report: &ShutdownReport) -> Value {
+    let holders = |leak: &bds_core::graph::Leak| -> Vec<String> {
+        leak.holders.iter().map(|h| format!("{} '{}'", h.kind, h.name)).collect()
+    };
+    let leaked: Vec<Value> = report
+        .leaked
+        .iter()
+        .map(|leak| json!({"node": leak.name, "count": leak.count, "holders": holders(leak)}))
+        .collect();
+    let failed =
+        report.failed.iter().map(|(user, e)| json!({"user": user, "error": e.to_string()}));
+    json!({
+        "closed": report.closed.iter().map(close_json).collect::<Vec<_>>(),
+        "failed": failed.collect::<Vec<_>>(),
+        "leaked": leaked,
+    })
+}
+
+/// The report of a closed node.
+pub(crate) fn close_json(report: &CloseReport) -> Value {
+    let words = |error: &Option<bds_core::Error>| error.as_ref().map(ToString::to_string);
+    json!({
+        "node": report.name,
+        "driver": report.driver,
+        "flush-error": words(&report.flush_error),
+        "close-error": words(&report.close_error),
+        "below": report.below.iter().map(close_json).collect::<Vec<_>>(),
+    })
+}

@@ -1,0 +1,122 @@
+//! Events of a context: fetched one by one, announced by a descriptor.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bds_core::event::{Event, Events};
+use bds_core::graph::Graph;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::failure::Failure;
+
+/// Events that wait for C once a descriptor announces them; the oldest are lost beyond that.
+const MAX_WAITING: usize = 4096;
+
+/// A descriptor that is readable while something waits.
+pub(crate) struct Signal(EventFd);
+
+impl Signal {
+    pub(crate) fn new() -> Result<Self, Failure> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        Ok(Self(EventFd::from_value_and_flags(0, flags)?))
+    }
+
+    /// Makes the descriptor readable.
+    pub(crate) fn raise(&self) {
+        // It fails only when the counter is full, and is readable then.
+        let _ = self.0.write(1);
+    }
+
+    /// Makes it not readable.
+    pub(crate) fn clear(&self) {
+        // It fails only when the counter is 0 already.
+        let _ = self.0.read();
+    }
+
+    pub(crate) fn number(&self) -> i32 {
+        self.0.as_fd().as_raw_fd()
+    }
+}
+
+/// The events of one context.
+pub(crate) struct EventSource(Arc<Mutex<State>>);
+
+struct State {
+    /// `None` once a task moves the events to `waiting`.
+    direct: Option<Events>,
+    waiting: VecDeque<Event>,
+    lost: u64,
+    sequence: u64,
+    signal: Option<Signal>,
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl EventSource {
+    /// Events from now on.
+    pub(crate) fn new(graph: &Graph) -> Self {
+        let direct = Some(graph.events());
+        let waiting = VecDeque::new();
+        Self(Arc::new(Mutex::new(State { direct, waiting, lost: 0, sequence: 0, signal: None })))
+    }
+
+    /// The descriptor. From the first call on a task of the background fills the queue.
+    pub(crate) fn descriptor(&self) -> Result<i32, Failure> {
+        let mut state = lock(&self.0);
+        if let Some(signal) = &state.signal {
+            return Ok(signal.number());
+        }
+        let signal = Signal::new()?;
+        let number = signal.number();
+        state.signal = Some(signal);
+        let events = state.direct.take().expect("it is taken with the first descriptor");
+        let weak = Arc::downgrade(&self.0);
+        bds_io::spawn(async move {
+            let mut events = events;
+            while let Some(event) = events.next().await {
+                // The context is gone: nothing fetches its events any more.
+                let Some(state) = weak.upgrade() else { return };
+                lock(&state).push(event);
+            }
+        })
+        .detach();
+        Ok(number)
+    }
+
+    pub(crate) fn next(&self) -> Option<(u64, Event)> {
+        let mut state = lock(&self.0);
+        let event = state.take()?;
+        state.sequence += 1;
+        Some((state.sequence, event))
+    }
+}
+
+impl State {
+    fn push(&mut self, event: Event) {
+        if self.waiting.len() == MAX_WAITING {
+            self.waiting.pop_front();
+            self.lost += 1;
+        }
+        self.waiting.push_back(event);
+        if self.waiting.len() == 1 {
+            self.signal.iter().for_each(Signal::raise);
+        }
+    }
+
+    fn take(&mut self) -> Option<Event> {
+        if let Some(direct) = &mut self.direct {
+            return direct.try_next();
+        }
+        if self.lost > 0 {
+            return Some(Event::EventsLost { count: std::mem::take(&mut self.lost) });
+        }
+        let event = self.waiting.pop_front();
+        if self.waiting.is_empty() {
+            self.signal.iter().for_each(Signal::clear);
+        }
+        event
+    }
+}

@@ -1,0 +1,43 @@
+//! The C library of bds: nodes, backends, requests and graph changes behind 64-bit handles.
+//!
+//! C holds numbers, never pointers to objects of this library. A handle is one reference: releasing
+//! it twice is an error and takes no other holder's reference. The C reader's manual is
+//! `include/bds.h`, which `cargo xtask header` makes out of the documentation here.
+//!
+//! ```text
+//! abi       all types and constants of the header      ptr    what C passes as pointers; the only unsafe code
+//! entry     one boundary around every function:        table  handles: slots of bds-refcount's arena
+//!           fork check, panics, errors                 failure  codes, the thread's last error
+//! context, options, node, edit, backend, io, queue, memory, image, event, version: the functions
+//! ```
+//!
+//! Every exported function is a safe Rust function: its pointer parameters are types of `ptr`,
+//! which only C can make, and whose validity is what the header asks of C.
+
+mod abi;
+pub mod backend;
+pub mod change;
+pub mod context;
+mod entry;
+pub mod error;
+pub mod event;
+mod event_source;
+mod failure;
+pub mod image;
+pub mod io;
+pub mod iothread;
+mod lease;
+pub mod memory;
+pub mod node;
+mod option_text;
+pub mod options;
+pub mod ptr;
+pub mod query;
+pub mod queue;
+mod request;
+pub mod section;
+mod table;
+mod ticket;
+pub mod version;
+
+pub use abi::*;

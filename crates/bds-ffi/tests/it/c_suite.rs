@@ -1,0 +1,303 @@
+//! Compiles every file of `tests/c` as C or C++, links it with the library, runs it.
+//!
+//! A cell is compiler, linking, language, tool. The default run takes one cell in full and samples
+//! of others; `--tier full` runs every program in every cell.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::{env, fs};
+
+use bds_testkit::Scratch;
+
+/// How a program is built and run.
+struct Cell {
+    name: &'static str,
+    compiler: &'static str,
+    flags: &'static [&'static str],
+    is_static: bool,
+    tool: Tool,
+    /// Programs of the default run; all of them with `--tier full`.
+    sample: Sample,
+}
+
+/// What looks at a program while it runs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Tool {
+    None,
+    /// AddressSanitizer, LeakSanitizer and UndefinedBehaviorSanitizer, in the C code and the
+    /// allocator.
+    Sanitizers,
+    Valgrind,
+}
+
+/// Which programs of a cell run by default.
+#[derive(Clone, Copy)]
+enum Sample {
+    All,
+    These(&'static [&'static str]),
+    None,
+}
+
+const SANITIZE: &str = "-fsanitize=address,undefined";
+const C11_FLAGS: &[&str] = &["-std=c11", "-D_DEFAULT_SOURCE", "-Wstrict-prototypes"];
+const CXX17_FLAGS: &[&str] = &["-x", "c++", "-std=c++17", "-Wno-missing-field-initializers"];
+const CLANGXX17_FLAGS: &[&str] =
+    &["-x", "c++", "-std=c++17", "-Wno-missing-field-initializers", "-Wno-unused-function"];
+
+const C11: Cell = cell("gcc-shared-c11", "gcc", C11_FLAGS, false, Tool::None, Sample::All);
+
+/// Programs that the default run takes from cells where each of them takes long.
+const FEW: Sample = Sample::These(&["blocking_io", "change", "handles", "queue"]);
+
+/// The cells beside [`C11`]: each value of each axis is in one that runs by default.
+const CELLS: [Cell; 9] = [
+    cell("g++-static-c++17", "g++", CXX17_FLAGS, true, Tool::None, FEW),
+    cell("gcc-shared-c11-asan", "gcc", C11_FLAGS, false, Tool::Sanitizers, FEW),
+    cell("gcc-shared-c11-valgrind", "gcc", C11_FLAGS, false, Tool::Valgrind, FEW),
+    cell("clang++-shared-c++17", "clang++", CLANGXX17_FLAGS, false, Tool::None, FEW),
+    cell("clang-shared-c11-asan", "clang", C11_FLAGS, false, Tool::Sanitizers, Sample::None),
+    cell("gcc-static-c11-asan", "gcc", C11_FLAGS, true, Tool::Sanitizers, Sample::None),
+    cell("clang-static-c11-valgrind", "clang", C11_FLAGS, true, Tool::Valgrind, Sample::None),
+    cell("g++-shared-c++17-asan", "g++", CXX17_FLAGS, false, Tool::Sanitizers, Sample::None),
+    cell("clang++-static-c++17", "clang++", CLANGXX17_FLAGS, true, Tool::None, Sample::None),
+];
+
+const fn cell(
+    name: &'static str,
+    compiler: &'static str,
+    flags: &'static [&'static str],
+    is_static: bool,
+    tool: Tool,
+    sample: Sample,
+) -> Cell {
+    Cell { name, compiler, flags, is_static, tool, sample }
+}
+
+/// Programs that fork or exec, or look at their own threads: not under Valgrind, which is slow
+/// there and follows only one process.
+const NOT_UNDER_VALGRIND: [&str; 3] = ["exec", "fork", "threads"];
+
+fn manifest_dir() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The directory in which cargo put this test and the libraries.
+fn built() -> PathBuf {
+    env::current_exe().unwrap().parent().unwrap().to_owned()
+}
+
+fn is_installed(compiler: &str) -> bool {
+    Command::new(compiler).arg("--version").output().is_ok_and(|output| output.status.success())
+}
+
+/// The C files, or those of the examples.
+fn sources(dir: &str) -> Vec<PathBuf> {
+    let dir = manifest_dir().join(dir);
+    let mut files: Vec<PathBuf> =
+        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.retain(|path| path.extension().is_some_and(|end| end == "c"));
+    files.sort();
+    files
+}
+
+fn must(what: &str, output: &Output) {
+    assert!(output.status.success(), "{}", report(what, output));
+}
+
+fn report(what: &str, output: &Output) -> String {
+    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+    format!("{what}: {}\n{}{}", output.status, text(&output.stdout), text(&output.stderr))
+}
+
+fn compile(cell: &Cell, source: &Path, program: &Path, libraries: &Path) {
+    let mut compiler = Command::new(cell.compiler);
+    compiler.args(["-Wall", "-Wextra", "-Werror", "-pedantic", "-g", "-O1", "-pthread"]);
+    if cell.tool == Tool::Sanitizers {
+        compiler.args([SANITIZE, "-fno-sanitize-recover=all"]);
+    }
+    compiler.args(cell.flags).arg("-I").arg(manifest_dir().join("include"));
+    compiler.arg("-I").arg(manifest_dir().join("tests/c"));
+    compiler.arg("-o").arg(program).arg(source);
+    if cell.is_static {
+        // Not C++ any more.
+        compiler.args(["-x", "none"]).arg(built().join("libbds_ffi.a"));
+        compiler.args(["-lgcc_s", "-lutil", "-lrt", "-lpthread", "-lm", "-ldl"]);
+    } else {
+        compiler.arg("-L").arg(libraries).arg("-lbds");
+        compiler.arg(format!("-Wl,-rpath,{}", libraries.display()));
+    }
+    must(&format!("{} of {}", cell.compiler, source.display()), &compiler.output().unwrap());
+}
+
+/// The shared library under the names that linker and loader want.
+fn libraries(dir: &Path) {
+    let shared = built().join("libbds_ffi.so");
+    assert!(shared.exists(), "{} is missing", shared.display());
+    for name in ["libbds.so", "libbds.so.0.1"] {
+        std::os::unix::fs::symlink(&shared, dir.join(name)).unwrap();
+    }
+}
+
+fn is_full() -> bool {
+    env::var("BDS_TEST_BUDGET").is_ok_and(|budget| budget == "full")
+}
+
+/// Why the cell cannot run here.
+fn missing(cell: &Cell) -> Option<String> {
+    let tool = (cell.tool == Tool::Valgrind).then_some("valgrind");
+    let missing =
+        [Some(cell.compiler), tool].into_iter().flatten().find(|name| !is_installed(name));
+    missing.map(|name| format!("{name} is not installed ({})", cell.name))
+}
+
+fn is_selected(cell: &Cell, name: &str) -> bool {
+    if cell.tool == Tool::Valgrind && NOT_UNDER_VALGRIND.contains(&name) {
+        return false;
+    }
+    match cell.sample {
+        _ if is_full() => true,
+        Sample::All => true,
+        Sample::These(names) => names.contains(&name),
+        Sample::None => false,
+    }
+}
+
+/// Runs a program, in a directory of its own, under the cell's tool.
+fn execute(cell: &Cell, program: &Path, work: &Path) -> Output {
+    fs::create_dir(work).unwrap();
+    let mut command = Command::new("timeout");
+    command.arg("300");
+    if cell.tool == Tool::Valgrind {
+        command.args(["valgrind", "-q", "--error-exitcode=99", "--leak-check=full"]);
+        command.args(["--show-leak-kinds=definite", "--errors-for-leak-kinds=definite"]);
+        // Valgrind does not see what the kernel writes through a ring.
+        command.env("BDS_ENGINE", "pool");
+    }
+    command.arg(program).env("BDS_TEST_DIR", work).current_dir(work).output().unwrap()
+}
+
+fn run_all(cell: &Cell, dir: &str) {
+    if let Some(why) = missing(cell) {
+        return bds_testkit::skip(&why);
+    }
+    let scratch = Scratch::new();
+    libraries(scratch.dir());
+    let mut failures = Vec::new();
+    for source in sources(dir) {
+        let name = source.file_stem().unwrap().to_string_lossy().into_owned();
+        if !is_selected(cell, &name) {
+            continue;
+        }
+        let program = scratch.path(&name);
+        compile(cell, &source, &program, scratch.dir());
+        let output = execute(cell, &program, &scratch.path(&format!("{name}.dir")));
+        if !output.status.success() {
+            failures.push(report(&format!("{name} ({})", cell.name), &output));
+        }
+        fs::remove_file(&program).unwrap();
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// Each tool finds the mistake that a program makes on purpose: else a clean run means nothing.
+fn controls(cell: &Cell) {
+    if let Some(why) = missing(cell) {
+        return bds_testkit::skip(&why);
+    }
+    let scratch = Scratch::new();
+    libraries(scratch.dir());
+    for source in sources("tests/c/controls") {
+        let name = source.file_stem().unwrap().to_string_lossy().into_owned();
+        let program = scratch.path(&name);
+        compile(cell, &source, &program, scratch.dir());
+        let output = execute(cell, &program, &scratch.path(&format!("{name}.dir")));
+        let said = report(&name, &output);
+        assert!(!output.status.success(), "{} does not find {name}", cell.name);
+        assert!(output.status.code() != Some(124), "{said}");
+        assert!(["Sanitizer", "Invalid", "lost"].iter().any(|w| said.contains(w)), "{said}");
+    }
+}
+
+#[test]
+fn c_programs_run_with_the_shared_library() {
+    run_all(&C11, "tests/c");
+}
+
+#[test]
+fn c_programs_run_in_the_other_cells() {
+    for cell in &CELLS {
+        run_all(cell, "tests/c");
+    }
+}
+
+#[test]
+fn tools_find_planted_mistakes() {
+    for cell in CELLS.iter().filter(|cell| cell.tool != Tool::None) {
+        if is_full() || !matches!(cell.sample, Sample::None) {
+            controls(cell);
+        }
+    }
+}
+
+#[test]
+fn thread_sanitizer_is_left_out() {
+    bds_testkit::skip(
+        "ThreadSanitizer needs a standard library built with it (nightly, -Zbuild-std, rust-src)",
+    );
+}
+
+#[test]
+fn examples_run() {
+    run_all(&C11, "examples");
+}
+
+/// The header alone: every standard, both languages, twice, after macros that Windows is known for.
+#[test]
+fn the_header_compiles_under_every_standard() {
+    let scratch = Scratch::new();
+    let text = "#define min(a, b) ((a) < (b) ? (a) : (b))\n#include \"bds.h\"\n#include \"bds.h\"\n\
+                int main(void) { return (int)BDS_OK; }\n";
+    let mut count = 0;
+    for (compilers, end, standards) in [
+        (["gcc", "clang"], "c", ["c99", "c11", "c17", "gnu11"]),
+        (["g++", "clang++"], "cc", ["c++11", "c++14", "c++17", "c++20"]),
+    ] {
+        let source = scratch.path(&format!("header.{end}"));
+        fs::write(&source, text).unwrap();
+        for compiler in compilers.into_iter().filter(|compiler| is_installed(compiler)) {
+            for standard in standards {
+                let mut command = Command::new(compiler);
+                command.args(["-Wall", "-Wextra", "-Werror", "-pedantic", "-fsyntax-only"]);
+                command.arg(format!("-std={standard}"));
+                command.arg("-I").arg(manifest_dir().join("include")).arg(&source);
+                must(&format!("{compiler} -std={standard}"), &command.output().unwrap());
+                count += 1;
+            }
+        }
+    }
+    if count == 0 {
+        bds_testkit::skip("no C compiler is installed");
+    }
+}
+
+/// A handle of the wrong type does not compile.
+#[test]
+fn kinds_are_types() {
+    if !is_installed("gcc") {
+        return bds_testkit::skip("gcc is not installed");
+    }
+    let scratch = Scratch::new();
+    let source = scratch.path("kinds.c");
+    let text =
+        "#include \"bds.h\"\nint main(void) { bds_queue q = {0}; return bds_node_unref(q); }\n";
+    fs::write(&source, text).unwrap();
+    let output = Command::new("gcc")
+        .arg("-fsyntax-only")
+        .arg("-I")
+        .arg(manifest_dir().join("include"))
+        .arg(&source)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("incompatible type for argument 1 of"), "{said}");
+}

@@ -1,0 +1,140 @@
+//! The end of a mirror: its edits in the change of its group, and giving back what it holds.
+//!
+//! The filter stays drained from the end of the work to the end of the change, and a user that
+//! attaches to it meanwhile finds the gate closed; the change moves it like the others. The change
+//! also points the filter itself to the target. So a write that reaches it later by whatever way
+//! goes where the disk is by then.
+
+use bds_core::graph::{Blocker, Change, EdgeFacts, JobSlot, NodeRef, Parent, Perm};
+use bds_core::request::Backend;
+use bds_core::{Error, ErrorKind, Options, Result};
+
+use super::Mirror;
+use super::bitmaps;
+use super::filter::Flavour;
+use super::tracking::Mode;
+
+impl Mirror {
+    /// Adds the job's edits to the change of its group.
+    pub(super) async fn plan_end(&mut self, change: Change) -> Result<Change> {
+        let replaced = if self.pivots { self.control.find_replaced()? } else { None };
+        self.check_writers()?;
+        self.tracking.target.flush().await?;
+        // Links that the change moves; nothing else changes the graph before it.
+        self.frozen = None;
+        let filter = self.filter.as_ref().expect("it lives until the job is retired");
+        let drained = self.drained.as_ref().expect("the work has ended");
+        let (source, target) = (&self.source, &self.target);
+        let mut change = change.within(drained);
+        change = match (self.pivots, &replaced) {
+            (false, _) => change.drop_filter(filter),
+            (true, None) => change.replace(filter, target).replace(source, target),
+            (true, Some(replaced)) => change.drop_filter(filter).replace(replaced, target),
+        };
+        if self.pivots {
+            change = bitmaps::hand_over(change, source, target, self.bitmaps)?;
+        }
+        change = change.eject(&self.main).eject(&self.tracking.target).eject(&self.reader);
+        Ok(self.between.iter().fold(change, |change, (edge, _)| change.eject(edge)))
+    }
+
+    /// Checks that no other user writes the source past the filter. A mirror's filter refuses such
+    /// users; that of a commit cannot, because the job itself writes below.
+    fn check_writers(&self) -> Result<()> {
+        let filter = self.filter.as_ref().map(|filter| filter.id());
+        let is_other = |edge: &EdgeFacts| {
+            edge.access.perm.intersects(Perm::WRITE | Perm::RESIZE)
+                && !matches!(edge.parent, Some(Parent::Node(parent)) if Some(parent) == filter)
+        };
+        match self.source.edges_above().into_iter().find(is_other) {
+            Some(edge) if self.flavour == Flavour::Commit => {
+                let message = format!(
+                    "{} writes to it beside the job's filter, so its writes were not tracked",
+                    edge.holder
+                );
+                Err(Error::new(ErrorKind::InUse, message).node(self.source.name()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives back everything.
+    pub(super) async fn give_back(&mut self, is_committed: bool) -> Result<()> {
+        match self.begin_giving_back(is_committed) {
+            Some(rest) => rest.finish().await,
+            None => Ok(()),
+        }
+    }
+
+    /// Gives back what takes no time; `None` if the rest was given back already.
+    fn begin_giving_back(&mut self, is_committed: bool) -> Option<Rest> {
+        self.tracking.set_mode(Mode::Off);
+        self.tracking.set_delay(std::time::Duration::ZERO);
+        self.frozen = None;
+        // The filter can only be closed outside of drained sections of its own.
+        self.drained = None;
+        let filter = self.filter.take()?;
+        let mut edges: Vec<Backend> = self.between.drain(..).map(|(edge, _)| edge).collect();
+        edges.extend([&self.main, &self.reader, &self.tracking.target].map(Clone::clone));
+        let is_read_only = self.restores_read_only && !(is_committed && self.pivots);
+        Some(Rest {
+            filter,
+            edges,
+            make_read_only: is_read_only.then(|| self.target.clone()),
+            _blockers: std::mem::take(&mut self.blockers),
+            _slots: std::mem::take(&mut self.slots),
+        })
+    }
+}
+
+/// A mirror that was never started, or whose set-up was dropped, is given back in the background.
+impl Drop for Mirror {
+    fn drop(&mut self) {
+        let job = self.job.clone();
+        let Some(rest) = self.begin_giving_back(false) else { return };
+        let work = async move {
+            if let Err(error) = rest.finish().await {
+                tracing::warn!(%job, %error, "the filter of a dropped mirror stays in the graph");
+            }
+        };
+        bds_io::spawn(work).detach();
+    }
+}
+
+/// What takes time to be given back.
+struct Rest {
+    filter: NodeRef,
+    edges: Vec<Backend>,
+    make_read_only: Option<NodeRef>,
+    _blockers: Vec<Blocker>,
+    _slots: Vec<JobSlot>,
+}
+
+impl Rest {
+    async fn finish(self) -> Result<()> {
+        let Self { filter, edges, make_read_only, .. } = self;
+        let graph = filter.graph().clone();
+        let change = graph.change().drop_filter(&filter);
+        let taken_out = edges.iter().fold(change, Change::eject).commit().await;
+        drop(edges);
+        let mut result = match taken_out {
+            Ok(_) => close_filter(graph.change().remove(filter)).await,
+            Err(error) => Err(error.context("the job's filter stays in the graph")),
+        };
+        if let Some(base) = make_read_only {
+            result = result.and(set_read_only(&base, true).await);
+        }
+        result
+    }
+}
+
+async fn close_filter(change: Change) -> Result<()> {
+    let report = change.commit().await?;
+    report.closed.into_iter().try_for_each(|closed| closed.into_result())
+}
+
+/// Makes a node read-only, or writable.
+pub(super) async fn set_read_only(node: &NodeRef, is_read_only: bool) -> Result<()> {
+    let options = Options::new().with("read-only", is_read_only);
+    node.graph().reopen(node, options).await
+}

@@ -1,0 +1,157 @@
+//! The two sides of a stream's copy, and its error policy.
+//!
+//! Reading a range through the copy *is* the copy: the request path of `top` writes what it finds
+//! below into the image and excludes guest requests meanwhile. So there is nothing left to write.
+
+use std::sync::{Mutex, PoisonError};
+
+use bds_core::copy::{
+    CopyControl, CopyRead, CopyWrite, ErrorSite, ErrorVerdict, Found, FoundRun, Side,
+};
+use bds_core::driver::{Attempt, BoxFuture, Precision, StatusFlags, WriteFlags, ZeroFlags};
+use bds_core::graph::{NodeId, NodeRef};
+use bds_core::request::Backend;
+use bds_core::{Error, Result};
+use bds_io::IoVec;
+
+use crate::chain::nodes::node_below;
+use crate::context::JobContext;
+
+/// Bytes that one request copies at most.
+pub(super) const CHUNK: u64 = 1 << 20;
+
+/// `top` as source and target.
+pub(super) struct CopyUp {
+    pub(super) top: Backend,
+    pub(super) bottom: NodeRef,
+}
+
+impl CopyUp {
+    /// What is to be copied at `offset`. Zeros are copied as zeros, unless nothing lies below the
+    /// images that are cut out: then the range reads as zeros anyway.
+    async fn look(&self, offset: u64, len: u64) -> Result<FoundRun> {
+        // Another job may have exchanged what lies below. Status that goes too deep copies too
+        // much, which does no harm.
+        let base = node_below(&self.bottom);
+        let run = match &base {
+            Some(base) => self.top.status_above(base.id(), offset, len, Precision::Exact).await?,
+            None => self.top.block_status(offset, len, Precision::Exact).await?,
+        };
+        let is_zero = run.flags.contains(StatusFlags::ZERO);
+        let is_needed = run.flags.contains(StatusFlags::ALLOCATED)
+            && run.depth > 0
+            && !(is_zero && base.is_none());
+        let found = match (is_needed, is_zero) {
+            (false, _) => Found::Unallocated,
+            (true, true) => Found::Zero,
+            (true, false) => Found::Data,
+        };
+        Ok(FoundRun { len: run.len, found })
+    }
+}
+
+impl CopyRead for CopyUp {
+    fn node_name(&self) -> String {
+        CopyRead::node_name(&self.top)
+    }
+
+    fn read(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.top.copy_up(offset, iov.len() as u64))
+    }
+
+    fn found(
+        &self,
+        offset: u64,
+        len: u64,
+        _above: Option<NodeId>,
+    ) -> BoxFuture<'_, Result<FoundRun>> {
+        Box::pin(self.look(offset, len))
+    }
+
+    fn discard(&self, _offset: u64, _len: u64) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+}
+
+impl CopyWrite for CopyUp {
+    fn node_name(&self) -> String {
+        CopyRead::node_name(&self.top)
+    }
+
+    fn write(&self, _offset: u64, _iov: IoVec, _flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn write_compressed(&self, _offset: u64, _iov: IoVec) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        _flags: ZeroFlags,
+    ) -> BoxFuture<'_, Result<Attempt>> {
+        Box::pin(async move {
+            let end = offset + len;
+            for at in (offset..end).step_by(usize::try_from(CHUNK).expect("1 MiB")) {
+                self.top.copy_up(at, CHUNK.min(end - at)).await?;
+            }
+            Ok(Attempt::Done)
+        })
+    }
+}
+
+/// The job's control, which notes the first error that was skipped.
+pub(super) struct SkipErrors<'a> {
+    ctx: &'a JobContext,
+    first: Mutex<Option<Error>>,
+}
+
+impl<'a> SkipErrors<'a> {
+    pub(super) fn new(ctx: &'a JobContext) -> Self {
+        Self { ctx, first: Mutex::default() }
+    }
+
+    pub(super) fn into_first(self) -> Option<Error> {
+        self.first.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl CopyControl for SkipErrors<'_> {
+    fn should_pause(&self) -> bool {
+        CopyControl::should_pause(self.ctx)
+    }
+
+    fn pause_requested(&self) -> BoxFuture<'_, ()> {
+        CopyControl::pause_requested(self.ctx)
+    }
+
+    fn pause_point(&self) -> BoxFuture<'_, ()> {
+        CopyControl::pause_point(self.ctx)
+    }
+
+    fn throttle(&self, bytes: u64) -> BoxFuture<'_, ()> {
+        CopyControl::throttle(self.ctx, bytes)
+    }
+
+    fn copied(&self, bytes: u64) {
+        CopyControl::copied(self.ctx, bytes);
+    }
+
+    fn on_error<'a>(
+        &'a self,
+        side: Side,
+        site: ErrorSite,
+        error: &'a Error,
+    ) -> BoxFuture<'a, ErrorVerdict> {
+        Box::pin(async move {
+            let verdict = CopyControl::on_error(self.ctx, side, site, error).await;
+            if verdict == ErrorVerdict::Skip {
+                let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+                first.get_or_insert_with(|| error.duplicate());
+            }
+            verdict
+        })
+    }
+}

@@ -1,0 +1,206 @@
+//! Targets that fail, fill up, or hang; sources that cannot be read.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bds_jobs::backup::{AtLimit, Backup, BackupOptions, OnCbwError};
+use bds_jobs::{IoStatus, JobEvent, JobOptions, JobStatus, OnError};
+
+use super::Chance;
+use super::disk::Control;
+use super::kit::{World, Writer, content, kept, run, shape, user};
+
+/// A disk in memory with a random state, its guest, and a target under control.
+async fn scene(world: &World, seed: u64) -> (Arc<Writer>, Arc<Control>, BackupOptions, Vec<u8>) {
+    let source = world.make("disk", "mem").await;
+    let (target, control) = world.controlled("copy").await;
+    let guest = Writer::new(&source).await;
+    let mut rng = Chance::new(seed);
+    for _ in 0..30 {
+        guest.step(&mut rng).await.unwrap();
+    }
+    let start = guest.state(30);
+    (guest, control, BackupOptions::new(&source, &target, "job0"), start)
+}
+
+#[test]
+fn a_stopped_job_goes_on_with_the_same_point_in_time() {
+    for (errno, policy, status) in [
+        (libc::EIO, OnError::Stop, IoStatus::Failed),
+        (libc::ENOSPC, OnError::Enospc, IoStatus::Nospace),
+    ] {
+        for staging in [0, 8 << 20] {
+            run(1, async |world: World| {
+                let (guest, control, mut options, start) = scene(&world, 1).await;
+                options.staging_len = staging;
+                let target = options.target.clone();
+                control.errno.store(errno as u64, Ordering::SeqCst);
+                let mut events = world.jobs.events();
+                let job = JobOptions { on_target_error: policy, ..kept("job0") };
+                let job = world.start_with(options, job).await;
+                job.wait_status(JobStatus::Paused).await.unwrap();
+                assert_eq!(job.info().io_status, status);
+                let mut errors = 0;
+                while let Some(event) = events.try_next() {
+                    errors += u32::from(matches!(event, JobEvent::Error { .. }));
+                }
+                assert_eq!(errors, 1);
+                control.errno.store(0, Ordering::SeqCst);
+                let writing = guest.run(5, 50);
+                writing.await;
+                job.resume().unwrap();
+                job.wait().await.unwrap();
+                assert_eq!(job.info().io_status, IoStatus::Ok);
+                assert!(content(&target).await == start);
+            });
+        }
+    }
+}
+
+#[test]
+fn an_ignored_error_is_tried_again_with_a_back_off_and_can_be_cancelled() {
+    run(1, async |world: World| {
+        let (guest, control, options, _) = scene(&world, 1).await;
+        control.errno.store(libc::EIO as u64, Ordering::SeqCst);
+        let mut events = world.jobs.events();
+        let job = JobOptions { on_target_error: OnError::Ignore, ..kept("job0") };
+        let job = world.start_with(options, job).await;
+        bds_io::sleep(Duration::from_secs(10)).await;
+        let mut errors = 0;
+        while let Some(event) = events.try_next() {
+            errors += u32::from(matches!(event, JobEvent::Error { .. }));
+        }
+        assert!((1..=110).contains(&errors), "{errors} events in 10 s");
+        let begun = bds_io::now();
+        job.cancel(true).unwrap();
+        job.wait().await.unwrap_err();
+        assert!(bds_io::now() - begun <= Duration::from_secs(1));
+        drop(guest);
+    });
+}
+
+#[test]
+fn a_failed_backup_leaves_the_graph_and_the_guest_alone() {
+    run(1, async |world: World| {
+        let (guest, control, options, _) = scene(&world, 1).await;
+        let (source, _target) = (options.source.clone(), options.target.clone());
+        let before = shape(world.graph());
+        control.errno.store(libc::EIO as u64, Ordering::SeqCst);
+        let job = world.start(options).await;
+        let error = job.wait().await.unwrap_err();
+        guest.run(4, 50).await;
+        assert_eq!(error.errno(), libc::EIO);
+        assert!(error.to_string().contains("cannot write the target"), "{error}");
+        assert!(content(&source).await == guest.state(guest.completed()));
+        assert_eq!(shape(world.graph()), before);
+        assert_eq!(job.info().cleanup_error, None);
+    });
+}
+
+/// With the policy to break the snapshot the job fails, and no write of the guest does.
+#[test]
+fn a_broken_snapshot_fails_the_job() {
+    for staging in [0, 64 << 10] {
+        run(1, async |world: World| {
+            let (guest, control, mut options, _) = scene(&world, 1).await;
+            options.on_cbw_error = OnCbwError::BreakSnapshot;
+            options.cbw_timeout = Some(Duration::from_secs(2));
+            options.staging_len = staging;
+            let mut core_events = world.graph().events();
+            let job = world.start(options).await;
+            control.hold();
+            let begun = bds_io::now();
+            guest.run(4, 50).await;
+            assert!(bds_io::now() - begun < Duration::from_secs(20));
+            let error = job.wait().await.unwrap_err();
+            assert!(error.to_string().contains("the snapshot is broken"), "{error}");
+            let broken = std::iter::from_fn(|| core_events.try_next())
+                .filter(|event| event.name() == "SNAPSHOT_BROKEN")
+                .count();
+            assert_eq!(broken, 1);
+        });
+    }
+}
+
+/// The target hangs for good: the guest is not stuck with staging, and a cancel ends the job.
+#[test]
+fn a_stuck_target_does_not_keep_the_job() {
+    for (staging, policy) in [(0, AtLimit::Stall), (32 << 20, AtLimit::Stall)] {
+        run(1, async |world: World| {
+            let (guest, control, mut options, _) = scene(&world, 1).await;
+            let (source, target) = (options.source.clone(), options.target.clone());
+            options.staging_len = staging;
+            options.staging_policy = policy;
+            control.hold();
+            let job = JobOptions { cancel_timeout: Duration::from_secs(1), ..kept("job0") };
+            let job = world.start_with(options, job).await;
+            let writing = guest.run(4, 60);
+            bds_io::sleep(Duration::from_secs(5)).await;
+            if staging != 0 {
+                // Background requests hold 1 MiB of the disk; the guest waits for those alone.
+                assert!(world.graph().find("disk").is_ok());
+            }
+            let begun = bds_io::now();
+            job.cancel(true).unwrap();
+            job.wait().await.unwrap_err();
+            assert!(bds_io::now() - begun <= Duration::from_millis(1500), "it took too long");
+            assert!(target.is_poisoned());
+            writing.await;
+            assert!(content(&source).await == guest.state(guest.completed()));
+            control.release();
+        });
+    }
+}
+
+#[test]
+fn a_source_that_cannot_be_read_fails_the_job_and_not_the_guest() {
+    run(1, async |world: World| {
+        let source = world.make("disk", "raw").await;
+        let debug = bds_core::Options::from_json(serde_json::json!({
+            "driver": "blkdebug", "node-name": "debug", "image": "disk",
+            "inject-error": [{"event": "none", "iotype": "read", "errno": 5}],
+        }))
+        .unwrap();
+        let debug = world.graph().open(debug).await.unwrap();
+        let target = world.make("copy", "raw").await;
+        let guest = user(&debug, true);
+        guest
+            .write(0, bds_io::Buf::from_slice(&vec![7; 128 << 10]).iov(), Default::default())
+            .await
+            .unwrap();
+        let job = world.start(BackupOptions::new(&debug, &target, "job0")).await;
+        let error = job.wait().await.unwrap_err();
+        assert!(error.to_string().contains("cannot read the source"), "{error}");
+        assert_eq!(error.errno(), libc::EIO);
+        guest
+            .write(0, bds_io::Buf::from_slice(&vec![8; 512]).iov(), Default::default())
+            .await
+            .unwrap();
+        drop(source);
+    });
+}
+
+/// The job is cancelled at any moment: everything is given back, the guest's disk is right.
+#[test]
+fn cancelled_at_any_moment() {
+    for seed in 0..40 {
+        run(seed, async |world: World| {
+            let (guest, control, mut options, _) = scene(&world, seed).await;
+            let (source, _target) = (options.source.clone(), options.target.clone());
+            options.staging_len = if seed % 2 == 0 { 0 } else { 256 << 10 };
+            control.delay_us.store(100, Ordering::SeqCst);
+            let before = shape(world.graph());
+            let backup = Backup::prepare(options).await.unwrap();
+            let job = world.jobs.start(kept("job0"), Box::new(backup)).await.unwrap();
+            let writing = guest.run(seed, 60);
+            bds_io::sleep(Duration::from_micros(seed * 23)).await;
+            let _may_be_over = job.cancel(true);
+            let _ended = job.wait().await;
+            writing.await;
+            assert!(content(&source).await == guest.state(guest.completed()));
+            assert_eq!(shape(world.graph()), before);
+            assert_eq!(job.info().cleanup_error, None);
+        });
+    }
+}

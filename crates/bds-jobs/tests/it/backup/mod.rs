@@ -1,0 +1,21 @@
+//! Tests of backup on simulated disks: guests write while it runs, targets fail, hang, lose power.
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "tests: a panic is their way to fail, numbers are small"
+)]
+
+#[path = "../../../../bds-drivers/tests/it/copy_before_write/disk.rs"]
+#[allow(dead_code, reason = "shared with the tests of the filter")]
+mod disk;
+
+mod bitmaps;
+mod crash;
+mod faults;
+mod kit;
+mod modes;
+mod refusals;
+
+use bds_testkit::Chance;
