@@ -8,6 +8,7 @@
 #![deny(clippy::disallowed_macros, clippy::disallowed_methods)]
 
 mod args;
+mod backup_set;
 mod cmd;
 mod file_identity;
 mod human_size;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         Command::Map(args) => cmd::map::run(args),
         Command::Check(args) => return cmd::check::run(args),
         Command::Verify(args) => return cmd::verify::run(args),
+        Command::Backup(args) => return cmd::backup::run(args),
         Command::Measure(args) => cmd::measure::run(args),
         Command::Resize(args) => cmd::resize::run(args),
         Command::Bitmap(args) => cmd::bitmap::run(args),

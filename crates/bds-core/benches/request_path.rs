@@ -13,7 +13,7 @@ use bds_core::driver::{
     BoxFuture, Category, Child, Driver, DriverType, OpenContext, Precision, ReadFlags, Registry,
     Role, StatusFlags, StatusRun, WriteFlags,
 };
-use bds_core::graph::{Graph, GraphConfig, NodeRef};
+use bds_core::graph::{BitmapOptions, Graph, GraphConfig, NodeRef};
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::request::{Backend, BackendOptions};
 use bds_io::{Buf, IoVec, Sim, SimConfig};
@@ -143,11 +143,29 @@ fn request_path(c: &mut Criterion) {
     }
 }
 
+/// What does a write cost more if its node has bitmaps that record?
+fn with_bitmaps(c: &mut Criterion) {
+    for bitmaps in [0, 1, 4, 16] {
+        let sim = Sim::new(1, SimConfig::calm());
+        sim.block_on(async {
+            let (disk, nodes) = stack(1).await;
+            for n in 0..bitmaps {
+                let options = BitmapOptions::named(format!("b{n}"));
+                nodes[0].add_bitmap(options).await.expect("a new name");
+            }
+            let iov = Buf::zeroed(4096, 4096).iov();
+            c.bench_function(&format!("try_write with {bitmaps} bitmaps"), |b| {
+                b.iter(|| black_box(disk.try_write(4096, &iov)));
+            });
+        });
+    }
+}
+
 criterion_group! {
     name = benches;
     config = Criterion::default()
         .warm_up_time(std::time::Duration::from_millis(300))
         .measurement_time(std::time::Duration::from_millis(1000));
-    targets = request_path
+    targets = request_path, with_bitmaps
 }
 criterion_main!(benches);

@@ -1,10 +1,12 @@
 //! The verbs, one a file: each calls the library with its arguments and prints the result.
 
+pub(crate) mod backup;
 pub(crate) mod bench;
 pub(crate) mod bitmap;
 pub(crate) mod check;
 pub(crate) mod compare;
 pub(crate) mod convert;
+mod convert_bitmaps;
 mod convert_plan;
 mod convert_target;
 pub(crate) mod create;

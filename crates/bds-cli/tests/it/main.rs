@@ -1,6 +1,8 @@
 //! Tests of the `bds` binary: output, exit codes, files left behind, and comparison with QEMU's
 //! tools over all formats.
 
+mod backup;
+mod bitmap;
 mod command_lines;
 mod convert_errors;
 mod copied_content;

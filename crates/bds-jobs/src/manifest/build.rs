@@ -14,11 +14,21 @@ use bds_io::IoVec;
 use super::format::{ContentHash, DEFAULT_CHUNK_BITS, Manifest, chunk_count, other_length};
 use super::read::{Chunks, hash_chunks};
 
+/// What is known of a chunk.
+#[derive(Clone, Copy, Debug)]
+enum Seen {
+    /// No part of it was seen.
+    Nothing,
+    /// Parts were seen: a base's hash does not hold for it.
+    Part,
+    Whole(ContentHash),
+}
+
 /// Collects the hashes of an image's chunks. May be used from many threads.
 #[derive(Debug)]
 pub struct ManifestBuilder {
     len: u64,
-    hashes: Mutex<Vec<Option<ContentHash>>>,
+    chunks: Mutex<Vec<Seen>>,
 }
 
 impl ManifestBuilder {
@@ -27,20 +37,20 @@ impl ManifestBuilder {
     /// # Errors
     /// `LimitExceeded`: the hashes of such a length do not fit into memory.
     pub fn new(len: u64) -> Result<Self> {
-        let mut hashes = Vec::new();
+        let mut chunks = Vec::new();
         let count = chunk_count(len, DEFAULT_CHUNK_BITS);
-        if count.is_none_or(|count| hashes.try_reserve_exact(count).is_err()) {
+        if count.is_none_or(|count| chunks.try_reserve_exact(count).is_err()) {
             let message = "the image is too long for a manifest in memory";
             return Err(Error::new(ErrorKind::LimitExceeded, message).field("length", len));
         }
-        hashes.resize(count.unwrap_or(0), None);
-        Ok(Self { len, hashes: Mutex::new(hashes) })
+        chunks.resize(count.unwrap_or(0), Seen::Nothing);
+        Ok(Self { len, chunks: Mutex::new(chunks) })
     }
 
     /// Bytes of a chunk. Copies of whole chunks need not be read again.
     pub const CHUNK_LEN: u64 = 1 << DEFAULT_CHUNK_BITS;
 
-    /// Notes the bytes that are at `offset`: hashes the chunks that they cover whole, and forgets
+    /// Notes the bytes that are at `offset`: hashes the chunks that they cover whole, and notes
     /// those that they cover in part.
     pub fn saw(&self, offset: u64, data: &IoVec) {
         let end = offset + data.len() as u64;
@@ -73,16 +83,16 @@ impl ManifestBuilder {
         }
         let shared = base.len().min(self.len);
         let whole = if base.len() == self.len { u64::MAX } else { shared / Self::CHUNK_LEN };
-        let mut hashes = self.hashes.lock().unwrap_or_else(PoisonError::into_inner);
-        for (index, (mine, theirs)) in hashes.iter_mut().zip(base.hashes()).enumerate() {
-            if mine.is_none() && (index as u64) < whole {
-                *mine = Some(*theirs);
+        let mut chunks = self.chunks.lock().unwrap_or_else(PoisonError::into_inner);
+        for (index, (mine, theirs)) in chunks.iter_mut().zip(base.hashes()).enumerate() {
+            if matches!(mine, Seen::Nothing) && (index as u64) < whole {
+                *mine = Seen::Whole(*theirs);
             }
         }
         Ok(())
     }
 
-    /// Calls `hash` for each chunk that the range touches; `None` forgets the chunk.
+    /// Calls `hash` for each chunk that the range touches; `None`: a part of it was seen.
     fn each_chunk(
         &self,
         range: Range<u64>,
@@ -95,7 +105,8 @@ impl ManifestBuilder {
             let is_whole = range.start <= chunk.start && chunk.end <= range.end;
             let value = hash(chunk, is_whole);
             let place = usize::try_from(index).expect("an index of the vector");
-            self.hashes.lock().unwrap_or_else(PoisonError::into_inner)[place] = value;
+            let seen = value.map_or(Seen::Part, Seen::Whole);
+            self.chunks.lock().unwrap_or_else(PoisonError::into_inner)[place] = seen;
         }
     }
 
@@ -116,9 +127,14 @@ impl ManifestBuilder {
         if image.len() != self.len {
             return Err(other_length(image.len(), self.len));
         }
-        let mut hashes = self.hashes.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let missing: Vec<u64> =
-            (0..).zip(&hashes).filter(|(_, hash)| hash.is_none()).map(|(index, _)| index).collect();
+        let chunks = self.chunks.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let known = |seen: &Seen| match seen {
+            Seen::Whole(hash) => Some(*hash),
+            Seen::Nothing | Seen::Part => None,
+        };
+        let mut hashes: Vec<Option<ContentHash>> = chunks.iter().map(known).collect();
+        let missing = (0..).zip(&hashes).filter(|(_, hash)| hash.is_none());
+        let missing: Vec<u64> = missing.map(|(index, _)| index).collect();
         let chunks = Chunks { image, len: self.len, chunk_len: Self::CHUNK_LEN };
         hash_chunks(&chunks, missing.into_iter(), |index, hash| {
             hashes[usize::try_from(index).expect("an index of the vector")] = Some(hash);

@@ -84,7 +84,8 @@ impl Manifest {
 }
 
 impl VerifyReport {
-    fn add_bad(&mut self, range: Range<u64>) {
+    /// Adds a range behind the others.
+    pub fn add_bad(&mut self, range: Range<u64>) {
         match self.bad.last_mut() {
             Some(last) if last.end == range.start => last.end = range.end,
             _ => self.bad.push(range),

@@ -5,6 +5,7 @@ mod chain;
 mod create;
 mod errors;
 mod fake;
+mod grouped;
 mod groups;
 mod life;
 mod load;

@@ -81,7 +81,8 @@ impl DriverType for SnapshotAccess {
     }
 
     fn category(&self) -> Category {
-        Category::Format
+        // It interprets no bytes of a file; a format could be named for an image.
+        Category::Filter
     }
 
     fn help(&self) -> &'static str {

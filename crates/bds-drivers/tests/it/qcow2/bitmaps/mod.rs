@@ -7,3 +7,4 @@ pub(crate) mod hostile;
 mod kit;
 mod limits;
 mod qemu;
+mod sessions;

@@ -1,12 +1,10 @@
 //! QEMU reads what we store, and we read what QEMU stores.
 
-use std::io::Write as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
 
 use bds_drivers::format::qcow2::fuzzing::MemPort;
 use bds_io::{Sim, SimConfig};
-use bds_testkit::{Chance, Scratch, Tool, qemu_img, qemu_io, tool};
+use bds_testkit::{Chance, Scratch, Tool, bitmap_sums, qemu_img, qemu_io, tool};
 use serde_json::{Value, json};
 
 use super::kit::{Model, Models, create, expect_clean, load, open, store, store_of, stored, write};
@@ -21,48 +19,7 @@ fn qemu() -> Option<Qemu> {
     Some(Qemu { img: qemu_img()?, io: qemu_io()? })
 }
 
-/// Answers of a storage daemon to these commands.
-fn ask(commands: &[Value]) -> Vec<Value> {
-    let mut daemon = Command::new("timeout")
-        .args(["60", "qemu-storage-daemon", "--chardev", "stdio,id=c", "--monitor", "c"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    {
-        let mut input = daemon.stdin.take().unwrap();
-        for command in [&[json!({"execute": "qmp_capabilities"})], commands].concat() {
-            writeln!(input, "{command}").unwrap();
-        }
-        writeln!(input, "{}", json!({"execute": "quit"})).unwrap();
-    }
-    let output = daemon.wait_with_output().unwrap();
-    let lines = String::from_utf8(output.stdout).unwrap();
-    let answers = lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    answers
-        .filter(|answer| answer.get("return").or(answer.get("error")).is_some())
-        .skip(1)
-        .collect()
-}
-
-/// The SHA-256 of each bitmap's bits, as QEMU loads them.
-fn qemu_sums(path: &Path, names: &[&String]) -> Vec<String> {
-    let file = json!({"driver": "file", "filename": path, "read-only": true});
-    let open = json!({"driver": "qcow2", "node-name": "n", "read-only": true, "file": file});
-    let mut commands = vec![json!({"execute": "blockdev-add", "arguments": open})];
-    commands.extend(names.iter().map(|name| {
-        let arguments = json!({"node": "n", "name": name});
-        json!({"execute": "x-debug-block-dirty-bitmap-sha256", "arguments": arguments})
-    }));
-    let answers = ask(&commands);
-    assert!(answers[0].get("return").is_some(), "{:?}", answers[0]);
-    let sum = |answer: &Value| {
-        answer["return"]["sha256"].as_str().unwrap_or_else(|| panic!("{answer}")).to_owned()
-    };
-    answers[1..=names.len()].iter().map(sum).collect()
-}
-
-/// The same of the model.
+/// The sum that QEMU computes of a bitmap with these bits.
 fn sum(model: &Model, scratch: &Scratch) -> String {
     let path = scratch.path("stream");
     std::fs::write(&path, model.stream()).unwrap();
@@ -109,9 +66,9 @@ fn qemu_reads_what_we_store() {
         let path = scratch.path("ours.qcow2");
         std::fs::write(&path, file.bytes()).unwrap();
         qemu.img.must(["check".as_ref(), path.as_os_str()]);
-        let names: Vec<&String> = models.keys().collect();
+        let names: Vec<&str> = models.keys().map(String::as_str).collect();
         let sums: Vec<String> = models.values().map(|model| sum(model, &scratch)).collect();
-        assert_eq!(qemu_sums(&path, &names), sums, "seed {seed}");
+        assert_eq!(bitmap_sums(&path, &names), sums, "seed {seed}");
         let expected: Vec<Value> = models
             .iter()
             .map(|(name, model)| {
@@ -174,9 +131,9 @@ fn bitmaps_go_back_and_forth() {
         });
         std::fs::write(&path, file.bytes()).unwrap();
         qemu.img.must(["check", &name]);
-        let names: Vec<&String> = models.keys().collect();
+        let names: Vec<&str> = models.keys().map(String::as_str).collect();
         let sums: Vec<String> = models.values().map(|model| sum(model, &scratch)).collect();
-        assert_eq!(qemu_sums(&path, &names), sums);
+        assert_eq!(bitmap_sums(&path, &names), sums);
     }
 }
 

@@ -1,0 +1,278 @@
+//! `backup run`: adds a point to a directory of backups.
+//!
+//! ```text
+//! new bitmap on the source ─► copy to NNNNNN.qcow2.partial ─► source closed: its bitmap is stored
+//!   ─► image closed: durable ─► image and manifest get their names
+//! ```
+//! Killed anywhere, it leaves the points before, and at most an unfinished file and a bitmap too
+//! many, which the next run removes.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bds_core::copy::{CopyMap, RunOptions};
+use bds_core::graph::{BitmapInfo, BitmapOptions, Graph, NodeRef};
+use bds_core::{Error, ErrorKind, Options, Result};
+use bds_jobs::manifest::{ContentHash, Manifest, ManifestBuilder};
+use serde_json::json;
+
+use super::copy::{GRANULARITY, copy};
+use crate::args::{BackupRun, Output};
+use crate::backup_set::{BackupSet, Kind, Note, Point, image_name};
+use crate::image_spec::{self, Spec};
+use crate::interrupt::Interrupt;
+use crate::partial_output::PartialOutput;
+use crate::progress::Progress;
+use crate::{cmd, image, printer};
+
+pub(super) fn run(args: &BackupRun) -> Result<()> {
+    let cache = image_spec::cache_mode("-T", &args.cache)?;
+    let spec = Spec::read(&args.source_name, &args.source)?.cache(cache);
+    let spec = if args.no_bitmap { spec } else { spec.writable() };
+    let set = BackupSet::open_or_make(&args.directory)?;
+    set.remove_partial_files()?;
+    let (number, manifest, note) = image::block_on(async {
+        let interrupt = Interrupt::watch()?;
+        let graph = image::trusting_graph();
+        let source = image::open(&graph, &spec).await?;
+        let set_id = set.last().map_or_else(|| token("set"), |last| last.note.set.clone());
+        let run = Run { args, graph: &graph, set: &set, set_id, source: &source };
+        let made = interrupt.run_or_drop(run.make()).await;
+        let made = match made {
+            Ok(made) => Ok(made),
+            Err(error) => Err(run.take_back(error).await),
+        };
+        // The bitmap is stored before the point exists that depends on it.
+        let closed = source.close().await?.into_result();
+        let (number, manifest, note, partial) = made?;
+        closed?;
+        set.publish(number, &manifest)?;
+        partial.complete();
+        Ok((number, manifest, note))
+    })?;
+    print(args, number, &manifest, &note)
+}
+
+/// One run of a backup.
+struct Run<'a> {
+    args: &'a BackupRun,
+    graph: &'a Graph,
+    set: &'a BackupSet,
+    /// Names the directory in bitmaps.
+    set_id: String,
+    source: &'a NodeRef,
+}
+
+type Made = (u32, Manifest, Note, PartialOutput);
+
+impl Run<'_> {
+    async fn make(&self) -> Result<Made> {
+        let number = self.set.last().map_or(1, |last| last.number + 1);
+        self.remove_stale_bitmaps().await?;
+        let base = self.base()?;
+        let bitmap = self.add_bitmap().await?;
+        let note = Note {
+            set: self.set_id.clone(),
+            kind: if base.is_some() { Kind::Incremental } else { Kind::Full },
+            source: self.args.source_name.to_string_lossy().into_owned(),
+            time: seconds(),
+            bitmap,
+        };
+        let path = self.set.partial_image(number);
+        let mut partial = PartialOutput::before_creation([path.clone()], false);
+        self.create(&path, base).await?;
+        partial.set_created();
+        let manifest = self.copy(&path, base, &note).await?;
+        Ok((number, manifest, note, partial))
+    }
+
+    /// The point that an increment is made on; `None` for a full backup.
+    fn base(&self) -> Result<Option<&Point>> {
+        let Some(last) = self.set.last().filter(|_| !self.args.full) else { return Ok(None) };
+        match self.changes_since(last).and_then(|_| self.set.chain(last)) {
+            Ok(_) => Ok(Some(last)),
+            Err(error) if self.args.or_full => {
+                let why = crate::report::message(&error);
+                printer::message(format_args!("bds: making a full backup: {why}"));
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The bitmap that recorded what changed after this point.
+    fn changes_since(&self, point: &Point) -> Result<BitmapInfo> {
+        let number = point.number;
+        let refuse = |why: &str| {
+            let message = format!(
+                "no increment on point {number} can be made: {why}; use --full, or --or-full"
+            );
+            Err(Error::new(ErrorKind::InvalidInput, message))
+        };
+        let Some(name) = &point.note.bitmap else {
+            return refuse("that point was made without a bitmap");
+        };
+        let bitmaps = self.source.bitmaps();
+        match bitmaps.into_iter().find(|info| info.name.as_deref() == Some(name)) {
+            None => refuse(&format!(
+                "the source has no bitmap '{name}': it is another disk, or a program that keeps no \
+                 bitmaps has written to it"
+            )),
+            Some(info) if info.inconsistent => {
+                refuse("its bitmap was not stored: the program that wrote to the source was killed")
+            }
+            Some(info) if !info.recording => refuse("its bitmap is disabled"),
+            Some(info) => Ok(info),
+        }
+    }
+
+    /// Removes bitmaps of this directory's earlier points.
+    async fn remove_stale_bitmaps(&self) -> Result<()> {
+        if self.args.no_bitmap {
+            return Ok(());
+        }
+        let current = self.set.last().and_then(|last| last.note.bitmap.as_deref());
+        let prefix = format!("bds-{}-", self.set_id);
+        for info in self.source.bitmaps() {
+            let name = info.name.as_deref().unwrap_or_default();
+            if name.starts_with(&prefix) && Some(name) != current {
+                self.source.remove_bitmap(name).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Begins to record what changes after this backup. `None`: the source cannot keep a bitmap.
+    async fn add_bitmap(&self) -> Result<Option<String>> {
+        if self.args.no_bitmap {
+            return Ok(None);
+        }
+        let name = format!("bds-{}-{}", self.set_id, token("point"));
+        let options = BitmapOptions { persistent: true, ..BitmapOptions::named(&name) };
+        match self.source.add_bitmap(options).await {
+            Ok(_) => Ok(Some(name)),
+            Err(error) if error.kind() == ErrorKind::NotSupported => {
+                if !self.args.quiet {
+                    let format = self.source.driver_name();
+                    printer::message(format_args!(
+                        "bds: the next backup will be full: a {format} image keeps no bitmap"
+                    ));
+                }
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn create(&self, path: &std::path::Path, base: Option<&Point>) -> Result<()> {
+        let mut options = Options::new();
+        options.set("size", self.source.len());
+        if let Some(base) = base {
+            options.set("backing_file", image_name(base.number));
+            options.set("backing_fmt", "qcow2");
+        }
+        cmd::create::create(self.graph, "qcow2", path.to_owned(), options, false).await.map(drop)
+    }
+
+    async fn copy(
+        &self,
+        path: &std::path::Path,
+        base: Option<&Point>,
+        note: &Note,
+    ) -> Result<Manifest> {
+        let mut options = Options::new();
+        options.set("driver", "qcow2");
+        options.set("file.driver", "file");
+        options.set_path("file.filename", path);
+        let target = self.graph.open(options).await?;
+        let source = image::backend(self.source, false)?;
+        let backend = image::backend(&target, true)?;
+        let map = self.map(base)?;
+        let builder = ManifestBuilder::new(source.len())?;
+        let options = RunOptions {
+            target_is_zero: base.is_none(),
+            may_unmap: true,
+            sparse_len: 4096,
+            compress: self
+                .args
+                .compress
+                .then(|| backend.compressed_unit().map(u64::from))
+                .flatten(),
+            ..RunOptions::default()
+        };
+        let progress = Progress::new(self.args.progress && !self.args.quiet);
+        copy(&map, (&source, &backend), &builder, &options, progress).await?;
+        let parent = base.map(|base| base.manifest.root());
+        if let Some(base) = base {
+            builder.fill_from(&base.manifest)?;
+        }
+        let manifest = self.finish(builder, &source, parent, note).await?;
+        drop(source);
+        image::close(backend, target).await?;
+        Ok(manifest)
+    }
+
+    /// What is to be copied.
+    fn map(&self, base: Option<&Point>) -> Result<CopyMap> {
+        let map = CopyMap::new(self.source.len(), GRANULARITY)?;
+        match base {
+            None => map.mark_all(),
+            Some(base) => {
+                let id = self.changes_since(base)?.id;
+                let lease = self.graph.lease_bitmap(id, "bds backup")?;
+                let bits = lease.bits();
+                let len = self.source.len();
+                bits.areas(0..bits.len()).for_each(|area| map.mark(area.start..area.end.min(len)));
+            }
+        }
+        Ok(map)
+    }
+
+    async fn finish(
+        &self,
+        builder: ManifestBuilder,
+        source: &bds_core::request::Backend,
+        parent: Option<ContentHash>,
+        note: &Note,
+    ) -> Result<Manifest> {
+        let note = serde_json::to_string(note).expect("a struct of texts and numbers");
+        builder.finish(source, parent, &note, |_, _| true).await
+    }
+
+    /// Removes the bitmap of a point that was not made.
+    async fn take_back(&self, error: Error) -> Error {
+        match self.remove_stale_bitmaps().await {
+            Ok(()) => error,
+            Err(second) => error.caused_by(second.context("the new bitmap is left")),
+        }
+    }
+}
+
+fn seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
+}
+
+/// A name that no other run makes.
+fn token(what: &str) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+    let seed = format!("{what} {now} {}", std::process::id());
+    ContentHash::of_chunk(seed.as_bytes()).to_string()[..16].to_owned()
+}
+
+fn print(args: &BackupRun, number: u32, manifest: &Manifest, note: &Note) -> Result<()> {
+    if args.output == Output::Json {
+        return printer::json(&json!({
+            "point": number,
+            "kind": note.kind,
+            "length": manifest.len(),
+            "root": manifest.root().to_string(),
+        }));
+    }
+    if args.quiet {
+        return Ok(());
+    }
+    let kind = match note.kind {
+        Kind::Full => "full",
+        Kind::Incremental => "incremental",
+    };
+    printer::line(format_args!("Made point {number} ({kind}): content {}", manifest.root()))
+}

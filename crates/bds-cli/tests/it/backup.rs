@@ -1,0 +1,185 @@
+//! Tests `backup`: chains of increments, restored at every point; wrong bases, damage, kills.
+
+use bds_testkit::{Chance, pattern};
+
+use crate::workdir::Workdir;
+
+const LEN: usize = 4 << 20;
+
+/// A disk of which the test knows the content at every backup.
+struct Disk {
+    workdir: Workdir,
+    content: Vec<u8>,
+    chance: Chance,
+}
+
+impl Disk {
+    fn new(seed: u64) -> Self {
+        let workdir = Workdir::new();
+        let mut content = vec![0; LEN];
+        content[..LEN / 2].copy_from_slice(&pattern(1, 0, LEN / 2));
+        workdir.write("base.raw", &content);
+        workdir.must("convert -f raw -O qcow2 base.raw disk.qcow2");
+        Self { workdir, content, chance: Chance::new(seed) }
+    }
+
+    /// Writes some places of the disk, through the tool.
+    fn change(&mut self) {
+        for _ in 0..3 {
+            let at =
+                usize::try_from(self.chance.below(LEN as u64 / 512 - 64)).expect("small") * 512;
+            let byte = u8::try_from(self.chance.below(256)).expect("below 256");
+            self.content[at..at + 8192].fill(byte);
+            let words = format!("bench -w -c 1 -s 8192 -o {at} --pattern {byte} disk.qcow2");
+            self.workdir.must(&words);
+        }
+    }
+
+    fn restored(&self, point: usize) -> Vec<u8> {
+        self.workdir.must(&format!("backup restore -O raw --point {point} set out.raw"));
+        let bytes = self.workdir.read("out.raw");
+        std::fs::remove_file(self.workdir.dir().join("out.raw")).expect("it was made");
+        bytes
+    }
+}
+
+fn exists(disk: &Disk, name: &str) -> bool {
+    disk.workdir.dir().join(name).exists()
+}
+
+#[test]
+fn every_point_of_a_chain_of_increments_restores_byte_for_byte() {
+    let mut disk = Disk::new(1);
+    let mut contents = vec![disk.content.clone()];
+    disk.workdir.must("backup run disk.qcow2 set");
+    for _ in 0..4 {
+        disk.change();
+        contents.push(disk.content.clone());
+        let text = disk.workdir.must("backup run disk.qcow2 set").stdout;
+        assert!(text.contains("(incremental)"), "{text}");
+    }
+    for (index, content) in contents.iter().enumerate() {
+        assert!(disk.restored(index + 1) == *content, "point {}", index + 1);
+    }
+    disk.workdir.must("backup verify set");
+    let listed = disk.workdir.must("backup list set").stdout;
+    assert_eq!(listed.lines().count(), 6, "{listed}");
+    assert_eq!(disk.workdir.must("check disk.qcow2").code, 0);
+}
+
+#[test]
+fn increments_hold_only_what_changed() {
+    let mut disk = Disk::new(2);
+    disk.workdir.must("backup run disk.qcow2 set");
+    disk.change();
+    disk.workdir.must("backup run -c disk.qcow2 set");
+    let full = disk.workdir.read("set/000001.qcow2").len();
+    let increment = disk.workdir.read("set/000002.qcow2").len();
+    assert!(increment < full / 3, "{increment} of {full}");
+}
+
+#[test]
+fn another_disk_or_a_lost_bitmap_is_refused_and_or_full_helps() {
+    let disk = Disk::new(3);
+    disk.workdir.must("backup run disk.qcow2 set");
+    disk.workdir.write("other.raw", &pattern(9, 0, LEN));
+    disk.workdir.must("convert -f raw -O qcow2 other.raw other.qcow2");
+    let output = disk.workdir.bds("backup run other.qcow2 set");
+    assert_eq!(output.code, 1);
+    assert!(output.stderr.contains("it is another disk"), "{}", output.stderr);
+    assert_eq!(disk.workdir.must("backup list set").stdout.lines().count(), 2);
+    let output = disk.workdir.must("backup run --or-full other.qcow2 set");
+    assert!(output.stdout.contains("point 2 (full)"), "{}", output.stdout);
+    assert!(disk.restored(2) == pattern(9, 0, LEN));
+}
+
+#[test]
+fn a_replaced_base_is_found_before_anything_is_restored() {
+    let mut disk = Disk::new(4);
+    disk.workdir.must("backup run disk.qcow2 set");
+    disk.change();
+    disk.workdir.must("backup run disk.qcow2 set");
+    disk.workdir.must("backup run --full disk.qcow2 other");
+    for name in ["000001.qcow2", "000001.manifest"] {
+        let bytes = disk.workdir.read(&format!("other/{name}"));
+        disk.workdir.write(&format!("set/{name}"), &bytes);
+    }
+    let output = disk.workdir.bds("backup restore set out.qcow2");
+    assert_eq!(output.code, 1);
+    assert!(output.stderr.contains("the increment was made on"), "{}", output.stderr);
+    assert!(!exists(&disk, "out.qcow2"));
+}
+
+#[test]
+fn damage_is_found_and_nothing_is_restored_from_it() {
+    let mut disk = Disk::new(5);
+    disk.workdir.must("backup run disk.qcow2 set");
+    disk.change();
+    disk.workdir.must("backup run disk.qcow2 set");
+    let mut image = disk.workdir.read("set/000001.qcow2");
+    let at = image.len() - 70_000;
+    image[at] ^= 1;
+    disk.workdir.write("set/000001.qcow2", &image);
+    let output = disk.workdir.bds("backup verify --point 1 set");
+    assert_eq!(output.code, 2, "{}", output.stderr);
+    let output = disk.workdir.bds("backup restore --point 1 set out.qcow2");
+    assert_eq!(output.code, 2, "{}", output.stderr);
+    assert!(output.stderr.contains("nothing was restored"), "{}", output.stderr);
+    assert!(!exists(&disk, "out.qcow2"));
+}
+
+#[test]
+fn what_a_killed_run_left_is_removed() {
+    let mut disk = Disk::new(6);
+    disk.workdir.must("backup run disk.qcow2 set");
+    disk.workdir.write("set/000002.qcow2.partial", b"half an image");
+    disk.workdir.write("set/notes.partial", b"of another program");
+    disk.change();
+    disk.workdir.must("backup run disk.qcow2 set");
+    assert!(!exists(&disk, "set/000002.qcow2.partial"));
+    assert!(exists(&disk, "set/notes.partial"));
+    assert!(disk.restored(2) == disk.content);
+    // The bitmaps of older points are removed; the newest is there.
+    let info = disk.workdir.must("info --output=json disk.qcow2").stdout;
+    assert_eq!(info.matches("\"name\": \"bds-").count(), 2, "{info}");
+    disk.workdir.must("backup run disk.qcow2 set");
+    let info = disk.workdir.must("info --output=json disk.qcow2").stdout;
+    assert_eq!(info.matches("\"name\": \"bds-").count(), 2, "{info}");
+}
+
+#[test]
+fn a_raw_disk_is_backed_up_in_full() {
+    let disk = Disk::new(7);
+    let output = disk.workdir.must("backup run -f raw base.raw set");
+    assert!(output.stderr.contains("keeps no bitmap"), "{}", output.stderr);
+    let output = disk.workdir.bds("backup run -f raw base.raw set");
+    assert_eq!(output.code, 1);
+    disk.workdir.must("backup run --full --no-bitmap -f raw base.raw set");
+    assert!(disk.restored(2) == disk.content);
+}
+
+#[test]
+fn pruning_makes_the_oldest_point_that_is_kept_a_full_one() {
+    let mut disk = Disk::new(8);
+    let mut contents = vec![disk.content.clone()];
+    disk.workdir.must("backup run disk.qcow2 set");
+    for _ in 0..3 {
+        disk.change();
+        contents.push(disk.content.clone());
+        disk.workdir.must("backup run disk.qcow2 set");
+    }
+    assert_eq!(disk.workdir.bds("backup prune --keep 0 set").code, 1);
+    disk.workdir.must("backup prune --keep 2 set");
+    let listed = disk.workdir.must("backup list set").stdout;
+    assert!(listed.contains("000003  full") && !listed.contains("000002"), "{listed}");
+    assert!(!exists(&disk, "set/000001.qcow2"));
+    disk.workdir.must("backup verify set");
+    for point in [3, 4] {
+        assert!(disk.restored(point) == contents[point - 1], "point {point}");
+    }
+    disk.change();
+    disk.workdir.must("backup run disk.qcow2 set");
+    assert!(disk.restored(5) == disk.content);
+    disk.workdir.must("backup prune --keep 9 set");
+    assert_eq!(disk.workdir.must("backup list set").stdout.lines().count(), 4);
+}
