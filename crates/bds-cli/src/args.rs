@@ -4,6 +4,7 @@
 //! Only the shape is checked here; the verbs check what a value means.
 
 mod backup;
+mod source;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -14,6 +15,7 @@ use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand,
 pub(crate) use self::backup::{
     Backup, BackupCommand, BackupList, BackupPrune, BackupRestore, BackupRun, BackupVerify,
 };
+pub(crate) use self::source::{Output, Source};
 
 /// Disk images from the shell: qemu-img's verbs and options on the bds block layer.
 #[derive(Debug, Parser)]
@@ -73,32 +75,6 @@ pub(crate) enum Command {
     /// Writes the manual pages, for packagers
     #[command(hide = true)]
     ManPages(ManPages),
-}
-
-/// How a result is printed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Output {
-    /// For people
-    Human,
-    /// For programs
-    Json,
-}
-
-/// What every command that opens an image takes.
-#[derive(Args, Debug)]
-pub(crate) struct Source {
-    /// Format of the image; guessed if not given
-    #[arg(short = 'f', long = "format", value_name = "FMT")]
-    pub(crate) format: Option<String>,
-    /// The name is a list of options ("driver=qcow2,file.filename=a.qcow2") or JSON
-    #[arg(long, conflicts_with = "format")]
-    pub(crate) image_opts: bool,
-    /// Do not mind other users of the image, and do not lock it
-    #[arg(short = 'U', long)]
-    pub(crate) force_share: bool,
-    /// Not supported: there are no user-creatable objects
-    #[arg(long, hide = true, value_name = "OBJDEF")]
-    pub(crate) object: Vec<String>,
 }
 
 #[derive(Args, Debug)]
@@ -206,11 +182,11 @@ pub(crate) struct Convert {
     /// Do not mind other users of the input
     #[arg(short = 'U', long)]
     pub(crate) force_share: bool,
-    /// Not supported: copy persistent bitmaps
-    #[arg(long, hide = true)]
+    /// Copy persistent bitmaps, too
+    #[arg(long)]
     pub(crate) bitmaps: bool,
-    /// Not supported: belongs to --bitmaps
-    #[arg(long, hide = true)]
+    /// Leave out bitmaps that are inconsistent, instead of failing
+    #[arg(long)]
     pub(crate) skip_broken_bitmaps: bool,
     /// Not supported: an internal snapshot as input
     #[arg(

@@ -6,6 +6,7 @@ pub(crate) mod bitmap;
 pub(crate) mod check;
 pub(crate) mod compare;
 pub(crate) mod convert;
+mod convert_bitmaps;
 mod convert_plan;
 mod convert_target;
 pub(crate) mod create;
