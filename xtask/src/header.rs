@@ -10,9 +10,25 @@ use std::path::PathBuf;
 use crate::run::{root, say, target_dir};
 
 /// Sources with exported functions, in the header's order.
-const SOURCES: [&str; 15] = [
-    "version", "error", "context", "query", "event", "options", "node", "section", "change",
-    "backend", "io", "memory", "iothread", "queue", "image",
+const SOURCES: [&str; 18] = [
+    "version",
+    "error",
+    "context",
+    "query",
+    "event",
+    "options",
+    "node",
+    "section",
+    "change",
+    "change_bitmap",
+    "backend",
+    "io",
+    "memory",
+    "iothread",
+    "queue",
+    "image",
+    "bitmap",
+    "job",
 ];
 
 /// Types of `ptr.rs` and the C pointers they stand for. Generic ones come first.
@@ -233,6 +249,7 @@ BDS_DEFINE_UNREF_P(bds_backend)
 BDS_DEFINE_UNREF_P(bds_change)
 BDS_DEFINE_UNREF_P(bds_queue)
 BDS_DEFINE_UNREF_P(bds_memory)
+BDS_DEFINE_UNREF_P(bds_job)
 #undef BDS_DEFINE_UNREF_P
 ";
 

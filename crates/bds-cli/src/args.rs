@@ -4,6 +4,7 @@
 //! Only the shape is checked here; the verbs check what a value means.
 
 mod backup;
+mod source;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -14,6 +15,7 @@ use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand,
 pub(crate) use self::backup::{
     Backup, BackupCommand, BackupList, BackupPrune, BackupRestore, BackupRun, BackupVerify,
 };
+pub(crate) use self::source::{Output, Source};
 
 /// Disk images from the shell: qemu-img's verbs and options on the bds block layer.
 #[derive(Debug, Parser)]
@@ -60,6 +62,10 @@ pub(crate) enum Command {
     Resize(Resize),
     /// Changes persistent dirty bitmaps of an image
     Bitmap(Bitmap),
+    /// Writes an image's contents into its backing file
+    Commit(Commit),
+    /// Copies an image's backing files into it, and cuts them off
+    Stream(Stream),
     /// Measures how fast an image is read or written
     Bench(Bench),
     /// Copies a range of blocks
@@ -73,32 +79,6 @@ pub(crate) enum Command {
     /// Writes the manual pages, for packagers
     #[command(hide = true)]
     ManPages(ManPages),
-}
-
-/// How a result is printed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Output {
-    /// For people
-    Human,
-    /// For programs
-    Json,
-}
-
-/// What every command that opens an image takes.
-#[derive(Args, Debug)]
-pub(crate) struct Source {
-    /// Format of the image; guessed if not given
-    #[arg(short = 'f', long = "format", value_name = "FMT")]
-    pub(crate) format: Option<String>,
-    /// The name is a list of options ("driver=qcow2,file.filename=a.qcow2") or JSON
-    #[arg(long, conflicts_with = "format")]
-    pub(crate) image_opts: bool,
-    /// Do not mind other users of the image, and do not lock it
-    #[arg(short = 'U', long)]
-    pub(crate) force_share: bool,
-    /// Not supported: there are no user-creatable objects
-    #[arg(long, hide = true, value_name = "OBJDEF")]
-    pub(crate) object: Vec<String>,
 }
 
 #[derive(Args, Debug)]
@@ -206,11 +186,11 @@ pub(crate) struct Convert {
     /// Do not mind other users of the input
     #[arg(short = 'U', long)]
     pub(crate) force_share: bool,
-    /// Not supported: copy persistent bitmaps
-    #[arg(long, hide = true)]
+    /// Copy persistent bitmaps, too
+    #[arg(long)]
     pub(crate) bitmaps: bool,
-    /// Not supported: belongs to --bitmaps
-    #[arg(long, hide = true)]
+    /// Leave out bitmaps that are inconsistent, instead of failing
+    #[arg(long)]
     pub(crate) skip_broken_bitmaps: bool,
     /// Not supported: an internal snapshot as input
     #[arg(
@@ -374,6 +354,67 @@ pub(crate) struct Resize {
     /// The new size, or a change if it begins with + or -
     #[arg(allow_hyphen_values = true)]
     pub(crate) size: String,
+}
+
+/// What is shown while a job runs.
+#[derive(Args, Debug)]
+pub(crate) struct JobDisplay {
+    /// Show progress
+    #[arg(short, long)]
+    pub(crate) progress: bool,
+    /// How to print; json: the job's events, one a line
+    #[arg(long, value_enum, default_value = "human")]
+    pub(crate) output: Output,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Commit {
+    #[command(flatten)]
+    pub(crate) source: Source,
+    /// Commit into this image of the backing chain instead of the next one; implies -d
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) base: Option<OsString>,
+    /// Do not empty the image afterwards
+    #[arg(short, long)]
+    pub(crate) drop: bool,
+    /// Cache mode
+    #[arg(short = 't', long, default_value = "writeback", value_name = "CACHE")]
+    pub(crate) cache: String,
+    /// At most this many bytes a second
+    #[arg(short, long, value_name = "RATE")]
+    pub(crate) rate: Option<String>,
+    #[command(flatten)]
+    pub(crate) display: JobDisplay,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// The image
+    pub(crate) filename: OsString,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Stream {
+    #[command(flatten)]
+    pub(crate) source: Source,
+    /// Keep this image of the backing chain, and those below it
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) base: Option<OsString>,
+    /// Record this name of the base, instead of its file name
+    #[arg(long, value_name = "FILE", requires = "base")]
+    pub(crate) backing_file: Option<OsString>,
+    /// Cache mode
+    #[arg(short = 't', long, default_value = "writeback", value_name = "CACHE")]
+    pub(crate) cache: String,
+    /// At most this many bytes a second
+    #[arg(short, long, value_name = "RATE")]
+    pub(crate) rate: Option<String>,
+    #[command(flatten)]
+    pub(crate) display: JobDisplay,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// The image
+    pub(crate) filename: OsString,
 }
 
 #[derive(Args, Debug)]

@@ -238,6 +238,16 @@ struct iovec; /* sys/uio.h */
 #define BDS_RESIZE_SHRINK 1
 
 /**
+ * The bitmap is stored in the image.
+ */
+#define BDS_BITMAP_PERSISTENT 1
+
+/**
+ * The bitmap does not record until it is enabled.
+ */
+#define BDS_BITMAP_DISABLED 2
+
+/**
  * Results. 0 and above: success. -4095 to -1: a negative errno. -10000 and below: one of these.
  */
 enum bds_status
@@ -421,6 +431,26 @@ enum bds_event_type
    * An event that this header does not know; its JSON says what it is.
    */
   BDS_EVENT_OTHER = 13,
+  /**
+   * A job is in another state; its JSON says which.
+   */
+  BDS_EVENT_JOB_STATUS = 14,
+  /**
+   * A job's target is in sync: bds_job_complete ends it.
+   */
+  BDS_EVENT_JOB_READY = 15,
+  /**
+   * A job waits for bds_job_finalize.
+   */
+  BDS_EVENT_JOB_PENDING = 16,
+  /**
+   * A request of a job failed. `value`: the offset; `status`: the errno, negative.
+   */
+  BDS_EVENT_JOB_ERROR = 17,
+  /**
+   * A job is over. `status`: 0, BDS_ERR_CANCELLED, or -EIO with the reason in the JSON.
+   */
+  BDS_EVENT_JOB_FINISHED = 18,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -836,6 +866,13 @@ typedef struct bds_completion {
   uint64_t reserved[4];
 } bds_completion;
 
+/**
+ * A block job. It runs whether or not there is a handle.
+ */
+typedef struct bds_job {
+  uint64_t raw;
+} bds_job;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -956,6 +993,8 @@ BDS_MUST_CHECK int bds_context_shutdown(struct bds_context context, char **repor
  * | "graph" | nodes and edges with permissions, as x-debug-query-block-graph |
  * | "backends" | QEMU's query-block |
  * | "holders" | every node with its count and its holders |
+ * | "jobs" | QEMU's query-jobs, newest first |
+ * | "job-history" | records of jobs that were dismissed |
  * | "drivers" | names of the drivers of this build |
  * | "reports" | closings that failed while no caller waited for them; each is returned once |
  * | "dump" | text for people |
@@ -1434,6 +1473,61 @@ int bds_change_unref(struct bds_change change);
  * Errors: BDS_ERR_STALE, BDS_ERR_KIND; BDS_ERR_STATE: it is just being committed.
  */
 BDS_MUST_CHECK int bds_change_clear(struct bds_change change);
+
+/**
+ * Adds a bitmap, as bds_bitmap_add; it records from the moment of the change on. [any]
+ *
+ * Errors: as bds_change_append; BDS_ERR_UTF8, BDS_ERR_VERSION.
+ */
+BDS_MUST_CHECK
+int bds_change_bitmap_add(struct bds_change change,
+                          struct bds_node node,
+                          const char *name,
+                          uint32_t granularity,
+                          uint32_t flags);
+
+/**
+ * Removes a bitmap, as bds_bitmap_remove. [any]
+ *
+ * Errors: as bds_change_append; BDS_ERR_UTF8.
+ */
+BDS_MUST_CHECK
+int bds_change_bitmap_remove(struct bds_change change,
+                             struct bds_node node,
+                             const char *name);
+
+/**
+ * Forgets what a bitmap has recorded, as bds_bitmap_clear. [any]
+ *
+ * Errors: as bds_change_append; BDS_ERR_UTF8.
+ */
+BDS_MUST_CHECK
+int bds_change_bitmap_clear(struct bds_change change,
+                            struct bds_node node,
+                            const char *name);
+
+/**
+ * Lets a bitmap record (`is_on` 1), or record no more (0), as bds_bitmap_set_enabled. [any]
+ *
+ * Errors: as bds_change_append; BDS_ERR_UTF8.
+ */
+BDS_MUST_CHECK
+int bds_change_bitmap_set_enabled(struct bds_change change,
+                                  struct bds_node node,
+                                  const char *name,
+                                  int32_t is_on);
+
+/**
+ * Marks in a bitmap what is dirty in another one, as bds_bitmap_merge. [any]
+ *
+ * Errors: as bds_change_append; BDS_ERR_UTF8.
+ */
+BDS_MUST_CHECK
+int bds_change_bitmap_merge(struct bds_change change,
+                            struct bds_node node,
+                            const char *name,
+                            struct bds_node source,
+                            const char *source_name);
 
 /**
  * Makes a backend without a medium: an empty drive. [any]
@@ -2013,6 +2107,204 @@ int bds_image_convert(struct bds_backend source,
                       const char *options,
                       char **report_json_out);
 
+/**
+ * Adds a bitmap to a node. It records writes from now on. [graph]
+ *
+ * `granularity`: bytes that share a bit, a power of two from 512; 0: the default. `flags`:
+ * BDS_BITMAP_PERSISTENT: it is stored in the image; BDS_BITMAP_DISABLED: it does not record yet.
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT, BDS_ERR_UTF8, BDS_ERR_VERSION,
+ * BDS_ERR_STATE, BDS_ERR_EXISTS, BDS_ERR_OPTION (name, granularity), -EFBIG; if persistent:
+ * BDS_ERR_UNSUPPORTED, BDS_ERR_READ_ONLY, BDS_ERR_INACTIVE, errnos.
+ */
+BDS_MUST_CHECK
+int bds_bitmap_add(struct bds_node node,
+                   const char *name,
+                   uint32_t granularity,
+                   uint32_t flags);
+
+/**
+ * Removes a bitmap, from the image too if it is persistent. [graph]
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT, BDS_ERR_UTF8, BDS_ERR_STATE,
+ * BDS_ERR_NOT_FOUND; BDS_ERR_IN_USE: a job uses it; BDS_ERR_READ_ONLY, errnos. It is still there.
+ */
+BDS_MUST_CHECK int bds_bitmap_remove(struct bds_node node, const char *name);
+
+/**
+ * Forgets all that a bitmap has recorded. [graph]
+ *
+ * Errors: as bds_bitmap_remove; BDS_ERR_OPTION: it is inconsistent.
+ */
+BDS_MUST_CHECK int bds_bitmap_clear(struct bds_node node, const char *name);
+
+/**
+ * Lets a bitmap record (`is_on` 1), or record no more (0). [graph]
+ *
+ * Errors: as bds_bitmap_clear; BDS_ERR_ARGUMENT: neither 0 nor 1.
+ */
+BDS_MUST_CHECK int bds_bitmap_set_enabled(struct bds_node node, const char *name, int32_t is_on);
+
+/**
+ * Marks in a bitmap what is dirty in another one, also of another node and granularity. [graph]
+ *
+ * Errors: as bds_bitmap_clear; BDS_ERR_OPTION: the nodes differ in length; BDS_ERR_ARGUMENT:
+ * another context.
+ */
+BDS_MUST_CHECK
+int bds_bitmap_merge(struct bds_node node,
+                     const char *name,
+                     struct bds_node source,
+                     const char *source_name);
+
+/**
+ * How many bytes a bitmap has recorded, in whole granules. [any]
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT, BDS_ERR_UTF8, BDS_ERR_STATE,
+ * BDS_ERR_NOT_FOUND.
+ */
+BDS_MUST_CHECK int bds_bitmap_count(struct bds_node node, const char *name, uint64_t *bytes_out);
+
+/**
+ * The dirty ranges of a bitmap from `offset` on, as it is now. [any]
+ *
+ * Fills at most `capacity` extents (offset, bytes, BDS_EXTENT_DATA); `count_out` gets how many. If
+ * the array was filled, call again from the end of the last one.
+ *
+ * Errors: as bds_bitmap_count; BDS_ERR_OPTION: it is inconsistent.
+ */
+BDS_MUST_CHECK
+int bds_bitmap_areas(struct bds_node node,
+                     const char *name,
+                     uint64_t offset,
+                     struct bds_extent *extents,
+                     size_t capacity,
+                     size_t *count_out);
+
+/**
+ * The node's bitmaps as JSON, with QEMU's names. Free it with bds_free. [any]
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT, BDS_ERR_STATE.
+ */
+BDS_MUST_CHECK int bds_bitmap_query(struct bds_node node, char **json_out);
+
+/**
+ * Starts a job. [graph]
+ *
+ * `type`: "stream", "commit" (active or not), "mirror", "create". `options`: JSON or
+ * `key=value,…` with QAPI's names: "job-id" (required), "speed", "auto-finalize", "auto-dismiss",
+ * "on-error" or "on-source-error" and "on-target-error", and those of the type: "device",
+ * "target", "base-node", "top-node", "sync", … Nodes are named by node or backend name.
+ *
+ * The job runs whether or not the handle is released.
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT, BDS_ERR_UTF8, BDS_ERR_JSON;
+ * BDS_ERR_OPTION; BDS_ERR_EXISTS (the id), BDS_ERR_NOT_FOUND (a node), BDS_ERR_IN_USE,
+ * BDS_ERR_UNSUPPORTED, BDS_ERR_CANCELLED, errnos. Nothing has changed then.
+ */
+BDS_MUST_CHECK
+int bds_job_start(struct bds_context context,
+                  const char *type,
+                  const char *options,
+                  struct bds_job *out);
+
+/**
+ * A new handle for the job of this id. [any]
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT, BDS_ERR_UTF8; BDS_ERR_NOT_FOUND: there
+ * is none, or it was dismissed.
+ */
+BDS_MUST_CHECK int bds_job_find(struct bds_context context, const char *id, struct bds_job *out);
+
+/**
+ * Another handle for the job, for another owner. [any]
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT.
+ */
+BDS_MUST_CHECK int bds_job_ref(struct bds_job job, struct bds_job *out);
+
+/**
+ * Releases a handle; the job goes on. [any]
+ *
+ * BDS_STILL_REFERENCED: a call under way uses the handle.
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND.
+ */
+int bds_job_unref(struct bds_job job);
+
+/**
+ * Lets the job stop at its next pause point. [any]
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND; BDS_ERR_OPTION, BDS_ERR_IN_USE: its state does not allow
+ * it (the message says which).
+ */
+BDS_MUST_CHECK int bds_job_pause(struct bds_job job);
+
+/**
+ * Undoes bds_job_pause, or the pause after an error. [any]
+ *
+ * Errors: as bds_job_pause.
+ */
+BDS_MUST_CHECK int bds_job_resume(struct bds_job job);
+
+/**
+ * Requests the job's end. [any]
+ *
+ * `force` 0: a ready mirror or active commit ends in order, without its effect on the graph. 1:
+ * whatever it does is dropped.
+ *
+ * Errors: as bds_job_pause; BDS_ERR_ARGUMENT: neither 0 nor 1.
+ */
+BDS_MUST_CHECK int bds_job_cancel(struct bds_job job, int32_t force);
+
+/**
+ * Ends a ready job as intended: a mirror's target takes over, an active commit's base. [any]
+ *
+ * Errors: as bds_job_pause.
+ */
+BDS_MUST_CHECK int bds_job_complete(struct bds_job job);
+
+/**
+ * Lets a pending job take effect. [any]
+ *
+ * Errors: as bds_job_pause.
+ */
+BDS_MUST_CHECK int bds_job_finalize(struct bds_job job);
+
+/**
+ * Forgets a concluded job: its id is free. [any]
+ *
+ * Errors: as bds_job_pause; BDS_ERR_NOT_FOUND: it was dismissed.
+ */
+BDS_MUST_CHECK int bds_job_dismiss(struct bds_job job);
+
+/**
+ * Limits the job's speed; 0: no limit. [any]
+ *
+ * Errors: as bds_job_pause.
+ */
+BDS_MUST_CHECK int bds_job_set_speed(struct bds_job job, uint64_t bytes_per_second);
+
+/**
+ * Facts about the job as JSON: state, progress, speed, error. Free it with bds_free. [any]
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT.
+ */
+BDS_MUST_CHECK int bds_job_query(struct bds_job job, char **json_out);
+
+/**
+ * Waits for the job. [io]
+ *
+ * `state` NULL: until the job holds nothing any more; returns its result, any number of times.
+ * Otherwise until it is in this state ("ready", "pending", "paused", …). `timeout_ns`: -1: waits
+ * as long as it takes.
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_UTF8; -ETIME; BDS_ERR_OPTION: an unknown state, or
+ * the job is over without having been in it; without a state: why the job failed, among these
+ * BDS_ERR_CANCELLED.
+ */
+BDS_MUST_CHECK int bds_job_wait(struct bds_job job, const char *state, int64_t timeout_ns);
+
 /* Initial values of structs that begin with their size. */
 #define BDS_CONTEXT_OPTIONS_INIT { sizeof(bds_context_options), 0, 0, NULL, 0 }
 #define BDS_BACKEND_OPTIONS_INIT { sizeof(bds_backend_options), NULL, 0, 0, 0, 0, 0, 0 }
@@ -2034,6 +2326,7 @@ BDS_DEFINE_UNREF_P(bds_backend)
 BDS_DEFINE_UNREF_P(bds_change)
 BDS_DEFINE_UNREF_P(bds_queue)
 BDS_DEFINE_UNREF_P(bds_memory)
+BDS_DEFINE_UNREF_P(bds_job)
 #undef BDS_DEFINE_UNREF_P
 
 #ifdef __cplusplus

@@ -48,6 +48,8 @@ handles! {
     bds_queue;
     /// A registered region of the caller's memory. One reference.
     bds_memory;
+    /// A block job. It runs whether or not there is a handle.
+    bds_job;
 }
 
 /// Results. 0 and above: success. -4095 to -1: a negative errno. -10000 and below: one of these.
@@ -171,6 +173,16 @@ pub enum bds_event_type {
     BDS_EVENT_LOST = 12,
     /// An event that this header does not know; its JSON says what it is.
     BDS_EVENT_OTHER = 13,
+    /// A job is in another state; its JSON says which.
+    BDS_EVENT_JOB_STATUS = 14,
+    /// A job's target is in sync: bds_job_complete ends it.
+    BDS_EVENT_JOB_READY = 15,
+    /// A job waits for bds_job_finalize.
+    BDS_EVENT_JOB_PENDING = 16,
+    /// A request of a job failed. `value`: the offset; `status`: the errno, negative.
+    BDS_EVENT_JOB_ERROR = 17,
+    /// A job is over. `status`: 0, BDS_ERR_CANCELLED, or -EIO with the reason in the JSON.
+    BDS_EVENT_JOB_FINISHED = 18,
 }
 
 /// An event. 64 bytes, fixed.
@@ -416,3 +428,8 @@ pub const BDS_DRAIN_SUBTREE: u32 = 1;
 
 /// The new length may be shorter: data at the end is lost.
 pub const BDS_RESIZE_SHRINK: u32 = 1;
+
+/// The bitmap is stored in the image.
+pub const BDS_BITMAP_PERSISTENT: u32 = 1;
+/// The bitmap does not record until it is enabled.
+pub const BDS_BITMAP_DISABLED: u32 = 2;

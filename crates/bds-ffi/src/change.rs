@@ -7,7 +7,7 @@ use std::ffi::c_char;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bds_core::Options;
-use bds_core::graph::{Change, ChangeReport, NodeId, NodeRef};
+use bds_core::graph::{BitmapOptions, Change, ChangeReport, NodeId, NodeRef};
 use serde_json::json;
 
 use crate::abi::bds_status::{BDS_ERR_STATE, BDS_OK, BDS_STILL_REFERENCED};
@@ -39,7 +39,7 @@ impl ChangeObject {
 
 /// One edit, as C described it.
 #[derive(Clone)]
-enum Edit {
+pub(crate) enum Edit {
     Append(NodeId, NodeId),
     Replace(NodeId, NodeId),
     ReplaceChild(NodeId, String, NodeId),
@@ -55,6 +55,18 @@ enum Edit {
     Insert(Arc<BackendShared>, NodeId),
     Eject(Arc<BackendShared>),
     Within(bds_section),
+    Bitmap(NodeId, BitmapEdit),
+}
+
+/// One edit of a node's bitmaps.
+#[derive(Clone)]
+pub(crate) enum BitmapEdit {
+    Add(BitmapOptions),
+    Remove(String),
+    Clear(String),
+    Enable(String),
+    Disable(String),
+    Merge(String, NodeId, String),
 }
 
 /// Makes an empty change. [any]
@@ -77,7 +89,7 @@ pub extern "C" fn bds_change_create(context: bds_context, out: Out<bds_change>) 
 }
 
 /// Adds an edit that `make` makes out of the change's context.
-fn add(
+pub(crate) fn add(
     change: bds_change,
     make: impl FnOnce(&Arc<Context>) -> Result<Edit, Failure>,
 ) -> Result<i32, Failure> {
@@ -88,7 +100,7 @@ fn add(
 }
 
 /// The id of a node of this context.
-fn id_of(context: &Arc<Context>, node: bds_node, what: &str) -> Result<NodeId, Failure> {
+pub(crate) fn id_of(context: &Arc<Context>, node: bds_node, what: &str) -> Result<NodeId, Failure> {
     let object = node::find(node, what)?;
     check_same(context, &object.context)?;
     // Refuses a closed one.
@@ -390,6 +402,19 @@ fn apply(
         Edit::Disown(id) => change.disown(&node(id)?),
         Edit::Insert(backend, id) => change.insert(&backend.backend, &node(id)?),
         Edit::Eject(backend) => change.eject(&backend.backend),
+        Edit::Bitmap(id, edit) => {
+            let target = node(id)?;
+            match edit {
+                BitmapEdit::Add(options) => change.add_bitmap(&target, options.clone()),
+                BitmapEdit::Remove(name) => change.remove_bitmap(&target, name),
+                BitmapEdit::Clear(name) => change.clear_bitmap(&target, name),
+                BitmapEdit::Enable(name) => change.enable_bitmap(&target, name),
+                BitmapEdit::Disable(name) => change.disable_bitmap(&target, name),
+                BitmapEdit::Merge(name, from, source) => {
+                    change.merge_bitmaps(&target, name, &[(&node(from)?, source)])
+                }
+            }
+        }
         Edit::Within(section) => match &section::find(*section)?.section {
             Section::Nodes(drained) => change.within(drained),
             Section::Backend(_) => return Err(Failure::argument("the section is a backend's")),

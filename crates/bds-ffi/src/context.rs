@@ -1,10 +1,11 @@
 //! Contexts: a graph with its events, log sink and closings in the background.
 
 use std::ffi::{CString, c_char};
-use std::sync::{Arc, Once};
+use std::sync::{Arc, Once, OnceLock};
 
 use bds_core::graph::reference_gate::{SameDirectory, TrustAll};
 use bds_core::graph::{CloseReport, Graph, GraphConfig, ShutdownReport};
+use bds_jobs::JobManager;
 use serde_json::{Value, json};
 
 use crate::abi::bds_status::{BDS_ERR_IN_USE, BDS_ERR_VERSION, BDS_OK, BDS_STILL_REFERENCED};
@@ -24,6 +25,8 @@ pub(crate) static CONTEXTS: Table<ContextObject> = Table::new(2);
 pub(crate) struct Context {
     pub(crate) graph: Graph,
     pub(crate) events: EventSource,
+    /// Made with the first job.
+    jobs: OnceLock<JobManager>,
     log: Log,
 }
 
@@ -57,7 +60,17 @@ impl Log {
 
 impl Context {
     pub(crate) fn new(graph: Graph, log: Log) -> Arc<Self> {
-        Arc::new(Self { events: EventSource::new(&graph), graph, log })
+        let events = EventSource::new(&graph);
+        Arc::new(Self { graph, events, jobs: OnceLock::new(), log })
+    }
+
+    /// The context's jobs.
+    pub(crate) fn jobs(&self) -> &JobManager {
+        self.jobs.get_or_init(|| {
+            let manager = JobManager::new(&self.graph);
+            self.events.add_jobs(manager.events());
+            manager
+        })
     }
 
     pub(crate) fn log(&self) -> Log {

@@ -3,16 +3,20 @@
 use std::ffi::c_char;
 
 use bds_core::event::Event;
+use bds_jobs::JobEvent;
 
 use crate::abi::bds_event_type::{
     self, BDS_EVENT_DEVICE_ATTACHED, BDS_EVENT_DEVICE_DETACHED, BDS_EVENT_GRAPH_CHANGED,
-    BDS_EVENT_IO_ERROR, BDS_EVENT_LOST, BDS_EVENT_MEDIUM_EJECTED, BDS_EVENT_MEDIUM_INSERTED,
-    BDS_EVENT_MEDIUM_REPLACED, BDS_EVENT_NODE_CLOSED, BDS_EVENT_NODE_OPENED, BDS_EVENT_OTHER,
-    BDS_EVENT_SHUTDOWN, BDS_EVENT_WRITE_THRESHOLD,
+    BDS_EVENT_IO_ERROR, BDS_EVENT_JOB_ERROR, BDS_EVENT_JOB_FINISHED, BDS_EVENT_JOB_PENDING,
+    BDS_EVENT_JOB_READY, BDS_EVENT_JOB_STATUS, BDS_EVENT_LOST, BDS_EVENT_MEDIUM_EJECTED,
+    BDS_EVENT_MEDIUM_INSERTED, BDS_EVENT_MEDIUM_REPLACED, BDS_EVENT_NODE_CLOSED,
+    BDS_EVENT_NODE_OPENED, BDS_EVENT_OTHER, BDS_EVENT_SHUTDOWN, BDS_EVENT_WRITE_THRESHOLD,
 };
+use crate::abi::bds_status::BDS_ERR_CANCELLED;
 use crate::abi::{bds_context, bds_event};
 use crate::context;
 use crate::entry::entry;
+use crate::event_source::Happened;
 use crate::ptr::{self, Out};
 
 /// A descriptor that is readable while events wait: for poll, epoll and event loops. [any]
@@ -45,9 +49,16 @@ pub extern "C" fn bds_context_next_event(
         let context = context::find(context)?;
         let Some((sequence, event)) = context.events.next() else { return Ok(0) };
         if let Some(json) = json {
-            json.set(ptr::give_text(&event.to_json().to_string())?);
+            let text = match &event {
+                Happened::Graph(event) => event.to_json(),
+                Happened::Job(event) => event.to_json(),
+            };
+            json.set(ptr::give_text(&text.to_string())?);
         }
-        let (kind, value, status) = facts(&event);
+        let (kind, value, status) = match &event {
+            Happened::Graph(event) => facts(event),
+            Happened::Job(event) => job_facts(event),
+        };
         out.set(bds_event { sequence, value, r#type: kind as u32, status, reserved: [0; 5] });
         Ok(1)
     })
@@ -74,6 +85,21 @@ fn facts(event: &Event) -> (bds_event_type, u64, i32) {
         Event::GraphChanged { epoch } => (BDS_EVENT_GRAPH_CHANGED, *epoch, 0),
         Event::GraphShutdown => (BDS_EVENT_SHUTDOWN, 0, 0),
         Event::EventsLost { count } => (BDS_EVENT_LOST, *count, 0),
+        _ => (BDS_EVENT_OTHER, 0, 0),
+    }
+}
+
+fn job_facts(event: &JobEvent) -> (bds_event_type, u64, i32) {
+    match event {
+        JobEvent::StatusChange { .. } => (BDS_EVENT_JOB_STATUS, 0, 0),
+        JobEvent::Ready(_) => (BDS_EVENT_JOB_READY, 0, 0),
+        JobEvent::Pending { .. } => (BDS_EVENT_JOB_PENDING, 0, 0),
+        JobEvent::Error { errno, offset, .. } => (BDS_EVENT_JOB_ERROR, *offset, -errno),
+        JobEvent::Cancelled(_) => (BDS_EVENT_JOB_FINISHED, 0, BDS_ERR_CANCELLED as i32),
+        JobEvent::Completed { error, .. } => {
+            (BDS_EVENT_JOB_FINISHED, 0, if error.is_some() { -libc::EIO } else { 0 })
+        }
+        JobEvent::EventsLost { count } => (BDS_EVENT_LOST, *count, 0),
         _ => (BDS_EVENT_OTHER, 0, 0),
     }
 }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bds_core::event::{Event, Events};
 use bds_core::graph::Graph;
+use bds_jobs::{JobEvent, JobEvents};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::failure::Failure;
@@ -39,13 +40,21 @@ impl Signal {
     }
 }
 
+/// An event of the graph, or of a job.
+pub(crate) enum Happened {
+    Graph(Event),
+    Job(JobEvent),
+}
+
 /// The events of one context.
 pub(crate) struct EventSource(Arc<Mutex<State>>);
 
 struct State {
     /// `None` once a task moves the events to `waiting`.
     direct: Option<Events>,
-    waiting: VecDeque<Event>,
+    /// Of the jobs, once there were any; `None` also after `direct` was taken.
+    direct_jobs: Option<JobEvents>,
+    waiting: VecDeque<Happened>,
     lost: u64,
     sequence: u64,
     signal: Option<Signal>,
@@ -60,7 +69,29 @@ impl EventSource {
     pub(crate) fn new(graph: &Graph) -> Self {
         let direct = Some(graph.events());
         let waiting = VecDeque::new();
-        Self(Arc::new(Mutex::new(State { direct, waiting, lost: 0, sequence: 0, signal: None })))
+        let (lost, sequence, signal, direct_jobs) = (0, 0, None, None);
+        let state = State { direct, direct_jobs, waiting, lost, sequence, signal };
+        Self(Arc::new(Mutex::new(state)))
+    }
+
+    /// Adds the events of the context's jobs.
+    pub(crate) fn add_jobs(&self, events: JobEvents) {
+        let mut state = lock(&self.0);
+        match state.direct {
+            Some(_) => state.direct_jobs = Some(events),
+            None => self.pump_jobs(events),
+        }
+    }
+
+    fn pump_jobs(&self, mut events: JobEvents) {
+        let weak = Arc::downgrade(&self.0);
+        bds_io::spawn(async move {
+            while let Some(event) = events.next().await {
+                let Some(state) = weak.upgrade() else { return };
+                lock(&state).push(Happened::Job(event));
+            }
+        })
+        .detach();
     }
 
     /// The descriptor. From the first call on a task of the background fills the queue.
@@ -72,21 +103,23 @@ impl EventSource {
         let signal = Signal::new()?;
         let number = signal.number();
         state.signal = Some(signal);
-        let events = state.direct.take().expect("it is taken with the first descriptor");
+        let mut events = state.direct.take().expect("it is taken with the first descriptor");
+        if let Some(events) = state.direct_jobs.take() {
+            self.pump_jobs(events);
+        }
         let weak = Arc::downgrade(&self.0);
         bds_io::spawn(async move {
-            let mut events = events;
             while let Some(event) = events.next().await {
                 // The context is gone: nothing fetches its events any more.
                 let Some(state) = weak.upgrade() else { return };
-                lock(&state).push(event);
+                lock(&state).push(Happened::Graph(event));
             }
         })
         .detach();
         Ok(number)
     }
 
-    pub(crate) fn next(&self) -> Option<(u64, Event)> {
+    pub(crate) fn next(&self) -> Option<(u64, Happened)> {
         let mut state = lock(&self.0);
         let event = state.take()?;
         state.sequence += 1;
@@ -95,7 +128,7 @@ impl EventSource {
 }
 
 impl State {
-    fn push(&mut self, event: Event) {
+    fn push(&mut self, event: Happened) {
         if self.waiting.len() == MAX_WAITING {
             self.waiting.pop_front();
             self.lost += 1;
@@ -106,12 +139,17 @@ impl State {
         }
     }
 
-    fn take(&mut self) -> Option<Event> {
+    fn take(&mut self) -> Option<Happened> {
         if let Some(direct) = &mut self.direct {
-            return direct.try_next();
+            let jobs = self.direct_jobs.as_mut();
+            return direct
+                .try_next()
+                .map(Happened::Graph)
+                .or_else(|| jobs?.try_next().map(Happened::Job));
         }
         if self.lost > 0 {
-            return Some(Event::EventsLost { count: std::mem::take(&mut self.lost) });
+            let count = std::mem::take(&mut self.lost);
+            return Some(Happened::Graph(Event::EventsLost { count }));
         }
         let event = self.waiting.pop_front();
         if self.waiting.is_empty() {

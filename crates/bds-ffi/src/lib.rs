@@ -13,10 +13,16 @@
 //!
 //! Every exported function is a safe Rust function: its pointer parameters are types of `ptr`,
 //! which only C can make, and whose validity is what the header asks of C.
+#![expect(
+    rustdoc::broken_intra_doc_links,
+    reason = "the tags [any], [io], [graph] of the C header are not links"
+)]
 
 mod abi;
 pub mod backend;
+pub mod bitmap;
 pub mod change;
+pub mod change_bitmap;
 pub mod context;
 mod entry;
 pub mod error;
@@ -26,6 +32,8 @@ mod failure;
 pub mod image;
 pub mod io;
 pub mod iothread;
+pub mod job;
+mod job_options;
 mod lease;
 pub mod memory;
 pub mod node;
@@ -41,3 +49,29 @@ mod ticket;
 pub mod version;
 
 pub use abi::*;
+
+/// Opens nodes of driver types that are not registered, for tests that inject faults.
+#[doc(hidden)]
+pub mod testing {
+    use std::sync::Arc;
+
+    use bds_core::{DriverType, Options};
+
+    use crate::entry::entry;
+    use crate::ptr::Out;
+    use crate::{bds_context, bds_node, context, node};
+
+    /// As `bds_node_open`, with this driver type.
+    pub fn open_driver(
+        context: bds_context,
+        driver: Arc<dyn DriverType>,
+        out: Out<bds_node>,
+    ) -> i32 {
+        entry("open_driver", || {
+            let out = out.check("out")?;
+            let context = context::find(context)?;
+            let node = bds_io::block_on(context.graph.open_driver(driver, Options::new()))?;
+            node::give(&context, node, out)
+        })
+    }
+}

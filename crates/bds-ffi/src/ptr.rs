@@ -20,8 +20,8 @@ use libc::iovec;
 use crate::abi::bds_status::{BDS_ERR_UTF8, BDS_ERR_VERSION};
 use crate::abi::{
     bds_backend, bds_backend_options, bds_change, bds_completion, bds_context, bds_context_options,
-    bds_event, bds_extent, bds_iothread, bds_limits, bds_memory, bds_node, bds_options, bds_queue,
-    bds_queue_options, bds_request, bds_section,
+    bds_event, bds_extent, bds_iothread, bds_job, bds_limits, bds_memory, bds_node, bds_options,
+    bds_queue, bds_queue_options, bds_request, bds_section,
 };
 use crate::failure::Failure;
 
@@ -45,7 +45,16 @@ macro_rules! plain {
 
 plain!(u64, usize, i32, *mut c_char, *mut c_void);
 plain!(bds_context, bds_options, bds_iothread, bds_node, bds_backend, bds_change, bds_section);
-plain!(bds_queue, bds_memory, bds_event, bds_extent, bds_request, bds_completion, bds_limits);
+plain!(
+    bds_queue,
+    bds_memory,
+    bds_job,
+    bds_event,
+    bds_extent,
+    bds_request,
+    bds_completion,
+    bds_limits
+);
 plain!(bds_context_options, bds_backend_options, bds_queue_options);
 
 /// A NUL-terminated string, or NULL: `const char *`.

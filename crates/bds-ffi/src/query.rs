@@ -2,12 +2,13 @@
 
 use std::ffi::c_char;
 
-use bds_core::graph::{Graph, NodeRef};
+use bds_core::graph::NodeRef;
+use bds_jobs::JobInfo;
 use serde_json::json;
 
 use crate::abi::bds_context;
 use crate::abi::bds_status::BDS_ERR_OPTION;
-use crate::context::{self, close_json};
+use crate::context::{self, Context, close_json};
 use crate::entry::entry;
 use crate::failure::Failure;
 use crate::node::holders_json;
@@ -22,6 +23,8 @@ use crate::ptr::{self, Out, Text};
 /// | "graph" | nodes and edges with permissions, as x-debug-query-block-graph |
 /// | "backends" | QEMU's query-block |
 /// | "holders" | every node with its count and its holders |
+/// | "jobs" | QEMU's query-jobs, newest first |
+/// | "job-history" | records of jobs that were dismissed |
 /// | "drivers" | names of the drivers of this build |
 /// | "reports" | closings that failed while no caller waited for them; each is returned once |
 /// | "dump" | text for people |
@@ -34,13 +37,14 @@ pub extern "C" fn bds_query(context: bds_context, what: Text, json_out: Out<*mut
     entry("bds_query", || {
         let out = json_out.check("json_out")?;
         let context = context::find(context)?;
-        let answer = answer(&context.graph, what.str("what")?)?;
+        let answer = answer(&context, what.str("what")?)?;
         out.set(ptr::give_text(&answer)?);
         Ok(0)
     })
 }
 
-fn answer(graph: &Graph, what: &str) -> Result<String, Failure> {
+fn answer(context: &Context, what: &str) -> Result<String, Failure> {
+    let graph = &context.graph;
     let value = match what {
         "nodes" => graph.query(),
         "graph" => graph.query_graph(),
@@ -54,6 +58,8 @@ fn answer(graph: &Graph, what: &str) -> Result<String, Failure> {
             };
             graph.nodes().into_iter().map(node).collect()
         }
+        "jobs" => context.jobs().query().iter().map(JobInfo::to_query_jobs).collect(),
+        "job-history" => json!(context.jobs().history().records),
         "drivers" => bds_drivers::registry().iter().map(|driver| json!(driver.name())).collect(),
         "reports" => graph.reports().iter().map(close_json).collect(),
         "dump" => return Ok(graph.dump()),

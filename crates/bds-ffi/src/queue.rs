@@ -1,7 +1,7 @@
 //! Queues: batches of requests, and their completions on the caller's thread.
 
 use std::any::Any;
-use std::panic::AssertUnwindSafe;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -255,9 +255,12 @@ fn segments(
 
 /// Begins a request: at once if it needs no waiting, else in a task.
 fn begin(queue: &QueueObject, ticket: Arc<Ticket>, operation: Operation, iov: IoVec) {
-    if let Some(result) = operation.try_now(ticket.backend(), &iov) {
-        ticket.set_status(status(result));
-        return;
+    // A panic here must not fail the submission: the request is accepted and has its completion.
+    let inline = AssertUnwindSafe(|| operation.try_now(ticket.backend(), &iov));
+    match catch_unwind(inline) {
+        Ok(None) => {}
+        Ok(Some(result)) => return ticket.set_status(status(result)),
+        Err(payload) => return ticket.set_status(after_panic(ticket.backend(), payload)),
     }
     let (handle, registration) = AbortHandle::new_pair();
     queue.state.activate(ticket.id(), handle);

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use super::{Output, Source};
+use super::source::{Output, Source};
 
 #[derive(Args, Debug)]
 pub(crate) struct Backup {

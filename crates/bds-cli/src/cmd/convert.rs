@@ -13,6 +13,7 @@ use bds_core::graph::{Graph, NodeRef};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::{Context, ContextOptions};
 
+use super::convert_bitmaps::Bitmaps;
 use super::convert_plan::Plan;
 use super::convert_target::Target;
 use crate::args::Convert;
@@ -40,6 +41,7 @@ async fn convert(plan: &Plan<'_>) -> Result<()> {
     let graph = image::trusting_graph();
     let sources = interrupt.run_or_drop(open_sources(&graph, plan)).await?;
     let total = total_len(&sources)?;
+    let bitmaps = Bitmaps::of(plan.args, &sources)?;
     let mut partial = match plan.args.no_create {
         true => PartialOutput::of_existing(),
         false => create::partial(create::path(plan.output)?, &plan.options, plan.args.keep_partial),
@@ -48,7 +50,7 @@ async fn convert(plan: &Plan<'_>) -> Result<()> {
         interrupt.run_or_drop(Target::open(&graph, plan, &sources, total, &mut partial)).await;
     let outcome = match opened {
         Err(error) => Err(Failure { error, done: None, closing: None }),
-        Ok(target) => fill(plan, &interrupt, &sources, target).await,
+        Ok(target) => fill(plan, &interrupt, &sources, bitmaps.as_ref(), target).await,
     };
     let outcome = match outcome {
         Ok(()) => {
@@ -68,9 +70,10 @@ async fn fill(
     plan: &Plan<'_>,
     interrupt: &Interrupt,
     sources: &[NodeRef],
+    bitmaps: Option<&Bitmaps>,
     target: Target,
 ) -> Result<(), Failure> {
-    let copied = copy_all(plan, interrupt, sources, &target).await;
+    let copied = copy_with_bitmaps(plan, interrupt, sources, bitmaps, &target).await;
     let closed = target.close().await;
     match copied {
         Ok(report) => {
@@ -79,6 +82,25 @@ async fn fill(
         }
         Err((error, done)) => Err(Failure { error, done: Some(done), closing: closed.err() }),
     }
+}
+
+/// Copies data and bitmaps. A failure is returned with the number of bytes copied before it.
+async fn copy_with_bitmaps(
+    plan: &Plan<'_>,
+    interrupt: &Interrupt,
+    sources: &[NodeRef],
+    bitmaps: Option<&Bitmaps>,
+    target: &Target,
+) -> Result<CopyReport, (Error, u64)> {
+    if let Some(bitmaps) = bitmaps {
+        bitmaps.add_to(&target.node).await.map_err(|error| (error, 0))?;
+    }
+    let report = copy_all(plan, interrupt, sources, target).await?;
+    if let (Some(bitmaps), [source]) = (bitmaps, sources) {
+        let filled = bitmaps.fill(source, &target.node).await;
+        filled.map_err(|error| (error, report.total))?;
+    }
+    Ok(report)
 }
 
 /// Why the output is incomplete.

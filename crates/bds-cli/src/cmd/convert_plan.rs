@@ -36,8 +36,6 @@ impl<'a> Plan<'a> {
             "-l",
             "internal snapshots are not read; take it out with qemu-img convert -l",
         )?;
-        let remedy = "bitmaps stay behind; copy them with qemu-img convert --bitmaps";
-        super::refuse(args.bitmaps || args.skip_broken_bitmaps, "--bitmaps", remedy)?;
         let (output, inputs) = match args.filenames.split_last() {
             Some((output, inputs)) if !inputs.is_empty() => (output, inputs),
             _ => return Err(wrong("Must specify image file name")),
@@ -83,6 +81,11 @@ impl<'a> Plan<'a> {
                 "Cannot use --target-is-zero when the target image has a backing file",
             ),
             (args.backing_format.is_some() && args.backing.is_none(), "-F needs -B"),
+            (
+                args.skip_broken_bitmaps && !args.bitmaps,
+                "Use of --skip-broken-bitmaps requires --bitmaps",
+            ),
+            (args.bitmaps && inputs.len() > 1, "Copying bitmaps only possible with single source"),
             (
                 !(1..=MAX_WORKERS).contains(&args.parallel),
                 "Invalid number of coroutines. Allowed number of coroutines is between 1 and 16",

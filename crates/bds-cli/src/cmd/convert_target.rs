@@ -20,7 +20,7 @@ use crate::partial_output::PartialOutput;
 
 /// The open output and what is known about it.
 pub(crate) struct Target {
-    node: NodeRef,
+    pub(crate) node: NodeRef,
     pub(crate) backend: Arc<Backend>,
     /// Length before the copy. A write with O_DIRECT is rounded up to whole blocks and may extend
     /// the file.

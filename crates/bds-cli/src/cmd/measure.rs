@@ -2,7 +2,8 @@
 
 use std::ffi::OsStr;
 
-use bds_core::driver::{MeasureReport, MeasureSource, Precision, StatusFlags};
+use bds_core::driver::{BitmapSpec, MeasureReport, MeasureSource, Precision, StatusFlags};
+use bds_core::graph::{BitmapInfo, NodeRef};
 use bds_core::request::Backend;
 use bds_core::{Error, ErrorKind, Options, Result};
 use serde_json::json;
@@ -22,11 +23,11 @@ pub(crate) fn run(args: &Measure) -> Result<()> {
     let registry = bds_drivers::registry();
     let format = registry.format(stored_format(&args.output_format))?;
     let mut options = format_options(&args.options)?;
-    let source = match (&args.size, &args.filename) {
+    let (source, bitmaps) = match (&args.size, &args.filename) {
         (Some(size), _) => {
             let virtual_len = super::size("image size", size)?;
             options.set("size", virtual_len);
-            MeasureSource { virtual_len, data: Some(Vec::new()) }
+            (MeasureSource { virtual_len, data: Some(Vec::new()) }, None)
         }
         (None, Some(name)) => image::block_on(inspect(args, name))?,
         (None, None) => {
@@ -36,7 +37,11 @@ pub(crate) fn run(args: &Measure) -> Result<()> {
             ));
         }
     };
-    let report = format.measure(&mut options, &source)?;
+    let for_bitmaps = options.clone();
+    let mut report = format.measure(&mut options, &source)?;
+    if let Some(bitmaps) = bitmaps {
+        report.bitmaps = format.measure_bitmaps(&for_bitmaps, &bitmaps)?;
+    }
     refuse_rest(options, &args.output_format)?;
     print(args.output, report)
 }
@@ -45,14 +50,24 @@ fn refuse_rest(options: Options, format: &str) -> Result<()> {
     options.finish(&format!("the format '{format}'"))
 }
 
-async fn inspect(args: &Measure, name: &OsStr) -> Result<MeasureSource> {
+/// What an image holds: data, and persistent bitmaps if it can hold any.
+async fn inspect(args: &Measure, name: &OsStr) -> Result<(MeasureSource, Option<Vec<BitmapSpec>>)> {
     let spec = Spec::read(name, &args.source)?;
     let graph = image::trusting_graph();
     let node = image::open(&graph, &spec).await?;
     let backend = image::backend(&node, false)?;
     let source = MeasureSource { virtual_len: backend.len(), data: Some(data(&backend).await?) };
+    let bitmaps = node.stores_bitmaps().then(|| persistent_bitmaps(&node));
     image::close(backend, node).await?;
-    Ok(source)
+    Ok((source, bitmaps))
+}
+
+fn persistent_bitmaps(node: &NodeRef) -> Vec<BitmapSpec> {
+    let spec = |info: BitmapInfo| {
+        let name = info.name.filter(|_| info.persistent)?;
+        Some(BitmapSpec { name, granularity: info.granularity, len: node.len() })
+    };
+    node.bitmaps().into_iter().filter_map(spec).collect()
 }
 
 /// Ranges that hold data, in order, not touching.

@@ -185,3 +185,89 @@ fn what_other_verbs_write_is_recorded() {
     let (ours, theirs) = (bitmaps(&workdir, "ours.qcow2"), bitmaps(&workdir, "theirs.qcow2"));
     assert_eq!((ours.0, &ours.1[0]), (theirs.0, &theirs.1[0]));
 }
+
+/// `convert --bitmaps` copies them, whichever of its other options are given.
+#[test]
+fn converted_images_have_the_same_bitmaps() {
+    let Some(workdir) = workdir() else { return };
+    workdir.must_qemu("bitmap --add --disable ours.qcow2 off");
+    workdir.must_qemu("bitmap --merge b0 ours.qcow2 off");
+    for words in [
+        "convert --bitmaps -O qcow2 ours.qcow2 %.qcow2",
+        "convert --bitmaps -c -O qcow2 -o cluster_size=4k ours.qcow2 %.qcow2",
+        "convert --bitmaps -O qcow2 -o preallocation=metadata ours.qcow2 %.qcow2",
+        "convert --bitmaps -n -O qcow2 source.qcow2 %.qcow2",
+        "convert --bitmaps -O qcow2 old.qcow2 %.qcow2",
+        "convert --bitmaps -f raw -O qcow2 plain.raw %.qcow2",
+        "convert --bitmaps -O raw ours.qcow2 %.qcow2",
+        "convert --bitmaps -O qcow2 -o compat=v2 ours.qcow2 %.qcow2",
+        "convert --bitmaps -O qcow2 ours.qcow2 source.qcow2 %.qcow2",
+        "convert --skip-broken-bitmaps -O qcow2 ours.qcow2 %.qcow2",
+        "convert --bitmaps -O qcow2 ours.qcow2 %.qcow2",
+        "convert --bitmaps -n -O qcow2 ours.qcow2 %.qcow2",
+    ] {
+        let theirs = workdir.qemu_img(&words.replace('%', "b"));
+        let ours = workdir.bds(&words.replace('%', "a"));
+        assert_eq!(ours.code, theirs.code, "{words}\n{ours:?}\n{theirs:?}");
+        let is_same_text = words.contains("compat=v2") || words.contains("-n");
+        if ours.ok() {
+            assert_eq!(bitmaps(&workdir, "a.qcow2"), bitmaps(&workdir, "b.qcow2"), "{words}");
+            workdir.must_qemu("check -q a.qcow2");
+            let source = if words.contains("source") { "source.qcow2" } else { "ours.qcow2" };
+            workdir.must_qemu(&format!("compare -q {source} a.qcow2"));
+        } else if !is_same_text {
+            let (ours, theirs) = (plain(&ours), plain(&theirs));
+            assert!(ours.starts_with(theirs.as_str()), "{words}\n{ours}\n{theirs}");
+        }
+    }
+}
+
+/// One that is inconsistent is in the way, or left out.
+#[test]
+fn broken_bitmaps_are_refused_or_skipped() {
+    let Some(workdir) = workdir() else { return };
+    let mut bytes = workdir.read("ours.qcow2");
+    let magic = 0x2385_2875_u32.to_be_bytes();
+    let at = bytes.windows(4).position(|four| four == magic).expect("it has bitmaps");
+    let directory = u64::from_be_bytes(bytes[at + 24..at + 32].try_into().expect("8 bytes"));
+    // The flags of the first.
+    bytes[usize::try_from(directory).expect("in memory") + 15] |= 1;
+    workdir.write("ours.qcow2", &bytes);
+    let refused = workdir.bds("convert --bitmaps -O qcow2 ours.qcow2 a.qcow2");
+    assert_eq!(refused.code, 1);
+    assert!(refused.stderr.contains("Cannot copy inconsistent bitmap 'b0'"), "{refused:?}");
+    assert!(!workdir.dir().join("a.qcow2").exists());
+    let words = "convert --bitmaps --skip-broken-bitmaps -O qcow2 ours.qcow2";
+    let ours = workdir.must(&format!("{words} a.qcow2"));
+    let theirs = workdir.must_qemu(&format!("{words} b.qcow2"));
+    assert_eq!(plain(&ours), plain(&theirs));
+    assert_eq!(bitmaps(&workdir, "a.qcow2"), bitmaps(&workdir, "b.qcow2"));
+    // They are counted, and can be removed.
+    let measured = |output: Output| output.json();
+    let words = "measure -O qcow2 --output=json ours.qcow2";
+    assert_eq!(measured(workdir.must(words)), measured(workdir.must_qemu(words)));
+    workdir.must("bitmap --remove ours.qcow2 b0");
+    workdir.must_qemu("check -q ours.qcow2");
+}
+
+#[test]
+fn measure_counts_bitmaps() {
+    let Some(workdir) = workdir() else { return };
+    for words in [
+        "measure -O qcow2 ours.qcow2",
+        "measure -O qcow2 --output=json source.qcow2",
+        "measure -O qcow2 -o cluster_size=512 source.qcow2",
+        "measure -O qcow2 -o compat=0.10 ours.qcow2",
+        "measure -O qcow2 old.qcow2",
+        "measure -O qcow2 longer.qcow2",
+        "measure -O qcow2 -f raw plain.raw",
+        "measure -O raw ours.qcow2",
+        "measure -O qcow2 --size 1G",
+    ] {
+        let (theirs, ours) = (workdir.must_qemu(words), workdir.must(words));
+        match words.contains("json") {
+            true => assert_eq!(ours.json(), theirs.json(), "{words}"),
+            false => assert_eq!(ours.stdout, theirs.stdout, "{words}"),
+        }
+    }
+}

@@ -99,7 +99,6 @@ fn unsupported_options_are_reported_without_a_promise() {
     let workdir = workdir();
     for command in [
         "convert -l s a.qcow2 o",
-        "convert --bitmaps a.qcow2 o",
         "check -r all a.qcow2",
         "measure -l s a.qcow2",
         "info --object secret,id=s a.qcow2",

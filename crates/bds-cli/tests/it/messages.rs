@@ -32,6 +32,7 @@ fn errors_name_the_remedy() {
         "convert -m 17 a.qcow2 b",
         "convert -l snap a.qcow2 b",
         "convert --bitmaps a.qcow2 b",
+        "convert --skip-broken-bitmaps a.qcow2 b",
         "convert --target-is-zero a.qcow2 b",
         "convert -t fast a.qcow2 b",
         "check -r all a.qcow2",

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use bds_io::Fs;
 
-use super::{BoxFuture, CreateContext, Driver, OpenContext};
+use super::{BitmapSpec, BoxFuture, CreateContext, Driver, OpenContext};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::{OptionSpec, Options};
 
@@ -142,5 +142,14 @@ pub trait DriverType: Send + Sync + 'static {
             ErrorKind::NotSupported,
             format!("{} images cannot be measured", self.name()),
         ))
+    }
+
+    /// Bytes that an image made with these create options needs in addition for persistent bitmaps.
+    /// `None`: it can hold none.
+    ///
+    /// # Errors
+    /// `LimitExceeded`, `InvalidInput`: one of them cannot be stored.
+    fn measure_bitmaps(&self, _options: &Options, _bitmaps: &[BitmapSpec]) -> Result<Option<u64>> {
+        Ok(None)
     }
 }

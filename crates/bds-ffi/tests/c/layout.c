@@ -19,6 +19,7 @@ HOLDS(sizeof(bds_change) == 8);
 HOLDS(sizeof(bds_section) == 8);
 HOLDS(sizeof(bds_queue) == 8);
 HOLDS(sizeof(bds_memory) == 8);
+HOLDS(sizeof(bds_job) == 8);
 
 HOLDS(sizeof(bds_request) == 128);
 AT(bds_request, opcode, 0);

@@ -10,7 +10,7 @@ use std::{env, fs};
 use bds_testkit::Scratch;
 
 /// How a program is built and run.
-struct Cell {
+pub(crate) struct Cell {
     name: &'static str,
     compiler: &'static str,
     flags: &'static [&'static str],
@@ -44,6 +44,10 @@ const CXX17_FLAGS: &[&str] = &["-x", "c++", "-std=c++17", "-Wno-missing-field-in
 const CLANGXX17_FLAGS: &[&str] =
     &["-x", "c++", "-std=c++17", "-Wno-missing-field-initializers", "-Wno-unused-function"];
 
+/// For generated programs, which do not use everything they declare.
+pub(crate) const SWEEP: Cell = cell("sweep", "gcc", SWEEP_FLAGS, false, Tool::None, Sample::All);
+const SWEEP_FLAGS: &[&str] =
+    &["-std=c11", "-D_DEFAULT_SOURCE", "-Wno-unused", "-Wno-cast-align", "-Wno-unused-result"];
 const C11: Cell = cell("gcc-shared-c11", "gcc", C11_FLAGS, false, Tool::None, Sample::All);
 
 /// Programs that the default run takes from cells where each of them takes long.
@@ -77,7 +81,7 @@ const fn cell(
 /// there and follows only one process.
 const NOT_UNDER_VALGRIND: [&str; 3] = ["exec", "fork", "threads"];
 
-fn manifest_dir() -> PathBuf {
+pub(crate) fn manifest_dir() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
@@ -86,7 +90,7 @@ fn built() -> PathBuf {
     env::current_exe().unwrap().parent().unwrap().to_owned()
 }
 
-fn is_installed(compiler: &str) -> bool {
+pub(crate) fn is_installed(compiler: &str) -> bool {
     Command::new(compiler).arg("--version").output().is_ok_and(|output| output.status.success())
 }
 
@@ -100,7 +104,7 @@ fn sources(dir: &str) -> Vec<PathBuf> {
     files
 }
 
-fn must(what: &str, output: &Output) {
+pub(crate) fn must(what: &str, output: &Output) {
     assert!(output.status.success(), "{}", report(what, output));
 }
 
@@ -109,7 +113,7 @@ fn report(what: &str, output: &Output) -> String {
     format!("{what}: {}\n{}{}", output.status, text(&output.stdout), text(&output.stderr))
 }
 
-fn compile(cell: &Cell, source: &Path, program: &Path, libraries: &Path) {
+pub(crate) fn compile(cell: &Cell, source: &Path, program: &Path, libraries: &Path) {
     let mut compiler = Command::new(cell.compiler);
     compiler.args(["-Wall", "-Wextra", "-Werror", "-pedantic", "-g", "-O1", "-pthread"]);
     if cell.tool == Tool::Sanitizers {
@@ -130,7 +134,7 @@ fn compile(cell: &Cell, source: &Path, program: &Path, libraries: &Path) {
 }
 
 /// The shared library under the names that linker and loader want.
-fn libraries(dir: &Path) {
+pub(crate) fn libraries(dir: &Path) {
     let shared = built().join("libbds_ffi.so");
     assert!(shared.exists(), "{} is missing", shared.display());
     for name in ["libbds.so", "libbds.so.0.1"] {

@@ -156,7 +156,11 @@ impl JobDriver for Mirror {
     }
 
     fn target_nodes(&self) -> Vec<NodeId> {
-        vec![self.target.id()]
+        match self.flavour {
+            Flavour::Mirror => vec![self.target.id()],
+            // The disk of the guest lies on it.
+            Flavour::Commit => Vec::new(),
+        }
     }
 
     fn supports_complete(&self) -> bool {

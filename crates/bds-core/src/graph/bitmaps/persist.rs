@@ -75,6 +75,12 @@ pub(super) fn check_can_store(node: &Node, state: &State, entry: &Entry) -> Resu
     store.can_store(&new, &others).map_err(refuse)
 }
 
+/// Whether the node's image can store any bitmap at all.
+pub(super) fn can_store_any(node: &Node) -> bool {
+    let smallest = BitmapSpec { name: "b".into(), granularity: MAX_GRANULARITY, len: node.len() };
+    node.driver().bitmap_store().is_some_and(|store| store.can_store(&smallest, &[]).is_ok())
+}
+
 fn spec(entry: &Entry) -> Option<BitmapSpec> {
     let (granularity, len) = (entry.bits.granularity(), entry.bits.len());
     Some(BitmapSpec { name: entry.name.clone()?, granularity, len })

@@ -40,7 +40,7 @@ mod task;
 mod write_state;
 
 use bds_core::driver::{
-    BoxFuture, Category, CreateContext, CreateFacts, Driver, DriverType, MeasureReport,
+    BitmapSpec, BoxFuture, Category, CreateContext, CreateFacts, Driver, DriverType, MeasureReport,
     MeasureSource, OpenContext,
 };
 use bds_core::error::Result;
@@ -97,5 +97,9 @@ impl DriverType for Qcow2Format {
 
     fn measure(&self, options: &mut Options, source: &MeasureSource) -> Result<MeasureReport> {
         manage::measure::measure(options, source)
+    }
+
+    fn measure_bitmaps(&self, options: &Options, bitmaps: &[BitmapSpec]) -> Result<Option<u64>> {
+        manage::measure::measure_bitmaps(options, bitmaps)
     }
 }

@@ -177,6 +177,52 @@ fn a_group_pivots_together_or_not_at_all() {
     }
 }
 
+/// Mirrors of two disks begin at one moment, with a change that the caller makes.
+#[test]
+fn two_mirrors_begin_in_one_change() {
+    for is_possible in [true, false] {
+        let world = World::new(1);
+        world.block_on(async {
+            let mut staged = Vec::new();
+            for name in ["one", "two"] {
+                let (from, to) = (format!("{name}-old"), format!("{name}-new"));
+                world.put(&from, &pattern(1, LEN));
+                world.put(&to, &pattern(2, LEN));
+                let (source, target) = (world.raw(&from).await, world.raw(&to).await);
+                let options = MirrorOptions::new(&source, &target, name);
+                let mirror = Mirror::prepare_staged(options).await;
+                staged.push((writer(&source, name), mirror.expect("it can be prepared")));
+            }
+            let mut change = world.graph.change();
+            for (_, mirror) in &staged {
+                change = mirror.stage(change);
+            }
+            if !is_possible {
+                // The second edit of the same kind makes the whole change impossible.
+                change = staged[0].1.stage(change);
+            }
+            assert_eq!(change.commit().await.is_ok(), is_possible);
+            for (guest, mirror) in staged {
+                match is_possible {
+                    true => {
+                        assert_eq!(guest.node().map(|node| node.driver_name()), Some("mirror_top"));
+                        let mirror = mirror.inserted().await.expect("the chain is free");
+                        let job = JobOptions::new(guest.name());
+                        let job = world.manager.start(job, Box::new(mirror)).await;
+                        job.expect("it starts").cancel(true).expect("it can be cancelled");
+                    }
+                    false => mirror.discard().await.expect("nothing to do"),
+                }
+            }
+            for job in world.manager.jobs() {
+                job.wait().await.expect_err("it was cancelled");
+            }
+            assert!(!shape(&world.graph).contains("mirror_top"));
+        });
+        world.end();
+    }
+}
+
 /// A shutdown ends a mirror in whatever state it is, and nothing is left.
 #[test]
 fn a_shutdown_ends_a_mirror() {

@@ -4,12 +4,15 @@
 //! Numbers agree with `qemu-img measure`: whole clusters, refcounts planned for the fully written
 //! image in both answers.
 
-use bds_core::driver::{MeasureReport, MeasureSource, Prealloc};
+use bds_core::driver::{BitmapSpec, MeasureReport, MeasureSource, Prealloc};
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_core::options::Options;
 
 use super::create_layout::Layout;
 use super::create_options::CreateOptions;
+use crate::format::qcow2::layout::bitmap_directory::{
+    check_count, check_directory_len, entry_len, table_size,
+};
 
 /// Answers for an image made with `options` that has to hold `source`.
 pub(crate) fn measure(options: &mut Options, source: &MeasureSource) -> Result<MeasureReport> {
@@ -43,6 +46,26 @@ pub(crate) fn measure(options: &mut Options, source: &MeasureSource) -> Result<M
     };
     let required = fully_allocated - virtual_len + written.min(virtual_len);
     Ok(MeasureReport { required, fully_allocated, bitmaps: None })
+}
+
+/// Bytes for bitmaps that are not clean: clusters of bits and a table each, and the directory.
+/// `None`: version 2 has none.
+pub(crate) fn measure_bitmaps(options: &Options, bitmaps: &[BitmapSpec]) -> Result<Option<u64>> {
+    let plan = CreateOptions::take(&mut options.clone())?;
+    if plan.version < 3 {
+        return Ok(None);
+    }
+    let geometry = plan.geometry;
+    let mut clusters = 0;
+    let mut directory_len = 0;
+    for bitmap in bitmaps {
+        let table_size = u64::from(table_size(&geometry, bitmap.len, bitmap.granularity)?);
+        clusters += table_size + geometry.clusters(table_size * 8);
+        directory_len += entry_len(bitmap.name.len());
+    }
+    check_count(bitmaps.len())?;
+    check_directory_len(directory_len)?;
+    Ok(Some((clusters + geometry.clusters(directory_len)) << geometry.cluster_bits()))
 }
 
 #[cfg(test)]
