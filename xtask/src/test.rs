@@ -58,9 +58,10 @@ fn searches() -> Result<Outcome, String> {
 }
 
 /// Name of the log, package and test binary, filters.
-const SEARCHES: [(&str, &[&str], &[&str]); 3] = [
+const SEARCHES: [(&str, &[&str], &[&str]); 4] = [
     ("searches", &["bds-core", "--lib"], &["schedules", "properties"]),
     ("searches-drivers", &["bds-drivers", "--test", "it"], &["sweep", "reopen", "qcow2"]),
+    ("searches-jobs", &["bds-jobs", "--test", "it"], &["races"]),
     ("searches-tool", &["bds-cli", "--test", "it"], &["qemu_"]),
 ];
 

@@ -2,10 +2,10 @@
 //! after a crash.
 //!
 //! Every write fills one block of [`BLOCK`] bytes with stamps (writer, number of the write, place,
-//! checksum), so that each sector shows which write it is from. [`StampedDisk`] keeps for each block
-//! all writes with the logical times at which they began and ended. A value is legal in a window of
-//! time unless a later write had replaced it before the window. The same rule serves reads under
-//! load, copies of one moment, and crashes, whose window begins with the last flush.
+//! checksum), so that each sector shows which write it is from. [`StampedDisk`] keeps for each
+//! block all writes with the logical times at which they began and ended. A value is legal in a
+//! window of time unless a later write had replaced it before the window. The same rule serves
+//! reads under load, copies of one moment, and crashes, whose window begins with the last flush.
 //!
 //! Nothing here does I/O: tests send the bytes where they want.
 

@@ -184,6 +184,42 @@
 //! # }
 //! ```
 //!
+//! # A backup in twenty lines
+//!
+//! A [job](crate::jobs) runs beside the guest. This one copies the disk as it is when `prepare`
+//! returns; what the guest overwrites meanwhile is copied before. The result of `wait` is announced
+//! when the copy is durable.
+//!
+//! ```
+//! use bds::jobs::backup::{Backup, BackupOptions};
+//! use bds::prelude::*;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let graph = Graph::new(GraphConfig::new(std::sync::Arc::new(bds::drivers::registry())));
+//! bds::io::block_on(async {
+//!     let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
+//!     let copy = graph.open(Options::parse("driver=mem,node-name=copy,size=1M")?).await?;
+//!     let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+//!     guest.write(0, vec![1; 4096].into(), WriteFlags::empty()).await?;
+//!
+//!     let jobs = JobManager::new(&graph); // ended by the graph's shutdown
+//!     let backup = Backup::prepare(BackupOptions::new(&disk, &copy, "backup0")).await?;
+//!     let options = JobOptions { speed: 64 << 20, ..JobOptions::new("backup0") };
+//!     let job = jobs.start(options, Box::new(backup)).await?;
+//!     guest.write(0, vec![2; 4096].into(), WriteFlags::empty()).await?; // after the moment
+//!     job.wait().await?;
+//!
+//!     let buf = Buf::zeroed(4096, 512);
+//!     Backend::new(&copy, BackendOptions::default())?.read(0, buf.iov()).await?;
+//!     assert_eq!(buf.iov().to_vec(0..4096), [1; 4096]);
+//!     Ok(())
+//! })
+//! # }
+//! ```
+//!
+//! Jobs that are started with [`start_group`](crate::jobs::JobManager::start_group), of any types,
+//! take effect together or not at all. States, verbs and guarantees: `docs/jobs.md`.
+//!
 //! # In an event loop
 //!
 //! A [`Context`](io::Context) is one thread's executor, engine and clock. Its descriptor is

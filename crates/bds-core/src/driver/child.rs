@@ -8,6 +8,7 @@ use super::{
     Attempt, BoxFuture, ImageInfo, Limits, Precision, ReadFlags, StatusRun, Truncate, WriteFlags,
     ZeroFlags,
 };
+use crate::bitmap::HBitmap;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Implements a [`Child`]: the request path to the node below. Implemented in `request/`.
@@ -95,6 +96,11 @@ pub trait ChildPort: Send + Sync + 'static {
     }
     /// Changes the length.
     fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>>;
+    /// A copy of the dirty bits of a named bitmap of the node below. `NotFound` if it has none.
+    fn copy_bitmap(&self, name: &str) -> Result<HBitmap> {
+        let words = format!("Bitmap '{name}' could not be found");
+        Err(Error::new(ErrorKind::NotFound, words))
+    }
     /// Facts about the image below.
     fn info(&self) -> BoxFuture<'_, Result<ImageInfo>> {
         Box::pin(async { Ok(ImageInfo::default()) })

@@ -7,6 +7,7 @@ use bds_io::IoVec;
 
 use super::admit::{enter, named};
 use super::{dispatch, flush, status, truncate, zero};
+use crate::bitmap::HBitmap;
 use crate::driver::{
     Attempt, BoxFuture, ChildPort, ImageInfo, Limits, Precision, ReadFlags, StatusRun, Truncate,
     WriteFlags, ZeroFlags,
@@ -143,6 +144,11 @@ impl ChildPort for Port {
 
     fn truncate(&self, change: Truncate) -> BoxFuture<'_, Result<()>> {
         truncate::truncate(&self.0, change)
+    }
+
+    fn copy_bitmap(&self, name: &str) -> Result<HBitmap> {
+        let target = self.0.target();
+        named(&target, target.copy_bitmap(name))
     }
 
     fn info(&self) -> BoxFuture<'_, Result<ImageInfo>> {

@@ -38,6 +38,36 @@ pub use bds_drivers::filter::copy_before_write::{AtLimit, OnCbwError};
 pub use options::{BackupOptions, BackupSync, BitmapSync};
 
 /// A backup, to be started with [`JobManager::start`](crate::JobManager::start).
+///
+/// ```
+/// use bds_core::Options;
+/// use bds_core::request::{Backend, BackendOptions};
+/// use bds_jobs::backup::{Backup, BackupOptions};
+/// use bds_jobs::{JobManager, JobOptions};
+///
+/// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+/// # let graph = bds_core::graph::Graph::new(config);
+/// # bds_io::block_on(async {
+/// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
+/// let copy = graph.open(Options::parse("driver=mem,node-name=copy,size=1M")?).await?;
+/// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+/// guest.write_at(0, b"before")?;
+///
+/// let jobs = JobManager::new(&graph);
+/// let backup = Backup::prepare(BackupOptions::new(&disk, &copy, "backup0")).await?;
+/// guest.write_at(0, b"after ")?; // not part of the backup
+/// let job = jobs.start(JobOptions::new("backup0"), Box::new(backup)).await?;
+/// job.wait().await?;
+///
+/// let mut bytes = [0; 6];
+/// Backend::new(&copy, BackendOptions::default())?.read_at(0, &mut bytes)?;
+/// assert_eq!(&bytes, b"before");
+/// # drop((guest, disk, copy));
+/// # Ok::<(), bds_core::Error>(())
+/// # })?;
+/// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+/// # Ok::<(), bds_core::Error>(())
+/// ```
 pub struct Backup {
     source: NodeRef,
     target: NodeRef,

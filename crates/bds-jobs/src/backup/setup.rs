@@ -8,7 +8,7 @@ use bds_core::graph::{BlockOps, Blocker, Change, Frozen, JobSlot, NodeId, NodeRe
 use bds_core::request::{Backend, BackendOptions};
 use bds_core::{Error, ErrorKind, Options, Result};
 use bds_drivers::filter::copy_before_write::{
-    MIN_GRANULE, SharedCopyBeforeWrite, Snapshot, SnapshotOptions, granule,
+    MIN_GRANULE, SharedCopyBeforeWrite, Snapshot, SnapshotOptions, check_target_above, granule,
 };
 
 use super::options::{BackupOptions, BackupSync, wrong};
@@ -54,7 +54,10 @@ impl Backup {
         let (above, frozen) = freeze_base(&options)?;
         let write_flags = match is_below(target, source) {
             // A reader of the target must not fall through to what is overwritten just then.
-            true => WriteFlags::SERIALISING,
+            true => {
+                check_target_above(options.staging_len)?;
+                WriteFlags::SERIALISING
+            }
             false => WriteFlags::empty(),
         };
         let map = Arc::new(CopyMap::new(source.len(), granule)?);

@@ -22,6 +22,9 @@ use crate::kinds::JobType;
 /// Longest flush of a target whose backup has failed.
 const FLUSH_TIME: Duration = Duration::from_secs(5);
 
+/// How often a stopped job looks whether it was resumed.
+const PAUSE_STEP: Duration = Duration::from_millis(20);
+
 /// Ends the snapshot unless the work has succeeded: a guest's write must not wait for a job that
 /// has failed or was cancelled.
 struct EndOnFailure<'s> {
@@ -150,7 +153,13 @@ impl Backup {
             let site = ErrorSite { offset, len, node };
             match ctx.on_error(Side::Target, site, &error).await {
                 ErrorVerdict::Fail => return error.context("cannot write the target").at(offset),
-                ErrorVerdict::Retry | ErrorVerdict::Skip => self.snapshot.retry_stage(),
+                ErrorVerdict::Retry | ErrorVerdict::Skip => {
+                    // Stopped by the policy: further failures of the stage are no news.
+                    while ctx.should_pause() {
+                        bds_io::sleep(PAUSE_STEP).await;
+                    }
+                    self.snapshot.retry_stage();
+                }
             }
         }
     }

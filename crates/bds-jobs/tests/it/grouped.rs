@@ -4,10 +4,11 @@
 //! a   guest ─► old                          mirror to 'new'
 //! b   guest ─► b2 ─► b1 ─► b0               commit of b1 into b0
 //! c   guest ─► c1 ─► c0                     stream of c0 into c1
+//! d   guest ─► d                            backup to 'copy'
 //! ```
 #![allow(clippy::unwrap_used, reason = "helpers of tests: a panic is their way to fail")]
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bds_core::Options;
@@ -16,26 +17,30 @@ use bds_core::graph::{Graph, GraphConfig, NewImage, NodeRef, walk};
 use bds_core::request::{Backend, BackendOptions};
 use bds_io::{Sim, SimConfig};
 
+use bds_jobs::backup::{Backup, BackupOptions};
 use bds_jobs::mirror::{Mirror, MirrorOptions};
 
 use bds_jobs::{
     Commit, CommitOptions, JobDriver, JobHandle, JobManager, JobOptions, JobStatus, Stream,
     StreamOptions,
 };
-use bds_testkit::{Chance, StampedDisk};
+use bds_testkit::{Chance, StampedDisk, Tick};
 
 use crate::fake::{Fake, fails, nothing};
 use crate::load::Load;
 
 const LEN: u64 = 128 << 10;
 
-/// The three disks, their guests and what these wrote.
+/// The four disks, their guests and what these wrote.
 struct Disks {
     jobs: JobManager,
     guests: Vec<Backend>,
     disks: Vec<Arc<StampedDisk>>,
     nodes: Vec<NodeRef>,
     new: NodeRef,
+    copy: NodeRef,
+    /// When the backup began: between these two.
+    began: Mutex<(Tick, Tick)>,
 }
 
 fn writer(node: &NodeRef, name: &str) -> Backend {
@@ -80,15 +85,18 @@ impl Disks {
         let gate = Arc::new(TrustAll { may_probe: false });
         let config = GraphConfig::new(Arc::new(bds_drivers::registry()));
         let graph = Graph::new(GraphConfig { fs: sim.fs(), gate, ..config });
-        let disks: Vec<_> = (0..3).map(|n| Arc::new(StampedDisk::new(n, LEN))).collect();
+        let disks: Vec<_> = (0..4).map(|n| Arc::new(StampedDisk::new(n, LEN))).collect();
         let old = open(&graph, &format!("driver=mem,node-name=old,size={LEN}")).await;
         let new = open(&graph, &format!("driver=mem,node-name=new,size={LEN}")).await;
+        let d = open(&graph, &format!("driver=mem,node-name=d,size={LEN}")).await;
+        let copy = open(&graph, &format!("driver=mem,node-name=copy,size={LEN}")).await;
         let b = chain(&graph, &["b0", "b1", "b2"], &disks[1], seed).await;
         let c = chain(&graph, &["c0", "c1"], &disks[2], seed).await;
-        let nodes = vec![old, b, c];
-        let names = ["guest-a", "guest-b", "guest-c"];
+        let nodes = vec![old, b, c, d];
+        let names = ["guest-a", "guest-b", "guest-c", "guest-d"];
         let guests = nodes.iter().zip(names).map(|(node, name)| writer(node, name)).collect();
-        Self { jobs: JobManager::new(&graph), guests, disks, nodes, new }
+        let (jobs, began) = (JobManager::new(&graph), Mutex::default());
+        Self { jobs, guests, disks, nodes, new, copy, began }
     }
 
     fn load(&self, seed: u64) -> Vec<Load> {
@@ -96,17 +104,21 @@ impl Disks {
         pairs.map(|(guest, disk)| Load::resume(guest, Arc::clone(disk), seed)).collect()
     }
 
-    /// Starts the three jobs, and one that fails at its plan if wanted.
+    /// Starts the four jobs, and one that fails at its plan if wanted.
     async fn start(&self, fails_at_plan: Option<usize>) -> Vec<JobHandle> {
         let graph = self.jobs.graph();
         let mirror = Mirror::prepare(MirrorOptions::new(&self.nodes[0], &self.new, "a"));
         let top = graph.find("b1").unwrap();
         let commit = CommitOptions { top: Some(top), ..CommitOptions::new(&self.nodes[1]) };
+        let from = self.disks[3].now();
+        let backup = Backup::prepare(BackupOptions::new(&self.nodes[3], &self.copy, "d")).await;
+        *self.began.lock().unwrap() = (from, self.disks[3].now());
         let options = |id| JobOptions { auto_finalize: false, ..JobOptions::new(id) };
         let mut group: Vec<(JobOptions, Box<dyn JobDriver>)> = vec![
             (options("a"), Box::new(mirror.await.unwrap())),
             (options("b"), Commit::prepare("b", commit).await.unwrap()),
             (options("c"), Stream::prepare("c", StreamOptions::new(&self.nodes[2])).await.unwrap()),
+            (options("d"), Box::new(backup.unwrap())),
         ];
         if let Some(place) = fails_at_plan {
             let fake = Fake { plan: fails("no plan"), ..Fake::running(nothing()) };
@@ -131,8 +143,8 @@ impl Disks {
             assert_eq!(load.failures(), 0, "no guest notices");
             load.verify(guest).await;
         }
-        let Self { jobs, guests, nodes, new, .. } = self;
-        drop((guests, nodes, new));
+        let Self { jobs, guests, nodes, new, copy, .. } = self;
+        drop((guests, nodes, new, copy));
         let report = jobs.graph().shutdown().await;
         assert!(report.failed.is_empty(), "{report:?}");
         report.check_leaks().unwrap();
@@ -165,7 +177,7 @@ fn world(seed: u64) -> Sim {
 }
 
 #[test]
-fn mirror_commit_and_stream_take_effect_together() {
+fn jobs_of_four_types_take_effect_together() {
     for seed in 0..3 {
         let sim = world(seed);
         sim.block_on(async {
@@ -173,12 +185,16 @@ fn mirror_commit_and_stream_take_effect_together() {
             let loads = disks.load(seed);
             let handles = disks.start(None).await;
             pending(&handles).await;
-            assert_eq!(disks.shape(), ["old", "b2 b1 b0", "c1 c0"], "nothing is visible yet");
+            assert_eq!(disks.shape(), ["old", "b2 b1 b0", "c1 c0", "d"], "nothing is visible yet");
             handles[2].finalize().unwrap();
             for job in &handles {
                 job.wait().await.unwrap();
             }
-            assert_eq!(disks.shape(), ["new", "b2 b0", "c1"]);
+            assert_eq!(disks.shape(), ["new", "b2 b0", "c1", "d"]);
+            let copy = Backend::new(&disks.copy, BackendOptions::default()).unwrap();
+            let began = *disks.began.lock().unwrap();
+            loads[3].verify_window(&copy, began).await;
+            drop(copy);
             bds_io::sleep(Duration::from_millis(2)).await;
             disks.finish(loads).await;
         });
@@ -202,7 +218,7 @@ fn a_member_that_fails_at_its_plan_leaves_all_disks_as_they_were() {
                 assert_eq!(error, expected, "{}", job.id());
                 assert_eq!(job.info().cleanup_error, None, "{}", job.id());
             }
-            assert_eq!(disks.shape(), ["old", "b2 b1 b0", "c1 c0"]);
+            assert_eq!(disks.shape(), ["old", "b2 b1 b0", "c1 c0", "d"]);
             assert_eq!(stable(&disks.jobs.graph().dump()), before);
             disks.finish(loads).await;
         });
@@ -220,7 +236,7 @@ fn a_cancel_at_any_time_leaves_all_or_none() {
             let loads = disks.load(seed);
             let mut chance = Chance::new(seed);
             let handles = disks.start(None).await;
-            let victim = handles[usize::try_from(chance.below(3)).unwrap()].clone();
+            let victim = handles[usize::try_from(chance.below(4)).unwrap()].clone();
             let is_late = chance.one_in(2);
             let when = Duration::from_micros(chance.below(if is_late { 30_000 } else { 5000 }));
             if is_late {
@@ -240,13 +256,11 @@ fn a_cancel_at_any_time_leaves_all_or_none() {
             }
             if results[0] {
                 committed += 1;
-                assert_eq!(
-                    (results, disks.shape()),
-                    (vec![true; 3], vec!["new".to_owned(), "b2 b0".to_owned(), "c1".to_owned()])
-                );
+                assert_eq!(results, [true; 4]);
+                assert_eq!(disks.shape(), ["new", "b2 b0", "c1", "d"]);
             } else {
                 aborted += 1;
-                assert_eq!(results, [false; 3]);
+                assert_eq!(results, [false; 4]);
                 assert_eq!(stable(&disks.jobs.graph().dump()), before, "seed {seed}");
             }
             disks.finish(loads).await;

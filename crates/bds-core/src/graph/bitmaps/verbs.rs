@@ -7,8 +7,8 @@ use super::lease::{belongs_to_owner, gone};
 use super::list::Need;
 use super::persist;
 use crate::bitmap::HBitmap;
-use crate::error::{Error, Result};
-use crate::graph::{Graph, NodeRef};
+use crate::error::{Error, ErrorKind, Result};
+use crate::graph::{Graph, Node, NodeRef};
 
 impl NodeRef {
     /// Adds a bitmap. It belongs to the node: it lives until it is removed or the node ends.
@@ -189,6 +189,25 @@ impl NodeRef {
         let edit = marked.await.map_err(named)?;
         drop(lists.stage([&edit])?.commit());
         Ok(())
+    }
+}
+
+impl Node {
+    /// A copy of the dirty bits of a named bitmap, for a driver above.
+    ///
+    /// # Errors
+    /// `NotFound`; `InUse`: it is leased; `InvalidInput`: it is inconsistent.
+    pub(crate) fn copy_bitmap(&self, name: &str) -> Result<HBitmap> {
+        let number = self.bitmaps.number_of(name)?;
+        let locked = self.bitmaps.lock(|| self.len());
+        let entry = locked.find(number).ok_or_else(|| {
+            let words = format!("Bitmap '{name}' could not be found");
+            Error::new(ErrorKind::NotFound, words)
+        })?;
+        entry.check(Need::Use)?;
+        let copy = HBitmap::new(entry.bits.len(), entry.bits.granularity())?;
+        copy.merge(&entry.bits)?;
+        Ok(copy)
     }
 }
 

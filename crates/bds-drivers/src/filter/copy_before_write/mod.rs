@@ -10,7 +10,7 @@
 //! node      the driver
 //! ```
 //!
-//! Options are QEMU's `file`, `target`, `on-cbw-error`, `cbw-timeout` (seconds) and
+//! Options are QEMU's `file`, `target`, `bitmap`, `on-cbw-error`, `cbw-timeout` (seconds) and
 //! `min-cluster-size`, and `staging-size` (bytes) with `staging-policy`, which QEMU does not have:
 //! with them a write waits only until its old data is in memory, and a target that is slow or stuck
 //! holds up no guest until the area is full. The snapshot is read through `snapshot-access`.
@@ -31,8 +31,11 @@ mod view;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bds_core::bitmap::HBitmap;
 use bds_core::copy::CopyMap;
-use bds_core::driver::{BoxFuture, Category, Child, Driver, DriverType, OpenContext, Role};
+use bds_core::driver::{
+    BoxFuture, Category, Child, Driver, DriverType, OpenContext, Role, WriteFlags,
+};
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, ErrorKind, Result};
 
@@ -56,6 +59,8 @@ const fn spec(name: &'static str, kind: OptionKind, help: &'static str) -> Optio
 const OPEN_OPTIONS: &[OptionSpec] = &[
     spec("file", OptionKind::Child, "the node whose old data is kept"),
     spec("target", OptionKind::Child, "the node that old data is copied to"),
+    spec("bitmap.node", OptionKind::String, "the file's node, for a bitmap"),
+    spec("bitmap.name", OptionKind::String, "a bitmap: only what is dirty in it is kept"),
     OptionSpec {
         name: "on-cbw-error",
         kind: OptionKind::Choice(&["break-guest-write", "break-snapshot"]),
@@ -92,13 +97,20 @@ filter_type!(CopyBeforeWrite, "copy-before-write", "old data is copied before it
 
 impl CopyBeforeWrite {
     async fn open_node(&self, context: &mut OpenContext<'_>) -> Result<CopyBeforeWriteNode> {
-        let options = take_options(&mut context.options)?;
+        let mut options = take_options(&mut context.options)?;
         let min_len = take_min_cluster(&mut context.options)?;
         let (file, target) = open_children(context).await?;
+        if target.status_down_to(&file.node_name(), 0, 0).await.is_ok() {
+            check_target_above(options.staging_len)?;
+            options.write_flags = WriteFlags::SERIALISING;
+        }
         let info = target.info().await?;
         let granule = granule(min_len, info.cluster_size)?;
         let map = Arc::new(CopyMap::new(file.len(), granule)?);
-        map.mark_all();
+        match take_bitmap(&mut context.options, &file)? {
+            Some(bits) => map.bitmap().merge(&bits)?,
+            None => map.mark_all(),
+        }
         make_node(context, (file, target), Snapshot::new(map, options)?, false)
     }
 }
@@ -144,6 +156,22 @@ impl DriverType for SharedCopyBeforeWrite {
     }
 }
 
+/// Checks a snapshot whose target has the disk below it: readers of the target see the disk where
+/// nothing was copied. Each write to the target must wait for them
+/// ([`WriteFlags::SERIALISING`](bds_core::driver::WriteFlags)), and must be there before the disk
+/// changes.
+///
+/// # Errors
+/// `InvalidInput`: data would be staged.
+pub fn check_target_above(staging_len: u64) -> Result<()> {
+    if staging_len == 0 {
+        return Ok(());
+    }
+    let words = "readers of a target on top of the disk would miss staged data: use another target \
+                 and read through snapshot-access";
+    Err(Error::new(ErrorKind::InvalidInput, words).field("staging-size", staging_len))
+}
+
 /// Bytes that are kept together: at least [`MIN_GRANULE`], `min_len` and the target's clusters.
 ///
 /// # Errors
@@ -179,6 +207,20 @@ fn make_node(
     }
     snapshot.attach(context.node_name, context.events.clone())?;
     Ok(CopyBeforeWriteNode(Arc::new(Parts { file, target, snapshot, shares_writes })))
+}
+
+/// The dirty bits of the bitmap that the options name.
+fn take_bitmap(options: &mut Options, file: &Child) -> Result<Option<HBitmap>> {
+    let (node, name) = (options.take_str("bitmap.node")?, options.take_str("bitmap.name")?);
+    let wrong = |words: &str| Error::new(ErrorKind::InvalidInput, words);
+    match (node, name) {
+        (None, None) => Ok(None),
+        (Some(node), Some(name)) if node == file.node_name() => file.copy_bitmap(&name).map(Some),
+        (Some(node), Some(_)) => {
+            Err(wrong("the bitmap must be one of the file's node").field("bitmap.node", node))
+        }
+        _ => Err(wrong("option 'bitmap' needs both 'node' and 'name'")),
+    }
 }
 
 fn take_min_cluster(options: &mut Options) -> Result<u64> {

@@ -151,8 +151,9 @@ impl Snapshot {
         self.stage.next_failure().await
     }
 
-    /// Lets failed writes of staged data be tried at once.
+    /// Lets failed writes of staged data be tried at once, and forgets failures until now.
     pub fn retry_stage(&self) {
+        self.stage.forget_failure();
         self.stage.retry_now();
     }
 

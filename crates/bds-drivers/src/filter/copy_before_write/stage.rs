@@ -294,6 +294,11 @@ impl Stage {
         self.changed.wait_for(|| self.state().failure.take()).await
     }
 
+    /// Forgets a failure that was not taken.
+    pub(super) fn forget_failure(&self) {
+        self.state().failure = None;
+    }
+
     /// Lets failed entries be tried at once.
     pub(super) fn retry_now(&self) {
         let mut waited = false;

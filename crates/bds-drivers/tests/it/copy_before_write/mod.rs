@@ -371,6 +371,49 @@ fn what_a_reader_discards_is_neither_kept_nor_readable() {
 }
 
 #[test]
+fn with_a_bitmap_only_what_is_dirty_in_it_is_kept() {
+    let fixture = Fixture::with(Sim::new(1, SimConfig::calm()));
+    let sim = fixture.sim.clone();
+    sim.block_on(async {
+        let target = Control::new(vec![0; LEN as usize]);
+        let disk = open(&fixture, "disk", &Control::new(pattern(1))).await;
+        let copy = open(&fixture, "copy", &target).await;
+        disk.add_bitmap(bds_core::graph::BitmapOptions::named("b")).await.unwrap();
+        let guest = user(&disk, "guest", true).unwrap();
+        let write = |granule: u64| {
+            let buf = Buf::from_slice(&[7; 512]);
+            guest.write(granule * GRANULE, buf.iov(), WriteFlags::empty())
+        };
+        write(3).await.unwrap();
+        let options = |node: &str, name: &str| {
+            let options = json!({
+                "driver": "copy-before-write", "node-name": "filter", "file": "disk",
+                "target": "copy", "bitmap": {"node": node, "name": name},
+            });
+            Options::from_json(options).unwrap()
+        };
+        let wrong = fixture.graph.open(options("copy", "b")).await.unwrap_err();
+        assert!(wrong.to_string().contains("must be one of the file's node"), "{wrong}");
+        let wrong = fixture.graph.open(options("disk", "c")).await.unwrap_err();
+        assert_eq!(wrong.kind(), ErrorKind::NotFound);
+        let filter = fixture.graph.open(options("disk", "b")).await.unwrap();
+        fixture.graph.insert_filter(&disk, &filter).await.unwrap();
+        write(3).await.unwrap();
+        write(5).await.unwrap();
+        let kept = target.bytes();
+        assert_eq!((kept[3 << 16], kept[5 << 16]), (7, 0));
+        let view = json!({"driver": "snapshot-access", "file": "filter"});
+        let view = fixture.graph.open(Options::from_json(view).unwrap()).await.unwrap();
+        let view = user(&view, "view", false).unwrap();
+        let buf = Buf::zeroed(512, 512);
+        view.read(3 << 16, buf.iov()).await.unwrap();
+        let refused = view.read(5 << 16, buf.iov()).await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::PermissionDenied);
+        drop(copy);
+    });
+}
+
+#[test]
 fn permissions_of_the_filter() {
     run(1, json!({}), async |world| {
         let past = user(&world.disk, "intruder", true).unwrap_err();

@@ -30,7 +30,7 @@ fn a_stopped_job_goes_on_with_the_same_point_in_time() {
         (libc::EIO, OnError::Stop, IoStatus::Failed),
         (libc::ENOSPC, OnError::Enospc, IoStatus::Nospace),
     ] {
-        for staging in [0, 8 << 20] {
+        for staging in [0, 32 << 20] {
             run(1, async |world: World| {
                 let (guest, control, mut options, start) = scene(&world, 1).await;
                 options.staging_len = staging;
@@ -46,9 +46,14 @@ fn a_stopped_job_goes_on_with_the_same_point_in_time() {
                     errors += u32::from(matches!(event, JobEvent::Error { .. }));
                 }
                 assert_eq!(errors, 1);
+                // Staged writes fail too; the guest does not notice.
+                if staging != 0 {
+                    guest.run(6, 20).await;
+                    bds_io::sleep(Duration::from_secs(3)).await;
+                    assert_eq!(job.status(), JobStatus::Paused);
+                }
                 control.errno.store(0, Ordering::SeqCst);
-                let writing = guest.run(5, 50);
-                writing.await;
+                guest.run(5, 50).await;
                 job.resume().unwrap();
                 job.wait().await.unwrap();
                 assert_eq!(job.info().io_status, IoStatus::Ok);
@@ -193,6 +198,7 @@ fn cancelled_at_any_moment() {
             let before = shape(world.graph());
             let backup = Backup::prepare(options).await.unwrap();
             let job = world.jobs.start(kept("job0"), Box::new(backup)).await.unwrap();
+            guest.discards.store(true, std::sync::atomic::Ordering::SeqCst);
             let writing = guest.run(seed, 60);
             bds_io::sleep(Duration::from_micros(seed * 23)).await;
             let _may_be_over = job.cancel(true);

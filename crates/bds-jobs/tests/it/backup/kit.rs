@@ -143,6 +143,8 @@ pub(super) struct Writer {
     steps: Mutex<Vec<Step>>,
     completed: AtomicUsize,
     stop: AtomicBool,
+    /// Discards before some of the writes.
+    pub(super) discards: AtomicBool,
 }
 
 impl Writer {
@@ -153,6 +155,7 @@ impl Writer {
             steps: Mutex::default(),
             completed: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
+            discards: AtomicBool::new(false),
         })
     }
 
@@ -184,6 +187,9 @@ impl Writer {
         let byte = if rng.one_in(5) { 0 } else { 1 + rng.below(255) as u8 };
         let range = offset as usize..(offset + len) as usize;
         self.steps.lock().unwrap().push(Step { range, byte });
+        if self.discards.load(Ordering::SeqCst) && rng.one_in(3) {
+            self.disk.discard(offset, len).await?;
+        }
         if byte == 0 {
             let _done = self.disk.write_zeroes(offset, len, ZeroFlags::MAY_UNMAP).await?;
         } else {
