@@ -62,6 +62,10 @@ pub(crate) enum Command {
     Resize(Resize),
     /// Changes persistent dirty bitmaps of an image
     Bitmap(Bitmap),
+    /// Writes an image's contents into its backing file
+    Commit(Commit),
+    /// Copies an image's backing files into it, and cuts them off
+    Stream(Stream),
     /// Measures how fast an image is read or written
     Bench(Bench),
     /// Copies a range of blocks
@@ -350,6 +354,67 @@ pub(crate) struct Resize {
     /// The new size, or a change if it begins with + or -
     #[arg(allow_hyphen_values = true)]
     pub(crate) size: String,
+}
+
+/// What is shown while a job runs.
+#[derive(Args, Debug)]
+pub(crate) struct JobDisplay {
+    /// Show progress
+    #[arg(short, long)]
+    pub(crate) progress: bool,
+    /// How to print; json: the job's events, one a line
+    #[arg(long, value_enum, default_value = "human")]
+    pub(crate) output: Output,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Commit {
+    #[command(flatten)]
+    pub(crate) source: Source,
+    /// Commit into this image of the backing chain instead of the next one; implies -d
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) base: Option<OsString>,
+    /// Do not empty the image afterwards
+    #[arg(short, long)]
+    pub(crate) drop: bool,
+    /// Cache mode
+    #[arg(short = 't', long, default_value = "writeback", value_name = "CACHE")]
+    pub(crate) cache: String,
+    /// At most this many bytes a second
+    #[arg(short, long, value_name = "RATE")]
+    pub(crate) rate: Option<String>,
+    #[command(flatten)]
+    pub(crate) display: JobDisplay,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// The image
+    pub(crate) filename: OsString,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Stream {
+    #[command(flatten)]
+    pub(crate) source: Source,
+    /// Keep this image of the backing chain, and those below it
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) base: Option<OsString>,
+    /// Record this name of the base, instead of its file name
+    #[arg(long, value_name = "FILE", requires = "base")]
+    pub(crate) backing_file: Option<OsString>,
+    /// Cache mode
+    #[arg(short = 't', long, default_value = "writeback", value_name = "CACHE")]
+    pub(crate) cache: String,
+    /// At most this many bytes a second
+    #[arg(short, long, value_name = "RATE")]
+    pub(crate) rate: Option<String>,
+    #[command(flatten)]
+    pub(crate) display: JobDisplay,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// The image
+    pub(crate) filename: OsString,
 }
 
 #[derive(Args, Debug)]

@@ -52,6 +52,8 @@ fn main() -> ExitCode {
         Command::Measure(args) => cmd::measure::run(args),
         Command::Resize(args) => cmd::resize::run(args),
         Command::Bitmap(args) => cmd::bitmap::run(args),
+        Command::Commit(args) => cmd::commit::run(args),
+        Command::Stream(args) => cmd::stream::run(args),
         Command::Bench(args) => cmd::bench::run(args),
         Command::Dd(args) => cmd::dd::run(args),
         Command::Graph(args) => cmd::graph::run(args),

@@ -23,8 +23,9 @@
 //! | `remove` | when a persistent bitmap is removed |
 //!
 //! `load` is called on read-only images too; the others only while the node is writable and active.
-//! No two calls overlap. Requests may be in flight during `can_store`, `mark_in_use`, `remove`, and
-//! `store` on request: for those the driver synchronises with its own requests.
+//! Calls do not overlap, except that `can_store`, which only answers, may come at any time. No
+//! request of the node is in flight during `load` and `store`; there may be some during
+//! `mark_in_use` and `remove`, with which the driver synchronises.
 
 use std::fmt;
 use std::sync::Arc;

@@ -253,6 +253,16 @@ pub trait Driver: Send + Sync + 'static {
         Box::pin(std::future::ready(Err(no_backing_record(self.name()))))
     }
 
+    /// Makes the whole image show its backing node: it holds nothing itself from then on. Other
+    /// requests to the node wait meanwhile. Not necessarily durable when it returns.
+    ///
+    /// # Errors
+    /// `NotSupported`: the format cannot do that. After another error parts may be empty.
+    fn make_empty(&self) -> BoxFuture<'_, Result<()>> {
+        let words = format!("{} images cannot be emptied", self.name());
+        Box::pin(std::future::ready(Err(Error::new(ErrorKind::NotSupported, words))))
+    }
+
     /// Invalidates cached facts about children (a length, an alignment, abilities of the file): a
     /// child was re-pointed, or a node below or this one was exchanged or reopened. Called with no
     /// request in flight, before [`Driver::limits`] is read again, and also if nothing has changed.

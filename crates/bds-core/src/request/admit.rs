@@ -21,7 +21,7 @@ use bds_refcount::Strong;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Edge, InFlightGuard, Node, Target};
-use crate::tracker::{ShardNumber, Tracked, Writing};
+use crate::tracker::{RequestTracker, ShardNumber, Tracked, Writing};
 
 /// The node an edge led to, with this request counted in flight at the node and at its backend.
 /// Dropping counts it out.
@@ -139,8 +139,11 @@ impl Entered<'_> {
     /// # Errors
     /// `WouldWait`, see [`Admission::no_wait_if`].
     pub(super) async fn admit(&self, admission: Admission) -> Result<RequestScope<'_>> {
-        let scope = self.scope();
-        scope.admit(self.number, admission).await
+        let mut tracked = admission.register(self.tracker(), self.number);
+        if !tracked.may_go() {
+            Box::pin(admission.wait_turn(&mut tracked)).await?;
+        }
+        Ok(self.scope().admitted(self.number, &admission, tracked))
     }
 
     /// The scope of a request without a range: a flush.
@@ -212,6 +215,21 @@ impl Admission {
     pub(super) fn no_wait_if(self, no_wait: bool) -> Self {
         Self { no_wait, ..self }
     }
+
+    #[inline]
+    fn register<'a>(&self, tracker: &'a RequestTracker, number: ShardNumber) -> Tracked<'a> {
+        tracker.track(number, self.range.clone(), self.is_serialising)
+    }
+
+    /// Waits for the turn of its range. Boxed by its callers: few requests wait, and it would make
+    /// every layer's future larger.
+    async fn wait_turn(&self, tracked: &mut Tracked<'_>) -> Result<()> {
+        if self.no_wait && tracked.has_conflict() {
+            return Err(would_wait(self.range.start));
+        }
+        tracked.wait_turn().await;
+        Ok(())
+    }
 }
 
 /// An admitted request: in flight at its node, with its range registered. Driver operations run in
@@ -242,28 +260,16 @@ impl<'a> RequestScope<'a> {
         self.node
     }
 
-    async fn admit(self, number: ShardNumber, admission: Admission) -> Result<Self> {
-        let Admission { range, is_write, change, is_serialising, no_wait } = admission;
-        let (tracker, start) = (self.node.tracker(), range.start);
-        let mut tracked = tracker.track(number, range, is_serialising);
-        if !tracked.may_go() {
-            if no_wait && tracked.has_conflict() {
-                return Err(would_wait(start));
-            }
-            Box::pin(tracked.wait_turn()).await;
-        }
-        let writing = is_write.then(|| tracker.writing(number));
-        Ok(self.admitted(writing, change, tracked))
-    }
-
+    /// The scope once the turn of `tracked` has come.
+    #[inline]
     fn admitted(
         mut self,
-        writing: Option<Writing<'a>>,
-        change: Option<Change>,
+        number: ShardNumber,
+        admission: &Admission,
         tracked: Tracked<'a>,
     ) -> Self {
-        self.writing = writing;
-        self.change = change;
+        self.writing = admission.is_write.then(|| self.node.tracker().writing(number));
+        self.change = admission.change;
         self.tracked = Some(tracked);
         self
     }
@@ -321,6 +327,10 @@ impl DetachedGuard {
     /// See [`Entered::admit`].
     pub(super) async fn admit(&self, admission: Admission) -> Result<RequestScope<'_>> {
         let node = &self.node;
+        let mut tracked = admission.register(node.tracker(), self.number);
+        if !tracked.may_go() {
+            Box::pin(admission.wait_turn(&mut tracked)).await?;
+        }
         let scope = RequestScope {
             node,
             backend_guard: None,
@@ -329,7 +339,7 @@ impl DetachedGuard {
             tracked: None,
             above: None,
         };
-        scope.admit(self.number, admission).await
+        Ok(scope.admitted(self.number, &admission, tracked))
     }
 }
 

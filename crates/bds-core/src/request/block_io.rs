@@ -104,6 +104,21 @@ pub(super) async fn read_around(node: &Node, limits: &Limits, padded: &Padded) -
     Ok(pad)
 }
 
+/// Whether a write needs neither widening nor pieces.
+pub(super) fn is_plain(limits: &Limits, range: CheckedRange, iov: &IoVec) -> bool {
+    Padded::new(&(range.start..range.end), limits.request_alignment).is_none()
+        && is_one_piece(limits, iov)
+}
+
+/// The flags that the driver takes of a write, and whether a flush must follow because it does not
+/// take `FUA`.
+pub(super) fn split_flags(node: &Node, flags: WriteFlags) -> (WriteFlags, bool) {
+    let fua = flags.contains(WriteFlags::FUA) && !node.flags().cache.no_flush;
+    let mut native = flags & node.driver().write_flags();
+    native.set(WriteFlags::FUA, fua && native.contains(WriteFlags::FUA));
+    (native, fua && !native.contains(WriteFlags::FUA))
+}
+
 /// Writes an aligned range in its scope. True if a flush must follow.
 pub(super) async fn write_aligned(
     scope: &RequestScope<'_>,
@@ -112,19 +127,14 @@ pub(super) async fn write_aligned(
     iov: IoVec,
     flags: WriteFlags,
 ) -> Result<bool> {
-    let node = scope.node();
-    let fua = flags.contains(WriteFlags::FUA) && !node.flags().cache.no_flush;
-    let mut native = flags & node.driver().write_flags();
-    native.set(WriteFlags::FUA, fua && native.contains(WriteFlags::FUA));
-    let wants_flush = fua && !native.contains(WriteFlags::FUA);
-
-    let len = iov.len();
-    let piece_len = piece_len(limits, &iov);
-    if len <= piece_len && is_short_enough(limits, &iov) {
-        scope.run_paced(len as u64, |node| node.driver().write(offset, iov, native)).await?;
-        return Ok(wants_flush);
+    let (native, wants_flush) = split_flags(scope.node(), flags);
+    if is_one_piece(limits, &iov) {
+        let len = iov.len() as u64;
+        scope.run_paced(len, |node| node.driver().write(offset, iov, native)).await?;
+    } else {
+        let piece_len = piece_len(limits, &iov);
+        Box::pin(write_pieces(scope, limits, offset, iov, native, piece_len)).await?;
     }
-    Box::pin(write_pieces(scope, limits, offset, iov, native, piece_len)).await?;
     Ok(wants_flush)
 }
 
@@ -161,6 +171,10 @@ fn piece_len(limits: &Limits, iov: &IoVec) -> usize {
         len = len.min(BOUNCE_LEN);
     }
     usize::try_from(round_down(len, align).max(align)).unwrap_or(usize::MAX)
+}
+
+fn is_one_piece(limits: &Limits, iov: &IoVec) -> bool {
+    iov.len() <= piece_len(limits, iov) && is_short_enough(limits, iov)
 }
 
 fn is_short_enough(limits: &Limits, iov: &IoVec) -> bool {

@@ -34,17 +34,21 @@ use crate::graph::{InFlightGuard, Node, OwnedInFlight};
 use crate::tracker::{DetachedRange, Tracked};
 
 impl RequestScope<'_> {
-    /// As [`RequestScope::run`], for a change of `len` bytes that the driver may pace. Dropped
-    /// during the pause: no effect.
+    /// As [`RequestScope::run`], after [`RequestScope::pause`].
     pub(super) async fn run_paced<R: Send + 'static>(
         &self,
         len: u64,
         begin: impl for<'n> FnOnce(&'n Node) -> BoxFuture<'n, R>,
     ) -> R {
+        self.pause(len).await;
+        self.run(begin).await
+    }
+
+    /// Waits as long as the driver paces a change of `len` bytes. Dropped meanwhile: no effect.
+    pub(super) async fn pause(&self, len: u64) {
         if let Some(turn) = self.node.driver().pace(len) {
             turn.await;
         }
-        self.run(begin).await
     }
 
     /// Runs an operation of the driver. Once polled, it runs to completion even if it is dropped.

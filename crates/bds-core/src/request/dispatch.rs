@@ -7,6 +7,7 @@
 //! Rare branches are boxed: every layer's future contains the next one's, and most requests are
 //! plain.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use bds_io::IoVec;
@@ -146,27 +147,52 @@ pub(super) async fn write_entered(
         let _done = Box::pin(zero::write_zeroes_entered(edge, node, range, zero_flags)).await?;
         return Ok(());
     }
-    let wants_flush = {
-        let limits = node.limits();
-        let bytes = range.start..range.end;
-        let padded = Padded::new(&bytes, limits.request_alignment);
-        let outer = padded.as_ref().map_or(bytes, |p| p.outer.clone());
-        let start = outer.start;
-        let admission = Admission::write(outer)
-            .unchanged_if(flags.contains(WriteFlags::UNCHANGED))
-            .serialising_if(padded.is_some() || flags.contains(WriteFlags::SERIALISING))
-            .no_wait_if(flags.contains(WriteFlags::NO_WAIT));
-        let scope = node.admit(admission).await?;
-        let iov = match padded {
-            None => iov,
-            Some(padded) => {
-                let pad = Box::pin(read_around(node, &limits, &padded)).await?;
-                padded.join(&pad, iov)
-            }
-        };
-        write_aligned(&scope, &limits, start, iov, flags).await?
+    let wants_flush = if block_io::is_plain(&node.limits(), range, &iov) {
+        let scope = node.admit(admission(range.start..range.end, flags)).await?;
+        let (native, wants_flush) = block_io::split_flags(node, flags);
+        // In two steps: this future keeps the arguments once, not also for the pause.
+        scope.pause(range.len()).await;
+        scope.run(|node| node.driver().write(range.start, iov, native)).await?;
+        wants_flush
+    } else {
+        Box::pin(write_widened(node, range, iov, flags)).await?
     };
     if wants_flush { Box::pin(flush::flush_entered(node)).await } else { Ok(()) }
+}
+
+/// Writes a range that must be widened or goes down in pieces. True if a flush must follow.
+async fn write_widened(
+    node: &Entered<'_>,
+    range: CheckedRange,
+    iov: IoVec,
+    flags: WriteFlags,
+) -> Result<bool> {
+    let limits = node.limits();
+    let bytes = range.start..range.end;
+    let padded = Padded::new(&bytes, limits.request_alignment);
+    let outer = padded.as_ref().map_or(bytes, |p| p.outer.clone());
+    let start = outer.start;
+    let mut admission = admission(outer, flags);
+    if padded.is_some() {
+        admission = admission.serialising();
+    }
+    let scope = node.admit(admission).await?;
+    let iov = match padded {
+        None => iov,
+        Some(padded) => {
+            let pad = read_around(node, &limits, &padded).await?;
+            padded.join(&pad, iov)
+        }
+    };
+    write_aligned(&scope, &limits, start, iov, flags).await
+}
+
+/// How a write is admitted by its flags.
+fn admission(range: Range<u64>, flags: WriteFlags) -> Admission {
+    Admission::write(range)
+        .unchanged_if(flags.contains(WriteFlags::UNCHANGED))
+        .serialising_if(flags.contains(WriteFlags::SERIALISING))
+        .no_wait_if(flags.contains(WriteFlags::NO_WAIT))
 }
 
 /// Zero flags for a write of zeros, if `detect-zeroes` is on for the node.

@@ -31,6 +31,7 @@ mod block_io;
 mod copy_on_read;
 mod detach_on_drop;
 mod dispatch;
+mod empty;
 mod flush;
 mod offload;
 mod port;

@@ -175,7 +175,7 @@ fn a_failed_write_or_flush_leaves_the_old_record_or_the_new() {
             let graph = TestEnv::Sim(sim.clone()).graph();
             let disk = sim.block_on(open(&graph, false)).unwrap();
             let old = sim.block_on(recorded(&disk));
-            sim.fail_nth(sim.ops() + n, fault);
+            sim.fail_nth(n, fault);
             let record = Some(BackingRecord::new("other", Some("qcow2")));
             let result = sim.block_on(disk.set_backing_record(record.clone()));
             sim.clear_faults();
@@ -191,7 +191,7 @@ fn a_failed_write_or_flush_leaves_the_old_record_or_the_new() {
             if result.is_ok() { done += 1 } else { failed += 1 }
         }
     }
-    assert!(failed >= 6 && done > 10, "{failed} {done}");
+    assert!(failed > 10 && done > 10, "{failed} {done}");
 }
 
 #[test]

@@ -37,9 +37,9 @@ impl Headers {
         job: &str,
     ) -> Result<()> {
         let named = |error: Error| {
-            error
-                .context("cannot rewrite the backing file that the image records")
-                .node(image.name())
+            let words =
+                format!("image '{}': cannot rewrite the backing file it records", image.name());
+            error.context(words).node(image.name())
         };
         let old = names::recorded(image).await.map_err(named)?;
         self.writable.make(image).await.map_err(named)?;

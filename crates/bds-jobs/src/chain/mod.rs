@@ -4,12 +4,14 @@
 //! ```text
 //! nodes     images of a chain, overlays of an image, links
 //! names     how an image records another one
+//! last_run  remembers the last run of a block status
 //! headers   rewrites records; writes the old ones back if the job fails
 //! writable  makes read-only images writable, and read-only again
 //! shield    a filter that uses nothing of its child and lets others do everything
 //! ```
 
 pub(crate) mod headers;
+pub(crate) mod last_run;
 pub(crate) mod names;
 pub(crate) mod nodes;
 pub(crate) mod shield;

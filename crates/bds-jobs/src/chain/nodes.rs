@@ -132,3 +132,13 @@ pub(crate) async fn freeze_link(image: &NodeRef, holder: &str) -> Result<Option<
         }
     }
 }
+
+/// Closes the nodes whose last reference is gone: a job's filters, images that were cut out.
+pub(crate) async fn close_dead(graph: &Graph) -> Result<()> {
+    let mut first = Ok(());
+    for report in graph.reap().await {
+        let failed = report.flush_error.or(report.close_error);
+        first = first.and(failed.map_or(Ok(()), |error| Err(error.node(report.name))));
+    }
+    first
+}

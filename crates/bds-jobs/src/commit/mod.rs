@@ -32,8 +32,9 @@ pub use self::options::CommitOptions;
 use self::options::Plan;
 use self::sides::Shown;
 use crate::chain::headers::Headers;
+use crate::chain::last_run::LastRun;
 use crate::chain::names::BaseName;
-use crate::chain::nodes::{Overlay, claim_all, freeze_link, link_to, overlays};
+use crate::chain::nodes::{Overlay, claim_all, close_dead, freeze_link, link_to, overlays};
 use crate::chain::shield::Shield;
 use crate::chain::writable::MadeWritable;
 use crate::context::JobContext;
@@ -204,7 +205,8 @@ impl Commit {
         ctx.progress().set_remaining(map.dirty_bytes());
         let options =
             RunOptions { above: Some(plan.base().id()), may_unmap: true, ..RunOptions::default() };
-        copy::run(&map, &Shown(users.top.clone()), &users.base, &options, ctx).await?;
+        copy::run(&map, &Shown(users.top.clone(), LastRun::default()), &users.base, &options, ctx)
+            .await?;
         self.covered = len;
         Ok(())
     }
@@ -238,8 +240,9 @@ impl Commit {
         }
         let mut filters = std::mem::take(&mut self.filters).into_iter();
         if let (Some(upper), Some(lower)) = (filters.next(), filters.next()) {
+            // They die with their last references: a removal in the change would fail if a query
+            // looked at them just now.
             change = change.replace(&upper, plan.base()).drop_filter(&lower);
-            change = change.remove(upper).remove(lower);
         }
         Ok(change)
     }
@@ -252,7 +255,7 @@ impl Commit {
         self.held = Held::default();
         self.plan = None;
         let restored = self.writable.restore().await;
-        written_back.and(filters_removed).and(restored)
+        written_back.and(filters_removed).and(restored).and(close_dead(&self.graph).await)
     }
 
     async fn remove_filters(&mut self) -> Result<()> {
@@ -266,8 +269,8 @@ impl Commit {
             return Ok(());
         }
         let mut change = self.held.frozen.iter().fold(self.graph.change(), Change::thaw);
-        for filter in filters {
-            change = change.drop_filter(&filter).remove(filter);
+        for filter in &filters {
+            change = change.drop_filter(filter);
         }
         let removed = change.commit().await.map(drop);
         removed.map_err(|error| error.context("the job's filters cannot be removed"))

@@ -10,8 +10,10 @@ use bds_core::graph::NodeId;
 use bds_core::request::Backend;
 use bds_io::IoVec;
 
+use crate::chain::last_run::LastRun;
+
 /// What is to be in the base.
-pub(super) struct Shown(pub(super) Backend);
+pub(super) struct Shown(pub(super) Backend, pub(super) LastRun);
 
 impl CopyRead for Shown {
     fn node_name(&self) -> String {
@@ -41,7 +43,13 @@ impl CopyRead for Shown {
             if offset >= end {
                 return Ok(FoundRun { len, found: Found::Zero });
             }
-            CopyRead::found(&self.0, offset, len.min(end - offset), above).await
+            // No one writes to the images that are committed.
+            if let Some(run) = self.1.at(offset, len) {
+                return Ok(run);
+            }
+            let run = CopyRead::found(&self.0, offset, len.min(end - offset), above).await?;
+            self.1.keep(offset, run);
+            Ok(run)
         })
     }
 

@@ -30,8 +30,9 @@ use self::options::Plan;
 pub use self::options::StreamOptions;
 use self::sides::{CHUNK, CopyUp, SkipErrors};
 use crate::chain::headers::Headers;
+use crate::chain::last_run::LastRun;
 use crate::chain::names::BaseName;
-use crate::chain::nodes::{claim_all, freeze_link, image_below, node_below};
+use crate::chain::nodes::{claim_all, close_dead, freeze_link, image_below, node_below};
 use crate::chain::writable::MadeWritable;
 use crate::context::JobContext;
 use crate::driver::{JobDriver, Outcome};
@@ -157,7 +158,7 @@ impl Stream {
         let map = CopyMap::new(top.len(), unit)?;
         map.mark_all();
         ctx.progress().set_remaining(map.dirty_bytes());
-        let sides = CopyUp { top: top.clone(), bottom: bottom.clone() };
+        let sides = CopyUp { top: top.clone(), bottom: bottom.clone(), last: LastRun::default() };
         let options = RunOptions { max_chunk: CHUNK, ..RunOptions::default() };
         let control = SkipErrors::new(ctx);
         copy::run(&map, &sides, &sides, &options, &control).await?;
@@ -184,8 +185,10 @@ impl Stream {
         for user in self.held.edges.iter().chain(&self.top) {
             change = user.stage_access(change, Perm::empty(), Perm::all());
         }
+        // Not removed with the change, which would fail if a query looked at it just now: it dies
+        // with its last reference.
         if let Some(filter) = self.filter.take() {
-            change = change.drop_filter(&filter).remove(filter);
+            change = change.drop_filter(&filter);
         }
         Ok(change)
     }
@@ -198,7 +201,7 @@ impl Stream {
         self.held = Held::default();
         self.plan.images.truncate(1);
         let restored = self.writable.restore().await;
-        filter_removed.and(written_back).and(restored)
+        filter_removed.and(written_back).and(restored).and(close_dead(&self.graph).await)
     }
 
     async fn remove_filter(&mut self) -> Result<()> {

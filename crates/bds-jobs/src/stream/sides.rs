@@ -14,6 +14,7 @@ use bds_core::request::Backend;
 use bds_core::{Error, Result};
 use bds_io::IoVec;
 
+use crate::chain::last_run::LastRun;
 use crate::chain::nodes::node_below;
 use crate::context::JobContext;
 
@@ -24,12 +25,17 @@ pub(super) const CHUNK: u64 = 1 << 20;
 pub(super) struct CopyUp {
     pub(super) top: Backend,
     pub(super) bottom: NodeRef,
+    /// Data only: copying up what was copied or written meanwhile does nothing.
+    pub(super) last: LastRun,
 }
 
 impl CopyUp {
     /// What is to be copied at `offset`. Zeros are copied as zeros, unless nothing lies below the
     /// images that are cut out: then the range reads as zeros anyway.
     async fn look(&self, offset: u64, len: u64) -> Result<FoundRun> {
+        if let Some(run) = self.last.at(offset, len) {
+            return Ok(run);
+        }
         // Another job may have exchanged what lies below. Status that goes too deep copies too
         // much, which does no harm.
         let base = node_below(&self.bottom);
@@ -46,7 +52,11 @@ impl CopyUp {
             (true, true) => Found::Zero,
             (true, false) => Found::Data,
         };
-        Ok(FoundRun { len: run.len, found })
+        let run = FoundRun { len: run.len, found };
+        if found == Found::Data {
+            self.last.keep(offset, run);
+        }
+        Ok(run)
     }
 }
 

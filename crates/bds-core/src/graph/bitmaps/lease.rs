@@ -85,8 +85,8 @@ impl NodeRef {
     }
 
     /// Adds a bitmap without a name, which records. It belongs to `owner` and is removed when the
-    /// returned guard is dropped. `granularity`: as [`super::BitmapOptions::granularity`], but 64
-    /// KiB if it is `None`.
+    /// returned guard is dropped. `granularity`: as [`crate::graph::BitmapOptions::granularity`],
+    /// but 64 KiB if it is `None`.
     ///
     /// ```
     /// use bds_core::Options;

@@ -13,7 +13,7 @@ use super::{Backend, Inner};
 use crate::driver::{Attempt, Truncate, WriteFlags, ZeroFlags};
 use crate::error::Result;
 use crate::request::range::CheckedRange;
-use crate::request::{dispatch, offload, truncate};
+use crate::request::{dispatch, empty, offload, truncate};
 use crate::stats::{Operation, Outcome};
 
 impl Backend {
@@ -417,6 +417,49 @@ impl Backend {
             Ok(copied)
         })
         .await
+    }
+
+    /// Makes the whole image show its backing node: it holds nothing itself from then on. For an
+    /// image whose contents were committed; flush the node below before.
+    ///
+    /// ```
+    /// use bds_core::Options;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # for path in ["top.qcow2"] {
+    /// #     let options = bds_core::Options::parse("size=1M")?;
+    /// #     let (format, path) = ("qcow2".into(), path.into());
+    /// #     let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// #     graph.create_image(image).await?;
+    /// # }
+    /// let base = graph.open(Options::parse("driver=mem,node-name=base,size=1M")?).await?;
+    /// let layer = "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,\
+    ///     backing=base";
+    /// let top = graph.open(Options::parse(layer)?).await?;
+    /// let guest = Backend::new(&top, BackendOptions { writable: true, ..Default::default() })?;
+    /// let hello = bds_io::Buf::from_slice(b"hello").iov();
+    /// guest.write(0, hello, Default::default()).await?;
+    /// guest.make_empty().await?;
+    /// let iov = bds_io::Buf::zeroed(512, 512).iov();
+    /// guest.read(0, iov.clone()).await?;
+    /// assert!(iov.is_zero(0..512), "as 'base'");
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// `PermissionDenied`, `ReadOnly`, `Inactive`: this backend may not write; `NotSupported`: the
+    /// format cannot do that.
+    pub async fn make_empty(&self) -> Result<()> {
+        let this = self.clone();
+        bds_io::spawn_now(async move { empty::make_empty(&this.inner.edge).await }).await
     }
 
     /// Changes the length.

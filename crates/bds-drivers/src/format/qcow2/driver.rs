@@ -206,6 +206,10 @@ impl Driver for Qcow2 {
         Box::pin(self.image.check_backing_record(record))
     }
 
+    fn make_empty(&self) -> BoxFuture<'_, Result<()>> {
+        self.run(|image| async move { image.make_empty().await })
+    }
+
     fn child_access(&self, name: &str, role: Role, node: &NodeUse) -> Access {
         // Beside an external data file the image file holds metadata only.
         let is_metadata_only = name == "file" && self.image.data_file.is_some();

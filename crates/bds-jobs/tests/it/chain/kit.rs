@@ -60,7 +60,7 @@ pub(crate) fn world(seed: u64) -> Sim {
 pub(crate) fn graph_on(fs: Fs) -> Graph {
     let gate = Arc::new(TrustAll { may_probe: false });
     let config = GraphConfig::new(Arc::new(bds_drivers::registry()));
-    Graph::new(GraphConfig { fs, gate, ..config })
+    Graph::new(GraphConfig { fs, gate, max_depth: 200, max_nodes_per_image: 400, ..config })
 }
 
 pub(crate) fn writer(node: &NodeRef, name: &str) -> Backend {
@@ -338,4 +338,13 @@ pub(crate) fn names(top: &Backend) -> Vec<String> {
         at = below.map(|edge| node.graph().acquire(edge.child).unwrap());
     }
     names
+}
+
+/// The graph as text, without lengths (files grow) and counts (a query may look just now).
+pub(crate) fn shape(graph: &Graph) -> String {
+    let words = |line: &str| -> String {
+        let varies = |word: &&str| word.starts_with("len=") || word.starts_with("refs=");
+        line.split(' ').filter(|word| !varies(word)).collect::<Vec<_>>().join(" ")
+    };
+    graph.dump().lines().map(words).collect::<Vec<_>>().join("\n")
 }

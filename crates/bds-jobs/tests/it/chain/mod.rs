@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests: a panic is their way to fail")]
 
 mod commit;
+mod ends;
 mod files;
 mod kit;
 mod power;
+mod shared;
 mod stream;

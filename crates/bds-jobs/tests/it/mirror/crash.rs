@@ -36,7 +36,7 @@ async fn write_durably(guest: &Backend, record: &RefCell<Record>, until: impl Fn
             record.durable.push((offset, byte));
             record.disk = guest.node().expect("it has a medium").name().to_owned();
         }
-        bds_io::sleep(Duration::from_micros(150)).await;
+        bds_io::sleep(Duration::from_micros(300)).await;
         if until() {
             break;
         }
@@ -90,7 +90,7 @@ async fn run(world: &World, kind: Kind, mode: CopyMode, record: &RefCell<Record>
         job.complete().expect("it completes");
         job.wait().await.expect("it ends well");
         "target".clone_into(&mut record.borrow_mut().disk);
-        bds_io::sleep(Duration::from_millis(3)).await;
+        bds_io::sleep(Duration::from_millis(8)).await;
         record.borrow_mut().ended = true;
     };
     let writes = write_durably(&guest, record, || record.borrow().ended);

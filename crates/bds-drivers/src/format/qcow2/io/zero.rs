@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use bds_core::driver::{Attempt, ZeroFlags};
-use bds_core::error::Result;
+use bds_core::error::{Error, ErrorKind, Result};
 
 use crate::format::qcow2::alloc::freed::FreeReason;
 use crate::format::qcow2::layout::entry::{BadEntry, COPIED, Kind, L2Entry, OFFSET_MASK, ZERO};
@@ -25,6 +25,8 @@ enum Change {
     Unmap,
     /// As `Unmap`, but unallocated clusters stay unallocated.
     Discard,
+    /// Unallocated: the backing node shows through.
+    Empty,
 }
 
 impl Image {
@@ -122,6 +124,18 @@ impl Image {
         .await
     }
 
+    /// Makes all clusters unallocated: see [`bds_core::Driver::make_empty`].
+    pub(crate) async fn make_empty(self: &Arc<Self>) -> Result<()> {
+        if self.has_raw_data_file() {
+            let words = "a raw data file shows all of the disk: the image cannot be emptied";
+            return Err(self.name_error(Error::new(ErrorKind::NotSupported, words)));
+        }
+        self.prepare_to_write().await?;
+        let end = self.disk_len().next_multiple_of(self.geometry().cluster_size());
+        let _done = self.zero_units(0, end, Change::Empty).await?;
+        self.keep_within_budgets().await
+    }
+
     /// Does the range read as zeros by its entries?
     async fn reads_as_zeros(self: &Arc<Self>, start: u64, end: u64) -> Result<bool> {
         let mut at = start;
@@ -173,7 +187,12 @@ impl Image {
         let max = (end - start).min(span - (start & (span - 1)));
         let max = self.before_in_flight(meta, start, max)?;
         let has_table = self.has_table(start)?;
-        if !has_table && change == Change::Discard && !self.backing.is_some() {
+        let stays = match change {
+            Change::Empty => true,
+            Change::Discard => !self.backing.is_some(),
+            Change::Zero | Change::Unmap => false,
+        };
+        if !has_table && stays {
             return Ok(Some(max));
         }
         if !has_table && !self.rules.has_zero_flag {
@@ -230,7 +249,7 @@ impl Image {
         if change == Change::Discard && is_nothing && !self.backing.is_some() {
             return Ok(old);
         }
-        if !self.rules.has_zero_flag {
+        if !self.rules.has_zero_flag || change == Change::Empty {
             return Ok(L2Entry::default());
         }
         let keeps_discarded = change == Change::Discard && self.config.load().discard_no_unref;
