@@ -58,10 +58,11 @@ fn searches() -> Result<Outcome, String> {
 }
 
 /// Name of the log, package and test binary, filters.
-const SEARCHES: [(&str, &[&str], &[&str]); 4] = [
+const SEARCHES: [(&str, &[&str], &[&str]); 5] = [
     ("searches", &["bds-core", "--lib"], &["schedules", "properties"]),
     ("searches-drivers", &["bds-drivers", "--test", "it"], &["sweep", "reopen", "qcow2"]),
     ("searches-jobs", &["bds-jobs", "--test", "it"], &["races"]),
+    ("searches-c", &["bds-ffi", "--test", "it"], &["abuse", "c_suite"]),
     ("searches-tool", &["bds-cli", "--test", "it"], &["qemu_"]),
 ];
 

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 
 use bds_core::graph::{Graph, NodeRef};
 use bds_core::{Error, ErrorKind, Options, Result};
+use bds_jobs::backup::{Backup, BackupOptions, BackupSync, BitmapSync, OnCbwError};
 use bds_jobs::create::Create;
 use bds_jobs::mirror::{
     ActiveCommit, ActiveCommitOptions, BitmapTransfer, Mirror, MirrorOptions, MirrorSync,
@@ -45,6 +46,7 @@ pub(crate) async fn prepare(
         "stream" => stream(graph, job, options).await,
         "commit" => commit(graph, job, options).await,
         "mirror" => mirror(graph, job, options).await,
+        "backup" => backup(graph, job, options).await,
         "create" => {
             let nested = options.take("options").ok_or_else(|| missing("options"))?;
             options.finish("a create job")?;
@@ -140,4 +142,38 @@ async fn mirror(graph: &Graph, job: &str, mut given: Options) -> Result<Box<dyn 
     options.bitmaps = given.take_choice("bitmaps", &words)?.unwrap_or_default();
     given.finish("a mirror job")?;
     Ok(Box::new(Mirror::prepare(options).await?))
+}
+
+async fn backup(graph: &Graph, job: &str, mut given: Options) -> Result<Box<dyn JobDriver>> {
+    let source = device(graph, &mut given)?;
+    let target = node(graph, &mut given, "target")?.ok_or_else(|| missing("target"))?;
+    let mut options = BackupOptions::new(&source, &target, job);
+    let modes = [
+        ("full", BackupSync::Full),
+        ("top", BackupSync::Top),
+        ("incremental", BackupSync::Incremental),
+        ("bitmap", BackupSync::Bitmap),
+        ("none", BackupSync::None),
+    ];
+    options.sync = given.take_choice("sync", &modes)?.ok_or_else(|| missing("sync"))?;
+    options.bitmap = given.take_str("bitmap")?;
+    let modes = [
+        ("on-success", BitmapSync::OnSuccess),
+        ("never", BitmapSync::Never),
+        ("always", BitmapSync::Always),
+    ];
+    options.bitmap_mode = given.take_choice("bitmap-mode", &modes)?;
+    options.compress = given.take_bool("compress")?.unwrap_or(false);
+    options.discard_source = given.take_bool("discard-source")?.unwrap_or(false);
+    options.target_is_zero = given.take_bool("target-is-zero")?.unwrap_or(false);
+    options.filter_node_name = given.take_str("filter-node-name")?;
+    let on_error = [
+        ("break-guest-write", OnCbwError::BreakGuestWrite),
+        ("break-snapshot", OnCbwError::BreakSnapshot),
+    ];
+    if let Some(choice) = given.take_choice("on-cbw-error", &on_error)? {
+        options.on_cbw_error = choice;
+    }
+    given.finish("a backup job")?;
+    Ok(Box::new(Backup::prepare(options).await?))
 }

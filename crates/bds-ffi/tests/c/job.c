@@ -78,6 +78,30 @@ int main(void) {
     IS(BDS_ERR_CANCELLED, bds_job_wait(job, NULL, -1));
     OK(bds_job_unref(job));
 
+    /* An incremental backup: what was written since the bitmap began. */
+    {
+        bds_backend writer = new_writer(source), reader;
+        bds_node copy = new_disk(context, "driver=mem,node-name=copy,size=1M");
+        uint64_t dirty;
+        OK(bds_bitmap_add(source, "b", 4096, 0));
+        memset(data, 8, sizeof data);
+        OK(bds_pwrite(writer, data, sizeof data, 65536, 0));
+        OK(bds_job_start(context, "backup",
+                         "job-id=i,device=source,target=copy,sync=incremental,bitmap=b", &job));
+        OK(bds_job_wait(job, NULL, -1));
+        OK(bds_job_unref(job));
+        OK(bds_bitmap_count(source, "b", &dirty));
+        CHECK(dirty == 0);
+        reader = new_writer(copy);
+        OK(bds_pread(reader, data, sizeof data, 65536, 0));
+        CHECK(data[0] == 8 && data[4095] == 8);
+        OK(bds_pread(reader, data, sizeof data, 8192, 0));
+        CHECK(data[0] == 0);
+        OK(bds_backend_unref(reader));
+        OK(bds_backend_unref(writer));
+        OK(bds_node_unref(copy));
+    }
+
     /* A new image, finalized by hand. */
     in_dir(path, sizeof path, "new.raw");
     snprintf(options, sizeof options,

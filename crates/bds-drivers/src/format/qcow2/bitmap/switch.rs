@@ -89,9 +89,9 @@ impl Image {
     }
 
     async fn rewrite_header(&self, bytes: &[u8], old: &Cluster0, new: &Cluster0) -> Result<()> {
-        for Write { offset, bytes } in
-            rewrite::plan(bytes, old, new).map_err(|e| self.name_file(e))?
-        {
+        let planned = rewrite::plan(bytes, old, new)
+            .map_err(|e| self.name_file(e).context("cannot enter the bitmaps in the header"))?;
+        for Write { offset, bytes } in planned {
             self.write_header(offset, bytes).await?;
         }
         Ok(())
