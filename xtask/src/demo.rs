@@ -3,8 +3,8 @@
 //! A base image with data one recognises, an overlay with changes, the graph with its references,
 //! the chain converted to a compressed image, compared; then a reference is taken, released, and a
 //! stale handle tried; a full and an incremental backup are made, proved and restored; the overlay
-//! is committed; and a C program repeats the stale handle. All output is checked, bytes against bytes computed here; the
-//! first thing that does not match ends it with an error.
+//! is committed; and a C program repeats the stale handle. All output is checked, bytes against
+//! bytes computed here; the first thing that does not match ends it with an error.
 
 use std::fs;
 use std::path::{Path, PathBuf};
