@@ -4,5 +4,7 @@
 mod abuse;
 mod c_suite;
 mod exports;
+mod nbdkit;
 mod panics;
+mod python;
 mod sweep;

@@ -1,0 +1,125 @@
+"""Loads libbds and declares the functions that the package uses."""
+
+import ctypes
+import ctypes.util
+import os
+from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+
+
+class Handle(ctypes.Structure):
+    """Any handle: a 64-bit number in a struct."""
+
+    _fields_ = [("raw", c_uint64)]
+
+
+class BackendOptions(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("name", c_char_p),
+        ("permissions", c_uint64),
+        ("shared_permissions", c_uint64),
+        ("on_read_error", c_uint32),
+        ("on_write_error", c_uint32),
+        ("flags", c_uint32),
+        ("reserved", c_uint32),
+    ]
+
+
+class ContextOptions(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("flags", c_uint32),
+        ("reserved", c_uint32),
+        ("log", c_void_p),
+        ("log_user_data", c_uint64),
+    ]
+
+
+class Request(ctypes.Structure):
+    _fields_ = [
+        ("opcode", c_uint32),
+        ("flags", c_uint32),
+        ("backend", Handle),
+        ("offset", c_uint64),
+        ("bytes", c_uint64),
+        ("user_data", c_uint64),
+        ("buffer", c_void_p),
+        ("iov", c_void_p),
+        ("iovcnt", c_uint64),
+        ("target", Handle),
+        ("target_offset", c_uint64),
+        ("memory", Handle),
+        ("request_id", c_uint64),
+        ("reserved", c_uint64 * 4),
+    ]
+
+
+class Completion(ctypes.Structure):
+    _fields_ = [
+        ("user_data", c_uint64),
+        ("request_id", c_uint64),
+        ("status", c_int32),
+        ("flags", c_uint32),
+        ("value", c_uint64),
+        ("reserved", c_uint64 * 4),
+    ]
+
+
+CONTEXT_SAME_DIRECTORY = 1
+CONTEXT_TRUST_REFERENCES = 2
+CONTEXT_PROBE_REFERENCES = 4
+OPEN_READ_ONLY = 1
+OPEN_PROBE = 32
+BACKEND_WRITABLE = 2
+OP_READ, OP_WRITE, OP_FLUSH = 1, 2, 3
+
+_TEXT_OUT = POINTER(c_void_p)
+_OUT = POINTER(Handle)
+_DECLARATIONS = {
+    "bds_context_create": [POINTER(ContextOptions), _OUT],
+    "bds_context_unref": [Handle],
+    "bds_query": [Handle, c_char_p, _TEXT_OUT],
+    "bds_node_open": [Handle, c_char_p, _OUT],
+    "bds_node_open_path": [Handle, c_char_p, c_char_p, c_uint32, _OUT],
+    "bds_node_unref": [Handle],
+    "bds_node_query": [Handle, _TEXT_OUT],
+    "bds_backend_create_on": [Handle, POINTER(BackendOptions), _OUT],
+    "bds_backend_unref": [Handle],
+    "bds_backend_length": [Handle, POINTER(c_uint64)],
+    "bds_pread": [Handle, c_void_p, c_size_t, c_uint64, c_uint32],
+    "bds_pwrite": [Handle, c_void_p, c_size_t, c_uint64, c_uint32],
+    "bds_flush": [Handle],
+    "bds_resize": [Handle, c_uint64, c_char_p, c_uint32],
+    "bds_queue_create": [Handle, c_void_p, _OUT],
+    "bds_queue_unref": [Handle],
+    "bds_queue_fd": [Handle],
+    "bds_queue_submit": [Handle, POINTER(Request), c_size_t],
+    "bds_queue_poll": [Handle, POINTER(Completion), c_size_t],
+    "bds_image_create": [Handle, c_char_p, c_char_p, c_char_p],
+    "bds_image_info": [Handle, c_char_p, c_char_p, c_uint32, _TEXT_OUT],
+    "bds_image_convert": [Handle, Handle, c_char_p, _TEXT_OUT],
+    "bds_job_start": [Handle, c_char_p, c_char_p, _OUT],
+    "bds_job_unref": [Handle],
+    "bds_job_query": [Handle, _TEXT_OUT],
+    "bds_job_cancel": [Handle, c_int32],
+    "bds_job_wait": [Handle, c_char_p, c_int64],
+    "bds_error_status": [],
+}
+
+
+def _load():
+    name = os.environ.get("BDS_LIBRARY") or ctypes.util.find_library("bds") or "libbds.so"
+    library = ctypes.CDLL(name)
+    for function, arguments in _DECLARATIONS.items():
+        getattr(library, function).argtypes = arguments
+        getattr(library, function).restype = c_int
+    library.bds_error_message.restype = c_char_p
+    library.bds_status_name.restype = c_char_p
+    library.bds_status_name.argtypes = [c_int32]
+    library.bds_version_string.restype = c_char_p
+    library.bds_free.argtypes = [c_void_p]
+    library.bds_free.restype = None
+    return library
+
+
+LIBRARY = _load()

@@ -1,0 +1,57 @@
+"""Disk: a node and a backend through which it is read and written."""
+
+import ctypes
+
+from bds import _library
+from bds._errors import check, json_of
+from bds._handle import Owner
+from bds._library import LIBRARY, Handle
+
+
+class Disk(Owner):
+    """An open image or device. May be used by several threads."""
+
+    _unref = LIBRARY.bds_backend_unref
+
+    def __init__(self, node: Handle, writable: bool):
+        options = _library.BackendOptions(struct_size=ctypes.sizeof(_library.BackendOptions))
+        options.flags = _library.BACKEND_WRITABLE if writable else 0
+        self._node = node
+        self._is_closed = True
+        try:
+            handle = self.make(LIBRARY.bds_backend_create_on, node, ctypes.byref(options))
+        except BaseException:
+            LIBRARY.bds_node_unref(node)
+            raise
+        super().__init__(handle)
+
+    def close(self) -> None:
+        if not self._is_closed:
+            super().close()
+            check(LIBRARY.bds_node_unref(self._node))
+
+    def __len__(self) -> int:
+        """Length in bytes."""
+        length = ctypes.c_uint64()
+        check(LIBRARY.bds_backend_length(self._handle, ctypes.byref(length)))
+        return length.value
+
+    def read(self, offset: int, length: int) -> bytes:
+        buffer = ctypes.create_string_buffer(length)
+        check(LIBRARY.bds_pread(self._handle, buffer, length, offset, 0))
+        return buffer.raw
+
+    def write(self, offset: int, data: bytes) -> None:
+        data = bytes(data)
+        check(LIBRARY.bds_pwrite(self._handle, data, len(data), offset, 0))
+
+    def flush(self) -> None:
+        """Makes completed writes durable."""
+        check(LIBRARY.bds_flush(self._handle))
+
+    def resize(self, length: int) -> None:
+        check(LIBRARY.bds_resize(self._handle, length, None, 0))
+
+    def facts(self) -> dict:
+        """Facts about the node: id, name, driver, holders, …"""
+        return json_of(LIBRARY.bds_node_query, self._node)
