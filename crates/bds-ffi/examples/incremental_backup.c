@@ -62,6 +62,7 @@ int main(void) {
 
     must(bds_bitmap_add(disk, "since-full", 0, BDS_BITMAP_PERSISTENT), "bitmap");
     run_job(context, "backup", "job-id=full,device=disk,target=full,sync=full");
+    must(bds_node_close(full, NULL), "close"); /* and wait for it: the increment opens it */
     must(bds_node_unref(full), "unref");
 
     memset(block, 2, sizeof block);

@@ -30,6 +30,7 @@ static const char *make_image(bds_context context) {
     must(bds_pwrite(disk, "hello from bds\n", 15, 0, 0), "write");
     must(bds_flush(disk), "flush");
     must(bds_backend_unref(disk), "unref");
+    must(bds_node_close(node, NULL), "close"); /* and wait for it: the file is opened again */
     must(bds_node_unref(node), "unref");
     return path;
 }

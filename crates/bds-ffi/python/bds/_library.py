@@ -81,6 +81,7 @@ _DECLARATIONS = {
     "bds_query": [Handle, c_char_p, _TEXT_OUT],
     "bds_node_open": [Handle, c_char_p, _OUT],
     "bds_node_open_path": [Handle, c_char_p, c_char_p, c_uint32, _OUT],
+    "bds_node_close": [Handle, _TEXT_OUT],
     "bds_node_unref": [Handle],
     "bds_node_query": [Handle, _TEXT_OUT],
     "bds_backend_create_on": [Handle, POINTER(BackendOptions), _OUT],

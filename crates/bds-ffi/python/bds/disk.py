@@ -3,7 +3,7 @@
 import ctypes
 
 from bds import _library
-from bds._errors import check, json_of
+from bds._errors import check, error_of, json_of
 from bds._handle import Owner
 from bds._library import LIBRARY, Handle
 
@@ -26,9 +26,15 @@ class Disk(Owner):
         super().__init__(handle)
 
     def close(self) -> None:
-        if not self._is_closed:
-            super().close()
-            check(LIBRARY.bds_node_unref(self._node))
+        """Flushes and closes the node, unless others (a job) use it too. Raises what fails."""
+        if self._is_closed:
+            return
+        super().close()
+        closed = LIBRARY.bds_node_close(self._node, None)
+        message = LIBRARY.bds_error_message().decode(errors="replace")
+        check(LIBRARY.bds_node_unref(self._node))
+        if closed < 0 and LIBRARY.bds_status_name(closed) != b"BDS_ERR_IN_USE":
+            raise error_of(closed, message)
 
     def __len__(self) -> int:
         """Length in bytes."""

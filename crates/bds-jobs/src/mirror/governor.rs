@@ -137,10 +137,12 @@ mod tests {
 
     /// A guest of `depth` writes in flight that take `write_us` each, against a copy of `rate`
     /// bytes a second. Returns the windows until the rest is small, and the last advice.
+    const DISK_LEN: u64 = 256 << 20;
+
     fn converge(stall_ms: u64, rate: u64, depth: u64, write_us: u64) -> (u32, Advice) {
         let stall = Duration::from_millis(stall_ms);
         let mut governor = Governor::new(Some(stall));
-        let mut left = 256 << 20;
+        let mut left = DISK_LEN;
         governor.begin(left);
         let mut advice = Advice::Delay(Duration::ZERO);
         for window in 0..10_000 {
@@ -152,7 +154,8 @@ mod tests {
                 }
             };
             let copied = (rate / 10).min(left + marked);
-            left = left + marked - copied;
+            // No more is dirty than the disk has.
+            left = DISK_LEN.min(left + marked - copied);
             let sample = Sample { elapsed: Duration::from_millis(100), copied, left };
             advice = governor.advise(&sample);
             if governor.is_close(&sample, stall) {
@@ -217,7 +220,8 @@ mod tests {
         for window in 0..50_u64 {
             let marked = if window % 4 == 0 { 64 << 20 } else { 0 };
             let copied = 10 << 20;
-            left = left + marked - copied;
+            // No more is dirty than the disk has.
+            left = DISK_LEN.min(left + marked - copied);
             let sample = Sample { elapsed: Duration::from_millis(100), copied, left };
             assert_eq!(governor.advise(&sample), Advice::Delay(Duration::ZERO));
         }
