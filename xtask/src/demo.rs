@@ -44,7 +44,7 @@ pub(crate) fn demo() -> Result<(), String> {
     scene.stale_handle()?;
     scene.backups(&expected)?;
     scene.commit()?;
-    scene.from_c()?;
+    scene.handles_in_c()?;
     say(
         "\neverything matched: images, backups and the commit byte for byte, and stale handles were refused",
     );
@@ -201,7 +201,7 @@ impl Scene {
     }
 
     /// The same library from C.
-    fn from_c(&self) -> Result<(), String> {
+    fn handles_in_c(&self) -> Result<(), String> {
         say("\n8. counted handles from C");
         if which("cc").is_none() {
             say("skipped: cc is not installed");
