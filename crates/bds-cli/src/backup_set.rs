@@ -20,6 +20,8 @@ use serde::{Deserialize, Serialize};
 
 /// File that is locked while a process works on the directory.
 const LOCK: &str = "lock";
+/// Number of the last point: names have six digits.
+const MAX_NUMBER: u32 = 999_999;
 
 /// What a point contains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,8 +76,8 @@ impl BackupSet {
         let mut points = Vec::new();
         for entry in entries {
             let name = entry.map_err(|error| io(error, "cannot list"))?.file_name();
-            let number = name.to_str().and_then(|name| name.strip_suffix(".manifest"));
-            if let Some(number) = number.and_then(|number| number.parse().ok()) {
+            let stem = name.to_str().and_then(|name| name.strip_suffix(".manifest"));
+            if let Some(number) = stem.and_then(number_of) {
                 points.push(read_point(directory, number)?);
             }
         }
@@ -91,6 +93,19 @@ impl BackupSet {
             }
             _ => Self::open(directory),
         }
+    }
+
+    /// The number of the point that comes next.
+    ///
+    /// # Errors
+    /// `LimitExceeded`: names have six digits.
+    pub(crate) fn next_number(&self) -> Result<u32> {
+        let next = self.last().map_or(1, |last| last.number + 1);
+        if next <= MAX_NUMBER {
+            return Ok(next);
+        }
+        let message = "the directory has had its last backup: begin another one";
+        Err(Error::new(ErrorKind::LimitExceeded, message).file(&self.directory))
     }
 
     /// Oldest first.
@@ -249,7 +264,13 @@ fn is_partial(path: &Path) -> bool {
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let stem = name.strip_suffix(".partial");
     let number = stem.and_then(|s| s.strip_suffix(".qcow2").or(s.strip_suffix(".manifest")));
-    number.is_some_and(|number| number.len() == 6 && number.bytes().all(|b| b.is_ascii_digit()))
+    number.and_then(number_of).is_some()
+}
+
+/// The number that a name of six digits says.
+fn number_of(digits: &str) -> Option<u32> {
+    let is_one = digits.len() == 6 && digits.bytes().all(|byte| byte.is_ascii_digit());
+    is_one.then(|| digits.parse().ok()).flatten()
 }
 
 fn read_point(directory: &Path, number: u32) -> Result<Point> {

@@ -134,12 +134,13 @@ fn manifest_path(args: &Verify) -> PathBuf {
 fn read_manifest(path: impl AsRef<Path>) -> Result<Manifest> {
     let path = path.as_ref();
     let read = || {
-        let len = fs::metadata(path).map(|facts| facts.len());
-        if len.as_ref().is_ok_and(|len| *len > MAX_MANIFEST_LEN) {
-            return Err(Error::new(ErrorKind::InvalidImage, "this is too long for a manifest"));
+        let io = |error| Error::io(error, "cannot read the manifest");
+        let facts = fs::metadata(path).map_err(io)?;
+        // Reading a FIFO or a terminal would wait for its writer.
+        if !facts.is_file() || facts.len() > MAX_MANIFEST_LEN {
+            return Err(Error::new(ErrorKind::InvalidImage, "this is not a manifest"));
         }
-        let bytes = len.and_then(|_| fs::read(path));
-        Manifest::parse(&bytes.map_err(|error| Error::io(error, "cannot read the manifest"))?)
+        Manifest::parse(&fs::read(path).map_err(io)?)
     };
     read().map_err(|error| error.file(path))
 }

@@ -183,3 +183,18 @@ fn pruning_makes_the_oldest_point_that_is_kept_a_full_one() {
     disk.workdir.must("backup prune --keep 9 set");
     assert_eq!(disk.workdir.must("backup list set").stdout.lines().count(), 4);
 }
+
+#[test]
+fn only_names_of_six_digits_are_points_and_the_last_one_is_the_last() {
+    let disk = Disk::new(9);
+    disk.workdir.must("backup run disk.qcow2 set");
+    let manifest = disk.workdir.read("set/000001.manifest");
+    for name in ["set/4294967295.manifest", "set/+00003.manifest", "set/notes.manifest"] {
+        disk.workdir.write(name, &manifest);
+    }
+    assert_eq!(disk.workdir.must("backup list set").stdout.lines().count(), 2);
+    disk.workdir.write("set/999999.manifest", &manifest);
+    let output = disk.workdir.bds("backup run --full disk.qcow2 set");
+    assert_eq!(output.code, 1);
+    assert!(output.stderr.contains("begin another one"), "{}", output.stderr);
+}

@@ -81,3 +81,15 @@ fn a_damaged_or_absent_manifest_is_an_error_and_not_a_difference() {
     assert_eq!(output.code, 1);
     assert!(output.stderr.contains("this is not a manifest"), "{}", output.stderr);
 }
+
+#[test]
+fn a_fifo_or_a_directory_is_no_manifest_and_is_not_waited_for() {
+    let workdir = workdir();
+    let made = std::process::Command::new("mkfifo").arg(workdir.dir().join("fifo")).status();
+    assert!(made.expect("mkfifo runs").success());
+    for name in ["fifo", "."] {
+        let output = workdir.bds(&format!("verify -m {name} a.qcow2"));
+        assert_eq!(output.code, 1);
+        assert!(output.stderr.contains("this is not a manifest"), "{}", output.stderr);
+    }
+}

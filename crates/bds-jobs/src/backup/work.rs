@@ -15,6 +15,7 @@ use futures_util::future::{Either, select};
 
 use super::options::{BackupSync, BitmapSync};
 use super::{Backup, Sides};
+use crate::chain::nodes::close_dead;
 use crate::context::JobContext;
 use crate::driver::{JobDriver, Outcome};
 use crate::kinds::JobType;
@@ -173,7 +174,9 @@ impl Backup {
         self.blockers.clear();
         self.slots.clear();
         let Some(filter) = self.filter.take() else { return Ok(()) };
-        filter.close().await.map_err(Error::from)?.into_result().map(drop)
+        let graph = filter.graph().clone();
+        drop(filter);
+        close_dead(&graph).await
     }
 
     /// After a failure: takes the filter out and lets the bitmap keep what was not copied.

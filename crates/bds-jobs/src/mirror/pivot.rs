@@ -13,6 +13,7 @@ use super::Mirror;
 use super::bitmaps;
 use super::filter::Flavour;
 use super::tracking::Mode;
+use crate::chain::nodes::close_dead;
 
 impl Mirror {
     /// Adds the job's edits to the change of its group.
@@ -118,7 +119,10 @@ impl Rest {
         let taken_out = edges.iter().fold(change, Change::eject).commit().await;
         drop(edges);
         let mut result = match taken_out {
-            Ok(_) => close_filter(graph.change().remove(filter)).await,
+            Ok(_) => {
+                drop(filter);
+                close_dead(&graph).await
+            }
             Err(error) => Err(error.context("the job's filter stays in the graph")),
         };
         if let Some(base) = make_read_only {
@@ -126,11 +130,6 @@ impl Rest {
         }
         result
     }
-}
-
-async fn close_filter(change: Change) -> Result<()> {
-    let report = change.commit().await?;
-    report.closed.into_iter().try_for_each(|closed| closed.into_result())
 }
 
 /// Makes a node read-only, or writable.

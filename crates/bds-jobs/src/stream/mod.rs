@@ -211,12 +211,11 @@ impl Stream {
         let Some(filter) = found else { return Ok(()) };
         let blockers = std::mem::take(&mut self.held.blockers);
         let change = self.held.frozen.iter().fold(self.graph.change(), Change::thaw);
-        let removed = change.drop_filter(&filter).remove(filter).commit().await;
+        // Not removed in the change: that would fail while a query holds the node. The job's is the
+        // last reference that stays.
+        let removed = change.drop_filter(&filter).commit().await.map(drop);
         drop(blockers);
-        let report =
-            removed.map_err(|error| error.context("the job's filter cannot be removed"))?;
-        drop(report);
-        Ok(())
+        removed.map_err(|error| error.context("the job's filter cannot be removed"))
     }
 
     fn holds_something(&self) -> bool {

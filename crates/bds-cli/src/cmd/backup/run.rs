@@ -66,7 +66,7 @@ type Made = (u32, Manifest, Note, PartialOutput);
 
 impl Run<'_> {
     async fn make(&self) -> Result<Made> {
-        let number = self.set.last().map_or(1, |last| last.number + 1);
+        let number = self.set.next_number()?;
         self.remove_stale_bitmaps().await?;
         let base = self.base()?;
         let bitmap = self.add_bitmap().await?;

@@ -107,6 +107,36 @@ fn a_job_that_is_cancelled_at_any_moment_leaves_nothing_and_can_be_repeated() {
 }
 
 #[test]
+fn a_query_that_holds_a_jobs_filter_does_not_keep_it_in_the_chain() {
+    for is_stream in [true, false] {
+        let base = world(13);
+        let chain = base.block_on(Chain::new(&layers()).make(base.fs(), 13));
+        let open = open(&base, &chain, 1);
+        let jobs = JobManager::new(&open.graph);
+        open.sim.block_on(async {
+            let disk = writer(&open.nodes[3], "user");
+            let before = shape(&open.graph);
+            let ids: Vec<_> = open.graph.nodes().iter().map(NodeRef::id).collect();
+            let job = prepare(is_stream, &open.nodes).await.unwrap();
+            let mut held = open.graph.nodes();
+            held.retain(|node| !ids.contains(&node.id()));
+            assert!(!held.is_empty(), "the job has a filter");
+            let job = jobs.start(JobOptions::new("j"), job).await.unwrap();
+            job.cancel(true).unwrap();
+            assert_eq!(job.wait().await.unwrap_err().kind(), ErrorKind::Cancelled);
+            let ended = jobs.history().last("j").unwrap().clone();
+            assert_eq!(ended.cleanup_error, None, "stream {is_stream}");
+            assert_eq!(disk.node().unwrap().id(), open.nodes[3].id(), "stream {is_stream}");
+            drop(held);
+            open.graph.reap().await;
+            assert_eq!(shape(&open.graph), before, "stream {is_stream}");
+        });
+        drop(jobs);
+        check_content(open, &chain, "held");
+    }
+}
+
+#[test]
 fn a_set_up_that_is_dropped_at_any_await_leaves_nothing() {
     for is_stream in [true, false] {
         let base = world(12);
