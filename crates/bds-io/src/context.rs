@@ -13,6 +13,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::Future;
+use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -354,6 +355,21 @@ pub fn now() -> Duration {
         Current::Sim(sim) => sim.now(),
         _ => clock::now(),
     })
+}
+
+/// Bytes that no other call returns, on this machine or elsewhere: for ids. Not for secrets. In a
+/// simulated world they follow from its seed.
+pub fn random_id() -> [u8; 16] {
+    let halves = current::with(|current| match current {
+        Current::Sim(sim) => sim.random_id(),
+        // Keys that the standard library draws from the system, different for each state.
+        _ => [0; 2].map(|salt: u64| RandomState::new().hash_one(salt)),
+    });
+    let mut id = [0; 16];
+    for (out, half) in id.chunks_exact_mut(8).zip(halves) {
+        out.copy_from_slice(&half.to_le_bytes());
+    }
+    id
 }
 
 /// Waits; in virtual time in a simulated world. On the host never less than `how_long`.

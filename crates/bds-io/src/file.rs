@@ -86,6 +86,12 @@ pub struct FileStat {
     pub kind: FileKind,
     /// As [`File::identity`].
     pub identity: (u64, u64),
+    /// Length in bytes; 0 for a device.
+    pub len: u64,
+    /// When its bytes or its length last changed, in nanoseconds since 1970. Filesystems may count
+    /// in steps of up to 10 ms; that of a device says nothing. In a simulated world a count of
+    /// changes.
+    pub modified_ns: u64,
 }
 
 /// Method of [`File::zero_range`].
@@ -141,7 +147,12 @@ impl Fs {
             // save.
             Fs::Sim(sim) => {
                 let file = sim.open(path, &OpenOptions::default())?;
-                Ok(FileStat { kind: file.kind(), identity: file.identity()? })
+                Ok(FileStat {
+                    kind: file.kind(),
+                    identity: file.identity()?,
+                    len: file.len()?,
+                    modified_ns: file.changes(),
+                })
             }
         }
     }

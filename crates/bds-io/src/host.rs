@@ -332,7 +332,14 @@ fn with_long_writes<R>(read: impl FnOnce(&LongWrites) -> R) -> Option<R> {
 /// See [`crate::Fs::stat`].
 pub(crate) fn stat(path: &Path) -> io::Result<FileStat> {
     let stat = sys::stat_path(path)?;
-    Ok(FileStat { kind: kind(&stat), identity: identity(&stat) })
+    let seconds = u64::try_from(stat.st_mtime).unwrap_or(0);
+    let nanos = u64::try_from(stat.st_mtime_nsec).unwrap_or(0);
+    Ok(FileStat {
+        kind: kind(&stat),
+        identity: identity(&stat),
+        len: u64::try_from(stat.st_size).unwrap_or(0),
+        modified_ns: seconds.saturating_mul(1_000_000_000).saturating_add(nanos),
+    })
 }
 
 fn kind(stat: &libc::stat) -> FileKind {

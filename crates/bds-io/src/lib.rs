@@ -60,8 +60,8 @@ struct Readme;
 
 pub use buf::{Buf, BufPool, IoVec};
 pub use context::{
-    Context, ContextHandle, ContextOptions, EngineKind, block_on, ensure_context, now, sleep,
-    spawn, spawn_cpu, spawn_now, yield_now,
+    Context, ContextHandle, ContextOptions, EngineKind, block_on, ensure_context, now, random_id,
+    sleep, spawn, spawn_cpu, spawn_now, yield_now,
 };
 pub use file::{ByteLock, Extent, File, FileKind, FileStat, Fs, OpenOptions, ZeroMode};
 pub use identity::shares_bytes;

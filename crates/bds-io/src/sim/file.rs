@@ -113,7 +113,12 @@ impl SimFile {
     }
 
     pub(crate) fn identity(&self) -> io::Result<(u64, u64)> {
-        Ok((DEVICE, self.0.file as u64 + 1))
+        Ok((DEVICE, self.sim().world().files[self.0.file].serial))
+    }
+
+    /// Number of changes of bytes and length so far.
+    pub(crate) fn changes(&self) -> u64 {
+        self.sim().world().files[self.0.file].changes
     }
 
     pub(crate) fn len(&self) -> io::Result<u64> {

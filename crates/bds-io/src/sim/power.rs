@@ -141,9 +141,12 @@ impl Sim {
                 }
                 continue;
             }
-            let carried = carry(&world.files[*file], &world.config);
-            let new_file =
-                carried.map(|inode| new_world.add(Inode { path: path.clone(), ..inode }));
+            let old = &world.files[*file];
+            let carried = carry(old, &world.config);
+            let new_file = carried.map(|inode| {
+                let (serial, changes) = (old.serial, old.changes);
+                new_world.add(Inode { path: path.clone(), serial, changes, ..inode })
+            });
             moved.insert(*file, new_file);
         }
         drop(new_world);

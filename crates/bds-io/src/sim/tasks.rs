@@ -137,6 +137,12 @@ impl Sim {
         Duration::from_nanos(self.world().clock.now_ns())
     }
 
+    /// See [`crate::random_id`].
+    pub(crate) fn random_id(&self) -> [u64; 2] {
+        let mut world = self.world();
+        [world.rng.any(), world.rng.any()]
+    }
+
     /// Waits in virtual time.
     pub async fn sleep(&self, how_long: Duration) {
         Sleep::new(self.clone(), how_long).await;

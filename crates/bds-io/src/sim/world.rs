@@ -37,6 +37,8 @@ pub(super) struct World {
     pub next_op: u64,
     /// Identifies open descriptions as lock owners.
     pub next_owner: u64,
+    /// The last number that a file got.
+    last_serial: u64,
     pub is_cut: bool,
     pub cut_after_writes: Option<u64>,
     counts: [u64; KINDS],
@@ -52,6 +54,10 @@ pub(super) struct Inode {
     pub locks: LockTable,
     pub links: u32,
     pub descriptions: u32,
+    /// Its number, which it keeps over power cuts; 0 before it is added to a world.
+    pub serial: u64,
+    /// Changes of bytes and length.
+    pub changes: u64,
     /// Its name survives a power cut.
     pub is_name_durable: bool,
 }
@@ -67,6 +73,8 @@ impl Inode {
             locks: LockTable::default(),
             links: 1,
             descriptions: 0,
+            serial: 0,
+            changes: 0,
             is_name_durable: true,
         }
     }
@@ -94,6 +102,7 @@ impl Inode {
     }
 
     fn perform(&mut self, op: u64, effect: Effect, len: NewLen) {
+        self.changes += 1;
         let len_before = self.visible.len();
         let len_after = len.after(len_before);
         effect.apply(&mut self.visible);
@@ -120,6 +129,7 @@ impl World {
             trace: Trace::new(config.trace_len),
             next_op: 0,
             next_owner: 0,
+            last_serial: 0,
             is_cut: false,
             cut_after_writes: config.cut_after_writes,
             counts: [0; KINDS],
@@ -142,7 +152,11 @@ impl World {
     }
 
     /// Adds a file under a name, replacing what had that name.
-    pub(super) fn add(&mut self, inode: Inode) -> usize {
+    pub(super) fn add(&mut self, mut inode: Inode) -> usize {
+        if inode.serial == 0 {
+            inode.serial = self.last_serial + 1;
+        }
+        self.last_serial = self.last_serial.max(inode.serial);
         self.allocated_len += inode.visible.allocated_len();
         let path = inode.path.clone();
         self.files.push(inode);

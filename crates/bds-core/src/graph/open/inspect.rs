@@ -87,7 +87,9 @@ pub(in crate::graph) struct Inspected {
 impl Inspected {
     pub(in crate::graph) fn new(fs: &Fs, path: PathBuf) -> Result<Self> {
         match fs.stat(&path) {
-            Ok(FileStat { kind, identity }) => Ok(Self { fs: fs.clone(), path, kind, identity }),
+            Ok(FileStat { kind, identity, .. }) => {
+                Ok(Self { fs: fs.clone(), path, kind, identity })
+            }
             Err(error) => Err(Error::io(error, "cannot open").file(path)),
         }
     }
