@@ -231,6 +231,13 @@ impl RequestTracker {
         Writing(&self.shards[number.0])
     }
 
+    /// Excludes all requests, once the turn of the range has come: those that are in flight then
+    /// have ended, later ones wait until it is dropped. For work that is no request and is not
+    /// counted.
+    pub(crate) fn track_all(&self) -> Tracked<'_> {
+        self.track_serialising(0..u64::MAX)
+    }
+
     /// Registers the range of a request. A serialising one excludes all that overlap it.
     /// Unless it [may go](Tracked::may_go), the caller awaits [`Tracked::wait_turn`] next.
     pub(crate) fn track(

@@ -22,6 +22,9 @@
 //! | `store` | before `Driver::close`, before `Driver::inactivate`, before a reopen as read-only takes effect, and on request |
 //! | `remove` | when a persistent bitmap is removed |
 //!
+//! A store may keep a write-intent log ([`IntentStore`]): then its bitmaps survive a crash as a
+//! superset of what is dirty, and `load` returns them with [`StoredBitmap::recovered_bytes`].
+//!
 //! `load` is called on read-only images too; the others only while the node is writable and active.
 //! Calls do not overlap, except that `can_store`, which only answers, may come at any time. No
 //! request of the node is in flight during `load` and `store`; there may be some during
@@ -32,6 +35,7 @@ use std::sync::Arc;
 
 use super::BoxFuture;
 use crate::bitmap::HBitmap;
+use crate::bitmap::intent_log::IntentLog;
 use crate::error::Result;
 
 /// Facts that decide whether a bitmap can be stored.
@@ -56,14 +60,17 @@ pub struct StoredBitmap {
     /// The dirty granules, for the present length of the disk. `None`: it was marked in use, so it
     /// is inconsistent.
     pub bits: Option<HBitmap>,
+    /// `Some` if the last user of the image crashed and the bitmap was recovered: bytes that are
+    /// dirty because it cannot be known whether they are, at most.
+    pub recovered_bytes: Option<u64>,
 }
 
 impl fmt::Debug for StoredBitmap {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, granularity, is_enabled, bits } = self;
+        let Self { name, granularity, is_enabled, bits, recovered_bytes } = self;
         let mut out = f.debug_struct("StoredBitmap");
         out.field("name", name).field("granularity", granularity).field("is_enabled", is_enabled);
-        out.field("bits", bits).finish()
+        out.field("bits", bits).field("recovered_bytes", recovered_bytes).finish()
     }
 }
 
@@ -107,7 +114,8 @@ pub trait BitmapStore: Send + Sync {
     /// As after a crash on the way. It may be tried again.
     fn store<'a>(&'a self, all: &'a [BitmapToStore]) -> BoxFuture<'a, Result<()>>;
 
-    /// Removes one bitmap from the image, durably. One that is not in the image is no error: it may
+    /// Removes one bitmap from the image, durably; from a log that is started, the graph removes it
+    /// by a checkpoint. One that is not in the image is no error: it may
     /// never have been stored.
     ///
     /// # Errors
@@ -120,4 +128,38 @@ pub trait BitmapStore: Send + Sync {
     /// # Errors
     /// The caller's change does not happen.
     fn mark_in_use(&self) -> BoxFuture<'_, Result<()>>;
+
+    /// The write-intent log of the bitmaps, if the store keeps one. The answer never changes.
+    fn intent(&self) -> Option<&dyn IntentStore> {
+        None
+    }
+}
+
+/// A write-intent log for the bitmaps of a [`BitmapStore`]: before the first write to a region, the
+/// region is durable in the log. The graph decides when; the driver has the file, and ties it to
+/// the image. Calls do not overlap with each other, nor with those of the store.
+pub trait IntentStore: Send + Sync {
+    /// The log. Always the same one.
+    fn log(&self) -> &IntentLog;
+
+    /// Starts the log, before the first change of data since `load` or `store`: `all` are the
+    /// bitmaps as they are now, and no change of data is under way. Durable when it returns.
+    ///
+    /// # Errors
+    /// The log is not started; the stored bitmaps are as before.
+    fn start<'a>(&'a self, all: &'a [BitmapToStore]) -> BoxFuture<'a, Result<()>>;
+
+    /// Flushes the disk, then stores these bitmaps in the log, which has begun an epoch before
+    /// ([`IntentLog::begin_epoch`]). Requests are in flight.
+    ///
+    /// # Errors
+    /// What a crash leaves is right as before. May be tried again.
+    fn checkpoint<'a>(&'a self, all: &'a [BitmapToStore]) -> BoxFuture<'a, Result<()>>;
+
+    /// The log cannot be written: makes it, and what is stored, count as nothing, durably, so that
+    /// the disk can change without it.
+    ///
+    /// # Errors
+    /// It may still count: the disk must not change.
+    fn invalidate(&self) -> BoxFuture<'_, Result<()>>;
 }

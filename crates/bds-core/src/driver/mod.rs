@@ -29,7 +29,7 @@ mod types;
 
 pub use access::{Access, NodeUse, Perm};
 pub use backing_record::BackingRecord;
-pub use bitmap_store::{BitmapSpec, BitmapStore, BitmapToStore, StoredBitmap};
+pub use bitmap_store::{BitmapSpec, BitmapStore, BitmapToStore, IntentStore, StoredBitmap};
 // For drivers that count per thread.
 pub use bds_refcount::own_shard;
 pub use child::{Child, ChildPort};

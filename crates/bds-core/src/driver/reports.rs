@@ -23,6 +23,10 @@ pub struct ImageInfo {
     pub format_specific: Option<serde_json::Value>,
     /// QEMU's `snapshots` array, if there are any.
     pub snapshots: Vec<serde_json::Value>,
+    /// Bitmaps in a file beside the image: those of a raw image, and what a crash has left of a
+    /// qcow2 image's. Objects with `name`, `granularity`, `flags`, `count` (dirty bytes), and
+    /// `recovered-bytes` if a crash has added some.
+    pub logged_bitmaps: Vec<serde_json::Value>,
 }
 
 /// Findings of `check`. Counts are QEMU's.

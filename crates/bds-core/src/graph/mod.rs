@@ -32,6 +32,7 @@ mod roots;
 pub use bds_refcount::{Holder, HolderInfo, HolderName, Release, Stale, Watch};
 
 pub use self::bitmaps::info::{BitmapId, BitmapInfo, BitmapOptions, MAX_BITMAP_NAME_LEN};
+pub(crate) use self::bitmaps::intent;
 pub use self::bitmaps::lease::{AnonymousBitmap, BitmapLease};
 pub use self::change::activity::Handover;
 pub use self::change::builder::{Change, ChangeReport};

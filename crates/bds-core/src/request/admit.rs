@@ -20,7 +20,7 @@ use std::ops::{Deref, Range};
 use bds_refcount::Strong;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::{Edge, InFlightGuard, Node, Target};
+use crate::graph::{Edge, InFlightGuard, Node, Target, intent};
 use crate::tracker::{RequestTracker, ShardNumber, Tracked, Writing};
 
 /// The node an edge led to, with this request counted in flight at the node and at its backend.
@@ -143,6 +143,9 @@ impl Entered<'_> {
         if !tracked.may_go() {
             Box::pin(admission.wait_turn(&mut tracked)).await?;
         }
+        if admission.must_log(self) {
+            Box::pin(log_first(self.strong(), &admission)).await?;
+        }
         Ok(self.scope().admitted(self.number, &admission, tracked))
     }
 
@@ -221,6 +224,12 @@ impl Admission {
         tracker.track(number, self.range.clone(), self.is_serialising)
     }
 
+    /// Whether the write-intent log of the node's bitmaps must know of it first.
+    #[inline]
+    fn must_log(&self, node: &Node) -> bool {
+        self.change.is_some() && node.must_log(&self.range)
+    }
+
     /// Waits for the turn of its range. Boxed by its callers: few requests wait, and it would make
     /// every layer's future larger.
     async fn wait_turn(&self, tracked: &mut Tracked<'_>) -> Result<()> {
@@ -286,6 +295,26 @@ impl Drop for RequestScope<'_> {
     }
 }
 
+/// Makes the range of a change durable in the write-intent log. In a task that stays in flight: it
+/// is shared with other requests, and ends even if this one is dropped.
+#[cold]
+async fn log_first(node: &Strong<Node>, admission: &Admission) -> Result<()> {
+    let guard = DetachedGuard::new(node);
+    let range = admission.range.clone();
+    let log = async move { intent::log_change(&guard.node, range).await };
+    bds_io::spawn_now(log).detach_on_drop().await?;
+    if intent::claim_checkpoint(node) {
+        let guard = DetachedGuard::new(node);
+        let checkpoint = async move {
+            if let Err(error) = intent::checkpoint(&guard).await {
+                tracing::warn!(node = guard.name(), %error, "no checkpoint of the dirty bitmaps");
+            }
+        };
+        bds_io::spawn(checkpoint).detach();
+    }
+    Ok(())
+}
+
 /// Records a change that has ended, whether or not it failed.
 #[inline]
 pub(super) fn record(node: &Node, change: Change, range: &Range<u64>) {
@@ -330,6 +359,9 @@ impl DetachedGuard {
         let mut tracked = admission.register(node.tracker(), self.number);
         if !tracked.may_go() {
             Box::pin(admission.wait_turn(&mut tracked)).await?;
+        }
+        if admission.must_log(node) {
+            Box::pin(log_first(node, &admission)).await?;
         }
         let scope = RequestScope {
             node,

@@ -7,7 +7,7 @@ use super::admit::{RequestScope, enter, named};
 use super::{flush, range};
 use crate::driver::BackingRecord;
 use crate::error::Result;
-use crate::graph::Edge;
+use crate::graph::{Edge, intent};
 
 /// Flushes the node, then rewrites its record durably.
 pub(super) async fn set(edge: &Edge, record: Option<BackingRecord>) -> Result<()> {
@@ -15,6 +15,8 @@ pub(super) async fn set(edge: &Edge, record: Option<BackingRecord>) -> Result<()
     named(&node, range::may_write(edge, &node, 0, range::write_perms(true)))?;
     named(&node, node.driver().check_backing_record(record.clone()).await)?;
     flush::flush_entered(&node).await?;
+    // It marks the image's bitmaps as in use: a crash must find their log.
+    named(&node, intent::start_before_change(&node).await)?;
     let scope: RequestScope<'_> = node.scope();
     named(&node, scope.run(move |node| node.driver().set_backing_record(record)).await)
 }

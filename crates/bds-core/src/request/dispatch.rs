@@ -68,6 +68,7 @@ pub(super) fn try_write<T>(
         || node.flags().detect_zeroes != DetectZeroes::Off
         || !node.is_writable()
         || node.has_readonly_bitmap()
+        || node.must_log(&(offset..end))
         || !edge.access().perm.contains(Perm::WRITE)
     {
         return None;

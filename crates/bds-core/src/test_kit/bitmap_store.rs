@@ -108,6 +108,7 @@ impl BitmapStore for FakeStore {
                 granularity: it.granularity,
                 is_enabled: it.is_enabled,
                 bits: (!it.is_in_use).then(|| it.bits()),
+                recovered_bytes: None,
             };
             Ok(lock(&self.image).iter().map(load).collect())
         })

@@ -11,12 +11,13 @@ use crate::qcow2::bitmaps::hostile::with_bitmaps;
 
 type Target = (&'static str, fn(&[u8]));
 
-const TARGETS: [Target; 6] = [
+const TARGETS: [Target; 7] = [
     ("qcow2_header", fuzzing::header),
     ("qcow2_l2", fuzzing::l2),
     ("qcow2_check", fuzzing::check),
     ("qcow2_open", fuzzing::open),
     ("qcow2_bitmaps", fuzzing::bitmaps),
+    ("intent_log", fuzzing::bitmap_log),
     ("decompress", fuzzing::decompress),
 ];
 
@@ -74,6 +75,8 @@ fn write_seeds() {
     }
     put("qcow2_bitmaps", "three", &with_bitmaps(4096, 256 << 10));
     put("qcow2_bitmaps", "small_clusters", &with_bitmaps(512, 64 << 10));
+    put("intent_log", "closed", &crate::bitmap_log::log_file(true));
+    put("intent_log", "crashed", &crate::bitmap_log::log_file(false));
     // Entries that lead behind the end of the file, a cluster in use with refcount 0, an end mark
     // with a length, a snapshot table outside of the file.
     let mapped = image(&[("size", "9k"), small, ("preallocation", "metadata")]);

@@ -9,6 +9,8 @@
 
 #[cfg(feature = "qcow2")]
 mod backing_record;
+#[cfg(feature = "qcow2")]
+mod bitmap_log;
 mod blkdebug;
 #[cfg(feature = "qcow2")]
 mod cached_facts;

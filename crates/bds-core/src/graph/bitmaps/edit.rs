@@ -191,6 +191,7 @@ impl StagedBitmaps<'_> {
             Verb::Remove(name) => self.remove(&edit.node, name),
             Verb::Clear(name) => {
                 let entry = self.named(&edit.node, name, Need::Modify)?;
+                entry.recovered_bytes = None;
                 let bits = Arc::clone(&entry.bits);
                 self.effects.push(Effect::Clear(bits));
                 Ok(())

@@ -73,6 +73,9 @@ pub struct BitmapInfo {
     /// Its contents are not known, because the image was not closed properly. It can only be
     /// removed.
     pub inconsistent: bool,
+    /// It was recovered when the image was opened, because its last user crashed: bytes that are
+    /// dirty because it cannot be known whether they are, at most. `None` after it was cleared.
+    pub recovered_bytes: Option<u64>,
     /// It cannot be changed, because its node is read-only or inactive.
     pub readonly: bool,
     /// The creator of an anonymous one.
@@ -92,6 +95,7 @@ impl BitmapInfo {
             busy: entry.lease.is_some(),
             persistent: entry.is_persistent,
             inconsistent: entry.is_inconsistent,
+            recovered_bytes: entry.recovered_bytes,
             readonly: entry.is_readonly,
             owner: entry.owner.clone(),
             leased_by: entry.lease.as_ref().map(|lease| Arc::clone(&lease.holder)),
@@ -99,7 +103,7 @@ impl BitmapInfo {
     }
 
     /// As an element of `dirty-bitmaps` in QEMU's answers: `name` unless it is anonymous, and
-    /// `inconsistent` only if it is.
+    /// `inconsistent` only if it is. Beyond QEMU's: `recovered-bytes` if a crash was survived.
     ///
     /// ```
     /// use bds_core::Options;
@@ -131,6 +135,9 @@ impl BitmapInfo {
         }
         if self.inconsistent {
             value["inconsistent"] = json!(true);
+        }
+        if let Some(bytes) = self.recovered_bytes {
+            value["recovered-bytes"] = json!(bytes);
         }
         value
     }

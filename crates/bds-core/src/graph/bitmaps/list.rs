@@ -15,12 +15,13 @@
 
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bds_io::sync::Mutex as AsyncMutex;
 
 use super::recorder::Recorder;
 use crate::bitmap::HBitmap;
+use crate::bitmap::intent_log::IntentLog;
 use crate::error::{Error, ErrorKind, Result};
 
 /// The lease of a bitmap.
@@ -48,6 +49,9 @@ pub(super) struct Entry {
     /// It is persistent, and the node cannot be written.
     pub(super) is_readonly: bool,
     pub(super) is_inconsistent: bool,
+    /// `Some` if it was recovered after a crash: bytes that are dirty only because of that, at
+    /// most.
+    pub(super) recovered_bytes: Option<u64>,
     pub(super) lease: Option<Lease>,
 }
 
@@ -81,6 +85,7 @@ impl Entry {
             is_persistent: false,
             is_readonly: false,
             is_inconsistent: false,
+            recovered_bytes: None,
             lease: None,
         }
     }
@@ -197,6 +202,7 @@ impl Entry {
         };
         self.lease = None;
         self.bits = Arc::clone(&successor);
+        self.recovered_bytes = None;
         Ok(successor)
     }
 }
@@ -330,12 +336,14 @@ pub(super) struct Shared {
     /// Held while the driver's store is used.
     pub(super) store_turn: AsyncMutex<()>,
     recorder: Recorder,
+    /// The write-intent log of the node's image, if it keeps one.
+    intent: OnceLock<IntentLog>,
 }
 
 impl Shared {
     pub(super) fn lock(&self) -> Locked<'_> {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        Locked { state, recorder: &self.recorder }
+        Locked { state, recorder: &self.recorder, intent: self.intent.get() }
     }
 }
 
@@ -343,11 +351,16 @@ impl Shared {
 pub(super) struct Locked<'a> {
     state: MutexGuard<'a, State>,
     recorder: &'a Recorder,
+    intent: Option<&'a IntentLog>,
 }
 
 impl Locked<'_> {
     /// Lets requests record as the entries say now.
     pub(super) fn publish(&self) {
+        if let Some(log) = self.intent {
+            let mut persistent = self.state.entries.iter().filter(|entry| entry.is_persistent);
+            log.protect(persistent.any(|entry| entry.recording().is_some()));
+        }
         let recording = self.state.entries.iter().filter_map(Entry::recording);
         self.recorder.publish(recording.cloned().collect());
     }
@@ -470,6 +483,21 @@ impl BitmapList {
     /// A handle for those that reach the node from below.
     pub(in crate::graph) fn slot(&self) -> BitmapSlot {
         BitmapSlot(Arc::clone(&self.shared))
+    }
+
+    /// Takes the write-intent log of the node's image. Before the node can be found.
+    pub(in crate::graph) fn set_intent(&self, log: Option<IntentLog>) {
+        if let Some(log) = log {
+            let _first = self.shared.intent.set(log);
+        }
+    }
+
+    /// Whether a change of the range must be made durable in the write-intent log first. One load
+    /// if the node never had a bitmap.
+    #[inline]
+    pub(in crate::graph) fn must_log(&self, range: &Range<u64>) -> bool {
+        self.had_any.load(Ordering::Relaxed)
+            && self.shared.intent.get().is_some_and(|log| log.needs(range))
     }
 
     /// Marks what a request has changed. One load if the node never had a bitmap.

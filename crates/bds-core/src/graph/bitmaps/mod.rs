@@ -7,12 +7,13 @@
 //! close, and closes all the same.
 //!
 //! ```text
-//! recorder ──► list ──► info ──► persist, edit ──► lease ──► verbs
+//! recorder ──► list ──► info ──► persist, intent, edit ──► lease ──► verbs
 //! ```
 //! * `recorder`: marks what requests changed, without a lock.
 //! * `list`: a node's bitmaps and their states.
 //! * `info`: options, ids, facts for queries.
 //! * `edit`: several edits, all or nothing; also a part of graph changes.
+//! * `intent`: the write-intent log, before changes of data and after edits.
 //! * `persist`: loads bitmaps from images and stores them there.
 //! * `lease`: exclusive use, split into a frozen bitmap and a recording successor.
 //! * `verbs`: what users call.
@@ -21,6 +22,7 @@
 
 pub(super) mod edit;
 pub(super) mod info;
+pub(crate) mod intent;
 pub(super) mod lease;
 pub(super) mod list;
 pub(super) mod persist;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use bds_refcount::Strong;
 
 use super::edit::BitmapEdit;
+use super::intent;
 use super::list::{BitmapList, Entry, State};
 use crate::bitmap::{HBitmap, MAX_GRANULARITY, MAX_GRANULES};
 use crate::driver::{BitmapSpec, BitmapStore, BitmapToStore, Driver, StoredBitmap};
@@ -104,10 +105,13 @@ pub(super) async fn mark_edited(edits: &[&BitmapEdit]) -> Result<()> {
             && marked.insert(node.id())
             && let Some(store) = store_of(node)
         {
-            let _turn = node.bitmaps.shared().store_turn.lock().await;
-            store.mark_in_use().await.map_err(|error| {
+            let named = |error: Error| {
                 error.context("cannot mark the stored bitmaps as in use").node(node.name())
-            })?;
+            };
+            let _turn = node.bitmaps.shared().store_turn.lock().await;
+            // A crash right after the mark must find the log.
+            intent::start_before_mark(node).await.map_err(named)?;
+            store.mark_in_use().await.map_err(named)?;
         }
     }
     Ok(())
@@ -220,6 +224,22 @@ pub(in crate::graph) async fn store_at_close(node: &Node) -> Result<()> {
     })
 }
 
+/// The persistent bitmaps of a node as they are now, for its write-intent log: copies, since
+/// requests may mark them and make the node longer meanwhile.
+///
+/// # Errors
+/// `LimitExceeded`.
+pub(super) fn copies_to_store(node: &Node) -> Result<Vec<BitmapToStore>> {
+    let len = node.len();
+    let locked = node.bitmaps.lock(|| node.len());
+    let all = locked.entries.iter().filter_map(to_store).map(|bitmap| {
+        let bitmap = bitmap?;
+        let bits = bitmap.bits.map(|bits| bits.resized(len).map(Arc::new)).transpose()?;
+        Ok(BitmapToStore { bits, ..bitmap })
+    });
+    all.collect()
+}
+
 /// A persistent bitmap as it is stored: if its lease was split, with what the successor recorded.
 fn to_store(entry: &Entry) -> Option<Result<BitmapToStore>> {
     let name = entry.name.clone().filter(|_| entry.is_persistent)?;
@@ -254,12 +274,13 @@ pub(in crate::graph) struct LoadedBitmap {
     name: String,
     is_enabled: bool,
     is_inconsistent: bool,
+    recovered_bytes: Option<u64>,
     bits: HBitmap,
 }
 
 impl LoadedBitmap {
     fn new(stored: StoredBitmap) -> Result<Self> {
-        let StoredBitmap { name, granularity, is_enabled, bits } = stored;
+        let StoredBitmap { name, granularity, is_enabled, bits, recovered_bytes } = stored;
         let is_inconsistent = bits.is_none();
         let bits = match bits {
             Some(bits) => bits,
@@ -267,7 +288,7 @@ impl LoadedBitmap {
                 error.with_kind(ErrorKind::InvalidImage).context(format!("bitmap '{name}'"))
             })?,
         };
-        Ok(Self { name, is_enabled, is_inconsistent, bits })
+        Ok(Self { name, is_enabled, is_inconsistent, recovered_bytes, bits })
     }
 }
 
@@ -282,7 +303,7 @@ impl BitmapList {
         locked.entries.retain(|entry| !entry.is_persistent || entry.lease.is_some());
         locked.is_stale = false;
         for stored in loaded {
-            let LoadedBitmap { name, is_enabled, is_inconsistent, bits } = stored;
+            let LoadedBitmap { name, is_enabled, is_inconsistent, recovered_bytes, bits } = stored;
             if let Ok(leased) = locked.named(&name) {
                 leased.bits.take_over(&bits);
                 continue;
@@ -293,6 +314,7 @@ impl BitmapList {
                 is_enabled: is_enabled && !is_inconsistent,
                 is_persistent: true,
                 is_inconsistent,
+                recovered_bytes,
                 ..Entry::new(bits)
             });
         }

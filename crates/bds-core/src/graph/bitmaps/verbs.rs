@@ -3,6 +3,7 @@
 
 use super::edit::{BitmapEdit, Lists};
 use super::info::{BitmapId, BitmapInfo, BitmapOptions};
+use super::intent;
 use super::lease::{belongs_to_owner, gone};
 use super::list::Need;
 use super::persist;
@@ -38,9 +39,10 @@ impl NodeRef {
     /// ```
     ///
     /// # Errors
-    /// Nothing has changed. `AlreadyExists`; `InvalidInput`: the name or the granularity;
-    /// `LimitExceeded`: too many granules. If it is to be persistent: `NotSupported`, `ReadOnly`,
-    /// `Inactive`, and what the image refuses.
+    /// Nothing has changed, unless it says that the log of the bitmaps could not be written: then
+    /// the bitmap is there, and a crash may lose it. `AlreadyExists`; `InvalidInput`: the name or
+    /// the granularity; `LimitExceeded`: too many granules. If it is to be persistent:
+    /// `NotSupported`, `ReadOnly`, `Inactive`, and what the image refuses.
     pub async fn add_bitmap(&self, options: BitmapOptions) -> Result<BitmapId> {
         let name = options.name.clone();
         self.edit_bitmaps(BitmapEdit::add(self, options)).await?;
@@ -121,7 +123,8 @@ impl NodeRef {
     ///
     /// # Errors
     /// `NotFound`; `InUse`, `ReadOnly`, `InvalidInput`: its state forbids it; the image could not
-    /// be written.
+    /// be written. If only the log of the bitmaps could not be written, the error says so: the edit
+    /// is made, and a crash may undo it.
     pub async fn clear_bitmap(&self, name: &str) -> Result<()> {
         self.edit_bitmaps(BitmapEdit::clear(self, name)).await
     }
@@ -187,7 +190,13 @@ impl NodeRef {
         let marked =
             bds_io::spawn_now(async move { persist::mark_edited(&[&edit]).await.map(|()| edit) });
         let edit = marked.await.map_err(named)?;
+        let is_stored = edit.is_about_stored(&self.bitmaps.lock(|| self.len()));
         drop(lists.stage([&edit])?.commit());
+        drop(lists);
+        if is_stored {
+            let node = self.clone();
+            bds_io::spawn_now(async move { intent::checkpoint(&node).await }).await?;
+        }
         Ok(())
     }
 }
@@ -258,13 +267,14 @@ async fn remove(node: &NodeRef, number: u64) -> Result<()> {
     };
     // Busy meanwhile; if this is dropped or fails, it is as before.
     let lease = node.lease_for_removal(number)?;
-    if let Some(name) = stored {
-        persist::remove_stored(node, &name).await.map_err(named)?;
+    if let Some(name) = &stored {
+        persist::remove_stored(node, name).await.map_err(named)?;
     }
-    let mut locked = node.bitmaps.lock(|| node.len());
-    locked.remove(number);
-    locked.publish();
-    drop(locked);
+    {
+        let mut locked = node.bitmaps.lock(|| node.len());
+        locked.remove(number);
+        locked.publish();
+    }
     drop(lease);
-    Ok(())
+    if stored.is_some() { intent::checkpoint(node).await } else { Ok(()) }
 }

@@ -33,8 +33,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::graph::bitmaps::edit::{BitmapEdit, Lists};
 use crate::graph::bitmaps::info::BitmapOptions;
 use crate::graph::bitmaps::lease::BitmapLease;
-use crate::graph::bitmaps::persist;
 use crate::graph::bitmaps::persist::ImageWork;
+use crate::graph::bitmaps::{intent, persist};
 use crate::graph::close::report::CloseReport;
 use crate::graph::close::sweep::Undelivered;
 use crate::graph::drain::set::DrainedEdit;
@@ -80,6 +80,10 @@ pub struct ChangeReport {
     /// Why copies of removed bitmaps are still in their images. They are marked in use there, or go
     /// when the node's bitmaps are stored next.
     pub stored_bitmaps_left: Vec<Error>,
+    /// Why edits of persistent bitmaps are not durable yet in the write-intent log: a crash undoes
+    /// them. Of a change within a drained section of the caller, whose log is written when that
+    /// ends, nothing is said.
+    pub bitmaps_not_logged: Vec<Error>,
 }
 
 impl Graph {
@@ -428,16 +432,22 @@ impl Change {
         check_same_graph(&self.graph, &self.actions)?;
         if self.actions.is_empty() {
             mark(self.effect.as_deref());
-            let (closed, stored_bitmaps_left) = (Vec::new(), Vec::new());
-            return Ok(ChangeReport { held: Duration::ZERO, closed, stored_bitmaps_left });
+            return Ok(ChangeReport {
+                held: Duration::ZERO,
+                closed: Vec::new(),
+                stored_bitmaps_left: Vec::new(),
+                bitmaps_not_logged: Vec::new(),
+            });
         }
         // Other changes wait for the turn, and requests at the gates: a task ends that wait even if
         // the caller keeps its future without polling it.
-        let (held, closed, stored_bitmaps_left) = bds_io::spawn_now(self.run()).await?;
-        Ok(ChangeReport { held, closed: closed.deliver(), stored_bitmaps_left })
+        let (held, closed, stored_bitmaps_left, bitmaps_not_logged) =
+            bds_io::spawn_now(self.run()).await?;
+        let closed = closed.deliver();
+        Ok(ChangeReport { held, closed, stored_bitmaps_left, bitmaps_not_logged })
     }
 
-    async fn run(self) -> Result<(Duration, Undelivered, Vec<Error>)> {
+    async fn run(self) -> Result<(Duration, Undelivered, Vec<Error>, Vec<Error>)> {
         let Self { graph, mut actions, within, effect } = self;
         for action in &mut actions {
             if let Action::Bitmap(edit) = action {
@@ -467,10 +477,21 @@ impl Change {
         drop(drained);
         let held = bds_io::now().saturating_sub(begun);
         drop(turn);
+        let edited = nodes_with_edits(&actions);
         drop(actions);
         let bitmaps_left = persist::remove_all_stored(removed_bitmaps).await;
+
+        let logged = intent::checkpoint_all(edited);
+        let not_logged = match within.is_empty() {
+            true => logged.await,
+            // Drivers wait for the caller's own section.
+            false => {
+                bds_io::spawn(logged).detach();
+                Vec::new()
+            }
+        };
         let closed = commit::close_removed(&graph, removed, old_targets).await;
-        Ok((held, closed, bitmaps_left))
+        Ok((held, closed, bitmaps_left, not_logged))
     }
 }
 
@@ -587,6 +608,17 @@ async fn prepare<'w>(
 /// The edits of bitmaps among the actions.
 fn bitmap_edits(actions: &[Action]) -> impl Iterator<Item = &BitmapEdit> {
     actions.iter().filter_map(Action::bitmap_edit)
+}
+
+/// The nodes whose bitmaps are edited, once each.
+fn nodes_with_edits(actions: &[Action]) -> Vec<NodeRef> {
+    let mut nodes: Vec<NodeRef> = Vec::new();
+    for edit in bitmap_edits(actions) {
+        if nodes.iter().all(|node| node.id() != edit.node.id()) {
+            nodes.push(edit.node.clone());
+        }
+    }
+    nodes
 }
 
 fn check_same_graph(graph: &Graph, actions: &[Action]) -> Result<()> {

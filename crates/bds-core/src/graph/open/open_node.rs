@@ -347,6 +347,7 @@ fn insert_node(
         }
     }
     lock.node_added(&node);
+    node.take_intent_log();
     node.bitmaps.set_loaded(bitmaps, node.len());
     node.bitmaps.set_readonly(!node.is_writable());
     let stage = Stage::new(&graph.0.core.arena);

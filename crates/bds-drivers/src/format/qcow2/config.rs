@@ -9,6 +9,7 @@ use super::alloc::overlap::Class;
 use super::layout::cluster0::Cluster0;
 use super::layout::header::Compatible;
 use super::meta::budget::DirtyBudget;
+use crate::format::bitmap_sidecar::SidecarOption;
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -119,7 +120,15 @@ pub(crate) const OPEN_OPTIONS: &[OptionSpec] = &[
         "write though persistent bitmaps cannot be read and are lost",
         Some("off"),
     ),
+    spec(
+        BITMAP_LOG,
+        OptionKind::String,
+        "log beside the image that lets persistent bitmaps survive a crash: auto (the image's name and .bds-cbt, for a file), off, or a name",
+        Some("auto"),
+    ),
 ];
+
+const BITMAP_LOG: &str = "bitmap-log";
 
 const CLASSES: [(&str, &str, Class); 9] = [
     ("main-header", "overlap-check.main-header", Class::MAIN_HEADER),
@@ -149,6 +158,7 @@ pub(crate) struct RequestedOptions {
     decompressed: Option<u64>,
     data_before_metadata: Option<bool>,
     invalidate_bitmaps: Option<bool>,
+    pub bitmap_log: Option<SidecarOption>,
 }
 
 /// Which overlaps are checked: a template, and exceptions from it in the order of [`CLASSES`].
@@ -223,6 +233,10 @@ impl RequestedOptions {
             decompressed: take_cache_size(options, "decompressed-cache-size")?,
             data_before_metadata: options.take_bool("data-before-metadata")?,
             invalidate_bitmaps: options.take_bool("invalidate-bitmaps")?,
+            bitmap_log: match options.contains(BITMAP_LOG) {
+                true => Some(SidecarOption::parse(BITMAP_LOG, options.take_str(BITMAP_LOG)?)?),
+                false => None,
+            },
         })
     }
 
@@ -242,6 +256,7 @@ impl RequestedOptions {
             decompressed: self.decompressed.or(earlier.decompressed),
             data_before_metadata: self.data_before_metadata.or(earlier.data_before_metadata),
             invalidate_bitmaps: self.invalidate_bitmaps.or(earlier.invalidate_bitmaps),
+            bitmap_log: self.bitmap_log.or_else(|| earlier.bitmap_log.clone()),
         }
     }
 

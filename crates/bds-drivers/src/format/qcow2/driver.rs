@@ -163,7 +163,8 @@ impl Driver for Qcow2 {
     fn info(&self) -> BoxFuture<'_, Result<ImageInfo>> {
         Box::pin(async {
             let image = &self.image;
-            super::manage::info::info(image.file.port(), &image.cluster0_now()).await
+            let info = super::manage::info::info(image.file.port(), &image.cluster0_now()).await?;
+            Ok(ImageInfo { logged_bitmaps: image.logged_bitmaps().await, ..info })
         })
     }
 

@@ -30,6 +30,7 @@ use super::srcu::Srcu;
 use super::state::{Image, Meta};
 use super::task::TaskCount;
 use super::write_state::WriteState;
+use crate::format::bitmap_sidecar::{Sidecar, SidecarOption};
 
 /// Idle buffers kept for decompression and copying.
 const POOL_BYTES: usize = 4 << 20;
@@ -39,6 +40,7 @@ pub(crate) async fn open(context: &mut OpenContext<'_>) -> Result<Image> {
     let node_name = context.node_name.to_owned();
     let flags = context.flags;
     let options = RequestedOptions::take(&mut context.options)?;
+    let log_option = options.bitmap_log.clone().unwrap_or_default();
     let mut file = context.child("file", Role::DATA | Role::METADATA | Role::PRIMARY).await?;
     let opened = open_file(context, &node_name, flags, options, &mut file).await;
     let parts = opened.map_err(|error| {
@@ -48,7 +50,8 @@ pub(crate) async fn open(context: &mut OpenContext<'_>) -> Result<Image> {
             _ => error,
         }
     })?;
-    let image = parts.build(node_name, file);
+    let mut image = parts.build(node_name, file);
+    image.journal = journal_of(context, &image, &log_option);
     if image.serves_io {
         let cluster0 = Cluster0::clone(&image.cluster0.load());
         let writer = image.is_writable().then(|| image.writer(&image.config.load()));
@@ -56,6 +59,19 @@ pub(crate) async fn open(context: &mut OpenContext<'_>) -> Result<Image> {
         image.install(loaded.map_err(|error| image.name_file(error))?);
     }
     Ok(image)
+}
+
+/// The log of the image's bitmaps, unless it can have none. By default only beside a file: next to
+/// a device it would not be found again.
+fn journal_of(context: &OpenContext<'_>, image: &Image, option: &SidecarOption) -> Option<Sidecar> {
+    let file = image.file.port();
+    let is_named = matches!(option, SidecarOption::At(_));
+    let has_bitmaps = image.cluster0.load().header.version >= 3;
+    if !has_bitmaps || (!is_named && file.driver_name() != "file") {
+        return None;
+    }
+    let path = option.path(file.filename().as_deref())?;
+    Some(Sidecar::new(context.fs, path, image.disk_len()))
 }
 
 /// What opening finds out before the tables are read.
@@ -236,6 +252,7 @@ impl Parts {
             write_state: WriteState::new(is_writable),
             prepare_lock: bds_io::sync::Mutex::new(()),
             bitmaps: BitmapsInMemory::default(),
+            journal: None,
             broken: OnceLock::new(),
             is_sparse: AtomicU8::new(0),
             data_end: AtomicU64::new(0),

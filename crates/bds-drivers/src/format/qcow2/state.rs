@@ -49,6 +49,7 @@ use super::plan::{MetaKey, MetaResult, NeedMeta};
 use super::srcu::Srcu;
 use super::task::TaskCount;
 use super::write_state::WriteState;
+use crate::format::bitmap_sidecar::Sidecar;
 
 /// Header fields that change while the image is open.
 #[derive(Debug)]
@@ -162,6 +163,8 @@ pub(crate) struct Image {
     /// Held to prepare for the first write, and to change what is stored of bitmaps.
     pub prepare_lock: bds_io::sync::Mutex<()>,
     pub bitmaps: BitmapsInMemory,
+    /// Keeps the write-intent log of the bitmaps, if there is to be one.
+    pub journal: Option<Sidecar>,
     /// Cached end of the file that holds data, rounded up to a cluster (`offset_check.rs`).
     pub data_end: AtomicU64,
     /// Does the file hold less than its length? Looked up once.
@@ -381,6 +384,9 @@ impl Image {
         let mut kept = old.kept_by_writer();
         if loses_bitmaps {
             kept -= Autoclear::BITMAPS;
+        }
+        if !self.keeps_log_bit() {
+            kept -= Autoclear::BITMAP_LOG;
         }
         if kept == old {
             return Ok(());

@@ -38,8 +38,9 @@ impl Image {
             }
             Err(error) => Err(error),
         };
-        let loaded = loaded.map_err(|error| self.name_file(error))?;
-        self.bitmaps.note_loaded();
+        let mut loaded = loaded.map_err(|error| self.name_file(error))?;
+        let recovered = self.recover_bitmaps(&mut loaded).await;
+        self.bitmaps.note_loaded(recovered);
         Ok(loaded)
     }
 }
@@ -74,7 +75,13 @@ async fn load_bitmaps(
             },
         };
         let granularity = entry.granularity();
-        loaded.push(StoredBitmap { name, granularity, is_enabled: entry.is_auto(), bits });
+        loaded.push(StoredBitmap {
+            name,
+            granularity,
+            is_enabled: entry.is_auto(),
+            bits,
+            recovered_bytes: None,
+        });
     }
     Ok(loaded)
 }

@@ -34,6 +34,8 @@ struct Known {
     needs_flush: bool,
     /// A change of the header's pointer has failed, or is under way.
     is_header_uncertain: bool,
+    /// The log of an earlier session that crashed was read, or a new one was started.
+    is_log_known: bool,
 }
 
 impl BitmapsInMemory {
@@ -42,11 +44,21 @@ impl BitmapsInMemory {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// All were loaded; the file has the same.
-    pub(super) fn note_loaded(&self) {
+    /// All were loaded; the file has the same, except for those that were recovered from the log.
+    pub(super) fn note_loaded(&self, recovered: BTreeSet<Vec<u8>>) {
         let mut known = self.known();
         known.are_loaded = true;
-        known.marked.clear();
+        known.marked = recovered;
+    }
+
+    pub(super) fn set_log_known(&self, is_known: bool) {
+        self.known().is_log_known = is_known;
+    }
+
+    /// Whether the log that the header names is the one that is kept: if not, it must not count
+    /// once data changes.
+    pub(super) fn is_log_known(&self) -> bool {
+        self.known().is_log_known
     }
 
     /// All were stored.

@@ -5,6 +5,7 @@
 //! load        the bits of each bitmap into memory
 //! mark        "in use" in the directory, before the first change of what a bitmap records
 //! store       new clusters, tables and directory; then the header's pointer; then frees what was
+//! journal     the write-intent log in a file of its own, by which they survive a crash
 //! switch      the header's pointer to the directory, so that a crash leaves the old or the new one
 //! driver      these for the contract of drivers (`BitmapStore`)
 //! ```
@@ -15,6 +16,7 @@
 
 pub(super) mod directory;
 mod driver;
+mod journal;
 mod load;
 pub(super) mod mark;
 mod store;

@@ -88,7 +88,12 @@ impl Image {
         }
     }
 
-    async fn rewrite_header(&self, bytes: &[u8], old: &Cluster0, new: &Cluster0) -> Result<()> {
+    pub(super) async fn rewrite_header(
+        &self,
+        bytes: &[u8],
+        old: &Cluster0,
+        new: &Cluster0,
+    ) -> Result<()> {
         let planned = rewrite::plan(bytes, old, new)
             .map_err(|e| self.name_file(e).context("cannot enter the bitmaps in the header"))?;
         for Write { offset, bytes } in planned {
@@ -109,7 +114,7 @@ impl Image {
         Ok(())
     }
 
-    async fn write_header(&self, at: usize, bytes: Vec<u8>) -> Result<()> {
+    pub(super) async fn write_header(&self, at: usize, bytes: Vec<u8>) -> Result<()> {
         self.write_file(MetaOffset(at as u64), bytes).await?;
         self.flush_meta().await
     }

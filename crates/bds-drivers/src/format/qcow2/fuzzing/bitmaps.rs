@@ -68,7 +68,7 @@ fn shown(all: &[StoredBitmap]) -> Vec<(&str, bool, Option<u64>)> {
 async fn change(image: &dyn Driver, loaded: Vec<StoredBitmap>) -> Option<Vec<BitmapToStore>> {
     let mut all: Vec<BitmapToStore> = loaded
         .into_iter()
-        .map(|StoredBitmap { name, granularity, is_enabled, bits }| BitmapToStore {
+        .map(|StoredBitmap { name, granularity, is_enabled, bits, .. }| BitmapToStore {
             name: name.into(),
             granularity,
             is_enabled,

@@ -5,6 +5,7 @@
 //! real I/O. The fuzz targets, the replay of their corpus and the hostile-image tests all call
 //! these.
 
+mod bitmap_log;
 mod bitmaps;
 mod port;
 mod spec;
@@ -25,6 +26,7 @@ use super::layout::header::Compression;
 pub use super::layout::space::{DataOffset, MetaOffset};
 use super::layout::units::{Geometry, GuestOffset};
 pub use super::nodes::{DataNode, MetaNode};
+pub use bitmap_log::bitmap_log;
 pub use bitmaps::bitmaps;
 pub use port::{MemPort, PortEvent};
 

@@ -16,6 +16,8 @@ const DATA_FILE: u32 = 0x4441_5441;
 const FEATURE_NAMES: u32 = 0x6803_f857;
 const CRYPTO: u32 = 0x0537_be77;
 const BITMAPS: u32 = 0x2385_2875;
+/// Ours ("bdsl").
+const BITMAP_LOG: u32 = 0x6264_736c;
 /// Says nothing: covers unused bytes for the time of a rewrite (`rewrite.rs`).
 pub(super) const PADDING: u32 = 0x6264_735f;
 
@@ -102,17 +104,34 @@ impl BitmapsPointer {
 
     /// Where the extension's data lies in cluster 0, whose list of extensions begins at `start`.
     pub(crate) fn find(bytes: &[u8], start: usize) -> Option<usize> {
-        let mut at = start;
-        loop {
-            let data_at = at.checked_add(HEAD_LEN)?;
-            let head = bytes.get(at..data_at)?;
-            match be32(head, 0) {
-                END => return None,
-                BITMAPS => return Some(data_at),
-                _ => at = data_at.checked_add(usize::try_from(be32(head, 4)).ok()?)?,
-            }
-            at = at.checked_next_multiple_of(8)?;
+        find(bytes, start, |kind, _| kind == BITMAPS)
+    }
+}
+
+/// Names the write-intent log of the bitmaps. Means nothing unless the header's bit for it is set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BitmapLogId(pub [u8; 16]);
+
+impl BitmapLogId {
+    /// As [`BitmapsPointer::find`].
+    pub(crate) fn find(bytes: &[u8], start: usize) -> Option<usize> {
+        find(bytes, start, |kind, len| kind == BITMAP_LOG && len == 16)
+    }
+}
+
+/// Where the data of the extension lies whose type and length are wanted.
+fn find(bytes: &[u8], start: usize, is_wanted: impl Fn(u32, u32) -> bool) -> Option<usize> {
+    let mut at = start;
+    loop {
+        let data_at = at.checked_add(HEAD_LEN)?;
+        let head = bytes.get(at..data_at)?;
+        let (kind, len) = (be32(head, 0), be32(head, 4));
+        match kind {
+            END => return None,
+            kind if is_wanted(kind, len) => return Some(data_at),
+            _ => at = data_at.checked_add(usize::try_from(len).ok()?)?,
         }
+        at = at.checked_next_multiple_of(8)?;
     }
 }
 
@@ -134,6 +153,7 @@ pub(crate) struct Extensions {
     /// The feature name table as stored.
     pub feature_names: Option<Vec<u8>>,
     pub bitmaps: Option<BitmapsPointer>,
+    pub bitmap_log: Option<BitmapLogId>,
     /// In the order they were found.
     pub unknown: Vec<UnknownExtension>,
 }
@@ -214,6 +234,11 @@ impl Extensions {
                 };
                 once("bitmaps", &mut self.bitmaps, pointer)
             }
+            // Of another length it is another program's.
+            BITMAP_LOG if data.len() == 16 => {
+                let id = BitmapLogId(data.try_into().expect("16 bytes"));
+                once("bitmap log", &mut self.bitmap_log, id)
+            }
             _ => {
                 self.unknown.push(UnknownExtension { kind, data: data.to_vec() });
                 Ok(())
@@ -244,6 +269,9 @@ impl Extensions {
         }
         if let Some(pointer) = self.bitmaps {
             put(out, BITMAPS, &pointer.encode());
+        }
+        if let Some(BitmapLogId(id)) = &self.bitmap_log {
+            put(out, BITMAP_LOG, id);
         }
         for UnknownExtension { kind, data } in &self.unknown {
             put(out, *kind, data);

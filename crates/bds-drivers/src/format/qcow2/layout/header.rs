@@ -74,6 +74,9 @@ bitflags::bitflags! {
         const BITMAPS = 1;
         /// The data file reads like the disk, byte for byte.
         const RAW_DATA_FILE = 2;
+        /// Ours: the log that the extension `bitmap_log` names is in step with the data. Far from
+        /// the bits that the specification may give out next.
+        const BITMAP_LOG = 1 << 62;
         /// Not a feature: keeps unknown bits.
         const _ = !0;
     }
@@ -85,9 +88,9 @@ impl Incompatible {
 
 impl Autoclear {
     /// The bits a writer keeps: the raw data file is maintained, unknown bits are cleared. Bitmaps
-    /// are handled apart.
+    /// and their log are handled apart.
     pub(crate) fn kept_by_writer(self) -> Self {
-        self & (Self::RAW_DATA_FILE | Self::BITMAPS)
+        self & (Self::RAW_DATA_FILE | Self::BITMAPS | Self::BITMAP_LOG)
     }
 }
 

@@ -34,6 +34,7 @@ pub(crate) async fn info(file: &dyn ChildPort, image: &Cluster0) -> Result<Image
         format_specific: Some(
             json!({"type": "qcow2", "data": format_specific(file, image).await?}),
         ),
+        logged_bitmaps: Vec::new(),
         snapshots: snapshots.entries.iter().map(super::snapshot::Snapshot::to_json).collect(),
     })
 }

@@ -54,6 +54,11 @@ impl Image {
         let flags = context.flags;
         let earlier = self.requested().clone();
         let options = RequestedOptions::take(&mut context.options)?.or(&earlier.options);
+        let log = |options: &RequestedOptions| options.bitmap_log.clone().unwrap_or_default();
+        if log(&options) != log(&earlier.options) {
+            let words = "bitmap-log cannot change while the image is open";
+            return Err(self.name_error(Error::new(ErrorKind::NotSupported, words)));
+        }
         let old = self.config.load_full();
         let cluster0 = self.cluster0.load_full();
         let config = options

@@ -89,7 +89,7 @@ pub(super) fn to_store(models: &Models, len: u64) -> Vec<BitmapToStore> {
 /// From `load`.
 pub(super) fn models_of(loaded: Vec<StoredBitmap>) -> Models {
     let one = |bitmap: StoredBitmap| {
-        let StoredBitmap { name, granularity, is_enabled, bits } = bitmap;
+        let StoredBitmap { name, granularity, is_enabled, bits, .. } = bitmap;
         let dirty = bits.map(|bits| {
             let step = u64::from(granularity);
             (0..bits.granules()).map(|granule| bits.is_dirty(granule * step)).collect()

@@ -1,10 +1,13 @@
 //! Sessions of a graph on the simulated disk, with guest writes and all edits of persistent
-//! bitmaps; the power is cut at every write. A bitmap that is valid afterwards is exactly what it
-//! was in memory, and records every sector that differs from when it was clean.
+//! bitmaps; the power is cut at every write. Without a write-intent log, a bitmap that is valid
+//! afterwards is exactly what it was in memory. With one, each bitmap is there and valid, and has
+//! at least what it had in memory. Either way it records every sector that differs from when it was
+//! clean.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
+use bds_core::Options;
 use bds_core::driver::{WriteFlags, ZeroFlags};
 use bds_core::graph::{BitmapOptions, Graph, NodeRef};
 use bds_core::request::Backend;
@@ -12,7 +15,7 @@ use bds_io::sim::CutMode;
 use bds_io::{Buf, Sim, SimConfig};
 use bds_testkit::Chance;
 
-use crate::qcow2::harness::{Shape, close, graph, make, open, options, read};
+use crate::qcow2::harness::{self, Shape, close, graph, make, open, read};
 
 const LEN: u64 = 256 << 10;
 const SECTOR: u64 = 512;
@@ -36,14 +39,32 @@ struct World {
     /// The stamp of each sector.
     disk: Vec<u64>,
     bitmaps: BTreeMap<String, Expected>,
-    /// Being removed: may be there or not.
+    /// Being removed, or added to the log: may be there or not.
     leaving: Option<String>,
+    /// Being edited, with a log: it may be as before or as after the edit.
+    editing: Option<String>,
     last_stamp: u64,
+    log: Log,
+}
+
+/// Whether the image keeps a write-intent log of its bitmaps.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Log {
+    Kept,
+    Off,
+}
+
+impl Log {
+    fn options(self) -> Options {
+        let text = if self == Log::Kept { "auto" } else { "off" };
+        harness::options().with("bitmap-log", text)
+    }
 }
 
 impl World {
-    fn new() -> Self {
-        Self { disk: vec![0; SECTORS], bitmaps: BTreeMap::new(), leaving: None, last_stamp: 0 }
+    fn new(log: Log) -> Self {
+        let (bitmaps, disk) = (BTreeMap::new(), vec![0; SECTORS]);
+        Self { disk, bitmaps, leaving: None, editing: None, last_stamp: 0, log }
     }
 
     fn wrote(&mut self, first: usize, count: usize, stamp: u64) {
@@ -114,13 +135,16 @@ async fn step(
                 disabled,
                 ..BitmapOptions::named(&name)
             };
+            world.borrow_mut().leaving = Some(name.clone());
             node.add_bitmap(options).await.unwrap();
             let mut world = world.borrow_mut();
+            world.leaving = None;
             let base = world.disk.clone();
             let granules = LEN as usize / granularity as usize;
             let dirty = vec![false; granules];
             let is_enabled = !disabled;
-            let new = Expected { granularity, is_enabled, dirty, base, is_stored: false };
+            let is_stored = world.log == Log::Kept;
+            let new = Expected { granularity, is_enabled, dirty, base, is_stored };
             world.bitmaps.insert(name, new);
         }
         7 if !names.is_empty() => {
@@ -131,8 +155,10 @@ async fn step(
             world.leaving = None;
         }
         8 if !names.is_empty() => {
+            world.borrow_mut().editing = Some(name.clone());
             node.clear_bitmap(&name).await.unwrap();
             let mut world = world.borrow_mut();
+            world.editing = None;
             let base = world.disk.clone();
             let bitmap = world.bitmaps.get_mut(&name).unwrap();
             bitmap.dirty.fill(false);
@@ -140,11 +166,13 @@ async fn step(
         }
         9 if !names.is_empty() => {
             let is_enabled = !world.borrow().bitmaps[&name].is_enabled;
+            world.borrow_mut().editing = Some(name.clone());
             match is_enabled {
                 true => node.enable_bitmap(&name).await.unwrap(),
                 false => node.disable_bitmap(&name).await.unwrap(),
             }
             let mut world = world.borrow_mut();
+            world.editing = None;
             let base = world.disk.clone();
             let bitmap = world.bitmaps.get_mut(&name).unwrap();
             bitmap.is_enabled = is_enabled;
@@ -153,8 +181,10 @@ async fn step(
         }
         10 if names.len() > 1 => {
             let from = names.iter().find(|other| **other != name).unwrap();
+            world.borrow_mut().editing = Some(name.clone());
             node.merge_bitmaps(&name, &[(node, from)]).await.unwrap();
             let mut world = world.borrow_mut();
+            world.editing = None;
             let source = world.bitmaps[from].clone();
             let target = world.bitmaps.get_mut(&name).unwrap();
             let (from, to) = (source.granularity as usize, target.granularity as usize);
@@ -175,7 +205,8 @@ async fn sessions(sim: &Sim, world: &RefCell<World>, seed: u64) {
     let mut chance = Chance::new(seed);
     for session in 0..3 {
         let graph = graph(sim);
-        let (node, backend) = open(&graph, options()).await;
+        let options = world.borrow().log.options();
+        let (node, backend) = open(&graph, options).await;
         assert_eq!(check_valid(&node, &world.borrow()), world.borrow().bitmaps.len(), "{session}");
         for _ in 0..14 {
             step(&graph, &node, &backend, world, &mut chance).await;
@@ -196,14 +227,24 @@ fn check_valid(node: &NodeRef, world: &World) -> usize {
         };
         assert_eq!(info.granularity, expected.granularity, "{name}");
         if info.inconsistent {
+            assert_eq!(world.log, Log::Off, "{name} is inconsistent in spite of the log");
             continue;
         }
         valid += 1;
+        if world.log == Log::Kept && world.editing.as_deref() == Some(name) {
+            continue;
+        }
         assert_eq!(info.recording, expected.is_enabled, "{name}");
         let bits = node.copy_bitmap(name).unwrap();
         let step = u64::from(info.granularity);
         let dirty: Vec<bool> = (0..bits.granules()).map(|g| bits.is_dirty(g * step)).collect();
-        assert_eq!(dirty, expected.dirty, "{name}");
+        match info.recovered_bytes {
+            Some(added) if added > 0 => {
+                let missing = (0..dirty.len()).find(|at| expected.dirty[*at] && !dirty[*at]);
+                assert_eq!(missing, None, "{name}: dirty in memory, clean after the crash");
+            }
+            _ => assert_eq!(dirty, expected.dirty, "{name}"),
+        }
     }
     for (name, expected) in world.bitmaps.iter().filter(|(_, expected)| expected.is_stored) {
         let is_there = node.find_bitmap(name).is_some() || world.leaving.as_ref() == Some(name);
@@ -216,6 +257,7 @@ fn check_valid(node: &NodeRef, world: &World) -> usize {
 struct Coverage {
     cuts: u64,
     valid: usize,
+    recovered: usize,
     inconsistent: usize,
     leaks: u64,
 }
@@ -223,11 +265,13 @@ struct Coverage {
 /// After a cut: bitmaps, disk, and what comes after.
 async fn check_after_cut(after: &Sim, world: &World, coverage: &mut Coverage) {
     let graph = graph(after);
-    let read_only = options().with("read-only", true);
+    let read_only = world.log.options().with("read-only", true);
     let (node, backend) = open(&graph, read_only).await;
     let valid = check_valid(&node, world);
     coverage.valid += valid;
-    coverage.inconsistent += node.bitmaps().len() - valid;
+    let bitmaps = node.bitmaps();
+    coverage.inconsistent += bitmaps.iter().filter(|info| info.inconsistent).count();
+    coverage.recovered += bitmaps.iter().filter(|info| info.recovered_bytes.is_some()).count();
     // Behind the dirty bit refcounts may be anything: a repair comes first.
     let is_dirty = backend.info().await.unwrap().is_dirty;
     if !is_dirty {
@@ -236,8 +280,11 @@ async fn check_after_cut(after: &Sim, world: &World, coverage: &mut Coverage) {
         coverage.leaks += report.leaks;
     }
     let bytes = read(&backend, 0, LEN as usize).await.unwrap();
-    for info in node.bitmaps().iter().filter(|info| info.recording && !info.inconsistent) {
+    for info in bitmaps.iter().filter(|info| info.recording && !info.inconsistent) {
         let name = info.name.as_deref().unwrap();
+        if world.log == Log::Kept && world.editing.as_deref() == Some(name) {
+            continue;
+        }
         let Some(expected) = world.bitmaps.get(name) else { continue };
         let bits = node.copy_bitmap(name).unwrap();
         for sector in 0..SECTORS {
@@ -251,7 +298,7 @@ async fn check_after_cut(after: &Sim, world: &World, coverage: &mut Coverage) {
     if is_dirty {
         return;
     }
-    let (node, backend) = open(&graph, options()).await;
+    let (node, backend) = open(&graph, world.log.options()).await;
     for info in node.bitmaps().iter().filter(|info| info.inconsistent) {
         node.remove_bitmap(info.name.as_deref().unwrap()).await.unwrap();
     }
@@ -260,14 +307,14 @@ async fn check_after_cut(after: &Sim, world: &World, coverage: &mut Coverage) {
     let iov = Buf::from_slice(&[7; 512]).iov();
     backend.write(0, iov, WriteFlags::empty()).await.unwrap();
     close(&graph, node, backend).await;
-    let (node, backend) = open(&graph, options().with("read-only", true)).await;
+    let (node, backend) = open(&graph, world.log.options().with("read-only", true)).await;
     assert!(node.bitmaps().iter().all(|info| !info.inconsistent));
     assert!(node.copy_bitmap("after the cut").unwrap().is_dirty(0));
     assert_eq!(backend.check(&|_, _| {}).await.unwrap().corruptions, 0);
     close(&graph, node, backend).await;
 }
 
-fn sweep(shape: Shape, seeds: std::ops::Range<u64>, every: u64) -> Coverage {
+fn sweep(shape: Shape, log: Log, seeds: std::ops::Range<u64>, every: u64) -> Coverage {
     const MODES: [CutMode; 5] =
         [CutMode::Random, CutMode::Tear, CutMode::LoseAll, CutMode::KeepAll, CutMode::Reorder];
     let mut coverage = Coverage::default();
@@ -276,14 +323,14 @@ fn sweep(shape: Shape, seeds: std::ops::Range<u64>, every: u64) -> Coverage {
         make(&base, &shape);
         let all = {
             let sim = base.fork(seed);
-            let world = RefCell::new(World::new());
+            let world = RefCell::new(World::new(log));
             sim.block_on(sessions(&sim, &world, seed));
             sim.writes()
         };
         for n in (base.writes() + 1..=all).filter(|n| (n + seed) % every == 0) {
             coverage.cuts += 1;
             let sim = base.fork(seed);
-            let world = RefCell::new(World::new());
+            let world = RefCell::new(World::new(log));
             sim.cut_after_writes(Some(n));
             let _ = sim.run_until_cut(sessions(&sim, &world, seed));
             sim.power_cut();
@@ -302,10 +349,16 @@ fn sweep(shape: Shape, seeds: std::ops::Range<u64>, every: u64) -> Coverage {
 
 #[test]
 fn sessions_that_are_cut_leave_no_wrong_bitmap() {
-    let shape = Shape { size: LEN, cluster: 4096, ..Shape::default() };
-    let coverage = sweep(shape, 0..8, 2);
+    let coverage = sweep(Shape { size: LEN, ..Shape::default() }, Log::Off, 0..8, 2);
     assert!(coverage.cuts > 200 && coverage.valid > 80, "{coverage:?}");
-    assert!(coverage.inconsistent > 80, "{coverage:?}");
+    assert!(coverage.inconsistent > 80 && coverage.recovered == 0, "{coverage:?}");
+}
+
+#[test]
+fn with_a_log_sessions_that_are_cut_keep_all_bitmaps() {
+    let coverage = sweep(Shape { size: LEN, ..Shape::default() }, Log::Kept, 0..8, 5);
+    assert!(coverage.cuts > 200 && coverage.valid > 250, "{coverage:?}");
+    assert!(coverage.inconsistent == 0 && coverage.recovered > 80, "{coverage:?}");
 }
 
 #[test]
@@ -314,7 +367,9 @@ fn sessions_that_are_cut_leave_no_wrong_bitmap_in_small_clusters_and_beside_a_da
     let data = Shape { size: LEN, cluster: 4096, data_file: true, ..Shape::default() };
     let lazy = Shape { size: LEN, cluster: 65536, lazy: true, ..Shape::default() };
     for shape in [small, data, lazy] {
-        let coverage = sweep(shape, 20..24, 4);
-        assert!(coverage.cuts > 40 && coverage.valid > 10, "{coverage:?}");
+        for log in [Log::Off, Log::Kept] {
+            let coverage = sweep(shape, log, 20..24, 6);
+            assert!(coverage.cuts > 30 && coverage.valid > 10, "{log:?} {coverage:?}");
+        }
     }
 }

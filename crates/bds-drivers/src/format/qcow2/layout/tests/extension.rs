@@ -34,6 +34,7 @@ fn extensions_round_trip() {
             directory_len: 64,
             directory_offset: 0x50000,
         }),
+        bitmap_log: Some(BitmapLogId(*b"0123456789abcdef")),
         unknown: vec![
             UnknownExtension { kind: 7, data: vec![1, 2, 3] },
             UnknownExtension { kind: 5, data: vec![] },
@@ -65,6 +66,7 @@ fn ambiguous_extensions_are_refused() {
         (&[(FEATURE_NAMES, b""), (FEATURE_NAMES, b"")], "twice"),
         (&[(CRYPTO, &[0; 16]), (CRYPTO, &[0; 16])], "twice"),
         (&[(BITMAPS, &[0; 24]), (BITMAPS, &[0; 24])], "twice"),
+        (&[(BITMAP_LOG, &[1; 16]), (BITMAP_LOG, &[1; 16])], "twice"),
         (&[(BACKING_FORMAT, b"raw\0x")], "NUL"),
         (&[(DATA_FILE, b"a\0b")], "NUL"),
         (&[(BACKING_FORMAT, &[b'x'; 16])], "longer than 15"),

@@ -3,23 +3,29 @@
 //! Without options raw is a filter: length, limits, status and every flag pass through. With
 //! `offset` or `size` (bytes) it is a format that shows a part of its file. A fixed `size` cannot
 //! be resized. A reopen may move a window, but a filter stays a filter: its edge has a filter's
-//! role.
+//! role. Persistent dirty bitmaps are kept in a file beside the image ([`bitmaps`]).
 //!
 //! Invariant: no request leaves the window. Odd lengths stay odd; nothing is rounded up to a
 //! sector.
+
+mod bitmaps;
 
 use std::any::Any;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bds_core::driver::{
-    Attempt, BoxFuture, Category, Child, CreateContext, CreateFacts, Driver, DriverType, HostMap,
-    Limits, MeasureReport, MeasureSource, OpenContext, Prealloc, Precision, ReadFlags, Reopen,
-    ReopenContext, Role, StatusFlags, StatusRun, Truncate, WriteFlags, ZeroFlags,
+    Attempt, BitmapStore, BoxFuture, Category, Child, CreateContext, CreateFacts, Driver,
+    DriverType, HostMap, ImageInfo, Limits, MeasureReport, MeasureSource, OpenContext, Prealloc,
+    Precision, ReadFlags, Reopen, ReopenContext, Role, StatusFlags, StatusRun, Truncate,
+    WriteFlags, ZeroFlags,
 };
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::IoVec;
 use serde_json::Value;
+
+use self::bitmaps::RawBitmaps;
+use crate::format::bitmap_sidecar::SidecarOption;
 
 /// The `raw` format. Errors: `InvalidInput` if the window reaches past the file's end,
 /// `NotSupported` for a resize with a fixed size.
@@ -40,7 +46,15 @@ const OPEN_OPTIONS: &[OptionSpec] = &[
         default: Some("0"),
     },
     OptionSpec { name: "size", kind: OptionKind::Size, help: "virtual disk size", default: None },
+    OptionSpec {
+        name: BITMAP_FILE,
+        kind: OptionKind::String,
+        help: "file of the persistent bitmaps: auto (the image's name and .bds-cbt, for an image that is all of a file), off, or a name",
+        default: Some("auto"),
+    },
 ];
+
+const BITMAP_FILE: &str = "bitmap-file";
 
 const CREATE_OPTIONS: &[OptionSpec] = &[
     OptionSpec { name: "size", kind: OptionKind::Size, help: "Virtual disk size", default: None },
@@ -91,6 +105,8 @@ struct RawNode {
     node_name: String,
     file: Child,
     is_window: bool,
+    bitmap_option: SidecarOption,
+    bitmaps: Option<RawBitmaps>,
     // Changed by a reopen, while no request is in flight.
     offset: AtomicU64,
     size: AtomicU64,
@@ -115,6 +131,13 @@ impl RawNode {
     }
 
     fn prepare(&self, context: &mut ReopenContext<'_>) -> Result<PreparedWindow<'_>> {
+        if context.options.contains(BITMAP_FILE) {
+            let text = context.options.take_str(BITMAP_FILE)?;
+            if SidecarOption::parse(BITMAP_FILE, text)? != self.bitmap_option {
+                let words = "option 'bitmap-file' cannot change while the image is open";
+                return Err(Error::new(ErrorKind::NotSupported, words));
+            }
+        }
         let window = self.window().take(&mut context.options)?;
         if window.is_part() != self.is_window {
             return Err(Error::new(
@@ -272,6 +295,17 @@ impl Driver for RawNode {
         }
     }
 
+    fn info(&self) -> BoxFuture<'_, Result<ImageInfo>> {
+        Box::pin(async {
+            let logged_bitmaps = self.logged_bitmaps().await?;
+            Ok(ImageInfo { logged_bitmaps, ..ImageInfo::default() })
+        })
+    }
+
+    fn bitmap_store(&self) -> Option<&dyn BitmapStore> {
+        self.bitmaps.is_some().then_some(self as &dyn BitmapStore)
+    }
+
     fn allocated_len(&self) -> BoxFuture<'_, Result<Option<u64>>> {
         self.file.allocated_len()
     }
@@ -315,14 +349,22 @@ impl DriverType for Raw {
     ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
         Box::pin(async move {
             let window = Window::ALL.take(&mut context.options)?;
+            let bitmap_option =
+                SidecarOption::parse(BITMAP_FILE, context.options.take_str(BITMAP_FILE)?)?;
             let is_window = window.is_part();
             let content = if is_window { Role::DATA } else { Role::FILTERED };
             let file = context.child("file", content | Role::PRIMARY).await?;
             window.check(file.len()).map_err(|e| e.node(context.node_name))?;
+            let is_host = matches!(file.driver_name(), "file" | "host_device");
+            let image = file.filename().filter(|_| is_host);
+            let len = window.size.unwrap_or_else(|| file.len().saturating_sub(window.offset));
+            let bitmaps = RawBitmaps::new(context, &bitmap_option, image, is_window, len);
             Ok(Box::new(RawNode {
                 node_name: context.node_name.to_owned(),
                 file,
                 is_window,
+                bitmap_option,
+                bitmaps,
                 offset: AtomicU64::new(window.offset),
                 size: AtomicU64::new(window.size.unwrap_or(NO_SIZE)),
             }) as Box<dyn Driver>)
