@@ -160,6 +160,14 @@ impl Facts {
             out += "Format specific information:\n";
             members(data, 4, &mut out);
         }
+        if !info.logged_bitmaps.is_empty() {
+            member(
+                "Bitmaps in the file beside the image",
+                &json!(info.logged_bitmaps),
+                0,
+                &mut out,
+            );
+        }
         if let Some(file) = &self.file {
             out += "Child node '/file':\n";
             out += &format!("    filename: {}\n", file.filename);
@@ -194,6 +202,9 @@ impl Facts {
         }
         if !info.snapshots.is_empty() {
             set("snapshots", json!(info.snapshots));
+        }
+        if !info.logged_bitmaps.is_empty() {
+            set("bitmap-log", json!(info.logged_bitmaps));
         }
         if let Some(specific) = &info.format_specific {
             set("format-specific", specific.clone());

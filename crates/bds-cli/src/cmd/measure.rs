@@ -58,6 +58,8 @@ async fn inspect(args: &Measure, name: &OsStr) -> Result<(MeasureSource, Option<
     let backend = image::backend(&node, false)?;
     let source = MeasureSource { virtual_len: backend.len(), data: Some(data(&backend).await?) };
     let bitmaps = node.stores_bitmaps().then(|| persistent_bitmaps(&node));
+    // Of a raw image without bitmaps qemu-img says nothing about them.
+    let bitmaps = bitmaps.filter(|all| !all.is_empty() || node.driver_name() != "raw");
     image::close(backend, node).await?;
     Ok((source, bitmaps))
 }

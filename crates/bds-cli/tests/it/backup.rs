@@ -1,5 +1,7 @@
 //! Tests `backup`: chains of increments, restored at every point; wrong bases, damage, kills.
 
+use bds_core::bitmap::intent_log::Found;
+use bds_io::{Fs, OpenOptions};
 use bds_testkit::{Chance, pattern};
 
 use crate::workdir::Workdir;
@@ -147,15 +149,93 @@ fn what_a_killed_run_left_is_removed() {
     assert_eq!(info.matches("\"name\": \"bds-").count(), 2, "{info}");
 }
 
+/// The bitmap of a raw disk is in a file beside it.
 #[test]
-fn a_raw_disk_is_backed_up_in_full() {
-    let disk = Disk::new(7);
+fn a_raw_disk_is_backed_up_incrementally() {
+    let mut disk = Disk::new(7);
+    disk.workdir.must("backup run -f raw base.raw set");
+    assert!(exists(&disk, "base.raw.bds-cbt"));
+    disk.content[70_000..71_000].fill(9);
+    disk.workdir.must("bench -w -f raw -c 1 -s 1000 -o 70000 --pattern 9 base.raw");
     let output = disk.workdir.must("backup run -f raw base.raw set");
+    assert!(output.stdout.contains("point 2 (incremental)"), "{}", output.stdout);
+    assert!(disk.restored(2) == disk.content);
+    let increment = disk.workdir.read("set/000002.qcow2").len();
+    assert!(increment < 700_000, "{increment} bytes for one block");
+    // Another program writes to it: all is copied, nothing is missed.
+    disk.content[9000..9004].fill(1);
+    disk.workdir.write("base.raw", &disk.content);
+    let output = disk.workdir.must("backup run -f raw base.raw set");
+    assert!(output.stdout.contains("point 3 (incremental)"), "{}", output.stdout);
+    assert!(disk.restored(3) == disk.content);
+}
+
+#[test]
+fn a_raw_disk_without_a_bitmap_is_backed_up_in_full() {
+    let disk = Disk::new(7);
+    let image = "--image-opts driver=raw,bitmap-file=off,file.driver=file,file.filename=base.raw";
+    let output = disk.workdir.must(&format!("backup run {image} set"));
     assert!(output.stderr.contains("keeps no bitmap"), "{}", output.stderr);
     let output = disk.workdir.bds("backup run -f raw base.raw set");
     assert_eq!(output.code, 1);
     disk.workdir.must("backup run --full --no-bitmap -f raw base.raw set");
     assert!(disk.restored(2) == disk.content);
+}
+
+/// Number of regions in the write-intent log of `disk`; 0 if it has none.
+fn logged_regions(workdir: &Workdir) -> usize {
+    let path = workdir.dir().join("disk.bds-cbt");
+    bds_io::block_on(async {
+        let Ok(file) = Fs::Host.open(&path, &OpenOptions::default()) else { return 0 };
+        // It may be in the middle of a change.
+        Found::read(&file).await.ok().flatten().map_or(0, |found| found.regions.len())
+    })
+}
+
+/// Scenario 37 with real processes: a writer is killed at some point, the bitmap is found again,
+/// and the increment restores what the disk shows.
+fn killed_writers_lose_no_increment(format: &str) {
+    let workdir = Workdir::new();
+    workdir.must(&format!("create -q -f {format} disk 64M"));
+    workdir.must(&format!("backup run -f {format} disk set"));
+    let mut chance = Chance::new(37);
+    for round in 1..=6_u64 {
+        let offset = chance.below(30) << 20;
+        let words = format!(
+            "bench -q -w -f {format} -c 100000000 -d 4 -s 4096 -S 1052672 -o {offset} --pattern {round} disk"
+        );
+        let args: Vec<&str> = words.split(' ').collect();
+        let mut writer = workdir.command(&args).spawn().expect("the tool runs");
+        let wanted = 1 + usize::try_from(chance.below(6)).expect("small");
+        while logged_regions(&workdir) < wanted {
+            let ended = writer.try_wait().expect("it is a child");
+            assert!(ended.is_none(), "the writer ended: {ended:?}");
+            std::thread::yield_now();
+        }
+        // SIGKILL.
+        writer.kill().expect("it writes for ever");
+        writer.wait().expect("it was killed");
+        let info = workdir.must(&format!("info -f {format} --output=json disk")).stdout;
+        assert!(!info.contains("inconsistent"), "{info}");
+        assert!(info.contains("recovered-bytes"), "{info}");
+        let output = workdir.must(&format!("backup run -f {format} disk set"));
+        let wanted = format!("point {} (incremental)", round + 1);
+        assert!(output.stdout.contains(&wanted), "{}", output.stdout);
+        workdir.must(&format!("convert -f {format} -O raw disk now.raw"));
+        workdir.must("backup restore -O raw set out.raw");
+        assert!(workdir.read("now.raw") == workdir.read("out.raw"), "{format} round {round}");
+        std::fs::remove_file(workdir.dir().join("out.raw")).expect("it was made");
+    }
+}
+
+#[test]
+fn scenario_37_a_killed_writer_of_a_raw_disk_loses_no_increment() {
+    killed_writers_lose_no_increment("raw");
+}
+
+#[test]
+fn scenario_37_a_killed_writer_of_a_qcow2_disk_loses_no_increment() {
+    killed_writers_lose_no_increment("qcow2");
 }
 
 #[test]
