@@ -9,14 +9,16 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use bds_core::Result;
+use bds_core::bitmap::intent_log::{Facts, IntentLog, Shape};
 use bds_core::driver::{
-    BoxFuture, Category, Child, Driver, DriverType, OpenContext, Precision, ReadFlags, Registry,
-    Role, StatusFlags, StatusRun, WriteFlags,
+    BitmapSpec, BitmapStore, BitmapToStore, BoxFuture, Category, Child, Driver, DriverType,
+    IntentStore, OpenContext, Precision, ReadFlags, Registry, Role, StatusFlags, StatusRun,
+    StoredBitmap, WriteFlags,
 };
 use bds_core::graph::{BitmapOptions, Graph, GraphConfig, NodeRef};
 use bds_core::options::{OptionKind, OptionSpec, Options};
 use bds_core::request::{Backend, BackendOptions};
-use bds_io::{Buf, IoVec, Sim, SimConfig};
+use bds_io::{Buf, File, IoVec, OpenOptions as OpenFile, Sim, SimConfig};
 use criterion::{Criterion, criterion_group, criterion_main};
 
 const LEN: u64 = 1 << 20;
@@ -100,6 +102,101 @@ impl DriverType for ForwardType {
     }
 }
 
+/// Does nothing, and keeps a write-intent log of its bitmaps in a simulated file.
+struct Logged {
+    log: IntentLog,
+    file: File,
+}
+
+impl Driver for Logged {
+    fn name(&self) -> &'static str {
+        "logged"
+    }
+    fn len(&self) -> u64 {
+        LEN
+    }
+    fn try_write(&self, _: u64, _: &IoVec) -> Option<Result<()>> {
+        Some(Ok(()))
+    }
+    fn read(&self, _: u64, _: IoVec, _: ReadFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+    fn write(&self, _: u64, _: IoVec, _: WriteFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+    fn block_status(&self, _: u64, len: u64, _: Precision) -> BoxFuture<'_, Result<StatusRun>> {
+        Box::pin(async move { Ok(StatusRun { len, flags: StatusFlags::DATA, map: None }) })
+    }
+    fn bitmap_store(&self) -> Option<&dyn BitmapStore> {
+        Some(self)
+    }
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+impl BitmapStore for Logged {
+    fn load(&self) -> BoxFuture<'_, Result<Vec<StoredBitmap>>> {
+        Box::pin(async { Ok(Vec::new()) })
+    }
+    fn can_store(&self, _: &BitmapSpec, _: &[BitmapSpec]) -> Result<()> {
+        Ok(())
+    }
+    fn store<'a>(&'a self, _: &'a [BitmapToStore]) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+    fn remove<'a>(&'a self, _: &'a str) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+    fn mark_in_use(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+    fn intent(&self) -> Option<&dyn IntentStore> {
+        Some(self)
+    }
+}
+
+impl IntentStore for Logged {
+    fn log(&self) -> &IntentLog {
+        &self.log
+    }
+    fn start<'a>(&'a self, _: &'a [BitmapToStore]) -> BoxFuture<'a, Result<()>> {
+        Box::pin(self.log.start(self.file.clone(), None, Facts::default(), &[]))
+    }
+    fn checkpoint<'a>(&'a self, _: &'a [BitmapToStore]) -> BoxFuture<'a, Result<()>> {
+        Box::pin(self.log.checkpoint(0, &[]))
+    }
+    fn invalidate(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+}
+
+struct LoggedType;
+
+impl DriverType for LoggedType {
+    fn name(&self) -> &'static str {
+        "logged"
+    }
+    fn category(&self) -> Category {
+        Category::Format
+    }
+    fn open_options(&self) -> &'static [OptionSpec] {
+        &[]
+    }
+    fn open<'a>(
+        &'a self,
+        context: &'a mut OpenContext<'_>,
+    ) -> BoxFuture<'a, Result<Box<dyn Driver>>> {
+        Box::pin(async move {
+            let new = OpenFile { write: true, create: true, ..OpenFile::default() };
+            let file = context.fs.open("log".as_ref(), &new).expect("a simulated disk has space");
+            let driver: Box<dyn Driver> =
+                Box::new(Logged { log: IntentLog::new(Shape::for_disk(LEN)), file });
+            Ok(driver)
+        })
+    }
+}
+
 async fn stack(layers: usize) -> (Backend, Vec<NodeRef>) {
     let mut registry = Registry::new();
     registry.register(Arc::new(ForwardType)).expect("the first");
@@ -161,11 +258,34 @@ fn with_bitmaps(c: &mut Criterion) {
     }
 }
 
+/// What does a write to a region that is in the write-intent log cost?
+fn with_log(c: &mut Criterion) {
+    let sim = Sim::new(1, SimConfig::calm());
+    sim.block_on(async {
+        let mut registry = Registry::new();
+        registry.register(Arc::new(LoggedType)).expect("the first");
+        let config = GraphConfig { fs: sim.fs(), ..GraphConfig::new(Arc::new(registry)) };
+        let node = Graph::new(config).open(Options::new().with("driver", "logged")).await;
+        let node = node.expect("opens");
+        let persistent = BitmapOptions { persistent: true, ..BitmapOptions::named("b") };
+        node.add_bitmap(persistent).await.expect("a new name");
+        let options = BackendOptions { name: "b".into(), writable: true, ..Default::default() };
+        let disk = Backend::new(&node, options).expect("writable");
+        let iov = Buf::zeroed(4096, 4096).iov();
+        assert!(disk.try_write(4096, &iov).is_none(), "the log comes first");
+        disk.write(4096, iov.clone(), WriteFlags::empty()).await.expect("the log can be written");
+        assert!(disk.try_write(4096, &iov).is_some());
+        c.bench_function("try_write with 1 bitmap and its log", |b| {
+            b.iter(|| black_box(disk.try_write(4096, &iov)));
+        });
+    });
+}
+
 criterion_group! {
     name = benches;
     config = Criterion::default()
         .warm_up_time(std::time::Duration::from_millis(300))
         .measurement_time(std::time::Duration::from_millis(1000));
-    targets = request_path, with_bitmaps
+    targets = request_path, with_bitmaps, with_log
 }
 criterion_main!(benches);
