@@ -291,11 +291,112 @@ impl ChunkMap {
         found
     }
 
+    /// The first chunk from `from` on of which a record says what it holds.
+    pub(super) fn next_inherited(&self, from: u64) -> Option<u64> {
+        let (first, start) = Self::place(from);
+        let is_inherited = |known: &Known| *known == Known::Inherited;
+        self.pages.iter().enumerate().skip(first).find_map(|(number, page)| {
+            let skipped = if number == first { start } else { 0 };
+            let known = page.as_ref()?.known.get(skipped..)?;
+            let at = skipped + known.iter().position(is_inherited)?;
+            Some(number as u64 * PAGE_CHUNKS + at as u64)
+        })
+    }
+
     /// Chunks of which it is not known what they are to hold.
     pub(super) fn unknown(&self) -> Vec<u64> {
         let is_unknown = |index: &u64| {
             matches!(self.get(*index).0, Known::Untouched | Known::Changed | Known::Inherited)
         };
         (0..self.count).filter(is_unknown).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HASH: ContentHash = ContentHash([4; 32]);
+
+    fn flush(chunks: &mut ChunkMap) -> Vec<RecordPage> {
+        chunks.take_fresh();
+        chunks.flushed();
+        let pages = chunks.take_unstored();
+        let pages: Vec<_> = pages.into_iter().map(|number| chunks.page_to_store(number)).collect();
+        pages.iter().for_each(|page| chunks.stored(page));
+        pages
+    }
+
+    #[test]
+    fn a_chunk_is_stored_only_if_a_flush_began_after_its_write() {
+        let mut chunks = ChunkMap::new(300).unwrap();
+        chunks.begin(5, Some(HASH));
+        chunks.hold(5, HASH);
+        assert!(chunks.take_fresh());
+        // Written while the flush is under way.
+        chunks.begin(200, Some(HASH));
+        chunks.hold(200, HASH);
+        chunks.flushed();
+        assert_eq!(chunks.get(200).0, Known::Held);
+        let pages = flush(&mut chunks);
+        let known: Vec<u128> = pages.iter().map(RecordPage::known_bits).collect();
+        assert_eq!(known, [1 << 5, 1 << (200 - 126)]);
+    }
+
+    #[test]
+    fn a_write_during_the_flush_of_the_same_chunk_undoes_it() {
+        let mut chunks = ChunkMap::new(10).unwrap();
+        chunks.hold(5, HASH);
+        chunks.take_fresh();
+        chunks.begin(5, None);
+        chunks.flushed();
+        assert_eq!(chunks.get(5).0, Known::Changed);
+    }
+
+    #[test]
+    fn a_failed_flush_leaves_nothing_of_what_it_covered_or_might_have_covered() {
+        let mut chunks = ChunkMap::new(10).unwrap();
+        chunks.hold(1, HASH);
+        flush(&mut chunks);
+        chunks.hold(2, HASH);
+        chunks.take_fresh();
+        chunks.hold(3, HASH);
+        chunks.flush_failed();
+        let known = [1, 2, 3].map(|index| chunks.get(index).0);
+        assert_eq!(known, [Known::Flushed, Known::Changed, Known::Changed]);
+        assert!(!chunks.take_fresh());
+    }
+
+    #[test]
+    fn what_the_file_may_say_is_taken_out_before_it_changes() {
+        let mut chunks = ChunkMap::new(10).unwrap();
+        chunks.hold(1, HASH);
+        assert!(!chunks.begin(1, None), "it was never stored");
+        chunks.hold(1, HASH);
+        flush(&mut chunks);
+        assert!(!chunks.begin(1, Some(HASH)), "the file stays right whatever a crash leaves");
+        chunks.hold(1, HASH);
+        assert!(chunks.begin(1, Some(ContentHash::ZERO)), "it is not durable yet");
+        assert_eq!(chunks.outdated(&[1, 2]), BTreeSet::from([0]));
+        let without = chunks.page_to_store(0);
+        assert_eq!(without.known_bits(), 0);
+        assert_eq!(chunks.outdated(&[1]), BTreeSet::from([0]), "until the page is durable");
+        chunks.stored(&without);
+        assert!(chunks.outdated(&[1]).is_empty());
+    }
+
+    #[test]
+    fn inherited_chunks_are_found_across_pages() {
+        let mut chunks = ChunkMap::new(1000).unwrap();
+        for index in [3, 125, 126, 900] {
+            chunks.inherit(index, HASH);
+        }
+        assert_eq!(chunks.inherited(), [3, 125, 126, 900]);
+        let next = [0, 3, 4, 126, 127, 900, 901].map(|from| chunks.next_inherited(from));
+        let expected = [Some(3), Some(3), Some(125), Some(126), Some(900), Some(900), None];
+        assert_eq!(next, expected);
+        chunks.confirm(3);
+        assert_eq!(chunks.next_inherited(0), Some(125));
+        assert_eq!(chunks.unknown().len(), 999, "a confirmed one is known");
     }
 }

@@ -6,7 +6,6 @@
 //! later stays.
 
 use bds_core::Result;
-use bds_core::bitmap::HBitmap;
 use bds_core::copy::CopyMap;
 use bds_core::request::Backend;
 
@@ -14,13 +13,13 @@ use super::chunks::Known;
 use super::format::CHUNK_BITS;
 use super::tracker::{ContentTracker, Trust};
 
-/// Longest range for which the bitmap is looked at once, in bytes.
-const MAX_CLAIM: u64 = 64 << 20;
+/// Longest claim, in bytes, unless a granule is longer: a guest's write of the range waits for it.
+const MAX_CLAIM: u64 = 1 << 20;
 const CHUNK: u64 = 1 << CHUNK_BITS;
 
 impl ContentTracker {
     /// Ends claims of what is unchanged, in whole granules, until all of the map was looked at.
-    /// `copied` is called with bytes that need no copy. Returns early when `is_to_stop`.
+    /// Returns early when `is_to_stop`.
     ///
     /// # Errors
     /// The bitmap is gone.
@@ -31,16 +30,19 @@ impl ContentTracker {
         is_to_stop: impl Fn() -> bool,
     ) -> Result<()> {
         let Some(name) = self.usable_bitmap().await else { return Ok(()) };
+        let granule = u64::from(map.granularity()).max(CHUNK);
+        let whole = |end: u64| end == map.len() || end.is_multiple_of(granule);
         let mut at = 0;
         while at < map.len() && !is_to_stop() {
-            let Some(mut claim) = map.claim(at..map.len(), MAX_CLAIM) else { break };
-            let bits = self.1.copy_bitmap(&name)?;
-            let (range, granule) = (claim.range(), u64::from(map.granularity()).max(CHUNK));
-            let whole = |end: u64| end == map.len() || end.is_multiple_of(granule);
+            // Of other chunks the record says nothing.
+            let Some(next) = self.0.state().chunks.next_inherited(at / CHUNK) else { break };
+            at = at.max(next * CHUNK / granule * granule);
+            let Some(mut claim) = map.claim(at..map.len(), MAX_CLAIM.max(granule)) else { break };
+            let range = claim.range();
             let mut end = range.start;
             while end < range.end && range.start.is_multiple_of(granule) {
                 let next = range.end.min(end + granule);
-                if !whole(next) || !self.is_unchanged(end..next, &bits, target).await {
+                if !whole(next) || !self.is_unchanged(end..next, &name, target).await? {
                     break;
                 }
                 end = next;
@@ -68,11 +70,11 @@ impl ContentTracker {
     async fn is_unchanged(
         &self,
         range: std::ops::Range<u64>,
-        bits: &HBitmap,
+        bitmap: &str,
         target: &Backend,
-    ) -> bool {
-        if bits.next_dirty(range.clone()).is_some() {
-            return false;
+    ) -> Result<bool> {
+        if self.1.next_dirty_in_bitmap(bitmap, range.clone())?.is_some() {
+            return Ok(false);
         }
         for index in range.start / CHUNK..range.end.div_ceil(CHUNK) {
             let is_trusted = {
@@ -80,18 +82,19 @@ impl ContentTracker {
                 match state.chunks.get(index).0 {
                     Known::Inherited => state.trust == Trust::Trusted,
                     known if known.is_sure() => continue,
-                    _ => return false,
+                    _ => return Ok(false),
                 }
             };
             let holds = match is_trusted {
                 true => Ok(true),
+                // An error of a read is left to the copy.
                 false => self.holds_what_is_recorded(target, index).await,
             };
             if !matches!(holds, Ok(true)) {
-                return false;
+                return Ok(false);
             }
             self.confirm(index);
         }
-        true
+        Ok(true)
     }
 }
