@@ -44,13 +44,15 @@ fn give(job: JobHandle, context: Arc<Context>, out: Checked<bds_job>) -> Result<
 
 /// Starts a job. [graph]
 ///
-/// `type`: "stream", "commit" (active or not), "mirror", "backup", "create". `options`: JSON or
-/// `key=value,…` with QAPI's names: "job-id" (required), "speed", "auto-finalize", "auto-dismiss",
-/// "on-error" or "on-source-error" and "on-target-error", and those of the type: "device",
-/// "target", "base-node", "top-node", "sync", … Nodes are named by node or backend name. A backup
-/// or mirror with "record" (a file) goes on where an earlier one was interrupted; "check-target"
-/// (full, sample, none), "record-bitmap" and "record-interval" belong to it. With "manifest" (a
-/// file; also "manifest-base", "manifest-note") it writes hashes that prove the copy.
+/// `type`: "stream", "commit" (active or not), "mirror", "backup", "create", "amend".
+/// `options`: JSON or `key=value,…` with QAPI's names: "job-id" (required), "speed",
+/// "auto-finalize", "auto-dismiss", "on-error" or "on-source-error" and "on-target-error", and
+/// those of the type: "device", "target", "base-node", "top-node", "sync", … Nodes are named by
+/// node or backend name.
+///
+/// A backup or mirror with "record" (a file) goes on where an earlier one was interrupted;
+/// "check-target" (full, sample, none), "record-bitmap" and "record-interval" belong to it. With
+/// "manifest" (a file; also "manifest-base", "manifest-note") it writes hashes that prove the copy.
 ///
 /// The job runs whether or not the handle is released.
 ///
