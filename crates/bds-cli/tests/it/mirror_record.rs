@@ -30,7 +30,7 @@ fn knows_something(record: &Path) -> bool {
 /// Runs a mirror of some seconds, and sends a signal once something of it is recorded.
 fn interrupt(workdir: &Workdir, format: &str, signal: &str) {
     let words = format!(
-        "mirror -f raw -O {format} -r 6M --record rec --record-interval 64k -p --output json \
+        "mirror -f raw -O {format} -r 2M --record rec --record-interval 64k -p --output json \
          big.raw out"
     );
     let args: Vec<&str> = words.split(' ').collect();
