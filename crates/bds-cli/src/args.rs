@@ -16,7 +16,7 @@ use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand,
 pub(crate) use self::backup::{
     Backup, BackupCommand, BackupList, BackupPrune, BackupRestore, BackupRun, BackupVerify,
 };
-pub(crate) use self::mirror::{Mirror, MirrorCopyMode, MirrorSync};
+pub(crate) use self::mirror::{Mirror, MirrorCopyMode, MirrorSync, RecordCheck};
 pub(crate) use self::source::{JobDisplay, Output, Source};
 
 /// Disk images from the shell: qemu-img's verbs and options on the bds block layer.

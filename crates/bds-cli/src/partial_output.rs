@@ -16,6 +16,8 @@ pub(crate) struct PartialOutput {
     absent: Vec<PathBuf>,
     created: Vec<CreatedFile>,
     keep: bool,
+    /// Why it is kept, if it is.
+    why: &'static str,
 }
 
 #[derive(Debug)]
@@ -33,7 +35,12 @@ impl PartialOutput {
             fs::metadata(file).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
         };
         let absent = files.into_iter().filter(is_absent).collect();
-        Self { absent, created: Vec::new(), keep }
+        Self { absent, created: Vec::new(), keep, why: "as --keep-partial asks" }
+    }
+
+    /// The files stay, because a record tells how to go on with them.
+    pub(crate) fn keep_for_record(&mut self) {
+        (self.keep, self.why) = (true, "the same command goes on with it");
     }
 
     /// For an output that this run does not create.
@@ -74,7 +81,7 @@ impl PartialOutput {
         }
         if self.keep {
             self.created.clear();
-            return "it is kept, as --keep-partial asks".to_owned();
+            return format!("it is kept, {}", self.why);
         }
         let failures = self.remove();
         match failures.first() {

@@ -2197,6 +2197,10 @@ BDS_MUST_CHECK int bds_bitmap_query(struct bds_node node, char **json_out);
  * those of the type: "device", "target", "base-node", "top-node", "sync", … Nodes are named by
  * node or backend name.
  *
+ * A backup or mirror with "record" (a file) goes on where an earlier one was interrupted;
+ * "check-target" (full, sample, none), "record-bitmap" and "record-interval" belong to it. With
+ * "manifest" (a file; also "manifest-base", "manifest-note") it writes hashes that prove the copy.
+ *
  * The job runs whether or not the handle is released.
  *
  * Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT, BDS_ERR_UTF8, BDS_ERR_JSON;

@@ -10,6 +10,7 @@ use bds_jobs::create::Create;
 use bds_jobs::mirror::{
     ActiveCommit, ActiveCommitOptions, BitmapTransfer, Mirror, MirrorOptions, MirrorSync,
 };
+use bds_jobs::record::{CheckTarget, ManifestOptions, RecordOptions};
 use bds_jobs::{
     Commit, CommitOptions, CopyMode, JobDriver, JobOptions, OnError, Stream, StreamOptions,
 };
@@ -94,6 +95,38 @@ fn granularity(options: &mut Options) -> Result<Option<u32>> {
     u32::try_from(bytes).map(Some).map_err(wrong)
 }
 
+/// The options of a record and of a manifest, which backup and mirror share.
+fn tracked(options: &mut Options) -> Result<(Option<RecordOptions>, Option<ManifestOptions>)> {
+    let checks =
+        [("full", CheckTarget::Full), ("sample", CheckTarget::Sample), ("none", CheckTarget::None)];
+    let mut record = options.take_path("record")?.map(RecordOptions::new);
+    let (check, bitmap) =
+        (options.take_choice("check-target", &checks)?, options.take_str("record-bitmap")?);
+    let interval = options.take_size("record-interval")?;
+    match &mut record {
+        Some(record) => {
+            record.check_target = check.unwrap_or_default();
+            record.bitmap = bitmap;
+            record.interval_bytes = interval.unwrap_or(0);
+        }
+        None if check.is_some() || bitmap.is_some() || interval.is_some() => {
+            return Err(missing("record"));
+        }
+        None => {}
+    }
+    let mut manifest = options.take_path("manifest")?.map(ManifestOptions::new);
+    let (base, note) = (options.take_path("manifest-base")?, options.take_str("manifest-note")?);
+    match &mut manifest {
+        Some(manifest) => {
+            manifest.base = base;
+            manifest.note = note.unwrap_or_default();
+        }
+        None if base.is_some() || note.is_some() => return Err(missing("manifest")),
+        None => {}
+    }
+    Ok((record, manifest))
+}
+
 fn copy_mode(options: &mut Options) -> Result<CopyMode> {
     let words = [("background", CopyMode::Background), ("write-blocking", CopyMode::WriteBlocking)];
     Ok(options.take_choice("copy-mode", &words)?.unwrap_or_default())
@@ -148,6 +181,7 @@ async fn mirror(graph: &Graph, job: &str, mut given: Options) -> Result<Box<dyn 
         ("move", BitmapTransfer::Move),
     ];
     options.bitmaps = given.take_choice("bitmaps", &words)?.unwrap_or_default();
+    (options.record, options.manifest) = tracked(&mut given)?;
     given.finish("a mirror job")?;
     Ok(Box::new(Mirror::prepare(options).await?))
 }
@@ -182,6 +216,7 @@ async fn backup(graph: &Graph, job: &str, mut given: Options) -> Result<Box<dyn 
     if let Some(choice) = given.take_choice("on-cbw-error", &on_error)? {
         options.on_cbw_error = choice;
     }
+    (options.record, options.manifest) = tracked(&mut given)?;
     given.finish("a backup job")?;
     Ok(Box::new(Backup::prepare(options).await?))
 }

@@ -163,6 +163,32 @@ impl Fs {
             Fs::Sim(sim) => sim.remove(path),
         }
     }
+    /// Gives the file `from` the name `to`, in the place of the file that has it, in one step, and
+    /// makes that durable: after a crash `to` is one of both. Sync the content of `from` before.
+    /// Both names are in one directory. Blocks this thread.
+    ///
+    /// # Errors
+    /// Those of rename(2). Of fsync(2) of the directory: the new name may not survive a crash.
+    pub fn replace(&self, from: &Path, to: &Path) -> io::Result<()> {
+        match self {
+            Fs::Host => {
+                std::fs::rename(from, to)?;
+                crate::host::sync_directory_of(to)
+            }
+            Fs::Sim(sim) => sim.rename(from, to),
+        }
+    }
+    /// Makes the removal or creation of this name durable. Blocks this thread.
+    ///
+    /// # Errors
+    /// Those of open(2) and fsync(2), of the directory.
+    pub fn sync_name(&self, path: &Path) -> io::Result<()> {
+        match self {
+            Fs::Host => crate::host::sync_directory_of(path),
+            // Names of a simulated disk are removed durably.
+            Fs::Sim(_) => Ok(()),
+        }
+    }
     /// The path with links resolved; two names of one file agree.
     pub fn canonicalize(&self, path: &Path) -> io::Result<PathBuf> {
         match self {

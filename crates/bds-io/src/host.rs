@@ -342,6 +342,15 @@ pub(crate) fn stat(path: &Path) -> io::Result<FileStat> {
     })
 }
 
+/// Syncs the directory that a name is in.
+pub(crate) fn sync_directory_of(path: &Path) -> io::Result<()> {
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    std::fs::File::open(directory)?.sync_all()
+}
+
 fn kind(stat: &libc::stat) -> FileKind {
     match stat.st_mode & libc::S_IFMT {
         libc::S_IFREG => FileKind::Regular,

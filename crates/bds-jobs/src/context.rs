@@ -134,6 +134,11 @@ impl JobContext {
         self.0.lock().actively_synced = Some(is_synced);
     }
 
+    /// Bytes that needed no copy because an earlier job has copied them; shown by queries.
+    pub fn set_resumed(&self, bytes: u64) {
+        self.0.lock().resumed_bytes = Some(bytes);
+    }
+
     /// Applies the job's policy to a failed request: emits the event, and waits before a
     /// repetition.
     ///

@@ -82,10 +82,41 @@ pub enum JobEvent {
         /// Why it failed; `None`: it succeeded.
         error: Option<String>,
     },
+    /// `BLOCK_JOB_RECORD`: what a job does with its record.
+    Record {
+        /// Its id.
+        id: String,
+        /// The record's file.
+        path: String,
+        /// What it does.
+        what: RecordUse,
+        /// Bytes that the record names, or that differ.
+        bytes: u64,
+    },
     /// The reader was too slow.
     EventsLost {
         /// How many events were lost here.
         count: u64,
+    },
+}
+
+/// What a job does with its record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RecordUse {
+    /// It begins a new one.
+    Begun,
+    /// It goes on with one that was there.
+    Continued,
+    /// It begins anew, although there was one.
+    Ignored {
+        /// Why.
+        why: String,
+    },
+    /// The target does not hold what the record says: something else has written to it. It is
+    /// copied again.
+    TargetDiffers {
+        /// Where the first difference was found, in bytes.
+        offset: u64,
     },
 }
 
@@ -99,6 +130,7 @@ impl JobEvent {
             Self::Error { .. } => "BLOCK_JOB_ERROR",
             Self::Cancelled(_) => "BLOCK_JOB_CANCELLED",
             Self::Completed { .. } => "BLOCK_JOB_COMPLETED",
+            Self::Record { .. } => "BLOCK_JOB_RECORD",
             Self::EventsLost { .. } => "BLOCK_EVENTS_LOST",
         }
     }
@@ -106,9 +138,10 @@ impl JobEvent {
     /// Id of the job.
     pub fn id(&self) -> Option<&str> {
         match self {
-            Self::StatusChange { id, .. } | Self::Pending { id, .. } | Self::Error { id, .. } => {
-                Some(id)
-            }
+            Self::StatusChange { id, .. }
+            | Self::Pending { id, .. }
+            | Self::Error { id, .. }
+            | Self::Record { id, .. } => Some(id),
             Self::Ready(point) | Self::Cancelled(point) | Self::Completed { point, .. } => {
                 Some(&point.id)
             }
@@ -150,10 +183,27 @@ impl JobEvent {
                 }
                 data
             }
+            Self::Record { id, path, what, bytes } => record_json(id, path, what, *bytes),
             Self::EventsLost { count } => json!({"count": count}),
         };
         json!({"event": self.name(), "data": data})
     }
+}
+
+fn record_json(id: &str, path: &str, what: &RecordUse, bytes: u64) -> Value {
+    let action = match what {
+        RecordUse::Begun => "begun",
+        RecordUse::Continued => "continued",
+        RecordUse::Ignored { .. } => "ignored",
+        RecordUse::TargetDiffers { .. } => "target-differs",
+    };
+    let mut data = json!({"device": id, "record": path, "action": action, "bytes": bytes});
+    match what {
+        RecordUse::Ignored { why } => data["reason"] = json!(why),
+        RecordUse::TargetDiffers { offset } => data["offset"] = json!(offset),
+        RecordUse::Begun | RecordUse::Continued => {}
+    }
+    data
 }
 
 impl JobPoint {

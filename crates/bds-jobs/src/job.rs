@@ -43,6 +43,7 @@ pub(crate) struct State {
     pub(crate) is_committed: bool,
     pub(crate) io_status: IoStatus,
     pub(crate) actively_synced: Option<bool>,
+    pub(crate) resumed_bytes: Option<u64>,
     /// The first failure.
     pub(crate) error: Option<Error>,
     /// True if that is a cancel.
@@ -115,6 +116,7 @@ impl Job {
             is_committed: false,
             io_status: IoStatus::Ok,
             actively_synced: None,
+            resumed_bytes: None,
             error: None,
             is_cancelled: false,
             cleanup_error: None,

@@ -9,7 +9,8 @@
 //! `event`, `errors`; `job`; `context`, `query`; `driver` (the contract), `registry`; `txn`;
 //! `handle`, `manager`; the jobs; `checkpoint`.
 //!
-//! [`manifest`] proves what an image contained at a point in time.
+//! [`manifest`] proves what an image contained at a point in time; [`record`] lets an interrupted
+//! copy go on.
 //!
 //! A job's effect on the graph is one [`Change`](bds_core::graph::Change) of its whole group:
 //! planned while everything can still fail, committed in one step that cannot. A job that failed or
@@ -36,6 +37,7 @@ mod options;
 mod policy;
 mod progress;
 mod query;
+pub mod record;
 mod registry;
 mod speed;
 mod state;
@@ -47,7 +49,7 @@ pub use checkpoint::{Checkpoint, CheckpointReport, WriteHold};
 pub use commit::{Commit, CommitOptions};
 pub use context::JobContext;
 pub use driver::{JobDriver, Outcome};
-pub use event::{JobEvent, JobEvents, JobPoint, QUEUE_LEN};
+pub use event::{JobEvent, JobEvents, JobPoint, QUEUE_LEN, RecordUse};
 pub use handle::JobHandle;
 pub use kinds::{CopyMode, JobChange, JobControl, JobType};
 pub use manager::{JobManager, NewJob};

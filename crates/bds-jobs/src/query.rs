@@ -43,6 +43,9 @@ pub struct JobInfo {
     /// Whether a mirror's target has every completed guest write.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub actively_synced: Option<bool>,
+    /// Bytes that needed no copy because an earlier job has copied them; only with a record.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub resumed_bytes: Option<u64>,
     /// Why it failed.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub error: Option<String>,
@@ -68,6 +71,7 @@ impl JobInfo {
             auto_finalize: job.options.auto_finalize,
             auto_dismiss: job.options.auto_dismiss,
             actively_synced: state.actively_synced,
+            resumed_bytes: state.resumed_bytes,
             error: state.error.as_ref().map(error_text),
             cleanup_error: state.cleanup_error.as_ref().map(error_text),
         }
@@ -82,7 +86,7 @@ impl JobInfo {
             "current-progress": self.current_progress,
             "total-progress": self.total_progress,
         });
-        self.add_errors(&mut entry);
+        self.add_rest(&mut entry);
         entry
     }
 
@@ -108,11 +112,14 @@ impl JobInfo {
         if let Some(is_synced) = self.actively_synced {
             entry["actively-synced"] = json!(is_synced);
         }
-        self.add_errors(&mut entry);
+        self.add_rest(&mut entry);
         Some(entry)
     }
 
-    fn add_errors(&self, entry: &mut Value) {
+    fn add_rest(&self, entry: &mut Value) {
+        if let Some(bytes) = self.resumed_bytes {
+            entry["resumed-bytes"] = json!(bytes);
+        }
         for (key, error) in [("error", &self.error), ("cleanup-error", &self.cleanup_error)] {
             if let Some(error) = error {
                 entry[key] = json!(error);

@@ -1,6 +1,7 @@
 //! Arguments of the verb `mirror`.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
@@ -26,11 +27,25 @@ pub(crate) enum MirrorCopyMode {
     WriteBlocking,
 }
 
+/// What is believed of a record that was there already. Names are those of the library's options.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RecordCheck {
+    /// Every chunk of the target is read
+    #[default]
+    Full,
+    /// Some chunks are read, and all if one of them differs
+    Sample,
+    /// The record is right: nothing else has written to the target
+    None,
+}
+
 #[derive(Args, Debug)]
 #[command(after_help = "\
 The job 'mirror' on a closed image: this process alone opens the source, read-only, so nothing is written to it \
 meanwhile, and the target is complete and durable when the command ends. It is meant for moving an image to other \
 storage: the copy can be limited in speed, reports its events, and an interrupted one leaves the source untouched. \
+With --record the same command, given again after an interruption (a crash too), goes on where it was: the target \
+that is there is used, and only what it does not hold is copied. \
 A disk that a VM uses is mirrored by that VM's own process, through the library. \
 Without these needs 'bds convert' does the same work.")]
 pub(crate) struct Mirror {
@@ -91,6 +106,23 @@ pub(crate) struct Mirror {
     /// Keep an incomplete target that this run created, instead of removing it
     #[arg(long)]
     pub(crate) keep_partial: bool,
+    /// Keep a record of what the target holds in this file, and go on with it if it is there;
+    /// an incomplete target is kept
+    #[arg(long, value_name = "FILE", conflicts_with = "no_create")]
+    pub(crate) record: Option<PathBuf>,
+    /// What of the target is read before the record is believed
+    #[arg(long, value_enum, default_value = "full", requires = "record")]
+    pub(crate) check_target: RecordCheck,
+    /// Bring the record up to date after this many bytes; 1/128 of the image, from 4M to 256M, if
+    /// not given
+    #[arg(long, value_name = "SIZE", requires = "record")]
+    pub(crate) record_interval: Option<String>,
+    /// Write the hashes of what was read to this file, for 'bds verify'
+    #[arg(long, value_name = "FILE")]
+    pub(crate) manifest: Option<PathBuf>,
+    /// Free text for the manifest
+    #[arg(long, value_name = "TEXT", requires = "manifest")]
+    pub(crate) note: Option<String>,
     #[command(flatten)]
     pub(crate) display: JobDisplay,
     /// Print nothing but errors

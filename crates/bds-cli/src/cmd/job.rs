@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bds_core::graph::{Graph, NodeRef, walk};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::{Context, ContextOptions};
-use bds_jobs::{JobDriver, JobEvent, JobEvents, JobHandle, JobManager, JobOptions};
+use bds_jobs::{JobDriver, JobEvent, JobEvents, JobHandle, JobManager, JobOptions, RecordUse};
 use futures_util::future::{Either, select};
 use serde_json::{Value, json};
 
@@ -164,9 +164,32 @@ fn print(events: &mut JobEvents, settings: &Settings) -> Result<()> {
     while let Some(event) = events.try_next() {
         if settings.prints_events {
             printer::line(with_time(JobEvent::to_json(&event)))?;
+        } else if let JobEvent::Record { path, what, bytes, .. } = &event {
+            report_record(path, what, *bytes, settings)?;
         }
     }
     Ok(())
+}
+
+/// Tells people what a job does with its record.
+fn report_record(path: &str, what: &RecordUse, bytes: u64, settings: &Settings) -> Result<()> {
+    match what {
+        RecordUse::Begun => Ok(()),
+        RecordUse::Continued => {
+            settings.say(&format!("Going on with {path}: the target holds up to {bytes} bytes."))
+        }
+        RecordUse::Ignored { why } => {
+            printer::message(format_args!("bds: {path} is not used: {why}; copying everything"));
+            Ok(())
+        }
+        RecordUse::TargetDiffers { offset } => {
+            printer::message(format_args!(
+                "bds: the target is not what {path} says, from byte {offset} on: copying {bytes} \
+                 bytes again"
+            ));
+            Ok(())
+        }
+    }
 }
 
 /// Adds the time, as QMP's events have it.

@@ -16,6 +16,7 @@ mod manual;
 mod matrix;
 mod messages;
 mod mirror;
+mod mirror_record;
 mod process;
 mod programs;
 mod qemu_cells;

@@ -24,6 +24,7 @@
 mod control;
 mod job;
 mod map;
+mod observer;
 mod options;
 mod plan;
 mod run;
@@ -42,6 +43,7 @@ use crate::request::Backend;
 pub use control::{CopyControl, ErrorSite, ErrorVerdict, Side};
 use job::{Counts, Job, Turns};
 pub use map::{Claim, CopyMap, Exclusion};
+pub use observer::{Content, CopyObserver, Examined, Observation, Observed};
 use options::check_options;
 pub use options::{
     BUFFER_LEN, CopyOptions, CopyReport, CopySource, GRAIN, MAX_BUFFER_LEN, MAX_WORKERS, OnSalvage,

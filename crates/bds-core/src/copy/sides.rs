@@ -8,7 +8,7 @@ use bds_io::IoVec;
 use crate::driver::{
     Attempt, BoxFuture, Child, Precision, ReadFlags, StatusFlags, WriteFlags, ZeroFlags,
 };
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::graph::NodeId;
 use crate::request::Backend;
 
@@ -77,6 +77,12 @@ pub trait CopyWrite: Send + Sync {
         len: u64,
         flags: ZeroFlags,
     ) -> BoxFuture<'_, Result<Attempt>>;
+
+    /// Fills `iov` with what it holds from `offset` on, for an observer.
+    fn read_back(&self, _offset: u64, _iov: IoVec) -> BoxFuture<'_, Result<()>> {
+        let words = "the target of this copy cannot be read";
+        Box::pin(async move { Err(Error::new(ErrorKind::NotSupported, words)) })
+    }
 
     /// Copies `len` bytes from the same offset of the source without reading them here.
     /// `Unsupported`: they are read and written instead (part of them may have been copied).
@@ -156,6 +162,10 @@ impl CopyWrite for Backend {
         Box::pin(Self::write_zeroes(self, offset, len, flags))
     }
 
+    fn read_back(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
+        Box::pin(Self::read(self, offset, iov))
+    }
+
     fn copy_from<'a>(
         &'a self,
         source: &'a dyn CopyRead,
@@ -218,5 +228,9 @@ impl CopyWrite for Child {
         flags: ZeroFlags,
     ) -> BoxFuture<'_, Result<Attempt>> {
         (**self).write_zeroes(offset, len, flags)
+    }
+
+    fn read_back(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
+        (**self).read(offset, iov, ReadFlags::empty())
     }
 }

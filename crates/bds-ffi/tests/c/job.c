@@ -102,6 +102,33 @@ int main(void) {
         OK(bds_node_unref(copy));
     }
 
+    /* A backup with a record, which is removed at success, and a manifest. */
+    {
+        char record[512], manifest[512];
+        bds_node copy = new_disk(context, "driver=mem,node-name=copy2,size=1M");
+        in_dir(record, sizeof record, "record");
+        in_dir(manifest, sizeof manifest, "manifest");
+        IS(BDS_ERR_OPTION, bds_job_start(context, "backup",
+                                         "job-id=r,device=source,target=copy2,sync=full,"
+                                         "check-target=none", &job));
+        IS(BDS_ERR_OPTION, bds_job_start(context, "mirror",
+                                         "job-id=r,device=source,target=copy2,sync=full,"
+                                         "manifest-note=n", &job));
+        snprintf(options, sizeof options,
+                 "{\"job-id\": \"r\", \"device\": \"source\", \"target\": \"copy2\","
+                 " \"sync\": \"full\", \"record\": \"%s\", \"record-interval\": 65536,"
+                 " \"check-target\": \"sample\", \"manifest\": \"%s\","
+                 " \"manifest-note\": \"n\", \"auto-dismiss\": false}", record, manifest);
+        OK(bds_job_start(context, "backup", options, &job));
+        OK(bds_job_wait(job, NULL, -1));
+        OK(bds_job_query(job, &json));
+        CHECK(has(json, "\"resumed-bytes\":0"));
+        OK(bds_job_dismiss(job));
+        OK(bds_job_unref(job));
+        CHECK(access(record, F_OK) != 0 && access(manifest, F_OK) == 0);
+        OK(bds_node_unref(copy));
+    }
+
     /* A new image, finalized by hand. */
     in_dir(path, sizeof path, "new.raw");
     snprintf(options, sizeof options,

@@ -97,6 +97,21 @@ impl Sim {
         Ok(())
     }
 
+    /// Gives a file another name, in one step that is durable at once.
+    pub(crate) fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let (from, to) = (normal(from), normal(to));
+        let mut world = self.world();
+        world.admit(OpMask::OPEN, &to)?;
+        let Some(file) = world.names.remove(&from) else { return errno(libc::ENOENT) };
+        world.files[file].path.clone_from(&to);
+        world.files[file].is_name_durable = true;
+        match world.names.insert(to, file) {
+            Some(old) if old != file => world.unlink(old),
+            _ => {}
+        }
+        Ok(())
+    }
+
     pub(crate) fn canonicalize(&self, path: &Path) -> io::Result<PathBuf> {
         let path = normal(path);
         if self.world().names.contains_key(&path) { Ok(path) } else { errno(libc::ENOENT) }

@@ -34,6 +34,8 @@ use bds_core::graph::{BitmapLease, Blocker, Frozen, JobSlot, NodeRef};
 use bds_core::request::Backend;
 use bds_drivers::filter::copy_before_write::Snapshot;
 
+use crate::record::ContentTracker;
+
 pub use bds_drivers::filter::copy_before_write::{AtLimit, OnCbwError};
 pub use options::{BackupOptions, BackupSync, BitmapSync};
 
@@ -81,6 +83,8 @@ pub struct Backup {
     /// `None` once they were given back.
     sides: Option<Sides>,
     copy: RunOptions,
+    /// Hashes what is copied, for the record and the manifest.
+    tracker: Option<ContentTracker>,
     frozen: Option<Frozen>,
     blockers: Vec<Blocker>,
     slots: Vec<JobSlot>,

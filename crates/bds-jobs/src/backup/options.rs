@@ -7,6 +7,8 @@ use bds_core::{Error, ErrorKind, Result};
 use bds_drivers::filter::copy_before_write::{AtLimit, OnCbwError};
 use serde::{Deserialize, Serialize};
 
+use crate::record::{ManifestOptions, RecordOptions};
+
 /// Most requests that QEMU's interface allows to ask for.
 const MAX_WORKERS: i64 = i32::MAX as i64;
 
@@ -99,6 +101,10 @@ pub struct BackupOptions {
     pub staging_len: u64,
     /// Policy when that much waits.
     pub staging_policy: AtLimit,
+    /// A record, so that the backup can go on after an interruption.
+    pub record: Option<RecordOptions>,
+    /// A manifest of the copy, written at the end.
+    pub manifest: Option<ManifestOptions>,
 }
 
 impl BackupOptions {
@@ -123,6 +129,8 @@ impl BackupOptions {
             cbw_timeout: None,
             staging_len: 0,
             staging_policy: AtLimit::Stall,
+            record: None,
+            manifest: None,
         }
     }
 
@@ -144,6 +152,12 @@ impl BackupOptions {
         if self.sync == BackupSync::Incremental {
             self.sync = BackupSync::Bitmap;
             self.bitmap_mode = Some(BitmapSync::OnSuccess);
+        }
+        let is_tracked = self.record.is_some() || self.manifest.is_some();
+        if self.sync == BackupSync::None && is_tracked {
+            return wrong(
+                "sync mode 'none' copies no whole image: it has no record and no manifest",
+            );
         }
         if self.source.len() != self.target.len() {
             return wrong("Source and target image have different sizes");

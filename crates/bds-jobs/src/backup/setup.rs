@@ -13,6 +13,7 @@ use bds_drivers::filter::copy_before_write::{
 
 use super::options::{BackupOptions, BackupSync, wrong};
 use super::{Backup, Sides};
+use crate::record::{ContentTracker, TrackerOptions};
 
 impl Backup {
     /// Checks the options, opens what the job needs, and inserts the filter above the source: from
@@ -28,6 +29,7 @@ impl Backup {
             Ok(_) => Ok(backup),
             Err(error) => {
                 // Nothing was inserted, so the first error is the one that matters.
+                undo(backup.tracker.as_ref()).await;
                 let _closed = backup.give_back().await;
                 Err(error)
             }
@@ -44,48 +46,35 @@ impl Backup {
         let (source, target) = (&options.source, &options.target);
         let (slots, blockers) = keep_others_away(&options)?;
         let sides = open_sides(&options)?;
-        let compress = compressed_unit(&options, &sides.target)?;
-        let granule = choose_granule(&options, &sides.target, compress).await?;
-        let max_chunk = max_chunk(&options, granule)?;
+        let shape = Shape::choose(&options, &sides.target).await?;
         let lease = match &options.bitmap {
             Some(name) => Some(source.lease_bitmap(name, &format!("job '{}'", options.job))?),
             None => None,
         };
         let (above, frozen) = freeze_base(&options)?;
-        let write_flags = match is_below(target, source) {
-            // A reader of the target must not fall through to what is overwritten just then.
-            true => {
-                check_target_above(options.staging_len)?;
-                WriteFlags::SERIALISING
-            }
-            false => WriteFlags::empty(),
-        };
-        let map = Arc::new(CopyMap::new(source.len(), granule)?);
+        let map = Arc::new(CopyMap::new(source.len(), shape.granule)?);
         map.mark_all();
-        let kept = SnapshotOptions {
-            on_error: options.on_cbw_error,
-            timeout: options.cbw_timeout,
-            staging_len: options.staging_len,
-            at_limit: options.staging_policy,
-            write_flags,
-            compress,
-            above,
+        let tracker = ContentTracker::prepare(TrackerOptions {
+            job: format!("backup '{}'", options.job),
+            source,
+            target,
+            record: options.record.as_ref(),
+            manifest: options.manifest.as_ref(),
+        })
+        .await?;
+        let mut copy = shape.copy(&options, above);
+        if let Some(tracker) = &tracker {
+            copy.observer = Some(tracker.observer());
+            // An interrupted copy has left bytes there.
+            copy.target_is_zero &= !tracker.is_continued();
+        }
+        let (snapshot, filter) = match open_snapshot(&options, map, &copy).await {
+            Ok(opened) => opened,
+            Err(error) => {
+                undo(tracker.as_ref()).await;
+                return Err(error);
+            }
         };
-        let snapshot = Snapshot::new(map, kept)?;
-        let copy = RunOptions {
-            max_requests: usize::try_from(options.max_workers)
-                .map_or(MAX_REQUESTS, |workers| workers.min(MAX_REQUESTS)),
-            max_chunk,
-            above,
-            may_unmap: true,
-            target_is_zero: options.target_is_zero,
-            write_flags,
-            compress,
-            offload: options.offload && compress.is_none(),
-            discard_source: options.discard_source,
-            ..RunOptions::default()
-        };
-        let filter = open_filter(&options, &snapshot).await?;
         Ok(Self {
             source: options.source,
             target: options.target,
@@ -96,6 +85,7 @@ impl Backup {
             filter: Some(filter),
             sides: Some(sides),
             copy,
+            tracker,
             frozen,
             blockers,
             slots,
@@ -119,7 +109,58 @@ impl Backup {
     /// # Errors
     /// Of the filter's close; everything was given back all the same.
     pub async fn discard(mut self) -> Result<()> {
+        undo(self.tracker.as_ref()).await;
         self.give_back().await
+    }
+}
+
+/// How the target is written.
+struct Shape {
+    compress: Option<u64>,
+    /// Bytes that are copied together.
+    granule: u32,
+    /// Longest request.
+    max_chunk: u64,
+    write_flags: WriteFlags,
+}
+
+impl Shape {
+    async fn choose(options: &BackupOptions, target: &Backend) -> Result<Self> {
+        let compress = compressed_unit(options, target)?;
+        let granule = choose_granule(options, target, compress).await?;
+        let max_chunk = max_chunk(options, granule)?;
+        let write_flags = match is_below(&options.target, &options.source) {
+            // A reader of the target must not fall through to what is overwritten just then.
+            true => {
+                check_target_above(options.staging_len)?;
+                WriteFlags::SERIALISING
+            }
+            false => WriteFlags::empty(),
+        };
+        Ok(Self { compress, granule, max_chunk, write_flags })
+    }
+
+    fn copy(&self, options: &BackupOptions, above: Option<NodeId>) -> RunOptions {
+        RunOptions {
+            max_requests: usize::try_from(options.max_workers)
+                .map_or(MAX_REQUESTS, |workers| workers.min(MAX_REQUESTS)),
+            max_chunk: self.max_chunk,
+            above,
+            may_unmap: true,
+            target_is_zero: options.target_is_zero,
+            write_flags: self.write_flags,
+            compress: self.compress,
+            offload: options.offload && self.compress.is_none(),
+            discard_source: options.discard_source,
+            ..RunOptions::default()
+        }
+    }
+}
+
+/// Removes a record that was made for a backup that does not begin.
+async fn undo(tracker: Option<&ContentTracker>) {
+    if let Some(tracker) = tracker {
+        tracker.undo().await;
     }
 }
 
@@ -138,11 +179,14 @@ fn keep_others_away(options: &BackupOptions) -> Result<(Vec<JobSlot>, Vec<Blocke
 fn open_sides(options: &BackupOptions) -> Result<Sides> {
     let mut reads = Perm::CONSISTENT_READ;
     reads.set(Perm::WRITE, options.discard_source);
+    // Compared with the record, and read for the manifest.
+    let mut writes = Perm::WRITE;
+    writes.set(Perm::CONSISTENT_READ, options.record.is_some() || options.manifest.is_some());
     let shared = Perm::all() - Perm::RESIZE;
     let side = |perm| BackendOptions::job(&*options.job, Access { perm, shared });
     Ok(Sides {
         source: Backend::empty(options.source.graph(), side(reads))?,
-        target: Backend::new(&options.target, side(Perm::WRITE))?,
+        target: Backend::new(&options.target, side(writes))?,
     })
 }
 
@@ -207,6 +251,27 @@ fn is_below(top: &NodeRef, node: &NodeRef) -> bool {
         at = walk::next_below(&here);
     }
     false
+}
+
+/// The snapshot of the filter, which copies as the job does, and the filter.
+async fn open_snapshot(
+    options: &BackupOptions,
+    map: Arc<CopyMap>,
+    copy: &RunOptions,
+) -> Result<(Arc<Snapshot>, NodeRef)> {
+    let kept = SnapshotOptions {
+        on_error: options.on_cbw_error,
+        timeout: options.cbw_timeout,
+        staging_len: options.staging_len,
+        at_limit: options.staging_policy,
+        write_flags: copy.write_flags,
+        compress: copy.compress,
+        above: copy.above,
+        observer: copy.observer.clone(),
+    };
+    let snapshot = Snapshot::new(map, kept)?;
+    let filter = open_filter(options, &snapshot).await?;
+    Ok((snapshot, filter))
 }
 
 async fn open_filter(options: &BackupOptions, snapshot: &Arc<Snapshot>) -> Result<NodeRef> {

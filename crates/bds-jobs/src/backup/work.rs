@@ -118,15 +118,14 @@ impl Backup {
         let control = Control { ctx, map, counted: AtomicU64::new(map.done_bytes()) };
         control.count();
         let mut end = EndOnFailure { snapshot: &self.snapshot, has_succeeded: false };
-        let watch = pin!(self.watch(ctx));
+        let watch = pin!(self.watch(ctx, sides));
         let done = if self.sync == BackupSync::None {
             match select(pin!(idle(ctx)), watch).await {
                 Either::Left((never, _)) => match never {},
                 Either::Right((failed, _)) => Err(failed),
             }
         } else {
-            let copying = copy::run(map, &sides.source, &sides.target, &self.copy, &control);
-            match select(pin!(copying), watch).await {
+            match select(pin!(self.copy_all(ctx, sides, &control)), watch).await {
                 Either::Left((done, _)) => done,
                 Either::Right((failed, _)) => Err(failed),
             }
@@ -136,9 +135,25 @@ impl Backup {
         done
     }
 
+    async fn copy_all(&self, ctx: &JobContext, sides: &Sides, control: &Control<'_>) -> Result<()> {
+        let map = self.snapshot.map();
+        if let Some(tracker) = &self.tracker {
+            tracker.begin(ctx, &sides.target).await;
+            tracker.skip_unchanged(map, &sides.target, || ctx.should_pause()).await?;
+        }
+        copy::run(map, &sides.source, &sides.target, &self.copy, control).await
+    }
+
+    /// Waits for a failure beside the copy: of the filter, or of a flush of the target.
+    async fn watch(&self, ctx: &JobContext, sides: &Sides) -> Error {
+        let Some(tracker) = &self.tracker else { return self.watch_filter(ctx).await };
+        let keep = tracker.keep(ctx, &sides.target);
+        select(pin!(keep), pin!(self.watch_filter(ctx))).await.factor_first().0
+    }
+
     /// Waits for a failure of the filter: the snapshot broke, or staged data cannot be written and
     /// the policy says that the job fails.
-    async fn watch(&self, ctx: &JobContext) -> Error {
+    async fn watch_filter(&self, ctx: &JobContext) -> Error {
         loop {
             let off = pin!(self.snapshot.wait_off());
             let failed = match select(off, pin!(self.snapshot.next_stage_failure())).await {
@@ -182,6 +197,10 @@ impl Backup {
     /// After a failure: takes the filter out and lets the bitmap keep what was not copied.
     async fn abort(&mut self, ctx: &JobContext) -> Result<()> {
         self.snapshot.end();
+        if let (Some(tracker), Some(sides)) = (&self.tracker, &self.sides) {
+            tracker.save(&sides.target).await;
+            tracker.show(ctx);
+        }
         let removed = match (&self.filter, &self.sides) {
             (Some(filter), Some(sides)) if sides.source.node().is_some() => {
                 let change = ctx.graph().change().drop_filter(filter).eject(&sides.source);
@@ -254,12 +273,16 @@ impl JobDriver for Backup {
     /// The copy is complete and nothing is in flight: makes it durable, before anything says so.
     fn plan<'a>(
         &'a mut self,
-        _ctx: &'a JobContext,
+        ctx: &'a JobContext,
         change: Change,
     ) -> BoxFuture<'a, Result<Change>> {
         Box::pin(async move {
             let sides = self.sides.as_ref().expect("they live until the job is retired");
             sides.target.flush().await.map_err(|error| error.context("cannot flush the target"))?;
+            if let Some(tracker) = &self.tracker {
+                tracker.show(ctx);
+                tracker.seal(&sides.target).await?;
+            }
             let filter = self.filter.as_ref().expect("it lives until the job is retired");
             // With the job's edge, which refuses what the disk's users may do again.
             let change = change.drop_filter(filter).eject(&sides.source);
@@ -279,7 +302,13 @@ impl JobDriver for Backup {
     ) -> BoxFuture<'a, Result<()>> {
         Box::pin(async move {
             match outcome {
-                Outcome::Committed => self.give_back().await,
+                Outcome::Committed => {
+                    let removed = match &self.tracker {
+                        Some(tracker) => tracker.remove_record().await,
+                        None => Ok(()),
+                    };
+                    self.give_back().await.and(removed)
+                }
                 Outcome::Aborted(_) => self.abort(ctx).await,
             }
         })

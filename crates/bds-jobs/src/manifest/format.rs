@@ -67,7 +67,7 @@ pub struct Manifest {
 }
 
 impl Manifest {
-    pub(super) fn new(
+    pub(crate) fn new(
         len: u64,
         chunk_bits: u32,
         hashes: Vec<ContentHash>,
@@ -181,6 +181,19 @@ impl Manifest {
             note: note.to_owned(),
             hashes: (0..count).map(|index| hash_at(hashes, index * HASH_LEN)).collect(),
         })
+    }
+}
+
+impl Manifest {
+    /// The bytes with the root hash that belongs to them, for fuzzers.
+    pub(crate) fn with_right_root(bytes: &[u8]) -> Vec<u8> {
+        let mut bytes = bytes.to_vec();
+        if bytes.len() >= HEADER_LEN {
+            bytes[ROOT_AT..ROOT_AT + HASH_LEN].fill(0);
+            let root = root_of(&bytes);
+            bytes[ROOT_AT..ROOT_AT + HASH_LEN].copy_from_slice(&root);
+        }
+        bytes
     }
 }
 

@@ -12,6 +12,7 @@ mod verify;
 
 pub use build::ManifestBuilder;
 pub use format::{ContentHash, MAX_NOTE_LEN, Manifest};
+pub(crate) use read::hash_chunks_of;
 pub use verify::VerifyReport;
 
 use bds_core::{Error, ErrorKind, Result};

@@ -61,3 +61,14 @@ pub(super) async fn hash_chunks(
     }
     Ok(())
 }
+
+/// As [`hash_chunks`], for the chunks of `chunk_len` bytes of an image of `len` bytes.
+pub(crate) async fn hash_chunks_of(
+    image: &Backend,
+    len: u64,
+    chunk_len: u64,
+    indices: impl Iterator<Item = u64>,
+    each: impl FnMut(u64, ContentHash) -> Result<()>,
+) -> Result<()> {
+    hash_chunks(&Chunks { image, len, chunk_len }, indices, each).await
+}

@@ -36,6 +36,7 @@ use bds_core::driver::BoxFuture;
 use bds_core::graph::{Blocker, Change, Drained, Frozen, JobSlot, NodeId, NodeRef};
 use bds_core::request::Backend;
 
+use crate::record::ContentTracker;
 use crate::{JobContext, JobControl, JobDriver, JobType, Outcome};
 
 pub use self::active::{ActiveCommit, ActiveCommitOptions};
@@ -83,6 +84,10 @@ pub struct Mirror {
     source: NodeRef,
     target: NodeRef,
     tracking: Arc<Tracking>,
+    /// Hashes what is copied, for the record and the manifest.
+    content: Option<Arc<ContentTracker>>,
+    /// The record says that others write to the target.
+    has_released: bool,
     control: Arc<Control>,
     initial: Initial,
     limits: Limits,
@@ -142,18 +147,18 @@ impl JobDriver for Mirror {
 
     fn plan<'a>(
         &'a mut self,
-        _ctx: &'a JobContext,
+        ctx: &'a JobContext,
         change: Change,
     ) -> BoxFuture<'a, Result<Change>> {
-        Box::pin(self.plan_end(change))
+        Box::pin(self.plan_end(ctx, change))
     }
 
     fn retire<'a>(
         &'a mut self,
-        _ctx: &'a JobContext,
+        ctx: &'a JobContext,
         outcome: Outcome<'a>,
     ) -> BoxFuture<'a, Result<()>> {
-        Box::pin(self.give_back(matches!(outcome, Outcome::Committed)))
+        Box::pin(self.retire_as(ctx, matches!(outcome, Outcome::Committed)))
     }
 
     fn target_nodes(&self) -> Vec<NodeId> {

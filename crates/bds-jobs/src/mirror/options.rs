@@ -7,6 +7,7 @@ use bds_core::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::CopyMode;
+use crate::record::{ManifestOptions, RecordOptions};
 
 /// Smallest granularity in bytes.
 pub const MIN_GRANULARITY: u32 = 512;
@@ -95,6 +96,10 @@ pub struct MirrorOptions {
     /// Guest writes may be delayed, and in the end be copied synchronously, so that a pivot holds
     /// them up for about this long at most. `None`: never.
     pub max_pivot_stall: Option<Duration>,
+    /// A record, so that the mirror can go on after an interruption.
+    pub record: Option<RecordOptions>,
+    /// A manifest of the copy at the moment at which the mirror ends, written then.
+    pub manifest: Option<ManifestOptions>,
 }
 
 impl MirrorOptions {
@@ -114,6 +119,8 @@ impl MirrorOptions {
             target_is_zero: false,
             bitmaps: BitmapTransfer::None,
             max_pivot_stall: None,
+            record: None,
+            manifest: None,
         }
     }
 
@@ -125,6 +132,10 @@ impl MirrorOptions {
             return Err(
                 Error::new(ErrorKind::InvalidInput, message).field("buf-size", self.buf_size)
             );
+        }
+        if self.sync == MirrorSync::None && self.record.is_some() {
+            let message = "sync mode 'none' copies no whole image: it has no record";
+            return Err(Error::new(ErrorKind::InvalidInput, message));
         }
         check_places(&self.source, &self.target)?;
         if self.source.len() != self.target.len() {

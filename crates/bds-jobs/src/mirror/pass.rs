@@ -20,6 +20,7 @@ use std::time::Duration;
 use bds_core::copy::{self, CopyControl, ErrorSite, ErrorVerdict, RunOptions, Side};
 use bds_core::driver::BoxFuture;
 use bds_core::graph::{Drained, NodeId};
+use bds_core::request::Backend;
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::sync::Notify;
 use futures_util::future::{Either, select};
@@ -29,6 +30,7 @@ use super::governor::{Advice, Governor, Sample};
 use super::options::MirrorSync;
 use super::tracking::{Mode, Tracking};
 use crate::JobContext;
+use crate::record::ContentTracker;
 
 /// How often a copy in progress is looked at, and a ready mirror looks for work.
 const WINDOW: Duration = Duration::from_millis(100);
@@ -219,11 +221,26 @@ type Failed = (Side, ErrorSite, Error);
 impl Mirror {
     /// See [`crate::JobDriver::run`].
     pub(super) async fn work(&mut self, ctx: &JobContext) -> Result<()> {
+        let Some(content) = self.content.clone() else { return self.mirror(ctx, None).await };
+        let target = self.tracking.target.clone();
+        let keep = pin!(content.keep(ctx, &target));
+        match select(pin!(self.mirror(ctx, Some(&content))), keep).await {
+            Either::Left((done, _)) => done,
+            Either::Right((failed, _)) => Err(failed),
+        }
+    }
+
+    async fn mirror(&mut self, ctx: &JobContext, content: Option<&ContentTracker>) -> Result<()> {
         let tracking = Arc::clone(&self.tracking);
         let watched = Watched::new(ctx, &tracking);
         let mut governor = Governor::new(self.limits.max_pivot_stall);
         watched.show_progress();
         ctx.pause_point().await;
+        if let Some(content) = content {
+            content.begin(ctx, &tracking.target).await;
+            let is_to_stop = || ctx.should_pause() || tracking.has_failure();
+            content.skip_unchanged(&tracking.map, &tracking.target, is_to_stop).await?;
+        }
         self.scan(&watched).await?;
         let (mut is_ready, mut is_flushed) = (false, false);
         loop {
@@ -246,6 +263,9 @@ impl Mirror {
                 // Before guest writes are held back, so that the flush after it has little to do.
                 if !is_flushed {
                     is_flushed = self.flush_target(&watched).await?;
+                    if let Some(content) = content.filter(|_| is_flushed) {
+                        content.read_unknown(self.described(), Some(&tracking.map)).await?;
+                    }
                     continue;
                 }
                 if let Some(drained) = self.finish(&watched).await? {
@@ -261,6 +281,15 @@ impl Mirror {
             if self.tracking.map.is_clean() {
                 self.follow(governor.won());
             }
+        }
+    }
+
+    /// The image that a manifest describes where it was not seen while it was copied: the source,
+    /// so that the target is proved against it, unless the target is to hold something else.
+    pub(super) fn described(&self) -> &Backend {
+        match self.initial.sync {
+            MirrorSync::None => &self.tracking.target,
+            MirrorSync::Full | MirrorSync::Top => &self.reader,
         }
     }
 
@@ -296,6 +325,7 @@ impl Mirror {
         RunOptions {
             memory: self.limits.memory,
             may_unmap: self.tracking.unmap,
+            observer: self.tracking.observer.clone(),
             ..RunOptions::default()
         }
     }

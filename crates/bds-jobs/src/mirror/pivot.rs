@@ -13,14 +13,21 @@ use super::Mirror;
 use super::bitmaps;
 use super::filter::Flavour;
 use super::tracking::Mode;
+use crate::JobContext;
 use crate::chain::nodes::close_dead;
 
 impl Mirror {
     /// Adds the job's edits to the change of its group.
-    pub(super) async fn plan_end(&mut self, change: Change) -> Result<Change> {
+    pub(super) async fn plan_end(&mut self, ctx: &JobContext, change: Change) -> Result<Change> {
         let replaced = if self.pivots { self.control.find_replaced()? } else { None };
         self.check_writers()?;
         self.tracking.target.flush().await?;
+        if let Some(content) = &self.content {
+            content.show(ctx);
+            content.seal(self.described()).await?;
+            // From the change on, the guest writes to the target.
+            self.has_released = self.pivots && content.release_target().await?;
+        }
         // Links that the change moves; nothing else changes the graph before it.
         self.frozen = None;
         let filter = self.filter.as_ref().expect("it lives until the job is retired");
@@ -57,6 +64,28 @@ impl Mirror {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Ends the record, which is kept after a failure, and gives back everything.
+    pub(super) async fn retire_as(&mut self, ctx: &JobContext, is_committed: bool) -> Result<()> {
+        let ended = match &self.content {
+            None => Ok(()),
+            Some(content) if is_committed => content.remove_record().await,
+            Some(content) => {
+                // The guest does not wait for it.
+                self.tracking.set_mode(Mode::Off);
+                self.drained = None;
+                if self.has_released
+                    && let Err(error) = content.reclaim_target().await
+                {
+                    tracing::warn!("the target will be read when the mirror goes on: {error}");
+                }
+                content.save(&self.tracking.target).await;
+                content.show(ctx);
+                Ok(())
+            }
+        };
+        self.give_back(is_committed).await.and(ended)
     }
 
     /// Gives back everything.

@@ -10,7 +10,7 @@
 //! leaves nothing alone any more.
 
 use bds_core::Result;
-use bds_core::copy::{Claim, CopyRead, Found};
+use bds_core::copy::{Claim, Content, CopyRead, Found, Observed};
 use bds_core::driver::{Attempt, ZeroFlags};
 
 use super::Mirror;
@@ -65,7 +65,7 @@ impl Mirror {
         let is_equal = match run.found {
             Found::Data => false,
             Found::Unallocated => true,
-            Found::Zero if self.initial.target_is_zero => true,
+            Found::Zero if self.initial.target_is_zero => self.see_zeros(&claim).await,
             Found::Zero => self.zero_target(&claim).await,
         };
         if is_equal && !self.tracking.is_spoiled() {
@@ -81,7 +81,13 @@ impl Mirror {
         let range = claim.range();
         let mut flags = ZeroFlags::NO_FALLBACK;
         flags.set(ZeroFlags::MAY_UNMAP, self.tracking.unmap);
-        let zeroed = self.tracking.target.write_zeroes(range.start, range.end - range.start, flags);
-        matches!(zeroed.await, Ok(Attempt::Done))
+        matches!(self.tracking.zero_target(range, flags).await, Ok(Attempt::Done))
+    }
+
+    /// Notes that the target reads as zeros. `false`: the copy does it.
+    async fn see_zeros(&self, claim: &Claim<'_>) -> bool {
+        let (range, tracking) = (claim.range(), &self.tracking);
+        let seen = tracking.observe(range.start, Content::Zeros(range.end - range.start)).await;
+        seen.map(Observed::written).is_ok()
     }
 }

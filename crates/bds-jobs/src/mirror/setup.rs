@@ -18,6 +18,7 @@ use super::filter::{Flavour, MirrorTop};
 use super::options::{DEFAULT_BUF_SIZE, Lookup, MirrorOptions, MirrorSync, find_replaced};
 use super::pass::{Initial, Limits};
 use super::tracking::{Mode, Tracking, TrackingOptions};
+use crate::record::{ContentTracker, TrackerOptions};
 use crate::{CopyMode, JobChange, JobControl};
 
 /// Granularity if the target has no clusters, and the largest default, in bytes.
@@ -102,6 +103,7 @@ impl Mirror {
     /// # Errors
     /// Of the filter's close; everything was given back all the same.
     pub async fn discard(mut self) -> Result<()> {
+        undo(self.content.as_deref()).await;
         self.give_back(false).await
     }
 
@@ -134,31 +136,34 @@ impl Mirror {
         let (source, target) = (&options.source, &options.target);
         let graph = source.graph().clone();
         let (slots, blockers) = keep_others_away(&options)?;
-        let nothing = Access { perm: Perm::empty(), shared: Perm::all() };
-        let info =
-            Backend::new(target, BackendOptions::job(&*options.job, nothing))?.info().await?;
-        let edge = |access| Backend::empty(&graph, BackendOptions::job(&*options.job, access));
-        let has_backing = walk::child(target, "backing").is_some();
-        let has_late_backing = info.backing_file.is_some() && !has_backing;
-        let granularity = granularity(options.granularity, info.cluster_size, has_late_backing)?;
-        let map = CopyMap::new(source.len(), granularity)?;
-        if options.sync != MirrorSync::None {
-            map.mark_all();
-        }
-        let tracking = Arc::new(Tracking::new(TrackingOptions {
+        let (map, has_late_backing) = begin_map(&options).await?;
+        let Edges { to_target, reader, main, between } =
+            Edges::open(&options, flavour, between, shared)?;
+        let content = ContentTracker::prepare(TrackerOptions {
+            job: format!("mirror '{}'", options.job),
+            source,
+            target,
+            record: options.record.as_ref(),
+            manifest: options.manifest.as_ref(),
+        })
+        .await?
+        .map(Arc::new);
+        let tracked = TrackingOptions {
             map,
-            target: edge(Access { perm: Perm::WRITE, shared })?,
+            target: to_target,
+            observer: content.as_ref().map(|content| content.observer()),
             unmap: options.unmap,
             mode: options.copy_mode,
             has_late_backing,
-        })?);
-        let reads = Access { perm: reader_perm(flavour), shared: Perm::all() };
-        let reader = Backend::new(source, BackendOptions::job(&*options.job, reads))?;
-        let main = edge(Access::READ)?;
-        let unread = Perm::WRITE | Perm::WRITE_UNCHANGED;
-        let keep = |node| Ok((edge(Access { perm: Perm::empty(), shared: unread })?, node));
-        let between = between.into_iter().map(keep).collect::<Result<_>>()?;
-        let filter = open_filter(&graph, &options, flavour, &tracking).await?;
+        };
+        let (tracking, filter) = match open_filter(&options, flavour, tracked).await {
+            Ok(opened) => opened,
+            Err(error) => {
+                undo(content.as_deref()).await;
+                return Err(error);
+            }
+        };
+        let is_continued = content.as_ref().is_some_and(|content| content.is_continued());
         Ok(Self {
             control: Arc::new(Control {
                 tracking: Arc::clone(&tracking),
@@ -169,13 +174,11 @@ impl Mirror {
             initial: Initial {
                 sync: options.sync,
                 above: above.map(|node| node.id()),
-                target_is_zero: options.target_is_zero,
+                // An interrupted copy has left bytes there.
+                target_is_zero: options.target_is_zero && !is_continued,
             },
             limits: Limits {
-                memory: match options.buf_size {
-                    0 => DEFAULT_BUF_SIZE,
-                    bytes => bytes,
-                },
+                memory: if options.buf_size == 0 { DEFAULT_BUF_SIZE } else { options.buf_size },
                 max_pivot_stall: options.max_pivot_stall,
             },
             job: options.job,
@@ -183,6 +186,8 @@ impl Mirror {
             source: options.source,
             target: options.target,
             tracking,
+            content,
+            has_released: false,
             bitmaps: options.bitmaps,
             reader,
             main,
@@ -195,6 +200,62 @@ impl Mirror {
             drained: None,
             pivots: false,
         })
+    }
+}
+
+/// The edges of a mirror; those that are empty come to their nodes with the filter.
+struct Edges {
+    to_target: Backend,
+    reader: Backend,
+    main: Backend,
+    between: Vec<(Backend, NodeRef)>,
+}
+
+impl Edges {
+    fn open(
+        options: &MirrorOptions,
+        flavour: Flavour,
+        between: Vec<NodeRef>,
+        shared: Perm,
+    ) -> Result<Self> {
+        let edge = |access| {
+            let backend = BackendOptions::job(&*options.job, access);
+            Backend::empty(options.source.graph(), backend)
+        };
+        let mut writes = Perm::WRITE;
+        // Compared with the record, and read for the manifest.
+        writes.set(Perm::CONSISTENT_READ, options.record.is_some() || options.manifest.is_some());
+        let reads = Access { perm: reader_perm(flavour), shared: Perm::all() };
+        let unread = Perm::WRITE | Perm::WRITE_UNCHANGED;
+        let keep = |node| Ok((edge(Access { perm: Perm::empty(), shared: unread })?, node));
+        Ok(Self {
+            to_target: edge(Access { perm: writes, shared })?,
+            reader: Backend::new(&options.source, BackendOptions::job(&*options.job, reads))?,
+            main: edge(Access::READ)?,
+            between: between.into_iter().map(keep).collect::<Result<_>>()?,
+        })
+    }
+}
+
+/// The map with everything to be copied, and whether the target gets its backing node later.
+async fn begin_map(options: &MirrorOptions) -> Result<(CopyMap, bool)> {
+    let nothing = Access { perm: Perm::empty(), shared: Perm::all() };
+    let target = Backend::new(&options.target, BackendOptions::job(&*options.job, nothing))?;
+    let info = target.info().await?;
+    let has_backing = walk::child(&options.target, "backing").is_some();
+    let has_late_backing = info.backing_file.is_some() && !has_backing;
+    let granularity = granularity(options.granularity, info.cluster_size, has_late_backing)?;
+    let map = CopyMap::new(options.source.len(), granularity)?;
+    if options.sync != MirrorSync::None {
+        map.mark_all();
+    }
+    Ok((map, has_late_backing))
+}
+
+/// Removes a record that was made for a mirror that does not begin.
+async fn undo(content: Option<&ContentTracker>) {
+    if let Some(content) = content {
+        content.undo().await;
     }
 }
 
@@ -219,12 +280,12 @@ fn keep_others_away(
     Ok((slots, blockers.into()))
 }
 
+/// What filter and job share, and the filter.
 async fn open_filter(
-    graph: &Graph,
     options: &MirrorOptions,
     flavour: Flavour,
-    tracking: &Arc<Tracking>,
-) -> Result<NodeRef> {
+    tracked: TrackingOptions,
+) -> Result<(Arc<Tracking>, NodeRef)> {
     let source = &options.source;
     // Whether discards have an effect is the source's choice.
     let mut filter = Options::new().with("file", source.name()).with("discard", "unmap");
@@ -234,8 +295,10 @@ async fn open_filter(
     if let Some(name) = &options.filter_node_name {
         filter = filter.with("node-name", &**name);
     }
-    let driver = MirrorTop { flavour, tracking: Arc::clone(tracking) };
-    graph.open_driver(Arc::new(driver), filter).await
+    let tracking = Arc::new(Tracking::new(tracked)?);
+    let driver = MirrorTop { flavour, tracking: Arc::clone(&tracking) };
+    let filter = source.graph().open_driver(Arc::new(driver), filter).await?;
+    Ok((tracking, filter))
 }
 
 /// The granularity: the user's, or the target's cluster within bounds. Never smaller than a cluster

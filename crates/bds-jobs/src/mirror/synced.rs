@@ -14,6 +14,7 @@
 use std::ops::Range;
 
 use bds_core::Result;
+use bds_core::copy::Content;
 use bds_core::driver::{Attempt, ReadFlags, WriteFlags, ZeroFlags};
 use bds_io::{Buf, IoVec};
 
@@ -93,8 +94,7 @@ impl MirrorTopNode {
         if self.tracking.needs_whole_granules(&range) {
             return self.granules_to_target(synced, range).await;
         }
-        let target = &self.tracking.target;
-        let write = target.write(range.start, payload, WriteFlags::empty());
+        let write = self.write_target(range.start, payload);
         self.end_synced(synced, range, write).await;
     }
 
@@ -104,8 +104,18 @@ impl MirrorTopNode {
         }
         let mut flags = ZeroFlags::empty();
         flags.set(ZeroFlags::MAY_UNMAP, may_unmap && self.tracking.unmap);
-        let write = self.tracking.target.write_zeroes(range.start, range.end - range.start, flags);
+        let write = self.tracking.zero_target(range.clone(), flags);
         self.end_synced(synced, range, async { write.await.map(drop) }).await;
+    }
+
+    async fn write_target(&self, offset: u64, payload: IoVec) -> Result<()> {
+        let seen = self.tracking.observe(offset, Content::Data(&payload)).await?;
+        for range in seen.missing() {
+            let part = seen.part(&payload, range);
+            self.tracking.target.write(range.start, part, WriteFlags::empty()).await?;
+        }
+        seen.written();
+        Ok(())
     }
 
     /// Copies the granules around the first and the last byte, which the target shows from a layer
@@ -122,7 +132,7 @@ impl MirrorTopNode {
                 if self.file.read(at, piece.clone(), ReadFlags::empty()).await.is_err() {
                     return Ok(false);
                 }
-                self.tracking.target.write(at, piece, WriteFlags::empty()).await?;
+                self.write_target(at, piece).await?;
                 at = end;
             }
             Ok(true)

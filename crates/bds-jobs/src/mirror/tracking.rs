@@ -15,12 +15,13 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bds_core::Error;
 use bds_core::bitmap::HBitmap;
-use bds_core::copy::{CopyMap, Exclusion};
+use bds_core::copy::{Content, CopyMap, CopyObserver, Examined, Exclusion, Observed};
+use bds_core::driver::{Attempt, ZeroFlags};
 use bds_core::request::Backend;
 use bds_io::sync::Notify;
 
@@ -51,6 +52,8 @@ pub(super) struct Tracking {
     skipped: Option<HBitmap>,
     /// Written by the job and by synced writes.
     pub(super) target: Backend,
+    /// Sees what is written there.
+    pub(super) observer: Option<Arc<dyn CopyObserver>>,
     /// Zero writes may deallocate.
     pub(super) unmap: bool,
     mode: AtomicU8,
@@ -78,6 +81,7 @@ pub(super) struct Tracking {
 pub(super) struct TrackingOptions {
     pub(super) map: CopyMap,
     pub(super) target: Backend,
+    pub(super) observer: Option<Arc<dyn CopyObserver>>,
     pub(super) unmap: bool,
     pub(super) mode: CopyMode,
     /// The target will get its backing node later: parts of its clusters that are left alone must
@@ -88,7 +92,7 @@ pub(super) struct TrackingOptions {
 impl Tracking {
     /// Begins with this map, whose bits are complete before the filter sees its first write.
     pub(super) fn new(options: TrackingOptions) -> bds_core::Result<Self> {
-        let TrackingOptions { map, target, unmap, mode, has_late_backing } = options;
+        let TrackingOptions { map, target, observer, unmap, mode, has_late_backing } = options;
         let skipped = match has_late_backing {
             true => Some(HBitmap::new(map.len(), map.granularity())?),
             false => None,
@@ -97,6 +101,7 @@ impl Tracking {
             map,
             skipped,
             target,
+            observer,
             unmap,
             mode: AtomicU8::new(Mode::from(mode) as u8),
             is_target_well: AtomicBool::new(true),
@@ -180,6 +185,39 @@ impl Tracking {
     pub(super) fn synced_bytes(&self) -> (u64, u64) {
         let load = |count: &AtomicU64| count.load(Ordering::SeqCst);
         (load(&self.synced_in_flight), load(&self.synced_done))
+    }
+
+    /// Lets the observer examine what is about to be written to the target.
+    ///
+    /// # Errors
+    /// As [`CopyObserver::examine`].
+    pub(super) async fn observe(
+        &self,
+        offset: u64,
+        content: Content<'_>,
+    ) -> bds_core::Result<Observed> {
+        let request = Examined { offset, content, is_unit: false, target: &self.target };
+        Observed::new(self.observer.as_ref(), request).await
+    }
+
+    /// Zeroes a range of the target.
+    ///
+    /// # Errors
+    /// Those of the write, and as [`Tracking::observe`].
+    pub(super) async fn zero_target(
+        &self,
+        range: Range<u64>,
+        flags: ZeroFlags,
+    ) -> bds_core::Result<Attempt> {
+        let seen = self.observe(range.start, Content::Zeros(range.end - range.start)).await?;
+        for part in seen.missing() {
+            let zeroed = self.target.write_zeroes(part.start, part.end - part.start, flags).await?;
+            if zeroed == Attempt::Unsupported {
+                return Ok(Attempt::Unsupported);
+            }
+        }
+        seen.written();
+        Ok(Attempt::Done)
     }
 
     // ---- granules that were skipped

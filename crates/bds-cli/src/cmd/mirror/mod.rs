@@ -5,7 +5,8 @@
 //!   ─► ended in order: the target is complete and durable ─► both closed
 //! ```
 //! `plan` checks the arguments, `target` makes the target. What was created is removed again if the
-//! command does not complete. qemu-img has no such command; QEMU has `blockdev-mirror`.
+//! command does not complete, unless there is a record of it: then the same command goes on with
+//! both. qemu-img has no such command; QEMU has `blockdev-mirror`.
 
 mod plan;
 mod target;
@@ -40,11 +41,16 @@ async fn mirror(plan: &Plan<'_>) -> Result<()> {
     let graph = image::trusting_graph();
     let source = interrupt.run_or_drop(open_source(&graph, plan)).await?;
     let total = source.len();
-    let mut partial = match plan.args.no_create {
+    let goes_on = plan.goes_on();
+    let mut partial = match plan.args.no_create || goes_on {
         true => PartialOutput::of_existing(),
         false => create::partial(create::path(plan.target)?, &plan.options, plan.args.keep_partial),
     };
-    let opened = interrupt.run_or_drop(Target::open(&graph, plan, &source, &mut partial)).await;
+    if plan.record.is_some() {
+        partial.keep_for_record();
+    }
+    let opening = Target::open(&graph, plan, &source, (&mut partial, goes_on));
+    let opened = interrupt.run_or_drop(opening).await;
     let copied = match opened {
         Err(error) => Err(Failure::before_copy(error)),
         Ok(target) => copy(&graph, plan, &interrupt, &source, target).await,
@@ -90,6 +96,8 @@ async fn copy(
         buf_size: plan.buf_size,
         unmap: !plan.args.no_unmap,
         target_is_zero: target.is_zero,
+        record: plan.record.clone(),
+        manifest: plan.manifest(),
         ..MirrorOptions::new(source, &target.node, job::ID)
     };
     let done = match Mirror::prepare(options).await {

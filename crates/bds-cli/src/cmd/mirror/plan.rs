@@ -6,8 +6,9 @@ use bds_core::driver::CacheMode;
 use bds_core::{Error, ErrorKind, Options, Result};
 use bds_jobs::CopyMode;
 use bds_jobs::mirror::{MirrorSync, check_granularity};
+use bds_jobs::record::{CheckTarget, ManifestOptions, RecordOptions};
 
-use crate::args::{Mirror as Args, MirrorCopyMode, MirrorSync as SyncWord};
+use crate::args::{Mirror as Args, MirrorCopyMode, MirrorSync as SyncWord, RecordCheck};
 use crate::cmd::{create, job, size};
 use crate::image_spec;
 
@@ -22,6 +23,7 @@ pub(super) struct Plan<'a> {
     pub(super) granularity: Option<u32>,
     /// 0: the job's default.
     pub(super) buf_size: u64,
+    pub(super) record: Option<RecordOptions>,
     pub(super) settings: job::Settings,
 }
 
@@ -64,12 +66,26 @@ impl<'a> Plan<'a> {
                 .buffer_size
                 .as_deref()
                 .map_or(Ok(0), |text| size("buffer size", text))?,
+            record: args.record.is_some().then(|| record(args)).transpose()?,
             settings: job::Settings::new(&args.display, args.rate.as_deref(), args.quiet)?,
         })
     }
 
     pub(super) fn format(&self) -> &'a str {
         create::stored_format(self.args.output_format.as_deref().unwrap_or("raw"))
+    }
+
+    /// True if an earlier run has left a record and a target: they are used.
+    pub(super) fn goes_on(&self) -> bool {
+        let exists = |path: &std::path::Path| std::fs::symlink_metadata(path).is_ok();
+        self.record.as_ref().is_some_and(|record| exists(&record.path))
+            && create::path(self.target).is_ok_and(|path| exists(&path))
+    }
+
+    pub(super) fn manifest(&self) -> Option<ManifestOptions> {
+        let path = self.args.manifest.as_ref()?;
+        let note = self.args.note.clone().unwrap_or_default();
+        Some(ManifestOptions { note, ..ManifestOptions::new(path) })
     }
 
     pub(super) fn sync(&self) -> MirrorSync {
@@ -86,6 +102,18 @@ impl<'a> Plan<'a> {
             MirrorCopyMode::WriteBlocking => CopyMode::WriteBlocking,
         }
     }
+}
+
+fn record(args: &Args) -> Result<RecordOptions> {
+    let path = args.record.as_deref().unwrap_or(std::path::Path::new(""));
+    let check_target = match args.check_target {
+        RecordCheck::Full => CheckTarget::Full,
+        RecordCheck::Sample => CheckTarget::Sample,
+        RecordCheck::None => CheckTarget::None,
+    };
+    let interval = args.record_interval.as_deref();
+    let interval_bytes = interval.map_or(Ok(0), |text| size("record interval", text))?;
+    Ok(RecordOptions { check_target, interval_bytes, ..RecordOptions::new(path) })
 }
 
 fn granularity(text: &str) -> Result<u32> {

@@ -26,17 +26,22 @@ impl Target {
         graph: &Graph,
         plan: &Plan<'_>,
         source: &NodeRef,
-        partial: &mut PartialOutput,
+        (partial, goes_on): (&mut PartialOutput, bool),
     ) -> Result<Self> {
-        match plan.args.no_create {
-            true => check_existing(graph, plan, source).await?,
-            false => make(graph, plan, source, partial).await?,
+        let is_new = !plan.args.no_create && !goes_on;
+        match is_new {
+            true => make(graph, plan, source, partial).await?,
+            false => check_existing(graph, plan, source).await?,
         }
         let flags = OpenFlags { cache: plan.target_cache, discard: true, ..OpenFlags::default() };
         let node = image::open(graph, &spec(plan, flags)).await?;
+        if plan.record.is_some() && is_new {
+            // Durable before there is a record of it: a crash leaves a target that can be opened.
+            image::backend(&node, true)?.flush().await?;
+        }
         // A new image reads as zeros, unless a device or a backing file shows through.
-        let is_new = !plan.args.no_create && !plan.options.contains("backing_file");
-        let is_zero = plan.args.target_is_zero || (is_new && !image::shows_old_bytes(&node));
+        let is_empty = is_new && !plan.options.contains("backing_file");
+        let is_zero = plan.args.target_is_zero || (is_empty && !image::shows_old_bytes(&node));
         Ok(Self { node, is_zero })
     }
 

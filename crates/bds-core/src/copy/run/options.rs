@@ -1,6 +1,7 @@
 //! Options of a copy by map.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::copy::options::GRAIN;
 use crate::driver::WriteFlags;
@@ -8,6 +9,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::graph::NodeId;
 
 use super::super::map::CopyMap;
+use super::super::observer::CopyObserver;
 
 /// Most requests of one copy in flight.
 pub const MAX_REQUESTS: usize = 64;
@@ -49,6 +51,8 @@ pub struct RunOptions {
     pub offload: bool,
     /// Discard in the source what was copied.
     pub discard_source: bool,
+    /// Sees what is written. With one, the host does not copy: it shows no bytes.
+    pub observer: Option<Arc<dyn CopyObserver>>,
 }
 
 impl Default for RunOptions {
@@ -66,6 +70,7 @@ impl Default for RunOptions {
             compress: None,
             offload: false,
             discard_source: false,
+            observer: None,
         }
     }
 }

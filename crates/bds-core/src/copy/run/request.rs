@@ -7,6 +7,7 @@ use bds_io::{BufPool, IoVec};
 
 use super::super::control::{ErrorSite, Side};
 use super::super::map::{Claim, CopyMap};
+use super::super::observer::{Content, Examined, Observed};
 use super::super::sides::{CopyRead, CopyWrite, Found, FoundRun};
 use super::super::sparse;
 use super::options::RunOptions;
@@ -63,7 +64,8 @@ impl<'a> Shared<'a> {
         (source, target): (&'a dyn CopyRead, &'a dyn CopyWrite),
         options: &'a RunOptions,
     ) -> Self {
-        let offload = if options.offload { Offload::Untried } else { Offload::Off };
+        let offloads = options.offload && options.observer.is_none();
+        let offload = if offloads { Offload::Untried } else { Offload::Off };
         // A few buffers of the usual size are kept between requests.
         let pool = BufPool::new(usize::try_from(options.memory / 4).unwrap_or(0));
         let offload = AtomicU8::new(offload as u8);
@@ -203,10 +205,27 @@ impl<'a> Shared<'a> {
 
     async fn part(&self, offset: u64, buffer: IoVec) -> Sided<()> {
         self.source.read(offset, buffer.clone()).await.map_err(|e| (Side::Source, e))?;
+        let seen = self.observe(offset, Content::Data(&buffer)).await?;
+        for range in seen.missing() {
+            self.write(range.start, seen.part(&buffer, range)).await?;
+        }
+        seen.written();
+        Ok(())
+    }
+
+    async fn observe(&self, offset: u64, content: Content<'_>) -> Sided<Observed> {
+        let is_unit = self.options.compress.is_some() && matches!(content, Content::Data(_));
+        let request = Examined { offset, content, is_unit, target: self.target };
+        let seen = Observed::new(self.options.observer.as_ref(), request).await;
+        seen.map_err(|e| (Side::Target, e))
+    }
+
+    /// Writes what was read.
+    async fn write(&self, offset: u64, buffer: IoVec) -> Sided<()> {
         if self.options.compress.is_some() {
             let is_zero = self.options.sparse_len != 0 && buffer.is_zero(0..buffer.len());
             if is_zero {
-                return self.zero(offset, buffer.len() as u64).await;
+                return self.write_zeros(offset, buffer.len() as u64).await;
             }
             let written = self.target.write_compressed(offset, buffer).await;
             return written.map_err(|e| (Side::Target, e));
@@ -214,7 +233,7 @@ impl<'a> Shared<'a> {
         for part in sparse::parts(&buffer, offset, self.options.sparse_len) {
             let (at, part_len) = (offset + part.range.start as u64, part.range.len() as u64);
             if part.is_zero {
-                self.zero(at, part_len).await?;
+                self.write_zeros(at, part_len).await?;
                 continue;
             }
             let data = buffer.slice(part.range);
@@ -225,6 +244,15 @@ impl<'a> Shared<'a> {
     }
 
     async fn zero(&self, offset: u64, len: u64) -> Sided<()> {
+        let seen = self.observe(offset, Content::Zeros(len)).await?;
+        for range in seen.missing() {
+            self.write_zeros(range.start, range.end - range.start).await?;
+        }
+        seen.written();
+        Ok(())
+    }
+
+    async fn write_zeros(&self, offset: u64, len: u64) -> Sided<()> {
         if self.options.target_is_zero {
             return Ok(());
         }

@@ -1,6 +1,8 @@
 //! The verbs of bitmaps: QEMU's `block-dirty-bitmap-*`, one at a time. Several at once, and
 //! together with other edits of the graph: [`crate::graph::Change`].
 
+use std::ops::Range;
+
 use super::edit::{BitmapEdit, Lists};
 use super::info::{BitmapId, BitmapInfo, BitmapOptions};
 use super::intent;
@@ -108,6 +110,20 @@ impl NodeRef {
             entry.bits.resized(entry.bits.len())
         };
         copy().map_err(|error| error.node(self.name()))
+    }
+
+    /// The first byte of the range that a bitmap has recorded, or has not cleared again.
+    ///
+    /// # Errors
+    /// As [`NodeRef::copy_bitmap`].
+    pub fn next_dirty_in_bitmap(&self, name: &str, range: Range<u64>) -> Result<Option<u64>> {
+        let look = || {
+            let locked = self.bitmaps.lock(|| self.len());
+            let entry = locked.named(name)?;
+            entry.check_consistent()?;
+            Ok(entry.bits.next_dirty(range))
+        };
+        look().map_err(|error: Error| error.node(self.name()))
     }
 
     /// Removes a bitmap, from the image too if it is persistent.

@@ -6,7 +6,9 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bds_core::copy::{self, Claim, CopyRead, CopyWrite, Found, RunOptions};
+use bds_core::copy::{
+    self, Claim, Content, CopyRead, CopyWrite, Examined, Found, Observed, RunOptions,
+};
 use bds_core::driver::{Child, ZeroFlags};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::IoVec;
@@ -70,6 +72,7 @@ impl Parts {
             write_flags: options.write_flags,
             compress: options.compress,
             may_unmap: true,
+            observer: options.observer.clone(),
             ..RunOptions::default()
         };
         copy::run(&self.snapshot.map, &self.file, &self.target, &run, &()).await?;
@@ -147,19 +150,37 @@ impl Parts {
     async fn write_to_target(&self, work: &ToWrite) -> Result<()> {
         let (start, len) = (work.range.start, work.range.end - work.range.start);
         let target: &dyn CopyWrite = &self.target;
-        let Some(data) = &work.data else {
-            let zeroed = target.write_zeroes(start, len, ZeroFlags::MAY_UNMAP).await;
-            return zeroed.map(|_only_without_fallback| ());
-        };
         let options = &self.snapshot.options;
-        let Some(unit) = options.compress.and_then(|unit| usize::try_from(unit).ok()) else {
-            return target.write(start, data.clone(), options.write_flags).await;
+        let Some(data) = &work.data else {
+            let seen = self.observe(start, Content::Zeros(len), false).await?;
+            for range in seen.missing() {
+                let len = range.end - range.start;
+                let zeroed = target.write_zeroes(range.start, len, ZeroFlags::MAY_UNMAP).await;
+                let _only_without_fallback = zeroed?;
+            }
+            seen.written();
+            return Ok(());
         };
-        for at in (0..data.len()).step_by(unit.max(1)) {
-            let cluster = data.slice(at..data.len().min(at + unit));
-            target.write_compressed(start + at as u64, cluster).await?;
+        let unit = options.compress.and_then(|unit| usize::try_from(unit).ok());
+        for at in (0..data.len()).step_by(unit.unwrap_or(data.len()).max(1)) {
+            let piece = data.slice(at..data.len().min(at + unit.unwrap_or(data.len())));
+            let piece_start = start + at as u64;
+            let seen = self.observe(piece_start, Content::Data(&piece), unit.is_some()).await?;
+            for range in seen.missing() {
+                let part = seen.part(&piece, range);
+                match unit {
+                    Some(_) => target.write_compressed(range.start, part).await?,
+                    None => target.write(range.start, part, options.write_flags).await?,
+                }
+            }
+            seen.written();
         }
         Ok(())
+    }
+
+    async fn observe(&self, offset: u64, content: Content<'_>, is_unit: bool) -> Result<Observed> {
+        let request = Examined { offset, content, is_unit, target: &self.target };
+        Observed::new(self.snapshot.options.observer.as_ref(), request).await
     }
 }
 

@@ -19,7 +19,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bds_core::bitmap::HBitmap;
-use bds_core::copy::CopyMap;
+use bds_core::copy::{CopyMap, CopyObserver};
 use bds_core::driver::WriteFlags;
 use bds_core::event::{Event, EventSender};
 use bds_core::graph::NodeId;
@@ -58,6 +58,8 @@ pub struct SnapshotOptions {
     pub compress: Option<u64>,
     /// Only what the layers above this node hold belongs to the snapshot.
     pub above: Option<NodeId>,
+    /// Sees what is written to the target.
+    pub observer: Option<Arc<dyn CopyObserver>>,
 }
 
 /// Why a snapshot can no longer be read.

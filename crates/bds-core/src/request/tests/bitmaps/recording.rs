@@ -174,6 +174,12 @@ fn a_write_past_the_end_makes_bitmaps_longer() {
         assert_eq!(file.len(), 8704);
         drop(lease);
         assert_eq!(dirty(&file, "on"), [8192..8704]);
+        let next = |range| file.next_dirty_in_bitmap("on", range).unwrap();
+        assert_eq!(
+            (next(0..8192), next(0..8704), next(8300..8704)),
+            (None, Some(8192), Some(8300))
+        );
+        assert!(file.next_dirty_in_bitmap("none", 0..1).is_err());
         assert_eq!(file.copy_bitmap("off").unwrap().len(), 8704);
     });
 }
