@@ -3,6 +3,7 @@
 
 mod backup;
 mod bitmap;
+mod chain_identity;
 mod chain_jobs;
 mod command_lines;
 mod convert_errors;

@@ -114,6 +114,12 @@ pub(crate) const OPEN_OPTIONS: &[OptionSpec] = &[
         Some("off"),
     ),
     spec(
+        "backing-check",
+        OptionKind::Bool,
+        "refuse a backing file that is not what the image was made on, as far as that is noted",
+        Some("on"),
+    ),
+    spec(
         "invalidate-bitmaps",
         OptionKind::Bool,
         "write though persistent bitmaps cannot be read and are lost",
@@ -149,6 +155,8 @@ pub(crate) struct RequestedOptions {
     decompressed: Option<u64>,
     data_before_metadata: Option<bool>,
     invalidate_bitmaps: Option<bool>,
+    /// At open alone.
+    pub backing_check: Option<bool>,
 }
 
 /// Which overlaps are checked: a template, and exceptions from it in the order of [`CLASSES`].
@@ -223,6 +231,7 @@ impl RequestedOptions {
             decompressed: take_cache_size(options, "decompressed-cache-size")?,
             data_before_metadata: options.take_bool("data-before-metadata")?,
             invalidate_bitmaps: options.take_bool("invalidate-bitmaps")?,
+            backing_check: options.take_bool("backing-check")?,
         })
     }
 
@@ -242,6 +251,7 @@ impl RequestedOptions {
             decompressed: self.decompressed.or(earlier.decompressed),
             data_before_metadata: self.data_before_metadata.or(earlier.data_before_metadata),
             invalidate_bitmaps: self.invalidate_bitmaps.or(earlier.invalidate_bitmaps),
+            backing_check: self.backing_check.or(earlier.backing_check),
         }
     }
 

@@ -206,6 +206,10 @@ impl Driver for Qcow2 {
         Box::pin(self.image.check_backing_record(record))
     }
 
+    fn mark_base(&self, is_known: bool) -> BoxFuture<'_, Result<bool>> {
+        self.run(move |image| async move { image.mark_base(is_known).await })
+    }
+
     fn make_empty(&self) -> BoxFuture<'_, Result<()>> {
         self.run(|image| async move { image.make_empty().await })
     }

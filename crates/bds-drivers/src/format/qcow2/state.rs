@@ -18,7 +18,7 @@
 
 use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use arc_swap::ArcSwap;
@@ -135,6 +135,9 @@ pub(crate) struct Image {
     pub backing: Backing,
     /// The node that was opened because the image names it, if it was.
     pub named_backing: Option<String>,
+    /// False: the backing node is not what the image's note says (`manage/base_mark.rs`). The first
+    /// write drops the note.
+    pub keeps_base_mark: AtomicBool,
     /// As it was read.
     pub cluster0: ArcSwap<Cluster0>,
     pub rules: EntryRules,
@@ -382,18 +385,27 @@ impl Image {
         if loses_bitmaps {
             kept -= Autoclear::BITMAPS;
         }
+        let stale = old - kept;
+        if !self.keeps_base_mark.load(Ordering::Acquire) {
+            kept -= Autoclear::BASE_MARK;
+        }
         if kept == old {
             return Ok(());
         }
-        let lost = format!("{:#x}", (old & !kept).bits());
-        tracing::warn!(
-            node = self.node_name,
-            bits = lost,
-            "qcow2: writing makes features that are not maintained stale; their bits are cleared"
-        );
+        if !stale.is_empty() {
+            tracing::warn!(
+                node = self.node_name,
+                bits = format!("{:#x}", stale.bits()),
+                "qcow2: writing makes features that are not maintained stale; their bits are \
+                 cleared"
+            );
+        }
         self.write_file(MetaOffset(AUTOCLEAR_AT), kept.bits().to_be_bytes().to_vec()).await?;
         self.file.flush().await.map_err(|e| self.name_error(e))?;
         self.meta().header.autoclear = kept;
+        let mut known = Cluster0::clone(&self.cluster0.load());
+        known.header.autoclear = kept;
+        self.cluster0.store(Arc::new(known));
         Ok(())
     }
 

@@ -2,6 +2,7 @@
 //! recorded backing file, snapshots (read only), info.
 
 pub(super) mod backing_record;
+pub(super) mod base_mark;
 pub(super) mod create;
 pub(super) mod create_layout;
 pub(super) mod create_options;
