@@ -178,6 +178,13 @@ fn with_time(mut event: Value) -> Value {
     event
 }
 
+/// Says what a change could not do in order after it took effect.
+pub(crate) fn warn_of_left_over(left_over: &[Error]) {
+    for error in left_over {
+        printer::message(format_args!("bds: warning: {}", crate::report::message(error)));
+    }
+}
+
 /// Notes in an image what its backing file holds after a job. Without the note a wrong base is not
 /// refused; the job has succeeded all the same.
 pub(crate) async fn note_base(image: &Backend) {
