@@ -6,6 +6,7 @@ mod backup_group;
 mod bitmap;
 mod chain_identity;
 mod chain_jobs;
+mod checkpoint;
 mod command_lines;
 mod convert_errors;
 mod copied_content;
