@@ -2,6 +2,7 @@
 //! tools over all formats.
 
 mod backup;
+mod backup_chain;
 mod backup_group;
 mod bitmap;
 mod chain_identity;
