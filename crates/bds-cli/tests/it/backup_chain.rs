@@ -13,9 +13,6 @@ use crate::workdir::Workdir;
 const LEN: usize = 4 << 20;
 /// Increments on the full backup.
 const INCREMENTS: u64 = 20;
-/// Options that open the disk so slowly that a kill finds the program at work.
-const SLOW: &str = "driver=qcow2,file.driver=throttle,file.limits.iops-total=60,\
-                    file.file.driver=file,file.file.filename=disk.qcow2";
 
 /// A disk, and what it showed at each of its points.
 struct History {
@@ -94,20 +91,28 @@ impl History {
         let checked = self.workdir.bds("check -q disk.qcow2");
         assert!(matches!(checked.code, 0 | 3), "{checked:?}");
     }
+}
 
-    /// Starts bds and kills it once the condition holds, or lets it end before.
-    fn kill(&self, words: &str, has_begun: impl Fn(&Path) -> bool) {
-        let args: Vec<&str> = words.split(' ').collect();
-        let mut command = self.workdir.command(&args);
-        command.stdout(Stdio::null()).stderr(Stdio::null());
-        let mut child: Child = command.spawn().expect("bds starts");
-        while child.try_wait().expect("it is ours").is_none() && !has_begun(self.workdir.dir()) {
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        // Fails if it has ended by itself: what follows holds for that as well.
-        let _killed = child.kill();
-        child.wait().expect("it is ours");
+/// Starts bds and kills it once the condition holds, or lets it end before.
+fn kill(workdir: &Workdir, words: &str, has_begun: impl Fn(&Path) -> bool) {
+    let args: Vec<&str> = words.split(' ').collect();
+    let mut command = workdir.command(&args);
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child: Child = command.spawn().expect("bds starts");
+    while child.try_wait().expect("it is ours").is_none() && !has_begun(workdir.dir()) {
+        std::thread::sleep(Duration::from_millis(2));
     }
+    // Fails if it has ended by itself: what follows holds for that as well.
+    let _killed = child.kill();
+    child.wait().expect("it is ours");
+}
+
+/// Options that open an image so slowly that a kill finds the program at work.
+fn slow(image: &str) -> String {
+    format!(
+        "driver=qcow2,file.driver=throttle,file.limits.iops-total=60,file.file.driver=file,\
+         file.file.filename={image}"
+    )
 }
 
 /// Every command is a process of its own: each point is one restart further.
@@ -120,8 +125,8 @@ fn a_full_backup_and_twenty_increments_restore_at_every_point_across_kills() {
         match number {
             // The backup is killed while it copies, and made again.
             8 => {
-                let words = format!("backup run --image-opts {SLOW} set");
-                disk.kill(&words, |dir| dir.join("set/000008.qcow2.partial").exists());
+                let words = format!("backup run --image-opts {} set", slow("disk.qcow2"));
+                kill(&disk.workdir, &words, |dir| dir.join("set/000008.qcow2.partial").exists());
                 if disk.workdir.dir().join("set/000008.manifest").exists() {
                     let content = disk.content();
                     disk.points.push(content);
@@ -133,8 +138,9 @@ fn a_full_backup_and_twenty_increments_restore_at_every_point_across_kills() {
             // The writer is killed: its bitmap may be lost, no byte may be.
             14 => {
                 let before = disk.workdir.read("disk.qcow2");
-                let words = format!("bench -w -c 9999 -s 4096 --pattern 7 --image-opts {SLOW}");
-                disk.kill(&words, |dir| {
+                let options = slow("disk.qcow2");
+                let words = format!("bench -w -c 9999 -s 4096 --pattern 7 --image-opts {options}");
+                kill(&disk.workdir, &words, |dir| {
                     std::fs::read(dir.join("disk.qcow2")).is_ok_and(|now| now != before)
                 });
                 disk.backup("--or-full");
@@ -159,6 +165,54 @@ fn a_full_backup_and_twenty_increments_restore_at_every_point_across_kills() {
         let expected = &disk.points[number - 1];
         assert!(disk.workdir.read(&format!("{number}.raw")) == *expected, "point {number}");
     }
+}
+
+/// Killed while it copies the first disk or the second, a backup of two leaves the points before;
+/// the next one makes increments of both.
+#[test]
+fn a_killed_backup_of_two_disks_is_made_again() {
+    let workdir = Workdir::new();
+    let names = ["data", "log"];
+    for (name, seed) in names.iter().zip(1..) {
+        workdir.write("base.raw", &pattern(seed, 0, LEN));
+        workdir.must(&format!("convert -f raw -O qcow2 base.raw {name}.qcow2"));
+    }
+    workdir.must("backup run -q data.qcow2 log.qcow2 set");
+    let contents = |workdir: &Workdir| {
+        names.map(|name| {
+            workdir.must(&format!("convert -O raw {name}.qcow2 now.raw"));
+            workdir.read("now.raw")
+        })
+    };
+    let mut points = vec![contents(&workdir)];
+    for (copied, number) in names.iter().zip(2..) {
+        for name in names {
+            let words = format!("bench -w -c 9 -s 4096 -S 262144 --pattern {number} {name}.qcow2");
+            workdir.must(&words);
+        }
+        points.push(contents(&workdir));
+        let (data, log) = (slow("data.qcow2"), slow("log.qcow2"));
+        let words = format!("backup run --image-opts --name data --name log {data} {log} set");
+        let partial = format!("set/{copied}/{number:06}.qcow2.partial");
+        kill(&workdir, &words, |dir| dir.join(&partial).exists());
+        let is_made = workdir.dir().join(format!("set/{number:06}.point")).exists();
+        if !is_made {
+            workdir.must("backup run -q data.qcow2 log.qcow2 set");
+        }
+        for name in names {
+            let listed = workdir.must(&format!("backup list set/{name}")).stdout;
+            let line = format!("{number:06}  incremental");
+            assert!(listed.contains(&line) && !listed.contains("000004"), "{name}: {listed}");
+        }
+    }
+    for (number, disks) in (1..).zip(&points) {
+        workdir.must(&format!("backup restore -q -O raw --point {number} set out{number}"));
+        for (name, content) in names.iter().zip(disks) {
+            let restored = workdir.read(&format!("out{number}/{name}.raw"));
+            assert!(restored == *content, "{name} at {number}");
+        }
+    }
+    workdir.must("backup verify -q set");
 }
 
 #[test]
