@@ -181,6 +181,11 @@ fn names_and_directories_are_checked_first() {
         ("backup run data.qcow2 set", "holds backups of the disks data, log, not of data"),
         ("backup run data.qcow2 data.qcow2 other", "two images are named 'data'"),
         ("backup run --name a --name ../b data.qcow2 log.qcow2 other", "'../b' cannot name a disk"),
+        (
+            "backup run --name 000001.point --name b data.qcow2 log.qcow2 other",
+            "'000001.point' cannot name a disk",
+        ),
+        ("backup run --name lock --name b data.qcow2 log.qcow2 other", "'lock' cannot name a disk"),
         ("backup run --name a data.qcow2 log.qcow2 other", "--name is given 1 times for 2 images"),
         ("backup run --name a data.qcow2 other", "--name is for several images"),
         ("backup restore --disk b set out", "has no disk 'b'"),

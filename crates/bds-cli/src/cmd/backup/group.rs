@@ -215,7 +215,10 @@ fn names(args: &BackupRun, sources: &[OsString]) -> Result<Vec<String>> {
     for (index, name) in names.iter().enumerate() {
         let is_fine = |c: char| c.is_alphanumeric() || matches!(c, '-' | '_' | '.' | ' ');
         let is_name = name.starts_with(char::is_alphanumeric) && name.chars().all(is_fine);
-        if !is_name || name.len() > MAX_NAME_LEN || name == DISKS || name == "lock" {
+        let is_ours = name == DISKS
+            || name == "lock"
+            || [".point", ".partial"].iter().any(|end| name.ends_with(end));
+        if !is_name || name.len() > MAX_NAME_LEN || is_ours {
             return refuse(format!("'{name}' cannot name a disk: give a --name for each image"));
         }
         if names[..index].contains(name) {
