@@ -190,7 +190,7 @@ impl Image {
         self.prepare_to_write().await?;
         let _lock = self.write_back_lock.lock().await;
         let old = read_cluster0(self.file.port(), Strictness::Use).await?;
-        if old.backing_name.is_none() {
+        if old.backing_name.is_none() || old.header.version < 3 {
             return Ok(false);
         }
         let bytes = read_bytes(self.file.port(), 0, self.geometry().cluster_len()).await?;
