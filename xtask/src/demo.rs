@@ -2,8 +2,9 @@
 //!
 //! A base image with data one recognises, an overlay with changes, the graph with its references,
 //! the chain converted to a compressed image, compared; then a reference is taken, released, and a
-//! stale handle tried; a full and an incremental backup are made, proved and restored; the overlay
-//! is committed; and a C program repeats the stale handle. All output is checked, bytes against
+//! stale handle tried; a full and an incremental backup are made, proved and restored, of one disk
+//! and of two as one; an image moves as a job; the overlay is committed; and a C program repeats
+//! the stale handle. All output is checked, bytes against
 //! bytes computed here; the first thing that does not match ends it with an error.
 
 use std::fs;
@@ -43,6 +44,8 @@ pub(crate) fn demo() -> Result<(), String> {
     scene.convert_and_compare(&expected)?;
     scene.stale_handle()?;
     scene.backups(&expected)?;
+    scene.two_disks(&expected)?;
+    scene.mirror(&expected)?;
     scene.commit()?;
     scene.handles_in_c()?;
     say(
@@ -184,25 +187,66 @@ impl Scene {
         for (point, expected) in [("1", expected), ("2", &changed)] {
             let name = format!("point{point}.raw");
             self.bds(&["backup", "restore", "-O", "raw", "--point", point, "backups", &name])?;
-            let path = self.dir.join(&name);
-            let found = fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-            if let Some(at) = first_difference(expected, &found) {
-                return Err(format!("MISMATCH: point {point} differs at byte {at:#x}"));
-            }
+            self.expect_bytes(&name, expected)?;
         }
         Ok(())
     }
 
+    /// Two disks as one: what is restored is of one moment.
+    fn two_disks(&self, expected: &[u8]) -> Result<(), String> {
+        say("\n7. two disks backed up as one, restored together");
+        self.bds(&["create", "-q", "-f", "qcow2", "log.qcow2", "1M"])?;
+        self.bds(&["convert", "-O", "qcow2", "flat.raw", "data.qcow2"])?;
+        self.bds(&["backup", "run", "data.qcow2", "log.qcow2", "both"])?;
+        for image in ["data.qcow2", "log.qcow2"] {
+            let write = ["bench", "-w", "-c", "1", "-s", "65536", "--pattern", "77", image];
+            self.bds_output(&write)?;
+        }
+        self.bds(&["backup", "run", "data.qcow2", "log.qcow2", "both"])?;
+        expect_count(&self.bds_output(&["backup", "list", "both"])?, "data 00000", 2)?;
+        let mut changed = expected.to_vec();
+        changed[..65536].fill(77);
+        let mut log = vec![0; 1 << 20];
+        for (point, data) in [("1", expected), ("2", &changed)] {
+            let name = format!("both{point}");
+            self.bds(&["backup", "restore", "-O", "raw", "--point", point, "both", &name])?;
+            self.expect_bytes(&format!("{name}/data.raw"), data)?;
+            self.expect_bytes(&format!("{name}/log.raw"), &log)?;
+            log[..65536].fill(77);
+        }
+        Ok(())
+    }
+
+    /// The block job `mirror`, on a closed image.
+    fn mirror(&self, expected: &[u8]) -> Result<(), String> {
+        say("\n8. an image moves to another file as a job, with its events");
+        let events = self.bds_output(&["mirror", "--output=json", "flat.raw", "moved.raw"])?;
+        for event in ["BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED"] {
+            expect_count(&events, event, 1)?;
+        }
+        self.expect_bytes("moved.raw", expected)
+    }
+
+    /// Compares a file with bytes computed here.
+    fn expect_bytes(&self, name: &str, expected: &[u8]) -> Result<(), String> {
+        let path = self.dir.join(name);
+        let found = fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        match first_difference(expected, &found) {
+            None => Ok(()),
+            Some(at) => Err(format!("MISMATCH: {name} differs at byte {at:#x}")),
+        }
+    }
+
     /// The block job `commit`, on closed images.
     fn commit(&self) -> Result<(), String> {
-        say("\n7. the overlay is committed: the base alone shows what the overlay showed");
+        say("\n9. the overlay is committed: the base alone shows what the overlay showed");
         self.bds(&["commit", "overlay.qcow2"])?;
         self.bds(&["compare", "-f", "qcow2", "-F", "raw", "base.qcow2", "point1.raw"])
     }
 
     /// The same library from C.
     fn handles_in_c(&self) -> Result<(), String> {
-        say("\n8. counted handles from C");
+        say("\n10. counted handles from C");
         if which("cc").is_none() {
             say("skipped: cc is not installed");
             return Ok(());

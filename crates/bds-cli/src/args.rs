@@ -4,6 +4,7 @@
 //! Only the shape is checked here; the verbs check what a value means.
 
 mod backup;
+pub(crate) mod checkpoint;
 mod mirror;
 mod source;
 
@@ -58,6 +59,8 @@ pub(crate) enum Command {
     Verify(Verify),
     /// Makes, restores and verifies full and incremental backups
     Backup(Backup),
+    /// Makes overlays and edits bitmaps of several images at one moment
+    Checkpoint(checkpoint::Checkpoint),
     /// Says how large an image would become
     Measure(Measure),
     /// Changes the size of an image

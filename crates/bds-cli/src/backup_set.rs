@@ -239,7 +239,7 @@ impl BackupSet {
 }
 
 /// Locks the directory until the file is dropped.
-fn lock(directory: &Path) -> Result<File> {
+pub(crate) fn lock(directory: &Path) -> Result<File> {
     let io = |error| Error::io(error, "cannot lock").file(directory);
     let mut options = File::options();
     options.create(true).truncate(false).write(true);
@@ -268,7 +268,7 @@ fn is_partial(path: &Path) -> bool {
 }
 
 /// The number that a name of six digits says.
-fn number_of(digits: &str) -> Option<u32> {
+pub(crate) fn number_of(digits: &str) -> Option<u32> {
     let is_one = digits.len() == 6 && digits.bytes().all(|byte| byte.is_ascii_digit());
     is_one.then(|| digits.parse().ok()).flatten()
 }

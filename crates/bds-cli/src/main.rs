@@ -51,6 +51,7 @@ fn main() -> ExitCode {
         Command::Check(args) => return cmd::check::run(args),
         Command::Verify(args) => return cmd::verify::run(args),
         Command::Backup(args) => return cmd::backup::run(args),
+        Command::Checkpoint(args) => cmd::checkpoint::run(args),
         Command::Measure(args) => cmd::measure::run(args),
         Command::Resize(args) => cmd::resize::run(args),
         Command::Amend(args) => cmd::amend::run(args),

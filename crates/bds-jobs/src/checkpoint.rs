@@ -14,7 +14,8 @@
 
 use std::time::Duration;
 
-use bds_core::graph::{BitmapOptions, Change, ChangeReport, NodeRef};
+use bds_core::graph::{Access, BitmapOptions, Change, ChangeReport, NodeRef, Perm};
+use bds_core::request::{Backend, BackendOptions};
 use bds_core::{Error, Result};
 
 use crate::backup::{Backup, BackupOptions};
@@ -226,11 +227,14 @@ impl Checkpoint {
             }
         };
         match change.commit().await {
-            Ok(report) => Ok(CheckpointReport {
-                jobs: entered.begin(),
-                holds: holds(&disks, report.held),
-                left_over: left_over(report),
-            }),
+            Ok(report) => {
+                let (jobs, holds) = (entered.begin(), holds(&disks, report.held));
+                let mut left_over = left_over(report);
+                for (_, overlay) in &snapshots {
+                    left_over.extend(mark_base(overlay).await.err());
+                }
+                Ok(CheckpointReport { jobs, holds, left_over })
+            }
             Err(error) => {
                 entered.abandon().await;
                 Err(error)
@@ -274,6 +278,16 @@ async fn prepare_all(
         }
     }
     Ok(prepared)
+}
+
+/// Notes in an overlay what is below it, which is not written any more.
+async fn mark_base(overlay: &NodeRef) -> Result<()> {
+    let access = Access { perm: Perm::WRITE_UNCHANGED, shared: Perm::all() };
+    let marked = async {
+        Backend::new(overlay, BackendOptions::job("checkpoint", access))?.mark_base().await
+    };
+    let words = "the overlay does not note what its backing file holds";
+    marked.await.map(drop).map_err(|error| error.context(words))
 }
 
 fn into_groups(jobs: Vec<NewJob>, is_grouped: bool) -> Vec<Vec<NewJob>> {

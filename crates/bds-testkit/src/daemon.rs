@@ -1,20 +1,46 @@
 //! Asks `qemu-storage-daemon`, over its monitor on standard input and output.
 
-use std::io::Write as _;
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use serde_json::{Value, json};
 
-/// Runs a storage daemon that is given these commands, and returns its answers.
-#[track_caller]
-pub fn ask_daemon(commands: &[Value]) -> Vec<Value> {
+fn spawn() -> Child {
     let daemon = Command::new("timeout")
         .args(["60", "qemu-storage-daemon", "--chardev", "stdio,id=c", "--monitor", "c"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn();
-    let mut daemon = daemon.expect("qemu-storage-daemon runs");
+    daemon.expect("qemu-storage-daemon runs")
+}
+
+/// Runs a storage daemon that is given these commands, and ends it when the job `id`, which the
+/// last one starts, has concluded. Panics if a command or the job fails.
+#[track_caller]
+pub fn run_daemon_job(commands: &[Value], id: &str) {
+    let mut daemon = spawn();
+    let mut input = daemon.stdin.take().expect("it is piped");
+    let first = json!({"execute": "qmp_capabilities"});
+    for command in std::iter::once(&first).chain(commands) {
+        writeln!(input, "{command}").expect("the daemon reads");
+    }
+    let lines = BufReader::new(daemon.stdout.take().expect("it is piped")).lines();
+    let has_concluded = lines.map_while(Result::ok).any(|line| {
+        let Ok(message) = serde_json::from_str::<Value>(&line) else { return false };
+        let data = &message["data"];
+        assert!(message.get("error").is_none() && data.get("error").is_none(), "{message}");
+        data["id"] == id && data["status"] == "concluded"
+    });
+    assert!(has_concluded, "the daemon ended before the job {id}");
+    writeln!(input, "{}", json!({"execute": "quit"})).expect("the daemon reads");
+    assert!(daemon.wait().expect("it ends by itself").success());
+}
+
+/// Runs a storage daemon that is given these commands, and returns its answers.
+#[track_caller]
+pub fn ask_daemon(commands: &[Value]) -> Vec<Value> {
+    let mut daemon = spawn();
     {
         let mut input = daemon.stdin.take().expect("it is piped");
         let first = json!({"execute": "qmp_capabilities"});

@@ -15,7 +15,7 @@ mod workload;
 
 pub use axes::{Cache, Engine, Format, axes};
 pub use chance::Chance;
-pub use daemon::{ask_daemon, bitmap_sums};
+pub use daemon::{ask_daemon, bitmap_sums, run_daemon_job};
 pub use disk_model::{DiskModel, Ended};
 pub use oracle::{Output, Tool, qemu_img, qemu_io, tool};
 pub use scratch::{Scratch, pattern};

@@ -55,10 +55,14 @@ pub(crate) struct BackupRun {
     /// Cache mode of the source
     #[arg(short = 'T', long, default_value = "writeback", value_name = "CACHE")]
     pub(crate) cache: String,
-    /// The image; no other process may have it open
-    pub(crate) source_name: OsString,
-    /// The directory of backups; made if it is missing
-    pub(crate) directory: PathBuf,
+    /// Name of a disk in the directory, once for each image; the file's name up to its last dot if
+    /// not given. For several images
+    #[arg(long = "name", value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+    /// The images, which no other process may have open, and the directory of backups, made if it
+    /// is missing. A point of several images has them all, as they are at one moment
+    #[arg(required = true, num_args = 2.., value_name = "IMAGE… DIRECTORY")]
+    pub(crate) paths: Vec<OsString>,
 }
 
 #[derive(Args, Debug)]
@@ -84,9 +88,12 @@ pub(crate) struct BackupRestore {
     /// Print nothing but errors
     #[arg(short, long)]
     pub(crate) quiet: bool,
+    /// Of a directory of several disks: restore this one alone
+    #[arg(long, value_name = "NAME")]
+    pub(crate) disk: Option<String>,
     /// The directory of backups
     pub(crate) directory: PathBuf,
-    /// The new image
+    /// The new image; for several disks a new directory
     pub(crate) target: PathBuf,
 }
 

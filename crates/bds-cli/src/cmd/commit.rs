@@ -35,6 +35,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         if is_direct && !args.drop {
             backend.make_empty().await?;
         }
+        if is_direct {
+            job::note_base(&backend).await;
+        }
         image::close(backend, node).await
     })?;
     settings.say("Image committed.")

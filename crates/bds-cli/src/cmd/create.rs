@@ -2,9 +2,9 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use bds_core::driver::ReferenceKind;
+use bds_core::driver::{OpenFlags, ReferenceKind};
 use bds_core::graph::{Graph, NewImage, reference_gate};
 use bds_core::options::{OptionKind, OptionSpec, parse_number, parse_size};
 use bds_core::{Error, ErrorKind, Options, Result};
@@ -80,8 +80,40 @@ pub(crate) async fn create(
     skip_backing: bool,
 ) -> Result<u64> {
     let format = stored_format(format).to_owned();
-    let image = NewImage { format, path, options, skip_backing };
-    Ok(graph.create_image(image).await?.len)
+    let overlay = (!skip_backing && options.contains("backing_file")).then(|| path.clone());
+    let image = NewImage { format: format.clone(), path, options, skip_backing };
+    let len = graph.create_image(image).await?.len;
+    if let Some(path) = overlay {
+        note_base(graph, &format, &path).await;
+    }
+    Ok(len)
+}
+
+/// Notes in a new overlay what its backing file holds, if no other program writes that. An overlay
+/// without the note is as good, but that a wrong base is not refused.
+async fn note_base(graph: &Graph, format: &str, path: &Path) {
+    let file = image_options::file(path).into_json();
+    let options = Options::new().with("driver", format).with("file", file);
+    let flags = OpenFlags { refuse_writers: true, ..OpenFlags::default() };
+    let noted = async {
+        let node = graph.open_with(options, flags).await?;
+        let backend = image::backend(&node, true)?;
+        let noted = backend.mark_base().await;
+        noted.and(image::close(backend, node).await)
+    };
+    match noted.await {
+        // A program that writes the base goes on writing it: nothing can be noted.
+        Err(error) if error.kind() != ErrorKind::InUse => warn_of_note(&error),
+        _ => {}
+    }
+}
+
+/// Warns that an overlay does not note what its backing file holds.
+pub(crate) fn warn_of_note(error: &Error) {
+    let why = crate::report::message(error);
+    printer::message(format_args!(
+        "bds: warning: the overlay does not note what its backing file holds: {why}"
+    ));
 }
 
 /// Maps a protocol that is given as a format (`-O file`) to raw: it stores nothing but the bytes.

@@ -7,6 +7,7 @@ use std::pin::pin;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bds_core::graph::{Graph, NodeRef, walk};
+use bds_core::request::Backend;
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::{Context, ContextOptions};
 use bds_jobs::{JobDriver, JobEvent, JobEvents, JobHandle, JobManager, JobOptions, RecordUse};
@@ -198,6 +199,21 @@ fn with_time(mut event: Value) -> Value {
     let (seconds, microseconds) = (now.as_secs(), now.subsec_micros());
     event["timestamp"] = json!({ "seconds": seconds, "microseconds": microseconds });
     event
+}
+
+/// Says what a change could not do in order after it took effect.
+pub(crate) fn warn_of_left_over(left_over: &[Error]) {
+    for error in left_over {
+        printer::message(format_args!("bds: warning: {}", crate::report::message(error)));
+    }
+}
+
+/// Notes in an image what its backing file holds after a job. Without the note a wrong base is not
+/// refused; the job has succeeded all the same.
+pub(crate) async fn note_base(image: &Backend) {
+    if let Err(error) = image.mark_base().await {
+        super::create::warn_of_note(&error);
+    }
 }
 
 /// The backing image of an image.

@@ -5,6 +5,7 @@ pub(crate) mod backup;
 pub(crate) mod bench;
 pub(crate) mod bitmap;
 pub(crate) mod check;
+pub(crate) mod checkpoint;
 pub(crate) mod commit;
 pub(crate) mod compare;
 pub(crate) mod convert;

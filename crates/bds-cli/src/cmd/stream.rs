@@ -30,6 +30,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let prepared = Stream::prepare(job::ID, options).await?;
         job::run(&graph, prepared, &settings).await?;
         let backend = image::backend(&node, true)?;
+        job::note_base(&backend).await;
         image::close(backend, node).await
     })?;
     settings.say("Image streamed.")

@@ -3,8 +3,12 @@
 
 mod amend;
 mod backup;
+mod backup_chain;
+mod backup_group;
 mod bitmap;
+mod chain_identity;
 mod chain_jobs;
+mod checkpoint;
 mod command_lines;
 mod convert_errors;
 mod copied_content;

@@ -68,7 +68,11 @@ fn a_wrong_base_under_the_right_name_is_refused_and_both_are_named() {
     let output = workdir.bds("verify --parent a.qcow2.manifest top.qcow2");
     assert_eq!(output.code, 1);
     assert!(output.stderr.contains("but the increment was made on"), "{}", output.stderr);
+    // The overlay notes what its backing file showed: that is found first.
     let output = workdir.bds("verify top.qcow2");
+    assert_eq!(output.code, 1);
+    assert!(output.stderr.contains("is not what this overlay was made on"), "{}", output.stderr);
+    let output = workdir.bds("verify -U top.qcow2");
     assert_eq!(output.code, 2, "the content that the overlay shows has changed");
 }
 

@@ -253,6 +253,17 @@ pub trait Driver: Send + Sync + 'static {
         Box::pin(std::future::ready(Err(no_backing_record(self.name()))))
     }
 
+    /// Notes in the image what its backing node shows now, so that an open of the chain refuses
+    /// another image in its place; `is_known` false: that is not known any more. Durable when it
+    /// returns. True if there is such a note now; a format that keeps none writes nothing.
+    ///
+    /// # Errors
+    /// What reading the backing node, and writing the header, can fail with: the note is the old
+    /// one, the new one, or there is none.
+    fn mark_base(&self, _is_known: bool) -> BoxFuture<'_, Result<bool>> {
+        Box::pin(std::future::ready(Ok(false)))
+    }
+
     /// Checks whether [`Driver::amend`] could make this change, and the change of length if there
     /// is an option `size`. Writes nothing.
     ///

@@ -19,6 +19,8 @@ pub struct ImageInfo {
     pub backing_file: Option<OsString>,
     /// Its format as stored.
     pub backing_format: Option<String>,
+    /// It has a note of what its backing image showed: see [`super::Driver::mark_base`].
+    pub marks_base: bool,
     /// QEMU's `format-specific` object: `{"type": …, "data": {…}}`.
     pub format_specific: Option<serde_json::Value>,
     /// QEMU's `snapshots` array, if there are any.

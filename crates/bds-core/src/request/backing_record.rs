@@ -26,3 +26,11 @@ pub(super) async fn check(edge: &Edge, record: Option<BackingRecord>) -> Result<
     let node = enter(edge).await?;
     named(&node, node.driver().check_backing_record(record).await)
 }
+
+/// Notes what the backing node shows, or that it is not known.
+pub(super) async fn mark_base(edge: &Edge, is_known: bool) -> Result<bool> {
+    let node = enter(edge).await?;
+    named(&node, range::may_write(edge, &node, 0, range::write_perms(true)))?;
+    let scope: RequestScope<'_> = node.scope();
+    named(&node, scope.run(move |node| node.driver().mark_base(is_known)).await)
+}

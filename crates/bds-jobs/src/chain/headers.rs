@@ -77,3 +77,27 @@ fn writer(image: &NodeRef, job: &str) -> Result<Backend> {
     let access = Access { perm: Perm::WRITE_UNCHANGED, shared: Perm::all() };
     Backend::new(image, BackendOptions::job(job, access))
 }
+
+/// Lets an overlay forget what its backing file showed, before a job writes that: the overlay
+/// decides every byte that the job changes, so the base stays right for it. An image that is
+/// read-only is made writable for it. Where that fails the note stays, and a crash leaves a chain
+/// that is opened with `backing-check=off`.
+pub(crate) async fn forget_base(image: &NodeRef, job: &str) {
+    let (image, job) = (image.clone(), job.to_owned());
+    let forget = async move {
+        let nothing = Access { perm: Perm::empty(), shared: Perm::all() };
+        let info = Backend::new(&image, BackendOptions::job(&*job, nothing))?.info().await?;
+        if !info.marks_base {
+            return Ok(());
+        }
+        let mut writable = MadeWritable::default();
+        writable.make(&image).await?;
+        let forgotten = async { writer(&image, &job)?.forget_base().await }.await;
+        forgotten.and(writable.restore().await)
+    };
+    // Ends what it has begun also if the set-up of the job is dropped.
+    let forgotten: Result<()> = bds_io::spawn_now(forget).detach_on_drop().await;
+    if let Err(error) = forgotten {
+        tracing::warn!(%error, "an overlay keeps its note of a base that is written now");
+    }
+}

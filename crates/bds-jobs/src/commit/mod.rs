@@ -31,7 +31,7 @@ use bds_core::{Options, Result};
 pub use self::options::CommitOptions;
 use self::options::Plan;
 use self::sides::Shown;
-use crate::chain::headers::Headers;
+use crate::chain::headers::{Headers, forget_base};
 use crate::chain::last_run::LastRun;
 use crate::chain::names::BaseName;
 use crate::chain::nodes::{Overlay, claim_all, close_dead, freeze_link, link_to, overlays};
@@ -131,6 +131,7 @@ impl Commit {
                 Backend::new(&overlay.image, BackendOptions::job(self.job.as_str(), access))?;
             user.check_backing_record(Some(record)).await?;
         }
+        forget_base(plan.lowest(), &self.job).await;
         self.writable.make(base).await?;
         self.insert_filters(plan).await?;
         let above = self.filters.first().expect("both were inserted");

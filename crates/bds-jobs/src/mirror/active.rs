@@ -22,6 +22,7 @@ use super::options::{MirrorOptions, MirrorSync, check_granularity};
 use super::pivot::set_read_only;
 use super::setup::Parts;
 use crate::CopyMode;
+use crate::chain::headers::forget_base;
 
 /// Options of an active commit; make them with [`ActiveCommitOptions::new`] and `..`.
 #[derive(Clone, Debug)]
@@ -74,6 +75,7 @@ impl ActiveCommit {
     pub async fn prepare(options: ActiveCommitOptions) -> Result<Mirror> {
         let (base, between) = chain(&options)?;
         check_granularity(options.granularity)?;
+        forget_base(between.last().unwrap_or(&options.top), &options.job).await;
         let restores_read_only = !base.is_writable();
         if restores_read_only {
             set_read_only(&base, false).await?;

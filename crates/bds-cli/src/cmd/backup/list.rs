@@ -54,7 +54,7 @@ fn stored_len(set: &BackupSet, point: &Point) -> Option<u64> {
 }
 
 /// Seconds since 1970 as a date and a time.
-fn utc(seconds: u64) -> String {
+pub(super) fn utc(seconds: u64) -> String {
     let (days, rest) = (seconds / 86_400, seconds % 86_400);
     // Years of 400-year cycles that begin on a 1 March: leap days are at the end of a year.
     let days = days + 719_468;

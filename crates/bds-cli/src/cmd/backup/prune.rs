@@ -13,33 +13,57 @@ use crate::image;
 use crate::interrupt::Interrupt;
 use crate::printer;
 
-pub(super) fn run(args: &BackupPrune) -> Result<()> {
-    let set = BackupSet::open(&args.directory)?;
-    let count = set.points().len();
+/// What was removed, and how much is left.
+pub(super) struct Pruned {
+    pub(super) removed: Vec<u32>,
+    pub(super) kept_count: usize,
+}
+
+/// # Errors
+/// `InvalidInput`: nothing would be kept.
+pub(super) fn check(args: &BackupPrune) -> Result<()> {
     if args.keep == 0 {
         let message = "--keep must be at least 1: remove the directory to remove all backups";
         return Err(Error::new(ErrorKind::InvalidInput, message));
     }
-    let (old, kept) = set.points().split_at(count.saturating_sub(args.keep));
+    Ok(())
+}
+
+pub(super) fn prune(args: &BackupPrune) -> Result<Pruned> {
+    let set = BackupSet::open(&args.directory)?;
+    let (old, kept) = set.points().split_at(set.points().len().saturating_sub(args.keep));
     if let (Some(first), false) = (kept.first(), old.is_empty()) {
-        set.chain(first)?;
-        if !set.is_full(first) {
-            fill(&set, first)?;
-            set.mark_full(first.number)?;
-        }
+        make_full(&set, first)?;
     }
-    // The newest first: the others keep what they are made on, wherever this ends.
-    for point in old.iter().rev() {
-        set.remove(point.number)?;
-    }
-    let removed: Vec<u32> = old.iter().map(|point| point.number).collect();
+    remove(&set, old)?;
+    let removed = old.iter().map(|point| point.number).collect();
+    Ok(Pruned { removed, kept_count: kept.len() })
+}
+
+pub(super) fn print(args: &BackupPrune, pruned: &Pruned) -> Result<()> {
+    let Pruned { removed, kept_count } = pruned;
     match args.output {
         Output::Json => printer::json(&json!({ "removed": removed })),
         Output::Human if args.quiet => Ok(()),
         Output::Human => {
-            printer::line(format_args!("Removed {} points, kept {}", removed.len(), kept.len()))
+            printer::line(format_args!("Removed {} points, kept {kept_count}", removed.len()))
         }
     }
+}
+
+/// Makes the point's image hold all of its content.
+pub(super) fn make_full(set: &BackupSet, point: &Point) -> Result<()> {
+    set.chain(point)?;
+    if set.is_full(point) {
+        return Ok(());
+    }
+    fill(set, point)?;
+    set.mark_full(point.number)
+}
+
+/// Removes points, the newest first: the others keep what they are made on, wherever this ends.
+pub(super) fn remove(set: &BackupSet, points: &[Point]) -> Result<()> {
+    points.iter().rev().try_for_each(|point| set.remove(point.number))
 }
 
 /// Copies all that the point's image shows into it.

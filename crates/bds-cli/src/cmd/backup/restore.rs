@@ -1,6 +1,7 @@
 //! `backup restore`: writes the content of a point to a new image, verified on the way.
 
 use std::ops::Range;
+use std::path::Path;
 
 use bds_core::copy::{CopyMap, RunOptions};
 use bds_core::graph::{Graph, NodeRef};
@@ -19,16 +20,22 @@ use crate::{cmd, image, printer};
 
 /// Returns whether the content is what the manifest describes; else the new image is removed.
 pub(super) fn run(args: &BackupRestore) -> Result<bool> {
+    if args.disk.is_some() {
+        let message = "--disk is for a directory of several disks";
+        return Err(Error::new(ErrorKind::InvalidInput, message).file(&args.directory));
+    }
     let set = BackupSet::open(&args.directory)?;
     let point = set.point(args.point)?;
     set.chain(point)?;
-    if std::fs::symlink_metadata(&args.target).is_ok() {
-        let message = "exists: restore to a new file, or remove it first";
-        return Err(Error::new(ErrorKind::AlreadyExists, message).file(&args.target));
-    }
+    refuse_existing(&args.target)?;
     let report = image::block_on(async {
         let interrupt = Interrupt::watch()?;
-        interrupt.run_or_drop(restore(args, &set, point)).await
+        let restored = interrupt.run_or_drop(restore(args, &set, point, &args.target)).await;
+        let (report, partial) = restored?;
+        if report.is_good() {
+            partial.complete();
+        }
+        Ok(report)
     })?;
     if !args.quiet || !report.is_good() {
         let words = verdict(point.number, &report);
@@ -40,19 +47,35 @@ pub(super) fn run(args: &BackupRestore) -> Result<bool> {
     Ok(report.is_good())
 }
 
-async fn restore(args: &BackupRestore, set: &BackupSet, point: &Point) -> Result<VerifyReport> {
+/// # Errors
+/// `AlreadyExists`.
+pub(super) fn refuse_existing(target: &Path) -> Result<()> {
+    if std::fs::symlink_metadata(target).is_err() {
+        return Ok(());
+    }
+    let message = "exists: restore to a new file, or remove it first";
+    Err(Error::new(ErrorKind::AlreadyExists, message).file(target))
+}
+
+/// Writes a point to a new image, which is removed unless it is completed.
+pub(super) async fn restore(
+    args: &BackupRestore,
+    set: &BackupSet,
+    point: &Point,
+    path: &Path,
+) -> Result<(VerifyReport, PartialOutput)> {
     let graph = image::trusting_graph();
     let (source, source_node) = open_point(&graph, set, point).await?;
-    let mut partial = PartialOutput::before_creation([args.target.clone()], false);
+    let mut partial = PartialOutput::before_creation([path.to_owned()], false);
     let mut options = Options::new();
     options.set("size", source.len());
     let format = cmd::create::stored_format(&args.output_format);
-    cmd::create::create(&graph, format, args.target.clone(), options, false).await?;
+    cmd::create::create(&graph, format, path.to_owned(), options, false).await?;
     partial.set_created();
     let mut options = Options::new();
     options.set("driver", format);
     options.set("file.driver", "file");
-    options.set_path("file.filename", &args.target);
+    options.set_path("file.filename", path);
     let node = graph.open(options).await?;
     let target = image::backend(&node, true)?;
 
@@ -66,10 +89,7 @@ async fn restore(args: &BackupRestore, set: &BackupSet, point: &Point) -> Result
     let report = compare(&point.manifest, &read);
     image::close(target, node).await?;
     image::close(source, source_node).await?;
-    if report.is_good() {
-        partial.complete();
-    }
-    Ok(report)
+    Ok((report, partial))
 }
 
 /// The ranges in which what was read differs from the manifest.

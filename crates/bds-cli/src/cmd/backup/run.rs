@@ -1,21 +1,24 @@
 //! `backup run`: adds a point to a directory of backups.
 //!
 //! ```text
-//! new bitmap on the source ─► copy to NNNNNN.qcow2.partial ─► source closed: its bitmap is stored
+//! one change: new bitmaps (`moment`) ─► copy to NNNNNN.qcow2.partial ─► source closed: its bitmap is stored
 //!   ─► image closed: durable ─► image and manifest get their names
 //! ```
 //! Killed anywhere, it leaves the points before, and at most an unfinished file and a bitmap too
 //! many, which the next run removes.
 
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bds_core::copy::{CopyMap, RunOptions};
-use bds_core::graph::{BitmapInfo, BitmapOptions, Graph, NodeRef};
+use bds_core::graph::{BitmapInfo, Graph, NodeRef};
 use bds_core::{Error, ErrorKind, Options, Result};
 use bds_jobs::manifest::{ContentHash, Manifest, ManifestBuilder};
 use serde_json::json;
 
 use super::copy::{GRANULARITY, copy};
+use super::moment::{self, Begun};
 use crate::args::{BackupRun, Output};
 use crate::backup_set::{BackupSet, Kind, Note, Point, image_name};
 use crate::image_spec::{self, Spec};
@@ -24,56 +27,106 @@ use crate::partial_output::PartialOutput;
 use crate::progress::Progress;
 use crate::{cmd, image, printer};
 
-pub(super) fn run(args: &BackupRun) -> Result<()> {
-    let cache = image_spec::cache_mode("-T", &args.cache)?;
-    let spec = Spec::read(&args.source_name, &args.source)?.cache(cache);
-    let spec = if args.no_bitmap { spec } else { spec.writable() };
-    let set = BackupSet::open_or_make(&args.directory)?;
+/// The images, and the directory.
+pub(super) fn paths(args: &BackupRun) -> (&[OsString], &Path) {
+    let (directory, sources) = args.paths.split_last().expect("the parser wants two");
+    (sources, Path::new(directory))
+}
+
+/// Adds a point of one disk.
+pub(super) fn run(args: &BackupRun, source_name: &OsStr, directory: &Path) -> Result<()> {
+    let spec = spec(args, source_name)?;
+    let set = BackupSet::open_or_make(directory)?;
     set.remove_partial_files()?;
-    let (number, manifest, note) = image::block_on(async {
+    let (number, manifest, note, hold_ns) = image::block_on(async {
         let interrupt = Interrupt::watch()?;
         let graph = image::trusting_graph();
         let source = image::open(&graph, &spec).await?;
-        let set_id = set.last().map_or_else(|| token("set"), |last| last.note.set.clone());
-        let run = Run { args, graph: &graph, set: &set, set_id, source: &source };
-        let made = interrupt.run_or_drop(run.make()).await;
+        let run = Run::new(args, &graph, &set, (source_name, &source));
+        let made = interrupt.run_or_drop(make_all(&graph, std::slice::from_ref(&run))).await;
         let made = match made {
             Ok(made) => Ok(made),
             Err(error) => Err(run.take_back(error).await),
         };
         // The bitmap is stored before the point exists that depends on it.
         let closed = source.close().await?.into_result();
-        let (number, manifest, note, partial) = made?;
+        let (mut made, begun) = made?;
         closed?;
+        let (number, manifest, note, partial) = made.pop().expect("of one disk");
         set.publish(number, &manifest)?;
         partial.complete();
-        Ok((number, manifest, note))
+        Ok((number, manifest, note, moment::longest_ns(&begun)))
     })?;
-    print(args, number, &manifest, &note)
+    print(args, number, &manifest, &note, hold_ns)
 }
 
-/// One run of a backup.
-struct Run<'a> {
+/// How a source is opened.
+pub(super) fn spec<'a>(args: &'a BackupRun, name: &'a OsStr) -> Result<Spec<'a>> {
+    let cache = image_spec::cache_mode("-T", &args.cache)?;
+    let spec = Spec::read(name, &args.source)?.cache(cache);
+    Ok(if args.no_bitmap { spec } else { spec.writable() })
+}
+
+/// One run of a backup of one disk.
+pub(super) struct Run<'a> {
     args: &'a BackupRun,
     graph: &'a Graph,
     set: &'a BackupSet,
     /// Names the directory in bitmaps.
     set_id: String,
     source: &'a NodeRef,
+    source_name: &'a OsStr,
 }
 
-type Made = (u32, Manifest, Note, PartialOutput);
+/// Number of a point, and the point that it is an increment on.
+struct Plan<'a> {
+    number: u32,
+    base: Option<&'a Point>,
+}
 
-impl Run<'_> {
-    async fn make(&self) -> Result<Made> {
+/// Makes the points of all disks, which show one moment. Nothing is published.
+pub(super) async fn make_all(graph: &Graph, runs: &[Run<'_>]) -> Result<(Vec<Made>, Vec<Begun>)> {
+    let mut plans = Vec::with_capacity(runs.len());
+    for run in runs {
+        plans.push(run.plan().await?);
+    }
+    let disks = runs.iter().map(|run| (run.source, run.new_bitmap()));
+    let begun = moment::take(graph, disks.collect()).await?;
+    let mut made = Vec::with_capacity(runs.len());
+    for ((run, plan), disk) in runs.iter().zip(&plans).zip(&begun) {
+        made.push(run.make(plan, disk.bitmap.clone()).await?);
+    }
+    Ok((made, begun))
+}
+
+/// Number, manifest, note and image of a point that is not published yet.
+pub(super) type Made = (u32, Manifest, Note, PartialOutput);
+
+impl<'a> Run<'a> {
+    pub(super) fn new(
+        args: &'a BackupRun,
+        graph: &'a Graph,
+        set: &'a BackupSet,
+        (source_name, source): (&'a OsStr, &'a NodeRef),
+    ) -> Self {
+        let set_id = set.last().map_or_else(|| token("set"), |last| last.note.set.clone());
+        Self { args, graph, set, set_id, source, source_name }
+    }
+
+    /// Finds out what the point is made on. Removes bitmaps of points that were not made.
+    async fn plan(&self) -> Result<Plan<'_>> {
         let number = self.set.next_number()?;
         self.remove_stale_bitmaps().await?;
-        let base = self.base()?;
-        let bitmap = self.add_bitmap().await?;
+        Ok(Plan { number, base: self.base()? })
+    }
+
+    /// Copies the disk. Nothing is published; [`Run::take_back`] undoes it.
+    async fn make(&self, plan: &Plan<'_>, bitmap: Option<String>) -> Result<Made> {
+        let Plan { number, base } = *plan;
         let note = Note {
             set: self.set_id.clone(),
             kind: if base.is_some() { Kind::Incremental } else { Kind::Full },
-            source: self.args.source_name.to_string_lossy().into_owned(),
+            source: self.source_name.to_string_lossy().into_owned(),
             time: seconds(),
             bitmap,
         };
@@ -141,29 +194,25 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Begins to record what changes after this backup. `None`: the source cannot keep a bitmap.
-    async fn add_bitmap(&self) -> Result<Option<String>> {
+    /// The name of a bitmap that records what changes after this backup. `None`: the source cannot
+    /// keep one.
+    fn new_bitmap(&self) -> Option<String> {
         if self.args.no_bitmap {
-            return Ok(None);
+            return None;
         }
-        let name = format!("bds-{}-{}", self.set_id, token("point"));
-        let options = BitmapOptions { persistent: true, ..BitmapOptions::named(&name) };
-        match self.source.add_bitmap(options).await {
-            Ok(_) => Ok(Some(name)),
-            Err(error) if error.kind() == ErrorKind::NotSupported => {
-                if !self.args.quiet {
-                    let format = self.source.driver_name();
-                    printer::message(format_args!(
-                        "bds: the next backup will be full: a {format} image keeps no bitmap"
-                    ));
-                }
-                Ok(None)
-            }
-            Err(error) => Err(error),
+        if self.source.stores_bitmaps() {
+            return Some(format!("bds-{}-{}", self.set_id, token("point")));
         }
+        if !self.args.quiet {
+            let format = self.source.driver_name();
+            printer::message(format_args!(
+                "bds: the next backup will be full: a {format} image keeps no bitmap"
+            ));
+        }
+        None
     }
 
-    async fn create(&self, path: &std::path::Path, base: Option<&Point>) -> Result<()> {
+    async fn create(&self, path: &Path, base: Option<&Point>) -> Result<()> {
         let mut options = Options::new();
         options.set("size", self.source.len());
         if let Some(base) = base {
@@ -173,12 +222,7 @@ impl Run<'_> {
         cmd::create::create(self.graph, "qcow2", path.to_owned(), options, false).await.map(drop)
     }
 
-    async fn copy(
-        &self,
-        path: &std::path::Path,
-        base: Option<&Point>,
-        note: &Note,
-    ) -> Result<Manifest> {
+    async fn copy(&self, path: &Path, base: Option<&Point>, note: &Note) -> Result<Manifest> {
         let mut options = Options::new();
         options.set("driver", "qcow2");
         options.set("file.driver", "file");
@@ -239,7 +283,7 @@ impl Run<'_> {
     }
 
     /// Removes the bitmap of a point that was not made.
-    async fn take_back(&self, error: Error) -> Error {
+    pub(super) async fn take_back(&self, error: Error) -> Error {
         match self.remove_stale_bitmaps().await {
             Ok(()) => error,
             Err(second) => error.caused_by(second.context("the new bitmap is left")),
@@ -247,7 +291,7 @@ impl Run<'_> {
     }
 }
 
-fn seconds() -> u64 {
+pub(super) fn seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
@@ -258,13 +302,20 @@ fn token(what: &str) -> String {
     ContentHash::of_chunk(seed.as_bytes()).to_string()[..16].to_owned()
 }
 
-fn print(args: &BackupRun, number: u32, manifest: &Manifest, note: &Note) -> Result<()> {
+fn print(
+    args: &BackupRun,
+    number: u32,
+    manifest: &Manifest,
+    note: &Note,
+    hold_ns: u128,
+) -> Result<()> {
     if args.output == Output::Json {
         return printer::json(&json!({
             "point": number,
             "kind": note.kind,
             "length": manifest.len(),
             "root": manifest.root().to_string(),
+            "longest-write-hold-ns": hold_ns,
         }));
     }
     if args.quiet {

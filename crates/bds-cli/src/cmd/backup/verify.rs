@@ -1,11 +1,12 @@
 //! `backup verify`: proves the points of a directory against their manifests.
 
 use bds_core::Result;
+use bds_jobs::manifest::VerifyReport;
 use serde_json::json;
 
 use super::restore;
 use crate::args::{BackupVerify, Output};
-use crate::backup_set::BackupSet;
+use crate::backup_set::{BackupSet, Point};
 use crate::image;
 use crate::interrupt::Interrupt;
 use crate::printer;
@@ -22,20 +23,7 @@ pub(super) fn run(args: &BackupVerify) -> Result<bool> {
     image::block_on(async {
         let interrupt = Interrupt::watch()?;
         for point in points {
-            set.chain(point)?;
-            let (backend, node) =
-                restore::open_point(&image::trusting_graph(), &set, point).await?;
-            let mut progress = Progress::new(args.progress && !args.quiet);
-            let report = point.manifest.verify(&backend, |done, total| {
-                progress.show(done, total);
-                !interrupt.has_arrived()
-            });
-            let report = report.await;
-            match &report {
-                Ok(_) => progress.finish(point.manifest.len()),
-                Err(_) => progress.abandon(),
-            }
-            image::close(backend, node).await?;
+            let report = verify_point(&set, point, &interrupt, args.progress && !args.quiet).await;
             found.push((point, report?));
         }
         Ok(())
@@ -53,4 +41,27 @@ pub(super) fn run(args: &BackupVerify) -> Result<bool> {
         }
     }
     Ok(is_good)
+}
+
+/// Compares what a point shows with its manifest.
+pub(super) async fn verify_point(
+    set: &BackupSet,
+    point: &Point,
+    interrupt: &Interrupt,
+    shows_progress: bool,
+) -> Result<VerifyReport> {
+    set.chain(point)?;
+    let (backend, node) = restore::open_point(&image::trusting_graph(), set, point).await?;
+    let mut progress = Progress::new(shows_progress);
+    let report = point.manifest.verify(&backend, |done, total| {
+        progress.show(done, total);
+        !interrupt.has_arrived()
+    });
+    let report = report.await;
+    match &report {
+        Ok(_) => progress.finish(point.manifest.len()),
+        Err(_) => progress.abandon(),
+    }
+    image::close(backend, node).await?;
+    report
 }

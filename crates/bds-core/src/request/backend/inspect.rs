@@ -279,6 +279,35 @@ impl Backend {
         bds_io::spawn_now(work).await
     }
 
+    /// Notes in the image what its backing node shows now: its length, and a hash of samples. A
+    /// later open of the chain, by the name that the image records, refuses a backing file that
+    /// shows something else there. Call it when the overlay is made, and the backing image is not
+    /// written. Reads some 32 KiB; durable when it returns.
+    ///
+    /// True if there is a note now. A format without such notes, an image without a backing node,
+    /// and a header without space for it have none.
+    ///
+    /// # Errors
+    /// `PermissionDenied`, `ReadOnly`, `Inactive`: as [`Backend::set_backing_record`]; and what
+    /// reading the backing node, and writing the header, can fail with.
+    pub async fn mark_base(&self) -> Result<bool> {
+        let this = self.clone();
+        let work = async move { backing_record::mark_base(&this.inner.edge, true).await };
+        bds_io::spawn_now(work).await
+    }
+
+    /// Drops the note of [`Backend::mark_base`], durably: before the backing image is written in a
+    /// way that leaves the overlay right, as a commit does. [`Backend::set_backing_record`] drops
+    /// it too.
+    ///
+    /// # Errors
+    /// As [`Backend::mark_base`].
+    pub async fn forget_base(&self) -> Result<()> {
+        let this = self.clone();
+        let work = async move { backing_record::mark_base(&this.inner.edge, false).await };
+        bds_io::spawn_now(work).await.map(drop)
+    }
+
     /// Changes format options of the image, such as its version or the width of its refcounts. What
     /// the guest reads stays the same. Other requests to the node wait meanwhile, which can be long
     /// for a large image. All options are checked before anything is written; the option `size`

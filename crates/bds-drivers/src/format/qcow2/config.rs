@@ -115,6 +115,12 @@ pub(crate) const OPEN_OPTIONS: &[OptionSpec] = &[
         Some("off"),
     ),
     spec(
+        "backing-check",
+        OptionKind::Bool,
+        "refuse a backing file that is not what the image was made on, as far as that is noted",
+        Some("on"),
+    ),
+    spec(
         "invalidate-bitmaps",
         OptionKind::Bool,
         "write though persistent bitmaps cannot be read and are lost",
@@ -155,6 +161,8 @@ pub(crate) struct RequestedOptions {
     l2_entry: Option<u64>,
     refcount: Option<u64>,
     clean_interval_s: Option<u64>,
+    /// At open alone.
+    pub backing_check: Option<bool>,
     decompressed: Option<u64>,
     data_before_metadata: Option<bool>,
     invalidate_bitmaps: Option<bool>,
@@ -230,6 +238,7 @@ impl RequestedOptions {
             l2_entry: options.take_size("l2-cache-entry-size")?,
             refcount: take_cache_size(options, "refcount-cache-size")?,
             clean_interval_s: options.take_u64("cache-clean-interval")?,
+            backing_check: options.take_bool("backing-check")?,
             decompressed: take_cache_size(options, "decompressed-cache-size")?,
             data_before_metadata: options.take_bool("data-before-metadata")?,
             invalidate_bitmaps: options.take_bool("invalidate-bitmaps")?,
@@ -253,6 +262,7 @@ impl RequestedOptions {
             l2_entry: self.l2_entry.or(earlier.l2_entry),
             refcount: self.refcount.or(earlier.refcount),
             clean_interval_s: self.clean_interval_s.or(earlier.clean_interval_s),
+            backing_check: self.backing_check.or(earlier.backing_check),
             decompressed: self.decompressed.or(earlier.decompressed),
             data_before_metadata: self.data_before_metadata.or(earlier.data_before_metadata),
             invalidate_bitmaps: self.invalidate_bitmaps.or(earlier.invalidate_bitmaps),

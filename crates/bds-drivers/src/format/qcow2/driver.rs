@@ -207,6 +207,10 @@ impl Driver for Qcow2 {
         Box::pin(self.image.check_backing_record(record))
     }
 
+    fn mark_base(&self, is_known: bool) -> BoxFuture<'_, Result<bool>> {
+        self.run(move |image| async move { image.mark_base(is_known).await })
+    }
+
     fn check_amend<'a>(&'a self, amendment: &'a Amendment) -> BoxFuture<'a, Result<()>> {
         Box::pin(async move { self.image.check_amend(amendment).await.map(drop) })
     }

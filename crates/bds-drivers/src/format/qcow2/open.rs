@@ -5,7 +5,7 @@
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
-use std::sync::atomic::{AtomicU8, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use arc_swap::ArcSwap;
@@ -22,6 +22,7 @@ use super::io::decompressed_cache::DecompressedCache;
 use super::layout::cluster0::{Cluster0, Strictness};
 use super::layout::header::{CryptMethod, Incompatible};
 use super::live_rules::LiveRules;
+use super::manage::base_mark::Comparison;
 use super::meta::budget::DirtyLevels;
 use super::meta::tables::Tables;
 use super::metadata_load::LoadedMetadata;
@@ -83,6 +84,7 @@ struct Parts {
     data_file: Option<Child>,
     backing: Option<Child>,
     named_backing: Option<String>,
+    keeps_base_mark: bool,
     is_writable: bool,
 }
 
@@ -112,6 +114,20 @@ async fn open_file(
         }
         false => open_backing(context, &cluster0).await?,
     };
+    let is_checked = is_named && !flags.force_share && options.backing_check.unwrap_or(true);
+    let uses_base = !flags.info_only && !flags.for_check;
+    let keeps_base_mark = match uses_base && (is_checked || is_writable) {
+        // A later reopen as writable drops the note.
+        false => false,
+        true => {
+            let compared = Comparison::of(&cluster0, backing.as_ref()).await;
+            let keeps_note = compared.keeps_note();
+            if is_checked {
+                compared.into_result(&cluster0)?;
+            }
+            keeps_note
+        }
+    };
     if let (Some(data), Some(here)) = (&data_file, file.identity()) {
         let is_backing = backing.as_ref().and_then(|b| b.identity());
         if data.identity().is_some_and(|there| there == here || Some(there) == is_backing) {
@@ -122,7 +138,17 @@ async fn open_file(
         }
     }
     let named_backing = backing.as_ref().filter(|_| is_named).map(|b| b.node_name());
-    Ok(Parts { flags, cluster0, config, options, data_file, backing, named_backing, is_writable })
+    Ok(Parts {
+        flags,
+        cluster0,
+        config,
+        options,
+        data_file,
+        backing,
+        named_backing,
+        keeps_base_mark,
+        is_writable,
+    })
 }
 
 /// Refuses what we must not or cannot use.
@@ -223,6 +249,7 @@ impl Parts {
             data_file,
             backing,
             named_backing,
+            keeps_base_mark,
             is_writable,
         } = self;
         let header = &cluster0.header;
@@ -259,6 +286,7 @@ impl Parts {
             data_file,
             backing: Backing::new(backing),
             named_backing,
+            keeps_base_mark: AtomicBool::new(keeps_base_mark),
             cluster0: ArcSwap::from_pointee(cluster0),
             rules,
             config: ArcSwap::from_pointee(config),

@@ -18,7 +18,7 @@
 
 use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use arc_swap::ArcSwap;
@@ -137,6 +137,9 @@ pub(crate) struct Image {
     pub backing: Backing,
     /// The node that was opened because the image names it, if it was.
     pub named_backing: Option<String>,
+    /// False: the backing node is not what the image's note says (`manage/base_mark.rs`). The first
+    /// write drops the note.
+    pub keeps_base_mark: AtomicBool,
     /// As it was read.
     pub cluster0: ArcSwap<Cluster0>,
     pub rules: LiveRules,
@@ -383,6 +386,9 @@ impl Image {
         let _lock = self.write_back_lock.lock().await;
         let old = self.meta().header.autoclear;
         let mut kept = old.kept_by_writer();
+        if self.keeps_base_mark.load(Ordering::Acquire) {
+            kept |= old & Autoclear::BASE_MARK;
+        }
         if loses_bitmaps {
             kept -= Autoclear::BITMAPS;
         }
@@ -401,6 +407,9 @@ impl Image {
         self.write_file(MetaOffset(AUTOCLEAR_AT), kept.bits().to_be_bytes().to_vec()).await?;
         self.file.flush().await.map_err(|e| self.name_error(e))?;
         self.meta().header.autoclear = kept;
+        let mut known = Cluster0::clone(&self.cluster0.load());
+        known.header.autoclear = kept;
+        self.cluster0.store(Arc::new(known));
         Ok(())
     }
 

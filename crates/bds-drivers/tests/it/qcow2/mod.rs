@@ -1,5 +1,6 @@
 //! Tests qcow2 in a graph on the simulated disk, against a byte model and QEMU's tools.
 
+mod base_mark;
 pub(crate) mod bitmaps;
 mod concurrent;
 mod data_file;

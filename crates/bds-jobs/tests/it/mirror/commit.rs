@@ -133,6 +133,32 @@ fn a_shorter_base_grows_with_zeros_and_a_longer_one_keeps_its_length() {
     }
 }
 
+/// The overlay above the base does not note any more what the base showed once that is written: a
+/// cancelled commit, or a power cut, leaves a chain that can be opened.
+#[test]
+fn a_commit_drops_the_note_of_a_base_that_it_writes() {
+    let world = World::new(1);
+    world.block_on(async {
+        world.put("base", &pattern(1, LEN));
+        let base = world.raw("base").await;
+        let record = format!("size={LEN},cluster_size=4096,backing_file=/base,backing_fmt=raw");
+        world.make_qcow2("top", &record).await;
+        let top = world.qcow2("top", ",backing=base").await;
+        let guest = writer(&top, "guest");
+        assert!(guest.mark_base().await.expect("it is noted"));
+        write(&guest, 0, &[3; 8192]).await.expect("written");
+        assert!(guest.info().await.expect("known").marks_base, "writes keep it");
+        let job = start(&world, ActiveCommitOptions::new(&top, "commit0")).await;
+        job.wait_status(JobStatus::Ready).await.expect("it gets ready");
+        assert!(!guest.info().await.expect("known").marks_base);
+        job.cancel(true).expect("it is cancelled");
+        job.wait().await.expect_err("it was cancelled");
+        assert!(bytes_of(&base).await[..8192] == [3; 8192], "the base was written");
+        assert!(!guest.info().await.expect("known").marks_base);
+    });
+    world.end();
+}
+
 /// Zeros of the layers above become zeros of the base, not bytes.
 #[test]
 fn zeros_stay_zeros_in_a_commit() {

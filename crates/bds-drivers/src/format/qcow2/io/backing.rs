@@ -50,6 +50,11 @@ impl Backing {
         len
     }
 
+    /// The child, to be read by itself.
+    pub(crate) fn child(&self) -> Option<Arc<Child>> {
+        self.now.read().clone()
+    }
+
     /// The name of the node it leads to now.
     pub(crate) fn node_name(&self) -> Option<String> {
         self.now.read().as_ref().map(|child| child.node_name())

@@ -72,6 +72,9 @@ bitflags::bitflags! {
     pub(crate) struct Autoclear: u64 {
         /// The bitmaps extension is in step with the data.
         const BITMAPS = 1;
+        /// Ours: the extension of `manage/base_mark.rs` is in step with the backing file. Far from
+        /// the bits that the specification may give out next. A writer keeps it above that file.
+        const BASE_MARK = 1 << 61;
         /// The data file reads like the disk, byte for byte.
         const RAW_DATA_FILE = 2;
         /// Ours: the log that the extension `bitmap_log` names is in step with the data. Far from

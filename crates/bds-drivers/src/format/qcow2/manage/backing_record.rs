@@ -35,8 +35,10 @@ impl Image {
             self.write_file(MetaOffset(offset as u64), bytes).await?;
             self.flush_meta().await?;
         }
+        self.meta().header.autoclear -= Autoclear::BASE_MARK;
         // What is in memory of the other fields may be newer.
         let mut known = Cluster0::clone(&self.cluster0.load());
+        known.header.autoclear -= Autoclear::BASE_MARK;
         known.backing_name = new.backing_name;
         known.extensions = new.extensions;
         self.cluster0.store(Arc::new(known));
@@ -84,6 +86,8 @@ impl Image {
             let (name, format) = record.map(|record| (record.name, record.format)).unzip();
             new.backing_name = name.map(OsStringExt::into_vec);
             new.extensions.backing_format = format.flatten().map(String::into_bytes);
+            // What the new one shows is not known.
+            new.header.autoclear -= Autoclear::BASE_MARK;
             let writes = rewrite::plan(&bytes, &old, &new)?;
             Ok((new, writes))
         };

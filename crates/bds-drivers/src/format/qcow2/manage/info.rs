@@ -31,6 +31,7 @@ pub(crate) async fn info(file: &dyn ChildPort, image: &Cluster0) -> Result<Image
         is_compressed: false,
         backing_file: image.backing_name.as_ref().map(|name| OsStr::from_bytes(name).to_owned()),
         backing_format: image.extensions.backing_format.as_ref().map(text),
+        marks_base: super::base_mark::BaseMark::of_image(image).is_some(),
         format_specific: Some(
             json!({"type": "qcow2", "data": format_specific(file, image).await?}),
         ),

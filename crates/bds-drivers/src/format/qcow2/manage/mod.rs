@@ -3,6 +3,7 @@
 
 pub(super) mod amend;
 pub(super) mod backing_record;
+pub(super) mod base_mark;
 pub(super) mod create;
 pub(super) mod create_layout;
 pub(super) mod create_options;
