@@ -7,6 +7,8 @@ use bds_core::{Error, ErrorKind, Result};
 use bds_drivers::filter::copy_before_write::{AtLimit, OnCbwError};
 use serde::{Deserialize, Serialize};
 
+use super::spill::Spill;
+
 /// Most requests that QEMU's interface allows to ask for.
 const MAX_WORKERS: i64 = i32::MAX as i64;
 
@@ -97,7 +99,12 @@ pub struct BackupOptions {
     /// Bytes of old data that may wait in memory for the target, so that guest writes do not wait
     /// for it; 0: they wait.
     pub staging_len: u64,
-    /// Policy when that much waits.
+    /// Where more of it may wait.
+    pub spill: Option<Spill>,
+    /// Bytes that may wait there; with [`BackupOptions::spill`] at least four granules, and so must
+    /// be `staging_len`.
+    pub spill_len: u64,
+    /// Policy when memory and spill file are full.
     pub staging_policy: AtLimit,
 }
 
@@ -122,6 +129,8 @@ impl BackupOptions {
             on_cbw_error: OnCbwError::BreakGuestWrite,
             cbw_timeout: None,
             staging_len: 0,
+            spill: None,
+            spill_len: 0,
             staging_policy: AtLimit::Stall,
         }
     }
@@ -140,6 +149,7 @@ impl BackupOptions {
         if self.min_cluster_size != 0 && !self.min_cluster_size.is_power_of_two() {
             return wrong("min-cluster-size needs to be a power of 2");
         }
+        super::spill::check(self.spill.as_ref(), self.spill_len, self.staging_len)?;
         self.check_bitmap()?;
         if self.sync == BackupSync::Incremental {
             self.sync = BackupSync::Bitmap;

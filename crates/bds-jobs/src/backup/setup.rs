@@ -12,7 +12,8 @@ use bds_drivers::filter::copy_before_write::{
 };
 
 use super::options::{BackupOptions, BackupSync, wrong};
-use super::{Backup, Sides};
+use super::{Backup, Sides, spill};
+use crate::chain::nodes::close_dead;
 
 impl Backup {
     /// Checks the options, opens what the job needs, and inserts the filter above the source: from
@@ -66,6 +67,7 @@ impl Backup {
             on_error: options.on_cbw_error,
             timeout: options.cbw_timeout,
             staging_len: options.staging_len,
+            spill_len: options.spill_len,
             at_limit: options.staging_policy,
             write_flags,
             compress,
@@ -85,14 +87,28 @@ impl Backup {
             discard_source: options.discard_source,
             ..RunOptions::default()
         };
-        let filter = open_filter(&options, &snapshot).await?;
+        let spill = match &options.spill {
+            Some(spill) => Some(spill::open(source.graph(), spill, options.spill_len).await?),
+            None => None,
+        };
+        let filter = match open_filter(&options, &snapshot, spill.as_ref()).await {
+            Ok(filter) => filter,
+            Err(error) => {
+                drop(spill);
+                // The first error is the one that matters.
+                let _closed = close_dead(source.graph()).await;
+                return Err(error);
+            }
+        };
         Ok(Self {
             source: options.source,
             target: options.target,
+            spill,
             sync: options.sync,
             bitmap_mode: options.bitmap_mode,
             lease,
             snapshot,
+            is_staged: options.staging_len != 0,
             filter: Some(filter),
             sides: Some(sides),
             copy,
@@ -209,13 +225,20 @@ fn is_below(top: &NodeRef, node: &NodeRef) -> bool {
     false
 }
 
-async fn open_filter(options: &BackupOptions, snapshot: &Arc<Snapshot>) -> Result<NodeRef> {
+async fn open_filter(
+    options: &BackupOptions,
+    snapshot: &Arc<Snapshot>,
+    spill: Option<&NodeRef>,
+) -> Result<NodeRef> {
     let source = &options.source;
     // Whether discards have an effect is the source's choice.
     let mut filter = Options::new()
         .with("file", source.name())
         .with("target", options.target.name())
         .with("discard", "unmap");
+    if let Some(spill) = spill {
+        filter = filter.with("spill", spill.name());
+    }
     if !source.is_writable() {
         filter = filter.with("read-only", true);
     }

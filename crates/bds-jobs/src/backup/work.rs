@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bds_core::bitmap::HBitmap;
-use bds_core::copy::{self, CopyControl, CopyMap, ErrorSite, ErrorVerdict, Side};
+use bds_core::copy::{self, CopyControl, CopyMap, CopyRead, ErrorSite, ErrorVerdict, Side};
 use bds_core::driver::BoxFuture;
-use bds_core::graph::{BitmapLease, Change, NodeId};
+use bds_core::graph::{BitmapLease, Change, NodeId, NodeRef};
 use bds_core::{Error, ErrorKind, Result};
-use bds_drivers::filter::copy_before_write::{Snapshot, StageFailure};
+use bds_drivers::filter::copy_before_write::{OldData, Snapshot, StageFailure};
 use futures_util::future::{Either, select};
 
 use super::options::{BackupSync, BitmapSync};
@@ -125,7 +125,13 @@ impl Backup {
                 Either::Right((failed, _)) => Err(failed),
             }
         } else {
-            let copying = copy::run(map, &sides.source, &sides.target, &self.copy, &control);
+            let old_data = OldData::new(&self.snapshot, &sides.source);
+            // With staging the guest does not wait for the copy of what it changes.
+            let source: &dyn CopyRead = match self.is_staged {
+                true => &old_data,
+                false => &sides.source,
+            };
+            let copying = copy::run(map, source, &sides.target, &self.copy, &control);
             match select(pin!(copying), watch).await {
                 Either::Left((done, _)) => done,
                 Either::Right((failed, _)) => Err(failed),
@@ -169,6 +175,7 @@ impl Backup {
     pub(super) async fn give_back(&mut self) -> Result<()> {
         self.snapshot.end();
         self.sides = None;
+        self.spill = None;
         self.lease = None;
         self.frozen = None;
         self.blockers.clear();
@@ -286,6 +293,6 @@ impl JobDriver for Backup {
     }
 
     fn target_nodes(&self) -> Vec<NodeId> {
-        vec![self.target.id()]
+        std::iter::once(&self.target).chain(&self.spill).map(NodeRef::id).collect()
     }
 }

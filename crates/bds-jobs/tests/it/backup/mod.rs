@@ -17,5 +17,6 @@ mod faults;
 mod kit;
 mod modes;
 mod refusals;
+mod spill;
 
 use bds_testkit::Chance;
