@@ -137,7 +137,10 @@ impl Parts {
             // Not part of the snapshot.
             (None, Some(claim)) => claim.done(),
             // The job finds that out too, and does not wait for the target.
-            (None, None) => return Ok(snapshot.map.wait_claimable(range).await),
+            (None, None) => {
+                snapshot.map.wait_claimable(range).await;
+                return Ok(());
+            }
             (Some(data), claim) => {
                 reserved.is_used = true;
                 let is_claimed = claim.is_some();

@@ -92,7 +92,7 @@ impl Parts {
             None => self.snapshot.stage.wait_work(under_way).await,
             Some(time) => {
                 let work = self.snapshot.stage.wait_work(under_way);
-                drop(select(pin!(work), pin!(bds_io::sleep(time))).await);
+                let _first = select(pin!(work), pin!(bds_io::sleep(time))).await;
             }
         }
     }
@@ -170,7 +170,7 @@ async fn spill_staged(parts: Arc<Parts>) {
                 Some(Duration::MAX) => parts.snapshot.wait_off().await,
                 Some(time) => {
                     let off = parts.snapshot.wait_off();
-                    drop(select(pin!(off), pin!(bds_io::sleep(time))).await);
+                    let _first = select(pin!(off), pin!(bds_io::sleep(time))).await;
                 }
                 None => stage.wait_spill_work(under_way).await,
             }

@@ -87,7 +87,7 @@ fn scenario_15_a_reader_gives_up_what_it_has_read() {
                     })
                     .collect();
                 let mut rng = Chance::new(seed);
-                let mut fetched = vec![false; 21];
+                let mut fetched = [false; 21];
                 while fetched.contains(&false) {
                     let granule = rng.below(21) as usize;
                     let at = granule as u64 * GRANULE;
