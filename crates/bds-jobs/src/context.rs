@@ -3,12 +3,13 @@
 use std::pin::pin;
 use std::sync::Arc;
 
-use bds_core::Error;
 use bds_core::copy::{CopyControl, ErrorSite, ErrorVerdict, Side};
 use bds_core::driver::BoxFuture;
-use bds_core::graph::Graph;
+use bds_core::graph::{Graph, NodeRef};
+use bds_core::{Error, ErrorKind};
 use futures_util::future;
 
+use crate::errors::is_flush;
 use crate::event::JobEvent;
 use crate::job::{Cancel, Job};
 use crate::policy::JobErrorAction;
@@ -23,6 +24,17 @@ impl JobContext {
     /// The job's id.
     pub fn id(&self) -> &str {
         self.0.id()
+    }
+
+    /// The name under which it freezes links of chains.
+    pub(crate) fn holder(&self) -> String {
+        holder_of(self.id())
+    }
+
+    /// Ids of the others of its group.
+    pub(crate) fn other_members(&self) -> impl Iterator<Item = &String> {
+        let members = self.0.group.members.get().into_iter().flatten();
+        members.filter(|id| *id != self.id())
     }
 
     /// The graph it works on.
@@ -134,7 +146,13 @@ impl JobContext {
         self.0.lock().actively_synced = Some(is_synced);
     }
 
-    /// Applies the job's policy to a failed request: emits the event, and waits before a
+    /// A flush of this side succeeded: see [`JobContext::on_error`].
+    pub fn flushed(&self, side: Side) {
+        self.0.lock().errors.forget_flushes(side);
+    }
+
+    /// Applies the job's policy to a failed request (of no bytes: a flush, which the policy `ignore`
+    /// repeats [`MAX_FLUSH_ATTEMPTS`](crate::MAX_FLUSH_ATTEMPTS) times at most): emits the event, and waits before a
     /// repetition.
     ///
     /// After [`ErrorVerdict::Retry`] check [`should_pause`](Self::should_pause): the policy `stop`
@@ -147,9 +165,14 @@ impl JobContext {
         };
         let (action, wait) = {
             let mut state = job.lock();
-            let attempts = state.errors.count_attempt(side, site.offset);
+            let attempts = state.errors.count_attempt(side, &site);
             let mut action = policy.action(error);
-            if action == JobErrorAction::Ignore && state.errors.retry.is_exhausted(attempts) {
+            let retry = &state.errors.retry;
+            let is_exhausted = match is_flush(&site) {
+                true => retry.is_flush_exhausted(attempts),
+                false => retry.is_exhausted(attempts),
+            };
+            if action == JobErrorAction::Ignore && is_exhausted {
                 action = JobErrorAction::Report;
             }
             let failed = (side, &site, error);
@@ -184,6 +207,20 @@ impl JobContext {
     pub fn emit(&self, event: JobEvent) {
         self.0.events.emit(event);
     }
+}
+
+/// The name under which a job freezes links of chains.
+pub(crate) fn holder_of(job: &str) -> String {
+    format!("job '{job}'")
+}
+
+/// The error for two jobs of one group that end at the same link of a chain.
+pub(crate) fn shared_link(image: &NodeRef, job: &str, other: &str) -> Error {
+    let why = format!(
+        "jobs '{other}' and '{job}' are of one group and both end at its link to the image below: \
+         start the second one when the first has ended"
+    );
+    Error::new(ErrorKind::InUse, why).node(image.name())
 }
 
 /// The engine charges a request that has begun.

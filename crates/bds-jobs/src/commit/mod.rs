@@ -212,12 +212,11 @@ impl Commit {
     }
 
     /// Makes the base and the headers of all overlays durable, and adds the cut to the change.
-    async fn plan_end(&mut self, change: Change) -> Result<Change> {
+    async fn plan_end(&mut self, ctx: &JobContext, change: Change) -> Result<Change> {
         let (Some(plan), Some(users)) = (self.plan.clone(), self.users.as_ref()) else {
             return Ok(change);
         };
-        let holder = format!("job '{}'", self.job);
-        let above = freeze_overlays(plan.top(), &holder, &mut self.held.frozen).await?;
+        let above = freeze_overlays(plan.top(), ctx, &mut self.held.frozen).await?;
         for overlay in &above {
             // It may have grown, or be a new one.
             let end = overlay.image.len().min(users.base.len());
@@ -285,7 +284,7 @@ impl Commit {
 /// links are frozen none can go away; a new one is found in the next round.
 async fn freeze_overlays(
     top: &NodeRef,
-    holder: &str,
+    ctx: &JobContext,
     frozen: &mut Vec<Frozen>,
 ) -> Result<Vec<Overlay>> {
     let mut known: Vec<NodeId> = Vec::new();
@@ -295,7 +294,7 @@ async fn freeze_overlays(
             return Ok(found);
         };
         known.push(new.image.id());
-        frozen.extend(freeze_link(&new.image, holder).await?);
+        frozen.extend(freeze_link(&new.image, ctx).await?);
     }
 }
 
@@ -321,10 +320,16 @@ impl JobDriver for Commit {
 
     fn plan<'a>(
         &'a mut self,
-        _ctx: &'a JobContext,
+        ctx: &'a JobContext,
         change: Change,
     ) -> BoxFuture<'a, Result<Change>> {
-        Box::pin(self.plan_end(change))
+        Box::pin(self.plan_end(ctx, change))
+    }
+
+    /// Those of the overlays.
+    fn relinked_images(&self) -> Vec<NodeRef> {
+        let above = self.plan.iter().flat_map(|plan| overlays(plan.top()));
+        above.map(|overlay| overlay.image).collect()
     }
 
     fn retire<'a>(

@@ -383,7 +383,10 @@ impl Mirror {
 
     /// Flushes the target. `false`: it failed, and the policy says to try again.
     async fn flush_target(&self, watched: &Watched<'_>) -> Result<bool> {
-        let Err(error) = self.tracking.target.flush().await else { return Ok(true) };
+        let Err(error) = self.tracking.target.flush().await else {
+            watched.ctx.flushed(Side::Target);
+            return Ok(true);
+        };
         match watched.verdict(Side::Target, self.site(0, 0), &error).await {
             ErrorVerdict::Fail => Err(error.context("cannot flush the target")),
             ErrorVerdict::Retry | ErrorVerdict::Skip => Ok(false),

@@ -171,11 +171,10 @@ impl Stream {
     }
 
     /// Makes `top` independent of what is cut out, durably, and adds the cut to the change.
-    async fn plan_end(&mut self, change: Change) -> Result<Change> {
+    async fn plan_end(&mut self, ctx: &JobContext, change: Change) -> Result<Change> {
         let Some(bottom) = self.plan.bottom().cloned() else { return Ok(change) };
-        let holder = format!("job '{}'", self.job);
         // From here on the node below is the one that the header names.
-        let link = freeze_link(&bottom, &holder).await?;
+        let link = freeze_link(&bottom, ctx).await?;
         let record = self.record().await?;
         self.headers.rewrite(&self.plan.top, record, &self.job).await?;
         let below = node_below(&bottom);
@@ -239,10 +238,15 @@ impl JobDriver for Stream {
 
     fn plan<'a>(
         &'a mut self,
-        _ctx: &'a JobContext,
+        ctx: &'a JobContext,
         change: Change,
     ) -> BoxFuture<'a, Result<Change>> {
-        Box::pin(self.plan_end(change))
+        Box::pin(self.plan_end(ctx, change))
+    }
+
+    /// The new link of `top` is that of the lowest image that goes.
+    fn relinked_images(&self) -> Vec<NodeRef> {
+        self.plan.bottom().cloned().into_iter().collect()
     }
 
     fn retire<'a>(

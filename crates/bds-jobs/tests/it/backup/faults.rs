@@ -103,6 +103,34 @@ fn a_failed_backup_leaves_the_graph_and_the_guest_alone() {
     });
 }
 
+/// A query that holds the filter's node does not keep it in the graph, however the job ends.
+#[test]
+fn a_query_that_holds_the_filter_does_not_keep_it_in_the_chain() {
+    for is_cancelled in [false, true] {
+        run(1, async |world: World| {
+            let (guest, control, options, _) = scene(&world, 1).await;
+            let (source, _target) = (options.source.clone(), options.target.clone());
+            let before = shape(world.graph());
+            if is_cancelled {
+                control.hold();
+            }
+            let job = world.start(options).await;
+            let held = world.graph().nodes();
+            assert!(held.iter().any(|node| node.driver_name() == "copy-before-write"));
+            if is_cancelled {
+                job.cancel(true).unwrap();
+                control.release();
+            }
+            assert_eq!(job.wait().await.is_err(), is_cancelled);
+            assert_eq!(job.info().cleanup_error, None);
+            assert_eq!(guest.disk.node().unwrap().id(), source.id(), "no filter between");
+            drop(held);
+            world.graph().reap().await;
+            assert_eq!(shape(world.graph()), before);
+        });
+    }
+}
+
 /// With the policy to break the snapshot the job fails, and no write of the guest does.
 #[test]
 fn a_broken_snapshot_fails_the_job() {
