@@ -10,6 +10,7 @@ use bds_core::request::{Backend, BackendOptions};
 use bds_core::{Error, Result};
 
 use super::names;
+use super::take_out::{DROP_TIMEOUT, Deadline};
 use super::writable::MadeWritable;
 
 struct Rewritten {
@@ -64,7 +65,7 @@ impl Headers {
     /// Keeps the new records; images are read-only again that were.
     pub(crate) async fn finish(&mut self) -> Result<()> {
         self.rewritten.clear();
-        self.writable.restore().await
+        self.writable.restore(Deadline::after(DROP_TIMEOUT)).await
     }
 
     pub(crate) fn is_empty(&self) -> bool {

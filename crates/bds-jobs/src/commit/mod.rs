@@ -19,6 +19,7 @@ mod options;
 mod sides;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bds_core::copy::{self, CopyMap, RunOptions};
 use bds_core::driver::{BoxFuture, Truncate, ZeroFlags};
@@ -36,6 +37,7 @@ use crate::chain::last_run::LastRun;
 use crate::chain::names::BaseName;
 use crate::chain::nodes::{Overlay, claim_all, close_dead, freeze_link, link_to, overlays};
 use crate::chain::shield::Shield;
+use crate::chain::take_out::{DROP_TIMEOUT, Deadline, take_out};
 use crate::chain::writable::MadeWritable;
 use crate::context::JobContext;
 use crate::driver::{JobDriver, Outcome};
@@ -108,7 +110,7 @@ impl Commit {
         };
         match this.set_up(&plan).await {
             Ok(()) => Ok(Box::new(this)),
-            Err(error) => Err(match this.give_back().await {
+            Err(error) => Err(match this.give_back(DROP_TIMEOUT).await {
                 Ok(()) => error,
                 Err(undo) => error.context(format!("and its set-up cannot be undone ({undo})")),
             }),
@@ -247,17 +249,18 @@ impl Commit {
     }
 
     /// Undoes the set-up: after a failure, or as far as the end of the job has left it.
-    async fn give_back(&mut self) -> Result<()> {
+    async fn give_back(&mut self, timeout: Duration) -> Result<()> {
+        let deadline = Deadline::after(timeout);
         let written_back = self.headers.write_back(&self.job).await;
         self.users = None;
-        let filters_removed = self.remove_filters().await;
+        let filters_removed = self.remove_filters(deadline).await;
         self.held = Held::default();
         self.plan = None;
-        let restored = self.writable.restore().await;
+        let restored = self.writable.restore(deadline).await;
         written_back.and(filters_removed).and(restored).and(close_dead(&self.graph).await)
     }
 
-    async fn remove_filters(&mut self) -> Result<()> {
+    async fn remove_filters(&mut self, deadline: Deadline) -> Result<()> {
         let ids = std::mem::take(&mut self.filter_ids);
         let mut filters = std::mem::take(&mut self.filters);
         if filters.is_empty() {
@@ -271,8 +274,7 @@ impl Commit {
         for filter in &filters {
             change = change.drop_filter(filter);
         }
-        let removed = change.commit().await.map(drop);
-        removed.map_err(|error| error.context("the job's filters cannot be removed"))
+        take_out(filters, change, deadline).await
     }
 
     fn holds_something(&self) -> bool {
@@ -334,15 +336,16 @@ impl JobDriver for Commit {
 
     fn retire<'a>(
         &'a mut self,
-        _ctx: &'a JobContext,
+        ctx: &'a JobContext,
         outcome: Outcome<'a>,
     ) -> BoxFuture<'a, Result<()>> {
+        let timeout = ctx.0.options.cancel_timeout;
         Box::pin(async move {
             let kept = match outcome {
                 Outcome::Committed => self.headers.finish().await,
                 Outcome::Aborted(_) => Ok(()),
             };
-            kept.and(self.give_back().await)
+            kept.and(self.give_back(timeout).await)
         })
     }
 }
@@ -367,7 +370,7 @@ impl Drop for Commit {
             is_remnant: true,
         };
         bds_io::spawn(async move {
-            if let Err(error) = rest.give_back().await {
+            if let Err(error) = rest.give_back(DROP_TIMEOUT).await {
                 tracing::error!(job = rest.job, %error, "commit: the set-up cannot be undone");
             }
         })

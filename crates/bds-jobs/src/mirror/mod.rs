@@ -150,10 +150,11 @@ impl JobDriver for Mirror {
 
     fn retire<'a>(
         &'a mut self,
-        _ctx: &'a JobContext,
+        ctx: &'a JobContext,
         outcome: Outcome<'a>,
     ) -> BoxFuture<'a, Result<()>> {
-        Box::pin(self.give_back(matches!(outcome, Outcome::Committed)))
+        let timeout = ctx.0.options.cancel_timeout;
+        Box::pin(self.give_back(matches!(outcome, Outcome::Committed), timeout))
     }
 
     fn target_nodes(&self) -> Vec<NodeId> {

@@ -276,7 +276,8 @@ impl Mirror {
             return Ok(Round::Clean);
         }
         let options = self.run_options();
-        let copy = copy::run(map, &self.reader, &self.tracking.target, &options, watched);
+        let target = self.tracking.target()?;
+        let copy = copy::run(map, &self.reader, &target, &options, watched);
         watched.begin_copy();
         let watch = self.watch(watched, governor, may_end);
         let (copy, watch) = (pin!(copy), pin!(watch));
@@ -383,7 +384,7 @@ impl Mirror {
 
     /// Flushes the target. `false`: it failed, and the policy says to try again.
     async fn flush_target(&self, watched: &Watched<'_>) -> Result<bool> {
-        let Err(error) = self.tracking.target.flush().await else {
+        let Err(error) = self.tracking.target()?.flush().await else {
             watched.ctx.flushed(Side::Target);
             return Ok(true);
         };
@@ -414,7 +415,8 @@ impl Mirror {
         let map = &self.tracking.map;
         let last = Last { watched, failure: Mutex::new(None) };
         let options = self.run_options();
-        let copied = copy::run(map, &self.reader, &self.tracking.target, &options, &last).await;
+        let target = self.tracking.target().map_err(|e| (Side::Target, self.site(0, 0), e))?;
+        let copied = copy::run(map, &self.reader, &target, &options, &last).await;
         if let Err(error) = copied {
             let failure = last.failure.into_inner().unwrap_or_else(|e| e.into_inner());
             let (side, site) = failure.unwrap_or((Side::Target, self.site(0, 0)));
@@ -425,7 +427,7 @@ impl Mirror {
             let error = Error::new(ErrorKind::InUse, message).node(self.source.name());
             return Err((Side::Source, self.site(0, 0), error));
         }
-        let flushed = self.tracking.target.flush().await;
+        let flushed = target.flush().await;
         flushed.map_err(|error| (Side::Target, self.site(0, 0), error))
     }
 }

@@ -81,7 +81,8 @@ impl Mirror {
         let range = claim.range();
         let mut flags = ZeroFlags::NO_FALLBACK;
         flags.set(ZeroFlags::MAY_UNMAP, self.tracking.unmap);
-        let zeroed = self.tracking.target.write_zeroes(range.start, range.end - range.start, flags);
+        let Ok(target) = self.tracking.target() else { return false };
+        let zeroed = target.write_zeroes(range.start, range.end - range.start, flags);
         matches!(zeroed.await, Ok(Attempt::Done))
     }
 }

@@ -93,8 +93,9 @@ impl MirrorTopNode {
         if self.tracking.needs_whole_granules(&range) {
             return self.granules_to_target(synced, range).await;
         }
-        let target = &self.tracking.target;
-        let write = target.write(range.start, payload, WriteFlags::empty());
+        let at = range.start;
+        let write =
+            async move { self.tracking.target()?.write(at, payload, WriteFlags::empty()).await };
         self.end_synced(synced, range, write).await;
     }
 
@@ -104,8 +105,10 @@ impl MirrorTopNode {
         }
         let mut flags = ZeroFlags::empty();
         flags.set(ZeroFlags::MAY_UNMAP, may_unmap && self.tracking.unmap);
-        let write = self.tracking.target.write_zeroes(range.start, range.end - range.start, flags);
-        self.end_synced(synced, range, async { write.await.map(drop) }).await;
+        let (at, len) = (range.start, range.end - range.start);
+        let write =
+            async move { self.tracking.target()?.write_zeroes(at, len, flags).await.map(drop) };
+        self.end_synced(synced, range, write).await;
     }
 
     /// Copies the granules around the first and the last byte, which the target shows from a layer
@@ -122,7 +125,7 @@ impl MirrorTopNode {
                 if self.file.read(at, piece.clone(), ReadFlags::empty()).await.is_err() {
                     return Ok(false);
                 }
-                self.tracking.target.write(at, piece, WriteFlags::empty()).await?;
+                self.tracking.target()?.write(at, piece, WriteFlags::empty()).await?;
                 at = end;
             }
             Ok(true)

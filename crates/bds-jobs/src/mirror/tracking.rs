@@ -18,10 +18,10 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bds_core::Error;
 use bds_core::bitmap::HBitmap;
 use bds_core::copy::{CopyMap, Exclusion};
 use bds_core::request::Backend;
+use bds_core::{Error, ErrorKind, Result};
 use bds_io::sync::Notify;
 
 use crate::CopyMode;
@@ -49,8 +49,9 @@ pub(super) struct Tracking {
     pub(super) map: CopyMap,
     /// Granules that were left alone because the target shows the same below (`skip_partial`).
     skipped: Option<HBitmap>,
-    /// Written by the job and by synced writes.
-    pub(super) target: Backend,
+    /// Written by the job and by synced writes. Taken out when the job is over: it keeps the graph,
+    /// which keeps the filter, which keeps this.
+    target: Mutex<Option<Backend>>,
     /// Zero writes may deallocate.
     pub(super) unmap: bool,
     mode: AtomicU8,
@@ -87,7 +88,7 @@ pub(super) struct TrackingOptions {
 
 impl Tracking {
     /// Begins with this map, whose bits are complete before the filter sees its first write.
-    pub(super) fn new(options: TrackingOptions) -> bds_core::Result<Self> {
+    pub(super) fn new(options: TrackingOptions) -> Result<Self> {
         let TrackingOptions { map, target, unmap, mode, has_late_backing } = options;
         let skipped = match has_late_backing {
             true => Some(HBitmap::new(map.len(), map.granularity())?),
@@ -96,7 +97,7 @@ impl Tracking {
         Ok(Self {
             map,
             skipped,
-            target,
+            target: Mutex::new(Some(target)),
             unmap,
             mode: AtomicU8::new(Mode::from(mode) as u8),
             is_target_well: AtomicBool::new(true),
@@ -110,6 +111,26 @@ impl Tracking {
             synced_done: AtomicU64::new(0),
             marking: AtomicUsize::new(0),
         })
+    }
+
+    // ---- target
+
+    /// The job's user of the target.
+    ///
+    /// # Errors
+    /// `Cancelled`: the job is over.
+    pub(super) fn target(&self) -> Result<Backend> {
+        let over = || Error::new(ErrorKind::Cancelled, "the mirror is over");
+        self.lock_target().clone().ok_or_else(over)
+    }
+
+    /// Takes it out, at the end of the job.
+    pub(super) fn take_target(&self) -> Option<Backend> {
+        self.lock_target().take()
+    }
+
+    fn lock_target(&self) -> MutexGuard<'_, Option<Backend>> {
+        self.target.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     // ---- modes
