@@ -1,10 +1,22 @@
 //! Tests of the crate's interface, on the simulated world.
 
+#[path = "../../../bds-drivers/tests/it/copy_before_write/disk.rs"]
+#[allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    reason = "shared with the tests of the filter"
+)]
+mod controlled;
+
 mod backup;
+mod budget;
 mod chain;
 mod checkpoint;
 mod create;
 mod errors;
+mod every_type;
 mod fake;
 mod grouped;
 mod groups;
@@ -13,6 +25,7 @@ mod load;
 mod mirror;
 mod query;
 mod races;
+mod random;
 mod shutdown;
 mod speed;
 mod stuck;
