@@ -151,9 +151,9 @@ impl JobContext {
         self.0.lock().errors.forget_flushes(side);
     }
 
-    /// Applies the job's policy to a failed request (of no bytes: a flush, which the policy `ignore`
-    /// repeats [`MAX_FLUSH_ATTEMPTS`](crate::MAX_FLUSH_ATTEMPTS) times at most): emits the event, and waits before a
-    /// repetition.
+    /// Applies the job's policy to a failed request: emits the event, and waits before a
+    /// repetition. A request of no bytes is a flush, which the policy `ignore` repeats until
+    /// [`MAX_FLUSH_ATTEMPTS`](crate::MAX_FLUSH_ATTEMPTS).
     ///
     /// After [`ErrorVerdict::Retry`] check [`should_pause`](Self::should_pause): the policy `stop`
     /// has paused the job. The wait ends early if it is to pause.
