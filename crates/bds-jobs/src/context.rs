@@ -79,6 +79,15 @@ impl JobContext {
             .await;
     }
 
+    /// Waits until it does not stand at a pause point.
+    pub(crate) async fn wait_not_paused(&self) {
+        let is_paused = || {
+            let status = self.0.lock().status;
+            matches!(status, JobStatus::Paused | JobStatus::Standby)
+        };
+        self.0.changed.wait_until(|| !is_paused()).await;
+    }
+
     /// Completes when it is to pause.
     pub async fn wait_should_pause(&self) {
         self.0.changed.wait_until(|| self.should_pause()).await;
