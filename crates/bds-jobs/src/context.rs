@@ -79,6 +79,15 @@ impl JobContext {
             .await;
     }
 
+    /// Waits until it does not stand at a pause point.
+    pub(crate) async fn wait_not_paused(&self) {
+        let is_paused = || {
+            let status = self.0.lock().status;
+            matches!(status, JobStatus::Paused | JobStatus::Standby)
+        };
+        self.0.changed.wait_until(|| !is_paused()).await;
+    }
+
     /// Completes when it is to pause.
     pub async fn wait_should_pause(&self) {
         self.0.changed.wait_until(|| self.should_pause()).await;
@@ -151,9 +160,9 @@ impl JobContext {
         self.0.lock().errors.forget_flushes(side);
     }
 
-    /// Applies the job's policy to a failed request (of no bytes: a flush, which the policy `ignore`
-    /// repeats [`MAX_FLUSH_ATTEMPTS`](crate::MAX_FLUSH_ATTEMPTS) times at most): emits the event, and waits before a
-    /// repetition.
+    /// Applies the job's policy to a failed request: emits the event, and waits before a
+    /// repetition. A request of no bytes is a flush, which the policy `ignore` repeats until
+    /// [`MAX_FLUSH_ATTEMPTS`](crate::MAX_FLUSH_ATTEMPTS).
     ///
     /// After [`ErrorVerdict::Retry`] check [`should_pause`](Self::should_pause): the policy `stop`
     /// has paused the job. The wait ends early if it is to pause.

@@ -37,8 +37,7 @@ use bds_core::request::Backend;
 use bds_drivers::filter::copy_before_write::Snapshot;
 
 pub use bds_drivers::filter::copy_before_write::{AtLimit, OnCbwError};
-pub use options::{BackupOptions, BackupSync, BitmapSync};
-pub use spill::Spill;
+pub use options::{BackupOptions, BackupSync, BitmapSync, Spill};
 
 /// A backup, to be started with [`JobManager::start`](crate::JobManager::start).
 ///

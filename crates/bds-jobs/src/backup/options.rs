@@ -1,13 +1,12 @@
 //! Options of a backup, and the checks that need nothing opened.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bds_core::graph::NodeRef;
 use bds_core::{Error, ErrorKind, Result};
 use bds_drivers::filter::copy_before_write::{AtLimit, OnCbwError};
 use serde::{Deserialize, Serialize};
-
-use super::spill::Spill;
 
 /// Most requests that QEMU's interface allows to ask for.
 const MAX_WORKERS: i64 = i32::MAX as i64;
@@ -57,6 +56,16 @@ pub enum BitmapSync {
     Never,
     /// It advances over what was copied, also if the backup fails.
     Always,
+}
+
+/// Where a backup keeps old data that memory has no space for.
+#[derive(Clone, Debug)]
+pub enum Spill {
+    /// A file that the job creates. Its name is removed at once, so the space is free again when
+    /// the job ends, however it ends. It holds data of the guest: choose the directory accordingly.
+    File(PathBuf),
+    /// A writable node that has no other writer. What it held is lost.
+    Node(NodeRef),
 }
 
 /// Options of a backup; make them with [`BackupOptions::new`] and `..`.
@@ -149,7 +158,7 @@ impl BackupOptions {
         if self.min_cluster_size != 0 && !self.min_cluster_size.is_power_of_two() {
             return wrong("min-cluster-size needs to be a power of 2");
         }
-        super::spill::check(self.spill.as_ref(), self.spill_len, self.staging_len)?;
+        check_spill(self.spill.as_ref(), self.spill_len, self.staging_len)?;
         self.check_bitmap()?;
         if self.sync == BackupSync::Incremental {
             self.sync = BackupSync::Bitmap;
@@ -197,4 +206,17 @@ impl BackupOptions {
 
 pub(super) fn wrong<T>(words: impl Into<String>) -> Result<T> {
     Err(Error::new(ErrorKind::InvalidInput, words))
+}
+
+/// Checks the options of the spill file.
+fn check_spill(spill: Option<&Spill>, spill_len: u64, staging_len: u64) -> Result<()> {
+    match spill {
+        None if spill_len != 0 => wrong("spill-size needs a spill file or node"),
+        Some(_) if spill_len == 0 => wrong("a spill file or node needs a spill-size"),
+        Some(_) if staging_len == 0 => {
+            let words = "a spill file needs a staging-size: old data is in memory first";
+            Err(Error::new(ErrorKind::InvalidInput, words))
+        }
+        _ => Ok(()),
+    }
 }

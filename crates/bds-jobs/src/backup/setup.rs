@@ -87,19 +87,7 @@ impl Backup {
             discard_source: options.discard_source,
             ..RunOptions::default()
         };
-        let spill = match &options.spill {
-            Some(spill) => Some(spill::open(source.graph(), spill, options.spill_len).await?),
-            None => None,
-        };
-        let filter = match open_filter(&options, &snapshot, spill.as_ref()).await {
-            Ok(filter) => filter,
-            Err(error) => {
-                drop(spill);
-                // The first error is the one that matters.
-                let _closed = close_dead(source.graph()).await;
-                return Err(error);
-            }
-        };
+        let (spill, filter) = open_spill_and_filter(&options, &snapshot).await?;
         Ok(Self {
             source: options.source,
             target: options.target,
@@ -247,4 +235,25 @@ async fn open_filter(
     }
     let driver = SharedCopyBeforeWrite::new(Arc::clone(snapshot), options.discard_source);
     source.graph().open_driver(Arc::new(driver), filter).await
+}
+
+/// Opens the spill node, if one is wanted, and the filter.
+async fn open_spill_and_filter(
+    options: &BackupOptions,
+    snapshot: &Arc<Snapshot>,
+) -> Result<(Option<NodeRef>, NodeRef)> {
+    let graph = options.source.graph();
+    let spill = match &options.spill {
+        Some(spill) => Some(spill::open(graph, spill, options.spill_len).await?),
+        None => None,
+    };
+    match open_filter(options, snapshot, spill.as_ref()).await {
+        Ok(filter) => Ok((spill, filter)),
+        Err(error) => {
+            drop(spill);
+            // The first error is the one that matters.
+            let _closed = close_dead(graph).await;
+            Err(error)
+        }
+    }
 }

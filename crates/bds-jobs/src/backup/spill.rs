@@ -1,24 +1,14 @@
 //! The spill file of a backup: takes old data that memory has no space for.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use bds_core::driver::OpenFlags;
 use bds_core::graph::{Graph, NodeRef};
-use bds_core::{Error, ErrorKind, Options, Result};
+use bds_core::{Error, Options, Result};
 use bds_io::OpenOptions;
 
-use super::options::wrong;
+use super::options::{Spill, wrong};
 use crate::chain::nodes::close_dead;
-
-/// Where a backup keeps old data that memory has no space for.
-#[derive(Clone, Debug)]
-pub enum Spill {
-    /// A file that the job creates. Its name is removed at once, so the space is free again when
-    /// the job ends, however it ends. It holds data of the guest: choose the directory accordingly.
-    File(PathBuf),
-    /// A writable node that nobody else writes. What it held is lost.
-    Node(NodeRef),
-}
 
 /// Opens the spill node of a backup, for `len` bytes.
 ///
@@ -63,18 +53,5 @@ async fn open_file(graph: &Graph, path: &Path, len: u64) -> Result<NodeRef> {
             close_dead(graph).await.and(Err(error))
         }
         (Err(error), _) => Err(error),
-    }
-}
-
-/// Checks what needs nothing opened.
-pub(super) fn check(spill: Option<&Spill>, spill_len: u64, staging_len: u64) -> Result<()> {
-    match spill {
-        None if spill_len != 0 => wrong("spill-size needs a spill file or node"),
-        Some(_) if spill_len == 0 => wrong("a spill file or node needs a spill-size"),
-        Some(_) if staging_len == 0 => {
-            let words = "a spill file needs a staging-size: old data is in memory first";
-            Err(Error::new(ErrorKind::InvalidInput, words))
-        }
-        _ => Ok(()),
     }
 }

@@ -131,7 +131,7 @@ impl Backup {
                 true => &old_data,
                 false => &sides.source,
             };
-            let copying = copy::run(map, source, &sides.target, &self.copy, &control);
+            let copying = self.copy_between_drains(source, sides, &control);
             match select(pin!(copying), watch).await {
                 Either::Left((done, _)) => done,
                 Either::Right((failed, _)) => Err(failed),
@@ -140,6 +140,38 @@ impl Backup {
         control.count();
         end.has_succeeded = done.is_ok();
         done
+    }
+
+    /// Copies until the map is clean. While the filter is drained there is no copy: its requests
+    /// would wait at their gates, writes inside the filter for what they have claimed, and the
+    /// drained section for these writes. What is dropped in between is copied again.
+    async fn copy_between_drains(
+        &self,
+        source: &dyn CopyRead,
+        sides: &Sides,
+        control: &Control<'_>,
+    ) -> Result<()> {
+        let map = self.snapshot.map();
+        loop {
+            self.snapshot.wait_draining(false).await;
+            let copying = pin!(copy::run(map, source, &sides.target, &self.copy, control));
+            let drained = pin!(self.wait_drained(control.ctx));
+            if let Either::Left((done, _)) = select(copying, drained).await {
+                return done;
+            }
+        }
+    }
+
+    /// Waits until the filter is drained and the job is not paused: a pause has nothing in flight,
+    /// and would have to be announced again.
+    async fn wait_drained(&self, ctx: &JobContext) {
+        loop {
+            self.snapshot.wait_draining(true).await;
+            ctx.wait_not_paused().await;
+            if self.snapshot.is_draining() {
+                return;
+            }
+        }
     }
 
     /// Waits for a failure of the filter: the snapshot broke, or staged data cannot be written and

@@ -1,9 +1,9 @@
 //! Queues of events, one a subscriber: bounded, and without loss of what a job has become.
 //!
-//! Sending never waits. A full queue makes space by leaving out, in this order: the oldest report of
-//! a failed request; the oldest change of state that a later one of the same job follows; the oldest
-//! event of a job that is gone. If there is none of these it grows: by a few events for each job
-//! that lives, no more.
+//! Sending never waits. A full queue makes space by leaving out, in this order: the oldest report
+//! of a failed request; the oldest change of state that a later one of the same job follows; the
+//! oldest event of a job that is gone. If there is none of these it grows: by a few events for each
+//! job that lives, no more.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::fmt;
@@ -11,13 +11,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use bds_io::sync::Notify;
 
-use super::JobEvent;
+use super::job_event::JobEvent;
 use crate::state::JobStatus;
 
 /// Length of a subscriber's queue, in events. A reader that is further behind gets
 /// [`JobEvent::EventsLost`]. It loses reports of failed requests first, then states that were
-/// followed by others, then events of jobs that were dismissed; never the newest state of a job, nor
-/// how it ended, while the job is there to be asked.
+/// followed by others, then events of jobs that were dismissed; never the newest state of a job,
+/// nor how it ended, while the job is there to be asked.
 pub const QUEUE_LEN: usize = 1024;
 
 #[derive(Default)]
@@ -174,7 +174,7 @@ impl JobEvents {
 mod tests {
     use bds_core::copy::Side;
 
-    use super::super::JobPoint;
+    use super::super::job_event::JobPoint;
     use super::*;
     use crate::kinds::JobType;
     use crate::policy::JobErrorAction;

@@ -10,6 +10,7 @@
 )]
 mod controlled;
 
+mod amend;
 mod backup;
 mod budget;
 mod chain;

@@ -81,7 +81,7 @@ pub struct Snapshot {
     pub(super) options: SnapshotOptions,
     /// Broken or ended: everything passes.
     is_off: AtomicBool,
-    /// Set while writes are not delayed.
+    /// A drained section of the filter: writes are not delayed, and a job does not copy.
     is_draining: AtomicBool,
     broken: OnceLock<Broken>,
     /// Notified when granules may pass, and when the snapshot is off.
@@ -236,8 +236,18 @@ impl Snapshot {
 
     /// Sleeps, but not while the node is drained or once the snapshot is off.
     pub(super) async fn delay(&self, time: Duration) {
-        let goes = || self.is_off() || self.is_draining.load(Ordering::SeqCst);
+        let goes = || self.is_off() || self.is_draining();
         select(pin!(self.changed.wait_until(goes)), pin!(bds_io::sleep(time))).await;
+    }
+
+    /// Waits until a drained section of the filter begins, or until there is none.
+    pub async fn wait_draining(&self, is_draining: bool) {
+        self.changed.wait_until(|| self.is_draining() == is_draining).await;
+    }
+
+    /// Whether a drained section of the filter is in force.
+    pub fn is_draining(&self) -> bool {
+        self.is_draining.load(Ordering::SeqCst)
     }
 
     pub(super) fn set_draining(&self, is_draining: bool) {

@@ -15,7 +15,8 @@
 //!
 //! With a spill file, writes to the target hold no more than half of the memory, so that a target
 //! which hangs leaves the other half to guests; that half is emptied into the spill file. So a
-//! guest's write waits for memory or for the spill file, and for the target only when both are full.
+//! guest's write waits for memory or for the spill file, and for the target only when both are
+//! full.
 
 mod entries;
 mod space;
@@ -244,8 +245,8 @@ impl Stage {
         self.changed.wait_until(is_free).await;
     }
 
-    /// Waits for memory for `len` bytes. One entry may always go in, however long. `fails`: a target
-    /// that fails ends the wait, but not before what waits has been tried once more.
+    /// Waits for memory for `len` bytes. One entry may always go in, however long. `fails`: a
+    /// target that fails ends the wait, but not before what waits has been tried once more.
     pub(super) async fn reserve(&self, len: u64, fails: bool) -> Space {
         let mut failures_before = None;
         let mut has_waited = [false; 2];

@@ -8,7 +8,7 @@ use super::keep::Parts;
 use super::stage::Staged;
 
 impl Parts {
-    /// Copies what is staged at `at` into the beginning of `iov`. The number of bytes; 0: nothing is.
+    /// Copies what is staged at `at` into the beginning of `iov`. Returns the number of bytes.
     pub(super) async fn read_staged(&self, at: u64, iov: &IoVec) -> Result<u64> {
         match self.snapshot.stage.read(at, iov) {
             Staged::Nothing => Ok(0),

@@ -23,7 +23,7 @@ fn with(mut options: Value, key: &str, value: impl Into<Value>) -> Value {
     options
 }
 
-/// Writes to the first `count` granules, one after the other, in a task; counts those that are done.
+/// Writes to the first `count` granules, one after the other, in a task; counts those done.
 fn write_granules(world: &World, count: u64) -> (Arc<AtomicUsize>, Task<bds_core::Result<()>>) {
     let done = Arc::new(AtomicUsize::new(0));
     let (guest, counter): (Backend, _) = (world.guest.clone(), done.clone());
@@ -79,7 +79,7 @@ fn a_target_that_keeps_up_needs_no_spill_file() {
 
 #[test]
 fn policies_when_memory_and_spill_file_are_full_by_table() {
-    // policy, the rest of the options; writes that go on beside a stuck target, errno that breaks it
+    // policy, the rest of the options; writes that go on beside a stuck target, errno that breaks
     let table = [
         (json!({"staging-policy": "stall"}), 12, None),
         (json!({"staging-policy": "throttle"}), 12, None),
@@ -144,7 +144,7 @@ fn a_failing_spill_file_leaves_it_to_the_policy() {
             } else {
                 assert_eq!(done.load(Ordering::SeqCst), 4, "{policy}: memory alone");
                 whole(&world).await;
-                // There is space again: nobody has to tell.
+                // There is space again, which is noticed.
                 world.spill.errno.store(0, Ordering::SeqCst);
                 bds_io::sleep(Duration::from_secs(3)).await;
                 assert_eq!(done.load(Ordering::SeqCst), 10, "{policy}");
@@ -252,7 +252,7 @@ fn what_a_reader_discards_leaves_the_staging_area() {
 }
 
 #[test]
-fn nobody_else_writes_the_spill_node() {
+fn the_spill_node_has_no_other_writer() {
     run(1, small(), async |world| {
         let spill = world.fixture.graph.find("spill").unwrap();
         let error = user(&spill, "intruder", true).unwrap_err();

@@ -39,12 +39,12 @@ fn spilled(source: &NodeRef, target: &NodeRef) -> BackupOptions {
 }
 
 /// A guest that writes into each granule of a disk once, at random, at a pace.
-struct Guest {
+struct Load {
     done: AtomicUsize,
     longest_us: AtomicU64,
 }
 
-impl Guest {
+impl Load {
     fn start(disk: Backend, granules: u64, pace: Duration) -> (Arc<Self>, Task<()>) {
         let this = Arc::new(Self { done: AtomicUsize::new(0), longest_us: AtomicU64::new(0) });
         let guest = this.clone();
@@ -99,7 +99,7 @@ async fn staging_full(world: &World, policy: AtLimit) -> Seen {
     let backup = Backup::prepare(options).await.unwrap();
     let snapshot = backup.snapshot().clone();
     let job = world.jobs.start(kept("job0"), Box::new(backup)).await.unwrap();
-    let (guest, mut writing) = Guest::start(user, len / GRANULE, Duration::from_micros(250));
+    let (guest, mut writing) = Load::start(user, len / GRANULE, Duration::from_micros(250));
     let (mut most_memory, mut most_spilled) = (0, 0);
     loop {
         let step = Box::pin(bds_io::sleep(Duration::from_millis(1)));
@@ -186,7 +186,7 @@ fn a_guest_does_not_wait_for_what_the_job_copies() {
         // By now the job has claimed all of the disk, and its writes are stuck.
         bds_io::sleep(Duration::from_secs(1)).await;
         assert_eq!(snapshot.map().dirty_bytes(), 0);
-        let (guest, writing) = Guest::start(user, len / GRANULE, Duration::ZERO);
+        let (guest, writing) = Load::start(user, len / GRANULE, Duration::ZERO);
         bds_io::sleep(Duration::from_secs(100)).await;
         assert_eq!(guest.done.load(Ordering::SeqCst), 64, "each of them went on");
         assert_eq!(snapshot.staging().target_waits, 0);
@@ -313,7 +313,7 @@ fn a_stuck_spill_node_does_not_keep_the_job() {
         };
         let job = JobOptions { cancel_timeout: Duration::from_secs(1), ..kept("job0") };
         let job = world.start_with(options, job).await;
-        let (guest, writing) = Guest::start(user, 40, Duration::ZERO);
+        let (guest, writing) = Load::start(user, 40, Duration::ZERO);
         bds_io::sleep(Duration::from_secs(5)).await;
         let begun = bds_io::now();
         job.cancel(true).unwrap();

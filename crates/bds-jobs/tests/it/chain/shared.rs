@@ -225,8 +225,8 @@ fn jobs_of_a_group_that_end_at_one_link_are_refused_at_once() {
     }
 }
 
-/// As above, where the link came to be shared while the group was pending: it fails at its plan, and
-/// does not wait for itself.
+/// As above, where the link came to be shared while the group was pending: it fails at its plan,
+/// and does not wait for itself.
 #[test]
 fn a_link_that_a_group_comes_to_share_fails_it_at_once() {
     for is_stream_first in [true, false] {

@@ -120,8 +120,8 @@ fn ready_waits_for_a_flush_of_the_target() {
     drop(world.block_on(world.graph.shutdown()));
 }
 
-/// A file whose flush failed fails all later ones: the policy `ignore` ends then, whatever the guest
-/// does.
+/// A file whose flush failed fails all later ones: the policy `ignore` ends then, whatever
+/// the guest does.
 #[test]
 fn a_flush_that_keeps_failing_ends_a_mirror_that_ignores_errors() {
     for mode in modes() {

@@ -159,8 +159,8 @@ fn a_split_bitmap_is_stored_as_a_whole() {
     });
 }
 
-/// As above, where a parent's write past the end made the node longer meanwhile: the successor alone
-/// has followed.
+/// As above, where a parent's write past the end made the node longer meanwhile: the successor
+/// alone has followed.
 #[test]
 fn a_split_bitmap_is_stored_with_what_was_written_past_the_end() {
     run(1, async {

@@ -3,17 +3,12 @@
 //! Names and fields of [`JobEvent::to_json`] are QAPI's, with more fields where QEMU leaves out
 //! what a client needs. Events of one job are in the order in which they happened.
 
-mod queue;
-
 use bds_core::copy::Side;
 use serde_json::{Value, json};
 
 use crate::kinds::JobType;
 use crate::policy::{JobErrorAction, operation};
 use crate::state::JobStatus;
-
-pub(crate) use queue::EventHub;
-pub use queue::{JobEvents, QUEUE_LEN};
 
 /// What a job has reached, for events that report it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,7 +75,7 @@ pub enum JobEvent {
         /// Why it failed; `None`: it succeeded.
         error: Option<String>,
     },
-    /// The reader was too slow: [`QUEUE_LEN`] says which events it may lose.
+    /// The reader was too slow: [`QUEUE_LEN`](crate::QUEUE_LEN) says which events it may lose.
     EventsLost {
         /// How many events were lost here.
         count: u64,
