@@ -37,3 +37,9 @@ pub(crate) fn cut_power_holding<T>(sim: &Sim, held: T) {
     });
     assert!(gone.is_none(), "the power is gone");
 }
+
+/// Logs how much a search has covered.
+#[expect(clippy::print_stdout, reason = "the coverage is logged")]
+pub(crate) fn report(words: &str) {
+    println!("{words}");
+}

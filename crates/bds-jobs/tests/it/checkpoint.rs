@@ -333,11 +333,11 @@ fn scenario_10_grouped_increments_of_two_disks_of_which_one_fails() {
             }
             let writer = OrderedWriter::start(&disks, seed);
             let mut rounds = [0; 2];
-            for round in 0..12 {
+            for round in 0..12_u8 {
                 let fails = round % 3 == 2;
                 for disk in &disks {
                     for granule in [0, 2, 3] {
-                        let byte = Buf::from_slice(&[round as u8 + 1; 512]);
+                        let byte = Buf::from_slice(&[round + 1; 512]);
                         let at = granule * PLACE;
                         user(disk).write(at, byte.iov(), WriteFlags::empty()).await.unwrap();
                     }

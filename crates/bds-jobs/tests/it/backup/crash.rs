@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use bds_io::{Sim, SimConfig};
 use bds_jobs::backup::BackupOptions;
 
-use crate::budget::{CRASH_POINTS, cut_power_holding, is_full};
+use crate::budget::{CRASH_POINTS, cut_power_holding, is_full, report};
 
 use super::Chance;
 use super::kit::{World, Writer, content, user};
@@ -132,5 +132,5 @@ fn a_power_cut_after_completed_finds_the_whole_copy() {
             break;
         }
     }
-    println!("{count} power cuts of a backup");
+    report(&format!("{count} power cuts of a backup"));
 }

@@ -11,7 +11,7 @@ use bds_io::sim::CutMode;
 use bds_jobs::{Commit, CommitOptions, JobDriver, JobManager, Stream, StreamOptions};
 use bds_testkit::{SECTOR, Step, Workload};
 
-use crate::budget::{CRASH_POINTS, cut_power_holding};
+use crate::budget::{CRASH_POINTS, cut_power_holding, report};
 
 use super::kit::{Chain, Layer, User, graph_on, is_full, run_job, sectors, world, writer};
 
@@ -162,7 +162,7 @@ fn sweep(layers: &[Layer], whats: &[What], usual_cuts: u64, usual_seeds: u64, fu
         }
     }
     assert!(cuts >= usual_cuts * usual_seeds && after_end > 0, "{cuts} {after_end}");
-    println!("{cuts} power cuts of {whats:?}");
+    report(&format!("{cuts} power cuts of {whats:?}"));
 }
 
 fn small() -> Vec<Layer> {

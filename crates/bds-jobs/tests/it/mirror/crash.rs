@@ -13,7 +13,7 @@ use bds_io::{Buf, Sim, SimConfig};
 use bds_jobs::mirror::{ActiveCommit, ActiveCommitOptions, Mirror, MirrorOptions};
 use bds_jobs::{CopyMode, JobOptions, JobStatus};
 
-use crate::budget::{CRASH_POINTS, cut_power_holding, is_full};
+use crate::budget::{CRASH_POINTS, cut_power_holding, is_full, report};
 
 use super::kit::{LEN, World, bytes_of, pattern, writer};
 
@@ -204,7 +204,7 @@ fn sweep_all(cases: &[(Kind, CopyMode)]) {
             break;
         }
     }
-    println!("{on_source} power cuts before the end of {cases:?}, {on_target} after it");
+    report(&format!("{on_source} power cuts before the end of {cases:?}, {on_target} after it"));
 }
 
 #[test]
