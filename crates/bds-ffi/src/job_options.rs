@@ -1,11 +1,12 @@
 //! Reads the options of jobs, with QAPI's names, and makes the jobs.
 
 use std::ffi::OsString;
+use std::time::Duration;
 
 use bds_core::graph::{Graph, NodeRef};
 use bds_core::{Error, ErrorKind, Options, Result};
 use bds_jobs::amend::Amend;
-use bds_jobs::backup::{Backup, BackupOptions, BackupSync, BitmapSync, OnCbwError};
+use bds_jobs::backup::{AtLimit, Backup, BackupOptions, BackupSync, BitmapSync, OnCbwError, Spill};
 use bds_jobs::create::Create;
 use bds_jobs::mirror::{
     ActiveCommit, ActiveCommitOptions, BitmapTransfer, Mirror, MirrorOptions, MirrorSync,
@@ -217,6 +218,32 @@ async fn backup(graph: &Graph, job: &str, mut given: Options) -> Result<Box<dyn 
         options.on_cbw_error = choice;
     }
     (options.record, options.manifest) = tracked(&mut given)?;
+    staging(graph, &mut given, &mut options)?;
     given.finish("a backup job")?;
     Ok(Box::new(Backup::prepare(options).await?))
+}
+
+/// Where a backup keeps old data that the target does not have yet: `cbw-timeout` in seconds,
+/// `staging-size` and `spill-size` in bytes, `spill-file` (a name) or `spill` (a node),
+/// `staging-policy`. QEMU's job has none of them.
+fn staging(graph: &Graph, given: &mut Options, options: &mut BackupOptions) -> Result<()> {
+    let timeout = given.take_u64("cbw-timeout")?.filter(|seconds| *seconds != 0);
+    options.cbw_timeout = timeout.map(Duration::from_secs);
+    options.staging_len = given.take_size("staging-size")?.unwrap_or(0);
+    options.spill_len = given.take_size("spill-size")?.unwrap_or(0);
+    let (file, spill) = (given.take_path("spill-file")?, node(graph, given, "spill")?);
+    options.spill = match (file, spill) {
+        (Some(_), Some(_)) => {
+            let words = "Parameters 'spill-file' and 'spill' exclude each other";
+            return Err(Error::new(ErrorKind::InvalidInput, words));
+        }
+        (file, spill) => file.map(Spill::File).or(spill.map(Spill::Node)),
+    };
+    let policies = [
+        ("stall", AtLimit::Stall),
+        ("break-snapshot", AtLimit::BreakSnapshot),
+        ("throttle", AtLimit::Throttle),
+    ];
+    options.staging_policy = given.take_choice("staging-policy", &policies)?.unwrap_or_default();
+    Ok(())
 }

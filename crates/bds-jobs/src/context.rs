@@ -3,12 +3,13 @@
 use std::pin::pin;
 use std::sync::Arc;
 
-use bds_core::Error;
 use bds_core::copy::{CopyControl, ErrorSite, ErrorVerdict, Side};
 use bds_core::driver::BoxFuture;
-use bds_core::graph::Graph;
+use bds_core::graph::{Graph, NodeRef};
+use bds_core::{Error, ErrorKind};
 use futures_util::future;
 
+use crate::errors::is_flush;
 use crate::event::JobEvent;
 use crate::job::{Cancel, Job};
 use crate::policy::JobErrorAction;
@@ -23,6 +24,17 @@ impl JobContext {
     /// The job's id.
     pub fn id(&self) -> &str {
         self.0.id()
+    }
+
+    /// The name under which it freezes links of chains.
+    pub(crate) fn holder(&self) -> String {
+        holder_of(self.id())
+    }
+
+    /// Ids of the others of its group.
+    pub(crate) fn other_members(&self) -> impl Iterator<Item = &String> {
+        let members = self.0.group.members.get().into_iter().flatten();
+        members.filter(|id| *id != self.id())
     }
 
     /// The graph it works on.
@@ -65,6 +77,15 @@ impl JobContext {
                 is_over
             })
             .await;
+    }
+
+    /// Waits until it does not stand at a pause point.
+    pub(crate) async fn wait_not_paused(&self) {
+        let is_paused = || {
+            let status = self.0.lock().status;
+            matches!(status, JobStatus::Paused | JobStatus::Standby)
+        };
+        self.0.changed.wait_until(|| !is_paused()).await;
     }
 
     /// Completes when it is to pause.
@@ -139,8 +160,14 @@ impl JobContext {
         self.0.lock().resumed_bytes = Some(bytes);
     }
 
+    /// A flush of this side succeeded: see [`JobContext::on_error`].
+    pub fn flushed(&self, side: Side) {
+        self.0.lock().errors.forget_flushes(side);
+    }
+
     /// Applies the job's policy to a failed request: emits the event, and waits before a
-    /// repetition.
+    /// repetition. A request of no bytes is a flush, which the policy `ignore` repeats until
+    /// [`MAX_FLUSH_ATTEMPTS`](crate::MAX_FLUSH_ATTEMPTS).
     ///
     /// After [`ErrorVerdict::Retry`] check [`should_pause`](Self::should_pause): the policy `stop`
     /// has paused the job. The wait ends early if it is to pause.
@@ -152,9 +179,14 @@ impl JobContext {
         };
         let (action, wait) = {
             let mut state = job.lock();
-            let attempts = state.errors.count_attempt(side, site.offset);
+            let attempts = state.errors.count_attempt(side, &site);
             let mut action = policy.action(error);
-            if action == JobErrorAction::Ignore && state.errors.retry.is_exhausted(attempts) {
+            let retry = &state.errors.retry;
+            let is_exhausted = match is_flush(&site) {
+                true => retry.is_flush_exhausted(attempts),
+                false => retry.is_exhausted(attempts),
+            };
+            if action == JobErrorAction::Ignore && is_exhausted {
                 action = JobErrorAction::Report;
             }
             let failed = (side, &site, error);
@@ -189,6 +221,20 @@ impl JobContext {
     pub fn emit(&self, event: JobEvent) {
         self.0.events.emit(event);
     }
+}
+
+/// The name under which a job freezes links of chains.
+pub(crate) fn holder_of(job: &str) -> String {
+    format!("job '{job}'")
+}
+
+/// The error for two jobs of one group that end at the same link of a chain.
+pub(crate) fn shared_link(image: &NodeRef, job: &str, other: &str) -> Error {
+    let why = format!(
+        "jobs '{other}' and '{job}' are of one group and both end at its link to the image below: \
+         start the second one when the first has ended"
+    );
+    Error::new(ErrorKind::InUse, why).node(image.name())
 }
 
 /// The engine charges a request that has begun.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bds_core::copy::ErrorVerdict;
 use bds_core::driver::BoxFuture;
-use bds_core::graph::{Change, NodeId};
+use bds_core::graph::{Change, NodeId, NodeRef};
 use bds_core::{Error, Result};
 
 use crate::context::JobContext;
@@ -72,6 +72,13 @@ pub trait JobDriver: Send + 'static {
     /// a cancel or failure, they are poisoned, and with them the nodes that store for them. Not
     /// those that belong to a guest's disk, to which a poisoned node would be a broken disk.
     fn target_nodes(&self) -> Vec<NodeId> {
+        Vec::new()
+    }
+
+    /// Images whose link to the image below the job's end moves, or relies on: two members of a
+    /// group that share one could only wait for each other, so the group is refused. Asked for
+    /// once, before `run`.
+    fn relinked_images(&self) -> Vec<NodeRef> {
         Vec::new()
     }
 

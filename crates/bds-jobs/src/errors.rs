@@ -18,12 +18,24 @@ const EVENT_GAP: Duration = Duration::from_secs(1);
 /// Ranges whose attempts are counted; the oldest is forgotten.
 const SITES: usize = 256;
 
+/// What was attempted: a range by its offset, or a flush.
+type Site = (Side, Option<u64>);
+
+fn key(side: Side, site: &ErrorSite) -> Site {
+    (side, (!is_flush(site)).then_some(site.offset))
+}
+
+/// A request of no bytes is a flush.
+pub(crate) fn is_flush(site: &ErrorSite) -> bool {
+    site.len == 0
+}
+
 /// Errors of one job.
 #[derive(Debug)]
 pub(crate) struct ErrorLog {
     pub(crate) retry: RetryPolicy,
-    /// Side, offset and attempts of ranges that failed, oldest first.
-    sites: VecDeque<(Side, u64, u32)>,
+    /// Ranges that failed and attempts at them, oldest first.
+    sites: VecDeque<(Site, u32)>,
     reported_at: Option<Duration>,
     /// Errors since the last event, and the event of the last one.
     unreported: u64,
@@ -35,18 +47,23 @@ impl ErrorLog {
         Self { retry, sites: VecDeque::new(), reported_at: None, unreported: 0, last: None }
     }
 
-    /// Counts an attempt at the range: 1 for the first.
-    pub(crate) fn count_attempt(&mut self, side: Side, offset: u64) -> u32 {
-        let known = self.sites.iter_mut().find(|site| (site.0, site.1) == (side, offset));
-        if let Some(site) = known {
-            site.2 = site.2.saturating_add(1);
-            return site.2;
+    /// Counts an attempt at the range, or to flush: 1 for the first.
+    pub(crate) fn count_attempt(&mut self, side: Side, site: &ErrorSite) -> u32 {
+        let key = key(side, site);
+        if let Some((_, attempts)) = self.sites.iter_mut().find(|(known, _)| *known == key) {
+            *attempts = attempts.saturating_add(1);
+            return *attempts;
         }
         if self.sites.len() == SITES {
             self.sites.pop_front();
         }
-        self.sites.push_back((side, offset, 1));
+        self.sites.push_back((key, 1));
         1
+    }
+
+    /// A flush of this side succeeded: the attempts to flush it count from the beginning.
+    pub(crate) fn forget_flushes(&mut self, side: Side) {
+        self.sites.retain(|(known, _)| *known != (side, None));
     }
 
     /// Every range counts from the beginning: a user has resumed the job.

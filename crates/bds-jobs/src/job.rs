@@ -7,7 +7,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bds_core::copy::ErrorVerdict;
 use bds_core::graph::{Graph, NodeId};
@@ -57,6 +57,8 @@ pub(crate) struct State {
 #[derive(Debug, Default)]
 pub(crate) struct GroupSignal {
     is_finalize_requested: AtomicBool,
+    /// Ids of the members, once all are known.
+    pub(crate) members: OnceLock<Vec<String>>,
     /// Wakes that task.
     pub(crate) changed: Notify,
 }
@@ -90,7 +92,7 @@ pub(crate) struct Job {
     should_pause: AtomicBool,
     /// Wakes whatever waits for a change of this job.
     pub(crate) changed: Notify,
-    group: Arc<GroupSignal>,
+    pub(crate) group: Arc<GroupSignal>,
 }
 
 impl fmt::Debug for Job {

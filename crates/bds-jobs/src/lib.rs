@@ -54,7 +54,7 @@ pub use handle::JobHandle;
 pub use kinds::{CopyMode, JobChange, JobControl, JobType};
 pub use manager::{JobManager, NewJob};
 pub use options::{JobOptions, MAX_ID_LEN, speed_from_int};
-pub use policy::{IoStatus, JobErrorAction, OnError, RetryPolicy};
+pub use policy::{IoStatus, JobErrorAction, MAX_FLUSH_ATTEMPTS, OnError, RetryPolicy};
 pub use progress::Progress;
 pub use query::{HISTORY_LEN, History, JobInfo};
 pub use state::{JobStatus, JobVerb};

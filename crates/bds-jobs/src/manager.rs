@@ -1,11 +1,12 @@
 //! `JobManager`: owns all jobs of a graph, starts them, and finds them for commands.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use bds_core::graph::{Graph, ShutdownStage, Stoppable};
+use bds_core::graph::{Graph, NodeId, ShutdownStage, Stoppable};
 use bds_core::{Error, ErrorKind, Result};
 
-use crate::context::JobContext;
+use crate::context::{JobContext, shared_link};
 use crate::driver::{JobDriver, Outcome};
 use crate::event::JobEvents;
 use crate::handle::JobHandle;
@@ -61,7 +62,8 @@ impl JobManager {
     /// as cancelled, and nothing has changed.
     ///
     /// # Errors
-    /// As [`JobManager::start`]: none was started, all were retired.
+    /// As [`JobManager::start`]: none was started, all were retired. `InUse`: two of them end at
+    /// the same link of a chain, as a stream and a commit of the images directly below it do.
     pub async fn start_group(&self, jobs: Vec<NewJob>) -> Result<Vec<JobHandle>> {
         Ok(self.enter(vec![jobs]).await?.begin())
     }
@@ -82,11 +84,14 @@ impl JobManager {
                 group.jobs.push(Job::new(graph, events, &group.signal, options, facts));
                 drivers.push(driver);
             }
+            let ids = group.jobs.iter().map(|job| job.id().to_owned()).collect();
+            group.signal.members.set(ids).expect("it is set here alone");
             entered.push((group, drivers));
         }
+        let shared = entered.iter().find_map(|(group, drivers)| check_links(group, drivers).err());
         let all: Vec<_> = entered.iter().flat_map(|(group, _)| &group.jobs).cloned().collect();
         let entered = Entered { registry: Arc::clone(&self.0), groups: entered };
-        match self.0.register(&all) {
+        match shared.map_or_else(|| self.0.register(&all), Err) {
             Ok(()) => Ok(entered),
             Err(error) => Err(bds_io::spawn_now(entered.refuse(error)).detach_on_drop().await),
         }
@@ -243,6 +248,19 @@ impl Entered {
             None => error,
         }
     }
+}
+
+/// Checks that no two members end at the same link of a chain.
+fn check_links(group: &Group, drivers: &[Box<dyn JobDriver>]) -> Result<()> {
+    let mut holders: HashMap<NodeId, &str> = HashMap::new();
+    for (job, driver) in group.jobs.iter().zip(drivers) {
+        for image in driver.relinked_images() {
+            if let Some(other) = holders.insert(image.id(), job.id()) {
+                return Err(shared_link(&image, job.id(), other));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn facts(driver: &dyn JobDriver) -> Facts {

@@ -93,6 +93,11 @@ impl IoStatus {
     }
 }
 
+/// Attempts to flush under [`OnError::Ignore`]. A write that failed is written again; a flush that
+/// failed may have lost what was written, and a file then fails all later ones. So repeating it for
+/// ever ends nothing.
+pub const MAX_FLUSH_ATTEMPTS: u32 = 5;
+
 /// When failed requests are tried again under [`OnError::Ignore`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryPolicy {
@@ -100,7 +105,8 @@ pub struct RetryPolicy {
     pub first_wait: Duration,
     /// Longest wait.
     pub max_wait: Duration,
-    /// After so many attempts at one range the job fails; `None`: never.
+    /// After so many attempts at one range the job fails; `None`: never. After
+    /// [`MAX_FLUSH_ATTEMPTS`] to flush it fails in any case.
     pub max_attempts: Option<u32>,
 }
 
@@ -124,6 +130,11 @@ impl RetryPolicy {
     /// True if no further attempt is made.
     pub(crate) fn is_exhausted(&self, attempts: u32) -> bool {
         self.max_attempts.is_some_and(|max| attempts >= max)
+    }
+
+    /// As [`RetryPolicy::is_exhausted`], for flushes: [`MAX_FLUSH_ATTEMPTS`] at most.
+    pub(crate) fn is_flush_exhausted(&self, attempts: u32) -> bool {
+        attempts >= MAX_FLUSH_ATTEMPTS || self.is_exhausted(attempts)
     }
 }
 
@@ -161,5 +172,9 @@ mod tests {
         assert_eq!(waits, [100, 200, 400, 800, 1600, 3200, 6400, 10000, 10000]);
         assert_eq!(retry.wait(u32::MAX), retry.max_wait);
         assert_eq!([1, 2, 3].map(|n| retry.is_exhausted(n)), [false, false, true]);
+        assert!(retry.is_flush_exhausted(3));
+        let endless = RetryPolicy::default();
+        assert_eq!([4, 5].map(|n| endless.is_flush_exhausted(n)), [false, true]);
+        assert!(!endless.is_exhausted(u32::MAX));
     }
 }

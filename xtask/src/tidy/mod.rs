@@ -1,7 +1,7 @@
 //! `cargo xtask tidy`: checks the project's rules that no compiler checks.
 //!
 //! Files: `//!` openings, where unsafe lives, lengths, words that mean "unfinished", listed words
-//! and wide comments. Crates: arrows as ARCHITECTURE.md draws them, dependencies, what publishing
+//! and wide comments. The tests that `docs/jobs-scenarios.md` names exist. Crates: arrows as ARCHITECTURE.md draws them, dependencies, what publishing
 //! needs, circles of imports. What is over a limit today stands in `xtask/ratchet.toml` and may
 //! only shrink.
 
@@ -10,6 +10,7 @@ mod files;
 mod modules;
 mod packages;
 mod paths;
+mod scenarios;
 mod source;
 mod words;
 
@@ -72,6 +73,9 @@ pub(crate) fn tidy(show: Show) -> Result<(), String> {
         files()?.into_iter().partition(|file| is_code(&file.name));
     packages::check(&code, &mut findings)?;
     paths::check(&others, &mut findings);
+    let table = others.iter().find(|file| file.name == scenarios::TABLE);
+    let table = table.map_or("", |file| &file.text);
+    scenarios::check(table, &code, &mut findings);
     for file in &code {
         check_text(&file.name, &file.text, &ratchet, &mut findings);
     }

@@ -14,12 +14,16 @@
 //! and idle that were not copied. A write to the target that its dropped request left behind is
 //! ordered by the target's node: it excludes later requests that overlap it until it ends.
 
+mod busy;
+
 use std::fmt;
 use std::ops::{Deref, Range};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bds_io::sync::Notify;
+
+use busy::Busy;
 
 use crate::bitmap::HBitmap;
 use crate::error::Result;
@@ -45,51 +49,6 @@ pub struct CopyMap {
     /// Notified when a range is free again.
     freed: Notify,
     done_bytes: AtomicU64,
-}
-
-#[derive(Default)]
-struct Busy {
-    last_ticket: u64,
-    ranges: Vec<Entry>,
-    in_flight_bytes: u64,
-}
-
-struct Entry {
-    ticket: u64,
-    range: Range<u64>,
-    /// False: an exclusion.
-    is_claim: bool,
-}
-
-impl Busy {
-    /// The overlapping entry that begins first.
-    fn first_overlap(&self, range: &Range<u64>) -> Option<&Entry> {
-        let overlapping = self.ranges.iter().filter(|entry| overlaps(&entry.range, range));
-        overlapping.min_by_key(|entry| entry.range.start)
-    }
-
-    fn add(&mut self, range: Range<u64>, is_claim: bool) -> u64 {
-        self.last_ticket += 1;
-        self.ranges.push(Entry { ticket: self.last_ticket, range, is_claim });
-        self.last_ticket
-    }
-
-    fn has_claim(&self, range: &Range<u64>) -> bool {
-        self.ranges.iter().any(|entry| entry.is_claim && overlaps(&entry.range, range))
-    }
-
-    fn entry(&mut self, ticket: u64) -> &mut Entry {
-        let found = self.ranges.iter_mut().find(|entry| entry.ticket == ticket);
-        found.expect("an entry is removed by its owner alone")
-    }
-
-    fn remove(&mut self, ticket: u64) {
-        self.ranges.retain(|entry| entry.ticket != ticket);
-    }
-}
-
-fn overlaps(a: &Range<u64>, b: &Range<u64>) -> bool {
-    a.start < b.end && b.start < a.end
 }
 
 impl CopyMap {
@@ -151,7 +110,7 @@ impl CopyMap {
 
     /// Bytes that are being copied.
     pub fn in_flight_bytes(&self) -> u64 {
-        self.busy().in_flight_bytes
+        self.busy().claimed_bytes()
     }
 
     /// Bytes whose copy has ended well so far; what was copied twice counts twice.
@@ -179,8 +138,8 @@ impl CopyMap {
     /// bytes (at least a granule). The run may begin before `range.start` and end after
     /// `range.end`, at the bounds of granules. `None`: all of the range is clean or busy.
     pub fn claim(&self, range: Range<u64>, max_len: u64) -> Option<Claim<'_>> {
-        let (ticket, range) = self.try_claim(range, max_len)?;
-        Some(Claim { map: MapRef::Borrowed(self), ticket, range, is_done: false })
+        let range = self.try_claim(range, max_len)?;
+        Some(Claim { map: MapRef::Borrowed(self), range, is_done: false })
     }
 
     /// As [`CopyMap::claim`], for a claim that keeps the map.
@@ -189,11 +148,11 @@ impl CopyMap {
         range: Range<u64>,
         max_len: u64,
     ) -> Option<Claim<'static>> {
-        let (ticket, range) = self.try_claim(range, max_len)?;
-        Some(Claim { map: MapRef::Shared(Arc::clone(self)), ticket, range, is_done: false })
+        let range = self.try_claim(range, max_len)?;
+        Some(Claim { map: MapRef::Shared(Arc::clone(self)), range, is_done: false })
     }
 
-    fn try_claim(&self, range: Range<u64>, max_len: u64) -> Option<(u64, Range<u64>)> {
+    fn try_claim(&self, range: Range<u64>, max_len: u64) -> Option<Range<u64>> {
         let mut busy = self.busy();
         let mut rest = range;
         loop {
@@ -203,8 +162,8 @@ impl CopyMap {
                 rest.start = area.end;
                 continue;
             };
-            busy.in_flight_bytes += range.end - range.start;
-            return Some((busy.add(range.clone(), true), range));
+            busy.add_claim(&range);
+            return Some(range);
         }
     }
 
@@ -214,9 +173,9 @@ impl CopyMap {
             let found = self.dirty.next_area(rest.clone(), max_len)?;
             let mut area = self.granules_around(found);
             match busy.first_overlap(&area) {
-                Some(entry) if entry.range.start <= area.start => rest.start = entry.range.end,
+                Some(entry) if entry.start <= area.start => rest.start = entry.end,
                 Some(entry) => {
-                    area.end = entry.range.start;
+                    area.end = entry.start;
                     return Some(area);
                 }
                 None => return Some(area),
@@ -226,8 +185,8 @@ impl CopyMap {
 
     /// Waits until no copy of the range is under way. One that begins later is not waited for.
     pub async fn wait_idle(&self, range: Range<u64>) {
-        let before = self.busy().last_ticket;
-        self.wait_for_earlier(&range, before + 1).await;
+        let next = self.busy().next_ticket();
+        self.wait_for_earlier(&range, next).await;
     }
 
     /// True if no copy of the range is under way and no part of it is excluded.
@@ -240,18 +199,14 @@ impl CopyMap {
     /// in order. Bits are left as they are.
     pub async fn exclude(&self, range: Range<u64>) -> Exclusion<'_> {
         let range = self.granules_around(range);
-        let ticket = self.busy().add(range.clone(), false);
+        let ticket = self.busy().add_exclusion(range.clone());
         let exclusion = Exclusion { map: self, ticket };
         self.wait_for_earlier(&range, ticket).await;
         exclusion
     }
 
     async fn wait_for_earlier(&self, range: &Range<u64>, ticket: u64) {
-        let is_free = || {
-            let busy = self.busy();
-            !busy.ranges.iter().any(|e| e.ticket < ticket && overlaps(&e.range, range))
-        };
-        self.freed.wait_until(is_free).await;
+        self.freed.wait_until(|| !self.busy().has_earlier(range, ticket)).await;
     }
 
     /// Waits until the range is clean or something in it can be claimed. Woken by claims and
@@ -282,15 +237,6 @@ impl CopyMap {
 
     fn busy(&self) -> MutexGuard<'_, Busy> {
         self.busy.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn free(&self, ticket: u64, in_flight_bytes: u64) {
-        {
-            let mut busy = self.busy();
-            busy.remove(ticket);
-            busy.in_flight_bytes -= in_flight_bytes;
-        }
-        self.freed.notify_waiters();
     }
 }
 
@@ -326,7 +272,6 @@ impl Deref for MapRef<'_> {
 #[must_use = "dropping a claim says that the copy failed"]
 pub struct Claim<'m> {
     map: MapRef<'m>,
-    ticket: u64,
     range: Range<u64>,
     is_done: bool,
 }
@@ -352,9 +297,7 @@ impl Claim<'_> {
         self.map.dirty.set(tail.clone());
         self.range.end = tail.start;
         {
-            let mut busy = self.map.busy();
-            busy.entry(self.ticket).range = self.range.clone();
-            busy.in_flight_bytes -= tail.end - tail.start;
+            self.map.busy().set_claim_end(self.range.start, tail.start);
         }
         self.map.freed.notify_waiters();
     }
@@ -377,11 +320,9 @@ impl Claim<'_> {
             map.dirty.set(claimed);
             return 0;
         }
-        let added = claimed.end - claimed.start;
         self.range.end = claimed.end;
-        busy.entry(self.ticket).range = self.range.clone();
-        busy.in_flight_bytes += added;
-        added
+        busy.set_claim_end(self.range.start, claimed.end);
+        claimed.end - claimed.start
     }
 }
 
@@ -394,7 +335,8 @@ impl Drop for Claim<'_> {
             // Before the range is free: it must not look copied in between.
             self.map.dirty.set(self.range.clone());
         }
-        self.map.free(self.ticket, len);
+        self.map.busy().remove_claim(self.range.start);
+        self.map.freed.notify_waiters();
     }
 }
 
@@ -413,7 +355,8 @@ pub struct Exclusion<'m> {
 
 impl Drop for Exclusion<'_> {
     fn drop(&mut self) {
-        self.map.free(self.ticket, 0);
+        self.map.busy().remove_exclusion(self.ticket);
+        self.map.freed.notify_waiters();
     }
 }
 

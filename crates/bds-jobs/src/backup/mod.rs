@@ -19,11 +19,13 @@
 //! ```text
 //! options  what is asked for, checked
 //! setup    opens what the job needs; the change that begins it
+//! spill    the file that takes old data which memory has no space for
 //! work     copies; the end of the job
 //! ```
 
 mod options;
 mod setup;
+mod spill;
 mod work;
 
 use std::fmt;
@@ -37,7 +39,7 @@ use bds_drivers::filter::copy_before_write::Snapshot;
 use crate::record::ContentTracker;
 
 pub use bds_drivers::filter::copy_before_write::{AtLimit, OnCbwError};
-pub use options::{BackupOptions, BackupSync, BitmapSync};
+pub use options::{BackupOptions, BackupSync, BitmapSync, Spill};
 
 /// A backup, to be started with [`JobManager::start`](crate::JobManager::start).
 ///
@@ -73,11 +75,15 @@ pub use options::{BackupOptions, BackupSync, BitmapSync};
 pub struct Backup {
     source: NodeRef,
     target: NodeRef,
+    /// `None` once it was given back.
+    spill: Option<NodeRef>,
     sync: BackupSync,
     bitmap_mode: Option<BitmapSync>,
     /// `None` once it was given back.
     lease: Option<BitmapLease>,
     snapshot: Arc<Snapshot>,
+    /// Old data is staged.
+    is_staged: bool,
     /// `None` once it was removed.
     filter: Option<NodeRef>,
     /// `None` once they were given back.

@@ -1,5 +1,6 @@
 //! Options of a backup, and the checks that need nothing opened.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bds_core::graph::NodeRef;
@@ -59,6 +60,16 @@ pub enum BitmapSync {
     Always,
 }
 
+/// Where a backup keeps old data that memory has no space for.
+#[derive(Clone, Debug)]
+pub enum Spill {
+    /// A file that the job creates. Its name is removed at once, so the space is free again when
+    /// the job ends, however it ends. It holds data of the guest: choose the directory accordingly.
+    File(PathBuf),
+    /// A writable node that has no other writer. What it held is lost.
+    Node(NodeRef),
+}
+
 /// Options of a backup; make them with [`BackupOptions::new`] and `..`.
 #[derive(Clone, Debug)]
 pub struct BackupOptions {
@@ -99,7 +110,12 @@ pub struct BackupOptions {
     /// Bytes of old data that may wait in memory for the target, so that guest writes do not wait
     /// for it; 0: they wait.
     pub staging_len: u64,
-    /// Policy when that much waits.
+    /// Where more of it may wait.
+    pub spill: Option<Spill>,
+    /// Bytes that may wait there; with [`BackupOptions::spill`] at least four granules, and so must
+    /// be `staging_len`.
+    pub spill_len: u64,
+    /// Policy when memory and spill file are full.
     pub staging_policy: AtLimit,
     /// A record, so that the backup can go on after an interruption.
     pub record: Option<RecordOptions>,
@@ -128,6 +144,8 @@ impl BackupOptions {
             on_cbw_error: OnCbwError::BreakGuestWrite,
             cbw_timeout: None,
             staging_len: 0,
+            spill: None,
+            spill_len: 0,
             staging_policy: AtLimit::Stall,
             record: None,
             manifest: None,
@@ -148,6 +166,7 @@ impl BackupOptions {
         if self.min_cluster_size != 0 && !self.min_cluster_size.is_power_of_two() {
             return wrong("min-cluster-size needs to be a power of 2");
         }
+        check_spill(self.spill.as_ref(), self.spill_len, self.staging_len)?;
         self.check_bitmap()?;
         if self.sync == BackupSync::Incremental {
             self.sync = BackupSync::Bitmap;
@@ -201,4 +220,17 @@ impl BackupOptions {
 
 pub(super) fn wrong<T>(words: impl Into<String>) -> Result<T> {
     Err(Error::new(ErrorKind::InvalidInput, words))
+}
+
+/// Checks the options of the spill file.
+fn check_spill(spill: Option<&Spill>, spill_len: u64, staging_len: u64) -> Result<()> {
+    match spill {
+        None if spill_len != 0 => wrong("spill-size needs a spill file or node"),
+        Some(_) if spill_len == 0 => wrong("a spill file or node needs a spill-size"),
+        Some(_) if staging_len == 0 => {
+            let words = "a spill file needs a staging-size: old data is in memory first";
+            Err(Error::new(ErrorKind::InvalidInput, words))
+        }
+        _ => Ok(()),
+    }
 }

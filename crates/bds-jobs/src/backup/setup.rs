@@ -12,7 +12,8 @@ use bds_drivers::filter::copy_before_write::{
 };
 
 use super::options::{BackupOptions, BackupSync, wrong};
-use super::{Backup, Sides};
+use super::{Backup, Sides, spill};
+use crate::chain::nodes::close_dead;
 use crate::record::{ContentTracker, TrackerOptions};
 
 impl Backup {
@@ -68,7 +69,7 @@ impl Backup {
             // An interrupted copy has left bytes there.
             copy.target_is_zero &= !tracker.is_continued();
         }
-        let (snapshot, filter) = match open_snapshot(&options, map, &copy).await {
+        let (snapshot, spill, filter) = match open_snapshot(&options, map, &copy).await {
             Ok(opened) => opened,
             Err(error) => {
                 undo(tracker.as_ref()).await;
@@ -78,10 +79,12 @@ impl Backup {
         Ok(Self {
             source: options.source,
             target: options.target,
+            spill,
             sync: options.sync,
             bitmap_mode: options.bitmap_mode,
             lease,
             snapshot,
+            is_staged: options.staging_len != 0,
             filter: Some(filter),
             sides: Some(sides),
             copy,
@@ -253,16 +256,18 @@ fn is_below(top: &NodeRef, node: &NodeRef) -> bool {
     false
 }
 
-/// The snapshot of the filter, which copies as the job does, and the filter.
+/// The snapshot of the filter, which copies as the job does; the spill node, if one is wanted; and
+/// the filter.
 async fn open_snapshot(
     options: &BackupOptions,
     map: Arc<CopyMap>,
     copy: &RunOptions,
-) -> Result<(Arc<Snapshot>, NodeRef)> {
+) -> Result<(Arc<Snapshot>, Option<NodeRef>, NodeRef)> {
     let kept = SnapshotOptions {
         on_error: options.on_cbw_error,
         timeout: options.cbw_timeout,
         staging_len: options.staging_len,
+        spill_len: options.spill_len,
         at_limit: options.staging_policy,
         write_flags: copy.write_flags,
         compress: copy.compress,
@@ -270,17 +275,24 @@ async fn open_snapshot(
         observer: copy.observer.clone(),
     };
     let snapshot = Snapshot::new(map, kept)?;
-    let filter = open_filter(options, &snapshot).await?;
-    Ok((snapshot, filter))
+    let (spill, filter) = open_spill_and_filter(options, &snapshot).await?;
+    Ok((snapshot, spill, filter))
 }
 
-async fn open_filter(options: &BackupOptions, snapshot: &Arc<Snapshot>) -> Result<NodeRef> {
+async fn open_filter(
+    options: &BackupOptions,
+    snapshot: &Arc<Snapshot>,
+    spill: Option<&NodeRef>,
+) -> Result<NodeRef> {
     let source = &options.source;
     // Whether discards have an effect is the source's choice.
     let mut filter = Options::new()
         .with("file", source.name())
         .with("target", options.target.name())
         .with("discard", "unmap");
+    if let Some(spill) = spill {
+        filter = filter.with("spill", spill.name());
+    }
     if !source.is_writable() {
         filter = filter.with("read-only", true);
     }
@@ -289,4 +301,25 @@ async fn open_filter(options: &BackupOptions, snapshot: &Arc<Snapshot>) -> Resul
     }
     let driver = SharedCopyBeforeWrite::new(Arc::clone(snapshot), options.discard_source);
     source.graph().open_driver(Arc::new(driver), filter).await
+}
+
+/// Opens the spill node, if one is wanted, and the filter.
+async fn open_spill_and_filter(
+    options: &BackupOptions,
+    snapshot: &Arc<Snapshot>,
+) -> Result<(Option<NodeRef>, NodeRef)> {
+    let graph = options.source.graph();
+    let spill = match &options.spill {
+        Some(spill) => Some(spill::open(graph, spill, options.spill_len).await?),
+        None => None,
+    };
+    match open_filter(options, snapshot, spill.as_ref()).await {
+        Ok(filter) => Ok((spill, filter)),
+        Err(error) => {
+            drop(spill);
+            // The first error is the one that matters.
+            let _closed = close_dead(graph).await;
+            Err(error)
+        }
+    }
 }

@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bds_core::bitmap::HBitmap;
-use bds_core::copy::{self, CopyControl, CopyMap, ErrorSite, ErrorVerdict, Side};
+use bds_core::copy::{self, CopyControl, CopyMap, CopyRead, ErrorSite, ErrorVerdict, Side};
 use bds_core::driver::BoxFuture;
-use bds_core::graph::{BitmapLease, Change, NodeId};
+use bds_core::graph::{BitmapLease, Change, NodeId, NodeRef};
 use bds_core::{Error, ErrorKind, Result};
-use bds_drivers::filter::copy_before_write::{Snapshot, StageFailure};
+use bds_drivers::filter::copy_before_write::{OldData, Snapshot, StageFailure};
 use futures_util::future::{Either, select};
 
 use super::options::{BackupSync, BitmapSync};
@@ -136,12 +136,18 @@ impl Backup {
     }
 
     async fn copy_all(&self, ctx: &JobContext, sides: &Sides, control: &Control<'_>) -> Result<()> {
-        let map = self.snapshot.map();
         if let Some(tracker) = &self.tracker {
+            let map = self.snapshot.map();
             tracker.begin(ctx, &sides.target).await;
             tracker.skip_unchanged(map, &sides.target, || ctx.should_pause()).await?;
         }
-        copy::run(map, &sides.source, &sides.target, &self.copy, control).await
+        let old_data = OldData::new(&self.snapshot, &sides.source);
+        // With staging the guest does not wait for the copy of what it changes.
+        let source: &dyn CopyRead = match self.is_staged {
+            true => &old_data,
+            false => &sides.source,
+        };
+        self.copy_between_drains(source, sides, control).await
     }
 
     /// Waits for a failure beside the copy: of the filter, or of a flush of the target.
@@ -149,6 +155,38 @@ impl Backup {
         let Some(tracker) = &self.tracker else { return self.watch_filter(ctx).await };
         let keep = tracker.keep(ctx, &sides.target);
         select(pin!(keep), pin!(self.watch_filter(ctx))).await.factor_first().0
+    }
+
+    /// Copies until the map is clean. While the filter is drained there is no copy: its requests
+    /// would wait at their gates, writes inside the filter for what they have claimed, and the
+    /// drained section for these writes. What is dropped in between is copied again.
+    async fn copy_between_drains(
+        &self,
+        source: &dyn CopyRead,
+        sides: &Sides,
+        control: &Control<'_>,
+    ) -> Result<()> {
+        let map = self.snapshot.map();
+        loop {
+            self.snapshot.wait_draining(false).await;
+            let copying = pin!(copy::run(map, source, &sides.target, &self.copy, control));
+            let drained = pin!(self.wait_drained(control.ctx));
+            if let Either::Left((done, _)) = select(copying, drained).await {
+                return done;
+            }
+        }
+    }
+
+    /// Waits until the filter is drained and the job is not paused: a pause has nothing in flight,
+    /// and would have to be announced again.
+    async fn wait_drained(&self, ctx: &JobContext) {
+        loop {
+            self.snapshot.wait_draining(true).await;
+            ctx.wait_not_paused().await;
+            if self.snapshot.is_draining() {
+                return;
+            }
+        }
     }
 
     /// Waits for a failure of the filter: the snapshot broke, or staged data cannot be written and
@@ -184,6 +222,7 @@ impl Backup {
     pub(super) async fn give_back(&mut self) -> Result<()> {
         self.snapshot.end();
         self.sides = None;
+        self.spill = None;
         self.lease = None;
         self.frozen = None;
         self.blockers.clear();
@@ -315,6 +354,6 @@ impl JobDriver for Backup {
     }
 
     fn target_nodes(&self) -> Vec<NodeId> {
-        vec![self.target.id()]
+        std::iter::once(&self.target).chain(&self.spill).map(NodeRef::id).collect()
     }
 }

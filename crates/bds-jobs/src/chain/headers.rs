@@ -10,6 +10,7 @@ use bds_core::request::{Backend, BackendOptions};
 use bds_core::{Error, Result};
 
 use super::names;
+use super::take_out::{DROP_TIMEOUT, Deadline};
 use super::writable::MadeWritable;
 
 struct Rewritten {
@@ -64,7 +65,7 @@ impl Headers {
     /// Keeps the new records; images are read-only again that were.
     pub(crate) async fn finish(&mut self) -> Result<()> {
         self.rewritten.clear();
-        self.writable.restore().await
+        self.writable.restore(Deadline::after(DROP_TIMEOUT)).await
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -93,7 +94,7 @@ pub(crate) async fn forget_base(image: &NodeRef, job: &str) {
         let mut writable = MadeWritable::default();
         writable.make(&image).await?;
         let forgotten = async { writer(&image, &job)?.forget_base().await }.await;
-        forgotten.and(writable.restore().await)
+        forgotten.and(writable.restore(Deadline::after(DROP_TIMEOUT)).await)
     };
     // Ends what it has begun also if the set-up of the job is dropped.
     let forgotten: Result<()> = bds_io::spawn_now(forget).detach_on_drop().await;

@@ -7,6 +7,7 @@
 //! last_run  remembers the last run of a block status
 //! headers   rewrites records; writes the old ones back if the job fails
 //! writable  makes read-only images writable, and read-only again
+//! take_out  removes a job's filters; what hangs below them does not keep the job
 //! shield    a filter that uses nothing of its child and lets others do everything
 //! ```
 
@@ -15,4 +16,5 @@ pub(crate) mod last_run;
 pub(crate) mod names;
 pub(crate) mod nodes;
 pub(crate) mod shield;
+pub(crate) mod take_out;
 pub(crate) mod writable;

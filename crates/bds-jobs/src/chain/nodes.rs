@@ -10,6 +10,8 @@ use bds_core::driver::Role;
 use bds_core::graph::{EdgeFacts, Frozen, Graph, JobSlot, NodeId, NodeRef, Parent, walk};
 use bds_core::{ErrorKind, Result};
 
+use crate::context::{JobContext, holder_of, shared_link};
+
 /// How long a job that ends waits for another one that ends beside it, and between two attempts.
 const LINK_PATIENCE: Duration = Duration::from_secs(30);
 const LINK_PAUSE: Duration = Duration::from_millis(5);
@@ -114,15 +116,19 @@ pub(crate) fn claim_all(images: &[NodeRef], job: &str) -> Result<Vec<JobSlot>> {
 }
 
 /// Freezes the link from an image to the node directly below it, for the end of a job. Another job
-/// that ends at the same link is waited for.
-pub(crate) async fn freeze_link(image: &NodeRef, holder: &str) -> Result<Option<Frozen>> {
+/// that ends at the same link is waited for, but for one of the same group, which ends with it.
+pub(crate) async fn freeze_link(image: &NodeRef, ctx: &JobContext) -> Result<Option<Frozen>> {
     let began = bds_io::now();
+    let holder = ctx.holder();
     loop {
         let Some(below) = node_below(image) else { return Ok(None) };
-        match image.graph().freeze_chain(image, &below, holder) {
+        match image.graph().freeze_chain(image, &below, &holder) {
             Ok(frozen) => return Ok(Some(frozen)),
             // `InvalidInput`: another node is below it by now.
             Err(error) if matches!(error.kind(), ErrorKind::InUse | ErrorKind::InvalidInput) => {
+                if let Some(other) = frozen_by_group(image, &below, ctx) {
+                    return Err(shared_link(image, ctx.id(), &other));
+                }
                 if bds_io::now().saturating_sub(began) > LINK_PATIENCE {
                     return Err(error);
                 }
@@ -131,6 +137,13 @@ pub(crate) async fn freeze_link(image: &NodeRef, holder: &str) -> Result<Option<
             Err(error) => return Err(error),
         }
     }
+}
+
+/// The member of the job's group that froze the link.
+fn frozen_by_group(image: &NodeRef, below: &NodeRef, ctx: &JobContext) -> Option<String> {
+    let mut links = image.edges_below().into_iter().filter(|edge| edge.child == below.id());
+    let frozen_by = links.find_map(|edge| edge.frozen_by)?;
+    ctx.other_members().find(|id| holder_of(id) == frozen_by).cloned()
 }
 
 /// Closes the nodes whose last reference is gone: a job's filters, images that were cut out.

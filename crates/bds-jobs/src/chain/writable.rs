@@ -1,7 +1,9 @@
 //! Makes read-only images writable for a job, and read-only again when it ends.
 
 use bds_core::graph::NodeRef;
-use bds_core::{Options, Result};
+use bds_core::{Error, ErrorKind, Options, Result};
+
+use super::take_out::Deadline;
 
 /// Images that a job made writable.
 #[derive(Debug, Default)]
@@ -18,15 +20,18 @@ impl MadeWritable {
         image.graph().reopen(image, Options::new().with("read-only", false)).await
     }
 
-    /// Makes them read-only again. Goes on after an error and returns the first.
-    pub(crate) async fn restore(&mut self) -> Result<()> {
+    /// Makes them read-only again. Goes on after an error and returns the first. One in which
+    /// requests hang until the deadline stays writable.
+    pub(crate) async fn restore(&mut self, deadline: Deadline) -> Result<()> {
         let mut first = Ok(());
         while let Some(image) = self.0.pop() {
             if !image.could_write() {
                 continue;
             }
             let options = Options::new().with("read-only", true);
-            let restored = image.graph().reopen(&image, options).await;
+            let restored = deadline.limit(image.graph().reopen(&image, options)).await;
+            let hangs = || Err(Error::new(ErrorKind::InUse, "requests hang in it"));
+            let restored = restored.unwrap_or_else(hangs);
             let words = "the image cannot be made read-only again";
             first = first.and(restored.map_err(|error| error.context(words).node(image.name())));
         }

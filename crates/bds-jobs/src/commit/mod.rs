@@ -19,6 +19,7 @@ mod options;
 mod sides;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bds_core::copy::{self, CopyMap, RunOptions};
 use bds_core::driver::{BoxFuture, Truncate, ZeroFlags};
@@ -36,6 +37,7 @@ use crate::chain::last_run::LastRun;
 use crate::chain::names::BaseName;
 use crate::chain::nodes::{Overlay, claim_all, close_dead, freeze_link, link_to, overlays};
 use crate::chain::shield::Shield;
+use crate::chain::take_out::{DROP_TIMEOUT, Deadline, take_out};
 use crate::chain::writable::MadeWritable;
 use crate::context::JobContext;
 use crate::driver::{JobDriver, Outcome};
@@ -108,7 +110,7 @@ impl Commit {
         };
         match this.set_up(&plan).await {
             Ok(()) => Ok(Box::new(this)),
-            Err(error) => Err(match this.give_back().await {
+            Err(error) => Err(match this.give_back(DROP_TIMEOUT).await {
                 Ok(()) => error,
                 Err(undo) => error.context(format!("and its set-up cannot be undone ({undo})")),
             }),
@@ -213,12 +215,11 @@ impl Commit {
     }
 
     /// Makes the base and the headers of all overlays durable, and adds the cut to the change.
-    async fn plan_end(&mut self, change: Change) -> Result<Change> {
+    async fn plan_end(&mut self, ctx: &JobContext, change: Change) -> Result<Change> {
         let (Some(plan), Some(users)) = (self.plan.clone(), self.users.as_ref()) else {
             return Ok(change);
         };
-        let holder = format!("job '{}'", self.job);
-        let above = freeze_overlays(plan.top(), &holder, &mut self.held.frozen).await?;
+        let above = freeze_overlays(plan.top(), ctx, &mut self.held.frozen).await?;
         for overlay in &above {
             // It may have grown, or be a new one.
             let end = overlay.image.len().min(users.base.len());
@@ -249,17 +250,18 @@ impl Commit {
     }
 
     /// Undoes the set-up: after a failure, or as far as the end of the job has left it.
-    async fn give_back(&mut self) -> Result<()> {
+    async fn give_back(&mut self, timeout: Duration) -> Result<()> {
+        let deadline = Deadline::after(timeout);
         let written_back = self.headers.write_back(&self.job).await;
         self.users = None;
-        let filters_removed = self.remove_filters().await;
+        let filters_removed = self.remove_filters(deadline).await;
         self.held = Held::default();
         self.plan = None;
-        let restored = self.writable.restore().await;
+        let restored = self.writable.restore(deadline).await;
         written_back.and(filters_removed).and(restored).and(close_dead(&self.graph).await)
     }
 
-    async fn remove_filters(&mut self) -> Result<()> {
+    async fn remove_filters(&mut self, deadline: Deadline) -> Result<()> {
         let ids = std::mem::take(&mut self.filter_ids);
         let mut filters = std::mem::take(&mut self.filters);
         if filters.is_empty() {
@@ -273,8 +275,7 @@ impl Commit {
         for filter in &filters {
             change = change.drop_filter(filter);
         }
-        let removed = change.commit().await.map(drop);
-        removed.map_err(|error| error.context("the job's filters cannot be removed"))
+        take_out(filters, change, deadline).await
     }
 
     fn holds_something(&self) -> bool {
@@ -286,7 +287,7 @@ impl Commit {
 /// links are frozen none can go away; a new one is found in the next round.
 async fn freeze_overlays(
     top: &NodeRef,
-    holder: &str,
+    ctx: &JobContext,
     frozen: &mut Vec<Frozen>,
 ) -> Result<Vec<Overlay>> {
     let mut known: Vec<NodeId> = Vec::new();
@@ -296,7 +297,7 @@ async fn freeze_overlays(
             return Ok(found);
         };
         known.push(new.image.id());
-        frozen.extend(freeze_link(&new.image, holder).await?);
+        frozen.extend(freeze_link(&new.image, ctx).await?);
     }
 }
 
@@ -322,23 +323,30 @@ impl JobDriver for Commit {
 
     fn plan<'a>(
         &'a mut self,
-        _ctx: &'a JobContext,
+        ctx: &'a JobContext,
         change: Change,
     ) -> BoxFuture<'a, Result<Change>> {
-        Box::pin(self.plan_end(change))
+        Box::pin(self.plan_end(ctx, change))
+    }
+
+    /// Those of the overlays.
+    fn relinked_images(&self) -> Vec<NodeRef> {
+        let above = self.plan.iter().flat_map(|plan| overlays(plan.top()));
+        above.map(|overlay| overlay.image).collect()
     }
 
     fn retire<'a>(
         &'a mut self,
-        _ctx: &'a JobContext,
+        ctx: &'a JobContext,
         outcome: Outcome<'a>,
     ) -> BoxFuture<'a, Result<()>> {
+        let timeout = ctx.0.options.cancel_timeout;
         Box::pin(async move {
             let kept = match outcome {
                 Outcome::Committed => self.headers.finish().await,
                 Outcome::Aborted(_) => Ok(()),
             };
-            kept.and(self.give_back().await)
+            kept.and(self.give_back(timeout).await)
         })
     }
 }
@@ -363,7 +371,7 @@ impl Drop for Commit {
             is_remnant: true,
         };
         bds_io::spawn(async move {
-            if let Err(error) = rest.give_back().await {
+            if let Err(error) = rest.give_back(DROP_TIMEOUT).await {
                 tracing::error!(job = rest.job, %error, "commit: the set-up cannot be undone");
             }
         })

@@ -222,7 +222,7 @@ impl Mirror {
     /// See [`crate::JobDriver::run`].
     pub(super) async fn work(&mut self, ctx: &JobContext) -> Result<()> {
         let Some(content) = self.content.clone() else { return self.mirror(ctx, None).await };
-        let target = self.tracking.target.clone();
+        let target = self.tracking.target()?;
         let keep = pin!(content.keep(ctx, &target));
         match select(pin!(self.mirror(ctx, Some(&content))), keep).await {
             Either::Left((done, _)) => done,
@@ -237,9 +237,10 @@ impl Mirror {
         watched.show_progress();
         ctx.pause_point().await;
         if let Some(content) = content {
-            content.begin(ctx, &tracking.target).await;
+            let target = tracking.target()?;
+            content.begin(ctx, &target).await;
             let is_to_stop = || ctx.should_pause() || tracking.has_failure();
-            content.skip_unchanged(&tracking.map, &tracking.target, is_to_stop).await?;
+            content.skip_unchanged(&tracking.map, &target, is_to_stop).await?;
         }
         self.scan(&watched).await?;
         let (mut is_ready, mut is_flushed) = (false, false);
@@ -264,7 +265,7 @@ impl Mirror {
                 if !is_flushed {
                     is_flushed = self.flush_target(&watched).await?;
                     if let Some(content) = content.filter(|_| is_flushed) {
-                        content.read_unknown(self.described(), Some(&tracking.map)).await?;
+                        content.read_unknown(&self.described()?, Some(&tracking.map)).await?;
                     }
                     continue;
                 }
@@ -286,10 +287,10 @@ impl Mirror {
 
     /// The image that a manifest describes where it was not seen while it was copied: the source,
     /// so that the target is proved against it, unless the target is to hold something else.
-    pub(super) fn described(&self) -> &Backend {
+    pub(super) fn described(&self) -> Result<Backend> {
         match self.initial.sync {
-            MirrorSync::None => &self.tracking.target,
-            MirrorSync::Full | MirrorSync::Top => &self.reader,
+            MirrorSync::None => self.tracking.target(),
+            MirrorSync::Full | MirrorSync::Top => Ok(self.reader.clone()),
         }
     }
 
@@ -305,7 +306,8 @@ impl Mirror {
             return Ok(Round::Clean);
         }
         let options = self.run_options();
-        let copy = copy::run(map, &self.reader, &self.tracking.target, &options, watched);
+        let target = self.tracking.target()?;
+        let copy = copy::run(map, &self.reader, &target, &options, watched);
         watched.begin_copy();
         let watch = self.watch(watched, governor, may_end);
         let (copy, watch) = (pin!(copy), pin!(watch));
@@ -413,7 +415,10 @@ impl Mirror {
 
     /// Flushes the target. `false`: it failed, and the policy says to try again.
     async fn flush_target(&self, watched: &Watched<'_>) -> Result<bool> {
-        let Err(error) = self.tracking.target.flush().await else { return Ok(true) };
+        let Err(error) = self.tracking.target()?.flush().await else {
+            watched.ctx.flushed(Side::Target);
+            return Ok(true);
+        };
         match watched.verdict(Side::Target, self.site(0, 0), &error).await {
             ErrorVerdict::Fail => Err(error.context("cannot flush the target")),
             ErrorVerdict::Retry | ErrorVerdict::Skip => Ok(false),
@@ -441,7 +446,8 @@ impl Mirror {
         let map = &self.tracking.map;
         let last = Last { watched, failure: Mutex::new(None) };
         let options = self.run_options();
-        let copied = copy::run(map, &self.reader, &self.tracking.target, &options, &last).await;
+        let target = self.tracking.target().map_err(|e| (Side::Target, self.site(0, 0), e))?;
+        let copied = copy::run(map, &self.reader, &target, &options, &last).await;
         if let Err(error) = copied {
             let failure = last.failure.into_inner().unwrap_or_else(|e| e.into_inner());
             let (side, site) = failure.unwrap_or((Side::Target, self.site(0, 0)));
@@ -452,7 +458,7 @@ impl Mirror {
             let error = Error::new(ErrorKind::InUse, message).node(self.source.name());
             return Err((Side::Source, self.site(0, 0), error));
         }
-        let flushed = self.tracking.target.flush().await;
+        let flushed = target.flush().await;
         flushed.map_err(|error| (Side::Target, self.site(0, 0), error))
     }
 }

@@ -5,6 +5,8 @@
 //! also points the filter itself to the target. So a write that reaches it later by whatever way
 //! goes where the disk is by then.
 
+use std::time::Duration;
+
 use bds_core::graph::{Blocker, Change, EdgeFacts, JobSlot, NodeRef, Parent, Perm};
 use bds_core::request::Backend;
 use bds_core::{Error, ErrorKind, Options, Result};
@@ -15,16 +17,18 @@ use super::filter::Flavour;
 use super::tracking::Mode;
 use crate::JobContext;
 use crate::chain::nodes::close_dead;
+use crate::chain::take_out::{DROP_TIMEOUT, Deadline, take_out};
 
 impl Mirror {
     /// Adds the job's edits to the change of its group.
     pub(super) async fn plan_end(&mut self, ctx: &JobContext, change: Change) -> Result<Change> {
         let replaced = if self.pivots { self.control.find_replaced()? } else { None };
         self.check_writers()?;
-        self.tracking.target.flush().await?;
+        let written = self.tracking.target()?;
+        written.flush().await?;
         if let Some(content) = &self.content {
             content.show(ctx);
-            content.seal(self.described()).await?;
+            content.seal(&self.described()?).await?;
             // From the change on, the guest writes to the target.
             self.has_released = self.pivots && content.release_target().await?;
         }
@@ -42,7 +46,7 @@ impl Mirror {
         if self.pivots {
             change = bitmaps::hand_over(change, source, target, self.bitmaps)?;
         }
-        change = change.eject(&self.main).eject(&self.tracking.target).eject(&self.reader);
+        change = change.eject(&self.main).eject(&written).eject(&self.reader);
         Ok(self.between.iter().fold(change, |change, (edge, _)| change.eject(edge)))
     }
 
@@ -80,18 +84,22 @@ impl Mirror {
                 {
                     tracing::warn!("the target will be read when the mirror goes on: {error}");
                 }
-                content.save(&self.tracking.target).await;
+                if let Ok(target) = self.tracking.target() {
+                    content.save(&target).await;
+                }
                 content.show(ctx);
                 Ok(())
             }
         };
-        self.give_back(is_committed).await.and(ended)
+        let timeout = ctx.0.options.cancel_timeout;
+        self.give_back(is_committed, timeout).await.and(ended)
     }
 
-    /// Gives back everything.
-    pub(super) async fn give_back(&mut self, is_committed: bool) -> Result<()> {
+    /// Gives back everything. Requests of the job to a base of a commit are waited for no longer
+    /// than `timeout`.
+    pub(super) async fn give_back(&mut self, is_committed: bool, timeout: Duration) -> Result<()> {
         match self.begin_giving_back(is_committed) {
-            Some(rest) => rest.finish().await,
+            Some(rest) => rest.finish(timeout).await,
             None => Ok(()),
         }
     }
@@ -99,13 +107,14 @@ impl Mirror {
     /// Gives back what takes no time; `None` if the rest was given back already.
     fn begin_giving_back(&mut self, is_committed: bool) -> Option<Rest> {
         self.tracking.set_mode(Mode::Off);
-        self.tracking.set_delay(std::time::Duration::ZERO);
+        self.tracking.set_delay(Duration::ZERO);
         self.frozen = None;
         // The filter can only be closed outside of drained sections of its own.
         self.drained = None;
         let filter = self.filter.take()?;
         let mut edges: Vec<Backend> = self.between.drain(..).map(|(edge, _)| edge).collect();
-        edges.extend([&self.main, &self.reader, &self.tracking.target].map(Clone::clone));
+        edges.extend([&self.main, &self.reader].map(Clone::clone));
+        edges.extend(self.tracking.take_target());
         let is_read_only = self.restores_read_only && !(is_committed && self.pivots);
         Some(Rest {
             filter,
@@ -123,7 +132,7 @@ impl Drop for Mirror {
         let job = self.job.clone();
         let Some(rest) = self.begin_giving_back(false) else { return };
         let work = async move {
-            if let Err(error) = rest.finish().await {
+            if let Err(error) = rest.finish(DROP_TIMEOUT).await {
                 tracing::warn!(%job, %error, "the filter of a dropped mirror stays in the graph");
             }
         };
@@ -141,24 +150,41 @@ struct Rest {
 }
 
 impl Rest {
-    async fn finish(self) -> Result<()> {
+    /// Edges with a request of the job that hangs, in the base of a commit, only give up their
+    /// permissions. Ejecting them would drain the node that they lead to, with the guest's gates
+    /// closed meanwhile.
+    async fn finish(self, timeout: Duration) -> Result<()> {
         let Self { filter, edges, make_read_only, .. } = self;
         let graph = filter.graph().clone();
-        let change = graph.change().drop_filter(&filter);
-        let taken_out = edges.iter().fold(change, Change::eject).commit().await;
+        let deadline = Deadline::after(timeout);
+        let mut change = graph.change().drop_filter(&filter);
+        for edge in &edges {
+            change = match deadline.limit(edge.drain()).await {
+                Some(idle) => {
+                    drop(idle);
+                    change.eject(edge)
+                }
+                None => edge.stage_access(change, Perm::empty(), Perm::all()),
+            };
+        }
+        let taken_out = take_out(vec![filter], change, deadline).await;
         drop(edges);
-        let mut result = match taken_out {
-            Ok(_) => {
-                drop(filter);
-                close_dead(&graph).await
-            }
-            Err(error) => Err(error.context("the job's filter stays in the graph")),
-        };
+        let mut result = taken_out.and(close_dead(&graph).await);
         if let Some(base) = make_read_only {
-            result = result.and(set_read_only(&base, true).await);
+            result = result.and(restore_read_only(&base, deadline).await);
         }
         result
     }
+}
+
+/// Makes the base of a commit read-only again. The change drains it: with a request inside that
+/// hangs, it stays writable.
+async fn restore_read_only(base: &NodeRef, deadline: Deadline) -> Result<()> {
+    let hangs = || {
+        let words = "requests of the job hang in it: it stays writable";
+        Err(Error::new(ErrorKind::InUse, words).node(base.name()))
+    };
+    deadline.limit(set_read_only(base, true)).await.unwrap_or_else(hangs)
 }
 
 /// Makes a node read-only, or writable.

@@ -18,6 +18,7 @@ use super::filter::{Flavour, MirrorTop};
 use super::options::{DEFAULT_BUF_SIZE, Lookup, MirrorOptions, MirrorSync, find_replaced};
 use super::pass::{Initial, Limits};
 use super::tracking::{Mode, Tracking, TrackingOptions};
+use crate::chain::take_out::DROP_TIMEOUT;
 use crate::record::{ContentTracker, TrackerOptions};
 use crate::{CopyMode, JobChange, JobControl};
 
@@ -76,11 +77,12 @@ impl Mirror {
 
     /// Adds the insertion of the filter to a change. Tracking begins with it.
     pub fn stage(&self, change: Change) -> Change {
+        let written = self.tracking.target().expect("it lives until the job is retired");
         let filter = self.filter.as_ref().expect("it lives until the job is retired");
         let change = change
             .insert_filter(&self.source, filter)
             .insert(&self.main, filter)
-            .insert(&self.tracking.target, &self.target);
+            .insert(&written, &self.target);
         self.between.iter().fold(change, |change, (edge, node)| change.insert(edge, node))
     }
 
@@ -91,7 +93,7 @@ impl Mirror {
     pub async fn inserted(mut self) -> Result<Self> {
         match self.freeze() {
             Ok(()) => Ok(self),
-            Err(error) => match self.give_back(false).await {
+            Err(error) => match self.give_back(false, DROP_TIMEOUT).await {
                 Ok(()) => Err(error),
                 Err(late) => Err(error.context(format!("and the filter stays: {late}"))),
             },
@@ -104,7 +106,7 @@ impl Mirror {
     /// Of the filter's close; everything was given back all the same.
     pub async fn discard(mut self) -> Result<()> {
         undo(self.content.as_deref()).await;
-        self.give_back(false).await
+        self.give_back(false, DROP_TIMEOUT).await
     }
 
     pub(super) async fn insert(self) -> Result<Self> {

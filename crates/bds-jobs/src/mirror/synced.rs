@@ -112,7 +112,7 @@ impl MirrorTopNode {
         let seen = self.tracking.observe(offset, Content::Data(&payload)).await?;
         for range in seen.missing() {
             let part = seen.part(&payload, range);
-            self.tracking.target.write(range.start, part, WriteFlags::empty()).await?;
+            self.tracking.target()?.write(range.start, part, WriteFlags::empty()).await?;
         }
         seen.written();
         Ok(())

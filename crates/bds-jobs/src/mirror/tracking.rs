@@ -18,11 +18,11 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bds_core::Error;
 use bds_core::bitmap::HBitmap;
 use bds_core::copy::{Content, CopyMap, CopyObserver, Examined, Exclusion, Observed};
 use bds_core::driver::{Attempt, ZeroFlags};
 use bds_core::request::Backend;
+use bds_core::{Error, ErrorKind, Result};
 use bds_io::sync::Notify;
 
 use crate::CopyMode;
@@ -50,8 +50,9 @@ pub(super) struct Tracking {
     pub(super) map: CopyMap,
     /// Granules that were left alone because the target shows the same below (`skip_partial`).
     skipped: Option<HBitmap>,
-    /// Written by the job and by synced writes.
-    pub(super) target: Backend,
+    /// Written by the job and by synced writes. Taken out when the job is over: it keeps the graph,
+    /// which keeps the filter, which keeps this.
+    target: Mutex<Option<Backend>>,
     /// Sees what is written there.
     pub(super) observer: Option<Arc<dyn CopyObserver>>,
     /// Zero writes may deallocate.
@@ -91,7 +92,7 @@ pub(super) struct TrackingOptions {
 
 impl Tracking {
     /// Begins with this map, whose bits are complete before the filter sees its first write.
-    pub(super) fn new(options: TrackingOptions) -> bds_core::Result<Self> {
+    pub(super) fn new(options: TrackingOptions) -> Result<Self> {
         let TrackingOptions { map, target, observer, unmap, mode, has_late_backing } = options;
         let skipped = match has_late_backing {
             true => Some(HBitmap::new(map.len(), map.granularity())?),
@@ -100,7 +101,7 @@ impl Tracking {
         Ok(Self {
             map,
             skipped,
-            target,
+            target: Mutex::new(Some(target)),
             observer,
             unmap,
             mode: AtomicU8::new(Mode::from(mode) as u8),
@@ -115,6 +116,26 @@ impl Tracking {
             synced_done: AtomicU64::new(0),
             marking: AtomicUsize::new(0),
         })
+    }
+
+    // ---- target
+
+    /// The job's user of the target.
+    ///
+    /// # Errors
+    /// `Cancelled`: the job is over.
+    pub(super) fn target(&self) -> Result<Backend> {
+        let over = || Error::new(ErrorKind::Cancelled, "the mirror is over");
+        self.lock_target().clone().ok_or_else(over)
+    }
+
+    /// Takes it out, at the end of the job.
+    pub(super) fn take_target(&self) -> Option<Backend> {
+        self.lock_target().take()
+    }
+
+    fn lock_target(&self) -> MutexGuard<'_, Option<Backend>> {
+        self.target.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     // ---- modes
@@ -191,12 +212,9 @@ impl Tracking {
     ///
     /// # Errors
     /// As [`CopyObserver::examine`].
-    pub(super) async fn observe(
-        &self,
-        offset: u64,
-        content: Content<'_>,
-    ) -> bds_core::Result<Observed> {
-        let request = Examined { offset, content, is_unit: false, target: &self.target };
+    pub(super) async fn observe(&self, offset: u64, content: Content<'_>) -> Result<Observed> {
+        let target = self.target()?;
+        let request = Examined { offset, content, is_unit: false, target: &target };
         Observed::new(self.observer.as_ref(), request).await
     }
 
@@ -204,14 +222,11 @@ impl Tracking {
     ///
     /// # Errors
     /// Those of the write, and as [`Tracking::observe`].
-    pub(super) async fn zero_target(
-        &self,
-        range: Range<u64>,
-        flags: ZeroFlags,
-    ) -> bds_core::Result<Attempt> {
+    pub(super) async fn zero_target(&self, range: Range<u64>, flags: ZeroFlags) -> Result<Attempt> {
+        let target = self.target()?;
         let seen = self.observe(range.start, Content::Zeros(range.end - range.start)).await?;
         for part in seen.missing() {
-            let zeroed = self.target.write_zeroes(part.start, part.end - part.start, flags).await?;
+            let zeroed = target.write_zeroes(part.start, part.end - part.start, flags).await?;
             if zeroed == Attempt::Unsupported {
                 return Ok(Attempt::Unsupported);
             }

@@ -18,6 +18,8 @@
 mod options;
 mod sides;
 
+use std::time::Duration;
+
 use bds_core::copy::{self, CopyMap, ErrorVerdict, RunOptions};
 use bds_core::driver::{BackingRecord, BoxFuture, OpenFlags};
 use bds_core::graph::{
@@ -33,6 +35,7 @@ use crate::chain::headers::Headers;
 use crate::chain::last_run::LastRun;
 use crate::chain::names::BaseName;
 use crate::chain::nodes::{claim_all, close_dead, freeze_link, image_below, node_below};
+use crate::chain::take_out::{DROP_TIMEOUT, Deadline, take_out};
 use crate::chain::writable::MadeWritable;
 use crate::context::JobContext;
 use crate::driver::{JobDriver, Outcome};
@@ -91,7 +94,7 @@ impl Stream {
         };
         match this.set_up().await {
             Ok(()) => Ok(Box::new(this)),
-            Err(error) => Err(match this.give_back().await {
+            Err(error) => Err(match this.give_back(DROP_TIMEOUT).await {
                 Ok(()) => error,
                 Err(undo) => error.context(format!("and its set-up cannot be undone ({undo})")),
             }),
@@ -171,11 +174,10 @@ impl Stream {
     }
 
     /// Makes `top` independent of what is cut out, durably, and adds the cut to the change.
-    async fn plan_end(&mut self, change: Change) -> Result<Change> {
+    async fn plan_end(&mut self, ctx: &JobContext, change: Change) -> Result<Change> {
         let Some(bottom) = self.plan.bottom().cloned() else { return Ok(change) };
-        let holder = format!("job '{}'", self.job);
         // From here on the node below is the one that the header names.
-        let link = freeze_link(&bottom, &holder).await?;
+        let link = freeze_link(&bottom, ctx).await?;
         let record = self.record().await?;
         self.headers.rewrite(&self.plan.top, record, &self.job).await?;
         let below = node_below(&bottom);
@@ -194,17 +196,18 @@ impl Stream {
     }
 
     /// Undoes the set-up: after a failure, or as far as the end of the job has left it.
-    async fn give_back(&mut self) -> Result<()> {
-        let filter_removed = self.remove_filter().await;
+    async fn give_back(&mut self, timeout: Duration) -> Result<()> {
+        let deadline = Deadline::after(timeout);
+        let filter_removed = self.remove_filter(deadline).await;
         let written_back = self.headers.write_back(&self.job).await;
         self.top = None;
         self.held = Held::default();
         self.plan.images.truncate(1);
-        let restored = self.writable.restore().await;
+        let restored = self.writable.restore(deadline).await;
         filter_removed.and(written_back).and(restored).and(close_dead(&self.graph).await)
     }
 
-    async fn remove_filter(&mut self) -> Result<()> {
+    async fn remove_filter(&mut self, deadline: Deadline) -> Result<()> {
         let Some(id) = self.filter_id.take() else { return Ok(()) };
         // The change that ends the job took the reference, and may have removed the filter.
         let found = self.filter.take().or_else(|| self.graph.acquire(id).ok());
@@ -213,9 +216,10 @@ impl Stream {
         let change = self.held.frozen.iter().fold(self.graph.change(), Change::thaw);
         // Not removed in the change: that would fail while a query holds the node. The job's is the
         // last reference that stays.
-        let removed = change.drop_filter(&filter).commit().await.map(drop);
+        let change = change.drop_filter(&filter);
+        let removed = take_out(vec![filter], change, deadline).await;
         drop(blockers);
-        removed.map_err(|error| error.context("the job's filter cannot be removed"))
+        removed
     }
 
     fn holds_something(&self) -> bool {
@@ -239,23 +243,29 @@ impl JobDriver for Stream {
 
     fn plan<'a>(
         &'a mut self,
-        _ctx: &'a JobContext,
+        ctx: &'a JobContext,
         change: Change,
     ) -> BoxFuture<'a, Result<Change>> {
-        Box::pin(self.plan_end(change))
+        Box::pin(self.plan_end(ctx, change))
+    }
+
+    /// The new link of `top` is that of the lowest image that goes.
+    fn relinked_images(&self) -> Vec<NodeRef> {
+        self.plan.bottom().cloned().into_iter().collect()
     }
 
     fn retire<'a>(
         &'a mut self,
-        _ctx: &'a JobContext,
+        ctx: &'a JobContext,
         outcome: Outcome<'a>,
     ) -> BoxFuture<'a, Result<()>> {
+        let timeout = ctx.0.options.cancel_timeout;
         Box::pin(async move {
             let kept = match outcome {
                 Outcome::Committed => self.headers.finish().await,
                 Outcome::Aborted(_) => Ok(()),
             };
-            kept.and(self.give_back().await)
+            kept.and(self.give_back(timeout).await)
         })
     }
 
@@ -284,7 +294,7 @@ impl Drop for Stream {
             is_remnant: true,
         };
         bds_io::spawn(async move {
-            if let Err(error) = rest.give_back().await {
+            if let Err(error) = rest.give_back(DROP_TIMEOUT).await {
                 tracing::error!(job = rest.job, %error, "stream: the set-up cannot be undone");
             }
         })

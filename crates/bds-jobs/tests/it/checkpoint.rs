@@ -9,9 +9,10 @@ use bds_core::driver::WriteFlags;
 use bds_core::graph::{BitmapOptions, Graph, NodeRef};
 use bds_core::request::{Backend, BackendOptions};
 use bds_core::{Options, Result};
+use bds_io::sim::{Fault, OpMask};
 use bds_io::{Buf, Sim, Task};
-use bds_jobs::backup::{BackupOptions, BackupSync, BitmapSync};
-use bds_jobs::{Checkpoint, JobManager, JobOptions};
+use bds_jobs::backup::{BackupOptions, BackupSync, BitmapSync, OnCbwError};
+use bds_jobs::{Checkpoint, JobEvent, JobManager, JobOptions};
 use bds_testkit::Chance;
 
 use crate::fake;
@@ -310,6 +311,111 @@ fn a_failure_at_any_position_changes_nothing() {
         });
         sim.block_on(world.graph().shutdown()).check_leaks().unwrap();
     }
+}
+
+/// Scenario 10: grouped increments of two disks under an ordered writer. Where the target of the
+/// second fails after most of it was copied, both end, the second with its error and the first as
+/// cancelled, and both bitmaps keep everything; where both succeed, no copy of the second disk holds
+/// a write that the first lacks.
+#[test]
+fn scenario_10_grouped_increments_of_two_disks_of_which_one_fails() {
+    for seed in 0..4 {
+        let sim = fake::calm(seed);
+        let world = World::on(&sim);
+        sim.block_on(async {
+            let (mut disks, mut copies) = (Vec::new(), Vec::new());
+            for n in 0..2 {
+                disks.push(world.disk(&format!("disk{n}")).await);
+                let name = format!("copy{n}");
+                sim.put_file(&name, &[0; 256 << 10]);
+                let text = format!("driver=file,node-name={name},filename={name}");
+                copies.push(world.graph().open(Options::parse(&text).unwrap()).await.unwrap());
+            }
+            let writer = OrderedWriter::start(&disks, seed);
+            let mut rounds = [0; 2];
+            for round in 0..12_u8 {
+                let fails = round % 3 == 2;
+                for disk in &disks {
+                    for granule in [0, 2, 3] {
+                        let byte = Buf::from_slice(&[round + 1; 512]);
+                        let at = granule * PLACE;
+                        user(disk).write(at, byte.iov(), WriteFlags::empty()).await.unwrap();
+                    }
+                }
+                if fails {
+                    let fault = Fault::sticky(libc::EIO).on(OpMask::WRITE).in_path("copy1");
+                    sim.fail_nth(3, fault);
+                }
+                let is_ok = round_of_increments(&world, &disks, &copies, round == 0).await;
+                sim.clear_faults();
+                assert_eq!(is_ok, !fails, "seed {seed}, round {round}");
+                rounds[usize::from(is_ok)] += 1;
+                if is_ok {
+                    let seen = [number(&copies[0]).await, number(&copies[1]).await];
+                    let is_ordered = seen[0] == seen[1] || seen[0] == seen[1] + 1;
+                    assert!(is_ordered, "seed {seed}, round {round}: {seen:?}");
+                }
+            }
+            assert_eq!(rounds, [4, 8]);
+            assert!(writer.stop().await > 10);
+            drop((disks, copies));
+        });
+        // A file whose write failed is closed with that error at most.
+        sim.block_on(world.graph().shutdown()).check_leaks().unwrap();
+    }
+}
+
+/// Backs up both disks in a group. Returns whether both succeeded, and checks the failure.
+async fn round_of_increments(
+    world: &World,
+    disks: &[NodeRef],
+    copies: &[NodeRef],
+    is_first: bool,
+) -> bool {
+    let mut events = world.jobs.events();
+    let mut checkpoint = Checkpoint::new(&world.jobs).grouped(true);
+    for (n, (disk, copy)) in disks.iter().zip(copies).enumerate() {
+        let id = format!("j{}", n + 1);
+        let mut options = BackupOptions::new(disk, copy, &*id);
+        // The guest does not fail with the target.
+        options.staging_len = 1 << 20;
+        options.max_chunk = 64 << 10;
+        options.on_cbw_error = OnCbwError::BreakSnapshot;
+        if is_first {
+            checkpoint = checkpoint.add_bitmap(disk, BitmapOptions::named("since"));
+        } else {
+            options.sync = BackupSync::Incremental;
+            options.bitmap = Some("since".into());
+            options.bitmap_mode = Some(BitmapSync::OnSuccess);
+        }
+        checkpoint = checkpoint.backup(options, JobOptions::new(&*id));
+    }
+    let taken = checkpoint.take().await.unwrap();
+    let mut results = Vec::new();
+    for job in &taken.jobs {
+        results.push(job.wait().await.map_err(|error| error.errno()));
+    }
+    let is_final =
+        |event: &JobEvent| matches!(event.name(), "BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED");
+    let mut ends: Vec<String> = std::iter::from_fn(|| events.try_next())
+        .filter(is_final)
+        .map(|event| format!("{} {}", event.id().unwrap(), event.name()))
+        .collect();
+    ends.sort();
+    for disk in disks {
+        let bitmap = &disk.bitmaps()[0];
+        assert!(!bitmap.busy && bitmap.recording, "{bitmap:?}");
+    }
+    if results.iter().all(Result::is_ok) {
+        assert_eq!(ends, ["j1 BLOCK_JOB_COMPLETED", "j2 BLOCK_JOB_COMPLETED"]);
+        return true;
+    }
+    assert_eq!(results, [Err(libc::ECANCELED), Err(libc::EIO)]);
+    assert_eq!(ends, ["j1 BLOCK_JOB_CANCELLED", "j2 BLOCK_JOB_COMPLETED"]);
+    for disk in disks {
+        assert_eq!(disk.bitmaps()[0].count, LEN, "nothing was taken from it");
+    }
+    false
 }
 
 /// A group whose second member fails: no bitmap has advanced, and all targets are free again.

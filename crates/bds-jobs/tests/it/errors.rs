@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use bds_core::{Error, ErrorKind};
 use bds_jobs::{
-    ErrorSite, ErrorVerdict, IoStatus, JobEvent, JobOptions, JobStatus, OnError, RetryPolicy, Side,
+    ErrorSite, ErrorVerdict, IoStatus, JobEvent, JobOptions, JobStatus, MAX_FLUSH_ATTEMPTS,
+    OnError, RetryPolicy, Side,
 };
 
 use crate::fake::{Fake, Part, part, run, settle};
@@ -113,6 +114,36 @@ fn ignored_errors_are_tried_again_ever_more_rarely() {
         job.cancel(true).unwrap();
         job.wait().await.unwrap_err();
     });
+}
+
+/// A flush that failed five times on end fails the job, though errors are ignored; failures with a
+/// flush that succeeded in between do not add up, nor do those of a write at offset 0.
+#[test]
+fn ignored_errors_of_flushes_end_the_job_after_a_few_on_end() {
+    for rounds in [vec![4, 4, 4], vec![4, 5]] {
+        run(|jobs| async move {
+            let succeeds = rounds.iter().all(|failures| *failures < MAX_FLUSH_ATTEMPTS);
+            let fake = Fake::running(part(move |ctx| {
+                let rounds = rounds.clone();
+                Box::pin(async move {
+                    let error = Error::new(ErrorKind::Io, "flush");
+                    for failures in rounds {
+                        for len in std::iter::repeat_n(0, failures as usize).chain([512]) {
+                            let site = ErrorSite { offset: 0, len, node: "target".into() };
+                            match ctx.on_error(Side::Target, site, &error).await {
+                                ErrorVerdict::Retry | ErrorVerdict::Skip => {}
+                                ErrorVerdict::Fail => return Err(error),
+                            }
+                        }
+                        ctx.flushed(Side::Target);
+                    }
+                    Ok(())
+                })
+            }));
+            let job = jobs.start(policy(OnError::Ignore), Box::new(fake)).await.unwrap();
+            assert_eq!(job.wait().await.is_ok(), succeeds);
+        });
+    }
 }
 
 #[test]

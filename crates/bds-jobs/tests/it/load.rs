@@ -19,10 +19,21 @@ use bds_core::request::Backend;
 use bds_io::{Buf, Task};
 use bds_testkit::{BLOCK, Chance, StampedDisk, StampedWrite, Tick};
 
-/// Requests in flight.
-const DEPTH: u64 = 8;
-/// Writes between two flushes of a task.
-const FLUSH_EVERY: u64 = 100 / DEPTH;
+/// How much a guest does.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pace {
+    /// Requests in flight.
+    pub(crate) depth: u64,
+    /// Longest time between two requests of a task, in microseconds.
+    pub(crate) max_pause_us: u64,
+    /// Requests of a task; it ends by itself then.
+    pub(crate) most: u64,
+}
+
+/// 4 KiB, queue depth 8, a flush every 100 writes: the load of the scenarios.
+const USUAL: Pace = Pace { depth: 8, max_pause_us: 20, most: u64::MAX };
+/// Requests between two flushes of all tasks.
+const FLUSH_EVERY: u64 = 100;
 
 /// A guest that works on its disk.
 pub(crate) struct Load {
@@ -40,6 +51,11 @@ impl Load {
 
     /// Starts it on a disk that has been written by an earlier load.
     pub(crate) fn resume(guest: &Backend, disk: Arc<StampedDisk>, seed: u64) -> Self {
+        Self::paced(guest, disk, seed, USUAL)
+    }
+
+    /// As [`Load::resume`], at another pace.
+    pub(crate) fn paced(guest: &Backend, disk: Arc<StampedDisk>, seed: u64, pace: Pace) -> Self {
         let is_stopped = Arc::<AtomicBool>::default();
         let failures = Arc::<AtomicU64>::default();
         let worker = |n: u64| {
@@ -47,11 +63,12 @@ impl Load {
                 guest: guest.clone(),
                 disk: Arc::clone(&disk),
                 failures: Arc::clone(&failures),
+                pace,
                 chance: Chance::new(seed.wrapping_mul(31).wrapping_add(n)),
             };
             bds_io::spawn(worker.work(Arc::clone(&is_stopped)))
         };
-        let tasks = (0..DEPTH).map(worker).collect();
+        let tasks = (0..pace.depth).map(worker).collect();
         Self { disk, is_stopped, failures, tasks }
     }
 
@@ -90,12 +107,13 @@ struct Worker {
     guest: Backend,
     disk: Arc<StampedDisk>,
     failures: Arc<AtomicU64>,
+    pace: Pace,
     chance: Chance,
 }
 
 impl Worker {
     async fn work(mut self, is_stopped: Arc<AtomicBool>) -> Result<(), String> {
-        for number in 1.. {
+        for number in 1..self.pace.most {
             if is_stopped.load(Ordering::Relaxed) {
                 break;
             }
@@ -111,6 +129,18 @@ impl Worker {
                         .map(drop);
                     self.end(&write, done);
                 }
+                // Frees clusters beside the writes that allocate some. What a discard leaves is not
+                // told by anyone, so zeros follow.
+                4 => {
+                    let write = self.disk.begin_zero(block);
+                    let mut done = self.guest.discard(write.offset, BLOCK).await;
+                    if done.is_ok() {
+                        let zeros =
+                            self.guest.write_zeroes(write.offset, BLOCK, ZeroFlags::empty());
+                        done = zeros.await.map(drop);
+                    }
+                    self.end(&write, done);
+                }
                 _ => {
                     let write = self.disk.begin_write(block);
                     let iov = write.bytes.clone().into();
@@ -118,7 +148,7 @@ impl Worker {
                     self.end(&write, done);
                 }
             }
-            if number % FLUSH_EVERY == 0 {
+            if number % (FLUSH_EVERY / self.pace.depth) == 0 {
                 let begun = self.disk.begin_flush();
                 match self.guest.flush().await {
                     Ok(()) => self.disk.end_flush(begun),
@@ -126,7 +156,8 @@ impl Worker {
                 }
             }
             // A guest computes too: without it, inline requests would leave no time for others.
-            bds_io::sleep(Duration::from_micros(self.chance.between(1, 20))).await;
+            bds_io::sleep(Duration::from_micros(self.chance.between(1, self.pace.max_pause_us)))
+                .await;
         }
         Ok(())
     }

@@ -169,7 +169,8 @@ impl Entry {
     /// The bits with those of the successor, if there is one.
     pub(super) fn merged_bits(&self) -> Result<Arc<HBitmap>> {
         let Some(successor) = self.all_bits().nth(1) else { return Ok(Arc::clone(&self.bits)) };
-        let merged = self.bits.resized(self.bits.len())?;
+        // The successor alone follows writes past the end.
+        let merged = self.bits.resized(self.bits.len().max(successor.len()))?;
         merged.take_over(successor);
         Ok(Arc::new(merged))
     }

@@ -240,8 +240,10 @@ impl Change {
     /// Removes a node. Takes the reference, even if the change fails; the monitor's too, if it has
     /// one and the change succeeds. What a filter does to its child does not count any more when
     /// the change is checked; what a format still has to write does. The reports are in
-    /// [`ChangeReport::closed`]. Closing waits for drained sections of the nodes below, the
-    /// caller's own included.
+    /// [`ChangeReport::closed`], but for a node that a query ([`Graph::nodes`]) looks at just now:
+    /// it has left the graph's edges, ends with the query's reference, and is reported by the reap
+    /// after that. Closing waits for drained sections of the nodes below, the caller's own
+    /// included.
     #[doc = include_str!("examples/remove.md")]
     pub fn remove(self, node: NodeRef) -> Self {
         self.with(Action::Remove { node })

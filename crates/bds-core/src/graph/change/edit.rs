@@ -234,15 +234,18 @@ impl Editor<'_, '_> {
         target.ok_or_else(|| refuse(filter, "it is not a filter".to_owned()))
     }
 
-    /// Checks that a node to be removed has no holders but the change and the monitor.
+    /// Checks that a node to be removed has no holders but the change, the monitor and queries.
     fn check_removal(&self, action: &Action) -> Result<()> {
         let Action::Remove { node } = action else { return Ok(()) };
         let mut holders = self.graph.holders(node.id());
         let is_owned = self.graph.is_owned(node.id());
         holders.retain(|info| match HolderKind::from(info.kind) {
             // The change's own references end with it (it has its turn alone), and the monitor's
-            // too; edges are checked where they lead in the end.
-            HolderKind::Change | HolderKind::Edge | HolderKind::Backend => false,
+            // too; edges are checked where they lead in the end. A query that looks at it just now
+            // ends by itself, and the node with it.
+            HolderKind::Change | HolderKind::Edge | HolderKind::Backend | HolderKind::Iterator => {
+                false
+            }
             HolderKind::Drain => !set::is_by_change(&info.name),
             HolderKind::Monitor => !is_owned,
             _ => true,

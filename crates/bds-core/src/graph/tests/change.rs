@@ -201,6 +201,25 @@ fn a_node_that_a_waiting_change_refers_to_is_not_removed() {
     });
 }
 
+/// A query is no user: the node leaves the graph, and is closed when the query has ended.
+#[test]
+fn a_node_that_a_query_looks_at_is_removed() {
+    run(|fixture| async move {
+        let node = image(&fixture, "node").await;
+        let top = image(&fixture, "top").await;
+        fixture.graph.set_backing(&top, Some(&node)).await.unwrap();
+        let looked_at: Vec<_> = fixture.graph.nodes();
+        let change = fixture.graph.change().set_backing(&top, None).remove(node);
+        let report = change.commit().await.unwrap();
+        assert!(report.closed.iter().all(|closed| closed.name != "node"), "it lives on");
+        assert!(top.edges_below().iter().all(|edge| edge.child_name != "node"));
+        drop(looked_at);
+        let closed = fixture.graph.reap().await;
+        assert!(closed.iter().any(|closed| closed.name == "node"), "the reap reports it");
+        assert!(fixture.graph.find("node").is_err());
+    });
+}
+
 #[test]
 fn limits_follow_the_graph() {
     run(|fixture| async move {

@@ -1,34 +1,25 @@
-//! Keeps old data: what a change of the node does before it goes on, and the task that writes
-//! staged data to the target.
+//! Keeps old data: what a change of the node does before it goes on.
+//!
+//! With staging, a write that meets a copy by a job does not wait for it, as the job may wait for
+//! the target: it keeps the old data a second time, in the staging area. If the job's copy fails,
+//! the job finds the old data there (`OldData` reads it), or the staging area writes it.
 
 use std::ops::Range;
-use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
 
-use bds_core::copy::{
-    self, Claim, Content, CopyRead, CopyWrite, Examined, Found, Observed, RunOptions,
-};
-use bds_core::driver::{Child, ZeroFlags};
-use bds_core::{Error, ErrorKind, Result};
-use bds_io::IoVec;
-use futures_util::StreamExt as _;
-use futures_util::future::{Either, select};
-use futures_util::stream::FuturesUnordered;
+use bds_core::Result;
+use bds_core::copy::{self, Claim, Content, CopyRead, Examined, Found, Observed, RunOptions};
+use bds_core::driver::Child;
 
 use super::snapshot::{OnCbwError, Snapshot};
-use super::stage::{Next, Space, ToWrite};
+use super::stage::{Data, Space, Staging};
 
-/// Longest run that is staged at once: bounds how long a write waits for the read of old data.
-const MAX_STAGED: u64 = 1 << 20;
-
-/// Staged runs that are written to the target at once.
-const MAX_WRITES: usize = 16;
-
-/// What the node shares with the task that writes staged data.
+/// What the node shares with the tasks that write staged data.
 pub(super) struct Parts {
     pub(super) file: Child,
     pub(super) target: Child,
+    /// Takes staged data that memory has no space for.
+    pub(super) spill: Option<Child>,
     pub(super) snapshot: Arc<Snapshot>,
     /// Shares the file with a writer: the job that discards what it copied.
     pub(super) shares_writes: bool,
@@ -84,15 +75,13 @@ impl Parts {
     async fn stage(self: &Arc<Self>, granules: &Range<u64>) -> Result<()> {
         let snapshot = &self.snapshot;
         while let Some(run) = snapshot.next_unpassed(granules) {
-            if let Some(claim) = snapshot.map.claim_shared(run.clone(), MAX_STAGED) {
-                let claimed = claim.range();
-                if self.stage_claim(claim).await? {
-                    snapshot.let_pass(claimed);
+            if let Some(staging) = snapshot.stage.begin(run.start, run.end) {
+                // Another write may have kept it before this one had its turn.
+                if snapshot.next_unpassed(&staging.range).as_ref() == Some(&staging.range) {
+                    self.stage_run(staging).await?;
                 }
-            } else if snapshot.map.is_clean_in(&run) {
-                snapshot.let_pass(run);
             } else {
-                snapshot.wait_progress(&run).await;
+                snapshot.stage.wait_not_being_staged(run.start).await;
             }
             if snapshot.is_off() {
                 return Ok(());
@@ -101,84 +90,91 @@ impl Parts {
         Ok(())
     }
 
-    /// False: the snapshot was broken.
-    async fn stage_claim(self: &Arc<Self>, claim: Claim<'static>) -> Result<bool> {
+    /// Keeps the beginning of a run, as far as its granules are in one state.
+    async fn stage_run(self: &Arc<Self>, mut staging: Staging<'_>) -> Result<()> {
+        let (snapshot, run) = (&self.snapshot, staging.range.clone());
+        let first = snapshot.map.granules_around(run.start..run.start + 1);
+        if let Some(mut claim) = snapshot.map.claim_shared(first.clone(), 1) {
+            claim.extend(run.end - run.start);
+            let claimed = claim.range();
+            staging.shrink(claimed.end);
+            return self.stage_old_data(claimed, Some(claim)).await;
+        }
+        if snapshot.map.is_clean_in(&run) {
+            snapshot.let_pass(run);
+        } else if snapshot.map.is_clean_in(&first) {
+            snapshot.let_pass(first);
+        } else if self.shares_writes {
+            // A job that discards the disk's data behind its copy: only the copy has it then.
+            snapshot.map.wait_claimable(first).await;
+        } else {
+            // A job copies it, and may wait for the target: its old data is kept here too.
+            staging.shrink(first.end);
+            self.stage_old_data(first, None).await?;
+        }
+        Ok(())
+    }
+
+    /// Reads old data into the staging area and lets it be changed, unless the snapshot breaks.
+    async fn stage_old_data(
+        self: &Arc<Self>,
+        range: Range<u64>,
+        claim: Option<Claim<'static>>,
+    ) -> Result<()> {
         let snapshot = &self.snapshot;
-        let range = claim.range();
         let len = range.end - range.start;
         snapshot.delay(snapshot.stage.delay(len)).await;
         let fails = snapshot.options.on_error == OnCbwError::BreakGuestWrite;
         match snapshot.stage.reserve(len, fails).await {
             Space::Reserved => {}
-            Space::Full => {
-                let words = "the staging area is full";
-                let error = Error::new(ErrorKind::NoMemory, words);
+            Space::Full(error) => {
                 snapshot.break_off(range.start, &error);
-                return Ok(false);
+                return Ok(());
             }
             Space::Failing(error) => return Err(error),
         }
         let mut reserved = Reserved { parts: self, len, is_used: false };
-        let Some(data) = self.old_data(&range).await? else {
+        match (self.old_data(&range).await?, claim) {
             // Not part of the snapshot.
-            claim.done();
-            return Ok(true);
-        };
-        reserved.is_used = true;
-        if snapshot.stage.put(claim, data) {
-            bds_io::spawn(write_staged(Arc::clone(self))).detach();
+            (None, Some(claim)) => claim.done(),
+            // The job finds that out too, and does not wait for the target.
+            (None, None) => {
+                snapshot.map.wait_claimable(range).await;
+                return Ok(());
+            }
+            (Some(data), claim) => {
+                reserved.is_used = true;
+                let is_claimed = claim.is_some();
+                let starts = snapshot.stage.put(range.clone(), claim, data, len);
+                self.start_tasks(starts, range.start, is_claimed);
+            }
         }
-        Ok(true)
+        snapshot.let_pass(range);
+        Ok(())
     }
 
-    /// Reads old data: `Some(None)` for zeros, `None` for what does not belong to the snapshot.
-    async fn old_data(&self, range: &Range<u64>) -> Result<Option<Option<IoVec>>> {
+    /// Reads old data; `None` for what does not belong to the snapshot.
+    async fn old_data(&self, range: &Range<u64>) -> Result<Option<Data>> {
         let len = range.end - range.start;
         let options = &self.snapshot.options;
         let found = self.file.found(range.start, len, options.above).await;
         match found.ok().filter(|run| run.len >= len).map(|run| run.found) {
             Some(Found::Unallocated) => return Ok(None),
-            Some(Found::Zero) if options.write_flags.is_empty() => return Ok(Some(None)),
+            Some(Found::Zero) if options.write_flags.is_empty() => return Ok(Some(Data::Zero)),
             _ => {}
         }
         let buffer = bds_io::Buf::zeroed(usize::try_from(len).unwrap_or(0), 4096).iov();
         self.file.read(range.start, buffer.clone()).await?;
-        Ok(Some(Some(buffer)))
+        Ok(Some(Data::Memory(buffer)))
     }
 
-    /// Writes one staged run to the target.
-    async fn write_to_target(&self, work: &ToWrite) -> Result<()> {
-        let (start, len) = (work.range.start, work.range.end - work.range.start);
-        let target: &dyn CopyWrite = &self.target;
-        let options = &self.snapshot.options;
-        let Some(data) = &work.data else {
-            let seen = self.observe(start, Content::Zeros(len), false).await?;
-            for range in seen.missing() {
-                let len = range.end - range.start;
-                let zeroed = target.write_zeroes(range.start, len, ZeroFlags::MAY_UNMAP).await;
-                let _only_without_fallback = zeroed?;
-            }
-            seen.written();
-            return Ok(());
-        };
-        let unit = options.compress.and_then(|unit| usize::try_from(unit).ok());
-        for at in (0..data.len()).step_by(unit.unwrap_or(data.len()).max(1)) {
-            let piece = data.slice(at..data.len().min(at + unit.unwrap_or(data.len())));
-            let piece_start = start + at as u64;
-            let seen = self.observe(piece_start, Content::Data(&piece), unit.is_some()).await?;
-            for range in seen.missing() {
-                let part = seen.part(&piece, range);
-                match unit {
-                    Some(_) => target.write_compressed(range.start, part).await?,
-                    None => target.write(range.start, part, options.write_flags).await?,
-                }
-            }
-            seen.written();
-        }
-        Ok(())
-    }
-
-    async fn observe(&self, offset: u64, content: Content<'_>, is_unit: bool) -> Result<Observed> {
+    /// Shows the observer of the copy what is to be written to the target.
+    pub(super) async fn observe(
+        &self,
+        offset: u64,
+        content: Content<'_>,
+        is_unit: bool,
+    ) -> Result<Observed> {
         let request = Examined { offset, content, is_unit, target: &self.target };
         Observed::new(self.snapshot.options.observer.as_ref(), request).await
     }
@@ -195,68 +191,6 @@ impl Drop for Reserved<'_> {
     fn drop(&mut self) {
         if !self.is_used {
             self.parts.snapshot.stage.unreserve(self.len);
-        }
-    }
-}
-
-/// Writes staged data to the target until there is none, or the snapshot is off.
-async fn write_staged(parts: Arc<Parts>) {
-    let stage = &parts.snapshot.stage;
-    let mut writes = FuturesUnordered::new();
-    loop {
-        let next = match writes.len() {
-            MAX_WRITES.. => Next::Wait(Some(Duration::MAX)),
-            under_way => stage.take_next(under_way == 0),
-        };
-        let time = match next {
-            Next::End => return,
-            Next::Write(work) => {
-                writes.push(parts.write_one(work));
-                continue;
-            }
-            Next::Wait(time) => time,
-        };
-        let ended = async {
-            match writes.next().await {
-                Some(ended) => ended,
-                None => std::future::pending().await,
-            }
-        };
-        if let Either::Left((ended, _)) = select(pin!(ended), pin!(parts.wait_work(time))).await {
-            parts.count_written(ended);
-        }
-    }
-}
-
-impl Parts {
-    /// Waits for the next entry that may be written. `Duration::MAX`: no more may be written now.
-    async fn wait_work(&self, time: Option<Duration>) {
-        match time {
-            Some(Duration::MAX) => self.snapshot.wait_off().await,
-            None => self.snapshot.stage.wait_work().await,
-            Some(time) => {
-                let work = self.snapshot.stage.wait_work();
-                select(pin!(work), pin!(bds_io::sleep(time))).await;
-            }
-        }
-    }
-
-    async fn write_one(&self, work: ToWrite) -> (u64, Result<()>) {
-        let result = self.write_to_target(&work).await;
-        (work.range.start, result)
-    }
-
-    fn count_written(&self, (start, result): (u64, Result<()>)) {
-        let snapshot = &self.snapshot;
-        let breaks = match &result {
-            Err(error) if snapshot.options.on_error == OnCbwError::BreakSnapshot => {
-                Some(error.duplicate())
-            }
-            _ => None,
-        };
-        snapshot.stage.written(start, result);
-        if let Some(error) = breaks {
-            snapshot.break_off(start, &error);
         }
     }
 }

@@ -2,18 +2,21 @@
 //! node can be read on.
 //!
 //! ```text
-//! frozen    reads of old data in the node, which writes wait for
-//! stage     old data in memory, on its way to the target
-//! snapshot  which granules are to be kept, were kept, may be changed
-//! keep      what a change does before it goes on; the task that writes staged data
-//! view      reads of the snapshot
-//! node      the driver
+//! frozen        reads of old data in the node, which writes wait for
+//! stage         old data in memory and in a spill file, on its way to the target
+//! snapshot      which granules are to be kept, were kept, may be changed
+//! keep          what a change does before it goes on
+//! write_behind  the tasks that write staged data to the target, and to the spill file
+//! view          reads of the snapshot
+//! old_data      reads of a job that copies the rest
+//! node          the driver
 //! ```
 //!
 //! Options are QEMU's `file`, `target`, `bitmap`, `on-cbw-error`, `cbw-timeout` (seconds) and
-//! `min-cluster-size`, and `staging-size` (bytes) with `staging-policy`, which QEMU does not have:
-//! with them a write waits only until its old data is in memory, and a target that is slow or stuck
-//! holds up no guest until the area is full. The snapshot is read through `snapshot-access`.
+//! `min-cluster-size`, and some that QEMU does not have: `staging-size` (bytes), `spill` (a node)
+//! with `spill-size` (bytes), and `staging-policy`. With them a write waits only until its old data
+//! is in memory, and a target that is slow or stuck holds up no guest until memory and spill file
+//! are full. The snapshot is read through `snapshot-access`.
 //!
 //! Errors at open: `InvalidInput`: the sizes differ, or an option is out of range.
 //!
@@ -24,9 +27,11 @@ pub mod access;
 mod frozen;
 mod keep;
 mod node;
+mod old_data;
 mod snapshot;
 mod stage;
 mod view;
+mod write_behind;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -42,8 +47,9 @@ use bds_core::{Error, ErrorKind, Result};
 use super::pass_through::filter_type;
 use keep::Parts;
 use node::CopyBeforeWriteNode;
+pub use old_data::OldData;
 pub use snapshot::{OnCbwError, Snapshot, SnapshotOptions};
-pub use stage::{AtLimit, StageFailure};
+pub use stage::{AtLimit, StageFailure, StagingInfo};
 
 /// Smallest granule, in bytes.
 pub const MIN_GRANULE: u32 = 64 << 10;
@@ -59,6 +65,7 @@ const fn spec(name: &'static str, kind: OptionKind, help: &'static str) -> Optio
 const OPEN_OPTIONS: &[OptionSpec] = &[
     spec("file", OptionKind::Child, "the node whose old data is kept"),
     spec("target", OptionKind::Child, "the node that old data is copied to"),
+    spec("spill", OptionKind::Child, "a node that takes old data which memory has no space for"),
     spec("bitmap.node", OptionKind::String, "the file's node, for a bitmap"),
     spec("bitmap.name", OptionKind::String, "a bitmap: only what is dirty in it is kept"),
     OptionSpec {
@@ -85,6 +92,7 @@ const OPEN_OPTIONS: &[OptionSpec] = &[
         help: "bytes of old data that may wait in memory for the target; 0: writes wait for it",
         default: Some("0"),
     },
+    spec("spill-size", OptionKind::Size, "bytes of the spill node that are used; default: all"),
     OptionSpec {
         name: "staging-policy",
         kind: OptionKind::Choice(&["stall", "break-snapshot", "throttle"]),
@@ -99,7 +107,9 @@ impl CopyBeforeWrite {
     async fn open_node(&self, context: &mut OpenContext<'_>) -> Result<CopyBeforeWriteNode> {
         let mut options = take_options(&mut context.options)?;
         let min_len = take_min_cluster(&mut context.options)?;
-        let (file, target) = open_children(context).await?;
+        let children = open_children(context).await?;
+        let Children { file, target, spill } = &children;
+        options.spill_len = spill_len(spill.as_ref(), context.options.take_size("spill-size")?)?;
         if target.status_down_to(&file.node_name(), 0, 0).await.is_ok() {
             check_target_above(options.staging_len)?;
             options.write_flags = WriteFlags::SERIALISING;
@@ -107,11 +117,11 @@ impl CopyBeforeWrite {
         let info = target.info().await?;
         let granule = granule(min_len, info.cluster_size)?;
         let map = Arc::new(CopyMap::new(file.len(), granule)?);
-        match take_bitmap(&mut context.options, &file)? {
+        match take_bitmap(&mut context.options, file)? {
             Some(bits) => map.bitmap().merge(&bits)?,
             None => map.mark_all(),
         }
-        make_node(context, (file, target), Snapshot::new(map, options)?, false)
+        make_node(context, children, Snapshot::new(map, options)?, false)
     }
 }
 
@@ -140,7 +150,7 @@ impl DriverType for SharedCopyBeforeWrite {
     }
 
     fn open_options(&self) -> &'static [OptionSpec] {
-        &OPEN_OPTIONS[..2]
+        &OPEN_OPTIONS[..3]
     }
 
     fn open<'a>(
@@ -184,7 +194,14 @@ pub fn granule(min_len: u64, cluster_len: Option<u64>) -> Result<u32> {
     })
 }
 
-async fn open_children(context: &mut OpenContext<'_>) -> Result<(Child, Child)> {
+/// The nodes below the filter.
+struct Children {
+    file: Child,
+    target: Child,
+    spill: Option<Child>,
+}
+
+async fn open_children(context: &mut OpenContext<'_>) -> Result<Children> {
     let file = context.child("file", Role::FILTERED | Role::PRIMARY).await?;
     // Without a role: the target holds none of this node's bytes, so its flush is not this node's.
     let target = context.child("target", Role::empty()).await?;
@@ -192,12 +209,35 @@ async fn open_children(context: &mut OpenContext<'_>) -> Result<(Child, Child)> 
         let words = "Source and target image have different sizes";
         return Err(Error::new(ErrorKind::InvalidInput, words));
     }
-    Ok((file, target))
+    let spill = context.reference("spill", Role::empty(), None).await?;
+    Ok(Children { file, target, spill })
+}
+
+/// Bytes of the spill node that are used; 0 without one.
+///
+/// # Errors
+/// `InvalidInput`: it is shorter than that; there is none, and a size was given.
+fn spill_len(spill: Option<&Child>, wanted: Option<u64>) -> Result<u64> {
+    let wrong = |words: String| Err(Error::new(ErrorKind::InvalidInput, words));
+    let Some(spill) = spill else {
+        return match wanted {
+            None | Some(0) => Ok(0),
+            Some(_) => wrong("option 'spill-size' needs a node as 'spill'".to_owned()),
+        };
+    };
+    match (wanted.filter(|len| *len != 0), spill.len()) {
+        (Some(wanted), len) if wanted > len => {
+            let name = spill.node_name();
+            wrong(format!("spill node '{name}' has only {len} bytes: make it larger"))
+        }
+        (_, 0) => wrong(format!("spill node '{}' is empty: make it larger", spill.node_name())),
+        (wanted, len) => Ok(wanted.unwrap_or(len)),
+    }
 }
 
 fn make_node(
     context: &OpenContext<'_>,
-    (file, target): (Child, Child),
+    Children { file, target, spill }: Children,
     snapshot: Arc<Snapshot>,
     shares_writes: bool,
 ) -> Result<CopyBeforeWriteNode> {
@@ -205,8 +245,11 @@ fn make_node(
         let words = "the disk was resized meanwhile";
         return Err(Error::new(ErrorKind::InvalidInput, words));
     }
+    spill_len(spill.as_ref(), Some(snapshot.options.spill_len))?;
     snapshot.attach(context.node_name, context.events.clone())?;
-    Ok(CopyBeforeWriteNode(Arc::new(Parts { file, target, snapshot, shares_writes })))
+    let parts = Arc::new(Parts { file, target, spill, snapshot, shares_writes });
+    parts.snapshot.set_parts(&parts);
+    Ok(CopyBeforeWriteNode(parts))
 }
 
 /// The dirty bits of the bitmap that the options name.

@@ -90,6 +90,7 @@ impl Driver for CopyBeforeWriteNode {
             if whole.start >= whole.end {
                 return Ok(());
             }
+            snapshot.stage.give_up(&whole);
             // A copy that is under way writes what is discarded; its readers are refused already.
             snapshot.map.wait_idle(whole.clone()).await;
             target.discard(whole.start, whole.end - whole.start).await
@@ -97,7 +98,7 @@ impl Driver for CopyBeforeWriteNode {
     }
 
     /// The file is written by the parents of this node alone; the target is written, and may be
-    /// written by others, but not resized.
+    /// written by others, but not resized; the spill node is this node's alone.
     fn child_access(&self, name: &str, role: Role, node: &NodeUse) -> Access {
         if name == "target" {
             let perm = match node.is_active {
@@ -105,6 +106,13 @@ impl Driver for CopyBeforeWriteNode {
                 false => Perm::empty(),
             };
             return Access { perm, shared: Perm::all() - Perm::RESIZE };
+        }
+        if name == "spill" {
+            let perm = match node.is_active {
+                true => Perm::CONSISTENT_READ | Perm::WRITE,
+                false => Perm::empty(),
+            };
+            return Access { perm, shared: Perm::CONSISTENT_READ };
         }
         let mut access = Access::of_child(role, node);
         access.perm = (access.perm | Perm::CONSISTENT_READ) - Perm::RESIZE;
@@ -129,7 +137,7 @@ impl Driver for CopyBeforeWriteNode {
     fn close(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async {
             self.0.snapshot.end();
-            self.0.snapshot.stage.wait_no_writer().await;
+            self.0.snapshot.stage.wait_no_task().await;
             Ok(())
         })
     }

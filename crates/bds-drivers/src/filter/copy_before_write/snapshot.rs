@@ -15,7 +15,7 @@ use std::fmt;
 use std::ops::Range;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use bds_core::bitmap::HBitmap;
@@ -28,7 +28,8 @@ use bds_io::sync::Notify;
 use futures_util::future::{Either, select};
 
 use super::frozen::FrozenReads;
-use super::stage::{AtLimit, Stage, StageFailure};
+use super::keep::Parts;
+use super::stage::{AtLimit, Limits, MIN_GRANULES, Stage, StageFailure, StagingInfo};
 
 /// What happens to a write whose old data cannot be kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -50,6 +51,8 @@ pub struct SnapshotOptions {
     pub timeout: Option<Duration>,
     /// Bytes of old data that may wait in memory for the target; 0: writes wait for the target.
     pub staging_len: u64,
+    /// Bytes of old data that may wait in the spill file beside; 0: there is none.
+    pub spill_len: u64,
     /// Policy when that much waits.
     pub at_limit: AtLimit,
     /// Flags of writes to the target.
@@ -80,20 +83,22 @@ pub struct Snapshot {
     pub(super) options: SnapshotOptions,
     /// Broken or ended: everything passes.
     is_off: AtomicBool,
-    /// Set while writes are not delayed.
+    /// A drained section of the filter: writes are not delayed, and a job does not copy.
     is_draining: AtomicBool,
     broken: OnceLock<Broken>,
     /// Notified when granules may pass, and when the snapshot is off.
     changed: Notify,
     /// The filter's name and its events.
     filter: OnceLock<(String, EventSender)>,
+    /// The filter's children, while it is open.
+    parts: OnceLock<Weak<Parts>>,
 }
 
 impl fmt::Debug for Snapshot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Snapshot")
             .field("map", &self.map)
-            .field("staged_bytes", &self.stage.bytes())
+            .field("staging", &self.staging())
             .field("is_off", &self.is_off())
             .finish_non_exhaustive()
     }
@@ -103,20 +108,29 @@ impl Snapshot {
     /// A snapshot of the granules that are dirty in the map now.
     ///
     /// # Errors
-    /// As [`HBitmap::new`].
+    /// As [`HBitmap::new`]. `InvalidInput`: there is a spill file, and its size or that of the
+    /// memory is less than four granules.
     pub fn new(map: Arc<CopyMap>, options: SnapshotOptions) -> Result<Arc<Self>> {
         let access = HBitmap::new(map.len(), map.granularity())?;
         access.merge(map.bitmap())?;
+        let limits = Limits {
+            memory: options.staging_len,
+            spill: options.spill_len,
+            granule: map.granularity(),
+            policy: options.at_limit,
+        };
+        check_spill(&options, map.granularity())?;
         Ok(Arc::new(Self {
             access,
             passed: HBitmap::new(map.len(), map.granularity())?,
             frozen: FrozenReads::default(),
-            stage: Stage::new(options.staging_len, options.at_limit),
+            stage: Stage::new(limits),
             is_off: AtomicBool::new(false),
             is_draining: AtomicBool::new(false),
             broken: OnceLock::new(),
             changed: Notify::new(),
             filter: OnceLock::new(),
+            parts: OnceLock::new(),
             options,
             map,
         }))
@@ -127,9 +141,9 @@ impl Snapshot {
         &self.map
     }
 
-    /// Bytes of old data that wait in memory.
-    pub fn staged_bytes(&self) -> u64 {
-        self.stage.bytes()
+    /// What the staging area holds now.
+    pub fn staging(&self) -> StagingInfo {
+        self.stage.info()
     }
 
     /// True once it is broken or has ended.
@@ -186,6 +200,16 @@ impl Snapshot {
         })
     }
 
+    /// Lets a job read what is staged: called once the filter has its children.
+    pub(super) fn set_parts(&self, parts: &Arc<Parts>) {
+        let _set_once = self.parts.set(Arc::downgrade(parts));
+    }
+
+    /// The filter's children; `None`: it is not open.
+    pub(super) fn parts(&self) -> Option<Arc<Parts>> {
+        self.parts.get()?.upgrade()
+    }
+
     /// True if a change of the range needs nothing to be kept: no lock, no allocation.
     #[inline]
     pub(super) fn lets_pass(&self, range: &Range<u64>) -> bool {
@@ -212,16 +236,20 @@ impl Snapshot {
         (passed, offset + len)
     }
 
-    /// Waits until a part of the range may pass, or can be claimed, or is clean.
-    pub(super) async fn wait_progress(&self, range: &Range<u64>) {
-        let passed = self.changed.wait_until(|| self.passed.next_dirty(range.clone()).is_some());
-        select(pin!(passed), pin!(self.map.wait_claimable(range.clone()))).await;
-    }
-
     /// Sleeps, but not while the node is drained or once the snapshot is off.
     pub(super) async fn delay(&self, time: Duration) {
-        let goes = || self.is_off() || self.is_draining.load(Ordering::SeqCst);
+        let goes = || self.is_off() || self.is_draining();
         select(pin!(self.changed.wait_until(goes)), pin!(bds_io::sleep(time))).await;
+    }
+
+    /// Waits until a drained section of the filter begins, or until there is none.
+    pub async fn wait_draining(&self, is_draining: bool) {
+        self.changed.wait_until(|| self.is_draining() == is_draining).await;
+    }
+
+    /// Whether a drained section of the filter is in force.
+    pub fn is_draining(&self) -> bool {
+        self.is_draining.load(Ordering::SeqCst)
     }
 
     pub(super) fn set_draining(&self, is_draining: bool) {
@@ -294,5 +322,20 @@ impl Snapshot {
 impl Broken {
     fn error(&self) -> Error {
         self.error.duplicate().context("the snapshot is broken").at(self.offset)
+    }
+}
+
+/// Writes to the target take up to half of the memory; the rest must hold a run for a guest.
+fn check_spill(options: &SnapshotOptions, granule: u32) -> Result<()> {
+    let least = u64::from(granule) * MIN_GRANULES;
+    let short = |field, len: u64| {
+        let words = format!("with a spill file it must be {least} bytes at least");
+        Err(Error::new(ErrorKind::InvalidInput, words).field(field, len))
+    };
+    match (options.spill_len, options.staging_len) {
+        (0, _) => Ok(()),
+        (_, memory) if memory < least => short("staging-size", memory),
+        (spill, _) if spill < least => short("spill-size", spill),
+        _ => Ok(()),
     }
 }

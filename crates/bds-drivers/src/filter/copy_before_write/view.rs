@@ -5,8 +5,21 @@ use bds_core::driver::{Precision, ReadFlags, StatusFlags, StatusRun};
 use bds_io::IoVec;
 
 use super::keep::Parts;
+use super::stage::Staged;
 
 impl Parts {
+    /// Copies what is staged at `at` into the beginning of `iov`. Returns the number of bytes.
+    pub(super) async fn read_staged(&self, at: u64, iov: &IoVec) -> Result<u64> {
+        match self.snapshot.stage.read(at, iov) {
+            Staged::Nothing => Ok(0),
+            Staged::Copied(len) => Ok(len as u64),
+            Staged::Spilled(place, from, len) => {
+                self.read_spilled(&place, from, iov.slice(0..len)).await?;
+                Ok(len as u64)
+            }
+        }
+    }
+
     /// Fills `iov` with the bytes of the snapshot.
     pub(super) async fn read_snapshot(&self, offset: u64, iov: IoVec) -> Result<()> {
         let Parts { snapshot, file, target, .. } = self;
@@ -21,7 +34,7 @@ impl Parts {
                 iov.slice(index(at)..index(to))
             };
             let end = if passed {
-                match snapshot.stage.read(at, &slice(run_end)) as u64 {
+                match self.read_staged(at, &slice(run_end)).await? {
                     0 => {
                         // It may reach the target meanwhile, but not leave it.
                         let staged = snapshot.stage.next(at).map_or(run_end, |staged| staged.start);

@@ -23,6 +23,8 @@ pub(super) struct Control {
     released: Notify,
     /// Writes fail with this errno; 0: they do not.
     pub(super) errno: AtomicU64,
+    /// Reads fail with this errno; 0: they do not.
+    pub(super) read_errno: AtomicU64,
     /// Virtual time of a write in microseconds.
     pub(super) delay_us: AtomicU64,
     pub(super) writes: AtomicU64,
@@ -98,6 +100,11 @@ impl Driver for ControlledDisk {
     fn read(&self, offset: u64, iov: IoVec, _flags: ReadFlags) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
             bds_io::yield_now().await;
+            let errno = self.0.read_errno.load(Ordering::SeqCst);
+            if errno != 0 {
+                let errno = std::io::Error::from_raw_os_error(errno as i32);
+                return Err(Error::io(errno, "injected"));
+            }
             let at = offset as usize;
             iov.copy_from(0, &self.0.bytes.lock().unwrap()[at..at + iov.len()]);
             bds_io::yield_now().await;

@@ -2,6 +2,8 @@
 //! under random writes; slow, stuck and failing targets; policies; permissions.
 
 mod disk;
+mod scenarios;
+mod spill;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,12 +23,15 @@ use disk::{Control, ControlledType};
 
 const GRANULE: u64 = 64 << 10;
 const LEN: u64 = 20 * GRANULE + 1536;
+/// Length of the spill node of the worlds that have one.
+const SPILL_LEN: u64 = 8 * GRANULE;
 
 /// A guest's disk with the filter on it, its target, and a reader of the snapshot.
 struct World {
     fixture: Fixture,
     source: Arc<Control>,
     target: Arc<Control>,
+    spill: Arc<Control>,
     guest: Backend,
     reader: Backend,
     disk: NodeRef,
@@ -63,6 +68,11 @@ impl World {
         let disk = open(&fixture, "disk", &source).await;
         let copy = open(&fixture, "copy", &target).await;
         let guest = user(&disk, "guest", true).unwrap();
+        let spill = Control::new(vec![0xEE; SPILL_LEN as usize]);
+        let _node = open(&fixture, "spill", &spill).await;
+        if options.get("spill-size").is_some() {
+            options["spill"] = json!("spill");
+        }
         options["driver"] = json!("copy-before-write");
         options["node-name"] = json!("filter");
         (options["file"], options["target"]) = (json!("disk"), json!("copy"));
@@ -75,7 +85,7 @@ impl World {
         let reader = BackendOptions { perm: Some(perm), ..Default::default() };
         let reader = Backend::new(&view, reader).unwrap();
         let events = fixture.graph.events();
-        Self { fixture, source, target, guest, reader, disk, copy, filter, events, start }
+        Self { fixture, source, target, spill, guest, reader, disk, copy, filter, events, start }
     }
 
     async fn write(&self, offset: u64, len: u64, byte: u8) -> Result<()> {
@@ -128,13 +138,15 @@ async fn guest(disk: Backend, mut model: Vec<u8>, seed: u64, count: usize) -> Ve
     model
 }
 
-fn configurations() -> [Value; 5] {
+fn configurations() -> [Value; 7] {
     [
         json!({}),
         json!({"staging-size": 8 << 20}),
         json!({"staging-size": 128 << 10}),
         json!({"staging-size": 256 << 10, "staging-policy": "throttle"}),
         json!({"min-cluster-size": 256 << 10, "staging-size": 1}),
+        json!({"staging-size": 256 << 10, "spill-size": 320 << 10}),
+        json!({"staging-size": 256 << 10, "spill-size": 0, "staging-policy": "throttle"}),
     ]
 }
 
@@ -145,6 +157,7 @@ fn readers_of_the_snapshot_see_the_start_state() {
             run(seed, options.clone(), async |world| {
                 if seed % 2 == 1 {
                     world.target.delay_us.store(500, Ordering::SeqCst);
+                    world.spill.delay_us.store(seed * 40, Ordering::SeqCst);
                 }
                 let guests: Vec<_> = (0..3)
                     .map(|n| {

@@ -42,6 +42,13 @@ fn kinds() -> Vec<ImageKind> {
         q("512-preallocate").upon(
             json!({"driver": "preallocate", "prealloc-align": 8192, "prealloc-size": 20_000}),
         ),
+        q("512-copy-before-write").sized(512 * 160, 512 * 160).through(json!({
+            "driver": "copy-before-write", "target": {"driver": "mem", "size": 512 * 160}
+        })),
+        q("512-staged").sized(512 * 160, 512 * 160).through(json!({
+            "driver": "copy-before-write", "target": {"driver": "mem", "size": 512 * 160},
+            "staging-size": 65536
+        })),
         q("512-compress").backed(50_000).through(json!({"driver": "compress"})),
     ]
 }

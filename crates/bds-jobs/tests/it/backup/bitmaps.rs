@@ -3,7 +3,10 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use bds_core::driver::{Truncate, WriteFlags};
 use bds_core::graph::{BitmapOptions, NodeRef};
+use bds_core::{ErrorKind, Options};
+use bds_io::Buf;
 use bds_jobs::backup::{BackupOptions, BackupSync, BitmapSync};
 
 use super::kit::{LEN, World, Writer, content, run, user};
@@ -141,4 +144,69 @@ fn a_chain_of_increments_restores_each_point() {
             }
         });
     }
+}
+
+/// Scenario 38: commands for bitmaps while a backup holds one. What does not fit is refused by its
+/// kind, nothing changes, and the job ends well.
+#[test]
+fn scenario_38_commands_for_bitmaps_beside_a_backup() {
+    run(3, async |world: World| {
+        let source = world.make("disk", "mem").await;
+        let text = "driver=mem,node-name=other,size=1M";
+        let other = world.graph().open(Options::parse(text).unwrap()).await.unwrap();
+        let fine =
+            |name: &str| BitmapOptions { granularity: Some(512), ..BitmapOptions::named(name) };
+        for (node, options) in [
+            (&source, BitmapOptions::named("busy")),
+            (&source, BitmapOptions::named("sum")),
+            (&source, fine("fine")),
+            (&other, BitmapOptions::named("long")),
+        ] {
+            node.add_bitmap(options).await.unwrap();
+        }
+        let guest = user(&source, true);
+        guest.write(GRANULE, Buf::from_slice(&[1; 512]).iov(), WriteFlags::empty()).await.unwrap();
+        let (target, control) = world.controlled("copy").await;
+        control.hold();
+        let mut options = BackupOptions::new(&source, &target, "job0");
+        options.sync = BackupSync::Incremental;
+        options.bitmap = Some("busy".into());
+        options.bitmap_mode = Some(BitmapSync::OnSuccess);
+        let job = world.start(options).await;
+        let state = || format!("{:?}", source.bitmaps());
+        let before = state();
+
+        let refusals = [
+            source.clear_bitmap("busy").await,
+            source.enable_bitmap("busy").await,
+            source.disable_bitmap("busy").await,
+            source.remove_bitmap("busy").await,
+            source.merge_bitmaps("busy", &[]).await,
+            source.merge_bitmaps("busy", &[(&source, "fine")]).await,
+            source.merge_bitmaps("sum", &[(&source, "busy")]).await,
+            source.merge_bitmaps("sum", &[(&source, "fine"), (&source, "busy")]).await,
+        ];
+        for refused in refusals {
+            let error = refused.unwrap_err();
+            let text = "Bitmap 'busy' is currently in use by another operation and cannot be used";
+            assert_eq!((error.kind(), error.message()), (ErrorKind::InUse, text));
+        }
+        let error = source.merge_bitmaps("sum", &[(&other, "long")]).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        assert!(error.message().contains("are of different sizes"), "{error}");
+        guest.truncate(Truncate::to(LEN * 2)).await.unwrap_err();
+        assert_eq!((state(), source.len()), (before.clone(), LEN));
+        // A merge of nothing does nothing; one of another granularity rounds outwards.
+        source.merge_bitmaps("sum", &[]).await.unwrap();
+        assert_eq!(state(), before);
+        source.clear_bitmap("sum").await.unwrap();
+        source.merge_bitmaps("sum", &[(&source, "fine")]).await.unwrap();
+        assert_eq!(dirty(&source, "sum"), [1]);
+
+        control.release();
+        job.wait().await.unwrap();
+        assert_eq!(dirty(&source, "busy"), Vec::<u64>::new());
+        source.remove_bitmap("busy").await.unwrap();
+        guest.truncate(Truncate::to(LEN * 2)).await.unwrap();
+    });
 }

@@ -1,12 +1,24 @@
 //! Power cuts: after COMPLETED the copy is complete; before, the disk is legal.
+//!
+//! A sample by default; `BDS_TEST_BUDGET=full` cuts 10,000 times.
 
 use std::sync::{Arc, Mutex};
 
 use bds_io::{Sim, SimConfig};
 use bds_jobs::backup::BackupOptions;
 
+use crate::budget::{CRASH_POINTS, cut_power_holding, is_full, report};
+
 use super::Chance;
 use super::kit::{World, Writer, content, user};
+
+/// One way to run it.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    kind: &'static str,
+    compress: bool,
+    seed: u64,
+}
 
 /// What a run found out before the power went.
 #[derive(Default)]
@@ -17,12 +29,13 @@ struct Seen {
 }
 
 /// A backup, then some more writes of the guest without a flush, until the power is cut.
-async fn scenario(sim: &Sim, kind: &str, compress: bool, seen: &Mutex<Seen>) {
+async fn scenario(sim: &Sim, case: Case, seen: &Mutex<Seen>) {
+    let Case { kind, compress, seed } = case;
     let world = &World::on(sim);
     let source = world.make("disk", "qcow2").await;
     let target = world.make("copy", kind).await;
     let guest = Writer::new(&source).await;
-    let mut rng = Chance::new(5);
+    let mut rng = Chance::new(5 + seed);
     for _ in 0..12 {
         guest.step(&mut rng).await.unwrap();
     }
@@ -30,6 +43,7 @@ async fn scenario(sim: &Sim, kind: &str, compress: bool, seen: &Mutex<Seen>) {
     seen.lock().unwrap().guest = Some(guest.clone());
     let mut options = BackupOptions::new(&source, &target, "job0");
     options.compress = compress;
+    options.staging_len = if seed.is_multiple_of(2) { 0 } else { 1 << 20 };
     let job = world.start(options).await;
     for _ in 0..6 {
         guest.step(&mut rng).await.unwrap();
@@ -41,16 +55,27 @@ async fn scenario(sim: &Sim, kind: &str, compress: bool, seen: &Mutex<Seen>) {
     }
 }
 
-/// Runs the scenario until a cut, and returns the states of the disk that were possible, if it got
-/// that far, and whether the job was done.
-fn cut_at(cut: Option<u64>, kind: &str, compress: bool) -> (Sim, Vec<Vec<u8>>, Option<u64>) {
-    let sim = Sim::new(1, SimConfig::default());
+/// What is left of a run.
+struct Run {
+    sim: Sim,
+    writes: u64,
+    /// The states of the disk that were possible; none if it did not get that far.
+    states: Vec<Vec<u8>>,
+    /// Writes of the world when the job was done.
+    completed_at: Option<u64>,
+}
+
+/// Runs the scenario until a cut, or to its end.
+fn cut_at(cut: Option<u64>, case: Case) -> Run {
+    let sim = Sim::new(1 + case.seed, SimConfig::default());
     sim.cut_after_writes(cut);
     let seen = Mutex::new(Seen::default());
-    let _lost = sim.run_until_cut(scenario(&sim, kind, compress, &seen));
+    let _lost = sim.run_until_cut(scenario(&sim, case, &seen));
     let Seen { guest, completed_at } = seen.into_inner().unwrap();
-    let states = guest.map(|guest| (12..=guest.begun()).map(|n| guest.state(n)).collect());
-    (sim, states.unwrap_or_default(), completed_at)
+    let states = guest.as_ref().map(|guest| (12..=guest.begun()).map(|n| guest.state(n)).collect());
+    let writes = sim.writes();
+    cut_power_holding(&sim, guest);
+    Run { sim, writes, states: states.unwrap_or_default(), completed_at }
 }
 
 async fn check(after: &Sim, kind: &str, states: &[Vec<u8>], is_completed: bool, words: &str) {
@@ -72,26 +97,40 @@ async fn check(after: &Sim, kind: &str, states: &[Vec<u8>], is_completed: bool, 
         assert!(legal, "{words}: sector {number} of the disk");
     }
     drop(disk);
+    drop(world.graph().shutdown().await);
+}
+
+/// Cuts at every write after the job's end, and at every `step`th before. Returns how many cuts.
+fn sweep(case: Case, step: usize) -> u64 {
+    let whole = cut_at(None, case);
+    let (writes, completed_at) = (whole.writes, whole.completed_at.unwrap());
+    assert!(completed_at < writes);
+    let mut count = 0;
+    for cut in (0..completed_at).step_by(step).chain(completed_at..=writes) {
+        let Run { sim, states, completed_at: completed, .. } = cut_at(Some(cut), case);
+        if states.is_empty() {
+            continue;
+        }
+        count += 1;
+        for seed in 0..4 {
+            let after = sim.after_cut(seed);
+            let words = format!("{case:?}, cut {cut}, seed {seed}");
+            after.block_on(check(&after, case.kind, &states, completed.is_some(), &words));
+        }
+    }
+    count
 }
 
 #[test]
 fn a_power_cut_after_completed_finds_the_whole_copy() {
-    for (kind, compress) in [("qcow2", false), ("raw", false), ("qcow2", true)] {
-        let (sim, _, completed_at) = cut_at(None, kind, compress);
-        let (writes, completed_at) = (sim.writes(), completed_at.unwrap());
-        assert!(completed_at < writes);
-        // Every write after the job's end, and some before.
-        let cuts = (0..completed_at).step_by(7).chain(completed_at..=writes);
-        for cut in cuts {
-            let (sim, states, completed) = cut_at(Some(cut), kind, compress);
-            if states.is_empty() {
-                continue;
-            }
-            for seed in 0..4 {
-                let after = sim.after_cut(seed);
-                let words = format!("{kind}, cut {cut}, seed {seed}");
-                after.block_on(check(&after, kind, &states, completed.is_some(), &words));
-            }
+    let mut count = 0;
+    for seed in 0.. {
+        for (kind, compress) in [("qcow2", false), ("raw", false), ("qcow2", true)] {
+            count += sweep(Case { kind, compress, seed }, if is_full() { 1 } else { 7 });
+        }
+        if count >= CRASH_POINTS || !is_full() {
+            break;
         }
     }
+    report(&format!("{count} power cuts of a backup"));
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bds_jobs::backup::{AtLimit, Backup, BackupOptions, OnCbwError};
 use bds_jobs::{IoStatus, JobEvent, JobOptions, JobStatus, OnError};
+use futures_util::future::{Either, select};
 
 use super::Chance;
 use super::disk::Control;
@@ -101,6 +102,34 @@ fn a_failed_backup_leaves_the_graph_and_the_guest_alone() {
         assert_eq!(shape(world.graph()), before);
         assert_eq!(job.info().cleanup_error, None);
     });
+}
+
+/// A query that holds the filter's node does not keep it in the graph, however the job ends.
+#[test]
+fn a_query_that_holds_the_filter_does_not_keep_it_in_the_chain() {
+    for is_cancelled in [false, true] {
+        run(1, async |world: World| {
+            let (guest, control, options, _) = scene(&world, 1).await;
+            let (source, _target) = (options.source.clone(), options.target.clone());
+            let before = shape(world.graph());
+            if is_cancelled {
+                control.hold();
+            }
+            let job = world.start(options).await;
+            let held = world.graph().nodes();
+            assert!(held.iter().any(|node| node.driver_name() == "copy-before-write"));
+            if is_cancelled {
+                job.cancel(true).unwrap();
+                control.release();
+            }
+            assert_eq!(job.wait().await.is_err(), is_cancelled);
+            assert_eq!(job.info().cleanup_error, None);
+            assert_eq!(guest.disk.node().unwrap().id(), source.id(), "no filter between");
+            drop(held);
+            world.graph().reap().await;
+            assert_eq!(shape(world.graph()), before);
+        });
+    }
 }
 
 /// With the policy to break the snapshot the job fails, and no write of the guest does.
@@ -211,6 +240,51 @@ fn cancelled_at_any_moment() {
             assert!(content(&source).await == guest.state(guest.completed()));
             assert_eq!(shape(world.graph()), before);
             assert_eq!(job.info().cleanup_error, None);
+        });
+    }
+}
+
+/// Drained sections of everything, of the disk and of the target, at any moment of a backup under
+/// writes: each is granted, though writes in the filter wait for what the job has claimed, and the
+/// requests of the job wait at their gates.
+#[test]
+fn a_drain_waits_for_no_copy_that_waits_for_the_drain() {
+    for seed in 0..60 {
+        run(seed, async |world: World| {
+            let source = world.make("disk", "qcow2").await;
+            let (target, control) = world.controlled("copy").await;
+            let guest = Writer::new(&source).await;
+            let mut rng = Chance::new(seed);
+            for _ in 0..30 {
+                guest.step(&mut rng).await.unwrap();
+            }
+            let start = guest.state(30);
+            let mut options = BackupOptions::new(&source, &target, "job0");
+            options.staging_len = [0, 256 << 10][seed as usize % 2];
+            options.max_workers = 2;
+            control.delay_us.store(300, Ordering::SeqCst);
+            let job = world.start(options).await;
+            let writing = guest.run(seed, 60);
+            for _ in 0..6 {
+                bds_io::sleep(Duration::from_micros(rng.below(400))).await;
+                // A paused job is left alone, and goes on when it is resumed.
+                let _late = if rng.one_in(2) { job.pause() } else { job.resume() };
+                let section = async {
+                    match rng.below(3) {
+                        0 => drop(world.graph().drain_all().await),
+                        1 => drop(world.graph().drain(&source).await),
+                        _ => drop(world.graph().drain(&target).await),
+                    }
+                };
+                let section = std::pin::pin!(section);
+                let limit = std::pin::pin!(bds_io::sleep(Duration::from_secs(10)));
+                let granted = select(section, limit).await;
+                assert!(matches!(granted, Either::Left(_)), "seed {seed}: a drain hangs");
+            }
+            writing.await;
+            let _not_paused = job.resume();
+            job.wait().await.unwrap();
+            assert!(content(&target).await == start, "seed {seed}");
         });
     }
 }

@@ -138,7 +138,7 @@ struct Step {
 
 /// Writes one request after the other, and remembers each.
 pub(super) struct Writer {
-    disk: Backend,
+    pub(super) disk: Backend,
     start: Vec<u8>,
     steps: Mutex<Vec<Step>>,
     completed: AtomicUsize,

@@ -7,15 +7,14 @@
     reason = "tests: a panic is their way to fail, numbers are small"
 )]
 
-#[path = "../../../../bds-drivers/tests/it/copy_before_write/disk.rs"]
-#[allow(dead_code, reason = "shared with the tests of the filter")]
-mod disk;
-
 mod bitmaps;
 mod crash;
 mod faults;
 mod kit;
 mod modes;
 mod refusals;
+mod spill;
 
 use bds_testkit::Chance;
+
+use crate::controlled as disk;

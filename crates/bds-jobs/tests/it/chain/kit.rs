@@ -15,6 +15,8 @@ use bds_testkit::{Chance, DiskModel, Ended, Op, Shape, Step, Workload, pattern};
 use futures_util::future::join_all;
 use serde_json::json;
 
+pub(crate) use crate::budget::is_full;
+
 /// One image of a chain.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Layer {
@@ -316,11 +318,6 @@ pub(crate) async fn run_job(jobs: &JobManager, id: &str, job: Box<dyn JobDriver>
 /// The bytes as the sectors of a crash check.
 pub(crate) fn sectors(bytes: &[u8]) -> Vec<Option<[u8; 512]>> {
     bytes.chunks(512).map(|sector| sector.try_into().ok()).collect()
-}
-
-/// `BDS_TEST_BUDGET=full` runs everything.
-pub(crate) fn is_full() -> bool {
-    std::env::var("BDS_TEST_BUDGET").is_ok_and(|budget| budget == "full")
 }
 
 /// Seeds to run: `usual` of them, or ten times as many.

@@ -1,5 +1,7 @@
 //! Cuts the power at every write of a job under load, and right after its end: the disk that the
 //! header leads to is one that may be there, and after the end it is the whole one.
+//!
+//! A sample by default; `BDS_TEST_BUDGET=full` makes 10,000 cuts of each type.
 
 use std::cell::Cell;
 
@@ -9,7 +11,9 @@ use bds_io::sim::CutMode;
 use bds_jobs::{Commit, CommitOptions, JobDriver, JobManager, Stream, StreamOptions};
 use bds_testkit::{SECTOR, Step, Workload};
 
-use super::kit::{Chain, Layer, User, graph_on, is_full, run_job, sectors, seeds, world, writer};
+use crate::budget::{CRASH_POINTS, cut_power_holding, report};
+
+use super::kit::{Chain, Layer, User, graph_on, is_full, run_job, sectors, world, writer};
 
 const K: u64 = 1024;
 const MODES: [CutMode; 6] = [
@@ -116,12 +120,7 @@ fn cut(
     let user = User { disk: &disk, model: &model };
     let _cut = sim.run_until_cut(story(chain, what, seed, &graph, &user, &ended));
     let writes = sim.writes() - before;
-    sim.power_cut();
-    let gone = sim.run_until_cut(async move {
-        let _held = (disk, graph);
-        std::future::pending::<()>().await;
-    });
-    assert!(gone.is_none(), "the power is gone");
+    cut_power_holding(&sim, (disk, graph));
     for mode in modes {
         let after = sim.after_cut_by(seed ^ at.unwrap_or(0) << 16, *mode);
         let case = format!("{what:?} seed {seed} cut {at:?} {mode:?}");
@@ -139,9 +138,13 @@ fn cut(
     (ended.get(), writes)
 }
 
-fn sweep(layers: &[Layer], whats: &[What], usual_cuts: u64, usual_seeds: u64) {
+/// The full tier takes seeds until `full_cuts` cuts are made.
+fn sweep(layers: &[Layer], whats: &[What], usual_cuts: u64, usual_seeds: u64, full_cuts: u64) {
     let (mut cuts, mut after_end) = (0, 0);
-    for seed in seeds(usual_seeds) {
+    for seed in 0.. {
+        if if is_full() { cuts >= full_cuts } else { seed >= usual_seeds } {
+            break;
+        }
         let base = world(seed);
         let chain = base.block_on(Chain::new(layers).make(base.fs(), seed));
         for what in whats {
@@ -159,6 +162,7 @@ fn sweep(layers: &[Layer], whats: &[What], usual_cuts: u64, usual_seeds: u64) {
         }
     }
     assert!(cuts >= usual_cuts * usual_seeds && after_end > 0, "{cuts} {after_end}");
+    report(&format!("{cuts} power cuts of {whats:?}"));
 }
 
 fn small() -> Vec<Layer> {
@@ -182,13 +186,13 @@ fn old() -> Vec<Layer> {
 #[test]
 fn a_stream_survives_a_cut_at_every_write() {
     let whats = [What::StreamAll, What::StreamToLow, What::StreamIntoMid];
-    sweep(&small(), &whats, 25, 3);
-    sweep(&old(), &whats, 15, 2);
+    sweep(&small(), &whats, 25, 3, CRASH_POINTS * 2 / 3);
+    sweep(&old(), &whats, 15, 2, CRASH_POINTS.div_ceil(3));
 }
 
 #[test]
 fn a_commit_survives_a_cut_at_every_write() {
     let whats = [What::CommitIntoBase, What::CommitIntoLow];
-    sweep(&small(), &whats, 25, 3);
-    sweep(&old(), &whats, 15, 2);
+    sweep(&small(), &whats, 25, 3, CRASH_POINTS * 2 / 3);
+    sweep(&old(), &whats, 15, 2, CRASH_POINTS.div_ceil(3));
 }

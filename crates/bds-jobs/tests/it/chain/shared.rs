@@ -9,7 +9,9 @@ use bds_core::graph::{Graph, NewImage, NodeRef};
 use bds_core::{ErrorKind, Options};
 use bds_io::sim::{Fault, OpMask};
 use bds_io::{Sim, SimConfig};
-use bds_jobs::{Commit, CommitOptions, JobManager, Stream, StreamOptions};
+use bds_jobs::{
+    Commit, CommitOptions, JobManager, JobOptions, JobStatus, NewJob, Stream, StreamOptions,
+};
 use serde_json::json;
 
 use super::kit::{
@@ -140,17 +142,9 @@ fn a_base_takes_no_new_overlay_while_it_is_committed_into() {
 
 #[test]
 fn jobs_on_disjoint_parts_of_a_chain_run_side_by_side() {
-    let layers = [
-        Layer::qcow2("base", 100 * K, 4096),
-        Layer::qcow2("a", 90 * K, 2048),
-        Layer::qcow2("b", 100 * K, 4096),
-        Layer::qcow2("c", 80 * K, 2048),
-        Layer::qcow2("d", 90 * K, 4096),
-        Layer::qcow2("top", 96 * K, 4096),
-    ];
     for seed in seeds(12) {
         let sim = world(seed);
-        let chain = sim.block_on(Chain::new(&layers).make(sim.fs(), seed));
+        let chain = sim.block_on(Chain::new(&six()).make(sim.fs(), seed));
         let graph = graph_on(sim.fs());
         let jobs = JobManager::new(&graph);
         let model = chain.model();
@@ -192,6 +186,103 @@ fn jobs_on_disjoint_parts_of_a_chain_run_side_by_side() {
             assert!(found == expected && recorded.as_deref() == Some("base"), "seed {seed}");
         });
     }
+}
+
+/// Two jobs whose ends move the same link run one after the other if they are started alone. In one
+/// group each would wait for the other: it is refused before it begins, with both named.
+#[test]
+fn jobs_of_a_group_that_end_at_one_link_are_refused_at_once() {
+    for is_stream_first in [true, false] {
+        let sim = world(25);
+        let chain = sim.block_on(Chain::new(&six()).make(sim.fs(), 25));
+        let graph = graph_on(sim.fs());
+        let jobs = JobManager::new(&graph);
+        sim.block_on(async {
+            let nodes = chain.open(&graph).await;
+            let before = shape(&graph);
+            let group = group(&nodes, 3, is_stream_first).await;
+            let begun = bds_io::now();
+            let error = jobs.start_group(group).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InUse);
+            let text = error.to_string();
+            assert!(
+                ["node 'c'", "'s'", "'c'", "of one group"].iter().all(|part| text.contains(part)),
+                "{text}"
+            );
+            assert!(bds_io::now() - begun < Duration::from_secs(1));
+            assert_eq!(shape(&graph), before);
+            // Apart from each other they do not wait.
+            let members = self::group(&nodes, 4, is_stream_first).await;
+            let handles = jobs.start_group(members).await.unwrap();
+            let disk = reader(&nodes[5], "look");
+            drop(nodes);
+            for handle in handles {
+                handle.wait().await.unwrap();
+            }
+            assert_eq!(names(&disk), ["top", "c", "base"]);
+            assert!(read_all(&disk).await == chain.views[5]);
+        });
+    }
+}
+
+/// As above, where the link came to be shared while the group was pending: it fails at its plan,
+/// and does not wait for itself.
+#[test]
+fn a_link_that_a_group_comes_to_share_fails_it_at_once() {
+    for is_stream_first in [true, false] {
+        let sim = world(26);
+        let chain = sim.block_on(Chain::new(&six()).make(sim.fs(), 26));
+        let graph = graph_on(sim.fs());
+        let jobs = JobManager::new(&graph);
+        sim.block_on(async {
+            let nodes = chain.open(&graph).await;
+            let mut group = group(&nodes, 4, is_stream_first).await;
+            group[0].0.auto_finalize = false;
+            let handles = jobs.start_group(group).await.unwrap();
+            handles[0].wait_status(JobStatus::Pending).await.unwrap();
+            // The stream's lowest image becomes an overlay of what is committed, as "c" is.
+            let links = nodes[3].edges_below();
+            let above = links.iter().find(|link| link.name == "backing").unwrap().child;
+            let above = graph.acquire(above).unwrap();
+            graph.set_backing(&nodes[4], Some(&above)).await.unwrap();
+            let begun = bds_io::now();
+            handles[0].finalize().unwrap();
+            let mut texts = Vec::new();
+            for handle in handles {
+                texts.push(handle.wait().await.unwrap_err().to_string());
+            }
+            assert!(bds_io::now() - begun < Duration::from_secs(1));
+            let refusals = texts.iter().filter(|text| {
+                text.contains("jobs '") && text.contains("of one group") && text.contains("'d'")
+            });
+            assert_eq!(refusals.count(), 1, "{texts:?}");
+        });
+    }
+}
+
+fn six() -> [Layer; 6] {
+    [
+        Layer::qcow2("base", 100 * K, 4096),
+        Layer::qcow2("a", 90 * K, 2048),
+        Layer::qcow2("b", 100 * K, 4096),
+        Layer::qcow2("c", 80 * K, 2048),
+        Layer::qcow2("d", 90 * K, 4096),
+        Layer::qcow2("top", 96 * K, 4096),
+    ]
+}
+
+/// A stream of the images down to number `bottom`, and a commit of "b" and what is below it.
+async fn group(nodes: &[NodeRef], bottom: usize, is_stream_first: bool) -> Vec<NewJob> {
+    let options =
+        StreamOptions { bottom: Some(nodes[bottom].clone()), ..StreamOptions::new(&nodes[5]) };
+    let stream = Stream::prepare("s", options).await.unwrap();
+    let options = CommitOptions { top: Some(nodes[2].clone()), ..CommitOptions::new(&nodes[5]) };
+    let commit = Commit::prepare("c", options).await.unwrap();
+    let mut group = vec![(JobOptions::new("s"), stream), (JobOptions::new("c"), commit)];
+    if !is_stream_first {
+        group.reverse();
+    }
+    group
 }
 
 /// A stream into an image in the middle, which is read-only and has an overlay that is written to.

@@ -2,7 +2,7 @@
 //! moments: no acknowledged write is missing on the side that survives, and at the moment of the
 //! end both sides hold the same bytes.
 //!
-//! `BDS_MIRROR_CYCLES=1000` runs more of them, `BDS_MIRROR_SEED=7` one.
+//! `BDS_TEST_BUDGET=full` runs a thousand of each, `BDS_TEST_SEED=7` one.
 
 use std::time::Duration;
 
@@ -19,15 +19,8 @@ use super::kit::{
 
 const DEFAULT_CYCLES: u64 = 60;
 
-fn number(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|text| text.parse().expect("a number"))
-}
-
 fn seeds() -> Vec<u64> {
-    match number("BDS_MIRROR_SEED") {
-        Some(seed) => vec![seed],
-        None => (0..number("BDS_MIRROR_CYCLES").unwrap_or(DEFAULT_CYCLES)).collect(),
-    }
+    crate::budget::seeds(DEFAULT_CYCLES, crate::budget::CYCLES).collect()
 }
 
 /// The clients of one cycle, who come one by one.

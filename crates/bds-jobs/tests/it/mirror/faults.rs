@@ -120,6 +120,64 @@ fn ready_waits_for_a_flush_of_the_target() {
     drop(world.block_on(world.graph.shutdown()));
 }
 
+/// A file whose flush failed fails all later ones: the policy `ignore` ends then, whatever
+/// the guest does.
+#[test]
+fn a_flush_that_keeps_failing_ends_a_mirror_that_ignores_errors() {
+    for mode in modes() {
+        let world = World::new(1);
+        world.block_on(async {
+            let (source, target, guest) = disks(&world).await;
+            let before = shape(&world.graph);
+            world.sim.fail_nth(0, Fault::sticky(EIO).on(OpMask::SYNC).in_path("target"));
+            let options = JobOptions { on_target_error: OnError::Ignore, ..job() };
+            let begun = bds_io::now();
+            let job = start(&world, small(&source, &target, mode), options).await;
+            let mut expected = pattern(1, LEN);
+            guest_writes(&guest, &mut expected).await;
+            let error = job.wait().await.expect_err("the flush never succeeds");
+            assert!(error.to_string().contains("cannot flush the target"), "{error}");
+            assert_eq!(error.errno(), EIO);
+            // 0.1 + 0.2 + 0.4 + 0.8 s between five attempts.
+            assert!(bds_io::now() - begun < Duration::from_secs(3));
+            assert_eq!(shape(&world.graph), before);
+            assert_eq!(first_difference(&read(&guest, 0, LEN).await, &expected), None);
+        });
+        drop(world.block_on(world.graph.shutdown()));
+    }
+}
+
+/// A query that holds the filter's node does not keep it in the graph, however the job ends.
+#[test]
+fn a_query_that_holds_the_filter_does_not_keep_it_in_the_chain() {
+    for completes in [true, false] {
+        let world = World::new(3);
+        world.block_on(async {
+            let (source, target, guest) = disks(&world).await;
+            let before = shape(&world.graph);
+            let options = small(&source, &target, CopyMode::Background);
+            let job = start(&world, options, job()).await;
+            let held = world.graph.nodes();
+            assert!(held.iter().any(|node| node.driver_name() == "mirror_top"));
+            job.wait_status(JobStatus::Ready).await.expect("it gets ready");
+            match completes {
+                true => job.complete().expect("it completes"),
+                false => job.cancel(true).expect("it can be cancelled"),
+            }
+            assert_eq!(job.wait().await.is_ok(), completes);
+            assert_eq!(job.info().cleanup_error, None);
+            let disk = if completes { &target } else { &source };
+            assert_eq!(guest.node().map(|node| node.id()), Some(disk.id()), "no filter between");
+            drop(held);
+            world.graph.reap().await;
+            if !completes {
+                assert_eq!(shape(&world.graph), before);
+            }
+        });
+        world.end();
+    }
+}
+
 /// A cancel without force of a ready mirror whose target fails for good ends after a few attempts,
 /// whatever the policy.
 #[test]

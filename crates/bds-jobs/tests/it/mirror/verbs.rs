@@ -1,5 +1,5 @@
 //! Random commands at random moments: the job ends exactly once, in a state that fits, and leaves
-//! nothing.
+//! nothing. Sixty seeds by default, `BDS_TEST_BUDGET=full` ten thousand.
 
 use std::time::Duration;
 
@@ -85,8 +85,7 @@ fn random_commands(seed: u64) {
 
 #[test]
 fn random_commands_end_a_mirror_exactly_once() {
-    let count = std::env::var("BDS_MIRROR_CYCLES").ok().and_then(|text| text.parse().ok());
-    for seed in 0..count.unwrap_or(60) {
+    for seed in crate::budget::seeds(60, crate::budget::SCHEDULES) {
         random_commands(seed);
     }
 }

@@ -159,6 +159,31 @@ fn a_split_bitmap_is_stored_as_a_whole() {
     });
 }
 
+/// As above, where a parent's write past the end made the node longer meanwhile: the successor
+/// alone has followed.
+#[test]
+fn a_split_bitmap_is_stored_with_what_was_written_past_the_end() {
+    run(1, async {
+        let store = FakeStore::with(vec![stored("b")]);
+        let disks = DiskGraph::new();
+        let (file, _) = open(&disks, &store).await;
+        let lease = file.lease_bitmap("b", "a backup").unwrap();
+        lease.split().unwrap();
+        let options = Options::new().with("file", "disk");
+        let top = Config { options, forwards: true, ..Config::default() };
+        let (top, _) = disks.node("top", Vec::new(), top).await;
+        let _writer = backend(&top);
+        let child = super::super::super::port::make(top.child("file").unwrap());
+        child.write(8192, iov(&[1; 512], 1), WriteFlags::empty()).await.unwrap();
+        assert_eq!(file.len(), 8704);
+        disks.graph().change().store_bitmaps(&file).commit().await.unwrap();
+        assert_eq!(lock(&store.image)[0].len, 8704);
+        assert_eq!(lock(&store.image)[0].stream, [1, 0, 1], "blocks 0 and 16");
+        drop(lease);
+        assert_eq!(dirty(&file, "b"), [0..512, 8192..8704]);
+    });
+}
+
 /// The close report says what was lost, beside what else failed.
 #[test]
 fn a_failed_store_is_in_the_close_report() {

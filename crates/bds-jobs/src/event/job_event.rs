@@ -3,19 +3,12 @@
 //! Names and fields of [`JobEvent::to_json`] are QAPI's, with more fields where QEMU leaves out
 //! what a client needs. Events of one job are in the order in which they happened.
 
-use std::sync::Arc;
-
 use bds_core::copy::Side;
-use bds_io::sync::broadcast::{self, error::RecvError, error::TryRecvError};
 use serde_json::{Value, json};
 
 use crate::kinds::JobType;
 use crate::policy::{JobErrorAction, operation};
 use crate::state::JobStatus;
-
-/// Length of a subscriber's queue, in events. A reader that is further behind loses the oldest ones
-/// and gets [`JobEvent::EventsLost`].
-pub const QUEUE_LEN: usize = 1024;
 
 /// What a job has reached, for events that report it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,7 +86,7 @@ pub enum JobEvent {
         /// Bytes that the record names, or that differ.
         bytes: u64,
     },
-    /// The reader was too slow.
+    /// The reader was too slow: [`QUEUE_LEN`](crate::QUEUE_LEN) says which events it may lose.
     EventsLost {
         /// How many events were lost here.
         count: u64,
@@ -215,50 +208,5 @@ impl JobPoint {
             "offset": self.offset,
             "speed": self.speed,
         })
-    }
-}
-
-/// Sends events to subscribers. Clones share them.
-#[derive(Clone, Debug)]
-pub(crate) struct EventHub(Arc<broadcast::Sender<JobEvent>>);
-
-impl EventHub {
-    pub(crate) fn new() -> Self {
-        Self(Arc::new(broadcast::Sender::new(QUEUE_LEN)))
-    }
-
-    /// Puts an event into every subscriber's queue.
-    pub(crate) fn emit(&self, event: JobEvent) {
-        // Fails without subscribers: the event is not needed then.
-        let _unwanted = self.0.send(event);
-    }
-
-    pub(crate) fn subscribe(&self) -> JobEvents {
-        JobEvents(self.0.subscribe())
-    }
-}
-
-/// A subscriber's queue of events. Made by [`JobManager::events`](crate::JobManager::events).
-#[derive(Debug)]
-pub struct JobEvents(broadcast::Receiver<JobEvent>);
-
-impl JobEvents {
-    /// Waits for the next event. `None`: the manager and its jobs are gone and the queue is empty.
-    /// Dropping the future loses no event.
-    pub async fn next(&mut self) -> Option<JobEvent> {
-        match self.0.recv().await {
-            Ok(event) => Some(event),
-            Err(RecvError::Lagged(count)) => Some(JobEvent::EventsLost { count }),
-            Err(RecvError::Closed) => None,
-        }
-    }
-
-    /// The next event, if there is one now.
-    pub fn try_next(&mut self) -> Option<JobEvent> {
-        match self.0.try_recv() {
-            Ok(event) => Some(event),
-            Err(TryRecvError::Lagged(count)) => Some(JobEvent::EventsLost { count }),
-            Err(TryRecvError::Empty | TryRecvError::Closed) => None,
-        }
     }
 }
