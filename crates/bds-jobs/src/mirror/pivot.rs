@@ -35,8 +35,9 @@ impl Mirror {
         if self.pivots {
             change = bitmaps::hand_over(change, source, target, self.bitmaps)?;
         }
-        change = change.eject(&self.main).eject(&self.tracking.target).eject(&self.reader);
-        Ok(self.between.iter().fold(change, |change, (edge, _)| change.eject(edge)))
+        let own = [&self.main, &self.tracking.target, &self.reader];
+        let edges = own.into_iter().chain(self.between.iter().map(|(edge, _)| edge));
+        Ok(edges.fold(change, Change::release_medium))
     }
 
     /// Checks that no other user writes the source past the filter. A mirror's filter refuses such
@@ -116,7 +117,7 @@ impl Rest {
         let Self { filter, edges, make_read_only, .. } = self;
         let graph = filter.graph().clone();
         let change = graph.change().drop_filter(&filter);
-        let taken_out = edges.iter().fold(change, Change::eject).commit().await;
+        let taken_out = edges.iter().fold(change, Change::release_medium).commit().await;
         drop(edges);
         let mut result = match taken_out {
             Ok(_) => {
