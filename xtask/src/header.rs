@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use crate::run::{root, say, target_dir};
 
 /// Sources with exported functions, in the header's order.
-const SOURCES: [&str; 18] = [
+const SOURCES: [&str; 22] = [
     "version",
     "error",
     "context",
@@ -19,8 +19,11 @@ const SOURCES: [&str; 18] = [
     "options",
     "node",
     "section",
+    "guard",
+    "monitor",
     "change",
     "change_bitmap",
+    "change_commit",
     "backend",
     "io",
     "memory",
@@ -29,6 +32,7 @@ const SOURCES: [&str; 18] = [
     "image",
     "bitmap",
     "job",
+    "job_group",
 ];
 
 /// Types of `ptr.rs` and the C pointers they stand for. Generic ones come first.
@@ -250,6 +254,7 @@ BDS_DEFINE_UNREF_P(bds_change)
 BDS_DEFINE_UNREF_P(bds_queue)
 BDS_DEFINE_UNREF_P(bds_memory)
 BDS_DEFINE_UNREF_P(bds_job)
+BDS_DEFINE_UNREF_P(bds_guard)
 #undef BDS_DEFINE_UNREF_P
 ";
 

@@ -10,10 +10,12 @@ use serde_json::json;
 
 use crate::abi::bds_status::{BDS_ERR_OPTION, BDS_OK, BDS_STILL_REFERENCED};
 use crate::abi::{bds_context, bds_job};
+use crate::change_commit::Beginning;
 use crate::context::{self, Context};
 use crate::entry::entry;
 use crate::failure::Failure;
 use crate::job_options;
+use crate::job_start::{self, Wanted};
 use crate::option_text::parse;
 use crate::ptr::{self, Checked, Out, Text};
 use crate::table::{Object, Ref, Removed, Table};
@@ -37,8 +39,13 @@ fn find_any(job: bds_job) -> Result<Ref<JobObject>, Failure> {
     JOBS.find(job.raw).map_err(|failure| failure.of("job"))
 }
 
+/// A handle of C's.
+pub(crate) fn handle(job: JobHandle, context: Arc<Context>) -> Result<bds_job, Failure> {
+    Ok(bds_job { raw: JOBS.insert(JobObject { job, context })? })
+}
+
 fn give(job: JobHandle, context: Arc<Context>, out: Checked<bds_job>) -> Result<i32, Failure> {
-    out.set(bds_job { raw: JOBS.insert(JobObject { job, context })? });
+    out.set(handle(job, context)?);
     Ok(BDS_OK as i32)
 }
 
@@ -68,12 +75,9 @@ pub extern "C" fn bds_job_start(
         let kind = r#type.str("type")?;
         let mut options = parse(options, "options")?;
         let common = job_options::common(&mut options)?;
-        let manager = context.jobs();
-        let job = bds_io::block_on(async {
-            manager.check_id(&common.id)?;
-            let driver = job_options::prepare(&context.graph, kind, &common.id, options).await?;
-            manager.start(common, driver).await
-        })?;
+        let wanted = vec![Wanted { common, kind: kind.to_owned(), options }];
+        let mut jobs = job_start::start(&context, wanted, &Beginning::none())?;
+        let job = jobs.pop().expect("one for each that is wanted");
         give(job, Arc::clone(&context), out)
     })
 }
@@ -196,6 +200,22 @@ pub extern "C" fn bds_job_dismiss(job: bds_job) -> i32 {
     entry("bds_job_dismiss", || {
         let object = find(job)?;
         object.context.jobs().dismiss(object.job.id())?;
+        Ok(0)
+    })
+}
+
+/// Changes options of a running job: of a mirror "copy-mode=write-blocking". [any]
+///
+/// Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT, BDS_ERR_JSON, BDS_ERR_OPTION (an unknown
+/// option or value; the job's state does not allow it); BDS_ERR_UNSUPPORTED: its type has no such
+/// option, or it cannot change so.
+#[must_use]
+#[unsafe(no_mangle)]
+pub extern "C" fn bds_job_change(job: bds_job, options: Text) -> i32 {
+    entry("bds_job_change", || {
+        let object = find(job)?;
+        let mode = job_options::change(parse(options, "options")?)?;
+        object.job.change(mode)?;
         Ok(0)
     })
 }
