@@ -236,6 +236,7 @@ const TRAILER: &str = "\
 #define BDS_CONTEXT_OPTIONS_INIT { sizeof(bds_context_options), 0, 0, NULL, 0 }
 #define BDS_BACKEND_OPTIONS_INIT { sizeof(bds_backend_options), NULL, 0, 0, 0, 0, 0, 0 }
 #define BDS_QUEUE_OPTIONS_INIT { sizeof(bds_queue_options), 128, 0, { 0 } }
+#define BDS_JOB_INFO_INIT { sizeof(bds_job_info), 0, 0, 0, 0, 0, 0, 0 }
 #define BDS_LIMITS_INIT { sizeof(bds_limits), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 
 /* Releases the handle in a variable and clears it: no stale number is left behind. */

@@ -138,6 +138,21 @@ struct iovec; /* sys/uio.h */
 #define BDS_OPEN_PROBE 32
 
 /**
+ * The job works, or is about to.
+ */
+#define BDS_JOB_IS_BUSY 1
+
+/**
+ * The job is to stop at its next pause point, or has stopped.
+ */
+#define BDS_JOB_IS_PAUSED 2
+
+/**
+ * A mirror's target has every write that the source completed.
+ */
+#define BDS_JOB_IS_SYNCED 4
+
+/**
  * Permission: data that is read is what was written.
  */
 #define BDS_PERM_CONSISTENT_READ 1
@@ -998,6 +1013,44 @@ typedef struct bds_completion {
 typedef struct bds_job {
   uint64_t raw;
 } bds_job;
+
+/**
+ * Facts about a job for a progress display. Set `struct_size` before the call.
+ */
+typedef struct bds_job_info {
+  /**
+   * sizeof(bds_job_info) of the caller.
+   */
+  size_t struct_size;
+  /**
+   * A bds_job_state.
+   */
+  uint32_t state;
+  /**
+   * `BDS_JOB_IS_` flags.
+   */
+  uint32_t flags;
+  /**
+   * 0, or once the job is over, why it failed: as bds_job_wait returns it.
+   */
+  int32_t status;
+  /**
+   * Zero.
+   */
+  uint32_t reserved;
+  /**
+   * What is done, in bytes for most jobs.
+   */
+  uint64_t progress;
+  /**
+   * What is to be done by now; grows when a guest writes.
+   */
+  uint64_t total;
+  /**
+   * Speed limit in bytes a second; 0: none.
+   */
+  uint64_t speed;
+} bds_job_info;
 
 #ifdef __cplusplus
 extern "C" {
@@ -2623,6 +2676,13 @@ BDS_MUST_CHECK int bds_job_set_speed(struct bds_job job, uint64_t bytes_per_seco
 BDS_MUST_CHECK int bds_job_query(struct bds_job job, char **json_out);
 
 /**
+ * State and progress of the job, without an allocation. [any]
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT, BDS_ERR_VERSION.
+ */
+BDS_MUST_CHECK int bds_job_get_info(struct bds_job job, struct bds_job_info *info_out);
+
+/**
  * Waits for the job. [io]
  *
  * `state` NULL: until the job holds nothing any more; returns its result, any number of times.
@@ -2667,6 +2727,7 @@ int bds_job_start_group(struct bds_context context,
 #define BDS_CONTEXT_OPTIONS_INIT { sizeof(bds_context_options), 0, 0, NULL, 0 }
 #define BDS_BACKEND_OPTIONS_INIT { sizeof(bds_backend_options), NULL, 0, 0, 0, 0, 0, 0 }
 #define BDS_QUEUE_OPTIONS_INIT { sizeof(bds_queue_options), 128, 0, { 0 } }
+#define BDS_JOB_INFO_INIT { sizeof(bds_job_info), 0, 0, 0, 0, 0, 0, 0 }
 #define BDS_LIMITS_INIT { sizeof(bds_limits), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 
 /* Releases the handle in a variable and clears it: no stale number is left behind. */

@@ -185,6 +185,11 @@ public:
     void finalize() const { check(bds_job_finalize(get())); }
     void cancel(bool force = true) const { check(bds_job_cancel(get(), force)); }
     std::string query() const { return text(bds_job_query, get()); }
+    bds_job_info info() const {
+        bds_job_info out = BDS_JOB_INFO_INIT;
+        check(bds_job_get_info(get(), &out));
+        return out;
+    }
 };
 
 /// Edits of the graph that take effect together or not at all.

@@ -264,6 +264,61 @@ pub struct bds_limits {
     pub max_zero: u64,
 }
 
+/// State of a job. The names are QEMU's.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum bds_job_state {
+    /// It has not begun.
+    BDS_JOB_STATE_CREATED = 1,
+    /// It works.
+    BDS_JOB_STATE_RUNNING = 2,
+    /// It has stopped at a pause point.
+    BDS_JOB_STATE_PAUSED = 3,
+    /// Source and target are in sync; it works until it is completed or cancelled.
+    BDS_JOB_STATE_READY = 4,
+    /// It has stopped at a pause point, and was ready.
+    BDS_JOB_STATE_STANDBY = 5,
+    /// Its work succeeded; other jobs of its group still work.
+    BDS_JOB_STATE_WAITING = 6,
+    /// The work of its group succeeded; it waits for bds_job_finalize.
+    BDS_JOB_STATE_PENDING = 7,
+    /// It failed or was cancelled, and gives back what it holds.
+    BDS_JOB_STATE_ABORTING = 8,
+    /// It is over and holds nothing; it waits for bds_job_dismiss.
+    BDS_JOB_STATE_CONCLUDED = 9,
+    /// It was dismissed.
+    BDS_JOB_STATE_NULL = 10,
+}
+
+/// The job works, or is about to.
+pub const BDS_JOB_IS_BUSY: u32 = 1;
+/// The job is to stop at its next pause point, or has stopped.
+pub const BDS_JOB_IS_PAUSED: u32 = 2;
+/// A mirror's target has every write that the source completed.
+pub const BDS_JOB_IS_SYNCED: u32 = 4;
+
+/// Facts about a job for a progress display. Set `struct_size` before the call.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct bds_job_info {
+    /// sizeof(bds_job_info) of the caller.
+    pub struct_size: usize,
+    /// A bds_job_state.
+    pub state: u32,
+    /// `BDS_JOB_IS_` flags.
+    pub flags: u32,
+    /// 0, or once the job is over, why it failed: as bds_job_wait returns it.
+    pub status: i32,
+    /// Zero.
+    pub reserved: u32,
+    /// What is done, in bytes for most jobs.
+    pub progress: u64,
+    /// What is to be done by now; grows when a guest writes.
+    pub total: u64,
+    /// Speed limit in bytes a second; 0: none.
+    pub speed: u64,
+}
+
 /// Permission: data that is read is what was written.
 pub const BDS_PERM_CONSISTENT_READ: u64 = 1;
 /// Permission: writes.

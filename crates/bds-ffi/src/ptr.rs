@@ -20,8 +20,8 @@ use libc::iovec;
 use crate::abi::bds_status::{BDS_ERR_UTF8, BDS_ERR_VERSION};
 use crate::abi::{
     bds_backend, bds_backend_options, bds_change, bds_completion, bds_context, bds_context_options,
-    bds_event, bds_extent, bds_guard, bds_iothread, bds_job, bds_limits, bds_memory, bds_node,
-    bds_options, bds_queue, bds_queue_options, bds_request, bds_section,
+    bds_event, bds_extent, bds_guard, bds_iothread, bds_job, bds_job_info, bds_limits, bds_memory,
+    bds_node, bds_options, bds_queue, bds_queue_options, bds_request, bds_section,
 };
 use crate::failure::Failure;
 
@@ -54,7 +54,8 @@ plain!(
     bds_extent,
     bds_request,
     bds_completion,
-    bds_limits
+    bds_limits,
+    bds_job_info
 );
 plain!(bds_context_options, bds_backend_options, bds_queue_options);
 
