@@ -4,6 +4,7 @@ use std::ffi::OsString;
 
 use bds_core::graph::{Change, Graph, NodeRef};
 use bds_core::{Error, ErrorKind, Options, Result};
+use bds_jobs::amend::Amend;
 use bds_jobs::backup::{Backup, BackupOptions, BackupSync, BitmapSync, OnCbwError};
 use bds_jobs::create::Create;
 use bds_jobs::mirror::{
@@ -87,6 +88,14 @@ pub(crate) async fn prepare(
             let nested = options.take("options").ok_or_else(|| missing("options"))?;
             options.finish("a create job")?;
             Ok(Prepared::Begun(Create::prepare(graph, Options::from_json(nested)?)?.into()))
+        }
+        "amend" => {
+            let name = options.take_str("node-name")?.ok_or_else(|| missing("node-name"))?;
+            let nested = options.take("options").ok_or_else(|| missing("options"))?;
+            let force = options.take_bool("force")?.unwrap_or(false);
+            options.finish("an amend job")?;
+            let nested = Options::from_json(nested)?;
+            Ok(Prepared::Begun(Amend::prepare(graph, job, &name, nested, force)?.into()))
         }
         _ => {
             Err(Error::new(ErrorKind::NotSupported, format!("there are no jobs of type '{kind}'")))
