@@ -3,7 +3,7 @@
 //! ```text
 //! target/dist/bds-0.1.0-x86_64-linux/              or --prefix DIR
 //!   bin/bds                                        stripped
-//!   include/bds.h
+//!   include/bds.h, include/bds.hpp
 //!   lib/libbds.so.0.1, libbds.so, libbds.a, pkgconfig/bds.pc
 //!   share/man/man1/bds.1, bds-convert.1, …, share/man/man3/bds.3
 //!   share/bash-completion/completions/bds          and zsh, fish
@@ -99,6 +99,7 @@ fn lay_out_library(dir: &Path, built: &Path) -> Result<(), String> {
     };
     let header = crate::header::path();
     copy(&header, &dir.join("include/bds.h"))?;
+    copy(&header.with_extension("hpp"), &dir.join("include/bds.hpp"))?;
     let lib = made(&dir.join("lib"))?;
     let archive = built.join("libbds_ffi.a");
     copy(&archive, &lib.join("libbds.a"))?;

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use crate::run::{root, say, target_dir};
 
 /// Sources with exported functions, in the header's order.
-const SOURCES: [&str; 18] = [
+const SOURCES: [&str; 22] = [
     "version",
     "error",
     "context",
@@ -19,8 +19,11 @@ const SOURCES: [&str; 18] = [
     "options",
     "node",
     "section",
+    "guard",
+    "monitor",
     "change",
     "change_bitmap",
+    "change_commit",
     "backend",
     "io",
     "memory",
@@ -29,6 +32,7 @@ const SOURCES: [&str; 18] = [
     "image",
     "bitmap",
     "job",
+    "job_group",
 ];
 
 /// Types of `ptr.rs` and the C pointers they stand for. Generic ones come first.
@@ -232,6 +236,7 @@ const TRAILER: &str = "\
 #define BDS_CONTEXT_OPTIONS_INIT { sizeof(bds_context_options), 0, 0, NULL, 0 }
 #define BDS_BACKEND_OPTIONS_INIT { sizeof(bds_backend_options), NULL, 0, 0, 0, 0, 0, 0 }
 #define BDS_QUEUE_OPTIONS_INIT { sizeof(bds_queue_options), 128, 0, { 0 } }
+#define BDS_JOB_INFO_INIT { sizeof(bds_job_info), 0, 0, 0, 0, 0, 0, 0 }
 #define BDS_LIMITS_INIT { sizeof(bds_limits), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 
 /* Releases the handle in a variable and clears it: no stale number is left behind. */
@@ -250,6 +255,7 @@ BDS_DEFINE_UNREF_P(bds_change)
 BDS_DEFINE_UNREF_P(bds_queue)
 BDS_DEFINE_UNREF_P(bds_memory)
 BDS_DEFINE_UNREF_P(bds_job)
+BDS_DEFINE_UNREF_P(bds_guard)
 #undef BDS_DEFINE_UNREF_P
 ";
 

@@ -2,12 +2,19 @@
 //! a queue?
 //!
 //! Expected: a call with look-up below 30 ns; 4-KiB cached reads through a queue at depth 32 at
-//! least 0.95 of the Rust API's.
-#![allow(clippy::unwrap_used, reason = "a bench that cannot go on fails")]
+//! least 0.95 of the Rust API's. Contestants take turns, in slices of 10 ms; `cargo xtask bench
+//! --only ffi` puts the table into its report.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::cast_precision_loss,
+    reason = "a bench prints figures, and one that cannot go on fails"
+)]
 
 use std::ffi::CString;
 use std::hint::black_box;
 use std::ptr;
+use std::time::{Duration, Instant};
 
 use bds_core::Options;
 use bds_core::graph::{Graph, GraphConfig};
@@ -24,9 +31,12 @@ use bds_ffi::{
 };
 use bds_io::Buf;
 use bds_testkit::Scratch;
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use futures_util::future::join_all;
 
+const ROUNDS: usize = 41;
+const WARM_UP: usize = 3;
+/// How long a contestant runs before the next one's turn.
+const SLICE: Duration = Duration::from_millis(10);
 const DEPTH: usize = 32;
 const LEN: usize = 4096;
 const DISK_LEN: u64 = 16 << 20;
@@ -58,81 +68,129 @@ fn objects(options: &str) -> Objects {
     Objects { context, node, backend }
 }
 
-fn calls(criterion: &mut Criterion) {
-    let Objects { node, backend, .. } = objects("driver=mem,size=1M");
-    let mut group = criterion.benchmark_group("call");
-    group.bench_function("boundary", |b| b.iter(|| black_box(bds_error_status())));
-    let mut id = 0;
-    group.bench_function("boundary-and-lookup", |b| {
-        b.iter(|| black_box(bds_node_id(black_box(node), out(&mut id))));
-    });
-    let mut len = 0;
-    group.bench_function("backend-length", |b| {
-        b.iter(|| black_box(bds_backend_length(black_box(backend), out(&mut len))));
-    });
-    group.finish();
+/// A contestant: does its work once and says how many operations that was.
+type Contestant<'a> = (&'static str, Box<dyn FnMut() -> usize + 'a>);
+
+/// Runs all contestants in turn, round after round, another one first each time, and prints the
+/// median, minimum and maximum of each, and its speed beside the first.
+fn compare(title: &str, contestants: &mut [Contestant<'_>]) {
+    let mut costs = vec![Vec::with_capacity(ROUNDS); contestants.len()];
+    for round in 0..ROUNDS + WARM_UP {
+        for turn in 0..contestants.len() {
+            let index = (round + turn) % contestants.len();
+            let began = Instant::now();
+            let mut operations = 0;
+            while began.elapsed() < SLICE {
+                operations += (contestants[index].1)();
+            }
+            let nanoseconds = began.elapsed().as_nanos() as f64;
+            if round >= WARM_UP {
+                costs[index].push(nanoseconds / operations as f64);
+            }
+        }
+    }
+    let mut first = None;
+    for ((name, _), costs) in contestants.iter().zip(&mut costs) {
+        costs.sort_by(f64::total_cmp);
+        let (min, median, max) = (costs[0], costs[costs.len() / 2], costs[costs.len() - 1]);
+        let first = *first.get_or_insert(median);
+        println!(
+            "| {title} | {name} | {median:.1} ({min:.1} to {max:.1}) | {:.2} |",
+            first / median
+        );
+    }
 }
 
-fn reads(criterion: &mut Criterion) {
-    let scratch = Scratch::in_memory();
-    let path = scratch.path("disk.raw");
-    std::fs::write(&path, vec![1; usize::try_from(DISK_LEN).unwrap()]).unwrap();
-    let options = format!("driver=file,filename={}", path.display());
-    let mut group = criterion.benchmark_group("read-4k-depth-32");
-    group.throughput(Throughput::Elements(DEPTH as u64));
+/// Calls of one slice between two looks at the clock.
+const CALLS: usize = 1000;
 
+fn calls() {
+    let Objects { node, backend, .. } = objects("driver=mem,size=1M");
+    let (mut id, mut len) = (0, 0);
+    let repeat = |call: &mut dyn FnMut() -> i32| {
+        (0..CALLS).for_each(|_| {
+            black_box(call());
+        });
+        CALLS
+    };
+    let mut boundary = || repeat(&mut || bds_error_status());
+    compare("call", &mut [("boundary", Box::new(&mut boundary))]);
+    let mut look_up = || repeat(&mut || bds_node_id(black_box(node), out(&mut id)));
+    compare("call", &mut [("boundary and look-up", Box::new(&mut look_up))]);
+    let mut length = || repeat(&mut || bds_backend_length(black_box(backend), out(&mut len)));
+    compare("call", &mut [("length of a backend", Box::new(&mut length))]);
+}
+
+/// The Rust API and a queue, on one kind of disk.
+fn reads(title: &str, options: &str) {
     let graph = Graph::new(GraphConfig::new(bds_drivers::registry().into()));
     let backend = bds_io::block_on(async {
-        let node = graph.open(Options::parse(&options).unwrap()).await.unwrap();
+        let node = graph.open(Options::parse(options).unwrap()).await.unwrap();
         Backend::new(&node, BackendOptions::default()).unwrap()
     });
     let buffers: Vec<Buf> = (0..DEPTH).map(|_| Buf::zeroed(LEN, LEN)).collect();
-    group.bench_function("rust", |b| {
-        let mut at = 0;
-        b.iter(|| {
-            let requests = buffers.iter().map(|buffer| {
-                at = (at + LEN as u64) % DISK_LEN;
-                backend.read(at, buffer.iov())
-            });
-            for result in bds_io::block_on(join_all(requests)) {
-                result.unwrap();
-            }
+    let mut at = 0;
+    let rust = || {
+        let requests = buffers.iter().map(|buffer| {
+            at = (at + LEN as u64) % DISK_LEN;
+            backend.read(at, buffer.iov())
         });
-    });
+        for result in bds_io::block_on(join_all(requests)) {
+            result.unwrap();
+        }
+        DEPTH
+    };
+    let mut direct_at = 0;
+    let direct = || {
+        for buffer in &buffers {
+            direct_at = (direct_at + LEN as u64) % DISK_LEN;
+            match backend.try_read(direct_at, &buffer.iov()) {
+                Some(result) => result.unwrap(),
+                None => bds_io::block_on(backend.read_waiting(direct_at, buffer.iov())).unwrap(),
+            }
+        }
+        DEPTH
+    };
 
-    let objects = objects(&options);
+    let objects = objects(options);
     let mut queue = bds_queue::default();
     assert_eq!(bds_queue_create(objects.context, none(), out(&mut queue)), 0);
-    let mut memory = vec![[0u8; LEN]; DEPTH];
+    let mut memory: Vec<Buffer> = (0..DEPTH).map(|_| Buffer([0; LEN])).collect();
     let mut requests: Vec<bds_request> =
-        memory.iter_mut().map(|buffer| request(objects.backend, buffer)).collect();
-    let mut done = [bds_completion {
-        user_data: 0,
-        request_id: 0,
-        status: 0,
-        flags: 0,
-        value: 0,
-        reserved: [0; 4],
-    }; DEPTH];
-    group.bench_function("queue", |b| {
-        let mut at = 0;
-        b.iter(|| {
-            for request in &mut requests {
-                at = (at + LEN as u64) % DISK_LEN;
-                request.offset = at;
-            }
-            // SAFETY: ours; the buffers outlive the completions, which are taken below.
-            let (submitted, completed) =
-                unsafe { (Array::new(requests.as_mut_ptr()), Array::new(done.as_mut_ptr())) };
-            assert_eq!(bds_queue_submit(queue, submitted, DEPTH), 32);
-            let mut left = 32 - bds_queue_poll(queue, completed, DEPTH);
-            while left > 0 {
-                left -= bds_queue_wait(queue, completed, DEPTH, 1, -1);
-            }
-        });
-    });
-    group.finish();
+        memory.iter_mut().map(|buffer| request(objects.backend, &mut buffer.0)).collect();
+    let mut done = [NO_COMPLETION; DEPTH];
+    let mut queue_at = 0;
+    let queued = || {
+        for request in &mut requests {
+            queue_at = (queue_at + LEN as u64) % DISK_LEN;
+            request.offset = queue_at;
+        }
+        // SAFETY: ours; the buffers outlive the completions, which are taken below.
+        let (submitted, completed) =
+            unsafe { (Array::new(requests.as_mut_ptr()), Array::new(done.as_mut_ptr())) };
+        assert_eq!(bds_queue_submit(queue, submitted, DEPTH), 32);
+        let mut left = 32 - bds_queue_poll(queue, completed, DEPTH);
+        while left > 0 {
+            left -= bds_queue_wait(queue, completed, DEPTH, 1, -1);
+        }
+        DEPTH
+    };
+    compare(
+        title,
+        &mut [
+            ("Rust API, 32 futures", Box::new(rust)),
+            ("bds_queue, depth 32", Box::new(queued)),
+            ("Rust API, try_read one by one", Box::new(direct)),
+        ],
+    );
 }
+
+/// A buffer aligned as the Rust API's are.
+#[repr(align(4096))]
+struct Buffer([u8; LEN]);
+
+const NO_COMPLETION: bds_completion =
+    bds_completion { user_data: 0, request_id: 0, status: 0, flags: 0, value: 0, reserved: [0; 4] };
 
 fn request(backend: bds_backend, buffer: &mut [u8; LEN]) -> bds_request {
     bds_request {
@@ -149,9 +207,18 @@ fn request(backend: bds_backend, buffer: &mut [u8; LEN]) -> bds_request {
         target_offset: 0,
         memory: bds_memory::default(),
         request_id: 0,
-        reserved: [0; 4],
+        base: bds_node::default(),
+        reserved: [0; 3],
     }
 }
 
-criterion_group!(benches, calls, reads);
-criterion_main!(benches);
+fn main() {
+    println!("| what | by | ns each: median (min to max) | speed |");
+    println!("|---|---|---:|---:|");
+    calls();
+    reads("4-KiB read, memory", &format!("driver=mem,size={DISK_LEN}"));
+    let scratch = Scratch::new();
+    let path = scratch.path("disk.raw");
+    std::fs::write(&path, vec![1; usize::try_from(DISK_LEN).unwrap()]).unwrap();
+    reads("4-KiB read, cached file", &format!("driver=file,filename={}", path.display()));
+}

@@ -83,6 +83,31 @@ struct iovec; /* sys/uio.h */
 #define BDS_CONTEXT_PROBE_REFERENCES 4
 
 /**
+ * An error that no call returned.
+ */
+#define BDS_LOG_ERROR 1
+
+/**
+ * Something is not as it should be, and was dealt with.
+ */
+#define BDS_LOG_WARNING 2
+
+/**
+ * Something worth knowing happened.
+ */
+#define BDS_LOG_INFO 3
+
+/**
+ * For the search for faults.
+ */
+#define BDS_LOG_DEBUG 4
+
+/**
+ * All of it.
+ */
+#define BDS_LOG_TRACE 5
+
+/**
  * The node is opened read-only.
  */
 #define BDS_OPEN_READ_ONLY 1
@@ -111,6 +136,21 @@ struct iovec; /* sys/uio.h */
  * The format is guessed if `driver` is NULL. Never for images that a guest can write raw.
  */
 #define BDS_OPEN_PROBE 32
+
+/**
+ * The job works, or is about to.
+ */
+#define BDS_JOB_IS_BUSY 1
+
+/**
+ * The job is to stop at its next pause point, or has stopped.
+ */
+#define BDS_JOB_IS_PAUSED 2
+
+/**
+ * A mirror's target has every write that the source completed.
+ */
+#define BDS_JOB_IS_SYNCED 4
 
 /**
  * Permission: data that is read is what was written.
@@ -228,6 +268,13 @@ struct iovec; /* sys/uio.h */
 #define BDS_EXTENT_OFFSET_VALID 32
 
 /**
+ * bds_queue_submit only hands requests over: it never reads or writes in the calling thread. By
+ * default a request that does not need to wait is done by the submission, and its completion is
+ * there when that returns.
+ */
+#define BDS_QUEUE_OFFLOAD 1
+
+/**
  * Drains the node and everything below it.
  */
 #define BDS_DRAIN_SUBTREE 1
@@ -246,6 +293,76 @@ struct iovec; /* sys/uio.h */
  * The bitmap does not record until it is enabled.
  */
 #define BDS_BITMAP_DISABLED 2
+
+/**
+ * Being copied by a backup job.
+ */
+#define BDS_BLOCK_BACKUP_SOURCE 1
+
+/**
+ * Being written by a backup job.
+ */
+#define BDS_BLOCK_BACKUP_TARGET 2
+
+/**
+ * Being committed into the node below.
+ */
+#define BDS_BLOCK_COMMIT_SOURCE 4
+
+/**
+ * Being committed into.
+ */
+#define BDS_BLOCK_COMMIT_TARGET 8
+
+/**
+ * Being deleted by name (bds_monitor_del, bds_backend_revoke).
+ */
+#define BDS_BLOCK_DELETE 16
+
+/**
+ * Being taken out of a backend, or another one put in its place.
+ */
+#define BDS_BLOCK_EJECT 32
+
+/**
+ * Getting an overlay.
+ */
+#define BDS_BLOCK_EXTERNAL_SNAPSHOT 64
+
+/**
+ * Getting an internal snapshot, or losing one.
+ */
+#define BDS_BLOCK_INTERNAL_SNAPSHOT 128
+
+/**
+ * Being copied by a mirror job.
+ */
+#define BDS_BLOCK_MIRROR_SOURCE 256
+
+/**
+ * Being written by a mirror job.
+ */
+#define BDS_BLOCK_MIRROR_TARGET 512
+
+/**
+ * Changing its length for a user.
+ */
+#define BDS_BLOCK_RESIZE 1024
+
+/**
+ * Being filled from below.
+ */
+#define BDS_BLOCK_STREAM 2048
+
+/**
+ * Giving its place to another node.
+ */
+#define BDS_BLOCK_REPLACE 4096
+
+/**
+ * All of them.
+ */
+#define BDS_BLOCK_ALL 8191
 
 /**
  * Results. 0 and above: success. -4095 to -1: a negative errno. -10000 and below: one of these.
@@ -489,6 +606,12 @@ enum bds_opcode
    */
   BDS_OP_WRITE_ZEROES = 5,
   /**
+   * Describes a range, as bds_block_status: `buffer` is an array of `iovcnt` extents, `bytes`
+   * the length of the range, `base` the node above which layers are asked. The completion's
+   * `value` says how many extents were written.
+   */
+  BDS_OP_BLOCK_STATUS = 6,
+  /**
    * Copies from `backend` to `target` on the host; BDS_ERR_UNSUPPORTED: use buffers.
    */
   BDS_OP_COPY_RANGE = 7,
@@ -502,8 +625,14 @@ typedef uint32_t bds_opcode;
 #endif // __cplusplus
 
 /**
- * Receives messages that no call can return. May be called from any thread, also while a call is
- * under way; must not call the library, throw or longjmp. `level`: 1 error, 2 warning.
+ * Receives messages that no call can return: what the library's drivers and jobs log.
+ *
+ * Called from one thread of the library, one message at a time, with none of the library's locks
+ * held that a call could wait for. It must not call the library, throw or longjmp; a sink that
+ * takes long delays later messages only, and when some thousand wait, the oldest are dropped and
+ * their number is a message. `level`: `BDS_LOG_`; `target`: the part of the library, as
+ * "bds_drivers::format::qcow2"; `message`: one line of text. Both strings last until it returns.
+ * The sink is not called any more once bds_context_unref has returned BDS_OK for the context.
  */
 typedef void (*bds_log_fn)(uint64_t user_data,
                            int32_t level,
@@ -523,11 +652,11 @@ typedef struct bds_context_options {
    */
   uint32_t flags;
   /**
-   * Must be 0.
+   * What `log` receives: `BDS_LOG_`, and everything more important; 0: BDS_LOG_WARNING.
    */
-  uint32_t reserved;
+  uint32_t log_level;
   /**
-   * Receives messages; may be NULL.
+   * Receives messages; may be NULL. Messages of drivers go to the sinks of all contexts.
    */
   bds_log_fn log;
   /**
@@ -653,6 +782,14 @@ typedef struct bds_backend {
 } bds_backend;
 
 /**
+ * Something that holds until it is released: a frozen chain, blocked operations, copy-on-read.
+ * It ends with the handle.
+ */
+typedef struct bds_guard {
+  uint64_t raw;
+} bds_guard;
+
+/**
  * Edits of the graph that take effect together. One reference.
  */
 typedef struct bds_change {
@@ -755,7 +892,7 @@ typedef struct bds_queue_options {
    */
   uint32_t depth;
   /**
-   * Must be 0.
+   * `BDS_QUEUE_` flags.
    */
   uint32_t flags;
   /**
@@ -810,7 +947,7 @@ typedef struct bds_request {
    */
   const struct iovec *iov;
   /**
-   * How many segments.
+   * How many segments; BLOCK_STATUS: how many extents the buffer holds.
    */
   uint64_t iovcnt;
   /**
@@ -831,9 +968,13 @@ typedef struct bds_request {
    */
   uint64_t request_id;
   /**
+   * BLOCK_STATUS: only layers above this node are asked; 0: all.
+   */
+  struct bds_node base;
+  /**
    * Must be 0.
    */
-  uint64_t reserved[4];
+  uint64_t reserved[3];
 } bds_request;
 
 /**
@@ -857,7 +998,7 @@ typedef struct bds_completion {
    */
   uint32_t flags;
   /**
-   * Zero.
+   * BLOCK_STATUS: how many extents were written; otherwise zero.
    */
   uint64_t value;
   /**
@@ -872,6 +1013,44 @@ typedef struct bds_completion {
 typedef struct bds_job {
   uint64_t raw;
 } bds_job;
+
+/**
+ * Facts about a job for a progress display. Set `struct_size` before the call.
+ */
+typedef struct bds_job_info {
+  /**
+   * sizeof(bds_job_info) of the caller.
+   */
+  size_t struct_size;
+  /**
+   * A bds_job_state.
+   */
+  uint32_t state;
+  /**
+   * `BDS_JOB_IS_` flags.
+   */
+  uint32_t flags;
+  /**
+   * 0, or once the job is over, why it failed: as bds_job_wait returns it.
+   */
+  int32_t status;
+  /**
+   * Zero.
+   */
+  uint32_t reserved;
+  /**
+   * What is done, in bytes for most jobs.
+   */
+  uint64_t progress;
+  /**
+   * What is to be done by now; grows when a guest writes.
+   */
+  uint64_t total;
+  /**
+   * Speed limit in bytes a second; 0: none.
+   */
+  uint64_t speed;
+} bds_job_info;
 
 #ifdef __cplusplus
 extern "C" {
@@ -942,8 +1121,9 @@ int bds_status_to_errno(int32_t status);
  * Makes a context: an empty graph. [any]
  *
  * `options` may be NULL. Release the handle with bds_context_unref; every object made in the
- * context keeps it alive. The first call of the process registers a fork handler: a child that was
- * forked off gets BDS_ERR_FORKED from every function.
+ * context keeps it alive. The first log sink of the process starts a thread that serves all of
+ * them. The first call of the process registers a fork handler: a child that was forked off gets
+ * BDS_ERR_FORKED from every function.
  *
  * Errors: BDS_ERR_ARGUMENT, BDS_ERR_VERSION; -EAGAIN or -ENOMEM: the process can have no more
  * threads or descriptors.
@@ -993,7 +1173,11 @@ BDS_MUST_CHECK int bds_context_shutdown(struct bds_context context, char **repor
  * | "graph" | nodes and edges with permissions, as x-debug-query-block-graph |
  * | "backends" | QEMU's query-block |
  * | "holders" | every node with its count and its holders |
+ * | "monitor" | names of the nodes that the monitor's list holds |
+ * | "bitmaps" | every node that has dirty bitmaps, with QEMU's facts about each |
  * | "jobs" | QEMU's query-jobs, newest first |
+ * | "block-jobs" | QEMU's query-block-jobs, newest first |
+ * | "job-facts" | for each job what bds_job_query says |
  * | "job-history" | records of jobs that were dismissed |
  * | "drivers" | names of the drivers of this build |
  * | "reports" | closings that failed while no caller waited for them; each is returned once |
@@ -1191,8 +1375,9 @@ BDS_MUST_CHECK int bds_node_name(struct bds_node node, char **name_out);
 BDS_MUST_CHECK int bds_node_set_holder(struct bds_node node, const char *name);
 
 /**
- * Facts about the node as JSON: id, name, driver, file, length, state, count, holders, users
- * with their permissions, children. Free it with bds_free. [any]
+ * Facts about the node as JSON: id, name, driver, file, length, state, the job that works on it,
+ * why operations are blocked, count, holders, users with their permissions and freezes, children.
+ * Free it with bds_free. [any]
  *
  * "holders" is the answer to "who keeps my file open?".
  *
@@ -1292,6 +1477,118 @@ BDS_MUST_CHECK int bds_backend_drain(struct bds_backend backend, struct bds_sect
  * Errors: BDS_ERR_STALE, BDS_ERR_KIND.
  */
 int bds_graph_drain_end(struct bds_section section);
+
+/**
+ * Keeps the links from `top` down to `base` (backing and filtered children) where they are: no
+ * change moves them until bds_guard_unref. All of them, or none. [any]
+ *
+ * `holder` is named in the errors of changes that meet a frozen link: "the exporter". A change
+ * that ends what the chain was frozen for moves them with bds_change_thaw. The guard keeps no
+ * node open.
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT, BDS_ERR_UTF8, BDS_ERR_STATE;
+ * BDS_ERR_OPTION: `base` does not lie below `top`; BDS_ERR_IN_USE: a link is frozen already, the
+ * message says by whom.
+ */
+BDS_MUST_CHECK
+int bds_graph_freeze_chain(struct bds_node top,
+                           struct bds_node base,
+                           const char *holder,
+                           struct bds_guard *out);
+
+/**
+ * Blocks operations on a node until bds_guard_unref. [any]
+ *
+ * `operations`: `BDS_BLOCK_` flags, at least one. `reason` is what the next user reads: "a copy
+ * is being made". Several guards may block the same operation. The guard keeps no node open, and
+ * is no hindrance to requests.
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT (also for no operation), BDS_ERR_VERSION
+ * (an unknown one), BDS_ERR_UTF8, BDS_ERR_STATE.
+ */
+BDS_MUST_CHECK
+int bds_node_block(struct bds_node node,
+                   uint32_t operations,
+                   const char *reason,
+                   struct bds_guard *out);
+
+/**
+ * Lets reads of a node copy what they got from below into it, until bds_guard_unref. [any]
+ *
+ * What is copied is durable before the image points at it. Guards add up. The guard keeps the
+ * node open. (A filter node, driver "copy-on-read", does the same for its users alone.)
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT, BDS_ERR_STATE; BDS_ERR_READ_ONLY,
+ * BDS_ERR_INACTIVE: the node cannot be written; BDS_ERR_IN_USE: a user does not share writing.
+ */
+BDS_MUST_CHECK int bds_node_copy_on_read(struct bds_node node, struct bds_guard *out);
+
+/**
+ * The operations that are blocked on a node, each with its reasons, as JSON:
+ * `{"resize": ["a copy is being made"]}`. Free it with bds_free. [any]
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT, BDS_ERR_STATE.
+ */
+BDS_MUST_CHECK int bds_node_blockers(struct bds_node node, char **json_out);
+
+/**
+ * Ends what the guard holds, and releases its handle. [any]
+ *
+ * BDS_STILL_REFERENCED: a change that is just being made uses the guard, and ends it.
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND.
+ */
+int bds_guard_unref(struct bds_guard guard);
+
+/**
+ * Opens a node that the monitor's list holds: QEMU's blockdev-add. [io]
+ *
+ * `options`: as of bds_node_open, with a "node-name". No handle is needed to keep it open:
+ * bds_node_find makes one, bds_monitor_del closes it. `id_out` may be NULL; it gets the node's id.
+ * bds_change_own and bds_change_disown put nodes that are open on the list, and take them off.
+ *
+ * Errors: as bds_node_open; BDS_ERR_OPTION also for a missing "node-name". Nothing remains open.
+ */
+BDS_MUST_CHECK
+int bds_monitor_add(struct bds_context context,
+                    const char *options,
+                    uint64_t *id_out);
+
+/**
+ * Closes a node that the monitor's list holds: QEMU's blockdev-del. [graph]
+ *
+ * `report_json_out` may be NULL; it is written if the node was closed, also when a flush failed,
+ * and then has to be freed.
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT, BDS_ERR_UTF8, BDS_ERR_NOT_FOUND;
+ * BDS_ERR_OPTION: the list does not hold it; BDS_ERR_IN_USE names other holders (handles too), or
+ * says why deleting is blocked. Nothing has changed in these cases. Otherwise the node is closed,
+ * and the error, as -EIO or -ENOSPC, says that data written earlier may be lost.
+ */
+BDS_MUST_CHECK
+int bds_monitor_del(struct bds_context context,
+                    const char *name,
+                    char **report_json_out);
+
+/**
+ * Lets the monitor's list hold a backend that claims its name: it stays without a handle. [any]
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_POISONED; BDS_ERR_EXISTS: it is on the list;
+ * BDS_ERR_OPTION: it claims no name (BDS_BACKEND_CLAIM_NAME).
+ */
+BDS_MUST_CHECK int bds_monitor_add_backend(struct bds_backend backend);
+
+/**
+ * Takes a backend off the monitor's list. [any]
+ *
+ * BDS_OK: nothing else held it, so it has ended and released its medium. BDS_STILL_REFERENCED:
+ * handles hold it, and its name.
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT, BDS_ERR_UTF8, BDS_ERR_NOT_FOUND;
+ * BDS_ERR_OPTION: it is not on the list; BDS_ERR_IN_USE: a device is attached, which is named, or
+ * deleting is blocked on its medium.
+ */
+BDS_MUST_CHECK int bds_monitor_del_backend(struct bds_context context, const char *name);
 
 /**
  * Makes an empty change. [any]
@@ -1443,20 +1740,40 @@ BDS_MUST_CHECK int bds_change_eject(struct bds_change change, struct bds_backend
 BDS_MUST_CHECK int bds_change_within(struct bds_change change, struct bds_section section);
 
 /**
- * Makes all edits together, or none. [graph]
+ * The edits that follow may move links which this guard keeps frozen. [any]
  *
- * Waits for requests inside the nodes concerned; new ones wait meanwhile. Then the change is
- * empty and can be used again. `report_json_out` may be NULL; otherwise it gets how long requests
- * had to wait ("held-ns") and what was closed, to be freed with bds_free.
+ * For the holder of the guard, who ends what the chain was frozen for: until bds_guard_unref the
+ * links stay frozen where they lead then. The guard must not have ended when the change is
+ * committed.
  *
- * Errors: nothing has changed, and the edits are kept. BDS_ERR_OPTION: an edit is impossible (a
- * loop, no filter); BDS_ERR_IN_USE: a permission conflict, a frozen edge, a blocker, a node with
- * other holders; BDS_ERR_READ_ONLY, BDS_ERR_INACTIVE: a user would write where that is not
- * possible; BDS_ERR_UNSUPPORTED: a driver cannot do it while it is open; BDS_ERR_EXISTS: a name is
- * taken; BDS_ERR_NOT_FOUND, BDS_ERR_STALE: a node or section has ended; BDS_ERR_STATE;
- * BDS_ERR_CANCELLED: the context was shut down; errnos of drivers.
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND; BDS_ERR_ARGUMENT: another context, or the guard is not that
+ * of a frozen chain.
  */
-BDS_MUST_CHECK int bds_change_commit(struct bds_change change, char **report_json_out);
+BDS_MUST_CHECK int bds_change_thaw(struct bds_change change, struct bds_guard guard);
+
+/**
+ * Changes the permissions of `backend`, as bds_backend_set_permissions. [any]
+ *
+ * The change keeps the backend.
+ *
+ * Errors: as bds_change_insert; BDS_ERR_VERSION: an unknown permission.
+ */
+BDS_MUST_CHECK
+int bds_change_set_permissions(struct bds_change change,
+                               struct bds_backend backend,
+                               uint64_t uses,
+                               uint64_t shares);
+
+/**
+ * Stores the persistent bitmaps of `node` in its image, as they are when the change takes effect,
+ * its other edits not counted. [any]
+ *
+ * They are stored anyway when the node is closed, handed over or becomes read-only; a crash before
+ * that makes bitmaps inconsistent that recorded something.
+ *
+ * Errors: as bds_change_append.
+ */
+BDS_MUST_CHECK int bds_change_store_bitmaps(struct bds_change change, struct bds_node node);
 
 /**
  * Releases a handle. [any]
@@ -1528,6 +1845,23 @@ int bds_change_bitmap_merge(struct bds_change change,
                             const char *name,
                             struct bds_node source,
                             const char *source_name);
+
+/**
+ * Makes all edits together, or none. [graph]
+ *
+ * Waits for requests inside the nodes concerned; new ones wait meanwhile. Then the change is
+ * empty and can be used again. `report_json_out` may be NULL; otherwise it gets how long requests
+ * had to wait ("held-ns"), what was closed, and why copies of removed bitmaps are still in their
+ * images ("stored-bitmaps-left"), to be freed with bds_free.
+ *
+ * Errors: nothing has changed, and the edits are kept. BDS_ERR_OPTION: an edit is impossible (a
+ * loop, no filter); BDS_ERR_IN_USE: a permission conflict, a frozen edge, a blocker, a node with
+ * other holders; BDS_ERR_READ_ONLY, BDS_ERR_INACTIVE: a user would write where that is not
+ * possible; BDS_ERR_UNSUPPORTED: a driver cannot do it while it is open; BDS_ERR_EXISTS: a name is
+ * taken; BDS_ERR_NOT_FOUND, BDS_ERR_STALE: a node or section has ended; BDS_ERR_STATE;
+ * BDS_ERR_CANCELLED: the context was shut down; errnos of drivers.
+ */
+BDS_MUST_CHECK int bds_change_commit(struct bds_change change, char **report_json_out);
 
 /**
  * Makes a backend without a medium: an empty drive. [any]
@@ -1945,7 +2279,9 @@ int bds_queue_fd(struct bds_queue queue);
  * Each accepted request gets its `request_id`, and exactly one completion, whatever happens. A
  * request that is not accepted, and those behind it, were not begun and their buffers are the
  * caller's: submit them again after completions were taken. Requests in flight are not ordered
- * among each other; a flush covers what completed before it was submitted.
+ * among each other; a flush covers what completed before it was submitted. A request that does not
+ * need to wait (cached data) is done by this call, and its completion is there when it returns;
+ * with BDS_QUEUE_OFFLOAD none is.
  *
  * Errors, for the first request: -EAGAIN: the queue is full; BDS_ERR_STALE, BDS_ERR_KIND,
  * BDS_ERR_POISONED (a backend, target or memory); BDS_ERR_VERSION: an unknown opcode, flag or
@@ -2106,6 +2442,44 @@ int bds_image_convert(struct bds_backend source,
                       struct bds_backend target,
                       const char *options,
                       char **report_json_out);
+
+/**
+ * Copies what an image shows of the images below it into it, in a range. [io]
+ *
+ * Nothing that is read changes; what the image holds already is left alone. What is copied is
+ * durable before the image points at it.
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_POISONED; as bds_pread and bds_pwrite.
+ */
+BDS_MUST_CHECK int bds_image_copy_up(struct bds_backend image, uint64_t offset, uint64_t bytes);
+
+/**
+ * Lets an image hold nothing of its own: it shows what its backing file holds. [io]
+ *
+ * The end of a commit by hand: first the job "commit", then this for the overlay that stays.
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_POISONED, BDS_ERR_PERMISSION, BDS_ERR_READ_ONLY,
+ * BDS_ERR_INACTIVE; BDS_ERR_UNSUPPORTED: the format cannot do that; errnos.
+ */
+BDS_MUST_CHECK int bds_image_make_empty(struct bds_backend image);
+
+/**
+ * Changes the backing file that an image records, and nothing else: qemu-img rebase -u. [io]
+ *
+ * `file`: the name as it is recorded, absolute or relative to the image; NULL: none. `format`: the
+ * driver that opens it; NULL leaves that to a guess. Durable when it returns: a crash leaves the
+ * old record or the new one. Neither the open chain nor any data changes; whether the new file
+ * shows the same bytes is the caller's affair.
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT (a format without a file), BDS_ERR_UTF8,
+ * BDS_ERR_POISONED, BDS_ERR_PERMISSION, BDS_ERR_READ_ONLY, BDS_ERR_INACTIVE; BDS_ERR_UNSUPPORTED:
+ * the format records no backing file; BDS_ERR_OPTION, -ENOSPC: the record breaks a rule of the
+ * format or does not fit; errnos. The old record is still there then.
+ */
+BDS_MUST_CHECK
+int bds_image_set_backing_file(struct bds_backend image,
+                               const char *file,
+                               const char *format);
 
 /**
  * Adds a bitmap to a node. It records writes from now on. [graph]
@@ -2284,6 +2658,15 @@ BDS_MUST_CHECK int bds_job_finalize(struct bds_job job);
 BDS_MUST_CHECK int bds_job_dismiss(struct bds_job job);
 
 /**
+ * Changes options of a running job: of a mirror "copy-mode=write-blocking". [any]
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT, BDS_ERR_JSON, BDS_ERR_OPTION (an unknown
+ * option or value; the job's state does not allow it); BDS_ERR_UNSUPPORTED: its type has no such
+ * option, or it cannot change so.
+ */
+BDS_MUST_CHECK int bds_job_change(struct bds_job job, const char *options);
+
+/**
  * Limits the job's speed; 0: no limit. [any]
  *
  * Errors: as bds_job_pause.
@@ -2298,6 +2681,13 @@ BDS_MUST_CHECK int bds_job_set_speed(struct bds_job job, uint64_t bytes_per_seco
 BDS_MUST_CHECK int bds_job_query(struct bds_job job, char **json_out);
 
 /**
+ * State and progress of the job, without an allocation. [any]
+ *
+ * Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT, BDS_ERR_VERSION.
+ */
+BDS_MUST_CHECK int bds_job_get_info(struct bds_job job, struct bds_job_info *info_out);
+
+/**
  * Waits for the job. [io]
  *
  * `state` NULL: until the job holds nothing any more; returns its result, any number of times.
@@ -2310,10 +2700,39 @@ BDS_MUST_CHECK int bds_job_query(struct bds_job job, char **json_out);
  */
 BDS_MUST_CHECK int bds_job_wait(struct bds_job job, const char *state, int64_t timeout_ns);
 
+/**
+ * Starts jobs that take effect together or not at all, at one point in time. [graph]
+ *
+ * `jobs`: a JSON array of objects, each with a "type" and the options of bds_job_start. The
+ * copies of all backups and mirrors among them are of one moment. If one job fails or is
+ * cancelled, all end as cancelled and nothing has changed; if one has "auto-finalize" off, all
+ * wait for bds_job_finalize.
+ *
+ * `change`: its edits are made in the same moment (overlays, bitmaps that begin, filters), all or
+ * nothing with the beginnings; on success it is empty and can be used again, and what it closed is
+ * not reported. Then all jobs must be backups or mirrors. 0: none.
+ *
+ * `jobs_out` gets a handle for each job, in order; `capacity` is their number at least, or 0: no
+ * handles are made, and bds_job_find makes them.
+ *
+ * Errors: as bds_job_start and bds_change_commit, of the first job that cannot start; no job was
+ * started, nothing has changed, and the edits are kept. BDS_ERR_JSON: no array of objects;
+ * BDS_ERR_ARGUMENT also: no job, `capacity`, another context; BDS_ERR_UNSUPPORTED also: a job of
+ * another type with a `change`. Where the id of a job was taken, a link was frozen, or the context
+ * was shut down by another thread after the change took effect, no job runs, and the edits stay.
+ */
+BDS_MUST_CHECK
+int bds_job_start_group(struct bds_context context,
+                        const char *jobs,
+                        struct bds_change change,
+                        struct bds_job *jobs_out,
+                        size_t capacity);
+
 /* Initial values of structs that begin with their size. */
 #define BDS_CONTEXT_OPTIONS_INIT { sizeof(bds_context_options), 0, 0, NULL, 0 }
 #define BDS_BACKEND_OPTIONS_INIT { sizeof(bds_backend_options), NULL, 0, 0, 0, 0, 0, 0 }
 #define BDS_QUEUE_OPTIONS_INIT { sizeof(bds_queue_options), 128, 0, { 0 } }
+#define BDS_JOB_INFO_INIT { sizeof(bds_job_info), 0, 0, 0, 0, 0, 0, 0 }
 #define BDS_LIMITS_INIT { sizeof(bds_limits), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 
 /* Releases the handle in a variable and clears it: no stale number is left behind. */
@@ -2332,6 +2751,7 @@ BDS_DEFINE_UNREF_P(bds_change)
 BDS_DEFINE_UNREF_P(bds_queue)
 BDS_DEFINE_UNREF_P(bds_memory)
 BDS_DEFINE_UNREF_P(bds_job)
+BDS_DEFINE_UNREF_P(bds_guard)
 #undef BDS_DEFINE_UNREF_P
 
 #ifdef __cplusplus

@@ -50,6 +50,9 @@ handles! {
     bds_memory;
     /// A block job. It runs whether or not there is a handle.
     bds_job;
+    /// Something that holds until it is released: a frozen chain, blocked operations, copy-on-read.
+    /// It ends with the handle.
+    bds_guard;
 }
 
 /// Results. 0 and above: success. -4095 to -1: a negative errno. -10000 and below: one of these.
@@ -111,8 +114,14 @@ pub enum bds_status {
     BDS_ERR_EXHAUSTED = -10027,
 }
 
-/// Receives messages that no call can return. May be called from any thread, also while a call is
-/// under way; must not call the library, throw or longjmp. `level`: 1 error, 2 warning.
+/// Receives messages that no call can return: what the library's drivers and jobs log.
+///
+/// Called from one thread of the library, one message at a time, with none of the library's locks
+/// held that a call could wait for. It must not call the library, throw or longjmp; a sink that
+/// takes long delays later messages only, and when some thousand wait, the oldest are dropped and
+/// their number is a message. `level`: `BDS_LOG_`; `target`: the part of the library, as
+/// "bds_drivers::format::qcow2"; `message`: one line of text. Both strings last until it returns.
+/// The sink is not called any more once bds_context_unref has returned BDS_OK for the context.
 pub type bds_log_fn = Option<
     extern "C" fn(user_data: u64, level: i32, target: *const c_char, message: *const c_char),
 >;
@@ -125,6 +134,17 @@ pub const BDS_CONTEXT_TRUST_REFERENCES: u32 = 2;
 /// guessed.
 pub const BDS_CONTEXT_PROBE_REFERENCES: u32 = 4;
 
+/// An error that no call returned.
+pub const BDS_LOG_ERROR: u32 = 1;
+/// Something is not as it should be, and was dealt with.
+pub const BDS_LOG_WARNING: u32 = 2;
+/// Something worth knowing happened.
+pub const BDS_LOG_INFO: u32 = 3;
+/// For the search for faults.
+pub const BDS_LOG_DEBUG: u32 = 4;
+/// All of it.
+pub const BDS_LOG_TRACE: u32 = 5;
+
 /// Options of a context. Begin with BDS_CONTEXT_OPTIONS_INIT.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -133,9 +153,9 @@ pub struct bds_context_options {
     pub struct_size: usize,
     /// `BDS_CONTEXT_` flags. 0: no file named inside an image is opened.
     pub flags: u32,
-    /// Must be 0.
-    pub reserved: u32,
-    /// Receives messages; may be NULL.
+    /// What `log` receives: `BDS_LOG_`, and everything more important; 0: BDS_LOG_WARNING.
+    pub log_level: u32,
+    /// Receives messages; may be NULL. Messages of drivers go to the sinks of all contexts.
     pub log: bds_log_fn,
     /// Passed to `log`.
     pub log_user_data: u64,
@@ -244,6 +264,61 @@ pub struct bds_limits {
     pub max_zero: u64,
 }
 
+/// State of a job. The names are QEMU's.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum bds_job_state {
+    /// It has not begun.
+    BDS_JOB_STATE_CREATED = 1,
+    /// It works.
+    BDS_JOB_STATE_RUNNING = 2,
+    /// It has stopped at a pause point.
+    BDS_JOB_STATE_PAUSED = 3,
+    /// Source and target are in sync; it works until it is completed or cancelled.
+    BDS_JOB_STATE_READY = 4,
+    /// It has stopped at a pause point, and was ready.
+    BDS_JOB_STATE_STANDBY = 5,
+    /// Its work succeeded; other jobs of its group still work.
+    BDS_JOB_STATE_WAITING = 6,
+    /// The work of its group succeeded; it waits for bds_job_finalize.
+    BDS_JOB_STATE_PENDING = 7,
+    /// It failed or was cancelled, and gives back what it holds.
+    BDS_JOB_STATE_ABORTING = 8,
+    /// It is over and holds nothing; it waits for bds_job_dismiss.
+    BDS_JOB_STATE_CONCLUDED = 9,
+    /// It was dismissed.
+    BDS_JOB_STATE_NULL = 10,
+}
+
+/// The job works, or is about to.
+pub const BDS_JOB_IS_BUSY: u32 = 1;
+/// The job is to stop at its next pause point, or has stopped.
+pub const BDS_JOB_IS_PAUSED: u32 = 2;
+/// A mirror's target has every write that the source completed.
+pub const BDS_JOB_IS_SYNCED: u32 = 4;
+
+/// Facts about a job for a progress display. Set `struct_size` before the call.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct bds_job_info {
+    /// sizeof(bds_job_info) of the caller.
+    pub struct_size: usize,
+    /// A bds_job_state.
+    pub state: u32,
+    /// `BDS_JOB_IS_` flags.
+    pub flags: u32,
+    /// 0, or once the job is over, why it failed: as bds_job_wait returns it.
+    pub status: i32,
+    /// Zero.
+    pub reserved: u32,
+    /// What is done, in bytes for most jobs.
+    pub progress: u64,
+    /// What is to be done by now; grows when a guest writes.
+    pub total: u64,
+    /// Speed limit in bytes a second; 0: none.
+    pub speed: u64,
+}
+
 /// Permission: data that is read is what was written.
 pub const BDS_PERM_CONSISTENT_READ: u64 = 1;
 /// Permission: writes.
@@ -350,6 +425,10 @@ pub enum bds_opcode {
     BDS_OP_DISCARD = 4,
     /// Makes a range read as zeros. Flags: FUA, MAY_UNMAP, NO_FALLBACK, NO_WAIT.
     BDS_OP_WRITE_ZEROES = 5,
+    /// Describes a range, as bds_block_status: `buffer` is an array of `iovcnt` extents, `bytes`
+    /// the length of the range, `base` the node above which layers are asked. The completion's
+    /// `value` says how many extents were written.
+    BDS_OP_BLOCK_STATUS = 6,
     /// Copies from `backend` to `target` on the host; BDS_ERR_UNSUPPORTED: use buffers.
     BDS_OP_COPY_RANGE = 7,
 }
@@ -376,7 +455,7 @@ pub struct bds_request {
     /// Segments, or NULL. The array itself is copied at submission; the memory it names belongs
     /// to the library until the completion is taken.
     pub iov: *const iovec,
-    /// How many segments.
+    /// How many segments; BLOCK_STATUS: how many extents the buffer holds.
     pub iovcnt: u64,
     /// COPY_RANGE: where to.
     pub target: bds_backend,
@@ -387,8 +466,10 @@ pub struct bds_request {
     pub memory: bds_memory,
     /// Written by `bds_queue_submit`.
     pub request_id: u64,
+    /// BLOCK_STATUS: only layers above this node are asked; 0: all.
+    pub base: bds_node,
     /// Must be 0.
-    pub reserved: [u64; 4],
+    pub reserved: [u64; 3],
 }
 
 /// A completion. 64 bytes, fixed.
@@ -403,11 +484,16 @@ pub struct bds_completion {
     pub status: i32,
     /// Zero.
     pub flags: u32,
-    /// Zero.
+    /// BLOCK_STATUS: how many extents were written; otherwise zero.
     pub value: u64,
     /// Zero.
     pub reserved: [u64; 4],
 }
+
+/// bds_queue_submit only hands requests over: it never reads or writes in the calling thread. By
+/// default a request that does not need to wait is done by the submission, and its completion is
+/// there when that returns.
+pub const BDS_QUEUE_OFFLOAD: u32 = 1;
 
 /// Options of a queue. Begin with BDS_QUEUE_OPTIONS_INIT.
 #[repr(C)]
@@ -417,7 +503,7 @@ pub struct bds_queue_options {
     pub struct_size: usize,
     /// Most requests in flight, completions not taken included; 1 to 65536.
     pub depth: u32,
-    /// Must be 0.
+    /// `BDS_QUEUE_` flags.
     pub flags: u32,
     /// The thread that serves the requests; none: one that all such queues share.
     pub iothread: bds_iothread,
@@ -433,3 +519,32 @@ pub const BDS_RESIZE_SHRINK: u32 = 1;
 pub const BDS_BITMAP_PERSISTENT: u32 = 1;
 /// The bitmap does not record until it is enabled.
 pub const BDS_BITMAP_DISABLED: u32 = 2;
+
+/// Being copied by a backup job.
+pub const BDS_BLOCK_BACKUP_SOURCE: u32 = 1;
+/// Being written by a backup job.
+pub const BDS_BLOCK_BACKUP_TARGET: u32 = 2;
+/// Being committed into the node below.
+pub const BDS_BLOCK_COMMIT_SOURCE: u32 = 4;
+/// Being committed into.
+pub const BDS_BLOCK_COMMIT_TARGET: u32 = 8;
+/// Being deleted by name (bds_monitor_del, bds_backend_revoke).
+pub const BDS_BLOCK_DELETE: u32 = 16;
+/// Being taken out of a backend, or another one put in its place.
+pub const BDS_BLOCK_EJECT: u32 = 32;
+/// Getting an overlay.
+pub const BDS_BLOCK_EXTERNAL_SNAPSHOT: u32 = 64;
+/// Getting an internal snapshot, or losing one.
+pub const BDS_BLOCK_INTERNAL_SNAPSHOT: u32 = 128;
+/// Being copied by a mirror job.
+pub const BDS_BLOCK_MIRROR_SOURCE: u32 = 256;
+/// Being written by a mirror job.
+pub const BDS_BLOCK_MIRROR_TARGET: u32 = 512;
+/// Changing its length for a user.
+pub const BDS_BLOCK_RESIZE: u32 = 1024;
+/// Being filled from below.
+pub const BDS_BLOCK_STREAM: u32 = 2048;
+/// Giving its place to another node.
+pub const BDS_BLOCK_REPLACE: u32 = 4096;
+/// All of them.
+pub const BDS_BLOCK_ALL: u32 = 8191;

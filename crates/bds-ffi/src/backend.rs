@@ -110,7 +110,8 @@ fn read_options(options: In<bds_backend_options>) -> Result<BackendOptions, Fail
     })
 }
 
-fn permissions(bits: u64) -> Result<Perm, Failure> {
+/// The permissions of these bits.
+pub(crate) fn permissions(bits: u64) -> Result<Perm, Failure> {
     if bits & !BDS_PERM_ALL != 0 {
         return Err(Failure::new(BDS_ERR_VERSION, format!("unknown permissions {bits:#x}")));
     }

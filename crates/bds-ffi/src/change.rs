@@ -3,36 +3,35 @@
 //! The builder keeps no node: it notes ids, and looks them up when it is committed. So it never is
 //! one of the holders that a removal would wait for.
 
-use std::ffi::c_char;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bds_core::Options;
-use bds_core::graph::{BitmapOptions, Change, ChangeReport, NodeId, NodeRef};
-use serde_json::json;
+use bds_core::graph::{BitmapOptions, NodeId, Perm};
 
 use crate::abi::bds_status::{BDS_ERR_STATE, BDS_OK, BDS_STILL_REFERENCED};
-use crate::abi::{bds_backend, bds_change, bds_context, bds_node, bds_section};
+use crate::abi::{bds_backend, bds_change, bds_context, bds_guard, bds_node, bds_section};
 use crate::backend::{self, BackendShared};
-use crate::context::{self, Context, check_same, close_json};
+use crate::context::{self, Context, check_same};
 use crate::entry::entry;
 use crate::failure::Failure;
-use crate::node::{self, NODES};
+use crate::guard;
+use crate::node;
 use crate::option_text;
-use crate::ptr::{self, Out, Text};
+use crate::ptr::{Out, Text};
 use crate::section::{self, Section};
 use crate::table::{Object, Removed, Table};
 
-static CHANGES: Table<ChangeObject> = Table::new(7);
+pub(crate) static CHANGES: Table<ChangeObject> = Table::new(7);
 
-struct ChangeObject {
-    context: Arc<Context>,
+pub(crate) struct ChangeObject {
+    pub(crate) context: Arc<Context>,
     edits: Mutex<Vec<Edit>>,
 }
 
 impl Object for ChangeObject {}
 
 impl ChangeObject {
-    fn lock(&self) -> MutexGuard<'_, Vec<Edit>> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Vec<Edit>> {
         self.edits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -55,6 +54,9 @@ pub(crate) enum Edit {
     Insert(Arc<BackendShared>, NodeId),
     Eject(Arc<BackendShared>),
     Within(bds_section),
+    Thaw(bds_guard),
+    SetPermissions(Arc<BackendShared>, Perm, Perm),
+    StoreBitmaps(NodeId),
     Bitmap(NodeId, BitmapEdit),
 }
 
@@ -317,152 +319,59 @@ pub extern "C" fn bds_change_within(change: bds_change, section: bds_section) ->
     })
 }
 
-/// Makes all edits together, or none. [graph]
+/// The edits that follow may move links which this guard keeps frozen. [any]
 ///
-/// Waits for requests inside the nodes concerned; new ones wait meanwhile. Then the change is
-/// empty and can be used again. `report_json_out` may be NULL; otherwise it gets how long requests
-/// had to wait ("held-ns") and what was closed, to be freed with bds_free.
+/// For the holder of the guard, who ends what the chain was frozen for: until bds_guard_unref the
+/// links stay frozen where they lead then. The guard must not have ended when the change is
+/// committed.
 ///
-/// Errors: nothing has changed, and the edits are kept. BDS_ERR_OPTION: an edit is impossible (a
-/// loop, no filter); BDS_ERR_IN_USE: a permission conflict, a frozen edge, a blocker, a node with
-/// other holders; BDS_ERR_READ_ONLY, BDS_ERR_INACTIVE: a user would write where that is not
-/// possible; BDS_ERR_UNSUPPORTED: a driver cannot do it while it is open; BDS_ERR_EXISTS: a name is
-/// taken; BDS_ERR_NOT_FOUND, BDS_ERR_STALE: a node or section has ended; BDS_ERR_STATE;
-/// BDS_ERR_CANCELLED: the context was shut down; errnos of drivers.
+/// Errors: BDS_ERR_STALE, BDS_ERR_KIND; BDS_ERR_ARGUMENT: another context, or the guard is not that
+/// of a frozen chain.
 #[must_use]
 #[unsafe(no_mangle)]
-pub extern "C" fn bds_change_commit(change: bds_change, report_json_out: Out<*mut c_char>) -> i32 {
-    entry("bds_change_commit", || {
-        let out = report_json_out.check_optional("report_json_out")?;
-        let object = CHANGES.get(change.raw).map_err(|failure| failure.of("change"))?;
-        let report = {
-            // One commit of a change at a time; adding to it waits as well.
-            let mut edits = object.lock();
-            let report = commit(&object.context, &edits)?;
-            edits.clear();
-            report
-        };
-        // Backends that the edits kept may have ended, and with them nodes.
-        object.context.reap_later();
-        if let Some(out) = out {
-            let closed: Vec<_> = report.closed.iter().map(close_json).collect();
-            let held_ns = u64::try_from(report.held.as_nanos()).unwrap_or(u64::MAX);
-            let json = json!({"held-ns": held_ns, "closed": closed});
-            out.set(ptr::give_text(&json.to_string())?);
-        }
-        match report.closed.iter().flat_map(|report| report.errors()).next() {
-            Some(error) => {
-                context_log(&object.context, error);
-                Ok(0)
-            }
-            None => Ok(0),
-        }
+pub extern "C" fn bds_change_thaw(change: bds_change, guard: bds_guard) -> i32 {
+    entry("bds_change_thaw", || {
+        add(change, |c| {
+            let object = guard::find(guard)?;
+            check_same(c, &object.context)?;
+            object.frozen()?;
+            Ok(Edit::Thaw(guard))
+        })
     })
 }
 
-/// A closing that failed is not a failure of the change, which has taken effect.
-fn context_log(context: &Context, error: &bds_core::Error) {
-    context.log().error("change", &error.to_string());
-}
-
-fn commit(context: &Arc<Context>, edits: &[Edit]) -> Result<ChangeReport, Failure> {
-    let mut removals = Removals { context, taken: Vec::new() };
-    let mut change = context.graph.change();
-    for edit in edits {
-        change = apply(context, change, edit, &mut removals)?;
-    }
-    let report = bds_io::block_on(change.commit())?;
-    removals.taken.clear();
-    Ok(report)
-}
-
-fn apply(
-    context: &Arc<Context>,
-    change: Change,
-    edit: &Edit,
-    removals: &mut Removals<'_>,
-) -> Result<Change, Failure> {
-    let node = |id: &NodeId| Ok::<NodeRef, Failure>(context.graph.acquire(*id)?);
-    Ok(match edit {
-        Edit::Append(top, overlay) => change.append(&node(top)?, &node(overlay)?),
-        Edit::Replace(from, to) => change.replace(&node(from)?, &node(to)?),
-        Edit::ReplaceChild(parent, name, to) => {
-            change.replace_child(&node(parent)?, name, &node(to)?)
-        }
-        Edit::InsertFilter(below, filter) => change.insert_filter(&node(below)?, &node(filter)?),
-        Edit::DropFilter(filter) => change.drop_filter(&node(filter)?),
-        Edit::SetBacking(above, backing) => {
-            let backing = backing.as_ref().map(node).transpose()?;
-            change.set_backing(&node(above)?, backing.as_ref())
-        }
-        Edit::Remove(handle) => change.remove(removals.take(*handle)?),
-        Edit::Reopen(id, options) => change.reopen(&node(id)?, options.clone()),
-        Edit::Rename(id, name) => change.rename(&node(id)?, name),
-        Edit::Own(id) => change.own(&node(id)?),
-        Edit::Disown(id) => change.disown(&node(id)?),
-        Edit::Insert(backend, id) => change.insert(&backend.backend, &node(id)?),
-        Edit::Eject(backend) => change.eject(&backend.backend),
-        Edit::Bitmap(id, edit) => {
-            let target = node(id)?;
-            match edit {
-                BitmapEdit::Add(options) => change.add_bitmap(&target, options.clone()),
-                BitmapEdit::Remove(name) => change.remove_bitmap(&target, name),
-                BitmapEdit::Clear(name) => change.clear_bitmap(&target, name),
-                BitmapEdit::Enable(name) => change.enable_bitmap(&target, name),
-                BitmapEdit::Disable(name) => change.disable_bitmap(&target, name),
-                BitmapEdit::Merge(name, from, source) => {
-                    change.merge_bitmaps(&target, name, &[(&node(from)?, source)])
-                }
-            }
-        }
-        Edit::Within(section) => match &section::find(*section)?.section {
-            Section::Nodes(drained) => change.within(drained),
-            Section::Backend(_) => return Err(Failure::argument("the section is a backend's")),
-        },
+/// Changes the permissions of `backend`, as bds_backend_set_permissions. [any]
+///
+/// The change keeps the backend.
+///
+/// Errors: as bds_change_insert; BDS_ERR_VERSION: an unknown permission.
+#[must_use]
+#[unsafe(no_mangle)]
+pub extern "C" fn bds_change_set_permissions(
+    change: bds_change,
+    backend: bds_backend,
+    uses: u64,
+    shares: u64,
+) -> i32 {
+    entry("bds_change_set_permissions", || {
+        let (uses, shares) = (backend::permissions(uses)?, backend::permissions(shares)?);
+        add(change, |c| Ok(Edit::SetPermissions(shared(c, backend)?, uses, shares)))
     })
 }
 
-/// Handles whose references a change takes. A change that fails drops them, so each node is held
-/// meanwhile by the monitor's list, which does not stand in the way of a removal.
-struct Removals<'a> {
-    context: &'a Arc<Context>,
-    /// The handle, the node, and whether the list held the node already.
-    taken: Vec<(bds_node, NodeId, bool)>,
-}
-
-impl Removals<'_> {
-    fn take(&mut self, handle: bds_node) -> Result<NodeRef, Failure> {
-        let object = node::find(handle, "node to remove")?;
-        let node = object.take()?;
-        let graph = &self.context.graph;
-        let was_owned = graph.is_owned(node.id());
-        if !was_owned && let Err(error) = graph.own(node.clone()) {
-            object.put_back(node);
-            return Err(error.into());
-        }
-        self.taken.push((handle, node.id(), was_owned));
-        Ok(node)
-    }
-}
-
-impl Drop for Removals<'_> {
-    /// Gives the references back, in whatever way the change failed.
-    fn drop(&mut self) {
-        let graph = &self.context.graph;
-        for (handle, id, was_owned) in self.taken.drain(..) {
-            let Ok(node) = graph.acquire(id) else { continue };
-            if !was_owned {
-                let disowned = bds_io::block_on(graph.change().disown(&node).commit());
-                if let Err(error) = disowned {
-                    context_log(self.context, &error);
-                }
-            }
-            match NODES.find(handle.raw) {
-                Ok(object) => object.put_back(node),
-                Err(_) => drop(node),
-            }
-        }
-    }
+/// Stores the persistent bitmaps of `node` in its image, as they are when the change takes effect,
+/// its other edits not counted. [any]
+///
+/// They are stored anyway when the node is closed, handed over or becomes read-only; a crash before
+/// that makes bitmaps inconsistent that recorded something.
+///
+/// Errors: as bds_change_append.
+#[must_use]
+#[unsafe(no_mangle)]
+pub extern "C" fn bds_change_store_bitmaps(change: bds_change, node: bds_node) -> i32 {
+    entry("bds_change_store_bitmaps", || {
+        add(change, |c| Ok(Edit::StoreBitmaps(id_of(c, node, "node")?)))
+    })
 }
 
 /// Releases a handle. [any]

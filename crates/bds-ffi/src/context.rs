@@ -1,6 +1,6 @@
 //! Contexts: a graph with its events, log sink and closings in the background.
 
-use std::ffi::{CString, c_char};
+use std::ffi::c_char;
 use std::sync::{Arc, Once, OnceLock};
 
 use bds_core::graph::reference_gate::{SameDirectory, TrustAll};
@@ -11,12 +11,12 @@ use serde_json::{Value, json};
 use crate::abi::bds_status::{BDS_ERR_IN_USE, BDS_ERR_VERSION, BDS_OK, BDS_STILL_REFERENCED};
 use crate::abi::{
     BDS_CONTEXT_PROBE_REFERENCES, BDS_CONTEXT_SAME_DIRECTORY, BDS_CONTEXT_TRUST_REFERENCES,
-    bds_context, bds_context_options, bds_log_fn,
+    BDS_LOG_TRACE, bds_context, bds_context_options,
 };
 use crate::entry::{self, entry};
 use crate::event_source::EventSource;
 use crate::failure::Failure;
-use crate::fault;
+use crate::log::Log;
 use crate::ptr::{self, In, Out};
 use crate::table::{Object, Removed, Table};
 
@@ -36,27 +36,9 @@ pub(crate) struct ContextObject(pub(crate) Arc<Context>);
 
 impl Object for ContextObject {}
 
-/// Where messages go that no call can return.
-#[derive(Clone, Copy)]
-pub(crate) struct Log {
-    sink: bds_log_fn,
-    user_data: u64,
-}
-
-impl Log {
-    pub(crate) fn error(self, target: &str, message: &str) {
-        let Some(sink) = self.sink else { return };
-        fault::point("log");
-        let text = |text: &str| CString::new(text.replace('\0', "")).unwrap_or_default();
-        sink(self.user_data, 1, text(target).as_ptr(), text(message).as_ptr());
-    }
-
-    fn closed(self, reports: &[CloseReport]) {
-        for report in reports {
-            for error in report.errors() {
-                self.error("close", &format!("node '{}': {error}", report.name));
-            }
-        }
+impl Drop for Context {
+    fn drop(&mut self) {
+        self.log.end();
     }
 }
 
@@ -75,15 +57,24 @@ impl Context {
         })
     }
 
-    pub(crate) fn log(&self) -> Log {
-        self.log
+    pub(crate) fn log(&self) -> &Log {
+        &self.log
     }
 
     /// Closes dead nodes in the background: after a call that may have released the last reference
     /// to one. What fails is logged, and is in the event of the closing.
     pub(crate) fn reap_later(&self) {
-        let (graph, log) = (self.graph.clone(), self.log);
-        bds_io::spawn(async move { log.closed(&graph.reap().await) }).detach();
+        let (graph, log) = (self.graph.clone(), self.log.clone());
+        bds_io::spawn(async move { log_closings(&log, &graph.reap().await) }).detach();
+    }
+}
+
+/// Logs what failed when nodes were closed.
+fn log_closings(log: &Log, reports: &[CloseReport]) {
+    for report in reports {
+        for error in report.errors() {
+            log.error("bds_ffi::close", &format!("node '{}': {error}", report.name));
+        }
     }
 }
 
@@ -112,8 +103,9 @@ pub(crate) fn check_same(one: &Arc<Context>, other: &Arc<Context>) -> Result<(),
 /// Makes a context: an empty graph. [any]
 ///
 /// `options` may be NULL. Release the handle with bds_context_unref; every object made in the
-/// context keeps it alive. The first call of the process registers a fork handler: a child that was
-/// forked off gets BDS_ERR_FORKED from every function.
+/// context keeps it alive. The first log sink of the process starts a thread that serves all of
+/// them. The first call of the process registers a fork handler: a child that was forked off gets
+/// BDS_ERR_FORKED from every function.
 ///
 /// Errors: BDS_ERR_ARGUMENT, BDS_ERR_VERSION; -EAGAIN or -ENOMEM: the process can have no more
 /// threads or descriptors.
@@ -127,17 +119,16 @@ pub extern "C" fn bds_context_create(
         let out = out.check("out")?;
         let options = options.read("options")?;
         let flags = options.map_or(0, |options| options.flags);
-        if options.is_some_and(|options| options.reserved != 0) {
-            return Err(Failure::new(BDS_ERR_VERSION, "a reserved word is not 0"));
+        let level = options.map_or(0, |options| options.log_level);
+        if level > BDS_LOG_TRACE {
+            return Err(Failure::new(BDS_ERR_VERSION, format!("unknown log level {level}")));
         }
         let mut config = GraphConfig::new(Arc::new(bds_drivers::registry()));
         set_gate(&mut config, flags)?;
         bds_io::ensure_context()?;
         mark_forks()?;
-        let log = Log {
-            sink: options.and_then(|options| options.log),
-            user_data: options.map_or(0, |options| options.log_user_data),
-        };
+        let user_data = options.map_or(0, |options| options.log_user_data);
+        let log = Log::new(options.and_then(|options| options.log), user_data, level)?;
         let context = Context::new(Graph::new(config), log);
         out.set(bds_context { raw: CONTEXTS.insert(ContextObject(context))? });
         Ok(0)
@@ -223,7 +214,7 @@ pub extern "C" fn bds_context_shutdown(
         // Also of a poisoned one: this is how what it holds ends.
         let context = Arc::clone(&CONTEXTS.find(context.raw).map_err(|f| f.of("context"))?.0);
         let report = bds_io::block_on(context.graph.shutdown());
-        context.log.closed(&report.closed);
+        log_closings(&context.log, &report.closed);
         if let Some(out) = out {
             out.set(ptr::give_text(&shutdown_json(&report).to_string())?);
         }

@@ -1,4 +1,4 @@
-//! Images: probe, create, info, check, measure, map, convert.
+//! Images: probe, create, info, check, measure, map, convert, backing records.
 
 use std::ffi::c_char;
 use std::ops::Range;
@@ -6,7 +6,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bds_core::copy::{CopyOptions, CopySource, copy};
-use bds_core::driver::{CheckReport, MeasureSource, OpenFlags, Precision, StatusFlags};
+use bds_core::driver::{
+    BackingRecord, CheckReport, MeasureSource, OpenFlags, Precision, StatusFlags,
+};
 use bds_core::graph::{NewImage, NodeRef, walk};
 use bds_core::request::{Backend, BackendOptions};
 use bds_core::{Options, Result};
@@ -16,8 +18,9 @@ use crate::abi::{BDS_OPEN_PROBE, bds_backend, bds_context};
 use crate::backend;
 use crate::context::{self, Context, check_flags};
 use crate::entry::entry;
+use crate::extents::extent;
 use crate::failure::Failure;
-use crate::io::{extent, target_of};
+use crate::io::target_of;
 use crate::node::driver_of;
 use crate::option_text::parse_optional;
 use crate::ptr::{self, Out, Text};
@@ -385,4 +388,63 @@ fn copy_options(mut given: Options, target: &Backend) -> Result<CopyOptions, Fai
     }
     given.finish("a conversion")?;
     Ok(options)
+}
+
+/// Copies what an image shows of the images below it into it, in a range. [io]
+///
+/// Nothing that is read changes; what the image holds already is left alone. What is copied is
+/// durable before the image points at it.
+///
+/// Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_POISONED; as bds_pread and bds_pwrite.
+#[must_use]
+#[unsafe(no_mangle)]
+pub extern "C" fn bds_image_copy_up(image: bds_backend, offset: u64, bytes: u64) -> i32 {
+    entry("bds_image_copy_up", || {
+        let object = backend::find(image, "image")?;
+        bds_io::block_on(object.backend().copy_up(offset, bytes))?;
+        Ok(0)
+    })
+}
+
+/// Lets an image hold nothing of its own: it shows what its backing file holds. [io]
+///
+/// The end of a commit by hand: first the job "commit", then this for the overlay that stays.
+///
+/// Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_POISONED, BDS_ERR_PERMISSION, BDS_ERR_READ_ONLY,
+/// BDS_ERR_INACTIVE; BDS_ERR_UNSUPPORTED: the format cannot do that; errnos.
+#[must_use]
+#[unsafe(no_mangle)]
+pub extern "C" fn bds_image_make_empty(image: bds_backend) -> i32 {
+    entry("bds_image_make_empty", || {
+        let object = backend::find(image, "image")?;
+        bds_io::block_on(object.backend().make_empty())?;
+        Ok(0)
+    })
+}
+
+/// Changes the backing file that an image records, and nothing else: qemu-img rebase -u. [io]
+///
+/// `file`: the name as it is recorded, absolute or relative to the image; NULL: none. `format`: the
+/// driver that opens it; NULL leaves that to a guess. Durable when it returns: a crash leaves the
+/// old record or the new one. Neither the open chain nor any data changes; whether the new file
+/// shows the same bytes is the caller's affair.
+///
+/// Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT (a format without a file), BDS_ERR_UTF8,
+/// BDS_ERR_POISONED, BDS_ERR_PERMISSION, BDS_ERR_READ_ONLY, BDS_ERR_INACTIVE; BDS_ERR_UNSUPPORTED:
+/// the format records no backing file; BDS_ERR_OPTION, -ENOSPC: the record breaks a rule of the
+/// format or does not fit; errnos. The old record is still there then.
+#[must_use]
+#[unsafe(no_mangle)]
+pub extern "C" fn bds_image_set_backing_file(image: bds_backend, file: Text, format: Text) -> i32 {
+    entry("bds_image_set_backing_file", || {
+        let format = format.optional("format")?;
+        let record = match (file.is_null(), format) {
+            (true, None) => None,
+            (true, Some(_)) => return Err(Failure::argument("a format without a file")),
+            (false, format) => Some(BackingRecord::new(file.path("file")?.as_os_str(), format)),
+        };
+        let object = backend::find(image, "image")?;
+        bds_io::block_on(object.backend().set_backing_record(record))?;
+        Ok(0)
+    })
 }

@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use bds_core::driver::{Prealloc, Precision, StatusFlags, Truncate};
-use bds_core::request::ChainRun;
+use bds_core::driver::{Prealloc, Truncate};
 use bds_io::IoVec;
 
 use crate::abi::bds_status::{BDS_ERR_OPTION, BDS_OK};
@@ -11,9 +10,9 @@ use crate::abi::{BDS_RESIZE_SHRINK, bds_backend, bds_extent, bds_node};
 use crate::backend::{self, BackendShared};
 use crate::context::{check_flags, check_same};
 use crate::entry::entry;
+use crate::extents::{Question, describe};
 use crate::failure::Failure;
 use crate::lease::Lease;
-use crate::node;
 use crate::ptr::{Array, Out, Segments, Sink, Source, Text};
 use crate::request::{self, Operation};
 
@@ -264,51 +263,11 @@ pub extern "C" fn bds_block_status(
         let out = count_out.check("count_out")?;
         let extents = extents.check(capacity, "extents")?;
         let object = backend::find(backend, "backend")?;
-        let base = match base.raw {
-            0 => None,
-            _ => {
-                let node = node::find(base, "base")?;
-                check_same(&object.shared.context, &node.context)?;
-                Some(node.id())
-            }
-        };
-        let backend = object.backend();
-        let (mut at, mut left, mut count) = (offset, bytes, 0);
-        while left > 0 && count < extents.len() {
-            let exact = Precision::Exact;
-            let run = match base {
-                None => bds_io::block_on(backend.block_status(at, left, exact))?,
-                Some(base) => bds_io::block_on(backend.status_above(base, at, left, exact))?,
-            };
-            if run.len == 0 {
-                break;
-            }
-            extents.write(count, extent(at, &run));
-            count += 1;
-            at += run.len;
-            left = left.saturating_sub(run.len);
-        }
+        let base = request::base(&object.shared.context, base)?;
+        let question = Question { offset, len: bytes, base, capacity: extents.len() };
+        let give = |index, extent| extents.write(index, extent);
+        let count = bds_io::block_on(describe(object.backend(), question, give))?;
         out.set(count);
         Ok(0)
     })
-}
-
-/// The run as C sees it.
-pub(crate) fn extent(offset: u64, run: &ChainRun) -> bds_extent {
-    let known = StatusFlags::DATA
-        | StatusFlags::ZERO
-        | StatusFlags::ALLOCATED
-        | StatusFlags::EOF
-        | StatusFlags::COMPRESSED;
-    let mut flags = run.flags & known;
-    flags.set(StatusFlags::OFFSET_VALID, run.host.is_some());
-    let is_decided = flags.contains(StatusFlags::ALLOCATED);
-    bds_extent {
-        offset,
-        bytes: run.len,
-        map_offset: run.host.as_ref().map_or(0, |host| host.offset),
-        node_id: if is_decided { run.node.to_u64() } else { 0 },
-        flags: flags.bits(),
-        depth: u32::try_from(run.depth).unwrap_or(u32::MAX),
-    }
 }

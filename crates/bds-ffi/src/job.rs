@@ -5,17 +5,23 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bds_jobs::{JobHandle, JobStatus};
+use futures_util::FutureExt;
 use futures_util::future::{Either, select};
 use serde_json::json;
 
 use crate::abi::bds_status::{BDS_ERR_OPTION, BDS_OK, BDS_STILL_REFERENCED};
-use crate::abi::{bds_context, bds_job};
+use crate::abi::{
+    BDS_JOB_IS_BUSY, BDS_JOB_IS_PAUSED, BDS_JOB_IS_SYNCED, bds_context, bds_job, bds_job_info,
+    bds_job_state,
+};
+use crate::change_commit::Beginning;
 use crate::context::{self, Context};
 use crate::entry::entry;
-use crate::failure::Failure;
+use crate::failure::{Failure, code_of};
 use crate::job_options;
+use crate::job_start::{self, Wanted};
 use crate::option_text::parse;
-use crate::ptr::{self, Checked, Out, Text};
+use crate::ptr::{self, Checked, InOut, Out, Text};
 use crate::table::{Object, Ref, Removed, Table};
 
 static JOBS: Table<JobObject> = Table::new(11);
@@ -37,8 +43,13 @@ fn find_any(job: bds_job) -> Result<Ref<JobObject>, Failure> {
     JOBS.find(job.raw).map_err(|failure| failure.of("job"))
 }
 
+/// A handle of C's.
+pub(crate) fn handle(job: JobHandle, context: Arc<Context>) -> Result<bds_job, Failure> {
+    Ok(bds_job { raw: JOBS.insert(JobObject { job, context })? })
+}
+
 fn give(job: JobHandle, context: Arc<Context>, out: Checked<bds_job>) -> Result<i32, Failure> {
-    out.set(bds_job { raw: JOBS.insert(JobObject { job, context })? });
+    out.set(handle(job, context)?);
     Ok(BDS_OK as i32)
 }
 
@@ -73,12 +84,9 @@ pub extern "C" fn bds_job_start(
         let kind = r#type.str("type")?;
         let mut options = parse(options, "options")?;
         let common = job_options::common(&mut options)?;
-        let manager = context.jobs();
-        let job = bds_io::block_on(async {
-            manager.check_id(&common.id)?;
-            let driver = job_options::prepare(&context.graph, kind, &common.id, options).await?;
-            manager.start(common, driver).await
-        })?;
+        let wanted = vec![Wanted { common, kind: kind.to_owned(), options }];
+        let mut jobs = job_start::start(&context, wanted, &Beginning::none())?;
+        let job = jobs.pop().expect("one for each that is wanted");
         give(job, Arc::clone(&context), out)
     })
 }
@@ -205,6 +213,22 @@ pub extern "C" fn bds_job_dismiss(job: bds_job) -> i32 {
     })
 }
 
+/// Changes options of a running job: of a mirror "copy-mode=write-blocking". [any]
+///
+/// Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT, BDS_ERR_JSON, BDS_ERR_OPTION (an unknown
+/// option or value; the job's state does not allow it); BDS_ERR_UNSUPPORTED: its type has no such
+/// option, or it cannot change so.
+#[must_use]
+#[unsafe(no_mangle)]
+pub extern "C" fn bds_job_change(job: bds_job, options: Text) -> i32 {
+    entry("bds_job_change", || {
+        let object = find(job)?;
+        let mode = job_options::change(parse(options, "options")?)?;
+        object.job.change(mode)?;
+        Ok(0)
+    })
+}
+
 /// Limits the job's speed; 0: no limit. [any]
 ///
 /// Errors: as bds_job_pause.
@@ -229,6 +253,57 @@ pub extern "C" fn bds_job_query(job: bds_job, json_out: Out<*mut c_char>) -> i32
         out.set(ptr::give_text(&json!(info).to_string())?);
         Ok(0)
     })
+}
+
+/// State and progress of the job, without an allocation. [any]
+///
+/// Errors: BDS_ERR_STALE, BDS_ERR_KIND, BDS_ERR_ARGUMENT, BDS_ERR_VERSION.
+#[must_use]
+#[unsafe(no_mangle)]
+pub extern "C" fn bds_job_get_info(job: bds_job, info_out: InOut<bds_job_info>) -> i32 {
+    entry("bds_job_get_info", || {
+        let out = info_out.check("info_out")?;
+        let object = find_any(job)?;
+        out.set(&facts(&object.job));
+        Ok(0)
+    })
+}
+
+fn facts(job: &JobHandle) -> bds_job_info {
+    let info = job.info();
+    // The result of a job that is over is there at once.
+    let is_over = matches!(info.status, JobStatus::Concluded | JobStatus::Null);
+    let result = is_over.then(|| job.wait().now_or_never()).flatten();
+    let flags = [
+        (info.busy, BDS_JOB_IS_BUSY),
+        (info.paused, BDS_JOB_IS_PAUSED),
+        (info.actively_synced == Some(true), BDS_JOB_IS_SYNCED),
+    ];
+    bds_job_info {
+        struct_size: 0,
+        state: state(info.status) as u32,
+        flags: flags.iter().filter(|(is_set, _)| *is_set).map(|(_, flag)| flag).sum(),
+        status: result.and_then(Result::err).map_or(BDS_OK as i32, |error| code_of(&error)),
+        reserved: 0,
+        progress: info.current_progress,
+        total: info.total_progress,
+        speed: info.speed,
+    }
+}
+
+fn state(status: JobStatus) -> bds_job_state {
+    match status {
+        JobStatus::Undefined | JobStatus::Created => bds_job_state::BDS_JOB_STATE_CREATED,
+        JobStatus::Running => bds_job_state::BDS_JOB_STATE_RUNNING,
+        JobStatus::Paused => bds_job_state::BDS_JOB_STATE_PAUSED,
+        JobStatus::Ready => bds_job_state::BDS_JOB_STATE_READY,
+        JobStatus::Standby => bds_job_state::BDS_JOB_STATE_STANDBY,
+        JobStatus::Waiting => bds_job_state::BDS_JOB_STATE_WAITING,
+        JobStatus::Pending => bds_job_state::BDS_JOB_STATE_PENDING,
+        JobStatus::Aborting => bds_job_state::BDS_JOB_STATE_ABORTING,
+        JobStatus::Concluded => bds_job_state::BDS_JOB_STATE_CONCLUDED,
+        JobStatus::Null => bds_job_state::BDS_JOB_STATE_NULL,
+    }
 }
 
 /// Waits for the job. [io]

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::time::Duration;
 
-use bds_core::graph::{Graph, NodeRef};
+use bds_core::graph::{Change, Graph, NodeRef};
 use bds_core::{Error, ErrorKind, Options, Result};
 use bds_jobs::amend::Amend;
 use bds_jobs::backup::{AtLimit, Backup, BackupOptions, BackupSync, BitmapSync, OnCbwError, Spill};
@@ -13,7 +13,8 @@ use bds_jobs::mirror::{
 };
 use bds_jobs::record::{CheckTarget, ManifestOptions, RecordOptions};
 use bds_jobs::{
-    Commit, CommitOptions, CopyMode, JobDriver, JobOptions, OnError, Stream, StreamOptions,
+    Commit, CommitOptions, CopyMode, JobChange, JobDriver, JobOptions, OnError, Stream,
+    StreamOptions,
 };
 
 /// QAPI's words for what to do when a request fails.
@@ -38,29 +39,65 @@ pub(crate) fn common(options: &mut Options) -> Result<JobOptions> {
     Ok(job)
 }
 
+/// A job that was set up.
+pub(crate) enum Prepared {
+    /// Begins with a change of the graph that is still to be made.
+    Backup(Box<Backup>),
+    /// The same.
+    Mirror(Box<Mirror>),
+    /// Has begun.
+    Begun(Box<dyn JobDriver>),
+}
+
+/// Whether jobs of this type can begin with a change that does more.
+pub(crate) fn begins_with_a_change(kind: &str) -> bool {
+    matches!(kind, "backup" | "mirror")
+}
+
+impl Prepared {
+    /// Adds the job's beginning to a change.
+    pub(crate) fn stage(&self, change: Change) -> Change {
+        match self {
+            Self::Backup(backup) => backup.stage(change),
+            Self::Mirror(mirror) => mirror.stage(change),
+            Self::Begun(_) => change,
+        }
+    }
+
+    /// The job's work, after the change took effect.
+    pub(crate) async fn begun(self) -> Result<Box<dyn JobDriver>> {
+        Ok(match self {
+            Self::Backup(backup) => backup,
+            Self::Mirror(mirror) => Box::new(mirror.inserted().await?),
+            Self::Begun(driver) => driver,
+        })
+    }
+}
+
 /// Sets a job of this type up, with the rest of the options.
 pub(crate) async fn prepare(
     graph: &Graph,
     kind: &str,
     job: &str,
     mut options: Options,
-) -> Result<Box<dyn JobDriver>> {
+) -> Result<Prepared> {
     match kind {
-        "stream" => stream(graph, job, options).await,
-        "commit" => commit(graph, job, options).await,
+        "stream" => stream(graph, job, options).await.map(Prepared::Begun),
+        "commit" => commit(graph, job, options).await.map(Prepared::Begun),
         "mirror" => mirror(graph, job, options).await,
         "backup" => backup(graph, job, options).await,
         "create" => {
             let nested = options.take("options").ok_or_else(|| missing("options"))?;
             options.finish("a create job")?;
-            Ok(Create::prepare(graph, Options::from_json(nested)?)?.into())
+            Ok(Prepared::Begun(Create::prepare(graph, Options::from_json(nested)?)?.into()))
         }
         "amend" => {
             let name = options.take_str("node-name")?.ok_or_else(|| missing("node-name"))?;
             let nested = options.take("options").ok_or_else(|| missing("options"))?;
             let force = options.take_bool("force")?.unwrap_or(false);
             options.finish("an amend job")?;
-            Ok(Amend::prepare(graph, job, &name, Options::from_json(nested)?, force)?.into())
+            let nested = Options::from_json(nested)?;
+            Ok(Prepared::Begun(Amend::prepare(graph, job, &name, nested, force)?.into()))
         }
         _ => {
             Err(Error::new(ErrorKind::NotSupported, format!("there are no jobs of type '{kind}'")))
@@ -133,6 +170,14 @@ fn copy_mode(options: &mut Options) -> Result<CopyMode> {
     Ok(options.take_choice("copy-mode", &words)?.unwrap_or_default())
 }
 
+/// The change of a running job's options.
+pub(crate) fn change(mut given: Options) -> Result<JobChange> {
+    let words = [("background", CopyMode::Background), ("write-blocking", CopyMode::WriteBlocking)];
+    let mode = given.take_choice("copy-mode", &words)?.ok_or_else(|| missing("copy-mode"))?;
+    given.finish("a change of a job")?;
+    Ok(JobChange::MirrorCopyMode(mode))
+}
+
 async fn stream(graph: &Graph, job: &str, mut given: Options) -> Result<Box<dyn JobDriver>> {
     let mut options = StreamOptions::new(&device(graph, &mut given)?);
     options.base = node(graph, &mut given, "base-node")?;
@@ -162,7 +207,7 @@ async fn commit(graph: &Graph, job: &str, mut given: Options) -> Result<Box<dyn 
     Ok(Box::new(ActiveCommit::prepare(active).await?))
 }
 
-async fn mirror(graph: &Graph, job: &str, mut given: Options) -> Result<Box<dyn JobDriver>> {
+async fn mirror(graph: &Graph, job: &str, mut given: Options) -> Result<Prepared> {
     let source = device(graph, &mut given)?;
     let target = node(graph, &mut given, "target")?.ok_or_else(|| missing("target"))?;
     let mut options = MirrorOptions::new(&source, &target, job);
@@ -184,10 +229,10 @@ async fn mirror(graph: &Graph, job: &str, mut given: Options) -> Result<Box<dyn 
     options.bitmaps = given.take_choice("bitmaps", &words)?.unwrap_or_default();
     (options.record, options.manifest) = tracked(&mut given)?;
     given.finish("a mirror job")?;
-    Ok(Box::new(Mirror::prepare(options).await?))
+    Ok(Prepared::Mirror(Box::new(Mirror::prepare_staged(options).await?)))
 }
 
-async fn backup(graph: &Graph, job: &str, mut given: Options) -> Result<Box<dyn JobDriver>> {
+async fn backup(graph: &Graph, job: &str, mut given: Options) -> Result<Prepared> {
     let source = device(graph, &mut given)?;
     let target = node(graph, &mut given, "target")?.ok_or_else(|| missing("target"))?;
     let mut options = BackupOptions::new(&source, &target, job);
@@ -220,7 +265,7 @@ async fn backup(graph: &Graph, job: &str, mut given: Options) -> Result<Box<dyn 
     (options.record, options.manifest) = tracked(&mut given)?;
     staging(graph, &mut given, &mut options)?;
     given.finish("a backup job")?;
-    Ok(Box::new(Backup::prepare(options).await?))
+    Ok(Prepared::Backup(Box::new(Backup::prepare_staged(options).await?)))
 }
 
 /// Where a backup keeps old data that the target does not have yet: `cbw-timeout` in seconds,

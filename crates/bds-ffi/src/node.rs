@@ -5,7 +5,9 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bds_core::Options;
-use bds_core::graph::{CloseError, EdgeFacts, Holder, HolderKind, NodeId, NodeRef, Release, walk};
+use bds_core::graph::{
+    BlockOps, CloseError, EdgeFacts, Holder, HolderKind, NodeId, NodeRef, Release, walk,
+};
 use serde_json::{Value, json};
 
 use crate::abi::bds_status::{
@@ -359,8 +361,9 @@ pub extern "C" fn bds_node_set_holder(node: bds_node, name: Text) -> i32 {
     })
 }
 
-/// Facts about the node as JSON: id, name, driver, file, length, state, count, holders, users
-/// with their permissions, children. Free it with bds_free. [any]
+/// Facts about the node as JSON: id, name, driver, file, length, state, the job that works on it,
+/// why operations are blocked, count, holders, users with their permissions and freezes, children.
+/// Free it with bds_free. [any]
 ///
 /// "holders" is the answer to "who keeps my file open?".
 ///
@@ -399,6 +402,9 @@ fn facts(node: &NodeRef) -> Value {
         "active": node.is_active(),
         "poisoned": node.is_poisoned(),
         "drained": node.quiesce_count() > 0,
+        "monitor": node.graph().is_owned(node.id()),
+        "job": node.job().as_deref(),
+        "blocked": node.blocked(BlockOps::all()).iter().map(|why| json!(**why)).collect::<Vec<_>>(),
         "in-flight": node.in_flight(),
         "count": node.count(),
         "holders": holders_json(node, 0),

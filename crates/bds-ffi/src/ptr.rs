@@ -20,8 +20,8 @@ use libc::iovec;
 use crate::abi::bds_status::{BDS_ERR_UTF8, BDS_ERR_VERSION};
 use crate::abi::{
     bds_backend, bds_backend_options, bds_change, bds_completion, bds_context, bds_context_options,
-    bds_event, bds_extent, bds_iothread, bds_job, bds_limits, bds_memory, bds_node, bds_options,
-    bds_queue, bds_queue_options, bds_request, bds_section,
+    bds_event, bds_extent, bds_guard, bds_iothread, bds_job, bds_job_info, bds_limits, bds_memory,
+    bds_node, bds_options, bds_queue, bds_queue_options, bds_request, bds_section,
 };
 use crate::failure::Failure;
 
@@ -49,11 +49,13 @@ plain!(
     bds_queue,
     bds_memory,
     bds_job,
+    bds_guard,
     bds_event,
     bds_extent,
     bds_request,
     bds_completion,
-    bds_limits
+    bds_limits,
+    bds_job_info
 );
 plain!(bds_context_options, bds_backend_options, bds_queue_options);
 
@@ -174,6 +176,15 @@ impl<T: Plain> Elements<T> {
         assert!(index < self.len, "the caller counts to len");
         // SAFETY: as in `read`, and writable by C's promise.
         unsafe { self.first.add(index).write(value) }
+    }
+}
+
+impl Elements<bds_request> {
+    /// Writes the id of a request back.
+    pub(crate) fn set_request_id(&self, index: usize, id: u64) {
+        assert!(index < self.len, "the caller counts to len");
+        // SAFETY: as in `write`; the field lies in the element.
+        unsafe { (&raw mut (*self.first.add(index)).request_id).write(id) }
     }
 }
 

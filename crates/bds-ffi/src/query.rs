@@ -2,9 +2,9 @@
 
 use std::ffi::c_char;
 
-use bds_core::graph::NodeRef;
+use bds_core::graph::{BitmapInfo, NodeRef};
 use bds_jobs::JobInfo;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::abi::bds_context;
 use crate::abi::bds_status::BDS_ERR_OPTION;
@@ -23,7 +23,11 @@ use crate::ptr::{self, Out, Text};
 /// | "graph" | nodes and edges with permissions, as x-debug-query-block-graph |
 /// | "backends" | QEMU's query-block |
 /// | "holders" | every node with its count and its holders |
+/// | "monitor" | names of the nodes that the monitor's list holds |
+/// | "bitmaps" | every node that has dirty bitmaps, with QEMU's facts about each |
 /// | "jobs" | QEMU's query-jobs, newest first |
+/// | "block-jobs" | QEMU's query-block-jobs, newest first |
+/// | "job-facts" | for each job what bds_job_query says |
 /// | "job-history" | records of jobs that were dismissed |
 /// | "drivers" | names of the drivers of this build |
 /// | "reports" | closings that failed while no caller waited for them; each is returned once |
@@ -58,6 +62,12 @@ fn answer(context: &Context, what: &str) -> Result<String, Failure> {
             };
             graph.nodes().into_iter().map(node).collect()
         }
+        "monitor" => monitor(context),
+        "bitmaps" => graph.nodes().iter().filter_map(bitmaps).collect(),
+        "block-jobs" => {
+            context.jobs().query().iter().filter_map(JobInfo::to_query_block_jobs).collect()
+        }
+        "job-facts" => json!(context.jobs().query()),
         "jobs" => context.jobs().query().iter().map(JobInfo::to_query_jobs).collect(),
         "job-history" => json!(context.jobs().history().records),
         "drivers" => bds_drivers::registry().iter().map(|driver| json!(driver.name())).collect(),
@@ -70,4 +80,18 @@ fn answer(context: &Context, what: &str) -> Result<String, Failure> {
         }
     };
     Ok(value.to_string())
+}
+
+fn monitor(context: &Context) -> Value {
+    let nodes = context.graph.nodes();
+    let owned = nodes.iter().filter(|node| context.graph.is_owned(node.id()));
+    owned.map(|node| json!(node.name())).collect()
+}
+
+fn bitmaps(node: &NodeRef) -> Option<Value> {
+    let bitmaps: Vec<Value> = node.bitmaps().iter().map(BitmapInfo::to_json).collect();
+    if bitmaps.is_empty() {
+        return None;
+    }
+    Some(json!({"node": node.name(), "id": node.id().to_u64(), "bitmaps": bitmaps}))
 }

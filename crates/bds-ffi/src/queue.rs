@@ -1,34 +1,21 @@
 //! Queues: batches of requests, and their completions on the caller's thread.
 
-use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bds_io::IoVec;
-use bds_io::buf::Anchor;
-use futures_util::FutureExt;
-use futures_util::future::{AbortHandle, Abortable};
-
-use crate::abi::bds_opcode::{
-    self, BDS_OP_COPY_RANGE, BDS_OP_DISCARD, BDS_OP_FLUSH, BDS_OP_READ, BDS_OP_WRITE,
-    BDS_OP_WRITE_ZEROES,
+use crate::abi::bds_status::{BDS_ERR_CANCELLED, BDS_OK, BDS_STILL_REFERENCED};
+use crate::abi::{
+    BDS_QUEUE_OFFLOAD, bds_completion, bds_context, bds_queue, bds_queue_options, bds_request,
 };
-use crate::abi::bds_status::{
-    BDS_ERR_CANCELLED, BDS_ERR_PANIC, BDS_ERR_VERSION, BDS_OK, BDS_STILL_REFERENCED,
-};
-use crate::abi::{bds_completion, bds_context, bds_queue, bds_queue_options, bds_request};
-use crate::backend::{self, BackendShared};
-use crate::context::{self, Context, check_flags, check_same};
-use crate::entry::{entry, forget_payload, panic_text};
-use crate::failure::{Failure, code_of};
-use crate::fault;
-use crate::iothread::{self, Iothread};
-use crate::memory::{self, Region};
-use crate::ptr::{Array, In, Out, Sink, request_memory};
-use crate::request::{self, Operation};
-use crate::table::{Object, Ref, Table};
-use crate::ticket::{QueueState, Ticket, Waited};
+use crate::context::{self, check_flags, check_same};
+use crate::entry::{entry, forget_payload};
+use crate::failure::Failure;
+use crate::iothread;
+use crate::ptr::{Array, In, Out};
+use crate::submission::{QueueObject, Submission};
+use crate::table::{Ref, Table};
+use crate::ticket::{QueueState, Waited};
 
 static QUEUES: Table<QueueObject> = Table::new(6);
 
@@ -36,14 +23,6 @@ static QUEUES: Table<QueueObject> = Table::new(6);
 const DEFAULT_DEPTH: u32 = 128;
 /// Largest depth.
 const MAX_DEPTH: u32 = 65536;
-
-struct QueueObject {
-    state: Arc<QueueState>,
-    context: Arc<Context>,
-    iothread: Option<Arc<Iothread>>,
-}
-
-impl Object for QueueObject {}
 
 #[inline]
 fn find(queue: bds_queue) -> Result<Ref<QueueObject>, Failure> {
@@ -75,7 +54,8 @@ pub extern "C" fn bds_queue_create(
         let out = out.check("out")?;
         let context = context::find(context)?;
         let options = options.read("options")?;
-        check_flags(options.map_or(0, |options| options.flags), 0)?;
+        let flags = options.map_or(0, |options| options.flags);
+        check_flags(flags, BDS_QUEUE_OFFLOAD)?;
         let depth = options.map_or(DEFAULT_DEPTH, |options| options.depth);
         if !(1..=MAX_DEPTH).contains(&depth) {
             return Err(Failure::argument(format!("the depth must be 1 to {MAX_DEPTH}")));
@@ -89,7 +69,9 @@ pub extern "C" fn bds_queue_create(
             _ => None,
         };
         let depth = usize::try_from(depth).expect("it is small");
-        let object = QueueObject { state: QueueState::new(depth), context, iothread };
+        let may_inline = flags & BDS_QUEUE_OFFLOAD == 0;
+        let state = QueueState::new(depth);
+        let object = QueueObject { state, context, iothread, may_inline };
         out.set(bds_queue { raw: QUEUES.insert(object)? });
         Ok(0)
     })
@@ -131,7 +113,9 @@ pub extern "C" fn bds_queue_fd(queue: bds_queue) -> i32 {
 /// Each accepted request gets its `request_id`, and exactly one completion, whatever happens. A
 /// request that is not accepted, and those behind it, were not begun and their buffers are the
 /// caller's: submit them again after completions were taken. Requests in flight are not ordered
-/// among each other; a flush covers what completed before it was submitted.
+/// among each other; a flush covers what completed before it was submitted. A request that does not
+/// need to wait (cached data) is done by this call, and its completion is there when it returns;
+/// with BDS_QUEUE_OFFLOAD none is.
 ///
 /// Errors, for the first request: -EAGAIN: the queue is full; BDS_ERR_STALE, BDS_ERR_KIND,
 /// BDS_ERR_POISONED (a backend, target or memory); BDS_ERR_VERSION: an unknown opcode, flag or
@@ -148,10 +132,11 @@ pub extern "C" fn bds_queue_submit(
         let requests = requests.check(count, "requests")?;
         let object = find(queue)?;
         let limit = requests.len().min(MAX_DEPTH as usize);
+        let mut submission = Submission::new(&object, limit);
         for index in 0..limit {
-            let mut request = requests.read(index);
-            match catch_unwind(AssertUnwindSafe(|| submit(&object, &mut request))) {
-                Ok(Ok(())) => requests.write(index, request),
+            let request = requests.read(index);
+            match catch_unwind(AssertUnwindSafe(|| submission.submit(&request))) {
+                Ok(Ok(id)) => requests.set_request_id(index, id),
                 Ok(Err(failure)) if index == 0 => return Err(failure),
                 Err(payload) if index == 0 => resume_unwind(payload),
                 // Those in front were accepted, whatever happened to this one.
@@ -168,163 +153,6 @@ pub extern "C" fn bds_queue_submit(
 
 fn as_count(count: usize) -> i32 {
     i32::try_from(count).unwrap_or(i32::MAX)
-}
-
-/// Checks one request and begins it.
-fn submit(queue: &QueueObject, request: &mut bds_request) -> Result<(), Failure> {
-    if request.reserved != [0; 4] {
-        return Err(Failure::new(BDS_ERR_VERSION, "a reserved word is not 0"));
-    }
-    let opcode = request::opcode(request.opcode)?;
-    let backend = {
-        let object = backend::find(request.backend, "backend")?;
-        check_same(&queue.context, &object.shared.context)?;
-        Arc::clone(&object.shared)
-    };
-    let operation = operation(opcode, request, queue)?;
-    let region = match request.memory.raw {
-        0 => None,
-        _ => Some(memory::find(request.memory)?),
-    };
-    let segments = segments(opcode, request, region.as_deref())?;
-    let Some(ticket) = queue.state.admit(request.user_data, backend, region) else {
-        return Err(Failure::errno(libc::EAGAIN, "the queue is full; take completions"));
-    };
-    let id = ticket.id();
-    let anchored = |(sink, len): (Sink, usize)| sink.iov(len, Arc::clone(&ticket) as Anchor);
-    let iov: IoVec = match segments.into_iter().map(anchored).collect() {
-        Ok(iov) => iov,
-        Err(failure) => {
-            queue.state.refuse(ticket);
-            return Err(failure);
-        }
-    };
-    begin(queue, ticket, operation, iov);
-    request.request_id = id;
-    Ok(())
-}
-
-fn operation(
-    opcode: bds_opcode,
-    request: &bds_request,
-    queue: &QueueObject,
-) -> Result<Operation, Failure> {
-    let &bds_request { offset, bytes, flags, .. } = request;
-    if opcode != BDS_OP_COPY_RANGE && (request.target.raw != 0 || request.target_offset != 0) {
-        return Err(Failure::argument("only a copy has a target"));
-    }
-    let plain = |operation| check_flags(flags, 0).map(|()| operation);
-    match opcode {
-        BDS_OP_READ => plain(Operation::Read { offset }),
-        BDS_OP_WRITE => request::write(offset, flags),
-        BDS_OP_FLUSH => plain(Operation::Flush),
-        BDS_OP_DISCARD => plain(Operation::Discard { offset, len: bytes }),
-        BDS_OP_WRITE_ZEROES => request::write_zeroes(offset, bytes, flags),
-        BDS_OP_COPY_RANGE => {
-            check_flags(flags, 0)?;
-            let target = backend::find(request.target, "target")?;
-            check_same(&queue.context, &target.shared.context)?;
-            let (target, target_offset) = (Arc::clone(&target.shared), request.target_offset);
-            Ok(Operation::CopyRange { offset, len: bytes, target, target_offset })
-        }
-    }
-}
-
-/// The memory of a request, checked against its region.
-fn segments(
-    opcode: bds_opcode,
-    request: &bds_request,
-    region: Option<&Region>,
-) -> Result<smallvec::SmallVec<[(Sink, usize); 1]>, Failure> {
-    let has_iov = request.iovcnt != 0;
-    if !matches!(opcode, BDS_OP_READ | BDS_OP_WRITE) {
-        let is_bare = request.buffer.is_null() && request.iov.is_null() && !has_iov;
-        return match is_bare && region.is_none() {
-            true => Ok(smallvec::SmallVec::new()),
-            false => Err(Failure::argument("only reads and writes have buffers")),
-        };
-    }
-    let (buffer, iov) = request_memory(request);
-    let len = usize::try_from(request.bytes)
-        .map_err(|_| Failure::argument("bytes does not fit into memory"))?;
-    let segments: smallvec::SmallVec<[(Sink, usize); 1]> = match has_iov {
-        false if request.iov.is_null() => smallvec::smallvec![(buffer, len)],
-        _ if !request.buffer.is_null() => {
-            return Err(Failure::argument("a request has a buffer or segments, not both"));
-        }
-        _ => iov.read(request.iovcnt)?.into(),
-    };
-    let sum: usize = segments.iter().map(|(_, len)| len).sum();
-    if has_iov && len != 0 && sum != len {
-        return Err(Failure::argument("bytes is not the sum of the segments"));
-    }
-    for (segment, len) in &segments {
-        match region {
-            Some(region) => region.check(*segment, *len)?,
-            None => drop(segment.range(*len)?),
-        }
-    }
-    Ok(segments)
-}
-
-/// Begins a request: at once if it needs no waiting, else in a task.
-fn begin(queue: &QueueObject, ticket: Arc<Ticket>, operation: Operation, iov: IoVec) {
-    // A panic here must not fail the submission: the request is accepted and has its completion.
-    let inline = AssertUnwindSafe(|| operation.try_now(ticket.backend(), &iov));
-    match catch_unwind(inline) {
-        Ok(None) => {}
-        Ok(Some(result)) => return ticket.set_status(status(result)),
-        Err(payload) => return ticket.set_status(after_panic(ticket.backend(), payload)),
-    }
-    // Nor one from here on: the request has its completion, and this says why.
-    let accepted = Arc::clone(&ticket);
-    let start = AssertUnwindSafe(move || start(queue, ticket, operation, iov));
-    if let Err(payload) = catch_unwind(start) {
-        accepted.set_status(after_panic(accepted.backend(), payload));
-    }
-}
-
-/// Spawns the task of a request.
-fn start(queue: &QueueObject, ticket: Arc<Ticket>, operation: Operation, iov: IoVec) {
-    let (handle, registration) = AbortHandle::new_pair();
-    queue.state.activate(ticket.id(), handle);
-    fault::point("spawn");
-    let task = async move {
-        let backend = Arc::clone(ticket.backend());
-        let work = async move { operation.run(&backend, iov).await };
-        let work = Abortable::new(AssertUnwindSafe(work).catch_unwind(), registration);
-        let status = match work.await {
-            Ok(Ok(result)) => status(result),
-            Ok(Err(payload)) => after_panic(ticket.backend(), payload),
-            Err(_aborted) => BDS_ERR_CANCELLED as i32,
-        };
-        ticket.set_status(status);
-    };
-    match &queue.iothread {
-        Some(iothread) => iothread.tasks.spawn(task).detach(),
-        None => bds_io::spawn(task).detach(),
-    }
-}
-
-fn status(result: bds_core::Result<()>) -> i32 {
-    match result {
-        Ok(()) => BDS_OK as i32,
-        Err(error) => code_of(&error),
-    }
-}
-
-/// Nothing may be written to an image whose metadata was just being changed.
-fn after_panic(backend: &BackendShared, payload: Box<dyn Any + Send>) -> i32 {
-    backend.poison();
-    let words = panic_text(&*payload);
-    forget_payload(payload);
-    let log = backend.context.log();
-    let say = || log.error("panic", &format!("a request of a queue panicked: {words}"));
-    // The sink is C's, and the request's status must be set whatever becomes of the message.
-    if let Err(payload) = catch_unwind(AssertUnwindSafe(say)) {
-        forget_payload(payload);
-    }
-    BDS_ERR_PANIC as i32
 }
 
 /// Takes completions that are there; returns how many. [any]

@@ -7,7 +7,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -41,6 +41,8 @@ struct Inner {
     /// Made when C asks for it.
     signal: Option<Signal>,
     wakes: u64,
+    /// Threads in `wait`.
+    waiters: usize,
     is_closed: bool,
 }
 
@@ -78,36 +80,24 @@ impl QueueState {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A ticket for a request; `None`: the queue is full.
-    pub(crate) fn admit(
-        self: &Arc<Self>,
-        user_data: u64,
-        backend: Arc<BackendShared>,
-        memory: Option<Arc<Region>>,
-    ) -> Option<Arc<Ticket>> {
+    /// Reserves up to `wanted` places in flight, with ids that follow the one returned.
+    pub(crate) fn reserve(&self, wanted: usize) -> (usize, u64) {
         let mut inner = self.lock();
-        if inner.outstanding == self.depth {
-            return None;
-        }
-        inner.outstanding += 1;
-        inner.last_id += 1;
-        let id = inner.last_id;
-        drop(inner);
-        Some(Arc::new(Ticket {
-            queue: Arc::clone(self),
-            user_data,
-            id,
-            status: AtomicI32::new(BDS_ERR_CANCELLED as i32),
-            backend: Some(backend),
-            memory,
-        }))
+        let count = wanted.min(self.depth - inner.outstanding);
+        inner.outstanding += count;
+        let before = inner.last_id;
+        inner.last_id += count as u64;
+        (count, before)
     }
 
-    /// Takes a request back that was never begun: it has no completion.
-    pub(crate) fn refuse(&self, ticket: Arc<Ticket>) {
-        if let Some(ticket) = Arc::into_inner(ticket) {
-            ticket.forget();
+    /// Ends a submission: gives places back, and posts what completed at once.
+    pub(crate) fn end_submission(&self, unused: usize, done: &[bds_completion]) {
+        if unused == 0 && done.is_empty() {
+            return;
         }
+        let mut inner = self.lock();
+        inner.outstanding -= unused;
+        self.post(inner, done);
     }
 
     /// Lets `cancel` find the request. Before its task is spawned.
@@ -118,16 +108,25 @@ impl QueueState {
     fn complete(&self, completion: bds_completion) {
         let mut inner = self.lock();
         inner.active.remove(&completion.request_id);
+        self.post(inner, &[completion]);
+    }
+
+    fn post(&self, mut inner: MutexGuard<'_, Inner>, done: &[bds_completion]) {
         if inner.is_closed {
-            inner.outstanding -= 1;
+            inner.outstanding -= done.len();
             return;
         }
-        inner.done.push_back(completion);
-        if inner.done.len() == 1 {
+        let was_empty = inner.done.is_empty();
+        inner.done.extend(done);
+        if was_empty && !inner.done.is_empty() {
             inner.signal.iter().for_each(Signal::raise);
         }
+        let is_awaited = inner.waiters > 0;
         drop(inner);
-        self.changed.notify_all();
+        // A notification is a system call, whether or not a thread waits.
+        if is_awaited {
+            self.changed.notify_all();
+        }
     }
 
     /// Takes completions that are there.
@@ -145,8 +144,10 @@ impl QueueState {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let mut inner = self.lock();
         let wakes = inner.wakes;
+        inner.waiters += 1;
         let is_over = loop {
             if inner.is_closed {
+                inner.waiters -= 1;
                 return Waited::Closed;
             }
             if inner.done.len() >= min || inner.wakes != wakes {
@@ -163,6 +164,7 @@ impl QueueState {
             let waited = self.changed.wait_timeout(inner, left);
             inner = waited.unwrap_or_else(PoisonError::into_inner).0;
         };
+        inner.waiters -= 1;
         match inner.take(capacity, give) {
             0 if is_over => Waited::TimedOut,
             count => Waited::Taken(count),
@@ -229,12 +231,39 @@ pub(crate) struct Ticket {
     user_data: u64,
     id: u64,
     status: AtomicI32,
-    /// `None` only while it is dropped.
+    value: AtomicU64,
+    /// `None` while it is dropped, and once it shall not complete.
     backend: Option<Arc<BackendShared>>,
     memory: Option<Arc<Region>>,
 }
 
 impl Ticket {
+    /// The ticket of a request; its place was reserved.
+    pub(crate) fn new(
+        queue: &Arc<QueueState>,
+        (id, user_data): (u64, u64),
+        backend: Arc<BackendShared>,
+        memory: Option<Arc<Region>>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            queue: Arc::clone(queue),
+            user_data,
+            id,
+            status: AtomicI32::new(BDS_ERR_CANCELLED as i32),
+            value: AtomicU64::new(0),
+            backend: Some(backend),
+            memory,
+        })
+    }
+
+    /// Makes the ticket of a request that has completed that of another one on the same backend,
+    /// in the same submission.
+    pub(crate) fn renew(&mut self, (id, user_data): (u64, u64), memory: Option<Arc<Region>>) {
+        (self.id, self.user_data, self.memory) = (id, user_data, memory);
+        *self.status.get_mut() = BDS_ERR_CANCELLED as i32;
+        *self.value.get_mut() = 0;
+    }
+
     pub(crate) fn id(&self) -> u64 {
         self.id
     }
@@ -244,38 +273,57 @@ impl Ticket {
     }
 
     /// Sets the outcome; without one it is "cancelled".
-    pub(crate) fn set_status(&self, status: i32) {
+    pub(crate) fn set_outcome(&self, status: i32, value: u64) {
+        self.value.store(value, Ordering::Relaxed);
         self.status.store(status, Ordering::Relaxed);
     }
 
-    fn forget(mut self) {
-        self.backend = None;
-        self.queue.lock().outstanding -= 1;
+    /// What C gets to know.
+    pub(crate) fn completion(&self) -> bds_completion {
+        bds_completion {
+            user_data: self.user_data,
+            request_id: self.id,
+            status: self.status.load(Ordering::Relaxed),
+            flags: 0,
+            value: self.value.load(Ordering::Relaxed),
+            reserved: [0; 4],
+        }
+    }
+
+    /// Lets the drop post no completion: the request was not begun, or its completion is posted
+    /// by the submission.
+    pub(crate) fn retract(&mut self) {
+        // The outcome stands.
+        let _released = self.release();
+    }
+
+    /// Drops what the request holds. `false`: that panicked, which must not cost a completion.
+    fn release(&mut self) -> bool {
+        let held = (self.backend.take(), self.memory.take());
+        let drops = AssertUnwindSafe(|| {
+            fault::point("ticket");
+            drop(held);
+        });
+        match catch_unwind(drops) {
+            Ok(()) => true,
+            Err(payload) => {
+                forget_payload(payload);
+                false
+            }
+        }
     }
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        // `forget` has done the rest.
-        let Some(backend) = self.backend.take() else { return };
-        // First what the request holds: with the completion in hand, C may count on it. A panic of
-        // these drops must not cost the completion.
-        let memory = self.memory.take();
-        let release = AssertUnwindSafe(|| {
-            fault::point("ticket");
-            drop((backend, memory));
-        });
-        if let Err(payload) = catch_unwind(release) {
-            forget_payload(payload);
-            self.set_status(BDS_ERR_PANIC as i32);
+        if self.backend.is_none() {
+            // Retracted.
+            return;
         }
-        self.queue.complete(bds_completion {
-            user_data: self.user_data,
-            request_id: self.id,
-            status: self.status.load(Ordering::Relaxed),
-            flags: 0,
-            value: 0,
-            reserved: [0; 4],
-        });
+        // First what the request holds: with the completion in hand, C may count on it.
+        if !self.release() {
+            self.set_outcome(BDS_ERR_PANIC as i32, 0);
+        }
+        self.queue.complete(self.completion());
     }
 }

@@ -73,6 +73,33 @@ impl JobManager {
     /// # Errors
     /// As [`JobManager::start_group`].
     pub(crate) async fn enter(&self, groups: Vec<Vec<NewJob>>) -> Result<Entered> {
+        let entered = self.group(groups);
+        let all: Vec<_> =
+            entered.groups.iter().flat_map(|(group, _)| &group.jobs).cloned().collect();
+        let links =
+            entered.groups.iter().find_map(|(group, drivers)| check_links(group, drivers).err());
+        match links.map_or_else(|| self.0.register(&all), Err) {
+            Ok(()) => Ok(entered),
+            Err(error) => Err(bds_io::spawn_now(entered.refuse(error)).detach_on_drop().await),
+        }
+    }
+
+    /// Gives back what prepared jobs hold that are not started after all, because another one of
+    /// their group could not be prepared: filters leave the graph, edges and blockers go. Runs to
+    /// its end also if the future is dropped.
+    ///
+    /// # Errors
+    /// The first one of a job that could not give everything back in order; all were asked to.
+    pub async fn discard(&self, jobs: Vec<NewJob>) -> Result<()> {
+        let prepared = self.group(vec![jobs]);
+        let retire = async move {
+            prepared.retire(&Error::new(ErrorKind::Cancelled, "the job was not started")).await
+        };
+        bds_io::spawn_now(retire).detach_on_drop().await
+    }
+
+    /// A job for each driver, none of them in the list.
+    fn group(&self, groups: Vec<Vec<NewJob>>) -> Entered {
         let (graph, events) = (&self.0.graph, &self.0.events);
         let mut entered = Vec::with_capacity(groups.len());
         for jobs in groups {
@@ -88,13 +115,7 @@ impl JobManager {
             group.signal.members.set(ids).expect("it is set here alone");
             entered.push((group, drivers));
         }
-        let shared = entered.iter().find_map(|(group, drivers)| check_links(group, drivers).err());
-        let all: Vec<_> = entered.iter().flat_map(|(group, _)| &group.jobs).cloned().collect();
-        let entered = Entered { registry: Arc::clone(&self.0), groups: entered };
-        match shared.map_or_else(|| self.0.register(&all), Err) {
-            Ok(()) => Ok(entered),
-            Err(error) => Err(bds_io::spawn_now(entered.refuse(error)).detach_on_drop().await),
-        }
+        Entered { registry: Arc::clone(&self.0), groups: entered }
     }
 
     /// The job of this id, of any type: what the `job-…` commands find.
@@ -232,21 +253,27 @@ impl Entered {
         }
     }
 
-    /// Retires them: they were not entered.
+    /// Retires them, newest first, because they were not entered.
     async fn refuse(self, error: Error) -> Error {
-        let members = self
+        match self.retire(&error).await {
+            Ok(()) => error,
+            Err(failed) => error.caused_by(failed),
+        }
+    }
+
+    /// Retires jobs that were never started, newest first: all of them, whatever one says.
+    async fn retire(self, error: &Error) -> Result<()> {
+        let members: Vec<_> = self
             .groups
             .into_iter()
-            .flat_map(|(group, drivers)| group.jobs.into_iter().zip(drivers).collect::<Vec<_>>());
-        let mut failed = None;
-        for (job, mut driver) in members.collect::<Vec<_>>().into_iter().rev() {
-            let retired = driver.retire(&JobContext(job), Outcome::Aborted(&error)).await;
-            failed = failed.or(retired.err());
+            .flat_map(|(group, drivers)| group.jobs.into_iter().zip(drivers).collect::<Vec<_>>())
+            .collect();
+        let mut first = Ok(());
+        for (job, mut driver) in members.into_iter().rev() {
+            let retired = driver.retire(&JobContext(job), Outcome::Aborted(error)).await;
+            first = first.and(retired);
         }
-        match failed {
-            Some(failed) => error.caused_by(failed),
-            None => error,
-        }
+        first
     }
 }
 

@@ -19,7 +19,7 @@ mod table;
 use self::cases::{Case, Contestant};
 use self::measure::measure;
 use self::stage::{Runs, Stage};
-use crate::run::{cargo, run, say};
+use crate::run::{cargo, output, run, say};
 
 /// Builds the tool, makes the images, runs the cases, prints the table and writes
 /// `target/bench/report.md`.
@@ -50,10 +50,23 @@ pub(crate) fn bench(quick: bool, only: Option<&str>) -> Result<(), String> {
         say(text.trim_end());
         report.push_str(&text);
     }
+    if is_wanted("ffi") {
+        let text = ffi()?;
+        say(text.trim_end());
+        report.push_str(&text);
+    }
     let path = stage.dir.join("report.md");
     std::fs::write(&path, report).map_err(|e| format!("{}: {e}", path.display()))?;
     say(&format!("\nwritten to {}", path.display()));
     Ok(())
+}
+
+/// What calls and queues of the C library cost beside the Rust API; the bench itself takes turns.
+fn ffi() -> Result<String, String> {
+    let mut command = cargo();
+    command.args(["bench", "--quiet", "--package", "bds-ffi", "--bench", "boundary"]);
+    let table = output(&mut command)?;
+    Ok(format!("\nThe C library, in one process:\n\n{table}"))
 }
 
 /// Runs all contestants of a case in turn, another one first each round.

@@ -1,4 +1,4 @@
-"""The block layer of bds from Python: open, read, write, info, convert, backup.
+"""The block layer of bds from Python: open, read, write, info, convert, check, backup.
 
 >>> import bds
 >>> with bds.Context() as context, context.open("driver=mem,size=1M") as disk:
@@ -13,12 +13,29 @@ undefined behaviour. Calls that wait release the interpreter lock.
 
 from bds._errors import Error, Stale
 from bds.context import Context
-from bds.disk import Disk
-from bds.image import convert, create, info
+from bds.disk import Disk, Guard
+from bds.image import check, convert, create, info, map, measure, probe, resize
 from bds.job import Job
 from bds.queue import Queue
 
-__all__ = ["Context", "Disk", "Error", "Job", "Queue", "Stale", "convert", "create", "info", "version"]
+__all__ = [
+    "Context",
+    "Disk",
+    "Error",
+    "Guard",
+    "Job",
+    "Queue",
+    "Stale",
+    "check",
+    "convert",
+    "create",
+    "info",
+    "map",
+    "measure",
+    "probe",
+    "resize",
+    "version",
+]
 
 
 def version() -> str:

@@ -51,6 +51,16 @@ def json_of(function, *arguments):
         LIBRARY.bds_free(text)
 
 
+def text_of(function, *arguments) -> str:
+    """Calls a function whose last parameter returns a text."""
+    text = ctypes.c_void_p()
+    check(function(*arguments, ctypes.byref(text)))
+    try:
+        return ctypes.string_at(text).decode()
+    finally:
+        LIBRARY.bds_free(text)
+
+
 def options_of(options) -> bytes:
     """Options as the library takes them: a text, or anything that is JSON."""
     if isinstance(options, str):

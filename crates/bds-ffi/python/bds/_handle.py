@@ -28,6 +28,11 @@ class Owner:
             self._is_closed = True
             check(type(self)._unref(self._handle))
 
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return self._is_closed
+
     def __enter__(self):
         return self
 

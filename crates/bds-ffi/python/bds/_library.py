@@ -25,12 +25,16 @@ class BackendOptions(ctypes.Structure):
     ]
 
 
+# user_data, level, target, message
+LogFunction = ctypes.CFUNCTYPE(None, c_uint64, c_int32, c_char_p, c_char_p)
+
+
 class ContextOptions(ctypes.Structure):
     _fields_ = [
         ("struct_size", c_size_t),
         ("flags", c_uint32),
-        ("reserved", c_uint32),
-        ("log", c_void_p),
+        ("log_level", c_uint32),
+        ("log", LogFunction),
         ("log_user_data", c_uint64),
     ]
 
@@ -50,7 +54,8 @@ class Request(ctypes.Structure):
         ("target_offset", c_uint64),
         ("memory", Handle),
         ("request_id", c_uint64),
-        ("reserved", c_uint64 * 4),
+        ("base", Handle),
+        ("reserved", c_uint64 * 3),
     ]
 
 
@@ -65,31 +70,80 @@ class Completion(ctypes.Structure):
     ]
 
 
+class Event(ctypes.Structure):
+    _fields_ = [
+        ("sequence", c_uint64),
+        ("value", c_uint64),
+        ("type", c_uint32),
+        ("status", c_int32),
+        ("reserved", c_uint64 * 5),
+    ]
+
+
+class Extent(ctypes.Structure):
+    """A run of bytes of which the same is known."""
+
+    _fields_ = [
+        ("offset", c_uint64),
+        ("bytes", c_uint64),
+        ("map_offset", c_uint64),
+        ("node_id", c_uint64),
+        ("flags", c_uint32),
+        ("depth", c_uint32),
+    ]
+
+
 CONTEXT_SAME_DIRECTORY = 1
 CONTEXT_TRUST_REFERENCES = 2
 CONTEXT_PROBE_REFERENCES = 4
 OPEN_READ_ONLY = 1
 OPEN_PROBE = 32
 BACKEND_WRITABLE = 2
-OP_READ, OP_WRITE, OP_FLUSH = 1, 2, 3
+RESIZE_SHRINK = 1
+OP_READ, OP_WRITE, OP_FLUSH, OP_BLOCK_STATUS = 1, 2, 3, 6
+EXTENT_DATA, EXTENT_ZERO = 1, 2
+BLOCK = {
+    "backup-source": 1,
+    "backup-target": 2,
+    "commit-source": 4,
+    "commit-target": 8,
+    "delete": 16,
+    "eject": 32,
+    "external-snapshot": 64,
+    "internal-snapshot": 128,
+    "mirror-source": 256,
+    "mirror-target": 512,
+    "resize": 1024,
+    "stream": 2048,
+    "replace": 4096,
+}
 
 _TEXT_OUT = POINTER(c_void_p)
 _OUT = POINTER(Handle)
 _DECLARATIONS = {
     "bds_context_create": [POINTER(ContextOptions), _OUT],
     "bds_context_unref": [Handle],
+    "bds_context_event_fd": [Handle],
+    "bds_context_next_event": [Handle, POINTER(Event), _TEXT_OUT],
     "bds_query": [Handle, c_char_p, _TEXT_OUT],
     "bds_node_open": [Handle, c_char_p, _OUT],
     "bds_node_open_path": [Handle, c_char_p, c_char_p, c_uint32, _OUT],
     "bds_node_close": [Handle, _TEXT_OUT],
     "bds_node_unref": [Handle],
+    "bds_node_block": [Handle, c_uint32, c_char_p, _OUT],
+    "bds_guard_unref": [Handle],
     "bds_node_query": [Handle, _TEXT_OUT],
     "bds_backend_create_on": [Handle, POINTER(BackendOptions), _OUT],
     "bds_backend_unref": [Handle],
+    "bds_backend_node": [Handle, _OUT],
+    "bds_node_name": [Handle, _TEXT_OUT],
     "bds_backend_length": [Handle, POINTER(c_uint64)],
     "bds_pread": [Handle, c_void_p, c_size_t, c_uint64, c_uint32],
     "bds_pwrite": [Handle, c_void_p, c_size_t, c_uint64, c_uint32],
     "bds_flush": [Handle],
+    "bds_discard": [Handle, c_uint64, c_uint64, c_uint32],
+    "bds_write_zeroes": [Handle, c_uint64, c_uint64, c_uint32],
+    "bds_block_status": [Handle, Handle, c_uint64, c_uint64, POINTER(Extent), c_size_t, POINTER(c_size_t)],
     "bds_resize": [Handle, c_uint64, c_char_p, c_uint32],
     "bds_queue_create": [Handle, c_void_p, _OUT],
     "bds_queue_unref": [Handle],
@@ -98,9 +152,21 @@ _DECLARATIONS = {
     "bds_queue_poll": [Handle, POINTER(Completion), c_size_t],
     "bds_image_create": [Handle, c_char_p, c_char_p, c_char_p],
     "bds_image_info": [Handle, c_char_p, c_char_p, c_uint32, _TEXT_OUT],
+    "bds_image_probe": [Handle, c_char_p, _TEXT_OUT],
+    "bds_image_check": [Handle, _TEXT_OUT],
+    "bds_image_map": [Handle, c_uint64, c_uint64, _TEXT_OUT],
+    "bds_image_measure": [Handle, c_char_p, c_char_p, Handle, _TEXT_OUT],
     "bds_image_convert": [Handle, Handle, c_char_p, _TEXT_OUT],
     "bds_job_start": [Handle, c_char_p, c_char_p, _OUT],
+    "bds_job_start_group": [Handle, c_char_p, Handle, _OUT, c_size_t],
     "bds_job_unref": [Handle],
+    "bds_job_pause": [Handle],
+    "bds_job_resume": [Handle],
+    "bds_job_complete": [Handle],
+    "bds_job_finalize": [Handle],
+    "bds_job_dismiss": [Handle],
+    "bds_job_set_speed": [Handle, c_uint64],
+    "bds_job_change": [Handle, c_char_p],
     "bds_job_query": [Handle, _TEXT_OUT],
     "bds_job_cancel": [Handle, c_int32],
     "bds_job_wait": [Handle, c_char_p, c_int64],

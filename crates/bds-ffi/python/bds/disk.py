@@ -3,9 +3,15 @@
 import ctypes
 
 from bds import _library
-from bds._errors import check, error_of, json_of
+from bds._errors import check, error_of, json_of, text_of
 from bds._handle import Owner
 from bds._library import LIBRARY, Handle
+
+
+class Guard(Owner):
+    """Holds until it is closed."""
+
+    _unref = LIBRARY.bds_guard_unref
 
 
 class Disk(Owner):
@@ -51,12 +57,52 @@ class Disk(Owner):
         data = bytes(data)
         check(LIBRARY.bds_pwrite(self._handle, data, len(data), offset, 0))
 
+    def write_zeroes(self, offset: int, length: int) -> None:
+        """Makes the range read as zeros."""
+        check(LIBRARY.bds_write_zeroes(self._handle, offset, length, 0))
+
+    def discard(self, offset: int, length: int) -> None:
+        """The range is not needed any more; what it reads as is not defined then."""
+        check(LIBRARY.bds_discard(self._handle, offset, length, 0))
+
+    def extents(self, offset: int = 0, length: "int | None" = None):
+        """Runs of bytes of which the same is known, as (offset, length, is_data, is_zero)."""
+        end = len(self) if length is None else offset + length
+        found, count = (_library.Extent * 256)(), ctypes.c_size_t()
+        while offset < end:
+            none = Handle()
+            check(
+                LIBRARY.bds_block_status(
+                    self._handle, none, offset, end - offset, found, len(found), ctypes.byref(count)
+                )
+            )
+            if count.value == 0:
+                return
+            for one in found[: count.value]:
+                is_data = bool(one.flags & _library.EXTENT_DATA)
+                yield one.offset, one.bytes, is_data, bool(one.flags & _library.EXTENT_ZERO)
+                offset = one.offset + one.bytes
+
+    def block(self, operations, reason: str) -> "Guard":
+        """Blocks operations on the node ("resize", "eject", …) until the guard is closed."""
+        bits = sum(_library.BLOCK[name] for name in set(operations))
+        return Guard(self.make(LIBRARY.bds_node_block, self._node, bits, reason.encode()))
+
     def flush(self) -> None:
         """Makes completed writes durable."""
         check(LIBRARY.bds_flush(self._handle))
 
-    def resize(self, length: int) -> None:
-        check(LIBRARY.bds_resize(self._handle, length, None, 0))
+    def resize(self, length: int, shrink: bool = False) -> None:
+        """Changes the length; one that is shorter has to be agreed to with `shrink`."""
+        check(LIBRARY.bds_resize(self._handle, length, None, _library.RESIZE_SHRINK * shrink))
+
+    def medium(self) -> str:
+        """Name of the node that is read and written: another one after a job moved the disk."""
+        node = self.make(LIBRARY.bds_backend_node, self._handle)
+        try:
+            return text_of(LIBRARY.bds_node_name, node)
+        finally:
+            LIBRARY.bds_node_unref(node)
 
     def facts(self) -> dict:
         """Facts about the node: id, name, driver, holders, …"""

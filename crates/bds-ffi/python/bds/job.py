@@ -2,7 +2,7 @@
 
 import errno
 
-from bds._errors import Error, check, json_of
+from bds._errors import Error, check, json_of, options_of
 from bds._handle import Owner
 from bds._library import LIBRARY
 
@@ -22,6 +22,31 @@ class Job(Owner):
                 return False
             raise
         return True
+
+    def pause(self) -> None:
+        check(LIBRARY.bds_job_pause(self._handle))
+
+    def resume(self) -> None:
+        check(LIBRARY.bds_job_resume(self._handle))
+
+    def complete(self) -> None:
+        """Ends a job that is ready, as intended."""
+        check(LIBRARY.bds_job_complete(self._handle))
+
+    def finalize(self) -> None:
+        """Lets a group of jobs take effect that are pending."""
+        check(LIBRARY.bds_job_finalize(self._handle))
+
+    def dismiss(self) -> None:
+        """Forgets a job that is over and was started with auto-dismiss off."""
+        check(LIBRARY.bds_job_dismiss(self._handle))
+
+    def set_speed(self, bytes_per_second: int) -> None:
+        check(LIBRARY.bds_job_set_speed(self._handle, bytes_per_second))
+
+    def change(self, options) -> None:
+        """Changes options of the running job: `{"copy-mode": "write-blocking"}` of a mirror."""
+        check(LIBRARY.bds_job_change(self._handle, options_of(options)))
 
     def cancel(self, force: bool = True) -> None:
         check(LIBRARY.bds_job_cancel(self._handle, int(force)))

@@ -36,19 +36,29 @@ class Queue(Owner):
     async def flush(self, disk: Disk) -> None:
         await self._run(_library.OP_FLUSH, disk, 0, None, 0)
 
+    async def extents(self, disk: Disk, offset: int, length: int, most: int = 256) -> list:
+        """As Disk.extents, up to `most` of them."""
+        found = (_library.Extent * most)()
+        count = await self._run(_library.OP_BLOCK_STATUS, disk, offset, found, length, most)
+        return [
+            (one.offset, one.bytes, bool(one.flags & _library.EXTENT_DATA), bool(one.flags & _library.EXTENT_ZERO))
+            for one in found[:count]
+        ]
+
     def close(self) -> None:
         if self._loop is not None:
             self._loop.remove_reader(LIBRARY.bds_queue_fd(self._handle))
             self._loop = None
         super().close()
 
-    async def _run(self, opcode, disk, offset, buffer, length):
+    async def _run(self, opcode, disk, offset, buffer, length, count=0) -> int:
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = loop
             loop.add_reader(check(LIBRARY.bds_queue_fd(self._handle)), self._collect)
         request = _library.Request(opcode=opcode, backend=disk._handle, offset=offset, bytes=length)
         request.buffer = ctypes.addressof(buffer) if buffer is not None else None
+        request.iovcnt = count
         request.user_data = self._next
         self._next += 1
         done = loop.create_future()
@@ -59,7 +69,7 @@ class Queue(Owner):
         except BaseException:
             del self._waiting[request.user_data]
             raise
-        await done
+        return await done
 
     def _collect(self):
         completions = (_library.Completion * _BATCH)()
@@ -71,4 +81,4 @@ class Queue(Owner):
             if completion.status < 0:
                 done.set_exception(error_of(completion.status))
             else:
-                done.set_result(None)
+                done.set_result(completion.value)

@@ -324,7 +324,7 @@ static void began_section(struct thread *t, uint64_t raw) {
 }
 
 /* A request with a number of its own; its completion is counted. */
-static bds_request any_request(struct thread *t, int kind_backend, int kind_memory) {
+static bds_request any_request(struct thread *t, int kind_backend, int kind_memory, int kind_node) {
     bds_request request;
     int is_copy, number = atomic_fetch_add(&request_count, 1);
     memset(&request, 0, sizeof request);
@@ -354,7 +354,12 @@ static bds_request any_request(struct thread *t, int kind_backend, int kind_memo
         }
         request.memory.raw = use_any(t, kind_memory, 1);
     }
-    request.reserved[3] = one_in(t, 40);
+    if (request.opcode == BDS_OP_BLOCK_STATUS) {
+        request.buffer = memory + 4096 * below(t, 8);
+        request.iovcnt = (uint32_t)below(t, 4);
+        request.base.raw = use_any(t, kind_node, 1);
+    }
+    request.reserved[2] = one_in(t, 40);
     return request;
 }
 

@@ -27,9 +27,16 @@ static const char *const W_job[] = {
     "job-id=j2,device=n0,target=n1,sync=full,auto-finalize=off",
     "job-id=j2,device=n1,target=n2,sync=full,auto-dismiss=off", "job-id=j3,device=n2",
     "job-id=j3,device=n0,target=n1,speed=1000", "job-id=j0,device=n0"};
+static const char *const W_group[] = {
+    "[{\"type\":\"backup\",\"job-id\":\"j0\",\"device\":\"n0\",\"target\":\"n1\",\"sync\":\"full\"}]",
+    "[{\"type\":\"mirror\",\"job-id\":\"j1\",\"device\":\"n0\",\"target\":\"n1\"},"
+    "{\"type\":\"backup\",\"job-id\":\"j2\",\"device\":\"n2\",\"target\":\"n1\",\"sync\":\"full\"}]",
+    "[{\"type\":\"stream\",\"job-id\":\"j3\",\"device\":\"n0\"}]", "[]"};
+static const char *const W_mode[] = {"copy-mode=background", "copy-mode=write-blocking"};
 static const char *const W_id[] = {"j0", "j1", "j2", "j3"};
 static const char *const W_state[] = {"ready", "pending", "running", "paused", "concluded"};
 static const char *const W_what[] = {"nodes", "graph", "backends", "holders", "jobs",
+                                     "monitor", "bitmaps", "block-jobs", "job-facts",
                                      "job-history", "drivers", "reports", "dump"};
 static const char *const W_key[] = {"driver", "size", "node-name", "file", "backing"};
 static const char *const W_value[] = {"mem", "64k", "n0", "n1", "raw"};
@@ -52,6 +59,7 @@ static void fill_backend_options(struct thread *t, bds_backend_options *options)
 
 static void fill_queue_options(struct thread *t, bds_queue_options *options) {
     options->depth = one_in(t, 8) ? (uint32_t)below(t, 3) : 16;
+    options->flags = one_in(t, 3) ? BDS_QUEUE_OFFLOAD : 0;
     if (one_in(t, 2))
         options->iothread.raw = use_any(t, K_iothread, 1);
 }
@@ -64,7 +72,7 @@ static void call_bds_queue_submit(struct thread *t, int function) {
     int code;
     begin(t, "bds_queue_submit");
     queue.raw = use_any(t, K_queue, 0);
-    requests[0] = any_request(t, K_backend, K_memory);
+    requests[0] = any_request(t, K_backend, K_memory, K_node);
     /* Its other requests are the first one: the use of handles is known for one alone. */
     for (size_t i = 1; i < count; i++) {
         requests[i] = requests[0];
@@ -91,6 +99,21 @@ static void take(struct thread *t, int function, int waits) {
         code = bds_queue_poll(queue, done, 8);
     if (end(t, function, code, 0))
         took(t, queue.raw, done, code);
+}
+
+/* As many handles as jobs. */
+static void call_bds_job_start_group(struct thread *t, int function) {
+    bds_job jobs[2] = {{0}, {0}};
+    bds_context context;
+    bds_change change;
+    int code;
+    begin(t, "bds_job_start_group");
+    context.raw = use_any(t, K_context, 0);
+    change.raw = use_any(t, K_change, 1);
+    code = bds_job_start_group(context, words(t, W_group, LEN(W_group)), change, jobs, below(t, 3));
+    if (end(t, function, code, 1))
+        for (size_t i = 0; i < LEN(jobs) && jobs[i].raw != 0; i++)
+            made(t, K_job, jobs[i].raw);
 }
 
 static void call_bds_queue_poll(struct thread *t, int function) {

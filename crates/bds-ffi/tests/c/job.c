@@ -9,6 +9,7 @@ int main(void) {
     bds_job job, other;
     bds_event event;
     uint64_t id, wanted;
+    bds_job_info info = BDS_JOB_INFO_INIT;
     int result, finished = 0, ready = 0;
 
     source = new_disk(context, "driver=mem,node-name=source,size=1M");
@@ -35,7 +36,12 @@ int main(void) {
     OK(bds_job_pause(job));
     OK(bds_job_wait(job, "standby", -1));
     CHECK(bds_job_pause(job) < 0);
+    OK(bds_job_get_info(job, &info));
+    CHECK(info.state == BDS_JOB_STATE_STANDBY && (info.flags & BDS_JOB_IS_PAUSED) != 0);
     OK(bds_job_resume(job));
+    OK(bds_job_set_speed(job, 1 << 30));
+    OK(bds_job_get_info(job, &info));
+    CHECK(info.speed == 1 << 30 && info.status == 0 && info.progress <= info.total);
     OK(bds_job_query(job, &json));
     CHECK(has(json, "\"mirror\""));
     OK(bds_pwrite(guest, data, sizeof data, 0, 0));
@@ -44,7 +50,12 @@ int main(void) {
     OK(bds_job_wait(job, NULL, -1));
     OK(bds_query(context, "jobs", &json));
     CHECK(has(json, "concluded"));
+    OK(bds_job_get_info(job, &info));
+    CHECK(info.state == BDS_JOB_STATE_CONCLUDED && info.status == 0);
+    CHECK(info.total > 0 && info.progress == info.total);
     OK(bds_job_dismiss(job));
+    OK(bds_job_get_info(job, &info));
+    CHECK(info.state == BDS_JOB_STATE_NULL);
     IS(BDS_ERR_NOT_FOUND, bds_job_dismiss(other));
     OK(bds_query(context, "job-history", &json));
     CHECK(has(json, "\"m\""));
@@ -76,6 +87,8 @@ int main(void) {
     IS(BDS_ERR_ARGUMENT, bds_job_cancel(job, 7));
     OK(bds_job_cancel(job, 1));
     IS(BDS_ERR_CANCELLED, bds_job_wait(job, NULL, -1));
+    OK(bds_job_get_info(job, &info));
+    CHECK(info.status == BDS_ERR_CANCELLED);
     OK(bds_job_unref(job));
 
     /* An incremental backup: what was written since the bitmap began. */

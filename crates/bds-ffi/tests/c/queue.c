@@ -91,9 +91,9 @@ int main(void) {
     requests[1].opcode = 99;
     IS(BDS_ERR_VERSION, bds_queue_submit(queue, requests + 1, 1));
     requests[1].opcode = BDS_OP_WRITE;
-    requests[1].reserved[3] = 1;
+    requests[1].reserved[2] = 1;
     IS(BDS_ERR_VERSION, bds_queue_submit(queue, requests + 1, 1));
-    requests[1].reserved[3] = 0;
+    requests[1].reserved[2] = 0;
     requests[1].buffer = NULL;
     IS(BDS_ERR_ARGUMENT, bds_queue_submit(queue, requests + 1, 1));
     requests[1].buffer = buffers[1];

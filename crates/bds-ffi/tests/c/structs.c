@@ -32,9 +32,9 @@ int main(void) {
     later.known.struct_size = SIZE_MAX;
     IS(BDS_ERR_VERSION, bds_context_create(&later.known, &context));
     later.known.struct_size = sizeof later.known;
-    later.known.reserved = 1;
+    later.known.log_level = BDS_LOG_TRACE + 1;
     IS(BDS_ERR_VERSION, bds_context_create(&later.known, &context));
-    later.known.reserved = 0;
+    later.known.log_level = 0;
     later.known.flags = ~0u;
     IS(BDS_ERR_VERSION, bds_context_create(&later.known, &context));
     later.known.flags = BDS_CONTEXT_SAME_DIRECTORY | BDS_CONTEXT_TRUST_REFERENCES;

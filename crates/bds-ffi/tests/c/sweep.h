@@ -19,6 +19,7 @@ struct world {
     bds_section section;
     bds_queue queue;
     bds_memory memory;
+    bds_guard guard;
     bds_request request;
     uint64_t node_id;
 };
@@ -35,12 +36,13 @@ static void make(struct world *one) {
     one->third = new_disk(one->context, "driver=mem,size=1M");
     /* A section on `node` would hold up every request. */
     OK(bds_graph_drain_begin(one->third, 0, -1, &one->section));
-    other = new_disk(one->context, "driver=mem,size=1M");
+    other = new_disk(one->context, "driver=mem,size=1M,node-name=disk");
     one->backend = new_writer(other);
     (void)bds_node_unref(other);
     OK(bds_change_create(one->context, &one->change));
     OK(bds_queue_create(one->context, NULL, &one->queue));
     OK(bds_memory_register(bytes, sizeof bytes, &one->memory));
+    OK(bds_node_block(one->third, BDS_BLOCK_RESIZE, "the sweep", &one->guard));
     one->from = new_disk(one->context, "driver=mem,size=64k,node-name=from");
     one->to = new_disk(one->context, "driver=mem,size=64k,node-name=to");
     OK(bds_job_start(one->context, "mirror", "job-id=job,device=from,target=to", &one->job));
@@ -62,6 +64,7 @@ static void end(struct world *one) {
     (void)bds_change_unref(one->change);
     (void)bds_queue_unref(one->queue);
     (void)bds_memory_unref(one->memory);
+    (void)bds_guard_unref(one->guard);
     (void)bds_backend_unref(one->backend);
     (void)bds_node_unref(one->node);
     (void)bds_node_unref(one->third);

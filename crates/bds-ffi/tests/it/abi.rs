@@ -59,7 +59,7 @@ fn layouts_and_constants_are_as_committed() {
     let output = Command::new(&binary).output().unwrap();
     c_suite::must("layout", &output);
     let found = String::from_utf8(output.stdout).unwrap();
-    assert!(found.contains("bds_request.reserved 96 32\n"), "{found}");
+    assert!(found.contains("bds_request.reserved 104 24\n"), "{found}");
     let path = committed("layout.txt");
     if is_updating() {
         fs::write(&path, &found).unwrap();

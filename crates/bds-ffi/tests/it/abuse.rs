@@ -20,7 +20,8 @@ use crate::header::{Function, Header, Param};
 /// Calls of one program, over all its threads.
 const STEPS: u32 = 60;
 /// Functions whose call is written by hand.
-const BY_HAND: [&str; 3] = ["bds_queue_submit", "bds_queue_poll", "bds_queue_wait"];
+const BY_HAND: [&str; 4] =
+    ["bds_queue_submit", "bds_queue_poll", "bds_queue_wait", "bds_job_start_group"];
 /// Functions that free memory, which the generated calls use themselves, and the one whose result
 /// is another call's.
 const NOT_CALLED: [&str; 3] = ["bds_free", "bds_buffer_free", "bds_error_status"];
@@ -60,7 +61,10 @@ const RARE: [(&str, u32); 8] = [
 /// The list of texts for a parameter, as `abuse_words.h` names it.
 fn words(function: &str, param: &str) -> &'static str {
     match (function, param) {
-        ("bds_node_open" | "bds_options_merge", _) => "W_node",
+        ("bds_node_open" | "bds_options_merge" | "bds_monitor_add", _) => "W_node",
+        ("bds_job_change", _) => "W_mode",
+        ("bds_image_set_backing_file", "format") => "W_driver",
+        ("bds_image_set_backing_file", "file") => "W_path",
         ("bds_node_reopen" | "bds_change_reopen", _) => "W_reopen",
         ("bds_image_convert", "options") => "W_convert",
         ("bds_job_start", "options") => "W_job",
@@ -198,6 +202,7 @@ fn number(function: &Function, param: &Param) -> String {
         (_, "alignment") => "(size_t)4 << below(t, 10)",
         (_, "request_id") => "below(t, 6)",
         (_, "id") => "any_id(t)",
+        (_, "operations") => "one_in(t, 8) ? ~0u : 1 + below(t, 8191)",
         (_, "uses" | "shares") => "below(t, 17)",
         // Not the policy that keeps requests until they are resumed.
         (_, "on_read_error" | "on_write_error") => "(uint32_t)below(t, 3)",

@@ -108,12 +108,12 @@ pub(crate) fn is_installed(compiler: &str) -> bool {
     Command::new(compiler).arg("--version").output().is_ok_and(|output| output.status.success())
 }
 
-/// The C files, or those of the examples.
-fn sources(dir: &str) -> Vec<PathBuf> {
+/// The files of a directory with this extension.
+fn sources(dir: &str, end: &str) -> Vec<PathBuf> {
     let dir = manifest_dir().join(dir);
     let mut files: Vec<PathBuf> =
         fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
-    files.retain(|path| path.extension().is_some_and(|end| end == "c"));
+    files.retain(|path| path.extension().is_some_and(|found| found == end));
     files.sort();
     files
 }
@@ -195,13 +195,17 @@ fn execute(cell: &Cell, program: &Path, work: &Path) -> Output {
 }
 
 fn run_all(cell: &Cell, dir: &str) {
+    run_files(cell, sources(dir, "c"));
+}
+
+fn run_files(cell: &Cell, files: Vec<PathBuf>) {
     if let Some(why) = missing(cell) {
         return bds_testkit::skip(&why);
     }
     let scratch = Scratch::new();
     libraries(scratch.dir());
     let mut failures = Vec::new();
-    for source in sources(dir) {
+    for source in files {
         let name = source.file_stem().unwrap().to_string_lossy().into_owned();
         if !is_selected(cell, &name) {
             continue;
@@ -224,7 +228,7 @@ fn controls(cell: &Cell) {
     }
     let scratch = Scratch::new();
     libraries(scratch.dir());
-    for source in sources("tests/c/controls") {
+    for source in sources("tests/c/controls", "c") {
         let name = source.file_stem().unwrap().to_string_lossy().into_owned();
         let program = scratch.path(&name);
         compile(cell, &source, &program, scratch.dir());
@@ -267,6 +271,19 @@ fn thread_sanitizer_is_left_out() {
 #[test]
 fn examples_run() {
     run_all(&C11, "examples");
+}
+
+/// `bds.hpp`, with both compilers; under the sanitizers where that is gcc.
+#[test]
+fn the_cxx_wrapper_releases_what_it_holds() {
+    for (name, compiler, tool) in
+        [("g++-hpp-asan", "g++", Tool::Sanitizers), ("clang++-hpp", "clang++", Tool::None)]
+    {
+        let cell = cell(name, compiler, &["-std=c++17"], false, tool, Sample::All);
+        let examples = sources("examples", "cc");
+        assert!(!examples.is_empty());
+        run_files(&cell, examples);
+    }
 }
 
 /// The header alone: every standard, both languages, twice, after macros that Windows is known for.

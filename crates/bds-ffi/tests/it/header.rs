@@ -6,7 +6,8 @@ use std::fs;
 use crate::c_suite;
 
 /// Handles that may be 0.
-const OPTIONAL_HANDLES: [(&str, &str); 3] = [
+const OPTIONAL_HANDLES: [(&str, &str); 4] = [
+    ("bds_job_start_group", "change"),
     ("bds_change_set_backing", "backing"),
     ("bds_block_status", "base"),
     ("bds_image_measure", "source"),

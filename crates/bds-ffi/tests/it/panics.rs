@@ -228,7 +228,8 @@ fn a_request_of_a_queue_that_panics_has_its_completion() {
             target_offset: 0,
             memory: bds_memory::default(),
             request_id: 0,
-            reserved: [0; 4],
+            base: bds_node::default(),
+            reserved: [0; 3],
         };
         let mut done = bds_completion {
             user_data: 0,

@@ -14,7 +14,11 @@ use crate::c_suite;
 use crate::header::{Function, Header, Param};
 
 /// Pointers that may be NULL.
-const OPTIONAL_POINTERS: [(&str, &str); 15] = [
+const OPTIONAL_POINTERS: [(&str, &str); 18] = [
+    ("bds_monitor_add", "id_out"),
+    ("bds_monitor_del", "report_json_out"),
+    // A format without a file is refused.
+    ("bds_image_set_backing_file", "format"),
     ("bds_job_wait", "state"),
     ("bds_context_create", "options"),
     ("bds_context_shutdown", "report_json_out"),
@@ -36,10 +40,17 @@ const NO_CONTEXT: [&str; 1] = ["bds_options_set_node"];
 /// Kinds whose handles as a second parameter are looked up before their context is compared.
 const OWN_CONTEXT: [&str; 5] = ["options", "memory", "iothread", "queue", "job"];
 
+/// A group of one job, as C text.
+const GROUP: &str = r#"[{\"type\":\"backup\",\"job-id\":\"g\",\"device\":\"node\",\"target\":\"disk\",\"sync\":\"none\"}]"#;
+
 /// A text with which the function might succeed.
 fn text_for(function: &str, param: &str) -> &'static str {
     match (function, param) {
         ("bds_query", _) => "nodes",
+        ("bds_monitor_add", _) => "driver=mem,size=64k,node-name=added",
+        ("bds_job_change", _) => "copy-mode=background",
+        ("bds_job_start_group", _) => GROUP,
+        ("bds_image_set_backing_file", "format") => "raw",
         ("bds_resize", _) => "off",
         ("bds_node_open", _) | ("bds_options_merge", _) => "driver=mem,size=64k",
         ("bds_node_reopen" | "bds_change_reopen", _) => "read-only=off",
@@ -219,12 +230,14 @@ impl Cases<'_> {
     /// Reserved words, opcodes and flags of a request.
     fn request(&mut self, at: usize) {
         for (field, value) in
-            [("opcode", "~0u"), ("opcode", "0"), ("reserved[0]", "1"), ("reserved[3]", "1")]
+            [("opcode", "~0u"), ("opcode", "0"), ("reserved[0]", "1"), ("reserved[2]", "1")]
         {
             let request = format!("(anew(), w.request.{field} = {value}, &w.request)");
             self.expect("BDS_ERR_VERSION", at, &request);
         }
-        for opcode in ["READ", "WRITE", "FLUSH", "DISCARD", "WRITE_ZEROES", "COPY_RANGE"] {
+        let opcodes =
+            ["READ", "WRITE", "FLUSH", "DISCARD", "WRITE_ZEROES", "BLOCK_STATUS", "COPY_RANGE"];
+        for opcode in opcodes {
             let request = format!(
                 "(anew(), w.request.opcode = BDS_OP_{opcode}, w.request.flags = ~0u, \
                  w.request.target.raw = BDS_OP_{opcode} == BDS_OP_COPY_RANGE ? w.backend.raw : 0, \
@@ -248,6 +261,16 @@ impl Cases<'_> {
             );
             self.expect("BDS_ERR_STALE", at, &request);
         }
+        for base in ["stale", "forged"] {
+            let request = format!(
+                "(anew(), w.request.opcode = BDS_OP_BLOCK_STATUS, w.request.base = {base}_node, \
+                 w.request.buffer = out, w.request.iovcnt = 1, &w.request)"
+            );
+            self.expect("BDS_ERR_STALE", at, &request);
+        }
+        let elsewhere = "(anew(), w.request.opcode = BDS_OP_BLOCK_STATUS, \
+                         w.request.base = foreign_node, &w.request)";
+        self.expect("BDS_ERR_ARGUMENT", at, elsewhere);
     }
 
     /// Live handles and arguments that fit.

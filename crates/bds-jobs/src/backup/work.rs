@@ -242,7 +242,7 @@ impl Backup {
         }
         let removed = match (&self.filter, &self.sides) {
             (Some(filter), Some(sides)) if sides.source.node().is_some() => {
-                let change = ctx.graph().change().drop_filter(filter).eject(&sides.source);
+                let change = ctx.graph().change().drop_filter(filter).release_medium(&sides.source);
                 change.commit().await.map(drop)
             }
             // It was not begun.
@@ -324,7 +324,7 @@ impl JobDriver for Backup {
             }
             let filter = self.filter.as_ref().expect("it lives until the job is retired");
             // With the job's edge, which refuses what the disk's users may do again.
-            let change = change.drop_filter(filter).eject(&sides.source);
+            let change = change.drop_filter(filter).release_medium(&sides.source);
             let advances =
                 matches!(self.bitmap_mode, Some(BitmapSync::OnSuccess | BitmapSync::Always));
             Ok(match &self.lease {

@@ -46,8 +46,9 @@ impl Mirror {
         if self.pivots {
             change = bitmaps::hand_over(change, source, target, self.bitmaps)?;
         }
-        change = change.eject(&self.main).eject(&written).eject(&self.reader);
-        Ok(self.between.iter().fold(change, |change, (edge, _)| change.eject(edge)))
+        let own = [&self.main, &written, &self.reader];
+        let edges = own.into_iter().chain(self.between.iter().map(|(edge, _)| edge));
+        Ok(edges.fold(change, Change::release_medium))
     }
 
     /// Checks that no other user writes the source past the filter. A mirror's filter refuses such
@@ -162,7 +163,7 @@ impl Rest {
             change = match deadline.limit(edge.drain()).await {
                 Some(idle) => {
                     drop(idle);
-                    change.eject(edge)
+                    change.release_medium(edge)
                 }
                 None => edge.stage_access(change, Perm::empty(), Perm::all()),
             };

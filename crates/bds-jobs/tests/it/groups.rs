@@ -158,3 +158,41 @@ fn a_group_with_an_id_in_use_does_not_start() {
         assert!(trace(&mut events).is_empty());
     });
 }
+
+#[test]
+fn jobs_that_are_not_started_are_all_retired_newest_first() {
+    run(|jobs| async move {
+        let mut events = jobs.events();
+        let log = Log::default();
+        let members = ["a", "b", "c"].map(|id| {
+            let fake = match id {
+                // A failure of one keeps no other from giving back what it holds.
+                "b" => Fake { retire: fails("stuck"), ..Fake::new() },
+                _ => Fake::new(),
+            };
+            let driver = Box::new(Fake { log: log.clone(), ..fake }) as Box<dyn JobDriver>;
+            (JobOptions::new(id), driver)
+        });
+        let error = jobs.discard(members.into()).await.unwrap_err();
+        assert_eq!(error.message(), "stuck");
+        let words = "the job was not started";
+        let expected = ["c", "b", "a"].map(|id| format!("retire {id}: {words}"));
+        assert_eq!(*log.lock().unwrap(), expected);
+        assert!(trace(&mut events).is_empty() && jobs.jobs().is_empty());
+    });
+}
+
+#[test]
+fn a_group_that_does_not_start_retires_all_its_jobs_even_if_one_fails_to() {
+    run(|jobs| async move {
+        let log = Log::default();
+        let members = ["a", "b", "a"].map(|id| {
+            let retire = if id == "b" { fails("stuck") } else { Fake::new().retire };
+            let fake = Fake { retire, log: log.clone(), ..Fake::new() };
+            (JobOptions::new(id), Box::new(fake) as Box<dyn JobDriver>)
+        });
+        let error = jobs.start_group(members.into()).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::AlreadyExists);
+        assert_eq!(log.lock().unwrap().len(), 3);
+    });
+}

@@ -233,4 +233,32 @@ impl Change {
     pub fn eject(self, backend: &Backend) -> Self {
         self.move_root(RootMove::new(&backend.graph, &backend.inner.edge, None))
     }
+
+    /// Takes the medium out of a backend whose user ends, if it has one. Unlike [`Change::eject`]
+    /// it is not refused where [`BlockOps::EJECT`] is blocked: that keeps media in drives, and must
+    /// not keep a job from ending.
+    ///
+    /// ```
+    /// use bds_core::Options;
+    /// use bds_core::graph::BlockOps;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # bds_io::block_on(async {
+    /// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
+    /// let own = Backend::new(&disk, BackendOptions::default())?;
+    /// let blocker = disk.block(BlockOps::EJECT, "it is exported");
+    /// graph.change().eject(&own).commit().await.unwrap_err();
+    /// graph.change().release_medium(&own).commit().await?;
+    /// assert!(own.node().is_none());
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
+    /// ```
+    pub fn release_medium(self, backend: &Backend) -> Self {
+        let root = RootMove::new(&backend.graph, &backend.inner.edge, None);
+        self.move_root(root.unless(BlockOps::empty()))
+    }
 }

@@ -115,9 +115,11 @@ impl Driver for CopyBeforeWriteNode {
             return Access { perm, shared: Perm::CONSISTENT_READ };
         }
         let mut access = Access::of_child(role, node);
-        access.perm = (access.perm | Perm::CONSISTENT_READ) - Perm::RESIZE;
-        // Without a user of this node, others may still write past it: it is not inserted yet.
+        access.perm -= Perm::RESIZE;
+        // Without a user of this node nothing is copied, and others may write past it: it is not
+        // inserted yet, or not any more. Then it must not stand in the way of those others.
         if !node.above.perm.is_empty() {
+            access.perm |= Perm::CONSISTENT_READ;
             access.shared -= Perm::RESIZE;
             if !self.0.shares_writes {
                 access.shared -= Perm::WRITE;

@@ -1,7 +1,8 @@
 //! What is refused, with its text; nothing is left behind.
 
 use bds_core::ErrorKind;
-use bds_core::graph::BitmapOptions;
+use bds_core::graph::{BitmapOptions, BlockOps, Perm};
+use bds_core::request::{Backend, BackendOptions};
 use bds_jobs::backup::{Backup, BackupOptions, BackupSync, BitmapSync};
 
 use super::kit::{World, run, shape};
@@ -74,6 +75,47 @@ fn texts_of_wrong_options() {
 }
 
 #[test]
+fn a_backup_ends_while_its_nodes_may_not_be_ejected() {
+    for is_cancelled in [false, true] {
+        run(1, async |world: World| {
+            let source = world.make("disk", "mem").await;
+            let target = world.make("copy", "mem").await;
+            let _blockers = [&source, &target].map(|node| node.block(BlockOps::all(), "a user"));
+            let mut options = BackupOptions::new(&source, &target, "job0");
+            if is_cancelled {
+                options.sync = BackupSync::None;
+            }
+            let job = world.start(options).await;
+            if is_cancelled {
+                job.cancel(true).unwrap();
+            }
+            assert_eq!(job.wait().await.is_ok(), !is_cancelled);
+            let report = world.graph().shutdown().await;
+            assert!(report.failed.is_empty(), "{report:?}");
+        });
+    }
+}
+
+#[test]
+fn a_backup_ends_whatever_the_disks_user_shares() {
+    run(1, async |world: World| {
+        let source = world.make("disk", "mem").await;
+        let target = world.make("copy", "mem").await;
+        let guest = Backend::new(&source, BackendOptions::default()).unwrap();
+        let mut options = BackupOptions::new(&source, &target, "job0");
+        options.sync = BackupSync::None;
+        let job = world.start(options).await;
+        // Its filter's copies have no consistent disk to read from any more.
+        guest.set_access(Perm::empty(), Perm::WRITE).await.unwrap();
+        job.cancel(true).unwrap();
+        job.wait().await.unwrap_err();
+        assert_eq!(guest.node().unwrap().id(), source.id());
+        let report = world.graph().shutdown().await;
+        assert!(report.failed.is_empty(), "{report:?}");
+    });
+}
+
+#[test]
 fn other_users_of_the_nodes_are_named() {
     run(1, async |world: World| {
         let source = world.make("disk", "mem").await;
@@ -83,7 +125,7 @@ fn other_users_of_the_nodes_are_named() {
         let error = again.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InUse);
         assert!(error.to_string().contains("job0"), "{error}");
-        let resize = target.block(bds_core::graph::BlockOps::RESIZE, "also");
+        let resize = target.block(BlockOps::RESIZE, "also");
         drop(resize);
         // A start that fails gives everything back.
         let before = world.graph().find("disk").unwrap();

@@ -3,6 +3,7 @@
 use bds_core::graph::{BlockOps, NodeRef};
 use bds_core::{Error, ErrorKind};
 use bds_jobs::mirror::{ActiveCommit, ActiveCommitOptions, Mirror, MirrorOptions, MirrorSync};
+use bds_jobs::{JobOptions, JobStatus};
 
 use super::kit::{LEN, World, shape, writer};
 
@@ -69,6 +70,32 @@ fn wrong_options_are_refused_before_anything_changes() {
         assert_eq!(error.message(), "Sync mode 'bitmap' not supported");
     });
     world.end();
+}
+
+#[test]
+fn a_mirror_ends_while_its_nodes_may_not_be_ejected() {
+    for is_cancelled in [false, true] {
+        let world = World::new(1);
+        world.block_on(async {
+            let source = mem(&world, "source", ",size=1M").await;
+            let target = mem(&world, "target", ",size=1M").await;
+            let guest = writer(&source, "guest");
+            let mirror = Mirror::prepare(MirrorOptions::new(&source, &target, "mirror0"));
+            let mirror = Box::new(mirror.await.expect("it can be prepared"));
+            let job = world.manager.start(JobOptions::new("mirror0"), mirror).await;
+            let job = job.expect("it starts");
+            job.wait_status(JobStatus::Ready).await.expect("it gets ready");
+            let _blockers = [&source, &target].map(|node| node.block(BlockOps::EJECT, "a user"));
+            match is_cancelled {
+                true => job.cancel(true).expect("it can be cancelled"),
+                false => job.complete().expect("it completes"),
+            }
+            assert_eq!(job.wait().await.is_ok(), !is_cancelled);
+            let now = if is_cancelled { &source } else { &target };
+            assert_eq!(guest.node().expect("a disk").id(), now.id());
+        });
+        world.end();
+    }
 }
 
 #[test]
