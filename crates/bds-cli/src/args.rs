@@ -62,6 +62,8 @@ pub(crate) enum Command {
     Measure(Measure),
     /// Changes the size of an image
     Resize(Resize),
+    /// Changes format options of an image
+    Amend(Amend),
     /// Changes persistent dirty bitmaps of an image
     Bitmap(Bitmap),
     /// Writes an image's contents into its backing file
@@ -408,6 +410,28 @@ pub(crate) struct Stream {
     pub(crate) quiet: bool,
     /// The image
     pub(crate) filename: OsString,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Amend {
+    #[command(flatten)]
+    pub(crate) source: Source,
+    /// Options to change, "key=value,…"; "help" lists them
+    #[arg(short, long, value_name = "OPTIONS")]
+    pub(crate) options: Vec<OsString>,
+    /// Cache mode
+    #[arg(short = 't', long, default_value = "writeback", value_name = "CACHE")]
+    pub(crate) cache: String,
+    /// Allow changes that may lose data; the formats of this tool have none
+    #[arg(long)]
+    pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) display: JobDisplay,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// The image
+    pub(crate) filename: Option<OsString>,
 }
 
 #[derive(Args, Debug)]

@@ -53,6 +53,7 @@ fn main() -> ExitCode {
         Command::Backup(args) => return cmd::backup::run(args),
         Command::Measure(args) => cmd::measure::run(args),
         Command::Resize(args) => cmd::resize::run(args),
+        Command::Amend(args) => cmd::amend::run(args),
         Command::Bitmap(args) => cmd::bitmap::run(args),
         Command::Commit(args) => cmd::commit::run(args),
         Command::Stream(args) => cmd::stream::run(args),

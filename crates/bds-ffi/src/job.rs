@@ -44,10 +44,11 @@ fn give(job: JobHandle, context: Arc<Context>, out: Checked<bds_job>) -> Result<
 
 /// Starts a job. [graph]
 ///
-/// `type`: "stream", "commit" (active or not), "mirror", "backup", "create". `options`: JSON or
-/// `key=value,…` with QAPI's names: "job-id" (required), "speed", "auto-finalize", "auto-dismiss",
-/// "on-error" or "on-source-error" and "on-target-error", and those of the type: "device",
-/// "target", "base-node", "top-node", "sync", … Nodes are named by node or backend name.
+/// `type`: "stream", "commit" (active or not), "mirror", "backup", "create", "amend".
+/// `options`: JSON or `key=value,…` with QAPI's names: "job-id" (required), "speed",
+/// "auto-finalize", "auto-dismiss", "on-error" or "on-source-error" and "on-target-error", and
+/// those of the type: "device", "target", "base-node", "top-node", "sync", … Nodes are named by
+/// node or backend name.
 ///
 /// The job runs whether or not the handle is released.
 ///

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 
 use bds_core::graph::{Graph, NodeRef};
 use bds_core::{Error, ErrorKind, Options, Result};
+use bds_jobs::amend::Amend;
 use bds_jobs::backup::{Backup, BackupOptions, BackupSync, BitmapSync, OnCbwError};
 use bds_jobs::create::Create;
 use bds_jobs::mirror::{
@@ -51,6 +52,13 @@ pub(crate) async fn prepare(
             let nested = options.take("options").ok_or_else(|| missing("options"))?;
             options.finish("a create job")?;
             Ok(Create::prepare(graph, Options::from_json(nested)?)?.into())
+        }
+        "amend" => {
+            let name = options.take_str("node-name")?.ok_or_else(|| missing("node-name"))?;
+            let nested = options.take("options").ok_or_else(|| missing("options"))?;
+            let force = options.take_bool("force")?.unwrap_or(false);
+            options.finish("an amend job")?;
+            Ok(Amend::prepare(graph, job, &name, Options::from_json(nested)?, force)?.into())
         }
         _ => {
             Err(Error::new(ErrorKind::NotSupported, format!("there are no jobs of type '{kind}'")))

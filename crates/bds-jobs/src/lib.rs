@@ -16,6 +16,7 @@
 //! was cancelled has changed nothing; a job that is *concluded* holds nothing.
 #![forbid(unsafe_code)]
 
+pub mod amend;
 pub mod backup;
 mod chain;
 mod checkpoint;

@@ -1,5 +1,6 @@
 //! The verbs, one a file: each calls the library with its arguments and prints the result.
 
+pub(crate) mod amend;
 pub(crate) mod backup;
 pub(crate) mod bench;
 pub(crate) mod bitmap;

@@ -1,6 +1,7 @@
 //! Tests of the `bds` binary: output, exit codes, files left behind, and comparison with QEMU's
 //! tools over all formats.
 
+mod amend;
 mod backup;
 mod bitmap;
 mod chain_jobs;

@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use bds_io::IoVec;
 
 use super::{
-    Access, Attempt, BackingRecord, BitmapStore, BoxFuture, CheckReport, Child, ImageInfo, Limits,
-    NodeUse, Precision, ReadFlags, Reopen, ReopenContext, Role, StatusRun, Truncate, WriteFlags,
-    ZeroFlags,
+    Access, Amendment, Attempt, BackingRecord, BitmapStore, BoxFuture, CheckReport, Child,
+    ImageInfo, Limits, NodeUse, Precision, ReadFlags, Reopen, ReopenContext, Role, StatusRun,
+    Truncate, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
 
@@ -253,6 +253,28 @@ pub trait Driver: Send + Sync + 'static {
         Box::pin(std::future::ready(Err(no_backing_record(self.name()))))
     }
 
+    /// Checks whether [`Driver::amend`] could make this change, and the change of length if there
+    /// is an option `size`. Writes nothing.
+    ///
+    /// # Errors
+    /// `NotSupported`: the format has no options that can be changed; `InvalidInput`,
+    /// `NotSupported`, `LimitExceeded`: this change is not possible.
+    fn check_amend<'a>(&'a self, _amendment: &'a Amendment) -> BoxFuture<'a, Result<()>> {
+        Box::pin(std::future::ready(Err(no_amend(self.name()))))
+    }
+
+    /// Changes options of the image; the bytes that are read stay the same. `size` is not among
+    /// them: the request path resizes afterwards. No read, write or discard of the node runs
+    /// meanwhile; flushes and queries may. Durable when it returns. A crash on the way leaves the
+    /// old options or the new ones, and at most leaked space.
+    ///
+    /// # Errors
+    /// As [`Driver::check_amend`], before anything is written. `Cancelled`: nothing has changed.
+    /// After an I/O error the old options hold, or the new ones if it came at the very end.
+    fn amend(&self, _amendment: Amendment) -> BoxFuture<'_, Result<()>> {
+        Box::pin(std::future::ready(Err(no_amend(self.name()))))
+    }
+
     /// Makes the whole image show its backing node: it holds nothing itself from then on. Other
     /// requests to the node wait meanwhile. Not necessarily durable when it returns.
     ///
@@ -339,6 +361,11 @@ pub trait Driver: Send + Sync + 'static {
 
 fn no_backing_record(driver: &str) -> Error {
     Error::new(ErrorKind::NotSupported, format!("{driver} images record no backing file"))
+}
+
+fn no_amend(driver: &str) -> Error {
+    let words = format!("Format driver '{driver}' does not support option amendment");
+    Error::new(ErrorKind::NotSupported, words)
 }
 
 fn no_snapshot<T: Send + 'static>(name: &'static str) -> BoxFuture<'static, Result<T>> {

@@ -11,6 +11,7 @@
 //! in tasks of its own.
 
 mod access;
+mod amend;
 mod backing_record;
 mod bitmap_store;
 mod child;
@@ -28,6 +29,7 @@ mod status;
 mod types;
 
 pub use access::{Access, NodeUse, Perm};
+pub use amend::{AmendControl, Amendment};
 pub use backing_record::BackingRecord;
 pub use bitmap_store::{BitmapSpec, BitmapStore, BitmapToStore, StoredBitmap};
 // For drivers that count per thread.

@@ -136,6 +136,11 @@ pub trait DriverType: Send + Sync + 'static {
         Err(Error::new(ErrorKind::NotSupported, words))
     }
 
+    /// Options of an image that can be changed later ([`Driver::amend`]); empty if there are none.
+    fn amend_options(&self) -> &'static [OptionSpec] {
+        &[]
+    }
+
     /// Computes the size of an image made with these create options.
     fn measure(&self, _options: &mut Options, _source: &MeasureSource) -> Result<MeasureReport> {
         Err(Error::new(

@@ -25,6 +25,7 @@
 
 mod admit;
 mod align;
+mod amend;
 mod backend;
 mod backing_record;
 mod block_io;

@@ -30,7 +30,8 @@ pub(super) async fn truncate_for_user(edge: &Edge, change: Truncate) -> Result<(
     named(&node, truncate_entered(edge, &node, change, None).await)
 }
 
-async fn truncate_entered(
+/// As [`truncate`], for a request that has entered.
+pub(super) async fn truncate_entered(
     edge: &Edge,
     node: &Entered<'_>,
     mut change: Truncate,

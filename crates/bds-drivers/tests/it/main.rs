@@ -8,6 +8,8 @@
 )]
 
 #[cfg(feature = "qcow2")]
+mod amend;
+#[cfg(feature = "qcow2")]
 mod backing_record;
 mod blkdebug;
 #[cfg(feature = "qcow2")]

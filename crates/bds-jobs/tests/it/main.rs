@@ -1,5 +1,6 @@
 //! Tests of the crate's interface, on the simulated world.
 
+mod amend;
 mod backup;
 mod chain;
 mod checkpoint;

@@ -435,6 +435,11 @@ impl BitmapList {
         locked
     }
 
+    /// Whether one of them is persistent.
+    pub(in crate::graph) fn has_persistent(&self) -> bool {
+        self.get().is_some_and(|locked| locked.has_persistent())
+    }
+
     /// Marks persistent bitmaps as read-only, or not. While one is, the node refuses writes.
     pub(in crate::graph) fn set_readonly(&self, is_readonly: bool) {
         let Some(mut locked) = self.get() else { return };

@@ -521,6 +521,11 @@ impl Node {
         self.bitmaps.refuse_write()
     }
 
+    /// Whether the node has a persistent bitmap, stored in its image or not yet.
+    pub(crate) fn has_persistent_bitmaps(&self) -> bool {
+        self.bitmaps.has_persistent()
+    }
+
     /// Makes persistent bitmaps read-only, or not, whatever the node is.
     #[cfg(test)]
     pub(crate) fn set_bitmaps_readonly(&self, is_readonly: bool) {

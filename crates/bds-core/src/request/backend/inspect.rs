@@ -2,12 +2,14 @@
 //! information, check, the recorded backing file.
 
 use super::{Backend, progress};
-use crate::driver::{BackingRecord, CheckReport, ImageInfo, Precision, StatusRun};
+use crate::driver::{
+    AmendControl, Amendment, BackingRecord, CheckReport, ImageInfo, Precision, StatusRun,
+};
 use crate::error::Result;
 use crate::graph::NodeId;
 use crate::request::admit::{enter, named};
-use crate::request::backing_record;
 use crate::request::status::{self, ChainRun, Depth};
+use crate::request::{amend, backing_record};
 
 impl Backend {
     /// Block status of `offset..` at the top layer alone. The run's `map` names a child of that
@@ -277,6 +279,58 @@ impl Backend {
         bds_io::spawn_now(work).await
     }
 
+    /// Changes format options of the image, such as its version or the width of its refcounts. What
+    /// the guest reads stays the same. Other requests to the node wait meanwhile, which can be long
+    /// for a large image. All options are checked before anything is written; the option `size`
+    /// resizes the node, after the others took effect. Durable when it returns.
+    ///
+    /// A crash leaves the old options or the new ones (and, with `size`, the new ones with the old
+    /// length). If the future is dropped, the work ends at its next step, or is completed if it was
+    /// about to take effect.
+    ///
+    /// ```
+    /// use bds_core::Options;
+    /// use bds_core::driver::Amendment;
+    /// use bds_core::request::{Backend, BackendOptions};
+    ///
+    /// # let sim = bds_io::Sim::new(0, bds_io::SimConfig::calm());
+    /// # let mut config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+    /// # config.fs = sim.fs();
+    /// # let graph = bds_core::graph::Graph::new(config);
+    /// # sim.block_on(async {
+    /// # let options = bds_core::Options::parse("size=1M")?;
+    /// # let (format, path) = ("qcow2".into(), "disk.qcow2".into());
+    /// # let image = bds_core::graph::NewImage { format, path, options, skip_backing: false };
+    /// # graph.create_image(image).await?;
+    /// let options = "driver=qcow2,node-name=disk,file.driver=file,file.filename=disk.qcow2";
+    /// let disk = graph.open(Options::parse(options)?).await?;
+    /// let guest = Backend::new(&disk, BackendOptions { writable: true, ..Default::default() })?;
+    /// guest.amend(Amendment::new(Options::parse("refcount_bits=64")?)).await?;
+    /// let facts = guest.info().await?.format_specific.unwrap();
+    /// assert_eq!(facts["data"]["refcount-bits"], 64);
+    ///
+    /// let error = guest.amend(Amendment::new(Options::parse("compat=0.10")?)).await.unwrap_err();
+    /// assert!(error.to_string().contains("compat=0.10 requires refcount_bits=16"));
+    /// # Ok::<(), bds_core::Error>(())
+    /// # })?;
+    /// # sim.block_on(graph.shutdown()).check_leaks()?;
+    /// # Ok::<(), bds_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// `PermissionDenied`, `ReadOnly`, `Inactive`: this backend may not write, not even unchanged
+    /// bytes, or not resize; `NotSupported`, `InvalidInput`, `LimitExceeded`: the format has no
+    /// such option, or this change is not possible, and nothing was written; `InUse`: resizing is
+    /// blocked; `Cancelled`; and what reading and writing metadata can fail with.
+    pub async fn amend(&self, amendment: Amendment) -> Result<()> {
+        let this = self.clone();
+        let mut cancel = CancelOnDrop(Some(amendment.control.clone()));
+        let work = async move { amend::amend(&this.inner.edge, amendment).await };
+        let result = bds_io::spawn_now(work).await;
+        cancel.0 = None;
+        result
+    }
+
     /// Bytes the node occupies on its host, where that is known.
     ///
     /// ```
@@ -330,5 +384,16 @@ impl Backend {
             named(&node, node.driver().check(&|done, total| reporter.report(done, total)).await)
         });
         reported.pass_on_until(check, progress).await
+    }
+}
+
+/// Cancels an amendment whose caller is gone.
+struct CancelOnDrop(Option<AmendControl>);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        if let Some(control) = &self.0 {
+            control.cancel();
+        }
     }
 }

@@ -5,9 +5,9 @@ use std::any::Any;
 use std::sync::Arc;
 
 use bds_core::driver::{
-    Access, Attempt, BackingRecord, BitmapStore, BoxFuture, CheckReport, Child, Driver, ImageInfo,
-    Limits, NodeUse, Perm, Precision, ReadFlags, Reopen, ReopenContext, Role, StatusRun, Truncate,
-    WriteFlags, ZeroFlags,
+    Access, Amendment, Attempt, BackingRecord, BitmapStore, BoxFuture, CheckReport, Child, Driver,
+    ImageInfo, Limits, NodeUse, Perm, Precision, ReadFlags, Reopen, ReopenContext, Role, StatusRun,
+    Truncate, WriteFlags, ZeroFlags,
 };
 use bds_core::error::{Error, ErrorKind, Result};
 use bds_io::IoVec;
@@ -204,6 +204,14 @@ impl Driver for Qcow2 {
 
     fn check_backing_record(&self, record: Option<BackingRecord>) -> BoxFuture<'_, Result<()>> {
         Box::pin(self.image.check_backing_record(record))
+    }
+
+    fn check_amend<'a>(&'a self, amendment: &'a Amendment) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async move { self.image.check_amend(amendment).await.map(drop) })
+    }
+
+    fn amend(&self, amendment: Amendment) -> BoxFuture<'_, Result<()>> {
+        self.run(|image| async move { image.amend(&amendment).await })
     }
 
     fn make_empty(&self) -> BoxFuture<'_, Result<()>> {

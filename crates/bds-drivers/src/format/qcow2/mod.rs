@@ -4,6 +4,7 @@
 //! mod driver open        the entries: DriverType, Driver, open
 //! state                  Image, an open image, and Meta, everything that changes under its lock
 //! metadata_load config   what an open reads of the image; options
+//! live_rules             the rules for entries that hold now
 //! file_read task srcu    reads for parsers; tasks that outlive their callers; sleepable RCU for readers of entries
 //!
 //! layout/   bytes of an image, parsed and encoded by pure functions (the fuzz targets)
@@ -12,7 +13,7 @@
 //! io/       guest reads and writes, zeros, compression, backing file, block status
 //! check/    `check`, and what a truncated image lost
 //! bitmap/   persistent dirty bitmaps: load, mark "in use", store
-//! manage/   create, measure, resize, reopen, snapshots, info
+//! manage/   create, measure, resize, amend, reopen, snapshots, info
 //! ```
 //!
 //! **Only `meta/write_back.rs` decides the order of metadata writes. No lock is held across I/O.**
@@ -28,6 +29,7 @@ mod file_read;
 pub mod fuzzing;
 mod io;
 mod layout;
+mod live_rules;
 mod manage;
 mod meta;
 mod metadata_load;
@@ -93,6 +95,10 @@ impl DriverType for Qcow2Format {
 
     fn check_create(&self, options: &mut Options, backing_len: Option<u64>) -> Result<CreateFacts> {
         manage::create::check(options, backing_len)
+    }
+
+    fn amend_options(&self) -> &'static [OptionSpec] {
+        manage::amend::options::AMEND_OPTIONS
     }
 
     fn measure(&self, options: &mut Options, source: &MeasureSource) -> Result<MeasureReport> {

@@ -20,8 +20,8 @@ use super::file_read::read_cluster0;
 use super::io::backing::Backing;
 use super::io::decompressed_cache::DecompressedCache;
 use super::layout::cluster0::{Cluster0, Strictness};
-use super::layout::entry::EntryRules;
 use super::layout::header::{CryptMethod, Incompatible};
+use super::live_rules::LiveRules;
 use super::meta::budget::DirtyLevels;
 use super::meta::tables::Tables;
 use super::metadata_load::LoadedMetadata;
@@ -211,11 +211,7 @@ impl Parts {
         } = self;
         let header = &cluster0.header;
         let geometry = header.geometry;
-        let rules = EntryRules {
-            geometry,
-            has_zero_flag: header.version >= 3,
-            has_data_file: data_file.is_some(),
-        };
+        let rules = LiveRules::new(header, data_file.is_some());
         let meta = Meta::new(&cluster0, &config, Vec::new(), file.len());
         let decompressed =
             DecompressedCache::new(geometry.cluster_len(), config.decompressed_cache_bytes);

@@ -1,8 +1,8 @@
 //! An open image ([`Image`]), and the metadata that changes under its lock ([`Meta`]).
 //!
 //! ```text
-//! Image      children, geometry                    never change
-//!            backing, options, write_state         change only while no request is in flight
+//! Image      children, cluster size                never change
+//!            backing, options, write_state, rules  change only while no request is in flight
 //!            tables, metadata, srcu, decompressed  read without a lock (or with a short one of their own)
 //!            meta: Mutex<Meta>                     everything that is changed to allocate, free, link
 //! ```
@@ -34,10 +34,11 @@ use super::config::{Config, RequestedMode};
 use super::io::backing::Backing;
 use super::io::decompressed_cache::DecompressedCache;
 use super::layout::cluster0::Cluster0;
-use super::layout::entry::{BadEntry, EntryRules};
+use super::layout::entry::BadEntry;
 use super::layout::header::{AUTOCLEAR_AT, Autoclear, INCOMPATIBLE_AT, Incompatible};
 use super::layout::space::{MetaOffset, Space};
 use super::layout::units::Geometry;
+use super::live_rules::LiveRules;
 use super::meta::budget::{DirtyLevels, WriteBackTask};
 use super::meta::pending_flush::PendingFlush;
 use super::meta::refcounts::Refcounts;
@@ -137,7 +138,7 @@ pub(crate) struct Image {
     pub named_backing: Option<String>,
     /// As it was read.
     pub cluster0: ArcSwap<Cluster0>,
-    pub rules: EntryRules,
+    pub rules: LiveRules,
     pub config: ArcSwap<Config>,
     /// Options and flags of the last open or reopen.
     pub requested: Mutex<RequestedMode>,

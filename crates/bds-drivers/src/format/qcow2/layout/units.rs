@@ -198,6 +198,12 @@ impl Geometry {
         self.refcount_order
     }
 
+    /// The same with refcounts `2^order` bits wide, `order` at most 6.
+    pub(crate) fn with_refcount_order(&self, order: u32) -> Self {
+        assert!(order <= MAX_REFCOUNT_ORDER, "refcounts have 1 to 64 bits");
+        Self { refcount_order: order, ..*self }
+    }
+
     /// Bits of one refcount.
     #[inline]
     pub(crate) fn refcount_bits(&self) -> u32 {

@@ -21,7 +21,7 @@ use crate::format::qcow2::layout::units::{Geometry, MIN_EXTENDED_CLUSTER_BITS};
 
 const SECTOR_LEN: u64 = 512;
 /// QEMU writes the table of feature names only into clusters larger than this.
-const FEATURE_NAMES_FROM_LEN: u64 = 4096;
+pub(super) const FEATURE_NAMES_FROM_LEN: u64 = 4096;
 
 /// The options of `create`, as qemu-img spells them.
 pub(crate) const CREATE_OPTIONS: &[OptionSpec] = &[

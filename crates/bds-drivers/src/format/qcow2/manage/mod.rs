@@ -1,6 +1,7 @@
-//! Operations on an image as a whole: create and measure, resize, reopen and inactivate, the
+//! Operations on an image as a whole: create and measure, resize, amend, reopen and inactivate, the
 //! recorded backing file, snapshots (read only), info.
 
+pub(super) mod amend;
 pub(super) mod backing_record;
 pub(super) mod create;
 pub(super) mod create_layout;

@@ -111,7 +111,7 @@ impl Image {
     }
 
     /// What the options mean for the header as it is now: its defaults may have changed.
-    fn config_for(&self, cluster0: &Cluster0) -> Result<Config> {
+    pub(super) fn config_for(&self, cluster0: &Cluster0) -> Result<Config> {
         let RequestedMode { options, flags } = self.requested().clone();
         let slice_len = self.config.load().slice_len;
         options
@@ -121,7 +121,7 @@ impl Image {
 
     /// Brings the file into the state in which a clean close leaves it, durably. Runs to completion
     /// even if the caller is dropped.
-    async fn write_back_all_durably(self: &Arc<Self>) -> Result<()> {
+    pub(super) async fn write_back_all_durably(self: &Arc<Self>) -> Result<()> {
         if !self.is_writable() || !self.serves_io {
             return Ok(());
         }
@@ -198,7 +198,7 @@ impl Image {
         ))
     }
 
-    fn use_config(&self, config: Config) {
+    pub(super) fn use_config(&self, config: Config) {
         {
             let mut meta = self.meta();
             meta.slices.set_budget(config.l2_cache_bytes);

@@ -30,7 +30,7 @@ impl Image {
         if new == old {
             return Ok(());
         }
-        self.check_snapshots().await?;
+        self.check_snapshots(self.cluster0.load().header.version).await?;
         self.prepare_to_write().await?;
         self.mark_bitmaps_to_grow().await?;
         self.plan(|image, meta| image.grow_l1(meta, new)).await?;
@@ -66,7 +66,7 @@ impl Image {
         Ok(())
     }
 
-    fn check_len(&self, old: u64, new: u64) -> Result<()> {
+    pub(super) fn check_len(&self, old: u64, new: u64) -> Result<()> {
         let refused = |kind, words: &str| {
             Err(Error::new(kind, words).node(&self.node_name).field("size", new))
         };
@@ -87,8 +87,9 @@ impl Image {
     }
 
     /// Refuses to leave a snapshot without a size of its own: going back to it would give the
-    /// longer disk.
-    async fn check_snapshots(&self) -> Result<()> {
+    /// longer disk. `version`: that of the image once the disk is resized; an upgrade gives every
+    /// snapshot a size.
+    pub(super) async fn check_snapshots(&self, version: u32) -> Result<()> {
         let header = &self.cluster0.load_full().header;
         if header.snapshot_count == 0 {
             return Ok(());
@@ -97,11 +98,14 @@ impl Image {
             // Where the header counts them.
             Err(self.name_file(Error::new(ErrorKind::NotSupported, words).at(60)))
         };
-        if header.version < 3 {
+        if version < 3 {
             return refused(
                 "an image of version 2 with internal snapshots cannot be resized, as they could not be gone back to: upgrade it \
-                 first (qemu-img amend -o compat=1.1), or delete its snapshots",
+                 first (amend -o compat=1.1), or delete its snapshots",
             );
+        }
+        if header.version < version {
+            return Ok(());
         }
         let (start, count) = (header.snapshots_offset, header.snapshot_count);
         let table = SnapshotTable::read(self.file.port(), start, count).await;
@@ -212,7 +216,7 @@ impl Image {
         Ok(at + run.len)
     }
 
-    async fn zero_data(&self, host: DataOffset, len: u64) -> Result<()> {
+    pub(super) async fn zero_data(&self, host: DataOffset, len: u64) -> Result<()> {
         let zeroed = self.data().write_zeroes(host, len, ZeroFlags::empty()).await;
         match zeroed.map_err(|e| self.name_error(e))? {
             Attempt::Done => Ok(()),

@@ -11,7 +11,7 @@ use crate::format::qcow2::file_read::Window;
 use crate::format::qcow2::layout::extension::{be32, be64};
 
 /// Bytes of an entry before its extra data.
-const FIXED_LEN: usize = 40;
+pub(super) const FIXED_LEN: usize = 40;
 /// Known extra data: state length, disk length, instruction count.
 const KNOWN_EXTRA_LEN: usize = 24;
 /// Most extra data of one entry.

@@ -272,16 +272,28 @@ impl Refcounts {
     pub(crate) fn raise(&mut self, cluster: u64) -> MetaResult<u64> {
         let count = self.count(cluster)?;
         if count >= self.geometry.refcount_max() {
-            return Err(NeedMeta::Fail(
-                Error::new(
-                    ErrorKind::LimitExceeded,
-                    format!("{}-bit refcounts are full", self.geometry.refcount_bits()),
-                )
-                .at(cluster << self.geometry.cluster_bits()),
-            ));
+            return Err(self.full(cluster));
         }
         self.set(cluster, count + 1, true)?;
         Ok(count + 1)
+    }
+
+    /// Raises the refcount of `cluster`, which is not zero, by `more`. Fails if the count's width
+    /// does not allow it.
+    pub(crate) fn raise_by(&mut self, cluster: u64, more: u64) -> MetaResult<()> {
+        let count = self.count(cluster)?;
+        let max = self.geometry.refcount_max();
+        let Some(raised) = count.checked_add(more).filter(|raised| *raised <= max) else {
+            return Err(self.full(cluster));
+        };
+        self.set(cluster, raised, true)
+    }
+
+    /// The error of a count that its width does not allow.
+    fn full(&self, cluster: u64) -> NeedMeta {
+        let words = format!("{}-bit refcounts are full", self.geometry.refcount_bits());
+        let at = cluster << self.geometry.cluster_bits();
+        NeedMeta::Fail(Error::new(ErrorKind::LimitExceeded, words).at(at))
     }
 
     /// Lowers the refcount of `cluster`. At zero it is free at once.

@@ -21,6 +21,6 @@ pub(crate) enum Pinned {
 /// A load in progress.
 #[derive(Debug)]
 pub(crate) struct Load {
-    pub(super) done: Completion,
+    pub(crate) done: Completion,
     pub(super) result: OnceLock<Result<Pinned>>,
 }

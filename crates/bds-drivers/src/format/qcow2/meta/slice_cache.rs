@@ -160,6 +160,18 @@ impl SliceCache {
         slice
     }
 
+    /// Removes all slices of a table, none of which is pinned: the file has other entries by now.
+    pub(crate) fn forget(&mut self, tables: &Tables, table: u32) {
+        let before = self.ring.len();
+        self.ring.retain(|id| id.table != table);
+        self.resident_bytes -= (before - self.ring.len()) * self.slice_len;
+        for piece in 0..u32::try_from(tables.slices_per_table()).expect("at most 4096") {
+            let id = SliceId { table, piece };
+            debug_assert!(!self.pinned.contains_key(&id), "what is dirty is newer than the file");
+            tables.set_slice(id, None);
+        }
+    }
+
     /// Evicts clean slices until the budget is kept. Pinned and held ones stay. `only_unused`: all
     /// that were not used lately, whatever the budget.
     pub(crate) fn evict(&mut self, tables: &Tables, only_unused: bool) {
