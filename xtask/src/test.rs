@@ -84,10 +84,10 @@ fn address_sanitizer() -> Result<Outcome, String> {
 /// Tests of the C library that take one which was built with a sanitizer.
 const C_LIBRARY: [&str; 3] = ["instrumented", "every_function_refuses", "abuse"];
 
-/// What runs on real threads in the graph, the arena and the C library under ThreadSanitizer, where a nightly
-/// toolchain and the standard library's source are installed. The precompiled library is not
-/// instrumented: with it every lock, once-cell and last `Arc` looks like a race (hundreds of false
-/// reports), so that it is built anew or the tests are skipped.
+/// What runs on real threads in the graph, the arena and the C library under ThreadSanitizer, where
+/// a nightly toolchain and the standard library's source are installed. The precompiled library is
+/// not instrumented: with it every lock, once-cell and last `Arc` looks like a race (hundreds of
+/// false reports), so that it is built anew or the tests are skipped.
 fn thread_sanitizer() -> Result<Outcome, String> {
     let mut outcome = Outcome::default();
     if has_nightly() && !has_std_source() {
