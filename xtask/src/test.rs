@@ -62,39 +62,48 @@ const SEARCHES: [(&str, &[&str], &[&str]); 5] = [
     ("searches", &["bds-core", "--lib"], &["schedules", "properties"]),
     ("searches-drivers", &["bds-drivers", "--test", "it"], &["sweep", "reopen", "qcow2"]),
     ("searches-jobs", &["bds-jobs", "--test", "it"], &["races"]),
-    ("searches-c", &["bds-ffi", "--test", "it"], &["abuse", "c_suite"]),
+    ("searches-c", &["bds-ffi", "--test", "it"], &["c_suite"]),
     ("searches-tool", &["bds-cli", "--test", "it"], &["qemu_"]),
 ];
 
-/// The buffers of bds-io under AddressSanitizer, where a nightly toolchain is installed.
+/// The buffers of bds-io, and the C library with its C programs, generated calls and a million
+/// random programs, under AddressSanitizer, where a nightly toolchain is installed.
 fn address_sanitizer() -> Result<Outcome, String> {
-    sanitized(
-        "asan",
-        "AddressSanitizer",
+    let mut outcome = Outcome::default();
+    for (name, part, filters) in [
+        ("asan-buffers", &["--package", "bds-io", "--tests"][..], &[][..]),
+        ("asan-c", &["--package", "bds-ffi", "--test", "it"], &C_LIBRARY),
+    ] {
         // The copies in Rust: the sanitizer does not see what assembly reads and writes.
-        "-Zsanitizer=address --cfg bds_byte_copies",
-        &["--package", "bds-io", "--tests"],
-    )
+        let flags = "-Zsanitizer=address --cfg bds_byte_copies";
+        outcome.add(&sanitized(name, "AddressSanitizer", flags, (part, filters))?);
+    }
+    Ok(outcome)
 }
 
-/// What runs on real threads in the graph and in the arena under ThreadSanitizer, where a nightly
-/// toolchain and the standard library's source are installed. The precompiled library is not
-/// instrumented: with it every lock, once-cell and last `Arc` looks like a race (hundreds of false
-/// reports), so that it is built anew or the tests are skipped.
+/// Tests of the C library that take one which was built with a sanitizer.
+const C_LIBRARY: [&str; 3] = ["instrumented", "every_function_refuses", "abuse"];
+
+/// What runs on real threads in the graph, the arena and the C library under ThreadSanitizer, where
+/// a nightly toolchain and the standard library's source are installed. The precompiled library is
+/// not instrumented: with it every lock, once-cell and last `Arc` looks like a race (hundreds of
+/// false reports), so that it is built anew or the tests are skipped.
 fn thread_sanitizer() -> Result<Outcome, String> {
     let mut outcome = Outcome::default();
     if has_nightly() && !has_std_source() {
         outcome.skip("ThreadSanitizer needs the nightly component rust-src");
         return Ok(outcome);
     }
-    for (name, part) in [
-        ("tsan-graph", &["-Zbuild-std", "--package", "bds-core", "--lib", "threads"][..]),
-        ("tsan-buffers", &["-Zbuild-std", "--package", "bds-io", "--test", "it", "races"][..]),
-        ("tsan-arena", &["-Zbuild-std", "--package", "bds-refcount", "--test", "threads"][..]),
+    for (name, part, filters) in [
+        ("tsan-graph", &["--package", "bds-core", "--lib"][..], &["threads"][..]),
+        ("tsan-buffers", &["--package", "bds-io", "--test", "it"], &["races"]),
+        ("tsan-arena", &["--package", "bds-refcount", "--test", "threads"], &[]),
+        ("tsan-c", &["--package", "bds-ffi", "--test", "it"], &C_LIBRARY),
     ] {
         // The copies in Rust, as for AddressSanitizer.
         let flags = "-Zsanitizer=thread --cfg bds_byte_copies";
-        outcome.add(&sanitized(name, "ThreadSanitizer", flags, part)?);
+        let part = [&["-Zbuild-std"], part].concat();
+        outcome.add(&sanitized(name, "ThreadSanitizer", flags, (&part, filters))?);
     }
     Ok(outcome)
 }
@@ -108,8 +117,13 @@ fn has_std_source() -> bool {
 }
 
 /// Runs a part of the tests under a sanitizer. `name` is the log's; the build directory goes by its
-/// first word.
-fn sanitized(name: &str, what: &str, flags: &str, part: &[&str]) -> Result<Outcome, String> {
+/// first word. Optimized a little, as they take long, with debug assertions.
+fn sanitized(
+    name: &str,
+    what: &str,
+    flags: &str,
+    (part, filters): (&[&str], &[&str]),
+) -> Result<Outcome, String> {
     let mut outcome = Outcome::default();
     if !has_nightly() {
         outcome.skip(&format!("{what} needs the nightly toolchain"));
@@ -124,8 +138,12 @@ fn sanitized(name: &str, what: &str, flags: &str, part: &[&str]) -> Result<Outco
         .env_remove("CARGO")
         .env_remove("RUSTUP_TOOLCHAIN")
         .env("RUSTFLAGS", flags)
+        .env("CARGO_PROFILE_DEV_OPT_LEVEL", "1")
+        // C programs are compiled with the same one.
+        .env("BDS_TEST_SANITIZER", if target == "tsan" { "thread" } else { "address" })
         .env("CARGO_TARGET_DIR", target_dir().join(target));
-    cargo_test(name, &mut command, &[])
+    let filters: Vec<String> = filters.iter().map(|filter| (*filter).to_owned()).collect();
+    cargo_test(name, &mut command, &filters)
 }
 
 fn has_nightly() -> bool {

@@ -227,15 +227,33 @@ impl Drop for LeaveContext<'_> {
     }
 }
 
+/// A thread's cached Context, dropped when the thread ends.
+struct Cached {
+    context: Cell<Option<Rc<Context>>>,
+    /// The process that made it. The child of a fork has neither the ring's memory nor the threads
+    /// that may hold the executor's locks: when it exits, the Context is left as it is.
+    process: Cell<u32>,
+}
+
+impl Drop for Cached {
+    fn drop(&mut self) {
+        let Some(context) = self.context.take() else { return };
+        if self.process.get() != std::process::id() {
+            std::mem::forget(context);
+        }
+    }
+}
+
 /// This thread's cached Context. `None` if it cannot have one (no descriptors left, or the thread
 /// is ending).
 fn cached() -> Option<Rc<Context>> {
     thread_local! {
-        static CACHED: Cell<Option<Rc<Context>>> = const { Cell::new(None) };
+        static CACHED: Cached = const { Cached { context: Cell::new(None), process: Cell::new(0) } };
     }
     CACHED
-        .try_with(|cached| {
+        .try_with(|Cached { context: cached, process }| {
             let context = cached.take().or_else(|| {
+                process.set(std::process::id());
                 let options = ContextOptions {
                     ring_entries: CACHED_RING_ENTRIES,
                     ..ContextOptions::default()

@@ -359,9 +359,11 @@ fn build(scratch: &Scratch) -> std::path::PathBuf {
     binary
 }
 
-/// How many programs run: `default`, or `full`, or what `BDS_ABUSE_PROGRAMS` says.
+/// How many programs run: `default`, or `full` where `cargo xtask test --tier full` asks for it or
+/// AddressSanitizer looks, or what `BDS_ABUSE_PROGRAMS` says.
 fn programs(default: u64, full: u64) -> u64 {
-    let is_full = env::var("BDS_TEST_BUDGET").is_ok_and(|budget| budget == "full");
+    let is = |name, wanted| env::var(name).is_ok_and(|value| value == wanted);
+    let is_full = is("BDS_TEST_BUDGET", "full") || is("BDS_TEST_SANITIZER", "address");
     let asked = env::var("BDS_ABUSE_PROGRAMS").ok().map(|words| words.parse().unwrap());
     asked.unwrap_or(if is_full { full } else { default })
 }

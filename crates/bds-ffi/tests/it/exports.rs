@@ -80,6 +80,19 @@ fn every_export_is_documented_for_c() {
     }
 }
 
+/// The version that introduced it, for the linker; the manual page is made from the header.
+#[test]
+fn every_export_has_a_version_and_a_prototype() {
+    let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let map = fs::read_to_string(here.join("libbds.map")).unwrap();
+    let listed: Vec<&str> = map.lines().filter_map(|line| line.trim().strip_suffix(';')).collect();
+    let header = fs::read_to_string(here.join("include/bds.h")).unwrap();
+    for Export { name, .. } in exports() {
+        assert_eq!(listed.iter().filter(|known| **known == name).count(), 1, "{name}");
+        assert!(header.contains(&format!("{name}(")), "{name}");
+    }
+}
+
 #[test]
 fn every_export_is_called_by_a_c_test() {
     let tests = files("tests/c", "c") + &files("tests/c", "h") + &files("examples", "c");
@@ -89,4 +102,31 @@ fn every_export_is_called_by_a_c_test() {
         .filter(|name| !tests.contains(&format!("{name}(")))
         .collect();
     assert!(missing.is_empty(), "no C test calls {missing:?}");
+}
+
+/// The table of `docs/ffi.md`: all rows are there, and the tests they name exist.
+#[test]
+fn the_test_plan_names_tests_that_exist() {
+    let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let docs = fs::read_to_string(here.join("../../docs/ffi.md")).unwrap();
+    let tests = files("tests/it", "rs") + &files("../bds-refcount/tests", "rs");
+    let rows: Vec<(&str, &str)> = docs
+        .lines()
+        .filter_map(|line| line.strip_prefix("| A")?.split_once(" | "))
+        .filter(|(number, _)| number.parse::<u32>().is_ok())
+        .collect();
+    for (at, (number, row)) in rows.iter().enumerate() {
+        assert_eq!(*number, (at + 1).to_string());
+        let (_, answer) = row.split_once(" | ").unwrap();
+        assert!(answer.len() > 10, "A{number}");
+        for name in answer.split('`').skip(1).step_by(2) {
+            let is_there = match name.strip_suffix(".c") {
+                Some(_) => here.join("tests/c").join(name).exists(),
+                None => tests.contains(&format!("fn {name}()")),
+            };
+            let is_other = name.contains([' ', '/', '=']) || name.ends_with(".rs");
+            assert!(is_there || is_other, "A{number}: {name}");
+        }
+    }
+    assert_eq!(rows.len(), 24);
 }
