@@ -9,8 +9,12 @@
 mod cases;
 mod graph;
 mod images;
+mod job_disks;
+mod jobs;
 pub(crate) mod measure;
 mod memory;
+mod nbd_guest;
+mod pair_table;
 mod qmp;
 mod stage;
 mod syncs;
@@ -47,6 +51,12 @@ pub(crate) fn bench(quick: bool, only: Option<&str>) -> Result<(), String> {
     }
     if is_wanted("graph") {
         let text = graph::graph(&stage)?;
+        say(text.trim_end());
+        report.push_str(&text);
+    }
+    if only.is_none_or(jobs::is_wanted) {
+        images::make_dense(&stage)?;
+        let text = jobs::jobs(&stage, only)?;
         say(text.trim_end());
         report.push_str(&text);
     }
