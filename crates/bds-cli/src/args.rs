@@ -4,6 +4,7 @@
 //! Only the shape is checked here; the verbs check what a value means.
 
 mod backup;
+mod mirror;
 mod source;
 
 use std::ffi::OsString;
@@ -15,7 +16,8 @@ use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand,
 pub(crate) use self::backup::{
     Backup, BackupCommand, BackupList, BackupPrune, BackupRestore, BackupRun, BackupVerify,
 };
-pub(crate) use self::source::{Output, Source};
+pub(crate) use self::mirror::{Mirror, MirrorCopyMode, MirrorSync};
+pub(crate) use self::source::{JobDisplay, Output, Source};
 
 /// Disk images from the shell: qemu-img's verbs and options on the bds block layer.
 #[derive(Debug, Parser)]
@@ -66,6 +68,8 @@ pub(crate) enum Command {
     Commit(Commit),
     /// Copies an image's backing files into it, and cuts them off
     Stream(Stream),
+    /// Copies an image as the job 'mirror' does, with its events
+    Mirror(Mirror),
     /// Measures how fast an image is read or written
     Bench(Bench),
     /// Copies a range of blocks
@@ -354,17 +358,6 @@ pub(crate) struct Resize {
     /// The new size, or a change if it begins with + or -
     #[arg(allow_hyphen_values = true)]
     pub(crate) size: String,
-}
-
-/// What is shown while a job runs.
-#[derive(Args, Debug)]
-pub(crate) struct JobDisplay {
-    /// Show progress
-    #[arg(short, long)]
-    pub(crate) progress: bool,
-    /// How to print; json: the job's events, one a line
-    #[arg(long, value_enum, default_value = "human")]
-    pub(crate) output: Output,
 }
 
 #[derive(Args, Debug)]

@@ -15,11 +15,13 @@ mod human_size;
 mod image;
 mod image_options;
 mod image_spec;
+mod incomplete;
 mod interrupt;
 mod overlay;
 mod partial_output;
 mod printer;
 mod progress;
+mod rates;
 mod render;
 mod report;
 
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
         Command::Bitmap(args) => cmd::bitmap::run(args),
         Command::Commit(args) => cmd::commit::run(args),
         Command::Stream(args) => cmd::stream::run(args),
+        Command::Mirror(args) => cmd::mirror::run(args),
         Command::Bench(args) => cmd::bench::run(args),
         Command::Dd(args) => cmd::dd::run(args),
         Command::Graph(args) => cmd::graph::run(args),

@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
+use crate::human_size::human_size;
 use crate::printer;
+use crate::rates::Rates;
 
 /// Lines are printed when this many percent have passed since the last.
 const STEP_PERCENT: f64 = 1.0;
@@ -33,6 +35,15 @@ enum Style {
 impl Progress {
     /// `is_wanted`: the user gave -p (and not -q).
     pub(crate) fn new(is_wanted: bool) -> Self {
+        Self::with_bar(is_wanted, bar)
+    }
+
+    /// As [`Progress::new`], for a job: [`Progress::show_job`] shows it.
+    pub(crate) fn of_job(is_wanted: bool) -> Self {
+        Self::with_bar(is_wanted, job_bar)
+    }
+
+    fn with_bar(is_wanted: bool, bar: fn() -> ProgressBar) -> Self {
         let style = match (is_wanted, io::stderr().is_terminal()) {
             (false, _) => Style::Silent,
             (true, false) => Style::Lines,
@@ -64,6 +75,14 @@ impl Progress {
         {
             line(percent);
         }
+    }
+
+    /// As [`Progress::show`], with the rates of a job.
+    pub(crate) fn show_job(&mut self, done: u64, total: u64, rates: &Rates) {
+        if let Style::Bar(bar) = &self.style {
+            bar.set_message(rate_words(rates));
+        }
+        self.show(done, total);
     }
 
     /// Shows the end of the work and begins a new line.
@@ -115,6 +134,29 @@ fn time(is_finished: bool, is_complete: bool, duration: Duration) -> String {
     }
 }
 
+/// Rate, time left, and how fast a guest undoes what was copied, if one does.
+fn rate_words(rates: &Rates) -> String {
+    let left = match rates.seconds_left {
+        Some(seconds) => format!("{}:{:02} left", seconds / 60, seconds % 60),
+        None if rates.copied == 0 => "waiting".to_owned(),
+        None => "not converging".to_owned(),
+    };
+    let dirtied = match rates.dirtied {
+        0 => String::new(),
+        rate => format!("  dirty {}/s", human_size(rate)),
+    };
+    format!("{}/s{dirtied}  {left}", human_size(rates.copied))
+}
+
+/// As [`bar`], with the rates as a message.
+fn job_bar() -> ProgressBar {
+    let template = "{wide_bar} {percent:>3}%  {bytes} of {total_bytes}  {msg}";
+    let style = ProgressStyle::with_template(template)
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+        .progress_chars("=> ");
+    ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(10)).with_style(style)
+}
+
 fn bar() -> ProgressBar {
     // The bar takes what the rest leaves of the line, so that no terminal wraps it.
     let template =
@@ -147,15 +189,26 @@ mod tests {
 
     #[test]
     fn the_bar_fits_a_line_of_eighty_columns() {
-        let terminal = indicatif::InMemoryTerm::new(5, 80);
-        let target = ProgressDrawTarget::term_like(Box::new(terminal.clone()));
-        let bar = bar();
-        bar.set_draw_target(target);
-        bar.set_length(1023 << 30);
-        bar.set_position(1000 << 30);
-        bar.tick();
-        let shown = terminal.contents();
-        assert_eq!(shown.lines().count(), 1, "{shown}");
-        assert!(shown.contains("98%") && shown.contains("left"), "{shown}");
+        let rates = Rates { copied: 123 << 20, dirtied: 99 << 20, seconds_left: Some(754) };
+        for (bar, words) in [(bar(), "left"), (job_bar(), "123 MiB/s  dirty 99 MiB/s  12:34 left")]
+        {
+            let terminal = indicatif::InMemoryTerm::new(5, 80);
+            let target = ProgressDrawTarget::term_like(Box::new(terminal.clone()));
+            bar.set_draw_target(target);
+            bar.set_length(1023 << 30);
+            bar.set_position(1000 << 30);
+            bar.set_message(rate_words(&rates));
+            bar.tick();
+            let shown = terminal.contents();
+            assert_eq!(shown.lines().count(), 1, "{shown}");
+            assert!(shown.contains("98%") && shown.contains(words), "{shown}");
+        }
+    }
+
+    #[test]
+    fn a_job_that_does_not_get_closer_to_its_end_says_so() {
+        let rates = |copied, dirtied| Rates { copied, dirtied, seconds_left: None };
+        assert_eq!(rate_words(&rates(0, 0)), "0 B/s  waiting");
+        assert_eq!(rate_words(&rates(1024, 2048)), "1 KiB/s  dirty 2 KiB/s  not converging");
     }
 }

@@ -18,6 +18,7 @@ use crate::abi::{
 use crate::context::{self, Context, check_flags, check_same};
 use crate::entry::entry;
 use crate::failure::Failure;
+use crate::fault;
 use crate::node;
 use crate::ptr::{self, Checked, In, Out, Text, backend_name};
 use crate::table::{Object, Ref, Removed, Table};
@@ -36,6 +37,7 @@ struct ReapOnDrop(Arc<Context>);
 
 impl Drop for ReapOnDrop {
     fn drop(&mut self) {
+        fault::point("drop");
         self.0.reap_later();
     }
 }

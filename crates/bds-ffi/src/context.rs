@@ -16,6 +16,7 @@ use crate::abi::{
 use crate::entry::{self, entry};
 use crate::event_source::EventSource;
 use crate::failure::Failure;
+use crate::fault;
 use crate::ptr::{self, In, Out};
 use crate::table::{Object, Removed, Table};
 
@@ -45,6 +46,7 @@ pub(crate) struct Log {
 impl Log {
     pub(crate) fn error(self, target: &str, message: &str) {
         let Some(sink) = self.sink else { return };
+        fault::point("log");
         let text = |text: &str| CString::new(text.replace('\0', "")).unwrap_or_default();
         sink(self.user_data, 1, text(target).as_ptr(), text(message).as_ptr());
     }
@@ -218,7 +220,8 @@ pub extern "C" fn bds_context_shutdown(
 ) -> i32 {
     entry("bds_context_shutdown", || {
         let out = report_json_out.check_optional("report_json_out")?;
-        let context = find(context)?;
+        // Also of a poisoned one: this is how what it holds ends.
+        let context = Arc::clone(&CONTEXTS.find(context.raw).map_err(|f| f.of("context"))?.0);
         let report = bds_io::block_on(context.graph.shutdown());
         context.log.closed(&report.closed);
         if let Some(out) = out {

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::abi::bds_status::{BDS_ERR_FORKED, BDS_ERR_PANIC};
 use crate::failure::{self, Failure};
+use crate::fault;
 
 /// Set in the child of a fork.
 static IS_FORKED: AtomicBool = AtomicBool::new(false);
@@ -25,6 +26,10 @@ pub(crate) fn entry(name: &'static str, body: impl FnOnce() -> Result<i32, Failu
     if IS_FORKED.load(Ordering::Relaxed) {
         return BDS_ERR_FORKED as i32;
     }
+    let body = || {
+        fault::point("entry");
+        body()
+    };
     match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(value)) => value,
         Ok(Err(failure)) => failure::record(name, failure),

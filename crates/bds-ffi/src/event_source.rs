@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bds_core::event::{Event, Events};
@@ -9,7 +10,9 @@ use bds_core::graph::Graph;
 use bds_jobs::{JobEvent, JobEvents};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::entry::forget_payload;
 use crate::failure::Failure;
+use crate::fault;
 
 /// Events that wait for C once a descriptor announces them; the oldest are lost beyond that.
 const MAX_WAITING: usize = 4096;
@@ -64,6 +67,18 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Queues an event. One whose delivery panics counts as lost, and those behind it are delivered.
+fn deliver(state: &Mutex<State>, event: Happened) {
+    let push = AssertUnwindSafe(|| {
+        fault::point("event");
+        lock(state).push(event);
+    });
+    if let Err(payload) = catch_unwind(push) {
+        forget_payload(payload);
+        lock(state).note_lost();
+    }
+}
+
 impl EventSource {
     /// Events from now on.
     pub(crate) fn new(graph: &Graph) -> Self {
@@ -88,7 +103,7 @@ impl EventSource {
         bds_io::spawn(async move {
             while let Some(event) = events.next().await {
                 let Some(state) = weak.upgrade() else { return };
-                lock(&state).push(Happened::Job(event));
+                deliver(&state, Happened::Job(event));
             }
         })
         .detach();
@@ -112,7 +127,7 @@ impl EventSource {
             while let Some(event) = events.next().await {
                 // The context is gone: nothing fetches its events any more.
                 let Some(state) = weak.upgrade() else { return };
-                lock(&state).push(Happened::Graph(event));
+                deliver(&state, Happened::Graph(event));
             }
         })
         .detach();
@@ -139,6 +154,12 @@ impl State {
         }
     }
 
+    /// An event was lost; the descriptor says that something waits.
+    fn note_lost(&mut self) {
+        self.lost += 1;
+        self.signal.iter().for_each(Signal::raise);
+    }
+
     fn take(&mut self) -> Option<Happened> {
         if let Some(direct) = &mut self.direct {
             let jobs = self.direct_jobs.as_mut();
@@ -149,6 +170,9 @@ impl State {
         }
         if self.lost > 0 {
             let count = std::mem::take(&mut self.lost);
+            if self.waiting.is_empty() {
+                self.signal.iter().for_each(Signal::clear);
+            }
             return Some(Happened::Graph(Event::EventsLost { count }));
         }
         let event = self.waiting.pop_front();

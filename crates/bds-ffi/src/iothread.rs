@@ -11,6 +11,7 @@ use crate::abi::{bds_context, bds_iothread};
 use crate::context::{self, Context};
 use crate::entry::entry;
 use crate::failure::Failure;
+use crate::fault;
 use crate::ptr::{Out, Text};
 use crate::table::{Object, Removed, Table};
 
@@ -66,6 +67,7 @@ fn start(name: &str) -> Result<(ContextHandle, oneshot::Sender<()>), Failure> {
             Err(error) => return drop(made.send(Err(error))),
         };
         drop(made.send(Ok(driver.handle())));
+        fault::point("iothread");
         // An error: the sender was dropped, which is the end.
         let _ = driver.block_on(stopped);
     })?;

@@ -32,6 +32,11 @@ fn find(job: bds_job) -> Result<Ref<JobObject>, Failure> {
     JOBS.get(job.raw).map_err(|failure| failure.of("job"))
 }
 
+/// The entry of a job, also of one that a panic has poisoned: its end can be asked for and awaited.
+fn find_any(job: bds_job) -> Result<Ref<JobObject>, Failure> {
+    JOBS.find(job.raw).map_err(|failure| failure.of("job"))
+}
+
 fn give(job: JobHandle, context: Arc<Context>, out: Checked<bds_job>) -> Result<i32, Failure> {
     out.set(bds_job { raw: JOBS.insert(JobObject { job, context })? });
     Ok(BDS_OK as i32)
@@ -149,7 +154,7 @@ pub extern "C" fn bds_job_resume(job: bds_job) -> i32 {
 #[unsafe(no_mangle)]
 pub extern "C" fn bds_job_cancel(job: bds_job, force: i32) -> i32 {
     entry("bds_job_cancel", || {
-        let object = find(job)?;
+        let object = find_any(job)?;
         match force {
             0 | 1 => object.job.cancel(force == 1)?,
             _ => return Err(Failure::argument("force is neither 0 nor 1")),
@@ -215,7 +220,7 @@ pub extern "C" fn bds_job_set_speed(job: bds_job, bytes_per_second: u64) -> i32 
 pub extern "C" fn bds_job_query(job: bds_job, json_out: Out<*mut c_char>) -> i32 {
     entry("bds_job_query", || {
         let out = json_out.check("json_out")?;
-        let info = find(job)?.job.info();
+        let info = find_any(job)?.job.info();
         out.set(ptr::give_text(&json!(info).to_string())?);
         Ok(0)
     })
@@ -235,7 +240,7 @@ pub extern "C" fn bds_job_query(job: bds_job, json_out: Out<*mut c_char>) -> i32
 pub extern "C" fn bds_job_wait(job: bds_job, state: Text, timeout_ns: i64) -> i32 {
     entry("bds_job_wait", || {
         // Not the table's reference: the handle may be released meanwhile.
-        let job = find(job)?.job.clone();
+        let job = find_any(job)?.job.clone();
         let wanted = state.optional("state")?.map(status).transpose()?;
         let done = async {
             match wanted {

@@ -29,6 +29,7 @@ pub mod error;
 pub mod event;
 mod event_source;
 mod failure;
+mod fault;
 pub mod image;
 pub mod io;
 pub mod iothread;
@@ -60,6 +61,12 @@ pub mod testing {
     use crate::entry::entry;
     use crate::ptr::Out;
     use crate::{bds_context, bds_node, context, node};
+
+    /// Arms a point of `fault.rs`, or disarms with "". Returns whether the one before never fired.
+    #[cfg(debug_assertions)]
+    pub fn panic_at(point: &str, skip: u64) -> bool {
+        crate::fault::armed::arm(point, skip)
+    }
 
     /// As `bds_node_open`, with this driver type.
     pub fn open_driver(

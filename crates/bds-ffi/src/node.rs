@@ -18,6 +18,7 @@ use crate::abi::{
 use crate::context::{self, Context, check_flags, close_json};
 use crate::entry::entry;
 use crate::failure::Failure;
+use crate::fault;
 use crate::option_text;
 use crate::ptr::{self, InOut, Out, Text};
 use crate::table::{Object, Ref, Removed, Table};
@@ -75,6 +76,7 @@ impl NodeObject {
 
 impl Drop for NodeObject {
     fn drop(&mut self) {
+        fault::point("drop");
         let node = self.node.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         if node.is_some_and(|node| node.release() == Release::Last) {
             self.context.reap_later();

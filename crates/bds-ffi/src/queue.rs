@@ -1,7 +1,7 @@
 //! Queues: batches of requests, and their completions on the caller's thread.
 
 use std::any::Any;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ use crate::backend::{self, BackendShared};
 use crate::context::{self, Context, check_flags, check_same};
 use crate::entry::{entry, forget_payload, panic_text};
 use crate::failure::{Failure, code_of};
+use crate::fault;
 use crate::iothread::{self, Iothread};
 use crate::memory::{self, Region};
 use crate::ptr::{Array, In, Out, Sink, request_memory};
@@ -47,6 +48,13 @@ impl Object for QueueObject {}
 #[inline]
 fn find(queue: bds_queue) -> Result<Ref<QueueObject>, Failure> {
     QUEUES.get(queue.raw).map_err(|failure| failure.of("queue"))
+}
+
+/// The entry of a queue, also of one that a panic has poisoned: completions of accepted requests
+/// come all the same, and say when their memory is the caller's again.
+#[inline]
+fn find_any(queue: bds_queue) -> Result<Ref<QueueObject>, Failure> {
+    QUEUES.find(queue.raw).map_err(|failure| failure.of("queue"))
 }
 
 /// Makes a queue for any number of backends of the context. [any]
@@ -115,7 +123,7 @@ pub extern "C" fn bds_queue_unref(queue: bds_queue) -> i32 {
 /// Errors: BDS_ERR_STALE, BDS_ERR_KIND; -EMFILE.
 #[unsafe(no_mangle)]
 pub extern "C" fn bds_queue_fd(queue: bds_queue) -> i32 {
-    entry("bds_queue_fd", || find(queue)?.state.descriptor())
+    entry("bds_queue_fd", || find_any(queue)?.state.descriptor())
 }
 
 /// Submits requests, in order; returns how many were accepted. [any]
@@ -142,10 +150,16 @@ pub extern "C" fn bds_queue_submit(
         let limit = requests.len().min(MAX_DEPTH as usize);
         for index in 0..limit {
             let mut request = requests.read(index);
-            match submit(&object, &mut request) {
-                Ok(()) => requests.write(index, request),
-                Err(failure) if index == 0 => return Err(failure),
-                Err(_) => return Ok(as_count(index)),
+            match catch_unwind(AssertUnwindSafe(|| submit(&object, &mut request))) {
+                Ok(Ok(())) => requests.write(index, request),
+                Ok(Err(failure)) if index == 0 => return Err(failure),
+                Err(payload) if index == 0 => resume_unwind(payload),
+                // Those in front were accepted, whatever happened to this one.
+                Ok(Err(_)) => return Ok(as_count(index)),
+                Err(payload) => {
+                    forget_payload(payload);
+                    return Ok(as_count(index));
+                }
             }
         }
         Ok(as_count(limit))
@@ -262,8 +276,19 @@ fn begin(queue: &QueueObject, ticket: Arc<Ticket>, operation: Operation, iov: Io
         Ok(Some(result)) => return ticket.set_status(status(result)),
         Err(payload) => return ticket.set_status(after_panic(ticket.backend(), payload)),
     }
+    // Nor one from here on: the request has its completion, and this says why.
+    let accepted = Arc::clone(&ticket);
+    let start = AssertUnwindSafe(move || start(queue, ticket, operation, iov));
+    if let Err(payload) = catch_unwind(start) {
+        accepted.set_status(after_panic(accepted.backend(), payload));
+    }
+}
+
+/// Spawns the task of a request.
+fn start(queue: &QueueObject, ticket: Arc<Ticket>, operation: Operation, iov: IoVec) {
     let (handle, registration) = AbortHandle::new_pair();
     queue.state.activate(ticket.id(), handle);
+    fault::point("spawn");
     let task = async move {
         let backend = Arc::clone(ticket.backend());
         let work = async move { operation.run(&backend, iov).await };
@@ -293,7 +318,12 @@ fn after_panic(backend: &BackendShared, payload: Box<dyn Any + Send>) -> i32 {
     backend.poison();
     let words = panic_text(&*payload);
     forget_payload(payload);
-    backend.context.log().error("panic", &format!("a request of a queue panicked: {words}"));
+    let log = backend.context.log();
+    let say = || log.error("panic", &format!("a request of a queue panicked: {words}"));
+    // The sink is C's, and the request's status must be set whatever becomes of the message.
+    if let Err(payload) = catch_unwind(AssertUnwindSafe(say)) {
+        forget_payload(payload);
+    }
     BDS_ERR_PANIC as i32
 }
 
@@ -308,7 +338,7 @@ pub extern "C" fn bds_queue_poll(
 ) -> i32 {
     entry("bds_queue_poll", || {
         let out = completions.check(capacity, "completions")?;
-        let object = find(queue)?;
+        let object = find_any(queue)?;
         Ok(as_count(object.state.poll(out.len(), |index, one| out.write(index, one))))
     })
 }
@@ -334,7 +364,7 @@ pub extern "C" fn bds_queue_wait(
             return Err(Failure::argument("min is above capacity"));
         }
         // Not the table's reference: a release must find none, to be the one that ends the wait.
-        let state = Arc::clone(&find(queue)?.state);
+        let state = Arc::clone(&find_any(queue)?.state);
         let timeout = u64::try_from(timeout_ns).ok().map(Duration::from_nanos);
         match state.wait((min, out.len()), timeout, |index, one| out.write(index, one)) {
             Waited::Taken(count) => Ok(as_count(count)),
@@ -350,7 +380,7 @@ pub extern "C" fn bds_queue_wait(
 #[unsafe(no_mangle)]
 pub extern "C" fn bds_queue_wake(queue: bds_queue) -> i32 {
     entry("bds_queue_wake", || {
-        find(queue)?.state.wake();
+        find_any(queue)?.state.wake();
         Ok(0)
     })
 }
@@ -366,7 +396,7 @@ pub extern "C" fn bds_queue_wake(queue: bds_queue) -> i32 {
 #[unsafe(no_mangle)]
 pub extern "C" fn bds_queue_cancel(queue: bds_queue, request_id: u64) -> i32 {
     entry("bds_queue_cancel", || {
-        find(queue)?.state.cancel(request_id)?;
+        find_any(queue)?.state.cancel(request_id)?;
         Ok(0)
     })
 }
@@ -376,5 +406,5 @@ pub extern "C" fn bds_queue_cancel(queue: bds_queue, request_id: u64) -> i32 {
 /// Errors: BDS_ERR_STALE, BDS_ERR_KIND.
 #[unsafe(no_mangle)]
 pub extern "C" fn bds_queue_in_flight(queue: bds_queue) -> i32 {
-    entry("bds_queue_in_flight", || Ok(as_count(find(queue)?.state.outstanding())))
+    entry("bds_queue_in_flight", || Ok(as_count(find_any(queue)?.state.outstanding())))
 }

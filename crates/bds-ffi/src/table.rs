@@ -14,6 +14,7 @@ use bds_refcount::{Arena, Handle, Kind, Release, Stale, Strong};
 
 use crate::abi::bds_status::BDS_ERR_POISONED;
 use crate::failure::Failure;
+use crate::fault;
 
 /// A kind of objects that C has handles of.
 pub(crate) trait Object: Send + Sync + Sized + 'static {
@@ -56,6 +57,7 @@ impl<T: Object> Table<T> {
 
     /// Makes a handle.
     pub(crate) fn insert(&self, value: T) -> Result<u64, Failure> {
+        fault::point("insert");
         let entry = Entry {
             value,
             is_released: AtomicBool::new(false),
@@ -77,6 +79,7 @@ impl<T: Object> Table<T> {
         if entry.entry().is_released.load(Ordering::Acquire) {
             return Err(Stale::Released.into());
         }
+        fault::point("lookup");
         Ok(entry)
     }
 

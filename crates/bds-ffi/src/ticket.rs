@@ -6,6 +6,7 @@
 //! an operation still uses.
 
 use std::collections::{HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,10 +14,12 @@ use std::time::{Duration, Instant};
 use futures_util::future::AbortHandle;
 
 use crate::abi::bds_completion;
-use crate::abi::bds_status::{BDS_ERR_CANCELLED, BDS_ERR_NOT_FOUND};
+use crate::abi::bds_status::{BDS_ERR_CANCELLED, BDS_ERR_NOT_FOUND, BDS_ERR_PANIC};
 use crate::backend::BackendShared;
+use crate::entry::forget_payload;
 use crate::event_source::Signal;
 use crate::failure::Failure;
+use crate::fault;
 use crate::memory::Region;
 
 /// A queue, shared by its handle and its requests in flight. Keeps no context: the last reference
@@ -255,9 +258,17 @@ impl Drop for Ticket {
     fn drop(&mut self) {
         // `forget` has done the rest.
         let Some(backend) = self.backend.take() else { return };
-        // First what the request holds: with the completion in hand, C may count on it.
-        drop(backend);
-        drop(self.memory.take());
+        // First what the request holds: with the completion in hand, C may count on it. A panic of
+        // these drops must not cost the completion.
+        let memory = self.memory.take();
+        let release = AssertUnwindSafe(|| {
+            fault::point("ticket");
+            drop((backend, memory));
+        });
+        if let Err(payload) = catch_unwind(release) {
+            forget_payload(payload);
+            self.set_status(BDS_ERR_PANIC as i32);
+        }
         self.queue.complete(bds_completion {
             user_data: self.user_data,
             request_id: self.id,

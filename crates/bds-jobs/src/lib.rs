@@ -7,7 +7,7 @@
 //!
 //! Files need only what is above them: `state`, `kinds`, `policy`, `progress`, `speed`; `options`,
 //! `event`, `errors`; `job`; `context`, `query`; `driver` (the contract), `registry`; `txn`;
-//! `handle`, `manager`.
+//! `handle`, `manager`; the jobs; `checkpoint`.
 //!
 //! [`manifest`] proves what an image contained at a point in time.
 //!
@@ -18,6 +18,7 @@
 
 pub mod backup;
 mod chain;
+mod checkpoint;
 mod commit;
 mod context;
 pub mod create;
@@ -41,6 +42,7 @@ mod stream;
 mod txn;
 
 pub use bds_core::copy::{ErrorSite, ErrorVerdict, Side};
+pub use checkpoint::{Checkpoint, CheckpointReport, WriteHold};
 pub use commit::{Commit, CommitOptions};
 pub use context::JobContext;
 pub use driver::{JobDriver, Outcome};

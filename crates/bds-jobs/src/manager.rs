@@ -63,30 +63,33 @@ impl JobManager {
     /// # Errors
     /// As [`JobManager::start`]: none was started, all were retired.
     pub async fn start_group(&self, jobs: Vec<NewJob>) -> Result<Vec<JobHandle>> {
-        let signal = Arc::<GroupSignal>::default();
+        Ok(self.enter(vec![jobs]).await?.begin())
+    }
+
+    /// Enters groups of jobs in the list, all or none, without starting them: their ids are taken.
+    ///
+    /// # Errors
+    /// As [`JobManager::start_group`].
+    pub(crate) async fn enter(&self, groups: Vec<Vec<NewJob>>) -> Result<Entered> {
         let (graph, events) = (&self.0.graph, &self.0.events);
-        let mut drivers = Vec::with_capacity(jobs.len());
-        let mut paired = Vec::with_capacity(jobs.len());
-        for (options, driver) in jobs {
-            paired.push(Job::new(graph, events, &signal, options, facts(driver.as_ref())));
-            drivers.push(driver);
+        let mut entered = Vec::with_capacity(groups.len());
+        for jobs in groups {
+            let signal = Arc::<GroupSignal>::default();
+            let mut group = Group { jobs: Vec::with_capacity(jobs.len()), signal };
+            let mut drivers = Vec::with_capacity(jobs.len());
+            for (options, driver) in jobs {
+                let facts = facts(driver.as_ref());
+                group.jobs.push(Job::new(graph, events, &group.signal, options, facts));
+                drivers.push(driver);
+            }
+            entered.push((group, drivers));
         }
-        if let Err(error) = self.0.register(&paired) {
-            let retire = async move {
-                for (job, driver) in paired.into_iter().zip(&mut drivers).rev() {
-                    let retired = driver.retire(&JobContext(job), Outcome::Aborted(&error)).await;
-                    if let Err(failed) = retired {
-                        return error.caused_by(failed);
-                    }
-                }
-                error
-            };
-            return Err(bds_io::spawn_now(retire).detach_on_drop().await);
+        let all: Vec<_> = entered.iter().flat_map(|(group, _)| &group.jobs).cloned().collect();
+        let entered = Entered { registry: Arc::clone(&self.0), groups: entered };
+        match self.0.register(&all) {
+            Ok(()) => Ok(entered),
+            Err(error) => Err(bds_io::spawn_now(entered.refuse(error)).detach_on_drop().await),
         }
-        let handles = paired.iter().map(|job| JobHandle(Arc::clone(job))).collect();
-        let group = Group { jobs: paired, signal };
-        bds_io::spawn(txn::conduct(Arc::clone(&self.0), group, drivers)).detach();
-        Ok(handles)
     }
 
     /// The job of this id, of any type: what the `job-…` commands find.
@@ -194,6 +197,51 @@ impl JobManager {
     /// Subscribes to events of all jobs, in order, from now on.
     pub fn events(&self) -> JobEvents {
         self.0.events.subscribe()
+    }
+}
+
+/// Groups of jobs that are in the list and have not begun.
+pub(crate) struct Entered {
+    registry: Arc<Registry>,
+    groups: Vec<(Group, Vec<Box<dyn JobDriver>>)>,
+}
+
+impl Entered {
+    /// Starts them. Returns the handles in the order of the jobs.
+    pub(crate) fn begin(self) -> Vec<JobHandle> {
+        let mut handles = Vec::new();
+        for (group, drivers) in self.groups {
+            handles.extend(group.jobs.iter().map(|job| JobHandle(Arc::clone(job))));
+            bds_io::spawn(txn::conduct(Arc::clone(&self.registry), group, drivers)).detach();
+        }
+        handles
+    }
+
+    /// Cancels them before they begin, and waits until they have given everything back.
+    pub(crate) async fn abandon(self) {
+        let jobs = self.groups.iter().flat_map(|(group, _)| group.jobs.iter());
+        jobs.for_each(|job| job.force_cancel());
+        for handle in self.begin() {
+            // Cancelled, in any case.
+            let _result = handle.wait().await;
+        }
+    }
+
+    /// Retires them: they were not entered.
+    async fn refuse(self, error: Error) -> Error {
+        let members = self
+            .groups
+            .into_iter()
+            .flat_map(|(group, drivers)| group.jobs.into_iter().zip(drivers).collect::<Vec<_>>());
+        let mut failed = None;
+        for (job, mut driver) in members.collect::<Vec<_>>().into_iter().rev() {
+            let retired = driver.retire(&JobContext(job), Outcome::Aborted(&error)).await;
+            failed = failed.or(retired.err());
+        }
+        match failed {
+            Some(failed) => error.caused_by(failed),
+            None => error,
+        }
     }
 }
 

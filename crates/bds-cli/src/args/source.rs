@@ -1,4 +1,4 @@
-//! Arguments that many verbs share: the image to open, and how to print.
+//! Arguments that many verbs share: the image to open, how to print, what is shown of a job.
 
 use clap::{Args, ValueEnum};
 
@@ -26,4 +26,15 @@ pub(crate) struct Source {
     /// Not supported: there are no user-creatable objects
     #[arg(long, hide = true, value_name = "OBJDEF")]
     pub(crate) object: Vec<String>,
+}
+
+/// What is shown while a job runs.
+#[derive(Args, Debug)]
+pub(crate) struct JobDisplay {
+    /// Show progress
+    #[arg(short, long)]
+    pub(crate) progress: bool,
+    /// How to print; json: the job's events, one a line
+    #[arg(long, value_enum, default_value = "human")]
+    pub(crate) output: Output,
 }

@@ -3,7 +3,7 @@
 //! The library copies; this file opens the images, and reports progress, success and failure.
 //! `convert_plan` checks the arguments, `convert_target` creates and closes the output.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -20,7 +20,8 @@ use crate::args::Convert;
 use crate::cmd::create;
 use crate::image;
 use crate::image_spec::Spec;
-use crate::interrupt::{self, Interrupt};
+use crate::incomplete::Failure;
+use crate::interrupt::Interrupt;
 use crate::partial_output::PartialOutput;
 use crate::printer;
 use crate::progress::Progress;
@@ -49,7 +50,7 @@ async fn convert(plan: &Plan<'_>) -> Result<()> {
     let opened =
         interrupt.run_or_drop(Target::open(&graph, plan, &sources, total, &mut partial)).await;
     let outcome = match opened {
-        Err(error) => Err(Failure { error, done: None, closing: None }),
+        Err(error) => Err(Failure::before_copy(error)),
         Ok(target) => fill(plan, &interrupt, &sources, bitmaps.as_ref(), target).await,
     };
     let outcome = match outcome {
@@ -101,42 +102,6 @@ async fn copy_with_bitmaps(
         filled.map_err(|error| (error, report.total))?;
     }
     Ok(report)
-}
-
-/// Why the output is incomplete.
-struct Failure {
-    error: Error,
-    /// How many bytes of it are there, if the copy had begun.
-    done: Option<u64>,
-    /// Why it could not be closed either.
-    closing: Option<Error>,
-}
-
-impl Failure {
-    /// Removes or keeps the output, and returns an error with the cause and what was done.
-    fn into_error(self, output: &OsStr, total: u64, partial: PartialOutput) -> Error {
-        let Self { error, done, closing } = self;
-        let is_kept = partial.is_kept();
-        let state = match done {
-            Some(done) => format!("is incomplete: {done} of {total} bytes copied"),
-            None if partial.has_created() => "is incomplete".to_owned(),
-            // Nothing of it was written.
-            None => return error,
-        };
-        let outcome = partial.discard();
-        let cause = match error.kind() {
-            ErrorKind::Cancelled if interrupt::exit_code().is_some() => "interrupted".to_owned(),
-            _ => crate::report::message(&error),
-        };
-        let output = output.to_string_lossy();
-        let name = if cause.contains(&*output) { String::new() } else { format!(" '{output}'") };
-        let mut message = format!("{cause}; the output{name} {state}; {outcome}");
-        // Irrelevant for an output that was removed.
-        if let Some(closing) = closing.filter(|_| is_kept) {
-            message += &format!("; closing it failed too ({})", crate::report::message(&closing));
-        }
-        Error::new(error.kind(), message)
-    }
 }
 
 async fn open_sources(graph: &Graph, plan: &Plan<'_>) -> Result<Vec<NodeRef>> {

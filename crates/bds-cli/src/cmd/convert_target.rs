@@ -183,7 +183,7 @@ async fn open(graph: &Graph, plan: &Plan<'_>) -> Result<(NodeRef, Arc<Backend>)>
 }
 
 /// Checks that an existing file supports the cache mode before it is truncated.
-async fn check_cache(graph: &Graph, path: &Path, cache: CacheMode) -> Result<()> {
+pub(super) async fn check_cache(graph: &Graph, path: &Path, cache: CacheMode) -> Result<()> {
     if !cache.direct || !path.exists() {
         return Ok(());
     }

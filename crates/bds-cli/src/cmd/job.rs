@@ -4,32 +4,49 @@ use std::ffi::OsStr;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::pin::pin;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bds_core::graph::{Graph, NodeRef, walk};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::{Context, ContextOptions};
-use bds_jobs::{JobDriver, JobEvents, JobManager, JobOptions};
+use bds_jobs::{JobDriver, JobEvent, JobEvents, JobHandle, JobManager, JobOptions};
 use futures_util::future::{Either, select};
+use serde_json::{Value, json};
 
 use crate::args::{JobDisplay, Output};
 use crate::image;
 use crate::interrupt::Interrupt;
 use crate::printer;
 use crate::progress::Progress;
+use crate::rates::{Meter, Rates};
 
 /// The id of the one job that a command runs.
 pub(crate) const ID: &str = "bds";
 /// How often progress is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+/// How often progress becomes a line of JSON.
+const JSON_INTERVAL: Duration = Duration::from_secs(1);
+/// Name of the event that tells progress, if it is asked for. QAPI has none.
+const PROGRESS_EVENT: &str = "BDS_JOB_PROGRESS";
 
 /// How a job runs and what is shown of it.
 #[derive(Debug)]
 pub(crate) struct Settings {
     shows_progress: bool,
     prints_events: bool,
+    /// Progress is printed between the events.
+    prints_progress: bool,
     is_quiet: bool,
     speed: u64,
+}
+
+/// What is done with a job that is ready, and goes on until a command ends it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WhenReady {
+    /// There is no such moment.
+    Never,
+    /// It ends in order; the graph stays as it is.
+    End,
 }
 
 impl Settings {
@@ -39,6 +56,7 @@ impl Settings {
         Ok(Self {
             shows_progress: display.progress && !is_quiet && display.output == Output::Human,
             prints_events: display.output == Output::Json,
+            prints_progress: display.output == Output::Json && display.progress,
             is_quiet: is_quiet || display.output == Output::Json,
             speed: rate.map_or(Ok(0), |text| super::size("rate limit", text))?,
         })
@@ -58,12 +76,25 @@ pub(crate) fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> 
 
 /// Runs a job to its end. A signal cancels it.
 pub(crate) async fn run(graph: &Graph, job: Box<dyn JobDriver>, settings: &Settings) -> Result<()> {
-    let jobs = JobManager::new(graph);
-    let mut events = jobs.events();
     let interrupt = Interrupt::watch()?;
+    run_until(graph, job, settings, &interrupt, WhenReady::Never).await.map_err(|(error, _)| error)
+}
+
+/// As [`run`]. A failure is returned with the number of bytes that were done before it.
+pub(crate) async fn run_until(
+    graph: &Graph,
+    job: Box<dyn JobDriver>,
+    settings: &Settings,
+    interrupt: &Interrupt,
+    when_ready: WhenReady,
+) -> Result<(), (Error, u64)> {
+    let early = |error| (error, 0);
+    let jobs = JobManager::new(graph);
+    let events = jobs.events();
     let options = JobOptions { speed: settings.speed, ..JobOptions::new(ID) };
-    let handle = jobs.start(options, job).await?;
-    let mut progress = Progress::new(settings.shows_progress);
+    let handle = jobs.start(options, job).await.map_err(early)?;
+    let progress = Progress::of_job(settings.shows_progress);
+    let mut shown = Shown { events, settings, progress, meter: Meter::default(), next_line: None };
     let mut ended = pin!(handle.wait());
     let result = loop {
         let pause = pin!(bds_io::sleep(LOOK_INTERVAL));
@@ -71,29 +102,79 @@ pub(crate) async fn run(graph: &Graph, job: Box<dyn JobDriver>, settings: &Setti
             Either::Left((result, _)) => break result,
             Either::Right(((), _)) => {}
         }
-        let info = handle.info();
-        progress.show(info.current_progress, info.total_progress);
-        print(&mut events, settings)?;
+        if let Err(error) = shown.update(&handle) {
+            let _ended = handle.cancel(true);
+            let _cancelled = ended.await;
+            return Err((error, handle.info().current_progress));
+        }
         if interrupt.has_arrived() {
             // It may have ended just now.
             let _ended = handle.cancel(true);
+        } else if when_ready == WhenReady::End && handle.info().status.is_ready() {
+            // Accepted once; the job needs a moment.
+            let _ended = handle.cancel(false);
         }
     };
+    let info = handle.info();
     match &result {
-        Ok(()) => progress.finish(handle.info().total_progress),
-        Err(_) => progress.abandon(),
+        Ok(()) => shown.progress.finish(info.total_progress),
+        Err(_) => shown.progress.abandon(),
     }
-    print(&mut events, settings)?;
-    result
+    let printed = print(&mut shown.events, settings);
+    result.and(printed).map_err(|error| (error, info.current_progress))
+}
+
+/// Shows a running job.
+struct Shown<'s> {
+    events: JobEvents,
+    settings: &'s Settings,
+    progress: Progress,
+    meter: Meter,
+    /// When progress becomes a line of JSON next.
+    next_line: Option<Duration>,
+}
+
+impl Shown<'_> {
+    fn update(&mut self, handle: &JobHandle) -> Result<()> {
+        let info = handle.info();
+        let (done, total) = (info.current_progress, info.total_progress);
+        let now = bds_io::now();
+        let rates = self.meter.add(now, done, total);
+        self.progress.show_job(done, total, &rates);
+        print(&mut self.events, self.settings)?;
+        if !self.settings.prints_progress || self.next_line.is_some_and(|next| now < next) {
+            return Ok(());
+        }
+        self.next_line = Some(now + JSON_INTERVAL);
+        let mut data = info.to_query_block_jobs().unwrap_or_else(|| info.to_query_jobs());
+        add_rates(&mut data, &rates);
+        printer::line(with_time(json!({ "event": PROGRESS_EVENT, "data": data })))
+    }
+}
+
+fn add_rates(data: &mut Value, rates: &Rates) {
+    data["rate"] = json!(rates.copied);
+    data["dirty-rate"] = json!(rates.dirtied);
+    if let Some(seconds) = rates.seconds_left {
+        data["seconds-left"] = json!(seconds);
+    }
 }
 
 fn print(events: &mut JobEvents, settings: &Settings) -> Result<()> {
     while let Some(event) = events.try_next() {
         if settings.prints_events {
-            printer::line(event.to_json())?;
+            printer::line(with_time(JobEvent::to_json(&event)))?;
         }
     }
     Ok(())
+}
+
+/// Adds the time, as QMP's events have it.
+fn with_time(mut event: Value) -> Value {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let (seconds, microseconds) = (now.as_secs(), now.subsec_micros());
+    event["timestamp"] = json!({ "seconds": seconds, "microseconds": microseconds });
+    event
 }
 
 /// The backing image of an image.

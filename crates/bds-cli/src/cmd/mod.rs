@@ -19,6 +19,7 @@ mod job;
 pub(crate) mod manual;
 pub(crate) mod map;
 pub(crate) mod measure;
+pub(crate) mod mirror;
 pub(crate) mod resize;
 pub(crate) mod stream;
 pub(crate) mod verify;

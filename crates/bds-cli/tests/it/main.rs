@@ -14,6 +14,7 @@ mod like_qemu;
 mod manual;
 mod matrix;
 mod messages;
+mod mirror;
 mod process;
 mod programs;
 mod qemu_cells;

@@ -42,6 +42,13 @@ fn errors_name_the_remedy() {
         "create -f qcow2 -b a.qcow2 b",
         "create -f raw -o foo=1 b 1M",
         "measure",
+        "mirror a.qcow2",
+        "mirror --granularity 3k a.qcow2 b",
+        "mirror --sync top a.qcow2 b",
+        "mirror -B a.raw -F raw -O qcow2 a.qcow2 b",
+        "mirror -o size=2M a.qcow2 b",
+        "mirror -n a.qcow2 a.qcow2",
+        "mirror -n a.qcow2 nothing",
         "bench -c 0 a.qcow2",
         "bench --flush-interval 4 a.qcow2",
         "dd if=a.qcow2",
@@ -57,7 +64,7 @@ fn errors_name_the_remedy() {
 fn help_texts() {
     let workdir = Workdir::new();
     let mut text = workdir.must("--help").stdout;
-    for verb in ["convert", "bench"] {
+    for verb in ["convert", "bench", "mirror"] {
         text +=
             &format!("\n$ bds {verb} --help\n{}", workdir.must(&format!("{verb} --help")).stdout);
     }

@@ -44,8 +44,22 @@ const CXX17_FLAGS: &[&str] = &["-x", "c++", "-std=c++17", "-Wno-missing-field-in
 const CLANGXX17_FLAGS: &[&str] =
     &["-x", "c++", "-std=c++17", "-Wno-missing-field-initializers", "-Wno-unused-function"];
 
-/// For generated programs, which do not use everything they declare.
-pub(crate) const SWEEP: Cell = cell("sweep", "gcc", SWEEP_FLAGS, false, Tool::None, Sample::All);
+/// The cell of generated programs, which do not use everything they declare. In a build with
+/// AddressSanitizer (`BDS_TEST_SANITIZER=address`) they are, too, and link the static library.
+pub(crate) fn generated() -> Cell {
+    match env::var("BDS_TEST_SANITIZER").as_deref() {
+        Ok("address") => cell("asan", "gcc", SANITIZED_FLAGS, true, Tool::Sanitizers, Sample::All),
+        _ => cell("generated", "gcc", SWEEP_FLAGS, false, Tool::None, Sample::All),
+    }
+}
+const SANITIZED_FLAGS: &[&str] = &[
+    "-std=c11",
+    "-D_DEFAULT_SOURCE",
+    "-Wno-unused",
+    "-Wno-cast-align",
+    "-Wno-unused-result",
+    "-DNO_BLOCK_COUNT",
+];
 const SWEEP_FLAGS: &[&str] =
     &["-std=c11", "-D_DEFAULT_SOURCE", "-Wno-unused", "-Wno-cast-align", "-Wno-unused-result"];
 const C11: Cell = cell("gcc-shared-c11", "gcc", C11_FLAGS, false, Tool::None, Sample::All);

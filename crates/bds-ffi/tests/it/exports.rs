@@ -33,6 +33,10 @@ fn exports() -> Vec<Export> {
         let mut documentation: Vec<&str> = docs.copied().collect();
         documentation.reverse();
         let name = lines[at + 1].split("fn ").nth(1).unwrap().split('(').next().unwrap().to_owned();
+        // For tests, in debug builds, and in no header.
+        if name.starts_with("bds_test_") {
+            continue;
+        }
         let body: Vec<&str> =
             lines[at + 1..].iter().take_while(|line| **line != "}").copied().collect();
         exports.push(Export {

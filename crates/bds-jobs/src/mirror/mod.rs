@@ -42,6 +42,7 @@ pub use self::active::{ActiveCommit, ActiveCommitOptions};
 use self::filter::Flavour;
 pub use self::options::{
     BitmapTransfer, DEFAULT_BUF_SIZE, MAX_GRANULARITY, MIN_GRANULARITY, MirrorOptions, MirrorSync,
+    check_granularity,
 };
 use self::pass::{Initial, Limits};
 use self::setup::Control;

@@ -140,8 +140,11 @@ impl MirrorOptions {
     }
 }
 
-/// Checks a granularity that a user gave.
-pub(super) fn check_granularity(granularity: Option<u32>) -> Result<()> {
+/// Checks a granularity that a user gave; 0 and `None`: the default.
+///
+/// # Errors
+/// `InvalidInput`: it is out of range, or no power of two.
+pub fn check_granularity(granularity: Option<u32>) -> Result<()> {
     let Some(bytes) = granularity.filter(|bytes| *bytes != 0) else { return Ok(()) };
     let wrong = |message: &str| {
         let message = format!("Parameter 'granularity' {message}");

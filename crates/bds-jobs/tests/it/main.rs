@@ -2,6 +2,7 @@
 
 mod backup;
 mod chain;
+mod checkpoint;
 mod create;
 mod errors;
 mod fake;
