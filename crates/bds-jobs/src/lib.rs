@@ -17,6 +17,7 @@
 #![forbid(unsafe_code)]
 
 pub mod backup;
+mod beside_users;
 mod chain;
 mod checkpoint;
 mod commit;

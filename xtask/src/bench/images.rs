@@ -42,7 +42,7 @@ pub(crate) fn prepare(stage: &Stage, step: &Prepare) -> Result<(), String> {
 /// Makes what is not there yet.
 pub(crate) fn make(stage: &Stage) -> Result<(), String> {
     let raw = |name: &str, len, fill: fn(u64, &mut [u8])| write_raw(stage, name, len, fill);
-    make_dense(stage)?;
+    dense(stage, "dense", DENSE)?;
     raw("wide.raw", WIDE, noise)?;
     raw("text.raw", TEXT, text)?;
     raw("sparse.raw", 4 << 30, |at, block| {
@@ -66,10 +66,11 @@ pub(crate) fn make(stage: &Stage) -> Result<(), String> {
     chain(stage)
 }
 
-/// The dense disk, raw and as qcow2.
-pub(crate) fn make_dense(stage: &Stage) -> Result<(), String> {
-    write_raw(stage, "dense.raw", DENSE, noise)?;
-    once(stage, "dense.qcow2", &["convert", "-f", "raw", "-O", "qcow2", "dense.raw"])
+/// A disk of so many bytes, all data, as `NAME.raw` and `NAME.qcow2`.
+pub(crate) fn dense(stage: &Stage, name: &str, len: u64) -> Result<(), String> {
+    let (raw, qcow2) = (format!("{name}.raw"), format!("{name}.qcow2"));
+    write_raw(stage, &raw, len, noise)?;
+    once(stage, &qcow2, &["convert", "-f", "raw", "-O", "qcow2", &raw])
 }
 
 /// A dense base below 200 empty overlays.

@@ -6,13 +6,12 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
+use super::images;
 use super::stage::Stage;
 use crate::run::output;
 
-/// Bytes of the disks.
+/// Bytes of the disks; of a null device too (`crates/bds-jobs/examples/jobs/disks.rs`).
 pub(super) const LEN: u64 = 1 << 30;
-/// Bytes of a null device (`crates/bds-jobs/examples/jobs/disks.rs`).
-pub(super) const NULL_LEN: u64 = 256 << 20;
 /// Overlays of the chain.
 const LAYERS: usize = 100;
 
@@ -85,8 +84,9 @@ impl Kind {
     }
 }
 
-/// Makes the images of a case anew, from the dense ones.
+/// Makes the images of a case anew, from the dense one.
 pub(super) fn make(stage: &Stage, dir: &Path, kind: Kind) -> Result<(), String> {
+    images::dense(stage, "dense", LEN)?;
     let dense = stage.dir.join("dense.qcow2");
     let place = |name: &str| dir.join(format!("{name}.qcow2"));
     // Written back before the run, not during it.
@@ -149,7 +149,7 @@ pub(super) fn nodes(dir: &Path, kind: Kind, latency_ms: u32) -> Vec<Value> {
     let image = |name: &str, backing: Value| image(dir, name, backing);
     let slow = |name: &str| {
         json!({
-            "driver": "null-co", "node-name": name, "size": NULL_LEN,
+            "driver": "null-co", "node-name": name, "size": LEN,
             "latency-ns": u64::from(latency_ms) * 1_000_000, "read-zeroes": false,
         })
     };

@@ -55,7 +55,6 @@ pub(crate) fn bench(quick: bool, only: Option<&str>) -> Result<(), String> {
         report.push_str(&text);
     }
     if only.is_none_or(jobs::is_wanted) {
-        images::make_dense(&stage)?;
         let text = jobs::jobs(&stage, only)?;
         say(text.trim_end());
         report.push_str(&text);

@@ -11,7 +11,7 @@ use crate::Result;
 use crate::settings::{Kind, Settings};
 
 /// Bytes of a null device.
-const NULL_LEN: u64 = 256 << 20;
+const NULL_LEN: u64 = 1 << 30;
 
 /// The disks of a run.
 pub(crate) struct Disks {

@@ -17,9 +17,9 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use bds_core::copy::{self, CopyControl, ErrorSite, ErrorVerdict, RunOptions, Side};
+use bds_core::copy::{self, CopyControl, DiskUse, ErrorSite, ErrorVerdict, RunOptions, Side};
 use bds_core::driver::BoxFuture;
-use bds_core::graph::{Drained, NodeId};
+use bds_core::graph::{Drained, NodeId, NodeRef};
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::sync::Notify;
 use futures_util::future::{Either, select};
@@ -69,6 +69,8 @@ enum Round {
 pub(super) struct Watched<'a> {
     ctx: &'a JobContext,
     tracking: &'a Tracking,
+    /// The guest's requests.
+    disk: Option<DiskUse>,
     /// Failures of the target since the cancel without force.
     soft_failures: AtomicU32,
     synced_shown: AtomicU64,
@@ -80,10 +82,11 @@ pub(super) struct Watched<'a> {
 }
 
 impl<'a> Watched<'a> {
-    fn new(ctx: &'a JobContext, tracking: &'a Tracking) -> Self {
+    fn new(ctx: &'a JobContext, tracking: &'a Tracking, filter: Option<&NodeRef>) -> Self {
         Self {
             ctx,
             tracking,
+            disk: filter.map(|filter| DiskUse::new(filter.clone())),
             soft_failures: AtomicU32::new(0),
             synced_shown: AtomicU64::new(0),
             is_stopping: AtomicBool::new(false),
@@ -171,6 +174,10 @@ impl CopyControl for Watched<'_> {
         })
     }
 
+    fn is_disk_in_use(&self) -> bool {
+        self.disk.as_ref().is_some_and(DiskUse::is_used)
+    }
+
     fn copied(&self, bytes: u64) {
         self.advance(bytes);
     }
@@ -220,7 +227,7 @@ impl Mirror {
     /// See [`crate::JobDriver::run`].
     pub(super) async fn work(&mut self, ctx: &JobContext) -> Result<()> {
         let tracking = Arc::clone(&self.tracking);
-        let watched = Watched::new(ctx, &tracking);
+        let watched = Watched::new(ctx, &tracking, self.filter.as_ref());
         let mut governor = Governor::new(self.limits.max_pivot_stall);
         watched.show_progress();
         ctx.pause_point().await;
@@ -410,7 +417,8 @@ impl Mirror {
     async fn copy_rest(&self, watched: &Watched<'_>) -> Result<(), Failed> {
         let map = &self.tracking.map;
         let last = Last { watched, failure: Mutex::new(None) };
-        let options = self.run_options();
+        // The guest waits for its end.
+        let options = RunOptions { is_urgent: true, ..self.run_options() };
         let copied = copy::run(map, &self.reader, &self.tracking.target, &options, &last).await;
         if let Err(error) = copied {
             let failure = last.failure.into_inner().unwrap_or_else(|e| e.into_inner());
