@@ -144,9 +144,10 @@ fn chain(
     Ok(())
 }
 
-/// The daemon's nodes, in the order in which they are added.
-pub(super) fn nodes(dir: &Path, kind: Kind, latency_ms: u32) -> Vec<Value> {
-    let image = |name: &str, backing: Value| image(dir, name, backing);
+/// The daemon's nodes, in the order in which they are added; `is_cached`: with the page cache of
+/// the host.
+pub(super) fn nodes(dir: &Path, kind: Kind, latency_ms: u32, is_cached: bool) -> Vec<Value> {
+    let image = |name: &str, backing: Value| image(dir, name, backing, is_cached);
     let slow = |name: &str| {
         json!({
             "driver": "null-co", "node-name": name, "size": LEN,
@@ -175,7 +176,7 @@ pub(super) fn nodes(dir: &Path, kind: Kind, latency_ms: u32) -> Vec<Value> {
     }
 }
 
-fn image(dir: &Path, name: &str, backing: Value) -> Value {
+fn image(dir: &Path, name: &str, backing: Value, is_cached: bool) -> Value {
     let path = dir.join(format!("{name}.qcow2"));
     // A base is opened read-only, as libvirt does: a commit then makes it writable and read-only
     // again, and that flushes it.
@@ -184,8 +185,8 @@ fn image(dir: &Path, name: &str, backing: Value) -> Value {
         "driver": "qcow2", "node-name": name, "backing": backing, "discard": "unmap",
         "read-only": is_read_only, "auto-read-only": false,
         "file": {
-            "driver": "file", "filename": path, "discard": "unmap", "aio": "native",
-            "cache": {"direct": true},
+            "driver": "file", "filename": path, "discard": "unmap", "aio": if is_cached { "threads" } else { "native" },
+            "cache": {"direct": !is_cached},
         },
     })
 }

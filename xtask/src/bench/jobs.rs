@@ -47,6 +47,8 @@ struct Case {
     kind: Kind,
     load: Load,
     latency_ms: u32,
+    /// With the page cache of the host; else O_DIRECT.
+    is_cached: bool,
     /// Words for our program alone.
     own: &'static [&'static str],
 }
@@ -93,13 +95,20 @@ pub(super) fn jobs(stage: &Stage, only: Option<&str>) -> Result<String, String> 
 
 /// All comparisons.
 fn cases() -> Vec<Case> {
-    let case = |name, kind, load, latency_ms, own| Case { name, kind, load, latency_ms, own };
+    let case = |name: &'static str, kind, load, latency_ms, own| {
+        let is_cached = name.ends_with("page cache");
+        Case { name, kind, load, latency_ms, is_cached, own }
+    };
     vec![
         case("idle backup", Kind::Backup, IDLE, 0, &[]),
         case("idle mirror", Kind::Mirror, IDLE, 0, &[]),
         case("idle stream", Kind::Stream, IDLE, 0, &[]),
         case("idle commit", Kind::Commit, IDLE, 0, &[]),
         case("idle active commit", Kind::Active, IDLE, 0, &[]),
+        case("idle backup, page cache", Kind::Backup, IDLE, 0, &[]),
+        case("idle mirror, page cache", Kind::Mirror, IDLE, 0, &[]),
+        case("idle stream, page cache", Kind::Stream, IDLE, 0, &[]),
+        case("idle commit, page cache", Kind::Commit, IDLE, 0, &[]),
         case("backup, reads take 5 ms", Kind::Backup, IDLE, 5, &[]),
         case("stream, reads take 5 ms", Kind::Stream, IDLE, 5, &[]),
         case("commit, writes take 5 ms", Kind::Commit, IDLE, 5, &[]),
@@ -126,7 +135,8 @@ impl Bench<'_> {
         let program = crate::run::target_dir().join("release/examples/jobs");
         let Load { rate, depth } = case.load;
         let mut words = vec![case.kind.word().to_owned(), self.dir.display().to_string()];
-        words.extend([format!("rate={rate}"), format!("depth={depth}"), "direct=on".into()]);
+        words.extend([format!("rate={rate}"), format!("depth={depth}")]);
+        words.push(format!("direct={}", if case.is_cached { "off" } else { "on" }));
         words.push(format!("latency={}", case.latency_ms));
         words.extend(case.own.iter().map(|word| (*word).to_owned()));
         let text = output(Command::new(program).args(words))?;
@@ -192,7 +202,7 @@ struct Theirs {
 impl Theirs {
     fn start(dir: &Path, case: &Case) -> Result<Self, String> {
         let mut daemon = Daemon::start(dir)?;
-        for node in job_disks::nodes(dir, case.kind, case.latency_ms) {
+        for node in job_disks::nodes(dir, case.kind, case.latency_ms, case.is_cached) {
             daemon.ask("blockdev-add", &node)?;
         }
         let socket = dir.join("nbd.sock");

@@ -191,3 +191,105 @@ impl Window {
         self.sample = Sample::default();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn window(max_requests: usize) -> Window {
+        Window::new(&RunOptions { max_requests, ..RunOptions::default() })
+    }
+
+    /// Ends so many requests of a device on which one takes `time(requests in flight)`.
+    fn run(window: &mut Window, requests: usize, time: impl Fn(u64) -> Duration) {
+        for _ in 0..requests {
+            let took = time(window.limit() as u64);
+            window.note(MIB, took);
+        }
+    }
+
+    /// A device far away: as many requests at a time as there are.
+    fn far(_in_flight: u64) -> Duration {
+        Duration::from_millis(5)
+    }
+
+    /// A device that serves one request after the other.
+    fn serial(in_flight: u64) -> Duration {
+        Duration::from_millis(in_flight)
+    }
+
+    #[test]
+    fn latency_is_met_with_requests_up_to_the_maximum() {
+        for max in [64, 48, 5, 1] {
+            let mut window = window(max);
+            run(&mut window, 1000, far);
+            assert_eq!(window.limit(), max);
+        }
+    }
+
+    #[test]
+    fn a_serial_device_gets_few_requests() {
+        let mut window = window(64);
+        run(&mut window, 1000, serial);
+        assert!(window.limit() <= 2, "{}", window.limit());
+    }
+
+    #[test]
+    fn four_channels_get_four_requests_or_few_more() {
+        let mut window = window(64);
+        run(&mut window, 5000, |in_flight| Duration::from_millis(in_flight.div_ceil(4)));
+        assert!((4..=8).contains(&window.limit()), "{}", window.limit());
+    }
+
+    #[test]
+    fn a_device_that_changes_is_followed() {
+        let mut window = window(64);
+        run(&mut window, 1000, far);
+        run(&mut window, 20_000, serial);
+        assert!(window.limit() <= 2, "{}", window.limit());
+        run(&mut window, 2000, far);
+        assert_eq!(window.limit(), 64);
+    }
+
+    #[test]
+    fn beside_users_requests_are_short_and_few_unless_more_cost_nothing() {
+        let mut window = window(64);
+        run(&mut window, 1000, far);
+        window.note_use(Duration::from_secs(1), true);
+        assert_eq!((window.limit(), window.max_len()), (1, SHORT));
+        // Half as fast again with two: they wait for each other for the better part.
+        run(&mut window, 1000, |in_flight| Duration::from_micros(1000 + 700 * (in_flight - 1)));
+        assert_eq!(window.limit(), 1);
+        run(&mut window, 2000, far);
+        assert_eq!(window.limit(), 64);
+    }
+
+    #[test]
+    fn the_disk_counts_as_used_for_a_while() {
+        let mut window = window(64);
+        let used = Duration::from_secs(1);
+        window.note_use(used, true);
+        window.note_use(used + USED - Duration::from_nanos(1), false);
+        assert_eq!(window.max_len(), SHORT);
+        window.note_use(used + USED, false);
+        assert_eq!(window.max_len(), u64::MAX);
+    }
+
+    #[test]
+    fn an_urgent_copy_has_all_requests_at_once() {
+        let options = RunOptions { is_urgent: true, ..RunOptions::default() };
+        let mut window = Window::new(&options);
+        window.note_use(Duration::ZERO, true);
+        run(&mut window, 1000, serial);
+        assert_eq!((window.limit(), window.max_len()), (options.max_requests, u64::MAX));
+    }
+
+    #[test]
+    fn requests_that_take_no_time_are_measured_too() {
+        let mut window = window(64);
+        run(&mut window, 1000, |_| Duration::ZERO);
+        assert_eq!(window.limit(), 64);
+    }
+}
