@@ -340,7 +340,7 @@ impl RequestTracker {
 
     /// Writes that ended so far, over all shards. Shards only grow, so two equal sums mean the same
     /// writes.
-    fn writes(&self) -> u64 {
+    pub(crate) fn writes(&self) -> u64 {
         self.shards
             .iter()
             .fold(0, |sum, s| u64::wrapping_add(sum, s.writes.load(Ordering::Acquire)))

@@ -19,6 +19,7 @@
 
 pub mod amend;
 pub mod backup;
+mod beside_users;
 mod chain;
 mod checkpoint;
 mod commit;

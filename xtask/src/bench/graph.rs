@@ -11,62 +11,10 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
+use super::pair_table::{PairTable, spread};
 use super::qmp::Daemon;
 use super::stage::Stage;
 use crate::run::{cargo, output, run, say, which};
-
-/// One row: what is measured, in which unit, and both results of each round.
-struct Row {
-    name: String,
-    unit: &'static str,
-    ours: Vec<f64>,
-    theirs: Vec<f64>,
-}
-
-/// Rows in the order in which they came.
-#[derive(Default)]
-struct Table(Vec<Row>);
-
-impl Table {
-    fn note(&mut self, name: &str, unit: &'static str, is_ours: bool, value: f64) {
-        let place = self.0.iter().position(|row| row.name == name).unwrap_or_else(|| {
-            self.0.push(Row { name: name.into(), unit, ours: Vec::new(), theirs: Vec::new() });
-            self.0.len() - 1
-        });
-        let row = &mut self.0[place];
-        if is_ours { row.ours.push(value) } else { row.theirs.push(value) }
-    }
-
-    fn text(&self) -> String {
-        let mut text =
-            String::from("\n| graph | bds | qemu-storage-daemon | ratio |\n|---|---|---|---|\n");
-        for Row { name, unit, ours, theirs } in &self.0 {
-            let ratio = match theirs.is_empty() {
-                true => "-".into(),
-                false => format!("{:.0}", spread(theirs).0 / spread(ours).0),
-            };
-            let (ours, theirs) = (summary(ours, unit), summary(theirs, unit));
-            text.push_str(&format!("| {name} | {ours} | {theirs} | {ratio} |\n"));
-        }
-        text
-    }
-}
-
-/// Median, minimum, maximum.
-fn spread(values: &[f64]) -> (f64, f64, f64) {
-    let mut values = values.to_vec();
-    values.sort_by(f64::total_cmp);
-    let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
-    (at(values.len() / 2), at(0), at(values.len().saturating_sub(1)))
-}
-
-fn summary(values: &[f64], unit: &str) -> String {
-    if values.is_empty() {
-        return "-".into();
-    }
-    let (middle, least, most) = spread(values);
-    format!("{middle:.1} {unit} ({least:.1}..{most:.1})")
-}
 
 /// Runs all of it and returns the table.
 pub(super) fn graph(stage: &Stage) -> Result<String, String> {
@@ -85,18 +33,18 @@ pub(super) fn graph(stage: &Stage) -> Result<String, String> {
         false => stage.dir.join("graph"),
     };
     std::fs::create_dir_all(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
-    let mut bench = Bench { stage, dir: &dir, has_daemon, table: Table::default() };
+    let mut bench = Bench { stage, dir: &dir, has_daemon, table: PairTable::default() };
     let done = bench.all();
     drop(std::fs::remove_dir_all(&dir));
     done?;
-    Ok(bench.table.text())
+    Ok(bench.table.text("graph", 0))
 }
 
 struct Bench<'a> {
     stage: &'a Stage,
     dir: &'a Path,
     has_daemon: bool,
-    table: Table,
+    table: PairTable,
 }
 
 impl Bench<'_> {
@@ -148,7 +96,7 @@ impl Bench<'_> {
     fn our_pairs(&mut self, count: u32) -> Result<(), String> {
         let report = self.ours(&["pairs".into(), count.to_string()])?;
         let total = report("add_us") + report("query_us") + report("del_us");
-        let note = |table: &mut Table, what: &str, unit, value| {
+        let note = |table: &mut PairTable, what: &str, unit, value| {
             table.note(&pair_row(count, what), unit, true, value);
         };
         note(&mut self.table, "in all", "us", total);

@@ -42,7 +42,7 @@ pub(crate) fn prepare(stage: &Stage, step: &Prepare) -> Result<(), String> {
 /// Makes what is not there yet.
 pub(crate) fn make(stage: &Stage) -> Result<(), String> {
     let raw = |name: &str, len, fill: fn(u64, &mut [u8])| write_raw(stage, name, len, fill);
-    raw("dense.raw", DENSE, noise)?;
+    dense(stage, "dense", DENSE)?;
     raw("wide.raw", WIDE, noise)?;
     raw("text.raw", TEXT, text)?;
     raw("sparse.raw", 4 << 30, |at, block| {
@@ -50,7 +50,7 @@ pub(crate) fn make(stage: &Stage) -> Result<(), String> {
             noise(at, block);
         }
     })?;
-    for name in ["dense", "sparse", "text"] {
+    for name in ["sparse", "text"] {
         once(
             stage,
             &format!("{name}.qcow2"),
@@ -64,6 +64,13 @@ pub(crate) fn make(stage: &Stage) -> Result<(), String> {
         ["convert", "-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd", "text.raw"];
     once(stage, "zstd.qcow2", &zstd)?;
     chain(stage)
+}
+
+/// A disk of so many bytes, all data, as `NAME.raw` and `NAME.qcow2`.
+pub(crate) fn dense(stage: &Stage, name: &str, len: u64) -> Result<(), String> {
+    let (raw, qcow2) = (format!("{name}.raw"), format!("{name}.qcow2"));
+    write_raw(stage, &raw, len, noise)?;
+    once(stage, &qcow2, &["convert", "-f", "raw", "-O", "qcow2", &raw])
 }
 
 /// A dense base below 200 empty overlays.

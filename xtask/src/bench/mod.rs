@@ -9,8 +9,12 @@
 mod cases;
 mod graph;
 mod images;
+mod job_disks;
+mod jobs;
 pub(crate) mod measure;
 mod memory;
+mod nbd_guest;
+mod pair_table;
 mod qmp;
 mod stage;
 mod syncs;
@@ -52,6 +56,11 @@ pub(crate) fn bench(quick: bool, only: Option<&str>) -> Result<(), String> {
     }
     if is_wanted("ffi") {
         let text = ffi()?;
+        say(text.trim_end());
+        report.push_str(&text);
+    }
+    if only.is_none_or(jobs::is_wanted) {
+        let text = jobs::jobs(&stage, only)?;
         say(text.trim_end());
         report.push_str(&text);
     }

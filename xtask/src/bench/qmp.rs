@@ -1,5 +1,6 @@
-//! Sends commands to qemu-storage-daemon over its QMP socket: those that the graph benches need.
+//! Sends commands to qemu-storage-daemon over its QMP socket, and receives its events.
 
+use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -13,6 +14,8 @@ pub(super) struct Daemon {
     child: Child,
     reader: BufReader<UnixStream>,
     line: String,
+    /// Events that came before an answer.
+    events: VecDeque<Value>,
 }
 
 impl Daemon {
@@ -37,7 +40,12 @@ impl Daemon {
                 Err(_) => std::thread::sleep(Duration::from_millis(5)),
             }
         };
-        let mut this = Self { child, reader: BufReader::new(stream), line: String::new() };
+        let mut this = Self {
+            child,
+            reader: BufReader::new(stream),
+            line: String::new(),
+            events: VecDeque::new(),
+        };
         this.read()?; // the greeting
         this.ask("qmp_capabilities", &json!({}))?;
         Ok(this)
@@ -52,6 +60,15 @@ impl Daemon {
         }
     }
 
+    /// The error of a job that is still listed.
+    pub(super) fn job_error(&mut self, id: &str) -> Result<Option<String>, String> {
+        self.ask("query-jobs", &json!({}))?;
+        let answer: Value = serde_json::from_str(&self.line).map_err(|e| format!("QMP: {e}"))?;
+        let jobs = answer["return"].as_array().into_iter().flatten();
+        let error = jobs.filter(|job| job["id"] == id).find_map(|job| job["error"].as_str());
+        Ok(error.map(str::to_owned))
+    }
+
     /// Asks, waits for the answer and returns its length in bytes.
     pub(super) fn ask(&mut self, command: &str, arguments: &Value) -> Result<usize, String> {
         let mut text = json!({"execute": command, "arguments": arguments}).to_string();
@@ -63,22 +80,82 @@ impl Daemon {
                 return Ok(self.line.len());
             }
             // Events come in between, and now and then the greeting is late.
-            let is_aside = self.line.starts_with("{\"timestamp\"")
-                || self.line.starts_with("{\"QMP\"")
-                || self.line.trim().is_empty();
-            if !is_aside {
+            if self.line.starts_with("{\"timestamp\"") {
+                self.keep_event()?;
+            } else if !self.line.starts_with("{\"QMP\"") && !self.line.trim().is_empty() {
                 return Err(format!("{command}: {}", self.line.trim_end()));
             }
         }
     }
 
+    fn keep_event(&mut self) -> Result<(), String> {
+        let event = serde_json::from_str(&self.line).map_err(|e| format!("QMP: {e}"))?;
+        self.events.push_back(event);
+        Ok(())
+    }
+
+    /// Waits for a job to have one of these states, at most so long; returns the state. `None`: the
+    /// time is over.
+    pub(super) fn wait_job(
+        &mut self,
+        states: &[&str],
+        limit: Duration,
+    ) -> Result<Option<String>, String> {
+        let begun = Instant::now();
+        loop {
+            while let Some(event) = self.events.pop_front() {
+                let state = event["data"]["status"].as_str().unwrap_or_default();
+                if event["event"] == "JOB_STATUS_CHANGE" && states.contains(&state) {
+                    return Ok(Some(state.to_owned()));
+                }
+            }
+            let Some(rest) = limit.checked_sub(begun.elapsed()).filter(|rest| !rest.is_zero())
+            else {
+                return Ok(None);
+            };
+            self.set_timeout(Some(rest))?;
+            let found = self.read();
+            self.set_timeout(None)?;
+            match found {
+                Ok(()) if self.line.starts_with("{\"timestamp\"") => self.keep_event()?,
+                Ok(()) => {}
+                Err(_) if begun.elapsed() >= limit => return Ok(None),
+                Err(why) => return Err(why),
+            }
+        }
+    }
+
+    fn set_timeout(&self, limit: Option<Duration>) -> Result<(), String> {
+        self.reader.get_ref().set_read_timeout(limit).map_err(|e| format!("QMP: {e}"))
+    }
+
+    /// Its user and system time, in seconds.
+    pub(super) fn cpu_seconds(&self) -> Result<f64, String> {
+        const TICKS_A_SECOND: f64 = 100.0;
+        let path = format!("/proc/{}/stat", self.child.id());
+        let stat = std::fs::read_to_string(&path).map_err(|e| format!("{path}: {e}"))?;
+        // Behind the name, which may hold anything, user time is the twelfth field.
+        let fields = stat.rsplit(") ").next().unwrap_or_default().split_whitespace();
+        let ticks = fields.skip(11).take(2).filter_map(|ticks| ticks.parse::<f64>().ok());
+        Ok(ticks.sum::<f64>() / TICKS_A_SECOND)
+    }
+
+    /// Its largest resident memory, in bytes.
+    pub(super) fn peak(&self) -> Result<f64, String> {
+        self.memory("VmHWM:")
+    }
+
     /// Its resident memory now, in bytes.
     pub(super) fn resident(&self) -> Result<f64, String> {
+        self.memory("VmRSS:")
+    }
+
+    fn memory(&self, key: &str) -> Result<f64, String> {
         let path = format!("/proc/{}/status", self.child.id());
         let status = std::fs::read_to_string(&path).map_err(|e| format!("{path}: {e}"))?;
-        let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+        let line = status.lines().find(|line| line.starts_with(key));
         let kib = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<f64>().ok());
-        kib.map(|kib| kib * 1024.0).ok_or_else(|| format!("{path}: no VmRSS"))
+        kib.map(|kib| kib * 1024.0).ok_or_else(|| format!("{path}: no {key}"))
     }
 }
 

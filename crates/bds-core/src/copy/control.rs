@@ -2,9 +2,11 @@
 
 use std::fmt;
 use std::future;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::driver::BoxFuture;
 use crate::error::Error;
+use crate::graph::NodeRef;
 
 /// The side of a copy that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -71,6 +73,12 @@ pub trait CopyControl: Send + Sync {
         Box::pin(async {})
     }
 
+    /// True if others have used the disk since the last call: the copy then keeps its requests few
+    /// and short, so that theirs do not wait. Asked before each request; see [`DiskUse`].
+    fn is_disk_in_use(&self) -> bool {
+        false
+    }
+
     /// Called for `bytes` that are copied, or need no copy.
     fn copied(&self, _bytes: u64) {}
 
@@ -83,6 +91,28 @@ pub trait CopyControl: Send + Sync {
         _error: &'a Error,
     ) -> BoxFuture<'a, ErrorVerdict> {
         Box::pin(async { ErrorVerdict::Fail })
+    }
+}
+
+/// Tells whether a node was used since it was last asked, for [`CopyControl::is_disk_in_use`]. The
+/// node is one that the copy's own requests do not pass.
+#[derive(Debug)]
+pub struct DiskUse {
+    node: NodeRef,
+    writes: AtomicU64,
+}
+
+impl DiskUse {
+    /// Of this node.
+    pub fn new(node: NodeRef) -> Self {
+        let writes = AtomicU64::new(node.writes_ended());
+        Self { node, writes }
+    }
+
+    /// True if a request is inside the node now, or a write has ended since the last call.
+    pub fn is_used(&self) -> bool {
+        let writes = self.node.writes_ended();
+        self.writes.swap(writes, Ordering::Relaxed) != writes || self.node.in_flight() > 0
     }
 }
 

@@ -40,7 +40,7 @@ use futures_util::future::join_all;
 use crate::error::{Error, ErrorKind, Result};
 use crate::request::Backend;
 
-pub use control::{CopyControl, ErrorSite, ErrorVerdict, Side};
+pub use control::{CopyControl, DiskUse, ErrorSite, ErrorVerdict, Side};
 use job::{Counts, Job, Turns};
 pub use map::{Claim, CopyMap, Exclusion};
 pub use observer::{Content, CopyObserver, Examined, Observation, Observed};

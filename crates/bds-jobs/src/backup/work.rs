@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bds_core::bitmap::HBitmap;
-use bds_core::copy::{self, CopyControl, CopyMap, CopyRead, ErrorSite, ErrorVerdict, Side};
+use bds_core::copy::{
+    self, CopyControl, CopyMap, CopyRead, DiskUse, ErrorSite, ErrorVerdict, Side,
+};
 use bds_core::driver::BoxFuture;
 use bds_core::graph::{BitmapLease, Change, NodeId, NodeRef};
 use bds_core::{Error, ErrorKind, Result};
@@ -46,6 +48,7 @@ struct Control<'c> {
     ctx: &'c JobContext,
     map: &'c CopyMap,
     counted: AtomicU64,
+    disk: DiskUse,
 }
 
 impl Control<'_> {
@@ -73,6 +76,10 @@ impl CopyControl for Control<'_> {
 
     fn throttle(&self, bytes: u64) -> BoxFuture<'_, ()> {
         CopyControl::throttle(self.ctx, bytes)
+    }
+
+    fn is_disk_in_use(&self) -> bool {
+        self.disk.is_used()
     }
 
     fn copied(&self, _bytes: u64) {
@@ -115,7 +122,9 @@ impl Backup {
     async fn copy(&self, ctx: &JobContext, sides: &Sides) -> Result<()> {
         self.begin();
         let map = self.snapshot.map();
-        let control = Control { ctx, map, counted: AtomicU64::new(map.done_bytes()) };
+        let filter = self.filter.as_ref().expect("it lives until the job is retired");
+        let counted = AtomicU64::new(map.done_bytes());
+        let control = Control { ctx, map, counted, disk: DiskUse::new(filter.clone()) };
         control.count();
         let mut end = EndOnFailure { snapshot: &self.snapshot, has_succeeded: false };
         let watch = pin!(self.watch(ctx, sides));

@@ -32,6 +32,7 @@ use bds_core::{Options, Result};
 pub use self::options::CommitOptions;
 use self::options::Plan;
 use self::sides::Shown;
+use crate::beside_users::BesideUsers;
 use crate::chain::headers::{Headers, forget_base};
 use crate::chain::last_run::LastRun;
 use crate::chain::names::BaseName;
@@ -208,8 +209,9 @@ impl Commit {
         ctx.progress().set_remaining(map.dirty_bytes());
         let options =
             RunOptions { above: Some(plan.base().id()), may_unmap: true, ..RunOptions::default() };
-        copy::run(&map, &Shown(users.top.clone(), LastRun::default()), &users.base, &options, ctx)
-            .await?;
+        let shown = Shown(users.top.clone(), LastRun::default());
+        let control = BesideUsers::new(ctx, &self.options.device);
+        copy::run(&map, &shown, &users.base, &options, &control).await?;
         self.covered = len;
         Ok(())
     }

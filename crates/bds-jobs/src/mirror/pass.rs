@@ -17,9 +17,9 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use bds_core::copy::{self, CopyControl, ErrorSite, ErrorVerdict, RunOptions, Side};
+use bds_core::copy::{self, CopyControl, DiskUse, ErrorSite, ErrorVerdict, RunOptions, Side};
 use bds_core::driver::BoxFuture;
-use bds_core::graph::{Drained, NodeId};
+use bds_core::graph::{Drained, NodeId, NodeRef};
 use bds_core::request::Backend;
 use bds_core::{Error, ErrorKind, Result};
 use bds_io::sync::Notify;
@@ -71,6 +71,8 @@ enum Round {
 pub(super) struct Watched<'a> {
     ctx: &'a JobContext,
     tracking: &'a Tracking,
+    /// The guest's requests.
+    disk: Option<DiskUse>,
     /// Failures of the target since the cancel without force.
     soft_failures: AtomicU32,
     synced_shown: AtomicU64,
@@ -82,10 +84,11 @@ pub(super) struct Watched<'a> {
 }
 
 impl<'a> Watched<'a> {
-    fn new(ctx: &'a JobContext, tracking: &'a Tracking) -> Self {
+    fn new(ctx: &'a JobContext, tracking: &'a Tracking, filter: Option<&NodeRef>) -> Self {
         Self {
             ctx,
             tracking,
+            disk: filter.map(|filter| DiskUse::new(filter.clone())),
             soft_failures: AtomicU32::new(0),
             synced_shown: AtomicU64::new(0),
             is_stopping: AtomicBool::new(false),
@@ -173,6 +176,10 @@ impl CopyControl for Watched<'_> {
         })
     }
 
+    fn is_disk_in_use(&self) -> bool {
+        self.disk.as_ref().is_some_and(DiskUse::is_used)
+    }
+
     fn copied(&self, bytes: u64) {
         self.advance(bytes);
     }
@@ -232,7 +239,7 @@ impl Mirror {
 
     async fn mirror(&mut self, ctx: &JobContext, content: Option<&ContentTracker>) -> Result<()> {
         let tracking = Arc::clone(&self.tracking);
-        let watched = Watched::new(ctx, &tracking);
+        let watched = Watched::new(ctx, &tracking, self.filter.as_ref());
         let mut governor = Governor::new(self.limits.max_pivot_stall);
         watched.show_progress();
         ctx.pause_point().await;
@@ -445,7 +452,8 @@ impl Mirror {
     async fn copy_rest(&self, watched: &Watched<'_>) -> Result<(), Failed> {
         let map = &self.tracking.map;
         let last = Last { watched, failure: Mutex::new(None) };
-        let options = self.run_options();
+        // The guest waits for its end.
+        let options = RunOptions { is_urgent: true, ..self.run_options() };
         let target = self.tracking.target().map_err(|e| (Side::Target, self.site(0, 0), e))?;
         let copied = copy::run(map, &self.reader, &target, &options, &last).await;
         if let Err(error) = copied {

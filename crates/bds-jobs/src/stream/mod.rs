@@ -31,6 +31,7 @@ use bds_core::{Options, Result};
 use self::options::Plan;
 pub use self::options::StreamOptions;
 use self::sides::{CHUNK, CopyUp, SkipErrors};
+use crate::beside_users::BesideUsers;
 use crate::chain::headers::Headers;
 use crate::chain::last_run::LastRun;
 use crate::chain::names::BaseName;
@@ -163,7 +164,8 @@ impl Stream {
         ctx.progress().set_remaining(map.dirty_bytes());
         let sides = CopyUp { top: top.clone(), bottom: bottom.clone(), last: LastRun::default() };
         let options = RunOptions { max_chunk: CHUNK, ..RunOptions::default() };
-        let control = SkipErrors::new(ctx);
+        let filter = self.filter.as_ref().expect("it lives until the job is retired");
+        let control = SkipErrors::new(BesideUsers::new(ctx, filter));
         copy::run(&map, &sides, &sides, &options, &control).await?;
         match control.into_first() {
             None => Ok(()),

@@ -14,9 +14,9 @@ use bds_core::request::Backend;
 use bds_core::{Error, Result};
 use bds_io::IoVec;
 
+use crate::beside_users::BesideUsers;
 use crate::chain::last_run::LastRun;
 use crate::chain::nodes::node_below;
-use crate::context::JobContext;
 
 /// Bytes that one request copies at most.
 pub(super) const CHUNK: u64 = 1 << 20;
@@ -114,13 +114,13 @@ impl CopyWrite for CopyUp {
 
 /// The job's control, which notes the first error that was skipped.
 pub(super) struct SkipErrors<'a> {
-    ctx: &'a JobContext,
+    control: BesideUsers<'a>,
     first: Mutex<Option<Error>>,
 }
 
 impl<'a> SkipErrors<'a> {
-    pub(super) fn new(ctx: &'a JobContext) -> Self {
-        Self { ctx, first: Mutex::default() }
+    pub(super) fn new(control: BesideUsers<'a>) -> Self {
+        Self { control, first: Mutex::default() }
     }
 
     pub(super) fn into_first(self) -> Option<Error> {
@@ -130,23 +130,27 @@ impl<'a> SkipErrors<'a> {
 
 impl CopyControl for SkipErrors<'_> {
     fn should_pause(&self) -> bool {
-        CopyControl::should_pause(self.ctx)
+        self.control.should_pause()
     }
 
     fn pause_requested(&self) -> BoxFuture<'_, ()> {
-        CopyControl::pause_requested(self.ctx)
+        self.control.pause_requested()
     }
 
     fn pause_point(&self) -> BoxFuture<'_, ()> {
-        CopyControl::pause_point(self.ctx)
+        self.control.pause_point()
     }
 
     fn throttle(&self, bytes: u64) -> BoxFuture<'_, ()> {
-        CopyControl::throttle(self.ctx, bytes)
+        self.control.throttle(bytes)
+    }
+
+    fn is_disk_in_use(&self) -> bool {
+        self.control.is_disk_in_use()
     }
 
     fn copied(&self, bytes: u64) {
-        CopyControl::copied(self.ctx, bytes);
+        self.control.copied(bytes);
     }
 
     fn on_error<'a>(
@@ -156,7 +160,7 @@ impl CopyControl for SkipErrors<'_> {
         error: &'a Error,
     ) -> BoxFuture<'a, ErrorVerdict> {
         Box::pin(async move {
-            let verdict = CopyControl::on_error(self.ctx, side, site, error).await;
+            let verdict = self.control.on_error(side, site, error).await;
             if verdict == ErrorVerdict::Skip {
                 let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
                 first.get_or_insert_with(|| error.duplicate());

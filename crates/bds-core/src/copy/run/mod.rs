@@ -2,7 +2,7 @@
 //! copy-before-write.
 //!
 //! ```text
-//! claim ─► status ─► data │ zeros │ nothing ─► request (up to 64, each with a buffer) ─► done
+//! claim ─► status ─► data │ zeros │ nothing ─► request (up to 64, see `Window`) ─► done
 //!   ▲                                                 │ failed: the range is dirty again
 //!   └──── verdict: retry, skip, or fail ◄─────────────┘
 //! ```
@@ -14,6 +14,7 @@ mod options;
 mod request;
 #[cfg(test)]
 mod tests;
+mod window;
 
 use std::future::poll_fn;
 use std::pin::pin;
@@ -32,6 +33,7 @@ use crate::error::Result;
 
 pub use options::{MAX_CHUNK, MAX_OFFLOAD, MAX_REQUESTS, MEMORY, RunOptions};
 use request::{Ended, Failure, Shared};
+use window::Window;
 
 /// Copies every granule that is dirty in the map (or in a range of it), also those that are marked
 /// meanwhile. Returns when it is clean and no claim in it is under way, also none of another user.
@@ -58,6 +60,7 @@ pub async fn run(
         shared: &shared,
         control,
         requests: FuturesUnordered::new(),
+        window: Window::new(options),
         memory: 0,
         cursor: shared.range.start,
         failure: None,
@@ -89,6 +92,7 @@ struct Engine<'s, 'a> {
     shared: &'s Shared<'a>,
     control: &'a dyn CopyControl,
     requests: FuturesUnordered<BoxFuture<'s, Ended>>,
+    window: Window,
     /// Bytes of buffers in use.
     memory: u64,
     /// Where the search for dirty granules goes on.
@@ -108,7 +112,8 @@ impl<'s> Engine<'s, '_> {
                 }
                 continue;
             }
-            if self.requests.len() >= self.shared.options.max_requests {
+            self.window.note_use(bds_io::now(), self.control.is_disk_in_use());
+            if self.requests.len() >= self.window.limit() {
                 self.wait_one().await;
             } else if let Some(claim) = self.claim() {
                 self.begin(claim).await;
@@ -127,7 +132,7 @@ impl<'s> Engine<'s, '_> {
     /// The next claim from the cursor on, around the end.
     fn claim(&mut self) -> Option<Claim<'s>> {
         let (shared, map) = (self.shared, self.shared.map);
-        let chunk = shared.chunk();
+        let chunk = shared.chunk(self.window.max_len());
         let found = map.claim(self.cursor..shared.range.end, chunk);
         let claim = found.or_else(|| map.claim(shared.range.start..self.cursor, chunk))?;
         self.cursor = claim.range().end;
@@ -137,7 +142,8 @@ impl<'s> Engine<'s, '_> {
     /// Begins the copy of a claim, or of the part of it that is of one kind.
     async fn begin(&mut self, mut claim: Claim<'s>) {
         let shared = self.shared;
-        let kind = self.alongside(shared.plan(&mut claim)).await;
+        let chunk = shared.chunk(self.window.max_len());
+        let kind = self.alongside(shared.plan(&mut claim, chunk)).await;
         let range = claim.range();
         self.cursor = range.end;
         let len = range.end - range.start;
@@ -183,6 +189,9 @@ impl<'s> Engine<'s, '_> {
 
     fn count(&mut self, ended: Ended) {
         self.memory -= ended.memory;
+        if let (Ok(bytes), Some(took)) = (&ended.result, ended.took) {
+            self.window.note(*bytes, took);
+        }
         match ended.result {
             Ok(bytes) => self.control.copied(bytes),
             // Later ones are dirty again: what fails for good fails again.

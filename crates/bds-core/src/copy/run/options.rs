@@ -25,8 +25,11 @@ pub const MEMORY: u64 = 64 << 20;
 pub struct RunOptions {
     /// Copies only the granules that this range touches. `None`: the whole image.
     pub range: Option<Range<u64>>,
-    /// Requests in flight, 1 to [`MAX_REQUESTS`].
+    /// Most requests in flight, 1 to [`MAX_REQUESTS`]. Fewer are where more would make the copy no
+    /// faster, or others use the disk ([`CopyControl::is_disk_in_use`](super::CopyControl)).
     pub max_requests: usize,
+    /// All requests that are allowed, from the beginning: somebody waits for the end of the copy.
+    pub is_urgent: bool,
     /// Longest request in bytes; rounded down to granules, but at least one. [`MAX_CHUNK`] bounds
     /// it too, except for copies by the host.
     pub max_chunk: u64,
@@ -60,6 +63,7 @@ impl Default for RunOptions {
         Self {
             range: None,
             max_requests: MAX_REQUESTS,
+            is_urgent: false,
             max_chunk: MAX_CHUNK,
             memory: MEMORY,
             above: None,
@@ -97,15 +101,15 @@ impl RunOptions {
         Ok(())
     }
 
-    /// Longest request in bytes, in whole granules.
-    pub(super) fn chunk(&self, map: &CopyMap, offloads: bool) -> u64 {
+    /// Longest request in bytes, in whole granules, if more than `max` are not wanted.
+    pub(super) fn chunk(&self, map: &CopyMap, max: u64, offloads: bool) -> u64 {
         let granularity = u64::from(map.granularity());
         let bound = match (self.compress, offloads) {
             (Some(_), _) => granularity,
             (None, true) => MAX_OFFLOAD,
             (None, false) => MAX_CHUNK,
         };
-        let most = self.max_chunk.min(bound);
+        let most = self.max_chunk.min(bound).min(max);
         (most - most % granularity).max(granularity)
     }
 }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
 
 use bds_io::{BufPool, IoVec};
 
@@ -53,6 +54,8 @@ pub(super) struct Failure {
 pub(super) struct Ended {
     pub(super) result: Result<u64, Failure>,
     pub(super) memory: u64,
+    /// How long it took, if it copied data.
+    pub(super) took: Option<Duration>,
 }
 
 /// An error and its side.
@@ -77,16 +80,16 @@ impl<'a> Shared<'a> {
         self.offload.load(Ordering::Relaxed) == state as u8
     }
 
-    /// Longest request now.
-    pub(super) fn chunk(&self) -> u64 {
-        self.options.chunk(self.map, self.offloads(Offload::Works))
+    /// Longest request now, if more than `max` bytes are not wanted.
+    pub(super) fn chunk(&self, max: u64) -> u64 {
+        self.options.chunk(self.map, max, self.offloads(Offload::Works))
     }
 
     /// Finds out what the claimed range holds, and shrinks the claim to a part of one kind; where
     /// nothing is to be read the claim grows. A granule that is not all of one kind is data, and so
     /// is one whose status is unknown: reading it shows what is wrong.
-    pub(super) async fn plan(&self, claim: &mut Claim<'_>) -> Found {
-        let (start, chunk) = (claim.range().start, self.chunk());
+    pub(super) async fn plan(&self, claim: &mut Claim<'_>, chunk: u64) -> Found {
+        let start = claim.range().start;
         let mut kind = None;
         let mut len = 0;
         for _ in 0..MAX_QUERIES {
@@ -139,6 +142,7 @@ impl<'a> Shared<'a> {
 
     /// Copies what the claim names and ends the claim.
     pub(super) async fn copy(&self, claim: Claim<'_>, kind: Found, memory: u64) -> Ended {
+        let begun = bds_io::now();
         let range = claim.range();
         let (offset, len) = (range.start, range.end - range.start);
         let copied = match kind {
@@ -157,7 +161,8 @@ impl<'a> Shared<'a> {
             }
             Err((side, error)) => Err(self.failure(side, (offset, len), error)),
         };
-        Ended { result, memory }
+        let took = (kind == Found::Data).then(|| bds_io::now().saturating_sub(begun));
+        Ended { result, memory, took }
     }
 
     fn failure(&self, side: Side, (offset, len): (u64, u64), error: Error) -> Failure {
@@ -176,7 +181,7 @@ impl<'a> Shared<'a> {
         }
         let Some(unit) = self.options.compress else {
             // Longer than a chunk only if the host was expected to copy it.
-            return self.in_parts(offset, len, self.options.chunk(self.map, false)).await;
+            return self.in_parts(offset, len, self.options.chunk(self.map, u64::MAX, false)).await;
         };
         self.in_parts(offset, len, unit).await
     }

@@ -269,4 +269,10 @@ impl NodeRef {
     pub fn in_flight(&self) -> usize {
         self.node().tracker().in_flight()
     }
+
+    /// Writes that have ended inside the node since it was opened, failed ones too; wraps around.
+    /// Tells by two calls whether it was written to in between.
+    pub fn writes_ended(&self) -> u64 {
+        self.node().tracker().writes()
+    }
 }

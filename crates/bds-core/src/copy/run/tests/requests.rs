@@ -114,6 +114,35 @@ fn memory_and_requests_are_bounded() {
     });
 }
 
+/// A disk that others use all the time, or never.
+struct Used(bool);
+
+impl CopyControl for Used {
+    fn is_disk_in_use(&self) -> bool {
+        self.0
+    }
+}
+
+#[test]
+fn beside_users_of_the_disk_requests_are_short_and_one_at_a_time() {
+    simulate(5, async {
+        let len = 4 << 20;
+        let source = Fake::new("source", pattern(len, 8), 1);
+        for (is_used, longest, is_alone) in [(true, 256 << 10, true), (false, 1 << 20, false)] {
+            let target = Fake::new("target", vec![0; usize::try_from(len).unwrap()], 2);
+            let map = CopyMap::new(len, 4096).unwrap();
+            map.mark_all();
+            let options = RunOptions::default();
+            run(&map, &*source, &*target, &options, &Used(is_used)).await.unwrap();
+            assert_eq!(target.bytes(), source.bytes());
+            let log = lock(&target.log);
+            let most = log.iter().map(|(_, range)| range.end - range.start).max();
+            assert_eq!(most, Some(longest));
+            assert_eq!(target.most.load(Ordering::SeqCst) == 1, is_alone);
+        }
+    });
+}
+
 #[test]
 fn an_error_names_side_node_and_place_and_leaves_the_rest_dirty() {
     simulate(1, async {
