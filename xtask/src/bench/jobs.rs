@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::job_disks::{self, Kind, LEN};
-use super::nbd_guest::{self, Guest};
+use super::nbd_guest::{self, GuestLoad};
 use super::pair_table::PairTable;
 use super::qmp::Daemon;
 use super::stage::Stage;
@@ -221,7 +221,7 @@ impl Theirs {
         let Load { rate, depth } = case.load;
         let guest = match depth {
             0 => None,
-            _ => Some(Guest::start(&self.socket, "guest", rate, depth)?),
+            _ => Some(GuestLoad::start(&self.socket, "guest", rate, depth)?),
         };
         if guest.is_some() {
             std::thread::sleep(ALONE);
@@ -233,7 +233,7 @@ impl Theirs {
         let mut ready = None;
         if case.kind.needs_complete() {
             if self.daemon.wait_job(&["ready"], READY_WITHIN)?.is_none() {
-                let load = guest.map(Guest::stop).transpose()?;
+                let load = guest.map(GuestLoad::stop).transpose()?;
                 let cpu = self.daemon.cpu_seconds()? - cpu;
                 return Ok(json!({"is_cancelled": true, "cpu_s": cpu, "load": load}));
             }
@@ -245,7 +245,7 @@ impl Theirs {
         self.make_durable(case)?;
         let seconds = begun.elapsed().as_secs_f64();
         let cpu = self.daemon.cpu_seconds()? - cpu;
-        let load = guest.map(Guest::stop).transpose()?;
+        let load = guest.map(GuestLoad::stop).transpose()?;
         let peak = self.daemon.peak()?;
         Ok(json!({
             "seconds": seconds, "cpu_s": cpu, "peak_kib": peak / 1024.0, "ready_s": ready,
@@ -272,7 +272,7 @@ impl Theirs {
     }
 }
 
-fn set_phase(guest: Option<&Guest>, phase: u8) {
+fn set_phase(guest: Option<&GuestLoad>, phase: u8) {
     if let Some(guest) = guest {
         guest.set_phase(phase);
     }

@@ -23,7 +23,7 @@ const FLUSH: u16 = 3;
 const PHASES: [&str; 3] = ["alone", "during", "pivot"];
 
 /// A guest at work, on two threads: one sends, one receives.
-pub(super) struct Guest {
+pub(super) struct GuestLoad {
     shared: Arc<Shared>,
     sender: JoinHandle<Result<UnixStream, String>>,
     receiver: JoinHandle<Result<Vec<(u8, f64)>, String>>,
@@ -43,7 +43,7 @@ impl Shared {
     }
 }
 
-impl Guest {
+impl GuestLoad {
     /// Connects to the export and begins to write: `rate` writes a second by the clock, or as many
     /// as `depth` in flight allow if it is 0.
     pub(super) fn start(

@@ -30,7 +30,7 @@ impl Phase {
 }
 
 /// A guest at work, on a thread of its own.
-pub(crate) struct Guest {
+pub(crate) struct GuestLoad {
     shared: Arc<Shared>,
     thread: JoinHandle<Result<Vec<Sample>>>,
 }
@@ -52,7 +52,7 @@ struct Sample {
     took: Duration,
 }
 
-impl Guest {
+impl GuestLoad {
     /// Starts it. `None`: there is none in these settings.
     pub(crate) fn start(node: &NodeRef, settings: &Settings) -> Result<Option<Self>> {
         if settings.depth == 0 {

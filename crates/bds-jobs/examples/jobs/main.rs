@@ -18,7 +18,6 @@
 //! image that is read (`backup`, `stream`) or written (`commit`) is a null device that takes so
 //! long. The job counts as ended when its result is durable.
 #![expect(clippy::print_stdout, reason = "the line is the interface to xtask")]
-#![expect(clippy::cast_precision_loss, reason = "counts of a bench fit a double")]
 
 mod disks;
 mod guest;
@@ -33,7 +32,7 @@ use bds_jobs::{JobHandle, JobManager, JobOptions, JobStatus};
 use serde_json::{Value, json};
 
 use disks::Prepared;
-use guest::{Guest, Phase};
+use guest::{GuestLoad, Phase};
 use settings::Settings;
 
 pub(crate) type Failure = Box<dyn Error + Send + Sync>;
@@ -60,7 +59,7 @@ fn run(settings: &Settings) -> Result<Value> {
 
 async fn measure(graph: &Graph, settings: &Settings) -> Result<Value> {
     let disks = disks::open(graph, settings).await?;
-    let guest = Guest::start(&disks.guest, settings)?;
+    let guest = GuestLoad::start(&disks.guest, settings)?;
     if guest.is_some() {
         bds_io::sleep(ALONE).await;
     }
@@ -80,7 +79,7 @@ async fn measure(graph: &Graph, settings: &Settings) -> Result<Value> {
     if !is_cancelled {
         result?;
     }
-    let load = guest.map(Guest::stop).transpose()?;
+    let load = guest.map(GuestLoad::stop).transpose()?;
     let len = disks.guest.len();
     drop(disks);
     for report in graph.reap().await {
@@ -94,7 +93,7 @@ async fn measure(graph: &Graph, settings: &Settings) -> Result<Value> {
 
 /// Waits until the job is ready and completes it; returns the seconds until then. `None`: it was
 /// not ready in time and is cancelled.
-async fn complete(job: &JobHandle, guest: Option<&Guest>) -> Result<Option<f64>> {
+async fn complete(job: &JobHandle, guest: Option<&GuestLoad>) -> Result<Option<f64>> {
     let begun = Instant::now();
     while !job.status().is_ready() {
         if job.status().is_over() {
@@ -114,7 +113,7 @@ async fn complete(job: &JobHandle, guest: Option<&Guest>) -> Result<Option<f64>>
     }
 }
 
-fn set_phase(guest: Option<&Guest>, phase: Phase) {
+fn set_phase(guest: Option<&GuestLoad>, phase: Phase) {
     if let Some(guest) = guest {
         guest.set_phase(phase);
     }

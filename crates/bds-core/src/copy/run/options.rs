@@ -28,7 +28,7 @@ pub struct RunOptions {
     /// Most requests in flight, 1 to [`MAX_REQUESTS`]. Fewer are where more would make the copy no
     /// faster, or others use the disk ([`CopyControl::is_disk_in_use`](super::CopyControl)).
     pub max_requests: usize,
-    /// All requests that are allowed, from the beginning: somebody waits for the end of the copy.
+    /// All requests that are allowed, from the beginning: a guest waits for the end of the copy.
     pub is_urgent: bool,
     /// Longest request in bytes; rounded down to granules, but at least one. [`MAX_CHUNK`] bounds
     /// it too, except for copies by the host.

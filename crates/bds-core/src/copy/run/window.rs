@@ -1,7 +1,7 @@
 //! `Window`: how many requests of a copy are in flight, found by measurement.
 //!
 //! A disk that answers slowly needs many requests at once; one that is busy with two answers none
-//! sooner if there are more, and whoever else uses it waits behind all of them. So the number is
+//! sooner if there are more, and other users of it wait behind all of them. So the number is
 //! doubled while that makes the copy faster, and halved where that makes it no slower. The speed
 //! with `n` requests is `n / (time of a byte)`, both measured over the same requests; this holds
 //! too where only a part of the copy is data.

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use super::{Control, Fake, GRANULE, pattern};
-use crate::copy::{CopyMap, ErrorSite, ErrorVerdict, Found, RunOptions, Side, run};
+use crate::copy::{CopyControl, CopyMap, ErrorSite, ErrorVerdict, Found, RunOptions, Side, run};
 use crate::error::ErrorKind;
 use crate::test_kit::{lock, run as simulate};
 
