@@ -152,11 +152,11 @@ pub(crate) struct RequestedOptions {
     l2_entry: Option<u64>,
     refcount: Option<u64>,
     clean_interval_s: Option<u64>,
+    /// At open alone.
+    pub backing_check: Option<bool>,
     decompressed: Option<u64>,
     data_before_metadata: Option<bool>,
     invalidate_bitmaps: Option<bool>,
-    /// At open alone.
-    pub backing_check: Option<bool>,
 }
 
 /// Which overlaps are checked: a template, and exceptions from it in the order of [`CLASSES`].
@@ -228,10 +228,10 @@ impl RequestedOptions {
             l2_entry: options.take_size("l2-cache-entry-size")?,
             refcount: take_cache_size(options, "refcount-cache-size")?,
             clean_interval_s: options.take_u64("cache-clean-interval")?,
+            backing_check: options.take_bool("backing-check")?,
             decompressed: take_cache_size(options, "decompressed-cache-size")?,
             data_before_metadata: options.take_bool("data-before-metadata")?,
             invalidate_bitmaps: options.take_bool("invalidate-bitmaps")?,
-            backing_check: options.take_bool("backing-check")?,
         })
     }
 
@@ -248,10 +248,10 @@ impl RequestedOptions {
             l2_entry: self.l2_entry.or(earlier.l2_entry),
             refcount: self.refcount.or(earlier.refcount),
             clean_interval_s: self.clean_interval_s.or(earlier.clean_interval_s),
+            backing_check: self.backing_check.or(earlier.backing_check),
             decompressed: self.decompressed.or(earlier.decompressed),
             data_before_metadata: self.data_before_metadata.or(earlier.data_before_metadata),
             invalidate_bitmaps: self.invalidate_bitmaps.or(earlier.invalidate_bitmaps),
-            backing_check: self.backing_check.or(earlier.backing_check),
         }
     }
 

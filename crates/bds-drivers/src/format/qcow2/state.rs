@@ -383,24 +383,21 @@ impl Image {
         let _lock = self.write_back_lock.lock().await;
         let old = self.meta().header.autoclear;
         let mut kept = old.kept_by_writer();
+        if self.keeps_base_mark.load(Ordering::Acquire) {
+            kept |= old & Autoclear::BASE_MARK;
+        }
         if loses_bitmaps {
             kept -= Autoclear::BITMAPS;
-        }
-        let stale = old - kept;
-        if !self.keeps_base_mark.load(Ordering::Acquire) {
-            kept -= Autoclear::BASE_MARK;
         }
         if kept == old {
             return Ok(());
         }
-        if !stale.is_empty() {
-            tracing::warn!(
-                node = self.node_name,
-                bits = format!("{:#x}", stale.bits()),
-                "qcow2: writing makes features that are not maintained stale; their bits are \
-                 cleared"
-            );
-        }
+        let lost = format!("{:#x}", (old & !kept).bits());
+        tracing::warn!(
+            node = self.node_name,
+            bits = lost,
+            "qcow2: writing makes features that are not maintained stale; their bits are cleared"
+        );
         self.write_file(MetaOffset(AUTOCLEAR_AT), kept.bits().to_be_bytes().to_vec()).await?;
         self.file.flush().await.map_err(|e| self.name_error(e))?;
         self.meta().header.autoclear = kept;

@@ -72,11 +72,11 @@ bitflags::bitflags! {
     pub(crate) struct Autoclear: u64 {
         /// The bitmaps extension is in step with the data.
         const BITMAPS = 1;
+        /// Ours: the extension of `manage/base_mark.rs` is in step with the backing file. Far from
+        /// the bits that the specification may give out next. A writer keeps it above that file.
+        const BASE_MARK = 1 << 61;
         /// The data file reads like the disk, byte for byte.
         const RAW_DATA_FILE = 2;
-        /// Ours: the extension of `manage/base_mark.rs` is in step with the backing file. Far from
-        /// the bits that the specification may give out next.
-        const BASE_MARK = 1 << 61;
         /// Not a feature: keeps unknown bits.
         const _ = !0;
     }
@@ -90,7 +90,7 @@ impl Autoclear {
     /// The bits a writer keeps: the raw data file is maintained, unknown bits are cleared. Bitmaps
     /// are handled apart.
     pub(crate) fn kept_by_writer(self) -> Self {
-        self & (Self::RAW_DATA_FILE | Self::BITMAPS | Self::BASE_MARK)
+        self & (Self::RAW_DATA_FILE | Self::BITMAPS)
     }
 }
 
