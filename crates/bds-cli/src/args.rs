@@ -4,7 +4,7 @@
 //! Only the shape is checked here; the verbs check what a value means.
 
 mod backup;
-mod checkpoint;
+pub(crate) mod checkpoint;
 mod mirror;
 mod source;
 
@@ -17,7 +17,6 @@ use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand,
 pub(crate) use self::backup::{
     Backup, BackupCommand, BackupList, BackupPrune, BackupRestore, BackupRun, BackupVerify,
 };
-pub(crate) use self::checkpoint::Checkpoint;
 pub(crate) use self::mirror::{Mirror, MirrorCopyMode, MirrorSync};
 pub(crate) use self::source::{JobDisplay, Output, Source};
 
@@ -61,7 +60,7 @@ pub(crate) enum Command {
     /// Makes, restores and verifies full and incremental backups
     Backup(Backup),
     /// Makes overlays and edits bitmaps of several images at one moment
-    Checkpoint(Checkpoint),
+    Checkpoint(checkpoint::Checkpoint),
     /// Says how large an image would become
     Measure(Measure),
     /// Changes the size of an image

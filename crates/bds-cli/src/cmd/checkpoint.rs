@@ -16,7 +16,8 @@ use bds_jobs::{Checkpoint, CheckpointReport, JobManager};
 use serde_json::{Value, json};
 
 use super::{create, job};
-use crate::args::{Checkpoint as Args, Output};
+use crate::args::Output;
+use crate::args::checkpoint::Checkpoint as Args;
 use crate::image_spec::Spec;
 use crate::interrupt::Interrupt;
 use crate::partial_output::PartialOutput;
