@@ -15,10 +15,10 @@ use std::time::Duration;
 use super::options::RunOptions;
 
 /// Requests at the beginning of an undisturbed copy.
-const FIRST: usize = 4;
+const FIRST: usize = 8;
 /// Requests that are measured together, at least.
 const SAMPLE: usize = 16;
-/// Samples with an unchanged number between two attempts at another.
+/// Samples with an unchanged number after attempts at more and at fewer have both failed.
 const REST: u32 = 8;
 /// For how long after their last request the disk counts as used by others.
 const USED: Duration = Duration::from_millis(200);
@@ -66,6 +66,8 @@ pub(super) struct Window {
     attempt: Attempt,
     /// The next attempt after a rest is upwards.
     is_up_next: bool,
+    /// Attempts that failed since the number was last changed for good.
+    failed: u32,
     /// Requests that began before the last change of the number, and are not counted.
     unsettled: usize,
     sample: Sample,
@@ -99,7 +101,9 @@ impl Window {
             is_fixed: options.is_urgent,
             attempt: Attempt::Rest(0),
             is_up_next: true,
-            unsettled: 0,
+            failed: 0,
+            // The first ones load metadata.
+            unsettled: FIRST.min(max),
             sample: Sample::default(),
             used_until: None,
             is_shared: false,
@@ -130,6 +134,7 @@ impl Window {
         }
         self.is_shared = is_shared;
         self.is_up_next = true;
+        self.failed = 0;
         let limit = if is_shared { 1 } else { self.limit };
         self.set(limit, Attempt::Rest(0));
     }
@@ -158,15 +163,20 @@ impl Window {
         match self.attempt {
             Attempt::Rest(0) => self.try_next(speed),
             Attempt::Rest(more) => self.attempt = Attempt::Rest(more - 1),
-            Attempt::Up(before) if speed * 100 >= before.speed * terms.up => self.try_next(speed),
+            Attempt::Up(before) if speed * 100 >= before.speed * terms.up => self.accept(speed),
             Attempt::Down(before) if speed * 100 >= before.speed * terms.down => {
-                self.try_next(speed);
+                self.accept(speed);
             }
-            Attempt::Up(before) | Attempt::Down(before) => self.rest(before.limit),
+            Attempt::Up(before) | Attempt::Down(before) => self.turn(before.limit),
         }
     }
 
-    /// Tries the next number in the same direction.
+    /// Keeps the number that was tried, and goes on in the same direction.
+    fn accept(&mut self, speed: Speed) {
+        self.failed = 0;
+        self.try_next(speed);
+    }
+
     fn try_next(&mut self, speed: Speed) {
         let before = Before { limit: self.limit, speed };
         match self.is_up_next {
@@ -174,14 +184,19 @@ impl Window {
                 self.set((self.limit * 2).min(self.max), Attempt::Up(before));
             }
             false if self.limit > 1 => self.set(self.limit / 2, Attempt::Down(before)),
-            _ => self.rest(self.limit),
+            _ => self.turn(self.limit),
         }
     }
 
-    /// Keeps a number for a while; then the other direction is tried.
-    fn rest(&mut self, limit: usize) {
+    /// Tries the other direction from this number next, after a rest if that has failed too.
+    fn turn(&mut self, limit: usize) {
         self.is_up_next = !self.is_up_next;
-        self.set(limit, Attempt::Rest(REST));
+        self.failed += 1;
+        let rest = if self.failed < 2 { 0 } else { REST };
+        if rest > 0 {
+            self.failed = 0;
+        }
+        self.set(limit, Attempt::Rest(rest));
     }
 
     fn set(&mut self, limit: usize, attempt: Attempt) {

@@ -125,6 +125,7 @@ fn stream_and_commit_keep_as_many_requests_in_flight_as_a_backup() {
     let time_of = |kind| {
         let of_len = |len| (0..SEEDS).map(|seed| duration_of(kind, len, seed)).sum::<Duration>();
         let [short, long] = LENS.map(of_len);
+        println!("{kind:?} {short:?} {long:?}");
         long - short
     };
     let backup = time_of(Kind::Backup);
