@@ -19,7 +19,7 @@ const FIRST: usize = 8;
 /// Requests that are measured together, at least.
 const SAMPLE: usize = 16;
 /// Samples with an unchanged number after attempts at more and at fewer have both failed.
-const REST: u32 = 8;
+const REST: u32 = 5;
 /// For how long after their last request the disk counts as used by others.
 const USED: Duration = Duration::from_millis(200);
 /// Longest request in bytes while others use the disk.
