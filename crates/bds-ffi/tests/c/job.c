@@ -117,7 +117,7 @@ int main(void) {
 
     /* A backup with a record, which is removed at success, and a manifest. */
     {
-        char record[512], manifest[512];
+        char record[512], manifest[512], both[2048];
         bds_node copy = new_disk(context, "driver=mem,node-name=copy2,size=1M");
         in_dir(record, sizeof record, "record");
         in_dir(manifest, sizeof manifest, "manifest");
@@ -127,12 +127,12 @@ int main(void) {
         IS(BDS_ERR_OPTION, bds_job_start(context, "mirror",
                                          "job-id=r,device=source,target=copy2,sync=full,"
                                          "manifest-note=n", &job));
-        snprintf(options, sizeof options,
+        snprintf(both, sizeof both,
                  "{\"job-id\": \"r\", \"device\": \"source\", \"target\": \"copy2\","
                  " \"sync\": \"full\", \"record\": \"%s\", \"record-interval\": 65536,"
                  " \"check-target\": \"sample\", \"manifest\": \"%s\","
                  " \"manifest-note\": \"n\", \"auto-dismiss\": false}", record, manifest);
-        OK(bds_job_start(context, "backup", options, &job));
+        OK(bds_job_start(context, "backup", both, &job));
         OK(bds_job_wait(job, NULL, -1));
         OK(bds_job_query(job, &json));
         CHECK(has(json, "\"resumed-bytes\":0"));
