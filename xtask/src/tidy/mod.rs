@@ -1,9 +1,9 @@
 //! `cargo xtask tidy`: checks the project's rules that no compiler checks.
 //!
 //! Files: `//!` openings, where unsafe lives, lengths, words that mean "unfinished", listed words
-//! and wide comments. The tests that `docs/jobs-scenarios.md` names exist. Crates: arrows as ARCHITECTURE.md draws them, dependencies, what publishing
-//! needs, circles of imports. What is over a limit today stands in `xtask/ratchet.toml` and may
-//! only shrink.
+//! and wide comments. The tests that `docs/jobs-scenarios.md` names exist. Crates: arrows as
+//! ARCHITECTURE.md draws them, dependencies, what publishing needs, circles of imports. What is
+//! over a limit today stands in `xtask/ratchet.toml` and may only shrink.
 
 mod circles;
 mod files;

@@ -315,8 +315,8 @@ fn a_failure_at_any_position_changes_nothing() {
 
 /// Scenario 10: grouped increments of two disks under an ordered writer. Where the target of the
 /// second fails after most of it was copied, both end, the second with its error and the first as
-/// cancelled, and both bitmaps keep everything; where both succeed, no copy of the second disk holds
-/// a write that the first lacks.
+/// cancelled, and both bitmaps keep everything; where both succeed, no copy of the second disk
+/// holds a write that the first lacks.
 #[test]
 fn scenario_10_grouped_increments_of_two_disks_of_which_one_fails() {
     for seed in 0..4 {

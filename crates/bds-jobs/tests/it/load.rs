@@ -130,7 +130,7 @@ impl Worker {
                     self.end(&write, done);
                 }
                 // Frees clusters beside the writes that allocate some. What a discard leaves is not
-                // told by anyone, so zeros follow.
+                // specified, so zeros follow.
                 4 => {
                     let write = self.disk.begin_zero(block);
                     let mut done = self.guest.discard(write.offset, BLOCK).await;

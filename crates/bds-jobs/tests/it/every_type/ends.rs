@@ -59,7 +59,7 @@ async fn run_to_the_end(job: &JobHandle, kind: Kind) {
     let _result = job.wait().await;
 }
 
-/// Waits for the end of a job that nobody waits for, and checks everything. True if it succeeded.
+/// Waits for the end of a job without a waiter, and checks everything. True if it succeeded.
 ///
 /// With a fault of the guest's disk the job may not be able to return everything in order: the
 /// flush before the filter goes fails, and is reported. It goes all the same.
@@ -116,7 +116,7 @@ fn abandon_at(kind: Kind, n: usize, how: Abandon) -> (bool, bool) {
     let sim = scene.sim.clone();
     let words = format!("{how:?} at poll {n}");
     let succeeded = sim.block_on(conclude(scene, load, job, false, &words));
-    assert!(how == Abandon::Cancel || succeeded, "{kind:?} {words}: nobody cancelled it");
+    assert!(how == Abandon::Cancel || succeeded, "{kind:?} {words}: it was not cancelled");
     (abandoned, succeeded)
 }
 

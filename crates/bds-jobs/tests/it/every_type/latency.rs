@@ -128,8 +128,8 @@ fn stream_and_commit_keep_as_many_requests_in_flight_as_a_backup() {
         long - short
     };
     let backup = time_of(Kind::Backup);
-    // Tenths of a backup's throughput, at least. A commit reaches about half of it: known, and to be
-    // mended in the copy of a commit.
+    // Tenths of a backup's throughput, at least. A commit reaches about half of it: known, and to
+    // be mended in the copy of a commit.
     for (kind, tenths) in [(Kind::Mirror, 9), (Kind::Stream, 9), (Kind::Commit, 4)] {
         let took = time_of(kind);
         println!("{kind:?}: {took:?}; a backup: {backup:?}");
