@@ -220,5 +220,7 @@ fn main() {
     let scratch = Scratch::new();
     let path = scratch.path("disk.raw");
     std::fs::write(&path, vec![1; usize::try_from(DISK_LEN).unwrap()]).unwrap();
-    reads("4-KiB read, cached file", &format!("driver=file,filename={}", path.display()));
+    // Read-only: both contestants have it open.
+    let options = format!("driver=file,read-only=on,filename={}", path.display());
+    reads("4-KiB read, cached file", &options);
 }
