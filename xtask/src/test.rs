@@ -66,8 +66,8 @@ const SEARCHES: [(&str, &[&str], &[&str]); 5] = [
     ("searches-tool", &["bds-cli", "--test", "it"], &["qemu_"]),
 ];
 
-/// The buffers of bds-io, and the C library with its C programs, generated calls and a million
-/// random programs, under AddressSanitizer, where a nightly toolchain is installed.
+/// The buffers of bds-io, and the C library with generated calls and a million random programs,
+/// under AddressSanitizer, where a nightly toolchain is installed.
 fn address_sanitizer() -> Result<Outcome, String> {
     let mut outcome = Outcome::default();
     for (name, part, filters) in [
@@ -82,12 +82,12 @@ fn address_sanitizer() -> Result<Outcome, String> {
 }
 
 /// Tests of the C library that take one which was built with a sanitizer.
-const C_LIBRARY: [&str; 3] = ["instrumented", "every_function_refuses", "abuse"];
+const C_LIBRARY: [&str; 2] = ["every_function_refuses", "abuse"];
 
-/// What runs on real threads in the graph, the arena and the C library under ThreadSanitizer, where
-/// a nightly toolchain and the standard library's source are installed. The precompiled library is
-/// not instrumented: with it every lock, once-cell and last `Arc` looks like a race (hundreds of
-/// false reports), so that it is built anew or the tests are skipped.
+/// What runs on real threads in the graph and in the arena under ThreadSanitizer, where a nightly
+/// toolchain and the standard library's source are installed. The precompiled library is not
+/// instrumented: with it every lock, once-cell and last `Arc` looks like a race (hundreds of false
+/// reports), so that it is built anew or the tests are skipped.
 fn thread_sanitizer() -> Result<Outcome, String> {
     let mut outcome = Outcome::default();
     if has_nightly() && !has_std_source() {
@@ -98,7 +98,6 @@ fn thread_sanitizer() -> Result<Outcome, String> {
         ("tsan-graph", &["--package", "bds-core", "--lib"][..], &["threads"][..]),
         ("tsan-buffers", &["--package", "bds-io", "--test", "it"], &["races"]),
         ("tsan-arena", &["--package", "bds-refcount", "--test", "threads"], &[]),
-        ("tsan-c", &["--package", "bds-ffi", "--test", "it"], &C_LIBRARY),
     ] {
         // The copies in Rust, as for AddressSanitizer.
         let flags = "-Zsanitizer=thread --cfg bds_byte_copies";
