@@ -16,7 +16,8 @@ cargo xtask COMMAND
   tidy [--circles] [--words] [--wide]
                          the project's rules that no compiler checks; lists import circles, words, wide comments in full
   bench [--quick] [--only NAME]
-                         side by side with qemu-img: ratios, medians of interleaved runs
+                         side by side with qemu-img and qemu-storage-daemon: ratios, medians of interleaved runs;
+                         groups: graph, ffi, jobs
   abi check              exports, versions, SONAME of the shared C library, with a control that must fail
   header [--check]       the C header out of the sources of bds-ffi; --check: only says whether it is up to date
   outside                a crate outside the workspace with the single dependency bds runs the README's lines

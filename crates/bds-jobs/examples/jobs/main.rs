@@ -41,7 +41,7 @@ pub(crate) type Result<T> = std::result::Result<T, Failure>;
 /// How long the guest writes before the job starts.
 const ALONE: Duration = Duration::from_secs(2);
 /// A mirror that is not ready by then is cancelled.
-const READY_WITHIN: Duration = Duration::from_secs(30);
+const READY_WITHIN: Duration = Duration::from_secs(15);
 
 fn main() -> Result<()> {
     let words: Vec<String> = std::env::args().skip(1).collect();
