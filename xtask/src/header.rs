@@ -278,7 +278,7 @@ fn config() -> cbindgen::Config {
     config.enumeration.rename_variants = cbindgen::RenameRule::None;
     // Their values come back as plain integers, so no signature names them.
     config.export.include =
-        ["bds_status", "bds_event_type", "bds_opcode"].map(str::to_owned).to_vec();
+        ["bds_status", "bds_event_type", "bds_job_state", "bds_opcode"].map(str::to_owned).to_vec();
     config.export.rename.insert("iovec".to_owned(), "struct iovec".to_owned());
     config
 }

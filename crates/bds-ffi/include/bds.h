@@ -578,6 +578,63 @@ typedef uint32_t bds_event_type;
 #endif // __cplusplus
 
 /**
+ * State of a job. The names are QEMU's.
+ */
+enum bds_job_state
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /**
+   * It has not begun.
+   */
+  BDS_JOB_STATE_CREATED = 1,
+  /**
+   * It works.
+   */
+  BDS_JOB_STATE_RUNNING = 2,
+  /**
+   * It has stopped at a pause point.
+   */
+  BDS_JOB_STATE_PAUSED = 3,
+  /**
+   * Source and target are in sync; it works until it is completed or cancelled.
+   */
+  BDS_JOB_STATE_READY = 4,
+  /**
+   * It has stopped at a pause point, and was ready.
+   */
+  BDS_JOB_STATE_STANDBY = 5,
+  /**
+   * Its work succeeded; other jobs of its group still work.
+   */
+  BDS_JOB_STATE_WAITING = 6,
+  /**
+   * The work of its group succeeded; it waits for bds_job_finalize.
+   */
+  BDS_JOB_STATE_PENDING = 7,
+  /**
+   * It failed or was cancelled, and gives back what it holds.
+   */
+  BDS_JOB_STATE_ABORTING = 8,
+  /**
+   * It is over and holds nothing; it waits for bds_job_dismiss.
+   */
+  BDS_JOB_STATE_CONCLUDED = 9,
+  /**
+   * It was dismissed.
+   */
+  BDS_JOB_STATE_NULL = 10,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum bds_job_state bds_job_state;
+#else
+typedef uint32_t bds_job_state;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
  * What a request does.
  */
 enum bds_opcode
