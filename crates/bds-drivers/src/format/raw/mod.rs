@@ -3,7 +3,7 @@
 //! Without options raw is a filter: length, limits, status and every flag pass through. With
 //! `offset` or `size` (bytes) it is a format that shows a part of its file. A fixed `size` cannot
 //! be resized. A reopen may move a window, but a filter stays a filter: its edge has a filter's
-//! role. Persistent dirty bitmaps are kept in a file beside the image ([`bitmaps`]).
+//! role. Persistent dirty bitmaps are kept in a file beside the image (`bitmaps`).
 //!
 //! Invariant: no request leaves the window. Odd lengths stay odd; nothing is rounded up to a
 //! sector.
