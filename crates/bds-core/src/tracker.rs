@@ -43,7 +43,7 @@ mod flush;
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crossbeam::utils::CachePadded;
 use slab::Slab;
@@ -54,6 +54,7 @@ use bds_refcount::{own_shard, shard_count};
 use crate::error::Error;
 use flush::FlushLog;
 
+pub(crate) use detached::DetachedCount;
 pub(crate) use flush::Flushing;
 
 /// The requests in flight at one node.
@@ -71,6 +72,8 @@ pub(crate) struct RequestTracker {
     flush: FlushLog,
     /// Detached operations, which may outlive their request.
     detached: AtomicUsize,
+    /// Those of all nodes of the graph, for a node.
+    all_detached: Option<Arc<DetachedCount>>,
 }
 
 #[derive(Default)]
@@ -148,7 +151,13 @@ impl RequestTracker {
             central: Mutex::default(),
             flush: FlushLog::default(),
             detached: AtomicUsize::new(0),
+            all_detached: None,
         }
+    }
+
+    /// As [`RequestTracker::new`], with detached operations also counted there.
+    pub(crate) fn counted_in(all_detached: Arc<DetachedCount>) -> Self {
+        Self { all_detached: Some(all_detached), ..Self::new() }
     }
 
     /// Number of requests in flight now, of all kinds. Exact only while none can enter.

@@ -22,6 +22,7 @@ use super::name_table::NameTable;
 use super::open::reference_gate::{DenyAll, ReferenceGate};
 use crate::driver::{ChildPort, Registry};
 use crate::event::{Event, EventHub};
+use crate::tracker::DetachedCount;
 
 /// The kind that node handles carry.
 const NODE: Kind = Kind::new(1);
@@ -188,6 +189,8 @@ pub(crate) struct GraphCore {
     pub(super) kept_reports: Arc<Mutex<Vec<CloseReport>>>,
     /// Dead nodes whose closing waits for the end of a drained section below them.
     pub(super) deferred: Arc<Mutex<Vec<Dead<Node>>>>,
+    /// Detached operations of all nodes.
+    pub(super) detached: Arc<DetachedCount>,
 }
 
 /// The lock, and what accompanies it.
@@ -214,6 +217,7 @@ impl GraphCore {
             sweeping: Arc::default(),
             kept_reports: Arc::default(),
             deferred: Arc::default(),
+            detached: Arc::default(),
         }
     }
 

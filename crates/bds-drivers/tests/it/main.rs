@@ -56,6 +56,7 @@ mod qcow2_check;
 mod qcow2_create;
 mod raw;
 #[cfg(feature = "qcow2")]
+mod reap_beside;
 mod reopen;
 mod sweep;
 mod throttle;

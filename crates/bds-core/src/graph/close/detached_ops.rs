@@ -11,6 +11,11 @@ use crate::graph::model::node::Node;
 impl GraphCore {
     /// Waits for the detached operations of all nodes that nothing else keeps open.
     pub(in crate::graph) async fn wait_all_detached_ops(&self) {
+        // Nodes are acquired for it, and their last holder, if it releases just then, finds another
+        // one: not without need.
+        if !self.detached.has_any() {
+            return;
+        }
         // One node at a time: the others can be closed meanwhile.
         for handle in self.arena.snapshot() {
             if let Ok(node) = self.arena.acquire(handle) {

@@ -25,7 +25,7 @@ use super::threshold::Threshold;
 use crate::driver::{Driver, Limits, OpenFlags, Role};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::bitmaps::list::{BitmapList, BitmapSlot};
-use crate::tracker::RequestTracker;
+use crate::tracker::{DetachedCount, RequestTracker};
 
 /// Identifies a node: `Copy`, 64 bits, never reused. Keeps nothing alive and never dangles:
 /// [`crate::graph::Graph::acquire`] turns it into a reference, or says why it cannot.
@@ -153,11 +153,12 @@ pub(crate) struct NodeParts {
     pub(crate) given: Given,
     pub(crate) identity: Option<(u64, u64)>,
     pub(crate) children: Children,
+    pub(crate) detached: Arc<DetachedCount>,
 }
 
 impl Node {
     pub(crate) fn new(parts: NodeParts) -> Self {
-        let NodeParts { id, name, driver, mut flags, given, identity, children } = parts;
+        let NodeParts { id, name, driver, mut flags, given, identity, children, detached } = parts;
         // With auto-read-only a file may have been opened read-only; then the node is read-only
         // too.
         let is_stuck = |edge: &Arc<Edge>| edge.holds_bytes() && !edge.target().could_write();
@@ -178,7 +179,7 @@ impl Node {
             flags: FlagsCell::new(flags),
             given,
             limits: LimitsCell::new(driver.limits()),
-            tracker: RequestTracker::new(),
+            tracker: RequestTracker::counted_in(detached),
             copy_on_read: AtomicUsize::new(0),
             identity,
             children: ArcSwap::from_pointee(children),

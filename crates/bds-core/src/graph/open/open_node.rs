@@ -331,6 +331,7 @@ fn insert_node(
             flags,
             given,
             children: children.iter().map(|(edge, _)| Arc::clone(edge)).collect(),
+            detached: Arc::clone(&graph.0.core.detached),
         })
     });
     let node = match inserted {
