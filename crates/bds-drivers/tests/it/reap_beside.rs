@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bds_core::Options;
 use bds_core::graph::{Graph, GraphConfig, Release};
 
-/// A user that releases the only reference is told so, also while another thread reaps.
+/// A release of the only reference is the last one, also while another thread reaps.
 #[test]
 fn a_reap_holds_no_node_that_a_user_holds() {
     let graph = Graph::new(GraphConfig::new(Arc::new(bds_drivers::registry())));
