@@ -1388,8 +1388,9 @@ BDS_MUST_CHECK int bds_node_ref(struct bds_node node, struct bds_node *out);
  *
  * BDS_OK: it was the node's last reference. The node is closed in the background: flush, driver,
  * children; what fails goes to the log and to BDS_EVENT_NODE_CLOSED. Call bds_node_close first to
- * see errors. BDS_STILL_REFERENCED: others hold the node (see bds_node_query). The handle is
- * stale in both cases, and a second release is BDS_ERR_STALE and changes nothing.
+ * see errors. BDS_STILL_REFERENCED: others hold the node (see bds_node_query), or the graph looks
+ * at it at this moment because another thread closes or changes nodes; it is closed after that.
+ * The handle is stale in both cases, and a second release is BDS_ERR_STALE and changes nothing.
  *
  * Errors: BDS_ERR_STALE, BDS_ERR_KIND.
  */
