@@ -14,6 +14,9 @@ pub(crate) fn report(outcome: &Outcome) -> Result<(), String> {
     }
     for name in &outcome.failures {
         say(&format!("FAILED  {name}"));
+        for line in outcome.last_lines.get(name).into_iter().flatten() {
+            say(&format!("        {line}"));
+        }
     }
     say(&outcome.line());
     if outcome.failed > 0 {

@@ -3,7 +3,12 @@
 //! A test that printed a line `skipped: why` did not test; it counts as skipped, not as passed. So
 //! does an ignored one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
+
+/// Lines of a failed test's output that are kept, and characters of each: its last words are shown
+/// where the log is out of reach.
+const LAST_LINES: usize = 12;
+const LINE_CHARS: usize = 600;
 
 /// Sums over any number of test binaries.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -15,6 +20,8 @@ pub(crate) struct Outcome {
     pub(crate) reasons: BTreeMap<String, u64>,
     /// Names of failed tests.
     pub(crate) failures: Vec<String>,
+    /// The last lines that failed tests printed.
+    pub(crate) last_lines: BTreeMap<String, VecDeque<String>>,
 }
 
 impl Outcome {
@@ -27,6 +34,8 @@ impl Outcome {
             *self.reasons.entry(why.clone()).or_default() += count;
         }
         self.failures.extend(other.failures.iter().cloned());
+        self.last_lines
+            .extend(other.last_lines.iter().map(|(name, lines)| (name.clone(), lines.clone())));
     }
 
     /// One more skip.
@@ -59,6 +68,8 @@ pub(crate) struct Counter {
     in_successes: bool,
     /// A passed test's captured output is being shown; has it been counted as skipped?
     showing: Option<bool>,
+    /// The failed test whose captured output is being shown.
+    failing: Option<String>,
 }
 
 impl Counter {
@@ -66,11 +77,16 @@ impl Counter {
     pub(crate) fn line(&mut self, line: &str) {
         if let Some(rest) = line.strip_prefix("test result: ") {
             self.result(rest);
-        } else if line.starts_with("---- ") && line.ends_with(" stdout ----") {
+            self.failing = None;
+        } else if let Some(name) = output_of(line) {
             self.showing = self.in_successes.then_some(false);
+            self.failing = (!self.in_successes).then(|| name.to_owned());
         } else if line == "failures:" || line == "successes:" {
             self.in_successes = line == "successes:";
             self.showing = None;
+            self.failing = None;
+        } else if self.failing.is_some() {
+            self.keep(line);
         } else if let Some((_, target)) = line.split_once("test failed, to rerun pass ") {
             self.binary_failed(target);
         } else if let Some(name) = line.strip_prefix("test ") {
@@ -81,6 +97,16 @@ impl Counter {
             self.showing = Some(true);
             self.skips_of_binary += 1;
             self.outcome.skip(why);
+        }
+    }
+
+    /// Keeps a line that a failed test printed.
+    fn keep(&mut self, line: &str) {
+        let Some(name) = self.failing.clone().filter(|_| !line.trim().is_empty()) else { return };
+        let lines = self.outcome.last_lines.entry(name).or_default();
+        lines.push_back(line.chars().take(LINE_CHARS).collect());
+        if lines.len() > LAST_LINES {
+            lines.pop_front();
         }
     }
 
@@ -122,6 +148,11 @@ impl Counter {
     }
 }
 
+/// The test whose captured output this line begins.
+fn output_of(line: &str) -> Option<&str> {
+    line.strip_prefix("---- ")?.strip_suffix(" stdout ----")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -136,8 +167,23 @@ mod tests {
         let outcome = counter.finish();
         assert_eq!(outcome.line(), "1 passed, 1 failed, 2 skipped");
         assert_eq!(outcome.failures, ["c"]);
+        assert_eq!(outcome.last_lines["c"], ["skipped: one half", "assertion failed"]);
+        assert_eq!(outcome.last_lines.len(), 1);
         assert_eq!(outcome.reasons.get("no qemu-img"), Some(&1));
         assert_eq!(outcome.reasons.get("too long"), Some(&1));
+    }
+
+    #[test]
+    fn a_failed_test_has_its_last_lines() {
+        let many: String = (0..40).map(|n| format!("line {n}\n\n")).collect();
+        let outcome = counted(&format!(
+            "test a ... FAILED\n\nfailures:\n\n---- a stdout ----\n{many}{}\n\nfailures:\n    a\n\n\
+             test result: FAILED. 0 passed; 1 failed; 0 ignored\n",
+            "x".repeat(10_000)
+        ));
+        let lines = &outcome.last_lines["a"];
+        assert_eq!((lines.len(), &lines[0][..]), (LAST_LINES, "line 29"));
+        assert_eq!(lines[LAST_LINES - 1].len(), LINE_CHARS);
     }
 
     #[track_caller]

@@ -210,7 +210,9 @@ fn a_device_keeps_its_data_behind_the_sources_end() {
         let output = if words.starts_with("dd") { "of=" } else { "" };
         workdir.must(&format!("{words} {output}{}", device.name()));
         drop(device);
-        assert!(workdir.read("dev.img") == expected, "{words}");
+        let found = workdir.read("dev.img");
+        let differs = found.iter().zip(&expected).position(|(one, other)| one != other);
+        assert!(found == expected, "{words}: {} bytes, others from {differs:?}", found.len());
     }
 }
 

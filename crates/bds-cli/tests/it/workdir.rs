@@ -82,9 +82,16 @@ impl LoopDevice {
 }
 
 impl Drop for LoopDevice {
+    /// Detaches the device, after what was written to it has reached the file. Other programs of
+    /// the host may have it open (udev looks at every device that was written): then neither
+    /// closing nor detaching writes anything before they are done.
     fn drop(&mut self) {
+        let synced = std::fs::File::open(&self.0).and_then(|device| device.sync_all());
         let detached = Command::new("losetup").args(["-d", &self.0]).status();
-        assert!(detached.is_ok_and(|status| status.success()), "cannot detach {}", self.0);
+        if !std::thread::panicking() {
+            synced.expect("a device can be synced");
+            assert!(detached.is_ok_and(|status| status.success()), "cannot detach {}", self.0);
+        }
     }
 }
 

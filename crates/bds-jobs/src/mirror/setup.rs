@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bds_core::copy::CopyMap;
-use bds_core::graph::{Access, BlockOps, Change, Graph, NodeRef, Perm, walk};
+use bds_core::graph::{Access, BlockOps, Change, Graph, Holder, HolderKind, NodeRef, Perm, walk};
 use bds_core::request::{Backend, BackendOptions};
 use bds_core::{Error, ErrorKind, Options, Result};
 
@@ -60,7 +60,8 @@ impl Mirror {
         options.check()?;
         bitmaps::check(&options.source, &options.target, options.bitmaps).await?;
         let above = match options.sync {
-            MirrorSync::Top => walk::next_below(&walk::skip_filters(&options.source)),
+            MirrorSync::Top => walk::next_below(&walk::skip_filters(&options.source))
+                .map(|base| base.held_as(Holder::new(HolderKind::Job, options.job.clone()))),
             MirrorSync::Full | MirrorSync::None => None,
         };
         Self::open(Parts {

@@ -2,6 +2,10 @@
 //!
 //! Every walk is a loop, never a recursion, and returns counted references. The graph may change
 //! during a walk; each node on it was part of it at some moment.
+//!
+//! What a walk returns is held by an iterator: the node lives as long as the reference, but
+//! [`Change::remove`](crate::graph::Change::remove) does not take it for a user. To keep it for
+//! longer than a query takes, give it a holder name ([`NodeRef::held_as`]).
 
 use std::collections::HashSet;
 use std::path::PathBuf;

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use super::commands::Command::{self, Activate, Change, Inactivate, Open};
 use super::commands::CommitMode::{Commit, Sweep};
 use super::commands::Step::{
-    Append, Disown, DropFilter, Own, ReadOnly, Remove, Replace, SetBacking,
+    Append, Disown, DropFilter, Own, ReadOnly, Remove, Replace, Root, SetBacking,
 };
 use super::commands::{Body, Child, Fault, Tree};
+use super::model::{ALL, Access};
 use super::play;
 
 fn replay(script: &[Command]) {
@@ -105,4 +106,12 @@ fn inheritance_ends_wherever_the_path_is_cut() {
     // any more.
     let cut = [Change(vec![Append(1, 2)], Commit), Change(vec![SetBacking(2, None)], Commit)];
     replay(&[&[filter(None), Command::Acquire(1), image()], cut.as_slice()].concat());
+}
+
+#[test]
+fn a_node_that_a_walk_found_is_not_removed_while_its_finder_keeps_it() {
+    let share_all = Access { perm: 0, shared: ALL };
+    let attached = Command::Attach(Some(0), share_all, false);
+    let change = Change(vec![Remove(0), Root(0, None)], Commit);
+    replay(&[file(), attached, Command::Walk, Command::WalkOn, change]);
 }

@@ -19,8 +19,8 @@ use crate::driver::Registry;
 use crate::graph::tests::tally::Tally;
 use crate::graph::{
     Access as RealAccess, AnonymousBitmap, BitmapId, BitmapLease, BlockOps, Blocker, CloseReport,
-    Drained, Frozen, Graph, GraphConfig, JobEdge, JobSlot, Node, NodeId, NodeRef, Perm, Root,
-    TopLevel, walk,
+    Drained, Frozen, Graph, GraphConfig, Holder, JobEdge, JobSlot, Node, NodeId, NodeRef, Perm,
+    Root, TopLevel, walk,
 };
 use crate::options::Options;
 use crate::test_kit::gate_port;
@@ -446,7 +446,8 @@ impl Comparison {
         assert_eq!(found_key, left.first().copied(), "P44");
         self.tally.count_if(found.is_some(), "walked");
         if let Some(node) = found {
-            self.push_ref(node);
+            // Kept for longer than the walk: under a name of its own it counts as a user.
+            self.push_ref(node.held_as(Holder::new(HolderKind::User, "found by a walk")));
             left.remove(0);
             self.walk = Some((walk, left));
         }
