@@ -119,26 +119,22 @@ impl Drop for CopyOnReadGuard {
     }
 }
 
-/// Copies a range up without returning its bytes, for a request that has entered.
+/// Copies a range up without returning its bytes, for a request that has entered. `memory`, as long
+/// as the range, is what the copy may use for its bytes.
 pub(super) async fn copy_up(
     edge: &Arc<Edge>,
     node: &Entered<'_>,
     range: CheckedRange,
+    memory: Option<IoVec>,
 ) -> Result<()> {
-    let flags = ReadFlags::PREFETCH | ReadFlags::COPY_ON_READ;
-    let CheckedRange { start: mut at, end } = range;
+    let CheckedRange { start, end } = range;
+    let mut at = start;
     while at < end {
         let next = end.min(at + PIECE_LEN);
         let piece = CheckedRange { start: at, end: next };
-        let mut left = usize::try_from(next - at).expect("a piece fits into memory");
-        let blind = Buf::zeroed(left.min(BLIND_LEN), 1);
-        let mut iov = IoVec::default();
-        while left > 0 {
-            let take = left.min(BLIND_LEN);
-            iov.push(blind.slice(0..take));
-            left -= take;
-        }
-        read(edge, node, piece, iov, flags).await?;
+        let memory = memory.as_ref().map(|iov| iov.slice(index(at - start)..index(next - start)));
+        let flags = ReadFlags::PREFETCH | ReadFlags::COPY_ON_READ;
+        read_into(edge, node, piece, Destination::Nowhere(memory), flags).await?;
         at = next;
     }
     Ok(())
@@ -152,11 +148,38 @@ pub(super) async fn read(
     iov: IoVec,
     flags: ReadFlags,
 ) -> Result<()> {
+    let to = match flags.contains(ReadFlags::PREFETCH) {
+        true => Destination::Nowhere(None),
+        false => Destination::Caller(iov),
+    };
+    read_into(edge, node, range, to, flags).await
+}
+
+/// Where the bytes go that are read.
+enum Destination {
+    /// To the caller, who may change its buffer meanwhile.
+    Caller(IoVec),
+    /// Nowhere: only the copy matters. It may use this memory, as long as the range, which nobody
+    /// else writes to.
+    Nowhere(Option<IoVec>),
+}
+
+async fn read_into(
+    edge: &Arc<Edge>,
+    node: &Entered<'_>,
+    range: CheckedRange,
+    to: Destination,
+    flags: ReadFlags,
+) -> Result<()> {
     let CheckedRange { start: offset, end } = range;
     let below = flags.difference(ReadFlags::COPY_ON_READ);
     let is_requested = flags.contains(ReadFlags::COPY_ON_READ);
     // An inactive node is not written to, nor is a read-only one that merely has a guard.
     if !node.is_active() || !is_requested && !node.is_writable() {
+        let iov = match to {
+            Destination::Caller(iov) => iov,
+            Destination::Nowhere(_) => blind(index(end - offset)),
+        };
         return block_io::read(node, range, iov, below).await;
     }
     if is_requested {
@@ -169,8 +192,9 @@ pub(super) async fn read(
     let reach = round_up(node.len(), align);
     // The caller's bytes from `done` on are not filled yet.
     let mut done = offset;
-    let part =
-        |range: Range<u64>| iov.slice(index(range.start - offset)..index(range.end - offset));
+    let part = |iov: &IoVec, range: &Range<u64>| {
+        iov.slice(index(range.start - offset)..index(range.end - offset))
+    };
     while done < end.min(reach) {
         let len = end.min(reach).min(round_down(done, unit) + PIECE_LEN.max(unit)) - done;
         let (len, held) = status::run_entered(node, done, len).await?;
@@ -179,26 +203,46 @@ pub(super) async fn read(
         }
         // At the end of a node that ends inside a block, the run ends there too.
         let next = end.min(done + len);
-        let wanted = part(done..next);
         if is_held(held) {
-            if !flags.contains(ReadFlags::PREFETCH) {
+            if let Destination::Caller(iov) = &to {
                 let range = CheckedRange { start: done, end: next };
-                block_io::read(node, range, wanted, below).await?;
+                block_io::read(node, range, part(iov, &(done..next)), below).await?;
             }
         } else {
             let piece = round_down(done, unit)..round_up(next, unit).min(reach);
             let head = index(done - piece.start);
-            let copied = copy_piece(node, limits, piece).await?;
-            if !flags.contains(ReadFlags::PREFETCH) {
+            let is_inside = offset <= piece.start && piece.end <= end;
+            let memory = match &to {
+                Destination::Nowhere(Some(iov)) if is_inside => Some(part(iov, &piece)),
+                _ => None,
+            };
+            let copied = copy_piece(node, limits, piece, memory).await?;
+            if let Destination::Caller(iov) = &to {
+                let wanted = part(iov, &(done..next));
                 wanted.copy_from_iov(0, &copied.slice(head..head + wanted.len()));
             }
         }
         done = next;
     }
-    if done < end && !flags.contains(ReadFlags::PREFETCH) {
+    if let Destination::Caller(iov) = to
+        && done < end
+    {
         iov.fill(index(done - offset)..iov.len(), 0);
     }
     Ok(())
+}
+
+/// A buffer of this length whose bytes are not used.
+fn blind(len: usize) -> IoVec {
+    let block = Buf::zeroed(len.min(BLIND_LEN), 1);
+    let mut iov = IoVec::default();
+    let mut left = len;
+    while left > 0 {
+        let take = left.min(BLIND_LEN);
+        iov.push(block.slice(0..take));
+        left -= take;
+    }
+    iov
 }
 
 /// True if there is nothing to copy. Zeros that no layer holds are zeros because nothing lies
@@ -208,17 +252,29 @@ fn is_held(flags: StatusFlags) -> bool {
 }
 
 /// Copies what the node does not hold of `piece` (whole units, or up to the node's end). Returns
-/// all of its bytes as the node shows them.
-async fn copy_piece(node: &Entered<'_>, limits: Limits, piece: Range<u64>) -> Result<IoVec> {
+/// all of its bytes as the node shows them. `memory`: as long as the piece; by default a buffer of
+/// our own, because a guest may change its buffer while we write.
+async fn copy_piece(
+    node: &Entered<'_>,
+    limits: Limits,
+    piece: Range<u64>,
+    memory: Option<IoVec>,
+) -> Result<IoVec> {
     let guard = node.detached_guard();
-    let copy = async move { copy_detached(&guard, &limits, piece).await };
+    let iov = memory.unwrap_or_else(|| {
+        Buf::zeroed(index(piece.end - piece.start), bounce_align(&limits)).iov()
+    });
+    let copy = async move { copy_detached(&guard, &limits, piece, iov).await };
     bds_io::spawn(copy).detach_on_drop().await
 }
 
-async fn copy_detached(node: &DetachedGuard, limits: &Limits, piece: Range<u64>) -> Result<IoVec> {
+async fn copy_detached(
+    node: &DetachedGuard,
+    limits: &Limits,
+    piece: Range<u64>,
+    iov: IoVec,
+) -> Result<IoVec> {
     let scope = node.admit(Admission::read(piece.clone()).serialising()).await?;
-    // A buffer of our own: the guest may change its buffer while we write.
-    let iov = Buf::zeroed(index(piece.end - piece.start), bounce_align(limits)).iov();
     read_aligned(node, limits, piece.start, iov.clone(), ReadFlags::empty()).await?;
     let align = u64::from(limits.request_alignment);
     let mut at = piece.start;

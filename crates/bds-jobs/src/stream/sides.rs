@@ -66,7 +66,7 @@ impl CopyRead for CopyUp {
     }
 
     fn read(&self, offset: u64, iov: IoVec) -> BoxFuture<'_, Result<()>> {
-        Box::pin(self.top.copy_up(offset, iov.len() as u64))
+        Box::pin(self.top.copy_up_in(offset, iov))
     }
 
     fn found(

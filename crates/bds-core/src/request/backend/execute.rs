@@ -28,7 +28,8 @@ use crate::stats::{Operation, Outcome, Pending};
 /// What a request does, with the arguments of that kind alone.
 enum RequestKind {
     Read(IoVec),
-    CopyUp,
+    /// With memory that the copy may use.
+    CopyUp(Option<IoVec>),
     Write(IoVec, WriteFlags),
     WriteCompressed(IoVec),
     WriteZeroes(ZeroFlags),
@@ -50,8 +51,8 @@ impl Request {
         Self { operation: Operation::Read, offset, len, kind: RequestKind::Read(iov) }
     }
 
-    pub(super) fn copy_up(offset: u64, len: u64) -> Self {
-        Self { operation: Operation::Read, offset, len, kind: RequestKind::CopyUp }
+    pub(super) fn copy_up(offset: u64, len: u64, memory: Option<IoVec>) -> Self {
+        Self { operation: Operation::Read, offset, len, kind: RequestKind::CopyUp(memory) }
     }
 
     pub(super) fn write(offset: u64, iov: IoVec, flags: WriteFlags) -> Self {
@@ -86,8 +87,9 @@ impl Request {
                 let (iov, flags) = (iov.clone(), ReadFlags::empty());
                 dispatch::read_entered(edge, node, data_range()?, iov, flags).await?;
             }
-            RequestKind::CopyUp => {
-                Box::pin(copy_on_read::copy_up(edge, node, range()?)).await?;
+            RequestKind::CopyUp(memory) => {
+                let memory = memory.clone();
+                Box::pin(copy_on_read::copy_up(edge, node, range()?, memory)).await?;
             }
             RequestKind::Write(iov, flags) => {
                 dispatch::write_entered(edge, node, data_range()?, iov.clone(), *flags).await?;

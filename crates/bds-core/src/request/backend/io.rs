@@ -186,7 +186,18 @@ impl Backend {
     /// # Ok::<(), bds_core::Error>(())
     /// ```
     pub async fn copy_up(&self, offset: u64, len: u64) -> Result<()> {
-        self.execute(Request::copy_up(offset, len)).await.map(drop)
+        self.execute(Request::copy_up(offset, len, None)).await.map(drop)
+    }
+
+    /// As [`Backend::copy_up`] of `iov.len()` bytes, with `iov` as the memory for them where whole
+    /// units of the node are copied: saves the copy an allocation. Write nothing to it until the
+    /// copy has ended, which may be after this future was dropped: the node would then hold those
+    /// bytes. Afterwards its content is undefined.
+    ///
+    /// # Errors
+    /// As [`Backend::copy_up`].
+    pub async fn copy_up_in(&self, offset: u64, iov: IoVec) -> Result<()> {
+        self.execute(Request::copy_up(offset, iov.len() as u64, Some(iov))).await.map(drop)
     }
 
     /// Writes `iov` at `offset`.

@@ -78,8 +78,40 @@ fn unallocated_units_are_copied_whole() {
             assert_eq!(writes(&state), []);
             disk.copy_up(offset, len as u64).await.unwrap();
             assert_eq!(writes(&state), expected, "{offset}+{len}");
+            // The memory's content and alignment do not matter.
+            for at in [0, 1] {
+                let memory = Buf::zeroed(len + at, 4096).iov().slice(at..len + at);
+                memory.fill(0..len, 0xee);
+                disk.copy_up_in(offset, memory).await.unwrap();
+                assert_eq!(writes(&state), expected, "{offset}+{len}");
+                assert_eq!(state.bytes(), before, "{offset}+{len}");
+            }
         });
     }
+}
+
+/// Whole units are copied through the caller's memory, a copy of more than was asked for is not.
+#[test]
+fn a_copy_uses_the_memory_it_is_given() {
+    run(1, async {
+        let disks = DiskGraph::new();
+        let (node, state) = disk(&disks, Config::default()).await;
+        let disk = backend(&node);
+        let bytes = state.bytes();
+        for (range, used) in [(8..40, 8..40), (8..16, 8..16), (9..40, 0..0), (0..64, 8..40)] {
+            let [from, to, used_from, used_to] =
+                [range.start, range.end, used.start, used.end].map(|n| n * 1024);
+            let memory = Buf::zeroed(to - from, 4096).iov();
+            memory.fill(0..to - from, 0xee);
+            disk.copy_up_in(from as u64, memory.clone()).await.unwrap();
+            let mut expected = vec![0xee; to - from];
+            if !used.is_empty() {
+                expected[used_from - from..used_to - from]
+                    .copy_from_slice(&bytes[used_from..used_to]);
+            }
+            assert!(memory.to_vec(0..to - from) == expected, "{range:?}");
+        }
+    });
 }
 
 #[test]
