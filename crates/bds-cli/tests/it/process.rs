@@ -12,7 +12,7 @@ use bds_testkit::pattern;
 use crate::workdir::Workdir;
 
 /// Ends a test that hangs.
-const WATCHDOG: Duration = Duration::from_secs(30);
+const WATCHDOG: Duration = Duration::from_secs(120);
 
 /// Waits for a child that must end by itself.
 #[track_caller]
@@ -194,12 +194,10 @@ fn send(child: &Child, signal: &str) {
 fn stopped(workdir: &Workdir, signal: &str, more: &str) -> (Option<i32>, String) {
     let (mut child, mut stdout) = slow_convert(workdir, "", more);
     send(&child, signal);
-    let begin = Instant::now();
     std::io::copy(&mut stdout, &mut std::io::sink()).expect("the pipe ends");
     let words = words(&mut child);
     let status = wait(&mut child);
-    // The rest would take 7 seconds at this rate.
-    assert!(begin.elapsed() < Duration::from_secs(4), "{:?}: {words}", begin.elapsed());
+    assert!(!words.contains("33554432 of 33554432"), "it went on to the end: {words}");
     (status.code(), words)
 }
 
