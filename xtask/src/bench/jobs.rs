@@ -73,8 +73,14 @@ pub(super) fn jobs(stage: &Stage, only: Option<&str>) -> Result<String, String> 
     }
     let dir = stage.dir.join("jobs");
     std::fs::create_dir_all(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
-    let mut bench =
-        Bench { stage, dir, has_daemon, table: PairTable::default(), failures: String::new() };
+    let mut bench = Bench {
+        stage,
+        dir,
+        has_daemon,
+        table: PairTable::default(),
+        failures: String::new(),
+        has_failed: false,
+    };
     let rounds = if stage.quick { 3 } else { 7 };
     for case in cases() {
         if only.is_some_and(|only| !is_of(&case, only)) {
@@ -84,15 +90,25 @@ pub(super) fn jobs(stage: &Stage, only: Option<&str>) -> Result<String, String> 
             // Another one first each time.
             for turn in 0..2 {
                 match (round + turn) % 2 {
-                    0 => bench.ours(&case)?,
+                    0 => bench.ours(&case).unwrap_or_else(|why| {
+                        bench.has_failed = true;
+                        bench.note_failure(&case, "bds", &why);
+                    }),
                     // It is known to crash now and then.
-                    _ => bench.theirs(&case).unwrap_or_else(|why| bench.note_failure(&case, &why)),
+                    _ => bench
+                        .theirs(&case)
+                        .unwrap_or_else(|why| bench.note_failure(&case, "the daemon", &why)),
                 }
             }
         }
     }
     drop(std::fs::remove_dir_all(&bench.dir));
-    Ok(bench.table.text("jobs", 2) + &bench.failures)
+    let text = bench.table.text("jobs", 2) + &bench.failures;
+    if bench.has_failed {
+        say(&text);
+        return Err("a job of bds failed".to_owned());
+    }
+    Ok(text)
 }
 
 /// All comparisons.
@@ -129,13 +145,15 @@ struct Bench<'a> {
     dir: PathBuf,
     has_daemon: bool,
     table: PairTable,
-    /// Runs of the daemon that came to no end, a line each.
+    /// Runs that came to no end, a line each.
     failures: String,
+    /// One of ours did.
+    has_failed: bool,
 }
 
 impl Bench<'_> {
-    fn note_failure(&mut self, case: &Case, why: &str) {
-        self.failures.push_str(&format!("\n{}: the daemon failed: {why}", case.name));
+    fn note_failure(&mut self, case: &Case, who: &str, why: &str) {
+        self.failures.push_str(&format!("\n{}: {who} failed: {why}", case.name));
     }
 
     fn ours(&mut self, case: &Case) -> Result<(), String> {

@@ -42,7 +42,7 @@ pub(crate) async fn open(graph: &Graph, settings: &Settings) -> Result<Disks> {
         Kind::Stream => (image("top", base(settings)), None),
         Kind::Commit => (image("top", image("mid", base(settings))), None),
         Kind::Active => (image("mid", base(settings)), None),
-        Kind::Chain => (chain(settings)?, None),
+        Kind::Chain => return chain(graph, settings).await,
     };
     let guest = graph.open(Options::from_json(guest)?).await?;
     let other = match other {
@@ -133,11 +133,16 @@ fn layers(settings: &Settings) -> usize {
     (1..).take_while(is_there).count()
 }
 
-fn chain(settings: &Settings) -> Result<Value> {
+/// Opens the layers one by one: options are not nested so deep.
+async fn chain(graph: &Graph, settings: &Settings) -> Result<Disks> {
     let count = layers(settings);
     if count < 2 {
         return Err("there are no layers".into());
     }
-    let below = base(settings);
-    Ok((1..=count).fold(below, |below, index| image(settings, &format!("layer{index}"), below)))
+    let mut guest = graph.open(Options::from_json(base(settings))?).await?;
+    for index in 1..=count {
+        let layer = image(settings, &format!("layer{index}"), guest.name().into());
+        guest = graph.open(Options::from_json(layer)?).await?;
+    }
+    Ok(Disks { guest, other: None })
 }
