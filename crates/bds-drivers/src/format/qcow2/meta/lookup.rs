@@ -56,6 +56,19 @@ impl Image {
         let mut run = self.entry_run(slice.entry(first), guest)?;
         run.is_copied &= is_checked;
         let mut index = first;
+        if run.kind == Kind::Unallocated && run.len < max {
+            // Most entries of an overlay: not decoded one by one, since each layer of a chain looks
+            // as far as the one above it does.
+            let (size, whole) =
+                (geometry.cluster_size(), (max - run.len) / geometry.cluster_size());
+            let whole = usize::try_from(whole).expect("a slice has at most 2^18 entries");
+            let count = match geometry.is_cluster_aligned(guest + run.len) {
+                true => slice.count_unallocated(first + 1, whole),
+                false => 0,
+            };
+            run.len += count as u64 * size;
+            index += count;
+        }
         while run.len < max && run.kind != Kind::Compressed {
             let at = guest + run.len;
             if !geometry.is_cluster_aligned(at) {

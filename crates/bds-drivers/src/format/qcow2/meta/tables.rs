@@ -106,6 +106,16 @@ impl Slice {
         }
     }
 
+    /// How many clusters from entry `first` on, at most `most`, are not allocated, as far as one
+    /// word an entry tells: in an extended table none does.
+    pub(crate) fn count_unallocated(&self, first: usize, most: usize) -> usize {
+        if self.is_extended {
+            return 0;
+        }
+        let is_zero = |word: &&AtomicU64| word.load(Ordering::Acquire) == 0;
+        self.words[first..].iter().take(most).take_while(is_zero).count()
+    }
+
     /// Changes an entry. Only under the lock of `Meta`.
     pub(crate) fn set_entry(&self, index: usize, entry: L2Entry) {
         if !self.is_extended {
