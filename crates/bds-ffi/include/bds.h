@@ -1212,11 +1212,13 @@ int bds_context_unref(struct bds_context context);
  *
  * Every handle stays what it is: it still has to be released, and its node cannot be used. No
  * node can be opened afterwards. A second call reports what has become of the rest.
- * `report_json_out` may be NULL; it is written also if the call fails with BDS_ERR_IN_USE or an
- * errno, and then has to be freed.
+ * `report_json_out` may be NULL; it is written also if the call fails with one of these errors, and
+ * then has to be freed.
  *
- * Errors: BDS_ERR_IN_USE: nodes are still held; the message names their holders. Otherwise the
- * first error of a closing, as -EIO or -ENOSPC: written data may be lost.
+ * Errors: the first error of a closing, as -EIO or -ENOSPC: written data may be lost.
+ * BDS_ERR_IN_USE, and nothing else has this code: nodes are still held; the message names their
+ * holders. Otherwise the code of what kept a job or a backend from stopping in order ("failed" in
+ * the report); BDS_ERR_STATE if that was another user of its nodes.
  */
 BDS_MUST_CHECK int bds_context_shutdown(struct bds_context context, char **report_json_out);
 

@@ -3,12 +3,15 @@
 use std::ffi::c_char;
 use std::sync::{Arc, Once, OnceLock};
 
+use bds_core::ErrorKind;
 use bds_core::graph::reference_gate::{SameDirectory, TrustAll};
 use bds_core::graph::{CloseReport, Graph, GraphConfig, ShutdownReport};
 use bds_jobs::JobManager;
 use serde_json::{Value, json};
 
-use crate::abi::bds_status::{BDS_ERR_IN_USE, BDS_ERR_VERSION, BDS_OK, BDS_STILL_REFERENCED};
+use crate::abi::bds_status::{
+    BDS_ERR_IN_USE, BDS_ERR_STATE, BDS_ERR_VERSION, BDS_OK, BDS_STILL_REFERENCED,
+};
 use crate::abi::{
     BDS_CONTEXT_PROBE_REFERENCES, BDS_CONTEXT_SAME_DIRECTORY, BDS_CONTEXT_TRUST_REFERENCES,
     BDS_LOG_TRACE, bds_context, bds_context_options,
@@ -198,11 +201,13 @@ pub extern "C" fn bds_context_unref(context: bds_context) -> i32 {
 ///
 /// Every handle stays what it is: it still has to be released, and its node cannot be used. No
 /// node can be opened afterwards. A second call reports what has become of the rest.
-/// `report_json_out` may be NULL; it is written also if the call fails with BDS_ERR_IN_USE or an
-/// errno, and then has to be freed.
+/// `report_json_out` may be NULL; it is written also if the call fails with one of these errors, and
+/// then has to be freed.
 ///
-/// Errors: BDS_ERR_IN_USE: nodes are still held; the message names their holders. Otherwise the
-/// first error of a closing, as -EIO or -ENOSPC: written data may be lost.
+/// Errors: the first error of a closing, as -EIO or -ENOSPC: written data may be lost.
+/// BDS_ERR_IN_USE, and nothing else has this code: nodes are still held; the message names their
+/// holders. Otherwise the code of what kept a job or a backend from stopping in order ("failed" in
+/// the report); BDS_ERR_STATE if that was another user of its nodes.
 #[must_use]
 #[unsafe(no_mangle)]
 pub extern "C" fn bds_context_shutdown(
@@ -227,11 +232,15 @@ fn finish_shutdown(report: ShutdownReport) -> Result<i32, Failure> {
     if let Some(error) = closing {
         return Err(error.into());
     }
-    if let Some((user, error)) = report.failed.first() {
-        return Err(Failure::from(error.duplicate()).of(user));
-    }
     report.check_leaks().map_err(|error| Failure::new(BDS_ERR_IN_USE, error.to_string()))?;
-    Ok(0)
+    match report.failed.first() {
+        // That code says that nodes are held.
+        Some((user, error)) if error.kind() == ErrorKind::InUse => {
+            Err(Failure::new(BDS_ERR_STATE, error.to_string()).of(user))
+        }
+        Some((user, error)) => Err(Failure::from(error.duplicate()).of(user)),
+        None => Ok(0),
+    }
 }
 
 fn shutdown_json(report: &ShutdownReport) -> Value {
@@ -262,4 +271,26 @@ pub(crate) fn close_json(report: &CloseReport) -> Value {
         "close-error": words(&report.close_error),
         "below": report.below.iter().map(close_json).collect::<Vec<_>>(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use bds_core::Error;
+
+    use super::*;
+    use crate::abi::bds_status::BDS_ERR_CANCELLED;
+    use crate::failure;
+
+    /// A job that could not take out its filter, because others use the node, leaves no node held.
+    #[test]
+    fn in_use_is_the_code_of_held_nodes_alone() {
+        for (kind, expected) in
+            [(ErrorKind::InUse, BDS_ERR_STATE), (ErrorKind::Cancelled, BDS_ERR_CANCELLED)]
+        {
+            let failed = vec![("block jobs".to_owned(), Error::new(kind, "its filter stays"))];
+            let report = ShutdownReport { failed, closed: Vec::new(), leaked: Vec::new() };
+            let failure = finish_shutdown(report).unwrap_err();
+            assert_eq!(failure::record("bds_context_shutdown", failure), expected as i32);
+        }
+    }
 }

@@ -71,6 +71,11 @@ pub(super) async fn enter_backend(edge: &Edge) -> Result<Entered<'_>, Refused<'_
     }
 }
 
+/// As [`enter`], but `None` where that would wait.
+pub(super) fn enter_now(edge: &Edge) -> Option<Result<Entered<'_>>> {
+    try_enter(edge).map(|entered| entered.map_err(|refused| refused.error))
+}
+
 /// `None`: the gate is closed.
 #[inline]
 fn try_enter(edge: &Edge) -> Option<Result<Entered<'_>, Refused<'_>>> {

@@ -113,7 +113,7 @@ static void fail(const char *format, ...) {
     va_end(list);
     fprintf(stderr, "\nlast error: %s\n", bds_error_message());
     for (int i = 0; i < thread_count; i++)
-        fprintf(stderr, "thread %d:\n%s\n", i, threads[i].trace);
+        fprintf(stderr, "thread %d, last in %s:\n%s\n", i, threads[i].name, threads[i].trace);
     abort();
 }
 

@@ -74,7 +74,7 @@ static void finish_queue(struct thread *t, struct handle *handle) {
 static void shut_down(bds_context context) {
     char *report = NULL;
     int code = bds_context_shutdown(context, &report);
-    if (code == BDS_ERR_IN_USE)
+    if (code == BDS_ERR_IN_USE) /* and nothing else has that code */
         fail("nodes are held by nobody: %s", report);
     bds_free(report);
 }

@@ -12,6 +12,7 @@ mod events;
 mod flags;
 mod medium;
 mod model;
+mod offload;
 mod overlap;
 mod policy;
 mod status;
