@@ -75,7 +75,7 @@ impl Mirror {
     pub(super) async fn retire_as(&mut self, ctx: &JobContext, is_committed: bool) -> Result<()> {
         let ended = match &self.content {
             None => Ok(()),
-            Some(content) if is_committed => content.remove_record().await,
+            Some(content) if is_committed => content.end_record().await,
             Some(content) => {
                 // The guest does not wait for it.
                 self.tracking.set_mode(Mode::Off);
