@@ -28,6 +28,7 @@ impl Mirror {
         written.flush().await?;
         if let Some(content) = &self.content {
             content.show(ctx);
+            content.complete_record(&written).await?;
             content.seal(&self.described()?).await?;
             // From the change on, the guest writes to the target.
             self.has_released = self.pivots && content.release_target().await?;
