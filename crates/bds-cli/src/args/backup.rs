@@ -47,8 +47,8 @@ pub(crate) struct BackupRun {
     /// What of an unfinished point is read before its record is believed
     #[arg(long, value_enum, default_value = "full")]
     pub(crate) check_target: RecordCheck,
-    /// Bring the record of an unfinished point up to date after this many bytes; 1/128 of the image,
-    /// from 4M to 256M, if not given
+    /// Bring the record of an unfinished point up to date after this many bytes; 1/128 of the
+    /// image, from 4M to 256M, if not given
     #[arg(long, value_name = "SIZE")]
     pub(crate) record_interval: Option<String>,
     /// Compress the backup

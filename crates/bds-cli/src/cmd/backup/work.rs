@@ -47,9 +47,9 @@ pub(super) async fn copy(
             Either::Left((result, _)) => break result,
             Either::Right(((), _)) => {}
         }
+        let shown = job::show_events(&mut events, &settings);
         let (done, total) = done_and_total(&jobs);
         progress.show_job(done, total, &meter.add(bds_io::now(), done, total));
-        let shown = job::show_events(&mut events, &settings);
         if shown.is_err() || interrupt.has_arrived() {
             // One ends all, and may have ended just now.
             let _ended = jobs.first().map(|job| job.cancel(true));

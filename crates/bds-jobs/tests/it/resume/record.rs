@@ -76,7 +76,7 @@ fn a_record_that_is_kept_at_success_is_complete() {
 }
 
 #[test]
-fn what_a_record_is_to_a_job_is_told_before_the_job() {
+fn look_at_record_says_what_a_job_would_do() {
     let (sim, _) = interrupt(Kind::Backup, 5, LEN / 2);
     let world = World::on(sim.clone());
     sim.put_file("/short", &pattern(5, LEN / 2));
