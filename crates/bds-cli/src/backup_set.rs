@@ -4,14 +4,15 @@
 //! 000001.qcow2  000001.manifest     a full backup
 //! 000002.qcow2  000002.manifest     an increment: its backing file is 000001.qcow2
 //! 000002.full                       that increment was made a full backup (prune)
-//! 000003.*.partial                  being made, or left by a run that was killed
+//! 000003.qcow2.partial  000003.record  000003.unfinished  000003.manifest.partial
+//!                                   being made, or left by a run that did not complete
 //! ```
 //! A point exists when its manifest does: the image is made durable first, then the manifest gets
 //! its name. The manifest's note says what the point is ([`Note`]), its root hash names the
 //! content, and its parent the content below it. One process at a time works on a directory.
 
 use std::fs::{self, File, TryLockError};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use bds_core::{Error, ErrorKind, Result};
@@ -180,12 +181,39 @@ impl BackupSet {
         self.directory.join(format!("{}.partial", image_name(number)))
     }
 
-    /// Removes what runs that were killed have left.
-    pub(crate) fn remove_partial_files(&self) -> Result<()> {
+    /// Where the manifest of a new point is made.
+    pub(crate) fn partial_manifest(&self, number: u32) -> PathBuf {
+        self.directory.join(format!("{number:06}.manifest.partial"))
+    }
+
+    /// Where the job that copies keeps its record.
+    pub(crate) fn record(&self, number: u32) -> PathBuf {
+        self.directory.join(format!("{number:06}.record"))
+    }
+
+    /// Where the notes of a point are that is not complete.
+    pub(crate) fn notes(&self, number: u32) -> PathBuf {
+        self.directory.join(format!("{number:06}.unfinished"))
+    }
+
+    /// Removes what runs have left that did not complete. Of the point `number` the notes stay, and
+    /// with `goes_on` its image and record.
+    pub(crate) fn remove_unfinished(&self, number: u32, goes_on: bool) -> Result<()> {
+        self.remove_parts(|of, part| {
+            of == number && (part == Unfinished::Notes || goes_on && part.is_needed())
+        })
+    }
+
+    /// Removes all of that.
+    pub(crate) fn remove_all_unfinished(&self) -> Result<()> {
+        self.remove_parts(|_, _| false)
+    }
+
+    fn remove_parts(&self, is_kept: impl Fn(u32, Unfinished) -> bool) -> Result<()> {
         let remove = || -> io::Result<()> {
             for entry in fs::read_dir(&self.directory)? {
                 let path = entry?.path();
-                if is_partial(&path) {
+                if Unfinished::of(&path).is_some_and(|(number, part)| !is_kept(number, part)) {
                     fs::remove_file(path)?;
                 }
             }
@@ -196,18 +224,32 @@ impl BackupSet {
         })
     }
 
-    /// Publishes a point whose image is complete and durable.
-    pub(crate) fn publish(&self, number: u32, manifest: &Manifest) -> Result<()> {
+    /// Gives an image that got its name before its manifest had one its old name again.
+    pub(crate) fn recover_image(&self, number: u32) -> Result<()> {
+        let (partial, image) = (self.partial_image(number), self.image(number));
+        if partial.exists() || !image.exists() || self.manifest(number).exists() {
+            return Ok(());
+        }
+        let renamed = fs::rename(&image, partial).and_then(|()| self.sync());
+        renamed.map_err(|error| Error::io(error, "cannot rename the backup").file(&image))
+    }
+
+    /// Takes back the publication of a point: it is unfinished again.
+    pub(crate) fn withdraw(&self, number: u32) -> Result<()> {
+        let path = self.manifest(number);
+        let removed = fs::remove_file(&path).and_then(|()| self.sync());
+        removed.map_err(|error| Error::io(error, "cannot take back the backup").file(&path))?;
+        self.recover_image(number)
+    }
+
+    /// Publishes a point whose image and manifest are complete and durable.
+    pub(crate) fn publish(&self, number: u32) -> Result<()> {
         let name = self.manifest(number);
-        let partial = self.directory.join(format!("{number:06}.manifest.partial"));
         let publish = || -> io::Result<()> {
-            let mut file = File::create(&partial)?;
-            file.write_all(&manifest.to_bytes())?;
-            file.sync_all()?;
             fs::rename(self.partial_image(number), self.image(number))?;
             // The image has its name before the manifest has, also after a power cut.
             self.sync()?;
-            fs::rename(&partial, &name)?;
+            fs::rename(self.partial_manifest(number), &name)?;
             self.sync()
         };
         publish().map_err(|error| Error::io(error, "cannot complete the backup").file(&name))
@@ -229,7 +271,8 @@ impl BackupSet {
             .map_err(|error| Error::io(error, "cannot remove the backup").file(self.image(number)))
     }
 
-    fn manifest(&self, number: u32) -> PathBuf {
+    /// The manifest of a point.
+    pub(crate) fn manifest(&self, number: u32) -> PathBuf {
         self.directory.join(format!("{number:06}.manifest"))
     }
 
@@ -259,12 +302,45 @@ pub(crate) fn image_name(number: u32) -> String {
     format!("{number:06}.qcow2")
 }
 
-/// Only names that this program makes.
-fn is_partial(path: &Path) -> bool {
-    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    let stem = name.strip_suffix(".partial");
-    let number = stem.and_then(|s| s.strip_suffix(".qcow2").or(s.strip_suffix(".manifest")));
-    number.and_then(number_of).is_some()
+/// What a file of an unfinished point is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unfinished {
+    Image,
+    Manifest,
+    Record,
+    Notes,
+    /// A file that was about to take the place of another one.
+    Temporary,
+}
+
+impl Unfinished {
+    /// The number and the part that a name says; `None`: the name is none that this program makes.
+    pub(crate) fn of(path: &Path) -> Option<(u32, Self)> {
+        let name = path.file_name()?.to_str()?;
+        let (digits, rest) = name.split_at_checked(6)?;
+        let part = match rest {
+            ".qcow2.partial" => Self::Image,
+            ".manifest.partial" => Self::Manifest,
+            ".record" => Self::Record,
+            ".unfinished" => Self::Notes,
+            _ if is_temporary(rest) => Self::Temporary,
+            _ => return None,
+        };
+        Some((number_of(digits)?, part))
+    }
+
+    /// Whether a run that goes on needs it.
+    fn is_needed(self) -> bool {
+        matches!(self, Self::Image | Self::Record | Self::Notes)
+    }
+}
+
+/// Whether a name without its number is the temporary one of a process: `.record.4711.tmp`.
+fn is_temporary(rest: &str) -> bool {
+    let stem = rest.strip_suffix(".tmp").unwrap_or_default();
+    let process = [".record.", ".manifest.partial.", ".unfinished."];
+    let process = process.iter().find_map(|start| stem.strip_prefix(start)).unwrap_or_default();
+    !process.is_empty() && process.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 /// The number that a name of six digits says.
@@ -273,10 +349,14 @@ pub(crate) fn number_of(digits: &str) -> Option<u32> {
     is_one.then(|| digits.parse().ok()).flatten()
 }
 
+pub(crate) fn read_manifest(path: &Path) -> Result<Manifest> {
+    let bytes = fs::read(path).map_err(|error| Error::io(error, "cannot read").file(path))?;
+    Manifest::parse(&bytes).map_err(|error| error.file(path))
+}
+
 fn read_point(directory: &Path, number: u32) -> Result<Point> {
     let path = directory.join(format!("{number:06}.manifest"));
-    let bytes = fs::read(&path).map_err(|error| Error::io(error, "cannot read").file(&path))?;
-    let manifest = Manifest::parse(&bytes).map_err(|error| error.file(&path))?;
+    let manifest = read_manifest(&path)?;
     let note = serde_json::from_str(manifest.note()).map_err(|_| {
         Error::new(ErrorKind::InvalidImage, "this manifest is not of a backup").file(&path)
     })?;
@@ -290,15 +370,25 @@ mod tests {
     #[test]
     fn only_unfinished_files_of_this_program_are_removed() {
         for (name, expected) in [
-            ("000001.qcow2.partial", true),
-            ("000001.manifest.partial", true),
-            ("000001.qcow2", false),
-            ("1.qcow2.partial", false),
-            ("disk.qcow2.partial", false),
-            ("00000a.qcow2.partial", false),
-            (".partial", false),
+            ("000001.qcow2.partial", Some((1, Unfinished::Image))),
+            ("000001.manifest.partial", Some((1, Unfinished::Manifest))),
+            ("000012.record", Some((12, Unfinished::Record))),
+            ("000012.unfinished", Some((12, Unfinished::Notes))),
+            ("000012.record.4711.tmp", Some((12, Unfinished::Temporary))),
+            ("000012.manifest.partial.1.tmp", Some((12, Unfinished::Temporary))),
+            ("000012.unfinished.1.tmp", Some((12, Unfinished::Temporary))),
+            ("000001.qcow2", None),
+            ("1.qcow2.partial", None),
+            ("disk.qcow2.partial", None),
+            ("00000a.qcow2.partial", None),
+            ("000001.record.tmp", None),
+            ("000001.record.x.tmp", None),
+            ("000001.qcow2.1.tmp", None),
+            ("my.record", None),
+            ("0000ä.record", None),
+            (".partial", None),
         ] {
-            assert_eq!(is_partial(Path::new(name)), expected, "{name}");
+            assert_eq!(Unfinished::of(Path::new(name)), expected, "{name}");
         }
     }
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
+use super::mirror::RecordCheck;
 use super::source::{Output, Source};
 
 #[derive(Args, Debug)]
@@ -40,6 +41,16 @@ pub(crate) struct BackupRun {
     /// Open the source read-only and keep no bitmap in it: all backups are full
     #[arg(long, requires = "full")]
     pub(crate) no_bitmap: bool,
+    /// Remove what an unfinished run has left, instead of going on with it
+    #[arg(long)]
+    pub(crate) start_over: bool,
+    /// What of an unfinished point is read before its record is believed
+    #[arg(long, value_enum, default_value = "full")]
+    pub(crate) check_target: RecordCheck,
+    /// Bring the record of an unfinished point up to date after this many bytes; 1/128 of the
+    /// image, from 4M to 256M, if not given
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) record_interval: Option<String>,
     /// Compress the backup
     #[arg(short, long)]
     pub(crate) compress: bool,

@@ -63,6 +63,15 @@ impl Settings {
         })
     }
 
+    /// For a command that prints a result of its own.
+    pub(crate) fn of_command(shows_progress: bool, is_quiet: bool) -> Self {
+        Self { shows_progress, prints_events: false, prints_progress: false, is_quiet, speed: 0 }
+    }
+
+    pub(crate) fn shows_progress(&self) -> bool {
+        self.shows_progress
+    }
+
     /// Prints a line for people.
     pub(crate) fn say(&self, words: &str) -> Result<()> {
         if self.is_quiet { Ok(()) } else { printer::line(words) }
@@ -121,7 +130,7 @@ pub(crate) async fn run_until(
         Ok(()) => shown.progress.finish(info.total_progress),
         Err(_) => shown.progress.abandon(),
     }
-    let printed = print(&mut shown.events, settings);
+    let printed = show_events(&mut shown.events, settings);
     result.and(printed).map_err(|error| (error, info.current_progress))
 }
 
@@ -142,7 +151,7 @@ impl Shown<'_> {
         let now = bds_io::now();
         let rates = self.meter.add(now, done, total);
         self.progress.show_job(done, total, &rates);
-        print(&mut self.events, self.settings)?;
+        show_events(&mut self.events, self.settings)?;
         if !self.settings.prints_progress || self.next_line.is_some_and(|next| now < next) {
             return Ok(());
         }
@@ -161,7 +170,8 @@ fn add_rates(data: &mut Value, rates: &Rates) {
     }
 }
 
-fn print(events: &mut JobEvents, settings: &Settings) -> Result<()> {
+/// Shows the events that have come since the last call.
+pub(crate) fn show_events(events: &mut JobEvents, settings: &Settings) -> Result<()> {
     while let Some(event) = events.try_next() {
         if settings.prints_events {
             printer::line(with_time(JobEvent::to_json(&event)))?;

@@ -98,7 +98,9 @@ fn a_point_that_not_all_disks_have_does_not_exist() {
     std::fs::remove_file(set.join("000002.point")).expect("it was made");
     std::fs::remove_file(set.join("log/000002.manifest")).expect("it was made");
     std::fs::remove_file(set.join("log/000002.qcow2")).expect("it was made");
-    assert_eq!(disks.workdir.must("backup list set").stdout.lines().count(), 2);
+    let listed = disks.workdir.must("backup list set").stdout;
+    assert!(listed.contains("000002  unfinished           data\n"), "{listed}");
+    assert_eq!(listed.lines().count(), 3, "{listed}");
     disks.check(1, &first);
     let later = disks.workdir.bds("backup restore --point 2 set out");
     assert_eq!(later.code, 1);

@@ -4,7 +4,9 @@
 mod amend;
 mod backup;
 mod backup_chain;
+mod backup_faults;
 mod backup_group;
+mod backup_resume;
 mod bitmap;
 mod chain_identity;
 mod chain_jobs;

@@ -12,6 +12,8 @@ use crate::record::{ManifestOptions, RecordOptions};
 
 /// Most requests that QEMU's interface allows to ask for.
 const MAX_WORKERS: i64 = i32::MAX as i64;
+/// Shortest run of zeros that is looked for, in bytes.
+const MIN_SPARSE: u64 = 4096;
 
 /// What a backup copies. Names are QAPI's (`MirrorSyncMode`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,6 +102,9 @@ pub struct BackupOptions {
     /// Let the host copy, where it can: on some file systems the copy then shares blocks with the
     /// source, and does not survive one that goes bad.
     pub offload: bool,
+    /// Zeros of at least this many bytes in data that was read become zero writes, in whole 4 KiB;
+    /// 0: not looked for. What guest writes push to the target is stored as it is.
+    pub sparse_len: u64,
     /// The target reads as zeros wherever nothing is written. Wrong, the copy is.
     pub target_is_zero: bool,
     /// What happens to a guest write whose old data cannot be kept. With
@@ -140,6 +145,7 @@ impl BackupOptions {
             min_cluster_size: 0,
             filter_node_name: None,
             offload: false,
+            sparse_len: 0,
             target_is_zero: false,
             on_cbw_error: OnCbwError::BreakGuestWrite,
             cbw_timeout: None,
@@ -165,6 +171,9 @@ impl BackupOptions {
         }
         if self.min_cluster_size != 0 && !self.min_cluster_size.is_power_of_two() {
             return wrong("min-cluster-size needs to be a power of 2");
+        }
+        if self.sparse_len != 0 && self.sparse_len < MIN_SPARSE {
+            return wrong(format!("zeros are looked for in units of {MIN_SPARSE} bytes"));
         }
         check_spill(self.spill.as_ref(), self.spill_len, self.staging_len)?;
         self.check_bitmap()?;

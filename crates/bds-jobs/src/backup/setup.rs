@@ -149,6 +149,7 @@ impl Shape {
                 .map_or(MAX_REQUESTS, |workers| workers.min(MAX_REQUESTS)),
             max_chunk: self.max_chunk,
             above,
+            sparse_len: options.sparse_len,
             may_unmap: true,
             target_is_zero: options.target_is_zero,
             write_flags: self.write_flags,

@@ -329,6 +329,7 @@ impl JobDriver for Backup {
             sides.target.flush().await.map_err(|error| error.context("cannot flush the target"))?;
             if let Some(tracker) = &self.tracker {
                 tracker.show(ctx);
+                tracker.complete_record(&sides.target).await?;
                 tracker.seal(&sides.target).await?;
             }
             let filter = self.filter.as_ref().expect("it lives until the job is retired");
@@ -352,7 +353,7 @@ impl JobDriver for Backup {
             match outcome {
                 Outcome::Committed => {
                     let removed = match &self.tracker {
-                        Some(tracker) => tracker.remove_record().await,
+                        Some(tracker) => tracker.end_record().await,
                         None => Ok(()),
                     };
                     self.give_back().await.and(removed)

@@ -28,6 +28,7 @@ impl Mirror {
         written.flush().await?;
         if let Some(content) = &self.content {
             content.show(ctx);
+            content.complete_record(&written).await?;
             content.seal(&self.described()?).await?;
             // From the change on, the guest writes to the target.
             self.has_released = self.pivots && content.release_target().await?;
@@ -75,7 +76,7 @@ impl Mirror {
     pub(super) async fn retire_as(&mut self, ctx: &JobContext, is_committed: bool) -> Result<()> {
         let ended = match &self.content {
             None => Ok(()),
-            Some(content) if is_committed => content.remove_record().await,
+            Some(content) if is_committed => content.end_record().await,
             Some(content) => {
                 // The guest does not wait for it.
                 self.tracking.set_mode(Mode::Off);

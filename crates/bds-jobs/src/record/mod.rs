@@ -37,4 +37,5 @@ mod tracker;
 
 pub use options::{CheckTarget, ManifestOptions, RecordOptions};
 pub(crate) use prepare::TrackerOptions;
+pub use prepare::{RecordState, look_at_record};
 pub(crate) use tracker::ContentTracker;

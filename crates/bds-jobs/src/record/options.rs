@@ -27,8 +27,8 @@ pub enum CheckTarget {
 /// again with the same record copies only what the target does not hold.
 #[derive(Clone, Debug)]
 pub struct RecordOptions {
-    /// The file. Made if it is missing, removed when the job succeeds, kept when it fails, is
-    /// cancelled, or the process ends.
+    /// The file. Made if it is missing, removed when the job succeeds (see also
+    /// [`RecordOptions::keep_at_success`]), kept when it fails, is cancelled, or the process ends.
     pub path: PathBuf,
     /// What is believed of a record that was there already.
     pub check_target: CheckTarget,
@@ -40,6 +40,9 @@ pub struct RecordOptions {
     pub interval_bytes: u64,
     /// Longest time between two of these moments, if anything was copied.
     pub interval: Duration,
+    /// Leave the record when the job succeeds, up to date: for a caller that removes it once what
+    /// it does with the copy is durable as well.
+    pub keep_at_success: bool,
 }
 
 impl RecordOptions {
@@ -51,6 +54,7 @@ impl RecordOptions {
             bitmap: None,
             interval_bytes: 0,
             interval: Duration::from_secs(5),
+            keep_at_success: false,
         }
     }
 }

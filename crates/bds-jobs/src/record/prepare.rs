@@ -5,6 +5,7 @@
 //! job, of another type, or of another source: what it says is of the target alone. One of a file
 //! that is known by name only is checked in full, by this job and by all that go on with it.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -73,23 +74,14 @@ async fn open(
     chunks: &mut ChunkMap,
 ) -> Result<(Record, Trust)> {
     let bitmap_bytes = check_bitmap(options.source, record)?;
-    let mut new = RecordHeader {
-        epoch: 1,
-        id: new_id(options),
-        len: options.source.len(),
-        identity: walk::identity(options.target),
-        must_check: false,
-        bitmap_bytes,
-        job: shortened(&options.job),
-        source: shortened(&place(options.source)),
-        target: shortened(&place(options.target)),
-        bitmap: shortened(record.bitmap.as_deref().unwrap_or_default()),
-    };
+    let bitmap = shortened(record.bitmap.as_deref().unwrap_or_default());
+    let copy = new_header(&options.job, options.source, options.target);
+    let mut new = RecordHeader { bitmap_bytes, bitmap, ..copy };
     let (mut ignored, mut is_continued) = (None, true);
     match RecordFile::find(fs, &record.path).await? {
         Found::Record(file, old) => {
             let old = *old;
-            check_belongs(&old, &new, record)?;
+            check_belongs(&old, &new, &record.path)?;
             file.load(&old, |page| chunks.load(page)).await?;
             if !keeps_bitmap(&old, &new) {
                 new.bitmap.clear();
@@ -109,6 +101,72 @@ async fn open(
     }
     let file = RecordFile::create(fs, &record.path, &new).await?;
     Ok((made(file, record, new, (ignored, is_continued), chunks), Trust::Checked))
+}
+
+/// The header of a record that begins now.
+fn new_header(job: &str, source: &NodeRef, target: &NodeRef) -> RecordHeader {
+    RecordHeader {
+        epoch: 1,
+        id: new_id(target),
+        len: source.len(),
+        identity: walk::identity(target),
+        must_check: false,
+        bitmap_bytes: 0,
+        job: shortened(job),
+        source: shortened(&place(source)),
+        target: shortened(&place(target)),
+        bitmap: String::new(),
+    }
+}
+
+/// What a file is to a job that would use it as its record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RecordState {
+    /// There is none: the job begins one.
+    Missing,
+    /// A record whose headers are damaged: the job begins another one.
+    Damaged,
+    /// A record of a copy to this target: the job goes on with it.
+    Fits,
+}
+
+/// Looks at a job's record before the job is set up: says what a backup or a mirror from `source`
+/// to `target` would do with it. Changes nothing.
+///
+/// ```
+/// use bds_core::Options;
+/// use bds_jobs::record::{RecordState, look_at_record};
+///
+/// # let config = bds_core::graph::GraphConfig::new(bds_drivers::registry().into());
+/// # let graph = bds_core::graph::Graph::new(config);
+/// # bds_io::block_on(async {
+/// let disk = graph.open(Options::parse("driver=mem,node-name=disk,size=1M")?).await?;
+/// let copy = graph.open(Options::parse("driver=mem,node-name=copy,size=1M")?).await?;
+/// let found = look_at_record("no-such-record".as_ref(), &disk, &copy).await?;
+/// assert_eq!(found, RecordState::Missing);
+/// # drop((disk, copy));
+/// # Ok::<(), bds_core::Error>(())
+/// # })?;
+/// # bds_io::block_on(graph.shutdown()).check_leaks()?;
+/// # Ok::<(), bds_core::Error>(())
+/// ```
+///
+/// # Errors
+/// `InvalidInput`: it is of another copy, or no record; `NotSupported`: of another version. Others
+/// of the file.
+pub async fn look_at_record(
+    path: &Path,
+    source: &NodeRef,
+    target: &NodeRef,
+) -> Result<RecordState> {
+    match RecordFile::find(&source.graph().config().fs, path).await? {
+        Found::Nothing => Ok(RecordState::Missing),
+        Found::Damaged => Ok(RecordState::Damaged),
+        Found::Record(_, old) => {
+            check_belongs(&old, &new_header("", source, target), path)?;
+            Ok(RecordState::Fits)
+        }
+    }
 }
 
 /// Whether the bitmap has recorded since the record was begun, as far as can be seen.
@@ -160,7 +218,7 @@ fn is_same_file(old: &RecordHeader, new: &RecordHeader) -> bool {
     old.identity.is_some() && old.identity == new.identity
 }
 
-fn check_belongs(old: &RecordHeader, new: &RecordHeader, options: &RecordOptions) -> Result<()> {
+fn check_belongs(old: &RecordHeader, new: &RecordHeader, path: &Path) -> Result<()> {
     if old.len == new.len && (is_same_file(old, new) || old.target == new.target) {
         return Ok(());
     }
@@ -169,14 +227,14 @@ fn check_belongs(old: &RecordHeader, new: &RecordHeader, options: &RecordOptions
          {}: name another record, or remove this one to copy everything",
         old.len, old.source, old.target, new.len, new.source, new.target
     );
-    Err(Error::new(ErrorKind::InvalidInput, words).file(&options.path))
+    Err(Error::new(ErrorKind::InvalidInput, words).file(path))
 }
 
 /// A name that no other record has.
-fn new_id(options: &TrackerOptions<'_>) -> [u8; 16] {
+fn new_id(target: &NodeRef) -> [u8; 16] {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    let seed = format!("{now} {count} {} {}", std::process::id(), place(options.target));
+    let seed = format!("{now} {count} {} {}", std::process::id(), place(target));
     blake3::hash(seed.as_bytes()).as_bytes()[..16].try_into().expect("a hash is longer")
 }

@@ -376,11 +376,31 @@ impl ContentTracker {
         found.map_or(0, |info| info.count)
     }
 
-    /// Removes the record: the job has succeeded, or has not begun.
+    /// Removes the record of a job that has succeeded, unless its options keep it.
     ///
     /// # Errors
     /// Of the file system.
-    pub(crate) async fn remove_record(&self) -> Result<()> {
+    pub(crate) async fn end_record(&self) -> Result<()> {
+        if self.keeps_record() { Ok(()) } else { self.remove_record().await }
+    }
+
+    fn keeps_record(&self) -> bool {
+        self.0.record.as_ref().is_some_and(|record| record.options.keep_at_success)
+    }
+
+    /// Brings a record up to date that stays at success. The copy is complete.
+    ///
+    /// # Errors
+    /// As [`ContentTracker::checkpoint`].
+    pub(crate) async fn complete_record(&self, target: &Backend) -> Result<()> {
+        if self.keeps_record() { self.checkpoint(target).await } else { Ok(()) }
+    }
+
+    /// Removes the record.
+    ///
+    /// # Errors
+    /// Of the file system.
+    pub(super) async fn remove_record(&self) -> Result<()> {
         let Some(record) = &self.0.record else { return Ok(()) };
         // After writes that are under way.
         let _header = record.header.lock().await;

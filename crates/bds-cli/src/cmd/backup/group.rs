@@ -9,8 +9,8 @@
 //! point (`moment`): no other program writes to any of them until the last one is copied, and what
 //! is copied is of that moment. The images of a
 //! point are made and become durable first, then its record gets its name. A run that is killed
-//! leaves points of single disks that no record names; the next run removes them, and makes its
-//! increments on the last point that all disks have.
+//! leaves unfinished points, or points of single disks that no record names, which are unfinished
+//! again; the next run goes on with them. Its increments are on the last point that all disks have.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
@@ -18,21 +18,20 @@ use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
-use bds_core::graph::NodeRef;
 use bds_core::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::list::utc;
+use super::list::{self, utc};
 use super::moment::{self, Begun};
 use super::prune::{self, Pruned};
 use super::restore;
-use super::run::{Made, Run, make_all, seconds, spec};
+use super::run::{Made, make_and_close, seconds};
 use super::verify::verify_point;
 use crate::args::{BackupList, BackupPrune, BackupRestore, BackupRun, BackupVerify, Output};
 use crate::backup_set::{BackupSet, Point, lock, number_of};
 use crate::interrupt::Interrupt;
-use crate::{image, printer};
+use crate::{cmd, image, printer};
 
 /// Names the disks.
 const DISKS: &str = "disks.json";
@@ -140,15 +139,41 @@ impl Group {
         })
     }
 
-    /// Removes points of this disk that no record names.
+    /// Removes points of this disk that no record names. The last one is taken back to what it was
+    /// before it was published, if it can be gone on with.
     fn remove_unfinished(&self, name: &str, set: &BackupSet) -> Result<()> {
         let is_named = |point: &Point| {
             let part = |record: &Record| record.disks.get(name).map(|part| part.point);
             self.records.iter().any(|record| part(record) == Some(point.number))
         };
-        let unnamed: Vec<Point> =
+        let mut unnamed: Vec<Point> =
             set.points().iter().filter(|point| !is_named(point)).cloned().collect();
+        if let [.., last] = &unnamed[..]
+            && set.record(last.number).exists()
+        {
+            set.withdraw(last.number)?;
+            unnamed.pop();
+        }
         prune::remove(set, &unnamed)
+    }
+
+    /// The point that a run has left unfinished, and the disks of which something was copied.
+    fn unfinished(&self) -> Result<Option<(u32, Vec<String>)>> {
+        let mut disks = Vec::new();
+        for name in self.names.iter().filter(|name| self.directory.join(name).exists()) {
+            let set = self.set(name)?;
+            let named = |record: &Record| record.disks.get(name).map(|part| part.point);
+            let last = self.records.last().and_then(named);
+            let is_left = set.last().map(|point| point.number) > last;
+            if is_left || list::Left::of(&set)?.is_some() {
+                disks.push(name.clone());
+            }
+        }
+        Ok((!disks.is_empty()).then(|| (self.next_number(), disks)))
+    }
+
+    fn next_number(&self) -> u32 {
+        self.records.last().map_or(1, |last| last.point + 1)
     }
 
     fn path(&self, number: u32) -> PathBuf {
@@ -236,47 +261,20 @@ pub(super) fn run(args: &BackupRun, sources: &[OsString], directory: &Path) -> R
     for name in &names {
         let path = directory.join(name);
         let set = BackupSet::open_or_make(&path)?;
-        set.remove_partial_files()?;
         group.remove_unfinished(name, &set)?;
         // Without the points that were removed.
         drop(set);
         sets.push(BackupSet::open(&path)?);
     }
-    let number = group.records.last().map_or(1, |last| last.point + 1);
+    let number = group.next_number();
     let time = seconds();
-    let (disks, begun) = image::block_on(async {
-        let interrupt = Interrupt::watch()?;
-        let graph = image::trusting_graph();
-        let mut nodes: Vec<NodeRef> = Vec::new();
-        for source in sources {
-            nodes.push(image::open(&graph, &spec(args, source)?).await?);
-        }
-        let pairs = sources.iter().zip(&nodes).zip(&sets);
-        let runs: Vec<Run<'_>> = pairs
-            .map(|((name, node), set)| Run::new(args, &graph, set, (name.as_os_str(), node)))
-            .collect();
-        let made = interrupt.run_or_drop(make_all(&graph, &runs)).await;
-        let made = match made {
-            Ok(made) => Ok(made),
-            Err(mut error) => {
-                for run in &runs {
-                    error = run.take_back(error).await;
-                }
-                Err(error)
-            }
-        };
-        drop(runs);
-        // The bitmaps are stored before the point exists that depends on them.
-        let mut closed = Ok(());
-        for node in nodes {
-            closed = closed.and(node.close().await?.into_result());
-        }
-        let (made, begun) = made?;
-        closed?;
-        let disks = publish(&group, (number, time), &names, &sets, made)?;
-        Ok((disks, begun))
-    })?;
-    print(args, number, &names, &disks, &begun)
+    let pairs: Vec<(&OsStr, &BackupSet)> =
+        sources.iter().map(OsString::as_os_str).zip(&sets).collect();
+    let (made, begun) = cmd::job::block_on(make_and_close(args, &pairs))?;
+    let disks = publish(&group, (number, time), &names, &sets, &made)?;
+    // Only now none of them has to be made again.
+    sets.iter().try_for_each(BackupSet::remove_all_unfinished)?;
+    print(args, number, &names, &made, (&disks, &begun))
 }
 
 /// Publishes the points of the disks, then the record that makes them a point of all.
@@ -285,14 +283,13 @@ fn publish(
     (point, time): (u32, u64),
     names: &[String],
     sets: &[BackupSet],
-    made: Vec<Made>,
+    made: &[Made],
 ) -> Result<BTreeMap<String, Part>> {
     let mut disks = BTreeMap::new();
-    for ((name, set), (number, manifest, _, partial)) in names.iter().zip(sets).zip(made) {
-        set.publish(number, &manifest)?;
-        partial.complete();
-        let root = manifest.root().to_string();
-        disks.insert(name.clone(), Part { point: number, root });
+    for ((name, set), made) in names.iter().zip(sets).zip(made) {
+        set.publish(made.number)?;
+        let root = made.manifest.root().to_string();
+        disks.insert(name.clone(), Part { point: made.number, root });
     }
     let record = Record { point, time, disks };
     let bytes = serde_json::to_vec_pretty(&record).expect("texts and numbers");
@@ -304,15 +301,17 @@ fn print(
     args: &BackupRun,
     point: u32,
     names: &[String],
-    disks: &BTreeMap<String, Part>,
-    begun: &[Begun],
+    made: &[Made],
+    (disks, begun): (&BTreeMap<String, Part>, &[Begun]),
 ) -> Result<()> {
     let longest_ns = moment::longest_ns(begun);
     if args.output == Output::Json {
-        let all = names.iter().zip(begun).map(|(name, begun)| {
+        let all = names.iter().zip(made).zip(begun).map(|((name, made), begun)| {
             let Part { point, root } = &disks[name];
             let hold_ns = begun.hold.as_nanos();
-            (name.clone(), json!({ "point": point, "root": root, "write-hold-ns": hold_ns }))
+            let mut disk = json!({ "point": point, "root": root, "write-hold-ns": hold_ns });
+            made.add_to(&mut disk);
+            (name.clone(), disk)
         });
         let all: serde_json::Map<String, Value> = all.collect();
         return printer::json(
@@ -333,8 +332,10 @@ fn print(
 
 pub(super) fn list(args: &BackupList) -> Result<()> {
     let group = Group::open(&args.directory)?;
+    let unfinished = group.unfinished()?;
     if args.output == Output::Json {
-        return printer::json(&json!(group.records));
+        let records = group.records.iter().map(|record| json!(record));
+        return printer::json(&records.chain(unfinished.map(as_json)).collect());
     }
     let mut text = String::from("POINT   TIME (UTC)           DISKS\n");
     for Record { point, time, disks } in &group.records {
@@ -342,7 +343,16 @@ pub(super) fn list(args: &BackupList) -> Result<()> {
             disks.iter().map(|(name, part)| format!("{name} {:06}", part.point)).collect();
         text += &format!("{point:06}  {}  {}\n", utc(*time), disks.join(", "));
     }
+    if let Some((point, disks)) = unfinished {
+        text += &format!("{point:06}  {:<19}  {}\n", list::UNFINISHED, disks.join(", "));
+    }
     printer::text(&text)
+}
+
+fn as_json((point, disks): (u32, Vec<String>)) -> Value {
+    let disks: serde_json::Map<String, Value> =
+        disks.into_iter().map(|name| (name, Value::Null)).collect();
+    json!({ "point": point, "kind": list::UNFINISHED, "disks": disks })
 }
 
 /// Restores all disks of a point to a new directory, or one of them to a new file.

@@ -5,16 +5,64 @@ use std::fs;
 use bds_core::Result;
 use serde_json::json;
 
+use super::notes::Notes;
 use crate::args::{BackupList, Output};
 use crate::backup_set::{BackupSet, Point};
 use crate::human_size::human_size;
 use crate::printer;
 
+/// How a point is called that a run did not complete.
+pub(super) const UNFINISHED: &str = "unfinished";
+
+/// What a run has left that did not complete.
+pub(super) struct Left {
+    number: u32,
+    /// Bytes of its image file.
+    stored: u64,
+    /// `None`: they cannot be read.
+    notes: Option<Notes>,
+}
+
+impl Left {
+    /// What was left of the point that comes next.
+    ///
+    /// # Errors
+    /// Of the notes' file.
+    pub(super) fn of(set: &BackupSet) -> Result<Option<Self>> {
+        let Ok(number) = set.next_number() else { return Ok(None) };
+        let notes = Notes::read(set, number)?.into_notes();
+        let mut paths = vec![set.partial_image(number)];
+        // It may have got its name before its manifest had one.
+        paths.extend(notes.is_some().then(|| set.image(number)));
+        let facts = paths.iter().find_map(|path| fs::metadata(path).ok());
+        Ok(facts.map(|facts| Self { number, stored: facts.len(), notes }))
+    }
+
+    fn as_json(&self, set: &BackupSet) -> serde_json::Value {
+        let notes = self.notes.as_ref();
+        json!({
+            "point": self.number,
+            "kind": UNFINISHED,
+            "time": notes.map(|notes| notes.time),
+            "source": notes.map(|notes| &notes.source),
+            "filename": set.partial_image(self.number).to_string_lossy(),
+            "stored": self.stored,
+        })
+    }
+
+    fn line(&self) -> String {
+        let time = self.notes.as_ref().map_or_else(|| "unknown".to_owned(), |n| utc(n.time));
+        let (number, stored) = (self.number, human_size(self.stored));
+        format!("{number:06}  {UNFINISHED:<11}  {time:<19}  {stored:>10}\n")
+    }
+}
+
 pub(super) fn run(args: &BackupList) -> Result<()> {
     let set = BackupSet::open(&args.directory)?;
+    let left = Left::of(&set)?;
     if args.output == Output::Json {
-        let all: Vec<_> = set.points().iter().map(|point| as_json(&set, point)).collect();
-        return printer::json(&all.into());
+        let points = set.points().iter().map(|point| as_json(&set, point));
+        return printer::json(&points.chain(left.map(|left| left.as_json(&set))).collect());
     }
     let mut text = String::from("POINT   KIND         TIME (UTC)           STORED      CONTENT\n");
     for point in set.points() {
@@ -27,6 +75,7 @@ pub(super) fn run(args: &BackupList) -> Result<()> {
             &point.manifest.root().to_string()[..16],
         );
     }
+    text.extend(left.map(|left| left.line()));
     printer::text(&text)
 }
 

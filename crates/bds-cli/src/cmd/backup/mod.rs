@@ -6,12 +6,15 @@
 
 mod copy;
 mod group;
+mod left;
 mod list;
 mod moment;
+mod notes;
 mod prune;
 mod restore;
 mod run;
 mod verify;
+mod work;
 
 use std::process::ExitCode;
 

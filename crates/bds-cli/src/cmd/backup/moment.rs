@@ -18,18 +18,26 @@ pub(super) struct Begun {
     pub(super) hold: Duration,
 }
 
+/// What the change does for one disk.
+#[derive(Debug)]
+pub(super) struct Edit<'a> {
+    pub(super) disk: &'a NodeRef,
+    /// The name of its new bitmap.
+    pub(super) bitmap: Option<String>,
+    /// Bitmaps that are removed: of points that were not made, or are not needed any more.
+    pub(super) removed: Vec<String>,
+}
+
 /// Begins to record what changes after the point, in new bitmaps of these names, on all disks at
 /// once.
-pub(super) async fn take(
-    graph: &Graph,
-    disks: Vec<(&NodeRef, Option<String>)>,
-) -> Result<Vec<Begun>> {
+pub(super) async fn take(graph: &Graph, edits: Vec<Edit<'_>>) -> Result<Vec<Begun>> {
     let mut checkpoint = Checkpoint::new(&JobManager::new(graph));
     // The copy takes long: a run that is killed meanwhile leaves the bitmap of the last point
     // valid, because all are stored at once.
     let mut stored = graph.change();
-    let mut begun = Vec::with_capacity(disks.len());
-    for (disk, bitmap) in disks {
+    let mut begun = Vec::with_capacity(edits.len());
+    for Edit { disk, bitmap, removed } in edits {
+        checkpoint = removed.iter().fold(checkpoint, |all, name| all.remove_bitmap(disk, name));
         if let Some(name) = &bitmap {
             let options = BitmapOptions { persistent: true, ..BitmapOptions::named(name) };
             checkpoint = checkpoint.add_bitmap(disk, options);

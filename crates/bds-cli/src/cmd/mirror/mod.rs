@@ -17,6 +17,7 @@ use bds_core::graph::{Graph, NodeRef};
 use bds_jobs::mirror::{Mirror, MirrorOptions};
 
 use self::plan::Plan;
+pub(super) use self::plan::check_target;
 use self::target::Target;
 use crate::args::Mirror as Args;
 use crate::cmd::{create, job};

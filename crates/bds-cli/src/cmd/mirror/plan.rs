@@ -106,14 +106,19 @@ impl<'a> Plan<'a> {
 
 fn record(args: &Args) -> Result<RecordOptions> {
     let path = args.record.as_deref().unwrap_or(std::path::Path::new(""));
-    let check_target = match args.check_target {
-        RecordCheck::Full => CheckTarget::Full,
-        RecordCheck::Sample => CheckTarget::Sample,
-        RecordCheck::None => CheckTarget::None,
-    };
+    let check_target = check_target(args.check_target);
     let interval = args.record_interval.as_deref();
     let interval_bytes = interval.map_or(Ok(0), |text| size("record interval", text))?;
     Ok(RecordOptions { check_target, interval_bytes, ..RecordOptions::new(path) })
+}
+
+/// What the argument says, as the library has it.
+pub(crate) fn check_target(check: RecordCheck) -> CheckTarget {
+    match check {
+        RecordCheck::Full => CheckTarget::Full,
+        RecordCheck::Sample => CheckTarget::Sample,
+        RecordCheck::None => CheckTarget::None,
+    }
 }
 
 fn granularity(text: &str) -> Result<u32> {

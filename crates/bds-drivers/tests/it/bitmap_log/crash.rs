@@ -167,6 +167,110 @@ fn scenario_37_qcow2_no_power_cut_loses_a_dirty_block() {
     scenario_37_no_power_cut_loses_a_dirty_block("qcow2");
 }
 
+/// A closed disk with the bitmap 'daily', in which one block is dirty, and 'old'. `create`: options
+/// of the image.
+fn with_bitmaps(format: &str, create: Options, open: &Options) -> Sim {
+    let sim = Sim::new(1, SimConfig::default());
+    sim.block_on(async {
+        let image = NewImage {
+            format: format.into(),
+            path: IMAGE.into(),
+            options: create.with("size", LEN),
+            skip_backing: false,
+        };
+        super::graph(sim.fs()).create_image(image).await.unwrap();
+        let disk = Disk::open(sim.fs(), open.clone()).await.unwrap();
+        disk.node.add_bitmap(persistent("daily")).await.unwrap();
+        disk.node.add_bitmap(persistent("old")).await.unwrap();
+        disk.write(places().nth(3).unwrap(), 1).await.unwrap();
+        disk.close().await.unwrap();
+    });
+    sim
+}
+
+/// What `bds backup run` does to the bitmaps of a closed image, then a kill or a close.
+async fn begin_a_point(sim: &Sim, open: Options, is_closed: bool) -> Result<()> {
+    let disk = Disk::open(sim.fs(), open).await?;
+    let edits = disk.graph.change().remove_bitmap(&disk.node, "old");
+    edits.add_bitmap(&disk.node, persistent("new")).commit().await?;
+    disk.graph.change().store_bitmaps(&disk.node).commit().await?;
+    match is_closed {
+        true => disk.close().await,
+        false => {
+            std::mem::forget(disk);
+            Ok(())
+        }
+    }
+}
+
+/// The power is cut at every write of an edit of bitmaps and of their store, with no guest at work:
+/// those that were there are usable, and so is a new one that is there.
+fn no_power_cut_while_bitmaps_are_stored_loses_one(base: &Sim, open: &Options, words: &str) {
+    let full = std::env::var("BDS_TEST_BUDGET").is_ok_and(|budget| budget == "full");
+    for is_closed in [true, false] {
+        for n in 1.. {
+            let sim = base.fork(n);
+            sim.cut_after_writes(Some(sim.writes() + n));
+            let outcome = sim.run_until_cut(begin_a_point(&sim, open.clone(), is_closed));
+            sim.power_cut();
+            let modes = [CutMode::LoseAll, CutMode::KeepAll, CutMode::Reorder, CutMode::Tear];
+            let count = if full { modes.len() } else { 1 };
+            for mode in modes.into_iter().cycle().skip(usize::try_from(n).unwrap()).take(count) {
+                let after = sim.after_cut_by(n, mode);
+                let case = format!("{words}, closed: {is_closed}, cut {n} {mode:?}");
+                after.block_on(async {
+                    let disk = Disk::open(after.fs(), open.clone()).await.unwrap();
+                    let place = places().nth(3).unwrap();
+                    let daily = disk.bitmap("daily");
+                    assert!(daily.recording && !daily.inconsistent, "{case}: {daily:?}");
+                    assert!(disk.node.copy_bitmap("daily").unwrap().is_dirty(place), "{case}");
+                    let all = disk.node.bitmaps();
+                    let new = all.iter().find(|info| info.name.as_deref() == Some("new"));
+                    assert!(new.is_none_or(|new| new.recording && !new.inconsistent), "{case}");
+                    assert!(new.is_some() || outcome.is_none(), "{case}: it was stored");
+                    disk.close().await.unwrap();
+                });
+            }
+            if let Some(done) = outcome {
+                done.unwrap();
+                assert!(n > 5, "{n} writes");
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn no_power_cut_while_bitmaps_are_stored_loses_one_of_a_raw_disk() {
+    let open = options("raw", IMAGE);
+    let base = with_bitmaps("raw", Options::new(), &open);
+    no_power_cut_while_bitmaps_are_stored_loses_one(&base, &open, "raw");
+}
+
+/// Also where the header's extension lies in two sectors, so that its change takes several steps.
+#[test]
+#[cfg(feature = "qcow2")]
+fn no_power_cut_while_bitmaps_are_stored_loses_one_of_a_qcow2_disk() {
+    let open = options("qcow2", IMAGE);
+    let base = with_bitmaps("qcow2", Options::new(), &open);
+    no_power_cut_while_bitmaps_are_stored_loses_one(&base, &open, "qcow2");
+    let split = (1..64).find_map(|words| {
+        let name = "d".repeat(8 * words);
+        let data = format!("data-file.driver=file,data-file.filename={name}");
+        let open = Options::parse(&format!(
+            "driver=qcow2,node-name=disk,file.driver=file,file.filename={IMAGE},{data}"
+        ))
+        .unwrap();
+        let base = with_bitmaps("qcow2", Options::new().with("data_file", name), &open);
+        let header = base.snapshot_file(IMAGE);
+        let magic = 0x2385_2875_u32.to_be_bytes();
+        let at = header[..4096].windows(4).position(|bytes| bytes == magic).unwrap() + 8;
+        (at / 512 != (at + 23) / 512).then_some((base, open))
+    });
+    let (base, open) = split.expect("the extension moves by 8 bytes");
+    no_power_cut_while_bitmaps_are_stored_loses_one(&base, &open, "in two sectors");
+}
+
 /// Operations of the log fail, then the power is cut: guest writes go on where the log could be
 /// given up, and no bitmap is wrong.
 #[test]

@@ -2,9 +2,11 @@
 
 use std::sync::atomic::Ordering;
 
+use bds_core::ErrorKind;
 use bds_core::graph::BitmapOptions;
-use bds_jobs::record::{CheckTarget, RecordOptions};
-use bds_jobs::{JobStatus, RecordUse};
+use bds_jobs::backup::{Backup, BackupOptions};
+use bds_jobs::record::{CheckTarget, RecordOptions, RecordState, look_at_record};
+use bds_jobs::{JobOptions, JobStatus, RecordUse};
 
 use super::kit::{
     CHUNK, KINDS, Kind, LEN, RECORD, World, content, finish, interrupt, pattern, record, uses,
@@ -44,6 +46,94 @@ fn a_copy_goes_on_where_the_power_went_away() {
             world.end();
         }
     }
+}
+
+/// A record that stays at success has all of the copy: a job that uses it again copies nothing.
+#[test]
+fn a_record_that_is_kept_at_success_is_complete() {
+    for kind in KINDS {
+        let world = World::new(11);
+        let sim = world.sim.clone();
+        sim.block_on(async {
+            let source = world.open("source").await;
+            let (target, meter) = world.metered().await;
+            let kept = || RecordOptions { keep_at_success: true, ..RecordOptions::new(RECORD) };
+            for (run, expected) in [(1, LEN), (2, LEN)] {
+                let job = world.start(kind, (&source, &target), kept()).await;
+                finish(kind, &job).await.unwrap();
+                assert_eq!(meter.written(), expected, "{kind:?} run {run}");
+                let found = look_at_record(RECORD.as_ref(), &source, &target).await;
+                assert_eq!(found.unwrap(), RecordState::Fits, "{kind:?}");
+                world.jobs.dismiss("job0").unwrap();
+            }
+            let job = world.start(kind, (&source, &target), record()).await;
+            finish(kind, &job).await.unwrap();
+            assert_eq!(job.info().resumed_bytes, Some(LEN));
+            assert!(!sim.exists(RECORD));
+        });
+        world.end();
+    }
+}
+
+#[test]
+fn look_at_record_says_what_a_job_would_do() {
+    let (sim, _) = interrupt(Kind::Backup, 5, LEN / 2);
+    let world = World::on(sim.clone());
+    sim.put_file("/short", &pattern(5, LEN / 2));
+    let mut damaged = sim.snapshot_file(RECORD);
+    damaged[8..8192].fill(1);
+    damaged[4096..4104].copy_from_slice(&sim.snapshot_file(RECORD)[..8]);
+    sim.put_file("/damaged", &damaged);
+    sim.put_file("/letter", b"dear reader");
+    sim.block_on(async {
+        let (source, target) = (world.open("source").await, world.open("target").await);
+        let short = world.open("short").await;
+        for (path, expected) in [
+            (RECORD, RecordState::Fits),
+            ("/none", RecordState::Missing),
+            ("/damaged", RecordState::Damaged),
+        ] {
+            let found = look_at_record(path.as_ref(), &source, &target).await.unwrap();
+            assert_eq!(found, expected, "{path}");
+        }
+        for (path, source, target) in
+            [("/letter", &source, &target), (RECORD, &short, &target), (RECORD, &target, &source)]
+        {
+            let error = look_at_record(path.as_ref(), source, target).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidInput, "{path}: {error}");
+        }
+        assert_eq!(sim.snapshot_file("/damaged"), damaged);
+    });
+    world.end();
+}
+
+/// Zeros inside a granule of data become zero writes if that is asked for.
+#[test]
+fn zeros_in_data_are_stored_as_such() {
+    let mut bytes = pattern(12, LEN);
+    let zeros = CHUNK as usize + 16_384..CHUNK as usize + 32_768;
+    assert!(bytes[zeros.clone()].iter().any(|byte| *byte != 0));
+    bytes[zeros.clone()].fill(0);
+    let written = [0, 4096].map(|sparse_len| {
+        let world = World::new(12);
+        let sim = world.sim.clone();
+        sim.put_file("/source", &bytes);
+        sim.put_file("/target", &vec![0; LEN as usize]);
+        let written = sim.block_on(async {
+            let source = world.open("source").await;
+            let (target, meter) = world.metered().await;
+            let mut options = BackupOptions::new(&source, &target, "job0");
+            (options.sparse_len, options.target_is_zero) = (sparse_len, true);
+            options.record = Some(record());
+            let backup = Box::new(Backup::prepare(options).await.unwrap());
+            world.jobs.start(JobOptions::new("job0"), backup).await.unwrap().wait().await.unwrap();
+            assert!(content(&target).await == bytes);
+            meter.written()
+        });
+        world.end();
+        written
+    });
+    assert_eq!(written[0] - written[1], zeros.len() as u64);
 }
 
 #[test]
