@@ -159,7 +159,7 @@ pub(super) async fn read(
 enum Destination {
     /// To the caller, who may change its buffer meanwhile.
     Caller(IoVec),
-    /// Nowhere: only the copy matters. It may use this memory, as long as the range, which nobody
+    /// Nowhere: only the copy matters. It may use this memory, as long as the range, which no one
     /// else writes to.
     Nowhere(Option<IoVec>),
 }
