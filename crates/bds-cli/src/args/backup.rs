@@ -16,7 +16,7 @@ pub(crate) struct Backup {
 
 #[derive(Subcommand, Debug)]
 pub(crate) enum BackupCommand {
-    /// Adds a point: a full backup first, then increments
+    /// Adds a point: a full backup first, then increments; goes on with an unfinished one
     Run(BackupRun),
     /// Lists the points
     List(BackupList),

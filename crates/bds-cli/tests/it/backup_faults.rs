@@ -108,24 +108,34 @@ impl Case {
             let made = self.workdir.bds(&format!("{}{or_full}", self.words()));
             assert!(made.ok(), "{words}: {made:?}");
         }
-        self.check_point(point, words);
+        self.check_content(point, words);
         self.write(LEN - 4096, 4096, 51);
         let made = self.workdir.bds(&self.words());
         assert!(made.ok(), "{words}: {made:?}");
         point += 1;
-        self.check_point(point, words);
+        self.check_content(point, words);
+        // Also what a kill after the last name has left.
+        for set in self.sets() {
+            let left = crate::backup_resume::unfinished(&self.workdir.dir().join(&set));
+            assert_eq!(left, Vec::<String>::new(), "{words}");
+        }
         self.workdir.must("backup verify -q set");
     }
 
-    fn check_point(&self, point: u32, words: &str) {
+    /// The directory of each disk.
+    fn sets(&self) -> Vec<String> {
+        match self.disks {
+            [_] => vec!["set".to_owned()],
+            disks => disks.iter().map(|disk| format!("set/{disk}")).collect(),
+        }
+    }
+
+    fn check_content(&self, point: u32, words: &str) {
         assert!(self.has_point(point), "{words}");
-        for (disk, content) in self.disks.iter().zip(&self.contents) {
-            let set = if self.disks.len() > 1 { format!("set/{disk}") } else { "set".to_owned() };
+        for (set, content) in self.sets().iter().zip(&self.contents) {
             self.workdir.must(&format!("backup restore -q -O raw {set} out.raw"));
-            assert!(self.workdir.read("out.raw") == *content, "{words}: {disk} at {point}");
+            assert!(self.workdir.read("out.raw") == *content, "{words}: {set} at {point}");
             std::fs::remove_file(self.workdir.dir().join("out.raw")).expect("it was made");
-            let left = crate::backup_resume::unfinished(&self.workdir.dir().join(&set));
-            assert_eq!(left, Vec::<String>::new(), "{words}");
         }
     }
 }
