@@ -57,6 +57,12 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
+    /// True if zero writes and discards must not run beside writes that overlap them: zeros are
+    /// kept in two places, which such writes could reach in different orders.
+    fn zeroes_alone(&self) -> bool {
+        false
+    }
+
     /// True if it can only be read although writing was asked for (`auto_read_only`, or a medium
     /// that is write-protected).
     fn is_read_only(&self) -> bool {

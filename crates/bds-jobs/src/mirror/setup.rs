@@ -177,8 +177,8 @@ impl Mirror {
             initial: Initial {
                 sync: options.sync,
                 above: above.map(|node| node.id()),
-                // An interrupted copy has left bytes there.
-                target_is_zero: options.target_is_zero && !is_continued,
+                // An interrupted copy has left bytes there; a backing node will show some.
+                target_is_zero: options.target_is_zero && !is_continued && !has_late_backing,
             },
             limits: Limits {
                 memory: if options.buf_size == 0 { DEFAULT_BUF_SIZE } else { options.buf_size },
@@ -246,7 +246,10 @@ async fn begin_map(options: &MirrorOptions) -> Result<(CopyMap, bool)> {
     let target = Backend::new(&options.target, BackendOptions::job(&*options.job, nothing))?;
     let info = target.info().await?;
     let has_backing = walk::child(&options.target, "backing").is_some();
-    let has_late_backing = info.backing_file.is_some() && !has_backing;
+    // What is not copied is to be seen below the target. Its header need not say so: an image that
+    // has clusters can become the overlay of any node.
+    let expects_backing = options.sync != MirrorSync::Full && info.cluster_size.is_some();
+    let has_late_backing = !has_backing && (info.backing_file.is_some() || expects_backing);
     let granularity = granularity(options.granularity, info.cluster_size, has_late_backing)?;
     let map = CopyMap::new(options.source.len(), granularity)?;
     if options.sync != MirrorSync::None {

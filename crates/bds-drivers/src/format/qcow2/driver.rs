@@ -77,6 +77,12 @@ impl Driver for Qcow2 {
         Some(ZeroFlags::MAY_UNMAP | ZeroFlags::NO_FALLBACK)
     }
 
+    /// The data file is zeroed first, then the entries: a write between the two would be in the
+    /// file and not on the disk.
+    fn zeroes_alone(&self) -> bool {
+        self.image.has_raw_data_file()
+    }
+
     fn try_read(&self, offset: u64, iov: &IoVec) -> Option<Result<()>> {
         self.image.try_read(offset, iov)
     }

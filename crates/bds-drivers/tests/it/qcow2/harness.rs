@@ -27,6 +27,8 @@ pub(crate) struct Shape {
     pub extended_l2: bool,
     pub backing: bool,
     pub data_file: bool,
+    /// The data file reads like the disk.
+    pub data_file_raw: bool,
     pub lazy: bool,
     pub zstd: bool,
 }
@@ -41,6 +43,7 @@ impl Default for Shape {
             extended_l2: false,
             backing: false,
             data_file: false,
+            data_file_raw: false,
             lazy: false,
             zstd: false,
         }
@@ -77,6 +80,7 @@ pub(crate) fn make(sim: &Sim, shape: &Shape) {
     let data = MemPort::new(Vec::new());
     if shape.data_file {
         options.set("data_file", DATA);
+        options.set("data_file_raw", shape.data_file_raw);
     }
     let context = CreateContext {
         file: file.child("file"),

@@ -59,8 +59,8 @@ async fn scenario(sim: &Sim, case: Case, seen: &Mutex<Seen>) {
 struct Run {
     sim: Sim,
     writes: u64,
-    /// The states of the disk that were possible; none if it did not get that far.
-    states: Vec<Vec<u8>>,
+    /// None if it did not get that far.
+    guest: Option<Arc<Writer>>,
     /// Writes of the world when the job was done.
     completed_at: Option<u64>,
 }
@@ -72,10 +72,14 @@ fn cut_at(cut: Option<u64>, case: Case) -> Run {
     let seen = Mutex::new(Seen::default());
     let _lost = sim.run_until_cut(scenario(&sim, case, &seen));
     let Seen { guest, completed_at } = seen.into_inner().unwrap();
-    let states = guest.as_ref().map(|guest| (12..=guest.begun()).map(|n| guest.state(n)).collect());
     let writes = sim.writes();
-    cut_power_holding(&sim, guest);
-    Run { sim, writes, states: states.unwrap_or_default(), completed_at }
+    sim.power_cut();
+    Run { sim, writes, guest, completed_at }
+}
+
+/// The states of the disk from the start of the job on, up to the last request that was begun.
+fn states(guest: &Writer) -> Vec<Vec<u8>> {
+    (12..=guest.begun()).map(|n| guest.state(n)).collect()
 }
 
 async fn check(after: &Sim, kind: &str, states: &[Vec<u8>], is_completed: bool, words: &str) {
@@ -102,20 +106,24 @@ async fn check(after: &Sim, kind: &str, states: &[Vec<u8>], is_completed: bool, 
 
 /// Cuts at every write after the job's end, and at every `step`th before. Returns how many cuts.
 fn sweep(case: Case, step: usize) -> u64 {
-    let whole = cut_at(None, case);
-    let (writes, completed_at) = (whole.writes, whole.completed_at.unwrap());
+    let Run { sim, writes, guest, completed_at } = cut_at(None, case);
+    let completed_at = completed_at.unwrap();
     assert!(completed_at < writes);
+    // Its requests are the same in all runs: only their number differs.
+    let all = guest.as_deref().map(states).unwrap();
+    cut_power_holding(&sim, guest);
     let mut count = 0;
     for cut in (0..completed_at).step_by(step).chain(completed_at..=writes) {
-        let Run { sim, states, completed_at: completed, .. } = cut_at(Some(cut), case);
-        if states.is_empty() {
-            continue;
-        }
+        let Run { sim, guest, completed_at: completed, .. } = cut_at(Some(cut), case);
+        let begun = guest.as_ref().map(|guest| guest.begun());
+        cut_power_holding(&sim, guest);
+        let Some(begun) = begun else { continue };
+        let states = &all[..=begun - 12];
         count += 1;
         for seed in 0..4 {
             let after = sim.after_cut(seed);
             let words = format!("{case:?}, cut {cut}, seed {seed}");
-            after.block_on(check(&after, case.kind, &states, completed.is_some(), &words));
+            after.block_on(check(&after, case.kind, states, completed.is_some(), &words));
         }
     }
     count

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests: a panic is their way to fail")]
 
 mod commit;
+mod drained;
 mod ends;
 mod files;
 mod kit;

@@ -7,6 +7,7 @@
     reason = "tests: a panic is their way to fail, numbers are small"
 )]
 
+mod cycles;
 mod ends;
 mod engines;
 mod latency;

@@ -7,6 +7,7 @@ mod crash;
 mod cycles;
 mod faults;
 mod kit;
+mod late_backing;
 mod modes;
 mod options;
 mod pivot;

@@ -48,12 +48,14 @@ fn random_commands(seed: u64) {
                 8 if step > 10 => job.finalize(),
                 _ => Ok(()),
             };
-            let us = [0, 50, 2000, 200_000][usize::try_from(chance.below(4)).expect("small")];
+            // Long ones are few: the client goes on meanwhile, which is most of a run's work.
+            let us = [0, 50, 2000, 2000, 20_000][usize::try_from(chance.below(5)).expect("small")];
+            let us = if chance.one_in(30) { 200_000 } else { us };
             bds_io::sleep(Duration::from_micros(chance.below(us + 1))).await;
         }
         let _ready = job.resume();
         let _refused = job.complete();
-        bds_io::sleep(Duration::from_millis(500)).await;
+        bds_io::sleep(Duration::from_millis(100)).await;
         let _refused = job.cancel(true);
         let result = job.wait().await;
         let mut ends = 0;

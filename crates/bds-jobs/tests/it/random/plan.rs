@@ -108,6 +108,12 @@ impl Plan {
         Self { seed, chains, commands, cut }
     }
 
+    /// The same, ending with a power cut if it does not, and the other way round.
+    pub(super) fn with_the_other_end(&self) -> Self {
+        let cut = self.cut.is_none().then(|| Chance::new(self.seed ^ 0xc07).between(50, 6000));
+        Self { cut, ..self.clone() }
+    }
+
     /// Whether requests fail.
     pub(super) fn has_faults(&self) -> bool {
         self.commands.iter().any(|c| matches!(c.verb, Verb::Fault | Verb::FailTarget))

@@ -51,7 +51,7 @@ impl Image {
 
     async fn zero(self: &Arc<Self>, offset: u64, len: u64, flags: ZeroFlags) -> Result<Attempt> {
         let has_zero_flag = self.rules.has_zero_flag;
-        if !has_zero_flag && self.backing.is_some() {
+        if !has_zero_flag && self.shows_below() {
             return Ok(Attempt::Unsupported);
         }
         let unit = self.geometry().subcluster_size();
@@ -85,6 +85,12 @@ impl Image {
         self.zero_units(first, last, change).await
     }
 
+    /// True if unallocated clusters show a backing node, or will once the recorded one is attached:
+    /// zeros must not be left to them.
+    pub(crate) fn shows_below(&self) -> bool {
+        self.backing.is_some() || self.cluster0.load().backing_name.is_some()
+    }
+
     /// True if the data file must read like the disk.
     pub(crate) fn has_raw_data_file(&self) -> bool {
         self.cluster0.load().header.autoclear.contains(Autoclear::RAW_DATA_FILE)
@@ -92,7 +98,7 @@ impl Image {
 
     /// Discards a range. Parts of clusters are left alone.
     pub(crate) async fn discard(self: &Arc<Self>, offset: u64, len: u64) -> Result<Attempt> {
-        if !self.rules.has_zero_flag && self.backing.is_some() {
+        if !self.rules.has_zero_flag && self.shows_below() {
             return Ok(Attempt::Unsupported);
         }
         let image = Arc::clone(self);
@@ -189,7 +195,7 @@ impl Image {
         let has_table = self.has_table(start)?;
         let stays = match change {
             Change::Empty => true,
-            Change::Discard => !self.backing.is_some(),
+            Change::Discard => !self.shows_below(),
             Change::Zero | Change::Unmap => false,
         };
         if !has_table && stays {
@@ -246,7 +252,7 @@ impl Image {
         let (kind, count) = old.kind(0, &self.rules)?;
         let is_nothing =
             kind == Kind::Unallocated && (!is_extended || count == self.geometry().subclusters());
-        if change == Change::Discard && is_nothing && !self.backing.is_some() {
+        if change == Change::Discard && is_nothing && !self.shows_below() {
             return Ok(old);
         }
         if !self.rules.has_zero_flag || change == Change::Empty {
