@@ -81,7 +81,7 @@ fn what_could_not_be_given_back_is_in_the_report() {
     });
 }
 
-/// What a client of the graph does until it is told to stop; refusals are part of it.
+/// What a client of the graph does until `stop` is set; refusals are part of it.
 async fn change_things(jobs: JobManager, number: u64, mut chance: Chance, stop: Arc<AtomicBool>) {
     let graph = jobs.graph().clone();
     for round in 0.. {
