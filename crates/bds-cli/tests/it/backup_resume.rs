@@ -324,7 +324,7 @@ fn what_is_of_no_use_is_removed_and_the_reason_is_said() {
         let made = made.json();
         assert!(made["started-over"].as_str().expect("a text").contains(why), "{why}: {made}");
         assert_eq!(resumed(&made), 0, "{why}");
-        disk.check(2);
+        disk.check_point(2);
     }
 }
 
