@@ -101,6 +101,8 @@ pub(super) fn jobs(stage: &Stage, only: Option<&str>) -> Result<String, String> 
                 }
             }
         }
+        // The whole table comes after minutes.
+        say(bench.table.rows(&format!("{}:", case.name), 2).trim_end());
     }
     drop(std::fs::remove_dir_all(&bench.dir));
     let text = bench.table.text("jobs", 2) + &bench.failures;

@@ -29,15 +29,26 @@ impl PairTable {
     pub(super) fn text(&self, what: &str, digits: usize) -> String {
         let mut text =
             format!("\n| {what} | bds | qemu-storage-daemon | ratio |\n|---|---|---|---|\n");
-        for Row { name, unit, ours, theirs } in &self.0 {
-            let ratio = match theirs.is_empty() {
-                true => "-".into(),
-                false => format!("{:.digits$}", spread(theirs).0 / spread(ours).0),
-            };
-            let (ours, theirs) = (summary(ours, unit), summary(theirs, unit));
-            text.push_str(&format!("| {name} | {ours} | {theirs} | {ratio} |\n"));
-        }
+        text.push_str(&self.rows("", digits));
         text
+    }
+
+    /// The rows whose names begin like this.
+    pub(super) fn rows(&self, start: &str, digits: usize) -> String {
+        let wanted = self.0.iter().filter(|row| row.name.starts_with(start));
+        wanted.map(|row| row.text(digits)).collect()
+    }
+}
+
+impl Row {
+    fn text(&self, digits: usize) -> String {
+        let Self { name, unit, ours, theirs } = self;
+        let ratio = match theirs.is_empty() {
+            true => "-".into(),
+            false => format!("{:.digits$}", spread(theirs).0 / spread(ours).0),
+        };
+        let (ours, theirs) = (summary(ours, unit), summary(theirs, unit));
+        format!("| {name} | {ours} | {theirs} | {ratio} |\n")
     }
 }
 
