@@ -201,8 +201,8 @@ pub extern "C" fn bds_context_unref(context: bds_context) -> i32 {
 ///
 /// Every handle stays what it is: it still has to be released, and its node cannot be used. No
 /// node can be opened afterwards. A second call reports what has become of the rest.
-/// `report_json_out` may be NULL; it is written also if the call fails with one of these errors, and
-/// then has to be freed.
+/// `report_json_out` may be NULL; it is written also if the call fails with one of these errors,
+/// and then has to be freed.
 ///
 /// Errors: the first error of a closing, as -EIO or -ENOSPC: written data may be lost.
 /// BDS_ERR_IN_USE, and nothing else has this code: nodes are still held; the message names their
