@@ -8,9 +8,11 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::panic::resume_unwind;
 use std::path::Path;
 use std::process::Command;
-use std::{env, fs};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::{env, fs, thread};
 
 use bds_testkit::Scratch;
 
@@ -326,14 +328,8 @@ fn program(header: &Header) -> String {
     text + "#include \"abuse_main.h\"\n"
 }
 
-/// Runs programs; of each function, how many calls worked and how many were refused.
-fn run(
-    binary: &Path,
-    dir: &Path,
-    first: u64,
-    count: u64,
-    threads: u32,
-) -> BTreeMap<String, (u64, u64)> {
+/// Runs programs in one process.
+fn run(binary: &Path, dir: &Path, first: u64, count: u64, threads: u32) -> Counts {
     let output = Command::new(binary)
         .args([first.to_string(), count.to_string(), threads.to_string()])
         .current_dir(dir)
@@ -368,23 +364,71 @@ fn programs(default: u64, full: u64) -> u64 {
     asked.unwrap_or(if is_full { full } else { default })
 }
 
-/// Programs of one process: then its memory of handles is given back.
-const BATCH: u64 = 20_000;
+/// Programs of one process at most: then its memory of handles is given back.
+const BATCH: u64 = 5_000;
+/// Programs of one process for which its start, which uses every arena once, is worth while.
+const SMALL_BATCH: u64 = 2_000;
 
-fn abuse(total: u64, threads: u32) -> BTreeMap<String, (u64, u64)> {
-    let scratch = Scratch::new();
+/// Of each function, how many calls worked and how many were refused.
+type Counts = BTreeMap<String, (u64, u64)>;
+
+/// Runs programs in as many processes at a time as there are processors, each in a directory of
+/// its own. On a disk they would do little but wait for it (an image is flushed when it is closed);
+/// one of several processes works there all the same, where O_DIRECT is known to work.
+fn abuse(total: u64, threads: u32) -> Counts {
+    let (scratch, memory) = (Scratch::new(), Scratch::in_memory());
     let binary = build(&scratch);
-    let mut sum: BTreeMap<String, (u64, u64)> = BTreeMap::new();
-    let mut first = 1;
-    while first <= total {
-        let count = BATCH.min(total + 1 - first);
-        for (name, (worked, refused)) in run(&binary, scratch.dir(), first, count, threads) {
-            let place = sum.entry(name).or_default();
-            *place = (place.0 + worked, place.1 + refused);
+    let cores = thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
+    let batch = total.div_ceil(cores).clamp(SMALL_BATCH, BATCH);
+    let next = AtomicU64::new(1);
+    let work = |dir: &Path| {
+        let (_end, mut sum) = (EndOnPanic(&next), Counts::new());
+        loop {
+            let first = next.fetch_add(batch, Ordering::Relaxed);
+            if first > total {
+                return sum;
+            }
+            let count = batch.min(total + 1 - first);
+            add(&mut sum, run(&binary, dir, first, count, threads));
         }
-        first += count;
-    }
+    };
+    let mut sum = Counts::new();
+    thread::scope(|scope| {
+        let work = &work;
+        let processes: Vec<_> = (0..cores.min(total.div_ceil(batch)))
+            .map(|number| {
+                let place = if number == 1 { &scratch } else { &memory };
+                let dir = place.path(&format!("process{number}"));
+                fs::create_dir(&dir).unwrap();
+                scope.spawn(move || work(&dir))
+            })
+            .collect();
+        for process in processes {
+            match process.join() {
+                Ok(counts) => add(&mut sum, counts),
+                Err(panic) => resume_unwind(panic),
+            }
+        }
+    });
     sum
+}
+
+/// No process begins anew when one has failed.
+struct EndOnPanic<'a>(&'a AtomicU64);
+
+impl Drop for EndOnPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.store(u64::MAX / 2, Ordering::Relaxed);
+        }
+    }
+}
+
+fn add(sum: &mut Counts, counts: Counts) {
+    for (name, (worked, refused)) in counts {
+        let place = sum.entry(name).or_default();
+        *place = (place.0 + worked, place.1 + refused);
+    }
 }
 
 #[test]
