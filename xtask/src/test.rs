@@ -71,9 +71,24 @@ fn searches() -> Result<Outcome, String> {
 const SEARCHES: [(&str, &[&str], &[&str]); 5] = [
     ("searches", &["bds-core", "--lib"], &["schedules", "properties"]),
     ("searches-drivers", &["bds-drivers", "--test", "it"], &["sweep", "reopen", "qcow2"]),
-    ("searches-jobs", &["bds-jobs", "--test", "it"], &["races"]),
+    ("searches-jobs", &["bds-jobs", "--test", "it"], JOBS),
     ("searches-c", &["bds-ffi", "--test", "it"], &["c_suite"]),
     ("searches-tool", &["bds-cli", "--test", "it"], &["qemu_"]),
+];
+
+/// The searches of jobs: power cuts, cycles of start and end, random commands, schedules.
+const JOBS: &[&str] = &[
+    "chain::power",
+    "mirror::crash",
+    "backup::crash",
+    "cycles",
+    "random",
+    "races",
+    "mirror::verbs",
+    "checkpoint",
+    "shutdown",
+    "late_backing",
+    "drained",
 ];
 
 /// The buffers of bds-io, and the C library with generated calls and a million random programs,

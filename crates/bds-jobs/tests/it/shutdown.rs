@@ -81,6 +81,10 @@ fn what_could_not_be_given_back_is_in_the_report() {
     });
 }
 
+fn parsed(text: &str) -> Options {
+    Options::parse(text).expect("well-formed")
+}
+
 /// What a client of the graph does until `stop` is set; refusals are part of it.
 async fn change_things(jobs: JobManager, number: u64, mut chance: Chance, stop: Arc<AtomicBool>) {
     let graph = jobs.graph().clone();
@@ -92,7 +96,7 @@ async fn change_things(jobs: JobManager, number: u64, mut chance: Chance, stop: 
         let result = match (chance.below(9), node) {
             (0, _) => {
                 let text = format!("driver=mem,node-name=x{number}-{round},size=64k");
-                graph.open(Options::parse(&text).unwrap()).await.map(drop)
+                graph.open(parsed(&text)).await.map(drop)
             }
             (1 | 2, Ok(node)) => {
                 drop(graph.drain(&node).await);
@@ -105,8 +109,7 @@ async fn change_things(jobs: JobManager, number: u64, mut chance: Chance, stop: 
             (4 | 5, Ok(node)) => {
                 let id = format!("j{number}-{round}");
                 let on = format!("driver=throttle,limits.iops-total=1G,file={}", node.name());
-                let on = Options::parse(&on).unwrap();
-                match graph.open(on).await {
+                match graph.open(parsed(&on)).await {
                     Ok(filter) => {
                         let inserted = graph.insert_filter(&node, &filter).await;
                         let job = Box::new(Fake::running(endless()));

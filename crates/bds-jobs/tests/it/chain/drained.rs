@@ -211,8 +211,7 @@ async fn commit_under_readers(chain: &Chain, graph: &Graph, seed: u64) -> Vec<Se
         reader.await;
     }
     log.images.lock().unwrap().clear();
-    let seen = log.seen.lock().unwrap().clone();
-    seen
+    log.seen.lock().unwrap().clone()
 }
 
 /// Nothing is in flight in the images while both disks are drained, and between the last look that
