@@ -1199,7 +1199,8 @@ BDS_MUST_CHECK int bds_context_ref(struct bds_context context, struct bds_contex
 /**
  * Releases a handle. [any]
  *
- * BDS_OK: nothing holds the context any more; its nodes are closed in the background.
+ * BDS_OK: nothing holds the context any more; its jobs are cancelled, and its nodes closed, in
+ * the background.
  * BDS_STILL_REFERENCED: other handles, or objects of the context, do. Call bds_context_shutdown
  * first to close everything now and to see errors.
  *

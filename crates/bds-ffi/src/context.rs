@@ -40,7 +40,14 @@ pub(crate) struct ContextObject(pub(crate) Arc<Context>);
 impl Object for ContextObject {}
 
 impl Drop for Context {
+    /// Jobs go on without a handle of their own while the context lives. Once it is gone no one can
+    /// finalize, resume or complete them, so one that waits for that would keep its images open for
+    /// ever.
     fn drop(&mut self) {
+        for job in self.jobs.get().map(JobManager::jobs).into_iter().flatten() {
+            // Refused where it has ended.
+            let _ended = job.cancel(true);
+        }
         self.log.end();
     }
 }
@@ -181,7 +188,8 @@ pub extern "C" fn bds_context_ref(context: bds_context, out: Out<bds_context>) -
 
 /// Releases a handle. [any]
 ///
-/// BDS_OK: nothing holds the context any more; its nodes are closed in the background.
+/// BDS_OK: nothing holds the context any more; its jobs are cancelled, and its nodes closed, in
+/// the background.
 /// BDS_STILL_REFERENCED: other handles, or objects of the context, do. Call bds_context_shutdown
 /// first to close everything now and to see errors.
 ///
