@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use bds_testkit::{Output, Scratch};
 
@@ -26,9 +27,18 @@ impl Workdir {
         command
     }
 
-    /// Runs bds with arguments separated by blanks.
+    /// Runs bds with arguments separated by blanks. Again for some seconds where an image is
+    /// locked: the system takes down the ring of a killed process, and with it its files, some time
+    /// after the process has ended.
     pub(crate) fn bds(&self, words: &str) -> Output {
         let args: Vec<&str> = words.split(' ').filter(|w| !w.is_empty()).collect();
+        for _ in 0..100 {
+            let output = finish(self.command(&args));
+            if !output.stderr.contains("is another process using the image?") {
+                return output;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
         finish(self.command(&args))
     }
 
