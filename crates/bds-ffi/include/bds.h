@@ -2707,6 +2707,8 @@ BDS_MUST_CHECK int bds_job_complete(struct bds_job job);
 /**
  * Lets a pending job take effect. [any]
  *
+ * While a mirror or active commit is pending, no write to its disk ends.
+ *
  * Errors: as bds_job_pause.
  */
 BDS_MUST_CHECK int bds_job_finalize(struct bds_job job);

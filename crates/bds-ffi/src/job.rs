@@ -190,6 +190,8 @@ pub extern "C" fn bds_job_complete(job: bds_job) -> i32 {
 
 /// Lets a pending job take effect. [any]
 ///
+/// While a mirror or active commit is pending, no write to its disk ends.
+///
 /// Errors: as bds_job_pause.
 #[must_use]
 #[unsafe(no_mangle)]

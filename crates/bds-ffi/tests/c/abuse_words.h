@@ -24,7 +24,8 @@ static const char *const W_type[] = {"mirror", "backup", "commit", "stream"};
 static const char *const W_job[] = {
     "job-id=j0,device=n0,target=n1", "job-id=j1,device=n0,target=n2",
     "job-id=j0,device=n0,target=n1,sync=full", "job-id=j1,device=n1,target=n0,sync=none",
-    "job-id=j2,device=n0,target=n1,sync=full,auto-finalize=off",
+    /* Only of a backup: a mirror that is to be finalized lets no write end before that. */
+    "job-id=j2,device=n0,target=n1,sync=full,auto-finalize=off,on-cbw-error=break-guest-write",
     "job-id=j2,device=n1,target=n2,sync=full,auto-dismiss=off", "job-id=j3,device=n2",
     "job-id=j3,device=n0,target=n1,speed=1000", "job-id=j0,device=n0"};
 static const char *const W_group[] = {
