@@ -1,8 +1,9 @@
 //! An image that is opened without the backing file it records, and gets the node later: what read
 //! as zeros by a zero write or discard reads as zeros then too.
 
-use bds_core::driver::ZeroFlags;
+use bds_core::driver::{Truncate, ZeroFlags};
 use bds_core::options::Options;
+use bds_core::request::{Backend, BackendOptions};
 use bds_io::{Sim, SimConfig};
 
 use super::harness::{BASE, Shape, base_bytes, close, graph, make, open, options, read, write};
@@ -50,5 +51,36 @@ fn zeros_stay_zeros_when_the_backing_node_comes() {
                 close(&graph, node, disk).await;
             });
         }
+    }
+}
+
+/// What an image has grown by reads as zeros, also above a backing node that is longer than the
+/// image was.
+#[test]
+fn a_grown_image_shows_nothing_of_a_backing_node_that_comes_later() {
+    for compat in ["v2", "v3"] {
+        let sim = Sim::new(4, SimConfig::calm());
+        let (cluster, size) = (4096, 8 * 4096 + 512);
+        make(&sim, &Shape { size, compat, cluster, backing: true, ..Shape::default() });
+        let graph = graph(&sim);
+        sim.block_on(async {
+            let alone = options().with("backing", serde_json::Value::Null);
+            let (node, disk) = open(&graph, alone).await;
+            disk.truncate(Truncate::to(3 * size)).await.unwrap();
+            let text = format!("driver=mem,node-name=long,size={}", 2 * size);
+            let long = graph.open(Options::parse(&text).unwrap()).await.unwrap();
+            let below = BackendOptions { writable: true, ..BackendOptions::default() };
+            let below = Backend::new(&long, below).unwrap();
+            write(&below, 0, &vec![7; usize::try_from(2 * size).unwrap()]).await.unwrap();
+            drop(below);
+            graph.set_backing(&node, Some(&long)).await.unwrap();
+            let found = read(&disk, 0, usize::try_from(3 * size).unwrap()).await.unwrap();
+            // The cluster that the old length ended in is the image's own now, as it read then.
+            let (old, new) = found.split_at(8 * 4096);
+            assert!(old.iter().all(|byte| *byte == 7), "{compat}: it shows below");
+            assert_eq!(new.iter().position(|byte| *byte != 0), None, "{compat}");
+            drop(long);
+            close(&graph, node, disk).await;
+        });
     }
 }

@@ -42,8 +42,12 @@ impl Image {
                     .map_err(|e| self.name_error(e))?;
             }
         }
-        let shows_below = self.backing.len() > old;
-        self.clear_new_area(old, new, change.zero_new || shows_below).await?;
+        // How long a backing file is that is recorded and not open is not known.
+        let may_show_below = match self.backing.is_some() {
+            true => self.backing.len() > old,
+            false => self.shows_below(),
+        };
+        self.clear_new_area(old, new, change.zero_new || may_show_below).await?;
         let prealloc = match change.prealloc {
             Prealloc::Off if self.has_raw_data_file() => Prealloc::Metadata,
             prealloc => prealloc,
@@ -160,7 +164,7 @@ impl Image {
         }
         // Version 2 cannot say "zeros" over a backing node: they are written.
         let mut at = tail_end;
-        while self.backing.is_some() && at < new {
+        while self.shows_below() && at < new {
             let len = geometry.cluster_size().min(new - at);
             self.write_all(at, &self.zeros().slice(0..mem_len(len))).await?;
             self.keep_within_budgets().await?;

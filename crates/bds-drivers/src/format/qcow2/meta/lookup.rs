@@ -59,13 +59,10 @@ impl Image {
         if run.kind == Kind::Unallocated && run.len < max {
             // Most entries of an overlay: not decoded one by one, since each layer of a chain looks
             // as far as the one above it does.
-            let (size, whole) =
-                (geometry.cluster_size(), (max - run.len) / geometry.cluster_size());
-            let whole = usize::try_from(whole).expect("a slice has at most 2^18 entries");
-            let count = match geometry.is_cluster_aligned(guest + run.len) {
-                true => slice.count_unallocated(first + 1, whole),
-                false => 0,
-            };
+            let size = geometry.cluster_size();
+            let most =
+                usize::try_from((max - run.len) / size).expect("a slice has at most 2^18 entries");
+            let count = slice.count_unallocated(first + 1, most);
             run.len += count as u64 * size;
             index += count;
         }

@@ -85,7 +85,7 @@ impl Image {
     /// The image reads as before; some tables may have no zero clusters any more.
     pub(super) async fn expand_zero_clusters(self: &Arc<Self>, steps: &mut Steps) -> Result<()> {
         let cluster0 = read_cluster0(self.file.port(), Strictness::Use).await?;
-        let shows_below = cluster0.backing_name.is_some() || self.backing.is_some();
+        let shows_below = self.shows_below();
         let mut tables = L2Tables::new(self, &cluster0.header).await?;
         steps.expect(tables.entries_left());
         while let Some(table) = tables.next(self).await? {
