@@ -68,10 +68,6 @@ impl Settings {
         Self { shows_progress, prints_events: false, prints_progress: false, is_quiet, speed: 0 }
     }
 
-    pub(crate) fn shows_progress(&self) -> bool {
-        self.shows_progress
-    }
-
     /// Prints a line for people.
     pub(crate) fn say(&self, words: &str) -> Result<()> {
         if self.is_quiet { Ok(()) } else { printer::line(words) }
@@ -103,38 +99,80 @@ pub(crate) async fn run_until(
     let events = jobs.events();
     let options = JobOptions { speed: settings.speed, ..JobOptions::new(ID) };
     let handle = jobs.start(options, job).await.map_err(early)?;
+    let (result, done, _) = follow(&[handle], events, settings, interrupt, when_ready).await;
+    result.map_err(|error| (error, done))
+}
+
+/// Follows started jobs until all have ended: shows them, and cancels them if a signal arrives.
+/// Returns also the bytes that were done, and those there were to do.
+pub(crate) async fn follow(
+    jobs: &[JobHandle],
+    events: JobEvents,
+    settings: &Settings,
+    interrupt: &Interrupt,
+    when_ready: WhenReady,
+) -> (Result<()>, u64, u64) {
     let progress = Progress::of_job(settings.shows_progress);
     let mut shown = Shown { events, settings, progress, meter: Meter::default(), next_line: None };
-    let mut ended = pin!(handle.wait());
+    let mut ended = pin!(end_of(jobs));
     let result = loop {
         let pause = pin!(bds_io::sleep(LOOK_INTERVAL));
         match select(ended.as_mut(), pause).await {
             Either::Left((result, _)) => break result,
             Either::Right(((), _)) => {}
         }
-        if let Err(error) = shown.update(&handle) {
-            let _ended = handle.cancel(true);
+        if let Err(error) = shown.update(jobs) {
+            cancel(jobs, true);
             let _cancelled = ended.await;
-            return Err((error, handle.info().current_progress));
+            let (done, total) = done_and_total(jobs);
+            return (Err(error), done, total);
         }
         if interrupt.has_arrived() {
-            // It may have ended just now.
-            let _ended = handle.cancel(true);
-        } else if when_ready == WhenReady::End && handle.info().status.is_ready() {
+            cancel(jobs, true);
+        } else if when_ready == WhenReady::End
+            && jobs.iter().any(|job| job.info().status.is_ready())
+        {
             // Accepted once; the job needs a moment.
-            let _ended = handle.cancel(false);
+            cancel(jobs, false);
         }
     };
-    let info = handle.info();
+    let (done, total) = done_and_total(jobs);
     match &result {
-        Ok(()) => shown.progress.finish(info.total_progress),
+        Ok(()) => shown.progress.finish(total),
         Err(_) => shown.progress.abandon(),
     }
     let printed = show_events(&mut shown.events, settings);
-    result.and(printed).map_err(|error| (error, info.current_progress))
+    (result.and(printed), done, total)
 }
 
-/// Shows a running job.
+/// Waits for all jobs. The error is that of the job that failed: the others are cancelled.
+async fn end_of(jobs: &[JobHandle]) -> Result<()> {
+    let mut ended = Ok(());
+    for job in jobs {
+        match (job.wait().await, &ended) {
+            (Err(error), Ok(())) => ended = Err(error),
+            (Err(error), Err(first)) if first.kind() == ErrorKind::Cancelled => ended = Err(error),
+            _ => {}
+        }
+    }
+    ended
+}
+
+fn cancel(jobs: &[JobHandle], is_forced: bool) {
+    for job in jobs {
+        // It may have ended just now, or with another one of its group.
+        let _ended = job.cancel(is_forced);
+    }
+}
+
+fn done_and_total(jobs: &[JobHandle]) -> (u64, u64) {
+    let infos = jobs.iter().map(JobHandle::info);
+    infos.fold((0, 0), |(done, total), info| {
+        (done + info.current_progress, total + info.total_progress)
+    })
+}
+
+/// Shows running jobs.
 struct Shown<'s> {
     events: JobEvents,
     settings: &'s Settings,
@@ -145,9 +183,8 @@ struct Shown<'s> {
 }
 
 impl Shown<'_> {
-    fn update(&mut self, handle: &JobHandle) -> Result<()> {
-        let info = handle.info();
-        let (done, total) = (info.current_progress, info.total_progress);
+    fn update(&mut self, jobs: &[JobHandle]) -> Result<()> {
+        let (done, total) = done_and_total(jobs);
         let now = bds_io::now();
         let rates = self.meter.add(now, done, total);
         self.progress.show_job(done, total, &rates);
@@ -156,9 +193,12 @@ impl Shown<'_> {
             return Ok(());
         }
         self.next_line = Some(now + JSON_INTERVAL);
-        let mut data = info.to_query_block_jobs().unwrap_or_else(|| info.to_query_jobs());
-        add_rates(&mut data, &rates);
-        printer::line(with_time(json!({ "event": PROGRESS_EVENT, "data": data })))
+        for info in jobs.iter().map(JobHandle::info) {
+            let mut data = info.to_query_block_jobs().unwrap_or_else(|| info.to_query_jobs());
+            add_rates(&mut data, &rates);
+            printer::line(with_time(json!({ "event": PROGRESS_EVENT, "data": data })))?;
+        }
+        Ok(())
     }
 }
 
@@ -171,7 +211,7 @@ fn add_rates(data: &mut Value, rates: &Rates) {
 }
 
 /// Shows the events that have come since the last call.
-pub(crate) fn show_events(events: &mut JobEvents, settings: &Settings) -> Result<()> {
+fn show_events(events: &mut JobEvents, settings: &Settings) -> Result<()> {
     while let Some(event) = events.try_next() {
         if settings.prints_events {
             printer::line(with_time(JobEvent::to_json(&event)))?;

@@ -165,7 +165,7 @@ impl Group {
             let named = |record: &Record| record.disks.get(name).map(|part| part.point);
             let last = self.records.last().and_then(named);
             let is_left = set.last().map(|point| point.number) > last;
-            if is_left || list::Left::of(&set)?.is_some() {
+            if is_left || list::UnfinishedPoint::of(&set)?.is_some() {
                 disks.push(name.clone());
             }
         }

@@ -15,7 +15,7 @@ use crate::printer;
 pub(super) const UNFINISHED: &str = "unfinished";
 
 /// What a run has left that did not complete.
-pub(super) struct Left {
+pub(super) struct UnfinishedPoint {
     number: u32,
     /// Bytes of its image file.
     stored: u64,
@@ -23,7 +23,7 @@ pub(super) struct Left {
     notes: Option<Notes>,
 }
 
-impl Left {
+impl UnfinishedPoint {
     /// What was left of the point that comes next.
     ///
     /// # Errors
@@ -59,7 +59,7 @@ impl Left {
 
 pub(super) fn run(args: &BackupList) -> Result<()> {
     let set = BackupSet::open(&args.directory)?;
-    let left = Left::of(&set)?;
+    let left = UnfinishedPoint::of(&set)?;
     if args.output == Output::Json {
         let points = set.points().iter().map(|point| as_json(&set, point));
         return printer::json(&points.chain(left.map(|left| left.as_json(&set))).collect());

@@ -5,8 +5,9 @@
 //! for each, and a record of every point that all of them have (`group`).
 
 mod copy;
+mod copy_jobs;
 mod group;
-mod left;
+mod leftover;
 mod list;
 mod moment;
 mod notes;
@@ -14,7 +15,6 @@ mod prune;
 mod restore;
 mod run;
 mod verify;
-mod work;
 
 use std::process::ExitCode;
 

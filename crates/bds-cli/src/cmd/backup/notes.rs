@@ -6,7 +6,7 @@
 //! ```
 //! Written before the source gets the bitmap of the point, replaced as a whole when a later run
 //! goes on. They say whether what was left is of this disk and this kind of point; that its content
-//! is right does not depend on them (`left`).
+//! is right does not depend on them (`leftover`).
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};

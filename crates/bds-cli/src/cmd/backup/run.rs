@@ -6,7 +6,7 @@
 //!   get their names ─► record and notes removed
 //! ```
 //! Killed anywhere, it leaves the points before, and an unfinished one with which the next run goes
-//! on (`left`), or which it removes.
+//! on (`leftover`), or which it removes.
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
@@ -21,10 +21,10 @@ use bds_jobs::record::{ManifestOptions, RecordOptions};
 use serde_json::{Value, json};
 
 use super::copy::GRANULARITY;
-use super::left::{self, Left, Wanted};
+use super::copy_jobs;
+use super::leftover::{self, Leftover, Wanted};
 use super::moment::{self, Begun, Edit};
 use super::notes::{self, Found, Notes};
-use super::work;
 use crate::args::{BackupRun, Output};
 use crate::backup_set::{BackupSet, Kind, Note, Point, image_name, read_manifest};
 use crate::image_spec::{self, Spec};
@@ -181,7 +181,7 @@ async fn make_all(
     }
     let disks = runs.iter().zip(&plans).zip(&targets).enumerate();
     let backups = disks.map(|(at, ((run, plan), target))| run.backup(plan, target, at));
-    let copied = work::copy(graph, backups.collect(), (runs[0].args, interrupt)).await;
+    let copied = copy_jobs::run(graph, backups.collect(), (runs[0].args, interrupt)).await;
     let mut closed = Ok(());
     for target in targets {
         closed = closed.and(target.close().await?.into_result());
@@ -223,9 +223,9 @@ impl<'a> Run<'a> {
     async fn plan(&self) -> Result<Plan<'_>> {
         let base = self.base()?;
         let (left, started_over) = match self.left(base).await? {
-            Left::Nothing => (None, None),
-            Left::Usable(node) => (Some(node), None),
-            Left::Useless(why) => (None, Some(why)),
+            Leftover::Nothing => (None, None),
+            Leftover::Usable(node) => (Some(node), None),
+            Leftover::Unusable(why) => (None, Some(why)),
         };
         let note = Note {
             set: self.set_id.clone(),
@@ -238,12 +238,12 @@ impl<'a> Run<'a> {
         Ok(Plan { base, note, stale, left, started_over })
     }
 
-    async fn left(&self, base: Option<&Point>) -> Result<Left> {
+    async fn left(&self, base: Option<&Point>) -> Result<Leftover> {
         let Self { graph, set, number, notes, source, .. } = self;
         if self.args.start_over {
             let is_there = set.partial_image(*number).exists();
             let why = "as --start-over asks".to_owned();
-            return Ok(if is_there { Left::Useless(why) } else { Left::Nothing });
+            return Ok(if is_there { Leftover::Unusable(why) } else { Leftover::Nothing });
         }
         let map = self.map(base)?;
         Wanted { graph, set, source, number: *number, base, map: &map, notes }.left().await
@@ -284,7 +284,7 @@ impl<'a> Run<'a> {
         }
         let path = self.set.partial_image(self.number);
         cmd::create::create(self.graph, "qcow2", path, options, false).await?;
-        let node = left::open(self.graph, self.set, self.number).await?;
+        let node = leftover::open(self.graph, self.set, self.number).await?;
         // Durable before there is a record of it: a crash leaves an image that can be opened.
         image::backend(&node, true)?.flush().await?;
         Ok(node)

@@ -19,12 +19,12 @@ use crate::image;
 
 /// What was found.
 #[derive(Debug)]
-pub(super) enum Left {
+pub(super) enum Leftover {
     Nothing,
     /// The open image.
     Usable(NodeRef),
     /// Why not.
-    Useless(String),
+    Unusable(String),
 }
 
 /// The point that this run makes.
@@ -45,26 +45,26 @@ impl Wanted<'_> {
     ///
     /// # Errors
     /// Something could not be read, so it is not known: nothing is to be removed.
-    pub(super) async fn left(&self) -> Result<Left> {
+    pub(super) async fn left(&self) -> Result<Leftover> {
         if self.notes.notes().is_some() {
             self.set.recover_image(self.number)?;
         }
         if std::fs::symlink_metadata(self.set.partial_image(self.number)).is_err() {
-            return Ok(Left::Nothing);
+            return Ok(Leftover::Nothing);
         }
         if let Err(why) = self.check_notes() {
-            return useless(why);
+            return unusable(why);
         }
         let node = match open(self.graph, self.set, self.number).await {
             Ok(node) => node,
-            Err(error) => return useless(error),
+            Err(error) => return unusable(error),
         };
         match self.check(&node).await {
-            Ok(()) => Ok(Left::Usable(node)),
+            Ok(()) => Ok(Leftover::Usable(node)),
             Err(error) => {
                 // Nothing was written to it, and the first error is the one that matters.
                 let _closed = node.close().await;
-                useless(error)
+                unusable(error)
             }
         }
     }
@@ -144,14 +144,14 @@ pub(super) async fn open(graph: &Graph, set: &BackupSet, number: u32) -> Result<
 
 /// # Errors
 /// The error is one of the system, not of what was found: another run may get further.
-fn useless(error: Error) -> Result<Left> {
+fn unusable(error: Error) -> Result<Leftover> {
     match error.kind() {
         ErrorKind::InvalidImage
         | ErrorKind::InvalidInput
         | ErrorKind::NotSupported
         | ErrorKind::NotFound
         | ErrorKind::Corrupt
-        | ErrorKind::LimitExceeded => Ok(Left::Useless(crate::report::message(&error))),
+        | ErrorKind::LimitExceeded => Ok(Leftover::Unusable(crate::report::message(&error))),
         _ => Err(error.context("cannot look at the unfinished backup (see --start-over)")),
     }
 }
