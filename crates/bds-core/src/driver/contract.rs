@@ -59,7 +59,7 @@ pub trait Driver: Send + Sync + 'static {
 
     /// True if zero writes and discards must not run beside writes that overlap them: zeros are
     /// kept in two places, which such writes could reach in different orders.
-    fn zeroes_alone(&self) -> bool {
+    fn serialises_zeroes(&self) -> bool {
         false
     }
 

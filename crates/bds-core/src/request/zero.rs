@@ -60,7 +60,7 @@ pub(super) async fn write_zeroes_entered(
     let zeroed = {
         let admission = Admission::write(outer)
             .unchanged_if(flags.contains(ZeroFlags::UNCHANGED))
-            .serialising_if(padded.is_some() || node.driver().zeroes_alone())
+            .serialising_if(padded.is_some() || node.driver().serialises_zeroes())
             .no_wait_if(flags.contains(ZeroFlags::NO_WAIT));
         let scope = node.admit(admission).await?;
         let pieces = Pieces {
@@ -267,7 +267,7 @@ pub(super) async fn discard_entered(
     if start >= end {
         return Ok(());
     }
-    let alone = node.driver().zeroes_alone();
+    let alone = node.driver().serialises_zeroes();
     let scope = node.admit(Admission::write(start..end).serialising_if(alone)).await?;
     discard_aligned(&scope, &limits, start, end.min(reach)).await
 }

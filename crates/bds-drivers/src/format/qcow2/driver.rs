@@ -79,7 +79,7 @@ impl Driver for Qcow2 {
 
     /// The data file is zeroed first, then the entries: a write between the two would be in the
     /// file and not on the disk.
-    fn zeroes_alone(&self) -> bool {
+    fn serialises_zeroes(&self) -> bool {
         self.image.has_raw_data_file()
     }
 
