@@ -11,6 +11,11 @@
 //! bit reads the old bytes, and that write would never be copied. For the same reason a job must
 //! claim bits (see [`HBitmap::claim`]) before it reads the bytes.
 //!
+//! A request that has counted its write with a `SeqCst` read-modify-write before (`HBitmap::record`)
+//! needs no second one where the bit is set: its `SeqCst` load is not answered before the count is
+//! visible, and with it the bytes. If the load finds the bit set, it comes before the exchange that
+//! claims the bit, and the fence behind that exchange comes before the claimer's reads.
+//!
 //! All accesses to words are `SeqCst`, which costs nothing where the machine locks the bus anyway:
 //! a thread that sets a bit and then looks at another variable, and one that changes that variable
 //! and then looks at the bit, do not both miss the other (`graph::bitmaps::recorder` needs that).
@@ -54,15 +59,16 @@ impl Page {
         Box::new(Self { words: [const { AtomicU64::new(0) }; WORDS], count: AtomicU32::new(0) })
     }
 
-    /// Sets bits of a word.
+    /// Sets bits of a word. `COUNTED`: the caller has counted the write, see the module.
     #[inline]
-    fn set(&self, word: usize, mask: u64) {
+    fn set<const COUNTED: bool>(&self, word: usize, mask: u64) {
         let bits = &self.words[word];
-        let known = bits.load(Ordering::Relaxed);
+        let known = bits.load(Ordering::SeqCst);
         if mask & !known == 0
             // They are set. The exchange of equal values is the read-modify-write that the module
             // asks for.
-            && bits.compare_exchange(known, known, Ordering::SeqCst, Ordering::Relaxed).is_ok()
+            && (COUNTED
+                || bits.compare_exchange(known, known, Ordering::SeqCst, Ordering::Relaxed).is_ok())
         {
             return;
         }
@@ -80,6 +86,8 @@ impl Page {
         let taken = self.words[word].fetch_and(!mask, Ordering::SeqCst) & mask;
         if taken != 0 {
             self.count.fetch_sub(taken.count_ones(), Ordering::Relaxed);
+            // And the bytes of writes that found the bits set and left them: see the module.
+            fence(Ordering::SeqCst);
         }
         taken
     }
@@ -225,6 +233,18 @@ impl HBitmap {
     /// Marks every granule that the byte range touches. What lies beyond the end is ignored.
     #[inline]
     pub fn set(&self, range: Range<u64>) {
+        self.mark::<false>(range);
+    }
+
+    /// As [`HBitmap::set`], for a thread that executed a `SeqCst` read-modify-write after the bytes
+    /// were written: see the module.
+    #[inline]
+    pub(crate) fn record(&self, range: Range<u64>) {
+        self.mark::<true>(range);
+    }
+
+    #[inline]
+    fn mark<const COUNTED: bool>(&self, range: Range<u64>) {
         let len = self.len();
         if range.start >= range.end || range.start >= len {
             return;
@@ -232,9 +252,9 @@ impl HBitmap {
         let first = range.start >> self.shift;
         let last = (range.end.min(len) - 1) >> self.shift;
         if first == last {
-            return self.page(first).set(word_of(first), bit_of(first));
+            return self.page(first).set::<COUNTED>(word_of(first), bit_of(first));
         }
-        self.set_granules(first..last + 1);
+        self.mark_granules::<COUNTED>(first..last + 1);
     }
 
     /// Marks all granules of the bitmap.
@@ -306,7 +326,7 @@ impl HBitmap {
                 let first = start + word as u64 * WORD;
                 let mask = page.word(word) & mask_of(first, granules);
                 if mask != 0 {
-                    self.page(first).set(word, mask);
+                    self.page(first).set::<false>(word, mask);
                 }
             }
         }
@@ -320,11 +340,17 @@ impl HBitmap {
 
     /// Marks granules, which must exist.
     pub(super) fn set_granules(&self, range: Range<u64>) {
+        self.mark_granules::<false>(range);
+    }
+
+    fn mark_granules<const COUNTED: bool>(&self, range: Range<u64>) {
         let mut at = range.start;
         while at < range.end {
             let end = (at - at % WORD + WORD).min(range.end);
-            self.page(at)
-                .set(word_of(at), mask_of(at - at % WORD, end) & (u64::MAX << (at % WORD)));
+            self.page(at).set::<COUNTED>(
+                word_of(at),
+                mask_of(at - at % WORD, end) & (u64::MAX << (at % WORD)),
+            );
             at = end;
         }
     }

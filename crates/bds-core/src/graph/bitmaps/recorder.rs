@@ -77,7 +77,7 @@ impl Recorder {
         self.number.store(number, Ordering::SeqCst);
     }
 
-    /// Marks the range in all bitmaps that record. `len` is the node's length: a write may have
+    /// Marks the range in all bitmaps that record, after the write was counted. `len` is the node's length: a write may have
     /// made the node longer.
     #[inline]
     pub(super) fn record(&self, range: &Range<u64>, len: impl Fn() -> u64) {
@@ -126,7 +126,7 @@ impl List {
             if range.end > bits.len() {
                 bits.grow(len().min(range.end));
             }
-            bits.set(range.clone());
+            bits.record(range.clone());
         }
         self.number
     }
