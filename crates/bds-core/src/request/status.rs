@@ -326,7 +326,7 @@ struct Step {
 }
 
 /// Gets the status of the node behind the edge and the edge to the next layer from the same node:
-/// the edge may be moved a moment later. `None`: the node is the one to stop at.
+/// the edge may be moved a moment later. `None`: the node is the one to stop at, or shows it.
 fn step(
     edge: &Edge,
     depth: Depth,
@@ -336,13 +336,23 @@ fn step(
 ) -> BoxFuture<'_, Result<(NodeId, Option<Step>)>> {
     Box::pin(async move {
         let node = enter(edge).await?;
-        if depth == Depth::Above(node.id()) {
+        if let Depth::Above(base) = depth
+            && shows(&node, base)
+        {
             return Ok((node.id(), None));
         }
         let layer = named(&node, layer_entered(&node, offset, len, precision).await)?;
         let is_filter = node.driver().is_filter();
         Ok((node.id(), Some(Step { layer, is_filter, next: below(&node) })))
     })
+}
+
+/// Whether the node is `base`, or filters show it: they would answer for its bytes.
+fn shows(node: &Node, base: NodeId) -> bool {
+    if node.id() == base || !node.driver().is_filter() {
+        return node.id() == base;
+    }
+    below(node).is_some_and(|edge| shows(&edge.target(), base))
 }
 
 fn finish(mut run: ChainRun, offset: u64, end: Option<u64>) -> ChainRun {

@@ -24,6 +24,7 @@ mod grouped;
 mod groups;
 mod life;
 mod load;
+mod meter;
 mod mirror;
 mod query;
 mod races;

@@ -96,6 +96,40 @@ fn above_a_base_only_the_layers_above_decide() {
     });
 }
 
+/// Filters above the base would answer for its bytes.
+#[test]
+fn filters_above_a_base_do_not_decide() {
+    run(1, async {
+        let disks = DiskGraph::new();
+        let config = |options: Options| Config { options, ..Config::default() };
+        let (base, _) = disks.node("base", vec![1; 1000], config(Options::new())).await;
+        let mut filters = Vec::new();
+        let mut below = "base";
+        for name in ["low", "high"] {
+            let options = Options::new().with("file", below);
+            let filter = Config { is_filter: true, ..config(options) };
+            filters.push(disks.node(name, vec![1; 1000], filter).await.0);
+            below = name;
+        }
+        let top = Config {
+            supports_backing: true,
+            statuses: vec![(0..100, NONE, None)],
+            options: Options::new().with("backing", below),
+            ..Config::default()
+        };
+        let (top, _) = disks.node("top", vec![3; 2000], top).await;
+        let top = backend(&top);
+        for stop in ["base", "low", "high"] {
+            let id = disks.find(stop).id();
+            let run = top.status_above(id, 0, 2000, Precision::Exact).await.unwrap();
+            assert_eq!((run.len, run.flags), (100, NONE), "{stop}");
+        }
+        let high = backend(&filters[1]);
+        let run = high.status_above(base.id(), 0, 10, Precision::Exact).await.unwrap();
+        assert_eq!((run.len, run.flags), (10, NONE));
+    });
+}
+
 #[test]
 fn is_zero_looks_through_the_chain() {
     run(1, async {

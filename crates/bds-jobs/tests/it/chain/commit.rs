@@ -1,8 +1,19 @@
 //! The job `commit`: what it writes, what is left of the chain, what it refuses.
 
-use bds_jobs::{Commit, CommitOptions, JobManager, JobOptions};
+use std::sync::Arc;
 
-use super::kit::{Chain, Layer, User, graph_on, names, read_all, run_job, seeds, world, writer};
+use bds_core::Options;
+use bds_core::driver::{Precision, StatusFlags};
+use bds_core::graph::{Graph, NodeRef};
+use bds_core::request::Backend;
+use bds_io::Sim;
+use bds_jobs::mirror::{ActiveCommit, ActiveCommitOptions};
+use bds_jobs::{Commit, CommitOptions, JobDriver, JobManager, JobOptions, JobStatus};
+
+use super::kit::{
+    Chain, Layer, User, graph_on, names, read_all, reader, run_job, seeds, world, writer,
+};
+use crate::meter::{Meter, MeteredType};
 
 const K: u64 = 1024;
 
@@ -72,6 +83,97 @@ fn images_are_committed_under_load() {
             check(&layers(), into, seed);
             check(&others(), into, seed);
         }
+    }
+}
+
+/// Opens a chain whose base counts what is written to it. `filter` lies above the base.
+async fn open_metered(
+    sim: &Sim,
+    graph: &Graph,
+    chain: &Chain,
+    filter: bool,
+) -> (Vec<NodeRef>, Arc<Meter>) {
+    let meter = Meter::new(sim, chain.path("base").to_str().unwrap());
+    let metered = Arc::new(MeteredType(Arc::clone(&meter)));
+    let file = graph.open_driver(metered, Options::new().with("node-name", "file")).await.unwrap();
+    let base = Options::parse("driver=raw,node-name=base,read-only=on,file=file").unwrap();
+    let mut nodes = vec![graph.open(base).await.unwrap()];
+    drop(file);
+    let mut below = "base";
+    let filter = match filter {
+        true => {
+            let options =
+                Options::parse("driver=throttle,limits.bps-total=1T,node-name=filter,file=base")
+                    .unwrap();
+            below = "filter";
+            Some(graph.open(options.with("read-only", true)).await.unwrap())
+        }
+        false => None,
+    };
+    for layer in &chain.layers[1..] {
+        let options = chain.by_path(layer.name, layer.name).with("backing", below);
+        nodes.push(graph.open(options.with("read-only", layer.name != "top")).await.unwrap());
+        below = layer.name;
+    }
+    drop(filter);
+    (nodes, meter)
+}
+
+/// Bytes that the layers above the base hold.
+async fn held_above(top: &Backend, base: &NodeRef) -> u64 {
+    let (mut at, mut held) = (0, 0);
+    while at < top.len() {
+        let run = top.status_above(base.id(), at, top.len() - at, Precision::Exact).await.unwrap();
+        held += run.len * u64::from(run.flags.contains(StatusFlags::ALLOCATED));
+        at += run.len;
+    }
+    held
+}
+
+/// The base's own bytes are not written to it again, whatever filters lie in between: the job's
+/// own, and a user's.
+#[test]
+fn a_commit_writes_only_what_the_images_above_hold() {
+    let layers = [
+        Layer::raw("base", 256 * K),
+        Layer::qcow2("low", 256 * K, 4096),
+        Layer::qcow2("mid", 256 * K, 4096),
+        Layer::qcow2("top", 256 * K, 4096),
+    ];
+    for (is_active, has_filter) in [(false, false), (false, true), (true, false), (true, true)] {
+        let sim = world(7);
+        let chain = sim.block_on(Chain::new(&layers).make(sim.fs(), 7));
+        let graph = graph_on(sim.fs());
+        let jobs = JobManager::new(&graph);
+        sim.block_on(async {
+            let (nodes, meter) = open_metered(&sim, &graph, &chain, has_filter).await;
+            let top = reader(&nodes[if is_active { 3 } else { 2 }], "status");
+            let held = held_above(&top, &nodes[0]).await;
+            assert!(held > 0 && held < 256 * K, "{held}");
+            drop(top);
+            let (base, mid) = (Some(nodes[0].clone()), Some(nodes[2].clone()));
+            let job: Box<dyn JobDriver> = if is_active {
+                let granularity = Some(4096);
+                let of_top = ActiveCommitOptions::new(&nodes[3], "c");
+                let options = ActiveCommitOptions { base, granularity, ..of_top };
+                Box::new(ActiveCommit::prepare(options).await.unwrap())
+            } else {
+                let options = CommitOptions { base, top: mid, ..CommitOptions::new(&nodes[3]) };
+                Commit::prepare("c", options).await.unwrap()
+            };
+            let options = JobOptions { auto_dismiss: true, ..JobOptions::new("c") };
+            let job = jobs.start(options, job).await.unwrap();
+            if is_active {
+                job.wait_status(JobStatus::Ready).await.unwrap();
+                job.complete().unwrap();
+            }
+            job.wait().await.unwrap();
+            let context = format!("active: {is_active}, filter: {has_filter}");
+            assert_eq!(meter.written(), held, "{context}");
+            drop((nodes, job));
+        });
+        drop(jobs);
+        sim.block_on(graph.shutdown()).check_leaks().unwrap();
     }
 }
 

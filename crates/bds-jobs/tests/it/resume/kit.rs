@@ -17,7 +17,7 @@ use bds_jobs::{
 };
 use bds_testkit::Chance;
 
-use super::meter::{Meter, MeteredType};
+use crate::meter::{Meter, MeteredType};
 
 /// Behind the others in the order of names: so a world after a power cut numbers its files alike.
 pub(super) const RECORD: &str = "/z-record";

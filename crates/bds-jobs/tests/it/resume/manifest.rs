@@ -17,7 +17,7 @@ use super::kit::{
     ALL_KINDS, CHUNK, KINDS, Kind, World, content, finish, interrupt_in, manifest, manifest_of,
     pattern, record, verify, wait_written, write, writer,
 };
-use super::meter::Lie;
+use crate::meter::Lie;
 
 /// Behind the others in the order of names.
 const MANIFEST: &str = "/z-manifest";

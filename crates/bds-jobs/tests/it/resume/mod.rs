@@ -8,7 +8,6 @@
 
 mod kit;
 mod manifest;
-mod meter;
 mod record;
 mod refusals;
 mod scenarios;

@@ -20,20 +20,20 @@ const WRITE_TIME: Duration = Duration::from_millis(2);
 
 /// What the test reads and sets.
 #[derive(Debug)]
-pub(super) struct Meter {
+pub(crate) struct Meter {
     file: File,
     path: PathBuf,
-    pub(super) written: AtomicU64,
-    pub(super) read: AtomicU64,
+    pub(crate) written: AtomicU64,
+    pub(crate) read: AtomicU64,
     /// Writes and flushes fail.
-    pub(super) fails: AtomicBool,
+    pub(crate) fails: AtomicBool,
     /// What the disk does with a write that begins at this byte.
     lies: Mutex<Option<(u64, Lie)>>,
 }
 
 /// A fault of a disk that reports success.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Lie {
+pub(crate) enum Lie {
     /// Writes nothing.
     Lost,
     /// Writes to this place instead.
@@ -43,7 +43,7 @@ pub(super) enum Lie {
 }
 
 impl Meter {
-    pub(super) fn new(sim: &Sim, path: &str) -> Arc<Self> {
+    pub(crate) fn new(sim: &Sim, path: &str) -> Arc<Self> {
         let options = OpenOptions { write: true, ..OpenOptions::default() };
         Arc::new(Self {
             file: sim.fs().open(path.as_ref(), &options).unwrap(),
@@ -56,7 +56,7 @@ impl Meter {
     }
 
     /// The next write that begins at this byte goes wrong.
-    pub(super) fn lie_at(&self, offset: u64, lie: Lie) {
+    pub(crate) fn lie_at(&self, offset: u64, lie: Lie) {
         *self.lies.lock().unwrap() = Some((offset, lie));
     }
 
@@ -80,11 +80,11 @@ impl Meter {
         }
     }
 
-    pub(super) fn written(&self) -> u64 {
+    pub(crate) fn written(&self) -> u64 {
         self.written.load(Ordering::SeqCst)
     }
 
-    pub(super) fn read(&self) -> u64 {
+    pub(crate) fn read(&self) -> u64 {
         self.read.load(Ordering::SeqCst)
     }
 
@@ -117,7 +117,7 @@ fn failure() -> Error {
 }
 
 /// Opens a node on a meter.
-pub(super) struct MeteredType(pub(super) Arc<Meter>);
+pub(crate) struct MeteredType(pub(super) Arc<Meter>);
 
 struct Metered(Arc<Meter>);
 
