@@ -84,6 +84,7 @@ const JOBS: &[&str] = &[
     "cycles",
     "random",
     "races",
+    "resume",
     "mirror::verbs",
     "checkpoint",
     "shutdown",
@@ -109,10 +110,10 @@ fn address_sanitizer() -> Result<Outcome, String> {
 /// Tests of the C library that take one which was built with a sanitizer.
 const C_LIBRARY: [&str; 2] = ["every_function_refuses", "abuse"];
 
-/// What runs on real threads in the graph and in the arena under ThreadSanitizer, where a nightly
-/// toolchain and the standard library's source are installed. The precompiled library is not
-/// instrumented: with it every lock, once-cell and last `Arc` looks like a race (hundreds of false
-/// reports), so that it is built anew or the tests are skipped.
+/// What runs on real threads in the graph, the arena and the C library under ThreadSanitizer, where
+/// a nightly toolchain and the standard library's source are installed. The precompiled library is
+/// not instrumented: with it every lock, once-cell and last `Arc` looks like a race (hundreds of
+/// false reports), so that it is built anew or the tests are skipped.
 fn thread_sanitizer() -> Result<Outcome, String> {
     let mut outcome = Outcome::default();
     if has_nightly() && !has_std_source() {
@@ -123,6 +124,7 @@ fn thread_sanitizer() -> Result<Outcome, String> {
         ("tsan-graph", &["--package", "bds-core", "--lib"][..], &["threads"][..]),
         ("tsan-buffers", &["--package", "bds-io", "--test", "it"], &["races"]),
         ("tsan-arena", &["--package", "bds-refcount", "--test", "threads"], &[]),
+        ("tsan-c", &["--package", "bds-ffi", "--test", "it"], &["threads_"]),
     ] {
         // The copies in Rust, as for AddressSanitizer.
         let flags = "-Zsanitizer=thread --cfg bds_byte_copies";

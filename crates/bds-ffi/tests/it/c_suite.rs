@@ -28,6 +28,8 @@ enum Tool {
     /// allocator.
     Sanitizers,
     Valgrind,
+    /// ThreadSanitizer, in the C code and in the library, which was built with it.
+    Races,
 }
 
 /// Which programs of a cell run by default.
@@ -44,10 +46,11 @@ const CXX17_FLAGS: &[&str] = &["-x", "c++", "-std=c++17", "-Wno-missing-field-in
 const CLANGXX17_FLAGS: &[&str] =
     &["-x", "c++", "-std=c++17", "-Wno-missing-field-initializers", "-Wno-unused-function"];
 
-/// The cell of generated programs, which do not use everything they declare. In a build with
-/// AddressSanitizer (`BDS_TEST_SANITIZER=address`) they are, too, and link the static library.
+/// The cell of generated programs, which do not use everything they declare. In a build with a
+/// sanitizer (`BDS_TEST_SANITIZER`) they have it, too, and link the static library.
 pub(crate) fn generated() -> Cell {
     match env::var("BDS_TEST_SANITIZER").as_deref() {
+        Ok("thread") => RACES,
         Ok("address") => cell("asan", "gcc", SANITIZED_FLAGS, true, Tool::Sanitizers, Sample::All),
         _ => cell("generated", "gcc", SWEEP_FLAGS, false, Tool::None, Sample::All),
     }
@@ -62,6 +65,9 @@ const SANITIZED_FLAGS: &[&str] = &[
 ];
 const SWEEP_FLAGS: &[&str] =
     &["-std=c11", "-D_DEFAULT_SOURCE", "-Wno-unused", "-Wno-cast-align", "-Wno-unused-result"];
+/// Threads, in a build with ThreadSanitizer.
+const RACES: Cell =
+    cell("gcc-static-c11-tsan", "gcc", SANITIZED_FLAGS, true, Tool::Races, Sample::All);
 const C11: Cell = cell("gcc-shared-c11", "gcc", C11_FLAGS, false, Tool::None, Sample::All);
 
 /// Programs that the default run takes from cells where each of them takes long.
@@ -140,7 +146,9 @@ fn compile_with(cell: &Cell, source: &Path, program: &Path, libraries: &Path, mo
     if cell.tool == Tool::Sanitizers {
         compiler.args([SANITIZE, "-fno-sanitize-recover=all", "-DNO_ADDRESS_LIMIT"]);
     }
-    compiler.arg(source);
+    let source =
+        if cell.tool == Tool::Races { race_object(cell, source, program) } else { source.into() };
+    compiler.arg(&source);
     compiler.arg("-o").arg(program);
     if cell.is_static {
         // Not C++ any more.
@@ -150,8 +158,32 @@ fn compile_with(cell: &Cell, source: &Path, program: &Path, libraries: &Path, mo
         compiler.arg("-L").arg(libraries).arg("-lbds");
         compiler.arg(format!("-Wl,-rpath,{}", libraries.display()));
     }
+    if cell.tool == Tool::Races {
+        let runtime = race_runtime();
+        compiler.arg("-Wl,--whole-archive").arg(runtime).args(["-Wl,--no-whole-archive", "-lm"]);
+    }
     compiler.args(more);
     must(&format!("{} of {}", cell.compiler, source.display()), &compiler.output().unwrap());
+}
+
+/// Compiles without linking: the linker of gcc would add its own runtime of ThreadSanitizer, which
+/// lacks functions that rustc's code calls.
+fn race_object(cell: &Cell, source: &Path, program: &Path) -> PathBuf {
+    let object = program.with_extension("o");
+    let mut compiler = Command::new(cell.compiler);
+    compiler.args(["-g", "-O1", "-fsanitize=thread", "-c"]).args(cell.flags);
+    compiler.arg("-I").arg(manifest_dir().join("include"));
+    compiler.arg("-I").arg(manifest_dir().join("tests/c")).arg(source).arg("-o").arg(&object);
+    must(&format!("{} of {}", cell.compiler, source.display()), &compiler.output().unwrap());
+    object
+}
+
+/// rustc's runtime of ThreadSanitizer.
+fn race_runtime() -> PathBuf {
+    let output = Command::new("rustc").args(["--print", "target-libdir"]).output().unwrap();
+    must("rustc", &output);
+    let dir = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
+    dir.join("librustc-nightly_rt.tsan.a")
 }
 
 /// The shared library under the names that linker and loader want.
@@ -268,11 +300,19 @@ fn tools_find_planted_mistakes() {
     }
 }
 
+/// A planted race is found; programs whose threads share everything have none.
 #[test]
-fn thread_sanitizer_is_left_out() {
-    bds_testkit::skip(
-        "ThreadSanitizer needs a standard library built with it (nightly, -Zbuild-std, rust-src)",
-    );
+fn threads_have_no_data_race() {
+    if env::var("BDS_TEST_SANITIZER").as_deref() != Ok("thread") {
+        return bds_testkit::skip("races are looked for in a build with ThreadSanitizer (full)");
+    }
+    let scratch = Scratch::new();
+    let (source, program) = (manifest_dir().join("tests/c/races/planted.c"), scratch.path("race"));
+    compile(&RACES, &source, &program, scratch.dir());
+    let said = report("planted", &execute(&RACES, &program, &scratch.path("planted.dir")));
+    assert!(said.contains("data race"), "{said}");
+    let files = ["tests/c/threads.c", "tests/c/queue.c", "examples/event_loop.c"];
+    run_files(&RACES, files.iter().map(|file| manifest_dir().join(file)).collect());
 }
 
 /// The answer of pkg-config; `None`: it does not know the package, or is not installed.
