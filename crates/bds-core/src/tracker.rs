@@ -307,6 +307,18 @@ impl RequestTracker {
         self.flush.begin(|| self.writes()).await
     }
 
+    /// The node becomes a backing node: the writes so far are covered by flushes from above until
+    /// one has succeeded. No request is inside.
+    pub(crate) fn note_hidden(&self) {
+        self.flush.note_hidden(self.writes());
+    }
+
+    /// Whether the node has writes that a flush of the nodes above must cover.
+    #[inline]
+    pub(crate) fn has_hidden_writes(&self) -> bool {
+        self.flush.has_hidden()
+    }
+
     /// The failure that every later flush of this node must report, if there was one.
     pub(crate) fn flush_failure(&self) -> Option<Error> {
         self.flush.failure()

@@ -1912,8 +1912,10 @@ int bds_change_bitmap_merge(struct bds_change change,
  *
  * Waits for requests inside the nodes concerned; new ones wait meanwhile. Then the change is
  * empty and can be used again. `report_json_out` may be NULL; otherwise it gets how long requests
- * had to wait ("held-ns"), what was closed, and why copies of removed bitmaps are still in their
- * images ("stored-bitmaps-left"), to be freed with bds_free.
+ * had to wait ("held-ns"), what was closed, why copies of removed bitmaps are still in their
+ * images ("stored-bitmaps-left"), why edits of bitmaps are not in the write-intent log
+ * ("bitmaps-not-logged"), and why images that got an overlay could not be flushed ("not-flushed";
+ * the next flush tries again), to be freed with bds_free.
  *
  * Errors: nothing has changed, and the edits are kept. BDS_ERR_OPTION: an edit is impossible (a
  * loop, no filter); BDS_ERR_IN_USE: a permission conflict, a frozen edge, a blocker, a node with

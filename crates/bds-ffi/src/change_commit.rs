@@ -21,8 +21,10 @@ use crate::table::Ref;
 ///
 /// Waits for requests inside the nodes concerned; new ones wait meanwhile. Then the change is
 /// empty and can be used again. `report_json_out` may be NULL; otherwise it gets how long requests
-/// had to wait ("held-ns"), what was closed, and why copies of removed bitmaps are still in their
-/// images ("stored-bitmaps-left"), to be freed with bds_free.
+/// had to wait ("held-ns"), what was closed, why copies of removed bitmaps are still in their
+/// images ("stored-bitmaps-left"), why edits of bitmaps are not in the write-intent log
+/// ("bitmaps-not-logged"), and why images that got an overlay could not be flushed ("not-flushed";
+/// the next flush tries again), to be freed with bds_free.
 ///
 /// Errors: nothing has changed, and the edits are kept. BDS_ERR_OPTION: an edit is impossible (a
 /// loop, no filter); BDS_ERR_IN_USE: a permission conflict, a frozen edge, a blocker, a node with
@@ -61,11 +63,15 @@ fn finish(context: &Arc<Context>, report: &ChangeReport) {
 }
 
 fn report_json(report: &ChangeReport) -> Value {
-    let left = report.stored_bitmaps_left.iter().map(ToString::to_string);
+    let texts = |errors: &[bds_core::Error]| -> Vec<String> {
+        errors.iter().map(ToString::to_string).collect()
+    };
     json!({
         "held-ns": u64::try_from(report.held.as_nanos()).unwrap_or(u64::MAX),
         "closed": report.closed.iter().map(close_json).collect::<Vec<_>>(),
-        "stored-bitmaps-left": left.collect::<Vec<_>>(),
+        "stored-bitmaps-left": texts(&report.stored_bitmaps_left),
+        "bitmaps-not-logged": texts(&report.bitmaps_not_logged),
+        "not-flushed": texts(&report.not_flushed),
     })
 }
 

@@ -304,5 +304,5 @@ fn holds(disks: &[NodeRef], held: Duration) -> Vec<WriteHold> {
 
 fn left_over(report: ChangeReport) -> Vec<Error> {
     let closed = report.closed.into_iter().filter_map(|closed| closed.into_result().err());
-    closed.chain(report.stored_bitmaps_left).collect()
+    closed.chain(report.stored_bitmaps_left).chain(report.not_flushed).collect()
 }

@@ -185,7 +185,7 @@ async fn commit(group: &Group, change: Change) -> Result<Option<Error>, Option<E
 /// The first failure at the end of a change that took effect.
 fn left_over(report: ChangeReport) -> Option<Error> {
     let closed = report.closed.into_iter().filter_map(|closed| closed.into_result().err());
-    closed.chain(report.stored_bitmaps_left).next()
+    closed.chain(report.stored_bitmaps_left).chain(report.not_flushed).next()
 }
 
 /// Lets each member plan its part of one change.

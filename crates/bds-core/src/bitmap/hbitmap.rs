@@ -11,8 +11,8 @@
 //! bit reads the old bytes, and that write would never be copied. For the same reason a job must
 //! claim bits (see [`HBitmap::claim`]) before it reads the bytes.
 //!
-//! A request that has counted its write with a `SeqCst` read-modify-write before (`HBitmap::record`)
-//! needs no second one where the bit is set: its `SeqCst` load is not answered before the count is
+//! A request that has counted its write with a `SeqCst` read-modify-write (`HBitmap::record`) needs
+//! no second one where the bit is set: its `SeqCst` load is not answered before the count is
 //! visible, and with it the bytes. If the load finds the bit set, it comes before the exchange that
 //! claims the bit, and the fence behind that exchange comes before the claimer's reads.
 //!

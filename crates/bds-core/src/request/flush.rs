@@ -1,6 +1,7 @@
 //! Flushes a node: makes its completed writes durable, once and in order.
 //!
-//! Order: metadata to the children, the node's own medium, then the children this node writes to.
+//! Order: metadata to the children, the node's own medium, then the children this node writes to,
+//! and at last backing images that were written to by the users above (`graph/change/flush.rs`).
 //! The medium is skipped if no write ended since the last successful flush began; a write that ends
 //! during a flush is not covered by it. After a medium failed to flush it is unknown which of its
 //! bytes are durable: every later flush of the node fails too.
@@ -10,9 +11,10 @@
 //! task, so a caller that keeps its future without polling it does not hold up later flushes.
 
 use super::admit::{Entered, RequestScope, enter, named};
+use super::status::below;
 use crate::driver::BoxFuture;
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::Edge;
+use crate::graph::{Edge, Node};
 use crate::tracker::Flushing;
 
 /// Makes every write durable that ended before.
@@ -37,11 +39,27 @@ pub(super) async fn flush_entered(node: &Entered<'_>) -> Result<()> {
 }
 
 async fn flush_writable(node: &Entered<'_>, above: Option<&RequestScope<'_>>) -> Result<()> {
-    if !node.is_writable() {
-        return Ok(());
+    let mut first = Ok(());
+    if node.is_writable() {
+        // Failures of its children carry their own names.
+        first = named(node, flush_node(node, above).await);
     }
-    // Failures of its children carry their own names.
-    named(node, flush_node(node, above).await)
+    // What was written to images that became backing images since.
+    if let Some(edge) = below(node)
+        && leads_to_hidden_writes(&edge)
+    {
+        let scope = node.scope().below(above);
+        first = first.and(flush_below(&edge, Some(&scope)).await);
+    }
+    first
+}
+
+/// Whether writes of users above wait in this image or in one below to be made durable.
+fn leads_to_hidden_writes(edge: &Edge) -> bool {
+    let Some(target) = edge.medium() else { return false };
+    let node: &Node = &target;
+    node.tracker().has_hidden_writes()
+        || below(node).is_some_and(|edge| leads_to_hidden_writes(&edge))
 }
 
 async fn flush_node(node: &Entered<'_>, above: Option<&RequestScope<'_>>) -> Result<()> {

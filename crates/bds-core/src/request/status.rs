@@ -286,7 +286,7 @@ async fn walk_chain(
 }
 
 /// The edge to the next layer: what a filter shows, or the backing node.
-fn below(node: &Node) -> Option<Arc<Edge>> {
+pub(super) fn below(node: &Node) -> Option<Arc<Edge>> {
     if node.driver().is_filter() {
         node.filtered_child().or_else(|| node.child_in_role(Role::PRIMARY))
     } else {

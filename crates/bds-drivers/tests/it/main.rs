@@ -58,6 +58,7 @@ mod raw;
 #[cfg(feature = "qcow2")]
 mod reap_beside;
 mod reopen;
+mod snapshot_flush;
 mod sweep;
 mod throttle;
 #[cfg(feature = "qcow2")]

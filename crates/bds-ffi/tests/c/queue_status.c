@@ -106,6 +106,8 @@ int main(void) {
         OK(bds_change_store_bitmaps(change, top));
         OK(bds_change_commit(change, &json));
         CHECK(has(json, "stored-bitmaps-left"));
+        CHECK(has(json, "bitmaps-not-logged"));
+        CHECK(has(json, "not-flushed"));
         OK(bds_image_info(context, path, "qcow2", 0, &json));
         CHECK(has(json, "kept"));
         OK(bds_change_unref(change));

@@ -1,4 +1,5 @@
 //! A target on a file of the simulated disk that counts what is written, and can fail.
+#![allow(clippy::unwrap_used, reason = "tests: a panic is their way to fail")]
 
 use std::any::Any;
 use std::path::PathBuf;

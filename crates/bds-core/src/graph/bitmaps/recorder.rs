@@ -77,8 +77,8 @@ impl Recorder {
         self.number.store(number, Ordering::SeqCst);
     }
 
-    /// Marks the range in all bitmaps that record, after the write was counted. `len` is the node's length: a write may have
-    /// made the node longer.
+    /// Marks the range in all bitmaps that record, after the write was counted. `len` is the node's
+    /// length: a write may have made the node longer.
     #[inline]
     pub(super) fn record(&self, range: &Range<u64>, len: impl Fn() -> u64) {
         let mut number = self.number.load(Ordering::SeqCst);

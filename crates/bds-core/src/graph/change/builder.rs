@@ -24,6 +24,7 @@ use super::action::{Action, TURN, WAITING};
 use super::commit;
 use super::commit::{Done, Moved};
 use super::edit::stage;
+use super::flush;
 use super::freeze::Frozen;
 use super::perm::{self, Strictness};
 use super::reopen::{self, Prepared, Wanted};
@@ -84,6 +85,10 @@ pub struct ChangeReport {
     /// them. Of a change within a drained section of the caller, whose log is written when that
     /// ends, nothing is said.
     pub bitmaps_not_logged: Vec<Error>,
+    /// Why images that became backing images of their users could not be flushed: the users' next
+    /// flushes try again, and fail as long as it fails. Of a change within a drained section of the
+    /// caller, after which the next flush does it, nothing is said.
+    pub not_flushed: Vec<Error>,
 }
 
 impl Graph {
@@ -189,7 +194,8 @@ impl Change {
     /// Puts `overlay` on top: all users of `top` use `overlay` from then on, and `overlay` has
     /// `top` as its backing node. The overlay was opened either on `top` already, or without a
     /// backing node (then its driver must be able to take one while it is open). Fixed edges (a
-    /// job's) are left.
+    /// job's) are left. What was written to `top` is covered by the next flush of its former users,
+    /// and [`Change::commit`] flushes it, unless another section drains it.
     #[doc = include_str!("examples/append.md")]
     #[track_caller]
     pub fn append(self, top: &NodeRef, overlay: &NodeRef) -> Self {
@@ -439,17 +445,17 @@ impl Change {
                 closed: Vec::new(),
                 stored_bitmaps_left: Vec::new(),
                 bitmaps_not_logged: Vec::new(),
+                not_flushed: Vec::new(),
             });
         }
         // Other changes wait for the turn, and requests at the gates: a task ends that wait even if
         // the caller keeps its future without polling it.
-        let (held, closed, stored_bitmaps_left, bitmaps_not_logged) =
-            bds_io::spawn_now(self.run()).await?;
-        let closed = closed.deliver();
-        Ok(ChangeReport { held, closed, stored_bitmaps_left, bitmaps_not_logged })
+        let (closed, report) = bds_io::spawn_now(self.run()).await?;
+        Ok(ChangeReport { closed: closed.deliver(), ..report })
     }
 
-    async fn run(self) -> Result<(Duration, Undelivered, Vec<Error>, Vec<Error>)> {
+    /// Returns the report without the nodes that were closed, and these.
+    async fn run(self) -> Result<(Undelivered, ChangeReport)> {
         let Self { graph, mut actions, within, effect } = self;
         for action in &mut actions {
             if let Action::Bitmap(edit) = action {
@@ -472,7 +478,7 @@ impl Change {
                 }
             }
         };
-        let Outcome { mut moved, removed, removed_bitmaps, drained } = outcome;
+        let Outcome { mut moved, removed, removed_bitmaps, drained, hidden } = outcome;
         moved.wait_released().await;
         let old_targets = moved.take_old_targets();
         drop(moved);
@@ -481,10 +487,10 @@ impl Change {
         drop(turn);
         let edited = nodes_with_edits(&actions);
         drop(actions);
-        let bitmaps_left = persist::remove_all_stored(removed_bitmaps).await;
+        let stored_bitmaps_left = persist::remove_all_stored(removed_bitmaps).await;
 
         let logged = intent::checkpoint_all(edited);
-        let not_logged = match within.is_empty() {
+        let bitmaps_not_logged = match within.is_empty() {
             true => logged.await,
             // Drivers wait for the caller's own section.
             false => {
@@ -492,8 +498,12 @@ impl Change {
                 Vec::new()
             }
         };
-        let closed = commit::close_removed(&graph, removed, old_targets).await;
-        Ok((held, closed, bitmaps_left, not_logged))
+        let not_flushed = flush::flush_hidden(&graph, hidden).await;
+        let undelivered = commit::close_removed(&graph, removed, old_targets).await;
+        let closed = Vec::new();
+        let report =
+            ChangeReport { held, closed, stored_bitmaps_left, bitmaps_not_logged, not_flushed };
+        Ok((undelivered, report))
     }
 }
 
@@ -515,6 +525,8 @@ struct Outcome {
     removed: Vec<NodeRef>,
     removed_bitmaps: Vec<(NodeRef, Arc<str>)>,
     drained: DrainSet,
+    /// Nodes that became backing nodes of their users.
+    hidden: Vec<Strong<Node>>,
 }
 
 /// Nodes whose drivers have to wait for the end of drained sections below them.
@@ -566,8 +578,8 @@ async fn try_once(
                 }
                 drop(lock);
                 done.reopened.iter().for_each(|reopened| reopened.update_backends(graph));
-                let Done { moved, removed, .. } = done;
-                return Ok(Ok(Outcome { moved, removed, removed_bitmaps, drained }));
+                let Done { moved, removed, hidden, .. } = done;
+                return Ok(Ok(Outcome { moved, removed, removed_bitmaps, drained, hidden }));
             }
             missing
         };

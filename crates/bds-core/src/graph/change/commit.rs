@@ -31,6 +31,8 @@ pub(in crate::graph) struct Done {
     pub(in crate::graph) moved: Moved,
     pub(in crate::graph) removed: Vec<NodeRef>,
     pub(in crate::graph) reopened: Vec<Reopened>,
+    /// Nodes that their users' flushes would no longer reach.
+    pub(in crate::graph) hidden: Vec<Strong<Node>>,
 }
 
 /// Swaps the staged edges in.
@@ -45,6 +47,7 @@ pub(in crate::graph) fn apply_staged(
     prepared: Vec<Prepared<'_>>,
     actions: &[Action],
 ) -> Result<Done> {
+    let hidden = stage.hidden();
     let staged = stage.into_parts();
     let renames = graph.reserve_renames(actions)?;
     let notified = NotifiedDrivers::notify(graph, &staged)?;
@@ -76,10 +79,11 @@ pub(in crate::graph) fn apply_staged(
         }
     }
     perm::apply(edit.lock, accesses);
+    hidden.iter().for_each(|node| node.tracker().note_hidden());
     moved.refresh(graph, edit);
     graph.apply_ownership(actions);
     let removed = graph.take_removed(actions, &leaving);
-    Ok(Done { moved, removed, reopened })
+    Ok(Done { moved, removed, reopened, hidden })
 }
 
 /// Drivers that have accepted another backing node. Dropped: they are switched back.

@@ -10,6 +10,7 @@ pub(super) mod activity;
 pub(super) mod builder;
 pub(super) mod commit;
 pub(super) mod edit;
+mod flush;
 pub(super) mod freeze;
 pub(super) mod perm;
 pub(super) mod rename;

@@ -408,6 +408,39 @@ impl<'g> Stage<'g> {
         all.map(|node| (node.id(), node)).collect::<ById<_>>().into_values().collect()
     }
 
+    /// Nodes that become backing nodes of what takes their place: the flushes of their users end
+    /// above them. With a filter also what it shows.
+    pub(in crate::graph) fn hidden(&self) -> Vec<Strong<Node>> {
+        let moves = self.moves.values().filter(|staged| staged.is_real());
+        let hidden = moves.filter_map(|Move { from, to, .. }| {
+            let (from, to) = (from.as_ref()?, to.as_ref()?);
+            let is_hidden = self.reaches(to, from) && !self.flush_reaches(to, from.id());
+            is_hidden.then_some(from)
+        });
+        let layers = hidden.flat_map(|from| {
+            std::iter::successors(Some(Strong::clone(from)), |node| self.shown_by(node))
+        });
+        let writable = layers.filter(|node| node.could_write());
+        writable.map(|node| (node.id(), node)).collect::<ById<_>>().into_values().collect()
+    }
+
+    /// What a filter shows.
+    fn shown_by(&self, node: &Node) -> Option<Strong<Node>> {
+        let edge = self.child_in_role(node, Role::FILTERED).filter(|_| node.driver().is_filter());
+        edge.and_then(|edge| self.target(&edge))
+    }
+
+    /// Does a flush of `start` come to `goal`?
+    fn flush_reaches(&self, start: &Strong<Node>, goal: NodeId) -> bool {
+        start.id() == goal
+            || self
+                .children(start)
+                .iter()
+                .filter(|edge| edge.holds_bytes())
+                .filter_map(|edge| self.target(edge))
+                .any(|child| self.flush_reaches(&child, goal))
+    }
+
     /// All that differs, to be applied.
     pub(in crate::graph) fn into_parts(self) -> Staged {
         let mut moves: Vec<Move> = self.moves.into_values().filter(Move::is_real).collect();

@@ -258,9 +258,20 @@ pub(in crate::graph) async fn wait_undrained_below(graph: &Graph, nodes: &[Stron
 #[derive(Debug)]
 pub(in crate::graph) struct DrainedBelow;
 
-/// Work of drivers on their own drained nodes, counted like a request.
+/// Work of drivers on nodes, drained or not, counted like a request.
 pub(in crate::graph) struct DriverWork {
     inside: Vec<(Strong<Node>, ShardNumber)>,
+}
+
+impl DriverWork {
+    /// Work on a node that is not drained: drains wait for it from now on. `None`: it is drained.
+    pub(in crate::graph) fn enter_undrained(
+        _lock: &LockedGraph<'_>,
+        node: &Strong<Node>,
+    ) -> Option<Self> {
+        let enter = || (Strong::clone(node), node.tracker().enter());
+        (node.quiesce_count() == 0).then(|| Self { inside: vec![enter()] })
+    }
 }
 
 impl Drop for DriverWork {
