@@ -28,7 +28,9 @@ const LIMIT: Duration = Duration::from_secs(120);
 pub(super) struct Copy {
     pub(super) target: NodeRef,
     pub(super) disk: usize,
-    pub(super) window: (Tick, Tick),
+    /// When its point in time is. `None`: the guest may have got an overlay before, so that what
+    /// was copied is no longer the guest's disk.
+    pub(super) window: Option<(Tick, Tick)>,
     /// The node whose increments go on from here.
     chain_of: Option<NodeId>,
 }
@@ -265,11 +267,12 @@ impl<'a> Monitor<'a> {
     ) -> Result<(Backup, Copy)> {
         options.staging_len = [0, 64 << 10, 1 << 20][chance.below(3) as usize];
         options.staging_policy = if chance.one_in(2) { AtLimit::Stall } else { AtLimit::Throttle };
-        let target = options.target.clone();
+        let (source, target) = (options.source.clone(), options.target.clone());
         let model = &self.disks.disks[disk].model;
         let from = model.now();
         let backup = Backup::prepare(options).await?;
-        let window = (from, model.now());
+        let is_top = self.disks.top(disk).id() == source.id();
+        let window = is_top.then(|| (from, model.now()));
         Ok((backup, Copy { target, disk, window, chain_of }))
     }
 

@@ -22,7 +22,9 @@ pub(super) async fn after_shutdown(sim: &Sim, monitor: Monitor<'_>) -> u64 {
         tops.push(disks.top(number).name().to_owned());
     }
     for Copy { target, disk, window, .. } in &copies {
-        check(target, &disks.disks[*disk].model, *window, "a backup").await;
+        if let Some(window) = window {
+            check(target, &disks.disks[*disk].model, *window, "a backup").await;
+        }
     }
     drop(copies);
     let models: Vec<_> = disks.disks.iter().map(|disk| disk.model.clone()).collect();
