@@ -50,7 +50,7 @@ struct Prepared {
 
 pub(super) struct Monitor<'a> {
     sim: &'a Sim,
-    plan: &'a Plan,
+    pub(super) plan: &'a Plan,
     pub(super) disks: Disks,
     pub(super) jobs: JobManager,
     started: RefCell<Vec<Started>>,
