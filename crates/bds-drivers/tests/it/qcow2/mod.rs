@@ -10,6 +10,7 @@ mod images;
 mod late_backing;
 mod random;
 mod raw_data_file;
+mod reused_places;
 mod sweeps;
 mod truncated_files;
 mod unmaintained;

@@ -95,9 +95,10 @@ impl AllocGuard {
         let entry_len = geometry.l2_entry_len();
         let len = mem_len(work.clusters) * entry_len;
         meta.slices.mark(work.id, work.index * entry_len, len);
-        let is_new_here = self.work.is_new && image.data_file.is_none();
+        // A place that was there already, and showed something else, still has what it had before.
+        let may_show_old = !self.work.is_new || image.data_file.is_none();
         meta.pending_flush.data_flush |=
-            copy.is_copy || is_new_here || image.config.load().data_before_metadata;
+            copy.is_copy || may_show_old || image.config.load().data_before_metadata;
         self.is_over = true;
         meta.end_allocation(&self.work.item);
     }
