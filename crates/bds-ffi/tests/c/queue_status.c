@@ -105,9 +105,9 @@ int main(void) {
         OK(bds_change_create(context, &change));
         OK(bds_change_store_bitmaps(change, top));
         OK(bds_change_commit(change, &json));
+        CHECK(strstr(json, "bitmaps-not-logged") != NULL);
+        CHECK(strstr(json, "not-flushed") != NULL);
         CHECK(has(json, "stored-bitmaps-left"));
-        CHECK(has(json, "bitmaps-not-logged"));
-        CHECK(has(json, "not-flushed"));
         OK(bds_image_info(context, path, "qcow2", 0, &json));
         CHECK(has(json, "kept"));
         OK(bds_change_unref(change));
