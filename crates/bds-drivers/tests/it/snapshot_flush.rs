@@ -139,19 +139,24 @@ fn a_flush_covers_what_was_written_before_a_snapshot() {
     }
 }
 
+/// An image with a guest that has written and not flushed, and an overlay that is not attached yet.
+async fn written_disk(graph: &Graph) -> (NodeRef, Backend, NodeRef) {
+    create(graph, "base").await;
+    create(graph, "one").await;
+    let base = open(graph, "base", "").await;
+    let options = BackendOptions { writable: true, ..Default::default() };
+    let guest = Backend::new(&base, options).unwrap();
+    write(&guest, 0, 1).await;
+    (base, guest, open(graph, "one", "").await)
+}
+
 /// Another program may copy the image once the change has returned.
 #[test]
 fn a_snapshot_leaves_nothing_with_the_driver() {
     let sim = Sim::new(12, SimConfig::default());
     sim.block_on(async {
         let graph = graph_on(&sim);
-        create(&graph, "base").await;
-        create(&graph, "one").await;
-        let base = open(&graph, "base", "").await;
-        let options = BackendOptions { writable: true, ..Default::default() };
-        let guest = Backend::new(&base, options).unwrap();
-        write(&guest, 0, 1).await;
-        let one = open(&graph, "one", "").await;
+        let (base, guest, one) = written_disk(&graph).await;
         let report = graph.change().append(&base, &one).commit().await.unwrap();
         assert!(report.not_flushed.is_empty());
         let copy = graph_on(&sim);
@@ -173,13 +178,7 @@ fn a_failure_to_flush_a_backing_image_is_reported() {
     let sim = Sim::new(13, SimConfig::default());
     sim.block_on(async {
         let graph = graph_on(&sim);
-        create(&graph, "base").await;
-        create(&graph, "one").await;
-        let base = open(&graph, "base", "").await;
-        let options = BackendOptions { writable: true, ..Default::default() };
-        let guest = Backend::new(&base, options).unwrap();
-        write(&guest, 0, 1).await;
-        let one = open(&graph, "one", "").await;
+        let (base, guest, one) = written_disk(&graph).await;
         sim.fail_nth(0, Fault::sticky(libc::EIO).on(OpMask::SYNC).in_path("/base"));
         let report = graph.change().append(&base, &one).commit().await.unwrap();
         assert_eq!(report.not_flushed.len(), 1);
